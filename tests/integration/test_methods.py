@@ -1,4 +1,4 @@
-"""Methods with additional state: whole runs, interrupted and resumed."""
+"""Methods with additional state: interrupted and resumed runs."""
 
 from __future__ import annotations
 
@@ -44,28 +44,26 @@ def digest(folder: Path) -> str:
     ],
     ids=lambda flags: flags[1],
 )
-def test_going_on_gives_the_unbroken_run(
+def test_resumed_run_matches_uninterrupted_run(
     flags: list[str], tmp_path: Path, tiny_model_dir: Callable[..., Path]
 ) -> None:
     model = str(tiny_model_dir("llama", chat=True))
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    summary = train("--model", model, *SHORT, *flags, "--output-dir", str(whole))
+    uninterrupted, interrupted = tmp_path / "whole", tmp_path / "broken"
+    summary = train("--model", model, *SHORT, *flags, "--output-dir", str(uninterrupted))
     assert summary["proof"]["adapter_effect"] > 0
     assert summary["proof"]["idle_tensors"] == 0
-    shutil.copytree(whole, broken)
-    for checkpoint in (broken / "checkpoints").glob("checkpoint-*"):
+    shutil.copytree(uninterrupted, interrupted)
+    for checkpoint in (interrupted / "checkpoints").glob("checkpoint-*"):
         manifest = json.loads((checkpoint / "manifest.json").read_text())
-        there = {p.name for p in checkpoint.iterdir()} - {"manifest.json"}
-        assert set(manifest["files"]) == there  # nothing was written after it was certified
-    shutil.rmtree(broken / "adapter")
-    shutil.rmtree(broken / "checkpoints/checkpoint-4")
-    assert run(["train", "--quiet", "--output-dir", str(broken), "--resume"]) == 0
-    assert digest(broken) == digest(whole)
+        files = {p.name for p in checkpoint.iterdir()} - {"manifest.json"}
+        assert set(manifest["files"]) == files  # nothing was written after the manifest
+    shutil.rmtree(interrupted / "adapter")
+    shutil.rmtree(interrupted / "checkpoints/checkpoint-4")
+    assert run(["train", "--quiet", "--output-dir", str(interrupted), "--resume"]) == 0
+    assert digest(interrupted) == digest(uninterrupted)
 
 
-def test_a_start_inside_the_base_needs_float32(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_pissa_requires_float32(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     flags = ["--init", "pissa", "--dtype", "bfloat16", "--output-dir", str(tmp_path / "run")]
     assert run(["train", "--quiet", *flags]) == 2
     assert capsys.readouterr().err == (
@@ -75,7 +73,7 @@ def test_a_start_inside_the_base_needs_float32(
     )
 
 
-def test_a_refusal_comes_before_anything_is_loaded(
+def test_unsupported_method_is_rejected_before_loading(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model_dir: Callable[..., Path]
 ) -> None:
     model = tiny_model_dir("gpt2")

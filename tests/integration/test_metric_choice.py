@@ -14,7 +14,7 @@ ROWS = [{"text": f"say {i} more", "label": "odd" if i % 2 else "even"} for i in 
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder(
+def data_dir(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -22,26 +22,26 @@ def in_a_folder(
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
 
 
-def test_only_what_is_named_is_given(capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["train", "--model", "./model", "--dataset", "rows.jsonl", "--validation-split", "0.4",
-             "--max-steps", "1", "--output-dir", "run", "-q", "--metrics", "f1,mcc"]  # fmt: skip
-    assert run(given) == 0
+def test_only_selected_metrics_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["train", "--model", "./model", "--dataset", "rows.jsonl", "--validation-split", "0.4",
+            "--max-steps", "1", "--output-dir", "run", "-q", "--metrics", "f1,mcc"]  # fmt: skip
+    assert run(args) == 0
     assert json.loads(Path("run/summary.json").read_text())["metrics"].keys() == {
         "loss", "f1", "mcc",
     }  # fmt: skip
     capsys.readouterr()
-    for asked, names in (
+    for options, names in (
         ([], {"loss", "f1", "mcc"}),
         (["--metrics", "accuracy"], {"loss", "accuracy"}),
     ):
-        assert run(["evaluate", "run", "--json", "--resamples", "5", *asked]) == 0
-        found = json.loads(capsys.readouterr().out)
-        assert found["metrics"].keys() == names
-        assert found["intervals"].keys() == names
+        assert run(["evaluate", "run", "--json", "--resamples", "5", *options]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["metrics"].keys() == names
+        assert result["intervals"].keys() == names
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ("--model ./model --dataset rows.jsonl --metrics accurac",
          "no metric of --task text-classification is called 'accurac'. Did you mean "
@@ -49,6 +49,8 @@ def test_only_what_is_named_is_given(capsys: pytest.CaptureFixture[str]) -> None
         ("--metrics rougeL", "--metrics rougeL is of generated texts. Add --predict-with-generate"),
     ],
 )  # fmt: skip
-def test_what_is_refused(line: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unavailable_metric_is_rejected(
+    line: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(["train", "--dry-run", *line.split()]) == 2
-    assert told in " ".join(capsys.readouterr().err.split())
+    assert message in " ".join(capsys.readouterr().err.split())

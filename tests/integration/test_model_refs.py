@@ -1,7 +1,7 @@
 """Every kind of model reference × every PEFT task type × every command.
 
-Each cell works as plain PEFT and transformers do, or is refused with a reason that is true. CI runs
-a fixed sample of the cells, and `make sweeps` all of them.
+Each cell works, or is rejected with the expected message. CI runs a fixed sample of the cells, and
+`make sweeps` all of them.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from ftlevel.trained.resolve import resolve_model
 from tiny_models import save_tiny
 from trained_things import LABELS, THINGS, TYPES, load_peft, make_things
 
-Things = Callable[[str], dict[str, Path]]
+CreateRefs = Callable[[str], dict[str, Path]]
 COMMANDS = ("evaluate", "predict", "generate", "merge", "export", "train", "quantize")
-_WHOLE = ("merged", "quantized")
-_WRITES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
-SCORED = ("SEQ_CLS", "CAUSAL_LM", "SEQ_2_SEQ_LM")
-"""Whose scores CI compares."""
-CELLS = [(thing, kind, command) for thing in THINGS for kind in TYPES for command in COMMANDS]
+_MODELS = ("merged", "quantized")
+_GENERATIVE = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+COMPARED_LOSSES = ("SEQ_CLS", "CAUSAL_LM", "SEQ_2_SEQ_LM")
+"""Task types whose losses are compared in CI."""
+CELLS = [(ref_kind, kind, command) for ref_kind in THINGS for kind in TYPES for command in COMMANDS]
 
 
-def in_sample(thing: str, kind: str, command: str) -> bool:
-    """Whether a cell runs in CI: half of plain PEFT's adapters, and each other pair with one."""
-    numbers = THINGS.index(thing), list(TYPES).index(kind), COMMANDS.index(command)
-    if thing == "peft" and (kind == "SEQ_CLS" or sum(numbers) % 2):
+def is_in_sample(ref_kind: str, kind: str, command: str) -> bool:
+    """Whether a cell runs in CI: half of the cells of PEFT adapters, one of each other pair."""
+    numbers = THINGS.index(ref_kind), list(TYPES).index(kind), COMMANDS.index(command)
+    if ref_kind == "peft" and (kind == "SEQ_CLS" or sum(numbers) % 2):
         return True
     return sum(numbers) % len(TYPES) == 0
 
@@ -41,18 +41,23 @@ def in_sample(thing: str, kind: str, command: str) -> bool:
 def cells() -> list[Any]:
     """Return all cells as parameters; those beyond the sample have the marker `sweep`."""
     return [
-        pytest.param(*cell, marks=[] if in_sample(*cell) else pytest.mark.sweep) for cell in CELLS
+        pytest.param(*cell, marks=[] if is_in_sample(*cell) else pytest.mark.sweep)
+        for cell in CELLS
     ]
 
 
 @pytest.fixture(scope="module")
-def things(tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Things:
-    """Return a function that makes each thing of a task type, once."""
+def refs(
+    tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> CreateRefs:
+    """Return a function that creates the references of a task type, once."""
 
     def base(kind: str) -> Path:
-        own = TYPES[kind]
-        more = {"num_labels": 2} if own.head == "seqcls" else {}  # other than the adapters have
-        return tiny_model_dir(own.family, own.head, **more)
+        task_type = TYPES[kind]
+        overrides = (
+            {"num_labels": 2} if task_type.head == "seqcls" else {}
+        )  # differs from the adapters
+        return tiny_model_dir(task_type.family, task_type.head, **overrides)
 
     return cache(
         lambda kind: (
@@ -62,17 +67,17 @@ def things(tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPat
     )
 
 
-def refusal(thing: str, kind: str, command: str) -> str:
-    """Return why a cell cannot work; empty where it works."""
-    if command == "merge" and thing in _WHOLE:
+def expected_error(ref_kind: str, kind: str, command: str) -> str:
+    """Return the expected error message of a cell, or an empty string."""
+    if command == "merge" and ref_kind in _MODELS:
         return "is a whole model already"
-    if command == "quantize" and thing not in _WHOLE:
+    if command == "quantize" and ref_kind not in _MODELS:
         return "is an adapter, and only whole models are quantized. Use ftlevel merge"
-    if command == "quantize" and thing == "quantized":
+    if command == "quantize" and ref_kind == "quantized":
         return "is already quantized (4bit nf4)"
-    if command == "export" and kind not in _WRITES:
+    if command == "export" and kind not in _GENERATIVE:
         return f"was trained for {TYPES[kind].task}, and a .gguf file is for programs that write"
-    if command == "export" and thing == "quantized":
+    if command == "export" and ref_kind == "quantized":
         return "is stored quantized (4bit nf4)"
     if command == "export" and kind == "SEQ_2_SEQ_LM":
         return "t5 is not among the families that ftlevel writes as GGUF"
@@ -80,12 +85,12 @@ def refusal(thing: str, kind: str, command: str) -> str:
 
 
 def command_line(kind: str, command: str, name: Path, folder: Path, out: Path) -> list[str]:
-    """Return the command that is given `name`; it writes to `out`."""
-    rows, asked = folder / "rows.jsonl", folder / "asked.jsonl"
+    """Return the arguments of `command` for the model `name`; outputs go to `out`."""
+    rows, inputs = folder / "rows.jsonl", folder / "asked.jsonl"
     short = ("--max-new-tokens", "4")
-    words: dict[str, tuple[Any, ...]] = {
+    arguments: dict[str, tuple[Any, ...]] = {
         "evaluate": (name, "--dataset", rows, "--resamples", "0", *short, "--json"),
-        "predict": (name, "--dataset", asked, "--output", out / "answers.jsonl", *short, "--json"),
+        "predict": (name, "--dataset", inputs, "--output", out / "answers.jsonl", *short, "--json"),
         "generate": (name, *TYPES[kind].prompt, *short, "--json"),
         "merge": (name, "--out", out / "merged", "--rows", "4", "--json"),
         "export": (name, "--out", out / "model.gguf", "--json"),
@@ -93,40 +98,40 @@ def command_line(kind: str, command: str, name: Path, folder: Path, out: Path) -
         "train": ("--adapter", name, "--dataset", rows, "--max-steps", "1", "--output-dir",
                   out / "run", "--json"),
     }  # fmt: skip
-    return [command, *map(str, words[command])]
+    return [command, *map(str, arguments[command])]
 
 
-@pytest.mark.parametrize(("thing", "kind", "command"), cells())
-def test_each_command_takes_it_or_says_why_not(
-    thing: str,
+@pytest.mark.parametrize(("ref_kind", "kind", "command"), cells())
+def test_command_supports_reference_or_reports_error(
+    ref_kind: str,
     kind: str,
     command: str,
-    things: Things,
+    refs: CreateRefs,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    made = things(kind)
+    paths = refs(kind)
     capsys.readouterr()
-    folder = made["run"].parent
-    code = run(command_line(kind, command, made[thing], folder, tmp_path))
-    said = capsys.readouterr()
-    if reason := refusal(thing, kind, command):
+    folder = paths["run"].parent
+    code = run(command_line(kind, command, paths[ref_kind], folder, tmp_path))
+    captured = capsys.readouterr()
+    if reason := expected_error(ref_kind, kind, command):
         assert code == 2
-        assert reason in said.err
+        assert reason in captured.err
         assert not list(tmp_path.iterdir())
         return
-    assert code == 0, said.err
-    told = json.loads(said.out)
+    assert code == 0, captured.err
+    result = json.loads(captured.out)
     if command in ("evaluate", "predict"):
-        assert told["task"] == TYPES[kind].task
+        assert result["task"] == TYPES[kind].task
     if command == "merge":
-        assert told["verified"]
+        assert result["verified"]
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_a_plain_peft_adapter_is_the_model_that_plain_peft_loads(kind: str, things: Things) -> None:
-    made = things(kind)
-    ref = resolve_model(str(made["peft"]), device="cpu", dtype="float32")
+def test_plain_peft_adapter_logits_match_peft(kind: str, refs: CreateRefs) -> None:
+    paths = refs(kind)
+    ref = resolve_model(str(paths["peft"]), device="cpu", dtype="float32")
     assert (ref.kind, ref.task) == ("peft", TYPES[kind].task)
     labels = [f"LABEL_{i}" for i in range(LABELS)] if "_CLS" in kind else []
     assert ref.labels == labels
@@ -134,18 +139,18 @@ def test_a_plain_peft_adapter_is_the_model_that_plain_peft_loads(kind: str, thin
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if kind == "SEQ_2_SEQ_LM":
         inputs["decoder_input_ids"] = inputs["input_ids"][:, :5]
-    loaded, plain = ref.load("cpu"), load_peft(kind, made["peft"], made["base"])
+    loaded, reference = ref.load("cpu"), load_peft(kind, paths["peft"], paths["base"])
     ours = loaded.model
     names = ("start_logits", "end_logits") if kind == "QUESTION_ANS" else ("logits",)
     with torch.no_grad():
-        found, expected = ours(**inputs), plain(**inputs)
+        actual, expected = ours(**inputs), reference(**inputs)
         for name in names:
-            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
+            torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=0)
         with loaded.without_adapter():
             assert not torch.equal(ours(**inputs)[names[0]], expected[names[0]])
 
 
-def test_a_plain_model_has_the_task_of_its_head(
+def test_task_of_model_is_inferred_from_head(
     tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
     heads = {("bert", "seqcls"): "text-classification", ("bert", "tokcls"): "token-classification",
@@ -159,44 +164,45 @@ def test_a_plain_model_has_the_task_of_its_head(
 
 
 @pytest.mark.parametrize(
-    "thing", ["run", *(pytest.param(t, marks=pytest.mark.sweep) for t in ("peft", "merged")),
+    "ref_kind", ["run", *(pytest.param(t, marks=pytest.mark.sweep) for t in ("peft", "merged")),
               "quantized"],
 )  # fmt: skip
-def test_a_precision_that_the_user_names(
-    thing: str, things: Things, capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_dtype_option_sets_precision(
+    ref_kind: str, refs: CreateRefs, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """On float and on bitsandbytes weights; the run was trained in float32."""
-    made, losses = things("CAUSAL_LM"), {}
+    """Applies to floating-point and bitsandbytes weights; the run was trained in float32."""
+    paths, losses = refs("CAUSAL_LM"), {}
     for command in ("evaluate", "predict", "generate"):
         for dtype in ("float32", "bfloat16"):
             out = tmp_path / f"{command}-{dtype}"
             out.mkdir()
-            line = command_line("CAUSAL_LM", command, made[thing], made["run"].parent, out)
+            line = command_line("CAUSAL_LM", command, paths[ref_kind], paths["run"].parent, out)
             capsys.readouterr()
             assert run([*line, "--dtype", dtype]) == 0
-            told = json.loads(capsys.readouterr().out)
-            assert (told["answers"][0] if command == "generate" else told)["dtype"] == dtype
+            result = json.loads(capsys.readouterr().out)
+            assert (result["answers"][0] if command == "generate" else result)["dtype"] == dtype
             if command == "evaluate":
-                losses[dtype] = told["metrics"]["loss"]
+                losses[dtype] = result["metrics"]["loss"]
     assert losses["float32"] != losses["bfloat16"]
     assert losses["float32"] == pytest.approx(losses["bfloat16"], rel=1e-2)
-    assert run(["generate", str(made[thing]), "--prompt", "a", "--dtype", "float16",
+    assert run(["generate", str(paths[ref_kind]), "--prompt", "a", "--dtype", "float16",
                 "--device", "cpu"]) == 2  # fmt: skip
     assert "--dtype float16 cannot be used on the CPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=[] if k in SCORED else pytest.mark.sweep) for k in TYPES]
+    "kind",
+    [pytest.param(k, marks=[] if k in COMPARED_LOSSES else pytest.mark.sweep) for k in TYPES],
 )
-def test_run_checkpoint_adapter_and_merged_score_alike(
-    kind: str, things: Things, capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_run_checkpoint_adapter_and_merged_model_have_equal_loss(
+    kind: str, refs: CreateRefs, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    made, losses = things(kind), {}
-    for thing in ("run", "checkpoint", "adapter", "merged"):
+    paths, losses = refs(kind), {}
+    for ref_kind in ("run", "checkpoint", "adapter", "merged"):
         capsys.readouterr()
-        line = command_line(kind, "evaluate", made[thing], made["run"].parent, tmp_path)
-        assert run([*line, "--no-base", "--max-generate-samples", "1"] if kind in _WRITES
+        line = command_line(kind, "evaluate", paths[ref_kind], paths["run"].parent, tmp_path)
+        assert run([*line, "--no-base", "--max-generate-samples", "1"] if kind in _GENERATIVE
                    else [*line, "--no-base"]) == 0  # fmt: skip
-        losses[thing] = json.loads(capsys.readouterr().out)["metrics"]["loss"]
+        losses[ref_kind] = json.loads(capsys.readouterr().out)["metrics"]["loss"]
     assert losses["run"] == losses["checkpoint"] == losses["adapter"]
     assert losses["merged"] == pytest.approx(losses["run"], rel=1e-4)

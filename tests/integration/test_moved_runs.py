@@ -18,8 +18,8 @@ WORDS = ("argument", "parser", "module", "string", "value", "object", "default",
 
 
 @pytest.fixture(scope="module")
-def kept(tiny_model_dir: TinyModelDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a copy of a folder with a model, rows and a run on them, all by relative paths."""
+def original(tiny_model_dir: TinyModelDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of a directory with a model, rows and a run that uses relative paths."""
     folder = tmp_path_factory.mktemp("moved") / "here" / "project"
     folder.mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
@@ -27,22 +27,22 @@ def kept(tiny_model_dir: TinyModelDir, tmp_path_factory: pytest.TempPathFactory)
         shutil.copytree(tiny_model_dir("llama", chat=True), "base")
         rows = [json.dumps({"prompt": f"the {w}", "completion": f"{w} it is"}) for w in WORDS]
         Path("rows.jsonl").write_text("\n".join(rows))
-        rest = ["--max-steps", "2", "--save-steps", "1", "--validation-split", "0.25", "--quiet"]
+        options = ["--max-steps", "2", "--save-steps", "1", "--validation-split", "0.25", "--quiet"]
         data = ["--model", "base", "--dataset", "rows.jsonl"]
-        assert run(["train", *data, *rest, "--output-dir", "run"]) == 0
+        assert run(["train", *data, *options, "--output-dir", "run"]) == 0
     return shutil.copytree(folder, folder.parents[1] / "kept")
 
 
 @pytest.fixture
-def project(kept: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return that folder as it was trained in, the only one in its directory."""
-    here = kept.with_name("here")
-    shutil.rmtree(here)
-    monkeypatch.chdir(shutil.copytree(kept, here / "project"))
-    return here / "project"
+def project(original: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Restore the directory at the path where the run was trained, and change to it."""
+    parent = original.with_name("here")
+    shutil.rmtree(parent)
+    monkeypatch.chdir(shutil.copytree(original, parent / "project"))
+    return parent / "project"
 
 
-def loss(name: str, **settings: str) -> float:
+def evaluate_loss(name: str, **settings: str) -> float:
     return evaluate(EvaluateConfig(name=name, resamples=0, base=False, **settings)).metrics["loss"]
 
 
@@ -50,17 +50,17 @@ def weights(directory: Path) -> bytes:
     return (directory / "adapter/adapter_model.safetensors").read_bytes()
 
 
-def test_all_commands_from_another_directory_and_after_a_move(
+def test_commands_work_from_other_directory_and_after_move(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, adapter = loss("run"), weights(Path("run"))
+    before, adapter = evaluate_loss("run"), weights(Path("run"))
     monkeypatch.chdir(project.parent)
-    assert loss("project/run") == before
+    assert evaluate_loss("project/run") == before
     project.rename("elsewhere")
-    assert loss("elsewhere/run") == before
+    assert evaluate_loss("elsewhere/run") == before
     assert run(["generate", "elsewhere/run", "--prompt", "the file"]) == 0
     assert run(["merge", "elsewhere/run", "--out", "merged", "--quiet"]) == 0
-    assert loss("merged", dataset="elsewhere/rows.jsonl") > 0
+    assert evaluate_loss("merged", dataset="elsewhere/rows.jsonl") > 0
     assert run(["train", "elsewhere/run/config.yaml", "--output-dir", "new", "--quiet"]) == 0
     assert weights(Path("new")) == adapter
     Path("elsewhere/run/adapter/adapter_model.safetensors").unlink()
@@ -80,7 +80,7 @@ def test_all_commands_from_another_directory_and_after_a_move(
     ],
     ids=lambda command: command[0],
 )
-def test_the_place_of_the_base(
+def test_moved_base_needs_model_option(
     command: list[str],
     project: Path,
     tiny_model_dir: TinyModelDir,
@@ -96,36 +96,38 @@ def test_the_place_of_the_base(
     line = capsys.readouterr().err.splitlines()[-1]
     assert f"looked for at {project}/base" in line
     assert line.endswith("Pass its path: --model PATH.  [adapters]")
-    other = str(tiny_model_dir("llama", chat=True, seed=1))
-    assert run([*command, "--model", other]) == 2
+    other_model = str(tiny_model_dir("llama", chat=True, seed=1))
+    assert run([*command, "--model", other_model]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert ("started on base" if command[0] == "train" else f"trained on {project}/base") in line
-    assert f"--model {other} has other weights" in line
+    assert f"--model {other_model} has other weights" in line
     assert run([*command, "--model", "moved"]) == 0
-    if command[0] == "train":  # it is where it was named from now on
+    if command[0] == "train":  # the new path is stored
         assert run(["generate", "run", "--prompt", "the file"]) == 0
 
 
-def test_a_whole_model_has_no_base_to_name(
+def test_model_option_for_full_model_is_rejected(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["generate", "base", "--prompt", "x", "--model", "base"]) == 2
     assert "names the base of an adapter, and base is a whole model" in capsys.readouterr().err
 
 
-def test_an_adapter_finds_a_base_that_is_named_first(project: Path) -> None:
+def test_moved_base_can_be_first_argument(project: Path) -> None:
     Path("base").rename("moved")
     assert run(["generate", "moved", "--adapter", "mine=run", "--prompt", "the file"]) == 0
 
 
-def test_two_of_one_base_that_has_moved(project: Path) -> None:
+def test_base_model_option_applies_to_both_compared_runs(project: Path) -> None:
     shutil.copytree("run", "other")
     Path("base").rename("moved")
-    found = EvaluateConfig(name="run", against="other", base_model="moved", resamples=0, base=False)
-    assert evaluate(found).summary["against"]["rows"]["kl"] == 0
+    config = EvaluateConfig(
+        name="run", against="other", base_model="moved", resamples=0, base=False
+    )
+    assert evaluate(config).summary["against"]["rows"]["kl"] == 0
 
 
-def test_the_runs_own_rows_under_another_name(
+def test_renamed_dataset_keeps_validation_split(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = evaluate(EvaluateConfig(name="run", resamples=0))
@@ -135,12 +137,12 @@ def test_the_runs_own_rows_under_another_name(
         f"ftlevel: run: data.dataset is not where it was, and was looked for at "
         f"{project}/rows.jsonl. Pass its path: --dataset PATH.  [adapters]\n"
     )
-    found = evaluate(EvaluateConfig(name="run", dataset="moved.jsonl", resamples=0))
-    assert found.summary["data"]["split"] == "validation"
-    assert found.metrics == before.metrics
+    after = evaluate(EvaluateConfig(name="run", dataset="moved.jsonl", resamples=0))
+    assert after.summary["data"]["split"] == "validation"
+    assert after.metrics == before.metrics
 
 
-def test_a_base_inside_of_what_is_replaced_stays(
+def test_overwrite_of_directory_with_base_is_rejected(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("base").rename("run/base")
@@ -150,7 +152,7 @@ def test_a_base_inside_of_what_is_replaced_stays(
     assert Path("run/base/config.json").is_file()
 
 
-def test_another_setting_is_refused_before_the_model_loads(
+def test_changed_setting_on_resume_is_rejected_before_loading(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("ftlevel.training.model.load_model", None)
@@ -166,4 +168,4 @@ def test_base_with_the_recorded_weights_is_preferred(
 ) -> None:
     shutil.copytree("run", "other/run")
     shutil.copytree(tiny_model_dir("llama", chat=True, seed=1), "other/base")
-    assert loss("other/run") == loss("run")
+    assert evaluate_loss("other/run") == evaluate_loss("run")

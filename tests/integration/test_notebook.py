@@ -11,8 +11,8 @@ import pytest
 from run_notebook import NOTEBOOK, run
 
 
-def told_by(notebook: Any) -> list[str]:
-    """Return what each cell of code shows."""
+def read_outputs(notebook: Any) -> list[str]:
+    """Return the output of each code cell."""
     return [
         "".join(str(output.get("text", output.get("data", ""))) for output in cell.outputs)
         for cell in notebook.cells
@@ -20,21 +20,21 @@ def told_by(notebook: Any) -> list[str]:
     ]
 
 
-def check(told: list[str]) -> None:
-    assert "topic" in told[0]
-    assert "--map label=topic" in told[1], "the dry run says what is missing"
-    assert "'accuracy'" in told[3]
-    assert "prediction" in told[4]
-    assert "report.html" in told[5]
+def assert_expected_outputs(outputs: list[str]) -> None:
+    assert "topic" in outputs[0]
+    assert "--map label=topic" in outputs[1], "the dry run says what is missing"
+    assert "'accuracy'" in outputs[3]
+    assert "prediction" in outputs[4]
+    assert "report.html" in outputs[5]
 
 
 @pytest.mark.slow
-def test_it_runs(tmp_path: Path) -> None:
-    check(told_by(run(tmp_path)))
+def test_notebook_runs(tmp_path: Path) -> None:
+    assert_expected_outputs(read_outputs(run(tmp_path)))
     assert (tmp_path / "my-model/config.json").is_file()
 
 
-def test_it_shows_what_a_run_gave() -> None:
+def test_stored_notebook_has_expected_outputs() -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    check(told_by(notebook))
+    assert_expected_outputs(read_outputs(notebook))
     assert "/tmp/" not in NOTEBOOK.read_text(encoding="utf-8")

@@ -14,14 +14,14 @@ import torch
 from ftlevel.cli.app import run
 from ftlevel.training.trainer import FtlevelTrainer
 
-FULL = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
-ROWS = ["train", "--quiet", "--max-samples", "24", "--max-length", "128", "--overlong", "drop",
+ALLOCATION_ERROR = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
+TRAIN = ["train", "--quiet", "--max-samples", "24", "--max-length", "128", "--overlong", "drop",
         "--max-steps", "3", "--logging-steps", "1", "--no-verify-fast",
         "--set", "data.max_eval_samples=8"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
@@ -31,136 +31,142 @@ def losses(name: str | Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Return a function that gives the directory of a run with enough memory, trained once."""
-    trained: dict[tuple[str, ...], Path] = {}
+def reference_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that trains a run with enough memory once and returns its directory."""
+    runs: dict[tuple[str, ...], Path] = {}
 
     def train(*arguments: str) -> Path:
-        if arguments not in trained:
+        if arguments not in runs:
             out = tmp_path_factory.mktemp("whole") / "run"
-            assert run([*ROWS, *arguments, "--output-dir", str(out)]) == 0
-            trained[arguments] = out
-        return trained[arguments]
+            assert run([*TRAIN, *arguments, "--output-dir", str(out)]) == 0
+            runs[arguments] = out
+        return runs[arguments]
 
     return train
 
 
 @pytest.fixture
-def small_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Return what makes a backward pass of more than so many places fail at its end."""
+def limit_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Return a function that makes steps of more than `max_tokens` tokens run out of memory."""
 
-    def limit(places: int) -> None:
-        compute = FtlevelTrainer.compute_loss
+    def limit(max_tokens: int) -> None:
+        original = FtlevelTrainer.compute_loss
 
-        def computed(self: Any, model: Any, inputs: Any, *args: Any, **settings: Any) -> Any:
-            loss = compute(self, model, inputs, *args, **settings)
-            if model.training and int(inputs["attention_mask"].sum()) > places:
-                for parameter in model.parameters():  # what a backward pass has left
+        def compute_or_fail(self: Any, model: Any, inputs: Any, *args: Any, **settings: Any) -> Any:
+            loss = original(self, model, inputs, *args, **settings)
+            if model.training and int(inputs["attention_mask"].sum()) > max_tokens:
+                for parameter in model.parameters():  # gradients of the failed backward pass
                     if parameter.requires_grad:
                         parameter.grad = torch.ones_like(parameter)
-                raise RuntimeError(FULL)
+                raise RuntimeError(ALLOCATION_ERROR)
             return loss
 
-        monkeypatch.setattr(FtlevelTrainer, "compute_loss", computed)
+        monkeypatch.setattr(FtlevelTrainer, "compute_loss", compute_or_fail)
 
     return limit
 
 
 @pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.sweep), "2"])
-def test_the_steps_are_the_same_in_smaller_parts(
-    whole: Callable[..., Path], small_memory: Callable[[int], None],
+def test_smaller_micro_batches_give_same_losses(
+    reference_run: Callable[..., Path], limit_memory: Callable[[int], None],
     capsys: pytest.CaptureFixture[str], workers: str,
 ) -> None:  # fmt: skip
-    more = ["--set", f"speed.parallel_workers={workers}", "--dtype", "float32"]
-    enough = whole(*more)
+    options = ["--set", f"speed.parallel_workers={workers}", "--dtype", "float32"]
+    reference = reference_run(*options)
     assert "out of memory" not in capsys.readouterr().err
-    small_memory(300)
-    assert run([*ROWS, *more, "--output-dir", "parts"]) == 0
+    limit_memory(300)
+    assert run([*TRAIN, *options, "--output-dir", "parts"]) == 0
     assert "out of memory before the first step: micro-batches have" in capsys.readouterr().err
-    assert losses("parts") == pytest.approx(losses(enough), rel=1e-4)
-    summaries = [json.loads(Path(n, "summary.json").read_text()) for n in (enough, "parts")]
+    assert losses("parts") == pytest.approx(losses(reference), rel=1e-4)
+    summaries = [json.loads(Path(n, "summary.json").read_text()) for n in (reference, "parts")]
     assert summaries[0]["speed"]["made_smaller_for_memory"] == []
-    halved = summaries[1]["speed"]["made_smaller_for_memory"]
-    assert {entry["step"] for entry in halved} == {0}, "the longest rows are tried first"
-    assert halved[-1]["tokens_per_micro_batch"] == summaries[1]["speed"]["tokens_per_micro_batch"]
+    reductions = summaries[1]["speed"]["made_smaller_for_memory"]
+    assert {entry["step"] for entry in reductions} == {0}, "the longest rows are tried first"
+    assert (
+        reductions[-1]["tokens_per_micro_batch"] == summaries[1]["speed"]["tokens_per_micro_batch"]
+    )
     assert summaries[0]["timings"].keys() == summaries[1]["timings"].keys()
     tokens = [summary["speed"]["tokens_in_rows"] for summary in summaries]
     assert tokens[0] == tokens[1], "a row is counted once"
 
 
-def test_what_was_made_smaller_stays_so_when_the_run_goes_on(
-    small_memory: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+def test_resumed_run_keeps_smaller_micro_batches(
+    limit_memory: Callable[[int], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small_memory(300)
-    saving = [*ROWS, "--save-steps", "1"]
-    assert run([*saving, "--output-dir", "whole"]) == 0
+    limit_memory(300)
+    command = [*TRAIN, "--save-steps", "1"]
+    assert run([*command, "--output-dir", "whole"]) == 0
     shutil.copytree("whole", "broken")
     for name in ("adapter", "checkpoints/checkpoint-3"):
         shutil.rmtree(Path("broken", name))
     Path("broken/summary.json").unlink()
     capsys.readouterr()
-    assert run([*saving, "--output-dir", "broken", "--resume"]) == 0
+    assert run([*command, "--output-dir", "broken", "--resume"]) == 0
     assert "out of memory" not in capsys.readouterr().err, "it does not fail again"
-    whole, broken = (Path(n, "adapter/adapter_model.safetensors") for n in ("whole", "broken"))
-    assert whole.read_bytes() == broken.read_bytes()
+    expected, actual = (Path(n, "adapter/adapter_model.safetensors") for n in ("whole", "broken"))
+    assert expected.read_bytes() == actual.read_bytes()
     summaries = [json.loads(Path(n, "summary.json").read_text()) for n in ("whole", "broken")]
-    done = [summary["speed"]["made_smaller_for_memory"] for summary in summaries]
-    assert done[0] == done[1] != []
+    reductions = [summary["speed"]["made_smaller_for_memory"] for summary in summaries]
+    assert reductions[0] == reductions[1] != []
 
 
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.sweep)])
-def test_a_row_alone_is_tried_with_checkpointing(
-    whole: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
+def test_single_row_falls_back_to_gradient_checkpointing(
+    reference_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str], workers: str,
 ) -> None:  # fmt: skip
-    more = ["--set", f"speed.parallel_workers={workers}", "--dtype", "float32"]
-    enough = whole(*more)
-    compute = FtlevelTrainer.compute_loss
+    options = ["--set", f"speed.parallel_workers={workers}", "--dtype", "float32"]
+    reference = reference_run(*options)
+    original = FtlevelTrainer.compute_loss
 
-    def computed(self: Any, model: Any, inputs: Any, *args: Any, **settings: Any) -> Any:
+    def compute_or_fail(self: Any, model: Any, inputs: Any, *args: Any, **settings: Any) -> Any:
         if model.training and not model.get_base_model().is_activation_checkpointing:
-            raise RuntimeError(FULL)
-        return compute(self, model, inputs, *args, **settings)
+            raise RuntimeError(ALLOCATION_ERROR)
+        return original(self, model, inputs, *args, **settings)
 
-    monkeypatch.setattr(FtlevelTrainer, "compute_loss", computed)
+    monkeypatch.setattr(FtlevelTrainer, "compute_loss", compute_or_fail)
     capsys.readouterr()
-    assert run([*ROWS, *more, "--output-dir", "parts"]) == 0
+    assert run([*TRAIN, *options, "--output-dir", "parts"]) == 0
     assert "with a single row: activations are recomputed from now on" in capsys.readouterr().err
-    assert losses("parts") == pytest.approx(losses(enough), rel=1e-4)
+    assert losses("parts") == pytest.approx(losses(reference), rel=1e-4)
     summary = json.loads(Path("parts/summary.json").read_text())
-    done = summary["speed"]["made_smaller_for_memory"]
-    assert done[-1] == {"step": 0, "gradient_checkpointing": True}
+    reductions = summary["speed"]["made_smaller_for_memory"]
+    assert reductions[-1] == {"step": 0, "gradient_checkpointing": True}
 
 
-@pytest.mark.parametrize("where", [1, pytest.param(2, marks=pytest.mark.sweep)])
-def test_memory_that_fails_later_is_met_in_that_step(
-    whole: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str], where: int,
+@pytest.mark.parametrize("failing_step", [1, pytest.param(2, marks=pytest.mark.sweep)])
+def test_out_of_memory_in_later_step_is_retried(
+    reference_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], failing_step: int,
 ) -> None:  # fmt: skip
-    more = ["--dtype", "float32", "--gradient-checkpointing"]
-    enough = whole(*more)
-    compute, failed = FtlevelTrainer.compute_loss, []
+    options = ["--dtype", "float32", "--gradient-checkpointing"]
+    reference = reference_run(*options)
+    original, failed = FtlevelTrainer.compute_loss, []
 
-    def computed(self: Any, model: Any, *args: Any, **settings: Any) -> Any:
-        if model.training and self.state.global_step == where and not failed:
-            failed.append(where)
-            raise RuntimeError(FULL)
-        return compute(self, model, *args, **settings)
+    def compute_or_fail(self: Any, model: Any, *args: Any, **settings: Any) -> Any:
+        if model.training and self.state.global_step == failing_step and not failed:
+            failed.append(failing_step)
+            raise RuntimeError(ALLOCATION_ERROR)
+        return original(self, model, *args, **settings)
 
-    monkeypatch.setattr(FtlevelTrainer, "compute_loss", computed)
-    assert run([*ROWS, *more, "--output-dir", "parts"]) == 0
-    assert f"out of memory at step {where + 1}: micro-batches have" in capsys.readouterr().err
-    assert losses("parts") == pytest.approx(losses(enough), rel=1e-4)
+    monkeypatch.setattr(FtlevelTrainer, "compute_loss", compute_or_fail)
+    assert run([*TRAIN, *options, "--output-dir", "parts"]) == 0
+    assert (
+        f"out of memory at step {failing_step + 1}: micro-batches have" in capsys.readouterr().err
+    )
+    assert losses("parts") == pytest.approx(losses(reference), rel=1e-4)
 
 
 @pytest.mark.parametrize("fast", ["--fast", "--no-fast"])
-def test_a_row_that_does_not_fit_ends_the_run_in_a_line(
-    small_memory: Callable[[int], None], capsys: pytest.CaptureFixture[str], fast: str
+def test_row_that_does_not_fit_is_reported(
+    limit_memory: Callable[[int], None], capsys: pytest.CaptureFixture[str], fast: str
 ) -> None:
-    small_memory(10)
-    assert run([*ROWS, fast, "--output-dir", "run"]) == 1
+    limit_memory(10)
+    assert run([*TRAIN, fast, "--output-dir", "run"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"ftlevel: out of memory: {FULL}. What takes less: --per-device-train")
+    assert error.startswith(
+        f"ftlevel: out of memory: {ALLOCATION_ERROR}. What takes less: --per-device-train"
+    )
     assert "--gradient-checkpointing; --quant 4bit; a --max-length below 128" in error
     assert not Path("run/adapter").exists()
 
@@ -169,13 +175,13 @@ def test_a_row_that_does_not_fit_ends_the_run_in_a_line(
     "error", [MemoryError(), RuntimeError("could not create a primitive"),
               torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")],
 )  # fmt: skip
-def test_any_command_that_runs_out_of_memory_says_so(
+def test_out_of_memory_in_other_commands_is_reported(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(*_: Any, **__: Any) -> None:
+    def raise_error(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("ftlevel.trained.model_ref.ModelRef.load", full)
+    monkeypatch.setattr("ftlevel.trained.model_ref.ModelRef.load", raise_error)
     assert run(["evaluate", "builtin:tiny-llama", "--task", "text-generation", "--quiet",
                 "--dataset", "builtin:docstrings"]) == 1  # fmt: skip
     assert capsys.readouterr().err.startswith("ftlevel: out of memory: ")

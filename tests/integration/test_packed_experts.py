@@ -1,4 +1,4 @@
-"""Mixture-of-experts models with packed experts: training, resume, merge and refusals."""
+"""Mixture-of-experts models with packed experts: training, resume, merge and errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHORT = ["--max-samples", "12", "--set", "data.max_eval_samples=4", "--batch-siz
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
@@ -35,38 +35,38 @@ def weights(out: str) -> bytes:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [pytest.param("mixtral", marks=pytest.mark.sweep), "qwen3_moe"])
-def test_trained_resumed_merged_and_evaluated(
+def test_packed_experts_train_resume_evaluate_and_merge(
     family: str, tiny_model_dir: ModelDir, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    own = ["--model", str(tiny_model_dir(family, chat=True)), *SHORT, "--method", "qlora",
-           "--double-quant", "--rslora"]  # fmt: skip
-    whole = train(*own, "--epochs", "2", "--verify-fast", out="whole")
-    shown = capfd.readouterr()
-    assert "experts: 4 bits, as the linears" in shown.out + shown.err
-    assert "verify-fast" in shown.out + shown.err
+    options = ["--model", str(tiny_model_dir(family, chat=True)), *SHORT, "--method", "qlora",
+               "--double-quant", "--rslora"]  # fmt: skip
+    uninterrupted = train(*options, "--epochs", "2", "--verify-fast", out="whole")
+    captured = capfd.readouterr()
+    assert "experts: 4 bits, as the linears" in captured.out + captured.err
+    assert "verify-fast" in captured.out + captured.err
     card = json.loads(Path("whole/adapter/ftlevel.json").read_text())
     assert card["quantization"]["experts"] is True
-    train(*own, "--epochs", "1")
+    train(*options, "--epochs", "1")
     train("--resume", "--num-train-epochs", "2")
     capfd.readouterr()
     assert weights("run") == weights("whole")
     assert run(["evaluate", "whole", "--json"]) == 0
     metrics = json.loads(capfd.readouterr().out)["metrics"]
-    assert metrics["loss"] == pytest.approx(whole["metrics"]["loss"], rel=1e-5)
+    assert metrics["loss"] == pytest.approx(uninterrupted["metrics"]["loss"], rel=1e-5)
     assert run(["merge", "whole", "--out", "merged", "--onto", "dequantized", "--json"]) == 0
     merged = json.loads(capfd.readouterr().out)
     assert merged["candidates"]["dequantized"]["kl"] < 1e-6
     assert run(["merge", "whole", "--out", "served", "--quant", "4bit", "--json"]) == 0
-    served = json.loads(capfd.readouterr().out)
-    assert served["served"]["kl"] < 0.1 * served["effect"]["kl"]
-    # transformers reads it without ftlevel: no checkpoint holds packed experts.
+    quantized = json.loads(capfd.readouterr().out)
+    assert quantized["served"]["kl"] < 0.1 * quantized["effect"]["kl"]
+    # transformers loads it without ftlevel: checkpoints do not have packed experts.
     stored = json.loads(Path("served/config.json").read_text())["quantization_config"]
     assert stored["quant_method"] == "bitsandbytes"
     AutoModelForCausalLM.from_pretrained("served")
 
 
 @pytest.mark.parametrize(
-    ("more", "text"),
+    ("flags", "text"),
     [
         (["--quant", "8bit"], "experts: in floating point (bitsandbytes supports 8 bits for "
                               "linear"),
@@ -76,19 +76,22 @@ def test_trained_resumed_merged_and_evaluated(
          "experts: in floating point (--set quant.experts=false)"),
     ],
 )  # fmt: skip
-def test_why_they_are_not_packed(
-    more: list[str], text: str, tiny_model_dir: ModelDir, capfd: pytest.CaptureFixture[str]
+def test_reason_for_unpacked_experts_is_reported(
+    flags: list[str], text: str, tiny_model_dir: ModelDir, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    own = ["--model", str(tiny_model_dir("mixtral", chat=True)), *SHORT]
-    assert run(["train", "--output-dir", "run", *own, *more, "--max-steps", "1", "--dry-run"]) == 0
-    shown = capfd.readouterr()
-    assert text in " ".join((shown.out + shown.err).split())
+    options = ["--model", str(tiny_model_dir("mixtral", chat=True)), *SHORT]
+    assert (
+        run(["train", "--output-dir", "run", *options, *flags, "--max-steps", "1", "--dry-run"])
+        == 0
+    )
+    captured = capfd.readouterr()
+    assert text in " ".join((captured.out + captured.err).split())
 
 
-def test_it_is_refused_where_it_cannot_be(
+def test_packed_experts_on_dense_model_are_rejected(
     tiny_model_dir: ModelDir, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    wish = ["--quant", "4bit", "--set", "quant.experts=true", "--max-steps", "1", "--dry-run"]
+    flags = ["--quant", "4bit", "--set", "quant.experts=true", "--max-steps", "1", "--dry-run"]
     llama = str(tiny_model_dir("llama", chat=True))
-    assert run(["train", "--output-dir", "run", "--model", llama, *SHORT, *wish]) == 2
+    assert run(["train", "--output-dir", "run", "--model", llama, *SHORT, *flags]) == 2
     assert "the model has no experts in one tensor" in " ".join(capfd.readouterr().err.split())

@@ -33,7 +33,7 @@ PAIR = {"columns": {"source": "en", "target": "de"}}
 ROWS = 21
 
 
-def fit(model: Path, data: Path, out: Path, task: str, **options: Any) -> Path:
+def train_run(model: Path, data: Path, out: Path, task: str, **options: Any) -> Path:
     train(
         TrainConfig.model_validate(
             {
@@ -49,57 +49,62 @@ def fit(model: Path, data: Path, out: Path, task: str, **options: Any) -> Path:
     return out
 
 
-def plain(run: Path, auto_class: str) -> tuple[Any, Any, dict[str, Any]]:
-    """Return model, tokenizer and card of a run, loaded by transformers and PEFT alone."""
+def load_with_peft(run: Path, auto_class: str) -> tuple[Any, Any, dict[str, Any]]:
+    """Return model, tokenizer and card of a run, loaded with transformers and PEFT."""
     adapter = run / "adapter"
     card = json.loads((adapter / "ftlevel.json").read_text(encoding="utf-8"))
-    more = {"num_labels": len(card["labels"])} if card["labels"] else {}
+    overrides = {"num_labels": len(card["labels"])} if card["labels"] else {}
     if card["options"].get("problem_type") == "regression":
-        more["num_labels"] = 1
-    base = getattr(transformers, auto_class).from_pretrained(card["base"]["name"], **more)
+        overrides["num_labels"] = 1
+    base = getattr(transformers, auto_class).from_pretrained(card["base"]["name"], **overrides)
     tokenizer = transformers.AutoTokenizer.from_pretrained(adapter)
     base.config.pad_token_id = tokenizer.pad_token_id
     return PeftModel.from_pretrained(base, adapter).eval(), tokenizer, card
 
 
-def expect_classes(run: Path, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    model, tokenizer, card = plain(run, "AutoModelForSequenceClassification")
+def reference_classes(run: Path, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    model, tokenizer, card = load_with_peft(run, "AutoModelForSequenceClassification")
     problem = card["options"]["problem_type"]
     for row in rows:
         logits = model(**tokenizer(row["text"], return_tensors="pt")).logits[0]
         if problem == "regression":
             yield {"prediction": float(logits[0])}
             continue
-        several = problem == "multi_label_classification"
-        shares = (logits.sigmoid() if several else logits.softmax(-1)).tolist()
-        by_label = dict(zip(card["labels"], shares, strict=True))
+        is_multi_label = problem == "multi_label_classification"
+        probabilities = (logits.sigmoid() if is_multi_label else logits.softmax(-1)).tolist()
+        by_label = dict(zip(card["labels"], probabilities, strict=True))
         best = sorted(by_label, key=lambda label: -by_label[label])
         yield {
-            "prediction": [k for k, v in by_label.items() if v > 0.5] if several else best[0],
-            **{f"prediction_probability_{label}": share for label, share in by_label.items()},
+            "prediction": [k for k, v in by_label.items() if v > 0.5]
+            if is_multi_label
+            else best[0],
+            **{
+                f"prediction_probability_{label}": probability
+                for label, probability in by_label.items()
+            },
             "prediction_top": [{"answer": k, "probability": by_label[k]} for k in best[:2]],
         }
 
 
-def expect_tags(run: Path, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    model, tokenizer, card = plain(run, "AutoModelForTokenClassification")
+def reference_tags(run: Path, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    model, tokenizer, card = load_with_peft(run, "AutoModelForTokenClassification")
     for row in rows:
         text = " ".join(row["tokens"])
         encoding = tokenizer(text, return_tensors="pt", return_offsets_mapping=True)
         offsets = encoding.pop("offset_mapping")[0].tolist()
-        shares = model(**encoding).logits[0].softmax(-1)
-        tags, sure, begin = [], [], 0
+        probabilities = model(**encoding).logits[0].softmax(-1)
+        tags, confidences, begin = [], [], 0
         for word in row["tokens"]:
             end = begin + len(word)
             first = next(i for i, (a, b) in enumerate(offsets) if begin < b <= end and a < b)
-            tags.append(card["labels"][int(shares[first].argmax())])
-            sure.append(float(shares[first].max()))
+            tags.append(card["labels"][int(probabilities[first].argmax())])
+            confidences.append(float(probabilities[first].max()))
             begin = end + 1
-        yield {"prediction": tags, "prediction_probability": sure}
+        yield {"prediction": tags, "prediction_probability": confidences}
 
 
-def expect_spans(run: Path, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    model, tokenizer, _ = plain(run, "AutoModelForQuestionAnswering")
+def reference_spans(run: Path, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    model, tokenizer, _ = load_with_peft(run, "AutoModelForQuestionAnswering")
     for row in rows:
         encoding = tokenizer(
             row["question"], row["context"], return_tensors="pt", return_offsets_mapping=True
@@ -121,17 +126,17 @@ def expect_spans(run: Path, rows: list[dict[str, Any]]) -> Iterator[dict[str, An
                "prediction_score": spans[first, last]}  # fmt: skip
 
 
-def expect_masks(run: Path, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    model, tokenizer, _ = plain(run, "AutoModelForMaskedLM")
+def reference_masks(run: Path, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    model, tokenizer, _ = load_with_peft(run, "AutoModelForMaskedLM")
     for row in rows:
         encoding = tokenizer(row["text"], return_tensors="pt")
-        at = (encoding["input_ids"][0] == tokenizer.mask_token_id).nonzero()[:, 0]
-        shares = model(**encoding).logits[0, at, : len(tokenizer)].softmax(-1)
-        words = [tokenizer.decode([i]).strip() for i in shares.argmax(-1).tolist()]
+        positions = (encoding["input_ids"][0] == tokenizer.mask_token_id).nonzero()[:, 0]
+        probabilities = model(**encoding).logits[0, positions, : len(tokenizer)].softmax(-1)
+        words = [tokenizer.decode([i]).strip() for i in probabilities.argmax(-1).tolist()]
         text = row["text"]
         for word in words:
             text = text.replace("[MASK]", word, 1)
-        tops = [share.topk(2) for share in shares]
+        tops = [probability.topk(2) for probability in probabilities]
         yield {
             "prediction": text,
             "prediction_words": words,
@@ -143,102 +148,102 @@ def expect_masks(run: Path, rows: list[dict[str, Any]]) -> Iterator[dict[str, An
         }  # fmt: skip
 
 
-def expect_texts(run: Path, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    model, tokenizer, card = plain(run, "AutoModelForSeq2SeqLM")
+def reference_texts(run: Path, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    model, tokenizer, card = load_with_peft(run, "AutoModelForSeq2SeqLM")
     prefix = card["prompt"]["instruction"]
     for row in rows:
         encoding = tokenizer(f"{prefix}\n\n{row['en']}", return_tensors="pt")
-        written = model.generate(**encoding, max_new_tokens=6, do_sample=False)
-        yield {"prediction": tokenizer.decode(written[0], skip_special_tokens=True).strip()}
+        generated = model.generate(**encoding, max_new_tokens=6, do_sample=False)
+        yield {"prediction": tokenizer.decode(generated[0], skip_special_tokens=True).strip()}
 
 
-def masked(i: int) -> dict[str, Any]:
+def masked_row(i: int) -> dict[str, Any]:
     words = str(task_data.ROWS["mask"](i)["text"]).split()
     words[i % 3] = words[-1] = "[MASK]"
     return {"text": " ".join(words)}
 
 
-Expect = Callable[[Path, list[dict[str, Any]]], Iterator[dict[str, Any]]]
-CELLS: dict[str, tuple[str, str, str, str | None, dict[str, Any], Expect, dict[str, Any]]] = {
-    "class": ("class", "text-classification", "bert", "mlm", {}, expect_classes,
+Reference = Callable[[Path, list[dict[str, Any]]], Iterator[dict[str, Any]]]
+CELLS: dict[str, tuple[str, str, str, str | None, dict[str, Any], Reference, dict[str, Any]]] = {
+    "class": ("class", "text-classification", "bert", "mlm", {}, reference_classes,
               {"probabilities": True, "top_k": 2}),
-    "class of a decoder": ("class", "text-classification", "llama", None, {}, expect_classes,
+    "class of a decoder": ("class", "text-classification", "llama", None, {}, reference_classes,
                            {"probabilities": True, "top_k": 2}),
-    "several": ("multi", "text-classification", "bert", "mlm", {}, expect_classes,
+    "several": ("multi", "text-classification", "bert", "mlm", {}, reference_classes,
                 {"probabilities": True, "top_k": 2}),
-    "number": ("regression", "text-classification", "bert", "mlm", {}, expect_classes, {}),
-    "tags": ("tags", "token-classification", "bert", "mlm", {}, expect_tags,
+    "number": ("regression", "text-classification", "bert", "mlm", {}, reference_classes, {}),
+    "tags": ("tags", "token-classification", "bert", "mlm", {}, reference_tags,
              {"probabilities": True}),
-    "span": ("span", "question-answering", "bert", "mlm", SPAN, expect_spans, {}),
-    "mask": ("mask", "masked-lm", "bert", "mlm", {}, expect_masks, {"top_k": 2}),
-    "text": ("pair", "translation", "t5", None, PAIR, expect_texts, {}),
+    "span": ("span", "question-answering", "bert", "mlm", SPAN, reference_spans, {}),
+    "mask": ("mask", "masked-lm", "bert", "mlm", {}, reference_masks, {"top_k": 2}),
+    "text": ("pair", "translation", "t5", None, PAIR, reference_texts, {}),
 }  # fmt: skip
 TARGETS = ("label", "tags", "answers", "de")
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_each_answer_is_that_of_a_plain_loop(
+def test_predictions_match_reference(
     cell: str, tiny_model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name, task, family, head, options, expect, wishes = CELLS[cell]
+    name, task, family, head, options, reference, outputs = CELLS[cell]
     data = task_data.write(tmp_path / "data", name)
-    trained = fit(tiny_model_dir(family, head), data, tmp_path / "run", task, **options)
-    make = masked if name == "mask" else task_data.ROWS[name]
-    rows = [{"id": i, **{k: v for k, v in make(i).items() if k not in TARGETS}, "more": [None, 0.5]}
-            for i in range(30, 30 + ROWS)]  # fmt: skip
+    run_dir = train_run(tiny_model_dir(family, head), data, tmp_path / "run", task, **options)
+    make_row = masked_row if name == "mask" else task_data.ROWS[name]
+    rows = [{"id": i, **{k: v for k, v in make_row(i).items() if k not in TARGETS},
+             "more": [None, 0.5]} for i in range(30, 30 + ROWS)]  # fmt: skip
     (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(row_scores, "MIN_FAST_ROWS", 2)  # packed, as a large file is
+    monkeypatch.setattr(row_scores, "MIN_FAST_ROWS", 2)  # packs rows as for a large file
     monkeypatch.setattr(row_scores, "CPU_TOKENS", 96)
     monkeypatch.setattr(command, "WINDOW", 8)
     packed: list[bool] = []
     forward = row_scores.RowScorer._forward
 
-    def look(self: Any, some: Any) -> Any:
+    def record_packing(self: Any, batch: Any) -> Any:
         packed.append(self._is_packed)
-        return forward(self, some)
+        return forward(self, batch)
 
-    monkeypatch.setattr(row_scores.RowScorer, "_forward", look)
-    config = PredictConfig(name=str(trained), dataset=str(tmp_path / "new.jsonl"), device="cpu",
-                           output=tmp_path / "told.jsonl", **wishes)  # fmt: skip
+    monkeypatch.setattr(row_scores.RowScorer, "_forward", record_packing)
+    config = PredictConfig(name=str(run_dir), dataset=str(tmp_path / "new.jsonl"), device="cpu",
+                           output=tmp_path / "told.jsonl", **outputs)  # fmt: skip
     summary = predict(config).summary
-    found = [json.loads(line) for line in (tmp_path / "told.jsonl").read_text().splitlines()]
+    predictions = [json.loads(line) for line in (tmp_path / "told.jsonl").read_text().splitlines()]
     with torch.no_grad():
-        expected = list(expect(trained, rows))
-    assert [{k: row[k] for k in rows[0]} for row in found] == rows
-    assert summary["columns"] == [k for k in found[0] if k not in rows[0]]
-    answers = [{k: row[k] for k in summary["columns"]} for row in found]
-    for answer, wanted in zip(answers, expected, strict=True):
-        check(answer, wanted)
+        expected = list(reference(run_dir, rows))
+    assert [{k: row[k] for k in rows[0]} for row in predictions] == rows
+    assert summary["columns"] == [k for k in predictions[0] if k not in rows[0]]
+    answers = [{k: row[k] for k in summary["columns"]} for row in predictions]
+    for original, reference_answer in zip(answers, expected, strict=True):
+        assert_equal(original, reference_answer)
     assert all(packed)
     assert (task == "translation") is not bool(packed)
-    assert len({json.dumps(answer) for answer in answers}) > 1
+    assert len({json.dumps(original) for original in answers}) > 1
 
 
-def check(found: Any, wanted: Any) -> None:
-    """Everything is equal; probabilities and other numbers to 1e-5."""
-    if isinstance(wanted, float):
-        assert found == pytest.approx(wanted, abs=1e-5)
-    elif isinstance(wanted, dict):
-        assert found.keys() == wanted.keys()
-        for key, value in wanted.items():
-            check(found[key], value)
-    elif isinstance(wanted, list):
-        assert len(found) == len(wanted)
-        for one, other in zip(found, wanted, strict=True):
-            check(one, other)
+def assert_equal(actual: Any, expected: Any) -> None:
+    """Assert equality, of floats to 1e-5."""
+    if isinstance(expected, float):
+        assert actual == pytest.approx(expected, abs=1e-5)
+    elif isinstance(expected, dict):
+        assert actual.keys() == expected.keys()
+        for key, value in expected.items():
+            assert_equal(actual[key], value)
+    elif isinstance(expected, list):
+        assert len(actual) == len(expected)
+        for actual_item, expected_item in zip(actual, expected, strict=True):
+            assert_equal(actual_item, expected_item)
     else:
-        assert found == wanted
+        assert actual == expected
 
 
 @pytest.fixture(scope="module")
 def classifier(tiny_model_dir: ModelDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("classifier")
     data = task_data.write(folder / "data", "class")
-    return fit(tiny_model_dir("bert", "mlm"), data, folder / "run", "text-classification")
+    return train_run(tiny_model_dir("bert", "mlm"), data, folder / "run", "text-classification")
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def work_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     with Path("rows.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -249,100 +254,102 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def read(name: str) -> list[dict[str, str]]:
+def read_csv(name: str) -> list[dict[str, str]]:
     with Path(name).open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
-def ask(classifier: Path, *arguments: str, dataset: str = "rows.csv") -> int:
+def run_predict(classifier: Path, *arguments: str, dataset: str = "rows.csv") -> int:
     return run(["predict", str(classifier), "--dataset", dataset, "--device", "cpu", *arguments])
 
 
-def test_a_table_keeps_its_cells_and_stdout_is_json_lines(
-    classifier: Path, here: Path, capsys: pytest.CaptureFixture[str],
+def test_csv_columns_are_kept_and_stdout_is_json_lines(
+    classifier: Path, work_dir: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    assert ask(classifier, "--output", "told.csv", "--column", "kind") == 0
+    assert run_predict(classifier, "--output", "told.csv", "--column", "kind") == 0
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "columns: text: 'text'; not used: 'id', 'note'" in captured.err
-    found = read("told.csv")
-    assert list(found[0]) == ["id", "text", "note", "kind"]
-    assert [{k: row[k] for k in ("id", "text", "note")} for row in found] == read("rows.csv")
-    assert {row["kind"] for row in found} <= {"a", "b"}
+    predictions = read_csv("told.csv")
+    assert list(predictions[0]) == ["id", "text", "note", "kind"]
+    assert [{k: row[k] for k in ("id", "text", "note")} for row in predictions] == read_csv(
+        "rows.csv"
+    )
+    assert {row["kind"] for row in predictions} <= {"a", "b"}
     content = Path("rows.csv").read_bytes()
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(content)))
-    assert ask(classifier, "--limit", "3", "--quiet", "--column", "kind", dataset="-") == 0
+    assert run_predict(classifier, "--limit", "3", "--quiet", "--column", "kind", dataset="-") == 0
     captured = capsys.readouterr()
-    assert [json.loads(line) for line in captured.out.splitlines()] == found[:3]
+    assert [json.loads(line) for line in captured.out.splitlines()] == predictions[:3]
     assert captured.err == ""
-    assert ask(classifier, "--output", "told.csv") == 2
+    assert run_predict(classifier, "--output", "told.csv") == 2
     assert "told.csv exists" in capsys.readouterr().err
-    assert ask(classifier, "--column", "note", "--output", "new.csv") == 2
+    assert run_predict(classifier, "--column", "note", "--output", "new.csv") == 2
     assert "rows.csv has 'note' already" in capsys.readouterr().err
-    assert ask(classifier, "--json") == 2
+    assert run_predict(classifier, "--json") == 2
     assert "Pass --output FILE, or drop --json." in capsys.readouterr().err
 
 
-def test_it_goes_on_after_the_last_whole_row(
-    classifier: Path, here: Path, capsys: pytest.CaptureFixture[str],
+def test_resume_continues_after_last_complete_row(
+    classifier: Path, work_dir: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     flags = ("--probabilities", "--output")
-    assert ask(classifier, *flags, "whole.csv") == 0
-    whole = Path("whole.csv").read_bytes()
-    cut = whole.index(b"\n", len(whole) // 2) + 9  # in the middle of a row
-    Path("told.csv.partial").write_bytes(whole[:cut])
-    assert ask(classifier, *flags, "told.csv") == 2
+    assert run_predict(classifier, *flags, "whole.csv") == 0
+    complete = Path("whole.csv").read_bytes()
+    cut = complete.index(b"\n", len(complete) // 2) + 9  # in the middle of a row
+    Path("told.csv.partial").write_bytes(complete[:cut])
+    assert run_predict(classifier, *flags, "told.csv") == 2
     assert "Resume it with --resume" in capsys.readouterr().err
-    assert ask(classifier, *flags, "told.csv", "--resume", "--json") == 0
+    assert run_predict(classifier, *flags, "told.csv", "--resume", "--json") == 0
     summary = json.loads(capsys.readouterr().out)
     assert 0 < summary["kept"] < summary["rows"] == ROWS
-    told = read("told.csv")
-    for one, other in zip(told, read("whole.csv"), strict=True):
-        assert {k: v for k, v in one.items() if "prob" not in k} == {
-            k: v for k, v in other.items() if "prob" not in k
+    resumed = read_csv("told.csv")
+    for resumed_row, complete_row in zip(resumed, read_csv("whole.csv"), strict=True):
+        assert {k: v for k, v in resumed_row.items() if "prob" not in k} == {
+            k: v for k, v in complete_row.items() if "prob" not in k
         }
-    monkeypatch.setattr(ModelRef, "load", None)  # no weight is read where nothing is left
-    assert ask(classifier, *flags, "whole.csv", "--resume") == 0
-    assert Path("whole.csv").read_bytes() == whole
-    assert ask(classifier, "--output", "whole.csv", "--resume") == 2
+    monkeypatch.setattr(ModelRef, "load", None)  # weights are not loaded without remaining rows
+    assert run_predict(classifier, *flags, "whole.csv", "--resume") == 0
+    assert Path("whole.csv").read_bytes() == complete
+    assert run_predict(classifier, "--output", "whole.csv", "--resume") == 2
     assert (
         "Use the flags of the interrupted command, or choose another --output."
         in capsys.readouterr().err
     )
     Path("rows.csv").write_bytes(Path("rows.csv").read_bytes().replace(b"03,", b"3,"))
-    assert ask(classifier, *flags, "whole.csv", "--resume") == 2
+    assert run_predict(classifier, *flags, "whole.csv", "--resume") == 2
     assert "row 4 of whole.csv is not rows.csv:" in capsys.readouterr().err
-    assert Path("whole.csv").read_bytes() == whole
+    assert Path("whole.csv").read_bytes() == complete
 
 
-def test_bad_rows_stop_it_or_have_no_answer(
-    classifier: Path, here: Path, capsys: pytest.CaptureFixture[str],
+def test_invalid_rows_raise_or_have_no_prediction(
+    classifier: Path, work_dir: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(command, "WINDOW", 2)
     lines = ['{"text": "a", "n": 1}', '{"text": "b"}', '{"text": ""}', "no json", '{"n": 2}',
              json.dumps({"text": "word " * 600}), '{"text": "c", "more": [1]}']  # fmt: skip
     Path("bad.jsonl").write_text("\n".join(lines) + "\n")
-    assert ask(classifier, "--output", "p.jsonl", dataset="bad.jsonl") == 2
+    assert run_predict(classifier, "--output", "p.jsonl", dataset="bad.jsonl") == 2
     error = capsys.readouterr().err
     assert "bad.jsonl:3: 'text' is empty." in error
     assert "2 rows are in p.jsonl.partial: --resume continues with them" in error
-    assert ask(classifier, "--output", "p.jsonl", "--resume", "--on-bad-row", "skip",
-               dataset="bad.jsonl") == 0  # fmt: skip
+    assert run_predict(classifier, "--output", "p.jsonl", "--resume", "--on-bad-row", "skip",
+                       dataset="bad.jsonl") == 0  # fmt: skip
     error = capsys.readouterr().err
-    for place in ("3: 'text' is empty", "4: not valid JSON", "5: has no 'text'", "6: has "):
-        assert f"bad.jsonl:{place}" in error
+    for message in ("3: 'text' is empty", "4: not valid JSON", "5: has no 'text'", "6: has "):
+        assert f"bad.jsonl:{message}" in error
     assert "and the model takes 512" in error
     rows = [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()]
     assert [row["prediction"] is None for row in rows] == [0, 0, 1, 1, 1, 1, 0]
     assert [row.get("text") for row in rows][:4] == ["a", "b", "", None]
     assert rows[6]["more"] == [1]
-    assert ask(classifier, "--output", "p.csv", "--on-bad-row", "skip", "--overlong",
-               "truncate-prompt", dataset="bad.jsonl") == 0  # fmt: skip
+    assert run_predict(classifier, "--output", "p.csv", "--on-bad-row", "skip", "--overlong",
+                       "truncate-prompt", dataset="bad.jsonl") == 0  # fmt: skip
     assert "1 rows were shortened" in capsys.readouterr().err
-    assert [bool(row["prediction"]) for row in read("p.csv")] == [1, 1, 0, 0, 0, 1, 1]
+    assert [bool(row["prediction"]) for row in read_csv("p.csv")] == [1, 1, 0, 0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -355,61 +362,61 @@ def test_bad_rows_stop_it_or_have_no_answer(
         (["--task", "summarization"], "was trained for text-classification"),
     ],
 )
-def test_mistakes_are_said_before_weights_load(
-    arguments: list[str], message: str, classifier: Path, here: Path,
+def test_invalid_options_are_rejected_before_loading(
+    arguments: list[str], message: str, classifier: Path, work_dir: Path,
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(ModelRef, "load", None)
-    assert ask(classifier, *arguments) == 2
+    assert run_predict(classifier, *arguments) == 2
     assert message in capsys.readouterr().err
-    assert [path.name for path in here.iterdir()] == ["rows.csv"]
+    assert [path.name for path in work_dir.iterdir()] == ["rows.csv"]
 
 
-def test_from_python(classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predict_from_python(classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = PredictConfig(name=str(classifier), device="cpu", batch_size=3)
-    given = [{"text": f"the file {i}", "i": i} for i in range(inference.CHUNK_ROWS + 3)]
-    found = predict(config, iter(given)).rows
-    assert found is not None
-    assert [{k: row[k] for k in ("text", "i")} for row in found] == given
-    assert {row["prediction"] for row in found} <= {"a", "b"}
+    rows = [{"text": f"the file {i}", "i": i} for i in range(inference.CHUNK_ROWS + 3)]
+    predictions = predict(config, iter(rows)).rows
+    assert predictions is not None
+    assert [{k: row[k] for k in ("text", "i")} for row in predictions] == rows
+    assert {row["prediction"] for row in predictions} <= {"a", "b"}
     with pytest.raises(ConfigError, match="no rows to predict"):
         predict(config)
     with pytest.raises(InputError, match="0 rows"):
         predict(config, [])
 
 
-def test_ctrl_c_keeps_what_is_written(
-    classifier: Path, here: Path, capsys: pytest.CaptureFixture[str],
+def test_interrupt_keeps_written_predictions(
+    classifier: Path, work_dir: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(command, "WINDOW", 8)
     calls = []
 
-    def press(*arguments: Any) -> Any:
+    def interrupt_second_call(*arguments: Any) -> Any:
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return answer(*arguments)
+        return original(*arguments)
 
-    answer = command.predict_rows
-    monkeypatch.setattr(command, "predict_rows", press)
-    assert ask(classifier, "--output", "p.tsv") == 130
+    original = command.predict_rows
+    monkeypatch.setattr(command, "predict_rows", interrupt_second_call)
+    assert run_predict(classifier, "--output", "p.tsv") == 130
     assert "8 rows are in p.tsv.partial: --resume continues" in capsys.readouterr().err
     assert not Path("p.tsv").exists()
-    assert ask(classifier, "--output", "p.tsv", "--resume") == 0
+    assert run_predict(classifier, "--output", "p.tsv", "--resume") == 0
     assert len(Path("p.tsv").read_text(encoding="utf-8").split("\tprediction\n")) == 2
 
 
 @pytest.mark.slow
-def test_a_real_classifier_on_a_table(minilm: Path, here: Path) -> None:
-    data = task_data.write(here / "data", "class", 32)
-    trained = fit(minilm, data, here / "run", "text-classification")
-    assert ask(trained, "--output", "told.csv", "--probabilities") == 0
-    found, rows = read("told.csv"), read("rows.csv")
-    assert [{k: row[k] for k in rows[0]} for row in found] == rows
+def test_real_classifier_predictions_match_reference(minilm: Path, work_dir: Path) -> None:
+    data = task_data.write(work_dir / "data", "class", 32)
+    run_dir = train_run(minilm, data, work_dir / "run", "text-classification")
+    assert run_predict(run_dir, "--output", "told.csv", "--probabilities") == 0
+    predictions, rows = read_csv("told.csv"), read_csv("rows.csv")
+    assert [{k: row[k] for k in rows[0]} for row in predictions] == rows
     with torch.no_grad():
-        expected = list(expect_classes(trained, rows))
-    for answer, wanted in zip(found, expected, strict=True):
-        assert answer["prediction"] == wanted["prediction"]
-        share = float(answer["prediction_probability_a"])
-        assert share == pytest.approx(wanted["prediction_probability_a"], abs=1e-5)
+        expected = list(reference_classes(run_dir, rows))
+    for original, reference_answer in zip(predictions, expected, strict=True):
+        assert original["prediction"] == reference_answer["prediction"]
+        probability = float(original["prediction_probability_a"])
+        assert probability == pytest.approx(reference_answer["prediction_probability_a"], abs=1e-5)

@@ -1,4 +1,4 @@
-"""Preference training: whole runs on tiny models of every kind."""
+"""Preference training: complete runs on tiny models of every architecture."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ ModelDir = Callable[..., Path]
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Let no test read what another one kept."""
+def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Use an empty cache in each test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "ftlevel" / "rows"
 
@@ -43,23 +43,28 @@ CELLS = [
 ]
 
 
-@pytest.mark.parametrize(("family", "head", "loss", "more"), CELLS)
-def test_trains_evaluates_and_says_the_same_afterwards(
-    family: str, head: str | None, loss: str, more: Any, tiny_model_dir: ModelDir, tmp_path: Path
+@pytest.mark.parametrize(("family", "head", "loss", "overrides"), CELLS)
+def test_evaluation_matches_metrics_of_training(
+    family: str,
+    head: str | None,
+    loss: str,
+    overrides: Any,
+    tiny_model_dir: ModelDir,
+    tmp_path: Path,
 ) -> None:
     data = write(tmp_path / "data")
-    result = run(tiny_model_dir(family, head, **more), data, tmp_path / "run", loss)
+    result = run(tiny_model_dir(family, head, **overrides), data, tmp_path / "run", loss)
     summary = result.summary
     assert summary["task"] == ("reward" if loss == "reward" else "preference")
     assert summary["headline"] in summary["metrics"]
     assert summary["proof"]["reload_difference"] <= 1e-4
     assert all(map(math.isfinite, summary["metrics"].values()))
-    again = evaluate(EvaluateConfig(name=str(tmp_path / "run"), resamples=20, device="cpu"))
-    assert again.metrics == pytest.approx(summary["metrics"], abs=2e-5)
-    assert set(again.summary["intervals"]) >= {"loss", summary["headline"]}
+    evaluation = evaluate(EvaluateConfig(name=str(tmp_path / "run"), resamples=20, device="cpu"))
+    assert evaluation.metrics == pytest.approx(summary["metrics"], abs=2e-5)
+    assert set(evaluation.summary["intervals"]) >= {"loss", summary["headline"]}
     if loss == "dpo" and family == "llama":
-        assert again.base["loss"] == pytest.approx(math.log(2), abs=1e-7)
-        assert again.base["reward_margin"] == 0
+        assert evaluation.base["loss"] == pytest.approx(math.log(2), abs=1e-7)
+        assert evaluation.base["reward_margin"] == 0
 
 
 METHODS = {
@@ -74,7 +79,7 @@ METHODS = {
 @pytest.mark.parametrize(
     "name", ["pissa", pytest.param("adapter", marks=pytest.mark.sweep), "prefix", "full"]
 )
-def test_the_first_loss_is_ln_2_with_every_method(
+def test_first_dpo_loss_is_ln_2_for_every_method(
     name: str, tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
     data = write(tmp_path / "data")
@@ -83,12 +88,12 @@ def test_the_first_loss_is_ln_2_with_every_method(
     summary = run(tiny_model_dir("llama"), data, out, method=method).summary
     assert losses(out)[0][0] == pytest.approx(math.log(2), abs=1e-6)
     assert summary["reference"]["first_loss_expected"] == math.log(2)
-    again = evaluate(EvaluateConfig(name=str(out), resamples=0, device="cpu"))
-    assert again.metrics == pytest.approx(summary["metrics"], abs=1e-4)
+    evaluation = evaluate(EvaluateConfig(name=str(out), resamples=0, device="cpu"))
+    assert evaluation.metrics == pytest.approx(summary["metrics"], abs=1e-4)
 
 
-def test_the_reference_is_what_plain_transformers_says(
-    tiny_model_dir: ModelDir, tmp_path: Path, own_cache: Path
+def test_reference_log_probabilities_match_transformers(
+    tiny_model_dir: ModelDir, tmp_path: Path, cache_dir: Path
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -102,36 +107,38 @@ def test_the_reference_is_what_plain_transformers_says(
         turns = [{"role": "user", "content": row["prompt"]}]
         start = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         for answer in (row["chosen"], row["rejected"]):
-            whole = tokenizer.apply_chat_template(
+            text = tokenizer.apply_chat_template(
                 [*turns, {"role": "assistant", "content": answer}], tokenize=False
             ).rstrip()
-            assert whole.startswith(start)
-            ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+            assert text.startswith(start)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             prompt = len(tokenizer(start, add_special_tokens=False)["input_ids"])
             with torch.no_grad():
-                each = log_softmax(model(torch.tensor([ids])).logits[0, :-1], -1)
-            own = each.gather(-1, torch.tensor(ids[1:])[:, None])[prompt - 1 :]
-            expected.append(float(own.sum()))
-    kept = [np.load(file) for file in own_cache.glob("reference-*.npy")]
-    [train_rows] = [rows for rows in kept if len(rows) == 8]
+                log_probabilities = log_softmax(model(torch.tensor([ids])).logits[0, :-1], -1)
+            answer_log_probabilities = log_probabilities.gather(-1, torch.tensor(ids[1:])[:, None])[
+                prompt - 1 :
+            ]
+            expected.append(float(answer_log_probabilities.sum()))
+    cached = [np.load(file) for file in cache_dir.glob("reference-*.npy")]
+    [train_rows] = [rows for rows in cached if len(rows) == 8]
     assert train_rows.flatten() == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("loss", "ways"),
+    ("loss", "variants"),
     [
         ("kto", ("2x4", "tokens", "plain")),
         ("rpo", ("2x4",)),
         pytest.param("rpo", ("2x4", "tokens", "plain"), marks=pytest.mark.sweep),
     ],
 )
-def test_a_step_is_the_same_in_any_number_of_micro_batches_and_processes(
-    loss: str, ways: tuple[str, ...], tiny_model_dir: ModelDir, tmp_path: Path
+def test_losses_do_not_depend_on_micro_batches(
+    loss: str, variants: tuple[str, ...], tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
     data, model = write(tmp_path / "data"), tiny_model_dir("llama")
-    more: dict[str, Any] = {"preference": {"nll_mean": "token"}} if loss == "rpo" else {}
-    curves = []
+    overrides: dict[str, Any] = {"preference": {"nll_mean": "token"}} if loss == "rpo" else {}
+    loss_curves = []
     for name, train_, speed in (
         ("8", {"per_device_train_batch_size": 8}, {}),
         ("2x4", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, {}),
@@ -139,16 +146,16 @@ def test_a_step_is_the_same_in_any_number_of_micro_batches_and_processes(
         ("plain", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
          {"fast": False}),
     ):  # fmt: skip
-        if name in ("8", *ways):
-            run(model, data, tmp_path / name, loss, train=train_, speed=speed, **more)
-            curves.append(losses(tmp_path / name))
-    assert curves[1] == curves[0]
-    for curve in curves[2:]:
-        assert np.array(curve) == pytest.approx(np.array(curves[0]), rel=2e-4)
+        if name in ("8", *variants):
+            run(model, data, tmp_path / name, loss, train=train_, speed=speed, **overrides)
+            loss_curves.append(losses(tmp_path / name))
+    assert loss_curves[1] == loss_curves[0]
+    for curve in loss_curves[2:]:
+        assert np.array(curve) == pytest.approx(np.array(loss_curves[0]), rel=2e-4)
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_curve_of_one(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+def test_two_processes_match_losses_of_one(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     data, model = write(tmp_path / "data"), tiny_model_dir("llama")
     command = ["train", "--task", "preference", "--loss", "kto",
                "--model", str(model), "--dataset", str(data), "--max-steps", "3", "--dtype",
@@ -162,129 +169,143 @@ def test_two_processes_give_the_curve_of_one(tiny_model_dir: ModelDir, tmp_path:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_where_it_was_with_the_reference_that_it_had(
-    tiny_model_dir: ModelDir, tmp_path: Path
-) -> None:
+def test_resumed_run_matches_uninterrupted_run(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     data, model = write(tmp_path / "data"), tiny_model_dir("llama")
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    uninterrupted, interrupted = tmp_path / "whole", tmp_path / "broken"
     steps = {"max_steps": 4, "save_steps": 2, "lr_scheduler_type": "constant"}
-    run(model, data, whole, train=steps)
-    run(model, data, broken, train={**steps, "max_steps": 2})
-    run(model, data, broken, train=steps, output={"dir": str(broken), "resume": True,
-                                                  "allow_change": ["train.max_steps"]})  # fmt: skip
-    assert losses(broken)[2:] == losses(whole)[2:]
+    run(model, data, uninterrupted, train=steps)
+    run(model, data, interrupted, train={**steps, "max_steps": 2})
+    run(
+        model,
+        data,
+        interrupted,
+        train=steps,
+        output={"dir": str(interrupted), "resume": True, "allow_change": ["train.max_steps"]},
+    )
+    assert losses(interrupted)[2:] == losses(uninterrupted)[2:]
 
 
 @pytest.mark.slow
-def test_the_reference_is_kept_and_read_and_filled_where_it_is_not_whole(
-    tiny_model_dir: ModelDir, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+def test_reference_is_cached_and_completed(
+    tiny_model_dir: ModelDir, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, model = write(tmp_path / "data"), tiny_model_dir("llama")
-    first = run(model, data, tmp_path / "1").summary
-    assert not first["reference"]["cached"]
+    first_summary = run(model, data, tmp_path / "1").summary
+    assert not first_summary["reference"]["cached"]
     monkeypatch.setattr(reference, "_fill", lambda *_: pytest.fail("computed again"))
-    second = run(model, data, tmp_path / "2", method={"kind": "lora", "r": 8}).summary
-    assert second["reference"]["cached"]
+    second_summary = run(model, data, tmp_path / "2", method={"kind": "lora", "r": 8}).summary
+    assert second_summary["reference"]["cached"]
     assert losses(tmp_path / "2") == losses(tmp_path / "1")
     monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(own_cache.parents[1]))
-    for file in own_cache.glob("reference-*.npy"):
-        known = np.lib.format.open_memmap(file, mode="r+")
-        known[3] = np.nan  # as of a run that was killed
-        known.flush()
-    third = run(model, data, tmp_path / "3").summary
-    assert not third["reference"]["cached"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_dir.parents[1]))
+    for file in cache_dir.glob("reference-*.npy"):
+        cached_values = np.lib.format.open_memmap(file, mode="r+")
+        cached_values[3] = np.nan  # as left by a killed run
+        cached_values.flush()
+    third_summary = run(model, data, tmp_path / "3").summary
+    assert not third_summary["reference"]["cached"]
     assert losses(tmp_path / "3") == losses(tmp_path / "1")
 
 
 @pytest.mark.slow
-def test_sft_then_dpo_then_merge_with_one_adapter(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+def test_sft_dpo_and_merge_with_one_adapter(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     data, model = write(tmp_path / "data"), tiny_model_dir("llama")
     columns = {"prompt": "prompt", "completion": "chosen"}
     run(model, data, tmp_path / "sft", task="text-generation", preference={"loss": None},
         data={"columns": columns})  # fmt: skip
     result = run(model, data, tmp_path / "dpo", model={"adapter": str(tmp_path / "sft")})
     assert losses(tmp_path / "dpo")[0][0] == pytest.approx(math.log(2), abs=1e-6)
-    again = evaluate(EvaluateConfig(name=str(tmp_path / "dpo"), resamples=0, device="cpu"))
-    assert again.metrics == pytest.approx(result.summary["metrics"], abs=1e-4)
-    assert again.base["ref_logp_chosen"] == again.metrics["ref_logp_chosen"]
-    assert again.base["logp_chosen"] != pytest.approx(again.base["ref_logp_chosen"], abs=1e-2)
+    evaluation = evaluate(EvaluateConfig(name=str(tmp_path / "dpo"), resamples=0, device="cpu"))
+    assert evaluation.metrics == pytest.approx(result.summary["metrics"], abs=1e-4)
+    assert evaluation.base["ref_logp_chosen"] == evaluation.metrics["ref_logp_chosen"]
+    assert evaluation.base["logp_chosen"] != pytest.approx(
+        evaluation.base["ref_logp_chosen"], abs=1e-2
+    )
     merged = tmp_path / "merged"
-    told = merge(MergeConfig(adapters=[str(tmp_path / "dpo")], output_dir=merged)).summary
-    assert told["agreement"]["loss"] < math.log(1000)  # a token's, of some 700
-    alone = evaluate(EvaluateConfig(name=str(merged), dataset=str(data / "validation.jsonl"),
-                                    resamples=0, device="cpu"))  # fmt: skip
-    assert alone.metrics["logp_chosen"] == pytest.approx(again.metrics["logp_chosen"], abs=1e-3)
-    assert "reward_accuracy" not in alone.metrics
-    assert math.isfinite(alone.metrics["loss"])
+    merge_summary = merge(MergeConfig(adapters=[str(tmp_path / "dpo")], output_dir=merged)).summary
+    assert merge_summary["agreement"]["loss"] < math.log(1000)  # a token's, of some 700
+    merged_evaluation = evaluate(
+        EvaluateConfig(
+            name=str(merged), dataset=str(data / "validation.jsonl"), resamples=0, device="cpu"
+        )
+    )
+    assert merged_evaluation.metrics["logp_chosen"] == pytest.approx(
+        evaluation.metrics["logp_chosen"], abs=1e-3
+    )
+    assert "reward_accuracy" not in merged_evaluation.metrics
+    assert math.isfinite(merged_evaluation.metrics["loss"])
 
 
 @pytest.mark.slow
-def test_dropout_is_on_in_the_policy_and_off_in_the_reference(
-    tiny_model_dir: ModelDir, tmp_path: Path, own_cache: Path
+def test_dropout_affects_policy_but_not_reference(
+    tiny_model_dir: ModelDir, tmp_path: Path, cache_dir: Path
 ) -> None:
     data, model = write(tmp_path / "data"), tiny_model_dir("llama")
     columns = {"prompt": "prompt", "completion": "chosen"}
     run(model, data, tmp_path / "sft", task="text-generation", preference={"loss": None},
         data={"columns": columns})  # fmt: skip
-    plain = run(model, data, tmp_path / "plain", model={"adapter": str(tmp_path / "sft")})
-    dropped = run(model, data, tmp_path / "dropped", model={"adapter": str(tmp_path / "sft")},
-                  method={"kind": "lora", "lora_dropout": 0.5})  # fmt: skip
-    references = [result.summary["metrics"]["ref_logp_chosen"] for result in (plain, dropped)]
+    without_dropout = run(model, data, tmp_path / "plain", model={"adapter": str(tmp_path / "sft")})
+    with_dropout = run(model, data, tmp_path / "dropped", model={"adapter": str(tmp_path / "sft")},
+                       method={"kind": "lora", "lora_dropout": 0.5})  # fmt: skip
+    references = [
+        result.summary["metrics"]["ref_logp_chosen"] for result in (without_dropout, with_dropout)
+    ]
     assert references[0] == references[1]
-    kept = [np.load(file) for file in own_cache.glob("reference-*.npy")]
-    one, other = (rows for rows in kept if len(rows) == 16)
-    assert one == pytest.approx(other, abs=1e-3)  # packed otherwise
-    first = dropped.summary["reference"]
-    assert abs(first["first_loss"] - first["first_loss_expected"]) > 1e-4
+    cached = [np.load(file) for file in cache_dir.glob("reference-*.npy")]
+    first_cache, second_cache = (rows for rows in cached if len(rows) == 16)
+    assert first_cache == pytest.approx(second_cache, abs=1e-3)  # packed differently
+    reference = with_dropout.summary["reference"]
+    assert abs(reference["first_loss"] - reference["first_loss_expected"]) > 1e-4
 
 
-def test_a_reward_model_scores_answers(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+def test_reward_model_predictions_match_evaluation(
+    tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
     data = write(tmp_path / "data", lambda i: {**pair(i), "margin": i % 3})
     run(tiny_model_dir("llama"), data, tmp_path / "run", "reward", preference={"center": 0.01})
     rows = [{"prompt": pair(i)["prompt"], "completion": pair(i)["chosen"]} for i in range(16, 22)]
-    told = predict(PredictConfig(name=str(tmp_path / "run"), device="cpu"), rows).rows or []
-    found = evaluate(EvaluateConfig(name=str(tmp_path / "run"), resamples=0, device="cpu"))
-    scores = [row["prediction"] for row in told]
-    assert np.mean(scores) == pytest.approx(found.metrics["score_chosen"], abs=1e-5)
+    predictions = predict(PredictConfig(name=str(tmp_path / "run"), device="cpu"), rows).rows or []
+    evaluation = evaluate(EvaluateConfig(name=str(tmp_path / "run"), resamples=0, device="cpu"))
+    scores = [row["prediction"] for row in predictions]
+    assert np.mean(scores) == pytest.approx(evaluation.metrics["score_chosen"], abs=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pad", ["eos", "another"])
-def test_a_reward_model_reads_the_end_of_the_answer_whatever_its_padding_is(
+def test_reward_model_score_depends_on_eos_for_any_padding(
     pad: str, tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
     from transformers import AutoTokenizer
 
     path = tiny_model_dir("llama", chat=False)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    own = tmp_path / "model"
-    own.mkdir()
+    model_dir = tmp_path / "model"
+    model_dir.mkdir()
     for file in path.iterdir():
-        (own / file.name).write_bytes(file.read_bytes())
+        (model_dir / file.name).write_bytes(file.read_bytes())
     tokenizer.pad_token = tokenizer.eos_token if pad == "eos" else tokenizer.unk_token
-    tokenizer.save_pretrained(own)
-    settings = json.loads((own / "config.json").read_text())
+    tokenizer.save_pretrained(model_dir)
+    settings = json.loads((model_dir / "config.json").read_text())
     settings["pad_token_id"] = tokenizer.pad_token_id
-    (own / "config.json").write_text(json.dumps(settings))
-    result = run(own, write(tmp_path / "data"), tmp_path / "run", "reward")
+    (model_dir / "config.json").write_text(json.dumps(settings))
+    result = run(model_dir, write(tmp_path / "data"), tmp_path / "run", "reward")
     model = result.model.eval()
     texts = [f"{pair(0)['prompt']}\n{pair(0)['chosen']}", pair(1)["prompt"]]
     ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
     with torch.no_grad():
-        alone = [model(torch.tensor([row])).logits.item() for row in ids]
-        without = [model(torch.tensor([row[:-1]])).logits.item() for row in ids]
-    assert all(abs(a - b) > 1e-6 for a, b in zip(alone, without, strict=True))
+        with_eos = [model(torch.tensor([row])).logits.item() for row in ids]
+        without_eos = [model(torch.tensor([row[:-1]])).logits.item() for row in ids]
+    assert all(abs(a - b) > 1e-6 for a, b in zip(with_eos, without_eos, strict=True))
 
 
 @pytest.mark.slow
-def test_four_bit_bases_are_their_own_reference(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+def test_quantized_base_is_its_own_reference(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     data = write(tmp_path / "data")
     run(tiny_model_dir("llama"), data, tmp_path / "run", method={"kind": "qlora"})
     assert losses(tmp_path / "run")[0][0] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def testjudged_answers_need_no_pairs(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+def test_kto_trains_on_labeled_answers(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     data = write(tmp_path / "data", judged)
     summary = run(tiny_model_dir("llama"), data, tmp_path / "run", "kto").summary
     assert {"kl", "reward_margin", "logp_desirable"} <= set(summary["metrics"])
