@@ -30,7 +30,7 @@ TEXT = ["a", "dog", "sees", "the", "old", "house", "and", "the", "cat", "sits", 
 
 
 @pytest.fixture
-def rows(tmp_path: Path) -> Path:
+def dataset(tmp_path: Path) -> Path:
     path = tmp_path / "rows.jsonl"
     lines = [
         {"prompt": " ".join(TEXT[: 2 + n % 5]), "completion": " ".join(TEXT[n % 6 : 8])}
@@ -40,22 +40,22 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
-def command(model: Path, rows: Path, out: Path, *more: str) -> list[str]:
+def train_command(model: Path, dataset: Path, out: Path, *options: str) -> list[str]:
     return [
         "train", "--method", "lora", "--model", str(model),
-        "--dataset", str(rows), "--dtype", "float32", "--per-device-train-batch-size", "4",
-        "--output-dir", str(out), *more,
+        "--dataset", str(dataset), "--dtype", "float32", "--per-device-train-batch-size", "4",
+        "--output-dir", str(out), *options,
     ]  # fmt: skip
 
 
-def train_alone(
-    model: Path, rows: Path, out: Path, steps: int, *, fast: bool, **settings: Any
+def train_in_one_process(
+    model: Path, dataset: Path, out: Path, steps: int, *, fast: bool, **settings: Any
 ) -> None:
-    """Train in this process what two would, with twice the accumulation."""
+    """Train in this process like two processes, with doubled accumulation."""
     values = TrainConfig().model_dump()
     values["method"] = {"kind": "lora"}
     values["model"] |= {"name_or_path": str(model), "dtype": "float32"}
-    values["data"] |= {"dataset": str(rows)}
+    values["data"] |= {"dataset": str(dataset)}
     values["speed"] |= {"fast": fast}
     values["train"] |= {
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": steps,
@@ -70,51 +70,53 @@ def losses(out: Path) -> list[float]:
     return [record["loss"] for record in records if "loss" in record]
 
 
-def test_two_processes_are_one_with_twice_the_accumulation(
-    tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path
+def test_two_processes_match_doubled_accumulation(
+    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
 ) -> None:
     model = tiny_model_dir("llama")
-    done = subprocess.run(
-        [*PROGRAM, *command(model, rows, tmp_path / "two", "--max-steps", "6", "--no-fast",
-                            "--num-processes", "2", "--json")],
+    process = subprocess.run(
+        [*PROGRAM, *train_command(model, dataset, tmp_path / "two", "--max-steps", "6",
+                                  "--no-fast", "--num-processes", "2", "--json")],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    summary = json.loads(done.stdout)  # one object, of the first process
+    assert process.returncode == 0, process.stderr
+    summary = json.loads(process.stdout)  # one object, from rank 0
     assert summary["steps"] == 6
-    train_alone(model, rows, tmp_path / "one", 6, fast=False)
-    one, two = (
+    train_in_one_process(model, dataset, tmp_path / "one", 6, fast=False)
+    one_process, two_processes = (
         load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("one", "two")
     )
-    assert one.keys() == two.keys()
-    assert all(one[name].equal(two[name]) for name in one)
+    assert one_process.keys() == two_processes.keys()
+    assert all(one_process[name].equal(two_processes[name]) for name in one_process)
 
 
-def test_a_sharded_run_evaluates_saves_and_ends(
-    tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path
+def test_sharded_run_evaluates_and_saves(
+    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
 ) -> None:
-    """The exit code is of all processes, each of which proves its part of the base."""
-    done = forked.run(
-        *command(tiny_model_dir("llama"), rows, tmp_path / "run", "--max-steps", "4", "--shard",
-                 "full", "--validation-split", "0.3", "--eval-steps", "2", "--save-steps", "2",
-                 "--num-processes", "2", "--json"),
+    """The exit code is that of all processes; each verifies its shard of the base."""
+    process = forked.run(
+        *train_command(tiny_model_dir("llama"), dataset, tmp_path / "run", "--max-steps", "4",
+                       "--shard", "full", "--validation-split", "0.3", "--eval-steps", "2",
+                       "--save-steps", "2", "--num-processes", "2", "--json"),
     )  # fmt: skip
-    summary = json.loads(done.stdout)
+    summary = json.loads(process.stdout)
     assert summary["steps"] == 4
     assert summary["best"]["evaluations"] == 2
     assert summary["metrics"]["loss"] > 0
 
 
-def test_ctrl_c_keeps_a_checkpoint_of_all_processes(
-    tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path
+def test_interrupt_saves_checkpoint_of_all_processes(
+    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     model = tiny_model_dir("llama")
-    rate = {"learning_rate": 1e-3, "lr_scheduler_type": "constant"}
-    more = ("--max-steps", "100000", "--num-processes", "2", "--logging-steps", "1",
-            "--learning-rate", "1e-3", "--lr-scheduler-type", "constant")  # fmt: skip
-    running = Forked(
-        command(model, rows, out, *more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    schedule = {"learning_rate": 1e-3, "lr_scheduler_type": "constant"}
+    options = ("--max-steps", "100000", "--num-processes", "2", "--logging-steps", "1",
+               "--learning-rate", "1e-3", "--lr-scheduler-type", "constant")  # fmt: skip
+    launcher = Forked(
+        train_command(model, dataset, out, *options),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     deadline = time.monotonic() + 300
     metrics = out / "metrics.jsonl"
@@ -122,24 +124,24 @@ def test_ctrl_c_keeps_a_checkpoint_of_all_processes(
         if metrics.exists() and len(metrics.read_text().splitlines()) > 1:
             break
         time.sleep(0.2)
-    running.send_signal(signal.SIGINT)
-    said = running.communicate(timeout=120)[0]
-    assert running.returncode == 130, said
-    assert said.count("interrupted after step") == 1
-    (kept,) = (out / "checkpoints").glob("checkpoint-*")
-    held = {path.name for path in kept.iterdir()}
-    assert {"manifest.json", "rng_state_0.pth", "rng_state_1.pth"} <= held
-    # On the fast step one process packs other micro-batches than two do, and so adds in another
-    # order. The second loss is that after an update.
-    train_alone(model, rows, tmp_path / "one", 2, fast=True, **rate)
+    launcher.send_signal(signal.SIGINT)
+    message = launcher.communicate(timeout=120)[0]
+    assert launcher.returncode == 130, message
+    assert message.count("interrupted after step") == 1
+    (checkpoint,) = (out / "checkpoints").glob("checkpoint-*")
+    files = {path.name for path in checkpoint.iterdir()}
+    assert {"manifest.json", "rng_state_0.pth", "rng_state_1.pth"} <= files
+    # The fast step packs other micro-batches in one process than in two, so rounding differs.
+    # The second loss is computed after one update.
+    train_in_one_process(model, dataset, tmp_path / "one", 2, fast=True, **schedule)
     assert losses(tmp_path / "one") == pytest.approx(losses(out)[:2], rel=1e-6)
 
 
-def test_a_resumed_run_is_the_unbroken_one(
-    tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path
+def test_resumed_run_matches_uninterrupted_run(
+    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    more = (
+    options = (
         "--max-steps",
         "8",
         "--save-steps",
@@ -148,156 +150,168 @@ def test_a_resumed_run_is_the_unbroken_one(
         "2",
         "--lora-dropout",
         "0.1",
-        "--streaming",  # of which each process encodes its part
+        "--streaming",  # each process encodes its part
         "--set",
         "data.shuffle_buffer=5",
     )
-    start = command(tiny_model_dir("llama"), rows, out, *more)
-    forked.run(*start)
+    arguments = train_command(tiny_model_dir("llama"), dataset, out, *options)
+    forked.run(*arguments)
     weights = out / "adapter/adapter_model.safetensors"
-    whole = weights.read_bytes()
+    expected = weights.read_bytes()
     shutil.rmtree(out / "adapter")
     shutil.rmtree(out / "checkpoints/checkpoint-8")  # 5 is in the middle of the second epoch
     forked.run("train", "--output-dir", str(out), "--resume")
-    assert weights.read_bytes() == whole
+    assert weights.read_bytes() == expected
 
 
-def test_processes_that_nobody_started_are_refused() -> None:
+def test_num_processes_without_launcher_raises() -> None:
     with pytest.raises(ConfigError, match="1 process was started"):
         train(TrainConfig.model_validate({"train": {"num_processes": 2}}))
 
 
-def test_two_processes_keep_the_best_and_stop_together(
-    tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path
+def test_two_processes_keep_best_model_and_stop_early(
+    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
 ) -> None:
-    held = tmp_path / "held.jsonl"
-    held.write_text("".join(rows.read_text().splitlines(keepends=True)[:4]))
-    more = ("--validation-file", str(held), "--set", "data.gate.leaked=ignore", "--eval-steps", "2",
-            "--metric-for-best-model", "loss", "--greater-is-better", "--lr-scheduler", "constant",
-            "--max-steps", "40", "--num-processes", "2", "--save-strategy", "best",
-            "--save-minutes", "0.000001")  # fmt: skip
+    eval_file = tmp_path / "held.jsonl"
+    eval_file.write_text("".join(dataset.read_text().splitlines(keepends=True)[:4]))
+    options = ("--validation-file", str(eval_file), "--set", "data.gate.leaked=ignore",
+               "--eval-steps", "2", "--metric-for-best-model", "loss", "--greater-is-better",
+               "--lr-scheduler", "constant", "--max-steps", "40", "--num-processes", "2",
+               "--save-strategy", "best",
+               "--save-minutes", "0.000001")  # fmt: skip
     out, model = tmp_path / "run", tiny_model_dir("llama")
-    patient = command(model, rows, out, *more, "--early-stopping-patience", "2", "--json")
-    done = forked.run(*patient)
-    summary = json.loads(done.stdout)
+    arguments = train_command(
+        model, dataset, out, *options, "--early-stopping-patience", "2", "--json"
+    )
+    process = forked.run(*arguments)
+    summary = json.loads(process.stdout)
     assert summary["steps"] == 6
     assert summary["best"]["kept_step"] == 2
     assert summary["best"]["stopped_early"]
-    kept = (out / "adapter/adapter_model.safetensors").read_bytes()
-    whole = {path.name for path in (out / "checkpoints").iterdir() if path.is_dir()}
-    assert whole == {"checkpoint-5", "checkpoint-6", "best-2"}, "the clock has struck at each step"
+    best_weights = (out / "adapter/adapter_model.safetensors").read_bytes()
+    checkpoints = {path.name for path in (out / "checkpoints").iterdir() if path.is_dir()}
+    assert checkpoints == {"checkpoint-5", "checkpoint-6", "best-2"}, (
+        "the clock has struck at each step"
+    )
     shutil.rmtree(out / "adapter")
     shutil.rmtree(out / "checkpoints/checkpoint-6")
     forked.run("train", "--output-dir", str(out), "--resume")
-    assert (out / "adapter/adapter_model.safetensors").read_bytes() == kept
+    assert (out / "adapter/adapter_model.safetensors").read_bytes() == best_weights
 
 
-def started(launcher: Forked, log: Path) -> list[psutil.Process]:
-    """Returns the two processes of a run that has made some steps, in the order of their starts."""
+def wait_for_processes(launcher: Forked, log: Path) -> list[psutil.Process]:
+    """Returns the two processes of a run after its first steps, in order of their start times."""
     deadline = time.monotonic() + 120
     while not (log.exists() and len(log.read_text().splitlines()) >= 2):
         assert time.monotonic() < deadline
         assert launcher.poll() is None
         time.sleep(0.05)
-    found = psutil.Process(launcher.pid).children()
-    return sorted(found, key=lambda process: (process.create_time(), process.pid))
+    processes_of_run = psutil.Process(launcher.pid).children()
+    return sorted(processes_of_run, key=lambda process: (process.create_time(), process.pid))
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Whether it runs; one that has ended may still wait to be asked how."""
+    """Whether the process runs; a zombie does not."""
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_ends_the_run_in_a_line(
-    tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path, rank: int
+def test_killed_process_ends_run_with_message(
+    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path, rank: int
 ) -> None:
-    long = ("--max-steps", "4000", "--num-processes", "2", "--logging-steps", "1")
+    options = ("--max-steps", "4000", "--num-processes", "2", "--logging-steps", "1")
     launcher = Forked(
-        command(tiny_model_dir("llama"), rows, tmp_path / "run", *long),
+        train_command(tiny_model_dir("llama"), dataset, tmp_path / "run", *options),
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
     )  # fmt: skip
-    started(launcher, tmp_path / "run/metrics.jsonl")[rank].kill()
-    began = time.monotonic()
+    wait_for_processes(launcher, tmp_path / "run/metrics.jsonl")[rank].kill()
+    start = time.monotonic()
     _, error = launcher.communicate(timeout=60)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - start < 30
     assert launcher.returncode == 1
     assert f"the process of rank {rank} was killed" in error
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_stands_still_is_named_while_the_others_wait(
-    tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path, rank: int
+def test_suspended_process_is_reported(
+    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path, rank: int
 ) -> None:
-    """By the first process; where that is the one, by the second."""
-    long = ("--max-steps", "4000", "--num-processes", "2", "--logging-steps", "1")
-    says = tmp_path / "says"
-    with says.open("w") as file:
+    """Rank 0 reports it, or rank 1 if rank 0 is suspended."""
+    options = ("--max-steps", "4000", "--num-processes", "2", "--logging-steps", "1")
+    stderr_file = tmp_path / "says"
+    with stderr_file.open("w") as file:
         launcher = Forked(
-            command(tiny_model_dir("llama"), rows, tmp_path / "run", *long),
+            train_command(tiny_model_dir("llama"), dataset, tmp_path / "run", *options),
             stderr=file, stdout=subprocess.DEVNULL,
         )  # fmt: skip
-    one = started(launcher, tmp_path / "run/metrics.jsonl")[rank]
+    suspended = wait_for_processes(launcher, tmp_path / "run/metrics.jsonl")[rank]
     try:
-        time.sleep(4)  # two signs are given
-        one.suspend()
-        began = time.monotonic()
-        while f"rank {rank} (" not in says.read_text():
-            assert time.monotonic() - began < 30, says.read_text()
+        time.sleep(4)  # time for two heartbeats
+        suspended.suspend()
+        start = time.monotonic()
+        while f"rank {rank} (" not in stderr_file.read_text():
+            assert time.monotonic() - start < 30, stderr_file.read_text()
             time.sleep(0.1)
-        (line,) = [line for line in says.read_text().splitlines() if "has not responded" in line]
+        (line,) = [
+            line for line in stderr_file.read_text().splitlines() if "has not responded" in line
+        ]
         assert line.startswith(f"warning: rank {rank} ({socket.gethostname()}) has not responded")
-        one.resume()
+        suspended.resume()
         before = len(losses(tmp_path / "run"))
         while len(losses(tmp_path / "run")) < before + 3:
-            assert time.monotonic() - began < 60
+            assert time.monotonic() - start < 60
             time.sleep(0.1)
     finally:
-        one.resume()
+        suspended.resume()
         launcher.send_signal(signal.SIGINT)
         launcher.wait(60)
-    assert says.read_text().count("has not responded") == 1
+    assert stderr_file.read_text().count("has not responded") == 1
 
 
-@pytest.mark.parametrize(("what", "code", "said"), [
+@pytest.mark.parametrize(("event", "code", "message"), [
     pytest.param("SIGTERM", 143, "interrupted", marks=pytest.mark.sweep),
     ("SIGINT", 130, "interrupted"), ("a rank", 1, "the process of rank 1 was killed"),
 ])  # fmt: skip
-def test_what_ends_before_there_is_a_run_says_so(
-    tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path, what: str, code: int, said: str
+def test_signal_during_startup_ends_run_with_message(
+    tiny_model_dir: Callable[..., Path],
+    dataset: Path,
+    tmp_path: Path,
+    event: str,
+    code: int,
+    message: str,
 ) -> None:
-    """The processes import torch for seconds, and take signals from their first lines on."""
+    """Processes handle signals while they still import torch."""
     launcher = subprocess.Popen(
-        [*PROGRAM, *command(tiny_model_dir("llama"), rows, tmp_path / "run",
-                            "--num-processes", "2")],
+        [*PROGRAM, *train_command(tiny_model_dir("llama"), dataset, tmp_path / "run",
+                                  "--num-processes", "2")],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # though begun by `&`
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # `&` ignores SIGINT
     )  # fmt: skip
     deadline = time.monotonic() + 60
-    while len(found := psutil.Process(launcher.pid).children()) < 2 or any(
-        process.cpu_times().user < 0.5 for process in found
+    while len(processes_of_run := psutil.Process(launcher.pid).children()) < 2 or any(
+        process.cpu_times().user < 0.5 for process in processes_of_run
     ):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    if what == "a rank":
-        max(found, key=lambda process: int(process.environ()["RANK"])).kill()
+    if event == "a rank":
+        max(processes_of_run, key=lambda process: int(process.environ()["RANK"])).kill()
     else:
-        launcher.send_signal(getattr(signal, what))
+        launcher.send_signal(getattr(signal, event))
     _, error = launcher.communicate(timeout=60)
     assert (launcher.returncode, "Traceback" in error) == (code, False), error
-    assert said in error
-    assert not any(is_alive(process) for process in found)
+    assert message in error
+    assert not any(is_alive(process) for process in processes_of_run)
 
 
-def test_no_process_outlives_its_launcher(
-    tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path
+def test_processes_end_with_their_launcher(
+    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
 ) -> None:
-    long = ("--max-steps", "4000", "--num-processes", "2", "--logging-steps", "1")
+    options = ("--max-steps", "4000", "--num-processes", "2", "--logging-steps", "1")
     launcher = Forked(
-        command(tiny_model_dir("llama"), rows, tmp_path / "run", *long),
+        train_command(tiny_model_dir("llama"), dataset, tmp_path / "run", *options),
         stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
     )  # fmt: skip
-    ranks = started(launcher, tmp_path / "run/metrics.jsonl")
+    ranks = wait_for_processes(launcher, tmp_path / "run/metrics.jsonl")
     launcher.kill()
     launcher.wait()
     deadline = time.monotonic() + 30
@@ -308,59 +322,63 @@ def test_no_process_outlives_its_launcher(
 
 
 @pytest.mark.parametrize(
-    ("parts", "said"),
+    ("killed", "message"),
     [
         pytest.param("agent", "interrupted", marks=pytest.mark.sweep),
         ("node", "another process of the run has exited"),
     ],
 )
-def test_a_lost_node_ends_the_others_in_a_line(
-    tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path, parts: str, said: str
+def test_lost_node_ends_other_nodes_with_message(
+    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path, killed: str, message: str
 ) -> None:
-    """Where its agent alone is gone, its process goes with it, and all keep a checkpoint."""
+    """If only its agent is killed, the process ends too, and all save a checkpoint."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    long = ("--max-steps", "4000", "--save-steps", "20", "--logging-steps", "1")
-    run = ["-m", "ftlevel", *command(tiny_model_dir("llama"), rows, tmp_path / "run", *long)]
+    options = ("--max-steps", "4000", "--save-steps", "20", "--logging-steps", "1")
+    run = [
+        "-m",
+        "ftlevel",
+        *train_command(tiny_model_dir("llama"), dataset, tmp_path / "run", *options),
+    ]
     nodes = []
     for node in "01":
         agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank",
                  node, "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port",
                  port, *run]  # fmt: skip
-        with (tmp_path / node).open("w") as says:
-            nodes.append(subprocess.Popen(agent, stdout=says, stderr=says))
+        with (tmp_path / node).open("w") as stderr_file:
+            nodes.append(subprocess.Popen(agent, stdout=stderr_file, stderr=stderr_file))
     deadline = time.monotonic() + 120
     while not list((tmp_path / "run/checkpoints").glob("checkpoint-*/manifest.json")):
         assert all(node.poll() is None for node in nodes), (tmp_path / "0").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    found = psutil.Process(nodes[1].pid).children(recursive=True)
-    began = time.monotonic()
-    for process in (nodes[1], *(found if parts == "node" else ())):
+    processes_of_run = psutil.Process(nodes[1].pid).children(recursive=True)
+    start = time.monotonic()
+    for process in (nodes[1], *(processes_of_run if killed == "node" else ())):
         process.kill()
     assert nodes[0].wait(60) == 1
     assert nodes[1].wait(60) != 0
-    while any(is_alive(process) for process in found):
-        assert time.monotonic() - began < 30
+    while any(is_alive(process) for process in processes_of_run):
+        assert time.monotonic() - start < 30
         time.sleep(0.1)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - start < 30
     (line,) = [t for t in (tmp_path / "0").read_text().splitlines() if t.startswith("ftlevel: ")]
-    assert said in line
+    assert message in line
 
 
-def test_a_run_whose_process_was_killed_is_started_again(
-    tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path
+def test_run_is_restarted_after_killed_process(
+    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
 ) -> None:
-    more = ("--max-steps", "30", "--num-processes", "2", "--logging-steps", "1", "--save-steps",
-            "2", "--lora-dropout", "0.1")  # fmt: skip
+    options = ("--max-steps", "30", "--num-processes", "2", "--logging-steps", "1", "--save-steps",
+               "2", "--lora-dropout", "0.1")  # fmt: skip
     model, out = tiny_model_dir("llama"), tmp_path / "run"
-    forked.run(*command(model, rows, tmp_path / "whole", *more))
+    forked.run(*train_command(model, dataset, tmp_path / "whole", *options))
     launcher = Forked(
-        command(model, rows, out, *more, "--max-restarts", "1", "--overwrite"),
+        train_command(model, dataset, out, *options, "--max-restarts", "1", "--overwrite"),
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
     )  # fmt: skip
-    started(launcher, out / "metrics.jsonl")[1].kill()
+    wait_for_processes(launcher, out / "metrics.jsonl")[1].kill()
     _, error = launcher.communicate(timeout=240)
     assert launcher.returncode == 0, error
     assert "it is started again with --resume; 0 restarts are left" in error
@@ -369,35 +387,37 @@ def test_a_run_whose_process_was_killed_is_started_again(
 
 
 @pytest.mark.parametrize(
-    ("given", "code", "starts"),
+    ("exit_codes", "code", "launches"),
     [([1, 1, 0], 0, 3), ([1, 1, 1, 1], 1, 3), ([2], 2, 1), ([143], 143, 1), ([0], 0, 1)],
 )
-def test_only_a_run_that_failed_is_started_again(
-    monkeypatch: pytest.MonkeyPatch, given: list[int], code: int, starts: int
+def test_only_failed_run_is_restarted(
+    monkeypatch: pytest.MonkeyPatch, exit_codes: list[int], code: int, launches: int
 ) -> None:
     lines = []
 
-    def once(arguments: Sequence[str], count: int, told: list[int]) -> int:
+    def launch_once(arguments: Sequence[str], count: int, signals: list[int]) -> int:
         lines.append(list(arguments))
-        return given[len(lines) - 1]
+        return exit_codes[len(lines) - 1]
 
-    monkeypatch.setattr(processes, "_launch_once", once)
+    monkeypatch.setattr(processes, "_launch_once", launch_once)
     assert processes.launch(["train", "--output-dir", "x", "--overwrite"], 2, restarts=2) == code
-    assert len(lines) == starts
+    assert len(lines) == launches
     assert all(line == ["train", "--output-dir", "x", "--resume"] for line in lines[1:])
 
 
-@pytest.mark.parametrize(("number", "starts"), [("SIGUSR1", 2), ("SIGTERM", 1), ("SIGINT", 1)])
-def test_a_run_that_was_told_to_end_is_not_started_again(
-    monkeypatch: pytest.MonkeyPatch, number: str, starts: int
+@pytest.mark.parametrize(
+    ("signal_name", "launches"), [("SIGUSR1", 2), ("SIGTERM", 1), ("SIGINT", 1)]
+)
+def test_run_ended_by_signal_is_not_restarted(
+    monkeypatch: pytest.MonkeyPatch, signal_name: str, launches: int
 ) -> None:
     lines = []
 
-    def once(arguments: Sequence[str], count: int, told: list[int]) -> int:
+    def launch_once(arguments: Sequence[str], count: int, signals: list[int]) -> int:
         lines.append(arguments)
-        told.append(getattr(signal, number))
+        signals.append(getattr(signal, signal_name))
         return 2 - len(lines)
 
-    monkeypatch.setattr(processes, "_launch_once", once)
+    monkeypatch.setattr(processes, "_launch_once", launch_once)
     processes.launch(["train"], 2, restarts=1)
-    assert len(lines) == starts
+    assert len(lines) == launches

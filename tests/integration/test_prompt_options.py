@@ -26,37 +26,37 @@ FAST = ["--dtype", "float32", "--lr", "1e-3", "--logging-steps", "1", "--quiet",
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_with_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"{LONG} Say {n}.", "completion": f"number {n}"} for n in range(6)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="module")
-def llama() -> Any:
+def llama_tokenizer() -> Any:
     return load_tokenizer(resolve_source("builtin:tiny-llama", None, False))
 
 
 def train(*arguments: str, out: str) -> dict[str, Any]:
     """Run `ftlevel train`; return its summary, with the losses of all steps."""
-    given = ["train", "--dataset", "rows.jsonl", "--output-dir", out, *FAST, *arguments]
-    assert run(given) == 0
+    command = ["train", "--dataset", "rows.jsonl", "--output-dir", out, *FAST, *arguments]
+    assert run(command) == 0
     lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
     summary: dict[str, Any] = json.loads(Path(out, "summary.json").read_text())
     return {**summary, "losses": [line["loss"] for line in lines if "loss" in line]}
 
 
 @pytest.mark.slow
-def test_prompts_are_learned_fast_and_plain(llama: Any) -> None:
+def test_train_on_inputs_fast_step_matches_plain_step(llama_tokenizer: Any) -> None:
     fast = train("--train-on-inputs", "--system", SYSTEM, out="fast")
     plain = train("--completion-only-loss", "false", "--system", SYSTEM, "--no-fast", out="plain")
     assert fast["losses"] == pytest.approx(plain["losses"], rel=1e-4)
     assert fast["speed"]["prefixes_shared"]
-    assert fast["losses"][0] == pytest.approx(_loss_of_whole_rows(llama), rel=1e-4)
+    assert fast["losses"][0] == pytest.approx(reference_loss(llama_tokenizer), rel=1e-4)
 
 
-def _loss_of_whole_rows(tokenizer: Any) -> float:
-    """Return transformers' own loss of all tokens but those behind the last end of a turn."""
+def reference_loss(tokenizer: Any) -> float:
+    """Return the loss of transformers over all tokens up to the last end of turn."""
     from transformers import AutoModelForCausalLM
 
     source = resolve_source("builtin:tiny-llama", None, False)
@@ -75,46 +75,48 @@ def _loss_of_whole_rows(tokenizer: Any) -> float:
 
 
 @pytest.mark.slow
-def test_answers_are_what_is_evaluated() -> None:
-    more = ["--eval-file", "rows.jsonl", "--set", "train.eval_on_start=true", "--set",
-            "data.gate.leaked=ignore", "--set", "train.predict_with_generate=true"]  # fmt: skip
-    whole = train("--train-on-inputs", *more, out="whole")
-    answers = train(*more, out="answers")
-    assert whole["metrics_before"] == answers["metrics_before"]
-    assert whole["data"]["supervised"] > 10 * answers["data"]["supervised"]
-    assert whole["losses"][0] != pytest.approx(answers["losses"][0], rel=0.1)
+def test_evaluation_ignores_train_on_inputs() -> None:
+    options = ["--eval-file", "rows.jsonl", "--set", "train.eval_on_start=true", "--set",
+               "data.gate.leaked=ignore", "--set", "train.predict_with_generate=true"]  # fmt: skip
+    all_tokens = train("--train-on-inputs", *options, out="whole")
+    answers = train(*options, out="answers")
+    assert all_tokens["metrics_before"] == answers["metrics_before"]
+    assert all_tokens["data"]["supervised"] > 10 * answers["data"]["supervised"]
+    assert all_tokens["losses"][0] != pytest.approx(answers["losses"][0], rel=0.1)
 
 
-def test_rows_have_the_turn_that_the_model_is_asked_with(llama: Any) -> None:
-    form = PromptFormat("chat-template", system=SYSTEM)
-    own = Conversation((Message("system", "Own."), Message("user", "Hi"),
-                        Message("assistant", "Yes")), 1)  # fmt: skip
-    rows = encode_causal(llama, [SourceTarget("Hi", "Yes", 0)], form)
-    rows += encode_causal(llama, [own], form)
+def test_training_rows_start_with_generation_prompt(llama_tokenizer: Any) -> None:
+    prompt_format = PromptFormat("chat-template", system=SYSTEM)
+    conversation = Conversation((Message("system", "Own."), Message("user", "Hi"),
+                                 Message("assistant", "Yes")), 1)  # fmt: skip
+    rows = encode_causal(llama_tokenizer, [SourceTarget("Hi", "Yes", 0)], prompt_format)
+    rows += encode_causal(llama_tokenizer, [conversation], prompt_format)
     for row, system in zip(rows, (SYSTEM, "Own."), strict=True):
         turns = [{"role": "system", "content": system}, {"role": "user", "content": "Hi"}]
-        text = llama.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        expected = llama(text, add_special_tokens=False)["input_ids"]
+        text = llama_tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True
+        )
+        expected = llama_tokenizer(text, add_special_tokens=False)["input_ids"]
         start = next(i for i, label in enumerate(row.labels) if label != IGNORED)  # type: ignore[arg-type]
         assert row.input_ids[:start] == expected
     assert (
-        encode_prompt(llama, form, "Hi")
-        == rows[0].input_ids[: len(encode_prompt(llama, form, "Hi"))]
+        encode_prompt(llama_tokenizer, prompt_format, "Hi")
+        == rows[0].input_ids[: len(encode_prompt(llama_tokenizer, prompt_format, "Hi"))]
     )
 
 
-def test_a_model_without_a_chat_template(llama: Any) -> None:
-    form = PromptFormat("plain", system=SYSTEM, separator="\n")
-    assert form.plain_prompt("Hi") == f"{SYSTEM}\n\nHi\n"
-    own = Conversation((Message("system", "Own."), Message("user", "Hi"),
-                        Message("assistant", "Yes")), 0)  # fmt: skip
-    (row,) = encode_causal(llama, [own], form)
-    assert llama.decode(row.input_ids, skip_special_tokens=True) == "Own.\n\nHi\nYes"
-    (row,) = encode_causal(llama, [SourceTarget("Hi", "Yes", 0)], form)
-    assert llama.decode(row.input_ids, skip_special_tokens=True) == f"{SYSTEM}\n\nHi\nYes"
+def test_system_prompt_without_chat_template(llama_tokenizer: Any) -> None:
+    prompt_format = PromptFormat("plain", system=SYSTEM, separator="\n")
+    assert prompt_format.plain_prompt("Hi") == f"{SYSTEM}\n\nHi\n"
+    conversation = Conversation((Message("system", "Own."), Message("user", "Hi"),
+                                 Message("assistant", "Yes")), 0)  # fmt: skip
+    (row,) = encode_causal(llama_tokenizer, [conversation], prompt_format)
+    assert llama_tokenizer.decode(row.input_ids, skip_special_tokens=True) == "Own.\n\nHi\nYes"
+    (row,) = encode_causal(llama_tokenizer, [SourceTarget("Hi", "Yes", 0)], prompt_format)
+    assert llama_tokenizer.decode(row.input_ids, skip_special_tokens=True) == f"{SYSTEM}\n\nHi\nYes"
 
 
-def test_the_card_says_so_only_where_there_is_one() -> None:
+def test_system_prompt_is_stored_only_if_set() -> None:
     assert "system" not in PromptFormat("plain").to_dict()
     assert PromptFormat(**PromptFormat("plain", system="x").to_dict()).system == "x"
     assert DataConfig().system is None
@@ -123,7 +125,7 @@ def test_the_card_says_so_only_where_there_is_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--system", "x", "--task", "token-classification"], "--system is for tasks that write"),
         (["--train-on-inputs", "--task", "masked-lm"], "--train-on-inputs is for tasks that"),
@@ -138,12 +140,12 @@ def test_the_card_says_so_only_where_there_is_one() -> None:
         (["--model", "./t5", "--train-on-inputs"], "writes its target alone"),
     ],
 )
-def test_what_is_refused(
+def test_invalid_prompt_options_are_rejected(
     arguments: list[str],
-    told: str,
+    message: str,
     capsys: pytest.CaptureFixture[str],
     tiny_model_dir: Callable[..., Path],
 ) -> None:
     Path("t5").symlink_to(tiny_model_dir("t5"))
     assert run(["train", "--dry-run", "--dataset", "rows.jsonl", *arguments]) == 2
-    assert told in " ".join(capsys.readouterr().err.split())
+    assert message in " ".join(capsys.readouterr().err.split())

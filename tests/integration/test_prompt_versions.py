@@ -23,10 +23,10 @@ TRAIN = ["train", "--quiet", "--task", "summarization", "--dtype", "float32", "-
 
 
 @pytest.fixture
-def old_run(
+def old_run_summary(
     tiny_model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Any]:
-    """Train a run with prompts of version 1, and take away what says so; return its summary."""
+    """Train with prompt version 1, remove the version from its files, and return the summary."""
     monkeypatch.chdir(tmp_path)
     task_data.write(tmp_path / "data", "pair")
     with monkeypatch.context() as patch:
@@ -38,9 +38,9 @@ def old_run(
     del fields["prompt"]["separator"]
     card.write_text(json.dumps(fields))
     origin = Path("run/checkpoints/origin.json")
-    begun = json.loads(origin.read_text())
-    assert begun.pop("data.prompt_version") == 1
-    origin.write_text(json.dumps(begun))
+    origin_fields = json.loads(origin.read_text())
+    assert origin_fields.pop("data.prompt_version") == 1
+    origin.write_text(json.dumps(origin_fields))
     summary: dict[str, Any] = json.loads(Path("run/summary.json").read_text())
     return summary
 
@@ -50,34 +50,34 @@ def train(*arguments: str, model: Path | None = None, epochs: int = 1) -> int:
     return run([*TRAIN, "--dataset", "data", "--epochs", str(epochs), *base, *arguments])
 
 
-def version(folder: str) -> int:
-    form = load_prompt_format(load_card(Path(folder)))
-    assert form is not None
-    return form.version
+def prompt_version(folder: str) -> int:
+    prompt_format = load_prompt_format(load_card(Path(folder)))
+    assert prompt_format is not None
+    return prompt_format.version
 
 
 @pytest.mark.slow
-def test_an_old_run_keeps_its_prompts(
-    old_run: dict[str, Any], tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+def test_run_without_prompt_version_keeps_its_layout(
+    old_run_summary: dict[str, Any], tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trained = resolve_model("run", device="cpu").load("cpu")
-    assert trained.ref.prompt_format is not None
-    ids = encode_prompt(trained.tokenizer, trained.ref.prompt_format, "the name")
-    assert trained.tokenizer.decode(ids).endswith("\n\nSummary: ")
+    loaded = resolve_model("run", device="cpu").load("cpu")
+    assert loaded.ref.prompt_format is not None
+    ids = encode_prompt(loaded.tokenizer, loaded.ref.prompt_format, "the name")
+    assert loaded.tokenizer.decode(ids).endswith("\n\nSummary: ")
     capsys.readouterr()
     assert run(["evaluate", "run", "--json", "--resamples", "0", "--device", "cpu"]) == 0
-    assert json.loads(capsys.readouterr().out)["metrics"] == old_run["metrics"]
+    assert json.loads(capsys.readouterr().out)["metrics"] == old_run_summary["metrics"]
     assert run(["merge", "run", "--out", "merged"]) == 0
-    assert version("merged") == 1
+    assert prompt_version("merged") == 1
     assert train("--output-dir", "on", "--adapter", "run") == 0
-    assert version("on/adapter") == 1
+    assert prompt_version("on/adapter") == 1
     assert (
         "was trained with another prompt layout than these rows have. The new adapter will "
         "expect the layout of these rows; see ftlevel preview."
     ) not in capsys.readouterr().err
     assert train("--output-dir", "run", "--resume", model=tiny_model_dir("gpt2"), epochs=2) == 0
-    assert version("run/adapter") == 1
+    assert prompt_version("run/adapter") == 1
     assert train("--output-dir", "new", model=tiny_model_dir("gpt2")) == 0
-    assert version("new/adapter") == 2
+    assert prompt_version("new/adapter") == 2
     new = json.loads(Path("new/summary.json").read_text())
-    assert new["metrics"]["loss"] != old_run["metrics"]["loss"]
+    assert new["metrics"]["loss"] != old_run_summary["metrics"]["loss"]

@@ -1,4 +1,4 @@
-"""`--push-to-hub`: refused before training, uploaded after verification; network mocked."""
+"""`--push-to-hub`: checks before training, upload after verification; the network is mocked."""
 
 from __future__ import annotations
 
@@ -16,92 +16,97 @@ from ftlevel.artifacts.hub import get_repo_id
 from ftlevel.cli.app import run
 from ftlevel.errors import ConfigError
 
-ME = {"name": "me", "orgs": [{"name": "us"}], "auth": {"accessToken": {"role": "write"}}}
+ACCOUNT = {"name": "me", "orgs": [{"name": "us"}], "auth": {"accessToken": {"role": "write"}}}
 SHORT = ["--max-samples", "8", "--max-length", "96", "--overlong", "drop", "--quiet",
          "--max-steps", "1", "--eval-strategy", "no", "--output-dir", "run"]  # fmt: skip
 
 
-class Made:
+class CreatedRepo:
     repo_id = "me/mine"
 
     def __str__(self) -> str:
         return "https://huggingface.co/me/mine"
 
 
-def answer(monkeypatch: pytest.MonkeyPatch, name: str, said: Any, heard: list[Any]) -> None:
-    """Let the Hub say or raise `said` where `HfApi.name` asks it."""
+def mock_hub_call(
+    monkeypatch: pytest.MonkeyPatch, name: str, response: Any, calls: list[Any]
+) -> None:
+    """Replace `HfApi.name` by a function that records the call and returns or raises `response`."""
 
-    def ask(_: HfApi, *arguments: Any, **named: Any) -> Any:
-        heard.append((name, *arguments, named))
-        if isinstance(said, Exception):
-            raise said
-        return said
+    def respond(_: HfApi, *arguments: Any, **kwargs: Any) -> Any:
+        calls.append((name, *arguments, kwargs))
+        if isinstance(response, Exception):
+            raise response
+        return response
 
-    monkeypatch.setattr(HfApi, name, ask)
+    monkeypatch.setattr(HfApi, name, respond)
 
 
 @pytest.fixture
-def heard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+def hub_calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     monkeypatch.chdir(tmp_path)
-    told: list[Any] = []
-    answer(monkeypatch, "whoami", ME, told)
-    answer(monkeypatch, "create_repo", Made(), told)
-    answer(monkeypatch, "upload_folder", None, told)
-    return told
+    calls: list[Any] = []
+    mock_hub_call(monkeypatch, "whoami", ACCOUNT, calls)
+    mock_hub_call(monkeypatch, "create_repo", CreatedRepo(), calls)
+    mock_hub_call(monkeypatch, "upload_folder", None, calls)
+    return calls
 
 
 @pytest.mark.slow
-def test_what_was_trained_is_uploaded(heard: list[Any]) -> None:
+def test_trained_adapter_is_uploaded(hub_calls: list[Any]) -> None:
     assert run(["train", *SHORT, "--push-to-hub", "mine", "--hub-private"]) == 0
-    names = [call[0] for call in heard]
+    names = [call[0] for call in hub_calls]
     assert names == ["whoami", "create_repo", "upload_folder"]
-    assert heard[1][1:] == ("me/mine", {"private": True, "exist_ok": True})
-    folder = heard[2][1]["folder_path"]
+    assert hub_calls[1][1:] == ("me/mine", {"private": True, "exist_ok": True})
+    folder = hub_calls[2][1]["folder_path"]
     assert (folder / "adapter_model.safetensors").is_file()
     assert (folder / "README.md").is_file()
-    assert json.loads(Path("run/summary.json").read_text())["hub"] == str(Made())
-    assert "push_to_hub" not in Path("run/config.yaml").read_text()  # which makes another run
+    assert json.loads(Path("run/summary.json").read_text())["hub"] == str(CreatedRepo())
+    assert "push_to_hub" not in Path("run/config.yaml").read_text()  # config.yaml is for a new run
 
 
 @pytest.mark.slow
-def test_an_upload_that_fails_leaves_the_run_whole(
-    heard: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_failed_upload_keeps_run(
+    hub_calls: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answer(monkeypatch, "upload_folder", OSError("no route to host\nmore"), heard)
+    mock_hub_call(monkeypatch, "upload_folder", OSError("no route to host\nmore"), hub_calls)
     assert run(["train", *SHORT, "--push-to-hub", "us/mine"]) == 1
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert (
         "the upload failed (no route to host). The result is complete on this disk. Upload it with:"
-        in said
+        in message
     )
-    assert "Upload it with: hf upload us/mine run/adapter" in said
+    assert "Upload it with: hf upload us/mine run/adapter" in message
     summary = json.loads(Path("run/summary.json").read_text())
     assert summary["proof"]["reload_difference"] == 0.0
     assert "hub" not in summary
 
 
 @pytest.mark.slow
-def test_what_other_commands_write_is_uploaded(
-    heard: list[Any], tiny_model_dir: Callable[..., Path], tmp_path: Path
+def test_quantize_and_export_upload_their_outputs(
+    hub_calls: list[Any], tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """`quantize` uploads a directory, `export` its own files alone."""
+    """`quantize` uploads a directory, `export` only its own files."""
     model = str(exportable(tiny_model_dir, tmp_path, "llama"))
-    pushed = ["--push-to-hub", "mine", "--quiet"]
-    assert run(["quantize", model, "--quant", "8bit", "--no-measure", "--out", "q", *pushed]) == 0
-    assert heard[2][1]["folder_path"] == Path("q")
-    assert heard[2][1]["allow_patterns"] is None
+    push_options = ["--push-to-hub", "mine", "--quiet"]
+    assert (
+        run(["quantize", model, "--quant", "8bit", "--no-measure", "--out", "q", *push_options])
+        == 0
+    )
+    assert hub_calls[2][1]["folder_path"] == Path("q")
+    assert hub_calls[2][1]["allow_patterns"] is None
     Path("beside").write_text("not ours", encoding="utf-8")
-    assert run(["export", model, "--no-verify", "--out", "m.gguf", *pushed]) == 0
-    assert heard[5][1]["folder_path"] == Path()
-    assert heard[5][1]["allow_patterns"] == ["m.gguf", "m.Modelfile"]
-    assert [call[0] for call in heard] == ["whoami", "create_repo", "upload_folder"] * 2
+    assert run(["export", model, "--no-verify", "--out", "m.gguf", *push_options]) == 0
+    assert hub_calls[5][1]["folder_path"] == Path()
+    assert hub_calls[5][1]["allow_patterns"] == ["m.gguf", "m.Modelfile"]
+    assert [call[0] for call in hub_calls] == ["whoami", "create_repo", "upload_folder"] * 2
 
 
 @pytest.mark.parametrize("command", ["merge", "quantize", "export"])
-def test_other_commands_ask_the_hub_before_they_work(
+def test_missing_login_is_reported_before_work(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answer(monkeypatch, "whoami", LocalTokenNotFoundError("x"), [])
+    mock_hub_call(monkeypatch, "whoami", LocalTokenNotFoundError("x"), [])
     quant = ["--quant", "4bit"] if command == "quantize" else []
     out = "absent.gguf" if command == "export" else "new"
     assert run([command, "absent", *quant, "--out", out, "--push-to-hub", "mine"]) == 2
@@ -109,32 +114,32 @@ def test_other_commands_ask_the_hub_before_they_work(
 
 
 @pytest.mark.parametrize(
-    ("name", "said", "told"),
+    ("name", "response", "message"),
     [
-        ("a b", ME, "is no name of a repository"),
+        ("a b", ACCOUNT, "is no name of a repository"),
         (
             "mine",
             LocalTokenNotFoundError("x"),
             "not logged in. Run hf auth login, or set HF_TOKEN.",
         ),
         ("mine", ConnectionError("no network"), "the Hub is not reachable (no network). Nothing"),
-        ("them/mine", ME, "me cannot write to them. Owners here: me, us."),
+        ("them/mine", ACCOUNT, "me cannot write to them. Owners here: me, us."),
         (
             "mine",
-            {**ME, "auth": {"accessToken": {"role": "read"}}},
+            {**ACCOUNT, "auth": {"accessToken": {"role": "read"}}},
             "the token is read-only. Log in with a write token: hf auth login.",
         ),
     ],
 )
-def test_what_is_refused_before_weights_are_read(
-    name: str, said: Any, told: str, monkeypatch: pytest.MonkeyPatch
+def test_invalid_repository_or_token_raises(
+    name: str, response: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer(monkeypatch, "whoami", said, [])
-    with pytest.raises(ConfigError) as caught:
+    mock_hub_call(monkeypatch, "whoami", response, [])
+    with pytest.raises(ConfigError) as error:
         get_repo_id(name)
-    assert told in str(caught.value)
+    assert message in str(error.value)
 
 
-def test_a_private_repository_has_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_hub_private_requires_push_to_hub(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", "--hub-private", "--dry-run"]) == 2
     assert "Add --push-to-hub NAME, or drop it." in capsys.readouterr().err

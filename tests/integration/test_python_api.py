@@ -16,7 +16,7 @@ from ftlevel.methods import TUNERS
 SHORT = {"max_steps": 1, "per_device_train_batch_size": 2}
 
 
-def test_the_pipeline_trains_and_returns_model_and_tokenizer(
+def test_pipeline_returns_model_and_tokenizer(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     settings = tmp_path / "settings.json"
@@ -40,7 +40,7 @@ def test_the_pipeline_trains_and_returns_model_and_tokenizer(
     assert capfd.readouterr() == ("", "")
 
 
-def test_train_takes_a_config(tmp_path: Path) -> None:
+def test_train_with_config(tmp_path: Path) -> None:
     config = TrainConfig.model_validate(
         {
             "data": {"max_samples": 4, "max_eval_samples": 2},
@@ -53,32 +53,36 @@ def test_train_takes_a_config(tmp_path: Path) -> None:
     assert result.summary["proof"]["reload_difference"] == 0
 
 
-def test_a_wrong_setting_names_the_argument() -> None:
-    with pytest.raises(ConfigError) as caught:
+def test_unknown_key_names_pipeline_argument() -> None:
+    with pytest.raises(ConfigError) as error:
         FineTunePipeLine(peft_method="lora", peft_config={"rank": 4})
-    assert str(caught.value) == (
+    assert str(error.value) == (
         "FineTunePipeLine(peft_config): unknown key 'method.rank'. Did you mean 'method.r'?"
     )
 
 
-def test_importing_the_package_costs_nothing() -> None:
+def test_package_import_does_not_load_torch() -> None:
     code = "import sys, ftlevel; print('torch' in sys.modules, 'pydantic' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "False"]
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert process.stdout.split() == ["False", "False"]
 
 
-def test_the_package_leads_to_the_tuners_that_peft_must_know() -> None:
+def test_adapters_attribute_registers_tuners_in_peft() -> None:
     code = (
         "import ftlevel; ftlevel.adapters; from peft import PeftConfig, mapping; print(*[t for t "
         "in ('BOTTLENECK', 'PREFIX_KV') if t in mapping.PEFT_TYPE_TO_CONFIG_MAPPING])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["BOTTLENECK", "PREFIX_KV"], done.stderr
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert process.stdout.split() == ["BOTTLENECK", "PREFIX_KV"], process.stderr
     readme = Path(__file__).parents[2] / "README.md"
     assert f"import {TUNERS}" in readme.read_text(encoding="utf-8")
 
 
-def test_wrong_arguments_are_errors_of_ours(tmp_path: Path) -> None:
+def test_invalid_arguments_raise_config_error(tmp_path: Path) -> None:
     from ftlevel import FineTunePipeLine, train
     from ftlevel.errors import ConfigError
 

@@ -26,13 +26,13 @@ from ftlevel.errors import ConfigError
 
 TinyModelDir = Callable[..., Path]
 WORDS = ("argument", "parser", "module", "string", "value", "object", "default", "file")
-HELD = [{"prompt": f"say {word}", "completion": f"{word}!"} for word in WORDS[:3]]
+VALIDATION_ROWS = [{"prompt": f"say {word}", "completion": f"{word}!"} for word in WORDS[:3]]
 ROWS = [{"prompt": f"name the {word}", "completion": f"the {word}"} for word in WORDS]
 SHORT = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 4}
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
@@ -41,34 +41,34 @@ def base(tiny_model_dir: TinyModelDir) -> Path:
     return tiny_model_dir("llama", chat=True)
 
 
-def config(base: Path | None, out: str = "run", **more: Any) -> TrainConfig:
+def create_config(base: Path | None, out: str = "run", **overrides: Any) -> TrainConfig:
     model = {} if base is None else {"model": base}
-    return TrainConfig(**model, train=SHORT, output={"dir": out}, **more)
+    return TrainConfig(**model, train=SHORT, output={"dir": out}, **overrides)
 
 
-def card(out: str = "run") -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(Path(out, "adapter/ftlevel.json").read_text())
-    return found
+def load_card(out: str = "run") -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads(Path(out, "adapter/ftlevel.json").read_text())
+    return fields
 
 
 def weights(out: str) -> bytes:
     return Path(out, "adapter/adapter_model.safetensors").read_bytes()
 
 
-def test_rows_in_memory_train_as_the_same_rows_of_a_file(base: Path) -> None:
+def test_rows_in_memory_match_rows_of_file(base: Path) -> None:
     Path("rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
-    train(config(base, "file", data="rows.jsonl"))
-    train(config(base, "frame", data=pd.DataFrame(ROWS)))
-    train(config(base, "list"), ROWS)
+    train(create_config(base, "file", data="rows.jsonl"))
+    train(create_config(base, "frame", data=pd.DataFrame(ROWS)))
+    train(create_config(base, "list"), ROWS)
     assert weights("file") == weights("frame") == weights("list")
     stored = yaml.safe_load(Path("frame/config.yaml").read_text())
     assert stored["data"]["dataset"] == "in memory"
 
 
-def test_such_a_run_says_that_its_rows_are_gone(
+def test_run_on_rows_in_memory_needs_dataset_again(
     base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = train(config(base), ROWS, eval_dataset=pd.DataFrame(HELD))
+    result = train(create_config(base), ROWS, eval_dataset=pd.DataFrame(VALIDATION_ROWS))
     assert result.summary["data"]["validation_rows"] == 3
     for command in (["evaluate", "run"], ["train", "run/config.yaml"], ["preview", "run"]):
         assert run(command) == 2
@@ -76,94 +76,98 @@ def test_such_a_run_says_that_its_rows_are_gone(
             "ftlevel: run was trained on rows in memory, which are not saved. Pass --dataset "
             "FILE, or the same rows in Python.  [adapters]\n"
         )
-    found = evaluate(EvaluateConfig(name="run", dataset=pd.DataFrame(HELD), resamples=0))
-    assert found.metrics["loss"] == pytest.approx(result.summary["metrics"]["loss"])
+    evaluation = evaluate(
+        EvaluateConfig(name="run", dataset=pd.DataFrame(VALIDATION_ROWS), resamples=0)
+    )
+    assert evaluation.metrics["loss"] == pytest.approx(result.summary["metrics"]["loss"])
     prompts = [{"prompt": "name the file"}, {"prompt": "say a word"}]
-    answered = result.predict(prompts)
-    assert [row["prompt"] for row in answered] == [row["prompt"] for row in prompts]
+    predictions = result.predict(prompts)
+    assert [row["prompt"] for row in predictions] == [row["prompt"] for row in prompts]
     frame = pd.DataFrame(prompts)
     for rows in (frame, datasets.Dataset.from_list(prompts), iter(prompts)):
-        assert result.predict(rows) == answered
-        assert predict(PredictConfig(name="run"), frame).rows == answered
-    told, _ = generate("run", frame["prompt"])
-    assert [answer.prompt for answer in told] == list(frame["prompt"])
+        assert result.predict(rows) == predictions
+        assert predict(PredictConfig(name="run"), frame).rows == predictions
+    answers, _ = generate("run", frame["prompt"])
+    assert [item.prompt for item in answers] == list(frame["prompt"])
     assert "ftlevel evaluate" not in " ".join(result.summary["next"])
 
 
-def test_such_a_run_goes_on_with_the_same_rows(base: Path) -> None:
-    train(config(base), ROWS)
+def test_resume_requires_same_rows_in_memory(base: Path) -> None:
+    train(create_config(base), ROWS)
     before = weights("run")
-    again = config(base).model_copy(
-        update={"output": config(base).output.model_copy(update={"resume": True})}
+    resume_config = create_config(base).model_copy(
+        update={"output": create_config(base).output.model_copy(update={"resume": True})}
     )
     Path("run/adapter/adapter_model.safetensors").unlink()
-    train(again, ROWS)
+    train(resume_config, ROWS)
     assert weights("run") == before
     with pytest.raises(ConfigError, match=r"not the same run: data\.fingerprint was"):
-        train(again, ROWS[1:])
+        train(resume_config, ROWS[1:])
 
 
-def test_a_model_in_memory_is_its_files_and_is_not_changed(base: Path) -> None:
+def test_model_in_memory_matches_files_and_is_not_modified(base: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base)
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
     model.config.pad_token_id = tokenizer.pad_token_id
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    train(config(None, "given"), ROWS, model=model, tokenizer=tokenizer)
-    train(config(base, "named"), ROWS)
+    before = {name: current.clone() for name, current in model.state_dict().items()}
+    train(create_config(None, "given"), ROWS, model=model, tokenizer=tokenizer)
+    train(create_config(base, "named"), ROWS)
     assert weights("given") == weights("named")
-    assert card("given")["base"]["name"] == str(base)
+    assert load_card("given")["base"]["name"] == str(base)
     assert not Path("given/base").exists()
-    assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not hasattr(model, "peft_config")
 
 
-def test_a_model_that_was_changed_is_kept_in_the_run(base: Path, tmp_path: Path) -> None:
+def test_modified_model_is_saved_with_run(base: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base)
     with torch.no_grad():
-        model.model.embed_tokens.weight[100, 3] += 1  # which no sample of the file would show
-    result = train(config(None), ROWS, model=model)
+        model.model.embed_tokens.weight[100, 3] += 1  # not in a sample of the file
+    result = train(create_config(None), ROWS, model=model)
     choice = next(c for c in result.summary["choices"] if c["name"] == "given model")
     assert "has other weights than" in choice["value"]
-    kept = AutoModelForCausalLM.from_pretrained("run/base").state_dict()
-    assert all(torch.equal(kept[name], now) for name, now in model.state_dict().items())
-    assert card()["base"]["path"] == "../base"
+    saved_weights = AutoModelForCausalLM.from_pretrained("run/base").state_dict()
+    assert all(
+        torch.equal(saved_weights[name], tensor) for name, tensor in model.state_dict().items()
+    )
+    assert load_card()["base"]["path"] == "../base"
     Path("run").rename("moved")
-    answer = predict(PredictConfig(name="moved"), [{"prompt": "name the file"}]).rows
-    assert answer is not None
+    predictions = predict(PredictConfig(name="moved"), [{"prompt": "name the file"}]).rows
+    assert predictions is not None
     with pytest.raises(ConfigError, match="has other weights"):
         predict(PredictConfig(name="moved", base_model=str(base)), [{"prompt": "x"}])
 
 
-def test_another_tokenizer_is_kept_with_the_model(base: Path) -> None:
+def test_modified_tokenizer_is_saved_with_run(base: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
-    train(config(base), ROWS, tokenizer=tokenizer)
+    train(create_config(base), ROWS, tokenizer=tokenizer)
     assert AutoTokenizer.from_pretrained("run/base").chat_template == tokenizer.chat_template
 
 
-def test_a_model_of_no_files_needs_a_tokenizer(base: Path) -> None:
+def test_model_without_files_requires_tokenizer(base: Path) -> None:
     from tiny_models import build
 
     model = build("llama")
     with pytest.raises(ConfigError, match="so its tokenizer is unknown"):
-        train(config(None), ROWS, model=model)
+        train(create_config(None), ROWS, model=model)
 
 
 @pytest.mark.slow
-def test_a_model_in_4_bits_is_taken_as_it_is(base: Path) -> None:
+def test_quantized_model_in_memory_keeps_its_quantization(base: Path) -> None:
     settings = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     )
     model = AutoModelForCausalLM.from_pretrained(base, quantization_config=settings)
-    train(config(None), ROWS, model=model)
-    assert card()["quantization"]["kind"] == "4bit"
-    assert card()["base"]["name"] == str(base)
+    train(create_config(None), ROWS, model=model)
+    assert load_card()["quantization"]["kind"] == "4bit"
+    assert load_card()["base"]["name"] == str(base)
     with pytest.raises(ConfigError, match="model= is quantized already: 4-bit nf4"):
-        train(config(None, quant="8bit"), ROWS, model=model)
+        train(create_config(None, quant="8bit"), ROWS, model=model)
 
 
-class Count(TrainerCallback):
+class CountSteps(TrainerCallback):
     """Counts the steps."""
 
     def __init__(self) -> None:
@@ -174,31 +178,32 @@ class Count(TrainerCallback):
         self.steps += 1
 
 
-def test_callbacks_are_told_and_times_count_from_the_call(base: Path) -> None:
-    count, began = Count(), time.perf_counter()
-    result = train(config(base), ROWS, callbacks=[count])
-    took = time.perf_counter() - began
-    assert count.steps == 2
+def test_callbacks_run_and_timings_start_at_call(base: Path) -> None:
+    counter, start = CountSteps(), time.perf_counter()
+    result = train(create_config(base), ROWS, callbacks=[counter])
+    elapsed = time.perf_counter() - start
+    assert counter.steps == 2
     assert result.summary["timings"]["to_first_step_s"] > 0
-    assert result.summary["timings"]["total_s"] <= took  # not since the process began
-    assert result.summary["timings"]["to_first_step_cpu_s"] <= took * 4
+    assert result.summary["timings"]["total_s"] <= elapsed  # not since the start of the process
+    assert result.summary["timings"]["to_first_step_cpu_s"] <= elapsed * 4
 
 
-def wrapped(base: Path) -> Any:
+def wrapped_model(base: Path) -> Any:
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2))
 
 
 @pytest.mark.parametrize(
-    ("given", "complaint"),
+    ("create_arguments", "message"),
     [
-        (lambda base: {"model": wrapped(base)}, "model= already has an adapter"),
-        (lambda base: {"model": wrapped(base).base_model.model}, "model= already has an adapter"),
+        (lambda base: {"model": wrapped_model(base)}, "model= already has an adapter"),
+        (lambda base: {"model": wrapped_model(base).base_model.model},
+         "model= already has an adapter"),
         (lambda base: {"model": torch.nn.Linear(2, 2)}, "model= is of type Linear"),
         (lambda base: {"model": str(base)}, "model= is of type str"),
         (lambda base: {"tokenizer": "gpt2"}, "tokenizer= is of type str"),
-        (lambda base: {"callbacks": [Count]}, "callbacks= has Count. Expected instances"),
+        (lambda base: {"callbacks": [CountSteps]}, "callbacks= has Count. Expected instances"),
         (lambda base: {"callbacks": [print]}, "callbacks= has one of type builtin"),
         (lambda base: {"dataset": 7}, "dataset= is of type int"),
         (lambda base: {"eval_dataset": b"SECRET"}, "eval_dataset= is of type bytes"),
@@ -207,17 +212,17 @@ def wrapped(base: Path) -> Any:
                        "config": {"model": "x"}}, "and x in the configuration are both given"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_used_is_named(
-    given: Callable[[Path], dict[str, Any]], complaint: str, base: Path
+def test_invalid_arguments_are_reported(
+    create_arguments: Callable[[Path], dict[str, Any]], message: str, base: Path
 ) -> None:
-    arguments = given(base)
-    with pytest.raises(ConfigError) as caught:
+    arguments = create_arguments(base)
+    with pytest.raises(ConfigError) as error:
         train(TrainConfig(**arguments.pop("config", {})), **arguments)
-    assert complaint in str(caught.value)
+    assert message in str(error.value)
     assert not Path("runs").exists()
 
 
-def test_a_dry_run_writes_nothing(base: Path) -> None:
-    result = train(config(base), ROWS, dry_run=True)
+def test_dry_run_writes_nothing(base: Path) -> None:
+    result = train(create_config(base), ROWS, dry_run=True)
     assert result.summary["steps"] == 2
     assert list(Path().iterdir()) == []

@@ -1,4 +1,4 @@
-"""`quantize`: equal to transformers tensor for tensor, measured, and never partial."""
+"""`quantize`: tensors equal to transformers', fidelity, and no partial output."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ftlevel.weights.quantize_shards import ShardWriter, get_modules_to_skip
 
 ModelDir = Callable[..., Path]
 
-FORMS: dict[str, dict[str, Any]] = {
+FORMATS: dict[str, dict[str, Any]] = {
     "nf4": {"quant": "4bit"},
     "nf4-double": {"quant": "4bit", "double_quant": True},
     "fp4": {"quant": "4bit", "quant_type": "fp4"},
@@ -45,7 +45,7 @@ REFERENCE: dict[str, dict[str, Any]] = {
     "int8": {"load_in_8bit": True},
 }
 CELLS = [
-    *(("llama", None, form, "bfloat16") for form in FORMS),
+    *(("llama", None, format_, "bfloat16") for format_ in FORMATS),
     ("llama", "seqcls", "nf4", "float32"),
     ("gpt2", None, "nf4-double", "bfloat16"),
     ("gpt2", None, "int8", "float32"),
@@ -59,8 +59,10 @@ CELLS = [
 ]
 
 
-def make(source: Path, out: Path, form: str = "nf4", **more: Any) -> dict[str, Any]:
-    fields = {"model": str(source), "out": out, "measure": False, **FORMS[form], **more}
+def quantize_model(
+    source: Path, out: Path, format_: str = "nf4", **overrides: Any
+) -> dict[str, Any]:
+    fields = {"model": str(source), "out": out, "measure": False, **FORMATS[format_], **overrides}
     return dict(quantize(QuantizeConfig.model_validate(fields)).summary)
 
 
@@ -71,108 +73,124 @@ def load_weights(directory: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def test_the_commit_of_a_hub_model_is_recorded(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+def test_commit_of_hub_model_is_recorded(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = Path(constants.HF_HUB_CACHE) / "models--org--quantized"
     shutil.copytree(tiny_model_dir("llama"), repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
-    summary = make(Path("org/quantized"), tmp_path / "out")
+    summary = quantize_model(Path("org/quantized"), tmp_path / "out")
     assert summary["source"]["revision"] == commit
 
 
-@pytest.mark.parametrize(("family", "head", "form", "dtype"), CELLS)
-def test_writes_what_transformers_saves(
-    family: str, head: str | None, form: str, dtype: str, tiny_model_dir: ModelDir, tmp_path: Path
+@pytest.mark.parametrize(("family", "head", "format_", "dtype"), CELLS)
+def test_quantized_weights_match_transformers(
+    family: str,
+    head: str | None,
+    format_: str,
+    dtype: str,
+    tiny_model_dir: ModelDir,
+    tmp_path: Path,
 ) -> None:
     source = tiny_model_dir(family, head)
-    summary = make(source, tmp_path / "out", form, dtype=dtype)
+    summary = quantize_model(source, tmp_path / "out", format_, dtype=dtype)
     config = transformers.AutoConfig.from_pretrained(source)
     name = checkpoint_class(config)
-    kept = get_modules_to_skip(config, name)
-    wish = transformers.BitsAndBytesConfig(**REFERENCE[form], llm_int8_skip_modules=kept)
+    skipped = get_modules_to_skip(config, name)
+    quantization = transformers.BitsAndBytesConfig(
+        **REFERENCE[format_], llm_int8_skip_modules=skipped
+    )
     model = getattr(transformers, name).from_pretrained(
-        source, quantization_config=wish, dtype=getattr(torch, dtype)
+        source, quantization_config=quantization, dtype=getattr(torch, dtype)
     )
     model.save_pretrained(tmp_path / "reference")
-    expected, found = load_weights(tmp_path / "reference"), load_weights(tmp_path / "out")
-    assert sorted(found) == sorted(expected)
+    expected, actual = load_weights(tmp_path / "reference"), load_weights(tmp_path / "out")
+    assert sorted(actual) == sorted(expected)
     for key, value in expected.items():
-        assert found[key].dtype == value.dtype, key
-        assert torch.equal(found[key], value), key
-    layer = "Linear8bitLt" if form == "int8" else "Linear4bit"
-    packed = [part for part in model.modules() if type(part).__name__ == layer]
+        assert actual[key].dtype == value.dtype, key
+        assert torch.equal(actual[key], value), key
+    layer = "Linear8bitLt" if format_ == "int8" else "Linear4bit"
+    packed = [module for module in model.modules() if type(module).__name__ == layer]
     assert len(packed) == summary["quantized_linears"] > 0
 
 
-def test_plain_transformers_loads_it_and_agrees(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+def test_quantized_model_logits_match_transformers(
+    tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
     source = tiny_model_dir("llama")
-    make(source, tmp_path / "out", dtype="float32")
-    wish = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    expected = transformers.AutoModelForCausalLM.from_pretrained(source, quantization_config=wish)
-    found, info = transformers.AutoModelForCausalLM.from_pretrained(
+    quantize_model(source, tmp_path / "out", dtype="float32")
+    quantization = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    expected = transformers.AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=quantization
+    )
+    actual, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", output_loading_info=True
     )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     ids = torch.arange(5, 25)[None]
-    for model in (expected, found):  # the CPU's packed form has no part in this
-        for part in model.modules():
-            if type(part).__name__ == "Linear4bit":
-                part.support_avx512bf16_for_cpu = False
+    for model in (expected, actual):  # disable the CPU's packed format
+        for module in model.modules():
+            if type(module).__name__ == "Linear4bit":
+                module.support_avx512bf16_for_cpu = False
     with torch.no_grad():
-        assert torch.equal(expected(ids).logits, found(ids).logits)
+        assert torch.equal(expected(ids).logits, actual(ids).logits)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_shards_keep_their_names_and_nothing_else_changes(
+def test_sharded_model_quantizes_to_same_weights(
     family: str, tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model_dir(family))
     model.save_pretrained(tmp_path / "sharded", max_shard_size="150KB")
-    make(tmp_path / "sharded", tmp_path / "a")
-    make(tiny_model_dir(family), tmp_path / "b")
+    quantize_model(tmp_path / "sharded", tmp_path / "a")
+    quantize_model(tiny_model_dir(family), tmp_path / "b")
     names = {path.name for path in (tmp_path / "sharded").glob("*.safetensors")}
     assert len(names) > 2
     assert {path.name for path in (tmp_path / "a").glob("*.safetensors")} == names
-    sharded, whole = load_weights(tmp_path / "a"), load_weights(tmp_path / "b")
-    assert sorted(sharded) == sorted(whole)
-    assert all(torch.equal(sharded[key], whole[key]) for key in whole)
+    sharded, unsharded = load_weights(tmp_path / "a"), load_weights(tmp_path / "b")
+    assert sorted(sharded) == sorted(unsharded)
+    assert all(torch.equal(sharded[key], unsharded[key]) for key in unsharded)
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")  # through its index
 
 
 @pytest.mark.parametrize(
     ("family", "head"), [("llama", None), ("bert", "mlm"), ("t5", None), ("mixtral", None)]
 )
-@pytest.mark.parametrize("form", ["nf4", "nf4-double", "int8"])
-def test_a_dry_run_foretells_the_sizes(
-    family: str, head: str | None, form: str, tiny_model_dir: ModelDir, tmp_path: Path,
+@pytest.mark.parametrize("format_", ["nf4", "nf4-double", "int8"])
+def test_dry_run_sizes_match_actual_sizes(
+    family: str, head: str | None, format_: str, tiny_model_dir: ModelDir, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     source = tiny_model_dir(family, head)
-    fields = {"model": str(source), "out": tmp_path / "out", **FORMS[form]}
+    fields = {"model": str(source), "out": tmp_path / "out", **FORMATS[format_]}
     warnings: list[str] = []
     monkeypatch.setattr(NullListener, "warn", lambda _, message: warnings.append(message))
     config = QuantizeConfig.model_validate(fields)
     expected = quantize(config, dry_run=True).summary
     assert len(warnings) == (family == "mixtral")
-    for warning in warnings:  # the sizes of the experts, as they stay and as train packs them
-        stay, packed = expected["parts"]["experts"]["bytes"] / 1e6, "packs them while it loads them"
-        assert warning.startswith(f"{stay:,.1f} MB of the {expected['bytes'] / 1e6:,.1f} MB are")
+    for warning in warnings:  # sizes of the experts here and after packing in training
+        kept_size, packed = (
+            expected["parts"]["experts"]["bytes"] / 1e6,
+            "packs them while it loads them",
+        )
+        assert warning.startswith(
+            f"{kept_size:,.1f} MB of the {expected['bytes'] / 1e6:,.1f} MB are"
+        )
         assert (packed in warning) == (config.quant == "4bit")
     assert not (tmp_path / "out").exists()
-    found = make(source, tmp_path / "out", form)
-    assert expected["quantized_linears"] == found["quantized_linears"]
-    assert set(expected["parts"]) == set(found["parts"])
-    for name, part in found["parts"].items():
-        assert expected["parts"][name]["bytes_before"] == part["bytes_before"]
-        assert expected["parts"][name]["bytes"] == pytest.approx(part["bytes"], rel=0.01)
+    actual = quantize_model(source, tmp_path / "out", format_)
+    assert expected["quantized_linears"] == actual["quantized_linears"]
+    assert set(expected["parts"]) == set(actual["parts"])
+    for name, module in actual["parts"].items():
+        assert expected["parts"][name]["bytes_before"] == module["bytes_before"]
+        assert expected["parts"][name]["bytes"] == pytest.approx(module["bytes"], rel=0.01)
     on_disk = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
-    assert found["bytes_on_disk"] == on_disk
+    assert actual["bytes_on_disk"] == on_disk
 
 
 @pytest.mark.parametrize(
-    ("family", "head", "predicts"),
+    ("family", "head", "target"),
     [
         ("llama", None, "next tokens"),
         ("bert", "mlm", "masked tokens (15 %)"),
@@ -180,53 +198,53 @@ def test_a_dry_run_foretells_the_sizes(
         ("bert", "seqcls", "hidden states (the model has no language head)"),
     ],
 )
-def test_measures_what_the_model_can_say(
-    family: str, head: str | None, predicts: str, tiny_model_dir: ModelDir, tmp_path: Path
+def test_fidelity_is_measured_for_each_architecture(
+    family: str, head: str | None, target: str, tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
-    summary = make(
+    summary = quantize_model(
         tiny_model_dir(family, head), tmp_path / "out", measure=True, eval_tokens=600, device="cpu"
     )
-    scores = summary["fidelity"]
-    assert scores["predicts"] == predicts
-    assert scores["windows"] == 3
-    assert scores["positions"] > 40
+    fidelity = summary["fidelity"]
+    assert fidelity["predicts"] == target
+    assert fidelity["windows"] == 3
+    assert fidelity["positions"] > 40
     if head == "seqcls":
-        assert 0.5 < scores["cosine_smallest"] <= scores["cosine"] < 1
+        assert 0.5 < fidelity["cosine_smallest"] <= fidelity["cosine"] < 1
     else:
-        assert 0 < scores["kl"] < 1
-        assert 0 < scores["top1_agreement"] < 1
-        assert scores["perplexity"] == pytest.approx(scores["perplexity_source"], rel=0.5)
-        assert math.isfinite(scores["kl_standard_error"])
+        assert 0 < fidelity["kl"] < 1
+        assert 0 < fidelity["top1_agreement"] < 1
+        assert fidelity["perplexity"] == pytest.approx(fidelity["perplexity_source"], rel=0.5)
+        assert math.isfinite(fidelity["kl_standard_error"])
     assert json.loads((tmp_path / "out/quantization.json").read_text()) == summary
-    assert f"on {scores['positions']} positions" in (tmp_path / "out/README.md").read_text()
+    assert f"on {fidelity['positions']} positions" in (tmp_path / "out/README.md").read_text()
 
 
-def test_eight_bits_are_nearer_than_four(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+def test_int8_is_closer_than_4_bit(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The parser reads a name and returns its value. " * 30)
     kl = {
-        form: make(tiny_model_dir("llama"), tmp_path / form, form, measure=True, eval_text=text)[
-            "fidelity"
-        ]["kl"]
-        for form in ("int8", "nf4", "fp4")
+        format_: quantize_model(
+            tiny_model_dir("llama"), tmp_path / format_, format_, measure=True, eval_text=text
+        )["fidelity"]["kl"]
+        for format_ in ("int8", "nf4", "fp4")
     }
     assert kl["int8"] < kl["nf4"] < kl["fp4"]
 
 
 @pytest.mark.slow
-def test_a_gguf_file_is_a_source(
+def test_gguf_source_matches_directory(
     first_blocks_gguf: Path, first_blocks: Path, tmp_path: Path
 ) -> None:
-    """SmolLM2's directory was converted from the .gguf, exactly."""
-    make(first_blocks_gguf, tmp_path / "a", "int8", dtype="bfloat16")
-    make(first_blocks, tmp_path / "b", "int8")
-    expected, found = load_weights(tmp_path / "b"), load_weights(tmp_path / "a")
-    assert sorted(found) == sorted(expected)
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    """SmolLM2's directory was converted from the .gguf without loss."""
+    quantize_model(first_blocks_gguf, tmp_path / "a", "int8", dtype="bfloat16")
+    quantize_model(first_blocks, tmp_path / "b", "int8")
+    expected, actual = load_weights(tmp_path / "b"), load_weights(tmp_path / "a")
+    assert sorted(actual) == sorted(expected)
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
+    ("arguments", "message"),
     [
         (["--quant", "3bit", "--out", "x"], "--quant: '3bit' is not known. Expected one of 4bit"),
         (["--out", "x"], "--quant is missing: Quantization: 4bit, 8bit"),
@@ -242,9 +260,9 @@ def test_a_gguf_file_is_a_source(
         ),
     ],
 )
-def test_refusals(
+def test_invalid_options_are_rejected(
     arguments: list[str],
-    complaint: str,
+    message: str,
     tiny_model_dir: ModelDir,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -253,44 +271,46 @@ def test_refusals(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.txt").write_text("mine")
     assert run(["quantize", str(tiny_model_dir("llama")), *arguments]) == 2
-    assert complaint in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_what_is_quantized_is_not_quantized_again(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
-    make(tiny_model_dir("llama"), tmp_path / "out")
+def test_quantized_source_raises(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+    quantize_model(tiny_model_dir("llama"), tmp_path / "out")
     with pytest.raises(ConfigError, match="is already quantized \\(4bit nf4\\)"):
-        make(tmp_path / "out", tmp_path / "again")
+        quantize_model(tmp_path / "out", tmp_path / "again")
 
 
-def test_a_damaged_source_leaves_nothing_behind(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+def test_truncated_source_raises_and_writes_nothing(
+    tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
     source = tmp_path / "source"
     source.mkdir()
     for file in tiny_model_dir("llama").iterdir():
         data = file.read_bytes()
         (source / file.name).write_bytes(data[:-500] if file.suffix == ".safetensors" else data)
     with pytest.raises(InputError, match="shorter than its header says"):
-        make(source, tmp_path / "out")
+        quantize_model(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_source_that_lacks_a_weight_is_refused(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+def test_source_with_missing_weight_raises(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(tiny_model_dir("llama"), source)
     weights = load_file(source / "model.safetensors")
     del weights["model.layers.0.mlp.down_proj.weight"]
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"lacks 1 weights of its model: .*0\.mlp\.down_proj"):
-        make(source, tmp_path / "out")
+        quantize_model(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("moments", [6, pytest.param(24, marks=pytest.mark.sweep)])
-def test_killed_at_any_moment_it_is_absent_or_whole(
-    tiny_model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: int
+@pytest.mark.parametrize("kills", [6, pytest.param(24, marks=pytest.mark.sweep)])
+def test_killed_quantization_leaves_no_partial_output(
+    tiny_model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int
 ) -> None:
     source, out = tiny_model_dir("llama"), tmp_path / "out"
-    make(source, tmp_path / "whole")
+    quantize_model(source, tmp_path / "whole")
     expected = sorted(path.name for path in (tmp_path / "whole").iterdir())
     add = ShardWriter.add
 
@@ -300,25 +320,25 @@ def test_killed_at_any_moment_it_is_absent_or_whole(
 
     copyfile = shutil.copyfile
 
-    def copy_slowly(*arguments: Any, **more: Any) -> Any:
+    def copy_slowly(*arguments: Any, **kwargs: Any) -> Any:
         time.sleep(0.03)
-        return copyfile(*arguments, **more)
+        return copyfile(*arguments, **kwargs)
 
     monkeypatch.setattr(ShardWriter, "add", add_slowly)
     monkeypatch.setattr(shutil, "copyfile", copy_slowly)
-    ended = {"killed": 0, "whole": 0}
-    for number in range(0, 24, 24 // moments):
+    outcomes = {"killed": 0, "whole": 0}
+    for number in range(0, 24, 24 // kills):
         child = os.fork()
         if child == 0:
-            make(source, out)
+            quantize_model(source, out)
             os._exit(0)
         time.sleep(0.03 * number)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        ended["whole" if out.exists() else "killed"] += 1
+        outcomes["whole" if out.exists() else "killed"] += 1
         if out.exists():
             assert sorted(path.name for path in out.iterdir()) == expected
             shutil.rmtree(out)
-    assert ended["killed"]
-    make(source, out)  # what a killed one left is no obstacle
+    assert outcomes["killed"]
+    quantize_model(source, out)  # leftovers of a killed process do not matter
     assert not list(tmp_path.glob(".*partial"))

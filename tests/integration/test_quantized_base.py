@@ -1,4 +1,4 @@
-"""Quantized directories as bases: LoRA, new heads, generation and refusals."""
+"""Quantized directories as bases: LoRA, new heads, generation and rejected options."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from sampling import sample
 ModelDir = Callable[..., Path]
 
 
-def make(source: Path, out: Path, **form: Any) -> Path:
-    fields = {"model": str(source), "out": out, "measure": False, "quant": "4bit", **form}
+def quantize_model(source: Path, out: Path, **overrides: Any) -> Path:
+    fields = {"model": str(source), "out": out, "measure": False, "quant": "4bit", **overrides}
     quantize(QuantizeConfig.model_validate(fields))
     return out
 
 
-def configure(model: Path, data: Path, out: Path, task: str, **more: Any) -> TrainConfig:
-    options = more.pop("options", {})
+def create_config(model: Path, data: Path, out: Path, task: str, **overrides: Any) -> TrainConfig:
+    options = overrides.pop("options", {})
     return TrainConfig.model_validate(
         {
             "task": task,
@@ -39,23 +39,23 @@ def configure(model: Path, data: Path, out: Path, task: str, **more: Any) -> Tra
             "data": {"dataset": str(data), **options},
             "train": {"max_steps": 3, "learning_rate": 0.01, "logging_steps": 1},
             "output": {"dir": str(out)},
-            **more,
+            **overrides,
         }
     )
 
 
 @pytest.mark.parametrize("quant", ["4bit", "8bit"])
-def test_trains_as_if_quantized_while_loading(
+def test_quantized_base_matches_quantization_while_loading(
     quant: str, tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
-    """The run on the quantized directory is the run with --quant, number for number."""
+    """Losses on the quantized directory equal those with --quant."""
     source = tiny_model_dir("llama")
-    base = make(source, tmp_path / "base", quant=quant, dtype="float32")
+    base = quantize_model(source, tmp_path / "base", quant=quant, dtype="float32")
     data = task_data.write(tmp_path / "data", "mask")
     losses = []
-    for model, more in ((base, {}), (source, {"quant": {"kind": quant}})):
+    for model, overrides in ((base, {}), (source, {"quant": {"kind": quant}})):
         out = tmp_path / f"run-{len(losses)}"
-        config = configure(model, data, out, "text-generation", **more)
+        config = create_config(model, data, out, "text-generation", **overrides)
         summary = train(config).summary
         assert summary["proof"]["reload_difference"] <= 1e-4
         card = json.loads((out / "adapter/ftlevel.json").read_text())
@@ -65,20 +65,20 @@ def test_trains_as_if_quantized_while_loading(
         answers, _ = generate(str(out), ["the parser"], max_new_tokens=4, device="cpu")
         assert len(answers) == 1
     assert losses[0] == losses[1]
-    again = TrainConfig.model_validate(
+    config_with_quant = TrainConfig.model_validate(
         {**config.model_dump(), "model": {"name_or_path": str(base), "dtype": "float32"},
          "quant": {"kind": quant}, "output": {"dir": str(tmp_path / "again")}}
     )  # fmt: skip
-    train(again, dry_run=True)  # what the checkpoint is already may be said
+    train(config_with_quant, dry_run=True)  # repeating the stored quantization is allowed
 
 
 @pytest.mark.parametrize(("family", "head"), [("bert", "mlm"), ("llama", None), ("t5", None)])
-def test_a_new_head_stays_in_float(
+def test_new_head_is_not_quantized(
     family: str, head: str | None, tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
-    base = make(tiny_model_dir(family, head), tmp_path / "base", dtype="float32")
+    base = quantize_model(tiny_model_dir(family, head), tmp_path / "base", dtype="float32")
     data = task_data.write(tmp_path / "data", "class")
-    result = train(configure(base, data, tmp_path / "run", "text-classification"))
+    result = train(create_config(base, data, tmp_path / "run", "text-classification"))
     heads = [
         part
         for name, part in result.model.named_modules()
@@ -86,8 +86,8 @@ def test_a_new_head_stays_in_float(
     ]
     assert heads
     assert all(part.weight.dtype == torch.float32 for part in heads)
-    packed = [p for p in result.model.modules() if type(p).__name__ == "Linear4bit"]
-    assert packed
+    quantized = [p for p in result.model.modules() if type(p).__name__ == "Linear4bit"]
+    assert quantized
     assert result.summary["proof"]["adapter_effect"] > 1e-3
 
 
@@ -99,26 +99,26 @@ def test_a_new_head_stays_in_float(
         ("t5", "4bit"),
     ],
 )
-def test_one_stored_in_float32_computes_in_bfloat16(
+def test_float32_quantized_base_trains_in_bfloat16(
     family: str, quant: str, tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
-    """What is not quantized is as after quantizing while loading, and not of two precisions."""
+    """Unquantized parameters have the same dtypes as after quantization while loading."""
     source = tiny_model_dir(family, "mlm" if family == "bert" else None)
-    base = make(source, tmp_path / "base", quant=quant, dtype="float32")
+    base = quantize_model(source, tmp_path / "base", quant=quant, dtype="float32")
     data = task_data.write(tmp_path / "data", "class")
-    types = []
-    for model, more in ((base, {}), (source, {"quant": {"kind": quant}})):
-        out = tmp_path / f"run-{len(types)}"
-        config = configure(model, data, out, "text-classification", **more)
+    dtypes = []
+    for model, overrides in ((base, {}), (source, {"quant": {"kind": quant}})):
+        out = tmp_path / f"run-{len(dtypes)}"
+        config = create_config(model, data, out, "text-classification", **overrides)
         bfloat16 = config.model.model_copy(update={"dtype": "bfloat16"})
         result = train(config.model_copy(update={"model": bfloat16}))
         assert result.summary["proof"]["reload_difference"] <= 1e-4
-        types.append({name: p.dtype for name, p in result.model.named_parameters()})
-    assert types[0] == types[1]
+        dtypes.append({name: p.dtype for name, p in result.model.named_parameters()})
+    assert dtypes[0] == dtypes[1]
 
 
 @pytest.mark.parametrize(
-    ("more", "complaint"),
+    ("overrides", "message"),
     [
         (
             {"quant": {"kind": "8bit"}},
@@ -131,18 +131,18 @@ def test_one_stored_in_float32_computes_in_bfloat16(
         ),
     ],
 )
-def test_refusals(
-    more: dict[str, Any], complaint: str, tiny_model_dir: ModelDir, tmp_path: Path
+def test_options_unsupported_on_quantized_base_raise(
+    overrides: dict[str, Any], message: str, tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
-    base = make(tiny_model_dir("llama"), tmp_path / "base")
+    base = quantize_model(tiny_model_dir("llama"), tmp_path / "base")
     data = task_data.write(tmp_path / "data", "class")
-    with pytest.raises(ConfigError, match=complaint):
-        train(configure(base, data, tmp_path / "run", "text-classification", **more))
+    with pytest.raises(ConfigError, match=message):
+        train(create_config(base, data, tmp_path / "run", "text-classification", **overrides))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("stored", "complaint"),
+    ("quantization", "message"),
     [
         ({"quant_method": "hqq"}, "is quantized by hqq, which cannot be loaded here"),
         ({"quant_method": "gptq", "bits": 4}, "is quantized by gptq, which cannot be loaded here"),
@@ -150,16 +150,16 @@ def test_refusals(
         ({"quant_method": "new"}, "is quantized by new, which cannot be loaded here"),
     ],
 )
-def test_a_quantization_that_is_not_there_is_named_before_weights_load(
-    stored: dict[str, Any],
-    complaint: str,
+def test_unavailable_quantization_is_rejected_before_loading(
+    quantization: dict[str, Any],
+    message: str,
     tiny_model_dir: ModelDir,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    base = make(tiny_model_dir("llama"), tmp_path / "base")
+    base = quantize_model(tiny_model_dir("llama"), tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
-    config["quantization_config"] = stored
+    config["quantization_config"] = quantization
     (base / "config.json").write_text(json.dumps(config))
     (base / "model.safetensors").write_bytes(b"not read")
     for command in (
@@ -167,9 +167,9 @@ def test_a_quantization_that_is_not_there_is_named_before_weights_load(
         ["generate", str(base), "--prompt", "x"],
     ):
         assert run(command) == 2
-        said = capsys.readouterr().err
-        assert complaint in said
-        assert len(said.splitlines()) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.splitlines()) == 1
     assert run(["quantize", str(base), "--quant", "4bit", "--out", str(tmp_path / "x")]) == 2
     assert "is already quantized" in capsys.readouterr().err
 
@@ -185,7 +185,7 @@ CELLS = [
     ("method", "family", "task", "name", "head"),
     sample([(method, *cell) for cell in CELLS for method in ("lora", "full")]),
 )
-def test_a_trained_model_keeps_its_task_in_quantized_form(
+def test_quantized_model_keeps_task_labels_and_prompt(
     method: str,
     family: str,
     task: str,
@@ -195,80 +195,82 @@ def test_a_trained_model_keeps_its_task_in_quantized_form(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Task, labels and prompt go with the weights, and the card says what they are now."""
+    """The card keeps task, labels and prompt, and records the quantization."""
     data = task_data.write(tmp_path / "data", name)
     columns = {"columns": {"document": "en", "summary": "de"}} if name == "pair" else {}
     train(
-        configure(
+        create_config(
             tiny_model_dir(family, head), data, tmp_path / "run", task,
             method={"kind": method}, options=columns,
         )
     )  # fmt: skip
-    whole = tmp_path / "run/adapter"
+    float_dir = tmp_path / "run/adapter"
     if method == "lora":
-        whole = tmp_path / "merged"
-        merge(MergeConfig(adapters=[str(tmp_path / "run")], output_dir=whole, verify=False))
-    packed = make(whole, tmp_path / "packed", double_quant=True)
-    before, after = (json.loads((p / "ftlevel.json").read_text()) for p in (whole, packed))
-    now = {"kind": "4bit", "quant_type": "nf4", "double_quant": True}
-    assert after["quantization"] == now
-    assert after["quantized"]["source"]["name"] == str(whole)
+        float_dir = tmp_path / "merged"
+        merge(MergeConfig(adapters=[str(tmp_path / "run")], output_dir=float_dir, verify=False))
+    quantized = quantize_model(float_dir, tmp_path / "packed", double_quant=True)
+    before, after = (json.loads((p / "ftlevel.json").read_text()) for p in (float_dir, quantized))
+    quantization = {"kind": "4bit", "quant_type": "nf4", "double_quant": True}
+    assert after["quantization"] == quantization
+    assert after["quantized"]["source"]["name"] == str(float_dir)
     changed = {key for key in after if after[key] != before[key]}
     assert changed == {"quantization", "quantized"}
-    readme = (packed / "README.md").read_text()
+    readme = (quantized / "README.md").read_text()
     assert f"pipeline_tag: {task}" in readme
     assert "ftlevel generate packed --prompt" in readme
-    loaded = resolve_model(str(packed), device="cpu").load("cpu")
-    reference = resolve_model(str(whole), device="cpu").load("cpu")
+    loaded = resolve_model(str(quantized), device="cpu").load("cpu")
+    reference = resolve_model(str(float_dir), device="cpu").load("cpu")
     assert loaded.ref.prompt_format == reference.ref.prompt_format
     assert (loaded.task, loaded.ref.labels) == (reference.task, reference.ref.labels)
     rows = ["--dataset", str(data), "--split", "validation", "--resamples", "0", "--json"]
     rows += ["--map", "document=en", "--map", "summary=de"] if columns else []
     capsys.readouterr()
-    assert run(["evaluate", str(packed), *rows]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["task"] == task
-    assert found["quantization"] == now
-    assert run(["evaluate", str(whole), "--quant", "4bit", *rows]) == 0
-    live = json.loads(capsys.readouterr().out)
-    assert found["metrics"]["loss"] == pytest.approx(live["metrics"]["loss"], rel=0.05)
-    assert run(["generate", str(packed), "--prompt", "the parser", "--json"]) == 0
+    assert run(["evaluate", str(quantized), *rows]) == 0
+    stored_result = json.loads(capsys.readouterr().out)
+    assert stored_result["task"] == task
+    assert stored_result["quantization"] == quantization
+    assert run(["evaluate", str(float_dir), "--quant", "4bit", *rows]) == 0
+    quantized_while_loading = json.loads(capsys.readouterr().out)
+    assert stored_result["metrics"]["loss"] == pytest.approx(
+        quantized_while_loading["metrics"]["loss"], rel=0.05
+    )
+    assert run(["generate", str(quantized), "--prompt", "the parser", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)["answers"][0]
     assert bool(answer["text"]) or task == "summarization"
 
 
 @pytest.mark.parametrize(
-    ("form", "wishes"), [("4bit", ("8bit", "none")), ("8bit", ("4bit", "none"))]
+    ("kind", "other_kinds"), [("4bit", ("8bit", "none")), ("8bit", ("4bit", "none"))]
 )
-def test_evaluate_says_what_is_stored_and_refuses_another_wish(
-    form: Literal["4bit", "8bit"],
-    wishes: tuple[str, str],
+def test_evaluate_rejects_other_quantization_than_stored(
+    kind: Literal["4bit", "8bit"],
+    other_kinds: tuple[str, str],
     tiny_model_dir: ModelDir,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    base = make(tiny_model_dir("llama"), tmp_path / "base", quant=form, dtype="float32")
+    base = quantize_model(tiny_model_dir("llama"), tmp_path / "base", quant=kind, dtype="float32")
     data = task_data.write(tmp_path / "data", "mask")
-    train(configure(base, data, tmp_path / "run", "text-generation"))
+    train(create_config(base, data, tmp_path / "run", "text-generation"))
     for name in (base, tmp_path / "run"):
         command = ["evaluate", str(name), "--dataset", str(data), "--resamples", "0", "--no-base"]
-        for wish in ([], ["--quant", form]):
+        for options in ([], ["--quant", kind]):
             capsys.readouterr()
-            assert run([*command, *wish, "--json"]) == 0
-            assert json.loads(capsys.readouterr().out)["quantization"]["kind"] == form
-        for other in wishes:
-            assert run([*command, "--quant", other]) == 2
-            said = capsys.readouterr().err
-            assert f"--quant {other}: {base}" in said
-            assert f"is stored quantized ({QuantConfig(kind=form).form})" in said
-            assert len(said.splitlines()) == 1
+            assert run([*command, *options, "--json"]) == 0
+            assert json.loads(capsys.readouterr().out)["quantization"]["kind"] == kind
+        for other_kind in other_kinds:
+            assert run([*command, "--quant", other_kind]) == 2
+            error = capsys.readouterr().err
+            assert f"--quant {other_kind}: {base}" in error
+            assert f"is stored quantized ({QuantConfig(kind=kind).form})" in error
+            assert len(error.splitlines()) == 1
 
 
 @pytest.mark.slow
-def test_a_gguf_file_is_a_base_in_4_bits(
+def test_gguf_base_in_4_bits_matches_directory(
     first_blocks_gguf: Path, first_blocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SmolLM2's directory was converted from the .gguf, exactly: the runs are one run."""
+    """SmolLM2's directory was converted from the .gguf without loss, so losses are equal."""
     monkeypatch.chdir(tmp_path)
     common = ["--method", "qlora", "--quant", "4bit", "--max-samples", "2", "--max-steps", "2",
               "--logging-steps", "1", "--dtype", "bfloat16", "--max-length", "64",
