@@ -1,5 +1,5 @@
-"""A card that is not there: where tensors are, what is waited for, launches and memory of a step.
+"""Simulated GPU: devices, waits, launches and memory of a step.
 
-Nothing is computed, so nothing is said of numbers, and no figure is a measurement. `make gpu-sim`
+Nothing is computed, so values are not checked, and no figure is a measurement. `make gpu-sim`
 prints the table.
 """

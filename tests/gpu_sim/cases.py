@@ -1,4 +1,4 @@
-"""What is put onto the simulated card: every method on every kind of model, and Llama-3-8B."""
+"""Cases of the simulation: every method on every kind of model, and Llama-3-8B."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from ftlevel.tasks import TASKS
 from ftlevel.tasks.losses import Tokens
 from ftlevel.trained.adapt import apply_method, train_in_float32
 from ftlevel.training.memory import enable_checkpointing, set_checkpointing
-from gpu_sim.simulate import MODE, Found, run_step, to_card, without_a_cache
+from gpu_sim.simulate import MODE, StepMetrics, disable_cache, move_to_gpu, run_step
 from matrix_cells import TinyCell, build_spec, copy_base, describe_base, expected_refusal, heads_of
 
 KINDS = {"llama": "causal", "bert": "seqcls", "t5": "seq2seq"}
-"""A family of each kind of model, with the head that it is mostly trained with."""
+"""A family of each kind of model, with its most common head."""
 
 LENGTHS = (5, 30, 12, 12, 3, 21, 8, 17)
 
 SPARSE = ("shira",)
-"""Methods with sparse tensors, which a torch without CUDA has not even as fakes of a card's."""
+"""Methods with sparse tensors, which torch without CUDA cannot fake on a GPU."""
 
 LLAMA_8B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256,
     "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "max_position_embeddings": 8192,
 }  # fmt: skip
-"""Of Llama-3-8B."""
+"""Config of Llama-3-8B."""
 
 
 def build_cells() -> list[TinyCell]:
-    """Return every method on a model of each kind, in floating point and in 4 bits."""
+    """Return every method on a model of each kind, unquantized and in 4 bits."""
     rows = [info.name for info in METHOD_INFO.values()
             if info.method in matrix_cells.SPECS and info.method not in SPARSE]  # fmt: skip
     cells = [
@@ -58,8 +58,8 @@ def build_cells() -> list[TinyCell]:
     return [cell for cell in cells if expected_refusal(cell) is None]
 
 
-def run_cell(cell: TinyCell) -> Found:
-    """Return what a step of `cell` asks of the card; raises where tensors are not together."""
+def run_cell(cell: TinyCell) -> StepMetrics:
+    """Return the metrics of a step of `cell`; raises if tensors are on different devices."""
     torch.manual_seed(0)
     spec = build_spec(cell.row)
     kind, task = FAMILIES[cell.family].kind, TASKS[cell.tasks[0]]
@@ -74,36 +74,36 @@ def run_cell(cell: TinyCell) -> Found:
     fast = FastStep(model.train(), plan)
     fast.check_cross_entropy(objective, rows, 0, "cpu", "bfloat16")
     fast.prune_last_layer(objective, rows, 0, "cpu", "bfloat16")
-    to_card(model)
+    move_to_gpu(model)
     return run_step(model, config, objective, fast, rows, cell.family)
 
 
 def _rows(head: str) -> list[Encoded]:
-    """Return rows with labels as `head` takes them."""
+    """Return encoded rows with labels for `head`."""
     generator, rows = torch.Generator().manual_seed(1), []
-    for number, length in enumerate(LENGTHS):
+    for index, length in enumerate(LENGTHS):
         ids = torch.randint(10, 490, (length,), generator=generator).tolist()
         labels: Any = {
-            "seqcls": number % matrix_cells.tiny_models.LABELS,
+            "seqcls": index % matrix_cells.tiny_models.LABELS,
             "seq2seq": ids[::2],
         }.get(head, [IGNORED if i < length // 2 else token for i, token in enumerate(ids)])
-        rows.append(Encoded(ids, labels, number))
+        rows.append(Encoded(ids, labels, index))
     return rows
 
 
 @dataclass(frozen=True)
-class Large:
-    """A step of Llama-3-8B, LoRA r 16, alpha 32, on all linears, in bfloat16.
+class LargeCase:
+    """A step of Llama-3-8B with LoRA r 16, alpha 32 on all linear layers, in bfloat16.
 
     Attributes:
-        layers: how many of its 32.
+        layers: number of its 32 layers.
         sequences: rows of the step.
-        length: tokens of each.
-        supervised: share of them that are targets.
+        length: tokens per row.
+        supervised: share of tokens that are targets.
         train: settings of `TrainerConfig`.
         speed: settings of `SpeedConfig`.
-        kernels: whether ours are used, as where they prove themselves.
-        four_bits: whether the linears of its blocks are nf4, quantized twice.
+        kernels: whether Triton kernels are used.
+        four_bits: whether the linear layers of its blocks are nf4 with double quantization.
     """
 
     layers: int = 32
@@ -117,20 +117,20 @@ class Large:
 
     @property
     def tokens(self) -> int:
-        """Of the step, which is one micro-batch."""
+        """Tokens of the step, which is one micro-batch."""
         return self.sequences * self.length
 
 
-def run_large(case: Large) -> Found:
-    """Return what the step asks of the card."""
-    formulas = TritonBackend() if case.kernels else TORCH
+def run_large_case(case: LargeCase) -> StepMetrics:
+    """Return the metrics of the step."""
+    backend = TritonBackend() if case.kernels else TORCH
     for name in ("select_norm", "select_glu", "select_rope", "select_cross_entropy"):
-        setattr(kernels, name, lambda *_: formulas)
+        setattr(kernels, name, lambda *_: backend)
     kernels.supports_triton = lambda *_: True
-    shape = transformers.LlamaConfig(**{**LLAMA_8B, "num_hidden_layers": case.layers})
+    model_config = transformers.LlamaConfig(**{**LLAMA_8B, "num_hidden_layers": case.layers})
     with torch.device("meta"):
         base = transformers.AutoModelForCausalLM.from_config(
-            shape, dtype=torch.bfloat16, attn_implementation="sdpa"
+            model_config, dtype=torch.bfloat16, attn_implementation="sdpa"
         )
     if case.four_bits:
         _quantize(base)
@@ -148,7 +148,7 @@ def run_large(case: Large) -> Found:
         for number in range(case.sequences)
     ]
     plan = plan_fast(config, base, "decoder", objective, "cuda", rows, case.length)
-    to_card(model)
+    move_to_gpu(model)
     fast = FastStep(model, plan)
     if config.train.recomputes:
         enable_checkpointing(base)
@@ -156,7 +156,7 @@ def run_large(case: Large) -> Found:
 
 
 def _quantize(base: Any) -> None:
-    """Make the linears of the blocks of `base` 4 bits wide, without numbers (mutated)."""
+    """Replace linear layers of the blocks of `base` (mutated) by 4-bit ones on the meta device."""
     import bitsandbytes as bnb
     from bitsandbytes.functional import QuantState
 
@@ -184,10 +184,10 @@ def _quantize(base: Any) -> None:
 
 
 def _with_lora(base: Any) -> Any:
-    """Return `base`, which has no numbers, with LoRA on all linears."""
+    """Return `base`, a meta model, with LoRA on all linear layers."""
     from peft import LoraConfig, get_peft_model
 
-    # OthersSaid of weights, which are not there: what is found for a Llama, and T5's norm.
+    # Without weights, norms and GLUs cannot be detected: set the result for Llama and T5.
     norm_glu._match_norm = lambda _: (0.0, False)
     norm_glu._match_glu = lambda _: "silu"
 
@@ -209,13 +209,13 @@ TWO_STACKS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """A step whose blocks are recomputed as its memory asks.
+class FittedStep:
+    """A step with as many recomputed blocks as its memory requires.
 
     Attributes:
-        kept: bytes held after the forward pass.
-        recomputed: blocks that are recomputed.
-        blocks: all of them.
+        kept: bytes alive after the forward pass.
+        recomputed: number of recomputed blocks.
+        blocks: number of blocks.
     """
 
     kept: int
@@ -223,18 +223,20 @@ class Fitted:
     blocks: int
 
 
-def run_fitted(family: str, free: int, rows: int = 16, length: int = 512) -> Fitted:
-    """Return the step of a family of `TWO_STACKS` on a card with `free` bytes.
+def run_with_auto_checkpointing(
+    family: str, free: int, rows: int = 16, length: int = 512
+) -> FittedStep:
+    """Return a step of a family of `TWO_STACKS` on a GPU with `free` bytes.
 
     Args:
         family: its `model_type`.
-        free: bytes that the card says are free.
-        rows: of the step, which is one micro-batch.
-        length: tokens of each; their answers have half as many.
+        free: free bytes that the GPU reports.
+        rows: rows of the step, which is one micro-batch.
+        length: tokens per row; answers have half as many.
     """
-    shape = transformers.AutoConfig.for_model(family, **TWO_STACKS[family])
+    model_config = transformers.AutoConfig.for_model(family, **TWO_STACKS[family])
     with torch.device("meta"):
-        base = transformers.AutoModelForSeq2SeqLM.from_config(shape, dtype=torch.bfloat16)
+        base = transformers.AutoModelForSeq2SeqLM.from_config(model_config, dtype=torch.bfloat16)
     model = _with_lora(base)
     config = TrainConfig(
         task="summarization",
@@ -245,17 +247,17 @@ def run_fitted(family: str, free: int, rows: int = 16, length: int = 512) -> Fit
     ids = list(range(5, 5 + length))
     batch = [Encoded([number, *ids[1:]], ids[: length // 2], number) for number in range(rows)]
     plan = plan_fast(config, base, "encoder-decoder", objective, "cuda", batch, length)
-    to_card(model)
+    move_to_gpu(model)
     fast = FastStep(model, plan)
     torch.cuda.mem_get_info = lambda *_: (free, free)
-    planned: Any = SimpleNamespace(
+    run: Any = SimpleNamespace(
         config=config,
         data=SimpleNamespace(train=batch, max_length=length), fast=plan,
         model=SimpleNamespace(device="cuda", dtype="bfloat16", pad_id=0, kind="encoder-decoder"),
     )  # fmt: skip
-    with MODE, without_a_cache(model):
-        set_checkpointing(model, planned)
+    with MODE, disable_cache(model):
+        set_checkpointing(model, run)
     blocks = [block for stack in get_stacks(base) for block in stack]
     recomputed = sum(bool(getattr(block, "gradient_checkpointing", False)) for block in blocks)
-    found = run_step(model, config, objective, fast, batch, family)
-    return Fitted(found.kept, recomputed, len(blocks))
+    metrics = run_step(model, config, objective, fast, batch, family)
+    return FittedStep(metrics.kept, recomputed, len(blocks))

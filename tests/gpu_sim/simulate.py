@@ -1,4 +1,4 @@
-"""One optimizer step of ftlevel's own Trainer on the card that is not there."""
+"""One optimizer step of ftlevel's Trainer on the simulated GPU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ftlevel.training.processes import Processes
 from ftlevel.training.trainer import FtlevelTrainer
 from gpu_sim.recorder import Recorder
 
-CARD = torch.device("cuda:0")
+DEVICE = torch.device("cuda:0")
 MODE = FakeTensorMode(allow_non_fake_inputs=False)
 _NO_CONTROL: Any = SimpleNamespace(
     should_log=False, should_evaluate=False, should_save=False, should_training_stop=False
@@ -40,18 +40,18 @@ _NO_CONTROL: Any = SimpleNamespace(
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a step asked of the card.
+class StepMetrics:
+    """Metrics of one step on the GPU.
 
     Attributes:
-        waits: what the host waited for the card for.
-        launches: kernels of the forward and backward pass; those of the optimizer and of norms
-            go through all tensors at once on a card, and one by one here.
-        weights: bytes on the card before the step.
-        kept: bytes more when the forward pass of the last micro-batch is over.
-        peak: bytes more at most.
-        seconds: by the roofline, by the kind of operation.
-        operations: of products and attention.
+        waits: number of host waits, by source line.
+        launches: kernels of the forward and backward pass; the optimizer and norms use fused
+            multi-tensor kernels on a GPU and one kernel per tensor here.
+        weights: bytes on the GPU before the step.
+        kept: additional bytes after the forward pass of the last micro-batch.
+        peak: additional bytes at the maximum.
+        seconds: roofline time by kind of operation.
+        operations: floating-point operations of products and attention.
     """
 
     waits: dict[str, int]
@@ -64,96 +64,96 @@ class Found:
 
 
 class Params4bit(FakeTensor):
-    """A weight in 4 bits; libraries tell it by the name of its class."""
+    """A 4-bit weight; libraries check the name of its class."""
 
 
-def _made_on_the_host(make: Any) -> Any:
-    """Return `make` of indices, with numbers on the host and none on the card."""
+def _computed_on_host(function: Any) -> Any:
+    """Return `function` (of indices), computed on the host, with a fake result on the GPU."""
 
     @functools.lru_cache(maxsize=8)
-    def made(*arguments: Any) -> Any:
+    def compute(*arguments: Any) -> Any:
         with unset_fake_temporarily():
-            found = make(*arguments[:-1], torch.device("cpu"))
-        return _sent(found)
+            result = function(*arguments[:-1], torch.device("cpu"))
+        return _send(result)
 
-    return made
+    return compute
 
 
-def _sent(value: Any) -> Any:
-    """Return `value` with its tensors on the card, sent as the code that made them does."""
+def _send(value: Any) -> Any:
+    """Return `value` with its tensors on the GPU, sent as in ftlevel's code."""
     if isinstance(value, torch.Tensor):
-        return send(MODE.from_tensor(value), CARD)
+        return send(MODE.from_tensor(value), DEVICE)
     if isinstance(value, tuple):
-        return tuple(map(_sent, value))
+        return tuple(map(_send, value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: _sent(getattr(value, f.name)) for f in fields(value)})
+        return replace(value, **{f.name: _send(getattr(value, f.name)) for f in fields(value)})
     return value
 
 
-gpu.pad_segments = _made_on_the_host(gpu.pad_segments.__wrapped__)
-gpu.get_lengths = _made_on_the_host(gpu.get_lengths.__wrapped__)
+gpu.pad_segments = _computed_on_host(gpu.pad_segments.__wrapped__)
+gpu.get_lengths = _computed_on_host(gpu.get_lengths.__wrapped__)
 
 
-def to_card(model: torch.nn.Module) -> None:
-    """Put every tensor of `model` (mutated), whatever holds it, onto the card, without numbers."""
+def move_to_gpu(model: torch.nn.Module) -> None:
+    """Replace every tensor of `model` (mutated) by a fake one on the GPU."""
     known: dict[int, Any] = {}
 
     def convert(tensor: Any) -> Any:
         if not isinstance(tensor, torch.Tensor) or isinstance(tensor, FakeTensor):
             return tensor
         if id(tensor) not in known:
-            made = torch.empty(tensor.shape, dtype=tensor.dtype, device=CARD)
+            fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE)
             if isinstance(tensor, torch.nn.Parameter):
-                made = torch.nn.Parameter(made, requires_grad=tensor.requires_grad)
+                fake = torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
                 if (state := getattr(tensor, "quant_state", None)) is not None:
-                    made.__class__ = Params4bit
-                    made.quant_state = _state_to_card(state, convert)  # type: ignore[attr-defined]
-                    made.bnb_quantized = True  # type: ignore[attr-defined]
-            known[id(tensor)] = (tensor, made)  # held, so that no id comes twice
+                    fake.__class__ = Params4bit
+                    fake.quant_state = _move_state_to_gpu(state, convert)  # type: ignore[attr-defined]
+                    fake.bnb_quantized = True  # type: ignore[attr-defined]
+            known[id(tensor)] = (tensor, fake)  # keeps a reference, so that no id is reused
         return known[id(tensor)][1]
 
     with MODE:
         for module in model.modules():
-            for held in (module._parameters, module._buffers):
-                for name, tensor in list(held.items()):
-                    held[name] = convert(tensor)
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in list(tensors.items()):
+                    tensors[name] = convert(tensor)
             if (state := getattr(module, "quant_state", None)) is not None:
-                module.quant_state = _state_to_card(state, convert)  # type: ignore[assignment]
+                module.quant_state = _move_state_to_gpu(state, convert)  # type: ignore[assignment]
 
 
-def _state_to_card(state: Any, convert: Any) -> Any:
-    """Return a copy of bitsandbytes' `QuantState` with its tensors on the card."""
-    moved = copy.copy(state)
+def _move_state_to_gpu(state: Any, convert: Any) -> Any:
+    """Return a copy of bitsandbytes' `QuantState` with its tensors on the GPU."""
+    copied = copy.copy(state)
     for name, value in vars(state).items():
         if isinstance(value, torch.Tensor):
-            setattr(moved, name, convert(value))
+            setattr(copied, name, convert(value))
         elif type(value) is type(state):
-            setattr(moved, name, _state_to_card(value, convert))
-    return moved
+            setattr(copied, name, _move_state_to_gpu(value, convert))
+    return copied
 
 
 def _as_fake(value: Any) -> Any:
-    """Return a batch whose tensors, wherever they are in it, have no numbers."""
+    """Return a batch whose tensors, at any depth, are fake."""
     if isinstance(value, torch.Tensor):
         return MODE.from_tensor(value)
     if isinstance(value, dict):
-        return {name: _as_fake(part) for name, part in value.items()}
+        return {name: _as_fake(item) for name, item in value.items()}
     if isinstance(value, list | tuple) and not isinstance(value, str):
-        return type(value)(_as_fake(part) for part in value)
+        return type(value)(_as_fake(item) for item in value)
     if isinstance(value, PackedLayout):
-        parts = {name: getattr(value, name) for name in ("source", "restore", "needed")}
-        return replace(value, **_as_fake(parts))
+        tensors = {name: getattr(value, name) for name in ("source", "restore", "needed")}
+        return replace(value, **_as_fake(tensors))
     return value
 
 
 @contextlib.contextmanager
-def _told_of_the_forward(trainer: Any, recorder: Recorder) -> Iterator[list[int]]:
-    """Give a list of the bytes that are alive at the end of each forward pass inside the block."""
+def _record_forward_memory(trainer: Any, recorder: Recorder) -> Iterator[list[int]]:
+    """Yield a list of the live bytes at the end of each forward pass in the block."""
     kept: list[int] = []
-    whole = trainer.compute_loss
+    original = trainer.compute_loss
 
     def compute(*arguments: Any, **settings: Any) -> Any:
-        loss = whole(*arguments, **settings)
+        loss = original(*arguments, **settings)
         kept.append(recorder.live)
         return loss
 
@@ -165,8 +165,8 @@ def _told_of_the_forward(trainer: Any, recorder: Recorder) -> Iterator[list[int]
 
 
 @contextlib.contextmanager
-def without_a_cache(model: Any) -> Iterator[None]:
-    """Have `model` keep no keys for generation, as Trainer does once it trains."""
+def disable_cache(model: Any) -> Iterator[None]:
+    """Set `use_cache` to False, as Trainer does for training."""
     configs = [
         m.config for m in model.modules() if hasattr(getattr(m, "config", None), "use_cache")
     ]
@@ -177,7 +177,7 @@ def without_a_cache(model: Any) -> Iterator[None]:
 
 class _Trainer(FtlevelTrainer):
     def _move_model_to_device(self, model: Any, device: Any) -> None:
-        """Leave the model where `to_card` has put it."""
+        """Do nothing: `move_to_gpu` has moved the model."""
 
 
 def run_step(
@@ -188,17 +188,17 @@ def run_step(
     rows: Sequence[Encoded],
     family: str,
     optimize: bool = True,
-) -> Found:
-    """Return what one step over `rows` asks of the card, its optimizer's part with it.
+) -> StepMetrics:
+    """Return the metrics of one step over `rows`, including the optimizer.
 
     Args:
-        model: on the card.
+        model: model on the GPU.
         config: `TrainConfig` of the run.
-        objective: what it is trained on.
-        fast: the fast step that is on it.
-        rows: of the step.
+        objective: training objective.
+        fast: fast step of the model.
+        rows: rows of the step.
         family: `model_type`.
-        optimize: whether the optimizer takes the step.
+        optimize: whether the optimizer makes its step.
     """
     run = SimpleNamespace(
         config=config,
@@ -208,8 +208,8 @@ def run_step(
         data=SimpleNamespace(validation=[]),
         model=SimpleNamespace(dtype="bfloat16", device="cuda", family=family),
     )
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = create_training_args(run, Path(folder))  # type: ignore[arg-type]
+    with tempfile.TemporaryDirectory() as output_dir:
+        arguments = create_training_args(run, Path(output_dir))  # type: ignore[arg-type]
         with MODE:
             trainer = _Trainer(objective=objective, model=model, args=arguments, fast=fast)
         batch = _as_fake(StepCollator(0, fast.plan, objective)(list(rows)))
@@ -217,71 +217,77 @@ def run_step(
         with MODE, recorder:
             for tensor in (*model.parameters(), *model.buffers()):
                 recorder.track(tensor)
-            directory = RunDirectory(Path(folder))
-            recovery = Recovery(trainer, config.train, directory, Processes(), NullListener(), None)
-            proof = GradientMonitor(
+            run_directory = RunDirectory(Path(output_dir))
+            recovery = Recovery(
+                trainer, config.train, run_directory, Processes(), NullListener(), None
+            )
+            monitor = GradientMonitor(
                 NullListener(),
                 trainer.take_step_loss,
                 recovery,
                 delays_checks=recovery.is_always_fatal,
             )
-            proof.checked, proof._is_finished = 1, True
-            proof._trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+            monitor.checked, monitor._is_finished = 1, True
+            monitor._trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
             optimizer = trainer.create_optimizer() if optimize else None
             weights = recorder.live
             recorder.reset()
-            alone = trainer.standalone_steps("bfloat16")
-            with _told_of_the_forward(trainer, recorder) as kept, alone, without_a_cache(model):
-                launches = _step(trainer, batch, proof, optimizer, recorder)
-        return Found(
+            standalone = trainer.standalone_steps("bfloat16")
+            with (
+                _record_forward_memory(trainer, recorder) as kept,
+                standalone,
+                disable_cache(model),
+            ):
+                launches = _step(trainer, batch, monitor, optimizer, recorder)
+        return StepMetrics(
             dict(recorder.waits), launches, weights, kept[-1] - weights,
             recorder.peak - weights, dict(recorder.seconds), recorder.operations,
         )  # fmt: skip
 
 
 def _step(
-    trainer: Any, batch: Any, proof: GradientMonitor, optimizer: Any, recorder: Recorder
+    trainer: Any, batch: Any, monitor: GradientMonitor, optimizer: Any, recorder: Recorder
 ) -> int:
-    """Go through what Trainer's loop does in a step that is not logged; return the launches."""
+    """Run one step of Trainer's loop without logging; return the number of launches."""
     args, model = trainer.args, trainer.model
-    batch = send_to_device(batch, CARD, non_blocking=args.accelerator_config.non_blocking)
-    count = trainer._get_num_items_in_batch([batch], CARD)
+    batch = send_to_device(batch, DEVICE, non_blocking=args.accelerator_config.non_blocking)
+    count = trainer._get_num_items_in_batch([batch], DEVICE)
     trainer.training_step(model, batch, count)
     launches = recorder.launches
     state: Any = SimpleNamespace(global_step=4)
-    torch.nn.utils.clip_grad_norm_([p for _, p in proof._trainable], args.max_grad_norm)
-    proof.on_pre_optimizer_step(args, state, _NO_CONTROL, model=model, optimizer=optimizer)
+    torch.nn.utils.clip_grad_norm_([p for _, p in monitor._trainable], args.max_grad_norm)
+    monitor.on_pre_optimizer_step(args, state, _NO_CONTROL, model=model, optimizer=optimizer)
     if optimizer is not None:
         optimizer.step()
-    proof.on_optimizer_step(args, state, _NO_CONTROL)
-    proof.on_step_end(args, SimpleNamespace(global_step=5), _NO_CONTROL)  # type: ignore[arg-type]
+    monitor.on_optimizer_step(args, state, _NO_CONTROL)
+    monitor.on_step_end(args, SimpleNamespace(global_step=5), _NO_CONTROL)  # type: ignore[arg-type]
     model.zero_grad()
     return launches
 
 
-def find_unseen_faults() -> list[str]:
-    """Return the faults of a step that this simulation would not see; it should see them all."""
-    unseen = []
+def find_undetected_errors() -> list[str]:
+    """Return the known errors that this simulation does not detect; expected to be empty."""
+    undetected = []
     with MODE:
-        there, here = torch.empty(2, device=CARD), torch.empty(2)
+        on_gpu, on_host = torch.empty(2, device=DEVICE), torch.empty(2)
         try:
-            there + here
-            unseen.append("tensors on two devices")
+            on_gpu + on_host
+            undetected.append("tensors on two devices")
         except RuntimeError:
             pass
-        for name, act in {
-            "a number is asked for": lambda: float(there.sum()),
-            "a copy onto the card that is waited for": lambda: here.to(CARD),
-            "a copy from the card": lambda: there.cpu(),
+        for name, operation in {
+            "reading a value": lambda: float(on_gpu.sum()),
+            "a blocking copy to the GPU": lambda: on_host.to(DEVICE),
+            "a copy from the GPU": lambda: on_gpu.cpu(),
         }.items():
             with Recorder() as recorder:
-                act()
+                operation()
             if sum(recorder.waits.values()) != 1:
-                unseen.append(name)
+                undetected.append(name)
         with Recorder() as recorder:
-            here.to(CARD, non_blocking=True)
-            one = torch.empty(1 << 18, device=CARD) + 1
-            del one
+            on_host.to(DEVICE, non_blocking=True)
+            temporary = torch.empty(1 << 18, device=DEVICE) + 1
+            del temporary
         if recorder.waits or recorder.peak < 2 << 20 or recorder.live:
-            unseen.append("memory that is let go again")
-    return unseen
+            undetected.append("freed memory")
+    return undetected

@@ -1,4 +1,4 @@
-"""A packed batch gives what the padded one gives, for every family that claims it."""
+"""Tests that packed batches match padded ones, for every family that supports packing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CELLS = [(family, head) for family in (*DECODERS, *ENCODERS) for head in tiny_mo
 
 
 def build(family: str, head: str, **overrides: Any) -> Any:
-    """Return a tiny model with a LoRA that does something, in eval mode, without dropout."""
+    """Return a tiny model with a nonzero LoRA, in eval mode, without dropout."""
     torch.manual_seed(0)
     base = tiny_models.build(family, head, **overrides)
     model = get_peft_model(
@@ -31,8 +31,8 @@ def build(family: str, head: str, **overrides: Any) -> Any:
     return model.eval()
 
 
-def batch_of(model: Any, lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> dict[str, Any]:
-    """Return a batch of sequences of `lengths`, padded on the right."""
+def create_batch(model: Any, lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> dict[str, Any]:
+    """Return a batch of sequences of `lengths`, right-padded."""
     generator = torch.Generator().manual_seed(seed)
     longest = max(lengths)
     ids = torch.randint(10, 490, (len(lengths), longest), generator=generator)
@@ -41,8 +41,10 @@ def batch_of(model: Any, lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> d
             "attention_mask": mask}  # fmt: skip
 
 
-def outputs_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what counts of the logits, and the gradient of a sum over it that weighs each."""
+def compute_outputs_and_gradients(
+    model: Any, batch: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits of real tokens, and the gradient of their weighted sum."""
     model.zero_grad()
     output = (
         model(**batch, use_cache=False)
@@ -53,14 +55,14 @@ def outputs_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[torch.Tens
         logits = torch.stack([output.start_logits, output.end_logits], -1)
     else:
         logits = output.logits
-    counted = logits[batch["attention_mask"] == 1] if logits.dim() == 3 else logits
-    weights = torch.linspace(-1, 1, counted.numel()).view_as(counted)
-    (counted.double() * weights).sum().backward()
+    real_logits = logits[batch["attention_mask"] == 1] if logits.dim() == 3 else logits
+    weights = torch.linspace(-1, 1, real_logits.numel()).view_as(real_logits)
+    (real_logits.double() * weights).sum().backward()
     gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-    return counted.detach(), torch.cat(gradients)
+    return real_logits.detach(), torch.cat(gradients)
 
 
-def packed(
+def compute_packed(
     model: Any, batch: dict[str, Any], *, is_for_answers: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     base = model.get_base_model()
@@ -70,7 +72,7 @@ def packed(
     try:
         layout = PackedLayout.from_mask(batch["attention_mask"])
         with using_layout(replace(layout, is_for_answers=is_for_answers)):
-            return outputs_and_gradients(model, batch)
+            return compute_outputs_and_gradients(model, batch)
     finally:
         blocks.remove()
         base.set_attn_implementation("sdpa")
@@ -81,19 +83,22 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "gemma3_text", "modernbert"])
-def test_answers_by_equal_lengths_equal_padded(family: str) -> None:
-    """With grouped heads, with windows, and of encoders; neighbors of equal length are a batch."""
+def test_packed_answer_logits_match_padded(family: str) -> None:
+    """With grouped heads, windows and encoders; neighbors of equal length form a batch."""
     model = build(family, tiny_models.HEADS[family][0])
-    batch = batch_of(model)
-    expected, _ = outputs_and_gradients(model, batch)
-    found, _ = packed(model, batch, is_for_answers=True)
-    assert relative(found, expected) < 1e-5
+    batch = create_batch(model)
+    expected, _ = compute_outputs_and_gradients(model, batch)
+    actual, _ = compute_packed(model, batch, is_for_answers=True)
+    assert relative(actual, expected) < 1e-5
 
 
 @pytest.mark.parametrize(("family", "head"), CELLS)
-def test_packed_equals_padded(family: str, head: str) -> None:
+def test_packed_matches_padded(family: str, head: str) -> None:
     model = build(family, head)
-    batch = batch_of(model)
-    plain, packed_ones = outputs_and_gradients(model, batch), packed(model, batch)
-    assert relative(packed_ones[0], plain[0]) < 1e-5
-    assert relative(packed_ones[1], plain[1]) < 1e-5
+    batch = create_batch(model)
+    padded, packed_results = (
+        compute_outputs_and_gradients(model, batch),
+        compute_packed(model, batch),
+    )
+    assert relative(packed_results[0], padded[0]) < 1e-5
+    assert relative(packed_results[1], padded[1]) < 1e-5

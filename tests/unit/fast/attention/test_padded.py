@@ -1,4 +1,4 @@
-"""Padded calls of SDPA are the attention of sequences, with few calls, whatever their lengths."""
+"""Tests that padded SDPA calls match blocked attention, with few calls for any lengths."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CASES = [(ROWS, True, None), (ROWS, False, None), (ROWS, True, 9), (ROWS, False,
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("cap", [None, 0.7])
 @pytest.mark.parametrize(("segments", "causal", "window"), CASES)
-def test_it_is_the_attention_of_sequences(
+def test_padded_attention_matches_blocked_attention(
     segments: tuple[Segment, ...], causal: bool, window: int | None, cap: float | None, device: str
 ) -> None:
     torch.manual_seed(0)
@@ -46,27 +46,27 @@ def test_it_is_the_attention_of_sequences(
         )
         for heads in (4, 2, 2)
     ]
-    found = padded_attention(parts, segments, AttentionOptions(causal, window, 0.3, cap=cap))
+    actual = padded_attention(parts, segments, AttentionOptions(causal, window, 0.3, cap=cap))
     exact = [part.detach().cpu().requires_grad_() for part in parts]
     expected = BlockedAttention.apply(
         *exact, split_queries(segments, causal, window), 0.3, 0.0, cap
     )
-    torch.testing.assert_close(found.cpu(), expected)
+    torch.testing.assert_close(actual.cpu(), expected)
     weights = torch.randn_like(expected)
-    gradients = torch.autograd.grad(found, parts, weights.to(device))
-    for one, other in zip(gradients, torch.autograd.grad(expected, exact, weights), strict=True):
-        torch.testing.assert_close(one.cpu(), other)
+    gradients = torch.autograd.grad(actual, parts, weights.to(device))
+    for a, b in zip(gradients, torch.autograd.grad(expected, exact, weights), strict=True):
+        torch.testing.assert_close(a.cpu(), b)
 
 
-def test_calls_do_not_grow_with_the_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_sequences_need_one_sdpa_call(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
-    whole = functional.scaled_dot_product_attention
+    original = functional.scaled_dot_product_attention
 
-    def count(*parts: torch.Tensor, **settings: Any) -> torch.Tensor:
+    def record_call(*parts: torch.Tensor, **settings: Any) -> torch.Tensor:
         calls.append(settings)
-        return whole(*parts, **settings)
+        return original(*parts, **settings)
 
-    monkeypatch.setattr(functional, "scaled_dot_product_attention", count)
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", record_call)
     segments = tuple(Segment(start, start + 128) for start in range(0, 64 * 128, 128))
     parts = [torch.randn(heads, 64 * 128, 8) for heads in (4, 2, 2)]
     padded_attention(parts, segments, AttentionOptions(scale=0.3))
@@ -75,7 +75,7 @@ def test_calls_do_not_grow_with_the_sequences(monkeypatch: pytest.MonkeyPatch) -
     assert calls[0]["is_causal"]
 
 
-def test_places_are_at_most_twice_the_tokens() -> None:
+def test_padding_at_most_doubles_tokens() -> None:
     generator, stop, segments = torch.Generator().manual_seed(0), 0, []
     for length in torch.randint(1, 700, (60,), generator=generator).tolist():
         segments.append(Segment(stop, stop + length))
@@ -86,21 +86,23 @@ def test_places_are_at_most_twice_the_tokens() -> None:
 
 
 @pytest.mark.parametrize("queries", [1, 7])
-def test_capped_scores_of_a_batch_are_exact_under_autocast(queries: int) -> None:
+def test_softcapped_attention_is_accurate_under_autocast(queries: int) -> None:
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, heads, count, 8) for heads, count in
                          ((4, queries), (2, 7), (2, 7)))  # fmt: skip
-    seen = torch.ones(2, 1, queries, 7, dtype=torch.bool).tril(7 - queries)
-    seen[1, ..., :2] = False
-    seen[1, ..., 2] = True
-    wide = [part.double().repeat_interleave(4 // part.shape[1], 1) for part in (query, key, value)]
-    scores = 0.7 * torch.tanh(0.3 * wide[0] @ wide[1].transpose(2, 3) / 0.7)
-    shares = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-    expected = (shares @ wide[2]).transpose(1, 2)
-    masks = (seen, torch.zeros(seen.shape).masked_fill(~seen, -torch.inf))
+    visible = torch.ones(2, 1, queries, 7, dtype=torch.bool).tril(7 - queries)
+    visible[1, ..., :2] = False
+    visible[1, ..., 2] = True
+    exact_states = [
+        part.double().repeat_interleave(4 // part.shape[1], 1) for part in (query, key, value)
+    ]
+    logits = 0.7 * torch.tanh(0.3 * exact_states[0] @ exact_states[1].transpose(2, 3) / 0.7)
+    probabilities = logits.masked_fill(~visible, -torch.inf).softmax(-1)
+    expected = (probabilities @ exact_states[2]).transpose(1, 2)
+    masks = (visible, torch.zeros(visible.shape).masked_fill(~visible, -torch.inf))
     for mask in masks:
         with torch.autocast("cpu", torch.bfloat16):
-            found, _ = softcapped_attention(query, key, value, mask, 0.0, 0.3, 0.7, True)
-        assert (found - expected).norm() <= 1e-2 * expected.norm()
-        found, _ = softcapped_attention(query, key, value, mask, 0.0, 0.3, 0.7, True)
-        torch.testing.assert_close(found, expected.float())
+            actual, _ = softcapped_attention(query, key, value, mask, 0.0, 0.3, 0.7, True)
+        assert (actual - expected).norm() <= 1e-2 * expected.norm()
+        actual, _ = softcapped_attention(query, key, value, mask, 0.0, 0.3, 0.7, True)
+        torch.testing.assert_close(actual, expected.float())

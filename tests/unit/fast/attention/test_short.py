@@ -1,4 +1,4 @@
-"""Short sequences in one batched product have the attention of blocks: values and gradients."""
+"""Tests that batched attention of short sequences matches blocked attention."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ftlevel.fast.packing import Segment
 HEADS, GROUPS, WIDTH = 4, 2, 8
 
 
-def rows(*lengths: int) -> tuple[Segment, ...]:
+def create_segments(*lengths: int) -> tuple[Segment, ...]:
     ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
     return tuple(Segment(a, b) for a, b in pairwise(ends))
 
 
-def states(tokens: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+def create_states(tokens: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
     torch.manual_seed(0)
     return [
         torch.randn(tokens, heads, WIDTH, dtype=dtype).transpose(0, 1).requires_grad_()
@@ -36,49 +36,51 @@ def states(tokens: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor
 @pytest.mark.parametrize("cap", [None, 0.7])
 @pytest.mark.parametrize("lengths", [(7, 7, 7), (20, 19, 17, 12, 5, 5, 1), (1,), (MAX_SHORT, 3)])
 @pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 4), (False, 4)])
-def test_it_equals_blocks(
+def test_short_attention_matches_blocked_attention(
     lengths: tuple[int, ...], causal: bool, window: int | None, cap: float | None
 ) -> None:
-    segments = rows(*lengths)
-    parts = states(segments[-1].stop)
+    segments = create_segments(*lengths)
+    parts = create_states(segments[-1].stop)
     weights = torch.randn(segments[-1].stop, HEADS, WIDTH, dtype=torch.float64)
-    how = (0.3, 0.0, cap)
-    expected = BlockedAttention.apply(*parts, split_queries(segments, causal, window), *how)
-    found = ShortAttention.apply(*parts, batch_sequences(segments, causal, window), *how)
-    torch.testing.assert_close(found, expected)
+    options = (0.3, 0.0, cap)
+    expected = BlockedAttention.apply(*parts, split_queries(segments, causal, window), *options)
+    actual = ShortAttention.apply(*parts, batch_sequences(segments, causal, window), *options)
+    torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(
-        torch.autograd.grad(found, parts, weights), torch.autograd.grad(expected, parts, weights)
+        torch.autograd.grad(actual, parts, weights), torch.autograd.grad(expected, parts, weights)
     )
 
 
-def test_bfloat16_is_as_near_as_blocks() -> None:
-    segments = rows(20, 19, 12, 5)
-    exact = BlockedAttention.apply(*states(56), split_queries(segments, True, None), 0.3, 0.0)
-    parts = states(56, torch.bfloat16)
+def test_bfloat16_error_is_close_to_blocked_attention() -> None:
+    segments = create_segments(20, 19, 12, 5)
+    exact = BlockedAttention.apply(
+        *create_states(56), split_queries(segments, True, None), 0.3, 0.0
+    )
+    parts = create_states(56, torch.bfloat16)
     blocks = BlockedAttention.apply(*parts, split_queries(segments, True, None), 0.3, 0.0)
     short = ShortAttention.apply(*parts, batch_sequences(segments, True, None), 0.3, 0.0)
-    apart = [(part.double() - exact).norm().item() for part in (short, blocks)]
-    assert apart[0] < 1.1 * apart[1]
+    errors = [(part.double() - exact).norm().item() for part in (short, blocks)]
+    assert errors[0] < 1.1 * errors[1]
 
 
-def test_sequences_of_like_length_are_padded_together() -> None:
-    batches = batch_sequences(rows(20, 19, 18, 6, 6, 5), True, None)
+def test_sequences_of_similar_length_are_batched() -> None:
+    batches = batch_sequences(create_segments(20, 19, 18, 6, 6, 5), True, None)
     assert [(b.count, b.longest) for b in batches] == [(3, 20), (3, 6)]
     assert all(b.count * b.longest <= MAX_PADDING * (b.stop - b.start) for b in batches)
 
 
-def test_dropout_hides_in_the_backward_pass_what_it_hid_in_the_forward_pass() -> None:
-    segments = rows(9, 8, 3)
-    parts = states(20)
+def test_dropout_mask_is_same_in_backward() -> None:
+    segments = create_segments(9, 8, 3)
+    parts = create_states(20)
     batches = batch_sequences(segments, False, None)
     torch.manual_seed(3)
-    kept = ShortAttention.apply(*parts, batches, 0.3, 0.5)
-    (of_value,) = torch.autograd.grad(kept.sum(), parts[2])
-    torch.testing.assert_close((of_value * parts[2]).sum(), kept.sum())
-    assert (kept - ShortAttention.apply(*parts, batches, 0.3, 0.0)).abs().max() > 0.01
+    dropped_output = ShortAttention.apply(*parts, batches, 0.3, 0.5)
+    (value_gradient,) = torch.autograd.grad(dropped_output.sum(), parts[2])
+    torch.testing.assert_close((value_gradient * parts[2]).sum(), dropped_output.sum())
+    assert (dropped_output - ShortAttention.apply(*parts, batches, 0.3, 0.0)).abs().max() > 0.01
 
 
-def test_what_is_short() -> None:
-    assert are_short(rows(5, MAX_SHORT))
-    assert not are_short(rows(5, MAX_SHORT + 1))
+def test_are_short() -> None:
+    assert are_short(create_segments(5, MAX_SHORT))
+    assert not are_short(create_segments(5, MAX_SHORT + 1))
     assert not are_short((Segment(0, 5), Segment(5, 8, ((0, 5),))))

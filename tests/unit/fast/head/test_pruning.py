@@ -1,4 +1,4 @@
-"""The last block at the tokens that are needed. That steps stay equal is shown in `test_step`."""
+"""Tests of last-layer pruning; `test_step` checks that losses and gradients stay equal."""
 
 from __future__ import annotations
 
@@ -36,35 +36,35 @@ ROWS = [
 ]
 
 
-def asked(model: Any, head: str, rows: list[Encoded] = ROWS) -> FastStep:
+def create_pruned_step(model: Any, head: str, rows: list[Encoded] = ROWS) -> FastStep:
     fast = FastStep(
         model, FastPlan(True, True, head in ("causal", "mlm"), 1000, prunes_last_layer=True)
     )
-    pad_id = model.config.pad_token_id or 0  # decoders look for it to find a row's last token
+    pad_id = model.config.pad_token_id or 0  # decoders use it to find a row's last token
     fast.prune_last_layer(OBJECTIVES[head], rows, pad_id, "cpu", "float32")
     return fast
 
 
-def adapted(family: str, head: str) -> Any:
+def build_lora_model(family: str, head: str) -> Any:
     torch.manual_seed(0)
     base = tiny_models.build(family, head)
     return get_peft_model(base, LoraConfig(target_modules="all-linear", r=4))
 
 
-def linears_of(fast: FastStep) -> set[str]:
-    """Return the names, in the last block, of the linears that are pruned."""
+def get_pruned_layers(fast: FastStep) -> set[str]:
+    """Return the names of the pruned linear layers in the last block."""
     block = get_blocks(fast._base)[-1]
     assert fast._pruning is not None
     hooked = {hook.hooks_dict_ref() and id(hook.hooks_dict_ref()) for hook in fast._pruning._hooks}
     return {
         name.rpartition(".")[2]
-        for name, part in block.named_modules()
-        if id(part._forward_pre_hooks) in hooked
+        for name, module in block.named_modules()
+        if id(module._forward_pre_hooks) in hooked
     }
 
 
 @pytest.mark.parametrize(
-    ("family", "head", "linears"),
+    ("family", "head", "expected"),
     [("llama", "causal", {"q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
      ("qwen3", "causal", {"q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
      ("gpt2", "causal", {"c_proj", "c_fc"}),
@@ -73,61 +73,65 @@ def linears_of(fast: FastStep) -> set[str]:
      ("bert", "seqcls", {"query", "dense"}), ("roberta", "mlm", {"query", "dense"}),
      ("distilbert", "seqcls", {"q_lin", "out_lin", "lin1", "lin2"})],
 )  # fmt: skip
-def test_all_but_keys_and_values_are_pruned(family: str, head: str, linears: set[str]) -> None:
-    fast = asked(adapted(family, head), head)
-    assert linears_of(fast) == linears
-    assert fast.pruned_linears >= len(linears)
+def test_all_linear_layers_except_keys_and_values_are_pruned(
+    family: str, head: str, expected: set[str]
+) -> None:
+    fast = create_pruned_step(build_lora_model(family, head), head)
+    assert get_pruned_layers(fast) == expected
+    assert fast.pruned_linears >= len(expected)
 
 
 @pytest.mark.parametrize(("family", "last"), [("bert", False), ("distilbert", False),
                                               ("electra", False), ("llama", True),
                                               ("gpt2", True), ("opt", True)])  # fmt: skip
-def test_what_a_classifier_needs_is_found(family: str, last: bool) -> None:
-    fast = asked(adapted(family, "seqcls"), "seqcls")
+def test_needed_tokens_of_classifier_are_detected(family: str, last: bool) -> None:
+    fast = create_pruned_step(build_lora_model(family, "seqcls"), "seqcls")
     assert fast.plan.needed_tokens == PooledTokens(last)
 
 
-def test_the_mean_of_all_tokens_needs_them_all() -> None:
+def test_mean_pooling_is_not_pruned() -> None:
     base = tiny_models.build("modernbert", "seqcls", classifier_pooling="mean")
-    assert asked(base, "seqcls").plan.needed_tokens is None
+    assert create_pruned_step(base, "seqcls").plan.needed_tokens is None
 
 
 @pytest.mark.parametrize(("family", "head"), [("bert", "qa"), ("roberta", "tokcls")])
-def test_heads_that_need_every_token_are_left_alone(family: str, head: str) -> None:
-    fast = asked(adapted(family, head), head)
+def test_token_heads_are_not_pruned(family: str, head: str) -> None:
+    fast = create_pruned_step(build_lora_model(family, head), head)
     assert (fast.plan.needed_tokens, fast.pruned_linears) == (None, 0)
 
 
-def test_a_block_that_is_gone_through_twice_is_left_alone() -> None:
-    fast = asked(tiny_models.build("albert", "mlm"), "mlm")
+def test_shared_block_is_not_pruned() -> None:
+    fast = create_pruned_step(tiny_models.build("albert", "mlm"), "mlm")
     assert (fast.plan.needed_tokens, fast.pruned_linears) == (None, 0)
 
 
-def test_rows_too_short_to_ask_are_left_alone() -> None:
+def test_short_rows_are_not_pruned() -> None:
     rows = [Encoded([11, 12], [11, 12], 0)]
-    assert asked(adapted("llama", "causal"), "causal", rows).pruned_linears == 0
+    assert (
+        create_pruned_step(build_lora_model("llama", "causal"), "causal", rows).pruned_linears == 0
+    )
 
 
-def test_the_last_block_computes_what_is_needed() -> None:
-    """6 of 40 tokens predict a target; keys and values are made of all of them."""
-    model = adapted("llama", "causal")
-    fast = asked(model, "causal")
+def test_last_block_computes_only_needed_tokens() -> None:
+    """6 of 40 tokens predict a target; keys and values are computed for all."""
+    model = build_lora_model("llama", "causal")
+    fast = create_pruned_step(model, "causal")
     assert fast.plan.needed_tokens == SupervisedTokens(OBJECTIVES["causal"])  # type: ignore[arg-type]
     (batch,) = StepCollator(0, fast.plan)(ROWS)["micro_batches"]
-    layout, seen = batch.pop("layout"), {}
+    layout, token_counts = batch.pop("layout"), {}
     for name in ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"):
         module = get_blocks(fast._base)[-1].get_submodule(
             f"{'mlp' if name in ('up_proj', 'down_proj') else 'self_attn'}.{name}.base_layer"
         )
         module.register_forward_hook(
-            lambda _, args, __, name=name: seen.update({name: args[0].shape[-2]})
+            lambda _, args, __, name=name: token_counts.update({name: args[0].shape[-2]})
         )
     labels = batch.pop("labels")
     with using_layout(layout):
         model(**batch)
     assert layout.needed.tolist() == [25, 26, 27, 28, 37, 38]
     assert labels.shape == (2, 30)
-    assert seen == {
+    assert token_counts == {
         "q_proj": 6, "k_proj": 40, "v_proj": 40, "o_proj": 6, "up_proj": 6, "down_proj": 6,
     }  # fmt: skip
     fast.remove()
@@ -138,8 +142,8 @@ def test_the_last_block_computes_what_is_needed() -> None:
     )
 
 
-class Mixing(torch.nn.Module):
-    """States plus what two linears make of them, the second of which reaches the next token."""
+class MixingBlock(torch.nn.Module):
+    """Adds two linear layers to the states; the second one affects the next token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,18 +151,18 @@ class Mixing(torch.nn.Module):
         self.own, self.next = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        made = hidden_states + self.own(hidden_states)
-        return made + self.next(hidden_states).roll(1, dims=1)
+        states = hidden_states + self.own(hidden_states)
+        return states + self.next(hidden_states).roll(1, dims=1)
 
 
-def test_a_linear_that_reaches_other_tokens_is_not_taken() -> None:
-    block, states = Mixing(), torch.randn(1, 6, 8)
+def test_layer_affecting_other_tokens_is_not_pruned() -> None:
+    block, states = MixingBlock(), torch.randn(1, 6, 8)
     layout = PackedLayout.from_mask(torch.ones(1, 6)).with_needed_tokens(torch.tensor([1, 4]))
     linears = [block.own, block.next]
     assert get_prunable_linears(block, (states,), {}, layout, linears) == [block.own]
     expected = block(states)[:, [1, 4]]
-    for taken, is_equal in ((linears[:1], True), (linears[1:], False)):
-        hooks = LastLayerPruning(taken)
+    for pruned, is_equal in ((linears[:1], True), (linears[1:], False)):
+        hooks = LastLayerPruning(pruned)
         with using_layout(layout):
             assert torch.allclose(block(states)[:, [1, 4]], expected) is is_equal
         hooks.remove()

@@ -1,4 +1,4 @@
-"""Fused norms and GLUs give the model's numbers and gradients; other formulas are left."""
+"""Tests that fused norms and GLUs match the model; other formulas are not replaced."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COUNTS = {"llama": (5, 2), "qwen3": (9, 2), "gemma3_text": (13, 2), "phi3": (5, 
 
 
 @pytest.mark.parametrize("family", COUNTS)
-def test_what_is_replaced(family: str) -> None:
+def test_norms_and_glus_are_replaced_and_restored(family: str) -> None:
     model = tiny_models.build(family).requires_grad_(False)
     names, state = [n for n, _ in model.named_parameters()], model.state_dict()
     fused = FusedNormGlu(model)
@@ -34,7 +34,9 @@ def test_what_is_replaced(family: str) -> None:
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str
 )
-def test_a_model_learns_the_same(family: str, dtype: torch.dtype, bound: float) -> None:
+def test_fused_model_matches_logits_and_gradients(
+    family: str, dtype: torch.dtype, bound: float
+) -> None:
     dropout = {"dropout_rate": 0.0} if family == "t5" else {}
     model = tiny_models.build(family, **dropout).requires_grad_(False).to(dtype).train()
     embeddings = model.get_input_embeddings().requires_grad_(True)
@@ -46,11 +48,11 @@ def test_a_model_learns_the_same(family: str, dtype: torch.dtype, bound: float) 
         (gradient,) = torch.autograd.grad(loss, [embeddings.weight])
         return logits, gradient.float()
 
-    plain = step()
+    expected = step()
     fused = FusedNormGlu(model)
     assert fused.count
-    for one, other in zip(step(), plain, strict=True):
-        assert (one - other).norm() <= bound * other.norm()
+    for a, b in zip(step(), expected, strict=True):
+        assert (a - b).norm() <= bound * b.norm()
     model.eval()
     with torch.no_grad():
         evaluated = model(**batch).logits
@@ -58,7 +60,7 @@ def test_a_model_learns_the_same(family: str, dtype: torch.dtype, bound: float) 
         assert torch.equal(evaluated, model(**batch).logits)
 
 
-def test_gradients_of_the_nodes() -> None:
+def test_fused_layers_pass_gradcheck() -> None:
     torch.manual_seed(0)
     base = tiny_models.build("llama").requires_grad_(False).double().train()
     norm, mlp = base.model.norm, base.model.layers[0].mlp
@@ -70,22 +72,22 @@ def test_gradients_of_the_nodes() -> None:
     assert torch.autograd.gradcheck(FusedGlu(mlp, "gelu_tanh").train(), (x,))
 
 
-class Other(nn.Module):
-    """As a norm looks, and computes something else."""
+class UnknownNorm(nn.Module):
+    """Looks like a norm, but computes another formula."""
 
-    def __init__(self, like: nn.Module) -> None:
+    def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self.weight = like.weight
+        self.weight = norm.weight
         self.variance_epsilon = 1e-6
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.weight * x / (x.abs().mean(-1, keepdim=True) + self.variance_epsilon)
 
 
-def test_other_formulas_trained_norms_and_watched_modules_are_left() -> None:
+def test_unsupported_modules_are_not_replaced() -> None:
     model = tiny_models.build("llama").requires_grad_(False)
     layer = model.model.layers[0]
-    layer.input_layernorm = Other(layer.input_layernorm)
+    layer.input_layernorm = UnknownNorm(layer.input_layernorm)
     layer.post_attention_layernorm.weight.requires_grad_(True)
     layer.mlp.register_forward_hook(lambda *_: None)
     before = dict(model.named_modules())
@@ -96,22 +98,22 @@ def test_other_formulas_trained_norms_and_watched_modules_are_left() -> None:
     assert fused.count == 7 - 3
 
 
-def test_it_keeps_less_for_the_backward_pass() -> None:
+def test_fused_layers_save_fewer_bytes() -> None:
     model = tiny_models.build("llama").requires_grad_(False).to(torch.bfloat16).train()
     layer = model.model.layers[0]
     x = torch.randn(1, 50, 64).to(torch.bfloat16).requires_grad_()
 
-    def held(module: nn.Module) -> int:
-        kept: dict[int, int] = {}
+    def get_saved_bytes(module: nn.Module) -> int:
+        storages: dict[int, int] = {}
 
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        def record(tensor: torch.Tensor) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda t: t):
             module(x)
-        return sum(kept.values())
+        return sum(storages.values())
 
     norm = copy.deepcopy(layer.input_layernorm)
-    assert held(FusedNorm(norm, 0.0, False).train()) < 0.6 * held(norm)
-    assert held(FusedGlu(layer.mlp, "silu").train()) < held(layer.mlp)
+    assert get_saved_bytes(FusedNorm(norm, 0.0, False).train()) < 0.6 * get_saved_bytes(norm)
+    assert get_saved_bytes(FusedGlu(layer.mlp, "silu").train()) < get_saved_bytes(layer.mlp)

@@ -1,4 +1,4 @@
-"""What the backward pass recomputes is what was there, and is not kept meanwhile."""
+"""Tests that tensors recomputed in the backward pass are correct and not stored meanwhile."""
 
 from __future__ import annotations
 
@@ -15,62 +15,65 @@ from ftlevel.fast.recompute import Recomputation, recomputation_of, with_recompu
 from live_tensors import LiveTensors
 
 
-def doubled(x: torch.Tensor) -> torch.Tensor:
-    return with_recomputation(x * 2, lambda kept: kept * 2, x)
+def double(x: torch.Tensor) -> torch.Tensor:
+    return with_recomputation(x * 2, lambda saved: saved * 2, x)
 
 
-def test_a_tensor_that_was_written_to_is_kept() -> None:
-    made = doubled(torch.ones(3))
-    assert recomputation_of(made) is not None
-    made.mul_(2)
-    assert recomputation_of(made) is None
+def test_modified_tensor_is_not_recomputed() -> None:
+    tensor = double(torch.ones(3))
+    assert recomputation_of(tensor) is not None
+    tensor.mul_(2)
+    assert recomputation_of(tensor) is None
 
 
-def test_views_and_copies_are_kept() -> None:
-    made = doubled(torch.ones(3, 2))
+def test_views_and_copies_are_not_recomputed() -> None:
+    tensor = double(torch.ones(3, 2))
     assert [
-        recomputation_of(other) for other in (made.view(6), made.clone(), made[:1], made + 0)
+        recomputation_of(other)
+        for other in (tensor.view(6), tensor.clone(), tensor[:1], tensor + 0)
     ] == [None] * 4
 
 
-def test_a_tensor_is_made_once_for_all_that_ask() -> None:
-    made = []
+def test_tensor_is_recomputed_once_for_all_users() -> None:
+    computed = []
 
-    def make(kept: torch.Tensor) -> torch.Tensor:
-        made.append(kept * 2)
-        return made[-1]
+    def compute(value: torch.Tensor) -> torch.Tensor:
+        computed.append(value * 2)
+        return computed[-1]
 
-    recomputation, saved = Recomputation(make), torch.ones(3)
+    recomputation, saved = Recomputation(compute), torch.ones(3)
     for _ in range(3):
         recomputation.register()
     results = [recomputation.make(saved) for _ in range(3)]
-    assert len(made) == 1
-    assert all(result is made[0] for result in results)
-    assert recomputation._cached is None  # the last one lets it go
-    assert torch.equal(recomputation.make(saved), made[0])  # a second backward pass
-    assert len(made) == 2
+    assert len(computed) == 1
+    assert all(result is computed[0] for result in results)
+    assert recomputation._cached is None  # freed after the last use
+    assert torch.equal(recomputation.make(saved), computed[0])  # a second backward pass
+    assert len(computed) == 2
 
 
 def step(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-    """Return the gradient, and the bytes that autograd keeps besides weights."""
-    kept: dict[int, Any] = {}
+    """Return the gradient, and the bytes that autograd saves besides weights."""
+    storages: dict[int, Any] = {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def record(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage
+            storages[storage.data_ptr()] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         loss = model(**batch).logits.square().mean()
-    size = sum(storage.nbytes() for storage in kept.values())
+    size = sum(storage.nbytes() for storage in storages.values())
     trained = [p for p in model.parameters() if p.requires_grad]
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)]), size
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
-def test_less_is_kept_and_the_same_is_learned(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recomputation_saves_memory_with_same_gradients(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     config = LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)
     register_fused_layers(config)
@@ -79,17 +82,17 @@ def test_less_is_kept_and_the_same_is_learned(family: str, monkeypatch: pytest.M
     batch = tiny_models.build_batch(family, None)
     gradient, size = step(model, batch)
     monkeypatch.setattr("ftlevel.fast.fused_lora.recomputation_of", lambda tensor: None)
-    expected, kept = step(model, batch)
+    expected, plain_size = step(model, batch)
     assert torch.equal(gradient, expected)
     widths = 2 * model.config.hidden_size + model.config.intermediate_size
-    made_again = model.config.num_hidden_layers * widths * batch["input_ids"].numel() * 4
-    # The first norm's input is an embedding, which nobody kept before.
-    assert made_again * 0.85 < kept - size < made_again
+    recomputed = model.config.num_hidden_layers * widths * batch["input_ids"].numel() * 4
+    # The first norm's input is an embedding, which was not saved before.
+    assert recomputed * 0.85 < plain_size - size < recomputed
     fused.remove()
 
 
-@pytest.mark.parametrize("without", [torch.inference_mode, torch.no_grad])
-def test_a_layer_in_training_mode_computes_where_nothing_is_kept(without: Any) -> None:
+@pytest.mark.parametrize("no_grad_mode", [torch.inference_mode, torch.no_grad])
+def test_training_mode_layer_works_without_grad(no_grad_mode: Any) -> None:
     inputs = tiny_models.build_batch("llama")
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     torch.manual_seed(0)
@@ -99,13 +102,13 @@ def test_a_layer_in_training_mode_computes_where_nothing_is_kept(without: Any) -
     model = get_peft_model(tiny_models.build("llama"), config).train()
     fused = FusedNormGlu(model)
     for _ in range(2):  # with fused norms and GLUs, and without
-        with without():
+        with no_grad_mode():
             torch.testing.assert_close(model(**inputs).logits, expected(**inputs).logits)
         fused.remove()
 
 
-def test_checkpointing_keeps_what_blocks_begin_with_and_no_more() -> None:
-    """What a recomputation starts from is saved through autograd, where checkpointing sees it."""
+def test_checkpointing_stores_only_block_inputs() -> None:
+    """Inputs of recomputations are saved through autograd, where checkpointing controls them."""
     torch.manual_seed(0)
     config = LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)
     register_fused_layers(config)
@@ -117,7 +120,7 @@ def test_checkpointing_keeps_what_blocks_begin_with_and_no_more() -> None:
     tokens, size = batch["input_ids"].numel(), model.config.hidden_size
     with LiveTensors() as live:
         states = model.get_base_model().model(**batch, use_cache=False).last_hidden_state
-    # What each block begins with and the last one gives, and the last norm's float32 and output;
-    # beside them masks and angles, which are no more than one state.
+    # The input of each block and the last output, and the last norm's float32 input and output;
+    # masks and angles are smaller than one hidden state.
     assert live.count_bytes() < (model.config.num_hidden_layers + 4) * tokens * size * 4
     states.square().mean().backward()

@@ -1,4 +1,4 @@
-"""What is said about the faster forms of the step, and that it is what a run does."""
+"""Tests that the reported LoRA implementation is the one a run uses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INT8 = "PEFT's layers (LLM.int8() multiplies in int8 on a GPU)"
 
 
 @pytest.mark.parametrize(
-    ("raw", "device", "said"),
+    ("raw", "device", "message"),
     [
         ({}, "cpu", FUSED),
         ({"quant": {"kind": "8bit"}}, "cpu", FUSED),
@@ -27,17 +27,19 @@ INT8 = "PEFT's layers (LLM.int8() multiplies in int8 on a GPU)"
         ({"method": {"kind": "ia3"}}, "cpu", None),
     ],
 )  # fmt: skip
-def test_the_screen_says_how_lora_is_computed(raw, device, said):
+def test_lora_implementation_is_reported(raw, device, message):
     config = TrainConfig.model_validate(raw)
     sections = config.method, config.speed, config.quant.kind
-    shown = [str(choice) for choice in fused_lora_choices(*sections, device)]
-    assert shown == ([] if said is None else [said])
-    assert uses_fused_layers(*sections, device) is (said is not None and said.startswith("fused"))
+    messages = [str(choice) for choice in fused_lora_choices(*sections, device)]
+    assert messages == ([] if message is None else [message])
+    assert uses_fused_layers(*sections, device) is (
+        message is not None and message.startswith("fused")
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fast", [True, False])
-def test_a_run_uses_what_is_said(fast, tmp_path: Path):
+def test_run_uses_reported_lora_implementation(fast, tmp_path: Path):
     config = TrainConfig.model_validate(
         {
             "data": {"max_samples": 4, "max_eval_samples": 2},

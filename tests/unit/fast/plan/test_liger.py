@@ -1,4 +1,4 @@
-"""When liger-kernel is used: only the check that it is installed is pretended."""
+"""Tests of when liger-kernel is used; only its installation check is replaced."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ON = {"liger_kernel": True}
 
 
 @pytest.mark.parametrize(
-    ("installed", "device", "model_type", "speed", "used"),
+    ("installed", "device", "model_type", "speed", "is_used"),
     [
         (True, "cuda", "llama", ON, True),
         (True, "cuda", "qwen3", ON, True),
@@ -24,18 +24,18 @@ ON = {"liger_kernel": True}
         (True, "cuda", "llama", {}, False),
     ],
 )
-def test_liger_is_chosen_where_it_is_right(
-    installed, device, model_type, speed, used, monkeypatch: pytest.MonkeyPatch
+def test_liger_is_used_only_where_supported(
+    installed, device, model_type, speed, is_used, monkeypatch: pytest.MonkeyPatch
 ):
-    real = importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util,
         "find_spec",
         lambda name, *a: (
-            (object() if installed else None) if name == "liger_kernel" else real(name)
+            (object() if installed else None) if name == "liger_kernel" else find_spec(name)
         ),
     )
     section = TrainConfig.model_validate({"speed": speed}).speed
-    expected = {"use_liger_kernel": True, "liger_kernel_config": LIGER_CONFIG} if used else {}
+    expected = {"use_liger_kernel": True, "liger_kernel_config": LIGER_CONFIG} if is_used else {}
     assert get_liger_arguments(section, device, model_type) == expected
-    assert bool(kernel_choices(section, device, model_type)) is used
+    assert bool(kernel_choices(section, device, model_type)) is is_used

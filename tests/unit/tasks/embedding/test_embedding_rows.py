@@ -1,4 +1,4 @@
-"""Pooling, encoding, truncation and order of texts."""
+"""Tests of pooling, encoding, truncation and the order of texts."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from tiny_tokenizers import bert_tokenizer, build_tokenizer, llama_tokenizer
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last", "max"])
 @pytest.mark.parametrize("virtual", [0, 3])
-def test_pooling_reads_the_tokens_of_a_text_alone(pooling: str, virtual: int, left: bool) -> None:
+def test_pooling_ignores_padding_and_virtual_tokens(pooling: str, virtual: int, left: bool) -> None:
     lengths, width = (4, 2), 5
     texts = [torch.randn(length, width) for length in lengths]
     states = torch.full((2, virtual + 4, width), 1e3)
     mask = torch.zeros(2, 4, dtype=torch.long)
     for row, text in enumerate(texts):
-        own = slice(4 - len(text), 4) if left else slice(0, len(text))
-        states[row, virtual:][own] = text
-        mask[row, own] = 1
+        token_slice = slice(4 - len(text), 4) if left else slice(0, len(text))
+        states[row, virtual:][token_slice] = text
+        mask[row, token_slice] = 1
     expected = {
         "mean": [text.mean(0) for text in texts],
         "cls": [text[0] for text in texts],
@@ -39,7 +39,7 @@ def test_pooling_reads_the_tokens_of_a_text_alone(pooling: str, virtual: int, le
     assert torch.allclose(pool(states, mask, pooling), torch.stack(expected), atol=1e-6)
 
 
-def test_prompts_precede_queries_and_documents() -> None:
+def test_prompts_are_prepended_to_queries_and_documents() -> None:
     tokenizer = bert_tokenizer()
     encode = TextEncoder(tokenizer, "the query: ", "a text: ")
     (row,) = encode([EmbeddingRow("the cat", 7, ("a dog", "the end"), (1.0, 0.0))])
@@ -47,39 +47,39 @@ def test_prompts_precede_queries_and_documents() -> None:
     expected = tokenizer(["the query: the cat", "a text: a dog", "a text: the end"])["input_ids"]
     assert [text.input_ids for text in row.sequences] == expected
     assert (row.labels, row.row) == ((1.0, 0.0), 7)
-    begin = row.sequences[0].input_ids[: row.prompts[0]]
-    assert begin == tokenizer("the query: ")["input_ids"][:-1]
+    prompt_ids = row.sequences[0].input_ids[: row.prompts[0]]
+    assert prompt_ids == tokenizer("the query: ")["input_ids"][:-1]
 
 
 @pytest.mark.parametrize("left", [False, True])
-def test_tokens_of_prompts_are_left_out_of_pooling(left: bool) -> None:
+def test_prompt_tokens_are_excluded_from_pooling(left: bool) -> None:
     states, counts, lengths = torch.randn(3, 5, 4), (3, 0, 2), (5, 3, 4)
     mask = torch.zeros(3, 5, dtype=torch.long)
     for row, length in enumerate(lengths):
         mask[row, slice(5 - length, 5) if left else slice(0, length)] = 1
-    form = EmbeddingFormat("mean", include_prompt=False)
-    found = Embeddings("ndcg@10", format=form).embed(
+    embedding_format = EmbeddingFormat("mean", include_prompt=False)
+    actual = Embeddings("ndcg@10", format=embedding_format).embed(
         SimpleNamespace(last_hidden_state=states), mask, counts
     )
     for row, (count, length) in enumerate(zip(counts, lengths, strict=True)):
-        begin = 5 - length if left else 0
-        expected = states[row, begin + count : begin + length].mean(0)
-        assert torch.allclose(found[row], expected, atol=1e-6)
+        start = 5 - length if left else 0
+        expected = states[row, start + count : start + length].mean(0)
+        assert torch.allclose(actual[row], expected, atol=1e-6)
 
 
-def test_a_text_without_its_prompt_is_another_one_than_the_same_tokens() -> None:
-    """A document that begins with the words of the prompt has all its tokens pooled."""
+def test_equal_tokens_with_different_prompts_are_distinct() -> None:
+    """A document that starts with the words of the prompt has all its tokens pooled."""
     encode = TextEncoder(bert_tokenizer(), "the query: ", "", include_prompt=False)
     (row,) = encode([EmbeddingRow("the cat", 0, ("the query: the cat",), (1.0,))])
     query, document = row.sequences
     assert query.input_ids == document.input_ids
     assert (query.unpooled, document.unpooled) == (row.prompts[0], 0)
     assert len(distinct_texts([row])[0]) == 2
-    cut = row.truncated(3)  # the prompt alone is longer
-    assert [text.unpooled for text in cut.sequences] == [2, 0]
+    truncated = row.truncated(3)  # shorter than the prompt
+    assert [text.unpooled for text in truncated.sequences] == [2, 0]
 
 
-def test_a_decoder_ends_every_text_once() -> None:
+def test_decoder_texts_end_with_one_end_token() -> None:
     tokenizer = llama_tokenizer()
     end = tokenizer.eos_token_id
     (row,) = TextEncoder(tokenizer, "", "", end)([EmbeddingRow("the cat", 0, ("a dog",), (1.0,))])
@@ -88,64 +88,64 @@ def test_a_decoder_ends_every_text_once() -> None:
         assert text.input_ids.count(end) == 1
 
 
-def test_truncation_cuts_each_text_and_keeps_its_end() -> None:
+def test_truncation_keeps_end_token_of_each_text() -> None:
     row = EncodedTexts([1, 2, 3, 9, 1, 9], (1.0,), 0, {}, (4, 2))
-    short = row.truncated(3)
-    assert short is not None
-    assert [text.input_ids for text in short.sequences] == [[1, 2, 9], [1, 9]]
-    assert short.length == 3
+    truncated = row.truncated(3)
+    assert truncated is not None
+    assert [text.input_ids for text in truncated.sequences] == [[1, 2, 9], [1, 9]]
+    assert truncated.length == 3
 
 
-def _row(number: int, *texts: list[int]) -> Encoded:
+def _row(index: int, *texts: list[int]) -> Encoded:
     sizes = tuple(map(len, texts))
-    return EncodedTexts([t for text in texts for t in text], (1.0,), number, {}, sizes)
+    return EncodedTexts([t for text in texts for t in text], (1.0,), index, {}, sizes)
 
 
-def test_each_distinct_text_is_embedded_once() -> None:
+def test_distinct_texts_are_embedded_once() -> None:
     rows = [_row(0, [1, 2], [3]), _row(1, [3], [1, 2]), _row(-1, [5], [6])]
     texts, step = distinct_texts(rows)
     assert [text.input_ids for text in texts] == [[1, 2], [3]]
     assert step.texts == ((0, 1), (1, 0))
 
 
-def test_no_text_is_twice_in_a_step() -> None:
+def test_step_contains_no_text_twice() -> None:
     rows = [_row(i, [i // 2], [100 + i]) for i in range(16)]  # every query has two rows
     order = list(DistinctTextSampler(rows, 4, seed=3))
     assert sorted(order) == list(range(16))
-    for begin in range(0, 16, 4):
-        queries = [rows[at].input_ids[0] for at in order[begin : begin + 4]]
+    for start in range(0, 16, 4):
+        queries = [rows[index].input_ids[0] for index in order[start : start + 4]]
         assert len(set(queries)) == len(queries)
 
 
-def test_the_order_depends_on_seed_and_epoch_only() -> None:
+def test_order_depends_on_seed_and_epoch_only() -> None:
     rows = [_row(i, [i], [100 + i]) for i in range(16)]
-    one, other = DistinctTextSampler(rows, 4, 3), DistinctTextSampler(rows, 4, 3)
-    assert list(one) == list(other)
-    one.epoch = 1
-    assert list(one) != list(other)
+    first, second = DistinctTextSampler(rows, 4, 3), DistinctTextSampler(rows, 4, 3)
+    assert list(first) == list(second)
+    first.epoch = 1
+    assert list(first) != list(second)
 
 
 @pytest.mark.parametrize("is_distinct", [True, False])
-def test_a_step_has_rows_of_one_set(is_distinct: bool) -> None:
-    """11 and 5 rows in steps of 4 are 3 and 2 steps; 16 is no row, it fills up the short ones."""
+def test_step_contains_rows_of_one_dataset(is_distinct: bool) -> None:
+    """11 and 5 rows in steps of 4 are 3 and 2 steps; index 16 pads the short steps."""
     rows = [_row(i, [i // 2], [100 + i]) for i in range(16)]
     sets = [int(i % 3 == 1) for i in range(16)]
     sampler = DistinctTextSampler(rows, 4, 3, sets, is_distinct=is_distinct)
-    turns = set()
+    set_orders = set()
     for sampler.epoch in range(4):
         order = list(sampler)
         assert len(order) == len(sampler) == 20
         assert sorted(order) == [*range(16), *[16] * 4]
-        steps = [[row for row in order[at : at + 4] if row < 16] for at in range(0, 20, 4)]
+        steps = [[row for row in order[start : start + 4] if row < 16] for start in range(0, 20, 4)]
         assert all(len({sets[row] for row in step}) == 1 for step in steps)
-        turns.add(tuple(sets[step[0]] for step in steps))
+        set_orders.add(tuple(sets[step[0]] for step in steps))
         if is_distinct:
-            twice = sum(len(step) - len({row // 2 for row in step}) for step in steps)
-            assert twice <= sampler.repeated <= 2
-    assert len(turns) > 1
+            repeats = sum(len(step) - len({row // 2 for row in step}) for step in steps)
+            assert repeats <= sampler.repeated <= 2
+    assert len(set_orders) > 1
 
 
-def test_rows_that_cannot_be_apart_come_last() -> None:
+def test_unavoidable_repeats_are_counted() -> None:
     rows = [_row(i, [0], [100 + i]) for i in range(4)] + [
         _row(i, [i], [i + 50]) for i in range(4, 8)
     ]
@@ -155,16 +155,16 @@ def test_rows_that_cannot_be_apart_come_last() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
-def test_a_saved_tokenizer_appends_the_token_that_is_pooled(family: str, tmp_path: Path) -> None:
-    """Other libraries load it from the model's directory."""
+def test_saved_tokenizer_appends_pooled_token(family: str, tmp_path: Path) -> None:
+    """Other libraries load the tokenizer from the model's directory."""
     tokenizer = build_tokenizer(family)
     before = tokenizer("a cat")["input_ids"]
     append_end(tokenizer, tokenizer.eos_token_id)
     append_end(tokenizer, tokenizer.eos_token_id)
     tokenizer.save_pretrained(tmp_path)
-    read = AutoTokenizer.from_pretrained(tmp_path)
-    assert read("a cat")["input_ids"] == [*before, tokenizer.eos_token_id]
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded("a cat")["input_ids"] == [*before, tokenizer.eos_token_id]
     assert (
-        read("a cat", add_special_tokens=False)["input_ids"]
+        loaded("a cat", add_special_tokens=False)["input_ids"]
         == tokenizer("a cat", add_special_tokens=False)["input_ids"]
     )

@@ -1,4 +1,4 @@
-"""Every layout of retrieval data becomes the same row, by the names of its columns."""
+"""Tests that every layout of retrieval data gives the same row, by its column names."""
 
 import pytest
 
@@ -15,12 +15,12 @@ from ftlevel.tasks.embedding.formats import (
 
 def convert(row, shapes=EMBEDDING_SHAPES):
     table = Table([row], [1], "rows.jsonl")
-    found = detect_format(list(row), "embedding", shapes, rows=[row])
-    examples, bad = convert_rows(table, found)
-    return found.name, examples, [each.message for each in bad]
+    format_ = detect_format(list(row), "embedding", shapes, rows=[row])
+    examples, bad = convert_rows(table, format_)
+    return format_.name, examples, [problem.message for problem in bad]
 
 
-def turns(text, role="user"):
+def create_messages(text, role="user"):
     return [{"role": role, "content": text}]
 
 
@@ -79,14 +79,18 @@ ROWS = [
     ),
     (
         {
-            "messages": turns("q"),
-            "positive_messages": [turns("p")],
-            "negative_messages": [turns("n"), turns("m", "assistant")],
+            "messages": create_messages("q"),
+            "positive_messages": [create_messages("p")],
+            "negative_messages": [create_messages("n"), create_messages("m", "assistant")],
         },
         RANKING,
     ),
     (
-        {"messages": turns("q"), "positive_messages": [turns("p")], "label": 0.8},
+        {
+            "messages": create_messages("q"),
+            "positive_messages": [create_messages("p")],
+            "label": 0.8,
+        },
         EmbeddingRow("q", 0, ("p",), (0.8,), "score"),
     ),
     ({"text": "q", "label": 3}, EmbeddingRow("q", 0, kind="class", group="3")),
@@ -94,24 +98,24 @@ ROWS = [
 
 
 @pytest.mark.parametrize(("row", "expected"), ROWS, ids=["+".join(row) for row, _ in ROWS])
-def test_each_layout_becomes_the_same_row(row, expected):
+def test_each_layout_gives_expected_row(row, expected):
     _, examples, bad = convert(row)
     assert (list(examples), bad) == ([expected], [])
 
 
-def test_the_order_of_columns_has_no_effect():
+def test_column_order_has_no_effect():
     for row, expected in ROWS:
-        backwards = dict(reversed(row.items()))
-        assert list(convert(backwards)[1]) == [expected]
+        reversed_row = dict(reversed(row.items()))
+        assert list(convert(reversed_row)[1]) == [expected]
 
 
-def test_positives_and_negatives_are_told_by_the_labels():
+def test_positives_and_negatives_follow_labels():
     row = EmbeddingRow("q", 0, ("a", "b", "c"), (2, 1, 0))
     assert (row.positives, row.negatives) == (("a", "b"), ("c",))
 
 
 @pytest.mark.parametrize(
-    ("row", "words"),
+    ("row", "message"),
     [
         ({"anchor": "q", "positive": " "}, "'positive' is empty"),
         ({"anchor": None, "positive": "p"}, "'anchor' is null"),
@@ -125,21 +129,21 @@ def test_positives_and_negatives_are_told_by_the_labels():
         ({"text": "q", "label": 0.5}, "where a class is expected"),
     ],
 )
-def test_an_unusable_row_says_why(row, words):
-    assert words in convert(row)[2][0]
+def test_invalid_row_is_reported_with_reason(row, message):
+    assert message in convert(row)[2][0]
 
 
 @pytest.mark.parametrize("columns", [["text"], ["a", "b"], ["positive", "negative"]])
-def test_columns_without_a_pair_are_refused(columns):
+def test_columns_without_pair_raise(columns):
     with pytest.raises(NoFormatError, match=r"do not say what to learn"):
         detect_format(columns, "embedding", EMBEDDING_SHAPES)
 
 
-def test_texts_to_embed_and_documents_to_score():
+def test_query_and_candidate_formats():
     assert convert({"query": "q", "_id": "1"}, QUERY_SHAPES)[1] == [EmbeddingRow("q", 0)]
     for row in ({"text": "t d"}, {"_id": "1", "title": "t", "text": "d"}, {"passage": "t d"}):
         assert convert(row, QUERY_SHAPES)[1] == [EmbeddingRow("", 0, ("t d",), (0,))]
-    listed = convert({"query": "q", "documents": ["a", "b"]}, CANDIDATE_SHAPES)[1]
-    assert listed == [EmbeddingRow("q", 0, ("a", "b"), (0, 0))]
-    one = convert({"query": "q", "document": "a"}, CANDIDATE_SHAPES)[1]
-    assert one == [EmbeddingRow("q", 0, ("a",), (0,), "score")]
+    with_list = convert({"query": "q", "documents": ["a", "b"]}, CANDIDATE_SHAPES)[1]
+    assert with_list == [EmbeddingRow("q", 0, ("a", "b"), (0, 0))]
+    with_one = convert({"query": "q", "document": "a"}, CANDIDATE_SHAPES)[1]
+    assert with_one == [EmbeddingRow("q", 0, ("a",), (0,), "score")]

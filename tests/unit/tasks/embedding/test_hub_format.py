@@ -1,4 +1,4 @@
-"""The embedding format of a model on the Hub is read like that of a directory."""
+"""Tests that the embedding format of a Hub model is read like that of a local directory."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ftlevel.tasks.embedding.task import TASKS
 from tiny_tokenizers import build_tokenizer
 
 
-def _format(source: ModelSource) -> EmbeddingFormat:
+def _load_format(source: ModelSource) -> EmbeddingFormat:
     task, _ = TASKS[0].for_model(source, "encoder", 64, build_tokenizer("bert"), 8)
     return task.format  # type: ignore[attr-defined]
 
 
-def test_the_small_files_of_a_hub_model_are_downloaded(
+def test_only_small_files_of_hub_model_are_downloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_embedding_format(tmp_path, EmbeddingFormat("cls", True, query_prompt="query: "), 64)
@@ -31,8 +31,8 @@ def test_the_small_files_of_a_hub_model_are_downloaded(
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    form = _format(ModelSource("me/model", "hub", "me/model", revision="abc"))
-    assert (form.pooling, form.query_prompt) == ("cls", "query: ")
+    embedding_format = _load_format(ModelSource("me/model", "hub", "me/model", revision="abc"))
+    assert (embedding_format.pooling, embedding_format.query_prompt) == ("cls", "query: ")
     assert calls[0]["repo"] == "me/model"
     assert calls[0]["revision"] == "abc"
     assert calls[0]["allow_patterns"] == list(FILES)  # no weights
@@ -41,4 +41,4 @@ def test_the_small_files_of_a_hub_model_are_downloaded(
         raise LocalEntryNotFoundError("not in the cache")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    assert _format(ModelSource("me/model", "hub", "me/model")).pooling == "mean"
+    assert _load_format(ModelSource("me/model", "hub", "me/model")).pooling == "mean"

@@ -1,4 +1,4 @@
-"""Retrieval metrics: by hand, over all orders of equal scores, and against scikit-learn."""
+"""Tests of retrieval metrics: by hand, over all orders of ties, and against scikit-learn."""
 
 import itertools
 import math
@@ -21,8 +21,8 @@ from ftlevel.tasks.embedding.retrieval import (
 )
 
 
-def in_order(gains):
-    """Return the metrics of documents in one order, as sentence-transformers' evaluators define."""
+def compute_reference(gains):
+    """Return the metrics of ordered documents, as defined by sentence-transformers' evaluators."""
     total = sum(gains)
 
     def dcg(values):
@@ -43,7 +43,7 @@ def measure(scores, relevant):
     return score_ranks(rank_relevant(np.array(scores, dtype=np.float32), relevant))
 
 
-def test_one_relevant_document_at_rank_three():
+def test_metrics_of_one_relevant_document_at_rank_three():
     assert measure([0.9, 0.1, 0.5, 0.7], [2]) == {
         "ndcg@10": 0.5,
         "mrr@10": pytest.approx(1 / 3),
@@ -55,12 +55,12 @@ def test_one_relevant_document_at_rank_three():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_scores_without_ties_are_those_of_the_order(seed):
+def test_metrics_without_ties_match_reference(seed):
     generator = np.random.default_rng(seed)
     scores = generator.permutation(250)
     relevant = generator.choice(250, [1, 3, 12, 120, 250][seed], replace=False)
-    gains = [int(at in set(relevant.tolist())) for at in np.argsort(-scores)]
-    assert measure(scores, relevant) == pytest.approx(in_order(gains), abs=1e-12)
+    gains = [int(index in set(relevant.tolist())) for index in np.argsort(-scores)]
+    assert measure(scores, relevant) == pytest.approx(compute_reference(gains), abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -73,79 +73,79 @@ def test_scores_without_ties_are_those_of_the_order(seed):
         ([3, 3, 2, 2, 2, 1], [0, 4, 5]),
     ],
 )
-def test_ties_give_the_mean_over_all_orders(scores, relevant):
+def test_ties_give_mean_over_all_orders(scores, relevant):
     orders = [
         order
         for order in itertools.permutations(range(len(scores)))
         if all(scores[a] >= scores[b] for a, b in itertools.pairwise(order))
     ]
-    each = [in_order([int(at in relevant) for at in order]) for order in orders]
-    mean = {name: np.mean([one[name] for one in each]) for name in METRICS}
+    metrics = [compute_reference([int(index in relevant) for index in order]) for order in orders]
+    mean = {name: np.mean([values[name] for values in metrics]) for name in METRICS}
     assert measure(scores, relevant) == pytest.approx(mean, abs=1e-12)
 
 
-def test_ties_across_a_cut_give_the_mean_over_random_orders():
+def test_ties_across_cutoff_give_mean_over_random_orders():
     generator = np.random.default_rng(0)
     scores = np.array([3.0] * 4 + [2.0] * 20 + [1.0] * 130)
     relevant = [1, 5, 6, 30, 100]
     mean = dict.fromkeys(METRICS, 0.0)
     for _ in range(4000):
         order = np.lexsort((generator.random(len(scores)), -scores))
-        for name, value in in_order([int(at in relevant) for at in order]).items():
+        for name, value in compute_reference([int(index in relevant) for index in order]).items():
             mean[name] += value / 4000
     assert measure(scores, relevant) == pytest.approx(mean, abs=0.01)
 
 
-def test_ndcg_with_ties_is_that_of_scikit_learn():
+def test_ndcg_with_ties_matches_scikit_learn():
     generator = np.random.default_rng(3)
     for _ in range(20):
         scores = generator.integers(0, 4, 30).astype(float)
         gains = generator.integers(0, 2, 30)
         gains[0] = 1
-        ours = measure(scores, np.flatnonzero(gains))["ndcg@10"]
-        assert ours == pytest.approx(ndcg_score([gains], [scores], k=10), abs=1e-9)
+        actual = measure(scores, np.flatnonzero(gains))["ndcg@10"]
+        assert actual == pytest.approx(ndcg_score([gains], [scores], k=10), abs=1e-9)
 
 
-def test_the_order_of_the_documents_has_no_effect():
+def test_document_order_has_no_effect():
     generator = np.random.default_rng(1)
     scores, relevant = generator.integers(0, 9, 60), generator.choice(60, 7, replace=False)
     order = generator.permutation(60)
-    turned = np.argsort(order)[relevant]
-    assert measure(scores, relevant) == pytest.approx(measure(scores[order], turned), abs=1e-12)
+    reordered = np.argsort(order)[relevant]
+    assert measure(scores, relevant) == pytest.approx(measure(scores[order], reordered), abs=1e-12)
 
 
-def test_a_query_without_relevant_documents_is_left_out():
-    ranks = [rank_relevant(np.array([1.0, 0.0]), each) for each in ([0], [], [1])]
+def test_query_without_relevant_documents_is_skipped():
+    ranks = [rank_relevant(np.array([1.0, 0.0]), relevant) for relevant in ([0], [], [1])]
     assert score_queries(ranks).values["recall@1"].tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
-def test_search_equals_a_full_sort_whatever_the_block(similarity):
+def test_search_matches_full_sort_for_any_block_size(similarity):
     generator = torch.Generator().manual_seed(0)
     queries, corpus = (torch.randn(n, 8, generator=generator).double() for n in (13, 57))
-    full = queries @ corpus.T
+    similarities = queries @ corpus.T
     if similarity == "cosine":
-        full = full / queries.norm(dim=1)[:, None] / corpus.norm(dim=1)
-    best = full.argsort(dim=1, descending=True)
+        similarities = similarities / queries.norm(dim=1)[:, None] / corpus.norm(dim=1)
+    best = similarities.argsort(dim=1, descending=True)
     for size in (1, 1000, 1 << 20):
-        scores, places = search(queries, corpus, 5, similarity=similarity, block_bytes=size)
-        assert places.tolist() == best[:, :5].tolist()
-        assert np.allclose(scores, full.gather(1, best[:, :5]), atol=1e-6)
+        scores, indices = search(queries, corpus, 5, similarity=similarity, block_bytes=size)
+        assert indices.tolist() == best[:, :5].tolist()
+        assert np.allclose(scores, similarities.gather(1, best[:, :5]), atol=1e-6)
     relevant = [[int(row[0]), int(row[30])] for row in best]
-    found = score_retrieval(queries, corpus, relevant, similarity=similarity, block_bytes=1000)
-    assert found.means["recall@10"] == 0.5
-    assert found.means["recall@100"] == 1
+    result = score_retrieval(queries, corpus, relevant, similarity=similarity, block_bytes=1000)
+    assert result.means["recall@10"] == 0.5
+    assert result.means["recall@100"] == 1
 
 
-def test_blocks_stay_within_their_bytes():
+def test_score_blocks_stay_within_byte_limit():
     queries, corpus = torch.randn(100, 4), torch.randn(1000, 4)
     sizes = [part.numel() * 4 for _, part in iterate_scores(queries, corpus, "dot", 40_000)]
     assert max(sizes) <= 40_000
     assert sum(sizes) == 400_000
 
 
-def test_resampled_means_of_two_models_can_be_subtracted():
-    ranks = [rank_relevant(np.array([2.0, 1.0]), [at % 2]) for at in range(50)]
+def test_resampled_means_are_reproducible():
+    ranks = [rank_relevant(np.array([2.0, 1.0]), [index % 2]) for index in range(50)]
     scores = score_queries(ranks)
     draws = scores.resample(200, 7)
     assert draws["recall@1"].mean() == pytest.approx(0.5, abs=0.02)

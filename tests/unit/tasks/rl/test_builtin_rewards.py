@@ -1,6 +1,6 @@
-"""Built-in rewards: what scores 0 and 1, with the traps of regular expressions, JSON and numbers.
+"""Tests of built-in rewards, with edge cases of regular expressions, JSON and numbers.
 
-The examples of docs/rl.md are rows here.
+The examples of docs/rl.md are included.
 """
 
 from __future__ import annotations
@@ -76,24 +76,24 @@ def score(text: str, completion: str, answer: Any, ids: int = 4, **options: bool
 
 
 @pytest.mark.parametrize(("reward", "completion", "answer", "expected"), SCORES)
-def test_scores(reward: str, completion: str, answer: Any, expected: float) -> None:
+def test_builtin_reward_scores(reward: str, completion: str, answer: Any, expected: float) -> None:
     assert score(reward, completion, answer) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
     ("tokens", "expected"), [(20, 1), (80, 1), (50, 1), (0, 2 / 3), (110, 0.5), (200, 0)]
 )
-def test_length_falls_linearly_outside_its_range(tokens: int, expected: float) -> None:
+def test_length_reward_decreases_linearly_outside_range(tokens: int, expected: float) -> None:
     assert score("length:20-80", "x", None, tokens) == pytest.approx(expected)
 
 
-def test_a_prompt_that_opens_think() -> None:
+def test_format_reward_when_prompt_opens_think() -> None:
     assert score("format:think", "so</think>42", None, opens_think=True) == 1
     assert score("format:think", "<think>so</think>42", None, opens_think=True) == 0
     assert score("format:think", "so</think>42", None) == 0
 
 
-def test_a_json_schema(tmp_path: Path) -> None:
+def test_json_reward_with_schema(tmp_path: Path) -> None:
     file = tmp_path / "schema.json"
     schema = {"type": "object", "required": ["a"], "properties": {"a": {"type": "integer"}}}
     file.write_text(json.dumps(schema))
@@ -122,21 +122,21 @@ def test_a_json_schema(tmp_path: Path) -> None:
         ("math", "yes", "no mathematical expression"),
     ],
 )
-def test_an_answer_that_cannot_be_compared(reward: str, answer: Any, reason: str) -> None:
+def test_invalid_reference_answer_is_reported(reward: str, answer: Any, reason: str) -> None:
     assert reason in check_reference(parse_reward(reward), answer)
 
 
-def test_answers_that_can_be_compared() -> None:
+def test_valid_reference_answer_has_no_problem() -> None:
     for reward, answer in (("number", "#### 1,000"), ("math", r"\frac{1}{2}"), ("choice", "(a)")):
         assert check_reference(parse_reward(reward), answer) == ""
 
 
 @pytest.mark.parametrize("text", ["a " * 50_000, "1,1" * 50_000, "{" * 100_000, "A (" * 50_000])
 def test_long_completions_are_scored_in_linear_time(text: str) -> None:
-    began = time.process_time()
+    start = time.process_time()
     for reward in ("number", "choice", "json", "repetition", "exact", "format:think"):
         score(reward, text, "42")
-    assert time.process_time() - began < 2
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_long_completions_are_scored_in_linear_time(text: str) -> None:
         ("exact=inf", "a finite number is expected"),
     ],
 )
-def test_a_malformed_reward(text: str, problem: str) -> None:
+def test_malformed_reward_raises(text: str, problem: str) -> None:
     with pytest.raises(ValueError, match=problem.replace("(", r"\(").replace(")", r"\)")):
         parse_reward(text)
 
@@ -173,5 +173,5 @@ def test_a_malformed_reward(text: str, problem: str) -> None:
         ("runs/reward", RewardSpec("runs/reward", "model", "runs/reward")),
     ],
 )
-def test_a_reward_and_its_weight(text: str, spec: RewardSpec) -> None:
+def test_parse_reward_and_weight(text: str, spec: RewardSpec) -> None:
     assert parse_reward(text) == spec

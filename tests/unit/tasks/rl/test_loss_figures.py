@@ -1,4 +1,4 @@
-"""Losses and gradients of all eight formulas equal to plain loops in float64."""
+"""Tests that losses and gradients of all eight policy losses match plain float64 loops."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from ftlevel.tasks.rl.losses import (
 from preference_figures import build_model, norms
 
 
-def found(case: given.Case, *, order: list[int], parts: int) -> tuple[float, float, float]:
-    """Return loss and gradient norms by ftlevel, completions in `order` and in `parts` parts."""
+def compute_loss_and_norms(
+    case: given.Case, *, order: list[int], parts: int
+) -> tuple[float, float, float]:
+    """Return ftlevel's loss and gradient norms for completions in `order`, in `parts` parts."""
     model = build_model().double()
     policy, reference = given.log_probabilities(model), given.reference_logps()
     old = given.old_logps(policy, case)
@@ -25,10 +27,10 @@ def found(case: given.Case, *, order: list[int], parts: int) -> tuple[float, flo
     parameters = PolicyLossParameters(case.loss, low, high, case.beta, given.LENGTH, case.corrected)
     rewards = torch.tensor(given.REWARDS, dtype=torch.float64)
     if case.loss == "rloo" and case.beta:
-        sums = [torch.stack([each.sum() for each in known]) for known in (old, reference)]
+        sums = [torch.stack([logps.sum() for logps in source]) for source in (old, reference)]
         rewards = penalize_rewards(rewards, sums[0] - sums[1], case.beta)
     lengths = torch.tensor(
-        [len(each) if given.is_active(i, case) else 0 for i, each in enumerate(policy)]
+        [len(logps) if given.is_active(i, case) else 0 for i, logps in enumerate(policy)]
     )
     groups = (-1, given.GROUP)
     scale = {"dr_grpo": "none", "rloo": "none"}.get(case.loss, "group")
@@ -39,19 +41,19 @@ def found(case: given.Case, *, order: list[int], parts: int) -> tuple[float, flo
     active = [i for i in order if lengths[i]]
     total = torch.zeros((), dtype=torch.float64)
     for part in range(parts):
-        chosen = active[part::parts]
-        owners = [torch.full((len(policy[i]),), at) for at, i in enumerate(chosen)]
-        rows = torch.tensor(chosen)[torch.cat(owners)]
+        selected = active[part::parts]
+        owners = [torch.full((len(policy[i]),), index) for index, i in enumerate(selected)]
+        rows = torch.tensor(selected)[torch.cat(owners)]
         total = (
             total
             + policy_loss(
                 parameters,
-                torch.cat([policy[i] for i in chosen]),
-                torch.cat([old[i] for i in chosen]),
+                torch.cat([policy[i] for i in selected]),
+                torch.cat([old[i] for i in selected]),
                 torch.cat(owners),
                 advantages[rows],
                 weights[rows],
-                torch.cat([reference[i] for i in chosen]) if case.beta else None,
+                torch.cat([reference[i] for i in selected]) if case.beta else None,
             ).total
         )
     total.backward()
@@ -59,14 +61,16 @@ def found(case: given.Case, *, order: list[int], parts: int) -> tuple[float, flo
 
 
 @pytest.mark.parametrize("case", given.CASES, ids=str)
-def test_loss_and_gradient(case: given.Case) -> None:
-    wanted = given.figures(case)
-    assert found(case, order=list(range(8)), parts=1) == pytest.approx(wanted, rel=1e-9, abs=1e-12)
-    shuffled = found(case, order=[5, 2, 7, 0, 3, 6, 1, 4], parts=3)
-    assert shuffled == pytest.approx(wanted, rel=1e-9, abs=1e-12)
+def test_loss_and_gradient_match_reference(case: given.Case) -> None:
+    expected = given.figures(case)
+    assert compute_loss_and_norms(case, order=list(range(8)), parts=1) == pytest.approx(
+        expected, rel=1e-9, abs=1e-12
+    )
+    shuffled = compute_loss_and_norms(case, order=[5, 2, 7, 0, 3, 6, 1, 4], parts=3)
+    assert shuffled == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-def test_clipping_acts_in_the_figures() -> None:
+def test_clipping_changes_reference_values() -> None:
     for loss in given.CLIP:
         case = given.Case(loss)
         assert given.figures(case)[1:] != pytest.approx(

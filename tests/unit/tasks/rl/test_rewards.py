@@ -1,4 +1,4 @@
-"""Reward functions: called as TRL calls them, in a process that can be stopped."""
+"""Tests of reward functions: called with TRL's arguments, in a process that can be stopped."""
 
 from __future__ import annotations
 
@@ -85,33 +85,35 @@ COLUMNS = {"level": [1, 2, 3], "answer": ["a", "b", "ccc"]}
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> str:
+def rewards_file(tmp_path: Path) -> str:
     path = tmp_path / "rewards.py"
     path.write_text(FUNCTIONS)
     return str(path)
 
 
 @pytest.fixture
-def resolve() -> Iterator[Callable[..., Rewards]]:
+def resolve_rewards() -> Iterator[Callable[..., Rewards]]:
     opened: list[Rewards] = []
 
-    def call(*reward: str, **settings: Any) -> Rewards:
+    def create(*reward: str, **settings: Any) -> Rewards:
         opened.append(Rewards.resolve(RlConfig(reward=reward, **settings)))
         return opened[-1]
 
-    yield call
+    yield create
     for rewards in opened:
         rewards.close()
 
 
-def score(rewards: Rewards, prompts: Sequence[Any] = ("p", "q", "r"), **more: Any) -> Any:
+def score(rewards: Rewards, prompts: Sequence[Any] = ("p", "q", "r"), **options: Any) -> Any:
     ids = [[1], [1, 2], [1, 2, 3]]
-    return rewards.score(list(prompts), TEXTS, ids, COLUMNS, **more)
+    return rewards.score(list(prompts), TEXTS, ids, COLUMNS, **options)
 
 
-def test_functions_are_called_as_by_trl(file: str, resolve: Callable[..., Rewards]) -> None:
+def test_functions_are_called_with_trl_arguments(
+    rewards_file: str, resolve_rewards: Callable[..., Rewards]
+) -> None:
     names = ["length", "level_of", "all_arguments", "where_it_applies", "optional", "prints"]
-    rewards = resolve(*(f"{file}:{name}" for name in names), "exact=0.5")
+    rewards = resolve_rewards(*(f"{rewards_file}:{name}" for name in names), "exact=0.5")
     rewards.check_columns(COLUMNS)
     rewards.check_answers(COLUMNS["answer"], str)
     assert score(rewards, step=10) == [
@@ -120,15 +122,15 @@ def test_functions_are_called_as_by_trl(file: str, resolve: Callable[..., Reward
         [3.0, 3.0, 13.0, 0.5, 1.0, 1.0, 1.0],
     ]
     assert rewards.weights == [1.0] * 6 + [0.5]
-    assert rewards.names[0] == f"{file}:length"
+    assert rewards.names[0] == f"{rewards_file}:length"
     assert rewards.names[-1] == "exact"
 
 
-def test_a_prompt_of_messages_has_a_completion_of_one_message(
-    file: str, resolve: Callable[..., Rewards]
+def test_message_prompt_gives_message_completion(
+    rewards_file: str, resolve_rewards: Callable[..., Rewards]
 ) -> None:
     prompts = [[{"role": "user", "content": "p"}]] * 3
-    assert score(resolve(f"{file}:of_messages"), prompts) == [[1.0], [2.0], [3.0]]
+    assert score(resolve_rewards(f"{rewards_file}:of_messages"), prompts) == [[1.0], [2.0], [3.0]]
 
 
 FAILURES = [
@@ -149,30 +151,32 @@ FAILURES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "problem", "place", "zeros", "count"), FAILURES)
-def test_a_function_that_fails(
+@pytest.mark.parametrize(("name", "problem", "row_message", "zeros", "count"), FAILURES)
+def test_failing_function_raises_or_scores_zero(
     name: str,
     problem: str,
-    place: str,
+    row_message: str,
     zeros: list[float],
     count: int,
-    file: str,
-    resolve: Callable[..., Rewards],
+    rewards_file: str,
+    resolve_rewards: Callable[..., Rewards],
 ) -> None:
-    where = ["row 1", "row 2", "row 3"]
+    row_names = ["row 1", "row 2", "row 3"]
     with pytest.raises(RewardError) as error:
-        score(resolve(f"{file}:{name}", reward_timeout=0.5), where=where)
+        score(resolve_rewards(f"{rewards_file}:{name}", reward_timeout=0.5), where=row_names)
     assert problem in str(error.value)
-    assert place in str(error.value)
-    lenient = resolve(f"{file}:{name}", "exact", reward_timeout=0.5, on_reward_error="zero")
+    assert row_message in str(error.value)
+    lenient = resolve_rewards(
+        f"{rewards_file}:{name}", "exact", reward_timeout=0.5, on_reward_error="zero"
+    )
     expected = [[zero, float(exact)] for zero, exact in zip(zeros, (1, 0, 1), strict=True)]
     assert score(lenient) == expected
-    assert lenient.failures == {f"{file}:{name}": count}
-    assert score(lenient) == expected  # also after the worker was stopped
-    assert lenient.failures == {f"{file}:{name}": 2 * count}
+    assert lenient.failures == {f"{rewards_file}:{name}": count}
+    assert score(lenient) == expected  # also after the worker was restarted
+    assert lenient.failures == {f"{rewards_file}:{name}": 2 * count}
 
 
-def test_a_killed_run_leaves_no_function_behind(tmp_path: Path) -> None:
+def test_killed_run_stops_its_reward_worker(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     (tmp_path / "slow.py").write_text(
         f"import os, time\ndef slow(completions, **_):\n    open({str(pid)!r}, "
@@ -183,17 +187,17 @@ def test_a_killed_run_leaves_no_function_behind(tmp_path: Path) -> None:
         f"rewards = Rewards.resolve(RlConfig(reward=[{str(tmp_path / 'slow.py:slow')!r}]))\n"
         "rewards.score(['a'], ['b'], [[1]], {})"
     )
-    run = Forked(call=(exec, (code, {})))
-    assert holds_soon(lambda: pid.exists() and pid.read_text() != "")
-    run.kill()
-    run.wait()
+    process = Forked(call=(exec, (code, {})))
+    assert wait_until(lambda: pid.exists() and pid.read_text() != "")
+    process.kill()
+    process.wait()
     worker = Path(f"/proc/{pid.read_text()}")
-    assert holds_soon(
+    assert wait_until(
         lambda: not worker.exists() or "Z" in (worker / "stat").read_text().split()[2]
     )
 
 
-def holds_soon(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
     """Returns whether `condition` becomes true within `seconds`."""
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
@@ -201,15 +205,17 @@ def holds_soon(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
     return condition()
 
 
-def test_a_wrong_number_of_scores(file: str, resolve: Callable[..., Rewards]) -> None:
-    with pytest.raises(RewardError, match="it returned 1 scores for 3 completions"):
-        score(resolve(f"{file}:too_few"))
-
-
-def test_a_function_of_groups_is_not_called_with_single_completions(
-    file: str, resolve: Callable[..., Rewards]
+def test_wrong_number_of_scores_raises(
+    rewards_file: str, resolve_rewards: Callable[..., Rewards]
 ) -> None:
-    assert score(resolve(f"{file}:needs_groups")) == [[1.0], [0.0], [0.5]]
+    with pytest.raises(RewardError, match="it returned 1 scores for 3 completions"):
+        score(resolve_rewards(f"{rewards_file}:too_few"))
+
+
+def test_function_is_called_with_whole_group(
+    rewards_file: str, resolve_rewards: Callable[..., Rewards]
+) -> None:
+    assert score(resolve_rewards(f"{rewards_file}:needs_groups")) == [[1.0], [0.0], [0.5]]
 
 
 @pytest.mark.parametrize(
@@ -224,77 +230,87 @@ def test_a_function_of_groups_is_not_called_with_single_completions(
         ("exactly", "reward models cannot be used here"),
     ],
 )
-def test_a_reward_that_cannot_be_loaded(
-    reward: str, problem: str, file: str, tmp_path: Path, resolve: Callable[..., Rewards]
+def test_unloadable_reward_raises(
+    reward: str,
+    problem: str,
+    rewards_file: str,
+    tmp_path: Path,
+    resolve_rewards: Callable[..., Rewards],
 ) -> None:
     (tmp_path / "broken.py").write_text("def f(:\n")
     (tmp_path / "imports.py").write_text("import nox\n")
     with pytest.raises(ConfigError, match=problem.replace("(", r"\(")):
-        resolve(reward.format(file=file, folder=tmp_path))
+        resolve_rewards(reward.format(file=rewards_file, folder=tmp_path))
 
 
-def test_columns(file: str, resolve: Callable[..., Rewards]) -> None:
-    rewards = resolve(f"{file}:level_of", f"{file}:optional", f"{file}:length", "exact", "json")
+def test_missing_columns_raise(rewards_file: str, resolve_rewards: Callable[..., Rewards]) -> None:
+    rewards = resolve_rewards(
+        f"{rewards_file}:level_of",
+        f"{rewards_file}:optional",
+        f"{rewards_file}:length",
+        "exact",
+        "json",
+    )
     rewards.check_columns(["level", "answer"])
     with pytest.raises(ConfigError) as error:
         rewards.check_columns(["levle"])
     assert error.value.problems == [
-        f"--reward {file}:level_of needs a column 'level', and the rows have levle. Did you mean "
-        "'levle'? Add the column, or give the argument a default.",
+        f"--reward {rewards_file}:level_of needs a column 'level', and the rows have levle. "
+        "Did you mean 'levle'? Add the column, or give the argument a default.",
         "--reward exact needs a column 'answer', and the rows have levle. Name it: --map "
         "answer=COLUMN, e.g. answer=completion.",
     ]
 
 
-def test_an_answer_that_cannot_be_compared(resolve: Callable[..., Rewards]) -> None:
-    rewards = resolve("number")
+def test_invalid_reference_answer_raises_with_row(resolve_rewards: Callable[..., Rewards]) -> None:
+    rewards = resolve_rewards("number")
     rewards.check_answers(["#### 1", 2, 3.5], str)
     with pytest.raises(ConfigError, match=r"rows.jsonl:2: --reward number: the answer 'b' has no"):
         rewards.check_answers(["1", "b"], lambda row: f"rows.jsonl:{row + 1}")
 
 
-def test_a_pattern_that_backtracks_scores_0_in_its_time(resolve: Callable[..., Rewards]) -> None:
-    rewards = resolve(r"regex:^(a+)+$", reward_timeout=5)
+def test_backtracking_pattern_scores_zero_in_time(resolve_rewards: Callable[..., Rewards]) -> None:
+    rewards = resolve_rewards(r"regex:^(a+)+$", reward_timeout=5)
     ids = [[1], [1]]
     assert rewards.score(["p", "p"], ["a" * 40 + "b", "aaa"], ids, {}) == [[0.0], [1.0]]
     assert not rewards.failures
 
 
-def test_the_fingerprint_follows_the_source(
-    file: str, tmp_path: Path, resolve: Callable[..., Rewards]
+def test_fingerprint_depends_on_source_and_weight(
+    rewards_file: str, tmp_path: Path, resolve_rewards: Callable[..., Rewards]
 ) -> None:
     schema = tmp_path / "schema.json"
     schema.write_text("{}")
-    before = resolve(f"{file}:length", f"json:{schema}").fingerprint
-    assert resolve(f"{file}:length", f"json:{schema}").fingerprint == before
+    before = resolve_rewards(f"{rewards_file}:length", f"json:{schema}").fingerprint
+    assert resolve_rewards(f"{rewards_file}:length", f"json:{schema}").fingerprint == before
     schema.write_text('{"type": "object"}')
-    other = resolve(f"{file}:length", f"json:{schema}").fingerprint
-    Path(file).write_text(FUNCTIONS + "\n# changed\n")
-    third = resolve(f"{file}:length", f"json:{schema}").fingerprint
-    weighted = resolve(f"{file}:length=2", f"json:{schema}").fingerprint
-    assert len({before, other, third, weighted}) == 4
+    with_new_schema = resolve_rewards(f"{rewards_file}:length", f"json:{schema}").fingerprint
+    Path(rewards_file).write_text(FUNCTIONS + "\n# changed\n")
+    with_new_source = resolve_rewards(f"{rewards_file}:length", f"json:{schema}").fingerprint
+    weighted = resolve_rewards(f"{rewards_file}:length=2", f"json:{schema}").fingerprint
+    assert len({before, with_new_schema, with_new_source, weighted}) == 4
 
 
-def test_the_worker_ends_with_the_rewards(resolve: Callable[..., Rewards]) -> None:
-    rewards = resolve("exact")
+def test_close_stops_worker(resolve_rewards: Callable[..., Rewards]) -> None:
+    rewards = resolve_rewards("exact")
     worker = rewards._worker
     assert worker is not None
     rewards.close()
     with pytest.raises(ProcessLookupError):
         os.kill(worker.pid, 0)
-    assert score(rewards) == [[1.0], [0.0], [1.0]]  # it starts again where it is needed
+    assert score(rewards) == [[1.0], [0.0], [1.0]]  # the worker restarts on demand
 
 
-class Constant:
+class LengthReward:
     fingerprint = "constant"
 
     def score(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
         return [float(len(text)) if text != "xx" else float("nan") for text in completions]
 
 
-def test_a_reward_model_beside_a_function() -> None:
+def test_reward_model_with_function() -> None:
     settings = RlConfig(reward=("run=0.5", "exact"), on_reward_error="zero")
-    rewards = Rewards.resolve(settings, lambda name: Constant())
+    rewards = Rewards.resolve(settings, lambda name: LengthReward())
     try:
         assert score(rewards) == [[1.0, 1.0], [0.0, 0.0], [3.0, 1.0]]
         assert rewards.failures == {"run": 1}

@@ -1,4 +1,4 @@
-"""Tokenizers that llama.cpp can be told of, and those that it cannot."""
+"""Tests of tokenizers that llama.cpp supports, and of errors for those it does not."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ LLAMA_3 = (
 )
 
 
-def splitting(*steps: Any, family: str = "gpt2") -> Any:
-    """Return a byte-level tokenizer that splits text by `steps`."""
+def create_tokenizer(*steps: Any, family: str = "gpt2") -> Any:
+    """Return a byte-level tokenizer with the pre-tokenization `steps`."""
     tokenizer = build_tokenizer(family)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(steps))
     return tokenizer
@@ -31,8 +31,8 @@ BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
 BYTES_ONLY = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 
-def llama_3() -> Any:
-    tokenizer = splitting(pre_tokenizers.Split(Regex(LLAMA_3), "isolated"), BYTES_ONLY)
+def create_llama_3_tokenizer() -> Any:
+    tokenizer = create_tokenizer(pre_tokenizers.Split(Regex(LLAMA_3), "isolated"), BYTES_ONLY)
     tokenizer.backend_tokenizer.model.ignore_merges = True
     return tokenizer
 
@@ -42,11 +42,11 @@ def llama_3() -> Any:
     [
         (build_tokenizer("gpt2"), "gpt-2"),
         (build_tokenizer("qwen2"), "qwen2"),
-        (splitting(DIGITS, BYTES), "smollm"),
-        (llama_3(), "llama-bpe"),
+        (create_tokenizer(DIGITS, BYTES), "smollm"),
+        (create_llama_3_tokenizer(), "llama-bpe"),
     ],
 )
-def test_a_splitting_is_known_by_its_steps(tokenizer: Any, name: str) -> None:
+def test_pre_tokenizer_is_recognized_by_its_steps(tokenizer: Any, name: str) -> None:
     vocabulary = load_vocab(tokenizer, SIZE)
     assert (vocabulary.model, vocabulary.pre) == ("gpt2", name)
     assert vocabulary.scores is None
@@ -56,18 +56,18 @@ def test_a_splitting_is_known_by_its_steps(tokenizer: Any, name: str) -> None:
     assert len(keys["tokenizer.ggml.tokens"]) == len(keys["tokenizer.ggml.token_type"]) == SIZE
 
 
-def test_wordpiece_marks_the_begin_of_words() -> None:
+def test_wordpiece_tokens_mark_word_starts() -> None:
     tokenizer = build_tokenizer("bert")
-    written = load_vocab(tokenizer, SIZE)
+    vocabulary = load_vocab(tokenizer, SIZE)
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    for piece, token in zip(pieces, written.tokens, strict=False):
+    for piece, token in zip(pieces, vocabulary.tokens, strict=False):
         if piece.startswith("##"):
             assert token == piece[2:]
         else:
             assert token == (piece if piece[0] + piece[-1] == "[]" else "\u2581" + piece)
-    keys = written.metadata()
+    keys = vocabulary.metadata()
     assert keys["tokenizer.ggml.bos_token_id"] == tokenizer.cls_token_id
-    assert keys["tokenizer.ggml.seperator_token_id"] == tokenizer.sep_token_id  # as ggml spells it
+    assert keys["tokenizer.ggml.seperator_token_id"] == tokenizer.sep_token_id  # ggml's spelling
     assert (
         keys["tokenizer.ggml.normalizer.lowercase"]
         == keys["tokenizer.ggml.normalizer.strip_accents"]
@@ -80,34 +80,43 @@ def test_wordpiece_marks_the_begin_of_words() -> None:
 @pytest.mark.parametrize(
     ("tokenizer", "message"),
     [
-        (splitting(pre_tokenizers.Digits(individual_digits=False), BYTES), "'individual_digits'"),
-        (splitting(pre_tokenizers.Split(Regex(r"\p{N}{1,2}"), "isolated"), BYTES_ONLY), "{1,2}"),
-        (splitting(BYTES, DIGITS), "not known here"),
-        (splitting(pre_tokenizers.Split(Regex(LLAMA_3), "isolated"), BYTES_ONLY), "ignore_merges"),
+        (
+            create_tokenizer(pre_tokenizers.Digits(individual_digits=False), BYTES),
+            "'individual_digits'",
+        ),
+        (
+            create_tokenizer(pre_tokenizers.Split(Regex(r"\p{N}{1,2}"), "isolated"), BYTES_ONLY),
+            "{1,2}",
+        ),
+        (create_tokenizer(BYTES, DIGITS), "not known here"),
+        (
+            create_tokenizer(pre_tokenizers.Split(Regex(LLAMA_3), "isolated"), BYTES_ONLY),
+            "ignore_merges",
+        ),
         (build_tokenizer("t5"), "of type Unigram"),
         (build_tokenizer("llama"), "not those of a SentencePiece model"),
     ],
 )
-def test_another_tokenizer_is_refused_by_what_it_does(tokenizer: Any, message: str) -> None:
+def test_unsupported_tokenizer_raises(tokenizer: Any, message: str) -> None:
     with pytest.raises(InputError, match=message.replace("{", r"\{").replace("'", '"')):
         load_vocab(tokenizer, SIZE)
 
 
-def test_a_normalizer_that_llama_cpp_lacks_is_refused() -> None:
+def test_unsupported_normalizer_raises() -> None:
     tokenizer = build_tokenizer("gpt2")
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     with pytest.raises(InputError, match="normalizer Lowercase"):
         load_vocab(tokenizer, SIZE)
 
 
-def test_a_tokenizer_beyond_the_embedding_is_refused() -> None:
+def test_tokenizer_larger_than_embedding_raises() -> None:
     with pytest.raises(InputError, match="a token of id 500, and the model's embedding has 500"):
         load_vocab(build_tokenizer("gpt2"), 500)
 
 
-def test_tokens_have_their_kinds() -> None:
+def test_token_types_and_special_tokens() -> None:
     tokenizer = as_sentencepiece(build_tokenizer("gemma3_text"))
-    tokenizer.add_tokens(["\u2581\u2581x"])  # not special: found before spaces are made visible
+    tokenizer.add_tokens(["\u2581\u2581x"])  # not special: matched before spaces are replaced
     vocabulary = load_vocab(tokenizer, SIZE)
     kinds = dict(zip(vocabulary.tokens, vocabulary.types, strict=True))
     assert vocabulary.model == "llama"
@@ -125,7 +134,7 @@ def test_tokens_have_their_kinds() -> None:
     }
 
 
-def test_scores_fall_in_the_order_of_the_merges() -> None:
+def test_scores_decrease_in_merge_order() -> None:
     tokenizer = as_sentencepiece(build_tokenizer("llama"))
     vocabulary = load_vocab(tokenizer, SIZE)
     assert vocabulary.scores is not None
@@ -137,12 +146,12 @@ def test_scores_fall_in_the_order_of_the_merges() -> None:
     assert len(vocabulary.notes) == 2, "Metaspace prepends at the beginning only"
 
 
-def test_merges_of_a_token_that_are_apart_are_refused() -> None:
+def test_separated_merges_of_a_token_raise() -> None:
     tokenizer = as_sentencepiece(build_tokenizer("llama"))
-    described = gguf.json.loads(tokenizer.backend_tokenizer.to_str())
-    merges = described["model"]["merges"]
-    several = next(i for i, (a, b) in enumerate(merges) if a + b == "".join(merges[i + 1]))
-    merges.append(merges.pop(several))
-    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(gguf.json.dumps(described))
+    serialized = gguf.json.loads(tokenizer.backend_tokenizer.to_str())
+    merges = serialized["model"]["merges"]
+    index = next(i for i, (a, b) in enumerate(merges) if a + b == "".join(merges[i + 1]))
+    merges.append(merges.pop(index))
+    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(gguf.json.dumps(serialized))
     with pytest.raises(InputError, match="are apart"):
         load_vocab(tokenizer, SIZE)
