@@ -17,20 +17,20 @@ import pytest
 from ftlevel.cli.app import run
 from tiny_models import save_tiny
 
-# Ray is looked for and not imported: with it in a process the last digits of others' sums differ.
+# Ray is not imported here: importing it changes rounding in other tests of the process.
 HAS_RAY = importlib.util.find_spec("ray") is not None
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not HAS_RAY, reason="pip install 'ray[train]'")]
 STEPS = 12
-BOUND = 1e-6
+TOLERANCE = 1e-6
 
 
-def losses(place: Path) -> list[float]:
-    rows = map(json.loads, (place / "metrics.jsonl").read_text().splitlines())
+def losses(run_dir: Path) -> list[float]:
+    rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     return [row["loss"] for row in rows if "loss" in row]
 
 
-def kill_one(name: str) -> bool:
-    """End a process of the run `name` as a lost machine would; False where there is none yet."""
+def kill_worker(name: str) -> bool:
+    """Kill a process of the run `name`; return False if there is none yet."""
     for process in psutil.process_iter(["cmdline"]):
         line = process.info["cmdline"] or []
         if "ftlevel" in line and name in line:
@@ -40,7 +40,7 @@ def kill_one(name: str) -> bool:
 
 
 @pytest.mark.sweep  # Ray alone takes half a minute to start and stop
-def test_a_run_by_ray_ends_as_one_process_though_a_worker_was_lost(tmp_path: Path) -> None:
+def test_ray_run_with_killed_worker_matches_one_process(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model", "llama")
     rows = tmp_path / "rows.jsonl"
     texts = [{"prompt": f"say {n}", "completion": f"{n}!"} for n in range(48)]
@@ -48,28 +48,34 @@ def test_a_run_by_ray_ends_as_one_process_though_a_worker_was_lost(tmp_path: Pat
     common = ["--method", "lora", "--model", str(model), "--dataset", str(rows),
               "--dtype", "float32", "--max-steps", str(STEPS), "--logging-steps", "1",
               "--batch-size", "2"]  # fmt: skip
-    one, two = tmp_path / "one", tmp_path / "two"
-    accumulated = ["--gradient-accumulation-steps", "2", "--output-dir", str(one), "--quiet"]
-    assert run(["train", *common, *accumulated]) == 0
+    one_process, ray_run = tmp_path / "one", tmp_path / "two"
+    accumulation = [
+        "--gradient-accumulation-steps",
+        "2",
+        "--output-dir",
+        str(one_process),
+        "--quiet",
+    ]
+    assert run(["train", *common, *accumulation]) == 0
     job = tmp_path / "job.py"
-    asked = ["--on", "ray", "--processes-per-node", "2", "--job-file", str(job)]
-    told = ["--save-steps", "2", "--output-dir", str(two)]
-    assert run(["launch", *asked, *common, *told]) == 0
-    with (tmp_path / "said").open("w") as said:
+    launch_options = ["--on", "ray", "--processes-per-node", "2", "--job-file", str(job)]
+    run_options = ["--save-steps", "2", "--output-dir", str(ray_run)]
+    assert run(["launch", *launch_options, *common, *run_options]) == 0
+    with (tmp_path / "said").open("w") as log:
         ray = subprocess.Popen(
-            [sys.executable, str(job)], stdout=said, stderr=said, start_new_session=True,
+            [sys.executable, str(job)], stdout=log, stderr=log, start_new_session=True,
             env={**os.environ, "RAY_DISABLE_DASHBOARD": "1", "RAY_TMPDIR": "/tmp"},
         )  # fmt: skip
     try:
-        until = time.monotonic() + 200
-        manifest = two / "checkpoints" / "checkpoint-4" / "manifest.json"
-        while not manifest.is_file() and ray.poll() is None and time.monotonic() < until:
+        deadline = time.monotonic() + 200
+        manifest = ray_run / "checkpoints" / "checkpoint-4" / "manifest.json"
+        while not manifest.is_file() and ray.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert kill_one(str(two)), (tmp_path / "said").read_text()
+        assert kill_worker(str(ray_run)), (tmp_path / "said").read_text()
         assert ray.wait(200) == 0, (tmp_path / "said").read_text()
     finally:
         if ray.poll() is None:
             os.killpg(ray.pid, signal.SIGTERM)
-    wanted, found = losses(one), losses(two)
-    assert len(found) == len(wanted) == STEPS
-    assert max(abs(a - b) / a for a, b in zip(wanted, found, strict=True)) < BOUND
+    expected, actual = losses(one_process), losses(ray_run)
+    assert len(actual) == len(expected) == STEPS
+    assert max(abs(a - b) / a for a, b in zip(expected, actual, strict=True)) < TOLERANCE

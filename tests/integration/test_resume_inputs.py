@@ -15,8 +15,8 @@ from ftlevel.cli.app import run
 ROWS = [{"prompt": f"the value {i}", "completion": f"it is {i} {i * i}"} for i in range(24)]
 
 
-def store_truncation() -> None:
-    """Store the tokenizer with truncation and padding, as that of all-MiniLM-L6-v2 is."""
+def store_truncation_and_padding() -> None:
+    """Add truncation and padding to the tokenizer file, as in all-MiniLM-L6-v2."""
     path = Path("model/tokenizer.json")
     content = json.loads(path.read_text())
     content["truncation"] = {
@@ -30,36 +30,38 @@ def store_truncation() -> None:
 
 
 @pytest.fixture
-def begun(pristine: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the folder of the run, as it was left, and change into it."""
-    folder = pristine.with_name("begun")
+def interrupted_run(original_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Restore the directory of the interrupted run and change to it."""
+    folder = original_dir.with_name("begun")
     shutil.rmtree(folder)
-    shutil.copytree(pristine, folder)
+    shutil.copytree(original_dir, folder)
     monkeypatch.chdir(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def pristine(tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a copy of the folder of a run of four steps that was broken off after the second."""
+def original_dir(
+    tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Return a directory with a four-step run that was interrupted after step 2."""
     folder = tmp_path_factory.mktemp("same-run") / "begun"
     folder.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        _begin(tiny_model_dir)
+        train_and_interrupt(tiny_model_dir)
     shutil.copytree(folder, folder.with_name("pristine"))
     return folder.with_name("pristine")
 
 
-def _begin(tiny_model_dir: Callable[..., Path]) -> None:
+def train_and_interrupt(tiny_model_dir: Callable[..., Path]) -> None:
     shutil.copytree(tiny_model_dir("llama", chat=True), "model")
-    store_truncation()
+    store_truncation_and_padding()
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     assert run([
         "train", "--quiet", "--model", "model", "--dataset", "rows.jsonl", "--batch-size", "4",
         "--max-steps", "4", "--save-steps", "2", "--output-dir", "run", "--no-verify-fast",
     ]) == 0  # fmt: skip
-    shutil.rmtree("run/checkpoints/checkpoint-4")  # as if it had been killed after the second
+    shutil.rmtree("run/checkpoints/checkpoint-4")  # as if killed after step 2
     for name in ("run/adapter", "run/summary.json"):
         shutil.rmtree(name) if Path(name).is_dir() else Path(name).unlink()
 
@@ -69,19 +71,19 @@ def change_config(**fields: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
-def one_bit() -> None:
+def flip_weight_bit() -> None:
     path = Path("model/model.safetensors")
     content = bytearray(path.read_bytes())
     content[len(content) * 2 // 3] ^= 1
     path.write_bytes(content)
 
 
-def other_template() -> None:
+def change_template() -> None:
     path = Path("model/chat_template.jinja")
     path.write_text("{# another #}" + path.read_text())
 
 
-def swapped_tokens() -> None:
+def swap_tokens() -> None:
     path = Path("model/tokenizer.json")
     content = json.loads(path.read_text())
     vocabulary = content["model"]["vocab"]
@@ -91,15 +93,15 @@ def swapped_tokens() -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[], None], str]] = {
-    "a bit of the weights": (one_bit, "model.safetensors was "),
+    "a bit of the weights": (flip_weight_bit, "model.safetensors was "),
     "rms_norm_eps": (lambda: change_config(rms_norm_eps=1e-3), "model.config.rms_norm_eps was"),
     "rope_theta": (
         lambda: change_config(rope_parameters={"rope_theta": 5e5, "rope_type": "default"}),
         "model.config.rope_parameters.rope_theta was",
     ),
     "hidden_act": (lambda: change_config(hidden_act="gelu"), "model.config.hidden_act was"),
-    "template": (other_template, "model.chat_template was"),
-    "tokens": (swapped_tokens, "was"),
+    "template": (change_template, "model.chat_template was"),
+    "tokens": (swap_tokens, "was"),
     "rows": (
         lambda: Path("rows.jsonl").write_text("\n".join(map(json.dumps, ROWS[::-1]))),
         "data.fingerprint was",
@@ -108,60 +110,62 @@ CHANGES: dict[str, tuple[Callable[[], None], str]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_run_does_not_go_on_with_something_else(
-    begun: Path, capsys: pytest.CaptureFixture[str], name: str
+def test_resume_with_changed_input_is_rejected(
+    interrupted_run: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    change, said = CHANGES[name]
+    change, message = CHANGES[name]
     change()
     assert run(["train", "--quiet", "--output-dir", "run", "--resume"]) == 2
     error = capsys.readouterr().err
     assert "not the same run" in error
-    assert said in error
-    assert not (begun / "run/adapter").exists()
+    assert message in error
+    assert not (interrupted_run / "run/adapter").exists()
 
 
-def test_a_run_goes_on_with_what_may_change(
-    begun: Path, capsys: pytest.CaptureFixture[str]
+def test_allow_change_accepts_config_change(
+    interrupted_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change_config(rms_norm_eps=1e-3)
-    wish = ["train", "--quiet", "--output-dir", "run", "--resume", "--allow-change"]
-    assert run([*wish, "model.config.rms_norm_epsilon"]) == 2
+    command = ["train", "--quiet", "--output-dir", "run", "--resume", "--allow-change"]
+    assert run([*command, "model.config.rms_norm_epsilon"]) == 2
     assert "no such field. Did you mean 'model.config.rms_norm_eps'?" in capsys.readouterr().err
-    assert run([*wish, "model.config.rms_norm_eps"]) == 0
+    assert run([*command, "model.config.rms_norm_eps"]) == 0
     assert "model.config.rms_norm_eps is 0.001 from here on" in capsys.readouterr().err
-    summary = json.loads((begun / "run/summary.json").read_text())
+    summary = json.loads((interrupted_run / "run/summary.json").read_text())
     (change,) = summary["changed_on_resume"]
     assert (change["step"], change["field"]) == (2, "model.config.rms_norm_eps")
     assert change["is"] == 1e-3
 
 
-def test_a_run_of_a_version_without_some_settings_goes_on(begun: Path) -> None:
-    path = begun / "run/checkpoints/origin.json"
+def test_run_of_older_version_resumes(interrupted_run: Path) -> None:
+    path = interrupted_run / "run/checkpoints/origin.json"
     origin = json.loads(path.read_text())
     del origin["data.gate"]["label_typo"]
-    later = ("rl.", "embedding.", "reranking.")
-    path.write_text(json.dumps({k: v for k, v in origin.items() if not k.startswith(later)}))
-    wish = ["train", "--quiet", "--output-dir", "run", "--resume"]
-    assert run([*wish, "--set", "data.gate.label_typo=stop"]) == 2, "it was the default"
-    assert run(wish) == 0
+    newer_settings = ("rl.", "embedding.", "reranking.")
+    path.write_text(
+        json.dumps({k: v for k, v in origin.items() if not k.startswith(newer_settings)})
+    )
+    command = ["train", "--quiet", "--output-dir", "run", "--resume"]
+    assert run([*command, "--set", "data.gate.label_typo=stop"]) == 2, "it was the default"
+    assert run(command) == 0
 
 
-def test_a_run_goes_on_with_bytes_of_the_base_that_may_change(
-    begun: Path, capsys: pytest.CaptureFixture[str]
+def test_allow_change_accepts_changed_weights(
+    interrupted_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one_bit()
-    before = (begun / "run/checkpoints/base.json").read_text()
-    wish = ["train", "--quiet", "--output-dir", "run", "--resume"]
-    assert run([*wish, "--allow-change", "model.fingerprint"]) == 0
+    flip_weight_bit()
+    before = (interrupted_run / "run/checkpoints/base.json").read_text()
+    command = ["train", "--quiet", "--output-dir", "run", "--resume"]
+    assert run([*command, "--allow-change", "model.fingerprint"]) == 0
     assert "model.fingerprint of model.safetensors is " in capsys.readouterr().err
-    (change,) = json.loads((begun / "run/summary.json").read_text())["changed_on_resume"]
+    (change,) = json.loads((interrupted_run / "run/summary.json").read_text())["changed_on_resume"]
     assert change["was"] == json.loads(before)["model.safetensors"] != change["is"]
-    assert change["is"] in (begun / "run/checkpoints/base.json").read_text()
-    (begun / "run/checkpoints/base.json").unlink()
-    assert run(wish) == 0
+    assert change["is"] in (interrupted_run / "run/checkpoints/base.json").read_text()
+    (interrupted_run / "run/checkpoints/base.json").unlink()
+    assert run(command) == 0
     assert "so only samples of them are compared" in capsys.readouterr().err
 
 
-def test_what_says_nothing_of_the_numbers_may_be_another(begun: Path) -> None:
+def test_irrelevant_config_fields_may_change(interrupted_run: Path) -> None:
     change_config(transformers_version="4.0.0", _name_or_path="elsewhere")
     assert run(["train", "--quiet", "--output-dir", "run", "--resume"]) == 0

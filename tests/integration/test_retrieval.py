@@ -28,9 +28,9 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("retrieval")
-    (place / "qrels").mkdir()
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("retrieval")
+    (directory / "qrels").mkdir()
     files = {
         "queries.jsonl": [{"_id": f"q{n}", "text": q} for n, (q, _) in enumerate(TEXTS)],
         "corpus.jsonl": [
@@ -40,70 +40,74 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train.jsonl": [{"anchor": f"my {q}", "positive": f"{d} It is so."} for q, d in TEXTS],
     }
     for name, rows in files.items():
-        (place / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (directory / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines = [f"q{n}\td{n}\t1" for n in range(len(TEXTS))]
-    (place / "qrels/test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *lines]) + "\n")
-    return place
+    (directory / "qrels/test.tsv").write_text(
+        "\n".join(["query-id\tcorpus-id\tscore", *lines]) + "\n"
+    )
+    return directory
 
 
 @pytest.fixture(scope="module")
-def trained(folder: Path, tiny_model_dir: ModelDir) -> Path:
+def run_dir(data_dir: Path, tiny_model_dir: ModelDir) -> Path:
     config = TrainConfig.model_validate(
         {
             "task": "embedding",
             "model": {"name_or_path": str(tiny_model_dir("bert", "mlm")), "dtype": "float32"},
             "data": {
-                "dataset": str(folder / "train.jsonl"),
-                "validation_file": str(folder / "pairs.jsonl"),
+                "dataset": str(data_dir / "train.jsonl"),
+                "validation_file": str(data_dir / "pairs.jsonl"),
             },
             "embedding": {"query_prompt": "find: ", "matryoshka_dims": [16]},
             "train": {"max_steps": 3, "learning_rate": 0.01},
-            "output": {"dir": str(folder / "run")},
+            "output": {"dir": str(data_dir / "run")},
         }
     )
     train(config)
-    return folder / "run"
+    return data_dir / "run"
 
 
-def _json(capsys: pytest.CaptureFixture[str]) -> dict:
+def read_json(capsys: pytest.CaptureFixture[str]) -> dict:
     return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
 
 
-def test_a_retrieval_set_gives_the_metrics_of_the_same_validation_rows(
-    trained: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+def test_qrels_metrics_match_validation_metrics(
+    run_dir: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = json.loads((trained / "summary.json").read_text())["metrics"]
-    qrels = str(folder / "qrels/test.tsv")
-    assert run(["evaluate", str(trained), "--qrels", qrels, "--device", "cpu", "--json"]) == 0
-    found = _json(capsys)
+    training_metrics = json.loads((run_dir / "summary.json").read_text())["metrics"]
+    qrels = str(data_dir / "qrels/test.tsv")
+    assert run(["evaluate", str(run_dir), "--qrels", qrels, "--device", "cpu", "--json"]) == 0
+    result = read_json(capsys)
     for name in ("ndcg@10", "mrr@10", "recall@1", "map@100", "ndcg@10_dim_16"):
-        assert found["metrics"][name] == pytest.approx(own[name], abs=1e-6)
-    low, high = found["intervals"]["ndcg@10"]
-    assert low <= found["metrics"]["ndcg@10"] <= high
-    assert found["base"]["ndcg@10"] != found["metrics"]["ndcg@10"]
+        assert result["metrics"][name] == pytest.approx(training_metrics[name], abs=1e-6)
+    low, high = result["intervals"]["ndcg@10"]
+    assert low <= result["metrics"]["ndcg@10"] <= high
+    assert result["base"]["ndcg@10"] != result["metrics"]["ndcg@10"]
 
 
-def test_the_corpus_of_the_same_documents_gives_the_same_metrics(
-    trained: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+def test_corpus_metrics_match_validation_metrics(
+    run_dir: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    corpus = ["--corpus", str(folder / "corpus.jsonl"), "--device", "cpu", "--json", "--no-base"]
-    for rows in ([], ["--dataset", str(folder / "pairs.jsonl")]):
-        assert run(["evaluate", str(trained), *corpus, *rows]) == 0
-        own = json.loads((trained / "summary.json").read_text())["metrics"]
-        assert _json(capsys)["metrics"]["ndcg@10"] == pytest.approx(own["ndcg@10"], abs=1e-6)
+    corpus = ["--corpus", str(data_dir / "corpus.jsonl"), "--device", "cpu", "--json", "--no-base"]
+    for rows in ([], ["--dataset", str(data_dir / "pairs.jsonl")]):
+        assert run(["evaluate", str(run_dir), *corpus, *rows]) == 0
+        training_metrics = json.loads((run_dir / "summary.json").read_text())["metrics"]
+        assert read_json(capsys)["metrics"]["ndcg@10"] == pytest.approx(
+            training_metrics["ndcg@10"], abs=1e-6
+        )
 
 
-def test_embeddings_are_the_same_in_every_file(trained: Path, folder: Path) -> None:
+def test_embeddings_are_equal_in_every_file_format(run_dir: Path, data_dir: Path) -> None:
     arrays = []
     for suffix in ("npy", "parquet", "jsonl"):
-        out = folder / f"vectors.{suffix}"
+        out = data_dir / f"vectors.{suffix}"
         assert (
             run(
                 [
                     "predict",
-                    str(trained),
+                    str(run_dir),
                     "--dataset",
-                    str(folder / "queries.jsonl"),
+                    str(data_dir / "queries.jsonl"),
                     "--map",
                     "query=text",
                     "--output",
@@ -126,17 +130,17 @@ def test_embeddings_are_the_same_in_every_file(trained: Path, folder: Path) -> N
     assert all(np.array_equal(arrays[0], other) for other in arrays[1:])
 
 
-def test_fewer_dimensions_are_the_first_ones_with_length_1(trained: Path, folder: Path) -> None:
-    found = []
+def test_dims_option_truncates_and_normalizes(run_dir: Path, data_dir: Path) -> None:
+    arrays = []
     for dims in ([], ["--dims", "16"], ["--dims", "16", "--no-normalize"]):
-        out = folder / f"dims{len(found)}.npy"
+        out = data_dir / f"dims{len(arrays)}.npy"
         assert (
             run(
                 [
                     "predict",
-                    str(trained),
+                    str(run_dir),
                     "--dataset",
-                    str(folder / "corpus.jsonl"),
+                    str(data_dir / "corpus.jsonl"),
                     "--output",
                     str(out),
                     "--device",
@@ -146,24 +150,26 @@ def test_fewer_dimensions_are_the_first_ones_with_length_1(trained: Path, folder
             )
             == 0
         )
-        found.append(np.load(out))
-    whole, few, raw = found
-    assert few == pytest.approx(
-        whole[:, :16] / np.linalg.norm(whole[:, :16], axis=1)[:, None], abs=1e-6
+        arrays.append(np.load(out))
+    full, truncated, unnormalized = arrays
+    assert truncated == pytest.approx(
+        full[:, :16] / np.linalg.norm(full[:, :16], axis=1)[:, None], abs=1e-6
     )
-    assert np.abs(np.linalg.norm(raw, axis=1) - 1).min() > 1e-3
-    assert raw / np.linalg.norm(raw, axis=1)[:, None] == pytest.approx(few, abs=1e-6)
+    assert np.abs(np.linalg.norm(unnormalized, axis=1) - 1).min() > 1e-3
+    assert unnormalized / np.linalg.norm(unnormalized, axis=1)[:, None] == pytest.approx(
+        truncated, abs=1e-6
+    )
 
 
-def test_mined_rows_have_other_documents(trained: Path, folder: Path) -> None:
-    out = folder / "mined.jsonl"
+def test_mined_negatives_are_other_documents(run_dir: Path, data_dir: Path) -> None:
+    out = data_dir / "mined.jsonl"
     assert (
         run(
             [
                 "mine",
-                str(trained),
+                str(run_dir),
                 "--dataset",
-                str(folder / "pairs.jsonl"),
+                str(data_dir / "pairs.jsonl"),
                 "--out",
                 str(out),
                 "--negatives",
@@ -177,15 +183,15 @@ def test_mined_rows_have_other_documents(trained: Path, folder: Path) -> None:
         == 0
     )
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    known = dict(TEXTS)
+    positives = dict(TEXTS)
     assert rows
     for row in rows:
-        assert row["pos"] == [known[row["query"]]]
+        assert row["pos"] == [positives[row["query"]]]
         assert row["pos"][0] not in row["neg"]
-        assert set(row["neg"]) <= set(known.values())
+        assert set(row["neg"]) <= set(positives.values())
 
 
-BAD = {
+INVALID_COMMANDS = {
     "dims": (
         ["predict", "{run}", "--dataset", "{folder}/corpus.jsonl", "--dims", "65"],
         "have 64 dimensions",
@@ -218,11 +224,11 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line(
-    name: str, trained: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", INVALID_COMMANDS)
+def test_invalid_command_is_reported(
+    name: str, run_dir: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command, words = BAD[name]
-    places = {"run": trained, "folder": folder, "out": tmp_path / "out"}
-    assert run([part.format(**places) for part in command]) == 2
-    assert words in capsys.readouterr().err.strip().splitlines()[-1]
+    command, message = INVALID_COMMANDS[name]
+    paths = {"run": run_dir, "folder": data_dir, "out": tmp_path / "out"}
+    assert run([part.format(**paths) for part in command]) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]

@@ -82,9 +82,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("rl")
     prompts = [f'def f{i}(a, b):\n    """' for i in range(4)]
     rows = [{"prompt": prompt, "level": i} for i, prompt in enumerate(prompts)]
-    talks = [{"prompt": [{"role": "user", "content": prompt}]} for prompt in prompts]
-    for name, made in (("rows", rows), ("talks", talks)):
-        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    message_rows = [{"prompt": [{"role": "user", "content": prompt}]} for prompt in prompts]
+    for name, lines in (("rows", rows), ("talks", message_rows)):
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     (path / "rewards.py").write_text(FUNCTIONS)
     save_tiny(path / "model", "llama", chat=True)
     return path
@@ -94,25 +94,25 @@ def run(
     data: Path, out: Path, reward: tuple[str, ...] = ("vowels",), rows: str = "rows", **rl: Any
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """Return the adapter and the log of a run of two steps; names of `reward` are functions."""
-    named = [one if "/" in one else f"{data}/rewards.py:{one}" for one in reward]
+    reward_names = [name if "/" in name else f"{data}/rewards.py:{name}" for name in reward]
     size, model = rl.pop("prompts", 4), rl.pop("model", data / "model")
-    method, more = rl.pop("method", {}), rl.pop("train", {})
+    method, train_overrides = rl.pop("method", {}), rl.pop("train", {})
     split = rl.pop("validation_split", 0.0)
-    settings = {"num_generations": 3, "max_completion_length": 8, "check_groups": 0, **rl}
+    rl_settings = {"num_generations": 3, "max_completion_length": 8, "check_groups": 0, **rl}
     train(
         TrainConfig(
             task="rl",
             model={"name_or_path": str(model), "dtype": "float32"},
             method=method,
             data={"dataset": str(data / f"{rows}.jsonl"), "validation_split": split},
-            rl={"reward": named, **settings},
+            rl={"reward": reward_names, **rl_settings},
             train={
                 "max_steps": 2,
                 "learning_rate": 0.01,
                 "per_device_train_batch_size": size,
                 "logging_steps": 1,
                 "save_strategy": "no",
-                **more,
+                **train_overrides,
             },
             speed={"verify": False},
             output={"dir": out},
@@ -165,13 +165,13 @@ def test_each_loss_trains(data: Path, tmp_path: Path, loss: str) -> None:
     assert len(log) == 2
 
 
-def test_single_completions_are_compared_over_the_batch(data: Path, tmp_path: Path) -> None:
-    own: dict[str, Any] = {"loss": "reinforce++", "num_generations": 1, "check_groups": 4}
-    adapter, log = run(data, tmp_path / "run", stop=["e"], **own)
+def test_reinforce_pp_normalizes_over_the_batch(data: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"loss": "reinforce++", "num_generations": 1, "check_groups": 4}
+    adapter, log = run(data, tmp_path / "run", stop=["e"], **settings)
     assert has_changed(adapter)
     assert "groups_with_signal" not in log[0]
     with pytest.raises(RunError, match="all 4 sampled completions have the same reward"):
-        run(data, tmp_path / "same", ("one",), stop=["e"], **own)
+        run(data, tmp_path / "same", ("one",), stop=["e"], **settings)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -191,41 +191,41 @@ def test_each_setting_trains(data: Path, tmp_path: Path, name: str) -> None:
     assert ("kl" in log[0]) == ("beta" in SETTINGS[name])
 
 
-def test_checkpointing_changes_nothing(data: Path, tmp_path: Path) -> None:
-    plain, _ = run(data, tmp_path / "plain")
+def test_gradient_checkpointing_gives_same_adapter(data: Path, tmp_path: Path) -> None:
+    expected, _ = run(data, tmp_path / "plain")
     adapter, _ = run(data, tmp_path / "run", train={"gradient_checkpointing": True})
-    torch.testing.assert_close(adapter, plain, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(adapter, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_evaluation_while_training(data: Path, tmp_path: Path) -> None:
-    each_step = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
-    run(data, tmp_path / "run", train=each_step, prompts=2, validation_split=0.5)
+def test_evaluation_during_training(data: Path, tmp_path: Path) -> None:
+    evaluate_each_step = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
+    run(data, tmp_path / "run", train=evaluate_each_step, prompts=2, validation_split=0.5)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     rewards = {r["step"]: r["eval_reward"] for r in map(json.loads, lines) if "eval_reward" in r}
     assert rewards.keys() == {0, 1, 2}
     assert all(0 <= value <= 1 for value in rewards.values())
 
 
-def test_prompts_of_two_iterations(data: Path, tmp_path: Path) -> None:
+def test_prompts_are_reused_for_two_iterations(data: Path, tmp_path: Path) -> None:
     run(data, tmp_path / "run", num_iterations=2, prompts=2, train={"max_steps": 4})
     rows = read_prompts(tmp_path / "run")
     assert rows.keys() == {1, 3}
     assert sorted(rows[1] + rows[3]) == [0, 1, 2, 3]
 
 
-def test_masked_truncated_completions(data: Path, tmp_path: Path) -> None:
-    masked: dict[str, Any] = {"mask_truncated_completions": True}
+def test_truncated_completions_are_masked(data: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"mask_truncated_completions": True}
     with pytest.raises(RunError, match="training had no effect"):
-        run(data, tmp_path / "all", max_completion_length=2, **masked)
+        run(data, tmp_path / "all", max_completion_length=2, **settings)
     log = load_log(tmp_path / "all")
     assert log[0]["truncated"] == 1
     assert log[0]["loss"] == pytest.approx(0)
-    adapter, log = run(data, tmp_path / "some", stop=["e"], **masked)
+    adapter, log = run(data, tmp_path / "some", stop=["e"], **settings)
     assert 0 < log[0]["truncated"] < 1
     assert has_changed(adapter)
 
 
-def test_several_rewards_with_weights_and_without_a_part(data: Path, tmp_path: Path) -> None:
+def test_weighted_rewards_are_summed_without_none(data: Path, tmp_path: Path) -> None:
     names = ("vowels=0.5", "where_even=2", "one=0.25")
     _, log = run(data, tmp_path / "run", names)
     rollouts = map(json.loads, (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines())
@@ -240,18 +240,18 @@ def test_several_rewards_with_weights_and_without_a_part(data: Path, tmp_path: P
     assert len(keys) >= 4
 
 
-def test_rewards_that_have_no_part_anywhere(data: Path, tmp_path: Path) -> None:
+def test_rewards_that_are_all_none_raise(data: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no reward applies to any of the sampled completions"):
         run(data, tmp_path / "run", ("nothing",), check_groups=2, stop=["e"])
 
 
-def test_a_reward_model_beside_a_function(data: Path, tmp_path: Path) -> None:
-    scores = save_tiny(tmp_path / "scores", "llama", "seqcls", num_labels=1)
-    adapter, log = run(data, tmp_path / "run", (str(scores), "one"))
+def test_reward_model_and_function_train_together(data: Path, tmp_path: Path) -> None:
+    reward_model = save_tiny(tmp_path / "scores", "llama", "seqcls", num_labels=1)
+    adapter, log = run(data, tmp_path / "run", (str(reward_model), "one"))
     assert has_changed(adapter)
     assert len(log) == 2
 
 
-def test_messages(data: Path, tmp_path: Path) -> None:
+def test_conversational_prompts_train(data: Path, tmp_path: Path) -> None:
     adapter, _ = run(data, tmp_path / "run", ("of_messages",), rows="talks")
     assert has_changed(adapter)
