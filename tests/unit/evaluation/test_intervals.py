@@ -1,4 +1,4 @@
-"""Intervals by resampling: of the size that theory says, and paired between two models."""
+"""Bootstrap intervals: of the size of the binomial interval, and paired between two models."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from ftlevel.tasks import TASKS
 CLASSES = TASKS["text-classification"].create_objective("encoder", {})
 
 
-def record(right: list[bool], confidence: float = 2.0) -> ExampleRecord:
-    """Return a record of a two-class model that is right where `right` says."""
-    per_row = ExampleRecord(CLASSES)
-    rows = [Encoded([1], 0, index) for index in range(len(right))]
-    logits = torch.tensor([[confidence, 0.0] if ok else [0.0, confidence] for ok in right])
-    labels, mask = torch.zeros(len(right), dtype=torch.long), torch.ones(len(right), 1)
-    per_row.add(rows, logits, labels, mask)
-    return per_row
+def make_record(is_correct: list[bool], confidence: float = 2.0) -> ExampleRecord:
+    """Return a record of a two-class model whose rows are correct as in `right`."""
+    result = ExampleRecord(CLASSES)
+    rows = [Encoded([1], 0, index) for index in range(len(is_correct))]
+    logits = torch.tensor([[confidence, 0.0] if ok else [0.0, confidence] for ok in is_correct])
+    labels, mask = torch.zeros(len(is_correct), dtype=torch.long), torch.ones(len(is_correct), 1)
+    result.add(rows, logits, labels, mask)
+    return result
 
 
-def test_the_interval_of_a_share_is_the_binomial_one() -> None:
-    right = [index % 4 != 0 for index in range(400)]  # 75 %
-    draws = record(right).resample(300, 0, None, "")
+def test_interval_matches_binomial_interval() -> None:
+    is_correct = [index % 4 != 0 for index in range(400)]  # 75 %
+    draws = make_record(is_correct).resample(300, 0, None, "")
     low, high = interval(draws["accuracy"])
     half = 1.96 * math.sqrt(0.75 * 0.25 / 400)
     assert low == pytest.approx(0.75 - half, abs=0.012)
@@ -37,30 +37,30 @@ def test_the_interval_of_a_share_is_the_binomial_one() -> None:
     assert draws["accuracy"].mean() == pytest.approx(0.75, abs=0.005)
 
 
-def test_two_models_are_drawn_alike() -> None:
-    right = [index % 3 != 0 for index in range(60)]
-    worse = [ok and index % 5 != 1 for index, ok in enumerate(right)]
-    first, second = (record(r).resample(40, 7, None, "") for r in (right, worse))
+def test_resamples_are_paired_between_models() -> None:
+    is_correct = [index % 3 != 0 for index in range(60)]
+    worse = [ok and index % 5 != 1 for index, ok in enumerate(is_correct)]
+    first, second = (make_record(r).resample(40, 7, None, "") for r in (is_correct, worse))
     assert (first["accuracy"] >= second["accuracy"]).all()
-    same = record(right).resample(40, 7, None, "")
+    same = make_record(is_correct).resample(40, 7, None, "")
     assert np.array_equal(first["accuracy"], same["accuracy"])
     assert not np.array_equal(
-        first["accuracy"], record(right).resample(40, 8, None, "")["accuracy"]
+        first["accuracy"], make_record(is_correct).resample(40, 8, None, "")["accuracy"]
     )
 
 
-def test_the_whole_is_the_pool_of_its_rows() -> None:
-    per_row = record([True, True, False, True])
+def test_metrics_of_all_rows_match_meter() -> None:
+    per_row = make_record([True, True, False, True])
     units = [per_row.units[row] for row in sorted(per_row.units)]
-    whole = ExampleRecord._metrics(units, np.arange(4))
+    metrics = ExampleRecord._metrics(units, np.arange(4))
     meter = CLASSES.meter()
     meter.update(torch.tensor([[2.0, 0], [2.0, 0], [0, 2.0], [2.0, 0]]), torch.zeros(4), [])
-    assert whole == pytest.approx({"loss": whole["loss"], **meter.compute(0.0)})
+    assert metrics == pytest.approx({"loss": metrics["loss"], **meter.compute(0.0)})
     expected = (3 * math.log1p(math.exp(-2)) + math.log1p(math.exp(2))) / 4
-    assert whole["loss"] == pytest.approx(expected, rel=1e-5)
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_masks_stay_in_the_text_of_a_row_and_other_special_tokens_do_not() -> None:
+def test_text_keeps_masks_but_no_other_special_tokens() -> None:
     tokenizer = tiny_tokenizers.bert_tokenizer()
     objective = TASKS["masked-lm"].create_objective("encoder", {})
     evaluator = Evaluator([], tokenizer, "encoder", objective, "cpu", "float32", 2)
@@ -69,18 +69,20 @@ def test_masks_stay_in_the_text_of_a_row_and_other_special_tokens_do_not() -> No
     assert "[SEP]" not in evaluator.text(Encoded(ids, ids, 0))
 
 
-def test_tokens_that_come_in_chunks_belong_to_their_rows() -> None:
+def test_chunked_tokens_are_assigned_to_rows() -> None:
     objective = TASKS["text-generation"].create_objective("decoder", {})
     rows = [Encoded([1, 2, 3], [1, 2, 3], 5), Encoded([4, 5], [4, 5], 6)]
     labels = torch.tensor([[1, 2, 3], [4, 5, -100]])
     evaluator = Evaluator(rows, None, "decoder", objective, "cpu", "float32", 2)
     scores, targets = torch.randn(3, 9), torch.tensor([2, 3, 5])
     records = []
-    for cuts in ([3], [1, 2], [2, 1]):
+    for chunk_sizes in ([3], [1, 2], [2, 1]):
         record = ExampleRecord(objective)
         observe = evaluator._observer(objective.meter(), record, rows, labels)
-        for part, true in zip(scores.split(cuts), targets.split(cuts), strict=True):
-            observe(part, true)
+        for chunk_scores, chunk_targets in zip(
+            scores.split(chunk_sizes), targets.split(chunk_sizes), strict=True
+        ):
+            observe(chunk_scores, chunk_targets)
         records.append({row: (unit.targets, unit.loss) for row, unit in record.units.items()})
     assert {row: count for row, (count, _) in records[0].items()} == {5: 2, 6: 1}
     for other in records[1:]:

@@ -1,4 +1,4 @@
-"""Adapters of AdapterHub's: the figures that its own package gave, and what is refused."""
+"""AdapterHub adapters: logits recorded with its own package, and rejected adapters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PRE_NORM = ("gpt2", "llama", "t5")
 GPT2 = next(case for case in FIGURES if (case["family"], case["style"]) == ("gpt2", "seq_bn"))
 
 
-def base_of(case: dict[str, Any]) -> Any:
+def build_base(case: dict[str, Any]) -> Any:
     config = transformers.AutoConfig.for_model(case["family"], **FAMILIES[case["family"]][1])
     model = getattr(transformers, case["auto_class"]).from_config(config)
     for name, parameter in model.named_parameters():
@@ -31,7 +31,7 @@ def base_of(case: dict[str, Any]) -> Any:
 
 
 def write_hub(case: dict[str, Any], directory: Path, **settings: Any) -> Path:
-    """Write the adapter as AdapterHub did, with other `settings` of its config."""
+    """Write the adapter in AdapterHub's format, with `settings` replaced in its config."""
     directory.mkdir(exist_ok=True)
     weights = {name: torch.empty(shape) for name, shape in case["shapes"].items()}
     for name, tensor in weights.items():
@@ -45,18 +45,18 @@ def write_hub(case: dict[str, Any], directory: Path, **settings: Any) -> Path:
 
 
 def last_logits(model: Any, case: dict[str, Any]) -> torch.Tensor:
-    asked = Case(0, case["family"], case["style"], case["auto_class"])
-    return logits_of(model, asked)[:, -1, :6]
+    full_case = Case(0, case["family"], case["style"], case["auto_class"])
+    return logits_of(model, full_case)[:, -1, :6]
 
 
 @pytest.mark.parametrize("case", FIGURES, ids=lambda case: f"{case['family']}-{case['style']}")
-def test_an_adapter_computes_what_it_computed_there(case: dict[str, Any], tmp_path: Path) -> None:
-    base = base_of(case)
+def test_logits_match_adapterhub(case: dict[str, Any], tmp_path: Path) -> None:
+    base = build_base(case)
     before = last_logits(base, case)
-    found = last_logits(load_adapter(base, write_hub(case, tmp_path)), case)
+    actual = last_logits(load_adapter(base, write_hub(case, tmp_path)), case)
     expected = torch.tensor(case["logits"])
     assert (expected - before).abs().max() > 0.1
-    assert (found - expected).abs().max() < 1e-5
+    assert (actual - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -64,16 +64,16 @@ def test_an_adapter_computes_what_it_computed_there(case: dict[str, Any], tmp_pa
     [c for c in FIGURES if c["family"] in PRE_NORM and c["style"] in ("seq_bn", "par_bn")],
     ids=lambda case: f"{case['family']}-{case['style']}",
 )
-def test_ours_of_the_older_names_are_other_adapters_on_pre_norm_models(
+def test_older_placements_differ_on_pre_norm_models(
     case: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(INPUT_TYPES, "seq_bn", "output")  # what pfeiffer reads
-    monkeypatch.setitem(INPUT_TYPES, "par_bn", "input")  # what parallel reads
-    found = last_logits(load_adapter(base_of(case), write_hub(case, tmp_path)), case)
-    assert (found - torch.tensor(case["logits"])).abs().max() > 0.05
+    monkeypatch.setitem(INPUT_TYPES, "seq_bn", "output")  # the input of pfeiffer
+    monkeypatch.setitem(INPUT_TYPES, "par_bn", "input")  # the input of parallel
+    actual = last_logits(load_adapter(build_base(case), write_hub(case, tmp_path)), case)
+    assert (actual - torch.tensor(case["logits"])).abs().max() > 0.05
 
 
-def test_safetensors_and_a_second_adapter_beside_the_first(tmp_path: Path) -> None:
+def test_safetensors_and_second_adapter(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     case = next(c for c in FIGURES if (c["family"], c["style"]) == ("gpt2", "par_bn"))
@@ -81,7 +81,7 @@ def test_safetensors_and_a_second_adapter_beside_the_first(tmp_path: Path) -> No
     weights = torch.load(second / "pytorch_adapter.bin", weights_only=True)
     (second / "pytorch_adapter.bin").unlink()
     save_file(weights, second / "adapter.safetensors")
-    model = load_adapter(base_of(GPT2), first, "first")
+    model = load_adapter(build_base(GPT2), first, "first")
     add_adapter(model, second, "second")
     assert (last_logits(model, GPT2) - torch.tensor(GPT2["logits"])).abs().max() < 1e-5
     model.set_adapter("second")
@@ -89,7 +89,7 @@ def test_safetensors_and_a_second_adapter_beside_the_first(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"phm_layer": True}, "phm_layer True .Compacter"),
         ({"inv_adapter": "nice"}, "inv_adapter 'nice'"),
@@ -112,40 +112,38 @@ def test_safetensors_and_a_second_adapter_beside_the_first(tmp_path: Path) -> No
         ({"leave_out": [0]}, "0 weights of the adapter are missing and 4 match no module"),
     ],
 )
-def test_what_is_not_known_is_refused_by_its_key(
-    settings: dict[str, Any], said: str, tmp_path: Path
-) -> None:
-    with pytest.raises(InputError, match=said):
-        load_adapter(base_of(GPT2), write_hub(GPT2, tmp_path, **settings))
+def test_unsupported_setting_raises(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        load_adapter(build_base(GPT2), write_hub(GPT2, tmp_path, **settings))
 
 
-def test_a_file_that_could_run_a_program_is_not_read(tmp_path: Path) -> None:
-    class Evil:
+def test_pickle_with_code_raises(tmp_path: Path) -> None:
+    class Malicious:
         def __reduce__(self) -> tuple[Any, ...]:
             return (Path.touch, (tmp_path / "touched",))
 
     directory = write_hub(GPT2, tmp_path / "hub")
-    torch.save({"weight": Evil()}, directory / "pytorch_adapter.bin")
+    torch.save({"weight": Malicious()}, directory / "pytorch_adapter.bin")
     with pytest.raises(InputError, match="objects other than tensors"):
-        load_adapter(base_of(GPT2), directory)
+        load_adapter(build_base(GPT2), directory)
     assert not (tmp_path / "touched").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"no file of torch"])
-def test_a_damaged_file_is_one_line(content: bytes, tmp_path: Path) -> None:
+def test_damaged_file_raises(content: bytes, tmp_path: Path) -> None:
     directory = write_hub(GPT2, tmp_path)
     (directory / "pytorch_adapter.bin").write_bytes(content)
     with pytest.raises(InputError, match=r"pytorch_adapter\.bin"):
-        load_adapter(base_of(GPT2), directory)
+        load_adapter(build_base(GPT2), directory)
 
 
-def test_another_base_is_named(tmp_path: Path) -> None:
+def test_adapter_of_another_base_raises(tmp_path: Path) -> None:
     llama = next(case for case in FIGURES if case["family"] == "llama")
     with pytest.raises(InputError, match="match no module of the base model, such as"):
-        load_adapter(base_of(llama), write_hub(GPT2, tmp_path))
+        load_adapter(build_base(llama), write_hub(GPT2, tmp_path))
 
 
-def test_an_adapter_of_peft_is_none_of_adapterhub(tmp_path: Path) -> None:
+def test_peft_adapter_is_not_adapterhub(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     assert not is_adapterhub(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"config": {}}')
@@ -155,7 +153,7 @@ def test_an_adapter_of_peft_is_none_of_adapterhub(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"config": {"head_type": "dependency_parsing"}}, "head_type 'dependency_parsing'"),
         ({"config": None, "model_class": "BertForNextSentencePrediction"}, "model_class"),
@@ -163,14 +161,12 @@ def test_an_adapter_of_peft_is_none_of_adapterhub(tmp_path: Path) -> None:
          "layers 3 is not what transformers' bert computes"),
     ],
 )  # fmt: skip
-def test_a_head_that_transformers_does_not_have_is_refused(
-    settings: dict[str, Any], said: str
-) -> None:
-    with pytest.raises(InputError, match=said):
+def test_unsupported_head_raises(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         load_head(settings)
 
 
-def test_the_labels_of_a_head_stand_at_their_numbers() -> None:
+def test_head_labels_are_ordered_by_id() -> None:
     config = {"head_type": "tagging", "layers": 1, "num_labels": 3, "label2id": {"B": 2, "O": 0}}
     assert load_head({"model_type": "bert", "config": config}).labels == ["O", "LABEL_1", "B"]
 
@@ -178,22 +174,22 @@ def test_the_labels_of_a_head_stand_at_their_numbers() -> None:
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 @pytest.mark.parametrize("placement", ["houlsby", "pfeiffer", "seq_bn", "par_bn", "adapter_plus"])
 @pytest.mark.parametrize("width", [{"reduction_factor": 4.0}, {"bottleneck_dim": 5}])
-def test_what_is_written_is_read_as_the_same(
-    family: str, placement: str, width: dict[str, Any]
-) -> None:
+def test_hub_config_roundtrip(family: str, placement: str, width: dict[str, Any]) -> None:
     config = transformers.AutoConfig.for_model(family, **FAMILIES[family][1])
     scaling = "channel" if placement == "adapter_plus" else 2.0
-    given = {"placement": placement, "non_linearity": "silu", "scaling": scaling, **width}
-    read = convert_config({"config": create_hub_config(given, config), "version": "x"}, config)
-    assert (read["placement"], read["scaling"]) == (placement, scaling)
-    assert read["target_modules"] is None
-    assert read["exclude_modules"] is None
+    settings = {"placement": placement, "non_linearity": "silu", "scaling": scaling, **width}
+    converted = convert_config(
+        {"config": create_hub_config(settings, config), "version": "x"}, config
+    )
+    assert (converted["placement"], converted["scaling"]) == (placement, scaling)
+    assert converted["target_modules"] is None
+    assert converted["exclude_modules"] is None
     expected = width.get("bottleneck_dim", config.hidden_size // 4)
-    assert int(config.hidden_size // read["reduction_factor"]) == expected
+    assert int(config.hidden_size // converted["reduction_factor"]) == expected
 
 
-def test_parallel_of_a_pre_norm_model_is_not_written() -> None:
+def test_writing_parallel_for_pre_norm_model_raises() -> None:
     config = transformers.AutoConfig.for_model("gpt2")
-    given = {"placement": "parallel", "non_linearity": "relu", "scaling": 4.0}
+    settings = {"placement": "parallel", "non_linearity": "relu", "scaling": 4.0}
     with pytest.raises(InputError, match=r"no placement parallel in gpt2.*par_bn"):
-        create_hub_config(given, config)
+        create_hub_config(settings, config)

@@ -1,4 +1,4 @@
-"""Many cards: what each holds is what FSDP2 leaves it, and a step takes what its rings take."""
+"""Estimates for clusters: memory per rank as FSDP2 shards it, and step time of ring collectives."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ BENCHMARK = Path(__file__).resolve().parents[3] / "benchmarks" / "plan_cluster.p
 
 
 @contextmanager
-def first_of(ranks: int) -> Iterator[None]:
-    """Let this process be the first of `ranks`, whose others nobody hears of."""
+def fake_process_group(ranks: int) -> Iterator[None]:
+    """Make this process rank 0 of `ranks` with a fake process group."""
     distributed.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
         yield
@@ -57,124 +57,136 @@ def configure(tmp_path: Path, model: Path, method: str, dtype: str = "float32") 
 
 
 @pytest.mark.parametrize(("method", "ranks"), [("lora", 3), ("full", 1024), ("prefix", 2)])
-def test_what_a_process_holds_is_what_fsdp_leaves_it(
+def test_stored_bytes_match_fsdp(
     method: str, ranks: int, tmp_path: Path, tiny_model_dir: ModelDir
 ) -> None:
     config = configure(tmp_path, tiny_model_dir("llama", num_hidden_layers=7), method)
     run = resolve(config)
     assert LayerSample.of(run).sample == {0: 1, 1: 5, 6: 1}
-    shares = get_sharded_model(run)
+    sharded = get_sharded_model(run)
     model: Any = build_task_model(run.model.config, run.model.auto_class)
     model = apply_method(model.to_empty(device="cpu").float(), config.method, run.base)
-    whole = {id(parameter) for parameter in replicated_parameters(model)}
-    size = sum(p.nbytes for p in model.parameters() if id(p) not in whole)
+    unsharded_ids = {id(parameter) for parameter in replicated_parameters(model)}
+    size = sum(p.nbytes for p in model.parameters() if id(p) not in unsharded_ids)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    with first_of(ranks):
+    with fake_process_group(ranks):
         shard(model, "cpu", keeps_unsharded=False, dtype=torch.float32)
         blocks = blocks_of(model)
-        held = sum(p.to_local().nbytes for p in model.parameters() if isinstance(p, DTensor))
-    assert shares.count == len(blocks) == 7
-    assert shares.trained == trained
-    assert shares.trains_base == METHODS[method].trains_base(config.method)
-    assert sum(sum(cut.stored_bytes(1).values()) for cut in (shares.blocks, shares.root)) == size
+        local_bytes = sum(p.to_local().nbytes for p in model.parameters() if isinstance(p, DTensor))
+    assert sharded.count == len(blocks) == 7
+    assert sharded.trained == trained
+    assert sharded.trains_base == METHODS[method].trains_base(config.method)
     assert (
-        sum(sum(cut.stored_bytes(ranks).values()) for cut in (shares.blocks, shares.root)) == held
+        sum(sum(group.stored_bytes(1).values()) for group in (sharded.blocks, sharded.root)) == size
     )
-    assert sum(shares.saved_bytes(ranks).values()) == size - held
+    assert (
+        sum(sum(group.stored_bytes(ranks).values()) for group in (sharded.blocks, sharded.root))
+        == local_bytes
+    )
+    assert sum(sharded.saved_bytes(ranks).values()) == size - local_bytes
 
 
-def test_the_memory_of_a_process() -> None:
+def test_estimated_memory_per_rank() -> None:
     block, root = (
         ShardGroup((ShardedTensor(1, WEIGHTS, 8, 800, 800),)),
         ShardGroup((ShardedTensor(1, WEIGHTS, 6, 600, 600),)),
     )
     blocks = ShardGroup((ShardedTensor(10, WEIGHTS, 8, 800, 800),))
-    shares = ShardedModel(block, blocks, 10, root, 0, trained=40, trains_base=False)
+    sharded = ShardedModel(block, blocks, 10, root, 0, trained=40, trains_base=False)
     moments = {moment: {WEIGHTS: 8610, "activations": 5} for moment in ("forward", "backward")}
-    found = StepMemory({}, "forward", 64, {**moments, "optimizer step": {WEIGHTS: 8610}})
-    full = shares.estimate_rank(found, 4, "full")
-    # ⌈8 / 4⌉ and ⌈6 / 4⌉ rows of each, 10 bytes that are whole; 4 · 2 rows gathered of the root
+    step_memory = StepMemory({}, "forward", 64, {**moments, "optimizer step": {WEIGHTS: 8610}})
+    full = sharded.estimate_rank(step_memory, 4, "full")
+    # ⌈8 / 4⌉ and ⌈6 / 4⌉ rows of each, 10 unsharded bytes; 4 · 2 gathered rows of the root
     assert full.parts == {GATHERED: 800 + 3 * 800, WEIGHTS: 10 + 10 * 200 + 200, "activations": 5}
-    assert shares.estimate_rank(found, 4, "grads").parts[GATHERED] == 800 + 8000 + 800
+    assert sharded.estimate_rank(step_memory, 4, "grads").parts[GATHERED] == 800 + 8000 + 800
     assert full.moments["optimizer step"] == {WEIGHTS: 2210, REDUCED: 40}
-    assert shares.estimate_rank(found, 4, "none").parts[WEIGHTS] == 8610
-    half = (
+    assert sharded.estimate_rank(step_memory, 4, "none").parts[WEIGHTS] == 8610
+    half_groups = (
         ShardGroup((ShardedTensor(1, WEIGHTS, 8, 800, 400),)),
         ShardGroup((ShardedTensor(10, WEIGHTS, 8, 800, 400),)),
     )
-    own = ShardedModel(*half, 10, root, 300, trained=8600, trains_base=True)
+    trained_base = ShardedModel(*half_groups, 10, root, 300, trained=8600, trains_base=True)
     states = {WEIGHTS: 8600, "gradients": 8600, "optimizer": 17200, CASTS: 4300}
-    parts = own.estimate_rank(StepMemory({}, "", 64, {"backward": states}), 2, "full").parts
+    parts = trained_base.estimate_rank(
+        StepMemory({}, "", 64, {"backward": states}), 2, "full"
+    ).parts
     assert parts[WEIGHTS] == parts["gradients"] == 4300
     assert parts["optimizer"] == 8600
     assert parts[REDUCED] == 600 + 2 * 800
-    assert parts[GATHERED] == 600 + 3 * 400  # linears come in 16 bits
-    assert parts[CASTS] == 300  # and no others are made of them
+    assert parts[GATHERED] == 600 + 3 * 400  # linear layers are gathered in 16 bits
+    assert parts[CASTS] == 300  # without other casts
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_what_autocast_keeps_of_a_shared_model_is_of_its_head(
+def test_autocast_copies_of_sharded_model_are_only_of_head(
     dtype: str, tmp_path: Path, tiny_model_dir: ModelDir
 ) -> None:
     config = configure(tmp_path, tiny_model_dir("llama", num_hidden_layers=7), "full", dtype)
     run = resolve(config)
     model: Any = build_task_model(run.model.config, run.model.auto_class)
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    shares, found = get_sharded_model(run), estimate_step_memory(run, 2**30)
-    kept = found.moments["forward"].get(CASTS, 0)
+    sharded, step_memory = get_sharded_model(run), estimate_step_memory(run, 2**30)
+    cast_bytes = step_memory.moments["forward"].get(CASTS, 0)
     if dtype == "float32":
-        assert kept == shares.root_casts == 0
+        assert cast_bytes == sharded.root_casts == 0
         return
-    assert kept == 2 * sum(linear.weight.numel() for linear in linears)
-    assert shares.root_casts == 2 * model.lm_head.weight.numel()
-    assert shares.estimate_rank(found, 2, "full").moments["forward"][CASTS] == shares.root_casts
+    assert cast_bytes == 2 * sum(linear.weight.numel() for linear in linears)
+    assert sharded.root_casts == 2 * model.lm_head.weight.numel()
+    assert (
+        sharded.estimate_rank(step_memory, 2, "full").moments["forward"][CASTS]
+        == sharded.root_casts
+    )
     blocks = list(model.model.layers.parameters())
-    narrow = sum(p.numel() for p in blocks if p.dim() > 1)
-    assert shares.blocks.reduced_bytes(1) == 4 * sum(p.numel() for p in blocks)
-    assert shares.blocks.gathered_bytes(1) == shares.blocks.reduced_bytes(1) - 2 * narrow
+    num_16_bit = sum(p.numel() for p in blocks if p.dim() > 1)
+    assert sharded.blocks.reduced_bytes(1) == 4 * sum(p.numel() for p in blocks)
+    assert sharded.blocks.gathered_bytes(1) == sharded.blocks.reduced_bytes(1) - 2 * num_16_bit
 
 
-def test_codes_are_shared_out_and_scales_are_not(tmp_path: Path, tiny_model_dir: ModelDir) -> None:
+def test_quantized_codes_are_sharded_but_not_scales(
+    tmp_path: Path, tiny_model_dir: ModelDir
+) -> None:
     config = configure(tmp_path, tiny_model_dir("llama"), "qlora")
     run = resolve(config)
     model: Any = build_task_model(run.model.config, run.model.auto_class)
     weights = [p for block in blocks_of(model) for p in block.parameters() if p.dim() > 1]
-    held = get_sharded_model(run).blocks.stored_bytes(1)
-    assert held == {QUANTIZED: sum(weight.numel() // 2 for weight in weights)}
+    stored = get_sharded_model(run).blocks.stored_bytes(1)
+    assert stored == {QUANTIZED: sum(weight.numel() // 2 for weight in weights)}
 
 
-def test_rings() -> None:
-    one, two = Network(1, 8, 300, 400), Network(2, 8, 300, 200)
-    assert one.seconds(8e9) == pytest.approx(7 / 300 + 7 * HOP)
-    # two machines: eight network cards of 25 GB/s are slower than the links within
-    assert two.seconds(16e9) == pytest.approx(15 / 200 + 14 * HOP + NETWORK_HOP)
+def test_ring_collective_time() -> None:
+    one_machine, two_machines = Network(1, 8, 300, 400), Network(2, 8, 300, 200)
+    assert one_machine.seconds(8e9) == pytest.approx(7 / 300 + 7 * HOP)
+    # two machines: eight network cards of 25 GB/s are slower than the links inside a machine
+    assert two_machines.seconds(16e9) == pytest.approx(15 / 200 + 14 * HOP + NETWORK_HOP)
     assert Network(1, 1, 300, 400).seconds(8e9) == 0
 
 
-def test_a_step_waits_for_what_is_not_hidden() -> None:
-    network = Network(1, 2, 1, 400)  # a GB/s: half of what is gathered is sent
+def test_step_waits_for_traffic_beyond_compute() -> None:
+    network = Network(1, 2, 1, 400)  # 1 GB/s; half of the gathered bytes are sent
 
-    def step(**sent: Any) -> Any:
-        return time_step(StepLoad(2, 4, 1.0, 2.0, 0.5, **sent), network)
+    def step(**traffic: Any) -> Any:
+        return time_step(StepLoad(2, 4, 1.0, 2.0, 0.5, **traffic), network)
 
-    alone = step()
-    assert (alone.seconds, alone.hidden) == (25, 1)
-    hidden = step(block=1e9, regather=True, reduced=1e9)  # half a second each: behind computing
+    no_traffic = step()
+    assert (no_traffic.seconds, no_traffic.hidden) == (25, 1)
+    hidden = step(block=1e9, regather=True, reduced=1e9)  # 0.5 s each, overlapped with compute
     assert hidden.waiting == pytest.approx(2 * 3 * 0.5, rel=1e-4)
     assert hidden.talking == pytest.approx(2 * 4 * 3 * 0.5, rel=1e-4)
     assert hidden.gathered == 2 * 2 * 4 * 0.5e9
-    slow = step(block=4e9)  # two seconds: one more than a forward pass
+    slow = step(block=4e9)  # 2 s, one more than a forward pass takes
     assert slow.waiting == pytest.approx(2 * (2 + 3 * 1), rel=1e-4)
     assert step(everywhere=1e9).waiting == pytest.approx(1, rel=1e-4)
 
 
-def test_published_runs() -> None:
+def test_estimates_match_published_runs() -> None:
     spec = importlib.util.spec_from_file_location("plan_cluster", BENCHMARK)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    ratios = [found / run.published for run, fitted, _, found in module.rows() if not fitted]
+    ratios = [
+        estimated / run.published for run, fitted, _, estimated in module.rows() if not fitted
+    ]
     assert len(ratios) == 30
     assert sum(abs(ratio - 1) <= module.WITHIN for ratio in ratios) >= 27

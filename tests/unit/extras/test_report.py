@@ -1,4 +1,4 @@
-"""The page about runs: whole, alone, escaped, small, and right in a browser where there is one."""
+"""The HTML report: self-contained, escaped, small, and displayed correctly in a browser."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from ftlevel.extras.report.page import (
     thin,
 )
 
-EVIL = "</script><script>alert('x')</script><img src=x onerror=alert(1)>"
+INJECTION = "</script><script>alert('x')</script><img src=x onerror=alert(1)>"
 SUMMARY: dict[str, Any] = {
-    "task": "text-classification", "method": "lora", "model": {"name": EVIL}, "steps": 40,
+    "task": "text-classification", "method": "lora", "model": {"name": INJECTION}, "steps": 40,
     "trainable_parameters": 10, "total_parameters": 1000, "loss_first": 2.0, "loss_last": 1.0,
     "loss_first_spread": 0.1, "loss_last_spread": 0.1, "loss_window": 5, "headline": "accuracy",
     "metrics_before": {"accuracy": 0.5}, "metrics": {"accuracy": 0.9},
@@ -45,59 +45,59 @@ SUMMARY: dict[str, Any] = {
     "proof": {"gradient_tensors": 3, "frozen_tensors": 4, "probe_rows": 4,
               "reload_difference": 0.0, "adapter_effect": 1.5},
     "timings": {"total_s": 12.0, "tokens_per_s": 100.0}, "memory": {"peak_bytes": 2**30},
-    "choices": [{"name": "task", "value": EVIL, "reason": EVIL}], "versions": {"torch": "2"},
-    "finished": "today",
+    "choices": [{"name": "task", "value": INJECTION, "reason": INJECTION}],
+    "versions": {"torch": "2"}, "finished": "today",
 }  # fmt: skip
 
 
-def records(count: int) -> list[dict[str, Any]]:
+def make_records(count: int) -> list[dict[str, Any]]:
     return [
-        {"step": at, "loss": 9.75 if at == count // 2 else 1 / (at + 1), "learning_rate": 1e-3,
-         "grad_norm": 0.5, "tokens": at * 10, "elapsed_s": at, "train_s": at * 0.1,
-         "memory_bytes": 2**30 + at}
-        for at in range(count)
+        {"step": step, "loss": 9.75 if step == count // 2 else 1 / (step + 1),
+         "learning_rate": 1e-3, "grad_norm": 0.5, "tokens": step * 10, "elapsed_s": step,
+         "train_s": step * 0.1, "memory_bytes": 2**30 + step}
+        for step in range(count)
     ]  # fmt: skip
 
 
-def facts(name: str = "run", count: int = 40, answers: Any = None) -> ReportedRun:
-    return ReportedRun(name, Path("runs") / name, SUMMARY, records(count), answers)
+def make_run(name: str = "run", count: int = 40, predictions: Any = None) -> ReportedRun:
+    return ReportedRun(name, Path("runs") / name, SUMMARY, make_records(count), predictions)
 
 
 ROWS = [
     {"row": 0, "where": "rows.csv:1", "loss": 0.1, "predicted": "a", "true": "a"},
     {"row": 1, "where": "rows.csv:2", "loss": 3.0, "predicted": "b", "true": "a"},
-    {"row": 2, "where": "rows.csv:3", "loss": 0.2, "predicted": EVIL, "true": EVIL,
-     "base_predicted": "before", "base_loss": 1.5, "input": EVIL},
+    {"row": 2, "where": "rows.csv:3", "loss": 0.2, "predicted": INJECTION, "true": INJECTION,
+     "base_predicted": "before", "base_loss": 1.5, "input": INJECTION},
 ]  # fmt: skip
 
 
-class Tags(HTMLParser):
+class TagParser(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.start_tags: list[tuple[str, dict[str, str | None]]] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append((tag, dict(attrs)))
+        self.start_tags.append((tag, dict(attrs)))
 
 
-def tags(page: str) -> list[tuple[str, dict[str, str | None]]]:
-    parser = Tags()
+def parse_tags(page: str) -> list[tuple[str, dict[str, str | None]]]:
+    parser = TagParser()
     parser.feed(page)
-    return parser.seen
+    return parser.start_tags
 
 
-def test_what_users_wrote_is_text() -> None:
-    page = render_page([facts(EVIL, answers=compute_prediction_stats(iter(ROWS)))])
-    found = tags(page)
-    assert [tag for tag, _ in found].count("script") == 1
-    assert "img" not in [tag for tag, _ in found]
-    assert not any(name.startswith("on") for _, attrs in found for name in attrs)
+def test_user_texts_are_escaped() -> None:
+    page = render_page([make_run(INJECTION, predictions=compute_prediction_stats(iter(ROWS)))])
+    start_tags = parse_tags(page)
+    assert [tag for tag, _ in start_tags].count("script") == 1
+    assert "img" not in [tag for tag, _ in start_tags]
+    assert not any(name.startswith("on") for _, attrs in start_tags for name in attrs)
     assert page.count("&lt;script&gt;alert") >= 4
 
 
-def test_nothing_is_fetched() -> None:
-    page = render_page([facts()])
-    for _, attrs in tags(page):
+def test_page_loads_no_resources() -> None:
+    page = render_page([make_run()])
+    for _, attrs in parse_tags(page):
         assert not attrs.get("src")
         assert (attrs.get("href") or "#").startswith("#")
     assert "http" not in page.replace("http-equiv", "")
@@ -105,51 +105,53 @@ def test_nothing_is_fetched() -> None:
     assert "url(" not in page
 
 
-def test_runs_stand_side_by_side() -> None:
-    page = render_page([facts("one"), facts("two")])
-    charts = list(draw_charts([facts("one"), facts("two")]))
+def test_several_runs_are_compared() -> None:
+    page = render_page([make_run("one"), make_run("two")])
+    charts = list(draw_charts([make_run("one"), make_run("two")]))
     assert [line.run for line in charts[0].lines] == ["one", "two"]
     assert page.count("<polyline") == 2 * len(charts)
     assert "0.5000 → 0.9000 [0.8500, 0.9500]" in page
     assert "Memory in use" in [chart.title for chart in charts]
-    for chart in charts:  # a text for who does not see it
+    for chart in charts:  # text alternative for screen readers
         assert f"{chart.title} ({chart.unit}) by step. one: from" in chart.words
 
 
-def test_a_long_log_makes_a_small_page_with_its_peak() -> None:
-    page = render_page([facts(count=100_000)])
+def test_long_log_is_thinned_but_keeps_peak() -> None:
+    page = render_page([make_run(count=100_000)])
     assert len(page.encode()) < 3_000_000
-    loss = next(chart for chart in draw_charts([facts(count=100_000)]) if chart.name == "loss")
+    loss = next(chart for chart in draw_charts([make_run(count=100_000)]) if chart.name == "loss")
     assert len(loss.lines[0].points) <= MAX_POINTS + 1
     assert max(y for _, y in loss.lines[0].points) == 9.75
     assert loss.lines[0].points[0][0] == 0
     assert loss.lines[0].points[-1][0] == 99_999
 
 
-def test_no_two_ticks_of_a_flat_curve_say_the_same() -> None:
-    run = facts(count=3)
+def test_tick_labels_of_flat_curve_are_unique() -> None:
+    run = make_run(count=3)
     records = [{"step": step, "loss": 3.96 + step / 200} for step in range(4)]
     (chart, *_) = draw_charts([replace(run, records=records)])
     assert [text for _, text in chart.ticks_y] == ["3.96", "3.965", "3.97", "3.975"]
 
 
-def test_labels_of_small_ticks_fit_left_of_the_axis() -> None:
+def test_small_tick_labels_use_scientific_notation() -> None:
     records = [{"step": step, "learning_rate": 1e-3 - step * 2.5e-4} for step in range(5)]
-    (chart,) = draw_charts([replace(facts(count=3), records=records)])
+    (chart,) = draw_charts([replace(make_run(count=3), records=records)])
     assert {"2.5e-4", "7.5e-4", "0.001"} <= {text for _, text in chart.ticks_y}
 
 
-def test_few_points_are_all_there() -> None:
+def test_few_points_are_not_thinned() -> None:
     points = [(float(x), float(x % 7)) for x in range(MAX_POINTS)]
     assert thin(points) == points
 
 
-def test_answers_are_counted() -> None:
+def test_prediction_stats() -> None:
     rows = [*ROWS, {**ROWS[1], "true": "b"}]
     answers = compute_prediction_stats(iter(rows))
     assert answers.total == 4
     assert answers.counts["a"] == {"a": 1, "b": 1}
-    name, precision, recall, f1, count = next(one for one in answers.per_class if one[0] == "b")
+    name, precision, recall, f1, count = next(
+        class_row for class_row in answers.per_class if class_row[0] == "b"
+    )
     assert (name, precision, recall, count) == ("b", 0.5, 1.0, 1)
     assert f1 == pytest.approx(2 / 3)
     assert answers.worst[0]["loss"] == 3.0
@@ -159,20 +161,20 @@ def test_answers_are_counted() -> None:
     )
 
 
-def test_answers_without_rows_have_no_section() -> None:
+def test_predictions_without_rows_have_no_section() -> None:
     completions = compute_prediction_stats(iter([{"row": 0, "reward": 1.0}]))
-    assert 'id="rows"' not in render_page([facts(answers=completions)])
+    assert 'id="rows"' not in render_page([make_run(predictions=completions)])
 
 
-def test_texts_have_no_matrix() -> None:
-    rows = ({"predicted": f"text {at}", "true": "t", "loss": float(at)} for at in range(25_000))
+def test_text_predictions_have_no_confusion_matrix() -> None:
+    rows = ({"predicted": f"text {i}", "true": "t", "loss": float(i)} for i in range(25_000))
     answers = compute_prediction_stats(rows)
     assert answers.classes == []
     assert [row["loss"] for row in answers.worst[:2]] == [24_999.0, 24_998.0]
     assert answers.best[0]["loss"] == 0.0
 
 
-def test_tags_are_counted_word_by_word() -> None:
+def test_tags_are_counted_per_word() -> None:
     from sklearn.metrics import precision_recall_fscore_support
 
     true = [["B-A", "O", "O"], ["B-A", "O"], ["O", "B-C"]]
@@ -182,94 +184,94 @@ def test_tags_are_counted_word_by_word() -> None:
     answers = compute_prediction_stats(iter(rows))
     assert answers.unit == "words"
     assert answers.total == 3
-    words = [[tag for tags in said for tag in tags] for said in (true, predicted)]
+    words = [[tag for row_tags in labels for tag in row_tags] for labels in (true, predicted)]
     expected = precision_recall_fscore_support(*words, labels=answers.classes)
-    for at, (name, *scores) in enumerate(answers.per_class):
-        assert name == answers.classes[at]
-        assert scores == pytest.approx([figures[at] for figures in expected])
-    page = render_page([facts(answers=answers)])
+    for index, (name, *scores) in enumerate(answers.per_class):
+        assert name == answers.classes[index]
+        assert scores == pytest.approx([figures[index] for figures in expected])
+    page = render_page([make_run(predictions=answers)])
     assert "Words by correct class" in page
     assert '<th scope="col">tag</th>' in page
 
 
-def test_answers_of_other_kinds_are_shown() -> None:
+def test_preference_rows_are_shown() -> None:
     pair = {"where": "row 1", "loss": 0.5, "base_loss": 0.75, "input": "which?", "chosen": "this",
             "rejected": "that", "reward_margin": 1.25, "tokens": 7, "base_tokens": 7}  # fmt: skip
-    page = render_page([facts(answers=compute_prediction_stats(iter([pair])))])
+    page = render_page([make_run(predictions=compute_prediction_stats(iter([pair])))])
     assert "row 1, loss 0.75 → 0.5, reward margin 1.25, tokens 7<" in page
     for text in ("input", "which?", "chosen answer", "this", "rejected answer", "that"):
         assert re.search(f">{re.escape(text)}<", page), text
     assert ">prediction<" not in page
 
 
-def test_questions_have_their_loss_by_the_length_of_the_first_answer() -> None:
-    rows = [{"predicted": "x", "true": ["w " * (1 + at), "other"], "loss": float(at)}
-            for at in range(10)]  # fmt: skip
+def test_loss_by_length_uses_first_answer() -> None:
+    rows = [{"predicted": "x", "true": ["w " * (1 + i), "other"], "loss": float(i)}
+            for i in range(10)]  # fmt: skip
     assert compute_prediction_stats(iter(rows)).lengths[4] == (5, 5, 1, 4.0)
 
 
-def test_texts_have_their_loss_by_length() -> None:
-    rows = [{"predicted": "x", "true": "w " * (1 + at % 50), "loss": float(at % 50)}
-            for at in range(1_000)]  # fmt: skip
+def test_loss_by_length_of_texts() -> None:
+    rows = [{"predicted": "x", "true": "w " * (1 + i % 50), "loss": float(i % 50)}
+            for i in range(1_000)]  # fmt: skip
     answers = compute_prediction_stats(iter(rows))
     assert len(answers.lengths) == 10
     assert answers.lengths[0] == (1, 5, 100, 2.0)
     assert answers.lengths[-1] == (46, 50, 100, 47.0)
-    page = render_page([facts(answers=answers)])
+    page = render_page([make_run(predictions=answers)])
     assert "Loss by length of the correct answer" in page
     assert "<meter" in page
 
 
-def test_many_rows_and_a_long_log_make_a_small_page_that_opens_at_once(tmp_path: Path) -> None:
-    rows = ({"where": f"rows.csv:{at}", "true": f"{EVIL} {at}" * 20, "predicted": "p " * 2_000,
-             "loss": float(at)} for at in range(10_000))  # fmt: skip
-    page = render_page([facts(count=100_000, answers=compute_prediction_stats(rows))])
+def test_page_of_large_run_is_small_and_opens_fast(tmp_path: Path) -> None:
+    rows = ({"where": f"rows.csv:{i}", "true": f"{INJECTION} {i}" * 20, "predicted": "p " * 2_000,
+             "loss": float(i)} for i in range(10_000))  # fmt: skip
+    page = render_page([make_run(count=100_000, predictions=compute_prediction_stats(rows))])
     assert len(page.encode()) < 3_000_000
     assert "<img" not in page
     if shutil.which("chromium") is None:
         return
-    # The best of three: a busy machine stretches the clock.
-    ask = ("<script>onload = () => { document.body.offsetHeight;"
-           "document.title = performance.now() }</script></body>")  # fmt: skip
-    (tmp_path / "page.html").write_text(page.replace("</body>", ask))
-    taken = []
+    # The best of three runs, because load on the machine adds time.
+    script = ("<script>onload = () => { document.body.offsetHeight;"
+              "document.title = performance.now() }</script></body>")  # fmt: skip
+    (tmp_path / "page.html").write_text(page.replace("</body>", script))
+    milliseconds = []
     for attempt in range(3):
-        done = subprocess.run(
+        process = subprocess.run(
             ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
              f"--user-data-dir={tmp_path / f'profile{attempt}'}",
              f"file://{tmp_path / 'page.html'}"],
             capture_output=True, text=True, check=True, timeout=120,
         )  # fmt: skip
-        title = re.search(r"<title>(.*?)</title>", done.stdout)
-        assert title is not None, done.stderr[-500:]
-        taken.append(float(title[1]))
-    assert min(taken) < 1_000, taken
+        title = re.search(r"<title>(.*?)</title>", process.stdout)
+        assert title is not None, process.stderr[-500:]
+        milliseconds.append(float(title[1]))
+    assert min(milliseconds) < 1_000, milliseconds
 
 
-def sentences(**changes: Any) -> list[str]:
+def get_headline(**changes: Any) -> list[str]:
     return list(headline({**SUMMARY, **changes}))
 
 
-def test_the_result_is_a_sentence() -> None:
-    first, meaning, interval, change = sentences()
+def test_headline_sentences() -> None:
+    first, meaning, interval, change = get_headline()
     assert first == "accuracy 0.90 on 3 held-out rows, base 0.50; 95 % interval 0.85 to 0.95"
     assert meaning == "accuracy: share of rows with the right answer."
     assert interval == "With many more rows like these, the value would likely lie in the interval."
     assert change == "The value before training lies outside the interval: a real change is likely."
-    *_, change = sentences(metrics_before={"accuracy": 0.87})
+    *_, change = get_headline(metrics_before={"accuracy": 0.87})
     assert change.endswith("lies inside the interval: the difference may be chance.")
-    first, _, hint = sentences(metrics_before={}, intervals={"accuracy": [1.0, 1.0]})
+    first, _, hint = get_headline(metrics_before={}, intervals={"accuracy": [1.0, 1.0]})
     assert first == "accuracy 0.90 on 3 held-out rows"
     assert hint == "The model was not evaluated before training; --eval-on-start does that."
-    assert "before this run 0.50" in sentences(adapter={"name": "runs/first"})[0]
-    (only,) = sentences(metrics={}, metrics_before={}, intervals={})
+    assert "before this run 0.50" in get_headline(adapter={"name": "runs/first"})[0]
+    (only,) = get_headline(metrics={}, metrics_before={}, intervals={})
     assert only == (
         "Training loss 1.00, at the start 2.00. No held-out rows: the quality on new rows is not "
         "known."
     )
 
 
-def test_data_and_checks_are_sentences() -> None:
+def test_data_findings_and_checks() -> None:
     assert list(data_findings(SUMMARY)) == [
         "HTML in a text: 2 of 9 train rows (rows.csv:4); action: warn"
     ]
@@ -282,26 +284,32 @@ def test_data_and_checks_are_sentences() -> None:
     assert list(checks({})) == list(data_findings({})) == []
 
 
-def test_regions_and_tables_have_names() -> None:
+def test_regions_have_aria_labels() -> None:
     answers = compute_prediction_stats(iter(ROWS))
-    found = tags(render_page([facts("one", answers=answers), facts("two", answers=answers)]))
-    names = [attrs["aria-label"] for _, attrs in found if attrs.get("role") == "region"]
+    start_tags = parse_tags(
+        render_page([make_run("one", predictions=answers), make_run("two", predictions=answers)])
+    )
+    names = [attrs["aria-label"] for _, attrs in start_tags if attrs.get("role") == "region"]
     assert len(names) == len(set(names)) > 4
-    assert all(attrs.get("tabindex") == "0" for _, attrs in found if attrs.get("role") == "region")
+    assert all(
+        attrs.get("tabindex") == "0" for _, attrs in start_tags if attrs.get("role") == "region"
+    )
 
 
-def test_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_directory_without_run_is_rejected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(InputError, match="no such directory"):
         load_run(tmp_path / "none")
     assert run(["report", str(tmp_path)]) == 2
     assert "is not a run that is done: it has no summary.json" in capsys.readouterr().err
 
 
-def test_the_command_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_command_writes_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "summary.json").write_text(json.dumps(SUMMARY))
-        lines = "".join(json.dumps(record) + "\n" for record in records(9))
+        lines = "".join(json.dumps(record) + "\n" for record in make_records(9))
         (tmp_path / name / "metrics.jsonl").write_text(lines + '{"step": 9, "lo')  # a kill
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     assert run(["report", one, "--json"]) == 0
@@ -312,7 +320,7 @@ def test_the_command_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "<polyline" in (tmp_path / "both.html").read_text()
 
 
-_ASK = """<script>
+_MEASURE_SCRIPT = """<script>
 const svg = document.querySelector("svg"), r = svg.getBoundingClientRect();
 svg.dispatchEvent(new PointerEvent("pointermove", {clientX: r.left + r.width / 2, clientY: r.top}));
 document.title = JSON.stringify({wide: document.documentElement.scrollWidth, view: innerWidth,
@@ -323,51 +331,53 @@ document.title = JSON.stringify({wide: document.documentElement.scrollWidth, vie
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium: apt install chromium")
 @pytest.mark.parametrize("width", [360, 768, 1440])
-def test_in_a_browser(tmp_path: Path, width: int) -> None:
-    page = render_page([facts("one", answers=compute_prediction_stats(iter(ROWS))), facts("two")])
-    # The narrowest window of a browser is wider than a phone: the page is in a frame.
-    (tmp_path / "page.html").write_text(page.replace("</body>", _ASK))
+def test_page_in_browser(tmp_path: Path, width: int) -> None:
+    page = render_page(
+        [make_run("one", predictions=compute_prediction_stats(iter(ROWS))), make_run("two")]
+    )
+    # A browser's minimum window is wider than a phone, so the page is shown in a frame.
+    (tmp_path / "page.html").write_text(page.replace("</body>", _MEASURE_SCRIPT))
     frame = (
         f'<iframe src="page.html" style="width:{width}px;height:900px;border:0"></iframe><script>'
         "onload = () => document.title = document.querySelector('iframe').contentDocument.title"
         "</script>"
     )
     (tmp_path / "frame.html").write_text(frame)
-    done = subprocess.run(
+    process = subprocess.run(
         ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
          "--allow-file-access-from-files", "--window-size=1600,1000",
          f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom",
          f"file://{tmp_path / 'frame.html'}"],
         capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
-    title = re.search(r"<title>(.*?)</title>", done.stdout)
-    assert title is not None, done.stderr[-500:]
-    found = json.loads(title[1])
-    assert found["view"] == width
-    assert found["wide"] <= width
-    assert found["hover"].startswith("step ")
-    assert "one " in found["hover"]
-    assert "CONSOLE" not in done.stderr
+    title = re.search(r"<title>(.*?)</title>", process.stdout)
+    assert title is not None, process.stderr[-500:]
+    measured = json.loads(title[1])
+    assert measured["view"] == width
+    assert measured["wide"] <= width
+    assert measured["hover"].startswith("step ")
+    assert "one " in measured["hover"]
+    assert "CONSOLE" not in process.stderr
 
 
-def test_scores_of_queries_are_counted_and_the_worst_shown() -> None:
+def test_retrieval_stats() -> None:
     rows = [
-        {"row": at, "where": f"row {at}", "query": f"query {at}", "document": "right",
-         "retrieved": f"wrong {at}", "ndcg@10": float(at != 3), "positive_score": 0.1 * at,
+        {"row": i, "where": f"row {i}", "query": f"query {i}", "document": "right",
+         "retrieved": f"wrong {i}", "ndcg@10": float(i != 3), "positive_score": 0.1 * i,
          "negative_score": 0.5, "base_positive_score": 0.0, "base_negative_score": 1.0}
-        for at in range(10)
+        for i in range(10)
     ]  # fmt: skip
-    found = compute_retrieval_stats(rows)
-    assert found is not None
-    assert found.series == [
+    stats = compute_retrieval_stats(rows)
+    assert stats is not None
+    assert stats.series == [
         "positives before", "positives", "best negatives before", "best negatives"
     ]  # fmt: skip
-    assert len(found.bands) == NUM_BARS
-    assert [sum(counts) for counts in zip(*(c for _, _, c in found.bands), strict=True)] == [10] * 4
-    assert [row["row"] for row in found.worst[:2]] == [3, 0]
+    assert len(stats.bands) == NUM_BARS
+    assert [sum(counts) for counts in zip(*(c for _, _, c in stats.bands), strict=True)] == [10] * 4
+    assert [row["row"] for row in stats.worst[:2]] == [3, 0]
     run_ = replace(
-        facts(),
-        retrieval=found,
+        make_run(),
+        retrieval=stats,
         summary={
             **SUMMARY,
             "metrics": {"ndcg@10_dim_32": 0.75},

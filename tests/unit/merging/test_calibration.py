@@ -1,4 +1,4 @@
-"""Second moments of what linears are given, against sums over the inputs themselves."""
+"""Second moments of linear layer inputs, against sums over the recorded inputs."""
 
 from __future__ import annotations
 
@@ -25,52 +25,56 @@ def model(tiny_model_dir: Callable[..., Path]) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama")).eval()
 
 
-def ask(model: Any, sizes: dict[str, int], dtype: str = "float32") -> InputMoments:
+def compute_moments(model: Any, sizes: dict[str, int], dtype: str = "float32") -> InputMoments:
     objective = TASKS["text-generation"].create_objective("decoder", {})
     rows = [Encoded(ids, ids, index) for index, ids in enumerate(ROWS)]
     return InputMoments(model, EvalSet(rows, objective, 0, "cpu"), dtype, sizes)
 
 
-def sizes_of(model: Any) -> dict[str, int]:
+def get_sizes(model: Any) -> dict[str, int]:
     return {name: module.in_features for name, module in model.named_modules()
             if name.endswith(LINEARS)}  # fmt: skip
 
 
-def moment(model: Any, name: str) -> torch.Tensor:
-    """Return E[x xᵀ] of rows that are asked one by one, without padding."""
-    seen: list[torch.Tensor] = []
-    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, x: seen.append(x[0][0]))
+def reference_moment(model: Any, name: str) -> torch.Tensor:
+    """Return E[x xᵀ] of rows processed one by one, without padding."""
+    recorded: list[torch.Tensor] = []
+    hook = model.get_submodule(name).register_forward_pre_hook(
+        lambda _, x: recorded.append(x[0][0])
+    )
     with torch.no_grad():
         for ids in ROWS:
             model(torch.tensor([ids]))
     hook.remove()
-    inputs = torch.cat(seen)
+    inputs = torch.cat(recorded)
     return inputs.T @ inputs / len(inputs)
 
 
-@pytest.mark.parametrize("most", [1 << 30, 4 * 64 * 64 * 3])
-def test_moments_are_those_of_the_inputs_without_padding(
-    model: Any, most: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("max_bytes", [1 << 30, 4 * 64 * 64 * 3])
+def test_moments_match_inputs_without_padding(
+    model: Any, max_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(low_bits, "MAX_BYTES", most)
-    sizes = sizes_of(model)
-    found = ask(model, sizes)
+    monkeypatch.setattr(low_bits, "MAX_BYTES", max_bytes)
+    sizes = get_sizes(model)
+    moments = compute_moments(model, sizes)
     for name in sizes:
-        torch.testing.assert_close(found.of(name), moment(model, name), rtol=1e-4, atol=1e-6)
-    assert (found.passes == 1) == (most == 1 << 30)
+        torch.testing.assert_close(
+            moments.of(name), reference_moment(model, name), rtol=1e-4, atol=1e-6
+        )
+    assert (moments.passes == 1) == (max_bytes == 1 << 30)
 
 
-def test_sums_are_not_rounded_where_the_model_computes_in_bfloat16(model: Any) -> None:
+def test_moments_of_bfloat16_model_are_float32(model: Any) -> None:
     name = "model.layers.0.self_attn.q_proj"
-    found = ask(model, {name: 64}, "bfloat16").of(name)
-    assert found is not None
-    assert found.dtype == torch.float32
-    assert not torch.equal(found, found.bfloat16().float())
+    moment = compute_moments(model, {name: 64}, "bfloat16").of(name)
+    assert moment is not None
+    assert moment.dtype == torch.float32
+    assert not torch.equal(moment, moment.bfloat16().float())
 
 
-def test_a_linear_that_no_row_reaches_has_none(model: Any) -> None:
+def test_unused_linear_layer_has_no_moment(model: Any) -> None:
     model.spare = torch.nn.Linear(4, 4)
-    found = ask(model, {"spare": 4, "model.layers.0.mlp.down_proj": 128})
-    assert found.of("spare") is None
-    assert found.of("model.layers.0.mlp.down_proj") is not None
+    moments = compute_moments(model, {"spare": 4, "model.layers.0.mlp.down_proj": 128})
+    assert moments.of("spare") is None
+    assert moments.of("model.layers.0.mlp.down_proj") is not None
     del model.spare

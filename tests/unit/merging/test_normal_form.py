@@ -1,4 +1,4 @@
-"""The normal form is the adapter, also to PEFT and to whoever ignores its config."""
+"""The normal form computes the same as the adapter, in PEFT and in readers without its config."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from ftlevel.methods.lora_conversion import LoraConversion
 from served_cases import CASES, make_adapter, peft_logits
 from tiny_models import save_tiny
 
-KEPT = [name for name, case in CASES.items() if case.rank is not None]
-REFUSED = [name for name, case in CASES.items() if case.rank is None]
+SUPPORTED = [name for name, case in CASES.items() if case.rank is not None]
+UNSUPPORTED = [name for name, case in CASES.items() if case.rank is None]
 
 
 @pytest.fixture(scope="module")
@@ -35,37 +35,35 @@ def write(model: Path, out: Path, **settings: Any) -> dict[str, Any]:
     return export(ExportConfig(model=str(model), out=out, **settings)).summary["adapters"][0]
 
 
-@pytest.mark.parametrize("name", KEPT)
-def test_plain_peft_computes_the_same(base: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_peft_logits_of_normal_form_match_adapter(base: Path, tmp_path: Path, name: str) -> None:
     case = CASES[name]
     adapter = make_adapter(base, tmp_path / "adapter", case.settings)
-    wanted, ids = peft_logits(base, adapter, some_ids()), some_ids()
-    found = write(adapter, tmp_path / "out", format="peft", verify=False)
-    assert found["rank"] == case.rank
-    assert found["way"] == ("the probe" if name == "delora" else "its file")
-    got = peft_logits(base, tmp_path / "out", ids)
-    effect = float((wanted - peft_logits(base, None, ids)).abs().max())
-    assert float((got - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max())
-    assert effect > 100 * float((got - wanted).abs().max())
+    expected, ids = peft_logits(base, adapter, some_ids()), some_ids()
+    summary = write(adapter, tmp_path / "out", format="peft", verify=False)
+    assert summary["rank"] == case.rank
+    assert summary["way"] == ("the probe" if name == "delora" else "its file")
+    actual = peft_logits(base, tmp_path / "out", ids)
+    effect = float((expected - peft_logits(base, None, ids)).abs().max())
+    assert float((actual - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+    assert effect > 100 * float((actual - expected).abs().max())
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (case.rank, case.rank)
     assert not {"rank_pattern", "alpha_pattern"} & {key for key, value in config.items() if value}
 
 
-@pytest.mark.parametrize("name", [name for name in KEPT if CASES[name].bare])
-def test_a_reader_that_knows_only_alpha_and_r_is_right(
-    base: Path, tmp_path: Path, name: str
-) -> None:
-    """W + alpha / r · B · A by hand, of the file's tensors, beside what PEFT says of the run."""
+@pytest.mark.parametrize("name", [name for name in SUPPORTED if CASES[name].bare])
+def test_naive_reader_of_normal_form_is_correct(base: Path, tmp_path: Path, name: str) -> None:
+    """Compare W + alpha / r · B · A of the file's tensors with PEFT's logits of the run."""
     adapter = make_adapter(base, tmp_path / "adapter", CASES[name].settings)
     write(adapter, tmp_path / "out", format="peft", verify=False)
-    wanted = peft_logits(base, adapter, some_ids())
-    off = {}
-    for place in (adapter, tmp_path / "out"):
-        off[place.name] = float((_read_naively(base, place) - wanted).abs().max())
-    bound = 1e-4 * float(wanted.abs().max())
-    assert off["out"] <= bound
-    assert off["adapter"] > 10 * bound  # as PEFT saves it, such a reader is wrong
+    expected = peft_logits(base, adapter, some_ids())
+    errors = {}
+    for path in (adapter, tmp_path / "out"):
+        errors[path.name] = float((_read_naively(base, path) - expected).abs().max())
+    bound = 1e-4 * float(expected.abs().max())
+    assert errors["out"] <= bound
+    assert errors["adapter"] > 10 * bound  # as saved by PEFT, such a reader gets wrong outputs
 
 
 def _read_naively(base: Path, adapter: Path) -> torch.Tensor:
@@ -83,8 +81,8 @@ def _read_naively(base: Path, adapter: Path) -> torch.Tensor:
     return logits
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_has_none_is_refused_before_anything_is_written(
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_adapter_raises_and_writes_nothing(
     base: Path, tmp_path: Path, name: str
 ) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", CASES[name].settings)
@@ -93,31 +91,31 @@ def test_what_has_none_is_refused_before_anything_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_every_type_of_peft_is_in_the_table_or_asked() -> None:
+def test_plain_forms_lists_only_known_peft_types() -> None:
     unknown = set(PLAIN_FORMS) - {member.value for member in peft.PeftType}
-    assert unknown <= {"BOTTLENECK", "PREFIX_KV", "SOFT_PROMPT"}  # ours
+    assert unknown <= {"BOTTLENECK", "PREFIX_KV", "SOFT_PROMPT"}  # ftlevel's own types
 
 
-def test_a_wrong_file_is_found_and_not_kept(
+def test_wrong_output_is_detected_and_deleted(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", CASES["rslora"].settings)
-    right = adapters_module.save_normal_form
+    original_save = adapters_module.save_normal_form
 
-    def wrong(place: Path, *arguments: Any) -> None:
-        right(place, *arguments)
-        file = place / "adapter_model.safetensors"
+    def save_modified(path: Path, *arguments: Any) -> None:
+        original_save(path, *arguments)
+        file = path / "adapter_model.safetensors"
         tensors = load_file(file)
         first = min(tensors)
         save_file({**tensors, first: tensors[first] * 1.01}, file, {"format": "pt"})
 
-    monkeypatch.setattr(adapters_module, "save_normal_form", wrong)
+    monkeypatch.setattr(adapters_module, "save_normal_form", save_modified)
     with pytest.raises(RunError, match="what was written is not adapter: read back"):
         write(adapter, tmp_path / "out", format="peft")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_resized_vocabulary_is_refused(base: Path, tmp_path: Path) -> None:
+def test_resized_vocabulary_raises(base: Path, tmp_path: Path) -> None:
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
@@ -125,8 +123,8 @@ def test_a_resized_vocabulary_is_refused(base: Path, tmp_path: Path) -> None:
     settings = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "embed_tokens"])
     peft.get_peft_model(model, settings).save_pretrained(tmp_path / "adapter")
     config = tmp_path / "adapter" / "adapter_config.json"
-    said = json.loads(config.read_text()) | {"base_model_name_or_path": str(base)}
-    config.write_text(json.dumps(said))
+    adapter_config = json.loads(config.read_text()) | {"base_model_name_or_path": str(base)}
+    config.write_text(json.dumps(adapter_config))
     with pytest.raises(InputError, match="trained with 712 tokens and its base has 704"):
         write(tmp_path / "adapter", tmp_path / "out", format="peft")
 
@@ -141,29 +139,29 @@ def test_a_resized_vocabulary_is_refused(base: Path, tmp_path: Path) -> None:
          "SEQ_2_SEQ_LM"),
     ],
 )  # fmt: skip
-def test_other_kinds_of_models_have_it_too(
+def test_normal_form_of_other_model_families(
     tmp_path: Path, family: str, head: str, settings: dict[str, Any], task: str
 ) -> None:
     import transformers
 
     from tiny_models import AUTO_CLASSES
 
-    place = save_tiny(tmp_path / "base", family, head)
-    model = getattr(transformers, AUTO_CLASSES[head]).from_pretrained(place)
+    base_dir = save_tiny(tmp_path / "base", family, head)
+    model = getattr(transformers, AUTO_CLASSES[head]).from_pretrained(base_dir)
     tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, task_type=task, **settings))
     with torch.no_grad():
         for parameter in tuned.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     tuned.save_pretrained(tmp_path / "adapter")
-    found = write(tmp_path / "adapter", tmp_path / "out", format="peft")
-    check = found["check"]
+    summary = write(tmp_path / "adapter", tmp_path / "out", format="peft")
+    check = summary["check"]
     assert check["max_difference"] <= 1e-5 * check["largest_logit"] + 1e-6
     assert check["effect"] > 1e-3
 
 
-def test_the_page_has_a_row_for_every_method_of_peft_and_of_ours() -> None:
-    """docs/normal_forms.csv, which scripts/normal_forms.py measures, knows each by name."""
+def test_normal_forms_csv_lists_every_peft_type() -> None:
+    """docs/normal_forms.csv, measured by scripts/normal_forms.py, has a row for every type."""
     table = Path(__file__).parents[3] / "docs" / "normal_forms.csv"
     with table.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))

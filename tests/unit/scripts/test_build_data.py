@@ -1,4 +1,4 @@
-"""The pure parts of scripts/build_data.py, on made-up inputs; nothing is downloaded."""
+"""Parsing and splitting of scripts/build_data.py on synthetic inputs, without downloads."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ from data_sets.splits import Splits, balance, split_rows, write_splits
 from wheels import FetchError, Package
 
 
-def numbered(count: int) -> list[dict[str, str]]:
+def make_rows(count: int) -> list[dict[str, str]]:
     return [{"text": f"row {n}", "group": f"g{n % 17}"} for n in range(count)]
 
 
-def ids(rows) -> list[str]:
+def get_texts(rows) -> list[str]:
     return [row["text"] for row in rows]
 
 
-def test_splits_have_their_sizes_and_share_no_row():
-    splits = split_rows("s", numbered(500), (300, 40, 50))
+def test_splits_have_given_sizes_and_are_disjoint():
+    splits = split_rows("s", make_rows(500), (300, 40, 50))
     assert [len(rows) for _, rows in splits.parts()] == [300, 40, 50]
-    together = [text for _, rows in splits.parts() for text in ids(rows)]
-    assert len(set(together)) == 390
+    all_ids = [text for _, rows in splits.parts() for text in get_texts(rows)]
+    assert len(set(all_ids)) == 390
 
 
-def test_splits_do_not_depend_on_the_order_of_rows():
-    rows = numbered(200)
+def test_splits_do_not_depend_on_row_order():
+    rows = make_rows(200)
     assert split_rows("s", rows, (100, 20, 20)) == split_rows("s", rows[::-1], (100, 20, 20))
 
 
-def test_sets_of_other_names_have_another_order():
-    rows = numbered(200)
+def test_splits_depend_on_dataset_name():
+    rows = make_rows(200)
     assert split_rows("a", rows, (100, 20, 20)) != split_rows("b", rows, (100, 20, 20))
 
 
-def test_few_rows_are_split_by_tenths():
-    splits = split_rows("s", numbered(95), (1000, 100, 100))
+def test_small_datasets_are_split_by_tenths():
+    splits = split_rows("s", make_rows(95), (1000, 100, 100))
     assert [len(rows) for _, rows in splits.parts()] == [77, 9, 9]
 
 
-def test_a_repeated_key_keeps_the_first_row():
+def test_repeated_key_keeps_first_row():
     rows = [{"text": "same", "n": 1}, {"text": "same", "n": 2}]
     splits = split_rows("s", rows, (1, 0, 0), key=lambda row: row["text"])
     assert splits.train == [{"text": "same", "n": 1}]
 
 
-def test_no_group_is_in_two_splits():
-    splits = split_rows("s", numbered(500), (400, 50, 50), group=lambda row: row["group"])
+def test_groups_are_not_shared_between_splits():
+    splits = split_rows("s", make_rows(500), (400, 50, 50), group=lambda row: row["group"])
     groups = [{row["group"] for row in rows} for _, rows in splits.parts()]
     assert all(groups)
     assert not groups[0] & groups[1]
@@ -60,14 +60,14 @@ def test_no_group_is_in_two_splits():
     assert not groups[1] & groups[2]
 
 
-def test_balance_gives_every_label_as_many_rows_as_the_rarest():
+def test_balance_limits_labels_to_rarest():
     rows = [{"text": f"{n}", "label": "ab"[n % 5 == 0]} for n in range(50)]
-    kept = balance(rows, "label", 40)
-    assert [row["label"] for row in kept] == ["a"] * 10 + ["b"] * 10
+    balanced = balance(rows, "label", 40)
+    assert [row["label"] for row in balanced] == ["a"] * 10 + ["b"] * 10
     assert len(balance(rows, "label", 3)) == 6
 
 
-def test_written_files_hold_one_object_a_line_in_plain_utf8(tmp_path):
+def test_written_files_are_utf8_json_lines(tmp_path):
     row = {"text": "größer\u2028 and \n"}
     write_splits(Splits([row, row], [], [row]), tmp_path)
     data = (tmp_path / "train.jsonl").read_bytes()
@@ -90,8 +90,8 @@ def bare(): ...
 
 
 def test_documented_finds_public_functions_and_classes():
-    found = [(item.name, item.text) for item in docstrings.documented("lib", "f.py", CODE)]
-    assert found == [("Outer", "Outer."), ("inner", "Inner.")]
+    documented = [(item.name, item.text) for item in docstrings.documented("lib", "f.py", CODE)]
+    assert documented == [("Outer", "Outer."), ("inner", "Inner.")]
     assert list(docstrings.documented("lib", "f.py", "def broken(:")) == []
 
 
@@ -115,7 +115,7 @@ The notes stay, since they are prose and :func:`explain <lib.explain>` more.
 """
 
 
-def test_divide_keeps_prose_only():
+def test_divide_keeps_only_prose():
     summary, document = docstrings.divide(DOCSTRING)
     assert summary == "Compute the widgets of a `lib.Frame`."
     assert document == (
@@ -124,14 +124,14 @@ def test_divide_keeps_prose_only():
     )
 
 
-def test_only_good_pairs_become_rows():
+def test_unsuitable_docstrings_are_dropped():
     body = "Words that go on and on. " * 10
     texts = ["Compute something useful\n\n" + body, "Short.\n\n" + body, "Compute something\n\nNo."]
-    made = docstrings.build_rows(docstrings.Docstring("l", "f.py", "n", text) for text in texts)
-    assert [row["summary"] for row in made] == ["Compute something useful."]
+    rows = docstrings.build_rows(docstrings.Docstring("l", "f.py", "n", text) for text in texts)
+    assert [row["summary"] for row in rows] == ["Compute something useful."]
 
 
-def test_templated_docstrings_are_kept_once():
+def test_rows_with_repeated_document_or_summary_are_dropped():
     rows = [
         {"document": "one", "summary": "a"},
         {"document": "two", "summary": "a"},
@@ -142,7 +142,7 @@ def test_templated_docstrings_are_kept_once():
 
 
 @pytest.mark.parametrize(
-    ("path", "left_out"),
+    ("path", "excluded"),
     [
         ("numpy/tests/a.py", True),
         ("numpy/conftest.py", True),
@@ -151,8 +151,8 @@ def test_templated_docstrings_are_kept_once():
         ("numpy/lib/a.py", False),
     ],
 )
-def test_files_that_are_no_documentation(path, left_out):
-    assert bool(docstrings.NOT_DOCUMENTATION.search(path)) is left_out
+def test_undocumented_paths_are_excluded(path, excluded):
+    assert bool(docstrings.NOT_DOCUMENTATION.search(path)) is excluded
 
 
 WORDNET = [
@@ -163,7 +163,7 @@ WORDNET = [
 ]
 
 
-def test_synsets_are_parsed():
+def test_parse_synsets():
     cat, calm = wordnet.parse_synsets(WORDNET)
     assert cat.words == ["house cat", "tabby"]
     assert cat.gloss == "a small animal that lives with people"
@@ -183,7 +183,7 @@ def test_wordnet_rows():
     assert [row["label"] for row in wordnet.supersense_rows(synsets)] == ["animal"]
 
 
-def test_conversations_alternate_and_end_with_an_answer():
+def test_conversations_alternate_and_end_with_assistant():
     text = "conversations:\n- [Hello, 'Good  morning', Bye]\n- [Hi, Hi]\n- [alone]\n"
     (row,) = chat.conversation_rows(text, "greetings")
     assert row == {
@@ -195,16 +195,21 @@ def test_conversations_alternate_and_end_with_an_answer():
     }
 
 
-def test_names_that_a_language_lacks_or_inherits_are_left_out():
+def test_missing_or_inherited_names_are_dropped():
     xml = '<annotation cp="a" type="tts">salt &amp; pepper</annotation>'
     xml += '<annotation cp="a">condiments</annotation>'
     assert cldr.parse_names(xml) == {"a": "salt & pepper"}
-    whole = {"a": "salt", "b": "waving hand: light skin tone", "c": "house", "d": "tree"}
-    names = {"en": whole, "de": {**whole, "c": "↑↑↑"}, "fr": whole, "es": {"a": "sal", "c": "casa"}}
+    names_of_en = {"a": "salt", "b": "waving hand: light skin tone", "c": "house", "d": "tree"}
+    names = {
+        "en": names_of_en,
+        "de": {**names_of_en, "c": "↑↑↑"},
+        "fr": names_of_en,
+        "es": {"a": "sal", "c": "casa"},
+    }
     assert list(cldr.name_rows(names)) == [{"en": "salt", "de": "salt", "fr": "salt", "es": "sal"}]
 
 
-def test_verses_lose_notes_headings_and_tags():
+def test_verses_are_stripped_of_notes_headings_and_tags():
     markup = '<title>Heading</title>He said<note n="a">a note</note> , <w lemma="x">go</w> .'
     assert bible.plain_verse(markup) == "He said, go."
     chapters = [("Mark", 1, ["One. ", "", "Two."]), ("Mark", 2, ["<note>only</note>"])]
@@ -239,7 +244,7 @@ def test_country_names():
     assert factbook.country_name({}) == ""
 
 
-def test_answers_stand_where_they_are_said_to_stand():
+def test_answer_starts_match_context():
     rows = list(factbook.question_rows(country()))
     assert {row["question"] for row in rows} == {
         "Where is Atlantis located?",
@@ -252,7 +257,7 @@ def test_answers_stand_where_they_are_said_to_stand():
     assert "0 km" in {row["answers"]["text"][0] for row in rows}
 
 
-def test_sentences_are_tagged():
+def test_tag_sentence():
     names = factbook.known_names([country()])
     assert names["Atlantis"] == "COUNTRY"
     assert names["Atlanteans"] == "NATIONALITY"
@@ -273,7 +278,7 @@ def test_sentences_are_tagged():
 
 @pytest.fixture
 def toy_package(tmp_path) -> Package:
-    """A wheel in the work folder, so that nothing is downloaded."""
+    """Return a wheel in the work directory, so that nothing is downloaded."""
     wheel = tmp_path / "work/wheels/toy_text-1.0-py3-none-any.whl"
     wheel.parent.mkdir(parents=True)
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -291,7 +296,7 @@ def toy_set(package: Package) -> build_data.DataSet:
     return build_data.DataSet("toy", "summarization: toys", "CC0", build, "0" * 64, (package,))
 
 
-def test_a_set_is_built_with_its_licence_and_replaces_an_older_one(tmp_path, toy_package, capsys):
+def test_build_writes_licence_and_replaces_older_dataset(tmp_path, toy_package, capsys):
     out = tmp_path / "data"
     for _ in range(2):
         build_data.build(toy_set(toy_package), out, Sources(tmp_path / "work"))
@@ -303,7 +308,7 @@ def test_a_set_is_built_with_its_licence_and_replaces_an_older_one(tmp_path, toy
     assert "not the bytes of the reference build" in capsys.readouterr().out
 
 
-def test_a_set_that_fails_leaves_the_older_one(tmp_path, toy_package):
+def test_failed_build_keeps_older_dataset(tmp_path, toy_package):
     out = tmp_path / "data"
     build_data.build(toy_set(toy_package), out, Sources(tmp_path / "work"))
     wrong = Package("toy-text", "1.0", "f" * 64)
@@ -312,30 +317,30 @@ def test_a_set_that_fails_leaves_the_older_one(tmp_path, toy_package):
     assert (out / "toy/train.jsonl").exists()
 
 
-def test_a_debian_package_off_debian_says_what_is_needed(tmp_path, monkeypatch):
+def test_missing_dpkg_deb_raises(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FetchError, match=r"no dpkg-deb here.*'wordnet-base'.*debs"):
         Sources(tmp_path).deb("wordnet-base")
 
 
 @pytest.mark.parametrize("arguments", [[], ["no-such-set"]])
-def test_wrong_names_end_in_exit_code_2(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
+def test_unknown_dataset_names_exit_2(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
         build_data.main(arguments)
-    assert stop.value.code == 2
+    assert error.value.code == 2
     assert "docstring-summary" in capsys.readouterr().err
 
 
-def test_the_list_names_every_set_with_its_licence(tmp_path, capsys):
+def test_list_shows_names_and_licences(tmp_path, capsys):
     assert build_data.main(["--list", "--out", str(tmp_path)]) == 0
-    listed = capsys.readouterr().out
+    output = capsys.readouterr().out
     for data_set in build_data.DATA_SETS:
-        assert data_set.name in listed
-        assert data_set.licence in listed
+        assert data_set.name in output
+        assert data_set.licence in output
         assert len(data_set.reference) == 64
 
 
-def test_search_sets_pair_a_query_with_its_document():
+def test_search_rows_pair_query_with_document():
     (row,) = search.sense_rows([
         {"instruction": 'Define the noun "bank" as it is used in the sentence.',
          "input": "He sat on the bank", "output": "sloping land"},
@@ -358,7 +363,7 @@ def test_search_sets_pair_a_query_with_its_document():
     assert row["positive"].endswith("and goes on in another line.")
 
 
-def test_a_text_that_occurs_twice_is_in_no_search_set():
+def test_search_rows_with_repeated_text_are_dropped():
     rows = [{"anchor": "a", "positive": "x"}, {"anchor": "b", "positive": "X"},
             {"anchor": "c", "positive": "z"}]  # fmt: skip
     assert search.distinct(rows) == rows[2:]

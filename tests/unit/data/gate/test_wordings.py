@@ -173,14 +173,14 @@ def test_chunked_search_matches_search_in_memory(
     rows += [modify_text(rows[i], "slip", generator) for i in range(0, 100)]
     digests = make_digests(*(PlainText(text, i) for i, text in enumerate(rows)))
     skip = np.zeros(500, dtype=bool)
-    expected = [make_batch.tolist() for make_batch in match_texts(digests, skip)]
+    expected = [side.tolist() for side in match_texts(digests, skip)]
     assert len(expected[0]) >= 98
     path = tmp_path / "train.digests"
     path.write_bytes(digests.to_bytes()[0])
     words_path(path).write_bytes(digests.to_bytes()[1])
     monkeypatch.setattr(wordings, "_GROUP_WORDS", 100)
     monkeypatch.setattr(wordings, "_CHUNK_WORDS", 300)
-    assert [make_batch.tolist() for make_batch in match_texts(Digests.at(path), skip)] == expected
+    assert [side.tolist() for side in match_texts(Digests.at(path), skip)] == expected
 
 
 def test_many_similar_rows_are_fast() -> None:

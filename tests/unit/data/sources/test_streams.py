@@ -1,4 +1,4 @@
-"""Every container part by part: the rows of the strict reader, and cursors to read on from."""
+"""Streaming of every container: the rows of the table reader, resumable from every cursor."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ COUNT = 150
 ROWS = [{"text": f'row {i}\nof two lines, "quoted" é', "n": str(i)} for i in range(COUNT)]
 
 
-def jsonl(path: Path, rows: list[Any] = ROWS) -> Path:
+def write_jsonl(path: Path, rows: list[Any] = ROWS) -> Path:
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     path.write_text("\ufeff" + "\n\n".join(lines), encoding="utf-8")
     return path
 
 
-def separated(path: Path) -> Path:
+def write_csv(path: Path) -> Path:
     with path.open("w", newline="", encoding="utf-8") as file:
-        mark = "\t" if path.suffix == ".tsv" else ","
-        writer = csv.DictWriter(file, ROWS[0], delimiter=mark)
+        delimiter = "\t" if path.suffix == ".tsv" else ","
+        writer = csv.DictWriter(file, ROWS[0], delimiter=delimiter)
         writer.writeheader()
         writer.writerows(ROWS)
     return path
 
 
-def txt(path: Path) -> Path:
+def write_txt(path: Path) -> Path:
     path.write_text("\n\n\n".join(row["text"] for row in ROWS), encoding="utf-8")
     return path
 
 
-def parquet(path: Path) -> Path:
+def write_parquet(path: Path) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -50,7 +50,7 @@ def parquet(path: Path) -> Path:
     return path
 
 
-def arrow(path: Path) -> Path:
+def write_arrow(path: Path) -> Path:
     import pyarrow as pa
 
     table = pa.Table.from_pylist(ROWS)
@@ -59,14 +59,14 @@ def arrow(path: Path) -> Path:
     return path
 
 
-def conll(path: Path) -> Path:
+def write_conll(path: Path) -> Path:
     words = [[(w, "O") for w in row["text"].split()] for row in ROWS]
     text = "\n".join("".join(f"{w} X {t}\n" for w, t in sentence) for sentence in words)
     path.write_text(f"-DOCSTART- -X- O\n\n{text}", encoding="utf-8")
     return path
 
 
-def xlsx(path: Path) -> Path:
+def write_xlsx(path: Path) -> Path:
     openpyxl = pytest.importorskip("openpyxl")
     book = openpyxl.Workbook()
     for row in [list(ROWS[0]), *(list(row.values()) for row in ROWS)]:
@@ -76,82 +76,86 @@ def xlsx(path: Path) -> Path:
 
 
 FILES: dict[str, Callable[[Path], Path]] = {
-    "x.jsonl": jsonl, "x.csv": separated, "x.tsv": separated, "x.txt": txt, "x.parquet": parquet,
-    "x.arrow": arrow, "x.conll": conll, "x.xlsx": xlsx,
+    "x.jsonl": write_jsonl, "x.csv": write_csv, "x.tsv": write_csv, "x.txt": write_txt,
+    "x.parquet": write_parquet, "x.arrow": write_arrow, "x.conll": write_conll,
+    "x.xlsx": write_xlsx,
 }  # fmt: skip
 
 
-def flat(chunks: list[Chunk]) -> list[tuple[int, Any]]:
+def flatten(chunks: list[Chunk]) -> list[tuple[int, Any]]:
     return [pair for c in chunks for pair in zip(c.lines, c.rows, strict=True)]
 
 
-def assert_goes_on_from_every_cursor(stream: Stream) -> None:
+def assert_resumes_from_every_cursor(stream: Stream) -> None:
     chunks = list(stream.chunks())
     assert len(chunks) > 1
     for number, chunk in enumerate(chunks, 1):
         cursor = json.loads(json.dumps(chunk.cursor))
-        assert flat(list(stream.chunks(cursor))) == flat(chunks[number:])
+        assert flatten(list(stream.chunks(cursor))) == flatten(chunks[number:])
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_rows_are_those_of_the_reader(name: str, tmp_path: Path) -> None:
+def test_streamed_rows_equal_table_rows(name: str, tmp_path: Path) -> None:
     path = FILES[name](tmp_path / name)
     stream, table = open_stream(path), load_table(path)
-    found = flat(list(stream.chunks()))
-    assert [row for _, row in found] == list(table.rows)
-    assert [line for line, _ in found] == list(table.lines)
-    assert_goes_on_from_every_cursor(stream)
+    rows = flatten(list(stream.chunks()))
+    assert [row for _, row in rows] == list(table.rows)
+    assert [line for line, _ in rows] == list(table.lines)
+    assert_resumes_from_every_cursor(stream)
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.txt", "x.conll"])
-def test_what_lies_before_the_cursor_is_not_read(name: str, tmp_path: Path) -> None:
+def test_bytes_before_cursor_are_not_read(name: str, tmp_path: Path) -> None:
     path = FILES[name](tmp_path / name)
     stream = open_stream(path)
     first, *others = stream.chunks()
-    at = first.cursor["at"]
+    offset = first.cursor["at"]
     with path.open("r+b") as file:
-        file.write(b"\xff" * at)
-    assert flat(list(stream.chunks(first.cursor))) == flat(others)
+        file.write(b"\xff" * offset)
+    assert flatten(list(stream.chunks(first.cursor))) == flatten(others)
     with pytest.raises(InputError, match="not UTF-8"):
         list(JsonLinesReader(path).chunks())
 
 
-def test_of_parquet_only_the_row_group_of_the_cursor_is_read(
+def test_parquet_resume_skips_earlier_row_groups(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stream = open_stream(parquet(tmp_path / "x.parquet"))
+    stream = open_stream(write_parquet(tmp_path / "x.parquet"))
     assert isinstance(stream, ParquetReader)
     cursor = [chunk.cursor for chunk in stream.chunks()][-2]
-    asked: list[Any] = []
-    real = stream._file
+    row_groups_read: list[Any] = []
+    parquet_file = stream._file
 
     class Spy:
-        num_row_groups = real.num_row_groups
+        num_row_groups = parquet_file.num_row_groups
 
-        def iter_batches(self, size: int, row_groups: list[int], **how: Any) -> Any:
-            asked.extend(row_groups)
-            return real.iter_batches(size, row_groups=row_groups, **how)
+        def iter_batches(self, size: int, row_groups: list[int], **options: Any) -> Any:
+            row_groups_read.extend(row_groups)
+            return parquet_file.iter_batches(size, row_groups=row_groups, **options)
 
     monkeypatch.setattr(stream, "_file", Spy())
     list(stream.chunks(cursor))
-    assert asked == [cursor["group"], *range(cursor["group"] + 1, real.num_row_groups)]
-    assert asked[0] > 0
+    assert row_groups_read == [
+        cursor["group"],
+        *range(cursor["group"] + 1, parquet_file.num_row_groups),
+    ]
+    assert row_groups_read[0] > 0
 
 
-def test_files_follow_one_another(tmp_path: Path) -> None:
+def test_files_are_streamed_in_order(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
-        jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}"} for i in range(100)])
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}"} for i in range(100)])
     source = open_source(str(tmp_path))
-    assert [row["text"] for _, row in flat(list(source.train.chunks()))] == [
+    assert [row["text"] for _, row in flatten(list(source.train.chunks()))] == [
         f"{name} {i}" for name in "abc" for i in range(100)
     ]
     assert [chunk.source for chunk in source.train.chunks()][-1] == str(tmp_path / "c.jsonl")
-    assert_goes_on_from_every_cursor(source.train)
+    assert_resumes_from_every_cursor(source.train)
 
 
 @pytest.mark.parametrize("kind", ["json", "parquet"])
-def test_the_state_of_datasets_goes_on(kind: str, tmp_path: Path) -> None:
-    """What a Hub set is read through, here on local files."""
+def test_iterable_dataset_resumes_from_cursor(kind: str, tmp_path: Path) -> None:
+    """Uses local files in place of the Hub."""
     import datasets
 
     names = []
@@ -162,16 +166,16 @@ def test_the_state_of_datasets_goes_on(kind: str, tmp_path: Path) -> None:
         else:
             datasets.Dataset.from_list(part).to_parquet(path)
         names.append(str(path))
-    make = lambda: datasets.load_dataset(  # noqa: E731
+    load_dataset = lambda: datasets.load_dataset(  # noqa: E731
         kind, data_files={"train": names}, streaming=True
     )["train"]
-    stream = IterableStream(make, "hub (train)")
-    found = flat(list(stream.chunks()))
-    assert found == list(enumerate(ROWS, 1))
-    assert_goes_on_from_every_cursor(stream)
+    stream = IterableStream(load_dataset, "hub (train)")
+    rows = flatten(list(stream.chunks()))
+    assert rows == list(enumerate(ROWS, 1))
+    assert_resumes_from_every_cursor(stream)
 
 
-def test_a_saved_directory(tmp_path: Path) -> None:
+def test_saved_dataset_is_streamed(tmp_path: Path) -> None:
     import datasets
 
     splits = {"train": datasets.Dataset.from_list(ROWS), "validation": ROWS[:5]}
@@ -180,11 +184,11 @@ def test_a_saved_directory(tmp_path: Path) -> None:
     source = open_source(str(tmp_path / "saved"), options=ReadOptions(limit=3))
     assert source.validation is not None
     assert list(source.validation.rows) == ROWS[:3]
-    assert flat(list(source.train.chunks())) == list(enumerate(ROWS, 1))
-    assert_goes_on_from_every_cursor(source.train)
+    assert flatten(list(source.train.chunks())) == list(enumerate(ROWS, 1))
+    assert_resumes_from_every_cursor(source.train)
 
 
-def test_bad_lines_keep_their_numbers_after_a_cursor(tmp_path: Path) -> None:
+def test_line_numbers_of_errors_after_cursor(tmp_path: Path) -> None:
     lines = [json.dumps({"text": str(i)}) for i in range(200)]
     lines[149] = '{"text" 5}'
     path = tmp_path / "x.jsonl"
@@ -197,21 +201,21 @@ def test_bad_lines_keep_their_numbers_after_a_cursor(tmp_path: Path) -> None:
     ]
     content = path.read_bytes()
     path.write_bytes(content.replace(b'"180"', b'"18\xe9"'))
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError) as error:
         list(open_stream(path).chunks(cursor))
     offset = path.read_bytes().index(b"\xe9")
-    assert str(caught.value) == (
+    assert str(error.value) == (
         f"{path}:181: not UTF-8 (byte 0xe9 at offset {offset:,}). If it is Latin-1: "
         "iconv -f LATIN1 -t UTF-8 x.jsonl > utf8-x.jsonl"
     )
 
 
-def test_a_quote_that_is_never_closed(tmp_path: Path) -> None:
+def test_unclosed_quote_raises(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_text("text,n\n" + "a,1\n" * 100 + '"b,1\nc,1\n', encoding="utf-8")
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError) as error:
         list(open_stream(path).chunks())
-    assert str(caught.value) == (
+    assert str(error.value) == (
         f'{path}:102: a quote (") is opened in this row and never closed. Close it.'
     )
 
@@ -219,8 +223,8 @@ def test_a_quote_that_is_never_closed(tmp_path: Path) -> None:
 GZIP = b"\x1f\x8b\x08abc"
 MAC = b"text,n\ra,1\r" + b"b,2\r\n" * 70 + b'"c\rd",3\re,4'
 EMPTY = "has 0 rows. Use a file with rows."
-# (file name, content, the last row with its line, or the message behind the path)
-SAME: dict[str, tuple[str, bytes, tuple[int, dict[str, str]] | str]] = {
+# (file name, content, the last row with its line, or the message after the path)
+CASES: dict[str, tuple[str, bytes, tuple[int, dict[str, str]] | str]] = {
     "a carriage return ends a line of CSV": ("x.csv", MAC, (75, {"text": "e", "n": "4"})),
     "blank lines before the header": (
         "x.tsv", b"\n\r\n" + b"text\tn\n" + b"a\t1\n" * 70, (73, {"text": "a", "n": "1"})),
@@ -261,7 +265,7 @@ SAME: dict[str, tuple[str, bytes, tuple[int, dict[str, str]] | str]] = {
 }  # fmt: skip
 
 
-def table_of(path: Path) -> Any:
+def read_table(path: Path) -> Any:
     try:
         table = load_table(path, "skip")
     except InputError as error:
@@ -269,49 +273,49 @@ def table_of(path: Path) -> Any:
     return list(zip(table.lines, table.rows, strict=True))
 
 
-def stream_of(path: Path) -> Any:
+def read_stream(path: Path) -> Any:
     try:
-        found = flat(list(open_stream(path).chunks()))
+        rows = flatten(list(open_stream(path).chunks()))
     except InputError as error:
         return error.problems
-    return found or [f"{path}: has 0 rows. Use a file with rows."]
+    return rows or [f"{path}: has 0 rows. Use a file with rows."]
 
 
-@pytest.mark.parametrize("name", SAME)
-def test_a_stream_takes_and_refuses_what_a_table_does(name: str, tmp_path: Path) -> None:
-    file, content, expected = SAME[name]
+@pytest.mark.parametrize("name", CASES)
+def test_stream_accepts_and_rejects_like_table(name: str, tmp_path: Path) -> None:
+    file, content, expected = CASES[name]
     path = tmp_path / file
     path.write_bytes(content)
-    for found in (table_of(path), stream_of(path)):
-        assert found[-1] == (f"{path}{expected}" if isinstance(expected, str) else expected)
+    for rows in (read_table(path), read_stream(path)):
+        assert rows[-1] == (f"{path}{expected}" if isinstance(expected, str) else expected)
 
 
-def test_a_stream_refuses_the_parquet_that_a_table_refuses(tmp_path: Path) -> None:
+def test_stream_and_table_reject_the_same_parquet_files(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
-    assert stream_of(path) == [f"{path}: has the column 'text' twice. Rename one."]
+    assert read_stream(path) == [f"{path}: has the column 'text' twice. Rename one."]
     pq.write_table(pa.table({}), path)
-    assert stream_of(path) == table_of(path) == [f"{path}: has 0 rows. Use a file with rows."]
-    content = parquet(path).read_bytes()
-    path.write_bytes(content[:4] + b"\xff" * 200 + content[204:])  # the pages, not the footer
-    [message] = stream_of(path)
+    assert read_stream(path) == read_table(path) == [f"{path}: has 0 rows. Use a file with rows."]
+    content = write_parquet(path).read_bytes()
+    path.write_bytes(content[:4] + b"\xff" * 200 + content[204:])  # data pages, not the footer
+    [message] = read_stream(path)
     assert message.startswith(f"{path}: ")
-    assert table_of(path) == [message]
+    assert read_table(path) == [message]
 
 
-def test_rows_of_carriage_returns_go_on_from_every_cursor(tmp_path: Path) -> None:
+def test_csv_with_carriage_returns_resumes_from_every_cursor(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_bytes(b"text,n\r" + b'"a\rb",1\r' * 150)
-    assert_goes_on_from_every_cursor(open_stream(path))
+    assert_resumes_from_every_cursor(open_stream(path))
 
 
-def test_a_file_that_goes_away_is_named(tmp_path: Path) -> None:
-    path = txt(tmp_path / "x.txt")
+def test_deleted_file_raises(tmp_path: Path) -> None:
+    path = write_txt(tmp_path / "x.txt")
     stream = open_stream(path)
     path.unlink()
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError) as error:
         next(stream.chunks())
-    assert str(caught.value) == f"{path}: cannot be read (No such file or directory)."
+    assert str(error.value) == f"{path}: cannot be read (No such file or directory)."

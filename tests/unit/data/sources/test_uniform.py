@@ -1,4 +1,4 @@
-"""Which rows of a file are the odd ones."""
+"""Detection of inconsistent rows in a file."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ftlevel.data.sources.table import get_inconsistent_rows
 
 
 @pytest.mark.parametrize(
-    ("rows", "odd_lines"),
+    ("rows", "expected_lines"),
     [
         ([{"a": 1}, {"a": 2.5}, {"a": None}], []),
-        ([{"a": 1, "b": 2}, {"b": 3, "a": 4}], []),  # the order of keys is no difference
+        ([{"a": 1, "b": 2}, {"b": 3, "a": 4}], []),  # the order of keys does not matter
         ([{"a": None}, {"a": None}], []),
         ([{"a": None}, {"a": "x"}, {"a": 1}], [3]),
         ([{"a": "x"}, {"a": 1}, {"a": 2}], [1]),  # the first row is the odd one
@@ -23,6 +23,6 @@ from ftlevel.data.sources.table import get_inconsistent_rows
         ([{"a": 1, "b": "x"}, {"a": "y", "b": 2}, {"a": 1, "b": "x"}], [2, 2]),
     ],
 )
-def test_odd_rows(rows: list[dict[str, Any]], odd_lines: list[int]) -> None:
-    found = get_inconsistent_rows(rows, list(range(1, len(rows) + 1)))
-    assert [row.line for row in found] == odd_lines
+def test_get_inconsistent_rows(rows: list[dict[str, Any]], expected_lines: list[int]) -> None:
+    inconsistent = get_inconsistent_rows(rows, list(range(1, len(rows) + 1)))
+    assert [row.line for row in inconsistent] == expected_lines

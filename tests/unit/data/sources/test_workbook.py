@@ -1,4 +1,4 @@
-"""A workbook's cells are the texts that Excel shows, by the number of their row."""
+"""Excel workbooks: cells are read as displayed text, with their row numbers."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from ftlevel.errors import InputError
 openpyxl = pytest.importorskip("openpyxl")
 
 
-def write(path: Path, *rows: list[Any], sheet: str = "Data", more: str | None = None) -> Path:
+def write_workbook(
+    path: Path, *rows: list[Any], sheet: str = "Data", second_sheet: str | None = None
+) -> Path:
     book = openpyxl.Workbook()
     book.active.title = sheet
     for row in rows:
         book.active.append(row)
-    if more is not None:
-        book.create_sheet(more).append(["note"])
-        book[more].append(["of the second sheet"])
+    if second_sheet is not None:
+        book.create_sheet(second_sheet).append(["note"])
+        book[second_sheet].append(["of the second sheet"])
     book.save(path)
     return path
 
 
-SHOWN = [
+DISPLAYED_VALUES = [
     (5, "General", "5"), (0.1 + 0.2, "General", "0.3"), (1234.5, "#,##0.00", "1,234.50"),
     (0.256, "0%", "26%"), (7, "0.0", "7.0"), (True, "General", "TRUE"),
     (date(2024, 5, 1), "mm-dd-yy", "2024-05-01"),
@@ -40,21 +42,21 @@ SHOWN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("value", "form", "text"), SHOWN)
-def test_a_value_is_shown(value: Any, form: str, text: str) -> None:
-    assert format_value(value, form) == text
+@pytest.mark.parametrize(("value", "number_format", "text"), DISPLAYED_VALUES)
+def test_format_value(value: Any, number_format: str, text: str) -> None:
+    assert format_value(value, number_format) == text
 
 
-def test_rows_have_the_numbers_of_the_sheet(tmp_path: Path) -> None:
+def test_rows_have_sheet_row_numbers(tmp_path: Path) -> None:
     rows = [[], ["text", "when"], ["a\nb", date(2024, 5, 1)], [], ["c", None]]
-    table = load_table(write(tmp_path / "x.xlsx", *rows))
+    table = load_table(write_workbook(tmp_path / "x.xlsx", *rows))
     assert table.rows == [{"text": "a\nb", "when": "2024-05-01"}, {"text": "c", "when": ""}]
     assert table.lines == [3, 5]
     assert table.where(1) == f"{tmp_path}/x.xlsx row 5"
 
 
-def test_the_sheet_is_the_first_or_the_one_named(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.xlsx", ["text"], ["a"], more="Other")
+def test_sheet_is_first_or_selected_by_subset(tmp_path: Path) -> None:
+    path = write_workbook(tmp_path / "x.xlsx", ["text"], ["a"], second_sheet="Other")
     table = load_table(path)
     assert table.rows == [{"text": "a"}]
     assert "sheet 'Data', the first of Data, Other; --subset another" in table.notes[0]
@@ -65,18 +67,20 @@ def test_the_sheet_is_the_first_or_the_one_named(tmp_path: Path) -> None:
         load_table(path, options=ReadOptions(subset="Othr"))
 
 
-def test_faults_are_named_by_row(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.xlsx", ["text", "n"], ["a", 1], ["b", "#N/A"], ["c", 1, "more"])
-    with pytest.raises(InputError) as caught:
+def test_invalid_workbooks_raise(tmp_path: Path) -> None:
+    path = write_workbook(
+        tmp_path / "x.xlsx", ["text", "n"], ["a", 1], ["b", "#N/A"], ["c", 1, "more"]
+    )
+    with pytest.raises(InputError) as error:
         load_table(path)
-    assert caught.value.problems[:2] == [
+    assert error.value.problems[:2] == [
         f"{path} row 3: column 2 is the error #N/A.",
         f"{path} row 4: has 3 cells, but the header has 2.",
     ]
-    twice = write(tmp_path / "y.xlsx", ["text", "text"], ["a", "b"])
+    duplicate_header = write_workbook(tmp_path / "y.xlsx", ["text", "text"], ["a", "b"])
     with pytest.raises(InputError, match=r"y\.xlsx row 1: the header has 'text' twice"):
-        open_reader(twice)
-    empty = write(tmp_path / "z.xlsx")
+        open_reader(duplicate_header)
+    empty = write_workbook(tmp_path / "z.xlsx")
     with pytest.raises(InputError, match="has 0 rows"):
         load_table(empty)
     (tmp_path / "no.xlsx").write_bytes(b"\xd0\xcf\x11\xe0 an encrypted workbook")
@@ -84,17 +88,17 @@ def test_faults_are_named_by_row(tmp_path: Path) -> None:
         open_reader(tmp_path / "no.xlsx")
 
 
-def test_without_openpyxl_the_extra_is_named(
+def test_missing_openpyxl_error_names_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write(tmp_path / "x.xlsx", ["text"], ["a"])
-    real = builtins.__import__
+    path = write_workbook(tmp_path / "x.xlsx", ["text"], ["a"])
+    original_import = builtins.__import__
 
-    def refuse(name: str, *rest: Any, **more: Any) -> Any:
+    def fail_for_openpyxl(name: str, *args: Any, **kwargs: Any) -> Any:
         if name == "openpyxl":
             raise ImportError(name)
-        return real(name, *rest, **more)
+        return original_import(name, *args, **kwargs)
 
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setattr(builtins, "__import__", fail_for_openpyxl)
     with pytest.raises(InputError, match=r"needs openpyxl.* pip install 'ftlevel\[xlsx\]'"):
         open_reader(path)
