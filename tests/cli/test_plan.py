@@ -60,8 +60,7 @@ def test_plan_from_config_only(llama_8b_dir: Path, capsys: pytest.CaptureFixture
 
 def test_plan_for_1024_sharded_gpus(llama_8b_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--model", llama_8b_dir, "--gpu", "h100", "--max-length", 512, "--brief",
-                 "--shard", "full",
-                 "--nodes", 128, "--gpus-per-node", 8)  # fmt: skip
+                 "--shard", "full", "--nodes", 128, "--gpus-per-node", 8)  # fmt: skip
     result = json.loads(plan(capsys, *arguments, "--json"))
     weights, ranks = 2 * 8_030_261_248, 1024  # bfloat16
     assert result["parts"]["weights"] < weights / ranks + 2**20  # norms are not sharded
@@ -106,8 +105,7 @@ def test_rollout_memory_includes_kv_cache(
     llama_8b_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ("--model", llama_8b_dir, "--gpu", "80GB", "--max-length", 1024, "--brief",
-                 "--json",
-                 "--per-device-train-batch-size", 1, "--task", "rl", "--reward", "exact",
+                 "--json", "--per-device-train-batch-size", 1, "--task", "rl", "--reward", "exact",
                  "--gradient-checkpointing", "--max-completion-length", 960,
                  "--num-generations", 8)  # fmt: skip
     result = json.loads(plan(capsys, *arguments))

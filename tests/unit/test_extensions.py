@@ -1,4 +1,4 @@
-"""Extensions are found, left out when they are broken, and refused when they share a name."""
+"""Extensions are discovered; broken ones are skipped, and duplicate names raise."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     monkeypatch.syspath_prepend(str(tmp_path))
     find_extensions.cache_clear()
 
-    def put(name: str, text: str, reference: str | None = None) -> None:
+    def install_package(name: str, text: str, reference: str | None = None) -> None:
         (tmp_path / f"{name}.py").write_text(HEAD + text, encoding="utf-8")
         info = tmp_path / f"{name}-1.0.dist-info"
         info.mkdir()
@@ -33,13 +33,13 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         point = f"[{extensions.GROUP}]\n{name} = {reference or f'{name}:EXTENSION'}\n"
         (info / "entry_points.txt").write_text(point, encoding="utf-8")
 
-    yield put
+    yield install_package
     find_extensions.cache_clear()
     for name in [name for name in sys.modules if name.startswith("toy")]:
         del sys.modules[name]
 
 
-def test_ours_are_in_the_metadata_as_in_the_package() -> None:
+def test_builtin_extras_are_listed_in_pyproject() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     table = text.split('[project.entry-points."ftlevel.extras"]\n')[1].split("\n\n")[0]
     listed = re.findall(r'^(\w+) = "([\w.]+):EXTENSION"$', table, re.M)
@@ -47,7 +47,7 @@ def test_ours_are_in_the_metadata_as_in_the_package() -> None:
     assert listed == [(name, f"ftlevel.extras.{name}") for name in folders]
 
 
-def test_an_installed_package_is_found(install: Install) -> None:
+def test_installed_extension_is_found(install: Install) -> None:
     install("toyone", 'EXTENSION = Extension(formats={".toy": "toyone:EXTENSION"})\n')
     assert added("formats") == {".toy": ("toyone 1.0", "toyone:EXTENSION")}
     assert isinstance(loaded("formats")[".toy"], Extension)
@@ -64,7 +64,7 @@ def test_an_installed_package_is_found(install: Install) -> None:
         ("raise SystemError('no')\n", None, "SystemError: no"),
     ],
 )
-def test_a_broken_package_is_left_out_with_one_line(
+def test_broken_extension_is_skipped_with_warning(
     text: str,
     reference: str | None,
     reason: str,
@@ -72,15 +72,17 @@ def test_a_broken_package_is_left_out_with_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     install("toytwo", text, reference)
-    own = {source for source, _ in find_extensions()}
+    sources = {source for source, _ in find_extensions()}
     warning = capsys.readouterr().err
-    assert own == {"ftlevel"}
+    assert sources == {"ftlevel"}
     assert warning.startswith("ftlevel: warning: toytwo 1.0 cannot be used (")
     assert reason in warning
     assert warning.count("\n") == 1
 
 
-def test_a_broken_part_is_left_out(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
+def test_broken_part_of_extension_is_skipped(
+    install: Install, capsys: pytest.CaptureFixture[str]
+) -> None:
     install(
         "toythree",
         "EXTENSION = Extension(formats={'.toy': 'toythree:Gone'},"
@@ -91,7 +93,7 @@ def test_a_broken_part_is_left_out(install: Install, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err.count("toythree 1.0 cannot be used") == 2
 
 
-def test_a_name_that_is_taken_is_refused(install: Install) -> None:
+def test_duplicate_name_raises(install: Install) -> None:
     install("toyfour", "EXTENSION = Extension(tasks={'rank': 'a'})\n")
     with pytest.raises(ConfigError, match="the task 'rank' is defined by ftlevel and by toyfour"):
         added("tasks", ("rank",))
@@ -101,36 +103,34 @@ def test_a_name_that_is_taken_is_refused(install: Install) -> None:
         added("tasks")
 
 
-def _help(folder: Path) -> subprocess.CompletedProcess[str]:
+def run_launch_help(folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ftlevel", "launch", "--help"]
     paths = {"PYTHONPATH": f"{folder}:{ROOT / 'src'}", "PATH": "/usr/bin:/bin"}
     return subprocess.run(command, env=paths, capture_output=True, text=True, check=False)
 
 
-def test_the_command_line_names_both_packages_of_a_flag(install: Install, tmp_path: Path) -> None:
+def test_duplicate_flag_error_names_both_packages(install: Install, tmp_path: Path) -> None:
     install(
         "toysix",
         "def flags():\n    from ftlevel.config.flag import option\n    return [option('--nodes', "
         "'Nodes.', on=('launch',))]\nEXTENSION = Extension(flags=flags)\n",
     )
-    done = _help(tmp_path)
-    assert done.returncode == 2
-    told = "ftlevel: --nodes of ftlevel launch is defined by ftlevel and by toysix 1.0."
-    assert done.stderr.startswith(told)
+    process = run_launch_help(tmp_path)
+    assert process.returncode == 2
+    message = "ftlevel: --nodes of ftlevel launch is defined by ftlevel and by toysix 1.0."
+    assert process.stderr.startswith(message)
 
 
-def test_the_command_line_works_beside_a_broken_package(install: Install, tmp_path: Path) -> None:
+def test_command_line_works_with_broken_extension(install: Install, tmp_path: Path) -> None:
     install("toyseven", "1 / 0\n")
-    done = _help(tmp_path)
-    assert done.returncode == 0
-    assert "--gpus-per-node" in done.stdout
-    assert done.stderr.startswith("ftlevel: warning: toyseven 1.0 cannot be used (ZeroDivision")
-    assert done.stderr.count("\n") == 1
+    process = run_launch_help(tmp_path)
+    assert process.returncode == 0
+    assert "--gpus-per-node" in process.stdout
+    assert process.stderr.startswith("ftlevel: warning: toyseven 1.0 cannot be used (ZeroDivision")
+    assert process.stderr.count("\n") == 1
 
 
-def test_a_method_that_cannot_be_imported_is_refused_by_name(
-    install: Install, tmp_path: Path
-) -> None:
+def test_method_that_cannot_be_imported_raises(install: Install, tmp_path: Path) -> None:
     (tmp_path / "toyspec.py").write_text(
         "from typing import Literal\nfrom ftlevel.config.methods.base import MethodSpec\nclass "
         "Spec(MethodSpec):\n    kind: Literal['toyeight'] = 'toyeight'\n"
@@ -145,10 +145,10 @@ def test_a_method_that_cannot_be_imported_is_refused_by_name(
         "METHOD_INFO\nMETHODS['toyeight']\n"
     )
     paths = {"PYTHONPATH": f"{tmp_path}:{ROOT / 'src'}", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", script], env=paths, capture_output=True, text=True, check=False
     )
-    warning, *_, error = done.stderr.splitlines()
+    warning, *_, error = process.stderr.splitlines()
     assert warning.startswith("ftlevel: warning: toyeight 1.0 cannot be used (ModuleNotFoundError")
     assert error.startswith(
         "ftlevel.errors.ConfigError: --method toyeight: the method of toyeight 1.0 cannot be "

@@ -1,4 +1,4 @@
-"""A forked process of the program is as one of a new interpreter."""
+"""A forked process behaves like a new interpreter."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ import forked
         (["train", "--lora-r", "0"], 2),
     ],
 )
-def test_it_writes_and_ends_as_the_program(arguments: list[str], code: int, tmp_path: Path) -> None:
-    found = []
+def test_forked_process_matches_subprocess(arguments: list[str], code: int, tmp_path: Path) -> None:
+    results = []
     for name, run in (
         ("real", lambda cwd: subprocess.run(
             [sys.executable, "-m", "ftlevel", *arguments], cwd=cwd, capture_output=True, text=True,
@@ -30,8 +30,8 @@ def test_it_writes_and_ends_as_the_program(arguments: list[str], code: int, tmp_
     ):  # fmt: skip
         cwd = tmp_path / name / "same"
         cwd.mkdir(parents=True)
-        done = run(cwd)
+        process = run(cwd)
         files = {path.name: path.read_bytes() for path in cwd.iterdir()}
-        found.append((done.returncode, done.stdout, done.stderr, files))
-    assert found[0] == found[1]
-    assert found[1][0] == code
+        results.append((process.returncode, process.stdout, process.stderr, files))
+    assert results[0] == results[1]
+    assert results[1][0] == code

@@ -1,4 +1,4 @@
-"""The words that docs/glossary.md took the place of are nowhere in the project any more."""
+"""Words replaced in docs/glossary.md do not occur in the project."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from ftlevel.config.reading import RENAMED
 ROOT = Path(__file__).parents[2]
 EVERYWHERE = ("src", "tests", "benchmarks", "scripts", "docs", "recipes", "README.md",
               "CONTRIBUTING.md")  # fmt: skip
-STEP = ("src/ftlevel/fast", "src/ftlevel/config/sections.py", "src/ftlevel/training/model.py",
-        "src/ftlevel/training/trainer.py", "src/ftlevel/training/verify", "tests/unit/fast",
-        "docs/performance.md")  # fmt: skip
-ROOMS = tuple(f"src/ftlevel/{room}" for room in ("fast", "merging", "trained", "evaluation"))
-ITSELF = {
+FAST_STEP = ("src/ftlevel/fast", "src/ftlevel/config/sections.py", "src/ftlevel/training/model.py",
+             "src/ftlevel/training/trainer.py", "src/ftlevel/training/verify", "tests/unit/fast",
+             "docs/performance.md")  # fmt: skip
+PACKAGES = tuple(f"src/ftlevel/{room}" for room in ("fast", "merging", "trained", "evaluation"))
+EXCLUDED = {
     "docs/glossary.md",
     "tests/unit/test_glossary.py",
     "src/ftlevel/config/reading.py",
 }
 OLD_KEYS = {"tests/unit/config/test_layers.py", "tests/cli/test_train_input.py"}
-"""Tests that use keys by their old names."""
+"""Tests of old key names."""
 
 
 @dataclass(frozen=True)
 class Word:
-    """An old word: where it is not to be, what it looks like, what it must find and must not."""
+    """An old word: where it must not occur, its pattern, and texts that must and must not match."""
 
     where: tuple[str, ...]
     pattern: str
-    found: tuple[str, ...]
-    passed: tuple[str, ...] = ()
+    matching: tuple[str, ...]
+    not_matching: tuple[str, ...] = ()
 
 
 WORDS = {
@@ -46,7 +46,7 @@ WORDS = {
         ("planes", "plane"),
     ),
     "micro-batches": Word(
-        STEP, r"(?<!forward )(?<!backward )\b[Pp]ass(?:es)?\b(?! them to)"
+        FAST_STEP, r"(?<!forward )(?<!backward )\b[Pp]ass(?:es)?\b(?! them to)"
         r"|(?:\w*_)?(?<!forward_)(?<!backward_)pass(?:es)?_\w*|\w*_(?<!forward_)(?<!backward_)pass"
         r"(?:es)?\b|\bPasses\b",
         ("cut into passes", "a pass of its own", "Passes = list", "passes: int", "tokens_per_pass",
@@ -54,7 +54,7 @@ WORDS = {
         ("the backward pass", "a forward pass", "in_the_forward_pass", "bypass",
          "as PEFT passes them to its own layers"),
     ),
-    "in parallel": Word(STEP, r"\bside[ _]by[ _]side\b", ("side by side", '"side_by_side"')),
+    "in parallel": Word(FAST_STEP, r"\bside[ _]by[ _]side\b", ("side by side", '"side_by_side"')),
     "shared prefix": Word(EVERYWHERE, r"(?i)trunk", ("Trunk(7)", "find_trunk", "a trunk"),
                           ("truncate", "truncated")),
     "last-layer token pruning": Word(
@@ -65,25 +65,25 @@ WORDS = {
         ("tokens that nobody reads", "check_unread", "is_ready", "layout.ready"),
     ),
     "packed layout": Word(
-        (*STEP, "tests/integration"), r"\bLayout\b|\blaid_out\b",
+        (*FAST_STEP, "tests/integration"), r"\bLayout\b|\blaid_out\b",
         ("Layout.of_rows", "with laid_out(layout)"), ("PackedLayout", "ChatLayout"),
     ),
     "sequences": Word(
-        STEP, r"(?i)(?<![a-z])documents?(?![a-z])",
+        FAST_STEP, r"(?i)(?<![a-z])documents?(?![a-z])",
         ("each document", "batch_documents", "DOCUMENTS", "ftlevel_documents"),
         ("documentation", "documented"),
     ),
     "blocked attention": Word(
-        STEP, r"(?<![a-z])[Tt]iled?s?(?![a-z])|TILED?",
+        FAST_STEP, r"(?<![a-z])[Tt]iled?s?(?![a-z])|TILED?",
         ("by tiles", "Tile(0", "TileAttention", "cut_tiles", "LONGEST_TILED"),
         ("percentile", "until"),
     ),
     "recompute": Word(
-        STEP, r"\bremake\b|\bmade? again\b|\brecipe_of\b|\bwith_recipe\b|\bRecipe\b",
+        FAST_STEP, r"\bremake\b|\bmade? again\b|\brecipe_of\b|\bwith_recipe\b|\bRecipe\b",
         ("speed.remake", "is made again", "recipe_of(x)"), ("made up", "a recipe"),
     ),
     "fused autograd function": Word(
-        (*STEP, "src/ftlevel/trained", "README.md"), r"(?<!per-)\bnodes?\b",
+        (*FAST_STEP, "src/ftlevel/trained", "README.md"), r"(?<!per-)\bnodes?\b",
         ("in one node", "one autograd node"), ("--nproc-per-node", "--nnodes"),
     ),
     "fused norm and GLU": Word(
@@ -122,43 +122,43 @@ WORDS = {
 @cache
 def files_in(where: str) -> list[Path]:
     path = ROOT / where
-    inside = path.rglob("*") if path.is_dir() else [path]
-    return [p for p in inside if p.suffix in (".py", ".md", ".yaml", ".txt", ".sh")]
+    paths = path.rglob("*") if path.is_dir() else [path]
+    return [p for p in paths if p.suffix in (".py", ".md", ".yaml", ".txt", ".sh")]
 
 
-def files(word: Word) -> list[Path]:
+def find_files(word: Word) -> list[Path]:
     return [path for where in word.where for path in files_in(where)]
 
 
 @cache
-def text_of(path: Path) -> str:
-    return re.sub(r"\s+", " ", path.read_text(encoding="utf-8"))  # words stand across lines
+def read_text(path: Path) -> str:
+    return re.sub(r"\s+", " ", path.read_text(encoding="utf-8"))  # matches may span lines
 
 
 @pytest.mark.parametrize("name", WORDS)
-def test_an_old_word_is_gone(name: str) -> None:
+def test_old_word_does_not_occur(name: str) -> None:
     word, uses = WORDS[name], []
-    for path in files(word):
-        inside = path.relative_to(ROOT).as_posix()
-        if inside in ITSELF:
+    for path in find_files(word):
+        file = path.relative_to(ROOT).as_posix()
+        if file in EXCLUDED:
             continue
-        text = text_of(path)
+        text = read_text(path)
         for match in re.finditer(word.pattern, text):
             is_key = any(old.endswith(match[0].strip("\"':. =")) for old in RENAMED)
-            if not (inside in OLD_KEYS and is_key):
-                uses.append(f"{inside}: …{text[max(0, match.start() - 30) : match.end() + 20]}…")
+            if not (file in OLD_KEYS and is_key):
+                uses.append(f"{file}: …{text[max(0, match.start() - 30) : match.end() + 20]}…")
     assert uses == [], f"docs/glossary.md says {name!r}"
 
 
 @pytest.mark.parametrize("name", WORDS)
-def test_the_pattern_of_an_old_word_finds_it_and_nothing_else(name: str) -> None:
+def test_pattern_of_old_word(name: str) -> None:
     word = WORDS[name]
-    assert [text for text in word.found if not re.search(word.pattern, text)] == []
-    assert [text for text in word.passed if re.search(word.pattern, text)] == []
-    assert len(files(word)) > 0
+    assert [text for text in word.matching if not re.search(word.pattern, text)] == []
+    assert [text for text in word.not_matching if re.search(word.pattern, text)] == []
+    assert len(find_files(word)) > 0
 
 
-def test_the_page_has_every_word() -> None:
+def test_glossary_lists_every_word() -> None:
     page = (ROOT / "docs/glossary.md").read_text(encoding="utf-8")
     missing = [
         part

@@ -1,4 +1,4 @@
-"""What a notebook draws, with stand-ins for the two functions of IPython that are called."""
+"""Notebook output, with stand-ins for the two IPython functions that are called."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ class Cell:
     """The output of a cell."""
 
     def __init__(self) -> None:
-        self.drawn: list[str] = []
+        self.outputs: list[str] = []
 
     def display(self, content: str, *, display_id: bool) -> Cell:
-        self.drawn.append(content)
+        self.outputs.append(content)
         return self
 
     def update(self, content: str) -> None:
-        self.drawn.append(content)
+        self.outputs.append(content)
 
 
 @pytest.fixture
 def cell(monkeypatch: pytest.MonkeyPatch) -> Cell:
-    """Return the output of a cell of a notebook in which the test runs."""
-    found = Cell()
+    """Return the output of the notebook cell in which the test runs."""
+    result = Cell()
     ipython = types.ModuleType("IPython")
     ipython.get_ipython = object  # type: ignore[attr-defined]
     display = types.ModuleType("IPython.display")
     display.HTML = str  # type: ignore[attr-defined]
-    display.display = found.display  # type: ignore[attr-defined]
+    display.display = result.display  # type: ignore[attr-defined]
     for name, module in (("IPython", ipython), ("IPython.display", display)):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
-    return found
+    return result
 
 
-def test_a_run_draws_in_one_output(cell: Cell) -> None:
+def test_run_updates_one_output(cell: Cell) -> None:
     listener = default_listener()
     assert isinstance(listener, Notebook)
     listener.stage("read <the> data")
@@ -51,25 +51,25 @@ def test_a_run_draws_in_one_output(cell: Cell) -> None:
     listener.step(1)
     listener.log({"step": 1, "eval_loss": 0.5, "eval_accuracy": 0.75})
     listener.step(2)
-    assert "<progress value='2' max='2'>" in cell.drawn[-1]
+    assert "<progress value='2' max='2'>" in cell.outputs[-1]
     listener.end({"run": "runs/my run"})
-    last = cell.drawn[-1]
+    last = cell.outputs[-1]
     for part in ("x&lt;y", "because &amp; so", "2 &lt; 3", "1.2500", "1.00e-04", "0.7500",
                  "runs/my run"):  # fmt: skip
         assert part in last
-    assert "<the>" not in "".join(cell.drawn)
+    assert "<the>" not in "".join(cell.outputs)
     assert "progress" not in last
 
 
-def test_steps_are_not_each_drawn(cell: Cell) -> None:
+def test_updates_are_throttled(cell: Cell) -> None:
     listener = default_listener()
     listener.begin(1_000)
     for step in range(1_000):
         listener.step(step)
-    assert len(cell.drawn) < 100
+    assert len(cell.outputs) < 100
 
 
-def test_elsewhere_only_warnings_are_logged(
+def test_outside_notebooks_only_warnings_are_logged(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],

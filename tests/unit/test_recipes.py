@@ -1,4 +1,4 @@
-"""Every recipe loads, says what it is and what it gave; together they show all there is."""
+"""Every recipe loads and has a complete header; together they cover all methods and tasks."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_loads_and_its_header_has_a_measured_result(path: Path) -> None:
+def test_recipe_loads_and_header_has_measured_result(path: Path) -> None:
     config = build_config([load_recipe(path)])
     assert config.output.dir is None, "a run goes where the user says"
     header = path.read_text(encoding="utf-8").partition("\ntask:")[0]
     assert all(line.startswith("#") for line in header.splitlines())
     parts = re.findall(r"^# (What it does|Needs|Command|Result) +(\S.*)$", header, re.MULTILINE)
     assert [name for name, _ in parts] == ["What it does", "Needs", "Command", "Result"]
-    said = dict(parts)
-    assert said["Command"].split("  ")[0].strip() == f"ftlevel train recipes/{path.name}"
+    header_fields = dict(parts)
+    assert header_fields["Command"].split("  ")[0].strip() == f"ftlevel train recipes/{path.name}"
     assert re.search(r"\d\.\d", header.partition("# Result")[2]), "a figure that was measured"
 
 
-def test_every_method_and_every_task_has_one() -> None:
+def test_every_method_and_task_has_a_recipe() -> None:
     configs = [build_config([load_recipe(path)]) for path in RECIPES]
     assert {config.method.kind for config in configs} == set(SPECS)
     assert {config.task for config in configs} == set(TASKS)

@@ -1,4 +1,4 @@
-"""The fixtures themselves: every family and head builds, runs, and matches its tokenizer."""
+"""The test fixtures: every family and head builds, runs, and matches its tokenizer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEXTS = ["Return the number of items in 2024.", "A much longer second text (that
 
 
 @pytest.mark.parametrize(("family", "head"), FAMILY_HEADS)
-def test_every_head_runs_and_has_a_loss(family, head):
+def test_every_head_returns_finite_loss_and_logits(family, head):
     model, inputs = build(family, head), build_batch(family, head)
     loss = model(**inputs).loss
     logits = compute_logits(model, inputs)
@@ -36,13 +36,13 @@ def test_every_head_runs_and_has_a_loss(family, head):
 
 
 @pytest.mark.parametrize(("family", "head"), FAMILY_HEADS)
-def test_heads_are_those_of_transformers(family, head):
+def test_heads_match_transformers_auto_classes(family, head):
     auto_class = getattr(transformers, AUTO_CLASSES[head])
     assert type(build_config(family)) in auto_class._model_mapping
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_same_seed_gives_the_same_weights_and_another_gives_others(family):
+def test_weights_depend_only_on_seed(family):
     before = torch.random.get_rng_state()
     first, second, third = build(family), build(family), build(family, seed=1)
     assert torch.equal(before, torch.random.get_rng_state())
@@ -59,7 +59,7 @@ def test_no_weight_is_trivially_symmetric(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_saved_checkpoint_loads_as_it_was(family, tiny_model_dir):
+def test_saved_checkpoint_roundtrip(family, tiny_model_dir):
     folder = tiny_model_dir(family)
     assert tiny_model_dir(family) == folder
     auto_class = getattr(transformers, AUTO_CLASSES[HEADS[family][0]])
@@ -70,10 +70,10 @@ def test_a_saved_checkpoint_loads_as_it_was(family, tiny_model_dir):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokenizer_round_trip(family, tiny_model_dir):
-    made = build_tokenizer(family)
+    built = build_tokenizer(family)
     loaded = transformers.AutoTokenizer.from_pretrained(tiny_model_dir(family))
     ids = loaded(TEXTS[0]).input_ids
-    assert ids == made(TEXTS[0]).input_ids
+    assert ids == built(TEXTS[0]).input_ids
     assert max(loaded.get_vocab().values()) < VOCAB
     decoded = loaded.decode(ids, skip_special_tokens=True)
     assert decoded.strip().lower().replace(" .", ".") == TEXTS[0].lower()
@@ -96,11 +96,11 @@ def test_tokenizer_pads_or_has_no_pad_token(family, tiny_model_dir):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_config_and_tokenizer_agree_on_special_tokens(family):
     config, tokenizer = build_config(family), build_tokenizer(family)
-    if family != "gpt_neox":  # as in its checkpoints, the config names no pad token
+    if family != "gpt_neox":  # as in its checkpoints, the config has no pad token
         assert config.pad_token_id == tokenizer.pad_token_id
     for name in ("bos_token_id", "eos_token_id"):
-        wanted, stated = getattr(tokenizer, name), getattr(config, name, None)
-        assert wanted is None or stated is None or wanted == stated, name
+        expected, configured = getattr(tokenizer, name), getattr(config, name, None)
+        assert expected is None or configured is None or expected == configured, name
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text", "phi3", "llama"])
@@ -114,12 +114,12 @@ def test_chat_templates_render_to_special_tokens(family, tiny_model_dir):
     assert tokenizer.unk_token_id not in ids or tokenizer.unk_token_id == tokenizer.pad_token_id
 
 
-def test_a_base_llama_has_no_chat_template(tiny_model_dir):
+def test_base_llama_has_no_chat_template(tiny_model_dir):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model_dir("llama"))
     assert tokenizer.chat_template is None
 
 
-def test_smollm2_is_whole(smollm2, smollm2_gguf):
+def test_smollm2_tokenizer_and_gguf_size(smollm2, smollm2_gguf):
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
@@ -130,7 +130,7 @@ def test_smollm2_is_whole(smollm2, smollm2_gguf):
     assert smollm2_gguf.stat().st_size == 98_362_432
 
 
-def test_minilm_is_whole(minilm):
+def test_minilm_similarities(minilm):
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
     model = transformers.AutoModel.from_pretrained(minilm, use_safetensors=True).eval()
     texts = ["A dog barks.", "A puppy is barking.", "Interest rates rose."]

@@ -1,8 +1,8 @@
-"""No module but `models.upstream` and `methods.upstream` uses what other libraries keep private.
+"""Only `models.upstream` and `methods.upstream` use private names of other libraries.
 
-Looked for are imports from modules that the libraries do not document, names that begin with an
-underscore on what is not ours, and private names of their classes that ours override or inherit
-(which has no other place to stand: it must be among the facts).
+Checked are imports from undocumented modules, names with a leading underscore on objects of other
+libraries, and private names of library classes that ftlevel's classes override or inherit (these
+must be listed in the facts).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from upstream_facts import facts
 if (found := ftlevel.__file__) is None:
     raise RuntimeError("ftlevel has no directory")
 SOURCE = Path(found).parent
-DOORS = ("models/upstream/", "methods/upstream")
+ALLOWED_MODULES = ("models/upstream/", "methods/upstream")
 
 OUR_OPERATORS = "ftlevel"
-"""Of `torch.ops`, which is a place for everybody's."""
+"""Namespace of ftlevel in `torch.ops`, which libraries share."""
 LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "peft", "torch", "torchao", "transformers")
 DOCUMENTED = {
     "accelerate.utils",
@@ -41,7 +41,7 @@ DOCUMENTED = {
     "transformers.cache_utils", "transformers.integrations.sdpa_attention",
     "transformers.masking_utils", "transformers.pytorch_utils", "transformers.utils",
 }  # fmt: skip
-"""Modules from which the libraries' own documentation imports."""
+"""Modules imported in the libraries' own documentation."""
 
 INHERITED = {
     name
@@ -49,11 +49,11 @@ INHERITED = {
     for name in [*dir(base), *vars(base)]
     if name.startswith("_") and not name.endswith("__")
 }
-STATED = {
+LISTED = {
     fact.name.rpartition(".")[2] for table in (OF_METHODS, OF_MODELS) for fact in facts(table)
 }
 PUBLIC = {"os._exit"}
-"""What Python's documentation has, in spite of its name."""
+"""Names that Python documents despite the underscore."""
 PROTOCOLS = {"__tensor_flatten__", "__tensor_unflatten__", "__torch_dispatch__"}
 
 
@@ -62,7 +62,7 @@ def is_private(name: str) -> bool:
 
 
 def own_names(tree: ast.AST) -> set[str]:
-    """Return the private names that a module gives to attributes of its own classes."""
+    """Return the private names that a module defines as attributes of its own classes."""
     return {
         node.attr if isinstance(node, ast.Attribute) else node.name
         for node in ast.walk(tree)
@@ -88,22 +88,22 @@ def find_imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def find_uses(code: str) -> Iterator[tuple[int, str]]:
-    """Yield the line of each use of another library's private name, and what it is."""
+    """Yield line and name of each use of another library's private name."""
     tree = ast.parse(code)
     own = own_names(tree)
     yield from find_imports(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
-            whose = ast.unparse(node.value)
-            if whose in ("self", "cls", "super()"):
-                if node.attr in INHERITED - STATED and node.attr not in own:
-                    yield node.lineno, f"{whose}.{node.attr}"
-            elif (whose == "torch.ops" and node.attr != OUR_OPERATORS) or (
+            owner = ast.unparse(node.value)
+            if owner in ("self", "cls", "super()"):
+                if node.attr in INHERITED - LISTED and node.attr not in own:
+                    yield node.lineno, f"{owner}.{node.attr}"
+            elif (owner == "torch.ops" and node.attr != OUR_OPERATORS) or (
                 is_private(node.attr)
                 and node.attr not in own
-                and f"{whose}.{node.attr}" not in PUBLIC
+                and f"{owner}.{node.attr}" not in PUBLIC
             ):
-                yield node.lineno, f"{whose}.{node.attr}"
+                yield node.lineno, f"{owner}.{node.attr}"
         elif isinstance(node, ast.Call) and len(node.args) > 1:
             name = node.args[1]
             if (
@@ -116,22 +116,22 @@ def find_uses(code: str) -> Iterator[tuple[int, str]]:
             yield from (
                 (part.lineno, f"{node.name}.{part.name}")
                 for part in node.body
-                if isinstance(part, ast.FunctionDef) and part.name in INHERITED - STATED
+                if isinstance(part, ast.FunctionDef) and part.name in INHERITED - LISTED
             )
 
 
-def test_private_names_are_used_in_two_places_only() -> None:
+def test_private_names_are_used_only_in_upstream_modules() -> None:
     uses = [
-        f"{path}:{line}: {what}"
+        f"{path}:{line}: {name}"
         for file in sorted(SOURCE.rglob("*.py"))
-        if not (path := file.relative_to(SOURCE).as_posix()).startswith(DOORS)
-        for line, what in find_uses(file.read_text(encoding="utf-8"))
+        if not (path := file.relative_to(SOURCE).as_posix()).startswith(ALLOWED_MODULES)
+        for line, name in find_uses(file.read_text(encoding="utf-8"))
     ]
     assert not uses, "use these through models/upstream or methods/upstream:\n" + "\n".join(uses)
 
 
 @pytest.mark.parametrize(
-    ("code", "what"),
+    ("code", "name"),
     [
         ("from transformers.core_model_loading import rename_source_key", "core_model_loading"),
         ("import peft.mapping", "peft.mapping"),
@@ -147,8 +147,8 @@ def test_private_names_are_used_in_two_places_only() -> None:
         ),
     ],
 )
-def test_a_private_name_is_found(code: str, what: str) -> None:
-    assert [found for _, found in find_uses(code) if what in found]
+def test_private_name_is_detected(code: str, name: str) -> None:
+    assert [found for _, found in find_uses(code) if name in found]
 
 
 @pytest.mark.parametrize(
@@ -161,5 +161,5 @@ def test_a_private_name_is_found(code: str, what: str) -> None:
         "os._exit(1)",
     ],
 )
-def test_what_is_documented_or_our_own_is_not(code: str) -> None:
+def test_documented_and_own_names_are_allowed(code: str) -> None:
     assert not list(find_uses(code))

@@ -1,4 +1,4 @@
-"""A temporary folder goes with its process, or with a later one where it was killed."""
+"""A temporary directory is deleted with its process, or by a later one if that was killed."""
 
 from __future__ import annotations
 
@@ -23,31 +23,33 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def make_old(workspace: Path) -> None:
-    then = time.time() - 48 * 3600
-    os.utime(workspace.parent / ".ftlevel-workspace", (then, then))
+def set_old_mtime(workspace: Path) -> None:
+    timestamp = time.time() - 48 * 3600
+    os.utime(workspace.parent / ".ftlevel-workspace", (timestamp, timestamp))
 
 
-def test_what_a_killed_process_left_goes_with_the_next(folder: Path) -> None:
+def test_workspace_of_killed_process_is_deleted_later(folder: Path) -> None:
     script = (
         "import os, tempfile, time\nfrom ftlevel.artifacts.files import Workspace\n"
         f"tempfile.tempdir = {str(folder)!r}\nkept = Workspace('rows')\n"
         "open(kept.name + '/x', 'w').close()\nprint(kept.name, flush=True)\ntime.sleep(60)"
     )
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as one:
-        assert one.stdout is not None
-        left = Path(one.stdout.readline().strip())
-        make_old(left)
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        workspace = Path(process.stdout.readline().strip())
+        set_old_mtime(workspace)
         with Workspace("rows"):
-            assert (left / "x").exists(), "its process lives"
-        one.send_signal(signal.SIGKILL)
-    assert left.exists()
+            assert (workspace / "x").exists(), "its process lives"
+        process.send_signal(signal.SIGKILL)
+    assert workspace.exists()
     with Workspace("merge"):
-        assert not left.exists()
+        assert not workspace.exists()
     assert list(folder.iterdir()) == []
 
 
-def test_what_is_new_or_of_others_stays(folder: Path) -> None:
+def test_new_and_foreign_directories_are_kept(folder: Path) -> None:
     new, users, link = (folder / f"ftlevel-rows-{name}" for name in ("new", "users", "link"))
     for path in (new / "rows", users):
         path.mkdir(parents=True)
@@ -60,12 +62,12 @@ def test_what_is_new_or_of_others_stays(folder: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_one_that_is_dropped_holds_nothing(folder: Path) -> None:
+def test_deleted_workspace_frees_files_and_descriptors(folder: Path) -> None:
     descriptors = Path("/proc/self/fd")
     before = len(list(descriptors.iterdir())) if descriptors.exists() else None
     for _ in range(5):
         Workspace("rows").cleanup()
-        kept = Workspace("rows")
-        del kept
+        workspace = Workspace("rows")
+        del workspace
     assert list(folder.iterdir()) == []
     assert before is None or len(list(descriptors.iterdir())) == before

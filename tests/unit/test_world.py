@@ -1,4 +1,4 @@
-"""Whatever starts the processes of a run, each finds which of them it is, or what does not fit."""
+"""Rank and world size from the environment of every launcher, and inconsistent environments."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ POD = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "c", "MASTER_PORT": "23456
         (POD, World("RANK and WORLD_SIZE", 2, 1, 0, 1, 0, "c", 23456)),
     ],
 )  # fmt: skip
-def test_each_launcher_is_read(environment: dict[str, str], world: World) -> None:
+def test_world_of_each_launcher(environment: dict[str, str], world: World) -> None:
     assert get_world(environment) == world
 
 
@@ -57,12 +57,12 @@ def test_each_launcher_is_read(environment: dict[str, str], world: World) -> Non
         ({**TORCHRUN, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "accumulation_steps=|_STEPS"),
     ],
 )
-def test_what_does_not_fit_is_named(environment: dict[str, str], message: str) -> None:
+def test_inconsistent_environment_raises(environment: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         get_world(environment)
 
 
-def test_what_accelerate_says_by_default_is_no_misfit() -> None:
+def test_accelerate_defaults_are_accepted() -> None:
     default = {
         "ACCELERATE_MIXED_PRECISION": "no",
         "ACCELERATE_DYNAMO_BACKEND": "NO",
@@ -77,12 +77,13 @@ def test_what_accelerate_says_by_default_is_no_misfit() -> None:
     [("node[07-12,15]", "node07"), ("big", "big"), ("a,b", "a"), ("r[1]n2", "r1n2"),
      ("gpu-a[003,005],c", "gpu-a003"), ("", "")],
 )  # fmt: skip
-def test_the_first_machine_of_a_list(nodes: str, first: str) -> None:
+def test_first_node(nodes: str, first: str) -> None:
     assert first_node(nodes) == first
 
 
-def test_a_world_is_published_in_torchruns_names() -> None:
-    said: dict[str, str] = {}
-    get_world(SRUN).publish(said)
-    assert said == {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
-                    "MASTER_ADDR": "node07", "MASTER_PORT": "29623"}  # fmt: skip
+def test_publish_sets_torchrun_variables() -> None:
+    environment: dict[str, str] = {}
+    get_world(SRUN).publish(environment)
+    assert environment == {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1",
+                           "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node07",
+                           "MASTER_PORT": "29623"}  # fmt: skip

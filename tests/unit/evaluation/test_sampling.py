@@ -30,8 +30,8 @@ class IdTokenizer:
 
     pad_token_id = 0
 
-    def decode(self, get_ids: list[int]) -> str:
-        return "".join(f"<{id_}>" for id_ in get_ids)
+    def decode(self, ids: list[int]) -> str:
+        return "".join(f"<{id_}>" for id_ in ids)
 
 
 def sample(
@@ -147,7 +147,10 @@ def test_finished_rows_leave_their_group(family: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(SharedPrompts, "attention_forward", recording_attend)
     sampled = sample(model, options)
     assert any(ragged)
-    assert any(len({len(completion.ids) for completion in own}) > 1 for own in sampled.values())
+    assert any(
+        len({len(completion.ids) for completion in row_completions}) > 1
+        for row_completions in sampled.values()
+    )
     with torch.no_grad():
         generated = GenerateSampler(model, IdTokenizer()).sample(
             PROMPTS, ROWS, options, Noise(1, 3)

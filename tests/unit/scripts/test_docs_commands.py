@@ -1,4 +1,4 @@
-"""Every command on a page: it says whether it is run, and its flags are flags that there are."""
+"""Command blocks in the docs: every block is marked, and all commands and flags exist."""
 
 from __future__ import annotations
 
@@ -19,47 +19,47 @@ CALLS = [(block.where, words) for block in BLOCKS for words in block.commands()]
 
 
 @cache
-def parser_of(*names: str) -> Any:
+def build_parser(*names: str) -> Any:
     return typer.main.get_command(build_app(names))
 
 
-def parse(words: list[str]) -> None:
-    """Read a command line as the program would, and run nothing."""
-    group = parser_of(*words[:1])
-    if words[:1] and not words[0].startswith("-"):
-        assert words[0] in commands(), f"no such command: {words[0]}"
-        group.commands[words[0]].make_context(words[0], words[1:], obj=words)
+def parse(arguments: list[str]) -> None:
+    """Parse a command line without running it."""
+    group = build_parser(*arguments[:1])
+    if arguments[:1] and not arguments[0].startswith("-"):
+        assert arguments[0] in commands(), f"no such command: {arguments[0]}"
+        group.commands[arguments[0]].make_context(arguments[0], arguments[1:], obj=arguments)
 
 
-def test_every_block_says_whether_it_is_run() -> None:
+def test_every_block_is_marked() -> None:
     assert [block.where for block in BLOCKS if not block.mark] == []
     assert sum(block.mark == "run in CI" for block in BLOCKS) >= 3
     assert len(CALLS) > 100
 
 
-def test_the_flags_of_every_command_are_known() -> None:
-    wrong = []
-    for where, words in CALLS:
+def test_documented_commands_parse() -> None:
+    errors = []
+    for where, arguments in CALLS:
         try:
-            parse(words)
+            parse(arguments)
         except (ConfigError, typer.TyperException, AssertionError) as error:
-            wrong.append(f"{where}: ftlevel {' '.join(words)}: {error}")
+            errors.append(f"{where}: ftlevel {' '.join(arguments)}: {error}")
         except typer.Exit:
             continue  # --help, --help-all
-    assert wrong == []
+    assert errors == []
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
-def test_links_of_pages_that_are_not_on_the_site(page: str) -> None:
+def test_links_of_repository_pages_exist(page: str) -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text(encoding="utf-8"))
     assert len(links) > 1
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
-@pytest.mark.parametrize("words", [["train", "--metod", "lora"], ["trian"], ["merge"]])
-def test_a_command_that_is_wrong_is_found(words: list[str]) -> None:
+@pytest.mark.parametrize("arguments", [["train", "--metod", "lora"], ["trian"], ["merge"]])
+def test_invalid_command_raises(arguments: list[str]) -> None:
     with pytest.raises((ConfigError, typer.TyperException, AssertionError)):
-        parse(words)
+        parse(arguments)
 
 
 PAGE = """\
@@ -82,9 +82,7 @@ $ X=1 ftlevel doctor && ftlevel plan --gpu 24GB
 """
 
 
-def test_blocks_commands_and_outputs_of_a_page(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parse_and_run_blocks_of_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "page.md"
     page.write_text(PAGE)
     first, second = blocks_of(page)
@@ -100,7 +98,7 @@ def test_blocks_commands_and_outputs_of_a_page(
             run_block(Block(page, 1, mark, command), tmp_path)
 
 
-def test_a_long_output_loses_its_middle() -> None:
+def test_long_output_is_shortened() -> None:
     lines = shorten("\n".join(map(str, range(100)))).splitlines()
     assert (lines[0], lines[8], lines[-1], len(lines)) == ("0", "…", "99", 18)
     assert shorten("· loading\nx" * 1 + "\n 10%|#  | 1/10\ny") == "x\ny"

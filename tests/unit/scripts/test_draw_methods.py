@@ -1,4 +1,4 @@
-"""Pictures of methods: up to date, well formed, for light and dark, each with its own parts lit."""
+"""Method diagrams: up to date, well formed, for light and dark, with trained parts highlighted."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from method_guides import GUIDES, LINEARS
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def lit(name: str) -> int:
-    """Return how many parts are drawn as trained, without the legend's."""
+def count_trained_parts(name: str) -> int:
+    """Return the number of parts drawn as trained, without the legend's."""
     tree = ElementTree.fromstring(draw_methods.draw(name, GUIDES[name]))
     return sum(part.get("class") == "on" for part in tree.iter()) - 1
 
 
-def test_the_pictures_are_those_of_the_descriptions(capsys: pytest.CaptureFixture[str]) -> None:
+def test_diagrams_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
     assert draw_methods.main(["--check"]) == 0, capsys.readouterr().out
     assert set(GUIDES) <= set(SPECS)
 
@@ -29,12 +29,12 @@ def test_the_pictures_are_those_of_the_descriptions(capsys: pytest.CaptureFixtur
     [("lora", len(LINEARS)), ("ia3", 3), ("adapter", 2), ("prefix", 2), ("prompt", 1),
      ("ln-tuning", 2), ("full", len(LINEARS) + 4)],
 )  # fmt: skip
-def test_what_is_trained_is_lit(name: str, parts: int) -> None:
-    assert lit(name) == parts
+def test_trained_parts_are_highlighted(name: str, parts: int) -> None:
+    assert count_trained_parts(name) == parts
 
 
 @pytest.mark.parametrize("name", GUIDES)
-def test_a_picture_says_what_it_shows_and_stays_inside(name: str) -> None:
+def test_diagram_has_title_and_fits_view_box(name: str) -> None:
     text = draw_methods.draw(name, GUIDES[name])
     tree = ElementTree.fromstring(text)
     assert name in (tree.findtext(f"{SVG}title") or "")

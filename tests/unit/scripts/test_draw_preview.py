@@ -1,4 +1,4 @@
-"""What the page about proofs shows of `preview` is what the script last drew."""
+"""The preview in docs/proof.md is an excerpt of the generated docs/preview.txt."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_a_page_shows_lines_of_the_preview() -> None:
+def test_proof_page_shows_excerpt_of_preview() -> None:
     page = (ROOT / "docs/proof.md").read_text(encoding="utf-8")
     [excerpt] = re.findall(r"```\n([^`]*\[<\|im_end\|>\]⏎)\n```", page)
     assert excerpt in (ROOT / "docs/preview.txt").read_text(encoding="utf-8")

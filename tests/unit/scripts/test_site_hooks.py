@@ -1,4 +1,4 @@
-"""The site's hooks: folders of the navigation, and links that leave docs/."""
+"""Hooks of the docs site: directories in the navigation, and links out of docs/."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import site_hooks
 
 
-def test_a_folder_stands_for_its_pages() -> None:
+def test_directory_in_navigation_is_expanded() -> None:
     nav = [{"Home": "index.md"}, {"Methods": [{"Each": "guide/"}]}]
     [home, methods] = site_hooks.on_config({"nav": nav})["nav"]
     pages = methods["Methods"][0]["Each"]
@@ -19,15 +19,15 @@ def test_a_folder_stands_for_its_pages() -> None:
     assert {"guide/lora.md", "guide/full.md"} <= set(pages)
 
 
-def test_a_link_out_of_docs_is_a_name_and_has_to_exist(caplog: pytest.LogCaptureFixture) -> None:
-    place = str(site_hooks.DOCS / "tutorials/page.md")
-    page = SimpleNamespace(file=SimpleNamespace(abs_src_path=place, src_uri="tutorials/page.md"))
-    told = site_hooks.on_page_markdown(
+def test_link_out_of_docs_becomes_code_and_must_exist(caplog: pytest.LogCaptureFixture) -> None:
+    path = str(site_hooks.DOCS / "tutorials/page.md")
+    page = SimpleNamespace(file=SimpleNamespace(abs_src_path=path, src_uri="tutorials/page.md"))
+    markdown = site_hooks.on_page_markdown(
         "[recipes/demo.yaml](../../recipes/demo.yaml) [a file](../../src/ftlevel/errors.py#L1) "
         "[start](../start.md)",
         page,
     )
-    assert told == ("`recipes/demo.yaml` a file (`src/ftlevel/errors.py`) [start](../start.md)")
+    assert markdown == ("`recipes/demo.yaml` a file (`src/ftlevel/errors.py`) [start](../start.md)")
     with caplog.at_level(logging.WARNING, "mkdocs.hooks"):
         site_hooks.on_page_markdown("[x](../../nothing.py)", page)
     assert "links to ../../nothing.py, which does not exist" in caplog.text

@@ -1,4 +1,4 @@
-"""Fetching single wheels: what is trusted, what is kept, and what is said when it fails."""
+"""Fetching wheels: checksums, cached files, and errors."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from wheels import FetchError, NoNetworkError, Package, fetch_wheel, put_in_plac
 
 NAME = "toy_text-1.0-py3-none-any.whl"
 CONTENT = b"not really a wheel"
-TOY = Package("toy-text", "1.0", hashlib.sha256(CONTENT).hexdigest())
+TOY_PACKAGE = Package("toy-text", "1.0", hashlib.sha256(CONTENT).hexdigest())
 
 
-def pip(content: bytes | None = None, stderr: str = "", seen: list[list[str]] | None = None):
-    """Return a stand-in for pip that leaves `content` in --dest, or fails with `stderr`."""
+def fake_pip(
+    content: bytes | None = None, stderr: str = "", commands: list[list[str]] | None = None
+):
+    """Return a stand-in for pip that writes `content` to --dest or fails with `stderr`."""
 
     def run(command, **options):
-        if seen is not None:
-            seen.append(command)
+        if commands is not None:
+            commands.append(command)
         if content is None:
             return subprocess.CompletedProcess(command, 1, "", stderr)
         with open(f"{command[command.index('--dest') + 1]}/{NAME}", "wb") as handle:  # noqa: PTH123
@@ -33,27 +35,29 @@ def pip(content: bytes | None = None, stderr: str = "", seen: list[list[str]] | 
 
 
 def test_a_wheel_is_fetched_once(tmp_path, monkeypatch):
-    seen: list[list[str]] = []
-    monkeypatch.setattr(wheels.subprocess, "run", pip(CONTENT, seen=seen))
-    assert fetch_wheel(TOY, tmp_path) == fetch_wheel(TOY, tmp_path) == tmp_path / NAME
-    assert len(seen) == 1
-    assert "toy-text==1.0" in seen[0]
-    assert "--no-deps" in seen[0]
-    assert "--platform" not in seen[0]
+    commands: list[list[str]] = []
+    monkeypatch.setattr(wheels.subprocess, "run", fake_pip(CONTENT, commands=commands))
+    assert (
+        fetch_wheel(TOY_PACKAGE, tmp_path) == fetch_wheel(TOY_PACKAGE, tmp_path) == tmp_path / NAME
+    )
+    assert len(commands) == 1
+    assert "toy-text==1.0" in commands[0]
+    assert "--no-deps" in commands[0]
+    assert "--platform" not in commands[0]
 
 
-def test_compiled_packages_are_asked_for_by_platform(tmp_path, monkeypatch):
-    seen: list[list[str]] = []
-    monkeypatch.setattr(wheels.subprocess, "run", pip(CONTENT, seen=seen))
-    fetch_wheel(Package("toy-text", "1.0", TOY.sha256, abi="cp311"), tmp_path)
-    assert seen[0][seen[0].index("--python-version") + 1] == "311"
-    assert "manylinux2014_x86_64" in seen[0]
+def test_compiled_package_is_fetched_for_platform(tmp_path, monkeypatch):
+    commands: list[list[str]] = []
+    monkeypatch.setattr(wheels.subprocess, "run", fake_pip(CONTENT, commands=commands))
+    fetch_wheel(Package("toy-text", "1.0", TOY_PACKAGE.sha256, abi="cp311"), tmp_path)
+    assert commands[0][commands[0].index("--python-version") + 1] == "311"
+    assert "manylinux2014_x86_64" in commands[0]
 
 
-def test_another_digest_is_refused_and_nothing_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(wheels.subprocess, "run", pip(b"something else"))
-    with pytest.raises(FetchError, match=rf"expected {TOY.sha256}"):
-        fetch_wheel(TOY, tmp_path)
+def test_wrong_digest_raises_and_keeps_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(wheels.subprocess, "run", fake_pip(b"something else"))
+    with pytest.raises(FetchError, match=rf"expected {TOY_PACKAGE.sha256}"):
+        fetch_wheel(TOY_PACKAGE, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -66,23 +70,23 @@ def test_another_digest_is_refused_and_nothing_is_kept(tmp_path, monkeypatch):
         ("", FetchError, "no message"),
     ],
 )
-def test_failures_say_what_to_do(tmp_path, monkeypatch, stderr, error, text):
-    monkeypatch.setattr(wheels.subprocess, "run", pip(stderr=stderr))
+def test_pip_failures_raise_with_advice(tmp_path, monkeypatch, stderr, error, text):
+    monkeypatch.setattr(wheels.subprocess, "run", fake_pip(stderr=stderr))
     with pytest.raises(FetchError, match=text) as failure:
-        fetch_wheel(TOY, tmp_path)
+        fetch_wheel(TOY_PACKAGE, tmp_path)
     assert type(failure.value) is error
 
 
-def test_unpack_takes_matching_members_only_and_leaves_no_traces(tmp_path):
+def test_unpack_extracts_only_matching_members(tmp_path):
     with zipfile.ZipFile(tmp_path / NAME, "w") as archive:
         archive.writestr("toy/model/config.json", "{}")
         archive.writestr("toy/other.py", "")
     unpack(tmp_path / NAME, tmp_path / "out", ["*/model/*.json"])
-    found = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file())
-    assert found == ["out/toy/model/config.json", NAME]
+    files = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file())
+    assert files == ["out/toy/model/config.json", NAME]
 
 
-def test_a_folder_that_another_process_finished_first_stays(tmp_path):
+def test_existing_directory_is_not_replaced(tmp_path):
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     for folder in (ours, theirs):
         folder.mkdir()
@@ -92,8 +96,8 @@ def test_a_folder_that_another_process_finished_first_stays(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "theirs"]
 
 
-def test_models_that_are_there_are_left_alone(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(wheels.subprocess, "run", pip(stderr="must not be called"))
+def test_existing_models_are_not_fetched(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(wheels.subprocess, "run", fake_pip(stderr="must not be called"))
     for model in fetch_models.MODELS:
         for name in model.outputs:
             (tmp_path / name).mkdir()
@@ -101,15 +105,15 @@ def test_models_that_are_there_are_left_alone(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("already in") == 2
 
 
-def test_no_network_is_exit_code_3(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(wheels.subprocess, "run", pip(stderr="NameResolutionError"))
+def test_no_network_exits_3(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(wheels.subprocess, "run", fake_pip(stderr="NameResolutionError"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert fetch_models.main(["minilm", "--dir", str(tmp_path)]) == 3
     assert "--wheels" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_list_says_what_is_here(tmp_path, capsys):
+def test_list_shows_installed_models(tmp_path, capsys):
     (tmp_path / fetch_models.MINILM_NAME).mkdir()
     assert fetch_models.main(["--list", "--dir", str(tmp_path)]) == 0
     smollm2, minilm = (line for line in capsys.readouterr().out.splitlines() if line[0] != " ")
