@@ -119,7 +119,7 @@ def test_long_flag_help_starts_on_next_line(
 def test_every_config_field_is_used() -> None:
     """A field that nothing below the configuration reads would be a flag without effect.
 
-    `methods.updates.LinearUpdate` passes all fields of a spec to the config of PEFT, which has
+    `methods.updates.LinearUpdate` passes all fields of a spec to PEFT's config, which defines
     them.
     """
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING

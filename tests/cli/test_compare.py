@@ -77,7 +77,7 @@ def killed_comparison(
     process.wait()
     first_run_mtime = (path / "lora-seed1" / "summary.json").stat().st_mtime
     assert process.stdout is not None
-    process.stdout.read()  # ends when the process of the second run, which has it too, has ended
+    process.stdout.read()  # until the process of the second run, which inherited it, has ended
     forked.run("compare", "--resume", "--output-dir", str(path), "--quiet")
     return KilledComparison(path, first_run_mtime, json.loads((path / "compare.json").read_text()))
 
@@ -250,7 +250,7 @@ def test_parallel_searches_share_study_and_best_values(rows: Path, tmp_path: Pat
 
     study = optuna.load_study(study_name=search["name"], storage=url)
     finished = [trial for trial in study.trials if trial.state.name in ("COMPLETE", "PRUNED")]
-    assert len(finished) == search["trials"] == 3  # where both begin the last one, one withdraws
+    assert len(finished) == search["trials"] == 3  # if both start the last trial, one cancels it
     best = min(trial.value for trial in finished if trial.state.name == "COMPLETE")
     assert search["best"] == best
     assert search["seconds"] > 0

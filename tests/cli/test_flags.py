@@ -185,7 +185,7 @@ def test_empty_command_line_sets_nothing() -> None:
         (["--task_type=text_generation"], ["--task=text_generation"]),
         (["--quantization_type"], ["--quant"]),
         (["--dataset-name"], ["--dataset"]),
-        (["--batch_size"], ["--batch-size"]),  # not a flag of this command: left as it is
+        (["--batch_size"], ["--batch-size"]),  # not a flag of this command: unchanged
         (["lora_r"], ["lora_r"]),
         (["--"], ["--"]),
     ],
@@ -239,14 +239,14 @@ def test_train_help_panels(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_short_train_help_shows_common_flags(capsys: pytest.CaptureFixture[str]) -> None:
-    whole = parse_panels(get_help(capsys, "train"))
+    full_panels = parse_panels(get_help(capsys, "train"))
     output = get_help(capsys, "train", help_flag="--help")
     panels = parse_panels(output)
-    daily, others = f"{DAILY}:", list(panels)[-1]
-    assert panels[daily] == whole[daily]
-    assert panels[others] == ["--recipe", "--set", "--dry-run", "--help-all", "-h,"]
-    hidden = sum(map(len, whole.values())) - sum(map(len, panels.values()))
-    assert others == f"{hidden} more options: {MODEL}, {DATA}, {HOW}, {RUN}:"
+    daily, more_options = f"{DAILY}:", list(panels)[-1]
+    assert panels[daily] == full_panels[daily]
+    assert panels[more_options] == ["--recipe", "--set", "--dry-run", "--help-all", "-h,"]
+    hidden = sum(map(len, full_panels.values())) - sum(map(len, panels.values()))
+    assert more_options == f"{hidden} more options: {MODEL}, {DATA}, {HOW}, {RUN}:"
     assert len(output.splitlines()) < 60
 
 
@@ -283,8 +283,8 @@ def test_commands_have_at_most_six_parameters(name: str) -> None:
     function = get_function(name)
     parameters = inspect.signature(function).parameters
     assert len(parameters) <= 6
-    own = {row.parameter for row in flags_of(name)}
-    assert set(parameters) <= own | {"inputs"}
+    flag_parameters = {row.parameter for row in flags_of(name)}
+    assert set(parameters) <= flag_parameters | {"inputs"}
 
 
 @pytest.mark.parametrize("name", commands())
@@ -327,7 +327,7 @@ def test_flag_names_are_unique(name: str) -> None:
     parameters = [row.parameter for row in rows]
     assert [name for name, count in Counter(names).items() if count > 1] == []
     assert len(parameters) == len(set(parameters))
-    aliases = [other.name for row in FLAGS if row.name in names for other in row.alias_names] + [
+    aliases = [alias.name for row in FLAGS if row.name in names for alias in row.alias_names] + [
         row.name for row in FLAGS if isinstance(row, UnsupportedFlag) and name in row.on
     ]
     assert [second for second, count in Counter(aliases).items() if count > 1] == []

@@ -44,7 +44,9 @@ def test_init_proposes_settings_from_data(
 ) -> None:
     model = tiny_model_dir("bert")
     result = init(capsys, "--model", model)
-    proposed = {one["name"]: (one["value"], one["reason"]) for one in result["proposed"]}
+    proposed = {
+        setting["name"]: (setting["value"], setting["reason"]) for setting in result["proposed"]
+    }
     assert proposed["dataset"] == ("rows.csv", "the only file of rows in this directory")
     assert proposed["task"] == ("text-classification", "the columns are text + label")
     assert (proposed["method"][0], proposed["epochs"][0]) == ("lora", "3")
@@ -97,7 +99,7 @@ def test_flags_are_written_to_recipe_and_train_uses_them(
     result = init(capsys, "mine.yaml", "--model", tiny_model_dir("bert"), *flags)
     assert result["config"]["method"]["kind"] == "ia3"
     assert result["config"]["train"] == {"max_steps": 2, "seed": 7, "num_train_epochs": 3}
-    assert not {"method", "validation_split"} & {one["name"] for one in result["proposed"]}
+    assert not {"method", "validation_split"} & {setting["name"] for setting in result["proposed"]}
     assert run([*result["command"].split()[1:], "--quiet"]) == 0
     summary = json.loads((Path(result["command"].split()[-1]) / "summary.json").read_text())
     assert summary["steps"] == 2
@@ -116,7 +118,7 @@ def test_builtin_dataset_is_proposed_without_data_files(
 def test_builtin_model_is_proposed_offline(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    proposed = {one["name"]: one for one in init(capsys)["proposed"]}
+    proposed = {setting["name"]: setting for setting in init(capsys)["proposed"]}
     assert proposed["model"]["value"] == "builtin:tiny-llama"
     assert "all-MiniLM-L6-v2 cannot be had from here" in proposed["model"]["reason"]
 
@@ -160,7 +162,7 @@ def test_errors_write_no_recipe(
 @pytest.mark.slow
 def test_interactive_questions(tiny_model_dir: ModelDir) -> None:
     model = tiny_model_dir("bert")
-    answers = ["nothing.csv", "", "", str(model), "", "2"]  # the first cannot be used
+    answers = ["nothing.csv", "", "", str(model), "", "2"]  # the first is not a file
     master, slave = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "ftlevel", "init"],

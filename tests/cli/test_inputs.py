@@ -266,8 +266,8 @@ def test_run_from_pipe_resumes_only_with_same_rows(
     assert run([*train, "1", "--dataset", pipe("rows", TICKETS)]) == 0
     assert run([*train, "2", "--resume", "--dataset", pipe("again", TICKETS)]) == 0
     capsys.readouterr()
-    other = pipe("other", TICKETS.replace("late", "soon"))
-    assert run([*train, "3", "--resume", "--dataset", other]) == 2
+    changed = pipe("other", TICKETS.replace("late", "soon"))
+    assert run([*train, "3", "--resume", "--dataset", changed]) == 2
     assert "not the same run: data.dataset was" in capsys.readouterr().err
     Path("again").unlink()
     os.mkfifo("again")  # nobody writes to it

@@ -16,8 +16,8 @@ NOUNS = ("parser", "reader", "buffer", "cursor", "socket", "thread", "signal", "
 
 
 def pair(i: int, **changes: Any) -> dict[str, Any]:
-    noun, other = NOUNS[i % 8], NOUNS[(i * 3 + 1) % 8]
-    good, bad = f"The {noun} keeps {i} {other}s.", f"No {other} has {i} {noun}s."
+    noun, other_noun = NOUNS[i % 8], NOUNS[(i * 3 + 1) % 8]
+    good, bad = f"The {noun} keeps {i} {other_noun}s.", f"No {other_noun} has {i} {noun}s."
     bad += " And why should it?" * (i % 2)
     return {"prompt": f"What does the {noun} {i} keep?", "chosen": good, "rejected": bad, **changes}
 

@@ -32,7 +32,7 @@ OLD_KEYS = {"tests/unit/config/test_layers.py", "tests/cli/test_train_input.py"}
 class Word:
     """An old word: where it must not occur, its pattern, and texts that must and must not match."""
 
-    where: tuple[str, ...]
+    locations: tuple[str, ...]
     pattern: str
     matching: tuple[str, ...]
     not_matching: tuple[str, ...] = ()
@@ -120,14 +120,14 @@ WORDS = {
 
 
 @cache
-def files_in(where: str) -> list[Path]:
-    path = ROOT / where
+def files_in(location: str) -> list[Path]:
+    path = ROOT / location
     paths = path.rglob("*") if path.is_dir() else [path]
     return [p for p in paths if p.suffix in (".py", ".md", ".yaml", ".txt", ".sh")]
 
 
 def find_files(word: Word) -> list[Path]:
-    return [path for where in word.where for path in files_in(where)]
+    return [path for location in word.locations for path in files_in(location)]
 
 
 @cache

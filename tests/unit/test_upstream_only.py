@@ -61,7 +61,7 @@ def is_private(name: str) -> bool:
     return (name.startswith("_") and not name.endswith("__")) or name in PROTOCOLS
 
 
-def own_names(tree: ast.AST) -> set[str]:
+def get_own_names(tree: ast.AST) -> set[str]:
     """Return the private names that a module defines as attributes of its own classes."""
     return {
         node.attr if isinstance(node, ast.Attribute) else node.name
@@ -82,25 +82,25 @@ def find_imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
             modules, names = [node.module or ""], [alias.name for alias in node.names]
         elif isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
-        theirs = [module for module in modules if module.partition(".")[0] in LIBRARIES]
-        yield from ((node.lineno, module) for module in theirs if module not in DOCUMENTED)
-        yield from ((node.lineno, name) for name in names if theirs and is_private(name))
+        library_modules = [module for module in modules if module.partition(".")[0] in LIBRARIES]
+        yield from ((node.lineno, module) for module in library_modules if module not in DOCUMENTED)
+        yield from ((node.lineno, name) for name in names if library_modules and is_private(name))
 
 
 def find_uses(code: str) -> Iterator[tuple[int, str]]:
     """Yield line and name of each use of another library's private name."""
     tree = ast.parse(code)
-    own = own_names(tree)
+    own_private_names = get_own_names(tree)
     yield from find_imports(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             owner = ast.unparse(node.value)
             if owner in ("self", "cls", "super()"):
-                if node.attr in INHERITED - LISTED and node.attr not in own:
+                if node.attr in INHERITED - LISTED and node.attr not in own_private_names:
                     yield node.lineno, f"{owner}.{node.attr}"
             elif (owner == "torch.ops" and node.attr != OUR_OPERATORS) or (
                 is_private(node.attr)
-                and node.attr not in own
+                and node.attr not in own_private_names
                 and f"{owner}.{node.attr}" not in PUBLIC
             ):
                 yield node.lineno, f"{owner}.{node.attr}"
@@ -148,7 +148,7 @@ def test_private_names_are_used_only_in_upstream_modules() -> None:
     ],
 )
 def test_private_name_is_detected(code: str, name: str) -> None:
-    assert [found for _, found in find_uses(code) if name in found]
+    assert [use for _, use in find_uses(code) if name in use]
 
 
 @pytest.mark.parametrize(

@@ -39,9 +39,9 @@ def list_names(path: Path) -> list[str]:
 
 def restart_run(path: Path) -> tuple[RunDirectory, list[str]]:
     check_output(path, overwrite=True, resume=False)
-    run, kept = open_run(path, "x", overwrite=True)
+    run, notes = open_run(path, "x", overwrite=True)
     run.save_config("new")
-    return run, kept
+    return run, notes
 
 
 def fail_run(path: Path) -> None:
@@ -82,10 +82,10 @@ def test_overwrite_keeps_and_reports_other_files(tmp_path: Path) -> None:
     (tmp_path / "adapter" / "notes.txt").write_text("mine too")
     (tmp_path / "checkpoints" / "checkpoint-1").mkdir()
     (tmp_path / "checkpoints" / "checkpoint-1" / "a").write_text("foreign")
-    run, kept = restart_run(tmp_path)
-    assert len(kept) == 3
+    run, notes = restart_run(tmp_path)
+    assert len(notes) == 3
     for name in ("notes.txt", "adapter/notes.txt", "checkpoints/checkpoint-1/a"):
-        assert any(str(tmp_path / name) in line for line in kept)
+        assert any(str(tmp_path / name) in line for line in notes)
     with ownership.replace_run(tmp_path):
         run.save_summary({"of": "new"})
     files = read_tree(tmp_path)
@@ -255,7 +255,7 @@ def test_checkpoint_saved_twice_is_valid(tmp_path: Path) -> None:
 def test_files_are_recorded_after_kill_at_end_of_run(tmp_path: Path) -> None:
     run, _ = open_run(tmp_path, "x", overwrite=False)
     run.save_summary({"of": "old"})
-    (tmp_path / f".{ownership.MARKER}.partial").write_text('{"run":')  # a kill in `record_files`
+    (tmp_path / f".{ownership.MARKER}.partial").write_text('{"run":')  # killed in `record_files`
     ownership.record_files_once(tmp_path)
     assert list_names(tmp_path) == [".ftlevel.json", "checkpoints", "summary.json"]
     (run.checkpoints / "notes.txt").write_text("mine")
@@ -265,10 +265,10 @@ def test_files_are_recorded_after_kill_at_end_of_run(tmp_path: Path) -> None:
     assert (tmp_path / "kept/checkpoints/notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("how", [{"resume": True}, {"overwrite": True}, {}])
-def test_partial_marker_is_rewritten(tmp_path: Path, how: dict[str, bool]) -> None:
+@pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}, {}])
+def test_partial_marker_is_rewritten(tmp_path: Path, options: dict[str, bool]) -> None:
     (tmp_path / f".{ownership.MARKER}.partial").write_text('{"run":')
-    arguments = {"resume": False, "overwrite": False, **how}
+    arguments = {"resume": False, "overwrite": False, **options}
     check_output(tmp_path, **arguments)
     open_run(tmp_path, "x", **arguments)
     assert ownership.is_run(tmp_path)
@@ -286,15 +286,15 @@ def create_interrupted_run(path: Path) -> RunDirectory:
 
 def test_overwrite_keeps_user_files_among_checkpoints(tmp_path: Path) -> None:
     run = create_interrupted_run(tmp_path / "run")
-    mine = ("notes.txt", "data/rows.jsonl", "checkpoint-2/mine.txt")
-    for name in mine:
+    user_files = ("notes.txt", "data/rows.jsonl", "checkpoint-2/mine.txt")
+    for name in user_files:
         (run.checkpoints / name).parent.mkdir(exist_ok=True)
         (run.checkpoints / name).write_text("mine")
     restart_run(run.path)
     assert {name for name, text in read_tree(run.path).items() if text == "mine"} == {
-        f"kept/checkpoints/{name}" for name in mine
+        f"kept/checkpoints/{name}" for name in user_files
     }
-    assert len(read_tree(run.path / "kept")) == len(mine), "what the run wrote goes with it"
+    assert len(read_tree(run.path / "kept")) == len(user_files), "what the run wrote goes with it"
 
 
 def test_interrupted_resumed_run_owns_its_checkpoints(tmp_path: Path) -> None:
@@ -303,8 +303,8 @@ def test_interrupted_resumed_run_owns_its_checkpoints(tmp_path: Path) -> None:
     (run.checkpoints / "checkpoint-9").mkdir()
     (run.checkpoints / "checkpoint-9" / "optimizer.pt").write_text("later")
     (run.adapter / "notes.txt").write_text("mine")
-    _, kept = restart_run(tmp_path)
-    assert len(kept) == 1
+    _, notes = restart_run(tmp_path)
+    assert len(notes) == 1
     assert read_tree(tmp_path / "kept") == {"adapter/notes.txt": "mine"}
 
 

@@ -73,9 +73,9 @@ def test_written_rows_are_read_back(suffix: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_truncated_file_is_resumed_at_any_size(suffix: str, tmp_path: Path) -> None:
-    whole = tmp_path / f"whole{suffix}"
-    write(whole, FULL).close()
-    content = partial_of(whole).read_bytes()
+    complete = tmp_path / f"whole{suffix}"
+    write(complete, FULL).close()
+    content = partial_of(complete).read_bytes()
     for size in [*range(0, len(content), 7 if suffix != ".parquet" else 97), len(content)]:
         path = tmp_path / f"p{suffix}"
         partial_of(path).write_bytes(content[:size])

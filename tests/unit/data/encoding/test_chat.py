@@ -100,8 +100,8 @@ def test_only_answers_and_end_tokens_are_supervised(family: tuple[str, Any]) -> 
     expected = EXPECTED[name]
     assert mark_spans(render_chat(tokenizer, to_dicts(CHAT))) == expected
     row = encode(tokenizer, *CHAT)
-    whole = tokenizer.apply_chat_template(to_dicts(CHAT), tokenize=True, return_dict=True)
-    assert row.input_ids == whole["input_ids"]
+    encoded = tokenizer.apply_chat_template(to_dicts(CHAT), tokenize=True, return_dict=True)
+    assert row.input_ids == encoded["input_ids"]
     runs = [run.strip() for run in re.findall("‹(.*?)›", expected, re.DOTALL)]
     assert [run.strip() for run in supervised_runs(tokenizer, row)] == runs
     assert all(run.endswith(END[name]) for run in runs)
@@ -194,14 +194,14 @@ def test_generation_blocks_include_end_of_turn() -> None:
 def test_named_templates_match_published_templates(name: str, published_name: str) -> None:
     tokenizer = published.build(published_name)
     chat = to_dicts(CHAT)
-    theirs = render(tokenizer, chat[1:])
+    published_text = render(tokenizer, chat[1:])
     set_chat_template(tokenizer, name)
     if name == "mistral":  # v0.3 has no space after the instruction
-        theirs = theirs.replace("[/INST]", " [/INST]")
-    ours = render_chat(tokenizer, chat[1:])
-    assert ours.text == theirs.replace("<think>\n\n</think>\n\n", "")
-    assert len(ours.spans) == 2
-    assert all(ours.text[:end].endswith(END[published_name]) for _, end in ours.spans)
+        published_text = published_text.replace("[/INST]", " [/INST]")
+    named = render_chat(tokenizer, chat[1:])
+    assert named.text == published_text.replace("<think>\n\n</think>\n\n", "")
+    assert len(named.spans) == 2
+    assert all(named.text[:end].endswith(END[published_name]) for _, end in named.spans)
     assert "Be brief." in render(tokenizer, chat)
     runs = [run.strip() for run in supervised_runs(tokenizer, encode(tokenizer, *CHAT))]
     assert runs == [f"the path{END[published_name]}", f"an object{END[published_name]}"]

@@ -192,5 +192,5 @@ def test_overlong_targets_raise_or_are_dropped() -> None:
         "1 of 2 targets are longer than 8 tokens; the longest has 9 (x.jsonl:2). Raise it by --set "
         "data.max_target_length=9, or pass --overlong drop."
     )
-    kept, dropped = fit_targets(rows, 8, "drop", lambda i: f"x.jsonl:{i + 1}")
-    assert ([row.row for row in kept], dropped) == ([0], 1)
+    remaining, dropped = fit_targets(rows, 8, "drop", lambda i: f"x.jsonl:{i + 1}")
+    assert ([row.row for row in remaining], dropped) == ([0], 1)

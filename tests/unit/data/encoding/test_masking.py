@@ -50,13 +50,13 @@ def test_masking_ratios_match_bert() -> None:
     rows, tokenizer = mask_rows(texts=200)
     counts = {"mask": 0, "same": 0, "random": 0}
     total = 0
-    for plain, row in zip(rows.rows, rows, strict=True):
+    for original, row in zip(rows.rows, rows, strict=True):
         special = {tokenizer.cls_token_id, tokenizer.sep_token_id}
         inner = len(row.input_ids) - 2
         masked_positions = [i for i, label in enumerate(row.labels) if label != IGNORED]
         assert len(masked_positions) == round(0.15 * inner)
         total += len(masked_positions)
-        for i, (before, after) in enumerate(zip(plain.input_ids, row.input_ids, strict=True)):
+        for i, (before, after) in enumerate(zip(original.input_ids, row.input_ids, strict=True)):
             if i not in masked_positions:
                 assert after == before
                 continue

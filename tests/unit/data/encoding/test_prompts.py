@@ -105,18 +105,22 @@ def test_answer_that_continues_last_word_of_prompt() -> None:
 
 
 def test_separator_is_resolved_from_rows() -> None:
-    plain = PromptFormat("plain")
-    assert plain.resolve_separator([PlainText("a b", 0)]).separator == ""
+    plain_format = PromptFormat("plain")
+    assert plain_format.resolve_separator([PlainText("a b", 0)]).separator == ""
     assert (
-        plain.resolve_separator([SourceTarget("a", " b", 0), SourceTarget("c\n", "d", 1)]).separator
+        plain_format.resolve_separator(
+            [SourceTarget("a", " b", 0), SourceTarget("c\n", "d", 1)]
+        ).separator
         == ""
     )
     assert (
-        plain.resolve_separator([SourceTarget("a", " b", 0), SourceTarget("c", "d", 1)]).separator
+        plain_format.resolve_separator(
+            [SourceTarget("a", " b", 0), SourceTarget("c", "d", 1)]
+        ).separator
         == "\n"
     )
-    assert plain.resolve_separator([SourceTarget("a", " b", 0)], version=1).separator == "\n"
-    assert plain.resolve_separator([PlainText("a b", 0)], version=1).separator == ""
+    assert plain_format.resolve_separator([SourceTarget("a", " b", 0)], version=1).separator == "\n"
+    assert plain_format.resolve_separator([PlainText("a b", 0)], version=1).separator == ""
     chat = PromptFormat("chat-template")
     assert chat.resolve_separator([SourceTarget("a", "b", 0)]) is chat
 

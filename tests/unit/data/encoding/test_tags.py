@@ -78,7 +78,7 @@ def test_integer_tags_are_resolved_by_name() -> None:
 @pytest.mark.parametrize(
     "rows",
     [
-        (["I-LOC", "I-LOC", "B-LOC"], ["O", "I-LOC"]),  # IOB1: B- parts neighbours only
+        (["I-LOC", "I-LOC", "B-LOC"], ["O", "I-LOC"]),  # IOB1: B- only separates adjacent entities
         (["O", "I-LOC"],),  # IO
         (["NOUN", "I-LOC"],),
     ],

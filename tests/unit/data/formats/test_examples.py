@@ -253,10 +253,10 @@ def test_unusable_rows_are_reported_together_or_dropped() -> None:
         "x.jsonl: 7 of 9 rows are bad (the first 5 are above). Fix them, or drop bad rows with "
         "--on-bad-row skip.",
     ]
-    kept = handle_bad_rows(table, convert_rows(table, detected)[1], "skip")
-    assert to_examples(kept, detected) == [PlainText("a", 0), PlainText("b", 1)]
-    assert kept.where(1) == "x.jsonl:4"
-    assert [row.line for row in kept.dropped] == [2, 3, 5, 6, 7, 8, 9]
+    usable = handle_bad_rows(table, convert_rows(table, detected)[1], "skip")
+    assert to_examples(usable, detected) == [PlainText("a", 0), PlainText("b", 1)]
+    assert usable.where(1) == "x.jsonl:4"
+    assert [row.line for row in usable.dropped] == [2, 3, 5, 6, 7, 8, 9]
 
 
 @pytest.mark.parametrize(

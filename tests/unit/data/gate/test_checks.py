@@ -59,7 +59,7 @@ def test_unsupervised_rows() -> None:
         ([_, 7, EOS, _, _], False),  # white space after the end of the turn
         ([_, 7, 9, _, 7, EOS], True),  # the first of two answers has no end
         ([_, 7, EOS, _, 7, EOS], False),
-        ([_, _, _], False),  # another check's affair
+        ([_, _, _], False),  # found by another check
         ([_, EOS, 7], True),
     ],
 )

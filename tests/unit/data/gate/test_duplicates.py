@@ -101,9 +101,9 @@ def test_detection_rate_matches_documented_probability() -> None:
     rows, expected = [], 0
     for seed in range(300):
         base = random_ids(seed, 105)
-        other = base[:-11] + random_ids(5000 + seed, 1)
-        expected += jaccard(base, other) >= SIMILARITY
-        rows += [base, other]
+        similar = base[:-11] + random_ids(5000 + seed, 1)
+        expected += jaccard(base, similar) >= SIMILARITY
+        rows += [base, similar]
     found_rows = {row for row, _ in get_near_pairs(rows)}
     assert expected == 300
     assert len(found_rows) > 0.97 * expected

@@ -61,7 +61,7 @@ def test_only_expected_check_fails(check: str, example: SourceTarget) -> None:
         SourceTarget("if a < b and c > d: print(a & b)", "x<y>z", 0),
         SourceTarget("What is `<br>`?", "A tag: ```html\n<br>\n```", 0),
         SourceTarget("identity<T>(arg: T)", "AT&T; R&D", 0),
-        PlainText("<|im_start|>user\nhello<|im_end|>", 0),  # a text that is rendered already
+        PlainText("<|im_start|>user\nhello<|im_end|>", 0),  # already rendered by a template
         LabeledText("one </s> two", None, "x", 0),
         SourceTarget("Hotel", "Hotel", 0),
         SourceTarget("a\x85b", "c", 0),

@@ -107,10 +107,10 @@ def test_short_texts_with_different_words_are_not_duplicates(pair: tuple[str, st
 
 
 def test_pairs_with_different_prompts_and_answers_are_not_duplicates() -> None:
-    ask = "Is there a method of the series that tells whether all of its strings are {}"
+    question = "Is there a method of the series that tells whether all of its strings are {}"
     rows = [(random_texts(1, 20, i)[0], random_texts(1, 9, i + 50)[0]) for i in range(30)]
-    rows += [(ask.format("decimal"), "It tells whether all are decimal")]
-    rows += [(ask.format("uppercase"), "It tells whether all are uppercase")]
+    rows += [(question.format("decimal"), "It tells whether all are decimal")]
+    rows += [(question.format("uppercase"), "It tells whether all are uppercase")]
     assert get_near_pairs(*(SourceTarget(*row, i) for i, row in enumerate(rows))) == []
     rows[-1] = (rows[-1][0], rows[-2][1])
     assert get_near_pairs(*(SourceTarget(*row, i) for i, row in enumerate(rows))) == [(31, 30)]
@@ -160,9 +160,9 @@ def test_near_duplicates_between_validation_and_training() -> None:
 def test_no_rows_or_no_words_have_no_near_duplicates() -> None:
     assert get_near_pairs() == []
     assert get_near_pairs(PlainText("!", 0), PlainText("?", 1)) == []
-    nothing = make_digests()
-    assert match_training_texts(nothing, make_digests(PlainText("a b c d", 0)))[0].tolist() == []
-    assert match_training_texts(make_digests(PlainText("a b c d", 0)), nothing)[0].tolist() == []
+    no_digests = make_digests()
+    assert match_training_texts(no_digests, make_digests(PlainText("a b c d", 0)))[0].tolist() == []
+    assert match_training_texts(make_digests(PlainText("a b c d", 0)), no_digests)[0].tolist() == []
 
 
 def test_chunked_search_matches_search_in_memory(
@@ -257,22 +257,26 @@ def reference_distance(a: list[int], b: list[int]) -> int:
 def test_edit_distances_match_reference() -> None:
     generator = random.Random(5)
     words = encode_words("house houses huose garden gadren tree 1904 a street")
-    ones = [generator.choices(words, k=generator.randrange(0, 12)) for _ in range(3_000)]
-    others = [generator.choices(words, k=generator.randrange(0, 12)) for _ in ones]
-    for i in range(0, len(ones), 2):  # every second pair is nearly equal
-        others[i] = list(ones[i])
+    first_texts = [generator.choices(words, k=generator.randrange(0, 12)) for _ in range(3_000)]
+    second_texts = [generator.choices(words, k=generator.randrange(0, 12)) for _ in first_texts]
+    for i in range(0, len(first_texts), 2):  # every second pair is nearly equal
+        second_texts[i] = list(first_texts[i])
         for _ in range(generator.randrange(4)):
-            position = generator.randrange(len(others[i]) + 1)
-            others[i][position : position + generator.randrange(3)] = generator.choices(words, k=1)
-    expected = np.array([reference_distance(a, b) for a, b in zip(ones, others, strict=True)])
-    matches = compute_edit_distances(make_batch(*ones), make_batch(*others))
+            position = generator.randrange(len(second_texts[i]) + 1)
+            second_texts[i][position : position + generator.randrange(3)] = generator.choices(
+                words, k=1
+            )
+    expected = np.array(
+        [reference_distance(a, b) for a, b in zip(first_texts, second_texts, strict=True)]
+    )
+    matches = compute_edit_distances(make_batch(*first_texts), make_batch(*second_texts))
     assert set(range(7)) <= set(expected.tolist())
     assert matches[expected <= 6].tolist() == expected[expected <= 6].tolist()
     assert (matches[expected > 6] > 6).all()
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "half_words"),
+    ("first", "second", "half_words"),
     [
         ("a b c d", "a b c d", 0),
         ("a b c d", "a x c d", 2),
@@ -281,19 +285,19 @@ def test_edit_distances_match_reference() -> None:
         ("a b c d", "a b c d e", 2),
         ("a parser reads", "a praser reads", 1),
         ("a parser reads", "a parsre raeds", 2),
-        ("a bad man", "a bda man", 2),  # three letters are too few for a slip
+        ("a bad man", "a bda man", 2),  # three letters are too few for a typo
         ("in 1904 there", "in 1905 there", 2),
     ],
 )
-def test_edit_distance_in_half_words(one: str, other: str, half_words: int) -> None:
-    a, b = make_batch(encode_words(one)), make_batch(encode_words(other))
+def test_edit_distance_in_half_words(first: str, second: str, half_words: int) -> None:
+    a, b = make_batch(encode_words(first)), make_batch(encode_words(second))
     assert compute_edit_distances(a, b).tolist() == [half_words]
     assert compute_edit_distances(b, a).tolist() == [half_words]
 
 
 def test_is_typo() -> None:
-    def is_typo_of(one: str, other: str) -> bool:
-        return bool(is_typo(encode_words(one)[0], encode_words(other)[0]))
+    def is_typo_of(first: str, second: str) -> bool:
+        return bool(is_typo(encode_words(first)[0], encode_words(second)[0]))
 
     assert is_typo_of("argument", "arguement")
     assert is_typo_of("received", "recieved")

@@ -377,10 +377,10 @@ def test_leaked_test_row_is_reported_with_its_line(tmp_path: Path) -> None:
     write = (tmp_path / "train.jsonl").write_text
     write("".join(json.dumps(row) + "\n" for row in rows))
     unusable = {"prompt": "another", "completion": None}
-    other = {"prompt": "something else entirely", "completion": "yes"}
-    lines = "".join(json.dumps(row) + "\n" for row in (unusable, other, rows[3]))
+    unrelated = {"prompt": "something else entirely", "completion": "yes"}
+    lines = "".join(json.dumps(row) + "\n" for row in (unusable, unrelated, rows[3]))
     (tmp_path / "test.jsonl").write_text(lines)
-    found = [f for f in prepare(str(tmp_path), "messages").findings if f.name == "leaked"]
-    assert [(f.split, f.count, f.places) for f in found] == [
+    leaks = [f for f in prepare(str(tmp_path), "messages").findings if f.name == "leaked"]
+    assert [(f.split, f.count, f.places) for f in leaks] == [
         ("test", 1, (f"{tmp_path / 'test.jsonl'}:3",))
     ]

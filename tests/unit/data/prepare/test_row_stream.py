@@ -88,12 +88,12 @@ def test_restored_stream_returns_remaining_rows(step: int, tmp_path: Path) -> No
 def test_rows_of_other_processes_are_skipped(tmp_path: Path) -> None:
     rows = list(map(pair, range(COUNT)))
     all_rows = StreamedRows(prepare(tmp_path / "x.jsonl", rows).stream, 8, 9)
-    other = StreamedRows(prepare(tmp_path / "x.jsonl", rows).stream, 8, 9)
+    sharded_rows = StreamedRows(prepare(tmp_path / "x.jsonl", rows).stream, 8, 9)
     expected = [all_rows[i] for i in range(72)]
-    own = [i for i in range(72) if i % 8 >= 4]
-    assert [other[i] for i in own] == [expected[i] for i in own]
+    own_indices = [i for i in range(72) if i % 8 >= 4]
+    assert [sharded_rows[i] for i in own_indices] == [expected[i] for i in own_indices]
     with pytest.raises(IndexError, match="was taken"):
-        other[3]
+        sharded_rows[3]
 
 
 class Exchange:
@@ -104,8 +104,8 @@ class Exchange:
         self.wait = threading.Barrier(count, timeout=30).wait
 
     def shard(self, rank: int) -> StreamSharding:
-        def exchange(own: Any) -> Any:
-            self.values[rank] = own
+        def exchange(value: Any) -> Any:
+            self.values[rank] = value
             self.wait()
             gathered = list(self.values)
             self.wait()
@@ -149,16 +149,20 @@ def test_processes_share_encoding_and_get_expected_rows(
             if begin:
                 sharded_rows.restore(folder)
             share = step // 2 // len(streams)
-            own = [i for i in range(begin * step, end * step) if i % (step // 2) // share == rank]
-            assert [sharded_rows[i] for i in own] == [expected[i] for i in own]
+            own_indices = [
+                i for i in range(begin * step, end * step) if i % (step // 2) // share == rank
+            ]
+            assert [sharded_rows[i] for i in own_indices] == [expected[i] for i in own_indices]
             if save:
                 folder.mkdir()
                 sharded_rows.save(folder, end)
-            return own
+            return own_indices
 
         with ThreadPoolExecutor(len(streams)) as pool:
             indices = list(pool.map(read_share, range(len(streams))))
-        assert sorted(i for own in indices for i in own) == list(range(begin * step, end * step))
+        assert sorted(i for process_indices in indices for i in process_indices) == list(
+            range(begin * step, end * step)
+        )
 
     run(streams[:count], 0, 60, save=True)
     states = {(tmp_path / f"checkpoint-{rank}" / "stream.json").read_text() for rank in range(3)}

@@ -42,9 +42,9 @@ def test_first_joined_rows_are_proportional() -> None:
 
 
 def test_joining_different_columns_raises() -> None:
-    other = Table([{"content": "x"}], [1], "b.jsonl")
+    other_table = Table([{"content": "x"}], [1], "b.jsonl")
     with pytest.raises(InputError) as error:
-        join_tables([make_table("a", 1), other])
+        join_tables([make_table("a", 1), other_table])
     assert str(error.value) == (
         "b.jsonl: has the columns 'content', and a.jsonl has 'text'. Data sets that are trained on "
         "together need the same columns."
@@ -66,7 +66,7 @@ def test_mixing_shares_without_repeated_rows(sets: list[tuple[int, float]], seed
     mixed, notes = mix_tables(tables, shares, seed)
     texts = [row["text"] for part in mixed for row in part.rows]
     assert len(texts) == len(set(texts))
-    assert any(len(part) == len(given) for part, given in zip(mixed, tables, strict=True))
+    assert any(len(part) == len(table) for part, table in zip(mixed, tables, strict=True))
     for part, share in zip(mixed, shares, strict=True):
         assert abs(len(part) - total * share / sum(shares)) <= 1
     assert len(notes) == 1
@@ -105,7 +105,7 @@ def test_joining_different_label_names_raises() -> None:
     rows = [{"text": "a", "label": 0}]
     first = Table(rows, [1], "one", label_names={"label": ("no", "yes")})
     same = Table(rows, [1], "same", label_names={"label": ("no", "yes")})
-    other = Table(rows, [1], "other", label_names={"label": ("yes", "no")})
+    different = Table(rows, [1], "other", label_names={"label": ("yes", "no")})
     assert join_tables([first, same]).label_names == {"label": ("no", "yes")}
     with pytest.raises(InputError, match=r"^other: the classes of 'label' are yes, no, and those"):
-        join_tables([first, other])
+        join_tables([first, different])

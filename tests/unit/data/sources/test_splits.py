@@ -281,9 +281,9 @@ def load(count: int) -> DatasetSplits:
 
 def test_hold_out_is_a_seeded_partition() -> None:
     splits = load(100)
-    first, repeated, other = (hold_out(splits, 0.1, seed) for seed in (1, 1, 2))
+    first, repeated, other_seed = (hold_out(splits, 0.1, seed) for seed in (1, 1, 2))
     assert first == repeated
-    assert first.validation != other.validation
+    assert first.validation != other_seed.validation
     assert first.validation is not None
     train, num_validation = first.train.lines, first.validation.lines
     assert (len(train), len(num_validation)) == (90, 10)
