@@ -310,9 +310,7 @@ def test_report_command_writes_page(tmp_path: Path, capsys: pytest.CaptureFixtur
         (tmp_path / name).mkdir()
         (tmp_path / name / "summary.json").write_text(json.dumps(SUMMARY))
         lines = "".join(json.dumps(record) + "\n" for record in make_records(9))
-        (tmp_path / name / "metrics.jsonl").write_text(
-            lines + '{"step": 9, "lo'
-        )  # killed while writing
+        (tmp_path / name / "metrics.jsonl").write_text(lines + '{"step": 9, "lo')  # cut off
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     assert run(["report", one, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["page"] == f"{one}/report.html"
