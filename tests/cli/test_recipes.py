@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -64,10 +65,35 @@ per_device_train_batch_size: 16
 num_generations: 8
 use_peft: true
 """
+MS_SWIFT_GRPO = """
+model: some/model
+dataset: some/prompts
+rlhf_type: grpo
+reward_funcs: [accuracy, format]
+per_device_train_batch_size: 8
+max_length: 128
+max_completion_length: 64
+"""
+AXOLOTL_GRPO = """
+base_model: some/model
+datasets: [{path: some/prompts}]
+adapter: lora
+rl: grpo
+trl:
+  num_generations: 4
+  reward_funcs: [scores.short]
+  reward_weights: [1.0]
+micro_batch_size: 8
+"""
 VERL = """
 actor_rollout_ref:
   model: {path: some/model, lora_rank: 16}
-  actor: {clip_ratio: 0.2, clip_ratio_high: 0.28, use_kl_loss: true, kl_loss_coef: 0.001}
+  actor:
+    clip_ratio: 0.2
+    clip_ratio_high: 0.28
+    use_kl_loss: true
+    kl_loss_coef: 0.001
+    ppo_mini_batch_size: 16
   rollout: {n: 4, temperature: 0.8}
 algorithm: {adv_estimator: grpo, norm_adv_by_std_in_grpo: false}
 data: {train_files: [a.parquet], train_batch_size: 64, max_response_length: 256}
@@ -141,7 +167,31 @@ def test_convert_trl_grpo_and_verl(capsys: pytest.CaptureFixture[str]) -> None:
     assert (config.rl.clip, config.rl.scale, config.rl.beta) == ((0.2, 0.28), "none", 0.001)
     assert (config.rl.num_generations, config.rl.temperature) == (4, 0.8)
     assert config.train.per_device_train_batch_size == 64
+    assert (config.data.max_length, config.train.num_train_epochs) == (512 + 256, 30)
+    assert (config.method.kind, config.train.learning_rate) == ("lora", 1e-6)
     assert "verl chooses a function by data_source" in unconverted["reward_model"]
+    assert unconverted.keys() == {"reward_model", "actor_rollout_ref.actor.ppo_mini_batch_size"}
+    full, unconverted = convert(VERL.replace(", lora_rank: 16", "").replace("16", "64"), capsys)
+    assert full.method.kind == "full"
+    assert unconverted.keys() == {"reward_model"}
+    config, unconverted = convert(MS_SWIFT_GRPO, capsys)
+    assert (config.rl.loss, config.rl.beta, config.rl.temperature) == ("grpo", 0.04, 0.9)
+    assert config.data.max_length == 128 + 64
+    assert not unconverted
+    score = re.compile(config.rl.reward[1].removeprefix("regex:")).search
+    assert score("<think>a\nb</think>\n<answer>c\nd</answer>")
+    assert not score("<think>a</think><answer>b</answer> c")
+    Path("scores.py").write_text("def short(completions, **_): ...\n")
+    config, unconverted = convert(AXOLOTL_GRPO, capsys)
+    assert (config.task, config.rl.reward) == ("rl", ("scores.py:short",))
+    assert config.train.per_device_train_batch_size == 2  # prompts, of 4 completions
+    assert unconverted.keys() == {"trl.reward_weights"}
+
+
+def test_reward_without_counterpart_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("theirs.yml").write_text(MS_SWIFT_GRPO.replace("[accuracy, format]", "[cosine]"))
+    assert run(["recipes", "convert", "theirs.yml"]) == 2
+    assert "reward_funcs: 'cosine' has no counterpart" in capsys.readouterr().err
 
 
 def test_list_show_and_copy(capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,6 +68,7 @@ SETTINGS = [
         ["--max-completion-length", "1024"],
         "--max-completion-length 1,024 leaves no room for a prompt: the model has 1,024 positions",
     ),
+    (["--shard", "full"], "--shard full cannot be used with --task rl: each process samples its"),
     (["--loss", "dappo"], "Did you mean 'dapo'"),
     (["--loss", "dpo"], "'dpo' is not known. Expected one of dapo, grpo, dr_grpo, bnpo, rloo"),
     (["--loss", "cispo", "--epsilon", "0.1"], "--epsilon: --loss cispo does not use it"),
@@ -81,7 +82,13 @@ SETTINGS = [
     (["--loss", "dapo", "--importance-sampling-level", "sequence"], "is --loss gspo"),
     (["--reward-weights", "1"], "a weight follows its reward. Write --reward NAME=WEIGHT"),
     (["--reward", "length:9"], "length:9: expected a range of tokens, as in length:20-80"),
-    (["--reward", "regex:("], "regex:(: expected a regular expression; missing )"),
+    (
+        ["--reward", "regex:("],
+        "ftlevel: --reward: regex:(: expected a regular expression; missing )",
+    ),
+    (["--reward", "repetition:0"], "repetition:0: expected a number of words, as in repetition:3"),
+    (["--reward", "exact=0"], "--reward: all weights are 0, so nothing can be learned."),
+    (["--reward", "exact", "--reward", "exact=2"], "--reward: exact is given twice."),
     (["--reward", "rewards.py"], "'rewards.py' names no function. Write rewards.py:FUNCTION"),
     (["--sft-weight", "2"], "--sft-weight: of --task preference, and --task is rl"),
 ]
@@ -156,6 +163,10 @@ def test_models_other_than_decoders_raise() -> None:
     ("arguments", "line"),
     [
         (["--reward", "exact"], "loss: dapo (clip -0.2 +0.28"),
+        (
+            ["--reward", "exact", "--reward", "rewards.py:of_level=0.2"],
+            "reward: exact, of_level (weight 0.2)",
+        ),
         (["--reward", "exact=2", "--loss", "cispo"], "loss: cispo (ratio at most 5"),
         (["--task", "grpo", "--reward", "number"], "loss: grpo (clip -0.2 +0.2"),
         (["--task", "rloo", "--reward", "number"], "loss: rloo (clip -0.2 +0.2"),

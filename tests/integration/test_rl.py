@@ -438,6 +438,17 @@ def test_useless_rewards_raise_before_first_step(
         train(create_config(data, tmp_path / "run", rl))
 
 
+def test_run_without_signal_names_cause(
+    data: Path, tmp_path: Path, tiny_model: dict[str, Any]
+) -> None:
+    rl = {"reward": [f"{data}/rewards.py:same"]}
+    config = create_config(data, tmp_path / "run", rl, model=tiny_model)
+    with pytest.raises(RunError, match="training had no effect") as error:
+        train(config)
+    assert "all completions of each prompt had the same reward" in str(error.value)
+    assert "--learning-rate" not in str(error.value)
+
+
 METHODS: dict[str, dict[str, Any]] = {
     "dora": {"method": {"kind": "lora", "use_dora": True}},
     "qlora": {"method": {"kind": "qlora"}},

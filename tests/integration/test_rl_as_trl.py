@@ -70,6 +70,9 @@ def one(completions, **kwargs):
 def nothing(completions, **kwargs):
     return [None] * len(completions)
 
+def at_step(completions, trainer_state, **kwargs):
+    return [float(trainer_state.global_step)] * len(completions)
+
 def of_messages(completions, prompts, **kwargs):
     assert prompts[0][0]["role"] == "user"
     return [len(completion[0]["content"]) / 100 for completion in completions]
@@ -199,9 +202,13 @@ def test_gradient_checkpointing_gives_same_adapter(data: Path, tmp_path: Path) -
 
 def test_evaluation_during_training(data: Path, tmp_path: Path) -> None:
     evaluate_each_step = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
-    run(data, tmp_path / "run", train=evaluate_each_step, prompts=2, validation_split=0.5)
+    settings: dict[str, Any] = {"train": evaluate_each_step, "prompts": 2, "validation_split": 0.5}
+    _, log = run(data, tmp_path / "run", ("vowels", "at_step=0"), **settings)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    rewards = {r["step"]: r["eval_reward"] for r in map(json.loads, lines) if "eval_reward" in r}
+    evaluations = [record for record in map(json.loads, lines) if "eval_reward" in record]
+    rewards = {record["step"]: record["eval_reward"] for record in evaluations}
+    assert [record["reward_at_step"] for record in log] == [0, 1]
+    assert {record["eval_reward_at_step"] for record in evaluations} == {0}
     assert rewards.keys() == {0, 1, 2}
     assert all(0 <= value <= 1 for value in rewards.values())
 
@@ -215,7 +222,7 @@ def test_prompts_are_reused_for_two_iterations(data: Path, tmp_path: Path) -> No
 
 def test_truncated_completions_are_masked(data: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"mask_truncated_completions": True}
-    with pytest.raises(RunError, match="training had no effect"):
+    with pytest.raises(RunError, match="--mask-truncated-completions excludes them"):
         run(data, tmp_path / "all", max_completion_length=2, **settings)
     log = load_log(tmp_path / "all")
     assert log[0]["truncated"] == 1

@@ -364,7 +364,10 @@ def _invalid_value(key: KeyPath, detail: ErrorDetails, model: type[BaseModel]) -
         case "value_error" if isinstance(value, Mapping):  # inconsistent fields of a section
             return f"{context['error']}."
         case "value_error":
-            return f"{_text(value)}: {context['error']}."
+            error = str(context["error"])
+            items = value if isinstance(value, list | tuple) else ()
+            is_named = any(str(item) in error for item in items)
+            return f"{error}." if is_named else f"{_text(value)}: {error}."
         case _:
             message = detail["msg"][0].lower() + detail["msg"][1:]
             return f"{_text(value)} cannot be used for {'.'.join(key)}: {message}."

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -59,7 +60,7 @@ REWARDS: dict[str, str] = {
     "math": "",
     "choice": "[LABELS]",
     "regex": "PATTERN",
-    "json": "[SCHEMA.json]",
+    "json": "[SCHEMA.json|COLUMN]",
     "rouge": "[rouge1|rouge2|rougeL]",
     "length": "MIN-MAX",
     "format": "think",
@@ -81,6 +82,16 @@ class RewardSpec:
     name: str
     argument: str = ""
     weight: float = 1.0
+
+    @property
+    def short_name(self) -> str:
+        """Name in metrics, without directories; of a function, only the function's name."""
+        if self.kind == "model":
+            return Path(self.name).name
+        if self.kind == "function":
+            return self.argument
+        argument = Path(self.argument).name if self.name == "json" else self.argument
+        return f"{self.name}:{argument}" if argument else self.name
 
 
 _FILE = re.compile(r"(.+\.py):([^:]*)", re.DOTALL)
@@ -124,7 +135,7 @@ def _validate_argument(name: str, argument: str, *, values: bool) -> None:
         expected = "format:think. For other forms: regex:PATTERN"
     elif name == "rouge" and argument not in ("", "rouge1", "rouge2", "rougeL"):
         expected = "rouge1, rouge2 or rougeL"
-    elif name == "repetition" and argument and not argument.isdecimal():
+    elif name == "repetition" and argument and not (argument.isdecimal() and int(argument)):
         expected = "a number of words, as in repetition:3"
     elif name == "regex":
         try:
@@ -273,6 +284,18 @@ class RlConfig(Section):
         return [parse_reward(text) for text in self.reward]
 
     @property
+    def reward_names(self) -> list[str]:
+        """Names of the rewards in metrics: without directories, and with a file only if needed."""
+        specs = self.rewards
+        names = [spec.short_name for spec in specs]
+        return [
+            f"{Path(spec.name).stem}.{name}"
+            if spec.kind == "function" and names.count(name) > 1
+            else name
+            for spec, name in zip(specs, names, strict=True)
+        ]
+
+    @property
     def scale(self) -> Scale:
         """Standard deviation that divides advantages: the setting, or the default of the loss."""
         return self.scale_rewards or self.loss_properties.scale
@@ -325,6 +348,8 @@ def validate_rl(config: Any) -> Iterator[str]:
             f"({join_names([n for n in REWARDS if n != 'exact'], 20)}), FILE.py:FUNCTION, or the "
             "run of a reward model; or --teacher MODEL."
         )
+    else:
+        yield from _validate_weights(rl)
     if rl.num_generations == 1 and rl.loss != "reinforce++" and not is_distilled:
         yield (
             "--num-generations 1: a completion is compared with the others of its prompt. Use 2 or "
@@ -347,6 +372,17 @@ def validate_rl(config: Any) -> Iterator[str]:
     if rl.rollouts is not None:
         yield from _validate_sampling_server(config)
     yield from _validate_sections(config)
+
+
+def _validate_weights(rl: RlConfig) -> Iterator[str]:
+    if not any(spec.weight for spec in rl.rewards):
+        yield "--reward: all weights are 0, so nothing can be learned. Use another weight."
+    names = rl.reward_names
+    if doubled := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        yield (
+            f"--reward: {join_names(doubled)} is given twice. Give each reward once, with the sum "
+            "of the weights; functions need different names or files."
+        )
 
 
 def _validate_sampling_server(config: Any) -> Iterator[str]:

@@ -32,13 +32,16 @@ from ftlevel.tasks.base import OutputOptions
 from ftlevel.tasks.preferences.formats import LabeledCompletion
 from ftlevel.tasks.rl.losses import combine_rewards
 from ftlevel.tasks.rl.rewards import Prompt, Rewards
-from ftlevel.tasks.rl.rows import ANSWER, UNKNOWN, CompletionRow, TokenLogps, create_completion_row
+from ftlevel.tasks.rl.rows import UNKNOWN, CompletionRow, TokenLogps, create_completion_row
 from ftlevel.trained.generation import GenerationOptions, stop_ids
 from ftlevel.trained.model_ref import PLAIN, LoadedModel, ModelRef
 from ftlevel.trained.resolve import compute_fingerprint, resolve_model, resolve_reference
 
 EVAL_STEP = 1 << 40
 """Step of the random numbers of evaluations, which are the same before and after training."""
+
+BEFORE = EVAL_STEP - 1
+"""Step of the random numbers of the check before training."""
 
 
 @dataclass
@@ -206,7 +209,7 @@ class Rollouts:
                 where=[self._get_position(row.row) for row in row_of_completion]
                 if self._get_position
                 else (),
-                step=step,
+                step=0 if step >= BEFORE else step,
             )
         num_functions = len(self.rewards.names) if self.rewards is not None else 0
         values = np.array(
@@ -300,8 +303,7 @@ def open_rewards(
         config, partial(open_reward_model, device=device), opens_think=end.endswith("<think>")
     )
     rewards.check_columns(rows[0].columns)
-    answers = [row.columns.get(ANSWER) for row in rows]
-    rewards.check_answers(answers, lambda at: get_position(rows[at].row))
+    rewards.check_rows([row.columns for row in rows], lambda at: get_position(rows[at].row))
     return rewards
 
 

@@ -27,7 +27,9 @@ class Spec(Protocol):
         """Text after the colon, such as a pattern; "" without one."""
 
 
-Reward = Callable[[str, Sequence[int], Any], float]
+Reward = Callable[[str, Sequence[int], Mapping[str, Any]], float]
+"""(completion, its token ids, columns of its row) → score."""
+_AnswerReward = Callable[[str, Sequence[int], Any], float]
 """(completion, its token ids, value of the answer column or None) → score."""
 MAX_CHARACTERS = 200_000
 """Maximum length of a completion that is scored; longer ones score 0."""
@@ -40,7 +42,9 @@ def create_reward(spec: Spec, *, opens_think: bool = False) -> Reward:
     an invalid JSON schema.
     """
     value = spec.argument
-    builders: dict[str, Callable[[], Reward]] = {
+    if column := get_schema_column(spec):
+        return _schema_column_reward(column)
+    builders: dict[str, Callable[[], _AnswerReward]] = {
         "exact": lambda: (
             lambda text, _, reference: float(_visible(text).strip() == _final(reference))
         ),
@@ -55,11 +59,34 @@ def create_reward(spec: Spec, *, opens_think: bool = False) -> Reward:
         "format": lambda: _think_reward(opens_think=opens_think),
         "repetition": lambda: _repetition_reward(int(value or "3")),
     }
-    return builders[spec.name]()
+    reward = builders[spec.name]()
+    return lambda text, ids, row: reward(text, ids, row.get("answer"))
 
 
 REFERENCE_REWARDS = ("exact", "contains", "number", "math", "choice", "rouge")
 """Rewards that compare with the answer column."""
+
+
+def get_schema_column(spec: Spec) -> str:
+    """Returns the column with JSON schemas of the reward `json:COLUMN`; "" for other rewards."""
+    is_column = spec.name == "json" and not spec.argument.endswith(".json")
+    return spec.argument if is_column else ""
+
+
+def get_columns(spec: Spec) -> list[str]:
+    """Returns the columns that the built-in reward `spec` requires."""
+    column = get_schema_column(spec)
+    return ["answer"] if spec.name in REFERENCE_REWARDS else [column] if column else []
+
+
+def check_row(spec: Spec, row: Mapping[str, Any]) -> str:
+    """Returns why the reward `spec` cannot score completions of `row`; "" if it can."""
+    if column := get_schema_column(spec):
+        try:
+            _validator(row.get(column))
+        except ValueError as error:
+            return f"the column {column!r} has {_shown(row.get(column))}: {error}"
+    return check_reference(spec, row.get("answer"))
 
 
 def check_reference(spec: Spec, reference: Any) -> str:
@@ -126,7 +153,7 @@ def last_number(text: str) -> Decimal | None:
     return -value if result[1] in ("-", "−") else value
 
 
-def _number_reward(tolerance: Decimal) -> Reward:
+def _number_reward(tolerance: Decimal) -> _AnswerReward:
     def score(text: str, _: Sequence[int], reference: Any) -> float:
         got, expected = last_number(_visible(text)), last_number(_final(reference))
         return float(got is not None and expected is not None and abs(got - expected) <= tolerance)
@@ -151,7 +178,7 @@ def _parse_math(text: str, *, gold: bool = False) -> list[Any]:
     return result
 
 
-def _math_reward() -> Reward:
+def _math_reward() -> _AnswerReward:
     try:
         from math_verify import verify
     except ImportError:
@@ -180,7 +207,7 @@ def _label_of(reference: Any, labels: Sequence[str]) -> str | None:
     return next((label for label in labels if label.casefold() == final), None)
 
 
-def _choice_reward(labels: Sequence[str]) -> Reward:
+def _choice_reward(labels: Sequence[str]) -> _AnswerReward:
     letters = all(len(label) == 1 for label in labels)
     flags = 0 if letters else re.IGNORECASE  # "a" is a word
     any_of = "|".join(re.escape(label) for label in sorted(labels, key=len, reverse=True))
@@ -200,7 +227,7 @@ def _choice_reward(labels: Sequence[str]) -> Reward:
     return score
 
 
-def _regex_reward(pattern: str) -> Reward:
+def _regex_reward(pattern: str) -> _AnswerReward:
     compiled = re.compile(pattern)
     return lambda text, _ids, _reference: float(compiled.search(text) is not None)
 
@@ -245,7 +272,16 @@ def _same(one: Any, two: Any) -> bool:
     )
 
 
-def _json_reward(schema_file: str) -> Reward:
+def _schema_column_reward(column: str) -> Reward:
+    _validator({})  # fails if jsonschema is not installed
+
+    def score(text: str, _: Sequence[int], row: Mapping[str, Any]) -> float:
+        return _score_json(text, row.get("answer"), _validator(row.get(column)))
+
+    return score
+
+
+def _json_reward(schema_file: str) -> _AnswerReward:
     """Returns a reward: the ratio of fields equal to the answer's, or 0 for invalid JSON."""
     validator = None
     if schema_file:
@@ -254,16 +290,17 @@ def _json_reward(schema_file: str) -> Reward:
         except OSError as error:
             raise ValueError(f"json:{schema_file} cannot be read ({error.strerror})") from None
 
-    def score(text: str, _: Sequence[int], reference: Any) -> float:
-        try:
-            got = parse_strict_json(_visible(text))
-        except ValueError:
-            return 0.0
-        if validator is not None and not validator.is_valid(got):
-            return 0.0
-        return 1.0 if reference is None else _compute_match_ratio(got, reference)
+    return lambda text, _, reference: _score_json(text, reference, validator)
 
-    return score
+
+def _score_json(text: str, reference: Any, validator: Any) -> float:
+    try:
+        got = parse_strict_json(_visible(text))
+    except ValueError:
+        return 0.0
+    if validator is not None and not validator.is_valid(got):
+        return 0.0
+    return 1.0 if reference is None else _compute_match_ratio(got, reference)
 
 
 def _compute_match_ratio(got: Any, reference: Any) -> float:
@@ -280,6 +317,10 @@ def _compute_match_ratio(got: Any, reference: Any) -> float:
 
 
 def _validator(schema: Any) -> Any:
+    """Returns a validator of `schema`, an object or JSON text; may raise `ValueError`."""
+    schema = parse_strict_json(schema) if isinstance(schema, str) else schema
+    if not isinstance(schema, Mapping | bool):
+        raise ValueError("not a JSON schema (expected an object)")
     try:
         from jsonschema import SchemaError  # type: ignore[import-untyped]
         from jsonschema.validators import validator_for  # type: ignore[import-untyped]
@@ -296,14 +337,14 @@ def _validator(schema: Any) -> Any:
     return kind(schema)
 
 
-def _rouge_reward(name: str) -> Reward:
+def _rouge_reward(name: str) -> _AnswerReward:
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer([name], use_stemmer=True)
     return lambda text, _, reference: scorer.score(_final(reference), _visible(text))[name].fmeasure
 
 
-def _length_reward(argument: str) -> Reward:
+def _length_reward(argument: str) -> _AnswerReward:
     low, high = map(int, argument.split("-"))
 
     def score(_text: str, ids: Sequence[int], _reference: Any) -> float:
@@ -313,7 +354,7 @@ def _length_reward(argument: str) -> Reward:
     return score
 
 
-def _think_reward(*, opens_think: bool) -> Reward:
+def _think_reward(*, opens_think: bool) -> _AnswerReward:
     def score(text: str, _ids: Sequence[int], _reference: Any) -> float:
         whole = f"<think>{text}" if opens_think else text
         thought, closed, after = whole.partition("</think>")
@@ -323,15 +364,10 @@ def _think_reward(*, opens_think: bool) -> Reward:
     return score
 
 
-def _repetition_reward(size: int) -> Reward:
+def _repetition_reward(size: int) -> _AnswerReward:
     def score(text: str, _ids: Sequence[int], _reference: Any) -> float:
         tokens = text.split()
         grams = [tuple(tokens[at : at + size]) for at in range(len(tokens) - size + 1)]
         return len(set(grams)) / len(grams) if grams else 1.0
 
     return score
-
-
-def get_reference(columns: Mapping[str, Sequence[Any]], index: int) -> Any:
-    """Returns the answer of row `index`; None without such a column."""
-    return columns["answer"][index] if "answer" in columns else None

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any, TextIO
 
-from ftlevel.rewards import MAX_CHARACTERS, check_reference, create_reward, get_reference
+from ftlevel.rewards import MAX_CHARACTERS, check_row, create_reward
 
 SECONDS = 5.0
 """Maximum time of a built-in reward for one completion, which then scores 0."""
@@ -120,13 +120,13 @@ class Worker:
         return {"signatures": self.signatures, "problems": problems}
 
     def check(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns row and reason of the first answer that a built-in reward rejects, if any."""
+        """Returns index and reason of the first row that a built-in reward rejects, if any."""
         for spec in self.specs:
             if spec.kind != "builtin":
                 continue
-            for row, answer in enumerate(request["answers"]):
-                if reason := check_reference(spec, answer):
-                    return {"row": row, "reason": f"--reward {spec.text}: {reason}"}
+            for index, row in enumerate(request["rows"]):
+                if reason := check_row(spec, row):
+                    return {"row": index, "reason": f"--reward {spec.text}: {reason}"}
         return {"row": None, "reason": ""}
 
     def score(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,7 +145,8 @@ class Worker:
                 continue
             _start_timer(seconds)
             try:
-                scores.append(float(reward(text, ids, get_reference(batch["columns"], at))))
+                row = {name: values[at] for name, values in batch["columns"].items()}
+                scores.append(float(reward(text, ids, row)))
             except (_SlowError, RecursionError, OverflowError, MemoryError):
                 scores.append(0.0)
             finally:
@@ -188,7 +189,7 @@ class Worker:
             if inspect.isawaitable(result):
                 result = asyncio.run(_awaited(result))
             return _checked(result, len(batch["texts"]))
-        except Exception as error:  # noqa: BLE001 - any failure of the user's code
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - any failure of the user's code
             return None, _describe(error, str(Path(spec.name).resolve()))
 
 

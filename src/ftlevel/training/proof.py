@@ -71,9 +71,17 @@ class BaseState:
 
 
 def verify_run(
-    model: PreparedModel, run: Run, output_dir: RunDirectory, gradients: GradientMonitor
+    model: PreparedModel,
+    run: Run,
+    output_dir: RunDirectory,
+    gradients: GradientMonitor,
+    why_no_effect: str = "",
 ) -> Proof:
-    """Compare the files saved in `output_dir` with the trained model; RunError if they differ."""
+    """Compare the files saved in `output_dir` with the trained model.
+
+    Raises RunError if they differ, or if training changed nothing; `why_no_effect` is the cause in
+    this case, if known.
+    """
     inputs = create_check_inputs(run)
     result = check_saved(
         model.model,
@@ -83,6 +91,7 @@ def verify_run(
         is_base_modified=METHODS[run.config.method.kind].initialization.rewrites_base(
             run.config.method
         ),
+        why_no_effect=why_no_effect,
     )
     return create_proof(result, inputs, gradients)
 
@@ -161,6 +170,7 @@ def check_saved(
     inputs: CheckInputs,
     *,
     is_base_modified: bool = False,
+    why_no_effect: str = "",
 ) -> CheckResult:
     """Load the files at `path` onto the base and compare the result with `trained`, left unchanged.
 
@@ -177,7 +187,7 @@ def check_saved(
     before, saved_logits = logits
     max_diff = (saved_logits - after).abs().max().item()
     effect = (after - before).abs().max().item()
-    check_logits(path, max_diff, effect, bound_of(after, inputs))
+    check_logits(path, max_diff, effect, bound_of(after, inputs), why_no_effect)
     return frozen, max_diff, effect
 
 
@@ -186,7 +196,9 @@ def bound_of(logits: Tensor, inputs: CheckInputs) -> float:
     return logits.abs().max().item() * (1e-5 if inputs.dtype == "float32" else 1e-2)
 
 
-def check_logits(path: Path, max_diff: float, effect: float, bound: float) -> None:
+def check_logits(
+    path: Path, max_diff: float, effect: float, bound: float, why_no_effect: str = ""
+) -> None:
     """Raise RunError if `max_diff` exceeds `bound`, or if `effect` is zero.
 
     Logit differences: `max_diff` of saved and trained, `effect` of trained and initial model.
@@ -200,7 +212,7 @@ def check_logits(path: Path, max_diff: float, effect: float, bound: float) -> No
     if effect == 0:
         raise RunError(
             f"training had no effect: logits with and without the trained weights are equal. Do "
-            f"not use {path}. Train longer, or raise --learning-rate."
+            f"not use {path}. {why_no_effect or 'Train longer, or raise --learning-rate.'}"
         )
 
 

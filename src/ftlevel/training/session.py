@@ -81,7 +81,7 @@ from ftlevel.training.resume import (
     open_or_resume,
     store_base,
 )
-from ftlevel.training.rl.checks import check_before
+from ftlevel.training.rl.checks import check_before, get_no_effect_cause
 from ftlevel.training.saving import WaitForHashes, check_disk_space, explain_disk_errors
 from ftlevel.training.sharding import (
     check_can_shard,
@@ -236,8 +236,7 @@ def resolve_job(
     def resolve_locally() -> tuple[Run, MemoryEstimate]:
         run, memory = _resolve(inputs, listener, processes.count, try_method=dry_run)
         processes.select_device(run.model.device)
-        if not dry_run:
-            check_can_shard(run, processes.count)
+        check_can_shard(run, None if dry_run else processes.count)
         return run, memory
 
     run, memory = processes.in_all(resolve_locally)
@@ -374,7 +373,8 @@ class TrainingSession:
             if self.is_sharded:
                 logits = self.initial_logits
                 return verify_sharded_run(model, run, output_dir, gradients, processes, logits)
-            return verify_run(model, run, output_dir, gradients)
+            why_no_effect = get_no_effect_cause(run.config.rl, self.callbacks.report.records)
+            return verify_run(model, run, output_dir, gradients, why_no_effect)
 
     def report(self, proof: Proof) -> Mapping[str, Any]:
         """Write and show the results of the run; returns the contents of summary.json."""

@@ -294,8 +294,11 @@ def compare_weights(model: Any, directory: Path) -> float:
     return max_diff
 
 
-def check_can_shard(run: Run, count: int) -> None:
-    """Raise ConfigError with all reasons why the run does not support `--shard`."""
+def check_can_shard(run: Run, count: int | None) -> None:
+    """Raise ConfigError with all reasons why the run does not support `--shard`.
+
+    `count` is the number of processes; None if unknown.
+    """
     if run.config.train.shard == "none":
         return
     flag, method, problems = f"--shard {run.config.train.shard}", run.config.method, []

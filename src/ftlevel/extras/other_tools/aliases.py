@@ -258,8 +258,8 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
     *_flags("--use-dft-loss --enable-dft-loss --use-eaft-loss",
             "the loss is cross-entropy over the answers' tokens. Drop it."),
     *_flags("--max-prompt-length",
-            "--max-length is that of a prompt with its answer, or with --task rl of a prompt. Use "
-            "that."),
+            "--max-length is that of a prompt with its answer, or with --task rl with its longest "
+            "completion. Use that."),
     *_flags("--top-k", _SAMPLED,
             dict.fromkeys(("0", "-1"), NoOpValue("tokens are drawn from the whole vocabulary"))),
     *_flags("--min-p", _SAMPLED, {"0": NoOpValue("tokens are drawn from the whole vocabulary"),
@@ -290,7 +290,7 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
             {"false": NoOpValue("the model is sampled here")}),
     *_flags("--use-hf", "models and data come from the Hugging Face Hub. Drop it."),
     *_flags("--config", "ftlevel train FILE reads a recipe; ftlevel recipes convert FILE converts "
-            "files of Axolotl, LLaMA-Factory, TRL or ms-swift."),
+            "files of Axolotl, LLaMA-Factory, ms-swift, TRL or verl."),
     *_flags("--merge-lora", "use ftlevel merge RUN after training. Drop it."),
     *_flags("--include-num-input-tokens-seen",
             "the tokens of a run are always counted in summary.json. Drop it.",

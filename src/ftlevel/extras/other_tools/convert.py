@@ -1,4 +1,4 @@
-"""Convert configuration files of Axolotl, LLaMA-Factory, ms-swift and TRL to recipes."""
+"""Convert configuration files of Axolotl, LLaMA-Factory, ms-swift, TRL and verl to recipes."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _resolve(typed: dict[str, list[str]], lost: dict[str, str]) -> TrainConfig:
             None,
         )
         if key is None:
-            raise error
+            raise ConfigError([*error.problems, *(f"{k}: {reason}" for k, reason in lost.items())])
         lost[key] = _reason(error)
         del typed[key]
     for line in notes:
@@ -133,6 +133,9 @@ _OF_A_SET = {
 }
 
 
+_AXOLOTL_FLAGS = {"rl": "--stage", "rl_beta": "--beta"}
+
+
 def convert_keys(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     """Yields (key, command-line arguments) of another tool's file; no arguments if unsupported."""
     if "actor_rollout_ref" in values:
@@ -148,6 +151,11 @@ def convert_keys(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
         elif key in ("evals_per_epoch", "saves_per_epoch") and _is_often(value):
             share = 1 / (float(value) * float(values.get("num_epochs") or 1))
             yield key, [f"--{key[:4]}-steps", f"{share:g}"]
+        elif key in _AXOLOTL_FLAGS:
+            yield key, [_AXOLOTL_FLAGS[key], str(value)]
+        elif key == "trl" and isinstance(value, Mapping):
+            for name, setting in value.items():
+                yield f"trl.{name}", [f"--{name}", *_words(setting)]
         elif isinstance(value, Mapping) or _is_nested(value):
             yield key, []
         else:

@@ -6,10 +6,11 @@ Their defaults for a loss differ from its paper, and their batch sizes count com
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from ftlevel.config.rl import RL_LOSSES, RL_TASK, RlConfig
-from ftlevel.errors import ConfigError
+from ftlevel.config.rl import REWARDS, RL_LOSSES, RL_TASK, RlConfig
+from ftlevel.errors import ConfigError, join_names
 
 _MARKS = {
     "--loss-type": "TRL",
@@ -25,6 +26,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 REWARD_FUNCS = {
     **dict.fromkeys(("accuracy_reward", "trl.rewards.accuracy_reward", "accuracy"), "math"),
     **dict.fromkeys(("think_format_reward", "trl.rewards.think_format_reward"), "format:think"),
+    "format": r"regex:(?s)\A<think>.*?</think>\s*<answer>.*?</answer>\Z",
 }
 """Reward function of TRL or ms-swift → built-in reward."""
 
@@ -33,11 +35,15 @@ def parse_reward_funcs(text: str) -> str:
     """Convert comma-separated reward functions to repeated `--reward` settings."""
     result = []
     for name in filter(None, map(str.strip, text.split(","))):
+        module, _, function = name.rpartition(".")
+        file = f"{module.replace('.', '/')}.py"
         reward = REWARD_FUNCS.get(name, name if name.count(".py:") == 1 or "/" in name else "")
+        if not reward and Path(file).is_file():
+            reward = f"{file}:{function}"
         if not reward:
             raise ValueError(
-                f"{name!r} has no counterpart. Built in: {', '.join(REWARD_FUNCS.values())}, "
-                "…; a function is named by its file: --reward FILE.py:FUNCTION"
+                f"{name!r} has no counterpart. Built in: {join_names(REWARDS, 20)}; a function is "
+                "named by its file: --reward FILE.py:FUNCTION"
             )
         result.append(reward)
     return " --reward ".join(result)
@@ -50,7 +56,6 @@ _VERL = {
     "actor_rollout_ref.model.lora_alpha": "lora-alpha",
     "data.train_files": "dataset",
     "data.val_files": "validation-file",
-    "data.max_prompt_length": "max-length",
     "data.max_response_length": "max-completion-length",
     "data.train_batch_size": "batch-size",
     f"{_ROLLOUT}n": "num-generations",
@@ -64,6 +69,24 @@ _VERL = {
     "trainer.total_training_steps": "max-steps",
 }
 """Key of verl → flag of the same meaning; verl's batch counts prompts too."""
+_VERL_DEFAULTS: dict[str, Any] = {
+    "data.max_prompt_length": 512,
+    "data.max_response_length": 512,
+    "data.train_batch_size": 1024,
+    f"{_ACTOR}optim.lr": 1e-6,
+    "trainer.total_epochs": 30,
+}
+_VERL_OTHER = (
+    "data.max_prompt_length",
+    "algorithm.adv_estimator",
+    "algorithm.norm_adv_by_std_in_grpo",
+    f"{_ACTOR}loss_agg_mode",
+    f"{_ACTOR}policy_loss.loss_mode",
+    f"{_ACTOR}use_kl_loss",
+    f"{_ACTOR}kl_loss_coef",
+    f"{_ACTOR}clip_ratio",
+)
+"""Keys that `convert_verl` reads in another way."""
 _VERL_LOSSES = {
     "token-mean": "dapo",
     "seq-mean-token-mean": "grpo",
@@ -77,7 +100,7 @@ _VERL_LOSSES = {
 
 def convert_verl(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     """Yields (key, command-line arguments) of a verl configuration; no arguments if unsupported."""
-    keys = dict(_flatten(values, ""))
+    keys = {**_VERL_DEFAULTS, **dict(_flatten(values, ""))}
     yield "task", ["--task", "rl"]
     yield "reward_model", ["--reward", "number"]
     mode = keys.get(f"{_ACTOR}loss_agg_mode", "token-mean")
@@ -90,6 +113,13 @@ def convert_verl(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
         yield "algorithm.norm_adv_by_std_in_grpo", scale
     if keys.get(f"{_ACTOR}use_kl_loss"):
         yield f"{_ACTOR}kl_loss_coef", ["--beta", str(keys.get(f"{_ACTOR}kl_loss_coef", 0.001))]
+    if not keys.get("actor_rollout_ref.model.lora_rank"):
+        yield "actor_rollout_ref.model.lora_rank", ["--method", "full"]
+    length = int(keys["data.max_prompt_length"]) + int(keys["data.max_response_length"])
+    yield "data.max_prompt_length", ["--max-length", str(length)]
+    batch = f"{_ACTOR}ppo_mini_batch_size"
+    if keys.get(batch) == keys["data.train_batch_size"]:  # one optimizer step per rollout
+        del keys[batch]
     low = keys.get(f"{_ACTOR}clip_ratio", 0.2)
     keys.setdefault(f"{_ACTOR}clip_ratio_low", low)
     keys.setdefault(f"{_ACTOR}clip_ratio_high", low)
@@ -98,6 +128,7 @@ def convert_verl(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
         if value not in (None, 0, []):
             texts = map(str, value) if isinstance(value, list) else [str(value)]
             yield key, [f"--{flag}", ",".join(texts)]
+    yield from ((key, []) for key in keys if key not in _VERL and key not in _VERL_OTHER)
 
 
 def _flatten(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -147,6 +178,13 @@ def complete_flags(task: str, values: dict[str, Any], typed: Mapping[str, str]) 
         keep("scale_rewards", "group", "Dr. GRPO divides by no standard deviation")
     if rl.get("beta") and "use_bias_correction_kl" not in rl and tool == "TRL":
         keep("use_bias_correction_kl", True, "the KL term is multiplied by the ratio")
+    data, completion = values.get("data", {}), rl.get("max_completion_length", 512)
+    if tool == "ms-swift" and (prompt := str(data.get("max_length", ""))).isdecimal():
+        data["max_length"] = int(prompt) + completion
+        lines.append(
+            f"--max-length {data['max_length']}: ms-swift counts {prompt} tokens of the prompt "
+            f"only, and ftlevel also the {completion} of the completion"
+        )
     return lines + _batch(values, rl, tool)
 
 

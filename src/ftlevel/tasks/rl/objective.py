@@ -146,7 +146,7 @@ class RewardMeter:
     @staticmethod
     def names(config: RlConfig) -> tuple[str, ...]:
         """Returns the names of the metrics; `reward` is the mean over all completions."""
-        functions = [f"reward_{spec}" for spec in reward_names(config)]
+        functions = [f"reward_{spec}" for spec in config.reward_names]
         own = functions if len(functions) > 1 else []
         passes = [f"pass@{k}" for k in pass_counts(config.num_generations) if functions]
         return ("reward", *own, *passes, "length", "truncated")
@@ -171,7 +171,7 @@ class RewardMeter:
         scored = [part[~np.isnan(part[:, 0])] for part in self._seen]
         scored = [part for part in scored if len(part)]
         found = {"reward": _mean([part[:, 0].mean() for part in scored])}
-        functions = reward_names(self._config)
+        functions = self._config.reward_names
         if len(functions) > 1:
             for at, name in enumerate(functions):
                 scores = [part[:, 3 + at] for part in self._seen]
@@ -192,18 +192,6 @@ class RewardMeter:
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
         rewards = [round(float(value), 4) for part in self._seen for value in part[:, 0]]
         return {"predicted": self._texts[0] if self._texts else "", "rewards": rewards}
-
-
-def reward_names(config: RlConfig) -> list[str]:
-    """Returns the names of the rewards in metrics; functions are named without their file."""
-    return [
-        spec.argument
-        if spec.kind == "function"
-        else f"{spec.name}:{spec.argument}"
-        if spec.argument
-        else spec.name
-        for spec in config.rewards
-    ]
 
 
 def pass_counts(completions: int) -> list[int]:

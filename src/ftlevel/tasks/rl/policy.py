@@ -112,21 +112,31 @@ class RlTask(TextTask):
         else:
             parts = [clip, f"advantages over {config.scale} deviation"]
         parts += [f"beta {config.beta:g}"] if config.beta else []
+        weights = [
+            f"{name} (weight {spec.weight:g})" if spec.weight != 1 else name
+            for name, spec in zip(config.reward_names, config.rewards, strict=True)
+        ]
         sampled = (
             f"{config.num_generations} completions of at most "
             f"{config.max_completion_length:,} tokens a prompt"
         )
         return [
             Choice("tokens", f"{data_info['tokens']:,} in prompts"),
+            *([Choice("reward", ", ".join(weights))] if weights else []),
             Choice("loss", config.loss, ", ".join(parts)),
             Choice("rollouts", sampled, f"temperature {config.temperature:g}"),
         ]
 
 
 def _absolute(spec: RewardSpec) -> str:
-    if spec.kind != "function":
-        return spec.text
-    return f"{Path(spec.name).resolve()}:{spec.argument}={spec.weight:g}"
+    """Returns `spec` as a value of `--reward` that does not depend on the working directory."""
+    if spec.kind == "function":
+        return f"{Path(spec.name).resolve()}:{spec.argument}={spec.weight!r}"
+    if spec.kind == "model" and Path(spec.name).expanduser().exists():
+        return f"{Path(spec.name).expanduser().resolve()}={spec.weight!r}"
+    if spec.name == "json" and spec.argument.endswith(".json"):
+        return f"json:{Path(spec.argument).resolve()}={spec.weight!r}"
+    return spec.text
 
 
 _TEXT = next(task for task in TEXT_TASKS if task.name == "text-generation")

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from ftlevel.config.rl import RewardSpec, RlConfig
 from ftlevel.errors import ConfigError, RunError, did_you_mean, join_names
-from ftlevel.rewards import REFERENCE_REWARDS
+from ftlevel.rewards import get_columns
 
 START_SECONDS = 300.0
 """Time limit for starting the worker and importing the files of reward functions."""
@@ -94,13 +94,14 @@ class Rewards:
         there = list(columns)
         problems = []
         for spec, needs in zip(self.specs, self._needs, strict=True):
-            is_compared = spec.kind == "builtin" and spec.name in REFERENCE_REWARDS
-            for name in ["answer"] if is_compared else needs:
+            for name in get_columns(spec) if spec.kind == "builtin" else needs:
                 if name not in there:
                     advice = (
                         "Name it: --map answer=COLUMN, e.g. answer=completion."
                         if name == "answer"
-                        else ("Add the column, or give the argument a default.")
+                        else "Add the column."
+                        if spec.kind == "builtin"
+                        else "Add the column, or give the argument a default."
                     )
                     problems.append(
                         f"--reward {spec.text} needs a column {name!r}, and the rows have "
@@ -109,9 +110,11 @@ class Rewards:
         if problems:
             raise ConfigError(problems)
 
-    def check_answers(self, answers: Sequence[Any], where: Callable[[int], str]) -> None:
-        """Raise `ConfigError`, naming `where(row)`, if a built-in reward cannot use an answer."""
-        found = self._request({"do": "check", "answers": list(answers)}, START_SECONDS)
+    def check_rows(self, rows: Sequence[Mapping[str, Any]], where: Callable[[int], str]) -> None:
+        """Raise `ConfigError`, naming `where(index)`, if a built-in reward cannot use a row."""
+        used = {name for spec in self.specs for name in get_columns(spec)}
+        values = [{name: row.get(name) for name in used} for row in rows]
+        found = self._request({"do": "check", "rows": values}, START_SECONDS)
         if found is None:
             raise ConfigError("the answers could not be checked: the reward process ended.")
         if found["reason"]:

@@ -12,11 +12,10 @@ import torch
 from ftlevel.config.rl import RlConfig
 from ftlevel.config.section import Choice
 from ftlevel.errors import RunError
-from ftlevel.evaluation.rollouts import Group, Rollouts
+from ftlevel.evaluation.rollouts import BEFORE, Group, Rollouts
 from ftlevel.events import Listener
 from ftlevel.models.hardware import trim_heap
 from ftlevel.tasks.rl.losses import GLOBAL, has_spread
-from ftlevel.tasks.rl.objective import reward_names
 from ftlevel.training.rl.step import (
     GroupStatistics,
     compute_metrics,
@@ -26,13 +25,16 @@ from ftlevel.training.rl.step import (
 from ftlevel.training.rl.trainer import RlTrainer, check_sampler
 from ftlevel.training.trainer import FtlevelTrainer
 
-BEFORE = (1 << 40) - 1
-"""Step of the random numbers of the check before training."""
-
 MAX_TRUNCATED = 0.9
 """Share of truncated completions beyond which a run stops."""
 
 _MAX_CHARACTERS = 160  # characters of an example
+
+_NONE_ADVICE = "Return a number for some rows, or add another --reward."
+_EQUAL_ADVICE = (
+    "Use easier prompts, more --num-generations, a supervised run first (--adapter RUN), or a "
+    "reward with steps between 0 and 1."
+)
 
 
 def check_before(trainer: FtlevelTrainer, prompts: Sequence[Any], listener: Listener) -> None:
@@ -53,7 +55,7 @@ def check_before(trainer: FtlevelTrainer, prompts: Sequence[Any], listener: List
     if trainer.rollouts.why_generate:
         message = f"the decoder cannot serve this model: {trainer.rollouts.why_generate}"
         listener.choices("rollouts", [Choice("sampler", "transformers' generate", message)])
-    metrics = compute_metrics(statistics, reward_names(config))
+    metrics = compute_metrics(statistics, config.reward_names)
     local_difference = _compare_logps(trainer, groups)
     logp_differences = processes.all_gather(local_difference)
     mean = max(part[0] for part in logp_differences)
@@ -76,7 +78,7 @@ def preview_rollouts(rollouts: Rollouts, prompts: Sequence[Any]) -> list[Choice]
     config = rollouts.settings
     groups = rollouts(BEFORE, select_prompts(prompts, config.check_groups))
     statistics = [compute_statistics(group, config) for group in groups]
-    metrics = compute_metrics(statistics, reward_names(config))
+    metrics = compute_metrics(statistics, config.reward_names)
     choices = describe(metrics, statistics, groups)
     problem = find_problem(metrics, statistics, config)
     return [*choices, *([Choice("would stop the run", problem)] if problem else [])]
@@ -155,8 +157,8 @@ def find_problem(
         )
     if "reward" not in metrics:
         return (
-            "no reward applies to any of the sampled completions: all scores are None. Return a "
-            "number for some rows, or add another --reward. --check-groups 0 skips this check."
+            "no reward applies to any of the sampled completions: all scores are None. "
+            f"{_NONE_ADVICE} --check-groups 0 skips this check."
         )
     if config.loss in GLOBAL:
         rewards = np.concatenate([group.rewards for group in statistics])
@@ -172,8 +174,27 @@ def find_problem(
         same = f"all completions of a prompt have the same reward (mean {reward:.3f})"
         return (
             f"in all {len(statistics)} sampled groups {same}: these groups have no learning "
-            "signal. Use easier prompts, more --num-generations, a supervised run first (--adapter "
-            "RUN), or a reward with steps between 0 and 1. --check-groups 0 skips this check."
+            f"signal. {_EQUAL_ADVICE} --check-groups 0 skips this check."
+        )
+    return ""
+
+
+def get_no_effect_cause(config: RlConfig, records: Sequence[Mapping[str, Any]]) -> str:
+    """Returns why no logged step of a run had a gradient, with advice; "" if unknown."""
+    sampled = [record for record in records if "truncated" in record]
+    if not sampled:
+        return ""
+    if config.mask_truncated_completions and all(record["truncated"] == 1 for record in sampled):
+        return (
+            f"All completions were cut at {config.max_completion_length:,} tokens, and "
+            "--mask-truncated-completions excludes them. Raise --max-completion-length."
+        )
+    if not any("reward" in record for record in sampled):
+        return f"No reward applied to any completion: all scores were None. {_NONE_ADVICE}"
+    if all(record.get("groups_with_signal") == 0 for record in sampled):
+        return (
+            "In every logged step, all completions of each prompt had the same reward, so there "
+            f"was no gradient. {_EQUAL_ADVICE}"
         )
     return ""
 

@@ -24,7 +24,7 @@ from ftlevel.evaluation.rollouts import Group, Rollouts, compute_token_logps
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.models.hardware import trim_heap
 from ftlevel.tasks.rl.losses import PolicyLoss
-from ftlevel.tasks.rl.objective import PolicyGradient, reward_names
+from ftlevel.tasks.rl.objective import PolicyGradient
 from ftlevel.tasks.rl.rows import CompletionRow, create_completion_row, stand_in_completions
 from ftlevel.training.rl.step import (
     GroupStatistics,
@@ -165,7 +165,7 @@ class RlTrainer(FtlevelTrainer):
     def sample_rollout(self, step: int, prompts: Sequence[Any]) -> Rollout:
         """Returns the rollout for this process's `prompts`, sampled with the current weights."""
         start = time.perf_counter()
-        config, names = self.rl_config, reward_names(self.rl_config)
+        config, names = self.rl_config, self.rl_config.reward_names
         trim_heap()  # holes that activations leave do not fit the sampler's cache
         groups = self._sample(step, prompts)
         sampled = self._gather_statistics(groups)

@@ -72,7 +72,7 @@ SCORES: list[tuple[str, str, Any, float]] = [
 
 
 def score(text: str, completion: str, answer: Any, ids: int = 4, **options: bool) -> float:
-    return create_reward(parse_reward(text), **options)(completion, range(ids), answer)
+    return create_reward(parse_reward(text), **options)(completion, range(ids), {"answer": answer})
 
 
 @pytest.mark.parametrize(("reward", "completion", "answer", "expected"), SCORES)

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from forked import Forked
+from ftlevel.config import DataConfig
 from ftlevel.config.rl import RlConfig
 from ftlevel.errors import ConfigError
+from ftlevel.tasks import TASKS
 from ftlevel.tasks.rl.rewards import RewardError, Rewards
 
 FUNCTIONS = """
@@ -115,7 +117,7 @@ def test_functions_are_called_with_trl_arguments(
     names = ["length", "level_of", "all_arguments", "where_it_applies", "optional", "prints"]
     rewards = resolve_rewards(*(f"{rewards_file}:{name}" for name in names), "exact=0.5")
     rewards.check_columns(COLUMNS)
-    rewards.check_answers(COLUMNS["answer"], str)
+    rewards.check_rows([{"answer": answer} for answer in COLUMNS["answer"]], str)
     assert score(rewards, step=10) == [
         [1.0, 1.0, 11.0, None, 1.0, 1.0, 1.0],
         [2.0, 2.0, 12.0, 0.5, 1.0, 1.0, 0.0],
@@ -264,9 +266,9 @@ def test_missing_columns_raise(rewards_file: str, resolve_rewards: Callable[...,
 
 def test_invalid_reference_answer_raises_with_row(resolve_rewards: Callable[..., Rewards]) -> None:
     rewards = resolve_rewards("number")
-    rewards.check_answers(["#### 1", 2, 3.5], str)
+    rewards.check_rows([{"answer": answer} for answer in ("#### 1", 2, 3.5)], str)
     with pytest.raises(ConfigError, match=r"rows.jsonl:2: --reward number: the answer 'b' has no"):
-        rewards.check_answers(["1", "b"], lambda row: f"rows.jsonl:{row + 1}")
+        rewards.check_rows([{"answer": "1"}, {"answer": "b"}], lambda row: f"rows.jsonl:{row + 1}")
 
 
 def test_backtracking_pattern_scores_zero_in_time(resolve_rewards: Callable[..., Rewards]) -> None:
@@ -301,6 +303,21 @@ def test_close_stops_worker(resolve_rewards: Callable[..., Rewards]) -> None:
     assert score(rewards) == [[1.0], [0.0], [1.0]]  # the worker restarts on demand
 
 
+def test_json_schema_per_row(resolve_rewards: Callable[..., Rewards]) -> None:
+    rewards = resolve_rewards("json:form")
+    schemas = [{"required": ["a"]}, '{"required": ["b"]}', {}]
+    rewards.check_columns(["form"])
+    rewards.check_rows([{"form": schema} for schema in schemas], str)
+    columns = {"form": schemas, "answer": [None, None, {"a": 1, "b": 2}]}
+    scores = rewards.score(["p"] * 3, ['{"a": 1}'] * 3, [[1]] * 3, columns)
+    assert scores == [[1.0], [0.0], [0.5]]
+    for schema in (None, "{", {"type": "no such type"}):
+        with pytest.raises(ConfigError, match="2: --reward json:form: the column 'form' has"):
+            rewards.check_rows([{"form": {}}, {"form": schema}], lambda row: str(row + 1))
+    with pytest.raises(ConfigError, match=r"needs a column 'form', .* Add the column\.$"):
+        rewards.check_columns(["answer"])
+
+
 class LengthReward:
     fingerprint = "constant"
 
@@ -317,3 +334,24 @@ def test_reward_model_with_function() -> None:
         assert rewards.weights == [0.5, 1.0]
     finally:
         rewards.close()
+
+
+def test_metric_names_are_unique() -> None:
+    config = RlConfig(reward=("a/x.py:f", "y.py:f=2", "y.py:g", "json:b/s.json", "runs/rm"))
+    assert config.reward_names == ["x.f", "y.f", "g", "json:s.json", "rm"]
+
+
+def test_inference_config_has_absolute_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rm").mkdir()
+    reward = ["r.py:f=0.1", "json:s.json=0.30000001", "rm", "org/rm", "exact"]
+    task = TASKS["rl"].configured({"rl": {"reward": reward}})
+    values = task.inference_config(DataConfig(), {})["rl"]
+    monkeypatch.chdir("/")
+    evaluated = RlConfig(**values)
+    assert [spec.weight for spec in evaluated.rewards] == [0.1, 0.30000001, 1, 1, 1]
+    names = [spec.argument if spec.name == "json" else spec.name for spec in evaluated.rewards]
+    assert names == [f"{tmp_path}/r.py", f"{tmp_path}/s.json", f"{tmp_path}/rm", "org/rm", "exact"]
+    assert evaluated.reward_names == RlConfig(reward=reward).reward_names
