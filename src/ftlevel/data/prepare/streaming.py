@@ -130,16 +130,15 @@ class DistinctTextSampler(Sampler[int]):
             yield from step
             yield from [len(self._texts)] * (self._step - len(step))
 
-    def _split(self, left: list[int]) -> Iterator[list[int]]:
-        """Yields the rows of each step, chosen in order from the rows `left`."""
+    def _split(self, order: list[int]) -> Iterator[list[int]]:
+        """Yields the rows of each step, chosen in order from the rows `order`."""
+        left = deque(order)
         while left:
             used: set[int] = set()
             chosen: list[int] = []
             later: list[int] = []
-            for at, row in enumerate(left):
-                if len(chosen) == self._step:
-                    later += left[at:]
-                    break
+            while left and len(chosen) < self._step:
+                row = left.popleft()
                 if used.isdisjoint(self._texts[row]):
                     used |= self._texts[row]
                     chosen.append(row)
@@ -151,7 +150,7 @@ class DistinctTextSampler(Sampler[int]):
                 self.repeated += len(more)
                 chosen += more
             yield chosen
-            left = later
+            left.extendleft(reversed(later))
 
 
 def count_places(sets: Sequence[int], step: int) -> int:
