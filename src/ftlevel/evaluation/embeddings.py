@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -130,10 +129,15 @@ class QueryMeter:
 
 @dataclass
 class PairMeter:
-    """Correlation or average precision of similarities; `pairs`: (label, metric suffix → score)."""
+    """Correlation or average precision of similarities.
+
+    `labels` `(pairs,)` are those of the pairs; `scores` maps a metric suffix to their similarities
+    `(pairs,)`.
+    """
 
     kind: LabelKind
-    pairs: list[tuple[float, Mapping[str, float]]] = field(default_factory=list)
+    labels: np.ndarray
+    scores: Mapping[str, np.ndarray]
 
     def update(self, *_: Any) -> None:
         """Raise `TypeError`: all pairs are passed to the constructor instead."""
@@ -141,23 +145,27 @@ class PairMeter:
 
     def pool(self, meters: Sequence[PairMeter]) -> PairMeter:
         """Returns one meter with the pairs of all `meters`."""
-        return PairMeter(self.kind, [pair for meter in meters for pair in meter.pairs])
+        scores = {name: np.concatenate([m.scores[name] for m in meters]) for name in self.scores}
+        return PairMeter(self.kind, np.concatenate([m.labels for m in meters]), scores)
 
     def compute(self, _: float) -> dict[str, float]:
         """Compute the metric per number of dimensions, except for constant labels or scores."""
-        labels = [label for label, _ in self.pairs]
         compute = spearman if self.kind == "score" else average_precision
         metrics = {}
-        for suffix in self.pairs[0][1] if self.pairs else ():
-            scores = [scores[suffix] for _, scores in self.pairs]
-            if len(set(labels)) > 1 and len(set(scores)) > 1:
-                metrics[f"{METRICS[self.kind][0]}{suffix}"] = compute(scores, labels)
+        for suffix, scores in self.scores.items():
+            if _varies(self.labels) and _varies(scores):
+                metrics[f"{METRICS[self.kind][0]}{suffix}"] = compute(scores, self.labels)
         return metrics
 
     def describe(self, _: Sequence[str]) -> dict[str, Any]:
         """Returns the similarity and the label of the first pair."""
-        label, scores = self.pairs[0] if self.pairs else (float("nan"), {"": float("nan")})
-        return {"similarity": round(scores[""], 4), "true": label}
+        if not len(self.labels):
+            return {"similarity": float("nan"), "true": float("nan")}
+        return {"similarity": round(float(self.scores[""][0]), 4), "true": float(self.labels[0])}
+
+
+def _varies(values: np.ndarray) -> bool:
+    return len(values) > 0 and bool((values != values[0]).any())
 
 
 def create_meters(
@@ -177,25 +185,32 @@ def create_meters(
     if objective.kind == "class":
         return _class_meters(spaces, step)
     return [
-        PairMeter(
-            objective.kind,
-            [
-                (label, {name: float(v[row_vectors[0]] @ v[other]) for name, v in spaces.items()})
-                for other, label in zip(row_vectors[1:], labels, strict=True)
-            ],
-        )
+        _pair_meter(objective.kind, spaces, row_vectors[0], row_vectors[1:], labels)
         for row_vectors, labels in zip(step.texts, step.labels, strict=True)
     ]
 
 
 def _class_meters(spaces: Mapping[str, torch.Tensor], step: StepTexts) -> list[PairMeter]:
     """Returns a meter per text of its pairs with later texts; `spaces`: metric suffix → vectors."""
-    meters = [PairMeter("class") for _ in range(len(step))]
-    for (i, one), (j, other) in combinations(enumerate(step.texts), 2):
-        label = float(step.labels[i] == step.labels[j])
-        scores = {name: float(v[one[0]] @ v[other[0]]) for name, v in spaces.items()}
-        meters[i].pairs.append((label, scores))
-    return meters
+    texts = [text for text, *_ in step.texts]
+    groups = np.array(step.labels)[:, 0]
+    return [
+        _pair_meter("class", spaces, text, texts[at + 1 :], groups[at + 1 :] == groups[at])
+        for at, text in enumerate(texts)
+    ]
+
+
+def _pair_meter(
+    kind: LabelKind,
+    spaces: Mapping[str, torch.Tensor],
+    one: int,
+    others: Sequence[int],
+    labels: Any,
+) -> PairMeter:
+    scores = {
+        name: (vectors[list(others)] @ vectors[one]).numpy() for name, vectors in spaces.items()
+    }
+    return PairMeter(kind, np.asarray(labels), scores)
 
 
 def _query_meters(

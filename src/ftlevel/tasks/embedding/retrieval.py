@@ -176,15 +176,17 @@ def iterate_scores(
         yield start, queries[start : start + height] @ turned
 
 
-def spearman(scores: Sequence[float], labels: Sequence[float]) -> float:
+def spearman(scores: Sequence[float] | np.ndarray, labels: Sequence[float] | np.ndarray) -> float:
     """Returns the Spearman correlation, with average ranks for equal values."""
     from scipy.stats import spearmanr
 
     return float(spearmanr(scores, labels)[0])
 
 
-def average_precision(scores: Sequence[float], labels: Sequence[float]) -> float:
+def average_precision(
+    scores: Sequence[float] | np.ndarray, labels: Sequence[float] | np.ndarray
+) -> float:
     """Returns the average precision of labels 0 and 1, with one threshold for equal scores."""
     from sklearn.metrics import average_precision_score
 
-    return float(average_precision_score([label > 0 for label in labels], scores))
+    return float(average_precision_score(np.asarray(labels) > 0, scores))
