@@ -143,7 +143,10 @@ class Pairs:
 
     @classmethod
     def of(cls, step: StepTexts, device: torch.device) -> Pairs:
-        """Returns each query with each of its documents; for texts with classes, all pairs."""
+        """Returns each query with each of its documents; for texts with classes, all pairs.
+
+        A step with a single text with a class has no pairs.
+        """
         if any(len(texts) == 1 for texts in step.texts):
             return cls._of_classes(step, device)
         pairs = [
@@ -161,10 +164,10 @@ class Pairs:
 
     @classmethod
     def _build(cls, pairs: Sequence[tuple[int, int, float]], device: torch.device) -> Pairs:
-        first, second, labels = zip(*pairs, strict=True)
+        first, second, labels = zip(*pairs, strict=True) if pairs else ((), (), ())
         return cls(
-            torch.tensor(first, device=device),
-            torch.tensor(second, device=device),
+            torch.tensor(first, dtype=torch.long, device=device),
+            torch.tensor(second, dtype=torch.long, device=device),
             torch.tensor(labels, dtype=torch.float32, device=device),
         )
 
@@ -200,7 +203,7 @@ def cosine(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch.
     """Returns the mean squared difference of similarities and scores."""
     pairs = Pairs.of(step, vectors.device)
     scores = _paired(vectors[pairs.first], vectors[pairs.second], config)
-    return functional.mse_loss(scores, pairs.labels)
+    return functional.mse_loss(scores, pairs.labels) if len(scores) else scores.sum()
 
 
 def contrastive(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch.Tensor:
@@ -208,7 +211,8 @@ def contrastive(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> t
     pairs = Pairs.of(step, vectors.device)
     apart = 1 - _paired(vectors[pairs.first], vectors[pairs.second], config)
     near, far = apart.square(), (config.margin - apart).clamp(min=0).square()
-    return (0.5 * (pairs.labels * near + (1 - pairs.labels) * far)).mean()
+    losses = 0.5 * (pairs.labels * near + (1 - pairs.labels) * far)
+    return losses.mean() if len(losses) else losses.sum()
 
 
 def triplet(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch.Tensor:

@@ -180,6 +180,16 @@ def test_cosine_and_contrastive_losses_are_means_over_pairs() -> None:
     assert float(actual) == pytest.approx(sum(terms) / ROWS, rel=1e-5)
 
 
+@pytest.mark.parametrize("loss", ["cosent", "angle", "cosine", "contrastive"])
+def test_step_with_one_text_of_a_class_has_zero_loss(loss: str) -> None:
+    """The last step of an epoch may have one row."""
+    v = _vectors(1).requires_grad_()
+    actual = STEP_LOSSES[loss](v, StepTexts(((0,),), ((3.0,),), ((),)), LossConfig(margin=0.5))
+    (gradient,) = torch.autograd.grad(actual, [v])
+    assert float(actual.detach()) == 0
+    assert not gradient.any()
+
+
 def test_triplet_loss_is_hinge_of_distances() -> None:
     step, v = _pairs(2), _vectors(4 * ROWS)
     terms = [
