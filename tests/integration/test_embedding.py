@@ -447,6 +447,19 @@ def test_long_texts_raise_or_are_truncated(
     truncated = short.model_copy(update={"overlong": "truncate"})
     summary = train(config.with_sections(data=truncated)).summary
     assert summary["data"]["shortened"] > 0
+    long, cut_by_hand = ("word " * count for count in (600, 510))  # 512 positions
+    rows = [{"text": long}, {"text": cut_by_hand}]
+    run_dir = str(tmp_path / "run")
+    one, other = (
+        row["prediction"] for row in predict(PredictConfig(name=run_dir), rows).rows or []
+    )
+    assert one.tolist() == pytest.approx(other.tolist(), abs=1e-6)
+    merged = tmp_path / "merged"
+    merge(MergeConfig(adapters=[run_dir], output_dir=merged, verify=False))
+    with pytest.raises(FtlevelError, match="and the model takes 512"):
+        predict(PredictConfig(name=str(merged)), rows)
+    (found, _) = predict(PredictConfig(name=str(merged), overlong="truncate"), rows).rows or []
+    assert found["prediction"].tolist() == pytest.approx(one.tolist(), abs=1e-5)
 
 
 def test_preview_labels_query_and_document_tokens(

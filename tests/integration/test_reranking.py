@@ -161,6 +161,12 @@ def test_predicted_scores_match_transformers_and_merged_model(
         settings = json.loads((directory / "config_sentence_transformers.json").read_text())
         assert settings["model_type"] == "CrossEncoder"
         assert settings["activation_fn"].endswith("Sigmoid" if bce else "Identity")
+    config = json.loads((merged / "config.json").read_text())
+    del config["sentence_transformers"]  # sentence-transformers 5 and 6 do not write it
+    (merged / "config.json").write_text(json.dumps(config))
+    (merged / "ftlevel.json").unlink()
+    file = "held_out" if loss == "lce" else "held_out_pairs"
+    assert predict_scores(merged, data_dir, file) == pytest.approx(ours, abs=1e-5)
 
 
 @pytest.mark.parametrize(("family", "loss"), [("bert", "lce"), ("llama", "bce")])
@@ -384,6 +390,11 @@ INVALID_INPUTS = {
         [],
         "--loss bce needs labels from 0 to 1, found 3",
     ),
+    "no irrelevant one": (
+        [{**row, "labels": [n + 1 for n in range(len(row["labels"]))]} for row in create_rows(4)],
+        [],
+        "--loss lce compares documents with labels above 0 with others, and 4 of 4 rows",
+    ),
     "single": (
         to_pairs(create_rows(4)),
         ["--loss", "ranknet"],
@@ -417,6 +428,20 @@ def test_invalid_input_is_reported_before_loading(
     assert run(command) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert message in lines[-1]
+
+
+def test_overlong_documents_are_refused_or_truncated(
+    tiny_model_dir: ModelDir, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    command = ["train", "--model", str(tiny_model_dir("bert", "mlm")), "--task", "reranking"]
+    command += ["--dataset", str(data_dir / "lists.jsonl"), "--max-length", "12"]
+    command += ["--max-steps", "1", "--output-dir", str(out), "--device", "cpu"]
+    assert run(command) == 2
+    assert "or pass --overlong drop or truncate." in capsys.readouterr().err
+    assert run([*command, "--overlong", "truncate"]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["data"]["shortened"] > 0
 
 
 def test_yes_no_reranker_is_rejected(

@@ -54,6 +54,7 @@ class EmbeddingFormat:
         max_length: maximum number of tokens; None for the tokenizer's.
         dims: number of leading dimensions that are kept; None for all.
         include_prompt: whether the tokens of the prompt are pooled.
+        lowercase: whether texts are lowercased before they are tokenized.
     """
 
     pooling: str = "mean"
@@ -65,6 +66,7 @@ class EmbeddingFormat:
     max_length: int | None = None
     dims: int | None = None
     include_prompt: bool = True
+    lowercase: bool = False
 
     @property
     def all_prompts(self) -> dict[str, str]:
@@ -139,9 +141,10 @@ def load_embedding_format(
         query,
         document,
         prompts,
-        _load_max_length(model_dir),
+        _load_length_setting(model_dir, "max_seq_length"),
         config.get("truncate_dim"),
         include_prompt,
+        bool(_load_length_setting(model_dir, "do_lower_case")),
     )
 
 
@@ -162,12 +165,12 @@ def _load_pooling(path: Path, *, is_replaced: bool) -> tuple[str, bool]:
     return modes[0], bool(config.get("include_prompt", True))
 
 
-def _load_max_length(model_dir: Path) -> int | None:
-    """Returns the maximum length; None if only the tokenizer has it, as in version 6."""
+def _load_length_setting(model_dir: Path, key: str) -> int | None:
+    """Returns a setting of the length files; None if they lack it, as lengths in version 6."""
     for name in (LENGTHS, *_OTHER_LENGTHS):
-        length = _load_json(model_dir / name).get("max_seq_length")
-        if length is not None:
-            return int(length)
+        value = _load_json(model_dir / name).get(key)
+        if value is not None:
+            return int(value)
     return None
 
 
@@ -201,8 +204,11 @@ def save_embedding_format(
         SETTINGS: config,
         f"{_POOLING_DIR}/config.json": pooling,
     }
-    if embedding_format.max_length is not None:
-        files[LENGTHS] = {"max_seq_length": embedding_format.max_length, "do_lower_case": False}
+    if embedding_format.max_length is not None or embedding_format.lowercase:
+        files[LENGTHS] = {
+            "max_seq_length": embedding_format.max_length,
+            "do_lower_case": embedding_format.lowercase,
+        }
     for name, content in files.items():
         _save_json(model_dir / name, content)
     return list(files)
@@ -253,6 +259,17 @@ def get_task_type(model_dir: Path) -> str | None:
         return None
     is_reranker = _load_json(model_dir / SETTINGS).get("model_type") == "CrossEncoder"
     return "reranking" if is_reranker else "embedding"
+
+
+def load_activation(model_dir: Path, model_config: Any) -> str | None:
+    """Returns the dotted path of a CrossEncoder's activation; None if no file has one.
+
+    sentence-transformers 5 and 6 save it in `config_sentence_transformers.json`, versions 4 and 3
+    in `config.json`.
+    """
+    inner = getattr(model_config, "sentence_transformers", None) or {}
+    old = getattr(model_config, "sbert_ce_default_activation_function", None)
+    return _load_json(model_dir / SETTINGS).get("activation_fn", inner.get("activation_fn", old))
 
 
 def scores_by_tokens(model_dir: Path) -> bool:

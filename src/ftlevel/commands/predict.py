@@ -298,12 +298,12 @@ def _choices(
         message = "as in training" if ref.run else "default"
         choices.append(Choice("max new tokens", run_config.train.max_new_tokens, message))
     if _cuts(config, run_config) and config.overlong is None:
-        choices.append(Choice("overlong", "truncate-prompt", "as in training"))
+        choices.append(Choice("overlong", run_config.data.overlong, "as in training"))
     return choices
 
 
 def _cuts(config: PredictConfig, run_config: TrainConfig) -> bool:
-    return (config.overlong or run_config.data.overlong) == "truncate-prompt"
+    return (config.overlong or run_config.data.overlong) in ("truncate", "truncate-prompt")
 
 
 def _predict_all(config: PredictConfig, prepared: _PreparedPrediction, listener: Listener) -> None:

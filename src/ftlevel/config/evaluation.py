@@ -181,10 +181,10 @@ class PredictConfig(DecodingAsInTraining):
         "error",
         description="Action for rows that cannot be predicted: error, or skip (left empty).",
     )
-    overlong: Literal["error", "truncate-prompt"] | None = Field(
+    overlong: Literal["error", "truncate", "truncate-prompt"] | None = Field(
         None,
         description="Action for rows that are too long; default: as in training. error treats "
-        "the row as a bad row; truncate-prompt shortens the prompt.",
+        "the row as a bad row; truncate and truncate-prompt shorten the text or prompt.",
     )
     resume: bool = Field(
         False, description="Whether to resume after the last complete row of --output."

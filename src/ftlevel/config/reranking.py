@@ -26,21 +26,23 @@ class RerankingLoss:
         needs_teacher: whether the loss needs a teacher's scores.
         reads_teacher: whether the loss can use a teacher's scores instead of labels.
         is_bounded: whether labels have to be from 0 to 1.
+        is_binary: whether a query needs a document with a label above 0, and one without.
     """
 
     is_listwise: bool = True
     needs_teacher: bool = False
     reads_teacher: bool = False
     is_bounded: bool = False
+    is_binary: bool = False
 
 
 LOSSES: dict[str, RerankingLoss] = {
     "bce": RerankingLoss(is_listwise=False, is_bounded=True),
-    "lce": RerankingLoss(),
+    "lce": RerankingLoss(is_binary=True),
     "listnet": RerankingLoss(),
     "ranknet": RerankingLoss(),
     "lambda": RerankingLoss(),
-    "margin-mse": RerankingLoss(needs_teacher=True, reads_teacher=True),
+    "margin-mse": RerankingLoss(needs_teacher=True, reads_teacher=True, is_binary=True),
     "mse": RerankingLoss(is_listwise=False, reads_teacher=True),
 }
 _ALIASES = {

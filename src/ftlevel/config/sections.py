@@ -251,9 +251,9 @@ class DataConfig(Section):
     overlong: Literal["error", "drop", "truncate", "truncate-prompt", "split"] = Field(
         "error",
         description="Action for rows longer than max_length. split cuts plain text into several "
-        "rows; truncate cuts the end of texts to embed; truncate-prompt cuts the beginning of "
-        "prompts, or the end of texts to classify or to rerank. Answers are never truncated "
-        "silently.",
+        "rows; truncate cuts the end of texts to embed or to rerank; truncate-prompt cuts the "
+        "beginning of prompts, or the end of texts to classify or to rerank. Answers are never "
+        "truncated silently.",
     )
     problem_type: Literal[
         "auto", "single_label_classification", "multi_label_classification", "regression"

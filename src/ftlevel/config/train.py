@@ -20,7 +20,7 @@ from ftlevel.config.preference import (
     validate_preference,
 )
 from ftlevel.config.reading import rename_keys, resolve_aliases
-from ftlevel.config.reranking import RerankingConfig, validate_reranking
+from ftlevel.config.reranking import RERANKING_TASKS, RerankingConfig, validate_reranking
 from ftlevel.config.rl import RL_TASK, RlConfig, validate_rl
 from ftlevel.config.sections import DataConfig, ModelConfig, QuantConfig, Section, SpeedConfig
 from ftlevel.config.tasks import TaskName
@@ -390,16 +390,16 @@ def _validate_data(config: TrainConfig) -> Iterator[str]:
             f"--overlong truncate-prompt cannot be used with --task {task}, whose rows have no "
             "prompt. Use --overlong drop."
         )
-    truncates = task in EMBEDDING_TASKS
-    if data.overlong in ("truncate", "truncate-prompt") and truncates != (
-        data.overlong == "truncate"
-    ):
-        allowed = "truncate" if truncates else "drop"
-        if task not in _NO_PROMPT or data.overlong == "truncate":
-            yield (
-                f"--overlong {data.overlong} cannot be used with --task {task}. Use --overlong "
-                f"{allowed}."
-            )
+    allowed = ""
+    if data.overlong == "truncate" and task not in (*EMBEDDING_TASKS, *RERANKING_TASKS):
+        allowed = "drop" if task in _NO_PROMPT else "drop or truncate-prompt"
+    elif data.overlong == "truncate-prompt" and task in EMBEDDING_TASKS:
+        allowed = "truncate"
+    if allowed:
+        yield (
+            f"--overlong {data.overlong} cannot be used with --task {task}. Use --overlong "
+            f"{allowed}."
+        )
     for flag, values in (("--system", data.system), ("--train-on-inputs", data.train_on_inputs)):
         if values and task not in (*_GENERATION_TASKS, RL_TASK):
             yield (

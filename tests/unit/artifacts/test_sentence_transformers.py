@@ -1,12 +1,15 @@
 """sentence-transformers configuration files: both formats are read, the older one is written."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from ftlevel.artifacts.sentence_transformers import (
     CrossEncoderFormat,
     EmbeddingFormat,
+    load_activation,
     load_embedding_format,
     save_cross_encoder_format,
     save_embedding_format,
@@ -91,6 +94,30 @@ def test_load_format_of_version_6(tmp_path):
     assert load_embedding_format(write(tmp_path, build_v6_files())) == EmbeddingFormat(
         "last", dims=128, include_prompt=False
     )
+
+
+def test_load_and_save_do_lower_case(tmp_path):
+    write(tmp_path, build_v3_files())
+    write(tmp_path, {"sentence_bert_config.json": {"do_lower_case": True}})
+    embedding_format = load_embedding_format(tmp_path)
+    assert embedding_format.lowercase
+    save_embedding_format(tmp_path, replace(embedding_format, max_length=128), 384)
+    lengths = json.loads((tmp_path / "sentence_bert_config.json").read_text())
+    assert lengths == {"max_seq_length": 128, "do_lower_case": True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "config", "expected"),
+    [
+        ({"activation_fn": "torch.nn.Identity"}, {}, "torch.nn.Identity"),  # versions 5 and 6
+        ({}, {"sentence_transformers": {"activation_fn": "a.B"}}, "a.B"),  # version 4
+        ({}, {"sbert_ce_default_activation_function": "a.C"}, "a.C"),  # version 3
+        ({}, {}, None),
+    ],
+)
+def test_load_activation_of_every_version(tmp_path, settings, config, expected):
+    write(tmp_path, {"config_sentence_transformers.json": settings})
+    assert load_activation(tmp_path, SimpleNamespace(**config)) == expected
 
 
 def test_bare_model_and_cross_encoder_have_no_embedding_format(tmp_path):

@@ -51,6 +51,11 @@ RULES = [
     (["task=summarization", "data.overlong=split"],
      "--overlong split cuts plain text into several rows and cannot be used with --task "
      "summarization. Use --overlong drop or truncate-prompt."),
+    (["task=summarization", "data.overlong=truncate"],
+     "--overlong truncate cannot be used with --task summarization. Use --overlong drop or "
+     "truncate-prompt."),
+    (["task=embedding", "data.overlong=truncate-prompt"],
+     "--overlong truncate-prompt cannot be used with --task embedding. Use --overlong truncate."),
 ]  # fmt: skip
 
 

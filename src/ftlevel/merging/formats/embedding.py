@@ -90,6 +90,11 @@ def check_server(
             f"{name} compares embeddings of any length by dot product, and {server.title} "
             "normalizes them. Load it with sentence-transformers."
         )
+    if embedding_format.lowercase:
+        limitations.append(
+            f"{name} lowercases its texts (do_lower_case) and its tokenizer does not, so "
+            f"{server.title} would read other tokens. Load it with sentence-transformers."
+        )
     prompts = {name: text for name, text in embedding_format.all_prompts.items() if text}
     if prompts and not embedding_format.include_prompt:
         limitations.append(

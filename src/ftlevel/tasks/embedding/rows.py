@@ -121,6 +121,22 @@ def append_end(tokenizer: Any, end: int) -> None:
     )
 
 
+def keeps_case(tokenizer: Any) -> bool:
+    """Returns whether a fast `tokenizer` distinguishes upper and lower case."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    return normalizer is None or "A" in normalizer.normalize_str("A")
+
+
+def lowercase(tokenizer: Any) -> None:
+    """Make a fast `tokenizer` (modified) lowercase each text."""
+    from tokenizers import normalizers
+
+    if keeps_case(tokenizer):
+        backend = tokenizer.backend_tokenizer
+        own = [backend.normalizer] if backend.normalizer else []
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+
+
 def hash_group(group: str) -> int:
     """Returns a hash of a class name below 2⁴⁴, the same in every process."""
     return int.from_bytes(hashlib.blake2b(group.encode(), digest_size=6).digest()[:6], "big") >> 4

@@ -40,7 +40,7 @@ from ftlevel.tasks.embedding.objective import (
     LabelKind,
     without_first,
 )
-from ftlevel.tasks.embedding.rows import TextEncoder, append_end
+from ftlevel.tasks.embedding.rows import TextEncoder, append_end, keeps_case, lowercase
 
 if TYPE_CHECKING:
     import torch
@@ -93,25 +93,27 @@ class EmbeddingTask(BaseTask):
         Raises `ConfigError` if the model has no EOS, or fewer dimensions than requested.
         """
         options = {n: v for n in _FORM if (v := getattr(self.config, n)) is not None}
-        format_, reason = _read_format(source, options), "as in the model's modules.json"
+        format_ = _read_format(source, tokenizer, options)
+        reason = "as in the model's modules.json"
         if format_ is None:
             format_ = EmbeddingFormat("last" if kind == "decoder" else "mean", normalize=True)
             reason = f"default for {'a decoder' if kind == 'decoder' else 'an encoder'}"
         format_ = replace(format_, **options)
         end = _end_of(tokenizer, source.name) if format_.pooling == "last" else None
-        if end is not None:
-            append_end(tokenizer, end)
+        task = replace(self, format=format_, end=end, step_rows=step_rows)
+        task.prepare_tokenizer(tokenizer, kind)
         dims = self.config.matryoshka_dims
         if dims and max(dims) > (format_.dims or width):
             raise ConfigError(
                 f"--matryoshka-dims {max(dims)}: embeddings of {source.name} have "
                 f"{format_.dims or width} dimensions. Use at most that many."
             )
-        task = replace(self, format=format_, end=end, step_rows=step_rows)
         return task, _describe_format(format_, reason, options)
 
     def prepare_tokenizer(self, tokenizer: Any, kind: str) -> Choice | None:
-        """Make `tokenizer` (modified) append EOS if the model pools the last token."""
+        """Make `tokenizer` (modified) append EOS for last-token pooling, and lowercase if set."""
+        if self.format.lowercase:
+            lowercase(tokenizer)
         if self.end is not None:
             append_end(tokenizer, self.end)
         return None
@@ -124,7 +126,7 @@ class EmbeddingTask(BaseTask):
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
         """Returns the embedding format of a model that ftlevel did not train."""
-        format_ = _read_format(source)
+        format_ = _read_format(source, tokenizer)
         format_ = format_ or EmbeddingFormat(
             "last" if kind == "decoder" else "mean", normalize=True
         )
@@ -150,10 +152,9 @@ class EmbeddingTask(BaseTask):
         from ftlevel.models.kinds import max_positions, width_of
 
         format_ = self.embedding_format(inference_config) or EmbeddingFormat()
-        longest = format_.max_length or max_positions(model_config)
-        save_embedding_format(
-            directory, replace(format_, max_length=longest), width_of(model_config)
-        )
+        lengths = [n for n in (format_.max_length, max_positions(model_config)) if n is not None]
+        format_ = replace(format_, max_length=min(lengths, default=None))
+        save_embedding_format(directory, format_, width_of(model_config))
 
     def get_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
         """Returns no modules to train in full, and the poolers that a checkpoint may lack."""
@@ -196,6 +197,11 @@ class EmbeddingTask(BaseTask):
         """Encode the texts of each row; raises `InputError` for rows that the loss cannot use."""
         if encoder.split == "train":
             kind = _check_examples(examples)
+            if kind == "class" and self.step_rows == 1:
+                raise InputError(
+                    "--per-device-train-batch-size 1: the texts of a step are compared by their "
+                    "classes, and a step has one. Use at least 2."
+                )
             loss = self.config.loss or _default_loss(kind)
             # Scores of a teacher model are computed after the rows are encoded.
             _check_loss(loss, kind, examples, table, needs_scores=self.teacher is None)
@@ -376,9 +382,24 @@ class EmbeddingTask(BaseTask):
 _WORDS = {"ranking": "pairs", "score": "scores", "label": "labels", "class": "classes"}
 
 
-def _read_format(source: ModelSource, replaced: Collection[str] = ()) -> EmbeddingFormat | None:
+_UNLIMITED = 10**6
+"""Lengths of tokenizers that are larger mean that there is no limit."""
+
+
+def _read_format(
+    source: ModelSource, tokenizer: Any, repathd: Collection[str] = ()
+) -> EmbeddingFormat | None:
+    """Returns the format in the files of `source`, and in those of version 6 in its tokenizer."""
     path = download_files(source, FILES)
-    return None if path is None else load_embedding_format(path, replaced)
+    format_ = None if path is None else load_embedding_format(path, repathd)
+    if format_ is None:
+        return None
+    longest = format_.max_length or tokenizer.model_max_length
+    return replace(
+        format_,
+        max_length=longest if longest < _UNLIMITED else None,
+        lowercase=format_.lowercase and keeps_case(tokenizer),
+    )
 
 
 def _end_of(tokenizer: Any, name: str) -> int:

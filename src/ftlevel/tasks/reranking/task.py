@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ftlevel.artifacts.sentence_transformers import (
     FILES,
     CrossEncoderFormat,
+    load_activation,
     save_cross_encoder_format,
     scores_by_tokens,
 )
@@ -119,7 +120,10 @@ class RerankingTask(BaseTask):
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Returns cross-encoder options; `InputError` for other heads or several labels."""
+        """Returns cross-encoder options.
+
+        Raises `InputError` for other heads, several labels and other activations.
+        """
         if model_config.num_labels != 1:
             name = (getattr(model_config, "architectures", None) or [""])[0]
             if name and not name.endswith("ForSequenceClassification"):
@@ -132,13 +136,19 @@ class RerankingTask(BaseTask):
                 f"a reranker has one score, and this model has {model_config.num_labels} classes. "
                 "Name another, or --task text-classification."
             )
-        inner = getattr(model_config, "sentence_transformers", None) or {}
-        plain = "Identity" in str(inner.get("activation_fn", SIGMOID))
+        directory = download_files(source, FILES)
+        activation = load_activation(directory, model_config) if directory else None
+        name = (activation or SIGMOID).rpartition(".")[2]
+        if name not in ("Identity", "Sigmoid"):
+            raise InputError(
+                f"{source.name} converts its score by {name}; supported are Identity and Sigmoid. "
+                "Load it with sentence-transformers."
+            )
         return {
             "options": {
                 "problem_type": "regression",
                 "reranking": {
-                    "loss": "lce" if plain else "bce",
+                    "loss": "lce" if name == "Identity" else "bce",
                     "pos_weight": 1.0,
                     "headline": "ndcg@10",
                 },
@@ -259,6 +269,14 @@ def resolve_loss(
             f"irrelevant documents. {advice}"
         )
     properties = LOSSES[loss]
+    if properties.is_binary:
+        without = sum(len({label > 0 for label in e.labels}) < 2 for e in examples)
+        if without and contrasts == len(examples):
+            raise InputError(
+                f"--loss {loss} compares documents with labels above 0 with others, and "
+                f"{without:,} of {len(examples):,} rows have only one of the two. For grades, use "
+                "--loss lambda, listnet or ranknet."
+            )
     if properties.is_listwise and contrasts < len(examples):
         raise InputError(
             f"--loss {loss} compares the documents of a query, and {len(examples) - contrasts:,} "

@@ -14,7 +14,7 @@ from ftlevel.data.encoding.encode import Encoded, EncodedTexts, distinct_texts
 from ftlevel.data.prepare.streaming import DistinctTextSampler
 from ftlevel.tasks.embedding.formats import EmbeddingRow
 from ftlevel.tasks.embedding.objective import Embeddings, pool
-from ftlevel.tasks.embedding.rows import TextEncoder, append_end
+from ftlevel.tasks.embedding.rows import TextEncoder, append_end, lowercase
 from tiny_tokenizers import bert_tokenizer, build_tokenizer, llama_tokenizer
 
 
@@ -168,3 +168,17 @@ def test_saved_tokenizer_appends_pooled_token(family: str, tmp_path: Path) -> No
         loaded("a cat", add_special_tokens=False)["input_ids"]
         == tokenizer("a cat", add_special_tokens=False)["input_ids"]
     )
+
+
+def test_texts_are_lowercased_for_a_tokenizer_that_keeps_case(tmp_path: Path) -> None:
+    """As sentence-transformers does for a model with do_lower_case."""
+    tokenizer = build_tokenizer("roberta")
+    assert tokenizer("The CAT")["input_ids"] != tokenizer("the cat")["input_ids"]
+    expected = tokenizer("the cat")["input_ids"]
+    lowercase(tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)  # without a normalizer
+    for own in (tokenizer, loaded):
+        lowercase(own)
+        assert own("The CAT")["input_ids"] == expected
+        assert own.backend_tokenizer.normalizer.normalize_str("The CAT") == "the cat"

@@ -20,6 +20,29 @@ def _load_format(source: ModelSource) -> EmbeddingFormat:
     return task.format  # type: ignore[attr-defined]
 
 
+def test_max_length_of_version_6_is_read_from_tokenizer(tmp_path: Path) -> None:
+    save_embedding_format(tmp_path, EmbeddingFormat(), 64)
+    tokenizer, source = build_tokenizer("bert"), ModelSource("m", "directory", str(tmp_path))
+    for length, expected in ((32, 32), (10**30, None)):
+        tokenizer.model_max_length = length
+        task, _ = TASKS[0].for_model(source, "encoder", 64, tokenizer, 8)
+        assert task.format.max_length == expected  # type: ignore[attr-defined]
+        card = TASKS[0].card_defaults(source, None, tokenizer, "encoder")
+        assert card["options"]["embedding"]["form"]["max_length"] == expected
+
+
+@pytest.mark.parametrize(("family", "expected"), [("bert", False), ("roberta", True)])
+def test_do_lower_case_lowercases_texts_of_cased_tokenizer(
+    family: str, expected: bool, tmp_path: Path
+) -> None:
+    save_embedding_format(tmp_path, EmbeddingFormat(max_length=64, lowercase=True), 64)
+    tokenizer, source = build_tokenizer(family), ModelSource("m", "directory", str(tmp_path))
+    lower = tokenizer("the cat")["input_ids"]
+    task, _ = TASKS[0].for_model(source, "encoder", 64, tokenizer, 8)
+    assert task.format.lowercase is expected  # type: ignore[attr-defined]
+    assert tokenizer("The CAT")["input_ids"] == lower
+
+
 def test_only_small_files_of_hub_model_are_downloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
