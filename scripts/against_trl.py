@@ -3,14 +3,14 @@
     pip install --no-deps --target FOLDER trl==1.16.0
     PYTHONPATH=FOLDER python scripts/against_trl.py
 
-Weights, pairs and figures are those that the tests hold ftlevel to; nothing of ftlevel computes
-here. Each trainer gets the base and a LoRA to put onto it, as its users do, reads the texts with a
-tokenizer of bytes, and computes the loss of one batch of all rows. Prints the versions, and for
-each loss how far it and the norms of its gradient are from the figures, relative where a figure is
-over 1. Fails where that is over 1e-5: float32, padded.
+Weights, pairs and reference values are those of ftlevel's tests; no code of ftlevel runs here. Each
+trainer gets the base and a LoRA config, reads the texts with a byte tokenizer, and computes the
+loss of one batch of all rows in float32, padded. Prints the versions, and for each loss the largest
+difference of loss and gradient norms to the reference (relative where the reference exceeds 1).
+Fails if one exceeds 1e-5.
 
 Not compared: cdpo (TRL 1.16 has none; with the default loss it ignores `label_smoothing`), ipo of
-sums, rpo per answer, and orpo, whose own loss TRL takes over the prompt too.
+sums, rpo per answer, and orpo, whose loss TRL also computes on the prompt.
 """
 
 from __future__ import annotations
@@ -67,40 +67,40 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _alphabet() -> list[str]:
-    """Return the character that a tokenizer of bytes has for each byte, as GPT-2's."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in shown else chr(next(others)) for byte in range(256)]
+    """Return the character of each byte in a byte-level tokenizer, as in GPT-2."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    substitutes = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(substitutes)) for byte in range(256)]
 
 
 def _pairs(*, margins: bool = False) -> Dataset:
     return Dataset.from_list([
-        {"prompt": prompt, "chosen": good, "rejected": bad,
+        {"prompt": prompt, "chosen": chosen, "rejected": rejected,
          **({"margin": given.MARGINS[i]} if margins else {})}
-        for i, (prompt, good, bad) in enumerate(given.PAIRS)
+        for i, (prompt, chosen, rejected) in enumerate(given.PAIRS)
     ])  # fmt: skip
 
 
-def _judged() -> Dataset:
-    """Return the good answers and then the bad ones, as TRL makes them of pairs."""
+def _labeled() -> Dataset:
+    """Return the chosen answers, then the rejected ones, in TRL's order."""
     return Dataset.from_list([
-        {"prompt": pair[0], "completion": pair[which], "label": which == 1}
-        for which in (1, 2)
+        {"prompt": pair[0], "completion": pair[column], "label": column == 1}
+        for column in (1, 2)
         for pair in given.PAIRS
     ])  # fmt: skip
 
 
-def measure(kind: Any, config: Any, told: dict[str, Any], rows: Dataset) -> list[float]:
+def measure(kind: Any, config: Any, settings: dict[str, Any], rows: Dataset) -> list[float]:
     """Return loss, |A| and |B| of one batch of all `rows` by a trainer of `kind`."""
     scores = kind is RewardTrainer
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as output_dir:
         trainer = kind(
             model=given.build_base(scores=scores),
             args=config(
-                output_dir=folder, per_device_train_batch_size=len(rows), report_to="none",
+                output_dir=output_dir, per_device_train_batch_size=len(rows), report_to="none",
                 use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True,
                 max_length=None if kind is not CPOTrainer else 128, dataloader_drop_last=False,
-                **told,
+                **settings,
             ),
             train_dataset=rows,
             processing_class=build_tokenizer(),
@@ -115,36 +115,38 @@ def measure(kind: Any, config: Any, told: dict[str, Any], rows: Dataset) -> list
 
 
 def cases() -> Iterator[tuple[str, Any, list[float], Any]]:
-    """Yield name, what TRL gives, and the figure, for each loss and beta."""
+    """Yield name, trainer, TRL's values and reference values for each loss and beta."""
     for kind, config, losses, rows in (
         (DPOTrainer, DPOConfig, DPO, _pairs()),
         (CPOTrainer, CPOConfig, CPO, _pairs()),
-        (KTOTrainer, KTOConfig, KTO, _judged()),
+        (KTOTrainer, KTOConfig, KTO, _labeled()),
     ):
-        for name, told in losses.items():
-            for at, beta in enumerate(BETAS):
-                found = measure(kind, config, {"beta": beta, **told}, rows)
-                yield f"{name}, beta {beta:g}", kind, found, given.TABLE[name][1 + at]
-    for name, told in REWARDS.items():
+        for name, settings in losses.items():
+            for index, beta in enumerate(BETAS):
+                actual = measure(kind, config, {"beta": beta, **settings}, rows)
+                yield f"{name}, beta {beta:g}", kind, actual, given.TABLE[name][1 + index]
+    for name, settings in REWARDS.items():
         rows = _pairs(margins=name == "margins")
-        found = measure(RewardTrainer, RewardConfig, told, rows)
-        yield f"reward, {name}", RewardTrainer, found, given.REWARDS[name][2]
+        actual = measure(RewardTrainer, RewardConfig, settings, rows)
+        yield f"reward, {name}", RewardTrainer, actual, given.REWARDS[name][2]
 
 
 def main() -> int:
-    """Print how far TRL is from the figures; return 1 where that is too far."""
+    """Print the differences to the reference values; return 1 if one exceeds the bound."""
     disable_progress_bars()
     versions = {m.__name__: m.__version__ for m in (trl, transformers, peft, torch)}
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
     worst = 0.0
-    for name, kind, found, figures in cases():
-        apart = max(
-            abs(one - other) / max(1.0, abs(other))
-            for one, other in zip(found, figures, strict=True)
+    for name, kind, actual, reference in cases():
+        difference = max(
+            abs(a - b) / max(1.0, abs(b)) for a, b in zip(actual, reference, strict=True)
         )
-        worst = max(worst, apart)
-        print(f"{name:22} {kind.__name__:14} loss {found[0]:10.5f}  apart {apart:.1e}", flush=True)
-    print(f"largest {worst:.1e}, at most {BOUND:g} is allowed")
+        worst = max(worst, difference)
+        print(
+            f"{name:22} {kind.__name__:14} loss {actual[0]:10.5f}  difference {difference:.1e}",
+            flush=True,
+        )
+    print(f"largest difference {worst:.1e}, bound {BOUND:g}")
     return int(worst > BOUND)
 
 

@@ -3,11 +3,11 @@
     pip install --no-deps --target FOLDER trl==1.16.0
     PYTHONPATH=FOLDER python scripts/against_trl_rl.py
 
-Completions, weights and figures are those that the tests compare ftlevel with; nothing of ftlevel
-computes here. A trainer gets the base and a LoRA, and `_compute_loss` one batch of all completions
-in float32, with their old log-probabilities, those of the reference and the advantages. Prints for
-each loss how far it and the norms of its gradient are from the figures, relative where a figure is
-over 1; fails where that is over 1e-5.
+Completions, weights and reference values are those of ftlevel's tests; no ftlevel code runs. Each
+trainer gets the base and a LoRA config; `_compute_loss` gets one float32 batch of all completions,
+with old and reference log-probabilities and advantages. Prints for each loss the largest difference
+of loss and gradient norms to the reference (relative where the reference exceeds 1); fails if one
+exceeds 1e-5.
 
 Not compared: reinforce++, which TRL does not have; the KL penalty of RLOO, which its trainer
 subtracts from rewards before `_compute_loss` (the advantages here have it); and the value of RLOO's
@@ -37,12 +37,15 @@ BOUND = 1e-5
 
 
 def create_trainer(case: given.Case, folder: str) -> Any:
-    """Return TRL's trainer of a loss, with the weights of the figures."""
+    """Return TRL's trainer of a loss, with the reference weights."""
     low, high = given.CLIP[case.loss]
-    told: dict[str, Any] = {"epsilon": 0.2 if case.loss == "cispo" else low, "epsilon_high": high}
+    settings: dict[str, Any] = {
+        "epsilon": 0.2 if case.loss == "cispo" else low,
+        "epsilon_high": high,
+    }
     kind, config = (RLOOTrainer, RLOOConfig) if case.loss == "rloo" else (GRPOTrainer, GRPOConfig)
     if case.loss != "rloo":
-        told |= {
+        settings |= {
             "loss_type": "grpo" if case.loss == "gspo" else case.loss,
             "importance_sampling_level": "sequence" if case.loss == "gspo" else "token",
             "use_bias_correction_kl": case.corrected,
@@ -61,7 +64,7 @@ def create_trainer(case: given.Case, folder: str) -> Any:
             gradient_checkpointing=False,
             disable_tqdm=True,
             beta=case.beta,
-            **told,
+            **settings,
         ),
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt, _ in given.COMPLETIONS]),
         processing_class=build_tokenizer(),
@@ -73,34 +76,36 @@ def create_trainer(case: given.Case, folder: str) -> Any:
 
 
 def build_batch(case: given.Case) -> dict[str, Any]:
-    """Return the inputs of `_compute_loss`: prompts padded left, completions right."""
-    policy = [each.detach() for each in given.log_probabilities(base.build_model().double())]
+    """Return the inputs of `_compute_loss`: prompts left-padded, completions right-padded."""
+    policy = [logps.detach() for logps in given.log_probabilities(base.build_model().double())]
     reference = given.reference_logps()
     old = given.old_logps(policy, case)
     advantages = given.plain_advantages(case, old, reference)
     pairs = list(given.rows())
-    most = [max(len(pair[at]) for pair in pairs) for at in (0, 1)]
+    max_lengths = [max(len(pair[side]) for pair in pairs) for side in (0, 1)]
 
-    def right(parts: list[Any], dtype: Any) -> torch.Tensor:
-        padded = torch.zeros(len(parts), most[1], dtype=dtype)
-        for row, part in zip(padded, parts, strict=True):
-            row[: len(part)] = torch.as_tensor(part, dtype=dtype)
+    def pad_right(values: list[Any], dtype: Any) -> torch.Tensor:
+        padded = torch.zeros(len(values), max_lengths[1], dtype=dtype)
+        for row, row_values in zip(padded, values, strict=True):
+            row[: len(row_values)] = torch.as_tensor(row_values, dtype=dtype)
         return padded
 
     masks = [
         [int(given.is_active(i, case))] * len(completion) for i, (_, completion) in enumerate(pairs)
     ]
-    mask = right(masks, torch.long)
+    mask = pad_right(masks, torch.long)
     return {
-        "prompt_ids": torch.tensor([[base.PAD] * (most[0] - len(p)) + p for p, _ in pairs]),
-        "prompt_mask": torch.tensor([[0] * (most[0] - len(p)) + [1] * len(p) for p, _ in pairs]),
-        "completion_ids": right([completion for _, completion in pairs], torch.long),
+        "prompt_ids": torch.tensor([[base.PAD] * (max_lengths[0] - len(p)) + p for p, _ in pairs]),
+        "prompt_mask": torch.tensor(
+            [[0] * (max_lengths[0] - len(p)) + [1] * len(p) for p, _ in pairs]
+        ),
+        "completion_ids": pad_right([completion for _, completion in pairs], torch.long),
         "completion_mask": mask,
         "advantages": torch.tensor(advantages, dtype=torch.float32),
-        "old_per_token_logps": right(old, torch.float32),
-        "ref_per_token_logps": right(reference, torch.float32),
+        "old_per_token_logps": pad_right(old, torch.float32),
+        "ref_per_token_logps": pad_right(reference, torch.float32),
         "old_logps": torch.stack(
-            [each.sum() * given.is_active(i, case) for i, each in enumerate(old)]
+            [logps.sum() * given.is_active(i, case) for i, logps in enumerate(old)]
         ).float(),
         "num_items_in_batch": mask.sum(),
     }
@@ -108,8 +113,8 @@ def build_batch(case: given.Case) -> dict[str, Any]:
 
 def measure(case: given.Case) -> list[float]:
     """Return loss, |A| and |B| of one batch by TRL."""
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = create_trainer(case, folder)
+    with tempfile.TemporaryDirectory() as output_dir:
+        trainer = create_trainer(case, output_dir)
         trainer.model.train()
         loss = trainer._compute_loss(trainer.model, build_batch(case))
         loss.backward()
@@ -117,7 +122,7 @@ def measure(case: given.Case) -> list[float]:
 
 
 def main() -> int:
-    """Print how far TRL is from the figures; return 1 where that is too far."""
+    """Print the differences to the reference values; return 1 if one exceeds the bound."""
     disable_progress_bars()
     versions = {m.__name__: m.__version__ for m in (trl, transformers, peft, torch)}
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
@@ -125,16 +130,15 @@ def main() -> int:
     for case in given.CASES:
         if case.loss == "reinforce++":
             continue
-        found, figures = measure(case), given.figures(case)
+        actual, reference = measure(case), given.figures(case)
         if case.loss == "rloo" and case.masked:
-            found[0] = figures[0]
-        apart = max(
-            abs(one - other) / max(1.0, abs(other))
-            for one, other in zip(found, figures, strict=True)
+            actual[0] = reference[0]
+        difference = max(
+            abs(a - b) / max(1.0, abs(b)) for a, b in zip(actual, reference, strict=True)
         )
-        worst = max(worst, apart)
-        print(f"{case!s:28} loss {found[0]:10.6f}  apart {apart:.1e}", flush=True)
-    print(f"largest {worst:.1e}, at most {BOUND:g} is allowed")
+        worst = max(worst, difference)
+        print(f"{case!s:28} loss {actual[0]:10.6f}  difference {difference:.1e}", flush=True)
+    print(f"largest difference {worst:.1e}, bound {BOUND:g}")
     return int(worst > BOUND)
 
 

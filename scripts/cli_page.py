@@ -14,7 +14,7 @@ from ftlevel.config.flags import FLAGS, flags_of
 COMMON = ("--json", "--quiet", "--traceback")
 """Flags that nearly every command has; docs/cli.md describes them."""
 
-MANY = 30
+MAX_SHARED_FLAGS = 30
 """Number of flags shared with `train` above which a page refers to it."""
 
 COMMANDS = commands()
@@ -43,7 +43,7 @@ def cli_page() -> str:
 
 
 def command_pages() -> dict[str, Callable[[], str]]:
-    """Return page → what writes it, one a command."""
+    """Return page name → function that returns its text, one per command."""
     return {f"commands/{name}": partial(command_page, name) for name in COMMANDS}
 
 
@@ -60,8 +60,10 @@ def _command(name: str, flags: Sequence[Flag]) -> Iterator[str]:
     flags_of_train = flags_of("train", flags)
     of_train = [row for row in rows if row in flags_of_train and row.path]
     aliases = _aliases(flags)
-    known = () if name == "train" else {n for row in flags_of_train for n in _names(row, aliases)}
-    if name != "train" and len(of_train) > MANY:
+    excluded = (
+        () if name == "train" else {n for row in flags_of_train for n in _names(row, aliases)}
+    )
+    if name != "train" and len(of_train) > MAX_SHARED_FLAGS:
         rows = [row for row in rows if row not in of_train]
         yield from (
             "",
@@ -70,29 +72,29 @@ def _command(name: str, flags: Sequence[Flag]) -> Iterator[str]:
         )
     for panel in dict.fromkeys(row.panel for row in rows):
         yield from ("", f"## {panel or 'Arguments'}", "")
-        cells = [_cells(row, name, aliases, known) for row in rows if row.panel == panel]
+        cells = [_cells(row, name, aliases, excluded) for row in rows if row.panel == panel]
         yield from _table(cells)
-    answers = [row for row in flags if isinstance(row, UnsupportedFlag) and name in row.on]
-    if answers and name == "train":
+    unsupported = [row for row in flags if isinstance(row, UnsupportedFlag) and name in row.on]
+    if unsupported and name == "train":
         yield from ("", "## Not available", "")
         yield "These flags of other tools have no effect here. `ftlevel train` says what to use:"
-        yield from ("", ", ".join(sorted({_code(row.name) for row in answers})) + ".")
+        yield from ("", ", ".join(sorted({_code(row.name) for row in unsupported})) + ".")
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Yield the lines of a table without its empty columns."""
     head = ("flag", "field", "choices", "default", "second names", "meaning")
-    shown = [at for at in range(len(head)) if any(row[at] for row in rows)]
-    yield f"| {' | '.join(head[at] for at in shown)} |"
-    yield "|---" * len(shown) + "|"
+    columns = [column for column in range(len(head)) if any(row[column] for row in rows)]
+    yield f"| {' | '.join(head[column] for column in columns)} |"
+    yield "|---" * len(columns) + "|"
     for row in rows:
-        yield f"| {' | '.join(row[at].replace('|', chr(92) + '|') for at in shown)} |"
+        yield f"| {' | '.join(row[column].replace('|', chr(92) + '|') for column in columns)} |"
 
 
 def _cells(
-    row: Flag, command: str, aliases: Mapping[str, Sequence[Alias]], known: Collection[str]
+    row: Flag, command: str, aliases: Mapping[str, Sequence[Alias]], excluded: Collection[str]
 ) -> list[str]:
-    """Returns the columns of a flag, without second names in `known`."""
+    """Returns the columns of a flag, without second names in `excluded`."""
     metadata = row.metadata(command)
     is_required = row.required or metadata.required
     return [
@@ -100,17 +102,17 @@ def _cells(
         ", ".join(_code(path) for path in (row.path, *row.by_task.values())),
         ", ".join(metadata.choices),
         "required" if is_required else "" if metadata.default is None else str(metadata.default),
-        ", ".join(second for second in _names(row, aliases) if second not in known),
+        ", ".join(alias for alias in _names(row, aliases) if alias not in excluded),
         metadata.description,
     ]
 
 
 def _aliases(flags: Sequence[Flag]) -> dict[str, list[Alias]]:
-    """Return flag → all of its aliases, which may be listed in several rows."""
-    found: dict[str, list[Alias]] = {}
+    """Return flag → all its aliases, which may be in several rows."""
+    aliases: dict[str, list[Alias]] = {}
     for row in flags:
-        found.setdefault(row.name, []).extend(row.alias_names)
-    return found
+        aliases.setdefault(row.name, []).extend(row.alias_names)
+    return aliases
 
 
 def _names(row: Flag, aliases: Mapping[str, Sequence[Alias]]) -> Iterator[str]:
@@ -119,22 +121,24 @@ def _names(row: Flag, aliases: Mapping[str, Sequence[Alias]]) -> Iterator[str]:
     yield from dict.fromkeys(map(_with_values, aliases[row.name]))
 
 
-def _with_values(other: Alias) -> str:
-    if other.value:
-        return f"{_code(other.name)} ({other.value})"
-    words = _words(other.values)
-    return _code(other.name) + (f" ({words})" if words else "")
+def _with_values(alias: Alias) -> str:
+    if alias.value:
+        return f"{_code(alias.name)} ({alias.value})"
+    words = _words(alias.values)
+    return _code(alias.name) + (f" ({words})" if words else "")
 
 
 def _words(words: ValueAliases) -> str:
-    """Return values and what they stand for; values that name a method in the same way are one."""
-    alike = [theirs for theirs, ours in words.items() if ours == f"--method {theirs}"]
-    others = [
-        f"{theirs}: {'unchanged' if isinstance(ours, NoOpValue) else ours or 'none'}"
-        for theirs, ours in words.items()
-        if theirs not in alike
+    """Return values and their meanings; values that name a method in the same way are merged."""
+    method_values = [
+        foreign for foreign, meaning in words.items() if meaning == f"--method {foreign}"
     ]
-    return ", ".join([*others, *(["METHOD: --method METHOD"] if alike else [])])
+    entries = [
+        f"{foreign}: {'unchanged' if isinstance(meaning, NoOpValue) else meaning or 'none'}"
+        for foreign, meaning in words.items()
+        if foreign not in method_values
+    ]
+    return ", ".join([*entries, *(["METHOD: --method METHOD"] if method_values else [])])
 
 
 def _code(text: str) -> str:

@@ -49,8 +49,8 @@ def _tables() -> Iterator[str]:
         for row in SPELLINGS:
             if row.tool != tool or _is_rename(row) or row.agrees:
                 continue
-            cells = (f"`{row.typed}`", _here(row))
-            if cells not in shown:  # the same of an earlier tool
+            cells = (f"`{row.typed}`", _effect(row))
+            if cells not in shown:  # not listed for an earlier tool
                 shown.add(cells)
                 yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
         agreeing = dict.fromkeys(row.typed for row in SPELLINGS if row.tool == tool and row.agrees)
@@ -60,18 +60,20 @@ def _tables() -> Iterator[str]:
 
 
 def _is_rename(row: ForeignFlag) -> bool:
-    """Return whether a spelling sets one field to the value that was typed."""
+    """Return whether a flag sets one field to the typed value."""
     typed = shlex.split(row.typed)
     if len(row.sets) != 1 or len(typed) != 2:
         return False
     (value,) = row.sets.values()
-    return typed[1] == _shown(value) or (isinstance(value, float) and float(typed[1]) == value)
+    return typed[1] == _format_value(value) or (
+        isinstance(value, float) and float(typed[1]) == value
+    )
 
 
-def _here(row: ForeignFlag) -> str:
-    """Return what comes of a row; of one that is refused, the line that says so."""
+def _effect(row: ForeignFlag) -> str:
+    """Return the effect of a flag, or the reason of its rejection."""
     if row.sets:
-        fields = ", ".join(f"`{path}: {_shown(value)}`" for path, value in row.sets.items())
+        fields = ", ".join(f"`{path}: {_format_value(value)}`" for path, value in row.sets.items())
         return fields + (f" (with `{row.extra}`)" if row.extra else "")
     try:
         _program()(args=["train", *shlex.split(row.typed), "--dry-run"], standalone_mode=False)
@@ -87,11 +89,11 @@ def _program() -> typer.Typer:
     return build_app(["train"])
 
 
-def _shown(value: object) -> str:
+def _format_value(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(str, value))}]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {one}" for key, one in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {entry}" for key, entry in value.items()) + "}"
     return str(value)

@@ -1,9 +1,9 @@
-"""Draw where each method sits in a transformer's block, from `method_guides.GUIDES`.
+"""Draw the position of each method in a transformer block, from `method_guides.GUIDES`.
 
 python scripts/draw_methods.py            write docs/guide/*.svg
-python scripts/draw_methods.py --check    exit with 1 where a picture is not up to date
+python scripts/draw_methods.py --check    exit with 1 if a picture is not up to date
 
-One picture for light and dark: its colours follow the reader's system.
+The same picture is used for light and dark themes: its colors follow the system.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ _WIDTH, _HEIGHT = 950, 330
 
 def draw(name: str, guide: Guide) -> str:
     """Return the picture of a method as SVG."""
-    said = f"Where {name} sits in a transformer's block"
+    label = f"Where {name} sits in a transformer's block"
     body = "\n".join([*_base(guide), *_trained(guide), *_legend()])
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{escape(said)}">\n<title>{escape(said)}</title>\n<style>{_STYLE}</style>\n'
+        f'aria-label="{escape(label)}">\n<title>{escape(label)}</title>\n<style>{_STYLE}</style>\n'
         f"{body}\n</svg>\n"
     )
 
 
-def _box(box: Box, text: str, *, is_on: bool = False, small: bool = False) -> str:
+def _box(box: Box, text: str, *, is_trained: bool = False, small: bool = False) -> str:
     x, y, w, h = box
-    size, lit = (" s" if small else ""), (" lit" if is_on else "")
-    kind = "on" if is_on else "box"
+    size, lit = (" s" if small else ""), (" lit" if is_trained else "")
+    kind = "on" if is_trained else "box"
     return (
         f'<rect class="{kind}" x="{x}" y="{y}" width="{w}" height="{h}" rx="5"/>'
         f'<text class="t{size}{lit}" x="{x + w / 2:g}" y="{y + h / 2 + 4:g}">{escape(text)}</text>'
@@ -72,7 +72,7 @@ def _line(*points: tuple[float, float]) -> str:
 
 
 def _base(guide: Guide) -> Iterator[str]:
-    """Yield what every transformer has; what is trained itself is lit."""
+    """Yield the transformer block; parts that are trained directly are highlighted."""
     yield '<rect class="frame" x="206" y="22" width="640" height="276" rx="10"/>'
     yield '<text class="s" x="250" y="40">block, × N</text>'
     yield '<text x="48" y="169">tokens</text>'
@@ -90,14 +90,14 @@ def _base(guide: Guide) -> Iterator[str]:
         yield f'<circle class="box" cx="{x}" cy="165" r="8"/>'
         yield f'<text class="s" x="{x}" y="169">+</text>'
     for name, box in PARTS.items():
-        yield _box(box, name.split()[0], is_on=name in guide.whole)
+        yield _box(box, name.split()[0], is_trained=name in guide.trained)
 
 
 def _trained(guide: Guide) -> Iterator[str]:
-    """Yield what a method adds."""
-    for part in guide.beside:
+    """Yield the parts that a method adds."""
+    for part in guide.added:
         x, y, w, h = PARTS[part]
-        yield _box((x - 4, y + h + 5, w + 8, 18), guide.mark, is_on=True, small=True)
+        yield _box((x - 4, y + h + 5, w + 8, 18), guide.mark, is_trained=True, small=True)
     for part in guide.scaled:
         x, y, w, h = PARTS[part]
         yield _round(x + w + 14, y + h // 2, guide.mark)
@@ -106,15 +106,15 @@ def _trained(guide: Guide) -> Iterator[str]:
         yield _round(x - 14, y + h // 2, guide.mark)
     for part in guide.inside:
         x, y, w, _ = PARTS[part]
-        yield _box((x + w - 30, y + 52, 60, 22), guide.mark, is_on=True, small=True)
+        yield _box((x + w - 30, y + 52, 60, 22), guide.mark, is_trained=True, small=True)
         yield _line((x + w + 4, y + 20), (x + w + 4, y + 52))
     if guide.keys:
         for part in ("k", "v"):
             x, y, w, _ = PARTS[part]
-            yield _box((x + w + 8, y - 26, 28, 20), guide.mark, is_on=True, small=True)
+            yield _box((x + w + 8, y - 26, 28, 20), guide.mark, is_trained=True, small=True)
             yield _line((x + w + 36, y - 16), (388, min(max(y - 6, 115), 215)))
     if guide.tokens:
-        yield _box((110, 88, 56, 24), f"{guide.mark} × 20", is_on=True, small=True)
+        yield _box((110, 88, 56, 24), f"{guide.mark} × 20", is_trained=True, small=True)
         yield _line((166, 100), (196, 100), (196, 165))
 
 
@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Write the pictures, or check them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
-    wish = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     stale = 0
     FOLDER.mkdir(exist_ok=True)
     for name, guide in GUIDES.items():
@@ -144,11 +144,11 @@ def main(arguments: list[str] | None = None) -> int:
         if path.is_file() and path.read_text(encoding="utf-8") == text:
             continue
         stale += 1
-        if wish.check:
+        if args.check:
             print(f"{path} is not up to date: python scripts/draw_methods.py")
         else:
             path.write_text(text, encoding="utf-8")
-    return int(wish.check and stale > 0)
+    return int(args.check and stale > 0)
 
 
 if __name__ == "__main__":

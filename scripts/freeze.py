@@ -1,13 +1,13 @@
-"""Record what ftlevel computes, so that a refactoring can be compared before and after.
+"""Record what ftlevel computes, to compare before and after a refactoring.
 
     python scripts/freeze.py record DIR               run every item and write DIR/ITEM.txt
     python scripts/freeze.py record DIR --data SETS   also every row of the sets, a folder each
-    python scripts/freeze.py compare BEFORE AFTER     what differs; exit code 1 where something does
+    python scripts/freeze.py compare BEFORE AFTER     print differences; exit code 1 if any
 
-An item is some command lines in an empty folder. What they print and every file that they leave is
-kept, a line a fact, without what another time or place would change: two recordings of one tree on
-one machine are equal byte for byte. Only the program and pytest are run, nothing of ftlevel is
-imported, so that modules can move. Real models are looked for in FTLEVEL_MODELS, or .models.
+An item is a list of command lines in an empty folder. Its record has their output and every file
+they write, one value per line, without times and paths: two recordings of one tree on one machine
+are equal byte for byte. Only the program and pytest are run, and nothing of ftlevel is imported, so
+modules can move. Real models are read from FTLEVEL_MODELS, or .models.
 """
 
 from __future__ import annotations
@@ -33,50 +33,50 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SPOKEN = (ROOT / "tests/cli", ROOT / "tests/unit/test_recipes.py")  # tests that are listened to
-MODELS = ("llama", "gpt2", "roberta", "bart", "mixtral")  # tiny ones, beside a t5
+RECORDED_TESTS = (ROOT / "tests/cli", ROOT / "tests/unit/test_recipes.py")  # recorded tests
+MODELS = ("llama", "gpt2", "roberta", "bart", "mixtral")  # tiny models, besides a t5
 _WORDS = "the parser reads a module string and keeps its default file until another caller asks"
 
 
-def _say(seed: float, count: int) -> str:
+def _words(seed: float, count: int) -> str:
     return " ".join(random.Random(f"{seed}").choices(_WORDS.split(), k=count))
 
 
 def _messages(i: int) -> dict[str, Any]:
     roles = ("system", "user", "assistant", "user", "assistant")[: 5 if i % 3 else 3]
-    texts = (_say(k * (i + 0.5), 3 + (i + k) % 4 if k else 40) for k in range(5))
+    texts = (_words(k * (i + 0.5), 3 + (i + k) % 4 if k else 40) for k in range(5))
     return {"messages": [{"role": role, "content": next(texts)} for role in roles]}
 
 
 def _tagged(i: int) -> dict[str, Any]:
-    place, words = ("Paris", "Rome", "New York")[i % 3].split(), _say(i, 2 + i % 5).split()
-    tags = ["O"] * len(words) + ["B-LOC", "I-LOC"][: len(place)] + ["O"]
-    return {"tokens": [*words, *place, "."], "tags": tags}
+    location, words = ("Paris", "Rome", "New York")[i % 3].split(), _words(i, 2 + i % 5).split()
+    tags = ["O"] * len(words) + ["B-LOC", "I-LOC"][: len(location)] + ["O"]
+    return {"tokens": [*words, *location, "."], "tags": tags}
 
 
 def _question(i: int) -> dict[str, Any]:
-    before, answer = f"{_say(i, 10 + 7 * (i % 5))}. The name is ", f"module {i}"
-    answers = {"text": [answer][: i % 4], "answer_start": [len(before)][: i % 4]}
-    context = f"{before}{answer}. {_say(-i, 12)}."
+    context_start, answer = f"{_words(i, 10 + 7 * (i % 5))}. The name is ", f"module {i}"
+    answers = {"text": [answer][: i % 4], "answer_start": [len(context_start)][: i % 4]}
+    context = f"{context_start}{answer}. {_words(-i, 12)}."
     return {"context": context, "question": "What is the name?", "answers": answers}
 
 
 ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "prompts": lambda i: {"prompt": _say(i, 3 + i % 7), "completion": _say(-i, 2 + i % 5)},
+    "prompts": lambda i: {"prompt": _words(i, 3 + i % 7), "completion": _words(-i, 2 + i % 5)},
     "chat": _messages,
-    "articles": lambda i: {"document": _say(i, 12 + i % 9), "summary": _say(-i, 4 + i % 3)},
-    "pairs": lambda i: {"en": _say(i, 3 + i % 4), "de": _say(-i, 3 + i % 5)},
-    "plain": lambda i: {"text": _say(i, 30 + 30 * (i % 4))},
-    "class": lambda i: {"text": _say(i, 3 + i % 9), "label": "abc"[i % 3]},
-    "several": lambda i: {"text": _say(i, 3 + i % 9), "label": ["x", "y", "z"][: i % 4]},
-    "number": lambda i: {"text": _say(i, 3 + i % 9), "label": i / 4},
+    "articles": lambda i: {"document": _words(i, 12 + i % 9), "summary": _words(-i, 4 + i % 3)},
+    "pairs": lambda i: {"en": _words(i, 3 + i % 4), "de": _words(-i, 3 + i % 5)},
+    "plain": lambda i: {"text": _words(i, 30 + 30 * (i % 4))},
+    "class": lambda i: {"text": _words(i, 3 + i % 9), "label": "abc"[i % 3]},
+    "several": lambda i: {"text": _words(i, 3 + i % 9), "label": ["x", "y", "z"][: i % 4]},
+    "number": lambda i: {"text": _words(i, 3 + i % 9), "label": i / 4},
     "tags": _tagged,
     "span": _question,
 }
-"""Name of a set → its row of a number; 24 rows to train on and 6 for validation."""
+"""Name of a set → function from index to row; 24 training and 6 validation rows."""
 
 TRAIN = "train --output-dir run --json --logging-steps 1 --max-steps 4 --batch-size 4"
-ASK = 'generate run --json --max-new-tokens 12 -p "say the value" -p "read a file in New York ."'
+SAMPLE = 'generate run --json --max-new-tokens 12 -p "say the value" -p "read a file in New York ."'
 SCORE, MERGE = "evaluate run --json --predictions scored.jsonl", "merge run --json --out merged"
 MINILM, DOCS = "--model .models/all-MiniLM-L6-v2", "--max-samples 24 --set data.max_eval_samples=6"
 PROMPTS, PLAIN, CHAT = (f"--dataset rows/{name}" for name in ("prompts", "plain", "chat"))
@@ -93,7 +93,7 @@ TARGETS = """llama mistral qwen2 qwen3 smollm3 granite olmo2 gemma gemma2 gemma3
 COMMANDS = "train preview evaluate generate merge quantize export recipes list-targets list-methods"
 ITEMS = f"""
 tests: tests said.json
-lora: {DOCS} | {SCORE} | {ASK} --compare-base | {MERGE} | export run --json --out run.gguf
+lora: {DOCS} | {SCORE} | {SAMPLE} --compare-base | {MERGE} | export run --json --out run.gguf
   | quantize merged --quant 4bit --out four --json | train run/config.yaml --output-dir again --json
 lora-dora: {DOCS} --dora --dtype float32 --learning-rate 1e-3 | {MERGE}
 lora-plus: {PROMPTS} --model models/gpt2 --dtype float32 --rslora --lora-plus-ratio 4 | {MERGE}
@@ -104,23 +104,23 @@ lora-dropout: {DOCS} --lora-dropout 0.1 --target-modules q_proj,v_proj
 lora-experts: {PROMPTS} --model models/mixtral --set method.target_parameters=experts
 schedule: {PROMPTS} --model models/gpt2 --gradient-accumulation-steps 2 --lr-scheduler-type cosine
   --warmup-steps 2 --gradient-checkpointing --set train.train_sampling_strategy=group_by_length
-qlora: {DOCS} --method qlora | {ASK} | {SCORE} | {MERGE}
+qlora: {DOCS} --method qlora | {SAMPLE} | {SCORE} | {MERGE}
 qlora-fp4: {PROMPTS} --method qlora --quant-type fp4 --double-quant --dora --dtype float32
 qlora-8bit: {DOCS} --method qlora --quant 8bit --dtype float32 | {MERGE} --onto original --no-verify
 adalora: {CLASSES} {MINILM} --method adalora | {SCORE} | {MERGE} --no-verify
-ia3: {CLASSIFY} --dataset rows/several {MINILM} --method ia3 | {SCORE} | {ASK}
+ia3: {CLASSIFY} --dataset rows/several {MINILM} --method ia3 | {SCORE} | {SAMPLE}
 vera: {CLASSIFY} --dataset rows/number --model models/roberta --method vera | {SCORE}
 oft: {TINY} --method oft --dtype float32 | {MERGE} --no-verify
 boft: {CLASSES} {MINILM} --method boft
 loha: {TINY} --method loha --dtype float32 | {MERGE} --no-verify
 lokr: {CLASSES} --model models/roberta --method lokr
-adapter: {TAGS} {MINILM} --method adapter | {SCORE} | {ASK}
+adapter: {TAGS} {MINILM} --method adapter | {SCORE} | {SAMPLE}
 adapter-pfeiffer: {SUMMARY} --model models/t5 --method adapter --set method.placement=pfeiffer
 adapter-parallel: {PROMPTS} --quant 4bit --method adapter --set method.placement=parallel
-prefix: {SUMMARY} --model models/bart --method prefix | {SCORE} | {ASK}
+prefix: {SUMMARY} --model models/bart --method prefix | {SCORE} | {SAMPLE}
 prompt: {PAIRS} --model models/t5 --method prompt | {SCORE}
-p-tuning: {PROMPTS} --method p-tuning --bf16 | {ASK}
-ln-tuning: {SPANS} {MINILM} --method ln-tuning | {SCORE} | {ASK} --context "The name is file 3."
+p-tuning: {PROMPTS} --method p-tuning --bf16 | {SAMPLE}
+ln-tuning: {SPANS} {MINILM} --method ln-tuning | {SCORE} | {SAMPLE} --context "The name is file 3."
 full: {DOCS} --method full --bf16 | {SCORE} | export run --out run.gguf --outtype q8_0
 full-masked: {MASKED} --max-length 96 --model models/roberta --method full | {SCORE}
 probe: {CLASSES} {MINILM} --method full --set method.freeze_base=true
@@ -130,7 +130,7 @@ class-decoder: {CLASSES} --quant 4bit | {SCORE}
 summaries: {SUMMARY} --eval-on-start --eval-steps 2 | evaluate run --json --split train --no-base
 translation: {PAIRS} --set train.max_new_tokens=8
 plain: {PLAIN} --max-length 150 --overlong split --validation-split 0.2
-chat: {CHAT} --set speed.share_prefixes=never | {ASK}
+chat: {CHAT} --set speed.share_prefixes=never | {SAMPLE}
 chat-shared: {CHAT} --set speed.share_prefixes=always | {SCORE}
 chat-template: {CHAT} --model models/gpt2 --chat-template mistral
 mixed: {PROMPTS} --dataset builtin:docstrings --mix 3,7 --validation-split 0.1
@@ -166,27 +166,27 @@ dry-run: train --dry-run --json | train --dry-run --json --method ia3 {MINILM} {
 help: --help | {" | ".join(f"{name} --help" for name in COMMANDS.split())}
   | train --help-all | preview --help-all
 """
-# A line an item: its name, and command lines as typed behind `ftlevel`. One that begins with a flag
-# is a training run; `tests` runs those of `SPOKEN`. Items called two-… run alone, on both cores.
+# A line per item: its name, and command lines without `ftlevel`. One that begins with a flag is a
+# training run; `tests` runs the recorded tests. Items called two-… run alone, on both cores.
 
 
 def build_items(data: Path | None) -> Iterator[tuple[str, list[str]]]:
-    """Yield name and command lines of everything, and of the sets in `data`, by their recipes."""
+    """Yield name and command lines of every item, and of the sets in `data` with their recipes."""
     for line in ITEMS.strip().replace("\n  ", " ").splitlines():
         name, _, text = line.partition(": ")
         commands = text.split(" | ")
         is_run = text.startswith("--") and name != "help"
         yield name, [f"{TRAIN} {commands[0]}", *commands[1:]] if is_run else commands
     for path in sorted(data.glob("*/train.jsonl")) if data else []:
-        named, folder = f"dataset: data/{path.parent.name}\n", path.parent
+        reference, folder = f"dataset: data/{path.parent.name}\n", path.parent
         recipes = sorted((ROOT / "recipes").glob("*.yaml"))
-        names = [recipe.name for recipe in recipes if named in recipe.read_text("utf-8")]
-        how = f"recipes/{names[0]}" if names else f"--dataset data/{folder.name}"
+        names = [recipe.name for recipe in recipes if reference in recipe.read_text("utf-8")]
+        source = f"recipes/{names[0]}" if names else f"--dataset data/{folder.name}"
         previews = []
         for split in ("train", "validation"):
             count = len((folder / f"{split}.jsonl").read_bytes().splitlines())
-            rows = " ".join(f"--row {number}" for number in range(1, count + 1))
-            previews.append(f"preview {how} --split {split} --json --max-samples {count} {rows}")
+            rows = " ".join(f"--row {index}" for index in range(1, count + 1))
+            previews.append(f"preview {source} --split {split} --json --max-samples {count} {rows}")
         yield f"data-{folder.name}", previews
 
 
@@ -199,18 +199,18 @@ _NOISE = (
 
 
 class Recorder:
-    """Runs items in the empty folder `work`, and writes to `out` what they did."""
+    """Runs items in the empty folder `work`, and writes their records to `out`."""
 
     def __init__(self, work: Path, out: Path, data: Path | None) -> None:
         self.work, self.out = work, out
         models = Path(os.environ.get("FTLEVEL_MODELS") or ROOT / ".models").resolve()
         self.links = {"models": work / "models", "rows": work / "rows", ".models": models,
                       "recipes": ROOT / "recipes", "data": data or work}  # fmt: skip
-        self.places = {f"{work}": "<work>", f"{models}": "<models>", f"{ROOT}": "<tree>",
+        self.path_names = {f"{work}": "<work>", f"{models}": "<models>", f"{ROOT}": "<tree>",
                        sys.prefix: "<prefix>"}  # fmt: skip
 
-    def make_inputs(self) -> None:
-        """Write the rows and the tiny models that the items use."""
+    def create_inputs(self) -> None:
+        """Write the rows and tiny models that the items use."""
         sys.path.insert(0, str(ROOT / "tests"))
         from transformers.utils import logging
 
@@ -226,32 +226,36 @@ class Recorder:
         for family in MODELS:
             save_tiny(self.work / "models" / family, family)
         folder = save_tiny(self.work / "models" / "t5", "t5", pad_token_id=1, eos_token_id=2)
-        build_tokenizer("bart").save_pretrained(folder)  # T5's own is not trained alike twice
+        build_tokenizer("bart").save_pretrained(
+            folder
+        )  # training of T5's own tokenizer is not deterministic
 
     def record(self, item: tuple[str, list[str]]) -> None:
-        """Run an item, write its file and print a line."""
-        began, (name, commands) = time.perf_counter(), item
+        """Run an item, write its record and print a line."""
+        start, (name, commands) = time.perf_counter(), item
         folder = self.work / "items" / name
         folder.mkdir(parents=True)
         for link, target in self.links.items():
             (folder / link).symlink_to(target)
-        said = [self._run(command, folder) for command in commands]
-        tops = [path for path in sorted(folder.iterdir()) if not path.is_symlink()]
-        paths = [path for top in tops for path in (top, *sorted(top.rglob("*"))) if path.is_file()]
-        left = {str(path.relative_to(folder)): _content(path) for path in paths}
-        text = "\n".join(_facts({"commands": said, "files": left})) + "\n"
-        for place in sorted(self.places, key=len, reverse=True):
-            text = text.replace(place, self.places[place])
-        for pattern, stand_in in _NOISE:
-            text = pattern.sub(stand_in, text)
+        outputs = [self._run(command, folder) for command in commands]
+        top_paths = [path for path in sorted(folder.iterdir()) if not path.is_symlink()]
+        paths = [
+            path for top in top_paths for path in (top, *sorted(top.rglob("*"))) if path.is_file()
+        ]
+        files = {str(path.relative_to(folder)): _content(path) for path in paths}
+        text = "\n".join(_flatten({"commands": outputs, "files": files})) + "\n"
+        for prefix in sorted(self.path_names, key=len, reverse=True):
+            text = text.replace(prefix, self.path_names[prefix])
+        for pattern, replacement in _NOISE:
+            text = pattern.sub(replacement, text)
         (self.out / f"{name}.txt").write_text(text, encoding="utf-8")
-        codes = [entry["exit"] for entry in said]
-        print(f"{name}: {time.perf_counter() - began:.1f} s, exit codes {codes}", flush=True)
+        codes = [entry["exit"] for entry in outputs]
+        print(f"{name}: {time.perf_counter() - start:.1f} s, exit codes {codes}", flush=True)
 
     def _run(self, command: str, folder: Path) -> dict[str, Any]:
         words = shlex.split(command)
-        own = {"rm": ["rm"], "tests": [sys.executable, __file__, "tests"]}.get(words[0])
-        program = [*own, *words[1:]] if own else [sys.executable, "-m", "ftlevel", *words]
+        special = {"rm": ["rm"], "tests": [sys.executable, __file__, "tests"]}.get(words[0])
+        program = [*special, *words[1:]] if special else [sys.executable, "-m", "ftlevel", *words]
         home, threads = self.work / "own" / folder.name, 1 + ("threads" in folder.name)
         (home / _TEMPORARY).mkdir(parents=True, exist_ok=True)
         environment = {
@@ -260,21 +264,26 @@ class Recorder:
             "OMP_NUM_THREADS": f"{threads}", "COLUMNS": "100", "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }  # fmt: skip
-        done = subprocess.run(program, cwd=folder, env=environment, stdin=subprocess.DEVNULL,
+        result = subprocess.run(program, cwd=folder, env=environment, stdin=subprocess.DEVNULL,
                               capture_output=True, text=True, check=False)  # fmt: skip
-        error = done.stderr
+        error = result.stderr
         if "Traceback (most recent call last)" in error:
-            error = error.rstrip().rpartition("\n")[2]  # its frames may move
-        is_json = done.stdout.startswith("{")
-        out = json.loads(done.stdout) if is_json else done.stdout.splitlines()
-        shown = re.sub(r"( --row \d+){9,}$", " --row …", command)
-        return {"command": shown, "exit": done.returncode, "out": out, "err": error.splitlines()}
+            error = error.rstrip().rpartition("\n")[2]  # frames may move
+        is_json = result.stdout.startswith("{")
+        out = json.loads(result.stdout) if is_json else result.stdout.splitlines()
+        displayed = re.sub(r"( --row \d+){9,}$", " --row …", command)
+        return {
+            "command": displayed,
+            "exit": result.returncode,
+            "out": out,
+            "err": error.splitlines(),
+        }
 
 
 def _content(path: Path) -> Any:
-    """Return what is kept of a file: text as it is, a digest of weights and of much text."""
+    """Return the recorded content of a file: text, or a digest of weights and long texts."""
     if path.suffix in (".pt", ".pth", ".bin") or path.name == "manifest.json":
-        return "is there"  # pickles name modules; the manifest has their digests
+        return "is there"  # pickles contain module names; the manifest contains their digests
     is_long = path.stat().st_size > 50_000 and path.name != "said.json"
     if path.suffix in (".safetensors", ".gguf") or is_long:
         return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -287,50 +296,52 @@ def _content(path: Path) -> Any:
     return json.loads(text) if path.suffix == ".json" else text.splitlines()
 
 
-def _facts(value: Any, place: str = "") -> Iterator[str]:
-    """Yield a line for each leaf of a JSON value or line of a text; no times, memory, versions."""
+def _flatten(value: Any, prefix: str = "") -> Iterator[str]:
+    """Yield a line per leaf of a JSON value or line of a text, without times, memory, versions."""
     if isinstance(value, dict) and value:
         for key, entry in value.items():
             if key.endswith(("_modules", "_to_save")) and isinstance(entry, list):
                 entry = sorted(entry)  # PEFT writes sets
-            if key == "rows" and isinstance(entry, list) and len(entry) > 20:  # all of a set
-                entry = [f"{number} {_digest(row)}" for number, row in enumerate(entry, 1)]
+            if key == "rows" and isinstance(entry, list) and len(entry) > 20:  # a whole set
+                entry = [f"{index} {_digest(row)}" for index, row in enumerate(entry, 1)]
             if key.endswith("intervals") and isinstance(entry, dict):
-                entry = dict(sorted(entry.items()))  # a set decides their order
+                entry = dict(sorted(entry.items()))  # ordered by a set
             if not _VARIES.search(key):
-                yield from _facts(entry, f"{place} › {key}" if place else key)
+                yield from _flatten(entry, f"{prefix} › {key}" if prefix else key)
     elif isinstance(value, list) and value:
-        for number, entry in enumerate(value, 1):
-            is_line = isinstance(entry, str)  # of a text, where one more must not move the others
-            yield from [f"{place}: {entry}"] if is_line else _facts(entry, f"{place} › {number}")
+        for index, entry in enumerate(value, 1):
+            is_line = isinstance(
+                entry, str
+            )  # lines of a text have no index, so that an added line does not move the others
+            yield from [f"{prefix}: {entry}"] if is_line else _flatten(entry, f"{prefix} › {index}")
     else:
-        yield f"{place}: {json.dumps(value, ensure_ascii=False)}"
+        yield f"{prefix}: {json.dumps(value, ensure_ascii=False)}"
 
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-class Listener:
-    """A pytest plugin that notes what each test types and is answered, and how it ends."""
+class TestRecorder:
+    """A pytest plugin that records arguments, output and outcome of each test."""
 
     def __init__(self) -> None:
-        self.said: dict[str, list[Any]] = {}
+        self.records: dict[str, list[Any]] = {}
         self._now: list[Any] = []
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        """Listen at every test module's `run`, where it is the program's."""
+        """Wrap the `run` of every test module that uses the program's."""
         for module in {item.module for item in items}:
             if getattr(module, "run", _digest).__module__.startswith("ftlevel"):
                 module.run = functools.partial(self._run, module.run)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        """Begin the notes of a test."""
+        """Start the record of a test."""
         path, _, test = nodeid.partition("::")
-        self._now = self.said[f"{Path(path).name}::{test}"] = []
+        self._now = self.records[f"{Path(path).name}::{test}"] = []
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Note how a test ended."""
+        """Record the outcome of a test."""
         if report.when == "call" or report.outcome != "passed":
             self._now.append(report.outcome)
 
@@ -340,39 +351,39 @@ class Listener:
         return code
 
     def hear(self, captured: Any) -> Any:
-        """Note what a test read by capsys, and return it."""
+        """Record what a test read from capsys, and return it."""
         self._now.append({"out": captured.out.splitlines(), "err": captured.err.splitlines()})
         return captured
 
 
-def listen_to_tests(path: Path) -> int:
-    """Run the tests of `SPOKEN` and write to `path` what a `Listener` heard."""
-    listener, base = Listener(), Path(tempfile.gettempdir()) / "tests"
+def record_tests(path: Path) -> int:
+    """Run the recorded tests and write the records of a `TestRecorder` to `path`."""
+    listener, base = TestRecorder(), Path(tempfile.gettempdir()) / "tests"
     flags = [f"--rootdir={ROOT}", "-q", "-pno:cacheprovider", f"--basetemp={base}"]
     with pytest.MonkeyPatch.context() as patch:
         fixture, read = pytest.CaptureFixture, pytest.CaptureFixture.readouterr
         patch.setattr(fixture, "readouterr", lambda capsys: listener.hear(read(capsys)))
-        code = pytest.main([*map(str, SPOKEN), *flags], [listener])
-    path.write_text(json.dumps(listener.said), encoding="utf-8")
+        code = pytest.main([*map(str, RECORDED_TESTS), *flags], [listener])
+    path.write_text(json.dumps(listener.records), encoding="utf-8")
     return int(code)
 
 
 def record(out: Path, only: str, jobs: int, data: Path | None) -> int:
-    """Run the items that fit `only`, `jobs` at a time, and write a file each to `out`."""
+    """Run the items that match `only`, `jobs` at a time, and write a file each to `out`."""
     items = [item for item in build_items(data) if re.search(only, item[0])]
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="freeze-") as work:
         recorder = Recorder(Path(work).resolve(), out, data)
-        recorder.make_inputs()
-        for alone, at_once in ((False, jobs), (True, 1)):
-            chosen = [item for item in items if item[0].startswith("two-") == alone]
-            with ThreadPoolExecutor(at_once) as pool:
-                list(pool.map(recorder.record, chosen))
+        recorder.create_inputs()
+        for sequential, workers in ((False, jobs), (True, 1)):
+            selected = [item for item in items if item[0].startswith("two-") == sequential]
+            with ThreadPoolExecutor(workers) as pool:
+                list(pool.map(recorder.record, selected))
     return 0
 
 
 def compare(before: Path, after: Path) -> int:
-    """Print what differs between two recordings; return 1 if something does."""
+    """Print the differences of two recordings; return 1 if there are any."""
     names = sorted({path.name for folder in (before, after) for path in folder.glob("*.txt")})
     differing = 0
     for name in names:
@@ -387,19 +398,21 @@ def compare(before: Path, after: Path) -> int:
 
 
 def main() -> int:
-    """Record or compare, as the command line says; `tests` is what `record` calls."""
+    """Record or compare; `tests` is used by `record`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("command", choices=("record", "compare", "tests"))
-    parser.add_argument("place", type=Path, nargs="+", help="DIR, or BEFORE and AFTER")
+    parser.add_argument("directories", type=Path, nargs="+", help="DIR, or BEFORE and AFTER")
     parser.add_argument("--only", default="", help="items whose names match this")
-    parser.add_argument("--jobs", type=int, default=2, help="items that run at once")
+    parser.add_argument("--jobs", type=int, default=2, help="number of parallel items")
     parser.add_argument("--data", type=lambda name: Path(name).resolve(), help="folder of sets")
-    wish = parser.parse_args()
-    if len(wish.place) != (2 if wish.command == "compare" else 1):
-        parser.error(f"{wish.command}: {len(wish.place)} folders are given")
-    if wish.command == "record":
-        return record(wish.place[0], wish.only, wish.jobs, wish.data)
-    return compare(*wish.place) if wish.command == "compare" else listen_to_tests(*wish.place)
+    args = parser.parse_args()
+    if len(args.directories) != (2 if args.command == "compare" else 1):
+        parser.error(f"{args.command}: {len(args.directories)} folders are given")
+    if args.command == "record":
+        return record(args.directories[0], args.only, args.jobs, args.data)
+    return (
+        compare(*args.directories) if args.command == "compare" else record_tests(*args.directories)
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ _HIDDEN = {"kind", "target_modules"}
 
 
 def guide_pages() -> dict[str, Callable[[], str]]:
-    """Return page → what writes it, the index first."""
+    """Return page name → function that returns its text, the index first."""
     return {
         "guide/index": _index,
         **{f"guide/{kind}": partial(_page, kind) for kind in SPECS},
@@ -44,8 +44,8 @@ def _page(kind: str) -> str:
     lines = [f"# {kind}", ""]
     if guide:
         lines += [f"![Where {kind} sits in a transformer's block]({kind}.svg)", ""]
-        lines += [guide.idea, "", f"**Use it** {guide.take[0].lower()}{guide.take[1:]}", ""]
-        lines += [f"**Main settings.** {guide.turn}", ""]
+        lines += [guide.idea, "", f"**Use it** {guide.use[0].lower()}{guide.use[1:]}", ""]
+        lines += [f"**Main settings.** {guide.settings}", ""]
     lines += [
         "<!-- not run: see tests/integration/test_methods.py -->",
         "```sh",
@@ -61,7 +61,7 @@ def _page(kind: str) -> str:
         f"| settings | {_settings(kind)} |",
         f"| [default learning rate](../defaults.md) | {_rates(kind)} |",
         "",
-        *_forms(kind),
+        *_variants(kind),
         *_limits(kind),
     ]
     return "\n".join(lines).rstrip("\n") + "\n"
@@ -84,7 +84,7 @@ def _rates(kind: str) -> str:
     )
 
 
-def _forms(kind: str) -> Iterator[str]:
+def _variants(kind: str) -> Iterator[str]:
     forms = [row for row in METHOD_INFO.values() if row.method == kind and row.name != kind]
     if not forms:
         return
@@ -96,11 +96,11 @@ def _forms(kind: str) -> Iterator[str]:
 
 def _limits(kind: str) -> Iterator[str]:
     names = {row.name for row in METHOD_INFO.values() if row.method == kind}
-    found = [rule for rule in RULES if rule.rows & names]
-    if not found:
+    rules = [rule for rule in RULES if rule.rows & names]
+    if not rules:
         return
     yield from ("## Not supported", "", "| | | reason | alternative |", "|---|---|---|---|")
-    for rule in found:
-        who = ", ".join(name for name in METHOD_INFO if name in rule.rows & names)
-        yield f"| {who} | {rule.condition} | {rule.why} | {rule.instead} |"
+    for rule in rules:
+        methods = ", ".join(name for name in METHOD_INFO if name in rule.rows & names)
+        yield f"| {methods} | {rule.condition} | {rule.why} | {rule.instead} |"
     yield ""

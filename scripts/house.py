@@ -1,6 +1,6 @@
-"""Measure the structure of the package: what a feature touches, and how large the package is.
+"""Measure the structure of the package: files that a feature touches, and package size.
 
-    python scripts/house.py            # print both tables; exit 1 where a figure exceeds its bound
+    python scripts/house.py            # print both tables; exit 1 if a figure exceeds its bound
     python scripts/house.py --write    # write the table of features into docs/architecture.md
 
 Features are the toy additions of tests/additions, which tests add to a copy of ftlevel and use.
@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from additions.tree import ADDITIONS  # noqa: E402 - found by the line above
 
-WAY = (
+ROW_MODULES = (
     "ftlevel.data.sources.splits",
     "ftlevel.data.prepare.loading",
     "ftlevel.data.formats.examples",
@@ -39,7 +39,7 @@ WAY = (
     "ftlevel.training.trainer",
     "ftlevel.fast.step_collator",
 )
-"""The modules through which a row of a text task goes, from a source to a batch."""
+"""Modules that process a row of a text task, from its source to a batch."""
 
 LORA_R = {
     "config/flags.py": 'Flag("method.r", "--lora-r"',
@@ -57,14 +57,7 @@ LORA_R = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A line of the table.
-
-    Attributes:
-        name: what is counted.
-        before: the figure of 0.1.0.
-        bound: the most that it may be.
-        value: what it is.
-    """
+    """A line of the table: a value, its bound, and the value of 0.1.0 in `before`."""
 
     name: str
     before: str
@@ -73,27 +66,27 @@ class Figure:
 
 
 def room_of(module: str) -> str:
-    """Return the room that a module lies in."""
+    """Return the package of ftlevel that contains a module."""
     return module.split(".")[1]
 
 
 def crossings() -> int:
-    """Return how often a row goes from one room to another between its source and its batch.
+    """Return how often a row crosses a package boundary between its source and its batch.
 
     Raises:
-        FileNotFoundError: a module of the way is not there.
+        FileNotFoundError: a module of `ROW_MODULES` does not exist.
     """
-    for module in WAY:
+    for module in ROW_MODULES:
         path = SOURCE / (module.replace(".", "/") + ".py")
         ast.parse(path.read_text(encoding="utf-8"))
-    return sum(room_of(one) != room_of(other) for one, other in pairwise(WAY))
+    return sum(room_of(one) != room_of(other) for one, other in pairwise(ROW_MODULES))
 
 
 def files_of_lora_r() -> int:
-    """Return how many files one opens to follow `--lora-r` to the layer.
+    """Return the number of files to read to follow `--lora-r` to the layer.
 
     Raises:
-        ValueError: a file no longer has its code.
+        ValueError: a file does not contain its code.
     """
     for name, code in LORA_R.items():
         if code not in (PACKAGE / name).read_text(encoding="utf-8"):
@@ -136,11 +129,13 @@ def _lines_of(node: ast.stmt) -> set[int]:
 def parameter_types(function: ast.FunctionDef) -> str:
     """Return the annotations of a function's parameters as one text."""
     arguments = function.args
-    every = (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
-    return " ".join(ast.unparse(each.annotation) for each in every if each.annotation)
+    parameters = (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
+    return " ".join(
+        ast.unparse(parameter.annotation) for parameter in parameters if parameter.annotation
+    )
 
 
-def takes(text: str, pattern: re.Pattern[str]) -> int:
+def count_functions(text: str, pattern: re.Pattern[str]) -> int:
     """Return how many functions of a module have a parameter whose type matches `pattern`."""
     functions = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef))
     return sum(bool(pattern.search(parameter_types(function))) for function in functions)
@@ -155,9 +150,9 @@ _COMMANDS = (
 
 
 def sizes() -> list[Figure]:
-    """Return how large the package is, beside the figures of 0.1.0."""
+    """Return the size of the package, and of 0.1.0."""
     texts = {path: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
-    counted = [code_lines(text) for text in texts.values()]
+    counts = [code_lines(text) for text in texts.values()]
     below = [
         text
         for path, text in texts.items()
@@ -165,24 +160,24 @@ def sizes() -> list[Figure]:
     ]
     train = ast.parse(texts[PACKAGE / "commands/train.py"])
     imports = [n for n in train.body if isinstance(n, ast.ImportFrom) and n.module]
-    laboratory = sum(
+    tool_lines = sum(
         len(path.read_text(encoding="utf-8").splitlines())
         for folder in ("benchmarks", "scripts")
         for path in (ROOT / folder).rglob("*.py")
     )
     return [
         Figure("Python files", "607", 320, len(texts)),
-        Figure("code lines", "44,650", 55_300, sum(code for code, _ in counted)),
-        Figure("docstring lines", "13,954", 8_900, sum(lines for _, lines in counted)),
+        Figure("code lines", "44,650", 55_300, sum(code for code, _ in counts)),
+        Figure("docstring lines", "13,954", 8_900, sum(lines for _, lines in counts)),
         Figure("`# fmt: skip`", "344", 20, sum(t.count("# fmt: skip") for t in texts.values())),
-        Figure("lines of benchmarks and scripts", "17,516", 11_100, laboratory),
+        Figure("lines of benchmarks and scripts", "17,516", 11_100, tool_lines),
         Figure(
             "functions that take a Run and a whole configuration", "74", 0,
-            sum(takes(text, _RUN_AND_CONFIG) for text in texts.values()),
+            sum(count_functions(text, _RUN_AND_CONFIG) for text in texts.values()),
         ),
         Figure(
             "functions below commands that take a whole configuration", "175", 20,
-            sum(takes(text, _WHOLE_CONFIG) for text in below),
+            sum(count_functions(text, _WHOLE_CONFIG) for text in below),
         ),
         Figure(
             "imports of ftlevel at the top of commands/train.py", "45", 12,
@@ -192,7 +187,7 @@ def sizes() -> list[Figure]:
 
 
 def figures() -> list[Figure]:
-    """Return what a feature touches: the table of docs/architecture.md."""
+    """Return the number of files per feature: the table of docs/architecture.md."""
     additions = [
         Figure(f"files changed for {name}", before, bound, len(addition.touched))
         for name, (before, bound, addition) in ADDITIONS.items()
@@ -204,33 +199,33 @@ def figures() -> list[Figure]:
     ]
 
 
-def table(found: list[Figure]) -> str:
+def table(rows: list[Figure]) -> str:
     """Return the figures as a Markdown table."""
     lines = ["| | 0.1.0 | at most | now |", "|---|--:|--:|--:|"]
-    lines += [f"| {f.name} | {f.before} | {f.bound:,} | {f.value:,} |" for f in found]
+    lines += [f"| {f.name} | {f.before} | {f.bound:,} | {f.value:,} |" for f in rows]
     return "\n".join(lines)
 
 
-def with_table(page: str, found: list[Figure]) -> str:
-    """Return `page` with the table between its marks."""
-    before, begin, rest = page.partition("<!-- house -->\n")
-    _, end, after = rest.partition("<!-- /house -->")
-    return f"{before}{begin}{table(found)}\n{end}{after}"
+def with_table(page: str, rows: list[Figure]) -> str:
+    """Return `page` with the table between its markers."""
+    before, start_marker, rest = page.partition("<!-- house -->\n")
+    _, end_marker, after = rest.partition("<!-- /house -->")
+    return f"{before}{start_marker}{table(rows)}\n{end_marker}{after}"
 
 
 def main() -> None:
-    """Print both tables; exit 1 where a figure exceeds its bound."""
+    """Print both tables; exit 1 if a figure exceeds its bound."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--write", action="store_true", help="update docs/architecture.md")
     arguments = parser.parse_args()
-    found = figures()
+    features = figures()
     measured = sizes()
-    print(f"{table(found)}\n\n{table(measured)}")
+    print(f"{table(features)}\n\n{table(measured)}")
     if arguments.write:
-        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
-    grown = [figure for figure in (*found, *measured) if figure.value > figure.bound]
+        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), features), encoding="utf-8")
+    grown = [figure for figure in (*features, *measured) if figure.value > figure.bound]
     for figure in grown:
-        print(f"{figure.name}: {figure.value:,}, and at most {figure.bound:,} are allowed")
+        print(f"{figure.name}: {figure.value:,}, at most {figure.bound:,} allowed")
     if grown:
         sys.exit(1)
 

@@ -43,14 +43,14 @@ def _files(sources: Path) -> list[Path]:
 def _user_errors(trees: Iterable[ast.Module]) -> set[str]:
     """Return the names of FtlevelError, of the error of a bad row, and of derived classes."""
     classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
-    found = {"FtlevelError", "UnusableRowError"}
-    while more := {
+    names = {"FtlevelError", "UnusableRowError"}
+    while derived := {
         node.name
         for node in classes
-        if node.name not in found and any(_name(base) in found for base in node.bases)
+        if node.name not in names and any(_name(base) in names for base in node.bases)
     }:
-        found |= more
-    return found - {"Interrupted"}
+        names |= derived
+    return names - {"Interrupted"}
 
 
 def _calls(tree: ast.Module, errors: set[str]) -> Iterator[ast.Call]:

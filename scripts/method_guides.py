@@ -13,32 +13,32 @@ LINEARS = ("q", "k", "v", "o", "up", "down")
 
 @dataclass(frozen=True)
 class Guide:
-    """One method.
+    """Guide to one method.
 
     Attributes:
         idea: what is trained and how it acts, in a few sentences.
-        take: when to use it, and when not.
-        turn: settings that matter, the most important first.
-        beside: linear layers with an additive update.
+        use: when to use it, and when not.
+        settings: settings that matter, the most important first.
+        added: linear layers with an additive update.
         scaled: linear layers whose output is scaled.
         rotated: linear layers whose input is rotated.
         inside: linear layers followed by a trained layer.
         keys: whether trained keys and values are prepended.
         tokens: whether trained embeddings are prepended.
-        whole: parts that are trained directly.
+        trained: parts that are trained directly.
         mark: label of the trained parts.
     """
 
     idea: str
-    take: str
-    turn: str
-    beside: tuple[str, ...] = ()
+    use: str
+    settings: str
+    added: tuple[str, ...] = ()
     scaled: tuple[str, ...] = ()
     rotated: tuple[str, ...] = ()
     inside: tuple[str, ...] = ()
     keys: bool = False
     tokens: bool = False
-    whole: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()
     mark: str = ""
 
 
@@ -53,7 +53,7 @@ GUIDES: dict[str, Guide] = {
         "`--learning-rate` first, then `--lora-r` (8 to 64; with `--rslora` 32 or more), then "
         "`--target-modules` (all linear layers of the blocks by default). `--lora-alpha` scales"
         " the update, so a higher value acts like a higher learning rate.",
-        beside=LINEARS, mark="A B",
+        added=LINEARS, mark="A B",
     ),
     "qlora": Guide(
         "LoRA on a base whose weights are stored in 4 (or 8) bits and dequantized when used. "
@@ -63,7 +63,7 @@ GUIDES: dict[str, Guide] = {
         "As for [LoRA](lora.md); `--quant 4bit|8bit`, `--quant-type nf4`, `--double-quant`. "
         "Decide [which base to merge into](../merge.md#quantized-runs): the quantized or the "
         "original weights.",
-        beside=LINEARS, mark="A B",
+        added=LINEARS, mark="A B",
     ),
     "adalora": Guide(
         "The update of a linear layer is P Λ Q with orthogonal P and Q and diagonal Λ. The least "
@@ -72,7 +72,7 @@ GUIDES: dict[str, Guide] = {
         "runs, LoRA is as good and simpler.",
         "`init_r`, `target_r`; `tinit` and `tfinal` (steps before and after pruning), all by "
         "`--set method.NAME=…`.",
-        beside=LINEARS, mark="P Λ Q",
+        added=LINEARS, mark="P Λ Q",
     ),
     "ia3": Guide(
         "One trained scaling factor for each feature of keys, values and the inner feed-forward"
@@ -89,7 +89,7 @@ GUIDES: dict[str, Guide] = {
         " are regenerated from a seed.",
         "`method.r` (256 by default; a large rank costs little, because A and B are not "
         "trained), then the learning rate.",
-        beside=LINEARS, mark="d b",
+        added=LINEARS, mark="d b",
     ),
     "oft": Guide(
         "The input of every linear layer is rotated by a trained block-diagonal orthogonal "
@@ -109,14 +109,14 @@ GUIDES: dict[str, Guide] = {
         " which has rank r² with twice the parameters of LoRA.",
         "When a high-rank update is needed with few parameters. It takes more time than LoRA.",
         "`method.r`, `method.alpha`, then the learning rate.",
-        beside=LINEARS, mark="AB∘AB",
+        added=LINEARS, mark="AB∘AB",
     ),
     "lokr": Guide(
         "The update of every linear layer is a Kronecker product of a small and a low-rank matrix.",
         "When adapters must be small but cover every linear layer. It has a tenth of LoRA's "
         "parameters.",
         "`method.decompose_factor` (-1: as square as possible), `method.r`.",
-        beside=LINEARS, mark="C⊗AB",
+        added=LINEARS, mark="C⊗AB",
     ),
     "miss": Guide(
         "The input features of every linear layer are summed in r groups. One trained matrix "
@@ -126,7 +126,7 @@ GUIDES: dict[str, Guide] = {
         "`method.r` (64), at most the input width of a layer; then the learning rate, whose "
         "default is close to the limit: MiniLM reached an accuracy of 0.89 on eight classes at "
         "3e-4 and 0.24 at 1e-3.",
-        beside=LINEARS, mark="D",
+        added=LINEARS, mark="D",
     ),
     "shira": Guide(
         "A few weights of every linear layer, selected at random, are trained directly: as "
@@ -134,7 +134,7 @@ GUIDES: dict[str, Guide] = {
         "When several adapters will be merged into one base, because few of their weights "
         "overlap. Merging is exact. Servers load it only merged.",
         "`method.r` (32) sets the number of weights, `random_seed` the selection.",
-        beside=LINEARS, mark="S",
+        added=LINEARS, mark="S",
     ),
     "hira": Guide(
         "Every weight is multiplied element-wise by 1 + B A, so the update has the rank of the "
@@ -142,14 +142,14 @@ GUIDES: dict[str, Guide] = {
         "When a high-rank update is needed with LoRA's number of parameters. A step needs "
         "memory for one more weight per layer, and servers load it only merged.",
         "`--learning-rate` first: ten times LoRA's. Then `method.r` (32).",
-        beside=LINEARS, mark="W∘BA",
+        added=LINEARS, mark="W∘BA",
     ),
     "gralora": Guide(
         "Every weight is divided into k by k blocks, each with its own LoRA of rank r / k.",
         "When a higher LoRA rank does not help. `export` writes it as plain LoRA of rank k · r.",
         "`method.gralora_k` (2) must divide the rank and both sides of every linear layer; "
         "`method.r` (32).",
-        beside=LINEARS, mark="k² A B",
+        added=LINEARS, mark="k² A B",
     ),
     "c3a": Guide(
         "The update of every linear layer consists of circulant blocks with one trained row "
@@ -157,7 +157,7 @@ GUIDES: dict[str, Guide] = {
         "When a high-rank update is needed with few parameters. Servers load it only merged.",
         "`block_size` (64) must divide both sides of every linear layer; smaller blocks have "
         "more parameters. The learning rate is 0.3, three hundred times LoRA's.",
-        beside=LINEARS, mark="⟳",
+        added=LINEARS, mark="⟳",
     ),
     "adapter": Guide(
         "A small network (down-projection, nonlinearity, up-projection) is added to each block: "
@@ -201,7 +201,7 @@ GUIDES: dict[str, Guide] = {
         "As a cheap baseline, and together with a new head. It can be merged and needs the "
         "least memory of the methods that change every layer.",
         "The learning rate.",
-        whole=("norm 1", "norm 2"), mark="",
+        trained=("norm 1", "norm 2"), mark="",
     ),
     "full": Guide(
         "All weights are trained. With `--set method.freeze_base=true`, only a new head is "
@@ -209,6 +209,6 @@ GUIDES: dict[str, Guide] = {
         "For small models, or with enough memory for gradients and two optimizer states per "
         "weight. The result is a model, not an adapter.",
         "`--learning-rate`: a tenth of LoRA's or less.",
-        whole=("embedding", "norm 1", *LINEARS, "norm 2", "head"), mark="",
+        trained=("embedding", "norm 1", *LINEARS, "norm 2", "head"), mark="",
     ),
 }  # fmt: skip

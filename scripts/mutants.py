@@ -1,8 +1,8 @@
-"""Plant faults in a copy of the package, one at a time, and run the tests that must notice them.
+"""Introduce faults into a copy of the package, one at a time, and run the tests that must fail.
 
     python scripts/mutants.py                 # all of scripts/mutants.yaml; exit 1 if one survives
-    python scripts/mutants.py data fast       # those of two rooms
-    python scripts/mutants.py --match nucleus # those with this text in their code
+    python scripts/mutants.py data fast       # mutants of two packages
+    python scripts/mutants.py --match nucleus # mutants with this text in their code
 
 A mutant is a text that occurs once in `src`, its replacement, and tests. Modules can move without
 a change to the list. The tests must pass on the unchanged package first.
@@ -36,14 +36,7 @@ TIMEOUT = 600
 
 @dataclass(frozen=True)
 class Mutant:
-    """A planted fault.
-
-    Attributes:
-        room: package of `ftlevel` that it belongs to.
-        old: text that occurs once in the package.
-        new: replacement.
-        tests: pytest node ids that must fail.
-    """
+    """A fault: `old` occurs once in the package; with `new`, `tests` must fail."""
 
     room: str
     old: str
@@ -62,21 +55,21 @@ def read_mutants(path: Path = LIST) -> list[Mutant]:
 
 
 def find_module(mutant: Mutant, sources: dict[Path, str]) -> Path:
-    """Return the module that has the old text.
+    """Return the module that contains the old text.
 
     Raises:
-        ValueError: the text occurs nowhere, or more than once.
+        ValueError: the text does not occur exactly once.
     """
     counts = {path: text.count(mutant.old) for path, text in sources.items()}
-    found = [path for path, count in counts.items() if count]
+    paths = [path for path, count in counts.items() if count]
     if sum(counts.values()) != 1:
-        places = ", ".join(str(path) for path in found) or "no module"
-        raise ValueError(f"{mutant.old!r} must occur once, but occurs in {places}")
-    return found[0]
+        names = ", ".join(str(path) for path in paths) or "no module"
+        raise ValueError(f"{mutant.old!r} must occur once, but occurs in {names}")
+    return paths[0]
 
 
 def read_sources(folder: Path) -> dict[Path, str]:
-    """Return the text of every module below a folder by its path in it."""
+    """Return relative path → text of every module in a directory."""
     return {
         path.relative_to(folder): path.read_text(encoding="utf-8")
         for path in sorted(folder.rglob("*.py"))
@@ -101,42 +94,42 @@ def run_tests(tests: tuple[str, ...], source: Path, timeout: float = math.inf) -
             process.kill()
             return False, "timeout"
         output.seek(0)
-        said = output.read()[-2000:]
+        tail = output.read()[-2000:]
     if code not in (0, 1, 2):  # 2: an import failed
-        raise RuntimeError(f"pytest {' '.join(tests)}: {said}")
-    return code == 0, said
+        raise RuntimeError(f"pytest {' '.join(tests)}: {tail}")
+    return code == 0, tail
 
 
 def main() -> int:
-    """Run the chosen mutants; return 1 if one survived or has no place any more, else 0."""
+    """Run the selected mutants; return 1 if one survived or its text was not found, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rooms", nargs="*", help="rooms to run; all if none is given")
     parser.add_argument("--match", default="", help="only mutants with this text in `old`")
     arguments = parser.parse_args()
-    chosen = [
+    selected = [
         mutant
         for mutant in read_mutants()
         if (not arguments.rooms or mutant.room in arguments.rooms) and arguments.match in mutant.old
     ]
-    if not chosen:
-        parser.error("no mutant was chosen")
+    if not selected:
+        parser.error("no mutant was selected")
     killed = 0
     with tempfile.TemporaryDirectory(prefix="ftlevel-mutants-") as temporary:
         source = Path(temporary, "src")
         shutil.copytree(ROOT / "src", source)
         sources = read_sources(source)
-        places = {}
-        for mutant in chosen:
+        modules = {}
+        for mutant in selected:
             try:
-                places[mutant] = find_module(mutant, sources)
+                modules[mutant] = find_module(mutant, sources)
             except ValueError as error:
                 print(f"STALE: {error}")
-        every = tuple(dict.fromkeys(test for mutant in places for test in mutant.tests))
-        passed, output = run_tests(every, source)
+        tests = tuple(dict.fromkeys(test for mutant in modules for test in mutant.tests))
+        passed, output = run_tests(tests, source)
         if not passed:
             print(output, "The tests fail without a mutant.", sep="\n")
             return 1
-        for mutant, path in places.items():
+        for mutant, path in modules.items():
             started = time.monotonic()
             (source / path).write_text(sources[path].replace(mutant.old, mutant.new), "utf-8")
             passed, _ = run_tests(mutant.tests, source, TIMEOUT)
@@ -147,8 +140,8 @@ def main() -> int:
                 f"{'SURVIVED' if passed else 'killed  '} {time.monotonic() - started:4.0f} s  "
                 f"{path}: {first}", flush=True,
             )  # fmt: skip
-    print(f"{killed} of {len(chosen)} mutants killed")
-    return int(killed < len(chosen))
+    print(f"{killed} of {len(selected)} mutants killed")
+    return int(killed < len(selected))
 
 
 if __name__ == "__main__":

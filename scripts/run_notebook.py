@@ -1,6 +1,6 @@
 """Run examples/quickstart.ipynb and save the outputs of its cells.
 
-What libraries say on stderr while they are imported differs from machine to machine and is dropped.
+Output on stderr differs between machines and is dropped.
 """
 
 from __future__ import annotations
@@ -12,22 +12,24 @@ import nbformat
 from nbclient import NotebookClient
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "examples/quickstart.ipynb"
-_LONGEST = 300  # seconds a cell
+_CELL_TIMEOUT = 300  # seconds per cell
 
 
-def run(place: Path) -> nbformat.NotebookNode:
-    """Return the notebook as it is after a run in `place`.
+def run(directory: Path) -> nbformat.NotebookNode:
+    """Return the notebook after a run in `directory`.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell raised.
     """
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    where = {"metadata": {"path": str(place)}}
-    NotebookClient(notebook, timeout=_LONGEST, kernel_name="python3", resources=where).execute()
+    resources = {"metadata": {"path": str(directory)}}
+    NotebookClient(
+        notebook, timeout=_CELL_TIMEOUT, kernel_name="python3", resources=resources
+    ).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times
         if cell.cell_type == "code":
-            cell.outputs = [one for one in cell.outputs if one.get("name") != "stderr"]
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     return notebook
 
 

@@ -3,8 +3,8 @@
     python scripts/sampler_differences.py [--models .models/SmolLM2-135M-Instruct] [--steps 2]
 
 Trains each family and method of the lists below for a few steps with `--task rl` in float32 and
-bfloat16, and prints the largest mean |Δℓ| of a step in nats a token. The bounds of
-`training/rl/step.py` are chosen from it. Tiny models have random weights (tests/tiny_models.py);
+bfloat16, and prints the largest mean |Δℓ| of a step in nats per token. The bounds of
+`training/rl/step.py` are based on it. Tiny models have random weights (tests/tiny_models.py);
 the built-in model and `--models` are trained ones.
 """
 
@@ -53,14 +53,14 @@ def cases(models: list[str]) -> Iterator[tuple[str, str]]:
 def measure(model: str, method: str, dtype: str, steps: int, folder: Path) -> dict[str, float]:
     """Return the means over the steps' tokens, and the largest of these, of a short run."""
     out = folder / f"{Path(model).name}-{method}-{dtype}"
-    own = dict(METHODS[method])
-    quant = {"quant": {"kind": own.pop("quant")}} if "quant" in own else {}
+    method_fields = dict(METHODS[method])
+    quant = {"quant": {"kind": method_fields.pop("quant")}} if "quant" in method_fields else {}
     train(
         TrainConfig(
             task="rl",
             model={"name_or_path": model, "dtype": dtype},
             data={"dataset": str(folder / "rows.jsonl")},
-            method=own,
+            method=method_fields,
             rl={
                 "reward": [f"{folder}/reward.py:vowels"],
                 "num_generations": 4,
@@ -79,8 +79,8 @@ def measure(model: str, method: str, dtype: str, steps: int, folder: Path) -> di
         )
     )
     lines = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    found = [line["sampler_difference"] for line in lines if "sampler_difference" in line]
-    return {"mean": sum(found) / len(found), "largest": max(found)}
+    differences = [line["sampler_difference"] for line in lines if "sampler_difference" in line]
+    return {"mean": sum(differences) / len(differences), "largest": max(differences)}
 
 
 def main() -> None:
@@ -99,8 +99,8 @@ def main() -> None:
             path = str(save_tiny(folder / model, model)) if model in FAMILIES else model
             for dtype in ("float32", "bfloat16"):
                 try:
-                    found = measure(path, method, dtype, arguments.steps, folder)
-                    shown = f"{found['mean']:.1e}  largest step {found['largest']:.1e}"
+                    result = measure(path, method, dtype, arguments.steps, folder)
+                    shown = f"{result['mean']:.1e}  largest step {result['largest']:.1e}"
                 except FtlevelError as error:
                     shown = f"not run: {error}"
                 sys.stdout.write(f"{Path(model).name:24} {method:12} {dtype:9} {shown}\n")

@@ -106,7 +106,7 @@ PEFT method was tried on a tiny Llama (width 64, `--max-rank 32`) with random ad
 
     python scripts/normal_forms.py
 """
-_MORE = """\
+_NOTES = """\
 - vLLM's `--max-lora-rank` is 1, 8, 16, 32, 64, 128, 256, 320 or 512; the next larger one is used.
 - SGLang, TGI and OpenVINO GenAI ignore a linear layer that is adapted in some blocks only, so zeros
   are written for the others.
@@ -125,7 +125,7 @@ def serving_page() -> str:
         *_table(_HEAD, [_server_row(server) for server in SERVERS.values()]),
         "",
         *(f"- {server.note}." for server in SERVERS.values() if server.note),
-        _MORE,
+        _NOTES,
         *_served_lines(),
         _RUNNING,
         _MEASURED,
@@ -167,18 +167,18 @@ def _read(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-_WAYS = {"its file": "saved tensors", "the probe": "outputs of its layers"}
+_COMPUTATIONS = {"its file": "saved tensors", "the probe": "outputs of its layers"}
 """`way` of normal_forms.csv → text of the page."""
 
 
 def _form_rows() -> list[list[str]]:
-    """Return a row for the adapters of each way and answer, with their largest difference."""
+    """Return a row for each computation and mergeability, with adapters and largest difference."""
     groups: dict[tuple[str, str], list[dict[str, str]]] = {}
     for row in _read("normal_forms.csv"):
         if row["rank"]:
             groups.setdefault((row["way"], row["merges"]), []).append(row)
     return [
-        [", ".join(row["method"] for row in rows), _WAYS.get(way, way), merges,
+        [", ".join(row["method"] for row in rows), _COMPUTATIONS.get(way, way), merges,
          f"{max(float(row['difference']) for row in rows):.1e}"]
         for (way, merges), rows in groups.items()
     ]  # fmt: skip
@@ -189,7 +189,7 @@ _KINDS = {
     "rank": "the update has a higher rank than `--max-rank`, or full rank",
     "router": "a router selects matrices by the input",
 }
-"""Part of a reason → the reason without names and figures of one adapter."""
+"""Part of a reason → general reason."""
 
 
 def _refused_lines() -> list[str]:
@@ -197,7 +197,7 @@ def _refused_lines() -> list[str]:
     groups: dict[str, list[str]] = {}
     for row in _read("normal_forms.csv"):
         if not row["rank"]:
-            kinds = (text for part, text in _KINDS.items() if part in row["why"])
+            kinds = (text for phrase, text in _KINDS.items() if phrase in row["why"])
             groups.setdefault(next(kinds, "other reasons"), []).append(row["method"])
     return [f"- {reason}: {', '.join(methods)}" for reason, methods in groups.items()]
 
@@ -216,7 +216,7 @@ block, `embedding` also the embedding; `tokens` also trains some of its rows, `n
 
 
 def _served_lines() -> list[str]:
-    """Return the table of real servers; nothing before it was measured."""
+    """Return the table of real servers, or no lines without measurements."""
     rows = _read("served.csv")
     if not rows:
         return []

@@ -1,9 +1,8 @@
 """Hooks of mkdocs: folders in the navigation, links out of docs/, and messages by topic.
 
-Pages that are written by a script come and go with what they are about, so the navigation names
-their folder. The pages of docs/ link to sources and recipes beside it. On the site these are no
-pages; a link to one that does not exist fails the build as any other does. Each section of
-troubleshooting.md lists its messages on the site, where the search finds them by their text.
+The navigation names folders of generated pages. Links from docs/ to sources and recipes become
+plain names on the site; a link to a missing file fails the build. Each section of
+troubleshooting.md lists its messages, so that the search finds them.
 """
 
 from __future__ import annotations
@@ -20,20 +19,20 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 _LINK = re.compile(r"\[([^\]]*)\]\(((?:\.\./)+[^)#\s]*)(?:#[^)\s]*)?\)")
 _EMPTY_HEADER = re.compile(r"<th( [^>]*)?></th>")
-_SHORTEST = 12  # characters of a message that is listed
+_MIN_MESSAGE_LENGTH = 12  # minimum length of a listed message
 _LIST = '<details markdown="1"><summary>Messages</summary>\n\n{}\n\n</details>\n'
 _log = logging.getLogger("mkdocs.hooks")
 
 
 def on_config(config: Any) -> Any:
-    """Put the pages of a folder where the navigation names it with a slash at its end."""
+    """Add the pages of a folder where the navigation names it with a trailing slash."""
     config["nav"] = [_expand(entry) for entry in config["nav"]]
     return config
 
 
 def _expand(entry: Any) -> Any:
     if isinstance(entry, list):
-        return [_expand(part) for part in entry]
+        return [_expand(child) for child in entry]
     if isinstance(entry, dict):
         return {title: _expand(value) for title, value in entry.items()}
     if isinstance(entry, str) and entry.endswith("/"):
@@ -43,7 +42,7 @@ def _expand(entry: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Return a page's text with links out of docs/ as plain names, and with messages by topic."""
+    """Return a page's text with links out of docs/ as plain names, and messages by topic."""
     if page.file.src_uri == "troubleshooting.md":
         markdown = with_messages(markdown)
     folder = Path(page.file.abs_src_path).parent
@@ -69,7 +68,7 @@ def with_messages(markdown: str) -> str:
     """Return the text of troubleshooting.md with the messages of each section at its end."""
     texts: dict[str, list[str]] = {}
     for message in messages():
-        if message.topic and len(message.text.strip("…:. ")) > _SHORTEST:
+        if message.topic and len(message.text.strip("…:. ")) > _MIN_MESSAGE_LENGTH:
             texts.setdefault(message.topic, []).append(f"- {message.text}")
     head, *sections = re.split(r"^## ", markdown, flags=re.MULTILINE)
     for number, section in enumerate(sections):

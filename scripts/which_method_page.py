@@ -1,7 +1,7 @@
 """Generate docs/which-method.md from results of `ftlevel compare` and published results.
 
-A file of docs/compared is the `compare.json` of a comparison, with `title`, `about` and `command`
-beside what compare put there.
+A file of docs/compared is the `compare.json` of a comparison with added `title`, `about` and
+`command`.
 """
 
 from __future__ import annotations
@@ -76,33 +76,33 @@ On many rows of code and mathematics, full fine-tuning is better than LoRA but f
 
 def which_method_page() -> str:
     """Return docs/which-method.md."""
-    found = [MEASURED / f"{name}.json" for name in ORDER]
-    tables = [_table(json.loads(path.read_text("utf-8"))) for path in found if path.is_file()]
+    paths = [MEASURED / f"{name}.json" for name in ORDER]
+    tables = [_table(json.loads(path.read_text("utf-8"))) for path in paths if path.is_file()]
     return _HEAD + _HOW + "".join(tables) + _FIELD
 
 
-def _table(found: dict[str, Any]) -> str:
-    name = found["headline"]
+def _table(comparison: dict[str, Any]) -> str:
+    name = comparison["headline"]
     lines = [
-        "", f"### {found['title']}", "", found["about"], "",
+        "", f"### {comparison['title']}", "", comparison["about"], "",
         "<!-- not run: takes minutes; output in docs/compared -->",
-        "```sh", found["asked_by"], "```", "",
+        "```sh", comparison["asked_by"], "```", "",
         f"| method | {name} | 95 % over rows | ± seeds | to the best | more than noise | trained | adapter "
         "| peak MiB |",
         "|---|--:|---|--:|--:|---|--:|--:|--:|",
-        *map(_line, found["rows"]),
+        *map(_line, comparison["rows"]),
     ]  # fmt: skip
-    for left in found["left_out"]:
-        lines.append(f"| {left['method']} | – | {left['reason']} | | | | | | |")
+    for skipped in comparison["left_out"]:
+        lines.append(f"| {skipped['method']} | – | {skipped['reason']} | | | | | | |")
     return "\n".join([*lines, ""])
 
 
 def _line(row: dict[str, Any]) -> str:
     low, high = row["interval"]
     spread = "?" if len(row["seeds"]) < 2 else f"{row['spread']:.3f}"
-    told = {None: "", True: "no", False: "yes"}[row["is_noise"]]
+    significance = {None: "", True: "no", False: "yes"}[row["is_noise"]]
     return (
         f"| [{row['method']}](guide/{row['method']}.md) | {row['metric']:.3f} | {low:.3f} – {high:.3f} "
-        f"| {spread} | {row['difference']:+.3f} | {told} | {row['trained']:,} "
+        f"| {spread} | {row['difference']:+.3f} | {significance} | {row['trained']:,} "
         f"| {row['adapter_bytes'] / 2**20:.1f} MiB | {row['peak_bytes'] / 2**20:,.0f} |"
     )

@@ -2,11 +2,11 @@
 
 python scripts/write_docs.py methods          write docs/methods.md
 python scripts/write_docs.py cli              write docs/cli.md and docs/commands
-python scripts/write_docs.py which-method     write docs/which-method.md, of what compare gave
-python scripts/write_docs.py guide            write docs/guide, a page a method
+python scripts/write_docs.py which-method     write docs/which-method.md, from results of compare
+python scripts/write_docs.py guide            write docs/guide, one page per method
 python scripts/write_docs.py coming-from      write docs/coming-from.md
-python scripts/write_docs.py serving          write docs/serving.md, of what was measured
-python scripts/write_docs.py --check          exit with 1 where a page is not up to date
+python scripts/write_docs.py serving          write docs/serving.md, from measurements
+python scripts/write_docs.py --check          exit with 1 if a page is not up to date
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def methods_page() -> str:
         "",
         "| method | flags | trains | 7B Llama | mergeable |",
         "|---|---|---|---:|---|",
-        *(_facts_line(row) for row in rows),
+        *(_method_line(row) for row in rows),
         "",
         "## Defaults",
         "",
@@ -115,7 +115,7 @@ def methods_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _facts_line(row: MethodInfo) -> str:
+def _method_line(row: MethodInfo) -> str:
     share = f"{row.llama_7b / METHOD_INFO['full'].llama_7b:.3%}" if row.llama_7b else "–"
     merges = row.merges or "no"
     return f"| {row.name} | `{row.flags}` | {row.trained} | {share} | {merges} |"
@@ -139,7 +139,7 @@ def _family_table(rows: list[MethodInfo]) -> list[str]:
 
 
 def _quants(row: MethodInfo, family: Family) -> str:
-    """Return on which bases `row` works for some task of `family`."""
+    """Return the quantizations with which `row` works for some task of `family`."""
     works = [
         quant
         for quant in QUANTS
@@ -171,14 +171,14 @@ PAGES: dict[str, Callable[[], str]] = {
 }
 
 
-def _named(names: list[str]) -> list[str]:
-    """Return the pages that are meant: `cli` is commands/ too, and `guide` is all of guide/.
+def _select_pages(names: list[str]) -> list[str]:
+    """Return the selected pages: `cli` includes commands/, and `guide` all of guide/.
 
     Raises:
         SystemExit: there is no such page.
     """
     folders = {"cli": "commands/", "guide": "guide/"}
-    found = [
+    pages = [
         page
         for name in names
         for page in PAGES
@@ -186,28 +186,28 @@ def _named(names: list[str]) -> list[str]:
     ]
     if unknown := [name for name in names if name not in PAGES and name not in folders]:
         raise SystemExit(f"no such page: {unknown[0]}. There are {', '.join(PAGES)}")
-    return found or list(PAGES)
+    return pages or list(PAGES)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the pages that were named, or check all of them."""
+    """Write or check the selected pages."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("pages", nargs="*", metavar="PAGE", help="all by default; cli is all of it")
     parser.add_argument("--check", action="store_true", help="write nothing")
-    wish = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     stale = 0
-    for name in _named(wish.pages):
+    for name in _select_pages(args.pages):
         path, text = DOCS / f"{name}.md", PAGES[name]()
         if path.is_file() and path.read_text(encoding="utf-8") == text:
             continue
         stale += 1
-        if wish.check:
+        if args.check:
             print(f"{path} is not up to date: python scripts/write_docs.py {name}")
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
             print(f"wrote {path}")
-    return int(wish.check and stale > 0)
+    return int(args.check and stale > 0)
 
 
 if __name__ == "__main__":

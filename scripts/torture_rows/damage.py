@@ -1,4 +1,4 @@
-"""Files that are deleted, emptied, truncated or have a flipped bit: detected and named."""
+"""Deleted, emptied, truncated and corrupted files: detected and named."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
-from torture_rows.kills import Whole, judge
+from torture_rows.kills import ReferenceRun, judge
 from torture_rows.lab import BAD, GOOD, HANG, STEPS, Case, Lab, certified
 from torture_rows.moments import killing
 
@@ -40,87 +40,91 @@ DAMAGES: dict[str, Callable[[Path, Random], None]] = {
 }  # fmt: skip
 
 
-def _broken_off(lab: Lab, whole: Whole) -> Path:
+def _create_interrupted_run(lab: Lab, reference: ReferenceRun) -> Path:
     """Return a run with two checkpoints that was killed after its sixth step."""
     run = lab.root / "broken"
-    lab.run(lab.training(run), killing(whole.course.certified[STEPS - 3] + 40))
+    lab.run(lab.training(run), killing(reference.course.certified[STEPS - 3] + 40))
     if not certified(run):
         raise RuntimeError("the run to damage has no checkpoint")
     return run
 
 
 def damage_checkpoints(lab: Lab, count: int) -> Iterator[Case]:
-    """Every file × every damage × the newest or all; a missing or damaged one is named."""
-    whole = Whole(lab)
-    broken = _broken_off(lab, whole)
-    names = sorted(p.name for p in certified(broken)[-1].iterdir())
-    every = [(n, d, which) for n in names for d in DAMAGES for which in ("newest", "all")]
-    every += [(n, d, "all, twice") for n in names for d in ("deleted", "one bit")]
-    lab.random.shuffle(every)
-    for name, damage, which in every[:count]:
+    """Every file × every damage × the newest checkpoint or all; the error must name it."""
+    reference = ReferenceRun(lab)
+    interrupted = _create_interrupted_run(lab, reference)
+    names = sorted(p.name for p in certified(interrupted)[-1].iterdir())
+    cases = [(n, d, scope) for n in names for d in DAMAGES for scope in ("newest", "all")]
+    cases += [(n, d, "all, twice") for n in names for d in ("deleted", "one bit")]
+    lab.random.shuffle(cases)
+    for name, damage, scope in cases[:count]:
         run = lab.folder()
-        shutil.copytree(broken, run)
-        again = lab.run  # a run that was damaged, went on, and is damaged once more
-        for _ in range(2 if which == "all, twice" else 1):
-            hit = certified(run) if which != "newest" else certified(run)[-1:]
-            for checkpoint in hit:
+        shutil.copytree(interrupted, run)
+        rerun = lab.run  # damaged, resumed, and damaged again
+        for _ in range(2 if scope == "all, twice" else 1):
+            checkpoints = certified(run) if scope != "newest" else certified(run)[-1:]
+            for checkpoint in checkpoints:
                 if (checkpoint / name).is_file() and (checkpoint / name).stat().st_size:
                     DAMAGES[damage](checkpoint / name, lab.random)
-            if which == "all, twice":
-                again(lab.training(run, "--resume"), killing(whole.course.certified[1] + 40))
-        words = f"{name} {damage}, {which}"
-        ended = lab.run(lab.training(run, "--resume"))
-        case = judge(words, run, ended, whole.digest, which)
-        if case.verdict == GOOD and which != "all, twice" and hit[-1].name not in ended.err:
-            case = Case(BAD, words, f"not named: {ended.err}")
+            if scope == "all, twice":
+                rerun(lab.training(run, "--resume"), killing(reference.course.certified[1] + 40))
+        description = f"{name} {damage}, {scope}"
+        result = lab.run(lab.training(run, "--resume"))
+        case = judge(description, run, result, reference.digest, scope)
+        if (
+            case.verdict == GOOD
+            and scope != "all, twice"
+            and checkpoints[-1].name not in result.err
+        ):
+            case = Case(BAD, description, f"not named: {result.err}")
         yield case
         shutil.rmtree(run)
 
 
 def damage_state(lab: Lab, count: int) -> Iterator[Case]:
-    """What stands beside the checkpoints: refused in a line, or done without."""
-    whole = Whole(lab)
-    broken = _broken_off(lab, whole)
-    names = [str(p.relative_to(broken)) for p in sorted(broken.rglob("*"))
+    """Damaged files beside the checkpoints: rejected in one line, or not needed."""
+    reference = ReferenceRun(lab)
+    interrupted = _create_interrupted_run(lab, reference)
+    names = [str(p.relative_to(interrupted)) for p in sorted(interrupted.rglob("*"))
              if p.is_file() and "checkpoint-" not in str(p)]  # fmt: skip
-    every = [(name, damage) for name in names for damage in DAMAGES]
-    lab.random.shuffle(every)
-    for name, damage in every[:count]:
+    cases = [(name, damage) for name in names for damage in DAMAGES]
+    lab.random.shuffle(cases)
+    for name, damage in cases[:count]:
         run = lab.folder()
-        shutil.copytree(broken, run)
+        shutil.copytree(interrupted, run)
         if (run / name).stat().st_size:
             DAMAGES[damage](run / name, lab.random)
-        ended = lab.run(lab.training(run, "--resume"))
-        words = f"{name} {damage}"
-        if ended.code == 2 and not ended.is_raw and not ended.is_unforeseen:
-            yield Case(GOOD, words, kind="refused")
-        elif name == "metrics.jsonl" and ended.code == 0:  # what it said of past steps is lost
-            yield Case(GOOD, words, kind="done without")
+        result = lab.run(lab.training(run, "--resume"))
+        description = f"{name} {damage}"
+        if result.code == 2 and not result.is_raw and not result.is_unforeseen:
+            yield Case(GOOD, description, kind="refused")
+        elif name == "metrics.jsonl" and result.code == 0:  # past records are lost
+            yield Case(GOOD, description, kind="done without")
         else:
-            yield judge(words, run, ended, whole.digest, "done without")
+            yield judge(description, run, result, reference.digest, "done without")
         shutil.rmtree(run)
 
 
 def damage_cache(lab: Lab, count: int) -> Iterator[Case]:
-    """Prepared rows that are damaged are prepared anew."""
+    """Damaged prepared rows are prepared again."""
     from ftlevel.data.prepare import dataset
 
-    dataset.MIN_CACHED_ROWS = dataset.SMALL_BYTES = 1  # keep the rows of small sets too
-    whole = Whole(lab)
+    dataset.MIN_CACHED_ROWS = dataset.SMALL_BYTES = 1  # cache rows of small sets too
+    reference = ReferenceRun(lab)
     folders = [p for p in (lab.root / "cache" / "ftlevel" / "rows").iterdir() if p.is_dir()]
-    kept = lab.root / "kept-rows"
-    shutil.copytree(folders[0], kept)
-    names = sorted(str(p.relative_to(kept)) for p in kept.rglob("*") if p.is_file())
+    backup = lab.root / "kept-rows"
+    shutil.copytree(folders[0], backup)
+    names = sorted(str(p.relative_to(backup)) for p in backup.rglob("*") if p.is_file())
     for _ in range(count):
         name, damage = lab.random.choice(names), lab.random.choice(list(DAMAGES))
         shutil.rmtree(folders[0], ignore_errors=True)
-        shutil.copytree(kept, folders[0])
+        shutil.copytree(backup, folders[0])
         if (folders[0] / name).stat().st_size:
             DAMAGES[damage](folders[0] / name, lab.random)
         run = lab.folder()
-        ended = lab.run(lab.training(run))
-        if ended.hung:
+        result = lab.run(lab.training(run))
+        if result.hung:
             yield Case(HANG, f"{name} {damage}")
         else:
-            yield judge(f"{name} {damage}", run, ended, whole.digest)
+            yield judge(f"{name} {damage}", run, result, reference.digest)
         shutil.rmtree(run, ignore_errors=True)

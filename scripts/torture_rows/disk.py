@@ -1,4 +1,4 @@
-"""A disk that is full at any byte: one message, intact checkpoints, and a resumable run."""
+"""A disk that fills up at any byte: one message, intact checkpoints, and a resumable run."""
 
 from __future__ import annotations
 
@@ -8,59 +8,63 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from torture_rows.kills import Whole, judge
-from torture_rows.lab import BAD, GOOD, HANG, Case, Ended, Lab, certified, digest
+from torture_rows.kills import ReferenceRun, judge
+from torture_rows.lab import BAD, GOOD, HANG, Case, Lab, ProcessResult, certified, digest
 
-_WORDS = ("cannot be written", "disk is full", "File too large", "No space left", "needs about",
-          "cannot be created")  # fmt: skip
+_DISK_ERRORS = ("cannot be written", "disk is full", "File too large", "No space left",
+                "needs about", "cannot be created")  # fmt: skip
 
 
 def fill_disk(lab: Lab, count: int) -> Iterator[Case]:
-    """Four in five by RLIMIT_FSIZE, the others on a small tmpfs where one can be mounted."""
-    whole = Whole(lab)
+    """Four of five cases use RLIMIT_FSIZE, the others a small tmpfs if it can be mounted."""
+    reference = ReferenceRun(lab)
     sizes = _file_sizes(lab)
-    mounts = lab.root / "small"
-    can_mount = _mount(mounts, 1 << 20)
+    mount_point = lab.root / "small"
+    can_mount = _mount(mount_point, 1 << 20)
     if can_mount:
-        subprocess.run(["umount", str(mounts)], check=True)
-    for number in range(count):
-        if can_mount and number % 5 == 0:
+        subprocess.run(["umount", str(mount_point)], check=True)
+    for index in range(count):
+        if can_mount and index % 5 == 0:
             size = lab.random.randint(40_000, 900_000)
-            _mount(mounts, size)
-            run = mounts / "run"
-            words = f"a tmpfs of {size:,} bytes"
-            ended = lab.run(lab.training(run))
-            kept = lab.folder()
+            _mount(mount_point, size)
+            run = mount_point / "run"
+            description = f"a tmpfs of {size:,} bytes"
+            result = lab.run(lab.training(run))
+            copied = lab.folder()
             if run.exists():
-                shutil.copytree(run, kept)
-            subprocess.run(["umount", "-l", str(mounts)], check=True)
-            run = kept
+                shutil.copytree(run, copied)
+            subprocess.run(["umount", "-l", str(mount_point)], check=True)
+            run = copied
         else:
             limit = lab.random.choice(sizes) - lab.random.choice((1, 1, 100, 5000))
-            limit = max(1, limit if number % 2 else lab.random.randint(1, max(sizes)))
-            words = f"no file above {limit:,} bytes"
+            limit = max(1, limit if index % 2 else lab.random.randint(1, max(sizes)))
+            description = f"no file above {limit:,} bytes"
             run = lab.folder()
-            ended = lab.run(lab.training(run), limiting(limit))
-        yield _judge(lab, words, run, ended, whole)
+            result = lab.run(lab.training(run), limit_file_size(limit))
+        yield _judge(lab, description, run, result, reference)
         shutil.rmtree(run, ignore_errors=True)
 
 
-def limiting(size: int) -> Callable[[], None]:
-    """Return what lets a process write no file above `size` bytes."""
+def limit_file_size(size: int) -> Callable[[], None]:
+    """Return a function that limits the file size of a process to `size` bytes."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def _judge(lab: Lab, words: str, run: Path, ended: Ended, whole: Whole) -> Case:
-    if ended.hung:
-        return Case(HANG, words, ended.last)
-    if ended.code == 0:
-        same = digest(run) == whole.digest
-        return Case(GOOD if same else BAD, words, ended.err, "it was enough")
-    wrong = ended.is_raw or ended.is_unforeseen or ended.code not in (1, 2)
-    if wrong or not any(word in ended.last for word in _WORDS):
-        return Case(BAD, words, f"exit {ended.code}: {ended.err[-600:]}")
-    again = lab.run(lab.training(run, "--resume"))
-    return judge(words, run, again, whole.digest, "went on" if certified(run) else "begun anew")
+def _judge(
+    lab: Lab, description: str, run: Path, result: ProcessResult, reference: ReferenceRun
+) -> Case:
+    if result.hung:
+        return Case(HANG, description, result.last)
+    if result.code == 0:
+        same = digest(run) == reference.digest
+        return Case(GOOD if same else BAD, description, result.err, "it was enough")
+    is_unexpected = result.is_raw or result.is_unforeseen or result.code not in (1, 2)
+    if is_unexpected or not any(word in result.last for word in _DISK_ERRORS):
+        return Case(BAD, description, f"exit {result.code}: {result.err[-600:]}")
+    resumed = lab.run(lab.training(run, "--resume"))
+    return judge(
+        description, run, resumed, reference.digest, "went on" if certified(run) else "begun anew"
+    )
 
 
 def _file_sizes(lab: Lab) -> list[int]:
@@ -71,9 +75,9 @@ def _file_sizes(lab: Lab) -> list[int]:
     return [size for size in sizes if size > 1]
 
 
-def _mount(where: Path, size: int) -> bool:
-    where.mkdir(exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(where)]
+def _mount(path: Path, size: int) -> bool:
+    path.mkdir(exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
     try:
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
     except FileNotFoundError:

@@ -1,8 +1,8 @@
 """Processes for stress tests, forked from one that has imported everything.
 
-A forked process begins in milliseconds instead of seconds, so that hundreds of runs are broken off
-in minutes. What is done to it before it begins, such as a limit or an error to come, is a function
-that it calls first. It is killed as a group when it takes too long.
+A forked process starts in milliseconds instead of seconds, so hundreds of runs can be interrupted
+in minutes. Limits and planned errors are set by a function that it calls first. Its process group
+is killed when it takes too long.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-TOO_LONG = 20.0  # seconds without an end, beyond what a run takes when nothing is done to it
-STEPS = 5  # a step with its checkpoint is a tenth of what a run costs
+HANG_SECONDS = 20.0  # seconds beyond the duration of an undisturbed run
+STEPS = 5  # a step with its checkpoint takes a tenth of a run's time
 VERDICTS = ("good", "bad", "silent", "hang", "outside")
 GOOD, BAD, SILENT, HANG, OUTSIDE = VERDICTS
 
@@ -36,15 +36,7 @@ _WORDS = "alpha beta gamma delta one two three four red blue green small large o
 
 @dataclass(frozen=True)
 class Case:
-    """What became of one try.
-
-    Attributes:
-        verdict: one of `VERDICTS`.
-        name: what was done.
-        why: what was seen, where it is not good.
-        kind: by which the good ones are told apart in the table, if at all.
-        times: how many tries it stands for.
-    """
+    """Result of `times` tries; `why` has details if it is not good, `kind` groups good cases."""
 
     verdict: str
     name: str
@@ -54,15 +46,8 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A process that is over.
-
-    Attributes:
-        code: its exit code, negative for the signal that killed it.
-        out: what it wrote to stdout.
-        err: what it wrote to stderr.
-        hung: whether it had to be killed because it took too long.
-    """
+class ProcessResult:
+    """A finished process; `hung` if it was killed because it took too long."""
 
     code: int
     out: str
@@ -76,31 +61,31 @@ class Ended:
 
     @property
     def is_raw(self) -> bool:
-        """Whether a traceback was shown, or it was killed by a signal that nobody sent."""
+        """Whether it printed a traceback, or was killed by a signal that no one sent."""
         return "Traceback (most recent" in self.err or self.code in (-6, -11, -4, -7, 99)
 
     @property
     def is_unforeseen(self) -> bool:
-        """Whether it ended in the line for errors that nobody foresaw."""
+        """Whether it ended with the message for unexpected errors."""
         return "is a bug in ftlevel" in self.err
 
 
 class Child:
-    """A process of ftlevel, in a group of its own."""
+    """A process of ftlevel, in its own process group."""
 
     def __init__(self, pid: int, out: int, err: int) -> None:
         self.pid = pid
         self._pipes = {out: bytearray(), err: bytearray()}
         self._order = (out, err)
-        self.began = time.monotonic()
+        self.start_time = time.monotonic()
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """Send it a signal, if it is still there."""
+        """Send a signal, if the process is running."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
-    def wait(self, seconds: float = TOO_LONG) -> Ended:
-        """Return how it ended; kill it and its own processes after `seconds`."""
+    def wait(self, seconds: float = HANG_SECONDS) -> ProcessResult:
+        """Return its result; kill its process group after `seconds`."""
         open_pipes, hung, status = set(self._pipes), False, None
         deadline = time.monotonic() + seconds
         while status is None:
@@ -109,8 +94,8 @@ class Child:
                     open_pipes.discard(pipe)
             if not open_pipes:
                 time.sleep(0.005)
-            found, code = os.waitpid(self.pid, os.WNOHANG)
-            if found:
+            finished_pid, code = os.waitpid(self.pid, os.WNOHANG)
+            if finished_pid:
                 status = code
             elif time.monotonic() > deadline:
                 hung = True
@@ -123,7 +108,7 @@ class Child:
         for pipe in self._order:
             os.close(pipe)
         out, err = (self._pipes[pipe].decode(errors="replace") for pipe in self._order)
-        return Ended(os.waitstatus_to_exitcode(status), out, err, hung)
+        return ProcessResult(os.waitstatus_to_exitcode(status), out, err, hung)
 
     def _read(self, pipe: int) -> bool:
         block = os.read(pipe, 1 << 16)
@@ -133,47 +118,41 @@ class Child:
 
 @dataclass
 class Lab:
-    """Where a row works.
-
-    Attributes:
-        root: its folder, deleted at the end.
-        random: draws what the row does.
-        patience: seconds that a process may take.
-    """
+    """Working directory of a row; a process may take `patience` seconds."""
 
     root: Path
     random: random.Random
-    patience: float = TOO_LONG
+    patience: float = HANG_SECONDS
     _number: int = field(default=0, init=False)
 
     @property
     def base(self) -> Path:
-        """A tiny model."""
+        """Path of a tiny model."""
         return self.root / "base"
 
     @property
     def rows(self) -> Path:
-        """A file of examples."""
+        """Path of a file of examples."""
         return self.root / "rows.jsonl"
 
     def folder(self) -> Path:
-        """Return a path below the root that nothing is at yet."""
+        """Return a new path below the root."""
         self._number += 1
         return self.root / f"case-{self._number}"
 
-    def training(self, run: Path, *more: str) -> list[str]:
-        """Return the command of the run that most rows break off."""
+    def training(self, run: Path, *flags: str) -> list[str]:
+        """Return the train command that most rows interrupt."""
         return ["train", "--quiet", "--model", str(self.base), "--dataset", str(self.rows),
                 "--task", "text-generation", "--batch-size", "4", "--max-steps", str(STEPS),
                 "--logging-steps", "1", "--save-steps", "1", "--lora-dropout", "0.1",
-                "--no-verify-fast", "--output-dir", str(run), *more]  # fmt: skip
+                "--no-verify-fast", "--output-dir", str(run), *flags]  # fmt: skip
 
     def start(self, arguments: Sequence[str], before: Callable[[], None] | None = None) -> Child:
-        """Begin a command in a process of its own, which calls `before` first."""
+        """Start a command in a forked process, which calls `before` first."""
         pipes = os.pipe(), os.pipe()
         pid = os.fork()
         if pid == 0:
-            _be_ftlevel(arguments, pipes[0][1], pipes[1][1], before, self.root)
+            _run_as_ftlevel(arguments, pipes[0][1], pipes[1][1], before, self.root)
         for _, write in pipes:
             os.close(write)
         return Child(pid, pipes[0][0], pipes[1][0])
@@ -183,12 +162,12 @@ class Lab:
         arguments: Sequence[str],
         before: Callable[[], None] | None = None,
         seconds: float | None = None,
-    ) -> Ended:
+    ) -> ProcessResult:
         """Run a command to its end."""
         return self.start(arguments, before).wait(seconds or self.patience)
 
     def fresh(self, arguments: Sequence[str]) -> Child:
-        """Begin a command as a user does, by a new interpreter."""
+        """Start a command with a new interpreter, as users do."""
         pipes = os.pipe(), os.pipe()
         process = subprocess.Popen(
             [sys.executable, "-m", "ftlevel", *arguments], stdout=pipes[0][1], stderr=pipes[1][1],
@@ -196,7 +175,7 @@ class Lab:
         )  # fmt: skip
         for _, write in pipes:
             os.close(write)
-        process.returncode = 0  # it is waited for by us
+        process.returncode = 0  # Child.wait waits for it
         return Child(process.pid, pipes[0][0], pipes[1][0])
 
 
@@ -205,24 +184,24 @@ def _defaults() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def _be_ftlevel(
+def _run_as_ftlevel(
     arguments: Sequence[str],
     out: int,
     err: int,
     before: Callable[[], None] | None,
-    where: Path,
+    directory: Path,
 ) -> None:
     """Run a command as the program does, and end the process."""
     code = 99
     try:
         os.setsid()
-        os.chdir(where)
+        os.chdir(directory)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(out, 1)
         os.dup2(err, 2)
         sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
         sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-    except BaseException:  # noqa: BLE001 - it is shown, as the interpreter would
+    except BaseException:  # noqa: BLE001 - printed, as by the interpreter
         traceback.print_exc()
         os._exit(code)
     _run_main(arguments, before)
@@ -241,7 +220,7 @@ def _run_main(arguments: Sequence[str], before: Callable[[], None] | None = None
         main()
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 1
-    except BaseException:  # noqa: BLE001 - it is shown, as the interpreter would
+    except BaseException:  # noqa: BLE001 - printed, as by the interpreter
         traceback.print_exc()
     finally:
         with contextlib.suppress(BaseException):
@@ -251,80 +230,81 @@ def _run_main(arguments: Sequence[str], before: Callable[[], None] | None = None
 
 
 def save_rows(path: Path, rows: int = 64, seed: int = 0) -> None:
-    """Write examples of prompts and completions."""
-    draw = random.Random(seed)
+    """Write examples with prompts and completions."""
+    generator = random.Random(seed)
 
-    def words(least: int, most: int) -> str:
-        return " ".join(draw.choices(_WORDS, k=draw.randint(least, most)))
+    def draw_words(low: int, high: int) -> str:
+        return " ".join(generator.choices(_WORDS, k=generator.randint(low, high)))
 
     lines = [
-        json.dumps({"prompt": words(3, 20), "completion": words(2, 8)}) + "\n" for _ in range(rows)
+        json.dumps({"prompt": draw_words(3, 20), "completion": draw_words(2, 8)}) + "\n"
+        for _ in range(rows)
     ]
     path.write_text("".join(lines))
 
 
 def replace_methods(owner: type, **methods: Callable[..., object]) -> None:
-    """Give a class other methods, in a process that is tortured."""
+    """Replace methods of a class in the tested process."""
     for name, method in methods.items():
         setattr(owner, name, method)
 
 
 def digest(run: Path) -> str:
-    """Return what a run has trained, and what it logged of its steps, as one digest."""
+    """Return one digest of a run's adapter and of the logged values of its steps."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    found = hashlib.sha256()
+    total = hashlib.sha256()
     try:
         tensors = load_file(run / "adapter" / "adapter_model.safetensors")
     except (OSError, SafetensorError):
         return "no adapter"
     for name in sorted(tensors):
-        found.update(name.encode() + tensors[name].float().numpy().tobytes())
+        total.update(name.encode() + tensors[name].float().numpy().tobytes())
     steps = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         if "loss" in record:
             steps[record["step"]] = [record[k] for k in ("loss", "grad_norm", "learning_rate")]
-    found.update(json.dumps(steps, sort_keys=True).encode())
-    return found.hexdigest()
+    total.update(json.dumps(steps, sort_keys=True).encode())
+    return total.hexdigest()
 
 
 def certified(run: Path) -> list[Path]:
     """Return the checkpoints of `run` that have a manifest."""
-    found = (p.parent for p in run.glob("checkpoints/checkpoint-*/manifest.json"))
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    checkpoints = (p.parent for p in run.glob("checkpoints/checkpoint-*/manifest.json"))
+    return sorted(checkpoints, key=lambda path: int(path.name.split("-")[1]))
 
 
 def leftovers(run: Path) -> list[str]:
-    """Return what a run that is done should not have: partial files, a replaced run."""
+    """Return files that a finished run should not have: partial files, a replaced run."""
     rejected = "/rejected-"  # a checkpoint that was set aside as it was
     names = [p.name for p in run.rglob("*.partial") if rejected not in p.as_posix()]
     return names + [name for name in (".replaced",) if (run / name).exists()]
 
 
 def warm_up(lab: Lab, commands: Sequence[Sequence[str]]) -> None:
-    """Import here what the commands import, so that processes forked from here need not.
+    """Import the modules that the commands import, so that forked processes have them.
 
     Raises:
-        RuntimeError: one of them failed.
+        RuntimeError: a command failed.
     """
-    listed = lab.root / "modules.json"
+    modules_file = lab.root / "modules.json"
     for command in commands:
 
-        def note() -> None:
+        def record_modules() -> None:
             end = os._exit
 
             def ending(code: int) -> None:
-                listed.write_text(json.dumps(sorted(sys.modules)))
+                modules_file.write_text(json.dumps(sorted(sys.modules)))
                 end(code)
 
             os._exit = ending  # type: ignore[assignment]
 
-        ended = lab.run(command, note, seconds=300)
-        if ended.code != 0:
-            raise RuntimeError(f"{' '.join(command)}: {ended.code}\n{ended.err}")
-        for name in json.loads(listed.read_text()):
+        result = lab.run(command, record_modules, seconds=300)
+        if result.code != 0:
+            raise RuntimeError(f"{' '.join(command)}: {result.code}\n{result.err}")
+        for name in json.loads(modules_file.read_text()):
             if name not in sys.modules and not name.startswith("_"):
                 with contextlib.suppress(Exception):
                     importlib.import_module(name)
@@ -332,43 +312,43 @@ def warm_up(lab: Lab, commands: Sequence[Sequence[str]]) -> None:
     gc.freeze()
 
 
-def begin(root: Path) -> Path:
-    """Make what all labs have, a model and rows, and import what a run imports, once for all.
+def create_template(root: Path) -> Path:
+    """Create the model and rows for all labs, and import the modules of a run, once.
 
     Returns:
-        Where they are.
+        Their directory.
     """
     from tiny_models import save_tiny
 
-    first = Lab(root / "first", random.Random(0))
-    first.root.mkdir(parents=True)
+    template = Lab(root / "first", random.Random(0))
+    template.root.mkdir(parents=True)
     with contextlib.redirect_stderr(io.StringIO()):
-        save_tiny(first.base, "qwen2", chat=True)
-    save_rows(first.rows)
-    run = first.folder()
-    with _at_home(first.root):
-        warm_up(first, [first.training(run)])
+        save_tiny(template.base, "qwen2", chat=True)
+    save_rows(template.rows)
+    run = template.folder()
+    with _use_home(template.root):
+        warm_up(template, [template.training(run)])
     shutil.rmtree(run)
-    return first.root
+    return template.root
 
 
 @contextlib.contextmanager
-def new_lab(root: Path, seed: int, first: Path) -> Iterator[Lab]:
-    """Give a lab with the model and the rows of the `first`, and a home of its own."""
+def new_lab(root: Path, seed: int, template: Path) -> Iterator[Lab]:
+    """Yield a lab with the model and rows of `template`, and its own home directory."""
     root.mkdir(parents=True)
     lab = Lab(root, random.Random(seed))
-    shutil.copytree(first / "base", lab.base)
-    shutil.copy(first / "rows.jsonl", lab.rows)
+    shutil.copytree(template / "base", lab.base)
+    shutil.copy(template / "rows.jsonl", lab.rows)
     try:
-        with _at_home(root):
+        with _use_home(root):
             yield lab
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _at_home(root: Path) -> Iterator[None]:
-    """Let processes keep what they keep below `root`."""
+def _use_home(root: Path) -> Iterator[None]:
+    """Set the home and cache directories to folders below `root`."""
     before = dict(os.environ)
     for name, folder in (("HOME", "home"), ("XDG_CACHE_HOME", "cache")):
         (root / folder).mkdir()

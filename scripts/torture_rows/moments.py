@@ -1,4 +1,4 @@
-"""Moments of a run, counted by file operations, so that a seed selects the same one."""
+"""Moments of a run, counted in file operations, so that a seed selects the same one."""
 
 from __future__ import annotations
 
@@ -14,12 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Course:
-    """How many file events a run has made when each of its checkpoints was certified.
-
-    Attributes:
-        certified: the events until then, a number a checkpoint.
-        total: all of them.
-    """
+    """File events until each checkpoint was complete, and their total."""
 
     certified: list[int]
     total: int
@@ -29,11 +24,11 @@ def _is_event(name: str) -> bool:
     return name == "open" or name.startswith(("os.", "shutil."))
 
 
-def counting(into: Path) -> Callable[[], None]:
-    """Return what makes a process write its course into a file, for `read_course`."""
+def counting(path: Path) -> Callable[[], None]:
+    """Return a function that makes a process write its course to a file, for `read_course`."""
 
-    def begin() -> None:
-        file = os.open(into, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+    def install() -> None:
+        file = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
         course: dict[str, Any] = {"certified": [], "total": 0}
 
         def watch(name: str, arguments: tuple[Any, ...]) -> None:
@@ -47,42 +42,42 @@ def counting(into: Path) -> Callable[[], None]:
 
         sys.addaudithook(watch)
 
-    return begin
+    return install
 
 
 def read_course(path: Path) -> Course:
-    """Return what `counting` has written."""
+    """Return the course that `counting` has written."""
     return Course(**json.loads(path.read_text()))
 
 
-def at_event(number: int, act: Callable[[], None]) -> Callable[[], None]:
-    """Return what makes a process do `act` just before its file event of that number."""
+def at_event(number: int, action: Callable[[], None]) -> Callable[[], None]:
+    """Return a function that makes a process call `action` just before a file event."""
 
-    def begin() -> None:
-        seen = [0]
+    def install() -> None:
+        count = [0]
 
         def watch(name: str, _: tuple[Any, ...]) -> None:
             if _is_event(name):
-                seen[0] += 1
-                if seen[0] == number:
-                    act()
+                count[0] += 1
+                if count[0] == number:
+                    action()
 
         sys.addaudithook(watch)
 
-    return begin
+    return install
 
 
 def killing(number: int) -> Callable[[], None]:
-    """Return what makes a process kill itself at its file event of that number."""
+    """Return a function that makes a process kill itself at a file event."""
     return at_event(number, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def signalling(number: int, *which: int) -> Callable[[], None]:
-    """Return what makes a process send itself signals at its file event of that number."""
+def signalling(number: int, *signals: int) -> Callable[[], None]:
+    """Return a function that makes a process send itself signals at a file event."""
 
-    def act() -> None:
-        for one in which:
-            # A handler may raise here; what is hooked must not lose it.
-            os.kill(os.getpid(), one)
+    def send() -> None:
+        for signal_number in signals:
+            # A signal handler may raise here; the audit hook must not lose the exception.
+            os.kill(os.getpid(), signal_number)
 
-    return at_event(number, act)
+    return at_event(number, send)

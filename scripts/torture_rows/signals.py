@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from torture_rows.kills import Whole, judge
-from torture_rows.lab import BAD, GOOD, HANG, STEPS, Case, Child, Ended, Lab, certified
+from torture_rows.kills import ReferenceRun, judge
+from torture_rows.lab import BAD, GOOD, HANG, STEPS, Case, Child, Lab, ProcessResult, certified
 
 from torture_rows.lab import warm_up  # isort: skip
 from torture_rows.moments import counting, read_course, signalling
@@ -19,16 +19,16 @@ Command = Callable[[Path], list[str]]
 
 
 def commands(lab: Lab, run: Path) -> dict[str, Command]:
-    """Return what makes each command line, given where its output goes."""
+    """Return functions from output path to command line."""
     rows = ["--dataset", str(lab.rows)]
-    few = lab.root / "few.jsonl"
-    few.write_text("".join(lab.rows.read_text().splitlines(keepends=True)[:12]))
+    few_rows = lab.root / "few.jsonl"
+    few_rows.write_text("".join(lab.rows.read_text().splitlines(keepends=True)[:12]))
     return {
         "train": lambda out: lab.training(out),
         "evaluate": lambda _: ["evaluate", str(run), *rows, "--quiet"],
-        "predict": lambda out: ["predict", str(run), "--dataset", str(few), "--output",
+        "predict": lambda out: ["predict", str(run), "--dataset", str(few_rows), "--output",
                                 f"{out}.jsonl"],
-        "generate": lambda out: ["generate", str(run), "--prompts", str(few), "--out",
+        "generate": lambda out: ["generate", str(run), "--prompts", str(few_rows), "--out",
                                  f"{out}.jsonl", "--max-new-tokens", "4"],
         "merge": lambda out: ["merge", str(run), "--out", str(out), "--quiet"],
         "quantize": lambda out: ["quantize", str(lab.base), "--quant", "4bit", "--out", str(out),
@@ -42,70 +42,72 @@ def commands(lab: Lab, run: Path) -> dict[str, Command]:
 
 def signal_commands(lab: Lab, count: int) -> Iterator[Case]:
     """Each command in turn; one in eight in a new interpreter, and one in eight twice."""
-    whole, run = Whole(lab), lab.root / "run"
+    reference, run = ReferenceRun(lab), lab.root / "run"
     lab.run(lab.training(run))
-    every = commands(lab, run)
-    warm_up(lab, [command(lab.folder()) for command in every.values()])
+    all_commands = commands(lab, run)
+    warm_up(lab, [command(lab.folder()) for command in all_commands.values()])
     events = {}
-    for name, command in every.items():
+    for name, command in all_commands.items():
         course = lab.root / "course.json"
         lab.run(command(lab.folder()), counting(course))
         events[name] = read_course(course).total
-    names = [*every, "train", "train", "merge"]
-    for number in range(count):
-        name = names[number % len(names)]
-        which = lab.random.choice(list(CODES))
-        how = lab.random.random()
+    names = [*all_commands, "train", "train", "merge"]
+    for index in range(count):
+        name = names[index % len(names)]
+        signal_name = lab.random.choice(list(CODES))
+        draw = lab.random.random()
         out = lab.folder()
-        arguments = every[name](out)
-        if how < 1 / 8:
+        arguments = all_commands[name](out)
+        if draw < 1 / 8:
             seconds = lab.random.uniform(0, 8)
-            words = f"{name}: {which} after {seconds:.2f} s of a new interpreter"
+            description = f"{name}: {signal_name} after {seconds:.2f} s of a new interpreter"
             child = lab.fresh(arguments)
             time.sleep(seconds)
-            child.kill(getattr(signal, which))
-        elif how < 2 / 8:
-            words = f"{name}: {which} twice"
+            child.kill(getattr(signal, signal_name))
+        elif draw < 2 / 8:
+            description = f"{name}: {signal_name} twice"
             child = lab.start(arguments)
-            time.sleep(lab.random.uniform(0, whole.seconds))
-            child.kill(getattr(signal, which))
+            time.sleep(lab.random.uniform(0, reference.seconds))
+            child.kill(getattr(signal, signal_name))
             time.sleep(0.05)
-            child.kill(getattr(signal, which))
+            child.kill(getattr(signal, signal_name))
         else:
             event = lab.random.randint(1, events[name])
-            words = f"{name}: {which} at file event {event:,} of {events[name]:,}"
-            child = lab.start(arguments, signalling(event, getattr(signal, which)))
-        yield _judge(lab, words, child, which, out, whole)
+            description = f"{name}: {signal_name} at file event {event:,} of {events[name]:,}"
+            child = lab.start(arguments, signalling(event, getattr(signal, signal_name)))
+        yield _judge(lab, description, child, signal_name, out, reference)
         for path in lab.root.glob(f"{out.name}*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _judge(lab: Lab, words: str, child: Child, which: str, out: Path, whole: Whole) -> Case:
-    ended = child.wait(lab.patience)
-    kind = words.partition(":")[0]
-    if ended.hung:
-        return Case(HANG, words, ended.last)
-    wanted = (0, CODES[which])
-    # Before Python has installed a handler the kernel ends it, which no program can help.
-    is_by_clock = "file event" not in words
-    early = is_by_clock and ended.code == -getattr(signal, which) and not ended.err
-    if ended.code not in wanted and not early:
-        return Case(BAD, words, f"exit {ended.code}: {ended.err[-500:]}")
-    if ended.is_raw or (ended.code and not early and "interrupted" not in ended.last):
-        return Case(BAD, words, f"exit {ended.code}: {ended.err[-500:]}")
+def _judge(
+    lab: Lab, description: str, child: Child, signal_name: str, out: Path, reference: ReferenceRun
+) -> Case:
+    result = child.wait(lab.patience)
+    kind = description.partition(":")[0]
+    if result.hung:
+        return Case(HANG, description, result.last)
+    exit_codes = (0, CODES[signal_name])
+    # Before Python installs a handler, the kernel ends the process.
+    is_by_clock = "file event" not in description
+    before_handler = is_by_clock and result.code == -getattr(signal, signal_name) and not result.err
+    if result.code not in exit_codes and not before_handler:
+        return Case(BAD, description, f"exit {result.code}: {result.err[-500:]}")
+    if result.is_raw or (result.code and not before_handler and "interrupted" not in result.last):
+        return Case(BAD, description, f"exit {result.code}: {result.err[-500:]}")
     if kind != "train":
         partial = [p.name for p in lab.root.glob(f".{out.name}*partial")]
-        there = list(lab.root.glob(f"{out.name}*"))
-        if partial or (ended.code and there and not _may_be_there(kind, ended)):
-            return Case(BAD, words, f"left {partial}, {there}")
-        return Case(GOOD, words, kind=kind)
-    if ended.code == CODES[which] and "after step" in ended.err and not certified(out):
-        return Case(BAD, words, "said that a checkpoint is kept, and none is")
+        outputs = list(lab.root.glob(f"{out.name}*"))
+        if partial or (result.code and outputs and not _keeps_output(kind, result)):
+            return Case(BAD, description, f"left {partial}, {outputs}")
+        return Case(GOOD, description, kind=kind)
+    if result.code == CODES[signal_name] and "after step" in result.err and not certified(out):
+        return Case(BAD, description, "said that a checkpoint is kept, and none is")
     if len(certified(out)) > STEPS:
-        return Case(BAD, words, "too many checkpoints")
-    return judge(words, out, lab.run(lab.training(out, "--resume")), whole.digest, kind)
+        return Case(BAD, description, "too many checkpoints")
+    return judge(description, out, lab.run(lab.training(out, "--resume")), reference.digest, kind)
 
 
-def _may_be_there(kind: str, ended: Ended) -> bool:
-    """Whether the command says that it has kept what it wrote so far."""
-    return kind == "predict" or "is whole" in ended.last
+def _keeps_output(kind: str, result: ProcessResult) -> bool:
+    """Return whether the command keeps its partial output."""
+    return kind == "predict" or "is whole" in result.last

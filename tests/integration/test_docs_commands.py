@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from docs_commands import PAGES, Block, blocks_of, make_place, run_block
+from docs_commands import PAGES, Block, blocks_of, create_directory, run_block
 
 SAMPLE = [block for page in PAGES for block in blocks_of(page) if block.mark == "run in CI"]
 EXPECTED_OUTPUT = {
@@ -23,6 +23,6 @@ EXPECTED_OUTPUT = {
 @pytest.mark.slow
 @pytest.mark.parametrize("block", SAMPLE, ids=lambda block: block.where)
 def test_documented_commands_run(block: Block, tmp_path: Path) -> None:
-    make_place(tmp_path / "page", tmp_path, tmp_path)
+    create_directory(tmp_path / "page", tmp_path, tmp_path)
     output, _ = run_block(block, tmp_path / "page")
     assert EXPECTED_OUTPUT[block.page.name] in output

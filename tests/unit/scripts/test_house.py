@@ -36,8 +36,8 @@ def test_figures_are_measured() -> None:
     text = '''"""A module."""\nimport os\n\n\ndef f(run: Run, config: TrainConfig) -> int:
     """Return one."""\n    # a comment\n    return 1\n'''
     assert house.code_lines(text) == (2, 2)
-    assert house.takes(text, house._RUN_AND_CONFIG) == 1
-    assert house.takes(text, house._WHOLE_CONFIG) == 1
+    assert house.count_functions(text, house._RUN_AND_CONFIG) == 1
+    assert house.count_functions(text, house._WHOLE_CONFIG) == 1
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
