@@ -1,4 +1,4 @@
-"""The memory that `plan --task rl` estimates, next to the peak of a run in a process of its own."""
+"""The memory estimate of `plan --task rl`, compared with the peak of a run in its own process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tiny_models import save_tiny
 
-_PEAK = """
+PEAK_PROGRAM = """
 import atexit, pathlib, sys
 from ftlevel.cli.app import run
 def report():
@@ -20,18 +20,18 @@ sys.exit(run(sys.argv[1:]))
 """  # the children of a large process report its size as their ru_maxrss
 
 
-def ftlevel(*arguments: str) -> tuple[str, int]:
+def run_and_measure_peak(*arguments: str) -> tuple[str, int]:
     """Returns what a command prints, and the peak of its resident memory in bytes."""
-    command = [sys.executable, "-c", _PEAK, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return done.stdout, int(done.stderr.split()[-1]) * 1024
+    command = [sys.executable, "-c", PEAK_PROGRAM, *arguments]
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    return process.stdout, int(process.stderr.split()[-1]) * 1024
 
 
-def test_the_estimate_of_a_bfloat16_run_is_near_its_peak(tmp_path: Path) -> None:
+def test_bfloat16_memory_estimate_is_close_to_peak(tmp_path: Path) -> None:
     """The shape of recipes/rl-smollm2-brief.yaml with fewer layers, prompts and tokens."""
-    wide = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
-    wide |= {"num_key_value_heads": 3, "num_hidden_layers": 3, "vocab_size": 49_152}
-    model = save_tiny(tmp_path / "model", "llama", **wide)
+    overrides = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
+    overrides |= {"num_key_value_heads": 3, "num_hidden_layers": 3, "vocab_size": 49_152}
+    model = save_tiny(tmp_path / "model", "llama", **overrides)
     words = " ".join(f"parameter{i} is a number" for i in range(18))
     rows = ({"prompt": f"Describe f{i}. {words[: 40 + 15 * i]}"} for i in range(24))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -43,12 +43,12 @@ def test_the_estimate_of_a_bfloat16_run_is_near_its_peak(tmp_path: Path) -> None
     arguments += ["--model", str(model), "--dataset", str(tmp_path / "rows.jsonl")]
     arguments += ["--dtype", "bfloat16", "--batch-size", "4", "--check-groups", "0"]
     arguments += ["--max-completion-length", "8", "--validation-split", "0.5"]
-    _, measured = ftlevel("train", *arguments, "--output-dir", str(tmp_path / "run"))
-    planned = json.loads((tmp_path / "run" / "summary.json").read_text())["plan"]
-    assert 0.85 < planned["process_bytes"] / measured < 1.2, (planned, measured)
+    _, measured = run_and_measure_peak("train", *arguments, "--output-dir", str(tmp_path / "run"))
+    plan = json.loads((tmp_path / "run" / "summary.json").read_text())["plan"]
+    assert 0.85 < plan["process_bytes"] / measured < 1.2, (plan, measured)
 
 
-def test_the_plan_is_near_the_peak(tmp_path: Path) -> None:
+def test_plan_estimate_is_close_to_peak(tmp_path: Path) -> None:
     words = " ".join(f"parameter{i} is a number" for i in range(60))
     rows = ({"prompt": f"Describe f{i}. {words}", "answer": "x"} for i in range(16))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -61,7 +61,9 @@ def test_the_plan_is_near_the_peak(tmp_path: Path) -> None:
     common += ["--model", "builtin:tiny-llama", "--dtype", "float32"]
     common += ["--dataset", str(tmp_path / "rows.jsonl"), "--max-completion-length", "48"]
     common += ["--validation-split", "0.25", "--beta", "0.05"]
-    planned = json.loads(ftlevel("plan", "--json", *common)[0])
-    _, measured = ftlevel("train", "--json", *common, "--output-dir", str(tmp_path / "run"))
-    assert 0.88 < planned["process_bytes"] / measured < 1.2, (planned, measured)
-    assert "initial weights" in planned["parts"]
+    plan = json.loads(run_and_measure_peak("plan", "--json", *common)[0])
+    _, measured = run_and_measure_peak(
+        "train", "--json", *common, "--output-dir", str(tmp_path / "run")
+    )
+    assert 0.88 < plan["process_bytes"] / measured < 1.2, (plan, measured)
+    assert "initial weights" in plan["parts"]

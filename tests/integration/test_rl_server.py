@@ -1,4 +1,4 @@
-"""`--rollouts URL`: a run that samples with a server in another process, and servers at fault."""
+"""`--rollouts URL`: sampling with a server in another process, and faulty servers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def vowels(completions, **kwargs):
     return [sum(letter in "aeiou" for letter in text) / max(len(text), 1) for text in completions]
 """
 
-Serve = Callable[..., str]
+StartServer = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with prompts, a reward function and a model."""
     path = tmp_path_factory.mktemp("served")
     rows = [{"prompt": f'def f{i}(a, b):\n    """'} for i in range(4)]
@@ -37,30 +37,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def serve() -> Iterator[Serve]:
-    """Return what starts a server of a model and returns its address."""
-    started: list[Forked] = []
+def start_server() -> Iterator[StartServer]:
+    """Return a function that starts a server of a model and returns its URL."""
+    processes: list[Forked] = []
 
     def start(model: Path, fault: str = "none") -> str:
         call = (completions_server.serve, (str(model), fault))
-        started.append(Forked(call=call, stdout=subprocess.PIPE))
-        stdout = started[-1].stdout
+        processes.append(Forked(call=call, stdout=subprocess.PIPE))
+        stdout = processes[-1].stdout
         assert stdout is not None
         return f"http://127.0.0.1:{int(stdout.readline())}"
 
     yield start
-    for process in started:
+    for process in processes:
         process.kill()
         process.wait()
 
 
-def config(folder: Path, out: Path, url: str, **rl: Any) -> TrainConfig:
+def create_config(data_dir: Path, out: Path, url: str, **rl: Any) -> TrainConfig:
     return TrainConfig(
         task="rl",
-        model={"name_or_path": str(folder / "model"), "dtype": "float32"},
-        data={"dataset": str(folder / "rows.jsonl")},
+        model={"name_or_path": str(data_dir / "model"), "dtype": "float32"},
+        data={"dataset": str(data_dir / "rows.jsonl")},
         rl={
-            "reward": [f"{folder}/rewards.py:vowels"],
+            "reward": [f"{data_dir}/rewards.py:vowels"],
             "num_generations": 3,
             "max_completion_length": 8,
             "check_groups": 0,
@@ -81,11 +81,11 @@ def config(folder: Path, out: Path, url: str, **rl: Any) -> TrainConfig:
 
 
 @pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.sweep), 0.7])
-def test_a_run_samples_with_the_server(
-    folder: Path, tmp_path: Path, serve: Serve, temperature: float
+def test_run_samples_with_server(
+    data_dir: Path, tmp_path: Path, start_server: StartServer, temperature: float
 ) -> None:
-    url = serve(folder / "model")
-    train(config(folder, tmp_path / "run", url, temperature=temperature))
+    url = start_server(data_dir / "model")
+    train(create_config(data_dir, tmp_path / "run", url, temperature=temperature))
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     records = [record for record in lines if "loss" in record]
     assert len(records) == 3
@@ -93,29 +93,31 @@ def test_a_run_samples_with_the_server(
     assert "entropy" not in records[0]
 
 
-def test_a_server_that_keeps_the_former_weights_stops_the_run(
-    folder: Path, tmp_path: Path, serve: Serve
+def test_server_with_stale_weights_raises(
+    data_dir: Path, tmp_path: Path, start_server: StartServer
 ) -> None:
-    url = serve(folder / "model", "stale")
+    url = start_server(data_dir / "model", "stale")
     with pytest.raises(RunError, match="the server answers with other weights") as error:
-        train(config(folder, tmp_path / "run", url))
+        train(create_config(data_dir, tmp_path / "run", url))
     assert "from those of the former adapter" in str(error.value)
 
 
-def test_a_server_with_another_base_stops_the_run(
-    folder: Path, tmp_path: Path, serve: Serve
+def test_server_with_other_base_raises(
+    data_dir: Path, tmp_path: Path, start_server: StartServer
 ) -> None:
-    other = save_tiny(tmp_path / "other", "llama", chat=True, seed=7)
+    other_base = save_tiny(tmp_path / "other", "llama", chat=True, seed=7)
     with pytest.raises(RunError, match="the server answers with other weights"):
-        train(config(folder, tmp_path / "run", serve(other)))
+        train(create_config(data_dir, tmp_path / "run", start_server(other_base)))
 
 
-def test_a_server_without_adapters_is_refused(folder: Path, tmp_path: Path, serve: Serve) -> None:
-    url = serve(folder / "model", "no-lora")
+def test_server_without_lora_support_raises(
+    data_dir: Path, tmp_path: Path, start_server: StartServer
+) -> None:
+    url = start_server(data_dir / "model", "no-lora")
     with pytest.raises(ConfigError, match="cannot load adapters at run time"):
-        train(config(folder, tmp_path / "run", url), dry_run=True)
+        train(create_config(data_dir, tmp_path / "run", url), dry_run=True)
 
 
-def test_no_server_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_unreachable_server_raises(data_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no server answers"):
-        train(config(folder, tmp_path / "run", "http://127.0.0.1:9"), dry_run=True)
+        train(create_config(data_dir, tmp_path / "run", "http://127.0.0.1:9"), dry_run=True)

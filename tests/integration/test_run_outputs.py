@@ -20,13 +20,13 @@ TinyModelDir = Callable[..., Path]
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
-def classifier(tiny_model_dir: TinyModelDir, capsys: pytest.CaptureFixture[str]) -> Path:
-    """Return a run on three classes, in a directory that a shell would split."""
+def classifier_run(tiny_model_dir: TinyModelDir, capsys: pytest.CaptureFixture[str]) -> Path:
+    """Return a run on three classes, in a directory with a space in its name."""
     pytest.importorskip("tensorboard")
     rows = [{"Message": f"the {word} {i}", "Kind": "xyz"[i % 3]} for i, word in
             enumerate(task_data.WORDS * 3)]  # fmt: skip
@@ -40,40 +40,40 @@ def classifier(tiny_model_dir: TinyModelDir, capsys: pytest.CaptureFixture[str])
     return Path("my run")
 
 
-def test_the_card_says_how_peft_alone_has_the_labels(classifier: Path) -> None:
+def test_card_code_loads_labels_with_peft(classifier_run: Path) -> None:
     from peft import AutoPeftModelForSequenceClassification
 
-    text = (classifier / "README.md").read_text()
+    text = (classifier_run / "README.md").read_text()
     assert "3 labels: `x`, `y`, `z`." in text
     assert "text metrics" not in text
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    found: dict[str, Any] = {}
-    exec(code.replace('"adapter"', repr(str(classifier / "adapter"))), found)  # as a user would
-    assert found["model"].config.id2label == {0: "x", 1: "y", 2: "z"}
-    bare = AutoPeftModelForSequenceClassification.from_pretrained(
-        classifier / "adapter", num_labels=3
+    namespace: dict[str, Any] = {}
+    exec(code.replace('"adapter"', repr(str(classifier_run / "adapter"))), namespace)  # like a user
+    assert namespace["model"].config.id2label == {0: "x", 1: "y", 2: "z"}
+    without_labels = AutoPeftModelForSequenceClassification.from_pretrained(
+        classifier_run / "adapter", num_labels=3
     )
-    assert bare.config.id2label[0] == "LABEL_0"  # once PEFT keeps the names, the card need not
+    assert without_labels.config.id2label[0] == "LABEL_0"  # PEFT does not store label names
 
 
-def test_curves_lie_in_the_run(classifier: Path) -> None:
-    assert [path.parent.name for path in classifier.rglob("events.out.*")] == ["tensorboard"]
-    assert not (classifier / "checkpoints/runs").exists()
+def test_tensorboard_files_are_in_run_directory(classifier_run: Path) -> None:
+    assert [path.parent.name for path in classifier_run.rglob("events.out.*")] == ["tensorboard"]
+    assert not (classifier_run / "checkpoints/runs").exists()
 
 
-def test_the_next_commands_work_as_they_are(classifier: Path) -> None:
-    said = Path("said.txt").read_text()
-    commands = json.loads((classifier / "summary.json").read_text())["next"]
+def test_next_commands_run_as_printed(classifier_run: Path) -> None:
+    output = Path("said.txt").read_text()
+    commands = json.loads((classifier_run / "summary.json").read_text())["next"]
     assert commands == [
         "ftlevel evaluate 'my run'",
         "ftlevel predict 'my run' --dataset 'my rows.jsonl' --limit 5",
         "ftlevel merge 'my run' --out 'my run-merged'",
     ]
     for command in commands:
-        assert command in said
+        assert command in output
         assert run(shlex.split(command)[1:]) == 0
-    assert "adapter (adapter and tokenizer)" in said
-    assert "checkpoints (for --resume)" in said.rpartition("saved")[2]
+    assert "adapter (adapter and tokenizer)" in output
+    assert "checkpoints (for --resume)" in output.rpartition("saved")[2]
 
 
 @pytest.mark.parametrize(
@@ -84,59 +84,59 @@ def test_the_next_commands_work_as_they_are(classifier: Path) -> None:
         ({"Message": "the file", "label": "x"}, "text from 'Message', 'label'"),
     ],
 )
-def test_the_trainings_map_is_not_held_against_other_rows(
-    rows: dict[str, str], note: str, classifier: Path, capsys: pytest.CaptureFixture[str]
+def test_training_column_mapping_is_dropped_if_rows_do_not_fit(
+    rows: dict[str, str], note: str, classifier_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("other.jsonl").write_text("\n".join([json.dumps(rows)] * 2))
     capsys.readouterr()
     command = ["evaluate", "my run", "--dataset", "other.jsonl", "--resamples", "0"]
     assert run(command) == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if "columns:" in line]
-    assert len(said) == 1
-    assert note in said[0]
-    assert ("do not fit these" in said[0]) == ("Kind" not in rows)
-    assert run([*command, "--map", "text=Gone"]) == 2  # which was typed
+    lines = [line for line in capsys.readouterr().out.splitlines() if "columns:" in line]
+    assert len(lines) == 1
+    assert note in lines[0]
+    assert ("do not fit these" in lines[0]) == ("Kind" not in rows)
+    assert run([*command, "--map", "text=Gone"]) == 2  # explicit option
 
 
-def test_columns_that_fit_nothing_are_told_of_without_the_trainings_map(
-    classifier: Path, capsys: pytest.CaptureFixture[str]
+def test_unknown_columns_error_ignores_training_mapping(
+    classifier_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("other.jsonl").write_text('{"Betreff": "the file", "Art": "x"}')
     assert run(["evaluate", "my run", "--dataset", "other.jsonl"]) == 2
-    complaint = capsys.readouterr().err
-    assert "the columns do not say what to learn" in complaint
-    assert "Message" not in complaint
+    message = capsys.readouterr().err
+    assert "the columns do not say what to learn" in message
+    assert "Message" not in message
 
 
-def test_other_rows_are_not_the_validation_file(tiny_model_dir: TinyModelDir) -> None:
+def test_dataset_option_replaces_validation_file(tiny_model_dir: TinyModelDir) -> None:
     task_data.write(Path("data"), "class")
     code = run(["train", "--model", str(tiny_model_dir("bert")), "--dataset", "data/train.jsonl",
                 "--validation-file", "data/validation.jsonl", "--task", "text-classification",
                 "--max-steps", "1", "--output-dir", "run", "--quiet"])  # fmt: skip
     assert code == 0
-    found = evaluate(EvaluateConfig(name="run", dataset="data/train.jsonl", resamples=0))
-    assert found.summary["data"]["rows"] == 16
+    evaluation = evaluate(EvaluateConfig(name="run", dataset="data/train.jsonl", resamples=0))
+    assert evaluation.summary["data"]["rows"] == 16
 
 
 @pytest.mark.parametrize(
-    ("arguments", "warned"),
+    ("arguments", "is_warned"),
     [
         (["--dataset", "rows.jsonl"], True),
         (["--dataset", "rows.jsonl", "--model", "builtin:tiny-llama"], False),
         ([], False),
     ],
 )
-def test_rows_of_ones_own_need_a_model(
-    arguments: list[str], warned: bool, capsys: pytest.CaptureFixture[str]
+def test_missing_model_option_warns_for_own_dataset(
+    arguments: list[str], is_warned: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("rows.jsonl").write_text('{"prompt": "the file", "completion": "the default"}\n')
     assert run(["train", *arguments, "--dry-run"]) == 0
     out, err = capsys.readouterr()
-    assert ("warning: no --model given" in err) is warned
+    assert ("warning: no --model given" in err) is is_warned
     assert "no --model given" not in out
 
 
-def test_a_preview_shows_labels_that_are_made_one(
+def test_preview_reports_merged_labels(
     tiny_model_dir: TinyModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"text": f"the {w}", "label": "x" if i else " x"} for i, w in

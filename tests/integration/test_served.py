@@ -38,28 +38,28 @@ NAMES = ("rslora", "patterns", "pissa", "adalora", "vera")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base that never answers with half a character, five adapters of it, and their export."""
-    folder = tmp_path_factory.mktemp("served")
-    tiny = functools.partial(save_tiny, folder / "tiny")
-    base = exportable(tiny, folder, "llama")
+def export_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base that generates only complete characters, five adapters on it, and their export."""
+    directory = tmp_path_factory.mktemp("served")
+    tiny = functools.partial(save_tiny, directory / "tiny")
+    base = exportable(tiny, directory, "llama")
     weights = load_file(base / "model.safetensors")
     weights["lm_head.weight"][:270] = 0  # special tokens and bytes
     save_file(weights, base / "model.safetensors", {"format": "pt"})
     for name in NAMES:
         case = CASES[name]
-        make_adapter(base, folder / "adapters" / name, case.settings, loud=case.loud)
-    out = folder / "out"
-    export(ExportConfig(model=str(folder / "adapters"), out=out, server="llama.cpp"))
-    export(ExportConfig(model=str(base), out=folder / "base.gguf", outtype="f32", verify=False))
-    return folder
+        make_adapter(base, directory / "adapters" / name, case.settings, loud=case.loud)
+    out = directory / "out"
+    export(ExportConfig(model=str(directory / "adapters"), out=out, server="llama.cpp"))
+    export(ExportConfig(model=str(base), out=directory / "base.gguf", outtype="f32", verify=False))
+    return directory
 
 
 @contextlib.contextmanager
 def llama_server(
     base: Path, adapters: list[Path], *, scale: float = 1.0, apply: bool = False, ram: int = 0
 ) -> Iterator[str]:
-    """Give the address of llama.cpp's own server on loopback."""
+    """Start llama.cpp's server and yield its URL."""
     params = xllamacpp.CommonParams()
     params.model.path, params.port = str(base), 0
     params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 512, 1, False, 0
@@ -77,14 +77,14 @@ def llama_server(
     del server
 
 
-def files_of(out: Path) -> list[Path]:
+def adapter_files(out: Path) -> list[Path]:
     served = json.loads((out / "served.json").read_text())
     return [out / adapter["place"] for adapter in served["adapters"]]
 
 
-def test_llama_cpp_answers_as_trained_by_every_adapter(folder: Path) -> None:
-    out = folder / "out"
-    with llama_server(folder / "base.gguf", files_of(out)) as url:
+def test_llama_cpp_serves_every_adapter_as_trained(export_dir: Path) -> None:
+    out = export_dir / "out"
+    with llama_server(export_dir / "base.gguf", adapter_files(out)) as url:
         summary = check_served(CheckServedConfig(out=out, url=url)).summary
     assert [adapter["name"] for adapter in summary["adapters"]] == sorted(NAMES)
     for adapter in summary["adapters"]:
@@ -96,53 +96,53 @@ def test_llama_cpp_answers_as_trained_by_every_adapter(folder: Path) -> None:
         assert adapter["by"] == "token ids"
 
 
-def test_a_file_in_4_bits_answers_as_it_was_read_back(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_q4_0_export_is_served_as_trained(
+    export_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """llama.cpp may round what goes into a product, too: a file of blocks is held to that."""
-    out, bounds = tmp_path / "x.gguf", set()
-    export(ExportConfig(model=str(folder / "adapters" / NAMES[0]), out=out, server="llama.cpp",
+    """The tolerance is larger because llama.cpp may also round activations."""
+    out, tolerances = tmp_path / "x.gguf", set()
+    export(ExportConfig(model=str(export_dir / "adapters" / NAMES[0]), out=out, server="llama.cpp",
                         format="gguf", outtype="q4_0"))  # fmt: skip
 
-    def judge_closely(heard: Any, trained: Any, base: Any, tolerance: float) -> Any:
-        bounds.add(tolerance)
-        return match_output(heard, trained, base, 0.02)  # a tiny model's answers are all alike
+    def match_with_small_tolerance(output: Any, trained: Any, base: Any, tolerance: float) -> Any:
+        tolerances.add(tolerance)
+        return match_output(output, trained, base, 0.02)  # outputs of tiny models differ little
 
-    monkeypatch.setattr(commands, "match_output", judge_closely)
-    found = check_served(CheckServedConfig(out=out, inside="llama.cpp")).summary
-    assert (found["verdict"], bounds) == ("as trained", {0.5})
+    monkeypatch.setattr(commands, "match_output", match_with_small_tolerance)
+    summary = check_served(CheckServedConfig(out=out, inside="llama.cpp")).summary
+    assert (summary["verdict"], tolerances) == ("as trained", {0.5})
 
 
 @pytest.fixture(scope="module")
-def on_blocks(
+def quantized_base_export(
     smollm2: Path, first_blocks: Path, first_blocks_gguf: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:  # fmt: skip
     """An adapter of real weights in Q4_1, written for llama.cpp."""
-    folder = tmp_path_factory.mktemp("blocks")
-    strong = CASES["lora"].settings | {"lora_alpha": 128}  # moves logits by more than rounding
-    make_adapter(first_blocks, folder / "lora", strong)
-    path = folder / "lora" / "adapter_config.json"
-    facts = json.loads(path.read_text()) | {"base_model_name_or_path": str(first_blocks_gguf)}
-    path.write_text(json.dumps(facts))
-    export(ExportConfig(model=str(folder / "lora"), out=folder / "out", format="gguf-lora"))
-    return folder / "out"
+    export_dir = tmp_path_factory.mktemp("blocks")
+    settings = CASES["lora"].settings | {"lora_alpha": 128}  # changes logits by more than rounding
+    make_adapter(first_blocks, export_dir / "lora", settings)
+    path = export_dir / "lora" / "adapter_config.json"
+    config = json.loads(path.read_text()) | {"base_model_name_or_path": str(first_blocks_gguf)}
+    path.write_text(json.dumps(config))
+    export(ExportConfig(model=str(export_dir / "lora"), out=export_dir / "out", format="gguf-lora"))
+    return export_dir / "out"
 
 
-def test_an_adapter_of_a_quantized_base_is_judged_by_what_rounding_explains(
-    on_blocks: Path,
+def test_tolerance_on_quantized_base_covers_rounding(
+    quantized_base_export: Path,
 ) -> None:
-    found = check_served(CheckServedConfig(out=on_blocks, inside="llama.cpp")).summary
-    assert found["verdict"] == "as trained"
-    [adapter] = found["adapters"]
+    summary = check_served(CheckServedConfig(out=quantized_base_export, inside="llama.cpp")).summary
+    assert summary["verdict"] == "as trained"
+    [adapter] = summary["adapters"]
     assert 0.02 < adapter["weights"]["difference"] <= adapter["tolerance"] < 1
 
 
 @pytest.mark.sweep
-def test_a_server_with_a_quantized_base_is_judged_the_same(
-    on_blocks: Path, first_blocks_gguf: Path, smollm2: Path
+def test_llama_server_with_quantized_base_detects_wrong_scale(
+    quantized_base_export: Path, first_blocks_gguf: Path, smollm2: Path
 ) -> None:
-    out = on_blocks
+    out = quantized_base_export
     with llama_server(first_blocks_gguf, [out / "adapter.gguf"], apply=True, ram=512) as url:
         assert check_served(CheckServedConfig(out=out, url=url)).summary["verdict"] == "as trained"
     with (
@@ -152,7 +152,7 @@ def test_a_server_with_a_quantized_base_is_judged_the_same(
         check_served(CheckServedConfig(out=out, url=url))
 
 
-def _shuffle(b: Any) -> Any:
+def shuffle_rows(b: Any) -> Any:
     return np.random.default_rng(0).permutation(b, axis=0)
 
 
@@ -166,17 +166,17 @@ def _shuffle(b: Any) -> Any:
             "with --model, and start the server as export printed:",
         ),
         pytest.param(
-            _shuffle,
+            shuffle_rows,
             r"answers neither as trained nor as the base|returns the base model",
             marks=pytest.mark.sweep,
         ),
     ],
     ids=["scaled by 2", "not applied", "of another run"],
 )
-def test_a_wrong_adapter_of_a_quantized_base_is_found(
-    on_blocks: Path, tmp_path: Path, change: Any, message: str
+def test_wrong_adapter_on_quantized_base_raises(
+    quantized_base_export: Path, tmp_path: Path, change: Any, message: str
 ) -> None:
-    out = shutil.copytree(on_blocks, tmp_path / "out")
+    out = shutil.copytree(quantized_base_export, tmp_path / "out")
     reader = GGUFReader(str(out / "adapter.gguf"), "r+")
     for tensor in reader.tensors:
         if tensor.name.endswith(".lora_b"):
@@ -186,15 +186,15 @@ def test_a_wrong_adapter_of_a_quantized_base_is_found(
         check_served(CheckServedConfig(out=out, inside="llama.cpp"))
 
 
-def test_a_base_that_is_another_model_widens_nothing() -> None:
-    known = ReferenceOutput([1, 2], [-1.0, -2.0], [3.0, 3.0], "a b")
+def test_tolerance_is_not_widened_for_other_base() -> None:
+    reference = ReferenceOutput([1, 2], [-1.0, -2.0], [3.0, 3.0], "a b")
     near = ServerOutput("a b", [1, 2], [-1.1, -2.0])
     far = ServerOutput("a b", [1, 2], [-1.0, -2.7])
     other = ServerOutput("c", [7], [-1.0])
-    assert widen_tolerance(0.02, [near], [known]) == pytest.approx(0.2)
-    assert widen_tolerance(0.02, [far], [known]) == 0.02
-    assert widen_tolerance(0.02, [near, other], [known, known]) == 0.02
-    assert widen_tolerance(0.1, [near], [replace(known, logprobs=[-1.11, -2.0])]) == 0.1
+    assert widen_tolerance(0.02, [near], [reference]) == pytest.approx(0.2)
+    assert widen_tolerance(0.02, [far], [reference]) == 0.02
+    assert widen_tolerance(0.02, [near, other], [reference, reference]) == 0.02
+    assert widen_tolerance(0.1, [near], [replace(reference, logprobs=[-1.11, -2.0])]) == 0.1
 
 
 @pytest.mark.parametrize(
@@ -208,32 +208,30 @@ def test_a_base_that_is_another_model_widens_nothing() -> None:
         ([1, 5], [-1.0, -1.0], "something else"),
     ],
 )
-def test_tokens_that_end_inside_a_character_may_be_left_out(
+def test_tokens_inside_a_character_may_be_missing(
     ids: list[int], logprobs: list[float], word: str
 ) -> None:
-    known = ReferenceOutput(
+    reference = ReferenceOutput(
         [1, 2, 3, 4, 5], [-1.0] * 5, [3.0, 3.0, 3.0, 3.0, 0.001], "a \u65e5b", [1, 3]
     )
-    assert match_output(ServerOutput("", ids, logprobs), known, None, 0.02).word == word
+    assert match_output(ServerOutput("", ids, logprobs), reference, None, 0.02).word == word
 
 
-def test_what_the_server_keeps_of_a_prompt_it_gives_to_other_adapters(folder: Path) -> None:
-    """The canary of `--cache-ram 0`: where this passes no more, the start command may drop it."""
-    out = folder / "out"
+def test_llama_server_prompt_cache_mixes_adapters(export_dir: Path) -> None:
+    """Canary of `--cache-ram 0`: if this test fails, the start command may drop the flag."""
+    out = export_dir / "out"
     with (
-        llama_server(folder / "base.gguf", files_of(out), ram=512) as url,
+        llama_server(export_dir / "base.gguf", adapter_files(out), ram=512) as url,
         pytest.raises(RunError, match=r"neither as trained nor as the base|the base model"),
     ):
         check_served(CheckServedConfig(out=out, url=url))
 
 
-def test_an_adapter_that_is_not_applied_or_at_another_scale_is_found(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_unapplied_or_rescaled_adapter_raises(export_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    export(ExportConfig(model=str(folder / "adapters" / "rslora"), out=out, server="llama.cpp"))
+    export(ExportConfig(model=str(export_dir / "adapters" / "rslora"), out=out, server="llama.cpp"))
     with (
-        llama_server(folder / "base.gguf", []) as url,
+        llama_server(export_dir / "base.gguf", []) as url,
         pytest.raises(
             RunError,
             match=(
@@ -243,18 +241,20 @@ def test_an_adapter_that_is_not_applied_or_at_another_scale_is_found(
         ),
     ):
         check_served(CheckServedConfig(out=out, url=url))
-    # 2 / 5.66: what alpha / r makes of rsLoRA's alpha / √r.
+    # 2 / 5.66 is the ratio of alpha / r to rsLoRA's alpha / √r.
     with (
-        llama_server(folder / "base.gguf", [out / "adapter.gguf"], scale=0.354, apply=True) as url,
+        llama_server(
+            export_dir / "base.gguf", [out / "adapter.gguf"], scale=0.354, apply=True
+        ) as url,
         pytest.raises(RunError, match="answers neither as trained nor as the base"),
     ):
         check_served(CheckServedConfig(out=out, url=url))
-    with llama_server(folder / "base.gguf", [out / "adapter.gguf"], apply=True) as url:
+    with llama_server(export_dir / "base.gguf", [out / "adapter.gguf"], apply=True) as url:
         assert check_served(CheckServedConfig(out=out, url=url)).summary["verdict"] == "as trained"
 
 
 @pytest.mark.slow
-def test_a_run_of_ours_is_served_as_trained_as_typed(
+def test_exported_run_is_served_as_trained(
     tiny_model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -273,41 +273,41 @@ def test_a_run_of_ours_is_served_as_trained_as_typed(
     assert run(["check-served", "out", "--in", "llama.cpp", "--quiet"]) == 0
 
 
-def test_llama_cpp_finds_the_rows_of_queries_where_it_wants_them(folder: Path) -> None:
-    """Rows of B of Llama's queries are interleaved, those of values are not, and A is as it is."""
-    reader = GGUFReader(str(folder / "out" / "rslora" / "adapter.gguf"))
-    found = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
-    peft_file = load_file(folder / "adapters" / "rslora" / "adapter_model.safetensors")
-    own = "base_model.model.model.layers.0.self_attn"
+def test_gguf_lora_interleaves_query_rows(export_dir: Path) -> None:
+    """Rows of B are interleaved for Llama's queries but not for values; A is unchanged."""
+    reader = GGUFReader(str(export_dir / "out" / "rslora" / "adapter.gguf"))
+    tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    peft_file = load_file(export_dir / "adapters" / "rslora" / "adapter_model.safetensors")
+    prefix = "base_model.model.model.layers.0.self_attn"
     scale = 16 / 8**0.5
-    values = peft_file[f"{own}.v_proj.lora_B.weight"] * scale
-    torch.testing.assert_close(found["blk.0.attn_v.weight.lora_b"], values)
-    queries = peft_file[f"{own}.q_proj.lora_B.weight"] * scale
+    values = peft_file[f"{prefix}.v_proj.lora_B.weight"] * scale
+    torch.testing.assert_close(tensors["blk.0.attn_v.weight.lora_b"], values)
+    queries = peft_file[f"{prefix}.q_proj.lora_B.weight"] * scale
     heads = queries.reshape(
         4, 2, 8, -1
     )  # 4 heads of 16: row 2i of a head is i, row 2i + 1 is 8 + i
     rows = [heads[h, half, i] for h in range(4) for i in range(8) for half in range(2)]
-    torch.testing.assert_close(found["blk.0.attn_q.weight.lora_b"], torch.stack(rows))
+    torch.testing.assert_close(tensors["blk.0.attn_q.weight.lora_b"], torch.stack(rows))
     torch.testing.assert_close(
-        found["blk.0.attn_q.weight.lora_a"], peft_file[f"{own}.q_proj.lora_A.weight"]
+        tensors["blk.0.attn_q.weight.lora_a"], peft_file[f"{prefix}.q_proj.lora_A.weight"]
     )
     assert reader.get_field("adapter.lora.alpha").contents() == 8.0
     assert reader.get_field("general.type").contents() == "adapter"
 
 
-class Scripted(BaseHTTPRequestHandler):
-    """A server that answers what the test says."""
+class ScriptedHandler(BaseHTTPRequestHandler):
+    """Returns a fixed answer and records requests."""
 
     answer: dict[str, Any] = {}  # noqa: RUF012 - one per subclass
     status = 200
-    seen: list[dict[str, Any]] = []  # noqa: RUF012
+    requests: list[dict[str, Any]] = []  # noqa: RUF012
 
     def do_GET(self) -> None:
         self._send(200, {"data": [{"id": "only"}]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.seen.append(body)
+        self.requests.append(body)
         self._send(self.status, self.answer)
 
     def _send(self, status: int, answer: dict[str, Any]) -> None:
@@ -320,16 +320,20 @@ class Scripted(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @contextlib.contextmanager
-def scripted(status: int, answer: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    handler = type("Handler", (Scripted,), {"status": status, "answer": answer, "seen": []})
+def scripted_server(
+    status: int, answer: dict[str, Any]
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    handler = type(
+        "Handler", (ScriptedHandler,), {"status": status, "answer": answer, "requests": []}
+    )
     server = HTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/v1", handler.seen
+    yield f"http://127.0.0.1:{server.server_port}/v1", handler.requests
     server.shutdown()
     server.server_close()
 
@@ -338,35 +342,35 @@ def scripted(status: int, answer: dict[str, Any]) -> Iterator[tuple[str, list[di
     ("status", "answer", "error"),
     [
         (404, {"error": "no such model"}, "gave 404 .*no such model.*It lists only"),
-        (302, {}, "gave 302"),  # a redirect leads to who was not named
+        (302, {}, "gave 302"),  # redirects are not followed
         (500, {}, r"gave 500 \(Internal Server Error\)"),
         (200, {"choices": []}, "an answer in another form"),
     ],
 )
-def test_a_server_that_cannot_be_asked_is_said(
-    folder: Path, status: int, answer: dict[str, Any], error: str
+def test_server_error_raises(
+    export_dir: Path, status: int, answer: dict[str, Any], error: str
 ) -> None:
-    with scripted(status, answer) as (url, _), pytest.raises(InputError, match=error):
-        check_served(CheckServedConfig(out=folder / "out", url=url))
+    with scripted_server(status, answer) as (url, _), pytest.raises(InputError, match=error):
+        check_served(CheckServedConfig(out=export_dir / "out", url=url))
 
 
-def test_nobody_there_is_said_with_what_to_do(folder: Path) -> None:
+def test_unreachable_server_raises(export_dir: Path) -> None:
     with pytest.raises(InputError, match=r"refused.* Start the server"):
-        check_served(CheckServedConfig(out=folder / "out", url="http://127.0.0.1:9"))
+        check_served(CheckServedConfig(out=export_dir / "out", url="http://127.0.0.1:9"))
 
 
-def test_texts_alone_are_compared_where_nothing_else_is_given(folder: Path, tmp_path: Path) -> None:
-    """A server that knows no logprobs and no tokens; it is asked by the only name it lists."""
+def test_texts_are_compared_without_logprobs(export_dir: Path, tmp_path: Path) -> None:
+    """The server returns no logprobs or tokens; requests use the only model name that it lists."""
     out = tmp_path / "out"
-    shutil.copytree(folder / "out" / "rslora", out)
-    served = json.loads((folder / "out" / "served.json").read_text())
+    shutil.copytree(export_dir / "out" / "rslora", out)
+    served = json.loads((export_dir / "out" / "served.json").read_text())
     row = next(adapter for adapter in served["adapters"] if adapter["name"] == "rslora")
     row |= {"place": "adapter.gguf", "prompts": row["prompts"][:1]}
     (out / "served.json").write_text(json.dumps({**served, "adapters": [row]}))
-    for who, verdict in (("trained", "as trained"), ("base", "returns the base model")):
-        answer = {"choices": [{"text": row["prompts"][0][who]["text"]}]}
-        with scripted(200, answer) as (url, seen):
-            if who == "trained":
+    for source, verdict in (("trained", "as trained"), ("base", "returns the base model")):
+        answer = {"choices": [{"text": row["prompts"][0][source]["text"]}]}
+        with scripted_server(200, answer) as (url, requests):
+            if source == "trained":
                 summary = check_served(CheckServedConfig(out=out, url=url)).summary
                 assert (summary["verdict"], summary["adapters"][0]["weights"]["difference"]) == (
                     verdict, None
@@ -374,8 +378,8 @@ def test_texts_alone_are_compared_where_nothing_else_is_given(folder: Path, tmp_
             else:
                 with pytest.raises(RunError, match=verdict):
                     check_served(CheckServedConfig(out=out, url=url))
-        assert {body["model"] for body in seen} == {"only"}
-        assert seen[0]["prompt"] == row["prompts"][0]["ids"]
+        assert {body["model"] for body in requests} == {"only"}
+        assert requests[0]["prompt"] == row["prompts"][0]["ids"]
 
 
 @pytest.mark.parametrize(
@@ -389,17 +393,17 @@ def test_texts_alone_are_compared_where_nothing_else_is_given(folder: Path, tmp_
         (["out", "--in", "llama.cpp", "--python", "/no/python"], "/no/python cannot be run"),
     ],
 )
-def test_a_wrong_question_is_a_line(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+def test_invalid_check_served_options_are_rejected(
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     arguments: list[str], error: str,
 ) -> None:  # fmt: skip
-    monkeypatch.chdir(folder)
+    monkeypatch.chdir(export_dir)
     assert run(["check-served", *arguments]) == 2
     assert error in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("stderr", "message"),
     [
         ("ModuleNotFoundError: No module named 'openvino_genai'",
          "has not openvino_genai. Install openvino-genai and optimum-intel[openvino]"),
@@ -409,11 +413,9 @@ def test_a_wrong_question_is_a_line(
         ("", "ended with code 1: it said nothing"),
     ],
 )  # fmt: skip
-def test_what_a_library_ended_by_is_said_with_what_is_missing(
-    tmp_path: Path, said: str, told: str
-) -> None:
+def test_library_error_names_missing_package(tmp_path: Path, stderr: str, message: str) -> None:
     python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\ncat <<'END' >&2\n{said}\nEND\nexit 1\n")
+    python.write_text(f"#!/bin/sh\ncat <<'END' >&2\n{stderr}\nEND\nexit 1\n")
     python.chmod(0o755)
-    with pytest.raises(InputError, match=re.escape(told)):
+    with pytest.raises(InputError, match=re.escape(message)):
         run_library("openvino", python, "base", [], 20)

@@ -31,7 +31,7 @@ CASES = ("decoder/lora", "encoder/full", "encoder-decoder/prefix")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _benchmarks() -> Any:
+def benchmarks_on_path() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
         patch.syspath_prepend(ROOT / "tests")
@@ -40,7 +40,7 @@ def _benchmarks() -> Any:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from distributed import prepare
 
     folder = tmp_path_factory.mktemp("sharding") / "all"
@@ -48,41 +48,43 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def work(folder: Path, cases: list[str], out: Path, shard: str) -> None:
+def train_cases(folder: Path, cases: list[str], out: Path, shard: str) -> None:
     from distributed import work as train_all
 
     train_all(folder, cases, out, shard)
 
 
 @pytest.fixture(scope="module")
-def one(prepared: Path) -> Path:
-    """Return the runs of one process."""
-    work(prepared, list(CASES), prepared / "one", "none")
-    return prepared / "one"
+def one_process_runs(prepared_dir: Path) -> Path:
+    """Return the directory of the runs in one process."""
+    train_cases(prepared_dir, list(CASES), prepared_dir / "one", "none")
+    return prepared_dir / "one"
 
 
-def check_evaluations(one: Path, two: Path) -> None:
-    """Compare all metrics of the evaluations of two runs, which are in each other's order."""
-    both = []
-    for run in (one, two):
+def assert_equal_evaluations(first_run: Path, second_run: Path) -> None:
+    """Assert that two runs have equal evaluation metrics."""
+    evaluations = []
+    for run in (first_run, second_run):
         records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-        both.append([
+        evaluations.append([
             {name: value for name, value in record.items() if name == "step" or
              (name.startswith("eval_") and isinstance(value, int | float))}
             for record in records if "eval_loss" in record
         ])  # fmt: skip
-    assert [record["step"] for record in both[0]] == [0, 2, 4]
-    assert len(both[0]) == len(both[1])
-    for record, other in zip(*both, strict=True):
+    assert [record["step"] for record in evaluations[0]] == [0, 2, 4]
+    assert len(evaluations[0]) == len(evaluations[1])
+    for record, other in zip(*evaluations, strict=True):
         assert record == pytest.approx(other, rel=1e-6)
 
 
-def check_in_plain_peft(prepared: Path) -> None:
-    """Compare the adapters of one process and of two, as plain PEFT loads them."""
+def assert_equal_logits_in_peft(prepared_dir: Path) -> None:
+    """Assert that adapters of one and two processes have equal logits in PEFT."""
     logits = []
     for run in ("one", "two"):
-        base = AutoModelForCausalLM.from_pretrained(prepared / "decoder", dtype=torch.float32)
-        adapted = PeftModel.from_pretrained(base, prepared / run / "decoder/lora/adapter").eval()
+        base = AutoModelForCausalLM.from_pretrained(prepared_dir / "decoder", dtype=torch.float32)
+        adapted = PeftModel.from_pretrained(
+            base, prepared_dir / run / "decoder/lora/adapter"
+        ).eval()
         with torch.no_grad():
             logits.append(adapted(torch.arange(3, 20)[None]).logits)
             with adapted.disable_adapter():
@@ -90,57 +92,65 @@ def check_in_plain_peft(prepared: Path) -> None:
     assert (logits[0] - logits[1]).abs().max() < 1e-4
 
 
-def test_two_processes_with_half_a_model_each_are_one_with_the_whole(
-    prepared: Path, one: Path
+def test_two_sharded_processes_match_one_process(
+    prepared_dir: Path, one_process_runs: Path
 ) -> None:
     from distributed import BOUND, STEPS, difference
 
-    two = prepared / "two"
-    each = (prepared, list(CASES), two, "full")
-    assert ranks.end(ranks.start(work, [each, each])) == [0, 0]
+    two_process_runs = prepared_dir / "two"
+    arguments = (prepared_dir, list(CASES), two_process_runs, "full")
+    assert ranks.end(ranks.start(train_cases, [arguments, arguments])) == [0, 0]
     for case in CASES:
-        assert difference(one / case, two / case) <= BOUND
-        check_evaluations(one / case, two / case)
-        share = json.loads((two / case / "share.json").read_text())
-        assert share < (0.55 if case.endswith("full") else 0.85)  # a tiny adapter is a third
-        (name,) = (path.name for path in (one / case / "adapter").glob("*model.safetensors"))
-        whole, saved = (load_file(run / case / "adapter" / name) for run in (one, two))
-        assert whole.keys() == saved.keys()
-        for key, tensor in whole.items():  # AdamW's first steps are as large for a small gradient
+        assert difference(one_process_runs / case, two_process_runs / case) <= BOUND
+        assert_equal_evaluations(one_process_runs / case, two_process_runs / case)
+        memory_share = json.loads((two_process_runs / case / "share.json").read_text())
+        assert memory_share < (
+            0.55 if case.endswith("full") else 0.85
+        )  # a third of this model is the adapter
+        (name,) = (
+            path.name for path in (one_process_runs / case / "adapter").glob("*model.safetensors")
+        )
+        expected, saved = (
+            load_file(run / case / "adapter" / name) for run in (one_process_runs, two_process_runs)
+        )
+        assert expected.keys() == saved.keys()
+        for key, tensor in expected.items():  # AdamW amplifies small gradients in its first steps
             assert (tensor - saved[key]).abs().mean() < 1e-5, key
-    parts = two / f"encoder/full/checkpoints/checkpoint-{STEPS}"  # as each process wrote them
-    model = AutoModelForSequenceClassification.from_pretrained(parts)
-    last = load_file(two / "encoder/full/adapter/model.safetensors")
-    assert all(tensor.equal(last[key]) for key, tensor in model.named_parameters())
-    found = resolve_model(str(parts), device="cpu").load("cpu")
-    assert found.task.name == "text-classification"
-    assert all(tensor.equal(last[key]) for key, tensor in found.model.named_parameters())
-    check_in_plain_peft(prepared)
-    broken = prepared / "broken"
-    shutil.copytree(parts, broken)
-    next(broken.glob("shard-00002*")).unlink()
+    checkpoint = (
+        two_process_runs / f"encoder/full/checkpoints/checkpoint-{STEPS}"
+    )  # shards as written by each process
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint)
+    final_weights = load_file(two_process_runs / "encoder/full/adapter/model.safetensors")
+    assert all(tensor.equal(final_weights[key]) for key, tensor in model.named_parameters())
+    loaded = resolve_model(str(checkpoint), device="cpu").load("cpu")
+    assert loaded.task.name == "text-classification"
+    assert all(tensor.equal(final_weights[key]) for key, tensor in loaded.model.named_parameters())
+    assert_equal_logits_in_peft(prepared_dir)
+    incomplete = prepared_dir / "broken"
+    shutil.copytree(checkpoint, incomplete)
+    next(incomplete.glob("shard-00002*")).unlink()
     with pytest.raises(InputError, match=r"cannot be assembled: shard-00002.* is missing"):
-        resolve_model(str(broken), device="cpu")
+        resolve_model(str(incomplete), device="cpu")
 
 
 @pytest.mark.parametrize(
     "case", ["encoder/full", pytest.param("decoder/lora", marks=pytest.mark.sweep)]
 )
-def test_a_model_that_is_held_until_its_backward_pass_is_evaluated(
-    prepared: Path, one: Path, case: str
+def test_shard_grads_evaluates_like_one_process(
+    prepared_dir: Path, one_process_runs: Path, case: str
 ) -> None:
-    """By `--shard grads`, which leaves every block unsharded where no backward pass follows."""
+    """`--shard grads` keeps blocks unsharded after a forward pass without backward."""
     from distributed import BOUND, difference
 
-    two = prepared / "held"
-    each = (prepared, [case], two, "grads")
-    assert ranks.end(ranks.start(work, [each, each])) == [0, 0]
-    assert difference(one / case, two / case) <= BOUND
-    check_evaluations(one / case, two / case)
+    two_process_runs = prepared_dir / "held"
+    arguments = (prepared_dir, [case], two_process_runs, "grads")
+    assert ranks.end(ranks.start(train_cases, [arguments, arguments])) == [0, 0]
+    assert difference(one_process_runs / case, two_process_runs / case) <= BOUND
+    assert_equal_evaluations(one_process_runs / case, two_process_runs / case)
 
 
-def infer(folder: Path, holds: bool) -> None:
-    """Call a sharded model in every way that leaves no gradients, and look at its parameters."""
+def run_inference(folder: Path, keeps_unsharded: bool) -> None:
+    """Run a sharded model without gradients and assert that its parameters are sharded again."""
     from torch.distributed.tensor import DTensor
 
     from ftlevel.training.model import shard
@@ -150,7 +160,7 @@ def infer(folder: Path, holds: bool) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "decoder", dtype=torch.float32)
     sharded = {name for name, p in model.named_parameters() if p.dim() > 1}
     model.requires_grad_(False)
-    shard(model, "cpu", keeps_unsharded=holds, dtype=torch.float32)
+    shard(model, "cpu", keeps_unsharded=keeps_unsharded, dtype=torch.float32)
     ids = torch.arange(3, 20)[None]
 
     def forward_under(context: Any) -> None:
@@ -160,51 +170,51 @@ def infer(folder: Path, holds: bool) -> None:
     def generate() -> None:
         model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
 
-    for infers in (
+    for inference in (
         lambda: forward_under(torch.no_grad),
         lambda: forward_under(torch.inference_mode),
         generate,
     ):
-        infers()
-        parts = {n for n, p in model.named_parameters() if isinstance(p, DTensor)}
-        assert parts == sharded
+        inference()
+        current = {n for n, p in model.named_parameters() if isinstance(p, DTensor)}
+        assert current == sharded
 
 
-@pytest.mark.parametrize("holds", [False, True], ids=["full", "grads"])
+@pytest.mark.parametrize("keeps_unsharded", [False, True], ids=["full", "grads"])
 def test_parameters_are_sharded_after_a_forward_pass_without_gradients(
-    prepared: Path, holds: bool
+    prepared_dir: Path, keeps_unsharded: bool
 ) -> None:
-    assert ranks.end(ranks.start(infer, [(prepared, holds)] * 2)) == [0, 0]
+    assert ranks.end(ranks.start(run_inference, [(prepared_dir, keeps_unsharded)] * 2)) == [0, 0]
 
 
-def load_own_part(directory: str) -> tuple[Any, dict[str, int]]:
-    """Return a sharded model in float32 of which each process read its rows, and bytes taken."""
+def load_sharded_model(directory: str) -> tuple[Any, dict[str, int]]:
+    """Return a float32 model of which each process loads its shard, and memory in bytes."""
     from ftlevel.models.loading import load_config, load_model
     from ftlevel.models.sources import resolve_source
     from ftlevel.models.upstream.shards import LazyWeights
     from ftlevel.training.model import shard
 
-    def resident(of: str) -> int:
+    def read_memory(field: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith(of)).split()[1]) * 1024
+        return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
 
     source = resolve_source(directory)
-    given = (source, load_config(source), "AutoModelForCausalLM")
+    arguments = (source, load_config(source), "AutoModelForCausalLM")
     settings: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-    load_model(*given, **settings, slices=LazyWeights())  # imports what it needs
-    before = resident("VmRSS")
+    load_model(*arguments, **settings, slices=LazyWeights())  # imports what it needs
+    before = read_memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     slices = LazyWeights()
-    model, _ = load_model(*given, **settings, slices=slices)
+    model, _ = load_model(*arguments, **settings, slices=slices)
     shard(model, "cpu", keeps_unsharded=False, dtype=torch.float32, slices=slices)
-    peak = resident("VmHWM") - before
+    peak = read_memory("VmHWM") - before
     sizes = [(p.nbytes, local_shard(p).nbytes) for p in model.parameters()]
-    whole, own = zip(*sizes, strict=True)
-    return model, {"whole": sum(whole), "own": sum(own), "largest": max(whole), "peak": peak}
+    whole, local = zip(*sizes, strict=True)
+    return model, {"whole": sum(whole), "own": sum(local), "largest": max(whole), "peak": peak}
 
 
-def hold(folder: Path, out: Path) -> None:
-    """Read the part of this process of a model of 100 MB in float32, stored in bfloat16."""
+def load_large_model(folder: Path, out: Path) -> None:
+    """Load the shard of a model of 100 MB in float32, stored in bfloat16."""
     from transformers import LlamaConfig
 
     from ftlevel.training.processes import started_processes
@@ -221,55 +231,55 @@ def hold(folder: Path, out: Path) -> None:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         del weights
     processes.wait()
-    model, facts = load_own_part(str(folder))
+    model, memory = load_sharded_model(str(folder))
     stored = load_file(folder / "model.safetensors")
-    same = all(
+    is_equal = all(
         local_shard(p).equal(part_of(stored[n], p).float()) for n, p in model.named_parameters()
     )
-    (out / f"{processes.world.rank}.json").write_text(json.dumps({**facts, "same": same}))
+    (out / f"{processes.world.rank}.json").write_text(json.dumps({**memory, "same": is_equal}))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks as Linux tells them")
-def test_each_process_reads_no_more_than_it_holds(tmp_path: Path) -> None:
-    wide = tmp_path / "wide"
-    wide.mkdir()
-    assert ranks.end(ranks.start(hold, [(wide, tmp_path)] * 2)) == [0, 0]
+def test_peak_memory_of_loading_is_bounded_by_shard(tmp_path: Path) -> None:
+    model_dir = tmp_path / "wide"
+    model_dir.mkdir()
+    assert ranks.end(ranks.start(load_large_model, [(model_dir, tmp_path)] * 2)) == [0, 0]
     for rank in range(2):
-        facts = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert facts["same"]
-        room = 16 << 20  # modules, meshes, the allocator
-        assert facts["peak"] < facts["whole"] / 2 + facts["largest"] + room, facts
+        memory = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert memory["same"]
+        overhead = 16 << 20  # modules, meshes, the allocator
+        assert memory["peak"] < memory["whole"] / 2 + memory["largest"] + overhead, memory
 
 
-def in_half_precision(folder: Path, out: Path, shard: str, way: str) -> None:
+def train_in_bfloat16(folder: Path, out: Path, shard: str, method: str) -> None:
     from distributed import settings
 
-    method, _, recomputed = way.partition(", ")
-    values = settings(folder, "decoder", method, out)
+    kind, _, recompute = method.partition(", ")
+    values = settings(folder, "decoder", kind, out)
     values["model"]["dtype"] = "bfloat16"
-    parts = (2 if recomputed else 1) * (1 if shard != "none" else 2)
-    values["train"] |= {"shard": shard, "gradient_accumulation_steps": parts,
-                        "gradient_checkpointing": bool(recomputed)}  # fmt: skip
+    accumulation_steps = (2 if recompute else 1) * (1 if shard != "none" else 2)
+    values["train"] |= {"shard": shard, "gradient_accumulation_steps": accumulation_steps,
+                        "gradient_checkpointing": bool(recompute)}  # fmt: skip
     train(TrainConfig.model_validate(values))
 
 
 @pytest.mark.parametrize(
-    "way", ["lora", pytest.param("full", marks=pytest.mark.sweep), "full, recomputed"]
+    "method", ["lora", pytest.param("full", marks=pytest.mark.sweep), "full, recomputed"]
 )
-def test_a_shared_model_computes_in_half_precision(
-    way: str, prepared: Path, tmp_path: Path
+def test_bfloat16_sharded_run_matches_one_process(
+    method: str, prepared_dir: Path, tmp_path: Path
 ) -> None:
     from distributed import difference
 
-    one, two = tmp_path / "one", tmp_path / "two"
-    in_half_precision(prepared, one, "none", way)
-    given = [(prepared, two, "full", way)] * 2
-    assert ranks.end(ranks.start(in_half_precision, given)) == [0, 0]
-    assert difference(one, two) < 2e-3  # of bfloat16's 8 bits
+    one_process_runs, two = tmp_path / "one", tmp_path / "two"
+    train_in_bfloat16(prepared_dir, one_process_runs, "none", method)
+    arguments = [(prepared_dir, two, "full", method)] * 2
+    assert ranks.end(ranks.start(train_in_bfloat16, arguments)) == [0, 0]
+    assert difference(one_process_runs, two) < 2e-3  # of bfloat16's 8 bits
 
 
-def hold_four_bits(folder: Path, kind: str, double: bool) -> None:
-    """Hold a part of a base that this process quantized beside the whole as transformers does."""
+def compare_sharded_4bit_model(folder: Path, kind: str, double: bool) -> None:
+    """Compare the sharded, quantized base of this process with transformers' quantized base."""
     import bitsandbytes
 
     from ftlevel.models.loading import load_config, load_model
@@ -281,47 +291,53 @@ def hold_four_bits(folder: Path, kind: str, double: bool) -> None:
 
     started_processes().join()
     source = resolve_source(str(folder))
-    given = (source, load_config(source), "AutoModelForCausalLM")
-    four_bits = QuantConfig(kind="4bit", quant_type=kind, double_quant=double, experts=False)
-    quantization = build_quantization_config(four_bits, torch.float32, [])
+    arguments = (source, load_config(source), "AutoModelForCausalLM")
+    quant_config = QuantConfig(kind="4bit", quant_type=kind, double_quant=double, experts=False)
+    quantization = build_quantization_config(quant_config, torch.float32, [])
     settings: Any = {"dtype": torch.bfloat16, "device": "cpu", "quantization": quantization}
-    one, _ = load_model(*given, **settings)
+    reference, _ = load_model(*arguments, **settings)
     slices = LazyWeights()
-    two, _ = load_model(*given, **settings, slices=slices)
-    shard(two, "cpu", keeps_unsharded=False, dtype=torch.float32, slices=slices)
-    wanted, found = dict(one.named_parameters()), dict(two.named_parameters())
-    assert wanted.keys() == found.keys()
-    for name, part in found.items():
-        tensor = full_tensor(part.detach())
-        assert tensor.dtype == wanted[name].dtype
-        assert tensor.equal(wanted[name].data.view(tensor.shape)), name
-    linears = {n: m for n, m in one.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+    sharded, _ = load_model(*arguments, **settings, slices=slices)
+    shard(sharded, "cpu", keeps_unsharded=False, dtype=torch.float32, slices=slices)
+    expected, actual = dict(reference.named_parameters()), dict(sharded.named_parameters())
+    assert expected.keys() == actual.keys()
+    for name, parameter in actual.items():
+        tensor = full_tensor(parameter.detach())
+        assert tensor.dtype == expected[name].dtype
+        assert tensor.equal(expected[name].data.view(tensor.shape)), name
+    linears = {
+        n: m for n, m in reference.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)
+    }
     assert len(linears) == (8 if kind == "fp4" else 14)
     for name, linear in linears.items():
-        state, own = linear.weight.quant_state, two.get_submodule(name).quant_state
-        assert own.absmax.equal(state.absmax)
-        assert (own.shape, own.dtype, own.quant_type) == (state.shape, state.dtype, kind)
+        state, local_state = linear.weight.quant_state, sharded.get_submodule(name).quant_state
+        assert local_state.absmax.equal(state.absmax)
+        assert (local_state.shape, local_state.dtype, local_state.quant_type) == (
+            state.shape,
+            state.dtype,
+            kind,
+        )
         if double:
-            assert own.offset.equal(state.offset)
-            assert own.state2.absmax.equal(state.state2.absmax)
+            assert local_state.offset.equal(state.offset)
+            assert local_state.state2.absmax.equal(state.state2.absmax)
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
-        assert one(ids).logits.equal(two(ids).logits)
+        assert reference(ids).logits.equal(sharded(ids).logits)
 
 
 @pytest.mark.parametrize(
     ("family", "kind", "double", "count"), [("llama", "nf4", True, 3), ("gpt2", "fp4", False, 2)]
 )
-def test_each_process_quantizes_its_own_rows_as_the_whole_would_be(
+def test_sharded_quantization_matches_transformers(
     tmp_path: Path, family: str, kind: str, double: bool, count: int
 ) -> None:
-    """Bit for bit, where parts end inside a block of 64 numbers and Conv1D is turned over, too."""
+    """Bit for bit, also where shards end inside a block of 64 values, and for Conv1D."""
     folder = save_tiny(tmp_path / "base", family)
-    given = [(folder, kind, double)] * count
-    assert ranks.end(ranks.start(hold_four_bits, given)) == [0] * count
+    arguments = [(folder, kind, double)] * count
+    assert ranks.end(ranks.start(compare_sharded_4bit_model, arguments)) == [0] * count
 
 
-def in_four_bits(folder: Path, out: Path, shard: str, method: dict[str, Any]) -> None:
+def train_in_4bit(folder: Path, out: Path, shard: str, method: dict[str, Any]) -> None:
     from distributed import settings
 
     values = settings(folder, "decoder", "qlora", out) | {"method": method}
@@ -336,21 +352,21 @@ def in_four_bits(folder: Path, out: Path, shard: str, method: dict[str, Any]) ->
         pytest.param({"kind": "lora", "use_dora": True}, id="dora"),
     ],
 )
-def test_a_method_that_computes_with_the_weights_finds_their_parts_in_four_bits(
-    prepared: Path, tmp_path: Path, method: dict[str, Any]
+def test_dora_and_hira_on_sharded_4bit_base(
+    prepared_dir: Path, tmp_path: Path, method: dict[str, Any]
 ) -> None:
-    """PEFT tells packed weights by their class, which FSDP2 does not keep."""
+    """PEFT recognizes quantized weights by their class, which FSDP2 does not keep."""
     from distributed import BOUND, difference
 
-    one, two = tmp_path / "one", tmp_path / "two"
-    in_four_bits(prepared, one, "none", method)
-    given = [(prepared, two, "full", method)] * 2
-    assert ranks.end(ranks.start(in_four_bits, given)) == [0, 0]
-    assert difference(one, two) <= BOUND
+    one_process_runs, two = tmp_path / "one", tmp_path / "two"
+    train_in_4bit(prepared_dir, one_process_runs, "none", method)
+    arguments = [(prepared_dir, two, "full", method)] * 2
+    assert ranks.end(ranks.start(train_in_4bit, arguments)) == [0, 0]
+    assert difference(one_process_runs, two) <= BOUND
 
 
-def step_in_half_precision(folder: Path, out: Path) -> None:
-    """Write what one forward pass leaves of the weights for the backward pass, and gradients."""
+def save_tensors_of_bfloat16_step(folder: Path, out: Path) -> None:
+    """Save the size of weights kept by a forward pass for the backward pass, and the gradients."""
     from ftlevel.models.hardware import autocast
     from ftlevel.training.model import shard
     from ftlevel.training.processes import started_processes
@@ -359,7 +375,7 @@ def step_in_half_precision(folder: Path, out: Path) -> None:
     processes.join()
     saved: list[torch.Tensor] = []
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def record(tensor: torch.Tensor) -> torch.Tensor:
         saved.append(tensor)
         return tensor
 
@@ -369,82 +385,90 @@ def step_in_half_precision(folder: Path, out: Path) -> None:
     if processes.count > 1:
         shard(model, "cpu", keeps_unsharded=False, dtype=torch.bfloat16)
     ids = torch.arange(3, 20)[None]
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor)
     with hooks, autocast("cpu", "bfloat16"):
         loss = model(input_ids=ids, labels=ids).loss
-    held = {t.untyped_storage()._cdata: t for t in saved if tuple(t.shape) in shapes}
-    facts = {"held": sum(t.untyped_storage().nbytes() for t in held.values())}
+    kept_weights = {t.untyped_storage()._cdata: t for t in saved if tuple(t.shape) in shapes}
+    sizes = {"held": sum(t.untyped_storage().nbytes() for t in kept_weights.values())}
     loss.backward()
     gradients = {n: full_tensor(p.grad) for n, p in model.named_parameters()}
     if processes.is_first:
         save_file(gradients, out / f"{processes.count}.safetensors")
-        (out / f"{processes.count}.json").write_text(json.dumps(facts))
+        (out / f"{processes.count}.json").write_text(json.dumps(sizes))
 
 
-def test_no_copy_of_the_weights_in_half_precision_waits_for_the_backward_pass(
-    prepared: Path, tmp_path: Path
-) -> None:
-    """What autocast computes of one process, and none of the casts that it would keep."""
-    step_in_half_precision(prepared, tmp_path)
-    given = [(prepared, tmp_path)] * 2
-    assert ranks.end(ranks.start(step_in_half_precision, given)) == [0, 0]
-    one, two = (load_file(tmp_path / f"{count}.safetensors") for count in (1, 2))
-    assert all(torch.allclose(one[name], two[name], rtol=1e-2, atol=1e-4) for name in one)
-    held = [json.loads((tmp_path / f"{count}.json").read_text())["held"] for count in (1, 2)]
-    assert held[0] > 100_000  # as the test would see it
-    assert held[1] == 0
+def test_no_bfloat16_weights_are_kept_for_backward(prepared_dir: Path, tmp_path: Path) -> None:
+    """Gradients match autocast in one process, which does keep bfloat16 copies."""
+    save_tensors_of_bfloat16_step(prepared_dir, tmp_path)
+    arguments = [(prepared_dir, tmp_path)] * 2
+    assert ranks.end(ranks.start(save_tensors_of_bfloat16_step, arguments)) == [0, 0]
+    one_process, two_processes = (load_file(tmp_path / f"{count}.safetensors") for count in (1, 2))
+    assert all(
+        torch.allclose(one_process[name], two_processes[name], rtol=1e-2, atol=1e-4)
+        for name in one_process
+    )
+    kept_weights = [
+        json.loads((tmp_path / f"{count}.json").read_text())["held"] for count in (1, 2)
+    ]
+    assert kept_weights[0] > 100_000  # the check detects kept copies
+    assert kept_weights[1] == 0
 
 
-def go_on(folder: Path, out: Path, resume: bool, room: int | None = None) -> None:
-    """Begin a run or go on with it; its host has `room` bytes for copies of what is written."""
+def train_or_resume(folder: Path, out: Path, resume: bool, free_memory: int | None = None) -> None:
+    """Start or resume a run with `free_memory` bytes of host memory for checkpoint copies."""
     from distributed import settings
 
     from ftlevel.models.upstream.shards import AsyncCheckpointWriter
     from ftlevel.training import sharding
 
-    waits, begin = [], AsyncCheckpointWriter.begin
-    AsyncCheckpointWriter.begin = lambda writer: (waits.append(writer), begin(writer))[1]
-    if room is not None:
-        sharding.free_memory_bytes = lambda _: room
-    values = settings(folder, "encoder-decoder", "full", out)  # whose embeddings are tied
+    async_writers, original_begin = [], AsyncCheckpointWriter.begin
+    AsyncCheckpointWriter.begin = lambda writer: (
+        async_writers.append(writer),
+        original_begin(writer),
+    )[1]
+    if free_memory is not None:
+        sharding.free_memory_bytes = lambda _: free_memory
+    values = settings(folder, "encoder-decoder", "full", out)  # tied embeddings
     values["train"] |= {"gradient_accumulation_steps": 1, "shard": "full", "max_steps": 8,
                         "save_steps": 2}  # fmt: skip
     values["output"] = {"dir": str(out), "resume": resume, "overwrite": not resume}
     train(TrainConfig.model_validate(values))
-    assert bool(waits) == (room is None)
+    assert bool(async_writers) == (free_memory is None)
 
 
-def test_a_shared_run_whose_process_was_killed_goes_on_as_if_it_had_not(
-    prepared: Path, tmp_path: Path
+def test_killed_sharded_run_resumes_like_uninterrupted_run(
+    prepared_dir: Path, tmp_path: Path
 ) -> None:
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    waiting = [(prepared, whole, False, 1 << 20)] * 2  # for each checkpoint, the others for none
-    assert ranks.end(ranks.start(go_on, waiting)) == [0, 0]
-    broken = ranks.start(go_on, [(prepared, run, False)] * 2)
+    uninterrupted, run = tmp_path / "whole", tmp_path / "run"
+    arguments = [
+        (prepared_dir, uninterrupted, False, 1 << 20)
+    ] * 2  # writes synchronously; the others in background
+    assert ranks.end(ranks.start(train_or_resume, arguments)) == [0, 0]
+    processes = ranks.start(train_or_resume, [(prepared_dir, run, False)] * 2)
     deadline = time.monotonic() + 300
     while not list(run.glob("checkpoints/checkpoint-2/manifest.json")):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    held = [path.stat().st_size for path in run.glob("checkpoints/checkpoint-2/**/shard-*")]
-    assert len(held) == 4  # weights and optimizer of each
-    assert max(held) < 0.4 * sum(held)
-    assert not list(run.glob("checkpoints/*/model*"))  # that one would have gathered
-    broken[1].kill()
-    began = time.monotonic()
-    assert 0 not in ranks.end(broken)
-    assert time.monotonic() - began < 30
+    shard_sizes = [path.stat().st_size for path in run.glob("checkpoints/checkpoint-2/**/shard-*")]
+    assert len(shard_sizes) == 4  # weights and optimizer of each
+    assert max(shard_sizes) < 0.4 * sum(shard_sizes)
+    assert not list(run.glob("checkpoints/*/model*"))  # no gathered checkpoint
+    processes[1].kill()
+    start = time.monotonic()
+    assert 0 not in ranks.end(processes)
+    assert time.monotonic() - start < 30
     assert not (run / "summary.json").exists()
-    assert ranks.end(ranks.start(go_on, [(prepared, run, True)] * 2)) == [0, 0]
-    saved = [load_file(path / "adapter/model.safetensors") for path in (whole, run)]
+    assert ranks.end(ranks.start(train_or_resume, [(prepared_dir, run, True)] * 2)) == [0, 0]
+    saved = [load_file(path / "adapter/model.safetensors") for path in (uninterrupted, run)]
     assert saved[0].keys() == saved[1].keys()
     assert all(saved[0][key].equal(saved[1][key]) for key in saved[0])
-    # Its last checkpoint, whose embeddings are tied, is the model, put together by one process.
-    parts = run / "checkpoints/checkpoint-8"
-    last = resolve_model(str(parts), device="cpu").load("cpu")
-    trained = dict(last.model.named_parameters())
-    assert all(trained[name].equal(saved[0][name]) for name in trained)
+    # One process assembles the last checkpoint, which has tied embeddings.
+    checkpoint = run / "checkpoints/checkpoint-8"
+    loaded = resolve_model(str(checkpoint), device="cpu").load("cpu")
+    parameters = dict(loaded.model.named_parameters())
+    assert all(parameters[name].equal(saved[0][name]) for name in parameters)
     packed = []
-    for number, model in enumerate((parts, run / "adapter")):
+    for number, model in enumerate((checkpoint, run / "adapter")):
         out = tmp_path / f"packed-{number}"
         quantize(QuantizeConfig(model=str(model), out=out, quant="4bit", measure=False))
         packed.append(load_file(out / "model.safetensors"))
@@ -452,8 +476,8 @@ def test_a_shared_run_whose_process_was_killed_goes_on_as_if_it_had_not(
     assert all(packed[0][key].equal(packed[1][key]) for key in packed[0])
 
 
-def part_of_each() -> dict[str, torch.Tensor]:
-    """Return tensors that all processes share out: rows that go up, and do not."""
+def create_sharded_tensors() -> dict[str, torch.Tensor]:
+    """Return tensors sharded over all processes; row counts are not always divisible."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -463,23 +487,23 @@ def part_of_each() -> dict[str, torch.Tensor]:
     processes.join()
     mesh = init_device_mesh("cpu", (processes.count,))
     sizes = {"a": (7, 300), "one row": (1, 5), "b": (6,)}
-    wholes = {name: torch.arange(math.prod(s)).float().view(s) for name, s in sizes.items()}
-    parts = {name: distribute_tensor(t, mesh, [Shard(0)]) for name, t in wholes.items()}
-    return {**parts, "tied": parts["a"], "in all": torch.arange(4)}
+    full_tensors = {name: torch.arange(math.prod(s)).float().view(s) for name, s in sizes.items()}
+    sharded = {name: distribute_tensor(t, mesh, [Shard(0)]) for name, t in full_tensors.items()}
+    return {**sharded, "tied": sharded["a"], "in all": torch.arange(4)}
 
 
-def write(folder: Path, room: int | None, aside: bool = False) -> None:
+def write_checkpoint(folder: Path, max_file_bytes: int | None, in_background: bool = False) -> None:
     import resource
 
     from ftlevel.artifacts.run_directory import RunDirectory
     from ftlevel.models.upstream.shards import AsyncCheckpointWriter, save_distributed_checkpoint
     from ftlevel.training.saving import explain_disk_errors
 
-    tensors = part_of_each()
-    if room is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    tensors = create_sharded_tensors()
+    if max_file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, resource.RLIM_INFINITY))
     with explain_disk_errors(RunDirectory(folder)):
-        if aside:
+        if in_background:
             writer = AsyncCheckpointWriter()
             writer.copy(tensors, folder / "parts")
             writer.begin()
@@ -489,21 +513,24 @@ def write(folder: Path, room: int | None, aside: bool = False) -> None:
             save_distributed_checkpoint(tensors, folder / "parts")
 
 
-def write_slowly(folder: Path) -> None:
-    """Change what is being written while it is, of two kinds at once."""
+def write_checkpoint_slowly(folder: Path) -> None:
+    """Change tensors while two checkpoints of them are being written."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
     from ftlevel.models.upstream.shards import AsyncCheckpointWriter
 
-    tensors, waited = part_of_each(), folder / "parts" / "shard-00001-model-00001-of-00001"
-    writes = HuggingFaceStorageWriter.write_data
+    tensors, shard_file = (
+        create_sharded_tensors(),
+        folder / "parts" / "shard-00001-model-00001-of-00001",
+    )
+    original_write = HuggingFaceStorageWriter.write_data
 
-    def write_late(*given: Any, **named: Any) -> Any:
+    def write_with_delay(*arguments: Any, **kwargs: Any) -> Any:
         time.sleep(1.5)
-        return writes(*given, **named)
+        return original_write(*arguments, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HuggingFaceStorageWriter, "write_data", write_late)
+        patch.setattr(HuggingFaceStorageWriter, "write_data", write_with_delay)
         writer = AsyncCheckpointWriter()
         writer.copy(tensors, folder / "parts")
         writer.copy(tensors, folder / "others")
@@ -512,51 +539,51 @@ def write_slowly(folder: Path) -> None:
         for tensor in tensors.values():
             local_shard(tensor).zero_()
         torch.distributed.all_reduce(torch.zeros(9))  # as the next step does
-        begun = [path for path in (waited, folder / "written") if path.exists()]
+        early_files = [path for path in (shard_file, folder / "written") if path.exists()]
         writer.end()
-    if begun or not (folder / "written").exists():
-        raise ConfigError(f"{begun}")
+    if early_files or not (folder / "written").exists():
+        raise ConfigError(f"{early_files}")
 
 
-def test_parts_are_written_while_the_run_goes_on(tmp_path: Path) -> None:
-    """As they were when that began, of which nothing is said before all processes are done."""
-    assert ranks.end(ranks.start(write_slowly, [(tmp_path,)] * 2)) == [0, 0]
-    assert ranks.end(ranks.start(read, [(tmp_path,)] * 2)) == [0, 0]
+def test_async_checkpoint_has_values_at_copy_time(tmp_path: Path) -> None:
+    """The callback runs only after all processes have finished writing."""
+    assert ranks.end(ranks.start(write_checkpoint_slowly, [(tmp_path,)] * 2)) == [0, 0]
+    assert ranks.end(ranks.start(read_checkpoint, [(tmp_path,)] * 2)) == [0, 0]
     shutil.rmtree(tmp_path / "parts")
     (tmp_path / "others").rename(tmp_path / "parts")
-    assert ranks.end(ranks.start(read, [(tmp_path,)] * 2)) == [0, 0]
+    assert ranks.end(ranks.start(read_checkpoint, [(tmp_path,)] * 2)) == [0, 0]
 
 
-def read(folder: Path) -> None:
+def read_checkpoint(folder: Path) -> None:
     from ftlevel.models.upstream.shards import load_distributed_checkpoint
 
-    expected = part_of_each()
-    found = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
-    found["tied"] = found["a"]
-    load_distributed_checkpoint(found, folder / "parts")
+    expected = create_sharded_tensors()
+    actual = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+    actual["tied"] = actual["a"]
+    load_distributed_checkpoint(actual, folder / "parts")
     for name, tensor in expected.items():
-        if not local_shard(found[name]).equal(local_shard(tensor)):
+        if not local_shard(actual[name]).equal(local_shard(tensor)):
             raise ConfigError(name)
 
 
-def test_parts_are_read_by_any_number_of_processes(tmp_path: Path) -> None:
-    assert ranks.end(ranks.start(write, [(tmp_path, None)] * 2)) == [0, 0]
+def test_checkpoint_loads_in_other_number_of_processes(tmp_path: Path) -> None:
+    assert ranks.end(ranks.start(write_checkpoint, [(tmp_path, None)] * 2)) == [0, 0]
     for count in (2, 3):
-        assert ranks.end(ranks.start(read, [(tmp_path,)] * count)) == [0] * count
+        assert ranks.end(ranks.start(read_checkpoint, [(tmp_path,)] * count)) == [0] * count
 
 
-@pytest.mark.parametrize("aside", [False, True], ids=["waited for", "aside"])
-def test_a_part_that_cannot_be_written_is_said_once(tmp_path: Path, aside: bool) -> None:
-    says = tmp_path / "errors"
-    given = [(tmp_path, None, aside), (tmp_path, 1000, aside)]
-    assert ranks.end(ranks.start(write, given, says)) == [1, 1]
-    (line,) = says.read_text().splitlines()
+@pytest.mark.parametrize("in_background", [False, True], ids=["synchronous", "background"])
+def test_write_error_is_reported_once(tmp_path: Path, in_background: bool) -> None:
+    error_file = tmp_path / "errors"
+    arguments = [(tmp_path, None, in_background), (tmp_path, 1000, in_background)]
+    assert ranks.end(ranks.start(write_checkpoint, arguments, error_file)) == [1, 1]
+    (line,) = error_file.read_text().splitlines()
     assert "cannot be written: File too large. There is no valid checkpoint" in line
     assert not (tmp_path / "written").exists()
 
 
 @pytest.mark.parametrize(
-    ("other", "message"),
+    ("overrides", "message"),
     [
         ({"data": {"dataset": "encoder.jsonl", "validation_file": "encoder-validation.jsonl"}},
          "rank 1 (HOST) is not of the same run as rank 0 (HOST): data.dataset is"),
@@ -565,76 +592,80 @@ def test_a_part_that_cannot_be_written_is_said_once(tmp_path: Path, aside: bool)
          "train.save_steps is 3 and 2 there"),
     ],
 )  # fmt: skip
-def test_a_process_with_something_else_is_named_by_all(
-    prepared: Path, tmp_path: Path, other: dict[str, Any], message: str
+def test_process_with_other_config_is_reported(
+    prepared_dir: Path, tmp_path: Path, overrides: dict[str, Any], message: str
 ) -> None:  # fmt: skip
     import socket
 
-    began, says = time.monotonic(), tmp_path / "errors"
-    each = [(prepared, tmp_path / "run", change) for change in ({}, other)]
-    assert ranks.end(ranks.start(differ, each, says)) == [2, 2]
-    assert time.monotonic() - began < 30
-    (line,) = says.read_text().splitlines()
+    start, error_file = time.monotonic(), tmp_path / "errors"
+    arguments = [(prepared_dir, tmp_path / "run", fields) for fields in ({}, overrides)]
+    assert ranks.end(ranks.start(train_with_overrides, arguments, error_file)) == [2, 2]
+    assert time.monotonic() - start < 30
+    (line,) = error_file.read_text().splitlines()
     assert message.replace("HOST", socket.gethostname()) in line
 
 
 @pytest.mark.parametrize(
-    ("name", "more"),
+    ("name", "extra_config"),
     [("lm_head.weight", {}), ("model.layers.1.mlp.up_proj.weight", {"quant": {"kind": "4bit"}})],
 )
-def test_a_number_that_is_none_in_the_rows_of_one_process_is_named_by_all(
-    prepared: Path, tmp_path: Path, name: str, more: dict[str, Any]
+def test_nan_in_one_shard_is_reported(
+    prepared_dir: Path, tmp_path: Path, name: str, extra_config: dict[str, Any]
 ) -> None:
-    says, damaged = tmp_path / "errors", tmp_path / "damaged"
-    shutil.copytree(prepared / "decoder", damaged)
+    error_file, damaged = tmp_path / "errors", tmp_path / "damaged"
+    shutil.copytree(prepared_dir / "decoder", damaged)
     weights = load_file(damaged / "model.safetensors")
     weights[name][-1, 0] = torch.nan  # the second process reads it alone
     save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
-    other = {"model": {"name_or_path": str(damaged)}, "train": {"shard": "full"}, **more}
-    each = [(prepared, tmp_path / "run", other)] * 2
-    assert ranks.end(ranks.start(differ, each, says)) == [2, 2]
-    (line,) = says.read_text().splitlines()
-    assert ("rank 1 (" in line) != bool(more)  # every process has all scales, and says so
+    overrides = {
+        "model": {"name_or_path": str(damaged)},
+        "train": {"shard": "full"},
+        **extra_config,
+    }
+    arguments = [(prepared_dir, tmp_path / "run", overrides)] * 2
+    assert ranks.end(ranks.start(train_with_overrides, arguments, error_file)) == [2, 2]
+    (line,) = error_file.read_text().splitlines()
+    assert ("rank 1 (" in line) != bool(extra_config)  # each process has all quantization scales
     assert f"NaN or infinity in 1 of its tensors: {name}." in line
 
 
-def come_late(folder: Path, out: Path) -> None:
-    """Train; the second process reads the rows of its third step for 8 s, where 3 are too long."""
+def train_with_late_process(folder: Path, out: Path) -> None:
+    """Train; rank 1 starts its third step after 8 s, with a timeout of 3 s."""
     from distributed import settings
 
     from ftlevel.events import NullListener
     from ftlevel.training import processes as watch_processes
     from ftlevel.world import get_world
 
-    class Told(NullListener):
+    class WarningListener(NullListener):
         def warn(self, message: str) -> None:
             with (out / "warnings").open("a") as file:
                 file.write(message + "\n")
 
-    begin = watch_processes.WatchProcesses.on_step_begin
+    original_begin = watch_processes.WatchProcesses.on_step_begin
 
-    def begin_late(self: Any, args: Any, state: Any, *more: Any, **named: Any) -> None:
+    def begin_with_delay(self: Any, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
         if get_world().rank == 1 and state.global_step == 2:
             time.sleep(8)
-        begin(self, args, state, *more, **named)
+        original_begin(self, args, state, *rest, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(watch_processes, "HEARTBEAT_TIMEOUT", 3.0)
-        patch.setattr(watch_processes.WatchProcesses, "on_step_begin", begin_late)
+        patch.setattr(watch_processes.WatchProcesses, "on_step_begin", begin_with_delay)
         values = settings(folder, "decoder", "lora", out / "run")
         values["train"] |= {"gradient_accumulation_steps": 1}
-        train(TrainConfig.model_validate(values), listener=Told())
+        train(TrainConfig.model_validate(values), listener=WarningListener())
 
 
-def test_a_process_that_comes_late_to_a_step_is_named_once(prepared: Path, tmp_path: Path) -> None:
-    assert ranks.end(ranks.start(come_late, [(prepared, tmp_path)] * 2)) == [0, 0]
+def test_late_process_is_reported_once(prepared_dir: Path, tmp_path: Path) -> None:
+    assert ranks.end(ranks.start(train_with_late_process, [(prepared_dir, tmp_path)] * 2)) == [0, 0]
     (line,) = [
         line for line in (tmp_path / "warnings").read_text().splitlines() if "rank 1" in line
     ]
     assert "has not started step 3 for 3 s, and the others wait for it" in line
 
 
-def fail_in_the_first() -> None:
+def fail_in_rank_0() -> None:
     from ftlevel.training.processes import started_processes
 
     processes = started_processes()
@@ -646,17 +677,17 @@ def fail_in_the_first() -> None:
     processes.from_first(fail)
 
 
-def test_what_the_first_process_finds_wrong_it_says_once(tmp_path: Path) -> None:
-    says = tmp_path / "errors"
-    assert ranks.end(ranks.start(fail_in_the_first, [(), ()], says)) == [2, 2]
-    assert says.read_text() == "ftlevel: it cannot be.\n"
+def test_error_of_rank_0_is_reported_once(tmp_path: Path) -> None:
+    error_file = tmp_path / "errors"
+    assert ranks.end(ranks.start(fail_in_rank_0, [(), ()], error_file)) == [2, 2]
+    assert error_file.read_text() == "ftlevel: it cannot be.\n"
 
 
-def differ(folder: Path, out: Path, other: dict[str, Any]) -> None:
+def train_with_overrides(folder: Path, out: Path, overrides: dict[str, Any]) -> None:
     from distributed import settings
 
     values = settings(folder, "decoder", "lora", out)
-    for section, fields in other.items():
+    for section, fields in overrides.items():
         files = ("dataset", "validation_file")
         fields = {k: str(folder / v) if k in files else v for k, v in fields.items()}
         values[section] = {**values.get(section, {}), **fields}
@@ -664,7 +695,7 @@ def differ(folder: Path, out: Path, other: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("overrides", "message"),
     [
         ({}, "one process has the whole model"),
         ({"method": {"kind": "lora", "init_lora_weights": "pissa"}}, "taken out of the base"),
@@ -679,16 +710,16 @@ def differ(folder: Path, out: Path, other: dict[str, Any]) -> None:
         ({"method": {"kind": "full"}, "train": {"on_nonfinite": "rollback"}}, "Use skip"),
     ],
 )
-def test_what_cannot_be_shared_is_named_before_weights_load(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    change: dict[str, Any], message: str,
+def test_unsupported_sharding_options_raise_before_loading(
+    prepared_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    overrides: dict[str, Any], message: str,
 ) -> None:  # fmt: skip
     from distributed import settings
 
     monkeypatch.setattr("ftlevel.commands.train.load_training_model", None)
-    values = settings(prepared, "decoder", "lora", tmp_path)
+    values = settings(prepared_dir, "decoder", "lora", tmp_path)
     values["train"]["shard"] = "full"
-    for section, fields in change.items():
+    for section, fields in overrides.items():
         values[section] = {**values.get(section, {}), **fields}
     with pytest.raises(ConfigError, match=message):
         train(TrainConfig.model_validate(values))

@@ -1,4 +1,4 @@
-"""`--streaming`: rows are read as they come, and resumed at the right row."""
+"""`--streaming`: rows are read one at a time, and resume continues at the right row."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ STREAM = ["--streaming", "--batch-size", "4", "--lora-dropout", "0.1", "--loggin
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
-def small(tiny_model_dir: Callable[..., Path]) -> list[str]:
+def options(tiny_model_dir: Callable[..., Path]) -> list[str]:
     """Return `STREAM` with a tiny model."""
     return [*STREAM, "--model", str(tiny_model_dir("llama"))]
 
 
-def row(i: int) -> dict[str, Any]:
+def create_row(i: int) -> dict[str, Any]:
     return {"prompt": f"say {i} please", "completion": f"it is {i * i}" + " and" * (i % 9)}
 
 
@@ -48,8 +48,8 @@ def train(*arguments: str, out: str = "run") -> dict[str, Any]:
     return summary
 
 
-def outcome(out: str) -> tuple[str, list[tuple[Any, ...]]]:
-    """Return the adapter's digest and what was logged of each step."""
+def read_outcome(out: str) -> tuple[str, list[tuple[Any, ...]]]:
+    """Return the adapter's digest and the logged values of each step."""
     weights = Path(out, "adapter/adapter_model.safetensors").read_bytes()
     records = map(json.loads, Path(out, "metrics.jsonl").read_text().splitlines())
     logged = {r["step"]: (r["step"], r["epoch"], r["loss"], r["grad_norm"], r["learning_rate"])
@@ -57,33 +57,33 @@ def outcome(out: str) -> tuple[str, list[tuple[Any, ...]]]:
     return hashlib.sha256(weights).hexdigest(), list(logged.values())
 
 
-def test_a_row_between_the_samples_is_not_another_one(
-    small: list[str], capsys: pytest.CaptureFixture[str]
+def test_changed_row_outside_samples_is_detected_on_resume(
+    options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = write_jsonl([row(i) for i in range(3_000)])
-    arguments = [*small, "--dataset", data, "--save-strategy", "steps", "--save-steps", "2"]
+    data = write_jsonl([create_row(i) for i in range(3_000)])
+    arguments = [*options, "--dataset", data, "--save-strategy", "steps", "--save-steps", "2"]
     train(*arguments, "--max-steps", "4")
-    kept = Path("run/checkpoints/rows.json").read_text()
+    row_hashes = Path("run/checkpoints/rows.json").read_text()
     before = Path(data).read_text()
-    again = ["train", "--quiet", "--output-dir", "run", "--resume", "--max-steps", "6"]
+    resume_command = ["train", "--quiet", "--output-dir", "run", "--resume", "--max-steps", "6"]
     for number in (1_500, 2_900):
         Path(data).write_text(before.replace(f"say {number} please", f"say {number} plaese"))
-        assert run(again) == 2
-        said = capsys.readouterr().err
+        assert run(resume_command) == 2
+        error = capsys.readouterr().err
         message = "the bytes of the rows have changed since it started: file 1"
-        assert f"not the same run: {message}" in said
-        assert "--allow-change data.fingerprint" in said
-    assert run([*again, "--allow-change", "data.fingerprint"]) == 0
+        assert f"not the same run: {message}" in error
+        assert "--allow-change data.fingerprint" in error
+    assert run([*resume_command, "--allow-change", "data.fingerprint"]) == 0
     assert "data.fingerprint of file 1" in capsys.readouterr().err
-    assert Path("run/checkpoints/rows.json").read_text() != kept
+    assert Path("run/checkpoints/rows.json").read_text() != row_hashes
 
 
-def test_ctrl_c_and_resuming_give_the_unbroken_run_and_read_nothing_again(
-    small: list[str],
+def test_interrupted_stream_resumes_like_uninterrupted_run(
+    options: list[str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    data = write_jsonl([row(i) for i in range(5_000)])
-    arguments = [*small, "--dataset", data, "--max-steps", "30"]
+    data = write_jsonl([create_row(i) for i in range(5_000)])
+    arguments = [*options, "--dataset", data, "--max-steps", "30"]
     train(*arguments, out="whole")
     command = ["train", *arguments, "--output-dir", "broken"]
     process = Forked(call=(run_slowly, (command,)), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -93,45 +93,45 @@ def test_ctrl_c_and_resuming_give_the_unbroken_run_and_read_nothing_again(
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, complaint = process.communicate(timeout=240)
-    assert process.returncode == 130, complaint
-    [kept] = Path("broken/checkpoints").glob("checkpoint-*")
-    step = int(kept.name.partition("-")[2])
-    cursor = json.loads((kept / "stream.json").read_text())["cursor"]
+    _, message = process.communicate(timeout=240)
+    assert process.returncode == 130, message
+    [checkpoint] = Path("broken/checkpoints").glob("checkpoint-*")
+    step = int(checkpoint.name.partition("-")[2])
+    cursor = json.loads((checkpoint / "stream.json").read_text())["cursor"]
     assert 4 * step <= cursor["line"] <= 4 * step + 30 + 64, "a step's rows, a buffer and a part"
     assert run(["train", "--quiet", "--output-dir", "broken", "--resume"]) == 0
-    assert outcome("broken") == outcome("whole")
+    assert read_outcome("broken") == read_outcome("whole")
     lines = Path(data).read_text(encoding="utf-8").splitlines(keepends=True)
-    lines[4_321] = json.dumps(row(0)) + "\n"  # past the first rows, and of another length
+    lines[4_321] = json.dumps(create_row(0)) + "\n"  # beyond the first rows, with another length
     Path(data).write_text("".join(lines), encoding="utf-8")
     capsys.readouterr()
-    more = ["--resume", "--max-steps", "40"]
-    assert run(["train", "--quiet", "--output-dir", "broken", *more]) == 2
+    resume_options = ["--resume", "--max-steps", "40"]
+    assert run(["train", "--quiet", "--output-dir", "broken", *resume_options]) == 2
     assert "not the same run: data.fingerprint was" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_several_passes_and_accumulated_steps_resume(small: list[str]) -> None:
-    """36 rows are gone through twice by step 10; the first checkpoint lies in the first pass."""
-    data = write_jsonl([row(i) for i in range(40)])
-    arguments = [*small, "--no-fast", "--dataset", data, "--gradient-accumulation-steps", "2",
+def test_multi_epoch_stream_with_accumulation_resumes(options: list[str]) -> None:
+    """Step 10 starts the third epoch of 36 rows; the first checkpoint is in the first epoch."""
+    data = write_jsonl([create_row(i) for i in range(40)])
+    arguments = [*options, "--no-fast", "--dataset", data, "--gradient-accumulation-steps", "2",
                  "--max-steps", "12", "--save-steps", "3", "--set", "data.validation_rows=4",
                  "--set", "train.save_total_limit=9"]  # fmt: skip
     summary = train(*arguments)
     assert summary["data"]["stream"]["passes"] == 2
     assert summary["data"]["train_rows"] == 96
     assert summary["data"]["validation_rows"] == 4
-    unbroken = outcome("run")
+    expected = read_outcome("run")
     for step in (9, 3):
         for path in Path("run/checkpoints").glob("checkpoint-*"):
             if int(path.name.partition("-")[2]) > step:
                 path.rename(Path(f"from-{step}-{path.name}"))
         train("--resume", out="run")
-        assert outcome("run") == unbroken
+        assert read_outcome("run") == expected
 
 
-def test_what_is_known_of_the_first_rows_only_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    data = write_jsonl([row(i) for i in range(1_500)])
+def test_dry_run_reports_checks_of_first_rows_only(capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_jsonl([create_row(i) for i in range(1_500)])
     code = run(["train", "--dry-run", *STREAM, "--dataset", data, "--max-steps", "3"])
     out = capsys.readouterr().out
     assert code == 0
@@ -152,8 +152,8 @@ def test_what_is_known_of_the_first_rows_only_is_said(capsys: pytest.CaptureFixt
     assert "row 1" in capsys.readouterr().out
 
 
-LATE = 35  # beyond the first rows, and reached
-BAD = {
+LATE_ROW = 35  # after the first rows
+INVALID_ROWS = {
     '{"prompt": "a" "completion": "b"}': "not valid JSON (Expecting ',' delimiter, column 16)",
     '{"prompt": 5, "completion": "b"}': "'prompt' is a number (5), but a string in most rows "
     "(line 1 for one)",
@@ -163,42 +163,45 @@ BAD = {
 }
 
 
-def test_a_bad_row_is_named_when_it_comes(
-    small: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_invalid_row_in_stream_is_reported(
+    options: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streaming, "SAMPLE", 20)
-    lines = [json.dumps(row(i)) for i in range(60)]
+    lines = [json.dumps(create_row(i)) for i in range(60)]
     rows = Path("rows.jsonl")
-    arguments = [*small, "--dataset", "rows.jsonl", "--max-steps", "12"]
-    for number, (bad, message) in enumerate(BAD.items()):
-        own = [*lines[: LATE - 1], bad, *lines[LATE:]]
-        rows.write_text("\n".join(own) + "\n", encoding="utf-8")
+    arguments = [*options, "--dataset", "rows.jsonl", "--max-steps", "12"]
+    for number, (invalid_row, message) in enumerate(INVALID_ROWS.items()):
+        rows_with_invalid = [*lines[: LATE_ROW - 1], invalid_row, *lines[LATE_ROW:]]
+        rows.write_text("\n".join(rows_with_invalid) + "\n", encoding="utf-8")
         assert run(["train", "--quiet", "--output-dir", f"run{number}", *arguments]) == 2
         assert capsys.readouterr().err == (
-            f"ftlevel: rows.jsonl:{LATE}: {message}. Fix the line, or drop bad rows with "
+            f"ftlevel: rows.jsonl:{LATE_ROW}: {message}. Fix the line, or drop bad rows with "
             "--on-bad-row skip.  [rows]\n"
         )
-    rows.write_text("\n".join([*lines[: LATE - 1], *BAD, *lines[LATE:]]) + "\n", encoding="utf-8")
+    rows.write_text(
+        "\n".join([*lines[: LATE_ROW - 1], *INVALID_ROWS, *lines[LATE_ROW:]]) + "\n",
+        encoding="utf-8",
+    )
     summary = train(*arguments, "--on-bad-row", "skip", out="other")
-    assert summary["data"]["dropped"] == summary["data"]["stream"]["dropped"] == len(BAD)
+    assert summary["data"]["dropped"] == summary["data"]["stream"]["dropped"] == len(INVALID_ROWS)
 
 
-def test_longer_rows_than_the_first_ones(
-    small: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_rows_longer_than_first_rows_are_dropped_or_rejected(
+    options: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streaming, "SAMPLE", 200)
     monkeypatch.setattr(row_stream, "_MIN_ROWS", 200)
-    long = {"prompt": "say " + "please " * 60, "completion": "no"}
-    few = [row(i) for i in range(220)] + [long] * 2
-    arguments = [*small, "--batch-size", "20", "--max-steps", "12"]
-    summary = train(*arguments, "--dataset", write_jsonl(few))
+    long_row = {"prompt": "say " + "please " * 60, "completion": "no"}
+    few_long_rows = [create_row(i) for i in range(220)] + [long_row] * 2
+    arguments = [*options, "--batch-size", "20", "--max-steps", "12"]
+    summary = train(*arguments, "--dataset", write_jsonl(few_long_rows))
     assert summary["data"]["stream"]["too_long"] == 2
-    many = [row(i) for i in range(220)] + [long] * 6
+    many_long_rows = [create_row(i) for i in range(220)] + [long_row] * 6
     assert run(["train", "--quiet", "--output-dir", "many", *arguments, "--dataset",
-                write_jsonl(many)]) == 2  # fmt: skip
-    complaint = capsys.readouterr().err
-    assert "rows read so far are longer than" in complaint
-    assert "Set --max-length, or pass --overlong drop or truncate-prompt." in complaint
+                write_jsonl(many_long_rows)]) == 2  # fmt: skip
+    message = capsys.readouterr().err
+    assert "rows read so far are longer than" in message
+    assert "Set --max-length, or pass --overlong drop or truncate-prompt." in message
 
 
 @pytest.mark.parametrize(
@@ -216,16 +219,16 @@ def test_longer_rows_than_the_first_ones(
         (["--max-steps", "2", "--split", "test"], "rows.jsonl is one file, without splits."),
     ],
 )  # fmt: skip
-def test_what_cannot_be_streamed(
+def test_unsupported_streaming_options_are_rejected(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = write_jsonl([row(i) for i in range(ROWS)])
+    data = write_jsonl([create_row(i) for i in range(ROWS)])
     code = run(["train", "--dry-run", "--streaming", "--dataset", data, *arguments])
     assert (code, message in capsys.readouterr().err) == (2, True)
 
 
-def test_what_is_no_stream(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("rows.json").write_text(json.dumps([row(0)]), encoding="utf-8")
+def test_unsupported_streaming_sources_are_rejected(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("rows.json").write_text(json.dumps([create_row(0)]), encoding="utf-8")
     code = run(["train", "--dry-run", "--streaming", "--max-steps", "1", "--dataset", "rows.json"])
     assert code == 2
     assert capsys.readouterr().err == (

@@ -18,42 +18,42 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 
 
 def dry_run(
-    path: Path, model: Path, rows: list[dict[str, Any]], capsys: Any, *more: str
+    path: Path, model: Path, rows: list[dict[str, Any]], capsys: Any, *options: str
 ) -> dict[str, Any]:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    typed = ["train", "--model", str(model), "--dataset", str(path), "--dry-run", "--json"]
-    assert run([*typed, *more]) == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
+    command = ["train", "--model", str(model), "--dataset", str(path), "--dry-run", "--json"]
+    assert run([*command, *options]) == 0
+    plan: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return plan
 
 
 @pytest.mark.parametrize("task", ROWS)
-def test_the_task_is_inferred(task: str, tmp_path: Path, tiny_model_dir: Any, capsys: Any) -> None:
-    model = tiny_model_dir("bert")
-    found = dry_run(tmp_path / "rows.jsonl", model, ROWS[task], capsys)
-    assert found["config"]["task"] == task
-
-
-def test_columns_by_map_and_a_task_that_is_named(
-    tmp_path: Path, tiny_model_dir: Any, capsys: Any
+def test_task_is_inferred_from_columns(
+    task: str, tmp_path: Path, tiny_model_dir: Any, capsys: Any
 ) -> None:
+    model = tiny_model_dir("bert")
+    plan = dry_run(tmp_path / "rows.jsonl", model, ROWS[task], capsys)
+    assert plan["config"]["task"] == task
+
+
+def test_mapped_columns_and_explicit_task(tmp_path: Path, tiny_model_dir: Any, capsys: Any) -> None:
     model, path = tiny_model_dir("bert"), tmp_path / "rows.jsonl"
     rows = [{"body": row["text"], "mood": row["label"]} for row in ROWS["text-classification"]]
-    mapped = ("--text_column", "body", "--label_column_name", "mood")
-    found = dry_run(path, model, rows, capsys, *mapped)
-    assert found["config"]["task"] == "text-classification"
-    assert found["config"]["data"]["columns"] == {"text": "body", "label": "mood"}
-    found = dry_run(path, model, ROWS["text-classification"], capsys, "--task", "masked-lm")
-    assert found["config"]["task"] == "masked-lm"
+    mapping = ("--text_column", "body", "--label_column_name", "mood")
+    plan = dry_run(path, model, rows, capsys, *mapping)
+    assert plan["config"]["task"] == "text-classification"
+    assert plan["config"]["data"]["columns"] == {"text": "body", "label": "mood"}
+    plan = dry_run(path, model, ROWS["text-classification"], capsys, "--task", "masked-lm")
+    assert plan["config"]["task"] == "masked-lm"
 
 
-def test_columns_that_speak_for_no_task(tmp_path: Path, tiny_model_dir: Any, capsys: Any) -> None:
+def test_unknown_columns_are_rejected(tmp_path: Path, tiny_model_dir: Any, capsys: Any) -> None:
     (tmp_path / "rows.tsv").write_text("a word\tx\nanother\ty\n")  # without a header
-    typed = ["train", "--model", str(tiny_model_dir("bert")), "--dry-run", "--dataset"]
-    assert run([*typed, str(tmp_path / "rows.tsv")]) == 2
-    said = capsys.readouterr().err
-    assert "is an encoder, and the columns match none of its tasks. --task text-clas" in said
-    assert "Columns: 'a word', 'x'" in said
+    command = ["train", "--model", str(tiny_model_dir("bert")), "--dry-run", "--dataset"]
+    assert run([*command, str(tmp_path / "rows.tsv")]) == 2
+    message = capsys.readouterr().err
+    assert "is an encoder, and the columns match none of its tasks. --task text-clas" in message
+    assert "Columns: 'a word', 'x'" in message
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 8)
-    assert run([*typed, str(tmp_path / "pairs.jsonl")]) == 2
+    assert run([*command, str(tmp_path / "pairs.jsonl")]) == 2
     assert "--task text-generation cannot be used with bert" in capsys.readouterr().err

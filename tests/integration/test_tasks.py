@@ -1,7 +1,7 @@
-"""Every task trains on tiny models, is saved, reloaded, compared and used.
+"""Every task trains on tiny models, and its result is saved, reloaded, compared and used.
 
-`train` itself proves what was saved: it loads the adapter into a fresh base and raises unless the
-logits are equal and training moved them.
+`train` itself verifies the saved adapter: it loads it into a fresh base and raises unless logits
+are equal and differ from those of the base.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ METRICS = {
     "pair": {"perplexity", "token_accuracy", "chrf", "bleu"},
 }
 
-# The head that the base's checkpoint has: none for what is new, "mlm" for a masked language model.
+# The head of the base checkpoint: None for the default, "mlm" for a masked language model.
 CELLS = [
     ("tags", "bert", "mlm"),
     ("tags", "roberta", "mlm"),
@@ -77,7 +77,9 @@ CELLS = [
 ]
 
 
-def configure(model: Path, data: Path, name: str, out: Path, **more: Any) -> TrainConfig:
+def create_config(
+    model: Path, data: Path, name: str, out: Path, **train_overrides: Any
+) -> TrainConfig:
     task, options = TASKS[name]
     return TrainConfig.model_validate(
         {
@@ -89,7 +91,7 @@ def configure(model: Path, data: Path, name: str, out: Path, **more: Any) -> Tra
                 "learning_rate": 0.01,
                 "logging_steps": 1,
                 "max_new_tokens": 8,
-                **more,
+                **train_overrides,
             },
             "output": {"dir": str(out)},
         }
@@ -97,11 +99,11 @@ def configure(model: Path, data: Path, name: str, out: Path, **more: Any) -> Tra
 
 
 @pytest.mark.parametrize(("name", "family", "head"), sample(CELLS))
-def test_trains_saves_and_answers(
+def test_task_trains_saves_and_generates(
     name: str, family: str, head: str | None, tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
     data = task_data.write(tmp_path / "data", name)
-    config = configure(tiny_model_dir(family, head), data, name, tmp_path / "run")
+    config = create_config(tiny_model_dir(family, head), data, name, tmp_path / "run")
     result = train(config)
     summary = result.summary
     assert set(summary["metrics"]) == {"loss"} | METRICS[name]
@@ -109,11 +111,11 @@ def test_trains_saves_and_answers(
     assert summary["headline"] in summary["metrics"]
     assert summary["proof"]["reload_difference"] <= 1e-4
     assert summary["proof"]["adapter_effect"] > 1e-3
-    check_reference(name, tmp_path / "run", summary)
+    assert_run_generates(name, tmp_path / "run", summary)
 
 
-def check_reference(name: str, run: Path, summary: Any) -> None:
-    """Ask the saved run from scratch."""
+def assert_run_generates(name: str, run: Path, summary: Any) -> None:
+    """Assert that the saved run generates a valid answer."""
     prompt = {"mask": "the [MASK] of a [MASK]", "span": "What is the name?"}.get(
         name.partition("-")[0], "The file of Paris."
     )
@@ -129,8 +131,10 @@ def check_reference(name: str, run: Path, summary: Any) -> None:
         assert answer.text.startswith("the ")
         assert len(answer.scores) == 5
     elif name == "multi":
-        above = [label for label, share in answer.scores.items() if share > 0.5]
-        assert answer.text == (", ".join(above) or "(no label)")
+        predicted_labels = [
+            label for label, probability in answer.scores.items() if probability > 0.5
+        ]
+        assert answer.text == (", ".join(predicted_labels) or "(no label)")
         assert list(answer.scores) == ["x", "y", "z"]
     elif name == "regression":
         assert math.isfinite(float(answer.text))
@@ -152,7 +156,7 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         ("pair", "t5", None, {"dropout_rate": 0.0}),
     ],
 )
-def test_accumulation_gives_one_curve(
+def test_gradient_accumulation_gives_same_losses(
     name: str,
     family: str,
     head: str | None,
@@ -162,10 +166,10 @@ def test_accumulation_gives_one_curve(
 ) -> None:
     data = task_data.write(tmp_path / "data", name, rows=24)
     model = tiny_model_dir(family, head, **overrides)
-    curves = []
+    loss_curves = []
     for batch in (8, 2):
         out = tmp_path / str(batch)
-        config = configure(
+        config = create_config(
             model, data, name, out,
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=8 // batch,
@@ -173,29 +177,37 @@ def test_accumulation_gives_one_curve(
         )  # fmt: skip
         train(config)
         records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        curves.append([(r["loss"], r["grad_norm"]) for r in records if "loss" in r])
-    assert len(curves[0]) == 3
-    for whole, parts in zip(*curves, strict=True):
-        assert parts == pytest.approx(whole, rel=2e-5)
+        loss_curves.append([(r["loss"], r["grad_norm"]) for r in records if "loss" in r])
+    assert len(loss_curves[0]) == 3
+    for one_batch, accumulated in zip(*loss_curves, strict=True):
+        assert accumulated == pytest.approx(one_batch, rel=2e-5)
 
 
-def test_masks_go_on_where_a_run_stopped(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
-    """Resumed in its second epoch, a run has the masks, losses and weights of a whole one."""
+def test_resumed_masked_lm_matches_uninterrupted_run(
+    tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    """The run is resumed in its second epoch; losses and weights are equal."""
     data = task_data.write(tmp_path / "data", "mask")
-    model, whole, broken = tiny_model_dir("bert", "mlm"), tmp_path / "whole", tmp_path / "broken"
+    model, uninterrupted, resumed = (
+        tiny_model_dir("bert", "mlm"),
+        tmp_path / "whole",
+        tmp_path / "broken",
+    )
     settings = {"max_steps": 7, "save_steps": 5, "per_device_train_batch_size": 4}
-    expected = train(configure(model, data, "mask", whole, **settings)).model.state_dict()
+    expected = train(
+        create_config(model, data, "mask", uninterrupted, **settings)
+    ).model.state_dict()
 
-    shutil.copytree(whole, broken)
-    shutil.rmtree(broken / "adapter")
-    shutil.rmtree(broken / "checkpoints/checkpoint-7")
-    (broken / "metrics.jsonl").unlink()
-    config = configure(model, data, "mask", broken, **settings)
+    shutil.copytree(uninterrupted, resumed)
+    shutil.rmtree(resumed / "adapter")
+    shutil.rmtree(resumed / "checkpoints/checkpoint-7")
+    (resumed / "metrics.jsonl").unlink()
+    config = create_config(model, data, "mask", resumed, **settings)
     output = config.output.model_copy(update={"resume": True})
-    found = train(config.model_copy(update={"output": output})).model.state_dict()
+    actual = train(config.model_copy(update={"output": output})).model.state_dict()
 
-    assert all(torch.equal(expected[key], found[key]) for key in expected)
-    before, after = losses(whole), losses(broken)
+    assert all(torch.equal(expected[key], actual[key]) for key in expected)
+    before, after = losses(uninterrupted), losses(resumed)
     assert sorted(after) == [6, 7]
     assert {step: before[step] for step in after} == after
 
@@ -205,11 +217,9 @@ def losses(run_directory: Path) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in map(json.loads, lines) if "loss" in r}
 
 
-def test_a_new_head_is_read_back_in_full_precision(
-    tiny_model_dir: ModelDir, tmp_path: Path
-) -> None:
+def test_new_head_is_saved_in_float32(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     data = task_data.write(tmp_path / "data", "mask")
-    config = configure(tiny_model_dir("roberta", "seqcls"), data, "mask", tmp_path / "run")
+    config = create_config(tiny_model_dir("roberta", "seqcls"), data, "mask", tmp_path / "run")
     config = config.model_copy(
         update={"model": config.model.model_copy(update={"dtype": "bfloat16"})}
     )
@@ -219,7 +229,7 @@ def test_a_new_head_is_read_back_in_full_precision(
     assert card["heads"] == ["lm_head.dense", "lm_head.layer_norm"]
 
 
-def test_the_command_line_of_a_task(
+def test_question_answering_commands(
     tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, out = task_data.write(tmp_path / "data", "span"), str(tmp_path / "run")
@@ -227,22 +237,22 @@ def test_the_command_line_of_a_task(
                  "--task", "question_answering", "--max-length", "48", "--set",
                  "data.doc_stride=12", "--max-steps", "2", "--output-dir", out]  # fmt: skip
     assert run(["train", *arguments]) == 0
-    shown = capsys.readouterr().out
-    assert "questions: 16 (each has an answer)" in shown
-    assert "more windows than questions" in shown
-    assert f"next ftlevel evaluate {out}" in shown
-    assert f"ftlevel predict {out} --dataset FILE" in shown
-    ask = ["generate", out, "--prompt", "What is the name?"]
-    assert run(ask) == 2
+    output = capsys.readouterr().out
+    assert "questions: 16 (each has an answer)" in output
+    assert "more windows than questions" in output
+    assert f"next ftlevel evaluate {out}" in output
+    assert f"ftlevel predict {out} --dataset FILE" in output
+    generate_command = ["generate", out, "--prompt", "What is the name?"]
+    assert run(generate_command) == 2
     assert "question-answering looks for an answer in a text. Add --context TEXT." in (
         capsys.readouterr().err
     )
-    assert run([*ask, "--context", "The name is value 3.", "--json"]) == 0
+    assert run([*generate_command, "--context", "The name is value 3.", "--json"]) == 0
     [answer] = json.loads(capsys.readouterr().out)["answers"]
     assert answer["text"] in "The name is value 3."
 
 
-def test_an_answer_that_is_not_there_is_named(
+def test_wrong_answer_start_is_reported(
     tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = task_data.write(tmp_path / "data", "span")
@@ -256,7 +266,7 @@ def test_an_answer_that_is_not_there_is_named(
     assert f"{path}:3: the answer " in capsys.readouterr().err
 
 
-def test_tags_that_break_bio_are_named_or_dropped(
+def test_invalid_bio_tags_are_rejected_or_dropped(
     tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = task_data.write(tmp_path / "data", "tags")
@@ -272,25 +282,25 @@ def test_tags_that_break_bio_are_named_or_dropped(
     assert "15 rows" in capsys.readouterr().out
 
 
-def test_languages_come_from_columns_or_from_the_user(
+def test_languages_come_from_columns_or_options(
     tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = task_data.write(tmp_path / "data", "pair")
-    dry = ["train", "--dataset", str(data), "--task", "translation", "--dry-run"]
-    mapped = ["--set", "data.columns.source=en", "--set", "data.columns.target=de"]
+    command = ["train", "--dataset", str(data), "--task", "translation", "--dry-run"]
+    mapping = ["--set", "data.columns.source=en", "--set", "data.columns.target=de"]
     llama, t5 = (["--model", str(tiny_model_dir(family))] for family in ("llama", "t5"))
-    assert run([*dry, *llama, *mapped]) == 0
-    shown = capsys.readouterr().out
-    assert "languages: English to German" in shown
-    assert "prompt: plain (Translate from English to German.)" in shown
-    assert run([*dry, *t5, *mapped, "--set", "data.target_language=Swiss German"]) == 0
+    assert run([*command, *llama, *mapping]) == 0
+    output = capsys.readouterr().out
+    assert "languages: English to German" in output
+    assert "prompt: plain (Translate from English to German.)" in output
+    assert run([*command, *t5, *mapping, "--set", "data.target_language=Swiss German"]) == 0
     assert "prompt: seq2seq (translate English to Swiss German:)" in capsys.readouterr().out
-    assert run([*dry, *llama]) == 2
+    assert run([*command, *llama]) == 2
     assert "), and the source language is not given. Add" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
+    ("arguments", "message"),
     [
         (
             ["--task", "masked-lm"],
@@ -314,18 +324,18 @@ def test_languages_come_from_columns_or_from_the_user(
         ),
     ],
 )
-def test_refusals(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["train", "--dry-run", *arguments]) == 2
-    assert complaint in capsys.readouterr().err
-
-
-def test_a_whole_model_is_saved_under_its_own_names(
-    tiny_model_dir: ModelDir, tmp_path: Path
+def test_invalid_task_options_are_rejected(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Llama's checkpoint says `model`, its question answering says `transformer`."""
+    assert run(["train", "--dry-run", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_full_model_keeps_its_parameter_names(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+    """Parameters of Llama begin with `model`, those of its QA class with `transformer`."""
     data = task_data.write(tmp_path / "data", "span")
-    config = configure(tiny_model_dir("llama"), data, "span", tmp_path / "run")
+    config = create_config(tiny_model_dir("llama"), data, "span", tmp_path / "run")
     raw = config.model_dump(mode="json") | {"method": {"kind": "full"}}
     result = train(TrainConfig.model_validate(raw))
     assert result.summary["proof"]["reload_difference"] == 0
-    check_reference("span", tmp_path / "run", result.summary)
+    assert_run_generates("span", tmp_path / "run", result.summary)

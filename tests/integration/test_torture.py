@@ -16,11 +16,13 @@ pytestmark = [
 ]
 
 
-def test_a_sample_of_the_rows_is_good() -> None:
-    done = subprocess.run(
+def test_torture_sample_passes() -> None:
+    process = subprocess.run(
         [sys.executable, str(ROOT / "scripts/torture.py"), "--sample", "--seed", "16"],
         capture_output=True, text=True, check=False, cwd=ROOT,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = [line for line in done.stdout.splitlines() if line.startswith("| ") and " of " in line]
+    assert process.returncode == 0, process.stdout + process.stderr
+    rows = [
+        line for line in process.stdout.splitlines() if line.startswith("| ") and " of " in line
+    ]
     assert len(rows) == 1 + 5, "the head of the table and its rows"

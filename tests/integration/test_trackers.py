@@ -16,8 +16,8 @@ from ftlevel.training.callbacks import RunInfo, Tracker, name_metrics, tracking
 LOSS, EVALUATION = {"step": 3, "loss": 0.5, "epoch": 1.0}, {"step": 3, "eval_loss": 0.7}
 
 
-class Heard:
-    """A listener that keeps what it is told."""
+class RecordingListener:
+    """A listener that records choices and warnings."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -33,11 +33,13 @@ class Heard:
         return lambda *_: None
 
 
-def send(name: str, folder: Path, heard: Heard, **about: Any) -> None:
-    """Tell one tracker of a run with two records; the environment is as it was afterwards."""
+def track_two_records(
+    name: str, folder: Path, listener: RecordingListener, **run_info: Any
+) -> None:
+    """Log two records with one tracker, and assert that the environment is restored."""
     before = dict(os.environ)
-    told = {"name": "first", "project": "mine", "config": {"train": {"seed": 3}}, **about}
-    with tracking((name,), RunInfo(folder, **told), heard) as writers:
+    fields = {"name": "first", "project": "mine", "config": {"train": {"seed": 3}}, **run_info}
+    with tracking((name,), RunInfo(folder, **fields), listener) as writers:
         for record in (LOSS, EVALUATION):
             for write in writers:
                 write(record)
@@ -45,19 +47,19 @@ def send(name: str, folder: Path, heard: Heard, **about: Any) -> None:
 
 
 @pytest.fixture(autouse=True)
-def nobody_is_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_MODE", "WANDB_PROJECT", "MLFLOW_TRACKING_URI", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
 
 
-def test_names_are_those_of_transformers() -> None:
+def test_metric_names_match_transformers() -> None:
     assert name_metrics({**LOSS, "note": "x"}) == {"train/loss": 0.5, "train/epoch": 1.0}
     assert name_metrics(EVALUATION) == {"eval/loss": 0.7}
 
 
 @pytest.mark.slow
-def test_a_run_in_tensorboard(tmp_path: Path) -> None:
+def test_run_logs_to_tensorboard(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     arguments = ["--report-to", "tensorboard", "--max-steps", "2", "--logging-steps", "1",
                  "--max-samples", "8", "--max-length", "96", "--overlong", "drop", "--quiet",
@@ -65,57 +67,55 @@ def test_a_run_in_tensorboard(tmp_path: Path) -> None:
                  "--set", "data.max_eval_samples=4", "--output-dir", "run"]  # fmt: skip
     assert run(["train", *arguments]) == 0
     files = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    seen = {(e.step, round(e.value, 5)) for e in files.Scalars("train/loss")}
+    scalars = {(e.step, round(e.value, 5)) for e in files.Scalars("train/loss")}
     logged = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
-    assert seen == {(r["step"], round(r["loss"], 5)) for r in logged if "loss" in r}
-    assert len(seen) == 2
+    assert scalars == {(r["step"], round(r["loss"], 5)) for r in logged if "loss" in r}
+    assert len(scalars) == 2
     assert files.Scalars("eval/loss")[-1].step == 2  # after the last step
     assert not list(Path("run").glob("checkpoints/runs*"))
 
 
-def test_a_run_in_wandb(tmp_path: Path) -> None:
+def test_wandb_logs_offline(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
-    heard = Heard()
-    send("wandb", tmp_path, heard)
-    (kept,) = tmp_path.glob("wandb/offline-run-*")
-    assert f"not logged in: `wandb sync {kept}` sends it" in heard.lines[0]
-    (file,) = kept.glob("*.wandb")
+    listener = RecordingListener()
+    track_two_records("wandb", tmp_path, listener)
+    (run_dir,) = tmp_path.glob("wandb/offline-run-*")
+    assert f"not logged in: `wandb sync {run_dir}` sends it" in listener.lines[0]
+    (file,) = run_dir.glob("*.wandb")
     content = file.read_bytes()
     for part in (b"mine", b"first", b"train/loss", b"eval/loss", b"seed"):
         assert part in content
-    assert not heard.warnings
+    assert not listener.warnings
 
 
 @pytest.mark.slow
-def test_a_run_in_mlflow(tmp_path: Path) -> None:
+def test_mlflow_logs_to_local_database(tmp_path: Path) -> None:
     mlflow = pytest.importorskip("mlflow")
     pytest.importorskip("sqlalchemy")
-    send("mlflow", tmp_path, Heard())
+    track_two_records("mlflow", tmp_path, RecordingListener())
     assert not mlflow.is_tracking_uri_set()
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow/mlflow.db")
-    (found,) = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
-    assert (found.info.run_name, found.info.status) == ("first", "FINISHED")
-    assert found.data.params == {"train.seed": "3"}
-    assert found.data.metrics == {"train/loss": 0.5, "train/epoch": 1.0, "eval/loss": 0.7}
+    (logged_run,) = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
+    assert (logged_run.info.run_name, logged_run.info.status) == ("first", "FINISHED")
+    assert logged_run.data.params == {"train.seed": "3"}
+    assert logged_run.data.metrics == {"train/loss": 0.5, "train/epoch": 1.0, "eval/loss": 0.7}
 
 
-def test_a_run_in_trackio(
+def test_trackio_logs_locally(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     pytest.importorskip("trackio")
     from trackio.sqlite_storage import SQLiteStorage
 
-    send("trackio", tmp_path, Heard())
+    track_two_records("trackio", tmp_path, RecordingListener())
     logs = SQLiteStorage.get_logs("mine", "first")
     assert [log.get("train/loss") for log in logs] == [0.5, None]
     assert logs[1]["eval/loss"] == 0.7
-    assert not capsys.readouterr().out  # which may be one JSON object
+    assert not capsys.readouterr().out  # stdout may be reserved for JSON
 
 
-def test_a_tracker_that_fails_is_told_no_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_tracker_is_disabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def fail(*_: Any) -> None:
@@ -123,14 +123,14 @@ def test_a_tracker_that_fails_is_told_no_more(
         raise OSError("no space")
 
     monkeypatch.setitem(trackers._BEGIN, "wandb", lambda _: Tracker("nowhere", fail, fail))
-    heard = Heard()
-    send("wandb", tmp_path, heard)
+    listener = RecordingListener()
+    track_two_records("wandb", tmp_path, listener)
     assert len(calls) == 2  # the first record, and the end
-    assert heard.warnings == ["wandb failed, and is disabled: no space"] * 2
+    assert listener.warnings == ["wandb failed, and is disabled: no space"] * 2
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--report-to", "all"], "all depends on what is installed. Name the trackers"),
         (["--report-to", "tensorboard,comet"], "'comet' is not known. Expected one of"),
@@ -141,12 +141,12 @@ def test_a_tracker_that_fails_is_told_no_more(
         (["--report-to", "wandb"], 'pip install "ftlevel[wandb]", or drop it.'),
     ],
 )
-def test_what_is_refused(
+def test_invalid_tracker_options_are_rejected(
     arguments: list[str],
-    told: str,
+    message: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("ftlevel.training.plan.resolve.find_spec", lambda _: None)
     assert run(["train", "--dry-run", *arguments]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err

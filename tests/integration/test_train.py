@@ -1,4 +1,4 @@
-"""Whole runs: a real trained model (the built-in one) and tiny ones of each kind."""
+"""Complete runs: the built-in trained model and tiny models of each architecture."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from ftlevel.config.reading import RENAMED
 from sampling import sample
 
 SHORT = ["--max-samples", "16", "--set", "data.max_eval_samples=8", "--batch-size", "4"]
-TINY = ["--model", "tiny", "--dataset", "tiny.jsonl", "--validation-split", "0.2",
+TINY_OPTIONS = ["--model", "tiny", "--dataset", "tiny.jsonl", "--validation-split", "0.2",
         "--batch-size", "4"]  # fmt: skip
-"""A tiny model and 16 rows to train on, which lie in the working directory."""
+"""A tiny model and 16 training rows in the working directory."""
 WORDS = ("house river stone tree bird fish cloud table horse paper glass iron salt wood wind fire "
          "light water earth metal snow sand leaf root seed").split()  # fmt: skip
 
 
-def add_tiny(folder: Path, tiny_model_dir: Callable[..., Path]) -> Path:
-    """Write what `TINY` names to `folder`."""
+def write_tiny_inputs(folder: Path, tiny_model_dir: Callable[..., Path]) -> Path:
+    """Write the model and the rows of `TINY_OPTIONS` to `folder`."""
     (folder / "tiny").symlink_to(tiny_model_dir("llama", chat=True))
     rows = [
         {
@@ -48,11 +48,11 @@ def add_tiny(folder: Path, tiny_model_dir: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder(
+def working_dir(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path]
 ) -> Path:
     monkeypatch.chdir(tmp_path)
-    return add_tiny(tmp_path, tiny_model_dir)
+    return write_tiny_inputs(tmp_path, tiny_model_dir)
 
 
 def train(*arguments: str, out: str = "run") -> dict[str, Any]:
@@ -63,21 +63,21 @@ def train(*arguments: str, out: str = "run") -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def trained_two_steps(
+def two_step_run(
     tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Callable[..., Path]
 ) -> Path:
-    """Return the directory of a run of two steps with a checkpoint of each, for copies."""
-    folder = add_tiny(tmp_path_factory.mktemp("two-steps"), tiny_model_dir)
+    """Return the directory of a two-step run with a checkpoint of each step."""
+    folder = write_tiny_inputs(tmp_path_factory.mktemp("two-steps"), tiny_model_dir)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        train(*TINY, "--max-steps", "2", "--save-steps", "1")
+        train(*TINY_OPTIONS, "--max-steps", "2", "--save-steps", "1")
     return folder / "run"
 
 
 @pytest.fixture
-def two_steps(trained_two_steps: Path, in_a_folder: Path) -> Path:
-    """Copy that run to `run` in the working directory."""
-    return shutil.copytree(trained_two_steps, in_a_folder / "run")
+def run_copy(two_step_run: Path, working_dir: Path) -> Path:
+    """Copy the two-step run to `run` in the working directory."""
+    return shutil.copytree(two_step_run, working_dir / "run")
 
 
 def digest(directory: str) -> str:
@@ -99,7 +99,7 @@ def digest(directory: str) -> str:
         pytest.param(["--method", "qlora", "--quant", "4bit"], 47, marks=pytest.mark.sweep),
     ],
 )  # fmt: skip
-def test_a_run_proves_itself(arguments: list[str], frozen: int) -> None:
+def test_run_passes_checks_and_writes_files(arguments: list[str], frozen: int) -> None:
     summary = train(*arguments, *SHORT, "--max-steps", "2", "--learning-rate", "1e-3")
     proof = summary["proof"]
     assert proof["reload_difference"] == 0
@@ -117,10 +117,10 @@ def test_a_run_proves_itself(arguments: list[str], frozen: int) -> None:
     assert card["prompt"]["kind"] == "chat-template"
 
 
-def test_the_first_command_of_the_readme_improves_on_held_out_rows() -> None:
+def test_readme_command_lowers_validation_loss() -> None:
     """`ftlevel train --method lora`: validation loss falls at every evaluation."""
-    few = ["--set", "data.max_eval_samples=40"]  # of 109
-    summary = train("--method", "lora", "--eval-on-start", *few)
+    eval_options = ["--set", "data.max_eval_samples=40"]  # of 109
+    summary = train("--method", "lora", "--eval-on-start", *eval_options)
     records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     losses = [record["eval_loss"] for record in records if "eval_loss" in record]
     assert len(losses) >= 4
@@ -131,8 +131,8 @@ def test_the_first_command_of_the_readme_improves_on_held_out_rows() -> None:
     assert summary["loss_last"] < summary["loss_first"] - 0.2
 
 
-def test_the_same_command_gives_the_same_adapter_and_so_does_its_config() -> None:
-    arguments = [*TINY, "--epochs", "1", "--lora-dropout", "0.1"]
+def test_same_command_or_config_gives_same_adapter() -> None:
+    arguments = [*TINY_OPTIONS, "--epochs", "1", "--lora-dropout", "0.1"]
     train(*arguments, out="a")
     train(*arguments, out="b")
     train("a/config.yaml", out="c")
@@ -141,8 +141,8 @@ def test_the_same_command_gives_the_same_adapter_and_so_does_its_config() -> Non
     assert digest("a") != digest("d")
 
 
-def test_metrics_are_lines_of_json_with_the_named_fields() -> None:
-    train(*TINY, "--epochs", "1")
+def test_metrics_file_has_documented_fields() -> None:
+    train(*TINY_OPTIONS, "--epochs", "1")
     records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     steps = [r for r in records if "loss" in r]
     assert set(steps[0]) >= {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens",
@@ -153,10 +153,10 @@ def test_metrics_are_lines_of_json_with_the_named_fields() -> None:
     assert any("eval_perplexity" in r for r in records)
 
 
-def test_batch_of_8_and_2_by_4_give_one_loss_curve() -> None:
-    def losses(batch: str, accumulated: str, out: str) -> list[float]:
-        train(*TINY[:-2], "--epochs", "2", "--dtype", "float32", "--batch-size", batch,
-              "--gradient-accumulation-steps", accumulated, "--logging-steps", "1",
+def test_gradient_accumulation_gives_same_losses() -> None:
+    def losses(batch: str, accumulation: str, out: str) -> list[float]:
+        train(*TINY_OPTIONS[:-2], "--epochs", "2", "--dtype", "float32", "--batch-size", batch,
+              "--gradient-accumulation-steps", accumulation, "--logging-steps", "1",
               "--learning-rate", "1e-3", out=out)  # fmt: skip
         lines = Path(out, "metrics.jsonl").read_text().splitlines()
         return [r["loss"] for r in map(json.loads, lines) if "loss" in r]
@@ -164,7 +164,7 @@ def test_batch_of_8_and_2_by_4_give_one_loss_curve() -> None:
     assert losses("8", "1", "a") == pytest.approx(losses("2", "4", "b"), rel=1e-5)
 
 
-def save_rows(name: str, rows: list[dict[str, Any]]) -> str:
+def write_rows(name: str, rows: list[dict[str, Any]]) -> str:
     Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return name
 
@@ -172,14 +172,14 @@ def save_rows(name: str, rows: list[dict[str, Any]]) -> str:
 @pytest.mark.parametrize(
     "family", ["t5", "llama", *(pytest.param(f, marks=pytest.mark.sweep) for f in ("bart", "gpt2"))]
 )
-def test_summarization_on_either_kind(
+def test_summarization_trains_and_generates(
     family: str, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"document": f"the {w} is a long thing of many words", "summary": f"a {w}"}
             for w in "abcdefgh"]  # fmt: skip
     summary = train(
         "--task", "summarization", "--model", str(tiny_model_dir(family)),
-        "--dataset", save_rows("rows.jsonl", rows), "--validation-split", "0.25",
+        "--dataset", write_rows("rows.jsonl", rows), "--validation-split", "0.25",
         "--epochs", "2", "--learning-rate", "1e-2", "--set", "train.max_new_tokens=4",
     )  # fmt: skip
     assert set(summary["metrics"]) >= {"loss", "perplexity", "rouge1", "rouge2", "rougeL"}
@@ -201,13 +201,13 @@ def test_summarization_on_either_kind(
         ]
     ),
 )
-def test_classification_trains_saves_and_reloads_its_head(
+def test_classification_head_is_saved_and_reloaded(
     family: str, quant: str, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"text": f"{w} {w} x{i}", "label": w} for i in range(6) for w in ("up", "down", "left")]
     summary = train(
         "--task", "text-classification", "--model", str(tiny_model_dir(family)), "--quant", quant,
-        "--dataset", save_rows("rows.jsonl", rows), "--validation-split", "0.2",
+        "--dataset", write_rows("rows.jsonl", rows), "--validation-split", "0.2",
         "--epochs", "1", "--learning-rate", "1e-2",
     )  # fmt: skip
     assert set(summary["metrics"]) >= {"loss", "accuracy", "f1"}
@@ -222,25 +222,25 @@ def test_classification_trains_saves_and_reloads_its_head(
     assert sum(answer["scores"].values()) == pytest.approx(1, abs=1e-3)
 
 
-def test_json_prints_one_object_and_nothing_else(capfd: pytest.CaptureFixture[str]) -> None:
-    assert run(["train", "--json", *TINY, "--max-steps", "1", "--output-dir", "run"]) == 0
+def test_json_option_prints_one_object(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "--json", *TINY_OPTIONS, "--max-steps", "1", "--output-dir", "run"]) == 0
     captured = capfd.readouterr()
     assert json.loads(captured.out)["steps"] == 1
     assert captured.err == ""
 
 
-def test_the_libraries_say_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ftlevel", "train", "--quant", "4bit", *TINY,
+def test_libraries_print_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ftlevel", "train", "--quant", "4bit", *TINY_OPTIONS,
                "--max-steps", "2", "--save-steps", "1"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stderr == ""
-    assert "proof" in done.stdout
-    for line in done.stdout.splitlines():
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert process.stderr == ""
+    assert "proof" in process.stdout
+    for line in process.stdout.splitlines():
         assert line.startswith(("·", "ftlevel", "  ")), line
 
 
-def test_ctrl_c_keeps_a_checkpoint_and_resuming_gives_the_unbroken_run(tmp_path: Path) -> None:
-    arguments = [*TINY, "--epochs", "6", "--lora-dropout", "0.1", "--logging-steps", "1"]
+def test_interrupted_run_resumes_like_uninterrupted_run(tmp_path: Path) -> None:
+    arguments = [*TINY_OPTIONS, "--epochs", "6", "--lora-dropout", "0.1", "--logging-steps", "1"]
     train(*arguments, out="whole")
     command = ["train", *arguments, "--output-dir", "broken"]
     process = Forked(call=(run_slowly, (command,)), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -251,38 +251,38 @@ def test_ctrl_c_keeps_a_checkpoint_and_resuming_gives_the_unbroken_run(tmp_path:
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, complaint = process.communicate(timeout=120)
+    _, message = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "interrupted after step" in complaint
-    assert "--output-dir broken --resume" in complaint
+    assert "interrupted after step" in message
+    assert "--output-dir broken --resume" in message
     assert not Path("broken/adapter").exists()
     assert run(["generate", "broken", "--prompt", "x"]) == 2
-    with metrics.open("a") as file:  # as if it had gone on to be killed in the middle of a line
+    with metrics.open("a") as file:  # as if killed while writing a line
         last = json.loads(metrics.read_text().splitlines()[-1])
         file.write(json.dumps({"step": 24, "loss": 99.0}) + '\n{"step": 24, "lo')
     assert last["step"] < 24
     assert run(["train", "--quiet", "--output-dir", "broken", "--resume"]) == 0
     assert digest("broken") == digest("whole")
-    whole, again = ([(r["step"], r.get("loss"), r.get("eval_loss")) for r in
-                     map(json.loads, Path(out, "metrics.jsonl").read_text().splitlines())]
-                    for out in ("whole", "broken"))  # fmt: skip
-    assert again == whole, "a line a step, each that of the unbroken run"
-    whole, again = (
+    expected, resumed = ([(r["step"], r.get("loss"), r.get("eval_loss")) for r in
+                          map(json.loads, Path(out, "metrics.jsonl").read_text().splitlines())]
+                         for out in ("whole", "broken"))  # fmt: skip
+    assert resumed == expected, "a line a step, each that of the unbroken run"
+    expected, resumed = (
         json.loads(Path(out, "summary.json").read_text()) for out in ("whole", "broken")
     )
-    figures = ("steps", "loss_first", "loss_last", "loss_window", "metrics")
-    assert [again[name] for name in figures] == [whole[name] for name in figures]
+    fields = ("steps", "loss_first", "loss_last", "loss_window", "metrics")
+    assert [resumed[name] for name in fields] == [expected[name] for name in fields]
 
 
-def test_ctrl_c_while_the_run_is_checked_says_what_is_kept(
+def test_interrupt_during_checks_reports_checkpoint(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def press(*_: object, **__: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("ftlevel.training.proof.check_saved", press)
-        arguments = [*TINY, "--max-steps", "2", "--save-steps", "1"]
+        patch.setattr("ftlevel.training.proof.check_saved", interrupt)
+        arguments = [*TINY_OPTIONS, "--max-steps", "2", "--save-steps", "1"]
         assert run(["train", "--quiet", *arguments, "--output-dir", "run"]) == 130
     assert capsys.readouterr().err == (
         "ftlevel: interrupted at once; run/checkpoints/checkpoint-2 is kept. "
@@ -292,102 +292,103 @@ def test_ctrl_c_while_the_run_is_checked_says_what_is_kept(
     assert Path("run/summary.json").exists()
 
 
-def test_a_head_goes_on_at_its_own_rate(
+def test_resumed_head_keeps_its_learning_rate(
     tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task_data.write(Path("data"), "class")
-    chosen = ["--model", str(tiny_model_dir("bert")), "--dataset", "data", "--quiet",
-              "--task", "text-classification", "--max-steps", "4", "--save-steps", "2"]  # fmt: skip
-    assert run(["train", *chosen, "--output-dir", "whole"]) == 0
-    with monkeypatch.context() as patch:  # as if the power had failed in the third step
+    options = ["--model", str(tiny_model_dir("bert")), "--dataset", "data", "--quiet",
+               "--task", "text-classification", "--max-steps", "4", "--save-steps",
+               "2"]  # fmt: skip
+    assert run(["train", *options, "--output-dir", "whole"]) == 0
+    with monkeypatch.context() as patch:  # fails in the third step
         patch.setattr(
             "ftlevel.training.callbacks.Report.on_step_end",
-            lambda _, args, state, control, **more: _fail_after(2, state.global_step),
+            lambda _, args, state, control, **more: fail_after(2, state.global_step),
         )
         with pytest.raises(RuntimeError, match="power"):
-            run(["train", *chosen, "--output-dir", "cut", "--traceback"])
-    assert run(["train", *chosen, "--output-dir", "cut", "--resume"]) == 0
+            run(["train", *options, "--output-dir", "cut", "--traceback"])
+    assert run(["train", *options, "--output-dir", "cut", "--resume"]) == 0
     state = torch.load("cut/checkpoints/checkpoint-4/optimizer.pt", weights_only=True)
     assert sorted(group["initial_lr"] for group in state["param_groups"]) == [0.001, 0.005, 0.005]
     assert digest("cut") == digest("whole")
 
 
-def _fail_after(steps: int, step: int) -> None:
+def fail_after(steps: int, step: int) -> None:
     if step > steps:
         raise RuntimeError("the power failed")
 
 
-@pytest.mark.usefixtures("two_steps")
-def test_resuming_with_another_setting_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("run_copy")
+def test_resume_with_changed_setting_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
     code = run(["train", "--quiet", "--output-dir", "run", "--resume", "--lora-r", "4"])
     assert code == 2
-    complaint = capsys.readouterr().err
-    assert complaint == (  # a recipe is the run's own; the flag differs
+    message = capsys.readouterr().err
+    assert message == (  # the flag differs from the run's config
         "ftlevel: --resume run: not the same run: method.r was 8 and is 4. Restore it, start a "
         "new run in another --output-dir, or pass --allow-change method.r  [resume]\n"
     )
 
 
-@pytest.mark.usefixtures("two_steps")
-def test_resuming_with_another_number_of_threads_is_refused(
+@pytest.mark.usefixtures("run_copy")
+def test_resume_with_changed_thread_count_is_rejected(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    own = torch.get_num_threads()
-    assert json.loads(Path("run/checkpoints/origin.json").read_text())["threads"] == own
-    torch.set_num_threads(own + 1)
+    count = torch.get_num_threads()
+    assert json.loads(Path("run/checkpoints/origin.json").read_text())["threads"] == count
+    torch.set_num_threads(count + 1)
     try:
         code = run(["train", "--quiet", "--output-dir", "run", "--resume"])
     finally:
-        torch.set_num_threads(own)
+        torch.set_num_threads(count)
     assert code == 2
     assert capsys.readouterr().err == (
-        f"ftlevel: --resume run: not the same run: threads was {own} and is {own + 1}. Restore it "
-        f"(OMP_NUM_THREADS={own}), start a new run in another --output-dir, or pass "
+        f"ftlevel: --resume run: not the same run: threads was {count} and is {count + 1}. Restore it "
+        f"(OMP_NUM_THREADS={count}), start a new run in another --output-dir, or pass "
         "--allow-change threads  [resume]\n"
     )
 
 
-@pytest.mark.usefixtures("two_steps")
-def test_a_run_of_old_names_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
-    unbroken = digest("run")
+@pytest.mark.usefixtures("run_copy")
+def test_run_with_old_option_names_resumes(capsys: pytest.CaptureFixture[str]) -> None:
+    expected = digest("run")
     Path("run/adapter/adapter_model.safetensors").unlink()
     for path in (Path("run/config.yaml"), Path("run/checkpoints/origin.json")):
         text = path.read_text()
         for old, new in RENAMED.items():
-            own = (old, new) if path.suffix == ".json" else (old[6:] + ":", new[6:] + ":")
-            assert own[1] in text
-            text = text.replace(own[1], own[0])
+            names = (old, new) if path.suffix == ".json" else (old[6:] + ":", new[6:] + ":")
+            assert names[1] in text
+            text = text.replace(names[1], names[0])
         path.write_text(text)
     origin = json.loads(path.read_text())
     for name in ("threads", "train.adam_beta1", "data.validation_file", "data.labels",
                  "train.early_stopping_patience", "model.adapter"):  # fmt: skip
-        del origin[name]  # which a run of then did not keep
+        del origin[name]  # older runs did not store these
     path.write_text(json.dumps(origin))
     capsys.readouterr()
     assert run(["train", "--quiet", "--output-dir", "run", "--resume"]) == 0
     notes = [line for line in capsys.readouterr().err.splitlines() if "is now called" in line]
     assert len(notes) == len(RENAMED)
-    assert digest("run") == unbroken
+    assert digest("run") == expected
 
 
-def test_resuming_inside_an_epoch_of_rows_by_length() -> None:
-    arguments = [*TINY, "--max-steps", "7", "--save-steps", "6",  # 4 steps an epoch
+def test_group_by_length_resumes_within_epoch() -> None:
+    arguments = [*TINY_OPTIONS, "--max-steps", "7", "--save-steps", "6",  # 4 steps an epoch
                  "--set", "train.train_sampling_strategy=group_by_length"]  # fmt: skip
     train(*arguments)
-    unbroken = digest("run")
+    expected = digest("run")
     Path("run/adapter/adapter_model.safetensors").unlink()
     train("--resume", out="run")
-    assert digest("run") == unbroken
+    assert digest("run") == expected
 
 
-def test_a_damaged_checkpoint_is_set_aside(capsys: pytest.CaptureFixture[str]) -> None:
-    train(*TINY, "--max-steps", "3", "--save-steps", "1", out="whole")
+def test_damaged_checkpoint_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
+    train(*TINY_OPTIONS, "--max-steps", "3", "--save-steps", "1", out="whole")
     shutil.copytree("whole", "run")
     newest = Path("run/checkpoints/checkpoint-3/optimizer.pt")
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
-    Path("run/adapter/adapter_model.safetensors").unlink()  # else it is finished
+    Path("run/adapter/adapter_model.safetensors").unlink()  # otherwise the run is finished
     capsys.readouterr()
     assert run(["train", "--quiet", "--output-dir", "run", "--resume"]) == 0
     assert "checkpoint-3: optimizer.pt has changed" in capsys.readouterr().err
@@ -397,20 +398,20 @@ def test_a_damaged_checkpoint_is_set_aside(capsys: pytest.CaptureFixture[str]) -
     assert digest("run") == digest("whole")
 
 
-def test_a_run_that_is_not_finite_stops_and_saves_nothing(
+def test_nonfinite_loss_stops_run_without_saving(
     capsys: pytest.CaptureFixture[str], tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
 
-    source, broken = tiny_model_dir("llama", chat=True), tmp_path / "broken"
-    broken.mkdir()
+    source, model_dir = tiny_model_dir("llama", chat=True), tmp_path / "broken"
+    model_dir.mkdir()
     for path in source.iterdir():
-        (broken / path.name).write_bytes(path.read_bytes())
-    weights = load_file(broken / "model.safetensors")
-    for part in ("gate", "up", "down"):  # finite themselves, and their products are not
+        (model_dir / path.name).write_bytes(path.read_bytes())
+    weights = load_file(model_dir / "model.safetensors")
+    for part in ("gate", "up", "down"):  # finite weights with non-finite products
         weights[f"model.layers.1.mlp.{part}_proj.weight"][:] = 9e9
     weights["model.layers.1.post_attention_layernorm.weight"][:] = 9e9
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, model_dir / "model.safetensors", metadata={"format": "pt"})
     code = run(
         ["train", "--quiet", "--model", "broken", *SHORT, "--overlong", "drop",
          "--output-dir", "run"]
@@ -422,7 +423,7 @@ def test_a_run_that_is_not_finite_stops_and_saves_nothing(
     assert not Path("run/adapter").exists()
 
 
-def test_an_adapter_is_refused_on_other_weights(
+def test_adapter_on_changed_base_is_rejected(
     capsys: pytest.CaptureFixture[str], tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = tmp_path / "base"
@@ -434,7 +435,7 @@ def test_an_adapter_is_refused_on_other_weights(
     assert "has other weights" in capsys.readouterr().err
 
 
-def test_a_checkpoint_that_lacks_weights_is_refused(
+def test_model_with_missing_weights_is_rejected(
     capsys: pytest.CaptureFixture[str], tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
@@ -450,7 +451,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(
 
 
 @pytest.mark.slow
-def test_a_gguf_file_trains_and_a_full_run_of_it_is_a_plain_model(first_blocks_gguf: Path) -> None:
+def test_gguf_base_trains_and_full_run_is_plain_model(first_blocks_gguf: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     for method in ("lora", "full"):
@@ -461,12 +462,12 @@ def test_a_gguf_file_trains_and_a_full_run_of_it_is_a_plain_model(first_blocks_g
         assert summary["proof"]["reload_difference"] == 0
         config = yaml.safe_load(Path("run/config.yaml").read_text())
         assert config["model"]["name_or_path"] == str(first_blocks_gguf)
-    plain = AutoModelForCausalLM.from_pretrained("run/adapter")
-    assert plain.config.num_hidden_layers == 4
-    assert not hasattr(plain.config, "quantization_config")
+    model = AutoModelForCausalLM.from_pretrained("run/adapter")
+    assert model.config.num_hidden_layers == 4
+    assert not hasattr(model.config, "quantization_config")
 
 
-def test_a_full_run_is_read_by_programs_that_know_the_former_rope() -> None:
-    train(*TINY, "--method", "full", "--max-steps", "1")
+def test_full_run_config_has_rope_theta() -> None:
+    train(*TINY_OPTIONS, "--method", "full", "--max-steps", "1")
     config = json.loads(Path("run/adapter/config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]

@@ -17,7 +17,7 @@ SHORT = ["--max-samples", "16", "--max-length", "96", "--overlong", "drop", "--b
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
@@ -34,34 +34,42 @@ def losses(records: list[dict[str, Any]]) -> list[float]:
 ADAM = ["--adam-beta1", "0.5", "--adam-beta2", "0.9", "--adam-epsilon", "1e-4"]
 
 
-def test_smoothed_labels_and_adam_fast_and_plain() -> None:
-    short = ["--max-steps", "3", "--eval-strategy", "no", "--label-smoothing-factor", "0.2", *ADAM]
-    fast = losses(train(*short, out="fast"))
-    plain = losses(train(*short, "--no-fast", out="plain"))
+def test_label_smoothing_and_adam_fast_step_matches_plain_step() -> None:
+    options = [
+        "--max-steps",
+        "3",
+        "--eval-strategy",
+        "no",
+        "--label-smoothing-factor",
+        "0.2",
+        *ADAM,
+    ]
+    fast = losses(train(*options, out="fast"))
+    plain = losses(train(*options, "--no-fast", out="plain"))
     assert len(fast) == 3
     assert fast == pytest.approx(plain, rel=1e-4)
 
 
-def test_a_seed_of_the_order_alone() -> None:
-    short = ["--max-steps", "1", "--eval-strategy", "no"]
-    usual = losses(train(*short, out="usual"))
-    same = losses(train(*short, "--seed", "7", "--data-seed", "42", out="same"))
-    other = losses(train(*short, "--data-seed", "7", out="other"))
-    assert same == pytest.approx(usual, rel=1e-6)  # a LoRA adds nothing yet
-    assert abs(other[0] - usual[0]) > 1e-3
+def test_data_seed_determines_row_order() -> None:
+    options = ["--max-steps", "1", "--eval-strategy", "no"]
+    default = losses(train(*options, out="usual"))
+    same = losses(train(*options, "--seed", "7", "--data-seed", "42", out="same"))
+    other = losses(train(*options, "--data-seed", "7", out="other"))
+    assert same == pytest.approx(default, rel=1e-6)  # a new LoRA does not change outputs
+    assert abs(other[0] - default[0]) > 1e-3
 
 
-def test_noise_needs_the_plain_step() -> None:
-    short = ["--max-steps", "2", "--eval-strategy", "no"]
-    noisy = losses(train(*short, "--neftune-noise-alpha", "5", out="noisy"))
-    plain = losses(train(*short, "--neftune-noise-alpha", "5", "--no-fast", out="plain"))
+def test_neftune_uses_plain_step() -> None:
+    options = ["--max-steps", "2", "--eval-strategy", "no"]
+    noisy = losses(train(*options, "--neftune-noise-alpha", "5", out="noisy"))
+    plain = losses(train(*options, "--neftune-noise-alpha", "5", "--no-fast", out="plain"))
     assert noisy == pytest.approx(plain, rel=1e-4)
-    quiet = losses(train(*short, "--no-fast", out="quiet"))
-    assert abs(noisy[0] - quiet[0]) > 1e-3
+    without_noise = losses(train(*options, "--no-fast", out="quiet"))
+    assert abs(noisy[0] - without_noise[0]) > 1e-3
     assert json.loads(Path("noisy/summary.json").read_text())["speed"] == {"fast": False}
 
 
-def test_shares_of_the_run_and_epochs() -> None:
+def test_fractional_eval_steps_and_epoch_checkpoints() -> None:
     Path("held.jsonl").write_text('{"prompt": "Say one.", "completion": "one"}\n' * 3)
     Path("some.jsonl").write_text(
         "".join(json.dumps({"prompt": f"Say {n}.", "completion": str(n)}) + "\n" for n in range(8))
@@ -72,7 +80,7 @@ def test_shares_of_the_run_and_epochs() -> None:
         out="run",
     )  # fmt: skip
     assert [record["step"] for record in records if "eval_loss" in record] == [2, 4]
-    kept = sorted(path.name for path in Path("run/checkpoints").glob("checkpoint-*"))
-    assert kept == ["checkpoint-2", "checkpoint-4"]
+    checkpoints = sorted(path.name for path in Path("run/checkpoints").glob("checkpoint-*"))
+    assert checkpoints == ["checkpoint-2", "checkpoint-4"]
     data = json.loads(Path("run/summary.json").read_text())["data"]
     assert (data["train_rows"], data["validation_rows"]) == (8, 3)

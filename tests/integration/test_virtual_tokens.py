@@ -1,4 +1,4 @@
-"""Prefix and prompt methods: whole runs, verified, used, resumed and refused."""
+"""Prefix and prompt methods: complete runs, generation, resume and rejected options."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from ftlevel.cli.app import run
 
 SHORT = ["--max-samples", "16", "--set", "data.max_eval_samples=8", "--batch-size", "4"]
-PROJECTED = ["--method", "prefix", "--set", "method.prefix_projection=true"]
+PROJECTED_PREFIX = ["--method", "prefix", "--set", "method.prefix_projection=true"]
 LSTM = ["--method", "p-tuning", "--set", "method.encoder_reparameterization_type=LSTM",
         "--set", "method.encoder_hidden_size=16"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -31,7 +31,7 @@ def train(*arguments: str, out: str = "run") -> dict[str, Any]:
     return summary
 
 
-def saved(out: str) -> dict[str, Any]:
+def load_adapter(out: str) -> dict[str, Any]:
     return load_file(Path(out, "adapter", "adapter_model.safetensors"))
 
 
@@ -39,14 +39,14 @@ def saved(out: str) -> dict[str, Any]:
     ("arguments", "tensors"),
     [
         (["--method", "prefix"], 10),
-        ([*PROJECTED, "--quant", "4bit"], 10),
+        ([*PROJECTED_PREFIX, "--quant", "4bit"], 10),
         (["--method", "prompt", "--gradient-checkpointing"], 1),
         (["--method", "prompt", "--set", "method.prompt_tuning_init=TEXT", "--set",
           "method.prompt_tuning_init_text=Say what it does"], 1),
         (["--method", "p-tuning", "--quant", "8bit"], 1),
     ],
 )  # fmt: skip
-def test_a_run_proves_itself_and_answers(
+def test_virtual_token_run_passes_checks_and_generates(
     arguments: list[str], tensors: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     summary = train(*arguments, *SHORT, "--max-steps", "2")
@@ -55,7 +55,7 @@ def test_a_run_proves_itself_and_answers(
     assert proof["adapter_effect"] > 0
     assert proof["idle_tensors"] == 0
     assert proof["frozen_tensors"] == 47
-    assert len(saved("run")) == tensors  # no MLP, no LSTM
+    assert len(load_adapter("run")) == tensors  # no MLP, no LSTM
     card = json.loads(Path("run/adapter/ftlevel.json").read_text())
     assert card["needs_import"] == "ftlevel.adapters"
     capsys.readouterr()
@@ -71,7 +71,7 @@ def test_a_run_proves_itself_and_answers(
     ("family", "method"),
     [("bert", "prefix"), ("bart", "prefix"), ("bert", "p-tuning"), ("llama", "prompt")],
 )
-def test_a_head_is_trained_and_saved_beside_it(
+def test_classification_head_is_trained_and_saved(
     family: str, method: str, tiny_model_dir: Callable[..., Path]
 ) -> None:
     rows = [
@@ -87,28 +87,30 @@ def test_a_head_is_trained_and_saved_beside_it(
     )  # fmt: skip
     assert summary["proof"]["reload_difference"] == 0
     assert summary["metrics"]["accuracy"] >= 0
-    names = saved("run").keys()
+    names = load_adapter("run").keys()
     assert any("classif" in name or "score" in name for name in names)
-    assert any("pooler" in name for name in names) == (family == "bert")  # it was random too
+    assert any("pooler" in name for name in names) == (
+        family == "bert"
+    )  # BERT's pooler is also new
 
 
-@pytest.mark.parametrize("arguments", [PROJECTED, LSTM], ids=["prefix", "p-tuning"])
-def test_what_computes_the_vectors_is_there_when_a_run_is_resumed(arguments: list[str]) -> None:
-    """Checkpoints keep the MLP or the LSTM, and the end of both runs is the same."""
+@pytest.mark.parametrize("arguments", [PROJECTED_PREFIX, LSTM], ids=["prefix", "p-tuning"])
+def test_resumed_prompt_encoder_matches_uninterrupted_run(arguments: list[str]) -> None:
+    """Checkpoints keep the MLP or LSTM, and both runs end with the same adapter."""
     import shutil
 
-    short = [*arguments, *SHORT, "--max-steps", "2", "--save-steps", "1", "--dtype", "float32"]
-    train(*short, out="whole")
+    options = [*arguments, *SHORT, "--max-steps", "2", "--save-steps", "1", "--dtype", "float32"]
+    train(*options, out="whole")
     shutil.copytree("whole", "cut")
     shutil.rmtree("cut/adapter")
     shutil.rmtree("cut/checkpoints/checkpoint-2")
-    train(*short, "--resume", out="cut")
-    whole, cut = saved("whole"), saved("cut")
-    assert whole.keys() == cut.keys()
-    assert all(whole[name].equal(cut[name]) for name in whole)
+    train(*options, "--resume", out="cut")
+    expected, resumed = load_adapter("whole"), load_adapter("cut")
+    assert expected.keys() == resumed.keys()
+    assert all(expected[name].equal(resumed[name]) for name in expected)
 
 
-def test_a_family_without_a_place_for_a_prefix_is_refused_before_its_weights_load(
+def test_prefix_on_unsupported_family_is_rejected(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     from transformers import BloomConfig, BloomForCausalLM
@@ -116,15 +118,15 @@ def test_a_family_without_a_place_for_a_prefix_is_refused_before_its_weights_loa
     config = BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)
     BloomForCausalLM(config).save_pretrained("bloom")
     assert run(["train", "--method", "prefix", "--model", "bloom", "--output-dir", "run"]) == 2
-    said = " ".join(capsys.readouterr().err.split())
-    assert "--method prefix" in said
-    assert "bloom" in said
-    assert "computes attention without transformers' AttentionInterface" in said
-    assert "Use --method prompt" in said
+    message = " ".join(capsys.readouterr().err.split())
+    assert "--method prefix" in message
+    assert "bloom" in message
+    assert "computes attention without transformers' AttentionInterface" in message
+    assert "Use --method prompt" in message
     assert not Path("run").exists()
 
 
-def test_a_prompt_leaves_room_for_text(
+def test_too_many_virtual_tokens_are_rejected(
     tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = str(tiny_model_dir("gpt2"))
