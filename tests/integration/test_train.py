@@ -342,8 +342,8 @@ def test_resume_with_changed_thread_count_is_rejected(
         torch.set_num_threads(count)
     assert code == 2
     assert capsys.readouterr().err == (
-        f"ftlevel: --resume run: not the same run: threads was {count} and is {count + 1}. Restore it "
-        f"(OMP_NUM_THREADS={count}), start a new run in another --output-dir, or pass "
+        f"ftlevel: --resume run: not the same run: threads was {count} and is {count + 1}. "
+        f"Restore it (OMP_NUM_THREADS={count}), start a new run in another --output-dir, or pass "
         "--allow-change threads  [resume]\n"
     )
 
