@@ -387,11 +387,11 @@ _UNLIMITED = 10**6
 
 
 def _read_format(
-    source: ModelSource, tokenizer: Any, repathd: Collection[str] = ()
+    source: ModelSource, tokenizer: Any, replaced: Collection[str] = ()
 ) -> EmbeddingFormat | None:
     """Returns the format in the files of `source`, and in those of version 6 in its tokenizer."""
     path = download_files(source, FILES)
-    format_ = None if path is None else load_embedding_format(path, repathd)
+    format_ = None if path is None else load_embedding_format(path, replaced)
     if format_ is None:
         return None
     longest = format_.max_length or tokenizer.model_max_length

@@ -75,7 +75,7 @@ def test_random_selection_is_reproducible_by_seed():
     assert first == second
     assert len(set(first)) == 3
     assert all(
-        set(negatives) <= {corpus.places[f"x{n}"] for n in range(10, 30)} for negatives in first
+        set(negatives) <= {corpus.positions[f"x{n}"] for n in range(10, 30)} for negatives in first
     )
 
 
