@@ -141,7 +141,7 @@ def test_old_run_survives_repeated_kills_of_new_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_reverse", [False, True])
-@pytest.mark.parametrize("phase", ["set aside", "put back"])
+@pytest.mark.parametrize("phase", ["backup", "restore"])
 @pytest.mark.parametrize("calls", range(6))
 def test_kill_while_moving_old_run_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int, phase: str, is_reverse: bool
@@ -149,7 +149,7 @@ def test_kill_while_moving_old_run_loses_nothing(
     create_finished_run(tmp_path)
     before = read_tree(tmp_path)
     rename, iterdir, count = Path.rename, Path.iterdir, 0
-    if phase == "put back":
+    if phase == "restore":
         restart_run(tmp_path)
 
     def sorted_iterdir(path: Path) -> Iterator[Path]:
@@ -164,7 +164,7 @@ def test_kill_while_moving_old_run_loses_nothing(
 
     monkeypatch.setattr(Path, "iterdir", sorted_iterdir)
     monkeypatch.setattr(Path, "rename", interrupted_rename)
-    if phase == "put back":
+    if phase == "restore":
         with pytest.raises(KeyboardInterrupt if calls < 4 else RuntimeError):
             fail_run(tmp_path)
     elif calls < 4:  # config.yaml, summary.json, adapter and checkpoints

@@ -64,9 +64,7 @@ def test_auto_length_keeps_all_rows_within_bounds() -> None:
         ({"memory": 40}, "this machine's memory"),
     ],
 )
-def test_auto_length_drops_up_to_one_percent_and_reports_it(
-    bounds: dict[str, int], name: str
-) -> None:
+def test_auto_length_drops_and_reports_up_to_one_percent(bounds: dict[str, int], name: str) -> None:
     rows = [pair(3, 4, i) for i in range(99)] + [pair(30, 20, 99)]
     fitted = fit(rows, "auto", **bounds)
     assert (fitted.max_length, fitted.dropped, len(fitted.rows)) == (40, 1, 99)

@@ -151,7 +151,7 @@ def write_old_card(folder: Path, **fields: Any) -> AdapterCard:
         ({}, "text: 'text'", ""),
         ({"data": {}}, "", ""),
     ],
-    ids=["pairs", "a mapped text", "a text by the summary", "not trained by ftlevel"],
+    ids=["pairs", "mapped-text", "text-from-summary", "not-trained-by-ftlevel"],
 )
 def test_card_without_version_uses_version_1(
     fields: dict[str, Any], description: str, separator: str, tmp_path: Path

@@ -52,23 +52,23 @@ def random_texts(count: int, length: int, seed: int = 0) -> list[str]:
 def modify_text(text: str, change: str, generator: random.Random) -> str:
     words = text.split()
     position = generator.randrange(len(words))
-    if change == "other":
+    if change == "replace":
         words[position] = "qqq"
-    elif change == "two others":
+    elif change == "replace two":
         words[position] = words[position - 1] = "qqq"
-    elif change == "one more":
+    elif change == "insert":
         words.insert(position, "very")
-    elif change == "one less":
+    elif change == "delete":
         del words[position]
-    elif change == "slip":
+    elif change == "typo":
         position = max(range(len(words)), key=lambda i: len(words[i]))
         words[position] = (
             words[position][:2] + words[position][3] + words[position][2] + words[position][4:]
         )
-    elif change == "order":
+    elif change == "swap":
         position = max(1, position)
         words[position - 1], words[position] = words[position], words[position - 1]
-    elif change == "case and marks":
+    elif change == "case and punctuation":
         words = [w.upper() + "!" for w in words]
     return " ".join(words)
 
@@ -77,9 +77,9 @@ def modify_text(text: str, change: str, generator: random.Random) -> str:
     ("length", "change"),
     [
         *((length, change) for length in (10, 40, 300)
-          for change in ("other", "two others", "one more", "one less", "slip", "order",
-                      "case and marks")),
-        (5, "slip"),
+          for change in ("replace", "replace two", "insert", "delete", "typo", "swap",
+                      "case and punctuation")),
+        (5, "typo"),
     ],
 )  # fmt: skip
 def test_text_with_few_changes_is_found(length: int, change: str) -> None:
@@ -150,7 +150,7 @@ def test_near_duplicates_between_validation_and_training() -> None:
     generator = random.Random(1)
     validation = [PlainText(text, i) for i, text in enumerate(random_texts(40, 12, 77))]
     validation += [
-        PlainText(modify_text(train[7 * i].text, "other", generator), 40 + i) for i in range(20)
+        PlainText(modify_text(train[7 * i].text, "replace", generator), 40 + i) for i in range(20)
     ]
     matches, training_rows = match_training_texts(make_digests(*validation), make_digests(*train))
     assert matches.tolist() == list(range(40, 60))
@@ -170,7 +170,7 @@ def test_chunked_search_matches_search_in_memory(
 ) -> None:
     generator = random.Random(2)
     rows = random_texts(400, 11)
-    rows += [modify_text(rows[i], "slip", generator) for i in range(0, 100)]
+    rows += [modify_text(rows[i], "typo", generator) for i in range(0, 100)]
     digests = make_digests(*(PlainText(text, i) for i, text in enumerate(rows)))
     skip = np.zeros(500, dtype=bool)
     expected = [side.tolist() for side in match_texts(digests, skip)]

@@ -85,7 +85,7 @@ def test_generator_is_consumed_once_and_cached() -> None:
         ([{"text": "SECRET"}, {"text": "b"}, {"txt": "SECRET"}], "dataset row 3: lacks 'text'"),
         (pd.DataFrame([["SECRET", "b"]], columns=["a", "a"]), "has the column 'a' twice"),
     ],
-    ids=["none", "no-rows", "text", "columns", "odd", "twice"],
+    ids=["none", "no-rows", "text", "columns", "inconsistent", "duplicate"],
 )
 def test_invalid_rows_raise_without_showing_values(rows: Any, message: str) -> None:
     with pytest.raises(InputError) as error:
