@@ -23,7 +23,7 @@ def test_factor_returns_truncated_svd(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_loftq_start_is_optimal_low_rank_correction(family: str, use_rslora: bool) -> None:
+def test_loftq_start_is_optimal_rank_8_correction(family: str, use_rslora: bool) -> None:
     cell = matrix_cells.TinyCell("loftq", family, "causal", ("text-generation",), "4bit")
     model = peft.get_peft_model(
         matrix_cells.copy_base(cell),

@@ -128,7 +128,7 @@ def test_weight_on_grid_keeps_codes() -> None:
     assert torch.equal(improved, codes)
 
 
-def test_select_codes_preserves_low_rank_change() -> None:
+def test_select_codes_preserves_rank_4_change() -> None:
     """Sweeps alone trade the change for less noise; these inputs are nearly uncorrelated."""
     grid, moment = four_bit_grid("nf4", False), 0.1 * create_moment(256) + torch.eye(256)
     origin = create_matrix(192, 256)
