@@ -126,7 +126,7 @@ def test_lora_variants_match_peft(fields):
         assert relative_error(grad, expected[name]) < 1e-5, name
 
 
-def test_fused_function_passes_gradcheck():
+def test_fused_function_gradcheck():
     torch.manual_seed(0)
     x, dropped, a, b, bias = (
         torch.randn(shape, dtype=torch.float64, requires_grad=True)

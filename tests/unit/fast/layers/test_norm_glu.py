@@ -60,7 +60,7 @@ def test_fused_model_matches_logits_and_gradients(
         assert torch.equal(evaluated, model(**batch).logits)
 
 
-def test_fused_layers_pass_gradcheck() -> None:
+def test_fused_layers_gradcheck() -> None:
     torch.manual_seed(0)
     base = tiny_models.build("llama").requires_grad_(False).double().train()
     norm, mlp = base.model.norm, base.model.layers[0].mlp
