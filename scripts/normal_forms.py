@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import peft  # noqa: E402 - the tests' modules are found first
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING  # noqa: E402
 
-from export_cases import some_ids  # noqa: E402
+from export_cases import create_ids  # noqa: E402
 from ftlevel.commands.export import export  # noqa: E402
 from ftlevel.config import ExportConfig  # noqa: E402
 from ftlevel.errors import FtlevelError  # noqa: E402
@@ -32,7 +32,7 @@ from ftlevel.merging.normal_form import PLAIN_FORMS  # noqa: E402
 from ftlevel.methods import METHODS  # noqa: E402
 from ftlevel.methods.lora_conversion import LoraConversion  # noqa: E402
 from ftlevel.methods.merging import get_merge_error  # noqa: E402
-from served_cases import CASES, LINEARS, make_adapter, peft_logits  # noqa: E402
+from served_cases import CASES, LINEARS, peft_logits, write_adapter  # noqa: E402
 from tiny_models import save_tiny  # noqa: E402
 
 MAX_RANK = 32
@@ -83,7 +83,7 @@ def measure(base: Path, folder: Path, name: str, kind: str, settings: dict[str, 
     adapter_dir = folder / re.sub(r"\W", "-", name)
     merges = "no" if get_merge_error({"peft_type": kind}) else "yes"
     try:
-        make_adapter(base, adapter_dir, settings)
+        write_adapter(base, adapter_dir, settings)
     except Exception as error:  # noqa: BLE001 - PEFT raises many errors for random adapters
         if conversion_error := PLAIN_FORMS.get(kind, LoraConversion()).error:
             return [name, kind, "refused", "", "", "", "", merges, f"{kind} {conversion_error}."]
@@ -99,7 +99,7 @@ def measure(base: Path, folder: Path, name: str, kind: str, settings: dict[str, 
     except Exception as error:  # noqa: BLE001 - PEFT's layers raise many errors
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         return [name, kind, "not loaded", "", "", "", "", merges, reason]
-    ids = some_ids()
+    ids = create_ids()
     expected, actual = peft_logits(base, adapter_dir, ids), peft_logits(base, config.out, ids)
     effect = float((expected - peft_logits(base, None, ids)).abs().max())
     difference, largest = float((actual - expected).abs().max()), float(expected.abs().max())

@@ -59,7 +59,7 @@ from ftlevel.extras.serving.entry import (  # noqa: E402
 from ftlevel.extras.serving.recorded import ReferenceOutput, run_prompts  # noqa: E402
 from ftlevel.models.kinds import save_legacy_rope  # noqa: E402
 from ftlevel.trained.resolve import resolve_model  # noqa: E402
-from served_cases import CASES, make_adapter  # noqa: E402
+from served_cases import CASES, write_adapter  # noqa: E402
 
 CSV = ROOT / "docs" / "served.csv"
 COLUMNS = ("adapter", "server", "version", "form", "cell", "difference", "reason", "date")
@@ -268,7 +268,7 @@ def get_adapter(base: Path, folder: Path, name: str) -> Path:
     return (
         directory
         if directory.is_dir()
-        else make_adapter(base, directory, case.settings, loud=case.loud)
+        else write_adapter(base, directory, case.settings, scale=case.scale)
     )
 
 

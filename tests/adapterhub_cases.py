@@ -41,21 +41,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mbart": ("AutoModelForSeq2SeqLM", _BART),
 }  # fmt: skip
 SEQ2SEQ = ("t5", "mt5", "bart", "mbart")
-CLASSIFIER, TAGGER = "AutoModelForSequenceClassification", "AutoModelForTokenClassification"
-READER = "AutoModelForQuestionAnswering"
+CLASSIFIER, TOKEN_CLASSIFIER = (
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+)
+QUESTION_ANSWERING = "AutoModelForQuestionAnswering"
 
 
 @dataclass
 class Case:
-    """One adapter on one base, in a directory of its own.
+    """One adapter on one base, in its own directory.
 
     Attributes:
         number: names the directory.
         family: model type of the base.
-        style: what is printed of it.
+        style: printed description.
         auto_class: of transformers, for both.
-        config: class and fields of AdapterHub's configuration; None where ftlevel makes it.
-        head: settings of a flex head; None for that of the class.
+        config: class and fields of AdapterHub's configuration; None for configurations of ftlevel.
+        head: settings of a flex head; None for the head of the class.
     """
 
     number: int
@@ -67,9 +70,9 @@ class Case:
 
 
 def fill(name: str, tensor: Any, scale: float = 0.3) -> None:
-    """Fill `tensor` (mutated) with numbers that its name and their places decide, on any machine.
+    """Fill `tensor` (mutated) with values that depend on its name and the positions only.
 
-    They lie within ±`scale`; those of a norm or a factor, around 1.
+    Values are within ±`scale`, for norms and factors around 1.
     """
     import torch
 
@@ -77,32 +80,32 @@ def fill(name: str, tensor: Any, scale: float = 0.3) -> None:
     hashed = (torch.arange(tensor.numel()) + zlib.crc32(name.encode())) * 2654435761 & mask
     hashed = (hashed ^ hashed >> 15) * 2246822519 & mask
     hashed = (hashed ^ hashed >> 13) * 3266489917 & mask
-    middle = float(tensor.dim() == 1 and name.endswith(("weight", "scaling", "_scale.default")))
-    values = middle + scale * (2 * (hashed ^ hashed >> 16).double() / mask - 1)
+    center = float(tensor.dim() == 1 and name.endswith(("weight", "scaling", "_scale.default")))
+    values = center + scale * (2 * (hashed ^ hashed >> 16).double() / mask - 1)
     with torch.no_grad():
         tensor.copy_(values.view(tensor.shape))
 
 
-def inputs(family: str) -> dict[str, Any]:
-    """Return two rows of tokens, the same in both processes."""
+def create_batch(family: str) -> dict[str, Any]:
+    """Return two rows of tokens, equal in both processes."""
     import torch
 
     ids = (torch.arange(22).view(2, 11) * 37 + 11) % 90 + 5
-    ids[:, -1] = 2  # where BART's classifier reads
+    ids[:, -1] = 2  # BART classifies the last EOS
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if family in SEQ2SEQ:
         batch["decoder_input_ids"] = ids
     return batch
 
 
-def logits_of(model: Any, case: Case) -> Any:
+def compute_logits(model: Any, case: Case) -> Any:
     """Return the model's logits, (2, …), in evaluation."""
     import torch
 
-    batch = inputs(case.family)
-    if case.auto_class in (CLASSIFIER, TAGGER, READER):
+    batch = create_batch(case.family)
+    if case.auto_class in (CLASSIFIER, TOKEN_CLASSIFIER, QUESTION_ANSWERING):
         batch.pop("decoder_input_ids", None)
     with torch.no_grad():
-        made = model.eval()(**batch)
-    logits = made.start_logits if case.auto_class == READER else made.logits
+        output = model.eval()(**batch)
+    logits = output.start_logits if case.auto_class == QUESTION_ANSWERING else output.logits
     return logits.contiguous()

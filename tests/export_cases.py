@@ -1,4 +1,4 @@
-"""Models for the tests of `export` and llama.cpp, and how they are compared."""
+"""Models and comparisons for the tests of `export` and llama.cpp."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
 NAMES = [f"{family}-{'-'.join(settings)}" for family, settings, _ in CASES]
 
 
-def exportable(tiny_model_dir: ModelDir, folder: Path, family: str, **overrides: Any) -> Path:
-    """Return a tiny model whose tokenizer llama.cpp can be told of."""
-    made = tiny_model_dir(family, **overrides)
+def exportable_model(tiny_model_dir: ModelDir, folder: Path, family: str, **overrides: Any) -> Path:
+    """Return a tiny model whose tokenizer llama.cpp supports."""
+    model_dir = tiny_model_dir(family, **overrides)
     if family not in SENTENCEPIECE:
-        return made
-    copy = shutil.copytree(made, folder / "model")
+        return model_dir
+    copy = shutil.copytree(model_dir, folder / "model")
     as_sentencepiece(build_tokenizer(family)).save_pretrained(copy)
     return copy
 
@@ -79,17 +79,17 @@ def export_to(name: str, model: Path | str, **settings: Any) -> ExportResult:
     return export(ExportConfig(model=str(model), out=Path(name), **settings))
 
 
-def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
+def compute_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         logits: torch.Tensor = model(ids).logits[0]
     return logits
 
 
-def load(model: Path, **arguments: Any) -> Any:
+def load_model(model: Path, **arguments: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(
         model, dtype=torch.float32, **arguments
     ).eval()
 
 
-def some_ids(count: int = 48) -> torch.Tensor:
+def create_ids(count: int = 48) -> torch.Tensor:
     return torch.randint(10, 490, (1, count), generator=torch.Generator().manual_seed(0))

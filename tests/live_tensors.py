@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveTensors(TorchDispatchMode):
-    """Knows every storage that was made inside the block, for as long as it lives.
+    """Tracks storages that are created inside the block.
 
     Attributes:
-        peak: most bytes that were alive at once.
+        peak: largest number of live bytes.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class LiveTensors(TorchDispatchMode):
         self.peak = 0
 
     def count_bytes(self) -> int:
-        """Return how many bytes are alive now."""
+        """Return the current number of live bytes."""
         return self._bytes
 
     def track(self, tensor: torch.Tensor) -> None:
@@ -42,14 +42,17 @@ class LiveTensors(TorchDispatchMode):
         self._bytes -= self._alive.pop(key, 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run `func` and count what it made."""
-        made = func(*args, **(kwargs or {}))
-        given = {
-            part.untyped_storage()._cdata
-            for part in tree_leaves((args, kwargs))
-            if isinstance(part, torch.Tensor)
+        """Run `func` and track its outputs."""
+        output = func(*args, **(kwargs or {}))
+        argument_storages = {
+            value.untyped_storage()._cdata
+            for value in tree_leaves((args, kwargs))
+            if isinstance(value, torch.Tensor)
         }
-        for part in tree_leaves(made):
-            if isinstance(part, torch.Tensor) and part.untyped_storage()._cdata not in given:
-                self.track(part)
-        return made
+        for value in tree_leaves(output):
+            if (
+                isinstance(value, torch.Tensor)
+                and value.untyped_storage()._cdata not in argument_storages
+            ):
+                self.track(value)
+        return output

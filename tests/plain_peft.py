@@ -1,7 +1,7 @@
-"""Train adapters with plain PEFT, in a process that never imports ftlevel.
+"""Save adapters with plain PEFT, in a process that never imports ftlevel.
 
-Each case leaves FOLDER/<base>-<case> with the adapter, FOLDER/<…>.pt with the logits of the model
-with it on `some_ids`, and of the model that `merge_and_unload` gives of the base in float32.
+Each case saves an adapter to FOLDER/<base>-<case>, and to FOLDER/<…>.pt the logits on `create_ids`
+of the adapted model and of the float32 model after `merge_and_unload`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 NEW_TOKENS = [f"<new{number}>" for number in range(9)]
-"""Tokens that are added, where the vocabulary grows."""
+"""Tokens added to the vocabulary of resized models."""
 
 CASES: dict[str, dict[str, Any]] = {
     "embed": {"target_modules": ["embed_tokens", "q_proj"]},
@@ -44,7 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
 TIED_ONLY = ("both-tied", "both-in-full-tied")
 
 
-def some_ids(vocabulary: int) -> torch.Tensor:
+def create_ids(vocabulary: int) -> torch.Tensor:
     """Return (2, 24) token ids; the last ones of the vocabulary and 3, 40, 41 are among them."""
     ids = torch.randint(10, vocabulary, (2, 24), generator=torch.Generator().manual_seed(0))
     ids[0, :3] = torch.tensor([3, 40, 41])
@@ -52,8 +52,8 @@ def some_ids(vocabulary: int) -> torch.Tensor:
     return ids
 
 
-def write_case(base: Path, folder: Path, settings: dict[str, Any]) -> None:
-    """Write one adapter with its logits."""
+def save_case(base: Path, folder: Path, settings: dict[str, Any]) -> None:
+    """Save one adapter with its logits."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -76,15 +76,15 @@ def write_case(base: Path, folder: Path, settings: dict[str, Any]) -> None:
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape) * 0.05)
     adapted.save_pretrained(folder)
-    ids = some_ids(rows)
+    ids = create_ids(rows)
     with torch.no_grad():
         logits = adapted(ids).logits
         merged = adapted.merge_and_unload()(ids).logits
     torch.save({"ids": ids, "logits": logits, "merged": merged}, f"{folder}.pt")
 
 
-def write_prompt(base: Path, folder: Path, kind: str) -> None:
-    """Write a prompt: logits of the text's tokens, and what it answers when asked step by step."""
+def save_prompt_adapter(base: Path, folder: Path, kind: str) -> None:
+    """Save a soft prompt, the logits of the text tokens, and a greedy generation without cache."""
     import peft
     from transformers import AutoModelForCausalLM
 
@@ -97,19 +97,19 @@ def write_prompt(base: Path, folder: Path, kind: str) -> None:
     }[kind]()
     adapted = peft.get_peft_model(model, config).eval()
     adapted.save_pretrained(folder)
-    ids = answer = some_ids(model.config.vocab_size)[:1]
+    ids = generated = create_ids(model.config.vocab_size)[:1]
     with torch.no_grad():
         logits = adapted(ids).logits[:, 5:]
         for _ in range(6):
-            answer = torch.cat([answer, adapted(answer).logits[:, -1:].argmax(-1)], 1)
-    torch.save({"ids": ids, "logits": logits, "answer": answer}, f"{folder}.pt")
+            generated = torch.cat([generated, adapted(generated).logits[:, -1:].argmax(-1)], 1)
+    torch.save({"ids": ids, "logits": logits, "answer": generated}, f"{folder}.pt")
 
 
 def main(untied: Path, tied: Path, folder: Path) -> None:
-    """Write every case on both bases."""
+    """Save every case on both bases."""
     for kind in ("prompt", "p-tuning"):
-        write_prompt(untied, folder / kind, kind)
+        save_prompt_adapter(untied, folder / kind, kind)
     for name, base in (("untied", untied), ("tied", tied)):
         for case, settings in CASES.items():
             if name == "tied" or case not in TIED_ONLY:
-                write_case(base, folder / f"{name}-{case}", settings)
+                save_case(base, folder / f"{name}-{case}", settings)

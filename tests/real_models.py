@@ -11,13 +11,15 @@ from safetensors.torch import load_file, save_file
 
 
 def keep_first_blocks(model: Path, out: Path, blocks: int) -> Path:
-    """Write a Llama of `model`'s first blocks, its norm and its embeddings, and return `out`."""
+    """Save a Llama with the first blocks, norm and embeddings of `model`, and return `out`."""
     shutil.copytree(model, out, ignore=shutil.ignore_patterns("*.safetensors*"))
     weights: dict[str, torch.Tensor] = {}
     for file in sorted(model.glob("*.safetensors")):
         weights |= load_file(file)
-    kept = {name: w for name, w in weights.items() if _block(name, "layers") < blocks}
-    save_file(kept, out / "model.safetensors", metadata={"format": "pt"})
+    first_weights = {
+        name: w for name, w in weights.items() if _block_index(name, "layers") < blocks
+    }
+    save_file(first_weights, out / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     config["num_hidden_layers"] = blocks
     (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -25,7 +27,7 @@ def keep_first_blocks(model: Path, out: Path, blocks: int) -> Path:
 
 
 def keep_first_blocks_of_gguf(model: Path, out: Path, blocks: int) -> Path:
-    """Write the same of a GGUF file: its tensors byte for byte as they are stored."""
+    """Save the first blocks of a GGUF file; tensors are copied byte for byte."""
     import gguf
 
     reader = gguf.GGUFReader(model)
@@ -38,7 +40,7 @@ def keep_first_blocks_of_gguf(model: Path, out: Path, blocks: int) -> Path:
         kind, *inner = field.types
         writer.add_key_value(name, value, kind, sub_type=inner[-1] if inner else None)
     for tensor in reader.tensors:
-        if _block(tensor.name, "blk") < blocks:
+        if _block_index(tensor.name, "blk") < blocks:
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -47,7 +49,7 @@ def keep_first_blocks_of_gguf(model: Path, out: Path, blocks: int) -> Path:
     return out
 
 
-def _block(name: str, before: str) -> int:
-    """Return the number of the block a tensor is in; -1 where it is in none."""
+def _block_index(name: str, before: str) -> int:
+    """Return the block index of a tensor, or -1."""
     parts = name.split(".")
     return int(parts[parts.index(before) + 1]) if before in parts else -1

@@ -1,4 +1,4 @@
-"""Adapters trained with plain PEFT, and the expected result of their export."""
+"""Adapters of plain PEFT, and the expected results of their export."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class Case:
 
     Attributes:
         settings: of its PEFT config; `cls` names the class, LoraConfig by default.
-        rank: of its normal form; None where it is refused.
-        refused: words of the refusal.
-        bare: whether the adapter of a server that reads lora_alpha / r alone is another one.
-        loud: by how much its last factor is made larger, so that it is told from its base.
+        rank: of the exported LoRA; None if the export raises.
+        error: part of the error message.
+        needs_conversion: whether servers that only read lora_alpha / r apply another update.
+        scale: factor on its last matrix, so that its outputs differ from those of the base.
     """
 
     settings: dict[str, Any]
     rank: int | None = None
-    refused: str = ""
-    bare: bool = field(default=False)
-    loud: float = 1.0
+    error: str = ""
+    needs_conversion: bool = field(default=False)
+    scale: float = 1.0
 
 
 _LAST = ("lora_E", "vera_lambda_b", "trainable_tokens_delta")
@@ -41,37 +41,37 @@ def _lora(**settings: Any) -> dict[str, Any]:
     return {"r": 8, "lora_alpha": 16, "target_modules": LINEARS, **settings}
 
 
-def _of(cls: str, **settings: Any) -> dict[str, Any]:
+def _config(cls: str, **settings: Any) -> dict[str, Any]:
     return {"cls": cls, "target_modules": LINEARS, **settings}
 
 
 CASES: dict[str, Case] = {
     "lora": Case(_lora(), 8),
-    "rslora": Case(_lora(use_rslora=True), 8, bare=True),
+    "rslora": Case(_lora(use_rslora=True), 8, needs_conversion=True),
     "patterns": Case(
         _lora(rank_pattern={"q_proj": 4, "layers.1.mlp.up_proj": 12}, alpha_pattern={"k_proj": 3}),
         12,
-        bare=True,
+        needs_conversion=True,
     ),
     "both": Case(
         _lora(use_rslora=True, rank_pattern={"o_proj": 12}, alpha_pattern={"down_proj": 5}),
         12,
-        bare=True,
+        needs_conversion=True,
     ),
     "layers": Case(_lora(layers_to_transform=[1]), 8),
-    "pissa": Case(_lora(init_lora_weights="pissa"), 16, bare=True),
-    "olora": Case(_lora(init_lora_weights="olora"), 16, bare=True),
+    "pissa": Case(_lora(init_lora_weights="pissa"), 16, needs_conversion=True),
+    "olora": Case(_lora(init_lora_weights="olora"), 16, needs_conversion=True),
     "tokens": Case(_lora(trainable_token_indices=[5, 9, 40]), 8),
     "embedding": Case(_lora(target_modules=["q_proj", "embed_tokens"]), 8),
     "norms": Case(_lora(modules_to_save=["norm"]), 8),
     "adalora": Case(
-        _of("AdaLoraConfig", init_r=8, target_r=4, total_step=10, tinit=1, tfinal=1), 8,
-        loud=400,
+        _config("AdaLoraConfig", init_r=8, target_r=4, total_step=10, tinit=1, tfinal=1), 8,
+        scale=400,
     ),
-    "vera": Case(_of("VeraConfig", r=16, target_modules=["q_proj", "o_proj"]), 16, loud=20),
-    "loha": Case(_of("LoHaConfig", r=4), 16),
-    "lokr": Case(_of("LoKrConfig", r=4), 64),
-    "miss": Case(_of("MissConfig", r=8), 8),
+    "vera": Case(_config("VeraConfig", r=16, target_modules=["q_proj", "o_proj"]), 16, scale=20),
+    "loha": Case(_config("LoHaConfig", r=4), 16),
+    "lokr": Case(_config("LoKrConfig", r=4), 64),
+    "miss": Case(_config("MissConfig", r=8), 8),
     "trainable tokens": Case(
         {
             "cls": "TrainableTokensConfig",
@@ -79,32 +79,34 @@ CASES: dict[str, Case] = {
             "target_modules": ["embed_tokens"],
         },
         2,
-        loud=3,
+        scale=3,
     ),
-    "gralora": Case(_of("GraloraConfig", r=8, gralora_k=2, hybrid_r=2), 18),
-    "delora": Case(_of("DeloraConfig", r=8), 8),  # no algebra: its layers are asked
-    "dora": Case(_lora(use_dora=True), refused="DoRA scales each row"),
-    "lora bias": Case(_lora(lora_bias=True), refused="B has a bias"),
-    "bias": Case(_lora(bias="lora_only"), refused="biases of the base were trained"),
-    "loha r 12": Case(_of("LoHaConfig", r=12), refused="needs rank 144, above --max-rank 64"),
+    "gralora": Case(_config("GraloraConfig", r=8, gralora_k=2, hybrid_r=2), 18),
+    "delora": Case(_config("DeloraConfig", r=8), 8),  # updates are computed by its layers
+    "dora": Case(_lora(use_dora=True), error="DoRA scales each row"),
+    "lora bias": Case(_lora(lora_bias=True), error="B has a bias"),
+    "bias": Case(_lora(bias="lora_only"), error="biases of the base were trained"),
+    "loha r 12": Case(_config("LoHaConfig", r=12), error="needs rank 144, above --max-rank 64"),
     "ia3": Case(
-        _of("IA3Config", feedforward_modules=["down_proj"], target_modules=["k_proj", "down_proj"]),
-        refused="full rank",
+        _config(
+            "IA3Config", feedforward_modules=["down_proj"], target_modules=["k_proj", "down_proj"]
+        ),
+        error="full rank",
     ),
-    "hira": Case(_of("HiraConfig", r=8), refused="full rank"),
-    "shira": Case(_of("ShiraConfig", r=4), refused="full rank"),
-    "c3a": Case(_of("C3AConfig", block_size=16), refused="full rank"),
-    "lily": Case(_of("LilyConfig"), refused="router that looks at the input"),
+    "hira": Case(_config("HiraConfig", r=8), error="full rank"),
+    "shira": Case(_config("ShiraConfig", r=4), error="full rank"),
+    "c3a": Case(_config("C3AConfig", block_size=16), error="full rank"),
+    "lily": Case(_config("LilyConfig"), error="router that looks at the input"),
     "prompt": Case(
-        {"cls": "PromptTuningConfig", "num_virtual_tokens": 4}, refused="does not change weights"
+        {"cls": "PromptTuningConfig", "num_virtual_tokens": 4}, error="does not change weights"
     ),
 }  # fmt: skip
 
 
-def make_adapter(
-    base: Path, place: Path, settings: dict[str, Any], seed: int = 0, loud: float = 1.0
+def write_adapter(
+    base: Path, directory: Path, settings: dict[str, Any], seed: int = 0, scale: float = 1.0
 ) -> Path:
-    """Write an adapter of plain PEFT whose every trained number was moved at random."""
+    """Save an adapter of plain PEFT with noise on every trained value."""
     settings = dict(settings)
     config_class = getattr(peft, settings.pop("cls", "LoraConfig"))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -117,17 +119,17 @@ def make_adapter(
                 if parameter.requires_grad:
                     spread = max(float(parameter.std()) if parameter.numel() > 1 else 0.0, 0.02)
                     parameter.add_(torch.randn_like(parameter) * spread * 0.7)
-        tuned.save_pretrained(place)
-    if loud != 1:
-        tensors = load_file(place / "adapter_model.safetensors")
+        tuned.save_pretrained(directory)
+    if scale != 1:
+        tensors = load_file(directory / "adapter_model.safetensors")
         for key in [key for key in tensors if key.endswith(_LAST)]:
-            tensors[key] = tensors[key] * loud
-        save_file(tensors, place / "adapter_model.safetensors", {"format": "pt"})
-    return place
+            tensors[key] = tensors[key] * scale
+        save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
+    return directory
 
 
 def peft_logits(base: Path, adapter: Path | None, ids: torch.Tensor) -> torch.Tensor:
-    """Return what plain PEFT computes of the adapter on its base, in float32."""
+    """Return the logits of plain PEFT for the adapter on its base, in float32."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)

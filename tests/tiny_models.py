@@ -1,7 +1,7 @@
 """Tiny real models of every family and head, built from configs: two layers, hidden size 64.
 
-Every linear layer is a multiple of 64 wide, so 4-bit blocks fit. Weights are jittered, so that no
-bias is zero and no norm is one, and a term that is forgotten changes the result.
+The width of each linear layer is a multiple of 64, for 4-bit blocks. Noise is added to all weights,
+so that no bias is zero and no norm is one, and a missing term changes the result.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ AUTO_CLASSES = {
     "base": "AutoModel",
 }
 
-# The heads that transformers has for a family; the first is the one its checkpoints come with.
+# Heads of each family in transformers; the first one is that of its published checkpoints.
 _UNDERSTANDING = ("seqcls", "tokcls", "qa")
 _MASKED = ("bert", "roberta", "distilbert", "electra", "albert", "deberta-v2", "modernbert")
 _CAUSAL = ("gpt2", "gpt_neo", "gpt_neox", "llama", "mistral", "mixtral")
@@ -206,7 +206,7 @@ def build_config(family: str, head: str | None = None, **overrides: Any) -> Any:
     if head in ("seqcls", "tokcls"):
         values.setdefault("num_labels", LABELS)
     if head == "seqcls" and values.get("pad_token_id") is None:
-        # Without one, decoders refuse to classify more than one row at a time.
+        # Decoders need a pad token to classify more than one row at a time.
         values["pad_token_id"] = values["eos_token_id"]
     return AutoConfig.for_model(family, **values)
 
@@ -216,8 +216,8 @@ def build(family: str, head: str | None = None, seed: int = 0, **overrides: Any)
 
     Args:
         family: one of `FAMILIES`, the `model_type` of transformers.
-        head: one of `HEADS[family]`; None is the head that its checkpoints come with.
-        seed: of the weights; the global random state is left as it was.
+        head: one of `HEADS[family]`; by default, that of its published checkpoints.
+        seed: of the weights; the global random state is not changed.
         overrides: config values to replace.
     """
     head = head or HEADS[family][0]
@@ -236,7 +236,7 @@ def build_batch(
 ) -> dict[str, torch.Tensor]:
     """Return inputs and labels for a model of `build`; the first row has three pad positions.
 
-    Shapes: `input_ids`, `attention_mask` (batch, length); `labels` as the head wants them.
+    Shapes: `input_ids`, `attention_mask` (batch, length); `labels` depend on the head.
     """
     head = head or HEADS[family][0]
     generator = torch.Generator().manual_seed(seed)
@@ -267,7 +267,7 @@ def build_batch(
 
 
 def compute_logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the logits of any head without gradients; start and end stand side by side for qa."""
+    """Return the logits of any head without gradients; qa has start and end logits concatenated."""
     with torch.no_grad():
         output = model(**inputs)
     if hasattr(output, "start_logits"):

@@ -19,7 +19,16 @@ import transformers
 from gguf import GGUFReader
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
-from export_cases import CASES, NAMES, ModelDir, export_to, exportable, load, logits_of, some_ids
+from export_cases import (
+    CASES,
+    NAMES,
+    ModelDir,
+    compute_logits,
+    create_ids,
+    export_to,
+    exportable_model,
+    load_model,
+)
 from ftlevel.cli.app import run
 from ftlevel.errors import FtlevelError, InputError, RunError
 from ftlevel.merging.formats import gguf
@@ -36,7 +45,7 @@ def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def model_dir(tiny_model_dir: ModelDir, tmp_path: Path) -> ModelDir:
     """Return a factory of tiny models whose tokenizers llama.cpp supports."""
-    return functools.partial(exportable, tiny_model_dir, tmp_path)
+    return functools.partial(exportable_model, tiny_model_dir, tmp_path)
 
 
 @pytest.mark.parametrize(("family", "overrides", "missing_settings"), CASES, ids=NAMES)
@@ -49,9 +58,12 @@ def test_exported_family_matches_model(
     assert check["beside_model"]["max_difference"] <= 1e-6
     assert check["beside_model"]["targets"] > 400
     if not missing_settings:  # transformers loads the same model from the file alone
-        loaded = load(Path(), gguf_file="x.gguf")
+        loaded = load_model(Path(), gguf_file="x.gguf")
         torch.testing.assert_close(
-            logits_of(loaded, some_ids()), logits_of(load(model), some_ids()), rtol=0, atol=1e-6
+            compute_logits(loaded, create_ids()),
+            compute_logits(load_model(model), create_ids()),
+            rtol=0,
+            atol=1e-6,
         )
 
 
@@ -70,7 +82,7 @@ def test_narrow_outtype_matches_rounded_model(
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_outtype_auto_keeps_dtype(model_dir: ModelDir, tmp_path: Path, dtype: str) -> None:
-    model = load(model_dir("qwen2")).to(getattr(torch, dtype))
+    model = load_model(model_dir("qwen2")).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path / "typed")
     build_tokenizer("qwen2").save_pretrained(tmp_path / "typed")
     summary = export_to("x.gguf", tmp_path / "typed").summary
@@ -137,7 +149,7 @@ def test_exported_run_generates_same_text(capsys: pytest.CaptureFixture[str]) ->
 
 def write_adapter(base: Path, out: Path, **settings: Any) -> Path:
     torch.manual_seed(1)
-    adapter = get_peft_model(load(base), LoraConfig(task_type="CAUSAL_LM", **settings))
+    adapter = get_peft_model(load_model(base), LoraConfig(task_type="CAUSAL_LM", **settings))
     for name, parameter in adapter.named_parameters():
         if "lora_" in name:
             parameter.data.normal_(0, 0.05)
@@ -156,7 +168,7 @@ def test_adapter_on_tied_embedding_exports_separate_head(
     assert len(tokenizer) <= 704
     names = {tensor.name for tensor in GGUFReader("x.gguf").tensors}
     assert {"output.weight", "token_embd.weight"} <= names
-    loaded = load(Path(), gguf_file="x.gguf")
+    loaded = load_model(Path(), gguf_file="x.gguf")
     assert not torch.equal(loaded.lm_head.weight, loaded.get_input_embeddings().weight)
 
 
@@ -201,7 +213,7 @@ def test_unmergeable_adapter_is_rejected(
     tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    get_peft_model(load(tiny_model_dir("qwen2")), settings).save_pretrained("prompts")
+    get_peft_model(load_model(tiny_model_dir("qwen2")), settings).save_pretrained("prompts")
     for options in ([], ["--dry-run"]):
         assert run(["export", "prompts", "--out", "x.gguf", *options]) == 2
         assert "prompts cannot be merged" in capsys.readouterr().err

@@ -15,7 +15,7 @@ import transformers
 import xllamacpp
 from torch.nn import functional
 
-from export_cases import exportable
+from export_cases import exportable_model
 from ftlevel.artifacts.sentence_transformers import EmbeddingFormat, save_embedding_format
 from ftlevel.cli.app import run
 from ftlevel.commands.export import export
@@ -86,7 +86,7 @@ def test_llama_cpp_embeddings_match_model(
 ) -> None:
     settings = {"head_dim": 16} if family == "qwen3" else {}
     source = (
-        exportable(tiny_model_dir, Path.cwd() / "base", family)
+        exportable_model(tiny_model_dir, Path.cwd() / "base", family)
         if family == "llama"
         else tiny_model_dir(family, head, **settings)
     )

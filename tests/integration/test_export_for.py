@@ -12,10 +12,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from export_cases import ModelDir, exportable
+from export_cases import ModelDir, exportable_model
 from ftlevel.cli.app import run
 from ftlevel.config.export import SERVERS
-from served_cases import CASES, make_adapter
+from served_cases import CASES, write_adapter
 from tiny_models import save_tiny
 
 
@@ -30,7 +30,7 @@ def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def save_adapter(base: Path, name: str) -> str:
-    return str(make_adapter(base, Path(name).absolute(), CASES[name].settings))
+    return str(write_adapter(base, Path(name).absolute(), CASES[name].settings))
 
 
 def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object]:
@@ -150,7 +150,7 @@ def test_mlx_export_transposes_matrices_and_folds_scale(base: Path) -> None:
 
 def test_mlx_rejects_several_adapters(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("lora", "rslora"):
-        make_adapter(base, Path("all", name), CASES[name].settings)
+        write_adapter(base, Path("all", name), CASES[name].settings)
     assert run(["export", "all", "--for", "mlx", "--out", "out"]) == 2
     assert "is a directory of 2 adapters (lora, rslora), and --format mlx is of one" in (
         capsys.readouterr().err
@@ -165,11 +165,11 @@ def test_mlx_rejects_several_adapters(base: Path, capsys: pytest.CaptureFixture[
 def test_separator_characters_are_escaped_or_rejected(
     base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    adapter_dir = make_adapter(base, Path("a=b,c").absolute(), CASES["lora"].settings)
+    adapter_dir = write_adapter(base, Path("a=b,c").absolute(), CASES["lora"].settings)
     summary = dry_run(capsys, str(adapter_dir), "--for", "vllm", "--out", "out")
     module = shlex.split(summary["start"][0])[-1]  # type: ignore[index]
     assert json.loads(module) == {"name": "a=b,c", "path": "out"}
-    plain_dir = make_adapter(base, Path("plain").absolute(), CASES["lora"].settings)
+    plain_dir = write_adapter(base, Path("plain").absolute(), CASES["lora"].settings)
     summary = dry_run(capsys, str(plain_dir), "--for", "vllm", "--out", "o,t")
     assert json.loads(shlex.split(summary["start"][0])[-1])["path"] == "o,t"  # type: ignore[index]
     for server, out in (("tgi", "out"), ("llama.cpp", "out,1")):
@@ -193,7 +193,7 @@ def test_classifier_export_for_text_server_is_rejected(capsys: pytest.CaptureFix
 def test_directory_without_adapter_is_reported(
     base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_adapter(base, Path("all", "one"), CASES["lora"].settings)
+    write_adapter(base, Path("all", "one"), CASES["lora"].settings)
     save_tiny(Path("all/whole"), "llama")
     assert run(["export", "all", "--for", "vllm", "--out", "out", "--dry-run"]) == 0
     assert "all/whole contains no adapter and is skipped." in capsys.readouterr().err
@@ -205,14 +205,14 @@ def test_adapters_of_different_bases_are_rejected(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = save_tiny(tmp_path / "other", "llama", seed=1)
-    make_adapter(base, tmp_path / "all" / "one", CASES["lora"].settings)
-    make_adapter(other, tmp_path / "all" / "two", CASES["lora"].settings)
+    write_adapter(base, tmp_path / "all" / "one", CASES["lora"].settings)
+    write_adapter(other, tmp_path / "all" / "two", CASES["lora"].settings)
     assert run(["export", "all", "--for", "vllm", "--out", "out"]) == 2
     assert "one and two have different bases" in capsys.readouterr().err
 
 
 def test_ollama_export_is_merged_and_checked(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
-    base_dir = exportable(tiny_model_dir, tmp_path, "llama")
+    base_dir = exportable_model(tiny_model_dir, tmp_path, "llama")
     name = save_adapter(base_dir, "lora")
     assert run(["export", name, "--for", "ollama", "--out", "mine.gguf", "-q"]) == 0
     assert "ADAPTER" not in Path("mine.Modelfile").read_text()
@@ -226,7 +226,7 @@ def test_ollama_export_is_merged_and_checked(tiny_model_dir: ModelDir, tmp_path:
 def test_gguf_base_is_supported_only_by_llama_cpp(
     tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base_dir = exportable(tiny_model_dir, tmp_path, "llama")
+    base_dir = exportable_model(tiny_model_dir, tmp_path, "llama")
     name = save_adapter(base_dir, "lora")
     assert run(["export", str(base_dir), "--out", "x.gguf", "--no-verify", "-q"]) == 0
     options = [name, "--model", "x.gguf", "--out", "out"]

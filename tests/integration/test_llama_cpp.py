@@ -14,7 +14,16 @@ import pytest
 import torch
 import transformers
 
-from export_cases import CASES, NAMES, ModelDir, export_to, exportable, load, logits_of, some_ids
+from export_cases import (
+    CASES,
+    NAMES,
+    ModelDir,
+    compute_logits,
+    create_ids,
+    export_to,
+    exportable_model,
+    load_model,
+)
 from ftlevel.merging.formats.gguf import TEST_INPUTS
 
 needs_llama_cpp = pytest.mark.skipif(
@@ -32,7 +41,7 @@ def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def model_dir(tiny_model_dir: ModelDir, tmp_path: Path) -> ModelDir:
     """Return a factory of tiny models whose tokenizers llama.cpp supports."""
-    return functools.partial(exportable, tiny_model_dir, tmp_path)
+    return functools.partial(exportable_model, tiny_model_dir, tmp_path)
 
 
 def load_in_llama_cpp(path: str, context: int = 256) -> Any:
@@ -51,8 +60,8 @@ def test_llama_cpp_logits_and_tokens_match_transformers(
 ) -> None:
     model = model_dir(family, **overrides)
     export_to("x.gguf", model, outtype="f32")
-    ids = some_ids(96)
-    expected = logits_of(load(model), ids)
+    ids = create_ids(96)
+    expected = compute_logits(load_model(model), ids)
     llama = load_in_llama_cpp("x.gguf")
     llama.eval(ids[0].tolist())
     actual = torch.tensor(llama.scores[: ids.shape[1]])
@@ -72,7 +81,7 @@ def test_llama_cpp_logits_and_tokens_match_transformers(
 def test_llama_cpp_generation_matches_transformers_on_real_weights(smollm2: Path) -> None:
     export_to("x.gguf", smollm2, outtype="f32", verify=False)
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
-    model, llama = load(smollm2), load_in_llama_cpp("x.gguf", 512)
+    model, llama = load_model(smollm2), load_in_llama_cpp("x.gguf", 512)
     for text in TEST_INPUTS:
         assert (
             llama.tokenize(text.encode(), add_bos=True, special=True)
@@ -83,7 +92,7 @@ def test_llama_cpp_generation_matches_transformers_on_real_weights(smollm2: Path
     llama.eval(ids)
     tokens = list(ids)
     for _ in range(24):
-        expected = logits_of(model, torch.tensor([tokens]))[-1]
+        expected = compute_logits(model, torch.tensor([tokens]))[-1]
         actual = torch.tensor(llama.scores[len(tokens) - 1])
         torch.testing.assert_close(actual, expected, rtol=0, atol=0.05)
         best, second = expected.topk(2).values.tolist()

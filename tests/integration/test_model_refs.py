@@ -19,7 +19,7 @@ import transformers
 from ftlevel.cli.app import run
 from ftlevel.trained.resolve import resolve_model
 from tiny_models import save_tiny
-from trained_things import LABELS, THINGS, TYPES, load_peft, make_things
+from trained_things import LABELS, REF_KINDS, TYPES, create_refs, load_peft_model
 
 CreateRefs = Callable[[str], dict[str, Path]]
 COMMANDS = ("evaluate", "predict", "generate", "merge", "export", "train", "quantize")
@@ -27,12 +27,14 @@ _MODELS = ("merged", "quantized")
 _GENERATIVE = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 COMPARED_LOSSES = ("SEQ_CLS", "CAUSAL_LM", "SEQ_2_SEQ_LM")
 """Task types whose losses are compared in CI."""
-CELLS = [(ref_kind, kind, command) for ref_kind in THINGS for kind in TYPES for command in COMMANDS]
+CELLS = [
+    (ref_kind, kind, command) for ref_kind in REF_KINDS for kind in TYPES for command in COMMANDS
+]
 
 
 def is_in_sample(ref_kind: str, kind: str, command: str) -> bool:
     """Whether a cell runs in CI: half of the cells of PEFT adapters, one of each other pair."""
-    numbers = THINGS.index(ref_kind), list(TYPES).index(kind), COMMANDS.index(command)
+    numbers = REF_KINDS.index(ref_kind), list(TYPES).index(kind), COMMANDS.index(command)
     if ref_kind == "peft" and (kind == "SEQ_CLS" or sum(numbers) % 2):
         return True
     return sum(numbers) % len(TYPES) == 0
@@ -62,7 +64,7 @@ def refs(
     return cache(
         lambda kind: (
             {"base": base(kind)}
-            | make_things(kind, base(kind), tmp_path_factory.mktemp("things") / kind)
+            | create_refs(kind, base(kind), tmp_path_factory.mktemp("things") / kind)
         )
     )
 
@@ -139,7 +141,7 @@ def test_plain_peft_adapter_logits_match_peft(kind: str, refs: CreateRefs) -> No
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if kind == "SEQ_2_SEQ_LM":
         inputs["decoder_input_ids"] = inputs["input_ids"][:, :5]
-    loaded, reference = ref.load("cpu"), load_peft(kind, paths["peft"], paths["base"])
+    loaded, reference = ref.load("cpu"), load_peft_model(kind, paths["peft"], paths["base"])
     ours = loaded.model
     names = ("start_logits", "end_logits") if kind == "QUESTION_ANS" else ("logits",)
     with torch.no_grad():

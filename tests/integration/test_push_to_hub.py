@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError
 
-from export_cases import exportable
+from export_cases import exportable_model
 from ftlevel.artifacts.hub import get_repo_id
 from ftlevel.cli.app import run
 from ftlevel.errors import ConfigError
@@ -87,7 +87,7 @@ def test_quantize_and_export_upload_their_outputs(
     hub_calls: list[Any], tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
     """`quantize` uploads a directory, `export` only its own files."""
-    model = str(exportable(tiny_model_dir, tmp_path, "llama"))
+    model = str(exportable_model(tiny_model_dir, tmp_path, "llama"))
     push_options = ["--push-to-hub", "mine", "--quiet"]
     assert (
         run(["quantize", model, "--quant", "8bit", "--no-measure", "--out", "q", *push_options])

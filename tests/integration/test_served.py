@@ -21,7 +21,7 @@ import xllamacpp
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
-from export_cases import ModelDir, exportable
+from export_cases import ModelDir, exportable_model
 from ftlevel.cli.app import run
 from ftlevel.commands.export import export
 from ftlevel.config import ExportConfig
@@ -31,7 +31,7 @@ from ftlevel.extras.serving.check import check_served, run_library
 from ftlevel.extras.serving.client import ServerOutput, match_output, widen_tolerance
 from ftlevel.extras.serving.config import CheckServedConfig
 from ftlevel.extras.serving.recorded import ReferenceOutput
-from served_cases import CASES, make_adapter
+from served_cases import CASES, write_adapter
 from tiny_models import save_tiny
 
 NAMES = ("rslora", "patterns", "pissa", "adalora", "vera")
@@ -42,13 +42,13 @@ def export_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base that generates only complete characters, five adapters on it, and their export."""
     directory = tmp_path_factory.mktemp("served")
     tiny = functools.partial(save_tiny, directory / "tiny")
-    base = exportable(tiny, directory, "llama")
+    base = exportable_model(tiny, directory, "llama")
     weights = load_file(base / "model.safetensors")
     weights["lm_head.weight"][:270] = 0  # special tokens and bytes
     save_file(weights, base / "model.safetensors", {"format": "pt"})
     for name in NAMES:
         case = CASES[name]
-        make_adapter(base, directory / "adapters" / name, case.settings, loud=case.loud)
+        write_adapter(base, directory / "adapters" / name, case.settings, scale=case.scale)
     out = directory / "out"
     export(ExportConfig(model=str(directory / "adapters"), out=out, server="llama.cpp"))
     export(ExportConfig(model=str(base), out=directory / "base.gguf", outtype="f32", verify=False))
@@ -121,7 +121,7 @@ def quantized_base_export(
     """An adapter of real weights in Q4_1, written for llama.cpp."""
     export_dir = tmp_path_factory.mktemp("blocks")
     settings = CASES["lora"].settings | {"lora_alpha": 128}  # changes logits by more than rounding
-    make_adapter(first_blocks, export_dir / "lora", settings)
+    write_adapter(first_blocks, export_dir / "lora", settings)
     path = export_dir / "lora" / "adapter_config.json"
     config = json.loads(path.read_text()) | {"base_model_name_or_path": str(first_blocks_gguf)}
     path.write_text(json.dumps(config))
@@ -258,7 +258,7 @@ def test_exported_run_is_served_as_trained(
     tiny_model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    base = exportable(tiny_model_dir, tmp_path, "llama")
+    base = exportable_model(tiny_model_dir, tmp_path, "llama")
     weights = load_file(base / "model.safetensors")
     weights["lm_head.weight"][:270] = 0
     save_file(weights, base / "model.safetensors", {"format": "pt"})

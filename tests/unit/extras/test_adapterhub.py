@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from adapterhub_cases import FAMILIES, Case, fill, logits_of
+from adapterhub_cases import FAMILIES, Case, compute_logits, fill
 from ftlevel.errors import InputError
 from ftlevel.extras.adapterhub.adapter import is_adapterhub, load_head, load_hub_adapter
 from ftlevel.extras.adapterhub.config_file import convert_config, create_hub_config
@@ -46,7 +46,7 @@ def write_hub(case: dict[str, Any], directory: Path, **settings: Any) -> Path:
 
 def last_logits(model: Any, case: dict[str, Any]) -> torch.Tensor:
     full_case = Case(0, case["family"], case["style"], case["auto_class"])
-    return logits_of(model, full_case)[:, -1, :6]
+    return compute_logits(model, full_case)[:, -1, :6]
 
 
 @pytest.mark.parametrize("case", FIGURES, ids=lambda case: f"{case['family']}-{case['style']}")

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ftlevel.extras.serving.adapters as adapters_module
-from export_cases import some_ids
+from export_cases import create_ids
 from ftlevel.commands.export import export
 from ftlevel.config import ExportConfig
 from ftlevel.errors import InputError, RunError
 from ftlevel.merging.normal_form import PLAIN_FORMS
 from ftlevel.methods.lora_conversion import LoraConversion
-from served_cases import CASES, make_adapter, peft_logits
+from served_cases import CASES, peft_logits, write_adapter
 from tiny_models import save_tiny
 
 SUPPORTED = [name for name, case in CASES.items() if case.rank is not None]
@@ -38,8 +38,8 @@ def write(model: Path, out: Path, **settings: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_peft_logits_of_normal_form_match_adapter(base: Path, tmp_path: Path, name: str) -> None:
     case = CASES[name]
-    adapter = make_adapter(base, tmp_path / "adapter", case.settings)
-    expected, ids = peft_logits(base, adapter, some_ids()), some_ids()
+    adapter = write_adapter(base, tmp_path / "adapter", case.settings)
+    expected, ids = peft_logits(base, adapter, create_ids()), create_ids()
     summary = write(adapter, tmp_path / "out", format="peft", verify=False)
     assert summary["rank"] == case.rank
     assert summary["way"] == ("the probe" if name == "delora" else "its file")
@@ -52,12 +52,12 @@ def test_peft_logits_of_normal_form_match_adapter(base: Path, tmp_path: Path, na
     assert not {"rank_pattern", "alpha_pattern"} & {key for key, value in config.items() if value}
 
 
-@pytest.mark.parametrize("name", [name for name in SUPPORTED if CASES[name].bare])
+@pytest.mark.parametrize("name", [name for name in SUPPORTED if CASES[name].needs_conversion])
 def test_naive_reader_of_normal_form_is_correct(base: Path, tmp_path: Path, name: str) -> None:
     """Compare W + alpha / r · B · A of the file's tensors with PEFT's logits of the run."""
-    adapter = make_adapter(base, tmp_path / "adapter", CASES[name].settings)
+    adapter = write_adapter(base, tmp_path / "adapter", CASES[name].settings)
     write(adapter, tmp_path / "out", format="peft", verify=False)
-    expected = peft_logits(base, adapter, some_ids())
+    expected = peft_logits(base, adapter, create_ids())
     errors = {}
     for path in (adapter, tmp_path / "out"):
         errors[path.name] = float((_read_naively(base, path) - expected).abs().max())
@@ -77,7 +77,7 @@ def _read_naively(base: Path, adapter: Path) -> torch.Tensor:
             name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
             a, b = tensors[key], tensors[key.replace("lora_A", "lora_B")]
             model.get_submodule(name).weight += config["lora_alpha"] / len(a) * b @ a
-        logits: torch.Tensor = model.eval()(some_ids()).logits[0]
+        logits: torch.Tensor = model.eval()(create_ids()).logits[0]
     return logits
 
 
@@ -85,8 +85,8 @@ def _read_naively(base: Path, adapter: Path) -> torch.Tensor:
 def test_unsupported_adapter_raises_and_writes_nothing(
     base: Path, tmp_path: Path, name: str
 ) -> None:
-    adapter = make_adapter(base, tmp_path / "adapter", CASES[name].settings)
-    with pytest.raises(InputError, match=CASES[name].refused):
+    adapter = write_adapter(base, tmp_path / "adapter", CASES[name].settings)
+    with pytest.raises(InputError, match=CASES[name].error):
         write(adapter, tmp_path / "out", format="peft")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
@@ -99,7 +99,7 @@ def test_plain_forms_lists_only_known_peft_types() -> None:
 def test_wrong_output_is_detected_and_deleted(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapter = make_adapter(base, tmp_path / "adapter", CASES["rslora"].settings)
+    adapter = write_adapter(base, tmp_path / "adapter", CASES["rslora"].settings)
     original_save = adapters_module.save_normal_form
 
     def save_modified(path: Path, *arguments: Any) -> None:

@@ -22,7 +22,7 @@ from transformers import modeling_gguf_pytorch_utils
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.integrations import moe
 
-from export_cases import export_to, exportable
+from export_cases import export_to, exportable_model
 from ftlevel.config import QuantConfig
 from ftlevel.models.loading import build_task_model, load_config, load_model, load_tokenizer
 from ftlevel.models.quantization import build_torchao_config
@@ -318,7 +318,7 @@ def _(_: Any) -> None:
 @CANARIES.of("PreTrainedModel.hf_quantizer")
 def _(request: pytest.FixtureRequest) -> None:
     directory = request.getfixturevalue("tmp_path")
-    model_dir = exportable(request.getfixturevalue("tiny_model_dir"), directory, "llama")
+    model_dir = exportable_model(request.getfixturevalue("tiny_model_dir"), directory, "llama")
     export_to(str(directory / "x.gguf"), model_dir, outtype="f32", verify=False)
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, gguf_file="x.gguf")
     assert {"hf_quantizer", "is_quantized"} & set(vars(model))
@@ -332,7 +332,7 @@ def _(request: pytest.FixtureRequest) -> None:
 @CANARIES.of("GGUFReader.data", "load_gguf_checkpoint")
 def _(request: pytest.FixtureRequest) -> None:
     directory = request.getfixturevalue("tmp_path")
-    model_dir = exportable(request.getfixturevalue("tiny_model_dir"), directory, "llama")
+    model_dir = exportable_model(request.getfixturevalue("tiny_model_dir"), directory, "llama")
     export_to(str(directory / "x.gguf"), model_dir, outtype="q8_0", verify=False)
     readers = []
 
