@@ -81,10 +81,10 @@ def prepare(folder: Path) -> None:
 
 
 def _row(kind: str, number: int) -> dict[str, Any]:
-    from preference_runs import pair
+    from preference_runs import create_pair
     from task_data import ROWS as MADE
 
-    made = {"tags": MADE["tags"], "span": MADE["span"], "mask": MADE["mask"], "reward": pair,
+    made = {"tags": MADE["tags"], "span": MADE["span"], "mask": MADE["mask"], "reward": create_pair,
             "several labels": MADE["multi"], "number": MADE["regression"]}  # fmt: skip
     if kind in made:
         return made[kind](number)

@@ -95,7 +95,7 @@ def measure(kind: Any, config: Any, settings: dict[str, Any], rows: Dataset) -> 
     scores = kind is RewardTrainer
     with tempfile.TemporaryDirectory() as output_dir:
         trainer = kind(
-            model=given.build_base(scores=scores),
+            model=given.build_base(has_score_head=scores),
             args=config(
                 output_dir=output_dir, per_device_train_batch_size=len(rows), report_to="none",
                 use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True,
@@ -104,14 +104,14 @@ def measure(kind: Any, config: Any, settings: dict[str, Any], rows: Dataset) -> 
             ),
             train_dataset=rows,
             processing_class=build_tokenizer(),
-            peft_config=given.adapter_config(scores=scores),
+            peft_config=given.adapter_config(has_score_head=scores),
         )  # fmt: skip
         given.fill_adapter(trainer.model)
         trainer.model.train()
         [batch] = list(trainer.get_train_dataloader())
         loss = trainer.compute_loss(trainer.model, batch)
         loss.backward()
-        return [loss.item(), *given.norms(trainer.model)]
+        return [loss.item(), *given.gradient_norms(trainer.model)]
 
 
 def cases() -> Iterator[tuple[str, Any, list[float], Any]]:

@@ -78,9 +78,9 @@ def create_trainer(case: given.Case, folder: str) -> Any:
 def build_batch(case: given.Case) -> dict[str, Any]:
     """Return the inputs of `_compute_loss`: prompts left-padded, completions right-padded."""
     policy = [logps.detach() for logps in given.log_probabilities(base.build_model().double())]
-    reference = given.reference_logps()
-    old = given.old_logps(policy, case)
-    advantages = given.plain_advantages(case, old, reference)
+    reference = given.reference_log_probabilities()
+    old = given.old_log_probabilities(policy, case)
+    advantages = given.expected_advantages(case, old, reference)
     pairs = list(given.rows())
     max_lengths = [max(len(pair[side]) for pair in pairs) for side in (0, 1)]
 
@@ -118,7 +118,7 @@ def measure(case: given.Case) -> list[float]:
         trainer.model.train()
         loss = trainer._compute_loss(trainer.model, build_batch(case))
         loss.backward()
-        return [loss.item(), *base.norms(trainer.model)]
+        return [loss.item(), *base.gradient_norms(trainer.model)]
 
 
 def main() -> int:
@@ -130,7 +130,7 @@ def main() -> int:
     for case in given.CASES:
         if case.loss == "reinforce++":
             continue
-        actual, reference = measure(case), given.figures(case)
+        actual, reference = measure(case), given.loss_and_norms(case)
         if case.loss == "rloo" and case.masked:
             actual[0] = reference[0]
         difference = max(

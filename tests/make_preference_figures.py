@@ -2,11 +2,10 @@
 
     python tests/make_preference_figures.py > tests/preference_figures.json
 
-Weights and rows are those of `tests/preference_figures.py`; nothing of the package computes here.
-Each answer goes through the model alone, with all of its scores; the formulas are written as the
-papers have them, pair by pair; gradients are autograd's. In float64 but for the norms, which
-transformers computes in float32 whatever it is given: figures are right to about seven digits, and
-what float32 is held to is the formula and not another rounding of it.
+Weights and rows are those of `tests/preference_figures.py`; no code of ftlevel computes here. Each
+answer is a batch of its own; formulas are those of the papers, pair by pair; gradients are those of
+autograd. All is in float64 except norm layers, which transformers computes in float32, so values
+have about seven correct digits.
 """
 
 from __future__ import annotations
@@ -34,46 +33,48 @@ class Answer:
 
     @property
     def tokens(self) -> int:
-        """How many there are."""
+        """Number of tokens."""
         return len(self.policy)
 
     @property
     def total(self) -> torch.Tensor:
-        """Of the whole answer."""
+        """Log-probability of the answer."""
         return self.policy.sum()
 
     @property
     def ratio(self) -> torch.Tensor:
-        """Log of the policy's likelihood over the reference's."""
+        """Log-ratio of policy and reference."""
         return self.total - self.reference.sum()
 
     @property
     def odds(self) -> torch.Tensor:
-        """Log of the odds of its mean token."""
+        """Log-odds of the mean token probability."""
         mean = self.total / self.tokens
         return mean - torch.log1p(-mean.exp())
 
-    def weighed(self, shorter: int) -> torch.Tensor:
-        """Return its ratio, of which tokens beyond `shorter` count for ALPHA."""
-        each = self.policy - self.reference
-        return each[:shorter].sum() + ALPHA * each[shorter:].sum()
+    def length_weighted_ratio(self, shorter: int) -> torch.Tensor:
+        """Return the log-ratio with weight ALPHA for tokens beyond `shorter`."""
+        log_ratios = self.policy - self.reference
+        return log_ratios[:shorter].sum() + ALPHA * log_ratios[shorter:].sum()
 
 
 Pairs = list[tuple[Answer, Answer]]
 
 
-def likelihoods(model: Any, prompt: str, answer: str) -> torch.Tensor:
+def log_likelihoods(model: Any, prompt: str, answer: str) -> torch.Tensor:
     """Return the log-probability of each token of an answer and its EOS, given its prompt."""
-    asked, said = list(prompt.encode()), [*answer.encode(), given.EOS]
-    scores = model(torch.tensor([asked + said])).logits[0].log_softmax(-1)
-    return torch.stack([scores[len(asked) - 1 + i, token] for i, token in enumerate(said)])
+    prompt_ids, answer_ids = list(prompt.encode()), [*answer.encode(), given.EOS]
+    scores = model(torch.tensor([prompt_ids + answer_ids])).logits[0].log_softmax(-1)
+    return torch.stack(
+        [scores[len(prompt_ids) - 1 + i, token] for i, token in enumerate(answer_ids)]
+    )
 
 
-def read(model: Any, prompt: str, answer: str) -> Answer:
-    """Return an answer as policy and reference see it; the reference is the base."""
+def create_answer(model: Any, prompt: str, answer: str) -> Answer:
+    """Return log-probabilities of an answer under policy and reference (the base)."""
     with torch.no_grad(), model.disable_adapter():
-        reference = likelihoods(model, prompt, answer)
-    return Answer(likelihoods(model, prompt, answer), reference)
+        reference = log_likelihoods(model, prompt, answer)
+    return Answer(log_likelihoods(model, prompt, answer), reference)
 
 
 def sigma(value: torch.Tensor) -> torch.Tensor:
@@ -81,29 +82,31 @@ def sigma(value: torch.Tensor) -> torch.Tensor:
     return 1 / (1 + (-value).exp())
 
 
-def nll(good: Answer) -> torch.Tensor:
-    """Return the mean loss of an answer's tokens."""
-    return -good.total / good.tokens
+def nll(chosen: Answer) -> torch.Tensor:
+    """Return the mean negative log-likelihood of an answer's tokens."""
+    return -chosen.total / chosen.tokens
 
 
-def of_pairs(beta: float) -> dict[str, Callable[[Answer, Answer], torch.Tensor]]:
-    """Return name → the loss of a pair, preferred answer first."""
+def pair_losses(beta: float) -> dict[str, Callable[[Answer, Answer], torch.Tensor]]:
+    """Return loss name → function of the preferred and the rejected answer."""
 
-    def h(good: Answer, bad: Answer) -> torch.Tensor:
+    def ratio_difference(good: Answer, bad: Answer) -> torch.Tensor:
         return good.ratio - bad.ratio
 
-    def mean_h(good: Answer, bad: Answer) -> torch.Tensor:
+    def mean_ratio_difference(good: Answer, bad: Answer) -> torch.Tensor:
         return good.ratio / good.tokens - bad.ratio / bad.tokens
 
     def dpo(good: Answer, bad: Answer) -> torch.Tensor:
-        return -sigma(beta * h(good, bad)).log()
+        return -sigma(beta * ratio_difference(good, bad)).log()
 
-    def swapped(good: Answer, bad: Answer) -> torch.Tensor:
-        return -sigma(-beta * h(good, bad)).log()
+    def dpo_swapped(good: Answer, bad: Answer) -> torch.Tensor:
+        return -sigma(-beta * ratio_difference(good, bad)).log()
 
     def ld(good: Answer, bad: Answer) -> torch.Tensor:
         shorter = min(good.tokens, bad.tokens)
-        return -sigma(beta * (good.weighed(shorter) - bad.weighed(shorter))).log()
+        return -sigma(
+            beta * (good.length_weighted_ratio(shorter) - bad.length_weighted_ratio(shorter))
+        ).log()
 
     def simpo(good: Answer, bad: Answer) -> torch.Tensor:
         difference = good.total / good.tokens - bad.total / bad.tokens
@@ -111,14 +114,14 @@ def of_pairs(beta: float) -> dict[str, Callable[[Answer, Answer], torch.Tensor]]
 
     return {
         "dpo": dpo,
-        "cdpo": lambda g, b: (1 - EPSILON) * dpo(g, b) + EPSILON * swapped(g, b),
+        "cdpo": lambda g, b: (1 - EPSILON) * dpo(g, b) + EPSILON * dpo_swapped(g, b),
         "robust": lambda g, b: (
-            ((1 - EPSILON) * dpo(g, b) - EPSILON * swapped(g, b)) / (1 - 2 * EPSILON)
+            ((1 - EPSILON) * dpo(g, b) - EPSILON * dpo_swapped(g, b)) / (1 - 2 * EPSILON)
         ),
-        "hinge": lambda g, b: (1 - beta * h(g, b)).clamp(min=0),
-        "ipo-sum": lambda g, b: (h(g, b) - 1 / (2 * beta)) ** 2,
-        "ipo": lambda g, b: (mean_h(g, b) - 1 / (2 * beta)) ** 2,
-        "dpo-norm": lambda g, b: -sigma(beta * mean_h(g, b)).log(),
+        "hinge": lambda g, b: (1 - beta * ratio_difference(g, b)).clamp(min=0),
+        "ipo-sum": lambda g, b: (ratio_difference(g, b) - 1 / (2 * beta)) ** 2,
+        "ipo": lambda g, b: (mean_ratio_difference(g, b) - 1 / (2 * beta)) ** 2,
+        "dpo-norm": lambda g, b: -sigma(beta * mean_ratio_difference(g, b)).log(),
         "ld-dpo": ld,
         "rpo": lambda g, b: dpo(g, b) + nll(g),
         "rpo-token": dpo,
@@ -128,44 +131,44 @@ def of_pairs(beta: float) -> dict[str, Callable[[Answer, Answer], torch.Tensor]]
     }
 
 
-def of_steps(pairs: Pairs, beta: float, baseline: float) -> dict[str, torch.Tensor]:
-    """Return name → the loss of a step of all `pairs` (a scalar)."""
-    found = {
+def step_losses(pairs: Pairs, beta: float, baseline: float) -> dict[str, torch.Tensor]:
+    """Return loss name → loss of one step over all `pairs` (a scalar)."""
+    losses = {
         name: torch.stack([loss(*pair) for pair in pairs]).mean()
-        for name, loss in of_pairs(beta).items()
+        for name, loss in pair_losses(beta).items()
     }
     per_token = -torch.cat([good.policy for good, _ in pairs]).mean()
-    found["rpo-token"] = found["rpo-token"] + per_token
-    found["cpo"] = found["cpo"] + per_token
+    losses["rpo-token"] = losses["rpo-token"] + per_token
+    losses["cpo"] = losses["cpo"] + per_token
     for name, weight in (("kto", 1.0), ("kto-weighed", UNDESIRABLE)):
         good = [1 - sigma(beta * (one.ratio - baseline)) for one, _ in pairs]
         bad = [weight * (1 - sigma(beta * (baseline - other.ratio))) for _, other in pairs]
-        found[name] = torch.stack(good + bad).mean()
-    return found
+        losses[name] = torch.stack(good + bad).mean()
+    return losses
 
 
 def find_baseline(model: Any) -> float:
-    """Return z of KTO: each of the eight prompts with the answer of the row before it."""
+    """Return z of KTO, from each of the eight prompts with the answer of the previous row."""
     rows = [(p, y) for p, y, _ in given.PAIRS] + [(p, n) for p, _, n in given.PAIRS]
     with torch.no_grad():
-        ratios = [read(model, rows[i][0], rows[i - 1][1]).ratio for i in range(len(rows))]
+        ratios = [create_answer(model, rows[i][0], rows[i - 1][1]).ratio for i in range(len(rows))]
     return max(0.0, float(torch.stack(ratios).mean()))
 
 
-def figures(model: Any, loss: torch.Tensor) -> list[float]:
-    """Return a loss, and the norms of its gradient over all A and over all B."""
+def loss_and_norms(model: Any, loss: torch.Tensor) -> list[float]:
+    """Return a loss and its gradient norms over all A and over all B."""
     model.zero_grad()
     loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
-    return [loss.item(), *given.norms(model)]
+    return [loss.item(), *given.gradient_norms(model)]
 
 
-def rewards() -> tuple[list[list[float]], dict[str, list[float]]]:
-    """Return the scores of both answers of each pair, and the figures of the losses of scores."""
-    model = given.build_model(scores=True).double()
+def reward_figures() -> tuple[list[list[float]], dict[str, list[float]]]:
+    """Return the scores of both answers of each pair, and expected values of reward losses."""
+    model = given.build_model(has_score_head=True).double()
     scores = torch.stack([
         torch.stack([
-            model(torch.tensor([[*prompt.encode(), *said.encode(), given.EOS]])).logits[0, 0]
-            for said in answers
+            model(torch.tensor([[*prompt.encode(), *answer_ids.encode(), given.EOS]])).logits[0, 0]
+            for answer_ids in answers
         ])
         for prompt, *answers in given.PAIRS
     ])  # fmt: skip
@@ -173,41 +176,42 @@ def rewards() -> tuple[list[list[float]], dict[str, list[float]]]:
     for name, has_margins, center in (
         ("plain", False, 0.0), ("margins", True, 0.0), ("centred", False, 0.01)
     ):  # fmt: skip
-        each = [
+        log_ratios = [
             -sigma(good - bad - (margins[i] if has_margins else 0)).log()
             + center * (good + bad) ** 2
             for i, (good, bad) in enumerate(scores)
         ]
-        found[name] = figures(model, torch.stack(each).mean())
+        found[name] = loss_and_norms(model, torch.stack(log_ratios).mean())
     return scores.tolist(), found
 
 
 def main() -> None:
-    """Print the figures."""
+    """Print the expected values."""
     model = given.build_model().double()
     pairs = [
-        (read(model, prompt, good), read(model, prompt, bad)) for prompt, good, bad in given.PAIRS
+        (create_answer(model, prompt, good), create_answer(model, prompt, bad))
+        for prompt, good, bad in given.PAIRS
     ]
     baseline = find_baseline(model)
-    steps = [of_steps(pairs, beta, baseline) for beta in BETAS]
-    scores, of_scores = rewards()
-    told = {
+    steps = [step_losses(pairs, beta, baseline) for beta in BETAS]
+    scores, rewards = reward_figures()
+    output = {
         "made_by": f"tests/make_preference_figures.py, float64, torch {torch.__version__}",
         "policy": [[answer.total.item() for answer in pair] for pair in pairs],
         "reference": [[answer.reference.sum().item() for answer in pair] for pair in pairs],
         "lengths": [[answer.tokens for answer in pair] for pair in pairs],
         "baseline": baseline,
         "losses": {
-            name: [figures(model, step[name]) for step in steps] for name in steps[0]
+            name: [loss_and_norms(model, step[name]) for step in steps] for name in steps[0]
         },
         "scores": scores,
-        "rewards": of_scores,
+        "rewards": rewards,
     }  # fmt: skip
-    print(json.dumps(_rounded(told), indent=1))
+    print(json.dumps(_rounded(output), indent=1))
 
 
 def _rounded(value: Any) -> Any:
-    """Return `value` with floats of eight digits."""
+    """Return `value` with floats rounded to eight digits."""
     if isinstance(value, dict):
         return {key: _rounded(part) for key, part in value.items()}
     if isinstance(value, list):

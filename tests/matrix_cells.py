@@ -42,10 +42,10 @@ _SMALL = {
     "num_virtual_tokens": 4, "bottleneck_dim": 8, "block_size": 8,
 }  # fmt: skip
 _WITHOUT_HEAD = ("distilbert", "modernbert", "llama", "qwen3")
-"""Families of embedding models: transformers adds no pooler to them."""
-_HEAD_OF_CLASS = {name: head for head, name in tiny_models.AUTO_CLASSES.items()}
+"""Families of embedding models without a pooler in transformers."""
+_CLASS_TO_HEAD = {name: head for head, name in tiny_models.AUTO_CLASSES.items()}
 RERANK = "rerank"
-"""Head of rerankers: that of classes, with one output and a loss over lists of documents."""
+"""Head of rerankers: a classification head with one output and a loss over document lists."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class TinyCell:
 
     Attributes:
         row: a name of `METHOD_INFO`.
-        head: of tiny_models, which `tasks` put on the model.
-        dtype: of the base and of its products; the sweep is in float32.
+        head: of tiny_models, used by `tasks`.
+        dtype: of the base and its activations; the sweep uses float32.
     """
 
     row: str
@@ -74,8 +74,8 @@ class TinyCell:
         return FAMILIES[self.family].kind
 
     @property
-    def asked(self) -> Cell:
-        """The cell in the words of the matrix, for the first of the tasks."""
+    def support_cell(self) -> Cell:
+        """The cell of the support table, for the first task."""
         family = FAMILIES[self.family]
         return Cell(
             self.row, family.name, family.kind, self.tasks[0], self.quant,
@@ -84,43 +84,43 @@ class TinyCell:
 
 
 def build_cells() -> list[TinyCell]:
-    """Return every cell of the methods, families and tasks that there are."""
-    rows = [facts.name for facts in METHOD_INFO.values() if facts.method in SPECS]
+    """Return all cells of methods, families and tasks."""
+    rows = [info.name for info in METHOD_INFO.values() if info.method in SPECS]
     return [
         TinyCell(row, family, head, tasks, quant)
         for family in tiny_models.FAMILIES
-        for head, tasks in heads_of(family).items()
+        for head, tasks in get_tasks_by_head(family).items()
         for quant in QUANTS
         for row in rows
     ]
 
 
 @cache
-def heads_of(family: str) -> dict[str, tuple[str, ...]]:
-    """Return the heads that ftlevel's tasks put on a family, with these tasks."""
+def get_tasks_by_head(family: str) -> dict[str, tuple[str, ...]]:
+    """Return the heads of a family that ftlevel's tasks use, with these tasks."""
     kind = FAMILIES[family].kind
-    found: dict[str, tuple[str, ...]] = {}
+    tasks_by_head: dict[str, tuple[str, ...]] = {}
     for task in TASKS.values():
-        head = _HEAD_OF_CLASS.get(task.auto_classes.get(kind, ""))
+        head = _CLASS_TO_HEAD.get(task.auto_classes.get(kind, ""))
         if head in tiny_models.HEADS[family] or (head == "base" and family in _WITHOUT_HEAD):
             head = RERANK if task.name == "reranking" else head
-            found[head] = (*found.get(head, ()), task.name)
-    return found
+            tasks_by_head[head] = (*tasks_by_head.get(head, ()), task.name)
+    return tasks_by_head
 
 
-def _shape(head: str) -> tuple[str, dict[str, Any]]:
-    """Return the head of tiny_models for `head`, and its config values."""
+def _base_head(head: str) -> tuple[str, dict[str, Any]]:
+    """Return the head of tiny_models for `head`, and config values."""
     return ("seqcls", {"num_labels": 1}) if head == RERANK else (head, {})
 
 
-def _config(cell: TinyCell) -> Any:
-    head, values = _shape(cell.head)
+def _build_config(cell: TinyCell) -> Any:
+    head, values = _base_head(cell.head)
     return tiny_models.build_config(cell.family, head, **values)
 
 
 def build_batch(cell: TinyCell) -> dict[str, torch.Tensor]:
-    """Return the batch of `cell`; of a reranker, a relevant and an irrelevant document."""
-    batch = tiny_models.build_batch(cell.family, _shape(cell.head)[0])
+    """Return the batch of `cell`; for a reranker, a relevant and an irrelevant document."""
+    batch = tiny_models.build_batch(cell.family, _base_head(cell.head)[0])
     if cell.head == RERANK:
         batch["labels"] = torch.tensor([[1.0, 1.0, 2.0], [0.0, 0.0, 0.0]])
     return batch
@@ -128,73 +128,79 @@ def build_batch(cell: TinyCell) -> dict[str, torch.Tensor]:
 
 def create_objective(cell: TinyCell) -> Any:
     task = TASKS[cell.tasks[0]]
-    facts = task.synthetic_info if cell.head == RERANK else {}
-    return task.create_objective(FAMILIES[cell.family].kind, facts)
+    info = task.synthetic_info if cell.head == RERANK else {}
+    return task.create_objective(FAMILIES[cell.family].kind, info)
 
 
 def build_spec(row: str) -> Any:
-    """Return the spec of a row of the table, small enough for a tiny model."""
-    facts = METHOD_INFO[row]
-    spec = SPECS[facts.method]
-    chosen = {"lora_plus_ratio": 16.0, "target_parameters": "experts"}
+    """Return the spec of a table row, small enough for a tiny model."""
+    info = METHOD_INFO[row]
+    spec = SPECS[info.method]
+    required_values = {"lora_plus_ratio": 16.0, "target_parameters": "experts"}
     fields = {
-        name: chosen[name] if value is ... else value[0] if isinstance(value, tuple) else value
-        for name, value in facts.fields.items()
+        name: required_values[name]
+        if value is ...
+        else value[0]
+        if isinstance(value, tuple)
+        else value
+        for name, value in info.fields.items()
     }
     small = {name: value for name, value in _SMALL.items() if name in spec.model_fields}
     return spec(**{**small, **fields})
 
 
-def expected_refusal(cell: TinyCell) -> str | None:
-    """Return the message that the table gives for `cell`, None where it claims yes."""
-    problems = explain_unsupported(build_spec(cell.row), cell.asked)
-    assert bool(problems) == (get_rule(cell.asked) is not None)
+def expected_error(cell: TinyCell) -> str | None:
+    """Return the table's error message for `cell`, or None if the cell is supported."""
+    problems = explain_unsupported(build_spec(cell.row), cell.support_cell)
+    assert bool(problems) == (get_rule(cell.support_cell) is not None)
     return problems[0] if problems else None
 
 
 @cache
-def pristine(family: str, head: str, quant: str, packs: bool = False) -> Any:
-    """Return the base of a cell, its experts packed or not; never changed, only copied."""
-    shape, values = _shape(head)
+def cached_base(family: str, head: str, quant: str, packs_experts: bool = False) -> Any:
+    """Return the base of a cell, cached; callers copy it."""
+    base_head, values = _base_head(head)
     if quant == "none":
-        return tiny_models.build(family, shape, **values)
+        return tiny_models.build(family, base_head, **values)
     directory = Path(tempfile.mkdtemp(prefix="ftlevel-matrix-"))
     try:
-        built = tiny_models.build(family, shape, **values)
-        built.save_pretrained(directory)
+        model = tiny_models.build(family, base_head, **values)
+        model.save_pretrained(directory)
         return load_model(
             ModelSource(family, "directory", str(directory)),
-            tiny_models.build_config(family, shape, **values),
-            tiny_models.AUTO_CLASSES[shape],
+            tiny_models.build_config(family, base_head, **values),
+            tiny_models.AUTO_CLASSES[base_head],
             dtype=torch.float32,
             device="cpu",
             quantization=build_quantization_config(
-                QuantConfig(kind=quant, experts=packs),
+                QuantConfig(kind=quant, experts=packs_experts),
                 torch.float32,
-                get_heads(built) if _headed(head) else [],
+                get_heads(model) if _has_new_head(head) else [],
             ),
         )[0]
     finally:
         shutil.rmtree(directory)
 
 
-def _headed(head: str) -> bool:
+def _has_new_head(head: str) -> bool:
     return head in ("seqcls", "tokcls", "qa", RERANK)
 
 
 def copy_base(cell: TinyCell) -> Any:
     """Return a copy of the base of `cell`."""
     has_experts = bool(FAMILIES[cell.family].target_parameters)
-    packs = has_experts and cell.quant == "4bit" and cell.row != "experts"  # as the engine does
-    model = copy.deepcopy(pristine(cell.family, cell.head, cell.quant, packs))
-    whole = cell.quant != "none" or cell.row in ("full", "linear-probe")  # as the engine loads it
-    return model if whole else model.to(DTYPES[cell.dtype])
+    packs_experts = (
+        has_experts and cell.quant == "4bit" and cell.row != "experts"
+    )  # like the engine
+    model = copy.deepcopy(cached_base(cell.family, cell.head, cell.quant, packs_experts))
+    stays_float32 = cell.quant != "none" or cell.row in ("full", "linear-probe")  # like the engine
+    return model if stays_float32 else model.to(DTYPES[cell.dtype])
 
 
-def fresh(cell: TinyCell) -> Any:
-    """Return a copy of the base, with another random head where the task trains it."""
+def copy_with_new_head(cell: TinyCell) -> Any:
+    """Return a copy of the base, with another random head if the task trains one."""
     model = copy_base(cell)
-    if _headed(cell.head):
+    if _has_new_head(cell.head):
         generator = torch.Generator().manual_seed(99)
         for name in get_heads(model):
             for parameter in model.get_submodule(name).parameters():
@@ -205,35 +211,35 @@ def fresh(cell: TinyCell) -> Any:
 
 
 def describe_base(cell: TinyCell, spec: Any) -> Base:
-    """Return what the engine would find out of the cell's base without its weights."""
-    config = _config(cell)
-    meta = build_task_model(config, tiny_models.AUTO_CLASSES[_shape(cell.head)[0]])
+    """Return the description of the cell's base, computed without weights."""
+    config = _build_config(cell)
+    meta_model = build_task_model(config, tiny_models.AUTO_CLASSES[_base_head(cell.head)[0]])
     kind = FAMILIES[cell.family].kind
-    adapted = resolve_method_targets(spec, meta, cell.family, cell.quant)
+    targets = resolve_method_targets(spec, meta_model, cell.family, cell.quant)
     return Base(
         config=config,
         architecture=kind,
         task_type=TASKS[cell.tasks[0]].peft_types.get(kind),
-        targets=adapted.modules,
-        heads=get_heads(meta) if _headed(cell.head) else [],
-        fan_in_fan_out=adapted.fan_in_fan_out,
+        targets=targets.modules,
+        heads=get_heads(meta_model) if _has_new_head(cell.head) else [],
+        fan_in_fan_out=targets.fan_in_fan_out,
         total_steps=STEPS,
-        parameters=adapted.parameters,
+        parameters=targets.parameters,
     )
 
 
 def run_cell(cell: TinyCell) -> float:
-    """Train, save, load into a fresh base and compare; any failure raises.
+    """Train, save, load into a fresh base and compare; raise on any failure.
 
     Returns:
-        How far training moved a logit.
+        Largest change of a logit by training.
     """
     torch.manual_seed(0)
     spec = build_spec(cell.row)
     base = describe_base(cell, spec)
-    whole = copy_base(cell)
-    digests = hash_tensors(whole.named_parameters())
-    model = apply_method(whole, spec, base)
+    base_model = copy_base(cell)
+    digests = hash_tensors(base_model.named_parameters())
+    model = apply_method(base_model, spec, base)
     batch, objective = build_batch(cell), create_objective(cell)
     method = METHODS[spec.kind]
     if spec.kind in ("lora", "qlora"):
@@ -243,34 +249,34 @@ def run_cell(cell: TinyCell) -> float:
         ]
         inputs = InitializationInputs(
             lambda: ShuffledBatches(rows, 0, 4, 0, "cpu"),
-            lambda: lambda name: float_weight(cell, name),
+            lambda: lambda name: get_float_weight(cell, name),
             "cpu", cell.dtype,
         )  # fmt: skip
         method.initialization.initialize(model, spec, inputs)
-    start = copy_initial_state(model, spec)
+    initial_state = copy_initial_state(model, spec)
     _train(model, batch, spec, cell.dtype, objective if cell.head == RERANK else None)
     with tempfile.TemporaryDirectory(prefix="ftlevel-matrix-") as folder:
         directory = Path(folder)
         finalize_method(model, spec)
         if hasattr(model, "peft_config"):
-            save_adapter(model, spec, directory, start)
+            save_adapter(model, spec, directory, initial_state)
         else:
             model.save_pretrained(directory)
         _, _, effect = check_saved(
-            model, directory, BaseState(digests, lambda: fresh(cell)),
+            model, directory, BaseState(digests, lambda: copy_with_new_head(cell)),
             CheckInputs(_probe(batch), objective, "cpu", cell.dtype),
             is_base_modified=method.initialization.rewrites_base(spec),
         )  # fmt: skip
     return effect
 
 
-def float_weight(cell: TinyCell, name: str) -> torch.Tensor:
-    linear = pristine(cell.family, cell.head, "none").get_submodule(name)
+def get_float_weight(cell: TinyCell, name: str) -> torch.Tensor:
+    linear = cached_base(cell.family, cell.head, "none").get_submodule(name)
     return linear.weight if isinstance(linear, torch.nn.Linear) else linear.weight.T
 
 
 def _probe(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a batch as our collator makes it: spans are labels."""
+    """Return a batch like that of the collator: spans are labels."""
     probe = dict(batch)
     if "start_positions" in probe:
         spans = (probe.pop("start_positions"), probe.pop("end_positions"))
@@ -280,14 +286,14 @@ def _probe(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _project(states: torch.Tensor) -> torch.Tensor:
-    """Return the loss of a model without a head: a fixed random sum of its states."""
+    """Return a loss for a model without a head: a fixed random projection of its states."""
     generator = torch.Generator().manual_seed(5)
     weights = torch.randn(states.shape[-1], generator=generator)
     return (states.float() @ weights).mean()
 
 
 def _loss(model: Any, batch: dict[str, torch.Tensor], objective: Any) -> torch.Tensor:
-    """Return the loss of the model's own head, or of `objective` if it is given."""
+    """Return the loss of the model's head, or of `objective` if given."""
     if objective is None:
         outputs = model(**batch)
         return _project(outputs[0]) if outputs.get("loss") is None else outputs.loss
@@ -304,7 +310,7 @@ def _train(
     optimizer = torch.optim.AdamW(trainable.values(), lr=5e-3)
     method = METHODS[spec.kind]
     callbacks = method.callbacks(spec, Path(), True)
-    moved: set[str] = set()
+    with_gradient: set[str] = set()
     model.train()
     for step in range(STEPS):
         with autocast("cpu", dtype):
@@ -316,7 +322,7 @@ def _train(
         assert torch.isfinite(loss), f"loss {loss.item()} at step {step}"
         missing = [name for name, p in trainable.items() if p.grad is None]
         assert not missing, f"no gradient: {missing[:3]}"
-        moved |= {name for name, p in trainable.items() if bool(p.grad.abs().sum() > 0)}
+        with_gradient |= {name for name, p in trainable.items() if bool(p.grad.abs().sum() > 0)}
         optimizer.step()
         state = transformers.TrainerState(global_step=step)
         for callback in callbacks:
@@ -324,18 +330,18 @@ def _train(
         optimizer.zero_grad()
     for callback in callbacks:
         callback.on_train_end(None, transformers.TrainerState(), None, model=model)
-    idle = sorted(set(trainable) - moved)
+    idle = sorted(set(trainable) - with_gradient)
     assert not idle, f"gradient always zero: {idle[:3]}"
 
 
 def outcome(cell: TinyCell) -> str:
-    """Return "yes", "no: REASON" or, where table and truth differ, "?? WHAT HAPPENED"."""
-    reason = expected_refusal(cell)
+    """Return "yes", "no: REASON" or, if the result contradicts the table, "?? ERROR"."""
+    reason = expected_error(cell)
     if reason is not None:
         return f"no: {reason}"
     try:
         run_cell(cell)
-    except Exception as error:  # noqa: BLE001 - whatever a library raises is the finding
+    except Exception as error:  # noqa: BLE001 - any error is a result
         text = str(error).strip().splitlines()
         return f"?? {type(error).__name__}: {text[0] if text else ''}"
     return "yes"

@@ -1,9 +1,9 @@
 """Expected preference losses on a tiny Llama with fixed weights.
 
-The figures lie in preference_figures.json, which `tests/make_preference_figures.py` makes: plain
-torch and PEFT without any of this project's code, each answer alone through the model, formulas as
-in the papers, float64 on a CPU. `scripts/against_trl.py` of commit a06cb43b holds TRL's own
-trainers to them. Weights are of numpy's `RandomState`, whose stream is frozen.
+`tests/make_preference_figures.py` computes the values in preference_figures.json with plain torch
+and PEFT: each answer is a batch of its own, formulas are those of the papers, float64 on a CPU.
+`scripts/against_trl.py` of commit a06cb43b compares TRL's trainers with them. Weights come from
+numpy's `RandomState`, whose stream is frozen.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ PAIRS = [
     ("System: be brief.\nUser: hello\nBot:", " Hi!", " Hello! How can I help you today?"),
 ]
 MARGINS = [1.0, 0.0, 0.5, 2.0]
-_MADE = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-REFERENCE, POLICY = np.array(_MADE["reference"]), np.array(_MADE["policy"])
+_EXPECTED = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+REFERENCE, POLICY = np.array(_EXPECTED["reference"]), np.array(_EXPECTED["policy"])
 """Log-likelihoods of the preferred and the rejected answers, with the adapter off and on."""
-LENGTHS, BASELINE = np.array(_MADE["lengths"]), float(_MADE["baseline"])
+LENGTHS, BASELINE = np.array(_EXPECTED["lengths"]), float(_EXPECTED["baseline"])
 
 Figures = tuple[float, float, float]
-"""The loss, and the norms of its gradient over all A and over all B."""
+"""Loss, and gradient norms over all A and over all B."""
 SETTINGS: dict[str, dict[str, Any]] = {
     **{name: {} for name in ("dpo", "cdpo", "robust", "hinge", "ipo", "dpo-norm", "ld-dpo", "rpo",
                              "orpo", "kto")},
@@ -44,20 +44,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cpo": {"nll_mean": "token"},
     "kto-weighed": {"loss": "kto", "undesirable_weight": 1.33},
 }  # fmt: skip
-"""Name → what the loss is told beside beta."""
+"""Name → settings of the loss other than beta."""
 TABLE: dict[str, tuple[dict[str, Any], Figures, Figures]] = {
-    name: (told, *(tuple(figures) for figures in _MADE["losses"][name]))  # type: ignore[misc]
+    name: (told, *(tuple(figures) for figures in _EXPECTED["losses"][name]))  # type: ignore[misc]
     for name, told in SETTINGS.items()
 }
-"""Name → settings beside beta, the figures at beta 0.1 and at beta 0.5."""
-SCORES = np.array(_MADE["scores"])
+"""Name → settings other than beta, expected values at beta 0.1 and at beta 0.5."""
+SCORES = np.array(_EXPECTED["scores"])
 REWARDS: dict[str, tuple[float, bool, Figures]] = {
-    name: (center, has_margins, tuple(_MADE["rewards"][name]))
+    name: (center, has_margins, tuple(_EXPECTED["rewards"][name]))
     for name, center, has_margins in (
         ("plain", 0.0, False), ("margins", 0.0, True), ("centred", 0.01, False)
     )
 }  # fmt: skip
-"""Name → the weight of the centring, whether pairs have margins, the figures."""
+"""Name → centering weight, whether pairs have margins, expected values."""
 
 _CONFIG = {
     "vocab_size": 256,
@@ -74,43 +74,45 @@ _CONFIG = {
 }
 
 
-def build_base(*, scores: bool = False) -> Any:
+def build_base(*, has_score_head: bool = False) -> Any:
     """Return the Llama."""
-    config = LlamaConfig(**_CONFIG, **({"num_labels": 1} if scores else {}))
-    base = (LlamaForSequenceClassification if scores else LlamaForCausalLM)(config).eval()
+    config = LlamaConfig(**_CONFIG, **({"num_labels": 1} if has_score_head else {}))
+    base = (LlamaForSequenceClassification if has_score_head else LlamaForCausalLM)(config).eval()
     _fill(sorted(base.named_parameters()), 0)
     return base
 
 
-def adapter_config(*, scores: bool = False) -> LoraConfig:
+def adapter_config(*, has_score_head: bool = False) -> LoraConfig:
     """Return the LoRA on q_proj and v_proj."""
     return LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "v_proj"],
-                      task_type="SEQ_CLS" if scores else "CAUSAL_LM")  # fmt: skip
+                      task_type="SEQ_CLS" if has_score_head else "CAUSAL_LM")  # fmt: skip
 
 
 def fill_adapter(model: Any) -> None:
-    """Give the LoRA of `model` its weights, of which neither matrix is zero."""
+    """Set fixed, non-zero weights in the LoRA of `model`."""
     lora = {n.replace(".", "/"): p for n, p in model.named_parameters() if "lora_" in n}
     _fill(sorted(lora.items()), 1)
 
 
-def build_model(*, scores: bool = False) -> Any:
+def build_model(*, has_score_head: bool = False) -> Any:
     """Return the Llama with its LoRA."""
-    model = get_peft_model(build_base(scores=scores), adapter_config(scores=scores))
+    model = get_peft_model(
+        build_base(has_score_head=has_score_head), adapter_config(has_score_head=has_score_head)
+    )
     fill_adapter(model)
     return model.eval()
 
 
 def _fill(parameters: list[tuple[str, Any]], seed: int) -> None:
-    draw = np.random.RandomState(seed)
+    rng = np.random.RandomState(seed)
     with torch.no_grad():
         for name, p in parameters:
-            value = draw.standard_normal(tuple(p.shape)) * (0.1 if "lora_B" in name else 0.15)
+            value = rng.standard_normal(tuple(p.shape)) * (0.1 if "lora_B" in name else 0.15)
             p.copy_(torch.ones_like(p) if p.dim() == 1 else torch.tensor(value, dtype=p.dtype))
 
 
 def encode(prompt: str, answer: str, row: int) -> Encoded:
-    """Return a prompt with an answer and EOS, each byte a token."""
+    """Return a prompt with an answer and EOS; each byte is a token."""
     start, end = list(prompt.encode()), [*answer.encode(), EOS]
     return Encoded(start + end, [IGNORED] * len(start) + end, row)
 
@@ -118,35 +120,37 @@ def encode(prompt: str, answer: str, row: int) -> Encoded:
 def pair_rows(*, scored: bool = False, margins: bool = False) -> list[PairRow]:
     """Return the four pairs."""
     rows = []
-    for index, (prompt, good, bad) in enumerate(PAIRS):
-        one, two = encode(prompt, good, index), encode(prompt, bad, index)
+    for index, (prompt, chosen, rejected) in enumerate(PAIRS):
+        chosen_row, rejected_row = encode(prompt, chosen, index), encode(prompt, rejected, index)
         margin = MARGINS[index] if margins else 0.0
-        rows.append(create_pair_row(one, two, len(prompt.encode()), margin, scored=scored))
+        rows.append(
+            create_pair_row(chosen_row, rejected_row, len(prompt.encode()), margin, scored=scored)
+        )
     return rows
 
 
-def judged_rows() -> list[LabeledAnswerRow]:
-    """Return the four good answers and the four bad ones."""
+def labeled_rows() -> list[LabeledAnswerRow]:
+    """Return the four desirable and the four undesirable answers."""
     rows = []
-    for desirable, which in ((1, 1), (0, 2)):
+    for desirable, column in ((1, 1), (0, 2)):
         for index, pair in enumerate(PAIRS):
-            own = encode(pair[0], pair[which], index)
+            encoded = encode(pair[0], pair[column], index)
             rows.append(
                 LabeledAnswerRow(
-                    own.input_ids, own.labels, index, {}, len(pair[0].encode()), desirable
+                    encoded.input_ids, encoded.labels, index, {}, len(pair[0].encode()), desirable
                 )
             )
     return rows
 
 
-def norms(model: Any) -> tuple[float, float]:
-    """Return the norms of the gradients over all A and over all B."""
-    found = []
+def gradient_norms(model: Any) -> tuple[float, float]:
+    """Return gradient norms over all A and over all B."""
+    norms = []
     for part in ("lora_A", "lora_B"):
         squares = [
             float(p.grad.double().square().sum())
             for name, p in model.named_parameters()
             if part in name and p.grad is not None
         ]
-        found.append(sum(squares) ** 0.5)
-    return found[0], found[1]
+        norms.append(sum(squares) ** 0.5)
+    return norms[0], norms[1]

@@ -1,4 +1,4 @@
-"""Preference runs on synthetic rows, and their logs."""
+"""Preference runs on synthetic rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ftlevel.commands.train import TrainResult, train
 from ftlevel.config import TrainConfig
 
 
-def pair(i: int) -> dict[str, str]:
+def create_pair(i: int) -> dict[str, str]:
     words = task_data.WORDS
     prompt = " ".join(words[(i * k + k) % 8] for k in range(3, 40 + i % 5))
     return {
@@ -22,16 +22,18 @@ def pair(i: int) -> dict[str, str]:
     }
 
 
-def judged(i: int) -> dict[str, Any]:
-    both = pair(i)
-    return {"prompt": both["prompt"], "completion": both[("chosen", "rejected")[i % 2]],
+def create_labeled_answer(i: int) -> dict[str, Any]:
+    pair = create_pair(i)
+    return {"prompt": pair["prompt"], "completion": pair[("chosen", "rejected")[i % 2]],
             "label": i % 2 == 0}  # fmt: skip
 
 
-def write(directory: Path, make: Callable[[int], Any] = pair, rows: int = 16) -> Path:
+def write_rows(
+    directory: Path, create_row: Callable[[int], Any] = create_pair, rows: int = 16
+) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     for split, begin, end in (("train", 0, rows), ("validation", rows, rows + 6)):
-        lines = [json.dumps(make(i)) for i in range(begin, end)]
+        lines = [json.dumps(create_row(i)) for i in range(begin, end)]
         (directory / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return directory
 
@@ -39,7 +41,7 @@ def write(directory: Path, make: Callable[[int], Any] = pair, rows: int = 16) ->
 def run(
     base: Path, rows: Path, out: Path, loss: str = "dpo", **sections: dict[str, Any] | str
 ) -> TrainResult:
-    """Train a few steps; `sections` go over the usual ones."""
+    """Train a few steps; `sections` override the defaults."""
     values: dict[str, Any] = {
         "task": "preference",
         "preference": {"loss": loss},
@@ -50,8 +52,8 @@ def run(
         "output": {"dir": str(out)},
     }  # fmt: skip
     for name, section in sections.items():
-        own = values.get(name)
-        values[name] = {**own, **section} if isinstance(own, dict) and isinstance(
+        default = values.get(name)
+        values[name] = {**default, **section} if isinstance(default, dict) and isinstance(
             section, dict) else section  # fmt: skip
     return train(TrainConfig.model_validate(values))
 

@@ -1,8 +1,9 @@
 """Five chat templates, written from the published formats of their families.
 
-They differ where supervision goes wrong: Llama 3 trims and has a header token, Qwen3 puts an empty
-block of reasoning into the last answer only, Gemma 3 has no system role and calls the assistant
-model, Mistral has no generation prompt and moves the system text to the last question.
+They differ in details that matter for supervision: Llama 3 strips contents and has header tokens,
+Qwen3 adds an empty reasoning block to the last answer only, Gemma 3 has no system role and names
+the assistant model, Mistral has no generation prompt and moves the system text to the last
+question.
 """
 
 from __future__ import annotations
@@ -116,9 +117,9 @@ MISTRAL = """\
 
 
 def byte_level_tokenizer(bos: str | None, eos: str, *others: str) -> Any:
-    """Return a byte-level tokenizer with these special tokens, which adds none by itself."""
-    special = [token for token in (bos, eos, *others) if token]
-    parts = tiny_tokenizers._byte_level_parts(special)
+    """Return a byte-level tokenizer with these special tokens, which it does not add to texts."""
+    special_tokens = [token for token in (bos, eos, *others) if token]
+    parts = tiny_tokenizers._byte_level_parts(special_tokens)
     backend = Tokenizer(models.BPE(**parts))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -1,8 +1,8 @@
-"""Small real tokenizers for every model family, trained in process on Python's own docstrings.
+"""Small real tokenizers for every model family, trained on Python's docstrings.
 
-Each family gets the class, the special tokens and the habits of its well-known checkpoint, since
-those are where fine-tuning goes wrong: GPT-2 and Llama have no pad token, Qwen's end of turn is not
-its pad token, Phi-3 stops at several tokens, RoBERTa and BART end with `</s>`, OPT begins with it.
+Each family has the class, special tokens and settings of its well-known checkpoint: GPT-2 and Llama
+have no pad token, Qwen's end of turn is not its pad token, Phi-3 stops at several tokens, RoBERTa
+and BART end with `</s>`, OPT begins with it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-BASE_VOCAB = 400  # pieces that training yields; special tokens and byte tokens come on top
+BASE_VOCAB = 400  # pieces from training, without special tokens and byte tokens
 MAX_LENGTH = 512
 
 CHATML = (
@@ -48,7 +48,7 @@ LLAMA_TEMPLATE = (
 
 @cache
 def corpus() -> tuple[str, ...]:
-    """Return paragraphs of the documentation that Python itself carries."""
+    """Return lines of docstrings of Python's standard library."""
     texts = []
     for module in (argparse, collections, inspect, json, logging, pathlib, subprocess):
         members = sorted(inspect.getmembers(module, callable), key=lambda pair: pair[0])
@@ -57,7 +57,7 @@ def corpus() -> tuple[str, ...]:
     return tuple(dict.fromkeys(line for text in texts for line in text.splitlines() if line))
 
 
-def _trained(tokenizer: Tokenizer, trainer: trainers.Trainer) -> dict[str, Any]:
+def _train(tokenizer: Tokenizer, trainer: trainers.Trainer) -> dict[str, Any]:
     tokenizer.train_from_iterator(corpus(), trainer)
     model: dict[str, Any] = json.loads(tokenizer.to_str())["model"]
     return model
@@ -77,7 +77,7 @@ def byte_level() -> dict[str, Any]:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    return _trained(
+    return _train(
         tokenizer,
         trainers.BpeTrainer(
             vocab_size=BASE_VOCAB + 100, initial_alphabet=alphabet, show_progress=False
@@ -90,7 +90,7 @@ def metaspace() -> dict[str, Any]:
     """Train a BPE on words that begin with a visible space, as in Llama."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    return _trained(tokenizer, trainers.BpeTrainer(vocab_size=BASE_VOCAB, show_progress=False))
+    return _train(tokenizer, trainers.BpeTrainer(vocab_size=BASE_VOCAB, show_progress=False))
 
 
 @cache
@@ -99,9 +99,7 @@ def wordpiece() -> dict[str, Any]:
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = transformers.BertTokenizer().backend_tokenizer.normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    return _trained(
-        tokenizer, trainers.WordPieceTrainer(vocab_size=BASE_VOCAB, show_progress=False)
-    )
+    return _train(tokenizer, trainers.WordPieceTrainer(vocab_size=BASE_VOCAB, show_progress=False))
 
 
 @cache
@@ -114,39 +112,39 @@ def unigram() -> tuple[tuple[str, float], ...]:
     trainer = trainers.UnigramTrainer(
         vocab_size=BASE_VOCAB, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False
     )
-    vocab = _trained(tokenizer, trainer)["vocab"]
-    # The last digits of the scores are those of a sum in any order, and so is the order of ties.
+    vocab = _train(tokenizer, trainer)["vocab"]
+    # Scores are rounded because their last digits, and so the order of ties, can vary.
     pieces = ((piece, round(score, 2)) for piece, score in vocab if piece != "<unk>")
     return tuple(sorted(pieces, key=lambda pair: (-pair[1], pair[0])))
 
 
-def _numbered(
-    first: Sequence[str], pieces: Sequence[str], last: Sequence[str] = ()
+def _vocabulary(
+    leading: Sequence[str], pieces: Sequence[str], trailing: Sequence[str] = ()
 ) -> dict[str, int]:
-    return {piece: index for index, piece in enumerate([*first, *pieces, *last])}
+    return {piece: index for index, piece in enumerate([*leading, *pieces, *trailing])}
 
 
-def _byte_level_parts(first: Sequence[str], last: Sequence[str] = ()) -> dict[str, Any]:
+def _byte_level_parts(leading: Sequence[str], trailing: Sequence[str] = ()) -> dict[str, Any]:
     model = byte_level()
-    return {"vocab": _numbered(first, _pieces(model), last), "merges": _merges(model)}
+    return {"vocab": _vocabulary(leading, _pieces(model), trailing), "merges": _merges(model)}
 
 
-def _metaspace_parts(first: Sequence[str], last: Sequence[str] = ()) -> dict[str, Any]:
+def _metaspace_parts(leading: Sequence[str], trailing: Sequence[str] = ()) -> dict[str, Any]:
     model = metaspace()
     raw_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
     return {
-        "vocab": _numbered([*first, *raw_bytes], _pieces(model), last),
+        "vocab": _vocabulary([*leading, *raw_bytes], _pieces(model), trailing),
         "merges": _merges(model),
     }
 
 
-def _unigram_parts(first: Sequence[str], last: Sequence[str] = ()) -> list[tuple[str, float]]:
-    return [*((token, 0.0) for token in first), *unigram(), *((token, 0.0) for token in last)]
+def _unigram_parts(leading: Sequence[str], trailing: Sequence[str] = ()) -> list[tuple[str, float]]:
+    return [*((token, 0.0) for token in leading), *unigram(), *((token, 0.0) for token in trailing)]
 
 
 def bert_tokenizer(name: str = "BertTokenizer") -> Any:
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    return getattr(transformers, name)(vocab=_numbered(special, _pieces(wordpiece())))
+    return getattr(transformers, name)(vocab=_vocabulary(special, _pieces(wordpiece())))
 
 
 def roberta_tokenizer() -> Any:
@@ -155,8 +153,8 @@ def roberta_tokenizer() -> Any:
 
 
 def albert_tokenizer() -> Any:
-    first = ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"]
-    return transformers.AlbertTokenizer(vocab=_unigram_parts(first))
+    leading = ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"]
+    return transformers.AlbertTokenizer(vocab=_unigram_parts(leading))
 
 
 def deberta_tokenizer() -> Any:
@@ -245,7 +243,7 @@ def t5_tokenizer() -> Any:
     return transformers.T5Tokenizer(vocab=_unigram_parts(["<pad>", "</s>", "<unk>"]), extra_ids=100)
 
 
-MAKERS: dict[str, Callable[[], Any]] = {
+BUILDERS: dict[str, Callable[[], Any]] = {
     "bert": bert_tokenizer,
     "roberta": roberta_tokenizer,
     "distilbert": lambda: bert_tokenizer("DistilBertTokenizer"),
@@ -270,16 +268,19 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "bart": roberta_tokenizer,
 }
 
-# Families whose well-known checkpoint is a chat model, and the template that a chat variant of the
-# others gets when a test asks for one.
-CHAT_BY_HABIT = {
+# Families whose well-known checkpoint is a chat model, and templates for chat variants of others.
+DEFAULT_CHAT_TEMPLATES = {
     "qwen2": CHATML,
     "qwen3": CHATML,
     "qwen3_moe": CHATML,
     "gemma3_text": GEMMA_TEMPLATE,
     "phi3": PHI3_TEMPLATE,
 }
-CHAT_ON_REQUEST = {"llama": LLAMA_TEMPLATE, "mistral": LLAMA_TEMPLATE, "mixtral": LLAMA_TEMPLATE}
+OPTIONAL_CHAT_TEMPLATES = {
+    "llama": LLAMA_TEMPLATE,
+    "mistral": LLAMA_TEMPLATE,
+    "mixtral": LLAMA_TEMPLATE,
+}
 
 
 def build_tokenizer(family: str, chat: bool | None = None) -> Any:
@@ -287,31 +288,31 @@ def build_tokenizer(family: str, chat: bool | None = None) -> Any:
 
     Args:
         family: a key of `MAKERS`.
-        chat: with a chat template or without; None follows the family's well-known checkpoint.
+        chat: whether to add a chat template; None follows the family's well-known checkpoint.
     """
-    tokenizer = MAKERS[family]()
+    tokenizer = BUILDERS[family]()
     tokenizer.model_max_length = MAX_LENGTH
-    wanted = family in CHAT_BY_HABIT if chat is None else chat
-    if wanted:
-        tokenizer.chat_template = {**CHAT_BY_HABIT, **CHAT_ON_REQUEST}[family]
+    has_chat_template = family in DEFAULT_CHAT_TEMPLATES if chat is None else chat
+    if has_chat_template:
+        tokenizer.chat_template = {**DEFAULT_CHAT_TEMPLATES, **OPTIONAL_CHAT_TEMPLATES}[family]
     return tokenizer
 
 
 def as_sentencepiece(tokenizer: Any) -> Any:
-    """Return `tokenizer` (mutated) with the merges that a SentencePiece model would have.
+    """Return `tokenizer` (mutated) with the merges of an equivalent SentencePiece model.
 
-    That joins any two neighbours whose text together is a piece, so a piece has a merge for every
-    way to cut it in two pieces, and not only the one that training found.
+    SentencePiece joins any two neighbors whose concatenation is a piece, so each piece has a merge
+    for every split into two pieces, not only for that found in training.
     """
-    described = json.loads(tokenizer.backend_tokenizer.to_str())
-    model = described["model"]
-    added = {token["content"] for token in described["added_tokens"]}
-    known = {piece for piece in model["vocab"] if piece not in added and piece[:3] != "<0x"}
+    serialized = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = serialized["model"]
+    added = {token["content"] for token in serialized["added_tokens"]}
+    vocabulary = {piece for piece in model["vocab"] if piece not in added and piece[:3] != "<0x"}
     model["merges"] = [
         (piece[:cut], piece[cut:])
         for piece in dict.fromkeys("".join(pair) for pair in model["merges"])
         for cut in range(1, len(piece))
-        if piece[:cut] in known and piece[cut:] in known
+        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
     ]
-    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(described))
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(serialized))
     return tokenizer

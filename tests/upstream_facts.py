@@ -1,4 +1,4 @@
-"""Checks that every fact about another library must pass."""
+"""Checks of facts about other libraries."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if (found := torch.__file__) is None:
 SITE = Path(found).parents[1]
 
 
-class Fact(NamedTuple):
-    """A name that its library may change silently.
+class UpstreamFact(NamedTuple):
+    """A name in another library that is not part of its documented API.
 
     Attributes:
-        name: what is used; with a class where it belongs to one.
-        file: where it was read, below site-packages.
-        why: what it is used for, there being no documented way.
+        name: name in the library, with its class for methods.
+        file: path below site-packages.
+        why: what it is used for.
     """
 
     name: str
@@ -34,10 +34,10 @@ class Fact(NamedTuple):
     why: str
 
 
-def facts(table: Mapping[str, Mapping[str, str]]) -> tuple[Fact, ...]:
-    """Return the facts of a table: file → names, with commas between them → why."""
+def create_facts(table: Mapping[str, Mapping[str, str]]) -> tuple[UpstreamFact, ...]:
+    """Return the facts of a table: file → names, separated by commas → why."""
     return tuple(
-        Fact(name, file, why)
+        UpstreamFact(name, file, why)
         for file, entries in table.items()
         for names, why in entries.items()
         for name in names.split(", ")
@@ -47,34 +47,36 @@ def facts(table: Mapping[str, Mapping[str, str]]) -> tuple[Fact, ...]:
 def lower_bound(library: str) -> Version:
     """Return the oldest version that pyproject.toml allows."""
     pyproject = Path(__file__).parents[1] / "pyproject.toml"
-    stated = re.findall(rf'^  "({library}>=[^"]+)"', pyproject.read_text(), re.MULTILINE)
-    (bound,) = {next(iter(Requirement(line).specifier)).version for line in stated}
+    requirements = re.findall(rf'^  "({library}>=[^"]+)"', pyproject.read_text(), re.MULTILINE)
+    (bound,) = {next(iter(Requirement(line).specifier)).version for line in requirements}
     return Version(bound)
 
 
-def check_fact(fact: Fact) -> None:
-    """Check the versions, and that the name stands where it was read.
+def check_fact(fact: UpstreamFact) -> None:
+    """Check the versions, and that the name is in its file.
 
-    It was read no earlier than what we allow, and is used with nothing older than what was read,
-    up to the minor release (torch's CPU builds call themselves 2.13.0+cpu).
+    The checked version is not older than the allowed ones, and the installed version is not older
+    than the checked one, up to the minor release (torch's CPU builds are 2.13.0+cpu).
     """
     library = fact.file.partition("/")[0]
-    installed, read = Version(version(library)), Version(VERSIONS[library])
+    installed, checked = Version(version(library)), Version(VERSIONS[library])
     bound = lower_bound(library)
-    assert bound <= read, f"{fact.name}: read in {read}, and we ask for {bound}: read it again"
-    assert installed.release[:2] >= read.release[:2], f"{fact.name}: {installed} is installed"
+    assert bound <= checked, (
+        f"{fact.name}: read in {checked}, and we ask for {bound}: read it again"
+    )
+    assert installed.release[:2] >= checked.release[:2], f"{fact.name}: {installed} is installed"
     name = fact.name.rpartition(".")[2]
     text = (SITE / fact.file).read_text(encoding="utf-8")
     assert re.search(rf"\b{name}\b", text), f"{fact.name} is not in {fact.file} any more"
 
 
-def arguments(function: Callable[..., Any]) -> list[str]:
+def get_parameters(function: Callable[..., Any]) -> list[str]:
     """Return the names of the parameters of `function`."""
     return list(inspect.signature(function).parameters)
 
 
-class Canaries(dict[str, Callable[..., None]]):
-    """Name of a fact → what fails when it changes."""
+class CanaryRegistry(dict[str, Callable[..., None]]):
+    """Name of a fact → test that fails when it changes."""
 
     def of(self, *names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         """Register the decorated function for these facts."""

@@ -21,26 +21,28 @@ TASK_TYPES = {
     "qa": "QUESTION_ANS",
     "mlm": None,
 }
-LENGTH, CUT, NEW = 9, 4, 5
-RECOMPUTING = [family for family in FAMILIES if family != "albert"]  # transformers refuses it there
+LENGTH, PADDED, NEW = 9, 4, 5
+CHECKPOINTING_FAMILIES = [
+    family for family in FAMILIES if family != "albert"
+]  # not supported by transformers
 
 
 def describe_base(spec: Any, model: Any, head: str) -> Base:
-    """Return what a method is told of `model`."""
-    labelled = head in ("seqcls", "tokcls", "qa")
+    """Return the description of `model` for a method."""
+    has_new_head = head in ("seqcls", "tokcls", "qa")
     return Base(
         config=model.config,
         architecture=model_kind(model.config),
         task_type=TASK_TYPES[head],
         targets=METHODS[spec.kind].default_target_modules(spec, model),
-        heads=get_heads(model) if labelled else [],
+        heads=get_heads(model) if has_new_head else [],
         fan_in_fan_out=False,
         total_steps=2,
     )
 
 
 def adapt(spec: Any, family: str, head: str, model: Any = None) -> Any:
-    """Return a tiny model with `spec` on it, in eval mode."""
+    """Return a tiny model with the adapter of `spec`, in eval mode."""
     model = build(family, head) if model is None else model
     return apply_method(model, spec, describe_base(spec, model, head)).eval()
 
@@ -58,19 +60,21 @@ def train_two_steps(model: Any, inputs: dict[str, torch.Tensor]) -> set[str]:
     return idle
 
 
-def check_whole_life(spec: Any, prefix: str, family: str, head: str, directory: Path) -> None:
-    """Train, switch off, finish, save and load `spec`, and pad a row of its batch."""
+def check_training_and_reload(
+    spec: Any, prefix: str, family: str, head: str, directory: Path
+) -> None:
+    """Train, disable, finalize, save and load `spec`, and check padding of a row."""
     inputs = build_batch(family, head)
     before = compute_logits(build(family, head), inputs)
     model = adapt(spec, family, head)
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert all(f".{prefix}" in n or ".modules_to_save.default." in n for n in trained)
-    frozen = {n: p.clone() for n, p in model.named_parameters() if n not in trained}
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all(f".{prefix}" in n or ".modules_to_save.default." in n for n in trainable)
+    frozen = {n: p.clone() for n, p in model.named_parameters() if n not in trainable}
 
     assert train_two_steps(model, inputs) == set()
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
     logits = compute_logits(model, inputs)
-    assert logits.shape == before.shape  # labels, spans and pooling are those of the base
+    assert logits.shape == before.shape  # shapes are those of the base
     assert not torch.allclose(logits, before, atol=1e-4)
     with model.disable_adapter():
         assert torch.equal(compute_logits(model, inputs), before)
@@ -82,7 +86,7 @@ def check_whole_life(spec: Any, prefix: str, family: str, head: str, directory: 
     other_head = build(family, head, seed=0)
     for name in get_heads(other_head) if head in ("seqcls", "tokcls", "qa") else []:
         for parameter in other_head.get_submodule(name).parameters():
-            torch.nn.init.normal_(parameter)  # a fresh head is random: the saved one must come
+            torch.nn.init.normal_(parameter)  # must be replaced by the saved head
     loaded = load_adapter(other_head, directory)
     assert torch.equal(compute_logits(loaded, inputs), logits)
     if head != "seq2seq":
@@ -90,28 +94,28 @@ def check_whole_life(spec: Any, prefix: str, family: str, head: str, directory: 
 
 
 def check_padding(model: Any, head: str, inputs: dict[str, torch.Tensor]) -> None:
-    """The first row has three positions of padding: without them its logits are the same."""
-    real = int(inputs["attention_mask"][0].sum())
+    """Check that the first row's logits do not depend on its three padding positions."""
+    num_tokens = int(inputs["attention_mask"][0].sum())
     batch = {n: inputs[n] for n in ("input_ids", "attention_mask")}
-    alone = {n: value[:1, :real] for n, value in batch.items()}
-    padded, single = compute_logits(model, batch)[:1], compute_logits(model, alone)
+    unpadded = {n: value[:1, :num_tokens] for n, value in batch.items()}
+    padded, single = compute_logits(model, batch)[:1], compute_logits(model, unpadded)
     if head == "qa":
-        padded = torch.cat([part[:, :real] for part in padded.chunk(2, -1)], -1)
+        padded = torch.cat([part[:, :num_tokens] for part in padded.chunk(2, -1)], -1)
     elif head != "seqcls":
-        padded = padded[:, :real]
+        padded = padded[:, :num_tokens]
     torch.testing.assert_close(padded, single, atol=2e-5, rtol=1e-4)
 
 
 def check_generation(model: Any, family: str) -> None:
-    """Rows of unequal length, padded on the left: cached = uncached = greedy by hand."""
+    """Check that left-padded rows generate the same with and without cache as a greedy loop."""
     ids = build_batch(family, length=LENGTH)["input_ids"][1:]
-    rows = [ids, ids[:, CUT:]]
-    batch = torch.cat([ids, torch.cat([torch.zeros_like(ids[:, :CUT]), ids[:, CUT:]], 1)])
+    rows = [ids, ids[:, PADDED:]]
+    batch = torch.cat([ids, torch.cat([torch.zeros_like(ids[:, :PADDED]), ids[:, PADDED:]], 1)])
     mask = torch.ones_like(batch)
-    mask[1, :CUT] = 0
-    by_hand = torch.cat([_write_by_hand(model, row) for row in rows])
+    mask[1, :PADDED] = 0
+    expected = torch.cat([_generate_greedily(model, row) for row in rows])
     for use_cache in (True, False):
-        written = model.generate(
+        generated = model.generate(
             input_ids=batch,
             attention_mask=mask,
             max_new_tokens=NEW,
@@ -120,26 +124,28 @@ def check_generation(model: Any, family: str) -> None:
             use_cache=use_cache,
             pad_token_id=0,
         )
-        assert torch.equal(written[:, -NEW:], by_hand), f"use_cache={use_cache}"
+        assert torch.equal(generated[:, -NEW:], expected), f"use_cache={use_cache}"
 
 
-def _write_by_hand(model: Any, row: torch.Tensor) -> torch.Tensor:
-    """Return the `NEW` likeliest tokens after `row` (1, seq), one forward pass each, no cache."""
+def _generate_greedily(model: Any, row: torch.Tensor) -> torch.Tensor:
+    """Return `NEW` greedy tokens after `row` (1, seq), without cache."""
     seq2seq, config = model.config.is_encoder_decoder, model.config
-    written = torch.tensor([[config.decoder_start_token_id]]) if seq2seq else row
+    generated = torch.tensor([[config.decoder_start_token_id]]) if seq2seq else row
     for _ in range(NEW):
-        call = (
-            {"input_ids": row, "decoder_input_ids": written} if seq2seq else {"input_ids": written}
+        arguments = (
+            {"input_ids": row, "decoder_input_ids": generated}
+            if seq2seq
+            else {"input_ids": generated}
         )
         with torch.no_grad():
-            logits = model(**call, use_cache=False).logits[:, -1].clone()
+            logits = model(**arguments, use_cache=False).logits[:, -1].clone()
         logits[:, config.eos_token_id] = -torch.inf
-        written = torch.cat([written, logits.argmax(-1, keepdim=True)], dim=1)
-    return written[:, -NEW:]
+        generated = torch.cat([generated, logits.argmax(-1, keepdim=True)], dim=1)
+    return generated[:, -NEW:]
 
 
 def check_checkpointing(spec: Any, family: str, head: str) -> None:
-    """Gradients with recomputed activations are those without, dropout included."""
+    """Check that gradient checkpointing does not change gradients, including dropout."""
     gradients = []
     for recompute in (False, True):
         torch.manual_seed(0)
@@ -156,7 +162,7 @@ def check_checkpointing(spec: Any, family: str, head: str) -> None:
 
 
 def check_quantized(spec: Any, directory: Path, tmp_path: Path, bits: int, head: str) -> None:
-    """On a quantized base: trains, also after an evaluation, and loads exactly."""
+    """Check training after an evaluation and exact reload on a quantized base."""
     import transformers
     from transformers import BitsAndBytesConfig
 
@@ -176,7 +182,7 @@ def check_quantized(spec: Any, directory: Path, tmp_path: Path, bits: int, head:
     family = model.config.model_type
     inputs = build_batch(family, head)
     model = adapt(spec, family, head, model)
-    compute_logits(model, inputs)  # what spoils 4-bit weights for training
+    compute_logits(model, inputs)  # an evaluation may change the layout of 4-bit weights
     assert train_two_steps(model, inputs) == set()
     logits = compute_logits(model, inputs)
     model.save_pretrained(str(tmp_path), save_embedding_layers=False)

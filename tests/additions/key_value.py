@@ -12,22 +12,22 @@ from ftlevel.data.sources.table import BadRow, Row
 
 
 class KeyValue(Reader):
-    """`key=value;key=value`, a row a line."""
+    """Reads files of `key=value;key=value` lines."""
 
-    def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
+    def read(self, state: Cursor | None) -> Iterator[Chunk]:
         """Yield the chunks from `cursor` on."""
-        at = cursor or {"at": 0, "line": 0}
-        text = TextLines(self.path, **at)
-        taken, number = iter(text), int(at["line"])
-        while some := list(islice(taken, CHUNK_ROWS)):
+        position = state or {"at": 0, "line": 0}
+        text = TextLines(self.path, **position)
+        lines_after, number = iter(text), int(position["line"])
+        while batch := list(islice(lines_after, CHUNK_ROWS)):
             rows: list[Row] = []
             lines: list[int] = []
-            bad: list[BadRow] = []
-            for number, line in enumerate(some, number + 1):  # noqa: B020
+            bad_rows: list[BadRow] = []
+            for number, line in enumerate(batch, number + 1):  # noqa: B020
                 pairs = [pair.split("=") for pair in line.strip().split(";")]
                 if all(len(pair) == 2 for pair in pairs):
                     rows.append(dict(pairs))
                     lines.append(number)
                 else:
-                    bad.append(BadRow(number, "not key=value;key=value"))
-            yield self.chunk(rows, lines, bad, text.cursor(number))
+                    bad_rows.append(BadRow(number, "not key=value;key=value"))
+            yield self.chunk(rows, lines, bad_rows, text.cursor(number))

@@ -1,4 +1,4 @@
-"""The names and shapes of a model's tensors, a line each."""
+"""Export format of tensor names and shapes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ftlevel.tasks import TASKS
 from ftlevel.trained.model_ref import ModelRef
 
 
-def plan_export(config: ExportConfig, found: ModelRef) -> NamesExport:
-    """Return what will be written."""
-    return NamesExport(config, found)
+def plan_export(config: ExportConfig, ref: ModelRef) -> NamesExport:
+    """Plan the export."""
+    return NamesExport(config, ref)
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,16 @@ class NamesExport:
     """A list of tensors.
 
     Attributes:
-        config: what was asked for.
-        found: the run, adapter or model.
+        config: export configuration.
+        ref: the run, adapter or model.
     """
 
     config: ExportConfig
-    found: ModelRef
+    ref: ModelRef
     notes: tuple[str, ...] = ()
 
     def choices(self, device: Choice) -> Iterator[Choice]:
-        """Yield the lines for the screen."""
+        """Yield the choices to print."""
         yield Choice("model", self.config.model)
 
     def dry_run(self) -> dict[str, Any]:
@@ -43,20 +43,20 @@ class NamesExport:
         return {"format": "names", "tensors": len(self._shapes())}
 
     def write(
-        self, place: Path, device: str, listener: Listener, merge: MergeAdapter
+        self, output: Path, device: str, listener: Listener, merge: MergeAdapter
     ) -> dict[str, Any]:
         """Write the list."""
         shapes = self._shapes()
         text = "".join(f"{name} {shape}\n" for name, shape in shapes.items())
-        (place / self.config.out.name).write_text(text, encoding="utf-8")
+        (output / self.config.out.name).write_text(text, encoding="utf-8")
         return {"format": "names", "tensors": len(shapes)}
 
     def describe(self, summary: Mapping[str, Any]) -> Iterator[str]:
-        """Yield what came out."""
+        """Yield the lines to print after the export."""
         yield f"{summary['tensors']:,} tensors"
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        config = load_config(self.found.source)
-        kind = TASKS[self.found.card.task].auto_class("decoder", config.model_type)
+        config = load_config(self.ref.source)
+        kind = TASKS[self.ref.card.task].auto_class("decoder", config.model_type)
         model = build_task_model(config, kind)
         return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

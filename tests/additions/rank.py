@@ -1,4 +1,4 @@
-"""Ranking: which of two texts is the better one."""
+"""Task `rank`: choose the better one of two texts."""
 
 from __future__ import annotations
 
@@ -33,33 +33,33 @@ class Ranked:
 
     @property
     def key_text(self) -> str:
-        """The text by which the gate tells examples apart."""
+        """Key of the example in data checks."""
         return f"{self.first}\0{self.second}\0{self.better}"
 
     @property
     def classes(self) -> Sequence[str]:
-        """Which one is better."""
+        """The label."""
         return (self.better,)
 
 
 @dataclass(frozen=True)
 class RankedRow(Encoded):
-    """Two texts as the model sees them.
+    """Two encoded texts.
 
     Attributes:
-        second_at: where the second text begins.
+        second_at: position of the second text.
     """
 
     second_at: int = field(default=0, metadata={"column": "int"})
 
 
 def build_ranked(roles: RoleValues) -> Ranked:
-    """Return two texts with which is better."""
+    """Return two texts with their label."""
     return Ranked(roles.text("first"), roles.text("second"), roles.text("better"), roles.index)
 
 
 def build_unranked(roles: RoleValues) -> Ranked:
-    """Return two texts of which nobody has said which is better."""
+    """Return two texts without a label."""
     return Ranked(roles.text("first"), roles.text("second"), "", roles.index)
 
 
@@ -79,12 +79,12 @@ class RankTask(BaseTask):
         return "better"
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Return the two texts, one after the other."""
+        """Return the concatenated texts, encoded."""
         labels, tokenizer = encoder.labels, encoder.tokenizer
 
-        def encode(some: Sequence[Ranked]) -> list[Encoded]:
+        def encode(batch: Sequence[Ranked]) -> list[Encoded]:
             rows: list[Encoded] = []
-            for example in some:
+            for example in batch:
                 first, second = tokenizer([example.first, _SEPARATOR + example.second])["input_ids"]
                 label = labels.id_of(example.better) if labels else 0
                 rows.append(RankedRow(first + second, label, example.row, {}, len(first)))
@@ -93,7 +93,7 @@ class RankTask(BaseTask):
         return encoder.fit(encoder.collect(encode, examples), table)
 
     def create_query(self, prompt: str, context: str | None, number: int) -> Any:
-        """Return two texts, which a prompt holds with ||| between them."""
+        """Return the two texts of a prompt, separated by |||."""
         first, _, second = prompt.partition(_SEPARATOR)
         return Ranked(first, second, "", number)
 
@@ -104,29 +104,29 @@ class RankTask(BaseTask):
         inference_config: Mapping[str, Any],
         outputs: OutputOptions,
     ) -> dict[str, Column]:
-        """Return which text is better, and how likely that is."""
+        """Return the columns of label and probability."""
         return {"": "text"} | ({"probability": "number"} if outputs.probabilities else {})
 
     def predict(
         self, model: PromptedModel, queries: Sequence[Any], outputs: OutputOptions
     ) -> list[Prediction]:
-        """Return which of two texts is better."""
+        """Return the predicted label of each query."""
         pairs = [model.tokenizer([q.first, _SEPARATOR + q.second])["input_ids"] for q in queries]
         rows = [Encoded(first + second, 0, i) for i, (first, second) in enumerate(pairs)]
 
-        def read(row: Encoded, logits: torch.Tensor) -> Prediction:
+        def read_row(row: Encoded, logits: torch.Tensor) -> Prediction:
             scores = dict(zip(model.labels, logits.float().softmax(-1).tolist(), strict=True))
             best = max(scores, key=lambda label: scores[label])
             return Prediction(best, scores, columns={"": best, "probability": scores[best]})
 
-        return model.score(rows, read)
+        return model.score(rows, read_row)
 
     def dummy_labels(self, ids: Sequence[int], labels: Sequence[str], inference_config: Any) -> Any:
         """Return the first one."""
         return 0
 
     def decode_label(self, row: Encoded, names: Sequence[str]) -> str:
-        """Return which one is better."""
+        """Return the label in words."""
         return f"{names[row.labels]} is better" if isinstance(row.labels, int) else ""
 
 
@@ -139,7 +139,7 @@ class Ranking(Objective):
     def loss_sum(
         self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """Return the sum of -log sigmoid of the better one's score less the other's."""
+        """Return the sum of -log sigmoid of the score difference."""
         from torch.nn import functional
 
         margin = (logits[:, 1] - logits[:, 0]).float() * (2 * labels - 1)
@@ -151,7 +151,7 @@ class Ranking(Objective):
 
 
 class RankMeter(PredictionMeter):
-    """The share of pairs in which the better one scores higher."""
+    """Accuracy of the ranking."""
 
     def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
         """Add a batch: logits `(batch, 2)`, labels `(batch,)`."""
@@ -159,7 +159,7 @@ class RankMeter(PredictionMeter):
         self.true += labels.tolist()
 
     def compute(self, loss: float) -> dict[str, float]:
-        """Return the share."""
+        """Return the accuracy."""
         right = sum(p == t for p, t in zip(self.predicted, self.true, strict=True))
         return {"ranked_right": right / len(self.true)}
 

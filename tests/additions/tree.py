@@ -1,6 +1,6 @@
-"""Features as somebody would add them: the files and lines that they take, in a copy of ftlevel.
+"""Features as a contributor would add them to a copy of ftlevel: their files and lines.
 
-Tests train with them; `scripts/house.py` counts what each touches.
+Tests train with them; `scripts/house.py` counts the changed files of each.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ PACKAGE = HERE.parents[1] / "src/ftlevel"
 
 @dataclass(frozen=True)
 class Addition:
-    """What one feature takes.
+    """The changes for one feature.
 
     Attributes:
-        files: new file of the package → its text.
-        lines: (file of the package, line in it, the line to come after that one).
-        test: the test of the feature, which is one more file.
+        files: path of a new file in the package → its text.
+        lines: (file of the package, existing line, line to insert after it).
+        test: file with the test of the feature.
     """
 
     files: Mapping[str, str]
@@ -41,7 +41,7 @@ class Addition:
 
     @property
     def touched(self) -> list[str]:
-        """The files that are new or changed, with the test."""
+        """New and changed files, with the test."""
         changed = dict.fromkeys(path for path, _, _ in self.lines)
         return [*self.files, *changed, *filter(None, [self.test])]
 
@@ -64,22 +64,22 @@ def _read(name: str) -> str:
     return (HERE / name).read_text(encoding="utf-8")
 
 
-_LAST_TASK = '"masked-lm": "ftlevel.tasks.mask",'
-TARGET = Addition(
+_TASK_ANCHOR = '"masked-lm": "ftlevel.tasks.mask",'
+TASK = Addition(
     {"tasks/rank.py": _read("rank.py")},
-    [("config/tasks.py", _LAST_TASK, '    "rank": "ftlevel.tasks.rank",')],
+    [("config/tasks.py", _TASK_ANCHOR, '    "rank": "ftlevel.tasks.rank",')],
     "tests/integration/test_add_a_task.py",
 )
 
 _SHORT = """    short_row: Annotated[Action, Check("fewer than three tokens")] = Field(
         "warn", description="A row of fewer than three tokens."
     )"""
-_LAST_CHECK = '"drop", description="Validation or test row that is also a training row."\n    )'
+_CHECK_ANCHOR = '"drop", description="Validation or test row that is also a training row."\n    )'
 _TABLE = "TOKEN_CHECKS: dict[str, Callable[[FlatRows, TokenCheckContext], Mask | None]] = {"
 CHECK = Addition(
     {},
     [
-        ("config/gate.py", _LAST_CHECK, _SHORT),
+        ("config/gate.py", _CHECK_ANCHOR, _SHORT),
         (
             "data/gate/checks.py",
             _TABLE,
@@ -92,23 +92,25 @@ _SEED = '    Flag("train.seed", "", HOW),'
 _SAMPLES = '    Flag("data.validation_rows", "", HOW),'
 FLAG = Addition({}, [("config/flags.py", _SEED, _SAMPLES)])
 
-_LAST_FORMAT = '    "gguf": ExportFormat("ftlevel.merging.formats.gguf", ".gguf", (".Modelfile",)),'
+_FORMAT_ANCHOR = (
+    '    "gguf": ExportFormat("ftlevel.merging.formats.gguf", ".gguf", (".Modelfile",)),'
+)
 EXPORT = Addition(
     {"merging/formats/names.py": _read("names.py")},
     [
         (
             "config/export.py",
-            _LAST_FORMAT,
+            _FORMAT_ANCHOR,
             '    "names": ExportFormat("ftlevel.merging.formats.names", ".names"),',
         )
     ],
 )
 
-_LAST_READER = '    ".parquet": ParquetReader,'
+_READER_ANCHOR = '    ".parquet": ParquetReader,'
 DATA_FORMAT = Addition(
     {"data/sources/readers/key_value.py": _read("key_value.py")},
     [
-        ("data/sources/readers/__init__.py", _LAST_READER, '    ".kv": KeyValue,'),
+        ("data/sources/readers/__init__.py", _READER_ANCHOR, '    ".kv": KeyValue,'),
         (
             "data/sources/readers/__init__.py",
             "from ftlevel.data.sources.readers.json import JsonLinesReader, JsonReader",
@@ -124,13 +126,15 @@ METHOD = Addition(
     dict(_FILE.findall(PAGE)),
     [("config/methods/__init__.py", before, added) for before, added in _DIFF.findall(PAGE)],
 )
-"""The method that docs/add-a-method.md shows."""
+"""The method of docs/add-a-method.md."""
 
-_A_FAMILY = '  "granite": {"like": "llama", "heads": {"text-generation": ["lm_head"]}},'
-FAMILY = Addition({}, [("models/families.json", _A_FAMILY, '  "stablelm": {"like": "llama"},')])
+_FAMILY_ANCHOR = '  "granite": {"like": "llama", "heads": {"text-generation": ["lm_head"]}},'
+FAMILY = Addition(
+    {}, [("models/families.json", _FAMILY_ANCHOR, '  "stablelm": {"like": "llama"},')]
+)
 
 ADDITIONS: dict[str, tuple[str, int, Addition]] = {
-    "a kind of target, with its tests": ("~22", 3, TARGET),
+    "a kind of target, with its tests": ("~22", 3, TASK),
     "a PEFT method": ("6", 3, METHOD),
     "a family of models": ("1", 1, FAMILY),
     "a data format": ("2–4", 2, DATA_FORMAT),
@@ -138,24 +142,24 @@ ADDITIONS: dict[str, tuple[str, int, Addition]] = {
     "a flag": ("3–4", 1, FLAG),
     "a check of the gate": ("4", 2, CHECK),
 }
-"""Feature → how many files it took in 0.1.0, how many it may take, and what it takes."""
+"""Feature → number of files in 0.1.0, largest allowed number, changes."""
 
 
 def _run_commands() -> None:
     """Run a command for each line of stdin."""
     from ftlevel.cli.app import run
 
-    answers, sys.stdout = sys.stdout, sys.stderr
+    output, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         cwd, arguments = json.loads(line)
         os.chdir(cwd)
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = run(arguments)
-        print(json.dumps([code, out.getvalue(), err.getvalue()]), file=answers, flush=True)
+        print(json.dumps([code, out.getvalue(), err.getvalue()]), file=output, flush=True)
 
 
-@lru_cache(maxsize=1)  # one that is dropped reads the end of its commands
+@lru_cache(maxsize=1)  # a dropped process reads EOF and ends
 def _start(tree: Path) -> Forked:
     """Start a process that imports the ftlevel of `tree` once and runs commands."""
     return Forked(
@@ -169,16 +173,16 @@ def run(tree: Path, *arguments: Any, cwd: Path, code: int = 0) -> str:
     """Run the ftlevel of `tree` and return what it prints.
 
     Args:
-        tree: what `Addition.apply` returned.
+        tree: directory returned by `Addition.apply`.
         arguments: of the command line.
-        cwd: where it is run.
-        code: the exit code that is expected.
+        cwd: working directory.
+        code: expected exit code.
     """
     process = _start(tree)
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(json.dumps([str(cwd), [*map(str, arguments)]]) + "\n")
     process.stdin.flush()
-    found, out, err = json.loads(process.stdout.readline())
-    assert found == code, err or out
+    exit_code, out, err = json.loads(process.stdout.readline())
+    assert exit_code == code, err or out
     return str(out if code == 0 else err)

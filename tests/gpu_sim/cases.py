@@ -27,7 +27,14 @@ from ftlevel.tasks.losses import Tokens
 from ftlevel.trained.adapt import apply_method, train_in_float32
 from ftlevel.training.memory import enable_checkpointing, set_checkpointing
 from gpu_sim.simulate import MODE, StepMetrics, disable_cache, move_to_gpu, run_step
-from matrix_cells import TinyCell, build_spec, copy_base, describe_base, expected_refusal, heads_of
+from matrix_cells import (
+    TinyCell,
+    build_spec,
+    copy_base,
+    describe_base,
+    expected_error,
+    get_tasks_by_head,
+)
 
 KINDS = {"llama": "causal", "bert": "seqcls", "t5": "seq2seq"}
 """A family of each kind of model, with its most common head."""
@@ -50,12 +57,12 @@ def build_cells() -> list[TinyCell]:
     rows = [info.name for info in METHOD_INFO.values()
             if info.method in matrix_cells.SPECS and info.method not in SPARSE]  # fmt: skip
     cells = [
-        TinyCell(row, family, head, heads_of(family)[head], quant, "bfloat16")
+        TinyCell(row, family, head, get_tasks_by_head(family)[head], quant, "bfloat16")
         for family, head in KINDS.items()
         for quant in ("none", "4bit")
         for row in rows
     ]
-    return [cell for cell in cells if expected_refusal(cell) is None]
+    return [cell for cell in cells if expected_error(cell) is None]
 
 
 def run_cell(cell: TinyCell) -> StepMetrics:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from additions.tree import TARGET, run
+from additions.tree import TASK, run
 
 pytestmark = pytest.mark.slow
 GOOD, BAD = "a clear and quiet morning", "noise noise noise"
@@ -15,7 +15,7 @@ GOOD, BAD = "a clear and quiet morning", "noise noise noise"
 
 @pytest.fixture(scope="module")
 def package_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return TARGET.apply(tmp_path_factory.mktemp("tree"))
+    return TASK.apply(tmp_path_factory.mktemp("tree"))
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,8 @@ def summary(package_dir: Path, work_dir: Path) -> dict:
 
 
 def test_adding_a_task_takes_one_file_and_one_line() -> None:
-    assert len(TARGET.files) == len(TARGET.lines) == 1
-    assert len(TARGET.touched) <= 3
+    assert len(TASK.files) == len(TASK.lines) == 1
+    assert len(TASK.touched) <= 3
 
 
 def test_added_task_trains(summary: dict) -> None:

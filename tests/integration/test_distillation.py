@@ -18,7 +18,7 @@ from ftlevel.commands.merge import merge
 from ftlevel.config import EvaluateConfig, MergeConfig
 from ftlevel.errors import InputError
 from ftlevel.training import teacher as teacher_module
-from preference_runs import losses, pair, run, write
+from preference_runs import create_pair, losses, run, write_rows
 
 ModelDir = Callable[..., Path]
 ROWS = 8
@@ -61,10 +61,10 @@ def reference_step(base: Path, teacher: Path, distillation: dict[str, Any]) -> t
     )
     total, count = torch.zeros(()), 0
     for i in range(ROWS):
-        turns = [{"role": "user", "content": pair(i)["prompt"]}]
+        turns = [{"role": "user", "content": create_pair(i)["prompt"]}]
         start = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         whole = tokenizer.apply_chat_template(
-            [*turns, {"role": "assistant", "content": pair(i)["chosen"]}], tokenize=False
+            [*turns, {"role": "assistant", "content": create_pair(i)["chosen"]}], tokenize=False
         ).rstrip()
         ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
         prompt = len(tokenizer(start, add_special_tokens=False)["input_ids"])
@@ -113,7 +113,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_first_step_matches_reference(name: str, tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     distillation, overrides = CASES[name]
-    data, base = write(tmp_path / "data", rows=ROWS), tiny_model_dir("llama", chat=True)
+    data, base = write_rows(tmp_path / "data", rows=ROWS), tiny_model_dir("llama", chat=True)
     teacher = tiny_model_dir("llama", chat=True, seed=5, num_hidden_layers=3)
     out = tmp_path / "run"
     train_with_teacher(base, data, out, {"teacher": str(teacher), **distillation},
@@ -125,7 +125,7 @@ def test_first_step_matches_reference(name: str, tiny_model_dir: ModelDir, tmp_p
 def test_teacher_predictions_are_cached_and_completed(
     tiny_model_dir: ModelDir, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data, base = write(tmp_path / "data"), tiny_model_dir("llama")
+    data, base = write_rows(tmp_path / "data"), tiny_model_dir("llama")
     distillation = {"teacher": str(tiny_model_dir("llama", seed=5)), "kd_top_k": 10}
     first = train_with_teacher(base, data, tmp_path / "1", distillation).summary["distillation"]
     assert not first["cached"]
@@ -149,7 +149,7 @@ def test_teacher_predictions_are_cached_and_completed(
 def test_distilled_run_is_resumed_evaluated_and_merged(
     tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
-    data, base = write(tmp_path / "data"), tiny_model_dir("llama")
+    data, base = write_rows(tmp_path / "data"), tiny_model_dir("llama")
     distillation = {"teacher": str(tiny_model_dir("llama", seed=5))}
     steps = {"max_steps": 4, "save_steps": 2, "lr_scheduler_type": "constant",
              "per_device_train_batch_size": 4}  # fmt: skip
@@ -175,7 +175,7 @@ def test_distilled_run_is_resumed_evaluated_and_merged(
 
 @pytest.mark.slow
 def test_two_processes_match_losses_of_one(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
-    data, model = write(tmp_path / "data"), tiny_model_dir("llama")
+    data, model = write_rows(tmp_path / "data"), tiny_model_dir("llama")
     command = ["train", "--model", str(model), "--dataset",
                str(data), "--map", "prompt=prompt", "--map", "completion=chosen", "--teacher",
                str(tiny_model_dir("llama", seed=5)), "--divergence", "jsd", "--max-steps", "3",
@@ -194,7 +194,7 @@ def test_encoder_decoder_distillation_loss_matches_reference(
 ) -> None:
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-    data, base = write(tmp_path / "data", rows=ROWS), tiny_model_dir("t5", dropout_rate=0.0)
+    data, base = write_rows(tmp_path / "data", rows=ROWS), tiny_model_dir("t5", dropout_rate=0.0)
     teacher = tiny_model_dir("t5", seed=5)
     distillation = {"teacher": str(teacher), "kd_top_k": "all", "kd_ratio": 1}
     train_with_teacher(
@@ -206,7 +206,9 @@ def test_encoder_decoder_distillation_loss_matches_reference(
     )
     total, count = 0.0, 0
     for i in range(ROWS):
-        batch = tokenizer([pair(i)["prompt"]], text_target=[pair(i)["chosen"]], return_tensors="pt")
+        batch = tokenizer(
+            [create_pair(i)["prompt"]], text_target=[create_pair(i)["chosen"]], return_tensors="pt"
+        )
         if batch["labels"][0, -1] != tokenizer.eos_token_id:
             ended = [[*batch["labels"][0].tolist(), tokenizer.eos_token_id]]
             batch["labels"] = torch.tensor(ended)
@@ -217,7 +219,7 @@ def test_encoder_decoder_distillation_loss_matches_reference(
 
 
 def test_unusable_teacher_raises(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
-    data, base = write(tmp_path / "data"), tiny_model_dir("llama")
+    data, base = write_rows(tmp_path / "data"), tiny_model_dir("llama")
     with pytest.raises(InputError, match="its tokenizer differs"):
         train_with_teacher(base, data, tmp_path / "run", {"teacher": str(tiny_model_dir("qwen2"))})
     assert not (tmp_path / "run").exists()

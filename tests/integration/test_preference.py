@@ -19,7 +19,7 @@ from ftlevel.commands.merge import merge
 from ftlevel.commands.predict import predict
 from ftlevel.config import EvaluateConfig, MergeConfig, PredictConfig
 from ftlevel.training import reference
-from preference_runs import judged, losses, pair, run, write
+from preference_runs import create_labeled_answer, create_pair, losses, run, write_rows
 
 ModelDir = Callable[..., Path]
 
@@ -52,7 +52,7 @@ def test_evaluation_matches_metrics_of_training(
     tiny_model_dir: ModelDir,
     tmp_path: Path,
 ) -> None:
-    data = write(tmp_path / "data")
+    data = write_rows(tmp_path / "data")
     result = run(tiny_model_dir(family, head, **overrides), data, tmp_path / "run", loss)
     summary = result.summary
     assert summary["task"] == ("reward" if loss == "reward" else "preference")
@@ -82,7 +82,7 @@ METHODS = {
 def test_first_dpo_loss_is_ln_2_for_every_method(
     name: str, tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
-    data = write(tmp_path / "data")
+    data = write_rows(tmp_path / "data")
     out = tmp_path / "run"
     method = METHODS[name] or {"kind": name}
     summary = run(tiny_model_dir("llama"), data, out, method=method).summary
@@ -97,13 +97,13 @@ def test_reference_log_probabilities_match_transformers(
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path, data = tiny_model_dir("llama", chat=True), write(tmp_path / "data", rows=8)
+    path, data = tiny_model_dir("llama", chat=True), write_rows(tmp_path / "data", rows=8)
     run(path, data, tmp_path / "run")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
     expected = []
     for i in range(8):
-        row = pair(i)
+        row = create_pair(i)
         turns = [{"role": "user", "content": row["prompt"]}]
         start = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         for answer in (row["chosen"], row["rejected"]):
@@ -136,7 +136,7 @@ def test_reference_log_probabilities_match_transformers(
 def test_losses_do_not_depend_on_micro_batches(
     loss: str, variants: tuple[str, ...], tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
-    data, model = write(tmp_path / "data"), tiny_model_dir("llama")
+    data, model = write_rows(tmp_path / "data"), tiny_model_dir("llama")
     overrides: dict[str, Any] = {"preference": {"nll_mean": "token"}} if loss == "rpo" else {}
     loss_curves = []
     for name, train_, speed in (
@@ -156,7 +156,7 @@ def test_losses_do_not_depend_on_micro_batches(
 
 @pytest.mark.slow
 def test_two_processes_match_losses_of_one(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
-    data, model = write(tmp_path / "data"), tiny_model_dir("llama")
+    data, model = write_rows(tmp_path / "data"), tiny_model_dir("llama")
     command = ["train", "--task", "preference", "--loss", "kto",
                "--model", str(model), "--dataset", str(data), "--max-steps", "3", "--dtype",
                "float32", "--learning-rate", "0.01", "--logging-steps", "1", "--quiet"]  # fmt: skip
@@ -170,7 +170,7 @@ def test_two_processes_match_losses_of_one(tiny_model_dir: ModelDir, tmp_path: P
 
 @pytest.mark.slow
 def test_resumed_run_matches_uninterrupted_run(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
-    data, model = write(tmp_path / "data"), tiny_model_dir("llama")
+    data, model = write_rows(tmp_path / "data"), tiny_model_dir("llama")
     uninterrupted, interrupted = tmp_path / "whole", tmp_path / "broken"
     steps = {"max_steps": 4, "save_steps": 2, "lr_scheduler_type": "constant"}
     run(model, data, uninterrupted, train=steps)
@@ -189,7 +189,7 @@ def test_resumed_run_matches_uninterrupted_run(tiny_model_dir: ModelDir, tmp_pat
 def test_reference_is_cached_and_completed(
     tiny_model_dir: ModelDir, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data, model = write(tmp_path / "data"), tiny_model_dir("llama")
+    data, model = write_rows(tmp_path / "data"), tiny_model_dir("llama")
     first_summary = run(model, data, tmp_path / "1").summary
     assert not first_summary["reference"]["cached"]
     monkeypatch.setattr(reference, "_fill", lambda *_: pytest.fail("computed again"))
@@ -209,7 +209,7 @@ def test_reference_is_cached_and_completed(
 
 @pytest.mark.slow
 def test_sft_dpo_and_merge_with_one_adapter(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
-    data, model = write(tmp_path / "data"), tiny_model_dir("llama")
+    data, model = write_rows(tmp_path / "data"), tiny_model_dir("llama")
     columns = {"prompt": "prompt", "completion": "chosen"}
     run(model, data, tmp_path / "sft", task="text-generation", preference={"loss": None},
         data={"columns": columns})  # fmt: skip
@@ -240,7 +240,7 @@ def test_sft_dpo_and_merge_with_one_adapter(tiny_model_dir: ModelDir, tmp_path: 
 def test_dropout_affects_policy_but_not_reference(
     tiny_model_dir: ModelDir, tmp_path: Path, cache_dir: Path
 ) -> None:
-    data, model = write(tmp_path / "data"), tiny_model_dir("llama")
+    data, model = write_rows(tmp_path / "data"), tiny_model_dir("llama")
     columns = {"prompt": "prompt", "completion": "chosen"}
     run(model, data, tmp_path / "sft", task="text-generation", preference={"loss": None},
         data={"columns": columns})  # fmt: skip
@@ -261,9 +261,12 @@ def test_dropout_affects_policy_but_not_reference(
 def test_reward_model_predictions_match_evaluation(
     tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
-    data = write(tmp_path / "data", lambda i: {**pair(i), "margin": i % 3})
+    data = write_rows(tmp_path / "data", lambda i: {**create_pair(i), "margin": i % 3})
     run(tiny_model_dir("llama"), data, tmp_path / "run", "reward", preference={"center": 0.01})
-    rows = [{"prompt": pair(i)["prompt"], "completion": pair(i)["chosen"]} for i in range(16, 22)]
+    rows = [
+        {"prompt": create_pair(i)["prompt"], "completion": create_pair(i)["chosen"]}
+        for i in range(16, 22)
+    ]
     predictions = predict(PredictConfig(name=str(tmp_path / "run"), device="cpu"), rows).rows or []
     evaluation = evaluate(EvaluateConfig(name=str(tmp_path / "run"), resamples=0, device="cpu"))
     scores = [row["prediction"] for row in predictions]
@@ -288,9 +291,9 @@ def test_reward_model_score_depends_on_eos_for_any_padding(
     settings = json.loads((model_dir / "config.json").read_text())
     settings["pad_token_id"] = tokenizer.pad_token_id
     (model_dir / "config.json").write_text(json.dumps(settings))
-    result = run(model_dir, write(tmp_path / "data"), tmp_path / "run", "reward")
+    result = run(model_dir, write_rows(tmp_path / "data"), tmp_path / "run", "reward")
     model = result.model.eval()
-    texts = [f"{pair(0)['prompt']}\n{pair(0)['chosen']}", pair(1)["prompt"]]
+    texts = [f"{create_pair(0)['prompt']}\n{create_pair(0)['chosen']}", create_pair(1)["prompt"]]
     ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
     with torch.no_grad():
         with_eos = [model(torch.tensor([row])).logits.item() for row in ids]
@@ -300,13 +303,13 @@ def test_reward_model_score_depends_on_eos_for_any_padding(
 
 @pytest.mark.slow
 def test_quantized_base_is_its_own_reference(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
-    data = write(tmp_path / "data")
+    data = write_rows(tmp_path / "data")
     run(tiny_model_dir("llama"), data, tmp_path / "run", method={"kind": "qlora"})
     assert losses(tmp_path / "run")[0][0] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_kto_trains_on_labeled_answers(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
-    data = write(tmp_path / "data", judged)
+    data = write_rows(tmp_path / "data", create_labeled_answer)
     summary = run(tiny_model_dir("llama"), data, tmp_path / "run", "kto").summary
     assert {"kl", "reward_margin", "logp_desirable"} <= set(summary["metrics"])
     assert summary["metrics"]["kl"] >= 0

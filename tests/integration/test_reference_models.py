@@ -17,7 +17,7 @@ from ftlevel.commands.evaluate import evaluate
 from ftlevel.config import EvaluateConfig
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.training import reference as reference_module
-from preference_runs import losses, pair, run, write
+from preference_runs import create_pair, losses, run, write_rows
 
 ModelDir = Callable[..., Path]
 COLUMNS = {"columns": {"prompt": "prompt", "completion": "chosen"}}
@@ -46,9 +46,9 @@ def reference_log_likelihoods(base: Path, adapter: Path | None, rows: range) -> 
         model = PeftModel.from_pretrained(model, adapter).eval()
     tokenizer, log_likelihoods = AutoTokenizer.from_pretrained(base), []
     for i in rows:
-        turns = [{"role": "user", "content": pair(i)["prompt"]}]
+        turns = [{"role": "user", "content": create_pair(i)["prompt"]}]
         start = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        for answer in (pair(i)["chosen"], pair(i)["rejected"]):
+        for answer in (create_pair(i)["chosen"], create_pair(i)["rejected"]):
             text = tokenizer.apply_chat_template(
                 [*turns, {"role": "assistant", "content": answer}], tokenize=False
             ).rstrip()
@@ -66,7 +66,7 @@ def reference_log_likelihoods(base: Path, adapter: Path | None, rows: range) -> 
 def test_reference_run_is_used_in_training_and_evaluation(
     tiny_model_dir: ModelDir, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data, model = write(tmp_path / "data"), tiny_model_dir("llama", chat=True)
+    data, model = write_rows(tmp_path / "data"), tiny_model_dir("llama", chat=True)
     reference = train_sft(model, data, tmp_path / "sft")
     out = tmp_path / "dpo"
     one_batch = {"per_device_train_batch_size": 16}
@@ -98,7 +98,7 @@ def test_reference_run_is_used_in_training_and_evaluation(
 def test_named_start_adapter_equals_reference_start(
     tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
-    data, model = write(tmp_path / "data"), tiny_model_dir("llama")
+    data, model = write_rows(tmp_path / "data"), tiny_model_dir("llama")
     sft_run = train_sft(model, data, tmp_path / "sft")
     for name, reference in (("start", "start"), ("named", str(sft_run))):
         run(model, data, tmp_path / name, model={"adapter": str(sft_run)},
@@ -113,7 +113,7 @@ def test_moved_reference_is_found_and_changed_one_raises(
     tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
     folder = tmp_path / "folder"
-    data, model = write(folder / "data"), tiny_model_dir("llama")
+    data, model = write_rows(folder / "data"), tiny_model_dir("llama")
     reference = train_sft(model, data, folder / "sft")
     overrides = {"preference": {"reference": str(reference)}, "method": {"kind": "full"}}
     metrics = run(model, data, folder / "dpo", **overrides).summary["metrics"]
@@ -121,7 +121,9 @@ def test_moved_reference_is_found_and_changed_one_raises(
     folder.rename(moved)
     config = EvaluateConfig(name=str(moved / "dpo"), resamples=0, device="cpu")
     assert evaluate(config).metrics == pytest.approx(metrics, abs=1e-4)
-    train_sft(model, write(tmp_path / "others", lambda i: pair(i + 40)), tmp_path / "other")
+    train_sft(
+        model, write_rows(tmp_path / "others", lambda i: create_pair(i + 40)), tmp_path / "other"
+    )
     shutil.rmtree(moved / "sft")
     shutil.copytree(tmp_path / "other", moved / "sft")
     with pytest.raises(InputError, match="has other weights than in training"):
@@ -129,7 +131,7 @@ def test_moved_reference_is_found_and_changed_one_raises(
 
 
 def test_resume_requires_same_reference(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
-    data, model = write(tmp_path / "data"), tiny_model_dir("llama")
+    data, model = write_rows(tmp_path / "data"), tiny_model_dir("llama")
     other = tiny_model_dir("llama", seed=3)
     steps = {"max_steps": 4, "save_steps": 2, "lr_scheduler_type": "constant"}
     overrides = {"preference": {"reference": str(other)}}
@@ -143,7 +145,7 @@ def test_resume_requires_same_reference(tiny_model_dir: ModelDir, tmp_path: Path
 
 
 def test_unusable_reference_raises(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
-    data, model = write(tmp_path / "data"), tiny_model_dir("llama")
+    data, model = write_rows(tmp_path / "data"), tiny_model_dir("llama")
     for name, message in (
         (tmp_path / "nowhere", "--reference .*nowhere"),
         (tiny_model_dir("qwen2"), "its tokenizer differs"),

@@ -20,7 +20,7 @@ from transformers import Trainer
 import ftlevel
 from ftlevel.methods.upstream import FACTS as OF_METHODS
 from ftlevel.models.upstream import FACTS as OF_MODELS
-from upstream_facts import facts
+from upstream_facts import create_facts
 
 if (found := ftlevel.__file__) is None:
     raise RuntimeError("ftlevel has no directory")
@@ -50,7 +50,9 @@ INHERITED = {
     if name.startswith("_") and not name.endswith("__")
 }
 LISTED = {
-    fact.name.rpartition(".")[2] for table in (OF_METHODS, OF_MODELS) for fact in facts(table)
+    fact.name.rpartition(".")[2]
+    for table in (OF_METHODS, OF_MODELS)
+    for fact in create_facts(table)
 }
 PUBLIC = {"os._exit"}
 """Names that Python documents despite the underscore."""

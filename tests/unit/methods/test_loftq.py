@@ -29,12 +29,12 @@ def test_loftq_start_is_optimal_rank_8_correction(family: str, use_rslora: bool)
         matrix_cells.copy_base(cell),
         peft.LoraConfig(r=8, lora_alpha=16, use_rslora=use_rslora, target_modules="all-linear"),
     )
-    start_from_residual(model, lambda name: matrix_cells.float_weight(cell, name))
+    start_from_residual(model, lambda name: matrix_cells.get_float_weight(cell, name))
     layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.Linear4bit)]
     names = [n for n, m in model.named_modules() if isinstance(m, peft.tuners.lora.Linear4bit)]
     assert layers
     for name, layer in zip(names, layers, strict=True):
-        weight = matrix_cells.float_weight(cell, name.removeprefix("base_model.model."))
+        weight = matrix_cells.get_float_weight(cell, name.removeprefix("base_model.model."))
         packed = layer.get_base_layer().weight
         quantization_error = weight - bnb.functional.dequantize_4bit(
             packed.data, packed.quant_state

@@ -20,7 +20,7 @@ from ftlevel.methods import (
 from ftlevel.methods.base import Method
 from ftlevel.methods.support_table import Cell
 from ftlevel.models.families import FAMILIES
-from matrix_cells import QUANTS, RERANK, TinyCell, build_cells, expected_refusal, run_cell
+from matrix_cells import QUANTS, RERANK, TinyCell, build_cells, expected_error, run_cell
 from sampling import every
 from unit.models.meta_models import tiny_config
 from unit.models.tiny_configs import TINY
@@ -101,7 +101,7 @@ def test_support_table_agrees_with_get_error(family):
 def test_lora_like_methods_are_always_supported():
     for cell in build_cells():
         if cell.row in ("lora", "ia3", "vera", "ln-tuning", "adalora"):
-            assert expected_refusal(cell) is None
+            assert expected_error(cell) is None
 
 
 def choose_sample() -> list[TinyCell]:
@@ -109,7 +109,7 @@ def choose_sample() -> list[TinyCell]:
 
     Each head is covered for every kind of model.
     """
-    supported = [cell for cell in build_cells() if expected_refusal(cell) is None]
+    supported = [cell for cell in build_cells() if expected_error(cell) is None]
     uncovered = dict.fromkeys(
         [("row", cell.row) for cell in supported]
         + [("family", cell.family) for cell in supported]
@@ -122,7 +122,7 @@ def choose_sample() -> list[TinyCell]:
     sample = []
     for cell in supported:
         keys = [("row", cell.row), ("family", cell.family), ("head", cell.head, cell.kind),
-                 ("quant", cell.quant), ("row", cell.row, cell.quant)]  # fmt: skip
+                ("quant", cell.quant), ("row", cell.row, cell.quant)]  # fmt: skip
         missing = sum(uncovered[key] > 0 for key in keys)
         if (
             missing >= 2

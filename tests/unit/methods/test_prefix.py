@@ -24,12 +24,12 @@ from tiny_models import (
     compute_logits,
 )
 from virtual_tokens import (
-    RECOMPUTING,
+    CHECKPOINTING_FAMILIES,
     adapt,
     check_checkpointing,
     check_generation,
     check_quantized,
-    check_whole_life,
+    check_training_and_reload,
     train_two_steps,
 )
 
@@ -40,14 +40,14 @@ GENERATIVE_FAMILIES = [family for family in FAMILIES if HEADS[family][0] in ("ca
 
 @pytest.mark.parametrize(("family", "head"), sample(FAMILY_HEADS))
 def test_prefix_trains_saves_and_reloads(family: str, head: str, tmp_path: Path) -> None:
-    check_whole_life(PLAIN, "prefix_kv_", family, head, tmp_path)
+    check_training_and_reload(PLAIN, "prefix_kv_", family, head, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("family", "head"), [("llama", "causal"), ("bert", "seqcls"), ("t5", "seq2seq")]
 )
 def test_projected_prefix_trains_saves_and_reloads(family: str, head: str, tmp_path: Path) -> None:
-    check_whole_life(PROJECTED, "prefix_kv_", family, head, tmp_path)
+    check_training_and_reload(PROJECTED, "prefix_kv_", family, head, tmp_path)
 
 
 @pytest.mark.parametrize("family", GENERATIVE_FAMILIES)
@@ -57,7 +57,7 @@ def test_generate_matches_manual_greedy_decoding(family: str) -> None:
     check_generation(model, family)
 
 
-@pytest.mark.parametrize("family", RECOMPUTING)
+@pytest.mark.parametrize("family", CHECKPOINTING_FAMILIES)
 def test_gradients_with_checkpointing_match(family: str) -> None:
     check_checkpointing(PLAIN, family, HEADS[family][0])
 
@@ -77,7 +77,7 @@ def test_encoder_decoder_has_prefix_in_self_and_cross_attention() -> None:
         n.rpartition(".prefix_kv_")[0] for n, _ in model.named_parameters() if "prefix_kv_" in n
     }
     expected = {"encoder.block.0.layer.0.SelfAttention", "decoder.block.0.layer.0.SelfAttention",
-              "decoder.block.0.layer.1.EncDecAttention"}  # fmt: skip
+                "decoder.block.0.layer.1.EncDecAttention"}  # fmt: skip
     assert expected <= {name.removeprefix("base_model.model.") for name in names}
     assert len(names) == 6
 

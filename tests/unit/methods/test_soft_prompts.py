@@ -17,12 +17,12 @@ from sampling import sample
 from tiny_models import FAMILIES, FAMILY_HEADS, HEADS, build, build_batch, compute_logits
 from tiny_tokenizers import build_tokenizer
 from virtual_tokens import (
-    RECOMPUTING,
+    CHECKPOINTING_FAMILIES,
     adapt,
     check_checkpointing,
     check_generation,
     check_quantized,
-    check_whole_life,
+    check_training_and_reload,
     describe_base,
     train_two_steps,
 )
@@ -37,7 +37,7 @@ GENERATIVE_FAMILIES = [family for family in FAMILIES if HEADS[family][0] in ("ca
 
 @pytest.mark.parametrize(("family", "head"), sample(FAMILY_HEADS))
 def test_prompt_tuning_trains_saves_and_reloads(family: str, head: str, tmp_path: Path) -> None:
-    check_whole_life(PROMPT, "soft_prompt_", family, head, tmp_path)
+    check_training_and_reload(PROMPT, "soft_prompt_", family, head, tmp_path)
 
 
 @pytest.mark.parametrize("spec", [MLP, LSTM], ids=["MLP", "LSTM"])
@@ -48,7 +48,7 @@ def test_prompt_tuning_trains_saves_and_reloads(family: str, head: str, tmp_path
 def test_p_tuning_trains_saves_and_reloads(
     spec: PTuningSpec, family: str, head: str, tmp_path: Path
 ) -> None:
-    check_whole_life(spec, "soft_prompt_", family, head, tmp_path)
+    check_training_and_reload(spec, "soft_prompt_", family, head, tmp_path)
 
 
 @pytest.mark.parametrize("family", GENERATIVE_FAMILIES)
@@ -58,7 +58,7 @@ def test_generate_matches_manual_greedy_decoding(family: str) -> None:
     check_generation(model, family)
 
 
-@pytest.mark.parametrize("family", RECOMPUTING)
+@pytest.mark.parametrize("family", CHECKPOINTING_FAMILIES)
 def test_gradients_with_checkpointing_match(family: str) -> None:
     check_checkpointing(PROMPT, family, HEADS[family][0])
 

@@ -18,19 +18,19 @@ from torch import nn
 from ftlevel.methods import upstream
 from ftlevel.methods.upstream import FACTS
 from tiny_models import build
-from upstream_facts import Canaries, Fact, arguments, check_fact, facts
+from upstream_facts import CanaryRegistry, UpstreamFact, check_fact, create_facts, get_parameters
 
-CANARIES = Canaries()
+CANARIES = CanaryRegistry()
 
 
-@pytest.mark.parametrize("fact", facts(FACTS), ids=lambda fact: fact.name)
-def test_upstream_fact_holds(fact: Fact) -> None:
+@pytest.mark.parametrize("fact", create_facts(FACTS), ids=lambda fact: fact.name)
+def test_upstream_fact_holds(fact: UpstreamFact) -> None:
     check_fact(fact)
     CANARIES[fact.name]()
 
 
 def test_each_fact_has_canary() -> None:
-    assert set(CANARIES) == {fact.name for fact in facts(FACTS)}
+    assert set(CANARIES) == {fact.name for fact in create_facts(FACTS)}
 
 
 def build_lora_model(**settings: Any) -> Any:
@@ -76,7 +76,7 @@ def _() -> None:
     assert upstream.merge_layer(head) is head.modules_to_save["default"]
     expected_parameters = ["self", "merge", "safe_merge", "adapter_names"]
     compound = lora.layer.MultiheadAttention.unload_and_optionally_merge_module
-    assert arguments(compound) == expected_parameters
+    assert get_parameters(compound) == expected_parameters
 
 
 @CANARIES.of("random_mask", "ShiraLayer.shira_indices")
@@ -206,7 +206,7 @@ def _() -> None:
         "_replace_module": ["self", "parent", "child_name", "new_module", "child"],
         "_check_merge_allowed": ["self"],
     }  # fmt: skip
-    assert {name: arguments(getattr(BaseTuner, name)) for name in expected} == expected
+    assert {name: get_parameters(getattr(BaseTuner, name)) for name in expected} == expected
     called: list[str] = []
 
     def recording(name: str) -> Any:
@@ -237,7 +237,7 @@ def _() -> None:
     layer._disable_adapters = True
     assert layer.disable_adapters is True
     x = torch.zeros(2, dtype=torch.bfloat16)
-    assert arguments(BaseTunerLayer._cast_input_dtype) == ["self", "x", "dtype"]
+    assert get_parameters(BaseTunerLayer._cast_input_dtype) == ["self", "x", "dtype"]
     assert layer._cast_input_dtype(x, torch.float32).dtype == torch.float32
 
 
@@ -246,8 +246,8 @@ def _() -> None:
 )
 def _() -> None:
     move = BaseTunerLayer._move_adapter_to_device_of_base_layer
-    assert arguments(move) == ["self", "adapter_name", "device"]
-    assert arguments(BaseTuner._cast_adapter_dtype) == [
+    assert get_parameters(move) == ["self", "adapter_name", "device"]
+    assert get_parameters(BaseTuner._cast_adapter_dtype) == [
         "self", "adapter_name", "autocast_adapter_dtype",
     ]  # fmt: skip
     model = build_lora_model().to(torch.bfloat16)

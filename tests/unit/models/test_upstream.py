@@ -33,19 +33,19 @@ from ftlevel.models.upstream import tensors as upstream
 from ftlevel.models.upstream.libraries import leave_sharded
 from ftlevel.models.upstream.shards import LazyWeights
 from tiny_models import build, build_batch
-from upstream_facts import Canaries, Fact, arguments, check_fact, facts
+from upstream_facts import CanaryRegistry, UpstreamFact, check_fact, create_facts, get_parameters
 
-CANARIES = Canaries()
+CANARIES = CanaryRegistry()
 
 
-@pytest.mark.parametrize("fact", facts(FACTS), ids=lambda fact: fact.name)
-def test_upstream_fact_holds(fact: Fact, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("fact", create_facts(FACTS), ids=lambda fact: fact.name)
+def test_upstream_fact_holds(fact: UpstreamFact, request: pytest.FixtureRequest) -> None:
     check_fact(fact)
     CANARIES[fact.name](request)
 
 
 def test_each_fact_has_canary() -> None:
-    assert set(CANARIES) == {fact.name for fact in facts(FACTS)}
+    assert set(CANARIES) == {fact.name for fact in create_facts(FACTS)}
 
 
 @CANARIES.of("aten._softmax_backward_data")
@@ -181,8 +181,8 @@ def _(_: Any) -> None:
 
 @CANARIES.of("cpu._is_amx_tile_supported", "cpu._is_avx512_bf16_supported")
 def _(_: Any) -> None:
-    assert arguments(torch.cpu._is_amx_tile_supported) == []
-    assert arguments(torch.cpu._is_avx512_bf16_supported) == []
+    assert get_parameters(torch.cpu._is_amx_tile_supported) == []
+    assert get_parameters(torch.cpu._is_avx512_bf16_supported) == []
     if platform.system() == "Linux":
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
         assert upstream.cpu_has("avx512_bf16") == ("avx512_bf16" in flags)
@@ -411,13 +411,13 @@ def _(_: Any) -> None:
     "dot_natural_key",
 )
 def _(_: Any) -> None:
-    assert arguments(conversions.get_model_conversion_mapping)[:2] == ["model", "key_mapping"]
-    assert arguments(conversions.rename_source_key) == [
+    assert get_parameters(conversions.get_model_conversion_mapping)[:2] == ["model", "key_mapping"]
+    assert get_parameters(conversions.rename_source_key) == [
         "source_key", "weight_renamings", "weight_converters", "base_model_prefix",
         "meta_state_dict", "reverse",
     ]  # fmt: skip
     add_parameters = ["self", "target_key", "source_key", "source_pattern", "future"]
-    assert arguments(WeightConverter.add_tensor) == add_parameters
+    assert get_parameters(WeightConverter.add_tensor) == add_parameters
     assert issubclass(WeightConverter, type(WeightRenaming("a", "b")).__base__)
     model = build("mixtral")
     naming = conversions.KeyMapper(model)
@@ -436,7 +436,7 @@ def _(_: Any) -> None:
 
 @CANARIES.of("revert_weight_conversion", "PreTrainedModel._weight_conversions")
 def _(request: pytest.FixtureRequest) -> None:
-    assert arguments(conversions.revert_weight_conversion) == ["model", "state_dict"]
+    assert get_parameters(conversions.revert_weight_conversion) == ["model", "state_dict"]
     model_dir = request.getfixturevalue("tiny_model_dir")("mixtral")
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
     name = "model.layers.0.mlp.experts.down_proj"
@@ -572,7 +572,7 @@ def _(_: Any) -> None:
 
 @CANARIES.of("functional.get_4bit_type")
 def _(_: Any) -> None:
-    assert arguments(bnb.functional.get_4bit_type)[:2] == ["typename", "device"]
+    assert get_parameters(bnb.functional.get_4bit_type)[:2] == ["typename", "device"]
     for kind in ("nf4", "fp4"):
         values = quantizers.four_bit_values(kind)
         assert values.shape == (16,)
@@ -628,11 +628,11 @@ def _(request: pytest.FixtureRequest) -> None:
     "Trainer.current_gradient_accumulation_steps",
 )
 def _(request: pytest.FixtureRequest) -> None:
-    assert arguments(transformers.Trainer._get_train_sampler) == ["self", "train_dataset"]
+    assert get_parameters(transformers.Trainer._get_train_sampler) == ["self", "train_dataset"]
     load_parameters = ["self", "resume_from_checkpoint", "model"]
-    assert arguments(transformers.Trainer._load_from_checkpoint) == load_parameters
+    assert get_parameters(transformers.Trainer._load_from_checkpoint) == load_parameters
     count_parameters = ["self", "batch_samples", "device"]
-    assert arguments(transformers.Trainer._get_num_items_in_batch) == count_parameters
+    assert get_parameters(transformers.Trainer._get_num_items_in_batch) == count_parameters
     trainer = _ReversedTrainer(
         model=build("llama"),
         args=transformers.TrainingArguments(
@@ -741,12 +741,12 @@ def _(_: Any) -> None:
 )
 def _(request: pytest.FixtureRequest) -> None:
     trainer_class = transformers.Trainer
-    assert arguments(trainer_class._save) == ["self", "output_dir", "state_dict"]
-    assert arguments(trainer_class._save_optimizer_and_scheduler) == ["self", "output_dir"]
-    assert arguments(trainer_class._load_optimizer_and_scheduler) == ["self", "checkpoint"]
-    assert arguments(trainer_class._clip_grad_norm) == ["self", "model"]
-    assert arguments(trainer_class._get_grad_norm) == ["self", "model", "grad_norm"]
-    assert arguments(trainer_class._defer_fsdp_gradient_reduction) == ["self"]
+    assert get_parameters(trainer_class._save) == ["self", "output_dir", "state_dict"]
+    assert get_parameters(trainer_class._save_optimizer_and_scheduler) == ["self", "output_dir"]
+    assert get_parameters(trainer_class._load_optimizer_and_scheduler) == ["self", "checkpoint"]
+    assert get_parameters(trainer_class._clip_grad_norm) == ["self", "model"]
+    assert get_parameters(trainer_class._get_grad_norm) == ["self", "model", "grad_norm"]
+    assert get_parameters(trainer_class._defer_fsdp_gradient_reduction) == ["self"]
     trainer = _RecordingTrainer(
         model=build("llama"),
         args=transformers.TrainingArguments(

@@ -33,8 +33,8 @@ from preference_figures import (
     SCORES,
     TABLE,
     build_model,
-    judged_rows,
-    norms,
+    gradient_norms,
+    labeled_rows,
     pair_rows,
 )
 
@@ -64,7 +64,7 @@ def _measure(model: Any, objective: Preferences, rows: Any, plan: FastPlan | Non
 
 def _rows(model: Any, objective: Preferences) -> Any:
     """Return the rows of the objective with reference values of the model without its adapter."""
-    rows: Any = pair_rows() if objective.is_paired else ContrastedRows(judged_rows(), 512)
+    rows: Any = pair_rows() if objective.is_paired else ContrastedRows(labeled_rows(), 512)
     if not objective.needs_reference:
         return list(ReferencedRows(rows, None))
     with model.disable_adapter():
@@ -127,7 +127,7 @@ def _step(
     finally:
         if fast is not None:
             fast.remove()
-    return total_loss, *norms(model)
+    return total_loss, *gradient_norms(model)
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -154,7 +154,7 @@ def test_step_does_not_depend_on_micro_batch_size(model: Any, name: str) -> None
 @pytest.mark.parametrize("plan", [None, PACKED], ids=["plain", "packed"])
 def test_reward_scores_and_loss_match_torch_and_trl(name: str, plan: FastPlan | None) -> None:
     center, has_margins, expected = REWARDS[name]
-    model = build_model(scores=True)
+    model = build_model(has_score_head=True)
     settings = PreferenceConfig(loss="reward", center=center)
     objective, rows = RewardObjective("accuracy", config=settings), pair_rows(
         scored=True, margins=has_margins)  # fmt: skip
@@ -175,7 +175,7 @@ def test_reward_scores_and_loss_match_torch_and_trl(name: str, plan: FastPlan | 
             fast.remove()
     scores = sorted(logits.detach().reshape(-1, 2).tolist())  # the prefix tree reorders rows
     assert np.array(scores) == pytest.approx(np.array(sorted(SCORES.tolist())), abs=1e-5)
-    assert (loss.item(), *norms(model)) == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert (loss.item(), *gradient_norms(model)) == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 def _known_answers() -> tuple[torch.Tensor, torch.Tensor]:
@@ -236,8 +236,8 @@ def test_tie_counts_as_wrong_and_has_first_loss() -> None:
 def test_displacement_and_length_bias_are_warned() -> None:
     objective = _objective("dpo", 0.1)
     metrics = {"logp_chosen": -12.0, "ref_logp_chosen": -10.0, "logp_rejected": -40.0,
-            "ref_logp_rejected": -11.0, "reward_accuracy": 0.7,
-            "length_accuracy": 0.75}  # fmt: skip
+               "ref_logp_rejected": -11.0, "reward_accuracy": 0.7,
+               "length_accuracy": 0.75}  # fmt: skip
     warnings = objective.get_warnings(metrics)
     assert "both kinds of answers are less likely" in warnings[0]
     assert "no better than preferring the longer answer" in warnings[1]

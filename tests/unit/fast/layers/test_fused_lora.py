@@ -19,7 +19,7 @@ from ftlevel.models.hardware import autocast
 from ftlevel.models.module_tree import get_heads
 from ftlevel.trained.adapt import apply_method
 from ftlevel.training.plan.method import resolve_method_targets
-from matrix_cells import pristine
+from matrix_cells import cached_base
 
 HEADS = {"llama": "causal", "gpt2": "causal", "bert": "seqcls", "t5": "seq2seq"}
 KINDS = {"encoder": "bert", "encoder-decoder": "t5"}
@@ -36,7 +36,7 @@ def build(family: str, quant: str = "none", *, fused: bool, dtype: str = "float3
     """Return a tiny model with a nonzero LoRA, in training mode."""
     torch.manual_seed(0)
     head = HEADS[family]
-    model = copy.deepcopy(pristine(family, head, quant))
+    model = copy.deepcopy(cached_base(family, head, quant))
     if dtype == "bfloat16" and quant == "none":
         model = model.to(torch.bfloat16)
     for module in model.modules():
@@ -213,7 +213,7 @@ def test_saved_adapter_is_plain_lora(tmp_path):
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert filecmp.cmp(tmp_path / "True" / name, tmp_path / "False" / name, shallow=False)
     loaded = peft.PeftModel.from_pretrained(
-        copy.deepcopy(pristine("llama", "causal", "none")), tmp_path / "True"
+        copy.deepcopy(cached_base("llama", "causal", "none")), tmp_path / "True"
     )
     assert not fused_layers(loaded)
     batch = tiny_models.build_batch("llama")

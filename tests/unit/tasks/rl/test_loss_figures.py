@@ -13,7 +13,7 @@ from ftlevel.tasks.rl.losses import (
     penalize_rewards,
     policy_loss,
 )
-from preference_figures import build_model, norms
+from preference_figures import build_model, gradient_norms
 
 
 def compute_loss_and_norms(
@@ -21,8 +21,8 @@ def compute_loss_and_norms(
 ) -> tuple[float, float, float]:
     """Return ftlevel's loss and gradient norms for completions in `order`, in `parts` parts."""
     model = build_model().double()
-    policy, reference = given.log_probabilities(model), given.reference_logps()
-    old = given.old_logps(policy, case)
+    policy, reference = given.log_probabilities(model), given.reference_log_probabilities()
+    old = given.old_log_probabilities(policy, case)
     low, high = given.CLIP[case.loss]
     parameters = PolicyLossParameters(case.loss, low, high, case.beta, given.LENGTH, case.corrected)
     rewards = torch.tensor(given.REWARDS, dtype=torch.float64)
@@ -57,12 +57,12 @@ def compute_loss_and_norms(
             ).total
         )
     total.backward()
-    return total.item(), *norms(model)
+    return total.item(), *gradient_norms(model)
 
 
 @pytest.mark.parametrize("case", given.CASES, ids=str)
 def test_loss_and_gradient_match_reference(case: given.Case) -> None:
-    expected = given.figures(case)
+    expected = given.loss_and_norms(case)
     assert compute_loss_and_norms(case, order=list(range(8)), parts=1) == pytest.approx(
         expected, rel=1e-9, abs=1e-12
     )
@@ -73,6 +73,6 @@ def test_loss_and_gradient_match_reference(case: given.Case) -> None:
 def test_clipping_changes_reference_values() -> None:
     for loss in given.CLIP:
         case = given.Case(loss)
-        assert given.figures(case)[1:] != pytest.approx(
-            given.figures(given.Case(loss, off_policy=False))[1:], rel=1e-3
+        assert given.loss_and_norms(case)[1:] != pytest.approx(
+            given.loss_and_norms(given.Case(loss, off_policy=False))[1:], rel=1e-3
         )
