@@ -178,9 +178,9 @@ def _encode_message(message: Any) -> bytes:
 def _receive(server: socket.socket) -> Any:
     message = b""
     while not message.endswith(b"\n"):
-        part = server.recv(1 << 10)
-        assert part, "the process that forks has ended"
-        message += part
+        chunk = server.recv(1 << 10)
+        assert chunk, "the process that forks has ended"
+        message += chunk
     return json.loads(message)
 
 

@@ -90,26 +90,26 @@ def nll(chosen: Answer) -> torch.Tensor:
 def pair_losses(beta: float) -> dict[str, Callable[[Answer, Answer], torch.Tensor]]:
     """Return loss name → function of the preferred and the rejected answer."""
 
-    def ratio_difference(good: Answer, bad: Answer) -> torch.Tensor:
-        return good.ratio - bad.ratio
+    def ratio_difference(chosen: Answer, rejected: Answer) -> torch.Tensor:
+        return chosen.ratio - rejected.ratio
 
-    def mean_ratio_difference(good: Answer, bad: Answer) -> torch.Tensor:
-        return good.ratio / good.tokens - bad.ratio / bad.tokens
+    def mean_ratio_difference(chosen: Answer, rejected: Answer) -> torch.Tensor:
+        return chosen.ratio / chosen.tokens - rejected.ratio / rejected.tokens
 
-    def dpo(good: Answer, bad: Answer) -> torch.Tensor:
-        return -sigma(beta * ratio_difference(good, bad)).log()
+    def dpo(chosen: Answer, rejected: Answer) -> torch.Tensor:
+        return -sigma(beta * ratio_difference(chosen, rejected)).log()
 
-    def dpo_swapped(good: Answer, bad: Answer) -> torch.Tensor:
-        return -sigma(-beta * ratio_difference(good, bad)).log()
+    def dpo_swapped(chosen: Answer, rejected: Answer) -> torch.Tensor:
+        return -sigma(-beta * ratio_difference(chosen, rejected)).log()
 
-    def ld(good: Answer, bad: Answer) -> torch.Tensor:
-        shorter = min(good.tokens, bad.tokens)
+    def ld(chosen: Answer, rejected: Answer) -> torch.Tensor:
+        shorter = min(chosen.tokens, rejected.tokens)
         return -sigma(
-            beta * (good.length_weighted_ratio(shorter) - bad.length_weighted_ratio(shorter))
+            beta * (chosen.length_weighted_ratio(shorter) - rejected.length_weighted_ratio(shorter))
         ).log()
 
-    def simpo(good: Answer, bad: Answer) -> torch.Tensor:
-        difference = good.total / good.tokens - bad.total / bad.tokens
+    def simpo(chosen: Answer, rejected: Answer) -> torch.Tensor:
+        difference = chosen.total / chosen.tokens - rejected.total / rejected.tokens
         return -sigma(beta * difference - GAMMA).log()
 
     return {
@@ -137,13 +137,16 @@ def step_losses(pairs: Pairs, beta: float, baseline: float) -> dict[str, torch.T
         name: torch.stack([loss(*pair) for pair in pairs]).mean()
         for name, loss in pair_losses(beta).items()
     }
-    per_token = -torch.cat([good.policy for good, _ in pairs]).mean()
+    per_token = -torch.cat([chosen.policy for chosen, _ in pairs]).mean()
     losses["rpo-token"] = losses["rpo-token"] + per_token
     losses["cpo"] = losses["cpo"] + per_token
     for name, weight in (("kto", 1.0), ("kto-weighed", UNDESIRABLE)):
-        good = [1 - sigma(beta * (one.ratio - baseline)) for one, _ in pairs]
-        bad = [weight * (1 - sigma(beta * (baseline - other.ratio))) for _, other in pairs]
-        losses[name] = torch.stack(good + bad).mean()
+        chosen = [1 - sigma(beta * (chosen_answer.ratio - baseline)) for chosen_answer, _ in pairs]
+        rejected = [
+            weight * (1 - sigma(beta * (baseline - rejected_answer.ratio)))
+            for _, rejected_answer in pairs
+        ]
+        losses[name] = torch.stack(chosen + rejected).mean()
     return losses
 
 
@@ -177,9 +180,9 @@ def reward_figures() -> tuple[list[list[float]], dict[str, list[float]]]:
         ("plain", False, 0.0), ("margins", True, 0.0), ("centred", False, 0.01)
     ):  # fmt: skip
         log_ratios = [
-            -sigma(good - bad - (margins[i] if has_margins else 0)).log()
-            + center * (good + bad) ** 2
-            for i, (good, bad) in enumerate(scores)
+            -sigma(chosen - rejected - (margins[i] if has_margins else 0)).log()
+            + center * (chosen + rejected) ** 2
+            for i, (chosen, rejected) in enumerate(scores)
         ]
         found[name] = loss_and_norms(model, torch.stack(log_ratios).mean())
     return scores.tolist(), found
@@ -189,8 +192,8 @@ def main() -> None:
     """Print the expected values."""
     model = given.build_model().double()
     pairs = [
-        (create_answer(model, prompt, good), create_answer(model, prompt, bad))
-        for prompt, good, bad in given.PAIRS
+        (create_answer(model, prompt, chosen), create_answer(model, prompt, rejected))
+        for prompt, chosen, rejected in given.PAIRS
     ]
     baseline = find_baseline(model)
     steps = [step_losses(pairs, beta, baseline) for beta in BETAS]

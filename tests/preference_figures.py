@@ -46,8 +46,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Name → settings of the loss other than beta."""
 TABLE: dict[str, tuple[dict[str, Any], Figures, Figures]] = {
-    name: (told, *(tuple(figures) for figures in _EXPECTED["losses"][name]))  # type: ignore[misc]
-    for name, told in SETTINGS.items()
+    name: (settings, *(tuple(figures) for figures in _EXPECTED["losses"][name]))  # type: ignore[misc]
+    for name, settings in SETTINGS.items()
 }
 """Name → settings other than beta, expected values at beta 0.1 and at beta 0.5."""
 SCORES = np.array(_EXPECTED["scores"])

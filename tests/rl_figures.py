@@ -123,8 +123,8 @@ def expected_advantages(
     rewards = list(REWARDS)
     if case.loss == "rloo" and case.beta:
         rewards = [
-            reward - case.beta * float((one - other).sum())
-            for reward, one, other in zip(rewards, old, reference, strict=True)
+            reward - case.beta * float((old_values - reference_values).sum())
+            for reward, old_values, reference_values in zip(rewards, old, reference, strict=True)
         ]
     if case.loss == "reinforce++":
         lengths = [len(log_probs) if is_active(i, case) else 0 for i, log_probs in enumerate(old)]

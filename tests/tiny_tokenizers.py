@@ -309,10 +309,10 @@ def as_sentencepiece(tokenizer: Any) -> Any:
     added = {token["content"] for token in serialized["added_tokens"]}
     vocabulary = {piece for piece in model["vocab"] if piece not in added and piece[:3] != "<0x"}
     model["merges"] = [
-        (piece[:cut], piece[cut:])
+        (piece[:split], piece[split:])
         for piece in dict.fromkeys("".join(pair) for pair in model["merges"])
-        for cut in range(1, len(piece))
-        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
+        for split in range(1, len(piece))
+        if piece[:split] in vocabulary and piece[split:] in vocabulary
     ]
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(serialized))
     return tokenizer

@@ -15,9 +15,9 @@ from packaging.version import Version
 
 from ftlevel.models.upstream import VERSIONS
 
-if (found := torch.__file__) is None:
+if (torch_file := torch.__file__) is None:
     raise RuntimeError("torch is installed, but not in a directory")
-SITE = Path(found).parents[1]
+SITE = Path(torch_file).parents[1]
 
 
 class UpstreamFact(NamedTuple):

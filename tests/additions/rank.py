@@ -160,8 +160,8 @@ class RankMeter(PredictionMeter):
 
     def compute(self, loss: float) -> dict[str, float]:
         """Return the accuracy."""
-        right = sum(p == t for p, t in zip(self.predicted, self.true, strict=True))
-        return {"ranked_right": right / len(self.true)}
+        correct = sum(p == t for p, t in zip(self.predicted, self.true, strict=True))
+        return {"ranked_right": correct / len(self.true)}
 
 
 _CLASS = "AutoModelForSequenceClassification"

@@ -63,10 +63,10 @@ def reference_step(base: Path, teacher: Path, distillation: dict[str, Any]) -> t
     for i in range(ROWS):
         turns = [{"role": "user", "content": create_pair(i)["prompt"]}]
         start = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        whole = tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             [*turns, {"role": "assistant", "content": create_pair(i)["chosen"]}], tokenize=False
         ).rstrip()
-        ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         prompt = len(tokenizer(start, add_special_tokens=False)["input_ids"])
         logits = model(torch.tensor([ids])).logits[0]
         with torch.no_grad():
@@ -184,8 +184,8 @@ def test_two_processes_match_losses_of_one(tiny_model_dir: ModelDir, tmp_path: P
     for count, size in ((1, 6), (2, 3)):
         forked.run(*command, "--num-processes", str(count), "--per-device-train-batch-size",
                    str(size), "--output-dir", str(tmp_path / str(count)))  # fmt: skip
-    one, two = (np.array(losses(tmp_path / name)) for name in ("1", "2"))
-    assert two == pytest.approx(one, rel=1e-4)
+    one_process, two_processes = (np.array(losses(tmp_path / name)) for name in ("1", "2"))
+    assert two_processes == pytest.approx(one_process, rel=1e-4)
 
 
 @pytest.mark.slow
@@ -210,8 +210,8 @@ def test_encoder_decoder_distillation_loss_matches_reference(
             [create_pair(i)["prompt"]], text_target=[create_pair(i)["chosen"]], return_tensors="pt"
         )
         if batch["labels"][0, -1] != tokenizer.eos_token_id:
-            ended = [[*batch["labels"][0].tolist(), tokenizer.eos_token_id]]
-            batch["labels"] = torch.tensor(ended)
+            labels = [[*batch["labels"][0].tolist(), tokenizer.eos_token_id]]
+            batch["labels"] = torch.tensor(labels)
         with torch.no_grad():
             p, q = (model(**batch).logits[0].log_softmax(-1) for model in (teacher_model, student))
         total, count = total + float((p.exp() * (p - q)).sum()), count + len(p)

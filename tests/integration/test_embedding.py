@@ -54,8 +54,10 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i, (name, word) in enumerate((n, w) for n in _NAMES for w in _WORDS)
     ]
     write_rows(folder / "train.jsonl", rows)
-    other = [{name: text.replace(" ", " very ", 1) for name, text in row.items()} for row in rows]
-    write_rows(folder / "validation.jsonl", other[::4])
+    validation_rows = [
+        {name: text.replace(" ", " very ", 1) for name, text in row.items()} for row in rows
+    ]
+    write_rows(folder / "validation.jsonl", validation_rows[::4])
     return folder
 
 
@@ -376,13 +378,13 @@ def test_guide_and_teacher_may_have_another_tokenizer(
     triplets: Path, tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
     """GIST encodes every text with the guide; kl learns the teacher's distribution."""
-    model, other = tiny_model_dir("bert", "mlm", **_NO_DROPOUT), tiny_model_dir("roberta", "mlm")
-    guided = {"loss": "gist", "guide": str(other)}
+    model, teacher = tiny_model_dir("bert", "mlm", **_NO_DROPOUT), tiny_model_dir("roberta", "mlm")
+    guided = {"loss": "gist", "guide": str(teacher)}
     gist_summary = train(
         create_config(model, triplets, tmp_path / "gist", embedding=guided)
     ).summary
     assert gist_summary["loss_first"] > 0
-    other_teacher = {"distillation": {"teacher": str(other)}, "embedding": {"loss": "kl"}}
+    other_teacher = {"distillation": {"teacher": str(teacher)}, "embedding": {"loss": "kl"}}
     other_summary = train(
         create_config(model, triplets, tmp_path / "other", **other_teacher)
     ).summary
@@ -447,8 +449,8 @@ def test_long_texts_raise_or_are_truncated(
     truncated = short.model_copy(update={"overlong": "truncate"})
     summary = train(config.with_sections(data=truncated)).summary
     assert summary["data"]["shortened"] > 0
-    long, cut_by_hand = ("word " * count for count in (600, 510))  # 512 positions
-    rows = [{"text": long}, {"text": cut_by_hand}]
+    long_text, cut_by_hand = ("word " * count for count in (600, 510))  # 512 positions
+    rows = [{"text": long_text}, {"text": cut_by_hand}]
     run_dir = str(tmp_path / "run")
     one, other = (
         row["prediction"] for row in predict(PredictConfig(name=run_dir), rows).rows or []
@@ -458,8 +460,8 @@ def test_long_texts_raise_or_are_truncated(
     merge(MergeConfig(adapters=[run_dir], output_dir=merged, verify=False))
     with pytest.raises(FtlevelError, match="and the model takes 512"):
         predict(PredictConfig(name=str(merged)), rows)
-    (found, _) = predict(PredictConfig(name=str(merged), overlong="truncate"), rows).rows or []
-    assert found["prediction"].tolist() == pytest.approx(one.tolist(), abs=1e-5)
+    (prediction, _) = predict(PredictConfig(name=str(merged), overlong="truncate"), rows).rows or []
+    assert prediction["prediction"].tolist() == pytest.approx(one.tolist(), abs=1e-5)
 
 
 def test_preview_labels_query_and_document_tokens(
@@ -745,12 +747,12 @@ def test_validation_loss_needs_no_guide_teacher_or_negatives(
     loss: str, triplets: Path, pairs: Path, beir_dir: Path, tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
     """Rows without the inputs of the training loss are evaluated with mnrl."""
-    model, other = tiny_model_dir("bert", "mlm"), tiny_model_dir("roberta", "mlm")
+    model, auxiliary_model = tiny_model_dir("bert", "mlm"), tiny_model_dir("roberta", "mlm")
     overrides: dict[str, Any] = {"embedding": {"loss": loss}}
     if loss == "gist":
-        overrides["embedding"]["guide"] = str(other)
+        overrides["embedding"]["guide"] = str(auxiliary_model)
     elif loss != "triplet":
-        overrides["distillation"] = {"teacher": str(other)}
+        overrides["distillation"] = {"teacher": str(auxiliary_model)}
     out = tmp_path / "run"
     data = {"dataset": str(triplets), "qrels": str(beir_dir / "qrels/dev.tsv")}
     config = create_config(model, pairs, out, train={"max_steps": 1}, **overrides).with_sections(

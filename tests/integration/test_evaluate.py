@@ -95,10 +95,10 @@ def test_evaluation_matches_metrics_of_training(
     for metric, bounds in summary["intervals"].items():
         assert bounds == pytest.approx(result.summary["intervals"][metric]), metric
     leaked = {
-        place
+        location
         for finding in summary["data"]["gate"]
         if (finding["name"], finding["split"]) == ("leaked", "validation")
-        for place in finding["places"]
+        for location in finding["places"]
     }
     expected_rows = {f"{data}/validation.jsonl:{line}" for line in range(1, 7)} - leaked
     assert len(lines) == result.summary["data"]["examples"] == len(expected_rows)
@@ -171,8 +171,8 @@ def test_evaluation_on_training_rows_warns(
     assert run([*command, "--json"]) == 0
     data_summary = json.loads(capsys.readouterr().out)["data"]
     assert (data_summary["split"], data_summary["training_rows"]) == (description, True)
-    other = task_data.write(tmp_path / "other", "class") / "train.jsonl"
-    assert run([*command, "--dataset", str(other)]) == 0
+    other_rows = task_data.write(tmp_path / "other", "class") / "train.jsonl"
+    assert run([*command, "--dataset", str(other_rows)]) == 0
     assert "(all rows)" in capsys.readouterr().out
 
 

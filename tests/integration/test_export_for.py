@@ -204,9 +204,9 @@ def test_directory_without_adapter_is_reported(
 def test_adapters_of_different_bases_are_rejected(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = save_tiny(tmp_path / "other", "llama", seed=1)
+    other_base = save_tiny(tmp_path / "other", "llama", seed=1)
     write_adapter(base, tmp_path / "all" / "one", CASES["lora"].settings)
-    write_adapter(other, tmp_path / "all" / "two", CASES["lora"].settings)
+    write_adapter(other_base, tmp_path / "all" / "two", CASES["lora"].settings)
     assert run(["export", "all", "--for", "vllm", "--out", "out"]) == 2
     assert "one and two have different bases" in capsys.readouterr().err
 

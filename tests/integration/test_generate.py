@@ -187,9 +187,11 @@ def test_incompatible_adapters_raise(
     ):
         answer_texts(None)
     data = task_data.write(tmp_path / "data", "pair")
-    other = train_adapter(tiny_model_dir("llama", seed=1), data, tmp_path / "other", "translation")
+    other_run = train_adapter(
+        tiny_model_dir("llama", seed=1), data, tmp_path / "other", "translation"
+    )
     with pytest.raises(InputError, match="'short' and 'o' differ in base"):
-        answer_texts(adapters_dir / "short", adapters={"o": other})
+        answer_texts(adapters_dir / "short", adapters={"o": other_run})
     with pytest.raises(InputError, match="has other weights"):
         answer_texts(tiny_model_dir("llama", seed=1), adapters_dir=adapters_dir)
     prefix = train_adapter(
@@ -354,11 +356,11 @@ def chat_with(monkeypatch: pytest.MonkeyPatch, lines: list[str], arguments: list
 def test_chat_commands_switch_adapters(
     chat_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    twin = chat_run.parent / "twin"
-    shutil.copytree(chat_run, twin, dirs_exist_ok=True)
+    copy = chat_run.parent / "twin"
+    shutil.copytree(chat_run, copy, dirs_exist_ok=True)
     lines = ["what is 3", "/base", "what is 3", "/adapter t", "/adapter", "/adapter nobody",
              "/reset", "/help", "what is 3", "/quit", "never"]  # fmt: skip
-    code = chat_with(monkeypatch, lines, [str(chat_run), "--adapter", f"t={twin}"])
+    code = chat_with(monkeypatch, lines, [str(chat_run), "--adapter", f"t={copy}"])
     output = capsys.readouterr().out
     assert code == 0
     assert "talker answers. /help" in output

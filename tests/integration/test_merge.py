@@ -318,8 +318,8 @@ def test_merge_onto_other_base_is_rejected(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     source = train_run("llama", "text-generation", "mask", None, "--dtype", "float32")
-    other = tiny_model_dir("llama", seed=1)
-    assert run(["merge", str(source), "--out", "merged", "--base", str(other)]) == 2
+    other_base = tiny_model_dir("llama", seed=1)
+    assert run(["merge", str(source), "--out", "merged", "--base", str(other_base)]) == 2
     assert "has other weights" in capsys.readouterr().err
     moved = shutil.copytree(source.parent / "base", "moved")
     assert run(["merge", str(source), "--out", "merged", "--base", str(moved), "--quiet"]) == 0

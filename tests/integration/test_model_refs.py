@@ -18,8 +18,8 @@ import transformers
 
 from ftlevel.cli.app import run
 from ftlevel.trained.resolve import resolve_model
+from model_ref_cases import LABELS, REF_KINDS, TYPES, create_refs, load_peft_model
 from tiny_models import save_tiny
-from trained_things import LABELS, REF_KINDS, TYPES, create_refs, load_peft_model
 
 CreateRefs = Callable[[str], dict[str, Path]]
 COMMANDS = ("evaluate", "predict", "generate", "merge", "export", "train", "quantize")

@@ -109,13 +109,13 @@ def reference_spans(run: Path, rows: list[dict[str, Any]]) -> Iterator[dict[str,
         encoding = tokenizer(
             row["question"], row["context"], return_tensors="pt", return_offsets_mapping=True
         )
-        offsets, parts = encoding.pop("offset_mapping")[0].tolist(), encoding.sequence_ids(0)
+        offsets, sequence_ids = encoding.pop("offset_mapping")[0].tolist(), encoding.sequence_ids(0)
         out = model(**encoding)
         assert encoding["input_ids"].shape[1] <= SPAN["max_length"], "one window each"
         spans = {
             (i, j): float(out.start_logits[0, i] + out.end_logits[0, j])
-            for i in range(len(parts)) for j in range(i, min(i + 30, len(parts)))
-            if parts[i] == parts[j] == 1
+            for i in range(len(sequence_ids)) for j in range(i, min(i + 30, len(sequence_ids)))
+            if sequence_ids[i] == sequence_ids[j] == 1
         }  # fmt: skip
         first, last = max(spans, key=lambda span: spans[span])
         begin, end = offsets[first][0], offsets[last][1]
@@ -298,8 +298,8 @@ def test_resume_continues_after_last_complete_row(
     flags = ("--probabilities", "--output")
     assert run_predict(classifier, *flags, "whole.csv") == 0
     complete = Path("whole.csv").read_bytes()
-    cut = complete.index(b"\n", len(complete) // 2) + 9  # in the middle of a row
-    Path("told.csv.partial").write_bytes(complete[:cut])
+    length = complete.index(b"\n", len(complete) // 2) + 9  # in the middle of a row
+    Path("told.csv.partial").write_bytes(complete[:length])
     assert run_predict(classifier, *flags, "told.csv") == 2
     assert "Resume it with --resume" in capsys.readouterr().err
     assert run_predict(classifier, *flags, "told.csv", "--resume", "--json") == 0

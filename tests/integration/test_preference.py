@@ -164,8 +164,8 @@ def test_two_processes_match_losses_of_one(tiny_model_dir: ModelDir, tmp_path: P
         out = tmp_path / str(count)
         forked.run(*command, "--num-processes", str(count), "--per-device-train-batch-size",
                    str(size), "--output-dir", str(out))  # fmt: skip
-    one, two = (np.array(losses(tmp_path / name)) for name in ("1", "2"))
-    assert two == pytest.approx(one, rel=1e-4)
+    one_process, two_processes = (np.array(losses(tmp_path / name)) for name in ("1", "2"))
+    assert two_processes == pytest.approx(one_process, rel=1e-4)
 
 
 @pytest.mark.slow

@@ -239,12 +239,12 @@ def test_damaged_cache_is_prepared_again(
     expected = list(create_plan(model, data).data.train)
     (path,) = dataset.cache_root().rglob(name)
     content = path.read_bytes()
-    half = len(content) // 2
-    flipped = content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
     if damage == "deleted":
         path.unlink()
     else:
-        path.write_bytes({"one bit": flipped, "half": content[:half], "emptied": b""}[damage])
+        path.write_bytes({"one bit": flipped, "half": content[:middle], "emptied": b""}[damage])
     plan = create_plan(model, data)
     assert list(plan.data.train) == expected
     assert "the cache was damaged" in str(plan.choices)

@@ -132,9 +132,9 @@ def test_moved_reference_is_found_and_changed_one_raises(
 
 def test_resume_requires_same_reference(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     data, model = write_rows(tmp_path / "data"), tiny_model_dir("llama")
-    other = tiny_model_dir("llama", seed=3)
+    reference = tiny_model_dir("llama", seed=3)
     steps = {"max_steps": 4, "save_steps": 2, "lr_scheduler_type": "constant"}
-    overrides = {"preference": {"reference": str(other)}}
+    overrides = {"preference": {"reference": str(reference)}}
     run(model, data, tmp_path / "whole", train=steps, **overrides)
     run(model, data, tmp_path / "broken", train={**steps, "max_steps": 2}, **overrides)
     resume = {"output": {"resume": True}, "train": steps}

@@ -430,7 +430,7 @@ def test_invalid_input_is_reported_before_loading(
     assert message in lines[-1]
 
 
-def test_overlong_documents_are_refused_or_truncated(
+def test_overlong_documents_raise_or_are_truncated(
     tiny_model_dir: ModelDir, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"

@@ -230,5 +230,5 @@ def test_invalid_command_is_reported(
 ) -> None:
     command, message = INVALID_COMMANDS[name]
     paths = {"run": run_dir, "folder": data_dir, "out": tmp_path / "out"}
-    assert run([part.format(**paths) for part in command]) == 2
+    assert run([argument.format(**paths) for argument in command]) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]

@@ -170,8 +170,8 @@ def test_reward_increases_in_training(trained_run: tuple[Path, dict[str, Any]]) 
 
 
 def test_more_validation_prompts_than_training_prompts(data: Path, tmp_path: Path) -> None:
-    few = write_prompts(tmp_path / "few.jsonl", NAMES[:2])
-    rows = {"dataset": str(few), "validation_file": str(data / "held-out.jsonl")}
+    two_prompts = write_prompts(tmp_path / "few.jsonl", NAMES[:2])
+    rows = {"dataset": str(two_prompts), "validation_file": str(data / "held-out.jsonl")}
     train_options = {"per_device_train_batch_size": 2, "max_steps": 1}
     summary = train(
         create_config(data, tmp_path / "run", train_overrides=train_options, rows=rows)
@@ -561,9 +561,9 @@ def test_on_policy_distillation_with_two_processes_and_resume(
 def test_invalid_teacher_options_raise(
     data: Path, tmp_path: Path, overrides: dict[str, Any], message: str
 ) -> None:
-    other = save_tiny(tmp_path / "other", "llama", chat=True)
+    teacher = save_tiny(tmp_path / "other", "llama", chat=True)
     options = {name: value for name, value in overrides.items() if name != "rl"}
-    distillation = {"teacher": str(other), **options}
+    distillation = {"teacher": str(teacher), **options}
     rl = overrides.get("rl", {"reward": []})
     with pytest.raises((ConfigError, InputError, ValueError), match=message):
         train(create_config(data, tmp_path / "run", rl, distillation=distillation), dry_run=True)

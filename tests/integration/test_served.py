@@ -190,10 +190,10 @@ def test_tolerance_is_not_widened_for_other_base() -> None:
     reference = ReferenceOutput([1, 2], [-1.0, -2.0], [3.0, 3.0], "a b")
     near = ServerOutput("a b", [1, 2], [-1.1, -2.0])
     far = ServerOutput("a b", [1, 2], [-1.0, -2.7])
-    other = ServerOutput("c", [7], [-1.0])
+    unrelated = ServerOutput("c", [7], [-1.0])
     assert widen_tolerance(0.02, [near], [reference]) == pytest.approx(0.2)
     assert widen_tolerance(0.02, [far], [reference]) == 0.02
-    assert widen_tolerance(0.02, [near, other], [reference, reference]) == 0.02
+    assert widen_tolerance(0.02, [near, unrelated], [reference, reference]) == 0.02
     assert widen_tolerance(0.1, [near], [replace(reference, logprobs=[-1.11, -2.0])]) == 0.1
 
 

@@ -73,8 +73,8 @@ def assert_equal_evaluations(first_run: Path, second_run: Path) -> None:
         ])  # fmt: skip
     assert [record["step"] for record in evaluations[0]] == [0, 2, 4]
     assert len(evaluations[0]) == len(evaluations[1])
-    for record, other in zip(*evaluations, strict=True):
-        assert record == pytest.approx(other, rel=1e-6)
+    for record, expected in zip(*evaluations, strict=True):
+        assert record == pytest.approx(expected, rel=1e-6)
 
 
 def assert_equal_logits_in_peft(prepared_dir: Path) -> None:
@@ -209,8 +209,8 @@ def load_sharded_model(directory: str) -> tuple[Any, dict[str, int]]:
     shard(model, "cpu", keeps_unsharded=False, dtype=torch.float32, slices=slices)
     peak = read_memory("VmHWM") - before
     sizes = [(p.nbytes, local_shard(p).nbytes) for p in model.parameters()]
-    whole, local = zip(*sizes, strict=True)
-    return model, {"whole": sum(whole), "own": sum(local), "largest": max(whole), "peak": peak}
+    full, local = zip(*sizes, strict=True)
+    return model, {"whole": sum(full), "own": sum(local), "largest": max(full), "peak": peak}
 
 
 def load_large_model(folder: Path, out: Path) -> None:
@@ -271,11 +271,11 @@ def test_bfloat16_sharded_run_matches_one_process(
 ) -> None:
     from distributed import difference
 
-    one_process_runs, two = tmp_path / "one", tmp_path / "two"
-    train_in_bfloat16(prepared_dir, one_process_runs, "none", method)
-    arguments = [(prepared_dir, two, "full", method)] * 2
+    one_process, sharded = tmp_path / "one", tmp_path / "two"
+    train_in_bfloat16(prepared_dir, one_process, "none", method)
+    arguments = [(prepared_dir, sharded, "full", method)] * 2
     assert ranks.end(ranks.start(train_in_bfloat16, arguments)) == [0, 0]
-    assert difference(one_process_runs, two) < 2e-3  # of bfloat16's 8 bits
+    assert difference(one_process, sharded) < 2e-3  # of bfloat16's 8 bits
 
 
 def compare_sharded_4bit_model(folder: Path, kind: str, double: bool) -> None:
@@ -358,11 +358,11 @@ def test_dora_and_hira_on_sharded_4bit_base(
     """PEFT recognizes quantized weights by their class, which FSDP2 does not keep."""
     from distributed import BOUND, difference
 
-    one_process_runs, two = tmp_path / "one", tmp_path / "two"
-    train_in_4bit(prepared_dir, one_process_runs, "none", method)
-    arguments = [(prepared_dir, two, "full", method)] * 2
+    one_process, sharded = tmp_path / "one", tmp_path / "two"
+    train_in_4bit(prepared_dir, one_process, "none", method)
+    arguments = [(prepared_dir, sharded, "full", method)] * 2
     assert ranks.end(ranks.start(train_in_4bit, arguments)) == [0, 0]
-    assert difference(one_process_runs, two) <= BOUND
+    assert difference(one_process, sharded) <= BOUND
 
 
 def save_tensors_of_bfloat16_step(folder: Path, out: Path) -> None:

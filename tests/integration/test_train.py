@@ -303,7 +303,7 @@ def test_resumed_head_keeps_its_learning_rate(
     with monkeypatch.context() as patch:  # fails in the third step
         patch.setattr(
             "ftlevel.training.callbacks.Report.on_step_end",
-            lambda _, args, state, control, **more: fail_after(2, state.global_step),
+            lambda _, args, state, control, **kwargs: fail_after(2, state.global_step),
         )
         with pytest.raises(RuntimeError, match="power"):
             run(["train", *options, "--output-dir", "cut", "--traceback"])
