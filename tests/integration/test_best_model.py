@@ -68,7 +68,7 @@ METHODS = {
     "lora": [],
     "dora": ["--dora", "--no-fast"],
     "bias": ["--set", "method.bias=all"],
-    "in full": ["--set", "method.modules_to_save=[embed_tokens]"],
+    "modules-to-save": ["--set", "method.modules_to_save=[embed_tokens]"],
     "full": ["--method", "full"],
     "prefix": ["--method", "prefix"],
     "p-tuning": ["--method", "p-tuning"],

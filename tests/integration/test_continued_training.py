@@ -49,7 +49,7 @@ METHODS = {
     "eva": ["--init", "eva"],
     "ranks": ["--set", "method.rank_pattern={q_proj: 3}", "--set", "method.bias=lora_only",
               "--target-modules", "q_proj,v_proj"],
-    "in full": ["--set", "method.modules_to_save=[embed_tokens]"],
+    "modules-to-save": ["--set", "method.modules_to_save=[embed_tokens]"],
     "tokens": ["--set", "method.trainable_token_indices=[5, 6]"],
     "ia3": ["--method", "ia3"],
     "vera": ["--method", "vera"],

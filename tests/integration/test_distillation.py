@@ -103,8 +103,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "jsd, small micro-batches": (
         {"kd_top_k": "all", "divergence": "jsd", "jsd_beta": 0.3, "kd_ratio": 1},
         {"speed": {"tokens_per_micro_batch": 120}}),
-    "forward of a few": ({"kd_top_k": 5}, {}),
-    "reverse of a few, padded": (
+    "forward, top 5": ({"kd_top_k": 5}, {}),
+    "reverse, top 20, padded": (
         {"kd_top_k": 20, "divergence": "reverse-kl", "kd_temperature": 3.0},
         {"speed": {"pack": False}}),
 }  # fmt: skip

@@ -298,7 +298,7 @@ def test_merged_model_has_metrics_of_adapter(
 
 INVALID_INPUTS: dict[str, tuple[list[dict[str, Any]], list[str], str]] = {
     "one column": ([{"anchor": "a cat"}] * 4, [], "the columns do not say what to learn"),
-    "labels alike": (
+    "equal labels": (
         [{"sentence1": f"a cat {i}", "sentence2": "a dog", "score": 1} for i in range(4)],
         [],
         "the label of all 4 rows is 1",
@@ -315,15 +315,15 @@ INVALID_INPUTS: dict[str, tuple[list[dict[str, Any]], list[str], str]] = {
     ),
     "unknown pooling": ([], ["--pooling", "median"], "median"),
     "too many dimensions": ([], ["--matryoshka-dims", "128,64"], "128: embeddings of"),
-    "a batch of one": (
+    "batch size 1": (
         [],
         ["--per-device-train-batch-size", "1"],
         "--per-device-train-batch-size 1: --loss mnrl",
     ),
-    "another loss": ([], ["--loss", "cosent"], "--loss cosent needs scores"),
+    "unsupported loss": ([], ["--loss", "cosent"], "--loss cosent needs scores"),
     "no negatives": ([], ["--loss", "triplet"], "needs a negative in every row"),
     "no guide": ([], ["--loss", "gist"], "Add --guide MODEL"),
-    "another task's loss": ([], ["--loss", "dpo"], "dpo"),
+    "loss of other task": ([], ["--loss", "dpo"], "dpo"),
 }
 
 

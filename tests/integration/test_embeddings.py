@@ -55,7 +55,7 @@ TRAIN_EMBEDDINGS = ["--modules-to-save", "embed_tokens,lm_head"]
         (True, ["--target-modules", "embed_tokens,q_proj"], set(), True),
         (False, ["--target-modules", "embed_tokens,lm_head,q_proj"], set(), False),
     ],
-    ids=["in-full", "in-full-untied", "in-full-tied", "tokens", "lora", "lora-untied"],
+    ids=["full", "full-untied", "full-tied", "tokens", "lora", "lora-untied"],
 )  # fmt: skip
 def test_merged_embeddings_match_plain_peft(
     tied: bool,

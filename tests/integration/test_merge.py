@@ -137,7 +137,7 @@ def faulty_merge(fault: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Ten
     """Return a function of base and update that merges with this fault."""
     return {
         "scaled by 1.02": lambda base, update: base + 1.02 * update,
-        "left out": lambda base, _: base,
+        "omitted": lambda base, _: base,
         "transposed": lambda base, update: base + update.T,
     }[fault]
 
@@ -146,10 +146,10 @@ def faulty_merge(fault: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Ten
     ("fault", "dtype"),
     [
         ("scaled by 1.02", "bfloat16"),
-        ("left out", "float32"),
+        ("omitted", "float32"),
         ("transposed", "bfloat16"),
         pytest.param("scaled by 1.02", "float32", marks=pytest.mark.sweep),
-        pytest.param("left out", "bfloat16", marks=pytest.mark.sweep),
+        pytest.param("omitted", "bfloat16", marks=pytest.mark.sweep),
         pytest.param("transposed", "float32", marks=pytest.mark.sweep),
     ],
 )

@@ -270,7 +270,7 @@ def test_suspended_process_is_reported(
 
 @pytest.mark.parametrize(("event", "code", "message"), [
     pytest.param("SIGTERM", 143, "interrupted", marks=pytest.mark.sweep),
-    ("SIGINT", 130, "interrupted"), ("a rank", 1, "the process of rank 1 was killed"),
+    ("SIGINT", 130, "interrupted"), ("kill rank 1", 1, "the process of rank 1 was killed"),
 ])  # fmt: skip
 def test_signal_during_startup_ends_run_with_message(
     tiny_model_dir: Callable[..., Path],
@@ -293,7 +293,7 @@ def test_signal_during_startup_ends_run_with_message(
     ):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    if event == "a rank":
+    if event == "kill rank 1":
         max(processes_of_run, key=lambda process: int(process.environ()["RANK"])).kill()
     else:
         launcher.send_signal(getattr(signal, event))

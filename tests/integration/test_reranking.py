@@ -384,7 +384,7 @@ def with_equal_labels(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 INVALID_INPUTS = {
-    "alike": (with_equal_labels(create_rows(4)), [], "all documents have label 1"),
+    "equal labels": (with_equal_labels(create_rows(4)), [], "all documents have label 1"),
     "graded": (
         [{**row, "label": 3 * row["label"]} for row in to_pairs(create_rows(4))],
         [],
@@ -401,7 +401,7 @@ INVALID_INPUTS = {
         "have no documents of different relevance. Use --loss bce, or add a relevant and an "
         "irrelevant document to each query.",
     ),
-    "untaught": (create_rows(4), ["--loss", "margin-mse"], "needs teacher scores"),
+    "no teacher": (create_rows(4), ["--loss", "margin-mse"], "needs teacher scores"),
     "teacher": (
         create_rows(4),
         ["--loss", "lce", "--teacher", "x"],

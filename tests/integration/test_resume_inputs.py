@@ -93,7 +93,7 @@ def swap_tokens() -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[], None], str]] = {
-    "a bit of the weights": (flip_weight_bit, "model.safetensors was "),
+    "weight bit": (flip_weight_bit, "model.safetensors was "),
     "rms_norm_eps": (lambda: change_config(rms_norm_eps=1e-3), "model.config.rms_norm_eps was"),
     "rope_theta": (
         lambda: change_config(rope_parameters={"rope_theta": 5e5, "rope_type": "default"}),

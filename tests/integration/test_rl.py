@@ -412,7 +412,7 @@ def fault(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     return str(request.param)
 
 
-@pytest.mark.parametrize("groups", [2, 0], ids=["before", "at-a-step"])
+@pytest.mark.parametrize("groups", [2, 0], ids=["before-training", "at-step-1"])
 def test_sampler_fault_is_detected(data: Path, tmp_path: Path, fault: str, groups: int) -> None:
     config = create_config(data, tmp_path / "run", {"check_groups": groups}, {"max_steps": 1})
     with pytest.raises(RunError, match="nats a token between sampler and trainer") as error:

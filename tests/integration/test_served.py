@@ -171,7 +171,7 @@ def shuffle_rows(b: Any) -> Any:
             marks=pytest.mark.sweep,
         ),
     ],
-    ids=["scaled by 2", "not applied", "of another run"],
+    ids=["scaled by 2", "not applied", "shuffled"],
 )
 def test_wrong_adapter_on_quantized_base_raises(
     quantized_base_export: Path, tmp_path: Path, change: Any, message: str

@@ -97,18 +97,18 @@ def test_sigusr1_saves_checkpoint_and_continues(tmp_path: Path, tiny_model_dir: 
 
 
 EVENTS = {
-    "a lazy import": ("exec", "arguments[0].co_filename", "transformers/modeling_utils.py"),
-    "the rows": ("open", "str(arguments[0])", "rows.jsonl"),
+    "lazy import": ("exec", "arguments[0].co_filename", "transformers/modeling_utils.py"),
+    "rows file": ("open", "str(arguments[0])", "rows.jsonl"),
 }
 
 
 @pytest.mark.parametrize(
     ("name", "code", "event_name"),
     [
-        ("SIGTERM", 143, "a lazy import"),
-        ("SIGINT", 130, "the rows"),
-        pytest.param("SIGTERM", 143, "the rows", marks=pytest.mark.sweep),
-        pytest.param("SIGINT", 130, "a lazy import", marks=pytest.mark.sweep),
+        ("SIGTERM", 143, "lazy import"),
+        ("SIGINT", 130, "rows file"),
+        pytest.param("SIGTERM", 143, "rows file", marks=pytest.mark.sweep),
+        pytest.param("SIGINT", 130, "lazy import", marks=pytest.mark.sweep),
     ],
 )
 def test_signal_before_first_output_is_reported(
