@@ -26,7 +26,7 @@
 
 PYTHON ?= python3
 PIP_FLAGS ?=
-PYTEST_FLAGS ?= -n 2 --dist worksteal
+PYTEST_FLAGS ?= -n 2 --dist loadfile  # what tests of a file share is made once
 DEMO_FLAGS ?=
 MATRIX_FLAGS ?=
 GPU_SIM_FLAGS ?=
@@ -42,6 +42,7 @@ SERVERS ?= .servers
 GPU_KIT ?= .gpu-kit
 
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+unexport PYTHONDONTWRITEBYTECODE  # else each process that a test starts compiles the package anew
 
 PROMPT_1 := "Entries are compared by their priority first and by the time they were added second. \
 The queue must not be used by several threads at once."

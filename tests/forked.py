@@ -8,6 +8,7 @@ multiprocessing are forked, too. Tests of the start itself need a real interpret
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import multiprocessing
 import os
@@ -57,7 +58,7 @@ class Forked:
             imported: `ftlevel`, or `libraries` for its dependencies only.
             cwd: working directory.
             env: environment variables.
-            stdin: empty by default.
+            stdin: empty by default; PIPE, or a descriptor.
             stdout: stream.
             stderr: stream.
         """
@@ -70,6 +71,8 @@ class Forked:
             read, write = os.pipe()
             descriptors.append(read)
             self.stdin = os.fdopen(write, "w", encoding="utf-8")
+        elif stdin is not None:
+            read = stdin
         else:
             descriptors.append(read := os.open(os.devnull, os.O_RDONLY))
         self.stdout, out = _stream(stdout, 1, descriptors)
@@ -168,6 +171,8 @@ def _stream(stream: Any, number: int, descriptors: list[int]) -> tuple[IO[str] |
     if stream == subprocess.DEVNULL:
         descriptors.append(os.open(os.devnull, os.O_WRONLY))
         return None, descriptors[-1]
+    if isinstance(stream, int):
+        return None, stream
     return None, number if stream is None else stream.fileno()
 
 
@@ -201,24 +206,38 @@ def _get_server(imported: str) -> socket.socket:
 
 
 def _serve(libraries_connection: socket.socket, ftlevel_connection: socket.socket) -> None:
-    """Import the libraries, and ftlevel in a fork of this process; fork for each request."""
+    """Import the libraries, and ftlevel in a fork of this process; fork for each request.
+
+    Files are not flushed, as in the tests' own process: no test turns the power off.
+    """
+    os.fsync = lambda _: None  # type: ignore[assignment]
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # as `import ftlevel` does
     import bitsandbytes  # noqa: F401
     import peft  # noqa: F401
     import torch.distributed.checkpoint
     import torch.distributed.fsdp  # noqa: F401
-    import transformers.trainer  # noqa: F401
+    import transformers.trainer
 
     connection, unused = libraries_connection, ftlevel_connection
     if os.fork() == 0:
         connection, unused = ftlevel_connection, libraries_connection
-        import ftlevel.commands.train  # noqa: F401
+        import transformers.models.llama.modeling_llama  # noqa: F401
+
+        import ftlevel.cli.screen
+        import ftlevel.cli.train
+        import ftlevel.commands.train
+        import ftlevel.extras.report.page  # noqa: F401
     unused.close()
     _serve_forks(connection)
 
 
 def _serve_forks(connection: socket.socket) -> None:
-    """Fork a process for each request, until the tests have ended."""
+    """Fork a process for each request, until the tests have ended.
+
+    Their garbage collectors skip what is imported here, as the program's own does.
+    """
+    gc.collect()
+    gc.freeze()
     connection.sendall(_encode_message("ready"))
     running: set[int] = set()
     while True:
@@ -262,12 +281,27 @@ def _call_pickled(pickled: str) -> None:
 
 def run_as_program(arguments: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
     """Run the program in this process and exit."""
-    subprocess.Popen = _ForkedRank  # type: ignore[misc]
-    multiprocessing.get_context = lambda _=None: _FORK_CONTEXT  # type: ignore[assignment]
+    _fork_children()
     sys.argv = ["ftlevel", *arguments]
     _run_and_exit(
         lambda: runpy.run_module("ftlevel", run_name="__main__", alter_sys=True), environment
     )
+
+
+def run_torchrun(arguments: Sequence[str]) -> None:
+    """Run torchrun in this process; its ranks are forked."""
+    _fork_children()
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+    from torch.distributed.run import main
+
+    setattr(subprocess_handler, "Popen", subprocess.Popen)  # noqa: B010 - mypy sees no export
+    main(list(arguments))
+
+
+def _fork_children() -> None:
+    """Fork the ranks and the multiprocessing children that this process starts."""
+    subprocess.Popen = _ForkedRank  # type: ignore[misc]
+    multiprocessing.get_context = lambda _=None: _FORK_CONTEXT  # type: ignore[assignment]
 
 
 def _run_and_exit(work: Callable[[], Any], environment: Mapping[str, str]) -> NoReturn:
@@ -300,15 +334,20 @@ class _ForkedRank(subprocess.Popen):  # type: ignore[type-arg]
     """A child process of the program; ranks of its run are forks of this process."""
 
     def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, *rest: Any) -> None:
-        if not isinstance(args, list) or args[:3] != _PROGRAM:
+        words = [word for word in args if word != "-u"] if isinstance(args, list | tuple) else []
+        if words[:3] != _PROGRAM:
             super()._execute_child(args, executable, preexec_fn, *rest)  # type: ignore[misc]
             return
-        env = rest[3]
+        close_fds, env, start_new_session = rest[0], rest[3], rest[18]
         self.pid = os.fork()
         if self.pid == 0:
+            if close_fds:
+                os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+            if start_new_session:
+                os.setsid()
             if preexec_fn is not None:
                 preexec_fn()
-            run_as_program(args[3:], os.environ.copy() if env is None else env)
+            run_as_program(words[3:], os.environ.copy() if env is None else env)
         self._child_created = True
 
 

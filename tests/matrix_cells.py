@@ -132,6 +132,7 @@ def create_objective(cell: TinyCell) -> Any:
     return task.create_objective(FAMILIES[cell.family].kind, info)
 
 
+@cache
 def build_spec(row: str) -> Any:
     """Return the spec of a table row, small enough for a tiny model."""
     info = METHOD_INFO[row]
@@ -149,6 +150,7 @@ def build_spec(row: str) -> Any:
     return spec(**{**small, **fields})
 
 
+@cache
 def expected_error(cell: TinyCell) -> str | None:
     """Return the table's error message for `cell`, or None if the cell is supported."""
     problems = explain_unsupported(build_spec(cell.row), cell.support_cell)

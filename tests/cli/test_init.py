@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import pty
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from forked import Forked
 from ftlevel.cli.app import run
 from ftlevel.config import build_config, load_recipe
 
@@ -164,10 +163,9 @@ def test_interactive_questions(tiny_model_dir: ModelDir) -> None:
     model = tiny_model_dir("bert")
     answers = ["nothing.csv", "", "", str(model), "", "2"]  # the first is not a file
     master, slave = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ftlevel", "init"],
-        stdin=slave, stdout=slave, stderr=slave, env={**os.environ, "COLUMNS": "200"},
-    )  # fmt: skip
+    process = Forked(
+        ["init"], stdin=slave, stdout=slave, stderr=slave, env={**os.environ, "COLUMNS": "200"}
+    )
     os.close(slave)
     os.write(master, ("\n".join(answers) + "\n").encode())
     output = b""

@@ -18,17 +18,20 @@ import yaml
 
 from ftlevel.cli.app import run
 
+TESTS = str(Path(__file__).parents[1])
 TRAIN = ["--method", "lora", "--max-steps", "6", "--output-dir"]
 
 # srun as documented: one process per task with its variables; SIGTERM is forwarded to all.
 SRUN = """#!{python}
-import os, signal, subprocess, sys
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from forked import Forked
 words = [word for word in sys.argv[1:] if not word.startswith("--kill-on-bad-exit")]
-tasks = [subprocess.Popen([sys.executable, "-m", *words], env={{**os.environ,
+tasks = [Forked(words[1:], env={{**os.environ,
     "SLURM_PROCID": str(n), "SLURM_LOCALID": "0", "SLURM_NODEID": str(n),
     "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
     "SLURM_STEP_NODELIST": "localhost,b"}}) for n in range(2)]
-signal.signal(signal.SIGTERM, lambda *_: [task.send_signal(signal.SIGTERM) for task in tasks])
+signal.signal(signal.SIGTERM, lambda *_: [os.kill(task.pid, signal.SIGTERM) for task in tasks])
 sys.exit(max(task.wait() for task in tasks))
 """
 
@@ -142,7 +145,7 @@ def test_interrupted_job_saves_checkpoint_and_requeues(
                 "--output-dir", str(out)]) == 0  # fmt: skip
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name, text in (("srun", SRUN.format(python=sys.executable)),
+    for name, text in (("srun", SRUN.format(python=sys.executable, tests=TESTS)),
                        ("scontrol", '#!/bin/bash\necho "$@" > "$0.log"\n')):  # fmt: skip
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)

@@ -12,18 +12,19 @@ from pathlib import Path
 import pytest
 
 from additions.tree import METHOD
+from forked import Forked
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/extend.md").read_text(encoding="utf-8")
 ADDITIONS = ROOT / "tests/additions"
 
-SCRIPT = """
-import sys
-from ftlevel.cli.app import run
-for line in sys.argv[1:]:
-    assert run(line.split()) == 0, line
-"""
-"""Runs several commands in one process, which imports torch once."""
+
+def run_commands(commands: list[str]) -> None:
+    """Import ftlevel and run several commands in this process."""
+    from ftlevel.cli.app import run
+
+    for command in commands:
+        assert run(command.split()) == 0, command
 
 
 def write_toy_package(folder: Path) -> None:
@@ -55,39 +56,43 @@ def package_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_python(package_dir: Path, *arguments: str) -> str:
+def python_path(package_dir: Path) -> dict[str, str]:
     paths = os.pathsep.join([str(package_dir), str(ROOT / "src")])
+    return {**os.environ, "PYTHONPATH": paths}
+
+
+def run_program(package_dir: Path, *arguments: str) -> str:
     process = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=package_dir,
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+        [sys.executable, "-m", "ftlevel", *arguments],
+        cwd=package_dir, env=python_path(package_dir), capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert process.returncode == 0, process.stderr
     assert "warning: toy" not in process.stderr
     return process.stdout
 
 
 def test_extension_command_is_listed_and_runs(package_dir: Path) -> None:
-    listed = run_python(package_dir, "-m", "ftlevel", "--help")
+    listed = run_program(package_dir, "--help")
     assert re.search(r"shout +Print a text in capitals\.", listed)
-    output = run_python(package_dir, "-m", "ftlevel", "shout", "hi", "--times", "2", "--json")
+    output = run_program(package_dir, "shout", "hi", "--times", "2", "--json")
     assert json.loads(output) == {"text": "HI HI"}
 
 
 @pytest.mark.slow
 def test_extension_method_task_formats_and_hook_are_used(package_dir: Path) -> None:
     common = "--task rank --dataset rows.kv"
-    run_python(
-        package_dir,
-        "-c",
-        SCRIPT,
+    commands = [
         f"preview {common}",
         f"train {common} --method scale --max-steps 2 --step-size 0.01 --output-dir run -q",
         "export run --format names --out run.names -q",
-    )
+    ]
+    process = Forked(
+        call=(run_commands, (commands,)), imported="libraries", cwd=package_dir,
+        env=python_path(package_dir), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    assert "warning: toy" not in error
     summary = json.loads((package_dir / "run/summary.json").read_text(encoding="utf-8"))
     assert (summary["task"], summary["method"]) == ("rank", "scale")
     assert "learning_rate: 0.01" in (package_dir / "run/config.yaml").read_text()

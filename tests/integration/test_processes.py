@@ -22,6 +22,7 @@ from forked import Forked
 from ftlevel import TrainConfig, train
 from ftlevel.cli import train as processes
 from ftlevel.errors import ConfigError
+from ftlevel.training import processes as watch_processes
 
 pytestmark = pytest.mark.slow
 PROGRAM = [sys.executable, "-m", "ftlevel"]
@@ -232,21 +233,27 @@ def test_killed_process_ends_run_with_message(
     assert f"the process of rank {rank} was killed" in error
 
 
+def watch_closely(arguments: Sequence[str]) -> None:
+    """Run the command with a heartbeat timeout of 5 seconds, not 15."""
+    watch_processes._INTERVAL, watch_processes.HEARTBEAT_TIMEOUT = 0.5, 5.0
+    forked.run_slowly(arguments)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_suspended_process_is_reported(
     tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path, rank: int
 ) -> None:
     """Rank 0 reports it, or rank 1 if rank 0 is suspended."""
     options = ("--max-steps", "4000", "--num-processes", "2", "--logging-steps", "1")
+    arguments = train_command(tiny_model_dir("llama"), dataset, tmp_path / "run", *options)
     stderr_file = tmp_path / "says"
     with stderr_file.open("w") as file:
         launcher = Forked(
-            train_command(tiny_model_dir("llama"), dataset, tmp_path / "run", *options),
-            stderr=file, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+            call=(watch_closely, (arguments,)), stderr=file, stdout=subprocess.DEVNULL
+        )
     suspended = wait_for_processes(launcher, tmp_path / "run/metrics.jsonl")[rank]
     try:
-        time.sleep(4)  # time for two heartbeats
+        time.sleep(1.5)  # time for two heartbeats
         suspended.suspend()
         start = time.monotonic()
         while f"rank {rank} (" not in stderr_file.read_text():
@@ -343,11 +350,10 @@ def test_lost_node_ends_other_nodes_with_message(
     ]
     nodes = []
     for node in "01":
-        agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank",
-                 node, "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port",
-                 port, *run]  # fmt: skip
-        with (tmp_path / node).open("w") as stderr_file:
-            nodes.append(subprocess.Popen(agent, stdout=stderr_file, stderr=stderr_file))
+        agent = ["--nnodes", "2", "--node-rank", node, "--nproc-per-node", "1",
+                 "--master-addr", "127.0.0.1", "--master-port", port, *run]  # fmt: skip
+        with (tmp_path / node).open("w") as log:
+            nodes.append(Forked(call=(forked.run_torchrun, (agent,)), stdout=log, stderr=log))
     deadline = time.monotonic() + 120
     while not list((tmp_path / "run/checkpoints").glob("checkpoint-*/manifest.json")):
         assert all(node.poll() is None for node in nodes), (tmp_path / "0").read_text()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+
+from forked import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -16,13 +20,18 @@ pytestmark = [
 ]
 
 
+def run_torture(arguments: Sequence[str]) -> None:
+    """Run scripts/torture.py in this process."""
+    sys.argv = ["torture.py", *arguments]
+    runpy.run_path(str(ROOT / "scripts/torture.py"), run_name="__main__")
+
+
 def test_torture_sample_passes() -> None:
-    process = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/torture.py"), "--sample", "--seed", "16"],
-        capture_output=True, text=True, check=False, cwd=ROOT,
+    process = Forked(
+        call=(run_torture, (["--sample", "--seed", "16"],)), cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    assert process.returncode == 0, process.stdout + process.stderr
-    rows = [
-        line for line in process.stdout.splitlines() if line.startswith("| ") and " of " in line
-    ]
+    output, error = process.communicate()
+    assert process.returncode == 0, output + error
+    rows = [line for line in output.splitlines() if line.startswith("| ") and " of " in line]
     assert len(rows) == 1 + 5, "the head of the table and its rows"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -229,10 +230,27 @@ def test_json_option_prints_one_object(capfd: pytest.CaptureFixture[str]) -> Non
     assert captured.err == ""
 
 
-def test_libraries_print_nothing(tmp_path: Path) -> None:
+UNUSED = {"sklearn", "sacrebleu", "nltk", "rouge_score", "seqeval", "matplotlib", "langdetect"}
+"""Libraries of metrics and plots; text-generation needs none, it is scored by loss."""
+
+LIST_IMPORTS = """
+import atexit, pathlib, sys
+atexit.register(lambda: pathlib.Path("modules").write_text("\\n".join(sys.modules)))
+"""
+
+
+def test_libraries_print_nothing_and_no_metric_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(LIST_IMPORTS)
+    paths = (str(tmp_path), os.environ.get("PYTHONPATH"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     command = [sys.executable, "-m", "ftlevel", "train", "--quant", "4bit", *TINY_OPTIONS,
                "--max-steps", "2", "--save-steps", "1"]  # fmt: skip
     process = subprocess.run(command, capture_output=True, text=True, check=True)
+    imported = set(Path("modules").read_text().split())
+    assert imported & UNUSED == set()
+    assert "datasets" in imported, "by Trainer's own module"
     assert process.stderr == ""
     assert "proof" in process.stdout
     for line in process.stdout.splitlines():

@@ -18,11 +18,9 @@ EXAMPLE_FILES = {
 }  # in the tutorial
 
 
-@pytest.mark.parametrize(
-    "figure", [*house.figures(), *house.sizes()], ids=lambda figure: figure.name
-)
-def test_figures_are_within_bounds(figure: house.Figure) -> None:
-    assert figure.value <= figure.bound
+def test_figures_are_within_bounds() -> None:
+    figures = [*house.figures(), *house.sizes()]
+    assert [figure for figure in figures if figure.value > figure.bound] == []
 
 
 def test_table_of_figures_is_up_to_date() -> None:
