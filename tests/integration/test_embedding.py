@@ -449,19 +449,19 @@ def test_long_texts_raise_or_are_truncated(
     truncated = short.model_copy(update={"overlong": "truncate"})
     summary = train(config.with_sections(data=truncated)).summary
     assert summary["data"]["shortened"] > 0
-    long_text, cut_by_hand = ("word " * count for count in (600, 510))  # 512 positions
-    rows = [{"text": long_text}, {"text": cut_by_hand}]
+    long_text, truncated_text = ("word " * count for count in (600, 510))  # 512 positions
+    rows = [{"text": long_text}, {"text": truncated_text}]
     run_dir = str(tmp_path / "run")
-    one, other = (
+    first, second = (
         row["prediction"] for row in predict(PredictConfig(name=run_dir), rows).rows or []
     )
-    assert one.tolist() == pytest.approx(other.tolist(), abs=1e-6)
+    assert first.tolist() == pytest.approx(second.tolist(), abs=1e-6)
     merged = tmp_path / "merged"
     merge(MergeConfig(adapters=[run_dir], output_dir=merged, verify=False))
     with pytest.raises(FtlevelError, match="and the model takes 512"):
         predict(PredictConfig(name=str(merged)), rows)
     (prediction, _) = predict(PredictConfig(name=str(merged), overlong="truncate"), rows).rows or []
-    assert prediction["prediction"].tolist() == pytest.approx(one.tolist(), abs=1e-5)
+    assert prediction["prediction"].tolist() == pytest.approx(first.tolist(), abs=1e-5)
 
 
 def test_preview_labels_query_and_document_tokens(

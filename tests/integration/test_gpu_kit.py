@@ -71,8 +71,8 @@ def test_finished_measurements_are_not_repeated(
     assert measured_tools == [tool.name for tool in measure.TOOLS]
     reloaded = measure.Measurements(measurements.path, None)
     assert measure.measure_shape("2k", tiny_work, reloaded, tmp_path, time.time() + 60)
-    carried = measure.Measurements(tmp_path / "elsewhere/lora.json", measurements.path.parent)
-    assert measure.measure_shape("2k", tiny_work, carried, tmp_path, time.time() + 60)
+    with_previous = measure.Measurements(tmp_path / "elsewhere/lora.json", measurements.path.parent)
+    assert measure.measure_shape("2k", tiny_work, with_previous, tmp_path, time.time() + 60)
     assert len(measured_tools) == len(measure.TOOLS)
     table = measurements.path.with_suffix(".md").read_text(encoding="utf-8")
     assert "| ftlevel | 50 |" in table
@@ -92,8 +92,8 @@ def test_run_ended_by_time_limit_is_not_recorded(
 
     monkeypatch.setattr(measure, "measure_tool", run)
     tiny_work = build_work(tmp_path)
-    until = time.time() + measure.SPARE_SECONDS + 0.2
-    assert not measure.measure_shape("2k", tiny_work, measurements, tmp_path, until)
+    deadline = time.time() + measure.SPARE_SECONDS + 0.2
+    assert not measure.measure_shape("2k", tiny_work, measurements, tmp_path, deadline)
     assert measurements.found["shapes"]["2k"]["refused"] == {}
 
 

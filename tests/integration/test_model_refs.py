@@ -160,9 +160,11 @@ def test_task_of_model_is_inferred_from_head(
              ("qwen2", None): "text-generation", ("t5", None): "text-generation"}  # fmt: skip
     for (family, head), task in heads.items():
         assert resolve_model(str(tiny_model_dir(family, head)), device="cpu").task == task
-    bare = save_tiny(tmp_path / "bare", "bert", "mlm")
-    transformers.AutoModel.from_pretrained(bare).save_pretrained(bare)
-    assert resolve_model(str(bare), device="cpu").task == "embedding", "a model without a head"
+    without_head = save_tiny(tmp_path / "bare", "bert", "mlm")
+    transformers.AutoModel.from_pretrained(without_head).save_pretrained(without_head)
+    assert resolve_model(str(without_head), device="cpu").task == "embedding", (
+        "a model without a head"
+    )
 
 
 @pytest.mark.parametrize(
