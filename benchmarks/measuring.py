@@ -47,10 +47,10 @@ def run(command: Sequence[str], limit: int | None = None, path: str = "") -> tup
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package has its bytecode
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # installed packages have bytecode
     if path:
         environment["PYTHONPATH"] = f"{path}{os.pathsep}{environment.get('PYTHONPATH', '')}"
-    before, began, peak = cpu_seconds(), time.perf_counter(), 0
+    before, start, peak = cpu_seconds(), time.perf_counter(), 0
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=output, env=environment, preexec_fn=lower_limit
@@ -58,7 +58,7 @@ def run(command: Sequence[str], limit: int | None = None, path: str = "") -> tup
         while process.poll() is None:
             peak = max(peak, private_bytes(process.pid))
             time.sleep(0.005)
-        usage = Usage(time.perf_counter() - began, cpu_seconds() - before, peak)
+        usage = Usage(time.perf_counter() - start, cpu_seconds() - before, peak)
         output.seek(0)
         return process.returncode, usage, output.read().decode(errors="replace").strip()
 
@@ -97,23 +97,23 @@ def step_clock(ends: list[float]) -> Any:
     """Return a callback of a Trainer that appends the CPU seconds at the end of each step."""
     from transformers import TrainerCallback
 
-    class Watch(TrainerCallback):
+    class StepClock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             ends.append(time.process_time())
 
-    return Watch()
+    return StepClock()
 
 
 def alternate(
     cases: Mapping[str, Callable[[], T]], runs: int, warm_ups: int = 1
 ) -> dict[str, list[T]]:
-    """Measure each case `runs` times, in turns, after `warm_ups` that do not count."""
+    """Measure each case `runs` times, alternating, after `warm_ups` that do not count."""
     results: dict[str, list[T]] = {name: [] for name in cases}
-    for number in range(warm_ups + runs):
-        print(f"round {number + 1} of {warm_ups + runs}", file=sys.stderr, flush=True)
+    for index in range(warm_ups + runs):
+        print(f"round {index + 1} of {warm_ups + runs}", file=sys.stderr, flush=True)
         for name, measure in cases.items():
             result = measure()
-            if number >= warm_ups:
+            if index >= warm_ups:
                 results[name].append(result)
     return results
 
@@ -129,19 +129,19 @@ def describe_machine() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    facts = [
+    parts = [
         names[0] if names else platform.processor() or platform.machine(),
         f"{os.cpu_count()} CPUs",
     ]
     if "SC_PHYS_PAGES" in os.sysconf_names:
         size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        facts.append(f"{size / 2**30:.0f} GiB")
-    facts.append(f"Python {platform.python_version()}")
+        parts.append(f"{size / 2**30:.0f} GiB")
+    parts.append(f"Python {platform.python_version()}")
     for package in ("torch", "transformers", "peft"):
         try:
-            facts.append(f"{package} {version(package)}")
+            parts.append(f"{package} {version(package)}")
         except PackageNotFoundError:
-            facts.append(f"no {package}")
-    facts.append(f"load {os.getloadavg()[0]:.1f}")
-    facts.append(f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}")
-    return ", ".join(facts)
+            parts.append(f"no {package}")
+    parts.append(f"load {os.getloadavg()[0]:.1f}")
+    parts.append(f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}")
+    return ", ".join(parts)

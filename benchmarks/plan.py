@@ -5,14 +5,14 @@
 
 With `--process`, `ftlevel plan` and three steps of `ftlevel train` on rows of data/ run as whole
 processes, and the peak resident memory is VmHWM of Linux. Otherwise, each setting is planned and
-trained for two steps in a process of its own, with one thread, so that micro-batches come one at
-a time. Measured are
+trained for two steps in its own process with one thread, so micro-batches are sequential. Measured
+are
 
-- live: the peak of the bytes that torch's CPU allocator has given out, as torch.profiler records
-  every allocation, from the model in memory on, and the model's own bytes;
-- rss: the peak of the resident memory above that of the process with its libraries imported.
+- live: the peak bytes of torch's CPU allocator, as torch.profiler records every allocation after
+  the model is loaded, plus the model's bytes;
+- rss: the peak resident memory above that of the process after its imports.
 
-Nothing of the plan is fitted to any of them.
+The plan is not fitted to these measurements.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ WORDS = ("the", "row", "table", "file", "closed", "ends", "once", "read", "each"
 
 def settings() -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield name, model and configuration of each setting."""
-    for name, method, more in (
+    for name, method, options in (
         ("lora", {"kind": "lora"}, {}),
         ("lora, checkpointing", {"kind": "lora"}, {"gradient_checkpointing": True}),
         ("lora, 4 × 512", {"kind": "lora"}, {"rows": 4, "length": 512}),
@@ -48,32 +48,34 @@ def settings() -> Iterator[tuple[str, str, dict[str, Any]]]:
         ("prefix, 1 × 512", {"kind": "prefix"}, {"rows": 1, "length": 512}),
         ("lora, no fast step", {"kind": "lora"}, {"fast": False}),
     ):
-        yield f"SmolLM2 {name}", SMOL, {"method": method, **more}
-    for name, method, more in (
+        yield f"SmolLM2 {name}", SMOL, {"method": method, **options}
+    for name, method, options in (
         ("lora", {"kind": "lora"}, {}),
         ("full, 32 × 128", {"kind": "full"}, {"rows": 32, "length": 128}),
         ("adapter, checkpointing", {"kind": "adapter"}, {"gradient_checkpointing": True}),
         ("qlora", {"kind": "qlora"}, {}),
         ("prefix, 16 × 256", {"kind": "prefix"}, {"rows": 16, "length": 256}),
     ):
-        yield f"MiniLM {name}", MINI, {"method": method, **more}
+        yield f"MiniLM {name}", MINI, {"method": method, **options}
 
 
-def build_config(models: Path, model: str, wish: dict[str, Any], folder: Path) -> Any:
+def build_config(models: Path, model: str, options: dict[str, Any], folder: Path) -> Any:
     """Return the configuration of a setting, and write its rows."""
     from ftlevel.config import TrainConfig
 
-    wish = dict(wish)
-    method = wish.pop("method")
-    rows, length = wish.pop("rows", 8), wish.pop("length", 256)
-    fast = wish.pop("fast", True)
+    options = dict(options)
+    method = options.pop("method")
+    rows, length = options.pop("rows", 8), options.pop("length", 256)
+    fast = options.pop("fast", True)
     classes = model == MINI
     path = folder / "rows.jsonl"
     with path.open("w", encoding="utf-8") as file:
-        draw = random.Random(0)
-        for at in range(2 * rows):  # alike, so that the fullest micro-batch is in any two steps
-            words = draw.choices(WORDS, k=int(length * 0.9))
-            row = {"text": " ".join(words)} | ({"label": "ab"[at % 2]} if classes else {})
+        generator = random.Random(0)
+        for index in range(
+            2 * rows
+        ):  # similar rows, so that any two steps contain the largest micro-batch
+            words = generator.choices(WORDS, k=int(length * 0.9))
+            row = {"text": " ".join(words)} | ({"label": "ab"[index % 2]} if classes else {})
             file.write(json.dumps(row) + "\n")
     quant = {"kind": "4bit"} if method["kind"] == "qlora" else {}
     return TrainConfig.model_validate({
@@ -84,25 +86,25 @@ def build_config(models: Path, model: str, wish: dict[str, Any], folder: Path) -
         "data": {"dataset": str(path), "max_length": length, "overlong": "drop",
                  "validation_split": 0, "cache": False},
         "train": {"per_device_train_batch_size": rows, "max_steps": 2, "save_strategy": "no",
-                  **wish},
+                  **options},
         "speed": {"fast": fast, "verify": False},
         "output": {"dir": str(folder / "run")},
     })  # fmt: skip
 
 
 def planned(config: Any) -> dict[str, Any]:
-    """Return what the plan says."""
+    """Return the planned memory."""
     from ftlevel.models.loading import silence_loggers
     from ftlevel.training.forecast.fits import Device, estimate_requirement
     from ftlevel.training.plan.resolve import resolve
 
     with silence_loggers():
-        found = estimate_requirement(resolve(config), Device.of("cpu"))
-    return {"peak": found.peak, "at": found.at, "parts": found.parts}
+        requirement = estimate_requirement(resolve(config), Device.of("cpu"))
+    return {"peak": requirement.peak, "at": requirement.at, "parts": requirement.parts}
 
 
 def measured(config: Any) -> dict[str, Any]:
-    """Return what a run held."""
+    """Return the measured memory of a run."""
     import psutil
     from transformers import TrainerCallback
 
@@ -110,15 +112,15 @@ def measured(config: Any) -> dict[str, Any]:
     from ftlevel.events import NullListener
 
     before = psutil.Process().memory_info().rss
-    seen: dict[str, Any] = {}
+    result: dict[str, Any] = {}
 
     class Profile(TrainerCallback):
         def on_train_begin(self, *_: Any, model: Any, **__: Any) -> None:
             import torch
 
             tensors = [*model.parameters(), *model.buffers(), *_packed(model)]
-            held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-            seen["model"] = sum(held.values())
+            sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+            result["model"] = sum(sizes.values())
             self.profile = torch.profiler.profile(
                 activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
             )
@@ -128,17 +130,17 @@ def measured(config: Any) -> dict[str, Any]:
             self.profile.stop()
             events = [e for e in self.profile.profiler.kineto_results.events()
                       if e.name() == "[memory]"]  # fmt: skip
-            now = most = 0
+            current = peak = 0
             for event in sorted(events, key=lambda e: e.start_ns()):
-                now += event.nbytes()
-                most = max(most, now)
-            seen["peak"] = seen["model"] + most
+                current += event.nbytes()
+                peak = max(peak, current)
+            result["peak"] = result["model"] + peak
 
     command.train(config, callbacks=[Profile()], listener=NullListener())
     import resource
 
-    seen["rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    return seen
+    result["rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return result
 
 
 def _packed(model: Any) -> Iterator[Any]:
@@ -151,7 +153,7 @@ def _packed(model: Any) -> Iterator[Any]:
 
 
 def process_settings(models: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield name and flags of each setting of `--process`."""
+    """Yield name and flags of each setting for `--process`."""
     smol, mini = str(models / SMOL), str(models / MINI)
     senses = ["--model", mini, "--dataset", "data/wordnet-supersense"]
     summaries = ["--dataset", "data/docstring-summary", "--task", "summarization"]
@@ -171,8 +173,8 @@ def compare_processes(models: Path) -> None:
     for name, flags in process_settings(models):
         command = [sys.executable, "-m", "ftlevel"]
         flags = [*flags, "--max-steps", "3", "--json"]
-        done = subprocess.run([*command, "plan", *flags], capture_output=True, check=True)
-        planned = json.loads(done.stdout)["process_bytes"]
+        result = subprocess.run([*command, "plan", *flags], capture_output=True, check=True)
+        planned = json.loads(result.stdout)["process_bytes"]
         with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere:
             run = [*command, "train", *flags, "--output-dir", f"{folder}/run"]
             process = subprocess.Popen(run, stdout=nowhere, stderr=nowhere)
@@ -183,8 +185,8 @@ def compare_processes(models: Path) -> None:
                 peak = max(peak, *sizes, 0)
                 time.sleep(0.05)
         measured = peak * 1024
-        off = planned / measured - 1
-        print(f"| {name} | {planned / 2**20:,.0f} | {measured / 2**20:,.0f} | {off:+.1%} |")
+        error = planned / measured - 1
+        print(f"| {name} | {planned / 2**20:,.0f} | {measured / 2**20:,.0f} | {error:+.1%} |")
 
 
 def main() -> None:
@@ -195,46 +197,47 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--process", action="store_true", help="compare whole processes")
     parser.add_argument("--part", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.process:
-        compare_processes(arguments.models)
+    args = parser.parse_args()
+    if args.process:
+        compare_processes(args.models)
         return
-    every = list(settings())
-    if arguments.part:
-        which, number = arguments.part.split(":")
-        _, model, wish = every[int(number)]
+    all_settings = list(settings())
+    if args.part:
+        function_name, index = args.part.split(":")
+        _, model, options = all_settings[int(index)]
         with tempfile.TemporaryDirectory() as folder:
-            config = build_config(arguments.models, model, wish, Path(folder))
-            print(json.dumps({"planned": planned, "measured": measured}[which](config)))
+            config = build_config(args.models, model, options, Path(folder))
+            print(json.dumps({"planned": planned, "measured": measured}[function_name](config)))
         return
     rows = []
     print("| setting | planned MiB | live MiB | off | rss MiB | peak comes |")
     print("|---|--:|--:|--:|--:|---|")
-    for number, (name, _, _) in enumerate(every):
-        if arguments.only and number not in arguments.only:
+    for index, (name, _, _) in enumerate(all_settings):
+        if args.only and index not in args.only:
             continue
         plan, real = (
-            _ask(f"{which}:{number}", arguments.models) for which in ("planned", "measured")
+            _run_part(f"{function_name}:{index}", args.models)
+            for function_name in ("planned", "measured")
         )
-        off = plan["peak"] / real["peak"] - 1
-        rows.append({"setting": name, "planned": plan, "measured": real, "off": off})
+        error = plan["peak"] / real["peak"] - 1
+        rows.append({"setting": name, "planned": plan, "measured": real, "off": error})
         mib = [f"{value / 2**20:,.0f}" for value in (plan["peak"], real["peak"], real["rss"])]
         print(
-            f"| {name} | {mib[0]} | {mib[1]} | {off:+.1%} | {mib[2]} | {plan['at']} |", flush=True
+            f"| {name} | {mib[0]} | {mib[1]} | {error:+.1%} | {mib[2]} | {plan['at']} |", flush=True
         )
     worst = max(rows, key=lambda row: abs(row["off"]))
     print(f"\nworst: {worst['off']:+.1%} ({worst['setting']}), {len(rows)} settings")
-    if arguments.out:
-        arguments.out.write_text(json.dumps(rows, indent=1))
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=1))
 
 
-def _ask(part: str, models: Path) -> dict[str, Any]:
+def _run_part(part: str, models: Path) -> dict[str, Any]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, "--models", str(models), "--part", part]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{part}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise SystemExit(f"{part}: {result.stderr[-2000:]}")
+    return json.loads(result.stdout.strip().splitlines()[-1])
 
 
 if __name__ == "__main__":

@@ -2,16 +2,15 @@
 
     python benchmarks/plan_cluster.py
 
-Each row is a run of data parallel or FSDP training in bfloat16 whose tokens a second and card its
-authors print. The time is that of `ftlevel.extras.cluster.forecast`, from the model's shape, the
-rows of a micro-batch and the cards. How much of a card's peak a program reaches is its own, and the
-one constant that is fitted: for each source, card and kind of checkpointing the geometric mean
-over the rows of the fewest machines, which is one machine but for torchtitan's A100s. All other
-rows check what more cards cost. The second ratio is that of the plan's own share, 40 %, for which
-nothing is fitted.
+Each row is a run of data parallel or FSDP training in bfloat16 with published tokens per second and
+GPU. `ftlevel.extras.cluster.forecast` estimates the time from the model's shape, the rows of a
+micro-batch and the GPUs. One constant is fitted, the share of a GPU's peak that a program reaches:
+for each source, GPU and kind of checkpointing, the geometric mean over the rows with the fewest
+machines (one machine, except for torchtitan's A100s). All other rows check the cost of more GPUs.
+The second ratio uses the plan's share, 40 %, without a fit.
 
 Weights are gathered in bfloat16 and gradients reduced in float32, or in bfloat16 where the source
-says so. Where it does not say what the machines are connected by, `assumed` stands in the row.
+says so. `assumed` marks rows whose source does not state the network.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ WITHIN = 0.15
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder as its config.json has it."""
+    """Sizes of a decoder, as in its config.json."""
 
     layers: int
     width: int
@@ -67,7 +66,7 @@ class Shape:
 
 
 def mpt(layers: int, width: int, heads: int) -> Shape:
-    """Return an MPT: no gate, as many heads for keys, one matrix for embeddings and head."""
+    """Return the shape of an MPT: no gate, as many key heads as heads, tied embeddings."""
     return Shape(layers, width, 4 * width, heads, heads, 50368, gated=False, tied=True)
 
 
@@ -86,22 +85,11 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Run:
-    """A published run.
+    """A published run: `published` tokens per second and GPU (`card`) with `cards` GPUs in all.
 
-    Attributes:
-        source: a key of `SOURCES`.
-        card: a key of `GPUS`.
-        model: a key of `SHAPES`.
-        cards: of all machines.
-        rows: of a micro-batch on a card.
-        length: of a row.
-        recomputed: share of the forward pass that is computed again.
-        published: tokens a second and card.
-        gbps: of each card, to other machines.
-        assumed: whether the source does not say that.
-        a_machine: cards of it.
-        reduced: bytes of a gradient that is reduced.
-        micro_batches: of a step, in each of which FSDP gathers and reduces.
+    A micro-batch has `rows` of `length` tokens per GPU; `recomputed` is the share of the forward
+    pass that is recomputed. `gbps` is the network bandwidth of each GPU, `assumed` if the source
+    does not state it; `a_machine` the GPUs per machine, `reduced` the bytes of a reduced gradient.
     """
 
     source: str
@@ -120,22 +108,23 @@ class Run:
 
     @property
     def nodes(self) -> int:
-        """Machines."""
+        """Number of machines."""
         return -(-self.cards // self.a_machine)
 
     @property
     def setup(self) -> tuple[str, str, float]:
-        """What has one share of the peak."""
+        """Key of the runs that share one fitted share of the peak."""
         return self.source, self.card, self.recomputed
 
 
-def foundry(model: str, cards: int, rows: int, many: int, published: float, *, again: bool = False,
-            card: str = "h100", length: int = 2048) -> Run:  # fmt: skip
-    """Return a run of llm-foundry: it names the network of the A100s, and not that of the H100s."""
+def foundry(model: str, cards: int, rows: int, micro_batches: int, published: float, *,
+            recomputed: bool = False, card: str = "h100", length: int = 2048) -> Run:  # fmt: skip
+    """Return a run of llm-foundry, which states the network of the A100s but not of the H100s."""
     old = card != "h100"
     return Run(
-        FOUNDRY, card, f"MPT {model}", cards, rows, length, float(again), published,
-        gbps=200 if old else 400, assumed=not old, reduced=2 if old else 4, micro_batches=many,
+        FOUNDRY, card, f"MPT {model}", cards, rows, length, float(recomputed), published,
+        gbps=200 if old else 400, assumed=not old, reduced=2 if old else 4,
+        micro_batches=micro_batches,
     )  # fmt: skip
 
 
@@ -160,9 +149,11 @@ RUNS = (
     foundry("3B", 64, 6, 3, 22525), foundry("7B", 8, 6, 1, 10643),
     foundry("13B", 8, 2, 1, 4792), foundry("13B", 16, 2, 1, 4767),
     foundry("13B", 32, 2, 1, 4811), foundry("13B", 64, 2, 1, 4800),
-    foundry("30B", 8, 3, 21, 2002, again=True), foundry("30B", 16, 10, 3, 2263, again=True),
-    foundry("30B", 32, 14, 3, 2308, again=True), foundry("70B", 32, 2, 16, 882, again=True),
-    foundry("70B", 64, 8, 4, 1039, again=True),
+    foundry("30B", 8, 3, 21, 2002, recomputed=True),
+    foundry("30B", 16, 10, 3, 2263, recomputed=True),
+    foundry("30B", 32, 14, 3, 2308, recomputed=True),
+    foundry("70B", 32, 2, 16, 882, recomputed=True),
+    foundry("70B", 64, 8, 4, 1039, recomputed=True),
     # llm-foundry on A100 of 40 GB.
     foundry("1B", 8, 8, 8, 19271, card="a100-40gb"),
     foundry("1B", 16, 8, 1, 19085, card="a100-40gb"),
@@ -172,94 +163,95 @@ RUNS = (
     foundry("3B", 8, 5, 8, 10065, card="a100-40gb"),
     foundry("3B", 32, 6, 1, 9914, card="a100-40gb"),
     foundry("3B", 128, 6, 1, 9538, card="a100-40gb"),
-    foundry("7B", 8, 12, 4, 3679, again=True, card="a100-40gb"),
-    foundry("7B", 32, 18, 1, 3725, again=True, card="a100-40gb"),
-    foundry("7B", 128, 18, 1, 3623, again=True, card="a100-40gb"),
-    foundry("13B", 8, 4, 16, 1668, again=True, card="a100-40gb"),
-    foundry("13B", 32, 14, 1, 1998, again=True, card="a100-40gb"),
-    foundry("13B", 128, 16, 1, 1972, again=True, card="a100-40gb"),
-    foundry("30B", 32, 4, 1, 857, again=True, card="a100-40gb"),
-    foundry("30B", 128, 6, 1, 865, again=True, card="a100-40gb"),
-    foundry("70B", 64, 2, 1, 276, again=True, card="a100-40gb"),
-    foundry("70B", 128, 4, 1, 376, again=True, card="a100-40gb"),
+    foundry("7B", 8, 12, 4, 3679, recomputed=True, card="a100-40gb"),
+    foundry("7B", 32, 18, 1, 3725, recomputed=True, card="a100-40gb"),
+    foundry("7B", 128, 18, 1, 3623, recomputed=True, card="a100-40gb"),
+    foundry("13B", 8, 4, 16, 1668, recomputed=True, card="a100-40gb"),
+    foundry("13B", 32, 14, 1, 1998, recomputed=True, card="a100-40gb"),
+    foundry("13B", 128, 16, 1, 1972, recomputed=True, card="a100-40gb"),
+    foundry("30B", 32, 4, 1, 857, recomputed=True, card="a100-40gb"),
+    foundry("30B", 128, 6, 1, 865, recomputed=True, card="a100-40gb"),
+    foundry("70B", 64, 2, 1, 276, recomputed=True, card="a100-40gb"),
+    foundry("70B", 128, 4, 1, 376, recomputed=True, card="a100-40gb"),
 )  # fmt: skip
-GIB_APART = {"eager": 82.4 - 67.0, "compiled": 77.0 - 62.0}
-"""By how much less a card of 128 holds than one of 8, of torchtitan's Llama-3 8B."""
+GIB_SAVED = {"eager": 82.4 - 67.0, "compiled": 77.0 - 62.0}
+"""GiB per GPU that torchtitan's Llama-3 8B uses less on 128 than on 8 GPUs."""
 
 
-def time_of(run: Run, share: float) -> StepTime:
-    """Return the time of a step of `run` where so much of the peak is reached."""
+def estimate_step(run: Run, share: float) -> StepTime:
+    """Return the time of a step of `run` that reaches `share` of the peak."""
     shape, card = SHAPES[run.model], GPUS[run.card]
     tokens = run.rows * run.length
-    attention = 2 * shape.width * run.length  # causal: half of what all pairs would take
+    attention = 2 * shape.width * run.length  # causal: half of all pairs
     forward = (2 * shape.block + attention) * tokens
-    second = share * card.tflops * 1e12
-    alone = run.cards == 1
-    work = StepLoad(
-        run.micro_batches, shape.layers, forward / second, (2 + run.recomputed) * forward / second,
-        6 * shape.head * tokens / second, block=0 if alone else 2 * shape.block,
-        root=0 if alone else 2 * shape.outside, regather=True,
-        reduced=0 if alone else run.reduced * shape.block,
-        reduced_root=0 if alone else run.reduced * shape.outside,
+    flops = share * card.tflops * 1e12
+    is_single = run.cards == 1
+    load = StepLoad(
+        run.micro_batches, shape.layers, forward / flops, (2 + run.recomputed) * forward / flops,
+        6 * shape.head * tokens / flops, block=0 if is_single else 2 * shape.block,
+        root=0 if is_single else 2 * shape.outside, regather=True,
+        reduced=0 if is_single else run.reduced * shape.block,
+        reduced_root=0 if is_single else run.reduced * shape.outside,
     )  # fmt: skip
-    return time_step(work, Network(run.nodes, min(run.cards, run.a_machine), card.link, run.gbps))
+    return time_step(load, Network(run.nodes, min(run.cards, run.a_machine), card.link, run.gbps))
 
 
 def predict(run: Run, share: float) -> float:
-    """Return tokens a second and card."""
-    return run.micro_batches * run.rows * run.length / time_of(run, share).seconds
+    """Return tokens per second and GPU."""
+    return run.micro_batches * run.rows * run.length / estimate_step(run, share).seconds
 
 
 def fit(runs: list[Run]) -> tuple[float, list[Run]]:
-    """Return the share that a setup reaches, and the runs by which it was fitted."""
-    least = min(run.nodes for run in runs)
-    by = [run for run in runs if run.nodes == least]
+    """Return the share of the peak that a setup reaches, and the runs used for the fit."""
+    fewest = min(run.nodes for run in runs)
+    fit_runs = [run for run in runs if run.nodes == fewest]
     shares = []
-    for run in by:
+    for run in fit_runs:
         low, high = 0.05, 1.0
         for _ in range(50):
             middle = (low + high) / 2
             low, high = (middle, high) if predict(run, middle) < run.published else (low, middle)
         shares.append(math.log(low))
-    return math.exp(sum(shares) / len(shares)), by
+    return math.exp(sum(shares) / len(shares)), fit_runs
 
 
 def rows() -> Iterator[tuple[Run, bool, float, float]]:
-    """Yield each run, whether it was fitted to, and what is predicted by both shares."""
+    """Yield each run, whether it was used for the fit, its share and its predicted speed."""
     for setup in dict.fromkeys(run.setup for run in RUNS):
-        some = [run for run in RUNS if run.setup == setup]
-        share, by = fit(some)
-        for run in some:
-            yield run, run in by, share, predict(run, share)
+        setup_runs = [run for run in RUNS if run.setup == setup]
+        share, fit_runs = fit(setup_runs)
+        for run in setup_runs:
+            yield run, run in fit_runs, share, predict(run, share)
 
 
 def main() -> None:
-    """Print the table and what it comes to."""
+    """Print the table and a summary."""
     print("| source | card | model | cards | rows × length | published | share | predicted | "
           "ratio | by 40 % | hidden |\n|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|")  # fmt: skip
     checks, plain = [], []
-    for run, fitted, share, found in rows():
-        ratio, own = found / run.published, predict(run, PEAK_FRACTION) / run.published
-        plain.append(own)
+    for run, fitted, share, predicted in rows():
+        ratio, plan_ratio = predicted / run.published, predict(run, PEAK_FRACTION) / run.published
+        plain.append(plan_ratio)
         if not fitted:
             checks.append(ratio)
-        many = f" × {run.micro_batches}" if run.micro_batches > 1 else ""
-        again, word = " (again)" if run.recomputed == 1 else "", " fitted" if fitted else ""
-        print(f"| {run.source} | {run.card} | {run.model}{again} | {run.cards} | {run.rows} × "
-              f"{run.length:,}{many} | {run.published:,.0f} | {share:.2f}{word} | {found:,.0f} | "
-              f"{ratio:.2f} | {own:.2f} | {time_of(run, share).hidden:.0%} |")  # fmt: skip
+        count = f" × {run.micro_batches}" if run.micro_batches > 1 else ""
+        note, mark = " (again)" if run.recomputed == 1 else "", " fitted" if fitted else ""
+        print(f"| {run.source} | {run.card} | {run.model}{note} | {run.cards} | {run.rows} × "
+              f"{run.length:,}{count} | {run.published:,.0f} | {share:.2f}{mark} | "
+              f"{predicted:,.0f} | {ratio:.2f} | {plan_ratio:.2f} | "
+              f"{estimate_step(run, share).hidden:.0%} |")  # fmt: skip
     for name, ratios in (("checks", checks), ("all rows by the plan's own 40 %", plain)):
-        near = sum(abs(ratio - 1) <= WITHIN for ratio in ratios)
-        print(f"{name}: {near} of {len(ratios)} within ±15 %, {min(ratios):.2f} to "
+        within = sum(abs(ratio - 1) <= WITHIN for ratio in ratios)
+        print(f"{name}: {within} of {len(ratios)} within ±15 %, {min(ratios):.2f} to "
               f"{max(ratios):.2f}")  # fmt: skip
     shape, state = SHAPES["Llama-3 8B"], 16  # weights, gradients and AdamW's states in float32
     weights = shape.layers * shape.block + shape.outside
-    apart = state * weights * (1 / 8 - 1 / 128) / 2**30
-    for how, gib in GIB_APART.items():
-        print(f"memory, {TITAN} {how}, Llama-3 8B, 8 → 128 cards: {gib:.1f} GiB less published, "
-              f"{apart:.1f} predicted, ratio {apart / gib:.2f}")  # fmt: skip
-    for source, place in SOURCES.items():
-        print(f"{source}: {place}")
+    predicted_gib = state * weights * (1 / 8 - 1 / 128) / 2**30
+    for mode, gib in GIB_SAVED.items():
+        print(f"memory, {TITAN} {mode}, Llama-3 8B, 8 → 128 cards: {gib:.1f} GiB less published, "
+              f"{predicted_gib:.1f} predicted, ratio {predicted_gib / gib:.2f}")  # fmt: skip
+    for source, url in SOURCES.items():
+        print(f"{source}: {url}")
 
 
 if __name__ == "__main__":

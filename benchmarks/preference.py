@@ -3,13 +3,13 @@
     python benchmarks/preference.py --model .models/SmolLM2-135M-Instruct \
         --data data/docstring-pairs --peer FOLDER
     python benchmarks/preference.py --model .models/SmolLM2-135M-Instruct \
-        --data data/docstring-summary --turns 5 --peer FOLDER     # talks with long prompts
+        --data data/docstring-summary --turns 5 --peer FOLDER     # conversations with long prompts
 
-Each side runs in a process of its own: ftlevel; TRL with the reference in the step, as it is
-shipped; and TRL with the reference computed before (`precompute_ref_log_probs`). TRL is taken from
-`--peer`, a folder that `pip install --no-deps --target FOLDER trl==1.16.0` made. LoRA r 8 on all
-linear layers, no dropout, no checkpointing (TRL's default has it, and would be slower). Processor
-seconds of all threads, without the first step; peak memory with the libraries.
+Each side runs in its own process: ftlevel; TRL with the reference in the step, as shipped; and TRL
+with a precomputed reference (`precompute_ref_log_probs`). `--peer` is the directory of TRL, created
+by `pip install --no-deps --target FOLDER trl==1.16.0`. LoRA r 8 on all linear layers, no dropout,
+no checkpointing (TRL's default, which would be slower). CPU seconds of all threads, without the
+first step; peak memory including libraries.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ SIDES = ("ftlevel", "trl", "trl-precomputed")
 
 
 def main() -> None:
-    """Run all sides by turns and print a table, or one side and print its figures as JSON."""
+    """Alternate all sides and print a table, or run one side and print its values as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True, help="folder with train.jsonl")
-    parser.add_argument("--peer", default="", help="folder in which TRL is")
+    parser.add_argument("--peer", default="", help="directory of TRL")
     parser.add_argument(
         "--turns", type=int, default=0,
-        help="talks of so many questions and answers before the last; of docstring-summary",
+        help="earlier turns of each conversation; for docstring-summary",
     )  # fmt: skip
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--batch", type=int, default=8)
@@ -45,30 +45,31 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--sides", default=",".join(SIDES))
     parser.add_argument("--side", help=argparse.SUPPRESS)
-    told = parser.parse_args()
-    if told.side:
-        measure = _ftlevel if told.side == "ftlevel" else _trl
-        print(json.dumps(measure(told)))
+    args = parser.parse_args()
+    if args.side:
+        measure = _ftlevel if args.side == "ftlevel" else _trl
+        print(json.dumps(measure(args)))
         return
-    paths = {side: "" if side == "ftlevel" else told.peer for side in told.sides.split(",")}
+    paths = {side: "" if side == "ftlevel" else args.peer for side in args.sides.split(",")}
     cases = {side: partial(run_side, "--side", side, path) for side, path in paths.items()}
-    found = alternate(cases, told.rounds, warm_ups=0)
-    _print(found, told)
+    results = alternate(cases, args.rounds, warm_ups=0)
+    _print(results, args)
 
 
-def _print(found: dict[str, list[dict[str, float]]], told: argparse.Namespace) -> None:
-    per_pair = {side: [run["cpu_s"] for run in runs] for side, runs in found.items()}
-    ours = statistics.median(per_pair["ftlevel"]) if "ftlevel" in per_pair else None
-    print(f"{told.dtype}, batch {told.batch}, {told.steps - 1} steps, {told.rounds} rounds")
-    for side, runs in found.items():
-        middle = statistics.median(per_pair[side])
-        ratio = f"{middle / ours:5.2f} x ftlevel" if ours else ""
+def _print(results: dict[str, list[dict[str, float]]], args: argparse.Namespace) -> None:
+    per_pair = {side: [run["cpu_s"] for run in runs] for side, runs in results.items()}
+    ftlevel_median = statistics.median(per_pair["ftlevel"]) if "ftlevel" in per_pair else None
+    print(f"{args.dtype}, batch {args.batch}, {args.steps - 1} steps, {args.rounds} rounds")
+    for side, runs in results.items():
+        median = statistics.median(per_pair[side])
+        ratio = f"{median / ftlevel_median:5.2f} x ftlevel" if ftlevel_median else ""
         memory = statistics.median(run["peak_mib"] for run in runs)
-        fill = statistics.median(run["reference_cpu_s"] for run in runs)
+        setup = statistics.median(run["reference_cpu_s"] for run in runs)
         spread = ", ".join(f"{value:.2f}" for value in per_pair[side])
         print(
-            f"{side:16} {middle:6.2f} cpu s/pair ({spread}) {ratio}; reference before the first "
-            f"step {fill:5.2f} cpu s/pair; peak {memory:,.0f} MiB; first loss {runs[0]['loss']:.4f}"
+            f"{side:16} {median:6.2f} cpu s/pair ({spread}) {ratio}; reference before the first "
+            f"step {setup:5.2f} cpu s/pair; peak {memory:,.0f} MiB; "
+            f"first loss {runs[0]['loss']:.4f}"
         )
 
 
@@ -78,41 +79,43 @@ def _figures(ends: list[float], pairs: int, reference: float, loss: float) -> di
     return {"cpu_s": seconds, "reference_cpu_s": reference, "peak_mib": peak, "loss": loss}
 
 
-def _rows(told: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return pairs as talks; with --turns a prompt has so many questions and answers before it."""
-    lines = (Path(told.data) / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    rows, count = list(map(json.loads, lines)), told.batch * told.steps
-    if not told.turns:
+def _rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return pairs as conversations; with --turns, a prompt has that many earlier turns."""
+    lines = (Path(args.data) / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    rows, count = list(map(json.loads, lines)), args.batch * args.steps
+    if not args.turns:
         return [
             {"prompt": [_turn("user", row["prompt"])],
              "chosen": [_turn("assistant", row["chosen"])],
              "rejected": [_turn("assistant", row["rejected"])]}
             for row in rows[:count]
         ]  # fmt: skip
-    talks = []
+    conversations = []
     for n in range(count):
-        own = [rows[(n * (told.turns + 1) + at) % len(rows)] for at in range(told.turns + 1)]
+        talk_rows = [
+            rows[(n * (args.turns + 1) + index) % len(rows)] for index in range(args.turns + 1)
+        ]
         turns = [
             _turn(role, row[key])
-            for row in own
+            for row in talk_rows
             for role, key in (("user", "document"), ("assistant", "summary"))
         ]
-        talks.append({"prompt": turns[:-1], "chosen": turns[-1:], "rejected": turns[1:2]})
-    return talks
+        conversations.append({"prompt": turns[:-1], "chosen": turns[-1:], "rejected": turns[1:2]})
+    return conversations
 
 
 def _turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _ftlevel(told: argparse.Namespace) -> dict[str, float]:
+def _ftlevel(args: argparse.Namespace) -> dict[str, float]:
     import tempfile
 
     from ftlevel.commands.train import train
     from ftlevel.config import TrainConfig
     from ftlevel.events import NullListener
 
-    ends, rows, marks = list[float](), _rows(told), dict[str, float]()
+    ends, rows, marks = list[float](), _rows(args), dict[str, float]()
 
     class Stages(NullListener):
         def stage(self, name: str) -> None:
@@ -127,18 +130,18 @@ def _ftlevel(told: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig.model_validate({
             "task": "preference", "preference": {"loss": "dpo"},
-            "model": {"name_or_path": told.model, "dtype": told.dtype, "device": "cpu"},
+            "model": {"name_or_path": args.model, "dtype": args.dtype, "device": "cpu"},
             "data": {"cache": False}, "speed": {"verify": False},
-            "train": {"max_steps": told.steps, "per_device_train_batch_size": told.batch,
+            "train": {"max_steps": args.steps, "per_device_train_batch_size": args.batch,
                       "learning_rate": 1e-4, "logging_steps": 1},
             "output": {"dir": f"{folder}/run"},
         })  # fmt: skip
         result = train(config, rows, callbacks=[step_clock(ends)], listener=Stages())
     reference = (marks["end"] - marks["reference"]) / len(rows)
-    return _figures(ends, told.batch, reference, result.summary["reference"]["first_loss"])
+    return _figures(ends, args.batch, reference, result.summary["reference"]["first_loss"])
 
 
-def _trl(told: argparse.Namespace) -> dict[str, float]:
+def _trl(args: argparse.Namespace) -> dict[str, float]:
     import tempfile
 
     import torch
@@ -147,29 +150,29 @@ def _trl(told: argparse.Namespace) -> dict[str, float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    ends, rows = list[float](), _rows(told)
-    model = AutoModelForCausalLM.from_pretrained(told.model, dtype=getattr(torch, told.dtype))
+    ends, rows = list[float](), _rows(args)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     with tempfile.TemporaryDirectory() as folder:
         before = time.process_time()
         trainer = DPOTrainer(
             model=model,
             args=DPOConfig(
-                output_dir=folder, max_steps=told.steps, per_device_train_batch_size=told.batch,
+                output_dir=folder, max_steps=args.steps, per_device_train_batch_size=args.batch,
                 learning_rate=1e-4, logging_steps=1, report_to="none", use_cpu=True,
-                bf16=told.dtype == "bfloat16", gradient_checkpointing=False, disable_tqdm=True,
-                precompute_ref_log_probs=told.side == "trl-precomputed", save_strategy="no",
+                bf16=args.dtype == "bfloat16", gradient_checkpointing=False, disable_tqdm=True,
+                precompute_ref_log_probs=args.side == "trl-precomputed", save_strategy="no",
                 max_length=None,
             ),
             train_dataset=Dataset.from_list(rows),
-            processing_class=AutoTokenizer.from_pretrained(told.model),
+            processing_class=AutoTokenizer.from_pretrained(args.model),
             peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
             callbacks=[step_clock(ends)],
         )  # fmt: skip
-        built = time.process_time() - before
+        setup_seconds = time.process_time() - before
         trainer.train()
     loss = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
-    precomputed = built / len(rows) if told.side == "trl-precomputed" else 0.0
-    return _figures(ends, told.batch, precomputed, loss)
+    precomputed = setup_seconds / len(rows) if args.side == "trl-precomputed" else 0.0
+    return _figures(ends, args.batch, precomputed, loss)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
     python benchmarks/startup.py --runs 9 --trl-python ~/venvs/trl/bin/python
     python benchmarks/startup.py --no-train
 
-Commands alternate, after one run each that does not count. Times are from the start of the
-process; on a busy machine, compare CPU seconds. The first training step of `ftlevel train` is
+Commands alternate, after one uncounted run each. Times are from the start of the process; on a busy
+machine, compare CPU seconds. The first training step of `ftlevel train` is
 compared with a script that imports torch, transformers and peft, loads the same model and adds
 LoRA.
 """
@@ -48,7 +48,7 @@ def time_first_step(model: Path) -> Times:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run"
         flags = ["--method", "lora", "--model", str(model), "--max-steps", "1"]
-        flags += ["--set", "data.max_eval_samples=8"]  # what follows the step is not measured
+        flags += ["--set", "data.max_eval_samples=8"]  # later work is not measured
         run_checked([*FTLEVEL, "train", *flags, "--output-dir", str(output), "--quiet"])
         timings = json.loads((output / "summary.json").read_text(encoding="utf-8"))["timings"]
     return float(timings["to_first_step_s"]), float(timings["to_first_step_cpu_s"])
@@ -71,8 +71,8 @@ def compare(cases: dict[str, Callable[[], Times]], runs: int) -> str:
     rows = []
     for name, (wall, cpu) in medians.items():
         walls = [times[0] for times in results[name]]
-        numbers = [wall, min(walls), max(walls), cpu, wall / base[0], cpu / base[1]]
-        rows.append([name, *(f"{value:.2f}" for value in numbers)])
+        values = [wall, min(walls), max(walls), cpu, wall / base[0], cpu / base[1]]
+        rows.append([name, *(f"{value:.2f}" for value in values)])
     head = ["", "median s", "fastest s", "slowest s", "CPU s, median", f"× {first}", "× in CPU s"]
     return markdown(head, rows)
 
@@ -84,31 +84,31 @@ def main() -> None:
     parser.add_argument("--trl-python", type=Path, help="python of an environment with trl")
     parser.add_argument("--model", type=Path, default=MODEL, help="for the first training step")
     parser.add_argument("--no-train", action="store_true", help="measure the help texts only")
-    arguments = parser.parse_args()
+    args = parser.parse_args()
     commands = {
         "`ftlevel --help`": [*FTLEVEL, "--help"],
         "`ftlevel train --help`": [*FTLEVEL, "train", "--help"],
         "`ftlevel list-targets llama`": [*FTLEVEL, "list-targets", "llama"],
     }
-    if arguments.trl_python:
-        script = shutil.which("trl", path=str(arguments.trl_python.parent))
+    if args.trl_python:
+        script = shutil.which("trl", path=str(args.trl_python.parent))
         if script is None:
-            parser.error(f"--trl-python: no trl in {arguments.trl_python.parent}.")
+            parser.error(f"--trl-python: no trl in {args.trl_python.parent}.")
         commands["`trl --help`"] = [script, "--help"]
         commands["`trl sft --help`"] = [script, "sft", "--help"]
-    print(f"{describe_machine()}; {arguments.runs} alternating runs.\n")
+    print(f"{describe_machine()}; {args.runs} alternating runs.\n")
     help_cases = {n: lambda command=c: time_command(command) for n, c in commands.items()}  # type: ignore[misc]
-    print(compare(help_cases, arguments.runs))
-    if arguments.no_train:
+    print(compare(help_cases, args.runs))
+    if args.no_train:
         return
-    if not arguments.model.is_dir():
-        parser.error(f"--model: {arguments.model} does not exist. Run scripts/fetch_models.py.")
-    print(f"\nOn {arguments.model.name}:\n")
+    if not args.model.is_dir():
+        parser.error(f"--model: {args.model} does not exist. Run scripts/fetch_models.py.")
+    print(f"\nOn {args.model.name}:\n")
     cases: dict[str, Callable[[], Times]] = {
-        "bare script": lambda: time_bare_script(arguments.model),
-        "`ftlevel train` to the first step": lambda: time_first_step(arguments.model),
+        "bare script": lambda: time_bare_script(args.model),
+        "`ftlevel train` to the first step": lambda: time_first_step(args.model),
     }
-    print(compare(cases, arguments.runs))
+    print(compare(cases, args.runs))
 
 
 if __name__ == "__main__":

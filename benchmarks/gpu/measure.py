@@ -1,11 +1,11 @@
 """Compare ftlevel with a plain Trainer + PEFT script and TRL on a random Llama-3-8B, on a GPU.
 
-    python -m gpu.measure lora|qlora --out FOLDER --until TIME     (by run.py of the kit)
+    python -m gpu.measure lora|qlora --out FOLDER --until TIME     (run by run.py of the kit)
 
-For each shape of rows (rows.py) every tool runs once, in a process of its own, under the meter of
-`benchmarks/train.py`: real tokens a second, MFU, peak memory and loss mean what they mean there.
-After each run FOLDER/LINE.json and FOLDER/LINE.md are written anew, so that a call that is cut off
-counts; what they hold is not measured again. Last, a step of ftlevel is traced (trace.py).
+For each shape of rows (rows.py), every tool runs once in a separate process, with the meter and the
+values of `benchmarks/train.py`. FOLDER/LINE.json and FOLDER/LINE.md are updated after each run, so
+an interrupted call keeps its results, and the next call continues. Finally, a step of ftlevel is
+traced (trace.py).
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ SPARE_SECONDS = 5
 
 
 def trl_with_liger(work: Work, folder: Path, python: str) -> list[str]:
-    """Return `trl sft` with the fused kernels of liger.
+    """Return `trl sft` with liger kernels.
 
     Raises:
-        UnsupportedError: they cannot run here.
+        UnsupportedError: they are not available here.
     """
     if work.device != "cuda" or importlib.util.find_spec("triton") is None:
         raise tools.UnsupportedError("liger's kernels need a GPU and triton")
@@ -53,67 +53,61 @@ TOOLS = (
     tools.Tool("trl", tools.trl, "trl"),
     tools.Tool("trl, liger", trl_with_liger, "trl"),
 )
-"""In the order in which they run."""
+"""Tools in the order of their runs."""
 
 
 def python_of(tool: tools.Tool) -> str:
-    """Return the python that a tool's command is found beside."""
+    """Return the Python whose directory has the tool's command."""
     site = os.environ.get("FTLEVEL_GPU_SITE")
     return str(Path(site) / "bin" / "python") if tool.peer and site else sys.executable
 
 
 class Measurements:
-    """The file of one line, as it grows.
-
-    Attributes:
-        path: of the JSON; the table stands beside it.
-        found: its content: `machine`, the `peak_flops` of its products, and by shape what
-            `workload_table` takes.
-    """
+    """The results of one line: `machine`, `peak_flops`, and per shape readings and errors."""
 
     def __init__(self, path: Path, earlier: Path | None) -> None:
-        """Go on with what `path` holds, or else the file of that name in `earlier`."""
+        """Load the results of `path`, or of the file with that name in `earlier`."""
         self.path = path
-        places = [path, *([earlier / path.name] if earlier else [])]
-        texts = [place.read_text(encoding="utf-8") for place in places if place.is_file()]
-        self.found: dict[str, Any] = json.loads(texts[0]) if texts else {"shapes": {}}
-        self.found["machine"] = describe_card()
+        paths = [path, *([earlier / path.name] if earlier else [])]
+        texts = [file.read_text(encoding="utf-8") for file in paths if file.is_file()]
+        self.results: dict[str, Any] = json.loads(texts[0]) if texts else {"shapes": {}}
+        self.results["machine"] = describe_card()
 
     def has(self, name: str, tool: tools.Tool) -> bool:
-        """Return whether `tool` has run, or was refused, on a shape."""
-        result = self.found["shapes"].get(name, {"readings": {}, "refused": {}})
+        """Return whether a shape has a result of `tool`."""
+        result = self.results["shapes"].get(name, {"readings": {}, "refused": {}})
         return tool.name in result["readings"] or tool.name in result["refused"]
 
     def shape(self, name: str, work: Work) -> dict[str, Any]:
-        """Return what is known of a shape; the machine's peak is measured once."""
-        shapes = self.found["shapes"]
+        """Return the results of a shape; the machine's peak is measured once."""
+        shapes = self.results["shapes"]
         if name not in shapes:
-            if "peak_flops" not in self.found:
-                self.found["peak_flops"] = measure_peak(work)
+            if "peak_flops" not in self.results:
+                self.results["peak_flops"] = measure_peak(work)
             shapes[name] = {
-                "work": asdict(work), "rounds": 1, "peak_flops": self.found["peak_flops"],
+                "work": asdict(work), "rounds": 1, "peak_flops": self.results["peak_flops"],
                 "weights": count_weights(Path(work.model), has_head=True), "tools": {},
                 "readings": {}, "refused": {},
             }  # fmt: skip
         return shapes[name]  # type: ignore[no-any-return]
 
     def write(self) -> None:
-        """Write the JSON and the table anew; a cut leaves the old ones or the new ones."""
+        """Write the JSON file and the table atomically."""
         tables = []
-        for result in self.found["shapes"].values():
-            readings = {k: [Reading(**r) for r in taken] for k, taken in result["readings"].items()}
+        for result in self.results["shapes"].values():
+            readings = {k: [Reading(**r) for r in runs] for k, runs in result["readings"].items()}
             result["tools"] = summarize(readings, result["weights"], result["peak_flops"])
             tables.append(workload_table(result))
-        text = json.dumps(self.found, indent=1)
-        page = "\n\n".join([self.found["machine"] + "; one run each.", *tables]) + "\n"
-        for place, content in ((self.path, text), (self.path.with_suffix(".md"), page)):
-            partial = place.with_name(place.name + ".partial")
+        text = json.dumps(self.results, indent=1)
+        page = "\n\n".join([self.results["machine"] + "; one run each.", *tables]) + "\n"
+        for path, content in ((self.path, text), (self.path.with_suffix(".md"), page)):
+            partial = path.with_name(path.name + ".partial")
             partial.write_text(content, encoding="utf-8")
-            partial.replace(place)
+            partial.replace(path)
 
 
 def describe_card() -> str:
-    """Return the machine in words, with its GPU and the version of torch."""
+    """Return a description of the machine with its GPU and the version of torch."""
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return f"{describe_machine()}; {card}; torch {torch.__version__}"
 
@@ -122,8 +116,8 @@ def measure_tool(tool: tools.Tool, work: Work, folder: Path, seconds: float) -> 
     """Run one tool once.
 
     Raises:
-        UnsupportedError: it has no way to do the work.
-        FailedRunError: it failed, or `seconds` were over.
+        UnsupportedError: the tool does not support the workload.
+        FailedRunError: it failed or timed out.
     """
     folder.mkdir(parents=True, exist_ok=True)
     command = tool.command(work, folder, python_of(tool))
@@ -132,37 +126,39 @@ def measure_tool(tool: tools.Tool, work: Work, folder: Path, seconds: float) -> 
     return run_metered(command, folder, tool.environment, limit_seconds=seconds)
 
 
-def measure_shape(name: str, work: Work, kept: Measurements, folder: Path, until: float) -> bool:
-    """Run the tools that `kept` has no reading of; return whether none is left."""
+def measure_shape(
+    name: str, work: Work, measurements: Measurements, folder: Path, until: float
+) -> bool:
+    """Run the tools without a result in `measurements`; return whether all have one."""
     for tool in TOOLS:
-        if kept.has(name, tool):
+        if measurements.has(name, tool):
             continue
-        left = until - time.time() - SPARE_SECONDS
-        if left <= 0:
+        seconds = until - time.time() - SPARE_SECONDS
+        if seconds <= 0:
             return False
-        result = kept.shape(name, work)
-        place = folder / f"{name}-{tool.name.replace(' ', '-').replace(',', '')}"
+        result = measurements.shape(name, work)
+        run_dir = folder / f"{name}-{tool.name.replace(' ', '-').replace(',', '')}"
         try:
-            reading = measure_tool(tool, work, place, left)
+            reading = measure_tool(tool, work, run_dir, seconds)
         except tools.UnsupportedError as error:
             result["refused"][tool.name] = str(error)
         except FailedRunError as error:
             if time.time() > until - SPARE_SECONDS:
-                return False  # ended by us: the next call runs it again
+                return False  # stopped by the time limit: the next call runs it again
             result["refused"][tool.name] = str(error)
         else:
             result["readings"][tool.name] = [asdict(reading)]
-        kept.write()
-        said = result["tools"].get(tool.name)
+        measurements.write()
+        row = result["tools"].get(tool.name)
         print(f"{work.name}: {tool.name}: " + (
-            f"{said['tokens_per_s']:,.0f} tokens/s, MFU {said['mfu']:.2f}, "
-            f"peak {said['peak_mib'] / 1024:.1f} GiB, loss {said['loss']:.4f}"
-            if said else result["refused"][tool.name]), flush=True)  # fmt: skip
+            f"{row['tokens_per_s']:,.0f} tokens/s, MFU {row['mfu']:.2f}, "
+            f"peak {row['peak_mib'] / 1024:.1f} GiB, loss {row['loss']:.4f}"
+            if row else result["refused"][tool.name]), flush=True)  # fmt: skip
     return True
 
 
 def trace(work: Work, line: str, out: Path, folder: Path, seconds: float) -> bool:
-    """Trace a step of ftlevel into `out`; return whether it is there."""
+    """Trace a step of ftlevel into `out`; return whether the trace exists."""
     base = out / f"{line}-trace"
     if base.with_suffix(".txt").is_file():
         return True
@@ -179,31 +175,31 @@ def trace(work: Work, line: str, out: Path, folder: Path, seconds: float) -> boo
 
 
 def main() -> int:
-    """Measure until the time is over; 0 if nothing is left to do, 75 if the line must run again."""
+    """Measure until the time limit; return 0 if all is done, 75 if the line must run again."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("line", choices=("lora", "qlora"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--until", type=float, required=True, help="seconds since the epoch")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--earlier", type=Path)
-    asked = parser.parse_args()
-    kept = Measurements(asked.out / f"{asked.line}.json", asked.earlier)
+    args = parser.parse_args()
+    measurements = Measurements(args.out / f"{args.line}.json", args.earlier)
     scratch = Path(tempfile.gettempdir()) / "ftlevel-gpu-kit"
-    model = scratch / ("tiny" if asked.tiny else "llama-3-8b")
+    model = scratch / ("tiny" if args.tiny else "llama-3-8b")
     scratch.mkdir(exist_ok=True)
-    write_llama(model, "cpu" if asked.tiny else "cuda", tiny=asked.tiny)
+    write_llama(model, "cpu" if args.tiny else "cuda", tiny=args.tiny)
     torch.cuda.empty_cache()
-    quant = "4bit" if asked.line == "qlora" else "none"
+    quant = "4bit" if args.line == "qlora" else "none"
     with tempfile.TemporaryDirectory(dir=scratch) as temporary:
-        works = {s: build(s, quant, model, Path(temporary) / s, tiny=asked.tiny) for s in SHAPES}
-        is_whole = True
+        works = {s: build(s, quant, model, Path(temporary) / s, tiny=args.tiny) for s in SHAPES}
+        is_complete = True
         for name, work in works.items():
-            is_whole &= measure_shape(name, work, kept, Path(temporary), asked.until)
-        left = asked.until - time.time() - SPARE_SECONDS
-        is_whole &= trace(works["2k"], asked.line, asked.out, Path(temporary), left)
-    print(f"{kept.path.with_suffix('.md')}: " + (
-        "whole" if is_whole else "cut off; the same line again goes on"), flush=True)  # fmt: skip
-    return 0 if is_whole else 75
+            is_complete &= measure_shape(name, work, measurements, Path(temporary), args.until)
+        seconds = args.until - time.time() - SPARE_SECONDS
+        is_complete &= trace(works["2k"], args.line, args.out, Path(temporary), seconds)
+    print(f"{measurements.path.with_suffix('.md')}: " + (
+        "complete" if is_complete else "incomplete; run this line again"), flush=True)  # fmt: skip
+    return 0 if is_complete else 75
 
 
 if __name__ == "__main__":

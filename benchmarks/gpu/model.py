@@ -1,7 +1,7 @@
 """Create a random Llama-3-8B on the GPU machine, so that no weights are copied there.
 
 Speed and memory do not depend on the values of weights. The tokenizer is that of ftlevel's built-in
-model, which makes 1.4 times as many tokens of a docstring as SmolLM2's.
+model, which has 1.4 times as many tokens per docstring as SmolLM2's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LLAMA_3_8B: dict[str, Any] = {
     "max_position_embeddings": 8192,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }  # fmt: skip
-"""Of the published config.json of Llama 3 8B."""
+"""Sizes of Llama 3 8B."""
 TINY = {
     "hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 3072,
@@ -30,11 +30,11 @@ TINY = {
 
 
 def write_llama(folder: Path, device: str, *, tiny: bool) -> None:
-    """Write the model in bfloat16 to `folder`, unless it is there.
+    """Write the model in bfloat16 to `folder`, unless it exists.
 
     Args:
-        folder: becomes a directory in transformers' format.
-        device: where the numbers are drawn; 32 layers take minutes on a CPU.
+        folder: output directory in transformers' format.
+        device: device of the random initialization; 32 layers take minutes on a CPU.
         tiny: two narrow layers instead of 32.
     """
     if (folder / "config.json").is_file():

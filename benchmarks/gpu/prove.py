@@ -1,8 +1,8 @@
 """Run the tests that need a GPU; record each that passes, and skip it in a later run.
 
-    python -m gpu.prove tests --out FOLDER --until TIME     (by run.py of the kit)
+    python -m gpu.prove tests --out FOLDER --until TIME     (run by run.py of the kit)
 
-FOLDER/tests.json maps each test to its outcome, seconds and last words.
+FOLDER/tests.json maps each test to its outcome, seconds and last output.
 """
 
 from __future__ import annotations
@@ -17,70 +17,65 @@ from typing import Any
 import pytest
 
 TREE = Path(__file__).resolve().parents[2]
-PLACES = ("tests/gpu", "tests/unit/fast/attention/test_varlen.py")
+TEST_PATHS = ("tests/gpu", "tests/unit/fast/attention/test_varlen.py")
 
 
-class Notes:
-    """A plugin of pytest that keeps outcomes in a file.
-
-    Attributes:
-        found: test → outcome, seconds and last words.
-        is_cut: whether the time was over before all tests had run.
-    """
+class OutcomeRecorder:
+    """A pytest plugin that saves outcomes to a file, and stops at a time limit."""
 
     def __init__(self, path: Path, earlier: Path | None, until: float) -> None:
-        """Go on with what `path` holds, or else the file of that name in `earlier`."""
-        self.path, self.until, self.is_cut = path, until, False
-        places = [path, *([earlier / path.name] if earlier else [])]
-        texts = [place.read_text(encoding="utf-8") for place in places if place.is_file()]
-        self.found: dict[str, Any] = json.loads(texts[0]) if texts else {}
+        """Load the outcomes of `path`, or of the file with that name in `earlier`."""
+        self.path, self.until, self.is_interrupted = path, until, False
+        paths = [path, *([earlier / path.name] if earlier else [])]
+        texts = [file.read_text(encoding="utf-8") for file in paths if file.is_file()]
+        self.outcomes: dict[str, Any] = json.loads(texts[0]) if texts else {}
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Leave out what has passed."""
-        items[:] = [i for i in items if self.found.get(i.nodeid, {}).get("outcome") != "passed"]
+        """Deselect tests that have passed."""
+        items[:] = [i for i in items if self.outcomes.get(i.nodeid, {}).get("outcome") != "passed"]
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        """Begin nothing when the time is over."""
+        """Skip tests after the time limit."""
         if time.time() > self.until:
-            self.is_cut = True
+            self.is_interrupted = True
             item.session.shouldstop = "the time is over"
             pytest.skip("the time is over")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Write the outcome of a test down."""
-        if self.is_cut or (report.when != "call" and report.passed):
+        """Save the outcome of a test."""
+        if self.is_interrupted or (report.when != "call" and report.passed):
             return
-        words = "" if report.passed else str(report.longrepr)[-1500:]
-        self.found[report.nodeid] = {
-            "outcome": report.outcome, "seconds": round(report.duration, 1), "said": words,
+        output = "" if report.passed else str(report.longrepr)[-1500:]
+        self.outcomes[report.nodeid] = {
+            "outcome": report.outcome, "seconds": round(report.duration, 1), "said": output,
         }  # fmt: skip
         partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text(json.dumps(self.found, indent=1), encoding="utf-8")
+        partial.write_text(json.dumps(self.outcomes, indent=1), encoding="utf-8")
         partial.replace(self.path)
 
 
 def main() -> int:
-    """Run the tests; 0 if all have passed, 75 if the line must run again, 1 if one failed."""
+    """Run the tests; return 0 if all passed, 75 if the line must run again, 1 if one failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("line", choices=("tests",))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--until", type=float, required=True, help="seconds since the epoch")
-    parser.add_argument("--tiny", action="store_true", help="run their bodies on the CPU")
+    parser.add_argument("--tiny", action="store_true", help="run the test bodies on the CPU")
     parser.add_argument("--earlier", type=Path)
-    asked = parser.parse_args()
-    if asked.tiny:
+    args = parser.parse_args()
+    if args.tiny:
         os.environ["FTLEVEL_GPU_TESTS"] = "cpu"
-    notes = Notes(asked.out / "tests.json", asked.earlier, asked.until)
-    places = PLACES[:1] if asked.tiny else PLACES
+    recorder = OutcomeRecorder(args.out / "tests.json", args.earlier, args.until)
+    paths = TEST_PATHS[:1] if args.tiny else TEST_PATHS
     pytest.main(
-        ["-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider", "--rootdir", str(TREE), *places],
-        plugins=[notes],
+        ["-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider", "--rootdir", str(TREE), *paths],
+        plugins=[recorder],
     )
-    outcomes = [note["outcome"] for note in notes.found.values()]
-    print(f"{notes.path}: {outcomes.count('passed')} passed, {outcomes.count('failed')} failed, "
-          f"{outcomes.count('skipped')} skipped"
-          f"{'; cut off: the same line again goes on' if notes.is_cut else ''}")  # fmt: skip
-    return 75 if notes.is_cut else int("failed" in outcomes or not outcomes)
+    outcomes = [entry["outcome"] for entry in recorder.outcomes.values()]
+    counts = ", ".join(f"{outcomes.count(o)} {o}" for o in ("passed", "failed", "skipped"))
+    note = "; incomplete: run this line again" if recorder.is_interrupted else ""
+    print(f"{recorder.path}: {counts}{note}")
+    return 75 if recorder.is_interrupted else int("failed" in outcomes or not outcomes)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rows of three kinds: any length, packed to one length, and under one system prompt."""
+"""Rows of three kinds: any length, packed to one length, and with one system prompt."""
 
 from __future__ import annotations
 
@@ -15,15 +15,10 @@ from transformers import AutoTokenizer
 
 @dataclass(frozen=True)
 class Shape:
-    """How the rows of a measurement look, and how many go into a step.
+    """Rows of a measurement, with the texts of workload `letter`; `words` is for the table.
 
-    Attributes:
-        words: what is said of them in the table.
-        letter: of the workload whose texts they have.
-        max_length: in tokens; no row is longer.
-        batch: rows a micro-batch.
-        accumulate: micro-batches a step.
-        fills: whether short rows become turns of one conversation until it is full.
+    A step has `accumulate` micro-batches of `batch` rows. With `fills`, short rows are joined as
+    turns of one conversation of up to `max_length` tokens.
     """
 
     words: str
@@ -44,36 +39,44 @@ TINY_STEPS, TINY_LENGTH = 3, 256
 
 
 def build(shape: str, quant: str, model: Path, folder: Path, *, tiny: bool) -> Work:
-    """Write the rows of `shape` to `folder`, and return the work on them.
+    """Write the rows of `shape` to `folder`, and return the workload.
 
     Args:
-        shape: of SHAPES.
+        shape: a key of SHAPES.
         quant: none or 4bit.
         model: directory of the base, with its tokenizer.
-        folder: made if it is not there.
+        folder: output directory, created if needed.
         tiny: few and short rows, in float32 on the CPU.
     """
-    form = SHAPES[shape]
+    row_shape = SHAPES[shape]
     steps = TINY_STEPS if tiny else STEPS
-    batch = 2 if tiny else form.batch
-    length = min(form.max_length, TINY_LENGTH) if tiny and form.letter == "a" else form.max_length
-    wanted = steps * batch * form.accumulate
-    kept = list(itertools.islice(_fitting(form, model, length), wanted))
-    if len(kept) < wanted:
-        raise ValueError(f"only {len(kept)} rows of {shape} fit {length} tokens; {wanted} wanted")
+    batch = 2 if tiny else row_shape.batch
+    length = (
+        min(row_shape.max_length, TINY_LENGTH)
+        if tiny and row_shape.letter == "a"
+        else row_shape.max_length
+    )
+    count = steps * batch * row_shape.accumulate
+    selected = list(itertools.islice(_select_rows(row_shape, model, length), count))
+    if len(selected) < count:
+        raise ValueError(
+            f"only {len(selected)} rows of {shape} fit {length} tokens; {count} wanted"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row, _ in kept), encoding="utf-8")
-    name = f"{'QLoRA' if quant == '4bit' else 'LoRA'}, {form.words}"
+    rows.write_text("".join(json.dumps(row) + "\n" for row, _ in selected), encoding="utf-8")
+    name = f"{'QLoRA' if quant == '4bit' else 'LoRA'}, {row_shape.words}"
     return Work(
-        name, str(model), str(rows), "text-generation", quant, batch, form.accumulate, steps,
-        length, tokens=sum(tokens for _, tokens in kept), dtype="float32" if tiny else "bfloat16",
-        device="cpu" if tiny else "cuda",
+        name, str(model), str(rows), "text-generation", quant, batch, row_shape.accumulate, steps,
+        length, tokens=sum(tokens for _, tokens in selected),
+        dtype="float32" if tiny else "bfloat16", device="cpu" if tiny else "cuda",
     )  # fmt: skip
 
 
-def _fitting(form: Shape, model: Path, length: int) -> Iterator[tuple[dict[str, Any], int]]:
-    """Give the rows that are not longer than `length`, and their tokens."""
+def _select_rows(
+    row_shape: Shape, model: Path, length: int
+) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield the rows of at most `length` tokens, and their tokens."""
     tokenizer = AutoTokenizer.from_pretrained(model)
 
     def count(turns: list[dict[str, str]]) -> int:
@@ -81,12 +84,12 @@ def _fitting(form: Shape, model: Path, length: int) -> Iterator[tuple[dict[str, 
 
     turns: list[dict[str, str]] = []
     tokens = 0
-    for row in read_rows(form.letter):
-        longer = turns + row["messages"] if form.fills else row["messages"]
-        counted = count(longer)
-        if counted <= length:
-            turns, tokens = longer, counted
-            if form.fills:
+    for row in read_rows(row_shape.letter):
+        joined = turns + row["messages"] if row_shape.fills else row["messages"]
+        tokens_joined = count(joined)
+        if tokens_joined <= length:
+            turns, tokens = joined, tokens_joined
+            if row_shape.fills:
                 continue
         if turns:
             yield {"messages": turns}, tokens

@@ -1,7 +1,6 @@
 """Run `ftlevel` with a profiler on one optimizer step: `python trace.py BASE train --model …`.
 
-Writes BASE.json.gz, for a trace viewer, and BASE.txt, the operators in the order of their time on
-the device.
+Writes BASE.json.gz for a trace viewer, and BASE.txt with the operators sorted by device time.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.profiler import ProfilerActivity, profile
 
-TRACED = 2
-"""Steps before the one that is traced: by then memory and kernels are there."""
+WARM_UP_STEPS = 2
+"""Steps before the traced one, for allocation and kernel warm-up."""
 ROWS = 60
 
 
@@ -23,18 +22,18 @@ class Tracer:
     """Starts the profiler after some steps, and stops it after one more."""
 
     def __init__(self, base: Path) -> None:
-        """Remember the files' base."""
+        """Set the base of the file names."""
         self.base = base
         self.steps = 0
         self.profiler: Any = None
 
     def __call__(self, *_: Any) -> None:
-        """Count a step that the optimizer has taken."""
+        """Count a step of the optimizer."""
         self.steps += 1
-        if self.steps == TRACED:
+        if self.steps == WARM_UP_STEPS:
             has_gpu = torch.cuda.is_available()
-            more = [ProfilerActivity.CUDA] if has_gpu else []
-            self.profiler = profile(activities=[ProfilerActivity.CPU, *more])
+            gpu_activities = [ProfilerActivity.CUDA] if has_gpu else []
+            self.profiler = profile(activities=[ProfilerActivity.CPU, *gpu_activities])
             self.profiler.start()
         elif self.profiler is not None:
             self.profiler.stop()

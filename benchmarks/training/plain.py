@@ -1,9 +1,9 @@
-"""Plain LoRA fine-tuning with `transformers.Trainer` and PEFT, as their documentation shows it.
+"""Plain LoRA fine-tuning with `transformers.Trainer` and PEFT, as in their documentation.
 
     python plain.py SPEC.json
 
-What `benchmarks/train.py` compares with. SPEC has the fields of `workloads.Work`, and
-`sorted`: whether rows of like length go together.
+The reference of `benchmarks/train.py`. SPEC has the fields of `workloads.Work`, and `sorted`:
+whether rows of similar length are batched together.
 """
 
 import json
@@ -27,33 +27,35 @@ from transformers import (
 
 
 def encode_chat(tokenizer, messages):
-    """Return ids and labels of a conversation; every assistant turn is learned."""
+    """Return ids and labels of a conversation; all assistant turns are supervised."""
     ids, labels = [], []
     for end, message in enumerate(messages, start=1):
-        whole = tokenizer.apply_chat_template(messages[:end], tokenize=True, return_dict=False)
-        new, learned = whole[len(ids) :], 0
+        conversation = tokenizer.apply_chat_template(
+            messages[:end], tokenize=True, return_dict=False
+        )
+        new, supervised = conversation[len(ids) :], 0
         if message["role"] == "assistant":
-            asked = tokenizer.apply_chat_template(
+            prompt = tokenizer.apply_chat_template(
                 messages[: end - 1], tokenize=True, return_dict=False, add_generation_prompt=True
             )
-            last = len(whole) - whole[::-1].index(tokenizer.eos_token_id)
-            learned = last - len(asked)
-            labels += [-100] * (len(asked) - len(ids)) + whole[len(asked) : last]
-            labels += [-100] * (len(whole) - last)
+            last = len(conversation) - conversation[::-1].index(tokenizer.eos_token_id)
+            supervised = last - len(prompt)
+            labels += [-100] * (len(prompt) - len(ids)) + conversation[len(prompt) : last]
+            labels += [-100] * (len(conversation) - last)
         else:
             labels += [-100] * len(new)
-        ids = list(whole)
-        if learned < 0:
+        ids = list(conversation)
+        if supervised < 0:
             raise ValueError("the chat template is not incremental")
     return {"input_ids": ids, "labels": labels}
 
 
 def load(spec, tokenizer, rows):
-    """Return the base model with LoRA on every linear of its blocks."""
+    """Return the base model with LoRA on every linear layer of its blocks."""
     dtype = torch.bfloat16 if spec["dtype"] == "bfloat16" else torch.float32
-    more = {}
+    options = {}
     if spec["quant"] == "4bit":
-        more["quantization_config"] = BitsAndBytesConfig(
+        options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
@@ -62,13 +64,13 @@ def load(spec, tokenizer, rows):
     if spec["task"] == "text-classification":
         labels = len({row["label"] for row in rows})
         model = AutoModelForSequenceClassification.from_pretrained(
-            spec["model"], dtype=dtype, num_labels=labels, **more
+            spec["model"], dtype=dtype, num_labels=labels, **options
         )
         targets, kind = r".*encoder\.layer\..*\.(query|key|value|dense)", "SEQ_CLS"
     else:
-        model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype, **more)
+        model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype, **options)
         targets, kind = "all-linear", "CAUSAL_LM"
-    if more:
+    if options:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
@@ -79,7 +81,7 @@ def load(spec, tokenizer, rows):
 
 
 def main(path):
-    """Train as the spec says."""
+    """Train according to the spec."""
     spec = json.loads(Path(path).read_text(encoding="utf-8"))
     set_seed(spec["seed"])
     rows = [json.loads(line) for line in Path(spec["rows"]).read_text("utf-8").splitlines()]

@@ -1,4 +1,4 @@
-"""Run one training command in a process of its own, and read its metered steps."""
+"""Run one training command in a separate process, and read its metered steps."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 METER = Path(__file__).resolve().parent / "meter"
-LOOK_SECONDS = 0.05  # between two looks at the memory of a run
+POLL_SECONDS = 0.05  # polling interval of a run's memory
 
-# Nobody's telemetry, no hub, and no check of versions that this benchmark did not choose.
+# No telemetry, no hub, and no version checks.
 QUIET = {
     "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false", "DO_NOT_TRACK": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -24,31 +24,31 @@ QUIET = {
 
 
 class FailedRunError(Exception):
-    """A process ended with an error or made too few steps; the message has its last words."""
+    """A process failed or made too few steps; the message has its last output."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One run: what lies between the end of its first step and the end of the last, and the whole.
+    """Measurements of one run, between the end of its first step and the end of its last.
 
     Attributes:
         seconds: wall time.
         cpu_seconds: of all threads of the process.
         tokens: without padding.
         places: tokens with padding.
-        supervised: tokens that are scored; rows, in classification.
-        steps: optimizer steps of the whole run, as all that follows.
+        supervised: supervised tokens; rows, for classification.
+        steps: optimizer steps of the whole run; the following fields are of the whole run, too.
         all_tokens: like `tokens`.
         all_supervised: like `supervised`.
-        loss: mean of the steps' losses, each as often as it has supervised tokens: tools that sort
-            or pack have steps of other sizes.
-        first_step_s: from the start of the process to the beginning of the first step.
-        peak_mib: resident set, or what CUDA allocated.
-        private_mib: resident memory that is not of a file (weights may be mapped), looked at 20
-            times a second; 0 where the system does not tell.
-        private_training_mib: like `private_mib`, from the first step to the last: without what
-            prepares, and what saves and checks afterwards.
-        threads: torch's, when the process ended.
+        loss: mean of the steps' losses, weighted by supervised tokens: tools that sort or pack have
+            steps of other sizes.
+        first_step_s: from the start of the process to the start of the first step.
+        peak_mib: resident set, or memory allocated by CUDA.
+        private_mib: peak of resident memory without mapped files, polled 20 times a second; 0 if
+            unknown.
+        private_training_mib: like `private_mib`, from the first step to the last, without
+            preparation, saving and verification.
+        threads: torch's, at the end of the process.
     """
 
     seconds: float
@@ -75,68 +75,68 @@ def run_metered(
     with_path: bool = True,
     limit_seconds: float = 1200,
 ) -> Reading:
-    """Run `command` in `folder` and read it.
+    """Run `command` in `folder` and return its reading.
 
     Args:
-        command: the program and its arguments.
-        folder: for its files; made if it is not there. Its output goes to `log` in it.
-        environment: what is set beside this process's own.
-        with_path: whether this process's PYTHONPATH is the command's, too.
-        limit_seconds: when it is ended.
+        command: program and arguments.
+        folder: directory for its files, created if needed; output goes to its file `log`.
+        environment: additional environment variables.
+        with_path: whether the command inherits PYTHONPATH.
+        limit_seconds: timeout.
 
     Raises:
-        FailedRunError: it failed, was ended, or made fewer than two steps.
+        FailedRunError: it failed, timed out, or made fewer than two steps.
     """
     folder.mkdir(parents=True, exist_ok=True)
     events_file = folder / "events"
     events_file.unlink(missing_ok=True)
     inherited = os.environ.get("PYTHONPATH") if with_path else None
-    whole = {
+    variables = {
         **os.environ, **QUIET, "TRAIN_METER": str(events_file),
         "HF_DATASETS_CACHE": str(folder / "cache"),
         "PYTHONPATH": os.pathsep.join([str(METER), *([inherited] if inherited else [])]),
         **(environment or {}),
     }  # fmt: skip
     with (folder / "log").open("w", encoding="utf-8") as log:
-        began = time.time()
+        start = time.time()
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            env=whole, cwd=folder,
+            env=variables, cwd=folder,
         )  # fmt: skip
-        code, resident_mib, looks = _follow(process, began + limit_seconds)
+        code, resident_mib, samples = _follow(process, start + limit_seconds)
     lines = events_file.read_text("utf-8").splitlines() if events_file.exists() else []
     events = [json.loads(line) for line in lines]
     steps = sum(event["kind"] == "step" for event in events)
     if code != 0 or steps < 2:
-        raise FailedRunError(f"ended with {code} after {steps} steps: {_last_words(folder)}")
-    return read_events(events, began, resident_mib, looks)
+        raise FailedRunError(f"ended with {code} after {steps} steps: {_error_line(folder)}")
+    return read_events(events, start, resident_mib, samples)
 
 
 def _follow(
-    process: subprocess.Popen[bytes], until: float
+    process: subprocess.Popen[bytes], deadline: float
 ) -> tuple[int, float, list[tuple[float, float]]]:
-    """Wait for the process; return its exit code, MiB resident, and times with MiB private."""
-    looks: list[tuple[float, float]] = []
+    """Wait for the process; return its exit code, resident MiB, and times with private MiB."""
+    samples: list[tuple[float, float]] = []
     while True:
-        looks.append((time.time(), sum(_private_mib(pid) for pid in _family(process.pid))))
-        done, status, usage = os.wait4(process.pid, os.WNOHANG)
-        if not done and time.time() > until:
+        samples.append((time.time(), sum(_private_mib(pid) for pid in _process_tree(process.pid))))
+        finished_pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if not finished_pid and time.time() > deadline:
             process.kill()
-            done, status, usage = os.wait4(process.pid, 0)
-        if done:
+            finished_pid, status, usage = os.wait4(process.pid, 0)
+        if finished_pid:
             process.returncode = os.waitstatus_to_exitcode(status)
             unit = 1 if os.uname().sysname == "Darwin" else 1024
-            return process.returncode, usage.ru_maxrss * unit / 2**20, looks
-        time.sleep(LOOK_SECONDS)
+            return process.returncode, usage.ru_maxrss * unit / 2**20, samples
+        time.sleep(POLL_SECONDS)
 
 
-def _family(pid: int) -> list[int]:
-    """Return the process and its children's children."""
+def _process_tree(pid: int) -> list[int]:
+    """Return the ids of the process and its descendants."""
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text("utf-8").split()
     except OSError:
         children = []
-    return [pid, *(relative for child in children for relative in _family(int(child)))]
+    return [pid, *(relative for child in children for relative in _process_tree(int(child)))]
 
 
 def _private_mib(pid: int) -> float:
@@ -144,30 +144,30 @@ def _private_mib(pid: int) -> float:
         status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except OSError:
         return 0.0
-    found = re.search(r"RssAnon:\s+(\d+) kB", status)
-    return int(found[1]) / 1024 if found else 0.0
+    match = re.search(r"RssAnon:\s+(\d+) kB", status)
+    return int(match[1]) / 1024 if match else 0.0
 
 
-def _last_words(folder: Path) -> str:
-    """Return the line of the log that names the error, or its end."""
+def _error_line(folder: Path) -> str:
+    """Return the line of the log with the error, or its end."""
     lines = (folder / "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    named = [line for line in lines if re.match(r"\s*(\w+\.)*\w*(Error|Exception|error)\b", line)]
-    return (named[-1] if named else " ".join(lines[-3:])).strip()[:300]
+    errors = [line for line in lines if re.match(r"\s*(\w+\.)*\w*(Error|Exception|error)\b", line)]
+    return (errors[-1] if errors else " ".join(lines[-3:])).strip()[:300]
 
 
 def read_events(
     events: Sequence[dict[str, Any]],
-    began: float,
+    start: float,
     resident_mib: float,
-    looks: Sequence[tuple[float, float]],
+    samples: Sequence[tuple[float, float]],
 ) -> Reading:
     """Return the reading of a run.
 
     Args:
         events: the meter's lines.
-        began: when the process began, in seconds since the epoch, as everywhere.
-        resident_mib: at most.
-        looks: times, and MiB that were private then.
+        start: start of the process, in seconds since the epoch, like all times.
+        resident_mib: peak resident memory.
+        samples: times and private MiB.
     """
     steps = [event for event in events if event["kind"] == "step"]
     micros: list[list[dict[str, Any]]] = [[]]
@@ -176,30 +176,35 @@ def read_events(
             micros[-1].append(event)
         elif event["kind"] == "step":
             micros.append([])
-    of_steps = micros[: len(steps)]  # the last is what followed the last step
-    counted = [micro for group in of_steps[1:] for micro in group]
-    whole = [micro for group in of_steps for micro in group]
+    step_groups = micros[: len(steps)]  # the last group follows the last step
+    measured = [micro for group in step_groups[1:] for micro in group]
+    all_micro_batches = [micro for group in step_groups for micro in group]
     losses = [
         sum(m["loss"] if m["share"] else m["loss"] / len(group) for m in group)
-        for group in of_steps
+        for group in step_groups
     ]
-    scored = [sum(m["supervised"] for m in group) for group in of_steps]
+    weights = [sum(m["supervised"] for m in group) for group in step_groups]
     cuda = [event["mib"] for event in events if event["kind"] == "cuda"]
     return Reading(
         seconds=steps[-1]["wall"] - steps[0]["wall"],
         cpu_seconds=steps[-1]["cpu"] - steps[0]["cpu"],
-        tokens=sum(m["tokens"] for m in counted),
-        places=sum(m["places"] for m in counted),
-        supervised=sum(m["supervised"] for m in counted),
+        tokens=sum(m["tokens"] for m in measured),
+        places=sum(m["places"] for m in measured),
+        supervised=sum(m["supervised"] for m in measured),
         steps=len(steps),
-        all_tokens=sum(m["tokens"] for m in whole),
-        all_supervised=sum(m["supervised"] for m in whole),
-        loss=sum(a * b for a, b in zip(losses, scored, strict=True)) / sum(scored),
-        first_step_s=whole[0]["began"] - began,
+        all_tokens=sum(m["tokens"] for m in all_micro_batches),
+        all_supervised=sum(m["supervised"] for m in all_micro_batches),
+        loss=sum(a * b for a, b in zip(losses, weights, strict=True)) / sum(weights),
+        first_step_s=all_micro_batches[0]["began"] - start,
         peak_mib=max(cuda, default=resident_mib),
-        private_mib=max((mib for _, mib in looks), default=0.0),
+        private_mib=max((mib for _, mib in samples), default=0.0),
         private_training_mib=max(
-            (mib for at, mib in looks if whole[0]["began"] <= at <= steps[-1]["wall"]), default=0.0
+            (
+                mib
+                for moment, mib in samples
+                if all_micro_batches[0]["began"] <= moment <= steps[-1]["wall"]
+            ),
+            default=0.0,
         ),
         threads=max((e["count"] for e in events if e["kind"] == "threads"), default=0),
     )

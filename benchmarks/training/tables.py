@@ -1,7 +1,7 @@
 """Compute medians and ratios of the measured tools, as Markdown.
 
-Peers are all tools that are not ftlevel, the plain script included. The best one is the one with
-the most tokens a second.
+Peers are all tools other than ftlevel, including the plain script. The best one has the most tokens
+per second.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from training.runs import Reading
 
 Rows = dict[str, dict[str, float]]
-TOLERANCE = 0.02  # of tokens, supervised tokens and losses, before a tool is named as different
+TOLERANCE = 0.02  # relative difference of tokens, supervised tokens and losses that is reported
 
 
 def summarize(
@@ -23,13 +23,13 @@ def summarize(
     """Return the medians of each tool over its runs.
 
     Args:
-        readings: name of a tool → its runs.
-        weights: of the linears in the blocks, and of the head.
-        peak_flops: of a matrix product on the device, a second.
+        readings: tool name → its runs.
+        weights: number of weights of the blocks' linear layers, and of the head.
+        peak_flops: FLOP/s of a matrix product on the device.
     """
     blocks, head = weights
     rows = {}
-    for name, taken in readings.items():
+    for name, runs in readings.items():
         columns = [
             {
                 "tokens_per_s": r.tokens / r.seconds,
@@ -44,20 +44,20 @@ def summarize(
                 "threads": r.threads,
                 "loss": r.loss,
             }
-            for r in taken
+            for r in runs
         ]
         rows[name] = {key: statistics.median(c[key] for c in columns) for key in columns[0]}
     return rows
 
 
 def best_peer(rows: Rows) -> str | None:
-    """Return the name of the peer with the most tokens a second."""
+    """Return the name of the peer with the most tokens per second."""
     peers = [name for name in rows if not name.startswith("ftlevel")]
     return max(peers, key=lambda name: rows[name]["tokens_per_s"], default=None)
 
 
 def workload_table(result: Mapping[str, Any]) -> str:
-    """Return the Markdown of one workload: what it is, its table, and what to know of it."""
+    """Return the Markdown of one workload: description, table and notes."""
     work, rows, refused = result["work"], result["tools"], result["refused"]
     best = best_peer(rows)
     lines = [
@@ -83,52 +83,54 @@ def workload_table(result: Mapping[str, Any]) -> str:
             f"| {row['mfu']:.2f} | {row['peak_mib']:,.0f} | {memory} | {row['first_step_s']:.1f} | "
             f"{row['loss']:.4f} |"
         )
-    notes = [*_differences(rows), *(f"{name}: {why}" for name, why in refused.items())]
+    notes = [*_differences(rows), *(f"{name}: {reason}" for name, reason in refused.items())]
     if best:
         notes.insert(0, _summary(rows, best))
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)])
 
 
 def _summary(rows: Rows, best: str) -> str:
-    """Say who is the best peer, and how ftlevel stands to it."""
-    said = f"Best peer: {best}."
+    """Return which peer is the best, and how ftlevel compares with it."""
+    text = f"Best peer: {best}."
     commands = [n for n in rows if not n.startswith(("ftlevel", "plain"))]
     if commands:
-        soonest = min(commands, key=lambda name: rows[name]["first_step_s"])
-        said += f" First to step among commands: {soonest}, {rows[soonest]['first_step_s']:.1f} s."
+        fastest = min(commands, key=lambda name: rows[name]["first_step_s"])
+        text += f" First to step among commands: {fastest}, {rows[fastest]['first_step_s']:.1f} s."
     if "ftlevel" in rows:
-        ours, theirs = rows["ftlevel"], rows[best]
-        said += (
-            f" ftlevel: {ours['tokens_per_s'] / theirs['tokens_per_s']:.2f} × its real tokens/s, "
-            f"{ours['supervised_per_s'] / theirs['supervised_per_s']:.2f} × its supervised ones/s, "
-            f"{ours['peak_mib'] / theirs['peak_mib']:.2f} × its memory"
+        own, other = rows["ftlevel"], rows[best]
+        text += (
+            f" ftlevel: {own['tokens_per_s'] / other['tokens_per_s']:.2f} × its real tokens/s, "
+            f"{own['supervised_per_s'] / other['supervised_per_s']:.2f} × its supervised ones/s, "
+            f"{own['peak_mib'] / other['peak_mib']:.2f} × its memory"
         )
         if commands:
-            ratio = ours["first_step_s"] / rows[soonest]["first_step_s"]
-            said += f", {ratio:.2f} × the time to the first step of {soonest}"
-        said += "."
-    return said
+            ratio = own["first_step_s"] / rows[fastest]["first_step_s"]
+            text += f", {ratio:.2f} × the time to the first step of {fastest}"
+        text += "."
+    return text
 
 
 def _differences(rows: Rows) -> list[str]:
-    """Name tools that had other tokens, supervised tokens, losses or threads than the plain one."""
+    """Return notes on tools with other tokens, losses or threads than the plain script."""
     reference = rows.get("plain") or next(iter(rows.values()), None)
     if reference is None:
         return []
-    words = {
+    texts = {
         "all_tokens": "{:,.0f} tokens in all where the plain script has {:,.0f}",
         "all_supervised": "{:,.0f} supervised ones where it has {:,.0f}",
         "loss": "a mean loss of {:.4f} where it has {:.4f}",
     }
-    found = []
+    notes = []
     for name, row in rows.items():
-        other = [
+        differences = [
             text.format(row[key], reference[key])
-            for key, text in words.items()
+            for key, text in texts.items()
             if abs(row[key] / reference[key] - 1) > TOLERANCE
         ]
         if row["threads"] != reference["threads"]:
-            other.append(f"{row['threads']:.0f} threads where it has {reference['threads']:.0f}")
-        if other:
-            found.append(f"{name} had {', '.join(other)}.")
-    return found
+            differences.append(
+                f"{row['threads']:.0f} threads where it has {reference['threads']:.0f}"
+            )
+        if differences:
+            notes.append(f"{name} had {', '.join(differences)}.")
+    return notes

@@ -1,8 +1,8 @@
 """Commands of each tool for a workload, through its public CLI or Python API.
 
-`ftlevel` and `plain` run in the environment of the benchmark; every other tool in one of its own
-(`--peer NAME=PYTHON`, or `--venvs FOLDER` for those in FOLDER/NAME). `docs/performance.md` says how
-to install them, and which versions are known to work.
+`ftlevel` and `plain` run in the environment of the benchmark; every other tool has its own (`--peer
+NAME=PYTHON`, or `--venvs FOLDER` with FOLDER/NAME). `docs/performance.md` describes how to install
+them, and the tested versions.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import psutil
 
 from training.workloads import Work
 
-HERE = Path(__file__).resolve().parent
-TEMPLATE = HERE / "chatml.jinja"  # SmolLM2's, with marks around what is learned
+DIRECTORY = Path(__file__).resolve().parent
+TEMPLATE = DIRECTORY / "chatml.jinja"  # SmolLM2's, with marks around the supervised text
 DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 THREADS = os.environ.get("OMP_NUM_THREADS") or str(psutil.cpu_count(logical=False) or 1)
 
@@ -33,13 +33,9 @@ class UnsupportedError(Exception):
 
 @dataclass(frozen=True)
 class Tool:
-    """One way to train.
+    """A training tool; `command` maps workload, directory and the tool's Python to a command line.
 
-    Attributes:
-        name: as in the table.
-        command: workload, folder for its files and the tool's python → its command line.
-        peer: which `--peer` it needs; empty for those of this environment.
-        environment: what is set for it.
+    `peer` is the required `--peer`, empty for this environment.
     """
 
     name: str
@@ -49,12 +45,12 @@ class Tool:
 
     @property
     def is_ours(self) -> bool:
-        """Return whether it is ftlevel in some form."""
+        """Return whether it is a variant of ftlevel."""
         return self.name.startswith("ftlevel")
 
 
-def ftlevel(work: Work, folder: Path, python: str, *more: str) -> list[str]:
-    """Return `ftlevel train` as a user would type it."""
+def ftlevel(work: Work, folder: Path, python: str, *flags: str) -> list[str]:
+    """Return the `ftlevel train` command."""
     method = "qlora" if work.quant == "4bit" else "lora"
     return [
         python, "-m", "ftlevel", "train", "--quiet", "--method", method, "--model", work.model,
@@ -64,31 +60,31 @@ def ftlevel(work: Work, folder: Path, python: str, *more: str) -> list[str]:
         "--per-device-train-batch-size", str(work.batch), "--seed", str(work.seed),
         "--gradient-accumulation-steps", str(work.accumulate), "--logging-steps", "1",
         "--learning-rate", str(work.learning_rate), "--lr-scheduler-type", "constant",
-        "--output-dir", str(folder / "run"), "--overwrite", *more,
+        "--output-dir", str(folder / "run"), "--overwrite", *flags,
     ]  # fmt: skip
 
 
 def plain_ftlevel(work: Work, folder: Path, python: str) -> list[str]:
-    """Return `ftlevel train` without its faster forms."""
+    """Return the `ftlevel train` command without the fast step."""
     return ftlevel(work, folder, python, "--no-fast")
 
 
 def plain(work: Work, folder: Path, python: str) -> list[str]:
     """Return the plain script."""
     work.write(folder / "spec.json", sorted=False)
-    return [python, str(HERE / "plain.py"), str(folder / "spec.json")]
+    return [python, str(DIRECTORY / "plain.py"), str(folder / "spec.json")]
 
 
 def plain_sorted(work: Work, folder: Path, python: str) -> list[str]:
-    """Return the plain script with rows of like length in a batch, its best switch."""
+    """Return the plain script with rows of similar length in a batch, its fastest option."""
     command = plain(work, folder, python)
     work.write(folder / "spec.json", sorted=True)
     return command
 
 
-def trl(work: Work, folder: Path, python: str, *more: str) -> list[str]:
-    """Return `trl sft`; only the answers of a chat count."""
-    _needs_chats(work)
+def trl(work: Work, folder: Path, python: str, *flags: str) -> list[str]:
+    """Return `trl sft`, trained on the answers of a chat."""
+    _require_chats(work)
     data = folder / "data"
     data.mkdir(exist_ok=True)
     _write(data / "train.jsonl", _read(work))
@@ -106,12 +102,12 @@ def trl(work: Work, folder: Path, python: str, *more: str) -> list[str]:
         "--bf16", "true" if work.dtype == "bfloat16" else "false",
         "--gradient_checkpointing", "false", "--logging_steps", "1", "--save_strategy", "no",
         "--report_to", "none", *_cpu(work, ["--use_cpu"]),
-        *(quant if work.quant == "4bit" else []), *more,
+        *(quant if work.quant == "4bit" else []), *flags,
     ]  # fmt: skip
 
 
 def trl_sorted(work: Work, folder: Path, python: str) -> list[str]:
-    """Return `trl sft` with rows of like length in a batch."""
+    """Return `trl sft` with rows of similar length in a batch."""
     return trl(work, folder, python, "--train_sampling_strategy", "group_by_length")
 
 
@@ -126,19 +122,19 @@ def trl_packed(work: Work, folder: Path, python: str) -> list[str]:
 
 def unsloth(work: Work, folder: Path, python: str, *, is_sorted: bool = False) -> list[str]:
     """Return a script on Unsloth's Python API."""
-    _needs_chats(work)
+    _require_chats(work)
     work.write(folder / "spec.json", sorted=is_sorted, template=str(TEMPLATE))
-    return [python, str(HERE / "unsloth_api.py"), str(folder / "spec.json")]
+    return [python, str(DIRECTORY / "unsloth_api.py"), str(folder / "spec.json")]
 
 
 def unsloth_sorted(work: Work, folder: Path, python: str) -> list[str]:
-    """Return the script on Unsloth's Python API with rows of like length in a batch."""
+    """Return the script on Unsloth's Python API with rows of similar length in a batch."""
     return unsloth(work, folder, python, is_sorted=True)
 
 
 def litgpt(work: Work, folder: Path, python: str) -> list[str]:
-    """Return `litgpt finetune_lora`; its rate always warms up and decays, so compare no losses."""
-    _needs_chats(work)
+    """Return `litgpt finetune_lora`; do not compare losses: its rate always warms up and decays."""
+    _require_chats(work)
     if work.quant != "none":
         raise UnsupportedError("bitsandbytes in LitGPT is for CUDA only")
     if any(len(row["messages"]) != 2 for row in _read(work)):
@@ -151,16 +147,16 @@ def litgpt(work: Work, folder: Path, python: str) -> list[str]:
             [program, "convert_to_litgpt", str(checkpoint)], check=True, capture_output=True
         )
     texts = [[turn["content"] for turn in row["messages"]] for row in _read(work)]
-    rows = [{"instruction": ask, "input": "", "output": answer} for ask, answer in texts]
+    rows = [{"instruction": question, "input": "", "output": answer} for question, answer in texts]
     (folder / "train.json").write_text(json.dumps(rows), encoding="utf-8")
     (folder / "val.json").write_text(json.dumps(rows[:2]), encoding="utf-8")
-    on = [f"--lora_{part}" for part in ("query", "key", "value", "projection", "mlp")]
+    lora_flags = [f"--lora_{word}" for word in ("query", "key", "value", "projection", "mlp")]
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": work.learning_rate}}
     return [
         program, "finetune_lora", str(checkpoint), "--out_dir", str(folder / "run"),
         "--precision", "bf16-true" if work.dtype == "bfloat16" else "32-true",
         "--lora_r", "8", "--lora_alpha", "16", "--lora_dropout", "0.0",
-        *(part for flag in on for part in (flag, "true")),
+        *(word for flag in lora_flags for word in (flag, "true")),
         "--data", "JSON", "--data.json_path", str(folder), "--data.mask_prompt", "true",
         "--data.prompt_style", "smollm2", "--data.num_workers", "0",
         "--train.max_seq_length", str(work.max_length), "--train.epochs", "1",
@@ -172,9 +168,9 @@ def litgpt(work: Work, folder: Path, python: str) -> list[str]:
     ]  # fmt: skip
 
 
-def llamafactory(work: Work, folder: Path, python: str, **more: Any) -> list[str]:
+def llamafactory(work: Work, folder: Path, python: str, **overrides: Any) -> list[str]:
     """Return `llamafactory-cli train`."""
-    _needs_chats(work)
+    _require_chats(work)
     _write(folder / "rows.jsonl", _read(work))
     tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user",
             "assistant_tag": "assistant", "system_tag": "system"}  # fmt: skip
@@ -196,7 +192,7 @@ def llamafactory(work: Work, folder: Path, python: str, **more: Any) -> list[str
         config |= {"quantization_bit": 4, "quantization_method": "bnb",
                    "quantization_type": "nf4", "double_quantization": True}  # fmt: skip
     path = folder / "train.yaml"
-    path.write_text(json.dumps({**config, **more}), encoding="utf-8")
+    path.write_text(json.dumps({**config, **overrides}), encoding="utf-8")
     return [str(Path(python).parent / "llamafactory-cli"), "train", str(path)]
 
 
@@ -208,7 +204,7 @@ def llamafactory_packed(work: Work, folder: Path, python: str) -> list[str]:
     return llamafactory(work, folder, python, **packing)
 
 
-def swift(work: Work, folder: Path, python: str, *more: str) -> list[str]:
+def swift(work: Work, folder: Path, python: str, *flags: str) -> list[str]:
     """Return `swift sft`."""
     if work.task == "text-classification":
         labels = sorted({row["label"] for row in _read(work)})
@@ -244,7 +240,7 @@ def swift(work: Work, folder: Path, python: str, *more: str) -> list[str]:
         "--split_dataset_ratio", "0", "--attn_impl", "sdpa", *_cpu(work, ["--use_cpu", "true"]),
         "--dataloader_num_workers", "0", "--dataset_num_proc", "1",
         "--logging_steps", "1", "--save_strategy", "no", "--report_to", "none",
-        *(quant if work.quant == "4bit" else []), *more,
+        *(quant if work.quant == "4bit" else []), *flags,
     ]  # fmt: skip
 
 
@@ -271,7 +267,7 @@ PEERS = tuple(dict.fromkeys(tool.peer for tool in TOOLS if tool.peer))
 
 
 def select(peers: Mapping[str, str], only: Collection[str] | None) -> list[tuple[Tool, str]]:
-    """Return the tools that can run, each with its python; those named by `only`, if given."""
+    """Return the available tools with their Python; only those named by `only`, if given."""
     return [
         (tool, peers.get(tool.peer, sys.executable))
         for tool in TOOLS
@@ -279,7 +275,7 @@ def select(peers: Mapping[str, str], only: Collection[str] | None) -> list[tuple
     ]
 
 
-def _needs_chats(work: Work) -> None:
+def _require_chats(work: Work) -> None:
     if work.task != "text-generation":
         raise UnsupportedError("its command trains language models only")
 

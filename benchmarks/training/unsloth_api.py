@@ -1,21 +1,21 @@
 """LoRA fine-tuning by Unsloth's Python API: `python unsloth_api.py SPEC.json`.
 
-SPEC has the fields of `workloads.Work`, `sorted` (whether rows of like length go together) and
-`template` (the file of a chat template that marks what is learned).
+SPEC has the fields of `workloads.Work`, `sorted` (whether rows of similar length are batched
+together) and `template` (path of a chat template that marks the supervised text).
 """
 
 import json
 import sys
 from pathlib import Path
 
-from unsloth import FastLanguageModel  # isort: skip  # first: it patches what follows
+from unsloth import FastLanguageModel  # isort: skip  # first: it patches later imports
 import torch
 from datasets import load_dataset
 from trl import SFTConfig, SFTTrainer
 
 
 def main(path):
-    """Train as the spec, written by `workloads.Work.write`, says."""
+    """Train according to the spec, written by `workloads.Work.write`."""
     spec = json.loads(Path(path).read_text(encoding="utf-8"))
     model, tokenizer = FastLanguageModel.from_pretrained(
         spec["model"],

@@ -1,8 +1,8 @@
 """The four workloads: rows, model and settings.
 
 Rows come from the standard library of the Python that runs (`builtin:docstrings`) and, for
-classification, from `data/wordnet-supersense`. A workload has as many rows as its steps take, and a
-run is one epoch over them, so that every tool sees the same rows whatever its order.
+classification, from `data/wordnet-supersense`. A workload has as many rows as its steps need, and a
+run is one epoch over them, so every tool sees the same rows in any order.
 """
 
 from __future__ import annotations
@@ -48,23 +48,10 @@ Questions that follow are about further functions of the same module, under the 
 
 @dataclass(frozen=True)
 class Work:
-    """One workload.
+    """One workload: `rows` is a JSONL file with `messages`, or with `text` and `label`.
 
-    Attributes:
-        name: letter and a few words.
-        model: directory of the base.
-        rows: file with a row a line: `messages`, or `text` and `label`.
-        task: ftlevel's name of it.
-        quant: none or 4bit (nf4, double quantization).
-        batch: rows a micro-batch.
-        accumulate: micro-batches a step.
-        steps: optimizer steps of the epoch.
-        max_length: in tokens; no row is longer.
-        tokens: of all rows.
-        dtype: bfloat16 or float32.
-        device: torch device type.
-        learning_rate: constant.
-        seed: of weights and order.
+    A step has `accumulate` micro-batches of `batch` rows, each of at most `max_length` tokens; all
+    rows have `tokens`. The learning rate is constant.
     """
 
     name: str
@@ -82,26 +69,26 @@ class Work:
     learning_rate: float = 2e-4
     seed: int = 42
 
-    def write(self, path: Path, **more: Any) -> None:
-        """Write the fields and `more`, for the scripts on a Python API."""
-        path.write_text(json.dumps({**asdict(self), **more}), encoding="utf-8")
+    def write(self, path: Path, **fields: Any) -> None:
+        """Write the fields and `fields` to a JSON file, for the scripts on a Python API."""
+        path.write_text(json.dumps({**asdict(self), **fields}), encoding="utf-8")
 
     def packs(self) -> tuple[int, int]:
-        """Return rows a micro-batch and micro-batches a step for a tool that packs rows.
+        """Return rows per micro-batch and micro-batches per step for a tool that packs rows.
 
-        Rows of `max_length` tokens, as many as hold about what a step of unpacked rows holds, so
-        that the number of steps, and with it the losses, stay as near to the others' as they can.
+        Packed rows have `max_length` tokens; their number keeps the tokens per step, and with them
+        the number of steps and the losses, close to those of unpacked rows.
         """
         rows = max(1, round(self.tokens / self.steps / self.max_length))
         accumulate = -(-rows // max(self.batch, 1))
         return -(-rows // accumulate), accumulate
 
 
-def build(letter: str, folder: Path, steps: int, model: Path | None = None, **more: Any) -> Work:
-    """Write the rows of workload `letter` (a, b, c or d) to `folder`, and return it.
+def build(letter: str, folder: Path, steps: int, model: Path | None = None, **fields: Any) -> Work:
+    """Write the rows of workload `letter` (a, b, c or d) to `folder`, and return the workload.
 
     Raises:
-        FileNotFoundError: a model or data set is not there, with what to do.
+        FileNotFoundError: a model or data set does not exist.
     """
     rows = folder / "rows.jsonl"
     base = model or (MINILM if letter == "d" else SMOLLM2)
@@ -114,16 +101,20 @@ def build(letter: str, folder: Path, steps: int, model: Path | None = None, **mo
     if not base.is_dir():
         raise FileNotFoundError(f"{base} is not there. Run: python scripts/fetch_models.py")
     work = Work(name, str(base), str(rows), task, quant, batch, accumulate, steps, max_length)
-    kept = list(itertools.islice(_fitting(letter, work), steps * batch * accumulate))
-    steps = len(kept) // (batch * accumulate)
-    kept = kept[: steps * batch * accumulate]
-    rows.write_text("".join(json.dumps(row) + "\n" for row, _ in kept), encoding="utf-8")
-    tokens = sum(length for _, length in kept)
-    return Work(**{**asdict(work), "steps": steps, "tokens": tokens, **more})
+    rows_with_length = list(
+        itertools.islice(_select_rows(letter, work), steps * batch * accumulate)
+    )
+    steps = len(rows_with_length) // (batch * accumulate)
+    rows_with_length = rows_with_length[: steps * batch * accumulate]
+    rows.write_text(
+        "".join(json.dumps(row) + "\n" for row, _ in rows_with_length), encoding="utf-8"
+    )
+    tokens = sum(length for _, length in rows_with_length)
+    return Work(**{**asdict(work), "steps": steps, "tokens": tokens, **fields})
 
 
 def count_weights(model: Path, *, has_head: bool) -> tuple[int, int]:
-    """Return the weights of the linears in the blocks of a model, and those of its language head.
+    """Return the number of weights of the blocks' linear layers, and of the language head.
 
     Args:
         model: directory of the base; no weight is read.
@@ -143,8 +134,8 @@ def count_weights(model: Path, *, has_head: bool) -> tuple[int, int]:
     return blocks, config.vocab_size * config.hidden_size if has_head else 0
 
 
-def _fitting(letter: str, work: Work) -> Iterator[tuple[dict[str, Any], int]]:
-    """Give the rows that are not longer than the workload's limit, and their tokens."""
+def _select_rows(letter: str, work: Work) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield the rows within the workload's maximum length, and their tokens."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(work.model)
@@ -159,7 +150,7 @@ def _fitting(letter: str, work: Work) -> Iterator[tuple[dict[str, Any], int]]:
 
 
 def read_rows(letter: str) -> Iterator[dict[str, Any]]:
-    """Give the rows of a workload's texts, whatever their length."""
+    """Yield the rows of a workload, of any length."""
     if letter == "c":
         return _chats()
     if letter == "d":
@@ -171,7 +162,7 @@ def read_rows(letter: str) -> Iterator[dict[str, Any]]:
 
 
 def _chats() -> Iterator[dict[str, Any]]:
-    """Give conversations of two turns under one system prompt of about 300 tokens."""
+    """Yield conversations of two turns under one system prompt of about 300 tokens."""
     rows = [r for r in load_docstrings("summarization", "train") if len(r["document"]) <= 240]
     for first, second in zip(rows[::2], rows[1::2], strict=False):
         turns = [

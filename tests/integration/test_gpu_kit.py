@@ -94,7 +94,7 @@ def test_run_ended_by_time_limit_is_not_recorded(
     tiny_work = build_work(tmp_path)
     deadline = time.time() + measure.SPARE_SECONDS + 0.2
     assert not measure.measure_shape("2k", tiny_work, measurements, tmp_path, deadline)
-    assert measurements.found["shapes"]["2k"]["refused"] == {}
+    assert measurements.results["shapes"]["2k"]["refused"] == {}
 
 
 def test_time_limit_prevents_measurements_and_peak_is_measured_once(
@@ -109,7 +109,7 @@ def test_time_limit_prevents_measurements_and_peak_is_measured_once(
     measurements.path.parent.mkdir()
     for shape, shape_work in works.items():
         assert not measure.measure_shape(shape, shape_work, measurements, tmp_path, time.time())
-    assert measurements.found["shapes"] == {}
+    assert measurements.results["shapes"] == {}
     assert not peaks
     for shape, shape_work in works.items():
         assert measure.measure_shape(shape, shape_work, measurements, tmp_path, time.time() + 60)
@@ -128,7 +128,7 @@ def test_rows_have_requested_shape(tmp_path: Path) -> None:
 
 
 def test_wheel_keeps_one_cuda_library(tmp_path: Path) -> None:
-    from gpu.pack import keep_one_library
+    from gpu.pack import reduce_bitsandbytes
 
     wheel = tmp_path / "bitsandbytes-1-py3-none-any.whl"
     names = ["cpu", "cuda118", "cuda130", "rocm70"]
@@ -137,8 +137,8 @@ def test_wheel_keeps_one_cuda_library(tmp_path: Path) -> None:
             file.writestr(f"bitsandbytes/libbitsandbytes_{name}.so", name)
         file.writestr("bitsandbytes-1.dist-info/RECORD", "stale\n")
     with pytest.raises(SystemExit, match="--cuda 999: bitsandbytes has cuda118, cuda130, rocm70"):
-        keep_one_library(wheel, "999")
-    keep_one_library(wheel, "130")
+        reduce_bitsandbytes(wheel, "999")
+    reduce_bitsandbytes(wheel, "130")
     with zipfile.ZipFile(wheel) as file:
         libraries = [name for name in file.namelist() if name.endswith(".so")]
         record = file.read("bitsandbytes-1.dist-info/RECORD").decode()
@@ -148,7 +148,7 @@ def test_wheel_keeps_one_cuda_library(tmp_path: Path) -> None:
 
 
 def test_passed_tests_are_deselected(tmp_path: Path) -> None:
-    from gpu.prove import Notes
+    from gpu.prove import OutcomeRecorder
 
     path = tmp_path / "tests.json"
     path.write_text(json.dumps({"a": {"outcome": "passed"}, "b": {"outcome": "failed"}}))
@@ -158,7 +158,7 @@ def test_passed_tests_are_deselected(tmp_path: Path) -> None:
             self.nodeid = nodeid
 
     items: Any = [Item("a"), Item("b"), Item("c")]
-    Notes(path, None, time.time()).pytest_collection_modifyitems(items)
+    OutcomeRecorder(path, None, time.time()).pytest_collection_modifyitems(items)
     assert [item.nodeid for item in items] == ["b", "c"]
 
 

@@ -1,16 +1,16 @@
-"""What happens in a training process, whatever tool runs in it; found by Python through PYTHONPATH.
+"""Meter of a training process with any tool, loaded by Python through PYTHONPATH.
 
 Writes a JSON line for every micro-batch and every optimizer step to the file named by TRAIN_METER
-when the process ends. A step is seen by torch's own global hook. A micro-batch is seen where the
-tools have it in common: `training_step` of transformers' Trainer (plain, TRL, Unsloth,
-LLaMA-Factory, ms-swift; ftlevel's is given a whole optimizer step, split into micro-batches), in
-LitGPT the model's forward and the loss. Those are wrapped in one function that counts and calls
-them; nothing else is touched, and nothing is imported that the tool does not import.
+when the process ends. Steps are counted by torch's global optimizer hook. Micro-batches are counted
+in `training_step` of transformers' Trainer (plain, TRL, Unsloth, LLaMA-Factory, ms-swift; ftlevel's
+gets a whole optimizer step, split into micro-batches), and for LitGPT in the forward pass and the
+loss. These functions are wrapped; nothing else is changed, and no module is imported that the tool
+does not import.
 
 Each line has `kind`, `wall` (seconds since the epoch), `cpu` (seconds of the process). A `micro`
-also has `began` (wall), `tokens` (without padding), `places` (with), `supervised` (tokens with a
-label that the model is scored on; rows, in classification) and `loss`, with `share` of the step's
-loss: true where the losses of a step's micro-batches add up to it, false where they are averaged.
+also has `began` (wall), `tokens` (without padding), `places` (with padding), `supervised`
+(supervised tokens; rows, for classification) and `loss`, with `share`: true if the losses of a
+step's micro-batches add up to its loss, false if they are averaged.
 """
 
 import atexit
@@ -22,22 +22,22 @@ import sys
 import time
 
 _EVENTS = []
-_INSIDE = []
+_ACTIVE_STEPS = []
 _LITGPT = {}
 
 
-def _note(kind, **more):
-    _EVENTS.append({"kind": kind, "wall": time.time(), "cpu": time.process_time(), **more})
+def _note(kind, **values):
+    _EVENTS.append({"kind": kind, "wall": time.time(), "cpu": time.process_time(), **values})
 
 
 def _count(ids, mask, labels):
-    """Return tokens, places and supervised, as tensors: reading them would wait for a GPU."""
+    """Return tokens, places and supervised as tensors: reading them would wait for a GPU."""
     tokens = ids.numel()
     if mask is not None and mask.dim() == 2:
         tokens = mask.bool().sum()
-    elif mask is not None and mask.dim() == 4:  # block-diagonal: a token that sees itself is real
-        seen = mask.diagonal(dim1=-2, dim2=-1)
-        tokens = ((seen == 0) if mask.is_floating_point() else seen.bool()).sum()
+    elif mask is not None and mask.dim() == 4:  # block-diagonal: a real token attends to itself
+        visible = mask.diagonal(dim1=-2, dim2=-1)
+        tokens = ((visible == 0) if mask.is_floating_point() else visible.bool()).sum()
     supervised = 0
     if labels is not None:
         same = labels.shape == ids.shape
@@ -53,22 +53,29 @@ def _watch_training_step(owner):
     step = owner.training_step
 
     def training_step(self, model, inputs, *args, **kwargs):
-        if not self.state.max_steps:  # a step that ftlevel compares before its run
+        if not self.state.max_steps:  # ftlevel's verification before the run
             return step(self, model, inputs, *args, **kwargs)
-        if _INSIDE:  # of a subclass's own step, which has counted this
+        if _ACTIVE_STEPS:  # called by a subclass, which has counted this
             return step(self, model, inputs, *args, **kwargs)
-        began = time.time()
-        parts = [
-            _count(part["input_ids"], part.get("attention_mask"), part.get("labels"))
-            for part in inputs.get("micro_batches", [inputs])
+        start = time.time()
+        counts_of_parts = [
+            _count(
+                micro_batch["input_ids"],
+                micro_batch.get("attention_mask"),
+                micro_batch.get("labels"),
+            )
+            for micro_batch in inputs.get("micro_batches", [inputs])
         ]
-        counts = {name: sum(part[name] for part in parts) for name in parts[0]}
-        _INSIDE.append(self)
+        counts = {
+            name: sum(micro_batch[name] for micro_batch in counts_of_parts)
+            for name in counts_of_parts[0]
+        }
+        _ACTIVE_STEPS.append(self)
         try:
             loss = step(self, model, inputs, *args, **kwargs)
         finally:
-            _INSIDE.pop()
-        _note("micro", began=began, loss=loss.detach(), share=True, **counts)
+            _ACTIVE_STEPS.pop()
+        _note("micro", began=start, loss=loss.detach(), share=True, **counts)
         return loss
 
     owner.training_step = training_step
@@ -91,7 +98,7 @@ def _watch_litgpt_loss(module):
         loss = entropy(logits, targets, *args, **kwargs)
         if loss.requires_grad:
             ids = _LITGPT["ids"]
-            # It pads with 0 and no id of a row is 0 but by chance; targets are shifted already.
+            # LitGPT pads with 0, which rows rarely contain; targets are already shifted.
             counts = {"tokens": (ids != 0).sum(), "places": ids.numel()}
             counts["supervised"] = (targets != -100).sum()
             _note("micro", began=_LITGPT["began"], loss=loss.detach(), share=False, **counts)
@@ -110,7 +117,7 @@ _WATCHED = {
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Calls the function of `_WATCHED` when its module has been imported."""
+    """Calls the function of `_WATCHED` after its module has been imported."""
 
     def find_spec(self, name, path=None, target=None):  # noqa: ARG002
         watch = _WATCHED.pop(name, None)
@@ -129,7 +136,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 def _write():
     if not any(event["kind"] == "micro" for event in _EVENTS):
-        return  # a launcher, not the process that trains
+        return  # a launcher, not the training process
     import torch
 
     if torch.cuda.is_initialized():
