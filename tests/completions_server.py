@@ -6,17 +6,38 @@ Usage: python completions_server.py MODEL FAULT. The server prints its port. FAU
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import socketserver
 import sys
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+
+
+class NoHttp(socketserver.StreamRequestHandler):
+    """Answers a request as Redis does."""
+
+    def handle(self) -> None:
+        """Read the request line, and refuse it."""
+        self.rfile.readline()
+        self.wfile.write(b"-ERR unknown command\r\n")
+
+
+@contextlib.contextmanager
+def server_without_http() -> Iterator[str]:
+    """Yield the address of a server that does not speak HTTP."""
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), NoHttp) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
 
 
 class Server(ThreadingHTTPServer):

@@ -121,3 +121,11 @@ def test_server_without_lora_support_raises(
 def test_unreachable_server_raises(data_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no server answers"):
         train(create_config(data_dir, tmp_path / "run", "http://127.0.0.1:9"), dry_run=True)
+
+
+def test_server_without_http_raises(data_dir: Path, tmp_path: Path) -> None:
+    with (
+        completions_server.server_without_http() as url,
+        pytest.raises(ConfigError, match=r"no server answers .*-ERR unknown command"),
+    ):
+        train(create_config(data_dir, tmp_path / "run", url), dry_run=True)

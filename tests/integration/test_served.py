@@ -21,6 +21,7 @@ import xllamacpp
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
+from completions_server import server_without_http
 from export_cases import ModelDir, exportable_model
 from ftlevel.cli.app import run
 from ftlevel.commands.export import export
@@ -357,6 +358,14 @@ def test_server_error_raises(
 def test_unreachable_server_raises(export_dir: Path) -> None:
     with pytest.raises(InputError, match=r"refused.* Start the server"):
         check_served(CheckServedConfig(out=export_dir / "out", url="http://127.0.0.1:9"))
+
+
+def test_server_without_http_raises(export_dir: Path) -> None:
+    with (
+        server_without_http() as url,
+        pytest.raises(InputError, match=r"-ERR unknown command at /completions. Start the server"),
+    ):
+        check_served(CheckServedConfig(out=export_dir / "out", url=url))
 
 
 def test_texts_are_compared_without_logprobs(export_dir: Path, tmp_path: Path) -> None:

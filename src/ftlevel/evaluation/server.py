@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,8 @@ def _request(url: str, path: str, body: Mapping[str, Any] | None, timeout: float
     except urllib.error.HTTPError as error:
         message = " ".join(error.read(_MAX_BYTES).decode(errors="replace").split())[:300]
         raise _RefusedError(error.code, f"{path}: {error.code} {message or error.reason}") from None
+    except HTTPException as error:  # not an HTTP server
+        raise OSError(f"{path}: {str(error).strip()}") from None
     try:
         return json.loads(text)
     except ValueError:

@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from http.client import HTTPException
 from typing import Any
 
 from ftlevel.errors import InputError
@@ -147,8 +148,8 @@ class Client:
             raise RequestError(f"{path} gave {error.code} ({text or error.reason})") from None
         except ValueError as error:
             raise RequestError(f"{path} gave no JSON ({error})") from None
-        except OSError as error:
-            message = getattr(error, "reason", error)
+        except (OSError, HTTPException) as error:  # HTTPException: not an HTTP server
+            message = str(getattr(error, "reason", error)).strip()
             raise InputError(
                 f"--url {self.url}: {message} at {path}. Start the server, by the command that "
                 "export printed, and name its address."
