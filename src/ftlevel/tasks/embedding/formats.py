@@ -166,7 +166,8 @@ def create_grouped(values: RoleValues) -> EmbeddingRow:
         raise UnusableRowError(
             f"{values.columns['label']!r} is {json_type_name(value)}, where a class is expected"
         )
-    return EmbeddingRow(values.text("text"), values.index, kind="class", group=str(value))
+    group = check_text(str(value), repr(values.columns["label"]))
+    return EmbeddingRow(values.text("text"), values.index, kind="class", group=group)
 
 
 def create_query(values: RoleValues) -> EmbeddingRow:
@@ -227,8 +228,8 @@ def _texts(values: RoleValues, role: str) -> list[str]:
         with contextlib.suppress(ValueError):  # a text, such as "[1] a reference"
             parsed = json.loads(value)
             value = parsed if all(isinstance(each, str | dict) for each in parsed) else value
-    if isinstance(value, str) and not value.strip() and role.startswith("negative"):
-        return []  # fewer negatives than columns, in a file of cells
+    if isinstance(value, str) and not value.strip() and role.startswith("neg"):
+        return []  # no negatives, or fewer than columns, in a file of cells
     if not isinstance(value, list):
         return [_text(value, name)]
     return [_text(each, f"item {number} of {name}") for number, each in enumerate(value, 1)]

@@ -57,6 +57,7 @@ ROWS = [
         EmbeddingRow("q", 0, ("p", "n"), (2, 1), teacher=(0.9, 0.1)),
     ),
     ({"query": "q", "pos": ["p"], "neg": ["n", "m"]}, RANKING),
+    ({"query": "q", "pos": '["p"]', "neg": ""}, EmbeddingRow("q", 0, ("p",), (1,))),  # of CSV
     (
         {
             "query": "q",
@@ -127,6 +128,7 @@ def test_positives_and_negatives_follow_labels():
         ({"query": "q", "positive_passages": [{"title": "t"}]}, "has no 'text'"),
         ({"query": "q", "positive": "p", "negatives": ["n", "m"], "label": 2}, "one number for 3"),
         ({"text": "q", "label": 0.5}, "where a class is expected"),
+        ({"text": "q", "label": ""}, "'label' is empty"),
     ],
 )
 def test_invalid_row_is_reported_with_reason(row, message):
