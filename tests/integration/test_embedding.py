@@ -458,7 +458,9 @@ def test_long_texts_raise_or_are_truncated(
     assert first.tolist() == pytest.approx(second.tolist(), abs=1e-6)
     merged = tmp_path / "merged"
     merge(MergeConfig(adapters=[run_dir], output_dir=merged, verify=False))
-    with pytest.raises(FtlevelError, match="and the model takes 512"):
+    with pytest.raises(
+        FtlevelError, match=r"and the model takes 512 \(--overlong truncate cuts it\)"
+    ):
         predict(PredictConfig(name=str(merged)), rows)
     (prediction, _) = predict(PredictConfig(name=str(merged), overlong="truncate"), rows).rows or []
     assert prediction["prediction"].tolist() == pytest.approx(first.tolist(), abs=1e-5)

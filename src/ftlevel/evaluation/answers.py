@@ -356,6 +356,7 @@ class InferenceModel:
             too_long = [row for row in rows if len(row.input_ids) > positions]
             if refused := {
                 row.row: f"has {len(row.input_ids):,} tokens, and the model takes {positions:,}"
+                + ("" if isinstance(row.labels, list) else " (--overlong truncate cuts it)")
                 for row in too_long
                 if not self._truncate or isinstance(row.labels, list)  # one label per token
             }:
