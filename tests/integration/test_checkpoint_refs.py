@@ -179,7 +179,7 @@ def test_damaged_checkpoint_is_reported_in_one_line(
         assert "is a bug in ftlevel" not in message
 
 
-def test_resume_from_checkpoint_without_tokenizer_files(
+def test_resume_without_tokenizer_files_gives_same_adapter(
     train_run: Any,
 ) -> None:
     run_dir = train_run()

@@ -254,7 +254,7 @@ def test_adapter_flag_accepts_method_name(base: Path) -> None:
 
 
 @pytest.mark.sweep
-def test_continued_training_on_real_weights(minilm: Path) -> None:
+def test_continued_run_on_real_weights_starts_with_adapter_metrics(minilm: Path) -> None:
     task_data.write(Path("data"), "class")
     short = ["--dataset", "data", "--batch-size", "4", "--dtype", "float32", "--max-steps", "4"]
     before = train("--model", str(minilm), *short, "--eval-steps", "2")

@@ -203,7 +203,7 @@ def classifier(tiny_model_dir: ModelDir, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
-def test_evaluate_on_other_splits_and_files(classifier: Path, tmp_path: Path) -> None:
+def test_other_splits_and_files_are_evaluated(classifier: Path, tmp_path: Path) -> None:
     rows = [json.dumps(task_data.ROWS["class"](i)) for i in range(40, 50)]
     (classifier / "data/test.jsonl").write_text("\n".join(rows))
     test = run_evaluation(classifier / "run", split="test")
@@ -265,7 +265,7 @@ def test_plain_peft_adapter_loss_matches_reference(
     assert result.base["loss"] != result.metrics["loss"]
 
 
-def test_evaluate_plain_model(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+def test_plain_model_needs_head_and_dataset(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     data = task_data.write(tmp_path / "data", "class")
     rows = str(data / "validation.jsonl")
     with pytest.raises(InputError, match=r"has no trained head for --task text-classification"):

@@ -272,7 +272,7 @@ def test_sampling_is_seeded(adapters_dir: Path) -> None:
     )  # only the most likely token
 
 
-def test_prompt_files_and_output_file(
+def test_prompt_files_give_same_answers_as_prompts(
     adapters_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS) + "\n\n")

@@ -169,7 +169,7 @@ def test_reward_increases_in_training(trained_run: tuple[Path, dict[str, Any]]) 
     ].keys()
 
 
-def test_more_validation_prompts_than_training_prompts(data: Path, tmp_path: Path) -> None:
+def test_more_validation_than_training_prompts_are_supported(data: Path, tmp_path: Path) -> None:
     two_prompts = write_prompts(tmp_path / "few.jsonl", NAMES[:2])
     rows = {"dataset": str(two_prompts), "validation_file": str(data / "held-out.jsonl")}
     train_options = {"per_device_train_batch_size": 2, "max_steps": 1}
@@ -210,7 +210,7 @@ def test_evaluation_matches_reward_of_training(
     assert {"pass@1", "pass@4"} <= evaluation["metrics"].keys()
 
 
-def test_evaluation_of_full_run_against_adapter_run(
+def test_full_run_against_adapter_run_matches_their_evaluations(
     data: Path, tmp_path: Path, trained_run: tuple[Path, dict[str, Any]]
 ) -> None:
     run, summary = trained_run
@@ -509,7 +509,7 @@ def test_on_policy_distillation_reduces_divergence(
     assert not {"pass@1", "groups_with_signal"} & evaluation["metrics"].keys()
 
 
-def test_on_policy_distillation_with_two_processes_and_resume(
+def test_two_process_and_resumed_distillation_match_one_process(
     data: Path, tmp_path: Path, tiny_model: dict[str, Any], tiny_model_dir: Callable[..., Path]
 ) -> None:
     teacher, other_teacher = (str(tiny_model_dir("llama", chat=True, seed=seed)) for seed in (1, 2))

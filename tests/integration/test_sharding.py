@@ -352,7 +352,7 @@ def train_in_4bit(folder: Path, out: Path, shard: str, method: dict[str, Any]) -
         pytest.param({"kind": "lora", "use_dora": True}, id="dora"),
     ],
 )
-def test_dora_and_hira_on_sharded_4bit_base(
+def test_dora_and_hira_on_sharded_4bit_base_match_one_process(
     prepared_dir: Path, tmp_path: Path, method: dict[str, Any]
 ) -> None:
     """PEFT recognizes quantized weights by their class, which FSDP2 does not keep."""

@@ -36,7 +36,9 @@ def test_task_is_inferred_from_columns(
     assert plan["config"]["task"] == task
 
 
-def test_mapped_columns_and_explicit_task(tmp_path: Path, tiny_model_dir: Any, capsys: Any) -> None:
+def test_mapped_columns_or_task_option_determine_task(
+    tmp_path: Path, tiny_model_dir: Any, capsys: Any
+) -> None:
     model, path = tiny_model_dir("bert"), tmp_path / "rows.jsonl"
     rows = [{"body": row["text"], "mood": row["label"]} for row in ROWS["text-classification"]]
     mapping = ("--text_column", "body", "--label_column_name", "mood")

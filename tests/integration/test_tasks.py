@@ -229,7 +229,7 @@ def test_new_head_is_saved_in_float32(tiny_model_dir: ModelDir, tmp_path: Path) 
     assert card["heads"] == ["lm_head.dense", "lm_head.layer_norm"]
 
 
-def test_question_answering_commands(
+def test_question_answering_train_and_generate_commands(
     tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, out = task_data.write(tmp_path / "data", "span"), str(tmp_path / "run")
