@@ -69,7 +69,8 @@ def killed_comparison(
 ) -> Iterator[KilledComparison]:
     path = tmp_path_factory.mktemp("compared") / "runs"
     arguments = build_arguments(rows, path, "--methods", ",".join(METHODS), "--budget-steps", "3",
-                                "--seeds", "2", "--seed", "1", "--quiet")  # fmt: skip
+                                "--seeds", "2", "--seed", "1", "--set", "method.r=2",
+                                "--quiet")  # fmt: skip
     process = Forked(arguments, stdout=subprocess.PIPE)
     first = path / "scores" / "lora-seed1.json"
     wait_until(lambda: first.is_file() and (path / "ia3-seed1").is_dir(), process)
@@ -96,6 +97,18 @@ def test_killed_comparison_resumes_without_repeating_runs(
             )
             assert summary["method"] == method
             assert summary["steps"] == 3
+
+
+@pytest.mark.slow
+def test_methods_keep_settings_of_the_recipe_that_they_have(
+    killed_comparison: KilledComparison,
+) -> None:
+    lora, ia3 = (
+        yaml.safe_load((killed_comparison.path / f"{method}-seed1" / "config.yaml").read_text())
+        for method in METHODS
+    )
+    assert lora["method"]["r"] == 2
+    assert "r" not in ia3["method"]
 
 
 @pytest.mark.slow

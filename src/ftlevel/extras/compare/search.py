@@ -130,6 +130,7 @@ def _child(
 DATABASE = "search.db"
 EVALUATIONS = 9  # per trial: Hyperband with factor 3 prunes after 1, 3 and 9
 _WAIT_FOR_LOCK = 100  # seconds, of SQLite
+_ATTEMPTS, _RETRY_SECONDS = 20, 0.2  # to create a database at the same time as other processes
 _ALIVE, _GIVEN_UP = 20, 120  # seconds: heartbeat interval, and grace period of a trial
 _MAX_FAILURES = 3
 _REASON, _WITHDRAWN = "reason", "withdrawn"
@@ -176,24 +177,43 @@ class Study:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        is_file = self.storage.startswith("sqlite")
-        connect_args = {"connect_args": {"timeout": _WAIT_FOR_LOCK}} if is_file else {}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            storage = optuna.storages.RDBStorage(
-                self.storage,
-                engine_kwargs=connect_args,
-                heartbeat_interval=_ALIVE,
-                grace_period=_GIVEN_UP,
-            )
         return optuna.create_study(
-            storage=storage,
+            storage=_open_storage(self.storage),
             study_name=self.name,
             direction=self.direction,
             load_if_exists=True,
             sampler=optuna.samplers.TPESampler(),  # with a seed, processes would sample alike
             pruner=optuna.pruners.HyperbandPruner(1, EVALUATIONS, 3),
         )
+
+
+def _open_storage(url: str) -> optuna.storages.RDBStorage:
+    """Open the database at `url`, or create it, also if other processes create it now.
+
+    Optuna 4 creates tables without a lock. If several processes do so at once, all but one may
+    fail because a table or its version exists; another attempt then finds both.
+    """
+    import optuna
+    from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+
+    connect_args = {"timeout": _WAIT_FOR_LOCK} if url.startswith("sqlite") else {}
+    attempts = _ATTEMPTS
+    while True:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                return optuna.storages.RDBStorage(
+                    url,
+                    engine_kwargs={"connect_args": connect_args},
+                    heartbeat_interval=_ALIVE,
+                    grace_period=_GIVEN_UP,
+                )
+        except (IntegrityError, OperationalError, ProgrammingError) as error:
+            is_created = isinstance(error, IntegrityError) or "already exists" in str(error)
+            attempts -= 1
+            if not is_created or not attempts:
+                raise
+        time.sleep(_RETRY_SECONDS)
 
 
 class _StudyComplete(Exception):
