@@ -91,7 +91,8 @@ def test_embedding_texts_are_on_separate_lines(
         capsys, "--task", "embedding", "--model", tiny_model_dir("bert", "mlm"), "--dataset", data,
         "--row", "2",
     )  # fmt: skip
-    query, document = out.split("row 2 (")[1].splitlines()[1:3]
+    title, query, document = out.split("row 2 (")[1].splitlines()[:3]
+    assert re.search(r"\d tokens; query: tokens 1-\d+; document with label 1: tokens \d", title)
     assert query.startswith("query: [CLS]")
     assert query.endswith("[SEP]")
     assert re.match(r"document 1: \[CLS\] ?\[", document)

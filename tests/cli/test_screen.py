@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from forked import Forked
+from ftlevel._version import __version__
 from ftlevel.cli.app import run
 from ftlevel.cli.screen import Screen
 from ftlevel.cli.startup import SafeStream
@@ -54,6 +55,14 @@ def test_unencodable_characters_are_replaced() -> None:
     stream = io.TextIOWrapper(raw, encoding="ascii", write_through=True)
     Console(file=SafeStream(stream)).print("loss 2 → 1")
     assert raw.getvalue() == b"loss 2 ? 1\n"
+
+
+def test_a_command_has_one_title() -> None:
+    file = io.StringIO()
+    screen = Screen(Console(file=file), quiet=False)
+    for title in ("train", "verify-fast"):
+        screen.choices(title, [Choice("data", "rows.csv")])
+    assert file.getvalue() == f"ftlevel {__version__} train\n" + "  data: rows.csv\n" * 2
 
 
 @pytest.mark.parametrize("name", ["[red]x", "[/]", "a\\[b]"])

@@ -475,7 +475,7 @@ def test_preview_labels_query_and_document_tokens(
     )
     (row,) = preview(config, [1]).rows
     assert "query: tokens 1-" in row.label
-    assert "document, label 1: tokens" in row.label
+    assert "document with label 1: tokens" in row.label
     assert [token.label for token in row.tokens if token.label] == ["query, prompt", "document 1"]
 
 

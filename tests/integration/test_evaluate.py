@@ -289,7 +289,7 @@ def test_evaluate_command_output_and_errors(
     assert "accuracy" in output
     heads = json.loads((classifier / "run/adapter/ftlevel.json").read_text())["heads"]
     assert heads == ["bert.pooler", "classifier"]
-    assert f"without the adapter its {', '.join(heads)} is random" in output
+    assert f"without the adapter its head ({', '.join(heads)}) is random" in output
     assert run(["evaluate", name, "--json", "--resamples", "20", "--device", "cpu"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert set(result["metrics"]) == {"loss", "accuracy", "f1", "mcc"}

@@ -42,8 +42,8 @@ def test_packed_experts_train_resume_evaluate_and_merge(
                "--double-quant", "--rslora"]  # fmt: skip
     uninterrupted = train(*options, "--epochs", "2", "--verify-fast", out="whole")
     captured = capfd.readouterr()
-    assert "experts: 4 bits, as the linears" in captured.out + captured.err
-    assert "verify-fast" in captured.out + captured.err
+    assert "experts: 4 bits, as the linear layers" in captured.out + captured.err
+    assert "fast step verified on" in captured.out + captured.err
     card = json.loads(Path("whole/adapter/ftlevel.json").read_text())
     assert card["quantization"]["experts"] is True
     train(*options, "--epochs", "1")

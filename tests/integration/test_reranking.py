@@ -169,6 +169,23 @@ def test_predicted_scores_match_transformers_and_merged_model(
     assert predict_scores(merged, data_dir, file) == pytest.approx(ours, abs=1e-5)
 
 
+def test_predictions_show_the_relevant_document_and_the_best_negative(
+    train_once: Callable[[str, str], TrainedRun],
+) -> None:
+    out, _ = train_once("bert", "lce")
+    lines = [json.loads(line) for line in (out / "validation.jsonl").read_text().splitlines()]
+    for line, row in zip(lines, create_rows(8, 1), strict=True):
+        negatives = [at for at, label in enumerate(row["labels"]) if not label]
+        texts = {
+            "query": row["query"],
+            "document": row["documents"][row["labels"].index(1)],
+            "retrieved": row["documents"][max(negatives, key=line["scores"].__getitem__)],
+        }
+        assert {name: line[name].split() for name in texts} == {
+            name: text.split() for name, text in texts.items()
+        }
+
+
 @pytest.mark.parametrize(("family", "loss"), [("bert", "lce"), ("llama", "bce")])
 def test_evaluation_matches_metrics_of_training(
     family: str, loss: str, train_once: Callable[[str, str], TrainedRun]

@@ -437,7 +437,7 @@ def test_nonfinite_loss_stops_run_without_saving(
     assert code == 1
     error = capsys.readouterr().err
     assert re.search(r"(loss is (nan|inf) at|not finite at) step 1\b", error)
-    assert "Training stopped before the weights took it." in error
+    assert "Training stopped before the weights were updated." in error
     assert not Path("run/adapter").exists()
 
 

@@ -115,16 +115,21 @@ def _lengths(preview: Preview) -> str:
 
 
 def _row(row: ShownRow) -> str:
-    label = f", label: <b>{escape(row.label)}</b>" if row.label else ""
     blocks = "".join(
         f'<div class="row">{"".join(map(_token, tokens))}</div>'
         for tokens in (row.tokens, row.target)
         if tokens
     )
     return (
-        f"<h2>Row {row.number} <small>{escape(row.location)}, {len(row.tokens):,} tokens{label}"
-        f"</small></h2>{blocks}"
+        f"<h2>Row {row.number} <small>{escape(row.location)}, {len(row.tokens):,} tokens"
+        f"{escape(_label(row))}</small></h2>{blocks}"
     )
+
+
+def _label(row: ShownRow) -> str:
+    if row.has_parts:
+        return f"; {row.label}"
+    return f", label: {row.label}" if row.label else ""
 
 
 def _token(token: Token) -> str:
@@ -191,8 +196,7 @@ def _format_row(row: ShownRow, *, full: bool, color: bool) -> Iterator[Text]:
         size += f" → {len(row.target):,}"
     elif 0 < learned < len(targets) or not row.label:
         size += f", {learned:,} supervised"
-    label = f", label: {row.label}" if row.label else ""
-    yield Text(f"row {row.number} ({row.location}): {size}{label}", style="bold cyan")
+    yield Text(f"row {row.number} ({row.location}): {size}{_label(row)}", style="bold cyan")
     for tokens in filter(None, (row.tokens, row.target)):
         yield _colored(tokens, full=full) if color else _bracketed(tokens, full=full)
 

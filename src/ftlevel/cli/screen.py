@@ -74,6 +74,7 @@ class Screen(Listener):
         self._total = 0
         self._seen: tuple[float, int] | None = None
         self._first = 0
+        self._has_title = False
 
     def exit_if_closed(self) -> None:
         """Raise Exit with SIGPIPE's exit code if the other end of the pipe is closed."""
@@ -88,10 +89,12 @@ class Screen(Listener):
             self.console.print(f"[dim]· {name}[/dim]", highlight=False)
 
     def choices(self, title: str, choices: Sequence[Choice]) -> None:
-        """Show every setting with the reason for its value."""
+        """Show every setting with the reason for its value; the first call also shows `title`."""
         if self.quiet:
             return
-        self._line(f"[bold]ftlevel {__version__}[/bold] {title}")
+        if not self._has_title:
+            self._line(f"[bold]ftlevel {__version__}[/bold] {title}")
+            self._has_title = True
         if not self.console.is_terminal:
             for choice in choices:
                 self._line(_escape(f"  {choice.name}: {choice}"))
@@ -288,7 +291,7 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
 
 def _range(summary: Mapping[str, Any], name: str, which: str) -> str:
     bounds = summary[which].get(name) if "intervals_before" in summary else None
-    return "" if bounds is None else f" ({bounds[0]:.4f}–{bounds[1]:.4f})"
+    return "" if bounds is None else f" [{bounds[0]:.4f}, {bounds[1]:.4f}]"
 
 
 def _has_content(path: Path) -> bool:

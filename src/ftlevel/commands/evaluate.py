@@ -522,7 +522,7 @@ def _choices(
         base = "there is no adapter to disable"
     elif ref.card.heads:
         heads = ", ".join(dict.fromkeys(ref.card.heads))
-        base = f"not scored: without the adapter its {heads} is random"
+        base = f"not scored: without the adapter its head ({heads}) is random"
     else:
         base = "evaluated for comparison, with the adapter disabled"
     dropped = f"; {eval_rows.dropped:,} dropped, beyond the max length" if eval_rows.dropped else ""

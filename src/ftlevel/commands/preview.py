@@ -49,7 +49,8 @@ class Token:
 class ShownRow:
     """A row as the model sees it; `number` is its 1-based index, `place` its `file:line`.
 
-    `target` has the tokens of an encoder-decoder's target; `label` is the target of the whole row.
+    `target` has the tokens of an encoder-decoder's target; `label` is the target of the whole row,
+    or with `has_parts` the positions of its texts.
     """
 
     number: int
@@ -57,6 +58,7 @@ class ShownRow:
     tokens: tuple[Token, ...]
     target: tuple[Token, ...]
     label: str
+    has_parts: bool
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,8 @@ def _show_row(run: Run, row: Encoded) -> ShownRow:
         for id_, text in zip(ids, decoder.decode_tokens(ids), strict=True)
     )
     location = run.data.table.where(row.row)
-    return ShownRow(row.row + 1, location, tokens, target, run.task.decode_label(row, names))
+    label = run.task.decode_label(row, names)
+    return ShownRow(row.row + 1, location, tokens, target, label, row.has_parts)
 
 
 class PieceDecoder:

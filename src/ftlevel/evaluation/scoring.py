@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from ftlevel.objectives import (
     TokenObjective,
 )
 from ftlevel.tasks.embedding.objective import Embeddings
+from ftlevel.tasks.reranking.rows import RankedRow
 from ftlevel.trained.generation import GenerationOptions, batches, generate_texts
 from ftlevel.trained.model_ref import LoadedModel
 from ftlevel.trained.resolve import NAMED, get_card_dir, load_reference, resolve_base
@@ -152,13 +154,13 @@ class Evaluator:
 
     def prompt_text(self, row: Encoded) -> str:
         """Returns the decoded text before the last answer of `row`."""
-        return self._decode(self._prompt(row))
+        return self.decode(self._prompt(row))
 
     def text(self, row: Encoded) -> str:
         """Returns the decoded input of `row`."""
-        return self._decode(row.input_ids)
+        return self.decode(row.input_ids)
 
-    def _decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids` without special tokens other than masks."""
         mask = getattr(self.tokenizer, "mask_token_id", None)
         if mask is None or mask not in ids:
@@ -172,7 +174,7 @@ class Evaluator:
         if self.kind != "encoder-decoder":
             labels = labels[self._answer_start(labels) :]
         ids = [label for label in labels if label != IGNORED]
-        return self._decode(ids)
+        return self.decode(ids)
 
     @staticmethod
     def _answer_start(labels: list[int]) -> int:
@@ -295,6 +297,7 @@ def iterate_results(
     for the same rows, and `evaluator` the texts of the rows.
     """
     texts = {} if evaluator is None else texts_of(evaluator)
+    by_row = {} if evaluator is None else {row.row: row for row in evaluator.rows}
     generated = {item.row: item for item in record.written}
     base_generated = {item.row: item for item in base.written} if base else {}
     for row in sorted(record.units):
@@ -311,7 +314,25 @@ def iterate_results(
             line |= {f"base_{key}": value for key, value in base_metrics.items() if key != "true"}
             if row in base_generated:
                 line["base_predicted"] = base_generated[row].text
+        ranked = by_row.get(row)
+        if evaluator is not None and isinstance(ranked, RankedRow):
+            line |= _ranked_texts(evaluator, ranked, line)
         yield line
+
+
+def _ranked_texts(evaluator: Evaluator, row: RankedRow, line: dict[str, Any]) -> dict[str, str]:
+    """Returns the query, its most relevant document and the best-scored irrelevant one."""
+    ends = accumulate(row.sizes, initial=row.query)
+    documents = [row.input_ids[start:end] for start, end in pairwise(ends)]
+    irrelevant = [at for at, label in enumerate(row.relevance) if label <= 0]
+    ids = {"query": row.input_ids[: row.query]}
+    if max(row.relevance) > 0:
+        ids["document"] = documents[row.relevance.index(max(row.relevance))]
+    for name in ("base_", ""):
+        scores = line.get(f"{name}scores", [])
+        if irrelevant and len(scores) == len(documents):
+            ids[f"{name}retrieved"] = documents[max(irrelevant, key=scores.__getitem__)]
+    return {name: evaluator.decode(own)[:_MAX_TEXT_LENGTH] for name, own in ids.items()}
 
 
 def texts_of(evaluator: Evaluator) -> dict[int, dict[str, str]]:
@@ -319,7 +340,7 @@ def texts_of(evaluator: Evaluator) -> dict[int, dict[str, str]]:
     has_targets = isinstance(evaluator.objective, TokenObjective) and evaluator.kind != "encoder"
     result: dict[int, dict[str, str]] = {}
     for row in evaluator.rows:
-        if row.row in result:  # another window or piece of the same row
+        if row.row in result or isinstance(row, RankedRow):  # another window of the same row
             continue
         first, *others = row.sequences
         if isinstance(evaluator.objective, StepObjective) and others:

@@ -443,7 +443,7 @@ class BaseTask(ABC):
         return []
 
     def decode_label(self, row: Encoded, names: Sequence[str]) -> str:
-        """Returns the label of the whole row; "" for token targets."""
+        """Returns the label of the row, or the positions of its parts; "" for token targets."""
         return ""
 
 

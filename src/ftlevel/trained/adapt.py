@@ -263,8 +263,8 @@ def check_targeted_modules(peft_model: Any, method: str, base: Base) -> None:
         remaining = sorted({name.rpartition(".")[2] for name in base.targets} - set(names))
         raise ConfigError(
             f"--method {method} on {base.config.model_type}: PEFT {peft.__version__} takes "
-            f"{join_names(names)} for the experts' tensors, and {len(missing):,} linears of that "
-            f"name, such as {missing[0]}, would stay as they are. Use --target-modules "
+            f"{join_names(names)} for the experts' tensors, and {len(missing):,} linear layers of "
+            f"that name, such as {missing[0]}, would stay as they are. Use --target-modules "
             f"{','.join(remaining)}."
         )
 

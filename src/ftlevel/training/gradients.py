@@ -160,7 +160,7 @@ def select_skipped_steps(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]
     return [note for note in notes if "how" in note]
 
 
-_STOPPED = "Training stopped before the weights took it."
+_STOPPED = "Training stopped before the weights were updated."
 
 MAX_SKIPPED = 20
 """Maximal number of consecutive steps that float16 may skip: from the first scale, 65,536, to

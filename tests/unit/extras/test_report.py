@@ -136,7 +136,7 @@ def test_tick_labels_of_flat_curve_are_unique() -> None:
 def test_small_tick_labels_use_scientific_notation() -> None:
     records = [{"step": step, "learning_rate": 1e-3 - step * 2.5e-4} for step in range(5)]
     (chart,) = draw_charts([replace(make_run(count=3), records=records)])
-    assert {"2.5e-4", "7.5e-4", "0.001"} <= {text for _, text in chart.ticks_y}
+    assert {"0", "2.5e-4", "7.5e-4", "1e-3"} <= {text for _, text in chart.ticks_y}
 
 
 def test_few_points_are_not_thinned() -> None:
@@ -264,6 +264,8 @@ def test_headline_sentences() -> None:
     assert first == "accuracy 0.90 on 3 held-out rows"
     assert hint == "The model was not evaluated before training; --eval-on-start does that."
     assert "before this run 0.50" in get_headline(adapter={"name": "runs/first"})[0]
+    new_head = {"name": "head learning rate", "value": 0.02, "reason": ""}
+    assert "rows, random head 0.50" in get_headline(choices=[new_head])[0]
     (only,) = get_headline(metrics={}, metrics_before={}, intervals={})
     assert only == (
         "Training loss 1.00, at the start 2.00. No held-out rows: the quality on new rows is not "
@@ -323,7 +325,10 @@ def test_report_command_writes_page(tmp_path: Path, capsys: pytest.CaptureFixtur
 _MEASURE_SCRIPT = """<script>
 const svg = document.querySelector("svg"), r = svg.getBoundingClientRect();
 svg.dispatchEvent(new PointerEvent("pointermove", {clientX: r.left + r.width / 2, clientY: r.top}));
+svg.focus({focusVisible: true});
+const ends = [...document.querySelectorAll("caption")].map(c => c.getBoundingClientRect().right);
 document.title = JSON.stringify({wide: document.documentElement.scrollWidth, view: innerWidth,
+  captions: Math.max(...ends), outline: getComputedStyle(svg).outlineStyle,
   hover: document.querySelector("output").textContent});
 </script></body>"""
 
@@ -354,7 +359,8 @@ def test_page_in_browser(tmp_path: Path, width: int) -> None:
     assert title is not None, process.stderr[-500:]
     measured = json.loads(title[1])
     assert measured["view"] == width
-    assert measured["wide"] <= width
+    assert max(measured["wide"], measured["captions"]) <= width
+    assert measured["outline"] == "solid"
     assert measured["hover"].startswith("step ")
     assert "one " in measured["hover"]
     assert "CONSOLE" not in process.stderr
@@ -392,3 +398,14 @@ def test_retrieval_stats() -> None:
     (row,) = compute_retrieval_stats(lists).worst  # type: ignore[union-attr]
     assert (row["positive_score"], row["negative_score"]) == (-1.0, 2.0)
     assert compute_retrieval_stats([{"predicted": "a", "true": "b"}]) is None
+
+
+def test_the_labels_of_an_axis_have_one_notation_and_shares_are_not_negative() -> None:
+    log = [{"step": at, "learning_rate": 2e-3 - at * 4e-4, "clipped": 0.0, "eval_length": 9.0 + at}
+           for at in range(5)]  # fmt: skip
+    run = ReportedRun("one", Path("one"), SUMMARY, log)
+    charts = {chart.name: chart for chart in draw_charts([run])}
+    rates = [text for _, text in charts["learning_rate"].ticks_y]
+    assert rates == ["5e-4", "1e-3", "1.5e-3", "2e-3"]
+    assert charts["clipped"].span[2:] == (0.0, 1.0)
+    assert charts["eval_length"].unit == "tokens"

@@ -1,9 +1,12 @@
-"""Command blocks in the docs: every block is marked, and all commands and flags exist."""
+"""Command blocks and the text of the docs: commands, flags, settings, files and names exist."""
 
 from __future__ import annotations
 
+import importlib
 import re
+from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,10 @@ import typer
 
 from docs_commands import PAGES, ROOT, Block, blocks_of, run_block, shorten, with_output
 from ftlevel.cli.app import build_app, commands
+from ftlevel.cli.spelling import build_flag_specs
+from ftlevel.config import TrainConfig
+from ftlevel.config.flag import get_field_metadata
+from ftlevel.config.flags import FLAGS
 from ftlevel.errors import ConfigError
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
@@ -47,6 +54,84 @@ def test_documented_commands_parse() -> None:
         except typer.Exit:
             continue  # --help, --help-all
     assert errors == []
+
+
+FOREIGN = {
+    "--backend-store-uri": "mlflow",
+    "--cache-ram": "llama-server",
+    "--cuda": "make gpu-kit",
+    "--debug": "axolotl",
+    "--help": "every command",
+    "--lora": "llama-server",
+    "--max-lora-rank": "vLLM",
+    "--requeue": "sbatch",
+    "--share": "make torture",
+    "--signal": "sbatch",
+    "--tiny": "the kit for a GPU",
+    "--validation-rows": "the example of docs/add-a-flag.md",
+    "--weight-format": "optimum-cli",
+}
+"""Flags of other programs that the text names."""
+NOT_FTLEVEL = re.compile(r"(python|trl|mypy|\S*benchmarks/|--sides|--rows 1)")
+
+
+def spans(kept: re.Pattern[str]) -> Iterator[tuple[str, str]]:
+    """Yield the page and text of each code span with `kept`, outside of blocks of code."""
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+        for span in re.findall(r"`([^`\n]+)`", text):
+            if kept.search(span):
+                yield str(page.relative_to(ROOT)), span
+
+
+def test_flags_in_the_text_are_known() -> None:
+    known = {flag for command in commands() for flag in build_flag_specs(command, FLAGS)}
+    other_tools = ("docs/coming-from.md", "docs/switching.md", "docs/commands/")
+    found = [
+        (page, flag)
+        for page, span in spans(re.compile("--[a-z]"))
+        if not page.startswith(other_tools) and not NOT_FTLEVEL.match(span)
+        for flag in re.findall(r"(?<![\w/-])--[a-z][\w-]*", span)
+    ]
+    assert len(found) > 300
+    assert [
+        (page, flag) for page, flag in found if flag.replace("_", "-") not in known | FOREIGN.keys()
+    ] == []
+
+
+def test_settings_in_the_text_are_fields() -> None:
+    found = [
+        (page, key)
+        for page, span in spans(re.compile("--set "))
+        for key in re.findall(r"--set '?([a-z_0-9.]+\.[a-z_0-9]+)=", span)
+    ]
+    assert len(found) > 20
+    for page, key in found:
+        assert get_field_metadata(TrainConfig, key), page
+
+
+def test_python_names_in_the_text_exist() -> None:
+    names = {span for _, span in spans(re.compile(r"^ftlevel(\.\w+)+$"))} - {"ftlevel.json"}
+    assert len(names) > 5
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute) or find_spec(name), name
+
+
+def test_files_in_the_text_exist() -> None:
+    """Those that left name the commit that had them."""
+    path = re.compile(r"(?<![\w/.-])(?:src|tests|scripts|benchmarks|recipes|examples)/[\w./-]*\w")
+    new = {"docs/add-a-method.md": "scale.py"}
+    missing = [
+        (page.name, name)
+        for page in PAGES
+        for paragraph in re.split(r"\n(?:\n|(?=[|-]))", page.read_text(encoding="utf-8"))
+        for name in path.findall(paragraph)
+        if not any((ROOT / f"{name}{end}").exists() for end in ("", ".py"))
+        and not re.search(r"commit [0-9a-f]{8}", paragraph)
+        and not name.endswith(new.get(str(page.relative_to(ROOT)), "/"))
+    ]
+    assert missing == []
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])

@@ -66,7 +66,8 @@ def headline(summary: Summary) -> Iterator[str]:
     interval = (
         interval if interval and interval[0] < interval[1] else None
     )  # equal ends: all rows have one value
-    start = "before this run" if summary.get("adapter") else "base"
+    new_head = any(choice["name"] == "head learning rate" for choice in summary.get("choices", []))
+    start = "before this run" if summary.get("adapter") else "random head" if new_head else "base"
     yield (
         f"{name.replace('_', ' ')} {_figure(value)} on {rows:,} held-out rows"
         + (f", {start} {_figure(before)}" if before is not None else "")
@@ -208,7 +209,10 @@ def draw_charts(runs: Sequence[ReportedRun]) -> Iterator[Chart]:
         if key.startswith("eval_") and key != "eval_loss"
     )
     names = {key: key.removeprefix("eval_").replace("_", " ") for key in metrics}
-    of_metrics = [(key, f"Validation {name}", key, name) for key, name in names.items()]
+    units = {"length": "tokens", "truncated": "share of completions"}
+    of_metrics = [
+        (key, f"Validation {name}", key, units.get(name, name)) for key, name in names.items()
+    ]
     for name, title, key, unit in (*of_metrics, *CURVES):
         result = [
             (number, run, thin(list(_points(run.records, key)))) for number, run in enumerate(runs)
@@ -277,21 +281,28 @@ def _chart(
         for number, run, points in series
     ]
     ticks_x = [(to_pixels((x, low_y))[0], f"{x:,.0f}") for x in _ticks(low_x, high_x)]
-    ticks_y = [(to_pixels((low_x, y))[1], _label(y)) for y in _ticks(low_y, high_y)]
+    at_y = _ticks(low_y, high_y)
+    ticks_y = [
+        (to_pixels((low_x, y))[1], text) for y, text in zip(at_y, _labels(at_y), strict=True)
+    ]
     return Chart(name, title, unit, lines, ticks_x, ticks_y, (low_x, high_x, low_y, high_y))
 
 
 def _span(values: list[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
-    return (low, high) if high > low else (low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2)
+    if high > low:
+        return low, high
+    return (low - abs(low) / 2, high + abs(high) / 2) if low else (0.0, 1.0)
 
 
-def _label(value: float) -> str:
-    text = f"{value:.6g}"
-    if len(text) <= 5 or abs(value) >= 0.01:
-        return text
-    digits, exponent = f"{value:.3e}".split("e")
-    return f"{float(digits):g}e{int(exponent)}"
+def _labels(values: Sequence[float]) -> list[str]:
+    """Returns the tick labels of an axis, all in the same notation."""
+    texts = [f"{value:.6g}" for value in values]
+    pairs = zip(values, texts, strict=True)
+    if all(len(text) <= 5 or abs(value) >= 0.01 for value, text in pairs):
+        return texts
+    parts = [f"{value:.3e}".split("e") for value in values]
+    return [f"{float(digits):g}e{int(exp)}" if float(digits) else "0" for digits, exp in parts]
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -370,7 +381,11 @@ _TEXTS = {
 
 
 def _texts(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return [(title, row[name]) for name, title in _TEXTS.items() if row.get(name) is not None]
+    """Returns the headings and texts of an answered row; lists such as tags are joined."""
+    shown = [(title, row[name]) for name, title in _TEXTS.items() if row.get(name) is not None]
+    if not isinstance(row.get("predicted"), list):
+        return shown
+    return [(title, ", ".join(map(str, v)) if isinstance(v, list) else v) for title, v in shown]
 
 
 def _metric_values(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -336,8 +336,9 @@ def check_server_support(adapter: ServedModel, server: Server | None) -> list[st
     if not adapter.answers:
         raise InputError(
             f"it was trained for {adapter.ref.task} on {with_article(adapter.ref.model_kind)}, and "
-            f"adapters of {server.title} write text by a decoder here. Write it with --format peft "
-            f"alone, or merge it: ftlevel merge {quote(_display_path(adapter))} --out DIR"
+            f"{server.title} serves only adapters of decoders that generate text. Merge it: "
+            f"ftlevel merge {quote(_display_path(adapter))} --out DIR; or write PEFT's files: "
+            "--format peft without --for"
         )
     family = adapter.ref.model_config.model_type
     if server.families and family not in server.families:
@@ -402,9 +403,9 @@ def save_readme(path: Path, summary: Mapping[str, Any]) -> None:
         f"# {', '.join(names)}",
         "",
         f"Plain LoRA on `{summary['base']}`, written by ftlevel "
-        f"{summary['versions'].get('ftlevel', '')} from `{summary['model']}`: the scale is in B, "
-        "alpha is the rank of every module, so a reader that forgets a scale or a pattern is "
-        "right.",
+        f"{summary['versions'].get('ftlevel', '')} from `{summary['model']}`. B includes the "
+        "scale, and alpha equals the rank of every module. So programs that ignore scales or "
+        "patterns compute the same outputs.",
         "",
     ]
     for adapter in summary["adapters"]:
@@ -431,7 +432,7 @@ def serving_lines(summary: Mapping[str, Any]) -> list[str]:
     lines = ["## Serve", "", "```sh", *summary["start"], "```", ""]
     if summary.get("recorded", summary["verified"]):
         lines += [
-            "What it must answer is in served.json; what serves it is held to that by",
+            "served.json has the expected answers. Check a server with",
             "",
             "```sh",
             check_command(summary),

@@ -372,7 +372,7 @@ class EmbeddingTask(BaseTask):
         for size in row.sizes:
             ends.append((begin + 1, begin + size))
             begin += size
-        details = ["query", *(f"document, label {label:g}" for label in row.labels)]  # type: ignore[union-attr]
+        details = ["query", *(f"document with label {label:g}" for label in row.labels)]  # type: ignore[union-attr]
         for (first, last), prompt, what in zip(ends, row.prompts, details, strict=False):
             within = f", prompt to {first + prompt - 1}" if prompt else ""
             parts.append(f"{what}: tokens {first}-{last}{within}")

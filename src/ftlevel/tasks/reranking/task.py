@@ -187,7 +187,7 @@ class RerankingTask(BaseTask):
             return ""
         shown, start = [f"query: tokens 1-{row.query}"], row.query
         for size, label in zip(row.sizes, row.relevance, strict=True):
-            shown.append(f"{label:g}: {start + 1}-{start + size}")
+            shown.append(f"document with label {label:g}: {start + 1}-{start + size}")
             start += size
         return ", ".join(shown)
 

@@ -277,7 +277,7 @@ def _resolve_experts(
     )
     if not quant.experts and next(ModuleTree(meta).experts(), None) is None:
         return quant, None
-    precision = "4 bits, as the linears" if quant.experts else "in floating point"
+    precision = "4 bits, as the linear layers" if quant.experts else "in floating point"
     return quant, Choice("experts", precision, message)
 
 
