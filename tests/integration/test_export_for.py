@@ -211,10 +211,13 @@ def test_adapters_of_different_bases_are_rejected(
     assert "one and two have different bases" in capsys.readouterr().err
 
 
-def test_ollama_export_is_merged_and_checked(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+def test_ollama_export_is_merged_and_checked(
+    tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base_dir = exportable_model(tiny_model_dir, tmp_path, "llama")
     name = save_adapter(base_dir, "lora")
-    assert run(["export", name, "--for", "ollama", "--out", "mine.gguf", "-q"]) == 0
+    assert run(["export", name, "--for", "ollama", "--out", "mine.gguf"]) == 0
+    assert "saved mine.gguf, mine.Modelfile, mine.served.json  (" in capsys.readouterr().out
     assert "ADAPTER" not in Path("mine.Modelfile").read_text()
     served = json.loads(Path("mine.served.json").read_text())
     assert served["start"] == ["ollama create mine -f mine.Modelfile", "ollama run mine"]

@@ -175,11 +175,16 @@ def test_predictions_show_the_relevant_document_and_the_best_negative(
     out, _ = train_once("bert", "lce")
     lines = [json.loads(line) for line in (out / "validation.jsonl").read_text().splitlines()]
     for line, row in zip(lines, create_rows(8, 1), strict=True):
-        negatives = [at for at, label in enumerate(row["labels"]) if not label]
+        scores = [
+            score for score, label in zip(line["scores"], line["labels"], strict=True) if not label
+        ]
+        negatives = [
+            text for text, label in zip(row["documents"], row["labels"], strict=True) if not label
+        ]
         texts = {
             "query": row["query"],
             "document": row["documents"][row["labels"].index(1)],
-            "retrieved": row["documents"][max(negatives, key=line["scores"].__getitem__)],
+            "retrieved": negatives[scores.index(max(scores))],
         }
         assert {name: line[name].split() for name in texts} == {
             name: text.split() for name, text in texts.items()

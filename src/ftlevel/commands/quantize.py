@@ -168,7 +168,7 @@ def _resolve(config: QuantizeConfig) -> _Plan:
     text = load_eval_text(config.eval_text, config.eval_tokens) if config.measure else None
     choices = [
         Choice("model", ref.base, f"{model_config.model_type}, as {auto_class}"),
-        Choice("form", config.form, f"{len(layout.linears):,} linears"),
+        Choice("form", config.form, f"{len(layout.linears):,} linear layers"),
         Choice("kept in", str(dtype).removeprefix("torch."), reason),
         Choice("kept", "embeddings, norms, heads", _describe_unquantized(layout)),
     ]
@@ -208,7 +208,7 @@ def _experts_note(config: QuantizeConfig, plan: _Plan) -> str:
     dtype = str(plan.layout.dtype).removeprefix("torch.")
     message = (
         f"{stay / 1e6:,.1f} MB of the {total / 1e6:,.1f} MB are experts, which stay in {dtype}: "
-        "transformers packs linears alone, and reads no packed experts."
+        "transformers packs only linear layers, and reads no packed experts."
     )
     if config.quant != "4bit":
         return message

@@ -312,6 +312,7 @@ class GgufEmbeddingExport:
             "start": start_commands(config.server, config.out, self.format),
             "out": str(config.out),
             "modelfile": str(config.outputs[1]),
+            "outputs": [str(path) for path in config.outputs],
             "notes": list(self.notes),
             "versions": library_versions(),
         }
@@ -335,7 +336,7 @@ class GgufEmbeddingExport:
                 f"read back: every tensor is the model's; embeddings of {check['texts']} texts "
                 f"have cosine {check['min_cosine']:.6f} or more to the model's"
             )
-        yield f"saved {summary['out']} and {summary['modelfile']}  ({summary['seconds']:.1f} s)"
+        yield f"saved {', '.join(summary['outputs'])}  ({summary['seconds']:.1f} s)"
         if summary["start"]:
             yield "serve it:"
             yield from (f"  {command}" for command in summary["start"])

@@ -397,6 +397,7 @@ class GgufExport:
             "start": start_commands(config.server, config.out),
             "out": str(config.out),
             "modelfile": str(config.outputs[1]),
+            "outputs": [str(path) for path in config.outputs],
             "versions": library_versions(),
         }
 
@@ -420,7 +421,7 @@ class GgufExport:
             yield from _format_check(check, summary)
             if not summary["start"]:
                 yield "no answers are recorded for ftlevel check-served (--for llama.cpp or ollama)"
-        yield f"saved {summary['out']} and {summary['modelfile']}  ({summary['seconds']:.1f} s)"
+        yield f"saved {', '.join(summary['outputs'])}  ({summary['seconds']:.1f} s)"
         if summary["start"]:
             yield "serve it:"
             yield from (f"  {command}" for command in summary["start"])
