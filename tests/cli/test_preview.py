@@ -127,6 +127,7 @@ def test_json_matches_training_rows(
     rows = {row.row + 1: row for row in resolve(config).data.train}
     for preview_row in result["rows"]:
         row = rows[preview_row["number"]]
+        assert preview_row["place"].endswith(f"talk.jsonl:{preview_row['number']}")
         assert [token["id"] for token in preview_row["tokens"]] == row.input_ids
         assert [t["id"] if t["supervised"] else -100 for t in preview_row["tokens"]] == row.labels
     assert result["tokens"] == sum(len(row.input_ids) for row in rows.values())

@@ -60,6 +60,11 @@ class ShownRow:
     label: str
     has_parts: bool
 
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the row for `--json`, where the location is `place`."""
+        fields = asdict(self)
+        return {"place": fields.pop("location"), **fields}
+
 
 @dataclass(frozen=True)
 class Bar:
@@ -97,7 +102,7 @@ class Preview:
         """Returns the output of `--json`."""
         return {
             "data": self.data_info,
-            "rows": [asdict(row) for row in self.rows],
+            "rows": [row.to_dict() for row in self.rows],
             "lengths": [asdict(bar) for bar in self.lengths],
             "tokens": self.tokens,
             "supervised": self.supervised,
