@@ -72,7 +72,7 @@ def run_checked(command: Sequence[str], path: str = "") -> tuple[Usage, str]:
 
 
 def run_side(option: str, side: str, path: str = "") -> Any:
-    """Run this command with `option side` in a process of its own, and parse its last line."""
+    """Run this command with `option side` in a separate process, and parse its last line."""
     output = run_checked([sys.executable, *sys.argv, option, side], path)[1]
     return json.loads(output.splitlines()[-1])
 

@@ -6,10 +6,10 @@
     python scripts/build_data.py docstring-summary chat --out data
     python scripts/build_data.py all
 
-Each set becomes `data/NAME/{train,validation,test}.jsonl`, with `SOURCE.md` beside them: where the
-text comes from and under which licence. The same releases give the same bytes on every machine; the
-end of a build says whether they are those of the reference. Packages are downloaded once, into
-`data/.work`, and never installed. Exit code 3 means that an index could not be reached.
+Each set becomes `data/NAME/{train,validation,test}.jsonl`, with `SOURCE.md`: sources and licences.
+The same releases give the same bytes on every machine, and a build is compared with the reference.
+Packages are downloaded once, into `data/.work`, and never installed. Exit code 3: no index
+could be reached.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ a section of [troubleshooting](troubleshooting.md).
 
 
 def cli_page() -> str:
-    """Return docs/cli.md: every command in a line."""
+    """Return docs/cli.md with a line per command."""
     rows = [f"| [ftlevel {name}](commands/{name}.md) | {COMMANDS[name][1]} |" for name in COMMANDS]
     return "\n".join([_HEAD, *rows]) + "\n"
 

@@ -28,7 +28,7 @@ THREADS = os.environ.get("OMP_NUM_THREADS") or str(psutil.cpu_count(logical=Fals
 
 
 class UnsupportedError(Exception):
-    """The tool cannot do the workload; the message says why."""
+    """The tool does not support the workload; the message has the reason."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""Recipes for small real data sets, each from packages that anybody can download.
+"""Recipes for small real data sets from downloadable packages.
 
-One module a source. A recipe yields rows; ordering and splitting are by SHA-1, never by a random
-generator, so that the same releases give the same bytes everywhere.
+One module per source. A recipe yields rows; rows are ordered and split by SHA-1, never by a random
+generator, so the same releases give the same bytes everywhere.
 """

@@ -44,7 +44,7 @@ def chapter_rows(chapters: Iterable[tuple[str, int, list[str]]]) -> Iterator[Row
 
 def read_chapters(module: Any) -> Iterator[tuple[str, int, list[str]]]:
     """Yield book, chapter and raw verses of the chosen books of a pysword module."""
-    # Verses of a chapter lie in one compressed block, which pysword unpacks once a verse.
+    # A chapter is one compressed block, which pysword would unpack for every verse.
     module._decompressed_text = functools.lru_cache(None)(module._decompressed_text)
     for books in module.get_structure().get_books().values():
         for book in books:

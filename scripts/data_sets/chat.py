@@ -16,14 +16,14 @@ PACKAGE = Package(
     "1.3.3",
     "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
 )
-# Files of weak or tasteless rows.
-LEFT_OUT = ("gossip", "humor", "politics", "conversations", "emotion", "psychology")
+# Files with poor or tasteless rows.
+EXCLUDED = ("gossip", "humor", "politics", "conversations", "emotion", "psychology")
 
 
 def conversation_rows(text: str, topic: str) -> Iterator[Row]:
-    """Yield the conversations of a YAML file whose first answer says something.
+    """Yield the conversations of a YAML file whose first answer has at least 8 characters.
 
-    Turns alternate, beginning with the user; an unanswered last turn is cut.
+    Turns alternate, starting with the user; an unanswered last turn is dropped.
     """
     for conversation in yaml.safe_load(text)["conversations"]:
         turns = [squeeze(str(turn)) for turn in conversation]
@@ -41,7 +41,7 @@ def build_chat(name: str, sources: Sources) -> Splits:
     rows: list[Row] = []
     for file, text in sources.members(PACKAGE, r"chatterbot_corpus/data/english/[^/]+\.yml"):
         topic = PurePosixPath(file).stem
-        if topic not in LEFT_OUT:
+        if topic not in EXCLUDED:
             rows += conversation_rows(text, topic)
     return split_rows(
         name, rows, (2000, 100, 100), key=lambda row: str(row["messages"][0]["content"].lower())

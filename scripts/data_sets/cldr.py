@@ -1,4 +1,4 @@
-"""cldr-names: what characters and symbols are called in four languages, from Unicode's CLDR."""
+"""cldr-names: names of characters and symbols in four languages, from Unicode's CLDR."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from data_sets.sources import Sources
 from data_sets.splits import Row, Splits, split_rows, squeeze
 from wheels import Package
 
-# One platform's wheels for everybody, so that the files are the same; only the .py files are read.
+# One platform's wheels on every machine, so that files are equal; only .py files are read.
 _LINUX = "cp311"
 LIBRARIES = (
     Package(
@@ -99,8 +99,8 @@ def plain(text: str) -> str:
 def divide(docstring: str) -> tuple[str, str]:
     """Return the first paragraph of a docstring and the prose of the rest.
 
-    Prose is what stands before the first section, and in Notes and Explanation; paragraphs with
-    code, lists, tables or formulas are left out.
+    Prose is the text before the first section, and Notes and Explanation; paragraphs with code,
+    lists, tables or formulas are excluded.
     """
     first, _, rest = docstring.partition("\n\n")
     pieces = HEADING.split(rest)
@@ -117,7 +117,7 @@ def divide(docstring: str) -> tuple[str, str]:
 
 
 def is_good(summary: str, document: str) -> bool:
-    """Return whether the pair is a summary worth learning: both of fair length, plain prose."""
+    """Return whether the pair is usable: summary and document of suitable length, plain prose."""
     return (
         20 <= len(summary) <= 120
         and 150 <= len(document) <= 1200
@@ -129,19 +129,19 @@ def is_good(summary: str, document: str) -> bool:
 
 
 def drop_templated(rows: Iterable[Row]) -> list[Row]:
-    """Drop rows whose text begins like an earlier one's or whose summary is the same."""
+    """Drop rows whose text starts like an earlier one's, or whose summary is the same."""
     seen: set[str] = set()
-    kept = []
+    unique = []
     for row in rows:
         marks = {row["document"][:200], row["summary"]}
         if not marks & seen:
             seen |= marks
-            kept.append(row)
-    return kept
+            unique.append(row)
+    return unique
 
 
 def build_rows(docstrings: Iterable[Docstring]) -> Iterator[Row]:
-    """Yield a row for every docstring that has a good summary and body."""
+    """Yield a row for every docstring with a usable summary and body."""
     for item in docstrings:
         summary, document = divide(item.text)
         if is_good(summary, document):

@@ -37,8 +37,8 @@ QUESTIONS = (
     ("Economy", "Industries", "What are the main industries of {c}?"),
     ("Communications", "Internet country code", "What is the internet country code of {c}?"),
 )
-# Names that the Factbook's own lists lack, and entries of them that are ordinary words.
-MORE_NAMES = {
+# Names missing in the Factbook's lists, and entries that are ordinary words.
+EXTRA_NAMES = {
     **dict.fromkeys(
         ("US", "USSR", "UK", "Soviet Union", "Turkey", "Great Britain", "Britain"), "COUNTRY"
     ),
@@ -55,7 +55,7 @@ TOKEN = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]")
 
 
 class Country(NamedTuple):
-    """A country's short name and everything that the Factbook says about it."""
+    """A country's short name and its entry in the Factbook."""
 
     name: str
     facts: Mapping[str, Any]
@@ -83,7 +83,7 @@ def strip_markup(text: str | None) -> str:
 
 
 def field_text(facts: Mapping[str, Any], *path: str) -> str:
-    """Return the words of the field at `path`, or an empty string where there is none."""
+    """Return the words of the field at `path`, or an empty string."""
     value: Any = facts
     for key in path:
         value = value.get(key, {}) if isinstance(value, Mapping) else {}
@@ -93,8 +93,8 @@ def field_text(facts: Mapping[str, Any], *path: str) -> str:
 def country_name(facts: Mapping[str, Any]) -> str:
     """Return the short name of a country, else the long one; empty when it has neither."""
     for form in ("conventional short form", "conventional long form"):
-        found = field_text(facts, "Government", "Country name", form)
-        name = re.sub(r"\s*\(.*", "", found)
+        text = field_text(facts, "Government", "Country name", form)
+        name = re.sub(r"\s*\(.*", "", text)
         if name and name != "none":
             return name if len(name) < 40 else ""
     return ""
@@ -158,11 +158,11 @@ def build_questions(name: str, sources: Sources) -> Splits:
     )
 
 
-def known_names(countries: Iterable[Country]) -> dict[str, str]:
-    """Return the names of countries and of their people, each with its label.
+def collect_names(countries: Iterable[Country]) -> dict[str, str]:
+    """Return the names of countries and nationalities, each with its label.
 
-    Capitals take their name out of the race, and then go: they are too few to score, and a capital
-    that is also a nationality would be labelled wrongly.
+    Capitals are collected to exclude their names, and then dropped: they are too few to score, and
+    a capital that is also a nationality would be labelled wrongly.
     """
     names: dict[str, str] = {}
     for country in countries:
@@ -178,8 +178,11 @@ def known_names(countries: Iterable[Country]) -> dict[str, str]:
                 if word not in names:
                     names[word] = "NATIONALITY"
                     names.setdefault(word + "s", "NATIONALITY")
-    kept = {name: label for name, label in names.items() if label != "CAPITAL"}
-    return {**{name: kept[name] for name in kept if name not in NOT_NAMES}, **MORE_NAMES}
+    without_capitals = {name: label for name, label in names.items() if label != "CAPITAL"}
+    return {
+        **{name: without_capitals[name] for name in without_capitals if name not in NOT_NAMES},
+        **EXTRA_NAMES,
+    }
 
 
 def nationality_words(text: str) -> Iterator[str]:
@@ -220,7 +223,7 @@ def tag_sentence(
 def build_entities(name: str, sources: Sources) -> Splits:
     """Build factbook-ner; the labels come from name lists and a rule for dates, not from people."""
     countries = read_countries(sources)
-    names = known_names(countries)
+    names = collect_names(countries)
     pattern = name_pattern(names)
     rows: list[Row] = []
     for country in countries:

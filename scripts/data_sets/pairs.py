@@ -1,7 +1,7 @@
-"""docstring-pairs: two summaries of a function, the one of its authors and a copied sentence.
+"""docstring-pairs: two summaries of a function, its authors' and a copied sentence.
 
-Of the rows of docstring-summary. Both answers are real text of about the same length, so that
-neither length nor nonsense tells them apart: the second is true, but no summary.
+Built from docstring-summary. Both answers are real text of about the same length, so length and
+fluency do not distinguish them: the second is true, but not a summary.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NO_PROSE = re.compile(r"[_=<>\[\]{}\\]{2}|:math|::")
 
 
 def build_pairs(name: str, sources: Sources) -> Splits:  # noqa: ARG001 - builders get their name
-    """Build docstring-pairs, each split out of that of docstring-summary."""
+    """Build docstring-pairs from the splits of docstring-summary."""
     summaries = build_summaries("docstring-summary", sources)
     return Splits(**{split: choose_pairs(rows, SIZES[split]) for split, rows in summaries.parts()})
 

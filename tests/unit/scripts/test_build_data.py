@@ -258,7 +258,7 @@ def test_answer_starts_match_context():
 
 
 def test_tag_sentence():
-    names = factbook.known_names([country()])
+    names = factbook.collect_names([country()])
     assert names["Atlantis"] == "COUNTRY"
     assert names["Atlanteans"] == "NATIONALITY"
     assert "Poseidonis" not in names

@@ -178,7 +178,7 @@ def test_reward_scores_and_loss_match_torch_and_trl(name: str, plan: FastPlan | 
     assert (loss.item(), *gradient_norms(model)) == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
-def _known_answers() -> tuple[torch.Tensor, torch.Tensor]:
+def _reference_answers() -> tuple[torch.Tensor, torch.Tensor]:
     """Return the reference values of the four pairs and their preference labels."""
     sums, counts = (torch.tensor(part, dtype=torch.float32).flatten() for part in (POLICY, LENGTHS))
     reference = torch.tensor(REFERENCE, dtype=torch.float32).flatten()
@@ -188,7 +188,7 @@ def _known_answers() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_preference_metrics_by_hand() -> None:
     objective = _objective("dpo", 0.1)
-    answers, preference_labels = _known_answers()
+    answers, preference_labels = _reference_answers()
     meters = [objective.meter() for _ in range(2)]
     for index, meter in enumerate(meters):
         part = slice(4 * index, 4 * index + 4)
@@ -211,7 +211,7 @@ def test_preference_metrics_by_hand() -> None:
 
 def test_swapping_answers_negates_reward_margin() -> None:
     objective = _objective("dpo", 0.1)
-    answers, preference_labels = _known_answers()
+    answers, preference_labels = _reference_answers()
     swapped_order = torch.arange(8).view(4, 2).flip(1).flatten()
     swapped = torch.cat([preference_labels[:, :1], preference_labels[swapped_order, 1:]], 1)
     margins = []
@@ -224,7 +224,7 @@ def test_swapping_answers_negates_reward_margin() -> None:
 
 def test_tie_counts_as_wrong_and_has_first_loss() -> None:
     objective = _objective("dpo", 0.1)
-    answers, preference_labels = _known_answers()
+    answers, preference_labels = _reference_answers()
     preference_labels[:, 1] = answers[:, 0]
     meter = objective.meter()
     meter.update(answers, preference_labels, [])

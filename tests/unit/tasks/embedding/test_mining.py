@@ -25,11 +25,11 @@ ROWS = [row("q", "a"), row("q", "b"), row("r", "c")]
 ANGLES = {"a": 30.0, "b": 40.0, "c": 20.0, "d": 31.0, "e": 50.0, "f": 70.0, "q": 0.0}
 
 
-def mine_texts(options, rows=ROWS, **options_of_mine):
+def mine_texts(options, rows=ROWS, **mine_options):
     corpus = Corpus(rows, ["d", "e", "f", "q"])
     documents = create_unit_vectors(*(ANGLES[text] for text in corpus.texts))
     queries = create_unit_vectors(*([0.0] * len(rows)))
-    results = list(mine(rows, corpus, queries, documents, options, **options_of_mine))
+    results = list(mine(rows, corpus, queries, documents, options, **mine_options))
     return [[corpus.texts[index] for index in result.negatives] for result in results], results
 
 
