@@ -47,8 +47,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ftlevel.commands.predict import predict
 from ftlevel.commands.train import train
-from ftlevel.config import TrainConfig
+from ftlevel.config import PredictConfig, TrainConfig
 from ftlevel.config.rl import RL_LOSSES
 from ftlevel.errors import RunError
 from sampling import every
@@ -211,6 +212,16 @@ def test_evaluation_during_training(data: Path, tmp_path: Path) -> None:
     assert {record["eval_reward_at_step"] for record in evaluations} == {0}
     assert rewards.keys() == {0, 1, 2}
     assert all(0 <= value <= 1 for value in rewards.values())
+
+
+def test_predictions_have_maximum_completion_length(data: Path, tmp_path: Path) -> None:
+    run(data, tmp_path / "run")
+    prompts = [{"prompt": "def f0(a, b):"}]
+    default, eight, longer = (
+        predict(PredictConfig(name=str(tmp_path / "run"), max_new_tokens=most), prompts).rows
+        for most in (None, 8, 12)
+    )
+    assert default == eight != longer
 
 
 def test_prompts_are_reused_for_two_iterations(data: Path, tmp_path: Path) -> None:

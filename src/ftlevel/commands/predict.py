@@ -296,7 +296,7 @@ def _choices(
     ]
     if task.generates_text and config.max_new_tokens is None:
         message = "as in training" if ref.run else "default"
-        choices.append(Choice("max new tokens", run_config.train.max_new_tokens, message))
+        choices.append(Choice("max new tokens", run_config.max_new_tokens, message))
     if _cuts(config, run_config) and config.overlong is None:
         choices.append(Choice("overlong", run_config.data.overlong, "as in training"))
     return choices
@@ -317,9 +317,9 @@ def _predict_all(config: PredictConfig, prepared: _PreparedPrediction, listener:
     trained = prepared.ref.load(prepared.device)
     for note in trained.notes:
         listener.warn(note)
-    section = prepared.run_config.train
+    run_config = prepared.run_config
     generation = GenerationOptions(
-        config.max_new_tokens or section.max_new_tokens, **config.decoding(section)
+        config.max_new_tokens or run_config.max_new_tokens, **config.decoding(run_config.train)
     )
     model = InferenceModel(
         trained, generation, config.batch_size, truncate=_cuts(config, prepared.run_config)

@@ -101,6 +101,13 @@ class TrainConfig(Section):
         """Number of optimizer steps per batch of sampled completions; 1 except for `--task rl`."""
         return self.rl.num_iterations if self.task == RL_TASK else 1
 
+    @property
+    def max_new_tokens(self) -> int:
+        """Maximum number of generated tokens; for `--task rl`, that of sampled completions."""
+        return (
+            self.rl.max_completion_length if self.task == RL_TASK else self.train.max_new_tokens
+        )
+
     def with_sections(self, **sections: Any) -> TrainConfig:
         """Returns a validated copy with `sections` replaced; raises ConfigError if invalid."""
         values = {name: getattr(self, name) for name in self.model_fields_set}
