@@ -104,9 +104,7 @@ class TrainConfig(Section):
     @property
     def max_new_tokens(self) -> int:
         """Maximum number of generated tokens; for `--task rl`, that of sampled completions."""
-        return (
-            self.rl.max_completion_length if self.task == RL_TASK else self.train.max_new_tokens
-        )
+        return self.rl.max_completion_length if self.task == RL_TASK else self.train.max_new_tokens
 
     def with_sections(self, **sections: Any) -> TrainConfig:
         """Returns a validated copy with `sections` replaced; raises ConfigError if invalid."""
