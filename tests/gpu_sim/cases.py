@@ -213,6 +213,10 @@ TWO_STACKS: dict[str, dict[str, Any]] = {
              "decoder_attention_heads": 12, "vocab_size": 50_265},
 }  # fmt: skip
 """Sizes of T5-base and BART-base."""
+LAYERS = {
+    "t5": ("num_layers", "num_decoder_layers"), "bart": ("encoder_layers", "decoder_layers"),
+}  # fmt: skip
+"""Names of the sizes that count layers."""
 
 
 @dataclass(frozen=True)
@@ -231,17 +235,19 @@ class FittedStep:
 
 
 def run_with_auto_checkpointing(
-    family: str, free: int, rows: int = 16, length: int = 512
+    family: str, free: int, layers: int, rows: int = 16, length: int = 512
 ) -> FittedStep:
     """Return a step of a family of `TWO_STACKS` on a GPU with `free` bytes.
 
     Args:
         family: its `model_type`.
         free: free bytes that the GPU reports.
+        layers: of each stack.
         rows: rows of the step, which is one micro-batch.
         length: tokens per row; answers have half as many.
     """
-    model_config = transformers.AutoConfig.for_model(family, **TWO_STACKS[family])
+    sizes = TWO_STACKS[family] | dict.fromkeys(LAYERS[family], layers)
+    model_config = transformers.AutoConfig.for_model(family, **sizes)
     with torch.device("meta"):
         base = transformers.AutoModelForSeq2SeqLM.from_config(model_config, dtype=torch.bfloat16)
     model = _with_lora(base)

@@ -376,12 +376,13 @@ def test_lost_node_ends_other_nodes_with_message(
 def test_run_is_restarted_after_killed_process(
     tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
 ) -> None:
-    options = ("--max-steps", "30", "--num-processes", "2", "--logging-steps", "1", "--save-steps",
+    options = ("--max-steps", "10", "--num-processes", "2", "--logging-steps", "1", "--save-steps",
                "2", "--lora-dropout", "0.1")  # fmt: skip
     model, out = tiny_model_dir("llama"), tmp_path / "run"
     forked.run(*train_command(model, dataset, tmp_path / "whole", *options))
+    restarted = train_command(model, dataset, out, *options, "--max-restarts", "1", "--overwrite")
     launcher = Forked(
-        train_command(model, dataset, out, *options, "--max-restarts", "1", "--overwrite"),
+        call=(forked.run_slowly, (restarted, 0.25)),
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     wait_for_processes(launcher, out / "metrics.jsonl")[1].kill()
