@@ -151,9 +151,9 @@ def test_plan_with_dataset_lists_fitting_settings(
     out = plan(capsys, *arguments, "--brief", "--nodes", 2, "--gpus-per-node", 2)
     assert out.splitlines()[0].startswith("fits: peak ")
     assert "H100" in out
-    assert "2 × 2 cards, of which this is one: a step takes " in out
+    assert "on 2 × 2 GPUs, a step takes " in out
     assert "an epoch: 1 steps" in out
-    assert "a roofline and rings on 4 cards" in out
+    assert "a roofline and rings on 4 GPUs" in out
 
 
 def test_train_reports_planned_and_measured_memory(

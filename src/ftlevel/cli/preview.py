@@ -320,7 +320,7 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
             "and the check before the first step"
         )
     if plan.is_synthetic:
-        yield "  rows are imagined, all as long as they may be: name a --dataset for your own"
+        yield "  rows are synthetic, all of --max-length tokens; pass --dataset to use your own"
     if plan.cluster is not None:
         yield from plan.cluster.lines()
     if not plan.is_synthetic:

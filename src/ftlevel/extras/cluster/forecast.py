@@ -168,21 +168,21 @@ class ClusterForecast:
         """Returns the estimated time of an epoch; None with synthetic rows."""
         if self.seconds_per_epoch is None:
             return None
-        how = f"a roofline and rings on {self.network.ranks:,} cards, not measured"
+        how = f"a roofline and rings on {self.network.ranks:,} GPUs, not measured"
         return TimeForecast(self.seconds_per_epoch, self.tokens_per_s, how)
 
     def lines(self) -> Iterator[str]:
         """Yields the estimate as lines of text for the terminal."""
         network, step = self.network, self.step
         yield (
-            f"{network.nodes:,} × {network.cards} cards, of which this is one: a step takes "
+            f"on {network.nodes:,} × {network.cards} GPUs, a step takes "
             f"{step.seconds:,.3g} s for {self.tokens:,.0f} tokens, {self.tokens_per_s:,.0f} "
-            f"tokens/s, {self.tokens_per_s / network.ranks:,.0f} a card"
+            f"tokens/s, {self.tokens_per_s / network.ranks:,.0f} per GPU"
         )
         yield (
-            f"  each sends {_mib(step.gathered)} of weights and {_mib(step.reduced)} of "
-            f"gradients a step: {step.talking:,.3g} s on the wire, {step.hidden:.0%} of them "
-            f"hidden behind {step.computing:,.3g} s of computing"
+            f"  each GPU sends {_mib(step.gathered)} of weights and {_mib(step.reduced)} of "
+            f"gradients per step: {step.talking:,.3g} s of communication, {step.hidden:.0%} of it "
+            f"overlapped with {step.computing:,.3g} s of computation"
         )
 
     def to_dict(self) -> dict[str, Any]:
