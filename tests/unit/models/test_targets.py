@@ -142,7 +142,7 @@ def test_all_linear_excludes_linear_router() -> None:
     ]
 
 
-class UnknownModel(nn.Module):
+class UnknownNetwork(nn.Module):
     """A model of an unknown family, with its own block names."""
 
     def __init__(self) -> None:
@@ -153,7 +153,7 @@ class UnknownModel(nn.Module):
 
 
 def test_all_linear_works_for_unknown_family() -> None:
-    model = UnknownModel()
+    model = UnknownNetwork()
     assert resolve_targets(model, "all-linear") == ["steps.0.mix", "steps.1.mix", "steps.2.mix"]
     (mix,) = inspect_model(model).linears
     assert (mix.pattern, mix.count, mix.lora_parameters(2)) == ("steps.{i}.mix", 3, 72)
