@@ -199,6 +199,8 @@ def test_preference_rows_are_shown() -> None:
             "rejected": "that", "reward_margin": 1.25, "tokens": 7, "base_tokens": 7}  # fmt: skip
     page = render_page([make_run(predictions=compute_prediction_stats(iter([pair])))])
     assert "row 1, loss 0.75 → 0.5, reward margin 1.25, tokens 7<" in page
+    alone = compute_prediction_stats(iter([{k: v for k, v in pair.items() if k != "input"}]))
+    assert ">prompt and chosen answer<" in render_page([make_run(predictions=alone)])
     for text in ("input", "which?", "chosen answer", "this", "rejected answer", "that"):
         assert re.search(f">{re.escape(text)}<", page), text
     assert ">prediction<" not in page
@@ -266,6 +268,8 @@ def test_headline_sentences() -> None:
     assert "before this run 0.50" in get_headline(adapter={"name": "runs/first"})[0]
     new_head = {"name": "head learning rate", "value": 0.02, "reason": ""}
     assert "rows, random head 0.50" in get_headline(choices=[new_head])[0]
+    _, meaning, *_ = get_headline(task="reward")
+    assert meaning == "accuracy: share of pairs whose chosen answer has the higher score."
     (only,) = get_headline(metrics={}, metrics_before={}, intervals={})
     assert only == (
         "Training loss 1.00, at the start 2.00. No held-out rows: the quality on new rows is not "

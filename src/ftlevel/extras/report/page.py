@@ -47,8 +47,9 @@ _MEANINGS = {
     "ndcg@10": "quality of the first ten search results, from 0 to 1",
     "average_precision": "precision averaged over recall, from 0 to 1",
     "reward": "mean reward of a completion",
+    "reward accuracy": "share of pairs whose chosen answer has the higher score",
 }
-"""Metric → its meaning for readers who do not know it."""
+"""Metric, or task and metric → its meaning for readers who do not know it."""
 
 
 def headline(summary: Summary) -> Iterator[str]:
@@ -73,8 +74,8 @@ def headline(summary: Summary) -> Iterator[str]:
         + (f", {start} {_figure(before)}" if before is not None else "")
         + (f"; 95 % interval {_figure(interval[0])} to {_figure(interval[1])}" if interval else "")
     )
-    if name in _MEANINGS:
-        yield f"{name.replace('_', ' ')}: {_MEANINGS[name]}."
+    if meaning := _MEANINGS.get(f"{summary.get('task')} {name}", _MEANINGS.get(name)):
+        yield f"{name.replace('_', ' ')}: {meaning}."
     if interval:
         yield "With many more rows like these, the value would likely lie in the interval."
     if before is None:
@@ -379,10 +380,17 @@ _TEXTS = {
 }
 """Field of an answered row → its heading."""
 
+_TEXTS_WITH_PROMPT = {
+    "chosen": "prompt and chosen answer",
+    "rejected": "prompt and rejected answer",
+}
+"""Headings of pairs without a separate prompt."""
+
 
 def _texts(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Returns the headings and texts of an answered row; lists such as tags are joined."""
-    shown = [(title, row[name]) for name, title in _TEXTS.items() if row.get(name) is not None]
+    titles = _TEXTS if "input" in row else _TEXTS | _TEXTS_WITH_PROMPT
+    shown = [(title, row[name]) for name, title in titles.items() if row.get(name) is not None]
     if not isinstance(row.get("predicted"), list):
         return shown
     return [(title, ", ".join(map(str, v)) if isinstance(v, list) else v) for title, v in shown]
