@@ -26,7 +26,8 @@
 
 PYTHON ?= python3
 PIP_FLAGS ?=
-PYTEST_FLAGS ?= -n 2 --dist loadfile  # what tests of a file share is made once
+# A file stays with one worker, which makes once what its tests share; short files come last.
+PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 DEMO_FLAGS ?=
 MATRIX_FLAGS ?=
 GPU_SIM_FLAGS ?=
