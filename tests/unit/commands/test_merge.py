@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from ftlevel import MergeConfig, merge
@@ -243,11 +243,24 @@ def test_merge_to_float32_adds_update_without_rounding(
     torch.testing.assert_close(load_tensors(out)[f"{name}.weight"], base.float() + b @ a * 6 / 4)
 
 
+def test_adapter_saved_in_bfloat16_is_merged_in_float32(
+    tiny_model_dir: TinyModelDir, tmp_path: Path
+) -> None:
+    base = tiny_model_dir("llama")
+    adapter = save_adapter(base, tmp_path / "adapter", "causal", lora_config())
+    path = adapter / "adapter_model.safetensors"
+    saved = {name: tensor.bfloat16() for name, tensor in load_file(path).items()}
+    save_file(saved, path)
+    merge(MergeConfig(adapters=[str(adapter)], output_dir=tmp_path / "out", verify=False))
+    name = "model.layers.1.self_attn.q_proj"
+    a, b = (saved[f"base_model.model.{name}.lora_{x}.weight"].float() for x in "AB")
+    expected = load_tensors(base)[f"{name}.weight"] + b @ a * 6 / 4
+    torch.testing.assert_close(load_tensors(tmp_path / "out")[f"{name}.weight"], expected)
+
+
 def test_merge_that_changes_nothing_raises(tiny_model_dir: TinyModelDir, tmp_path: Path) -> None:
     adapter = save_adapter(tiny_model_dir("llama"), tmp_path / "adapter", "causal", lora_config())
     path = adapter / "adapter_model.safetensors"
-    from safetensors.torch import save_file
-
     save_file({k: v * (1e-20 if "lora_B" in k else 1) for k, v in load_file(path).items()}, path)
     with pytest.raises(RunError, match=r"the merge changed nothing: .* Use --dtype float32"):
         merge(MergeConfig(adapters=[str(adapter)], output_dir=tmp_path / "out", verify=False))
@@ -270,8 +283,6 @@ def test_adapter_with_missing_or_stray_tensors_raises(
     tiny_model_dir: TinyModelDir,
     tmp_path: Path,
 ) -> None:
-    from safetensors.torch import save_file
-
     adapter = save_adapter(tiny_model_dir("llama"), tmp_path / "adapter", "causal", lora_config())
     saved = load_file(adapter / "adapter_model.safetensors")
     change(saved)

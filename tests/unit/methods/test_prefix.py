@@ -238,6 +238,18 @@ def test_projection_mlp_is_shared_and_removed_by_finish() -> None:
     assert model.peft_config["default"].prefix_projection is False
 
 
+def test_projected_prefix_matches_formula() -> None:
+    model = adapt(PROJECTED, "llama", "causal")
+    layers = [m for m in model.modules() if isinstance(m, attention.PrefixLayer)]
+    first = layers[0]
+    embedding, hidden = first.prefix_kv_embedding["default"], first.prefix_kv_hidden["default"]
+    states = torch.tanh(embedding @ hidden.weight.T + hidden.bias)
+    for layer in layers:
+        output = layer.prefix_kv_output["default"]
+        expected = states @ output.weight.T + output.bias
+        torch.testing.assert_close(torch.cat(layer.compute("default"), 1), expected)
+
+
 def test_projected_prefix_has_lower_learning_rate() -> None:
     projected, plain = map(METHODS["prefix"].rates, (PROJECTED, PLAIN))
     assert projected.small < plain.small
