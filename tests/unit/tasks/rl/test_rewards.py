@@ -47,6 +47,9 @@ def prints(completions, **kwargs):
 def raises(completions, **kwargs):
     return [1 / len(completion.strip("x")) for completion in completions]
 
+def exits(completions, **kwargs):
+    raise SystemExit("no grader")
+
 def nan(completions, **kwargs):
     return [float("nan") if "x" in completion else 1.0 for completion in completions]
 
@@ -143,6 +146,7 @@ FAILURES = [
         [1, 0, 1 / 3],
         1,
     ),
+    ("exits", "SystemExit: no grader, line", "row 1: of 3 completions", [0, 0, 0], 3),
     ("nan", "it returned nan", "row 2: completion: 'xx'", [1, 0, 1], 1),
     ("infinite", "it returned -inf", "row 1: of 3 completions, the first: 'a'", [0, 0, 0], 3),
     ("text", "it returned str, not a number", "row 1: of 3 completions", [0, 0, 0], 3),
