@@ -79,6 +79,16 @@ def test_computed_tokens_match_prefix_trees(
         assert len(micro_batch) == 1 or tokens <= budget
 
 
+def test_rows_around_a_shorter_prefix_share_only_that() -> None:
+    rows = [[1] * 8 + [at] * 4 for at in (2, 3)] + [[1] * 5 + [4] * 7] + [[0] * 12]
+    lengths, order = [12] * 4, [3, 2, 0, 1]
+    shared = [5, 8, 0, 0]  # of each row with the one before it in `order`
+    assert count_computed_tokens([0, 1], lengths, order, shared) == 12 + 4
+    assert count_computed_tokens([2, 1], lengths, order, shared) == 12 + 7
+    assert create_prefix_tree([rows[2], rows[1]], min_length=5).tokens == 12 + 7
+    assert count_computed_tokens([3, 1], lengths, order, shared) == 24
+
+
 def test_rows_with_common_prefix_are_balanced() -> None:
     lengths, order = [40, 40, 12, 12, 12, 12], [0, 1, 2, 3, 4, 5]
     shared = [0, 10, 10, 10, 10, 10]
