@@ -143,7 +143,10 @@ def _resolve_with_card(
 ) -> ModelRef:
     card, run = load_card(model_dir), get_run_dir(model_dir)
     if task not in (None, card.task):
-        raise InputError(f"{label} was trained for {card.task}, not for {task}. Drop --task.")
+        raise InputError(
+            f"{label} was trained for {card.task}, not for {task}. Drop --task, or name a model "
+            f"for {task}."
+        )
     if card.method == "full":
         source = resolve_source(
             str(merge_sharded_checkpoint(model_dir)), display_name=str(model_dir)

@@ -22,6 +22,7 @@ from typing import Any
 from ftlevel.commands.plan import PlanOptions
 from ftlevel.data.encoding.store import row_lengths
 from ftlevel.training.forecast.fits import MemoryRequirement
+from ftlevel.training.forecast.meta_model import SYNTHETIC_ROWS
 from ftlevel.training.forecast.seconds import PEAK_FRACTION, Gpu, TimeForecast, get_operations
 from ftlevel.training.forecast.shares import ShardedModel, get_sharded_model
 from ftlevel.training.plan.run import Run
@@ -233,7 +234,7 @@ def forecast_cluster(
         **_sent(sharded, network.ranks, train.shard),
     )
     train_config = train.model_copy(update={"num_processes": network.ranks})
-    is_synthetic = run.data.table.source == "imagined rows"
+    is_synthetic = run.data.table.source == SYNTHETIC_ROWS
     steps = None if is_synthetic else count_steps_per_epoch(train_config, len(rows))
     if run.data.stream is not None:
         steps = run.schedule.steps

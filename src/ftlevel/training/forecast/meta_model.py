@@ -198,6 +198,7 @@ def get_block_signatures(run: Run, layers: Sequence[int] | None = None) -> list[
     ]
 
 
+SYNTHETIC_ROWS = "synthetic rows"  # source of rows if no dataset is named
 MAX_LENGTH = 1024
 """Tokens per synthetic row, if neither --max-length nor the model sets a lower limit."""
 
@@ -220,7 +221,7 @@ def create_synthetic_rows(
         ]
         tokens = num_rows * length
         info = {
-            "name": "imagined rows",
+            "name": SYNTHETIC_ROWS,
             "train_rows": num_rows,
             "labels": list(task.synthetic_labels),
             "problem_type": None,
@@ -231,7 +232,7 @@ def create_synthetic_rows(
             "supervised": sum(row.supervised for row in rows),
             **task.synthetic_info,
         }
-        table = Table(rows=[], lines=[], source="imagined rows", unit="row")
+        table = Table(rows=[], lines=[], source=SYNTHETIC_ROWS, unit="row")
         message = "no --dataset: all as long as --max-length"
         return PreparedData(
             rows,
@@ -240,7 +241,7 @@ def create_synthetic_rows(
             length,
             table,
             info,
-            [Choice("rows", f"imagined, {length:,} tokens each", message)],
+            [Choice("rows", f"synthetic, {length:,} tokens each", message)],
         )
 
     return make
