@@ -99,7 +99,10 @@ def wordpiece() -> dict[str, Any]:
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = transformers.BertTokenizer().backend_tokenizer.normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    return _train(tokenizer, trainers.WordPieceTrainer(vocab_size=BASE_VOCAB, show_progress=False))
+    trainer = trainers.WordPieceTrainer(vocab_size=BASE_VOCAB, show_progress=False)
+    model = _train(tokenizer, trainer)
+    # The ids of pieces that continue a word differ from one training to the next.
+    return model | {"vocab": _vocabulary((), sorted(model["vocab"]))}
 
 
 @cache

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers.models.llama import modeling_llama
 
 from ftlevel.cli.app import run
 from ftlevel.commands.plan import PlanOptions, RunPlan
@@ -40,9 +41,11 @@ def llama_8b_dir(tmp_path: Path) -> Path:
 def test_plan_from_config_only(llama_8b_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = ("--max-length", 1024, "--per-device-train-batch-size", 4)
     rows = (*rows, "--no-gradient-checkpointing")
+    original_rope = modeling_llama.apply_rotary_pos_emb
     result = json.loads(
         plan(capsys, "--model", llama_8b_dir, "--gpu", "24GB", *rows, "--brief", "--json")
     )
+    assert modeling_llama.apply_rotary_pos_emb is original_rope, "the plan's fast step is removed"
     assert result["peak_bytes"] == sum(result["parts"].values())
     assert result["memory_bytes"] == 24 * 2**30
     weights = 2 * (8_030_261_248)  # bfloat16

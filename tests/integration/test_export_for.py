@@ -183,7 +183,7 @@ def test_classifier_export_for_text_server_is_rejected(capsys: pytest.CaptureFix
     settings = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"])
     peft.get_peft_model(model, settings).save_pretrained("my classes")
     for flags, message in (
-        (["--for", "mlx"], "or merge it: ftlevel merge 'my classes' --out DIR"),
+        (["--for", "mlx"], "Merge it: ftlevel merge 'my classes' --out DIR"),
         (["--for", "mlx", "--format", "merged"], "mlx-lm serves decoders that write text"),
     ):
         assert run(["export", "my classes", *flags, "--out", "out", "--dry-run"]) == 2

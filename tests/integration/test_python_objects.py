@@ -203,7 +203,7 @@ def wrapped_model(base: Path) -> Any:
         (lambda base: {"model": torch.nn.Linear(2, 2)}, "model= is of type Linear"),
         (lambda base: {"model": str(base)}, "model= is of type str"),
         (lambda base: {"tokenizer": "gpt2"}, "tokenizer= is of type str"),
-        (lambda base: {"callbacks": [CountSteps]}, "callbacks= has Count. Expected instances"),
+        (lambda base: {"callbacks": [CountSteps]}, "callbacks= has CountSteps. Expected instances"),
         (lambda base: {"callbacks": [print]}, "callbacks= has one of type builtin"),
         (lambda base: {"dataset": 7}, "dataset= is of type int"),
         (lambda base: {"eval_dataset": b"SECRET"}, "eval_dataset= is of type bytes"),

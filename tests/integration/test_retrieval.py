@@ -59,7 +59,7 @@ def run_dir(data_dir: Path, tiny_model_dir: ModelDir) -> Path:
                 "validation_file": str(data_dir / "pairs.jsonl"),
             },
             "embedding": {"query_prompt": "find: ", "matryoshka_dims": [16]},
-            "train": {"max_steps": 3, "learning_rate": 0.01},
+            "train": {"max_steps": 10, "learning_rate": 0.01},
             "output": {"dir": str(data_dir / "run")},
         }
     )

@@ -8,7 +8,7 @@ embedding model by similarity, a reranker by its logit.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -91,8 +91,8 @@ def embed_rows(rows: Sequence[Encoded], model: LoadedModel) -> RowsWithOutputs:
     """Returns `rows` with the vector that `model` computes for each text in a row."""
 
     def combine(row: EncodedTexts, vectors: Tensor) -> Encoded:
-        fields = {name: getattr(row, name) for name in row.__dataclass_fields__}
-        return GuidedTexts(**{**fields, "vectors": vectors})
+        values = {each.name: getattr(row, each.name) for each in fields(row)}
+        return GuidedTexts(**{**values, "vectors": vectors})
 
     return RowsWithOutputs(rows, _embed_words(rows, model), combine)
 

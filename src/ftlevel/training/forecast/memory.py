@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -197,20 +198,23 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
     layers = LayerSample.of(run)
     pruning = get_pruning(run)
     batch = _get_largest_batch(run, pruning)
-    fake_models = [create_fake_model(run, some) for some in layers.samples]
     is_full = not METHODS[run.config.method.kind].is_adapter
-    trackers = [
-        _track_weights(LiveMemoryTracker(run.model.vocabulary), fake, is_full=is_full)
-        for fake in fake_models
-    ]
-    weights = layers.extend([live.peaks for live in trackers])[FORWARD]
-    available = memory - int(sum(weights.values())) if run.model.device == "cuda" else None
-    peaks = layers.extend(
-        [
-            _simulate_step(run, live, fake, batch, pruning=pruning, available=available)
-            for fake, live in zip(fake_models, trackers, strict=True)
+    with ExitStack() as stack:
+        fake_models = [
+            stack.enter_context(closing(create_fake_model(run, some))) for some in layers.samples
         ]
-    )
+        trackers = [
+            _track_weights(LiveMemoryTracker(run.model.vocabulary), fake, is_full=is_full)
+            for fake in fake_models
+        ]
+        weights = layers.extend([live.peaks for live in trackers])[FORWARD]
+        available = memory - int(sum(weights.values())) if run.model.device == "cuda" else None
+        peaks = layers.extend(
+            [
+                _simulate_step(run, live, fake, batch, pruning=pruning, available=available)
+                for fake, live in zip(fake_models, trackers, strict=True)
+            ]
+        )
     for parts in peaks.values():
         for part in _WORKER_PARTS:
             parts[part] = parts.get(part, 0) * batch.num_workers

@@ -76,6 +76,11 @@ class FakeModel:
     fast: FastStep | None
     packed: set[str]
 
+    def close(self) -> None:
+        """Remove the fast step, which replaces functions in modules of transformers."""
+        if self.fast is not None:
+            self.fast.remove()
+
 
 def create_fake_model(run: Run, layers: Sequence[int] | None = None) -> FakeModel:
     """Returns the run's model on fake CPU tensors, with `layers` of each stack (None: all)."""

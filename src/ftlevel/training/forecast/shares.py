@@ -163,7 +163,9 @@ class ShardedModel:
 def get_sharded_model(run: Run) -> ShardedModel:
     """Returns the sharded tensors of the planned model, computed on fake tensors."""
     sample = LayerSample.of(run).sample
-    model = create_fake_model(run, None if sample is None else list(sample)).model
+    fake_model = create_fake_model(run, None if sample is None else list(sample))
+    fake_model.close()
+    model = fake_model.model
     replicated, blocks = replicated_parameters(model), blocks_of(model)
     dtype = DTYPES[run.model.dtype]
     cast_weights = {
