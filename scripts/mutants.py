@@ -26,6 +26,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
+os.environ["HF_HUB_OFFLINE"] = "1"  # as in the tests; read when the libraries are imported
 
 from forked import Forked  # noqa: E402 - found by the line above
 
