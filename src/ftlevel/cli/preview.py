@@ -127,7 +127,7 @@ def _row(row: ShownRow) -> str:
 
 
 def _label(row: ShownRow) -> str:
-    if row.has_parts:
+    if row.has_several_texts:
         return f"; {row.label}"
     return f", label: {row.label}" if row.label else ""
 

@@ -50,7 +50,7 @@ class ShownRow:
     """A row as the model sees it; `number` is its 1-based index, `place` its `file:line`.
 
     `target` has the tokens of an encoder-decoder's target; `label` is the target of the whole row,
-    or with `has_parts` the positions of its texts.
+    or with `has_several_texts` the positions of its texts.
     """
 
     number: int
@@ -58,7 +58,7 @@ class ShownRow:
     tokens: tuple[Token, ...]
     target: tuple[Token, ...]
     label: str
-    has_parts: bool
+    has_several_texts: bool
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the row for `--json`, where the location is `place`."""
@@ -201,7 +201,7 @@ def _show_row(run: Run, row: Encoded) -> ShownRow:
     )
     location = run.data.table.where(row.row)
     label = run.task.decode_label(row, names)
-    return ShownRow(row.row + 1, location, tokens, target, label, row.has_parts)
+    return ShownRow(row.row + 1, location, tokens, target, label, row.has_several_texts)
 
 
 class PieceDecoder:

@@ -129,16 +129,14 @@ class PromptSpec(MethodSpec):
 
     @model_validator(mode="after")
     def _validate_text(self) -> PromptSpec:
-        is_text, values = (
-            self.prompt_tuning_init == "TEXT",
-            self.prompt_tuning_init_text is not None,
-        )
-        if is_text and not values:
+        is_text = self.prompt_tuning_init == "TEXT"
+        has_text = self.prompt_tuning_init_text is not None
+        if is_text and not has_text:
             raise ValueError(
                 "prompt_tuning_init TEXT needs the text. Add prompt_tuning_init_text, or use "
                 "SAMPLE_VOCAB."
             )
-        if values and not is_text:
+        if has_text and not is_text:
             raise ValueError(
                 f"prompt_tuning_init_text is used by prompt_tuning_init TEXT, which is "
                 f"{self.prompt_tuning_init}. Set it to TEXT, or drop the text."

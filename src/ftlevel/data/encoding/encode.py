@@ -191,10 +191,10 @@ class Encoded:
             value, or a tuple (0.0 or 1.0 per class, or first and last token of a span).
         row: index of the example in its table.
         extras: additional model inputs by name, such as `token_type_ids`.
-        has_parts: whether a row has several texts, such as a query and documents.
+        has_several_texts: whether a row has several texts, such as a query and documents.
     """
 
-    has_parts: ClassVar[bool] = False
+    has_several_texts: ClassVar[bool] = False
     input_ids: list[int]
     labels: list[int] | int | float | tuple[float, ...] | tuple[int, int]
     row: int
@@ -500,7 +500,7 @@ class EncodedTexts(Encoded):
         unpooled: number of leading tokens of each text left out of pooling; empty if none are.
     """
 
-    has_parts = True
+    has_several_texts = True
     sizes: tuple[int, ...] = field(default=(), metadata={"column": "ints"})
     teacher_scores: tuple[float, ...] = field(default=(), metadata={"column": "json"})
     prompts: tuple[int, ...] = field(default=(), metadata={"column": "ints"})

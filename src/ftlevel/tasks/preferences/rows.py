@@ -42,7 +42,7 @@ class PairRow(Encoded):
     the reference log-likelihoods of both answers; empty without a reference.
     """
 
-    has_parts = True
+    has_several_texts = True
     prompt: int = field(default=0, metadata={"column": "int"})
     chosen: int = field(default=0, metadata={"column": "int"})
     margin: float = field(default=0.0, metadata={"column": "json"})

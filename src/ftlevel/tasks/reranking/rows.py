@@ -33,7 +33,7 @@ class RankedRow(Encoded):
         words: the query and the documents, for a teacher model; empty if there is none.
     """
 
-    has_parts = True
+    has_several_texts = True
     query: int = field(default=0, metadata={"column": "int"})
     sizes: tuple[int, ...] = field(default=(), metadata={"column": "ints"})
     relevance: tuple[float, ...] = field(default=(), metadata={"column": "json"})
