@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -231,6 +232,20 @@ def test_killed_process_ends_run_with_message(
     assert time.monotonic() - start < 30
     assert launcher.returncode == 1
     assert f"the process of rank {rank} was killed" in error
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_kill_is_reported_if_all_processes_have_exited(
+    capsys: pytest.CaptureFixture[str], rank: int
+) -> None:
+    """The others may fail before the next poll, since their connection is closed."""
+    ends = ["exit 1", "exit 1"]
+    ends[rank] = "kill -9 $$"
+    running = [subprocess.Popen(["sh", "-c", end]) for end in ends]
+    for process in running:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert processes._wait(running) == 1
+    assert f"the process of rank {rank} was killed" in capsys.readouterr().err
 
 
 def watch_closely(arguments: Sequence[str]) -> None:

@@ -96,23 +96,20 @@ def _launch_once(args: Sequence[str], num_processes: int, forwarded: list[int]) 
 
 def _wait(running: Sequence[subprocess.Popen[bytes]]) -> int:
     """Wait for all processes and return 0; if one fails, stop the others and return its code."""
-    while any(process.poll() is None for process in running):
-        failed = {rank: code for rank, process in enumerate(running) if (code := process.poll())}
-        if failed:
-            _stop(running)
-            rank, code = next(iter(failed.items()))
-            if code == -signal.SIGKILL:
-                sys.stderr.write(
-                    f"ftlevel: the process of rank {rank} was killed, as by a system without "
-                    "memory; the others are stopped. --resume continues from the newest valid "
-                    "checkpoint.\n"
-                )
-                return _FAILED
-            first = running[0].returncode
-            return _exit_code(first if first and first > 0 else code)
+    while not (failed := [process for process in running if process.poll()]):
+        if all(process.returncode == 0 for process in running):
+            return 0
         time.sleep(_POLL_SECONDS)
-    codes = [process.returncode for process in running if process.returncode]
-    return _exit_code(codes[0]) if codes else 0
+    stopped = _stop(running)
+    for rank, process in enumerate(running):
+        if process.returncode == -signal.SIGKILL and process not in stopped:
+            sys.stderr.write(
+                f"ftlevel: the process of rank {rank} was killed, as by a system without memory; "
+                "the others are stopped. --resume continues from the newest valid checkpoint.\n"
+            )
+            return _FAILED
+    first = running[0].returncode
+    return _exit_code(first if first > 0 else failed[0].returncode)
 
 
 def _exit_code(code: int) -> int:
@@ -126,14 +123,18 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _stop(running: Sequence[subprocess.Popen[bytes]]) -> None:
+def _stop(running: Sequence[subprocess.Popen[bytes]]) -> list[subprocess.Popen[bytes]]:
+    """Wait for the processes to exit; return those that had to be killed."""
     deadline = time.monotonic() + _GRACE_SECONDS
+    killed = []
     for process in running:
         try:
             process.wait(max(deadline - time.monotonic(), 0))
         except subprocess.TimeoutExpired:
             process.kill()  # it may be waiting for a dead process
             process.wait()
+            killed.append(process)
+    return killed
 
 
 def train(inputs: CommandInput, *, dry_run: bool, as_json: bool, quiet: bool, schema: bool) -> None:
