@@ -202,9 +202,7 @@ class Screen(Listener):
             if key in record
         ]
         parts += [
-            f"{name} {value:.3f}"
-            for name, value in record.items()
-            if name.startswith("reward_") and name != "reward_std"
+            f"{name} {value:.3f}" for name, value in record.items() if name.startswith("reward_")
         ]
         parts.append(self._speed(record))
         texts = "  ".join(part for part in parts if part)

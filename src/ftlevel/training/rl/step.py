@@ -131,7 +131,7 @@ def compute_metrics(
     scores = np.concatenate([group.scores for group in ordered])
     lengths = np.concatenate([group.lengths for group in ordered])
     finished = np.concatenate([group.ended for group in ordered])
-    metrics: dict[str, float] = {"reward": _mean(rewards), "reward_std": _mean_std(rewards)}
+    metrics: dict[str, float] = {"reward": _mean(rewards), "group_std": _mean_std(rewards)}
     if len(names) > 1:
         metrics |= {f"reward_{name}": _mean(scores[:, at]) for at, name in enumerate(names)}
     if scores.shape[1] and rewards.shape[1] > 1:  # a teacher gives every token a signal

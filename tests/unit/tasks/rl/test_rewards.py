@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from forked import Forked
@@ -16,6 +17,7 @@ from ftlevel.config.rl import RlConfig
 from ftlevel.errors import ConfigError
 from ftlevel.tasks import TASKS
 from ftlevel.tasks.rl.rewards import RewardError, Rewards
+from ftlevel.training.rl.step import GroupStatistics, compute_metrics
 
 FUNCTIONS = """
 import os, time
@@ -343,6 +345,15 @@ def test_reward_model_with_function() -> None:
 def test_metric_names_are_unique() -> None:
     config = RlConfig(reward=("a/x.py:f", "y.py:f=2", "y.py:g", "json:b/s.json", "runs/rm"))
     assert config.reward_names == ["x.f", "y.f", "g", "json:s.json", "rm"]
+
+
+def test_reward_named_std_has_its_own_metric() -> None:
+    rewards, lengths = np.array([0.0, 1.0]), np.array([2, 2])
+    scores = np.array([[1.0, -1.0], [1.0, 0.0]])
+    group = GroupStatistics(0, rewards, scores, lengths, lengths, lengths > 1, 0.0)
+    metrics = compute_metrics([group], ["std", "other"])
+    assert metrics["reward_std"] == 1.0
+    assert metrics["group_std"] == pytest.approx(0.5**0.5)
 
 
 def test_inference_config_has_absolute_paths(
