@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +65,14 @@ class Meter(Protocol):
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
         """Returns prediction and label of the only row added; `names` are class or tag names."""
+
+
+@runtime_checkable
+class SortedMeter(Meter, Protocol):
+    """Meter that sorts its targets once for all bootstrap draws."""
+
+    def resampler(self, meters: Sequence[Any]) -> Callable[[Any], dict[str, float]] | None:
+        """Returns the metrics by how often each of `meters` is drawn; None if not supported."""
 
 
 @dataclass(frozen=True)

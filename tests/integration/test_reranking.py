@@ -466,6 +466,66 @@ def test_overlong_documents_raise_or_are_truncated(
     assert summary["data"]["shortened"] > 0
 
 
+def test_predict_and_evaluate_cut_pairs_as_training_does(
+    tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    """The reference cuts the query at half of 16 tokens, then the document, by hand."""
+    rng = random.Random(2)
+    rows = [
+        {
+            "query": " ".join(rng.choices(WORDS, k=14)),
+            "documents": [" ".join(rng.choices(WORDS, k=size)) for size in (15, 18)],
+            "labels": [1, 0],
+        }
+        for _ in range(13)
+    ]
+    data, out = write_rows(tmp_path / "rows.jsonl", rows[5:]), tmp_path / "run"
+    rows = rows[:5]
+    config = TrainConfig.model_validate(
+        {
+            "task": "reranking",
+            "model": {"name_or_path": str(tiny_model_dir("bert", "mlm")), "dtype": "float32"},
+            "data": {
+                "dataset": str(data),
+                "validation_file": str(write_rows(tmp_path / "held_out.jsonl", rows)),
+                "max_length": 16,
+                "overlong": "truncate",
+            },
+            "train": {"max_steps": 2, "learning_rate": 0.01},
+            "output": {"dir": str(out)},
+        }
+    )
+    train(config)
+    merged = tmp_path / "merged"
+    merge(MergeConfig(adapters=[str(out)], output_dir=merged, device="cpu"))
+    model = AutoModelForSequenceClassification.from_pretrained(merged).eval()
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    expected = []
+    for row in rows:
+        query = tokenizer(row["query"])["input_ids"]
+        query = query if len(query) <= 8 else [*query[:6], *query[-2:]]
+        for document in row["documents"]:
+            ids = tokenizer(document, add_special_tokens=False)["input_ids"]
+            room = 16 - len(query)
+            ids = [*ids[: room - 1], tokenizer.sep_token_id]
+            types = [0] * len(query) + [1] * len(ids)
+            with torch.no_grad():
+                inputs = torch.tensor([query + ids]), torch.ones(1, 16), torch.tensor([types])
+                expected.append(model(*inputs).logits.item())
+    for name in (out, merged):
+        request = PredictConfig(name=str(name), dtype="float32", overlong="truncate")
+        scores = [score for row in predict(request, rows).rows or [] for score in row["prediction"]]
+        assert scores == pytest.approx(expected, abs=1e-5)
+        lengths = json.loads((merged / "sentence_bert_config.json").read_text())
+        assert lengths["max_seq_length"] == 16
+    lines = [json.loads(line) for line in (out / "validation.jsonl").read_text().splitlines()]
+    shown = [score for line in lines for score in line["scores"]]
+    assert shown == pytest.approx(expected, abs=1e-3)
+    for name, dataset, count in ((out, None, 5), (out, str(data), 8)):
+        evaluation = evaluate(EvaluateConfig(name=str(name), dataset=dataset, resamples=0))
+        assert evaluation.summary["data"]["examples"] == count
+
+
 def test_yes_no_reranker_is_rejected(
     tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

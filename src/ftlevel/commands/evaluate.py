@@ -338,7 +338,7 @@ def _set_quantization(ref: ModelRef, quant: str | None) -> ModelRef:
 
 def _get_run_config(config: EvaluateConfig, ref: ModelRef) -> tuple[TrainConfig, bool]:
     """Returns the configuration for reading rows, and whether they are the training run's."""
-    update: dict[str, Any] = {"overlong": "drop"}
+    update: dict[str, Any] = {}
     if ref.run is not None:
         run_config = build_config([load_run_config(ref.run)])
         training_name: str | None = run_config.data.dataset
@@ -376,6 +376,8 @@ def _get_run_config(config: EvaluateConfig, ref: ModelRef) -> tuple[TrainConfig,
             "max_samples": None,
             "max_eval_samples": None,
         }
+    is_cut = run_config.data.overlong == "truncate"
+    update["overlong"] = "truncate" if is_cut else "drop"
     if config.corpus is not None:
         update["corpus"] = config.corpus
     if config.columns:

@@ -17,6 +17,7 @@ import torch
 from ftlevel.artifacts.row_sinks import partial_of
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.fit import truncate_row
 from ftlevel.data.prepare.inference import QueryRow
 from ftlevel.errors import ConfigError, InputError, UnansweredError
 from ftlevel.evaluation.decoding import RowDecoder, open_decoder
@@ -31,6 +32,7 @@ from ftlevel.trained.generation import GenerationOptions
 from ftlevel.trained.model_ref import LoadedModel
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Encoded)
 RowFunction = Callable[[Encoded, torch.Tensor], T]
 BatchFunction = Callable[[Sequence[Encoded], torch.Tensor, torch.Tensor], Sequence[T]]
 
@@ -168,18 +170,6 @@ class RowScorer:
             seen.append(objective.targets(self._trained.logits(batch), labels)[0])
         num_targets = [sum(label != IGNORED for label in _labels(row)) for row in rows]
         yield from torch.cat(seen).split(num_targets)  # type: ignore[no-untyped-call]
-
-
-def truncate_row(row: Encoded, limit: int) -> Encoded:
-    """Returns `row` truncated to `limit` tokens; the last token, e.g. SEP or EOS, is kept."""
-    if len(row.input_ids) <= limit:
-        return row
-
-    def cut(values: list[int]) -> list[int]:
-        return values[: limit - 1] + values[-1:]
-
-    extra_values = {name: cut(values) for name, values in row.extras.items()}
-    return replace(row, input_ids=cut(row.input_ids), extras=extra_values)
 
 
 def _labels(row: Encoded) -> list[int]:
@@ -344,18 +334,19 @@ class InferenceModel:
         self, rows: Sequence[Encoded], function: Callable[[Encoded, torch.Tensor], T]
     ) -> list[T]:
         """Returns `function(row, logits)` per row; UnansweredError if a row is too long."""
-        return self._scorer(self._truncate_rows(rows), function)
+        return self._scorer(self.fit_rows(rows), function)
 
     def score_batches(self, rows: Sequence[Encoded], function: BatchFunction[T]) -> list[T]:
         """Returns the results of `function(rows, logits, mask)`, called per padded forward pass."""
-        return self._scorer.score_batches(self._truncate_rows(rows), function)
+        return self._scorer.score_batches(self.fit_rows(rows), function)
 
-    def _truncate_rows(self, rows: Sequence[Encoded]) -> Sequence[Encoded]:
+    def fit_rows(self, rows: Sequence[E]) -> Sequence[E]:
+        """Returns `rows`, long ones truncated if allowed; raises UnansweredError otherwise."""
         positions = self._positions
         if positions is not None:
-            too_long = [row for row in rows if len(row.input_ids) > positions]
+            too_long = [row for row in rows if row.length > positions]
             if refused := {
-                row.row: f"has {len(row.input_ids):,} tokens, and the model takes {positions:,}"
+                row.row: f"has {row.length:,} tokens, and the model takes {positions:,}"
                 + ("" if isinstance(row.labels, list) else " (--overlong truncate cuts it)")
                 for row in too_long
                 if not self._truncate or isinstance(row.labels, list)  # one label per token

@@ -23,6 +23,7 @@ from ftlevel.tasks.embedding.objective import METRICS, Embeddings, LabelKind
 from ftlevel.tasks.embedding.retrieval import (
     average_precision,
     iterate_scores,
+    resampled_precision,
     score_retrieval,
     spearman,
 )
@@ -156,6 +157,25 @@ class PairMeter:
             if _varies(self.labels) and _varies(scores):
                 metrics[f"{METRICS[self.kind][0]}{suffix}"] = compute(scores, self.labels)
         return metrics
+
+    def resampler(
+        self, meters: Sequence[PairMeter]
+    ) -> Callable[[np.ndarray], dict[str, float]] | None:
+        """Returns the average precisions by how often each meter is drawn; None for scores."""
+        if self.kind == "score":
+            return None
+        pooled, name = self.pool(meters), METRICS[self.kind][0]
+        owners = np.repeat(np.arange(len(meters)), [len(meter.labels) for meter in meters])
+        functions = {
+            f"{name}{suffix}": resampled_precision(scores, pooled.labels, owners)
+            for suffix, scores in pooled.scores.items()
+        }
+
+        def compute(counts: np.ndarray) -> dict[str, float]:
+            values = {key: function(counts) for key, function in functions.items()}
+            return {key: value for key, value in values.items() if value is not None}
+
+        return compute
 
     def describe(self, _: Sequence[str]) -> dict[str, Any]:
         """Returns the similarity and the label of the first pair."""

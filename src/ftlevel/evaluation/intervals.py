@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import ConfigError, did_you_mean, join_names
-from ftlevel.objectives import LikelihoodObjective, Meter, Objective, ScoreTexts
+from ftlevel.objectives import LikelihoodObjective, Meter, Objective, ScoreTexts, SortedMeter
 from ftlevel.tasks.base import BaseTask
 
 PERCENTILES = (2.5, 97.5)
@@ -141,8 +141,10 @@ class ExampleRecord:
         metrics without `score_texts`. Clusters have equal `Encoded.cluster`.
         """
         units = list(self._clusters.values()) or [self.units[row] for row in sorted(self.units)]
+        meters = [unit.meter for unit in units]
+        compute = meters[0].resampler(meters) if isinstance(meters[0], SortedMeter) else None
         draws = _bootstrap(
-            num_draws, seed, len(units), lambda indices: self._metrics(units, indices)
+            num_draws, seed, len(units), lambda indices: self._metrics(units, indices, compute)
         )
         if self.written and score_texts is not None:
             draws |= _bootstrap(
@@ -154,12 +156,19 @@ class ExampleRecord:
         return draws
 
     @staticmethod
-    def _metrics(units: Sequence[ExampleStats], indices: np.ndarray) -> dict[str, float]:
+    def _metrics(
+        units: Sequence[ExampleStats],
+        indices: np.ndarray,
+        compute: Callable[[np.ndarray], dict[str, float]] | None = None,
+    ) -> dict[str, float]:
         sample = [units[pick] for pick in indices]
         targets = sum(unit.targets for unit in sample)
         loss = sum(unit.loss for unit in sample) / targets if targets else float("nan")
+        losses = {"loss": loss} if targets else {}
+        if compute is not None:
+            return losses | compute(np.bincount(indices, minlength=len(units)))
         meter = sample[0].meter.pool([unit.meter for unit in sample])
-        return ({"loss": loss} if targets else {}) | meter.compute(loss)
+        return losses | meter.compute(loss)
 
 
 def _bootstrap(

@@ -121,6 +121,11 @@ def checkpoint_first(blocks: Sequence[nn.Module], num_blocks: int) -> None:
         block.gradient_checkpointing = False  # type: ignore[assignment]
 
 
+def without_graph(tensor: Tensor) -> Tensor:
+    """Returns `tensor` without its graph, which would never be freed if it saved its own output."""
+    return tensor if tensor.grad_fn is None else tensor.detach()
+
+
 def get_activations(model: Any, blocks: Sequence[nn.Module], run: Run) -> Activations:
     """Returns the activation bytes per token of each block, measured in a forward pass of a row."""
     batch, device = _sample_batch(run), run.model.device
@@ -140,7 +145,7 @@ def get_activations(model: Any, blocks: Sequence[nn.Module], run: Run) -> Activa
                     and tensor.numel() >= tracker.min_size
                 ):
                     sizes.setdefault(storage, (tracker.at, tensor.untyped_storage().nbytes()))
-                return tensor
+                return without_graph(tensor)
 
             with (
                 torch.random.fork_rng([torch.cuda.current_device()] if device == "cuda" else []),

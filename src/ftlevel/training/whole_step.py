@@ -23,6 +23,7 @@ from ftlevel.fast.recompute import using_generator
 from ftlevel.models.hardware import free_memory_bytes
 from ftlevel.models.upstream.fake import storage_of
 from ftlevel.objectives import StepTexts
+from ftlevel.training.memory import without_graph
 
 GRAPH_MEMORY_RATIO = 0.5
 """Share of the free memory that the activations of a step may take."""
@@ -116,7 +117,7 @@ class WholeStep:
             storage = storage_of(tensor)
             if storage not in weights:
                 sizes[storage] = tensor.untyped_storage().nbytes()
-            return tensor
+            return without_graph(tensor)
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             yield

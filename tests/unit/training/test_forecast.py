@@ -86,11 +86,14 @@ def test_estimate_matches_peak_of_run(
     assert estimate.parts["quantized weights" if method == "qlora" else "weights"] > 0
 
 
-@pytest.mark.parametrize("grad_cache", ["never", "always"])
+@pytest.mark.parametrize("grad_cache", ["never", "always", "auto"])
 def test_estimate_depends_on_grad_cache(
     tmp_path: Path, tiny_model_dir: ModelDir, grad_cache: str
 ) -> None:
-    """All four micro-batches stay in memory together, or only one of them."""
+    """All four micro-batches stay in memory together, or only one of them.
+
+    With auto, the first micro-batch is measured and must be freed after the step.
+    """
     generator, words = random.Random(0), ["the", "value", "of", "an", "object", "file", "argument"]
     rows = [
         {

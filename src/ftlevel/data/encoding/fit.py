@@ -180,18 +180,14 @@ def _too_long(
 
 
 def _cut_prompt(row: Encoded, limit: int) -> list[Encoded]:
-    """Returns [row] cut to `limit` tokens at the start of its prompt; [] if the answer is longer.
+    """Returns [row] cut to `limit` tokens; [] if the answer is longer.
 
-    The first token is retained, as it may be BOS. Rows without a prompt lose tokens before the last
-    one, which may be SEP or EOS.
+    A prompt loses tokens after its first one, which may be BOS.
     """
-    if (truncated := row.truncated(limit)) is not None:
-        return [truncated]
     surplus = row.length - limit
     prompt = prompt_length(row)
     if prompt is None or not isinstance(row.labels, list):
-        extras = {name: _middle_cut(v, limit) for name, v in row.extras.items()}
-        return [replace(row, input_ids=_middle_cut(row.input_ids, limit), extras=extras)]
+        return [truncate_row(row, limit)]
     if surplus < prompt - 1 and row.input_ids[0] == row.input_ids[1 + surplus]:
         surplus += 1
     if surplus > prompt - 1:
@@ -207,8 +203,18 @@ def prompt_length(row: Encoded) -> int | None:
     return next((i for i, label in enumerate(labels) if label != IGNORED), len(labels))
 
 
-def _middle_cut(values: list[int], limit: int) -> list[int]:
-    return values[: limit - 1] + values[-1:]
+def truncate_row(row: Encoded, limit: int) -> Encoded:
+    """Returns `row` cut to `limit` tokens; the last one is kept, as it may be SEP or EOS."""
+    if row.length <= limit:
+        return row
+    if (truncated := row.truncated(limit)) is not None:
+        return truncated
+
+    def cut(values: list[int]) -> list[int]:
+        return values[: limit - 1] + values[-1:]
+
+    extras = {name: cut(values) for name, values in row.extras.items()}
+    return replace(row, input_ids=cut(row.input_ids), extras=extras)
 
 
 def split_text(row: Encoded, limit: int) -> list[Encoded]:

@@ -282,6 +282,13 @@ class Encoder:
         config = self.config.model_copy(update={"overlong": overlong, "train_on_inputs": False})
         return replace(self, config=config, split=split)
 
+    def within(self, limit: int | None) -> Encoder:
+        """Returns the encoder with at most `limit` tokens, unless a length is configured."""
+        if limit is None or not (self.ignore_max_length or self.config.max_length == "auto"):
+            return self
+        positions = min(limit, self.bounds.positions or limit)
+        return replace(self, bounds=replace(self.bounds, positions=positions))
+
     def digest(self, examples: Sequence[Any]) -> Digests:
         """Returns the digests of `examples`."""
         return Digests.of(examples, self._text_context)

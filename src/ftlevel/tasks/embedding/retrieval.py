@@ -14,7 +14,7 @@ ones above:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -190,3 +190,31 @@ def average_precision(
     from sklearn.metrics import average_precision_score
 
     return float(average_precision_score(np.asarray(labels) > 0, scores))
+
+
+def resampled_precision(
+    scores: np.ndarray, labels: np.ndarray, owners: np.ndarray
+) -> Callable[[np.ndarray], float | None]:
+    """Returns the average precision by how often each owner's pairs are drawn, sorted only once.
+
+    `owners[i]` is the index of the owner of pair i. None if the labels or scores drawn are equal.
+    """
+    order = np.argsort(-scores, kind="stable")
+    scores, owners = scores[order], owners[order]
+    positives = np.flatnonzero(labels[order] > 0)
+    is_last = np.diff(scores[positives], append=np.nan) != 0  # of the positives with its score
+    ends = np.searchsorted(-scores, -scores[positives[is_last]], side="right") - 1
+
+    def compute(counts: np.ndarray) -> float | None:
+        own = counts[owners]
+        totals, hits = own.cumsum(), own[positives].cumsum()
+        if not len(hits) or hits[-1] in (0, totals[-1]):
+            return None
+        first, last = np.searchsorted(totals, (1, totals[-1]))
+        if scores[first] == scores[last]:
+            return None
+        hits = hits[is_last]
+        precision = hits / np.maximum(totals[ends], 1)
+        return float(np.diff(hits, prepend=0) @ precision / hits[-1])
+
+    return compute

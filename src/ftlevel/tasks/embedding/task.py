@@ -210,11 +210,7 @@ class EmbeddingTask(BaseTask):
                     f"--corpus and --qrels need pairs, and these rows have {_WORDS[kind]}. Drop "
                     "them; ftlevel evaluate RUN --qrels FILE searches with the trained model."
                 )
-        encode = self._text_encoder(encoder)
-        longest = self.format.max_length
-        if longest is not None and encoder.config.max_length == "auto":
-            positions = min(longest, encoder.bounds.positions or longest)
-            encoder = replace(encoder, bounds=replace(encoder.bounds, positions=positions))
+        encode, encoder = self._text_encoder(encoder), encoder.within(self.max_tokens)
         return encoder.fit(encoder.collect(encode, examples), table)
 
     def _text_encoder(self, encoder: Encoder) -> TextEncoder:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -56,12 +57,22 @@ class Ranking(Objective):
         return RankingMeter()
 
 
-@dataclass
+@dataclass(frozen=True)
 class CandidateGroup:
     """Scores and labels of the documents of one query."""
 
-    scores: list[float] = field(default_factory=list)
-    labels: list[float] = field(default_factory=list)
+    scores: Sequence[float] = ()
+    labels: Sequence[float] = ()
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """Ranking metrics; empty without both a relevant and an irrelevant document."""
+        labels = np.array(self.labels)
+        relevant = np.flatnonzero(labels > 0)
+        if not len(relevant) or len(relevant) == len(labels):
+            return {}
+        scores = score_ranks(rank_relevant(np.array(self.scores), relevant))
+        return {name: scores["map@100" if name == "map" else name] for name in RANKING_METRICS}
 
 
 class RankingMeter:
@@ -80,10 +91,11 @@ class RankingMeter:
         own = labels[:, 0].cpu().tolist()
         at = 0
         for row in rows:
-            group = self._groups.setdefault(row.cluster, CandidateGroup())
+            group = self._groups.get(row.cluster, CandidateGroup())
             end = at + len(row.sizes)
-            group.scores += scores[at:end]
-            group.labels += own[at:end]
+            self._groups[row.cluster] = CandidateGroup(
+                [*group.scores, *scores[at:end]], [*group.labels, *own[at:end]]
+            )
             at = end
 
     def pool(self, meters: Sequence[RankingMeter]) -> RankingMeter:
@@ -98,7 +110,7 @@ class RankingMeter:
 
     def compute(self, loss: float) -> dict[str, float]:
         """Compute the means over queries, and the metrics over all pairs."""
-        metrics = [_score(group) for group in self._groups.values()]
+        metrics = [group.metrics for group in self._groups.values()]
         ranked = [one for one in metrics if one]
         found = (
             {name: float(np.mean([one[name] for one in ranked])) for name in RANKING_METRICS}
@@ -117,16 +129,7 @@ class RankingMeter:
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
         group = next(iter(self._groups.values()))
         scores = [round(score, 4) for score in group.scores]
-        return {"scores": scores, "labels": group.labels, **_score(group)}
-
-
-def _score(group: CandidateGroup) -> dict[str, float]:
-    labels = np.array(group.labels)
-    relevant = np.flatnonzero(labels > 0)
-    if not len(relevant) or len(relevant) == len(labels):
-        return {}
-    scores = score_ranks(rank_relevant(np.array(group.scores), relevant))
-    return {name: scores["map@100" if name == "map" else name] for name in RANKING_METRICS}
+        return {"scores": scores, "labels": group.labels, **group.metrics}
 
 
 def get_loss_config(data_info: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -85,24 +85,26 @@ class RankedRow(Encoded):
         """
         if self.length <= limit:
             return self
-        room = max(limit // 2, 3)
-        query = self.query if self.query <= room else room
+        query = min(self.query, max(limit // 2, 3), limit - 1)
         longest = limit - query
-        ids, extras, start = _cut(self.input_ids[: self.query], query, 2), {}, self.query
-        for name, values in self.extras.items():
-            extras[name] = _cut(values[: self.query], query, 2)
-        for size in self.sizes:
-            own = slice(start, start + size)
-            ids += _cut(self.input_ids[own], longest, 1)
-            for name, values in self.extras.items():
-                extras[name] += _cut(values[own], longest, 1)
-            start += size
+
+        def cut(values: list[int]) -> list[int]:
+            result, start = _cut(values[: self.query], query, 2), self.query
+            for size in self.sizes:
+                result = result + _cut(values[start : start + size], longest, 1)
+                start += size
+            return result
+
+        ids, extras = cut(self.input_ids), {name: cut(own) for name, own in self.extras.items()}
         sizes = tuple(min(size, longest) for size in self.sizes)
         return replace(self, input_ids=ids, extras=extras, query=query, sizes=sizes)
 
 
 def _cut(values: list[int], limit: int, num_last: int) -> list[int]:
-    return values if len(values) <= limit else values[: limit - num_last] + values[-num_last:]
+    if len(values) <= limit:
+        return values
+    num_last = min(num_last, limit)
+    return values[: limit - num_last] + values[len(values) - num_last :]
 
 
 def _array(ids: Sequence[int]) -> Any:

@@ -53,6 +53,7 @@ class RerankingTask(BaseTask):
 
     config: RerankingConfig = field(default_factory=RerankingConfig)
     teacher: str | None = None
+    max_length: int | None = None  # of truncated training rows
 
     has_new_head: ClassVar[bool] = True
     served_as: ClassVar[str] = "rerankers"
@@ -68,7 +69,16 @@ class RerankingTask(BaseTask):
     def configured(self, task_config: Mapping[str, Any]) -> RerankingTask:
         values = get_loss_config(task_config)
         fields = {name: values[name] for name in RerankingConfig.model_fields if name in values}
-        return replace(self, config=RerankingConfig(**fields), teacher=values.get("teacher"))
+        return replace(
+            self,
+            config=RerankingConfig(**fields),
+            teacher=values.get("teacher"),
+            max_length=values.get("max_length"),
+        )
+
+    @property
+    def max_tokens(self) -> int | None:
+        return self.max_length
 
     def for_model(
         self, source: ModelSource, kind: str, width: int, tokenizer: Any, step_rows: int
@@ -115,7 +125,11 @@ class RerankingTask(BaseTask):
         return [*lines, counts, Choice("tokens", f"{data_info['tokens']:,} an epoch")]
 
     def inference_config(self, config: Any, data_info: Mapping[str, Any]) -> dict[str, Any]:
-        return {"problem_type": "regression", "reranking": dict(data_info["reranking"])}
+        """Returns the loss, and the maximum length if rows were truncated to it."""
+        values = dict(data_info["reranking"])
+        if data_info.get("shortened"):
+            values["max_length"] = data_info["max_length"]
+        return {"problem_type": "regression", "reranking": values}
 
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
@@ -161,16 +175,18 @@ class RerankingTask(BaseTask):
         """Write the files that make the directory a CrossEncoder."""
         from ftlevel.models.kinds import max_positions
 
-        is_bce = get_loss_config(inference_config)["loss"] == "bce"
-        activation = SIGMOID if is_bce else IDENTITY
+        values = get_loss_config(inference_config)
+        activation = SIGMOID if values["loss"] == "bce" else IDENTITY
         pad_id = getattr(model_config, "pad_token_id", None)
-        format_ = CrossEncoderFormat(activation, max_positions(model_config), pad_id)
+        max_length = values.get("max_length") or max_positions(model_config)
+        format_ = CrossEncoderFormat(activation, max_length, pad_id)
         save_cross_encoder_format(directory, format_)
 
     # ---- rows
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
         encode = PairEncoder(encoder.tokenizer, has_teacher=self.teacher is not None)
+        encoder = encoder.within(self.max_tokens)
         return encoder.fit(encoder.collect(encode, examples), table)
 
     def check_training_set(self, training_set: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
@@ -236,8 +252,8 @@ class RerankingTask(BaseTask):
     ) -> list[list[float]]:
         """Returns one score per document of each query: its logit, or the logit's sigmoid."""
         rows = [
-            Encoded(sequence.input_ids, 0, index, sequence.extras)
-            for index, row in enumerate(PairEncoder(model.tokenizer)(queries))
+            Encoded(sequence.input_ids, 0, row.row, sequence.extras)
+            for row in model.fit_rows(PairEncoder(model.tokenizer)(queries))
             for sequence in row.sequences
         ]
 

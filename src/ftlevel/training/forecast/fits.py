@@ -10,7 +10,7 @@ is the resident memory of a CPU run:
 - check: the plain step in float32 on a few rows that verifies the fast step: 16-bit weights next to
   float32 ones, the gradients of both steps and the initial values of the trained parameters;
 - training: the tensors of a step, free heap blocks up to `MAX_FREE_HEAP_BYTES`, and two copies of
-  the language head's weight;
+  a language head's weight;
 - proof: logits of the trained and of the reloaded model, compared after training on a few rows;
 - with quantized weights: pages of the unquantized checkpoint, which stay mapped.
 
@@ -35,6 +35,7 @@ from ftlevel.models.hardware import (
     resident_bytes,
 )
 from ftlevel.models.quantization import as_quant_config, get_quantization_config, quantization_name
+from ftlevel.objectives import TokenObjective
 from ftlevel.tasks.rl.rows import STAND_IN_TOKENS, STAND_INS
 from ftlevel.training.forecast.memory import StepMemory, count_computed_layers, estimate_step_memory
 from ftlevel.training.forecast.meta_model import (
@@ -93,6 +94,8 @@ def _mapped_bytes(run: Run, step: StepMemory) -> int:
 
 
 def _head_copy_bytes(run: Run) -> int:
+    if not isinstance(run.objective, TokenObjective):
+        return 0
     hidden = getattr(run.model.config.get_text_config(), "hidden_size", 0)
     return 2 * DTYPES[run.model.dtype].itemsize * run.model.vocabulary * hidden
 

@@ -485,12 +485,12 @@ def _get_largest_batch(run: Run, pruning: Pruning) -> _Batch:
         tokens = inputs["input_ids"].numel()
         return _Batch(inputs, tokens, has_others, 1, tokens)
     needed_tokens = pruning.needed if pruning.linears else None
-    collator = TextCollator if isinstance(run.objective, StepObjective) else StepCollator
-    collate = collator(
+    has_step_loss = isinstance(run.objective, StepObjective)
+    collate = (TextCollator if has_step_loss else StepCollator)(
         run.model.pad_id, replace(fast, shared_prefix=False, needed_tokens=needed_tokens)
     )
     candidates: list[_Batch] = []
-    for step in _steps(rows, train.rows_per_device_step, train.seed):
+    for step in _steps(run, has_step_loss):
         step = with_completions(run, step)
         batch = collate(step)
         num_workers = fast.workers if batch["in_parallel"] else 1
@@ -500,6 +500,8 @@ def _get_largest_batch(run: Run, pruning: Pruning) -> _Batch:
         micro_batch = {"rows": step, "micro_batches": [largest], "in_parallel": False}
         has_others = len(batches) > num_workers
         candidates.append(_Batch(micro_batch, max(sizes), has_others, num_workers, sum(sizes)))
+    if has_step_loss:
+        return max(candidates, key=lambda batch: batch.step_tokens)
     return max(candidates, key=lambda batch: (batch.tokens * batch.num_workers, batch.has_others))
 
 
@@ -508,15 +510,23 @@ def _num_positions(batch: Mapping[str, Any]) -> int:
     return int(layout.tokens if layout else batch["input_ids"].numel())
 
 
-def _steps(rows: Sequence[Encoded], size: int, seed: int) -> list[list[Encoded]]:
-    size = min(size, len(rows))
-    draw, sample = random.Random(seed), _sample_rows(rows)
+def _steps(run: Run, has_step_loss: bool) -> list[list[Encoded]]:
+    """Returns rows of random steps, and the longest rows unless memory is that of a whole step."""
+    rows, train = run.data.train, run.config.train
+    draw, sample = random.Random(train.seed), _sample_rows(rows)
     sample.sort(key=lambda row: -len(row.input_ids))
-    longest_rows = sample[:size]
+    longest_rows = sample[: train.rows_per_device_step]
     if len(longest_rows[0].input_ids) == len(sample[-1].input_ids):
         return [longest_rows]
-    drawn = (draw.sample(range(len(rows)), size) for _ in range(_SAMPLED_STEPS))
-    return [longest_rows, *([rows[at] for at in step] for step in drawn)]
+    sets: dict[int, list[int]] = {}
+    for at, index in enumerate(run.data.sets or [0] * len(rows)):
+        sets.setdefault(index, []).append(at)
+    steps = [
+        [rows[at] for at in draw.sample(own, min(train.rows_per_device_step, len(own)))]
+        for own in sets.values()
+        for _ in range(_SAMPLED_STEPS)
+    ]
+    return steps if has_step_loss else [longest_rows, *steps]
 
 
 def _sample_rows(rows: Sequence[Encoded]) -> list[Encoded]:
