@@ -4,7 +4,7 @@
     python benchmarks/plan.py --models .models --process
 
 With `--process`, `ftlevel plan` and three steps of `ftlevel train` on rows of data/ run as whole
-processes, and the peak resident memory is VmHWM of Linux. Otherwise, each setting is planned and
+processes, and the peak resident memory is that of wait4. Otherwise, each setting is planned and
 trained for two steps in its own process with one thread, so micro-batches are sequential. Measured
 are
 
@@ -18,13 +18,13 @@ The plan is not fitted to these measurements.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,9 +71,7 @@ def build_config(models: Path, model: str, options: dict[str, Any], folder: Path
     path = folder / "rows.jsonl"
     with path.open("w", encoding="utf-8") as file:
         generator = random.Random(0)
-        for index in range(
-            2 * rows
-        ):  # similar rows, so that any two steps contain the largest micro-batch
+        for index in range(2 * rows):  # similar, so that any two steps have the largest micro-batch
             words = generator.choices(WORDS, k=int(length * 0.9))
             row = {"text": " ".join(words)} | ({"label": "ab"[index % 2]} if classes else {})
             file.write(json.dumps(row) + "\n")
@@ -165,12 +163,20 @@ def process_settings(models: Path) -> Iterator[tuple[str, list[str]]]:
     ):
         for method in ("lora", "qlora", "adapter", "prefix", "full"):
             yield f"{name} {method}", [*flags, "--method", method]
+    pairs = ["--map", "anchor=instruction+input", "--map", "positive=output"]
+    pairs = ["--task", "embedding", "--dataset", "data/wordnet-define", *pairs]
+    for model, dtype in itertools.product((mini, smol), ("float32", "bfloat16")):
+        for rows in ("64", "256"):
+            flags = ["--model", model, "--dtype", dtype, "--per-device-train-batch-size", rows]
+            yield f"{Path(model).name} embedding {dtype} {rows}", [*flags, *pairs]
 
 
-def compare_processes(models: Path) -> None:
+def compare_processes(models: Path, only: list[int] | None) -> None:
     """Print planned and measured memory of whole processes."""
     print("| setting | planned MiB | measured MiB | off |\n|---|--:|--:|--:|")
-    for name, flags in process_settings(models):
+    for index, (name, flags) in enumerate(process_settings(models)):
+        if only and index not in only:
+            continue
         command = [sys.executable, "-m", "ftlevel"]
         flags = [*flags, "--max-steps", "3", "--json"]
         result = subprocess.run([*command, "plan", *flags], capture_output=True, check=True)
@@ -178,13 +184,7 @@ def compare_processes(models: Path) -> None:
         with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere:
             run = [*command, "train", *flags, "--output-dir", f"{folder}/run"]
             process = subprocess.Popen(run, stdout=nowhere, stderr=nowhere)
-            status, peak = Path(f"/proc/{process.pid}/status"), 0
-            while process.poll() is None:
-                lines = status.read_text().splitlines()
-                sizes = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
-                peak = max(peak, *sizes, 0)
-                time.sleep(0.05)
-        measured = peak * 1024
+            measured = os.wait4(process.pid, 0)[2].ru_maxrss * 1024
         error = planned / measured - 1
         print(f"| {name} | {planned / 2**20:,.0f} | {measured / 2**20:,.0f} | {error:+.1%} |")
 
@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--part", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.process:
-        compare_processes(args.models)
+        compare_processes(args.models, args.only)
         return
     all_settings = list(settings())
     if args.part:

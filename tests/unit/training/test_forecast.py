@@ -86,25 +86,26 @@ def test_estimate_matches_peak_of_run(
     assert estimate.parts["quantized weights" if method == "qlora" else "weights"] > 0
 
 
-@pytest.mark.parametrize("grad_cache", ["never", "always", "auto"])
-def test_estimate_depends_on_grad_cache(
-    tmp_path: Path, tiny_model_dir: ModelDir, grad_cache: str
+@pytest.mark.parametrize(
+    ("grad_cache", "rows"), [("never", 8), ("always", 8), ("auto", 8), ("never", 400)]
+)
+def test_estimate_depends_on_texts_of_a_step(
+    tmp_path: Path, tiny_model_dir: ModelDir, grad_cache: str, rows: int
 ) -> None:
     """All four micro-batches stay in memory together, or only one of them.
 
-    With auto, the first micro-batch is measured and must be freed after the step.
+    With auto, the first micro-batch is measured, and freed after the step. With 400 rows, of which
+    8 are long, no step consists of long rows.
     """
     generator, words = random.Random(0), ["the", "value", "of", "an", "object", "file", "argument"]
-    rows = [
-        {
-            "anchor": " ".join(generator.choices(words, k=60)),
-            "positive": " ".join(generator.choices(words, k=60)),
-        }
-        for _ in range(8)
-    ]
-    config = configure(tmp_path, tiny_model_dir("bert", "mlm"), "lora", classes=False)
+
+    def create_text(row: int) -> str:
+        return " ".join(generator.choices(words, k=60 if row % (rows // 8) == 0 else 20))
+
     path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = ({"anchor": create_text(row), "positive": create_text(row)} for row in range(rows))
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    config = configure(tmp_path, tiny_model_dir("bert", "mlm"), "lora", classes=False)
     config = config.with_sections(
         task="embedding",
         data={"dataset": str(path), "cache": False},
@@ -113,7 +114,7 @@ def test_estimate_depends_on_grad_cache(
     )
     estimate = estimate_step_memory(resolve(config), MEMORY)
     measured = benchmark().measured(config)["peak"]
-    assert estimate.peak == pytest.approx(measured, rel=0.1)
+    assert estimate.peak == pytest.approx(measured, rel=0.1 if rows == 8 else 0.3)
 
 
 @pytest.mark.parametrize(
