@@ -32,7 +32,6 @@ from ftlevel.trained.generation import GenerationOptions
 from ftlevel.trained.model_ref import LoadedModel
 
 T = TypeVar("T")
-E = TypeVar("E", bound=Encoded)
 RowFunction = Callable[[Encoded, torch.Tensor], T]
 BatchFunction = Callable[[Sequence[Encoded], torch.Tensor, torch.Tensor], Sequence[T]]
 
@@ -340,7 +339,7 @@ class InferenceModel:
         """Returns the results of `function(rows, logits, mask)`, called per padded forward pass."""
         return self._scorer.score_batches(self.fit_rows(rows), function)
 
-    def fit_rows(self, rows: Sequence[E]) -> Sequence[E]:
+    def fit_rows(self, rows: Sequence[Encoded]) -> Sequence[Encoded]:
         """Returns `rows`, long ones truncated if allowed; raises UnansweredError otherwise."""
         positions = self._positions
         if positions is not None:

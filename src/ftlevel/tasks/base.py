@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from ftlevel.data.prepare.loading import LoadedData
 
 T = TypeVar("T")
-E = TypeVar("E", bound=Encoded)
 Column = Literal["text", "texts", "number", "numbers", "whole", "ranking", "rankings", "embedding"]
 """Type of a prediction column; an embedding is a float32 array (dims,).
 
@@ -87,7 +86,7 @@ class PromptedModel(Protocol):
     def write(self, prompts: Sequence[list[int]]) -> list[str]:
         """Returns the generated text per prompt; raises `UnansweredError` for a too long prompt."""
 
-    def fit_rows(self, rows: Sequence[E]) -> Sequence[E]:
+    def fit_rows(self, rows: Sequence[Encoded]) -> Sequence[Encoded]:
         """Returns `rows`, long ones truncated if allowed, else raises `UnansweredError`."""
 
     def score(self, rows: Sequence[Encoded], read: Callable[[Encoded, Tensor], T]) -> list[T]:
