@@ -76,6 +76,17 @@ def read_plain(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file; raises InputError if it cannot be read."""
+    try:
+        content = json.loads(read_plain(path))
+        if not isinstance(content, dict):
+            raise ValueError("it is no object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read ({error}). Is the copy incomplete?") from None
+    return content
+
+
 def check_regular(paths: Iterable[Path], label: str) -> None:
     """Raise InputError, naming `label`, if one of `paths` is a pipe, socket or device."""
     for path in sorted(paths):
@@ -98,13 +109,14 @@ def check_new_output(flag: str, path: Path) -> None:
             )
     elif path.exists() or path.is_symlink():
         raise ConfigError(f"{flag} {path} already exists and is not overwritten. Choose another.")
-    _check_writable(flag, path)
+    check_writable(f"{flag} {path}", path.absolute().parent)
 
 
-def _check_writable(flag: str, path: Path) -> None:
-    parent = next(p for p in path.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"{flag} {path}: {parent} cannot be written. Choose another.")
+def check_writable(label: str, directory: Path) -> None:
+    """Raise ConfigError, naming `label`, if `directory` cannot be written or created."""
+    existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"{label}: {existing} cannot be written. Choose another.")
 
 
 def _make(partial: Path) -> None:
@@ -139,7 +151,7 @@ def check_output_file(flag: str, path: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"{flag} {path} is a directory. Name a file in it.")
     if (path.exists() or path.is_symlink()) and not overwrite:
         raise ConfigError(f"{flag} {path} exists. Choose another, or pass --overwrite.")
-    _check_writable(flag, path)
+    check_writable(f"{flag} {path}", path.absolute().parent)
 
 
 @contextlib.contextmanager

@@ -7,14 +7,13 @@ model, the one with the weights of the run.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from glob import glob
 from pathlib import Path
 from typing import Any
 
-from ftlevel.artifacts.files import base_fingerprint, read_plain, write_json
+from ftlevel.artifacts.files import base_fingerprint, read_json_object, write_json
 from ftlevel.artifacts.run_directory import CONFIG, ORIGIN, RunDirectory
 from ftlevel.config import IN_MEMORY, Layer, load_recipe
 from ftlevel.config.preference import NO_REFERENCE, START
@@ -162,13 +161,7 @@ def _exists(path: Path) -> bool:
 
 def _load_json(path: Path) -> dict[str, Any]:
     """Returns the JSON object in a file; empty if the file does not exist."""
-    try:
-        content = json.loads(read_plain(path))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}). Is the copy incomplete?") from None
-    return content if isinstance(content, dict) else {}
+    return read_json_object(path) if path.exists() else {}
 
 
 def _load_base_fingerprint(run_dir: Path) -> str | None:

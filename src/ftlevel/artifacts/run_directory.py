@@ -21,7 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts import checkpoints
-from ftlevel.artifacts.files import check_regular, read_plain, write_json, write_text
+from ftlevel.artifacts.files import (
+    check_regular,
+    check_writable,
+    read_plain,
+    write_json,
+    write_text,
+)
 from ftlevel.errors import ConfigError
 
 MARKER = ".ftlevel.json"
@@ -450,11 +456,7 @@ def check_output(output_dir: Path | None, *, overwrite: bool, resume: bool) -> N
             f"--output-dir {output_dir} is a link to {output_dir.readlink()}, which does not "
             "exist. Choose another directory."
         )
-    existing = next(p for p in (target, *target.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"--output-dir {target}: {existing} cannot be written. Choose another directory."
-        )
+    check_writable(f"--output-dir {target}", target)
 
 
 def _check_existing(output_dir: Path, overwrite: bool, resume: bool) -> None:

@@ -6,7 +6,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -274,8 +274,8 @@ class CommandInput:
     rows: Sequence[Flag]
     values: Mapping[str, Any]
     args: Sequence[str]
-    typed: Mapping[str, str] = field(default_factory=dict)
-    no_ops: Sequence[NoOpUse] = ()
+    typed: Mapping[str, str]
+    no_ops: Sequence[NoOpUse]
 
     def layer(self, task: str = "") -> Layer:
         """Returns the flag values as a configuration layer; some flags depend on `task`."""

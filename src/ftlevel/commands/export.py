@@ -50,7 +50,7 @@ class ExportResult:
 
     summary: dict[str, Any]
     path: Path | None
-    lines: tuple[str, ...] = ()
+    lines: tuple[str, ...]
 
 
 def export(

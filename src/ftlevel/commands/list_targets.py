@@ -97,7 +97,7 @@ class TargetReport:
     attention_only: tuple[str, ...]
     target_parameters: tuple[str, ...]
     lora: LoraSize | None
-    aliases: tuple[str, ...] = ()
+    aliases: tuple[str, ...]
     total_parameters: int | None = None
     note: str = ""
 

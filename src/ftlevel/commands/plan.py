@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from ftlevel.config import TrainConfig
@@ -98,7 +98,7 @@ class RunPlan:
     fits: list[Alternative]
     cheapest: Alternative | None
     cluster: ClusterEstimate | None
-    choices: list[Choice] = field(default_factory=list)
+    choices: list[Choice]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the output of `--json`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -90,7 +90,7 @@ class Preview:
     steps: int
     data_info: dict[str, Any]
     choices: list[Choice]
-    rollouts: list[Choice] = field(default_factory=list)
+    rollouts: list[Choice]
 
     @property
     def extent(self) -> str:

@@ -361,13 +361,10 @@ def _invalid_value(key: KeyPath, detail: ErrorDetails, model: type[BaseModel]) -
                 f"{'.'.join(key)} is a section and got {_text(value)}. Set its fields, such as "
                 f"{'.'.join((*key, fields[0]))}."
             )
-        case "value_error" if isinstance(value, Mapping):  # inconsistent fields of a section
+        case "value_error" if isinstance(value, Mapping | list | tuple):  # names fields or items
             return f"{context['error']}."
         case "value_error":
-            error = str(context["error"])
-            items = value if isinstance(value, list | tuple) else ()
-            is_named = any(str(item) in error for item in items)
-            return f"{error}." if is_named else f"{_text(value)}: {error}."
+            return f"{_text(value)}: {context['error']}."
         case _:
             message = detail["msg"][0].lower() + detail["msg"][1:]
             return f"{_text(value)} cannot be used for {'.'.join(key)}: {message}."

@@ -186,7 +186,7 @@ class AnswerRequest:
     prompts: Sequence[str]
     context: str | None
     writing: GenerationOptions
-    batch_size: int = PROMPTS
+    batch_size: int
     questions: Sequence[Any] = ()
     locations: Sequence[str] = ()
 
@@ -369,7 +369,7 @@ class RowCounts:
     """
 
     output: Path | None
-    kept: int = 0
+    kept: int
     answered: int = 0
     skipped: int = 0
     shown: list[str] = field(default_factory=list)

@@ -62,7 +62,7 @@ def score_embeddings(
     pad_id: int,
     device: str,
     decode: Callable[[Encoded], str],
-    corpus: Sequence[Any] = (),
+    corpus: Sequence[Any],
 ) -> dict[str, float]:
     """Returns loss and metrics of `rows`, and adds each row to `record`.
 
@@ -106,7 +106,7 @@ class QueryMeter:
     `details` of a single query are the scores of its best positive and negative, and that negative.
     """
 
-    values: list[Mapping[str, float]] = field(default_factory=list)
+    values: list[Mapping[str, float]]
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def update(self, *_: Any) -> None:

@@ -288,8 +288,8 @@ def iterate_results(
     labels: Sequence[str],
     get_position: Callable[[int], str],
     *,
-    base: ExampleRecord | None = None,
-    evaluator: Evaluator | None = None,
+    base: ExampleRecord | None,
+    evaluator: Evaluator | None,
 ) -> Iterator[dict[str, Any]]:
     """Yields the results of each example in `record` as a dictionary, in row order.
 

@@ -66,7 +66,7 @@ class AdapterFile:
     config: Mapping[str, Any]
     tensors: dict[str, Any]
     get_base_tensor: Callable[[str], Any]
-    tied: Mapping[str, list[str]] = field(default_factory=dict)
+    tied: Mapping[str, list[str]]
     notes: list[str] = field(default_factory=list)
 
     def names(self, end: str) -> list[str]:

@@ -102,7 +102,7 @@ _NO_CONV1D = Rule(
 
 
 def check_block_size(
-    field: str, size: int, sizes: Mapping[str, tuple[int, int]], *, outputs: bool = False
+    field: str, size: int, sizes: Mapping[str, tuple[int, int]], *, outputs: bool
 ) -> None:
     """Raise `ConfigError` unless `size` divides all inputs and, with `outputs`, all outputs."""
     widths = {name: pair if outputs else pair[:1] for name, pair in sizes.items()}

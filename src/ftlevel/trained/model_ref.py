@@ -267,7 +267,7 @@ class LoadedModel:
     device: str
     dtype: str
     notes: list[str]
-    adapter_name: str = "default"
+    adapter_name: str
 
     @property
     def task(self) -> BaseTask:

@@ -275,7 +275,7 @@ def _tasks_of_class(auto_class: str) -> list[str]:
 
 
 def _adapter_task(
-    adapter_dir: Path, peft_config: Mapping[str, Any], base_config: Any, task: str | None = None
+    adapter_dir: Path, peft_config: Mapping[str, Any], base_config: Any, task: str | None
 ) -> str:
     """Returns the task of an adapter that PEFT saved without ftlevel.
 

@@ -147,7 +147,7 @@ def eval_batch_size(train: TrainerConfig) -> int:
 def create_rollouts(
     run: Run,
     model: Any,
-    teacher: TokenLogps | None = None,
+    teacher: TokenLogps | None,
     server: ServerSampler | None = None,
     row_location: Callable[[int], str] | None = None,
 ) -> Rollouts:

@@ -181,7 +181,7 @@ def save_results(
     output_dir: RunDirectory,
     method: MethodConfig,
     summary: Mapping[str, Any],
-    predictions: Sequence[dict[str, Any]] = (),
+    predictions: Sequence[dict[str, Any]],
 ) -> None:
     """Save predictions and model cards, then summary.json, which marks the run as finished."""
     output_dir.save_predictions(predictions)

@@ -75,7 +75,7 @@ def verify_run(
     run: Run,
     output_dir: RunDirectory,
     gradients: GradientMonitor,
-    why_no_effect: str = "",
+    why_no_effect: str,
 ) -> Proof:
     """Compare the files saved in `output_dir` with the trained model.
 

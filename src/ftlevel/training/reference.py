@@ -170,7 +170,7 @@ class Reference:
     """
 
     info: Mapping[str, Any]
-    start: Any = None
+    start: Any
 
 
 def compute_initial_reference(

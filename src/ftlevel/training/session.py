@@ -125,7 +125,7 @@ class BoundInputs:
     """
 
     config: TrainConfig
-    callbacks: Sequence[TrainerCallback] = ()
+    callbacks: Sequence[TrainerCallback]
     written_base: Path | None = None
     choices: tuple[Choice, ...] = ()
 

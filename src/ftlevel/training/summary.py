@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,8 +153,8 @@ class Outcome:
     speed: Mapping[str, Any]
     selected: SelectedModel | None
     changes: Sequence[Mapping[str, Any]]
-    skipped_steps: Sequence[Mapping[str, Any]] = ()
-    plan: Mapping[str, Any] = field(default_factory=dict)
+    skipped_steps: Sequence[Mapping[str, Any]]
+    plan: Mapping[str, Any]
 
 
 def create_summary(run: Run, outcome: Outcome) -> dict[str, Any]:

@@ -214,7 +214,7 @@ class AuxiliaryOutputs:
 
     reference: Reference | None
     teacher_predictions: TeacherPredictions | None
-    scorer: TeacherScorer | None = None
+    scorer: TeacherScorer | None
 
     @property
     def start(self) -> Any:

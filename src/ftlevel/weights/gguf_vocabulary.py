@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ftlevel.errors import InputError, join_names
@@ -76,7 +76,7 @@ class Vocabulary:
     special: Mapping[str, int]
     flags: Mapping[str, bool]
     chat_template: str | None
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
     def metadata(self) -> dict[str, Any]:
         """Returns the tokenizer's metadata for the .gguf file, by key."""

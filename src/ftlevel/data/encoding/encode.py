@@ -74,7 +74,7 @@ class PromptFormat:
         """Returns `text` as a plain prompt, preceded by the system prompt unless `has_system`."""
         return self.plain_parts(text, "", has_system=has_system)[0]
 
-    def plain_parts(self, source: str, target: str, *, has_system: bool = False) -> tuple[str, str]:
+    def plain_parts(self, source: str, target: str, *, has_system: bool) -> tuple[str, str]:
         """Returns prompt and answer, whose concatenation is the text of the row.
 
         A trailing space moves from prompt to answer, unless `target` begins with white space.

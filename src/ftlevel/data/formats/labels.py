@@ -185,7 +185,7 @@ class LabelVariant:
 
 
 def get_label_variants(
-    examples: Sequence[ClassExample], check: str, names: Iterable[str] = ()
+    examples: Sequence[ClassExample], check: str, names: Iterable[str]
 ) -> list[LabelVariant]:
     """Returns labels that are spelling variants of another label.
 

@@ -159,7 +159,7 @@ class TokenCheckContext:
     bos: int | None
     ends: frozenset[int]
     vocabulary: int
-    empty_thinks: tuple[tuple[int, ...], ...] = ()
+    empty_thinks: tuple[tuple[int, ...], ...]
 
 
 def has_missing_eos(flat: FlatRows, eos_ids: Collection[int]) -> Mask:

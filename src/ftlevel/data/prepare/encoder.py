@@ -6,7 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -149,8 +149,8 @@ class PreparedData:
     prompt_format: PromptFormat | None
     max_length: int
     table: Table
-    info: dict[str, Any] = field(default_factory=dict)
-    choices: list[Choice] = field(default_factory=list)
+    info: dict[str, Any]
+    choices: list[Choice]
     findings: tuple[Finding, ...] = ()
     corpus: Sequence[Encoded] = ()
     sets: Sequence[int] = ()

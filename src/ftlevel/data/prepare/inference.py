@@ -44,9 +44,9 @@ class QueryRow:
 
     row: Row
     location: str
-    question: Any = None
-    fault: str = ""
-    share: float | None = None
+    question: Any
+    fault: str
+    share: float | None
 
 
 Item: TypeAlias = tuple[Row | None, str, str, float | None]
@@ -199,9 +199,9 @@ class EvaluationRows:
     dropped: int
     language: str
     source: str
-    note: str = ""
-    columns: str = ""
-    corpus: Sequence[Encoded] = ()
+    note: str
+    columns: str
+    corpus: Sequence[Encoded]
 
     @property
     def is_training(self) -> bool:
@@ -215,8 +215,8 @@ def load_evaluation_rows(
     split: str | None,
     context: EncodingContext,
     *,
-    is_own: bool = False,
-    is_typed: bool = True,
+    is_own: bool,
+    is_typed: bool,
 ) -> EvaluationRows:
     """Load and encode the rows to evaluate.
 

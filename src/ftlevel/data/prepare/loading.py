@@ -53,9 +53,9 @@ class LoadedData:
     train: Sequence[Any]
     validation: Sequence[Any] | None
     labels: LabelSet | None
-    choices: list[Choice] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
-    reason: str = ""
+    choices: list[Choice]
+    findings: list[Finding]
+    reason: str
 
 
 def load_data(
@@ -174,7 +174,7 @@ class Converter:
         return self.drop_inconsistent_labels(table, examples, labels)
 
     def merge_label_variants(
-        self, split: str, table: Table, examples: Sequence[Any], names: Sequence[str] = ()
+        self, split: str, table: Table, examples: Sequence[Any], names: Sequence[str]
     ) -> Sequence[Any]:
         """Returns `examples` with spelling variants of labels replaced by the known `names`.
 

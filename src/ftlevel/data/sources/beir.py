@@ -30,8 +30,8 @@ class RetrievalSet:
     queries: Sequence[str]
     documents: Sequence[str]
     relevant: Sequence[Sequence[int]]
-    merged: int = 0
-    unjudged: int = 0
+    merged: int
+    unjudged: int
 
 
 def retrieval_files(qrels: Path) -> list[Path]:

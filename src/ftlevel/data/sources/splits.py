@@ -72,7 +72,7 @@ class DatasetSplits:
     validation: Table | None
     test: Table | None
     name: str
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
     corpus: Sequence[str] | None = None
 
     @property
@@ -90,7 +90,7 @@ class StreamSource:
     """
 
     train: Stream
-    validation: Table | None = None
+    validation: Table | None
     files: tuple[Path, ...] = ()
     notes: list[str] = field(default_factory=list)
     ignored: tuple[str, ...] = ()

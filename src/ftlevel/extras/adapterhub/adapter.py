@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts.cards import AdapterCard
+from ftlevel.artifacts.files import read_json_object
 from ftlevel.errors import InputError, join_names
 from ftlevel.extras.adapterhub.config_file import WEIGHTS, convert_config, get_hub_names
 from ftlevel.models.loading import check_finite
@@ -33,7 +34,7 @@ class HubHead:
     """
 
     task: str
-    labels: list[str] = field(default_factory=list)
+    labels: list[str]
     options: Mapping[str, Any] = field(default_factory=dict)
     layers: Mapping[str, str] = field(default_factory=dict)
     name: str = ""
@@ -260,7 +261,7 @@ def is_adapterhub(directory: Path) -> bool:
 
 def load_hub_adapter(directory: Path) -> HubAdapter:
     """Load configuration and head from `directory`; raises InputError if they are invalid."""
-    config_dict = _load_json(directory / CONFIG)
+    config_dict = read_json_object(directory / CONFIG)
     if not isinstance(config_dict.get("model_name"), str) or not config_dict["model_name"]:
         raise InputError(
             f"{directory / CONFIG} names no base model. Write it as model_name, a Hub id or a "
@@ -268,8 +269,9 @@ def load_hub_adapter(directory: Path) -> HubAdapter:
         )
     if not (directory / HEAD_CONFIG).is_file():
         return HubAdapter(directory, config_dict, None, {})
+    head_config = read_json_object(directory / HEAD_CONFIG)
     try:
-        head = load_head(_load_json(directory / HEAD_CONFIG))
+        head = load_head(head_config)
     except InputError as error:
         raise InputError(f"{directory / HEAD_CONFIG}: {error}") from None
     return HubAdapter(directory, config_dict, head, _load_weights(directory, HEAD_FILES))
@@ -287,16 +289,6 @@ class _Reader:
 
 
 READER = _Reader()
-
-
-def _load_json(path: Path) -> dict[str, Any]:
-    try:
-        config_dict = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}). Is the copy incomplete?") from None
-    if not isinstance(config_dict, dict):
-        raise InputError(f"{path} contains no object. Save the adapter again with adapters.")
-    return config_dict
 
 
 def _name_weights(

@@ -50,14 +50,14 @@ class ComparisonOptions:
     """
 
     methods: tuple[str, ...]
-    steps: int | None = None
-    minutes: float | None = None
-    seeds: int = 1
-    max_memory: float | None = None
-    max_minutes: float | None = None
-    search: tuple[str, ...] = ()
-    trials: int | None = None
-    study: str | None = None
+    steps: int | None
+    minutes: float | None
+    seeds: int
+    max_memory: float | None
+    max_minutes: float | None
+    search: tuple[str, ...]
+    trials: int | None
+    study: str | None
 
 
 @dataclass

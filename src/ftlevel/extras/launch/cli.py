@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import typer
@@ -47,9 +47,9 @@ class Job:
     args: Sequence[str]
     output: Path
     name: str
-    image: str = ""
-    claim: str = ""
-    options: Mapping[str, str] = field(default_factory=dict)
+    image: str
+    claim: str
+    options: Mapping[str, str]
 
     @property
     def command(self) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ftlevel.artifacts.files import read_plain
+from ftlevel.artifacts.files import read_json_object
 from ftlevel.artifacts.row_sinks import RolloutStats, summarize_rollouts
 from ftlevel.artifacts.run_directory import ANSWERS, METRICS, ROLLOUTS, SUMMARY
 from ftlevel.errors import InputError
@@ -120,14 +120,14 @@ class PredictionStats:
         best: rows with the lowest loss; none of `worst` if there are two rows or more.
     """
 
-    classes: list[str] = field(default_factory=list)
-    counts: dict[str, Counter[str]] = field(default_factory=dict)
-    per_class: list[tuple[str, float, float, float, int]] = field(default_factory=list)
-    unit: str = "rows"
-    lengths: list[tuple[int, int, int, float]] = field(default_factory=list)
-    worst: list[dict[str, Any]] = field(default_factory=list)
-    best: list[dict[str, Any]] = field(default_factory=list)
-    total: int = 0
+    classes: list[str]
+    counts: dict[str, Counter[str]]
+    per_class: list[tuple[str, float, float, float, int]]
+    unit: str
+    lengths: list[tuple[int, int, int, float]]
+    worst: list[dict[str, Any]]
+    best: list[dict[str, Any]]
+    total: int
 
     @property
     def is_shown(self) -> bool:
@@ -259,7 +259,7 @@ def load_run(path: Path, predictions: Path | None = None) -> ReportedRun:
             f"{path} is not a run that is done: {here}. Expected the directory that ftlevel train "
             "wrote, as runs/NAME."
         )
-    summary = _load_json(path / SUMMARY)
+    summary = read_json_object(path / SUMMARY)
     records = list(_load_json_lines(path / METRICS)) if (path / METRICS).is_file() else []
     if predictions is None and (path / ANSWERS).is_file():
         predictions = path / ANSWERS
@@ -270,16 +270,6 @@ def load_run(path: Path, predictions: Path | None = None) -> ReportedRun:
     rollouts = summarize_rollouts(path / ROLLOUTS)
     name = path.resolve().name
     return ReportedRun(name, path, summary, records, answers, rollouts, retrieval)
-
-
-def _load_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(read_plain(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read ({error}).") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds no object.")
-    return value
 
 
 def _load_json_lines(path: Path) -> Iterator[dict[str, Any]]:

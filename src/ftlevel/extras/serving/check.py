@@ -376,7 +376,7 @@ class _AdapterOutputs:
     plain: list[ServerOutput]
     chat: list[ServerOutput | None]
     api: str
-    no_chat: str = ""
+    no_chat: str
 
 
 def _query_url(

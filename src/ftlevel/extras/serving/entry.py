@@ -28,7 +28,7 @@ class ServedAdapter:
     name: str
     path: Path
     rank: int
-    template: Path | None = None
+    template: Path | None
 
 
 def rank_limit(server: Server, rank: int) -> int:
@@ -210,7 +210,7 @@ class Prompt:
     text: str
     ids: list[int]
     messages: list[dict[str, str]]
-    rendered: str = ""
+    rendered: str
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ def check_file(
     tensors: Sequence[GGUFTensor],
     vocab: Vocabulary,
     original: Original,
-    beside_run: Callable[[Any], Agreement] | None = None,
+    beside_run: Callable[[Any], Agreement] | None,
 ) -> FileCheck:
     """Compare the file, written from `tensors`, with the original; RunError if they differ."""
     source = ModelSource(str(path), "gguf", str(path.parent), path.name, local_files_only=True)

@@ -21,8 +21,8 @@ from ftlevel.tasks.embedding.retrieval import BLOCK_BYTES, iterate_scores
 class MiningConfig:
     """Number of negatives per row, margin, and range of ranks (from 1) for the negatives."""
 
-    negatives: int = 5
-    relative_margin: float = 0.05
+    negatives: int
+    relative_margin: float
     ranks: tuple[int, int] = (1, 100)
     at_random: bool = False
     seed: int = 0

@@ -123,7 +123,7 @@ def score_retrieval(
     corpus: torch.Tensor,
     relevant: Sequence[Sequence[int]],
     *,
-    similarity: str = "cosine",
+    similarity: str,
     block_bytes: int = BLOCK_BYTES,
 ) -> RetrievalScores:
     """Returns the metrics of a search for each of the queries among all documents.
@@ -161,7 +161,7 @@ def search(
 def iterate_scores(
     queries: torch.Tensor,
     corpus: torch.Tensor,
-    similarity: str = "cosine",
+    similarity: str,
     block_bytes: int = BLOCK_BYTES,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yields the index of each block's first query, and scores `(queries, documents)`, float32."""

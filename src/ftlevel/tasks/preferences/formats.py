@@ -33,9 +33,9 @@ class PairExample:
     chosen: Turns
     rejected: Turns
     row: int
-    tools: tuple[dict[str, Any], ...] = ()
-    margin: float = 0.0
-    scores: tuple[float, ...] = ()
+    tools: tuple[dict[str, Any], ...]
+    margin: float
+    scores: tuple[float, ...]
 
     @property
     def key_text(self) -> str:

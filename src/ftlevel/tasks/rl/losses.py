@@ -150,7 +150,7 @@ def policy_loss(
     owners: torch.Tensor,
     advantages: torch.Tensor,
     weights: torch.Tensor,
-    reference: torch.Tensor | None = None,
+    reference: torch.Tensor | None,
 ) -> PolicyLoss:
     """Returns the loss summed over tokens, each multiplied by its weight.
 

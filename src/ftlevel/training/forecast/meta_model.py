@@ -82,7 +82,7 @@ class FakeModel:
             self.fast.remove()
 
 
-def create_fake_model(run: Run, layers: Sequence[int] | None = None) -> FakeModel:
+def create_fake_model(run: Run, layers: Sequence[int] | None) -> FakeModel:
     """Returns the run's model on fake CPU tensors, with `layers` of each stack (None: all)."""
     model_info, method = run.model, METHODS[run.config.method.kind]
     compute_dtype = DTYPES[model_info.dtype]

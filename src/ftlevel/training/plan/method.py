@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -42,8 +42,8 @@ class MethodTargets:
     modules: list[str]
     parameters: list[str]
     fan_in_fan_out: bool
-    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    full_modules: list[str] = field(default_factory=list)
+    sizes: Mapping[str, tuple[int, int]]
+    full_modules: list[str]
 
     def choices(self, target_modules: Any) -> list[Choice]:
         """Returns lines on the targets, to print; `target_modules` is the option's value."""

@@ -58,7 +58,7 @@ class PlannedModel:
     new_modules: list[str]
     new_heads: list[str]
     total_parameters: int
-    unused: list[str] = field(default_factory=list)
+    unused: list[str]
 
     @property
     def family(self) -> str:
