@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # tiny models
@@ -110,7 +111,7 @@ def _run_all(
     return cases
 
 
-def _run_row(entry: Entry, args: argparse.Namespace, seed: int, root: Path, template: Path) -> int:
+def _run_row(entry: Entry, args: argparse.Namespace, seed: int, root: Path, template: Any) -> int:
     """Run one row and write its cases; an error of the row itself is a bad case."""
     import traceback
 

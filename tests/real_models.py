@@ -30,7 +30,9 @@ def keep_first_blocks_of_gguf(model: Path, out: Path, blocks: int) -> Path:
     """Save the first blocks of a GGUF file; tensors are copied byte for byte."""
     import gguf
 
-    reader = gguf.GGUFReader(model)
+    from ftlevel.models.upstream.conversions import FastGGUFReader
+
+    reader = FastGGUFReader(model)
     arch = reader.fields["general.architecture"].contents()
     writer = gguf.GGUFWriter(out, arch)
     for name, field in reader.fields.items():

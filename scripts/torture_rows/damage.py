@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
-from torture_rows.kills import ReferenceRun, judge
-from torture_rows.lab import BAD, GOOD, HANG, STEPS, Case, Lab, certified
+from torture_rows.kills import judge
+from torture_rows.lab import BAD, GOOD, HANG, STEPS, Case, Lab, ReferenceRun, certified
 from torture_rows.moments import killing
 
 
@@ -40,10 +40,10 @@ DAMAGES: dict[str, Callable[[Path, Random], None]] = {
 }  # fmt: skip
 
 
-def _create_interrupted_run(lab: Lab, reference: ReferenceRun) -> Path:
+def _create_interrupted_run(lab: Lab) -> Path:
     """Return a run with two checkpoints that was killed after its sixth step."""
     run = lab.root / "broken"
-    lab.run(lab.training(run), killing(reference.course.certified[STEPS - 3] + 40))
+    lab.run(lab.training(run), killing(lab.reference.course.certified[STEPS - 3] + 40))
     if not certified(run):
         raise RuntimeError("the run to damage has no checkpoint")
     return run
@@ -51,8 +51,7 @@ def _create_interrupted_run(lab: Lab, reference: ReferenceRun) -> Path:
 
 def damage_checkpoints(lab: Lab, count: int) -> Iterator[Case]:
     """Every file × every damage × the newest checkpoint or all; the error must name it."""
-    reference = ReferenceRun(lab)
-    interrupted = _create_interrupted_run(lab, reference)
+    reference, interrupted = lab.reference, _create_interrupted_run(lab)
     names = sorted(p.name for p in certified(interrupted)[-1].iterdir())
     cases = [(n, d, scope) for n in names for d in DAMAGES for scope in ("newest", "all")]
     cases += [(n, d, "all, twice") for n in names for d in ("deleted", "one bit")]
@@ -83,8 +82,7 @@ def damage_checkpoints(lab: Lab, count: int) -> Iterator[Case]:
 
 def damage_state(lab: Lab, count: int) -> Iterator[Case]:
     """Damaged files beside the checkpoints: rejected in one line, or not needed."""
-    reference = ReferenceRun(lab)
-    interrupted = _create_interrupted_run(lab, reference)
+    reference, interrupted = lab.reference, _create_interrupted_run(lab)
     names = [str(p.relative_to(interrupted)) for p in sorted(interrupted.rglob("*"))
              if p.is_file() and "checkpoint-" not in str(p)]  # fmt: skip
     cases = [(name, damage) for name in names for damage in DAMAGES]

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from torture_rows.kills import ReferenceRun, judge
+from torture_rows.kills import judge
 from torture_rows.lab import BAD, GOOD, HANG, Case, Lab, ProcessResult, certified, digest
 
 _DISK_ERRORS = ("cannot be written", "disk is full", "File too large", "No space left",
@@ -17,7 +17,6 @@ _DISK_ERRORS = ("cannot be written", "disk is full", "File too large", "No space
 
 def fill_disk(lab: Lab, count: int) -> Iterator[Case]:
     """Four of five cases use RLIMIT_FSIZE, the others a small tmpfs if it can be mounted."""
-    reference = ReferenceRun(lab)
     sizes = _file_sizes(lab)
     mount_point = lab.root / "small"
     can_mount = _mount(mount_point, 1 << 20)
@@ -41,7 +40,7 @@ def fill_disk(lab: Lab, count: int) -> Iterator[Case]:
             description = f"no file above {limit:,} bytes"
             run = lab.folder()
             result = lab.run(lab.training(run), limit_file_size(limit))
-        yield _judge(lab, description, run, result, reference)
+        yield _judge(lab, description, run, result)
         shutil.rmtree(run, ignore_errors=True)
 
 
@@ -50,21 +49,18 @@ def limit_file_size(size: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def _judge(
-    lab: Lab, description: str, run: Path, result: ProcessResult, reference: ReferenceRun
-) -> Case:
+def _judge(lab: Lab, description: str, run: Path, result: ProcessResult) -> Case:
     if result.hung:
         return Case(HANG, description, result.last)
     if result.code == 0:
-        same = digest(run) == reference.digest
+        same = digest(run) == lab.reference.digest
         return Case(GOOD if same else BAD, description, result.err, "it was enough")
     is_unexpected = result.is_raw or result.is_unforeseen or result.code not in (1, 2)
     if is_unexpected or not any(word in result.last for word in _DISK_ERRORS):
         return Case(BAD, description, f"exit {result.code}: {result.err[-600:]}")
     resumed = lab.run(lab.training(run, "--resume"))
-    return judge(
-        description, run, resumed, reference.digest, "went on" if certified(run) else "begun anew"
-    )
+    kind = "went on" if certified(run) else "begun anew"
+    return judge(description, run, resumed, lab.reference.digest, kind)
 
 
 def _file_sizes(lab: Lab) -> list[int]:

@@ -9,23 +9,8 @@ from pathlib import Path
 
 from torture_rows.lab import BAD, GOOD, HANG, SILENT, STEPS, Case, Lab, ProcessResult
 
-from torture_rows.lab import certified, digest, leftovers  # isort: skip
-from torture_rows.moments import Course, counting, killing, read_course
-
-
-class ReferenceRun:
-    """The uninterrupted run: digest of its adapter and log, file events, and duration."""
-
-    def __init__(self, lab: Lab, *flags: str) -> None:
-        run, course = lab.folder(), lab.root / "course.json"
-        start = time.monotonic()
-        result = lab.run(lab.training(run, *flags), counting(course), seconds=200)
-        if result.code != 0:
-            raise RuntimeError(result.err)
-        self.seconds = time.monotonic() - start
-        self.digest = digest(run)
-        self.course: Course = read_course(course)
-        shutil.rmtree(run)
+from torture_rows.lab import ReferenceRun, certified, digest, leftovers  # isort: skip
+from torture_rows.moments import killing
 
 
 def judge(name: str, run: Path, result: ProcessResult, expected: str, kind: str = "") -> Case:
@@ -43,7 +28,7 @@ def judge(name: str, run: Path, result: ProcessResult, expected: str, kind: str 
 
 def kill_at_any_moment(lab: Lab, count: int) -> Iterator[Case]:
     """Half before the first checkpoint; half by time; a quarter killed again on resume."""
-    reference = ReferenceRun(lab)
+    reference = lab.reference
     first_checkpoint, total = reference.course.certified[0], reference.course.total
     for index in range(count):
         run, early = lab.folder(), index % 2 == 0

@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torture_rows.moments import Course, counting, read_course
+
 HANG_SECONDS = 20.0  # seconds beyond the duration of an undisturbed run
 STEPS = 5  # a step with its checkpoint takes a tenth of a run's time
 VERDICTS = ("good", "bad", "silent", "hang", "outside")
@@ -118,11 +120,15 @@ class Child:
 
 @dataclass
 class Lab:
-    """Working directory of a row; a process may take `patience` seconds."""
+    """Working directory of a row; a process may take `patience` seconds.
+
+    `reference` is an uninterrupted run of `training` without flags.
+    """
 
     root: Path
     random: random.Random
     patience: float = HANG_SECONDS
+    reference: ReferenceRun = field(init=False)
     _number: int = field(default=0, init=False)
 
     @property
@@ -283,6 +289,21 @@ def leftovers(run: Path) -> list[str]:
     return names + [name for name in (".replaced",) if (run / name).exists()]
 
 
+class ReferenceRun:
+    """The uninterrupted run: digest of its adapter and log, file events, and duration."""
+
+    def __init__(self, lab: Lab, *flags: str) -> None:
+        run, course = lab.folder(), lab.root / "course.json"
+        start = time.monotonic()
+        result = lab.run(lab.training(run, *flags), counting(course), seconds=200)
+        if result.code != 0:
+            raise RuntimeError(result.err)
+        self.seconds = time.monotonic() - start
+        self.digest = digest(run)
+        self.course: Course = read_course(course)
+        shutil.rmtree(run)
+
+
 def warm_up(lab: Lab, commands: Sequence[Sequence[str]]) -> None:
     """Import the modules that the commands import, so that forked processes have them.
 
@@ -312,12 +333,8 @@ def warm_up(lab: Lab, commands: Sequence[Sequence[str]]) -> None:
     gc.freeze()
 
 
-def create_template(root: Path) -> Path:
-    """Create the model and rows for all labs, and import the modules of a run, once.
-
-    Returns:
-        Their directory.
-    """
+def create_template(root: Path) -> Lab:
+    """Create the model, the rows and the reference run for all labs, and import a run's modules."""
     from tiny_models import save_tiny
 
     template = Lab(root / "first", random.Random(0))
@@ -325,20 +342,20 @@ def create_template(root: Path) -> Path:
     with contextlib.redirect_stderr(io.StringIO()):
         save_tiny(template.base, "qwen2", chat=True)
     save_rows(template.rows)
-    run = template.folder()
     with _use_home(template.root):
-        warm_up(template, [template.training(run)])
-    shutil.rmtree(run)
-    return template.root
+        warm_up(template, [template.training(template.folder())])
+        template.reference = ReferenceRun(template)
+    return template
 
 
 @contextlib.contextmanager
-def new_lab(root: Path, seed: int, template: Path) -> Iterator[Lab]:
-    """Yield a lab with the model and rows of `template`, and its own home directory."""
+def new_lab(root: Path, seed: int, template: Lab) -> Iterator[Lab]:
+    """Yield a lab with the files and the reference of `template`, and its own home directory."""
     root.mkdir(parents=True)
     lab = Lab(root, random.Random(seed))
-    shutil.copytree(template / "base", lab.base)
-    shutil.copy(template / "rows.jsonl", lab.rows)
+    lab.reference = template.reference
+    shutil.copytree(template.base, lab.base)
+    shutil.copy(template.rows, lab.rows)
     try:
         with _use_home(root):
             yield lab

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
@@ -10,8 +11,10 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from torture_rows.kills import ReferenceRun, judge
-from torture_rows.lab import BAD, GOOD, OUTSIDE, Case, Lab, digest, replace_methods
+from torture_rows.kills import judge
+from torture_rows.lab import BAD, GOOD, OUTSIDE, Case, Lab, ReferenceRun, digest
+
+from torture_rows.lab import replace_methods  # isort: skip
 from torture_rows.moments import killing
 
 _SECRET = "hf_" + "tOpSeCrEt" * 4
@@ -65,7 +68,7 @@ REFUSED: dict[str, Callable[[Path, Lab], Path]] = {
 
 def overwrite(lab: Lab, count: int) -> Iterator[Case]:
     """Rejected directories keep all bytes; only a run's own files are deleted."""
-    reference = ReferenceRun(lab, "--seed", "2")
+    get_reference = functools.cache(lambda: ReferenceRun(lab, "--seed", "2"))
     scenarios = [*REFUSED, "files of others in a run", "tracker directories", "a kill", "a kill",
             "two at once", "two at once"]  # fmt: skip
     for index in range(count):
@@ -76,7 +79,7 @@ def overwrite(lab: Lab, count: int) -> Iterator[Case]:
             yield _start_two_runs(lab, run)
         else:
             lab.run(lab.training(run))
-            yield _replace(lab, scenario, run, reference)
+            yield _replace(lab, scenario, run, get_reference())
         for path in (run, run.with_name(f"{run.name}-there")):
             if path.is_symlink():
                 path.unlink()

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from torture_rows.kills import ReferenceRun, judge
+from torture_rows.kills import judge
 from torture_rows.lab import BAD, GOOD, HANG, STEPS, Case, Child, Lab, ProcessResult, certified
 
 from torture_rows.lab import warm_up  # isort: skip
@@ -42,7 +42,7 @@ def commands(lab: Lab, run: Path) -> dict[str, Command]:
 
 def signal_commands(lab: Lab, count: int) -> Iterator[Case]:
     """Each command in turn; one in eight in a new interpreter, and one in eight twice."""
-    reference, run = ReferenceRun(lab), lab.root / "run"
+    run = lab.root / "run"
     lab.run(lab.training(run))
     all_commands = commands(lab, run)
     warm_up(lab, [command(lab.folder()) for command in all_commands.values()])
@@ -67,7 +67,7 @@ def signal_commands(lab: Lab, count: int) -> Iterator[Case]:
         elif draw < 2 / 8:
             description = f"{name}: {signal_name} twice"
             child = lab.start(arguments)
-            time.sleep(lab.random.uniform(0, reference.seconds))
+            time.sleep(lab.random.uniform(0, lab.reference.seconds))
             child.kill(getattr(signal, signal_name))
             time.sleep(0.05)
             child.kill(getattr(signal, signal_name))
@@ -75,14 +75,12 @@ def signal_commands(lab: Lab, count: int) -> Iterator[Case]:
             event = lab.random.randint(1, events[name])
             description = f"{name}: {signal_name} at file event {event:,} of {events[name]:,}"
             child = lab.start(arguments, signalling(event, getattr(signal, signal_name)))
-        yield _judge(lab, description, child, signal_name, out, reference)
+        yield _judge(lab, description, child, signal_name, out)
         for path in lab.root.glob(f"{out.name}*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _judge(
-    lab: Lab, description: str, child: Child, signal_name: str, out: Path, reference: ReferenceRun
-) -> Case:
+def _judge(lab: Lab, description: str, child: Child, signal_name: str, out: Path) -> Case:
     result = child.wait(lab.patience)
     kind = description.partition(":")[0]
     if result.hung:
@@ -105,7 +103,8 @@ def _judge(
         return Case(BAD, description, "said that a checkpoint is kept, and none is")
     if len(certified(out)) > STEPS:
         return Case(BAD, description, "too many checkpoints")
-    return judge(description, out, lab.run(lab.training(out, "--resume")), reference.digest, kind)
+    resumed = lab.run(lab.training(out, "--resume"))
+    return judge(description, out, resumed, lab.reference.digest, kind)
 
 
 def _keeps_output(kind: str, result: ProcessResult) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from forked import Forked
 from ftlevel.cli.app import run
 
 SHORT = [
-    *("--max-samples", "8", "--set", "data.max_eval_samples=4", "--batch-size", "4"),
+    *("--model", "tiny", "--overlong", "drop", "--batch-size", "4"),
+    *("--max-samples", "8", "--set", "data.max_eval_samples=4"),
     *("--max-steps", "2", "--learning-rate", "1e-3", "--set", "train.max_new_tokens=4"),
 ]
 
@@ -35,8 +37,11 @@ with torch.no_grad():
 
 
 @pytest.fixture(autouse=True)
-def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def working_dir(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path]
+) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("tiny").symlink_to(tiny_model_dir("llama", chat=True))
 
 
 @pytest.mark.parametrize(
@@ -61,22 +66,18 @@ def test_adapter_run_passes_checks_and_generates(
     assert proof["reload_difference"] == 0
     assert proof["adapter_effect"] > 0
     assert proof["idle_tensors"] == 0
-    assert proof["frozen_tensors"] == 47
+    assert proof["frozen_tensors"] == 21
     assert run(["generate", "run", "--prompt", "def f(x):", "--compare-base", "--json",
                 "--max-new-tokens", "4"]) == 0  # fmt: skip
     assert set(json.loads(capsys.readouterr().out)["answers"][0]) >= {"text", "base"}
 
 
 def test_plain_peft_loads_adapter_after_documented_import() -> None:
-    from ftlevel.models.sources import resolve_source
-
     assert run(["train", "--quiet", "--method", "adapter", "--output-dir", "run", *SHORT]) == 0
     card = json.loads(Path("run/adapter/ftlevel.json").read_text())
     line = f"import {card['needs_import']}"
     assert line in Path("run/adapter/README.md").read_text()
-    base = str(resolve_source("builtin:tiny-llama").location)
-
-    program = LOAD_PROGRAM.format(line=line, base=base)
+    program = LOAD_PROGRAM.format(line=line, base="tiny")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = Forked(call=(exec, (program, {})), imported="libraries", **pipes)
     out, error = process.communicate()

@@ -33,7 +33,8 @@ def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def common(tiny_model_dir: ModelDir) -> list[str]:
-    return ["--model", str(tiny_model_dir("llama", chat=True)), *SHORT]
+    data = task_data.write(Path("data"), "mask")
+    return ["--model", str(tiny_model_dir("llama", chat=True)), "--dataset", str(data), *SHORT]
 
 
 def train(*arguments: str, out: str = "run", code: int = 0) -> dict[str, Any]:

@@ -18,14 +18,15 @@ import task_data
 from ftlevel.cli.app import run
 
 ModelDir = Callable[..., Path]
-SHORT = ["--max-samples", "12", "--set", "data.max_eval_samples=4", "--batch-size", "4",
+SHORT = ["--dataset", "turns", "--set", "data.max_eval_samples=4", "--batch-size", "4",
          "--dtype", "float32", "--overlong", "drop"]  # fmt: skip
 CONTINUE = ["--adapter", "run", "--eval-on-start", "--max-steps", "2"]
 
 
 @pytest.fixture(autouse=True)
-def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    write_turns(Path("turns"))
 
 
 @pytest.fixture

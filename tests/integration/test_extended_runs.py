@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import task_data
 from ftlevel.cli.app import run
 
 ModelDir = Callable[..., Path]
@@ -28,7 +29,8 @@ def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def common(tiny_model_dir: ModelDir) -> list[str]:
-    return ["--model", str(tiny_model_dir("llama", chat=True)), *SHORT]
+    data = task_data.write(Path("data"), "mask")
+    return ["--model", str(tiny_model_dir("llama", chat=True)), "--dataset", str(data), *SHORT]
 
 
 def train(*arguments: str, out: str = "run") -> dict[str, Any]:

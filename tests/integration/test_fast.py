@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,17 @@ import pytest
 
 from ftlevel.cli.app import run
 
-SHORT = ["--max-samples", "24", "--set", "data.max_eval_samples=8", "--batch-size", "4",
-         "--gradient-accumulation-steps", "2", "--max-steps", "5", "--logging-steps", "1",
-         "--dtype", "float32", "--learning-rate", "1e-3"]  # fmt: skip
+SHORT = ["--model", "tiny", "--overlong", "drop", "--max-samples", "24", "--batch-size", "4",
+         "--set", "data.max_eval_samples=8", "--gradient-accumulation-steps", "2", "--max-steps",
+         "5", "--logging-steps", "1", "--dtype", "float32", "--learning-rate", "1e-3"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def working_dir(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path]
+) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("tiny").symlink_to(tiny_model_dir("llama", chat=True))
 
 
 def train(*arguments: str, out: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:

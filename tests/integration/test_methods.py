@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import task_data
 from ftlevel.cli.app import run
 
 SHORT = [
@@ -48,8 +49,9 @@ def test_resumed_run_matches_uninterrupted_run(
     flags: list[str], tmp_path: Path, tiny_model_dir: Callable[..., Path]
 ) -> None:
     model = str(tiny_model_dir("llama", chat=True))
+    data = ("--dataset", str(task_data.write(tmp_path / "data", "mask")))
     uninterrupted, interrupted = tmp_path / "whole", tmp_path / "broken"
-    summary = train("--model", model, *SHORT, *flags, "--output-dir", str(uninterrupted))
+    summary = train("--model", model, *data, *SHORT, *flags, "--output-dir", str(uninterrupted))
     assert summary["proof"]["adapter_effect"] > 0
     assert summary["proof"]["idle_tensors"] == 0
     shutil.copytree(uninterrupted, interrupted)

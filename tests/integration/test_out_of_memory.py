@@ -15,14 +15,17 @@ from ftlevel.cli.app import run
 from ftlevel.training.trainer import FtlevelTrainer
 
 ALLOCATION_ERROR = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
-TRAIN = ["train", "--quiet", "--max-samples", "24", "--max-length", "128", "--overlong", "drop",
-        "--max-steps", "3", "--logging-steps", "1", "--no-verify-fast",
+TRAIN = ["train", "--quiet", "--model", "tiny", "--max-samples", "24", "--max-length", "128",
+        "--overlong", "drop", "--max-steps", "3", "--logging-steps", "1", "--no-verify-fast",
         "--set", "data.max_eval_samples=8"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def working_dir(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path]
+) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("tiny").symlink_to(tiny_model_dir("llama", chat=True))
 
 
 def losses(name: str | Path) -> list[float]:

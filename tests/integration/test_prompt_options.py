@@ -77,7 +77,8 @@ def reference_loss(tokenizer: Any) -> float:
 @pytest.mark.slow
 def test_evaluation_ignores_train_on_inputs() -> None:
     options = ["--eval-file", "rows.jsonl", "--set", "train.eval_on_start=true", "--set",
-               "data.gate.leaked=ignore", "--set", "train.predict_with_generate=true"]  # fmt: skip
+               "data.gate.leaked=ignore", "--set", "train.predict_with_generate=true",
+               "--max-new-tokens", "4"]  # fmt: skip
     all_tokens = train("--train-on-inputs", *options, out="whole")
     answers = train(*options, out="answers")
     assert all_tokens["metrics_before"] == answers["metrics_before"]

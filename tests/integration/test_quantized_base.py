@@ -272,10 +272,9 @@ def test_gguf_base_in_4_bits_matches_directory(
 ) -> None:
     """SmolLM2's directory was converted from the .gguf without loss, so losses are equal."""
     monkeypatch.chdir(tmp_path)
+    task_data.write(tmp_path / "data", "mask")
     common = ["--method", "qlora", "--quant", "4bit", "--max-samples", "2", "--max-steps", "2",
-              "--logging-steps", "1", "--dtype", "bfloat16", "--max-length", "64",
-              "--overlong", "truncate-prompt", "--set", "data.max_eval_samples=4",
-              "--set", "data.subset=generation"]  # fmt: skip
+              "--logging-steps", "1", "--dtype", "bfloat16", "--dataset", "data"]  # fmt: skip
     for name, model in (("gguf", first_blocks_gguf), ("plain", first_blocks)):
         assert run(["train", "--model", str(model), *common, "--output-dir", name]) == 0
     losses = {

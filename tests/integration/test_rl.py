@@ -194,11 +194,16 @@ def test_rollouts_are_logged_with_rewards(trained_run: tuple[Path, dict[str, Any
     assert np.mean(first) == pytest.approx(by_step[1], abs=1e-9)
 
 
+@pytest.fixture(scope="module")
+def evaluation_of_trained_run(trained_run: tuple[Path, dict[str, Any]]) -> Any:
+    return evaluate(EvaluateConfig(name=str(trained_run[0]))).summary
+
+
 def test_evaluation_matches_reward_of_training(
-    trained_run: tuple[Path, dict[str, Any]],
+    trained_run: tuple[Path, dict[str, Any]], evaluation_of_trained_run: Any
 ) -> None:
-    run, summary = trained_run
-    evaluation = evaluate(EvaluateConfig(name=str(run))).summary
+    _, summary = trained_run
+    evaluation = evaluation_of_trained_run
     assert evaluation["metrics"]["reward"] == pytest.approx(summary["metrics"]["reward"], abs=1e-9)
     assert evaluation["data"]["examples"] == len(HELD_OUT)
     assert evaluation["intervals"]["reward"][0] > evaluation["base_intervals"]["reward"][1]
@@ -211,7 +216,10 @@ def test_evaluation_matches_reward_of_training(
 
 
 def test_full_run_against_adapter_run_matches_their_evaluations(
-    data: Path, tmp_path: Path, trained_run: tuple[Path, dict[str, Any]]
+    data: Path,
+    tmp_path: Path,
+    trained_run: tuple[Path, dict[str, Any]],
+    evaluation_of_trained_run: Any,
 ) -> None:
     run, summary = trained_run
     config = create_config(
@@ -228,14 +236,13 @@ def test_full_run_against_adapter_run_matches_their_evaluations(
     )
     train(config)
     evaluation = evaluate(EvaluateConfig(name=str(tmp_path / "full"), against=str(run))).summary
-    adapter_evaluation = evaluate(EvaluateConfig(name=str(run))).summary
     assert evaluation["base"]["reward"] == pytest.approx(
-        adapter_evaluation["base"]["reward"], abs=1e-9
+        evaluation_of_trained_run["base"]["reward"], abs=1e-9
     )
     against = evaluation["against"]
     assert against["metrics"]["reward"] == pytest.approx(summary["metrics"]["reward"], abs=1e-9)
     assert against["intervals"]["reward"] == pytest.approx(
-        adapter_evaluation["intervals"]["reward"], abs=1e-9
+        evaluation_of_trained_run["intervals"]["reward"], abs=1e-9
     )
     assert evaluation["metrics"]["reward"] not in (
         evaluation["base"]["reward"],

@@ -526,7 +526,7 @@ def write_checkpoint_slowly(folder: Path) -> None:
     original_write = HuggingFaceStorageWriter.write_data
 
     def write_with_delay(*arguments: Any, **kwargs: Any) -> Any:
-        time.sleep(1.5)
+        time.sleep(0.5)
         return original_write(*arguments, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -630,7 +630,7 @@ def test_nan_in_one_shard_is_reported(
 
 
 def train_with_late_process(folder: Path, out: Path) -> None:
-    """Train; rank 1 starts its third step after 8 s, with a timeout of 3 s."""
+    """Train; rank 1 starts its third step after 5 s, with a timeout of 3 s."""
     from distributed import settings
 
     from ftlevel.events import NullListener
@@ -646,11 +646,12 @@ def train_with_late_process(folder: Path, out: Path) -> None:
 
     def begin_with_delay(self: Any, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
         if get_world().rank == 1 and state.global_step == 2:
-            time.sleep(8)
+            time.sleep(5)
         original_begin(self, args, state, *rest, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(watch_processes, "HEARTBEAT_TIMEOUT", 3.0)
+        patch.setattr(watch_processes, "_INTERVAL", 0.5)
         patch.setattr(watch_processes.WatchProcesses, "on_step_begin", begin_with_delay)
         values = settings(folder, "decoder", "lora", out / "run")
         values["train"] |= {"gradient_accumulation_steps": 1}

@@ -90,18 +90,19 @@ def digest(directory: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "frozen"),
     [
-        (["--method", "lora", "--gradient-checkpointing"], 47),
+        (["--method", "lora", "--gradient-checkpointing"], 21),
         (["--set", "method.use_dora=true", "--set", "method.use_rslora=true", "--dtype", "float32",
-          "--target-modules", "q_proj,v_proj"], 47),
-        (["--method", "qlora", "--quant", "4bit", "--double-quant", "--quant-type", "fp4"], 47),
-        (["--method", "qlora", "--quant", "8bit"], 47),
+          "--target-modules", "q_proj,v_proj"], 21),
+        (["--method", "qlora", "--quant", "4bit", "--double-quant", "--quant-type", "fp4"], 21),
+        (["--method", "qlora", "--quant", "8bit"], 21),
         (["--method", "full"], 0),
-        pytest.param(["--method", "lora"], 47, marks=pytest.mark.sweep),
-        pytest.param(["--method", "qlora", "--quant", "4bit"], 47, marks=pytest.mark.sweep),
+        pytest.param(["--method", "lora"], 21, marks=pytest.mark.sweep),
+        pytest.param(["--method", "qlora", "--quant", "4bit"], 21, marks=pytest.mark.sweep),
     ],
 )  # fmt: skip
 def test_run_passes_checks_and_writes_files(arguments: list[str], frozen: int) -> None:
-    summary = train(*arguments, *SHORT, "--max-steps", "2", "--learning-rate", "1e-3")
+    model = ("--model", "tiny", "--overlong", "drop")
+    summary = train(*arguments, *model, *SHORT, "--max-steps", "2", "--learning-rate", "1e-3")
     proof = summary["proof"]
     assert proof["reload_difference"] == 0
     assert proof["adapter_effect"] > 0
@@ -114,7 +115,7 @@ def test_run_passes_checks_and_writes_files(arguments: list[str], frozen: int) -
                      "metrics.jsonl", "places.json", "report.html", "summary.json",
                      "validation.jsonl"}  # fmt: skip
     card = json.loads(Path("run/adapter/ftlevel.json").read_text())
-    assert card["base"]["name"] == "builtin:tiny-llama"
+    assert card["base"]["name"] == str(Path("tiny").resolve())
     assert card["prompt"]["kind"] == "chat-template"
 
 
@@ -473,8 +474,8 @@ def test_gguf_base_trains_and_full_run_is_plain_model(first_blocks_gguf: Path) -
     from transformers import AutoModelForCausalLM
 
     for method in ("lora", "full"):
-        summary = train("--model", str(first_blocks_gguf), "--max-samples", "4", "--max-steps", "1",
-                        "--set", "data.max_eval_samples=2", "--method", method,
+        summary = train("--model", str(first_blocks_gguf), "--dataset", "tiny.jsonl",
+                        "--validation-split", "0.2", "--max-steps", "1", "--method", method,
                         "--overwrite")  # fmt: skip
         assert summary["model"]["kind"] == "gguf"
         assert summary["proof"]["reload_difference"] == 0

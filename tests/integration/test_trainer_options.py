@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,18 @@ import pytest
 
 from ftlevel.cli.app import run
 
-SHORT = ["--max-samples", "16", "--max-length", "96", "--overlong", "drop", "--batch-size", "4",
-         "--dtype", "float32", "--learning-rate", "1e-3", "--logging-steps", "1",
-         "--set", "train.predict_with_generate=false",
+SHORT = ["--model", "tiny", "--max-samples", "16", "--max-length", "160", "--overlong", "drop",
+         "--batch-size", "4", "--dtype", "float32", "--learning-rate", "1e-3", "--logging-steps",
+         "1", "--set", "train.predict_with_generate=false",
          "--set", "data.max_eval_samples=8"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def working_dir(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path]
+) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("tiny").symlink_to(tiny_model_dir("llama", chat=True))
 
 
 def train(*arguments: str, out: str) -> list[dict[str, Any]]:

@@ -43,13 +43,14 @@ from ftlevel.training.verify import (
 
 
 def build_run(
-    dtype: str, *, data: Path | None = None, task: str | None = None, **method: Any
+    model: object, dtype: str, *, data: Path | None = None, task: str | None = None, **method: Any
 ) -> Any:
     """Return a small run and its model with the fast step."""
     config = TrainConfig.model_validate({
         "task": task or "text-generation",
-        "model": {"name_or_path": "builtin:tiny-llama", "dtype": dtype},
-        "data": {"dataset": str(data or "builtin:docstrings"), "max_samples": 24},
+        "model": {"name_or_path": str(model), "dtype": dtype},
+        "data": {"dataset": str(data or "builtin:docstrings"), "max_samples": 24,
+                 "overlong": "drop"},
         "method": {"kind": "lora", **method},
         "train": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
     })  # fmt: skip
@@ -59,8 +60,8 @@ def build_run(
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def small_run(request: pytest.FixtureRequest) -> Any:
-    return build_run(request.param)
+def small_run(request: pytest.FixtureRequest, tiny_model_dir: Callable[..., Path]) -> Any:
+    return build_run(tiny_model_dir("llama", chat=True), request.param)
 
 
 def set_verify(run: Run, verify: bool | None) -> Run:
@@ -135,9 +136,9 @@ def test_correct_step_passes_without_side_effects(small_run: Any) -> None:
 
 
 def test_error_under_dropout_is_detected_by_full_verification(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path]
 ) -> None:
-    run, adapted = build_run("float32", lora_dropout=0.2)
+    run, adapted = build_run(tiny_model_dir("llama", chat=True), "float32", lora_dropout=0.2)
     clean = verify_step(set_verify(run, True), adapted, NullListener())
     assert clean is not None
     assert clean.dropout is not None
@@ -167,7 +168,7 @@ def test_rounding_of_equal_length_pairs_is_accepted(tmp_path: Path) -> None:
     ]  # fmt: skip
     data = tmp_path / "pairs.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
-    run, adapted = build_run("float32", data=data, task="reward")
+    run, adapted = build_run("builtin:tiny-llama", "float32", data=data, task="reward")
     verified = verify_step(run, adapted, NullListener())
     assert verified is not None
     assert verified.gradient > 2e-5  # more than another order of rows explains
