@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from measuring import markdown
 
 ROOT = Path(__file__).parent.parent
 BOUND = 1e-6
@@ -283,14 +284,6 @@ def compare_killed_and_resumed(folder: Path) -> float:
     return difference(reference, out, LONG_STEPS)
 
 
-def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a Markdown table."""
-    print(f"| {' | '.join(heads)} |\n|---|{'--:|' * (len(heads) - 1)}", flush=True)
-    for row in rows:
-        print(f"| {' | '.join(row)} |", flush=True)
-    print(flush=True)
-
-
 def fork(folder: Path, case: str, out: Path, shard: str, count: int) -> None:
     """Train `case` in `count` forked processes that have imported everything.
 
@@ -359,9 +352,8 @@ def launchers_table(cells: Cells) -> None:
     ftlevel_cells = [
         cells.add(functools.partial(compare_ftlevel_run, method)) for method in LAUNCHED_METHODS
     ]
-    print_table(
-        ["launcher", *LAUNCHED_METHODS], [*rows, ["ftlevel --num-processes 2", *ftlevel_cells]]
-    )
+    rows.append(["ftlevel --num-processes 2", *ftlevel_cells])
+    print(markdown(["launcher", *LAUNCHED_METHODS], rows) + "\n", flush=True)
     resumed = cells.add(lambda: compare_killed_and_resumed(folder))
     print(f"torchrun, two nodes, one killed, both resumed: {resumed}\n", flush=True)
 
@@ -375,13 +367,14 @@ def sharded_tables(cells: Cells) -> None:
         files = [cells.folder / "shard-full" / case / "share.json" for case in cases]
         shares = [json.loads(file.read_text()) for file in files if file.is_file()]
         rows.append([method, *texts, f"{max(shares, default=math.nan):.0%}"])
-    print_table(["--shard full", *KINDS, "largest share of parameters in a process"], rows)
+    head = ["--shard full", *KINDS, "largest share of parameters in a process"]
+    print(markdown(head, rows) + "\n", flush=True)
     variants = [(shard, method) for shard in ("full", "grads") for method in TASK_METHODS]
     rows = [
         [f"{kind}: {task}", *(cells.shard(f"{kind}/{method}", shard) for shard, method in variants)]
         for kind, (_, task, _) in TASKS.items()
     ]
-    print_table(["", *(f"--shard {shard}, {method}" for shard, method in variants)], rows)
+    print(markdown(["", *(f"--shard {s}, {method}" for s, method in variants)], rows), flush=True)
 
 
 def compare_all(folder: Path) -> int:

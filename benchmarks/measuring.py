@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -12,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,73 +26,65 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Usage:
-    """Resources of a process: seconds of wall clock and CPU, and peak private memory in bytes.
-
-    Private memory is RssAnon of /proc (Linux), polled every 5 ms. Mapped file pages, which the
-    kernel can drop, do not count.
-    """
+    """Resources of a process: seconds of wall clock and CPU, and peak resident memory in MiB."""
 
     wall: float
     cpu: float
-    peak: int
+    peak: float
 
 
-def run(command: Sequence[str], limit: int | None = None, path: str = "") -> tuple[int, Usage, str]:
-    """Run `command` offline, and return its exit code, its usage and its output.
+def run(command: Sequence[str], path: str = "") -> tuple[Usage, str]:
+    """Run `command` offline, and return its usage and its output; exit if it fails.
 
-    `limit` is RLIMIT_DATA in bytes, which includes imports and needs no privileges. `path` is put
-    before PYTHONPATH.
+    `path` is put before PYTHONPATH.
     """
-
-    def lower_limit() -> None:
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # installed packages have bytecode
     if path:
         environment["PYTHONPATH"] = f"{path}{os.pathsep}{environment.get('PYTHONPATH', '')}"
-    before, start, peak = cpu_seconds(), time.perf_counter(), 0
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, env=environment, preexec_fn=lower_limit
-        )
-        while process.poll() is None:
-            peak = max(peak, private_bytes(process.pid))
-            time.sleep(0.005)
-        usage = Usage(time.perf_counter() - start, cpu_seconds() - before, peak)
-        output.seek(0)
-        return process.returncode, usage, output.read().decode(errors="replace").strip()
-
-
-def run_checked(command: Sequence[str], path: str = "") -> tuple[Usage, str]:
-    """Run `command` as `run` does, and exit with its last line if it fails."""
-    code, usage, output = run(command, path=path)
+    start = time.perf_counter()
+    with tempfile.TemporaryFile() as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = code = os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - start
+        file.seek(0)
+        output = file.read().decode(errors="replace").strip()
     if code:
         sys.exit(f"error: {' '.join(command)} exited with {code}: {output.splitlines()[-1:]}")
-    return usage, output
+    return Usage(seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024), output
 
 
-def run_side(option: str, side: str, path: str = "") -> Any:
-    """Run this command with `option side` in a separate process, and parse its last line."""
-    output = run_checked([sys.executable, *sys.argv, option, side], path)[1]
-    return json.loads(output.splitlines()[-1])
+def compare_sides(
+    parser: argparse.ArgumentParser, measures: Mapping[str, Callable[[argparse.Namespace], Any]]
+) -> tuple[argparse.Namespace, dict[str, list[Any]]]:
+    """Parse the command line, and measure its sides in turn, each in separate processes.
+
+    `measures` maps sides to functions that return values for JSON. In the process of a side, its
+    values are printed, and the process ends.
+    """
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--sides", default=",".join(measures), help="separated by commas")
+    parser.add_argument("--peer", default="", help="directory of the other library")
+    parser.add_argument("--side", choices=measures, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        print(json.dumps(measures[args.side](args)))
+        sys.exit()
+
+    def measure(side: str) -> Any:
+        path = "" if side == "ftlevel" else args.peer
+        return json.loads(
+            run([sys.executable, *sys.argv, "--side", side], path)[1].splitlines()[-1]
+        )
+
+    cases = {side: partial(measure, side) for side in args.sides.split(",")}
+    return args, alternate(cases, args.rounds, warm_ups=0)
 
 
-def cpu_seconds() -> float:
-    """Return the CPU seconds of all child processes that have ended."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
-def private_bytes(pid: int | str = "self") -> int:
-    """Return the private memory of a process in bytes; 0 if it has ended, or outside Linux."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return 0
-    sizes = [line.split()[1] for line in lines.splitlines() if line.startswith("RssAnon:")]
-    return int(sizes[0]) << 10 if sizes else 0
+def own_peak_mib() -> float:
+    """Return the peak resident memory of this process, with libraries."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def step_clock(ends: list[float]) -> Any:

@@ -16,25 +16,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import time
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from measuring import alternate, run_side, step_clock
-
-SIDES = ("ftlevel", "trl", "trl-precomputed")
+from measuring import compare_sides, markdown, own_peak_mib, step_clock
 
 
 def main() -> None:
-    """Alternate all sides and print a table, or run one side and print its values as JSON."""
+    """Measure the sides and print a line for each."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True, help="folder with train.jsonl")
-    parser.add_argument("--peer", default="", help="directory of TRL")
     parser.add_argument(
         "--turns", type=int, default=0,
         help="earlier turns of each conversation; for docstring-summary",
@@ -42,41 +37,22 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--sides", default=",".join(SIDES))
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.side:
-        measure = _ftlevel if args.side == "ftlevel" else _trl
-        print(json.dumps(measure(args)))
-        return
-    paths = {side: "" if side == "ftlevel" else args.peer for side in args.sides.split(",")}
-    cases = {side: partial(run_side, "--side", side, path) for side, path in paths.items()}
-    results = alternate(cases, args.rounds, warm_ups=0)
-    _print(results, args)
-
-
-def _print(results: dict[str, list[dict[str, float]]], args: argparse.Namespace) -> None:
-    per_pair = {side: [run["cpu_s"] for run in runs] for side, runs in results.items()}
-    ftlevel_median = statistics.median(per_pair["ftlevel"]) if "ftlevel" in per_pair else None
+    measures = {"ftlevel": _ftlevel, "trl": _trl, "trl-precomputed": _trl}
+    args, results = compare_sides(parser, measures)
     print(f"{args.dtype}, batch {args.batch}, {args.steps - 1} steps, {args.rounds} rounds")
+    head = ("side", "CPU s per pair", "reference, once", "peak MiB", "first loss")
+    rows = []
     for side, runs in results.items():
-        median = statistics.median(per_pair[side])
-        ratio = f"{median / ftlevel_median:5.2f} x ftlevel" if ftlevel_median else ""
-        memory = statistics.median(run["peak_mib"] for run in runs)
-        setup = statistics.median(run["reference_cpu_s"] for run in runs)
-        spread = ", ".join(f"{value:.2f}" for value in per_pair[side])
-        print(
-            f"{side:16} {median:6.2f} cpu s/pair ({spread}) {ratio}; reference before the first "
-            f"step {setup:5.2f} cpu s/pair; peak {memory:,.0f} MiB; "
-            f"first loss {runs[0]['loss']:.4f}"
-        )
+        seconds, reference, peak, loss = map(statistics.median, zip(*runs, strict=True))
+        figures = (f"{seconds:.2f}", f"{reference:.2f}", f"{peak:,.0f}", f"{loss:.4f}")
+        rows.append([side, *figures])
+    print(markdown(head, rows))
 
 
-def _figures(ends: list[float], pairs: int, reference: float, loss: float) -> dict[str, float]:
+def _figures(ends: list[float], pairs: int, reference: float, loss: float) -> list[float]:
+    """Return CPU seconds per pair of a step and of the reference, peak MiB, and the first loss."""
     seconds = statistics.median(after - before for before, after in pairwise(ends)) / pairs
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"cpu_s": seconds, "reference_cpu_s": reference, "peak_mib": peak, "loss": loss}
+    return [seconds, reference, own_peak_mib(), loss]
 
 
 def _rows(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -108,7 +84,7 @@ def _turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _ftlevel(args: argparse.Namespace) -> dict[str, float]:
+def _ftlevel(args: argparse.Namespace) -> list[float]:
     import tempfile
 
     from ftlevel.commands.train import train
@@ -141,7 +117,7 @@ def _ftlevel(args: argparse.Namespace) -> dict[str, float]:
     return _figures(ends, args.batch, reference, result.summary["reference"]["first_loss"])
 
 
-def _trl(args: argparse.Namespace) -> dict[str, float]:
+def _trl(args: argparse.Namespace) -> list[float]:
     import tempfile
 
     import torch

@@ -9,82 +9,51 @@ created by `pip install --no-deps --target FOLDER trl==1.16.0`. LoRA r 8 on all 
 dropout, beta 0. A step is `--prompts` × 8 completions of exactly `--new-tokens` tokens (EOS does
 not end them). CPU seconds of all threads, without the first of several steps; peak memory including
 libraries.
-
-`--sides sampler,generate,continuous` compares sampling alone: ftlevel's sampler, transformers'
-`generate`, and its continuous batching. `--steps` is then the number of rollouts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from measuring import alternate, run_side
+from measuring import compare_sides, markdown, own_peak_mib
 
-SIDES = ("ftlevel", "trl", "trl-shipped")
-SAMPLERS = ("sampler", "generate", "continuous")
 GROUP = 8
+COLUMNS = ("step_s", "sampling_s", "update_s", "peak_gib")
 
 
 def main() -> None:
-    """Alternate all sides and print a table, or run one side and print its values as JSON."""
+    """Measure the sides and print a table; values in parentheses are relative to ftlevel's."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True, help="folder with train.jsonl")
-    parser.add_argument("--peer", default="", help="directory of TRL")
     parser.add_argument("--prompt-tokens", type=int, default=300)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--sides", default=",".join(SIDES))
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.side:
-        measure = _sampling if args.side in SAMPLERS else _trl
-        print(json.dumps((_ftlevel if args.side == "ftlevel" else measure)(args)))
-        return
-    paths = {side: args.peer if "trl" in side else "" for side in args.sides.split(",")}
-    cases = {side: partial(run_side, "--side", side, path) for side, path in paths.items()}
-    results = alternate(cases, args.rounds, warm_ups=0)
-    _print(results, args)
-
-
-def _print(results: dict[str, list[dict[str, float]]], args: argparse.Namespace) -> None:
-    import torch
-
+    args, results = compare_sides(parser, {"ftlevel": _ftlevel, "trl": _trl, "trl-shipped": _trl})
+    medians = {
+        side: [statistics.median(column) for column in zip(*runs, strict=True)]
+        for side, runs in results.items()
+    }
+    reference = medians.get("ftlevel")
+    rows = []
+    for side, figures in medians.items():
+        ratios = [f" ({a / b:.2f} ×)" for a, b in zip(figures, reference or (), strict=False)]
+        cells = [f"{value:.3g}" for value in figures]
+        rows.append([side, *map(str.__add__, cells, ratios or [""] * len(cells))])
     print(
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}; "
         f"{args.dtype}, {args.prompts} prompts of {args.prompt_tokens} tokens × {GROUP} "
         f"completions of {args.new_tokens}, {max(args.steps - 1, 1)} steps, {args.rounds} rounds"
     )
-    names = ("step_s", "sampling_s", "update_s", "peak_gib")
-    medians = {
-        side: {name: statistics.median(run[name] for run in runs) for name in names}
-        for side, runs in results.items()
-    }
-    reference = next((medians[side] for side in ("ftlevel", "sampler") if side in medians), None)
-    print("| | " + " | ".join(names) + " |\n|---|" + "--:|" * len(names))
-    for side, figures in medians.items():
-        cells = [
-            f"{figures[name]:.3g}"
-            + (
-                f" ({figures[name] / reference[name]:.2f} ×)"
-                if reference and figures is not reference
-                else ""
-            )
-            for name in names
-        ]
-        print(f"| {side} | " + " | ".join(cells) + " |")
+    print(markdown(("", *COLUMNS), rows))
 
 
 class _Clock:
@@ -125,16 +94,11 @@ class _Clock:
 
         return Watch()
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> list[float]:
+        """Return the values of `COLUMNS`."""
         counted = (values[1:] or values for values in (self.steps, self.sampling))
         step, sampling = map(statistics.median, counted)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        return {
-            "step_s": step,
-            "sampling_s": sampling,
-            "update_s": step - sampling,
-            "peak_gib": peak,
-        }
+        return [step, sampling, step - sampling, own_peak_mib() / 1024]
 
 
 def _rows(args: argparse.Namespace, tokenizer: Any) -> list[dict[str, Any]]:
@@ -159,7 +123,7 @@ def _steps(args: argparse.Namespace) -> dict[str, Any]:
     return {"max_steps": args.steps, **common}
 
 
-def _ftlevel(args: argparse.Namespace) -> dict[str, float]:
+def _ftlevel(args: argparse.Namespace) -> list[float]:
     from dataclasses import replace
 
     from transformers import AutoTokenizer
@@ -199,7 +163,7 @@ def _ftlevel(args: argparse.Namespace) -> dict[str, float]:
     return clock.figures()
 
 
-def _trl(args: argparse.Namespace) -> dict[str, float]:
+def _trl(args: argparse.Namespace) -> list[float]:
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -245,58 +209,6 @@ def _trl(args: argparse.Namespace) -> dict[str, float]:
         clock.wrap(trainer, "_generate_single_turn")
         trainer.train()
     return clock.figures()
-
-
-def _sampling(args: argparse.Namespace) -> dict[str, float]:
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-    from transformers.generation import ContinuousBatchingConfig
-
-    from ftlevel.evaluation.sampling import GroupSampler, Noise, SamplingOptions
-
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
-    adapter = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(model, adapter).eval()
-    prompts = [
-        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
-        for row in _rows(args, tokenizer)
-    ]
-    sampling = dict.fromkeys(("max_new_tokens", "min_new_tokens"), args.new_tokens)
-    settings: Any = {"do_sample": True, "top_k": 0, "pad_token_id": tokenizer.pad_token_id}
-    numbers = list(range(args.prompts))
-
-    def sample_with_ftlevel(selected: list[list[int]]) -> None:
-        sampler = GroupSampler(model, tokenizer)
-        sampler.sample(
-            selected, numbers, SamplingOptions(GROUP, 1.0, args.new_tokens, ()), Noise(0, 0)
-        )
-        sampler.close()
-
-    def generate(selected: list[list[int]]) -> None:
-        texts = [{"input_ids": ids} for ids in selected for _ in range(GROUP)]
-        model.generate(**tokenizer.pad(texts, padding_side="left", return_tensors="pt"), **settings)
-
-    def continuous(selected: list[list[int]]) -> None:
-        config = GenerationConfig(**settings, eos_token_id=-1)
-        small = ContinuousBatchingConfig(max_memory_percent=0.1)  # the default uses all memory
-        texts = [ids for ids in selected for _ in range(GROUP)]
-        model.generate_batch(texts, config, small, warmup=False)
-
-    sample = {"sampler": sample_with_ftlevel, "generate": generate, "continuous": continuous}[
-        args.side
-    ]
-    settings |= {"max_new_tokens": args.new_tokens} if sample is continuous else sampling
-    seconds = []
-    with torch.no_grad():
-        for index in range(args.steps):
-            start = time.process_time()
-            sample(prompts[index * args.prompts : (index + 1) * args.prompts])
-            seconds.append(time.process_time() - start)
-    step = statistics.median(seconds[1:] or seconds)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"step_s": step, "sampling_s": step, "update_s": 0.0, "peak_gib": peak}
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from measuring import MODEL, alternate, describe_machine, markdown, run_checked
+from measuring import MODEL, alternate, describe_machine, markdown, run
 
 BARE_SCRIPT = """
 import sys, time
@@ -39,7 +39,7 @@ Times = tuple[float, float]
 
 def time_command(command: Sequence[str]) -> Times:
     """Return the times from the start of `command` to its end."""
-    usage, _ = run_checked(command)
+    usage, _ = run(command)
     return usage.wall, usage.cpu
 
 
@@ -49,14 +49,14 @@ def time_first_step(model: Path) -> Times:
         output = Path(folder) / "run"
         flags = ["--method", "lora", "--model", str(model), "--max-steps", "1"]
         flags += ["--set", "data.max_eval_samples=8"]  # later work is not measured
-        run_checked([*FTLEVEL, "train", *flags, "--output-dir", str(output), "--quiet"])
+        run([*FTLEVEL, "train", *flags, "--output-dir", str(output), "--quiet"])
         timings = json.loads((output / "summary.json").read_text(encoding="utf-8"))["timings"]
     return float(timings["to_first_step_s"]), float(timings["to_first_step_cpu_s"])
 
 
 def time_bare_script(model: Path) -> Times:
     """Return the times that the bare script reports."""
-    _, output = run_checked([sys.executable, "-c", BARE_SCRIPT, str(model)])
+    _, output = run([sys.executable, "-c", BARE_SCRIPT, str(model)])
     *_, wall, cpu = output.split()
     return float(wall), float(cpu)
 

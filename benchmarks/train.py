@@ -3,7 +3,6 @@
 
     python benchmarks/train.py --venvs ~/venvs              all workloads, 20 steps, 3 rounds
     python benchmarks/train.py --workloads a b --steps 40 --peer trl=~/venvs/trl/bin/python
-    python benchmarks/train.py --show a.json b.json         the tables of earlier runs (--json)
     python benchmarks/train.py --quick                      a smoke test on the built-in model
 
 Every run is a separate process, and tools alternate in a round. A run is one epoch over its own
@@ -134,8 +133,6 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dic
         help=f"run these tools only: {', '.join(repr(tool.name) for tool in tools.TOOLS)}",
     )  # fmt: skip
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep rows and logs here")
-    parser.add_argument("--show", nargs="+", type=Path, metavar="FILE",
-                        help="print the tables of these files and measure nothing")  # fmt: skip
     parser.add_argument("--model", type=Path, help="another base for all workloads")
     parser.add_argument("--json", type=Path, help="write all readings to this file")
     parser.add_argument(
@@ -177,11 +174,6 @@ def measure(args: argparse.Namespace, peers: dict[str, str], folder: Path) -> No
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print Markdown, and return the exit code."""
     args, peers = parse_arguments(argv)
-    if args.show:
-        files = [json.loads(path.read_text(encoding="utf-8")) for path in args.show]
-        print(f"{files[0]['machine']}; alternating, medians.\n")
-        print("\n\n".join(workload_table(r) for file in files for r in file["workloads"]))
-        return 0
     with tempfile.TemporaryDirectory(prefix="ftlevel-train-") as temporary:
         try:
             measure(args, peers, args.keep or Path(temporary))

@@ -10,6 +10,7 @@ from functools import partial
 from ftlevel.cli.app import commands
 from ftlevel.config.flag import Alias, Flag, NoOpValue, UnsupportedFlag, ValueAliases
 from ftlevel.config.flags import FLAGS, flags_of
+from page_parts import fill
 
 COMMON = ("--json", "--quiet", "--traceback")
 """Flags that nearly every command has; docs/cli.md describes them."""
@@ -18,28 +19,12 @@ MAX_SHARED_FLAGS = 30
 """Number of flags shared with `train` above which a page refers to it."""
 
 COMMANDS = commands()
-_HEAD = """\
-# The command line
-
-This page lists all commands; each has a page with its flags. It is generated from the table of
-flags, `src/ftlevel/config/flags.py`, by `python scripts/write_docs.py cli`.
-
-Underscores in flags work like dashes. Many flags also accept another tool's name for the same
-setting. A field can be set by its flag, by `--set field=value` or in a recipe, in this order of
-precedence. `ftlevel train --schema` lists all fields.
-
-Nearly every command has `--json` (prints one JSON object and nothing else), `--quiet` (prints only
-errors) and `--traceback` (prints an error's traceback). Messages end with a code such as `[rows]`:
-a section of [troubleshooting](troubleshooting.md).
-
-| command | |
-|---|---|"""
 
 
 def cli_page() -> str:
     """Return docs/cli.md with a line per command."""
     rows = [f"| [ftlevel {name}](commands/{name}.md) | {COMMANDS[name][1]} |" for name in COMMANDS]
-    return "\n".join([_HEAD, *rows]) + "\n"
+    return fill("cli", {"commands": "\n".join(["| command | |", "|---|---|", *rows])})
 
 
 def command_pages() -> dict[str, Callable[[], str]]:

@@ -1,4 +1,4 @@
-"""Draw the position of each method in a transformer block, from `method_guides.GUIDES`.
+"""Draw the position of each method in a transformer block.
 
 python scripts/draw_methods.py            write docs/guide/*.svg
 python scripts/draw_methods.py --check    exit with 1 if a picture is not up to date
@@ -11,10 +11,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-
-from method_guides import GUIDES, Guide
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs/guide"
 _STYLE = """\
@@ -44,12 +43,62 @@ PARTS: dict[str, Box] = {
 }
 """Part of a block → x, y, width and height."""
 _WIDTH, _HEIGHT = 950, 330
+LINEARS = ("q", "k", "v", "o", "up", "down")
 
 
-def draw(name: str, guide: Guide) -> str:
+@dataclass(frozen=True)
+class Drawing:
+    """What a method trains.
+
+    Attributes:
+        mark: label of the trained parts.
+        added: linear layers with an additive update.
+        scaled: linear layers whose output is scaled.
+        rotated: linear layers whose input is rotated.
+        inside: linear layers followed by a trained layer.
+        keys: whether trained keys and values are prepended.
+        tokens: whether trained embeddings are prepended.
+        trained: parts that are trained directly.
+    """
+
+    mark: str = ""
+    added: tuple[str, ...] = ()
+    scaled: tuple[str, ...] = ()
+    rotated: tuple[str, ...] = ()
+    inside: tuple[str, ...] = ()
+    keys: bool = False
+    tokens: bool = False
+    trained: tuple[str, ...] = ()
+
+
+DRAWINGS = {
+    "lora": Drawing("A B", added=LINEARS),
+    "qlora": Drawing("A B", added=LINEARS),
+    "adalora": Drawing("P Λ Q", added=LINEARS),
+    "ia3": Drawing("×", scaled=("k", "v", "up")),
+    "vera": Drawing("d b", added=LINEARS),
+    "oft": Drawing("R", rotated=LINEARS),
+    "boft": Drawing("R", rotated=LINEARS),
+    "loha": Drawing("AB∘AB", added=LINEARS),
+    "lokr": Drawing("C⊗AB", added=LINEARS),
+    "miss": Drawing("D", added=LINEARS),
+    "shira": Drawing("S", added=LINEARS),
+    "hira": Drawing("W∘BA", added=LINEARS),
+    "gralora": Drawing("k² A B", added=LINEARS),
+    "c3a": Drawing("⟳", added=LINEARS),
+    "adapter": Drawing("adapter", inside=("o", "down")),
+    "prefix": Drawing("P", keys=True),
+    "prompt": Drawing("P", tokens=True),
+    "p-tuning": Drawing("P", tokens=True),
+    "ln-tuning": Drawing(trained=("norm 1", "norm 2")),
+    "full": Drawing(trained=("embedding", "norm 1", *LINEARS, "norm 2", "head")),
+}
+
+
+def draw(name: str, drawing: Drawing) -> str:
     """Return the picture of a method as SVG."""
     label = f"Where {name} sits in a transformer's block"
-    body = "\n".join([*_base(guide), *_trained(guide), *_legend()])
+    body = "\n".join([*_base(drawing), *_trained(drawing), *_legend()])
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
         f'aria-label="{escape(label)}">\n<title>{escape(label)}</title>\n<style>{_STYLE}</style>\n'
@@ -71,7 +120,7 @@ def _line(*points: tuple[float, float]) -> str:
     return f'<path class="line" d="M{" L".join(f"{x:g} {y:g}" for x, y in points)}"/>'
 
 
-def _base(guide: Guide) -> Iterator[str]:
+def _base(drawing: Drawing) -> Iterator[str]:
     """Yield the transformer block; parts that are trained directly are highlighted."""
     yield '<rect class="frame" x="206" y="22" width="640" height="276" rx="10"/>'
     yield '<text class="s" x="250" y="40">block, × N</text>'
@@ -90,31 +139,31 @@ def _base(guide: Guide) -> Iterator[str]:
         yield f'<circle class="box" cx="{x}" cy="165" r="8"/>'
         yield f'<text class="s" x="{x}" y="169">+</text>'
     for name, box in PARTS.items():
-        yield _box(box, name.split()[0], is_trained=name in guide.trained)
+        yield _box(box, name.split()[0], is_trained=name in drawing.trained)
 
 
-def _trained(guide: Guide) -> Iterator[str]:
+def _trained(drawing: Drawing) -> Iterator[str]:
     """Yield the parts that a method adds."""
-    for part in guide.added:
+    for part in drawing.added:
         x, y, w, h = PARTS[part]
-        yield _box((x - 4, y + h + 5, w + 8, 18), guide.mark, is_trained=True, small=True)
-    for part in guide.scaled:
+        yield _box((x - 4, y + h + 5, w + 8, 18), drawing.mark, is_trained=True, small=True)
+    for part in drawing.scaled:
         x, y, w, h = PARTS[part]
-        yield _round(x + w + 14, y + h // 2, guide.mark)
-    for part in guide.rotated:
+        yield _round(x + w + 14, y + h // 2, drawing.mark)
+    for part in drawing.rotated:
         x, y, _, h = PARTS[part]
-        yield _round(x - 14, y + h // 2, guide.mark)
-    for part in guide.inside:
+        yield _round(x - 14, y + h // 2, drawing.mark)
+    for part in drawing.inside:
         x, y, w, _ = PARTS[part]
-        yield _box((x + w - 30, y + 52, 60, 22), guide.mark, is_trained=True, small=True)
+        yield _box((x + w - 30, y + 52, 60, 22), drawing.mark, is_trained=True, small=True)
         yield _line((x + w + 4, y + 20), (x + w + 4, y + 52))
-    if guide.keys:
+    if drawing.keys:
         for part in ("k", "v"):
             x, y, w, _ = PARTS[part]
-            yield _box((x + w + 8, y - 26, 28, 20), guide.mark, is_trained=True, small=True)
+            yield _box((x + w + 8, y - 26, 28, 20), drawing.mark, is_trained=True, small=True)
             yield _line((x + w + 36, y - 16), (388, min(max(y - 6, 115), 215)))
-    if guide.tokens:
-        yield _box((110, 88, 56, 24), f"{guide.mark} × 20", is_trained=True, small=True)
+    if drawing.tokens:
+        yield _box((110, 88, 56, 24), f"{drawing.mark} × 20", is_trained=True, small=True)
         yield _line((166, 100), (196, 100), (196, 165))
 
 
@@ -139,8 +188,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     stale = 0
     FOLDER.mkdir(exist_ok=True)
-    for name, guide in GUIDES.items():
-        path, text = FOLDER / f"{name}.svg", draw(name, guide)
+    for name, drawing in DRAWINGS.items():
+        path, text = FOLDER / f"{name}.svg", draw(name, drawing)
         if path.is_file() and path.read_text(encoding="utf-8") == text:
             continue
         stale += 1

@@ -1,20 +1,18 @@
 """Record what ftlevel computes, to compare before and after a refactoring.
 
     python scripts/freeze.py record DIR               run every item and write DIR/ITEM.txt
-    python scripts/freeze.py record DIR --data SETS   also every row of the sets, a folder each
     python scripts/freeze.py compare BEFORE AFTER     print differences; exit code 1 if any
 
 An item is a list of command lines in an empty folder. Its record has their output and every file
 they write, one value per line, without times and paths: two recordings of one tree on one machine
-are equal byte for byte. Only the program and pytest are run, and nothing of ftlevel is imported, so
-modules can move. Real models are read from FTLEVEL_MODELS, or .models.
+are equal byte for byte. Only the program is run, and nothing of ftlevel is imported, so modules can
+move. Real models are read from FTLEVEL_MODELS, or .models.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
-import functools
 import hashlib
 import json
 import os
@@ -30,10 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[1]
-RECORDED_TESTS = (ROOT / "tests/cli", ROOT / "tests/unit/test_recipes.py")  # recorded tests
 MODELS = ("llama", "gpt2", "roberta", "bart", "mixtral")  # tiny models, besides a t5
 _WORDS = "the parser reads a module string and keeps its default file until another caller asks"
 
@@ -92,7 +87,6 @@ TARGETS = """llama mistral qwen2 qwen3 smollm3 granite olmo2 gemma gemma2 gemma3
     mbart pegasus marian m2m_100 blenderbot other models/llama models/gpt2 models/t5"""
 COMMANDS = "train preview evaluate generate merge quantize export recipes list-targets list-methods"
 ITEMS = f"""
-tests: tests said.json
 lora: {DOCS} | {SCORE} | {SAMPLE} --compare-base | {MERGE} | export run --json --out run.gguf
   | quantize merged --quant 4bit --out four --json | train run/config.yaml --output-dir again --json
 lora-dora: {DOCS} --dora --dtype float32 --learning-rate 1e-3 | {MERGE}
@@ -167,27 +161,16 @@ help: --help | {" | ".join(f"{name} --help" for name in COMMANDS.split())}
   | train --help-all | preview --help-all
 """
 # A line per item: its name, and command lines without `ftlevel`. One that begins with a flag is a
-# training run; `tests` runs the recorded tests. Items called two-… run alone, on both cores.
+# training run. Items called two-… run alone, on both cores.
 
 
-def build_items(data: Path | None) -> Iterator[tuple[str, list[str]]]:
-    """Yield name and command lines of every item, and of the sets in `data` with their recipes."""
+def build_items() -> Iterator[tuple[str, list[str]]]:
+    """Yield name and command lines of every item."""
     for line in ITEMS.strip().replace("\n  ", " ").splitlines():
         name, _, text = line.partition(": ")
         commands = text.split(" | ")
         is_run = text.startswith("--") and name != "help"
         yield name, [f"{TRAIN} {commands[0]}", *commands[1:]] if is_run else commands
-    for path in sorted(data.glob("*/train.jsonl")) if data else []:
-        reference, folder = f"dataset: data/{path.parent.name}\n", path.parent
-        recipes = sorted((ROOT / "recipes").glob("*.yaml"))
-        names = [recipe.name for recipe in recipes if reference in recipe.read_text("utf-8")]
-        source = f"recipes/{names[0]}" if names else f"--dataset data/{folder.name}"
-        previews = []
-        for split in ("train", "validation"):
-            count = len((folder / f"{split}.jsonl").read_bytes().splitlines())
-            rows = " ".join(f"--row {index}" for index in range(1, count + 1))
-            previews.append(f"preview {source} --split {split} --json --max-samples {count} {rows}")
-        yield f"data-{folder.name}", previews
 
 
 _VARIES = re.compile(r"^(timings|memory|versions|finished|peft_version|seconds)$|_s$|^peak_")
@@ -201,11 +184,11 @@ _NOISE = (
 class Recorder:
     """Runs items in the empty folder `work`, and writes their records to `out`."""
 
-    def __init__(self, work: Path, out: Path, data: Path | None) -> None:
+    def __init__(self, work: Path, out: Path) -> None:
         self.work, self.out = work, out
         models = Path(os.environ.get("FTLEVEL_MODELS") or ROOT / ".models").resolve()
         self.links = {"models": work / "models", "rows": work / "rows", ".models": models,
-                      "recipes": ROOT / "recipes", "data": data or work}  # fmt: skip
+                      "recipes": ROOT / "recipes"}  # fmt: skip
         self.path_names = {f"{work}": "<work>", f"{models}": "<models>", f"{ROOT}": "<tree>",
                        sys.prefix: "<prefix>"}  # fmt: skip
 
@@ -254,8 +237,7 @@ class Recorder:
 
     def _run(self, command: str, folder: Path) -> dict[str, Any]:
         words = shlex.split(command)
-        special = {"rm": ["rm"], "tests": [sys.executable, __file__, "tests"]}.get(words[0])
-        program = [*special, *words[1:]] if special else [sys.executable, "-m", "ftlevel", *words]
+        program = words if words[0] == "rm" else [sys.executable, "-m", "ftlevel", *words]
         home, threads = self.work / "own" / folder.name, 1 + ("threads" in folder.name)
         (home / _TEMPORARY).mkdir(parents=True, exist_ok=True)
         environment = {
@@ -271,9 +253,8 @@ class Recorder:
             error = error.rstrip().rpartition("\n")[2]  # frames may move
         is_json = result.stdout.startswith("{")
         out = json.loads(result.stdout) if is_json else result.stdout.splitlines()
-        displayed = re.sub(r"( --row \d+){9,}$", " --row …", command)
         return {
-            "command": displayed,
+            "command": command,
             "exit": result.returncode,
             "out": out,
             "err": error.splitlines(),
@@ -284,8 +265,7 @@ def _content(path: Path) -> Any:
     """Return the recorded content of a file: text, or a digest of weights and long texts."""
     if path.suffix in (".pt", ".pth", ".bin") or path.name == "manifest.json":
         return "is there"  # pickles contain module names; the manifest contains their digests
-    is_long = path.stat().st_size > 50_000 and path.name != "said.json"
-    if path.suffix in (".safetensors", ".gguf") or is_long:
+    if path.suffix in (".safetensors", ".gguf") or path.stat().st_size > 50_000:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     try:
         text = path.read_text(encoding="utf-8")
@@ -302,8 +282,6 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[str]:
         for key, entry in value.items():
             if key.endswith(("_modules", "_to_save")) and isinstance(entry, list):
                 entry = sorted(entry)  # PEFT writes sets
-            if key == "rows" and isinstance(entry, list) and len(entry) > 20:  # a whole set
-                entry = [f"{index} {_digest(row)}" for index, row in enumerate(entry, 1)]
             if key.endswith("intervals") and isinstance(entry, dict):
                 entry = dict(sorted(entry.items()))  # ordered by a set
             if not _VARIES.search(key):
@@ -318,62 +296,12 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[str]:
         yield f"{prefix}: {json.dumps(value, ensure_ascii=False)}"
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-class TestRecorder:
-    """A pytest plugin that records arguments, output and outcome of each test."""
-
-    def __init__(self) -> None:
-        self.records: dict[str, list[Any]] = {}
-        self._now: list[Any] = []
-
-    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        """Wrap the `run` of every test module that uses the program's."""
-        for module in {item.module for item in items}:
-            if getattr(module, "run", _digest).__module__.startswith("ftlevel"):
-                module.run = functools.partial(self._run, module.run)
-
-    def pytest_runtest_logstart(self, nodeid: str) -> None:
-        """Start the record of a test."""
-        path, _, test = nodeid.partition("::")
-        self._now = self.records[f"{Path(path).name}::{test}"] = []
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        """Record the outcome of a test."""
-        if report.when == "call" or report.outcome != "passed":
-            self._now.append(report.outcome)
-
-    def _run(self, run: Callable[[list[str]], int], arguments: list[str]) -> int:
-        code = run(arguments)
-        self._now.append({"typed": [str(word) for word in arguments], "exit": code})
-        return code
-
-    def hear(self, captured: Any) -> Any:
-        """Record what a test read from capsys, and return it."""
-        self._now.append({"out": captured.out.splitlines(), "err": captured.err.splitlines()})
-        return captured
-
-
-def record_tests(path: Path) -> int:
-    """Run the recorded tests and write the records of a `TestRecorder` to `path`."""
-    listener, base = TestRecorder(), Path(tempfile.gettempdir()) / "tests"
-    flags = [f"--rootdir={ROOT}", "-q", "-pno:cacheprovider", f"--basetemp={base}"]
-    with pytest.MonkeyPatch.context() as patch:
-        fixture, read = pytest.CaptureFixture, pytest.CaptureFixture.readouterr
-        patch.setattr(fixture, "readouterr", lambda capsys: listener.hear(read(capsys)))
-        code = pytest.main([*map(str, RECORDED_TESTS), *flags], [listener])
-    path.write_text(json.dumps(listener.records), encoding="utf-8")
-    return int(code)
-
-
-def record(out: Path, only: str, jobs: int, data: Path | None) -> int:
+def record(out: Path, only: str, jobs: int) -> int:
     """Run the items that match `only`, `jobs` at a time, and write a file each to `out`."""
-    items = [item for item in build_items(data) if re.search(only, item[0])]
+    items = [item for item in build_items() if re.search(only, item[0])]
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="freeze-") as work:
-        recorder = Recorder(Path(work).resolve(), out, data)
+        recorder = Recorder(Path(work).resolve(), out)
         recorder.create_inputs()
         for sequential, workers in ((False, jobs), (True, 1)):
             selected = [item for item in items if item[0].startswith("two-") == sequential]
@@ -398,21 +326,18 @@ def compare(before: Path, after: Path) -> int:
 
 
 def main() -> int:
-    """Record or compare; `tests` is used by `record`."""
+    """Record or compare."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=("record", "compare", "tests"))
+    parser.add_argument("command", choices=("record", "compare"))
     parser.add_argument("directories", type=Path, nargs="+", help="DIR, or BEFORE and AFTER")
     parser.add_argument("--only", default="", help="items whose names match this")
     parser.add_argument("--jobs", type=int, default=2, help="number of parallel items")
-    parser.add_argument("--data", type=lambda name: Path(name).resolve(), help="folder of sets")
     args = parser.parse_args()
     if len(args.directories) != (2 if args.command == "compare" else 1):
         parser.error(f"{args.command}: {len(args.directories)} folders are given")
     if args.command == "record":
-        return record(args.directories[0], args.only, args.jobs, args.data)
-    return (
-        compare(*args.directories) if args.command == "compare" else record_tests(*args.directories)
-    )
+        return record(args.directories[0], args.only, args.jobs)
+    return compare(*args.directories)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Generate docs/guide/METHOD.md from the table of methods and `method_guides.GUIDES`."""
+"""Generate the tables of docs/guide/METHOD.md from the table of methods."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 
 from ftlevel.config import SPECS
 from ftlevel.methods import METHOD_INFO, METHODS, RULES
-from method_guides import GUIDES
+from page_parts import fill
 
 _HIDDEN = {"kind", "target_modules"}
 
@@ -21,18 +21,8 @@ def guide_pages() -> dict[str, Callable[[], str]]:
 
 
 def _index() -> str:
-    lines = [
-        "# Every method",
-        "",
-        "One page per method: what it trains, when to use it, and its main settings. "
-        "[Which method](../which-method.md) compares them; [methods](../methods.md) lists what "
-        "works with what.",
-        "",
-        "| method | trains |",
-        "|---|---|",
-        *(f"| [{kind}]({kind}.md) | {METHOD_INFO[kind].trained} |" for kind in SPECS),
-    ]
-    return "\n".join(lines) + "\n"
+    rows = [f"| [{kind}]({kind}.md) | {METHOD_INFO[kind].trained} |" for kind in SPECS]
+    return fill("guide/index", {"methods": "\n".join(["| method | trains |", "|---|---|", *rows])})
 
 
 def _share(parameters: int) -> str:
@@ -40,13 +30,8 @@ def _share(parameters: int) -> str:
 
 
 def _page(kind: str) -> str:
-    guide, row = GUIDES.get(kind), METHOD_INFO[kind]
-    lines = [f"# {kind}", ""]
-    if guide:
-        lines += [f"![Where {kind} sits in a transformer's block]({kind}.svg)", ""]
-        lines += [guide.idea, "", f"**Use it** {guide.use[0].lower()}{guide.use[1:]}", ""]
-        lines += [f"**Main settings.** {guide.settings}", ""]
-    lines += [
+    row = METHOD_INFO[kind]
+    lines = [
         "<!-- not run: see tests/integration/test_methods.py -->",
         "```sh",
         f"ftlevel train --method {kind} --model MODEL --dataset ROWS",
@@ -64,7 +49,8 @@ def _page(kind: str) -> str:
         *_variants(kind),
         *_limits(kind),
     ]
-    return "\n".join(lines).rstrip("\n") + "\n"
+    new = f"# {kind}\n\n<!--generated:facts-->\n<!--/generated-->\n"
+    return fill(f"guide/{kind}", {"facts": "\n".join(lines)}, new)
 
 
 def _settings(kind: str) -> str:

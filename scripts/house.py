@@ -21,10 +21,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src"
 PACKAGE = SOURCE / "ftlevel"
-PAGE = ROOT / "docs/architecture.md"
 sys.path.insert(0, str(ROOT / "tests"))
 
 from additions.tree import ADDITIONS  # noqa: E402 - found by the line above
+from page_parts import DOCS, fill  # noqa: E402
 
 ROW_MODULES = (
     "ftlevel.data.sources.splits",
@@ -208,11 +208,9 @@ def table(rows: list[Figure]) -> str:
     return "\n".join(lines)
 
 
-def with_table(page: str, rows: list[Figure]) -> str:
-    """Return `page` with the table between its markers."""
-    before, start_marker, rest = page.partition("<!-- house -->\n")
-    _, end_marker, after = rest.partition("<!-- /house -->")
-    return f"{before}{start_marker}{table(rows)}\n{end_marker}{after}"
+def page() -> str:
+    """Return docs/architecture.md with the table of features."""
+    return fill("architecture", {"figures": table(figures())})
 
 
 def main() -> None:
@@ -220,11 +218,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--write", action="store_true", help="update docs/architecture.md")
     arguments = parser.parse_args()
-    features = figures()
-    measured = sizes()
+    features, measured = figures(), sizes()
     print(f"{table(features)}\n\n{table(measured)}")
     if arguments.write:
-        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), features), encoding="utf-8")
+        (DOCS / "architecture.md").write_text(page(), encoding="utf-8")
     grown = [figure for figure in (*features, *measured) if figure.value > figure.bound]
     for figure in grown:
         print(f"{figure.name}: {figure.value:,}, at most {figure.bound:,} allowed")

@@ -10,7 +10,6 @@ table.
 
 from __future__ import annotations
 
-import csv
 import re
 import sys
 import tempfile
@@ -32,12 +31,12 @@ from ftlevel.merging.normal_form import PLAIN_FORMS  # noqa: E402
 from ftlevel.methods import METHODS  # noqa: E402
 from ftlevel.methods.lora_conversion import LoraConversion  # noqa: E402
 from ftlevel.methods.merging import get_merge_error  # noqa: E402
+from page_parts import update_csv  # noqa: E402
 from served_cases import CASES, LINEARS, peft_logits, write_adapter  # noqa: E402
 from tiny_models import save_tiny  # noqa: E402
 
 MAX_RANK = 32
 """Half of the model's width."""
-CSV = ROOT / "docs" / "normal_forms.csv"
 COLUMNS = ("method", "peft_type", "way", "rank", "difference", "largest", "effect", "merges", "why")
 _EXTRA_SETTINGS: dict[str, dict[str, Any]] = {
     "BOFT": {"boft_block_size": 4},
@@ -120,7 +119,9 @@ def main(names: list[str]) -> int:
             rows.append(measure(base, folder, name, kind, settings))
             print(" | ".join(rows[-1]).replace(str(folder), ""), flush=True)
     rows += [row for row in get_ftlevel_rows() if not names or row[1] in names or row[0] in names]
-    write(rows)
+    update_csv(
+        "normal_forms.csv", (dict(zip(COLUMNS, row, strict=True)) for row in rows), ["method"]
+    )
     return 0
 
 
@@ -135,20 +136,6 @@ def get_ftlevel_rows() -> list[list[str]]:
         for kind in method.merge_info.peft_types
         if kind not in peft_types
     ]  # fmt: skip
-
-
-def write(rows: list[list[str]]) -> None:
-    """Write the table; rows of methods that were not measured are not changed."""
-    old: list[list[str]] = []
-    if CSV.is_file():
-        with CSV.open(encoding="utf-8", newline="") as file:
-            old = list(csv.reader(file))[1:]
-    new = {row[0]: row for row in rows}
-    order = [row[0] for row in old] + [row[0] for row in rows]
-    merged = {row[0]: row for row in old} | new
-    with CSV.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([COLUMNS, *(merged[name] for name in dict.fromkeys(order))])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ cell is
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import shutil
@@ -59,9 +58,9 @@ from ftlevel.extras.serving.entry import (  # noqa: E402
 from ftlevel.extras.serving.recorded import ReferenceOutput, run_prompts  # noqa: E402
 from ftlevel.models.kinds import save_legacy_rope  # noqa: E402
 from ftlevel.trained.resolve import resolve_model  # noqa: E402
+from page_parts import update_csv  # noqa: E402
 from served_cases import CASES, write_adapter  # noqa: E402
 
-CSV = ROOT / "docs" / "served.csv"
 COLUMNS = ("adapter", "server", "version", "form", "cell", "difference", "reason", "date")
 LAYERS = 4
 BOUNDS = {"llama.cpp": 0.02, "vllm": 1e-3, "mlx": 1e-3, "openvino": 1e-3}
@@ -272,21 +271,6 @@ def get_adapter(base: Path, folder: Path, name: str) -> Path:
     )
 
 
-def save_rows(rows: list[list[str]]) -> None:
-    """Write the table; rows that were not measured are not changed."""
-    unchanged: list[list[str]] = []
-    if CSV.is_file():
-        with CSV.open(encoding="utf-8", newline="") as file:
-            measured = {(row[0], row[1], row[3]) for row in rows}
-            unchanged = [
-                r for r in list(csv.reader(file))[1:] if (r[0], r[1], r[3]) not in measured
-            ]
-    today = date.today().isoformat()
-    with CSV.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([COLUMNS, *unchanged, *([*row, today] for row in rows)])
-
-
 def main() -> int:
     """Run, print and write the table; return 1 if a cell is silently wrong after export."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -324,7 +308,9 @@ def main() -> int:
             print(" | ".join(row), flush=True)
         print(f"{server}: {time.perf_counter() - start:.0f} s", flush=True)
     if args.write:
-        save_rows(rows)
+        today = date.today().isoformat()
+        dated = (dict(zip(COLUMNS, [*row, today], strict=True)) for row in rows)
+        update_csv("served.csv", dated, ("adapter", "server", "form"))
     if args.folder is None:
         shutil.rmtree(folder)
     silent = [row for row in rows if row[3] == "normal form" and row[4] in ("WRONG", "base")]

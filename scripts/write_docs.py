@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from cli_page import cli_page, command_pages
 from coming_from_page import coming_from_page
@@ -25,105 +24,31 @@ from ftlevel.methods.support_table import Cell, MethodInfo
 from ftlevel.models.families import FAMILIES, Family
 from ftlevel.tasks import TASKS
 from guide_pages import guide_pages
+from page_parts import DOCS, fill
 from serving_page import serving_page
 from which_method_page import which_method_page
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
 _LETTERS = {"none": "f", "4bit": "4", "8bit": "8"}
-
-
-FROM_PYTHON = """\
-## From Python
-
-After `import ftlevel.adapters`, PEFT's functions (`get_peft_model`, `add_adapter`,
-`from_pretrained`, `inject_adapter_in_model` and so on) accept `BottleneckConfig`, `PrefixKvConfig`
-and `SoftPromptConfig` like PEFT's own configs. Import them from `ftlevel.methods`:
-`bottleneck.layer`, `prefix.config` and `soft_prompt.config`. Differences from PEFT's methods:
-
-- They cannot be merged: `merge_and_unload` raises NotImplementedError.
-- A new prefix or prompt changes the model's output; a new bottleneck does not.
-- `output_attentions=True` needs `attn_implementation="eager"`. With a prefix of P positions,
-  attention weights are (batch, heads, queries, P + keys). A prompt adds both queries and keys.
-- `torch.compile(fullgraph=True)` works, except for P-tuning with an LSTM.
-
-PEFT 0.21.2's own tests pass with these methods and with fused LoRA layers
-(`scripts/peft_suite.py` of commit c9b23cd5, CPU). Skipped tests need merging or other models:
-
-| | passed | failed | skipped |
-|---|--:|--:|--:|
-| bottleneck | 1,482 | 0 | 620 |
-| prefix | 683 | 0 | 287 |
-| prompt | 1,053 | 0 | 388 |
-| p-tuning | 711 | 0 | 259 |
-| fused LoRA | 4,247 | 0 | 677 |
-"""
 
 
 def methods_page() -> str:
     """Return docs/methods.md."""
     rows = list(METHOD_INFO.values())
-    lines = [
-        "# Methods",
-        "",
-        "This page lists what each method trains, its defaults, and which combinations work. It is "
-        "generated from the table that `ftlevel train` uses to refuse unsupported combinations; "
-        "`ftlevel list-methods` shows it for a model, task or quantization. Every supported "
-        "combination is trained, saved and reloaded on a tiny model by `make matrix`.",
-        "",
-        "## What each trains",
-        "",
-        "`7B Llama` is the share of trained parameters for Llama-2-7B with default settings. The "
-        "page of each [method](guide/index.md) has the paper.",
-        "",
-        "| method | flags | trains | 7B Llama | mergeable |",
-        "|---|---|---|---:|---|",
-        *(_method_line(row) for row in rows),
-        "",
-        "## Defaults",
-        "",
-        "The page of each [method](guide/index.md) lists its settings and default learning rate; "
-        "[defaults](defaults.md) explains the rates. Rates decay linearly to zero. Without "
-        "`--target-modules`, low-rank and orthogonal methods adapt all linear layers of blocks.",
-        "",
-        *_pages(),
-        "## Embeddings and heads",
-        "",
-        "`--target-modules q_proj,embed_tokens,lm_head` adds LoRA to the embedding and the output "
-        "layer, too. `--modules-to-save embed_tokens,lm_head` trains them in full. "
-        "`--trainable-token-indices '<tool>,17'` trains the embeddings of single tokens, given as "
-        "text or id. Tied layers are trained separately unless `method.ensure_weight_tying=true`. "
-        "To add a token, call `resize_token_embeddings` of transformers, save model and "
-        "tokenizer, and train the saved model.",
-        "",
-        "Plain PEFT adapters on embeddings, heads and resized vocabularies can be used; see "
-        "[merge](merge.md).",
-        "",
-        "## Families and quantized bases",
-        "",
-        "`yes`: on all bases; `f`: on float bases; `4`: with `--quant 4bit`; `8`: `--quant 8bit`.",
-        "",
-        *_family_table(rows),
-        "",
-        "## Families and tasks",
-        "",
-        *_task_table(),
-        "",
-        "The page of each [method](guide/index.md) explains each `no`, and what to use instead.",
-        "",
-        *FROM_PYTHON.splitlines(),
-    ]
-    return "\n".join(lines) + "\n"
+    head = ["| method | flags | trains | 7B Llama | mergeable |", "|---|---|---|---:|---|"]
+    pages = {kind: METHODS[kind].page for kind in SPECS if METHODS[kind].page}
+    parts = {
+        "methods": [*head, *map(_method_line, rows)],
+        "notes": [line for kind, page in pages.items() for line in (f"## {kind}", "", page, "")],
+        "bases": _family_table(rows),
+        "tasks": _task_table(),
+    }
+    return fill("methods", {name: "\n".join(lines) for name, lines in parts.items()})
 
 
 def _method_line(row: MethodInfo) -> str:
     share = f"{row.llama_7b / METHOD_INFO['full'].llama_7b:.3%}" if row.llama_7b else "–"
     merges = row.merges or "no"
     return f"| {row.name} | `{row.flags}` | {row.trained} | {share} | {merges} |"
-
-
-def _pages() -> list[str]:
-    pages = {kind: METHODS[kind].page for kind in SPECS if METHODS[kind].page}
-    return [line for kind, page in pages.items() for line in (f"## {kind}", "", page, "")]
 
 
 def _family_table(rows: list[MethodInfo]) -> list[str]:

@@ -2,7 +2,7 @@
 
 `tests/make_preference_figures.py` computes the values in preference_figures.json with plain torch
 and PEFT: each answer is a batch of its own, formulas are those of the papers, float64 on a CPU.
-`scripts/against_trl.py` of commit a06cb43b compares TRL's trainers with them. Weights come from
+`scripts/against_trl.py` of commit 29ae4f80 compares TRL's trainers with them. Weights come from
 numpy's `RandomState`, whose stream is frozen.
 """
 

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 METER = Path(__file__).resolve().parent / "meter"
-POLL_SECONDS = 0.05  # polling interval of a run's memory
 
 # No telemetry, no hub, and no version checks.
 QUIET = {
@@ -44,10 +45,6 @@ class Reading:
             steps of other sizes.
         first_step_s: from the start of the process to the start of the first step.
         peak_mib: resident set, or memory allocated by CUDA.
-        private_mib: peak of resident memory without mapped files, polled 20 times a second; 0 if
-            unknown.
-        private_training_mib: like `private_mib`, from the first step to the last, without
-            preparation, saving and verification.
         threads: torch's, at the end of the process.
     """
 
@@ -62,8 +59,6 @@ class Reading:
     loss: float
     first_step_s: float
     peak_mib: float
-    private_mib: float
-    private_training_mib: float
     threads: int
 
 
@@ -103,49 +98,18 @@ def run_metered(
             command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             env=variables, cwd=folder,
         )  # fmt: skip
-        code, resident_mib, samples = _follow(process, start + limit_seconds)
+        timer = threading.Timer(limit_seconds, process.kill)
+        timer.start()
+        _, status, usage = os.wait4(process.pid, 0)
+        timer.cancel()
+        process.returncode = code = os.waitstatus_to_exitcode(status)
+    unit = 1 if sys.platform == "darwin" else 1024
     lines = events_file.read_text("utf-8").splitlines() if events_file.exists() else []
     events = [json.loads(line) for line in lines]
     steps = sum(event["kind"] == "step" for event in events)
     if code != 0 or steps < 2:
         raise FailedRunError(f"ended with {code} after {steps} steps: {_error_line(folder)}")
-    return read_events(events, start, resident_mib, samples)
-
-
-def _follow(
-    process: subprocess.Popen[bytes], deadline: float
-) -> tuple[int, float, list[tuple[float, float]]]:
-    """Wait for the process; return its exit code, resident MiB, and times with private MiB."""
-    samples: list[tuple[float, float]] = []
-    while True:
-        samples.append((time.time(), sum(_private_mib(pid) for pid in _process_tree(process.pid))))
-        finished_pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-        if not finished_pid and time.time() > deadline:
-            process.kill()
-            finished_pid, status, usage = os.wait4(process.pid, 0)
-        if finished_pid:
-            process.returncode = os.waitstatus_to_exitcode(status)
-            unit = 1 if os.uname().sysname == "Darwin" else 1024
-            return process.returncode, usage.ru_maxrss * unit / 2**20, samples
-        time.sleep(POLL_SECONDS)
-
-
-def _process_tree(pid: int) -> list[int]:
-    """Return the ids of the process and its descendants."""
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text("utf-8").split()
-    except OSError:
-        children = []
-    return [pid, *(relative for child in children for relative in _process_tree(int(child)))]
-
-
-def _private_mib(pid: int) -> float:
-    try:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-    except OSError:
-        return 0.0
-    match = re.search(r"RssAnon:\s+(\d+) kB", status)
-    return int(match[1]) / 1024 if match else 0.0
+    return read_events(events, start, usage.ru_maxrss * unit / 2**20)
 
 
 def _error_line(folder: Path) -> str:
@@ -155,19 +119,13 @@ def _error_line(folder: Path) -> str:
     return (errors[-1] if errors else " ".join(lines[-3:])).strip()[:300]
 
 
-def read_events(
-    events: Sequence[dict[str, Any]],
-    start: float,
-    resident_mib: float,
-    samples: Sequence[tuple[float, float]],
-) -> Reading:
+def read_events(events: Sequence[dict[str, Any]], start: float, resident_mib: float) -> Reading:
     """Return the reading of a run.
 
     Args:
         events: the meter's lines.
         start: start of the process, in seconds since the epoch, like all times.
         resident_mib: peak resident memory.
-        samples: times and private MiB.
     """
     steps = [event for event in events if event["kind"] == "step"]
     micros: list[list[dict[str, Any]]] = [[]]
@@ -179,10 +137,7 @@ def read_events(
     step_groups = micros[: len(steps)]  # the last group follows the last step
     measured = [micro for group in step_groups[1:] for micro in group]
     all_micro_batches = [micro for group in step_groups for micro in group]
-    losses = [
-        sum(m["loss"] if m["share"] else m["loss"] / len(group) for m in group)
-        for group in step_groups
-    ]
+    losses = [sum(m["loss"] for m in group) for group in step_groups]
     weights = [sum(m["supervised"] for m in group) for group in step_groups]
     cuda = [event["mib"] for event in events if event["kind"] == "cuda"]
     return Reading(
@@ -197,14 +152,5 @@ def read_events(
         loss=sum(a * b for a, b in zip(losses, weights, strict=True)) / sum(weights),
         first_step_s=all_micro_batches[0]["began"] - start,
         peak_mib=max(cuda, default=resident_mib),
-        private_mib=max((mib for _, mib in samples), default=0.0),
-        private_training_mib=max(
-            (
-                mib
-                for moment, mib in samples
-                if all_micro_batches[0]["began"] <= moment <= steps[-1]["wall"]
-            ),
-            default=0.0,
-        ),
         threads=max((e["count"] for e in events if e["kind"] == "threads"), default=0),
     )

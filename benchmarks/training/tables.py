@@ -37,7 +37,6 @@ def summarize(
                 "supervised_per_s": r.supervised / r.seconds,
                 "mfu": 4 * (blocks * r.tokens + head * r.supervised) / r.seconds / peak_flops,
                 "peak_mib": r.peak_mib,
-                "private_mib": r.private_mib,
                 "first_step_s": r.first_step_s,
                 "all_tokens": r.all_tokens,
                 "all_supervised": r.all_supervised,
@@ -92,21 +91,13 @@ def workload_table(result: Mapping[str, Any]) -> str:
 def _summary(rows: Rows, best: str) -> str:
     """Return which peer is the best, and how ftlevel compares with it."""
     text = f"Best peer: {best}."
-    commands = [n for n in rows if not n.startswith(("ftlevel", "plain"))]
-    if commands:
-        fastest = min(commands, key=lambda name: rows[name]["first_step_s"])
-        text += f" First to step among commands: {fastest}, {rows[fastest]['first_step_s']:.1f} s."
     if "ftlevel" in rows:
         own, other = rows["ftlevel"], rows[best]
         text += (
             f" ftlevel: {own['tokens_per_s'] / other['tokens_per_s']:.2f} × its real tokens/s, "
             f"{own['supervised_per_s'] / other['supervised_per_s']:.2f} × its supervised ones/s, "
-            f"{own['peak_mib'] / other['peak_mib']:.2f} × its memory"
+            f"{own['peak_mib'] / other['peak_mib']:.2f} × its memory."
         )
-        if commands:
-            ratio = own["first_step_s"] / rows[fastest]["first_step_s"]
-            text += f", {ratio:.2f} × the time to the first step of {fastest}"
-        text += "."
     return text
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +21,6 @@ from training.workloads import Work
 
 DIRECTORY = Path(__file__).resolve().parent
 TEMPLATE = DIRECTORY / "chatml.jinja"  # SmolLM2's, with marks around the supervised text
-DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 THREADS = os.environ.get("OMP_NUM_THREADS") or str(psutil.cpu_count(logical=False) or 1)
 
 
@@ -43,11 +40,6 @@ class Tool:
     peer: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def is_ours(self) -> bool:
-        """Return whether it is a variant of ftlevel."""
-        return self.name.startswith("ftlevel")
-
 
 def ftlevel(work: Work, folder: Path, python: str, *flags: str) -> list[str]:
     """Return the `ftlevel train` command."""
@@ -62,11 +54,6 @@ def ftlevel(work: Work, folder: Path, python: str, *flags: str) -> list[str]:
         "--learning-rate", str(work.learning_rate), "--lr-scheduler-type", "constant",
         "--output-dir", str(folder / "run"), "--overwrite", *flags,
     ]  # fmt: skip
-
-
-def plain_ftlevel(work: Work, folder: Path, python: str) -> list[str]:
-    """Return the `ftlevel train` command without the fast step."""
-    return ftlevel(work, folder, python, "--no-fast")
 
 
 def plain(work: Work, folder: Path, python: str) -> list[str]:
@@ -106,11 +93,6 @@ def trl(work: Work, folder: Path, python: str, *flags: str) -> list[str]:
     ]  # fmt: skip
 
 
-def trl_sorted(work: Work, folder: Path, python: str) -> list[str]:
-    """Return `trl sft` with rows of similar length in a batch."""
-    return trl(work, folder, python, "--train_sampling_strategy", "group_by_length")
-
-
 def trl_packed(work: Work, folder: Path, python: str) -> list[str]:
     """Return `trl sft` with packing: the rows of a micro-batch become one, without padding."""
     command = trl(work, folder, python, "--packing", "true", "--packing_strategy", "bfd")
@@ -120,58 +102,18 @@ def trl_packed(work: Work, folder: Path, python: str) -> list[str]:
     return command
 
 
-def unsloth(work: Work, folder: Path, python: str, *, is_sorted: bool = False) -> list[str]:
-    """Return a script on Unsloth's Python API."""
+def unsloth(work: Work, folder: Path, python: str) -> list[str]:
+    """Return a script on Unsloth's Python API, with rows of similar length in a batch."""
     _require_chats(work)
-    work.write(folder / "spec.json", sorted=is_sorted, template=str(TEMPLATE))
+    work.write(folder / "spec.json", sorted=True, template=str(TEMPLATE))
     return [python, str(DIRECTORY / "unsloth_api.py"), str(folder / "spec.json")]
 
 
-def unsloth_sorted(work: Work, folder: Path, python: str) -> list[str]:
-    """Return the script on Unsloth's Python API with rows of similar length in a batch."""
-    return unsloth(work, folder, python, is_sorted=True)
-
-
-def litgpt(work: Work, folder: Path, python: str) -> list[str]:
-    """Return `litgpt finetune_lora`; do not compare losses: its rate always warms up and decays."""
-    _require_chats(work)
-    if work.quant != "none":
-        raise UnsupportedError("bitsandbytes in LitGPT is for CUDA only")
-    if any(len(row["messages"]) != 2 for row in _read(work)):
-        raise UnsupportedError("LitGPT's JSON data has one turn a row")
-    program = str(Path(python).parent / "litgpt")
-    checkpoint = folder.parent / "litgpt" / Path(work.model).name
-    if not (checkpoint / "lit_model.pth").exists():
-        shutil.copytree(work.model, checkpoint, dirs_exist_ok=True)
-        subprocess.run(
-            [program, "convert_to_litgpt", str(checkpoint)], check=True, capture_output=True
-        )
-    texts = [[turn["content"] for turn in row["messages"]] for row in _read(work)]
-    rows = [{"instruction": question, "input": "", "output": answer} for question, answer in texts]
-    (folder / "train.json").write_text(json.dumps(rows), encoding="utf-8")
-    (folder / "val.json").write_text(json.dumps(rows[:2]), encoding="utf-8")
-    lora_flags = [f"--lora_{word}" for word in ("query", "key", "value", "projection", "mlp")]
-    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": work.learning_rate}}
-    return [
-        program, "finetune_lora", str(checkpoint), "--out_dir", str(folder / "run"),
-        "--precision", "bf16-true" if work.dtype == "bfloat16" else "32-true",
-        "--lora_r", "8", "--lora_alpha", "16", "--lora_dropout", "0.0",
-        *(word for flag in lora_flags for word in (flag, "true")),
-        "--data", "JSON", "--data.json_path", str(folder), "--data.mask_prompt", "true",
-        "--data.prompt_style", "smollm2", "--data.num_workers", "0",
-        "--train.max_seq_length", str(work.max_length), "--train.epochs", "1",
-        "--train.micro_batch_size", str(work.batch), "--train.log_interval", "1",
-        "--train.global_batch_size", str(work.batch * work.accumulate),
-        "--train.lr_warmup_steps", "1", "--optimizer", json.dumps(optimizer),
-        "--eval.interval", "1000000", "--eval.max_iters", "1", "--eval.final_validation", "false",
-        "--seed", str(work.seed),
-    ]  # fmt: skip
-
-
-def llamafactory(work: Work, folder: Path, python: str, **overrides: Any) -> list[str]:
-    """Return `llamafactory-cli train`."""
+def llamafactory(work: Work, folder: Path, python: str) -> list[str]:
+    """Return `llamafactory-cli train` with packing under a block-diagonal mask."""
     _require_chats(work)
     _write(folder / "rows.jsonl", _read(work))
+    rows, accumulate = work.packs()
     tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user",
             "assistant_tag": "assistant", "system_tag": "system"}  # fmt: skip
     entry = {"file_name": "rows.jsonl", "formatting": "sharegpt", "tags": tags,
@@ -182,86 +124,30 @@ def llamafactory(work: Work, folder: Path, python: str, **overrides: Any) -> lis
         "finetuning_type": "lora", "lora_target": "all", "lora_rank": 8, "lora_alpha": 16,
         "lora_dropout": 0.0, "dataset": "rows", "dataset_dir": str(folder),
         "cutoff_len": work.max_length, "output_dir": str(folder / "run"),
-        "per_device_train_batch_size": work.batch, "num_train_epochs": 1.0,
-        "gradient_accumulation_steps": work.accumulate, "learning_rate": work.learning_rate,
+        "per_device_train_batch_size": rows, "num_train_epochs": 1.0,
+        "gradient_accumulation_steps": accumulate, "learning_rate": work.learning_rate,
         "lr_scheduler_type": "constant", "seed": work.seed, "bf16": work.dtype == "bfloat16",
-        "disable_gradient_checkpointing": True, "use_cpu": work.device == "cpu",
+        "disable_gradient_checkpointing": True, "packing": True, "neat_packing": True,
+        "use_cpu": work.device == "cpu",
         "logging_steps": 1, "save_strategy": "no", "report_to": "none", "overwrite_cache": True,
     }  # fmt: skip
     if work.quant == "4bit":
         config |= {"quantization_bit": 4, "quantization_method": "bnb",
                    "quantization_type": "nf4", "double_quantization": True}  # fmt: skip
     path = folder / "train.yaml"
-    path.write_text(json.dumps({**config, **overrides}), encoding="utf-8")
+    path.write_text(json.dumps(config), encoding="utf-8")
     return [str(Path(python).parent / "llamafactory-cli"), "train", str(path)]
 
 
-def llamafactory_packed(work: Work, folder: Path, python: str) -> list[str]:
-    """Return `llamafactory-cli train` with packing under a block-diagonal mask."""
-    rows, accumulate = work.packs()
-    packing = {"packing": True, "neat_packing": True, "per_device_train_batch_size": rows,
-               "gradient_accumulation_steps": accumulate}  # fmt: skip
-    return llamafactory(work, folder, python, **packing)
-
-
-def swift(work: Work, folder: Path, python: str, *flags: str) -> list[str]:
-    """Return `swift sft`."""
-    if work.task == "text-classification":
-        labels = sorted({row["label"] for row in _read(work)})
-        rows = [
-            {"messages": [{"role": "user", "content": row["text"]}],
-             "label": labels.index(row["label"])}
-            for row in _read(work)
-        ]  # fmt: skip
-        kind = [
-            "--model_type", "bert", "--template", "bert", "--task_type", "seq_cls",
-            "--num_labels", str(len(labels)), "--problem_type", "single_label_classification",
-        ]  # fmt: skip
-    else:
-        rows = _read(work)
-        kind = ["--model_type", "llama", "--template", "chatml"]
-        if rows[0]["messages"][0]["role"] != "system":
-            kind += ["--system", DEFAULT_SYSTEM]
-    _write(folder / "rows.jsonl", rows)
-    quant = [
-        "--quant_method", "bnb", "--quant_bits", "4", "--bnb_4bit_quant_type", "nf4",
-        "--bnb_4bit_use_double_quant", "true", "--bnb_4bit_compute_dtype", work.dtype,
-    ]  # fmt: skip
-    return [
-        str(Path(python).parent / "swift"), "sft", "--model", work.model, *kind,
-        "--dataset", str(folder / "rows.jsonl"), "--output_dir", str(folder / "run"),
-        "--tuner_type", "lora", "--lora_rank", "8", "--lora_alpha", "16", "--lora_dropout", "0",
-        "--target_modules", "all-linear", "--torch_dtype", work.dtype,
-        "--max_length", str(work.max_length), "--num_train_epochs", "1",
-        "--per_device_train_batch_size", str(work.batch),
-        "--gradient_accumulation_steps", str(work.accumulate),
-        "--learning_rate", str(work.learning_rate), "--lr_scheduler_type", "constant",
-        "--warmup_ratio", "0", "--seed", str(work.seed), "--gradient_checkpointing", "false",
-        "--split_dataset_ratio", "0", "--attn_impl", "sdpa", *_cpu(work, ["--use_cpu", "true"]),
-        "--dataloader_num_workers", "0", "--dataset_num_proc", "1",
-        "--logging_steps", "1", "--save_strategy", "no", "--report_to", "none",
-        *(quant if work.quant == "4bit" else []), *flags,
-    ]  # fmt: skip
-
-
 WITH_THREADS = {"OMP_NUM_THREADS": THREADS}
-COMPILED = {"UNSLOTH_CPU_COMPILE": "1"}
 TOOLS = (
     Tool("ftlevel", ftlevel),
-    Tool("ftlevel --no-fast", plain_ftlevel),
     Tool("plain", plain),
     Tool("plain, sorted", plain_sorted),
-    Tool("trl as shipped", trl, "trl"),
     Tool("trl", trl, "trl", WITH_THREADS),
-    Tool("trl, sorted", trl_sorted, "trl", WITH_THREADS),
     Tool("trl, packing", trl_packed, "trl", WITH_THREADS),
-    Tool("unsloth", unsloth, "unsloth"),
-    Tool("unsloth, sorted", unsloth_sorted, "unsloth"),
-    Tool("unsloth, compiled", unsloth, "unsloth", COMPILED),
-    Tool("litgpt", litgpt, "litgpt"),
-    Tool("llamafactory", llamafactory, "llamafactory"),
-    Tool("llamafactory, neat_packing", llamafactory_packed, "llamafactory"),
-    Tool("swift", swift, "swift"),
+    Tool("unsloth, sorted", unsloth, "unsloth"),
+    Tool("llamafactory, neat_packing", llamafactory, "llamafactory"),
 )
 PEERS = tuple(dict.fromkeys(tool.peer for tool in TOOLS if tool.peer))
 

@@ -18,12 +18,9 @@ def benchmarks_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 
-def micro_batch_event(
-    wall: float, tokens: int, loss: float, *, share: bool = True
-) -> dict[str, Any]:
+def micro_batch_event(wall: float, tokens: int, loss: float) -> dict[str, Any]:
     return {"kind": "micro", "began": wall - 1, "wall": wall, "cpu": wall / 2, "tokens": tokens,
-            "places": 2 * tokens, "supervised": tokens // 2, "loss": loss,
-            "share": share}  # fmt: skip
+            "places": 2 * tokens, "supervised": tokens // 2, "loss": loss}  # fmt: skip
 
 
 def step_event(wall: float) -> dict[str, Any]:
@@ -40,22 +37,13 @@ def test_events_after_first_step_are_counted() -> None:
         micro_batch_event(14, 60, 2.0),
         step_event(15),
     ]
-    memory_samples = [(9, 20.0), (12, 60.0), (14, 50.0), (16, 70.0)]
-    reading = read_events(
-        [*token_weighted, micro_batch_event(99, 1000, 9.0)], 8.0, 300.0, memory_samples
-    )
-    assert (reading.private_mib, reading.private_training_mib) == (70, 60)
+    reading = read_events([*token_weighted, micro_batch_event(99, 1000, 9.0)], 8.0, 300.0)
+    assert reading.peak_mib == 300
     assert (reading.seconds, reading.cpu_seconds, reading.steps) == (3, 1.5, 2)
     assert (reading.tokens, reading.places, reading.supervised) == (60, 120, 30)
     assert (reading.all_tokens, reading.all_supervised) == (180, 90)
     assert reading.first_step_s == 2
     assert reading.loss == pytest.approx((60 * 1.0 + 30 * 2.0) / 90)
-    mean_losses = [
-        micro_batch_event(11, 100, 1.0, share=False),
-        micro_batch_event(12, 20, 3.0, share=False),
-        step_event(12),
-    ]
-    assert read_events([*mean_losses, *mean_losses], 8.0, 0.0, []).loss == pytest.approx(2.0)
 
 
 def test_table_compares_best_peer_and_reports_unequal_work() -> None:
@@ -64,7 +52,7 @@ def test_table_compares_best_peer_and_reports_unequal_work() -> None:
 
     def reading(seconds: float, supervised: int = 50, loss: float = 2.0) -> Reading:
         return Reading(seconds, seconds, 100, 200, supervised, 2, 200, 2 * supervised, loss,
-                       5.0, 1000.0, 900.0, 800.0, 2)  # fmt: skip
+                       5.0, 1000.0, 2)  # fmt: skip
 
     readings = {"ftlevel": [reading(1)], "plain": [reading(4)], "trl": [reading(2), reading(2)],
                 "cut": [reading(8, supervised=40)]}  # fmt: skip

@@ -43,7 +43,7 @@ def build_work(folder: Path, shape: str = "2k") -> Any:
 def create_reading() -> Any:
     from training.runs import Reading
 
-    return Reading(2.0, 1.0, 100, 100, 50, 3, 150, 75, 2.0, 5.0, 1000.0, 900.0, 800.0, 1)
+    return Reading(2.0, 1.0, 100, 100, 50, 3, 150, 75, 2.0, 5.0, 1000.0, 1)
 
 
 def test_finished_measurements_are_not_repeated(

@@ -23,7 +23,7 @@ Mirrored, without `test_train_` in front:
   test_warning_raised_sequence_level_…: refused, tests/cli/test_rl.py
 - vllm_and_peft, vllm_importance_sampling_correction: test_rl_server.py
 - test_rewards.py (accuracy, think format, repetition): tests/unit/tasks/rl/test_builtin_rewards.py
-- losses in numbers: tests/unit/tasks/rl/test_loss_figures.py, scripts/against_trl_rl.py
+- losses in numbers: tests/unit/tasks/rl/test_loss_figures.py
 
 Left out:
 

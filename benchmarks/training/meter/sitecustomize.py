@@ -2,15 +2,13 @@
 
 Writes a JSON line for every micro-batch and every optimizer step to the file named by TRAIN_METER
 when the process ends. Steps are counted by torch's global optimizer hook. Micro-batches are counted
-in `training_step` of transformers' Trainer (plain, TRL, Unsloth, LLaMA-Factory, ms-swift; ftlevel's
-gets a whole optimizer step, split into micro-batches), and for LitGPT in the forward pass and the
-loss. These functions are wrapped; nothing else is changed, and no module is imported that the tool
-does not import.
+in `training_step` of transformers' Trainer (plain, TRL, Unsloth, LLaMA-Factory; ftlevel's gets a
+whole optimizer step, split into micro-batches). These functions are wrapped; nothing else is
+changed, and no module is imported that the tool does not import.
 
 Each line has `kind`, `wall` (seconds since the epoch), `cpu` (seconds of the process). A `micro`
 also has `began` (wall), `tokens` (without padding), `places` (with padding), `supervised`
-(supervised tokens; rows, for classification) and `loss`, with `share`: true if the losses of a
-step's micro-batches add up to its loss, false if they are averaged.
+(supervised tokens; rows, for classification) and `loss`; those of a step add up to its loss.
 """
 
 import atexit
@@ -23,7 +21,6 @@ import time
 
 _EVENTS = []
 _ACTIVE_STEPS = []
-_LITGPT = {}
 
 
 def _note(kind, **values):
@@ -75,44 +72,16 @@ def _watch_training_step(owner):
             loss = step(self, model, inputs, *args, **kwargs)
         finally:
             _ACTIVE_STEPS.pop()
-        _note("micro", began=start, loss=loss.detach(), share=True, **counts)
+        _note("micro", began=start, loss=loss.detach(), **counts)
         return loss
 
     owner.training_step = training_step
-
-
-def _watch_litgpt_model(module):
-    forward = module.GPT.forward
-
-    def counted(self, idx, *args, **kwargs):
-        _LITGPT.update(began=time.time(), ids=idx)
-        return forward(self, idx, *args, **kwargs)
-
-    module.GPT.forward = counted
-
-
-def _watch_litgpt_loss(module):
-    entropy = module.chunked_cross_entropy
-
-    def chunked_cross_entropy(logits, targets, *args, **kwargs):
-        loss = entropy(logits, targets, *args, **kwargs)
-        if loss.requires_grad:
-            ids = _LITGPT["ids"]
-            # LitGPT pads with 0, which rows rarely contain; targets are already shifted.
-            counts = {"tokens": (ids != 0).sum(), "places": ids.numel()}
-            counts["supervised"] = (targets != -100).sum()
-            _note("micro", began=_LITGPT["began"], loss=loss.detach(), share=False, **counts)
-        return loss
-
-    module.chunked_cross_entropy = chunked_cross_entropy
 
 
 _WATCHED = {
     "torch.optim.optimizer": _watch_optimizer,
     "transformers.trainer": lambda module: _watch_training_step(module.Trainer),
     "ftlevel.training.trainer": lambda module: _watch_training_step(module.FtlevelTrainer),
-    "litgpt.lora": _watch_litgpt_model,
-    "litgpt.utils": _watch_litgpt_loss,
 }
 
 

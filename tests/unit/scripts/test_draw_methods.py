@@ -7,21 +7,21 @@ from xml.etree import ElementTree
 import pytest
 
 import draw_methods
+from draw_methods import DRAWINGS, LINEARS
 from ftlevel.config import SPECS
-from method_guides import GUIDES, LINEARS
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
 def count_trained_parts(name: str) -> int:
     """Return the number of parts drawn as trained, without the legend's."""
-    tree = ElementTree.fromstring(draw_methods.draw(name, GUIDES[name]))
+    tree = ElementTree.fromstring(draw_methods.draw(name, DRAWINGS[name]))
     return sum(part.get("class") == "on" for part in tree.iter()) - 1
 
 
 def test_diagrams_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
     assert draw_methods.main(["--check"]) == 0, capsys.readouterr().out
-    assert set(GUIDES) <= set(SPECS)
+    assert set(DRAWINGS) <= set(SPECS)
 
 
 @pytest.mark.parametrize(
@@ -33,9 +33,9 @@ def test_trained_parts_are_highlighted(name: str, parts: int) -> None:
     assert count_trained_parts(name) == parts
 
 
-@pytest.mark.parametrize("name", GUIDES)
+@pytest.mark.parametrize("name", DRAWINGS)
 def test_diagram_has_title_and_fits_view_box(name: str) -> None:
-    text = draw_methods.draw(name, GUIDES[name])
+    text = draw_methods.draw(name, DRAWINGS[name])
     tree = ElementTree.fromstring(text)
     assert name in (tree.findtext(f"{SVG}title") or "")
     assert "prefers-color-scheme:dark" in text
