@@ -65,11 +65,6 @@ class Figure:
     value: int
 
 
-def room_of(module: str) -> str:
-    """Return the package of ftlevel that contains a module."""
-    return module.split(".")[1]
-
-
 def crossings() -> int:
     """Return how often a row crosses a package boundary between its source and its batch.
 
@@ -79,7 +74,8 @@ def crossings() -> int:
     for module in ROW_MODULES:
         path = SOURCE / (module.replace(".", "/") + ".py")
         ast.parse(path.read_text(encoding="utf-8"))
-    return sum(room_of(one) != room_of(other) for one, other in pairwise(ROW_MODULES))
+    packages = [module.split(".")[1] for module in ROW_MODULES]
+    return sum(one != other for one, other in pairwise(packages))
 
 
 def files_of_lora_r() -> int:

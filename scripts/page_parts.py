@@ -23,9 +23,7 @@ def fill(name: str, parts: Mapping[str, str], new: str = "") -> str:
         before, start, rest = text.partition(f"<!--generated:{part}-->\n")
         _, end, after = rest.partition("<!--/generated-->")
         if not end:
-            raise ValueError(
-                f"docs/{name}.md has no <!--generated:{part}--> … <!--/generated-->"
-            )
+            raise ValueError(f"docs/{name}.md has no <!--generated:{part}-->, or no end of it")
         text = f"{before}{start}\n{content.strip()}\n\n{end}{after}"
     return text
 
