@@ -62,13 +62,13 @@ def _command(name: str, flags: Sequence[Flag]) -> Iterator[str]:
     unsupported = [row for row in flags if isinstance(row, UnsupportedFlag) and name in row.on]
     if unsupported and name == "train":
         yield from ("", "## Not available", "")
-        yield "These flags of other tools have no effect here. `ftlevel train` says what to use:"
+        yield "These flags of other tools are refused, or accepted without effect, with the reason:"
         yield from ("", ", ".join(sorted({_code(row.name) for row in unsupported})) + ".")
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Yield the lines of a table without its empty columns."""
-    head = ("flag", "field", "choices", "default", "second names", "meaning")
+    head = ("flag", "field", "choices", "default", "aliases", "meaning")
     columns = [column for column in range(len(head)) if any(row[column] for row in rows)]
     yield f"| {' | '.join(head[column] for column in columns)} |"
     yield "|---" * len(columns) + "|"
@@ -79,7 +79,7 @@ def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
 def _cells(
     row: Flag, command: str, aliases: Mapping[str, Sequence[Alias]], excluded: Collection[str]
 ) -> list[str]:
-    """Returns the columns of a flag, without second names in `excluded`."""
+    """Returns the columns of a flag, without aliases in `excluded`."""
     metadata = row.metadata(command)
     is_required = row.required or metadata.required
     return [

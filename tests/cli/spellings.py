@@ -545,14 +545,14 @@ SPELLINGS: list[ForeignFlag] = [
                 {"train.optim_args": {"momentum": 0.9, "nesterov": True}}, extra="--optim sgd"),
     *_answers(
         TRANSFORMERS, "TrainingArguments",
-        ("--optim galore_adamw", "keeps the gradients of whole weights in low rank"),
+        ("--optim galore_adamw", "projects gradients of full weights to a low rank"),
     ),
     ForeignFlag(AXOLOTL, "llama-3/lora-1b.yml", "--wandb-project mine",
                 {"output.tracker_project": "mine"}, extra="--report-to wandb"),
     *_answers(
         AXOLOTL, "config reference",
         ("--wandb-entity me", "environment variable"),
-        ("--report-to all", "all depends on what is installed"),
+        ("--report-to all", "all would use every installed tracker"),
     ),
     *_sets(
         AXOLOTL, "config reference",

@@ -168,7 +168,7 @@ def test_row_that_does_not_fit_is_reported(
     assert run([*TRAIN, fast, "--output-dir", "run"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(
-        f"ftlevel: out of memory: {ALLOCATION_ERROR}. What takes less: --per-device-train"
+        f"ftlevel: out of memory: {ALLOCATION_ERROR}. To use less memory: --per-device-train"
     )
     assert "--gradient-checkpointing; --quant 4bit; a --max-length below 128" in error
     assert not Path("run/adapter").exists()

@@ -132,7 +132,7 @@ def test_failed_tracker_is_disabled(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--report-to", "all"], "all depends on what is installed. Name the trackers"),
+        (["--report-to", "all"], "all would use every installed tracker. Name the trackers"),
         (["--report-to", "tensorboard,comet"], "'comet' is not known. Expected one of"),
         (
             ["--tracker-project", "x"],

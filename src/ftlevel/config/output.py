@@ -84,7 +84,7 @@ def _split_trackers(value: Any) -> Any:
     if isinstance(value, list | tuple):
         if "all" in value:
             raise ValueError(
-                "all depends on what is installed. Name the trackers: wandb,tensorboard"
+                "all would use every installed tracker. Name the trackers: wandb,tensorboard"
             )
         if value == ["none"]:
             return ()

@@ -16,26 +16,26 @@ from ftlevel.config.preference import ClassWeights, FewNames, Scalar, Scalars
 from ftlevel.config.section import Positive, Share
 from ftlevel.errors import join_names
 
-_NO_PACKAGE = "its package is not one of ftlevel's"
+_NO_PACKAGE = "it needs a package that ftlevel does not install"
 _LOW_RANK = (
-    "it keeps the gradients of whole weights in low rank, and an adapter's are small. Use "
+    "it projects gradients of full weights to a low rank, and those of an adapter are small. Use "
     "adamw_8bit to save memory"
 )
-_FUSED_BACKWARD = "it takes its step inside the backward pass, where gradients are not checked"
+_FUSED_BACKWARD = "it updates weights in the backward pass, where gradients are not checked"
 _EXCLUDED = {
     "galore": _LOW_RANK,
     "apollo": _LOW_RANK,
     "lomo": _FUSED_BACKWARD,
     "adalomo": _FUSED_BACKWARD,
-    "schedule_free": "it keeps its own schedule, and other weights in evaluation than in training",
-    "adamw_torch_4bit": "what it remembers cannot be copied. Use adamw_8bit",
-    "adamw_torch_8bit": "what it remembers cannot be copied. Use adamw_8bit",
+    "schedule_free": "it has its own schedule, and evaluates other weights than it trains",
+    "adamw_torch_4bit": "its state cannot be copied. Use adamw_8bit",
+    "adamw_torch_8bit": "its state cannot be copied. Use adamw_8bit",
     "adamw_torch_xla": "it is for TPUs",
     "adamw_torch_npu": "it is for NPUs",
     "adamw_anyprecision": _NO_PACKAGE,
     "grokadamw": _NO_PACKAGE,
     "stable_adamw": _NO_PACKAGE,
-    "rmsprop_bnb": "transformers hands it its settings as words. Use rmsprop",
+    "rmsprop_bnb": "transformers passes its settings as strings. Use rmsprop",
 }
 
 

@@ -68,7 +68,7 @@ class Full(Method):
         return Rates(
             small=1e-4,
             large=1e-5,
-            source="by way of BERT's 2e-5, appendix A.3",
+            source="chosen so that BERT gets 2e-5, appendix A.3",
             by_architecture={
                 "encoder-decoder": 1e-3
             },  # T5's own rate; it scales weights differently

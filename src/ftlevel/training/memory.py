@@ -373,7 +373,7 @@ def _suggest(run: Run) -> str:
     if run.data.max_length:
         suggestions.append(f"a --max-length below {run.data.max_length:,}")
     suggestions.append("a smaller --model")
-    return f"What takes less: {'; '.join(suggestions)}."
+    return f"To use less memory: {'; '.join(suggestions)}."
 
 
 ALLOCATOR_CONF = "expandable_segments:True"

@@ -41,8 +41,9 @@ METHOD_ERRORS = [
 
 VARIANT_ERRORS = [
     ({"init_lora_weights": "pissa_niter_4"}, "llama", "4bit",
-     "--init pissa cannot be used with --quant 4bit: it takes its initialization out of the base's "
-     "weights, and what is left would be quantized again. Use --init default, or drop --quant."),
+     "--init pissa cannot be used with --quant 4bit: it subtracts its initialization from the "
+     "base's weights, and the result would be quantized again. Use --init default, or "
+     "drop --quant."),
     ({"use_dora": True}, "llama", "8bit",
      "--dora cannot be used with --quant 8bit: PEFT cannot read 8-bit weights for the magnitude. "
      "Use --quant 4bit, or drop --dora."),

@@ -119,7 +119,7 @@ def _check_supported(labels: LabelSet, rows: Sequence[_Label], table: Table, mes
     if not unsupported:
         return
     counts = Counter(label for label, _ in unsupported)
-    names = join_names(f"{label!r} ({count:,} rows)" for label, count in counts.most_common())
+    names = join_names(f"{label!r} ({n:,} row{'s' * (n > 1)})" for label, n in counts.most_common())
     message = message if len(counts) == 1 else message.replace("is n", "are n", 1)
     hint = _UNLABELLED if counts.keys() <= {-1, -100} else "Remove these rows, or correct them."
     folded = {name.casefold() for name in labels.names}

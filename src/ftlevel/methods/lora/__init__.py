@@ -119,7 +119,7 @@ _RULES = (
     ),
     Rule(
         rows("pissa", "olora"),
-        "it takes its initialization out of the base's weights, and what is left would be "
+        "it subtracts its initialization from the base's weights, and the result would be "
         "quantized again",
         "Use --init default, or drop --quant.",
         quants=QUANTIZED,
@@ -157,13 +157,13 @@ _RULES = (
     ),
     Rule(
         rows("eva"),
-        "EVA expects every linear layer to get the rows of the input",
+        "EVA expects inputs of shape (batch, length, width) in every linear layer",
         "Use --init pissa or default.",
         families=frozenset({"deberta-v2", "opt"}),
     ),
     Rule(
         rows("experts"),
-        "it has no experts in one tensor",
+        "it has no tensor that stores several experts",
         "Drop method.target_parameters; --target-modules all-linear covers all linear layers.",
         experts=False,
     ),

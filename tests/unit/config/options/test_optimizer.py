@@ -69,7 +69,7 @@ def _flat(values: Any) -> list[Any]:
 @pytest.mark.parametrize(
     ("train", "message"),
     [
-        ({"optim": "galore_adamw"}, "keeps the gradients of whole weights in low rank"),
+        ({"optim": "galore_adamw"}, "projects gradients of full weights to a low rank"),
         ({"optim": "sgd", "optim_args": "mass=1"}, "--optim-args mass: no setting of --optim sgd."),
         ({"optim": "sgd", "optim_args": {"nesterov": 3}}, "nesterov=3: expected true, false."),
         ({"optim": "sgd", "adam_epsilon": 1e-6}, "--adam-epsilon 1e-06 is not read by"),

@@ -81,13 +81,13 @@ def test_label_ids() -> None:
         (
             [0, 1, 2],
             ("neg", "pos"),
-            "x.csv:3: label 2 (1 rows) is not one of the 2 declared classes (neg, pos). "
+            "x.csv:3: label 2 (1 row) is not one of the 2 declared classes (neg, pos). "
             "Remove these rows, or correct them.",
         ),
         (
             [0, 1, -1],
             ("neg", "pos"),
-            "x.csv:3: label -1 (1 rows) is not one of the 2 declared classes (neg, pos). "
+            "x.csv:3: label -1 (1 row) is not one of the 2 declared classes (neg, pos). "
             "Such numbers mark rows without a label: remove these rows.",
         ),
     ],
@@ -104,6 +104,6 @@ def test_label_missing_in_training_raises() -> None:
     with pytest.raises(InputError) as error:
         check_labels(labels, *make_examples(["a", "c", "d", "c"]))
     assert str(error.value) == (
-        "x.csv:2: label 'c' (2 rows), 'd' (1 rows) are not a class of the training rows (a, b). "
+        "x.csv:2: label 'c' (2 rows), 'd' (1 row) are not a class of the training rows (a, b). "
         "Remove these rows, or correct them."
     )
