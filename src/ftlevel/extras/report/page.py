@@ -39,8 +39,8 @@ _MEANINGS = {
     "pearson": "correlation of predicted and true values, from -1 to 1",
     "spearman": "correlation of the ranks of predicted and true values, from -1 to 1",
     "loss": "mean negative log-likelihood of the correct answers; lower is better",
-    "perplexity": "number of equally likely tokens the model hesitates between; lower is better",
-    "pseudo_perplexity": "number of equally likely words for a hidden one; lower is better",
+    "perplexity": "as uncertain as between this many equally likely tokens; lower is better",
+    "pseudo_perplexity": "as uncertain as between this many equally likely words; lower is better",
     "rougeL": "overlap of generated and correct text, from 0 to 1",
     "bleu": "overlap of generated and correct text, from 0 to 100",
     "chrf": "overlap of characters of generated and correct text, from 0 to 100",
@@ -140,8 +140,8 @@ def checks(summary: Summary) -> Iterator[str]:
 
 
 MAX_POINTS = 400  # per curve
-WIDTH, HEIGHT = 640, 240
-LEFT, RIGHT, TOP, BOTTOM = 64, 20, 34, 42
+WIDTH, HEIGHT = 640, 264
+LEFT, RIGHT, TOP, BOTTOM = 88, 28, 44, 60  # room for labels of the phone's font size
 
 Point = tuple[float, float]
 
