@@ -72,12 +72,9 @@ class RowDecoder:
         self._attention_before = attention_of(self._base)
         register()
         self._base.set_attn_implementation(NAME)
-        head = self._base.get_output_embeddings()
-        self._hook = head.register_forward_pre_hook(_make_contiguous)
 
     def close(self) -> None:
         """Restore the model's attention."""
-        self._hook.remove()
         self._base.set_attn_implementation(self._attention_before)
 
     def __call__(
@@ -167,15 +164,6 @@ class RowDecoder:
 
     def _choose_tokens(self, rows: Rows) -> None:
         rows.last = rows.scores.argmax(-1).tolist()
-
-
-def _make_contiguous(head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:  # noqa: ARG001 - a hook
-    """Pre-hook of the language head that makes its input contiguous.
-
-    For strided input, such as last tokens, torch copies the weight per row: 2.3 s instead of 0.02 s
-    and 432 MiB for 8 rows of SmolLM2 in bfloat16.
-    """
-    return (args[0].contiguous(), *args[1:])
 
 
 @dataclass

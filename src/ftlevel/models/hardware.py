@@ -274,11 +274,24 @@ def evaluating(model: Any, device: str, dtype: str) -> Iterator[None]:
     """Use eval mode, no gradients and autocast in the `with` block; restores the training mode."""
     training = model.training
     model.eval()
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    hook = head.register_forward_pre_hook(_make_contiguous) if head is not None else None
     try:
         with torch.no_grad(), autocast(device, dtype):
             yield
     finally:
+        if hook is not None:
+            hook.remove()
         model.train(training)
+
+
+def _make_contiguous(head: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:  # noqa: ARG001 - a hook
+    """Pre-hook of the language head that gives its input the strides of a new tensor.
+
+    For other strides, such as those of last tokens, torch copies a frozen weight per row: 1.6 s
+    instead of 0.014 s and 432 MiB for 8 rows of SmolLM2 in bfloat16, 190 ms instead of 9 for one.
+    """
+    return (args[0].flatten(0, -2).contiguous().view(args[0].shape), *args[1:]) if args else None
 
 
 def uses_tf32(enabled: bool | None, device: str, dtype: str) -> bool:

@@ -18,7 +18,7 @@ from ftlevel.config.preference import NO_REFERENCE
 from ftlevel.data.encoding.collate import ensure_pad_token, separate_pad_from_eos
 from ftlevel.data.encoding.encode import PromptFormat, load_prompt_format
 from ftlevel.errors import InputError
-from ftlevel.models.hardware import DTYPES, autocast
+from ftlevel.models.hardware import DTYPES, evaluating
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import (
     check_missing,
@@ -298,7 +298,7 @@ class LoadedModel:
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
         """Disable gradients and use the compute precision inside the `with` block."""
-        with torch.no_grad(), autocast(self.device, self.dtype):
+        with evaluating(self.model, self.device, self.dtype):
             yield
 
     def logits(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -16,6 +16,7 @@ from ftlevel.evaluation.decoding import (
     get_decoder_limitation,
     get_shared_prefix,
 )
+from ftlevel.models.hardware import evaluating
 
 PROMPTS = [[5 + (i * 7 + k * k) % 400 for k in range(3 + (i * 11) % 29)] for i in range(11)]
 MAX_NEW_TOKENS = 12
@@ -122,16 +123,23 @@ def test_wrong_cache_positions_are_detected(monkeypatch: pytest.MonkeyPatch) -> 
     decoder.close()
 
 
-def test_language_head_gets_contiguous_input() -> None:
+@pytest.mark.parametrize("num_rows", [1, 2])
+@pytest.mark.parametrize("decode", [True, False])
+def test_language_head_gets_contiguous_input(num_rows: int, decode: bool) -> None:
+    """Also for one row: `is_contiguous` ignores the strides of dimensions of size 1."""
     model = tiny_models.build("llama", "causal").eval()
-    contiguous = []
+    strides = []
     model.lm_head.register_forward_hook(
-        lambda _, args, __: contiguous.append(args[0].is_contiguous())
+        lambda _, args, __: strides.append((args[0].stride(), args[0].new_empty(args[0].shape)))
     )
-    decoder = RowDecoder(model, [2], 0)
-    with torch.no_grad():
-        decoder(PROMPTS[:2], 3, 2)
-    decoder.close()
-    assert len(contiguous) == 3
-    assert all(contiguous)
+    with evaluating(model, "cpu", "float32"):
+        if decode:
+            decoder = RowDecoder(model, [2], 0)
+            decoder(PROMPTS[:num_rows], 3, num_rows)
+            decoder.close()
+        else:
+            ids = torch.tensor([PROMPTS[0]] * num_rows)
+            model.generate(input_ids=ids, max_new_tokens=3, do_sample=False, eos_token_id=703)
+    assert len(strides) == 3
+    assert all(stride == new.stride() for stride, new in strides)
     assert not model.lm_head._forward_pre_hooks
