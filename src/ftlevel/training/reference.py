@@ -241,11 +241,11 @@ def check_first_loss(
         return info, []
     dropout = getattr(run.config.method, "lora_dropout", 0.0)
     message = (
-        f"dropout of {dropout:g} is on in the policy and off in the reference"
+        f"dropout {dropout:g}, which the reference does not use"
         if dropout
-        else f"in {run.model.dtype} the same rows, packed otherwise, are rounded otherwise"
+        else f"rounding to {run.model.dtype}, which depends on the other rows of a micro-batch"
     )
-    return info, [f"the first loss is {first:.7f}, and {expected:.7f} at the reference: {message}."]
+    return info, [f"the first loss is {first:.7f}; without {message}, it is {expected:.7f}."]
 
 
 def _save_initial_adapter(run: Run, prepared: PreparedModel) -> Any:
