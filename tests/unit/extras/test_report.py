@@ -139,6 +139,13 @@ def test_small_tick_labels_use_scientific_notation() -> None:
     assert {"0", "2.5e-4", "7.5e-4", "1e-3"} <= {text for _, text in chart.ticks_y}
 
 
+@pytest.mark.parametrize(("count", "ticks"), [(2, ["1", "2"]), (11, ["5", "10"])])
+def test_step_labels_are_whole_numbers(count: int, ticks: list[str]) -> None:
+    records = [{"step": step, "loss": 1 / step} for step in range(1, count + 1)]
+    (chart, *_) = draw_charts([replace(make_run(), records=records)])
+    assert [text for _, text in chart.ticks_x] == ticks
+
+
 def test_few_points_are_not_thinned() -> None:
     points = [(float(x), float(x % 7)) for x in range(MAX_POINTS)]
     assert thin(points) == points

@@ -281,7 +281,8 @@ def _chart(
         )
         for number, run, points in series
     ]
-    ticks_x = [(to_pixels((x, low_y))[0], f"{x:,.0f}") for x in _ticks(low_x, high_x)]
+    steps = [x for x in _ticks(low_x, high_x) if abs(x - round(x)) < 1e-9]
+    ticks_x = [(to_pixels((x, low_y))[0], f"{x:,.0f}") for x in steps]
     at_y = _ticks(low_y, high_y)
     ticks_y = [
         (to_pixels((low_x, y))[1], text) for y, text in zip(at_y, _labels(at_y), strict=True)
