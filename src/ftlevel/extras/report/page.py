@@ -141,7 +141,7 @@ def checks(summary: Summary) -> Iterator[str]:
 
 MAX_POINTS = 400  # per curve
 WIDTH, HEIGHT = 640, 264
-LEFT, RIGHT, TOP, BOTTOM = 88, 28, 44, 60  # room for labels of the phone's font size
+LEFT, RIGHT, TOP, BOTTOM = 96, 28, 44, 60  # room for labels of the phone's font size
 
 Point = tuple[float, float]
 

@@ -118,7 +118,7 @@ class StartingAdapter:
     def choice(self) -> Choice:
         """The line about the adapter that is printed at the start of the run."""
         origin = "by plain PEFT" if self.card is None else f"for {self.card.task}"
-        return Choice("adapter", self.name, f"trained {origin}; base and method are its own")
+        return Choice("adapter", self.name, f"trained {origin}; its base and method are used")
 
     def describe(self) -> dict[str, Any]:
         """Returns the adapter's entry in summary.json."""
