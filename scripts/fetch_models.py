@@ -121,10 +121,7 @@ def load_gguf_tokenizer(gguf: Path) -> Any:
     )
     tokenizer.model_max_length = 8192  # llama.context_length; the reader leaves it unbounded
     tokenizer.clean_up_tokenization_spaces = False
-    for key in (
-        "is_local",
-        "local_files_only",
-    ):  # loading options are not properties of the tokenizer
+    for key in ("is_local", "local_files_only"):  # options of loading
         tokenizer.init_kwargs.pop(key, None)
     return tokenizer
 

@@ -209,9 +209,8 @@ class Recorder:
         for family in MODELS:
             save_tiny(self.work / "models" / family, family)
         folder = save_tiny(self.work / "models" / "t5", "t5", pad_token_id=1, eos_token_id=2)
-        build_tokenizer("bart").save_pretrained(
-            folder
-        )  # training of T5's own tokenizer is not deterministic
+        # The training of T5's own tokenizer is not deterministic.
+        build_tokenizer("bart").save_pretrained(folder)
 
     def record(self, item: tuple[str, list[str]]) -> None:
         """Run an item, write its record and print a line."""
@@ -288,9 +287,7 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[str]:
                 yield from _flatten(entry, f"{prefix} › {key}" if prefix else key)
     elif isinstance(value, list) and value:
         for index, entry in enumerate(value, 1):
-            is_line = isinstance(
-                entry, str
-            )  # lines of a text have no index, so that an added line does not move the others
+            is_line = isinstance(entry, str)  # without index: an added line moves no other
             yield from [f"{prefix}: {entry}"] if is_line else _flatten(entry, f"{prefix} › {index}")
     else:
         yield f"{prefix}: {json.dumps(value, ensure_ascii=False)}"
