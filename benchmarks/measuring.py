@@ -63,7 +63,7 @@ def compare_sides(
     `measures` maps sides to functions that return values for JSON. In the process of a side, its
     values are printed, and the process ends.
     """
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--sides", default=",".join(measures), help="separated by commas")
     parser.add_argument("--peer", default="", help="directory of the other library")
     parser.add_argument("--side", choices=measures, help=argparse.SUPPRESS)
