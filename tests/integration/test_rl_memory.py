@@ -50,7 +50,7 @@ def test_bfloat16_memory_estimate_is_close_to_peak(tmp_path: Path) -> None:
 
 def test_plan_estimate_is_close_to_peak(tmp_path: Path) -> None:
     words = " ".join(f"parameter{i} is a number" for i in range(60))
-    rows = ({"prompt": f"Describe f{i}. {words}", "answer": "x"} for i in range(16))
+    rows = ({"prompt": f"Describe f{i}. {words}", "answer": "x"} for i in range(8))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "rewards.py").write_text(
         "def vowels(completions, **_):\n"
@@ -60,8 +60,8 @@ def test_plan_estimate_is_close_to_peak(tmp_path: Path) -> None:
     common = ["--task", "rl", "--reward", reward, "--max-steps", "1", "--check-groups", "0"]
     common += ["--model", "builtin:tiny-llama", "--dtype", "float32"]
     common += ["--dataset", str(tmp_path / "rows.jsonl"), "--max-completion-length", "48"]
-    common += ["--validation-split", "0.25", "--beta", "0.05"]
-    plan = json.loads(run_and_measure_peak("plan", "--json", *common)[0])
+    common += ["--validation-split", "0.25", "--beta", "0.05", "--batch-size", "4"]
+    plan = json.loads(run_and_measure_peak("plan", "--json", "--brief", *common)[0])
     _, measured = run_and_measure_peak(
         "train", "--json", *common, "--output-dir", str(tmp_path / "run")
     )

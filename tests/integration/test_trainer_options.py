@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+import task_data
 from ftlevel.cli.app import run
 
-SHORT = ["--model", "tiny", "--max-samples", "16", "--max-length", "160", "--overlong", "drop",
-         "--batch-size", "4", "--dtype", "float32", "--learning-rate", "1e-3", "--logging-steps",
-         "1", "--set", "train.predict_with_generate=false",
-         "--set", "data.max_eval_samples=8"]  # fmt: skip
+SHORT = ["--model", "tiny", "--batch-size", "4", "--dtype", "float32", "--learning-rate", "1e-3",
+         "--logging-steps", "1",
+         "--set", "train.predict_with_generate=false"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -23,11 +23,13 @@ def working_dir(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("tiny").symlink_to(tiny_model_dir("llama", chat=True))
+    task_data.write(Path("data"), "mask")
 
 
 def train(*arguments: str, out: str) -> list[dict[str, Any]]:
     """Run `ftlevel train`; return its records."""
-    assert run(["train", "--quiet", "--output-dir", out, *SHORT, *arguments]) == 0
+    rows = [] if "--train_file" in arguments else ["--dataset", "data"]
+    assert run(["train", "--quiet", "--output-dir", out, *SHORT, *rows, *arguments]) == 0
     return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
 
 
