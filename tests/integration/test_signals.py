@@ -86,14 +86,14 @@ def test_second_signal_ends_run_immediately(tmp_path: Path, tiny_model_dir: Mode
 
 
 def test_sigusr1_saves_checkpoint_and_continues(tmp_path: Path, tiny_model_dir: ModelDir) -> None:
-    process = start_training(tmp_path, tiny_model_dir("llama"), steps=25)
+    process = start_training(tmp_path, tiny_model_dir("llama"), steps=15)
     wait_until(process, lambda: count_lines(tmp_path / "run/metrics.jsonl") >= 3)
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=240)
     assert process.returncode == 0
     manifests = (tmp_path / "run/checkpoints").glob("checkpoint-*/manifest.json")
     warning_step, last_step = sorted(int(path.parent.name.split("-")[1]) for path in manifests)
-    assert 3 <= warning_step < last_step == 25
+    assert 3 <= warning_step < last_step == 15
 
 
 EVENTS = {
