@@ -166,7 +166,7 @@ def sizes() -> list[Figure]:
     return [
         Figure("Python files", "607", 320, len(texts)),
         Figure("code lines", "44,650", 55_550, sum(code for code, _ in counts)),
-        Figure("docstring lines", "13,954", 8_950, sum(lines for _, lines in counts)),
+        Figure("docstring lines", "13,954", 8_960, sum(lines for _, lines in counts)),
         Figure("`# fmt: skip`", "344", 20, sum(t.count("# fmt: skip") for t in texts.values())),
         Figure("lines of benchmarks and scripts", "17,516", 11_100, tool_lines),
         Figure(

@@ -62,6 +62,7 @@ SETTINGS = [
     (["--lora-dropout", "0.1"], "--lora-dropout 0.1: the model that samples and the model that"),
     (["--neftune-noise-alpha", "5"], "--neftune-noise-alpha 5: the model that samples"),
     (["--label-smoothing", "0.1"], "--label-smoothing-factor: --task rl has no target tokens"),
+    (["--lr-scheduler", "reduce_lr_on_plateau"], "depends on the validation loss, and --task rl"),
     (["--train-on-inputs"], "--train-on-inputs: --task rl trains on sampled completions only"),
     (["--streaming", "--max-steps", "2"], "--streaming cannot be used with --task rl. Drop it."),
     (

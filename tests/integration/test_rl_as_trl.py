@@ -47,11 +47,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ftlevel.commands.generate import Chat, generate
 from ftlevel.commands.predict import predict
 from ftlevel.commands.train import train
-from ftlevel.config import PredictConfig, TrainConfig
+from ftlevel.config import GenerateConfig, PredictConfig, TrainConfig
 from ftlevel.config.rl import RL_LOSSES
+from ftlevel.data.encoding.encode import encode_prompt
 from ftlevel.errors import RunError
+from ftlevel.trained.resolve import resolve_model
 from sampling import every
 from tiny_models import save_tiny
 
@@ -72,6 +75,8 @@ def nothing(completions, **kwargs):
     return [None] * len(completions)
 
 def at_step(completions, trainer_state, **kwargs):
+    assert trainer_state.epoch == trainer_state.global_step < trainer_state.max_steps
+    assert len(trainer_state.log_history) >= trainer_state.global_step
     return [float(trainer_state.global_step)] * len(completions)
 
 def of_messages(completions, prompts, **kwargs):
@@ -203,6 +208,7 @@ def test_gradient_checkpointing_gives_same_adapter(data: Path, tmp_path: Path) -
 
 def test_evaluation_during_training(data: Path, tmp_path: Path) -> None:
     evaluate_each_step = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
+    evaluate_each_step |= {"save_strategy": "steps", "save_steps": 2}
     settings: dict[str, Any] = {"train": evaluate_each_step, "prompts": 2, "validation_split": 0.5}
     _, log = run(data, tmp_path / "run", ("vowels", "at_step=0"), **settings)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -212,6 +218,8 @@ def test_evaluation_during_training(data: Path, tmp_path: Path) -> None:
     assert {record["eval_reward_at_step"] for record in evaluations} == {0}
     assert rewards.keys() == {0, 1, 2}
     assert all(0 <= value <= 1 for value in rewards.values())
+    state = tmp_path / "run" / "checkpoints" / "checkpoint-2" / "trainer_state.json"
+    assert json.loads(state.read_text())["best_metric"] == max(rewards[1], rewards[2])
 
 
 def test_predictions_have_maximum_completion_length(data: Path, tmp_path: Path) -> None:
@@ -224,11 +232,48 @@ def test_predictions_have_maximum_completion_length(data: Path, tmp_path: Path) 
     assert default == eight != longer
 
 
+def test_answers_end_at_stop_text_of_training(data: Path, tmp_path: Path) -> None:
+    run(data, tmp_path / "run", stop=["e"])
+    rollouts = map(json.loads, (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines())
+    completions = [completion for group in rollouts for completion in group["completions"]]
+    assert any(completion["ended"] for completion in completions)
+    assert not any("e" in completion["text"] for completion in completions)
+    trained = resolve_model(str(tmp_path / "run"), device="cpu").load("cpu")
+    tokenizer, prompts = trained.tokenizer, [f"def f{i}(a, b):" for i in range(4)]
+    assert trained.ref.prompt_format is not None
+    ids = [encode_prompt(tokenizer, trained.ref.prompt_format, prompt) for prompt in prompts]
+
+    outputs = [
+        trained.model.generate(torch.tensor([one]), max_new_tokens=12, do_sample=False)
+        for one in ids
+    ]
+    tokens = [output[0, len(one) :].tolist() for output, one in zip(outputs, ids, strict=True)]
+    texts, boundary = tokenizer.batch_decode(tokens), len(tokenizer.decode(tokens[0][:3]))
+    spanning = texts[0][boundary - 1 : boundary + 1]  # no token has it
+    assert not any(spanning in tokenizer.decode(token) for token in tokens[0])
+    across = tokenizer.decode(ids[0])[-1] + texts[0][0]  # prompt and answer
+    card = tmp_path / "run" / "adapter" / "ftlevel.json"
+    options = {"options": {"rl": {"stop": [spanning, across]}}}
+    card.write_text(json.dumps(json.loads(card.read_text()) | options))
+    expected = [text.split(spanning)[0].strip() for text in texts]
+    settings: dict[str, Any] = {"name": str(tmp_path / "run"), "max_new_tokens": 12}
+    for size in (2, 8):  # with the decoder, and with `generate`
+        rows = predict(
+            PredictConfig(**settings, batch_size=size), [{"prompt": prompt} for prompt in prompts]
+        ).rows
+        assert [row["prediction"] for row in rows] == expected
+    assert [answer.text for answer in generate(prompts=prompts, **settings)[0]] == expected
+    chat, shown = Chat(GenerateConfig(**settings)), list[str]()
+    assert chat.reply(prompts[0], shown.append) == "".join(shown).strip() == expected[0]
+
+
 def test_prompts_are_reused_for_two_iterations(data: Path, tmp_path: Path) -> None:
     run(data, tmp_path / "run", num_iterations=2, prompts=2, train={"max_steps": 4})
     rows = read_prompts(tmp_path / "run")
     assert rows.keys() == {1, 3}
     assert sorted(rows[1] + rows[3]) == [0, 1, 2, 3]
+    shares = [record["sampling_share"] for record in load_log(tmp_path / "run")]
+    assert [bool(share) for share in shares] == [True, False, True, False]
 
 
 def test_truncated_completions_are_masked(data: Path, tmp_path: Path) -> None:

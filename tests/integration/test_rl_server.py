@@ -102,10 +102,11 @@ def test_server_with_stale_weights_raises(
     assert "from those of the former adapter" in str(error.value)
 
 
+@pytest.mark.parametrize("other", [{"seed": 7}, {"vocab_size": 5000}], ids=["seed", "vocabulary"])
 def test_server_with_other_base_raises(
-    data_dir: Path, tmp_path: Path, start_server: StartServer
+    data_dir: Path, tmp_path: Path, start_server: StartServer, other: dict[str, Any]
 ) -> None:
-    other_base = save_tiny(tmp_path / "other", "llama", chat=True, seed=7)
+    other_base = save_tiny(tmp_path / "other", "llama", chat=True, **other)
     with pytest.raises(RunError, match="the server answers with other weights"):
         train(create_config(data_dir, tmp_path / "run", start_server(other_base)))
 

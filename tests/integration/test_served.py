@@ -32,6 +32,7 @@ from ftlevel.extras.serving.check import check_served, run_library
 from ftlevel.extras.serving.client import ServerOutput, match_output, widen_tolerance
 from ftlevel.extras.serving.config import CheckServedConfig
 from ftlevel.extras.serving.recorded import ReferenceOutput
+from ftlevel.trained.resolve import resolve_model
 from served_cases import CASES, write_adapter
 from tiny_models import save_tiny
 
@@ -272,6 +273,31 @@ def test_exported_run_is_served_as_trained(
     assert run(train) == 0
     assert run(["export", "run", "--for", "llama.cpp", "--out", "out", "--quiet"]) == 0
     assert run(["check-served", "out", "--in", "llama.cpp", "--quiet"]) == 0
+
+
+def test_stop_text_of_training_is_exported_and_sent(
+    export_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = json.loads((export_dir / "out" / "served.json").read_text())
+    row = next(adapter for adapter in served["adapters"] if adapter["name"] == "rslora")
+    texts = [prompt["trained"]["text"] for prompt in row["prompts"]]
+    stop = texts[0][6:9]
+    adapter, out, file = tmp_path / "rslora", tmp_path / "out", tmp_path / "x.gguf"
+    shutil.copytree(export_dir / "adapters" / "rslora", adapter)
+    card = resolve_model(str(adapter), device="cpu").card
+    replace(card, task="rl", options={"rl": {"stop": [stop]}}).write(adapter)
+    assert run(["export", str(adapter), "--out", str(file), "--no-verify"]) == 0
+    assert f'PARAMETER stop "{stop}"' in file.with_suffix(".Modelfile").read_text().splitlines()
+    assert run(["export", str(adapter), "--for", "llama.cpp", "--out", str(out)]) == 0
+    message = f'which llama.cpp does not read from a model. Send "stop": {json.dumps([stop])} with'
+    assert message in " ".join(capsys.readouterr().err.split())
+    served = json.loads((out / "served.json").read_text())
+    answers = [prompt["trained"]["text"] for prompt in served["adapters"][0]["prompts"]]
+    assert answers == [text.split(stop)[0] for text in texts]
+    with llama_server(export_dir / "base.gguf", adapter_files(out), apply=True) as url:
+        result = check_served(CheckServedConfig(out=out, url=url))
+    assert result.summary["verdict"] == "as trained"
+    assert f'requests had "stop": {json.dumps([stop])}' in result.lines[-1]
 
 
 def test_gguf_lora_interleaves_query_rows(export_dir: Path) -> None:

@@ -26,7 +26,7 @@ from ftlevel.models.kinds import max_positions
 from ftlevel.models.loading import silence_loggers
 from ftlevel.tasks.base import BaseTask, Prediction
 from ftlevel.trained.adapter_set import BASE, AdapterSet, load_adapter_set
-from ftlevel.trained.generation import GenerationOptions
+from ftlevel.trained.generation import GenerationOptions, cut_at_stop
 from ftlevel.trained.model_ref import LoadedModel
 
 
@@ -228,17 +228,22 @@ class Chat:
             self.adapters.active_adapter(self.active_adapter) as trained,
             trained.inference(),
         ):
+            options = replace(self.generation, stop_texts=trained.task.stop_texts)
+            is_decoder = trained.kind == "decoder"
+            streamer = _CallbackStreamer(trained.tokenizer, on_text, is_decoder=is_decoder)
             ids = torch.tensor([self._prompt(trained, text)], device=trained.device)
             output_ids = trained.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                streamer=_CallbackStreamer(
-                    trained.tokenizer, on_text, is_decoder=trained.kind == "decoder"
-                ),
-                **self.generation.arguments(trained.tokenizer),
+                streamer=None if options.stop_texts else streamer,
+                **options.arguments(trained.tokenizer),
             )[0]
         ids = output_ids if trained.kind == "encoder-decoder" else output_ids[ids.shape[1] :]
-        return str(trained.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        reply = str(trained.tokenizer.decode(ids, skip_special_tokens=True))
+        reply = cut_at_stop(reply, options.stop_texts).strip()
+        if options.stop_texts:  # a streamed piece could begin a stop text
+            on_text(reply)
+        return reply
 
     def _prompt(self, trained: LoadedModel, text: str) -> list[int]:
         """Returns the token ids of the prompt, without the oldest messages if those do not fit."""

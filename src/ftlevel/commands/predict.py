@@ -297,6 +297,8 @@ def _choices(
     if task.generates_text and config.max_new_tokens is None:
         message = "as in training" if ref.run else "default"
         choices.append(Choice("max new tokens", run_config.max_new_tokens, message))
+    if stop_texts := ref.configured_task.stop_texts:
+        choices.append(Choice("stop", join_names(map(repr, stop_texts)), "as in training"))
     if _cuts(config, run_config) and config.overlong is None:
         choices.append(Choice("overlong", run_config.data.overlong, "as in training"))
     return choices

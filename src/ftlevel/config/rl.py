@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ftlevel.config.section import Positive, Section
+from ftlevel.config.trainer import PLATEAU
 from ftlevel.errors import did_you_mean, join_names
 
 RL_TASK = "rl"
@@ -303,12 +304,9 @@ class RlConfig(Section):
     @property
     def clip(self) -> tuple[float | None, float]:
         """Effective (epsilon, epsilon_high); for cispo, (None, maximum ratio)."""
-        high = self.epsilon_high
+        high, properties = self.epsilon_high, self.loss_properties
         if self.epsilon is None:
-            return (
-                self.loss_properties.epsilon,
-                self.loss_properties.epsilon_high if high is None else high,
-            )
+            return properties.epsilon, properties.epsilon_high if high is None else high
         return self.epsilon, self.epsilon if high is None else high
 
 
@@ -426,6 +424,11 @@ def _validate_sections(config: Any) -> Iterator[str]:
         yield (f"--neftune-noise-alpha {train.neftune_noise_alpha:g}: {_DROPOUT}. Drop it.")
     if train.label_smoothing_factor:
         yield "--label-smoothing-factor: --task rl has no target tokens. Drop it."
+    if train.lr_scheduler_type == PLATEAU:
+        yield (
+            f"--lr-scheduler-type {PLATEAU} depends on the validation loss, and --task rl has "
+            "none. Use another."
+        )
     if data.train_on_inputs:
         yield "--train-on-inputs: --task rl trains on sampled completions only. Drop it."
     if data.streaming:

@@ -28,7 +28,7 @@ from ftlevel.fast.step import FastStep
 from ftlevel.models.kinds import max_positions
 from ftlevel.objectives import TokenObjective
 from ftlevel.tasks.base import OutputOptions, Prediction
-from ftlevel.trained.generation import GenerationOptions
+from ftlevel.trained.generation import GenerationOptions, cut_at_stop
 from ftlevel.trained.model_ref import LoadedModel
 
 T = TypeVar("T")
@@ -265,7 +265,8 @@ class InferenceModel:
         *,
         truncate: bool = False,
     ) -> None:
-        self._trained, self._writing = trained, writing
+        self._trained = trained
+        self._writing = replace(writing, stop_texts=trained.task.stop_texts)
         self._batch_size, self._truncate = batch_size, truncate
         self._scorer = RowScorer(trained, batch_size)
         self._decoder: RowDecoder | Literal[False] | None = None  # False: unsupported
@@ -306,7 +307,7 @@ class InferenceModel:
             return trained.generate(prompts, self._writing, size)
         texts = self._decoder(prompts, self._writing.max_new_tokens, size)
         decoded = trained.tokenizer.batch_decode(texts, skip_special_tokens=True)
-        return [str(text).strip() for text in decoded]
+        return [cut_at_stop(str(text), self._writing.stop_texts).strip() for text in decoded]
 
     def _truncate_prompts(self, prompts: Sequence[list[int]]) -> list[list[int]]:
         """Returns `prompts`, long ones cut after their first token; raises without `truncate`."""

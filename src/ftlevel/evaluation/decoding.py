@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -30,7 +31,7 @@ from ftlevel.fast import packed_attention as packed
 from ftlevel.fast.likelihoods import base_model
 from ftlevel.fast.plan import get_packing_message, has_virtual_tokens
 from ftlevel.models.upstream.architectures import attention_of
-from ftlevel.trained.generation import stop_ids
+from ftlevel.trained.generation import has_stop_text, stop_ids
 from ftlevel.trained.model_ref import LoadedModel
 
 CACHE_GROWTH = 64
@@ -62,9 +63,16 @@ _DISABLED_VALUES = (None, False, 0, 1)
 class RowDecoder:
     """Greedy decoder that replaces the attention of `model` (modified) until `close`."""
 
-    def __init__(self, model: Any, stop_token_ids: Sequence[int], pad_id: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        stop_token_ids: Sequence[int],
+        pad_id: int,
+        has_stop_text: Callable[[Sequence[int]], bool] = lambda _: False,
+    ) -> None:
         self._model, self._base = model, base_model(model)
         self._stop_token_ids, self._pad_id = frozenset(stop_token_ids), pad_id
+        self._has_stop_text = has_stop_text
         self._device = next(model.parameters()).device
         # transformers 5.24 renames the argument, one model type at a time.
         parameters = inspect.signature(self._base.forward).parameters
@@ -81,7 +89,7 @@ class RowDecoder:
         self, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int
     ) -> list[list[int]]:
         """Returns the generated ids of each prompt; `max_new_tokens` includes the stop id."""
-        outputs = _Outputs(len(prompts), max_new_tokens, self._stop_token_ids)
+        outputs = _Outputs(len(prompts), max_new_tokens, self._has_ended)
         pending = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
         prefix = get_shared_prefix(prompts)
         is_shared = len(prefix) >= SHARED and len(prompts) > 1
@@ -102,6 +110,9 @@ class RowDecoder:
                 outputs.append(rows)
             else:
                 return outputs.ids_per_prompt
+
+    def _has_ended(self, ids: Sequence[int]) -> bool:
+        return ids[-1] in self._stop_token_ids or self._has_stop_text(ids)
 
     def begin(
         self, numbers: Sequence[int], prompts: Sequence[list[int]], shared: Rows | None = None
@@ -197,25 +208,23 @@ class Rows:
 
 
 class _Outputs:
-    """Generated ids of each prompt, up to a stop id or `max_new_tokens`."""
+    """Generated ids of each prompt, until `has_ended(ids)` or up to `max_new_tokens`."""
 
     def __init__(
-        self, num_prompts: int, max_new_tokens: int, stop_token_ids: frozenset[int]
+        self, num_prompts: int, max_new_tokens: int, has_ended: Callable[[Sequence[int]], bool]
     ) -> None:
         self.ids_per_prompt: list[list[int]] = [[] for _ in range(num_prompts)]
         self._finished: set[int] = set()
-        self._max_new_tokens, self._stop_token_ids = max_new_tokens, stop_token_ids
+        self._max_new_tokens, self._has_ended = max_new_tokens, has_ended
 
     def append(self, rows: Rows) -> None:
         """Append the next token of each unfinished row to the ids of its prompt."""
         for number, token in zip(rows.numbers, rows.last, strict=True):
             if number in self._finished:
                 continue
-            self.ids_per_prompt[number].append(token)
-            if (
-                token in self._stop_token_ids
-                or len(self.ids_per_prompt[number]) >= self._max_new_tokens
-            ):
+            ids = self.ids_per_prompt[number]
+            ids.append(token)
+            if len(ids) >= self._max_new_tokens or self._has_ended(ids):
                 self._finished.add(number)
 
     def get_unfinished(self, rows: Rows) -> list[int]:
@@ -347,7 +356,8 @@ def open_decoder(trained: LoadedModel, prompts: Sequence[list[int]]) -> RowDecod
     model, tokenizer = trained.model, trained.tokenizer
     if get_decoder_limitation(model, trained.kind, trained.ref.card.method):
         return False
-    decoder = RowDecoder(model, stop_ids(tokenizer), tokenizer.pad_token_id or 0)
+    has_ended = partial(has_stop_text, tokenizer, stop_texts=trained.task.stop_texts)
+    decoder = RowDecoder(model, stop_ids(tokenizer), tokenizer.pad_token_id or 0, has_ended)
     noise = 1e-4 if trained.dtype == "float32" else 1e-1
     if get_decoder_error(decoder, model, max(prompts, key=len), noise):
         decoder.close()

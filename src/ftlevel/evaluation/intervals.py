@@ -22,7 +22,14 @@ from torch.nn import functional
 
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import ConfigError, did_you_mean, join_names
-from ftlevel.objectives import LikelihoodObjective, Meter, Objective, ScoreTexts, SortedMeter
+from ftlevel.objectives import (
+    LikelihoodObjective,
+    Meter,
+    Objective,
+    PolicyObjective,
+    ScoreTexts,
+    SortedMeter,
+)
 from ftlevel.tasks.base import BaseTask
 
 PERCENTILES = (2.5, 97.5)
@@ -254,11 +261,17 @@ def compute_difference(runs: MetricRuns, best: MetricRuns, num_comparisons: int)
 V = TypeVar("V")
 
 
+def list_metrics(task: BaseTask, objective: Objective, *, generates: bool) -> tuple[str, ...]:
+    """Returns the names of an evaluation's metrics; rewards of completions have no loss."""
+    loss = () if isinstance(objective, PolicyObjective) else ("loss",)
+    return (*loss, *objective.metrics, *(task.text_metrics if generates else ()))
+
+
 def check_metrics(
     names: Sequence[str], task: BaseTask, objective: Objective, *, generates: bool, how: str
 ) -> None:
     """Raise ConfigError for an unknown metric, or one of generated texts, which `how` enables."""
-    valid = ("loss", *objective.metrics, *(task.text_metrics if generates else ()))
+    valid = list_metrics(task, objective, generates=generates)
     for name in names:
         if name in valid:
             continue

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import TrainerState
 
 from ftlevel.config.rl import RlConfig, unknown_reward
 from ftlevel.data.encoding.collate import Collator
@@ -33,7 +33,7 @@ from ftlevel.tasks.preferences.formats import LabeledCompletion
 from ftlevel.tasks.rl.losses import combine_rewards
 from ftlevel.tasks.rl.rewards import Prompt, Rewards
 from ftlevel.tasks.rl.rows import UNKNOWN, CompletionRow, TokenLogps, create_completion_row
-from ftlevel.trained.generation import GenerationOptions, stop_ids
+from ftlevel.trained.generation import GenerationOptions, cut_at_stop, stop_ids
 from ftlevel.trained.model_ref import PLAIN, LoadedModel, ModelRef
 from ftlevel.trained.resolve import compute_fingerprint, resolve_model, resolve_reference
 
@@ -42,6 +42,9 @@ EVAL_STEP = 1 << 40
 
 BEFORE = EVAL_STEP - 1
 """Step of the random numbers of the check before training."""
+
+State = Mapping[str, Any]  # fields of `trainer_state`, for reward functions
+_START: State = vars(TrainerState(max_steps=1))  # in checks and evaluations; a share of steps is 0
 
 
 @dataclass
@@ -99,14 +102,6 @@ class Group:
         }
 
 
-@dataclass
-class Seconds:
-    """Seconds spent in sampling, and in rewards or the teacher."""
-
-    sampling: float = 0.0
-    rewards: float = 0.0
-
-
 class Rollouts:
     """Samples completions from `model` (its attention is replaced meanwhile) and scores them.
 
@@ -126,7 +121,7 @@ class Rollouts:
         method: str,
         device: str,
         dtype: str,
-        get_position: Callable[[int], str] | None = None,
+        get_position: Callable[[int], str],
         teacher: TokenLogps | None = None,
         server: ServerSampler | None = None,
     ) -> None:
@@ -137,7 +132,6 @@ class Rollouts:
         self._kind, self._method, self._device, self._dtype = kind, method, device, dtype
         self._open: Callable[[], Sampler] | None = None
         self.why_generate = ""
-        self.seconds = Seconds()
         eos_token_id = base_model(model).generation_config.eos_token_id
         eos_ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
         stop_token_ids = [*stop_ids(tokenizer), *(end for end in eos_ids if end is not None)]
@@ -156,19 +150,14 @@ class Rollouts:
         rollouts._method, rollouts._dtype = model.ref.card.method, model.dtype
         return rollouts
 
-    def __call__(self, step: int, rows: Sequence[Any]) -> list[Group]:
-        """Returns a `Group` for each prompt row in `rows`; `step` seeds the sampling."""
-        start_time = time.perf_counter()
-        sampled = self._sample(step, rows)
-        self.seconds.sampling += time.perf_counter() - start_time
-        start_time = time.perf_counter()
-        groups = self._score(step, rows, sampled)
+    def __call__(self, step: int, rows: Sequence[Any], state: State = _START) -> list[Group]:
+        """Returns a `Group` per prompt row; `step` seeds sampling, `state` is for rewards."""
+        groups = self._score(rows, self._sample(step, rows), state)
         if self._teacher is not None:
             completions = [group.to_rows() for group in groups]
             logps = iter(self._teacher([row for rows in completions for row in rows]))
             for group in groups:
                 group.compare([next(logps) for _ in group.completions])
-        self.seconds.rewards += time.perf_counter() - start_time
         return groups
 
     def _sample(self, step: int, rows: Sequence[Any]) -> list[list[Completion]]:
@@ -192,7 +181,7 @@ class Rollouts:
                 return sampler.sample(prompts, numbers, self._options, noise)
 
     def _score(
-        self, step: int, rows: Sequence[Any], sampled: Sequence[Sequence[Completion]]
+        self, rows: Sequence[Any], sampled: Sequence[Sequence[Completion]], state: State
     ) -> list[Group]:
         flat = [completion for group in sampled for completion in group]
         row_of_completion = [row for row, group in zip(rows, sampled, strict=True) for _ in group]
@@ -206,15 +195,11 @@ class Rollouts:
                 texts,
                 [completion.ids for completion in flat],
                 {name: [own.get(name) for own in row_columns] for name in names},
-                where=[self._get_position(row.row) for row in row_of_completion]
-                if self._get_position
-                else (),
-                step=0 if step >= BEFORE else step,
+                where=[self._get_position(row.row) for row in row_of_completion],
+                state=state,
             )
         num_functions = len(self.rewards.names) if self.rewards is not None else 0
-        values = np.array(
-            [[np.nan if score is None else score for score in own] for own in scores], np.float64
-        ).reshape(len(flat), num_functions)
+        values = np.array(scores, np.float64).reshape(len(flat), num_functions)  # None: NaN
         weights = self.rewards.weights if self.rewards is not None else []
         totals = combine_rewards(
             torch.from_numpy(values), torch.tensor(weights, dtype=torch.float64)
@@ -229,8 +214,7 @@ class Rollouts:
     def text(self, completion: Completion) -> str:
         """Returns the text of a completion, up to its stop text."""
         text = str(self._tokenizer.decode(completion.ids, skip_special_tokens=True))
-        cuts = [text.find(stop) for stop in self.settings.stop if stop in text]
-        return text[: min(cuts)] if cuts else text
+        return cut_at_stop(text, self.settings.stop)
 
 
 def compute_token_logps(

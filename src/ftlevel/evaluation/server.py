@@ -6,10 +6,11 @@ checked: the log-probabilities of a completion must be those of the current weig
 
 from __future__ import annotations
 
+import contextlib
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.client import HTTPException
@@ -67,6 +68,21 @@ def check_server(config: RlConfig) -> None:
         raise ConfigError(
             f"--rollouts {url}: the server cannot load adapters at run time ({error}). {START}."
         ) from None
+
+
+@contextlib.contextmanager
+def using_weights(
+    parameters: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
+) -> Iterator[None]:
+    """Set `parameters` to `values` inside the `with` block."""
+    current = [parameter.data for parameter in parameters]
+    try:
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value
+        yield
+    finally:
+        for parameter, value in zip(parameters, current, strict=True):
+            parameter.data = value
 
 
 class ServerSampler:
@@ -143,18 +159,14 @@ class ServerSampler:
         """
         output = self._complete(prompt, self._version, options, NUM_TEST_TOKENS)
         row = create_completion_row(prompt, output.ids, 0, 0, [])
-        difference = _difference(output, self._token_logps([row])[0])
-        former = float("inf")
-        if before:
+        has_tokens = max(output.ids) < len(self._model.get_input_embeddings().weight)
+        difference = former = float("inf")
+        if has_tokens:
+            difference = _difference(output, self._token_logps([row])[0])
+        if before and has_tokens:
             trained = [p for p in self._model.parameters() if p.requires_grad]
-            current = [p.data for p in trained]
-            try:
-                for parameter, value in zip(trained, before, strict=True):
-                    parameter.data = value
+            with using_weights(trained, before):
                 former = _difference(output, self._token_logps([row])[0])
-            finally:
-                for parameter, value in zip(trained, current, strict=True):
-                    parameter.data = value
         if difference <= BOUND and former >= difference / 2:
             return
         suffix = f", and by {former:.2g} from those of the former adapter" if before else ""

@@ -63,7 +63,7 @@ def load_function(path: str, name: str) -> tuple[Callable[..., Any], dict[str, A
             del sys.modules[unique]
             raise ValueError(f"{path} cannot be imported: {_describe(error, str(file))}") from None
     function = getattr(module, name, None)
-    if not callable(function):
+    if not callable(function) or inspect.isclass(function):
         names = [
             n
             for n, value in vars(module).items()
@@ -77,6 +77,8 @@ def load_function(path: str, name: str) -> tuple[Callable[..., Any], dict[str, A
 def _signature(function: Callable[..., Any]) -> dict[str, Any]:
     """Returns `needs`, the columns a function requires, and `takes`, its arguments (None: any)."""
     parameters = inspect.signature(function).parameters.values()
+    if any(p.kind == p.POSITIONAL_ONLY for p in parameters):
+        raise ValueError("its arguments are positional-only. Drop the /: they are passed by name")
     keywords = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     needs = [p.name for p in keywords if p.default is p.empty and p.name not in _OWN]
     accepts_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
@@ -172,13 +174,12 @@ class Worker:
     def _try(self, index: int, batch: Mapping[str, Any]) -> tuple[list[Any] | None, str]:
         """Call function `index` on `batch`; returns (scores, ""), or (None, problem) on failure."""
         spec, accepted = self.specs[index], self.signatures[index]["takes"]
-        state = SimpleNamespace(global_step=batch.get("step", 0))
         values = {
             **batch["columns"],
             "prompts": batch["prompts"],
             "completions": batch["completions"],
             "completion_ids": batch["completion_ids"],
-            "trainer_state": state,
+            "trainer_state": SimpleNamespace(**batch["state"]),
             "log_extra": _ignore,
             "log_metric": _ignore,
         }
@@ -202,14 +203,9 @@ def _ignore(*_: Any, **__: Any) -> None:
 
 
 def _part(batch: Mapping[str, Any], at: int) -> dict[str, Any]:
-    return {
-        **{
-            name: [batch[name][at]]
-            for name in ("texts", "prompts", "completions", "completion_ids")
-        },
-        "columns": {name: [values[at]] for name, values in batch["columns"].items()},
-        "step": batch.get("step", 0),
-    }
+    names = ("texts", "prompts", "completions", "completion_ids")
+    columns = {name: [values[at]] for name, values in batch["columns"].items()}
+    return {**batch, **{name: [batch[name][at]] for name in names}, "columns": columns}
 
 
 def _checked(result: Any, count: int) -> tuple[list[Any] | None, str]:

@@ -205,6 +205,11 @@ class BaseTask(ABC):
         )
 
     @property
+    def stop_texts(self) -> Sequence[str]:
+        """Texts that end a generated text."""
+        return ()
+
+    @property
     def max_tokens(self) -> int | None:
         """Maximum tokens of a sequence; None if only the model's positions limit it."""
         return None

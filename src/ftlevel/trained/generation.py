@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ftlevel.data.encoding.chat import get_end_of_turn_id
 from ftlevel.data.encoding.collate import pad
@@ -14,13 +15,14 @@ from ftlevel.data.encoding.collate import pad
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """Settings of text generation; a `temperature` of 0 does not sample."""
+    """Settings of text generation, up to a stop text; a `temperature` of 0 does not sample."""
 
     max_new_tokens: int
     num_beams: int = 1
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    stop_texts: Sequence[str] = ()
 
     @property
     def is_greedy(self) -> bool:
@@ -29,18 +31,49 @@ class GenerationOptions:
 
     def arguments(self, tokenizer: Any) -> dict[str, Any]:
         """Returns the arguments of `generate`; with sampling, also sets torch's global seed."""
-        kwargs = {
+        kwargs: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "use_cache": True,
             "pad_token_id": tokenizer.pad_token_id or 0,
             "eos_token_id": stop_ids(tokenizer),
         }
+        if self.stop_texts:
+            criteria = _StopTextCriteria(tokenizer, self.stop_texts)
+            kwargs["stopping_criteria"] = StoppingCriteriaList([criteria])
         if not self.temperature:
             return kwargs | {"do_sample": False, "num_beams": self.num_beams}
         torch.manual_seed(self.seed)
         # transformers' default of 50 for top_k is switched off.
         sampling_kwargs = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
         return kwargs | {"do_sample": True} | sampling_kwargs
+
+
+class _StopTextCriteria(StoppingCriteria):
+    """Ends rows whose new tokens contain a stop text; `stop_strings` also matches prompt tokens."""
+
+    def __init__(self, tokenizer: Any, stop_texts: Sequence[str]) -> None:
+        self._tokenizer, self._stop_texts, self._num_new = tokenizer, stop_texts, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # noqa: ARG002
+        """Returns for each row of `input_ids`, which has one more token per call, if it ends."""
+        self._num_new += 1
+        rows = input_ids[:, -self._num_new :].tolist()
+        ended = [has_stop_text(self._tokenizer, ids, self._stop_texts) for ids in rows]
+        return torch.tensor(ended, device=input_ids.device)
+
+
+def has_stop_text(tokenizer: Any, ids: Sequence[int], stop_texts: Sequence[str]) -> bool:
+    """Returns whether the last of the generated `ids` complete a stop text."""
+    if not stop_texts:
+        return False
+    num_bytes = max(len(text.encode()) for text in stop_texts)
+    tail = tokenizer.decode(ids[-num_bytes - 4 :])  # a token has at least one byte
+    return any(text in tail for text in stop_texts)
+
+
+def cut_at_stop(text: str, stop_texts: Sequence[str]) -> str:
+    """Returns `text` up to its first stop text."""
+    return text[: min((text.find(stop) for stop in stop_texts if stop in text), default=len(text))]
 
 
 def batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
@@ -75,7 +108,8 @@ def generate_texts(
         )
         completions = generated if encoder_decoder else generated[:, ids.shape[1] :]
         for i, answer in zip(indices, completions, strict=True):
-            outputs[i] = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
+            text = str(tokenizer.decode(answer, skip_special_tokens=True))
+            outputs[i] = cut_at_stop(text, options.stop_texts).strip()
     return outputs
 
 

@@ -19,6 +19,7 @@ from ftlevel.config.trainer import TrainerConfig
 from ftlevel.errors import ConfigError, did_you_mean, join_names
 from ftlevel.evaluation.intervals import (
     ExampleRecord,
+    list_metrics,
     select_metrics,
     should_generate,
     uses_text_metrics,
@@ -145,7 +146,7 @@ def _select_metric(train: TrainerConfig, task: BaseTask, objective: Objective) -
     uses_generation = should_generate(train.predict_with_generate, task) and uses_text_metrics(
         selected, task
     )
-    metric_names = ("loss", *objective.metrics, *(task.text_metrics if uses_generation else ()))
+    metric_names = list_metrics(task, objective, generates=uses_generation)
     available = tuple(select_metrics(dict.fromkeys(metric_names), selected))
     if requested is not None:
         name = requested.removeprefix("eval_")
@@ -237,7 +238,7 @@ class Evaluations:
     def replay(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Add the evaluations in the log `records`, except that of the untrained model."""
         for record in records:
-            if record["step"] > 0 and "eval_loss" in record:
+            if record["step"] > 0 and any(name.startswith("eval_") for name in record):
                 self.add(record["step"], record)
 
     @property
@@ -382,6 +383,7 @@ class BestModelCallback(TrainerCallback):
         if state.global_step == 0:  # the model is untrained
             return
         if self.evaluations.add(state.global_step, metrics or {}):
+            state.best_metric = (metrics or {})[self.plan.metric]
             control.should_save |= self.plan.saves
             # The last model is in memory; write it only with a checkpoint to resume from.
             is_resumable = state.global_step < state.max_steps or control.should_save

@@ -41,13 +41,16 @@ def test_bos_is_omitted_from_first_turn() -> None:
 
 
 def test_modelfile_lines() -> None:
-    text = format_modelfile("m.gguf", "{{ .Prompt }}", ['"', "</s>"], ["one", "two"])
+    text = format_modelfile("m.gguf", "{{ .Prompt }}", ['"', "</s>", "\\n", "a\nb"], ["one", "two"])
     assert text.splitlines() == [
         "# one",
         "# two",
         "FROM ./m.gguf",
         'TEMPLATE """{{ .Prompt }}"""',
-        'PARAMETER stop "\\""',
+        'PARAMETER stop """""""',  # unquote() of Ollama's parser/parser.go reads no escapes
         'PARAMETER stop "</s>"',
+        'PARAMETER stop "\\n"',
+        'PARAMETER stop "a',
+        'b"',
     ]
     assert "TEMPLATE" not in format_modelfile("m.gguf", None, [], [])

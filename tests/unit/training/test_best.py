@@ -113,11 +113,24 @@ def test_replaying_log_matches_evaluations() -> None:
     )  # fmt: skip
 
 
+def test_replaying_log_needs_no_validation_loss() -> None:
+    """Evaluations by rewards have none: a resumed run forgot its best model."""
+    evaluations = Evaluations(BestModel(**BEST_MODEL | {"metric": "eval_reward"}))
+    evaluations.replay([{"step": 2, "eval_reward": 0.5}, {"step": 4, "eval_reward": 0.25}])
+    assert evaluations.best is not None
+    assert (evaluations.best.step, evaluations.num_evals, evaluations.waited) == (2, 2, 1)
+
+
+def test_evaluation_of_rewards_has_no_loss() -> None:
+    with pytest.raises(ConfigError, match=r"does not report this metric\. There are: reward,"):
+        resolve_best("rl", {}, "decoder", {"reward": ["exact"]}, metric_for_best_model="loss")
+
+
 def resolve_best(
-    name: str, properties: dict[str, Any], kind: str, **train: Any
+    name: str, properties: dict[str, Any], kind: str, rl: dict[str, Any] | None = None, **train: Any
 ) -> BestModel | None:
     task = TASKS[name]
-    config = TrainConfig.model_validate({"task": name, "train": train})
+    config = TrainConfig.model_validate({"task": name, "train": train, "rl": rl or {}})
     objective = task.create_objective(kind, properties)
     return resolve_best_model(config.method, config.train, task, objective, 9, Length(10, 2.0))
 

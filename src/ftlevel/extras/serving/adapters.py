@@ -47,6 +47,7 @@ from ftlevel.extras.serving.recorded import (
     run_prompts,
     save_record,
 )
+from ftlevel.merging.formats.base import stop_notes
 from ftlevel.merging.normal_form import (
     BaseWeights,
     NormalForm,
@@ -202,6 +203,7 @@ def plan_adapters(
         try:
             get_plain_form(adapter.peft_config)
             notes += check_server_support(adapter, target)
+            notes += stop_notes(adapter.name, adapter.ref, config.server)
             writer.check(adapter)
             lora = compute_normal_form(
                 adapter.ref.adapter_path,

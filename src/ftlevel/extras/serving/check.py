@@ -340,7 +340,12 @@ def check_served(
         "verdict": _overall(adapters),
         "seconds": round(time.perf_counter() - start_time, 2),
     }
-    lines = tuple(_format_results(summary))
+    stops = [
+        f'{adapter.name}: requests had "stop": {json.dumps(adapter.stop)}, as in training'
+        for adapter in serving_record.adapters
+        if adapter.stop and config.url
+    ]
+    lines = (*_format_results(summary), *stops)
     if summary["verdict"] != TRAINED:
         raise RunError("\n".join([*lines, _format_fix(summary, serving_record)]))
     return CheckServedResult(summary, lines)
@@ -391,7 +396,9 @@ def _query_url(
             serving_record.metadata.get("server") == "llama.cpp"
             and len(serving_record.adapters) > 1
         )
-        extra = {"lora": [{"id": number, "scale": 1.0}]} if is_multi_adapter else {}
+        extra: dict[str, Any] = {"lora": [{"id": number, "scale": 1.0}]} if is_multi_adapter else {}
+        if stop := adapter.stop:
+            extra["stop"] = stop
         rows[adapter.name] = _query_adapter(client, name, adapter, extra, model_names)
     return rows
 

@@ -205,12 +205,14 @@ class Prompt:
     """One prompt, as text, token ids and chat messages; messages are empty without a template.
 
     `rendered` is text that encodes to `ids`, for servers that take text only; empty if none does.
+    `stop` are texts that end the answer.
     """
 
     text: str
     ids: list[int]
     messages: list[dict[str, str]]
     rendered: str
+    stop: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -277,7 +279,8 @@ class ServedModel:
             ids = encode_prompt(self.tokenizer, format_, text)
             rendered = self.tokenizer.decode(ids)
             same = self.tokenizer(rendered)["input_ids"] == ids
-            prompts.append(Prompt(text, ids, messages, rendered if same else ""))
+            stop = self.ref.configured_task.stop_texts
+            prompts.append(Prompt(text, ids, messages, rendered if same else "", stop))
         return prompts
 
     def in_float32(self, *, with_adapter: bool = True) -> ModelRef:

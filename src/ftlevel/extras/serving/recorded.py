@@ -29,6 +29,7 @@ from ftlevel.extras.serving.entry import (
     serving_lines,
 )
 from ftlevel.models.sources import ModelSource
+from ftlevel.trained.generation import cut_at_stop, has_stop_text
 from ftlevel.trained.model_ref import ModelRef
 
 TOKENS = 12
@@ -79,7 +80,7 @@ def run_prompts(model: Any, exported: ServedModel, prompts: Sequence[Prompt]) ->
         for prompt in prompts:
             ids = torch.tensor([prompt.ids], device=device)
             if exported.answers:
-                prompt_logits, answer = _continue(model, ids, exported.tokenizer)
+                prompt_logits, answer = _continue(model, ids, exported.tokenizer, prompt.stop)
                 answers.append(answer)
             else:
                 prompt_logits = _logits(model, ids, seq2seq="Seq2Seq" in exported.ref.auto_class)
@@ -96,9 +97,9 @@ def _logits(model: Any, ids: torch.Tensor, *, seq2seq: bool) -> torch.Tensor:
 
 
 def _continue(
-    model: Any, ids: torch.Tensor, tokenizer: Any
+    model: Any, ids: torch.Tensor, tokenizer: Any, stop: Sequence[str]
 ) -> tuple[torch.Tensor, ReferenceOutput]:
-    """Returns the logits of the prompt `ids`, and the greedy answer to the prompt."""
+    """Returns the logits of the prompt `ids`, and the greedy answer, up to a text in `stop`."""
     output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
     of_prompt, row = output.logits[0], output.logits[0, -1]
     tokens: list[int] = []
@@ -110,7 +111,8 @@ def _continue(
         tokens.append(int(best.indices[0]))
         logprobs.append(float(best.values[0]))
         margins.append(float(best.values[0] - best.values[1]))
-        if tokens[-1] == tokenizer.eos_token_id or number + 1 == TOKENS:
+        is_last = tokens[-1] == tokenizer.eos_token_id or has_stop_text(tokenizer, tokens, stop)
+        if is_last or number + 1 == TOKENS:
             break
         output = model(
             input_ids=torch.tensor([tokens[-1:]], device=ids.device),
@@ -118,7 +120,9 @@ def _continue(
             use_cache=True,
         )
         row = output.logits[0, -1]
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    text = cut_at_stop(tokenizer.decode(tokens, skip_special_tokens=True), stop)
+    while len(text) < len(tokenizer.decode(tokens, skip_special_tokens=True)):
+        del tokens[-1], logprobs[-1], margins[-1]
     prefixes = (tokenizer.decode(tokens[: index + 1]) for index in range(len(tokens)))
     partial = [index for index, end in enumerate(prefixes) if end.endswith("\ufffd")]
     return of_prompt, ReferenceOutput(tokens, logprobs, margins, text, partial)
@@ -161,6 +165,11 @@ class AdapterRecord:
     rank: int | None
     prompts: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def stop(self) -> list[str]:
+        """Texts that end the answers."""
+        return list(self.prompts[0].get("stop", [])) if self.prompts else []
+
 
 def record(
     name: str,
@@ -183,6 +192,7 @@ def record(
                 "ids": prompt.ids,
                 "messages": prompt.messages,
                 "rendered": prompt.rendered,
+                **({"stop": list(prompt.stop)} if prompt.stop else {}),
             }
             rows.append(row | answers)
     return AdapterRecord(name, place, rank, rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 
 from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
 from ftlevel.config import ExportConfig
-from ftlevel.config.export import FORMATS
+from ftlevel.config.export import FORMATS, SERVERS
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError
 from ftlevel.evaluation.two_models import Agreement
@@ -104,6 +105,18 @@ def merge_first(
     listener.stage("merging the adapter")
     merged = merge(merged_dir)
     return merged, ModelSource(str(merged_dir), "directory", str(merged_dir), local_files_only=True)
+
+
+def stop_notes(name: str, ref: ModelRef, server: str | None) -> list[str]:
+    """Returns a note if `server` does not read the stop texts of `ref` from exported files."""
+    stop_texts = ref.configured_task.stop_texts
+    if not stop_texts or server == "ollama":
+        return []
+    reader = f"{SERVERS[server].title} does not read" if server else "only Ollama reads"
+    return [
+        f"{name} was trained with --stop, which {reader} from a model. Send "
+        f'"stop": {json.dumps(list(stop_texts))} with each request'
+    ]
 
 
 class Export(Protocol):

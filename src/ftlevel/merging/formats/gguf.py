@@ -35,6 +35,7 @@ from ftlevel.merging.formats.base import (
     merge_first,
     server_support,
     start_commands,
+    stop_notes,
 )
 from ftlevel.merging.formats.ollama import PromptTemplate, get_prompt_template, modelfile
 from ftlevel.models.kinds import checkpoint_class, max_positions
@@ -274,7 +275,7 @@ def plan_export(config: ExportConfig, ref: ModelRef) -> Export:
         vocab = load_vocab(tokenizer, size)
     except InputError as error:
         raise InputError(f"{config.model} cannot be written as GGUF: {error}") from None
-    prompt_template = get_prompt_template(tokenizer, ref.card, vocab)
+    prompt_template = get_prompt_template(tokenizer, ref, vocab)
     return GgufExport(config, ref, model_config, tokenizer, vocab, prompt_template)
 
 
@@ -292,7 +293,8 @@ class GgufExport:
     @property
     def notes(self) -> list[str]:
         """Notes for the user, as sentences without a period."""
-        return list(self.vocab.notes)
+        stop = stop_notes(self.config.model, self.ref, self.config.server)
+        return [*self.vocab.notes, *stop]
 
     def choices(self, device: Choice) -> Iterator[Choice]:
         """Yields the lines to print before the export."""

@@ -15,7 +15,7 @@ from ftlevel.config.export import SERVERS, Server
 from ftlevel.config.section import Choice
 from ftlevel.errors import InputError, join_names, with_article
 from ftlevel.events import Listener
-from ftlevel.merging.formats.base import MergeAdapter, server_support, start_commands
+from ftlevel.merging.formats.base import MergeAdapter, server_support, start_commands, stop_notes
 from ftlevel.merging.formats.embedding import check_server, embed, save_embeddings, save_scores
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import load_config
@@ -30,8 +30,9 @@ def plan_export(config: ExportConfig, ref: ModelRef) -> MergedExport:
         raise InputError(
             f"{config.model} is a whole model already, and is served as it is. Drop the export."
         )
+    notes = tuple(stop_notes(config.model, ref, config.server))
     if config.server is None:
-        return MergedExport(config, ref)
+        return MergedExport(config, ref, notes)
     task, server = TASKS[ref.task], SERVERS[config.server]
     if (format_ := task.embedding_format(ref.card.options)) is not None:
         return MergedExport(config, ref, tuple(check_server(config, format_, server)))
@@ -42,7 +43,6 @@ def plan_export(config: ExportConfig, ref: ModelRef) -> MergedExport:
             f"{server.title} serves {_format_served_models(server)}. Keep it with transformers: "
             f"ftlevel merge {quote(config.model)} --out DIR."
         )
-    notes: tuple[str, ...] = ()
     if task.served_as == "rerankers" and server.name == "tei":
         notes = (f"{server.title} returns sigmoids of the logits, or the logits with raw_scores",)
     return MergedExport(config, ref, notes)

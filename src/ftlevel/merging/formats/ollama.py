@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ftlevel.artifacts.cards import AdapterCard
 from ftlevel.data.encoding.chat import USER, ChatLayout, get_chat_layout, get_end_of_turn_id
 from ftlevel.data.encoding.encode import PromptFormat, load_prompt_format
 from ftlevel.errors import InputError
+from ftlevel.trained.model_ref import ModelRef
 from ftlevel.weights.gguf_vocabulary import Vocabulary
 
 _ROLES = ("system", "user", "assistant")
@@ -88,8 +88,9 @@ def format_modelfile(
         lines.append(f'TEMPLATE """{template}"""')
     if system:
         lines.append(f'SYSTEM """{system}"""')
-    quoted = (stop.replace("\\", "\\\\").replace('"', '\\"') for stop in stop_strings)
-    lines += [f'PARAMETER stop "{stop}"' for stop in quoted]
+    for stop in stop_strings:  # Ollama reads no escapes
+        quote = '"""' if '"' in stop else '"'
+        lines.append(f"PARAMETER stop {quote}{stop}{quote}")
     return "\n".join(lines) + "\n"
 
 
@@ -108,13 +109,14 @@ class PromptTemplate:
     system: str = ""
 
 
-def get_prompt_template(tokenizer: Any, card: AdapterCard, vocab: Vocabulary) -> PromptTemplate:
-    """Returns the prompt template and stop texts for the model of `tokenizer` and `card`."""
-    stop_strings = list(dict.fromkeys(_stop_strings(tokenizer)))
-    prompt = load_prompt_format(card) or PromptFormat("plain")
+def get_prompt_template(tokenizer: Any, ref: ModelRef, vocab: Vocabulary) -> PromptTemplate:
+    """Returns the prompt template and stop texts for the model `ref`."""
+    stop_texts = [*_stop_strings(tokenizer), *ref.configured_task.stop_texts]
+    stop_strings = list(dict.fromkeys(stop_texts))
+    prompt = load_prompt_format(ref.card) or PromptFormat("plain")
     if prompt.kind == "chat-template":
         return replace(_of_chat(tokenizer, prompt, vocab, stop_strings), system=prompt.system)
-    if card.method == "none":  # not trained by ftlevel: prompts are unknown
+    if ref.card.method == "none":  # not trained by ftlevel: prompts are unknown
         return PromptTemplate("plain", "no chat template", "{{ .Prompt }}", stop_strings)
     before, after = prompt.plain_prompt(_PLACEHOLDER).split(_PLACEHOLDER)
     template = f"{literal(before)}{{{{ .Prompt }}}}{literal(after)}"

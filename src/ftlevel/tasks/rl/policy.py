@@ -44,6 +44,10 @@ class RlTask(TextTask):
         return replace(self, config=config, teacher=task_config.get("teacher"))
 
     @property
+    def stop_texts(self) -> Sequence[str]:
+        return self.config.stop
+
+    @property
     def encoding_config(self) -> Mapping[str, Any]:
         return {"most": self.config.max_completion_length}
 

@@ -96,13 +96,11 @@ class Rewards:
         for spec, needs in zip(self.specs, self._needs, strict=True):
             for name in get_columns(spec) if spec.kind == "builtin" else needs:
                 if name not in there:
-                    advice = (
-                        "Name it: --map answer=COLUMN, e.g. answer=completion."
-                        if name == "answer"
-                        else "Add the column."
-                        if spec.kind == "builtin"
-                        else "Add the column, or give the argument a default."
-                    )
+                    advice = "Add the column."
+                    if name == "answer":
+                        advice = "Name it: --map answer=COLUMN, e.g. answer=completion."
+                    elif spec.kind == "function":
+                        advice = "Add the column, or give the argument a default."
                     problems.append(
                         f"--reward {spec.text} needs a column {name!r}, and the rows have "
                         f"{join_names(there) or 'none'}.{did_you_mean(name, there)} {advice}"
@@ -127,7 +125,7 @@ class Rewards:
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Sequence[Any]],
         where: Sequence[str] = (),
-        step: int = 0,
+        state: Mapping[str, Any] | None = None,
     ) -> list[list[float | None]]:
         """Returns unweighted scores `[completion][reward]`; None where a reward does not apply.
 
@@ -137,7 +135,7 @@ class Rewards:
             completion_ids: token ids of the completions.
             columns: column → value for each completion.
             where: file and line of each completion's prompt, for errors.
-            step: optimizer step, for `trainer_state.global_step`.
+            state: fields of `trainer_state`; default: only global_step 0.
 
         Raises:
             RewardError: a reward failed, unless `on_reward_error` is zero.
@@ -151,7 +149,7 @@ class Rewards:
             ],
             "completion_ids": [list(ids) for ids in completion_ids],
             "columns": {name: list(values) for name, values in columns.items()},
-            "step": step,
+            "state": dict(state or {"global_step": 0}),
         }
         by_reward = [self._score(at, batch, where) for at in range(len(self.specs))]
         return [list(scores) for scores in zip(*by_reward, strict=True)]
@@ -175,11 +173,8 @@ class Rewards:
             reply: dict[str, Any]
             scores = self._models[at].score(batch["prompts"], batch["texts"])
             wrong = [i for i, score in enumerate(scores) if score != score]
-            reply = {
-                "scores": [0.0 if s != s else s for s in scores],
-                "failed": wrong,
-                "problem": "it returned nan" if wrong else "",
-            }
+            reply = {"failed": wrong, "problem": "it returned nan" if wrong else ""}
+            reply["scores"] = [0.0 if score != score else score for score in scores]
         else:
             if self._worker is None:
                 self._start()
@@ -191,18 +186,13 @@ class Rewards:
                 "scores": [0.0] * count,
             }
         if reply.get("problem"):
-            self._fail(at, reply["problem"], reply["failed"], batch, where)
+            self._fail(at, reply, batch, where)
         return list(reply["scores"])
 
     def _fail(
-        self,
-        at: int,
-        problem: str,
-        failed: Sequence[int],
-        batch: Mapping[str, Any],
-        where: Sequence[str],
+        self, at: int, reply: Mapping[str, Any], batch: Mapping[str, Any], where: Sequence[str]
     ) -> None:
-        name = self.names[at]
+        name, failed = self.names[at], reply["failed"]
         if self._config.on_reward_error == "zero":
             self.failures[name] += len(failed)
             return
@@ -210,7 +200,7 @@ class Rewards:
         location = where[first] if where else f"prompt {_shown(batch['prompts'][first])}"
         which = f"of {count} completions, the first" if len(failed) == count > 1 else "completion"
         raise RewardError(
-            f"--reward {name} failed: {problem}. {location}: {which}: "
+            f"--reward {name} failed: {reply['problem']}. {location}: {which}: "
             f"{_shown(batch['texts'][first])}\nCorrect it and resume with --resume, or use "
             "--on-reward-error zero."
         )

@@ -56,12 +56,11 @@ def check_before(trainer: FtlevelTrainer, prompts: Sequence[Any], listener: List
         message = f"the decoder cannot serve this model: {trainer.rollouts.why_generate}"
         listener.choices("rollouts", [Choice("sampler", "transformers' generate", message)])
     metrics = compute_metrics(statistics, config.reward_names)
-    local_difference = _compare_logps(trainer, groups)
-    logp_differences = processes.all_gather(local_difference)
+    logp_differences = processes.all_gather(_compare_logps(trainer, groups))
     mean = max(part[0] for part in logp_differences)
-    listener.choices(
-        "reward check", [*describe(metrics, statistics, groups), _create_logps_choice(mean)]
-    )
+    difference = f"sampler and trainer differ by {mean:.1e} nats a token"
+    agreement = Choice("log-probabilities", difference, "rounding")
+    listener.choices("reward check", [*describe(metrics, statistics, groups), agreement])
     check_sampler(mean, max(part[1] for part in logp_differences), trainer.bound, "before training")
     if problem := find_problem(metrics, statistics, config):
         raise RunError(problem)
@@ -93,53 +92,28 @@ def _compare_logps(trainer: RlTrainer, groups: Sequence[Group]) -> tuple[float, 
     return (float(diff.mean()), float(diff.max())) if len(diff) else (0.0, 0.0)
 
 
-def _create_logps_choice(mean: float) -> Choice:
-    return Choice(
-        "log-probabilities", f"sampler and trainer differ by {mean:.1e} nats a token", "rounding"
-    )
-
-
 def describe(
     metrics: dict[str, float], statistics: Sequence[GroupStatistics], groups: Sequence[Group]
 ) -> list[Choice]:
     """Returns lines with `metrics` of the groups, and their best and worst completion by reward."""
-    choices = [
-        Choice(
-            "reward",
-            f"{metrics.get('reward', float('nan')):.3f} on average",
-            f"{len(statistics)} prompts",
-        ),
-        *(
-            [
-                Choice(
-                    "groups with signal",
-                    f"{metrics['groups_with_signal']:.0%}",
-                    "their rewards differ; other groups have no gradient",
-                )
-            ]
-            if "groups_with_signal" in metrics
-            else []
-        ),
-        Choice(
-            "length",
-            f"{metrics['completion_length']:.0f} tokens on average",
-            f"{metrics['truncated']:.0%} are cut at the maximum length",
-        ),
-    ]
+    reward = f"{metrics.get('reward', float('nan')):.3f} on average"
+    choices = [Choice("reward", reward, f"{len(statistics)} prompts")]
+    if (share := metrics.get("groups_with_signal")) is not None:
+        reason = "their rewards differ; other groups have no gradient"
+        choices.append(Choice("groups with signal", f"{share:.0%}", reason))
+    length = f"{metrics['completion_length']:.0f} tokens on average"
+    reason = f"{metrics['truncated']:.0%} are cut at the maximum length"
+    choices.append(Choice("length", length, reason))
     completions = [
         (float(reward), text)
         for group in groups
         for reward, text in zip(group.rewards, group.texts, strict=True)
         if not np.isnan(reward)
     ]
-    if completions:
-        best, worst = (
-            max(completions, key=lambda pair: pair[0]),
-            min(completions, key=lambda pair: pair[0]),
-        )
-        for name, (reward, text) in (("best", best), ("worst", worst)):
-            excerpt = " ".join(text.split())[:_MAX_CHARACTERS]
-            choices.append(Choice(f"{name} completion", repr(excerpt), f"reward {reward:.3f}"))
+    for name, select in (("best", max), ("worst", min)) if completions else ():
+        value, text = select(completions, key=lambda pair: pair[0])
+        excerpt = " ".join(text.split())[:_MAX_CHARACTERS]
+        choices.append(Choice(f"{name} completion", repr(excerpt), f"reward {value:.3f}"))
     return choices
 
 
@@ -165,13 +139,12 @@ def find_problem(
         if not has_spread(torch.from_numpy(rewards)[None])[0]:
             return (
                 f"all {len(rewards)} sampled completions have the same reward (mean "
-                f"{metrics.get('reward', 0.0):.3f}), so there is no learning signal. Use easier "
+                f"{metrics['reward']:.3f}), so there is no learning signal. Use easier "
                 "prompts, a supervised run first (--adapter RUN), or a reward with steps between 0 "
                 "and 1. --check-groups 0 skips this check."
             )
     elif "groups_with_signal" in metrics and not any(map(has_signal, statistics)):
-        reward = metrics.get("reward", 0.0)
-        same = f"all completions of a prompt have the same reward (mean {reward:.3f})"
+        same = f"all completions of a prompt have the same reward (mean {metrics['reward']:.3f})"
         return (
             f"in all {len(statistics)} sampled groups {same}: these groups have no learning "
             f"signal. {_EQUAL_ADVICE} --check-groups 0 skips this check."

@@ -6,7 +6,6 @@ sampled when the step begins, once for `num_iterations` steps.
 
 from __future__ import annotations
 
-import contextlib
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import RunError
 from ftlevel.evaluation.rollouts import Group, Rollouts, compute_token_logps
+from ftlevel.evaluation.server import using_weights
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.models.hardware import trim_heap
 from ftlevel.tasks.rl.losses import PolicyLoss
@@ -97,7 +97,6 @@ class RlTrainer(FtlevelTrainer):
     """Trainer that samples completions of `prompts` and trains on them by their rewards.
 
     Attributes:
-        rollouts: function that samples completions and computes their rewards.
         keep: function that writes the groups that this process sampled to rollouts.jsonl.
         bound: mean log-probability difference of sampler and trainer above which the run stops.
     """
@@ -119,9 +118,8 @@ class RlTrainer(FtlevelTrainer):
         self._metrics: dict[str, float] = {}
         self._batches_left = 0
         self._start_time = 0.0
-        self._start: list[torch.Tensor] | None = None
-        if self.rl_config.beta:
-            self._start = [p.detach().clone() for p in self._trainable()]
+        trainable = self._trainable() if self.rl_config.beta else []
+        self._start = [p.detach().clone() for p in trainable]
 
     # ---- batches of prompts
 
@@ -190,7 +188,8 @@ class RlTrainer(FtlevelTrainer):
         return Rollout(rows, groups, metrics)
 
     def _sample(self, step: int, prompts: Sequence[Any]) -> list[Group]:
-        return self.processes.in_all(lambda: self.rollouts(step, prompts))
+        state = {**vars(self.state), "log_history": self.state.log_history[-1000:]}
+        return self.processes.in_all(lambda: self.rollouts(step, prompts, state))
 
     def _gather_statistics(self, groups: Sequence[Group]) -> list[GroupStatistics]:
         statistics = [compute_statistics(group, self.rl_config) for group in groups]
@@ -250,19 +249,8 @@ class RlTrainer(FtlevelTrainer):
             yield from (([index], collate([row])) for index, row in enumerate(rows))
 
     def _reference_logps(self, rows: Sequence[CompletionRow]) -> list[list[float]]:
-        with self._initial_weights():
+        with using_weights(self._trainable(), self._start):
             return self.token_logps(rows)
-
-    @contextlib.contextmanager
-    def _initial_weights(self) -> Iterator[None]:
-        current = [(p, p.data) for p in self._trainable()]
-        try:
-            for (parameter, _), start in zip(current, self._start or (), strict=True):
-                parameter.data = start
-            yield
-        finally:
-            for parameter, data in current:
-                parameter.data = data
 
     def _trainable(self) -> list[torch.Tensor]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -287,20 +275,20 @@ class RlTrainer(FtlevelTrainer):
         gathered = self.processes.all_gather(self.statistics.take())
         clipped, kl, diff, tokens = (sum(part[0][at] for part in gathered) for at in range(4))
         max_diff = max(part[1] for part in gathered)
-        metrics, times = self._metrics, self.rl_config.num_iterations
+        metrics = self._metrics
+        is_sampled = self.state.global_step % self.rl_config.num_iterations == 0
         if tokens:
             metrics["clipped"] = clipped / tokens
             if self.rl_config.beta or self.objective.teacher:
                 metrics["kl"] = kl / tokens
-        if tokens and self.state.global_step % times == 0:
+        if tokens and is_sampled:
             metrics["sampler_difference"] = mean = diff / tokens
             check_sampler(mean, max_diff, self.bound, f"step {self.state.global_step + 1}")
         seconds = time.perf_counter() - self._start_time
-        sampling = metrics.pop("sampling_s", 0.0)
-        sampled = metrics.pop("completion_tokens", 0.0)
+        sampling, sampled = metrics.pop("sampling_s", 0.0), metrics.pop("completion_tokens", 0.0)
         metrics["sampled_tokens_per_s"] = round(sampled / max(sampling, 1e-9), 1)
-        trained = max(seconds - sampling, 1e-9) if self.state.global_step % times == 0 else seconds
-        metrics["trained_tokens_per_s"] = round(tokens / trained, 1)
+        sampling *= is_sampled
+        metrics["trained_tokens_per_s"] = round(tokens / max(seconds - sampling, 1e-9), 1)
         metrics["sampling_share"] = round(min(1.0, sampling / max(seconds, 1e-9)), 4)
 
     def count_targets(

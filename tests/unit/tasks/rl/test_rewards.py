@@ -83,6 +83,14 @@ def needs_groups(completions, **kwargs):
         raise ValueError("compared in groups")
     return [1.0, 0.0, 0.5]
 
+def positional_only(completions, /):
+    return [0.0] * len(completions)
+
+class Grader:
+    def __call__(self, completions, **kwargs):
+        return [0.0] * len(completions)
+
+grader = Grader()
 CONSTANT = 3
 """
 
@@ -120,15 +128,16 @@ def test_functions_are_called_with_trl_arguments(
     rewards_file: str, resolve_rewards: Callable[..., Rewards]
 ) -> None:
     names = ["length", "level_of", "all_arguments", "where_it_applies", "optional", "prints"]
+    names += ["grader"]
     rewards = resolve_rewards(*(f"{rewards_file}:{name}" for name in names), "exact=0.5")
     rewards.check_columns(COLUMNS)
     rewards.check_rows([{"answer": answer} for answer in COLUMNS["answer"]], str)
-    assert score(rewards, step=10) == [
-        [1.0, 1.0, 11.0, None, 1.0, 1.0, 1.0],
-        [2.0, 2.0, 12.0, 0.5, 1.0, 1.0, 0.0],
-        [3.0, 3.0, 13.0, 0.5, 1.0, 1.0, 1.0],
+    assert score(rewards, state={"global_step": 10}) == [
+        [1.0, 1.0, 11.0, None, 1.0, 1.0, 0.0, 1.0],
+        [2.0, 2.0, 12.0, 0.5, 1.0, 1.0, 0.0, 0.0],
+        [3.0, 3.0, 13.0, 0.5, 1.0, 1.0, 0.0, 1.0],
     ]
-    assert rewards.weights == [1.0] * 6 + [0.5]
+    assert rewards.weights == [1.0] * 7 + [0.5]
     assert rewards.names[0] == f"{rewards_file}:length"
     assert rewards.names[-1] == "exact"
 
@@ -231,6 +240,8 @@ def test_function_is_called_with_whole_group(
     [
         ("{file}:lenght", "has no function 'lenght'. It has length, of_messages, level_of"),
         ("{file}:CONSTANT", "has no function 'CONSTANT'"),
+        ("{file}:Grader", "has no function 'Grader'"),
+        ("{file}:positional_only", "its arguments are positional-only"),
         ("{folder}/none.py:f", "none.py does not exist"),
         ("{folder}/broken.py:f", "broken.py cannot be imported: SyntaxError"),
         ("{folder}/imports.py:f", "cannot be imported: ModuleNotFoundError: No module named 'nox'"),
