@@ -68,7 +68,7 @@ def _command(name: str, flags: Sequence[Flag]) -> Iterator[str]:
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Yield the lines of a table without its empty columns."""
-    head = ("flag", "field", "choices", "default", "aliases", "meaning")
+    head = ("flag", "meaning", "default", "choices", "field", "aliases")
     columns = [column for column in range(len(head)) if any(row[column] for row in rows)]
     yield f"| {' | '.join(head[column] for column in columns)} |"
     yield "|---" * len(columns) + "|"
@@ -84,11 +84,11 @@ def _cells(
     is_required = row.required or metadata.required
     return [
         ", ".join(_code(name) for name in row.typer_names(metadata.type is bool)),
-        ", ".join(_code(path) for path in (row.path, *row.by_task.values())),
-        ", ".join(metadata.choices),
-        "required" if is_required else "" if metadata.default is None else str(metadata.default),
-        ", ".join(alias for alias in _names(row, aliases) if alias not in excluded),
         metadata.description,
+        "required" if is_required else "" if metadata.default is None else str(metadata.default),
+        ", ".join(metadata.choices),
+        ", ".join(_code(path) for path in (row.path, *row.by_task.values())),
+        ", ".join(alias for alias in _names(row, aliases) if alias not in excluded),
     ]
 
 

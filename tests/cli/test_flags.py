@@ -123,8 +123,8 @@ def test_added_row_appears_in_help_and_docs(capsys: pytest.CaptureFixture[str]) 
     assert "Number of first streamed rows to hold out for evaluation." in normalize_spaces(output)
     (line,) = [line for line in page.splitlines() if "--validation-rows" in line]
     assert line == (
-        "| `--validation-rows` | `data.validation_rows` |  |  | `--vr`, `--how-many` "
-        "(some: 5), `--few` (3) | Number of first streamed rows to hold out for evaluation. |"
+        "| `--validation-rows` | Number of first streamed rows to hold out for evaluation. |  |  "
+        "| `data.validation_rows` | `--vr`, `--how-many` (some: 5), `--few` (3) |"
     )
     assert "`--wrapping`" in page.rpartition("## Not available")[2]
     assert "--wrapping" not in output

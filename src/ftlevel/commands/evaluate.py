@@ -168,7 +168,7 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
 
 def _find_warnings(eval_rows: EvaluationRows) -> Iterator[str]:
     if eval_rows.is_training:
-        yield f"these are {eval_rows.split}; they say little of other rows."
+        yield f"these are {eval_rows.split}; their metrics say little about new rows."
     if eval_rows.dropped:
         dropped = "1 row is" if eval_rows.dropped == 1 else f"{eval_rows.dropped:,} rows are"
         yield (

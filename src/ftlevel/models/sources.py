@@ -173,14 +173,14 @@ def _check_file(path: Path, label: str) -> None:
 
 def _check_directory(path: Path, label: str, require_weights: bool) -> None:
     if not (path / "config.json").is_file():
-        content = join_names(sorted(p.name for p in path.iterdir()), 6) or "nothing"
+        content = join_names(sorted(p.name for p in path.iterdir()), 6) or "no files"
         if any((path / part / "adapter_config.json").is_file() for part in ("", "adapter")):
             raise InputError(
                 f"{label} is an adapter, expected a model. Use the model it was trained on, or "
                 f"merge both: ftlevel merge {quote(str(path))} --out NEW"
             )
         raise InputError(
-            f"{label} has no config.json (it holds {content}). "
+            f"{label} has no config.json (it contains {content}). "
             "Expected a directory that save_pretrained wrote."
         )
     check_directory(path, label)
