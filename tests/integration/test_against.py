@@ -205,7 +205,7 @@ def test_against_command_prints_text_and_json(
                "--resamples", "0", "--eval-tokens", "100"]  # fmt: skip
     assert run(command) == 0
     output = capsys.readouterr().out
-    assert "targets of these rows: KL 0.0000 nats, same first choice 100.0%" in output
+    assert "targets of these rows: KL 0.0000 nats, top-1 agreement 100.0%" in output
     assert "positions of documentation of Python's standard library: KL 0.0000 ± 0.0000" in output
     assert run([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["against"]["rows"]["top1"] == 1

@@ -77,13 +77,13 @@ def _format_comparison(against: Mapping[str, Any], metrics: Mapping[str, float])
         return
     texts = [f"logits differ by {rows['mean_difference']:.3g} on average"]
     if rows["kl"] is not None:
-        texts = [f"KL {rows['kl']:.4f} nats", f"same first choice {rows['top1']:.1%}", *texts]
+        texts = [f"KL {rows['kl']:.4f} nats", f"top-1 agreement {rows['top1']:.1%}", *texts]
     yield f"    on {rows['targets']:,} targets of these rows: {', '.join(texts)}"
     if "text" in against:
         text = against["text"]
         yield (
             f"    on {text['positions']:,} positions of {text['name']}: KL {text['kl']:.4f} ± "
-            f"{text['kl_standard_error']:.4f} nats, same first choice "
+            f"{text['kl_standard_error']:.4f} nats, top-1 agreement "
             f"{text['top1_agreement']:.1%}, perplexity {text['perplexity_source']:.3f} → "
             f"{text['perplexity']:.3f}"
         )
