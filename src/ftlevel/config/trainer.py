@@ -43,7 +43,7 @@ def _check_optimizer(value: object) -> object:
     if isinstance(value, str):
         for start, error in _EXCLUDED.items():
             if value.startswith(start):
-                raise ValueError(f"{error}. Use one of --help-all")
+                raise ValueError(f"{error}. --help-all lists all optimizers")
     return value
 
 

@@ -40,8 +40,8 @@ RULES = [
      "--quant-type fp4 belongs to --quant 4bit, and --quant is 8bit. Use --quant 4bit, or drop "
      "--quant-type."),
     (["quant=8bit", "method.use_dora=true"],
-     "use_dora cannot be used with --quant 8bit: PEFT cannot read 8-bit weights for the "
-     "magnitude. Use --quant 4bit, or drop use_dora."),
+     "--dora cannot be used with --quant 8bit: PEFT cannot read 8-bit weights for the "
+     "magnitude. Use --quant 4bit, or drop --dora."),
     (["model.dtype=float16", "model.device=cpu"],
      "--dtype float16 cannot be used on the CPU, which computes it in software and overflows in "
      "training. Use --dtype bfloat16 or float32."),

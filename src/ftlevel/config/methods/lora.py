@@ -146,8 +146,8 @@ class LoraSpec(MethodSpec):
         if quant.kind != "8bit" or not self.use_dora:
             return []
         return [
-            "use_dora cannot be used with --quant 8bit: PEFT cannot read 8-bit weights for the "
-            "magnitude. Use --quant 4bit, or drop use_dora."
+            "--dora cannot be used with --quant 8bit: PEFT cannot read 8-bit weights for the "
+            "magnitude. Use --quant 4bit, or drop --dora."
         ]
 
 
