@@ -80,6 +80,17 @@ def test_commands_work_from_other_directory_and_after_move(
     ],
     ids=lambda command: command[0],
 )
+def test_data_that_changed_after_training_is_reported(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another row moves the split, so that training rows are validation rows."""
+    for has_changed in (False, True):
+        assert run(["evaluate", "run", "--resamples", "0"]) == 0
+        assert ("rows.jsonl changed after training" in capsys.readouterr().err) is has_changed
+        with Path("rows.jsonl").open("a") as file:
+            file.write('\n{"prompt": "the row", "completion": "row it is"}')
+
+
 def test_moved_base_needs_model_option(
     command: list[str],
     project: Path,

@@ -108,6 +108,9 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
 
         eval_rows = encode(trained)
         listener.choices("evaluate", _choices(config, trained, eval_rows, device))
+        eval_rows = replace(
+            eval_rows, is_changed=eval_rows.is_changed and config_ref.run is not None
+        )
         for warning in [*trained.notes, *_find_warnings(eval_rows)]:
             listener.warn(warning)
         evaluator = _evaluator(config, trained, eval_rows, run_config)
@@ -169,6 +172,8 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
 def _find_warnings(eval_rows: EvaluationRows) -> Iterator[str]:
     if eval_rows.is_training:
         yield f"these are {eval_rows.split}; their metrics say little about new rows."
+    if eval_rows.is_changed:
+        yield f"{eval_rows.source} changed after training; these rows may include training rows."
     if eval_rows.dropped:
         dropped = "1 row is" if eval_rows.dropped == 1 else f"{eval_rows.dropped:,} rows are"
         yield (

@@ -144,8 +144,7 @@ def _resolve_with_card(
     card, run = load_card(model_dir), get_run_dir(model_dir)
     if task not in (None, card.task):
         raise InputError(
-            f"{label} was trained for {card.task}, not for {task}. Drop --task, or name a model "
-            f"for {task}."
+            f"{label} was trained for {card.task}, not for {task}. Name a model for {task}."
         )
     if card.method == "full":
         source = resolve_source(

@@ -12,6 +12,7 @@ from itertools import chain, islice
 from typing import Any, TypeAlias
 
 from ftlevel.artifacts.cards import AdapterCard
+from ftlevel.artifacts.files import rows_fingerprint
 from ftlevel.config import DataConfig
 from ftlevel.data.encoding.encode import Encoded, load_prompt_format
 from ftlevel.data.formats.columns import columns_exist
@@ -191,6 +192,7 @@ class EvaluationRows:
         language: ISO 639-1 code of the target; "" if unknown.
         note: columns used, if they differ from training.
         corpus: documents that queries search; if empty, those of the rows.
+        is_changed: whether the training rows next to these are not those of the card.
     """
 
     table: Table
@@ -202,6 +204,7 @@ class EvaluationRows:
     note: str
     columns: str
     corpus: Sequence[Encoded]
+    is_changed: bool
 
     @property
     def is_training(self) -> bool:
@@ -250,8 +253,11 @@ def load_evaluation_rows(
     encoder = context.encoder(config, prompt, **options).for_held_out(name)
     fitted = encoder(examples, table)
     rows: Sequence[Encoded] = fitted.rows
+    is_changed = False
     if name == "validation":  # same checks as in training
-        _, training = convert_training("train", splits.train, labels)
+        train_table, training = convert_training("train", splits.train, labels)
+        if is_own and not (is_typed or config.streaming):
+            is_changed = rows_fingerprint(train_table.rows) != card.data.get("fingerprint")
         rows, findings = context.gate(config.gate).check_held_out(
             name, fitted, examples, table, encoder.digest(training)
         )
@@ -272,7 +278,7 @@ def load_evaluation_rows(
     used = convert.shape.description
     source = str(config.qrels or splits.name)
     return EvaluationRows(
-        table, rows, name, fitted.dropped, language, source, message, used, corpus
+        table, rows, name, fitted.dropped, language, source, message, used, corpus, is_changed
     )
 
 

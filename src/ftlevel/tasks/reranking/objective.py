@@ -112,11 +112,8 @@ class RankingMeter:
         """Compute the means over queries, and the metrics over all pairs."""
         metrics = [group.metrics for group in self._groups.values()]
         ranked = [one for one in metrics if one]
-        found = (
-            {name: float(np.mean([one[name] for one in ranked])) for name in RANKING_METRICS}
-            if (ranked)
-            else {}
-        )
+        names = RANKING_METRICS if ranked else ()
+        found = {name: float(np.mean([one[name] for one in ranked])) for name in names}
         scores = [score for group in self._groups.values() for score in group.scores]
         labels = [label for group in self._groups.values() for label in group.labels]
         if len(set(labels)) > 1:

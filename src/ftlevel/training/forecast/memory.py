@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -518,12 +519,11 @@ def _steps(run: Run, has_step_loss: bool) -> list[list[Encoded]]:
     longest_rows = sample[: train.rows_per_device_step]
     if len(longest_rows[0].input_ids) == len(sample[-1].input_ids):
         return [longest_rows]
-    sets: dict[int, list[int]] = {}
-    for at, index in enumerate(run.data.sets or [0] * len(rows)):
-        sets.setdefault(index, []).append(at)
+    sets = np.array(run.data.sets or [0] * len(rows))
+    groups = [np.flatnonzero(sets == index).tolist() for index in np.unique(sets)]
     steps = [
         [rows[at] for at in draw.sample(own, min(train.rows_per_device_step, len(own)))]
-        for own in sets.values()
+        for own in groups
         for _ in range(_SAMPLED_STEPS)
     ]
     return steps if has_step_loss else [longest_rows, *steps]
