@@ -69,17 +69,6 @@ def test_commands_work_from_other_directory_and_after_move(
     assert run(["preview", "elsewhere/run", "--json"]) == 0
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["generate", "run", "--prompt", "the file"],
-        ["predict", "run", "--dataset", "rows.jsonl", "--limit", "1"],
-        ["evaluate", "run", "--resamples", "0"],
-        ["merge", "run", "--out", "merged", "--no-verify"],
-        ["train", "--output-dir", "run", "--resume", "--quiet"],
-    ],
-    ids=lambda command: command[0],
-)
 def test_data_that_changed_after_training_is_reported(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,6 +80,17 @@ def test_data_that_changed_after_training_is_reported(
             file.write('\n{"prompt": "the row", "completion": "row it is"}')
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "run", "--prompt", "the file"],
+        ["predict", "run", "--dataset", "rows.jsonl", "--limit", "1"],
+        ["evaluate", "run", "--resamples", "0"],
+        ["merge", "run", "--out", "merged", "--no-verify"],
+        ["train", "--output-dir", "run", "--resume", "--quiet"],
+    ],
+    ids=lambda command: command[0],
+)
 def test_moved_base_needs_model_option(
     command: list[str],
     project: Path,
