@@ -441,11 +441,11 @@ def test_invalid_check_served_options_are_rejected(
     ("stderr", "message"),
     [
         ("ModuleNotFoundError: No module named 'openvino_genai'",
-         "has not openvino_genai. Install openvino-genai and optimum-intel[openvino]"),
-        ("ModuleNotFoundError: No module named 'optimum.exporters'", "has not optimum. Install"),
+         "cannot import openvino_genai. Install openvino-genai and optimum-intel[openvino]"),
+        ("ModuleNotFoundError: No module named 'optimum.exporters'", "cannot import optimum. Install"),
         ("RuntimeError: Exception from core.cpp:117:\nNot Implemented: no such option",
          "ended with code 1: RuntimeError: Exception from core.cpp:117: Not Implemented: no such"),
-        ("", "ended with code 1: it said nothing"),
+        ("", "ended with code 1: no output"),
     ],
 )  # fmt: skip
 def test_library_error_names_missing_package(tmp_path: Path, stderr: str, message: str) -> None:

@@ -110,6 +110,7 @@ def test_several_runs_are_compared() -> None:
     charts = list(draw_charts([make_run("one"), make_run("two")]))
     assert [line.run for line in charts[0].lines] == ["one", "two"]
     assert page.count("<polyline") == 2 * len(charts)
+    assert page.count("accuracy: share of rows with the right answer.") == 1
     assert "0.5000 → 0.9000 [0.8500, 0.9500]" in page
     assert "Memory in use" in [chart.title for chart in charts]
     for chart in charts:  # text alternative for screen readers

@@ -325,7 +325,7 @@ def write_page(runs: Sequence[ReportedRun], path: Path) -> None:
 
 def render_page(runs: Sequence[ReportedRun]) -> str:
     """Returns the HTML report that compares `runs`."""
-    names = ", ".join(run.name for run in runs)
+    names = ", ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
     page: str = _load_template().render(
         title=f"{names}: training report",
         version=__version__,

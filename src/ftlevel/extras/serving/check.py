@@ -274,12 +274,12 @@ def _format_failure(backend: str, program: str, code: int, stderr: str) -> str:
     for module in _MODULES[backend]:
         if any(f"No module named '{module}" in line for line in lines):
             return (
-                f"--in {backend}: {program} has not {module}. Install {_INSTALL[backend]} "
+                f"--in {backend}: {program} cannot import {module}. Install {_INSTALL[backend]} "
                 "in an environment of its own, and name its Python: --python PATH."
             )
     matches = [n for n, line in enumerate(lines) if "Error" in line or "error" in line]
     # C++ errors end the first line with a colon and continue on the next.
-    stderr = " ".join(lines[matches[-1] if matches else -1 :]) if lines else "it said nothing"
+    stderr = " ".join(lines[matches[-1] if matches else -1 :]) if lines else "no output"
     return f"--in {backend} ended with code {code}: {stderr[:_MAX_MESSAGE]}"
 
 
