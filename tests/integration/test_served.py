@@ -442,7 +442,8 @@ def test_invalid_check_served_options_are_rejected(
     [
         ("ModuleNotFoundError: No module named 'openvino_genai'",
          "cannot import openvino_genai. Install openvino-genai and optimum-intel[openvino]"),
-        ("ModuleNotFoundError: No module named 'optimum.exporters'", "cannot import optimum. Install"),
+        ("ModuleNotFoundError: No module named 'optimum.exporters'",
+         "cannot import optimum. Install"),
         ("RuntimeError: Exception from core.cpp:117:\nNot Implemented: no such option",
          "ended with code 1: RuntimeError: Exception from core.cpp:117: Not Implemented: no such"),
         ("", "ended with code 1: no output"),
