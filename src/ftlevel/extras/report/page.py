@@ -64,9 +64,8 @@ def headline(summary: Summary) -> Iterator[str]:
         return
     value, before = metrics[name], summary.get("metrics_before", {}).get(name)
     interval = summary.get("intervals", {}).get(name)
-    interval = (
-        interval if interval and interval[0] < interval[1] else None
-    )  # equal ends: all rows have one value
+    # Equal ends: all rows have one value.
+    interval = interval if interval and interval[0] < interval[1] else None
     new_head = any(choice["name"] == "head learning rate" for choice in summary.get("choices", []))
     start = "before this run" if summary.get("adapter") else "random head" if new_head else "base"
     yield (
@@ -281,7 +280,7 @@ def _chart(
         )
         for number, run, points in series
     ]
-    steps = [x for x in _ticks(low_x, high_x) if abs(x - round(x)) < 1e-9]
+    steps = [x for x in _ticks(low_x, high_x) if x % 1 == 0]
     ticks_x = [(to_pixels((x, low_y))[0], f"{x:,.0f}") for x in steps]
     at_y = _ticks(low_y, high_y)
     ticks_y = [
@@ -316,11 +315,6 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 _MAX_TEXT = 2_000  # characters printed of an answer
-
-
-def write_page(runs: Sequence[ReportedRun], path: Path) -> None:
-    """Write the report on `runs` to `path`, atomically."""
-    write_text(path, render_page(runs))
 
 
 def render_page(runs: Sequence[ReportedRun]) -> str:
@@ -493,7 +487,7 @@ def write_run_page(
     rollouts = summarize_rollouts(run.path / ROLLOUTS)
     name = run.path.resolve().name
     reported_run = ReportedRun(name, run.path, summary, records, answers, rollouts, queries)
-    write_page([reported_run], run.report)
+    write_text(run.report, render_page([reported_run]))
 
 
 def report(
@@ -521,5 +515,5 @@ def report(
     result = [load_run(run, rows) for run, rows in zip(runs, answers, strict=True)]
     path = out or runs[0] / REPORT
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_page(result, path)
+    write_text(path, render_page(result))
     return path
