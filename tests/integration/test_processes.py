@@ -249,8 +249,8 @@ def test_kill_is_reported_if_all_processes_have_exited(
 
 
 def watch_closely(arguments: Sequence[str]) -> None:
-    """Run the command with a heartbeat timeout of 3 seconds, not 15."""
-    watch_processes._INTERVAL, watch_processes.HEARTBEAT_TIMEOUT = 0.5, 3.0
+    """Run the command with a heartbeat timeout of 5 seconds, not 15."""
+    watch_processes._INTERVAL, watch_processes.HEARTBEAT_TIMEOUT = 0.5, 5.0
     forked.run_slowly(arguments)
 
 
