@@ -33,7 +33,7 @@ from ftlevel.evaluation.decoding import (
     get_shared_prefix,
     join,
 )
-from ftlevel.trained.generation import batches
+from ftlevel.trained.generation import batches, has_stop_text
 
 PREFILL_TOKENS = 8192
 """Maximum tokens of prompts that are computed together, with padding; a prompt may be longer."""
@@ -138,8 +138,6 @@ class _Group:
         self._rows, self._options = rows, options
         self._noise, self._tokenizer = noise, tokenizer
         self._stops = frozenset(options.stops)
-        max_bytes = max((len(text.encode()) for text in options.stop_texts), default=0)
-        self._tail = max_bytes + 4  # a token has at least one byte
 
     def draw(self, numbers: Sequence[int], scores: torch.Tensor) -> list[int]:
         """Draw and append the next token of each completion in `numbers` from logits `scores`."""
@@ -157,14 +155,10 @@ class _Group:
             completion.ids.append(token)
             completion.logps.append(logp)
             completion.entropies.append(entropy)
-            completion.ended = token in self._stops or self._has_stop_text(completion)
+            completion.ended = token in self._stops or has_stop_text(
+                self._tokenizer, completion.ids, self._options.stop_texts
+            )
         return sampled[0]
-
-    def _has_stop_text(self, completion: Completion) -> bool:
-        if not self._options.stop_texts:
-            return False
-        tail = self._tokenizer.decode(completion.ids[-self._tail :])
-        return any(text in tail for text in self._options.stop_texts)
 
     def is_over(self, completion: Completion) -> bool:
         """Whether the completion has ended or has the maximum length."""
