@@ -236,7 +236,7 @@ class Chat:
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 streamer=None if options.stop_texts else streamer,
-                **options.arguments(trained.tokenizer),
+                **options.arguments(trained.model, trained.tokenizer),
             )[0]
         ids = output_ids if trained.kind == "encoder-decoder" else output_ids[ids.shape[1] :]
         reply = str(trained.tokenizer.decode(ids, skip_special_tokens=True))

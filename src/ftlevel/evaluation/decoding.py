@@ -357,7 +357,7 @@ def open_decoder(trained: LoadedModel, prompts: Sequence[list[int]]) -> RowDecod
     if get_decoder_limitation(model, trained.kind, trained.ref.card.method):
         return False
     has_ended = partial(has_stop_text, tokenizer, stop_texts=trained.task.stop_texts)
-    decoder = RowDecoder(model, stop_ids(tokenizer), tokenizer.pad_token_id or 0, has_ended)
+    decoder = RowDecoder(model, stop_ids(model, tokenizer), tokenizer.pad_token_id or 0, has_ended)
     noise = 1e-4 if trained.dtype == "float32" else 1e-1
     if get_decoder_error(decoder, model, max(prompts, key=len), noise):
         decoder.close()

@@ -24,7 +24,7 @@ from ftlevel.evaluation.sampling import Completion, Noise, Sampler, SamplingOpti
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.evaluation.server import ServerSampler
 from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
-from ftlevel.fast.likelihoods import base_model, compute_token_likelihoods
+from ftlevel.fast.likelihoods import compute_token_likelihoods
 from ftlevel.fast.packing import using_layout
 from ftlevel.models.hardware import autocast, evaluating
 from ftlevel.objectives import PolicyObjective
@@ -132,14 +132,11 @@ class Rollouts:
         self._kind, self._method, self._device, self._dtype = kind, method, device, dtype
         self._open: Callable[[], Sampler] | None = None
         self.why_generate = ""
-        eos_token_id = base_model(model).generation_config.eos_token_id
-        eos_ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
-        stop_token_ids = [*stop_ids(tokenizer), *(end for end in eos_ids if end is not None)]
         self._options = SamplingOptions(
             config.num_generations,
             config.temperature,
             config.max_completion_length,
-            tuple(dict.fromkeys(stop_token_ids)),
+            tuple(stop_ids(model, tokenizer)),
             config.stop,
         )
 

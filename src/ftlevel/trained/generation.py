@@ -29,13 +29,13 @@ class GenerationOptions:
         """Whether decoding is greedy."""
         return self.num_beams == 1 and not self.temperature
 
-    def arguments(self, tokenizer: Any) -> dict[str, Any]:
-        """Returns the arguments of `generate`; with sampling, also sets torch's global seed."""
+    def arguments(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+        """Returns arguments of `model.generate`; with sampling, also sets torch's global seed."""
         kwargs: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "use_cache": True,
             "pad_token_id": tokenizer.pad_token_id or 0,
-            "eos_token_id": stop_ids(tokenizer),
+            "eos_token_id": stop_ids(model, tokenizer),
         }
         if self.stop_texts:
             criteria = _StopTextCriteria(tokenizer, self.stop_texts)
@@ -104,7 +104,7 @@ def generate_texts(
         ids = pad([prompts[i] for i in indices], pad_id, left=pad_left).to(device)
         mask = pad([[1] * len(prompts[i]) for i in indices], 0, left=pad_left).to(device)
         generated = model.generate(
-            input_ids=ids, attention_mask=mask, **options.arguments(tokenizer)
+            input_ids=ids, attention_mask=mask, **options.arguments(model, tokenizer)
         )
         completions = generated if encoder_decoder else generated[:, ids.shape[1] :]
         for i, answer in zip(indices, completions, strict=True):
@@ -113,9 +113,11 @@ def generate_texts(
     return outputs
 
 
-def stop_ids(tokenizer: Any) -> list[int]:
-    """Returns the ids that end generation: EOS, and the chat template's end of a turn."""
+def stop_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Returns the ids that end generation: EOS, the model's own, and the end of a chat turn."""
     token_ids = [tokenizer.eos_token_id]
     if getattr(tokenizer, "chat_template", None):
         token_ids.append(get_end_of_turn_id(tokenizer))
+    own = model.generation_config.eos_token_id
+    token_ids += own if isinstance(own, list) else [own]
     return list(dict.fromkeys(i for i in token_ids if i is not None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from ftlevel.evaluation.decoding import (
     get_shared_prefix,
 )
 from ftlevel.models.hardware import evaluating
+from ftlevel.trained.generation import GenerationOptions
 
 PROMPTS = [[5 + (i * 7 + k * k) % 400 for k in range(3 + (i * 11) % 29)] for i in range(11)]
 MAX_NEW_TOKENS = 12
@@ -121,6 +123,20 @@ def test_wrong_cache_positions_are_detected(monkeypatch: pytest.MonkeyPatch) -> 
     with torch.no_grad():
         assert "other scores" in get_decoder_error(decoder, model, PROMPTS[2], 1e-4)
     decoder.close()
+
+
+def test_generation_ends_at_ids_of_generation_config() -> None:
+    """transformers' `generate` does so by default; the tokenizer's EOS may be another id."""
+    model = tiny_models.build("llama", "causal").eval()
+    prompt = torch.tensor([PROMPTS[0]])
+    unstopped = generate_alone(model, PROMPTS[0], [703])
+    model.generation_config = GenerationConfig(eos_token_id=[702, unstopped[3]])
+    kwargs = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 12}
+    expected = model.generate(prompt, do_sample=False, pad_token_id=0, **kwargs)
+    tokenizer = SimpleNamespace(eos_token_id=703, pad_token_id=0)
+    options = GenerationOptions(max_new_tokens=12).arguments(model, tokenizer)
+    assert model.generate(prompt, **kwargs | options).equal(expected)
+    assert expected.shape[1] < len(PROMPTS[0]) + len(unstopped)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2])
