@@ -131,7 +131,7 @@ def test_convert_axolotl(capsys: pytest.CaptureFixture[str]) -> None:
     assert unconverted.keys() == {
         "datasets[0].shards", "optimizer", "special_tokens", "made_up_key",
     }  # fmt: skip
-    assert "'galore_adamw': it keeps the gradients of whole weights" in unconverted["optimizer"]
+    assert "'galore_adamw': it projects gradients of full weights" in unconverted["optimizer"]
 
 
 def test_convert_llama_factory(capsys: pytest.CaptureFixture[str]) -> None:
