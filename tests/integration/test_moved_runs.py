@@ -73,11 +73,20 @@ def test_data_that_changed_after_training_is_reported(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Another row moves the split, so that training rows are validation rows."""
-    for has_changed in (False, True):
+
+    def is_reported() -> bool:
         assert run(["evaluate", "run", "--resamples", "0"]) == 0
-        assert ("rows.jsonl changed after training" in capsys.readouterr().err) is has_changed
-        with Path("rows.jsonl").open("a") as file:
-            file.write('\n{"prompt": "the row", "completion": "row it is"}')
+        return "rows.jsonl changed after training" in capsys.readouterr().err
+
+    assert not is_reported()
+    with Path("rows.jsonl").open("a") as file:
+        file.write('\n{"prompt": "the row", "completion": "row it is"}')
+    assert is_reported()
+    path = Path("run/adapter/ftlevel.json")
+    card = json.loads(path.read_text())
+    del card["data"]["fingerprint"]  # unknown, as in cards of earlier versions
+    path.write_text(json.dumps(card))
+    assert not is_reported()
 
 
 @pytest.mark.parametrize(

@@ -256,8 +256,9 @@ def load_evaluation_rows(
     is_changed = False
     if name == "validation":  # same checks as in training
         train_table, training = convert_training("train", splits.train, labels)
-        if is_own and not (is_typed or config.streaming):
-            is_changed = rows_fingerprint(train_table.rows) != card.data.get("fingerprint")
+        trained = card.data.get("fingerprint")  # absent in cards of earlier versions
+        if trained and is_own and not (is_typed or config.streaming):
+            is_changed = rows_fingerprint(train_table.rows) != trained
         rows, findings = context.gate(config.gate).check_held_out(
             name, fitted, examples, table, encoder.digest(training)
         )
