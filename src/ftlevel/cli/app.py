@@ -65,7 +65,7 @@ _CORE: dict[str, tuple[str, str]] = {
 
 
 def commands() -> dict[str, tuple[str, str]]:
-    """Returns command name → (function, summary), including commands of extensions."""
+    """Returns command name → ("module:function", summary), with the commands of extensions."""
     added = added_rows("commands", _CORE)
     return _CORE | {name: (command.function, command.summary) for name, command in added.items()}
 
@@ -100,7 +100,7 @@ def build_app(
 
 
 def _placeholder() -> None:
-    """Function of commands that this process does not run."""
+    """Stand-in for the function of a command that this process lists, but does not import."""
 
 
 def _version(value: bool) -> None:
@@ -179,7 +179,7 @@ def run(args: list[str]) -> int:
 
 
 def _completed_command() -> list[str]:
-    """Returns [command] if a shell is completing a command line, else []."""
+    """Returns the command whose arguments a shell is completing, in a list; [] if there is none."""
     typed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
     return [word for word in typed.split()[1:] if not word.startswith("-")][:1]
 
@@ -228,7 +228,7 @@ def _format_unexpected(error: Exception) -> tuple[str, int]:
 
 
 def _is_from_ctrl_c(error: BaseException | None) -> bool:
-    """Returns whether `error` was raised because of a KeyboardInterrupt, as in an import."""
+    """Returns whether `error` comes from a KeyboardInterrupt, which an import may have replaced."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True

@@ -146,7 +146,7 @@ def _facts(report: TargetReport) -> list[tuple[str, str]]:
 
 
 def _by_holder(patterns: Sequence[str]) -> str:
-    """Group full module names by parent: `model.layers.{i}: input_layernorm, ...`, a line each."""
+    """Returns module names, a line per parent, such as `model.layers.{i}: input_layernorm, …`."""
     from ftlevel.commands.list_targets import split_pattern
 
     lines: dict[str, list[str]] = {}

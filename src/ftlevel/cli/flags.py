@@ -69,7 +69,7 @@ class FtlevelCommand(TyperCommand):
             raise
 
     def _explain(self, error: Any, name: str) -> None:
-        """Add a suggestion to an unknown flag's `error`; raises ConfigError if it names a field."""
+        """Add a suggestion to the error of an unknown flag; ConfigError if `name` is a field."""
         field = get_field_path(name.lstrip("-").replace("-", "_")) if self.has_set_flag else ""
         if field:
             raise ConfigError(f"{name} is no flag, but a field: --set {field}=VALUE.") from None
@@ -289,7 +289,7 @@ class CommandInput:
         return layer
 
     def section(self, section: type[S], **fields: Any) -> S:
-        """Returns `section`, validated, from the flag values and additional `fields`."""
+        """Returns an instance of the class `section` from the flag values and other `fields`."""
         shown = {row.path: row.name for row in self.rows if row.path}
         config = build_section(section, {**self.layer().values, **fields}, shown)
         for line in validate_no_ops(self.no_ops, config):

@@ -50,7 +50,7 @@ def recipes(action: str, file: Path | None, target: Path | None, *, as_json: boo
 
 
 def shipped() -> list[Path]:
-    """Returns the paths of the recipes in the package or, in a checkout, beside src."""
+    """Returns the paths of ftlevel's recipes: in the package or, in a git checkout, beside src."""
     package = Path(__file__).resolve().parents[1]
     folders = (package / "recipes", package.parents[1] / "recipes")
     return sorted(next((p for p in folders if p.is_dir()), package).glob("*.yaml"))

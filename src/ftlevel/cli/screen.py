@@ -97,14 +97,14 @@ class Screen(Listener):
             self._has_title = True
         if not self.console.is_terminal:
             for choice in choices:
-                self._line(_escape(f"  {choice.name}: {choice}"))
+                self._line(escape(f"  {choice.name}: {choice}"))
             return
         table = Table(box=None, show_header=False, padding=(0, 1, 0, 2))
         table.add_column(style="cyan", no_wrap=True)
         table.add_column(overflow="fold")
         for choice in choices:
-            reason = f" [dim]({_escape(choice.reason)})[/dim]" if choice.reason else ""
-            table.add_row(_escape(choice.name), f"{_escape(str(choice.value))}{reason}")
+            reason = f" [dim]({escape(choice.reason)})[/dim]" if choice.reason else ""
+            table.add_row(escape(choice.name), f"{escape(str(choice.value))}{reason}")
         self.console.print(table, highlight=False)
 
     def progress(self, done: int, total: int) -> None:
@@ -158,7 +158,7 @@ class Screen(Listener):
         frame = inspect.currentframe()
         caller = frame.f_back if frame else None
         topic = topic_of_module(caller.f_globals["__name__"]) if caller else None
-        text = _escape(with_topic(message, topic))
+        text = escape(with_topic(message, topic))
         self.errors.print(f"[yellow]warning:[/yellow] {text}", highlight=False)
 
     def begin(self, total_steps: int) -> None:
@@ -193,7 +193,7 @@ class Screen(Listener):
             return
         scores = {k.removeprefix("eval_"): v for k, v in record.items() if k.startswith("eval_")}
         if scores:
-            text = _escape("  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+            text = escape("  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
             self._line(f"  [green]evaluation at step {record['step']:,}[/green]  {text}")
             return
         parts = [
@@ -231,7 +231,7 @@ class Screen(Listener):
             )
             return
         if "nothing_left" in summary:
-            self._line(f"  {_escape(summary['nothing_left'])}")
+            self._line(f"  {escape(summary['nothing_left'])}")
             return
         for line in _result_lines(summary):
             self.console.print(line, highlight=False)
@@ -258,7 +258,7 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         if name in before:
             first = f"{before[name]:.4f}{_range(summary, name, 'intervals_before')}"
             text = f"{first} → {text}"
-        yield f"  [bold]{_escape(name)}[/bold] {text}  [dim](validation)[/dim]"
+        yield f"  [bold]{escape(name)}[/bold] {text}  [dim](validation)[/dim]"
     frozen = (
         f"{proof['frozen_tensors']:,} frozen tensors unchanged; "
         if (proof["frozen_tensors"])
@@ -280,11 +280,11 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         yield f"  [bold]plan[/bold] {memory}"
     run = Path(summary["run"])
     files = [f"{name} ({what})" for name, what in _RUN_FILES if _has_content(run / name)]
-    yield f"  [bold]saved[/bold] {_escape(summary['run'])}: {_escape(', '.join(files))}"
+    yield f"  [bold]saved[/bold] {escape(summary['run'])}: {escape(', '.join(files))}"
     if "hub" in summary:
-        yield f"  [bold]uploaded[/bold] {_escape(summary['hub'])}"
+        yield f"  [bold]uploaded[/bold] {escape(summary['hub'])}"
     for number, command in enumerate(summary["next"]):
-        yield f"  {'    ' if number else '[bold]next[/bold]'} {_escape(command)}"
+        yield f"  {'    ' if number else '[bold]next[/bold]'} {escape(command)}"
 
 
 def _range(summary: Mapping[str, Any], name: str, which: str) -> str:
@@ -295,10 +295,6 @@ def _range(summary: Mapping[str, Any], name: str, which: str) -> str:
 def _has_content(path: Path) -> bool:
     """Returns whether `path` exists; for checkpoints/, whether it has a checkpoint."""
     return path.exists() and (path.name != "checkpoints" or any(path.glob("checkpoint-*")))
-
-
-def _escape(text: str) -> str:
-    return escape(text)
 
 
 def _console(stream: SafeStream) -> Console:

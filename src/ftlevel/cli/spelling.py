@@ -143,8 +143,7 @@ def _alias_specs(row: Flag, canonical: FlagSpec) -> dict[str, FlagSpec]:
 def resolve_flag_aliases(args: Sequence[str], specs: Mapping[str, FlagSpec]) -> RewrittenArgs:
     """Replace aliases in `args`: `--load_in_4bit true` becomes `--quant 4bit`.
 
-    Raises:
-        ConfigError: values are invalid, or two aliases set a field to different values.
+    Raises ConfigError if values are invalid, or two aliases set a field to different values.
     """
     rewritten = RewrittenArgs()
     values_by_flag: dict[str, tuple[str, str]] = {}
@@ -202,7 +201,7 @@ def validate_no_ops(no_ops: Sequence[NoOpUse], config: Any) -> list[str]:
 
 
 def _find(typed: str, specs: Mapping[str, FlagSpec]) -> tuple[str, FlagSpec | None]:
-    """Returns `typed` with dashes, and its `FlagSpec` or None; `--no-x` means `--x false`."""
+    """Returns `typed` with dashes, and its `FlagSpec`, None if unknown; `--no-x` is `--x false`."""
     name = typed.replace("_", "-")
     option = specs.get(name)
     if option is None and name.startswith("--no-"):
@@ -276,7 +275,10 @@ def _convert(
 
 
 def _convert_switch(option: FlagSpec, word: str) -> list[Setting] | NoOpValue:
-    """Returns the (flag, value) pair of a switch, or its `NoOpValue` for `word`."""
+    """Returns the settings of the switch `option` if it is given as `word`, true or false.
+
+    If an alias sets a value, such as `--load-in-4bit`, false sets nothing and excludes the value.
+    """
     if option.value is None:
         return [(option.flag, word)]
     if word == "true":

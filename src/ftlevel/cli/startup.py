@@ -70,7 +70,7 @@ def exit_code() -> int:
 
 
 def protect_exit(code: int) -> None:
-    """Ignore the first signal during exit; the second ends the process with `code`."""
+    """During exit, ignore the first signal, so that cleanup ends; the second exits with `code`."""
     seen: list[int] = []
 
     def end(number: int, _: FrameType | None) -> None:
@@ -96,7 +96,7 @@ def _resend_signal(unraisable: Any) -> None:
 
 
 def _ignore(_: int, __: FrameType | None) -> None:
-    """Do nothing; SIG_IGN would look like a signal that the caller wants ignored."""
+    """Signal handler that does nothing; SIG_IGN would mean that the caller wants to ignore it."""
 
 
 def _end(number: int, _: FrameType | None) -> None:
@@ -109,7 +109,7 @@ def _end(number: int, _: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def heavy_imports() -> Iterator[None]:
-    """Context manager for imports without garbage collection, which then skips their objects.
+    """Context manager for imports: no garbage is collected in it, and later not of its objects.
 
     A signal ends the process at once. The collector is unchanged if torch is imported already.
     """
@@ -127,7 +127,7 @@ def heavy_imports() -> Iterator[None]:
 
 
 def _thaw() -> None:
-    """Undo `gc.freeze` if Triton is loaded, which reports frozen objects as leaks."""
+    """Undo `gc.freeze` at exit if Triton is loaded, which would report frozen objects as leaks."""
     if "triton" in sys.modules:
         gc.unfreeze()
 
@@ -180,7 +180,7 @@ def silence_loggers() -> None:
 
 
 def prepare() -> None:
-    """Silence loggers and limit malloc's arenas, in a process that trains a run."""
+    """Set up a process that trains a run: silence loggers, and limit malloc's arenas."""
     silence_loggers()
     limit_malloc_arenas()
 

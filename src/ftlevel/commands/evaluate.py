@@ -63,7 +63,7 @@ from ftlevel.training.plan.schedule import text_positions
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of a model and of its base; `draws` has each metric on every bootstrap resample."""
+    """Metrics of a model and of its base; `draws`: metric → value on each bootstrap resample."""
 
     metrics: Mapping[str, float]
     base: Mapping[str, float]
@@ -194,7 +194,7 @@ def _evaluate_base(
 
 
 def _with_model(evaluator: Evaluator, model: LoadedModel) -> Evaluator:
-    """Returns `evaluator` for another model; completions are sampled from that model."""
+    """Returns `evaluator` for another model, from which completions are then sampled, too."""
     if isinstance(evaluator, RewardEvaluator) and evaluator.rollouts is not None:
         return replace(evaluator, dtype=model.dtype, rollouts=evaluator.rollouts.with_model(model))
     return replace(evaluator, dtype=model.dtype)
@@ -203,7 +203,7 @@ def _with_model(evaluator: Evaluator, model: LoadedModel) -> Evaluator:
 def _evaluate_other(
     evaluator: Evaluator, other: LoadedModel, encode: Callable[[LoadedModel], EvaluationRows]
 ) -> tuple[dict[str, float], ExampleRecord]:
-    """Returns metrics and per-row results of `other` on its rows from `encode`."""
+    """Returns metrics and per-row results of `other`; texts to embed are encoded by `encode`."""
     evaluator = _with_model(evaluator, other)
     if not isinstance(evaluator, RewardEvaluator):
         evaluator = replace(evaluator, generated_rows=0)
@@ -221,7 +221,7 @@ def _evaluate_other(
 def _base_of(
     trained: LoadedModel, config: EvaluateConfig, listener: Listener
 ) -> Iterator[LoadedModel | None]:
-    """Yields the base model; None with `--no-base`, a new head, or an unknown base."""
+    """Yields the base model; None with `--no-base`, or if the head is new or the base unknown."""
     full_base = get_original_base(trained.ref) if config.base else None
     if config.base and trained.has_adapter and not trained.ref.card.heads:
         listener.stage("evaluating the base model")
@@ -325,7 +325,7 @@ def _resolve(config: EvaluateConfig, device: str) -> tuple[ModelRef, ModelRef | 
 
 
 def _set_quantization(ref: ModelRef, quant: str | None) -> ModelRef:
-    """Returns `ref` with quantization `quant`; a difference from training adds a note."""
+    """Returns `ref` with quantization `quant`, and a note if that differs from training."""
     if quant is None or quant == ref.quantization["kind"]:
         return ref
     trained_quantization = format_quantization(ref.quantization)
@@ -342,7 +342,7 @@ def _set_quantization(ref: ModelRef, quant: str | None) -> ModelRef:
 
 
 def _get_run_config(config: EvaluateConfig, ref: ModelRef) -> tuple[TrainConfig, bool]:
-    """Returns the configuration for reading rows, and whether they are the training run's."""
+    """Returns the configuration for reading rows, and whether these are the training run's rows."""
     update: dict[str, Any] = {}
     if ref.run is not None:
         run_config = build_config([load_run_config(ref.run)])
@@ -421,7 +421,7 @@ def _context(
     *,
     is_compared: bool,
 ) -> EncodingContext:
-    """Returns how to encode rows for `trained`, with the maximum length of `config_ref`."""
+    """Returns how to encode rows for `trained`, up to the maximum length of `config_ref`."""
     tokenizer, positions = (
         trained.tokenizer,
         text_positions(run_config.method, trained.model.config),

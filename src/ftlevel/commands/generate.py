@@ -130,7 +130,7 @@ def _load_lines(path: Path) -> list[str]:
 def _add_rows(
     request: AnswerRequest, path: Path, task: BaseTask, config: GenerateConfig
 ) -> tuple[AnswerRequest, list[str]]:
-    """Returns `request` with the rows of the file added, and a text that identifies each row."""
+    """Returns `request` with the rows of the file, and the text to print as prompt of each row."""
     ignored = config.ignore_columns
     source, _ = open_rows(str(path), ReadOptions(ignored=ignored))
     try:

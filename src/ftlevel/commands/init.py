@@ -107,7 +107,7 @@ def _is_set(config: TrainConfig, path: str) -> bool:
 
 
 def _resolve(layers: list[Layer], defaults: list[Choice]) -> Run:
-    """Prepare the run like `train`; if it lacks validation rows, add a split to both arguments."""
+    """Resolve the run like `train`; if it has no validation rows, add a split to both lists."""
     config = build_config(layers)
     run = resolve(config)
     is_small = len(run.data.train) < _ENOUGH or config.data.streaming

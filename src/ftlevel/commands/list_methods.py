@@ -25,7 +25,7 @@ QUANTS: tuple[str, ...] = get_args(QuantConfig.model_fields["kind"].annotation)
 
 @dataclass(frozen=True)
 class MethodRow:
-    """Support of one method; `works` is `in part` if that depends on a filter not given."""
+    """Whether a method works for the filters; `in part` if that depends on one not given."""
 
     name: str
     method: str
@@ -39,7 +39,7 @@ class MethodRow:
 
 @dataclass(frozen=True)
 class MethodReport:
-    """Methods and the filters applied; a filter is None if not given."""
+    """Methods, and the filters by which they were selected; a filter is None if not given."""
 
     model: str | None
     family: str | None

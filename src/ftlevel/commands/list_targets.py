@@ -67,7 +67,7 @@ class TargetRow:
 
 @dataclass(frozen=True)
 class LoraSize:
-    """LoRA parameters and size in float32 with `all-linear`, on the example model `of`."""
+    """LoRA parameters with `all-linear` on the model `of`, and bytes of the adapter in float32."""
 
     r: int
     of: str

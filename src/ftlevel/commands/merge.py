@@ -40,7 +40,7 @@ from ftlevel.tasks import TASKS
 
 @dataclass(frozen=True)
 class _PreparedMerge:
-    """Inputs of a merge; `base_weights` are compared, `low` is the quantization of the output."""
+    """Resolved inputs of a merge; `low` is the output's quantization, `probe` rows to compare."""
 
     config: MergeConfig
     inputs: MergeInput
@@ -202,7 +202,7 @@ def _select_base_weights(config: MergeConfig, inputs: MergeInput) -> list[str]:
 
 
 def write_onto(config: MergeConfig, inputs: MergeInput, onto: str, path: Path) -> Candidate:
-    """Merge the adapter into the `original` or `dequantized` base weights, and save to `path`."""
+    """Merge the adapter into the base weights `onto` (original or dequantized), and save it."""
     path.mkdir()
     return Candidate(
         onto, path, *save_merged(path, inputs, *resolve_rounding(config, inputs, onto))
@@ -212,7 +212,7 @@ def write_onto(config: MergeConfig, inputs: MergeInput, onto: str, path: Path) -
 def resolve_rounding(
     config: MergeConfig, inputs: MergeInput, onto: str
 ) -> tuple[str | None, Callable[[Any], QuantizationRounding] | None]:
-    """Returns the output dtype, and a function to round the base (None: `onto` is `original`)."""
+    """Returns the output dtype, and a function to round the base, None if `onto` is `original`."""
     dtype: str | None = None if config.dtype == "auto" else config.dtype
     if inputs.source.kind == "gguf":  # GGUF weights have no torch dtype
         dtype = dtype or inputs.dtype

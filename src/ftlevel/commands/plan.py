@@ -134,7 +134,7 @@ class RunPlan:
 
 
 def _ignore(*_: Any) -> None:
-    """Do nothing."""
+    """Default callback, which does nothing."""
 
 
 def plan(
@@ -147,11 +147,8 @@ def plan(
 
     With a model but no dataset, rows of maximum length are synthesized. `show` is called with the
     plan before alternatives are computed; `check` is called before each alternative and may raise
-    to stop.
-
-    Raises:
-        ConfigError: the run could not start, the GPU is unknown, or the step cannot run on meta
-            tensors.
+    to stop. Raises ConfigError if the run could not start, the GPU is unknown, or the step cannot
+    run on meta tensors.
     """
     with silence_loggers():
         result, limits = _plan(config, options)

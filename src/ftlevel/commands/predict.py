@@ -51,7 +51,7 @@ OutputColumns = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Predictions:
-    """Result: rows with predictions, None if written elsewhere, and the output of `--json`."""
+    """Rows with predictions, None if they were written elsewhere, and the output of `--json`."""
 
     rows: list[dict[str, Any]] | None
     summary: Mapping[str, Any]
@@ -125,7 +125,7 @@ def _validate(config: PredictConfig, rows: Any) -> None:
 def _prepare(
     config: PredictConfig, rows: Any, stream: IO[str] | None, stack: contextlib.ExitStack
 ) -> _PreparedPrediction:
-    """Resolve the model, validate the rows, and skip those in the output, which `stack` closes."""
+    """Resolve the model and open the rows, without those that the output has; `stack` closes it."""
     device = select_device(config.device)
     ref = resolve_model(
         config.name, config.task, config.base_model, device=device.value, dtype=config.dtype
@@ -192,7 +192,7 @@ def _open(
 def _mapping(
     config: PredictConfig, run_config: TrainConfig, task: BaseTask, source: RowSource
 ) -> Mapping[str, str]:
-    """Returns role of a column → its name in `source`, from `--map` or else as in training."""
+    """Returns role → column of `source`, from `--map` or else as in training."""
     if config.columns:
         return config.columns
     roles = {role for shape in task.query_shapes for role in shape.roles}

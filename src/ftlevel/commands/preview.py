@@ -47,7 +47,7 @@ class Token:
 
 @dataclass(frozen=True)
 class ShownRow:
-    """A row as the model sees it; `number` is its 1-based index, `place` its `file:line`.
+    """A row as the model sees it; `number` is its 1-based index, `location` its `file:line`.
 
     `target` has the tokens of an encoder-decoder's target; `label` is the target of the whole row,
     or with `has_several_texts` the positions of its texts.
@@ -115,10 +115,8 @@ class Preview:
 def preview(config: TrainConfig, numbers: Sequence[int] = ()) -> Preview:
     """Returns the data of `config` as the model sees it.
 
-    `numbers` are 1-based rows to show; by default a short, a medium and a long one.
-
-    Raises:
-        ConfigError: the data cannot be read, or a row does not exist.
+    `numbers` are 1-based rows to show; by default a short, a medium and a long one. Raises
+    ConfigError if the data cannot be read, or a row does not exist.
     """
     with silence_loggers():
         config, adapter, _ = resolve_adapter(config)

@@ -179,7 +179,7 @@ def _resolve(config: QuantizeConfig) -> _Plan:
 
 
 def _unquantized_dtype(config: QuantizeConfig, model_config: Any) -> tuple[torch.dtype, str]:
-    """Returns the dtype of computation and of weights left unquantized, and the reason."""
+    """Returns the dtype of computation and of the weights not quantized, and the reason."""
     if config.dtype != "auto":
         return DTYPES[config.dtype], ""
     existing = getattr(model_config, "dtype", None)

@@ -31,7 +31,7 @@ class EmbeddingLoss:
         parameters: fields of `EmbeddingConfig` that this loss uses and not every loss uses.
         scale: default scale of cosine similarities; None if the loss has none.
         margin: default margin; None if the loss has none.
-        contrasts: whether rows of a step are negatives of each other, so a step needs two or more.
+        contrasts: whether rows of a step are compared with each other, so a step needs two or more.
         needs_negatives: whether every row needs a negative.
         needs_teacher: whether it needs scores of a teacher, as columns or from `--teacher`.
     """
@@ -75,7 +75,7 @@ LOSS_ALIASES = {
 
 
 def normalize_loss_name(value: Any, aliases: Mapping[str, str]) -> Any:
-    """Returns ftlevel's name of a loss, by `aliases` of other tools; other values unchanged."""
+    """Returns ftlevel's name of the loss `value` (`aliases`: other tools' names → ftlevel's)."""
     if not isinstance(value, str):
         return value
     key = value.lower().replace("_", "").replace("-", "")

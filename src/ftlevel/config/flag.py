@@ -95,7 +95,7 @@ def _value_type(types: list[Any]) -> Any:
 
 
 def _default_of(infos: dict[type[BaseModel], FieldInfo]) -> str:
-    """Returns a field's default as text; if methods differ, the first's: `8 with lora`."""
+    """Returns a field's default as text; if methods differ, that of the first, as `8 with lora`."""
     defaults = [_format_default(info) for info in infos.values()]
     kind_field = next(iter(infos)).model_fields.get("kind")
     if len(set(defaults)) == 1 or kind_field is None or kind_field in infos.values():
@@ -129,7 +129,7 @@ CONFIGS: dict[str, type[Section]] = {
 
 
 def config_of(command: str) -> type[Section] | None:
-    """Returns the configuration class that the flags of `command` set, or None."""
+    """Returns the configuration class that the flags of `command` set; None if there is none."""
     if command in CONFIGS:
         return CONFIGS[command]
     added = added_rows("commands").get(command)

@@ -33,7 +33,7 @@ from ftlevel.extensions import OWN, Command, added_rows, find_extensions, warn_s
 
 
 def convert_pairs(flag: str, text: str) -> str:
-    """Returns `a=1,b=2`, or a JSON object, as arguments that repeat `flag`: `a=1 FLAG b=2`."""
+    """Convert `a=1,b=2`, or a JSON object, to arguments of a repeated `flag`: `a=1 FLAG b=2`."""
     if not text.lstrip().startswith("{"):
         return f" {flag} ".join(pair.strip() for pair in text.split(",") if pair.strip())
     try:
@@ -44,7 +44,7 @@ def convert_pairs(flag: str, text: str) -> str:
 
 
 def _fields(panel: str, on: Sequence[str], paths: str) -> list[Flag]:
-    """Returns a flag of the commands `on` for each of the space-separated dotted `paths`."""
+    """Returns flags of the commands `on`, one per field in `paths`, which are split at spaces."""
     return [Flag(path, "", panel, on) for path in paths.split()]
 
 
@@ -363,8 +363,7 @@ _GENERAL_FLAGS: tuple[Flag, ...] = (
 def _extended() -> Iterator[Flag]:
     """Yields all flags: ftlevel's, with the aliases that extensions add, and those of extensions.
 
-    Raises:
-        ConfigError: two packages define the same flag of a command.
+    Raises ConfigError if two packages define the same flag of a command.
     """
     flags, aliases = _tables_of_extensions()
     names: dict[tuple[str, str], str] = {}

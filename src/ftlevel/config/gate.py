@@ -18,7 +18,7 @@ _Spelling = Literal["stop", "fold", "warn", "ignore"]
 
 @dataclass(frozen=True)
 class Check:
-    """Check of the data: its name in reports, and advice (`remedy`) without a period, or ""."""
+    """Texts on a data check: its `title` in reports, and `remedy`, what to do (or "")."""
 
     title: str
     remedy: str = ""

@@ -31,7 +31,7 @@ _MAX_LENGTH = 200  # characters, in errors
 
 @dataclass(frozen=True)
 class Layer:
-    """Unvalidated values from one source; `locations` maps each key to its flag or file:line."""
+    """Unvalidated values of one source (recipe, flags, …); `locations`: key → flag or file:line."""
 
     values: dict[str, Any] = field(default_factory=dict)
     locations: dict[KeyPath, str] = field(default_factory=dict)
@@ -51,8 +51,7 @@ def load_recipe(path: Path) -> Layer:
 def load_yaml_file(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     """Returns the mapping in a YAML file, and file:line of each key.
 
-    Raises:
-        ConfigError: the file is missing, not YAML, not a mapping, or has a duplicate key.
+    Raises ConfigError if the file is missing, not YAML or not a mapping, or repeats a key.
     """
     try:
         if path.exists() and not path.is_file():
@@ -166,7 +165,7 @@ def _normalize_layer(layer: Layer, note: Callable[[str], None] | None) -> Layer:
 def build_section(
     section: type[S], values: Mapping[str, Any], flags: Mapping[str, str] | None = None
 ) -> S:
-    """Returns `section`, validated, from values of flags; a value of None means not set.
+    """Returns a validated instance of the class `section`; in `values` of flags, None means unset.
 
     `flags` maps fields to their flags where the names differ. Raises ConfigError.
     """
@@ -210,7 +209,7 @@ def format_errors(
     locations: Mapping[KeyPath, str] | None,
     model: type[BaseModel] = TrainConfig,
 ) -> list[str]:
-    """Returns a message per invalid field; `locations` is None for values passed to `model()`."""
+    """Returns a message per invalid field; `locations` is None for values passed from Python."""
     messages: list[str] = []
     seen: set[KeyPath] = set()
     sources = locations or {}
@@ -280,7 +279,7 @@ def _invalid_key(key: KeyPath, kind: str | None, model: type[BaseModel]) -> str:
 
 
 def _closest_field(key: KeyPath) -> str:
-    """Returns the dotted field that `key`, with an unknown or missing section, may mean, or ""."""
+    """Returns the dotted path of the field that the unknown `key` may mean, or ""."""
     section, name = key[:-1], key[-1]
     sections = [part for part in TrainConfig.model_fields if _fields_of((part,))]
     if len(section) == 1 and section[0] not in TrainConfig.model_fields:

@@ -121,7 +121,7 @@ class PreferenceConfig(Section):
 
     @property
     def loss_properties(self) -> LossProperties:
-        """Properties of the loss in `loss`."""
+        """Properties of the configured loss, by default dpo."""
         return LOSSES[self.loss or DEFAULT_LOSS]
 
     @property
@@ -195,7 +195,7 @@ def _losses_with(name: str) -> Sequence[str]:
 
 
 def normalize_loss(raw: dict[str, Any]) -> dict[str, Any]:
-    """Returns the configuration with the default loss; loss `reward` sets the task to `reward`."""
+    """Returns configuration values with the loss filled in, and the task that belongs to it."""
     task = str(raw.get("task", "")).replace("_", "-")
     section = raw.get("preference") or {}
     if task not in PREFERENCE_TASKS or not isinstance(section, dict):

@@ -54,7 +54,7 @@ _SECTIONS = {"method": METHOD_ALIASES, "quant": QUANT_ALIASES}
 
 
 def normalize_task(name: str) -> str:
-    """Returns the name of a task with dashes, and aliases resolved."""
+    """Returns the task's name: lower case, with dashes, and aliases resolved."""
     task = _normalize_name(name)
     return TASK_ALIASES.get(task, task)
 

@@ -99,7 +99,7 @@ _FILE = re.compile(r"(.+\.py):([^:]*)", re.DOTALL)
 
 
 def parse_reward(text: str) -> RewardSpec:
-    """Parse a value of `--reward`, whose weight is a trailing `=NUMBER`; may raise ValueError."""
+    """Parse a value of `--reward`, which may end in `=WEIGHT`; raise ValueError if invalid."""
     before, equals, after = text.rpartition("=")
     weight = _number(after) if equals else None
     body = text if weight is None else before
@@ -276,7 +276,7 @@ class RlConfig(Section):
 
     @property
     def loss_properties(self) -> RlLossProperties:
-        """Properties of the loss in `loss`."""
+        """Properties of the configured loss."""
         return RL_LOSSES[self.loss]
 
     @property
@@ -286,7 +286,7 @@ class RlConfig(Section):
 
     @property
     def reward_names(self) -> list[str]:
-        """Names of the rewards in metrics: without directories, and with a file only if needed."""
+        """Names of the rewards in metrics; of functions, with the file only if names are equal."""
         specs = self.rewards
         names = [spec.short_name for spec in specs]
         return [

@@ -35,10 +35,7 @@ IN_MEMORY = "in memory"
 
 
 class InMemoryDataset(str):
-    """String used in place of a dataset's name; the attribute `rows` has the rows.
-
-    `rows` is a DataFrame, `Dataset`, `DatasetDict` or iterable of mappings.
-    """
+    """String that names a dataset in memory; `rows` is a DataFrame, `Dataset` or an iterable."""
 
     rows: Any
     label: str

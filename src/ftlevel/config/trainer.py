@@ -152,7 +152,7 @@ _ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
 
 
 def validate_optimizer(train: Any) -> Iterator[str]:
-    """Yields a message per argument in section `train` that optimizer or schedule would ignore."""
+    """Yields a message per setting in section `train` that its optimizer or schedule cannot use."""
     schedule, optim = train.lr_scheduler_type, train.optim
     yield from _validate_kwargs(
         "--lr-scheduler-kwargs",

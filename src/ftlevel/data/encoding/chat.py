@@ -29,7 +29,7 @@ _MARK = "\u2042mark\u2042"
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """A rendered conversation, with the character spans that are trained on."""
+    """Text of a conversation by the chat template; `spans` are the (start, end) to train on."""
 
     text: str
     spans: tuple[tuple[int, int], ...]
@@ -48,7 +48,7 @@ def render(
     *,
     generation_prompt: bool = False,
 ) -> str:
-    """Render `turns` with the chat template; raise `InputError` if it fails or is too slow."""
+    """Returns `turns` as text, by the chat template; `InputError` if it fails or is too slow."""
     return _render(tokenizer, turns, tools, generation_prompt=generation_prompt)[0]
 
 
@@ -194,8 +194,8 @@ _FOLDER = Path(__file__).parent / "templates"
 def set_chat_template(tokenizer: Any, name: str | None) -> Choice | None:
     """Set the chat template of `tokenizer` (modified) to a built-in template or a Jinja file.
 
-    None keeps it. Raises `InputError` if it does not exist or compile, or needs tokens that are not
-    in the vocabulary.
+    Returns the log line; None, changing nothing, if `name` is None. Raises `InputError` if the
+    template does not exist or compile, or needs tokens that are not in the vocabulary.
     """
     if name is None:
         return None
@@ -271,7 +271,7 @@ class ChatLayout:
     generation: str
 
     def render(self, turns: Sequence[Turn]) -> str:
-        """Returns the text of `turns` with the generation prompt."""
+        """Returns the text of `turns`, followed by the generation prompt."""
         parts = [self.opening if turns[0]["role"] != SYSTEM else ""]
         for turn in turns:
             before, after = self.around[turn["role"]]

@@ -17,7 +17,7 @@ from ftlevel.errors import InputError
 
 
 class Collator:
-    """Pad rows to the longest row of the batch; any valid `pad_id` works, as padding is masked."""
+    """Data collator; pads on the right with `pad_id` (any valid id works, as padding is masked)."""
 
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
@@ -25,9 +25,9 @@ class Collator:
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """Returns `input_ids` and `attention_mask` `(batch, seq)`, `labels` and optional tensors.
 
-        A row has one or more `sequences`; the batch has all of them. `labels` is `(batch,)` for one
-        value per sequence, `(batch, n)` for n values, or `(batch, target)` for tokens, padded with
-        -100. `known` and `ids` (`Encoded.teacher`) and `signals` have one entry per target token.
+        The batch has all `sequences` of each row. `labels` is `(batch,)`, `(batch, n)` for n values
+        per sequence, or `(batch, target)` for token ids, padded with -100. The optional `signals`,
+        `known` and `ids` (see `Encoded.teacher`) have one entry per target token.
         """
         preference_labels = [label for row in rows for label in row.preference_labels]
         teachers = [row.teacher for row in rows if row.teacher is not None]
@@ -56,7 +56,7 @@ class CollatorWithRows(Collator):
     """A `Collator` that also returns the rows, so that an error can name the failing row."""
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Returns the batch, its `rows` and, if they have any, `contrasts` in another batch."""
+        """Returns the batch and its `rows`; `contrasts`, if rows have any, is [one more batch]."""
         contrasts = [other for row in rows for other in row.contrasts]
         batch: dict[str, Any] = {**super().__call__(rows), "rows": list(rows)}
         return {**batch, "contrasts": [super().__call__(contrasts)]} if contrasts else batch
@@ -81,7 +81,7 @@ _RESERVED = tuple(
 
 
 def separate_pad_from_eos(tokenizer: Any) -> Choice | None:
-    """If `tokenizer` (modified) pads with EOS, set another token; returns the log line or None."""
+    """If EOS is the pad token of `tokenizer` (modified), set another; return a log line or None."""
     if tokenizer.pad_token_id != tokenizer.eos_token_id:
         return None
     vocabulary = tokenizer.get_vocab()
@@ -92,9 +92,9 @@ def separate_pad_from_eos(tokenizer: Any) -> Choice | None:
 
 
 def ensure_pad_token(tokenizer: Any) -> Choice | None:
-    """Set a padding token on `tokenizer` (modified) if it has none; returns the log line or None.
+    """Set a padding token on `tokenizer` (modified) if it has none; returns a log line or None.
 
-    It is a reserved token of the vocabulary, so that the embedding does not grow, or EOS.
+    It is a token that the vocabulary reserves, so that the embedding does not grow; else EOS.
     """
     if tokenizer.pad_token_id is not None:
         return None
@@ -110,9 +110,9 @@ _FIXED = 0  # epoch number of the validation rows; training epochs count from 1
 
 
 class MaskedRows(LazySequence[Encoded]):
-    """Rows with random masks, drawn on access; set `epoch` (from 0) before each epoch is read.
+    """Rows for masked-language modeling, masked at random on access; set `epoch` before each epoch.
 
-    `ratio` is the fraction of tokens to predict, at least one per row.
+    `epoch` counts from 0. `ratio` is the fraction of tokens to predict, at least one per row.
     """
 
     def __init__(self, rows: Sequence[Encoded], tokenizer: Any, *, ratio: float, seed: int) -> None:
@@ -163,7 +163,7 @@ class MaskedRows(LazySequence[Encoded]):
 def encode_masked(
     tokenizer: Any, examples: Sequence[PlainText], length: int | None
 ) -> list[Encoded]:
-    """Encode texts for masked-language modeling, in rows of at most `length` tokens each."""
+    """Encode texts in rows of at most `length` tokens each, for `MaskedRows` to mask."""
     if tokenizer.mask_token_id is None:
         raise InputError(
             f"the tokenizer of {tokenizer.name_or_path} has no mask token, which --task masked-lm "

@@ -35,7 +35,7 @@ _OF_PLAIN = ("separator", "version")
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """Format of prompts.
+    """Format of the prompts of a run, which is saved with the adapter.
 
     Attributes:
         kind: "chat-template", "plain", or "seq2seq" for an encoder-decoder.
@@ -121,7 +121,7 @@ def choose_format(tokenizer: Any, kind: str, instruction: str, answer_cue: str) 
 
 
 def load_prompt_format(card: AdapterCard) -> PromptFormat | None:
-    """Returns the prompt format in `card`, or None; `InputError` for an unknown version."""
+    """Returns the prompt format in `card` (None if it has none); `InputError` if it is unknown."""
     if not card.prompt:
         return None
     names = {field.name for field in fields(PromptFormat)}
@@ -152,7 +152,7 @@ def encode_prompt(
 def encode_chat_prompt(
     tokenizer: Any, turns: Sequence[Turn], tools: Sequence[dict[str, Any]] = ()
 ) -> list[int]:
-    """Returns the token ids of `turns` and the generation prompt, a final space removed."""
+    """Returns the token ids of `turns` and the generation prompt, without a space at the end."""
     text = render(tokenizer, turns, tools, generation_prompt=True).removesuffix(" ")
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -171,7 +171,7 @@ ROW_TYPES: dict[str, type[Encoded]] = {}
 
 
 class RowError(InputError):
-    """An example cannot be encoded: its `row` index, and a `message` that names a fix."""
+    """Error: the example at index `row` cannot be encoded; `message` has the reason and a fix."""
 
     def __init__(self, row: int, message: str) -> None:
         super().__init__(f"row {row + 1} {message}")
@@ -212,20 +212,24 @@ class Encoded:
 
     @property
     def sequences(self) -> Sequence[Encoded]:
-        """Sequences that the model processes: the row, or one per answer to its prompt."""
+        """Sequences that the model processes: the row itself, or one per answer or text of it."""
         return (self,)
 
     @property
     def preference_labels(self) -> Sequence[tuple[float, float, float]]:
-        """Per sequence: 1.0 if preferred, else 0.0; reference log-probability; margin."""
+        """Labels of preference training, one per sequence; empty for other tasks.
+
+        A label is 1.0 if the answer is preferred, else 0.0; its reference log-probability; and the
+        margin.
+        """
         return ()
 
     @property
     def teacher(self) -> Any:
         """Teacher outputs as a structured array, or None.
 
-        `known` `(targets, k + 1)` has log-probabilities of the top tokens `ids` `(targets, k)`, and
-        last that of all others. Without `ids`, it covers the whole vocabulary.
+        `known` `(targets, k + 1)` has the log-probabilities of the teacher's top tokens, whose ids
+        are `ids` `(targets, k)`, and of all other tokens together; or it has the whole vocabulary.
         """
         return None
 
@@ -250,7 +254,7 @@ class Encoded:
         return len(self.input_ids)
 
     def truncated(self, limit: int) -> Encoded | None:  # noqa: ARG002 - of subclasses
-        """Returns the row cut to `limit` tokens; None, as here, lets `fit_rows` cut the prompt."""
+        """Returns the row cut to `limit` tokens. None (this class): `fit_rows` cuts the prompt."""
         return None
 
     def without(self, num_tokens: int) -> Encoded:
@@ -408,7 +412,7 @@ def _render_example(tokenizer: Any, example: Any, prompt_format: PromptFormat) -
 def _encode_completions(
     tokenizer: Any, examples: Sequence[Any], prompt_format: PromptFormat
 ) -> list[Encoded]:
-    """Encode each prompt as generation does, then the answer tokens that follow it in the text."""
+    """Encode prompts as generation does; an answer is the full text's tokens after its prompt."""
     pairs = [_as_pair(example) for example in examples]
     texts = []
     for pair, example in zip(pairs, examples, strict=True):
@@ -468,13 +472,13 @@ def _as_pair(example: Any) -> SourceTarget:
 
 @dataclass(frozen=True)
 class EncodedText(Encoded):
-    """One text; the first `unpooled` tokens, those of the prompt, are left out of pooling."""
+    """One text to embed; its first `unpooled` tokens (of a prompt) are left out of pooling."""
 
     unpooled: int = field(default=0, metadata={"column": "int"})
 
     @property
     def key(self) -> tuple[int, ...]:
-        """Key that is equal for texts with equal vectors: the tokens, and which are pooled."""
+        """Key of the text; if it is equal (same tokens and `unpooled`), so is the embedding."""
         return (self.unpooled, *self.input_ids)
 
     def truncated(self, limit: int) -> EncodedText:
@@ -488,7 +492,7 @@ class EncodedText(Encoded):
 
 @dataclass(frozen=True)
 class EncodedTexts(Encoded):
-    """A query with its documents, two texts with a score, or a text with a class.
+    """Row of an embedding model: a query with documents, a scored pair, or a text with a class.
 
     Attributes:
         input_ids: tokens of all texts, one after the other.

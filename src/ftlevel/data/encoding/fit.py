@@ -28,7 +28,7 @@ class LengthBounds:
 
     @property
     def tightest(self) -> tuple[int | None, str]:
-        """The smallest bound, and its description."""
+        """The smaller bound (None if there is none), and its name for messages."""
         if self.memory is not None and (self.positions is None or self.memory < self.positions):
             return self.memory, "this machine's memory"
         return self.positions, "the model's positions"
@@ -48,7 +48,7 @@ class FittedRows:
 
     Attributes:
         long_prompts: indices of examples whose prompt alone exceeds `max_length`.
-        lost: indices of examples that were dropped to avoid truncating an answer.
+        lost: indices of examples dropped because only cutting the answer would make them fit.
         overlong: action on rows that were too long; "drop" also if "auto" dropped a few.
         stops: error that was not raised because a preview drops the rows instead.
     """
@@ -180,9 +180,9 @@ def _too_long(
 
 
 def _cut_prompt(row: Encoded, limit: int) -> list[Encoded]:
-    """Returns [row] cut to `limit` tokens; [] if the answer is longer.
+    """Returns [row] cut to `limit` tokens; [] if cutting the prompt is not enough.
 
-    A prompt loses tokens after its first one, which may be BOS.
+    Its first token, which may be BOS, is kept. A row without a prompt is truncated.
     """
     surplus = row.length - limit
     prompt = prompt_length(row)
@@ -196,7 +196,7 @@ def _cut_prompt(row: Encoded, limit: int) -> list[Encoded]:
 
 
 def prompt_length(row: Encoded) -> int | None:
-    """Returns the number of tokens before the first label; None without token labels."""
+    """Returns the number of tokens before the first label; None if labels are not per token."""
     labels = row.labels
     if not isinstance(labels, list) or len(labels) != len(row.input_ids):
         return None

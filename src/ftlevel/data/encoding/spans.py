@@ -99,7 +99,7 @@ def _create_window(encoding: Any, index: int, example: Question) -> Window:
 
 
 def get_span(offsets: Offsets, start: int, end: int) -> tuple[int, int] | None:
-    """Returns the first and last token, by `offsets`, of characters `start` to `end`, or None."""
+    """Returns the indices in `offsets` of a span's first and last token; None if it is cut off."""
     first = next((i for i, (_, b) in enumerate(offsets) if b > start), None)
     last = next((i for i in range(len(offsets) - 1, -1, -1) if offsets[i][0] < end), None)
     if first is None or last is None or first > last:
@@ -151,7 +151,7 @@ class TaggedRow(Encoded):
 def get_invalid_bio_tags(
     examples: Sequence[TaggedTokens], names: Sequence[str], table: Table
 ) -> list[BadRow]:
-    """Returns the rows with an I- tag that continues no entity; none for schemes such as IOB1."""
+    """Returns the rows with an I- tag that continues no entity; [] if the scheme is not BIO."""
     if not all(_BIO.fullmatch(name) for name in names):
         return []
     invalid: list[BadRow] = []
@@ -205,19 +205,19 @@ def encode_words(
 
 
 def first_tokens(
-    tokens: Sequence[str], offsets: Sequence[tuple[int, int]]
+    words: Sequence[str], offsets: Sequence[tuple[int, int]]
 ) -> tuple[int | None, ...]:
-    """Returns the index of the first token of each word.
+    """Returns the index of the first token of each word; None for a word without tokens.
 
-    `offsets` are the characters of each token in the joined words `tokens`.
+    `offsets` are the (start, end) characters of each token in the words joined by spaces.
     """
-    starts = list(accumulate((len(word) + 1 for word in tokens[:-1]), initial=0))
-    first: list[int | None] = [None] * len(tokens)
+    starts = list(accumulate((len(word) + 1 for word in words[:-1]), initial=0))
+    first: list[int | None] = [None] * len(words)
     for index, (start, end) in enumerate(offsets):
         if start == end:
             continue
         word = bisect_right(starts, end - 1) - 1
-        is_space = end - 1 >= starts[word] + len(tokens[word])
+        is_space = end - 1 >= starts[word] + len(words[word])
         if not is_space and first[word] is None:
             first[word] = index
     return tuple(first)

@@ -100,7 +100,7 @@ def to_batch(rows: Sequence[Encoded]) -> pa.RecordBatch:
 
 
 def write_store(path: Path, batches: Iterable[pa.RecordBatch]) -> RowStore:
-    """Write batches to `path` atomically and memory-map it; raise `ValueError` without batches."""
+    """Write `batches` to a file, atomically, and open it; raise `ValueError` if there are none."""
     partial = path.with_name(f".{path.name}.partial")
     writer = None
     with pa.OSFile(str(partial), "wb") as sink:
@@ -128,7 +128,7 @@ def rows_to_batches(rows: Iterable[Encoded]) -> Iterator[pa.RecordBatch]:
 
 
 class RowStore(LazySequence[Encoded]):
-    """Rows of a `write_store` file, which must stay in place; `indices` selects some, None all."""
+    """Memory-mapped rows of a file by `write_store`: those at `indices`, or all if that is None."""
 
     def __init__(self, path: Path, indices: Any = None) -> None:
         self.path = path
@@ -179,7 +179,7 @@ class RowStore(LazySequence[Encoded]):
         return lengths if self.indices is None else lengths[self.indices]
 
     def gather(self, at: Any) -> tuple[Any, Any]:
-        """Returns the concatenated `input_ids` of the rows at `at` (an array), and row offsets."""
+        """Returns the `input_ids` of the rows at indices `at`, concatenated, and their offsets."""
         content, values, offsets = self._input_ids
         rows = np.asarray(at) if self.indices is None else self.indices[at]
         batch = np.searchsorted(self._starts, rows, side="right") - 1
@@ -258,7 +258,7 @@ Change = Callable[[Encoded], list[Encoded]]
 
 
 def map_rows(rows: Sequence[Encoded], change: Change) -> Sequence[Encoded]:
-    """Replace each row by the rows `change(row)`, in order; those of a `RowStore` in a new file."""
+    """Returns each row replaced by the rows `change(row)`; for a `RowStore`, in a new file."""
     changed = (piece for row in rows for piece in change(row))
     if not isinstance(rows, RowStore):
         return list(changed)

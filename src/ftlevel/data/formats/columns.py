@@ -46,7 +46,7 @@ def resolve_column(name: str, column_names: Sequence[str]) -> str | None:
 
 
 def column_for_flag(column: str, column_names: Sequence[str]) -> str:
-    """Returns a column as written in a flag: the name, or the number if the name is long."""
+    """Returns `column` as written in a flag: its name, or if that is long, its 1-based number."""
     use_number = column in column_names and is_long(column)
     return str(column_names.index(column) + 1) if use_number else column
 
@@ -113,7 +113,7 @@ def format_map_flags(pairs: Mapping[str, str]) -> str:
 
 
 def map_preferred_columns(names: Mapping[str, str], value: object) -> dict[str, str]:
-    """Returns role → column to train on the chosen answers of a preference dataset.
+    """Returns role → column for supervised training on chosen answers of a preference dataset.
 
     `names` are the columns of the preference roles; `value` is the first chosen answer.
     """
@@ -147,16 +147,16 @@ _NAMES = dict(
 
 @dataclass(frozen=True)
 class Language:
-    """A language with its ISO 639-1 code, or "" if the name is unknown."""
+    """A natural language; `code` is its ISO 639-1 code, or "" if the name is unknown."""
 
     name: str
     code: str
 
 
 def get_language(role: str, column_mapping: Mapping[str, str], name: str | None) -> Language | None:
-    """Returns the natural language `name`, or if that is None, the language that names a column.
+    """Returns the language `name`; if that is None, the one after which a column is named.
 
-    This is the column of `role`. None if the column is not named after a language.
+    The column is that of `role` in `column_mapping`. None if it is not named after a language.
     """
     if name is not None:
         return parse_language(name)

@@ -68,7 +68,7 @@ _TURNS = ("prompt", "completion", "chosen", "rejected")
 
 
 class RoleValues:
-    """The values of the current row by role; `set_row` sets the row."""
+    """Reads the values of a row by role; `set_row` selects the row."""
 
     def __init__(self, format_: Format, table: Table) -> None:
         self.columns = format_.columns
@@ -145,7 +145,7 @@ class RoleValues:
 def explain_columns(
     column_mapping: Mapping[str, str], mapping: Mapping[str, str], name: str | None
 ) -> str:
-    """Returns how columns got roles: --map, --format or by name; "" if names are the roles."""
+    """Returns why roles have these columns, such as "by --map"; "" if the names are the same."""
     if mapping or name:
         flags = (("--map", mapping), ("--format", name))
         return "by " + " and ".join(flag for flag, value in flags if value)
@@ -154,10 +154,7 @@ def explain_columns(
 
 @dataclass(frozen=True)
 class FormatOptions:
-    """The user's column mapping (role → column) and the `name` of the format.
-
-    `aim` is a verb for error messages, such as "learn".
-    """
+    """The user's `mapping` (role → column) and format `name`; `aim` is a verb for messages."""
 
     mapping: Mapping[str, str] = field(default_factory=dict)
     name: str | None = None
@@ -325,7 +322,7 @@ def _resolve_mapping(
 def _match(
     shape: FormatSpec, column_names: Sequence[str], mapping: Mapping[str, str]
 ) -> dict[str, str] | None:
-    """Returns role → column, by `mapping`, then by name; None for a role that `shape` lacks."""
+    """Returns role → column, by `mapping`, then by name; None if `shape` lacks a mapped role."""
     if not mapping.keys() <= shape.roles.keys():
         return None
     by_name = {column.lower(): column for column in reversed(column_names)}

@@ -189,8 +189,8 @@ def get_label_variants(
 ) -> list[LabelVariant]:
     """Returns labels that are spelling variants of another label.
 
-    `check` is a key of `VARIANTS`. `names` are the known classes; without any, the most frequent
-    spelling is the name.
+    `check` is a key of `LABEL_NORMALIZERS`. `names` are the known classes; without any, the most
+    frequent spelling is the name.
     """
     if check == "label_typo":
         return get_label_typos(examples, names)
@@ -253,7 +253,7 @@ def _rows_of_labels(examples: Sequence[ClassExample]) -> dict[str, list[int]]:
 
 
 def _is_typo(one: str, name: str) -> bool:
-    """Returns whether two texts differ by one typo within a long word, or between their words."""
+    """Returns whether texts differ by one letter of a long word, or a character between words."""
     start = _count_common(one, name)
     rest = _count_common(one[start:][::-1], name[start:][::-1])
     difference, replaced = one[start : len(one) - rest], name[start : len(name) - rest]
@@ -275,17 +275,14 @@ def _count_common(one: str, name: str) -> int:
 
 @dataclass(frozen=True)
 class LabelNormalizer:
-    """Converts rows to examples with class names in place of spelling variants.
-
-    `names` maps the result of `normalize` to the class name.
-    """
+    """Builds examples with class names as labels; `names` maps normalized labels to class names."""
 
     build: ExampleBuilder
     normalize: Callable[[str], str]
     names: Mapping[str, str]
 
     def __call__(self, values: Any) -> Any:
-        """Returns the example of the current row, with class names for spelling variants."""
+        """Returns the example of the current row, its labels replaced by class names."""
         example = self.build(values)
         if isinstance(example, LabeledText) and isinstance(example.label, str):
             return replace(example, label=self._name(example.label))
@@ -309,8 +306,8 @@ def choose_problem_type(
 ) -> tuple[ProblemType, str]:
     """Returns `problem_type` or, if it is auto, that of the labels in `column`, and the reason.
 
-    Lists (or, in all rows, JSON text of lists) are multi-label, numbers with a fraction regression.
-    All others are single-label, including integers, which may be meant as quantities.
+    Lists (or, in all rows, JSON text of lists) are multi-label; numbers, some with a fraction, are
+    regression. All others are single-label, also integers, which may be meant as quantities.
     """
     if problem_type != "auto":
         return problem_type, ""

@@ -39,7 +39,7 @@ _ROLES = {
 
 @dataclass(frozen=True)
 class Message:
-    """One turn; `content` is empty only for a tool call without text.
+    """One turn of a conversation; `content` is empty only for a tool call without text.
 
     `extra` holds the other keys that templates read: `tool_calls`, `tool_call_id`, `name`.
     """
@@ -108,7 +108,7 @@ def parse_turns(
 
 
 def parse_tool_list(value: object, column: str) -> tuple[dict[str, Any], ...]:
-    """Returns the tools in a row's `column` from a list of objects or its JSON text."""
+    """Returns the tools in `value`, a list of objects or its JSON text; () if null or blank."""
     if isinstance(value, str):
         value = parse_json(value, repr(column)) if value.strip() else []
     if value is None:

@@ -19,7 +19,7 @@ _WHOLE_SET = ("one_class", "one_answer", "length_bias", "one_verdict")
 
 @dataclass(frozen=True)
 class Finding:
-    """Rows of a split that a check flagged.
+    """Result of a data check that flagged rows of a split.
 
     Attributes:
         name: the check, a field of `config.gate`.

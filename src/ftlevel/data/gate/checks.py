@@ -165,8 +165,7 @@ class TokenCheckContext:
 def has_missing_eos(flat: FlatRows, eos_ids: Collection[int]) -> Mask:
     """Returns a mask of rows with an answer that does not end with an id of `eos_ids`.
 
-    An answer is a run of supervised tokens. If an example was split, only its last row needs an
-    end.
+    An answer is a run of supervised tokens. Of a split example, only the last row needs an EOS.
     """
     if flat.labels is None:
         return np.zeros(len(flat.ids), dtype=bool)
@@ -296,7 +295,7 @@ def has_html(content: ExampleContent, _: TextCheckContext) -> bool:
 
 
 def has_special_token(content: ExampleContent, context: TextCheckContext) -> bool:
-    """Returns whether a text contains a special token, which the tokenizer would encode as such."""
+    """Returns whether prompt or answer contain a special token, which would be encoded as such."""
     return content.is_generated and any(
         any(start in text for start in context.starts)
         and any(token in text for token in context.special)

@@ -90,9 +90,10 @@ def _repeated(keys: NDArray[Any], selected: Mask | None) -> Iterator[tuple[Integ
 
 
 def get_near_duplicates(rows: Sequence[Encoded], skip: Mask) -> tuple[Integers, Integers]:
-    """Returns the near duplicates of previous rows, and for each the row that it repeats.
+    """Returns the indices of rows that nearly repeat an earlier row, and those of the earlier rows.
 
-    A prefix common to all rows, such as a system prompt, is ignored. `skip` masks known duplicates.
+    A prefix common to all rows, such as a system prompt, is ignored. Rows of the mask `skip` are,
+    too.
     """
     prefix, lengths = _common_prefix(rows), row_lengths(rows)
     selected = ~skip
@@ -145,7 +146,7 @@ def _common_prefix(rows: Sequence[Encoded]) -> int:
 
 
 def _band_keys(ids: Ragged, prefix: int, selected: Mask) -> Hashes:
-    """Returns MinHash keys `(rows, bands)` of 5-grams after `prefix` tokens of `selected` rows."""
+    """Returns MinHash keys `(selected, bands)` of the 5-grams after the first `prefix` tokens."""
     generator = np.random.default_rng(0)
     factors = generator.integers(2**31, 2**32, _BANDS * _DEPTH, dtype=np.uint32) | np.uint32(1)
     offsets = generator.integers(0, 2**32, _BANDS * _DEPTH, dtype=np.uint32)
@@ -168,7 +169,10 @@ _SWAP_RATIO = 0.2
 
 
 def get_conflicts(digests: Digests) -> tuple[Integers, Integers]:
-    """Returns examples whose answer differs from the first to that prompt, and the first ones."""
+    """Returns the examples that contradict an earlier example, and those earlier examples.
+
+    An example contradicts the first example of the same prompt if its answer is another one.
+    """
     prompts, answers = digests.records["before"], digests.records["last"]
     again, first = get_repeated_keys(prompts, prompts != 0)
     conflict = answers[again] != answers[first]
@@ -233,7 +237,7 @@ _NO_ROWS = np.zeros(0, dtype=np.int64)
 
 
 class CheckedTask(Protocol):
-    """Members of a task that the data checks use; `tasks.base.BaseTask` documents the members."""
+    """Protocol of tasks as the data checks use them; `tasks.base.BaseTask` documents members."""
 
     # ruff: disable[D102]
     @property
@@ -252,7 +256,7 @@ class CheckedTask(Protocol):
 
 @dataclass
 class SplitReport:
-    """Result of the checks of a split: a mask of the rows to keep, and the findings."""
+    """Collects the results of the checks of a split: `keep`, a mask of the rows, and findings."""
 
     name: str
     rows: Sequence[Encoded]
@@ -278,7 +282,7 @@ class SplitReport:
     def report(
         self, check: str, indices: Integers, originals: Integers | None = None
     ) -> Finding | None:
-        """Add a finding on examples `indices`, which repeat `originals` if given; drop no row."""
+        """Add a finding on examples `indices` (repeats of `originals`, if given); drop no row."""
         places = [self.table.where(int(i)) for i in indices[:MAX_SHOWN]]
         if originals is not None:
             firsts = (self.table.where(int(i)) for i in originals[:MAX_SHOWN])
@@ -294,7 +298,7 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class Gate:
-    """Runs the data checks: `policy` has the action of each, `task` and `context` select them."""
+    """Runs the data checks that apply to `task`; `policy` has the action of each check."""
 
     policy: GateConfig
     task: CheckedTask
@@ -303,7 +307,7 @@ class Gate:
     def check_split(
         self, name: str, fitted: FittedRows, examples: Sequence[Any], table: Table
     ) -> tuple[Sequence[Encoded], list[Finding]]:
-        """Returns the rows of `fitted` that the checks leave, and the findings.
+        """Returns the rows of `fitted` that are not dropped by the checks, and the findings.
 
         Duplicates and answers are checked in the split train only. Raises `InputError` if no row
         remains.
@@ -351,7 +355,7 @@ class Gate:
         table: Table,
         training: Digests,
     ) -> tuple[Sequence[Encoded], list[Finding]]:
-        """Returns the same as `check_split`; drops examples of `training` if `policy` says so."""
+        """Check a split like `check_split`, and for rows of `training`, which `policy` may drop."""
         leaked, findings = self.get_leaks(name, fitted.digests, training, table)
         if len(leaked):
             keep = np.flatnonzero(~get_row_mask(fitted.rows, leaked))
@@ -368,7 +372,7 @@ class Gate:
         corpus: Sequence[str] | None,
         table: Table,
     ) -> list[Finding]:
-        """Returns findings of the task on validation rows, the corpus, and training rows in it."""
+        """Returns the findings of the task's checks of `validation`, `corpus` and `train`."""
         findings = []
         for check, split, rows, example in self.task.check_eval_set(train, validation, corpus):
             total = len(train) if split == "train" else len(validation)
@@ -378,7 +382,7 @@ class Gate:
         return findings
 
     def _check_tokens(self, rows: Sequence[Encoded]) -> dict[str, tuple[Integers, Integers]]:
-        """Returns check name → flagged rows, and the example of each flagged row."""
+        """Returns check name → indices of the flagged rows, and of the examples they belong to."""
         flagged: dict[str, list[tuple[Integers, Integers]]] = {}
         start = 0
         for flat in flat_batches(rows):

@@ -48,7 +48,7 @@ Words = NDArray[np.uint32]
 
 
 class _WordHashes(dict[str, int]):
-    """Cache from a word to its 32-bit hash: a checksum of 16 bits, and 15 for length and letters.
+    """Word → 32-bit hash, cached: 16 bits of checksum, 15 bits for the length and the letters.
 
     A word with a digit has only checksum bits, so that 1904 and 1905 are different words.
     """
@@ -73,7 +73,7 @@ _hashes = _WordHashes()
 
 @dataclass(frozen=True)
 class Digests:
-    """Digests of several examples, in memory or on disk.
+    """Hashes and text-check results of several examples, in memory or on disk.
 
     `words` are concatenated word hashes: per example those of the prompt, then of the answer.
     """
@@ -105,7 +105,7 @@ class Digests:
 
     @classmethod
     def at(cls, path: Path) -> Digests:
-        """Memory-map the two files with the contents of `to_bytes`."""
+        """Memory-map the digest file `path` and its file of word hashes, see `to_bytes`."""
         words = words_path(path)
         return cls(
             np.memmap(path, _RECORD, "r"),
@@ -130,7 +130,7 @@ class Digests:
         return keys
 
     def marked(self, check: str) -> NDArray[np.int64]:
-        """Returns the examples that the text check `check` flagged."""
+        """Returns the indices of the examples that the text check `check` flagged."""
         bit = np.uint32(1 << list(TEXT_CHECKS).index(check))
         return np.flatnonzero(self.records["marks"] & bit)
 
@@ -186,7 +186,7 @@ def partition_keys(
 def hash_grams(
     ids: Ragged, prefix: int, selected: Mask
 ) -> tuple[Hashes, Integers, NDArray[np.int32]]:
-    """Returns hashes of the 5-grams of `selected` rows, row offsets, and each 5-gram's position.
+    """Returns hashes of the 5-grams of `selected` rows, row offsets, and each 5-gram's first token.
 
     The first `prefix` tokens of each row are ignored.
     """

@@ -48,7 +48,7 @@ _BITS = np.array([n.bit_count() for n in range(_LETTER_BITS + 1)], dtype=np.uint
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Texts on one side of several pairs: word hashes `(longest, pairs)`, and word counts.
+    """Prompts or answers of several examples: word hashes `(longest, texts)`, and word counts.
 
     Entries of `words` after the end of a text are undefined.
     """
@@ -125,7 +125,7 @@ def compute_edit_distances(one: TextBatch, other: TextBatch) -> NDArray[np.int64
 
 
 def _edge(i: int, ends: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Returns row i of the matrix `(band, pairs)`, with only the first row and column filled in."""
+    """Returns row i of the distance matrix `(band, pairs)`; only its row 0 and column 0 are set."""
     j = i + _OFFSETS
     known = (j >= 0) & (j <= ends) if i == 0 else np.broadcast_to(j == 0, (len(j), len(ends)))
     return np.where(known, (i + j) * _WORD, _TOO_FAR).astype(np.int32)
@@ -302,7 +302,11 @@ def _bucket(hashes: Words) -> Integers:
 
 
 def _all_keys(index: WordIndex, selected: Mask) -> tuple[Keys, NDArray[np.int32]]:
-    """Returns word-pair keys, `(examples, 6)` padded with 0, and counts of informative words."""
+    """Returns keys for finding candidates, `(examples, 6)`, and counts of informative words.
+
+    A key is the hash of two of the four rarest words of an example, or 0. Boilerplate is not
+    informative.
+    """
     keys = np.zeros((len(index), len(_PAIRS)), dtype=np.uint32)
     informative = np.zeros(len(index), dtype=np.int32)
     for start, end in index.spans():

@@ -55,7 +55,7 @@ def is_writable() -> bool:
 
 
 def resolve_files(name: str) -> list[Path] | None:
-    """Returns the sorted files that `name` refers to; None for rows in memory and Hub datasets."""
+    """Returns the sorted files of dataset `name`; None for rows in memory and Hub datasets."""
     if name == IN_MEMORY:
         return None
     if is_pattern(name):

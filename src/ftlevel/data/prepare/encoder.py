@@ -35,7 +35,7 @@ from ftlevel.errors import InputError
 
 
 class DataTask(CheckedTask, Protocol):
-    """Members of a task that data preparation uses; `tasks.base.BaseTask` documents the members."""
+    """Protocol of tasks as data preparation uses them; `tasks.base.BaseTask` documents members."""
 
     # ruff: disable[D102]
     @property
@@ -166,7 +166,7 @@ Progress = Callable[[int, int], None]
 
 
 def ignore_progress(done: int, total: int) -> None:
-    """Do nothing."""
+    """Progress callback that does nothing."""
 
 
 _job: tuple[Encode, Sequence[Any], TextCheckContext] | None = None  # inherited by forked processes
@@ -182,7 +182,7 @@ def encode_to_store(
 ) -> RowStore:
     """Encode `examples` in batches and write the rows to `path` in order.
 
-    Digests are written to `digests_path(path)`. Uses `processes` where fork exists. Raises
+    Digests are written to `digests_path(path)`. Starts `processes` processes if it can fork. Raises
     `ValueError` if no example produced a row.
     """
     global _job
@@ -236,7 +236,7 @@ _SLOW_CHARACTERS = 1_000_000  # characters that take seconds to encode
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encode examples of one split for a task.
+    """Encodes the examples of one split for a task.
 
     Attributes:
         folder: directory for the rows; None stores them in memory.
@@ -261,7 +261,7 @@ class Encoder:
     ignore_max_length: bool = False
 
     def __call__(self, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Returns the encoded `examples`; those over the maximum length are handled as by `fit`."""
+        """Returns the encoded `examples`; rows over the maximum length are handled as by `fit`."""
         if not self.tokenizer.is_fast and self.task.needs_offsets:
             raise InputError(
                 f"the tokenizer of {self.tokenizer.name_or_path} does not provide character "
@@ -283,7 +283,7 @@ class Encoder:
         return replace(self, config=config, split=split)
 
     def within(self, limit: int | None) -> Encoder:
-        """Returns the encoder with at most `limit` tokens, unless a length is configured."""
+        """Returns an encoder of at most `limit` tokens a row; itself if a length is configured."""
         if limit is None or not (self.ignore_max_length or self.config.max_length == "auto"):
             return self
         positions = min(limit, self.bounds.positions or limit)
@@ -327,7 +327,10 @@ class Encoder:
         return replace(fitted, stops=stops)
 
     def _relax(self, function: Callable[[str], T]) -> tuple[T, str]:
-        """Returns `function(overlong)`; if lenient, on failure `function("drop")` and the error."""
+        """Returns `function(overlong)` and "".
+
+        If that raises `InputError` and `lenient` is set: `function("drop")` and the error message.
+        """
         try:
             return function(self.config.overlong), ""
         except InputError as error:

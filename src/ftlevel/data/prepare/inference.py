@@ -56,7 +56,7 @@ Item: TypeAlias = tuple[Row | None, str, str, float | None]
 
 @dataclass(frozen=True)
 class RowSource:
-    """Source of rows.
+    """Rows of files or of Python objects, to be read one by one.
 
     Attributes:
         column_names: column names, from the schema or the first rows.
@@ -103,7 +103,7 @@ def open_rows(name: str, options: ReadOptions) -> tuple[RowSource, Reader]:
 
 
 def file_rows(reader: Reader, ignored: Sequence[str] = ()) -> RowSource:
-    """Returns a file's rows, `leading` without `ignored`; `InputError` if none is valid."""
+    """Returns a file's rows; `leading` leaves out `ignored`. `InputError` without a valid row."""
 
     def place(chunk: Chunk, line: int) -> str:
         return Table([], [], reader.shown, chunk.unit).location(line)
@@ -147,7 +147,7 @@ def in_memory_rows(rows: Any, ignored: Sequence[str] = ()) -> RowSource:
 
 @dataclass(frozen=True)
 class Prompts:
-    """At most `limit` rows as model inputs; if `fixed`, a later row with new columns is invalid."""
+    """Yields up to `limit` rows as `QueryRow`; if `fixed`, a row with new columns is invalid."""
 
     source: RowSource
     shape: Format
@@ -185,14 +185,14 @@ TRAINING_ROWS = "the training rows: no validation split was held out"
 
 @dataclass(frozen=True)
 class EvaluationRows:
-    """Rows to evaluate.
+    """Encoded rows to evaluate, and the facts about them.
 
     Attributes:
         dropped: number of rows that were too long.
         language: ISO 639-1 code of the target; "" if unknown.
         note: columns used, if they differ from training.
         corpus: documents that queries search; if empty, those of the rows.
-        is_changed: whether the training rows next to these are not those of the card.
+        is_changed: whether the dataset's training rows differ from those that the card records.
     """
 
     table: Table

@@ -162,7 +162,7 @@ class Converter:
     def convert_held_out(
         self, split: str, table: Table, labels: LabelSet | None
     ) -> tuple[Table, Sequence[Any]]:
-        """Convert a split whose classes must be in `labels`; raise `InputError` on others."""
+        """Convert a split whose classes must be in `labels`; `InputError` for other classes."""
         if labels is not None:
             self.merge_label_variants(
                 split, table, convert_rows(table, self.detected)[0], labels.names

@@ -74,7 +74,7 @@ _MOST_AHEAD = 32  # chunks encoded ahead; further processes take later ones
 
 @dataclass(frozen=True)
 class ChunkEncoder:
-    """Encodes the rows of chunks; `may_lose`: whether `check_loss` limits the rows dropped."""
+    """Encodes chunks of a stream; if `may_lose`, `check_loss` limits how many rows are dropped."""
 
     config: DataConfig
     shape: Format
@@ -265,7 +265,7 @@ class RowStream:
             self._begin_pass(self._passes + 1)
 
     def _read(self) -> bool:
-        """Queue the rows of the next chunk, or raise its error; return whether there was one."""
+        """Queue the rows of the next chunk or raise its error; return False after the last one."""
         if not self._ready:
             self._encode_ahead()
         if not self._ready:

@@ -45,7 +45,7 @@ POOL = 50
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Group rows of similar length into optimizer steps, in random order.
+    """Sampler that groups rows of similar length into optimizer steps, in random order.
 
     `lengths` are in tokens; `step` is the number of rows per step. Set `epoch` (from 0) before the
     first row of an epoch is read.
@@ -76,17 +76,15 @@ class LengthGroupedSampler(Sampler[int]):
 
 
 class DistinctTextSampler(Sampler[int]):
-    """Order rows at random so that no text occurs in two rows of an optimizer step.
+    """Sampler in random order; no text occurs in two rows of an optimizer step.
 
     The rows of a step are consecutive. Rows that fit into no step are in the last steps; `repeated`
-    counts them. Set `epoch` (from 0) before the first row of an epoch is read.
+    counts them. Set `epoch` (from 0) before the first row of an epoch is read. Texts are compared
+    only if `is_distinct`.
 
     If `sets` has the dataset of each row, all rows of a step are from one dataset. Datasets are
     chosen at random, in proportion to their steps. Short steps end with NOTHING, the index after
     the last row.
-
-    Args:
-        is_distinct: whether texts are compared; otherwise the order is only random.
     """
 
     def __init__(
@@ -154,12 +152,12 @@ class DistinctTextSampler(Sampler[int]):
 
 
 def count_places(sets: Sequence[int], step: int) -> int:
-    """Returns rows per epoch, each dataset (`sets`: index per row) padded to steps of `step`."""
+    """Returns the rows per epoch if each dataset (`sets`: one per row) is padded to full steps."""
     return sum(math.ceil(size / step) * step for size in Counter(sets).values())
 
 
 class StepShardSampler(Sampler[list[int]]):
-    """Batches of one process when several processes share each optimizer step.
+    """Batch sampler of one process, if several processes share each optimizer step.
 
     Batch n of the order goes to process n mod count. All processes have equally many batches. At
     the end of an epoch a missing batch is a single NOTHING row, the index after the last row;
@@ -351,7 +349,8 @@ _RECENT = 8  # steps: the data loader reads a batch or two ahead
 class StreamedRows:
     """Rows of a streamed run, to be read in order; a step has `step` rows over all processes.
 
-    Each process reads every row of the stream, in groups of `together`, and returns only its own.
+    Each process reads every row of the stream, `together` at a time (a micro-batch of all
+    processes), and returns only its own.
     """
 
     def __init__(self, stream: RowStream, step: int, steps: int, together: int = 1) -> None:

@@ -21,7 +21,7 @@ _SCORES = ("score", "relevance", "label")
 
 @dataclass(frozen=True)
 class RetrievalSet:
-    """Queries, distinct documents, and the positions of the documents relevant to each query.
+    """Queries, distinct documents, and the indices of the documents relevant to each query.
 
     `merged` is the number of documents that repeat another document's text, `unjudged` the number
     of queries that are left out because no document is relevant to them.

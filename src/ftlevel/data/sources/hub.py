@@ -37,7 +37,7 @@ def load_hub_tables(
     """Returns the splits of a Hub dataset as tables by name, and notes to print.
 
     If the Hub is unreachable, the cached copy is used. `split` may be sliced ("train[:10%]"); None
-    loads all. Raises `InputError` for an unknown dataset, subset or split, without access, and
+    loads all. Raises `InputError` for an unknown dataset, subset or split, if access is denied, and
     offline without a cached copy.
     """
     reason = _probe(name)
@@ -137,7 +137,7 @@ def is_saved_directory(directory: Path) -> bool:
 
 
 def pick_split(splits: Mapping[str, Any], requested: str | None, source: str) -> str:
-    """Returns `requested`, else train or the only split; `InputError` if there is none."""
+    """Returns `requested`, else "train" or the only split; `InputError` if the split is missing."""
     if not splits:
         raise InputError(f"{source}: has no splits. Expected at least one with rows.")
     name = requested or ("train" if "train" in splits or len(splits) > 1 else next(iter(splits)))

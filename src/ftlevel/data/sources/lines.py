@@ -199,7 +199,7 @@ T = TypeVar("T")
 
 
 class LazySequence(Sequence[T]):
-    """Sequence that computes its items on access with `_item`; a slice returns a list."""
+    """Base of sequences that compute their items on access, by `_item`; a slice returns a list."""
 
     @abstractmethod
     def _item(self, at: int) -> T:

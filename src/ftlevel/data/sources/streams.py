@@ -136,7 +136,7 @@ def _may_be_media(value: Any) -> bool:
 
 
 def check_is_file(path: Path, data_files: Callable[[Path], list[str]]) -> None:
-    """Raise `InputError` (listing a directory's `data_files`) unless `path` is a non-empty file."""
+    """Raise `InputError` unless `path` is a non-empty file; of a directory, list `data_files`."""
     if path.is_dir():
         names = data_files(path)
         listing = f"Files in it: {join_names(names)}." if names else "It holds no data file."
@@ -198,7 +198,7 @@ class Chunk:
 
 
 class Stream(Protocol):
-    """A source of chunks of rows."""
+    """Protocol of sources that yield rows in chunks, and can resume after a chunk."""
 
     @property
     def null_keys(self) -> Counter[str]:
@@ -209,12 +209,12 @@ class Stream(Protocol):
 
 
 class Reader(ABC):
-    """Reader of one file format. The constructor validates the format and reads no rows.
+    """Base of the readers of file formats. The constructor validates the file and reads no rows.
 
     Attributes:
         in_parts: whether the file can be read in parts, as `--streaming` requires.
         uniform: whether the format guarantees the same keys and types in all rows.
-        text_cells: whether lists and objects can occur only as JSON text.
+        text_cells: whether cells are text only, as in CSV; lists and objects are then JSON text.
         shown: file name in messages; `path` may be a decompressed copy.
         null_keys: number of keys with value null that were dropped so far, by path.
         ignored: columns of the schema that are not read.

@@ -169,7 +169,7 @@ def mix_tables(
 ) -> tuple[list[Table], list[str]]:
     """Returns a sample of each table, sized in proportion to `shares`, and a note with the counts.
 
-    The table that is shortest for its share is used completely. Raises `InputError` for a share
+    The table with the fewest rows for its share is used completely. Raises `InputError` for a share
     below one row.
     """
     total = sum(shares)

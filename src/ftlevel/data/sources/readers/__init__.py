@@ -184,7 +184,7 @@ def stem_of(name: str) -> str:
 
 
 def _detect_format(path: Path, shown: str, options: ReadOptions) -> tuple[type[Reader], str]:
-    """Returns the reader class of a file; if its content decided, also a note."""
+    """Returns the reader class of a file, and a note if the content, not the suffix, decided."""
     if options.format is not None:
         return READERS[f".{options.format}"], ""
     suffix = path.suffix.lower()

@@ -137,10 +137,7 @@ def refuse_damaged(path: Path, format_name: str) -> Iterator[None]:
 
 
 def create_arrow_table(table: Any, source: str) -> Table:
-    """Returns the rows of a `pyarrow.Table` as a table, numbered from 1.
-
-    Raises `InputError` for a table without rows, duplicate column names, or media columns.
-    """
+    """Returns a `pyarrow.Table` as a `Table`; `InputError` without rows or for unusable columns."""
     names = table.schema.names
     check_columns(names, source)
     if table.num_rows == 0 or not names:

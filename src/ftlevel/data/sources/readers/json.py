@@ -72,7 +72,7 @@ class JsonLinesReader(Reader):
 
 
 class _NotStrict(ValueError):
-    """The text is valid for Python's `json` but not for ftlevel."""
+    """Error: the text is valid for Python's `json`, but not for ftlevel."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row:
@@ -169,10 +169,10 @@ _LIST_COLUMNS = {
 
 @dataclass(frozen=True)
 class OneObject:
-    """How to read the rows of a JSON file that is a single object.
+    """Rows of a JSON file that is a single object, or their position in its text.
 
-    If `rows` is None, they are the list at character `list_at` of the text. Without rows, `note` is
-    "", and `hint` tells how to fix the file.
+    If `rows` is None, they are the list at character `list_at`. `note` says where the rows were
+    found; it is "" if there are none, and then `hint` tells how to fix the file.
     """
 
     rows: list[Row] | None = None
@@ -275,7 +275,7 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class JsonReader(Reader):
-    """Reader of JSON files, which must be read completely."""
+    """Reader of JSON files, each of which is read as a whole."""
 
     in_parts = False
 
@@ -329,7 +329,7 @@ class Elements:
 def load_json_array(text: str, source: str, start: int = 0) -> Elements:
     """Load the elements of the array of objects at `start` of `text`.
 
-    Only blanks may follow an array at 0. Raises `InputError` if the array is malformed.
+    If `start` is 0, only white space may follow. Raises `InputError` for a malformed array.
     """
     values: list[tuple[Any, str]] = []  # (value, fault or "")
     lines: list[int] = []
