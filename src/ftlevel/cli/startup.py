@@ -96,7 +96,7 @@ def _resend_signal(unraisable: Any) -> None:
 
 
 def _ignore(_: int, __: FrameType | None) -> None:
-    """Signal handler that does nothing; SIG_IGN would mean that the caller wants to ignore it."""
+    """Signal handler that does nothing; SIG_IGN would look as if the caller ignored the signal."""
 
 
 def _end(number: int, _: FrameType | None) -> None:
@@ -109,7 +109,7 @@ def _end(number: int, _: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def heavy_imports() -> Iterator[None]:
-    """Context manager for imports: no garbage is collected in it, and later not of its objects.
+    """Context manager for imports: garbage collection is off, and later skips imported objects.
 
     A signal ends the process at once. The collector is unchanged if torch is imported already.
     """

@@ -203,7 +203,7 @@ def _with_model(evaluator: Evaluator, model: LoadedModel) -> Evaluator:
 def _evaluate_other(
     evaluator: Evaluator, other: LoadedModel, encode: Callable[[LoadedModel], EvaluationRows]
 ) -> tuple[dict[str, float], ExampleRecord]:
-    """Returns metrics and per-row results of `other`; texts to embed are encoded by `encode`."""
+    """Returns metrics and per-row results of `other`; `encode` encodes texts for embedding."""
     evaluator = _with_model(evaluator, other)
     if not isinstance(evaluator, RewardEvaluator):
         evaluator = replace(evaluator, generated_rows=0)
@@ -325,7 +325,7 @@ def _resolve(config: EvaluateConfig, device: str) -> tuple[ModelRef, ModelRef | 
 
 
 def _set_quantization(ref: ModelRef, quant: str | None) -> ModelRef:
-    """Returns `ref` with quantization `quant`, and a note if that differs from training."""
+    """Returns `ref` with quantization `quant`; adds a note to it if training used another one."""
     if quant is None or quant == ref.quantization["kind"]:
         return ref
     trained_quantization = format_quantization(ref.quantization)

@@ -25,7 +25,7 @@ QUANTS: tuple[str, ...] = get_args(QuantConfig.model_fields["kind"].annotation)
 
 @dataclass(frozen=True)
 class MethodRow:
-    """Whether a method works for the filters; `in part` if that depends on one not given."""
+    """Support of a method; `in part` if it depends on a model, task or quantization not given."""
 
     name: str
     method: str
@@ -54,9 +54,8 @@ def list_methods(
 ) -> MethodReport:
     """Describe every method for a model or family, a task and a quantization.
 
-    Raises:
-        ConfigError: the task or quantization is unknown.
-        InputError: the model or family is unknown.
+    Raises ConfigError for an unknown task or quantization, InputError for an unknown model or
+    family.
     """
     task = _check_name("--task", task.replace("_", "-") if task else None, tuple(TASK_NAMES))
     quant = _check_name("--quant", quant, QUANTS)

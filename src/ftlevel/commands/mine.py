@@ -42,11 +42,9 @@ class _Counts:
 def mine(config: MineConfig, *, listener: Listener | None = None) -> Mapping[str, Any]:
     """Write each query with its positives and its hard negatives, and return the counts.
 
-    A query without any negative in the range of ranks is left out.
-
-    Raises:
-        ConfigError: the output exists, or an option does not fit.
-        InputError: the rows have no positives, or the model is no embedding model.
+    A query without any negative in the range of ranks is left out. Raises ConfigError if the output
+    exists, or an option does not fit; InputError if the rows have no positives, or the model is no
+    embedding model.
     """
     listener = listener or NullListener()
     check_row_file("--out", config.output, resume=False, overwrite=config.overwrite)

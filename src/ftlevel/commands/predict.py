@@ -125,7 +125,7 @@ def _validate(config: PredictConfig, rows: Any) -> None:
 def _prepare(
     config: PredictConfig, rows: Any, stream: IO[str] | None, stack: contextlib.ExitStack
 ) -> _PreparedPrediction:
-    """Resolve the model and open the rows, without those that the output has; `stack` closes it."""
+    """Resolve the model and open the rows; skip those in the output, which `stack` closes."""
     device = select_device(config.device)
     ref = resolve_model(
         config.name, config.task, config.base_model, device=device.value, dtype=config.dtype

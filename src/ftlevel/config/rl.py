@@ -286,7 +286,7 @@ class RlConfig(Section):
 
     @property
     def reward_names(self) -> list[str]:
-        """Names of the rewards in metrics; of functions, with the file only if names are equal."""
+        """Names of the rewards in metrics; equal names of functions begin with that of the file."""
         specs = self.rewards
         names = [spec.short_name for spec in specs]
         return [

@@ -56,7 +56,7 @@ class CollatorWithRows(Collator):
     """A `Collator` that also returns the rows, so that an error can name the failing row."""
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Returns the batch and its `rows`; `contrasts`, if rows have any, is [one more batch]."""
+        """Returns the batch and its `rows`; `contrasts` of rows are added as a list of a batch."""
         contrasts = [other for row in rows for other in row.contrasts]
         batch: dict[str, Any] = {**super().__call__(rows), "rows": list(rows)}
         return {**batch, "contrasts": [super().__call__(contrasts)]} if contrasts else batch

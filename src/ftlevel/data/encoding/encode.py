@@ -254,7 +254,7 @@ class Encoded:
         return len(self.input_ids)
 
     def truncated(self, limit: int) -> Encoded | None:  # noqa: ARG002 - of subclasses
-        """Returns the row cut to `limit` tokens. None (this class): `fit_rows` cuts the prompt."""
+        """Returns the row cut to `limit` tokens; None, as here, if `fit_rows` is to cut it."""
         return None
 
     def without(self, num_tokens: int) -> Encoded:

@@ -182,7 +182,7 @@ def _too_long(
 def _cut_prompt(row: Encoded, limit: int) -> list[Encoded]:
     """Returns [row] cut to `limit` tokens; [] if cutting the prompt is not enough.
 
-    Its first token, which may be BOS, is kept. A row without a prompt is truncated.
+    The first token, which may be BOS, is kept. A row without a prompt is truncated.
     """
     surplus = row.length - limit
     prompt = prompt_length(row)

@@ -99,7 +99,10 @@ def _create_window(encoding: Any, index: int, example: Question) -> Window:
 
 
 def get_span(offsets: Offsets, start: int, end: int) -> tuple[int, int] | None:
-    """Returns the indices in `offsets` of a span's first and last token; None if it is cut off."""
+    """Returns the indices in `offsets` of the first and last token of an answer's characters.
+
+    None if the window of the context does not contain all characters from `start` to `end`.
+    """
     first = next((i for i, (_, b) in enumerate(offsets) if b > start), None)
     last = next((i for i in range(len(offsets) - 1, -1, -1) if offsets[i][0] < end), None)
     if first is None or last is None or first > last:

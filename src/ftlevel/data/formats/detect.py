@@ -226,11 +226,9 @@ def detect_format(
 ) -> Format:
     """Returns the format of a table: the first of `shapes` that its columns match.
 
-    `options` restrict the shapes. `rows` are a sample, used to suggest flags in errors.
-
-    Raises:
-        NoFormatError: no shape fits, and the user chose none.
-        InputError: the user's choice does not fit, or names a missing column.
+    `options` restrict the shapes. `rows` are a sample, used to suggest flags in errors. Raises
+    `NoFormatError` if no shape fits and the user chose none, `InputError` if the user's choice does
+    not fit or names a missing column.
     """
     options = options or FormatOptions()
     selected = shapes if options.name is None else _select_shapes(shapes, options.name, task)

@@ -65,7 +65,10 @@ class UnusableRowError(Exception):
 
 
 def check_text(value: object, what: str) -> str:
-    """Returns `value`; `UnusableRowError`, naming `what`, if it is no string, blank or too long."""
+    """Returns `value`; raises `UnusableRowError` if it is no string, blank or too long.
+
+    The error message calls the value `what`.
+    """
     if value is None:
         raise UnusableRowError(f"{what} is null", "null_content")
     if type(value) is not str:

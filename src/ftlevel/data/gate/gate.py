@@ -92,8 +92,7 @@ def _repeated(keys: NDArray[Any], selected: Mask | None) -> Iterator[tuple[Integ
 def get_near_duplicates(rows: Sequence[Encoded], skip: Mask) -> tuple[Integers, Integers]:
     """Returns the indices of rows that nearly repeat an earlier row, and those of the earlier rows.
 
-    A prefix common to all rows, such as a system prompt, is ignored. Rows of the mask `skip` are,
-    too.
+    A prefix common to all rows is ignored. Rows of the mask `skip` are not compared.
     """
     prefix, lengths = _common_prefix(rows), row_lengths(rows)
     selected = ~skip
@@ -270,7 +269,7 @@ class SplitReport:
         self.keep = np.ones(len(self.rows), dtype=bool)
 
     def present(self) -> Mask:
-        """Returns a mask of the examples with a row to keep."""
+        """Returns a mask of the examples that still have a row to keep."""
         return get_example_mask(self.rows, self.keep, self.total)
 
     def add(self, check: str, num_flagged: int, places: Sequence[str]) -> Finding | None:
@@ -355,7 +354,7 @@ class Gate:
         table: Table,
         training: Digests,
     ) -> tuple[Sequence[Encoded], list[Finding]]:
-        """Check a split like `check_split`, and for rows of `training`, which `policy` may drop."""
+        """Run `check_split`, and find examples that `training` has, too; `policy` may drop them."""
         leaked, findings = self.get_leaks(name, fitted.digests, training, table)
         if len(leaked):
             keep = np.flatnonzero(~get_row_mask(fitted.rows, leaked))

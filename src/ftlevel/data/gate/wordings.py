@@ -65,7 +65,7 @@ Sides = tuple[TextBatch, TextBatch]
 
 
 def compute_max_distance(lengths: Any) -> Any:
-    """Returns the maximum distance of near duplicates with `lengths` words, in half words."""
+    """Returns the maximum distance, in half words, of near duplicates with `lengths` words."""
     ratio = np.minimum(lengths * _WORD // _WORDS_PER_CHANGE, _MAX_DISTANCE)
     return np.where(
         lengths >= _MIN_WORDS_TO_DIFFER, ratio, np.where(lengths >= MIN_WORDS, _TYPO, 0)
@@ -245,7 +245,7 @@ class WordIndex:
 
 
 def match_texts(digests: Digests, skip: Mask) -> tuple[Integers, Integers]:
-    """Returns near duplicates, without those in the mask `skip`, and the example each repeats."""
+    """Returns near duplicates, without those in the mask `skip`, and the examples they repeat."""
     index = WordIndex.of(digests)
     keys, informative = _all_keys(index, ~skip)
     owners = np.repeat(np.arange(len(index), dtype=np.int32), len(_PAIRS))

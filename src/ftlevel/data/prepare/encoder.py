@@ -118,7 +118,7 @@ class EncodingContext:
         )
 
     def gate(self, policy: GateConfig) -> Gate:
-        """Returns the data checks with the actions of `policy`."""
+        """Returns a `Gate` that runs the data checks, with the actions of `policy`."""
         tokenizer = self.tokenizer
         checks = TokenCheckContext(
             self.task.checks,

@@ -103,7 +103,10 @@ def open_rows(name: str, options: ReadOptions) -> tuple[RowSource, Reader]:
 
 
 def file_rows(reader: Reader, ignored: Sequence[str] = ()) -> RowSource:
-    """Returns a file's rows; `leading` leaves out `ignored`. `InputError` without a valid row."""
+    """Returns the rows of a file; columns in `ignored` do not count for detecting the format.
+
+    Raises `InputError` if the first chunk of the file has no valid row.
+    """
 
     def place(chunk: Chunk, line: int) -> str:
         return Table([], [], reader.shown, chunk.unit).location(line)
@@ -131,7 +134,7 @@ def file_rows(reader: Reader, ignored: Sequence[str] = ()) -> RowSource:
 
 
 def in_memory_rows(rows: Any, ignored: Sequence[str] = ()) -> RowSource:
-    """Returns `rows`, of a type that `iterate_rows` accepts, as a source to read once."""
+    """Returns rows, of a type that `iterate_rows` accepts, as a source that is read only once."""
     rest = iterate_rows(rows, "predict")
     first = list(islice(rest, CHUNK_ROWS))
     if not first:

@@ -200,7 +200,7 @@ class Converter:
     def drop_inconsistent_labels(
         self, table: Table, examples: Sequence[Any], labels: LabelSet
     ) -> tuple[Table, Sequence[Any]]:
-        """Returns table and examples without rows of invalid BIO tags; raises if configured."""
+        """Drop rows with invalid BIO tags from table and examples, or raise, as configured."""
         faults = self.task.get_inconsistent_labels(examples, labels, table)
         if not faults:
             return table, examples

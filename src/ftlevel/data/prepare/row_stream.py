@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 class ShuffleBuffer(Generic[T]):
-    """A shuffle buffer of `size` items; 1 preserves the order."""
+    """Shuffle buffer of `size` items: a new item replaces a random one; size 1 keeps the order."""
 
     def __init__(self, size: int, seed: str) -> None:
         self.items: list[T] = []

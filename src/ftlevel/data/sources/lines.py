@@ -233,7 +233,7 @@ def as_row(value: Any) -> Any:
 
 
 class LineNumbers(LazySequence[int]):
-    """1-based line numbers of the rows of a file; stores only the lines without a row."""
+    """1-based line numbers of the rows of a file; compact: only lines without a row are stored."""
 
     def __init__(self) -> None:
         self._last = 0

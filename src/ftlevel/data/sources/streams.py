@@ -77,8 +77,8 @@ def media_of_name(column: str) -> str | None:
 def refuse_media_columns(column_names: Sequence[str], rows: Sequence[Row], source: str) -> None:
     """Raise `InputError` for unused columns that hold images, audio or video.
 
-    All of the first values are media (file names, URLs or content), or the column is named like
-    media and one of its values may be media.
+    This is so if all of the first values are media (file names, URLs or content), or if the column
+    is named like media and one of its values may be media.
     """
     media = []
     for column in column_names:
@@ -136,7 +136,7 @@ def _may_be_media(value: Any) -> bool:
 
 
 def check_is_file(path: Path, data_files: Callable[[Path], list[str]]) -> None:
-    """Raise `InputError` unless `path` is a non-empty file; of a directory, list `data_files`."""
+    """Raise `InputError` unless `path` is a non-empty file; list `data_files` of a directory."""
     if path.is_dir():
         names = data_files(path)
         listing = f"Files in it: {join_names(names)}." if names else "It holds no data file."
@@ -181,7 +181,7 @@ Cursor = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows with line (or row) numbers, unreadable rows (`errors`), and the `cursor` after them."""
+    """Consecutive rows of a stream with line (or row) numbers; `errors` are the unreadable rows."""
 
     rows: list[Row]
     lines: list[int]

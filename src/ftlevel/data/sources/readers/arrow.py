@@ -123,7 +123,7 @@ class ArrowReader(_BatchReader):
 
 @contextmanager
 def refuse_damaged(path: Path, format_name: str) -> Iterator[None]:
-    """Convert Arrow exceptions in the block to `InputError`."""
+    """Convert Arrow exceptions in the `with` block to `InputError`."""
     import pyarrow as pa
 
     try:
