@@ -24,7 +24,7 @@ ScoreTexts = Callable[[Sequence[str], Sequence[str], str], dict[str, float]]
 
 @dataclass(frozen=True)
 class Checks:
-    """Which optional checks of encoded rows apply to a task."""
+    """Optional data checks of encoded rows, each on or off for a task."""
 
     token_labels: bool = False
     supervised: bool = True
@@ -52,7 +52,7 @@ class TrainingLoss:
 
 
 class Meter(Protocol):
-    """Accumulates metrics other than the loss batch by batch, without storing logits."""
+    """Interface of meters, which accumulate metrics besides the loss batch by batch."""
 
     def update(self, logits: Tensor, labels: Tensor, rows: Sequence[Any]) -> None:
         """Add a batch: the encoded `rows`, and the logits and labels from `Objective.targets`."""
@@ -69,15 +69,15 @@ class Meter(Protocol):
 
 @runtime_checkable
 class SortedMeter(Meter, Protocol):
-    """Meter that sorts its targets once for all bootstrap draws."""
+    """Interface of meters that sort their targets once for all bootstrap draws."""
 
     def resampler(self, meters: Sequence[Any]) -> Callable[[Any], dict[str, float]] | None:
-        """Returns the metrics by how often each of `meters` is drawn; None if not supported."""
+        """Returns a function from the draws of each meter, `(meters,)`, to metrics; or None."""
 
 
 @dataclass(frozen=True)
 class Objective(ABC):
-    """Loss and metrics from model outputs and the labels of a batch.
+    """Base class of objectives: loss and metrics from model outputs and the labels of a batch.
 
     Attributes:
         headline: name of the metric printed first.
@@ -136,7 +136,7 @@ class Objective(ABC):
     def training_sum(
         self, logits: Tensor, labels: Tensor, mask: Tensor, loss: TrainingLoss
     ) -> Tensor:
-        """Returns the loss summed over targets with the options `loss`, as in transformers."""
+        """Returns the loss summed over targets, with label smoothing as set in `loss`."""
         total, smoothing = self.loss_sum(logits, labels, mask), loss.smoothing
         if not smoothing:
             return total
@@ -168,28 +168,28 @@ class Objective(ABC):
         return []
 
     def guess_loss(self, rows: Sequence[Any]) -> float | None:
-        """Returns the loss if label frequencies of `rows` are always predicted; None if unknown."""
+        """Returns the loss of always predicting the label frequencies; None if unknown."""
         return None
 
 
 class TokenObjective(Objective):
-    """Objective of a language head, which computes logits at supervised positions only."""
+    """Base class of objectives of language heads; logits are computed at targets only."""
 
     one_of_many: ClassVar[bool] = True
 
     @abstractmethod
     def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns indices into the flattened positions that predict a target, and the targets."""
+        """Returns indices, into `labels.flatten()`, that predict a target, and the targets."""
 
     @property
     def of_tokens(self) -> TokenObjective:
-        """The objective with one loss per token; here, the objective itself."""
+        """Objective with the plain loss of each token; here, the objective itself."""
         return self
 
 
 @dataclass(frozen=True)
 class StepTexts:
-    """Texts of the rows of one optimizer step, each given by an index, as rows may share texts.
+    """Which texts the rows of an optimizer step have; texts are indices, as rows may share texts.
 
     Attributes:
         texts: per row, the indices of its texts: the query, then the documents.
@@ -230,7 +230,7 @@ class StepTexts:
 
 
 class StepObjective(Objective):
-    """Objective with one embedding per text; the loss depends on all rows of an optimizer step."""
+    """Base class of objectives with a loss of the embeddings of all texts of an optimizer step."""
 
     has_choice: ClassVar[bool] = False
 
@@ -265,7 +265,7 @@ class StepObjective(Objective):
 
 
 class DistillationObjective(TokenObjective):
-    """Token objective with a distillation loss.
+    """Base class of token objectives with a distillation loss.
 
     A batch has the teacher's `known` and `ids` for each target, in the order of `locate`. Without
     them, as in evaluation, the loss is the token loss.
@@ -287,7 +287,7 @@ class DistillationObjective(TokenObjective):
 
 @dataclass(frozen=True)
 class LikelihoodObjective(TokenObjective):
-    """Objective computed from log-likelihoods of whole answers, as in preference training.
+    """Base class of objectives of whole answers' log-likelihoods, as in preference training.
 
     A batch contains `preference_labels` `(answers, 3)`; see `Encoded.preference_labels`. The
     answers of a row are consecutive in one batch.
@@ -312,7 +312,7 @@ class LikelihoodObjective(TokenObjective):
     def preference_sum(
         self, answers: Tensor, preference_labels: Tensor, *, training: bool
     ) -> Tensor:
-        """Returns the summed loss; in `training`, one sum per element of `training_count`.
+        """Returns the loss sum; in `training`, several sums if `training_count` has several counts.
 
         `answers` is the result of the method `answers`; `preference_labels` are `(answers, 3)`.
         """
@@ -320,7 +320,7 @@ class LikelihoodObjective(TokenObjective):
 
 @dataclass(frozen=True)
 class PolicyObjective(TokenObjective):
-    """Objective of the log-probabilities of sampled tokens, as in reinforcement learning.
+    """Base class of objectives of sampled tokens' log-probabilities, as in reinforcement learning.
 
     A batch contains `signals` `(targets, n)`; see `Encoded.signals`. They include a weight per
     target that already normalizes the loss, so `training_count` is 1. `temperature` divides the

@@ -72,7 +72,7 @@ class RowScorer:
         )
 
     def score_batches(self, rows: Sequence[Encoded], function: BatchFunction[T]) -> list[T]:
-        """Returns the results of `function(rows, logits, mask)`, called per padded forward pass."""
+        """Returns a result per row of `function(rows, logits, mask)`, called per forward pass."""
         return self._apply(rows, lambda chosen: function(chosen, *self._states(chosen)))
 
     def _apply(
@@ -181,7 +181,7 @@ PROMPTS = 8
 
 @dataclass(frozen=True)
 class AnswerRequest:
-    """Prompts and rows to predict; `places` has file and line of each row in `questions`."""
+    """Prompts and rows (`questions`) to predict; `locations` has file and line of each row."""
 
     prompts: Sequence[str]
     context: str | None
@@ -223,7 +223,7 @@ def predict_inputs(trained: LoadedModel, request: AnswerRequest) -> list[Predict
 
 @dataclass(frozen=True)
 class PredictionBatch:
-    """Prediction of each row; for one without, `refused` maps its index to the reason."""
+    """Prediction of each row, or None; `refused` maps indices of rows without one to reasons."""
 
     replies: list[Prediction | None]
     refused: Mapping[int, str]
@@ -232,7 +232,7 @@ class PredictionBatch:
 def predict_rows(
     model: InferenceModel, questions: Sequence[Any], output_options: OutputOptions
 ) -> PredictionBatch:
-    """Returns predictions for `questions`; one without a prediction does not affect the others."""
+    """Returns predictions for `questions`, also if some of them cannot be predicted."""
     replies: list[Prediction | None] = [None] * len(questions)
     refused: dict[int, str] = {}
     remaining = list(range(len(questions)))
@@ -251,7 +251,7 @@ def predict_rows(
 
 
 class InferenceModel:
-    """A loaded model with the methods that its task uses; `close` restores the model.
+    """Implements `PromptedModel`, the model that a task uses for inference, until `close`.
 
     `truncate` allows long rows to be truncated; `shortened` counts them. `batch_size` is the
     maximum number of rows of a forward pass; None limits only its tokens.
@@ -283,7 +283,7 @@ class InferenceModel:
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
-        """Compute without gradients inside the block; then restore the model."""
+        """Disable gradients inside the `with` block; then `close`."""
         try:
             with self._trained.inference():
                 yield
@@ -310,7 +310,7 @@ class InferenceModel:
         return [cut_at_stop(str(text), self._writing.stop_texts).strip() for text in decoded]
 
     def _truncate_prompts(self, prompts: Sequence[list[int]]) -> list[list[int]]:
-        """Returns `prompts`, long ones cut after their first token; raises without `truncate`."""
+        """Returns `prompts`; too long ones lose tokens after the first, or raise if not allowed."""
         if self._positions is None:
             return list(prompts)
         new = 0 if self.kind == "encoder-decoder" else self._writing.max_new_tokens
@@ -337,11 +337,11 @@ class InferenceModel:
         return self._scorer(self.fit_rows(rows), function)
 
     def score_batches(self, rows: Sequence[Encoded], function: BatchFunction[T]) -> list[T]:
-        """Returns the results of `function(rows, logits, mask)`, called per padded forward pass."""
+        """Returns a result per row of `function(rows, logits, mask)`, called per forward pass."""
         return self._scorer.score_batches(self.fit_rows(rows), function)
 
     def fit_rows(self, rows: Sequence[Encoded]) -> Sequence[Encoded]:
-        """Returns `rows`, long ones truncated if allowed; raises UnansweredError otherwise."""
+        """Returns `rows`, too long ones truncated; raises UnansweredError if not allowed."""
         positions = self._positions
         if positions is not None:
             too_long = [row for row in rows if row.length > positions]
@@ -384,7 +384,7 @@ class RowCounts:
         del self.shown[MAX_SHOWN:]
 
     def format_failures(self, window: Sequence[QueryRow], faults: Mapping[int, str]) -> list[str]:
-        """Returns error messages for the first rows without a prediction; arguments of `skip`."""
+        """Returns error messages for the first rows without a prediction; see `skip`."""
         lines = [f"{window[i].location}: {faults[i]}." for i in sorted(faults)]
         suffix = f" and {len(lines) - MAX_SHOWN:,} more" if len(lines) > MAX_SHOWN else ""
         rows = "It" if len(lines) == 1 else f"These{suffix}"

@@ -84,7 +84,7 @@ class SharedPrompts:
 
     @cached_property
     def slots(self) -> Tensor | None:
-        """Index of each row among (prompts · width) slots; None if all are used in order."""
+        """Index of each row if every prompt has `width` rows; None if that changes nothing."""
         num_used = [0] * len(self.lengths)
         slots = []
         for owner in self.prompt_indices:
@@ -95,7 +95,7 @@ class SharedPrompts:
         return torch.tensor(slots, device=self.states[0][0].device)
 
     def attention_forward(self, query: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns `_partial_attention` of `query` (rows, key heads, queries, d) to each prompt."""
+        """Returns `_partial_attention` of rows (rows, key heads, queries, d) to their prompts."""
         keys, values = self.states[layer]
         prompts, groups, _, width = keys.shape
         if self.slots is not None:
@@ -121,7 +121,7 @@ _PROMPTS: ContextVar[Sequence[SharedPrompts]] = ContextVar("shared_prompts", def
 
 @contextlib.contextmanager
 def using_prompts(prompts: Sequence[SharedPrompts]) -> Iterator[None]:
-    """Let the rows of forward passes in the block attend to `prompts` as well."""
+    """Make rows of forward passes in the `with` block attend to `prompts` before own tokens."""
     token = _PROMPTS.set(prompts)
     try:
         yield

@@ -64,9 +64,9 @@ def score_embeddings(
     decode: Callable[[Encoded], str],
     corpus: Sequence[Any],
 ) -> dict[str, float]:
-    """Returns loss and metrics of `rows`, and adds each row to `record`.
+    """Returns loss and metrics of `rows`, and adds each row to `record`, if there is one.
 
-    Queries search `corpus`, or the documents of the rows. `decode` returns the text of a row.
+    Queries search `corpus`, or if empty the rows' documents. `decode` returns the text of a row.
     """
     texts, step = distinct_texts(rows)
     search_ids = add_texts(texts, corpus)
@@ -86,7 +86,7 @@ def score_embeddings(
 
 
 def step_losses(objective: Embeddings, vectors: torch.Tensor, step: StepTexts) -> list[float]:
-    """Returns for each row the mean loss of its group of `objective.step_rows` consecutive rows."""
+    """Returns per row the mean loss of its group: `objective.step_rows` consecutive rows."""
     objective = objective.for_validation(step)
     size, losses = objective.step_rows, list[float]()
     positions = list(range(0, len(step), size))
@@ -101,9 +101,10 @@ def step_losses(objective: Embeddings, vectors: torch.Tensor, step: StepTexts) -
 
 @dataclass
 class QueryMeter:
-    """Mean of metrics over queries; `values` has one mapping per query.
+    """Meter that averages metrics over queries; `values` has metric -> value for each query.
 
-    `details` of a single query are the scores of its best positive and negative, and that negative.
+    For a single query, `details` has the scores of its best positive and negative document, and
+    that negative.
     """
 
     values: list[Mapping[str, float]]
@@ -114,11 +115,9 @@ class QueryMeter:
         raise TypeError("metrics need the vectors of all documents")
 
     def pool(self, meters: Sequence[QueryMeter]) -> QueryMeter:
-        """Returns one meter with the queries of all `meters`."""
         return QueryMeter([value for meter in meters for value in meter.values])
 
     def compute(self, _: float) -> dict[str, float]:
-        """Compute the mean of each metric."""
         non_empty = [value for value in self.values if value]
         names = non_empty[0] if non_empty else ()
         return {name: float(np.mean([value[name] for value in non_empty])) for name in names}
@@ -130,9 +129,9 @@ class QueryMeter:
 
 @dataclass
 class PairMeter:
-    """Correlation or average precision of similarities.
+    """Meter of pairs of texts: Spearman correlation or average precision of similarities.
 
-    `labels` `(pairs,)` are those of the pairs; `scores` maps a metric suffix to their similarities
+    `labels` are `(pairs,)`; `scores` maps a metric suffix, such as `_dim_64`, to the similarities
     `(pairs,)`.
     """
 
@@ -145,12 +144,11 @@ class PairMeter:
         raise TypeError("pairs are scored together")
 
     def pool(self, meters: Sequence[PairMeter]) -> PairMeter:
-        """Returns one meter with the pairs of all `meters`."""
         scores = {name: np.concatenate([m.scores[name] for m in meters]) for name in self.scores}
         return PairMeter(self.kind, np.concatenate([m.labels for m in meters]), scores)
 
     def compute(self, _: float) -> dict[str, float]:
-        """Compute the metric per number of dimensions, except for constant labels or scores."""
+        """Compute the metric for each suffix; not for equal labels or equal similarities."""
         compute = spearman if self.kind == "score" else average_precision
         metrics = {}
         for suffix, scores in self.scores.items():
@@ -161,7 +159,7 @@ class PairMeter:
     def resampler(
         self, meters: Sequence[PairMeter]
     ) -> Callable[[np.ndarray], dict[str, float]] | None:
-        """Returns the average precisions by how often each meter is drawn; None for scores."""
+        """Returns a function from draws `(meters,)` to average precisions; None for scores."""
         if self.kind == "score":
             return None
         pooled, name = self.pool(meters), METRICS[self.kind][0]
@@ -195,7 +193,10 @@ def create_meters(
     dims: Sequence[int | None],
     search_ids: Sequence[int] = (),
 ) -> list[Any]:
-    """Create a meter per row with metrics at each of `dims`; queries search `search_ids`."""
+    """Create a meter per row, with metrics of the first n dimensions for n in `dims` (None: all).
+
+    Queries search the texts at indices `search_ids`; if empty, the documents of the rows.
+    """
     spaces = {"" if count is None else f"_dim_{count}": vectors[:, :count] for count in dims}
     is_cosine = objective.format.similarity == "cosine"
     if objective.kind == "ranking":
@@ -211,7 +212,7 @@ def create_meters(
 
 
 def _class_meters(spaces: Mapping[str, torch.Tensor], step: StepTexts) -> list[PairMeter]:
-    """Returns a meter per text of its pairs with later texts; `spaces`: metric suffix → vectors."""
+    """Returns a meter per text, of its pairs with later texts; `spaces`: suffix → embeddings."""
     texts = [text for text, *_ in step.texts]
     groups = np.array(step.labels)[:, 0]
     return [

@@ -54,7 +54,7 @@ class GeneratedText:
 
 
 class ExampleRecord:
-    """Statistics per example; keys of `units` are row indices in the table."""
+    """Loss, targets and metrics of each example; keys of `units` are row indices in the table."""
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
@@ -109,7 +109,7 @@ class ExampleRecord:
     def add_answers(
         self, rows: Sequence[Encoded], log_probs: torch.Tensor, preference_labels: torch.Tensor
     ) -> None:
-        """Add the log-likelihoods and preference labels of `rows`, as in `Encoded`."""
+        """Add `rows`: `Objective.answers` `(answers, 2)`, and preference labels `(answers, 3)`."""
         objective, width = self.objective, len(log_probs) // len(rows)
         if not isinstance(objective, LikelihoodObjective):
             raise TypeError("only answers have a log-likelihood")
@@ -198,7 +198,7 @@ def _text_metrics(
 
 
 def interval(values: np.ndarray) -> list[float]:
-    """Returns the 95 % percentile interval of `values`."""
+    """Returns the 95 % percentile interval [low, high] of `values`."""
     low, high = np.percentile(values, PERCENTILES)
     return [float(low), float(high)]
 
@@ -208,7 +208,7 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class MetricRuns:
-    """Values of a metric, one per seed, and on resampled rows (`draws`, `(seeds, draws)`)."""
+    """Values of a metric, one per seed; `draws` `(seeds, draws)` are values on resampled rows."""
 
     values: Sequence[float]
     draws: np.ndarray
@@ -244,7 +244,7 @@ class Difference:
 
 
 def compute_difference(runs: MetricRuns, best: MetricRuns, num_comparisons: int) -> Difference:
-    """Compute the difference of `runs` from `best`; Bonferroni divides by `num_comparisons`."""
+    """Compute the difference of `runs` from `best`; it is tested among `num_comparisons`."""
     value = runs.mean - best.mean
     if runs.draws.shape != best.draws.shape or not runs.draws.size:
         return Difference(value, None, None, None)
@@ -262,7 +262,7 @@ V = TypeVar("V")
 
 
 def list_metrics(task: BaseTask, objective: Objective, *, generates: bool) -> tuple[str, ...]:
-    """Returns the names of an evaluation's metrics; rewards of completions have no loss."""
+    """Returns the names of an evaluation's metrics, with `loss` except for policy objectives."""
     loss = () if isinstance(objective, PolicyObjective) else ("loss",)
     return (*loss, *objective.metrics, *(task.text_metrics if generates else ()))
 
@@ -270,7 +270,7 @@ def list_metrics(task: BaseTask, objective: Objective, *, generates: bool) -> tu
 def check_metrics(
     names: Sequence[str], task: BaseTask, objective: Objective, *, generates: bool, how: str
 ) -> None:
-    """Raise ConfigError for an unknown metric, or one of generated texts, which `how` enables."""
+    """Raise ConfigError if a metric is unknown, or needs generation, which flag `how` enables."""
     valid = list_metrics(task, objective, generates=generates)
     for name in names:
         if name in valid:

@@ -77,7 +77,7 @@ class Group:
         ]
 
     def compare(self, teacher_logps: list[list[float]]) -> None:
-        """Set `teacher_logps`; as rewards, set their mean difference from those of the sampler."""
+        """Set `teacher_logps`, and as rewards their mean difference from the sampler's."""
         self.teacher_logps = teacher_logps
         pairs = zip(teacher_logps, self.completions, strict=True)
         self.rewards = np.array([np.mean(np.subtract(logps, own.logps)) for logps, own in pairs])
@@ -141,14 +141,14 @@ class Rollouts:
         )
 
     def with_model(self, model: LoadedModel) -> Rollouts:
-        """Returns rollouts that sample from `model`, with the same rewards and random numbers."""
+        """Returns a copy that samples from `model`, with the same rewards and random numbers."""
         rollouts = copy.copy(self)
         rollouts._model, rollouts._open, rollouts.why_generate = model.model, None, ""
         rollouts._method, rollouts._dtype = model.ref.card.method, model.dtype
         return rollouts
 
     def __call__(self, step: int, rows: Sequence[Any], state: State = _START) -> list[Group]:
-        """Returns a `Group` per prompt row; `step` seeds sampling, `state` is for rewards."""
+        """Returns a `Group` per prompt row; `step` seeds sampling, rewards receive `state`."""
         groups = self._score(rows, self._sample(step, rows), state)
         if self._teacher is not None:
             completions = [group.to_rows() for group in groups]

@@ -57,7 +57,7 @@ def _mix(state: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Noise:
-    """Keys of random numbers for each row, completion and position of a rollout."""
+    """Callable that hashes seed, step, row, completion and position to keys of random numbers."""
 
     seed: int
     step: int
@@ -129,7 +129,7 @@ def draw(scores: torch.Tensor, temperature: float, keys: torch.Tensor) -> Sample
 
 
 class _Group:
-    """Completions being sampled for several prompts, numbered over all prompts."""
+    """Completions of several prompts while they are sampled, numbered over all prompts."""
 
     def __init__(
         self, rows: Sequence[int], options: SamplingOptions, noise: Noise, tokenizer: Any
@@ -169,7 +169,6 @@ class _Group:
         return [i for i, number in enumerate(numbers) if not self.is_over(self.samples[number])]
 
     def groups(self) -> list[list[Completion]]:
-        """Returns the completions of each prompt."""
         num_generations = self._options.count
         return [
             self.samples[at : at + num_generations]

@@ -42,7 +42,7 @@ from ftlevel.trained.resolve import NAMED, get_card_dir, load_reference, resolve
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates models on fixed rows.
+    """Callable that evaluates a model on fixed rows.
 
     Attributes:
         generated_rows: number of rows, from the first, for which texts are generated.
@@ -69,7 +69,7 @@ class Evaluator:
     begin_record: Callable[[], ExampleRecord | None] = lambda: None
 
     def __call__(self, model: Any, record: ExampleRecord | None = None) -> dict[str, float]:
-        """Returns the metrics of `model`, restoring its mode, and adds examples to `record`."""
+        """Returns the metrics of `model`, in eval mode meanwhile, and adds examples to `record`."""
         record = record or self.begin_record()
         with evaluating(model, self.device, self.dtype):
             metrics = self._score(model, record)
@@ -194,7 +194,7 @@ ScoredBatch = tuple[list[int], dict[str, torch.Tensor], torch.Tensor]
 def score_answers(
     evaluator: Evaluator, model: Any, record: ExampleRecord | None
 ) -> dict[str, float]:
-    """Returns the loss and metrics of `model` on the evaluator's rows, added to `record`."""
+    """Returns loss and metrics of the rows' answers, and adds the rows to `record` if not None."""
     objective = _objective_of(evaluator)
     meter, total, count, rows = objective.meter(), 0.0, 0, evaluator.rows
     with _head(evaluator, model) as head:
@@ -216,7 +216,7 @@ def score_answers(
 
 
 def compute_likelihoods(evaluator: Evaluator, model: Any) -> np.ndarray:
-    """Returns log-likelihoods `(rows, 2)`, float32: both answers, or answer and contrast answer."""
+    """Returns log-likelihoods `(rows, 2)` of both answers, or answer and contrast answer."""
     rows = evaluator.rows
     result = np.zeros((len(rows), 2), dtype=np.float32)
     with evaluating(model, evaluator.device, evaluator.dtype), _head(evaluator, model) as head:
@@ -371,7 +371,7 @@ def needs_reference(evaluator: Evaluator) -> bool:
 
 
 def with_reference(evaluator: Evaluator, trained: LoadedModel) -> Evaluator:
-    """Returns `evaluator`; if needed, its rows have log-probabilities of `trained`'s reference."""
+    """Returns `evaluator`; if it needs them, its rows get reference log-probabilities."""
     if not needs_reference(evaluator):
         return evaluator
     task: Any = trained.task

@@ -86,7 +86,7 @@ def using_weights(
 
 
 class ServerSampler:
-    """Sampler that uses the server of `--rollouts` in place of `GroupSampler`.
+    """Sampler that uses the vLLM server of `--rollouts` in place of `GroupSampler`.
 
     `token_logps` computes log-probabilities with the current weights of `model`. The server draws
     the random numbers, from a seed per prompt.

@@ -49,7 +49,7 @@ HIDDEN_STATES = "hidden states (the model has no language head)"
 
 @dataclass(frozen=True)
 class Text:
-    """A text with a name."""
+    """A text to compare models on, and its name for display."""
 
     content: str
     name: str
@@ -107,7 +107,7 @@ class WindowOutputs:
 def compute_window_outputs(
     model: Any, windows: Sequence[list[int]], auto_class: str, tokenizer: Any
 ) -> Iterator[WindowOutputs]:
-    """Yields the outputs of `model`, in eval mode, for each window."""
+    """Yields the outputs of `model`, which must be in eval mode, for each window."""
     device = next(model.parameters()).device
     name = "logits" if auto_class in PREDICTS else "last_hidden_state"
     for number, window in enumerate(windows):
@@ -176,7 +176,7 @@ class EvalSet:
     device: str
 
     def score(self, model: Any, dtype: str) -> RowLogits:
-        """Returns the logits of `model`, in eval mode, computed in `dtype`."""
+        """Returns the logits of `model`, which must be in eval mode, computed in `dtype`."""
         all_scores, count, loss, total = [], 0, 0.0, 0
         collate, objective = Collator(self.pad_id), self.objective
         if isinstance(objective, TokenObjective):  # logits that need no reference
@@ -437,7 +437,7 @@ _TOKENS = "trainable_tokens_delta"  # attribute of the PEFT layer of trainable t
 def in_float32(
     model: torch.nn.Module, get_replacement: Callable[[str], torch.Tensor | None] = lambda _: None
 ) -> Iterator[None]:
-    """Run `model` in float32 inside the block, with its low-precision weights.
+    """Run `model` in float32 inside the block, with the values of its low-precision weights.
 
     The weights of each module are cast only while it runs, so one module needs extra memory.
     `get_replacement` maps a parameter name to a tensor to use instead, or None.

@@ -76,7 +76,7 @@ def create_visibility_mask(
 def split_queries(
     segments: tuple[Segment, ...], causal: bool, window: int | None
 ) -> tuple[QueryBlock, ...]:
-    """Returns the blocks of queries of a packed row, whose sequences are `segments`, in order."""
+    """Returns, in order, the query blocks of a packed row that consists of `segments`."""
     return tuple(block for segment in segments for block in _split_segment(segment, causal, window))
 
 
@@ -107,7 +107,7 @@ def _split_segment(segment: Segment, causal: bool, window: int | None) -> Sequen
 
 
 def _clip(spans: Sequence[Range], first: int, last: int) -> tuple[Range, ...]:
-    """Returns tokens `first` to `last` (exclusive) of a sequence as ranges in the packed row."""
+    """Returns the ranges of tokens [`first`, `last`) of a sequence that is at ranges `spans`."""
     clipped, position = [], 0
     for start, stop in spans:
         low, high = max(first - position, 0), min(last - position, stop - start)
@@ -190,7 +190,7 @@ class BlockedAttention(torch.autograd.Function):
 def _scores(
     query: Tensor, key: Tensor, block: QueryBlock, scale: float, cap: float | None
 ) -> Tensor:
-    """Returns unmasked scores (key heads, heads of a group * queries, keys), at least float32."""
+    """Returns scores before masking (key heads, heads of a group * queries, keys), in ≥ float32."""
     compute_dtype = torch.promote_types(query.dtype, torch.float32)
     queries = _queries(query, block, len(key)).to(compute_dtype)
     keys = _rows(key, block.keys).to(compute_dtype)

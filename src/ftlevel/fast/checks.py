@@ -167,11 +167,11 @@ class PackingCheck(StepCheck):
     def _is_different(
         self, batch: dict[str, Tensor], compute: Callable[[], Tensor], mask: Tensor
     ) -> bool:
-        """Returns whether states `compute()` differ, at `mask`, from those of the padded `batch`.
+        """Returns whether the last block's output by `compute()` differs from the padded `batch`'s.
 
-        In decoders, a few very large states cancel out in the last blocks, so 16-bit errors are
-        large. They are mere rounding if float32 states agree and the median 16-bit errors are
-        similar.
+        Only tokens in `mask` count. In decoders, a few very large states cancel out in the last
+        blocks, so 16-bit errors are large. They are mere rounding if float32 states agree and the
+        median 16-bit errors are similar.
         """
         states, expected = compute(), self._states(batch, None)
         if self.dtype == "float32":
@@ -247,7 +247,7 @@ def relative_difference(values: Tensor, expected: Tensor) -> float:
 
 
 def median_errors(values: Tensor, expected: Tensor, mask: Tensor) -> Tensor:
-    """Returns (rows,): the median of ‖value − expected‖ / ‖expected‖ of tokens at `mask`."""
+    """Returns each row's median of ‖value − expected‖ / ‖expected‖ over tokens in `mask`."""
     per_token = (values - expected).norm(dim=-1) / expected.norm(dim=-1)
     return torch.stack([own[at].median() for own, at in zip(per_token, mask, strict=True)])
 
@@ -262,7 +262,7 @@ class PruningCheck(StepCheck):
     """Finds the tokens and linear layers for last-layer pruning."""
 
     def __call__(self, objective: Objective) -> tuple[TokenSelector | None, list[nn.Module]]:
-        """Returns a selector of tokens needed after the last block, and layers that skip others.
+        """Returns a selector of tokens needed after the last block, and layers to skip the others.
 
         Returns (None, []) if every token may be needed or gradients fail; (selector, []) if the
         block runs twice.

@@ -197,7 +197,7 @@ class ChunkedCrossEntropy:
     def _losses(
         self, scores: Tensor, targets: Tensor, smoothing: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """Returns the loss of each row of logits `scores`, and the gradient w.r.t. `scores`."""
+        """Returns losses (targets,) and their gradient for `scores` (targets, vocabulary)."""
         device, vocab_size = scores.device.type, scores.shape[-1]
         backend = self._kernels.cross_entropy(vocab_size, scores.dtype, device)
         return backend.cross_entropy(scores, targets, smoothing)

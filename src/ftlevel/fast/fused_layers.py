@@ -151,7 +151,7 @@ class FusedNormGlu:
 
 
 def _fuse(module: nn.Module, cache: dict[Any, Any], kernels: Kernels) -> nn.Module | None:
-    """Returns the fused replacement of `module`, None without one; `cache` has results by class."""
+    """Returns the fused replacement of `module`, or None; `cache` keeps the match of each class."""
     if is_watched(module):
         return None
     if _may_be_norm(module):

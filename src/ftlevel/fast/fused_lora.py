@@ -241,7 +241,7 @@ class FusedLinear(FusedForward, lora.Linear):
 
 
 def get_fused_class(target: nn.Module, kwargs: Mapping[str, Any]) -> type | None:
-    """Returns the fused class for bitsandbytes layer `target` (`kwargs` are PEFT's); else None."""
+    """Returns the fused class for a bitsandbytes layer `target`, else None; `kwargs` are PEFT's."""
     if kwargs.get("loaded_in_4bit") and isinstance(target, bnb.nn.Linear4bit):
         return FusedLinear4bit
     if kwargs.get("loaded_in_8bit") and isinstance(target, bnb.nn.Linear8bitLt):

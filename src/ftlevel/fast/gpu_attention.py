@@ -76,7 +76,7 @@ MAX_HEAD_DIM = 256
 
 
 class FlashKernel(Protocol):
-    """A GPU kernel that computes the attention of a whole packed row in one call."""
+    """Interface of GPU kernels that compute the attention of a whole packed row in one call."""
 
     def supports(self, options: AttentionOptions, head_dim: int) -> bool:
         """Returns whether the kernel supports `options` for heads of `head_dim`."""
@@ -89,7 +89,7 @@ class FlashKernel(Protocol):
 
 @dataclass(frozen=True)
 class VarlenKernel:
-    """torch's `varlen_attn`, and which options the installed version supports.
+    """Kernel torch's `varlen_attn`, and which options the installed version supports.
 
     torch 2.8 and 2.9 do not have it. Options: only `is_causal` in 2.10, all but `enable_gqa` in
     2.11, all in 2.12, 2.13 and 2.15 (torch/nn/attention/varlen.py). Without `scales` the scale is 1
@@ -107,7 +107,6 @@ class VarlenKernel:
         return cls("window_size" in names, "scale" in names, "enable_gqa" in names)
 
     def supports(self, options: AttentionOptions, head_dim: int) -> bool:
-        """Returns whether the kernel supports `options` for heads of `head_dim`."""
         is_default_scale = math.isclose(options.scale, head_dim**-0.5, rel_tol=1e-6)
         has_window = self.windows or options.window is None
         return has_window and (self.scales or is_default_scale) and options.cap is None
@@ -126,7 +125,6 @@ class VarlenKernel:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, options: AttentionOptions
     ) -> Tensor:
-        """Returns the output (tokens, heads, head_dim), as `FlashKernel.attend`."""
         from torch.nn.attention.varlen import varlen_attn
 
         groups = query.shape[1] // key.shape[1]
@@ -218,9 +216,10 @@ def varlen_attention(
     options: AttentionOptions,
     kernel: FlashKernel | None = None,
 ) -> Tensor:
-    """Returns the output (tokens, heads, head_dim); `supports_attention` must be true.
+    """Returns attention within each of `segments`, (tokens, heads, head_dim), by a GPU kernel.
 
-    `states` are queries (heads, tokens, head_dim), keys and values (key heads, tokens, head_dim).
+    `states` are queries (heads, tokens, head_dim), keys and values (key heads, tokens, head_dim),
+    for which `supports_attention` must be true.
     """
     kernel = kernel or get_installed_kernel()
     if kernel is None:
@@ -310,7 +309,7 @@ def _pad(group: Sequence[Segment], causal: bool, window: int | None) -> PaddedBa
 def padded_attention(
     states: list[Tensor], segments: tuple[Segment, ...], options: AttentionOptions
 ) -> Tensor:
-    """Returns the output (tokens, heads, head_dim); `states` as in `varlen_attention`."""
+    """Returns attention as `varlen_attention` does, with torch's SDPA on padded batches."""
     device = states[0].device
     batches, positions = pad_segments(segments, options.causal, options.window, device)
     groups, outputs = len(states[0]) // len(states[1]), []
@@ -352,7 +351,7 @@ FUNCTION = "flash_attn_varlen_func"
 
 @dataclass(frozen=True)
 class HubKernel:
-    """A Hub kernel; `all_keys` is its value for an unlimited window: None in FA4, else -1."""
+    """Kernel from the Hub; `all_keys` is its value for an unlimited window (FA4: None, else -1)."""
 
     function: Callable[..., Any]
     caps: bool
@@ -368,7 +367,6 @@ class HubKernel:
         return cls(function, "softcap" in names, windows, all_keys)
 
     def supports(self, options: AttentionOptions, head_dim: int) -> bool:
-        """Returns whether the kernel supports `options` for heads of `head_dim`."""
         is_supported = (self.caps or options.cap is None) and (
             self.windows or options.window is None
         )
@@ -377,7 +375,6 @@ class HubKernel:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, options: AttentionOptions
     ) -> Tensor:
-        """Returns the output (tokens, heads, head_dim), as `FlashKernel.attend`."""
         kwargs: dict[str, Any] = {"softmax_scale": options.scale, "causal": options.causal}
         if options.cap is not None:
             kwargs["softcap"] = options.cap

@@ -24,7 +24,7 @@ from ftlevel.objectives import (
 
 
 def base_model(model: Any) -> Any:
-    """Returns the transformers model inside a PEFT model."""
+    """Returns the transformers model inside a PEFT model; another model itself."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
@@ -77,7 +77,7 @@ def compute_policy_loss(
 def compute_full_loss(
     model: Any, objective: Objective, batch: dict[str, Tensor], mask: Tensor, loss: TrainingLoss
 ) -> tuple[Tensor, Tensor, Any]:
-    """Returns the summed loss from all logits, the labels, and model outputs, if available."""
+    """Returns (summed loss, labels, model outputs or None), with the logits of all positions."""
     if isinstance(objective, LikelihoodObjective):
         answers = compute_answer_likelihoods(None, model, objective, batch)
         total = objective.preference_sum(answers, batch["preference_labels"], training=True)
@@ -124,7 +124,7 @@ def sum_log_ratios(
 def prepare_inputs(
     model: Any, objective: TokenObjective, batch: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Returns the entries of `batch` with which `model` computes logits, and the labels."""
+    """Returns inputs with which `model` computes logits but no loss, and the labels."""
     inputs: dict[str, Any] = dict(batch)
     for name in ("preference_labels", "located", "known", "ids", "signals"):
         inputs.pop(name, None)
@@ -143,7 +143,7 @@ def supervised_loss(
     observe: Observe | None = None,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """Returns a batch's summed loss, the head computed at targets only; `observe` gets logits."""
+    """Returns a batch's summed loss, with the head run at targets only; `observe` gets logits."""
     if isinstance(objective, LikelihoodObjective):
         answers = compute_answer_likelihoods(head, model, objective, batch)
         return objective.preference_sum(answers, batch["preference_labels"], training=True)

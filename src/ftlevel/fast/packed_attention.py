@@ -299,7 +299,7 @@ def _by_sequence(
     options: AttentionOptions,
     kernel: FlashKernel | None,
 ) -> Tensor:
-    """Returns the output (tokens, heads, head_dim): a kernel on a GPU, blocks or SDPA on a CPU."""
+    """Returns attention within the sequences, (tokens, heads, head_dim), by the fastest method."""
     if supports_attention(states[0], options, kernel):
         return varlen_attention(states, layout.segments, options, kernel)
     if states[0].device.type != "cpu":
@@ -334,7 +334,7 @@ def _by_sequence(
 def _by_length(
     segments: Sequence[Segment], states: list[Tensor], options: AttentionOptions
 ) -> Tensor:
-    """Returns the output (tokens, heads, head_dim); neighboring segments of one length are a batch.
+    """Returns (tokens, heads, head_dim) by SDPA, a call per run of segments of equal length.
 
     At 15 tokens in bfloat16, this takes a third of the time of `ShortAttention` (float32 softmax).
     """

@@ -83,7 +83,7 @@ class PackedLayout:
         return cls(batch, seq, flat.nonzero()[:, 0], restore, tuple(segments))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedLayout:
-        """Returns the layout with its indices on `device`."""
+        """Returns the layout with its tensors on `device`."""
         source = self.source.to(device, non_blocking=non_blocking)
         restore = self.restore.to(device, non_blocking=non_blocking)
         needed = self.needed
@@ -92,7 +92,7 @@ class PackedLayout:
         return replace(self, source=source, restore=restore, needed=needed)
 
     def pin_memory(self) -> PackedLayout:
-        """Returns the layout with its indices in pinned memory."""
+        """Returns the layout with its tensors in pinned memory."""
         pinned = {name: getattr(self, name) for name in ("source", "restore", "needed")}
         return replace(self, **{n: t.pin_memory() for n, t in pinned.items() if t is not None})
 
@@ -191,7 +191,7 @@ def split_padded(lengths: Sequence[int], budget: int, multiple: int = 1) -> Micr
 
 
 def split_packed(lengths: Sequence[int], budget: int, multiple: int = 1) -> MicroBatches:
-    """Split rows into packed micro-batches (Graham, 1969); arguments as in `split_padded`."""
+    """Split rows into even packed micro-batches (Graham, 1969); arguments as in `split_padded`."""
     order = _by_length(lengths, range(len(lengths)))
     num_batches = _round_up(math.ceil(sum(lengths) / budget), multiple, len(lengths))
     while True:
@@ -271,7 +271,7 @@ def _balance(order: Sequence[int], costs: Sequence[int], num_batches: int) -> Mi
 
 
 def _split(order: Sequence[int], budget: int, added: AddedCost, multiple: int) -> MicroBatches:
-    """Split rows in `order` into few, even micro-batches; a row adds `added` tokens to one."""
+    """Split rows, in `order`, into few, even micro-batches; `added` returns the cost of a row."""
     num_batches = _round_up(len(_fill(order, budget, added)), multiple, len(order))
     low, high = 1, budget
     while low < high:  # the smallest budget that needs no more micro-batches

@@ -53,7 +53,7 @@ class ParallelWorkers:
     def forward(
         self, compute: Callable[[int], Tensor], number: int, seed: int | None = None
     ) -> list[Tensor]:
-        """Returns [compute(0), …, compute(number - 1)], with random values as in `backward`."""
+        """Returns [compute(0), …, compute(number - 1)]; call i draws with the seed `seed` + i."""
 
         def run(at: int) -> Tensor:
             with using_generator(None if seed is None else seed + at):
@@ -120,7 +120,7 @@ def _add(parameter: Tensor, gradient: Tensor) -> None:
 
 
 def makespan(durations: Sequence[int], workers: int) -> int:
-    """Returns the total time if jobs of `durations` start in order, each on an idle worker."""
+    """Returns the total time if jobs of `durations` start in order, on the first idle worker."""
     end_times = [0] * workers
     for cost in durations:
         first = end_times.index(min(end_times))
@@ -129,5 +129,5 @@ def makespan(durations: Sequence[int], workers: int) -> int:
 
 
 def duration(costs: Sequence[int], workers: int) -> float:
-    """Returns estimated time of micro-batches of `costs` tokens; unit: one token on all threads."""
+    """Returns the estimated time of micro-batches of `costs` tokens, in times of a token alone."""
     return sum(costs) if workers == 1 else makespan(costs, workers) * workers / GAIN

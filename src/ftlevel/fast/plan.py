@@ -50,7 +50,10 @@ class WorkerPlan:
 def plan_workers(
     method: MethodConfig, requested: int | str, meta: Any, device: str, is_ordered: bool
 ) -> WorkerPlan:
-    """Returns how many micro-batches of the meta model `meta` to compute in parallel."""
+    """Returns how many micro-batches of `meta`, a model on device meta, to compute in parallel.
+
+    `is_ordered` means that dropout draws from the global generator, so the order matters.
+    """
     threads = torch.get_num_threads()
     if device != "cpu" or threads == 1 or requested == 1:
         return WorkerPlan()
@@ -92,7 +95,10 @@ def _has_dynamic_rope(config: Any) -> bool:
 
 
 def get_dropout(method: MethodConfig, meta: Any, with_head: bool = False) -> str:
-    """Returns name and value of dropout or jitter (`with_head`: in heads too); empty if none."""
+    """Returns e.g. "lora_dropout 0.1" if method or model has dropout or jitter, else "".
+
+    Dropout in the head counts only if `with_head`.
+    """
     for owner in (method.model_dump(), meta.config.to_dict()):
         for name, value in owner.items():
             if not (isinstance(value, float) and value > 0):
@@ -162,7 +168,7 @@ class FastPlan:
         tokens: maximum total tokens of the micro-batches that are computed in parallel.
         prefix_tree: whether prefixes shared in a micro-batch are computed once.
         attention_kernel: name of a Hub kernel; empty for torch's.
-        needed_tokens: tokens that the last block computes; None for all or before the check.
+        needed_tokens: selects tokens that the last block computes; None for all or until checked.
         shared_prefix: whether the rows' common prefix may be computed before the micro-batches.
         memory: device memory in bytes from which `tokens` was computed; 0 if it was not.
     """
@@ -269,7 +275,7 @@ def plan_forward(
 
 
 def has_virtual_tokens(model: Any, method: str) -> bool:
-    """Returns whether an adapter of `model` adds virtual tokens to every row."""
+    """Returns whether an adapter of `model` adds virtual tokens, so that rows cannot be packed."""
     adapters = getattr(model, "peft_config", {}).values()
     message = method in METHODS and METHODS[method].step.packing(SPECS[method]())
     return bool(message) or any(config.is_prompt_learning for config in adapters)

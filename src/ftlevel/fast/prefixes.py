@@ -130,9 +130,10 @@ def common_prefix_length(one: Tokens, other: Tokens) -> int:
 def sort_by_prefix(
     rows: Sequence[Tokens], min_length: int = MIN_PREFIX
 ) -> tuple[list[int], list[int]]:
-    """Returns row indices in sorted order, and how many tokens each row shares with the one before.
+    """Returns row indices in lexicographic order, and each row's number of shared tokens.
 
-    The numbers are indexed by row; prefixes shorter than `min_length` tokens count as 0.
+    The latter are indexed by row, and are those of the common prefix with the previous row in the
+    order; prefixes shorter than `min_length` tokens count as 0.
     """
     order = sorted(range(len(rows)), key=lambda row: rows[row])
     shared = [0] * len(rows)

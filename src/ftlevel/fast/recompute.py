@@ -46,7 +46,7 @@ _LEVELS = 1 << 16
 
 
 def dropout_mask(like: Tensor, p: float) -> Tensor:
-    """Returns a CPU mask like `like`: 0 with probability `p` (in 1/65,536), else 1 / (1 - p)."""
+    """Returns a CPU mask like `like`: 0 with probability `p` (± 1/65,536), else 1 / (1 - p)."""
     count, dropped = like.numel(), min(round(p * _LEVELS), _LEVELS - 1)
     bits = torch.empty(-(-count // 4), dtype=torch.int64)
     bits.random_(-(1 << 63), None, generator=worker_generator())

@@ -154,7 +154,7 @@ def chunked_cross_entropy(
     device: str,
     dtype: str,
 ) -> Iterator[ChunkedCrossEntropy | None]:
-    """Yields the chunked cross-entropy of `model`; None without a head or on a failed check."""
+    """Yields the chunked cross-entropy of `model`; None if it has no head or the check fails."""
     base = base_model(model)
     head = ChunkedCrossEntropy(base) if has_language_head(base, objective) else None
     try:

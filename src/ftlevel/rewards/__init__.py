@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 
 class Spec(Protocol):
-    """Name and argument of a built-in reward."""
+    """Interface of a built-in reward's specification."""
 
     @property
     def name(self) -> str:
@@ -36,7 +36,7 @@ MAX_CHARACTERS = 200_000
 
 
 def create_reward(spec: Spec, *, opens_think: bool = False) -> Reward:
-    """Returns the function of the built-in reward `spec`.
+    """Returns the function that computes the built-in reward `spec`.
 
     `opens_think`: whether prompts end with `<think>`. Raises `ValueError` for a missing package or
     an invalid JSON schema.
@@ -123,7 +123,7 @@ def _shown(value: Any) -> str:
 
 
 def _visible(text: str) -> str:
-    """Returns the text after the last `</think>`; "" if `<think>` is not closed."""
+    """Returns the text after the last `</think>`, or all if none; "" for an open `<think>`."""
     before, closed, after = text.rpartition("</think>")
     if closed:
         return "" if "<think>" in after else after
@@ -131,7 +131,7 @@ def _visible(text: str) -> str:
 
 
 def _final(reference: Any) -> str:
-    """Returns the answer as text; for GSM8K's answers, only what follows `####`."""
+    """Returns the reference answer as text; for GSM8K's answers, only what follows `####`."""
     return str(reference).rpartition("####")[2].strip()
 
 
@@ -140,7 +140,7 @@ _MOST_DIGITS = 400
 
 
 def last_number(text: str) -> Decimal | None:
-    """Returns the last number of `text`; commas separate thousands."""
+    """Returns the last number of `text`, or None; commas separate thousands."""
     result = None
     for result in _NUMBER.finditer(text):  # noqa: B007 - the last one
         pass
@@ -200,7 +200,7 @@ def split_labels(value: str) -> list[str]:
 
 
 def _label_of(reference: Any, labels: Sequence[str]) -> str | None:
-    """Returns the label that equals the answer, or has its index (from 0); None if none does."""
+    """Returns the label that equals the answer, or is at this index (from 0); None if none."""
     if isinstance(reference, int) and not isinstance(reference, bool):
         return labels[reference] if 0 <= reference < len(labels) else None
     final = _final(reference).strip("().").casefold()
@@ -282,7 +282,7 @@ def _schema_column_reward(column: str) -> Reward:
 
 
 def _json_reward(schema_file: str) -> _AnswerReward:
-    """Returns a reward: the ratio of fields equal to the answer's, or 0 for invalid JSON."""
+    """Returns a reward function: share of JSON fields equal to the answer's; 0 if invalid."""
     validator = None
     if schema_file:
         try:

@@ -122,7 +122,7 @@ class Worker:
         return {"signatures": self.signatures, "problems": problems}
 
     def check(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns index and reason of the first row that a built-in reward rejects, if any."""
+        """Returns `row`, the first that a built-in reward rejects (or None), and `reason`."""
         for spec in self.specs:
             if spec.kind != "builtin":
                 continue

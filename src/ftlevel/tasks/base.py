@@ -74,7 +74,7 @@ class OutputOptions:
 
 
 class PromptedModel(Protocol):
-    """A model ready for inference, with the settings of its model card."""
+    """Interface of a loaded model that tasks use for inference, with its model card's settings."""
 
     tokenizer: Any
     kind: str
@@ -87,7 +87,7 @@ class PromptedModel(Protocol):
         """Returns the generated text per prompt; raises `UnansweredError` for a too long prompt."""
 
     def fit_rows(self, rows: Sequence[Encoded]) -> Sequence[Encoded]:
-        """Returns `rows`, long ones truncated if allowed, else raises `UnansweredError`."""
+        """Returns rows truncated to the model's positions; `UnansweredError` if that is off."""
 
     def score(self, rows: Sequence[Encoded], read: Callable[[Encoded, Tensor], T]) -> list[T]:
         """Returns `read(row, logits)` for each row, in order; the logits are freed after each call.
@@ -135,7 +135,7 @@ class BaseTask(ABC):
         builtin_subset: subset of `builtin:docstrings` to read; empty for all.
         has_new_head: whether the head is newly initialized and fully trained.
         generates_text: whether the model generates text.
-        served_as: kind of model, as servers name it, if it generates no text.
+        served_as: kind of model, to select servers that support it, if it generates no text.
         finds_ends_by_padding: whether the model locates a row's last token by its padding.
         head_like: task with the same head, if the head is not specific to this task.
         separates_padding: whether the padding token must differ from EOS.
@@ -146,7 +146,7 @@ class BaseTask(ABC):
         synthetic_labels: class or tag names assumed for synthetic batches.
         needs_offsets: whether encoding needs the character offsets of tokens.
         checks: data checks that apply to the encoded rows.
-        split_text: name, in the log, of the number of extra rows from examples that were split.
+        split_text: what the log calls the rows that were added by splitting long examples.
     """
 
     name: str
@@ -179,7 +179,7 @@ class BaseTask(ABC):
     split_text: ClassVar[str] = "split into several"
 
     def configured(self, task_config: Mapping[str, Any]) -> BaseTask:
-        """Returns the task with the `task_config` of a configuration or model card."""
+        """Returns the task with the settings `task_config`, from a configuration or model card."""
         return self
 
     # ---- the model
@@ -206,7 +206,7 @@ class BaseTask(ABC):
 
     @property
     def stop_texts(self) -> Sequence[str]:
-        """Texts that end a generated text."""
+        """Texts at which generation stops."""
         return ()
 
     @property
@@ -219,7 +219,7 @@ class BaseTask(ABC):
         return None
 
     def get_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
-        """Find modules of `meta` (on device meta) to train in full, and those `source` may lack."""
+        """Returns names of modules of `meta` to train in full, and of those missing in `source`."""
         if not self.has_new_head:
             return [], []
         from ftlevel.models.loading import get_new_poolers
@@ -229,12 +229,12 @@ class BaseTask(ABC):
         return heads, heads
 
     def get_unused_modules(self, meta: Any) -> list[str]:
-        """Find modules of `meta` (on device meta) that do not affect the loss; never trained."""
+        """Returns names of modules of `meta` (on device meta) that the loss does not use."""
         return []
 
     @property
     def head_message(self) -> str:
-        """Log text explaining why the modules of `get_heads` are fully trained."""
+        """Log text about the modules of `get_heads`, e.g. why they are trained in full."""
         return "trained in full and saved"
 
     @abstractmethod
@@ -266,7 +266,7 @@ class BaseTask(ABC):
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Returns `prompt`, `labels` and `options` of the card for a model that has none."""
+        """Returns `prompt`, `labels` and `options` as in a model card, for a model without one."""
         return {}
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:
@@ -303,13 +303,13 @@ class BaseTask(ABC):
     def column_mapping(
         self, column_names: Sequence[str], config: DataConfig, rows: Sequence[Row]
     ) -> Mapping[str, str]:
-        """Returns role -> column where settings other than `--map` determine the column."""
+        """Returns role (e.g. `source`) -> column, where options besides `--map` determine it."""
         return {}
 
     def update_format(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
-        """Returns the format, completed from the values in its columns, and log lines about it."""
+        """Returns `format_` with what the columns' values determine, and log lines about it."""
         return format_, []
 
     def label_role(self, format_: Format) -> str | None:
@@ -335,7 +335,7 @@ class BaseTask(ABC):
         return {}
 
     def check_training_set(self, training_set: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        """Returns (check name, number of examples, description) per failed check."""
+        """Returns (check name, number of failing examples, description) per failed check."""
         return ()
 
     def check_eval_set(
@@ -350,7 +350,7 @@ class BaseTask(ABC):
     def encode_corpus(
         self, encoder: Encoder, documents: Sequence[str]
     ) -> tuple[Sequence[Encoded], Choice]:
-        """Returns the encoded documents to search, and a log line; ConfigError without queries."""
+        """Returns the encoded documents to search, and a log line; ConfigError if unsupported."""
         raise ConfigError(f"--corpus: of --task embedding, and this is {self.name}. Drop it.")
 
     def data_info(self, loaded: LoadedData) -> Mapping[str, Any]:
@@ -366,13 +366,13 @@ class BaseTask(ABC):
     def finish_data(
         self, prepared: PreparedData, config: DataConfig, context: EncodingContext
     ) -> PreparedData:
-        """Returns `prepared` with rows completed by the task, e.g. masked at each reading."""
+        """Returns `prepared` with rows completed by the task, e.g. masked anew at each access."""
         return prepared
 
     def evaluation_rows(
         self, rows: Sequence[Encoded], config: DataConfig, context: EncodingContext
     ) -> Sequence[Encoded]:
-        """Returns `rows` made identical at each reading, for evaluation, e.g. with fixed masks."""
+        """Returns `rows` for evaluation, which are equal at each access, e.g. with fixed masks."""
         return rows
 
     # ---- inference and display
@@ -387,7 +387,7 @@ class BaseTask(ABC):
         """Returns the format of a table without answers.
 
         `mapping` (role -> column) is from `--map`, `name` from `--format`. Raises `ConfigError` if
-        the task supports prompts only, `InputError` if no layout of `query_shapes` matches.
+        the task has no `query_shapes`, `InputError` if none of these layouts matches.
         """
         if not self.query_shapes:
             raise ConfigError(
@@ -403,7 +403,7 @@ class BaseTask(ABC):
         inference_config: Mapping[str, Any],
         outputs: OutputOptions,
     ) -> dict[str, Column]:
-        """Returns prediction columns: name suffix -> type; the answer itself has the suffix "".
+        """Returns suffix -> type of each output column; the answer's column has the suffix "".
 
         Raises `ConfigError` if the task does not support an optional output.
         """
@@ -418,7 +418,7 @@ class BaseTask(ABC):
     def predict(
         self, model: PromptedModel, queries: Sequence[Any], outputs: OutputOptions
     ) -> list[Prediction]:
-        """Returns one prediction per query; `queries[i].row` must be i.
+        """Returns one prediction per query (see `create_query`); `queries[i].row` must be i.
 
         Raises `UnansweredError` if some queries cannot be answered.
         """
@@ -437,7 +437,7 @@ class BaseTask(ABC):
     def decode_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
-        """Returns each token's target as text; "" for the token itself, None if none.
+        """Returns each token's target as text: "" if it is the token itself, None if there is none.
 
         `names` are class or tag names, `kind` is that of the model.
         """
@@ -447,30 +447,30 @@ class BaseTask(ABC):
         return [None if label == IGNORED else "" for label in labels]
 
     def get_decoder_labels(self, row: Encoded, kind: str) -> list[int]:
-        """Returns the target ids of an encoder-decoder; empty for other models."""
+        """Returns the row's target ids for an encoder-decoder; empty for other models."""
         return []
 
     def decode_label(self, row: Encoded, names: Sequence[str]) -> str:
-        """Returns the label of the row, or the positions of its parts; "" for token targets."""
+        """Returns text about the row's label or the tokens of its parts; "" for token labels."""
         return ""
 
 
-def check_options(outputs: OutputOptions, whose: str, instead: str) -> None:
-    """Raise `ConfigError`, advising `instead`, if `outputs` asks `whose` for probabilities."""
+def check_options(outputs: OutputOptions, name: str, advice: str) -> None:
+    """Raise `ConfigError` that `name` has no probabilities if `outputs` requests them."""
     for flag, value in (("--probabilities", outputs.probabilities), ("--top-k", outputs.top_k)):
         if value:
-            raise ConfigError(f"{flag}: {whose} has no probabilities. {instead or f'Drop {flag}.'}")
+            raise ConfigError(f"{flag}: {name} has no probabilities. {advice or f'Drop {flag}.'}")
 
 
 def rank(scores: Mapping[str, float], top_k: int) -> list[dict[str, Any]]:
-    """Returns the `top_k` most likely entries of `scores`, best first."""
+    """Returns the `top_k` most probable of `scores` (name -> probability), best first."""
     best = sorted(scores.items(), key=lambda item: -item[1])[:top_k]
     return [{"answer": name, "probability": score} for name, score in best]
 
 
 @functools.cache
 def load_tasks() -> dict[str, BaseTask]:
-    """Returns all tasks by name, without those of packages that cannot be imported."""
+    """Returns name -> task; warns of extensions that cannot be imported, and skips their tasks."""
     tasks: dict[str, BaseTask] = {}
     packages = added("tasks")
     for name in NAMES:

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 
 class ClassMeter(PredictionMeter):
-    """Accuracy, macro F1 and Matthews correlation of single-label classification."""
+    """Meter of single-label classification: accuracy, macro F1 and Matthews correlation."""
 
     def update(self, logits: Tensor, labels: Tensor, rows: Sequence[Any]) -> None:
         self.predicted += logits.argmax(-1).tolist()
@@ -76,7 +76,7 @@ class ClassMeter(PredictionMeter):
 
 
 class MultiLabelMeter(PredictionMeter):
-    """F1 and subset accuracy of multi-label classification at threshold 0.5."""
+    """Meter of multi-label classification: F1 and subset accuracy at probability 0.5."""
 
     def update(self, logits: Tensor, labels: Tensor, rows: Sequence[Any]) -> None:
         self.predicted += (logits > 0).int().tolist()
@@ -97,7 +97,7 @@ class MultiLabelMeter(PredictionMeter):
 
 
 class RegressionMeter(PredictionMeter):
-    """Root mean squared error, Pearson and Spearman correlation."""
+    """Meter of regression: root mean squared error, Pearson and Spearman correlation."""
 
     def update(self, logits: Tensor, labels: Tensor, rows: Sequence[Any]) -> None:
         self.predicted += logits.float().squeeze(-1).tolist()
@@ -183,7 +183,7 @@ class ClassTask(BaseTask):
     def update_format(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
-        """Returns the format with the problem type, which determines how examples are built."""
+        """Returns `format_` with the problem type, which determines how examples are built."""
         problem, reason = choose_problem_type(table, format_.columns["label"], config.problem_type)
         completed = replace(format_, build=_BUILDERS[problem], options={"problem_type": problem})
         return completed, [Choice("problem", problem, reason)]
@@ -308,7 +308,7 @@ def _probability(label: str) -> str:
 
 @dataclass(frozen=True)
 class Classes(ClassObjective):
-    """Cross entropy over rows: logits `(batch, classes)`, labels `(batch,)`."""
+    """Objective: cross entropy of rows, logits `(batch, classes)`, labels `(batch,)`."""
 
     per_row: ClassVar[bool] = True
     metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "mcc")
@@ -322,13 +322,13 @@ class Classes(ClassObjective):
         return ClassMeter()
 
     def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
-        """Returns the entropy of the classes of `rows`: the loss of the best constant."""
+        """Returns the entropy of the class frequencies, the loss of always predicting these."""
         return entropy(row.labels for row in rows if isinstance(row.labels, int))
 
 
 @dataclass(frozen=True)
 class MultiLabel(Objective):
-    """Binary cross entropy over rows and classes: logits and float labels `(batch, classes)`."""
+    """Objective: binary cross entropy, logits and float labels `(batch, classes)`."""
 
     per_row: ClassVar[bool] = True
     has_classes: ClassVar[bool] = True
@@ -347,7 +347,7 @@ class MultiLabel(Objective):
         return torch.tensor(labels.numel())
 
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Returns the sum over all classes of all rows, in nats."""
+        """Returns the cross entropy summed over all classes of all rows, in nats."""
         from torch.nn import functional
 
         return functional.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum")
@@ -355,7 +355,7 @@ class MultiLabel(Objective):
     def training_sum(
         self, logits: Tensor, labels: Tensor, mask: Tensor, loss: TrainingLoss
     ) -> Tensor:
-        """Returns the sum over classes and rows, with the class weights and focal γ in `loss`."""
+        """Returns the loss summed over classes and rows, with weights and focal γ of `loss`."""
         return weighted_binary_cross_entropy(logits.float(), labels, loss)
 
     def balance(self, rows: Sequence[Encoded], classes: int) -> tuple[float, ...]:
@@ -366,14 +366,14 @@ class MultiLabel(Objective):
         return MultiLabelMeter()
 
     def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
-        """Returns the mean binary entropy over the classes: the loss of the best constant."""
+        """Returns the mean binary entropy of the classes, the loss of predicting frequencies."""
         answers = [row.labels for row in rows if isinstance(row.labels, tuple)]
         return mean_entropy(zip(*answers, strict=True))
 
 
 @dataclass(frozen=True)
 class Regression(Objective):
-    """Squared error over rows: logits `(batch, 1)`, float labels `(batch,)`."""
+    """Objective: squared error of rows, logits `(batch, 1)`, float labels `(batch,)`."""
 
     per_row: ClassVar[bool] = True
     has_choice: ClassVar[bool] = False
@@ -394,7 +394,7 @@ class Regression(Objective):
         return RegressionMeter()
 
     def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
-        """Returns the variance of the labels: the loss of the best constant, their mean."""
+        """Returns the variance of the labels: the loss of always predicting their mean."""
         values = [row.labels for row in rows if isinstance(row.labels, float)]
         return statistics.pvariance(values) if values else None
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class ClassObjective(Objective):
-    """Objective with one class per target."""
+    """Base class of objectives with one class per target."""
 
     one_of_many: ClassVar[bool] = True
     has_classes: ClassVar[bool] = True
@@ -49,7 +49,7 @@ class ClassObjective(Objective):
     def training_sum(
         self, logits: Tensor, labels: Tensor, mask: Tensor, loss: TrainingLoss
     ) -> Tensor:
-        """Returns the sum over the targets, with the class weights and focal γ in `loss`."""
+        """Returns the loss summed over targets, with the class weights and focal γ of `loss`."""
         from torch.nn import functional
 
         if not loss.is_weighted:
@@ -70,7 +70,7 @@ class ClassObjective(Objective):
         return self.count(labels) if weights is None else weights[labels[labels != IGNORED]].sum()
 
     def balance(self, rows: Sequence[Encoded], classes: int) -> tuple[float, ...]:
-        """Returns balanced weights as in scikit-learn: targets / (classes · class targets)."""
+        """Returns scikit-learn's balanced weights: targets / (classes seen · targets of class)."""
         counts = Counter(_targets_of(rows))
         total, seen = counts.total(), len(counts)
         return tuple(total / (seen * counts[c]) if counts[c] else 1.0 for c in range(classes))
@@ -82,7 +82,7 @@ def focal_factor(nll: Tensor, gamma: float) -> Tensor:
 
 
 def weighted_binary_cross_entropy(logits: Tensor, labels: Tensor, loss: TrainingLoss) -> Tensor:
-    """Returns the sum over `(rows, classes)`, with the class weights and focal γ in `loss`."""
+    """Returns the loss summed over `(rows, classes)`, with class weights and focal γ of `loss`."""
     from torch.nn import functional
 
     weights = _tensor_of(loss.class_weights, logits)
@@ -96,7 +96,7 @@ def weighted_binary_cross_entropy(logits: Tensor, labels: Tensor, loss: Training
 
 
 def compute_pos_weight(labels: Iterable[Sequence[float]]) -> tuple[float, ...]:
-    """Returns the ratio of negative to positive rows per class; 1 for classes that do not occur."""
+    """Returns each class's ratio of negative to positive rows; 1 if all rows are of one kind."""
     labels_per_class = list(zip(*labels, strict=True))
     return tuple(
         (len(column) - sum(column)) / sum(column) or 1.0 if any(column) else 1.0
@@ -123,7 +123,7 @@ P = TypeVar("P", bound="PredictionMeter")
 
 
 class PredictionMeter:
-    """Meter that stores predictions and targets row by row."""
+    """Base class of meters that store the prediction and the target of each row."""
 
     def __init__(self) -> None:
         self.predicted: list[Any] = []
@@ -136,7 +136,7 @@ class PredictionMeter:
         return pooled
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
-        """Returns prediction and target of the only example seen; `names` are its class names."""
+        """Returns the prediction and the target of the only row; `names` are the class names."""
         return {
             "predicted": _name_values(self.predicted[0], names),
             "true": _name_values(self.true[0], names),
@@ -152,7 +152,7 @@ def _name_values(value: Any, names: Sequence[str]) -> Any:
 
 
 def entropy(answers: Iterable[Hashable]) -> float | None:
-    """Returns the entropy of the label frequencies in nats: the loss of the best constant."""
+    """Returns the entropy of the frequencies of `answers`, in nats; None if there are none."""
     counts = Counter(answers)
     total = counts.total()
     if not total:
@@ -160,15 +160,15 @@ def entropy(answers: Iterable[Hashable]) -> float | None:
     return sum(count / total * math.log(total / count) for count in counts.values())
 
 
-def mean_entropy(probabilities: Iterable[Iterable[Hashable]]) -> float | None:
-    """Returns the mean of `entropy` over several label sequences; None if all are empty."""
-    values = [value for column in probabilities if (value := entropy(column)) is not None]
+def mean_entropy(columns: Iterable[Iterable[Hashable]]) -> float | None:
+    """Returns the mean of `entropy` over `columns` of labels; None if all are empty."""
+    values = [value for column in columns if (value := entropy(column)) is not None]
     return sum(values) / len(values) if values else None
 
 
 @dataclass(frozen=True)
 class Tokens(TokenObjective):
-    """Cross entropy over tokens: logits `(batch, seq, vocabulary)`, labels `(batch, seq)`.
+    """Objective: cross entropy of tokens, logits `(batch, seq, vocabulary)`, labels `(batch, seq)`.
 
     With `shifted`, position i - 1 predicts the label of position i, as in causal models.
     `perplexity` and `accuracy` are metric names.
@@ -213,7 +213,7 @@ class Tokens(TokenObjective):
 
 
 class TokenMeter:
-    """Perplexity and accuracy over supervised tokens, under the given metric names."""
+    """Meter of supervised tokens; `perplexity` and `accuracy` are the names of its metrics."""
 
     def __init__(self, perplexity: str, accuracy: str) -> None:
         self.perplexity = perplexity
@@ -249,7 +249,7 @@ MIN_LOG_PROBABILITY = -1e4
 
 @dataclass(frozen=True)
 class DistillationTokens(Tokens, DistillationObjective):
-    """Token cross entropy plus the divergence from a teacher, as `config` define it."""
+    """Objective: token cross entropy and the divergence from a teacher, weighted by `config`."""
 
     config: DistillationConfig = field(default_factory=DistillationConfig)
 
@@ -286,7 +286,7 @@ def log_outcomes(scores: Tensor, ids: Tensor, outcomes: int) -> Tensor:
 
 
 def divergence(teacher: Tensor, student: Tensor, config: DistillationConfig) -> Tensor:
-    """Returns the divergence `(targets,)` of log-probabilities `(targets, outcomes)`."""
+    """Returns each target's divergence of two log-probabilities `(targets, outcomes)`."""
     import torch
 
     if config.divergence == "forward-kl":
@@ -308,7 +308,7 @@ def create_distillation_objective(
 
 
 def outcome_dtype(config: DistillationConfig, vocabulary: int) -> Any:
-    """Returns the numpy dtype of a teacher's values per target; `vocabulary` is the shared size."""
+    """Returns the numpy dtype of `Encoded.teacher`; `vocabulary` is the number of shared tokens."""
     import numpy as np
 
     count = config.kd_top_k
@@ -318,7 +318,7 @@ def outcome_dtype(config: DistillationConfig, vocabulary: int) -> Any:
 
 
 def select_top_k(scores: Tensor, config: DistillationConfig, dtype: Any) -> tuple[Tensor, Tensor]:
-    """Returns top-k log-probabilities and ids of a teacher's logits `(targets, vocabulary)`."""
+    """Returns log-probabilities and ids of the teacher's top tokens; `dtype` has their number."""
     tempered = scores.float() / config.kd_temperature
     count, outcomes = dtype["ids"].shape[0], dtype["known"].shape[0]
     if not count:  # tokens beyond the shared vocabulary are dropped

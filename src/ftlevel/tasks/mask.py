@@ -52,7 +52,7 @@ class MaskTask(BaseTask):
         return Tokens(self.headline, perplexity="pseudo_perplexity", accuracy="masked_accuracy")
 
     def get_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
-        """Find the language head to train in full, if the checkpoint lacks it."""
+        """Returns the language head as a module to train in full, if the checkpoint lacks it."""
         from ftlevel.models.module_tree import get_new_language_head
 
         return get_new_language_head(meta)
@@ -83,7 +83,7 @@ class MaskTask(BaseTask):
     def finish_data(
         self, prepared: PreparedData, config: DataConfig, context: EncodingContext
     ) -> PreparedData:
-        """Returns training rows whose tokens are masked when read, differently in each epoch."""
+        """Returns `prepared` with training rows that are masked differently in each epoch."""
         masked = _mask_rows(prepared.train, config, context)
         data_info = {**prepared.info, "supervised": masked.count_hidden()}
         ratio = f"{data_info['supervised']:,} supervised, resampled each epoch"

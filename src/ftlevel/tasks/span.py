@@ -52,7 +52,7 @@ _PUNCTUATION = frozenset(string.punctuation)
 class BestSpan:
     """Best span so far over the windows of one question: characters `[start, end)` of the context.
 
-    `score` is the sum of start and end logit; `null` is the lowest score of "no answer".
+    `score` is the sum of start and end logit; `null` is the lowest "no answer" score of a window.
     """
 
     text: str = ""
@@ -103,12 +103,12 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """Returns 1.0 if the normalized prediction equals an answer (without answers: ""), else 0.0."""
+    """Returns 1.0 if the normalized prediction equals one of `answers` ("" if none), else 0.0."""
     return float(any(normalize_answer(prediction) == normalize_answer(a) for a in answers or ("",)))
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
-    """Returns the highest word F1 of the prediction with an answer (without answers: "")."""
+    """Returns the prediction's highest word F1 with one of `answers` ("" if none)."""
     return max(_f1(prediction, answer) for answer in answers or ("",))
 
 
@@ -178,7 +178,7 @@ class SpanTask(BaseTask):
         )
 
     def check_rows(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
-        """Returns a mask of the windows of questions whose answer is not whole in any window."""
+        """Returns the mask of windows whose question has an answer but in no window as a whole."""
         import numpy as np
 
         has_span = {row.row for row in rows if row.labels != (0, 0)}
@@ -280,7 +280,7 @@ def _separator(kind: str) -> str:
 
 @dataclass(frozen=True)
 class Spans(Objective):
-    """Cross entropy over start and end tokens: logits `(batch, seq, 2)`, labels `(batch, 2)`.
+    """Objective: cross entropy of start and end, logits `(batch, seq, 2)`, labels `(batch, 2)`.
 
     Padding is masked, unlike in transformers, so a row's loss does not depend on its batch.
     """
@@ -315,7 +315,7 @@ class Spans(Objective):
 
 
 class SpanMeter:
-    """SQuAD's exact match and F1, between 0 and 1, of the best span of each question."""
+    """Meter of SQuAD's exact match and F1, 0 to 1, of the best span of each question."""
 
     def __init__(self, unanswerable: bool) -> None:
         self.unanswerable = unanswerable

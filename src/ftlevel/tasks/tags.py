@@ -55,7 +55,7 @@ def are_entity_tags(names: Iterable[str]) -> bool:
 
 
 def name_scheme(sentences: Iterable[Sequence[str]]) -> str:
-    """Returns the name of the tagging scheme.
+    """Returns the tagging scheme of sentences of tags: IO, IOB1, IOB2, IOBES or BILOU.
 
     In IOB1 (Ramshaw and Marcus, 1995) B- starts an entity only after another of the same type; in
     IOB2 every entity starts with B-.
@@ -78,7 +78,7 @@ def name_scheme(sentences: Iterable[Sequence[str]]) -> str:
 
 
 def extract_entities(tags: Sequence[str]) -> list[Entity]:
-    """Returns the entities of a sentence; as in conlleval, I- begins one if none is open."""
+    """Returns the entities in a sentence's tags; as in conlleval, I- begins one if none is open."""
     entities: list[Entity] = []
     start, previous, previous_type = 0, "O", ""
     for index, name in enumerate([*tags, "O"]):
@@ -257,7 +257,7 @@ def _split(text: str, row: int) -> TaggedTokens:
 
 @dataclass(frozen=True)
 class Tags(ClassObjective):
-    """Cross entropy over words: logits `(batch, seq, tags)`, labels `(batch, seq)`."""
+    """Objective: cross entropy of words, logits `(batch, seq, tags)`, labels `(batch, seq)`."""
 
     per_token: ClassVar[bool] = True
     names: tuple[str, ...] = ()
@@ -288,7 +288,7 @@ class Tags(ClassObjective):
 
 
 class TagMeter(PredictionMeter):
-    """Accuracy, and entity F1 (macro F1 if tags have no scheme); a word without tokens is `O`."""
+    """Meter: accuracy, entity F1 (macro F1 for other tags); a word without tokens is `O`."""
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()

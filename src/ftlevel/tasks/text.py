@@ -261,7 +261,7 @@ class TranslationTask(TextTask):
     def update_format(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
-        """Returns the format with the languages that columns or options name, and log lines."""
+        """Returns `format_` with the languages that columns or options name, and log lines."""
         format_, choices = super().update_format(format_, table, config)
         source = get_language("source", format_.columns, config.source_language)
         target = get_language("target", format_.columns, config.target_language)
@@ -297,7 +297,7 @@ class TranslationTask(TextTask):
 def encode_query(
     tokenizer: Any, prompt_format: PromptFormat, question: SourceTarget | Conversation
 ) -> list[int]:
-    """Encode the prompt of `question`; raises `InputError` without a working chat template."""
+    """Returns the token ids of the prompt; raises `InputError` if no chat template renders it."""
     if isinstance(question, SourceTarget):
         return encode_prompt(tokenizer, prompt_format, question.source)
     turns = [message.to_dict() for message in question.messages]

@@ -33,7 +33,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Backward]] = {
 
 
 class TorchBackend:
-    """Norms, GLU, RoPE and cross-entropy in torch's operations, for any device.
+    """Norms, GLU, RoPE and cross-entropy by torch's operations, on any device.
 
     Norm: y = w · x · ρ with ρ = 1/√(mean(x²) + ε). GLU: y = a(g) · u for gate g and up u.
     """
@@ -67,7 +67,7 @@ class TorchBackend:
     def rope(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False
     ) -> Pair:
-        """Returns q and k rotated; with `backward`, rotates gradients of the outputs back."""
+        """Returns q and k (batch, seq, heads, head_dim) rotated; `backward` rotates gradients."""
         cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
         if backward:
             return q * cos - _rotate_half(q * sin), k * cos - _rotate_half(k * sin)
@@ -168,30 +168,24 @@ class TritonBackend(TorchBackend):
     """Operations of `TorchBackend`, one Triton kernel each; views are made contiguous."""
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Pair:
-        """Returns RMSNorm y = weight · x · ρ (…, hidden), and ρ = 1 / √(mean(x²) + eps)."""
         return _norm(x.contiguous(), weight, eps)
 
     def renorm(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        """Returns the RMSNorm output y recomputed from x and ρ (`scale`), bit for bit."""
         return _renorm(x.contiguous(), weight, scale)
 
     def norm_backward(self, gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        """Returns ∂L/∂x of RMSNorm; `gradient` is ∂L/∂y, `scale` is ρ = 1 / RMS(x)."""
         return _norm_backward(gradient.contiguous(), x.contiguous(), weight, scale)
 
     def glu(self, activation: str, gate: Tensor, up: Tensor) -> Tensor:
-        """Returns the GLU output a(gate) ∘ up; `activation` a is a key of `ACTIVATIONS`."""
         return _glu(activation, gate.contiguous(), up.contiguous())
 
     def glu_backward(self, activation: str, gradient: Tensor, gate: Tensor, up: Tensor) -> Pair:
-        """Returns the gradients of `gate` and `up`, given that of the GLU output."""
         tensors = (part.contiguous() for part in (gradient, gate, up))
         return _glu_backward(activation, *tensors)
 
     def rope(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False
     ) -> Pair:
-        """Returns q and k rotated; with `backward`, rotates gradients of the outputs back."""
         return _rope(*(part.contiguous() for part in (q, k, cos, sin)), backward)
 
     def cross_entropy(self, scores: Tensor, targets: Tensor, smoothing: float) -> Pair:

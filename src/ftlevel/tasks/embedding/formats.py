@@ -73,8 +73,8 @@ class EmbeddingRow:
 def create_pairs(values: RoleValues) -> EmbeddingRow:
     """Create an example of an anchor with its positives and negatives.
 
-    `label` is the similarity score of a pair. With negatives, it has a teacher's scores, or the
-    margin of a triplet.
+    The column `label` is a pair's similarity score, a list of a teacher's scores of all documents,
+    or a triplet's margin.
     """
     good, bad = _texts(values, "positive"), _texts(values, "negative")
     for n in range(1, MOST_NEGATIVES + 1):
@@ -182,7 +182,7 @@ def create_document(values: RoleValues) -> EmbeddingRow:
 
 
 def create_candidates(values: RoleValues) -> EmbeddingRow:
-    """Create an example of a query with documents to score; a single document has kind `score`."""
+    """Create an example of a query with documents to score; kind `score` if one per row."""
     role = "documents" if "documents" in values else "document"
     kind: Kind = "ranking" if role == "documents" else "score"
     texts = _texts(values, role)
@@ -236,7 +236,7 @@ def _texts(values: RoleValues, role: str) -> list[str]:
 
 
 def _text(value: object, name: str) -> str:
-    """Returns the text of `value`; a passage is its title and text, joined by a space."""
+    """Returns the text of `value`; a dict is a passage: its title and text, joined by a space."""
     if not isinstance(value, dict):
         return check_text(value, name)
     title, text = value.get("title"), value.get("text", value.get("contents"))

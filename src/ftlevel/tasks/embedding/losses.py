@@ -28,7 +28,7 @@ from ftlevel.objectives import StepTexts
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Settings of a loss; see `EmbeddingConfig`.
+    """Settings of the losses, resolved from `EmbeddingConfig`.
 
     `hides_repeats` excludes candidates that are a positive of the query in another row.
     """
@@ -42,7 +42,7 @@ class LossConfig:
 
 
 def similarity(one: torch.Tensor, other: torch.Tensor, config: LossConfig) -> torch.Tensor:
-    """Returns the similarities `(n, m)` of vectors `(n, dims)` and `(m, dims)`."""
+    """Returns the cosine or dot products `(n, m)` of vectors `(n, dims)` and `(m, dims)`."""
     if config.is_cosine:
         one, other = functional.normalize(one, dim=-1), functional.normalize(other, dim=-1)
     return one @ other.T
@@ -56,7 +56,7 @@ def _paired(one: torch.Tensor, other: torch.Tensor, config: LossConfig) -> torch
 
 @dataclass(frozen=True)
 class Candidates:
-    """Queries of a step, and all its documents.
+    """Queries of an optimizer step, and all its documents, which each query is compared with.
 
     Attributes:
         queries: `(n,)` text indices; a query occurs once for each of its positives.
@@ -70,7 +70,6 @@ class Candidates:
 
     @classmethod
     def of(cls, step: StepTexts, device: torch.device) -> Candidates:
-        """Returns the queries and documents of a step."""
         queries: list[int] = []
         positive: list[int] = []
         negative: list[int] = []
@@ -92,7 +91,7 @@ class Candidates:
 
 
 def mnrl(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch.Tensor:
-    """Returns the InfoNCE loss of queries against all documents of the step."""
+    """Returns the InfoNCE loss of `vectors` `(texts, dims)`: queries against all documents."""
     found = Candidates.of(step, vectors.device)
     scores = similarity(vectors[found.queries], vectors[found.documents], config) * config.scale
     if config.hides_repeats:
@@ -145,7 +144,7 @@ class Pairs:
     def of(cls, step: StepTexts, device: torch.device) -> Pairs:
         """Returns each query with each of its documents; for texts with classes, all pairs.
 
-        A step with a single text with a class has no pairs.
+        These have label 1 for equal classes, else 0. A single text has no pair.
         """
         if any(len(texts) == 1 for texts in step.texts):
             return cls._of_classes(step, device)
@@ -200,7 +199,7 @@ def angle(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch.T
 
 
 def cosine(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch.Tensor:
-    """Returns the mean squared difference of similarities and scores."""
+    """Returns the mean squared difference of the pairs' similarities and labels."""
     pairs = Pairs.of(step, vectors.device)
     scores = _paired(vectors[pairs.first], vectors[pairs.second], config)
     return functional.mse_loss(scores, pairs.labels) if len(scores) else scores.sum()
@@ -242,7 +241,7 @@ def _own_scores(vectors: torch.Tensor, step: StepTexts) -> list[tuple[torch.Tens
 
 
 def margin_mse(vectors: torch.Tensor, step: StepTexts, _: LossConfig) -> torch.Tensor:
-    """Returns the MSE of student and teacher margins: first document's score minus another's."""
+    """Returns the MSE of student and teacher margins (first document's score minus another's)."""
     errors = [
         (scores[0] - scores[1:]) - (teacher[0] - teacher[1:])
         for scores, teacher in _own_scores(vectors, step)

@@ -19,7 +19,7 @@ from ftlevel.tasks.embedding.retrieval import BLOCK_BYTES, iterate_scores
 
 @dataclass(frozen=True)
 class MiningConfig:
-    """Number of negatives per row, margin, and range of ranks (from 1) for the negatives."""
+    """Settings of mining: negatives per row, margin, and their first and last rank (from 1)."""
 
     negatives: int
     relative_margin: float
@@ -32,7 +32,7 @@ class MiningConfig:
 class MinedRow:
     """Negatives of a row as corpus indices, best first, with scores of positives and negatives.
 
-    `skipped` is the number of other documents whose score is too high for a negative.
+    `skipped` is the number of documents that were no negatives because they scored too high.
     """
 
     negatives: tuple[int, ...]
@@ -42,7 +42,7 @@ class MinedRow:
 
 
 class Corpus:
-    """Distinct documents, their indices (`positions`), and the positives of each query."""
+    """Distinct documents `texts` to mine in, and text -> index in them (`positions`)."""
 
     def __init__(self, rows: Sequence[EmbeddingRow], documents: Sequence[str] = ()) -> None:
         own = (text for row in rows for text in row.documents)
@@ -56,7 +56,7 @@ class Corpus:
                 positives.add(self.positions[row.query])
 
     def excluded(self, query: str) -> list[int]:
-        """Returns the indices of the query's positives in all rows, and of the query's own text."""
+        """Returns indices of the query's positives in any row, and of the query as a document."""
         return sorted(self._positives[query])
 
 

@@ -32,7 +32,7 @@ EVALUATED_ROWS = 64
 
 
 def without_first(mask: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-    """Returns `mask` `(texts, seq)` with the first `counts` tokens of each text set to 0."""
+    """Returns `mask` `(texts, seq)` with 0 for the first `counts[i]` tokens of text i."""
     if not any(counts):
         return mask
     import torch
@@ -81,11 +81,11 @@ class Embeddings(StepObjective):
         return (*METRICS[self.kind], *(f"{self.headline}_dim_{count}" for count in dims))
 
     def embed(self, outputs: Any, mask: torch.Tensor, unpooled: Sequence[int] = ()) -> torch.Tensor:
-        """Returns the pooled vectors, without the first `unpooled` tokens of each text."""
+        """Returns embeddings `(texts, dims)`, without the first `unpooled[i]` tokens of text i."""
         return self.embed_states(self.logits(outputs), without_first(mask, unpooled))
 
     def embed_states(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Returns vectors pooled from `states` `(texts, seq, width)`, normalized if configured."""
+        """Returns embeddings `(texts, dims)` of states `(texts, seq, width)`, pooled as set."""
         import torch
         from torch.nn import functional
 
@@ -96,7 +96,7 @@ class Embeddings(StepObjective):
             return functional.normalize(vectors, dim=-1) if self.format.normalize else vectors
 
     def step_loss(self, vectors: torch.Tensor, step: StepTexts) -> torch.Tensor:
-        """Returns the mean loss of `step`'s rows, a weighted sum over Matryoshka dimensions."""
+        """Returns the mean loss of the rows; for Matryoshka dimensions, their weighted sum."""
         import torch
         from torch.nn import functional
 
@@ -115,7 +115,7 @@ class Embeddings(StepObjective):
             return torch.stack(losses).sum()
 
     def for_validation(self, step: StepTexts) -> Embeddings:
-        """Returns this objective, with mnrl as loss if validation rows lack what its loss needs."""
+        """Returns the objective, with loss mnrl if validation rows `step` lack, e.g., negatives."""
         config, properties = self.config, LOSSES[self.config.loss or ""]
         negatives = all(min(labels) <= 0 for labels in step.labels)
         if (

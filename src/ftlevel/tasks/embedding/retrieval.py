@@ -31,7 +31,7 @@ BLOCK_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class QueryRanks:
-    """Ranks of the relevant documents of a query.
+    """Ranks of the relevant documents of a query; arrays `(relevant,)`.
 
     For each of them, `above` is the number of documents with a higher score, and `equal` the number
     with the same score, itself included.
@@ -164,7 +164,7 @@ def iterate_scores(
     similarity: str,
     block_bytes: int = BLOCK_BYTES,
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yields the index of each block's first query, and scores `(queries, documents)`, float32."""
+    """Yields each block's first query index, and its float32 scores `(queries, documents)`."""
     queries, corpus = queries.float().cpu(), corpus.float().cpu()
     if similarity == "cosine":
         from torch.nn import functional
@@ -195,9 +195,10 @@ def average_precision(
 def resampled_precision(
     scores: np.ndarray, labels: np.ndarray, owners: np.ndarray
 ) -> Callable[[np.ndarray], float | None]:
-    """Returns the average precision by how often each owner's pairs are drawn, sorted only once.
+    """Returns a function from the draws of each owner, `(owners,)`, to the average precision.
 
-    `owners[i]` is the index of the owner of pair i. None if the labels or scores drawn are equal.
+    Pair i belongs to `owners[i]`, which bootstrap draws whole. The function returns None if the
+    drawn labels or scores are all equal.
     """
     order = np.argsort(-scores, kind="stable")
     scores, owners = scores[order], owners[order]

@@ -15,11 +15,11 @@ _BATCH = 1_000  # rows tokenized at once
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Encoder of examples; it is picklable for worker processes.
+    """Callable that encodes examples; it is picklable for worker processes.
 
     Attributes:
         end: id to append to each text that does not end with a special token; None for none.
-        with_words: whether the encoded rows keep their texts.
+        with_words: whether the encoded rows keep their texts, for a teacher or guide model.
         include_prompt: whether the tokens of prompts are pooled.
     """
 
@@ -71,7 +71,7 @@ class TextEncoder:
         return rows
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the token ids of each text, with `end` appended."""
+        """Returns the token ids of each text, ending with `end` or another special token."""
         found: list[list[int]] = self.tokenizer(list(texts))["input_ids"]
         if self.end is None:
             return found
@@ -91,7 +91,7 @@ class TextEncoder:
         return found
 
     def prompt_size(self, prompt: str) -> int:
-        """Returns the number of tokens of `prompt` with special tokens before it, such as BOS."""
+        """Returns the number of tokens of `prompt` and special tokens before it, such as BOS."""
         if not prompt:
             return 0
         ids = self.ids([prompt])[0]

@@ -90,7 +90,7 @@ class EmbeddingTask(BaseTask):
     ) -> tuple[BaseTask, list[Choice]]:
         """Returns the task with the model's embedding format, and log lines about it.
 
-        Raises `ConfigError` if the model has no EOS, or fewer dimensions than requested.
+        Raises `ConfigError` if last-token pooling has no EOS, or there are too few dimensions.
         """
         options = {n: v for n in _FORM if (v := getattr(self.config, n)) is not None}
         format_ = _read_format(source, tokenizer, options)
@@ -125,7 +125,7 @@ class EmbeddingTask(BaseTask):
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Returns the embedding format of a model that ftlevel did not train."""
+        """Returns the options of a model that ftlevel did not train: embedding format and loss."""
         format_ = _read_format(source, tokenizer)
         format_ = format_ or EmbeddingFormat(
             "last" if kind == "decoder" else "mean", normalize=True
@@ -137,7 +137,7 @@ class EmbeddingTask(BaseTask):
     def inherited_config(
         self, directory: Path, inference_config: Mapping[str, Any]
     ) -> dict[str, dict[str, Any]]:
-        """Returns pooling, normalization, similarity and prompts of the adapter."""
+        """Returns pooling, normalization, similarity and prompts saved with the adapter."""
         values = inference_config.get("embedding", {}).get("form")
         format_ = EmbeddingFormat(**values) if values else load_embedding_format(directory)
         return {"embedding": {name: getattr(format_, name) for name in _FORM}} if format_ else {}
@@ -163,7 +163,7 @@ class EmbeddingTask(BaseTask):
         return [], get_new_poolers(meta, source)
 
     def get_unused_modules(self, meta: Any) -> list[str]:
-        """Find the pooler modules of transformers, which embeddings do not use."""
+        """Returns names of transformers' pooler modules, which embeddings do not use."""
         return [
             name
             for name, module in meta.named_modules()
@@ -243,7 +243,7 @@ class EmbeddingTask(BaseTask):
     def finish_data(
         self, prepared: PreparedData, config: DataConfig, context: EncodingContext
     ) -> PreparedData:
-        """Returns `prepared`; with several datasets, `sets` has the index of each row's dataset."""
+        """Returns `prepared`; for several datasets, its `sets` has each row's dataset index."""
         if not config.also:
             return prepared
         ends = [part.base for part in prepared.table.parts[1:]]
@@ -302,7 +302,7 @@ class EmbeddingTask(BaseTask):
     def predict(
         self, model: PromptedModel, queries: Sequence[Any], options: OutputOptions
     ) -> list[Prediction]:
-        """Returns the vector of each query or document, with its prompt before it."""
+        """Returns the embedding of each query or document, encoded with its prompt before it."""
         values = self.configured(model.options)
         format_ = replace(values.format, dims=options.dims or values.format.dims)
         if options.normalize is not None:
@@ -344,9 +344,9 @@ class EmbeddingTask(BaseTask):
     def decode_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
-        """Returns a text per token: "query" or "document N" at the first that each text pools.
+        """Returns "query" or "document N" for the first pooled token of each text.
 
-        "" at other pooled tokens; None at tokens that are not pooled.
+        Other pooled tokens get "", and tokens that are not pooled None.
         """
         if not isinstance(row, EncodedTexts):
             return [None] * len(row.input_ids)
@@ -385,7 +385,7 @@ _UNLIMITED = 10**6
 def _read_format(
     source: ModelSource, tokenizer: Any, replaced: Collection[str] = ()
 ) -> EmbeddingFormat | None:
-    """Returns the format in the files of `source`, and in those of version 6 in its tokenizer."""
+    """Returns the format in `source`'s sentence-transformers files; None if it has none."""
     path = download_files(source, FILES)
     format_ = None if path is None else load_embedding_format(path, replaced)
     if format_ is None:
@@ -474,7 +474,7 @@ def _check_loss(
     *,
     needs_scores: bool,
 ) -> None:
-    """Raise `InputError` if `loss` cannot be computed from `examples`, whose labels are `kind`."""
+    """Raise `InputError` if `examples`, with labels of `kind`, lack what `loss` needs."""
     properties = LOSSES[loss]
     wants = "pairs" if kind == "ranking" else "scores"
     if properties.columns != wants:

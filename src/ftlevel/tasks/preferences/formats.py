@@ -24,7 +24,7 @@ _HH = re.compile(r"\n\n(Human|Assistant): ?")
 
 @dataclass(frozen=True)
 class PairExample:
-    """Two answers to one prompt, of several turns each if the conversations diverge early.
+    """Two answers to one prompt; each has several turns if the conversations diverge early.
 
     `margin` is 0 and `scores` are empty if the data has none.
     """
@@ -43,7 +43,7 @@ class PairExample:
 
     @property
     def content(self) -> ExampleContent:
-        """Question, preferred answer, and (as context) prompt and rejected answer, to compare."""
+        """For duplicate checks: question, preferred answer; prompt and rejected one as context."""
         question = "\n".join(t.content for t in self.prompt if t.role in ("user", "tool"))
         context = "\0".join(
             (join_turns(self.prompt), join_turns(self.rejected), str(self.tools or ""))
@@ -238,7 +238,7 @@ def _two(values: RoleValues) -> tuple[object, object]:
 
 
 def _best_and_worst(values: RoleValues) -> tuple[object, object, tuple[float, ...]]:
-    """Returns the best and worst of several answers by rank or score, and their scores."""
+    """Returns the best and worst of several answers, and their scores (minus rank if none)."""
     value, column = values.get("ranked"), values.columns["ranked"]
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise UnusableRowError(

@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 class SequenceLogps:
     """Log-likelihoods of the answers of a batch; float32 tensors `(answers,)`.
 
-    `sums` are the policy's, `reference` the reference's (0 without one); `counts` are tokens.
+    `sums` are by the policy, `reference` by the reference model (0 without one); `counts` are the
+    numbers of tokens.
     """
 
     sums: Tensor
@@ -53,7 +54,7 @@ class SequenceLogps:
 
     @property
     def ratios(self) -> Tensor:
-        """Log-likelihood ratios r of policy and reference."""
+        """Log-likelihood ratios r of policy and reference, `sums - reference`."""
         return self.sums - self.reference
 
     def alternate(self, first: int) -> SequenceLogps:
@@ -69,7 +70,7 @@ class SequenceLogps:
 
 @dataclass(frozen=True)
 class PairLossParameters:
-    """Parameters of a pair loss: β, smoothing ε, γ of simpo; whether ipo sums log-ratios."""
+    """Parameters of a pair loss: β, smoothing ε, γ of simpo; whether ipo sums over tokens."""
 
     beta: float
     smoothing: float
@@ -78,7 +79,6 @@ class PairLossParameters:
 
     @classmethod
     def of(cls, config: PreferenceConfig, smoothing: float) -> PairLossParameters:
-        """Returns the hyperparameters in `config`."""
         sums = config.ipo_ratios == "sum"
         return cls(config.effective_beta, smoothing, config.margin, sums)
 
@@ -179,7 +179,7 @@ def kto(
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor, margins: Tensor, center: float) -> Tensor:
-    """Returns the reward loss of each pair of scores, `(pairs,)`; `center` is its weight c."""
+    """Returns a reward model's loss of each pair, `(pairs,)`; `center` is c in the module docs."""
     return center * (chosen + rejected).square() - log_sigmoid(chosen - rejected - margins)
 
 
@@ -200,14 +200,14 @@ def metric_names(*, paired: bool, referenced: bool) -> tuple[str, ...]:
 
 
 class PreferenceMeter:
-    """Meter of answers, which stores six values for each; `objective` computes the rewards."""
+    """Meter of preference losses: stores six values per answer; `objective` computes rewards."""
 
     def __init__(self, objective: Any) -> None:
         self._objective = objective
         self._seen: list[np.ndarray] = []
 
     def update(self, logits: Tensor, labels: Tensor, rows: Sequence[Any]) -> None:
-        """Add answers: `logits` `(n, 2)` from `Preferences.answers`, `labels` `(n, 3)`."""
+        """Add answers: `(n, 2)` from `Preferences.answers`, preference labels `(n, 3)`."""
         import torch
 
         rewards = self._objective.rewards(logits, labels)
@@ -269,7 +269,7 @@ WITH_SFT = ("rpo", "cpo", "orpo")
 
 @dataclass(frozen=True)
 class Preferences(LikelihoodObjective):
-    """Loss of answer pairs, preferred answer first, or of single labeled answers.
+    """Objective of preference losses: of pairs, preferred answer first, or labeled answers.
 
     `smoothing` is ε, the assumed share of swapped pairs; `shifted` is as in `Tokens`.
     """
@@ -364,7 +364,7 @@ class Preferences(LikelihoodObjective):
 
     @property
     def first_loss(self) -> float | None:
-        """Loss of a policy equal to the reference, with all log-ratios 0."""
+        """Loss of a policy that equals the reference (all log-ratios 0); None if it varies."""
         if not self.needs_reference or self.config.other_reference is not None:
             return None
         losses = {
@@ -411,7 +411,7 @@ class Preferences(LikelihoodObjective):
         return PreferenceMeter(self)
 
     def rewards(self, answers: Tensor, preference_labels: Tensor) -> Tensor:
-        """Returns the implicit reward of each answer, `(answers,)`."""
+        """Returns implicit rewards `(answers,)`: β times log-ratio, per token for some losses."""
         answered = SequenceLogps(answers[:, 0], answers[:, 1], preference_labels[:, 1])
         by_token = self.config.loss in ("simpo", "orpo", "dpo-norm") or (
             self.config.loss == "ipo" and self.config.ipo_ratios == "mean"

@@ -97,8 +97,8 @@ class ScoredPairRow(PairRow):
 class LabeledAnswerRow(Encoded):
     """A labeled answer, and a contrast answer: one to a different prompt, for the KL term of kto.
 
-    `prompt` is the number of tokens, 0 for an encoder-decoder. `reference` has the log-likelihoods
-    of both answers after this prompt; `other` has the contrast answer's ids, then its labels.
+    `prompt` counts its tokens, 0 for an encoder-decoder. `reference` has the reference model's
+    log-likelihoods of both answers; `other` has the contrast answer's ids, then its labels.
     """
 
     prompt: int = field(default=0, metadata={"column": "int"})
@@ -186,7 +186,7 @@ class ContrastedRows(LazySequence[Encoded]):
 
 
 class ReferencedRows(LazySequence[Encoded]):
-    """Rows with reference log-likelihoods `(rows, 2)`, one per sequence; None for no reference."""
+    """Rows with the array `reference` of log-likelihoods `(rows, 2)`, or without any if None."""
 
     def __init__(self, rows: Sequence[Encoded], reference: np.ndarray | None) -> None:
         self.rows = rows
@@ -335,7 +335,7 @@ def _rejected_conversation(example: PairExample) -> Conversation:
 
 
 def get_answer(row: Encoded, prompt: Sequence[Message], *, encoder: bool = False) -> int:
-    """Returns the index of the answer's first label after `prompt`; RowError if there is none."""
+    """Returns the first labeled position after the turns `prompt`; RowError if there is none."""
     labels = row.labels if isinstance(row.labels, list) else []
     if encoder:
         return next(at for at, label in enumerate(labels) if label != IGNORED)
@@ -368,9 +368,7 @@ FEWEST = 20
 
 
 def check_pairs(rows: Sequence[Encoded]) -> Mapping[str, Mask]:
-    """Returns masks of pairs with equal answers, and of pairs that are an earlier pair swapped."""
-    import numpy as np
-
+    """Returns masks of pairs with equal answers, and of pairs that reverse an earlier pair."""
     equal, against = np.zeros(len(rows), dtype=bool), np.zeros(len(rows), dtype=bool)
     seen: set[tuple[bytes, bytes]] = set()
     for index, row in enumerate(rows):
@@ -434,7 +432,7 @@ def _get_length_bias(pairs: Sequence[PairExample]) -> list[tuple[str, int, str]]
 
 
 def _repeats_prompt(pair: PairExample) -> bool:
-    """Returns whether an answer repeats the prompt's last turn (over two words) at its start."""
+    """Returns whether an answer begins with the prompt's last turn of at least three words."""
     question = pair.prompt[-1].content.strip()
     return len(question.split()) > 2 and any(
         join_turns(answer).strip().startswith(question) for answer in (pair.chosen, pair.rejected)

@@ -79,7 +79,7 @@ class PreferenceBaseTask(BaseTask):
     def get_format(
         self, column_names: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format:
-        """Returns the format of a table; suggest `--loss kto` for single labeled answers."""
+        """Returns the format; the error for single labeled answers suggests `--loss kto`."""
         loss, is_mapped = self.config.loss, config.columns or config.format
         if (
             self.config.loss_properties.paired
@@ -199,7 +199,7 @@ class PreferenceTask(PreferenceBaseTask, TextTask):
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Returns the defaults without a model card: the prompt format, DPO without a reference."""
+        """Returns the card of a model without one: prompt format, DPO without a reference."""
         alone = {"preference": {"loss": "dpo", "reference": "none"}}
         return {**super().card_defaults(source, model_config, tokenizer, kind), "options": alone}
 
@@ -237,7 +237,7 @@ class PreferenceTask(PreferenceBaseTask, TextTask):
     def decode_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
-        """Returns each token's target; the first token of an answer shows the answer's label."""
+        """Returns each token's target; "preferred" or "rejected" where an answer begins."""
         targets = super().decode_targets(row, names, kind, decoder)
         if not isinstance(row, PairRow) or row.is_apart:
             return targets
@@ -344,7 +344,7 @@ class RewardTask(PreferenceBaseTask):
     def decode_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: Any
     ) -> list[str | None]:
-        """Returns "" for the tokens of answers, each of which is scored as a whole; else None."""
+        """Returns "" for the tokens of the answers, None for those of the prompt."""
         labels = row.labels if isinstance(row.labels, list) else []
         return [None if label == IGNORED else "" for label in labels]
 
@@ -354,7 +354,7 @@ class RewardTask(PreferenceBaseTask):
 
 @dataclass(frozen=True)
 class RewardObjective(Objective):
-    """Logistic loss of score differences: logits `(2 · pairs, 1)`, preferred answer first.
+    """Objective of reward models: logits `(2 · pairs, 1)`, each pair's preferred answer first.
 
     Labels are `preference_labels` `(2 · pairs, 3)`, whose last column is the margin.
     `config.center` is the weight of the centering term.
@@ -393,13 +393,13 @@ class RewardObjective(Objective):
 
 
 class ScoreMeter:
-    """Accuracy, margin and calibration of scores, and their correlation with length."""
+    """Meter of reward models: accuracy, margin, calibration, and correlation with length."""
 
     def __init__(self) -> None:
         self._seen: list[np.ndarray] = []
 
     def update(self, logits: Tensor, labels: Tensor, rows: Sequence[Any]) -> None:
-        """Add pairs `rows` with their scores `(2 · pairs, 1)`."""
+        """Add the pairs `rows`, whose scores are the logits `(2 · pairs, 1)`."""
         scores = logits.cpu().double().flatten().numpy().reshape(-1, 2)
         lengths = [[len(sequence.input_ids) for sequence in row.sequences] for row in rows]
         self._seen.append(np.concatenate([scores, np.array(lengths, dtype=float)], axis=1))
@@ -430,7 +430,7 @@ class ScoreMeter:
 
 
 def calibration_error(margins: np.ndarray) -> float:
-    """Returns the expected calibration error over ten bins (Guo et al., 2017)."""
+    """Returns the expected calibration error (Guo et al., 2017) of score margins `(pairs,)`."""
     confidence = 1 / (1 + np.exp(-np.abs(np.clip(margins, -500, 500))))
     bins = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
     total = 0.0

@@ -30,9 +30,10 @@ MU = 10.0
 
 @dataclass(frozen=True)
 class Lists:
-    """Documents of several queries: padded `labels`, `teacher` and `mask`, each `(lists, longest)`.
+    """Labels and teacher's scores of several queries' documents, one padded list per query.
 
-    `positions` are the indices of the documents in the flattened tensors.
+    `labels`, `teacher` and `mask` are `(lists, longest)`; `positions` are the indices of the
+    documents in the flattened tensors.
     """
 
     labels: torch.Tensor
@@ -42,9 +43,9 @@ class Lists:
 
     @classmethod
     def from_labels(cls, labels: torch.Tensor) -> Lists:
-        """Returns the lists of `labels` (documents, 3): label, teacher's score, size of the list.
+        """Returns the lists; columns of `labels` `(documents, 3)`: label, teacher's score, size.
 
-        The first document of a list has the size, the others 0.
+        The first document of a list has the list's size, the others 0.
         """
         import torch
 

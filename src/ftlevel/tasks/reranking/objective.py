@@ -26,7 +26,7 @@ RANKING_METRICS = ("ndcg@10", "mrr@10", "map")
 
 @dataclass(frozen=True)
 class Ranking(Objective):
-    """Loss of lists of documents: logits `(documents, 1)`, labels as in `Lists.from_labels`.
+    """Objective of rerankers: logits `(documents, 1)`, labels as in `Lists.from_labels`.
 
     Attributes:
         loss: key of `config.reranking.LOSSES`.
@@ -76,10 +76,10 @@ class CandidateGroup:
 
 
 class RankingMeter:
-    """Ranking metrics of each query, and metrics over all pairs of a query and a document.
+    """Meter of rerankers: ranking metrics of each query, and a metric over all pairs.
 
     Queries without both a relevant and an irrelevant document are omitted. The metric over all
-    pairs is `average_precision` for labels 0 and 1, else `spearman`.
+    (query, document) pairs is `average_precision` for labels 0 and 1, else `spearman`.
     """
 
     def __init__(self) -> None:
@@ -130,6 +130,6 @@ class RankingMeter:
 
 
 def get_loss_config(data_info: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the loss and its settings, as in `summary.json` or a model card."""
+    """Returns the loss settings in the data info of a run or the options of a model card."""
     values: Mapping[str, Any] = data_info.get("reranking") or {}
     return values

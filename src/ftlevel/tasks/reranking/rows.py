@@ -46,7 +46,7 @@ class RankedRow(Encoded):
 
     @property
     def sequences(self) -> Sequence[Encoded]:
-        """The query with each document; each label is a row of `Lists.from_labels`."""
+        """The query with each document, labeled by a row of `labels` of `Lists.from_labels`."""
         found, start = [], self.query
         for at, size in enumerate(self.sizes):
             own = slice(start, start + size)
@@ -79,9 +79,10 @@ class RankedRow(Encoded):
         return self.query + max(self.sizes)
 
     def truncated(self, limit: int) -> RankedRow:
-        """Returns the row with documents cut at their end, and the query at half of `limit` tokens.
+        """Returns the row cut to sequences of `limit` tokens, at most half of them for the query.
 
-        A document's last token and the query's last two are kept, because they may be special.
+        Texts lose tokens at their end, but a document keeps its last token and the query its last
+        two, because they may be special.
         """
         if self.length <= limit:
             return self
@@ -148,7 +149,7 @@ def prepare_tokenizer(tokenizer: Any, kind: str) -> Choice | None:
 
 @dataclass(frozen=True)
 class PairEncoder:
-    """Encoder of queries with their documents; it is picklable for worker processes.
+    """Callable that encodes queries with documents; it is picklable for worker processes.
 
     Attributes:
         has_teacher: whether rows keep their texts, for a teacher model that scores them later.

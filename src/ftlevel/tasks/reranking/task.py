@@ -105,7 +105,7 @@ class RerankingTask(BaseTask):
         return Ranking(values["headline"], loss=values["loss"], pos_weight=values["pos_weight"])
 
     def data_info(self, loaded: LoadedData) -> Mapping[str, Any]:
-        """Returns the loss and problem type regression; `InputError` for unsuitable labels."""
+        """Returns loss settings and problem type; raises `InputError` for unsuitable labels."""
         return {
             "problem_type": "regression",
             "reranking": resolve_loss(self.config, loaded.train, self.teacher),
@@ -134,9 +134,9 @@ class RerankingTask(BaseTask):
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Returns cross-encoder options.
+        """Returns the options of a cross-encoder that ftlevel did not train.
 
-        Raises `InputError` for other heads, several labels and other activations.
+        Raises `InputError` for another head, several labels or an unsupported activation.
         """
         if model_config.num_labels != 1:
             name = (getattr(model_config, "architectures", None) or [""])[0]
@@ -250,7 +250,7 @@ class RerankingTask(BaseTask):
     def score_documents(
         self, model: PromptedModel, queries: Sequence[Any], *, as_probabilities: bool = False
     ) -> list[list[float]]:
-        """Returns one score per document of each query: its logit, or the logit's sigmoid."""
+        """Returns the documents' scores per query: logits, or sigmoids of the logits."""
         rows = [
             Encoded(sequence.input_ids, 0, row.row, sequence.extras)
             for row in model.fit_rows(PairEncoder(model.tokenizer)(queries))
@@ -268,7 +268,7 @@ class RerankingTask(BaseTask):
 def resolve_loss(
     config: RerankingConfig, examples: Sequence[EmbeddingRow], teacher: str | None
 ) -> dict[str, Any]:
-    """Returns loss, weight of relevant documents in it and main metric for `examples`.
+    """Returns the loss that fits `examples`, its weight of relevant documents, and main metric.
 
     `teacher` is the name of a model that will score the documents. Raises `InputError` if the
     labels do not fit the loss, or are all equal.

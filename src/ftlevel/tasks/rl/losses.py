@@ -41,7 +41,7 @@ _BY_COMPLETION = ("grpo", "gspo", "rloo")
 
 @dataclass(frozen=True)
 class PolicyLossParameters:
-    """Loss name and its parameters.
+    """Parameters of the policy loss named `loss`.
 
     The ratio is clipped above at 1 + `epsilon_high`, with cispo at `epsilon_high`. `length` is the
     maximum number of tokens of a completion. `corrects_kl` multiplies the KL estimate by the ratio,
@@ -70,7 +70,7 @@ class PolicyLoss:
 
 
 def combine_rewards(scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Returns weighted sums of `scores` `(completions, functions)` without NaN; NaN if all are."""
+    """Returns weighted sums `(completions,)` of the scores that are not NaN, or NaN if all are."""
     total = (scores * weights).nansum(-1)
     return torch.where(scores.isnan().all(-1), torch.nan, total)
 
@@ -104,7 +104,7 @@ def compute_advantages(
 
 
 def has_spread(rewards: torch.Tensor) -> torch.Tensor:
-    """Returns a mask `(groups,)`: whether a group's `rewards` `(groups, completions)` differ."""
+    """Returns the mask `(groups,)` of groups in which `rewards` `(groups, completions)` differ."""
     low = rewards.nan_to_num(nan=torch.inf).amin(-1)
     return rewards.nan_to_num(nan=-torch.inf).amax(-1) > low
 
@@ -130,7 +130,7 @@ def _whiten(rewards: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 
 
 def completion_weights(lengths: torch.Tensor, parameters: PolicyLossParameters) -> torch.Tensor:
-    """Returns the weight that each token of a completion gets, (completions,) in float64.
+    """Returns the weight w of each completion's tokens in the loss, `(completions,)` float64.
 
     `lengths` are the unmasked tokens of all completions of an optimizer step. A completion whose
     tokens are masked has length 0; it counts in means over completions, as in TRL.

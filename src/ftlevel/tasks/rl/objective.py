@@ -30,7 +30,7 @@ def ignore(loss: PolicyLoss, log_probs: torch.Tensor, signals: torch.Tensor) -> 
 
 
 def loss_parameters(config: RlConfig) -> PolicyLossParameters:
-    """Returns the parameters of the loss of `config`."""
+    """Returns the parameters of the policy loss that `config` sets."""
     from ftlevel.tasks.rl.losses import PolicyLossParameters
 
     epsilon, high = config.clip
@@ -46,7 +46,7 @@ def loss_parameters(config: RlConfig) -> PolicyLossParameters:
 
 @dataclass(frozen=True)
 class PolicyGradient(PolicyObjective):
-    """Policy loss of sampled completions; `watch` is called with each micro-batch's `PolicyLoss`.
+    """Objective of policy losses; `watch` is called with each micro-batch's `PolicyLoss`.
 
     `teacher` is the name of the model to distill from; None if rewards are used.
     """
@@ -136,7 +136,7 @@ TRUNCATED_RATIO = 0.5
 
 
 class RewardMeter:
-    """Mean reward, pass@k and lengths over prompts, each with the same number of completions."""
+    """Meter of mean reward, pass@k and lengths over prompts, with equally many completions."""
 
     def __init__(self, config: RlConfig) -> None:
         self._config = config
@@ -152,7 +152,7 @@ class RewardMeter:
         return ("reward", *own, *passes, "length", "truncated")
 
     def update(self, logits: Any, labels: Any, rows: Sequence[Any]) -> None:
-        """Add one prompt: `logits` (completions, 3 + functions) are reward, length, ended, scores.
+        """Add one prompt: reward, length, ended, scores in `logits` (completions, 3 + functions).
 
         `labels` are the texts of the completions.
         """

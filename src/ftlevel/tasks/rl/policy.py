@@ -62,7 +62,7 @@ class RlTask(TextTask):
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Returns the default prompt format of `train`, and RL settings without a reward."""
+        """Returns the card of a model without one: prompt format, RL settings with no reward."""
         return {
             **super().card_defaults(source, model_config, tokenizer, kind),
             "options": {"rl": {}},
@@ -78,7 +78,7 @@ class RlTask(TextTask):
         return {**values, "teacher": str(path.absolute()) if path.exists() else self.teacher}
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:
-        """Returns a prompt of the first tokens of `ids`; the others are the longest completion."""
+        """Returns a prompt of the first tokens of `ids`, to be completed to the length of `ids`."""
         room = max(1, len(ids) - self.config.max_completion_length)
         text = json.dumps({"prompt": "", "columns": {}})
         return PromptRow(ids[:room], [IGNORED] * room, row, {}, text, len(ids) - room)
@@ -86,7 +86,7 @@ class RlTask(TextTask):
     def get_format(
         self, column_names: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format:
-        """Returns the format of a table; the reward functions may use all other columns."""
+        """Returns the format, with no column unused, because reward functions may use any."""
         return replace(BaseTask.get_format(self, column_names, config, rows), unused=())
 
     def update_format(

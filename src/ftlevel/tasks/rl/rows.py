@@ -69,7 +69,7 @@ STAND_IN_TOKENS = 8
 def stand_in_completions(
     prompt: list[int], row: int, num_completions: int = STAND_INS, tokens: int = STAND_IN_TOKENS
 ) -> Iterator[CompletionRow]:
-    """Yields made-up completions of `prompt`, `tokens` long, with advantages of either sign."""
+    """Yields synthetic completions of `prompt`, `tokens` long each, with advantages 1 and -1."""
     for number in range(num_completions):
         ids = [prompt[(7 * at + 3 * number) % len(prompt)] for at in range(tokens)]
         signal = (1.0 - 2 * (number % 2), 1 / tokens, UNKNOWN, UNKNOWN, UNKNOWN)
@@ -128,7 +128,7 @@ class PromptRow(Encoded):
 
     @property
     def sequences(self) -> Sequence[Encoded]:
-        """The prompt with made-up completions, for checks and memory estimates before sampling."""
+        """The prompt with synthetic completions, for checks and estimates before sampling."""
         return [
             Encoded(row.input_ids, row.labels, row.row)
             for row in stand_in_completions(self.input_ids, self.row)
@@ -153,7 +153,7 @@ class PromptRow(Encoded):
 
 @dataclass(frozen=True)
 class RlPromptEncoder:
-    """Encoder of prompts; it is picklable for worker processes."""
+    """Callable that encodes prompts; it is picklable for worker processes."""
 
     tokenizer: Any
     prompt_format: PromptFormat
@@ -187,7 +187,7 @@ def create_prompt(values: RoleValues) -> PromptExample:
 
 
 def _answer(values: RoleValues) -> Any:
-    """Returns the answer: its column, or verl's `reward_model.ground_truth`; None without one."""
+    """Returns the reference answer: column, verl's `reward_model.ground_truth`, or None."""
     if ANSWER in values:
         return values.get(ANSWER)
     reward_model = values.row.get("reward_model")
