@@ -72,7 +72,7 @@ class SortedMeter(Meter, Protocol):
     """Interface of meters that sort their targets once for all bootstrap draws."""
 
     def resampler(self, meters: Sequence[Any]) -> Callable[[Any], dict[str, float]] | None:
-        """Returns a function from the draws of each meter, `(meters,)`, to metrics; or None."""
+        """Returns a function: how often each meter is drawn, `(meters,)` -> metrics; or None."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class TokenObjective(Objective):
 
     @abstractmethod
     def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns indices, into `labels.flatten()`, that predict a target, and the targets."""
+        """Returns flat indices into (batch, seq) that predict a target, and the targets."""
 
     @property
     def of_tokens(self) -> TokenObjective:

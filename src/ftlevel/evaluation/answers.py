@@ -251,7 +251,7 @@ def predict_rows(
 
 
 class InferenceModel:
-    """Implements `PromptedModel`, the model that a task uses for inference, until `close`.
+    """The `PromptedModel` that tasks use for inference; `close` restores the loaded model.
 
     `truncate` allows long rows to be truncated; `shortened` counts them. `batch_size` is the
     maximum number of rows of a forward pass; None limits only its tokens.
@@ -310,7 +310,7 @@ class InferenceModel:
         return [cut_at_stop(str(text), self._writing.stop_texts).strip() for text in decoded]
 
     def _truncate_prompts(self, prompts: Sequence[list[int]]) -> list[list[int]]:
-        """Returns `prompts`; too long ones lose tokens after the first, or raise if not allowed."""
+        """Returns `prompts`, too long ones cut after their first token; raises if not allowed."""
         if self._positions is None:
             return list(prompts)
         new = 0 if self.kind == "encoder-decoder" else self._writing.max_new_tokens

@@ -84,7 +84,7 @@ class SharedPrompts:
 
     @cached_property
     def slots(self) -> Tensor | None:
-        """Index of each row if every prompt has `width` rows; None if that changes nothing."""
+        """Index of each row in a batch with `width` rows per prompt; None if that is its own."""
         num_used = [0] * len(self.lengths)
         slots = []
         for owner in self.prompt_indices:
@@ -95,7 +95,7 @@ class SharedPrompts:
         return torch.tensor(slots, device=self.states[0][0].device)
 
     def attention_forward(self, query: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns `_partial_attention` of rows (rows, key heads, queries, d) to their prompts."""
+        """Returns `_partial_attention` of `query` (rows, key heads, queries, d) to prompts."""
         keys, values = self.states[layer]
         prompts, groups, _, width = keys.shape
         if self.slots is not None:

@@ -159,7 +159,7 @@ class PairMeter:
     def resampler(
         self, meters: Sequence[PairMeter]
     ) -> Callable[[np.ndarray], dict[str, float]] | None:
-        """Returns a function from draws `(meters,)` to average precisions; None for scores."""
+        """Returns a function: how often each meter is drawn -> metrics; None for scores."""
         if self.kind == "score":
             return None
         pooled, name = self.pool(meters), METRICS[self.kind][0]

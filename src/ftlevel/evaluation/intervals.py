@@ -109,7 +109,7 @@ class ExampleRecord:
     def add_answers(
         self, rows: Sequence[Encoded], log_probs: torch.Tensor, preference_labels: torch.Tensor
     ) -> None:
-        """Add `rows`: `Objective.answers` `(answers, 2)`, and preference labels `(answers, 3)`."""
+        """Add `rows`; `log_probs` `(answers, 2)` are from `answers`, labels `(answers, 3)`."""
         objective, width = self.objective, len(log_probs) // len(rows)
         if not isinstance(objective, LikelihoodObjective):
             raise TypeError("only answers have a log-likelihood")
@@ -244,7 +244,7 @@ class Difference:
 
 
 def compute_difference(runs: MetricRuns, best: MetricRuns, num_comparisons: int) -> Difference:
-    """Compute the difference of `runs` from `best`; it is tested among `num_comparisons`."""
+    """Compute the difference of `runs` from `best`, tested at 5 % / `num_comparisons`."""
     value = runs.mean - best.mean
     if runs.draws.shape != best.draws.shape or not runs.draws.size:
         return Difference(value, None, None, None)

@@ -371,7 +371,7 @@ def needs_reference(evaluator: Evaluator) -> bool:
 
 
 def with_reference(evaluator: Evaluator, trained: LoadedModel) -> Evaluator:
-    """Returns `evaluator`; if it needs them, its rows get reference log-probabilities."""
+    """Returns `evaluator`, with reference log-probabilities in its rows if the loss needs them."""
     if not needs_reference(evaluator):
         return evaluator
     task: Any = trained.task

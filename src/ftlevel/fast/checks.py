@@ -167,11 +167,11 @@ class PackingCheck(StepCheck):
     def _is_different(
         self, batch: dict[str, Tensor], compute: Callable[[], Tensor], mask: Tensor
     ) -> bool:
-        """Returns whether the last block's output by `compute()` differs from the padded `batch`'s.
+        """Returns whether states `compute()` differ, in `mask`, from those of the padded `batch`.
 
-        Only tokens in `mask` count. In decoders, a few very large states cancel out in the last
-        blocks, so 16-bit errors are large. They are mere rounding if float32 states agree and the
-        median 16-bit errors are similar.
+        States are outputs of the last block. In decoders, a few very large states cancel out in the
+        last blocks, so 16-bit errors are large. They are mere rounding if float32 states agree and
+        the median 16-bit errors are similar.
         """
         states, expected = compute(), self._states(batch, None)
         if self.dtype == "float32":
@@ -259,13 +259,13 @@ CallArguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class PruningCheck(StepCheck):
-    """Finds the tokens and linear layers for last-layer pruning."""
+    """Callable that finds the tokens and linear layers for last-layer pruning."""
 
     def __call__(self, objective: Objective) -> tuple[TokenSelector | None, list[nn.Module]]:
-        """Returns a selector of tokens needed after the last block, and layers to skip the others.
+        """Returns a selector of the tokens needed after the last block, and its prunable layers.
 
-        Returns (None, []) if every token may be needed or gradients fail; (selector, []) if the
-        block runs twice.
+        The latter are linear layers that may skip all other tokens. Returns (None, []) if every
+        token may be needed or gradients fail, and (selector, []) if the block runs twice.
         """
         batch = self.batch_of(self.pair)
         training = self.model.training

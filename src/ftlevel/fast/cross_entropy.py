@@ -70,7 +70,7 @@ def get_logits_transform(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 class _Call(threading.local):
-    """Positions and function that the thread sets for the hook on the head, and the result."""
+    """Per thread: request to the hook on the head (positions, function), and the result."""
 
     request: tuple[Tensor, Callable[[Tensor], Tensor]] | None = None
     result: Tensor | None = None

@@ -89,7 +89,7 @@ class FlashKernel(Protocol):
 
 @dataclass(frozen=True)
 class VarlenKernel:
-    """Kernel torch's `varlen_attn`, and which options the installed version supports.
+    """Kernel `varlen_attn` of torch, and which options the installed version supports.
 
     torch 2.8 and 2.9 do not have it. Options: only `is_causal` in 2.10, all but `enable_gqa` in
     2.11, all in 2.12, 2.13 and 2.15 (torch/nn/attention/varlen.py). Without `scales` the scale is 1

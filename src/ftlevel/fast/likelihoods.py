@@ -77,7 +77,7 @@ def compute_policy_loss(
 def compute_full_loss(
     model: Any, objective: Objective, batch: dict[str, Tensor], mask: Tensor, loss: TrainingLoss
 ) -> tuple[Tensor, Tensor, Any]:
-    """Returns (summed loss, labels, model outputs or None), with the logits of all positions."""
+    """Returns (summed loss, labels, model outputs or None), computing logits at all positions."""
     if isinstance(objective, LikelihoodObjective):
         answers = compute_answer_likelihoods(None, model, objective, batch)
         total = objective.preference_sum(answers, batch["preference_labels"], training=True)

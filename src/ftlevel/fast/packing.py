@@ -97,7 +97,7 @@ class PackedLayout:
         return replace(self, **{n: t.pin_memory() for n, t in pinned.items() if t is not None})
 
     def with_needed_tokens(self, at: Tensor) -> PackedLayout:
-        """Returns a copy with `at` as needed tokens, indices in the flattened padded batch."""
+        """Returns a copy that needs only tokens `at`, indices in the flattened padded batch."""
         needed = torch.unique(self.restore.index_select(0, at))
         return replace(self, needed=needed if len(needed) < self.tokens else None)
 

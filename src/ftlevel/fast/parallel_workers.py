@@ -129,5 +129,5 @@ def makespan(durations: Sequence[int], workers: int) -> int:
 
 
 def duration(costs: Sequence[int], workers: int) -> float:
-    """Returns the estimated time of micro-batches of `costs` tokens, in times of a token alone."""
+    """Returns the estimated time of micro-batches of `costs` tokens; a token by all threads: 1."""
     return sum(costs) if workers == 1 else makespan(costs, workers) * workers / GAIN

@@ -104,7 +104,7 @@ class Recomputation:
         self._cached: Tensor | None = None
 
     def register(self) -> None:
-        """Register an autograd function that will call `make` in its backward."""
+        """Count one more autograd function that will call `make` in its backward."""
         self._num_users += 1
 
     def make(self, *saved: Tensor) -> Tensor:

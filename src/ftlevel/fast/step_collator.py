@@ -159,7 +159,7 @@ class _Partition:
         return split(self._lengths, budget, multiple)
 
     def get_shared_prefix_length(self, rows: Sequence[Encoded]) -> int:
-        """Returns the length of the prefix of all `rows` that predicts no target, or 0."""
+        """Returns the length of the common prefix of `rows` that predicts no target, or 0."""
         if not self.is_tree or len(rows) < 2:
             return 0
         length = min(self._shared[row] for row in self._order[1:])
@@ -219,7 +219,7 @@ class TextCollator(StepCollator):
     """Collates rows of texts to embed; each distinct text of a step is collated once."""
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Returns `StepCollator`'s dict for the distinct texts, plus `rows` and `texts`."""
+        """Returns `StepCollator`'s dict for distinct texts; its `texts` are a `StepTexts`."""
         texts, step = distinct_texts(rows)
         return {**super().__call__(texts), "rows": rows, "texts": step}
 

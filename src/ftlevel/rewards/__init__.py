@@ -200,7 +200,7 @@ def split_labels(value: str) -> list[str]:
 
 
 def _label_of(reference: Any, labels: Sequence[str]) -> str | None:
-    """Returns the label that equals the answer, or is at this index (from 0); None if none."""
+    """Returns the label that is the answer, or whose index (from 0) is the answer; or None."""
     if isinstance(reference, int) and not isinstance(reference, bool):
         return labels[reference] if 0 <= reference < len(labels) else None
     final = _final(reference).strip("().").casefold()
@@ -282,7 +282,7 @@ def _schema_column_reward(column: str) -> Reward:
 
 
 def _json_reward(schema_file: str) -> _AnswerReward:
-    """Returns a reward function: share of JSON fields equal to the answer's; 0 if invalid."""
+    """Returns a reward: share of JSON fields equal to the answer's; 0 if invalid (by schema)."""
     validator = None
     if schema_file:
         try:

@@ -199,7 +199,7 @@ async def _awaited(result: Any) -> Any:
 
 
 def _ignore(*_: Any, **__: Any) -> None:
-    """Do nothing."""
+    """Do nothing, in place of TRL's `log_extra` and `log_metric`."""
 
 
 def _part(batch: Mapping[str, Any], at: int) -> dict[str, Any]:

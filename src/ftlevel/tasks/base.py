@@ -87,7 +87,7 @@ class PromptedModel(Protocol):
         """Returns the generated text per prompt; raises `UnansweredError` for a too long prompt."""
 
     def fit_rows(self, rows: Sequence[Encoded]) -> Sequence[Encoded]:
-        """Returns rows truncated to the model's positions; `UnansweredError` if that is off."""
+        """Returns rows cut to the model's positions, or raises `UnansweredError` if not allowed."""
 
     def score(self, rows: Sequence[Encoded], read: Callable[[Encoded, Tensor], T]) -> list[T]:
         """Returns `read(row, logits)` for each row, in order; the logits are freed after each call.
@@ -189,13 +189,13 @@ class BaseTask(ABC):
     ) -> tuple[BaseTask, list[Choice]]:
         """Returns the task adapted to the model, and log lines about its settings.
 
-        `width` is the hidden size, `step_rows` the rows of an optimizer step. Raises `ConfigError`
-        for settings that do not fit the model.
+        `kind` is encoder, decoder or encoder-decoder, `width` the hidden size, `step_rows` the rows
+        of an optimizer step. Raises `ConfigError` for settings that do not fit the model.
         """
         return self, []
 
     def auto_class(self, kind: str, model_type: str) -> str:
-        """Returns the transformers auto class for `kind`; raises `ConfigError` if unsupported."""
+        """Returns the transformers auto class for models of `kind`; or raises `ConfigError`."""
         if kind in self.auto_classes:
             return self.auto_classes[kind]
         supported = join_names(self.auto_classes)
@@ -219,7 +219,7 @@ class BaseTask(ABC):
         return None
 
     def get_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
-        """Returns names of modules of `meta` to train in full, and of those missing in `source`."""
+        """Returns names of `meta`'s modules to train in full, and of those `source` may lack."""
         if not self.has_new_head:
             return [], []
         from ftlevel.models.loading import get_new_poolers
@@ -242,7 +242,7 @@ class BaseTask(ABC):
         """Create the objective; `data_info` is `PreparedData.info` or from a model card."""
 
     def inference_config(self, config: DataConfig, data_info: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the values that inference needs; they are `options` of the model card."""
+        """Returns the settings that inference needs, stored as `options` in the model card."""
         return {}
 
     def inherited_config(
@@ -255,13 +255,13 @@ class BaseTask(ABC):
         return {}
 
     def embedding_format(self, inference_config: Mapping[str, Any]) -> EmbeddingFormat | None:
-        """Returns the format of the embeddings; None for other tasks."""
+        """Returns the format of the embeddings; None for tasks without embeddings."""
         return None
 
     def write_files(  # noqa: B027 - most tasks write none
         self, directory: Path, model_config: Any, inference_config: Mapping[str, Any]
     ) -> None:
-        """Write other libraries' files beside an adapter or model."""
+        """Write files of other libraries (sentence-transformers) beside an adapter or model."""
 
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
@@ -281,7 +281,7 @@ class BaseTask(ABC):
 
     @property
     def encoding_config(self) -> Mapping[str, Any]:
-        """Options that change the encoded rows and are not in the config's data section."""
+        """Options that change encoded rows, besides the config's data section; for cache keys."""
         return {}
 
     def get_format(
@@ -313,7 +313,7 @@ class BaseTask(ABC):
         return format_, []
 
     def label_role(self, format_: Format) -> str | None:
-        """Returns the role whose values are class labels, or None."""
+        """Returns the role (column of a layout) whose values are class labels, or None."""
         return None
 
     def get_inconsistent_labels(

@@ -200,7 +200,7 @@ class ClassTask(BaseTask):
         return encoder.fit(encoder.collect(encode, examples), table)
 
     def check_training_set(self, training_set: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        """Returns a warning if almost all examples have the same class."""
+        """Returns the failed check `one_class` if almost all examples have the same class."""
         from ftlevel.data.gate.checks import get_majority_class
 
         if not training_set or isinstance(training_set[0].label, float):
@@ -359,7 +359,7 @@ class MultiLabel(Objective):
         return weighted_binary_cross_entropy(logits.float(), labels, loss)
 
     def balance(self, rows: Sequence[Encoded], classes: int) -> tuple[float, ...]:
-        """Returns for each class the ratio of rows without it to rows with it."""
+        """Returns for each class the ratio of rows without it to rows with it, as `pos_weight`."""
         return compute_pos_weight(row.labels for row in rows if isinstance(row.labels, tuple))
 
     def meter(self) -> Meter:

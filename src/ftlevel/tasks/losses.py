@@ -286,7 +286,7 @@ def log_outcomes(scores: Tensor, ids: Tensor, outcomes: int) -> Tensor:
 
 
 def divergence(teacher: Tensor, student: Tensor, config: DistillationConfig) -> Tensor:
-    """Returns each target's divergence of two log-probabilities `(targets, outcomes)`."""
+    """Returns each target's divergence of two models' log-probabilities `(targets, outcomes)`."""
     import torch
 
     if config.divergence == "forward-kl":
@@ -318,7 +318,7 @@ def outcome_dtype(config: DistillationConfig, vocabulary: int) -> Any:
 
 
 def select_top_k(scores: Tensor, config: DistillationConfig, dtype: Any) -> tuple[Tensor, Tensor]:
-    """Returns log-probabilities and ids of the teacher's top tokens; `dtype` has their number."""
+    """Returns log-probabilities and ids of the top tokens by logits `(targets, vocabulary)`."""
     tempered = scores.float() / config.kd_temperature
     count, outcomes = dtype["ids"].shape[0], dtype["known"].shape[0]
     if not count:  # tokens beyond the shared vocabulary are dropped

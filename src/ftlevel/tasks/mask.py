@@ -38,7 +38,7 @@ _MASK = "[MASK]"
 
 @dataclass(frozen=True)
 class MaskTask(BaseTask):
-    """Task whose targets are masked tokens."""
+    """Task of masked language modeling."""
 
     needs_offsets: ClassVar[bool] = True
     checks: ClassVar[Checks] = Checks(supervised=False)  # tokens are masked later

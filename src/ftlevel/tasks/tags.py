@@ -282,7 +282,7 @@ class Tags(ClassObjective):
         return TagMeter(self.names)
 
     def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
-        """Returns the entropy of the words' tags."""
+        """Returns the entropy of the tag frequencies, the loss of always predicting these."""
         labels = (row.labels for row in rows if isinstance(row.labels, list))
         return entropy(tag for tags in labels for tag in tags if tag != IGNORED)
 

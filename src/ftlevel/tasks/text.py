@@ -132,7 +132,7 @@ _DOCUMENT = ("document", "article", "dialogue", "text")
 
 @dataclass(frozen=True)
 class TextTask(BaseTask):
-    """Task whose target is a text."""
+    """Task whose target is a text, and base class of such tasks."""
 
     generates_text: ClassVar[bool] = True
     checks: ClassVar[Checks] = Checks(token_labels=True, ends=True)
@@ -245,7 +245,7 @@ class TextTask(BaseTask):
 
 @dataclass(frozen=True)
 class TranslationTask(TextTask):
-    """Translation; the prompt's instruction names the languages if they are known."""
+    """Task of translation; the prompt's instruction names the languages if they are known."""
 
     def column_mapping(
         self, column_names: Sequence[str], config: DataConfig, rows: Sequence[Row]

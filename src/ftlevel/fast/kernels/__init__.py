@@ -67,7 +67,7 @@ class TorchBackend:
     def rope(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False
     ) -> Pair:
-        """Returns q and k (batch, seq, heads, head_dim) rotated; `backward` rotates gradients."""
+        """Returns rotated q and k (batch, seq, heads, head_dim); if `backward`, their gradients."""
         cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
         if backward:
             return q * cos - _rotate_half(q * sin), k * cos - _rotate_half(k * sin)
@@ -110,7 +110,7 @@ _LIBRARY: Any = torch.library.Library("ftlevel", "DEF")  # type: ignore[no-untyp
 
 
 def _define(name: str, schema: str, shapes: Callable[..., Any]) -> Callable[..., Any]:
-    """Register `programs.NAME` as a torch operator; `shapes` is its version for meta tensors."""
+    """Register function `name` of `programs` as a torch operator; `shapes` is for meta tensors."""
 
     def compute(*arguments: Any) -> Any:
         from ftlevel.fast.kernels import programs  # Triton is optional
@@ -129,7 +129,7 @@ def _scale_like(x: Tensor) -> Tensor:
 
 
 def _like(*indices: int) -> Callable[..., Any]:
-    """Returns a function that allocates outputs like its arguments `indices`; -1: a norm's ρ."""
+    """Returns a function that allocates outputs like its arguments at `indices` (-1: like ρ)."""
 
     def make(*arguments: Any) -> Any:
         tensors = [

@@ -10,7 +10,7 @@ _SHOWN = 60  # characters of a document
 
 
 def check_documents(rows: Sequence[EmbeddingRow]) -> list[tuple[str, int, str]]:
-    """Returns (check name, number of documents, description) per failed check of the dataset.
+    """Returns (check name, number of documents or pairs, description) per failed check of `rows`.
 
     A document should not be both relevant and irrelevant to a query. If documents differ only by
     case and white space, one may be a false negative.

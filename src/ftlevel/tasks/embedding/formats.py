@@ -182,7 +182,7 @@ def create_document(values: RoleValues) -> EmbeddingRow:
 
 
 def create_candidates(values: RoleValues) -> EmbeddingRow:
-    """Create an example of a query with documents to score; kind `score` if one per row."""
+    """Create an example of a query and documents to score; kind `score` for a column `document`."""
     role = "documents" if "documents" in values else "document"
     kind: Kind = "ranking" if role == "documents" else "score"
     texts = _texts(values, role)

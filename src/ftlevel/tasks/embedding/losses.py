@@ -105,7 +105,7 @@ def mnrl(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch.Te
 
 
 def gist(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch.Tensor:
-    """Returns the InfoNCE loss without candidates that the guide scores above the positive."""
+    """Returns the InfoNCE loss without candidates that a guide model scores above the positive."""
     found = Candidates.of(step, vectors.device)
     guide = torch.stack([torch.as_tensor(own) for own in step.guide or ()]).to(vectors.device)
     count = len(found.queries)
@@ -250,7 +250,7 @@ def margin_mse(vectors: torch.Tensor, step: StepTexts, _: LossConfig) -> torch.T
 
 
 def kl(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch.Tensor:
-    """Returns the KL divergence from the teacher's distribution over each row's documents."""
+    """Returns the mean over rows of T² · KL(teacher ‖ student) over each row's documents."""
     heat = config.temperature
     losses = [
         functional.kl_div(

@@ -85,7 +85,7 @@ class Embeddings(StepObjective):
         return self.embed_states(self.logits(outputs), without_first(mask, unpooled))
 
     def embed_states(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Returns embeddings `(texts, dims)` of states `(texts, seq, width)`, pooled as set."""
+        """Returns embeddings `(texts, dims)` of states `(texts, seq, width)`, as `format` says."""
         import torch
         from torch.nn import functional
 
@@ -96,7 +96,7 @@ class Embeddings(StepObjective):
             return functional.normalize(vectors, dim=-1) if self.format.normalize else vectors
 
     def step_loss(self, vectors: torch.Tensor, step: StepTexts) -> torch.Tensor:
-        """Returns the mean loss of the rows; for Matryoshka dimensions, their weighted sum."""
+        """Returns the mean loss over rows; for Matryoshka dimensions, a weighted sum of losses."""
         import torch
         from torch.nn import functional
 
@@ -115,7 +115,7 @@ class Embeddings(StepObjective):
             return torch.stack(losses).sum()
 
     def for_validation(self, step: StepTexts) -> Embeddings:
-        """Returns the objective, with loss mnrl if validation rows `step` lack, e.g., negatives."""
+        """Returns the objective; its loss is mnrl if rows in `step` lack what the loss needs."""
         config, properties = self.config, LOSSES[self.config.loss or ""]
         negatives = all(min(labels) <= 0 for labels in step.labels)
         if (

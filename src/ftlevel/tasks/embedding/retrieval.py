@@ -195,10 +195,10 @@ def average_precision(
 def resampled_precision(
     scores: np.ndarray, labels: np.ndarray, owners: np.ndarray
 ) -> Callable[[np.ndarray], float | None]:
-    """Returns a function from the draws of each owner, `(owners,)`, to the average precision.
+    """Returns a function: how often each owner is drawn, `(owners,)` -> average precision.
 
-    Pair i belongs to `owners[i]`, which bootstrap draws whole. The function returns None if the
-    drawn labels or scores are all equal.
+    Owner `owners[i]` has pair i; a draw takes all its pairs. The function returns None if the drawn
+    labels or scores are all equal.
     """
     order = np.argsort(-scores, kind="stable")
     scores, owners = scores[order], owners[order]

@@ -271,7 +271,7 @@ class EmbeddingTask(BaseTask):
         return {"embedding": data_info["embedding"]}
 
     def describe_rows(self, loaded: LoadedData, data_info: Mapping[str, Any]) -> list[Choice]:
-        """Returns the loss with its reason, and the number of tokens."""
+        """Returns log lines: the loss, with its reason and settings, and the number of tokens."""
         values = data_info["embedding"]
         details = [
             f"{name.replace('_', ' ')} {values[name]}"

@@ -43,7 +43,7 @@ class PairExample:
 
     @property
     def content(self) -> ExampleContent:
-        """For duplicate checks: question, preferred answer; prompt and rejected one as context."""
+        """Texts for duplicate checks: question, preferred answer; as context, all others."""
         question = "\n".join(t.content for t in self.prompt if t.role in ("user", "tool"))
         context = "\0".join(
             (join_turns(self.prompt), join_turns(self.rejected), str(self.tools or ""))

@@ -179,7 +179,7 @@ def kto(
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor, margins: Tensor, center: float) -> Tensor:
-    """Returns a reward model's loss of each pair, `(pairs,)`; `center` is c in the module docs."""
+    """Returns a reward model's loss of each pair, `(pairs,)`; (s+ + s-)² has weight `center`."""
     return center * (chosen + rejected).square() - log_sigmoid(chosen - rejected - margins)
 
 
@@ -364,7 +364,7 @@ class Preferences(LikelihoodObjective):
 
     @property
     def first_loss(self) -> float | None:
-        """Loss of a policy that equals the reference (all log-ratios 0); None if it varies."""
+        """Loss of a policy that equals the reference (log-ratios 0); None if it depends on data."""
         if not self.needs_reference or self.config.other_reference is not None:
             return None
         losses = {
@@ -377,7 +377,7 @@ class Preferences(LikelihoodObjective):
     def get_warnings(
         self, metrics: Mapping[str, float], before: Mapping[str, float] | None = None
     ) -> list[str]:
-        """Returns warnings of length bias, and of answers less likely than at first (`before`)."""
+        """Returns warnings of length bias, and of answers less likely than before training."""
         warnings = []
         names = _PAIR if self.is_paired else _JUDGED
         start, prefix = (metrics, "ref_logp") if self.needs_reference else (before or {}, "logp")
@@ -421,7 +421,7 @@ class Preferences(LikelihoodObjective):
 
 
 def create_preferences(config: PreferenceConfig, smoothing: float, kind: str) -> Preferences:
-    """Create the preference objective of a model of `kind`."""
+    """Create the preference objective of a model of `kind`, decoder or encoder-decoder."""
     headline = "reward_accuracy" if config.uses_reference else "logp_mean_accuracy"
     if not config.loss_properties.paired:
         headline = "reward_margin" if config.uses_reference else "logp_desirable"

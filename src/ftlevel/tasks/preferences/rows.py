@@ -97,8 +97,8 @@ class ScoredPairRow(PairRow):
 class LabeledAnswerRow(Encoded):
     """A labeled answer, and a contrast answer: one to a different prompt, for the KL term of kto.
 
-    `prompt` counts its tokens, 0 for an encoder-decoder. `reference` has the reference model's
-    log-likelihoods of both answers; `other` has the contrast answer's ids, then its labels.
+    `prompt` is the number of prompt tokens, 0 for an encoder-decoder. `reference` has the reference
+    model's log-likelihoods of both answers; `other` the contrast answer's ids, then its labels.
     """
 
     prompt: int = field(default=0, metadata={"column": "int"})
@@ -118,7 +118,7 @@ class LabeledAnswerRow(Encoded):
 
     @property
     def contrasts(self) -> Sequence[Encoded]:
-        """The prompt with the contrast answer."""
+        """The prompt with the contrast answer, that of another prompt; empty without one."""
         if not self.other:
             return ()
         half = len(self.other) // 2
@@ -239,7 +239,7 @@ _JOINED = 2
 
 @dataclass(frozen=True)
 class PreferenceEncoder:
-    """Encoder of preference examples; it is picklable for worker processes.
+    """Callable that encodes preference examples; it is picklable for worker processes.
 
     `judged` splits pairs into labeled answers; `scored` encodes for reward models; `referenced`
     rows get their reference log-likelihoods later.

@@ -287,7 +287,7 @@ class RewardTask(PreferenceBaseTask):
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Returns regression options; raises `InputError` if the model has more than one label."""
+        """Returns prompt format and options; `InputError` if the model has more than one label."""
         if model_config.num_labels != 1:
             raise InputError(
                 f"a reward model has one score, and this one has {model_config.num_labels} "

@@ -46,7 +46,7 @@ class RankedRow(Encoded):
 
     @property
     def sequences(self) -> Sequence[Encoded]:
-        """The query with each document, labeled by a row of `labels` of `Lists.from_labels`."""
+        """A sequence per document: query and document, with labels as in `Lists.from_labels`."""
         found, start = [], self.query
         for at, size in enumerate(self.sizes):
             own = slice(start, start + size)
@@ -115,7 +115,7 @@ def _array(ids: Sequence[int]) -> Any:
 
 
 def prepare_tokenizer(tokenizer: Any, kind: str) -> Choice | None:
-    """Extend a decoder's `tokenizer` (modified) to pairs of texts; returns the log line or None.
+    """Make a decoder's `tokenizer` (modified) encode pairs of texts; returns a log line or None.
 
     Raises `InputError` if the tokenizer has no EOS token, or is not a fast tokenizer.
     """

@@ -70,7 +70,7 @@ class PolicyLoss:
 
 
 def combine_rewards(scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Returns weighted sums `(completions,)` of the scores that are not NaN, or NaN if all are."""
+    """Returns weighted sums of `scores` `(completions, functions)`, ignoring NaN unless all are."""
     total = (scores * weights).nansum(-1)
     return torch.where(scores.isnan().all(-1), torch.nan, total)
 

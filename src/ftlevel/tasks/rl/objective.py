@@ -152,7 +152,7 @@ class RewardMeter:
         return ("reward", *own, *passes, "length", "truncated")
 
     def update(self, logits: Any, labels: Any, rows: Sequence[Any]) -> None:
-        """Add one prompt: reward, length, ended, scores in `logits` (completions, 3 + functions).
+        """Add a prompt; `logits` (completions, 3 + functions): reward, length, ended, scores.
 
         `labels` are the texts of the completions.
         """

@@ -109,7 +109,7 @@ class Rewards:
             raise ConfigError(problems)
 
     def check_rows(self, rows: Sequence[Mapping[str, Any]], where: Callable[[int], str]) -> None:
-        """Raise `ConfigError` if a built-in reward cannot use a row; `where` names its place."""
+        """Raise `ConfigError` if a built-in reward cannot use a row; `where(index)`: file:line."""
         used = {name for spec in self.specs for name in get_columns(spec)}
         values = [{name: row.get(name) for name in used} for row in rows]
         found = self._request({"do": "check", "rows": values}, START_SECONDS)
