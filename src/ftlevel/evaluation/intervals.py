@@ -109,7 +109,7 @@ class ExampleRecord:
     def add_answers(
         self, rows: Sequence[Encoded], log_probs: torch.Tensor, preference_labels: torch.Tensor
     ) -> None:
-        """Add `rows`; `log_probs` `(answers, 2)` are from `answers`, labels `(answers, 3)`."""
+        """Add `rows`; `log_probs` `(answers, 2)` are from `LikelihoodObjective.answers`."""
         objective, width = self.objective, len(log_probs) // len(rows)
         if not isinstance(objective, LikelihoodObjective):
             raise TypeError("only answers have a log-likelihood")

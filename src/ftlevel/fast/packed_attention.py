@@ -167,7 +167,7 @@ class ShortAttention(torch.autograd.Function):
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, cap: float | None) -> Tensor:
-    """Returns unmasked scores (sequences · key heads, heads of a group · queries, keys)."""
+    """Returns scores before masking (sequences · key heads, heads of a group · queries, keys)."""
     exact = torch.promote_types(query.dtype, torch.float32)
     scores = torch.bmm(query.to(exact), key.to(exact).transpose(1, 2)).mul_(scale)
     return cap_scores(scores, cap)

@@ -67,7 +67,7 @@ class TorchBackend:
     def rope(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False
     ) -> Pair:
-        """Returns rotated q and k (batch, seq, heads, head_dim); if `backward`, their gradients."""
+        """Rotate q and k (batch, seq, heads, head_dim), or with `backward` their gradients back."""
         cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
         if backward:
             return q * cos - _rotate_half(q * sin), k * cos - _rotate_half(k * sin)

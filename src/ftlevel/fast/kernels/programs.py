@@ -68,7 +68,7 @@ def cross_entropy(scores: Tensor, targets: Tensor, smoothing: float) -> Pair:
 
 @triton.jit
 def rounded(value, like):
-    """Round to the dtype of the pointer `like`; the result is float32."""
+    """Round `value` to the dtype that `like` points to; the result is float32."""
     return value.to(like.dtype.element_ty).to(tl.float32)
 
 

@@ -81,7 +81,7 @@ class Embeddings(StepObjective):
         return (*METRICS[self.kind], *(f"{self.headline}_dim_{count}" for count in dims))
 
     def embed(self, outputs: Any, mask: torch.Tensor, unpooled: Sequence[int] = ()) -> torch.Tensor:
-        """Returns embeddings `(texts, dims)`, without the first `unpooled[i]` tokens of text i."""
+        """Returns embeddings `(texts, dims)`; skips the first `unpooled[i]` tokens of text i."""
         return self.embed_states(self.logits(outputs), without_first(mask, unpooled))
 
     def embed_states(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -58,7 +58,7 @@ class SequenceLogps:
         return self.sums - self.reference
 
     def alternate(self, first: int) -> SequenceLogps:
-        """Returns answers `first`, `first` + 2, …: of pairs, only the preferred or the rejected."""
+        """Returns every second answer from `first` on: of pairs, the preferred or the rejected."""
         index = slice(first, None, 2)
         return SequenceLogps(self.sums[index], self.counts[index], self.reference[index])
 

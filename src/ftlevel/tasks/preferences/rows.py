@@ -156,7 +156,7 @@ class ContrastRow(Encoded):
 
 
 class ContrastedRows(LazySequence[Encoded]):
-    """Labeled answers, each with the answer of the nearest previous row that has another prompt.
+    """Labeled answers, with contrast answers: that of the nearest previous row of another prompt.
 
     `rows` are `LabeledAnswerRow` in data order. Contrast answers are truncated so that prompt and
     answer have at most `max_length` tokens.

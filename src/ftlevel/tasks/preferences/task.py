@@ -213,7 +213,7 @@ class PreferenceTask(PreferenceBaseTask, TextTask):
     def finish_data(
         self, prepared: PreparedData, config: DataConfig, context: EncodingContext
     ) -> PreparedData:
-        """Returns `prepared`; for the loss kto, each row gets a contrast answer."""
+        """Returns `prepared`; for the loss kto, each row also gets an answer to another prompt."""
         if self.config.loss != "kto":
             return prepared
         max_length, held_out = prepared.max_length, prepared.validation

@@ -110,7 +110,7 @@ def count_targets(loss: str, lists: Lists) -> torch.Tensor:
 
 
 def sum_loss(loss: str, logits: torch.Tensor, lists: Lists, pos_weight: float) -> torch.Tensor:
-    """Returns the summed loss of `logits` (documents,), a float32 scalar."""
+    """Returns the loss named `loss` of `logits` (documents,), summed over targets in float32."""
     from torch.nn import functional
 
     z, mask = lists.pad(logits), lists.mask

@@ -136,7 +136,7 @@ TRUNCATED_RATIO = 0.5
 
 
 class RewardMeter:
-    """Meter of mean reward, pass@k and lengths over prompts, with equally many completions."""
+    """Meter of prompts with equally many completions: mean reward, pass@k and lengths."""
 
     def __init__(self, config: RlConfig) -> None:
         self._config = config
