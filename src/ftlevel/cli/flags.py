@@ -318,7 +318,7 @@ def _put(layer: Layer, row: Flag, path: str, shown: str, value: Any, example: st
 
 
 def _note(message: str) -> None:
-    """Print a note to stderr, except in a launched process."""
+    """Print a note to stderr, except in a process that a launcher such as torchrun started."""
     if not is_launched():
         typer.echo(f"note: {message}", err=True)
 
@@ -338,7 +338,7 @@ def _get_run_config(run: Path, inputs: CommandInput) -> Path | None:
 def read_config(
     inputs: CommandInput, note: Callable[[str], None] = _note
 ) -> tuple[TrainConfig, Path | None]:
-    """Returns the configuration merged from recipe < --set < flags, and the recipe's path.
+    """Returns the configuration merged from recipe < --set < flags, and the recipe's path or None.
 
     `note` is called with a message for each alias and each value that changes nothing.
     """

@@ -124,7 +124,7 @@ def _canonical_spec(row: Flag, command: str) -> FlagSpec:
 
 
 def _alias_specs(row: Flag, canonical: FlagSpec) -> dict[str, FlagSpec]:
-    """Returns alias → `FlagSpec`; `canonical` is that of the flag itself."""
+    """Returns alias → `FlagSpec` for the aliases of flag `row`, whose own spec is `canonical`."""
     specs = {}
     for alias in row.alias_names:
         has_value = alias.value is not None
@@ -245,7 +245,7 @@ def _is_recipe(text: str) -> bool:
 def _convert(
     name: str, shown: str, values: Sequence[str], option: FlagSpec
 ) -> list[Setting] | NoOpValue:
-    """Returns (flag, value) pairs for the `values` of flag `name`, shown in errors as `shown`."""
+    """Returns the settings for flag `name` with `values`, or a `NoOpValue`; errors show `shown`."""
     text = ",".join(values)
     word = _parse_bool(text) if option.is_value_optional else text.lower()
     result = option.values.get(word)

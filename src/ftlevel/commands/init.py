@@ -107,7 +107,7 @@ def _is_set(config: TrainConfig, path: str) -> bool:
 
 
 def _resolve(layers: list[Layer], defaults: list[Choice]) -> Run:
-    """Resolve the run like `train`; if it has no validation rows, add a split to both lists."""
+    """Resolve the run like `train`; without validation rows, add a split to both lists."""
     config = build_config(layers)
     run = resolve(config)
     is_small = len(run.data.train) < _ENOUGH or config.data.streaming

@@ -98,7 +98,7 @@ def predict(
 
 @dataclass(frozen=True)
 class _PreparedPrediction:
-    """Model, columns and input of a prediction; `queries` yields rows without predictions."""
+    """Model, columns and input of a prediction; `queries` yields the rows still to be predicted."""
 
     ref: ModelRef
     device: str

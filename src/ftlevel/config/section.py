@@ -43,7 +43,7 @@ _TEXTS = ("system", "context", "prompt_tuning_init_text")
 
 
 class Section(BaseModel):
-    """Immutable part of the configuration; unknown keys, NaN and infinity are errors."""
+    """Base class of immutable configuration sections; unknown keys, NaN and infinity are errors."""
 
     model_config = ConfigDict(
         frozen=True,

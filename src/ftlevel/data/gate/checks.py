@@ -125,7 +125,7 @@ class FlatRows:
 
 
 def flat_batches(rows: Sequence[Encoded]) -> Iterator[FlatRows]:
-    """Yields rows in batches of a few thousand, without splitting an example."""
+    """Yields `FlatRows` of a few thousand rows each; rows of one example are in the same batch."""
     if isinstance(rows, RowStore):
         for batch in rows.batches():
             labels = _ragged(batch.column("labels")) if rows.has_token_labels else None

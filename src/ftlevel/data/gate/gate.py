@@ -324,7 +324,7 @@ class Gate:
         return rows, split.findings
 
     def check_rows(self, name: str, fitted: FittedRows, total: int, table: Table) -> SplitReport:
-        """Run the checks of single rows on the split `name`, which has `total` examples."""
+        """Run the checks of single rows on the split `name` of `total` examples; report them."""
         split = SplitReport(name, fitted.rows, table, total, self.policy)
         active = split.present()
         for check, rows in (("long_prompt", fitted.long_prompts), ("answer_cut", fitted.lost)):

@@ -68,7 +68,7 @@ def resolve_files(name: str) -> list[Path] | None:
 
 @dataclass(frozen=True)
 class CacheDir:
-    """Directory of one cache key.
+    """Directory of the prepared rows of one cache key.
 
     `publish` moves a new directory into the cache; it is None if the cache already has the rows.
     `damage` describes corrupted cached rows.

@@ -120,7 +120,7 @@ def _check_ignored(splits: DatasetSplits, config: DataConfig) -> None:
 def open_converter(
     table: Table, config: DataConfig, task: DataTask, *, lenient: bool = False
 ) -> tuple[Converter, list[Choice]]:
-    """Returns a converter of rows with the columns of `table`, and log lines."""
+    """Returns a `Converter` for tables with the same columns as `table`, and log lines."""
     shape = task.get_format(table.column_names, config, table.rows[:CHUNK_ROWS])
     refuse_media_columns(shape.unused, table.rows, table.source)
     shape, choices = task.update_format(shape, table, config)
@@ -129,7 +129,7 @@ def open_converter(
 
 @dataclass
 class Converter:
-    """Converts tables to examples; `shape` is the detected format with label variants merged."""
+    """Converts tables to examples by format `shape`, which merges spelling variants of labels."""
 
     config: DataConfig
     task: DataTask

@@ -141,7 +141,7 @@ def stdlib_root() -> Path:
 
 
 def read_module(file: Path) -> list[Documented]:
-    """Load the documented objects of a module in source order; empty if it cannot be parsed."""
+    """Load the objects of a module that have a docstring, in source order; [] if parsing fails."""
     try:
         text = file.read_text(encoding="utf-8")
         with warnings.catch_warnings():

@@ -281,7 +281,7 @@ def hold_out(splits: DatasetSplits, validation_split: float, seed: int) -> Datas
 def _assemble(
     tables: Mapping[str, Table], train: str, name: str, notes: Sequence[str]
 ) -> DatasetSplits:
-    """Assign tables to train, validation and test; add a note if `train` is not "train"."""
+    """Returns the tables as splits: `train` is trained on, with a note if that is not "train"."""
     messages = [f"{name}: trains on split {train!r} of {join_names(tables)}"] * (train != "train")
     eval_split = next((key for key in VALIDATION_NAMES if key in tables and key != train), "")
     test = None if train == "test" else tables.get("test")
