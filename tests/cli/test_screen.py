@@ -98,6 +98,18 @@ def test_remaining_time_is_shown_at_every_width(width: int) -> None:
         assert "122,556 tok/s" in bars[-1]
 
 
+def test_tensors_without_gradient_are_not_counted(tmp_path: Path) -> None:
+    file = io.StringIO()
+    proof = {"gradient_tensors": 74, "idle_tensors": 1, "frozen_tensors": 0,
+             "reload_difference": 0.0, "adapter_effect": 1.5}  # fmt: skip
+    Screen(Console(file=file), quiet=False).end({
+        "proof": proof, "timings": dict.fromkeys(("tokens_per_s", "total_s", "to_first_step_s"), 1),
+        "loss_first": None, "metrics_before": {}, "metrics": {}, "memory": {"peak_bytes": 0},
+        "run": str(tmp_path), "next": [],
+    })  # fmt: skip
+    assert "proof 73 of 74 trainable tensors had gradients; " in file.getvalue()
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
 def test_run_completes_with_full_stdout(
     tmp_path: Path, tiny_model_dir: Callable[..., Path]

@@ -264,9 +264,9 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         if (proof["frozen_tensors"])
         else ""
     )
-    gradients = f"{proof['gradient_tensors']:,} of {proof['gradient_tensors']:,} trainable tensors"
+    count, idle = proof["gradient_tensors"], proof["idle_tensors"]
     # Without gradient tensors, no step was left.
-    gradients = f"{gradients} had gradients; " if proof["gradient_tensors"] else ""
+    gradients = f"{count - idle:,} of {count:,} trainable tensors had gradients; " if count else ""
     yield (
         f"  [bold]proof[/bold] {gradients}{frozen}reloaded and compared: logits differ by "
         f"{proof['reload_difference']:.2g}, training moved them by {proof['adapter_effect']:.3g}"

@@ -180,6 +180,18 @@ def test_text_predictions_have_no_confusion_matrix() -> None:
     assert answers.classes == []
     assert [row["loss"] for row in answers.worst[:2]] == [24_999.0, 24_998.0]
     assert answers.best[0]["loss"] == 0.0
+    few = [{"predicted": f"text {i}", "true": "t", "loss": 1.0, "tokens": 2} for i in range(3)]
+    assert compute_prediction_stats(iter(few)).classes == []
+
+
+def test_answers_of_questions_are_plain_text() -> None:
+    rows = [
+        {"where": "row 1", "loss": 0.1, "input": "who?", "predicted": "", "true": []},
+        {"where": "row 2", "loss": 0.2, "input": "where?", "predicted": "Ob", "true": ["Ob", "Om"]},
+    ]
+    page = render_page([make_run(predictions=compute_prediction_stats(iter(rows)))])
+    assert page.count("<pre>(none)</pre>") == 2
+    assert "<pre>Ob, Om</pre>" in page
 
 
 def test_tags_are_counted_per_word() -> None:
@@ -278,6 +290,13 @@ def test_headline_sentences() -> None:
     assert "rows, random head 0.50" in get_headline(choices=[new_head])[0]
     _, meaning, *_ = get_headline(task="reward")
     assert meaning == "accuracy: share of pairs whose chosen answer has the higher score."
+    values = {"headline": "f1", "metrics": {"f1": 1.0}, "metrics_before": {"f1": 0.0412}}
+    first, meaning, *_ = get_headline(task="question-answering", intervals={}, **values)
+    assert first == "f1 1.00 on 3 held-out rows, base 0.041"
+    assert meaning.startswith("f1: overlap of the words")
+    before, after = {"pseudo_perplexity": 47059.6671}, {"pseudo_perplexity": 265.0883}
+    first, *_ = get_headline(headline="pseudo_perplexity", metrics=after, metrics_before=before)
+    assert first == "pseudo perplexity 265 on 3 held-out rows, base 47,060"
     (only,) = get_headline(metrics={}, metrics_before={}, intervals={})
     assert only == (
         "Training loss 1.00, at the start 2.00. No held-out rows: the quality on new rows is not "
@@ -289,11 +308,19 @@ def test_data_findings_and_checks() -> None:
     assert list(data_findings(SUMMARY)) == [
         "HTML in a text: 2 of 9 train rows (rows.csv:4); action: warn"
     ]
+    verified = {"rows": 4, "dtype": "float32", "loss": 0.0, "gradient": 7.5e-6}
+    (compared,) = checks({"speed": {"verified": verified}})
+    assert compared.endswith("the loss differs by 0, gradients by 7.5e-06 (relative).")
     assert list(checks(SUMMARY)) == [
         "Every trained tensor received gradients (3 tensors).",
         "The 4 frozen tensors of the base model did not change, bit for bit.",
         "The saved files were loaded again and compared on 4 rows: outputs are equal.",
-        "Training changed the outputs: logits moved by up to 1.5.",
+        "Training changed the outputs by up to 1.5.",
+    ]
+    proof = {"gradient_tensors": 74, "idle_tensors": 1, "reload_difference": 0.25, "probe_rows": 4}
+    assert list(checks({"proof": proof})) == [
+        "73 of 74 trained tensors received gradients.",
+        "The saved files were loaded again and compared on 4 rows: outputs differ by at most 0.25.",
     ]
     assert list(checks({})) == list(data_findings({})) == []
 

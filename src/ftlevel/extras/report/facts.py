@@ -144,7 +144,8 @@ def compute_prediction_stats(rows: Iterator[dict[str, Any]]) -> PredictionStats:
     for row in rows:
         total += 1
         candidates.append(row)
-        unit, pairs = _pairs(row.get("true"), row.get("predicted"))
+        # Generated texts (with a number of tokens) are not classes, however few they are.
+        unit, pairs = ("", []) if "tokens" in row else _pairs(row.get("true"), row.get("predicted"))
         units.add(unit)
         for true, predicted in pairs:
             counts.setdefault(true, Counter())[predicted] += 1

@@ -33,6 +33,7 @@ Summary = Mapping[str, Any]
 _MEANINGS = {
     "accuracy": "share of rows with the right answer",
     "exact_match": "share of rows whose answer equals the correct one",
+    "question-answering f1": "overlap of the words of prediction and correct answer, from 0 to 1",
     "f1": "balance of precision and recall, from 0 to 1",
     "macro_f1": "balance of precision and recall, averaged over classes, from 0 to 1",
     "mcc": "correlation of predicted and true classes, from -1 to 1",
@@ -69,12 +70,12 @@ def headline(summary: Summary) -> Iterator[str]:
     new_head = any(choice["name"] == "head learning rate" for choice in summary.get("choices", []))
     start = "before this run" if summary.get("adapter") else "random head" if new_head else "base"
     yield (
-        f"{name.replace('_', ' ')} {_figure(value)} on {rows:,} held-out rows"
+        f"{_label(name)} {_figure(value)} on {rows:,} held-out rows"
         + (f", {start} {_figure(before)}" if before is not None else "")
         + (f"; 95 % interval {_figure(interval[0])} to {_figure(interval[1])}" if interval else "")
     )
     if meaning := _MEANINGS.get(f"{summary.get('task')} {name}", _MEANINGS.get(name)):
-        yield f"{name.replace('_', ' ')}: {meaning}."
+        yield f"{_label(name)}: {meaning}."
     if interval:
         yield "With many more rows like these, the value would likely lie in the interval."
     if before is None:
@@ -88,7 +89,7 @@ def headline(summary: Summary) -> Iterator[str]:
 
 
 def _figure(value: float) -> str:
-    return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.3g}"
+    return f"{value:.2g}" if abs(value) < 0.1 else f"{value:,.{2 * (abs(value) < 100)}f}"
 
 
 def data_findings(summary: Summary) -> Iterator[str]:
@@ -97,8 +98,8 @@ def data_findings(summary: Summary) -> Iterator[str]:
     for result in data.get("gate") or ():
         places = ", ".join(result.get("places", ()))
         yield (
-            f"{result['title']}: {result['count']:,} of {result['total']:,} {result['split']} rows "
-            f"({places}); action: {result['action']}"
+            f"{result['title'][:1].upper()}{result['title'][1:]}: {result['count']:,} of "
+            f"{result['total']:,} {result['split']} rows ({places}); action: {result['action']}"
         )
     for key, action in (
         ("dropped", "dropped"),
@@ -115,27 +116,38 @@ def checks(summary: Summary) -> Iterator[str]:
     if count := proof.get("gradient_tensors"):
         idle = proof.get("idle_tensors", 0)
         yield (
-            f"Every trained tensor received gradients ({count:,} tensors)."
-            if not idle
-            else (f"{count:,} trained tensors received gradients, {idle:,} did not.")
+            f"{count - idle:,} of {count:,} trained tensors received gradients."
+            if idle
+            else f"Every trained tensor received gradients ({count:,} tensors)."
         )
     if count := proof.get("frozen_tensors"):
         yield f"The {count:,} frozen tensors of the base model did not change, bit for bit."
     if (apart := proof.get("reload_difference")) is not None:
         yield (
             f"The saved files were loaded again and compared on {proof.get('probe_rows')} rows: "
-            + ("outputs are equal." if not apart else f"logits differ by at most {apart:.2g}.")
+            + (f"outputs differ by at most {apart:.2g}." if apart else "outputs are equal.")
         )
     if (effect := proof.get("adapter_effect")) is not None:
-        yield f"Training changed the outputs: logits moved by up to {effect:.3g}."
+        yield f"Training changed the outputs by up to {effect:.3g}."
     if verified and verified.get("loss") is not None:
         yield (
             f"The fast training step was compared with the plain one on {verified['rows']} rows in "
-            f"{verified['dtype']}: the loss differs by {verified['loss']:.1e}, gradients by "
-            f"{verified['gradient']:.1e} (relative)."
+            f"{verified['dtype']}: the loss differs by {verified['loss']:.2g}, gradients by "
+            f"{verified['gradient']:.2g} (relative)."
         )
     if num_skipped := len(summary.get("left_out") or ()):
         yield f"{num_skipped:,} steps were left out, because the loss was not finite or spiked."
+
+
+_LABELS = {
+    "ece": "expected calibration error",
+    "length": "length of completions",
+    "truncated": "truncated completions",
+}
+
+
+def _label(metric: str) -> str:
+    return _LABELS.get(metric, metric.replace("_", " "))
 
 
 MAX_POINTS = 400  # per curve
@@ -164,10 +176,7 @@ CURVES = (
 
 @dataclass(frozen=True)
 class Line:
-    """One run's curve: `path` for an SVG polyline, and (step, value) `points` for the tooltip.
-
-    `number`, the index of the run, selects the color.
-    """
+    """One run's curve: SVG `path`, (step, value) `points`, and `number`, the run's color."""
 
     run: str
     number: int
@@ -198,6 +207,13 @@ class Chart:
         ]
         return f"{self.title} ({self.unit}) by step. {'; '.join(texts)}."
 
+    @property
+    def data(self) -> str:
+        """JSON of lines, ranges and box, for the script of the page."""
+        lines = [[a.run, [[x, float(f"{y:.6g}")] for x, y in a.points]] for a in self.lines]
+        data = {"lines": lines, "span": self.span, "box": [LEFT, WIDTH - RIGHT, WIDTH]}
+        return json.dumps(data, separators=(",", ":"))
+
 
 def draw_charts(runs: Sequence[ReportedRun]) -> Iterator[Chart]:
     """Yields a chart for each quantity and evaluation metric that some run has."""
@@ -208,11 +224,9 @@ def draw_charts(runs: Sequence[ReportedRun]) -> Iterator[Chart]:
         for key in record
         if key.startswith("eval_") and key != "eval_loss"
     )
-    names = {key: key.removeprefix("eval_").replace("_", " ") for key in metrics}
-    units = {"length": "tokens", "truncated": "share of completions"}
-    of_metrics = [
-        (key, f"Validation {name}", key, units.get(name, name)) for key, name in names.items()
-    ]
+    units = {"eval_length": "tokens", "eval_truncated": "share of completions"}
+    names = {key: _label(key.removeprefix("eval_")) for key in metrics}
+    of_metrics = [(k, f"Validation {name}", k, units.get(k, name)) for k, name in names.items()]
     for name, title, key, unit in (*of_metrics, *CURVES):
         result = [
             (number, run, thin(list(_points(run.records, key)))) for number, run in enumerate(runs)
@@ -222,7 +236,7 @@ def draw_charts(runs: Sequence[ReportedRun]) -> Iterator[Chart]:
 
 
 def _points(records: Sequence[Mapping[str, Any]], key: str) -> Iterator[Point]:
-    """Yields finite (step, value) pairs; `key` None: tokens per second between records."""
+    """Yields finite (step, value) pairs; without `key`: tokens per second between records."""
     before: Mapping[str, Any] | None = None
     for record in records:
         step = record.get("step")
@@ -326,7 +340,7 @@ def render_page(runs: Sequence[ReportedRun]) -> str:
         runs=runs,
         results=list(_list_results(runs)),
         facts=list(_list_properties(runs)),
-        charts=[_for_template(chart) for chart in draw_charts(runs)],
+        charts=list(draw_charts(runs)),
         has_answers=any(run.answers and run.answers.is_shown for run in runs),
         width=WIDTH,
         height=HEIGHT,
@@ -386,9 +400,8 @@ def _texts(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Returns the headings and texts of an answered row; lists such as tags are joined."""
     titles = _TEXTS if "input" in row else _TEXTS | _TEXTS_WITH_PROMPT
     shown = [(title, row[name]) for name, title in titles.items() if row.get(name) is not None]
-    if not isinstance(row.get("predicted"), list):
-        return shown
-    return [(title, ", ".join(map(str, v)) if isinstance(v, list) else v) for title, v in shown]
+    texts = [(title, ", ".join(map(str, v)) if isinstance(v, list) else v) for title, v in shown]
+    return [(title, "(none)" if text == "" else text) for title, text in texts]
 
 
 def _metric_values(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -407,25 +420,6 @@ def _to_text(value: Any) -> str:
     return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}…"
 
 
-def _for_template(chart: Chart) -> dict[str, Any]:
-    data = {
-        "lines": [
-            [line.run, [[x, float(f"{y:.6g}")] for x, y in line.points]] for line in chart.lines
-        ],
-        "span": chart.span,
-        "box": [LEFT, WIDTH - RIGHT, WIDTH],
-    }
-    return {
-        "title": chart.title,
-        "unit": chart.unit,
-        "words": chart.words,
-        "lines": chart.lines,
-        "ticks_x": chart.ticks_x,
-        "ticks_y": chart.ticks_y,
-        "data": json.dumps(data, separators=(",", ":")),
-    }
-
-
 Row = tuple[str, list[str]]
 
 
@@ -435,7 +429,7 @@ def _row(runs: Sequence[ReportedRun], name: str, value: Callable[[Any], str]) ->
 
 def _list_results(runs: Sequence[ReportedRun]) -> Iterator[Row]:
     for name in dict.fromkeys(key for run in runs for key in run.summary.get("metrics", {})):
-        yield _row(runs, f"validation {name.replace('_', ' ')}", partial(_metric, name=name))
+        yield _row(runs, f"validation {_label(name)}", partial(_metric, name=name))
     yield _row(
         runs,
         "training loss",
@@ -456,7 +450,7 @@ def _list_properties(runs: Sequence[ReportedRun]) -> Iterator[Row]:
     yield _row(runs, "method", lambda s: str(s.get("method", "")))
     yield _row(runs, "trained parameters", _trained)
     yield _row(runs, "steps", lambda s: f"{s.get('steps', 0):,}")
-    yield _row(runs, "finished", lambda s: str(s.get("finished", "")))
+    yield _row(runs, "finished", lambda s: str(s.get("finished", "")).replace("T", " "))
 
 
 def _trained(summary: Mapping[str, Any]) -> str:
@@ -468,9 +462,10 @@ def _metric(summary: Mapping[str, Any], name: str) -> str:
     value, before = (summary.get(of, {}).get(name) for of in ("metrics", "metrics_before"))
     if not isinstance(value, int | float):
         return ""
-    first = f"{before:.4f} → " if isinstance(before, int | float) else ""
+    text = "{:,.4f}".format if abs(value) < 100 else "{:,.1f}".format
+    first = f"{text(before)} → " if isinstance(before, int | float) else ""
     interval = summary.get("intervals", {}).get(name)
-    return f"{first}{value:.4f}" + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")
+    return f"{first}{text(value)}" + (f" [{', '.join(map(text, interval))}]" if interval else "")
 
 
 def _gib(size: Any) -> str:
