@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,6 +167,23 @@ def _parse_texts(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _locate_functions(value: Any) -> Any:
+    """Returns the rewards, with Python functions replaced by FILE.py:FUNCTION."""
+    rewards = []
+    for reward in value if isinstance(value, list | tuple) else [value]:
+        name = getattr(reward, "__qualname__", type(reward).__name__)
+        module = sys.modules.get(getattr(reward, "__module__", None) or "__main__")
+        file = None if module is sys.modules["__main__"] else getattr(module, "__file__", None)
+        if callable(reward) and (file is None or getattr(module, name, None) is not reward):
+            raise ValueError(
+                f"{name} is not a function at the top level of an imported module, and rewards run "
+                "in a process of their own. Write it into a file, such as rewards.py, and give "
+                '"rewards.py:FUNCTION"'
+            )
+        rewards.append(f"{file}:{name}" if callable(reward) else reward)
+    return rewards
+
+
 def _validate_rewards(value: tuple[str, ...]) -> tuple[str, ...]:
     for text in value:
         parse_reward(text)
@@ -179,7 +197,9 @@ Epsilon = Annotated[float, Field(gt=0, le=100)]
 class RlConfig(Section):
     """Settings of reinforcement learning."""
 
-    reward: Annotated[Texts, AfterValidator(_validate_rewards)] = Field(
+    reward: Annotated[
+        Texts, BeforeValidator(_locate_functions), AfterValidator(_validate_rewards)
+    ] = Field(
         (),
         description="Reward of a completion; repeatable, with a weight as NAME=WEIGHT. Built in: "
         + ", ".join(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -224,3 +226,18 @@ def test_output_name_must_match_export_format(
         section(**values)
     assert error.value.problems == [message]
     assert MergeConfig(adapters=["run"], output_dir="merged-v1.5").output_dir == Path("merged-v1.5")
+
+
+def test_python_function_is_a_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "my_rewards.py"
+    file.write_text("def short(completions, **_):\n    return [1.0 for _ in completions]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    function = importlib.import_module("my_rewards").short
+    config = TrainConfig(task="rl", rl={"reward": [function, "length:1-9=0.2"]})
+    assert config.rl.reward == (f"{file}:short", "length:1-9=0.2")
+
+
+@pytest.mark.parametrize("reward", [lambda **_: [1.0], functools.partial(len), len])
+def test_function_without_importable_name_is_no_reward(reward: Any) -> None:
+    with pytest.raises(ConfigError, match="not a function at the top level of an imported module"):
+        TrainConfig(task="rl", rl={"reward": reward})
