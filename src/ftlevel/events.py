@@ -18,7 +18,7 @@ from ftlevel.extensions import resolve_renamed
 
 
 class Listener:
-    """Progress callbacks, which do nothing by default; all are called from the main thread."""
+    """Base class of progress callbacks, which do nothing; all are called from the main thread."""
 
     def stage(self, name: str) -> None:
         """Start a stage of the work, such as `load the model`."""
@@ -86,7 +86,7 @@ def _in_notebook() -> bool:
 
 
 class Notebook(NullListener):
-    """Shows a run in the output of a notebook cell."""
+    """Listener that shows a run in the output of a notebook cell."""
 
     def __init__(self) -> None:
         self._title, self._stage = "", ""

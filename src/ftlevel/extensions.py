@@ -42,8 +42,8 @@ class Command:
     Attributes:
         function: reference to its function, which has a parameter for each flag.
         summary: one line for `ftlevel --help`.
-        config: reference to the section whose fields the flags set; empty for none.
-        accepts: whether the command also has train's flag for the field at a dotted path.
+        config: reference to the configuration class whose fields the flags set; empty for none.
+        accepts: returns whether the command also has train's flag for a field (dotted path).
         is_quiet: whether it has `--quiet`.
     """
 
@@ -79,7 +79,7 @@ class ExportFormat:
 
 @dataclass(frozen=True)
 class Extension:
-    """Tables that a package adds to ftlevel, each by name.
+    """What a package adds to ftlevel: a table (name → entry) for each kind of entry.
 
     Attributes:
         commands: name of a command → `Command`.
@@ -186,7 +186,7 @@ def resolve_renamed(module: str, names: Mapping[str, str]) -> Callable[[str], An
 
 
 def try_load(reference: str, source: str) -> Any:
-    """Returns the object `reference`; if `source` cannot be imported, warns and returns None."""
+    """Returns the object at `reference`; warns and returns None if package `source` fails."""
     try:
         return load(reference)
     except Exception as error:
@@ -206,7 +206,7 @@ def warn_skipped(source: str, error: object) -> None:
 
 
 def added(table: str, core: Collection[str] = ()) -> dict[str, tuple[str, Any]]:
-    """Returns name → (package, entry) from `table`, a field of `Extension`, of all extensions.
+    """Returns name → (package, entry) of the `Extension` field `table`, for all extensions.
 
     Raises:
         ConfigError: a name is defined twice, or is in `core`, ftlevel's own names.
@@ -225,15 +225,12 @@ def added(table: str, core: Collection[str] = ()) -> dict[str, tuple[str, Any]]:
 
 
 def added_rows(table: str, core: Collection[str] = ()) -> dict[str, Any]:
-    """Returns name → entry from `table`, a field of `Extension`, of all extensions.
-
-    Raises ConfigError if a name is defined twice or is in `core`, the names of ftlevel itself.
-    """
+    """Returns name → entry of the `Extension` field `table`; raises as `added` does."""
     return {name: row for name, (_, row) in added(table, core).items()}
 
 
 def loaded(table: str, core: Collection[str] = ()) -> dict[str, Any]:
-    """Returns name → imported object of each reference in `table`, without failing imports."""
+    """Returns name → imported object for each reference in `table`; omits those that fail."""
     objects = {name: try_load(row, source) for name, (source, row) in added(table, core).items()}
     return {name: value for name, value in objects.items() if value is not None}
 

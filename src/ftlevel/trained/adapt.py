@@ -30,7 +30,7 @@ from ftlevel.models.untrusted import FROM_READERS, check_patterns
 
 
 class ForeignAdapter(Protocol):
-    """An adapter in a different library's format, before the weights are loaded."""
+    """Protocol of an adapter in another library's format, before its weights are loaded."""
 
     @property
     def base(self) -> str:
@@ -51,7 +51,7 @@ class ForeignAdapter(Protocol):
 
 
 class AdapterReader(Protocol):
-    """Reader of adapters in one format of another library.
+    """Protocol of a reader of adapters in one format of another library.
 
     Attributes:
         kind: name of the format, as in `Extension.adapter_readers`.
@@ -139,7 +139,7 @@ def check_new_embeddings(model: Any, old_vocab_size: int | None, adapter_dir: Pa
 
 
 def get_vocab_mismatch(model: Any, adapter_dir: Path) -> str | None:
-    """Returns how the adapter's vocabulary size differs from the model's; None if it is equal."""
+    """Returns a text if the vocabulary sizes differ; None if they are equal or unknown."""
     vocab_size, requested = _get_vocab_size(model), get_adapter_vocab_size(model, adapter_dir)
     if vocab_size is None or requested in (None, vocab_size):
         return None
@@ -164,7 +164,7 @@ def get_adapter_vocab_size(model: Any, adapter_dir: Path) -> int | None:
 
 
 def _get_num_embeddings(name: str, shape: list[int]) -> int | None:
-    """Returns the row count of the matrix `name`, or of the one that LoRA factor `name` updates."""
+    """Returns the rows of matrix `name`, or of that which LoRA factor `name` updates; else None."""
     suffix = name.rpartition(".")[2]
     if suffix == "lora_embedding_A":
         return shape[1]
@@ -294,7 +294,7 @@ def copy_initial_state(model: Any, method: MethodConfig) -> dict[str, Any]:
 def save_adapter(
     model: Any, method: MethodConfig, adapter_dir: Path, initial_state: dict[str, Any]
 ) -> None:
-    """Save the adapter for the unchanged base; `initial_state` is from `copy_initial_state`."""
+    """Save the adapter so that it fits the original base; see `copy_initial_state`."""
     with METHODS[method.kind].initialization.as_saved(model, initial_state) as state:
         # "auto" would query the Hub to find out whether the vocabulary was resized.
         kwargs = {} if state is None else {"state_dict": state}

@@ -15,7 +15,7 @@ from ftlevel.data.encoding.collate import pad
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """Settings of text generation, up to a stop text; a `temperature` of 0 does not sample."""
+    """Settings of text generation, which ends at a stop text; `temperature` 0 does not sample."""
 
     max_new_tokens: int
     num_beams: int = 1
@@ -55,7 +55,7 @@ class _StopTextCriteria(StoppingCriteria):
         self._tokenizer, self._stop_texts, self._num_new = tokenizer, stop_texts, 0
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # noqa: ARG002
-        """Returns for each row of `input_ids`, which has one more token per call, if it ends."""
+        """Returns (rows,) booleans: which rows end. Each call has one token more than the last."""
         self._num_new += 1
         rows = input_ids[:, -self._num_new :].tolist()
         ended = [has_stop_text(self._tokenizer, ids, self._stop_texts) for ids in rows]
@@ -114,7 +114,7 @@ def generate_texts(
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Returns the ids that end generation: EOS, the model's own, and the end of a chat turn."""
+    """Returns ids that end generation: EOS of tokenizer and generation_config, end of a turn."""
     token_ids = [tokenizer.eos_token_id]
     if getattr(tokenizer, "chat_template", None):
         token_ids.append(get_end_of_turn_id(tokenizer))

@@ -172,7 +172,7 @@ class ModelRef:
         return load_tokenizer(self.tokenizer_source)
 
     def compute_dtype(self, device: str) -> str:
-        """Returns the compute precision of training, with float32 for float16 on the CPU."""
+        """Returns the compute dtype of training; on the CPU, float32 instead of float16."""
         return "float32" if self.card.dtype == "float16" and device == "cpu" else self.card.dtype
 
     def with_card(self, **changes: Any) -> ModelRef:

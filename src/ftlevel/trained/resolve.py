@@ -242,7 +242,7 @@ def is_model(name: str) -> bool:
 
 
 def get_card_dir(path: Path) -> Path | None:
-    """Returns `path` or its `adapter` if it has a card, else None; InputError: unfinished run."""
+    """Returns `path` or `path/adapter`, the one with a card, or None; InputError if unfinished."""
     if (path / CARD).is_file():
         return path
     if (path / "adapter" / CARD).is_file():
@@ -423,7 +423,7 @@ def resolve_base(
 
 
 def get_original_base(ref: ModelRef) -> ModelRef | None:
-    """Returns the model that full fine-tuning of `ref` began from; None without it or its head."""
+    """Returns the base of the fully fine-tuned `ref`; None if it is not full, or lacks its base."""
     card, path = ref.card, ref.source.path
     if card.method != "full" or card.merge or card.quantized or card.heads or path is None:
         return None
@@ -480,7 +480,7 @@ NAMED = "model.json"
 
 @dataclass(frozen=True)
 class ReferenceModel:
-    """A reference, teacher or guide; `fingerprint` identifies its weights and quantization."""
+    """Resolved reference, teacher or guide; `fingerprint` identifies weights and quantization."""
 
     name: str
     ref: ModelRef

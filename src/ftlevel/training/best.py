@@ -38,7 +38,7 @@ LOWER_IS_BETTER = ("loss", "perplexity", "rmse", "mse", "mae", "error")
 
 @dataclass(frozen=True)
 class Length:
-    """Length of a run in optimizer steps and epochs; a streamed dataset is one epoch."""
+    """Length of a run in optimizer steps and epochs; a streamed run counts as one epoch."""
 
     steps: int
     epochs: float
@@ -46,7 +46,7 @@ class Length:
 
 @dataclass(frozen=True, kw_only=True)
 class BestModel:
-    """Metric that selects the best model, and whether that model is loaded or saved.
+    """Resolved settings by which a run selects its best model, and loads or saves it.
 
     Attributes:
         metric: name of the metric, with the prefix `eval_`.
@@ -71,7 +71,7 @@ class BestModel:
 
     @property
     def choice(self) -> Choice:
-        """Line, printed at the start of the run, that says how the best model is selected."""
+        """The line about the best model that is printed at the start of the run."""
         order = "highest" if self.greater_is_better else "lowest"
         checkpoint = (
             "checkpoint with the" if self.loads else "last checkpoint, not the one with the"
@@ -87,7 +87,7 @@ def resolve_best_model(
     num_eval_samples: int,
     length: Length,
 ) -> BestModel | None:
-    """Returns how the best model is selected; None without validation rows or a use for it."""
+    """Returns the settings; None without validation rows, or if nothing needs a best model."""
     _check_eval_data(train, num_eval_samples)
     load_best, save_best = train.load_best_model_at_end, train.save_strategy == "best"
     metric, reason = _select_metric(train, task, objective)
@@ -284,7 +284,7 @@ class SelectedModel:
 
 
 def save_trained_weights(model: Any, path: Path) -> None:
-    """Save the trainable tensors, one at a time to avoid a second copy in memory."""
+    """Write the trainable tensors into directory `path`, without a second copy in memory."""
     tensors = [
         TensorPart({name: get_tensor_info(tensor)}, functools.partial(dict, {name: tensor}))
         for name, tensor in model.named_parameters()
@@ -296,7 +296,7 @@ def save_trained_weights(model: Any, path: Path) -> None:
 def load_trained_weights(model: Any, path: Path) -> None:
     """Load the tensors saved by `save_trained_weights` into `model` (modified), bit for bit.
 
-    PEFT's loader fails for prompt tuning and for AdaLoRA, and ignores ftlevel's float32 heads.
+    PEFT's loader is not used: it fails for prompt tuning and AdaLoRA, and ignores float32 heads.
     """
     saved, _ = load_header(path / _WEIGHTS)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -309,7 +309,7 @@ def load_trained_weights(model: Any, path: Path) -> None:
 
 
 class BestModelCallback(TrainerCallback):
-    """Save the trainable tensors at each evaluation that is the best so far.
+    """Callback that saves the trainable tensors at each evaluation that is the best so far.
 
     Trainer's `load_best_model_at_end` needs a full checkpoint, with optimizer state, at each
     evaluation, and its save strategy `best` saves no other checkpoints to resume from.
@@ -397,7 +397,7 @@ class BestModelCallback(TrainerCallback):
             state.save_state(path)
 
     def finish(self, model: Any, step: int, max_steps: int) -> SelectedModel | None:
-        """Load the best weights into `model` (modified); returns the selected model, or None."""
+        """Load the best weights into `model` (modified), if set; None if no metric was a number."""
         history, selected = self.evaluations, step
         if history.best is None or history.last is None:
             return None
@@ -427,7 +427,7 @@ MAX_RECORDED_ROWS = 10_000  # above this, per-row results are not stored
 
 
 class PredictionRecorder(TrainerCallback):
-    """Record per-row results of evaluations: the one at step 0, the best and the last one."""
+    """Callback that keeps per-row results of three evaluations: step 0, the best and the last."""
 
     def __init__(self, objective: Objective, best: BestModelCallback | None) -> None:
         self._objective = objective

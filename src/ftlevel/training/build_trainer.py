@@ -99,7 +99,7 @@ def create_training_args(run: Run, checkpoint_dir: Path) -> Any:
         use_cpu=run.model.device == "cpu",
         remove_unused_columns=False,
         label_names=["labels"],
-        # GradientProof checks that every trainable tensor gets a gradient. Chunked cross-entropy
+        # GradientMonitor checks that every trainable tensor gets a gradient. Chunked cross-entropy
         # bypasses the model's outputs, from which DDP would search for unused parameters.
         ddp_find_unused_parameters=False,
         report_to="none",  # trackers are called from `training/callbacks.py`
@@ -140,7 +140,7 @@ def reports_base(run: Run) -> bool:
 
 
 def eval_batch_size(train: TrainerConfig) -> int:
-    """Returns the batch size of evaluation."""
+    """Returns the batch size per device of an evaluation; by default, that of training."""
     return train.per_device_eval_batch_size or train.per_device_train_batch_size
 
 
@@ -322,7 +322,7 @@ def matmul_context(run: Run) -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class RunCallbacks:
-    """Callbacks of a run whose recorded results are read after training."""
+    """Those callbacks of a run that record results, which are read after training."""
 
     report: Report
     gradients: GradientMonitor
@@ -334,9 +334,9 @@ class RunCallbacks:
 def rollout_callbacks(
     trainer: FtlevelTrainer, output_dir: RunDirectory, processes: Processes, checkpoint: Path | None
 ) -> list[Any]:
-    """Make an `RlTrainer` write rollouts.jsonl, on resume from the step of `checkpoint` on.
+    """Make an `RlTrainer` write rollouts.jsonl; on resume, drop groups sampled after `checkpoint`.
 
-    Returns callbacks that save its current rollout with each checkpoint; none for other trainers.
+    Returns callbacks that save its current rollout with each checkpoint; [] for other trainers.
     """
     if not isinstance(trainer, RlTrainer):
         return []
@@ -352,7 +352,7 @@ def restore_progress(
     resume_state: ResumeState,
     processes: Processes,
 ) -> None:
-    """Restore `trainer` and `callbacks` (both modified) from the checkpoint of `resume_state`."""
+    """On resume, restore the log, memory reductions and best model as of the checkpoint."""
     if resume_state.checkpoint is None:
         return
     step = step_of(resume_state.checkpoint)
@@ -373,7 +373,7 @@ def add_callbacks(
     checkpoint: Path | None,
     write_files: Callable[[Path], None] | None,
 ) -> RunCallbacks:
-    """Add all callbacks to `trainer` (modified); returns the callbacks with results.
+    """Add all callbacks to `trainer` (modified); returns those that record results.
 
     `checkpoint` is the one to resume from or None, `listener` gets progress and warnings.
     `write_files` saves tokenizer and card in a checkpoint.

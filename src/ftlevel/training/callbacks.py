@@ -34,7 +34,7 @@ from ftlevel.training.processes import Processes
 
 
 class Report(TrainerCallback):
-    """Send the progress of a run to `listener` (the terminal), metrics.jsonl and trackers.
+    """Callback that reports progress to `listener` (the terminal), metrics.jsonl and trackers.
 
     Attributes:
         records: all log records, including those before a resume.
@@ -69,7 +69,7 @@ class Report(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Record the start time of the step."""
+        """Restart the clock of `train_s` after a pause, and record when the first step began."""
         if self._seen_at is None:
             self._seen_at = time.perf_counter()
         if self.first_step_at is None:
@@ -79,7 +79,7 @@ class Report(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Add the step's time, and report the step."""
+        """Add the step's time to `train_s`, and report the step to `listener`."""
         self._add_time()
         self.listener.step(state.global_step)
 
@@ -130,7 +130,7 @@ class Report(TrainerCallback):
 
 
 class Interrupt(TrainerCallback):
-    """Save a checkpoint after the current step and stop, on Ctrl-C, SIGTERM or SIGHUP.
+    """Callback that saves a checkpoint after the step and stops, on Ctrl-C, SIGTERM or SIGHUP.
 
     On SIGUSR1, which SLURM sends before the end of a job, training continues after the checkpoint.
     A second signal ends a run of one process at once. Runs of several ignore it, because launchers
@@ -198,7 +198,7 @@ class Interrupt(TrainerCallback):
 
 
 class UpdateSchedule(TrainerCallback):
-    """On resume, use the intervals and learning rates of the configuration, not of the checkpoint.
+    """Callback that on resume sets the configured intervals and rates, not those of the checkpoint.
 
     Else an extended run would start with the old schedule's rate, such as 0 after linear decay.
     """
@@ -212,7 +212,7 @@ class UpdateSchedule(TrainerCallback):
         lr_scheduler: Any = None,
         **_: Any,
     ) -> None:
-        """Set intervals and learning rates when a run resumes."""
+        """Set logging, evaluation and save intervals, and learning rates, if the run resumes."""
         if state.global_step == 0:
             return
         state.compute_steps(args, state.max_steps)
@@ -228,7 +228,7 @@ class UpdateSchedule(TrainerCallback):
 
 
 class SetEpoch(TrainerCallback):
-    """Set the current epoch of training rows and their sampler `order`, also after a resume."""
+    """Callback that sets the current epoch, which seeds token masks and the order of the rows."""
 
     def __init__(self, rows: Sequence[Encoded], order: Any) -> None:
         self.rows = rows
@@ -286,7 +286,7 @@ def get_run_info(
     output_dir: RunDirectory,
     past: Sequence[Mapping[str, Any]],
 ) -> RunInfo:
-    """Returns a run for trackers: `values` is its configuration, `past` its log before a resume."""
+    """Returns a run's `RunInfo`: `values` is its configuration, `past` its log before a resume."""
     name, first = output.run_name or output_dir.path.name, past[-1]["step"] if past else 0
     return RunInfo(output_dir.path, name, output.tracker_project, values, first)
 
@@ -295,9 +295,9 @@ def get_run_info(
 def tracking(
     names: tuple[str, ...], info: RunInfo, listener: Listener
 ) -> Iterator[list[Callable[[Mapping[str, Any]], None]]]:
-    """Start the trackers `names` in a `with` block; yields functions that log a record, one each.
+    """Start the trackers `names` in a `with` block; yields a function for each that logs a record.
 
-    A tracker that fails later is disabled with a warning to `listener`.
+    RunError if a tracker cannot start; one that fails later is disabled, with a warning.
     """
     environment = dict(os.environ)
     trackers: dict[str, Tracker] = {}

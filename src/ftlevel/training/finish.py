@@ -145,7 +145,7 @@ def _is_mergeable(run: Run, output_dir: RunDirectory) -> bool:
 def get_predictions(
     run: Run, evaluator: Evaluator | None, recorder: PredictionRecorder, step: int
 ) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
-    """Returns predictions per validation row at `step`, and 95 % intervals of the metrics.
+    """Returns predictions per validation row at `step`, and metric → 95 % interval; may be empty.
 
     Metrics of generated text get intervals only from `ftlevel evaluate`.
     """
@@ -200,7 +200,7 @@ def report_results(
     listener: Listener,
     auxiliary_info: Mapping[str, Any],
 ) -> Mapping[str, Any]:
-    """Save and show results with `auxiliary_info`, upload if configured; returns the summary."""
+    """Save, show and, if set, upload the results; returns the summary, with `auxiliary_info`."""
     summary = create_summary(run, outcome)
     step = outcome.selected.step if outcome.selected else summary["steps"]
     lines, intervals = get_predictions(run, outcome.evaluator, outcome.answers, step)
@@ -228,7 +228,7 @@ def report_results(
 def end_run(
     output: OutputConfig, output_dir: RunDirectory, summary: Mapping[str, Any], listener: Listener
 ) -> None:
-    """Upload the run if configured, then report its end; raises a failed upload's error last."""
+    """Upload the adapter if configured, report the run's end, then raise RunError if it failed."""
     upload_error: RunError | None = None
     if output.push_to_hub is not None:
         listener.stage("uploading")
@@ -268,7 +268,10 @@ class StartTime:
 def measure_times(
     report: Report, start: StartTime, trained_at: float, tokens: int
 ) -> dict[str, float]:
-    """Returns seconds to the first step (or `trained_at`), in training and in total; tokens/s."""
+    """Returns seconds (to the first step, in training, in total) and tokens/s, for summary.json.
+
+    Without a first step, `trained_at`, the end of training, takes its place.
+    """
     first = report.first_step_at or trained_at
     return {
         "to_first_step_s": round(first - start.at, 3),

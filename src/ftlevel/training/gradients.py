@@ -37,7 +37,7 @@ _FILE_NAME = "losses.json"  # in a checkpoint
 
 
 class Recovery(TrainerCallback):
-    """Stop at, skip or roll back a step with a non-finite value or a loss spike, and log it."""
+    """Callback that stops at, skips or rolls back steps with non-finite values or loss spikes."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Recovery(TrainerCallback):
 
     @property
     def is_always_fatal(self) -> bool:
-        """Whether every failed step ends the run; checks may then come some steps late."""
+        """Whether every failed step ends the run, so that checks may come some steps late."""
         return self.is_fatal and self._factor is None
 
     def any_process(self, is_invalid: bool) -> bool:
@@ -92,7 +92,7 @@ class Recovery(TrainerCallback):
             self._skip_step(step, problem, "skipped")
 
     def check_spike(self, step: int, loss: float) -> None:
-        """Skip or roll back a step if `loss` exceeds `spike_factor` · median of recent losses."""
+        """Roll back (or skip) a step if `loss` exceeds `spike_factor` · median of recent losses."""
         if self._factor is None:
             return
         loss = self._processes.mean(loss)
@@ -171,7 +171,7 @@ LATEST = 16
 
 
 class GradientMonitor(TrainerCallback):
-    """Stop if a trainable tensor gets no gradient, or a loss, gradient or weight is not finite.
+    """Callback that stops if a gradient is missing, or a loss, gradient or weight is not finite.
 
     Checks every step. With `delays_checks`, the results of several steps are read together to avoid
     a GPU synchronization per step, but before anything is logged, evaluated or saved. With
@@ -328,7 +328,7 @@ class GradientMonitor(TrainerCallback):
             )
 
     def _check_zero_gradients(self, zero: set[str], num_tensors: int, optimizer: Any) -> None:
-        """Warn once about tensors in `zero` that had no gradient before the first update either."""
+        """Warn once of tensors in `zero` whose gradient was zero before the first update, too."""
         if len(zero) == num_tensors:
             return
         if self._zero_first is None:
@@ -356,7 +356,7 @@ class GradientMonitor(TrainerCallback):
 
 
 def are_finite(tensors: Iterable[Tensor | None]) -> bool:
-    """Returns whether the norm of `tensors` is finite, with one operation per group of tensors."""
+    """Returns whether the total norm of `tensors` is finite; also False if that sum overflows."""
     grads = [tensor.detach() for tensor in tensors if tensor is not None]
     return bool(torch.isfinite(whole(torch.nn.utils.get_total_norm(grads))))
 

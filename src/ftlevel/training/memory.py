@@ -72,7 +72,7 @@ class Activations:
 
 
 def set_checkpointing(model: Any, run: Run) -> list[Choice]:
-    """Recompute as many blocks of `model` (modified) as configured, or as memory requires.
+    """Set `model` (modified) to recompute as many blocks as configured, or as memory requires.
 
     Call after method and fast step are applied. Returns log lines; none if no block is recomputed.
     """
@@ -102,7 +102,7 @@ def set_checkpointing(model: Any, run: Run) -> list[Choice]:
 
 
 def enable_checkpointing(base: Any, *, offload: bool = False) -> None:
-    """Enable gradient checkpointing in `base` (modified); `offload` keeps inputs in host memory."""
+    """Enable gradient checkpointing in `base` (modified); `offload` moves inputs to host memory."""
     base.activation_checkpointing_enable({"use_reentrant": False}, offload=offload)
     skip_unused_outputs(list(chain(*get_stacks(base))))
 
@@ -122,7 +122,7 @@ def checkpoint_first(blocks: Sequence[nn.Module], num_blocks: int) -> None:
 
 
 def without_graph(tensor: Tensor) -> Tensor:
-    """Returns `tensor` without its graph, which would never be freed if it saved its own output."""
+    """Returns `tensor` detached: an output saved by its own autograd graph is never freed."""
     return tensor if tensor.grad_fn is None else tensor.detach()
 
 
@@ -219,7 +219,7 @@ def _track_blocks(blocks: Sequence[nn.Module]) -> Iterator[_BlockTracker]:
 
 
 class StepReducer:
-    """Reduce the memory of a trainer's steps after a step ran out of memory.
+    """Reduces the memory of a trainer's steps after one ran out of memory.
 
     Attributes:
         done: one record per reduction: the step (0 before the first), and the new tokens per
@@ -273,7 +273,7 @@ class StepReducer:
             self.done.append(dict(note))
 
     def check_memory(self, rows: Sequence[Encoded], dtype: str) -> None:
-        """Run forward and backward of the longest rows, to run out of memory before training.
+        """Run forward and backward of the longest rows, to detect lack of memory before training.
 
         Steps are reduced until these rows fit; if they cannot, the out-of-memory error is raised.
         Random state and token counts are restored, and gradients cleared.

@@ -203,7 +203,7 @@ def trainable_parameters(model: Any) -> list[torch.nn.Parameter]:
 def gather(model: Any, keep: bool) -> Iterator[tuple[str, Tensor]]:
     """Yields the name and full CPU value of every tensor of the sharded `model`.
 
-    All processes must iterate together; those without `keep` get nothing.
+    All processes must iterate together; only those with `keep` get the tensors.
     """
     seen: dict[int, Tensor] = {}  # preserves tied tensors
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -215,7 +215,7 @@ def gather(model: Any, keep: bool) -> Iterator[tuple[str, Tensor]]:
 
 
 def apply_fast_step(model: Any, run: Run, listener: Listener) -> FastStep | None:
-    """Apply the fast step to `model` (modified); unsupported parts are reported to `listener`."""
+    """Apply the fast step, if enabled, to `model` (modified); warns of unsupported parts."""
     if not run.fast.enabled:
         return None
     fast = FastStep(model, run.fast)
@@ -268,7 +268,7 @@ _GPU_CHUNK = 1 << 23
 
 @dataclass(frozen=True)
 class TensorHash:
-    """Data type, shape and 64-bit digest D of a tensor."""
+    """Data type, shape and 64-bit digest of a tensor's bytes."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -276,7 +276,7 @@ class TensorHash:
 
 
 def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Mapping[str, TensorHash]:
-    """Returns the hash of each tensor by name, with one device synchronization.
+    """Returns name → hash of each tensor; synchronizes with the device only once.
 
     Of a sharded tensor, only this process's part is hashed.
     """
@@ -314,7 +314,7 @@ def _hash(tensor: Tensor) -> Tensor:
 
 
 def _hash_chunk(chunk: Tensor, first: int) -> Tensor:
-    """Returns Σ m over the words of `chunk` (bytes); `first` is the index i of the first word."""
+    """Returns the digest of `chunk` (bytes), a part of a tensor from 64-bit word `first` on."""
     if len(chunk) % 8:
         chunk = torch.cat([chunk, chunk.new_zeros(8 - len(chunk) % 8)])
     if chunk.storage_offset() % 8:
@@ -427,9 +427,9 @@ def load_sharded(run: Run, listener: Listener) -> Any:
 
 
 def find_computed_tensor(model: Any, slices: LazyWeights) -> str:
-    """Returns the name of a tensor computed from weights that are not read yet; empty for none.
+    """Returns the name of a tensor that was computed from weights not read yet; "" if none was.
 
-    First reads those weights of `model` (modified) of which the method trains a copy.
+    Before, reads those weights of `model` (modified) of which the method trains a copy.
     """
     if not hasattr(model, "peft_config"):
         return ""
@@ -532,7 +532,7 @@ class ShuffledBatches:
 
 
 def float_weights(run: Run) -> Callable[[str], Tensor]:
-    """Returns a function from the name of a linear layer to the unquantized weight (out, in)."""
+    """Load the unquantized base on the CPU; returns a function: linear layer → weight (out, in)."""
     base = load_base(replace(run, model=replace(run.model, device="cpu", quant=QuantConfig())))
 
     def weight_of(name: str) -> Tensor:

@@ -134,7 +134,7 @@ _IGNORED_FIELDS = set(
 
 
 def get_model_values(model: PlannedModel) -> dict[str, Any]:
-    """Returns the base's config by dotted name, and digests of the tokenizer."""
+    """Returns dotted name → value of the base's config, and digests of tokenizer and template."""
     flat = dict(
         _flatten(CONFIG.rstrip("."), json.loads(model.config.to_json_string(use_diff=False)))
     )
@@ -188,7 +188,7 @@ _EVAL_FIELDS = {"eval_steps", "eval_strategy", "eval_on_start"}
 
 
 def get_run_origin(run: Run, base: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns all values that must be the same when the run resumes, by dotted name."""
+    """Returns dotted name → value, for all that must be the same when the run resumes."""
     values: dict[str, Any] = run.config.model_dump(mode="json", exclude={"output"})
     unchecked = (
         _UNCHECKED_FIELDS
@@ -229,7 +229,7 @@ def get_run_origin(run: Run, base: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def get_all_values(run: Run, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns all values that must be the same in all processes of a run, by dotted name.
+    """Returns dotted name → value, for all that must be the same in all processes of a run.
 
     These are the configuration and `origin`, except the thread count, which may differ by machine.
     """
@@ -241,7 +241,7 @@ def get_all_values(run: Run, origin: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_origin(output_dir: RunDirectory, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """Load the stored origin under current field names; missing fields get their defaults."""
+    """Load the stored origin; a field that it lacks is filled in if `origin` has the default."""
     before = load_origin_file(output_dir)
     if "threads" in origin:  # absent in runs of older versions
         before.setdefault("threads", origin["threads"])

@@ -189,7 +189,10 @@ def started_processes() -> Processes:
 def resolve_processes(
     train: TrainerConfig, processes: Processes, is_dry_run: bool
 ) -> TrainerConfig:
-    """Returns `train` with the actual number of processes; ConfigError if another is configured."""
+    """Returns `train` with the number of started processes; ConfigError if another is configured.
+
+    A dry run in one process keeps the configured number.
+    """
     requested, size = train.num_processes, processes.count
     by = f" by {processes.world.launcher}" if processes.world.launcher else ""
     if requested is not None and requested != size and not (is_dry_run and size == 1):
@@ -212,7 +215,7 @@ _KEY = "ftlevel/signs/{rank}"
 
 
 class WatchProcesses(TrainerCallback):
-    """Send a heartbeat every two seconds, and `warn` of processes whose heartbeat is missing.
+    """Callback that sends a heartbeat every two seconds, and `warn`s of processes without one.
 
     Heartbeats use the process group's store, which needs no collective call. Rank 0 watches the
     others; rank 1 watches rank 0, which may host the store. A missing process is reported once, and
@@ -237,7 +240,7 @@ class WatchProcesses(TrainerCallback):
         sys.stderr.flush()
 
     def __enter__(self) -> WatchProcesses:
-        """Start the heartbeat threads, if there are several processes."""
+        """Start the threads that send and check heartbeats, if there are several processes."""
         if self._world.size > 1:
             threading.Thread(target=self._send_heartbeats, daemon=True).start()
         if len(self._watched):

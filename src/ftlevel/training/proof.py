@@ -223,7 +223,7 @@ _ADAPTER_NAME = "saved"
 
 
 def _compute_on_same_base(trained: Any, path: Path, inputs: CheckInputs) -> LogitsPair | None:
-    """Returns logits without and with the adapter at `path`; None if PEFT cannot add a second."""
+    """Returns logits without and with the saved adapter; None if PEFT cannot load a second one."""
     name, flags = trained.active_adapter, [p.requires_grad for p in trained.parameters()]
     with trained.disable_adapter():
         before = inputs.logits(trained)
@@ -277,7 +277,7 @@ def _offload_model(model: Any, device: str) -> Iterator[None]:
 def compare_frozen(
     trained: Any, expected: Mapping[str, TensorHash], *, is_base_modified: bool = False
 ) -> int:
-    """Check that frozen tensors have their `expected` hashes; returns how many there are."""
+    """Raise RunError unless frozen tensors have their `expected` hashes; returns their number."""
     frozen = [(base_name(name), p) for name, p in trained.named_parameters() if not p.requires_grad]
     base_tensors = [(name, tensor) for name, tensor in frozen if name in expected]
     digests = hash_tensors(base_tensors)
@@ -299,7 +299,7 @@ def compare_frozen(
 
 
 def _is_only_cast(tensor: Tensor, expected: TensorHash) -> bool:
-    """Returns whether only the dtype differs, as Switch Transformers casts routers in `forward`."""
+    """Returns whether `tensor` was only cast to another dtype, as Switch does with its routers."""
     if tensor.dtype == expected.dtype or not tensor.is_floating_point():
         return False
     tensor = local_shard(tensor.detach())

@@ -85,7 +85,7 @@ def open_or_compute(
 
 
 def get_nan_values(array: np.ndarray) -> np.ndarray:
-    """Returns a view of the values of `array` that are NaN until filled."""
+    """Returns a view of the values that are NaN until filled: those of the first field, if any."""
     names = array.dtype.names
     result: np.ndarray = array[names[0]] if names else array
     return result
@@ -99,7 +99,7 @@ def is_missing(array: np.ndarray) -> np.ndarray:
 
 
 def cache_path(data: DataConfig, prefix: str, start: str, rows: Sequence[Encoded]) -> Path | None:
-    """Returns the cache file PREFIX-DIGEST.npy of `start` and `rows`; None if caching is off."""
+    """Returns the file PREFIX-DIGEST.npy for rows and model key `start`; None if caching is off."""
     if not data.cache or not is_writable():
         return None
     hasher = hashlib.sha256(start.encode())
@@ -231,7 +231,7 @@ FIRST_LOSS = 1e-6
 def check_first_loss(
     reference: Reference, run: Run, records: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns the reference's entry in summary.json, and a note on an unexpected first loss."""
+    """Returns the reference's entry in summary.json, and a note if the first loss is unexpected."""
     expected, info = run.objective.first_loss, dict(reference.info)
     first = next((r["loss"] for r in records if r["step"] == 1 and "loss" in r), None)
     if expected is None or first is None:
@@ -287,7 +287,7 @@ def _fill(run: Run, model: PreparedModel, array: np.ndarray) -> None:
 
 
 def _compute_logps(run: Run, model: PreparedModel, rows: Sequence[Encoded]) -> np.ndarray:
-    """Returns (rows, 2) log-probabilities: of two answers, or of a KTO row and mismatched pair."""
+    """Returns (rows, 2) log-probabilities: of both answers, or of KTO's and a mismatched answer."""
     values = np.full((len(rows), 2), np.nan, dtype=np.float32)
     contrasts = [other for row in rows for other in row.contrasts]
     for column, sequences in ((0, rows), (1, contrasts)):
@@ -350,7 +350,7 @@ def precompute_reference(run: Run, listener: Listener) -> tuple[Run, Reference |
 
 
 def get_model_key(model: ReferenceModel, run: Run) -> dict[str, object]:
-    """Returns all that the outputs of `model` for a row depend on."""
+    """Returns all that the outputs of `model` for a row depend on, for use in a cache key."""
     fast = run.fast
     return {
         "model": model.fingerprint,

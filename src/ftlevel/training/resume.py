@@ -51,7 +51,7 @@ BASE_DIR = "base"
 
 
 def store_base(run: Run, output_dir: RunDirectory, *, is_first: bool) -> tuple[Run, dict[str, Any]]:
-    """Move a base passed as an object into the run directory; returns run and base info."""
+    """Move a base passed as an object into the run directory; returns run and facts on the base."""
     if run.written_base is not None:
         path = output_dir.path.resolve() / BASE_DIR
         if is_first and not path.exists():
@@ -62,7 +62,7 @@ def store_base(run: Run, output_dir: RunDirectory, *, is_first: bool) -> tuple[R
 
 
 def get_base_info(run: Run) -> dict[str, Any]:
-    """Returns the base's name, kind, revision and fingerprint, and a digest if it was an object."""
+    """Returns name, kind, revision and fingerprint of the base; its digest, too, if an object."""
     info, path = get_base_values(run.model.source), run.model.source.path
     if run.written_base is None or path is None:
         return info
@@ -72,7 +72,7 @@ def get_base_info(run: Run) -> dict[str, Any]:
 def check_same_base(
     model: ModelConfig, output: OutputConfig, chat_template: str | None, task: str | None
 ) -> None:
-    """Raise ConfigError if a resumed run has another base model or tokenizer."""
+    """Raise ConfigError if the run to resume was started with another base model or tokenizer."""
     origin = _load_previous_origin(output)
     if origin is None or output.dir is None:
         return
@@ -105,7 +105,7 @@ def check_same_base(
 
 
 def load_previous_batch_tokens(output: OutputConfig) -> int | None:
-    """Returns the tokens per micro-batch of the run to resume; None if it has none."""
+    """Returns the tokens per micro-batch of the run to resume; None if new or not stored."""
     tokens = (_load_previous_origin(output) or {}).get("speed.tokens_per_micro_batch")
     return tokens if isinstance(tokens, int) else None
 
@@ -304,7 +304,7 @@ def open_or_resume(run: Run, state: ResumeState, listener: Listener) -> RunDirec
 def _allowed_changes(
     output: OutputConfig, before: Mapping[str, Any], origin: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Returns the changed fields that `--allow-change` permits; ConfigError for unknown names."""
+    """Returns records of changed fields that `--allow-change` permits; rejects unknown names."""
     allowed = output.allow_change
     fields = {**before, **origin}
     invalid = [name for name in allowed if name not in fields]

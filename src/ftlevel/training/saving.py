@@ -33,7 +33,7 @@ _WRITER_ERRORS = ("inline_container", "PytorchStreamWriter", "iostream error", "
 
 
 def check_disk_space(run_path: Path | None, train: TrainerConfig, model: Any, steps: int) -> None:
-    """Raise ConfigError if the disk lacks space for the run's checkpoints, `save_total_limit` + 1.
+    """Raise ConfigError if the disk cannot hold the run's checkpoints (`save_total_limit` + 1).
 
     Files already in `run_path` count as free space: they are replaced or among these checkpoints.
     """
@@ -129,7 +129,7 @@ def _checkpoint_message(output_dir: RunDirectory) -> str:
 
 
 class WriteManifest(TrainerCallback):
-    """Write a manifest for each checkpoint, then delete old checkpoints and an overwritten run.
+    """Callback that writes each checkpoint's manifest, then deletes old ones and overwritten runs.
 
     Args:
         keep: number of checkpoints to keep.
@@ -191,7 +191,7 @@ extended."""
 
 
 class SaveByClock(TrainerCallback):
-    """Save a checkpoint `interval` minutes after the last one, and then also the last step.
+    """Callback that saves `interval` minutes after the last checkpoint, then also at the last step.
 
     The first process's clock decides for all. With `last`, the last step is saved in any case.
     """
@@ -233,7 +233,7 @@ class SaveByClock(TrainerCallback):
 
 
 class SaveStreamState(TrainerCallback):
-    """Write the position in the streamed dataset into each checkpoint, before its manifest."""
+    """Callback that writes the position in the streamed dataset into each checkpoint."""
 
     def __init__(self, rows: StreamedRows, checkpoint_dir: Path) -> None:
         self.rows = rows
@@ -249,7 +249,7 @@ class SaveStreamState(TrainerCallback):
 
 
 class SaveRollout(TrainerCallback):
-    """Call `save`, which writes a rollout still in use, with each checkpoint's directory."""
+    """Callback that calls `save` with each checkpoint's directory, to store a rollout in use."""
 
     def __init__(self, save: Callable[[Path], None], checkpoint_dir: Path) -> None:
         self._save = save
@@ -263,7 +263,7 @@ class SaveRollout(TrainerCallback):
 
 
 class WaitForHashes(TrainerCallback):
-    """Before a checkpoint is saved, call `functions`, which wait for hashes of input files."""
+    """Callback that calls `functions` before each checkpoint, to wait for hashes of input files."""
 
     def __init__(self, functions: Iterable[Callable[[], None]]) -> None:
         self._functions = list(functions)

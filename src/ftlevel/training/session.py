@@ -108,7 +108,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainInputs:
-    """Python objects passed to `train`; `callbacks` are called after ftlevel's own."""
+    """Python objects passed to `train`, None if not; `callbacks` are called after ftlevel's own."""
 
     dataset: Any = None
     eval_dataset: Any = None
@@ -119,7 +119,7 @@ class TrainInputs:
 
 @dataclass(frozen=True)
 class BoundInputs:
-    """Configuration with a name or path for every passed object, and lines for the screen.
+    """Result of `bind_inputs`: a configuration that names all passed objects, and printed lines.
 
     `written_base` is the directory to which a passed model was written; None if it was not.
     """
@@ -131,7 +131,7 @@ class BoundInputs:
 
 
 def bind_inputs(config: TrainConfig, inputs: TrainInputs, stack: ExitStack) -> BoundInputs:
-    """Set `inputs` in `config` by name or path; a model is written to disk until `stack` closes."""
+    """Name each object of `inputs` in `config`; a model is written to disk until `stack` closes."""
     _check_callbacks(inputs.callbacks)
     rows = {"dataset": inputs.dataset, "validation_file": inputs.eval_dataset}
     names = {
@@ -299,7 +299,7 @@ class TrainingSession:
         initial_logits: logits before training; None unless `--method full` is sharded.
         initial_memory: bytes of the process before the model was loaded.
         selected: the selected model; None before training, or if none is selected.
-        trained_at: time at which training ended.
+        trained_at: end of training, by `time.perf_counter`.
     """
 
     job: TrainingJob

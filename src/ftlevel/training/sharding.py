@@ -75,7 +75,7 @@ class ShardedTrainer(FtlevelTrainer):
         ]
 
     def num_forward_passes(self, count: int) -> int:
-        """Returns the largest `count` (micro-batches) of any process."""
+        """Returns the largest number of micro-batches of any process; `count` is this one's."""
         return self.processes.max(count)
 
     def training_step(
@@ -94,7 +94,7 @@ class ShardedTrainer(FtlevelTrainer):
             distributed.broadcast(parameter.data, src=0)
 
     def _defer_fsdp_gradient_reduction(self) -> contextlib.AbstractContextManager[None]:
-        """Do not defer the reduction, since an unreduced gradient is as large as the model."""
+        """Returns a context that defers nothing: an unreduced gradient is as large as the model."""
         return contextlib.nullcontext()
 
     def _clip_grad_norm(self, model: Any) -> Tensor | None:
@@ -236,7 +236,7 @@ def verify_sharded_run(
     processes: Processes,
     initial_logits: Tensor | None,
 ) -> Proof:
-    """Compare the files saved in `run` with the trained model, in all processes together.
+    """Compare the files saved in `output_dir` with the trained model, in all processes together.
 
     `initial_logits` are the logits before training; None if an adapter is trained. A difference
     raises RunError in all processes.
@@ -278,7 +278,7 @@ def _reload_logits(model: Any, path: Path, inputs: CheckInputs, processes: Proce
 
 
 def compare_weights(model: Any, directory: Path) -> float:
-    """Returns the largest |difference| of this process's shards of `model` from saved weights."""
+    """Returns the largest |difference| between this process's shards and weights in `directory`."""
     tensors = model.state_dict(keep_vars=True)
     max_diff, seen = 0.0, set()
     for path in sorted(directory.glob("*.safetensors")):

@@ -53,7 +53,6 @@ class GradientDifference:
     along: float = 0.0
 
     def __add__(self, other: GradientDifference) -> GradientDifference:
-        """Returns the sums over the elements of both comparisons."""
         return GradientDifference(
             self.difference + other.difference,
             self.reference + other.reference,
@@ -298,7 +297,7 @@ class RoundingErrors:
 
 
 def norms_of(differences: Mapping[str, GradientDifference]) -> dict[str, float]:
-    """Returns tensor name → norm of r, at least 1 % of its type's mean norm and of the total norm.
+    """Returns tensor name → reference norm, but ≥ 1 % of its type's mean and of the total norm.
 
     Rounding errors of tensors with almost no gradient, such as the bias of span logits or the keys
     of saturated attention, are as large as those of other tensors.
@@ -348,7 +347,7 @@ class Steps:
         return self.trainer.model
 
     def perturbed_reference(self, rows: Sequence[Encoded], dtype: str, draw: int = 0) -> StepResult:
-        """Returns the plain step's result with other rounding errors, to measure rounding errors.
+        """Returns the plain step's result with different rounding errors, to measure their size.
 
         Rows and answers are computed one by one in reverse order, and each block's input is
         perturbed by a rounding error. Without that, rows of one length round alike in any order,
@@ -431,7 +430,7 @@ class Steps:
         return self._run_trainer(rows, dtype, _without_dropout)
 
     def with_dropout(self, rows: Sequence[Encoded], dtype: str, *, fused: bool) -> StepResult:
-        """Returns the Trainer's result with dropout; `fused` or plain layers have equal masks."""
+        """Returns the Trainer's result with dropout, whose masks do not depend on `fused`."""
         torch.manual_seed(0)
         return self._run_trainer(rows, dtype, _keep_mode if fused else _use_unfused_layers)
 
@@ -490,7 +489,7 @@ class _OneByOne:
 
 @contextlib.contextmanager
 def _perturbed_inputs(model: Any, draw: int) -> Iterator[None]:
-    """Perturb the input of each block of `model` by up to one unit in the last place."""
+    """In the `with` block, perturb each block's input by rounding errors; `draw` is the seed."""
     generator = torch.Generator().manual_seed(draw)
 
     def move(_: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -129,7 +129,7 @@ def create_card(run: Run, base: Mapping[str, Any]) -> AdapterCard:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Results of training, which `Run` does not contain.
+    """Results of training for summary.json, which `Run` does not contain.
 
     Attributes:
         recipe: path and git state of the recipe; None without one.
@@ -213,7 +213,7 @@ def _scores(record: Mapping[str, Any]) -> dict[str, float]:
 def summarize_losses(losses: Sequence[float]) -> dict[str, Any]:
     """Returns mean and standard deviation of the first and of the last logged losses.
 
-    Each covers a tenth of the losses (five to half of them); a single loss has deviation None.
+    Each covers a tenth of the losses: at least five, at most half. One loss has deviation None.
     """
     if not losses:
         return {"loss_first": None, "loss_last": None, "loss_window": 0}

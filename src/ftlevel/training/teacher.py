@@ -144,7 +144,7 @@ def _fill(run: Run, model: PreparedModel, offsets: Sequence[int], array: np.ndar
 def _predict(
     run: Run, model: PreparedModel, rows: Sequence[Encoded], dtype: np.dtype
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Yields row indices of a micro-batch, top log-probabilities and token ids of its targets."""
+    """Yields per micro-batch: row indices, and its targets' top log-probabilities and token ids."""
     objective, settings, vocabulary = run.objective, run.config.distillation, run.model.vocabulary
     if not isinstance(objective, TokenObjective):
         return
@@ -199,7 +199,7 @@ class TeacherScorer:
 
 
 def create_scorer(run: Run, listener: Listener) -> TeacherScorer | None:
-    """Returns the teacher of on-policy distillation; None without one."""
+    """Returns the scorer of on-policy distillation; None without a teacher or `--task rl`."""
     if run.auxiliary.teacher is None or not isinstance(run.objective, PolicyObjective):
         return None
     return TeacherScorer(run.auxiliary.teacher, run, listener)

@@ -36,7 +36,7 @@ _WINDOW = 1_000
 
 
 def with_text_models(run: Run, listener: Listener) -> Run:
-    """Returns the run whose rows have the guide's vectors or the teacher's scores."""
+    """Returns the run with guide vectors or teacher scores in its rows, if it has such a model."""
     if not isinstance(run.objective, Embeddings | Ranking):
         return run
     for flag, model in (("guide", run.auxiliary.guide), ("teacher", run.auxiliary.teacher)):
@@ -59,7 +59,7 @@ def with_text_models(run: Run, listener: Listener) -> Run:
 
 @dataclass(frozen=True)
 class GuidedTexts(EncodedTexts):
-    """Encoded texts with the guide model's vector of each."""
+    """Row of encoded texts, with the guide model's vector of each."""
 
     vectors: Any = field(default=None, metadata={"column": "json"})
 

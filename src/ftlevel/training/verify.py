@@ -98,14 +98,14 @@ def _cast(dtype: torch.dtype, tensors: list[Tensor]) -> Iterator[None]:
 
 
 def fits_in_float32(model: torch.nn.Module, device: str) -> bool:
-    """Returns whether an unsharded `model` and a comparison of its gradients fit in float32."""
+    """Returns whether memory suffices to compare gradients in float32; False if sharded."""
     if is_sharded(model):
         return False
     return _fits(model, torch.float32, _tensors_of(model, HALF_DTYPES), device)
 
 
 def fits_in_float64(model: torch.nn.Module, device: str) -> bool:
-    """Returns whether `device` can run an all-float32 `model` in float64: dtype and memory."""
+    """Returns whether `device` has float64, and memory to compare an all-float32 `model` in it."""
     wide = _tensors_of(model, (torch.float32,))
     other_tensors = {id(tensor) for tensor in model.parameters()} - {id(tensor) for tensor in wide}
     if other_tensors or device == "mps":
@@ -164,7 +164,7 @@ def select_compared_rows(rows: Sequence[Encoded]) -> list[Encoded]:
 
 
 def truncate_example(row: Encoded, size: int) -> Encoded | None:
-    """Returns `row` truncated to `size` tokens; None if it is longer and cannot be truncated.
+    """Returns `row` cut to `size` tokens, or as far as possible; None if above `MAX_ROW_LENGTH`.
 
     With token labels, the tokens up to the last target are kept; with a number as label, the first
     tokens. Of several sequences, only the prompt is cut; labels with positions prevent cutting.
@@ -239,7 +239,7 @@ def verify_step(run: Run, model: PreparedModel, listener: Listener) -> StepCompa
             result = verifier.compare(
                 step_rows, checks_rounding=checks_rounding, rate=run.schedule.learning_rate
             )
-        except _NotFiniteError:  # GradientProof reports it at the first step
+        except _NotFiniteError:  # GradientMonitor reports it at the first step
             return None
     title = (
         f"fast step verified on {result.steps} steps"

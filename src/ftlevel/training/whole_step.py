@@ -104,12 +104,12 @@ class WholeStep:
 
     @property
     def has_token_size(self) -> bool:
-        """Whether `should_keep_graphs` can decide: activation bytes are measured, or not needed."""
+        """Whether `should_keep_graphs` can decide: bytes per token are measured, or not needed."""
         return self._grad_cache != "auto" or self._bytes_per_token > 0
 
     @contextlib.contextmanager
     def measure(self, tokens: int) -> Iterator[None]:
-        """Measure the bytes that a forward pass in the `with` block saves for backward."""
+        """Measure the bytes that a forward pass of `tokens` in the block saves for backward."""
         sizes: dict[Any, int] = {}
         weights = {storage_of(p) for p in self._trainer.model.parameters()}
 
@@ -154,7 +154,7 @@ class WholeStep:
 
 
 class _Forward:
-    """The two forward passes of a step over its micro-batches, with the same dropout masks."""
+    """Forward passes of a step over its micro-batches; a second pass has the same dropout masks."""
 
     def __init__(
         self, step: WholeStep, model: Any, micro_batches: Sequence[MicroBatch], *, in_parallel: bool

@@ -140,7 +140,7 @@ def _search_tokens(run: Run, memory: int) -> _FitResult:
 
 
 def _shrink(forecast: StepMemory, tokens: int, peak: int, memory: int) -> int:
-    """Returns a micro-batch size below `tokens` to try, as `peak` > `memory`; 0 if none fits."""
+    """Returns a smaller size to try than `tokens`, which need `peak` > `memory`; 0 if none fits."""
     variable = sum(forecast.parts.get(part, 0) for part in _VARIABLE_PARTS)
     available = memory - (peak - variable)
     return (
@@ -219,9 +219,9 @@ class AlternativeContext:
 
 
 def list_alternatives(context: AlternativeContext) -> list[Alternative]:
-    """Returns estimates of the run's and common methods, with and without checkpointing.
+    """Returns estimates for the run's method, LoRA, QLoRA and full, with and without checkpointing.
 
-    Then the run's method with half and twice its maximum length.
+    After these, for the run's method with half and twice its maximum length.
     """
     config = context.config
     current = config.method.kind, config.quant.kind

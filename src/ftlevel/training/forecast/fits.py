@@ -173,7 +173,7 @@ TEMPORARY_PARTS = (
 
 @dataclass(frozen=True)
 class Device:
-    """`ranks` equal devices that train together, with the memory of one in bytes."""
+    """One device, or `ranks` equal ones that train together; `memory` is the bytes of each."""
 
     kind: str
     name: str
@@ -354,7 +354,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(run: Run, processes: int) -> MemoryEstimate:
-    """Returns a run's memory estimate; `need` is None if distributed, small or slow to estimate."""
+    """Returns the memory estimate; `need` is None for several processes, small and slow models."""
     if processes > 1:
         return MemoryEstimate(None, f"{processes} processes; run `ftlevel plan`")
     if run.model.total_parameters < MIN_PARAMETERS:

@@ -240,7 +240,7 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
 def _get_graph_bytes(
     run: Run, peaks: Mapping[str, Mapping[str, float]], batch: _Batch, memory: int
 ) -> float:
-    """Returns the bytes of other micro-batches' autograd graphs that a step keeps; often 0."""
+    """Returns bytes of other micro-batches' graphs, kept if the loss needs all texts; 0 if not."""
     cache = run.config.embedding.grad_cache
     is_distributed = (run.config.train.num_processes or 1) > 1
     if not isinstance(run.objective, StepObjective) or is_distributed or cache == "always":
@@ -272,7 +272,7 @@ class LayerSample:
 
     Attributes:
         samples: layer indices of each small model; None is the whole model.
-        times: factor by which each model's difference in memory from the first counts.
+        times: for each further model, the factor of its difference in memory from the first.
         count: layers per stack, or in total if stacks differ in depth.
     """
 
@@ -282,7 +282,7 @@ class LayerSample:
 
     @classmethod
     def of(cls, run: Run) -> LayerSample:
-        """Returns small models for the model of `run`, or the whole model if there are none."""
+        """Returns small models that represent the model of `run`; the whole model if none do."""
         stacks = get_block_signatures(run)
         if len({len(stack) for stack in stacks}) != 1:
             return cls((None,), (), sum(map(len, stacks)))
@@ -326,7 +326,7 @@ class LayerSample:
 
 
 def _sample_by_type(run: Run, layer_types: Sequence[Any]) -> LayerSample | None:
-    """Returns first, last and one layer per type; None if that is slower or impossible."""
+    """Returns a sample of first, last and one layer per type; None if slower or impossible."""
     last = len(layer_types) - 1
     between: list[list[int]] = []
     for at in range(1, last):
@@ -347,7 +347,7 @@ def _sample_by_type(run: Run, layer_types: Sequence[Any]) -> LayerSample | None:
 
 
 def _sample_by_period(layer_types: Sequence[Any]) -> LayerSample | None:
-    """Returns the layers of one and of two periods of layer types; None if these do not repeat."""
+    """Returns a sample of one and of two periods of layer types; None if types do not repeat."""
     num_layers = len(layer_types)
     for first in range(3):
         for period in range(1, 7):
@@ -367,7 +367,6 @@ class _Batch:
 
     Attributes:
         has_others: whether the step has other micro-batches.
-        num_workers: number of parallel workers.
         step_tokens: positions of all micro-batches of the step.
     """
 
@@ -512,7 +511,7 @@ def _num_positions(batch: Mapping[str, Any]) -> int:
 
 
 def _steps(run: Run, has_step_loss: bool) -> list[list[Encoded]]:
-    """Returns rows of random steps, and the longest rows unless memory is that of a whole step."""
+    """Returns the rows of random steps, and before them, without a step loss, the longest rows."""
     rows, train = run.data.train, run.config.train
     draw, sample = random.Random(train.seed), _sample_rows(rows)
     sample.sort(key=lambda row: -len(row.input_ids))

@@ -112,7 +112,7 @@ def create_fake_model(run: Run, layers: Sequence[int] | None) -> FakeModel:
 def targets_in(
     model: torch.nn.Module, targets: Sequence[str], layers: Sequence[int] | None
 ) -> list[str]:
-    """Returns the modules `targets` by their names in `model`, which has only some `layers`."""
+    """Returns the names of modules `targets` in `model`, which has only the original's `layers`."""
     tree = ModuleTree(model)
     names = []
     for name in targets:
@@ -324,7 +324,7 @@ class LiveMemoryTracker(OperationWatch):
         return storage_of(tensor) in self._parts
 
     def add(self, tensor: Tensor, part: str) -> None:
-        """Count the storage of `tensor` in category `part`; moves one already counted there."""
+        """Count the storage of `tensor` in category `part`, and no longer in its former one."""
         storage = storage_of(tensor)
         size, category = storage.nbytes(), self._parts.get(storage)
         if category is None:

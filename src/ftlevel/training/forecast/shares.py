@@ -45,7 +45,7 @@ _FLOAT = 4  # bytes: gradients are averaged in float32
 
 @dataclass(frozen=True)
 class ShardedTensor:
-    """A sharded tensor that occurs `times` times.
+    """Size of a sharded tensor, of which the model has `times`.
 
     Attributes:
         part: its category in the memory estimate.
@@ -63,7 +63,7 @@ class ShardedTensor:
 
 @dataclass(frozen=True)
 class ShardGroup:
-    """Tensors that are sharded together."""
+    """Sizes of tensors that FSDP2 shards and gathers together."""
 
     tensors: tuple[ShardedTensor, ...]
 

@@ -283,7 +283,7 @@ def check_adapter_matches(adapter: StartingAdapter, run: Run) -> None:
 
 
 def get_adapter_warnings(adapter: StartingAdapter, run: Run) -> list[str]:
-    """Returns warnings if class names are unknown or the prompt format is not the adapter's."""
+    """Returns warnings if class names are unknown or prompts are formatted unlike the adapter's."""
     labels = run.data.info["labels"]
     if adapter.card is None and labels and not run.config.data.labels:
         return [

@@ -62,7 +62,7 @@ class MethodTargets:
 def resolve_method_targets(
     spec: MethodConfig, meta: Any, model_name: str, quant: str = "none"
 ) -> MethodTargets:
-    """Returns modules of `meta` that method `spec` adapts; ConfigError if a target is missing."""
+    """Returns what method `spec` adapts in the meta model `meta`; ConfigError if it is missing."""
     method, tree = METHODS[spec.kind], ModuleTree(meta)
     modules = _resolve_modules(spec, method, tree, model_name)
     layers = getattr(spec, "layers_to_transform", None)
@@ -140,7 +140,7 @@ def _filter_layers(modules: Sequence[str], tree: ModuleTree, layers: Sequence[in
 def _resolve_saved_modules(
     names: Sequence[str], tree: ModuleTree, model_name: str, quant: str
 ) -> list[str]:
-    """Returns `names` (`modules_to_save`) so that PEFT matches the requested modules only."""
+    """Returns `names` (`modules_to_save`), longer where PEFT would match other modules as well."""
     resolved: list[str] = []
     for name in names:
         matches = [full for full in tree.modules if f".{full}".endswith(f".{name}")]
@@ -259,6 +259,6 @@ def check_method(
 
 
 def resolve_precision(method: MethodConfig, requested: str, device: str, model_type: str) -> Choice:
-    """Returns the compute precision, given `--dtype`; ConfigError if it is not supported."""
+    """Returns the compute dtype for `requested` (`--dtype`); ConfigError if it is not supported."""
     required = METHODS[method.kind].initialization.required_dtype(method, requested)
     return required or select_dtype(requested, device, method.kind, model_type)

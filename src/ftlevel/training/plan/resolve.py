@@ -98,7 +98,7 @@ class _BaseModel:
 
 @dataclass(frozen=True)
 class SyntheticBatch:
-    """Substitutes in a memory estimate; a field that is None means the real one of the run.
+    """Substitutes for parts of a run in a memory estimate; None for a part means the real one.
 
     `source` is the model; its weights are not read and may be missing. `tokenizer` needs
     `eos_token_id`, `pad_token_id` and `chat_template`. `rows` creates rows for a task, a model kind
@@ -330,7 +330,7 @@ def _disable_dropout(model_config: Any) -> list[Choice]:
 
 
 def _set_to_zero(config: Any, values: Mapping[str, float], name: str, text: str) -> list[Choice]:
-    """Set positive fields of `config` (modified) to 0; returns a printed line if there were any."""
+    """Set to 0 in `config` the fields positive in `values`; returns [Choice(name, text)] if any."""
     positive = {field: value for field, value in values.items() if value and value > 0}
     for field in positive:
         setattr(config, field, 0.0)

@@ -134,7 +134,7 @@ class Run:
             `config.quant` does not.
         best: how the best model is selected; None if it is not.
         adapter: adapter to continue from; None for a new adapter.
-        auxiliary: filled in when the run starts.
+        auxiliary: reference, teacher and guide model; resolved when the run starts.
         written_base: directory to which a base passed as an object was written.
     """
 
@@ -203,7 +203,7 @@ def model_choice(model: ModelConfig, model_type: str, total: int, source: ModelS
 def method_choices(
     method: MethodConfig, quant: QuantConfig, train: TrainerConfig, quantized_already: bool
 ) -> list[Choice]:
-    """Returns printed lines: method, quantized base (`quantized_already`: on disk), batch size."""
+    """Returns lines to print: method, quantization (`quantized_already`: on disk), batch size."""
     choices = []
     choices.append(Choice("method", method.kind, METHODS[method.kind].format_spec(method)))
     if quant.kind != "none":

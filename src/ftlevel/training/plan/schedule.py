@@ -55,7 +55,7 @@ def count_steps(config: TrainerConfig, num_rows: int) -> int:
 
 @dataclass(frozen=True)
 class LearningRates:
-    """Peak learning rates: `head` for new heads, else `base`; `default` is `base` without flags."""
+    """Peak learning rates of new heads (`head`) and all else (`base`; without flags: `default`)."""
 
     base: Choice
     default: float
@@ -267,7 +267,7 @@ def get_length_bounds(
     device: str,
     dtype: str,
 ) -> LengthBounds:
-    """Returns the maximum tokens of a row, by the model's positions and by device memory."""
+    """Returns two limits of a row's length in tokens: the model's positions, and device memory."""
     value = DTYPES[dtype].itemsize
     trained = METHODS[method.kind].trains_base(method)
     memory_config = MemorySettings(

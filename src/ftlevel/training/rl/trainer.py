@@ -53,7 +53,6 @@ class RepeatedSteps(Sampler[int]):
         return repeated_rows(len(self.base), self._step_size, self._repeats)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[int]:
-        """Yields the row indices of each step, repeated."""
         order = list(self.base)
         for begin in range(0, len(order), self._step_size):
             step = order[begin : begin + self._step_size]
@@ -263,7 +262,7 @@ class RlTrainer(FtlevelTrainer):
         inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Returns the loss of the batch; after the last one, completes the step's metrics."""
+        """Returns the loss of the batch; after a step's last batch, completes that step's log."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not self.is_standalone:
             self._batches_left -= 1
@@ -296,7 +295,7 @@ class RlTrainer(FtlevelTrainer):
         batches: list[dict[str, Any]],  # noqa: ARG002 - the weights are in the signals
         device: torch.device,
     ) -> torch.Tensor:
-        """Returns 1: the rows' weights already divide by the count over all processes."""
+        """Returns 1: the weights of the rows already normalize the loss over all processes."""
         return torch.ones((), device=device)
 
     def _sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
