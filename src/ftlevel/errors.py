@@ -50,7 +50,7 @@ class RunError(FtlevelError):
 
 
 class Interrupted(FtlevelError):
-    """Ctrl-C or a signal such as SIGTERM stopped the command; the message says what was saved."""
+    """Stop by Ctrl-C or a signal such as SIGTERM; the message says what was saved."""
 
     def __init__(self, message: str, exit_code: int = 130) -> None:
         super().__init__(message)

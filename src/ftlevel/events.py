@@ -18,7 +18,7 @@ from ftlevel.extensions import resolve_renamed
 
 
 class Listener:
-    """Base class of progress callbacks, which do nothing; all are called from the main thread."""
+    """Base class of listeners: methods do nothing, and are called from the main thread only."""
 
     def stage(self, name: str) -> None:
         """Start a stage of the work, such as `load the model`."""

@@ -267,8 +267,8 @@ class StepObjective(Objective):
 class DistillationObjective(TokenObjective):
     """Base class of token objectives with a distillation loss.
 
-    A batch has the teacher's `known` and `ids` for each target, in the order of `locate`. Without
-    them, as in evaluation, the loss is the token loss.
+    A batch has the teacher's log-probabilities `known` and token `ids` per target, in the order of
+    `locate`. Without them, as in evaluation, the loss is the token loss.
     """
 
     @abstractmethod

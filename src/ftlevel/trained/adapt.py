@@ -106,7 +106,7 @@ def resize_embeddings(model: Any, adapter_dir: Path) -> int | None:
 def check_new_embeddings(model: Any, old_vocab_size: int | None, adapter_dir: Path) -> None:
     """Raise InputError if the adapter lacks rows that `resize_embeddings` added.
 
-    In the base, the added rows change from NaN to the mean row.
+    In the base, the added rows change from NaN to the mean of the old rows.
     """
     import torch
 

@@ -114,7 +114,7 @@ def generate_texts(
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Returns ids that end generation: EOS of tokenizer and generation_config, end of a turn."""
+    """Returns ids that end generation: EOS of tokenizer and generation_config, end of chat turn."""
     token_ids = [tokenizer.eos_token_id]
     if getattr(tokenizer, "chat_template", None):
         token_ids.append(get_end_of_turn_id(tokenizer))

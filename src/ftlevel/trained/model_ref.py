@@ -153,7 +153,7 @@ class ModelRef:
 
     @property
     def auto_class(self) -> str:
-        """Name of the transformers class for the task."""
+        """Name of the transformers auto class for the task, such as `AutoModelForCausalLM`."""
         return self.configured_task.auto_class(self.model_kind, self.model_config.model_type)
 
     @cached_property

@@ -423,7 +423,7 @@ def resolve_base(
 
 
 def get_original_base(ref: ModelRef) -> ModelRef | None:
-    """Returns the base of the fully fine-tuned `ref`; None if it is not full, or lacks its base."""
+    """Returns the base that full fine-tuning of `ref` began from; None if missing or not full."""
     card, path = ref.card, ref.source.path
     if card.method != "full" or card.merge or card.quantized or card.heads or path is None:
         return None

@@ -87,7 +87,7 @@ def resolve_best_model(
     num_eval_samples: int,
     length: Length,
 ) -> BestModel | None:
-    """Returns the settings; None without validation rows, or if nothing needs a best model."""
+    """Returns how the best model is selected; None without validation rows, or if not needed."""
     _check_eval_data(train, num_eval_samples)
     load_best, save_best = train.load_best_model_at_end, train.save_strategy == "best"
     metric, reason = _select_metric(train, task, objective)

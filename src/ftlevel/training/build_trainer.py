@@ -336,7 +336,7 @@ def rollout_callbacks(
 ) -> list[Any]:
     """Make an `RlTrainer` write rollouts.jsonl; on resume, drop groups sampled after `checkpoint`.
 
-    Returns callbacks that save its current rollout with each checkpoint; [] for other trainers.
+    Returns callbacks that save the current rollout with each checkpoint; [] for other trainers.
     """
     if not isinstance(trainer, RlTrainer):
         return []

@@ -200,7 +200,7 @@ def report_results(
     listener: Listener,
     auxiliary_info: Mapping[str, Any],
 ) -> Mapping[str, Any]:
-    """Save, show and, if set, upload the results; returns the summary, with `auxiliary_info`."""
+    """Save, show and, if set, upload results; returns the summary, with `auxiliary_info` added."""
     summary = create_summary(run, outcome)
     step = outcome.selected.step if outcome.selected else summary["steps"]
     lines, intervals = get_predictions(run, outcome.evaluator, outcome.answers, step)
@@ -228,7 +228,7 @@ def report_results(
 def end_run(
     output: OutputConfig, output_dir: RunDirectory, summary: Mapping[str, Any], listener: Listener
 ) -> None:
-    """Upload the adapter if configured, report the run's end, then raise RunError if it failed."""
+    """Upload the adapter if configured and report the run's end; raises if the upload failed."""
     upload_error: RunError | None = None
     if output.push_to_hub is not None:
         listener.stage("uploading")

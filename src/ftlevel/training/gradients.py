@@ -92,7 +92,7 @@ class Recovery(TrainerCallback):
             self._skip_step(step, problem, "skipped")
 
     def check_spike(self, step: int, loss: float) -> None:
-        """Roll back (or skip) a step if `loss` exceeds `spike_factor` · median of recent losses."""
+        """Roll back or skip the step if `loss` > `spike_factor` · median of recent losses."""
         if self._factor is None:
             return
         loss = self._processes.mean(loss)

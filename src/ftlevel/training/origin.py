@@ -285,7 +285,7 @@ def check_same_run(
 
 
 def load_origin_file(output_dir: RunDirectory) -> dict[str, Any]:
-    """Load the origin stored in `output_dir`, under current field names."""
+    """Load the origin stored in `output_dir`; renamed fields get their current names."""
     path = output_dir.checkpoints / ORIGIN
     try:
         origin: Any = json.loads(read_plain(path))

@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """Number of processes of a run and rank of the current process, from the environment."""
+    """The processes of a run (count and rank from the environment) and collective operations."""
 
     world: World = field(default_factory=World)
 

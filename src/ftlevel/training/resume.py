@@ -181,7 +181,7 @@ class ResumeState:
     origin: Mapping[str, Any] = field(default_factory=dict)
 
     def missed_evaluation(self, strategy: str, steps_per_epoch: int, steps: int) -> bool:
-        """Returns whether the checkpoint ends an epoch, and the evaluation due then is missing."""
+        """Returns whether an evaluation, due at the end of an epoch or run, is missing."""
         if self.checkpoint is None or strategy != "epoch":
             return False
         step = step_of(self.checkpoint)

@@ -75,7 +75,7 @@ class ShardedTrainer(FtlevelTrainer):
         ]
 
     def num_forward_passes(self, count: int) -> int:
-        """Returns the largest number of micro-batches of any process; `count` is this one's."""
+        """Returns the largest number of micro-batches of any process; `count` is this process's."""
         return self.processes.max(count)
 
     def training_step(
@@ -94,7 +94,7 @@ class ShardedTrainer(FtlevelTrainer):
             distributed.broadcast(parameter.data, src=0)
 
     def _defer_fsdp_gradient_reduction(self) -> contextlib.AbstractContextManager[None]:
-        """Returns a context that defers nothing: an unreduced gradient is as large as the model."""
+        """Returns a null context: deferred, unreduced gradients would be as large as the model."""
         return contextlib.nullcontext()
 
     def _clip_grad_norm(self, model: Any) -> Tensor | None:
@@ -222,7 +222,7 @@ def average_gradients(parameters: Sequence[torch.nn.Parameter], num_processes: i
 
 
 def compute_initial_logits(model: PreparedModel, run: Run) -> Tensor | None:
-    """Returns the logits before training, in all processes; None if an adapter is trained."""
+    """Returns the logits before training (call in all processes); None if an adapter is trained."""
     if hasattr(model.model, "peft_config"):
         return None
     return create_check_inputs(run).logits(model.model)

@@ -209,7 +209,7 @@ class Bounds:
     def check_gradients(
         self, differences: Mapping[str, GradientDifference], label: str = "gradients"
     ) -> float:
-        """Returns the relative distance of all gradients together; RunError above a bound."""
+        """Returns the relative distance over `differences`; RunError (on `label`) above a bound."""
         rtol = TOLERANCES.get(self.dtype, HALF_TOLERANCES)[1]
         overall, norms = total(differences.values()), norms_of(differences)
         for name, difference in sorted(differences.items(), key=lambda item: -item[1].difference):
@@ -549,7 +549,7 @@ def perturb_weights(model: torch.nn.Module) -> Iterator[None]:
     """Perturb trainable tensors of `model` (modified) inside the `with` block, then restore them.
 
     LoRA's B and similar tensors are zero before training, so the tensors multiplied with them have
-    zero gradients, correct or not. Zero tensors get noise with standard deviation 0.2 / √(last
+    zero gradients, even if wrong. Zero tensors get noise with standard deviation 0.2 / √(last
     axis): a LoRA's update is then a fifth of its layer's output. Others get noise of a twentieth of
     their standard deviation.
     """

@@ -213,7 +213,7 @@ def _scores(record: Mapping[str, Any]) -> dict[str, float]:
 def summarize_losses(losses: Sequence[float]) -> dict[str, Any]:
     """Returns mean and standard deviation of the first and of the last logged losses.
 
-    Each covers a tenth of the losses: at least five, at most half. One loss has deviation None.
+    Each covers a tenth of the losses, at least min(5, half). A single loss has deviation None.
     """
     if not losses:
         return {"loss_first": None, "loss_last": None, "loss_window": 0}

@@ -367,7 +367,7 @@ class FtlevelTrainer(Trainer):
 
     @contextlib.contextmanager
     def standalone_steps(self, dtype: str) -> Iterator[None]:
-        """Allow steps in `dtype` before training, in a `with` block that restores token counts."""
+        """Allow steps in `dtype` before training inside the `with` block; restores token counts."""
         seen, computed = self.tokens_seen.clone(), self.tokens_computed
         self._compute_dtype = dtype
         try:

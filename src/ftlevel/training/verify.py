@@ -79,7 +79,7 @@ def cast_to_float32(model: torch.nn.Module) -> Iterator[None]:
 def cast_to_float64(model: torch.nn.Module) -> Iterator[None]:
     """Convert all float32 weights of `model` (modified) to float64 inside the `with` block.
 
-    What transformers always computes in float32, such as a norm's mean of squares, stays in it.
+    What transformers always computes in float32, such as a norm's mean of squares, stays float32.
     """
     with _cast(torch.float64, _tensors_of(model, (torch.float32,))):
         yield
@@ -266,7 +266,7 @@ class _Verifier:
     def compare(
         self, steps_rows: Sequence[Sequence[Encoded]], *, checks_rounding: bool, rate: float
     ) -> StepComparison:
-        """Returns the differences over the steps whose rows are `steps_rows`.
+        """Returns the differences of fast and plain steps, one step for each item of `steps_rows`.
 
         After each step, the model is updated by the plain step's gradients with learning rate
         `rate`. With `checks_rounding`, steps in the run's dtype are compared too.

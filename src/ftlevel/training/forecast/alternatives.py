@@ -140,7 +140,7 @@ def _search_tokens(run: Run, memory: int) -> _FitResult:
 
 
 def _shrink(forecast: StepMemory, tokens: int, peak: int, memory: int) -> int:
-    """Returns a smaller size to try than `tokens`, which need `peak` > `memory`; 0 if none fits."""
+    """Returns a micro-batch below `tokens` to try, as these need `peak` bytes; 0 if none fits."""
     variable = sum(forecast.parts.get(part, 0) for part in _VARIABLE_PARTS)
     available = memory - (peak - variable)
     return (

@@ -182,7 +182,7 @@ class Device:
 
     @classmethod
     def of(cls, kind: str, gpu: Gpu | None = None, ranks: int = 1) -> Device:
-        """Returns `ranks` GPUs of type `gpu`; if None, this machine's device of type `kind`."""
+        """Returns `ranks` GPUs of type `gpu`; without it, this machine's device of type `kind`."""
         if gpu is not None:
             return cls(kind, gpu.name, gpu.memory, ranks)
         name = "memory of this machine" if kind == "cpu" else format_device(kind)
@@ -354,7 +354,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(run: Run, processes: int) -> MemoryEstimate:
-    """Returns the memory estimate; `need` is None for several processes, small and slow models."""
+    """Estimate a run's memory; `need` is None if distributed, very small or slow to estimate."""
     if processes > 1:
         return MemoryEstimate(None, f"{processes} processes; run `ftlevel plan`")
     if run.model.total_parameters < MIN_PARAMETERS:

@@ -347,7 +347,7 @@ def _sample_by_type(run: Run, layer_types: Sequence[Any]) -> LayerSample | None:
 
 
 def _sample_by_period(layer_types: Sequence[Any]) -> LayerSample | None:
-    """Returns a sample of one and of two periods of layer types; None if types do not repeat."""
+    """Returns a sample with one and two repeats of the pattern of layer types; None without one."""
     num_layers = len(layer_types)
     for first in range(3):
         for period in range(1, 7):
@@ -511,7 +511,7 @@ def _num_positions(batch: Mapping[str, Any]) -> int:
 
 
 def _steps(run: Run, has_step_loss: bool) -> list[list[Encoded]]:
-    """Returns the rows of random steps, and before them, without a step loss, the longest rows."""
+    """Returns the rows of random steps; unless `has_step_loss`, the longest rows come first."""
     rows, train = run.data.train, run.config.train
     draw, sample = random.Random(train.seed), _sample_rows(rows)
     sample.sort(key=lambda row: -len(row.input_ids))

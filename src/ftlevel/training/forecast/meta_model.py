@@ -112,7 +112,7 @@ def create_fake_model(run: Run, layers: Sequence[int] | None) -> FakeModel:
 def targets_in(
     model: torch.nn.Module, targets: Sequence[str], layers: Sequence[int] | None
 ) -> list[str]:
-    """Returns the names of modules `targets` in `model`, which has only the original's `layers`."""
+    """Returns the new names of `targets` in `model`, which has only `layers` of the original."""
     tree = ModuleTree(model)
     names = []
     for name in targets:
@@ -352,7 +352,7 @@ class LiveMemoryTracker(OperationWatch):
             self.add(tensor, self._get_part(tensor))
 
     def on_cast(self, tensor: Tensor, result: Tensor) -> None:
-        """Count `result`, a cast of `tensor`, as a cast weight if `tensor` is a weight."""
+        """Count `result`, a cast of `tensor`, in the category of casts if `tensor` is a weight."""
         category = self._parts.get(storage_of(tensor))
         if category == [WEIGHTS] and not self.has_tensor(result):
             self.add(result, CASTS)

@@ -182,7 +182,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU: bytes of memory, dense bfloat16 TFLOP/s, memory and link GB/s; 0 if unknown."""
+    """A GPU: bytes of memory, dense bfloat16 TFLOP/s, GB/s of memory and of link; 0 if unknown."""
 
     name: str
     memory: int

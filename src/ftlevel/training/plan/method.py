@@ -191,7 +191,7 @@ def resolve_quantization(
 ) -> QuantConfig:
     """Returns the quantization of the base: that of its checkpoint, or else `quant`.
 
-    ConfigError for one that contradicts `--quant`, or that method or device do not support.
+    ConfigError if it contradicts `--quant`, or if method or device do not support it.
     """
     checkpoint_config = get_quantization_config(model_config)
     name = quant.kind if checkpoint_config is None else quantization_name(checkpoint_config)
@@ -215,7 +215,7 @@ def resolve_experts(
 ) -> tuple[QuantConfig, str]:
     """Returns `quant` with `experts` resolved, and why experts are not quantized ("" if they are).
 
-    `is_quantized` is whether the checkpoint is. ConfigError if `quant.experts=true` is unsupported.
+    `is_quantized`: the checkpoint is quantized. ConfigError if `quant.experts=true` is unsupported.
     """
     message = ""
     if not next(ModuleTree(meta).experts(), None):

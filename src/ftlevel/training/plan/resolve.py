@@ -83,7 +83,7 @@ from ftlevel.training.plan.schedule import (
 
 @dataclass(frozen=True)
 class _BaseModel:
-    """Base model before rows are read; `choices` are printed lines on tokenizer and experts."""
+    """Properties of the base model, resolved before rows are read; `choices` are lines to print."""
 
     source: ModelSource
     config: Any

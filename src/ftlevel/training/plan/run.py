@@ -194,7 +194,7 @@ class Run:
 
 
 def model_choice(model: ModelConfig, model_type: str, total: int, source: ModelSource) -> Choice:
-    """Returns the printed line about the model; `total` is its number of parameters."""
+    """Returns the line to print about the model; `total` is its number of parameters."""
     size = f"{model_type}, {total / 1e6:,.1f} M parameters"
     default = model.name_or_path == DEFAULT_MODEL
     return Choice("model", source.name, size + ("; the built-in model" if default else ""))

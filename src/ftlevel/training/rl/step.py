@@ -60,7 +60,7 @@ def compute_statistics(group: Group, config: RlConfig) -> GroupStatistics:
 
 @dataclass
 class Rollout:
-    """Rows to train on, all groups that this process sampled, and metrics over all processes."""
+    """Result of sampling: rows to train on, this process's groups, metrics of all processes."""
 
     rows: list[CompletionRow]
     groups: list[Group]
