@@ -418,7 +418,7 @@ class PreparedRun:
 
 
 def prepare_run(job: TrainingJob) -> PreparedRun:
-    """Compute the outputs of the reference and teacher models, and free these models."""
+    """Compute the outputs of reference, teacher and guide models, and free these models."""
     listener, initial_memory = job.listener, resident_bytes()
     run, reference = precompute_reference(with_text_models(job.run, listener), listener)
     return PreparedRun(run, reference, precompute_teacher(run, listener), initial_memory)

@@ -109,7 +109,7 @@ class WholeStep:
 
     @contextlib.contextmanager
     def measure(self, tokens: int) -> Iterator[None]:
-        """Measure the bytes that a forward pass of `tokens` in the block saves for backward."""
+        """In the `with` block, measure bytes that a forward pass of `tokens` saves for backward."""
         sizes: dict[Any, int] = {}
         weights = {storage_of(p) for p in self._trainer.model.parameters()}
 

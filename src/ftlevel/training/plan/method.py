@@ -62,7 +62,7 @@ class MethodTargets:
 def resolve_method_targets(
     spec: MethodConfig, meta: Any, model_name: str, quant: str = "none"
 ) -> MethodTargets:
-    """Returns what method `spec` adapts in the meta model `meta`; ConfigError if it is missing."""
+    """Returns what `spec` adapts in the meta model `meta`; ConfigError if a target is missing."""
     method, tree = METHODS[spec.kind], ModuleTree(meta)
     modules = _resolve_modules(spec, method, tree, model_name)
     layers = getattr(spec, "layers_to_transform", None)

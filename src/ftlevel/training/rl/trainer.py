@@ -338,7 +338,7 @@ def no_loss(prompt: Any) -> CompletionRow:
 
 
 def check_sampler(mean: float, max_diff: float, bound: float, label: str) -> None:
-    """Raise RunError if `mean`, of |log-probability of sampler − of trainer|, exceeds `bound`."""
+    """Raise RunError if `mean`, of |log-probability by sampler − by trainer|, exceeds `bound`."""
     if mean <= bound:
         return
     raise RunError(
