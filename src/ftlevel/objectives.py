@@ -330,9 +330,9 @@ class PolicyObjective(TokenObjective):
     temperature: float = 1.0
 
     @abstractmethod
-    def policy_sum(self, log_probs: Tensor, owners: Tensor, count: int, signals: Tensor) -> Tensor:
+    def policy_sum(self, log_probs: Tensor, owners: Tensor, signals: Tensor) -> Tensor:
         """Returns the policy loss, a weighted sum over the targets (a scalar).
 
-        `log_probs` are float32 `(targets,)`, in the order of `locate`; `owners` has the sequence of
-        each target, as an index below `count`.
+        `log_probs` are float32 `(targets,)`, in the order of `locate`; `owners` `(targets,)` are
+        the batch indices of the targets' sequences; `signals` are `(targets, n)`.
         """

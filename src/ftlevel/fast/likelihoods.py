@@ -71,7 +71,7 @@ def compute_policy_loss(
     likelihoods, owners = compute_token_likelihoods(
         head, model, objective, batch, objective.temperature
     )
-    return objective.policy_sum(likelihoods, owners, len(batch["labels"]), batch["signals"])
+    return objective.policy_sum(likelihoods, owners, batch["signals"])
 
 
 def compute_full_loss(

@@ -80,11 +80,11 @@ class PolicyGradient(PolicyObjective):
         return torch.ones((), device=labels.device)
 
     def policy_sum(
-        self, log_probs: torch.Tensor, owners: torch.Tensor, count: int, signals: torch.Tensor
+        self, log_probs: torch.Tensor, owners: torch.Tensor, signals: torch.Tensor
     ) -> torch.Tensor:
         """Returns the policy loss (a scalar); `signals` `(targets, 5)` has a `Signal` per target.
 
-        `owners` has the completion of each target, as an index below `count`.
+        `owners` has the index of each target's completion in the batch.
 
         With a teacher, the advantage of a token is minus its log-ratio log π_old − log π_teacher.
         This gives an unbiased estimate of the gradient of the reverse KL per token, as in GKD with

@@ -40,9 +40,7 @@ def test_loss_and_gradient_match_reference(loss: str, is_first: bool) -> None:
     old = logps.detach() + (0 if is_first else 0.4) * torch.randn_like(logps)
     weights = completion_weights(lengths, parameters)[owners]
     stored = torch.full_like(old, math.nan) if is_first else old
-    total = objective.policy_sum(
-        logps, owners, len(lengths), build_signals(weights, stored, teacher)
-    )
+    total = objective.policy_sum(logps, owners, build_signals(weights, stored, teacher))
     (gradient,) = torch.autograd.grad(total, logits)
 
     reference = torch.zeros((), dtype=torch.float64)
@@ -78,6 +76,6 @@ def test_expected_gradient_is_reverse_kl_gradient() -> None:
     for token in range(VOCAB_SIZE):
         logps = logits.log_softmax(-1)[token : token + 1]
         signals = build_signals(torch.ones_like(logps), logps.detach(), teacher[token : token + 1])
-        total = objective.policy_sum(logps, torch.tensor([0]), 1, signals)
+        total = objective.policy_sum(logps, torch.tensor([0]), signals)
         mean_gradient += policy[token].exp().detach() * torch.autograd.grad(total, logits)[0]
     assert torch.allclose(mean_gradient, expected, rtol=1e-12, atol=1e-14)
