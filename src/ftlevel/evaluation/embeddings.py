@@ -103,8 +103,8 @@ def step_losses(objective: Embeddings, vectors: torch.Tensor, step: StepTexts) -
 class QueryMeter:
     """Meter that averages metrics over queries; `values` has metric -> value for each query.
 
-    For a single query, `details` has the scores of its best positive and negative document, and
-    that negative.
+    For a single query, `details` has the scores of its best positive and best negative document,
+    and the latter as `retrieved`.
     """
 
     values: list[Mapping[str, float]]

@@ -103,12 +103,12 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """Returns 1.0 if the normalized prediction equals one of `answers` ("" if none), else 0.0."""
+    """Returns 1.0 if the prediction equals one of `answers` (no answer: ""), normalized; else 0.0."""
     return float(any(normalize_answer(prediction) == normalize_answer(a) for a in answers or ("",)))
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
-    """Returns the prediction's highest word F1 with one of `answers` ("" if none)."""
+    """Returns the prediction's highest word F1 with one of `answers`; with "" if there is none."""
     return max(_f1(prediction, answer) for answer in answers or ("",))
 
 

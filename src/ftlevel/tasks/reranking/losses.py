@@ -43,7 +43,7 @@ class Lists:
 
     @classmethod
     def from_labels(cls, labels: torch.Tensor) -> Lists:
-        """Returns the lists; columns of `labels` `(documents, 3)`: label, teacher's score, size.
+        """Returns the lists of documents with `labels` `(documents, 3)`: label, teacher, list size.
 
         The first document of a list has the list's size, the others 0.
         """
