@@ -103,7 +103,7 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """Returns 1.0 if the prediction equals one of `answers` (no answer: ""), normalized; else 0.0."""
+    """Returns 1.0 if the normalized prediction equals one of `answers`, or "" if none; else 0.0."""
     return float(any(normalize_answer(prediction) == normalize_answer(a) for a in answers or ("",)))
 
 
