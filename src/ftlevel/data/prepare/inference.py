@@ -63,6 +63,7 @@ class RowSource:
         leading: columns of the first row, from which the format is detected.
         read: yields the rows from the beginning.
         schema: Arrow schema if the source declares types, else None.
+        text_cells: whether cells are text only, as in CSV.
     """
 
     column_names: Sequence[str]
@@ -70,6 +71,7 @@ class RowSource:
     first: Sequence[Row]
     read: Callable[[], Iterator[Item]]
     schema: Any = None
+    text_cells: bool = False
 
 
 def open_rows(name: str, options: ReadOptions) -> tuple[RowSource, Reader]:
@@ -99,7 +101,8 @@ def open_rows(name: str, options: ReadOptions) -> tuple[RowSource, Reader]:
                 yield row, location, fault, done
 
     schema = first.schema if all(source.schema is not None for source in sources) else None
-    return replace(first, read=read, schema=schema), readers[0]
+    text_cells = all(source.text_cells for source in sources)
+    return replace(first, read=read, schema=schema, text_cells=text_cells), readers[0]
 
 
 def file_rows(reader: Reader, ignored: Sequence[str] = ()) -> RowSource:
@@ -130,7 +133,7 @@ def file_rows(reader: Reader, ignored: Sequence[str] = ()) -> RowSource:
     declared = reader.schema.names if reader.schema is not None else []
     column_names = declared or list(dict.fromkeys(name for row in chunk.rows for name in row))
     leading = [name for name in chunk.rows[0] if name not in ignored]
-    return RowSource(column_names, leading, chunk.rows, read, reader.schema)
+    return RowSource(column_names, leading, chunk.rows, read, reader.schema, reader.text_cells)
 
 
 def in_memory_rows(rows: Any, ignored: Sequence[str] = ()) -> RowSource:
@@ -159,7 +162,7 @@ class Prompts:
 
     def __iter__(self) -> Iterator[QueryRow]:
         column_names = dict.fromkeys(self.source.column_names)
-        values = RoleValues(self.shape, Table([], [], ""))
+        values = RoleValues(self.shape, Table([], [], "", text_cells=self.source.text_cells))
         for row, location, fault, share in islice(self.source.read(), self.limit):
             question = None
             if row is None:

@@ -176,9 +176,9 @@ class Converter:
     def merge_label_variants(
         self, split: str, table: Table, examples: Sequence[Any], names: Sequence[str]
     ) -> Sequence[Any]:
-        """Returns `examples` with spelling variants of labels replaced by the known `names`.
+        """Returns `examples` with spelling variants of labels replaced by class names.
 
-        Without names, the most frequent spelling is used.
+        `names` are the known classes; without any, the most frequent spelling is the name.
         """
         for check, same in LABEL_NORMALIZERS.items():
             variants = get_label_variants(examples, check, names)

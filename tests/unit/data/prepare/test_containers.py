@@ -21,7 +21,8 @@ from ftlevel.data.encoding.chat import set_chat_template
 from ftlevel.data.encoding.fit import LengthBounds
 from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, ignore_progress
-from ftlevel.data.prepare.inference import in_memory_rows
+from ftlevel.data.prepare.inference import Prompts, in_memory_rows, open_rows
+from ftlevel.data.sources.readers import ReadOptions
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.tasks import TASKS
 from tiny_tokenizers import build_tokenizer
@@ -355,6 +356,19 @@ def test_json_like_text_is_not_parsed(tmp_path: Path) -> None:
         prepare(str(write(rows, tmp_path)), "preference") for write in (write_csv, write_jsonl)
     ]
     assert to_dicts(prepared[0].train) == to_dicts(prepared[1].train)
+
+
+@pytest.mark.parametrize("format_", ["messages", "preference_turns"])
+@pytest.mark.parametrize("container", ["csv", "json", "parquet"])
+def test_containers_give_equal_rows_to_predict(
+    container: str, format_: str, tmp_path: Path
+) -> None:
+    rows = create_rows(format_)
+    paths = [write_jsonl(rows, tmp_path), FILES[container](rows, tmp_path)]
+    sources = [open_rows(str(path), ReadOptions())[0] for path in paths]
+    shape = TASKS["text-generation"].get_query_format(sources[0].leading, {})
+    expected, questions = ([row.question for row in Prompts(s, shape)] for s in sources)
+    assert questions == expected
 
 
 @pytest.mark.parametrize("container", IN_MEMORY)
