@@ -139,7 +139,9 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         if config.resamples:
             listener.stage("computing confidence intervals")
         draws, intervals = _intervals(config, evaluator, record, base_record)
-        against |= _intervals_of_other(config, record, draws, other_record)
+        if draws and other_record is not None and other_record.units.keys() == record.units.keys():
+            other_draws = other_record.resample(config.resamples, config.seed, None, "")
+            against |= _paired_intervals(draws, other_draws)
     summary = {
         "name": config.name,
         "task": trained.task.name,
@@ -579,24 +581,10 @@ def _compute_intervals(
     return intervals
 
 
-def _intervals_of_other(
-    config: EvaluateConfig,
-    record: ExampleRecord,
-    draws: Mapping[str, np.ndarray],
-    other: ExampleRecord | None,
-) -> dict[str, Any]:
-    """Returns 95 % intervals of the `--against` model's metrics, and of differences from them.
-
-    Empty if the two models were scored on different rows. `draws` are the first model's values.
-    """
-    if not draws or other is None or other.units.keys() != record.units.keys():
-        return {}
-    return _paired_intervals(draws, other.resample(config.resamples, config.seed, None, ""))
-
-
 def _paired_intervals(
     draws: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
+    """Returns 95 % intervals of the `--against` model's metrics, and of differences from them."""
     found = _compute_intervals(draws, other)
     return {
         "intervals": found["base_intervals"],

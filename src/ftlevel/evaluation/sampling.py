@@ -211,7 +211,9 @@ class GroupSampler(RowDecoder):
                 limit = min(num_free // options.count, len(pending))
                 num_new = min(limit, max(1, PREFILL_TOKENS // len(prompts[pending[0]])))
                 indices = [pending.popleft() for _ in range(num_new)]
-                new = self._begin_groups(indices, prompts, group, options.count, shared)
+                new = self.begin(indices, [prompts[i] for i in indices], shared).fork(options.count)
+                new.numbers = [i * options.count + j for i in indices for j in range(options.count)]
+                new.last = group.draw(new.numbers, new.scores)
                 current = join([(current, active), (new, group.get_unfinished(new.numbers))])
             elif active:
                 if (len(current.numbers) - len(active)) * REFILL >= len(current.numbers):
@@ -220,20 +222,6 @@ class GroupSampler(RowDecoder):
                 current.last = group.draw(current.numbers, current.scores)
             else:
                 return group.groups()
-
-    def _begin_groups(
-        self,
-        indices: Sequence[int],
-        prompts: Sequence[list[int]],
-        group: _Group,
-        count: int,
-        shared: Rows | None,
-    ) -> Rows:
-        """Prefill each prompt once; returns `count` rows per prompt with a first token each."""
-        rows = self.begin(indices, [prompts[i] for i in indices], shared).fork(count)
-        rows.numbers = [prompt * count + i for prompt in indices for i in range(count)]
-        rows.last = group.draw(rows.numbers, rows.scores)
-        return rows
 
 
 class _SamplingProcessor(LogitsProcessor):
