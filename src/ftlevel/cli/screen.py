@@ -268,7 +268,7 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     # Without gradient tensors, no step was left.
     gradients = f"{count - idle:,} of {count:,} trainable tensors had gradients; " if count else ""
     yield (
-        f"  [bold]proof[/bold] {gradients}{frozen}reloaded and compared: logits differ by "
+        f"  [bold]proof[/bold] {gradients}{frozen}reloaded and compared: outputs differ by "
         f"{proof['reload_difference']:.2g}, training moved them by {proof['adapter_effect']:.3g}"
     )
     yield (
