@@ -141,7 +141,7 @@ def _resolve(config: QuantizeConfig) -> _Plan:
     if ref.directory is not None:
         raise InputError(
             f"{config.model} is an adapter, and only whole models are quantized. Use ftlevel merge "
-            f"{quote(config.model)} --quant 4bit --out DIR."
+            f"{quote(config.model)} --quant {'4bit' if config.quant == '4bit' else '8bit'} --out DIR."
         )
     model_config = load_config(ref.source)
     if (existing := get_quantization_config(model_config)) is not None:
