@@ -139,9 +139,10 @@ def _resolve(config: QuantizeConfig) -> _Plan:
         config.model, device=device.value, revision=config.revision, require_task=False
     )
     if ref.directory is not None:
+        bits = "4bit" if config.quant == "4bit" else "8bit"
         raise InputError(
             f"{config.model} is an adapter, and only whole models are quantized. Use ftlevel merge "
-            f"{quote(config.model)} --quant {'4bit' if config.quant == '4bit' else '8bit'} --out DIR."
+            f"{quote(config.model)} --quant {bits} --out DIR."
         )
     model_config = load_config(ref.source)
     if (existing := get_quantization_config(model_config)) is not None:

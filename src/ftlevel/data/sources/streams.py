@@ -172,7 +172,7 @@ def describe_missing(path: Path) -> str:
         return f"{path}: no such file, and no directory {folder}. Check the path."
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     directory = "the current directory" if str(folder) == "." else str(folder)
-    listing = f"In {directory}: {join_names(names, 8)}." if names else f"There are no files in {directory}."
+    listing = f"In {directory}: {join_names(names, 8) or 'no files'}."
     return f"{path}: no such file.{did_you_mean(path.name, names)} {listing}"
 
 
