@@ -175,7 +175,7 @@ def get_plain_form(config: Mapping[str, Any]) -> LoraConversion:
     peft_type = str(config.get("peft_type"))
     form = PLAIN_FORMS.get(peft_type, LoraConversion())
     if form.error:
-        raise InputError(f"{peft_type} {form.error}")
+        raise InputError(f"PEFT type {peft_type} {form.error}")
     return form
 
 

@@ -10,6 +10,7 @@ import torch
 
 import tiny_models
 from ftlevel.data.encoding.encode import Encoded
+from ftlevel.errors import InputError
 from ftlevel.objectives import Objective, TrainingLoss
 from ftlevel.tasks import TASKS
 from ftlevel.tasks.span import Spans
@@ -158,3 +159,9 @@ def test_guess_loss_equals_loss_of_label_frequencies() -> None:
     assert objective.guess_loss([_row(int(label)) for label in labels]) == pytest.approx(
         loss.item()
     )
+
+
+@pytest.mark.parametrize("task", ["embedding", "reranking"])
+def test_tasks_without_text_refuse_generate(task: str) -> None:
+    with pytest.raises(InputError, match="Use ftlevel predict"):
+        TASKS[task].create_query("a prompt", None, 0)
