@@ -287,7 +287,7 @@ class EmbeddingTask(BaseTask):
     # ---- inference and display
 
     def create_query(self, prompt: str, context: str | None, number: int) -> Any:
-        raise InputError("an embedding model writes no text. Use ftlevel predict, with column query.")
+        raise InputError("an embedding model writes no text. Use ftlevel predict, column query.")
 
     def prediction_columns(
         self,
