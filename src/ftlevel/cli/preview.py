@@ -235,9 +235,8 @@ def _bracketed(tokens: Sequence[Token], *, full: bool) -> Text:
         if isinstance(token, int):
             chunks.append(f" … {token:,} tokens … ")
             continue
-        if (
-            without_brackets
-        ):  # brackets would mark nothing; texts of a row stand on lines of their own
+        # Brackets would mark nothing; texts of a row stand on lines of their own.
+        if without_brackets:
             text = _visible(token)
             if token.label:
                 text = "\n" * bool(chunks) + f"{token.label}: {text.lstrip()}"

@@ -424,10 +424,8 @@ def _context(
     is_compared: bool,
 ) -> EncodingContext:
     """Returns how to encode rows for `trained`, up to the maximum length of `config_ref`."""
-    tokenizer, positions = (
-        trained.tokenizer,
-        text_positions(run_config.method, trained.model.config),
-    )
+    tokenizer = trained.tokenizer
+    positions = text_positions(run_config.method, trained.model.config)
     name = config_ref.card.method
     has_virtual_tokens = (
         config_ref.run is None and name in METHODS and METHODS[name].positions(SPECS[name]())

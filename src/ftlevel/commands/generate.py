@@ -252,17 +252,11 @@ class Chat:
         if not _uses_history(trained):
             return encode_prompt(trained.tokenizer, trained.ref.prompt_format, text)
         positions = max_positions(trained.model.config)
-        max_prompt_length = (
-            None if positions is None else positions - self.generation.max_new_tokens
-        )
+        limit = None if positions is None else positions - self.generation.max_new_tokens
         while True:
             turns = trained.ref.prompt_format.with_system(self.messages)
             ids = encode_chat_prompt(trained.tokenizer, turns)
-            if (
-                max_prompt_length is None
-                or len(ids) <= max_prompt_length
-                or len(self.messages) == 1
-            ):
+            if limit is None or len(ids) <= limit or len(self.messages) == 1:
                 return ids
             self.messages = self.messages[2:]  # a question and the answer
             self.num_dropped += 2

@@ -133,15 +133,11 @@ class RunPlan:
         }
 
 
-def _ignore(*_: Any) -> None:
-    """Default callback, which does nothing."""
-
-
 def plan(
     config: TrainConfig,
     options: PlanOptions = PlanOptions(),
-    show: Callable[[RunPlan], None] = _ignore,
-    check: Callable[[], object] = _ignore,
+    show: Callable[[RunPlan], object] = lambda _: None,
+    check: Callable[[], object] = lambda: None,
 ) -> RunPlan:
     """Estimate what the run of `config` needs, without loading weights.
 

@@ -51,7 +51,7 @@ OutputColumns = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Predictions:
-    """Rows with predictions, None if they were written elsewhere, and the output of `--json`."""
+    """Result of `predict`: `rows`, None if written elsewhere, and `summary`, output of `--json`."""
 
     rows: list[dict[str, Any]] | None
     summary: Mapping[str, Any]

@@ -186,9 +186,8 @@ def _unquantized_dtype(config: QuantizeConfig, model_config: Any) -> tuple[torch
     existing = getattr(model_config, "dtype", None)
     if existing is None:
         return torch.float32, "auto: config.json names none"
-    return getattr(torch, existing) if isinstance(
-        existing, str
-    ) else existing, "auto: the model's own"
+    dtype = getattr(torch, existing) if isinstance(existing, str) else existing
+    return dtype, "auto: the model's own"
 
 
 def _describe_unquantized(layout: QuantizedLayout) -> str:

@@ -347,12 +347,8 @@ def create_tagged_tokens(values: RoleValues) -> TaggedTokens:
 
 def create_question(values: RoleValues) -> Question:
     """Create the `Question` of the current row."""
-    context, question, answers = (
-        values.text("context"),
-        values.text("question"),
-        values.get("answers"),
-    )
-    column = values.columns["answers"]
+    context, question = values.text("context"), values.text("question")
+    answers, column = values.get("answers"), values.columns["answers"]
     if type(answers) is not dict or not {"text", "answer_start"} <= answers.keys():
         raise UnusableRowError(f"{column!r} lacks 'text' and 'answer_start'")
     texts, starts = answers["text"], answers["answer_start"]

@@ -56,7 +56,7 @@ from ftlevel.objectives import Checks
 _BANDS, _DEPTH = 6, 4
 _PART_KEYS = 1 << 17  # keys sorted together
 _MAX_PARTS = 64  # limit: each part scans all keys
-_NONE = np.zeros(0, dtype=np.int64)
+_NO_ROWS = np.zeros(0, dtype=np.int64)
 
 
 def get_repeated_keys(
@@ -67,7 +67,7 @@ def get_repeated_keys(
     `selected` is a mask of the keys to compare; None compares all.
     """
     parts = list(_repeated(keys, selected))
-    again, first = (np.concatenate(side) for side in zip((_NONE, _NONE), *parts, strict=True))
+    again, first = (np.concatenate(side) for side in zip((_NO_ROWS, _NO_ROWS), *parts, strict=True))
     order = np.argsort(again)
     return again[order], first[order]
 
@@ -96,7 +96,7 @@ def get_near_duplicates(rows: Sequence[Encoded], skip: Mask) -> tuple[Integers, 
     """
     prefix, lengths = _common_prefix(rows), row_lengths(rows)
     selected = ~skip
-    duplicates, originals = [_NONE], [_NONE]
+    duplicates, originals = [_NO_ROWS], [_NO_ROWS]
     with _array_on_disk(rows, (_BANDS, len(rows))) as keys:
         start = 0
         for flat in flat_batches(rows):
@@ -183,7 +183,7 @@ def get_majority_target(digests: Digests) -> Integers:
     records = digests.records
     answers = records["last"]
     if len(answers) < _MIN_ROWS or not records["before"].all():
-        return _NONE
+        return _NO_ROWS
     values, counts = np.unique(answers[:: -(-len(answers) // _SAMPLE)], return_counts=True)
     matches = np.flatnonzero(answers == values[np.argmax(counts)])
     return matches if len(matches) >= MAJORITY_TARGET_RATIO * len(answers) else matches[:0]
@@ -210,7 +210,7 @@ def get_swapped(digests: Digests) -> Integers:
         weight = np.where(prompts + targets > 0, np.where(side == 0, log_ratio, -log_ratio), 0)
         score[start:end] = np.bincount(row, weight, minlength=end - start)
     if len(score) < _MIN_ROWS or (median := float(np.median(score))) < _MIN_MEDIAN:
-        return _NONE
+        return _NO_ROWS
     return np.flatnonzero((score < -_SWAP_RATIO * median) & (digests.records["before"] != 0))
 
 
@@ -231,8 +231,6 @@ def _sides(index: WordIndex, start: int, end: int) -> tuple[Integers, NDArray[np
 
 MAX_COMPARED = 250_000
 """Maximum number of examples whose words are compared, at up to 150 bytes each."""
-
-_NO_ROWS = np.zeros(0, dtype=np.int64)
 
 
 class CheckedTask(Protocol):

@@ -113,11 +113,9 @@ def open_cache_dir(key: str) -> Iterator[CacheDir]:
 def remove_unused(root: Path) -> None:
     """Remove folders and files of `root` that were not used for `KEEP_DAYS` days."""
     oldest = time.time() - KEEP_DAYS * 24 * 3600
-    for cache_dir in root.iterdir():
-        if cache_dir.stat().st_mtime < oldest:
-            shutil.rmtree(
-                cache_dir, ignore_errors=True
-            ) if cache_dir.is_dir() else cache_dir.unlink()
+    for path in root.iterdir():
+        if path.stat().st_mtime < oldest:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
 
 MIN_CACHED_ROWS = 1_000

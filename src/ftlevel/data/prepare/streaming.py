@@ -33,6 +33,7 @@ from ftlevel.data.sources.splits import DatasetSplits, StreamSource, open_source
 from ftlevel.data.sources.streams import describe_null_keys
 from ftlevel.data.sources.table import (
     BadRow,
+    Part,
     Row,
     RowSchema,
     get_inconsistent_rows,
@@ -270,12 +271,16 @@ def _read_head(source: StreamSource, config: DataConfig) -> tuple[DatasetSplits,
     rows: list[Row] = []
     lines: list[int] = []
     errors: list[BadRow] = []
-    total = SAMPLE + num_samples
+    parts: list[Part] = []  # one per file
+    total, base = SAMPLE + num_samples, 0
     chunk = None
     for chunk in source.train.chunks():
+        if not parts or parts[-1].table.source != chunk.source:
+            base = max([*lines, *(row.line for row in errors)], default=0)
+            parts.append(Part(base, chunk.table))
         rows += chunk.rows
-        lines += chunk.lines
-        errors += chunk.errors
+        lines += [base + line for line in chunk.lines]
+        errors += [replace(row, line=base + row.line) for row in chunk.errors]
         if len(rows) >= total:
             errors = [row for row in errors if row.line <= lines[total - 1]]
             break
@@ -286,9 +291,9 @@ def _read_head(source: StreamSource, config: DataConfig) -> tuple[DatasetSplits,
             f"data.validation_rows={num_samples:,} leaves none of the {len(rows):,} rows of "
             f"{config.dataset} to train on. Hold out fewer."
         )
-    table = replace(
-        chunk.table, rows=rows[:total], lines=lines[:total], ignored=source.ignored
-    ).without_columns(config.ignore_columns)
+    table = replace(chunk.table, rows=rows[:total], lines=lines[:total], ignored=source.ignored)
+    table = replace(table, parts=tuple(parts) if len(parts) > 1 else ())
+    table = table.without_columns(config.ignore_columns)
     inconsistent = get_inconsistent_rows(table.rows, table.lines)
     schema = RowSchema.of(table.rows, table.lines)
     eval_table = source.validation

@@ -246,6 +246,17 @@ def test_streams_give_equal_encoded_rows(
     assert to_dicts(streamed) == expected[format_]
 
 
+def test_bad_row_among_streamed_files_is_reported_with_its_file(tmp_path: Path) -> None:
+    lines = write_jsonl(create_rows("messages"), tmp_path).read_text().splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_text("".join([*lines[:2], "{\n", *lines[3:]]))
+    (tmp_path / "b.jsonl").write_text("".join(lines))
+    options = {"streaming": True, "max_length": 4_000}
+    with pytest.raises(InputError, match=r"/a\.jsonl:3: not valid JSON"):
+        prepare(str(tmp_path / "[ab].jsonl"), "messages", **options)
+    prepared = prepare(str(tmp_path / "[ab].jsonl"), "messages", on_bad_row="skip", **options)
+    assert len(prepared.train) == 2 * COUNT - 1
+
+
 @pytest.mark.parametrize("format_", ["answers", "spans", "tags", "several_labels"])
 def test_streaming_of_formats_that_need_all_rows_raises(format_: str) -> None:
     task, *_ = FORMATS[format_]
