@@ -44,7 +44,7 @@ BAD_FILES: dict[str, tuple[bytes, list[str], list[str]]] = {
          "--on-bad-row skip would drop all 2 rows of rows.jsonl. Fix the file."]),
     "missing column": (
         jsonl({"txt": "a"}, {"txt": "b"}), [],
-        ["--task text-generation: the columns do not say what to learn. Columns: 'txt'. Expected "
+        ["--task text-generation: no format matches the columns. Columns: 'txt'. Expected "
          "one of: messages, conversations, prompt + completion, instruction + output, text. Map "
          "the columns: --map text=txt."]),
     "mapped column that is not there": (

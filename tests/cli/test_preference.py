@@ -81,7 +81,7 @@ def drop_column(name: str) -> list[dict[str, Any]]:
 INVALID_ROWS = [
     (PAIRS, ["--reference", "nowhere"], "--reference nowhere: no such directory"),
     (drop_column("rejected"), [], "there is a column 'chosen', and no 'rejected'"),
-    ([{"text": "a b c"}] * 4, [], "--task preference: the columns do not say what to learn"),
+    ([{"text": "a b c"}] * 4, [], "--task preference: no format matches the columns"),
     ([{**row, "rejected": row["chosen"]} for row in PAIRS], [], "a pair of equal answers: 24 of"),
     ([{**row, "rejected": " "} for row in PAIRS], [], "is empty"),
     (

@@ -139,7 +139,7 @@ REWARD_FILES = [
         "rows.jsonl:1: --reward choice: the answer '0 + 2 is #### 2' is not one of A, B",
     ),
     (["exact"], [*ROWS, {"question": "  ", "answer": "1", "level": 1}], "rows.jsonl:9"),
-    (["exact"], [{"text": "a b c"}] * 4, "the columns do not say what to learn"),
+    (["exact"], [{"text": "a b c"}] * 4, "no format matches the columns"),
 ]
 
 

@@ -297,7 +297,7 @@ def test_merged_model_has_metrics_of_adapter(
 
 
 INVALID_INPUTS: dict[str, tuple[list[dict[str, Any]], list[str], str]] = {
-    "one column": ([{"anchor": "a cat"}] * 4, [], "the columns do not say what to learn"),
+    "one column": ([{"anchor": "a cat"}] * 4, [], "no format matches the columns"),
     "equal labels": (
         [{"sentence1": f"a cat {i}", "sentence2": "a dog", "score": 1} for i in range(4)],
         [],

@@ -317,7 +317,7 @@ def test_csv_prompts_are_answered_per_row(
         assert [answer["prompt"] for answer in answers] == prompts
         assert [answer["text"] for answer in answers] == expected
     assert run(["generate", name, "--prompts", str(tmp_path / "p.csv"), *options]) == 2
-    assert "the columns do not say what to ask" in capsys.readouterr().err
+    assert "no format matches the columns" in capsys.readouterr().err
 
 
 def test_answers_are_labeled_by_adapter(

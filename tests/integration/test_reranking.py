@@ -429,7 +429,7 @@ INVALID_INPUTS = {
         ["--loss", "lce", "--teacher", "x"],
         "--teacher: --loss lce does not read it; margin-mse, mse do",
     ),
-    "column": ([{"text": "a b"}], [], "do not say what to learn"),
+    "column": ([{"text": "a b"}], [], "no format matches the columns"),
     "weight": (create_rows(4), ["--loss", "lce", "--pos-weight", "2"], "--pos-weight"),
 }
 

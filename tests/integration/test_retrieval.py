@@ -206,7 +206,7 @@ INVALID_COMMANDS = {
     ),
     "positives": (
         ["mine", "{run}", "--dataset", "{folder}/corpus.jsonl", "--out", "{out}.jsonl"],
-        "do not say what to mine",
+        "no format matches the columns",
     ),
     "ranks": (
         [

@@ -104,7 +104,7 @@ def test_unknown_columns_error_ignores_training_mapping(
     Path("other.jsonl").write_text('{"Betreff": "the file", "Art": "x"}')
     assert run(["evaluate", "my run", "--dataset", "other.jsonl"]) == 2
     message = capsys.readouterr().err
-    assert "the columns do not say what to learn" in message
+    assert "no format matches the columns" in message
     assert "Message" not in message
 
 

@@ -119,7 +119,7 @@ def _load_rows(config: MineConfig) -> tuple[list[EmbeddingRow], str]:
     table = load_table(
         config.dataset, options=ReadOptions(config.input_format, ignored=config.ignore_columns)
     )
-    options = FormatOptions(config.columns, config.format, aim="mine")
+    options = FormatOptions(config.columns, config.format)
     format_ = detect_format(table.column_names, TASK, RANKING_SHAPES, options, table.rows[:WINDOW])
     rows: list[EmbeddingRow] = list(to_examples(table, format_))  # type: ignore[arg-type]
     for row in rows:

@@ -141,6 +141,7 @@ class BaseTask(ABC):
         separates_padding: whether the padding token must differ from EOS.
         changes_tokenizer: whether the task changes a tokenizer's template, e.g. to append EOS.
         needs_context: whether a prompt needs a context text.
+        predicts_training_rows: whether `predict` accepts the layouts of training rows.
         uses_dropout: whether training may use dropout.
         synthetic_info: result of `data_info` assumed for synthetic batches.
         synthetic_labels: class or tag names assumed for synthetic batches.
@@ -171,6 +172,7 @@ class BaseTask(ABC):
     separates_padding: ClassVar[bool] = False
     changes_tokenizer: ClassVar[bool] = False
     needs_context: ClassVar[bool] = False
+    predicts_training_rows: ClassVar[bool] = True
     uses_dropout: ClassVar[bool] = True
     synthetic_labels: ClassVar[tuple[str, ...]] = ()
     synthetic_info: ClassVar[Mapping[str, Any]] = {}
@@ -393,7 +395,7 @@ class BaseTask(ABC):
             raise ConfigError(
                 f"--task {self.name} does not support predict. Use ftlevel generate --prompt."
             )
-        format_options = FormatOptions(mapping, name, aim="ask")
+        format_options = FormatOptions(mapping, name)
         return detect_format(column_names, self.name, self.query_shapes, format_options, rows)
 
     def prediction_columns(

@@ -41,6 +41,7 @@ class MaskTask(BaseTask):
     """Task of masked language modeling."""
 
     needs_offsets: ClassVar[bool] = True
+    predicts_training_rows: ClassVar[bool] = False  # they have no mask token
     checks: ClassVar[Checks] = Checks(supervised=False)  # tokens are masked later
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:

@@ -125,9 +125,8 @@ def next_commands(run: Run, output_dir: RunDirectory) -> list[str]:
     generate = generate_command(str(output_dir.path), run.task.name)
     commands = [generate if data == IN_MEMORY else f"ftlevel evaluate {path}"]
     predict = f"ftlevel predict {path} --dataset"
-    commands.append(
-        f"{predict} {quote(data)} --limit 5" if Path(data).is_file() else f"{predict} FILE"
-    )
+    has_file = run.task.predicts_training_rows and Path(data).is_file()
+    commands.append(f"{predict} {quote(data)} --limit 5" if has_file else f"{predict} FILE")
     if _is_mergeable(run, output_dir):
         return [*commands, f"ftlevel merge {path} --out {quote(str(output_dir.path) + '-merged')}"]
     return commands if generate in commands else [*commands, generate]

@@ -10,9 +10,11 @@ import torch
 
 import tiny_models
 from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.formats.detect import fits
 from ftlevel.errors import InputError
 from ftlevel.objectives import Objective, TrainingLoss
 from ftlevel.tasks import TASKS
+from ftlevel.tasks.base import BaseTask
 from ftlevel.tasks.span import Spans
 
 CELLS = [
@@ -165,3 +167,12 @@ def test_guess_loss_equals_loss_of_label_frequencies() -> None:
 def test_tasks_without_text_refuse_generate(task: str) -> None:
     with pytest.raises(InputError, match="Use ftlevel predict"):
         TASKS[task].create_query("a prompt", None, 0)
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS.values() if task.predicts_training_rows])
+def test_predict_accepts_layouts_of_training_rows(task: BaseTask) -> None:
+    """The command that a run prints at its end predicts the first rows of the training file."""
+    for shape in task.shapes:
+        if not shape.inner:
+            names = [names[0] for names in shape.required.values()]
+            assert fits(names, task.query_shapes), shape.name

@@ -154,11 +154,10 @@ def explain_columns(
 
 @dataclass(frozen=True)
 class FormatOptions:
-    """The user's `mapping` (role → column) and format `name`; `aim` is a verb for messages."""
+    """The user's `mapping` (role → column) and format `name`."""
 
     mapping: Mapping[str, str] = field(default_factory=dict)
     name: str | None = None
-    aim: str = "learn"
 
 
 @dataclass(frozen=True)
@@ -247,7 +246,7 @@ def detect_format(
     is_selected = len(selected) < len(shapes)
     error = InputError if mapping or is_selected else NoFormatError
     suggestion = _FormatSuggestion(column_names, task, selected, mapping, rows, named=is_selected)
-    raise error(suggestion.describe(options.aim))
+    raise error(suggestion.describe())
 
 
 def _unused(column_names: Sequence[str], matched: Mapping[str, str]) -> tuple[str, ...]:
@@ -346,7 +345,7 @@ class _FormatSuggestion:
     _: KW_ONLY
     named: bool
 
-    def describe(self, aim: str) -> str:
+    def describe(self) -> str:
         listing = f"Columns: {join_names(map(quote, self.column_names))}."
         formats = join_names(dict.fromkeys(shape.name for shape in self.shapes))
         suggestions = list(filter(None, map(self._suggest, self.shapes)))
@@ -358,7 +357,7 @@ class _FormatSuggestion:
         if media and "=COLUMN" in flags:
             listing = f"{listing} {join_names(media)} contains no text."
         return (
-            f"--task {self.task}: the columns do not say what to {aim}. {listing} "
+            f"--task {self.task}: no format matches the columns. {listing} "
             f"Expected one of: {formats}. Map the columns: {flags}."
         )
 

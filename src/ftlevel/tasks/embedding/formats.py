@@ -172,7 +172,10 @@ def create_grouped(values: RoleValues) -> EmbeddingRow:
 
 def create_query(values: RoleValues) -> EmbeddingRow:
     """Create a query to embed, as an example without documents."""
-    return EmbeddingRow(values.text("query"), values.index)
+    if "query" in values:
+        return EmbeddingRow(values.text("query"), values.index)
+    query = _conversation(_parsed(values, "messages"), values.columns["messages"])
+    return EmbeddingRow(query, values.index)
 
 
 def create_document(values: RoleValues) -> EmbeddingRow:
@@ -396,6 +399,7 @@ RANKING_SHAPES = (
 EMBEDDING_SHAPES = (*RANKING_SHAPES, GROUPED_SHAPE)
 QUERY_SHAPES = (
     FormatSpec("query", create_query, {"query": (*_QUERY, "sentence1")}, guessable=False),
+    FormatSpec("messages", create_query, {"messages": ("messages",)}, guessable=False),
     FormatSpec(
         "text",
         create_document,

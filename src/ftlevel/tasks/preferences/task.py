@@ -266,6 +266,7 @@ class RewardTask(PreferenceBaseTask):
     synthetic_info: ClassVar[Mapping[str, Any]] = {"problem_type": "regression"}
     head_like: ClassVar[str] = "text-classification"
     separates_padding: ClassVar[bool] = True
+    predicts_training_rows: ClassVar[bool] = False
     checks: ClassVar[Checks] = Checks(ends=True)
 
     def create_objective(self, kind: str, data_info: Mapping[str, Any]) -> Objective:

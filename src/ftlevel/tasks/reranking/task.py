@@ -55,6 +55,7 @@ class RerankingTask(BaseTask):
     teacher: str | None = None
     max_length: int | None = None  # of truncated training rows
 
+    predicts_training_rows: ClassVar[bool] = False
     has_new_head: ClassVar[bool] = True
     served_as: ClassVar[str] = "rerankers"
     finds_ends_by_padding: ClassVar[bool] = True

@@ -167,7 +167,7 @@ def test_mapping_overrides_known_names() -> None:
             "summarization",
             "body gist",
             {},
-            "--task summarization: the columns do not say what to learn. Columns: 'body', 'gist'. "
+            "--task summarization: no format matches the columns. Columns: 'body', 'gist'. "
             "Expected one of: document + summary, messages, conversations, prompt + completion, "
             "instruction + output. Map the columns: --map document=body --map summary=gist.",
         ),
@@ -175,7 +175,7 @@ def test_mapping_overrides_known_names() -> None:
             "text-generation",
             "document summary",
             {},
-            "--task text-generation: the columns do not say what to learn. Columns: 'document', "
+            "--task text-generation: no format matches the columns. Columns: 'document', "
             f"'summary'. Expected one of: {GENERATION}. Map the columns: --map prompt=document "
             "--map completion=summary. These columns fit --task summarization.",
         ),
@@ -183,14 +183,14 @@ def test_mapping_overrides_known_names() -> None:
             "text-generation",
             "id txt",
             {},
-            "--task text-generation: the columns do not say what to learn. Columns: 'id', 'txt'. "
+            "--task text-generation: no format matches the columns. Columns: 'id', 'txt'. "
             f"Expected one of: {GENERATION}. Map the columns: --map text=txt.",
         ),
         (
             "text-classification",
             "idx txt labl",
             {},
-            "--task text-classification: the columns do not say what to learn. Columns: 'idx', "
+            "--task text-classification: no format matches the columns. Columns: 'idx', "
             "'txt', 'labl'. Expected one of: text + text_pair + label, text + label. "
             "Map the columns: --map text=txt --map label=labl.",
         ),
@@ -198,7 +198,7 @@ def test_mapping_overrides_known_names() -> None:
             "summarization",
             "text",
             {},
-            "--task summarization: the columns do not say what to learn. Columns: 'text'. "
+            "--task summarization: no format matches the columns. Columns: 'text'. "
             "Expected one of: document + summary, messages, conversations, prompt + completion, "
             "instruction + output. Map the columns: --map summary=COLUMN. "
             "These columns fit --task text-generation.",
@@ -207,7 +207,7 @@ def test_mapping_overrides_known_names() -> None:
             "text-generation",
             "a b",
             {"prompt": "a"},
-            "--task text-generation: the columns do not say what to learn. Columns: 'a', 'b'. "
+            "--task text-generation: no format matches the columns. Columns: 'a', 'b'. "
             f"Expected one of: {GENERATION}. Map the columns: --map prompt=a --map completion=b.",
         ),
         (
@@ -257,7 +257,7 @@ def test_format_by_name(task: str, columns: str, name: str, shape: str) -> None:
         ("text", "mesages", "--format mesages: --task text-generation has no such format. Did you "
          "mean 'messages'? It has: messages, conversations, prompt-completion, "
          "instruction-output, text."),
-        ("text", "alpaca", "--task text-generation: the columns do not say what to learn. "
+        ("text", "alpaca", "--task text-generation: no format matches the columns. "
          "Columns: 'text'. Expected one of: instruction + output. Map the columns: "
          "--map instruction=text --map output=COLUMN."),
     ],
@@ -272,7 +272,7 @@ def test_requested_format_error_suggests_mapping() -> None:
     with pytest.raises(InputError) as error:
         detect(["messages"], "text-generation", None, "sharegpt")
     assert str(error.value) == (
-        "--task text-generation: the columns do not say what to learn. Columns: 'messages'. "
+        "--task text-generation: no format matches the columns. Columns: 'messages'. "
         "Expected one of: conversations. Map the columns: --map conversations=messages."
     )
     detected = detect(["messages"], "text-generation", {"conversations": "messages"}, "sharegpt")

@@ -137,7 +137,7 @@ def test_invalid_row_is_reported_with_reason(row, message):
 
 @pytest.mark.parametrize("columns", [["text"], ["a", "b"], ["positive", "negative"]])
 def test_columns_without_pair_raise(columns):
-    with pytest.raises(NoFormatError, match=r"do not say what to learn"):
+    with pytest.raises(NoFormatError, match=r"no format matches the columns"):
         detect_format(columns, "embedding", EMBEDDING_SHAPES)
 
 
