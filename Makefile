@@ -102,9 +102,8 @@ $(TEST_DIR)/triton: $(TEST_DIR)/installed
 
 # One thread a test process: two of them with two each would starve one another.
 test: export OMP_NUM_THREADS ?= 1
-test: lint docs fetch-models
+test: lint docs fetch-models $(if $(filter Linux,$(shell uname)),test-kernels)
 	FTLEVEL_MODELS=$(abspath $(MODELS)) $(TEST_BIN)/python -m pytest $(PYTEST_FLAGS)
-	[ "$$(uname)" != Linux ] || $(MAKE) test-kernels
 
 test-quick: export OMP_NUM_THREADS ?= 1
 test-quick: $(TEST_DIR)/installed

@@ -15,10 +15,13 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from filelock import FileLock
+
+from forked import ADDRESS
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_NETWORK = 3  # exit code of scripts/fetch_models.py
@@ -51,6 +54,8 @@ def pytest_configure(config: pytest.Config) -> None:
         TOKENIZERS_PARALLELISM="false",
         OMP_NUM_THREADS="1",
     )
+    if not hasattr(config, "workerinput"):
+        os.environ[ADDRESS] = str(home / "forks")  # xdist workers share these processes
     for name in ("HF_HUB_CACHE", "TRANSFORMERS_CACHE", "HF_TOKEN"):
         os.environ.pop(name, None)
 
@@ -79,6 +84,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.reverse()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Collect no garbage while tests are collected, and none of their objects afterwards."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def _marks(item: pytest.Item) -> Iterator[str]:
     return (mark.name for mark in item.iter_markers())
 
@@ -104,6 +120,16 @@ def no_disk_flush() -> Iterator[None]:
     """Skip fsync, which a run calls about fifty times."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_forced_collection() -> Iterator[None]:
+    """Skip accelerate's garbage collection before each run; the automatic one remains."""
+    from accelerate.utils import memory
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "gc", SimpleNamespace(collect=lambda: 0))
         yield
 
 

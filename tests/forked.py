@@ -2,7 +2,8 @@
 
 Like `python -m ftlevel`, a process has its own arguments, environment, directory, streams, signals
 and exit code, but it starts in 0.1 s instead of 5 s. Ranks of `--num-processes` and children of
-multiprocessing are forked, too. Tests of the start itself need a real interpreter.
+multiprocessing are forked, too. Tests of the start itself need a real interpreter. The workers of
+a test session share the processes that fork. `python forked.py run ARGUMENTS` is for shell scripts.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import multiprocessing
 import os
 import pickle
 import runpy
+import selectors
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -26,11 +29,16 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from filelock import FileLock
+
+ADDRESS = "FTLEVEL_TESTS_FORKS"  # path of the sockets of the forking processes, without suffix
 HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_IMPORTED = ("libraries", "ftlevel")
 _PROGRAM = [sys.executable, "-m", "ftlevel"]
 _FORK_CONTEXT = multiprocessing.get_context("fork")
 _processes: list[subprocess.Popen[bytes]] = []
 _servers: dict[str, socket.socket] = {}
+_one_request = threading.Lock()
 
 
 class Forked:
@@ -85,8 +93,9 @@ class Forked:
             "path": sys.path,
         }  # fmt: skip
         server = _get_server(imported)
-        socket.send_fds(server, [_encode_message(request)], [read, out, err])
-        self.pid = int(_receive(server))
+        with _one_request:
+            socket.send_fds(server, [_encode_message(request)], [read, out, err])
+            self.pid = int(_receive(server))
         for end in descriptors:
             os.close(end)
 
@@ -94,8 +103,9 @@ class Forked:
         """Return the exit code, negative after a signal, or None while the process runs."""
         if self.returncode is None:
             server = _get_server(self._imported)
-            server.sendall(_encode_message({"wait": self.pid}))
-            self.returncode = _receive(server)
+            with _one_request:
+                server.sendall(_encode_message({"wait": self.pid}))
+                self.returncode = _receive(server)
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
@@ -191,25 +201,54 @@ def _receive(server: socket.socket) -> Any:
 
 def _get_server(imported: str) -> socket.socket:
     """Return the connection to a forking process; the first call starts both processes."""
+    with _one_request:
+        return _connections()[imported]
+
+
+def _connections() -> dict[str, socket.socket]:
     if not _servers:
-        pairs = {name: socket.socketpair() for name in ("libraries", "ftlevel")}
-        numbers = [other_end.fileno() for _, other_end in pairs.values()]
-        _processes.append(subprocess.Popen(
-            [sys.executable, __file__, *map(str, numbers)], pass_fds=numbers,
-            stdin=subprocess.DEVNULL,
-        ))  # fmt: skip
-        for name, (connection, other_end) in pairs.items():
-            other_end.close()
-            _servers[name] = connection
-            assert _receive(connection) == "ready"
-    return _servers[imported]
+        if ADDRESS not in os.environ:
+            os.environ[ADDRESS] = f"{tempfile.mkdtemp()}/forks"
+        with FileLock(f"{os.environ[ADDRESS]}.lock"):
+            try:
+                _servers.update(_connect())
+            except (FileNotFoundError, ConnectionRefusedError):
+                _start_servers()
+                _servers.update(_connect())
+    return _servers
 
 
-def _serve(libraries_connection: socket.socket, ftlevel_connection: socket.socket) -> None:
+def _connect() -> dict[str, socket.socket]:
+    connections = {}
+    for name in _IMPORTED:
+        connections[name] = socket.socket(socket.AF_UNIX)
+        connections[name].connect(f"{os.environ[ADDRESS]}.{name}")
+    return connections
+
+
+def _start_servers() -> None:
+    """Start the forking processes, which end after their last connection."""
+    listeners = []
+    for name in _IMPORTED:
+        path = Path(f"{os.environ[ADDRESS]}.{name}")
+        path.unlink(missing_ok=True)
+        listeners.append(socket.socket(socket.AF_UNIX))
+        listeners[-1].bind(str(path))
+        listeners[-1].listen()
+    numbers = [listener.fileno() for listener in listeners]
+    _processes.append(subprocess.Popen(
+        [sys.executable, __file__, *map(str, numbers)], pass_fds=numbers, stdin=subprocess.DEVNULL,
+    ))  # fmt: skip
+    for listener in listeners:
+        listener.close()
+
+
+def _serve(libraries_listener: socket.socket, ftlevel_listener: socket.socket) -> None:
     """Import the libraries, and ftlevel in a fork of this process; fork for each request.
 
     Files are not flushed, as in the tests' own process: no test turns the power off.
     """
+    gc.disable()  # as `heavy_imports` does
     os.fsync = lambda _: None  # type: ignore[assignment]
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # as `import ftlevel` does
     import bitsandbytes  # noqa: F401
@@ -218,9 +257,9 @@ def _serve(libraries_connection: socket.socket, ftlevel_connection: socket.socke
     import torch.distributed.fsdp  # noqa: F401
     import transformers.trainer
 
-    connection, unused = libraries_connection, ftlevel_connection
+    listener, unused = libraries_listener, ftlevel_listener
     if os.fork() == 0:
-        connection, unused = ftlevel_connection, libraries_connection
+        listener, unused = ftlevel_listener, libraries_listener
         import transformers.models.llama.modeling_llama  # noqa: F401
 
         import ftlevel.cli.screen
@@ -228,50 +267,71 @@ def _serve(libraries_connection: socket.socket, ftlevel_connection: socket.socke
         import ftlevel.commands.train
         import ftlevel.extras.report.page  # noqa: F401
     unused.close()
-    _serve_forks(connection)
+    _serve_forks(listener)
 
 
-def _serve_forks(connection: socket.socket) -> None:
-    """Fork a process for each request, until the tests have ended.
+def _serve_forks(listener: socket.socket) -> None:
+    """Fork a process for each request, until the last connection is closed.
 
     Their garbage collectors skip what is imported here, as the program's own does.
     """
     gc.collect()
     gc.freeze()
-    connection.sendall(_encode_message("ready"))
-    running: set[int] = set()
-    while True:
-        text, descriptors, *_ = socket.recv_fds(connection, 1 << 16, 4)
-        while text and not text.endswith(b"\n"):
-            text += connection.recv(1 << 16)
-        if not text:
-            for pid in running:  # of a failed test
-                os.kill(pid, signal.SIGKILL)
-            return
-        request = json.loads(text)
-        if "wait" in request:
-            ended, status = os.waitpid(request["wait"], os.WNOHANG)
-            code = os.waitstatus_to_exitcode(status) if ended else None
-            running.discard(ended)
-            connection.sendall(_encode_message(code))
-            continue
-        pid = os.fork()
-        if pid == 0:
-            connection.close()
-            for number, descriptor in enumerate(descriptors):
-                os.dup2(descriptor, number)
-            for descriptor in descriptors:
-                os.close(descriptor)
-            os.chdir(request["cwd"])
-            if request["call"]:
-                paths = request["env"].get("PYTHONPATH", "").split(os.pathsep)
-                sys.path[:] = [*filter(None, paths), *request["path"]]
-                _run_and_exit(partial(_call_pickled, request["call"]), request["env"])
-            run_as_program(request["arguments"], request["env"])
+    gc.enable()
+    running: dict[socket.socket, set[int]] = {}
+    with selectors.DefaultSelector() as selector:
+        selector.register(listener, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select():
+                connection: Any = key.fileobj
+                if connection is listener:
+                    connection = listener.accept()[0]
+                    running[connection] = set()
+                    selector.register(connection, selectors.EVENT_READ)
+                elif not _serve_request(connection, running[connection], (listener, *running)):
+                    selector.unregister(connection)
+                    connection.close()
+                    for pid in running.pop(connection):  # of a failed test
+                        os.kill(pid, signal.SIGKILL)
+                    if not running:
+                        return
+
+
+def _serve_request(
+    connection: socket.socket, running: set[int], inherited: Sequence[socket.socket]
+) -> bool:
+    """Fork a process, or reply whether one has ended; return False if the connection is closed."""
+    text, descriptors, *_ = socket.recv_fds(connection, 1 << 16, 4)
+    while text and not text.endswith(b"\n"):
+        text += connection.recv(1 << 16)
+    if not text:
+        return False
+    request = json.loads(text)
+    if "wait" in request:
+        ended, status = os.waitpid(request["wait"], os.WNOHANG)
+        code = os.waitstatus_to_exitcode(status) if ended else None
+        running.discard(ended)
+        connection.sendall(_encode_message(code))
+        return True
+    pid = os.fork()
+    if pid == 0:
+        for unused in inherited:
+            unused.close()
+        for number, descriptor in enumerate(descriptors):
+            os.dup2(descriptor, number)
         for descriptor in descriptors:
             os.close(descriptor)
-        running.add(pid)
-        connection.sendall(_encode_message(pid))
+        os.chdir(request["cwd"])
+        if request["call"]:
+            paths = request["env"].get("PYTHONPATH", "").split(os.pathsep)
+            sys.path[:] = [*filter(None, paths), *request["path"]]
+            _run_and_exit(partial(_call_pickled, request["call"]), request["env"])
+        run_as_program(request["arguments"], request["env"])
+    for descriptor in descriptors:
+        os.close(descriptor)
+    running.add(pid)
+    connection.sendall(_encode_message(pid))
+    return True
 
 
 def _call_pickled(pickled: str) -> None:
@@ -352,4 +412,6 @@ class _ForkedRank(subprocess.Popen):  # type: ignore[type-arg]
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "run":
+        sys.exit(Forked(sys.argv[2:], stdin=0).wait())
     _serve(*(socket.socket(fileno=int(number)) for number in sys.argv[1:]))

@@ -41,6 +41,12 @@ def resolve(arguments: Sequence[str]) -> TrainConfig:
     return _CONFIGS.pop()
 
 
+@cache
+def resolve_without(extra: str) -> TrainConfig:
+    """Return the configuration of the further flags of a row, without its own."""
+    return resolve(shlex.split(extra))
+
+
 def get_field(config: TrainConfig, path: str) -> Any:
     value: Any = config
     for part in path.split("."):
@@ -59,9 +65,8 @@ def _names(rows: Sequence[ForeignFlag]) -> list[str]:
 
 @pytest.mark.parametrize("row", ACCEPTED, ids=_names(ACCEPTED))
 def test_foreign_flag_sets_fields(row: ForeignFlag) -> None:
-    extra = shlex.split(row.extra)
-    config = resolve([*shlex.split(row.typed), *extra])
-    defaults = resolve(extra)
+    config = resolve([*shlex.split(row.typed), *shlex.split(row.extra)])
+    defaults = resolve_without(row.extra)
     for path, value in row.sets.items():
         assert get_field(config, path) == value
         assert get_field(defaults, path) != value
@@ -72,7 +77,7 @@ def test_foreign_flag_without_effect_prints_reason(
     row: ForeignFlag, capsys: pytest.CaptureFixture[str]
 ) -> None:
     typed = shlex.split(row.typed)
-    assert resolve(typed) == resolve([])
+    assert resolve(typed) == resolve_without("")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"note: {typed[0].replace('_', '-')}")
     assert row.agrees in line

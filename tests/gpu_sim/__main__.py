@@ -6,6 +6,7 @@ Nothing is measured: the GPU is simulated, and times come from a roofline model.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import traceback
@@ -31,10 +32,14 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     if reason := card.get_unavailable_reason():
         sys.exit(f"The simulation {reason}.")
+    gc.disable()  # until everything is imported
     card.install()
     from gpu_sim import figures
     from gpu_sim.cases import build_cells, run_cell
     from gpu_sim.simulate import find_undetected_errors
+
+    gc.freeze()
+    gc.enable()
 
     cells = [cell for cell in build_cells() if not args.sample or str(cell) in SAMPLE]
     failures: dict[str, str] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,11 @@ TASKS = {
 
 @pytest.fixture(autouse=True)
 def small_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    use_small_cache(tmp_path / "cache", monkeypatch)
+
+
+def use_small_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     monkeypatch.setattr(dataset, "SMALL_BYTES", 0)
     monkeypatch.setattr(dataset, "MIN_CACHED_ROWS", 100)
     for batches in (encoder, encode, store):  # several batches for few rows
@@ -230,13 +235,30 @@ def test_unwritable_cache_is_reported_and_ignored(
     assert messages == [f"not cached ({root} cannot be written)"]
 
 
+@pytest.fixture(scope="module")
+def cached_rows(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: ModelDir
+) -> tuple[Path, list[Any]]:
+    """Return a folder with a data set, x.jsonl, and its cache, and the prepared rows."""
+    folder = tmp_path_factory.mktemp("prepared")
+    with pytest.MonkeyPatch.context() as patch:
+        use_small_cache(folder / "cache", patch)
+        data = create_plan(tiny_model_dir("qwen2"), write_rows(folder / "x.jsonl")).data
+        return folder, list(data.train)
+
+
 @pytest.mark.parametrize("damage", ["one bit", "half", "emptied", "deleted"])
 @pytest.mark.parametrize("name", ["train.arrow", "lines.npy", "prepared.json", "manifest.json"])
 def test_damaged_cache_is_prepared_again(
-    tmp_path: Path, tiny_model_dir: ModelDir, name: str, damage: str
+    tmp_path: Path,
+    tiny_model_dir: ModelDir,
+    cached_rows: tuple[Path, list[Any]],
+    name: str,
+    damage: str,
 ) -> None:
-    data, model = write_rows(tmp_path / "x.jsonl"), tiny_model_dir("qwen2")
-    expected = list(create_plan(model, data).data.train)
+    folder, expected = cached_rows
+    data, model = folder / "x.jsonl", tiny_model_dir("qwen2")
+    shutil.copytree(folder / "cache", tmp_path / "cache")
     (path,) = dataset.cache_root().rglob(name)
     content = path.read_bytes()
     middle = len(content) // 2

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -254,19 +255,17 @@ def watch_closely(arguments: Sequence[str]) -> None:
     forked.run_slowly(arguments)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_suspended_process_is_reported(
-    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path, rank: int
-) -> None:
-    """Rank 0 reports it, or rank 1 if rank 0 is suspended."""
+def suspend_and_resume(rank: int, model: Path, dataset: Path, folder: Path) -> str:
+    """Suspend a process of a run until the run reports it; returns what the run has reported."""
     options = ("--max-steps", "4000", "--num-processes", "2", "--logging-steps", "1")
-    arguments = train_command(tiny_model_dir("llama"), dataset, tmp_path / "run", *options)
-    stderr_file = tmp_path / "says"
+    arguments = train_command(model, dataset, folder / "run", *options)
+    folder.mkdir()
+    stderr_file = folder / "says"
     with stderr_file.open("w") as file:
         launcher = Forked(
             call=(watch_closely, (arguments,)), stderr=file, stdout=subprocess.DEVNULL
         )
-    suspended = wait_for_processes(launcher, tmp_path / "run/metrics.jsonl")[rank]
+    suspended = wait_for_processes(launcher, folder / "run/metrics.jsonl")[rank]
     try:
         time.sleep(1.5)  # time for two heartbeats
         suspended.suspend()
@@ -279,15 +278,27 @@ def test_suspended_process_is_reported(
         ]
         assert line.startswith(f"warning: rank {rank} ({socket.gethostname()}) has not responded")
         suspended.resume()
-        before = len(losses(tmp_path / "run"))
-        while len(losses(tmp_path / "run")) < before + 3:
+        before = len(losses(folder / "run"))
+        while len(losses(folder / "run")) < before + 3:
             assert time.monotonic() - start < 60
             time.sleep(0.1)
     finally:
         suspended.resume()
         launcher.send_signal(signal.SIGINT)
         launcher.wait(60)
-    assert stderr_file.read_text().count("has not responded") == 1
+    return stderr_file.read_text()
+
+
+def test_suspended_process_is_reported(
+    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
+) -> None:
+    """Rank 0 reports it, or rank 1 if rank 0 is suspended; two runs wait at the same time."""
+    model = tiny_model_dir("llama")
+    with ThreadPoolExecutor() as pool:
+        reports = pool.map(
+            lambda rank: suspend_and_resume(rank, model, dataset, tmp_path / str(rank)), (0, 1)
+        )
+        assert [report.count("has not responded") for report in reports] == [1, 1]
 
 
 @pytest.mark.parametrize(("event", "code", "message"), [

@@ -5,26 +5,30 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from forked import Forked
 from tiny_models import save_tiny
 
-PEAK_PROGRAM = """
-import atexit, pathlib, sys
-from ftlevel.cli.app import run
-def report():
-    status = pathlib.Path("/proc/self/status").read_text()
-    print(status.partition("VmHWM:")[2].split()[0], file=sys.stderr)
-atexit.register(report)
-sys.exit(run(sys.argv[1:]))
-"""  # the children of a large process report its size as their ru_maxrss
+
+def run_and_print_peak(arguments: Sequence[str]) -> int:
+    """Run the command line and print the peak of its resident memory in KiB to stderr."""
+    from ftlevel.cli.app import run
+
+    code = run(arguments)
+    status = Path("/proc/self/status").read_text()
+    sys.stderr.write(status.partition("VmHWM:")[2].split()[0])
+    return code
 
 
 def run_and_measure_peak(*arguments: str) -> tuple[str, int]:
     """Returns what a command prints, and the peak of its resident memory in bytes."""
-    command = [sys.executable, "-c", PEAK_PROGRAM, *arguments]
-    process = subprocess.run(command, capture_output=True, text=True, check=True)
-    return process.stdout, int(process.stderr.split()[-1]) * 1024
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = Forked(call=(run_and_print_peak, (arguments,)), **pipes)
+    output, error = process.communicate()
+    assert process.returncode == 0, error
+    return output, int(error.split()[-1]) * 1024
 
 
 def test_bfloat16_memory_estimate_is_close_to_peak(tmp_path: Path) -> None:

@@ -88,11 +88,11 @@ class Rule:
 
     def matches(self, cell: Cell) -> bool:
         """Returns whether the rule applies to every combination in `cell`."""
-        return self._matches(cell, on_none=False)
+        return cell.row in self.rows and self._matches(cell, on_none=False)
 
     def may_match(self, cell: Cell) -> bool:
         """Returns whether the rule applies to some combination in `cell`."""
-        return self._matches(cell, on_none=True)
+        return cell.row in self.rows and self._matches(cell, on_none=True)
 
     def _matches(self, cell: Cell, *, on_none: bool) -> bool:
         values: tuple[tuple[Any, Collection[Any]], ...] = (
@@ -102,7 +102,7 @@ class Rule:
             (cell.quant, self.quants),
             (cell.experts, () if self.experts is None else (self.experts,)),
         )
-        return cell.row in self.rows and all(
+        return all(
             not allowed or value in allowed or (on_none and value is None)
             for value, allowed in values
         )

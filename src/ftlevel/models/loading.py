@@ -198,28 +198,25 @@ def _convert_read_errors(source: ModelSource) -> Iterator[None]:
 @contextlib.contextmanager
 def silence_loggers() -> Iterator[None]:
     """Suppress warnings and progress bars of libraries inside the `with` block."""
-    level = transformers.logging.get_verbosity()
     bars = transformers.utils.logging.is_progress_bar_enabled()
-    noisy = [
-        logging.getLogger(name)
-        for name in ("bitsandbytes", "accelerate", "datasets", "peft", "huggingface_hub")
-    ]
-    before = [logger.level for logger in noisy]
-    transformers.logging.set_verbosity_error()
+    others = ("bitsandbytes", "accelerate", "datasets", "peft", "huggingface_hub")
+    changed = []
+    for name, level in [("transformers", logging.ERROR), *((n, logging.CRITICAL) for n in others)]:
+        logger = logging.getLogger(name)
+        if logger.level != level:  # each change clears the caches of a thousand loggers
+            changed.append((logger, logger.level))
+            logger.setLevel(level)
     transformers.utils.logging.disable_progress_bar()
-    for logger in noisy:
-        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             for category in (FutureWarning, DeprecationWarning, UserWarning):
                 warnings.simplefilter("ignore", category)
             yield
     finally:
-        transformers.logging.set_verbosity(level)
         if bars:
             transformers.utils.logging.enable_progress_bar()
-        for logger, old in zip(noisy, before, strict=True):
-            logger.setLevel(old)
+        for logger, level in changed:
+            logger.setLevel(level)
 
 
 @quick_headers()

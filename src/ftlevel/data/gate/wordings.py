@@ -199,9 +199,9 @@ class WordIndex:
         np.cumsum(records["prompt"].astype(np.int64) + records["answer"], out=offsets[1:])
         if training is not None:
             return cls(digests, offsets, training.counts, training.limit)
-        counts = np.zeros(_BUCKETS, dtype=np.int64)
         hashes = digests.words[: offsets[-1]]
-        for start in range(0, len(hashes), _CHUNK_WORDS):
+        counts = np.bincount(_bucket(hashes[:_CHUNK_WORDS]), minlength=_BUCKETS)
+        for start in range(_CHUNK_WORDS, len(hashes), _CHUNK_WORDS):
             buckets = _bucket(hashes[start : start + _CHUNK_WORDS])
             counts += np.bincount(buckets, minlength=_BUCKETS)
         limit = _BOILERPLATE * len(digests) if len(digests) >= _MIN_EXAMPLES else np.inf
