@@ -306,7 +306,7 @@ class Gate:
     ) -> tuple[Sequence[Encoded], list[Finding]]:
         """Returns the rows of `fitted` that are not dropped by the checks, and the findings.
 
-        Duplicates and answers are checked in the split train only. Raises `InputError` if no row
+        Duplicates and answers are checked in the training split only. Raises `InputError` if no row
         remains.
         """
         split = self.check_rows(name, fitted, len(examples), table)
@@ -427,7 +427,7 @@ class Gate:
     ) -> tuple[Integers, list[Finding]]:
         """Returns the examples to drop because `training` has them, too, and the findings.
 
-        Findings about the split test only warn, because training does not read it.
+        Findings about the test split only warn, because training does not read that split.
         """
         policy = self.policy
         split = SplitReport(name, [], table, len(digests), policy)

@@ -214,7 +214,7 @@ def encode_to_store(
 
 
 def digests_path(path: Path) -> Path:
-    """Returns the path of the digests that belong to the rows at `path`."""
+    """Returns the path of the file with the `Digests` of the rows at `path`."""
     return path.with_suffix(".digests")
 
 
@@ -290,7 +290,7 @@ class Encoder:
         return replace(self, bounds=replace(self.bounds, positions=positions))
 
     def digest(self, examples: Sequence[Any]) -> Digests:
-        """Returns the digests of `examples`."""
+        """Returns the `Digests` of `examples`, which the data checks compare."""
         return Digests.of(examples, self._text_context)
 
     @property

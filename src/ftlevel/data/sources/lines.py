@@ -44,7 +44,7 @@ def is_compressed(path: Path) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """Returns `name` without its compression suffix."""
+    """Returns a file's `name` without its compression suffix, such as .gz."""
     path = Path(name)
     return path.stem if is_compressed(path) else name
 
