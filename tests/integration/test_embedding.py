@@ -308,6 +308,11 @@ INVALID_INPUTS: dict[str, tuple[list[dict[str, Any]], list[str], str]] = {
         [],
         "the positive of every row equals its query",
     ),
+    "one document": (
+        [{"anchor": f"a cat {i}", "positive": "a dog"} for i in range(4)],
+        [],
+        "and the data has one document",
+    ),
     "no relevant document": (
         [{"query": f"a cat {i}", "documents": ["a dog"], "labels": [i % 2]} for i in range(4)],
         [],
@@ -321,6 +326,11 @@ INVALID_INPUTS: dict[str, tuple[list[dict[str, Any]], list[str], str]] = {
         "--per-device-train-batch-size 1: --loss mnrl",
     ),
     "unsupported loss": ([], ["--loss", "cosent"], "--loss cosent needs scores"),
+    "score out of range": (
+        [{"sentence1": f"a cat {i}", "sentence2": "a dog", "score": i} for i in range(4)],
+        ["--loss", "cosine"],
+        "rows.jsonl:3: the score is 2, and --loss cosine needs scores from -1 to 1",
+    ),
     "no negatives": ([], ["--loss", "triplet"], "needs a negative in every row"),
     "no guide": ([], ["--loss", "gist"], "Add --guide MODEL"),
     "loss of other task": ([], ["--loss", "dpo"], "dpo"),
@@ -377,7 +387,10 @@ def triplets(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_guide_and_teacher_may_have_another_tokenizer(
     triplets: Path, tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
-    """GIST encodes every text with the guide; kl learns the teacher's distribution."""
+    """GIST encodes every text with the guide; kl learns the teacher's distribution.
+
+    A teacher that was trained on short texts reads longer ones whole.
+    """
     model, teacher = tiny_model_dir("bert", "mlm", **_NO_DROPOUT), tiny_model_dir("roberta", "mlm")
     guided = {"loss": "gist", "guide": str(teacher)}
     gist_summary = train(
@@ -388,9 +401,14 @@ def test_guide_and_teacher_may_have_another_tokenizer(
     other_summary = train(
         create_config(model, triplets, tmp_path / "other", **other_teacher)
     ).summary
-    same_teacher = {"distillation": {"teacher": str(model)}, "embedding": {"loss": "kl"}}
-    same_summary = train(create_config(model, triplets, tmp_path / "same", **same_teacher)).summary
-    assert same_summary["loss_first"] == pytest.approx(0, abs=1e-6)  # the model is its own teacher
+    short = [{"anchor": f"cat {i}", "positive": f"dog {i}"} for i in range(4)]
+    short_data, short_run = write_rows(tmp_path / "short.jsonl", short), tmp_path / "short"
+    unchanged = {"max_steps": 1, "learning_rate": 1e-9}
+    train(create_config(model, short_data, short_run, train=unchanged))
+    for same in (model, short_run):  # the model is its own teacher
+        same_teacher = {"distillation": {"teacher": str(same)}, "embedding": {"loss": "kl"}}
+        config = create_config(model, triplets, tmp_path / f"of-{same.name}", **same_teacher)
+        assert train(config).summary["loss_first"] == pytest.approx(0, abs=1e-6)
     assert other_summary["loss_first"] > 1e-6
 
 
@@ -449,21 +467,19 @@ def test_long_texts_raise_or_are_truncated(
     truncated = short.model_copy(update={"overlong": "truncate"})
     summary = train(config.with_sections(data=truncated)).summary
     assert summary["data"]["shortened"] > 0
-    long_text, truncated_text = ("word " * count for count in (600, 510))  # 512 positions
-    rows = [{"text": long_text}, {"text": truncated_text}]
-    run_dir = str(tmp_path / "run")
-    first, second = (
-        row["prediction"] for row in predict(PredictConfig(name=run_dir), rows).rows or []
-    )
-    assert first.tolist() == pytest.approx(second.tolist(), abs=1e-6)
-    merged = tmp_path / "merged"
-    merge(MergeConfig(adapters=[run_dir], output_dir=merged, verify=False))
-    with pytest.raises(
-        FtlevelError, match=r"and the model takes 512 \(--overlong truncate cuts it\)"
-    ):
-        predict(PredictConfig(name=str(merged)), rows)
-    (prediction, _) = predict(PredictConfig(name=str(merged), overlong="truncate"), rows).rows or []
-    assert prediction["prediction"].tolist() == pytest.approx(first.tolist(), abs=1e-5)
+    run_dir, merged = tmp_path / "run", tmp_path / "merged"
+    merge(MergeConfig(adapters=[str(run_dir)], output_dir=merged, verify=False))
+    texts = ["the old house is new and red and big " * count for count in (1, 3, 80)]
+    expected = reference_embeddings(merged, texts, "", max_length=12)
+    for name in (run_dir, merged):
+        predictions = predict(PredictConfig(name=str(name)), [{"text": t} for t in texts]).rows
+        vectors = torch.stack([torch.as_tensor(row["prediction"]) for row in predictions or []])
+        assert torch.allclose(vectors, expected, atol=1e-5)
+    for folder in (run_dir / "adapter", merged):
+        lengths = json.loads((folder / "sentence_bert_config.json").read_text())
+        assert lengths["max_seq_length"] == 12
+    with pytest.raises(FtlevelError, match=r"model takes 12 \(--overlong truncate cuts it\)"):
+        predict(PredictConfig(name=str(merged), overlong="error"), [{"text": texts[1]}])
 
 
 def test_preview_labels_query_and_document_tokens(
@@ -498,14 +514,18 @@ def test_continued_training_keeps_pooling_and_prompts(
     assert options[1]["embedding"]["form"]["query_prompt"] == "find: "
 
 
-def reference_embeddings(model: Path, texts: list[str], prompt: str) -> torch.Tensor:
+def reference_embeddings(
+    model: Path, texts: list[str], prompt: str, max_length: int = 512
+) -> torch.Tensor:
     """Return normalized mean embeddings without the prompt's tokens, one text at a time."""
+    cut = {"truncation": True, "max_length": max_length}
     tokenizer, network = AutoTokenizer.from_pretrained(model), AutoModel.from_pretrained(model)
     skipped = len(tokenizer(prompt)["input_ids"]) - 1 if prompt else 0
     embeddings = []
     with torch.no_grad():
         for text in texts:
-            states = network(**tokenizer(prompt + text, return_tensors="pt")).last_hidden_state[0]
+            inputs = tokenizer(prompt + text, return_tensors="pt", **cut)
+            states = network(**inputs).last_hidden_state[0]
             embeddings.append(torch.nn.functional.normalize(states[skipped:].mean(0), dim=0))
     return torch.stack(embeddings)
 
@@ -742,6 +762,38 @@ def test_validation_rows_are_searched_in_given_corpus(
     assert "16 relevant judgments refer to a missing query or document" in capsys.readouterr().err
     assert run([*arguments, *qrels, "--validation-split", "0.1"]) == 2
     assert "both define the validation rows" in capsys.readouterr().err
+
+
+def test_changed_corpus_is_reported_and_stops_resume(
+    pairs: Path,
+    beir_dir: Path,
+    tiny_model_dir: ModelDir,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, out, corpus = tiny_model_dir("bert", "mlm"), tmp_path / "run", tmp_path / "corpus.jsonl"
+    shutil.copy(beir_dir / "corpus.jsonl", corpus)
+    checkpointing = {"max_steps": 2, "save_steps": 1, "save_strategy": "steps"}
+    config = create_config(model, pairs, out, train=checkpointing)
+    train(config.with_sections(data={"dataset": str(pairs), "corpus": str(corpus)}))
+
+    def is_reported(*options: str) -> bool:
+        assert run(["evaluate", str(out), "--resamples", "0", "--no-base", *options]) == 0
+        return "corpus changed after training" in capsys.readouterr().err
+
+    assert not is_reported()
+    with corpus.open("a", encoding="utf-8") as file:
+        file.write('{"_id": "new", "text": "another document"}\n')
+    assert is_reported()
+    assert not is_reported("--corpus", str(corpus))
+    (out / "summary.json").unlink()
+    shutil.rmtree(out / "adapter")
+    resume = ["train", str(out / "config.yaml"), "--output-dir", str(out), "--resume"]
+    assert run(resume) == 2
+    assert "data.validation_fingerprint was" in capsys.readouterr().err
+    moved = corpus.with_name("moved.jsonl")
+    shutil.copy(beir_dir / "corpus.jsonl", moved)
+    assert run([*resume, "--corpus", str(moved)]) == 0
 
 
 @pytest.mark.parametrize("loss", every(2, ["gist", "kl", "margin-mse", "triplet"]))

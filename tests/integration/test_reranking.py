@@ -429,6 +429,11 @@ INVALID_INPUTS = {
         ["--loss", "lce", "--teacher", "x"],
         "--teacher: --loss lce does not read it; margin-mse, mse do",
     ),
+    "no documents": (
+        [*create_rows(4), {"query": "a b", "documents": [], "labels": []}],
+        [],
+        "rows.jsonl:5: 'documents' holds no text",
+    ),
     "column": ([{"text": "a b"}], [], "no format matches the columns"),
     "weight": (create_rows(4), ["--loss", "lce", "--pos-weight", "2"], "--pos-weight"),
 }
@@ -521,7 +526,8 @@ def test_predict_and_evaluate_cut_pairs_as_training_does(
     lines = [json.loads(line) for line in (out / "validation.jsonl").read_text().splitlines()]
     shown = [score for line in lines for score in line["scores"]]
     assert shown == pytest.approx(expected, abs=1e-3)
-    for name, dataset, count in ((out, None, 5), (out, str(data), 8)):
+    held_out = str(tmp_path / "held_out.jsonl")
+    for name, dataset, count in ((out, None, 5), (out, str(data), 8), (merged, held_out, 5)):
         evaluation = evaluate(EvaluateConfig(name=str(name), dataset=dataset, resamples=0))
         assert evaluation.summary["data"]["examples"] == count
 

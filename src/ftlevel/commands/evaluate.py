@@ -11,16 +11,9 @@ from typing import Any
 import numpy as np
 
 from ftlevel.artifacts.files import check_new_output, rows_fingerprint
-from ftlevel.artifacts.paths import DATA_PATHS, check_paths, load_run_config
+from ftlevel.artifacts.paths import DATA_PATHS, check_paths
 from ftlevel.artifacts.row_files import row_file_type, save_rows
-from ftlevel.config import (
-    SPECS,
-    EvaluateConfig,
-    InMemoryDataset,
-    QuantConfig,
-    TrainConfig,
-    build_config,
-)
+from ftlevel.config import SPECS, EvaluateConfig, InMemoryDataset, QuantConfig, TrainConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.fit import LengthBounds
 from ftlevel.data.prepare.encoder import EncodingContext
@@ -108,10 +101,7 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
 
         eval_rows = encode(trained)
         listener.choices("evaluate", _choices(config, trained, eval_rows, device))
-        eval_rows = replace(
-            eval_rows, is_changed=eval_rows.is_changed and config_ref.run is not None
-        )
-        for warning in [*trained.notes, *_find_warnings(eval_rows)]:
+        for warning in [*trained.notes, *_find_warnings(config, eval_rows, config_ref)]:
             listener.warn(warning)
         evaluator = _evaluator(config, trained, eval_rows, run_config)
         if needs_reference(evaluator):
@@ -171,11 +161,16 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
     return Evaluation(metrics, base, summary, draws)
 
 
-def _find_warnings(eval_rows: EvaluationRows) -> Iterator[str]:
+def _find_warnings(
+    config: EvaluateConfig, eval_rows: EvaluationRows, ref: ModelRef
+) -> Iterator[str]:
+    changed = eval_rows.changed if ref.run is not None else ""
     if eval_rows.is_training:
         yield f"these are {eval_rows.split}; their metrics say little about new rows."
-    if eval_rows.is_changed:
+    if changed == "train":
         yield f"{eval_rows.source} changed after training; these rows may include training rows."
+    elif changed and not (config.corpus or config.max_eval_samples):
+        yield "the validation rows or the corpus changed after training, and so did their metrics."
     if eval_rows.dropped:
         dropped = "1 row is" if eval_rows.dropped == 1 else f"{eval_rows.dropped:,} rows are"
         yield (
@@ -346,13 +341,12 @@ def _set_quantization(ref: ModelRef, quant: str | None) -> ModelRef:
 def _get_run_config(config: EvaluateConfig, ref: ModelRef) -> tuple[TrainConfig, bool]:
     """Returns the configuration for reading rows, and whether these are the training run's rows."""
     update: dict[str, Any] = {}
+    run_config = ref.run_config
     if ref.run is not None:
-        run_config = build_config([load_run_config(ref.run)])
         training_name: str | None = run_config.data.dataset
         if config.dataset is None:
             check_paths(ref.run, run_config.model_dump(mode="json"), DATA_PATHS)
     else:
-        run_config = TrainConfig(data={"columns": ref.card.data.get("columns", {})})
         training_name = ref.card.data.get("name")
         update["max_length"] = ref.card.max_length or "auto"
         if config.dataset is None:

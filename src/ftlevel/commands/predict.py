@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import IO, Any
 
-from ftlevel.artifacts.paths import load_run_config
 from ftlevel.artifacts.row_files import check_row_file, row_file_type
 from ftlevel.artifacts.row_sinks import LineStream, RowColumns, RowFile, RowList, RowSink
-from ftlevel.config import PredictConfig, TrainConfig, build_config
+from ftlevel.config import PredictConfig, TrainConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.formats.columns import resolve_column
 from ftlevel.data.formats.detect import explain_columns
@@ -130,7 +129,7 @@ def _prepare(
     ref = resolve_model(
         config.name, config.task, config.base_model, device=device.value, dtype=config.dtype
     )
-    task, run_config = TASKS[ref.card.task], _get_run_config(ref)
+    task, run_config = TASKS[ref.card.task], ref.run_config
     source, file = _open(config, rows, task, run_config)
     mapping = _mapping(config, run_config, task, source)
     shape = task.get_query_format(source.leading, mapping, config.format, source.first)
@@ -165,13 +164,6 @@ def _prepare(
         progress,
         [*choices, device, select_threads()],
     )
-
-
-def _get_run_config(ref: ModelRef) -> TrainConfig:
-    """Returns the training configuration; without a run, defaults with the model card's columns."""
-    if ref.run is not None:
-        return build_config([load_run_config(ref.run)])
-    return TrainConfig(data={"columns": ref.card.data.get("columns", {})})
 
 
 def _open(

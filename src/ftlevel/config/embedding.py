@@ -34,6 +34,7 @@ class EmbeddingLoss:
         contrasts: whether rows of a step are compared with each other, so a step needs two or more.
         needs_negatives: whether every row needs a negative.
         needs_teacher: whether it needs scores of a teacher, as columns or from `--teacher`.
+        label_range: lowest and highest score that a similarity can learn; None for any.
     """
 
     columns: Columns
@@ -43,6 +44,7 @@ class EmbeddingLoss:
     contrasts: bool = False
     needs_negatives: bool = False
     needs_teacher: bool = False
+    label_range: tuple[float, float] | None = None
 
 
 LOSSES: dict[str, EmbeddingLoss] = {
@@ -53,8 +55,8 @@ LOSSES: dict[str, EmbeddingLoss] = {
     "kl": EmbeddingLoss("pairs", ("temperature",), needs_negatives=True, needs_teacher=True),
     "cosent": EmbeddingLoss("scores", ("scale",), 20.0, contrasts=True),
     "angle": EmbeddingLoss("scores", ("scale",), 20.0, contrasts=True),
-    "cosine": EmbeddingLoss("scores"),
-    "contrastive": EmbeddingLoss("scores", ("margin",), None, 0.5),
+    "cosine": EmbeddingLoss("scores", label_range=(-1, 1)),
+    "contrastive": EmbeddingLoss("scores", ("margin",), None, 0.5, label_range=(0, 1)),
 }
 DEFAULT_LOSSES: dict[Columns, str] = {"pairs": "mnrl", "scores": "cosent"}
 LOSS_ALIASES = {

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts.cards import CARD, AdapterCard, load_card
-from ftlevel.artifacts.paths import DATA_PATHS, check_paths, load_run_config
-from ftlevel.config import DataConfig, MergeConfig, QuantConfig, build_config
+from ftlevel.artifacts.paths import DATA_PATHS, check_paths
+from ftlevel.config import DataConfig, MergeConfig, QuantConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.chat import set_chat_template
 from ftlevel.data.encoding.collate import ensure_pad_token
@@ -148,7 +148,7 @@ def select_rows(inputs: MergeInput, count: int, calibration: int = 0) -> CheckRo
     if inputs.ref.run is None:
         return _create_rows(inputs, count, calibration, "the adapter has no run")
     try:
-        run_config = build_config([load_run_config(inputs.ref.run)])
+        run_config = inputs.ref.run_config
         check_paths(inputs.ref.run, run_config.model_dump(mode="json"), DATA_PATHS)
         data = _prepare_rows(inputs, run_config.data, run_config.train.seed)
     except ConfigError as error:

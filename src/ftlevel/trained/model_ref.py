@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from ftlevel.artifacts.cards import AdapterCard
+from ftlevel.artifacts.paths import load_run_config
 from ftlevel.artifacts.run_directory import CHECKPOINTS
+from ftlevel.config import DataConfig, TrainConfig, build_config
 from ftlevel.config.preference import NO_REFERENCE
 from ftlevel.data.encoding.collate import ensure_pad_token, separate_pad_from_eos
 from ftlevel.data.encoding.encode import PromptFormat, load_prompt_format
@@ -131,6 +133,15 @@ class ModelRef:
     def configured_task(self) -> BaseTask:
         """The task, configured with the options of training."""
         return TASKS[self.task].configured(self.options)
+
+    @cached_property
+    def run_config(self) -> TrainConfig:
+        """The run's configuration; without a run, defaults with the card's columns and cutting."""
+        if self.run is not None:
+            return build_config([load_run_config(self.run)])
+        card = self.card.data
+        data = DataConfig(columns=card.get("columns", {}), overlong=card.get("overlong", "error"))
+        return TrainConfig().model_copy(update={"data": data})
 
     @cached_property
     def model_config(self) -> Any:

@@ -350,6 +350,7 @@ _CONTENT = {
     "data.also": ROWS,
     "data.validation_file": "data.validation_fingerprint",
     "data.qrels": "data.validation_fingerprint",
+    "data.corpus": "data.validation_fingerprint",
 }
 """Fields whose value may change, and the fingerprint that must stay the same."""
 

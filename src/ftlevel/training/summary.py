@@ -101,6 +101,9 @@ def with_stream_counts(run: Run, rows: StreamedRows) -> Run:
     return replace(run, data=replace(run.data, info=data_info))
 
 
+_CARD_DATA = ("name", "train_rows", "fingerprint", "validation_fingerprint")
+
+
 def create_card(run: Run, base: Mapping[str, Any]) -> AdapterCard:
     """Returns the card (ftlevel.json) that is saved with the adapter."""
     quantization_config = get_quantization_config(run.model.config)
@@ -118,8 +121,9 @@ def create_card(run: Run, base: Mapping[str, Any]) -> AdapterCard:
         options=run.task.inference_config(run.config.data, run.data.info),
         heads=list(run.model.heads),
         data={
-            **{k: run.data.info[k] for k in ("name", "train_rows", "fingerprint")},
+            **{k: run.data.info.get(k) for k in _CARD_DATA},
             "columns": run.config.data.columns,
+            "overlong": run.config.data.overlong,
         },
         needs_import=needs_import(run.config.method),
         adapter=run.adapter.describe() if run.adapter else {},

@@ -19,11 +19,11 @@ from ftlevel.data.encoding.encode import Encoded, EncodedTexts
 from ftlevel.data.sources.lines import LazySequence
 from ftlevel.errors import InputError
 from ftlevel.evaluation.answers import InferenceModel
-from ftlevel.evaluation.embeddings import embed_texts
+from ftlevel.evaluation.retrieval import as_document
+from ftlevel.evaluation.retrieval import embed_rows as embed_texts
 from ftlevel.events import Listener
 from ftlevel.tasks.embedding.formats import EmbeddingRow
 from ftlevel.tasks.embedding.objective import Embeddings
-from ftlevel.tasks.embedding.rows import TextEncoder
 from ftlevel.tasks.reranking.objective import Ranking
 from ftlevel.tasks.reranking.rows import RankedRow
 from ftlevel.tasks.reranking.task import RerankingTask
@@ -134,8 +134,7 @@ def _score_with_reranker(
 
 
 def _embed_words(rows: Sequence[Encoded], model: LoadedModel) -> list[Tensor]:
-    objective = model.objective
-    if not isinstance(objective, Embeddings):
+    if not isinstance(model.objective, Embeddings):
         raise InputError(f"{model.task.name} is not the task of an embedding model.")
     indices_by_text: dict[tuple[str, bool], int] = {}
     indices = [
@@ -145,22 +144,11 @@ def _embed_words(rows: Sequence[Encoded], model: LoadedModel) -> list[Tensor]:
         ]
         for row in rows
     ]
-    vectors = _embed(model, objective, list(indices_by_text)) if indices_by_text else Tensor()
+    texts = [
+        EmbeddingRow(text, 0) if is_query else as_document(text)
+        for text, is_query in indices_by_text
+    ]
+    embedder = InferenceModel(model, GenerationOptions(1), None, truncate=True)
+    with embedder.inference():
+        vectors = embed_texts(embedder, texts, lambda *_: None) if texts else Tensor()
     return [vectors[own] for own in indices]
-
-
-def _embed(model: LoadedModel, objective: Embeddings, inputs: Sequence[tuple[str, bool]]) -> Tensor:
-    format_, end = objective.format, model.ref.options["embedding"].get("end")
-    prompts = format_.query_prompt, format_.document_prompt
-    encode = TextEncoder(model.tokenizer, *prompts, end, include_prompt=format_.include_prompt)
-    max_length = format_.max_length or model.ref.card.max_length
-    encoded: list[Encoded] = []
-    for text, is_query in inputs:
-        example = EmbeddingRow(text, 0) if is_query else EmbeddingRow("", 0, (text,), (0.0,))
-        (row,) = encode([example])
-        short = row.truncated(max_length) if max_length else row
-        encoded.append((short or row).sequences[-1])
-    with model.inference():
-        return embed_texts(
-            model.model, objective, encoded, model.tokenizer.pad_token_id or 0, model.device
-        )

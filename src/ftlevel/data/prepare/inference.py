@@ -198,7 +198,7 @@ class EvaluationRows:
         language: ISO 639-1 code of the target; "" if unknown.
         note: columns used, if they differ from training.
         corpus: documents that queries search; if empty, those of the rows.
-        is_changed: whether the dataset's training rows differ from those that the card records.
+        changed: split whose rows or corpus differ from those that the card records; "" for none.
     """
 
     table: Table
@@ -210,7 +210,7 @@ class EvaluationRows:
     note: str
     columns: str
     corpus: Sequence[Encoded]
-    is_changed: bool
+    changed: str
 
     @property
     def is_training(self) -> bool:
@@ -259,12 +259,11 @@ def load_evaluation_rows(
     encoder = context.encoder(config, prompt, **options).for_held_out(name)
     fitted = encoder(examples, table)
     rows: Sequence[Encoded] = fitted.rows
-    is_changed = False
+    changed = ""
     if name == "validation":  # same checks as in training
         train_table, training = convert_training("train", splits.train, labels)
-        trained = card.data.get("fingerprint")  # absent in cards of earlier versions
-        if trained and is_own and not (is_typed or config.streaming):
-            is_changed = rows_fingerprint(train_table.rows) != trained
+        if is_own and not (is_typed or config.streaming):
+            changed = _changed_split(card, replace(splits, train=train_table, validation=table))
         rows, findings = context.gate(config.gate).check_held_out(
             name, fitted, examples, table, encoder.digest(training)
         )
@@ -285,8 +284,16 @@ def load_evaluation_rows(
     used = convert.shape.description
     source = str(config.qrels or splits.name)
     return EvaluationRows(
-        table, rows, name, fitted.dropped, language, source, message, used, corpus, is_changed
+        table, rows, name, fitted.dropped, language, source, message, used, corpus, changed
     )
+
+
+def _changed_split(card: AdapterCard, splits: DatasetSplits) -> str:
+    """Returns the split that is not that of the card; "" also if the card has no fingerprints."""
+    train, validation = rows_fingerprint(splits.train.rows), splits.validation_fingerprint
+    if (card.data.get("fingerprint") or train) != train:
+        return "train"
+    return "validation" if card.data.get("validation_fingerprint", validation) != validation else ""
 
 
 def _without_absent(config: DataConfig, table: Table, task: DataTask) -> tuple[DataConfig, str]:

@@ -376,7 +376,6 @@ def _data_info(
         for flat in flat_batches(train)
     ]
     tokens, supervised, longest = zip(*sizes, strict=True)
-    held_out = data.splits.validation
     return {
         "name": data.splits.name,
         "format": data.format.description,
@@ -391,9 +390,7 @@ def _data_info(
         "shortened": fitted.shortened,
         "split": fitted.split,
         "fingerprint": rows_fingerprint(data.splits.train.rows),
-        "validation_fingerprint": (
-            rows_fingerprint(held_out.rows) if held_out is not None else None
-        ),
+        "validation_fingerprint": data.splits.validation_fingerprint,
         "labels": list(data.labels.names) if data.labels else [],
         **_TASK_INFO,
         **task.data_info(data),

@@ -44,6 +44,9 @@ from ftlevel.errors import ConfigError, InputError
 POOL = 50
 """Number of steps whose rows are sorted together."""
 
+LOOKAHEAD = 10_000
+"""Rows with repeated texts that are passed over in search of other rows for a step."""
+
 
 class LengthGroupedSampler(Sampler[int]):
     """Sampler that groups rows of similar length into optimizer steps, in random order.
@@ -131,19 +134,19 @@ class DistinctTextSampler(Sampler[int]):
 
     def _split(self, order: list[int]) -> Iterator[list[int]]:
         """Yields the rows of each step, chosen in order from the rows `order`."""
-        left = deque(order)
+        left, limit = deque(order), max(LOOKAHEAD, self._step)
         while left:
             used: set[int] = set()
             chosen: list[int] = []
             later: list[int] = []
-            while left and len(chosen) < self._step:
+            while left and len(chosen) < self._step and len(later) < limit:
                 row = left.popleft()
                 if used.isdisjoint(self._texts[row]):
                     used |= self._texts[row]
                     chosen.append(row)
                 else:
                     later.append(row)
-            if len(chosen) < self._step:  # only rows with repeated texts are left
+            if len(chosen) < self._step:  # only rows with repeated texts are left or near
                 more = later[: self._step - len(chosen)]
                 later = later[len(more) :]
                 self.repeated += len(more)

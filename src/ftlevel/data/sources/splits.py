@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from ftlevel.artifacts.files import rows_fingerprint
 from ftlevel.config import IN_MEMORY, InMemoryDataset
 from ftlevel.data.sources.docstrings import Split, load_docstrings
 from ftlevel.data.sources.hub import (
@@ -80,6 +81,14 @@ class DatasetSplits:
         """The existing tables by split."""
         tables = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: table for name, table in tables.items() if table is not None}
+
+    @property
+    def validation_fingerprint(self) -> str | None:
+        """Fingerprint of the validation rows and the corpus; None without validation rows."""
+        if self.validation is None:
+            return None
+        corpus = ({"text": text} for text in self.corpus or ())
+        return rows_fingerprint([*self.validation.rows, *corpus])
 
 
 @dataclass(frozen=True)

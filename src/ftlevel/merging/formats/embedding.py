@@ -23,6 +23,7 @@ from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
 from ftlevel.config.export import SERVERS, ExportConfig, Server
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.fit import truncate_row
 from ftlevel.errors import InputError, RunError, join_names
 from ftlevel.evaluation.answers import InferenceModel
 from ftlevel.evaluation.embeddings import embed_texts
@@ -128,7 +129,7 @@ def embed(
     """Returns float32 embeddings `(texts, dims)` of `TEXTS`; `end` is a token id to append."""
     ids = TextEncoder(tokenizer, "", "", end).ids(TEXTS)
     max_length = embedding_format.max_length or len(max(ids, key=len))
-    rows = [Encoded(part[:max_length], 0, at) for at, part in enumerate(ids)]
+    rows = [truncate_row(Encoded(part, 0, at), max_length) for at, part in enumerate(ids)]
     objective = Embeddings("ndcg@10", format=embedding_format)
     with torch.no_grad():
         return embed_texts(model, objective, rows, tokenizer.pad_token_id or 0, device)

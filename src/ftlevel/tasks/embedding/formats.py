@@ -109,7 +109,8 @@ def create_scored(values: RoleValues) -> EmbeddingRow:
 
 def create_listed(values: RoleValues) -> EmbeddingRow:
     """Create an example of a query, its documents and their labels, best document first."""
-    texts = _texts(values, "documents")
+    if not (texts := _texts(values, "documents")):
+        raise UnusableRowError(f"{values.columns['documents']!r} holds no text", "empty_text")
     labels = _numbers(values, "labels", len(texts))
     teacher = _numbers(values, "teacher", len(texts)) if "teacher" in values else ()
     order = sorted(range(len(texts)), key=lambda i: -labels[i])
@@ -291,6 +292,9 @@ def _conversation(value: Any, column: str) -> str:
 _QUERY = ("query", "question", "anchor")
 _DOCUMENT = ("document", "passage", "text", "answer", "doc")
 _SCORE = ("score", "label", "labels", "scores", "similarity_score", "similarity")
+_POSITIVE = ("positive", "positives", "document", "passage", "answer", "sentence2", "text2", "text")
+_FIRST = ("sentence1", "sentence_1", "text1", "text_1", "sentence_A", "premise", "question1")
+_SECOND = ("sentence2", "sentence_2", "text2", "text_2", "sentence_B", "hypothesis", "question2")
 _NEGATIVES = {f"negative_{n}": (f"negative_{n}",) for n in range(1, MOST_NEGATIVES + 1)}
 _PROMPT = {"prompt": ("prompt", "instruction")}
 
@@ -329,27 +333,7 @@ LISTED_SHAPE = FormatSpec(
 SENTENCES_SHAPE = FormatSpec(
     "sentence1 + sentence2 + score",
     create_scored,
-    {
-        "sentence1": (
-            "sentence1",
-            "sentence_1",
-            "text1",
-            "text_1",
-            "sentence_A",
-            "premise",
-            "question1",
-        ),
-        "sentence2": (
-            "sentence2",
-            "sentence_2",
-            "text2",
-            "text_2",
-            "sentence_B",
-            "hypothesis",
-            "question2",
-        ),
-        "score": _SCORE,
-    },
+    {"sentence1": _FIRST, "sentence2": _SECOND, "score": _SCORE},
 )
 DOCUMENT_SHAPE = FormatSpec(
     "query + document + score",
@@ -362,16 +346,7 @@ PAIRS_SHAPE = FormatSpec(
     create_pairs,
     {
         "anchor": ("anchor", "query", "question", "sentence1", "text1"),
-        "positive": (
-            "positive",
-            "positives",
-            "document",
-            "passage",
-            "answer",
-            "sentence2",
-            "text2",
-            "text",
-        ),
+        "positive": _POSITIVE,
     },
     {
         "negative": ("negative", "negatives"),

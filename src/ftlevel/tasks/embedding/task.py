@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -268,7 +269,12 @@ class EmbeddingTask(BaseTask):
         }
 
     def inference_config(self, config: DataConfig, data_info: Mapping[str, Any]) -> dict[str, Any]:
-        return {"embedding": data_info["embedding"]}
+        """Returns the embedding settings, with the length at which training truncates texts."""
+        values = dict(data_info["embedding"])
+        is_set = config.overlong == "truncate" and config.max_length != "auto"
+        if is_set or data_info.get("shortened"):
+            values["form"] = {**values["form"], "max_length": data_info["max_length"]}
+        return {"embedding": values}
 
     def describe_rows(self, loaded: LoadedData, data_info: Mapping[str, Any]) -> list[Choice]:
         """Returns log lines: the loss, with its reason and settings, and the number of tokens."""
@@ -483,11 +489,23 @@ def _check_loss(
             f"--loss {loss} needs {properties.columns}, and these rows have {_WORDS[kind]}. Use "
             f"--loss {join_names(usable, 9)}."
         )
+    low, high = properties.label_range or (-math.inf, math.inf)
+    for row, label in ((e.row, label) for e in examples for label in e.labels):
+        if not low <= label <= high:
+            raise InputError(
+                f"{table.where(row)}: the score is {label:g}, and --loss {loss} needs scores from "
+                f"{low:g} to {high:g}. Scale them, or use --loss cosent."
+            )
     without = [e.row for e in examples if kind == "ranking" and not e.positives]
     if without and not properties.needs_teacher:
         raise InputError(
             f"{table.where(without[0])}: no document has a label above 0, as in {len(without):,} "
             f"of {len(examples):,} rows; --loss {loss} needs a relevant one. Remove these rows."
+        )
+    if loss == "mnrl" and len({text for e in examples for text in e.documents}) == 1:
+        raise InputError(
+            "--loss mnrl learns from documents of other rows as negatives, and the data has one "
+            "document. Use rows with several."
         )
     for example in examples if properties.needs_negatives else ():
         if not example.negatives:

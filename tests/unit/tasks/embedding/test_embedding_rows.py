@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -152,6 +153,22 @@ def test_unavoidable_repeats_are_counted() -> None:
     sampler = DistinctTextSampler(rows, 4, 3)
     assert sorted(sampler) == list(range(8))
     assert sampler.repeated > 0
+
+
+def test_search_for_distinct_rows_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole steps, although most rows repeat a text; no search passes over all the others."""
+    read: list[int] = []
+
+    class CountingDeque(deque[int]):
+        def popleft(self) -> int:
+            read.append(super().popleft())
+            return read[-1]
+
+    monkeypatch.setattr("ftlevel.data.prepare.streaming.deque", CountingDeque)
+    monkeypatch.setattr("ftlevel.data.prepare.streaming.LOOKAHEAD", 10)
+    rows = [_row(i, [0 if i % 50 else i], [1_000 + i]) for i in range(1_000)]
+    assert sorted(DistinctTextSampler(rows, 4, 3)) == list(range(1_000))
+    assert len(read) <= 250 * (10 + 4)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
