@@ -174,6 +174,14 @@ def test_convert_trl_grpo_and_verl(capsys: pytest.CaptureFixture[str]) -> None:
     full, unconverted = convert(VERL.replace(", lora_rank: 16", "").replace("16", "64"), capsys)
     assert full.method.kind == "full"
     assert unconverted.keys() == {"reward_model"}
+    ppo = VERL.replace("adv_estimator: grpo, ", "").replace(
+        "actor:", "actor:\n    policy_loss: {loss_mode: clip_cov}"
+    )
+    _, unconverted = convert(ppo.replace("16", "64"), capsys)
+    assert {
+        "algorithm.adv_estimator",
+        "actor_rollout_ref.actor.policy_loss.loss_mode",
+    } < unconverted.keys()
     config, unconverted = convert(MS_SWIFT_GRPO, capsys)
     assert (config.rl.loss, config.rl.beta, config.rl.temperature) == ("grpo", 0.04, 0.9)
     assert config.data.max_length == 128 + 64

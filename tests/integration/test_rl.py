@@ -194,6 +194,16 @@ def test_rollouts_are_logged_with_rewards(trained_run: tuple[Path, dict[str, Any
     assert np.mean(first) == pytest.approx(by_step[1], abs=1e-9)
 
 
+def test_validation_rows_have_prompts_and_completions(
+    trained_run: tuple[Path, dict[str, Any]],
+) -> None:
+    rows = list(map(json.loads, (trained_run[0] / "validation.jsonl").read_text().splitlines()))
+    for row, name in zip(rows, HELD_OUT, strict=True):
+        assert f"def {name}:" in row["input"]
+        assert row.keys() >= {"predicted", "rewards", "base_predicted"}
+        assert not row.keys() & {"chosen", "rejected"}
+
+
 @pytest.fixture(scope="module")
 def evaluation_of_trained_run(trained_run: tuple[Path, dict[str, Any]]) -> Any:
     return evaluate(EvaluateConfig(name=str(trained_run[0]))).summary
@@ -380,6 +390,18 @@ def test_split_step_matches_one_batch(
             assert torch.allclose(actual[tensor], value, rtol=0, atol=1e-6), (name, tensor)
         rollouts = [(tmp_path / n / "rollouts.jsonl").read_text() for n in ("one", name)]
         assert rollouts[0] == rollouts[1]
+
+
+def test_step_of_more_prompts_than_rows_trains_each_once(
+    data: Path, tmp_path: Path, tiny_model: dict[str, Any]
+) -> None:
+    for size in (8, 12):
+        train_overrides = {**PLAIN_SGD, "per_device_train_batch_size": size}
+        rl = {"num_iterations": 2}
+        train(create_config(data, tmp_path / str(size), rl, train_overrides, model=tiny_model))
+    expected, actual = load_adapter(tmp_path / "8"), load_adapter(tmp_path / "12")
+    for name, tensor in expected.items():
+        assert torch.allclose(actual[name], tensor, rtol=0, atol=1e-6), name
 
 
 @pytest.fixture(params=["temperature", "weights", "template"])

@@ -65,6 +65,11 @@ def vowels(completions, **kwargs):
 def unique(completions, **kwargs):
     return [len(set(text)) / 100 for text in completions]
 
+def logs(completions, level, log_metric, log_extra, **kwargs):
+    log_metric("level", sum(level) / len(level)), log_metric("reward", -1.0)
+    log_extra("kind", [f"{one} of {len(level)}" for one in level])
+    return unique(completions)
+
 def where_even(completions, level, **kwargs):
     return [None if one % 2 else 0.5 for one in level]
 
@@ -306,6 +311,17 @@ def test_weighted_rewards_are_summed_without_none(data: Path, tmp_path: Path) ->
 def test_rewards_that_are_all_none_raise(data: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no reward applies to any of the sampled completions"):
         run(data, tmp_path / "run", ("nothing",), check_groups=2, stop=["e"])
+
+
+def test_values_that_functions_log_are_written(data: Path, tmp_path: Path) -> None:
+    _, log = run(data, tmp_path / "run", ("logs",), dynamic_sampling=1, prompts=2)
+    rollouts = list(map(json.loads, (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()))
+    for record in log:
+        rows = [group["row"] for group in rollouts if group["step"] == record["step"]]
+        assert record["level"] == pytest.approx(sum(rows) / len(rows))
+        assert record["reward"] > 0
+    kinds = [(group["row"], c["kind"]) for group in rollouts for c in group["completions"]]
+    assert all(kind == f"{row} of 6" for row, kind in kinds)
 
 
 def test_reward_model_and_function_train_together(data: Path, tmp_path: Path) -> None:

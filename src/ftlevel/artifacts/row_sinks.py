@@ -11,6 +11,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import IO, Any, ClassVar, Protocol
@@ -20,6 +21,9 @@ from ftlevel.errors import join_names
 
 NUM_BINS = 5
 """Number of length bands in `RolloutStats.lengths`."""
+
+
+_get_values = itemgetter("text", "reward", "tokens", "ended")
 
 
 @dataclass(frozen=True)
@@ -73,15 +77,7 @@ def _completions(
     lines: Sequence[Mapping[str, Any]], step: int, name: str
 ) -> list[CompletionSample]:
     return [
-        CompletionSample(
-            name,
-            step,
-            _text_of(line["prompt"]),
-            completion["text"],
-            completion["reward"],
-            completion["tokens"],
-            completion["ended"],
-        )
+        CompletionSample(name, step, _text_of(line["prompt"]), *_get_values(completion))
         for line in lines
         if line["step"] == step
         for completion in line["completions"]

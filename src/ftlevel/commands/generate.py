@@ -229,21 +229,16 @@ class Chat:
             trained.inference(),
         ):
             options = replace(self.generation, stop_texts=trained.task.stop_texts)
-            is_decoder = trained.kind == "decoder"
-            streamer = _CallbackStreamer(trained.tokenizer, on_text, is_decoder=is_decoder)
             ids = torch.tensor([self._prompt(trained, text)], device=trained.device)
             output_ids = trained.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                streamer=None if options.stop_texts else streamer,
+                streamer=_CallbackStreamer(trained, on_text),
                 **options.arguments(trained.model, trained.tokenizer),
             )[0]
         ids = output_ids if trained.kind == "encoder-decoder" else output_ids[ids.shape[1] :]
         reply = str(trained.tokenizer.decode(ids, skip_special_tokens=True))
-        reply = cut_at_stop(reply, options.stop_texts).strip()
-        if options.stop_texts:  # a streamed piece could begin a stop text
-            on_text(reply)
-        return reply
+        return cut_at_stop(reply, options.stop_texts).strip()
 
     def _prompt(self, trained: LoadedModel, text: str) -> list[int]:
         """Returns the token ids of the prompt, without the oldest messages if those do not fit."""
@@ -272,14 +267,25 @@ def _uses_history(trained: LoadedModel) -> bool:
 
 
 class _CallbackStreamer(TextStreamer):
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None], *, is_decoder: bool) -> None:
-        super().__init__(tokenizer, skip_prompt=is_decoder, skip_special_tokens=True)
-        self._on_text = on_text
-        self._started = False
+    def __init__(self, trained: LoadedModel, on_text: Callable[[str], None]) -> None:
+        is_decoder = trained.kind == "decoder"
+        super().__init__(trained.tokenizer, skip_prompt=is_decoder, skip_special_tokens=True)
+        self._on_text, self._stop_texts = on_text, trained.task.stop_texts
+        self._started, self._held = False, ""
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002
-        """Pass the text to `on_text`, without whitespace at the start of the reply."""
-        text = text if self._started else text.lstrip()
-        if text:
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Pass the text up to a stop text to `on_text`, without whitespace at its start.
+
+        Last characters that may begin a stop text are held back until more text follows.
+        """
+        text = self._held + text
+        shown = cut_at_stop(text, self._stop_texts)
+        if shown == text and not stream_end:
+            ends = [stop[:size] for stop in self._stop_texts for size in range(1, len(stop))]
+            held = max((len(end) for end in ends if text.endswith(end)), default=0)
+            shown = text[: len(text) - held]
+        self._held = text[len(shown) :]
+        shown = shown if self._started else shown.lstrip()
+        if shown:
             self._started = True
-            self._on_text(text)
+            self._on_text(shown)

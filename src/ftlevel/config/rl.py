@@ -330,7 +330,6 @@ class RlConfig(Section):
         return self.epsilon, self.epsilon if high is None else high
 
 
-_SOME_LOSSES = (*_CLIPPED, "scale_rewards")
 TOKEN_LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo")
 """Losses with one ratio per token, which on-policy distillation can use."""
 _NOT_WITH_TEACHER = {
@@ -373,7 +372,7 @@ def validate_rl(config: Any) -> Iterator[str]:
             "--num-generations 1: a completion is compared with the others of its prompt. Use 2 or "
             "more."
         )
-    for name in _SOME_LOSSES:
+    for name in RlLossProperties().parameters:
         if name in values and name not in rl.loss_properties.parameters and not is_distilled:
             losses = [loss for loss in get_args(RlLossName) if name in RL_LOSSES[loss].parameters]
             yield (

@@ -53,7 +53,8 @@ class Group:
 
     `scores` is `(completions, functions)`, NaN where a reward does not apply; `rewards` is
     `(completions,)`. With a teacher, `teacher_logps` are its log-probabilities of the tokens, and
-    the reward is the mean log-ratio per token, an estimate of minus the reverse KL.
+    the reward is the mean log-ratio per token, an estimate of minus the reverse KL. `extra` and
+    `metrics` were logged by reward functions; the first group has the metrics of all.
     """
 
     row: Any
@@ -62,6 +63,8 @@ class Group:
     scores: np.ndarray
     rewards: np.ndarray
     teacher_logps: list[list[float]] | None = None
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
 
     def to_rows(self) -> list[CompletionRow]:
         """Returns a row per completion, with the sampler's log-probabilities as signals."""
@@ -89,14 +92,15 @@ class Group:
             "prompt": self.row.prompt,
             "completions": [
                 {
+                    **{name: values[at] for name, values in self.extra.items() if at < len(values)},
                     "text": text,
                     "tokens": len(completion.ids),
                     "ended": completion.ended,
                     "reward": None if np.isnan(reward) else float(reward),
                     "scores": [None if np.isnan(score) else float(score) for score in scores],
                 }
-                for text, completion, reward, scores in zip(
-                    self.texts, self.completions, self.rewards, self.scores, strict=True
+                for at, (text, completion, reward, scores) in enumerate(
+                    zip(self.texts, self.completions, self.rewards, self.scores, strict=True)
                 )
             ],
         }
@@ -186,6 +190,7 @@ class Rollouts:
         row_columns = [row.columns for row in row_of_completion]
         names = list(dict.fromkeys(name for own in row_columns for name in own))
         scores: Any = []
+        logged: dict[str, dict[str, Any]] = {"metrics": {}, "extra": {}}
         if flat and self.rewards is not None:
             scores = self.rewards.score(
                 [row.prompt for row in row_of_completion],
@@ -195,16 +200,20 @@ class Rollouts:
                 where=[self._get_position(row.row) for row in row_of_completion],
                 state=state,
             )
-        num_functions = len(self.rewards.names) if self.rewards is not None else 0
-        values = np.array(scores, np.float64).reshape(len(flat), num_functions)  # None: NaN
+            logged = self.rewards.logged
         weights = self.rewards.weights if self.rewards is not None else []
+        values = np.array(scores, np.float64).reshape(len(flat), len(weights))  # None: NaN
         totals = combine_rewards(
             torch.from_numpy(values), torch.tensor(weights, dtype=torch.float64)
         ).numpy()
-        groups, begin = [], 0
+        groups, begin = list[Group](), 0
         for row, own in zip(rows, sampled, strict=True):
             part = slice(begin, begin + len(own))
-            groups.append(Group(row, list(own), texts[part], values[part], totals[part]))
+            extra = {name: column[part] for name, column in logged["extra"].items()}
+            metrics = {} if groups else logged["metrics"]
+            groups.append(
+                Group(row, list(own), texts[part], values[part], totals[part], None, extra, metrics)
+            )
             begin = part.stop
         return groups
 
@@ -280,7 +289,7 @@ def open_rewards(
     exist, or the rows lack a column or a reference answer for it.
     """
     end = str(tokenizer.decode(rows[0].input_ids[-_TAIL:])).rstrip()
-    rewards = Rewards.resolve(
+    rewards = Rewards(
         config, partial(open_reward_model, device=device), opens_think=end.endswith("<think>")
     )
     rewards.check_columns(rows[0].columns)

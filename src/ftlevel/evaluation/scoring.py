@@ -29,6 +29,7 @@ from ftlevel.objectives import (
     LikelihoodObjective,
     Meter,
     Objective,
+    PolicyObjective,
     ScoreTexts,
     StepObjective,
     TokenObjective,
@@ -342,7 +343,8 @@ def texts_of(evaluator: Evaluator) -> dict[int, dict[str, str]]:
     for row in evaluator.rows:
         if row.row in result or isinstance(row, RankedRow):  # another window of the same row
             continue
-        first, *others = row.sequences
+        is_prompt = isinstance(evaluator.objective, PolicyObjective)  # its sequences are made up
+        first, *others = [row] if is_prompt else row.sequences
         if isinstance(evaluator.objective, StepObjective) and others:
             pair = {"query": evaluator.text(first), "document": evaluator.text(others[0])}
             result[row.row] = {name: text[:_MAX_TEXT_LENGTH] for name, text in pair.items()}

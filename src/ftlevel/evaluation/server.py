@@ -106,9 +106,6 @@ class ServerSampler:
         self._version = 0
         self._loaded: list[torch.Tensor] = []
 
-    def close(self) -> None:
-        """Do nothing: the model is not changed."""
-
     def sample(
         self,
         prompts: Sequence[list[int]],

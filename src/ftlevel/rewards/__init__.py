@@ -124,10 +124,8 @@ def _shown(value: Any) -> str:
 
 def _visible(text: str) -> str:
     """Returns the text after the last `</think>`, or all if none; "" for an open `<think>`."""
-    before, closed, after = text.rpartition("</think>")
-    if closed:
-        return "" if "<think>" in after else after
-    return "" if "<think>" in before + after else text
+    after = text.rpartition("</think>")[2]
+    return "" if "<think>" in after else after
 
 
 def _final(reference: Any) -> str:
@@ -267,9 +265,7 @@ def _same(one: Any, two: Any) -> bool:
         return one.keys() == two.keys() and all(_same(one[key], two[key]) for key in one)
     if isinstance(one, list) and isinstance(two, list):
         return len(one) == len(two) and all(map(_same, one, two))
-    return (type(one) is type(two) and one == two) or (
-        isinstance(one, int | float) and isinstance(two, int | float) and one == two
-    )
+    return bool(one == two)
 
 
 def _schema_column_reward(column: str) -> Reward:

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType, SimpleNamespace
@@ -64,11 +65,8 @@ def load_function(path: str, name: str) -> tuple[Callable[..., Any], dict[str, A
             raise ValueError(f"{path} cannot be imported: {_describe(error, str(file))}") from None
     function = getattr(module, name, None)
     if not callable(function) or inspect.isclass(function):
-        names = [
-            n
-            for n, value in vars(module).items()
-            if inspect.isfunction(value) and value.__module__ == unique
-        ]
+        values = vars(module).items()
+        names = [n for n, v in values if inspect.isfunction(v) and v.__module__ == unique]
         has = f"It has {', '.join(names)}." if names else "It has none."
         raise ValueError(f"{path} has no function {name!r}. {has}")
     return function, _signature(function)
@@ -101,6 +99,8 @@ class Worker:
         self.specs: list[Any] = []
         self.functions: list[Any] = []
         self.signatures: list[dict[str, Any]] = []
+        self._loop = asyncio.new_event_loop()  # only one: clients of a file are bound to it
+        self._logged: dict[str, Any] = {}
 
     def load(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Load the rewards; return the functions' signatures and the error messages."""
@@ -157,11 +157,12 @@ class Worker:
 
     def _called(self, index: int, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the scores of a function; if it fails, also the error and the failing rows."""
+        count = len(batch["texts"])
+        parts = [_part(batch, at) for at in range(count)]  # first: a function may modify lists
         scores, problem = self._try(index, batch)
         if not problem:
-            return {"scores": scores}
-        count = len(batch["texts"])
-        singles = [self._try(index, _part(batch, at)) for at in range(count)] if count > 1 else []
+            return {"scores": scores, **self._logged}
+        singles = [self._try(index, part) for part in parts] if count > 1 else []
         failed = [at for at, (_, reason) in enumerate(singles) if reason]
         if not failed:  # of the batch as a whole
             return {"problem": problem, "failed": list(range(count)), "scores": [0.0] * count}
@@ -174,32 +175,25 @@ class Worker:
     def _try(self, index: int, batch: Mapping[str, Any]) -> tuple[list[Any] | None, str]:
         """Call function `index` on `batch`; returns (scores, ""), or (None, problem) on failure."""
         spec, accepted = self.specs[index], self.signatures[index]["takes"]
+        self._logged = {"metrics": defaultdict(list), "extra": defaultdict(list)}
         values = {
             **batch["columns"],
             "prompts": batch["prompts"],
             "completions": batch["completions"],
             "completion_ids": batch["completion_ids"],
             "trainer_state": SimpleNamespace(**batch["state"]),
-            "log_extra": _ignore,
-            "log_metric": _ignore,
+            "log_extra": lambda column, values: self._logged["extra"][column].extend(values),
+            "log_metric": lambda name, value: self._logged["metrics"][name].append(float(value)),
         }
         if accepted is not None:
             values = {name: value for name, value in values.items() if name in accepted}
         try:
             result = self.functions[index](**values)
             if inspect.isawaitable(result):
-                result = asyncio.run(_awaited(result))
+                result = self._loop.run_until_complete(result)
             return _checked(result, len(batch["texts"]))
         except (Exception, SystemExit) as error:  # noqa: BLE001 - any failure of the user's code
             return None, _describe(error, str(Path(spec.name).resolve()))
-
-
-async def _awaited(result: Any) -> Any:
-    return await result
-
-
-def _ignore(*_: Any, **__: Any) -> None:
-    """Do nothing, in place of TRL's `log_extra` and `log_metric`."""
 
 
 def _part(batch: Mapping[str, Any], at: int) -> dict[str, Any]:
@@ -246,8 +240,12 @@ def serve(requests: TextIO, replies: TextIO) -> None:
     for line in requests:
         request = json.loads(line)
         reply = methods[request["do"]](request)
-        replies.write(json.dumps(reply) + "\n")
+        replies.write(json.dumps(reply, default=_to_json) + "\n")
         replies.flush()
+
+
+def _to_json(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _end_with(parent: int) -> None:
@@ -258,12 +256,13 @@ def _end_with(parent: int) -> None:
 
 
 def main() -> None:
-    """Run the worker: replies go to the original stdout; what functions print, to stderr."""
+    """Run the worker on stdin and stdout, which functions do not get; they print to stderr."""
     if hasattr(os, "killpg") and os.getpgrp() == os.getpid():  # a signal ends the run only
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    serve(sys.stdin, replies)
+    serve(requests, replies)
 
 
 if __name__ == "__main__":

@@ -49,14 +49,14 @@ class GenerationOptions:
 
 
 class _StopTextCriteria(StoppingCriteria):
-    """Ends rows whose new tokens contain a stop text; `stop_strings` also matches prompt tokens."""
+    """Ends rows whose new tokens end in a stop text; `stop_strings` also matches prompt tokens."""
 
     def __init__(self, tokenizer: Any, stop_texts: Sequence[str]) -> None:
         self._tokenizer, self._stop_texts, self._num_new = tokenizer, stop_texts, 0
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # noqa: ARG002
         """Returns (rows,) booleans: which rows end. Each call has one token more than the last."""
-        self._num_new += 1
+        self._num_new = min(self._num_new + 1, get_tail_length(self._stop_texts))
         rows = input_ids[:, -self._num_new :].tolist()
         ended = [has_stop_text(self._tokenizer, ids, self._stop_texts) for ids in rows]
         return torch.tensor(ended, device=input_ids.device)
@@ -66,9 +66,13 @@ def has_stop_text(tokenizer: Any, ids: Sequence[int], stop_texts: Sequence[str])
     """Returns whether the last of the generated `ids` complete a stop text."""
     if not stop_texts:
         return False
-    num_bytes = max(len(text.encode()) for text in stop_texts)
-    tail = tokenizer.decode(ids[-num_bytes - 4 :])  # a token has at least one byte
+    tail = tokenizer.decode(ids[-get_tail_length(stop_texts) :])
     return any(text in tail for text in stop_texts)
+
+
+def get_tail_length(stop_texts: Sequence[str]) -> int:
+    """Returns how many last tokens contain a stop text that they end with, and a character more."""
+    return max(len(text.encode()) for text in stop_texts) + 4  # a token has at least one byte
 
 
 def cut_at_stop(text: str, stop_texts: Sequence[str]) -> str:

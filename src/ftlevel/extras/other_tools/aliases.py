@@ -272,8 +272,8 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
     *_flags("--entropy-coef", "there is no entropy bonus. Drop it.",
             dict.fromkeys(("0", "0.0"), NoOpValue("there is no entropy bonus"))),
     *_flags("--delta", "the ratio is clipped by --epsilon and --epsilon-high. Use these."),
-    *_flags("--disable-dropout", "expected true or false.",
-            {"true": NoOpValue("adapters have no dropout in rollouts and steps")}),
+    *_flags("--disable-dropout", "expected true or false.", dict.fromkeys(
+        ("true", "false"), NoOpValue("adapters have no dropout in rollouts and steps"))),
     *_flags("--log-completions", "completions are in rollouts.jsonl of the run. Drop it.",
             {"true": NoOpValue("completions are in rollouts.jsonl of the run")}),
     *_flags("--truncation-mode --truncation-side",

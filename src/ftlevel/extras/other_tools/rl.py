@@ -19,10 +19,7 @@ _MARKS = {
     "--rlhf-type": "ms-swift",
 }
 """Spellings that only this tool's command lines have."""
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "TRL": {"loss": "dapo", "beta": 0.0, "temperature": 1.0},
-    "ms-swift": {"loss": "grpo", "beta": 0.04, "temperature": 0.9},
-}
+_MS_SWIFT_DEFAULTS = {"loss": "grpo", "beta": 0.04, "temperature": 0.9}
 REWARD_FUNCS = {
     **dict.fromkeys(("accuracy_reward", "trl.rewards.accuracy_reward", "accuracy"), "math"),
     **dict.fromkeys(("think_format_reward", "trl.rewards.think_format_reward"), "format:think"),
@@ -73,6 +70,8 @@ _VERL_DEFAULTS: dict[str, Any] = {
     "data.max_prompt_length": 512,
     "data.max_response_length": 512,
     "data.train_batch_size": 1024,
+    "algorithm.adv_estimator": "gae",
+    f"{_ACTOR}policy_loss.loss_mode": "vanilla",
     f"{_ACTOR}optim.lr": 1e-6,
     "trainer.total_epochs": 30,
 }
@@ -104,8 +103,9 @@ def convert_verl(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     yield "task", ["--task", "rl"]
     yield "reward_model", ["--reward", "number"]
     mode = keys.get(f"{_ACTOR}loss_agg_mode", "token-mean")
-    loss = _VERL_LOSSES.get(str(keys.get(f"{_ACTOR}policy_loss.loss_mode")))
-    loss = loss or _VERL_LOSSES.get(str(keys.get("algorithm.adv_estimator")))
+    names = [f"{_ACTOR}policy_loss.loss_mode", "algorithm.adv_estimator"]
+    loss = _VERL_LOSSES.get(str(keys[names[0]])) or _VERL_LOSSES.get(str(keys[names[1]]))
+    yield from ((n, []) for n in names if keys[n] not in ("vanilla", "grpo", *_VERL_LOSSES))
     yield f"{_ACTOR}loss_agg_mode", ["--loss", loss or _VERL_LOSSES.get(str(mode), "dapo")]
     if loss is None:
         scaled = keys.get("algorithm.norm_adv_by_std_in_grpo", True)
@@ -161,7 +161,7 @@ def complete_flags(task: str, values: dict[str, Any], typed: Mapping[str, str]) 
             rl[name] = value
             lines.append(f"--{name.replace('_', '-')} {value} is kept, as in {tool}: {reason}")
 
-    for name, value in _DEFAULTS[tool].items():
+    for name, value in _MS_SWIFT_DEFAULTS.items() if tool == "ms-swift" else ():
         keep(name, value, "its default")
     loss = RL_LOSSES.get(str(rl.get("loss", "dapo")).lower())
     if loss is None:

@@ -20,11 +20,10 @@ step is split. A completion that no function scores has the reward NaN.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
-Scale = Literal["group", "batch", "none"]
+from ftlevel.config.rl import Scale
 
 STD_EPSILON = 1e-4
 """Added to a standard deviation, as in TRL."""

@@ -43,51 +43,39 @@ class RewardError(RunError):
 
 
 class Rewards:
-    """All rewards of `--task rl`.
+    """All rewards of `--task rl`; imports the functions' files, but loads no weights.
+
+    `open_model` resolves reward models. `opens_think`: whether prompts end with `<think>`. Raises
+    `ConfigError` if a reward does not exist or cannot be used.
 
     Attributes:
         names: rewards as the user wrote them, without weights.
         weights: one per name.
         fingerprint: hash of everything that determines the scores, such as the functions' files.
         failures: name → number of completions that scored 0 because the reward failed.
+        logged: arguments of `log_metric` and `log_extra` in the last `score`: metrics (name →
+            values) and extra (column → values).
     """
 
     def __init__(
-        self,
-        config: RlConfig,
-        specs: Sequence[RewardSpec],
-        models: Mapping[int, RewardModel],
-        *,
-        opens_think: bool,
+        self, config: RlConfig, open_model: OpenModel | None = None, *, opens_think: bool = False
     ) -> None:
-        self.specs = list(specs)
+        self.specs = specs = config.rewards
         self.names = [_name(spec) for spec in specs]
         self.weights = [spec.weight for spec in specs]
         self.failures: Counter[str] = Counter()
+        self.logged: dict[str, dict[str, Any]] = {"metrics": {}, "extra": {}}
         self._config = config
-        self._models = dict(models)
+        self._models: dict[int, RewardModel] = {}
         self._opens_think = opens_think
         self._worker: subprocess.Popen[str] | None = None
-        self.fingerprint = _fingerprint(specs, models)
-        self._needs = [signature["needs"] for signature in self._start()]
-
-    @classmethod
-    def resolve(
-        cls, config: RlConfig, open_model: OpenModel | None = None, *, opens_think: bool = False
-    ) -> Rewards:
-        """Returns the rewards of `config`; imports the functions' files, but loads no weights.
-
-        `open_model` resolves reward models. `opens_think`: whether prompts end with `<think>`.
-        Raises `ConfigError` if a reward does not exist or cannot be used.
-        """
-        specs = config.rewards
-        models: dict[int, RewardModel] = {}
         for at, spec in enumerate(specs):
             if spec.kind == "model":
                 if open_model is None:
                     raise ConfigError(f"--reward {spec.name}: reward models cannot be used here.")
-                models[at] = open_model(spec.name)
-        return cls(config, specs, models, opens_think=opens_think)
+                self._models[at] = open_model(spec.name)
+        self.fingerprint = _fingerprint(specs, self._models)
+        self._needs = [signature["needs"] for signature in self._start()]
 
     def check_columns(self, columns: Iterable[str]) -> None:
         """Raise `ConfigError` if a reward needs a column that the rows do not have."""
@@ -151,6 +139,7 @@ class Rewards:
             "columns": {name: list(values) for name, values in columns.items()},
             "state": dict(state or {"global_step": 0}),
         }
+        self.logged = {"metrics": {}, "extra": {}}
         by_reward = [self._score(at, batch, where) for at in range(len(self.specs))]
         return [list(scores) for scores in zip(*by_reward, strict=True)]
 
@@ -187,6 +176,9 @@ class Rewards:
             }
         if reply.get("problem"):
             self._fail(at, reply, batch, where)
+        for kind, values in self.logged.items():
+            for name, new in reply.get(kind, {}).items():
+                values[name] = [*values.get(name, ()), *new]
         return list(reply["scores"])
 
     def _fail(

@@ -139,9 +139,8 @@ def find_problem(
         if not has_spread(torch.from_numpy(rewards)[None])[0]:
             return (
                 f"all {len(rewards)} sampled completions have the same reward (mean "
-                f"{metrics['reward']:.3f}), so there is no learning signal. Use easier "
-                "prompts, a supervised run first (--adapter RUN), or a reward with steps between 0 "
-                "and 1. --check-groups 0 skips this check."
+                f"{metrics['reward']:.3f}), so there is no learning signal. {_EQUAL_ADVICE} "
+                "--check-groups 0 skips this check."
             )
     elif "groups_with_signal" in metrics and not any(map(has_signal, statistics)):
         same = f"all completions of a prompt have the same reward (mean {metrics['reward']:.3f})"

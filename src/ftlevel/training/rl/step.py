@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class GroupStatistics:
         active: tokens with a loss per completion.
         ended: whether each completion ended before the maximum length.
         entropy: sum over all tokens of the group.
+        logged: values of the metrics that reward functions logged.
     """
 
     row: int
@@ -45,6 +47,7 @@ class GroupStatistics:
     active: np.ndarray
     ended: np.ndarray
     entropy: float
+    logged: dict[str, list[float]] = field(default_factory=dict)
 
 
 def compute_statistics(group: Group, config: RlConfig) -> GroupStatistics:
@@ -54,16 +57,22 @@ def compute_statistics(group: Group, config: RlConfig) -> GroupStatistics:
     active = np.where(finished, lengths, 0) if config.mask_truncated_completions else lengths
     entropy = sum(sum(completion.entropies) for completion in group.completions)
     return GroupStatistics(
-        group.row.row, group.rewards, group.scores, lengths, active, finished, entropy
+        group.row.row,
+        group.rewards,
+        group.scores,
+        lengths,
+        active,
+        finished,
+        entropy,
+        group.metrics,
     )
 
 
 @dataclass
 class Rollout:
-    """Result of sampling: rows to train on, this process's groups, metrics of all processes."""
+    """Rows of this process to train on, and metrics over all processes."""
 
     rows: list[CompletionRow]
-    groups: list[Group]
     metrics: dict[str, float]
 
 
@@ -87,6 +96,7 @@ def create_training_rows(
     reference_logps = reference(rows) if reference is not None else teacher_logps or None
     by_row = {facts.row: facts for facts in sorted(all_groups, key=lambda facts: facts.row)}
     order = {row: at for at, row in enumerate(by_row)}
+    copies = Counter(facts.row for facts in all_groups)  # of a row, if a step has more than exist
     rewards = torch.from_numpy(np.stack([facts.rewards for facts in by_row.values()]))
     active = torch.from_numpy(np.stack([facts.active for facts in by_row.values()]))
     if reference is not None and reference_logps is not None and config.loss == "rloo":
@@ -104,7 +114,7 @@ def create_training_rows(
     selected: list[CompletionRow] = []
     for at, row in enumerate(rows):
         index = order[row.row], row.number
-        advantage, weight = float(advantages[index]), float(weights[index])
+        advantage, weight = float(advantages[index]), float(weights[index]) / copies[row.row]
         has_loss = advantage or config.beta or teacher_logps
         if not int(active[index]) or not has_loss:
             continue
@@ -131,7 +141,12 @@ def compute_metrics(
     scores = np.concatenate([group.scores for group in ordered])
     lengths = np.concatenate([group.lengths for group in ordered])
     finished = np.concatenate([group.ended for group in ordered])
-    metrics: dict[str, float] = {"reward": _mean(rewards), "group_std": _mean_std(rewards)}
+    logged = dict.fromkeys(name for group in ordered for name in group.logged)
+    metrics: dict[str, float] = {
+        name: _mean(np.concatenate([group.logged.get(name, []) for group in ordered]))
+        for name in logged
+    }
+    metrics |= {"reward": _mean(rewards), "group_std": _mean_std(rewards)}
     if len(names) > 1:
         metrics |= {f"reward_{name}": _mean(scores[:, at]) for at, name in enumerate(names)}
     if scores.shape[1] and rewards.shape[1] > 1:  # a teacher gives every token a signal

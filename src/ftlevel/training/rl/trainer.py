@@ -184,7 +184,7 @@ class RlTrainer(FtlevelTrainer):
             )
         self.keep(step, groups)
         trim_heap()
-        return Rollout(rows, groups, metrics)
+        return Rollout(rows, metrics)
 
     def _sample(self, step: int, prompts: Sequence[Any]) -> list[Group]:
         state = {**vars(self.state), "log_history": self.state.log_history[-1000:]}
@@ -327,7 +327,7 @@ class RlTrainer(FtlevelTrainer):
             create_completion_row(ids[:prompt], ids[prompt:], row, number, values)
             for ids, prompt, row, number, values in state["rows"]
         ]
-        self._block = Rollout(rows, [], dict(state["metrics"]))
+        self._block = Rollout(rows, dict(state["metrics"]))
 
 
 def no_loss(prompt: Any) -> CompletionRow:

@@ -20,7 +20,7 @@ from ftlevel.tasks.rl.rewards import RewardError, Rewards
 from ftlevel.training.rl.step import GroupStatistics, compute_metrics
 
 FUNCTIONS = """
-import os, time
+import asyncio, os, subprocess, time
 
 def length(completions, **kwargs):
     return [float(len(completion)) for completion in completions]
@@ -45,6 +45,25 @@ def optional(completions, level=None):
 def prints(completions, **kwargs):
     print("to the screen")
     return [1] * len(completions)
+
+loops = set()
+
+async def num_loops(completions, **kwargs):
+    loops.add(asyncio.get_running_loop())
+    return [len(loops)] * len(completions)
+
+def logs(completions, level, log_metric, log_extra, **kwargs):
+    log_metric("levels", sum(level))
+    log_metric("nothing", float("nan"))
+    log_extra("level", level)
+    return [1.0] * len(completions)
+
+def reads_input(completions, **kwargs):
+    return [len(subprocess.run(["cat"], stdout=subprocess.PIPE).stdout)] * len(completions)
+
+def removes(completions, **kwargs):
+    completions.pop()
+    return [1.0] * len(completions)
 
 def raises(completions, **kwargs):
     return [1 / len(completion.strip("x")) for completion in completions]
@@ -111,7 +130,7 @@ def resolve_rewards() -> Iterator[Callable[..., Rewards]]:
     opened: list[Rewards] = []
 
     def create(*reward: str, **settings: Any) -> Rewards:
-        opened.append(Rewards.resolve(RlConfig(reward=reward, **settings)))
+        opened.append(Rewards(RlConfig(reward=reward, **settings)))
         return opened[-1]
 
     yield create
@@ -142,6 +161,30 @@ def test_functions_are_called_with_trl_arguments(
     assert rewards.names[-1] == "exact"
 
 
+def test_logged_values_are_those_of_the_last_batch(
+    rewards_file: str, resolve_rewards: Callable[..., Rewards]
+) -> None:
+    rewards = resolve_rewards(f"{rewards_file}:logs", "exact")
+    for _ in range(2):
+        score(rewards)
+        assert rewards.logged["extra"] == {"level": [1, 2, 3]}
+        assert rewards.logged["metrics"]["levels"] == [6]
+
+
+def test_async_functions_keep_their_event_loop(
+    rewards_file: str, resolve_rewards: Callable[..., Rewards]
+) -> None:
+    rewards = resolve_rewards(f"{rewards_file}:num_loops")
+    assert [score(rewards) for _ in range(2)] == [[[1.0]] * 3] * 2
+
+
+def test_processes_of_functions_get_no_input(
+    rewards_file: str, resolve_rewards: Callable[..., Rewards]
+) -> None:
+    rewards = resolve_rewards(f"{rewards_file}:reads_input", reward_timeout=5)
+    assert score(rewards) == [[0.0]] * 3
+
+
 def test_message_prompt_gives_message_completion(
     rewards_file: str, resolve_rewards: Callable[..., Rewards]
 ) -> None:
@@ -162,6 +205,7 @@ FAILURES = [
     ("infinite", "it returned -inf", "row 1: of 3 completions, the first: 'a'", [0, 0, 0], 3),
     ("text", "it returned str, not a number", "row 1: of 3 completions", [0, 0, 0], 3),
     ("one_number", "it returned float, not a list of scores", "row 1: of 3", [0, 0, 0], 3),
+    ("removes", "it returned 0 scores for 1 completions", "row 1: of 3", [0, 0, 0], 3),
     ("hangs", "it took longer than 0.5 s (--reward-timeout)", "row 1: of 3", [0, 0, 0], 3),
     ("child_hangs", "it took longer than 0.5 s (--reward-timeout)", "row 1: of 3", [0, 0, 0], 3),
     ("dies", "its process ended with code 3", "row 1: of 3", [0, 0, 0], 3),
@@ -201,7 +245,7 @@ def test_killed_run_stops_its_reward_worker(tmp_path: Path) -> None:
     )
     code = (
         "from ftlevel.config.rl import RlConfig; from ftlevel.tasks.rl.rewards import Rewards\n"
-        f"rewards = Rewards.resolve(RlConfig(reward=[{str(tmp_path / 'slow.py:slow')!r}]))\n"
+        f"rewards = Rewards(RlConfig(reward=[{str(tmp_path / 'slow.py:slow')!r}]))\n"
         "rewards.score(['a'], ['b'], [[1]], {})"
     )
     process = Forked(call=(exec, (code, {})))
@@ -344,7 +388,7 @@ class LengthReward:
 
 def test_reward_model_with_function() -> None:
     settings = RlConfig(reward=("run=0.5", "exact"), on_reward_error="zero")
-    rewards = Rewards.resolve(settings, lambda name: LengthReward())
+    rewards = Rewards(settings, lambda name: LengthReward())
     try:
         assert score(rewards) == [[1.0, 1.0], [0.0, 0.0], [3.0, 1.0]]
         assert rewards.failures == {"run": 1}
