@@ -258,7 +258,7 @@ def peft_config(kind: str, **settings: Any) -> str:
     [
         ({}, ["a"], "a does not exist"),
         ({"a/notes.txt": ""}, ["a"], "neither a run nor an adapter (it contains notes.txt)"),
-        ({"a/config.yaml": ""}, ["a"], "a run that has no adapter yet"),
+        ({"a/config.yaml": ""}, ["a"], "an unfinished run: it has no adapter yet"),
         ({"a/ftlevel.json": json.dumps({"format": 1, "method": "full", "task": "text-generation",
           "base": {}, "quantization": {}, "dtype": "float32", "max_length": 1})},
          ["a"], "a has no adapter to merge: a is a whole model already"),

@@ -249,8 +249,8 @@ def get_card_dir(path: Path) -> Path | None:
         return path / "adapter"
     if (path / CONFIG).is_file():
         raise InputError(
-            f"{path} is a run that has no adapter yet: it did not come to its end. "
-            f"Go on with it: ftlevel train --output-dir {quote(str(path))} --resume"
+            f"{path} is an unfinished run: it has no adapter yet. Resume it: "
+            f"ftlevel train --output-dir {quote(str(path))} --resume"
         )
     return None
 

@@ -343,7 +343,12 @@ def test_directory_without_run_is_rejected(
     with pytest.raises(InputError, match="no such directory"):
         load_run(tmp_path / "none")
     assert run(["report", str(tmp_path)]) == 2
-    assert "is not a run that is done: it has no summary.json" in capsys.readouterr().err
+    assert "is not a run: it has no summary.json" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text("{}")
+    assert run(["report", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert "is an unfinished run: it has no summary.json. Resume it: ftlevel" in message
+    assert f"--output-dir {tmp_path} --resume" in " ".join(message.split())
 
 
 def test_report_command_writes_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from statistics import fmean
 from typing import Any
 
 from ftlevel.artifacts.files import read_json_object
 from ftlevel.artifacts.row_sinks import RolloutStats, summarize_rollouts
-from ftlevel.artifacts.run_directory import ANSWERS, METRICS, ROLLOUTS, SUMMARY
+from ftlevel.artifacts.run_directory import ANSWERS, CONFIG, METRICS, ROLLOUTS, SUMMARY
 from ftlevel.errors import InputError
 
 NUM_BARS = 12
@@ -255,11 +256,13 @@ def load_run(path: Path, predictions: Path | None = None) -> ReportedRun:
     `predictions` is a file of `ftlevel evaluate --predictions`; None uses the validation rows.
     """
     if not (path / SUMMARY).is_file():
-        here = "no such directory" if not path.is_dir() else f"it has no {SUMMARY}"
-        raise InputError(
-            f"{path} is not a run that is done: {here}. Expected the directory that ftlevel train "
-            "wrote, as runs/NAME."
-        )
+        if (path / CONFIG).is_file():
+            raise InputError(
+                f"{path} is an unfinished run: it has no {SUMMARY}. Resume it: "
+                f"ftlevel train --output-dir {quote(str(path))} --resume"
+            )
+        reason = f"it has no {SUMMARY}" if path.is_dir() else "no such directory"
+        raise InputError(f"{path} is not a run: {reason}. Expected an --output-dir of training.")
     summary = read_json_object(path / SUMMARY)
     records = list(_load_json_lines(path / METRICS)) if (path / METRICS).is_file() else []
     if predictions is None and (path / ANSWERS).is_file():
