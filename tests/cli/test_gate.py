@@ -165,8 +165,8 @@ def test_unsupervised_rows_are_dropped_or_stop(
     if not num_supervised:
         assert (code, out.splitlines()[-1]) == (
             2,
-            "ftlevel: no train row is left: no supervised token: 6 of 6 train rows (rows.jsonl:1, "
-            "rows.jsonl:2, rows.jsonl:3 and 3 more).  [rows]",
+            "ftlevel: every train row was dropped: no supervised token: 6 of 6 train rows "
+            "(rows.jsonl:1, rows.jsonl:2, rows.jsonl:3 and 3 more). Correct them.  [rows]",
         )
         return
     assert code == 0, out

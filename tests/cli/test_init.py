@@ -178,8 +178,8 @@ def test_interactive_questions(tiny_model_dir: ModelDir) -> None:
     text = output.decode()
     assert process.wait() == 0, text
     assert "nothing.csv: no such file" in text
-    assert text.count("Rows to learn from") == 2
-    assert "What is to be learned [text-classification]" in text
+    assert text.count("Dataset: a file") == 2
+    assert "Task [text-classification]" in text
     assert "wrote recipe.yaml. Then: ftlevel train --recipe recipe.yaml" in text
     config = build_config([load_recipe(Path("recipe.yaml"))])
     assert (config.data.dataset, config.model.name_or_path) == ("rows.csv", str(model))

@@ -176,7 +176,7 @@ def _default_method(config: TrainConfig) -> Choice:
             f"about {weights / 2**30:,.0f} GiB of weights in 16 bits, {memory / 2**30:,.0f} GiB of "
             "memory",
         )
-    return Choice("method", "lora", "the one that most others are measured against")
+    return Choice("method", "lora", "the most common PEFT method")
 
 
 def _default_epochs(_: TrainConfig) -> Choice:
@@ -223,11 +223,11 @@ QUESTIONS = (
     SetupQuestion(
         "data.dataset",
         "--dataset",
-        "Rows to learn from: a file, a directory or a Hub id",
+        "Dataset: a file, a directory or a Hub id",
         _default_dataset,
         _check_dataset,
     ),
-    SetupQuestion("task", "--task", "What is to be learned", _default_task, _check_task),
+    SetupQuestion("task", "--task", "Task", _default_task, _check_task),
     SetupQuestion(
         "model.name_or_path",
         "--model",
@@ -245,7 +245,7 @@ QUESTIONS = (
     SetupQuestion(
         "train.num_train_epochs",
         "--num-train-epochs",
-        "Times that the rows are gone through",
+        "Number of training epochs",
         _default_epochs,
         lambda config: config,
     ),
@@ -255,12 +255,11 @@ QUESTIONS = (
 def _head(config: TrainConfig, command: str, file: Path) -> Iterator[str]:
     yield f"# {config.task}: {config.data.dataset} with {config.model.name_or_path}."
     yield "#"
-    yield f"# Look first     ftlevel preview {file}     (what the model will see)"
+    yield f"# Check first    ftlevel preview {file}     (what the model will see)"
     yield f"#                ftlevel plan {file}        (memory and time)"
     yield f"# Command        {command}"
     yield "#"
-    yield "# A setting behind a # is what ftlevel chooses by itself, as it is now, with the reason;"
-    yield "# without the # it is yours. All there are: ftlevel train --schema."
+    yield "# Settings after a # are defaults with reasons. All settings: ftlevel train --schema."
 
 
 def _field_comments(run: Run, defaults: list[Choice]) -> Mapping[str, str]:

@@ -336,10 +336,11 @@ class GradientMonitor(TrainerCallback):
         elif self._has_updated:
             self._is_finished = True
             self.idle = sorted(zero & self._zero_first)
-            if self.idle:
+            # A bias added to all scores has a zero gradient in ranking losses.
+            if unused := [n for n, p in self._trainable if n in self.idle and p.numel() > 1]:
                 self.listener.warn(
-                    f"{len(self.idle):,} of {num_tensors:,} trainable tensors have a zero gradient "
-                    f"after the first step too: {join_names(self.idle, 3)}."
+                    f"{len(unused):,} of {num_tensors:,} trainable tensors had only zero gradients "
+                    f"so far: {join_names(unused, 3)}. They were not trained."
                 )
         self._has_updated = any(group["lr"] > 0 for group in optimizer.param_groups)
 

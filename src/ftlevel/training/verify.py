@@ -246,7 +246,7 @@ def verify_step(run: Run, model: PreparedModel, listener: Listener) -> StepCompa
         if full
         else f"fast step verified on {result.rows} rows"
     )
-    text = f"loss differs by {result.loss:.1e}, gradients by {result.gradient:.1e}, relative"
+    text = f"loss differs by {result.loss:.2g}, gradients by {result.gradient:.2g}, relative"
     if result.exact is not None:
         text += f", to the plain step in float64, from which its own are {result.exact:.1e}"
         text += "; both in float64, since rounding moves one over a kink" * result.kinks

@@ -152,3 +152,20 @@ def test_delayed_check_raises_before_saving(kind: str) -> None:
         monitor.on_step_end(
             NONE, next_state, SimpleNamespace(**vars(CONTROL) | {"should_save": True})
         )
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_unused_bias_of_a_single_score_is_not_warned_about(size: int) -> None:
+    warnings: list[str] = []
+    listener: Any = SimpleNamespace(warn=warnings.append)
+    monitor = GradientMonitor(listener, lambda: torch.tensor(1.0), create_recovery())
+    model = nn.Linear(4, size)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(2):  # a loss of differences of scores, as in a ranking
+        (model(torch.ones(2, 4)) - model(torch.zeros(2, 4))).square().sum().backward()
+        monitor.on_pre_optimizer_step(NONE, STATE, NONE, model=model, optimizer=optimizer)
+    message = (
+        "1 of 2 trainable tensors had only zero gradients so far: bias. They were not trained."
+    )
+    assert warnings == [message] * (size > 1)
+    assert (monitor.checked, monitor.idle) == (2, ["bias"])

@@ -202,7 +202,7 @@ def select_language_mapping(
             selected.setdefault(role, column)
         elif language and len(languages) > 1 and role not in mapping:
             raise InputError(
-                f"--{role}-language {language}: no column is called so. Languages: {listing}. "
+                f"--{role}-language {language}: there is no such column. Languages: {listing}. "
                 f"Name one of them, or the column: --map {role}=COLUMN."
             )
     rest = [column for column in languages.values() if column not in selected.values()]

@@ -350,7 +350,8 @@ def create_question(values: RoleValues) -> Question:
     context, question = values.text("context"), values.text("question")
     answers, column = values.get("answers"), values.columns["answers"]
     if type(answers) is not dict or not {"text", "answer_start"} <= answers.keys():
-        raise UnusableRowError(f"{column!r} lacks 'text' and 'answer_start'")
+        expected = "{'text': [...], 'answer_start': [...]}"
+        raise UnusableRowError(f"{column!r} is not like {expected}, as in SQuAD")
     texts, starts = answers["text"], answers["answer_start"]
     if type(texts) is not list or type(starts) is not list or len(texts) != len(starts):
         raise UnusableRowError(f"{column!r} needs two lists of one length")

@@ -318,7 +318,9 @@ class Gate:
         rows = fitted.rows
         rows = rows if split.keep.all() else select_rows(rows, np.flatnonzero(split.keep))
         if not len(rows):
-            raise InputError([f"no {name} row is left: {finding}." for finding in split.findings])
+            raise InputError(
+                [f"every {name} row was dropped: {line}. Correct them." for line in split.findings]
+            )
         return rows, split.findings
 
     def check_rows(self, name: str, fitted: FittedRows, total: int, table: Table) -> SplitReport:

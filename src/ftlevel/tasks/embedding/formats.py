@@ -80,7 +80,7 @@ def create_pairs(values: RoleValues) -> EmbeddingRow:
     for n in range(1, MOST_NEGATIVES + 1):
         bad += _texts(values, f"negative_{n}")
     if not good:
-        raise UnusableRowError(f"{values.columns['positive']!r} holds no text", "empty_text")
+        raise UnusableRowError(f"{values.columns['positive']!r} has no text", "empty_text")
     query = values.text("anchor")
     if "label" not in values:
         return _ranking(values, query, good, bad)
@@ -128,7 +128,7 @@ def create_flagged(values: RoleValues) -> EmbeddingRow:
     """Create an example from FlagEmbedding's columns: query, pos, neg, and scores of a teacher."""
     good, bad = _texts(values, "pos"), _texts(values, "neg")
     if not good:
-        raise UnusableRowError(f"{values.columns['pos']!r} holds no text", "empty_text")
+        raise UnusableRowError(f"{values.columns['pos']!r} has no text", "empty_text")
     scores: tuple[float, ...] = ()
     if _has(values, "pos_scores") or _has(values, "neg_scores"):
         scores = _numbers(values, "pos_scores", len(good)) + _numbers(
@@ -191,7 +191,7 @@ def create_candidates(values: RoleValues) -> EmbeddingRow:
     kind: Kind = "ranking" if role == "documents" else "score"
     texts = _texts(values, role)
     if not texts:
-        raise UnusableRowError(f"{values.columns[role]!r} holds no text", "empty_text")
+        raise UnusableRowError(f"{values.columns[role]!r} has no text", "empty_text")
     return EmbeddingRow(values.text("query"), values.index, tuple(texts), (0.0,) * len(texts), kind)
 
 
@@ -255,7 +255,7 @@ def _numbers(values: RoleValues, role: str, count: int) -> tuple[float, ...]:
     if not isinstance(value, list):
         value = [] if value is None else [value]
     if len(value) != count:
-        raise UnusableRowError(f"{name!r} has {len(value)} numbers for {count} documents")
+        raise UnusableRowError(f"{name!r} has {len(value)} of {count} numbers, one per document")
     return tuple(_number(each, name) for each in value)
 
 

@@ -227,7 +227,8 @@ def head_choices(task: BaseTask, heads: list[str]) -> list[Choice]:
 
 def size_choices(run: Run, *, build_modules: bool) -> list[Choice]:
     """Returns lines on trainable parameters and steps; `build_modules`: as in `count_trainable`."""
-    epochs = f"{run.config.train.num_train_epochs:g} epochs"
+    count = run.config.train.num_train_epochs
+    epochs = f"{count:g} epoch{'s' * (count != 1)}"
     note = "" if run.config.train.max_steps else f"{epochs} of {len(run.data.train):,} rows"
     trainable, total = count_trainable(run, build_modules=build_modules)
     return [

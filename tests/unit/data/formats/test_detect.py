@@ -371,7 +371,7 @@ def test_translation_languages_select_columns(
                            "--target-language es, or another pair."),
         (["de", "en", "fr"], {"source_language": "fr"}, "), and the source language is not given. "
                                                         "Add"),
-        (["en", "es"], {"target_language": "fr"}, "--target-language fr: no column is called so"),
+        (["en", "es"], {"target_language": "fr"}, "--target-language fr: there is no such column"),
     ],
 )  # fmt: skip
 def test_missing_languages_raise(

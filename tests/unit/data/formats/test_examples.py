@@ -231,7 +231,7 @@ INVALID_MESSAGES: list[tuple[Any, str]] = [
         (
             "question-answering",
             {"context": "c", "question": "q", "answers": "c"},
-            "'answers' lacks 'text' and 'answer_start'",
+            "'answers' is not like {'text': [...], 'answer_start': [...]}, as in SQuAD",
         ),
     ],
 )
