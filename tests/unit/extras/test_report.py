@@ -216,9 +216,10 @@ def test_tags_are_counted_per_word() -> None:
 
 def test_preference_rows_are_shown() -> None:
     pair = {"where": "row 1", "loss": 0.5, "base_loss": 0.75, "input": "which?", "chosen": "this",
-            "rejected": "that", "reward_margin": 1.25, "tokens": 7, "base_tokens": 7}  # fmt: skip
+            "rejected": "that", "reward_margin": 1.25, "tokens_right": 7,
+            "base_tokens_right": 7}  # fmt: skip
     page = render_page([make_run(predictions=compute_prediction_stats(iter([pair])))])
-    assert "row 1, loss 0.75 → 0.5, reward margin 1.25, tokens 7<" in page
+    assert "row 1, loss 0.75 → 0.5, reward margin 1.25, correct tokens 7<" in page
     alone = compute_prediction_stats(iter([{k: v for k, v in pair.items() if k != "input"}]))
     assert ">prompt and chosen answer<" in render_page([make_run(predictions=alone)])
     for text in ("input", "which?", "chosen answer", "this", "rejected answer", "that"):
@@ -297,6 +298,10 @@ def test_headline_sentences() -> None:
     before, after = {"pseudo_perplexity": 47059.6671}, {"pseudo_perplexity": 265.0883}
     first, *_ = get_headline(headline="pseudo_perplexity", metrics=after, metrics_before=before)
     assert first == "pseudo perplexity 265 on 3 held-out rows, base 47,060"
+    name = "logp_mean_accuracy"
+    first, meaning, *_ = get_headline(headline=name, metrics={name: 0.5}, metrics_before={})
+    assert first.startswith("log-probability mean accuracy 0.50 on 3")
+    assert meaning.endswith("share of pairs whose chosen answer is more probable per token.")
     (only,) = get_headline(metrics={}, metrics_before={}, intervals={})
     assert only == (
         "Training loss 1.00, at the start 2.00. No held-out rows: the quality on new rows is not "

@@ -49,6 +49,8 @@ _MEANINGS = {
     "average_precision": "precision averaged over recall, from 0 to 1",
     "reward": "mean reward of a completion",
     "reward accuracy": "share of pairs whose chosen answer has the higher score",
+    "reward_accuracy": "share of pairs whose chosen answer has the higher implicit reward",
+    "logp_mean_accuracy": "share of pairs whose chosen answer is more probable per token",
 }
 """Metric, or task and metric → its meaning for readers who do not know it."""
 
@@ -142,12 +144,13 @@ def checks(summary: Summary) -> Iterator[str]:
 _LABELS = {
     "ece": "expected calibration error",
     "length": "length of completions",
+    "tokens_right": "correct tokens",
     "truncated": "truncated completions",
 }
 
 
 def _label(metric: str) -> str:
-    return _LABELS.get(metric, metric.replace("_", " "))
+    return _LABELS.get(metric, metric.replace("logp", "log-probability").replace("_", " "))
 
 
 MAX_POINTS = 400  # per curve
@@ -412,7 +415,7 @@ def _metric_values(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if isinstance(value, int | float) and not isinstance(value, bool):
             first = f"{before:.4g}" if isinstance(before, int | float) else ""
             after = f"{value:.4g}"
-            yield name.replace("_", " "), after if first in ("", after) else f"{first} → {after}"
+            yield _label(name), after if first in ("", after) else f"{first} → {after}"
 
 
 def _to_text(value: Any) -> str:
