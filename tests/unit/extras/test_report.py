@@ -365,6 +365,13 @@ def test_report_command_writes_page(tmp_path: Path, capsys: pytest.CaptureFixtur
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     assert run(["report", one, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["page"] == f"{one}/report.html"
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    assert run(["report", one, "--predictions", str(empty)]) == 2
+    assert "empty.jsonl is empty. Expected rows of" in capsys.readouterr().err
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "summary.json").write_text("{}")
+    assert run(["report", str(tmp_path / "old")]) == 0
     assert run(["report", one, two]) == 2
     assert "--out report.html" in capsys.readouterr().err
     assert run(["report", one, two, "--out", str(tmp_path / "both.html")]) == 0

@@ -271,6 +271,8 @@ def load_run(path: Path, predictions: Path | None = None) -> ReportedRun:
     if predictions is not None:
         retrieval = compute_retrieval_stats(_load_json_lines(predictions))
         answers = None if retrieval else compute_prediction_stats(_load_json_lines(predictions))
+        if answers and not answers.total and predictions != path / ANSWERS:
+            raise InputError(f"{predictions} is empty. Expected rows of evaluate --predictions.")
     rollouts = summarize_rollouts(path / ROLLOUTS)
     name = path.resolve().name
     return ReportedRun(name, path, summary, records, answers, rollouts, retrieval)
