@@ -129,6 +129,7 @@ _PIPELINE_TAGS = {
 _PROMPTS = {
     "question-answering": '--prompt "…?" --context "…"',
     "masked-lm": '--prompt "… [MASK] …"',
+    **dict.fromkeys(("embedding", "reranking", "reward"), ""),
 }
 
 
@@ -201,10 +202,11 @@ def _result_metadata(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {"datasets": [name] * is_hub, "metrics": list(metrics), "model-index": index}
 
 
-def generate_command(run: str, task: str) -> str:
-    """Returns the `ftlevel generate` command for `run`, with the prompt flags of its `task`."""
+def predict_command(run: str, task: str) -> str:
+    """Returns `ftlevel generate` for `run` with prompt flags, or `predict` if `task` has none."""
     prompt_flags = _PROMPTS.get(task, '--prompt "…"')
-    return f"ftlevel generate {shlex.quote(run)} {prompt_flags}"
+    command = "generate" if prompt_flags else "predict"
+    return f"ftlevel {command} {shlex.quote(run)} {prompt_flags or '--dataset FILE'}"
 
 
 def describe_losses(summary: Mapping[str, Any]) -> str:
@@ -308,7 +310,7 @@ def create_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
         lines += [""]
     if memory := format_memory(summary):
         lines += [f"Memory: {memory}.", ""]
-    lines += ["## Use", "", "```sh", generate_command(summary["run"], summary["task"]), "```", ""]
+    lines += ["## Use", "", "```sh", predict_command(summary["run"], summary["task"]), "```", ""]
     if names and summary["method"] != "full" and summary["model"].get("kind") != "builtin":
         lines += _format_label_code(summary, needs_import)
     elif needs_import:
@@ -421,7 +423,7 @@ def create_quantized_readme(name: str, summary: Mapping[str, Any], task: str | N
             f"Trained for {task}:",
             "",
             "```sh",
-            generate_command(name, task),
+            predict_command(name, task),
             "```",
         ]
     return "\n".join([*lines, ""])
@@ -459,7 +461,7 @@ def create_merge_readme(summary: Mapping[str, Any], task: str) -> str:
             "",
         ]
     lines += _format_check(summary.get("agreement"))
-    lines += ["## Use", "", "```sh", generate_command(summary["out"], task), "```", ""]
+    lines += ["## Use", "", "```sh", predict_command(summary["out"], task), "```", ""]
     return "\n".join(lines)
 
 

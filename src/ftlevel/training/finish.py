@@ -10,7 +10,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from ftlevel.artifacts.cards import create_readme, generate_command
+from ftlevel.artifacts.cards import create_readme, predict_command
 from ftlevel.artifacts.checkpoints import delete_unreachable_best
 from ftlevel.artifacts.files import flush, flush_all
 from ftlevel.artifacts.hub import push
@@ -122,14 +122,14 @@ def save_tokenizer_and_card(
 def next_commands(run: Run, output_dir: RunDirectory) -> list[str]:
     """Returns up to three ftlevel commands to suggest after the run."""
     path, data = quote(str(output_dir.path)), str(run.data.info["name"])
-    generate = generate_command(str(output_dir.path), run.task.name)
-    commands = [generate if data == IN_MEMORY else f"ftlevel evaluate {path}"]
+    use = predict_command(str(output_dir.path), run.task.name)
+    commands = [use if data == IN_MEMORY else f"ftlevel evaluate {path}"]
     predict = f"ftlevel predict {path} --dataset"
     has_file = run.task.predicts_training_rows and Path(data).is_file()
     commands.append(f"{predict} {quote(data)} --limit 5" if has_file else f"{predict} FILE")
-    if _is_mergeable(run, output_dir):
-        return [*commands, f"ftlevel merge {path} --out {quote(str(output_dir.path) + '-merged')}"]
-    return commands if generate in commands else [*commands, generate]
+    merge = f"ftlevel merge {path} --out {quote(str(output_dir.path) + '-merged')}"
+    commands.append(merge if _is_mergeable(run, output_dir) else use)
+    return list(dict.fromkeys(commands))
 
 
 def _is_mergeable(run: Run, output_dir: RunDirectory) -> bool:

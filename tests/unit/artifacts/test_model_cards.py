@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import EvalResult
 
 from ftlevel.artifacts.cards import create_merge_readme, create_quantized_readme, create_readme
+from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS
 
 # https://github.com/huggingface/huggingface.js/blob/main/packages/tasks/src/pipelines.ts
@@ -56,6 +57,16 @@ def test_every_task_has_hub_pipeline_tag(task: str) -> None:
     assert data.pipeline_tag in PIPELINE_TAGS
     assert data.eval_results is not None
     assert data.eval_results[0].task_type == data.pipeline_tag
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_card_suggests_a_command_that_the_task_supports(task: str) -> None:
+    command = "generate runs/first --prompt"
+    try:
+        TASKS[task].create_query("text", "context", 0)
+    except InputError:
+        command = "predict runs/first --dataset FILE"
+    assert f"\nftlevel {command}" in create_readme(summary(task=task))
 
 
 def test_local_names_are_omitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
