@@ -24,7 +24,7 @@ TUNERS = "ftlevel.adapters"
 
 
 class _Methods(dict[str, Method]):
-    """Mapping name → method; raises `ConfigError` for one whose extension cannot be imported."""
+    """Methods by name. Looking up one whose extension cannot be imported raises `ConfigError`."""
 
     def __missing__(self, name: str) -> NoReturn:
         if name not in _ADDED:
@@ -56,7 +56,7 @@ def needs_import(config: specs.MethodSpec) -> str:
 
 
 def ensure_registered() -> None:
-    """Register ftlevel's tuners in PEFT, which is imported; idempotent."""
+    """Register ftlevel's own tuners in PEFT (imports PEFT); further calls do nothing."""
     for method in METHODS.values():
         if method.tuner:
             import_module(method.tuner)
@@ -83,12 +83,12 @@ def rows_of(config: MethodSpec) -> list[MethodInfo]:
 
 
 def get_rule(cell: Cell) -> Rule | None:
-    """Returns the first rule that excludes every method, model and task in `cell`, or None."""
+    """Returns the first rule that applies to the method, model and task of `cell`, or None."""
     return next((rule for rule in RULES if rule.matches(cell)), None)
 
 
 def get_possible_rules(cell: Cell) -> list[Rule]:
-    """Returns the rules that exclude some combination of method, model and task in `cell`."""
+    """Returns the rules that apply to `cell` for some values of its unset (None) fields."""
     return [rule for rule in RULES if rule.may_match(cell)]
 
 
@@ -109,7 +109,7 @@ def explain(rule: Rule, info: MethodInfo, cell: Cell) -> str:
 
 
 def explain_unsupported(config: MethodSpec, base: Cell) -> list[str]:
-    """Returns an error message per variant in `config` unsupported for model and task `base`."""
+    """Returns an error message for each variant in `config` that does not support `base`."""
     cells = [(info, replace(base, row=info.name)) for info in rows_of(config)]
     return [explain(rule, info, cell) for info, cell in cells if (rule := get_rule(cell))]
 

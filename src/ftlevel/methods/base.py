@@ -21,15 +21,16 @@ from ftlevel.methods.support_table import MethodInfo, Rule
 
 @dataclass(frozen=True)
 class Base:
-    """Base model to which a method is applied.
+    """Facts about the base model and the run that `Method.build` needs.
 
     Attributes:
+        config: configuration of the base model, as in transformers.
         architecture: `encoder`, `decoder` or `encoder-decoder`.
         task_type: PEFT task type; None for masked LMs.
         targets: names of the adapted modules, shortened to suffixes that PEFT matches.
         heads: names of the modules that are fully trained.
         fan_in_fan_out: whether the adapted layers are `Conv1D`.
-        total_steps: number of optimizer steps.
+        total_steps: number of optimizer steps of the run.
         parameters: names of adapted tensors outside linear layers, such as fused experts.
         unused: names of modules that do not affect the loss.
     """
@@ -47,7 +48,7 @@ class Base:
 
     @property
     def shared(self) -> dict[str, Any]:
-        """Arguments that all PEFT configs with `target_modules` have in common."""
+        """Keyword arguments for any PEFT config class that has `target_modules`."""
         return {
             "task_type": self.task_type,
             "target_modules": self.targets,
@@ -57,7 +58,7 @@ class Base:
 
 @dataclass(frozen=True)
 class QuantizedCheckpoint:
-    """Checkpoint with quantized weights; `quantization` is bitsandbytes' kind, else `none`."""
+    """Quantized base model; `quantization` is 4bit or 8bit for bitsandbytes, none for others."""
 
     name: str
     format: str
@@ -66,7 +67,7 @@ class QuantizedCheckpoint:
 
 @dataclass(frozen=True)
 class InitializationInputs:
-    """Inputs of initializations that depend on data or weights, computed on demand.
+    """What an initialization may need besides the model; data and weights are loaded on demand.
 
     `batches` returns batches, with a mask `supervised` `(batch, seq)`; they can be iterated again.
     `float_weights` returns a function that loads a linear layer's unquantized weight `(out, in)` by
@@ -80,10 +81,10 @@ class InitializationInputs:
 
 
 class Initialization:
-    """How an adapter is initialized; by default as in PEFT, with the base unchanged."""
+    """Base class of adapter initializations; the default is PEFT's and keeps the base unchanged."""
 
     def required_dtype(self, spec: Any, dtype: str) -> Choice | None:
-        """Returns the dtype that `spec` requires, or None; `ConfigError` if `dtype` is another."""
+        """Returns the dtype that `spec` requires, or None. `ConfigError` if `dtype` differs."""
         return None
 
     def rewrites_base(self, spec: Any) -> bool:
@@ -95,7 +96,7 @@ class Initialization:
         return spec
 
     def initialize(self, model: Any, spec: Any, inputs: InitializationInputs) -> None:
-        """Initialize the adapter of `model` (modified)."""
+        """Initialize the adapter of `model` (modified) in addition to PEFT's own initialization."""
 
     def copy(self, model: Any) -> dict[str, Any]:
         """Returns name → copy of the initial tensors that `as_saved` needs after training."""
@@ -119,8 +120,8 @@ class MergeInfo:
         peft_types: `peft_type` values in adapter_config.json.
         into_weights: whether adapters can be merged.
         get_error: takes adapter_config.json; returns why the adapter cannot be merged, or None.
-        prepare: removes settings only for training from a `PeftConfig` before layers are replaced.
-        restore: sets values of a loaded adapter that are not saved in its file.
+        prepare: removes settings that matter only for training from a `PeftConfig` (modified).
+        restore: takes a loaded `PeftModel` (modified) and its config; sets values not in its file.
         lora_conversion: conversion to a plain LoRA of the unchanged base, for inference servers.
     """
 
@@ -134,9 +135,9 @@ class MergeInfo:
 
 @dataclass(frozen=True)
 class StepSupport:
-    """Why parts of the fast training step do not support a method: functions of `spec`.
+    """Which parts of the fast training step support a method.
 
-    Each returns the reason, or "" if the part supports the method.
+    An attribute takes the method's configuration; returns why its part is unsupported, else "".
 
     Attributes:
         fusing: fused layers; None for methods other than LoRA.
@@ -163,7 +164,7 @@ class HasState(Protocol):
 
 
 class Method:
-    """A fine-tuning method; subclasses set `info` and `rate` and override defaults that do not fit.
+    """Base class of fine-tuning methods; its defaults fit most, `info` and `rate` have none.
 
     A subclass overrides `build`, or `unfreeze` if the model's own weights are trained. `spec` is
     the method's section of the configuration.
@@ -233,7 +234,7 @@ class Method:
         )
 
     def get_embedding_error(self, spec: Any) -> str | None:
-        """Returns why `spec` cannot adapt embeddings, "" if it can, None if no `spec` can."""
+        """Returns why `spec` cannot adapt embeddings; "" if it can; None if the method cannot."""
         return None
 
     def default_target_modules(self, spec: Any, model: Any) -> list[str]:
@@ -252,13 +253,13 @@ class Method:
         return 0
 
     def trains_base(self, spec: Any) -> bool:
-        """Returns whether base weights are trained."""
+        """Returns whether weights of the base model are trained, apart from heads."""
         return False
 
     # With a model:
 
     def build(self, spec: Any, base: Base) -> Any:
-        """Returns the `PeftConfig`; None without an adapter."""
+        """Returns the `PeftConfig`; not overridden if the model's own weights are trained."""
         return None
 
     def unfreeze(self, spec: Any, base: Base, model: Any) -> None:
@@ -268,7 +269,7 @@ class Method:
         """Change `model` for training, after the adapter was added; does nothing by default."""
 
     def optimizer(self, spec: Any, model: Any, args: Any) -> Any:
-        """Returns the optimizer; None uses the Trainer's. `args` are `TrainingArguments`."""
+        """Returns an optimizer, or None for the Trainer's; `args` are `TrainingArguments`."""
         return None
 
     def callbacks(self, spec: Any, checkpoint_dir: Path, should_save: bool) -> list[Any]:
@@ -279,7 +280,7 @@ class Method:
         return []
 
     def penalty(self, model: Any) -> Any:
-        """Returns the regularization term that is added to the loss of a step, or None."""
+        """Returns a regularization term (scalar) that is added to the loss of a step, or None."""
         return None
 
     def finish(self, model: Any) -> None:
@@ -292,7 +293,7 @@ def as_int(number: float) -> int | float:
 
 
 def shortest_names(targets: Iterable[str], names: Iterable[str]) -> set[str]:
-    """Returns the shortest suffixes, such as `q_proj`, that match only `targets` among `names`."""
+    """Returns the shortest suffixes (1 to 3 parts, else full names) that match only `targets`."""
     selected, available = set(targets), set(names)
     for depth in (1, 2, 3):
         short = {".".join(name.split(".")[-depth:]) for name in selected}

@@ -17,7 +17,7 @@ _IS_A_MODEL = "is a model already"
 
 
 class Full(Method):
-    """Full fine-tuning and linear probing, which train the model itself."""
+    """Full fine-tuning, and linear probing (`freeze_base`), which trains only the head."""
 
     info = (
         *single_row(
@@ -83,7 +83,7 @@ class Full(Method):
         return not spec.freeze_base
 
     def unfreeze(self, spec: FullSpec, base: Base, model: Any) -> None:
-        """Unfreeze all modules that affect the loss; with `freeze_base`, only the heads."""
+        """Unfreeze the weights that affect the loss; with `freeze_base`, only those of heads."""
         model.requires_grad_(not spec.freeze_base)
         for name in base.unused:
             model.get_submodule(name).requires_grad_(False)

@@ -27,9 +27,9 @@ OUTPUT_LAYERS = ("lm_head", "embed_out")
 
 @dataclass(frozen=True)
 class Factors:
-    """Update B · A of one module's weight, in float64.
+    """LoRA factors of one module in float64: the update of its weight is B · A.
 
-    `a` is `(r, in)`, or `(r, tokens)` for an embedding; `b` is `(out, r)`.
+    `a` is `(r, in)`, or `(r, vocab)` for an embedding; `b` is `(out, r)`.
     """
 
     a: Any
@@ -42,7 +42,7 @@ class Factors:
         return int(self.a.shape[0])
 
     def padded(self, rank: int) -> Factors:
-        """Returns the update with `a` and `b` zero-padded to `rank`."""
+        """Returns the same update with `a` and `b` zero-padded to `rank`."""
         import torch
 
         num_zeros = rank - self.rank
@@ -53,11 +53,11 @@ class Factors:
 
 @dataclass
 class AdapterFile:
-    """A saved adapter during conversion.
+    """Content of a saved adapter that a `LoraConversion` converts step by step.
 
     Attributes:
         config: the content of adapter_config.json.
-        tensors: tensors by name; conversion removes what it uses, and the rest is unsupported.
+        tensors: tensors by name that are not converted yet; those that remain are unsupported.
         get_base_tensor: returns a tensor of the base model by name.
         tied: output layers that share the weight of an embedding, by name of the embedding.
         notes: what the conversion changed, for the user.
@@ -70,11 +70,11 @@ class AdapterFile:
     notes: list[str] = field(default_factory=list)
 
     def names(self, end: str) -> list[str]:
-        """Returns the names of the modules for which the file has a tensor named `end`."""
+        """Returns the names of the modules that have a tensor named `end` in `tensors`."""
         return [key.removesuffix(f".{end}") for key in self.tensors if key.endswith(f".{end}")]
 
     def pop(self, name: str, *ends: str) -> list[Any]:
-        """Remove the tensors `ends` of module `name` and return them in float64.
+        """Remove the tensors `ends` of module `name` from `tensors`; returns them in float64.
 
         Raises `InputError` if one is missing.
         """
@@ -90,7 +90,7 @@ AsLora = Callable[[AdapterFile], dict[str, Factors]]
 
 @dataclass(frozen=True)
 class LoraConversion:
-    """Conversion of an adapter to plain LoRA.
+    """How a method's adapters are converted to plain LoRA.
 
     Attributes:
         from_file: converts the saved tensors; if None, the layers of a loaded model are converted.
@@ -105,7 +105,7 @@ FULL_RANK = "changes every weight by a matrix of full rank, which no small A and
 
 
 def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """Returns the value of the first pattern that matches module `name`, else `default`."""
+    """Returns the value of the first regular expression that matches `name`, else `default`."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
@@ -231,7 +231,7 @@ def _relative_to_original(file: AdapterFile, name: str, update: Factors) -> Fact
 
 
 def _initial_factors(weight: Any, config: Any, rank: int, scale: float) -> Factors:
-    """Returns A₀ and `scale` · B₀, whose product PiSSA or OLoRA subtract from `weight`."""
+    """Returns A₀ and `scale` · B₀ of PiSSA or OLoRA, whose product is subtracted from `weight`."""
     import torch
     from peft import LoraConfig, get_peft_model
 

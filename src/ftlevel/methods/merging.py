@@ -58,7 +58,7 @@ def get_merge_error(config: Mapping[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class Skeleton:
-    """Adapter with its weights, on a base model on the meta device.
+    """Adapter with its weights, added to a base model that has none (on the meta device).
 
     Attributes:
         units: adapter layers, by name of the base module that each replaces.
@@ -78,7 +78,7 @@ class Skeleton:
         return None
 
     def merge(self, path: str, get_base_tensor: Callable[[str], Any]) -> dict[str, Any]:
-        """Returns base tensor name → merged tensor for the adapted module `path`.
+        """Returns the merged tensors of the adapted module `path`, by name in the base model.
 
         `get_base_tensor` returns a writable base tensor in the output dtype, by name.
 
@@ -196,7 +196,7 @@ def _is_full_module(layer: Any) -> bool:
 
 
 def _fill(base: Any, path: str, get_base_tensor: Callable[[str], Any]) -> None:
-    """Replace the meta tensors of `base`, the module named `path`, by the base weights."""
+    """Replace the meta tensors of `base` (modified), the module named `path`, by base weights."""
     import torch
 
     from ftlevel.models.upstream.tensors import direct_tensors

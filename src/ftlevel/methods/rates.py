@@ -60,7 +60,7 @@ class RateInputs:
 
     @property
     def size(self) -> float:
-        """Position t from small models in short runs (0) to large models in long runs (1)."""
+        """Number from 0 (small model, short run) to 1 (large model, long run): t of the formula."""
         return (_between(self.width, NARROW, WIDE) + _between(self.steps, SHORT, LONG)) / 2
 
 
@@ -70,14 +70,14 @@ def _between(value: int, low: int, high: int) -> float:
 
 @dataclass(frozen=True)
 class Rates:
-    """Peak learning rates of a method.
+    """Default peak learning rates of a method, from which `rate` computes that of a run.
 
     Attributes:
         small: for small models in short runs, measured with one or two targets per row.
         large: for large models in long runs.
         source: paper or library that gives `large`.
-        by_architecture: `small` where the language head is pretrained, by architecture.
-        tokens: `small` with a target per token; None is `small` times `TOKEN_HEAD`.
+        by_architecture: values that replace `small`, by architecture, if the head is pretrained.
+        tokens: replaces `small` if rows have a target per token; None: `small` times `TOKEN_HEAD`.
         is_heads: whether only heads are trained; a target per token does not change their rate.
     """
 
@@ -94,7 +94,7 @@ class Rates:
         return float(f"{small * (self.large / small) ** inputs.size:.0e}")
 
     def small_rate(self, inputs: RateInputs) -> float:
-        """Returns the rate for small models and short runs."""
+        """Returns the rate that a run would have with a small model and few steps."""
         rate = (
             self.small
             if inputs.new_head
@@ -105,7 +105,7 @@ class Rates:
         return rate
 
     def get_choice(self, label: str, inputs: RateInputs, name: str = "learning rate") -> Choice:
-        """Returns the rate and its origin as the setting `name`; `label` says what is trained."""
+        """Returns the rate and the reason for it as setting `name`; `label` is what is trained."""
         small = self.small_rate(inputs)
         if inputs.size == 0:
             message = "measured"
@@ -128,14 +128,14 @@ DEEP_HEAD = Rates(small=5e-3, large=1e-4, source=HEAD.source, is_heads=True)
 
 
 def get_head_rate(inputs: RateInputs) -> Choice:
-    """Returns the learning rate of a new head, and the reason for it."""
+    """Returns the default learning rate of a randomly initialized head, with the reason for it."""
     rates, label = (DEEP_HEAD, "a deep head") if inputs.deep_head else (HEAD, "a linear head")
     return rates.get_choice(label, inputs, "head learning rate")
 
 
 @dataclass(frozen=True)
 class HeadRate:
-    """Peak learning rate of randomly initialized heads, whose names in the base are `modules`."""
+    """Learning rate of randomly initialized heads; `modules` are their module names in the base."""
 
     modules: Sequence[str]
     rate: float
@@ -144,7 +144,7 @@ class HeadRate:
 def set_head_rate(
     optimizer: torch.optim.Optimizer, model: torch.nn.Module, heads: HeadRate
 ) -> None:
-    """Move the heads' parameters to new parameter groups of `optimizer` with the heads' rate.
+    """Give the heads' parameters their own parameter groups in `optimizer`, with `heads.rate`.
 
     Must run before the scheduler is created. New groups copy all other options, such as weight
     decay. Idempotent.

@@ -15,7 +15,7 @@ from ftlevel.config.sections import Section
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """A row of the support table.
+    """A row of the support table: a method, or a variant of one.
 
     Attributes:
         method: value of `--method`.
@@ -23,8 +23,8 @@ class MethodInfo:
         trained: what is trained.
         merges: how adapters are merged; empty if they cannot be.
         reference: paper or library that defines the method.
-        llama_7b: trainable parameters on Llama-2-7B by default.
-        fields: spec fields and their values that define the variant.
+        llama_7b: number of trainable parameters on Llama-2-7B by default.
+        fields: fields of the method's configuration, with the values that select the variant.
         other_methods: other values of `--method` that have this variant.
     """
 
@@ -39,7 +39,7 @@ class MethodInfo:
     other_methods: tuple[str, ...] = ()
 
     def matches(self, section: Section) -> bool:
-        """Returns whether `section`, the method's configuration, uses this method and variant."""
+        """Returns whether the method configuration `section` selects this row."""
         values = {"kind": (self.method, *self.other_methods), **self.fields}
         return all(_is_of(getattr(section, name, None), value) for name, value in values.items())
 
@@ -47,7 +47,7 @@ class MethodInfo:
 def single_row(
     method: str, trained: str, merges: str, reference: str, llama_7b: int
 ) -> tuple[MethodInfo]:
-    """Returns a tuple with the only `MethodInfo` of a method without variants."""
+    """Returns the `info` of a method without variants: a tuple with one `MethodInfo`."""
     return (MethodInfo(method, method, f"--method {method}", trained, merges, reference, llama_7b),)
 
 
@@ -66,13 +66,13 @@ _ANY: frozenset[str] = frozenset()
 
 
 def rows(*names: str) -> frozenset[str]:
-    """Returns the names of rows as a frozenset."""
+    """Returns `names`, names of rows of the support table, as a frozenset for `Rule.rows`."""
     return frozenset(names)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Unsupported combinations of the support table; an empty field matches all values.
+    """Unsupported combinations of method, model and task; a field that is empty matches any value.
 
     `why` is a clause with the reason, `instead` a sentence with an alternative.
     """
@@ -87,11 +87,11 @@ class Rule:
     experts: bool | None = None
 
     def matches(self, cell: Cell) -> bool:
-        """Returns whether the rule applies to every combination in `cell`."""
+        """Returns whether the rule excludes `cell` for every value of its unset (None) fields."""
         return cell.row in self.rows and self._matches(cell, on_none=False)
 
     def may_match(self, cell: Cell) -> bool:
-        """Returns whether the rule applies to some combination in `cell`."""
+        """Returns whether the rule excludes `cell` for some values of its unset (None) fields."""
         return cell.row in self.rows and self._matches(cell, on_none=True)
 
     def _matches(self, cell: Cell, *, on_none: bool) -> bool:
@@ -123,7 +123,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Cell:
-    """Method, base model and task to look up in the support table; None means any value."""
+    """Row (method or variant), base model and task to look up in the support table; None: unset."""
 
     row: str = ""
     family: str | None = None

@@ -21,7 +21,7 @@ def convert_to_sets(config: Any) -> None:
 
 
 class PrecisionLayer:
-    """Mixin for layers: casts and moves the weights of adapters; must precede `BaseTunerLayer`."""
+    """Mixin for PEFT layers that casts and moves adapter weights; must precede `BaseTunerLayer`."""
 
     adapter_layer_names: tuple[str, ...]
     get_base_layer: Callable[[], nn.Module]
@@ -59,7 +59,7 @@ class PrecisionTuner:
     tuner_layer_cls: type[PrecisionLayer]
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Cast the adapter to the base model's dtype, or to float32 with autocast."""
+        """Cast the adapter to float32, or without autocast to the base layers' dtype."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)  # type: ignore[misc]
         if not autocast_adapter_dtype:
             for layer in self.model.modules():
@@ -73,7 +73,7 @@ def first_float(module: nn.Module) -> nn.Parameter | None:
 
 
 class VirtualTokenLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLayer):
-    """Virtual tokens that adapters add to one module, by adapter name."""
+    """Base class of PEFT layers that have the virtual tokens of one module, by adapter name."""
 
     merge_error = VIRTUAL_TOKENS
     in_features: int
@@ -98,7 +98,7 @@ class VirtualTokenLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLa
 
 
 class VirtualTokenTuner(UnmergeableTuner, PrecisionTuner, BaseTuner):
-    """Tuner with default target modules, whose layers are `VirtualTokenLayer`s."""
+    """Base class of tuners with `VirtualTokenLayer`s that can find their target modules."""
 
     tuner_layer_cls: type[VirtualTokenLayer] = VirtualTokenLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}

@@ -69,7 +69,7 @@ class LinearUpdate(Method):
         self.is_inplace = is_inplace
 
     def check(self, spec: Any, sizes: Mapping[str, tuple[int, int]]) -> None:
-        """Raise `ConfigError` if the block size does not divide the input size of each layer."""
+        """Raise `ConfigError` if the block size does not divide the widths of each layer."""
         if self.block_size:
             size = getattr(spec, self.block_size)
             check_block_size(self.block_size, size, sizes, outputs=self.split_outputs)
@@ -104,7 +104,7 @@ _NO_CONV1D = Rule(
 def check_block_size(
     field: str, size: int, sizes: Mapping[str, tuple[int, int]], *, outputs: bool
 ) -> None:
-    """Raise `ConfigError` unless `size` divides all inputs and, with `outputs`, all outputs."""
+    """Raise `ConfigError` unless `size` divides all input and, if `outputs`, all output widths."""
     widths = {name: pair if outputs else pair[:1] for name, pair in sizes.items()}
     invalid = {name: width for name, pair in widths.items() for width in pair if width % size}
     if not invalid:
@@ -176,7 +176,7 @@ class Ia3(Method):
 
 
 def vera_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns module → LoRA factors of diag(b) · B · diag(d) · A; `InputError` without A and B."""
+    """Returns module name → LoRA factors diag(b) · B and diag(d) · A; needs A and B in the file."""
     if not {"base_model.vera_A", "base_model.vera_B"} <= set(file.tensors):
         raise InputError(
             "its shared matrices are not in its file (save_projection was off). Load it with PEFT "
@@ -206,7 +206,7 @@ _ORTHOGONAL_RULES = (
 
 
 def loha_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns module name → LoRA factors, of rank r², of s · (B₁A₁) ⊙ (B₂A₂)."""
+    """Returns module name → LoRA factors of rank r² that equal s · (B₁A₁) ⊙ (B₂A₂)."""
     factors = {}
     for name in file.names("hada_w1_a"):
         names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -219,7 +219,7 @@ def loha_as_lora(file: AdapterFile) -> dict[str, Factors]:
 
 
 def lokr_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns module → LoRA factors s · (B₁ ⊗ B₂), A₁ ⊗ A₂ of s · W₁ ⊗ W₂ with Wᵢ = Bᵢ · Aᵢ."""
+    """Returns module name → LoRA factors s · (B₁ ⊗ B₂) and A₁ ⊗ A₂; LoKr is s · (B₁A₁) ⊗ (B₂A₂)."""
     import torch
 
     names = {key.rpartition(".lokr_")[0] for key in file.tensors if ".lokr_w" in key}
@@ -235,7 +235,7 @@ def lokr_as_lora(file: AdapterFile) -> dict[str, Factors]:
 
 
 def _kronecker_factor(file: AdapterFile, name: str, factor: str) -> tuple[Any, Any]:
-    """Returns B and A of the Kronecker `factor`; if only B · A is saved, one is the identity."""
+    """Returns B and A with B · A = tensor `factor`; if that is saved whole, one is the identity."""
     import torch
 
     if f"{name}.{factor}" not in file.tensors:
@@ -270,7 +270,7 @@ _LYCORIS_RULES = (
 
 
 def miss_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns module name → LoRA factors, where A sums inputs; `InputError` for init "bat"."""
+    """Returns module name → LoRA factors; A sums inputs. `InputError` for `init_weights` "bat"."""
     import torch
 
     start = file.config.get("init_weights")
@@ -312,7 +312,7 @@ class Shira(LinearUpdate):
     """The method SHiRA (sparse high-rank adapter)."""
 
     def check(self, spec: ShiraSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
-        """Raise `ConfigError` if a linear layer has too few weights for r."""
+        """Raise `ConfigError` if a linear layer has fewer than r · (in + out) weights to train."""
         max_ranks = {name: i * o // (i + o) for name, (i, o) in sizes.items()}
         small = [name for name, r in max_ranks.items() if r < spec.r]
         if small:
@@ -329,7 +329,7 @@ class Shira(LinearUpdate):
 
 
 def gralora_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns module → LoRA factors, of rank k · r, that contain the LoRAs of all k × k blocks.
+    """Returns module name → LoRA factors of rank k · r that combine the LoRAs of all k × k blocks.
 
     PEFT saves A as `(k, in / k, r)`, where each output block has r / k consecutive columns, and B
     as `(k, r, out / k)`.

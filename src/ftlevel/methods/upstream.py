@@ -84,14 +84,14 @@ def register_tuner(peft_type: Any, config: type, model: type) -> None:
 
 
 def pattern_of(patterns: Iterable[str], module: str) -> str:
-    """Returns the first of `patterns` that matches the module name `module`; `module` if none."""
+    """Returns the first of `patterns` that matches the module name `module`; if none, `module`."""
     from peft.utils.other import get_pattern_key
 
     return str(get_pattern_key(list(patterns), module))
 
 
 def merge_layer(layer: Any) -> Any:
-    """Merge an adapter layer of PEFT; returns the base module. May raise `RuntimeError`."""
+    """Merge the adapter of PEFT's `layer` into its base module; returns that module."""
     if hasattr(layer, "unload_and_optionally_merge_module"):
         return layer.unload_and_optionally_merge_module(
             merge=True, safe_merge=False, adapter_names=None
@@ -106,7 +106,7 @@ def shira_indices(module: Any) -> dict[str, Any]:
 
 
 def random_shira_mask(base_layer: Any, r: int, **kwargs: Any) -> Any:
-    """Returns PEFT's random mask `(out, in)` of the weights that SHiRA trains.
+    """Returns a random mask `(out, in)` of the weights that SHiRA trains, as PEFT draws it.
 
     For meta weights it is `(1, n)` with the right number of ones; the adapter file has the indices.
     """
@@ -121,7 +121,7 @@ def random_shira_mask(base_layer: Any, r: int, **kwargs: Any) -> Any:
 def copy_base_outputs(model: Any) -> None:
     """Make GraLoRA and C³A layers of `model` (modified) add to a copy of the base layer's output.
 
-    PEFT 0.21 adds in place, which autograd rejects for quantized layers with a bias.
+    PEFT 0.21 adds in place, which fails in autograd for quantized layers with a bias.
     """
     for module in model.modules():
         if hasattr(module, "gralora_A") or hasattr(module, "c3a_kernel"):
@@ -151,13 +151,13 @@ def reset_ranks(peft_model: Any, config: Any) -> None:
 
 
 def importance_scores(model: Any) -> dict[str, dict[str, Any]]:
-    """Returns AdaLoRA's importance scores in PEFT: attribute → parameter name → tensor."""
+    """Returns AdaLoRA's importance scores: name of PEFT's attribute → parameter name → tensor."""
     allocator = model.base_model.rankallocator
     return {name: getattr(allocator, name) for name in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
 
 
 def register_lora_layers(config: Any, layers: dict[type, Callable[..., Any]]) -> None:
-    """Make PEFT use `layers`, LoRA classes by base layer type, for the `LoraConfig` (modified)."""
+    """Make PEFT create LoRA layers by `layers` (base layer type → class) in `config` (modified)."""
     config._register_custom_module(layers)
 
 

@@ -45,7 +45,7 @@ _TINIT, _TFINAL = 0.1, 0.3
 
 
 def _reset_ranks(config: Any) -> None:
-    """Remove the rank pattern and initialization from `config`, as saved matrices are pruned."""
+    """Unset `rank_pattern` of `config`, so that PEFT does not prune the saved matrices again."""
     config.rank_pattern = None
     config.init_lora_weights = True
 
@@ -103,7 +103,7 @@ class AdaLora(Method):
         )
 
     def prepare(self, model: Any) -> None:
-        """Freeze the parameters `ranknum` (ranks) in `model`, which PEFT leaves trainable."""
+        """Freeze the `ranknum` parameters of `model` (modified), which count ranks."""
         freeze_ranks(model)
 
     def callbacks(self, spec: AdaloraSpec, checkpoint_dir: Path, should_save: bool) -> list[Any]:
@@ -126,7 +126,7 @@ class AdaLora(Method):
         return model.peft_config["default"].orth_reg_weight * torch.stack(norms).mean()
 
     def finish(self, model: Any) -> None:
-        """Delete pruned ranks from the matrices of `model` (modified)."""
+        """Remove the rows and columns of pruned ranks from the matrices of `model` (modified)."""
         import torch
 
         for name, alive in (model.peft_config["default"].rank_pattern or {}).items():

@@ -15,7 +15,7 @@ FILE, RANKS = "adalora.safetensors", "adalora_ranks.json"
 
 
 class RankPruningCallback(TrainerCallback):
-    """Prunes ranks after every optimizer step, while gradients exist.
+    """Trainer callback that prunes ranks after every optimizer step, while gradients exist.
 
     If its config has ranks, PEFT saves pruned tensors, which do not fit the optimizer state. The
     config therefore gets the ranks only after training, and checkpoints have full tensors and
@@ -77,5 +77,5 @@ class RankPruningCallback(TrainerCallback):
     def on_train_end(
         self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any
     ) -> None:
-        """Store the final ranks in the PEFT config, so that only those are saved."""
+        """Set `rank_pattern` of the PEFT config, so that PEFT saves only the ranks that remain."""
         model.peft_config["default"].rank_pattern = self.ranks

@@ -47,13 +47,13 @@ from ftlevel.methods.support_table import single_row
 
 @dataclass(frozen=True)
 class AdapterPositions:
-    """Names of modules in a transformer block, relative to the block.
+    """Names of the modules at which a transformer block can get adapters, relative to the block.
 
     Attributes:
         attention: last linear layers of the attention modules.
         feed_forward: last linear layer of the feed-forward, or the whole feed-forward.
-        inputs: possible first linear layers of the feed-forward; empty if `feed_forward` is all
-            of it.
+        inputs: possible names of the feed-forward's first linear layer; empty if `feed_forward` is
+            the whole feed-forward.
         residual: module whose input is the tensor that the feed-forward's output is added to; empty
             if the sum has other terms, too, or the output is normalized or scaled first.
         norm: layer norm after that sum; empty in pre-norm models.
@@ -120,7 +120,7 @@ ADAPTER_POSITIONS: dict[str, AdapterPositions] = {
 
 
 def get_adapter_positions(config: Any) -> AdapterPositions | None:
-    """Returns the module names for a transformers config, or None for unknown model types."""
+    """Returns the adapter positions in models with `config`, or None for unknown model types."""
     model_type = getattr(config, "model_type", None)
     if model_type not in ADAPTER_POSITIONS and hasattr(config, "get_text_config"):
         model_type = config.get_text_config().model_type
@@ -158,7 +158,7 @@ def target_pattern(positions: AdapterPositions, placement: str) -> str:
 
 
 def block_of(positions: AdapterPositions | None, module_name: str) -> str | None:
-    """Returns the block of a feed-forward or norm, such as `model.layers.0.`; None for others."""
+    """Returns the block that a feed-forward or norm ends, such as `model.layers.0.`, or None."""
     for end in (positions.feed_forward, positions.norm) if positions else ():
         block = module_name.removesuffix(end)
         if (
@@ -173,7 +173,10 @@ def block_of(positions: AdapterPositions | None, module_name: str) -> str | None
 def get_input_layer(
     positions: AdapterPositions | None, module_name: str, names: Iterable[str]
 ) -> str | None:
-    """Returns from `names` the first feed-forward layer in the block of `module_name`, or None."""
+    """Returns the first linear layer of the feed-forward that ends at `module_name`, or None.
+
+    `names` are the names of all modules of the model.
+    """
     block = block_of(positions, module_name)
     if positions is None or block is None:
         return None
@@ -250,7 +253,7 @@ class Bottleneck(Method):
     page = PAGE
 
     def rates(self, spec: AdapterSpec) -> Rates:
-        """Returns the rates, higher for placement pfeiffer and lower for a scaling above 1."""
+        """Returns the default learning rates, which depend on placement and scaling."""
         scaling = default_scaling(spec.placement) if spec.scaling is None else spec.scaling
         if isinstance(scaling, float) and scaling > 1:
             return Rates(small=1e-3, large=1e-4, source="a third of Houlsby et al., section 3.2")

@@ -99,7 +99,7 @@ INPUT_TYPES: dict[str, InputType] = {
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """Settings of one adapter in one layer: input, activation, dropout and constant scale."""
+    """Settings of one adapter in one layer; `scaling` is 1 if the scale is learned."""
 
     input_type: InputType
     activation: Callable[[Tensor], Tensor]
@@ -108,14 +108,14 @@ class LayerConfig:
 
     @property
     def hooked_input(self) -> HookedInput | None:
-        """Input that a hook must store for the adapter; None if it reads only the output."""
+        """Which tensor a hook must store for the adapter; None if it reads only the output."""
         if self.input_type == "output":
             return None
         return "input" if self.input_type == "input" else "residual"
 
 
 class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLayer):
-    """Base module with its adapters, by adapter name.
+    """PEFT layer: a base module with its adapters, by adapter name.
 
     The base module is a linear layer, or a feed-forward that returns its hidden states alone or
     first in a tuple. The linear layers of an adapter are in separate `ModuleDict`s because PEFT
@@ -154,7 +154,7 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
         input_type: InputType,
         widths: tuple[int, int],
     ) -> None:
-        """Add an adapter in float32 on the module's device, initialized as the identity.
+        """Add an adapter in float32 on the module's device; at first it does not change the output.
 
         The up-projection is zero, as in He et al. (2022); Houlsby et al. use N(0, 0.01²) for both.
         `widths` are the widths of the adapter's input and output.
@@ -219,7 +219,7 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
         return [name for name in active if name in self.configs]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module, then its active adapters in sequence; returns `(..., width_out)`."""
+        """Run the base module, then add the active adapters in turn; returns `(..., width_out)`."""
         inputs, self._inputs = self._inputs, {}
         output = self.base_layer(*args, **kwargs)
         running = self.running()
@@ -328,7 +328,7 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _connect(self, layer: BottleneckLayer, placement: str, module_name: str) -> InputType:
-        """Returns which tensor `placement` reads; if it is the residual, hooks it for `layer`."""
+        """Returns which tensor adapters of `placement` read; hooks the residual if they read it."""
         input_type = INPUT_TYPES.get(placement, "output")
         if input_type not in ("residual", "sum"):
             return input_type

@@ -210,7 +210,7 @@ class LoraInitialization(Initialization):
             start_from_data(model, inputs.batches(), inputs.device, inputs.dtype)
 
     def copy(self, model: Any) -> dict[str, Any]:
-        """Returns name → copy of A and B after PiSSA or OLoRA, which change the base; else {}."""
+        """Returns name → copy of A and B for PiSSA and OLoRA, which change the base; else {}."""
         config = getattr(model, "peft_config", {}).get(ADAPTER)
         if getattr(config, "init_lora_weights", None) not in BASE_MODIFYING_INITS:
             return {}
@@ -222,9 +222,9 @@ class LoraInitialization(Initialization):
 
     @contextlib.contextmanager
     def as_saved(self, model: Any, initial: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
-        """Yields the state dict of an equal LoRA of rank 2r on the original base.
+        """Context manager: yields the state dict of an equal LoRA of rank 2r on the original base.
 
-        Yields None for initializations that leave the base unchanged.
+        Its config has rank 2r within the context. Yields None if the initialization keeps the base.
         """
         if not initial:
             yield None
@@ -350,7 +350,7 @@ class Lora(Method):
         return None
 
     def get_embedding_error(self, spec: LoraSpec) -> str:
-        """Returns why the initialization in `spec` cannot adapt an embedding, or ""."""
+        """Returns why the initialization in `spec` cannot adapt an embedding; "" if it can."""
         if spec.init_lora_weights in ("default", "gaussian"):
             return ""
         return f"the start {spec.init_lora_weights} is taken from linears. Use --init default"
@@ -380,7 +380,7 @@ class Lora(Method):
             raise ConfigError(problems)
 
     def num_parameters(self, spec: LoraSpec, sizes: Mapping[str, tuple[int, int]]) -> int | None:
-        """Returns the sum of r · (in + out); None for variants with more or fewer parameters."""
+        """Returns the sum of r · (in + out); None for variants whose number differs."""
         values = (
             spec.rank_pattern,
             spec.use_dora,
@@ -392,7 +392,7 @@ class Lora(Method):
         return sum(spec.r * (fan_in + fan_out) for fan_in, fan_out in sizes.values())
 
     def build(self, spec: LoraSpec, base: Base) -> Any:
-        """Returns `peft.LoraConfig`; raises `ConfigError` for unknown tokens to train."""
+        """Returns `peft.LoraConfig`; raises `ConfigError` if a token to train is unknown."""
         from peft import EvaConfig, LoraConfig  # imports bitsandbytes, which logs on import
 
         init = spec.init_lora_weights
@@ -415,9 +415,9 @@ class Lora(Method):
         )
 
     def optimizer(self, spec: LoraSpec, model: Any, args: Any) -> Any:
-        """Returns PEFT's LoRA+ optimizer, or None without `lora_plus_ratio`.
+        """Returns PEFT's LoRA+ optimizer, or None if `lora_plus_ratio` is unset.
 
-        B and all vectors, such as biases of heads, get A's rate times the ratio.
+        B and all trained vectors, such as biases of heads, get A's rate times the ratio.
         """
         if spec.lora_plus_ratio is None:
             return None

@@ -43,7 +43,7 @@ def start_from_residual(model: Any, weight_of: Callable[[str], Tensor]) -> None:
 
 
 def factor(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Returns A `(rank, in)` and B `(out, rank)`: B @ A best approximates `matrix` `(out, in)`.
+    """Returns A `(rank, in)` and B `(out, rank)` with B @ A nearest to `matrix` `(out, in)`.
 
     Uses eigenvectors of the smaller Gram matrix in float64, about ten times faster than an SVD.
     """

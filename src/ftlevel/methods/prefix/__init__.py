@@ -99,7 +99,7 @@ class PrefixTuning(Method):
     page = PAGE
 
     def rates(self, spec: PrefixSpec) -> Rates:
-        """Returns the rates: P-tuning v2's, or lower ones for a projected prefix.
+        """Returns P-tuning v2's learning rates, or lower ones if an MLP computes the prefix.
 
         The MLP's tanh saturates at 3e-3 with one or two targets per row, or 1e-2 with many.
         """

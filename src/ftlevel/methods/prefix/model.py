@@ -39,7 +39,7 @@ Prefix = tuple[Tensor, Tensor]
 
 
 def register_attention() -> None:
-    """Register the attention functions in transformers, with the masks of those they replace."""
+    """Register ftlevel's attention functions in transformers; masks are those of the originals."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask, sdpa_mask
 
@@ -221,7 +221,7 @@ CUSTOM_ATTENTION: dict[str, Callable[..., Any]] = {
 
 
 def custom_attention(module: nn.Module) -> Callable[..., Any] | None:
-    """Returns the function that replaces `module.forward` (GPT-Neo, DeBERTa-v2), else None."""
+    """Returns the replacement of `module.forward` (for GPT-Neo and DeBERTa-v2), or None."""
     return CUSTOM_ATTENTION.get(f"{type(module).__module__}.{type(module).__qualname__}")
 
 
@@ -258,9 +258,9 @@ INIT_STD = 0.02
 
 
 class PrefixLayer(VirtualTokenLayer):
-    """Attention module, `base_layer`, with the prefixes of the active adapters concatenated.
+    """PEFT layer: an attention module, `base_layer`, whose queries also attend to prefixes.
 
-    Other attributes are read from `base_layer`.
+    The prefixes of the active adapters are concatenated. Other attributes are `base_layer`'s.
     """
 
     base_layer: Any
@@ -338,7 +338,7 @@ class PrefixLayer(VirtualTokenLayer):
                 del getattr(self, name)[adapter_name]
 
     def prefix_of(self, names: list[str]) -> Prefix:
-        """Returns keys and values of the adapters `names`, each `(1, kv_heads, ΣP, head_dim)`."""
+        """Returns the adapters' keys and values, each `(1, kv_heads, sum of lengths, head_dim)`."""
         key_values = [self.compute(name) for name in names]
         keys, values = (
             torch.cat(part).view(1, -1, self.kv_heads, self.head_dim).transpose(1, 2)
@@ -359,7 +359,7 @@ class PrefixLayer(VirtualTokenLayer):
 
 
 def kv_shape(attention: nn.Module) -> tuple[int, int]:
-    """Returns the number of key-value heads of an attention module, and their width."""
+    """Returns the number of key-value heads of an attention module, and the width of a head."""
     config = getattr(attention, "config", None)
     heads = _first(attention, ("n_heads", "num_heads", "num_attention_heads"))
     if heads is None and config is not None:
@@ -385,7 +385,8 @@ _WITHOUT_PREFIX = {ours: own for own, ours in WITH_PREFIX.items()}
 class PrefixModel(VirtualTokenTuner):
     """Tuner for prefix tuning of all attention modules of a model.
 
-    The model uses ftlevel's attention functions until `unload`; only "eager" returns weights.
+    Until `unload`, the model uses ftlevel's attention functions; it can return attention weights
+    only with `attn_implementation="eager"`.
     """
 
     prefix: str = "prefix_kv_"
@@ -470,7 +471,7 @@ class PrefixModel(VirtualTokenTuner):
 
     @torch.no_grad()
     def fold(self, adapter_name: str = "default") -> None:
-        """Replace the MLP of an adapter, in place, by the keys and values that it computes."""
+        """Replace the MLP of an adapter by the keys and values that it computes (in place)."""
         config = self.peft_config[adapter_name]
         if not config.prefix_projection:
             return

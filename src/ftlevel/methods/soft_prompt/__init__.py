@@ -20,7 +20,7 @@ from ftlevel.methods.support_table import single_row
 
 
 def get_layer_stacks(model: Any) -> list[str]:
-    """Returns the name of the model's part without head, or those of its encoder and decoder.
+    """Returns the name of the model without its head, or the names of its encoder and decoder.
 
     Each is the innermost module with input embeddings, such as OPT's `model.decoder`.
     """
@@ -37,7 +37,7 @@ def get_layer_stacks(model: Any) -> list[str]:
 def get_prompt_modules(model: Any) -> list[str]:
     """Returns the names of the modules of `model` that get a prompt.
 
-    Without a head, that is the `ModuleList` of layers, because PEFT cannot target the whole model.
+    If the model has no head, that is its `ModuleList` of layers: PEFT cannot target a whole model.
     """
     lists = (n for n, part in model.named_modules() if type(part).__name__ == "ModuleList")
     return get_layer_stacks(model) or [*lists][:1]

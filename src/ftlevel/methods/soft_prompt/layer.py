@@ -26,7 +26,7 @@ from ftlevel.methods.upstream import add_peft_type, register_tuner
 
 @dataclass(frozen=True)
 class PromptPosition:
-    """Where a prompt of `length` tokens is in each row: from index `start` `(batch,)` on."""
+    """Position of a prompt: `length` tokens from index `start` `(batch,)` of each row."""
 
     start: Tensor
     length: int
@@ -35,7 +35,7 @@ class PromptPosition:
     def compute(
         cls, attention_mask: Tensor | None, rows: Tensor, length: int, tokens_before: int
     ) -> PromptPosition:
-        """Returns the position of `length` tokens after left padding and `tokens_before` tokens.
+        """Returns the position of a prompt after left padding and `tokens_before` text tokens.
 
         `attention_mask` is `(batch, seq)`, or None without padding; `rows` is any tensor of the
         batch, for batch size and device.
@@ -134,14 +134,14 @@ StackType = Literal["whole", "encoder", "decoder"]
 
 @dataclass(frozen=True)
 class PromptShape:
-    """Number of tokens of one prompt, and of the text tokens before it."""
+    """Length of one prompt, and number of text tokens before it."""
 
     length: int
     tokens_before: int
 
 
 class SoftPromptLayer(VirtualTokenLayer):
-    """Prompts by adapter name, inserted into the inputs of `stack` (model or encoder) by hooks."""
+    """Prompts of all adapters, by name; hooks insert them into the inputs of `stack`."""
 
     adapter_layer_names = (
         "soft_prompt_embedding",
@@ -182,7 +182,7 @@ class SoftPromptLayer(VirtualTokenLayer):
     def add_prompt(
         self, adapter_name: str, config: SoftPromptConfig, stack: Any, stack_type: StackType
     ) -> None:
-        """Add a prompt to `stack`; for a decoder with encoder, store only the prompt's length."""
+        """Add a prompt for `stack`; a decoder with an encoder stores only the prompt's shape."""
         self.stack_type = stack_type
         self.shapes[adapter_name] = PromptShape(config.num_virtual_tokens, config.tokens_before)
         if stack_type == "decoder":
@@ -246,7 +246,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         return [name for name in self.active_adapters if name in self.shapes]
 
     def before_forward(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook: returns the arguments with the prompts inserted; None without prompts.
+        """Forward pre-hook: returns the arguments with the active prompts inserted, or None.
 
         Raises `ValueError` if the attention mask is not `(batch, seq)`.
         """
@@ -282,7 +282,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         return PromptPosition.compute(mask, rows, length, self.shapes[names[0]].tokens_before)
 
     def _insert_prompts(self, names: list[str], stack: Any, call: dict[str, Any]) -> PromptPosition:
-        """Insert the prompts `names` into the arguments `call` (modified); returns the position."""
+        """Insert prompts into the arguments `call` (modified); returns their position."""
         embedded = call.get("inputs_embeds")
         if embedded is None:
             embedded = stack.get_input_embeddings()(call["input_ids"])
@@ -300,7 +300,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         return position
 
     def _extend_cached(self, names: list[str], call: dict[str, Any]) -> None:
-        """Extend mask and positions in `call` (modified) by prompts `names` in the KV cache."""
+        """Extend mask and positions in `call` (modified) by prompts already in the KV cache."""
         mask = call.get("attention_mask")
         if mask is not None:
             call["attention_mask"] = self._compute_position(names, mask, mask).extend_mask(mask)
@@ -310,7 +310,7 @@ class SoftPromptLayer(VirtualTokenLayer):
             )
 
     def _extend_encoder_mask(self, names: list[str], call: dict[str, Any]) -> None:
-        """Add ones for prompts `names` to the encoder's mask in the decoder's arguments `call`."""
+        """Extend the encoder's mask in the decoder's arguments `call` (modified) by the prompts."""
         mask = call.get("encoder_attention_mask")
         if mask is not None:
             call["encoder_attention_mask"] = self._compute_position(names, mask, mask).extend_mask(
