@@ -63,7 +63,7 @@ WIDTHS: dict[str, Callable[[Dims], int]] = {
 class BlockLinear:
     """A linear layer; `path` is relative to the block, `fan_in` and `fan_out` are keys of `WIDTHS`.
 
-    `only` is the variant of the family that has it; empty for all.
+    `only` names the variant of the family whose models have the layer; empty if all have it.
     """
 
     path: str
@@ -85,7 +85,7 @@ class BlockLinear:
 
 @dataclass(frozen=True)
 class Stack:
-    """Repeated blocks; `path` has `{i}` for the layer index.
+    """A list of equal blocks in a model; `path` is a block's name, with `{i}` for its index.
 
     `experts` are tensors with all experts of a block, for PEFT's `target_parameters`. The number of
     blocks depends on `role`: `Dims.layers`, `Dims.decoder_layers`, or one shared block.
@@ -100,7 +100,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class ReleasedModel:
-    """A released model; `variants` names the variants of the family whose layers it has."""
+    """A released model of a family; it has the layers whose `only` is empty or in `variants`."""
 
     name: str
     dims: Dims
@@ -132,13 +132,13 @@ class Family:
 
     @property
     def default_targets(self) -> tuple[str, ...]:
-        """Linear layers that low-rank methods adapt by default: all in the blocks."""
+        """Names of the linear layers that low-rank methods adapt by default: all in the blocks."""
         names = (linear.name for stack in self.stacks for linear in stack.linears)
         return tuple(dict.fromkeys(names))
 
     @property
     def target_parameters(self) -> tuple[str, ...]:
-        """Expert tensors for PEFT's `target_parameters`."""
+        """Paths of the expert tensors, for PEFT's `target_parameters`."""
         return tuple(expert.path for stack in self.stacks for expert in stack.experts)
 
 
@@ -206,7 +206,7 @@ def lookup_family(name: str) -> Family | None:
 
 
 def get_family(name: str) -> Family:
-    """Returns the family `name`; raises `InputError`, which lists similar names, if unknown."""
+    """Returns the family `name`; raises `InputError` with similar names if it is unknown."""
     family = lookup_family(name)
     if family is not None:
         return family

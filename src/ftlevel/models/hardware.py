@@ -58,7 +58,7 @@ def allowed_cpus() -> list[int]:
 
 
 def get_num_cores(cpus: list[int], topology: Path = _TOPOLOGY) -> int:
-    """Returns the number of physical cores of the logical `cpus`; if unknown, `len(cpus)`."""
+    """Returns the number of physical cores of the logical CPUs `cpus`; if unknown, `len(cpus)`."""
     core_ids = set()
     for cpu in cpus:
         try:
@@ -77,7 +77,7 @@ def get_cpu_quota(membership: Path = _MEMBERSHIP, root: Path = _CGROUPS) -> floa
 def control_groups(
     membership: Path = _MEMBERSHIP, root: Path = _CGROUPS, controller: str = "cpu"
 ) -> Iterator[Path]:
-    """Yields the directories of this process's control groups (cgroups), up to `root`."""
+    """Yields the directories of this process's cgroups, up to `root`; `membership` lists them."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:
@@ -111,7 +111,7 @@ _TRAINED_BYTES = 12  # gradient and two Adam moments in float32
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """Bytes per base `weight` (0.5 for 4 bits) and activation `value`; whether the base trains."""
+    """Bytes per base `weight` (0.5 for 4-bit) and per activation `value`; what is trained."""
 
     weight: float
     value: int
@@ -120,7 +120,7 @@ class MemorySettings:
 
 
 def max_length_in_memory(config: Any, settings: MemorySettings, memory: int) -> int | None:
-    """Returns an upper bound of a row's tokens that fit into `memory` bytes; None if unknown."""
+    """Returns an upper bound of the tokens per row that fit in `memory` bytes; None if unknown."""
     text = config.get_text_config()
     hidden, layers = getattr(text, "hidden_size", 0), getattr(text, "num_hidden_layers", 0)
     if not (isinstance(hidden, int) and isinstance(layers, int) and hidden and layers):
@@ -158,7 +158,7 @@ def trim_heap() -> None:
 
 
 def get_memory_limits(groups: Iterable[Path]) -> Iterator[int]:
-    """Yields the memory limits of control groups in bytes, v2 (memory.max) or v1."""
+    """Yields the memory limits of the control groups in bytes, skipping groups without limit."""
     for group in groups:
         for name in ("memory.max", "memory.limit_in_bytes"):
             try:
@@ -168,7 +168,7 @@ def get_memory_limits(groups: Iterable[Path]) -> Iterator[int]:
 
 
 def get_free_memory(groups: Iterable[Path]) -> Iterator[int]:
-    """Yields the free memory of control groups in bytes, v2 or v1; cached files count as free."""
+    """Yields the free bytes in each control group with a memory limit; cached files are free."""
     for group in groups:
         for limit, used, cached in (
             ("memory.max", "memory.current", "inactive_file"),
@@ -214,7 +214,7 @@ def format_device(device: str) -> str:
 
 
 def select_dtype(dtype: str, device: str, method: str, model_type: str) -> Choice:
-    """Select the compute dtype by name; ConfigError if unsupported by device or model."""
+    """Select the compute dtype by name; `ConfigError` if device or model do not support it."""
     if model_type == "deberta":  # transformers 5.24 masks with float32's minimum
         if dtype in ("auto", "float32"):
             why = "auto: DeBERTa's mask overflows anything shorter" if dtype == "auto" else ""
@@ -271,7 +271,7 @@ def autocast(device: str, dtype: str) -> torch.autocast:
 
 @contextlib.contextmanager
 def evaluating(model: Any, device: str, dtype: str) -> Iterator[None]:
-    """Use eval mode, no gradients and autocast in the `with` block; restores the training mode."""
+    """In the `with` block, use eval mode, no gradients and autocast; restores the training mode."""
     training = model.training
     model.eval()
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -286,23 +286,23 @@ def evaluating(model: Any, device: str, dtype: str) -> Iterator[None]:
 
 
 def _make_contiguous(head: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:  # noqa: ARG001 - a hook
-    """Pre-hook of the language head that gives its input the strides of a new tensor.
+    """Pre-hook of the language head that makes its input contiguous.
 
-    For other strides, such as those of last tokens, torch copies a frozen weight per row: 1.6 s
+    For a slice, such as the last tokens of rows, torch copies a frozen weight per row: 1.6 s
     instead of 0.014 s and 432 MiB for 8 rows of SmolLM2 in bfloat16, 190 ms instead of 9 for one.
     """
     return (args[0].flatten(0, -2).contiguous().view(args[0].shape), *args[1:]) if args else None
 
 
 def uses_tf32(enabled: bool | None, device: str, dtype: str) -> bool:
-    """Returns whether float32 matrix products use TF32: on new GPUs, unless `enabled` is False."""
+    """Returns whether float32 products use TF32: on new GPUs, unless `enabled` is False."""
     if enabled is False or dtype != "float32" or device != "cuda":
         return False
     return torch.cuda.get_device_capability() >= (8, 0)
 
 
 def select_tf32(tf32: bool | None, device: str, dtype: str) -> list[Choice]:
-    """Returns log lines about TF32; raises `ConfigError` for a device without TF32."""
+    """Returns the setting to report about TF32, if any; raises `ConfigError` if unsupported."""
     if uses_tf32(tf32, device, dtype):
         message = "auto: an Ampere GPU or later; --no-tf32 is exact" if tf32 is None else ""
         return [Choice("float32 products", "in TF32 while training", message)]
@@ -366,7 +366,7 @@ def current_memory_bytes(device: str) -> int:
 
 
 def free_memory_bytes(device: str) -> int:
-    """Returns free memory in bytes: of the GPU, or the RAM that this process may use."""
+    """Returns free memory in bytes: of the GPU, or RAM that this process may use."""
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     try:

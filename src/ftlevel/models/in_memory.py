@@ -36,7 +36,7 @@ _OF_NO_WEIGHT = tuple(
 
 @dataclass(frozen=True)
 class PlacedModel:
-    """Where a model object is stored: in `directory`, or if None, in the files of model `name`."""
+    """Files of a model passed as object: `directory`, or if that is None, those of model `name`."""
 
     name: str
     directory: Path | None
@@ -45,7 +45,7 @@ class PlacedModel:
 
 
 def place_model(model: Any, tokenizer: Any, config: ModelConfig, parent_dir: Path) -> PlacedModel:
-    """Returns files with the weights of `model`, saved in the empty `parent_dir` if necessary.
+    """Returns where files of `model` are; saves them in the empty `parent_dir` if there are none.
 
     If `model` is None, `config` names it; if `tokenizer` is None, the model's is used. Raises
     `ConfigError` for an argument of wrong type, or if `model` and `config` both name a model.
@@ -87,7 +87,7 @@ def place_model(model: Any, tokenizer: Any, config: ModelConfig, parent_dir: Pat
 
 
 def _check_model(model: Any, config: ModelConfig) -> None:
-    """Raise if `model` has an adapter, is no transformers model, or `config` names another one."""
+    """Raise `ConfigError` if `model` cannot be trained, or if `config` names a model, too."""
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -135,7 +135,7 @@ def _resolve_name(name: str, config: ModelConfig) -> ModelSource | None:
 
 
 def _with_tokenizer(source: ModelSource, tokenizer: Any, parent_dir: Path) -> PlacedModel:
-    """Returns `source`, or a copy in `parent_dir` with `tokenizer` if the tokenizers differ."""
+    """Returns the files of `source`; if `tokenizer` differs from theirs, a copy that has it."""
     if tokenizer is None or _get_tokenizer_state(tokenizer) == _get_tokenizer_state(
         load_tokenizer(source)
     ):
@@ -209,7 +209,7 @@ def _get_config_dict(config: Any) -> dict[str, Any]:
 
 
 def _load_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name in `model`, tensor) of each tensor in the files of `source`, one at a time."""
+    """Yields each tensor in the files of `source`, loaded one by one, with its name in `model`."""
     state, prefix = model.state_dict(), f"{model.base_model_prefix}."
     for path in sorted(snapshot(source).glob("*.safetensors")):
         with safe_open(str(path), framework="pt") as file:

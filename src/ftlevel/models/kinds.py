@@ -42,7 +42,7 @@ TASK_CLASSES = (
 
 
 def checkpoint_class(config: Any) -> str:
-    """Returns the auto class with which a checkpoint was saved, from its `architectures`.
+    """Returns the name of the auto class for a checkpoint, by the `architectures` of its config.
 
     Without `architectures`, as in .gguf files, decoders and encoder-decoders get a language-model
     class, and other models `AutoModel`.
@@ -97,7 +97,7 @@ _BY_LAYER = {
 
 
 def save_legacy_rope(model_dir: Path) -> None:
-    """Add the RoPE keys of transformers 4 to config.json in `model_dir`."""
+    """Add the RoPE keys that transformers 4 reads to config.json in `model_dir`."""
     path = model_dir / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
@@ -107,7 +107,7 @@ def save_legacy_rope(model_dir: Path) -> None:
 
 
 def legacy_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the RoPE keys of transformers 4 for a config; empty without `rope_parameters`."""
+    """Returns the RoPE keys that transformers 4 reads; empty for unsupported `rope_parameters`."""
     rope, model_type = config.get("rope_parameters") or {}, config.get("model_type", "")
     if model_type in _BY_LAYER:
         layers = [rope[name] for name in ("full_attention", "sliding_attention")]

@@ -49,9 +49,9 @@ Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
 
 
 def check_shapes(model: Any, mismatched: Iterable[Mismatch], label: str) -> list[str]:
-    """Returns the `mismatched` weights that are in heads, which are newly initialized.
+    """Returns the names of weights in heads whose shape differs, so that they are initialized anew.
 
-    Raises InputError if a weight outside the heads has another shape in the checkpoint.
+    Raises InputError if the shape of a weight outside the heads differs from the checkpoint's.
     """
     heads = tuple(f"{head}." for head in get_heads(model))
     rows = sorted(mismatched)
@@ -71,7 +71,7 @@ def _by(shape: Iterable[int]) -> str:
 
 
 def check_unexpected(model: nn.Module, unexpected_keys: Iterable[str], label: str) -> None:
-    """Raise `InputError` for stored layers or biases that `model`, built from the config, lacks."""
+    """Raise `InputError` if a checkpoint has layers or biases that the config's `model` lacks."""
     lengths = {
         name: len(module)
         for name, module in model.named_modules()
@@ -99,7 +99,7 @@ def check_unexpected(model: nn.Module, unexpected_keys: Iterable[str], label: st
 
 
 def _lookup(values: Mapping[str, Any], name: str) -> Any:
-    """Returns the value of `name`, or of a key equal to it up to a module prefix; else None."""
+    """Returns the value of `name`, or of a key that differs only by a module prefix, or None."""
     if name in values:
         return values[name]
     if not name:
@@ -261,7 +261,7 @@ def _explain_error(error: Exception) -> str:
 
 
 def label_overrides(names: Sequence[str]) -> dict[str, Any]:
-    """Returns the `overrides` of `load_config` for class or tag `names`."""
+    """Returns the keyword arguments of `load_config` that set the labels: class or tag `names`."""
     return {
         "num_labels": len(names),
         "id2label": dict(enumerate(names)),
@@ -324,8 +324,8 @@ def load_model(
 ) -> tuple[Any, list[str]]:
     """Load the weights of `source` into a model in eval mode.
 
-    Returns the model, and the randomly initialized parameters (see `check_missing`). Weights for
-    `slices` are loaded later, unchecked. InputError if a file is corrupted or unlike the config.
+    Returns the model, and the names of randomly initialized parameters. With `slices`, matrices
+    are loaded later, unchecked. InputError if a file is corrupted or does not fit the config.
     """
     if source.gguf_file and quantization is not None:
         return _load_gguf_quantized(
@@ -396,7 +396,7 @@ def _load_weights(
 def _load_gguf_quantized(
     source: ModelSource, config: Any, auto_class: str, *, dtype: torch.dtype, **kwargs: Any
 ) -> tuple[Any, list[str]]:
-    """Load a .gguf file in `dtype`, save it, and load the saved model with quantization."""
+    """Load a .gguf file in `dtype`, save it, and load the saved model quantized (`kwargs`)."""
     with Workspace("gguf") as folder:
         model, missing = load_model(source, config, auto_class, dtype=dtype, device="cpu")
         model.save_pretrained(folder, max_shard_size="2GB")
@@ -406,7 +406,7 @@ def _load_gguf_quantized(
 
 
 def keep_heads(quantization: Any, config: Any, auto_class: str) -> Any:
-    """Returns a copy of `quantization` that leaves the heads of the model unquantized.
+    """Returns a copy of the config `quantization` that leaves the model's heads unquantized.
 
     With a list of modules to skip, transformers quantizes a tied output layer too, which unties it.
     """
@@ -424,7 +424,7 @@ def _keep_new_heads(
     auto_class: str,
     dtype: torch.dtype,
 ) -> Any:
-    """Returns `config`, in which heads that the checkpoint did not quantize stay unquantized."""
+    """Returns a copy of `config` that keeps heads unquantized that are so in the checkpoint."""
     if as_quant_config(quantization_config) is None:
         return config
     quantized = [name for name in _load_tensor_types(source) if name.endswith((".absmax", ".SCB"))]
@@ -465,7 +465,7 @@ def _prefix(entry: Any) -> str:
 
 
 def get_new_poolers(meta: torch.nn.Module, source: ModelSource) -> list[str]:
-    """Returns the poolers that the checkpoint lacks, which are trained like new heads."""
+    """Returns the names of poolers that the checkpoint lacks; they are trained like new heads."""
     checkpoint_names = _load_tensor_types(source)
     if not checkpoint_names:
         return []

@@ -52,7 +52,7 @@ class LinearModule:
     """A linear layer; `pattern` is its name without layer index: `model.layers.{i}.mlp.up_proj`.
 
     `location` is `other` outside blocks and heads (BERT's pooler), `kernel` if the model reads the
-    weight without calling the module (no adapter possible), `aside` if some inputs do not use it.
+    weight without calling the module (no adapter possible), `aside` if only some inputs use it.
     """
 
     name: str
@@ -75,7 +75,7 @@ class ExpertParameter:
 
 
 def linear_size(module: nn.Module) -> tuple[str, int, int] | None:
-    """Returns (type, in, out) of a linear layer of any library; None for other modules."""
+    """Returns (type, inputs, outputs) of a linear layer of any library; None for other modules."""
     if isinstance(module, Conv1D):
         return "Conv1D", int(module.nx), int(module.nf)
     fan_in, fan_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
@@ -88,7 +88,7 @@ def linear_size(module: nn.Module) -> tuple[str, int, int] | None:
 
 
 class ModuleTree:
-    """Modules of a model by name, classified as blocks, heads and others."""
+    """Modules of a model by name; finds its blocks (repeated layers), heads and linear layers."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -141,14 +141,14 @@ class ModuleTree:
         ]
 
     def _unwrap(self, name: str) -> str:
-        """Returns the module that single children lead to, such as `cls` -> `cls.predictions`."""
+        """Returns the name of the first module below `name` with several children, or `name`."""
         children = list(self.modules[name].named_children())
         if len(children) == 1 and any(True for _ in children[0][1].children()):
             return self._unwrap(f"{name}.{children[0][0]}")
         return name
 
     def pattern(self, name: str) -> str:
-        """Returns `name` with `{i}`, `{j}`, … for the indices of layers and of repeated modules."""
+        """Returns `name` with `{i}`, `{j}`, … in place of the indices of repeated modules."""
         names, letters = name.split("."), iter(_INDEX_LETTERS)
         for position, part in enumerate(names):
             parent = ".".join(name.split(".")[:position])
@@ -194,14 +194,14 @@ class ModuleTree:
                     yield ExpertParameter(f"{owner}.{key}", pattern, count, fan_in, fan_out)
 
     def norms(self) -> Iterator[tuple[str, str, int]]:
-        """Yields (pattern, type, width) of the norms with weights outside the heads."""
+        """Yields (pattern, type, width) of the norms that have weights and are not in heads."""
         for name in self.norm_names():
             module = self.modules[name]
             first = next(module.parameters(recurse=False))
             yield self.pattern(name), type(module).__name__, first.numel()
 
     def norm_names(self) -> list[str]:
-        """Returns the full names of the norms with weights outside the heads."""
+        """Returns the full names of the norms that have weights and are not in heads."""
         return [
             name
             for name, module in self.modules.items()
@@ -226,19 +226,19 @@ class ModuleTree:
 
 
 def get_stacks(model: nn.Module) -> list[list[nn.Module]]:
-    """Returns the blocks of each stack of a model, encoder before decoder."""
+    """Returns a list of blocks per stack of the model; the encoder's is before the decoder's."""
     tree = ModuleTree(model)
     return [list(tree.modules[name].children()) for name in tree.blocks]
 
 
 def get_blocks(model: nn.Module) -> list[nn.Module]:
-    """Returns the blocks of a model with a single stack, else an empty list."""
+    """Returns the blocks of `model` if it has a single stack, else an empty list."""
     stacks = get_stacks(model)
     return stacks[0] if len(stacks) == 1 else []
 
 
 def get_modules_to_not_convert(model: nn.Module) -> list[str]:
-    """Returns linear layers not to quantize: read without calling them, or in full precision."""
+    """Returns the names of linear layers that must not be quantized in models of this type."""
     model_type = str(getattr(model.config, "model_type", ""))
     suffixes = (*_KERNEL_LAYERS.get(model_type, ()), *_FULL_PRECISION_LAYERS.get(model_type, ()))
     return (
@@ -253,7 +253,7 @@ def get_modules_to_not_convert(model: nn.Module) -> list[str]:
 
 
 def get_heads(model: nn.Module) -> list[str]:
-    """Returns the modules on top of the base model, such as `["lm_head"]`; may be empty."""
+    """Returns the names of modules on top of the base model, such as `lm_head`; may be empty."""
     return ModuleTree(model).heads
 
 

@@ -22,7 +22,7 @@ from ftlevel.models.upstream.quantizers import check_environment, replaced_linea
 
 
 def build_quantization_config(quant: QuantConfig, dtype: torch.dtype, heads: list[str]) -> Any:
-    """Build the `BitsAndBytesConfig` for `quant`, which excludes `heads`; None for kind `none`."""
+    """Build the `BitsAndBytesConfig` for `quant`, which skips `heads`; None for kind `none`."""
     if quant.kind == "none":
         return None
     from transformers import BitsAndBytesConfig
@@ -61,7 +61,7 @@ class QuantizationRounding:
     dtype: torch.dtype
 
     def __call__(self, name: str, weight: Tensor) -> Tensor:
-        """Returns `weight` in `dtype`, quantized and dequantized if `name` is in `names`."""
+        """Returns `weight` in `dtype`, rounded if `name` is in `names`; integers as they are."""
         if not weight.is_floating_point():
             return weight
         weight = weight.to(self.dtype)
@@ -87,7 +87,7 @@ class QuantizationRounding:
 
 
 def create_rounding(model: Any, quantization: Any, dtype: torch.dtype) -> QuantizationRounding:
-    """Create the rounding of weights that `quantization` causes in the meta `model` (modified)."""
+    """Returns the rounding that quantizing the meta `model` (modified) by `quantization` causes."""
     layers = replaced_linears(model, quantization, pre_quantized=False)
     experts: frozenset[str] = frozenset()
     if packs_experts(quantization):
@@ -135,7 +135,7 @@ PLAIN_NOTE = '{"_type": "Tensor"}'
 
 
 def torchao_bytes(shape: tuple[int, ...], quantization: Any) -> int:
-    """Returns the bytes of a weight `(out, in)`: values (one byte), scales, int8's zero points."""
+    """Returns the size of a weight `(out, in)` in bytes, with its scales and int8's zero points."""
     name = type(quantization.quant_type).__name__
     return math.prod(shape) + shape[0] * (5 if name == _CONFIGS["int8-torchao"] else 4)
 
@@ -186,7 +186,7 @@ def get_quantization_info(quantization_config: dict[str, Any]) -> dict[str, Any]
 
 
 def get_quant_config(info: Mapping[str, Any]) -> QuantConfig:
-    """Returns a model card's quantization as a `QuantConfig`; `none` for other quantizations."""
+    """Returns the quantization in a model card; kind `none` if it is not of bitsandbytes."""
     return QuantConfig.model_validate(info) if _is_applied(info) else QuantConfig()
 
 

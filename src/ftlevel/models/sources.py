@@ -30,7 +30,7 @@ _BUILTIN = Path(__file__).with_name("builtin")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """An existing model and the arguments to load it with transformers.
+    """A pretrained model that exists, and how to load it with transformers.
 
     `location` is a directory or Hub id; `gguf_file` a file inside it. `display_name` is the model's
     name in errors; empty means `--model NAME`.
@@ -71,9 +71,9 @@ class ModelSource:
 
 
 def download_files(source: ModelSource, patterns: Sequence[str]) -> Path | None:
-    """Returns a directory with the files of `source` that match `patterns`.
+    """Returns a directory with the files of `source` that match `patterns`; None for a .gguf file.
 
-    Files of a Hub model are downloaded, or offline taken from the cache. None without a directory.
+    Files of a Hub model are downloaded, or offline taken from the cache; None if it is not cached.
     """
     if source.kind != "hub":
         return source.path if source.path is not None and source.path.is_dir() else None
@@ -208,7 +208,7 @@ def _check_looks_like_hub_id(name: str, path: Path, label: str) -> None:
 
 
 def _check_reachable(name: str, revision: str | None, label: str) -> bool:
-    """Returns whether to load the Hub id `name` from the cache only; InputError if unavailable."""
+    """Returns whether `name` can be loaded only from the cache; InputError if it is not there."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     cached = isinstance(
@@ -243,7 +243,7 @@ def is_reachable(endpoint: str) -> bool:
 
 
 def snapshot(source: ModelSource, extra: Iterable[str] = ()) -> Path:
-    """Returns the directory of `source`; config, weights and files `extra` are downloaded first."""
+    """Returns a directory with config, weights and files `extra`; a Hub model is downloaded."""
     if source.kind != "hub":
         return Path(source.location)
     from huggingface_hub import snapshot_download

@@ -28,7 +28,7 @@ _PLAIN_NAME = re.compile(r"[\w.\-]+(,[\w.\-]+)*")
 
 @dataclass(frozen=True)
 class LinearGroup:
-    """Linear layers of a model that differ only in their layer index."""
+    """Linear layers of a model that differ only in their layer index; `count` is their number."""
 
     name: str
     pattern: str
@@ -40,7 +40,7 @@ class LinearGroup:
 
     @property
     def all_linear(self) -> bool:
-        """Whether `all-linear`, the default of low-rank methods, selects these layers."""
+        """Whether `--target-modules all-linear`, the default of low-rank methods, includes them."""
         return self.location == "block"
 
     def lora_parameters(self, r: int) -> int:
@@ -50,7 +50,7 @@ class LinearGroup:
 
 @dataclass(frozen=True)
 class ExpertGroup:
-    """Expert tensors that differ only in their layer index; `count` is the number of layers."""
+    """Expert tensors that differ only in their layer index; `count` is their number."""
 
     name: str
     pattern: str
@@ -60,7 +60,7 @@ class ExpertGroup:
     count: int
 
     def lora_parameters(self, r: int) -> int:
-        """Returns the number of parameters of LoRA of rank `r` through `target_parameters`."""
+        """Returns the number of parameters if LoRA of rank `r` adapts all experts of the group."""
         count = lora_parameters(self.in_features, self.out_features, r)
         return self.count * self.experts * count
 
@@ -257,7 +257,7 @@ class _Selector:
         return sorted(selected)
 
     def _adaptable(self, matches: Sequence[str]) -> list[str]:
-        """Returns the linear layers among `matches` (names): those in blocks; if none, others."""
+        """Returns which `matches` (names) are linear layers in blocks; if none, in other places."""
         layers = [self.linears[full] for full in matches if full in self.linears]
         in_blocks = [part.name for part in layers if part.location == "block"]
         return in_blocks or [

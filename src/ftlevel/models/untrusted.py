@@ -62,7 +62,7 @@ _POSITIVE_SIZES = tuple(
 
 
 def check_directory(path: Path, label: str) -> None:
-    """Raise `InputError` if a directory has special or oversized files, or outside references."""
+    """Raise `InputError` if a directory has special or oversized files, or refers outside it."""
     check_regular(path.iterdir(), label)
     for index in path.glob(_INDEX):
         _check_index(index, label)
@@ -72,7 +72,7 @@ def check_directory(path: Path, label: str) -> None:
 
 
 def check_config(config: Mapping[str, Any], label: str) -> None:
-    """Raise `InputError` for implausible sizes or Hub kernels in a config, before it is built."""
+    """Raise `InputError` if a model config has implausible sizes or fetches code from the Hub."""
     check_sizes(config, label)
     _check_kernels(config, label)
     names = config.get("architectures") or []
@@ -153,7 +153,7 @@ _SIZES = Path("/proc/self/statm")  # in pages; the sixth field is data and stack
 
 @functools.lru_cache(maxsize=1)
 def _sizes_of(_process: int) -> io.FileIO | None:
-    """Returns /proc/self/statm, opened once per process id; None if the system lacks it."""
+    """Returns /proc/self/statm, opened once per process id (for forks); None if there is none."""
     return io.FileIO(_SIZES) if _SIZES.exists() else None
 
 
@@ -206,7 +206,7 @@ _PATTERN_KEYS = ("rank_pattern", "alpha_pattern")
 
 
 def check_patterns(adapter_dir: Path, peft_config: Mapping[str, Any], base: Any) -> None:
-    """Raise `InputError` for invalid patterns in `peft_config`, or slow ones on names in `base`."""
+    """Raise `InputError` if patterns in `peft_config` are invalid, or slow on names in `base`."""
     path = adapter_dir / "adapter_config.json"
     names = [name for name, _ in base.named_modules()]
     for field, written, pattern in _patterns(peft_config):
@@ -226,7 +226,7 @@ def check_patterns(adapter_dir: Path, peft_config: Mapping[str, Any], base: Any)
 
 
 def _patterns(peft_config: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yields (config field, its regular expression, expression that PEFT matches instead)."""
+    """Yields (config field, regular expression in it, the expression that PEFT makes of that)."""
     for field in _REGEX_KEYS:
         if isinstance(text := peft_config.get(field), str):
             yield field, text, text

@@ -60,7 +60,7 @@ def eager_attention_of(module: Any) -> Any:
 
 
 def forget_renaming(model: Any, mapping: Mapping[str, str]) -> None:
-    """Make `save_pretrained` of `model` (modified) write its own names and not undo `mapping`."""
+    """Make `save_pretrained` of `model` (modified) write its own names: `mapping` is not undone."""
     model._weight_conversions = [
         conversion
         for conversion in model._weight_conversions
@@ -96,7 +96,7 @@ _EXPERT_ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "has_post_expert_
 
 
 def can_pack(module: Any) -> bool:
-    """Returns whether 4-bit packing supports an experts module: gated, no biases, whole blocks."""
+    """Returns whether experts can be packed in 4-bit: gated, no biases, sizes in whole blocks."""
     parameters: dict[str, Any] = getattr(module, "_parameters", {})
     experts = [parameters[name] for name in NAMES if parameters.get(name) is not None]
     if [tensor.dim() for tensor in experts] != [3, 3]:

@@ -29,7 +29,7 @@ in_reading_order = partial(sorted, key=dot_natural_key)
 
 
 class KeyMapper:
-    """Mapping of tensor names in a checkpoint to those of a meta model, as in `from_pretrained`."""
+    """Maps tensor names in a checkpoint to those of a meta model, as `from_pretrained` does."""
 
     def __init__(self, model: Any, key_mapping: Mapping[str, str] | None = None) -> None:
         self._model, self._mapping = model, dict(key_mapping or {})
@@ -40,7 +40,7 @@ class KeyMapper:
         self.names = model.state_dict()
 
     def __call__(self, key: str) -> tuple[str, str | None]:
-        """Returns the model's name for `key`, and the pattern of its converter or None."""
+        """Returns the model's name of tensor `key`, and the pattern of its converter or None."""
         name, pattern = rename_source_key(
             key, self._renamings, self._converters, self._model.base_model_prefix, self.names
         )
@@ -58,7 +58,7 @@ class KeyMapper:
 def convert(
     converter: Any, name: str, parts: Iterable[tuple[str, str, Tensor]], model: Any
 ) -> Tensor:
-    """Returns the model's tensor `name`, converted from (key, pattern, tensor) `parts` in order."""
+    """Returns the model's tensor `name`, converted from `parts`: (stored name, pattern, tensor)."""
     converter = copy.deepcopy(converter)
     for key, pattern, tensor in parts:
         converter.add_tensor(name, key, pattern, tensor)
@@ -72,7 +72,7 @@ def forget_conversions(model: Any) -> None:
 
 
 def revert(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns `tensors` (model name → tensor) as `save_pretrained` names and splits them."""
+    """Returns `tensors` (by name in `model`) renamed and split as `save_pretrained` does."""
     if not model._weight_conversions:
         return tensors
     return revert_weight_conversion(model, tensors)
@@ -82,7 +82,7 @@ _STRING, _ARRAY = gguf.GGUFValueType.STRING, gguf.GGUFValueType.ARRAY
 
 
 class FastGGUFReader(gguf.GGUFReader):
-    """GGUF reader that slices a NumPy array; slicing a memory map is ten times slower."""
+    """GGUF reader that reads from a NumPy array: slices of a memory map are ten times slower."""
 
     @property
     def data(self) -> Any:

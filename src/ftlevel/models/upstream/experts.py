@@ -33,12 +33,12 @@ Count = Callable[[Tensor, int], list[int]]
 
 
 def get_rows_per_expert(experts: Tensor, number: int) -> list[int]:
-    """Returns how many rows each of `number` experts has; synchronizes with the device."""
+    """Returns how many rows each of `number` experts gets; `experts` are the rows' experts."""
     return torch.bincount(experts, minlength=number).tolist()
 
 
 def split_evenly(experts: Tensor, number: int) -> list[int]:
-    """Returns equal numbers of rows per expert (± 1), for fake `experts` without values."""
+    """Returns equal row counts for `number` experts (± 1); `experts` may be a fake tensor."""
     return [len(experts) * (i + 1) // number - len(experts) * i // number for i in range(number)]
 
 
@@ -106,7 +106,7 @@ def _one_by_one(module: Any, name: str) -> Iterator[tuple[Tensor, Any]]:
 
 
 def assume_even_experts(config: Any) -> None:
-    """Change `config` so that its model assumes equal rows per expert, as fake tensors require."""
+    """Make models of `config` (modified) give all experts equally many rows, as fakes require."""
     config._experts_implementation = _EVEN
 
 

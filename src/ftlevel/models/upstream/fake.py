@@ -35,14 +35,14 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 class FakeTensor(Tensor):
-    """CPU tensor without values; `shape_only` is a meta tensor of the same shape and dtype."""
+    """Tensor without values on a nominal CPU; `shape_only` is a meta tensor with its shape."""
 
     shape_only: Tensor
     sparse_indices: Tensor | None = None
 
     @staticmethod
     def __new__(cls, shape_only: Tensor) -> FakeTensor:
-        """Returns the fake tensor for a meta tensor."""
+        """Create a fake tensor like the meta tensor `shape_only`."""
         fake_tensor: FakeTensor = Tensor._make_wrapper_subclass(
             cls,
             shape_only.size(),
@@ -125,7 +125,7 @@ def _values_of(sparse: FakeTensor) -> FakeTensor:
 
 
 def _detached(tensor: FakeTensor) -> FakeTensor | None:
-    """Returns a detached `tensor` with its indices if it is sparse, else None."""
+    """Returns `tensor` detached if it is sparse (with its indices); else None."""
     indices = getattr(tensor, "sparse_indices", None)
     return None if indices is None else _sparse_of(tensor.shape_only, tensor.size(), indices)
 
@@ -142,7 +142,7 @@ _CHANGES_SHAPE = {torch.ops.aten.resize_.default, torch.ops.aten.set_.source_Ten
 
 
 def _signature(value: Any, tensors: list[Tensor]) -> Any:
-    """Returns the cache key of an argument `value`; appends the value's tensors to `tensors`."""
+    """Returns a cache key of the argument `value`; appends the tensors in it to `tensors`."""
     if isinstance(value, Tensor):
         tensors.append(value)
         position = next(at for at, one in enumerate(tensors) if one is value)
@@ -168,7 +168,7 @@ def _index_of(value: Tensor, candidates: Sequence[Tensor]) -> int | None:
 
 
 def _get_builder(result: Tensor, inner: Sequence[Tensor]) -> _Builder | None:
-    """Returns a function from tensors like `inner` to a fake tensor like `result`; else None."""
+    """Returns a function from arguments like `inner` to a fake result like `result`, or None."""
     at = _index_of(result, inner)
     if at is not None:  # modified in place
         return lambda given: given[at]
@@ -191,17 +191,17 @@ def _shape_of(tensor: Tensor) -> Tensor:
 
 
 def storage_of(tensor: Tensor) -> Any:
-    """Returns the storage that `tensor` shares with views; of a fake tensor, on the meta device."""
+    """Returns the storage of `tensor`, which its views share; for a fake one, its meta tensor's."""
     real_tensor = tensor.shape_only if isinstance(tensor, FakeTensor) else tensor
     return real_tensor.untyped_storage()
 
 
 class Params4bit(FakeTensor):
-    """Fake packed weights; named like bitsandbytes' class because PEFT checks the name."""
+    """Fake 4-bit weights; named like bitsandbytes' class because PEFT checks the class name."""
 
 
 class OperationWatch(TorchDispatchMode, ABC):  # type: ignore[no-untyped-call]  # torch's
-    """Dispatch mode that observes the results of tensor operations in this thread."""
+    """Base class of dispatch modes that observe the results of this thread's tensor operations."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -270,7 +270,7 @@ def new_fake(shape: Any, dtype: torch.dtype) -> Tensor:
 
 
 def pack_fake(model: torch.nn.Module, dtype: torch.dtype, experts: Any = None) -> set[str]:
-    """Replace bitsandbytes weights in `model` (modified) by fakes; returns their modules' names."""
+    """Replace bitsandbytes weights in `model` (modified) by fakes; returns the modules' names."""
     import bitsandbytes as bnb
 
     packed = set()
@@ -297,7 +297,7 @@ def pack_fake(model: torch.nn.Module, dtype: torch.dtype, experts: Any = None) -
 
 
 def _fake_state(shape: tuple[int, ...], quant_type: str, double: bool, dtype: torch.dtype) -> Any:
-    """Returns a fake `QuantState` with blocks of 64; `double`: its scales are quantized, too."""
+    """Returns a fake `QuantState` with blocks of 64; `double`: the scales are quantized, too."""
     from bitsandbytes.functional import QuantState
 
     blocks = -(-math.prod(shape) // 64)

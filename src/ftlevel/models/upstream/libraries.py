@@ -21,7 +21,7 @@ _BYTES = 1 << 30
 def apply_template(
     turns: Sequence[Any], template: str, **kwargs: Any
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Returns the rendered chat, and spans of assistant text if `return_assistant_tokens_mask`.
+    """Returns the rendered chat, and the character spans of assistant turns if these are requested.
 
     Raises TimeoutError after ten seconds, MemoryError above a gigabyte (Linux), and the template's
     own errors.
@@ -41,7 +41,7 @@ def check_template(template: str) -> None:
 
 
 def shared_order() -> Any:
-    """Returns accelerate's `SeedableRandomSampler`, whose order is the same in all processes."""
+    """Returns accelerate's class `SeedableRandomSampler`: all processes draw the same order."""
     from accelerate.data_loader import SeedableRandomSampler
 
     return SeedableRandomSampler
@@ -61,12 +61,12 @@ def datasets_offline(enabled: bool) -> Iterator[None]:
 
 
 def leave_sharded(trainer: Any) -> None:
-    """Make `trainer` (modified) leave a sharded model unwrapped: DDP does not support DTensors."""
+    """Keep `trainer` (modified) from wrapping its sharded model: DDP does not support DTensors."""
     trainer.is_distributed_loading_by_transformers = True
 
 
 def use_one_gpu(arguments: Any) -> None:
-    """Set one GPU per process in `arguments` (modified), to prevent `nn.DataParallel`."""
+    """Set one GPU per process in the `TrainingArguments` (modified): no `nn.DataParallel`."""
     arguments._n_gpu = min(arguments.n_gpu, 1)  # reading n_gpu initializes _n_gpu
 
 

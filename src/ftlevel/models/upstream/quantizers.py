@@ -22,7 +22,7 @@ from ftlevel.models.upstream.shards import LazyTensor, LazyWeight, rows_of
 
 
 def check_environment(quantization_config: Mapping[str, Any], device: str) -> None:
-    """Raise transformers' error if weights quantized in this way cannot be loaded on `device`."""
+    """Raise transformers' error if `device` cannot load weights with this quantization."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     quantizer = AutoHfQuantizer.from_config(dict(quantization_config), pre_quantized=True)
@@ -51,7 +51,7 @@ def replaced_linears(model: Any, quantization: Any, *, pre_quantized: bool) -> d
 
 
 def quantize_shape(model: Any, quantization: Any) -> None:
-    """Quantize `model` (modified) on the meta device: bitsandbytes layers without codes.
+    """Replace linear layers of the meta `model` (modified) by bitsandbytes' with packed shapes.
 
     Biases keep their dtype. 4-bit weights become plain parameters, because DoRA copies them, which
     `Params4bit` does not support on the meta device.
@@ -77,7 +77,7 @@ def quantize_shape(model: Any, quantization: Any) -> None:
 
 
 def torchao_linears(model: Any, quantization: Any) -> list[str]:
-    """Returns the linear layers of `model` (modified) that transformers quantizes with torchao."""
+    """Returns the names of the linear layers of `model` (modified) that torchao quantizes."""
     quantizer = prepare_quantized(model, quantization, pre_quantized=False)
     return [
         name
@@ -90,7 +90,7 @@ def torchao_linears(model: Any, quantization: Any) -> list[str]:
 def pack_torchao(
     key: str, weight: Tensor, quantization: Any
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns the quantized `weight` as tensors to store under `key`, and their metadata entry."""
+    """Returns the quantized `weight` as tensors to store under `key`, and their metadata."""
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
     from torchao.quantization import quantize_
 
@@ -117,7 +117,7 @@ def keep_trainable_layout(model: torch.nn.Module) -> int:
 
 
 def cast_unquantized(model: Any, dtype: torch.dtype) -> None:
-    """Cast unquantized tensors of a bitsandbytes `model` (modified), unless kept in float32."""
+    """Cast unquantized tensors of `model` (modified), except those that are always in float32."""
     float32_names = modules_in_float32(model, dtype)
     packed = sys.modules["bitsandbytes"].nn.Params4bit  # its storage may have a floating dtype
     for name, parameter in model.named_parameters():
@@ -135,7 +135,7 @@ def four_bit_values(quant_type: str) -> Tensor:
 
 
 def scales_of(weight: Any) -> Iterator[Tensor]:
-    """Yields the scales of bitsandbytes `weight`; if quantized, their codes, then their scales."""
+    """Yields the scales of a bitsandbytes weight; if they are quantized, their codes and scales."""
     state = getattr(weight, "quant_state", None)  # 4 bits
     while state is not None:
         yield state.absmax.detach()
@@ -153,7 +153,7 @@ def supports_4bit_training(linear: Any) -> bool:
 
 
 def supports_8bit_training(linear: Any) -> bool:
-    """Returns whether a CPU `Linear8bitLt` computes with dequantized weights and has scales."""
+    """Returns whether a `Linear8bitLt` is on the CPU and computes with dequantized weights."""
     if linear.weight.device.type != "cpu" or linear.state.has_fp16_weights:
         return False
     if linear.weight.CB is not None:
@@ -162,13 +162,13 @@ def supports_8bit_training(linear: Any) -> bool:
 
 
 def dequantize_8bit(linear: Any, dtype: torch.dtype) -> Tensor:
-    """Returns the weight `(out, in)`, as in bitsandbytes, if `supports_8bit_training`."""
+    """Returns the weight `(out, in)` of a layer that `supports_8bit_training`, in `dtype`."""
     state = linear.state
     return state.CB.to(dtype, copy=True).mul_(state.SCB.unsqueeze(1).mul(1.0 / 127.0))
 
 
 def dequantized(linear: Any) -> Tensor:
-    """Returns the float32 weight `(out, in)` of a bitsandbytes layer before the first forward."""
+    """Returns the float32 weight `(out, in)` of a bitsandbytes layer that has not run yet."""
     import bitsandbytes.functional as bnb
 
     if (state := getattr(linear.weight, "quant_state", None)) is not None:
@@ -215,7 +215,7 @@ _SCALES = 256  # scales per second-level scale
 
 
 class PackedWeight:
-    """A lazily loaded weight of which each process loads and quantizes only its shard.
+    """A 4-bit weight not loaded yet, of which each process loads and quantizes only its shard.
 
     `linear` (modified) gets the scales. `transposed`: the weight is stored as `(in, out)` (Conv1D).
     """
@@ -227,7 +227,7 @@ class PackedWeight:
         self._scales_packed: bool = linear.weight.compress_statistics
 
     def part(self, like: DTensor) -> DTensor:
-        """Returns this process's shard, sharded like `like`; a collective operation."""
+        """Returns the codes sharded like `like`, reading only this process's rows; collective."""
         import bitsandbytes.functional as bnb
 
         start, end = rows_of(like)
@@ -252,7 +252,7 @@ class PackedWeight:
         )
 
     def _numbers(self, first: int, last: int) -> Tensor:
-        """Returns values [`first`, `last`) of the flattened `(out, in)` weight."""
+        """Returns the values `first` to `last` (exclusive) of the flattened `(out, in)` weight."""
         width = self._shape[1]
         first_row = first // width
         rows = self._lazy_weight.rows(first_row, -(-last // width), transposed=self._transposed)
@@ -278,7 +278,7 @@ class PackedWeight:
 def pack_lazy(
     model: Any, quantization: Any, lazy_weights: MutableMapping[nn.Parameter, LazyTensor]
 ) -> None:
-    """Replace linear layers of a CPU `model` (modified) by 4-bit ones that are loaded later."""
+    """Replace linear layers of a CPU `model` (modified) by 4-bit ones whose weights load later."""
     import bitsandbytes
 
     before: dict[str, tuple[Any, Any]] = {

@@ -37,7 +37,7 @@ _MAX_FILE_BYTES = 2 << 30
 
 
 class AsyncCheckpointWriter:
-    """Asynchronous writer of distributed checkpoints; all processes must make the same calls.
+    """Writes distributed checkpoints in a thread; all processes must make the same calls.
 
     Tensors are copied to CPU memory before writing. The writer thread has its own process group, so
     its messages do not mix with those of training steps.
@@ -50,7 +50,7 @@ class AsyncCheckpointWriter:
         self._thread = ThreadPoolExecutor(1)
 
     def copy(self, tensors: Mapping[str, Tensor], path: Path) -> None:
-        """Copy this process's shards of `tensors`, to be written to `path`."""
+        """Copy this process's shards of `tensors`; `begin` writes them to the directory `path`."""
         writer: Any = HuggingFaceStorageWriter(str(path), save_distributed=True)
         self._staged.append((writer.stage(_distinct(tensors)), writer))
 
@@ -77,7 +77,7 @@ class AsyncCheckpointWriter:
         self._futures.append(self._thread.submit(follow))
 
     def end(self) -> None:
-        """Wait for all pending writes; raises `OSError` as `save_distributed_checkpoint` does."""
+        """Wait for all pending writes; if one process failed, all raise its `OSError`."""
         futures, self._futures = self._futures, []
         with _share_errors():
             for future in futures:
@@ -85,7 +85,7 @@ class AsyncCheckpointWriter:
 
 
 def save_distributed_checkpoint(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Save this process's shards (collective); if one process fails, all raise the OSError."""
+    """Save this process's shards (collective); if one process fails, all raise its `OSError`."""
     writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
     with _share_errors():
         save(_distinct(tensors), storage_writer=writer)
@@ -103,7 +103,7 @@ def _share_errors() -> Iterator[None]:
 
 
 def load_distributed_checkpoint(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Fill `tensors` (modified) with this process's shards of the checkpoint."""
+    """Load this process's shards of the checkpoint `path` into `tensors` (modified)."""
     reader = HuggingFaceStorageReader(str(path))
     load(_distinct(tensors), storage_reader=reader)
 
@@ -148,7 +148,7 @@ def _distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def split_optimizer_state(
     state: Mapping[int, Mapping[str, Any]],
 ) -> tuple[dict[str, DTensor], dict[int, dict[str, Any]]]:
-    """Returns the sharded tensors of an optimizer state by name, and the state without these."""
+    """Returns the sharded tensors of an optimizer state by name, and the state without them."""
     sharded = {
         _OF.format(number=number, name=name): value
         for number, values in state.items()
@@ -165,7 +165,7 @@ def split_optimizer_state(
 def load_optimizer_state(
     unsharded: Mapping[int, Mapping[str, Any]], parameters: list[Tensor], path: Path
 ) -> dict[int, dict[str, Any]]:
-    """Returns the optimizer state: `unsharded`, and the sharded tensors of checkpoint `path`."""
+    """Returns the optimizer state: `unsharded`, with the sharded tensors of checkpoint `path`."""
     checkpoint_metadata: Any = HuggingFaceStorageReader(str(path)).read_metadata()
     state = {number: dict(values) for number, values in unsharded.items()}
     sharded = {}
@@ -184,17 +184,17 @@ def load_optimizer_state(
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """Returns the local shard of `tensor`."""
+    """Returns this process's shard of `tensor`; an unsharded tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Returns the full tensor; a collective operation."""
+    """Returns the full tensor of a sharded one (a collective operation); others as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def part_of(full_tensor: Tensor, like: Tensor) -> Tensor:
-    """Returns the rows of a full tensor that are in this process's shard of `like`."""
+    """Returns the rows of `full_tensor` that this process has of the sharded tensor `like`."""
     if not isinstance(like, DTensor):
         return full_tensor
     start, end = rows_of(like)
@@ -214,7 +214,7 @@ _SUPPORTED_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors dtype names
 
 
 class LazyWeight:
-    """A weight in a safetensors file that is loaded on demand; transformers loads a placeholder."""
+    """Weight in a safetensors file that is loaded on demand, with a placeholder until then."""
 
     def __init__(self, path: Path, key: str) -> None:
         self._path, self._key = path, key
@@ -224,7 +224,7 @@ class LazyWeight:
         return self
 
     def to(self, *, device: Any, dtype: torch.dtype) -> Tensor:
-        """Returns a placeholder in `dtype`, or the real tensor if the file has that dtype."""
+        """Returns the placeholder: NaN in `dtype`, or the file's tensor if it has that dtype."""
         del device  # always on the CPU
         placeholder = self._rows(slice(None))
         if placeholder.dtype != dtype:
@@ -273,7 +273,7 @@ class LazyTensor(Protocol):
 
 
 class LazyWeights:
-    """Weights of a base model that are not loaded yet, by parameter.
+    """Weights of a base model that are not loaded yet, by parameter (a placeholder).
 
     `converted` names tensors that were loaded in full, because they combine several stored tensors.
     """
@@ -291,7 +291,7 @@ class LazyWeights:
         key_mapping: Mapping[str, str] | None = None,
         **arguments: Any,
     ) -> tuple[Any, dict[str, Any]]:
-        """Returns model (from `meta`, weights lazy) and loading info, like `from_pretrained`."""
+        """Returns the model with lazy weights, and loading info, like `from_pretrained`."""
         naming = KeyMapper(meta, key_mapping)
         tensors = {name for name, _ in meta.named_parameters(remove_duplicate=False)}
         state_dict, unread = dict[str, Any](), dict[str, LazyWeight]()

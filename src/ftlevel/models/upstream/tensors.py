@@ -23,7 +23,7 @@ version_of = attrgetter("_version")
 
 
 def cast_together(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Returns `tensors` in `dtype`; on a GPU they are cast by one kernel."""
+    """Returns `tensors` cast to `dtype`; on a GPU, one kernel casts them all."""
     if not tensors[0].is_cuda or any(tensor.dtype == dtype for tensor in tensors):
         return [tensor.to(dtype) for tensor in tensors]
     results = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
@@ -61,7 +61,7 @@ def copy_module(module: nn.Module) -> nn.Module:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Returns whether `module` has hooks, such as an observer's or offloading's."""
+    """Returns whether `module` has hooks, such as those of an observer or of offloading."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
