@@ -23,13 +23,13 @@ from ftlevel.models.loading import check_finite
 
 @dataclass(frozen=True)
 class HubHead:
-    """Prediction head of an AdapterHub adapter, before weights are loaded.
+    """Prediction head of an AdapterHub adapter, as head_config.json describes it; has no weights.
 
     Attributes:
         task: task of the head; empty for a language head.
         labels: class names.
         options: task options, such as `problem_type`.
-        layers: modules of transformers' head by layer of a flex head; empty for a static head.
+        layers: flex head: layer number → module of transformers' head; empty for a static head.
         name: name of a flex head.
     """
 
@@ -104,7 +104,7 @@ def _labels(config: Mapping[str, Any]) -> list[str]:
 
 
 def _layers(family: str, head_type: str, config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns layer of a flex head → module of transformers' head; InputError if they differ."""
+    """Returns the `layers` of a flex head; InputError if transformers' head computes otherwise."""
     num_layers, pooled = config.get("layers"), bool(config.get("use_pooler"))
     if head_type == "question_answering" and num_layers == 1:
         return {"1": "qa_outputs"}
@@ -132,7 +132,7 @@ def _layers(family: str, head_type: str, config: Mapping[str, Any]) -> dict[str,
 
 
 def head_modules(head: HubHead, weights: Mapping[str, Any]) -> list[str]:
-    """Returns the names of the modules in `weights` that form the head; [] for a language head."""
+    """Returns the top-level modules of the head in `weights`; empty for a language head."""
     if head.task in ("", "masked-lm"):
         return []
     names = head.layers.values() or weights
@@ -140,7 +140,7 @@ def head_modules(head: HubHead, weights: Mapping[str, Any]) -> list[str]:
 
 
 def name_head_weights(head: HubHead, weights: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """Returns the head's weights by their names in `model`; raises InputError for a mismatch."""
+    """Returns the head's weights by their names in `model`; InputError if one matches no module."""
     full_names = {_WRAPPED.sub("", name) for name in model.state_dict()}
     tensors = {}
     for key, tensor in weights.items():
@@ -278,7 +278,7 @@ def load_hub_adapter(directory: Path) -> HubAdapter:
 
 
 class _Reader:
-    """Implementation of the interface `AdapterReader` for AdapterHub's format."""
+    """Reads AdapterHub's format; implements the protocol `AdapterReader`."""
 
     head_type = "adapterhub"
     name = "AdapterHub"

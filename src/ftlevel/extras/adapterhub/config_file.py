@@ -48,7 +48,7 @@ _OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 
 @dataclass(frozen=True)
 class HubModules:
-    """Names, relative to a block, of modules in which AdapterHub puts adapters; "" is the block."""
+    """Modules, relative to a block, in which AdapterHub puts adapters; "" is the block itself."""
 
     attention: tuple[str, ...]
     feed_forward: str
@@ -125,7 +125,7 @@ def _validate_config(config: Mapping[str, Any]) -> None:
 
 
 def _placement(config: Mapping[str, Any], positions: AdapterPositions) -> str:
-    """Returns the placement equal to AdapterHub's `config`; raises `InputError` if none is."""
+    """Returns the placement that equals AdapterHub's `config`; raises `InputError` if none does."""
     before, after = config["original_ln_before"], config["original_ln_after"]
     residual, attention = config["residual_before_ln"], config["mh_adapter"]
     if config["is_parallel"]:

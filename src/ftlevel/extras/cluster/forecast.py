@@ -68,7 +68,7 @@ class Network:
 
 @dataclass(frozen=True)
 class StepLoad:
-    """Computation and communication of one GPU in an optimizer step.
+    """What one GPU must compute and communicate in an optimizer step.
 
     Attributes:
         backward: seconds per block, including recomputation.
@@ -124,7 +124,7 @@ class StepTime:
 
 
 def time_step(load: StepLoad, network: Network) -> StepTime:
-    """Estimate the duration of a step of `load` on each GPU of `network`."""
+    """Estimate the duration of an optimizer step in which each GPU of `network` has `load`."""
     count, many = load.blocks, load.micro_batches
     gather, root = network.seconds(load.block), network.seconds(load.root)
     reduce, reduce_root = network.seconds(load.reduced), network.seconds(load.reduced_root)
@@ -147,7 +147,7 @@ def time_step(load: StepLoad, network: Network) -> StepTime:
 
 @dataclass(frozen=True)
 class ClusterForecast:
-    """Estimate for several GPUs; `tokens` is per step on all of them, `steps` per epoch."""
+    """Estimate for several GPUs. `tokens`: per step, over all GPUs; `steps`: per epoch, or None."""
 
     network: Network
     step: StepTime
@@ -162,11 +162,11 @@ class ClusterForecast:
 
     @property
     def seconds_per_epoch(self) -> float | None:
-        """Seconds of all steps of an epoch, without evaluation."""
+        """Seconds of all steps of an epoch, without evaluation; None if `steps` is unknown."""
         return None if self.steps is None else self.steps * self.step.seconds
 
     def time(self) -> TimeForecast | None:
-        """Returns the estimated time of an epoch; None with synthetic rows."""
+        """Returns the estimated time of an epoch; None if the number of steps is unknown."""
         if self.seconds_per_epoch is None:
             return None
         how = f"a roofline and rings on {self.network.ranks:,} GPUs, not measured"
@@ -243,7 +243,7 @@ def forecast_cluster(
 
 
 def _sent(sharded: ShardedModel, ranks: int, shard: str) -> dict[str, Any]:
-    """Returns the `StepLoad` fields in bytes on `ranks` GPUs; `shard` is the value of `--shard`."""
+    """Returns the fields of `StepLoad` that count bytes; `shard` is the value of `--shard`."""
     if shard == "none":
         base = sharded.blocks.reduced_bytes(1) + sharded.root.reduced_bytes(1)
         return {"everywhere": base if sharded.trains_base else sharded.trained}

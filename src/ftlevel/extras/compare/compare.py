@@ -326,7 +326,7 @@ def _method_fields(word: str) -> dict[str, Any]:
 def _with_method(
     config: TrainConfig, fields: Mapping[str, Any], args: ComparisonOptions
 ) -> TrainConfig:
-    """Returns `config` with method `fields`, keeping its method settings that the method has."""
+    """Returns `config` with the method section `fields`, plus its own settings that apply to it."""
     values = _to_dict(config)
     settings, known = values.get("method", {}), SPECS[str(fields["kind"])].model_fields
     if (
@@ -342,7 +342,7 @@ def _with_method(
 def _set_budget(
     result: Comparison, state: dict[str, Any], listener: Listener, prepare: Callable[[], Any]
 ) -> None:
-    """Time a step of each method; store in `state` (modified) how many fit the time limit."""
+    """Time a step of each method; store in `state` (modified) how many fit into the time limit."""
     minutes, steps = result.args.minutes, state["asked"]["planned_steps"]
     if minutes is None:
         return
@@ -364,7 +364,7 @@ def _set_budget(
 def _search_all(
     result: Comparison, state: dict[str, Any], listener: Listener, prepare: Callable[[], Any]
 ) -> None:
-    """Search hyperparameters of each method if `state` requests it; set the best in `result`."""
+    """Search each method's hyperparameters if requested; set the best ones in `result.configs`."""
     done = state["asked"]["searched"]
     for method, config in list(result.configs.items()):
         if method not in done:
@@ -386,7 +386,7 @@ def _search_all(
 
 
 def _train_all(result: Comparison, listener: Listener, prepare: Callable[[], Any]) -> None:
-    """Train and score unfinished runs, seed by seed; warns of failures, RunError if all fail."""
+    """Train and score the runs that are not finished, seed by seed; RunError if all runs fail."""
     first = next(iter(result.configs.values()), None)
     if first is None:
         raise RunError("\n".join(f"{name}: {message}" for name, message in result.left_out.items()))

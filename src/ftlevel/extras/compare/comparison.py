@@ -162,7 +162,7 @@ def _is_within(row: Mapping[str, Any], args: ComparisonOptions) -> bool:
 
 
 def _command(row: Mapping[str, Any], result: Comparison) -> str:
-    """Returns the command that trains the winner without row and step limits."""
+    """Returns the command that trains the winner on all rows and for all epochs."""
     args = ["ftlevel", "train", f"{row['run']}/{CONFIG}"]
     config = result.configs[row["method"]]
     if result.args.steps is not None or result.args.minutes is not None:

@@ -49,7 +49,7 @@ _MAX_MESSAGE = 300  # characters
 
 
 class StopWithParent(TrainerCallback):
-    """Callback that stops a run, with a checkpoint, once the parent process is gone."""
+    """Callback that stops a run, and saves a checkpoint, once the parent process is gone."""
 
     def on_step_begin(
         self,
@@ -246,7 +246,7 @@ def plan_study(
 ) -> Study | None:
     """Returns the study of method `word`; None if the method has no hyperparameter to search.
 
-    `state` is in compare.json, the database in `path`; `dry_run` is the summary of a dry run.
+    `state` is in compare.json, `dry_run` a summary; `path` is the directory of the database.
     """
     names = SPECS[config.method.kind].model_fields
     fields = {
@@ -345,7 +345,7 @@ def _to_dict(result: optuna.Study, study: Study) -> dict[str, Any]:
 
 
 def _run_trial(study: Study, config: TrainConfig, path: Path) -> None:
-    """Run one trial, unless other processes have started the study's last one."""
+    """Run the study's next trial; do nothing if other processes have started all of them."""
     result = study.load()
 
     def run(trial: optuna.Trial) -> float:

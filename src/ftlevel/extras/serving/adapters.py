@@ -101,7 +101,7 @@ def _layers(peft_model: Any) -> list[tuple[str, Any]]:
 
 
 def _compute_delta(layer: Any, name: str, base: BaseWeights) -> tuple[torch.Tensor, float]:
-    """Returns the update `(out, in)` by adapter `layer` of weight `name`, and the weight's norm."""
+    """Returns the change `(out, in)` of weight `name` by PEFT's `layer`, and the weight's norm."""
     base_layer = layer.get_base_layer()
     if not isinstance(base_layer, torch.nn.Linear) and type(base_layer).__name__ != "Conv1D":
         raise InputError(f"{name} is no linear but a {type(base_layer).__name__}. Merge it")
@@ -149,7 +149,7 @@ TEMPLATE = "chat_template.jinja"
 
 
 class Writer(Protocol):
-    """Writes and reads one file format of plain LoRA; servers load `file`, or the directory."""
+    """Protocol of file formats of plain LoRA; servers load `file`, or if empty, the directory."""
 
     file: str
 
@@ -160,7 +160,7 @@ class Writer(Protocol):
         """Write `lora`, the plain LoRA of `adapter`, into the directory `output`."""
 
     def read(self, output: Path, lora: NormalForm, _entry: ServedModel) -> NormalForm:
-        """Load what `write` wrote; takes from `lora` only settings that the file does not have."""
+        """Load what `write` wrote; settings that the files do not have are those of `lora`."""
 
 
 @dataclass(frozen=True)
@@ -267,8 +267,8 @@ def _validate_set(adapters: Sequence[ServedModel], server: Server | None) -> Non
 class AdaptersExport:
     """Planned export of adapters, before weights of the base are loaded.
 
-    An adapter whose value in `loras` is None is converted from the loaded layers. `server` is None
-    if only a format was requested.
+    `loras` has plain LoRA by adapter name, or None if it must be computed from the loaded layers.
+    `server` is None if only a format was requested.
     """
 
     config: ExportConfig
@@ -296,7 +296,7 @@ class AdaptersExport:
         return self._summary(self.loras, {}, verified=False)
 
     def write(self, output: Path, device: str, listener: Listener, merge: Any) -> dict[str, Any]:  # noqa: ARG002 - nothing is merged
-        """Write every adapter into `output`, compare each with the run's; return the summary."""
+        """Write every adapter into `output` and check it against the run's; returns the summary."""
         loras: dict[str, NormalForm | None] = {}
         checks: dict[str, AdapterCheck] = {}
         records: list[AdapterRecord] = []
@@ -354,7 +354,7 @@ class AdaptersExport:
         lora: NormalForm | None,
         device: str,
     ) -> tuple[PromptOutputs | None, PromptOutputs, NormalForm]:
-        """Returns outputs of base and trained model on `prompts`, and `lora` (computed if None)."""
+        """Returns outputs of base and trained model, and the plain LoRA (computed if None)."""
         base = None
         if adapter.answers:
             base_model = adapter.in_float32(with_adapter=False).load(device).model
@@ -392,7 +392,7 @@ class AdaptersExport:
         base: PromptOutputs | None,
         device: str,
     ) -> AdapterCheck:
-        """Apply `lora` with PEFT; RunError if its logits on `prompts` differ from `trained`."""
+        """Load `lora` with PEFT; raise RunError if its logits differ from the outputs `trained`."""
         from peft import PeftModel
 
         base_model, _ = load_model(

@@ -369,13 +369,13 @@ def _check_embeddings(
 
 @dataclass(frozen=True)
 class _AdapterOutputs:
-    """A server's outputs for one adapter.
+    """A server's outputs with one adapter; lists have an item per recorded prompt.
 
     Attributes:
         plain: completions.
-        chat: outputs of the chat endpoint; None where there is none.
+        chat: outputs of the chat endpoint; None for prompts that were not sent to it.
         api: how prompts were sent: as token ids or as text.
-        no_chat: why there are no chat outputs.
+        no_chat: why there are no chat outputs; empty if there are.
     """
 
     plain: list[ServerOutput]
@@ -404,7 +404,7 @@ def _query_url(
 
 
 def _name_of(adapter: AdapterRecord, serving_record: ServingRecord, model_names: list[str]) -> str:
-    """Returns the server's name for `adapter`; if the server lists none, a name that may work."""
+    """Returns the server's model name of `adapter`; a guess if the server does not list names."""
     if adapter.name in model_names or (
         len(model_names) != 1 and serving_record.metadata.get("server") != "mlx"
     ):
@@ -482,7 +482,7 @@ def _query_library(
 def _query_base(
     config: CheckServedConfig, serving_record: ServingRecord
 ) -> dict[str, list[ServerOutput]]:
-    """Returns the base's outputs to each adapter's prompts, for llama.cpp with a .gguf base.
+    """Returns llama.cpp's outputs of a .gguf base to each adapter's prompts; {} for other bases.
 
     They show how much llama.cpp rounds activations. A library computes them, because a server
     could cache them and return them for the adapter.
@@ -538,7 +538,7 @@ def _judge(adapter: AdapterRecord, rows: _AdapterOutputs, tolerance: float) -> d
 
 
 def _overall(adapters: list[dict[str, Any]]) -> str:
-    """Returns ELSE or BASE if any output has it; TRAINED if one per adapter has it; or EITHER."""
+    """Returns the verdict of a check: ELSE or BASE if any output has it, else TRAINED or EITHER."""
     matches = [word for a in adapters for api in ("weights", "chat") for word in a[api]["answers"]]
     for match in (ELSE, BASE):
         if match in matches:

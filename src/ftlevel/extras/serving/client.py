@@ -221,11 +221,11 @@ def tolerance_of(dtype: str) -> float:
 def widen_tolerance(
     tolerance: float, outputs: Sequence[ServerOutput], base: Sequence[ReferenceOutput]
 ) -> float:
-    """Returns the larger of `tolerance` and twice the difference of the base's log-probabilities.
+    """Returns the larger of `tolerance` and twice the rounding error of a quantized base.
 
-    A quantized base rounds activations equally with and without an adapter. The server's base
-    outputs (`outputs`) differ from the recorded `base` by this rounding. If they differ by more
-    than with the coarsest type, the model is another one; `tolerance` is returned unchanged.
+    A server rounds activations of such a base equally with and without an adapter: `outputs`, the
+    server's for the base, differ by it from the recorded `base`. A larger difference than that of
+    the coarsest type means another model; then `tolerance` is returned unchanged.
     """
     difference = max(
         _distance(one, reference) for one, reference in zip(outputs, base, strict=True)
@@ -234,7 +234,7 @@ def widen_tolerance(
 
 
 def _distance(output: ServerOutput, reference: ReferenceOutput) -> float:
-    """Returns the largest difference of a log-probability between `output` and `reference`.
+    """Returns the largest log-probability difference of `output` and `reference`; 0 if unknown.
 
     The first different token counts as half the margin between the two most likely tokens.
     """
@@ -297,7 +297,7 @@ def _is_rounding(
 
 
 def _align(ids: list[int], reference: ReferenceOutput) -> tuple[ReferenceOutput, int]:
-    """Returns `reference` as the server lists it, and the number of equal tokens at the start.
+    """Returns `reference` without tokens the server omits, and how many of its first tokens match.
 
     llama.cpp leaves out tokens that end inside a character.
     """

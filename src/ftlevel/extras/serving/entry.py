@@ -23,7 +23,7 @@ from ftlevel.trained.model_ref import ModelRef
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """Adapter in a start command; `template` is a chat template file, None for the base's."""
+    """Adapter as a server's start command names it; `template` is a chat template file, or None."""
 
     name: str
     path: Path
@@ -32,7 +32,7 @@ class ServedAdapter:
 
 
 def rank_limit(server: Server, rank: int) -> int:
-    """Returns the smallest value of the server's maximum-rank option that allows `rank`."""
+    """Returns the maximum rank with which to start the server for an adapter of `rank`."""
     return next((limit for limit in server.ranks if limit >= rank), rank)
 
 
@@ -269,7 +269,7 @@ class ServedModel:
         return template if isinstance(template, str) and template != base_template else None
 
     def prompts(self) -> list[Prompt]:
-        """Returns the prompts, formatted as in training."""
+        """Returns the prompts of a check, formatted as in training."""
         format_ = load_prompt_format(self.ref.card) or PromptFormat("plain")
         chats = format_.kind == "chat-template"
         prompts = []
@@ -284,7 +284,7 @@ class ServedModel:
         return prompts
 
     def in_float32(self, *, with_adapter: bool = True) -> ModelRef:
-        """Returns the model to load in float32, with a base that is not quantized on loading."""
+        """Returns a reference that loads in float32 and does not quantize the base on loading."""
         ref = self.ref.with_card(dtype="float32")
         if not ref.is_prequantized:
             ref = ref.with_card(quantization={"kind": "none"})
@@ -292,7 +292,7 @@ class ServedModel:
 
 
 def adapter_name(ref: ModelRef) -> str:
-    """Returns the name of an adapter: that of the run or of the directory."""
+    """Returns the name under which to serve an adapter: that of its run or directory."""
     path = ref.run or ref.directory
     return path.resolve().name if path is not None else ref.base
 
@@ -370,9 +370,9 @@ def merged_format(server: Server | None) -> str:
 
 
 def check_lora(format_: Any, adapter: ServedModel, server: Server | None) -> Any:
-    """Returns the plain LoRA `format_`, with zero updates added if `server` needs every layer.
+    """Returns the `NormalForm` `format_`, with zero updates added if `server` needs every layer.
 
-    Raises InputError if the server would not serve `format_` as trained.
+    Raises InputError if the server would not serve it as trained.
     """
     if server is None:
         return format_

@@ -86,7 +86,7 @@ def _names(lora: NormalForm, config: Any) -> dict[str, str]:
 
 
 def _in_order(config: Any, name: str, b: torch.Tensor) -> torch.Tensor:
-    """Returns the rows of `b` in transformers' order, undoing the permutation of `convert`."""
+    """Returns B with its rows in transformers' order; `convert` had permuted them for llama.cpp."""
     numbered = torch.arange(b.shape[0], dtype=torch.float32).unsqueeze(-1)
     permutation = convert(config, name, numbered, is_conv1d=False).squeeze(-1).long()
     back = torch.empty_like(b)

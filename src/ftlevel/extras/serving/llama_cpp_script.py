@@ -12,7 +12,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Answer every prompt with every adapter, or embed the texts.
+    """Write each adapter's answers to its prompts, or the embeddings of texts, to the second file.
 
     The KV cache is float32, because the base's weights may be.
     """

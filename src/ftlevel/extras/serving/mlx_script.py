@@ -9,7 +9,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Answer every prompt with every adapter, in float32."""
+    """Write each adapter's answers to its prompts, in float32, to the second file."""
     import mlx.core as mx
     from mlx_lm import load
 

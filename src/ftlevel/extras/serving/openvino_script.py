@@ -14,9 +14,9 @@ _FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 
 
 def main() -> None:
-    """Answer every prompt with every adapter, in one pipeline, or embed the texts, in float32.
+    """Write each adapter's answers to its prompts, or embeddings of texts, to the second file.
 
-    A model in transformers' format is first converted to OpenVINO's, next to the answers.
+    In float32. A model in transformers' format is first converted to OpenVINO's, next to it.
     """
     import openvino_genai as genai
 

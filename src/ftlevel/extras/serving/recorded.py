@@ -73,7 +73,7 @@ class PromptOutputs:
 
 
 def run_prompts(model: Any, exported: ServedModel, prompts: Sequence[Prompt]) -> PromptOutputs:
-    """Returns outputs of `model`, in eval mode, for `prompts`; `exported` has the tokenizer."""
+    """Returns outputs of `model`, in eval mode; it answers `prompts` only if it generates text."""
     device = next(model.parameters()).device
     logits, answers = [], []
     with torch.no_grad():
@@ -178,7 +178,7 @@ def record(
     prompts: Sequence[Prompt],
     outputs_of: Mapping[str, PromptOutputs | None],
 ) -> AdapterRecord:
-    """Returns `prompts` with answers; `outputs_of` has keys `trained` and maybe `base`."""
+    """Returns `prompts` with the answers in `outputs_of`: of "trained" and, unless None, "base"."""
     rows = []
     for index, prompt in enumerate(prompts):
         answers = {
@@ -287,7 +287,7 @@ def record_whole(
 
 
 class ServedWhole:
-    """Functions for serving an exported full model; see `ServerSupport`."""
+    """Serving of an exported full model; implements the protocol `ServerSupport`."""
 
     start_commands = staticmethod(start_of)
     record = staticmethod(record_whole)

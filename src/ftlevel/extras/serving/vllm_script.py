@@ -10,7 +10,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Answer every prompt with every adapter, or embed the texts, in float32."""
+    """Write each adapter's answers, or the embeddings of texts, to the second file; in float32."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM, SamplingParams
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def _embed(request: dict[str, Any]) -> list[list[float]]:
-    """Returns the embeddings of the texts, each of which must fit the model's maximum length."""
+    """Returns the embeddings of the request's texts, which must fit the model's maximum length."""
     from vllm import LLM
 
     model = LLM(
