@@ -146,7 +146,7 @@ def _format_metadata(
     tags: list[str],
     **more: Any,
 ) -> list[str]:
-    """Returns the YAML block of a model card, with fields `more`; omits a base not on the Hub."""
+    """Returns the YAML header of a model card, with fields `more`; a local base is left out."""
     import yaml  # lazy: list-methods needs none
 
     metadata = {

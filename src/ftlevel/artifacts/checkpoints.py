@@ -33,7 +33,7 @@ def certify(checkpoint: Path) -> None:
 
 
 def listed(checkpoint: Path) -> set[str]:
-    """Returns the file names in the manifest of `checkpoint`; empty without a manifest."""
+    """Returns the names of the files in the manifest of `checkpoint`; empty without a manifest."""
     return set(_load_manifest(checkpoint) or ())
 
 
@@ -154,7 +154,7 @@ def save_best(parent_dir: Path, step: int, save: Callable[[Path], None]) -> None
 
 
 def rotate_best(parent_dir: Path) -> None:
-    """Keep the last best-N of all, and the last one up to each checkpoint; delete the others."""
+    """Delete best-N directories except the newest, and the newest up to each checkpoint's step."""
     best_models = _list_best_models(parent_dir)
     steps = [step_of(checkpoint) for checkpoint in numbered(parent_dir)]
     to_keep = {_last_before(best_models, step) for step in steps} | set(best_models[-1:])
@@ -164,7 +164,7 @@ def rotate_best(parent_dir: Path) -> None:
 
 
 def delete_best_after(parent_dir: Path, step: int) -> None:
-    """Delete the best models after `step`, from which the run resumes."""
+    """Delete the best models saved after `step`, at which the run resumes."""
     for path in _list_best_models(parent_dir):
         if step_of(path) > step:
             shutil.rmtree(path)

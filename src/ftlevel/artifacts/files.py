@@ -258,7 +258,7 @@ def _sample_file(path: Path, hasher: Any) -> None:
 
 
 def sampled_fingerprint(path: Path) -> str:
-    """Returns a SHA-256 of the size of the file `path` and of 4 KiB per MiB."""
+    """Returns a SHA-256 of a file's size and of the first 4 KiB of each of its MiB."""
     hasher = hashlib.sha256()
     _sample_file(path, hasher)
     return hasher.hexdigest()

@@ -15,7 +15,7 @@ from ftlevel.errors import ConfigError, RunError
 
 
 def get_repo_id(name: str) -> str:
-    """Returns the full repository id; ConfigError if the user cannot write to it now."""
+    """Returns the full repository id OWNER/NAME; ConfigError if the user cannot write to it."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented there
@@ -60,7 +60,7 @@ def _add_namespace(name: str, user: dict[str, Any], flag: str) -> str:
 
 @dataclass(frozen=True)
 class Upload:
-    """Upload to the repository `name` (None: no upload), created as `private` if it is new."""
+    """Planned upload to Hub repository `name`, created as `private` if new; None: no upload."""
 
     name: str | None
     private: bool

@@ -44,7 +44,7 @@ def make_paths_absolute(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def save_relative_paths(run_dir: RunDirectory, values: Mapping[str, Any]) -> None:
-    """Save places.json: absolute path in `values` (config.yaml) → path relative to the run."""
+    """Save places.json: absolute path in `values` (config.yaml) → its path relative to the run."""
     relative_paths: dict[str, str] = {}
 
     def collect(_: str, path: str) -> str:

@@ -31,7 +31,7 @@ _MAX_CELL_SIZE = min(sys.maxsize, 2**31 - 1)  # no limit on the length of cells
 
 
 class _TextFile(RowFile):
-    """A text file; bytes after the last complete row are truncated on resume."""
+    """Base class of row files in text; on resume, an incomplete last row is cut off."""
 
     def __init__(self, path: Path, columns: RowColumns) -> None:
         super().__init__(path, columns)
@@ -53,7 +53,7 @@ class _TextFile(RowFile):
         self._file = self.partial.open("a", encoding="utf-8", newline="")
 
     def _add_header(self) -> None:
-        """Write the text before the first row, if any."""
+        """Write the text before the first row, such as column names; nothing by default."""
 
     def _add_text(self, text: str) -> None:
         if self._file is None:
@@ -68,7 +68,7 @@ class _TextFile(RowFile):
 
 
 class JsonLinesFile(_TextFile):
-    """One JSON object per line."""
+    """Row file in JSON Lines: one JSON object per line."""
 
     is_table = False
 
@@ -101,7 +101,7 @@ class JsonLinesFile(_TextFile):
 
 
 class CommaSeparatedFile(_TextFile):
-    """Comma-separated cells below a header."""
+    """Row file in CSV: comma-separated cells, with column names in the first line."""
 
     separator: ClassVar[str] = ","
 
@@ -162,13 +162,13 @@ class CommaSeparatedFile(_TextFile):
 
 
 class TabSeparatedFile(CommaSeparatedFile):
-    """Tab-separated cells below a header."""
+    """Row file in TSV: tab-separated cells, with column names in the first line."""
 
     separator = "\t"
 
 
 class _DecodedFile:
-    """Decoded lines of a file; `bytes` is the number of bytes read."""
+    """Iterable of a file's decoded lines; `bytes` is the number of bytes read so far."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -186,7 +186,7 @@ _ROW_GROUP = 16_384  # approximate rows per Parquet row group
 
 
 class ParquetFile(RowFile):
-    """Parquet; until it is complete, rows are in an Arrow IPC stream that can be resumed."""
+    """Row file in Parquet; until it is complete, its rows are in a resumable Arrow stream."""
 
     def __init__(self, path: Path, columns: RowColumns) -> None:
         super().__init__(path, columns)
@@ -350,7 +350,7 @@ def _arrow_field(name: str, column_type: str, width: int) -> Any:
 
 
 class NumpyFile(RowFile):
-    """A float32 NumPy array of embeddings, `(rows, dims)`; NaN for rows without one.
+    """Row file of embeddings: a float32 NumPy array `(rows, dims)`; NaN for rows without one.
 
     Until it is complete, the header declares 0 rows. On resume only the number of rows is checked.
     """

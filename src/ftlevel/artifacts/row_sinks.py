@@ -28,7 +28,7 @@ _get_values = itemgetter("text", "reward", "tokens", "ended")
 
 @dataclass(frozen=True)
 class CompletionSample:
-    """A completion for the report; `which` says why it is shown, e.g. "best, last step"."""
+    """A completion to show in the report; `which` says why, e.g. "best, last step"."""
 
     which: str
     step: int
@@ -154,7 +154,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class RowColumns:
-    """Columns of a row file.
+    """Names and types of the columns of a row file.
 
     Attributes:
         answers: name of a predicted column → type of its values.
@@ -167,7 +167,7 @@ class RowColumns:
 
 
 class RowSink(Protocol):
-    """Interface of an output of rows; `is_table` is true if all rows must have the same columns."""
+    """Protocol of row outputs; `is_table` is true if all rows must have the same columns."""
 
     is_table: ClassVar[bool]
 
@@ -182,7 +182,7 @@ class RowSink(Protocol):
 
 
 class LineStream:
-    """Write rows as lines of JSON to a stream, such as a pipe."""
+    """`RowSink` that writes rows as lines of JSON to a stream, such as a pipe."""
 
     is_table: ClassVar[bool] = False
 
@@ -201,7 +201,7 @@ class LineStream:
 
 
 class RowList:
-    """Collect rows in memory."""
+    """`RowSink` that collects rows in memory."""
 
     is_table: ClassVar[bool] = False
 
@@ -219,7 +219,7 @@ class RowList:
 
 
 class RowFile(ABC):
-    """A file of rows, written to a partial file until it is complete."""
+    """Base class of row files; rows are in a partial file until it is complete."""
 
     is_table: ClassVar[bool] = True
 
@@ -247,7 +247,7 @@ class RowFile(ABC):
 
     @abstractmethod
     def open(self, keep: int) -> None:
-        """Open the file for appending after the first `keep` rows from `load_previous`."""
+        """Open the file for appending; the first `keep` rows from `load_previous` stay."""
 
     @abstractmethod
     def write(self, rows: Sequence[Row]) -> None:
@@ -271,12 +271,12 @@ class RowFile(ABC):
 
 
 def partial_of(path: Path) -> Path:
-    """Returns the path of the file that is written until the rows of `path` are complete."""
+    """Returns the path of the partial file of `path`, to which rows are written until complete."""
     return path.with_name(f"{path.name}.partial")
 
 
 def format_columns_error(path: Path, names: Sequence[str], expected: Sequence[str] = ()) -> str:
-    """Returns the error for a file with the columns `names`, not `expected` (empty: missing)."""
+    """Returns the error for a file with columns `names`, not `expected`; or lacking `names`."""
     if not expected:
         return f"--resume: {path} has rows without {join_names(names)}. Choose another --output."
     return (

@@ -52,7 +52,7 @@ _IN_CHECKPOINTS = re.compile(
 
 
 def create_marker(run_dir: Path) -> None:
-    """Write the marker of a new run into `run_dir`."""
+    """Write the marker, the file by which `run_dir` is recognized as a run."""
     write_json(run_dir / MARKER, {"run": uuid.uuid4().hex})
 
 
@@ -63,7 +63,7 @@ def record_files(run_dir: Path) -> None:
 
 
 def mark_resumed(run_dir: Path) -> None:
-    """Remove the list of files from the marker of a run that resumes; keep that of the adapter."""
+    """In the marker of a run that resumes, keep only the adapter's part of the list of files."""
     marker = _load_marker(run_dir)
     if marker and (files := marker.pop("files", None)) is not None:
         marker["adapter"] = [name for name in files if name.startswith(f"{ADAPTER}/")]
@@ -87,7 +87,7 @@ def is_run(run_dir: Path) -> bool:
 
 
 def check_replaceable(run_dir: Path) -> None:
-    """Raise ConfigError unless `run_dir` is a run, and no link, home, root or git directory."""
+    """Raise ConfigError unless `run_dir` is a run and not a link, home, root or git directory."""
     where, problem = run_dir.resolve(), None
     if run_dir.is_symlink():
         problem = f"it is a link to {run_dir.readlink()}"
@@ -106,7 +106,7 @@ def check_replaceable(run_dir: Path) -> None:
 
 
 def delete_adapter(run_dir: Path) -> None:
-    """Delete the adapter saved when the run last ended; files that others added to it are kept."""
+    """Delete the run's adapter; files in it that the run did not write are moved to `kept`."""
     move_foreign_files(run_dir, f"{ADAPTER}/")
     adapter = run_dir / ADAPTER
     if adapter.is_symlink():
@@ -141,7 +141,7 @@ def create_backup(run_dir: Path) -> list[str]:
 
 @contextlib.contextmanager
 def replace_run(run_dir: Path) -> Iterator[None]:
-    """Delete the backup after the block; if it raises before any result, restore the backup."""
+    """After the block, delete the backup; if the block fails without a result, restore it."""
     try:
         yield
     except BaseException:
@@ -362,7 +362,7 @@ class RunDirectory:
         write_text(self.path / README, text)
 
     def append_changes(self, step: int, changes: Sequence[Mapping[str, Any]]) -> None:
-        """Record settings that changed when the run resumed at `step`."""
+        """Append settings that changed when the run resumed at `step` to changes.jsonl."""
         with (self.checkpoints / _CHANGES).open("a", encoding="utf-8") as file:
             for change in changes:
                 file.write(json.dumps({"step": step, **change}, default=str) + "\n")
@@ -372,12 +372,12 @@ class RunDirectory:
         return load_jsonl(self.checkpoints / _CHANGES)
 
     def note(self, note: Mapping[str, Any]) -> None:
-        """Record an event with its `step`, such as out-of-memory or a skipped step."""
+        """Append an event to notes.jsonl, such as a skipped step; it must have `step`."""
         with (self.checkpoints / _NOTES).open("a", encoding="utf-8") as file:
             file.write(json.dumps(note, default=str) + "\n")
 
     def truncate_events(self, step: int) -> None:
-        """Remove events after `step`, because these steps are repeated."""
+        """Remove events after `step` from notes.jsonl, because these steps are repeated."""
         path = self.checkpoints / _NOTES
         if path.is_file():
             lines = [json.dumps(note) + "\n" for note in self.load_events() if note["step"] <= step]

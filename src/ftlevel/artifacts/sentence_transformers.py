@@ -43,7 +43,7 @@ _NEW_POOLING = {"lasttoken": "last"}
 
 @dataclass(frozen=True)
 class EmbeddingFormat:
-    """Pooling, normalization, prompts and similarity of an embedding model.
+    """How a text becomes an embedding: prompt, length, pooling, normalization and similarity.
 
     Attributes:
         pooling: key of `POOLING_MODES`.
@@ -166,7 +166,7 @@ def _load_pooling(path: Path, *, is_replaced: bool) -> tuple[str, bool]:
 
 
 def _load_length_setting(model_dir: Path, key: str) -> int | None:
-    """Returns a setting of the length files; None if they lack it, as lengths in version 6."""
+    """Returns the setting `key` of a text model's length file; None if no file has it."""
     for name in (LENGTHS, *_OTHER_LENGTHS):
         value = _load_json(model_dir / name).get(key)
         if value is not None:

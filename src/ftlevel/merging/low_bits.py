@@ -58,10 +58,7 @@ class InputMoments:
     _cache: dict[str, torch.Tensor | None] = field(default_factory=dict)
 
     def of(self, name: str) -> torch.Tensor | None:
-        """Returns H = E[x xᵀ] of linear layer `name`, (in, in), float32 on the CPU.
-
-        None if no row reached the layer.
-        """
+        """Returns H `(in, in)` of layer `name`, float32 on the CPU; None if no row reached it."""
         if name not in self._cache:
             self._cache = {}
             self._cache = self._compute(self._group(name))
@@ -98,7 +95,7 @@ class InputMoments:
 
 @dataclass
 class _Sums:
-    """Σ x xᵀ per linear layer; layers with the same input tensor share one sum."""
+    """Σ x xᵀ per linear layer, divided by `average`; layers with the same input share one sum."""
 
     slots: dict[str, str] = field(default_factory=dict)
     means: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -130,7 +127,7 @@ class _Sums:
         self._counts[name] = self._counts.get(name, 0) + len(rows)
 
     def average(self) -> None:
-        """Divide each sum by its number of inputs x."""
+        """Divide each sum by the number of inputs x that it contains."""
         for name, total in self.means.items():
             total /= max(self._counts[name], 1)
 
@@ -152,7 +149,7 @@ class QuantizedMerge:
 
 
 class Weights(Protocol):
-    """Source of the weights of a model that is being written, such as `TensorMerger`."""
+    """Protocol: source of the weights of a model that is being written, such as `TensorMerger`."""
 
     def adapts(self, name: str) -> bool:
         """Whether training changed the tensor `name`."""
@@ -194,7 +191,7 @@ class CodeSelector:
         return self.select(linear) if self.grid.fits(written.shape) else None
 
     def select(self, linear: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns codes and scales of a linear layer whose size is a multiple of the block size."""
+        """Returns codes and scales of layer `linear`; its size is a multiple of the block size."""
         origin = self._to_out_in(self.origin.unrounded(f"{linear}.weight"), linear)
         if not self.target.adapts(f"{linear}.weight"):
             origin = origin.to(self.dtype).float()  # precision before quantization in training
@@ -219,7 +216,7 @@ class CodeSelector:
 
 
 def resolve_quantization(config: MergeConfig, inputs: MergeInput) -> QuantConfig | None:
-    """Returns the quantization of the saved model, or None; InputError if no layer allows it."""
+    """Returns how to quantize the saved model, None if not; InputError if no layer can be."""
     if config.quant == "none":
         return None
     base = inputs.quant if inputs.quant.kind == config.quant else QuantConfig(kind=config.quant)
@@ -302,7 +299,7 @@ def compare_quantized(
     eval_set: EvalSet,
     trained: RowLogits,
 ) -> Agreement:
-    """Reload the model `rounded` (quantized); compare its logits on `eval_set` with `trained`.
+    """Reload `rounded`, the quantized model; compare its logits on `eval_set` with `trained`.
 
     Raises RunError if bitsandbytes dequantizes to other weights than the selected ones.
     """
@@ -330,7 +327,7 @@ def _signs(count: int) -> torch.Tensor:
 
 @dataclass
 class GgufCodes:
-    """Selects codes and caches them, so that the saved file can be compared with them."""
+    """Function that selects a weight's codes; caches them for comparison with the saved file."""
 
     selector: CodeSelector
     _cached: dict[str, QuantizedMatrix] = field(default_factory=dict)

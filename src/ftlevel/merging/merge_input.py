@@ -43,7 +43,7 @@ _TOKEN_TYPES = "token_type_ids"
 
 @dataclass(frozen=True)
 class MergeInput:
-    """Inputs of a merge before weights are loaded; models are compared in `dtype`."""
+    """What is merged, before weights are loaded; models are compared in `dtype` on `device`."""
 
     ref: ModelRef
     dtype: str
@@ -195,7 +195,7 @@ def _prepare_rows(inputs: MergeInput, data: DataConfig, seed: int) -> PreparedDa
 
 
 def _create_rows(inputs: MergeInput, count: int, calibration: int, message: str) -> CheckRows:
-    """Returns rows of random tokens, or with `calibration`, of docstrings; `message` says why."""
+    """Returns rows of random tokens, or if `calibration`, of text; `message` is the reason."""
     if calibration:
         tokens = (count + calibration) * _ROW_LENGTH
         text = load_eval_text(None, tokens)

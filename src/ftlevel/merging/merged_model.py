@@ -45,8 +45,8 @@ class MergedFiles:
     """Summary of a merged model's files.
 
     Attributes:
-        merged: number of base tensors that the adapter was merged into.
-        unchanged: number of these that are equal to the base's after rounding.
+        merged: number of tensors that belong to an adapted module or were trained in full.
+        unchanged: number of merged weights that are equal to the base's after rounding.
         untied: whether the output layer no longer shares the embedding's weight.
         unused: tensors of the base's checkpoint that the model does not use.
     """
@@ -62,7 +62,7 @@ class MergedFiles:
 
 @dataclass
 class TensorMerger:
-    """Compute each tensor of the merged model from the base and the adapter.
+    """Computes any tensor of the merged model from the base's file and the adapter.
 
     Attributes:
         shapes: tensor name in the model → shape, in the model's order.
@@ -86,7 +86,7 @@ class TensorMerger:
         return name in self.skeleton.trained or self.skeleton.unit_of(name) is not None
 
     def tensor_info(self, name: str) -> TensorSpec:
-        """Returns dtype and shape of the merged tensor `name` without reading it."""
+        """Returns dtype and shape of the merged tensor `name` without computing it."""
         return TensorSpec(self._dtype_of(name), self.shapes[name])
 
     def value(self, name: str) -> torch.Tensor:
@@ -141,7 +141,7 @@ class TensorMerger:
         return self._resize_rows(name, value) if value.shape != self.shapes[name] else value
 
     def _resize_rows(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """Returns `value` resized to one row per token; new rows are NaN, or 0 for a bias."""
+        """Returns `value` with a row per token of the model; new ones are NaN, or 0 for a bias."""
         num_rows = self.shapes[name][0]
         fill = float("nan") if value.dim() > 1 else 0.0
         new = value.new_full((max(num_rows - len(value), 0), *value.shape[1:]), fill)
@@ -164,7 +164,7 @@ class TensorMerger:
             )
 
     def copied(self, name: str) -> bool:
-        """Whether the tensor `name` is copied from the base byte for byte."""
+        """Whether the merged tensor `name` has the bytes of the base's file."""
         dtype = self.checkpoint.spec(name).dtype
         is_rounded = self.rounding is not None and (
             name in self.rounding.names
@@ -174,7 +174,7 @@ class TensorMerger:
         return not self.adapts(name) and not is_rounded and is_same
 
     def _merge(self, unit: str) -> dict[str, torch.Tensor]:
-        """Returns the merged tensors of module `unit`, in float32 to keep small updates."""
+        """Returns name → merged tensor of module `unit`, in float32 to keep small updates."""
         before: dict[str, torch.Tensor] = {}
 
         def read(name: str) -> torch.Tensor:
@@ -211,7 +211,7 @@ class TensorMerger:
 def open_merger(
     inputs: MergeInput, dtype: str | None, rounding: Callable[[Any], QuantizationRounding] | None
 ) -> TensorMerger:
-    """Open a merger of base and adapter, see `save_merged`; InputError if a tensor is unknown."""
+    """Open base and adapter for a merge, see `save_merged`; InputError if they do not fit."""
     ref = inputs.ref
     model = build_task_model(ref.model_config, ref.auto_class)
     resize_embeddings(model, ref.adapter_path)
@@ -314,7 +314,7 @@ def _plan_files(merger: TensorMerger, names: list[str]) -> dict[str, list[Tensor
 
 
 def _plan_tensor(merger: TensorMerger, name: str) -> list[TensorPart]:
-    """Returns what to write for the tensor `name`; bytes of the base's files if it is unchanged."""
+    """Returns what to write for tensor `name`: bytes of the base's file if the merge keeps it."""
     model = merger.checkpoint.model
     saved = convert_for_saving(model, name, merger.tensor_info(name).meta())
     specs = {key: get_tensor_info(tensor) for key, tensor in saved.items()}

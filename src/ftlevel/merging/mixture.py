@@ -148,7 +148,7 @@ def mix(
 ) -> tuple[MergeInput, list[Choice]]:
     """Returns merge inputs with an adapter that combines those of `config`, and lines to print.
 
-    For one adapter of weight 1, `inputs` are returned. New ones are deleted when `stack` closes.
+    A single adapter of weight 1 is not changed. The combined one is deleted when `stack` closes.
     Raises InputError if an adapter cannot be mixed or was trained on a different base.
     """
     weights = config.weights or [1.0] * len(config.adapters)

@@ -37,7 +37,7 @@ NO_WEIGHTS = (
 
 
 def tokens_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns trained token rows of the embedding (and of a tied output layer) as LoRA factors."""
+    """Returns module name → LoRA factors of trained token rows (embedding, tied output layer)."""
     return convert_token_rows(file, "trainable_tokens_delta", file.config["token_indices"])
 
 
@@ -83,7 +83,7 @@ _BASE = ".base_layer."
 
 @dataclass(frozen=True)
 class NormalForm:
-    """Plain LoRA on the unchanged base.
+    """Adapter as plain LoRA on the unchanged base: W + B · A with scale 1.
 
     Attributes:
         factors: module → LoRA matrices A and B of its update, float64; all have the same rank.
@@ -117,7 +117,7 @@ class NormalForm:
         )
 
     def on_every_layer(self, model: Any) -> NormalForm:
-        """Returns a copy with zero updates for unadapted layers of `model` of the same names."""
+        """Returns a copy with zero updates where other blocks of `model` lack an adapted layer."""
         import torch
 
         layer_names = {name.rpartition(".")[2] for name in self.factors}
@@ -144,7 +144,7 @@ class NormalForm:
 
 @dataclass(frozen=True)
 class BaseWeights:
-    """The base model on the meta device, and its checkpoint."""
+    """A base model whose weights can be read one by one: `model` is on the meta device."""
 
     model: Any
     checkpoint: Checkpoint
@@ -222,7 +222,7 @@ def load_adapter_file(
 
 
 def trained_on_text(model: Any) -> bool:
-    """Whether `model` has an input embedding."""
+    """Returns whether `model` has an input embedding, so that it reads tokens."""
     try:
         return model.get_input_embeddings() is not None
     except NotImplementedError:
@@ -239,7 +239,7 @@ def is_whole(name: str, config: Mapping[str, Any]) -> bool:
 def build_normal_form(
     factors: dict[str, Factors], file: AdapterFile, limit: int, way: str
 ) -> NormalForm:
-    """Returns a plain LoRA with `factors`, computed from `way`, and the other tensors of `file`.
+    """Returns the plain LoRA with `factors` and the fully trained modules that remain in `file`.
 
     Raises InputError if a remaining tensor does not fit plain LoRA or a rank is above `limit`.
     """
@@ -270,7 +270,7 @@ def build_normal_form(
 
 
 class Named(Protocol):
-    """Metadata of an adapter for `save_normal_form`."""
+    """Protocol: what `save_normal_form` needs to know of an adapter."""
 
     @property
     def peft_config(self) -> dict[str, Any]:
@@ -313,7 +313,7 @@ def save_normal_form(output_dir: Path, normal_form: NormalForm, metadata: Named)
 
 
 def load_normal_form(output_dir: Path, normal_form: NormalForm) -> NormalForm:
-    """Returns `normal_form` with its tensors replaced by those read from `output_dir`."""
+    """Returns a copy of `normal_form` with the tensors in `output_dir` in place of its own."""
     from safetensors.torch import load_file
 
     tensors = load_file(str(output_dir / WEIGHTS))

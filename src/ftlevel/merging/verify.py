@@ -29,7 +29,7 @@ _ROWS = 8
 
 @dataclass(frozen=True)
 class Candidate:
-    """A merged model in a temporary directory.
+    """A merged model in a temporary directory, to be checked.
 
     `onto` is the base: `original` or `dequantized`. `measure` sets `scores`, the logits, and
     `trained`, their difference from the trained model's; both are None before.
@@ -89,7 +89,7 @@ def measure(
 
 
 def check(candidate: Candidate, inputs: MergeInput, eval_set: EvalSet) -> MergeCheck:
-    """Compare the logits of the merged `candidate` with those of base and adapter.
+    """Compare the logits of the merged `candidate` with those of the base with its adapter.
 
     Raises RunError if, in float32, their mean difference exceeds `BOUND` × the largest logit.
     """
@@ -135,7 +135,7 @@ def _load_reference(candidate: Candidate, inputs: MergeInput) -> Any:
 def _compare_before_rounding(
     candidate: Candidate, inputs: MergeInput, eval_set: EvalSet
 ) -> tuple[Agreement, RowLogits]:
-    """Returns logit differences of the unrounded merge from base and adapter, and its logits."""
+    """Returns the unrounded merge's difference from base and adapter, and its logits."""
     merger = candidate.merger
     if candidate.onto == "original" and merger.loses_in(DTYPES[inputs.dtype]):
         inputs = replace(inputs, dtype="float32")

@@ -154,7 +154,7 @@ class StepSupport:
 
 @runtime_checkable
 class HasState(Protocol):
-    """Trainer callback whose own state is saved in checkpoints, next to the model's."""
+    """Protocol of Trainer callbacks whose own state is saved in checkpoints, with the model's."""
 
     def save_state(self, path: Path) -> None:
         """Save in the directory `path` what the callback needs to resume training."""
@@ -176,7 +176,7 @@ class Method:
         tuner: module whose import registers a tuner of ftlevel in PEFT; empty for PEFT's tuners.
         step: support for the fast training step.
         peft_loaders: functions that load adapters trained with PEFT's own tuner, by PEFT type.
-        resume_method: method that trains saved adapters of this one further, if another one.
+        resume_method: method that trains saved adapters of this one further; empty: this one.
         resume_error: why neither adapters nor runs of this method can be trained further.
         changes_shape: whether tensors change their shape during training.
         page: Markdown text for docs/methods.md.
@@ -234,7 +234,7 @@ class Method:
         )
 
     def get_embedding_error(self, spec: Any) -> str | None:
-        """Returns why `spec` cannot adapt embeddings; "" if it can; None if the method cannot."""
+        """Returns why `spec` cannot adapt embeddings; "" if it can, None if no `spec` can."""
         return None
 
     def default_target_modules(self, spec: Any, model: Any) -> list[str]:
@@ -318,12 +318,12 @@ VIRTUAL_TOKEN_STEP = StepSupport(
 class MergeNotAllowedError(NotImplementedError, ValueError):
     """Raised on merging an adapter that cannot be merged.
 
-    PEFT raises NotImplementedError in `merge` of layers, and ValueError in `_check_merge_allowed`.
+    PEFT raises NotImplementedError in `merge`, ValueError in `_check_merge_allowed`; this is both.
     """
 
 
 class UnmergeableLayer:
-    """Mixin for layers that cannot be merged; must precede `BaseTunerLayer`."""
+    """Mixin for layers that cannot be merged; a base class before `BaseTunerLayer`."""
 
     merge_error: ClassVar[str]
 
@@ -337,7 +337,7 @@ class UnmergeableLayer:
 
 
 class UnmergeableTuner:
-    """Mixin for tuners of unmergeable layers; must precede `BaseTuner`."""
+    """Mixin for tuners of unmergeable layers; a base class before `BaseTuner`."""
 
     tuner_layer_cls: type[UnmergeableLayer]
 

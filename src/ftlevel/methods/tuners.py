@@ -53,7 +53,7 @@ class PrecisionLayer:
 
 
 class PrecisionTuner:
-    """Mixin for tuners whose layers are `PrecisionLayer`s; must precede `BaseTuner`."""
+    """Mixin for tuners whose layers are `PrecisionLayer`s; a base class before `BaseTuner`."""
 
     model: Any
     tuner_layer_cls: type[PrecisionLayer]

@@ -194,7 +194,7 @@ class ModuleTree:
                     yield ExpertParameter(f"{owner}.{key}", pattern, count, fan_in, fan_out)
 
     def norms(self) -> Iterator[tuple[str, str, int]]:
-        """Yields (pattern, type, width) of the norms that have weights and are not in heads."""
+        """Yields (name pattern, class, width) of the norms that have weights, outside heads."""
         for name in self.norm_names():
             module = self.modules[name]
             first = next(module.parameters(recurse=False))
@@ -218,7 +218,7 @@ class ModuleTree:
         return None
 
     def embeddings(self) -> Iterator[tuple[str, str, int, int]]:
-        """Yields (pattern, type, rows, width) of the embeddings."""
+        """Yields (name pattern, class, rows, width) of the embeddings."""
         for name, module in self.modules.items():
             if isinstance(module, nn.Embedding):
                 module_type = type(module).__name__

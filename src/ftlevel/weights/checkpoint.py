@@ -159,7 +159,7 @@ def _entries(header: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TensorPart:
-    """Tensors that are written together, in file order.
+    """Tensors that are written to a file together, in this order.
 
     `source` is a file's tensor to copy, or a function that returns the tensors by name.
     """
@@ -267,7 +267,7 @@ class TensorGroup:
 
 @dataclass
 class Checkpoint:
-    """Weights of a model, loaded on demand.
+    """Weights of a model on disk, each loaded when it is read.
 
     Attributes:
         stored: checkpoint name → tensor; in memory for a .gguf file.
@@ -299,13 +299,13 @@ class Checkpoint:
         return get_tensor_info(self._convert(name, group, specs))
 
     def plain(self, name: str) -> FileTensor | None:
-        """Returns the file's tensor that is `name` unchanged; None if converted or in memory."""
+        """Returns the stored tensor if the model uses it unconverted from a file; else None."""
         group = self._group(name)
         tensor = self.stored[group.keys[0]]
         return tensor if group.converter is None and isinstance(tensor, FileTensor) else None
 
     def file(self, name: str) -> str | None:
-        """Returns the name of the file with the first stored tensor of `name`; in memory, None."""
+        """Returns the name of the file that has (the first part of) `name`; None if in memory."""
         tensor = self.stored[self._group(name).keys[0]]
         return tensor.path.name if isinstance(tensor, FileTensor) else None
 
@@ -391,7 +391,7 @@ def convert_for_saving(model: Any, name: str, tensor: torch.Tensor) -> dict[str,
 def _group_tensors(
     keys: Mapping[str, Any], key_mapper: conversions.KeyMapper
 ) -> tuple[dict[str, TensorGroup], list[str]]:
-    """Group checkpoint tensors by model tensor as transformers does; also returns unused names."""
+    """Returns model name → its checkpoint tensors, as in transformers, and the unused names."""
     groups: dict[str, TensorGroup] = {}
     unused = []
     for key in conversions.in_reading_order(keys):

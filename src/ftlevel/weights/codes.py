@@ -38,7 +38,7 @@ _SCALE_STEPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 
 @dataclass(frozen=True)
 class QuantizationGrid:
-    """Values that a format can store.
+    """Values that a quantized format can store: scale · value.
 
     Attributes:
         values: ascending values of the codes, for a scale of 1.
@@ -51,11 +51,11 @@ class QuantizationGrid:
     stored: Callable[[torch.Tensor], torch.Tensor]
 
     def scales_of(self, weight: torch.Tensor) -> torch.Tensor:
-        """Returns a scale per block of `weight`: its largest |weight| gets the largest |value|."""
+        """Returns a scale per block, by which its largest |weight| becomes the largest |value|."""
         return self._blocks(weight).abs().amax(-1) / self.values.abs().max()
 
     def fitted_scales(self, weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-        """Returns the scale of each block with the least error, weighted by `moment`'s diagonal."""
+        """Returns the scale per block with the least squared error, weighted by H's diagonal."""
         largest, counts = self.scales_of(weight), moment.diagonal()
         best, least = largest, torch.full_like(largest, torch.inf)
         for factor in _SCALE_STEPS:
@@ -67,7 +67,7 @@ class QuantizationGrid:
         return best
 
     def nearest(self, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Returns the nearest code of each weight."""
+        """Returns the nearest code of each weight, as an index of `values`."""
         scaled = self._blocks(weight) / _not_zero(scales).unsqueeze(-1)
         return torch.bucketize(scaled, self._midpoints()).view(weight.shape)
 
@@ -76,7 +76,7 @@ class QuantizationGrid:
         return self.values[codes] * self.spread(scales, codes.shape)
 
     def spread(self, scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """Returns the scale of each weight of a matrix of `shape`, repeating those of blocks."""
+        """Returns a matrix of `shape` with the scale of each weight, from `scales` per block."""
         return scales.repeat_interleave(self.block or shape[1]).view(shape)
 
     def fits(self, shape: torch.Size) -> bool:
@@ -102,9 +102,9 @@ def select_codes(
     moment: torch.Tensor,
     grid: QuantizationGrid,
 ) -> torch.Tensor:
-    """Select codes that approximate the output of `weight`, above all the part due to `update`.
+    """Returns `codes` improved so that the output of `weight`, above all of `update`, is preserved.
 
-    All three are (out, in); `moment` is H (in, in). `scales` are as read back from the file.
+    These three are (out, in); `moment` is H (in, in). `scales` are as read back from the file.
     """
     directions, target, moment = compute_directions(update, moment), weight, shrunk(moment)
     for _ in range(SWEEPS):
@@ -134,7 +134,7 @@ def improve_codes(
     moment: torch.Tensor,
     grid: QuantizationGrid,
 ) -> torch.Tensor:
-    """Returns `codes` after a sweep that reduces the output error; shapes as in `select_codes`."""
+    """Returns `codes` after one sweep over all columns; arguments are as in `select_codes`."""
     weight_scales = _not_zero(grid.spread(scales, weight.shape))
     values, codes = grid.values[codes] * weight_scales, codes.clone()
     moment = damped(moment)
@@ -163,7 +163,7 @@ def shrunk(moment: torch.Tensor) -> torch.Tensor:
 
 
 def damped(moment: torch.Tensor) -> torch.Tensor:
-    """Returns `moment` (H) with a fraction of its mean diagonal added to it, to be invertible."""
+    """Returns `moment` (H) with a share of its mean diagonal added to the diagonal: invertible."""
     offset = DAMPING * moment.diagonal().mean().clamp(min=1e-30)
     return moment + offset * torch.eye(len(moment))
 

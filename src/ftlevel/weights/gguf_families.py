@@ -23,7 +23,7 @@ _GEMMA_PATTERN = 6  # every sixth layer has full attention
 
 @dataclass(frozen=True)
 class GgufFamily:
-    """Differences of a `model_type` of transformers from llama.cpp's architecture.
+    """How models of a `model_type` of transformers differ from llama.cpp's architecture for them.
 
     `rotary` has the supported rope types; it is empty for learned positions. `interleaved` means
     that rotary pairs are adjacent, `shifted_norms` that norms are 1 + weight. `fixed` maps settings

@@ -75,7 +75,7 @@ class QuantizedMatrix:
         return grid.value(self.codes.long(), grid.stored(self.scales.reshape(-1)))
 
     def pack(self, outtype: str) -> Any:
-        """Returns the bytes in the layout of `outtype`, a numpy array (rows, bytes per row)."""
+        """Returns the bytes in the layout of `outtype`: a uint8 array (rows, bytes per row)."""
         rows = len(self.codes)
         d = self.scales.reshape(rows, -1, 1).half().view(torch.uint8)
         blocks = self.codes.reshape(rows, -1, BLOCK)
@@ -271,7 +271,7 @@ def file_keys(outtype: str) -> dict[str, Any]:
 
 
 def round_to(tensor: torch.Tensor, outtype: str) -> torch.Tensor:
-    """Returns `tensor` rounded to `outtype` without the gguf package, to verify the file."""
+    """Returns `tensor` rounded to `outtype`, computed without gguf so that it can verify a file."""
     tensor = tensor.float()
     if outtype == "f32":
         return tensor

@@ -140,7 +140,7 @@ def load_vocab(tokenizer: Any, size: int, end: int | None = None) -> Vocabulary:
 
 
 def _load_wordpiece(tokenizer: Any, tokenizer_json: Mapping[str, Any], size: int) -> Vocabulary:
-    """Returns the metadata of a WordPiece tokenizer; raises InputError if it is not BERT's."""
+    """Returns the vocabulary of a WordPiece tokenizer; raises InputError if it is not BERT's."""
     model, normalizer = tokenizer_json["model"], tokenizer_json["normalizer"] or {}
     lowercase = bool(normalizer.get("lowercase"))
     strip_accents = normalizer.get("strip_accents")
@@ -196,7 +196,7 @@ def _check_size(texts: Mapping[int, str], size: int) -> None:
 
 
 def _pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns the merges as pairs; older files store each as one string."""
+    """Returns the merges as pairs of tokens; older files store a merge as one string."""
     pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
     return [(left, right) for left, right in pairs]
 

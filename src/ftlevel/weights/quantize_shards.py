@@ -44,7 +44,7 @@ PARTS = (QUANTIZED, "other linears", "embeddings", "heads", "experts", "rest")
 
 @dataclass(frozen=True)
 class Parameter:
-    """A tensor of the model; `part` is one of `PARTS`, and tied tensors are listed once."""
+    """A tensor of the model; `part` is one of `PARTS`. Tied tensors are a single parameter."""
 
     name: str
     shape: tuple[int, ...]
@@ -54,7 +54,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class QuantizedLayout:
-    """Quantization of each tensor of a model.
+    """Which tensors of a model are quantized, and how the others are stored.
 
     `linears` maps quantized modules to whether they are a Conv1D, whose weight is transposed.
     `config` includes the modules to skip. Modules with a name part in `in_float32` stay in float32;
@@ -69,7 +69,7 @@ class QuantizedLayout:
     key_mapper: KeyMapper
 
     def part_of(self, name: str) -> str:
-        """Returns the part, one of `PARTS`, to which the model's tensor `name` belongs."""
+        """Returns the part of the model (one of `PARTS`) that contains the tensor `name`."""
         return self.parameters[name].part if name in self.parameters else "rest"
 
     def kept_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
@@ -120,7 +120,7 @@ def resolve_layout(layout: QuantizedLayout, keys: Iterable[str]) -> QuantizedLay
 
 
 def get_skipped_modules(quantization: Any) -> list[str]:
-    """Returns the modules that `quantization` skips."""
+    """Returns the names of modules that the config `quantization` leaves unquantized."""
     attribute = "modules_to_not_convert" if is_torchao(quantization) else "llm_int8_skip_modules"
     return list(getattr(quantization, attribute) or ())
 
@@ -135,7 +135,7 @@ def _with_modules_to_skip(quantization: Any, names: list[str]) -> Any:
 
 
 def get_modules_to_skip(config: Any, auto_class: str) -> list[str]:
-    """Returns the heads of every task of the architecture, and BERT's pooler."""
+    """Returns the names of modules not to quantize: heads of any task, and BERT's pooler."""
     names: set[str] = set()
     for name in (auto_class, *TASK_CLASSES):
         if type(config) not in model_classes(name):
@@ -182,7 +182,7 @@ def _parameters(meta: Any, tree: ModuleTree, linears: dict[str, bool]) -> Iterat
 
 
 def predict_bytes(layout: QuantizedLayout) -> dict[str, tuple[int, int]]:
-    """Returns part of the model → bytes before and after quantization, computed from shapes."""
+    """Returns model part (of `PARTS`) → bytes before and after quantization, from shapes alone."""
     sizes = {part: [0, 0] for part in PARTS}
     for parameter in layout.parameters.values():
         num_values = math.prod(parameter.shape)
@@ -264,7 +264,7 @@ class ShardWriter:
 
 
 def header_bound(tensors: Mapping[str, int]) -> int:
-    """Returns the maximum header size in bytes for `tensors` (name prefix → number)."""
+    """Returns the maximum header size in bytes; `tensors`: start of names → number of tensors."""
     # 200 bytes: a suffix, a dtype, a shape of few dimensions and two offsets.
     return 64 + sum(count * (len(json.dumps(name)) + 200) for name, count in tensors.items())
 
@@ -404,7 +404,7 @@ def _convert(
 
 
 def bitsandbytes_grid(config: Any) -> QuantizationGrid:
-    """Returns the values that a `BitsAndBytesConfig` stores; 8-bit: -127 to 127, scales per row."""
+    """Returns the grid of a `BitsAndBytesConfig`; for 8-bit, -127 to 127 with a scale per row."""
     if config.load_in_8bit:
         return QuantizationGrid(torch.arange(-127.0, 128.0) / 127, 0, lambda scales: scales)
     return four_bit_grid(config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)

@@ -235,7 +235,7 @@ def _scores(
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """Files of a run for the report.
+    """What the report shows of a run, read from its files.
 
     `answers` is None without scored rows, `retrieval` without scored queries, and `rollouts` if the
     run sampled no completions.

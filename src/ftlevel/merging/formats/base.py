@@ -27,7 +27,7 @@ CodesFunction = Callable[[str], QuantizedMatrix]
 
 @dataclass(frozen=True)
 class MergeOutput:
-    """Result of merging the exported adapter; `summary` is empty if there was no adapter.
+    """Result of merging the adapter to export; `summary` is empty if there was none.
 
     `choose` returns a weight's quantization codes; if it is None, weights are rounded. `beside_run`
     compares the logits of a model with those of the run as trained.
@@ -39,13 +39,13 @@ class MergeOutput:
 
     @property
     def facts(self) -> dict[str, Any] | None:
-        """Entries about the merge in the summary; None if nothing was merged."""
+        """Entries of an export's summary about the merge; None if nothing was merged."""
         keys = ("onto", "verified", "agreement")
         return {key: self.summary[key] for key in keys} if self.summary else None
 
 
 class ServerSupport(Protocol):
-    """Functions of the serving extra for `export --for` with a whole model."""
+    """Protocol: what the serving extra provides for `export --for` with a whole model."""
 
     def start_commands(
         self, server: str, out: Path, embedding_format: EmbeddingFormat | None
@@ -98,7 +98,7 @@ A model without an adapter stays where it is.
 def merge_first(
     ref: ModelRef, output: Path, listener: Listener, merge: MergeAdapter
 ) -> tuple[MergeOutput, ModelSource]:
-    """Call `merge` for a directory in `output`; returns its result and the model to export."""
+    """Merge the adapter of `ref`, if any, in `output`; returns result and model to export."""
     merged_dir = output / "merged"
     if ref.directory is None:
         return merge(merged_dir), ref.source
@@ -120,7 +120,7 @@ def stop_notes(name: str, ref: ModelRef, server: str | None) -> list[str]:
 
 
 class Export(Protocol):
-    """A planned export, whose weights are not read yet; `notes` are sentences without a period."""
+    """Protocol of planned exports; weights are not read yet. `notes` are without a period."""
 
     @property
     def notes(self) -> Sequence[str]: ...  # noqa: D102 - as above

@@ -64,7 +64,7 @@ TEXTS = (
 def check_server(
     config: ExportConfig, embedding_format: EmbeddingFormat, server: Server
 ) -> list[str]:
-    """Returns notes to print; InputError if `server` would return other embeddings."""
+    """Returns notes to print; InputError if `server` would compute other embeddings."""
     support, name = server.embeddings, config.model
     if support is None:
         raise InputError(
@@ -138,7 +138,7 @@ def embed(
 def save_embeddings(
     path: Path, model: str, server: str | None, vectors: torch.Tensor, dtype: str
 ) -> None:
-    """Save the texts `TEXTS` with the embeddings that a server must return for them."""
+    """Save the texts `TEXTS` with `vectors`, the embeddings that a server must return for them."""
     metadata = {"format": 1, "type": "embeddings", "model": model, "server": server}
     rows = [{"text": t, "vector": v.tolist()} for t, v in zip(TEXTS, vectors, strict=True)]
     write_json(path, {**metadata, "dtype": dtype, "texts": rows})

@@ -117,7 +117,7 @@ class FileCheck:
 
 @dataclass(frozen=True)
 class Original:
-    """The exported model, the device, and `tokens`, the number of text tokens to compare on."""
+    """The model to export, and how to compare with it: device and number of text `tokens`."""
 
     source: ModelSource
     config: Any
@@ -139,7 +139,7 @@ def check_file(
     original: Original,
     beside_run: Callable[[Any], Agreement] | None,
 ) -> FileCheck:
-    """Compare the file, written from `tensors`, with the original; RunError if they differ."""
+    """Compare the file, written from `tensors`, with the original model; RunError if it differs."""
     source = ModelSource(str(path), "gguf", str(path.parent), path.name, local_files_only=True)
     texts = check_tokens(load_tokenizer(source), original.tokenizer, vocab)
     config, copied_settings = readable_config(load_config(source), original.config)
@@ -205,7 +205,7 @@ def _score_original(
 
 
 def readable_config(config: Any, original: Any) -> tuple[Any, list[str]]:
-    """Returns a file's `config` with values of `original` where they differ, and their names."""
+    """Returns `config` with the values of `original` where they differ, and the names of these."""
     actual, expected = config.to_dict(), original.to_dict()
     mismatched = {
         key: value
@@ -228,7 +228,7 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def check_tokens(tokenizer: Any, original: Any, vocab: Vocabulary) -> int:
-    """Compare both tokenizers' tokens; returns the number of texts. RunError if tokens differ."""
+    """Raise RunError if the tokenizers encode a text differently; returns the number of texts."""
     backend, reference = tokenizer.backend_tokenizer, original.backend_tokenizer
     if vocab.pre not in READ_BY_TRANSFORMERS:
         backend.pre_tokenizer = reference.pre_tokenizer

@@ -58,7 +58,7 @@ def chat_template(
 
 
 def _except_first_turn(text: str, start: str) -> str:
-    """Returns a template for `text` that omits the prefix `start` in the first turn."""
+    """Returns a template for `text` that leaves out its prefix `start` in the first turn."""
     if not start or not text.startswith(start):
         return literal(text)
     remainder = literal(text.removeprefix(start))
@@ -99,7 +99,7 @@ _PLACEHOLDER = "\u2042prompt\u2042"
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """Prompt template and stop texts for a Modelfile; with `template` None, Ollama chooses it."""
+    """Prompt template and stop texts for a Modelfile; None leaves the template to Ollama."""
 
     kind: Literal["chat template", "prompt of training", "plain", "left to Ollama"]
     reason: str

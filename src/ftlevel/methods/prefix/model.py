@@ -306,7 +306,7 @@ class PrefixLayer(VirtualTokenLayer):
     ) -> None:
         """Add an adapter whose prefix an MLP computes.
 
-        `encoder` is the layer that owns E, of width `hidden`, and W₁; None creates them here.
+        `encoder` is the layer with the MLP's shared part, of input size `hidden`; None: this layer.
         """
         device, width = device_of(self.base_layer), config.encoder_hidden_size
         if encoder is None:

@@ -282,7 +282,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         return PromptPosition.compute(mask, rows, length, self.shapes[names[0]].tokens_before)
 
     def _insert_prompts(self, names: list[str], stack: Any, call: dict[str, Any]) -> PromptPosition:
-        """Insert prompts into the arguments `call` (modified); returns their position."""
+        """Insert prompts (adapter `names`) into the arguments `call` (modified); returns where."""
         embedded = call.get("inputs_embeds")
         if embedded is None:
             embedded = stack.get_input_embeddings()(call["input_ids"])
@@ -300,7 +300,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         return position
 
     def _extend_cached(self, names: list[str], call: dict[str, Any]) -> None:
-        """Extend mask and positions in `call` (modified) by prompts already in the KV cache."""
+        """Extend mask and positions in `call` (modified) by prompts that are in the KV cache."""
         mask = call.get("attention_mask")
         if mask is not None:
             call["attention_mask"] = self._compute_position(names, mask, mask).extend_mask(mask)
