@@ -168,7 +168,7 @@ def get_memory_limits(groups: Iterable[Path]) -> Iterator[int]:
 
 
 def get_free_memory(groups: Iterable[Path]) -> Iterator[int]:
-    """Yields the free bytes in each control group with a memory limit; cached files are free."""
+    """Yields the free bytes of each control group with a limit; cached files count as free."""
     for group in groups:
         for limit, used, cached in (
             ("memory.max", "memory.current", "inactive_file"),

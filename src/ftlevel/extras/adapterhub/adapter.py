@@ -132,7 +132,7 @@ def _layers(family: str, head_type: str, config: Mapping[str, Any]) -> dict[str,
 
 
 def head_modules(head: HubHead, weights: Mapping[str, Any]) -> list[str]:
-    """Returns the top-level modules of the head in `weights`; empty for a language head."""
+    """Returns the names of the head's top-level modules; empty for a language head."""
     if head.task in ("", "masked-lm"):
         return []
     names = head.layers.values() or weights

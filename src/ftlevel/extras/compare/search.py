@@ -246,7 +246,7 @@ def plan_study(
 ) -> Study | None:
     """Returns the study of method `word`; None if the method has no hyperparameter to search.
 
-    `state` is in compare.json, `dry_run` a summary; `path` is the directory of the database.
+    `state` is that of compare.json, `dry_run` a summary; the database is in directory `path`.
     """
     names = SPECS[config.method.kind].model_fields
     fields = {

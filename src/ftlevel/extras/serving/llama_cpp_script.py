@@ -12,7 +12,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Write each adapter's answers to its prompts, or the embeddings of texts, to the second file.
+    """Read the request from the first file argument; write answers or embeddings to the second.
 
     The KV cache is float32, because the base's weights may be.
     """

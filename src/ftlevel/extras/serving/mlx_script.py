@@ -9,7 +9,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Write each adapter's answers to its prompts, in float32, to the second file."""
+    """Read the request from the first file argument; write answers, in float32, to the second."""
     import mlx.core as mx
     from mlx_lm import load
 

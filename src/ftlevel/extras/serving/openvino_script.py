@@ -14,9 +14,9 @@ _FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 
 
 def main() -> None:
-    """Write each adapter's answers to its prompts, or embeddings of texts, to the second file.
+    """Read the request from the first file argument; write answers or embeddings to the second.
 
-    In float32. A model in transformers' format is first converted to OpenVINO's, next to it.
+    Computes in float32. A model in transformers' format is first converted to OpenVINO's.
     """
     import openvino_genai as genai
 

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Write each adapter's answers, or the embeddings of texts, to the second file; in float32."""
+    """Read the request from the first file argument; write answers or embeddings to the second."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM, SamplingParams

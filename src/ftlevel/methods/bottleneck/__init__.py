@@ -158,7 +158,7 @@ def target_pattern(positions: AdapterPositions, placement: str) -> str:
 
 
 def block_of(positions: AdapterPositions | None, module_name: str) -> str | None:
-    """Returns the block that a feed-forward or norm ends, such as `model.layers.0.`, or None."""
+    """Returns the name prefix of the block whose feed-forward or norm is `module_name`, or None."""
     for end in (positions.feed_forward, positions.norm) if positions else ():
         block = module_name.removesuffix(end)
         if (

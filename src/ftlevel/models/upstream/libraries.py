@@ -21,7 +21,7 @@ _BYTES = 1 << 30
 def apply_template(
     turns: Sequence[Any], template: str, **kwargs: Any
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Returns the rendered chat, and the character spans of assistant turns if these are requested.
+    """Returns the rendered chat, and assistant spans if `return_assistant_tokens_mask` is set.
 
     Raises TimeoutError after ten seconds, MemoryError above a gigabyte (Linux), and the template's
     own errors.
