@@ -184,7 +184,7 @@ class TensorMerger:
 
         merged = self.skeleton.merge(unit, read)
         for name, value in before.items():
-            if name.endswith("weight") and torch.equal(merged[name].to(value.dtype), value):
+            if torch.equal(merged[name].to(value.dtype), value):
                 self.unchanged.add(name)
         return merged
 
@@ -253,8 +253,8 @@ def save_merged(
     names = [n for n in shapes if n not in ties or untied or n in checkpoint.groups]
     shards = _plan_files(merger, names)
     size = write_files(output_dir, shards)
-    merged = sum(merger.adapts(name) for name in names)
-    if len(merger.unchanged) == merged or merged == 0:
+    merged = {name for name in names if merger.adapts(name)}
+    if merged <= merger.unchanged:
         raise RunError(
             f"the merge changed nothing: the update of {inputs.ref.directory} is below rounding "
             f"in {str(merger.main_dtype).removeprefix('torch.')} in every tensor. Use --dtype "
@@ -263,8 +263,8 @@ def save_merged(
     _save_config(output_dir, inputs, model, merger.main_dtype, untied=untied)
     files = MergedFiles(
         sum(len(part.specs) for parts in shards.values() for part in parts),
-        merged,
-        len(merger.unchanged),
+        len(merged),
+        sum(name.endswith("weight") for name in merger.unchanged),
         untied,
         checkpoint.unused,
         size,

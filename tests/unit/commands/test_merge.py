@@ -258,8 +258,12 @@ def test_adapter_saved_in_bfloat16_is_merged_in_float32(
     torch.testing.assert_close(load_tensors(tmp_path / "out")[f"{name}.weight"], expected)
 
 
-def test_merge_that_changes_nothing_raises(tiny_model_dir: TinyModelDir, tmp_path: Path) -> None:
-    adapter = save_adapter(tiny_model_dir("llama"), tmp_path / "adapter", "causal", lora_config())
+@pytest.mark.parametrize(("family", "modules"), [("llama", LINEARS), ("gpt2", ["c_attn"])])
+def test_merge_that_changes_nothing_raises(
+    family: str, modules: list[str], tiny_model_dir: TinyModelDir, tmp_path: Path
+) -> None:
+    config = lora_config(target_modules=modules)  # GPT-2's layers have biases
+    adapter = save_adapter(tiny_model_dir(family), tmp_path / "adapter", "causal", config)
     path = adapter / "adapter_model.safetensors"
     save_file({k: v * (1e-20 if "lora_B" in k else 1) for k, v in load_file(path).items()}, path)
     with pytest.raises(RunError, match=r"the merge changed nothing: .* Use --dtype float32"):
