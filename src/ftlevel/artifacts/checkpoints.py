@@ -55,7 +55,7 @@ def _load_manifest(checkpoint: Path) -> dict[str, tuple[int, str]] | None:
 
 
 def detect_corruption(checkpoint: Path) -> str | None:
-    """Returns the first difference from the manifest or non-finite tensor; None if valid."""
+    """Returns what is wrong with `checkpoint` (changed file, NaN) as text; None if it is valid."""
     if not (checkpoint / MANIFEST).is_file():
         return "it was not finished (no manifest)"
     files = _load_manifest(checkpoint)

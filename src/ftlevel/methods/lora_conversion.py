@@ -38,7 +38,7 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """Rank r."""
+        """LoRA rank r of the update."""
         return int(self.a.shape[0])
 
     def padded(self, rank: int) -> Factors:

@@ -424,7 +424,7 @@ def _keep_new_heads(
     auto_class: str,
     dtype: torch.dtype,
 ) -> Any:
-    """Returns a copy of `config` that keeps heads unquantized that are so in the checkpoint."""
+    """Returns a copy of `config` by which heads stay unquantized if the checkpoint's are."""
     if as_quant_config(quantization_config) is None:
         return config
     quantized = [name for name in _load_tensor_types(source) if name.endswith((".absmax", ".SCB"))]

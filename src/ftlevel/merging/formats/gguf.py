@@ -205,7 +205,7 @@ def _score_original(
 
 
 def readable_config(config: Any, original: Any) -> tuple[Any, list[str]]:
-    """Returns `config` with the values of `original` where they differ, and the names of these."""
+    """Returns `config` with the values of `original` where they differ, and the names of those."""
     actual, expected = config.to_dict(), original.to_dict()
     mismatched = {
         key: value
