@@ -246,7 +246,7 @@ def format_selected_model(best: Mapping[str, Any]) -> str:
             f", the {order} of {num_evaluations:,} evaluations" if num_evaluations > 1 else ""
         )
     elif step == best["best_step"]:
-        last = f"{best['last']:.4f}" + " with a higher loss" * (best["last"] == best["best"])
+        last = f"{best['last']:.4f}" + ", too" * (best["last"] == best["best"])
         text = f"step {step:,} of {last_step:,}: {value}, the last had {last}"
     else:
         text = (

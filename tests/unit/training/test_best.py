@@ -71,6 +71,25 @@ def test_resumed_run_counts_all_evaluations_without_improvement() -> None:
     assert format_selected_model(legacy).endswith("after 1 evaluation without a better one")
 
 
+def test_tie_is_described_without_a_loss() -> None:
+    """A run of `--task rl` has no evaluation loss."""
+    first, last = (EvalResult(step, 0.2) for step in (1, 3))
+    selected = SelectedModel(
+        metric="eval_reward",
+        greater_is_better=True,
+        evaluations=3,
+        best=first,
+        last=last,
+        step=1,
+        stopped_early=False,
+        patience=None,
+        waited=2,
+    )
+    assert format_selected_model(selected.describe()) == (
+        "step 1 of 3: eval_reward 0.2000, the last had 0.2000, too"
+    )
+
+
 def test_lower_loss_breaks_ties() -> None:
     evaluations = Evaluations(BestModel(**BEST_MODEL | {"patience": 9}))
     losses = [0.5, 0.4, 0.45, 0.3]
