@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from filelock import FileLock
 
@@ -54,8 +55,11 @@ def pytest_configure(config: pytest.Config) -> None:
         TOKENIZERS_PARALLELISM="false",
         OMP_NUM_THREADS="1",
     )
-    if not hasattr(config, "workerinput"):
-        os.environ[ADDRESS] = str(home / "forks")  # xdist workers share these processes
+    if not hasattr(config, "workerinput"):  # xdist workers share what follows
+        os.environ[ADDRESS] = str(home / "forks")
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # of `tmp_path`
+        (home / "tmp").mkdir()
+        os.environ["TMPDIR"] = tempfile.tempdir = str(home / "tmp")
     for name in ("HF_HUB_CACHE", "TRANSFORMERS_CACHE", "HF_TOKEN"):
         os.environ.pop(name, None)
 
@@ -68,6 +72,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip GPU tests without a GPU; mark tests with real weights; select the cells.
 
+    Long files come first, so that at the end no worker waits long for another's.
     FTLEVEL_GPU_TESTS=cpu runs the tests in tests/gpu on the CPU.
     """
     for item in items:
@@ -82,6 +87,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         quick = [item for item in items if not {"slow", "weights"} & {*_marks(item)}]
         items[:] = {item.nodeid.partition("[")[0]: item for item in reversed(quick)}.values()
         items.reverse()
+    long = {item.path for item in items if "slow" in {*_marks(item)}}
+    items.sort(key=lambda item: item.path not in long and "training" not in item.path.parts)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -92,6 +99,7 @@ def pytest_collection() -> Iterator[None]:
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(10_000)  # with 700, it takes 3 % of the tests' time
         gc.enable()
 
 
@@ -168,7 +176,7 @@ def templates() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def frozen_imports() -> None:
-    """Exclude imported objects from garbage collection, which Trainer calls."""
+    """Exclude imported objects from garbage collection."""
     if len(sys.modules) > _frozen_modules[-1] + 100:
         gc.collect()
         gc.freeze()
@@ -176,6 +184,17 @@ def frozen_imports() -> None:
 
 
 _frozen_modules = [0]
+
+
+@pytest.fixture(autouse=True)
+def bounded_memory() -> None:
+    """Collect garbage, such as models, if earlier tests have left more than 1 GiB of it."""
+    if psutil.Process().memory_info().rss > _resident_bytes[-1] + 2**30:
+        gc.collect()
+        _resident_bytes.append(psutil.Process().memory_info().rss)
+
+
+_resident_bytes = [0]
 
 
 @pytest.fixture(autouse=True)

@@ -92,7 +92,7 @@ class Forked:
             "cwd": str(cwd or Path.cwd()), "env": {**(os.environ if env is None else env)},
             "path": sys.path,
         }  # fmt: skip
-        server = _get_server(imported)
+        server = connect(imported)
         with _one_request:
             socket.send_fds(server, [_encode_message(request)], [read, out, err])
             self.pid = int(_receive(server))
@@ -102,7 +102,7 @@ class Forked:
     def poll(self) -> int | None:
         """Return the exit code, negative after a signal, or None while the process runs."""
         if self.returncode is None:
-            server = _get_server(self._imported)
+            server = connect(self._imported)
             with _one_request:
                 server.sendall(_encode_message({"wait": self.pid}))
                 self.returncode = _receive(server)
@@ -199,7 +199,7 @@ def _receive(server: socket.socket) -> Any:
     return json.loads(message)
 
 
-def _get_server(imported: str) -> socket.socket:
+def connect(imported: str) -> socket.socket:
     """Return the connection to a forking process; the first call starts both processes."""
     with _one_request:
         return _connections()[imported]
@@ -211,14 +211,14 @@ def _connections() -> dict[str, socket.socket]:
             os.environ[ADDRESS] = f"{tempfile.mkdtemp()}/forks"
         with FileLock(f"{os.environ[ADDRESS]}.lock"):
             try:
-                _servers.update(_connect())
+                _servers.update(_connect_both())
             except (FileNotFoundError, ConnectionRefusedError):
                 _start_servers()
-                _servers.update(_connect())
+                _servers.update(_connect_both())
     return _servers
 
 
-def _connect() -> dict[str, socket.socket]:
+def _connect_both() -> dict[str, socket.socket]:
     connections = {}
     for name in _IMPORTED:
         connections[name] = socket.socket(socket.AF_UNIX)

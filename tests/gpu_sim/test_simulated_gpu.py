@@ -25,7 +25,8 @@ def figures() -> dict[str, Any]:
     paths = (TESTS.parent / "src", TESTS, TESTS.parent / "scripts", os.environ.get("PYTHONPATH"))
     result = subprocess.run(
         [sys.executable, "-m", "gpu_sim", "--sample", "--json"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(str(p) for p in paths if p)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(str(p) for p in paths if p),
+             "TMPDIR": os.environ["PYTEST_DEBUG_TEMPROOT"]},  # where the library is cached
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.stdout, result.stderr[-3000:]

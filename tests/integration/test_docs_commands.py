@@ -31,6 +31,7 @@ def test_documented_commands_run(
     block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if block.page.name in FORKED:
+        forked.connect("ftlevel")
         functions = tmp_path / "functions.sh"
         functions.write_text(f'ftlevel() {{ "{sys.executable}" "{forked.__file__}" run "$@"; }}\n')
         monkeypatch.setenv("BASH_ENV", str(functions))

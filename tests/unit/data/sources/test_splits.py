@@ -187,7 +187,7 @@ def test_builtin_dataset_is_loaded_by_kind_and_split(monkeypatch: pytest.MonkeyP
         ("what is it", "what is it: no such file. In the current directory: train."),
         (
             "train/set",
-            "train/set: no such file. train is empty. If you mean the data set of the Hub: "
+            "train/set: no such file. In train: no files. If you mean the data set of the Hub: "
             "--dataset hf://datasets/train/set",
         ),
     ],
