@@ -130,6 +130,9 @@ def test_leaked_validation_rows_are_dropped(
     code, out = dry_run(capsys, "--dataset", "set", "--set", "data.gate.leaked=stop")
     assert code == 2
     assert out.count("also a training row") == 2
+    write(Path("set/validation.jsonl"), [GOOD[2]])
+    code, out = dry_run(capsys, "--dataset", "set")
+    assert "data: set (6 rows; every validation row was dropped)" in out
 
 
 def test_template_without_end_of_turn_is_rejected(

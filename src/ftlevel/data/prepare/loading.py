@@ -407,6 +407,8 @@ def _choices(
     held_out = (
         f"{len(eval_rows):,} for validation"
         if eval_rows
+        else "every validation row was dropped"
+        if data.validation
         else "no validation rows: --validation-split 0.05 holds some out"
     )
     name = "stdin" if data.splits.name == STDIN else data.splits.name
