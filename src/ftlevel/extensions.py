@@ -166,7 +166,7 @@ def load(reference: str) -> Any:
 
 
 def resolve_renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """Returns a `__getattr__` for `module`; `names` maps each old name to its new reference.
+    """Returns a `__getattr__` for `module`; `names` maps old names to new "package.module:name".
 
     An old name works with a DeprecationWarning for one release.
     """

@@ -340,7 +340,7 @@ def _predict_window(
     config: PredictConfig,
     progress: RowCounts,
 ) -> list[Mapping[str, Any]]:
-    """Returns the predicted columns of each row; a bad row is skipped or raises InputError."""
+    """Returns predicted columns by row; a bad row has none, or raises InputError (`on_bad_row`)."""
     answerable = [i for i, row in enumerate(window) if not row.fault]
     faults = {i: row.fault for i, row in enumerate(window) if row.fault}
     if faults and config.on_bad_row == "error":

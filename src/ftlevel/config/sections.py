@@ -41,7 +41,7 @@ class InMemoryDataset(str):
     label: str
 
     def __new__(cls, rows: Any) -> InMemoryDataset:
-        """Create the string and attach `rows`."""
+        """Create a string with the value `IN_MEMORY`, and set its attribute `rows`."""
         dataset = super().__new__(cls, IN_MEMORY)
         dataset.rows, dataset.label = rows, "dataset"
         return dataset

@@ -261,8 +261,8 @@ def compare_text(
 ) -> dict[str, Any]:
     """Returns the differences between the outputs of two models in the same windows.
 
-    KL is the mean of KL(reference ‖ other) over the positions in nats, with its standard error;
-    top-1 agreement is the fraction of equal argmaxes. Non-finite outputs give NaN.
+    If `auto_class` has a language head: mean KL(reference ‖ other) in nats, its standard error,
+    fraction of equal argmaxes, perplexities; else cosine similarity. NaN if outputs are not finite.
     """
     result: dict[str, Any] = {"predicts": PREDICTS.get(auto_class, HIDDEN_STATES)}
     divergences, similarities = list[torch.Tensor](), list[torch.Tensor]()

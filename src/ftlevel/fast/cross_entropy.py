@@ -275,7 +275,7 @@ class _SummedLoss(torch.autograd.Function):
 
 
 class _Likelihoods(torch.autograd.Function):
-    """Log-likelihood of each target; forward also computes the gradients if the head is frozen."""
+    """Log-likelihoods of targets; with a frozen head, forward computes the gradient of `states`."""
 
     @staticmethod
     def forward(

@@ -116,7 +116,7 @@ class Recomputation:
 
 
 def with_recomputation(tensor: Tensor, make: Callable[..., Tensor], *saved: Tensor) -> Tensor:
-    """Mark `tensor` (modified) as recomputable in backward by `make(*saved)`, and return it."""
+    """Mark `tensor` (modified): layers may save `saved` and call `make(*saved)` in backward."""
     parts = tuple(part.detach() for part in saved)
     setattr(tensor, _NAME, (Recomputation(make), parts, version_of(tensor)))
     return tensor

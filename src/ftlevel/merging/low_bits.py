@@ -351,7 +351,7 @@ class WeightsAsLoaded:
         return True
 
     def unrounded(self, name: str) -> torch.Tensor | None:
-        """Returns the tensor `name`."""
+        """Returns the same as `base`, because nothing is merged or rounded."""
         return self.base(name)
 
     def base(self, name: str) -> torch.Tensor:

@@ -115,7 +115,7 @@ def _load_peft_config(adapter_dir: Path) -> dict[str, Any]:
 
 
 def resolve_merge_input(config: MergeConfig) -> MergeInput:
-    """Resolve adapter and base of a merge; InputError if they cannot be merged or do not fit."""
+    """Resolve adapter and base; InputError if they cannot be merged or the base has changed."""
     get_adapter_dir(config.adapters[0])
     device = select_device(config.device).value
     ref = resolve_model(config.adapters[0], base=config.base_model, device=device)
@@ -195,7 +195,7 @@ def _prepare_rows(inputs: MergeInput, data: DataConfig, seed: int) -> PreparedDa
 
 
 def _create_rows(inputs: MergeInput, count: int, calibration: int, message: str) -> CheckRows:
-    """Returns rows of random tokens, or if `calibration`, of text; `message` is the reason."""
+    """Returns random tokens, or docstrings to calibrate; `message` says why not the run's data."""
     if calibration:
         tokens = (count + calibration) * _ROW_LENGTH
         text = load_eval_text(None, tokens)

@@ -186,12 +186,12 @@ def get_quantization_info(quantization_config: dict[str, Any]) -> dict[str, Any]
 
 
 def get_quant_config(info: Mapping[str, Any]) -> QuantConfig:
-    """Returns the quantization in a model card; kind `none` if it is not of bitsandbytes."""
+    """Returns a card's entry `info` as a `QuantConfig`; kind `none` unless it is 4bit or 8bit."""
     return QuantConfig.model_validate(info) if _is_applied(info) else QuantConfig()
 
 
 def format_quantization(info: Mapping[str, Any]) -> str:
-    """Returns a short description of a model card's quantization."""
+    """Returns a short text, such as `4-bit nf4`, for `info`, a model card's quantization."""
     return QuantConfig.model_validate(info).form if _is_applied(info) else str(info["kind"])
 
 

@@ -197,7 +197,7 @@ class BaseTask(ABC):
         return self, []
 
     def auto_class(self, kind: str, model_type: str) -> str:
-        """Returns the transformers auto class for models of `kind`; or raises `ConfigError`."""
+        """Returns the transformers auto class for `kind`; ConfigError if the task needs another."""
         if kind in self.auto_classes:
             return self.auto_classes[kind]
         supported = join_names(self.auto_classes)
@@ -453,7 +453,7 @@ class BaseTask(ABC):
         return []
 
     def decode_label(self, row: Encoded, names: Sequence[str]) -> str:
-        """Returns text about the row's label or the tokens of its parts; "" for token labels."""
+        """Returns for display the row's label, or the token range of each of its texts; else ""."""
         return ""
 
 

@@ -355,7 +355,7 @@ class MultiLabel(Objective):
     def training_sum(
         self, logits: Tensor, labels: Tensor, mask: Tensor, loss: TrainingLoss
     ) -> Tensor:
-        """Returns the loss summed over classes and rows, with weights and focal γ of `loss`."""
+        """Returns the binary cross entropy summed over rows and classes, with settings `loss`."""
         return weighted_binary_cross_entropy(logits.float(), labels, loss)
 
     def balance(self, rows: Sequence[Encoded], classes: int) -> tuple[float, ...]:

@@ -49,7 +49,7 @@ class ClassObjective(Objective):
     def training_sum(
         self, logits: Tensor, labels: Tensor, mask: Tensor, loss: TrainingLoss
     ) -> Tensor:
-        """Returns the loss summed over targets, with the class weights and focal γ of `loss`."""
+        """Returns the cross entropy summed over targets, with the settings `loss` (focal γ, …)."""
         from torch.nn import functional
 
         if not loss.is_weighted:
@@ -82,7 +82,7 @@ def focal_factor(nll: Tensor, gamma: float) -> Tensor:
 
 
 def weighted_binary_cross_entropy(logits: Tensor, labels: Tensor, loss: TrainingLoss) -> Tensor:
-    """Returns the loss summed over `(rows, classes)`, with class weights and focal γ of `loss`."""
+    """Returns the binary cross entropy summed over `(rows, classes)`, with the settings `loss`."""
     from torch.nn import functional
 
     weights = _tensor_of(loss.class_weights, logits)
@@ -308,7 +308,7 @@ def create_distillation_objective(
 
 
 def outcome_dtype(config: DistillationConfig, vocabulary: int) -> Any:
-    """Returns the numpy dtype of `Encoded.teacher`; `vocabulary` is the number of shared tokens."""
+    """Returns the dtype of `Encoded.teacher`; teacher and student share `vocabulary` tokens."""
     import numpy as np
 
     count = config.kd_top_k

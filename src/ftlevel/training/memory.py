@@ -72,9 +72,10 @@ class Activations:
 
 
 def set_checkpointing(model: Any, run: Run) -> list[Choice]:
-    """Set `model` (modified) to recompute as many blocks as configured, or as memory requires.
+    """Use gradient checkpointing for blocks of `model` (modified): all, or as memory requires.
 
-    Call after method and fast step are applied. Returns log lines; none if no block is recomputed.
+    Call after method and fast step are applied, as memory depends on them. Returns log lines; none
+    if no block is recomputed in backward.
     """
     train, base = run.config.train, base_model(model)
     if train.recomputes:

@@ -203,7 +203,7 @@ def trainable_parameters(model: Any) -> list[torch.nn.Parameter]:
 def gather(model: Any, keep: bool) -> Iterator[tuple[str, Tensor]]:
     """Yields the name and full CPU value of every tensor of the sharded `model`.
 
-    All processes must iterate together; only those with `keep` get the tensors.
+    All processes must iterate over it together; without `keep`, it yields nothing.
     """
     seen: dict[int, Tensor] = {}  # preserves tied tensors
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -165,8 +165,8 @@ class Reference:
 
     Attributes:
         info: its entry in summary.json.
-        start: temporary directory with files to save: the initial adapter, or the name of a
-            different model. None if the initial adapter has no effect.
+        start: temporary directory of files to save: the initial adapter, or model.json, which
+            names a `--reference` model. None if the base is the reference.
     """
 
     info: Mapping[str, Any]

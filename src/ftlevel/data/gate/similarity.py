@@ -105,7 +105,7 @@ class Digests:
 
     @classmethod
     def at(cls, path: Path) -> Digests:
-        """Memory-map the digest file `path` and its file of word hashes, see `to_bytes`."""
+        """Memory-map digests from the file `path`, and their words from `words_path(path)`."""
         words = words_path(path)
         return cls(
             np.memmap(path, _RECORD, "r"),
@@ -238,9 +238,9 @@ def _lengths_match(shorter: Any, longer: Any) -> Any:
 
 
 def _may_match(rows: Sequence[Encoded], first: Integers, second: Integers, prefix: int) -> Mask:
-    """Returns for each pair of rows whether their hashed 5-grams are similar enough.
+    """Returns for each i whether rows `first[i]` and `second[i]` have similar hashed 5-grams.
 
-    Hashes have 49 bits: expect one false match of two 5-grams in 10^12 pairs of short rows.
+    Hashes have 49 bits: in 10^12 pairs of short rows, expect one pair of 5-grams to collide.
     """
     count = len(first)
     ids = gather(rows, np.concatenate((first, second)))

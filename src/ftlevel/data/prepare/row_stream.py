@@ -251,7 +251,7 @@ class RowStream:
         return self
 
     def __next__(self) -> Encoded:
-        """Returns the next row; `InputError` if the row stops the run, or a pass has no rows."""
+        """Returns the next row; InputError if a bad row may not be skipped, or too many are."""
         while True:
             while self._waiting:
                 if (row := self._buffer.push(self._waiting.popleft())) is not None:

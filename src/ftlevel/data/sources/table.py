@@ -72,7 +72,7 @@ class Table:
 
     @property
     def column_names(self) -> list[str]:
-        """The column names in the order of the first row, without the ignored ones."""
+        """The column names in the order of the first row, without those in `ignored`."""
         return [name for name in self.rows[0] if name not in self.ignored] if self.rows else []
 
     def without_columns(self, names: Iterable[str]) -> Table:

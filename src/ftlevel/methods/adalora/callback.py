@@ -66,7 +66,7 @@ class RankPruningCallback(TrainerCallback):
         self.save_state(checkpoint_dir)
 
     def save_state(self, checkpoint_dir: Path) -> None:
-        """Save the ranks in `checkpoint_dir`, for `load_state` and for the saved adapter."""
+        """Save the ranks in `checkpoint_dir`, to be restored by `load_state` or a resumed run."""
         (checkpoint_dir / RANKS).write_text(json.dumps(self.ranks), encoding="utf-8")
 
     def load_state(self, checkpoint_dir: Path, model: Any) -> None:

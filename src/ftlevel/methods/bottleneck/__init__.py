@@ -50,12 +50,12 @@ class AdapterPositions:
     """Names of the modules at which a transformer block can get adapters, relative to the block.
 
     Attributes:
-        attention: last linear layers of the attention modules.
+        attention: last linear layer of each attention module.
         feed_forward: last linear layer of the feed-forward, or the whole feed-forward.
         inputs: possible names of the feed-forward's first linear layer; empty if `feed_forward` is
             the whole feed-forward.
-        residual: module whose input is the tensor that the feed-forward's output is added to; empty
-            if the sum has other terms, too, or the output is normalized or scaled first.
+        residual: module whose input is the feed-forward's residual, to which its output is added.
+            Empty if other terms are added, too, or the output is normalized or scaled first.
         norm: layer norm after that sum; empty in pre-norm models.
     """
 

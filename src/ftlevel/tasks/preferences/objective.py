@@ -255,7 +255,7 @@ class PreferenceMeter:
         return metrics
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
-        """Returns the rewards and log-likelihoods of the answers of the only example seen."""
+        """Returns the metrics of the only example added: rewards, log-likelihoods, lengths."""
         return {name: round(value, 4) for name, value in self.compute(math.nan).items()}
 
 

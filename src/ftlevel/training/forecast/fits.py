@@ -114,7 +114,7 @@ def _loading_bytes(run: Run, step: StepMemory) -> int:
 
 
 def _check_bytes(run: Run) -> int:
-    """Returns the bytes needed to verify the fast step; 0 without verification."""
+    """Returns the peak bytes of comparing fast and plain step at the start; 0 if disabled."""
     rows = select_compared_rows(run.data.train) if run.fast.enabled else []
     if run.config.speed.verify is False or not rows:
         return 0

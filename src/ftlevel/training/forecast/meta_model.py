@@ -295,11 +295,11 @@ _PART_BY_PHASE = {FORWARD: ACTIVATIONS, UPDATE: OPTIMIZER}
 
 
 class LiveMemoryTracker(OperationWatch):
-    """Context manager that counts the bytes of live tensors.
+    """Context manager that counts the bytes of live tensors by category.
 
-    A new storage is counted in the category of the current phase, `moment`. Floating-point tensors
-    whose last dimension is `vocab_size` are counted as logits (0: none). `peaks` maps each phase to
-    bytes by category at its peak; it is updated only while `is_counting` is true.
+    New tensors are activations if the phase, `moment`, is FORWARD; optimizer, if UPDATE; else
+    workspace. Before UPDATE, float tensors of shape `(…, vocab_size)` are logits. `peaks` maps each
+    phase to bytes by category at its peak, and is updated only while `is_counting`.
     """
 
     def __init__(self, vocab_size: int = 0) -> None:

@@ -140,7 +140,7 @@ def _filter_layers(modules: Sequence[str], tree: ModuleTree, layers: Sequence[in
 def _resolve_saved_modules(
     names: Sequence[str], tree: ModuleTree, model_name: str, quant: str
 ) -> list[str]:
-    """Returns `names` (`modules_to_save`), longer where PEFT would match other modules as well."""
+    """Returns `modules_to_save`, by full name where PEFT's suffix match would include others."""
     resolved: list[str] = []
     for name in names:
         matches = [full for full in tree.modules if f".{full}".endswith(f".{name}")]

@@ -151,7 +151,7 @@ class RlTrainer(FtlevelTrainer):
         self._in_training = False
 
     def with_targets(self, rows: Sequence[Encoded]) -> list[Encoded]:
-        """Returns `num_generations` stand-in completions of maximum length for each prompt."""
+        """Returns each prompt with `num_generations` synthetic completions of maximum length."""
         count, tokens = self.rl_config.num_generations, self.rl_config.max_completion_length
         return [
             completion
