@@ -74,8 +74,7 @@ class Activations:
 def set_checkpointing(model: Any, run: Run) -> list[Choice]:
     """Use gradient checkpointing for blocks of `model` (modified): all, or as memory requires.
 
-    Call after method and fast step are applied, as memory depends on them. Returns log lines; none
-    if no block is recomputed in backward.
+    Call after method and fast step are applied. Returns log lines; none if no block is recomputed.
     """
     train, base = run.config.train, base_model(model)
     if train.recomputes:
