@@ -108,6 +108,20 @@ def test_unknown_columns_error_ignores_training_mapping(
     assert "Message" not in message
 
 
+def test_evaluate_skips_bad_rows_as_its_error_advises(
+    classifier_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ("the file", "", "the list")
+    rows = [json.dumps({"Message": text, "Kind": "x"}) for text in texts]
+    Path("other.jsonl").write_text("\n".join(rows))
+    command = ["evaluate", "my run", "--dataset", "other.jsonl", "--resamples", "0"]
+    assert run(command) == 2
+    assert "or drop bad rows with --on-bad-row skip" in capsys.readouterr().err
+    assert run([*command, "--on-bad-row", "skip"]) == 0
+    output = capsys.readouterr()
+    assert "dropped 1 of 3 rows (line 2: 'Message' is empty)" in output.out + output.err
+
+
 def test_dataset_option_replaces_validation_file(tiny_model_dir: TinyModelDir) -> None:
     task_data.write(Path("data"), "class")
     code = run(["train", "--model", str(tiny_model_dir("bert")), "--dataset", "data/train.jsonl",

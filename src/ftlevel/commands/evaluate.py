@@ -21,6 +21,7 @@ from ftlevel.data.prepare.inference import EvaluationRows, load_evaluation_rows
 from ftlevel.data.prepare.loading import read_splits
 from ftlevel.data.sources.beir import load_retrieval_set
 from ftlevel.data.sources.lines import STDIN
+from ftlevel.data.sources.table import describe_dropped
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.intervals import (
     ExampleRecord,
@@ -171,6 +172,7 @@ def _find_warnings(
         yield f"{eval_rows.source} changed after training; these rows may include training rows."
     elif changed and not (config.corpus or config.max_eval_samples):
         yield "the validation rows or the corpus changed after training, and so did their metrics."
+    yield from describe_dropped(eval_rows.table)
     if eval_rows.dropped:
         dropped = "1 row is" if eval_rows.dropped == 1 else f"{eval_rows.dropped:,} rows are"
         yield (
@@ -379,14 +381,9 @@ def _get_run_config(config: EvaluateConfig, ref: ModelRef) -> tuple[TrainConfig,
         }
     is_cut = run_config.data.overlong == "truncate"
     update["overlong"] = "truncate" if is_cut else "drop"
-    if config.corpus is not None:
-        update["corpus"] = config.corpus
-    if config.columns:
-        update["columns"] = config.columns
-    if config.ignore_columns:
-        update["ignore_columns"] = config.ignore_columns
-    if config.max_eval_samples is not None:
-        update["max_eval_samples"] = config.max_eval_samples
+    for name in ("corpus", "columns", "ignore_columns", "max_eval_samples", "on_bad_row"):
+        if (value := getattr(config, name)) not in (None, {}, ()):
+            update[name] = value
     return run_config.model_copy(update={"data": run_config.data.model_copy(update=update)}), is_own
 
 

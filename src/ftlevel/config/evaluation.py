@@ -53,6 +53,9 @@ class EvaluateConfig(DecodingAsInTraining):
     split: Literal["train", "validation", "test"] | None = Field(
         None, description="Split to evaluate; default: validation, or all rows of a single file."
     )
+    on_bad_row: Literal["error", "skip"] | None = Field(
+        None, description="Action for invalid rows; default: as in training."
+    )
     columns: ColumnMap = Field(default_factory=dict)
     ignore_columns: IgnoredColumns = ()
     task: UnnamedTask = None

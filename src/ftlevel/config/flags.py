@@ -74,7 +74,8 @@ COMMAND_FLAGS: tuple[Flag, ...] = (
     # predict
     Flag("dataset", "--dataset", DATA, ("predict",), metavar="FILE|-", required=True),
     Flag("input_format", "", DATA, ("predict", "evaluate")),
-    *_fields(DATA, ("predict",), "format limit on_bad_row overlong"),
+    *_fields(DATA, ("predict",), "format limit overlong"),
+    Flag("on_bad_row", "", DATA, ("predict", "evaluate")),
     Flag("output", "--output -o", WRITE, ("predict",), FlagAliases(("--out",)), "FILE"),
     Flag("column", "", WRITE, ("predict",)),
     Flag("probabilities", "--probabilities", WRITE, ("predict",)),

@@ -420,7 +420,7 @@ def to_examples(table: Table, format_: Format) -> Sequence[Example]:
     """Returns the examples of `table`; raises `InputError` for invalid rows or missing columns."""
     examples, bad = convert_rows(table, format_)
     if bad:
-        raise InputError(describe_bad_rows(table, bad))
+        raise InputError(describe_bad_rows(table, bad, ""))
     return examples
 
 

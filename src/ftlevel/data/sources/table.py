@@ -213,22 +213,22 @@ def handle_bad_rows(table: Table, errors: Sequence[BadRow], on_bad_row: OnBadRow
     return replace(valid, dropped=dropped_rows)
 
 
-def describe_bad_rows(table: Table, errors: Sequence[BadRow]) -> list[str]:
-    """Returns one message per bad row for the first few, then a summary with the count."""
+def describe_bad_rows(
+    table: Table,
+    errors: Sequence[BadRow],
+    advice: str = ", or drop bad rows with --on-bad-row skip",
+) -> list[str]:
+    """Returns one message per bad row for the first few, then a summary with count and advice."""
     ordered = sorted(errors, key=lambda row: row.line)
     if len(ordered) == 1:
         row = ordered[0]
-        return [
-            f"{table.location(row.line)}: {row.message}. "
-            f"Fix the {table.unit}, or drop bad rows with --on-bad-row skip."
-        ]
+        return [f"{table.location(row.line)}: {row.message}. Fix the {table.unit}{advice}."]
     total = len({*table.lines, *(row.line for row in [*errors, *table.dropped])})
     num_rows = len({row.line for row in errors})
     rest = f" (the first {MAX_SHOWN} are above)" if len(ordered) > MAX_SHOWN else ""
     return [
         *(f"{table.location(row.line)}: {row.message}." for row in ordered[:MAX_SHOWN]),
-        f"{table.source}: {num_rows:,} of {total:,} rows are bad{rest}. "
-        "Fix them, or drop bad rows with --on-bad-row skip.",
+        f"{table.source}: {num_rows:,} of {total:,} rows are bad{rest}. Fix them{advice}.",
     ]
 
 

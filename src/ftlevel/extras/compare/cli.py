@@ -81,7 +81,7 @@ def closing_lines(result: Mapping[str, Any]) -> Iterator[str]:
     if result["best"] is None:
         yield "no method is within the limits that were given."
     else:
-        yield f"best: {result['best']}. Train it for all epochs:"
+        yield f"best: {result['best']}. Command to train it:"
         yield f"  {result['command']}"
 
 
