@@ -298,9 +298,9 @@ class CommandInput:
 
 
 def _put(layer: Layer, row: Flag, path: str, shown: str, value: Any, example: str) -> None:
-    """Set the field `path` of `layer` (modified) to the `value` of the flag named `shown`.
+    """Set the field `path` of `layer` (modified) to `value`, which was given by the flag `row`.
 
-    If the flag has an `example`, the values are NAME=VALUE pairs.
+    `shown` is the flag as typed. If `example` is not empty, `value` is NAME=VALUE pairs for a dict.
     """
     key = tuple(path.split("."))
     if example:

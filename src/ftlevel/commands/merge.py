@@ -202,7 +202,7 @@ def _select_base_weights(config: MergeConfig, inputs: MergeInput) -> list[str]:
 
 
 def write_onto(config: MergeConfig, inputs: MergeInput, onto: str, path: Path) -> Candidate:
-    """Merge the adapter into the base weights `onto` (original or dequantized), and save it."""
+    """Merge the adapter into `onto` ("original" or "dequantized") base weights; save to `path`."""
     path.mkdir()
     return Candidate(
         onto, path, *save_merged(path, inputs, *resolve_rounding(config, inputs, onto))

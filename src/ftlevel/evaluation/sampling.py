@@ -194,7 +194,7 @@ class GroupSampler(RowDecoder):
         options: SamplingOptions,
         noise: Noise,
     ) -> list[list[Completion]]:
-        """Returns `options.count` completions per prompt; `rows` are the prompts' row indices."""
+        """Returns `options.count` completions per prompt, seeded by `noise` and row indices."""
         group = _Group(rows, options, noise, self._tokenizer)
         pending = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
         prefix = get_shared_prefix(prompts)
@@ -253,7 +253,7 @@ class GenerateSampler:
         options: SamplingOptions,
         noise: Noise,
     ) -> list[list[Completion]]:
-        """Returns completions as `GroupSampler.sample` does."""
+        """Returns `options.count` completions per prompt, seeded by `noise` and row indices."""
         group = _Group(rows, options, noise, self._tokenizer)
         pad_id = self._tokenizer.pad_token_id or 0
         device = next(self._model.parameters()).device

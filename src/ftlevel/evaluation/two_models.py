@@ -208,11 +208,11 @@ class EvalSet:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Absolute differences between the logits of a model and a reference.
+    """Differences between the logits of a model and a reference, and the mean loss of both.
 
     `scale` is the largest absolute logit of the reference. `kl` is the mean KL(reference ‖ model)
-    in nats, and `top1` the fraction of targets with the same argmax; both are None without
-    `has_choice`.
+    in nats, and `top1` the fraction of targets with the same argmax; both are None if a target is
+    not one of several classes or tokens, as in regression. Other differences are absolute.
     """
 
     max_difference: float
@@ -226,7 +226,7 @@ class Agreement:
 
     @property
     def distance(self) -> float:
-        """KL divergence, or without `has_choice` the mean absolute difference of the logits."""
+        """KL divergence; if it is None, the mean absolute difference of the logits."""
         return self.mean_difference if self.kl is None else self.kl
 
 

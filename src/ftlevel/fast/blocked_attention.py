@@ -190,7 +190,7 @@ class BlockedAttention(torch.autograd.Function):
 def _scores(
     query: Tensor, key: Tensor, block: QueryBlock, scale: float, cap: float | None
 ) -> Tensor:
-    """Returns scores before masking (key heads, heads of a group * queries, keys), in ≥ float32."""
+    """Returns unmasked scores (key heads, heads per key head * queries, keys), in ≥ float32."""
     compute_dtype = torch.promote_types(query.dtype, torch.float32)
     queries = _queries(query, block, len(key)).to(compute_dtype)
     keys = _rows(key, block.keys).to(compute_dtype)
@@ -217,7 +217,7 @@ def slope_of_cap(capped: Tensor, cap: float, dtype: torch.dtype) -> Tensor:
 
 
 def _queries(query: Tensor, block: QueryBlock, groups: int) -> Tensor:
-    """Returns the queries of a block, (key heads, heads of a group * queries, head_dim)."""
+    """Returns the queries of a block, (key heads, heads per key head * queries, head_dim)."""
     return query[:, block.start : block.stop].reshape(groups, -1, query.shape[-1])
 
 
@@ -239,7 +239,7 @@ def _add(total: Tensor, spans: Sequence[Range], left: Tensor, right: Tensor) -> 
 
 
 def _group_heads(states: Tensor, groups: int) -> Tensor:
-    """Reshape (queries, heads, head_dim) to (key heads, heads of a group * queries, head_dim)."""
+    """Reshape (queries, heads, dim) to (`groups` key heads, heads per key head * queries, dim)."""
     count, heads, width = states.shape
     return (
         states.reshape(count, groups, heads // groups, width)
@@ -249,7 +249,7 @@ def _group_heads(states: Tensor, groups: int) -> Tensor:
 
 
 def _ungroup_heads(target: Tensor, states: Tensor, groups: int) -> None:
-    """Write `states`, shaped as by `_group_heads`, to `target` (queries, heads, head_dim)."""
+    """Write `states`, shaped as by `_group_heads`, to `target` (queries, heads, dim)."""
     count, heads, width = target.shape
     ungrouped = states.view(groups, heads // groups, count, width).permute(2, 0, 1, 3)
     target.view(count, groups, heads // groups, width).copy_(ungrouped)

@@ -219,7 +219,7 @@ class TextCollator(StepCollator):
     """Collates rows of texts to embed; each distinct text of a step is collated once."""
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Returns `StepCollator`'s dict for distinct texts; its `texts` are a `StepTexts`."""
+        """Returns `StepCollator`'s dict, each text in `rows` once; key `texts` is a `StepTexts`."""
         texts, step = distinct_texts(rows)
         return {**super().__call__(texts), "rows": rows, "texts": step}
 

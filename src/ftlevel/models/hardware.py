@@ -295,14 +295,14 @@ def _make_contiguous(head: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None
 
 
 def uses_tf32(enabled: bool | None, device: str, dtype: str) -> bool:
-    """Returns whether float32 products use TF32: on new GPUs, unless `enabled` is False."""
+    """Returns whether float32 products use TF32: on Ampere or later, unless `enabled` is False."""
     if enabled is False or dtype != "float32" or device != "cuda":
         return False
     return torch.cuda.get_device_capability() >= (8, 0)
 
 
 def select_tf32(tf32: bool | None, device: str, dtype: str) -> list[Choice]:
-    """Returns the setting to report about TF32, if any; raises `ConfigError` if unsupported."""
+    """Returns 0 or 1 log lines on TF32; ConfigError if `tf32` is True and `device` lacks it."""
     if uses_tf32(tf32, device, dtype):
         message = "auto: an Ampere GPU or later; --no-tf32 is exact" if tf32 is None else ""
         return [Choice("float32 products", "in TF32 while training", message)]

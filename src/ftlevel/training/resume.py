@@ -62,7 +62,7 @@ def store_base(run: Run, output_dir: RunDirectory, *, is_first: bool) -> tuple[R
 
 
 def get_base_info(run: Run) -> dict[str, Any]:
-    """Returns name, kind, revision and fingerprint of the base; its digest, too, if an object."""
+    """Returns name, kind, revision, fingerprint of the base; and digest if it came as an object."""
     info, path = get_base_values(run.model.source), run.model.source.path
     if run.written_base is None or path is None:
         return info

@@ -25,9 +25,9 @@ class Collator:
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """Returns `input_ids` and `attention_mask` `(batch, seq)`, `labels` and optional tensors.
 
-        The batch has all `sequences` of each row. `labels` is `(batch,)`, `(batch, n)` for n values
-        per sequence, or `(batch, target)` for token ids, padded with -100. The optional `signals`,
-        `known` and `ids` (see `Encoded.teacher`) have one entry per target token.
+        Each sequence of a row is a batch entry. `labels` is `(batch,)`, `(batch, n)` for n values
+        each, or `(batch, target)` for token ids, padded with -100. Optional, per target token:
+        `signals` (of a policy loss), `known` (a teacher's log-probabilities), `ids` (its tokens).
         """
         preference_labels = [label for row in rows for label in row.preference_labels]
         teachers = [row.teacher for row in rows if row.teacher is not None]

@@ -290,7 +290,7 @@ class Encoder:
         return replace(self, bounds=replace(self.bounds, positions=positions))
 
     def digest(self, examples: Sequence[Any]) -> Digests:
-        """Returns the `Digests` of `examples`, which the data checks compare."""
+        """Returns per example hashes of its texts, to find duplicates, and text-check results."""
         return Digests.of(examples, self._text_context)
 
     @property

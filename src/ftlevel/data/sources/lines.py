@@ -224,7 +224,7 @@ _raw_decode = json.JSONDecoder().raw_decode
 
 
 def as_row(value: Any) -> Any:
-    """Returns a pair such as spaCy's `["text", {"entities": […]}]` as a dict, else `value`."""
+    """Returns a pair [text, dict], as of spaCy, as the dict plus a key `text`; else `value`."""
     if type(value) is list and len(value) == 2:
         text, columns = value
         if type(text) is str and type(columns) is dict and "text" not in columns:

@@ -269,7 +269,7 @@ class ServedModel:
         return template if isinstance(template, str) and template != base_template else None
 
     def prompts(self) -> list[Prompt]:
-        """Returns the prompts of a check, formatted as in training."""
+        """Returns prompts to compare export and trained model with, formatted as in training."""
         format_ = load_prompt_format(self.ref.card) or PromptFormat("plain")
         chats = format_.kind == "chat-template"
         prompts = []

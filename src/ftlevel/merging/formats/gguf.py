@@ -96,14 +96,14 @@ _IGNORED_KEYS = set(
 
 @dataclass(frozen=True)
 class FileCheck:
-    """Result of reading the file back.
+    """Result of reading the file back with transformers; logits of its model are compared.
 
     Attributes:
-        file: difference between the file and the model with weights rounded by torch.
-        model: difference between the file and the unrounded model.
-        run: difference between the file and the run as trained; None if not measured.
-        own_settings: names of settings that transformers does not read from the file.
-        texts: number of texts with identical tokens.
+        file: difference from the original model with weights rounded by torch to the file's type.
+        model: difference from the original model with its own weights.
+        run: difference from the model as trained, before merging; None if not measured.
+        own_settings: names of config settings with the original's value, not the one read.
+        texts: number of test texts; both tokenizers give the same tokens for all of them.
         splitting: whether transformers reads the file's pre-tokenizer.
     """
 

@@ -112,7 +112,7 @@ class EmbeddingTask(BaseTask):
         return task, _describe_format(format_, reason, options)
 
     def prepare_tokenizer(self, tokenizer: Any, kind: str) -> Choice | None:
-        """Make `tokenizer` (modified) append EOS for last-token pooling, and lowercase if set."""
+        """Make `tokenizer` add EOS (if pooling is "last") and lowercase (if set in `format`)."""
         if self.format.lowercase:
             lowercase(tokenizer)
         if self.end is not None:
