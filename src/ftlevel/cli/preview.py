@@ -257,8 +257,8 @@ def preview(
 ) -> None:
     """Show encoded rows and problems in the data.
 
-    Accepts the flags of train and reads the data as train does, without loading weights. Only
-    --task rl loads the model, and samples and scores completions as before the first step.
+    Accepts the flags of train and reads the data as train does. Weights are loaded only with
+    --task rl, to sample and score completions as train does before its first step.
     Supervised tokens are green in a terminal and in [brackets] in a pipe. Statistics and data
     checks follow.
     """
