@@ -24,7 +24,7 @@ from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS
 
 GEN, SUM, CLS = "text-generation", "summarization", "text-classification"
-FIX = "Fix the line, or drop bad rows with --on-bad-row skip."
+FIX = "Fix the line."
 QUESTION = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
 
@@ -250,9 +250,10 @@ def test_unusable_rows_are_reported_together_or_dropped() -> None:
     assert error.value.problems == [
         "x.jsonl:2: 'text' is null.",
         *(f"x.jsonl:{line}: 'text' is empty." for line in (3, 5, 6, 7)),
-        "x.jsonl: 7 of 9 rows are bad (the first 5 are above). Fix them, or drop bad rows with "
-        "--on-bad-row skip.",
+        "x.jsonl: 7 of 9 rows are bad (the first 5 are above). Fix them.",
     ]
+    with pytest.raises(InputError, match="Fix them, or drop bad rows with --on-bad-row skip"):
+        handle_bad_rows(table, convert_rows(table, detected)[1], "error")
     usable = handle_bad_rows(table, convert_rows(table, detected)[1], "skip")
     assert to_examples(usable, detected) == [PlainText("a", 0), PlainText("b", 1)]
     assert usable.where(1) == "x.jsonl:4"
