@@ -432,7 +432,7 @@ INVALID_INPUTS = {
     "no documents": (
         [*create_rows(4), {"query": "a b", "documents": [], "labels": []}],
         [],
-        "rows.jsonl:5: 'documents' holds no text",
+        "rows.jsonl:5: 'documents' has no text",
     ),
     "column": ([{"text": "a b"}], [], "no format matches the columns"),
     "weight": (create_rows(4), ["--loss", "lce", "--pos-weight", "2"], "--pos-weight"),

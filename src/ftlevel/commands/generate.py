@@ -271,20 +271,20 @@ class _CallbackStreamer(TextStreamer):
         is_decoder = trained.kind == "decoder"
         super().__init__(trained.tokenizer, skip_prompt=is_decoder, skip_special_tokens=True)
         self._on_text, self._stop_texts = on_text, trained.task.stop_texts
-        self._started, self._held = False, ""
+        self._started, self._pending = False, ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Pass the text up to a stop text to `on_text`, without whitespace at its start.
 
         Last characters that may begin a stop text are held back until more text follows.
         """
-        text = self._held + text
+        text = self._pending + text
         shown = cut_at_stop(text, self._stop_texts)
         if shown == text and not stream_end:
             ends = [stop[:size] for stop in self._stop_texts for size in range(1, len(stop))]
-            held = max((len(end) for end in ends if text.endswith(end)), default=0)
-            shown = text[: len(text) - held]
-        self._held = text[len(shown) :]
+            size = max((len(end) for end in ends if text.endswith(end)), default=0)
+            shown = text[: len(text) - size]
+        self._pending = text[len(shown) :]
         shown = shown if self._started else shown.lstrip()
         if shown:
             self._started = True

@@ -18,9 +18,8 @@ from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded, EncodedTexts
 from ftlevel.data.sources.lines import LazySequence
 from ftlevel.errors import InputError
+from ftlevel.evaluation import retrieval
 from ftlevel.evaluation.answers import InferenceModel
-from ftlevel.evaluation.retrieval import as_document
-from ftlevel.evaluation.retrieval import embed_rows as embed_texts
 from ftlevel.events import Listener
 from ftlevel.tasks.embedding.formats import EmbeddingRow
 from ftlevel.tasks.embedding.objective import Embeddings
@@ -145,10 +144,10 @@ def _embed_words(rows: Sequence[Encoded], model: LoadedModel) -> list[Tensor]:
         for row in rows
     ]
     texts = [
-        EmbeddingRow(text, 0) if is_query else as_document(text)
+        EmbeddingRow(text, 0) if is_query else retrieval.as_document(text)
         for text, is_query in indices_by_text
     ]
     embedder = InferenceModel(model, GenerationOptions(1), None, truncate=True)
     with embedder.inference():
-        vectors = embed_texts(embedder, texts, lambda *_: None) if texts else Tensor()
+        vectors = retrieval.embed_rows(embedder, texts, lambda *_: None) if texts else Tensor()
     return [vectors[own] for own in indices]

@@ -110,7 +110,7 @@ def create_scored(values: RoleValues) -> EmbeddingRow:
 def create_listed(values: RoleValues) -> EmbeddingRow:
     """Create an example of a query, its documents and their labels, best document first."""
     if not (texts := _texts(values, "documents")):
-        raise UnusableRowError(f"{values.columns['documents']!r} holds no text", "empty_text")
+        raise UnusableRowError(f"{values.columns['documents']!r} has no text", "empty_text")
     labels = _numbers(values, "labels", len(texts))
     teacher = _numbers(values, "teacher", len(texts)) if "teacher" in values else ()
     order = sorted(range(len(texts)), key=lambda i: -labels[i])
