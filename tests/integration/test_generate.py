@@ -214,6 +214,18 @@ def test_plain_peft_adapter_generates(tiny_model_dir: ModelDir, tmp_path: Path) 
     assert "was not created by ftlevel: its base," in notes[0]
 
 
+def test_plain_peft_adapter_is_used_beside_run(
+    adapters_dir: Path, tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    base, plain = tiny_model_dir("llama"), tmp_path / "adapter"
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    settings = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(model, settings).save_pretrained(plain)
+    separate = [answer_texts(adapters_dir / "short"), answer_texts(plain, dtype="float32")]
+    expected = [text for pair in zip(*separate, strict=True) for text in pair]
+    assert answer_texts(adapters_dir / "short", adapters={"p": plain}) == expected
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_text_prompts_match_transformers(
     family: str, tiny_model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -276,10 +288,11 @@ def test_sampling_is_seeded(adapters_dir: Path) -> None:
 def test_prompt_files_give_same_answers_as_prompts(
     adapters_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "p.txt").write_text("\n".join(PROMPTS) + "\n\n")
-    rows = [json.dumps({"prompt": prompt, "id": 1}) for prompt in PROMPTS]
+    prompts = [*PROMPTS, "a form feed\fis part of a line"]
+    (tmp_path / "p.txt").write_text("\n".join(prompts) + "\n\n")
+    rows = [json.dumps({"prompt": prompt, "id": 1}) for prompt in prompts]
     (tmp_path / "p.jsonl").write_text("\n".join(rows))
-    name, expected = str(adapters_dir / "short"), answer_texts(adapters_dir / "short")
+    name, expected = str(adapters_dir / "short"), answer_texts(adapters_dir / "short", prompts)
     for number, file in enumerate(("p.txt", "p.jsonl")):
         out = tmp_path / f"{number}.jsonl"
         code = run(["generate", name, "--prompts", str(tmp_path / file), "--out", str(out),
@@ -287,7 +300,7 @@ def test_prompt_files_give_same_answers_as_prompts(
         assert code == 0
         lines = [json.loads(line) for line in out.read_text().splitlines()]
         assert [line["text"] for line in lines] == expected
-        assert [line["prompt"] for line in lines] == PROMPTS
+        assert [line["prompt"] for line in lines] == prompts
     assert run(["generate", name, "--prompt", "a", "--out", str(out)]) == 2
     assert "already exists and is not overwritten. Choose another." in capsys.readouterr().err
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}')

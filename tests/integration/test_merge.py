@@ -245,6 +245,19 @@ def test_quantized_run_is_merged_onto_dequantized_base(
     )
 
 
+def test_quantized_run_with_trained_head_of_tied_model_is_merged(
+    train_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = train_run("gpt2", "text-generation", "mask", None, "--method", "qlora",
+                       "--set", "method.modules_to_save=lm_head")  # fmt: skip
+    assert merge_json(capsys, str(source), "--out", "merged")["written"]["untied"]
+    merged = load_file("merged/model.safetensors")
+    trained = load_file(source / "adapter" / "adapter_model.safetensors")
+    head = trained["base_model.model.lm_head.weight"]
+    assert torch.equal(merged["lm_head.weight"], head.to(merged["lm_head.weight"].dtype))
+    assert not torch.equal(merged["lm_head.weight"], merged["transformer.wte.weight"])
+
+
 WEIGHTS = {"a/adapter_model.safetensors": ""}
 
 
@@ -358,6 +371,17 @@ def test_cat_strategy_equals_weighted_sum(tiny_model_dir: TinyModelDir) -> None:
         update = 0.7 * lora_update(first, module, 6 / 4) - 0.3 * lora_update(second, module, 6 / 3)
         torch.testing.assert_close(merged[name], weight + update, rtol=0, atol=1e-6)
     assert json.loads(Path("merged/ftlevel.json").read_text())["merge"]["weights"] == [0.7, -0.3]
+
+
+def test_plain_peft_adapter_mixes_with_run(train_run: Callable[..., Path]) -> None:
+    source = train_run("llama", "text-generation", "mask", None, "--dtype", "float32")
+    first = save_lora(source.parent / "base", Path("a"), 4, ["q_proj"])
+    settings: Any = {"weights": [0.5, 0.5], "verify": False}
+    merge(MergeConfig(adapters=[str(source), "a"], output_dir=Path("one"), **settings))
+    merge(MergeConfig(adapters=[str(first), str(source)], output_dir=Path("other"), **settings))
+    other = load_file("other/model.safetensors")
+    for name, tensor in load_file("one/model.safetensors").items():
+        torch.testing.assert_close(tensor, other[name])
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,22 @@ def test_sharded_model_quantizes_to_same_weights(
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")  # through its index
 
 
+def test_all_files_of_a_single_shard_with_index_are_saved(
+    tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    shard = "model-00001-of-00001.safetensors"
+    source = shutil.copytree(tiny_model_dir("llama"), tmp_path / "source")
+    index = {"weight_map": dict.fromkeys(load_file(source / "model.safetensors"), shard)}
+    (source / "model.safetensors").rename(source / shard)
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
+    quantize_model(source, tmp_path / "out")
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.get_chat_template("rag") == "{{ messages }}"
+
+
 @pytest.mark.parametrize(
     ("family", "head"), [("llama", None), ("bert", "mlm"), ("t5", None), ("mixtral", None)]
 )

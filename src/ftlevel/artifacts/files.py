@@ -19,7 +19,7 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ftlevel.errors import ConfigError, InputError, join_names
 
@@ -131,6 +131,11 @@ def _make(partial: Path) -> None:
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yields a temporary directory that is flushed and renamed to `path` when the block ends."""
+    if path.is_dir() and (path.is_symlink() or os.path.ismount(path) or path.samefile(Path.cwd())):
+        raise ConfigError(
+            f"--out {path} is a link, a mount point or the current directory, which cannot be "
+            f"replaced. Name a new directory in it: --out {path / 'NAME'}."
+        )
     partial = path.with_name(f".{path.name}.partial")
     if partial.exists():  # left by a killed process
         shutil.rmtree(partial)
@@ -192,12 +197,11 @@ def base_fingerprint(path: Path) -> str:
     Reads the first, middle and last 4 KiB of each tensor of the .safetensors files; of a .gguf
     file, 4 KiB per MiB. A fine-tuned model differs in almost every tensor.
     """
-    hasher = hashlib.sha256()
     if path.is_file():
-        _sample_file(path, hasher)
-    else:
-        for file in sorted(path.glob("*.safetensors")):
-            _sample_safetensors(file, hasher)
+        return sampled_fingerprint(path)
+    hasher = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")):
+        _sample_safetensors(file, hasher)
     return hasher.hexdigest()
 
 
@@ -210,57 +214,60 @@ def hash_weights(path: Path) -> str:
 
 
 def _sample_safetensors(path: Path, hasher: Any) -> None:
+    start_of_data, header = load_safetensors_header(path)
+    header.pop("__metadata__", None)
     with path.open("rb") as file:
-        size, header = _load_header(file, path)
-        for name in sorted(key for key in header if key != "__metadata__"):
-            info = header[name]
+        for name, info in sorted(header.items()):
             start, end = info["data_offsets"]
             hasher.update(f"{name} {info['dtype']} {info['shape']}\n".encode())
             for offset in {start, (start + end) // 2, max(start, end - _SAMPLE)}:
-                file.seek(8 + size + offset)
+                file.seek(start_of_data + offset)
                 hasher.update(file.read(min(_SAMPLE, end - offset)))
 
 
-def _load_header(file: BinaryIO, path: Path) -> tuple[int, dict[str, Any]]:
-    """Returns length and content of a safetensors header; raise InputError if it is invalid."""
+def load_safetensors_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Returns data offset and header of a safetensors file; raises InputError if it is invalid."""
     try:
-        (size,) = struct.unpack("<Q", file.read(8))
-        if size > path.stat().st_size:
-            raise ValueError("its header would be longer than the file")
-        header = json.loads(file.read(size))
+        file_size = path.stat().st_size
+        with path.open("rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            if size > file_size:
+                raise ValueError("its header would be longer than the file")
+            header = json.loads(file.read(size))
+        if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
+            raise TypeError("its header is no table of tensors")
         for name, entry in header.items():
-            if name != "__metadata__":
-                start, end = entry["data_offsets"]
-                if not 0 <= start <= end <= path.stat().st_size:
-                    raise ValueError(f"it has no {name[:80]!r}")
-                entry["dtype"], entry["shape"]
-    except (
-        struct.error,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+            if name == "__metadata__":
+                continue
+            if not _is_entry(entry):
+                raise TypeError(f"its header has no type, shape and place of {name[:80]!r}")
+            if 8 + size + entry["data_offsets"][1] > file_size:
+                raise ValueError("it is shorter than its header says")
+    except (struct.error, ValueError, TypeError, RecursionError, OSError) as error:
         raise InputError(
             f"{path} is not a safetensors file ({error}). Is the copy incomplete?"
         ) from None
-    return size, header
+    return 8 + size, header
 
 
-def _sample_file(path: Path, hasher: Any) -> None:
-    size = path.stat().st_size
-    hasher.update(str(size).encode())
-    with path.open("rb") as file:
-        for offset in range(0, size, 1 << 20):
-            file.seek(offset)
-            hasher.update(file.read(_SAMPLE))
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        return False
+    are_sizes = all(isinstance(value, int) and 0 <= value < 1 << 63 for value in shape + offsets)
+    return are_sizes and offsets[0] <= offsets[1]
 
 
 def sampled_fingerprint(path: Path) -> str:
     """Returns a SHA-256 of a file's size and of the first 4 KiB of each of its MiB."""
-    hasher = hashlib.sha256()
-    _sample_file(path, hasher)
+    size = path.stat().st_size
+    hasher = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for offset in range(0, size, 1 << 20):
+            file.seek(offset)
+            hasher.update(file.read(_SAMPLE))
     return hasher.hexdigest()
 
 

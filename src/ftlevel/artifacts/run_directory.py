@@ -429,7 +429,7 @@ def load_jsonl(path: Path) -> list[dict[str, Any]]:
     """Returns the JSON objects in the lines of a file; invalid lines are skipped."""
     objects = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    for line in text.splitlines():
+    for line in text.split("\n"):
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(line)
             if isinstance(value, dict):

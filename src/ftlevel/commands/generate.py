@@ -121,7 +121,7 @@ def _load_lines(path: Path) -> list[str]:
     try:
         file = decompress(path) if is_compressed(path) else path
         file = cache_pipe(path) if is_pipe(path) else file
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--prompts {path} cannot be read: {error}.") from None
     return [line for line in lines if line.strip()]

@@ -122,12 +122,12 @@ def _merge(prepared: _PreparedMerge, output: Path, listener: Listener) -> dict[s
     served = None
     if prepared.low is not None:
         listener.stage(f"choosing {prepared.low.form} codes")
-        chosen, written = quantize_merged(
+        chosen, checksums = quantize_merged(
             chosen, inputs, prepared.low, prepared.calibration, listener
         )
         if probe is not None and trained is not None:
             listener.stage("reloading and measuring")
-            served = compare_quantized(chosen, written, inputs, probe, trained)
+            served = compare_quantized(chosen, checksums, inputs, probe, trained)
     if served and effect:
         _warn_of_low_bits(served, effect, listener)
     for path in sorted(chosen.directory.iterdir()):

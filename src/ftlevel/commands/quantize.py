@@ -46,7 +46,7 @@ from ftlevel.models.quantization import (
     get_quantization_info,
     quantization_name,
 )
-from ftlevel.models.sources import ModelSource, snapshot
+from ftlevel.models.sources import resolve_source, snapshot
 from ftlevel.models.upstream.architectures import packable_experts
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.trained.resolve import resolve_model
@@ -267,7 +267,7 @@ def _measure(
         dtype = torch.float32
     models = []
     for path in (directory, out):
-        source = ModelSource(str(path), "directory", str(path), local_files_only=True)
+        source = resolve_source(str(path))
         model, _ = load_model(
             source, load_config(source), auto_class, dtype=dtype, device=plan.device
         )

@@ -26,7 +26,7 @@ from ftlevel.merging.verify import Candidate, load_merged
 from ftlevel.models.hardware import DTYPES, autocast
 from ftlevel.models.loading import load_config
 from ftlevel.models.quantization import build_quantization_config
-from ftlevel.models.sources import ModelSource
+from ftlevel.models.sources import resolve_source
 from ftlevel.models.upstream.quantizers import dequantized
 from ftlevel.trained.generation import batches
 from ftlevel.weights.codes import QuantizationGrid, select_codes
@@ -135,19 +135,6 @@ class _Sums:
 _TOLERANCE = 1e-4
 
 
-@dataclass(frozen=True)
-class QuantizedMerge:
-    """A merged model that was saved in 4-bit or 8-bit.
-
-    `linears` is the number of quantized weights. `sums` maps each layer to a checksum `(out,)` to
-    compare after reloading: W @ s for the weight W and fixed random signs s.
-    """
-
-    linears: int
-    layout: QuantizedLayout
-    sums: dict[str, torch.Tensor]
-
-
 class Weights(Protocol):
     """Protocol: source of the weights of a model that is being written, such as `TensorMerger`."""
 
@@ -172,7 +159,8 @@ class CodeSelector:
         dtype: precision in which the weights were loaded before they were quantized.
         moments: input moments; None rounds each weight to the nearest code.
         fits_scales: whether the scales depend on the moments, too.
-        sums: checksums as in `QuantizedMerge`; each call adds one.
+        sums: layer → checksum `(out,)` to compare after reloading: W @ s for the weight W and fixed
+            random signs s; each call adds one.
     """
 
     target: Weights
@@ -248,17 +236,17 @@ def quantize_merged(
     quant: QuantConfig,
     rows: EvalSet | None,
     listener: Listener,
-) -> tuple[Candidate, QuantizedMerge]:
+) -> tuple[Candidate, dict[str, torch.Tensor]]:
     """Quantize the merged model into a new directory, and delete the directory of `merged`.
 
     Codes are selected to preserve the layers' outputs on `rows`; None rounds each weight. The
-    listener receives the number of finished tensors. Raises RunError if no layer is quantized.
+    listener receives the number of finished tensors. Also returns the layers' checksums. Raises
+    RunError if no layer is quantized.
     """
     output_dir = merged.directory.with_name(".low-bits")
     output_dir.mkdir()
     listener.begin(0)
-    merged_dir = str(merged.directory)
-    config = load_config(ModelSource(merged_dir, "directory", merged_dir, local_files_only=True))
+    config = load_config(resolve_source(str(merged.directory)))
     dtype = DTYPES[merged.written.dtype]
     layout = _plan_layout(inputs, config, quant, dtype)
     origin = merged.merger
@@ -279,7 +267,7 @@ def quantize_merged(
     selector = CodeSelector(
         merged.merger, origin, grid, layout.linears, DTYPES[inputs.dtype], moments
     )
-    layout, written = save_quantized(merged.directory, output_dir, layout, listener.step, selector)
+    _, written = save_quantized(merged.directory, output_dir, layout, listener.step, selector)
     if not written.quantized:
         raise RunError(f"no linear of the merged {config.model_type} could be quantized.")
     for path in merged.directory.iterdir():
@@ -289,12 +277,12 @@ def quantize_merged(
     rounded = replace(
         merged, directory=output_dir, written=replace(merged.written, size_bytes=written.bytes)
     )
-    return rounded, QuantizedMerge(written.quantized, layout, selector.sums)
+    return rounded, selector.sums
 
 
 def compare_quantized(
     rounded: Candidate,
-    merge: QuantizedMerge,
+    checksums: Mapping[str, torch.Tensor],
     inputs: MergeInput,
     eval_set: EvalSet,
     trained: RowLogits,
@@ -304,12 +292,12 @@ def compare_quantized(
     Raises RunError if bitsandbytes dequantizes to other weights than the selected ones.
     """
     model = load_merged(rounded.directory, inputs)
-    _check_reloaded(model, merge)
+    _check_reloaded(model, checksums)
     return compare_logits(trained, eval_set.score(model, inputs.dtype))
 
 
-def _check_reloaded(model: Any, merge: QuantizedMerge) -> None:
-    for name, expected in merge.sums.items():
+def _check_reloaded(model: Any, checksums: Mapping[str, torch.Tensor]) -> None:
+    for name, expected in checksums.items():
         weight = dequantized(model.get_submodule(name)).cpu()
         sums = weight @ _signs(weight.shape[1])
         if not (sums - expected).abs().max() <= _TOLERANCE * expected.abs().max():

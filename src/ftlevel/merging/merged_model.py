@@ -18,7 +18,7 @@ from ftlevel.merging.merge_input import MergeInput
 from ftlevel.methods.merging import Skeleton, build_skeleton
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.kinds import save_legacy_rope
-from ftlevel.models.loading import build_task_model, load_model, load_tokenizer, rename_prefix
+from ftlevel.models.loading import build_task_model, load_tokenizer
 from ftlevel.models.module_tree import get_heads
 from ftlevel.models.quantization import QuantizationRounding
 from ftlevel.models.sources import ModelSource
@@ -29,11 +29,11 @@ from ftlevel.weights.checkpoint import (
     Checkpoint,
     TensorPart,
     TensorSpec,
-    checkpoint_in_memory,
     convert_for_saving,
+    copy_files,
     get_local_dir,
     get_tensor_info,
-    open_checkpoint,
+    open_base,
     write_files,
 )
 
@@ -218,7 +218,7 @@ def open_merger(
     rounding_function = (
         rounding(build_task_model(ref.model_config, ref.auto_class)) if rounding else None
     )
-    checkpoint = _open(inputs, model)
+    checkpoint = open_base(inputs.source, ref.model_config, ref.auto_class, model)
     ties = tied_names(model)
     ignored = set(unsaved_names(model) or ()) - set(ties)
     unused = tuple(f"{module}." for module in inputs.ref.configured_task.get_unused_modules(model))
@@ -271,21 +271,6 @@ def save_merged(
         str(merger.main_dtype).removeprefix("torch."),
     )
     return files, merger
-
-
-def _open(inputs: MergeInput, model: Any) -> Checkpoint:
-    """Open the checkpoint of the base; a .gguf base is loaded into memory in float32."""
-    if inputs.source.kind == "gguf":
-        loaded, _ = load_model(
-            inputs.source,
-            inputs.ref.model_config,
-            inputs.ref.auto_class,
-            dtype=torch.float32,
-            device="cpu",
-        )
-        return checkpoint_in_memory(model, loaded)
-    mapping = rename_prefix(inputs.ref.model_config, inputs.ref.auto_class)
-    return open_checkpoint(inputs.source, model, mapping)
 
 
 def _are_untied(merger: TensorMerger, ties: Mapping[str, str]) -> bool:
@@ -368,11 +353,4 @@ def copy_tokenizer(output_dir: Path, tokens: ModelSource) -> None:
     if tokens.kind == "gguf":
         load_tokenizer(tokens).save_pretrained(output_dir)
         return
-    tokenizer_dir = get_local_dir(tokens)
-    for path in sorted(
-        {path for pattern in TOKENIZER_FILES for path in tokenizer_dir.glob(pattern)}
-    ):
-        if path.is_file():
-            target = output_dir / path.relative_to(tokenizer_dir)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target)
+    copy_files(get_local_dir(tokens), output_dir, TOKENIZER_FILES)

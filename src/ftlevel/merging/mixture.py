@@ -27,6 +27,7 @@ from ftlevel.methods.merging import WEIGHTS, load_peft_config
 from ftlevel.methods.upstream import pattern_of
 from ftlevel.models.loading import build_task_model
 from ftlevel.trained.adapt import get_vocab_mismatch
+from ftlevel.trained.resolve import check_base, check_cached_base
 
 _MIXTURE = "mixture"
 
@@ -159,7 +160,10 @@ def mix(
         reason = get_mixing_conflict(load_peft_config(directory))
         if reason is not None:
             raise InputError(f"{name} cannot be mixed: {reason}.")
-        _check_same_base(inputs, name, directory)
+        if (directory / CARD).is_file():
+            card = load_card(directory)
+            check_base(inputs.source, card, directory)
+            check_cached_base(replace(inputs.ref, card=card, directory=directory))
     base = build_task_model(inputs.ref.model_config, inputs.ref.auto_class)
     for name, directory in zip(config.adapters, adapter_dirs, strict=True):
         mismatch = get_vocab_mismatch(base, directory)
@@ -183,15 +187,3 @@ def mix(
     return replace(inputs, ref=replace(inputs.ref, directory=mixed_dir)), [
         Choice("mixture", terms, f"--strategy {config.strategy}: {exactness}")
     ]
-
-
-def _check_same_base(inputs: MergeInput, name: str, adapter_dir: Path) -> None:
-    if not (adapter_dir / CARD).is_file():
-        return
-    base, first_base = load_card(adapter_dir).base, inputs.card.base
-    if base.get("fingerprint") != first_base.get("fingerprint"):
-        raise InputError(
-            f"{name} was trained on {base.get('name')} and {inputs.ref.adapter_path} on "
-            f"{first_base.get('name')}, whose weights differ. Adapters of different bases cannot "
-            "be combined."
-        )

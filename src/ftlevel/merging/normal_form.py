@@ -24,11 +24,9 @@ from ftlevel.methods.lora_conversion import (
     convert_token_rows,
 )
 from ftlevel.methods.merging import WEIGHTS
-from ftlevel.models.loading import build_task_model, load_model, rename_prefix
-from ftlevel.models.sources import ModelSource
 from ftlevel.models.upstream.architectures import tied_names
 from ftlevel.trained.adapt import get_adapter_vocab_size
-from ftlevel.weights.checkpoint import Checkpoint, checkpoint_in_memory, open_checkpoint
+from ftlevel.weights.checkpoint import Checkpoint
 
 NO_WEIGHTS = (
     "does not change weights and needs the library that trained it. For a server, train a method "
@@ -142,34 +140,6 @@ class NormalForm:
         return replace(self, factors=self.factors | zeros, notes=[*self.notes, note])
 
 
-@dataclass(frozen=True)
-class BaseWeights:
-    """A base model whose weights can be read one by one: `model` is on the meta device."""
-
-    model: Any
-    checkpoint: Checkpoint
-
-    @property
-    def tied(self) -> dict[str, list[str]]:
-        """Embedding → output layers that share the weight."""
-        tied: dict[str, list[str]] = {}
-        for target, source in tied_names(self.model).items():
-            tied.setdefault(source.rpartition(".")[0], []).append(target.rpartition(".")[0])
-        return tied
-
-
-def open_base(source: ModelSource, config: Any, auto_class: str) -> BaseWeights:
-    """Open the weights of a base; those of a .gguf file are read into memory."""
-    model = build_task_model(config, auto_class)
-    if source.kind == "gguf":
-        import torch
-
-        loaded, _ = load_model(source, config, auto_class, dtype=torch.float32, device="cpu")
-        return BaseWeights(model, checkpoint_in_memory(model, loaded))
-    mapping = rename_prefix(config, auto_class)
-    return BaseWeights(model, open_checkpoint(source, model, mapping))
-
-
 def get_plain_form(config: Mapping[str, Any]) -> LoraConversion:
     """Returns the conversion to plain LoRA for the `peft_type`; InputError if there is none."""
     peft_type = str(config.get("peft_type"))
@@ -180,7 +150,7 @@ def get_plain_form(config: Mapping[str, Any]) -> LoraConversion:
 
 
 def compute_normal_form(
-    adapter_dir: Path, config: Mapping[str, Any], base: BaseWeights, limit: int
+    adapter_dir: Path, config: Mapping[str, Any], base: Checkpoint, limit: int
 ) -> NormalForm | None:
     """Convert an adapter's file to plain LoRA; None if its method has no conversion formula.
 
@@ -195,7 +165,7 @@ def compute_normal_form(
 
 
 def load_adapter_file(
-    adapter_dir: Path, config: Mapping[str, Any], base: BaseWeights
+    adapter_dir: Path, config: Mapping[str, Any], base: Checkpoint
 ) -> AdapterFile:
     """Load the adapter's tensors by the base's names; InputError if they do not fit the base."""
     from safetensors.torch import load_file
@@ -213,12 +183,15 @@ def load_adapter_file(
         for key, tensor in load_file(str(adapter_dir / WEIGHTS)).items()
     }
     for name in [name for name in tensors if _BASE in f".{name}"]:
-        weight = base.checkpoint.read(name.replace(_BASE, "."))
+        weight = base.read(name.replace(_BASE, "."))
         if weight.shape != tensors[name].shape or not weight.float().equal(
             tensors.pop(name).float()
         ):
             raise InputError(f"its file contains another {name.replace(_BASE, '.')}. Merge it")
-    return AdapterFile(config, tensors, base.checkpoint.read, base.tied)
+    tied: dict[str, list[str]] = {}
+    for target, source in tied_names(base.model).items():
+        tied.setdefault(source.rpartition(".")[0], []).append(target.rpartition(".")[0])
+    return AdapterFile(config, tensors, base.read, tied)
 
 
 def trained_on_text(model: Any) -> bool:

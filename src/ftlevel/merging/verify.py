@@ -20,7 +20,7 @@ from ftlevel.merging.merge_input import MergeInput
 from ftlevel.merging.merged_model import MergedFiles, TensorMerger
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.loading import load_config, load_model
-from ftlevel.models.sources import ModelSource
+from ftlevel.models.sources import resolve_source
 
 BOUND = 1e-5
 """Allowed mean difference of logits in float32, as a share of the largest logit."""
@@ -60,7 +60,7 @@ class MergeCheck:
 
 def load_merged(model_dir: Path, inputs: MergeInput) -> Any:
     """Load the model in `model_dir` with transformers, in eval mode."""
-    source = ModelSource(str(model_dir), "directory", str(model_dir), local_files_only=True)
+    source = resolve_source(str(model_dir))
     model, missing = load_model(
         source,
         load_config(source),

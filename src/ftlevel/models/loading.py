@@ -299,7 +299,7 @@ def build_task_model(config: Any, auto_class: str) -> Any:
     """Build the `auto_class` model of `config` on the meta device; `InputError` if unsupported."""
     try:
         with torch.device("meta"), silence_loggers():
-            return getattr(transformers, auto_class).from_config(config)
+            return getattr(transformers, auto_class).from_config(copy.deepcopy(config))
     except FROM_READERS as error:
         if "Unrecognized configuration class" not in str(error):
             raise InputError(

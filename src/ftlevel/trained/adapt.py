@@ -24,7 +24,7 @@ from ftlevel.errors import ConfigError, InputError, did_you_mean, join_names
 from ftlevel.extensions import loaded
 from ftlevel.methods import METHODS, Base, ensure_registered
 from ftlevel.methods.base import shortest_names
-from ftlevel.methods.merging import load_peft_config
+from ftlevel.methods.merging import WEIGHTS, load_peft_config
 from ftlevel.models.loading import check_finite
 from ftlevel.models.untrusted import FROM_READERS, check_patterns
 
@@ -82,7 +82,6 @@ def get_adapter_reader(adapter_dir: Path) -> AdapterReader | None:
     return next((reader for reader in _readers() if reader.recognizes(adapter_dir)), None)
 
 
-WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
@@ -108,8 +107,6 @@ def check_new_embeddings(model: Any, old_vocab_size: int | None, adapter_dir: Pa
 
     In the base, the added rows change from NaN to the mean of the old rows.
     """
-    import torch
-
     vocab_size = _get_vocab_size(model)
     if old_vocab_size is None or vocab_size is None or vocab_size <= old_vocab_size:
         return
@@ -338,13 +335,17 @@ def load_initial_weights(peft_model: Any, adapter_dir: Path) -> None:
     _set_weights(peft_model, _load_weights(adapter_dir), adapter_dir, "default")
 
 
-def get_expected_tensors(peft_model: Any) -> tuple[set[str], dict[str, tuple[int, ...]]]:
+def get_expected_tensors(
+    peft_model: Any, name: str = "default"
+) -> tuple[set[str], dict[str, tuple[int, ...]]]:
     """Returns the names of required adapter tensors, and name → shape of all allowed ones."""
     import peft
 
     required, allowed = (
-        peft.get_peft_model_state_dict(peft_model, save_embedding_layers=with_embeddings)
-        for with_embeddings in (False, True)
+        peft.get_peft_model_state_dict(
+            peft_model, save_embedding_layers=with_embeddings, adapter_name=name
+        )
+        for with_embeddings in (False, True)  # PEFT also saves adapted or resized embeddings
     )
     return set(required), {name: tuple(tensor.shape) for name, tensor in allowed.items()}
 
@@ -416,11 +417,11 @@ def _load_weights(adapter_dir: Path) -> dict[str, Any]:
             f"does not support.{did_you_mean(peft_type, peft.PEFT_TYPE_TO_CONFIG_MAPPING)} It may "
             "need a newer PEFT."
         )
-    path = adapter_dir / "adapter_model.safetensors"
+    path = adapter_dir / WEIGHTS
     if not path.is_file():
         raise InputError(
-            f"{adapter_dir} contains no adapter_model.safetensors. Save the adapter again with "
-            f"PEFT's save_pretrained."
+            f"{adapter_dir} contains no {WEIGHTS}. Save the adapter again with PEFT's "
+            "save_pretrained."
         )
     try:
         weights = load_file(str(path))
@@ -442,16 +443,9 @@ def _set_weights(peft_model: Any, weights: dict[str, Any], adapter_dir: Path, na
         except RuntimeError as error:  # shapes differ
             message = " ".join(str(error).split())[:200]
             raise InputError(f"{adapter_dir} does not fit its base model: {message}") from None
-    expected, allowed = (
-        set(
-            peft.get_peft_model_state_dict(
-                peft_model, save_embedding_layers=with_embeddings, adapter_name=name
-            )
-        )
-        for with_embeddings in (False, True)  # PEFT also saves adapted or resized embeddings
-    )
+    expected, allowed = get_expected_tensors(peft_model, name)
     names = set(weights)
-    missing, unknown = expected - names, names - expected - allowed
+    missing, unknown = expected - names, names - expected - set(allowed)
     if missing or unknown:
         mismatched = sorted(missing | unknown)
         raise InputError(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ftlevel.artifacts.files import base_fingerprint
 from ftlevel.config import GenerateConfig
 from ftlevel.errors import ConfigError, InputError, did_you_mean, join_names
 from ftlevel.models.hardware import select_device
@@ -163,9 +164,11 @@ def scan_adapters(adapters_dir: Path) -> dict[str, Path]:
 
 def _check_compatible(refs: dict[str, ModelRef]) -> None:
     first_name, first = next(iter(refs.items()))
+    fingerprints = {name: _fingerprint(ref) for name, ref in refs.items()}
+    bases = fingerprints if all(fingerprints.values()) else {n: r.base for n, r in refs.items()}
     for name, other in refs.items():
         for attribute, one, two in (
-            ("base", _base_identity(first), _base_identity(other)),
+            ("base", bases[first_name], bases[name]),
             ("quantization", first.quantization, other.quantization),
             ("kind of head", _head(first), _head(other)),
         ):
@@ -176,9 +179,10 @@ def _check_compatible(refs: dict[str, ModelRef]) -> None:
                 )
 
 
-def _base_identity(ref: ModelRef) -> str:
-    fingerprint = ref.card.base.get("fingerprint")
-    return str(fingerprint)[:12] if fingerprint else str(ref.card.base["name"])
+def _fingerprint(ref: ModelRef) -> str:
+    """Returns the start of the fingerprint of the base; empty for an unknown one on the Hub."""
+    path, saved = ref.source.path, ref.card.base.get("fingerprint") or ""
+    return (base_fingerprint(path) if path else saved)[:12]
 
 
 def _head(ref: ModelRef) -> str:

@@ -25,6 +25,7 @@ from ftlevel.artifacts.sentence_transformers import get_task_type
 from ftlevel.config.methods.lora import BASE_MODIFYING_INITS
 from ftlevel.data.encoding.collate import ensure_pad_token
 from ftlevel.errors import InputError, join_names, reading, with_article
+from ftlevel.methods.merging import WEIGHTS, load_peft_config
 from ftlevel.models.hardware import select_dtype
 from ftlevel.models.kinds import checkpoint_class, max_positions, model_kind
 from ftlevel.models.loading import build_task_model, load_config, load_tokenizer
@@ -42,7 +43,6 @@ from ftlevel.trained.model_ref import PLAIN, ModelRef, get_tokenizer_source
 from ftlevel.weights.checkpoint import get_local_dir, load_header, merge_sharded_checkpoint
 
 ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _DEFAULT_TASK = "text-generation"
 
 
@@ -312,7 +312,7 @@ def _peft_types() -> list[str]:
 
 def _count_outputs(adapter_dir: Path, meta: Any) -> int:
     """Returns the number of outputs of the head saved with an adapter; 0 if it has none."""
-    tensors, _ = load_header(adapter_dir / ADAPTER_WEIGHTS)
+    tensors, _ = load_header(adapter_dir / WEIGHTS)
     shapes = {f".{name}": tensor.spec.shape for name, tensor in tensors.items()}
     outputs = 0
     for head in get_heads(meta):
@@ -325,17 +325,11 @@ def _count_outputs(adapter_dir: Path, meta: Any) -> int:
 
 def load_peft_adapter_config(adapter_dir: Path) -> dict[str, Any]:
     """Load adapter_config.json; InputError if it is invalid, or the weights are missing."""
-    path = adapter_dir / ADAPTER_CONFIG
     check_regular(adapter_dir.iterdir(), str(adapter_dir))
-    try:
-        peft_config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}). Is the copy incomplete?") from None
-    if not isinstance(peft_config, dict):
-        raise InputError(f"{path} is no configuration of an adapter. Expected an object.")
-    if not (adapter_dir / ADAPTER_WEIGHTS).is_file():
+    peft_config = load_peft_config(adapter_dir)
+    if not (adapter_dir / WEIGHTS).is_file():
         raise InputError(
-            f"{adapter_dir} contains no {ADAPTER_WEIGHTS}. Save the adapter again with PEFT's "
+            f"{adapter_dir} contains no {WEIGHTS}. Save the adapter again with PEFT's "
             f"save_pretrained."
         )
     return peft_config
@@ -386,8 +380,6 @@ def check_adapter_checkpoint(adapter_dir: Path) -> None:
         or not (adapter_dir / ADAPTER_CONFIG).is_file()
     ):
         return
-    from ftlevel.methods.merging import load_peft_config  # imports PEFT tuners
-
     init = load_peft_config(adapter_dir).get("init_lora_weights")
     if init in BASE_MODIFYING_INITS:
         raise InputError(

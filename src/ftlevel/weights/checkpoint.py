@@ -23,8 +23,9 @@ from typing import Any, BinaryIO
 import torch
 
 from ftlevel.artifacts.checkpoints import detect_corruption
-from ftlevel.artifacts.files import Workspace
+from ftlevel.artifacts.files import Workspace, load_safetensors_header, write_json
 from ftlevel.errors import InputError
+from ftlevel.models.loading import build_task_model, load_model, rename_prefix
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.upstream import conversions
 from ftlevel.models.upstream.architectures import tied_names
@@ -108,16 +109,7 @@ class FileTensor:
 
 def load_header(path: Path) -> tuple[dict[str, FileTensor], dict[str, str]]:
     """Returns a safetensors file's tensors by name, and the metadata; InputError if invalid."""
-    try:
-        with path.open("rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            if size > path.stat().st_size:
-                raise ValueError("its header would be longer than the file")
-            header = _entries(json.loads(file.read(size)))
-    except (struct.error, ValueError, TypeError, RecursionError, OSError) as error:
-        raise InputError(
-            f"{path} is not a safetensors file ({error}). Is the copy incomplete?"
-        ) from None
+    start, header = load_safetensors_header(path)
     metadata = header.pop("__metadata__", {})
     tensors = {}
     for name, entry in header.items():
@@ -127,34 +119,8 @@ def load_header(path: Path) -> tuple[dict[str, FileTensor], dict[str, str]]:
                 f"Expected one of {', '.join(DTYPES)}."
             )
         info = TensorSpec(DTYPES[entry["dtype"]], tuple(entry["shape"]))
-        tensors[name] = FileTensor(path, info, 8 + size + entry["data_offsets"][0])
-    end_offsets = (8 + size + entry["data_offsets"][1] for entry in header.values())
-    if path.stat().st_size < max(end_offsets, default=0):
-        raise InputError(f"{path} is shorter than its header says. Is the copy incomplete?")
+        tensors[name] = FileTensor(path, info, start + entry["data_offsets"][0])
     return tensors, metadata
-
-
-def _entries(header: Any) -> dict[str, Any]:
-    def is_size(value: Any) -> bool:
-        return isinstance(value, int) and 0 <= value < 1 << 63
-
-    def is_entry(entry: Any) -> bool:
-        return (
-            isinstance(entry, dict)
-            and isinstance(entry.get("dtype"), str)
-            and isinstance(shape := entry.get("shape"), list)
-            and all(map(is_size, shape))
-            and isinstance(offsets := entry.get("data_offsets"), list)
-            and all(map(is_size, offsets))
-            and len(offsets) == 2
-        )
-
-    if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
-        raise TypeError("its header is no table of tensors")
-    invalid = [n for n, entry in header.items() if n != "__metadata__" and not is_entry(entry)]
-    if invalid:
-        raise TypeError(f"its header has no type, shape and place of {invalid[0][:80]!r}")
-    return header
 
 
 @dataclass(frozen=True)
@@ -220,8 +186,7 @@ def write_files(output_dir: Path, shards: Mapping[str, Sequence[TensorPart]]) ->
 def save_index(output_dir: Path, weight_map: Mapping[str, str], size: int) -> None:
     """Save the index of several shards: tensor → file, and the total size in bytes."""
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    path = output_dir / "model.safetensors.index.json"
-    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(output_dir / "model.safetensors.index.json", index)
 
 
 def weight_files(model_dir: Path) -> list[Path]:
@@ -250,6 +215,15 @@ TOKENIZER_FILES = tuple(
     """.split()
 )
 """Patterns of tokenizer files, with transformers' names."""
+
+
+def copy_files(source_dir: Path, output_dir: Path, patterns: Sequence[str]) -> None:
+    """Copy the files in `source_dir` that match `patterns`; links are followed."""
+    for path in {path for pattern in patterns for path in source_dir.glob(pattern)}:
+        if path.is_file():
+            target = output_dir / path.relative_to(source_dir)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
 
 
 @dataclass(frozen=True)
@@ -350,6 +324,18 @@ def open_checkpoint(source: ModelSource, model: Any, key_mapping: Mapping[str, s
     checkpoint = Checkpoint(tensors, groups, model, unused=unused)
     _record_ties(checkpoint)
     return checkpoint
+
+
+def open_base(source: ModelSource, config: Any, auto_class: str, model: Any = None) -> Checkpoint:
+    """Open the weights of a base; those of a .gguf file are loaded into memory in float32.
+
+    `model` is the one to read them for, if it is not that of `config`: it may have more tokens.
+    """
+    model = build_task_model(config, auto_class) if model is None else model
+    if source.kind != "gguf":
+        return open_checkpoint(source, model, rename_prefix(config, auto_class))
+    loaded, _ = load_model(source, config, auto_class, dtype=torch.float32, device="cpu")
+    return checkpoint_in_memory(model, loaded)
 
 
 def checkpoint_in_memory(model: Any, module: Any) -> Checkpoint:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import shutil
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,7 +28,15 @@ from ftlevel.models.quantization import PLAIN_NOTE, is_torchao, torchao_bytes
 from ftlevel.models.upstream.architectures import model_classes, modules_in_float32
 from ftlevel.models.upstream.conversions import KeyMapper
 from ftlevel.models.upstream.quantizers import pack_torchao, replaced_linears, torchao_linears
-from ftlevel.weights.checkpoint import NAMES, FileTensor, load_header, save_index, weight_files
+from ftlevel.weights.checkpoint import (
+    NAMES,
+    TOKENIZER_FILES,
+    FileTensor,
+    copy_files,
+    load_header,
+    save_index,
+    weight_files,
+)
 from ftlevel.weights.codes import QuantizationGrid, four_bit_grid, pack_4bit, quantize_4bit
 
 BLOCK = 64  # weights per 4-bit scale, as in bitsandbytes
@@ -269,12 +276,10 @@ def header_bound(tensors: Mapping[str, int]) -> int:
     return 64 + sum(count * (len(json.dumps(name)) + 200) for name, count in tensors.items())
 
 
-COPIED = tuple(
-    """
-    generation_config.json tokenizer* special_tokens_map.json added_tokens.json chat_template*
-    vocab.* merges.txt *.model preprocessor_config.json processor_config.json LICENSE* NOTICE*
-    """.split()
+_MORE_FILES = (
+    "generation_config.json preprocessor_config.json processor_config.json LICENSE* NOTICE*"
 )
+COPIED = (*TOKENIZER_FILES, *_MORE_FILES.split())
 """Patterns of the other files of a checkpoint, which are copied."""
 _MAX_TENSORS = 7  # a double-quantized weight: packed, scales, their scales, two maps, settings
 
@@ -317,10 +322,7 @@ def save_quantized(
     config.pop("torch_dtype", None)
     write_json(out / "config.json", config)
     save_legacy_rope(out)
-    for pattern in COPIED:
-        for file in model_dir.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, out / file.name)
+    copy_files(model_dir, out, COPIED)
     return layout, sizes
 
 
@@ -352,7 +354,8 @@ def _quantize_shards(
             for key, part in part_of_key.items()
         }
         size = header_bound(num_tensors) + 2 * has_metadata * len(all_names)
-        writer = ShardWriter(out / shard.name, size)
+        file = shard.name if len(shards) > 1 else "model.safetensors"  # may be named as of several
+        writer = ShardWriter(out / file, size)
         metadata: dict[str, str] = {}
         for key, stored in sorted(entries.items(), key=lambda item: item[1].offset):
             name, sizes = layout.key_mapper(key)[0], written.parts[part_of_key[key]]
@@ -360,7 +363,7 @@ def _quantize_shards(
             metadata |= notes
             for piece, value in tensors.items():
                 writer.add(piece, value)
-                weight_map[piece] = shard.name
+                weight_map[piece] = file
                 sizes[1] += value.nbytes
             sizes[0] += stored.spec.nbytes
             written.quantized += part_of_key[key] == QUANTIZED

@@ -67,6 +67,17 @@ def test_existing_output_is_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "empty" / "a").is_file()
 
 
+def test_directory_that_cannot_be_replaced_is_rejected_before_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to("target")
+    monkeypatch.chdir(tmp_path / "target")
+    for path in (tmp_path / "link", Path(), tmp_path / "target"):
+        with pytest.raises(ConfigError, match="Name a new directory in it"):
+            atomic_directory(path).__enter__()
+
+
 def test_atomic_files_are_replaced_together(tmp_path: Path) -> None:
     first, second = tmp_path / "new" / "a", tmp_path / "new" / "b"
     with atomic_files(first, second) as partial:

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from ftlevel.merging.formats.ollama import chat_template, format_modelfile, literal
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import published_chat_templates
+from ftlevel.data.encoding.encode import PromptFormat
+from ftlevel.merging.formats.ollama import (
+    chat_template,
+    format_modelfile,
+    get_prompt_template,
+    literal,
+    modelfile,
+)
 
 CHATML = {
     "system": ("<|im_start|>system\n", "<|im_end|>\n"),
@@ -31,6 +44,20 @@ def test_default_system_text_is_used_without_system_turn() -> None:
     assert '{{ if eq $index 0 }}{{ if ne $turn.Role "system" }}Be kind.{{ end }}{{ end }}' in (
         template
     )
+
+
+@pytest.mark.parametrize(("name", "has_template"), [("chatml", True), ("gemma-3", False)])
+def test_system_text_of_training_reaches_the_prompt(name: str, has_template: bool) -> None:
+    tokenizer = published_chat_templates.build(name)
+    prompt = PromptFormat("chat-template", system="Be kind.")
+    task = SimpleNamespace(stop_texts=())
+    ref: Any = SimpleNamespace(card=SimpleNamespace(prompt=prompt.to_dict()), configured_task=task)
+    vocab: Any = SimpleNamespace(flags={"add_bos_token": name != "chatml"})
+    template = get_prompt_template(tokenizer, ref, vocab)
+    text = modelfile("m.gguf", template)
+    assert ('TEMPLATE """' in text) == has_template  # Gemma 3 has it inside the first user turn
+    assert "SYSTEM is omitted" not in text
+    assert 'SYSTEM """Be kind."""\n' in text
 
 
 def test_bos_is_omitted_from_first_turn() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from ftlevel.artifacts.row_sinks import load_rollouts
 from ftlevel.artifacts.run_directory import RunDirectory, is_run
 
 UP_TO_CHECKPOINT = (
@@ -35,6 +37,13 @@ def test_foreign_lines_are_kept(tmp_path: Path) -> None:
 def test_missing_log_is_empty(tmp_path: Path) -> None:
     assert RunDirectory(tmp_path).truncate_log(2) == []
     assert not list(tmp_path.iterdir())
+
+
+def test_line_separators_in_completions_do_not_end_lines(tmp_path: Path) -> None:
+    record = {"step": 1, "prompt": "a\u2028b\x85c", "completions": []}
+    text = json.dumps(record, ensure_ascii=False) + "\n"
+    (tmp_path / "rollouts.jsonl").write_text(text, encoding="utf-8")
+    assert load_rollouts(tmp_path / "rollouts.jsonl") == [record]
 
 
 DAMAGED = b'{"step": 1}\n\xff\xfe\n' + b"[" * 100_000 + b'\n{"step": "x"}\n[]\n{"step": 2'

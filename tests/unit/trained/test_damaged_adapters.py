@@ -16,6 +16,7 @@ import tiny_models
 from ftlevel.errors import InputError
 from ftlevel.models import untrusted
 from ftlevel.trained.adapt import add_adapter, load_adapter
+from ftlevel.trained.resolve import resolve_model
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -48,6 +49,14 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     (lambda d: edit_weights(d, lambda w: w.update({A.replace("q_proj", "o_proj"): w[A].clone()})),
      r"0 weights of the adapter are missing and 1 are unknown, such as .*o_proj"),
 ]  # fmt: skip
+
+
+def test_adapter_config_without_type_raises(
+    adapter_dir: Path, tiny_model_dir: Callable[..., Path]
+) -> None:
+    edit_config(adapter_dir, peft_type=None)
+    with pytest.raises(InputError, match="names no peft_type"):
+        resolve_model(str(adapter_dir), base=str(tiny_model_dir("llama")), device="cpu")
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES)

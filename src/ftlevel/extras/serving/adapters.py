@@ -49,7 +49,6 @@ from ftlevel.extras.serving.recorded import (
 )
 from ftlevel.merging.formats.base import stop_notes
 from ftlevel.merging.normal_form import (
-    BaseWeights,
     NormalForm,
     build_normal_form,
     compute_normal_form,
@@ -62,6 +61,7 @@ from ftlevel.methods.lora_conversion import Factors
 from ftlevel.methods.merging import BY_PEFT_TYPE, get_merge_error
 from ftlevel.models.loading import load_model
 from ftlevel.trained.model_ref import ModelRef
+from ftlevel.weights.checkpoint import Checkpoint
 
 _NUM_SAMPLES = 8
 _LAYER_EXCEPTIONS = (RuntimeError, AttributeError, TypeError, ValueError, LookupError)
@@ -72,7 +72,7 @@ _NOISE, _SMALLEST = 2e-7, 1e-6
 
 
 def probe_normal_form(
-    peft_model: Any, path: Any, config: Any, base: BaseWeights, limit: int
+    peft_model: Any, path: Any, config: Any, base: Checkpoint, limit: int
 ) -> NormalForm:
     """Returns the adapter of `peft_model` (float32, eval mode), converted to plain LoRA.
 
@@ -100,15 +100,15 @@ def _layers(peft_model: Any) -> list[tuple[str, Any]]:
     return layers
 
 
-def _compute_delta(layer: Any, name: str, base: BaseWeights) -> tuple[torch.Tensor, float]:
+def _compute_delta(layer: Any, name: str, base: Checkpoint) -> tuple[torch.Tensor, float]:
     """Returns the change `(out, in)` of weight `name` by PEFT's `layer`, and the weight's norm."""
     base_layer = layer.get_base_layer()
     if not isinstance(base_layer, torch.nn.Linear) and type(base_layer).__name__ != "Conv1D":
         raise InputError(f"{name} is no linear but a {type(base_layer).__name__}. Merge it")
-    weight = base.checkpoint.read(f"{name}.weight").double()
+    weight = base.read(f"{name}.weight").double()
     weight = weight if isinstance(base_layer, torch.nn.Linear) else weight.T
     has_bias = getattr(base_layer, "bias", None) is not None
-    bias = base.checkpoint.read(f"{name}.bias").double() if has_bias else 0.0
+    bias = base.read(f"{name}.bias").double() if has_bias else 0.0
     layer64 = copy.deepcopy(layer).double()
     generator = torch.Generator().manual_seed(0)
     samples = torch.randn(_NUM_SAMPLES, weight.shape[1], generator=generator, dtype=torch.float64)

@@ -14,11 +14,11 @@ from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
 from ftlevel.config.export import Server
 from ftlevel.data.encoding.encode import PromptFormat, encode_prompt, load_prompt_format
 from ftlevel.errors import ConfigError, InputError, join_names, with_article
-from ftlevel.merging.normal_form import BaseWeights, open_base
 from ftlevel.methods.merging import load_peft_config
 from ftlevel.models.loading import load_tokenizer
 from ftlevel.trained.adapt import get_adapter_reader
 from ftlevel.trained.model_ref import ModelRef
+from ftlevel.weights.checkpoint import Checkpoint, open_base
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ class ServedModel:
         return str(path.resolve())
 
     @cached_property
-    def base(self) -> BaseWeights:
+    def base(self) -> Checkpoint:
         """Reader of the base's weights."""
         return open_base(self.ref.source, self.ref.model_config, self.ref.auto_class)
 

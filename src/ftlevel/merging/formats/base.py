@@ -17,7 +17,7 @@ from ftlevel.errors import ConfigError
 from ftlevel.evaluation.two_models import Agreement
 from ftlevel.events import Listener
 from ftlevel.extensions import hooks
-from ftlevel.models.sources import ModelSource
+from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.weights.gguf_file import QuantizedMatrix
 
@@ -104,7 +104,7 @@ def merge_first(
         return merge(merged_dir), ref.source
     listener.stage("merging the adapter")
     merged = merge(merged_dir)
-    return merged, ModelSource(str(merged_dir), "directory", str(merged_dir), local_files_only=True)
+    return merged, resolve_source(str(merged_dir))
 
 
 def stop_notes(name: str, ref: ModelRef, server: str | None) -> list[str]:

@@ -29,7 +29,7 @@ from ftlevel.evaluation.answers import InferenceModel
 from ftlevel.evaluation.embeddings import embed_texts
 from ftlevel.events import Listener
 from ftlevel.merging.formats.base import MergeAdapter, merge_first, start_commands
-from ftlevel.models.loading import build_task_model, load_config, load_model, rename_prefix
+from ftlevel.models.loading import load_config, load_model
 from ftlevel.models.sources import ModelSource
 from ftlevel.tasks import TASKS
 from ftlevel.tasks.embedding.formats import EmbeddingRow
@@ -38,7 +38,7 @@ from ftlevel.tasks.embedding.rows import TextEncoder
 from ftlevel.tasks.reranking.task import RerankingTask
 from ftlevel.trained.generation import GenerationOptions
 from ftlevel.trained.model_ref import LoadedModel, ModelRef
-from ftlevel.weights.checkpoint import open_checkpoint
+from ftlevel.weights.checkpoint import open_base
 from ftlevel.weights.gguf_families import FAMILIES, build_metadata, get_gguf_limitations
 from ftlevel.weights.gguf_file import (
     GGUFTensor,
@@ -282,9 +282,8 @@ class GgufEmbeddingExport:
 
     def _open(self, source: ModelSource, model_config: Any) -> tuple[Any, list[str]]:
         """Open the checkpoint of `source`; also returns the modules that embeddings do not use."""
-        model = build_task_model(model_config, _CLASS)
-        unused = TASKS[self.ref.task].get_unused_modules(model)
-        return open_checkpoint(source, model, rename_prefix(model_config, _CLASS)), unused
+        checkpoint = open_base(source, model_config, _CLASS)
+        return checkpoint, TASKS[self.ref.task].get_unused_modules(checkpoint.model)
 
     def _metadata(self, model_config: Any, vocab: Vocabulary, outtype: str) -> dict[str, Any]:
         architecture = FAMILIES[model_config.model_type].architecture

@@ -39,18 +39,12 @@ from ftlevel.merging.formats.base import (
 )
 from ftlevel.merging.formats.ollama import PromptTemplate, get_prompt_template, modelfile
 from ftlevel.models.kinds import checkpoint_class, max_positions
-from ftlevel.models.loading import (
-    build_task_model,
-    load_config,
-    load_model,
-    load_tokenizer,
-    rename_prefix,
-)
+from ftlevel.models.loading import load_config, load_model, load_tokenizer
 from ftlevel.models.quantization import get_quantization_config, quantization_name
-from ftlevel.models.sources import ModelSource
+from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.tasks import TASKS
 from ftlevel.trained.model_ref import ModelRef
-from ftlevel.weights.checkpoint import open_checkpoint
+from ftlevel.weights.checkpoint import open_base
 from ftlevel.weights.gguf_families import (
     FAMILIES,
     build_metadata,
@@ -95,27 +89,6 @@ _IGNORED_KEYS = set(
 
 
 @dataclass(frozen=True)
-class FileCheck:
-    """Result of reading the file back with transformers; logits of its model are compared.
-
-    Attributes:
-        file: difference from the original model with weights rounded by torch to the file's type.
-        model: difference from the original model with its own weights.
-        run: difference from the model as trained, before merging; None if not measured.
-        own_settings: names of config settings with the original's value, not the one read.
-        texts: number of test texts; both tokenizers give the same tokens for all of them.
-        splitting: whether transformers reads the file's pre-tokenizer.
-    """
-
-    file: Agreement
-    model: Agreement
-    run: Agreement | None
-    own_settings: list[str]
-    texts: int
-    splitting: bool
-
-
-@dataclass(frozen=True)
 class Original:
     """The model to export, and how to compare with it: device and number of text `tokens`."""
 
@@ -138,9 +111,14 @@ def check_file(
     vocab: Vocabulary,
     original: Original,
     beside_run: Callable[[Any], Agreement] | None,
-) -> FileCheck:
-    """Compare the file, written from `tensors`, with the original model; RunError if it differs."""
-    source = ModelSource(str(path), "gguf", str(path.parent), path.name, local_files_only=True)
+) -> dict[str, Any]:
+    """Compare the file, written from `tensors`, with the original model; RunError if it differs.
+
+    Returns the entry of the summary: differences from the model with weights rounded to the file's
+    type, from the model itself and from the run (None if not measured), and names of settings that
+    transformers does not read from the file.
+    """
+    source = resolve_source(str(path))
     texts = check_tokens(load_tokenizer(source), original.tokenizer, vocab)
     config, copied_settings = readable_config(load_config(source), original.config)
     eval_set = _create_eval_set(original)
@@ -162,11 +140,14 @@ def check_file(
             f"{file.max_difference:.3g} from those of the model in {outtype} (KL {file.kl:.3g}, "
             f"top-1 {file.top1:.1%}). Nothing was saved. Please report this with the command."
         )
-    reads_pre_tokenizer = vocab.pre in READ_BY_TRANSFORMERS
-    run = beside_run(model) if beside_run else None
-    return FileCheck(
-        file, compare_logits(reference, outputs), run, copied_settings, texts, reads_pre_tokenizer
-    )
+    return {
+        "beside_rounded": asdict(file),
+        "beside_model": asdict(compare_logits(reference, outputs)),
+        "beside_run": asdict(beside_run(model)) if beside_run else None,
+        "settings_of_the_model": copied_settings,
+        "texts": texts,
+        "splitting_read": vocab.pre in READ_BY_TRANSFORMERS,
+    }
 
 
 def _create_eval_set(original: Original) -> EvalSet:
@@ -323,7 +304,7 @@ class GgufExport:
         outtype: str = self.config.outtype
         tensors: list[GGUFTensor] = []
         if self.ref.source.kind != "gguf":  # a .gguf base has no shapes before it is loaded
-            checkpoint = _open(self.ref.source, self.model_config)
+            checkpoint = open_base(self.ref.source, self.model_config, _CLASS)
             outtype = get_outtype(checkpoint) if outtype == "auto" else outtype
             tensors = plan_tensors(checkpoint, self.model_config, outtype)
         return self._summary(outtype, tensors)
@@ -337,7 +318,7 @@ class GgufExport:
         if self.ref.directory is not None:
             model_config = load_config(source)
             vocab = load_vocab(self.tokenizer, model_config.vocab_size)
-        checkpoint = _open(source, model_config)
+        checkpoint = open_base(source, model_config, _CLASS)
         outtype = get_outtype(checkpoint) if config.outtype == "auto" else config.outtype
         tensors = plan_tensors(checkpoint, model_config, outtype, merged.choose)
         listener.stage(f"writing {len(tensors):,} tensors")
@@ -356,7 +337,7 @@ class GgufExport:
         if config.recorded:
             listener.stage("recording reference outputs")
             # Quantized files are recorded from the file itself; `check_file` measured its distance.
-            recorded_model = _as_source(path) if outtype in SELECTED_TYPES else source
+            recorded_model = resolve_source(str(path)) if outtype in SELECTED_TYPES else source
             record_metadata = {
                 "model": config.model,
                 "server": config.server,
@@ -375,7 +356,7 @@ class GgufExport:
             "size_bytes": path.stat().st_size,
             "merged": merged.facts,
             "verified": check is not None,
-            "check": check and _check_to_dict(check),
+            "check": check,
         }
 
     def _summary(self, outtype: str, tensors: list[GGUFTensor]) -> dict[str, Any]:
@@ -429,10 +410,6 @@ class GgufExport:
             yield from (f"  {command}" for command in summary["start"])
 
 
-def _as_source(path: Path) -> ModelSource:
-    return ModelSource(str(path), "gguf", str(path.parent), path.name, local_files_only=True)
-
-
 def _check_model(name: str, model_config: Any, *, has_adapter: bool) -> None:
     if (stored := get_quantization_config(model_config)) is not None and not has_adapter:
         raise InputError(
@@ -451,11 +428,6 @@ def _architecture_name(model_config: Any) -> str:
     return ", ".join(model_config.architectures or ()) or str(model_config.model_type)
 
 
-def _open(source: ModelSource, model_config: Any) -> Any:
-    model = build_task_model(model_config, _CLASS)
-    return open_checkpoint(source, model, rename_prefix(model_config, _CLASS))
-
-
 def _metadata(stem: str, model_config: Any, vocab: Vocabulary, outtype: str) -> dict[str, Any]:
     # transformers maps the name "mistral" to an architecture that GGUF does not have.
     name = "Mistral" if stem == "mistral" else stem
@@ -464,17 +436,6 @@ def _metadata(stem: str, model_config: Any, vocab: Vocabulary, outtype: str) -> 
         "general.name": name,
     }
     return general | file_keys(outtype) | build_metadata(model_config) | vocab.metadata()
-
-
-def _check_to_dict(check: FileCheck) -> dict[str, Any]:
-    return {
-        "beside_rounded": asdict(check.file),
-        "beside_model": asdict(check.model),
-        "beside_run": check.run and asdict(check.run),
-        "settings_of_the_model": check.own_settings,
-        "texts": check.texts,
-        "splitting_read": check.splitting,
-    }
 
 
 def _format_check(check: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterator[str]:

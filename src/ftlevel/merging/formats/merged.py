@@ -19,7 +19,7 @@ from ftlevel.merging.formats.base import MergeAdapter, server_support, start_com
 from ftlevel.merging.formats.embedding import check_server, embed, save_embeddings, save_scores
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import load_config
-from ftlevel.models.sources import ModelSource
+from ftlevel.models.sources import resolve_source
 from ftlevel.tasks import TASKS
 from ftlevel.trained.model_ref import ModelRef
 
@@ -99,7 +99,7 @@ class MergedExport:
         summary = self._summary(merged)
         if self.config.server and self.config.verify and TASKS[self.ref.task].generates_text:
             listener.stage("recording reference outputs")
-            source = ModelSource(str(output), "directory", str(output), local_files_only=True)
+            source = resolve_source(str(output))
             metadata = {
                 "model": self.config.model,
                 "server": self.config.server,
@@ -125,7 +125,7 @@ class MergedExport:
         return summary
 
     def _record(self, output: Path, device: str) -> None:
-        source = ModelSource(str(output), "directory", str(output), local_files_only=True)
+        source = resolve_source(str(output))
         ref = self.ref.with_card(method="full", quantization={"kind": "none"}, dtype="float32")
         merged = replace(ref, source=source, directory=None).load(device)
         path, dtype = output / "served.json", self.ref.card.dtype

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ftlevel.data.encoding.chat import USER, ChatLayout, get_chat_layout, get_end_of_turn_id
+from ftlevel.data.encoding.chat import SYSTEM, USER, ChatLayout, get_chat_layout, get_end_of_turn_id
 from ftlevel.data.encoding.encode import PromptFormat, load_prompt_format
 from ftlevel.errors import InputError
 from ftlevel.trained.model_ref import ModelRef
@@ -136,7 +136,7 @@ def _of_chat(
     tokenizer: Any, prompt: PromptFormat, vocab: Vocabulary, stop_strings: list[str]
 ) -> PromptTemplate:
     layout = get_chat_layout(tokenizer)
-    if layout is None:
+    if layout is None or (prompt.system and SYSTEM not in layout.around):
         return PromptTemplate(
             "left to Ollama",
             "the chat template is not fixed texts around turns",
@@ -155,7 +155,7 @@ def _of_chat(
     )  # the answer starts with the space, as in training
     template = chat_template(layout.around, layout.opening, generation, start)
     comments = []
-    if "system" not in layout.around:
+    if SYSTEM not in layout.around:
         comments = ["The model's chat template has no system turn: SYSTEM is omitted."]
     note = "its turns, checked against Jinja"
     return PromptTemplate("chat template", note, template, stop_strings, comments)

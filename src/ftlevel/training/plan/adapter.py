@@ -19,6 +19,7 @@ from ftlevel.config.flags import FLAGS
 from ftlevel.config.rl import RL_TASK
 from ftlevel.errors import ConfigError, join_names
 from ftlevel.methods import METHODS
+from ftlevel.methods.merging import WEIGHTS
 from ftlevel.models.hardware import select_device
 from ftlevel.models.loading import build_task_model
 from ftlevel.models.sources import resolve_source
@@ -31,7 +32,6 @@ from ftlevel.trained.adapt import (
 )
 from ftlevel.trained.resolve import (
     ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     get_model_dir,
     is_model,
     load_peft_adapter_config,
@@ -82,7 +82,7 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
         path,
         load_peft_adapter_config(path),
         card,
-        file_fingerprint(path / ADAPTER_WEIGHTS),
+        file_fingerprint(path / WEIGHTS),
     )
     spec = _load_method_config(adapter, config.method)
     _check_method_options(config, adapter, spec)
@@ -184,7 +184,7 @@ def _get_method(adapter: StartingAdapter) -> str:
 
 
 def _get_saved_modules(adapter: StartingAdapter) -> list[str]:
-    tensors, _ = load_header(adapter.directory / ADAPTER_WEIGHTS)
+    tensors, _ = load_header(adapter.directory / WEIGHTS)
     names = adapter.settings.get("modules_to_save") or []
     return [name for name in names if any(f".{name}." in key for key in tensors)]
 
@@ -270,7 +270,7 @@ def check_adapter_matches(adapter: StartingAdapter, run: Run) -> None:
                 f"would be {expected}. It cannot be continued."
             )
     required, shapes = get_expected_tensors(apply_method(meta, spec, run.base))
-    tensors, _ = load_header(adapter.directory / ADAPTER_WEIGHTS)
+    tensors, _ = load_header(adapter.directory / WEIGHTS)
     saved_shapes = {name: tensor.spec.shape for name, tensor in tensors.items()}
     other = {name for name, shape in saved_shapes.items() if shapes.get(name) != shape}
     if mismatched := sorted(other | (required - saved_shapes.keys())):
