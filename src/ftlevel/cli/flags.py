@@ -350,7 +350,7 @@ def read_config(
         )
     path = recipe or positional
     if path is None and values.get("resume") and values.get("output_dir"):
-        path = _get_run_config(Path(str(values["output_dir"])), inputs)
+        path = _get_run_config(Path(str(values["output_dir"])).expanduser(), inputs)
     if path is not None:
         path = check_recipe(path, inputs.command)
     is_run = path is not None and path.name == CONFIG and (path.parent / PLACES).is_file()

@@ -423,6 +423,7 @@ class ExportConfig(HubSection):
         format_ = FORMATS.get(info.data.get("format", ""))
         if format_ is not None and format_.is_directory:
             return validate_dir_name(value)
+        value = value.expanduser()
         if format_ is not None and format_.suffix not in ("", value.suffix):
             raise ValueError(
                 f"{value} does not end in {format_.suffix}, by which programs know the format. "

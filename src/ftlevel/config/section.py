@@ -27,13 +27,13 @@ _FILE_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".json", ".jsonl", ".y
 
 
 def validate_dir_name(path: Path) -> Path:
-    """Returns `path`; raises ValueError if it has the suffix of a file."""
+    """Returns `path` with `~` expanded; raises ValueError if it has the suffix of a file."""
     if path.suffix in _FILE_SUFFIXES:
         raise ValueError(
             f"a directory is written, and {path.name} is the name of a file. Name it "
             f"{path.with_suffix('')}"
         )
-    return path
+    return path.expanduser()
 
 
 NewDirectory = Annotated[Path, AfterValidator(validate_dir_name)]

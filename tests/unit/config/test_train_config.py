@@ -241,3 +241,12 @@ def test_python_function_is_a_reward(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_function_without_importable_name_is_no_reward(reward: Any) -> None:
     with pytest.raises(ConfigError, match="not a function at the top level of an imported module"):
         TrainConfig(task="rl", rl={"reward": reward})
+
+
+def test_home_directory_in_output_paths_is_expanded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert TrainConfig.model_validate({"output": {"dir": "~/run"}}).output.dir == tmp_path / "run"
+    assert MergeConfig(adapters=["run"], output_dir=Path("~/m")).output_dir == tmp_path / "m"
+    assert ExportConfig(model="m", out=Path("~/m.gguf")).out == tmp_path / "m.gguf"
