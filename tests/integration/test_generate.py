@@ -214,6 +214,11 @@ def test_plain_peft_adapter_generates(tiny_model_dir: ModelDir, tmp_path: Path) 
     assert "was not created by ftlevel: its base," in notes[0]
 
 
+def test_run_in_directory_called_base_uses_its_adapter(adapters_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapters_dir / "short" / "adapter", tmp_path / "base")
+    assert answer_texts(tmp_path / "base") == answer_texts(adapters_dir / "short")
+
+
 def test_plain_peft_adapter_is_used_beside_run(
     adapters_dir: Path, tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from ftlevel.artifacts.files import file_fingerprint, flush, flush_all, write_json
 
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(r"checkpoint-\d+")
 
 
 def certify(checkpoint: Path) -> None:
@@ -110,8 +110,8 @@ def rotate(parent_dir: Path, keep: int) -> None:
 
 def numbered(parent_dir: Path) -> list[Path]:
     """Returns the checkpoint-N directories in `parent_dir`, sorted by step."""
-    matches = [(p, _NAME.fullmatch(p.name)) for p in parent_dir.glob("checkpoint-*") if p.is_dir()]
-    return [p for p, match in sorted(((p, m) for p, m in matches if m), key=lambda i: int(i[1][1]))]
+    paths = (p for p in parent_dir.glob("checkpoint-*") if _NAME.fullmatch(p.name) and p.is_dir())
+    return sorted(paths, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -130,7 +130,7 @@ def reject_newer(parent_dir: Path, checkpoint: Path | None) -> None:
             newer.rename(newer.with_name(name))
 
 
-_BEST_NAME = re.compile(r"best-(\d+)")
+_BEST_NAME = re.compile(r"best-\d+")
 
 
 def best_of(parent_dir: Path, step: int) -> Path:

@@ -119,13 +119,22 @@ def check_writable(label: str, directory: Path) -> None:
         raise ConfigError(f"{label}: {existing} cannot be written. Choose another.")
 
 
-def _make(partial: Path) -> None:
+@contextlib.contextmanager
+def _partial_dir(path: Path) -> Iterator[Path]:
+    """Yields a new directory beside the output `path`, which is deleted at the end of the block."""
+    partial = path.with_name(f".{path.name}.partial")
+    if partial.exists():  # left by a killed process
+        shutil.rmtree(partial)
     try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(
-            f"--out: {partial.parent} cannot be written ({error.strerror}). Choose another."
-        ) from None
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise ConfigError(
+                f"--out: {partial.parent} cannot be written ({error.strerror}). Choose another."
+            ) from None
+        yield partial
+    finally:
+        _remove(partial)
 
 
 @contextlib.contextmanager
@@ -136,18 +145,12 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             f"--out {path} is a link, a mount point or the current directory, which cannot be "
             f"replaced. Name a new directory in it: --out {path / 'NAME'}."
         )
-    partial = path.with_name(f".{path.name}.partial")
-    if partial.exists():  # left by a killed process
-        shutil.rmtree(partial)
-    try:
-        _make(partial)
+    with _partial_dir(path) as partial:
         yield partial
         flush_all(partial)
         partial.rename(path)
         flush(path.absolute().parent)
         _outputs.append(path)
-    finally:
-        _remove(partial)
 
 
 def check_output_file(flag: str, path: Path, *, overwrite: bool) -> None:
@@ -162,21 +165,14 @@ def check_output_file(flag: str, path: Path, *, overwrite: bool) -> None:
 @contextlib.contextmanager
 def atomic_files(*paths: Path) -> Iterator[Path]:
     """Yields a temporary directory, whose files are flushed and moved to `paths` at the end."""
-    parent = paths[0].absolute().parent
-    partial = parent / f".{paths[0].name}.partial"
-    if partial.exists():  # left by a killed process
-        shutil.rmtree(partial)
-    try:
-        _make(partial)
+    with _partial_dir(paths[0].absolute()) as partial:
         yield partial
         for path in paths:
             flush(partial / path.name)
         for path in paths:
             (partial / path.name).replace(path)
             _outputs.append(path)
-        flush(parent)
-    finally:
-        _remove(partial)
+        flush(partial.parent)
 
 
 def _remove(partial: Path) -> None:

@@ -8,7 +8,7 @@ model, the one with the weights of the run.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -129,17 +129,12 @@ def _map_paths(
             return [map_value(field, item) for item in value]
         return function(field, value) if include_hub or _is_path(field, value) else value
 
-    for field, section, name in _split_keys():
+    for field in _FIELDS:
+        section, _, name = field.partition(".")
         fields = result.get(section)
         if isinstance(fields, dict) and fields.get(name):
             fields[name] = map_value(field, fields[name])
     return result
-
-
-def _split_keys() -> Iterator[tuple[str, str, str]]:
-    for field in _FIELDS:
-        section, _, name = field.partition(".")
-        yield field, section, name
 
 
 def _is_path(field: str, value: str) -> bool:

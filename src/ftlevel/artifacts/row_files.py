@@ -372,7 +372,7 @@ class NumpyFile(RowFile):
             np.lib.format.read_magic(file)
             shape = np.lib.format.read_array_header_1_0(file)[0]
             self._width, size = shape[1], previous.stat().st_size - file.tell()
-        for _ in range(size // (4 * self._width)):
+        for _ in range(size // (4 * self._width) if self._width else 0):
             yield None
 
     def normalize(self, row: Row) -> Any:  # noqa: ARG002 - input columns are not written
@@ -408,6 +408,12 @@ class NumpyFile(RowFile):
                 return
             self._write_header(0)
             vectors = [None] * self._skipped + vectors
+        width = next((len(v) for v in vectors if v is not None), self._width)
+        if width != self._width:
+            raise InputError(
+                f"{self.path} has embeddings of {self._width} dimensions, and these have {width}. "
+                "Use the flags of the interrupted command, or choose another --output."
+            )
         empty = np.full(self._width, np.nan, np.float32)
         block = np.stack([empty if vector is None else vector for vector in vectors])
         self._file.write(block.astype("<f4").tobytes())

@@ -135,7 +135,8 @@ def to_cell(value: Any) -> str:
 
 def _as_text(value: Any) -> Any:
     if hasattr(value, "tolist"):
-        return [float(f"{number:.9g}") for number in value.tolist()]
+        plain = value.tolist()  # a scalar of NumPy gives a number
+        return [float(f"{number:.9g}") for number in plain] if isinstance(plain, list) else plain
     if isinstance(value, bytes):
         return value.decode("utf-8", "backslashreplace")
     return value.isoformat() if hasattr(value, "isoformat") else str(value)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ftlevel.artifacts.files import write_json
 from ftlevel.errors import InputError, join_names
 
 POOLING_MODES = {
@@ -152,7 +153,7 @@ def _load_pooling(path: Path, *, is_replaced: bool) -> tuple[str, bool]:
     config = _load_json(path)
     modes = config.get("pooling_mode")
     if modes is None:
-        names = {**{word: mode for mode, word in POOLING_MODES.items()}}
+        names = {word: mode for mode, word in POOLING_MODES.items()}
         names |= {word: word for word in _OTHER_POOLING}
         modes = [names[word] for word in names if config.get(f"pooling_mode_{word}")] or ["mean"]
     modes = [modes] if isinstance(modes, str) else list(modes)
@@ -210,7 +211,7 @@ def save_embedding_format(
             "do_lower_case": embedding_format.lowercase,
         }
     for name, content in files.items():
-        _save_json(model_dir / name, content)
+        write_json(model_dir / name, content)
     return list(files)
 
 
@@ -249,7 +250,7 @@ def save_cross_encoder_format(model_dir: Path, reranker_format: CrossEncoderForm
         }
         files["config.json"] = {**config, "sentence_transformers": inner}
     for name, content in files.items():
-        _save_json(model_dir / name, content)
+        write_json(model_dir / name, content)
     return list(files)
 
 
@@ -298,7 +299,3 @@ def _load_json(path: Path, json_type: type = dict) -> Any:
     if not isinstance(content, json_type):
         raise InputError(f"{path}: not valid, it is no {json_type.__name__}. Copy the model again.")
     return content
-
-
-def _save_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

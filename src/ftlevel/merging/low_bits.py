@@ -8,6 +8,7 @@ are first rounded from the update merged into the base's weights before quantiza
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -313,21 +314,6 @@ def _signs(count: int) -> torch.Tensor:
     return torch.randint(0, 2, (count,), generator=generator).float() * 2 - 1
 
 
-@dataclass
-class GgufCodes:
-    """Function that selects a weight's codes; caches them for comparison with the saved file."""
-
-    selector: CodeSelector
-    _cached: dict[str, QuantizedMatrix] = field(default_factory=dict)
-
-    def __call__(self, name: str) -> QuantizedMatrix:
-        """Returns codes and scales of the weight `name`, (out, in)."""
-        if name not in self._cached:
-            codes, scales = self.selector.select(name.removesuffix(".weight"))
-            self._cached[name] = QuantizedMatrix(codes.to(torch.uint8), scales.view(len(codes), -1))
-        return self._cached[name]
-
-
 @dataclass(frozen=True)
 class WeightsAsLoaded:
     """Source of weights for `CodeSelector`: those of a loaded model that has no adapter."""
@@ -362,7 +348,13 @@ def select_gguf_codes(
             transposed[name] = type(module).__name__ == "Conv1D"
             sizes[name] = weight.shape[0 if transposed[name] else 1]
     moments = InputMoments(model, rows, dtype, sizes)
-    grid = GRIDS[outtype]
-    return GgufCodes(
-        CodeSelector(weights, weights, grid, transposed, DTYPES[dtype], moments, fits_scales=True)
+    selector = CodeSelector(
+        weights, weights, GRIDS[outtype], transposed, DTYPES[dtype], moments, fits_scales=True
     )
+
+    @functools.cache  # read again for the comparison with the saved file
+    def get_codes(name: str) -> QuantizedMatrix:
+        codes, scales = selector.select(name.removesuffix(".weight"))
+        return QuantizedMatrix(codes.to(torch.uint8), scales.view(len(codes), -1))
+
+    return get_codes

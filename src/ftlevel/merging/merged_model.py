@@ -97,10 +97,6 @@ class TensorMerger:
         """Returns the merged tensor `name` before rounding; None if the model does not have it."""
         return self._merged(name) if name in self.shapes else None
 
-    def base(self, name: str) -> torch.Tensor:
-        """Returns the tensor `name` before merging, dequantized as in training."""
-        return self._read(name)
-
     def loses_in(self, dtype: torch.dtype) -> bool:
         """Whether loading the base in `dtype` loses precision."""
         checkpoint_types = {self.checkpoint.spec(name).dtype for name in self.checkpoint.groups}
@@ -127,13 +123,13 @@ class TensorMerger:
             return tensor
         unit = self.skeleton.unit_of(name)
         if unit is None:
-            return self._read(name)
+            return self.base(name)
         if self._unit[0] != unit:
             self._unit = (unit, self._merge(unit))
         return self._unit[1][name]
 
-    def _read(self, name: str) -> torch.Tensor:
-        """Load the base's tensor `name` as saved, or dequantized as in training."""
+    def base(self, name: str) -> torch.Tensor:
+        """Returns the tensor `name` before merging, as saved, or dequantized as in training."""
         if not self.checkpoint.has_tensor(name):  # bias of a new head, see check_complete
             return torch.zeros(self.shapes[name], dtype=self._dtype_of(name))
         value = self.checkpoint.read(name)
@@ -178,7 +174,7 @@ class TensorMerger:
         before: dict[str, torch.Tensor] = {}
 
         def read(name: str) -> torch.Tensor:
-            value = self._read(name)
+            value = self.base(name)
             before[name] = value.to(self._dtype_of(name), copy=True)
             return value.float() if value.is_floating_point() else value
 

@@ -8,7 +8,6 @@ loaded.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts.cards import CARD, load_card
-from ftlevel.artifacts.files import Workspace
+from ftlevel.artifacts.files import Workspace, write_json
 from ftlevel.config import MergeConfig
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError, InputError
@@ -64,19 +63,14 @@ def concatenate_adapters(adapter_dirs: Sequence[Path], weights: Sequence[float],
         config = load_peft_config(directory)
         for name, tensor in load_file(str(directory / WEIGHTS)).items():
             value = tensor.float()
-            is_a = ".lora_A." in name or name.endswith(".lora_embedding_A")
-            if is_a:
+            if is_a := _is_a(name):
                 value = value * (weight * scale_of(config, _module_of(name), len(value)))
             elif ".lora_B." not in name and not name.endswith(".lora_embedding_B"):
                 continue  # PEFT saves the base embedding with its update
             mixed[name] = (
                 torch.cat([mixed[name], value], 0 if is_a else 1) if name in mixed else value
             )
-    ranks = {
-        _module_of(name): len(t)
-        for name, t in mixed.items()
-        if ".lora_A." in name or name.endswith(".lora_embedding_A")
-    }
+    ranks = {_module_of(name): len(t) for name, t in mixed.items() if _is_a(name)}
     max_rank = max(ranks.values())
     rank_pattern = {
         f"^{name}$".replace(".", r"\."): rank for name, rank in ranks.items() if rank != max_rank
@@ -94,7 +88,11 @@ def concatenate_adapters(adapter_dirs: Sequence[Path], weights: Sequence[float],
         "exclude_modules": None,
     }
     save_file(mixed, str(out / WEIGHTS), metadata={"format": "pt"})
-    (out / "adapter_config.json").write_text(json.dumps(first, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "adapter_config.json", first)
+
+
+def _is_a(name: str) -> bool:
+    return ".lora_A." in name or name.endswith(".lora_embedding_A")
 
 
 def scale_of(config: dict[str, Any], module: str, rank: int) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ftlevel.artifacts.files import write_json
 from ftlevel.errors import InputError, join_names
@@ -25,7 +25,7 @@ from ftlevel.methods.lora_conversion import (
 )
 from ftlevel.methods.merging import WEIGHTS
 from ftlevel.models.upstream.architectures import tied_names
-from ftlevel.trained.adapt import get_adapter_vocab_size
+from ftlevel.trained.adapt import get_vocab_mismatch
 from ftlevel.weights.checkpoint import Checkpoint
 
 NO_WEIGHTS = (
@@ -170,14 +170,8 @@ def load_adapter_file(
     """Load the adapter's tensors by the base's names; InputError if they do not fit the base."""
     from safetensors.torch import load_file
 
-    embedding = base.model.get_input_embeddings() if trained_on_text(base.model) else None
-    base_vocab_size = None if embedding is None else int(embedding.weight.shape[0])
-    vocab_size = get_adapter_vocab_size(base.model, adapter_dir) if base_vocab_size else None
-    if vocab_size not in (None, base_vocab_size):
-        raise InputError(
-            f"it was trained with {vocab_size:,} tokens and its base has {base_vocab_size:,}, and "
-            "no server adds rows to a base. Merge it"
-        )
+    if mismatch := get_vocab_mismatch(base.model, adapter_dir):
+        raise InputError(f"{mismatch}, and no server adds rows to a base. Merge it")
     tensors = {
         key.removeprefix(PREFIX): tensor
         for key, tensor in load_file(str(adapter_dir / WEIGHTS)).items()
@@ -192,14 +186,6 @@ def load_adapter_file(
     for target, source in tied_names(base.model).items():
         tied.setdefault(source.rpartition(".")[0], []).append(target.rpartition(".")[0])
     return AdapterFile(config, tensors, base.read, tied)
-
-
-def trained_on_text(model: Any) -> bool:
-    """Returns whether `model` has an input embedding, so that it reads tokens."""
-    try:
-        return model.get_input_embeddings() is not None
-    except NotImplementedError:
-        return False
 
 
 def is_whole(name: str, config: Mapping[str, Any]) -> bool:
@@ -242,20 +228,14 @@ def build_normal_form(
     )
 
 
-class Named(Protocol):
-    """Protocol: what `save_normal_form` needs to know of an adapter."""
+def save_normal_form(
+    output_dir: Path, normal_form: NormalForm, peft_config: Mapping[str, Any], base_name: str
+) -> None:
+    """Save `normal_form` (a plain LoRA) in PEFT format and float32.
 
-    @property
-    def peft_config(self) -> dict[str, Any]:
-        """The adapter_config.json that the adapter was saved with."""
-
-    @property
-    def base_name(self) -> str:
-        """Hub id or path of the base."""
-
-
-def save_normal_form(output_dir: Path, normal_form: NormalForm, metadata: Named) -> None:
-    """Save `normal_form` (a plain LoRA) in PEFT format and float32; `metadata` names the base."""
+    `peft_config` is the adapter_config.json that the adapter was saved with; `base_name` is the Hub
+    id or path of the base.
+    """
     from safetensors.torch import save_file
 
     tensors = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in normal_form.kept.items()}
@@ -266,10 +246,9 @@ def save_normal_form(output_dir: Path, normal_form: NormalForm, metadata: Named)
             update.b.float().contiguous(),
         )
     save_file(tensors, str(output_dir / WEIGHTS), {"format": "pt"})
-    peft_config = metadata.peft_config
     config = {key: peft_config.get(key) for key in ("task_type", "revision")} | {
         "peft_type": "LORA",
-        "base_model_name_or_path": metadata.base_name,
+        "base_model_name_or_path": base_name,
         "r": normal_form.rank,
         "lora_alpha": normal_form.rank,
         "lora_dropout": 0.0,

@@ -137,10 +137,11 @@ def check_new_embeddings(model: Any, old_vocab_size: int | None, adapter_dir: Pa
 
 def get_vocab_mismatch(model: Any, adapter_dir: Path) -> str | None:
     """Returns a text if the vocabulary sizes differ; None if they are equal or unknown."""
-    vocab_size, requested = _get_vocab_size(model), get_adapter_vocab_size(model, adapter_dir)
+    vocab_size = _get_vocab_size(model)
+    requested = get_adapter_vocab_size(model, adapter_dir) if vocab_size else None
     if vocab_size is None or requested in (None, vocab_size):
         return None
-    return f"it was trained with {requested:,} tokens, and here are {vocab_size:,}"
+    return f"it was trained with {requested:,} tokens and its base has {vocab_size:,}"
 
 
 def get_adapter_vocab_size(model: Any, adapter_dir: Path) -> int | None:
@@ -186,9 +187,10 @@ def _shapes(path: Path) -> dict[str, list[int]]:
 
 
 def _get_vocab_size(model: Any) -> int | None:
-    get = getattr(model, "get_input_embeddings", None)
-    layer = get() if get is not None else None
-    weight = getattr(layer, "weight", None)
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except (AttributeError, NotImplementedError):  # it reads no tokens
+        return None
     return None if weight is None else int(weight.shape[0])
 
 

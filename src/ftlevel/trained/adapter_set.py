@@ -116,7 +116,8 @@ def _resolve_all(
         if ref.directory is None:
             base, base_name = ref, ref.base
         else:
-            refs[(ref.run or ref.directory).resolve().name] = ref
+            folder = (ref.run or ref.directory).resolve().name
+            refs[NO_ADAPTER if folder == BASE else folder] = ref
     adapter_dirs = dict(config.adapters)
     found = _list_adapters(config.adapters_dir) if config.adapters_dir is not None else {}
     for name in (*refs, *found):

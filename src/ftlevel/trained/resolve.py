@@ -294,9 +294,10 @@ def _adapter_task(
     else:
         return task or _task_of_model(base_config, str(adapter_dir))
     if not tasks:
+        known = dict.fromkeys(kind for task in TASKS.values() for kind in task.peft_types.values())
         raise InputError(
             f"{adapter_dir / ADAPTER_CONFIG} has {description}, for which ftlevel has no task. "
-            f"Expected a task_type of {join_names(_peft_types())}, or a masked language model."
+            f"Expected a task_type of {join_names(known)}, or a masked language model."
         )
     if task not in (None, *tasks):
         raise InputError(
@@ -304,10 +305,6 @@ def _adapter_task(
             f"not for {task}. Drop --task."
         )
     return task or tasks[0]
-
-
-def _peft_types() -> list[str]:
-    return list(dict.fromkeys(kind for task in TASKS.values() for kind in task.peft_types.values()))
 
 
 def _count_outputs(adapter_dir: Path, meta: Any) -> int:

@@ -411,13 +411,14 @@ _PARTS = "shard-*.safetensors"
 
 def merge_sharded_checkpoint(checkpoint_dir: Path) -> Path:
     """Returns `checkpoint_dir`, or a temporary copy with merged shards; InputError if corrupted."""
-    if not any(checkpoint_dir.glob(_PARTS)):
+    times = [path.stat().st_mtime_ns for path in checkpoint_dir.glob(_PARTS)]
+    if not times:
         return checkpoint_dir
-    return Path(_merge_shards_once(checkpoint_dir.resolve()).name)
+    return Path(_merge_shards_once(checkpoint_dir.resolve(), max(times)).name)
 
 
 @functools.cache
-def _merge_shards_once(checkpoint_dir: Path) -> Workspace:
+def _merge_shards_once(checkpoint_dir: Path, _time: int) -> Workspace:
     from ftlevel.models.upstream.shards import merge_shards  # imports torch.distributed
 
     corruption = detect_corruption(checkpoint_dir)

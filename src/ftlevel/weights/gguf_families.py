@@ -104,12 +104,7 @@ def get_gguf_limitations(config: Any) -> list[str]:
 def build_metadata(config: Any) -> Metadata:
     """Returns the GGUF metadata of the model's architecture, such as sizes and rope settings."""
     family = FAMILIES[config.model_type]
-    if family.architecture == "gpt2":
-        keys = _gpt2_metadata(config)
-    elif family.architecture == "bert":
-        keys = _bert_metadata(config)
-    else:
-        keys = _rotary_metadata(config, family)
+    keys = _rotary_metadata(config, family) if family.rotary else _layer_norm_metadata(config)
     return {f"{family.architecture}.{key}": value for key, value in keys.items()}
 
 
@@ -119,8 +114,6 @@ def context_limit(config: Any) -> tuple[int, int | None]:
     The window is None if it did not shorten the context. llama.cpp supports sliding windows for
     Gemma only; for other models the context is cut to the window, so that the window has no effect.
     """
-    if config.model_type == "gpt2":
-        return config.n_positions, None
     positions = config.max_position_embeddings
     if not FAMILIES[config.model_type].rotary:
         return positions, None
@@ -170,27 +163,21 @@ def interleave(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     return pairs.transpose(1, 2).reshape(tensor.shape)
 
 
-def _gpt2_metadata(config: Any) -> Metadata:
-    return {
-        "context_length": config.n_positions,
-        "embedding_length": config.n_embd,
-        "block_count": config.n_layer,
-        "feed_forward_length": config.n_inner or 4 * config.n_embd,
-        "attention.head_count": config.n_head,
-        "attention.layer_norm_epsilon": float(config.layer_norm_epsilon),
-    }
-
-
-def _bert_metadata(config: Any) -> Metadata:
-    return {
+def _layer_norm_metadata(config: Any) -> Metadata:
+    """Returns the metadata of GPT-2 and BERT, which have layer norms and learned positions."""
+    is_gpt2 = config.model_type == "gpt2"
+    size, epsilon = (
+        ("n_inner", "layer_norm_epsilon") if is_gpt2 else ("intermediate_size", "layer_norm_eps")
+    )
+    keys = {
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers,
-        "feed_forward_length": config.intermediate_size,
+        "feed_forward_length": getattr(config, size) or 4 * config.hidden_size,
         "attention.head_count": config.num_attention_heads,
-        "attention.layer_norm_epsilon": float(config.layer_norm_eps),
-        "attention.causal": False,
+        "attention.layer_norm_epsilon": float(getattr(config, epsilon)),
     }
+    return keys if is_gpt2 else keys | {"attention.causal": False}
 
 
 def _rotary_metadata(config: Any, family: GgufFamily) -> Metadata:

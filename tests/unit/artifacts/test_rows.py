@@ -244,3 +244,31 @@ def test_embeddings_are_resumed(tmp_path, suffix):
 def test_npy_rejects_other_columns(tmp_path):
     with pytest.raises(ConfigError, match=r"\.npy files hold embeddings only"):
         ROW_FILES[".npy"](tmp_path / "a.npy", RowColumns(["text"], {"label": "text"}))
+
+
+def test_embeddings_of_other_width_are_not_appended(tmp_path):
+    first = ROW_FILES[".npy"](tmp_path / "a.npy", EMBEDDED)
+    first.open(0)
+    first.write(embedded_rows([0, 1]))
+    first.close()
+    second = ROW_FILES[".npy"](tmp_path / "a.npy", EMBEDDED)
+    second.open(len(list(second.load_previous())))
+    with pytest.raises(InputError, match="has embeddings of 3 dimensions, and these have 2"):
+        second.write([{"text": "t2", "vector": VECTORS[2][:2]}])
+
+
+def test_npy_without_embeddings_is_resumed(tmp_path):
+    for _ in range(2):
+        file = ROW_FILES[".npy"](tmp_path / "a.npy", EMBEDDED)
+        assert list(file.load_previous()) == []
+        file.open(0)
+        file.write([{"text": "none", "vector": None}])
+        file.finalize()
+
+
+def test_numpy_scalars_are_numbers(tmp_path):
+    row = {"count": np.int64(3), "share": np.float32(0.5), "flag": np.bool_(True)}
+    save_rows(tmp_path / "a.jsonl", [row])
+    assert (tmp_path / "a.jsonl").read_text() == '{"count": 3, "share": 0.5, "flag": true}\n'
+    save_rows(tmp_path / "a.csv", [row])
+    assert (tmp_path / "a.csv").read_text() == "count,share,flag\n3,0.5,true\n"

@@ -160,7 +160,7 @@ def test_adapters_with_different_vocabularies_cannot_be_combined(
 ) -> None:
     first, resized = peft_cases / "tied-embed", peft_cases / "tied-resized"
     model = load_adapter(load_base(first), first)
-    with pytest.raises(InputError, match="trained with 512 tokens, and here are 503"):
+    with pytest.raises(InputError, match="trained with 512 tokens and its base has 503"):
         add_adapter(model, resized, "grown")
     with pytest.raises(
         InputError, match=("cannot be loaded together with the others: a prompt that plain")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from ftlevel.artifacts.checkpoints import certify
 from ftlevel.models.loading import build_task_model, load_config, load_model, rename_prefix
 from ftlevel.models.sources import resolve_source
+from ftlevel.models.upstream import shards
 from ftlevel.weights.checkpoint import (
     convert_for_saving,
     get_tensor_info,
     load_header,
+    merge_sharded_checkpoint,
     open_checkpoint,
     weight_files,
 )
@@ -54,3 +59,18 @@ def test_convert_for_saving_restores_checkpoint_names(
     assert set(saved) == set(stored)
     assert all(torch.equal(saved[name], tensor.read()) for name, tensor in stored.items())
     assert checkpoint.unused == []
+
+
+def test_shards_are_merged_again_after_they_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copy_shard(path: Path, out: Path) -> None:
+        shutil.copyfile(path / "shard-0.safetensors", out / "model.safetensors")
+
+    monkeypatch.setattr(shards, "merge_shards", copy_shard)
+    for value in (1.0, 2.0):
+        save_file({"x": torch.full((2,), value)}, tmp_path / "shard-0.safetensors")
+        certify(tmp_path)
+        merged = merge_sharded_checkpoint(tmp_path)
+        assert merge_sharded_checkpoint(tmp_path) == merged
+        assert load_file(merged / "model.safetensors")["x"].tolist() == [value, value]

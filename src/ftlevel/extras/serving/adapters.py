@@ -403,7 +403,7 @@ class AdaptersExport:
             device=device,
         )
         with Workspace("normal") as folder:
-            save_normal_form(Path(folder), lora, adapter)
+            save_normal_form(Path(folder), lora, adapter.peft_config, adapter.base_name)
             peft_model = PeftModel.from_pretrained(base_model, folder).eval()
         outputs = run_prompts(peft_model, adapter, prompts)
         del peft_model, base_model

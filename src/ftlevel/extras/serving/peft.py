@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from pathlib import Path
 
 from ftlevel.extras.serving.adapters import plan_adapters
 from ftlevel.extras.serving.entry import ServedModel
 from ftlevel.merging.normal_form import NormalForm, load_normal_form, save_normal_form
-from ftlevel.weights.checkpoint import TOKENIZER_FILES
+from ftlevel.weights.checkpoint import TOKENIZER_FILES, copy_files
 
 
 class PeftWriter:
@@ -22,12 +21,8 @@ class PeftWriter:
 
     def write(self, path: Path, lora: NormalForm, adapter: ServedModel) -> None:
         """Write `lora`, the plain LoRA of `adapter`, into the directory `path`."""
-        save_normal_form(path, lora, adapter)
-        for pattern in TOKENIZER_FILES:
-            for source in sorted(adapter.ref.adapter_path.glob(pattern)):
-                copied = path / source.relative_to(adapter.ref.adapter_path)
-                copied.parent.mkdir(exist_ok=True)
-                shutil.copyfile(source, copied)
+        save_normal_form(path, lora, adapter.peft_config, adapter.base_name)
+        copy_files(adapter.ref.adapter_path, path, TOKENIZER_FILES)
 
     def read(self, path: Path, lora: NormalForm, _entry: ServedModel) -> NormalForm:
         """Load the files back; settings that they lack are those of `lora`."""

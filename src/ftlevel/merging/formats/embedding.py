@@ -193,15 +193,52 @@ def plan_export(
     tokenizer = ref.load_tokenizer()
     ref.configured_task.prepare_tokenizer(tokenizer, ref.model_kind)
     end = tokenizer("a")["input_ids"][-1] if embedding_format.pooling == "last" else None
-    try:
-        size = max(model_config.vocab_size, len(tokenizer) if ref.directory else 0)
-        vocab = load_vocab(tokenizer, size, end)
-    except InputError as error:
-        raise InputError(f"{config.model} cannot be written as GGUF: {error}") from None
+    vocab = load_file_vocab(config, ref, model_config, tokenizer, end)
     notes += vocab.notes
     return GgufEmbeddingExport(
         config, ref, embedding_format, model_config, tokenizer, vocab, end, notes
     )
+
+
+def load_file_vocab(
+    config: ExportConfig, ref: ModelRef, model_config: Any, tokenizer: Any, end: int | None = None
+) -> Vocabulary:
+    """Returns the file's tokenizer; raises InputError if GGUF does not support it."""
+    # Merging may add tokens of the adapter's tokenizer; `write` reads the final size.
+    size = max(model_config.vocab_size, len(tokenizer) if ref.directory else 0)
+    try:
+        return load_vocab(tokenizer, size, end)
+    except InputError as error:
+        raise InputError(f"{config.model} cannot be written as GGUF: {error}") from None
+
+
+def summarize_file(
+    config: ExportConfig,
+    ref: ModelRef,
+    model_config: Any,
+    outtype: str,
+    tensors: Sequence[GGUFTensor],
+) -> dict[str, Any]:
+    """Returns the entries of an export's summary that every .gguf file has."""
+    return {
+        "model": config.model,
+        "method": ref.card.method,
+        "format": config.format,
+        "architecture": FAMILIES[model_config.model_type].architecture,
+        "outtype": outtype,
+        "tensors": len(tensors),
+        "tensor_bytes": sum(tensor.nbytes for tensor in tensors),
+        "out": str(config.out),
+        "modelfile": str(config.outputs[1]),
+        "outputs": [str(path) for path in config.outputs],
+        "versions": library_versions(),
+    }
+
+
+def format_size(summary: Mapping[str, Any]) -> str:
+    """Returns the number of tensors, the outtype and the size as text."""
+    size = f"{summary['tensor_bytes'] / 2**20:,.1f} MiB"
+    return f"{summary['tensors']:,} tensors, {summary['outtype']}, {size}"
 
 
 @dataclass(frozen=True)
@@ -299,33 +336,17 @@ class GgufEmbeddingExport:
 
     def _summary(self, outtype: str, tensors: Sequence[GGUFTensor]) -> dict[str, Any]:
         config = self.config
-        return {
-            "model": config.model,
-            "method": self.ref.card.method,
-            "format": config.format,
-            "architecture": FAMILIES[self.model_config.model_type].architecture,
-            "outtype": outtype,
-            "tensors": len(tensors),
-            "tensor_bytes": sum(tensor.nbytes for tensor in tensors),
+        return summarize_file(config, self.ref, self.model_config, outtype, tensors) | {
             "pooling": self.format.pooling,
             "prompts": {name: text for name, text in self.format.all_prompts.items() if text},
             "start": start_commands(config.server, config.out, self.format),
-            "out": str(config.out),
-            "modelfile": str(config.outputs[1]),
-            "outputs": [str(path) for path in config.outputs],
             "notes": list(self.notes),
-            "versions": library_versions(),
         }
 
     @staticmethod
     def describe(summary: Mapping[str, Any]) -> Iterator[str]:
         """Yields the lines to print after the export."""
-        size = f"{summary['tensor_bytes'] / 2**20:,.1f} MiB"
-        num_tensors = f"{summary['tensors']:,} tensors"
-        yield (
-            f"{summary['architecture']}, {summary['pooling']} pooling: {num_tensors}, "
-            f"{summary['outtype']}, {size}"
-        )
+        yield f"{summary['architecture']}, {summary['pooling']} pooling: {format_size(summary)}"
         if summary.get("dry_run"):
             yield "dry run: everything was checked, nothing was written."
             return

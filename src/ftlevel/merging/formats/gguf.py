@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ftlevel.artifacts.cards import format_difference, library_versions
+from ftlevel.artifacts.cards import format_difference
 from ftlevel.config import ExportConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded
@@ -250,12 +250,7 @@ def plan_export(config: ExportConfig, ref: ModelRef) -> Export:
     model_config = load_config(source)
     _check_model(config.model, model_config, has_adapter=ref.directory is not None)
     tokenizer = ref.load_tokenizer()
-    try:
-        # Merging may add tokens of the adapter's tokenizer; `write` reads the final size.
-        size = max(model_config.vocab_size, len(tokenizer) if ref.directory else 0)
-        vocab = load_vocab(tokenizer, size)
-    except InputError as error:
-        raise InputError(f"{config.model} cannot be written as GGUF: {error}") from None
+    vocab = embedding.load_file_vocab(config, ref, model_config, tokenizer)
     prompt_template = get_prompt_template(tokenizer, ref, vocab)
     return GgufExport(config, ref, model_config, tokenizer, vocab, prompt_template)
 
@@ -361,14 +356,8 @@ class GgufExport:
 
     def _summary(self, outtype: str, tensors: list[GGUFTensor]) -> dict[str, Any]:
         config, vocab = self.config, self.vocab
-        return {
-            "model": config.model,
-            "method": self.ref.card.method,
-            "format": config.format,
-            "architecture": FAMILIES[self.model_config.model_type].architecture,
-            "outtype": outtype,
-            "tensors": len(tensors),
-            "tensor_bytes": sum(tensor.nbytes for tensor in tensors),
+        summary = embedding.summarize_file(config, self.ref, self.model_config, outtype, tensors)
+        return summary | {
             "tokenizer": {
                 "model": vocab.model,
                 "pre": vocab.pre,
@@ -378,18 +367,12 @@ class GgufExport:
             "template": self.prompt_template.kind,
             "stops": self.prompt_template.stop_strings,
             "start": start_commands(config.server, config.out),
-            "out": str(config.out),
-            "modelfile": str(config.outputs[1]),
-            "outputs": [str(path) for path in config.outputs],
-            "versions": library_versions(),
         }
 
     @staticmethod
     def describe(summary: Mapping[str, Any]) -> Iterator[str]:
         """Yields the lines to print after the export."""
-        size = f"{summary['tensor_bytes'] / 2**20:,.1f} MiB"
-        num_tensors = f"{summary['tensors']:,} tensors"
-        yield f"{summary['architecture']}: {num_tensors}, {summary['outtype']}, {size}"
+        yield f"{summary['architecture']}: {embedding.format_size(summary)}"
         if summary.get("dry_run"):
             yield "dry run: everything was checked, nothing was written."
             return
