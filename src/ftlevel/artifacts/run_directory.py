@@ -262,7 +262,9 @@ def lock_dir(path: Path, *, shared: bool = False) -> Iterator[None]:
     With `shared`, other processes may share the lock. It has no effect on file systems without
     locks.
     """
-    descriptor = _open(path)
+    descriptor = None
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
     try:
         if descriptor is not None and fcntl is not None:
             try:
@@ -298,13 +300,6 @@ def _get_lock_process(descriptor: int) -> str:
             if values[1] == "FLOCK" and values[5] == f"{device}:{status.st_ino}":
                 return f" (process {values[4]})"
     return ""
-
-
-def _open(path: Path) -> int | None:
-    try:
-        return os.open(path, os.O_RDONLY)
-    except OSError:
-        return None
 
 
 ORIGIN = "origin.json"

@@ -154,18 +154,15 @@ def mix(
     if weights == [1.0]:
         return inputs, []
     adapter_dirs = [get_adapter_dir(name) for name in config.adapters]
+    base = build_task_model(inputs.ref.model_config, inputs.ref.auto_class)
     for name, directory in zip(config.adapters, adapter_dirs, strict=True):
-        reason = get_mixing_conflict(load_peft_config(directory))
-        if reason is not None:
+        if reason := get_mixing_conflict(load_peft_config(directory)):
             raise InputError(f"{name} cannot be mixed: {reason}.")
         if (directory / CARD).is_file():
             card = load_card(directory)
             check_base(inputs.source, card, directory)
             check_cached_base(replace(inputs.ref, card=card, directory=directory))
-    base = build_task_model(inputs.ref.model_config, inputs.ref.auto_class)
-    for name, directory in zip(config.adapters, adapter_dirs, strict=True):
-        mismatch = get_vocab_mismatch(base, directory)
-        if mismatch is not None:
+        if mismatch := get_vocab_mismatch(base, directory):
             raise InputError(f"{name} cannot be mixed: {mismatch}. Merge it alone.")
     mixed_dir = Path(stack.enter_context(Workspace("mixture")))
     if config.strategy == "cat":

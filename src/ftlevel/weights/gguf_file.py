@@ -116,7 +116,7 @@ OUTTYPES = {
     "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
 
-_OUTTYPE_OF_DTYPE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+OUTTYPE_OF_DTYPE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _QUANTIZATION_VERSION = 2
 
 
@@ -152,7 +152,7 @@ def get_outtype(checkpoint: Checkpoint) -> str:
         for name, parameter in checkpoint.model.named_parameters()
         if parameter is checkpoint.model.get_input_embeddings().weight
     )
-    return _OUTTYPE_OF_DTYPE.get(checkpoint.spec(name).dtype, "f32")
+    return OUTTYPE_OF_DTYPE.get(checkpoint.spec(name).dtype, "f32")
 
 
 def plan_tensors(

@@ -105,24 +105,28 @@ def build_layout(
 
 
 def resolve_layout(layout: QuantizedLayout, keys: Iterable[str]) -> QuantizedLayout:
-    """Returns `layout` for a checkpoint with these `keys`.
+    """Returns `layout` for a checkpoint with these `keys`; InputError if it lacks a weight.
 
     A linear layer is not quantized if its weight combines several tensors of the checkpoint.
     """
-    mapped = [layout.key_mapper(key) for key in keys]
-    unconverted = {name for name, pattern in mapped if pattern is None}
-    missing = [name for name in layout.linears if f"{name}.weight" not in unconverted]
-    if not missing:
+    patterns = dict(map(layout.key_mapper, keys))
+    if missing := [name for name in layout.linears if f"{name}.weight" not in patterns]:
+        names = join_names([f"{name}.weight" for name in missing], 3)
+        raise InputError(
+            f"the checkpoint lacks {len(missing):,} weights of its model: {names}. Is it whole?"
+        )
+    combined = [name for name in layout.linears if patterns[f"{name}.weight"] is not None]
+    if not combined:
         return layout
     config = _with_modules_to_skip(
-        layout.config, sorted({*get_skipped_modules(layout.config), *missing})
+        layout.config, sorted({*get_skipped_modules(layout.config), *combined})
     )
-    weights = {f"{name}.weight" for name in missing}
+    weights = {f"{name}.weight" for name in combined}
     parameters = {
         name: replace(parameter, part="other linears") if name in weights else parameter
         for name, parameter in layout.parameters.items()
     }
-    layers = {name: flip for name, flip in layout.linears.items() if name not in set(missing)}
+    layers = {name: flip for name, flip in layout.linears.items() if name not in set(combined)}
     return replace(layout, config=config, linears=layers, parameters=parameters)
 
 
@@ -313,7 +317,6 @@ def save_quantized(
     """
     shards = {shard: load_header(shard)[0] for shard in weight_files(model_dir)}
     keys = [key for entries in shards.values() for key in entries]
-    _check_complete(keys, layout)
     layout = resolve_layout(layout, keys)
     sizes = _quantize_shards(shards, out, layout, step, get_codes)
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
@@ -324,15 +327,6 @@ def save_quantized(
     save_legacy_rope(out)
     copy_files(model_dir, out, COPIED)
     return layout, sizes
-
-
-def _check_complete(keys: Iterable[str], layout: QuantizedLayout) -> None:
-    names_in_model = {layout.key_mapper(key)[0] for key in keys}
-    if missing := [name for name in layout.linears if f"{name}.weight" not in names_in_model]:
-        names = join_names([f"{name}.weight" for name in missing], 3)
-        raise InputError(
-            f"the checkpoint lacks {len(missing):,} weights of its model: {names}. Is it whole?"
-        )
 
 
 def _quantize_shards(

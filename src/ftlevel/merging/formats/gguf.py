@@ -53,6 +53,7 @@ from ftlevel.weights.gguf_families import (
 )
 from ftlevel.weights.gguf_file import (
     GRIDS,
+    OUTTYPE_OF_DTYPE,
     SELECTED_TYPES,
     GGUFTensor,
     file_keys,
@@ -67,7 +68,6 @@ BOUND = 1e-4
 """Allowed difference of logits, as a share of the largest one: float32 sums depend on order."""
 _CLASS = "AutoModelForCausalLM"
 _WINDOW = 128
-_NATIVE = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 TEST_INPUTS = (
     "The quick brown fox jumps over the lazy dog. It's here, they'll see; DON'T!",
     "In 2024, 1,234 of 56789 rows   7 8.90% and 0x1F",
@@ -124,7 +124,7 @@ def check_file(
     eval_set = _create_eval_set(original)
     reference, expected = _score_original(eval_set, outtype, tensors, original)
     # The file stores vectors in a wider dtype than matrices, unless the model itself is narrow.
-    is_equal = _NATIVE.get(outtype) == original.dtype
+    is_equal = OUTTYPE_OF_DTYPE.get(original.dtype) == outtype
     dtype = original.dtype if is_equal else torch.float32
     model, missing = load_model(source, config, _CLASS, dtype=dtype, device=original.device)
     if missing:

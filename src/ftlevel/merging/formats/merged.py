@@ -71,10 +71,6 @@ class MergedExport:
     def _embedding_format(self) -> EmbeddingFormat | None:
         return TASKS[self.ref.task].embedding_format(self.ref.card.options)
 
-    @property
-    def _is_of_texts(self) -> bool:
-        return self._embedding_format is not None or TASKS[self.ref.task].served_as == "rerankers"
-
     def choices(self, device: Choice) -> Iterator[Choice]:
         """Yields the lines to print before the export."""
         yield Choice("adapter", self.config.model, f"{self.ref.card.method}, merged")
@@ -97,7 +93,8 @@ class MergedExport:
             path.rename(output / path.name)
         merged_dir.rmdir()
         summary = self._summary(merged)
-        if self.config.server and self.config.verify and TASKS[self.ref.task].generates_text:
+        task, is_recorded = TASKS[self.ref.task], bool(self.config.server and self.config.verify)
+        if is_recorded and task.generates_text:
             listener.stage("recording reference outputs")
             source = resolve_source(str(output))
             metadata = {
@@ -110,18 +107,13 @@ class MergedExport:
                 output / "served.json", self.config.out, metadata, self.ref, source, device
             )
             summary["recorded"] = True
-        if self.config.server and self.config.verify and self._is_of_texts:
+        if is_recorded and (self._embedding_format or task.served_as == "rerankers"):
             listener.stage("recording reference embeddings or scores")
             self._record(output, device)
             summary["recorded"] = True
         if self.config.server:
-            card = output / "README.md"
-            text = (
-                card.read_text(encoding="utf-8")
-                + "\n"
-                + "\n".join(server_support().readme(summary))
-            )
-            card.write_text(text, encoding="utf-8")
+            with (output / "README.md").open("a", encoding="utf-8") as card:
+                card.write("\n" + "\n".join(server_support().readme(summary)))
         return summary
 
     def _record(self, output: Path, device: str) -> None:
