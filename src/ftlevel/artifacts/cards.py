@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import re
 import shlex
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel._version import __version__
-from ftlevel.artifacts.files import check_regular, write_json
+from ftlevel.artifacts.files import check_regular, read_json_object, write_json
 from ftlevel.artifacts.run_directory import RunDirectory, get_run_dir
 from ftlevel.config import QuantConfig
 from ftlevel.errors import InputError
@@ -67,16 +66,9 @@ def load_card(model_dir: Path) -> AdapterCard:
     path = model_dir / CARD
     if model_dir.is_dir():
         check_regular(model_dir.iterdir(), str(model_dir))
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{model_dir} has no {CARD}, so it is not an adapter of ftlevel."
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}). Is the copy incomplete?") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{path} is not a model card of an adapter written by ftlevel.")
+    if not path.exists():
+        raise InputError(f"{model_dir} has no {CARD}, so it is not an adapter of ftlevel.")
+    data = read_json_object(path)
     if data.pop("format", None) != 1:
         raise InputError(f"{path} was written by a later ftlevel. Install that version.")
     try:

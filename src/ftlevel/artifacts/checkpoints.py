@@ -157,7 +157,9 @@ def rotate_best(parent_dir: Path) -> None:
     """Delete best-N directories except the newest, and the newest up to each checkpoint's step."""
     best_models = _list_best_models(parent_dir)
     steps = [step_of(checkpoint) for checkpoint in numbered(parent_dir)]
-    to_keep = {_last_before(best_models, step) for step in steps} | set(best_models[-1:])
+    to_keep = set(best_models[-1:])
+    for step in steps:
+        to_keep |= set([path for path in best_models if step_of(path) <= step][-1:])
     for path in best_models:
         if path not in to_keep:
             shutil.rmtree(path)
@@ -174,10 +176,6 @@ def delete_unreachable_best(parent_dir: Path) -> None:
     """Delete all best models if the finished run has no checkpoint left."""
     if not numbered(parent_dir):
         delete_best_after(parent_dir, 0)
-
-
-def _last_before(best_models: list[Path], step: int) -> Path | None:
-    return next((path for path in reversed(best_models) if step_of(path) <= step), None)
 
 
 def _list_best_models(parent_dir: Path) -> list[Path]:

@@ -78,10 +78,19 @@ def read_plain(path: Path) -> str:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """Returns the JSON object in a file; raises InputError if it cannot be read."""
+    return _read_json(path, dict)
+
+
+def load_json(path: Path, json_type: type = dict) -> Any:
+    """Returns the JSON value in a file, of `json_type`, which is empty if there is no file."""
+    return _read_json(path, json_type) if path.exists() else json_type()
+
+
+def _read_json(path: Path, json_type: type) -> Any:
     try:
         content = json.loads(read_plain(path))
-        if not isinstance(content, dict):
-            raise ValueError("it is no object")
+        if not isinstance(content, json_type):
+            raise ValueError(f"it is no {'object' if json_type is dict else json_type.__name__}")
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error}). Is the copy incomplete?") from None
     return content

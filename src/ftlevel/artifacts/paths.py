@@ -13,8 +13,8 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from ftlevel.artifacts.files import base_fingerprint, read_json_object, write_json
-from ftlevel.artifacts.run_directory import CONFIG, ORIGIN, RunDirectory
+from ftlevel.artifacts.files import base_fingerprint, load_json, write_json
+from ftlevel.artifacts.run_directory import CHECKPOINTS, CONFIG, ORIGIN, RunDirectory
 from ftlevel.config import IN_MEMORY, Layer, load_recipe
 from ftlevel.config.preference import NO_REFERENCE, START
 from ftlevel.errors import ConfigError, join_names
@@ -74,7 +74,8 @@ def resolve_relative(relative: str, start: Path) -> Path:
 def load_run_config(run_dir: Path) -> Layer:
     """Load config.yaml of a run; paths of files that were moved with the run are updated."""
     layer = load_recipe(run_dir / CONFIG)
-    relative, weights = _load_json(run_dir / PLACES), _load_base_fingerprint(run_dir)
+    relative = load_json(run_dir / PLACES)
+    weights = load_json(run_dir / CHECKPOINTS / ORIGIN).get("model.fingerprint")
 
     def get_current_path(field: str, original: str) -> str:
         existing = [path for path in _candidates(original, relative, run_dir) if _exists(path)]
@@ -90,7 +91,7 @@ def check_paths(run_dir: Path, values: Mapping[str, Any], names: Sequence[str] =
 
     Only the fields in `names`, such as `data.dataset`, are checked; all of them if it is empty.
     """
-    relative, missing = _load_json(run_dir / PLACES), []
+    relative, missing = load_json(run_dir / PLACES), []
 
     def check(field: str, original: str) -> str:
         if names and field not in names:
@@ -152,13 +153,3 @@ def _is_path(field: str, value: str) -> bool:
 
 def _exists(path: Path) -> bool:
     return path.exists() or bool(glob(str(path), recursive=True))  # noqa: PTH207 - as match_files
-
-
-def _load_json(path: Path) -> dict[str, Any]:
-    """Returns the JSON object in a file; empty if the file does not exist."""
-    return read_json_object(path) if path.exists() else {}
-
-
-def _load_base_fingerprint(run_dir: Path) -> str | None:
-    """Returns the fingerprint of the base model when the run started; None if unknown."""
-    return _load_json(run_dir / "checkpoints" / ORIGIN).get("model.fingerprint")

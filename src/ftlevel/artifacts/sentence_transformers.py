@@ -6,13 +6,12 @@ text-embeddings-inference, vLLM, llama.cpp and all versions of sentence-transfor
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ftlevel.artifacts.files import write_json
+from ftlevel.artifacts.files import load_json, write_json
 from ftlevel.errors import InputError, join_names
 
 POOLING_MODES = {
@@ -101,11 +100,11 @@ def load_embedding_format(
     """
     if not (model_dir / MODULES).is_file():
         return None
-    config = _load_json(model_dir / SETTINGS)
+    config = load_json(model_dir / SETTINGS)
     if config.get("model_type") == "CrossEncoder":
         return None
     pooling, include_prompt, normalize = "mean", True, False
-    for entry in _load_json(model_dir / MODULES, list):
+    for entry in load_json(model_dir / MODULES, list):
         name = str(entry["type"]).rpartition(".")[2]
         path = str(entry.get("path", ""))
         if name == "Transformer":
@@ -150,7 +149,7 @@ def load_embedding_format(
 
 
 def _load_pooling(path: Path, *, is_replaced: bool) -> tuple[str, bool]:
-    config = _load_json(path)
+    config = load_json(path)
     modes = config.get("pooling_mode")
     if modes is None:
         names = {word: mode for mode, word in POOLING_MODES.items()}
@@ -169,7 +168,7 @@ def _load_pooling(path: Path, *, is_replaced: bool) -> tuple[str, bool]:
 def _load_length_setting(model_dir: Path, key: str) -> int | None:
     """Returns the setting `key` of a text model's length file; None if no file has it."""
     for name in (LENGTHS, *_OTHER_LENGTHS):
-        value = _load_json(model_dir / name).get(key)
+        value = load_json(model_dir / name).get(key)
         if value is not None:
             return int(value)
     return None
@@ -243,7 +242,7 @@ def save_cross_encoder_format(model_dir: Path, reranker_format: CrossEncoderForm
         LENGTHS: lengths,
     }
     if is_model:
-        config = _load_json(model_dir / "config.json")
+        config = load_json(model_dir / "config.json")
         inner = {
             **(config.get("sentence_transformers") or {}),
             "activation_fn": reranker_format.activation,
@@ -258,7 +257,7 @@ def get_task_type(model_dir: Path) -> str | None:
     """Returns "embedding" or "reranking" for a sentence-transformers directory; None for others."""
     if not (model_dir / MODULES).is_file():
         return None
-    is_reranker = _load_json(model_dir / SETTINGS).get("model_type") == "CrossEncoder"
+    is_reranker = load_json(model_dir / SETTINGS).get("model_type") == "CrossEncoder"
     return "reranking" if is_reranker else "embedding"
 
 
@@ -270,14 +269,14 @@ def load_activation(model_dir: Path, model_config: Any) -> str | None:
     """
     inner = getattr(model_config, "sentence_transformers", None) or {}
     old = getattr(model_config, "sbert_ce_default_activation_function", None)
-    return _load_json(model_dir / SETTINGS).get("activation_fn", inner.get("activation_fn", old))
+    return load_json(model_dir / SETTINGS).get("activation_fn", inner.get("activation_fn", old))
 
 
 def scores_by_tokens(model_dir: Path) -> bool:
     """Returns whether `model_dir` has a CrossEncoder whose score is the logit of a token."""
     return any(
         str(entry.get("type", "")).endswith(".LogitScore")
-        for entry in _load_json(model_dir / MODULES, list)
+        for entry in load_json(model_dir / MODULES, list)
     )
 
 
@@ -286,16 +285,3 @@ def _modules(entries: list[tuple[str, str]]) -> list[dict[str, Any]]:
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for i, (path, kind) in enumerate(entries)
     ]
-
-
-def _load_json(path: Path, json_type: type = dict) -> Any:
-    """Returns the content of a JSON file; an empty `json_type` if the file does not exist."""
-    if not path.is_file():
-        return json_type()
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}). Copy the model again.") from None
-    if not isinstance(content, json_type):
-        raise InputError(f"{path}: not valid, it is no {json_type.__name__}. Copy the model again.")
-    return content

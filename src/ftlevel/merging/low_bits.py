@@ -12,7 +12,7 @@ import functools
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -22,7 +22,7 @@ from ftlevel.errors import InputError, RunError
 from ftlevel.evaluation.two_models import Agreement, EvalSet, RowLogits, compare_logits
 from ftlevel.events import Listener
 from ftlevel.merging.merge_input import MergeInput
-from ftlevel.merging.merged_model import open_merger
+from ftlevel.merging.merged_model import TensorMerger, open_merger
 from ftlevel.merging.verify import Candidate, load_merged
 from ftlevel.models.hardware import DTYPES, autocast
 from ftlevel.models.loading import load_config
@@ -136,17 +136,27 @@ class _Sums:
 _TOLERANCE = 1e-4
 
 
-class Weights(Protocol):
-    """Protocol: source of the weights of a model that is being written, such as `TensorMerger`."""
+@dataclass(frozen=True)
+class WeightsAsLoaded:
+    """Source of weights for `CodeSelector`: those of a loaded model that has no adapter."""
 
-    def adapts(self, name: str) -> bool:
-        """Whether training changed the tensor `name`."""
+    model: Any
+
+    def adapts(self, name: str) -> bool:  # noqa: ARG002
+        """Returns True, so that the weights are used as loaded."""
+        return True
 
     def unrounded(self, name: str) -> torch.Tensor | None:
-        """Returns the tensor `name` before rounding; None if the model does not have it."""
+        """Returns the same as `base`, because nothing is merged or rounded."""
+        return self.base(name)
 
     def base(self, name: str) -> torch.Tensor:
-        """Returns the tensor `name` before merging, dequantized as in training."""
+        """Returns the tensor `name`; nothing is merged into it."""
+        return self.model.get_parameter(name).detach().cpu()
+
+
+Weights = TensorMerger | WeightsAsLoaded
+"""Weights of a model that is being written."""
 
 
 @dataclass
@@ -312,25 +322,6 @@ def _signs(count: int) -> torch.Tensor:
     """Returns `count` fixed random signs, with which a matrix is multiplied for its checksum."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 2, (count,), generator=generator).float() * 2 - 1
-
-
-@dataclass(frozen=True)
-class WeightsAsLoaded:
-    """Source of weights for `CodeSelector`: those of a loaded model that has no adapter."""
-
-    model: Any
-
-    def adapts(self, name: str) -> bool:  # noqa: ARG002
-        """Returns True, so that the weights are used as loaded."""
-        return True
-
-    def unrounded(self, name: str) -> torch.Tensor | None:
-        """Returns the same as `base`, because nothing is merged or rounded."""
-        return self.base(name)
-
-    def base(self, name: str) -> torch.Tensor:
-        """Returns the tensor `name`; nothing is merged into it."""
-        return self.model.get_parameter(name).detach().cpu()
 
 
 def select_gguf_codes(

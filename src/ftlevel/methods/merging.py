@@ -8,13 +8,13 @@ with memory for one module.
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ftlevel.artifacts.files import read_json_object
 from ftlevel.errors import InputError, join_names
 from ftlevel.methods import METHODS, ensure_registered
 from ftlevel.methods.base import MergeInfo
@@ -36,11 +36,8 @@ MERGED = tuple(name for name, merge_info in BY_PEFT_TYPE.items() if merge_info.i
 def load_peft_config(path: Path) -> dict[str, Any]:
     """Load adapter_config.json from the directory `path`; raises `InputError` if invalid."""
     path = path / "adapter_config.json"
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read ({error}). Is the copy incomplete?") from None
-    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+    config = read_json_object(path)
+    if not isinstance(config.get("peft_type"), str):
         raise InputError(f"{path} is no configuration of an adapter: it names no peft_type.")
     return config
 

@@ -33,6 +33,7 @@ class GenerationOptions:
         """Returns arguments of `model.generate`; with sampling, also sets torch's global seed."""
         kwargs: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
+            "num_beams": self.num_beams,
             "use_cache": True,
             "pad_token_id": tokenizer.pad_token_id or 0,
             "eos_token_id": stop_ids(model, tokenizer),
@@ -41,7 +42,7 @@ class GenerationOptions:
             criteria = _StopTextCriteria(tokenizer, self.stop_texts)
             kwargs["stopping_criteria"] = StoppingCriteriaList([criteria])
         if not self.temperature:
-            return kwargs | {"do_sample": False, "num_beams": self.num_beams}
+            return kwargs | {"do_sample": False}
         torch.manual_seed(self.seed)
         # transformers' default of 50 for top_k is switched off.
         sampling_kwargs = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}

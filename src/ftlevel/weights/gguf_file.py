@@ -224,12 +224,9 @@ def _plan(checkpoint: Checkpoint, config: Any, source: str, name: str, outtype: 
 
 def name_map(config: Any) -> Any:
     """Returns gguf's map from tensor names of the model to names in the file."""
-    return get_tensor_name_map(_architecture(config), config.num_hidden_layers)
-
-
-def _architecture(config: Any) -> Any:
-    name = FAMILIES[config.model_type].architecture
-    return next(key for key, value in MODEL_ARCH_NAMES.items() if value == name)
+    architecture = FAMILIES[config.model_type].architecture
+    number = next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    return get_tensor_name_map(number, config.num_hidden_layers)
 
 
 def save_gguf(

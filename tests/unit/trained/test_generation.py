@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+import tiny_models
 from ftlevel.commands.generate import _CallbackStreamer
-from ftlevel.trained.generation import GenerationOptions
+from ftlevel.trained.generation import GenerationOptions, generate_texts
 
 
 class Letters:
@@ -23,7 +24,7 @@ class Letters:
 
     def decode(self, ids: Sequence[int], **_: Any) -> str:
         self.decoded.append(len(ids))
-        return "".join(chr(97 + i) for i in ids)
+        return "".join(chr(97 + int(i)) for i in ids)
 
 
 class Rows:
@@ -54,6 +55,17 @@ def test_stop_criteria_read_only_new_tokens_that_may_end_in_a_stop_text() -> Non
         seen = Rows(rows)
         assert criteria(seen, None).tolist() == [False, step == 99]
         assert seen.copied <= 2 * 6
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_beams_of_generation_config_are_not_used(temperature: float) -> None:
+    model = tiny_models.build("bart")
+    options = GenerationOptions(6, temperature=temperature)
+    texts = []
+    for beams in (1, 4):  # of the checkpoint
+        model.generation_config.num_beams = beams
+        texts.append(generate_texts(model, Letters(), [[5, 6, 7], [8, 9]], "cpu", 2, options))
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize(

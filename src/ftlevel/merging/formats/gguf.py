@@ -402,13 +402,10 @@ def _check_model(name: str, model_config: Any, *, has_adapter: bool) -> None:
         )
     limitations = get_gguf_limitations(model_config)
     if not limitations and checkpoint_class(model_config) != _CLASS:
-        limitations = [f"it is a {_architecture_name(model_config)}, which does not write text."]
+        architecture = ", ".join(model_config.architectures or ()) or model_config.model_type
+        limitations = [f"it is a {architecture}, which does not write text."]
     if limitations:
         raise InputError([f"{name} cannot be written as GGUF: {error}" for error in limitations])
-
-
-def _architecture_name(model_config: Any) -> str:
-    return ", ".join(model_config.architectures or ()) or str(model_config.model_type)
 
 
 def _metadata(stem: str, model_config: Any, vocab: Vocabulary, outtype: str) -> dict[str, Any]:
