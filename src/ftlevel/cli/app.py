@@ -160,7 +160,8 @@ def run(args: list[str]) -> int:
     except OSError as error:  # full disk, closed pipe, removed file
         if show_traceback or error.strerror is None:
             raise
-        prefix = f"{error.filename}: " if error.filename else ""
+        path = error.filename2 or error.filename  # of a copy, the output
+        prefix = f"{path}: " if path else ""
         is_user_error = error.errno == errno.ENAMETOOLONG  # a path from the user is too long
         fix = "Name a shorter path" if is_user_error else "Add --traceback to see where it happened"
         code = 2 if is_user_error else 1

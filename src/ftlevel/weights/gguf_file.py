@@ -11,7 +11,9 @@ quantize_row_q4_0_ref). Vectors, norms, learned positions and rotary divisors st
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -237,7 +239,7 @@ def save_gguf(
 ) -> None:
     """Save a .gguf file; `step` gets the number of tensors written.
 
-    Raises RunError if a value is too large for float16.
+    Raises RunError if a value is too large for float16, and OSError if the disk is full.
     """
     writer = GGUFWriter(path, metadata["general.architecture"])
     try:
@@ -252,8 +254,10 @@ def save_gguf(
         for done, tensor in enumerate(tensors, 1):
             writer.write_tensor_data(_pack(tensor))
             step(done)
-    except BaseException:
+    except BaseException as error:
         path.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is None:  # NumPy wrote only a part
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
     finally:
         writer.close()

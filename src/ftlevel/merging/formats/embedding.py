@@ -271,9 +271,12 @@ class GgufEmbeddingExport:
 
     def dry_run(self) -> dict[str, Any]:
         """Returns the summary of the planned export."""
-        checkpoint, unused = self._open(self.ref.source, self.model_config)
-        outtype = get_outtype(checkpoint) if self.config.outtype == "auto" else self.config.outtype
-        tensors = plan_tensors(checkpoint, self.model_config, outtype, unused=unused)
+        outtype: str = self.config.outtype
+        tensors: list[GGUFTensor] = []
+        if self.ref.source.kind != "gguf":  # a .gguf base has no shapes before it is loaded
+            checkpoint, unused = self._open(self.ref.source, self.model_config)
+            outtype = get_outtype(checkpoint) if outtype == "auto" else outtype
+            tensors = plan_tensors(checkpoint, self.model_config, outtype, unused=unused)
         return self._summary(outtype, tensors)
 
     def write(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,3 +111,17 @@ def test_value_above_float16_raises(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"up has values above float16.*--outtype bf16"):
         save_gguf(tmp_path / "x.gguf", {"general.architecture": "llama"}, [tensor], print)
     assert not (tmp_path / "x.gguf").exists()
+
+
+def test_full_disk_is_reported_with_the_file(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    path, tensor = tmp_path / "x.gguf", create_tensor(torch.zeros(256, 64), "f32")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"x\.gguf") as caught:
+            save_gguf(path, {"general.architecture": "llama"}, [tensor], print)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.ENOSPC
+    assert not path.exists()
