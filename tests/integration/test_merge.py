@@ -379,6 +379,9 @@ def test_plain_peft_adapter_mixes_with_run(train_run: Callable[..., Path]) -> No
     settings: Any = {"weights": [0.5, 0.5], "verify": False}
     merge(MergeConfig(adapters=[str(source), "a"], output_dir=Path("one"), **settings))
     merge(MergeConfig(adapters=[str(first), str(source)], output_dir=Path("other"), **settings))
+    assert json.loads(Path("one/ftlevel.json").read_text())["merge"]["weights"] == [0.5, 0.5]
+    merge(MergeConfig(adapters=["a"], output_dir=Path("half"), weights=[0.5], verify=False))
+    assert json.loads(Path("half/ftlevel.json").read_text())["merge"]["weights"] == [0.5]
     other = load_file("other/model.safetensors")
     for name, tensor in load_file("one/model.safetensors").items():
         torch.testing.assert_close(tensor, other[name])

@@ -269,7 +269,7 @@ def _save_cards(
     path: Path, config: MergeConfig, inputs: MergeInput, summary: dict[str, Any], dtype: str
 ) -> None:
     values = {key: summary[key] for key in ("adapters", "onto", "reason", "verified", "agreement")}
-    if len(config.adapters) > 1:
+    if config.weights or len(config.adapters) > 1:
         values |= {"weights": config.weights, "strategy": config.strategy}
     if summary["served"]:
         values["served"] = summary["served"]
