@@ -220,6 +220,25 @@ def test_unmergeable_adapter_is_rejected(
     assert [path.name for path in Path().iterdir()] == ["prompts"]
 
 
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_adapter_of_quantized_base_is_rejected(
+    options: list[str], tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["quantize", str(tiny_model_dir("gpt2")), "--out", "base", "--quant", "8bit",
+                "--no-measure"]) == 0  # fmt: skip
+    model = load_model(Path("base"))
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM")).save_pretrained("adapter")
+    capsys.readouterr()
+    assert run(["export", "adapter", "--out", "x.gguf", *options]) == 2
+    assert "base is stored quantized" in capsys.readouterr().err
+
+
+def test_name_of_gguf_file_is_no_setting_of_the_model(tiny_model_dir: ModelDir) -> None:
+    values = transformers.AutoConfig.from_pretrained(tiny_model_dir("gpt2")).to_dict()
+    one, other = (transformers.GPT2Config(**values, _model_name_or_path=name) for name in "ab")
+    assert gguf.readable_config(one, other)[1] == []
+
+
 def test_existing_file_needs_overwrite(
     model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:

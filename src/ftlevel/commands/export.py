@@ -27,6 +27,7 @@ from ftlevel.merging.formats.base import MergeOutput, plan_export
 from ftlevel.merging.low_bits import WeightsAsLoaded, select_gguf_codes
 from ftlevel.merging.merge_input import (
     MergeInput,
+    check_base_precision,
     get_adapter_dir,
     resolve_merge_input,
     select_rows,
@@ -82,6 +83,7 @@ def export(
                 _check_outputs(config)
             if ref.directory is not None and FORMATS[config.format].merges:
                 get_adapter_dir(config.model)  # raises if it cannot be merged
+                check_base_precision(ref)
         is_directory = FORMATS[config.format].is_directory
         for output in _paths_without_adapter(config, refs):
             listener.warn(f"{output} contains no adapter and is skipped.")

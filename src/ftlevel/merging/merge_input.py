@@ -123,6 +123,12 @@ def resolve_merge_input(config: MergeConfig) -> MergeInput:
     if not ref.is_ours:
         dtype = str(ref.model_config.dtype or "float32").removeprefix("torch.")
         ref = ref.with_card(dtype=dtype if dtype in DTYPES else "float32")
+    check_base_precision(ref)
+    return MergeInput(ref, ref.compute_dtype(device), device)
+
+
+def check_base_precision(ref: ModelRef) -> None:
+    """Raise InputError if the base of an adapter is stored quantized."""
     quantization_config = get_quantization_config(ref.model_config)
     if quantization_config is not None and ref.source.kind != "gguf":
         raise InputError(
@@ -131,7 +137,6 @@ def resolve_merge_input(config: MergeConfig) -> MergeInput:
             "of what was trained. Keep the adapter separate, or train on the model in floating "
             "point with --quant 4bit and merge that."
         )
-    return MergeInput(ref, ref.compute_dtype(device), device)
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ _IGNORED_KEYS = set(
     task_specific_params pretraining_tp is_decoder attention_dropout attn_pdrop embd_pdrop
     resid_pdrop n_ctx reorder_and_upcast_attn max_window_layers _sliding_window_pattern
     output_attentions output_hidden_states return_dict chunk_size_feed_forward
-    gradient_checkpointing
+    gradient_checkpointing _model_name_or_path
     """.split()
 )
 
