@@ -6,13 +6,13 @@ contain the weights of the best model; one is kept for each checkpoint that a ru
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from ftlevel.artifacts.files import file_fingerprint, flush, flush_all, write_json
+from ftlevel.artifacts.files import file_fingerprint, flush, flush_all, read_json_object, write_json
+from ftlevel.errors import InputError
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-\d+")
@@ -40,17 +40,9 @@ def listed(checkpoint: Path) -> set[str]:
 def _load_manifest(checkpoint: Path) -> dict[str, tuple[int, str]] | None:
     """Returns file → (size, SHA-256); None if the manifest is missing or invalid."""
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = read_json_object(checkpoint / MANIFEST)["files"]
         return {name: (int(entry["size"]), entry["sha256"]) for name, entry in files.items()}
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        OverflowError,
-    ):
+    except (InputError, ValueError, LookupError, TypeError, AttributeError, OverflowError):
         return None
 
 

@@ -24,11 +24,11 @@ from ftlevel.artifacts import checkpoints
 from ftlevel.artifacts.files import (
     check_regular,
     check_writable,
-    read_plain,
+    read_json_object,
     write_json,
     write_text,
 )
-from ftlevel.errors import ConfigError
+from ftlevel.errors import ConfigError, InputError
 
 MARKER = ".ftlevel.json"
 CONFIG, SUMMARY, METRICS, README = "config.yaml", "summary.json", "metrics.jsonl", "README.md"
@@ -242,9 +242,9 @@ def _has_result(run_dir: Path) -> bool:
 
 
 def _load_marker(run_dir: Path) -> dict[str, Any] | None:
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        marker = json.loads(read_plain(run_dir / MARKER))
-        if isinstance(marker, dict) and isinstance(marker.get("run"), str):
+    with contextlib.suppress(InputError):
+        marker = read_json_object(run_dir / MARKER)
+        if isinstance(marker.get("run"), str):
             return marker
     return None
 
@@ -346,11 +346,10 @@ class RunDirectory:
     def load_summary(self) -> dict[str, Any] | None:
         """Load summary.json of a finished run with saved weights; None for other runs."""
         try:
-            summary = json.loads(read_plain(self.path / SUMMARY))
-        except (OSError, ValueError, RecursionError):
+            summary = read_json_object(self.summary)
+        except InputError:
             return None
-        has_weights = isinstance(summary, dict) and any(self.adapter.glob("*.safetensors"))
-        return summary if has_weights else None
+        return summary if any(self.adapter.glob("*.safetensors")) else None
 
     def save_readme(self, text: str) -> None:
         """Save README.md."""

@@ -8,7 +8,6 @@ loaded.
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,8 +21,8 @@ from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.merging.merge_input import MergeInput, get_adapter_dir
 from ftlevel.merging.merged_model import copy_tokenizer
+from ftlevel.methods.lora_conversion import get_scale
 from ftlevel.methods.merging import WEIGHTS, load_peft_config
-from ftlevel.methods.upstream import pattern_of
 from ftlevel.models.loading import build_task_model
 from ftlevel.trained.adapt import get_vocab_mismatch
 from ftlevel.trained.resolve import check_base, check_cached_base
@@ -64,7 +63,7 @@ def concatenate_adapters(adapter_dirs: Sequence[Path], weights: Sequence[float],
         for name, tensor in load_file(str(directory / WEIGHTS)).items():
             value = tensor.float()
             if is_a := _is_a(name):
-                value = value * (weight * scale_of(config, _module_of(name), len(value)))
+                value = value * (weight * get_scale(config, _module_of(name), len(value)))
             elif ".lora_B." not in name and not name.endswith(".lora_embedding_B"):
                 continue  # PEFT saves the base embedding with its update
             mixed[name] = (
@@ -93,13 +92,6 @@ def concatenate_adapters(adapter_dirs: Sequence[Path], weights: Sequence[float],
 
 def _is_a(name: str) -> bool:
     return ".lora_A." in name or name.endswith(".lora_embedding_A")
-
-
-def scale_of(config: dict[str, Any], module: str, rank: int) -> float:
-    """Returns the LoRA scale of `module`: alpha / r, or alpha / sqrt(r) with rsLoRA."""
-    patterns = config.get("alpha_pattern") or {}
-    alpha = patterns.get(pattern_of(patterns, module), config["lora_alpha"])
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _module_of(name: str) -> str:

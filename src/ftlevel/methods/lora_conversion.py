@@ -10,7 +10,6 @@ transpose. Other methods are converted in their own modules.
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any
 
 from ftlevel.config.methods.lora import BASE_MODIFYING_INITS
 from ftlevel.errors import InputError, join_names
+from ftlevel.methods.upstream import pattern_of
 
 PREFIX = "base_model.model."
 """PEFT's prefix of module names in the base."""
@@ -106,10 +106,7 @@ FULL_RANK = "changes every weight by a matrix of full rank, which no small A and
 
 def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     """Returns the value of the first regular expression that matches `name`, else `default`."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
+    return (patterns or {}).get(pattern_of(patterns or {}, name), default)
 
 
 def format_range(values: set[Any]) -> str:
@@ -189,16 +186,17 @@ def _fold(file: AdapterFile, name: str, first: str, second: str) -> Factors:
     a, b = file.pop(name, first, second)
     if a.dim() != 2:
         raise InputError(f"{name} is a convolution. Merge it")
-    return Factors(a, b * _scale(file, name, len(a)), first == "lora_embedding_A")
+    return Factors(a, b * get_scale(file.config, name, len(a)), first == "lora_embedding_A")
 
 
-def _scale(file: AdapterFile, name: str, rank: int) -> float:
-    alpha = by_pattern(file.config.get("alpha_pattern"), name, file.config["lora_alpha"])
-    return float(alpha) / (math.sqrt(rank) if file.config.get("use_rslora") else rank)
+def get_scale(config: Mapping[str, Any], name: str, rank: int) -> float:
+    """Returns the LoRA scale of module `name`: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+    alpha = by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _note_scale(file: AdapterFile, factors: dict[str, Factors]) -> None:
-    scales = {_scale(file, name, update.rank) for name, update in factors.items()}
+    scales = {get_scale(file.config, name, update.rank) for name, update in factors.items()}
     variants = [
         word
         for word, key in (
@@ -224,7 +222,9 @@ def _relative_to_original(file: AdapterFile, name: str, update: Factors) -> Fact
     weight = file.get_base_tensor(f"{name}.weight").float()
     if update.b.shape[0] != weight.shape[0]:  # a Conv1D, (in, out)
         weight = weight.T
-    first = _initial_factors(weight, file.config, update.rank, _scale(file, name, update.rank))
+    first = _initial_factors(
+        weight, file.config, update.rank, get_scale(file.config, name, update.rank)
+    )
     return Factors(
         torch.cat([update.a, first.a]), torch.cat([update.b, -first.b], 1), update.is_embedding
     )

@@ -97,7 +97,11 @@ def build_layout(
     key_mapper = KeyMapper(meta)
     tree = ModuleTree(meta)
     config_to_skip = _with_modules_to_skip(quantization, get_modules_to_skip(config, auto_class))
-    layers = _get_quantized_linears(build_task_model(config, auto_class), config_to_skip)
+    model = build_task_model(config, auto_class)  # modified
+    if is_torchao(quantization):
+        layers = dict.fromkeys(torchao_linears(model, config_to_skip), False)  # none is a Conv1D
+    else:
+        layers = replaced_linears(model, config_to_skip, pre_quantized=True)
     parameters = {p.name: p for p in _parameters(meta, tree, layers)}
     return QuantizedLayout(
         layers, config_to_skip, dtype, modules_in_float32(meta, dtype), parameters, key_mapper
@@ -159,13 +163,6 @@ def get_modules_to_skip(config: Any, auto_class: str) -> list[str]:
             if "pooler" in linear.split(".") and linear_size(module) is not None
         }
     return sorted(names)
-
-
-def _get_quantized_linears(meta: Any, quantization: Any) -> dict[str, bool]:
-    """Returns the linear layers of `meta` (modified) that are quantized: name → is a Conv1D."""
-    if is_torchao(quantization):
-        return dict.fromkeys(torchao_linears(meta, quantization), False)  # none is a Conv1D
-    return replaced_linears(meta, quantization, pre_quantized=True)
 
 
 def _parameters(meta: Any, tree: ModuleTree, linears: dict[str, bool]) -> Iterator[Parameter]:
