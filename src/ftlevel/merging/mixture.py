@@ -146,7 +146,6 @@ def mix(
     if weights == [1.0]:
         return inputs, []
     adapter_dirs = [get_adapter_dir(name) for name in config.adapters]
-    base = build_task_model(inputs.ref.model_config, inputs.ref.auto_class)
     for name, directory in zip(config.adapters, adapter_dirs, strict=True):
         if reason := get_mixing_conflict(load_peft_config(directory)):
             raise InputError(f"{name} cannot be mixed: {reason}.")
@@ -154,6 +153,8 @@ def mix(
             card = load_card(directory)
             check_base(inputs.source, card, directory)
             check_cached_base(replace(inputs.ref, card=card, directory=directory))
+    base = build_task_model(inputs.ref.model_config, inputs.ref.auto_class)
+    for name, directory in zip(config.adapters, adapter_dirs, strict=True):
         if mismatch := get_vocab_mismatch(base, directory):
             raise InputError(f"{name} cannot be mixed: {mismatch}. Merge it alone.")
     mixed_dir = Path(stack.enter_context(Workspace("mixture")))
