@@ -320,3 +320,22 @@ def test_docs_list_every_check_with_default() -> None:
         alternatives = [action for action in get_args(info.annotation) if action != info.default]
         line = f"| `{name}` | {info.description} | {info.default} | {', '.join(alternatives)} |"
         assert line in page, name
+
+
+def test_test_split_without_label_is_not_compared(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_model_dir: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": sentence(i), "label": "ab"[i % 2]} for i in range(8)]
+    write(Path("set/train.jsonl"), rows)
+    write(Path("set/test.jsonl"), [{"text": row["text"]} for row in rows])
+    code, output = dry_run(
+        capsys, "--model", str(tiny_model_dir("bert")), "--dataset", "set", "--method", "lora",
+        "--task", "text-classification",
+    )  # fmt: skip
+    assert code == 0, output
+    text = " ".join(output.split())
+    assert "set/test.jsonl: has no column 'label', so its rows are not compared with" in text

@@ -16,7 +16,13 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from ftlevel.data.encoding.encode import IGNORED, Encoded, extra_inputs, split_batches
+from ftlevel.data.encoding.encode import (
+    IGNORED,
+    Encoded,
+    RowError,
+    extra_inputs,
+    split_batches,
+)
 from ftlevel.data.formats.examples import Question, TaggedTokens
 from ftlevel.data.formats.labels import LabelSet
 from ftlevel.data.sources.table import BadRow, Table
@@ -59,7 +65,20 @@ def encode_questions(
     the question. Questions that leave no room for their context are dropped if `drop`, else they
     raise `InputError` with `where(row)`.
     """
-    fitting = list(_with_room(tokenizer, examples, length, stride, separator, where, drop))
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    questions = [example.question + separator for example in examples]
+    sizes = [len(ids) for ids in tokenizer(questions, add_special_tokens=False)["input_ids"]]
+    limit = length - special - stride - 1
+    fitting = [example for example, size in zip(examples, sizes, strict=True) if size <= limit]
+    if len(fitting) < len(examples) and not (drop and fitting):
+        worst = max(range(len(sizes)), key=sizes.__getitem__)
+        raise InputError(
+            f"{len(examples) - len(fitting):,} of {len(examples):,} questions leave no room for "
+            f"their context in windows of {length:,} tokens that overlap by {stride:,}; the "
+            f"longest has {sizes[worst]:,} tokens ({where(examples[worst].row)}). Raise "
+            f"--max-length to {length + sizes[worst] - limit:,}, lower --set data.doc_stride, or "
+            "pass --overlong drop."
+        )
     windows: list[Encoded] = []
     for chunk in split_batches(fitting):
         encoding = tokenizer(
@@ -78,6 +97,8 @@ def encode_questions(
 
 def _create_window(encoding: Any, index: int, example: Question) -> Window:
     sequences = encoding.sequence_ids(index)
+    if 1 not in sequences:
+        raise RowError(example.row, "has a context without tokens. Remove the row.")
     first = sequences.index(1)
     last = len(sequences) - 1 - sequences[::-1].index(1)
     offsets = tuple((a, b) for a, b in encoding["offset_mapping"][index][first : last + 1])
@@ -109,31 +130,6 @@ def get_span(offsets: Offsets, start: int, end: int) -> tuple[int, int] | None:
         return None
     is_complete = offsets[first][0] <= start and offsets[last][1] >= end
     return (first, last) if is_complete else None
-
-
-def _with_room(
-    tokenizer: Any,
-    examples: Sequence[Question],
-    length: int,
-    stride: int,
-    separator: str,
-    where: Callable[[int], str],
-    drop: bool,
-) -> list[Question]:
-    special = tokenizer.num_special_tokens_to_add(pair=True)
-    questions = [example.question + separator for example in examples]
-    sizes = [len(ids) for ids in tokenizer(questions, add_special_tokens=False)["input_ids"]]
-    limit = length - special - stride - 1
-    long_rows = [i for i, size in enumerate(sizes) if size > limit]
-    if not long_rows or (drop and len(long_rows) < len(examples)):
-        return [example for example, size in zip(examples, sizes, strict=True) if size <= limit]
-    worst = max(long_rows, key=sizes.__getitem__)
-    raise InputError(
-        f"{len(long_rows):,} of {len(examples):,} questions leave no room for their context in "
-        f"windows of {length:,} tokens that overlap by {stride:,}; the longest has "
-        f"{sizes[worst]:,} tokens ({where(examples[worst].row)}). Raise --max-length to "
-        f"{length + sizes[worst] - limit:,}, lower --set data.doc_stride, or pass --overlong drop."
-    )
 
 
 _BIO = re.compile(r"O|[BI]-.+")
@@ -181,11 +177,10 @@ def encode_tagged(
 ) -> list[Encoded]:
     """Encode sentences of tagged words."""
     rows: list[Encoded] = []
-    numbers = {name: number for number, name in enumerate(labels.names)}
     for chunk in split_batches(examples):
         encoding = encode_words(tokenizer, [example.tokens for example in chunk])
         for ids, extras, positions, example in zip(*encoding, chunk, strict=True):
-            tags = tuple(numbers[t] if isinstance(t, str) else t for t in example.tags)
+            tags = tuple(map(labels.id_of, example.tags))
             targets = [IGNORED] * len(ids)
             for position, tag in zip(positions, tags, strict=True):
                 if position is not None:

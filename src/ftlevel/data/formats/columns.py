@@ -161,7 +161,7 @@ def get_language(role: str, column_mapping: Mapping[str, str], name: str | None)
     if name is not None:
         return parse_language(name)
     key = column_mapping.get(role, "").rpartition(".")[2]
-    return _by_code(key) or _by_name(key)
+    return _find_language(key)
 
 
 def get_language_mapping(column_names: Sequence[str], rows: Sequence[Row]) -> dict[str, str]:
@@ -176,7 +176,7 @@ def get_language_mapping(column_names: Sequence[str], rows: Sequence[Row]) -> di
         paths = {key: f"{nested}.{key}" for key in value}
     languages: dict[str, str] = {}
     for key, path in paths.items():
-        language = _by_code(key) or _by_name(key)
+        language = _find_language(key)
         is_id = key.lower() == "id" and (len(paths) > 2 or (rows and type(rows[0].get(key)) is int))
         if language is not None and not is_id:
             languages.setdefault(language.name, path)
@@ -223,14 +223,11 @@ def select_language_mapping(
 
 def parse_language(text: str) -> Language:
     """Parse a language code such as `de` or `pt_BR`, or a name; the code is "" if unknown."""
-    return _by_code(text) or _by_name(text) or Language(text, "")
+    return _find_language(text) or Language(text, "")
 
 
-def _by_name(text: str) -> Language | None:
-    code = next((code for code, name in _NAMES.items() if name.lower() == text.lower()), "")
-    return Language(_NAMES[code], code) if code else None
-
-
-def _by_code(text: str) -> Language | None:
+def _find_language(text: str) -> Language | None:
     code = text.replace("_", "-").partition("-")[0].lower()
-    return Language(_NAMES[code], code) if code in _NAMES and len(text) <= 5 else None
+    if code not in _NAMES or len(text) > 5:
+        code = next((code for code, name in _NAMES.items() if name.lower() == text.lower()), "")
+    return Language(_NAMES[code], code) if code else None

@@ -6,7 +6,8 @@ Text is never trimmed. A row without a usable text, answer or role raises `Unusa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from ftlevel.data.formats.turns import (
     parse_turns,
 )
 from ftlevel.data.sources.lines import LazySequence, LineRows
-from ftlevel.data.sources.table import BadRow, Row, Table, describe_bad_rows, json_type_name
+from ftlevel.data.sources.table import BadRow, Table, describe_bad_rows, json_type_name
 from ftlevel.errors import InputError, join_names, quote
 
 
@@ -288,7 +289,7 @@ def _class(values: RoleValues) -> str | int:
             "class. For several: --set data.problem_type=multi_label_classification."
         )
         raise InputError(f"{values.table.where(values.index)}: {column} {message}")
-    return _name(label, column)
+    return _name(label, column, values)
 
 
 def _classes(values: RoleValues) -> tuple[str | int, ...]:
@@ -297,7 +298,7 @@ def _classes(values: RoleValues) -> tuple[str | int, ...]:
         labels = parse_json(labels, column)
     if type(labels) is not list:
         raise UnusableRowError(f"{column} is {json_type_name(labels)}, not a list of labels")
-    names = tuple(_name(name, f"label {i} of {column}") for i, name in enumerate(labels, 1))
+    names = tuple(_name(name, f"label {i} of {column}", values) for i, name in enumerate(labels, 1))
     if len(set(names)) < len(names):
         raise UnusableRowError(
             f"{column} lists a label twice ({join_names(map(repr, names), 4)}); expected the "
@@ -319,11 +320,13 @@ def _quantity(values: RoleValues) -> float:
     return number
 
 
-def _name(label: object, what: str) -> str | int:
+def _name(label: object, what: str, values: RoleValues, role: str = "label") -> str | int:
+    """Returns the name of a class; a number of a class that the source declares becomes a name."""
     if type(label) is bool:
         return "true" if label else "false"
     if type(label) is int:
-        return label
+        names = values.table.label_names.get(values.columns[role], ())
+        return names[label] if 0 <= label < len(names) else label
     return check_text(label, what)
 
 
@@ -338,11 +341,10 @@ def create_tagged_tokens(values: RoleValues) -> TaggedTokens:
         raise UnusableRowError(f"has {len(tokens)} tokens, but {len(tags)} tags")
     if not tokens:
         raise UnusableRowError(f"{values.columns['tokens']!r} is empty")
-    for number, (token, tag) in enumerate(zip(tokens, tags, strict=True), 1):
+    for number, token in enumerate(tokens, 1):
         check_text(token, f"token {number}")
-        if type(tag) is not int:
-            check_text(tag, f"tag {number}")
-    return TaggedTokens(tuple(tokens), tuple(tags), values.index)
+    names = tuple(_name(tag, f"tag {i}", values, "tags") for i, tag in enumerate(tags, 1))
+    return TaggedTokens(tuple(tokens), names, values.index)
 
 
 def create_question(values: RoleValues) -> Question:
@@ -394,25 +396,20 @@ def create_source(values: RoleValues) -> SourceTarget:
 
 
 class LazyExamples(LazySequence[Example]):
-    """Examples of a large table, built on access; all rows of `table` must be convertible."""
+    """Examples of a large table, built on access from the rows at `indices`, all convertible."""
 
-    def __init__(self, table: Table, format_: Format) -> None:
-        self._table = table
-        self._roles = RoleValues(format_, table)
+    def __init__(self, table: Table, format_: Format, indices: Sequence[int]) -> None:
+        self._table, self._indices = table, indices
+        self._values = RoleValues(format_, table)
         self._build = format_.build
 
     def __len__(self) -> int:
-        return len(self._table)
-
-    def __iter__(self) -> Iterator[Example]:
-        return map(self._convert, self._table.rows, range(len(self)))
+        return len(self._indices)
 
     def _item(self, at: int) -> Example:
-        return self._convert(self._table.rows[at], at)
-
-    def _convert(self, row: Row, index: int) -> Example:
-        self._roles.set_row(row, index)
-        example: Example = self._build(self._roles)
+        index = self._indices[at]
+        self._values.set_row(self._table.rows[index], index)
+        example: Example = self._build(self._values)
         return example
 
 
@@ -424,20 +421,24 @@ def to_examples(table: Table, format_: Format) -> Sequence[Example]:
     return examples
 
 
+def get_missing_columns(table: Table, format_: Format) -> list[str]:
+    """Returns the columns of `format_` that `table` lacks, quoted for messages."""
+    names = table.column_names
+    return [
+        quote(column) for column in format_.columns.values() if not columns_exist(column, names)
+    ]
+
+
 def convert_rows(table: Table, format_: Format) -> tuple[Sequence[Example], list[BadRow]]:
     """Returns examples and invalid rows of `table`; raises `InputError` for a missing column."""
-    lacking = [
-        quote(column)
-        for column in format_.columns.values()
-        if not columns_exist(column, table.column_names)
-    ]
-    if lacking:
+    if lacking := get_missing_columns(table, format_):
         raise InputError(
             f"{table.source}: has no column {join_names(lacking)}. Columns: "
             f"{join_names(map(quote, table.column_names))}. Use the same columns in every split."
         )
     values = RoleValues(format_, table)
     examples: list[Example] = []
+    indices = array("q")
     errors: list[BadRow] = []
     is_lazy = isinstance(table.rows, LineRows)
     for index, row in enumerate(table.rows):
@@ -447,6 +448,8 @@ def convert_rows(table: Table, format_: Format) -> tuple[Sequence[Example], list
         except UnusableRowError as error:
             errors.append(BadRow(table.lines[index], str(error), error.finding))
         else:
-            if not is_lazy:
+            if is_lazy:
+                indices.append(index)
+            else:
                 examples.append(example)
-    return (LazyExamples(table, format_) if is_lazy and not errors else examples), errors
+    return (LazyExamples(table, format_, indices) if is_lazy else examples), errors

@@ -12,7 +12,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise, permutations
+from functools import cached_property
+from itertools import islice, pairwise, permutations
 from typing import Any, Literal, TypeAlias
 
 from ftlevel.data.formats.detect import ExampleBuilder, RoleValues
@@ -24,21 +25,25 @@ from ftlevel.errors import InputError, join_names
 
 @dataclass(frozen=True)
 class LabelSet:
-    """Names of the classes by id; numeric labels are named by their digits."""
+    """Names of the classes by id; integer labels are ids unless names of classes are numbers."""
 
     names: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.names)
 
+    @cached_property
+    def _ids(self) -> dict[str | int, int]:
+        ids: dict[str | int, int] = {name: number for number, name in enumerate(self.names)}
+        digits = {int(name): number for name, number in ids.items() if str(name).isdecimal()}
+        return {**ids, **(digits or dict(enumerate(range(len(self)))))}
+
     def id_of(self, label: str | int) -> int:
         """Returns the id of the class `label`; raises `KeyError` if it does not exist."""
-        if label not in self:
-            raise KeyError(label)
-        return self.names.index(label) if isinstance(label, str) else label
+        return self._ids[label]
 
     def __contains__(self, label: str | int) -> bool:
-        return label in self.names if isinstance(label, str) else 0 <= label < len(self.names)
+        return label in self._ids
 
 
 _Label: TypeAlias = tuple[str | int, int]
@@ -57,12 +62,6 @@ def create_label_set(
     counts = Counter(label for label, _ in rows)
     declared = table.label_names.get(column)
     if names:
-        if declared and list(declared) != list(names):
-            raise InputError(
-                f"{table.where(0)}: the data declares the classes {join_names(declared, 20)}, and "
-                f"data.labels or --adapter has {join_names(names, 20)}. Their numbers would mean "
-                "other classes. Write the names themselves into the rows."
-            )
         labels = LabelSet(tuple(names))
         message = f"is not one of the {len(labels)} classes that data.labels or --adapter has"
         _check_supported(labels, rows, table, message)
@@ -152,7 +151,8 @@ def _check_numbers(numbers: set[int], rows: Sequence[_Label], table: Table, colu
         raise InputError(
             f"{table.where(row)}: {column!r} is {label}, and classes begin at 0. {_UNLABELLED}"
         )
-    missing = join_names(str(number) for number in sorted(set(range(max(numbers))) - numbers))
+    gaps = list(islice((str(n) for n in range(max(numbers)) if n not in numbers), 5))
+    missing = ", ".join([*gaps[:4], "…"] if len(gaps) > 4 else gaps)
     raise InputError(
         f"{table.source}: {column!r} has the classes {join_names(map(str, sorted(numbers)))}; "
         f"numbers must be 0, 1, … without a gap, and {missing} never occurs. Count from 0, or "

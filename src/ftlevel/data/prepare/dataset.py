@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,8 +114,9 @@ def remove_unused(root: Path) -> None:
     """Remove folders and files of `root` that were not used for `KEEP_DAYS` days."""
     oldest = time.time() - KEEP_DAYS * 24 * 3600
     for path in root.iterdir():
-        if path.stat().st_mtime < oldest:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+        with suppress(FileNotFoundError):  # another process removed or renamed it
+            if path.stat().st_mtime < oldest:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
 
 MIN_CACHED_ROWS = 1_000
@@ -158,8 +159,8 @@ def _prepare(
             return _load(cache_dir.path, "prepared before")
         prepared = prepare(cache_dir.path)
         if len(prepared.train) < MIN_CACHED_ROWS:
-            train, validation = list(prepared.train), list(prepared.validation)
-            return replace(prepared, train=train, validation=validation)
+            kept = ("train", "validation", "corpus")
+            return replace(prepared, **{name: list(getattr(prepared, name)) for name in kept})
         _save(prepared, cache_dir.path)
         path = cache_dir.publish()
     if cache_dir.damage:

@@ -27,7 +27,7 @@ from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.readers import ReadOptions, is_pattern, match_files, open_reader
 from ftlevel.data.sources.splits import DatasetSplits
 from ftlevel.data.sources.streams import Chunk, Reader
-from ftlevel.data.sources.table import Row, Table
+from ftlevel.data.sources.table import Row, Table, check_same_columns
 from ftlevel.errors import InputError, join_names, quote
 
 
@@ -87,12 +87,11 @@ def open_rows(name: str, options: ReadOptions) -> tuple[RowSource, Reader]:
     if len(sources) == 1:
         return first, readers[0]
     for reader, source in zip(readers, sources, strict=True):
-        if set(source.column_names) != set(first.column_names):
-            raise InputError(
-                f"{reader.shown}: has the columns {join_names(map(quote, source.column_names))}, "
-                f"and {readers[0].shown} has {join_names(map(quote, first.column_names))}. Files "
-                "that are read together need the same columns."
-            )
+        check_same_columns(
+            (reader.shown, source.column_names),
+            (readers[0].shown, first.column_names),
+            "Files that are read",
+        )
 
     def read() -> Iterator[Item]:
         for number, source in enumerate(sources):

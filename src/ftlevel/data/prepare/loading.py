@@ -15,7 +15,7 @@ from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded, PromptFormat
 from ftlevel.data.encoding.fit import FittedRows
 from ftlevel.data.formats.detect import Format, explain_columns
-from ftlevel.data.formats.examples import convert_rows, to_examples
+from ftlevel.data.formats.examples import convert_rows, get_missing_columns, to_examples
 from ftlevel.data.formats.labels import (
     LABEL_NORMALIZERS,
     LabelNormalizer,
@@ -33,7 +33,7 @@ from ftlevel.data.sources.beir import load_corpus, load_retrieval_set
 from ftlevel.data.sources.lines import CHUNK_ROWS, STDIN
 from ftlevel.data.sources.splits import DatasetSplits, hold_out, join_splits, load_splits
 from ftlevel.data.sources.streams import refuse_media_columns
-from ftlevel.data.sources.table import Table, handle_bad_rows
+from ftlevel.data.sources.table import Table, describe_dropped, handle_bad_rows
 from ftlevel.errors import ConfigError, InputError, did_you_mean, join_names, quote, reading
 
 BUILTIN_ROWS = 192
@@ -213,9 +213,9 @@ def read_splits(config: DataConfig, task: DataTask, seed: int) -> DatasetSplits:
     parts = [_read_one(name, config, task, config.split) for name in (config.dataset, *config.also)]
     splits = parts[0] if len(parts) == 1 else join_splits(parts, config.mix, seed)
     if config.validation_file is not None:
-        splits = replace(
-            splits, validation=_read_one(config.validation_file, config, task, None).train
-        )
+        table = _read_one(config.validation_file, config, task, None).train
+        notes = [*splits.notes, *table.notes, *describe_dropped(table)]
+        splits = replace(splits, validation=table, notes=notes)
     if config.qrels is not None:
         splits = _with_judgments(splits, config.qrels, config.corpus)
     elif config.corpus is not None:
@@ -295,11 +295,14 @@ def encode_data(
         findings += gate.check_eval_set(
             data.train, data.validation, splits.corpus, splits.validation
         )
-    if splits.test is not None:
-        examples, bad = convert_rows(splits.test, data.format)
+    test, notes = splits.test, list[Choice]()
+    if test is not None and (lacking := get_missing_columns(test, data.format)):
+        reason = f"has no column {join_names(lacking)}, so its rows are not compared with training"
+        notes.append(Choice("note", f"{test.source}: {reason}"))
+    elif test is not None:
+        examples, bad = convert_rows(test, data.format)
         unusable = {row.line for row in bad}
-        lines = enumerate(splits.test.lines)
-        test = splits.test.take(i for i, line in lines if line not in unusable)
+        test = test.take(i for i, line in enumerate(test.lines) if line not in unusable)
         digests = encoder.digest(examples)
         findings += gate.get_leaks("test", digests, fitted.digests, test)[1]
     stops = [explain_stop(finding) for finding in findings if finding.action == "stop"]
@@ -312,7 +315,7 @@ def encode_data(
     }
     if fitted.stops:  # a preview continues
         data_info["stops"] = fitted.stops
-    choices = _choices(data, task, fitted, eval_rows, data_info)
+    choices = [*_choices(data, task, fitted, eval_rows, data_info), *notes]
     corpus: Sequence[Encoded] = []
     if splits.corpus is not None:
         corpus, choice = task.encode_corpus(encoder, splits.corpus)
@@ -386,7 +389,7 @@ def _data_info(
         "longest": int(max(longest)),
         "max_length": fitted.max_length,
         "overlong": fitted.overlong,
-        "dropped": fitted.dropped + removed + len(data.splits.train.dropped),
+        "dropped": fitted.dropped + removed + data.splits.train.num_dropped,
         "shortened": fitted.shortened,
         "split": fitted.split,
         "fingerprint": rows_fingerprint(data.splits.train.rows),

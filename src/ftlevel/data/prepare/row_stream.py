@@ -119,7 +119,7 @@ class ChunkEncoder:
         if stops:
             raise InputError(describe_bad_rows(table, stops))
         lines = {row.line for row in errors}
-        for row in errors:
+        for row in {row.line: row for row in errors}.values():
             counts[f"gate.{row.finding}" if row.finding else "bad"] += 1
         counts["dropped"] += len(lines)
         return table.take(i for i, line in enumerate(table.lines) if line not in lines)

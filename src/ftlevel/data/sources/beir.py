@@ -109,7 +109,15 @@ def _read_texts(path: Path) -> dict[str, str]:
     table = load_table(path)
     name = _column(table.column_names, _IDS, path)
     _check_text(table.column_names, path)
-    return {str(row[name]): _text(row) for row in table.rows}
+    texts: dict[str, str] = {}
+    for at, row in enumerate(table.rows):
+        text = _text(row)
+        if texts.setdefault(str(row[name]), text) != text:
+            raise InputError(
+                f"{table.where(at)}: {name!r} {row[name]!r} is that of another text above. Give "
+                "each text its own."
+            )
+    return texts
 
 
 def _check_text(column_names: Sequence[str], path: Path) -> None:

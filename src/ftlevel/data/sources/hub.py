@@ -19,6 +19,7 @@ from ftlevel.data.sources.readers import ReadOptions
 from ftlevel.data.sources.readers.arrow import (
     arrow_rows,
     check_columns,
+    class_names,
     clean_value,
     create_arrow_table,
     drop_null_keys,
@@ -191,11 +192,7 @@ def _dataset_table(data: Any, source: str, options: ReadOptions) -> Table:
     data, left_out = remove_columns(data, options.ignored)
     # The Arrow format applies the index mapping of select, filter and shuffle.
     table = create_arrow_table(data.with_format("arrow")[: options.limit], source)
-    names = {
-        column: tuple(feature.names)
-        for column, feature in data.features.items()
-        if type(feature).__name__ == "ClassLabel"
-    }
+    names = class_names(data.features.arrow_schema.metadata)
     return replace(table, label_names=names, ignored=left_out)
 
 

@@ -138,7 +138,8 @@ def load_splits(
         tables = load_memory_tables(_check_in_memory(dataset), on_bad_row, options)
         train = pick_split(tables, split, "the data set in memory")
     elif dataset.startswith("builtin:"):
-        tables, train = _load_builtin(dataset, split, options), split or "train"
+        tables = _load_builtin(dataset, options)
+        train = pick_split(tables, split, dataset)
     elif (source := _source_type(dataset, path)) == "hub":
         name = dataset.removeprefix(HUB_PREFIX)
         tables, train, notes = _load_hub(name, split, options)
@@ -297,17 +298,12 @@ def _assemble(
     return DatasetSplits(tables[train], tables.get(eval_split), test, name, [*notes, *messages])
 
 
-def _load_builtin(dataset: str, split: str | None, options: ReadOptions) -> dict[str, Table]:
+def _load_builtin(dataset: str, options: ReadOptions) -> dict[str, Table]:
     name = dataset.removeprefix("builtin:")
     if name not in BUILTIN:
         raise InputError(
             f"--dataset {dataset}: no such built-in dataset.{did_you_mean(name, BUILTIN)} "
             f"There is: {join_names(f'builtin:{each}' for each in BUILTIN)}."
-        )
-    if split is not None and split not in get_args(Split):
-        raise InputError(
-            f"--split {split}: no such split of {dataset}."
-            f"{did_you_mean(split, get_args(Split))} Splits: {join_names(get_args(Split))}."
         )
     kind: Any = options.subset or "generation"  # checked by `load_docstrings`
     tables = {}

@@ -109,6 +109,11 @@ class Table:
         lines = [self.lines[index] for index in indices]
         return replace(self, rows=[self.rows[i] for i in indices], lines=lines, dropped=())
 
+    @property
+    def num_dropped(self) -> int:
+        """Number of invalid rows removed; a row may have several entries in `dropped`."""
+        return len({row.line for row in self.dropped})
+
     def head(self, num_rows: int) -> Table:
         """Returns a table of the first `num_rows` rows."""
         if len(self) <= num_rows:
@@ -116,21 +121,31 @@ class Table:
         return replace(self.take(range(num_rows)), dropped=self.dropped)
 
 
+def check_same_columns(
+    one: tuple[str, Sequence[str]], other: tuple[str, Sequence[str]], noun: str
+) -> None:
+    """Raise `InputError` if two sources, each given as (name, columns), have different columns."""
+    if set(one[1]) != set(other[1]):
+        raise InputError(
+            f"{one[0]}: has the columns {join_names(map(quote, one[1]))}, and {other[0]} has "
+            f"{join_names(map(quote, other[1]))}. {noun} together need the same columns."
+        )
+
+
 def join_tables(tables: Sequence[Table]) -> Table:
     """Returns one table with the interleaved rows of `tables`; their columns must be the same."""
     first, *others = tables
     if not others:
         return first
+    label_names = dict(first.label_names)
     for other in others:
-        if set(other.column_names) != set(first.column_names):
-            raise InputError(
-                f"{other.source}: has the columns {join_names(map(quote, other.column_names))}, "
-                f"and {first.source} has {join_names(map(quote, first.column_names))}. Data sets "
-                "that are trained on together need the same columns."
-            )
-        for column in first.label_names.keys() & other.label_names.keys():
-            names, expected = other.label_names[column], first.label_names[column]
-            if names != expected:
+        check_same_columns(
+            (other.source, other.column_names),
+            (first.source, first.column_names),
+            "Data sets that are trained on",
+        )
+        for column, names in other.label_names.items():
+            if names != (expected := label_names.setdefault(column, names)):
                 raise InputError(
                     f"{other.source}: the classes of {column!r} are {join_names(names)}, and those "
                     f"of {first.source} are {join_names(expected)}. The same number would be a "
@@ -156,7 +171,7 @@ def join_tables(tables: Sequence[Table]) -> Table:
         " + ".join(table.source for table in tables),
         first.unit,
         tuple(dropped_rows),
-        first.label_names,
+        label_names,
         tuple(parts),
         tuple(note for table in tables for note in table.notes),
         text_cells=all(table.text_cells for table in tables),
@@ -236,14 +251,13 @@ def describe_dropped(table: Table) -> list[str]:
     """Returns a note on the dropped rows; empty if there are none."""
     if not table.dropped:
         return []
-    num_rows = len({row.line for row in table.dropped})
-    total = num_rows + len(table)
+    total = table.num_dropped + len(table)
     reasons = "; ".join(
         f"{table.location(row.line) if table.parts else f'{table.unit} {row.line}'}: {row.message}"
         for row in table.dropped[:MAX_SHOWN]
     )
     rest = "; …" if len(table.dropped) > MAX_SHOWN else ""
-    return [f"{table.source}: dropped {num_rows:,} of {total:,} rows ({reasons}{rest})"]
+    return [f"{table.source}: dropped {table.num_dropped:,} of {total:,} rows ({reasons}{rest})"]
 
 
 # int and float are the same type. null has no type and is allowed in any column.
@@ -276,62 +290,44 @@ class RowShapeCounter:
         self._groups.setdefault(_shape_of(row), [0, self._count])[0] += 1
         self._count += 1
 
+    def get_schema(self, lines: Sequence[int]) -> RowSchema:
+        """Returns the most frequent keys of the counted rows, with the most frequent types."""
+        sizes: Counter[frozenset[str]] = Counter()
+        for (keys, _), (size, _) in self._groups.items():
+            sizes[frozenset(keys)] += size
+        names, num_rows = next(iter(sizes.most_common(1)), (frozenset(), 0))  # ties: the first one
+        groups = {shape: group for shape, group in self._groups.items() if names == set(shape[0])}
+        counts: dict[str, Counter[str]] = {}
+        first: dict[tuple[str, str], int] = {}
+        for (keys, types), (size, start) in groups.items():
+            for key, type_ in zip(keys, types, strict=True):
+                if name := _JSON_TYPES.get(type_):
+                    counts.setdefault(key, Counter())[name] += size
+                    first.setdefault((key, name), start)
+        common = {key: count.most_common(1)[0][0] for key, count in counts.items()}
+        examples = {key: (name, lines[first[key, name]]) for key, name in common.items()}
+        return RowSchema(next(iter(groups), ((), ()))[0], examples, num_rows)
+
     def get_inconsistent(self, rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
         """Returns the counted rows whose keys or types differ from most rows."""
-        if len(self._groups) <= 1:
-            return []
-        sizes: Counter[frozenset[str]] = Counter()
-        for shape, (size, _) in self._groups.items():
-            sizes[frozenset(shape[0])] += size
-        [(keys, num_rows)] = sizes.most_common(1)  # ties: the first one counted
-        regular = {s: g for s, g in self._groups.items() if keys == frozenset(s[0])}
-        column_names = next(iter(regular))[0]
-        types = _most_common_types(regular)
-        differing = {
-            shape: _compare_keys(shape, types) if shape in regular else [] for shape in self._groups
-        }
-        errors: list[BadRow] = []
-        for index, row in enumerate(rows if any(differing.values()) or len(sizes) > 1 else ()):
-            shape = _shape_of(row)
-            if shape not in regular:
-                errors.append(
-                    BadRow(lines[index], _describe_keys(shape[0], column_names, num_rows))
-                )
-            for key in differing[shape]:
-                type_, first = types[key]
-                message = _describe_type(key, row[key], type_, lines[first])
-                errors.append(BadRow(lines[index], message))
-        return sorted(errors, key=lambda row: row.line)
+        schema = self.get_schema(lines)
+        return [] if all(map(schema.has, self._groups)) else schema.get_inconsistent(rows, lines)
 
 
 def get_inconsistent_rows(rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
     """Returns the rows whose keys or types differ from those of most rows."""
+    return _count_shapes(rows).get_inconsistent(rows, lines)
+
+
+def _count_shapes(rows: Sequence[Row]) -> RowShapeCounter:
     shapes = RowShapeCounter()
     for row in rows:
         shapes.add(row)
-    return shapes.get_inconsistent(rows, lines)
+    return shapes
 
 
 def _shape_of(row: Row) -> _Shape:
     return tuple(row), tuple(map(type, row.values()))
-
-
-def _most_common_types(shapes: Mapping[_Shape, Sequence[int]]) -> dict[str, tuple[str, int]]:
-    """Returns the most frequent type of each column, and the first row that has it."""
-    counts: dict[str, Counter[str]] = {}
-    first: dict[tuple[str, str], int] = {}
-    for (keys, types), (size, start) in shapes.items():
-        for key, type_ in zip(keys, types, strict=True):
-            if name := _JSON_TYPES.get(type_):
-                counts.setdefault(key, Counter())[name] += size
-                first[key, name] = min(first.get((key, name), start), start)
-    common = {key: num_rows.most_common(1)[0][0] for key, num_rows in counts.items()}
-    return {key: (name, first[key, name]) for key, name in common.items()}
-
-
-def _compare_keys(shape: _Shape, types: Mapping[str, tuple[str, int]]) -> list[str]:
-    names = ((key, _JSON_TYPES.get(type_)) for key, type_ in zip(*shape, strict=True))
-    return [key for key, name in names if name is not None and name != types[key][0]]
 
 
 @dataclass(frozen=True)
@@ -348,32 +344,28 @@ class RowSchema:
     @classmethod
     def of(cls, rows: Sequence[Row], lines: Sequence[int]) -> RowSchema:
         """Returns the schema of those rows that have the most frequent keys and types."""
-        errors = {row.line for row in get_inconsistent_rows(rows, lines)}
-        types: dict[str, tuple[str, int]] = {}
-        column_names: tuple[str, ...] = ()
-        for row, line in zip(rows, lines, strict=True):
-            if line in errors:
-                continue
-            column_names = column_names or tuple(row)
-            for key, value in row.items():
-                if value is not None:
-                    types.setdefault(key, (json_type_name(value), line))
-        return cls(column_names, types, len(rows) - len(errors))
+        return _count_shapes(rows).get_schema(lines)
+
+    def has(self, shape: _Shape) -> bool:
+        """Returns whether rows of these keys and types fit the schema."""
+        is_complete = set(shape[0]) == set(self.column_names)
+        return is_complete and not any(map(self._is_wrong, *shape))
+
+    def _is_wrong(self, key: str, type_: type) -> bool:
+        name = _JSON_TYPES.get(type_)
+        return name is not None and key in self.types and name != self.types[key][0]
 
     def get_inconsistent(self, rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
-        """Returns the rows whose keys or types differ from the schema."""
+        """Returns the rows whose keys or types differ from the schema, once per wrong type."""
         errors = []
         for row, line in zip(rows, lines, strict=True):
             if row.keys() != set(self.column_names):
-                errors.append(
-                    BadRow(line, _describe_keys(tuple(row), self.column_names, self.count))
-                )
+                message = _describe_keys(tuple(row), self.column_names, self.count)
+                errors.append(BadRow(line, message))
                 continue
             for key, value in row.items():
-                type_, first = self.types.get(key, (json_type_name(value), line))
-                if value is not None and json_type_name(value) != type_:
-                    errors.append(BadRow(line, _describe_type(key, value, type_, first)))
-                    break
+                if self._is_wrong(key, type(value)):
+                    errors.append(BadRow(line, _describe_type(key, value, *self.types[key])))
         return errors
 
 

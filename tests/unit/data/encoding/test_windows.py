@@ -97,3 +97,8 @@ def test_too_long_questions_raise_or_are_dropped() -> None:
     )
     assert dropped == 1
     assert {row.row for row in rows} == {0}
+
+
+def test_context_without_tokens_raises() -> None:
+    with pytest.raises(InputError, match=r"row 1 has a context without tokens\. Remove the row\."):
+        encode("bert", Question("\u200b", "What?", (), 0))

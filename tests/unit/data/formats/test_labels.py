@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
-from ftlevel.data.formats.examples import LabeledText
+from ftlevel.config import DataConfig
+from ftlevel.data.formats.examples import LabeledText, convert_rows
 from ftlevel.data.formats.labels import LabelSet, check_labels, create_label_set
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
+from ftlevel.tasks import TASKS
 
 Labels = Sequence[str | int]
 
@@ -39,6 +42,19 @@ def test_label_names(labels: Labels, declared: tuple[str, ...], names: tuple[str
     label_set = create_label_set(*make_examples(labels, declared), "label")
     assert label_set == LabelSet(names)
     assert len(label_set) == len(names)
+
+
+@pytest.mark.parametrize("labels", [["3", "1", "2", 1, 2, 3], ["x", 1, "x", 1], [7, "2", "10"]])
+def test_integer_labels_among_strings_are_names(labels: Labels) -> None:
+    label_set = create_label_set(*make_examples(labels), "label")
+    assert [label_set.names[label_set.id_of(label)] for label in labels] == list(map(str, labels))
+    assert all(label in label_set for label in labels)
+    assert 0 not in label_set
+
+
+def test_large_integer_labels_raise_without_listing_all_gaps() -> None:
+    with pytest.raises(InputError, match=r"a gap, and 0, 1, 2, 3, … never occurs\. Count from 0"):
+        create_label_set(*make_examples([10**12, 10**12 + 1]), "label")
 
 
 def test_label_ids() -> None:
@@ -107,3 +123,25 @@ def test_label_missing_in_training_raises() -> None:
         "x.csv:2: label 'c' (2 rows), 'd' (1 row) are not a class of the training rows (a, b). "
         "Remove these rows, or correct them."
     )
+
+
+@pytest.mark.parametrize(
+    ("task", "role", "numbers", "names"),
+    [
+        ("text-classification", "label", 1, "pos"),
+        ("text-classification", "label", -1, -1),
+        ("text-classification", "label", [1, 0], ("pos", "neg")),
+        ("token-classification", "tags", [0, 1], ("neg", "pos")),
+    ],
+)
+def test_declared_class_numbers_become_names(
+    task: str, role: str, numbers: Any, names: Any
+) -> None:
+    rows = [{"text": "a b", "tokens": ["a", "b"], role: numbers}]
+    table = Table(rows, [1], "x.csv", label_names={role: ("neg", "pos")})
+    config = DataConfig()
+    format_ = TASKS[task].get_format(["tokens" if role == "tags" else "text", role], config)
+    format_, _ = TASKS[task].update_format(format_, table, config)
+    [example], bad = convert_rows(table, format_)
+    assert not bad
+    assert getattr(example, role) == names

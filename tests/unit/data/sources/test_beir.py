@@ -57,3 +57,15 @@ def test_judgments_without_relevant_document_raise(qrels_path):
     qrels_path.write_text("query-id\tcorpus-id\tscore\nq0\td1\t0\n")
     with pytest.raises(InputError, match="no score is above 0"):
         load_retrieval_set(qrels_path)
+
+
+@pytest.mark.parametrize("name", ["queries", "corpus"])
+def test_id_of_two_texts_raises(qrels_path, tmp_path, name):
+    path = tmp_path / f"{name}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    write(path, [*rows, rows[0]])
+    load_retrieval_set(qrels_path)
+    write(path, [*rows, {**rows[0], "text": "other"}])
+    first = rows[0]["_id"]
+    with pytest.raises(InputError, match=f"jsonl:{len(rows) + 1}: '_id' '{first}' is that of ano"):
+        load_retrieval_set(qrels_path)

@@ -127,3 +127,19 @@ def test_lines_longer_than_read_buffer(tmp_path: Path, monkeypatch: pytest.Monke
     table = load_table(path)
     assert list(table.rows) == rows
     assert [table.rows[i] for i in (6, 0, 4, 2)] == [rows[i] for i in (6, 0, 4, 2)]
+
+
+def test_large_file_with_unusable_row_has_same_examples_as_small_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(ROW % 1 + b'{"prompt": " ", "completion": "x"}\n' + ROW % 2)
+    outcomes = []
+    for size in (10**9, 0):
+        monkeypatch.setattr(lines, "LARGE_BYTES", size)
+        table = load_table(path)
+        format_ = TASKS["text-generation"].get_format(table.column_names, DataConfig())
+        examples, bad = convert_rows(table, format_)
+        outcomes.append((list(examples), bad))
+    assert outcomes[0] == outcomes[1]
+    assert [example.row for example in outcomes[1][0]] == [0, 2]

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ftlevel.config import DataConfig
+from ftlevel.data.prepare.loading import read_splits
 from ftlevel.data.sources.splits import join_splits, load_splits
 from ftlevel.data.sources.table import BadRow, Table, join_tables, mix_tables
 from ftlevel.errors import InputError
+from ftlevel.tasks import TASKS
 
 
 def make_table(name: str, count: int, *dropped: BadRow) -> Table:
@@ -109,3 +113,23 @@ def test_joining_different_label_names_raises() -> None:
     assert join_tables([first, same]).label_names == {"label": ("no", "yes")}
     with pytest.raises(InputError, match=r"^other: the classes of 'label' are yes, no, and those"):
         join_tables([first, different])
+
+
+def test_joined_tables_have_all_label_names() -> None:
+    tables = [make_table("a", 2), replace(make_table("b", 2), label_names={"text": ("x", "y")})]
+    for joined in (join_tables(tables), join_tables(tables[::-1])):
+        assert joined.label_names == {"text": ("x", "y")}
+
+
+def test_rows_dropped_from_the_validation_file_are_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    row = json.dumps({"prompt": "a", "completion": "b"})
+    Path("train.jsonl").write_text(f"{row}\n{json.dumps({'prompt': 1, 'completion': 2})}\n{row}\n")
+    Path("val.jsonl").write_text(f"{row}\noops\n")
+    config = DataConfig(dataset="train.jsonl", validation_file=Path("val.jsonl"), on_bad_row="skip")
+    splits = read_splits(config, TASKS["text-generation"], 0)
+    assert splits.notes[0].startswith("train.jsonl: dropped 1 of 3 rows (line 2: ")
+    assert splits.notes[1].startswith("val.jsonl: dropped 1 of 2 rows (line 2: not valid JSON")
+    assert splits.train.num_dropped == 1

@@ -134,3 +134,18 @@ def test_semicolon_separator_is_detected_and_reported(tmp_path: Path) -> None:
     table = read(tmp_path, "text;label\na, b;x\nc;y\n", "x.csv")
     assert list(table.rows) == [{"text": "a, b", "label": "x"}, {"text": "c", "label": "y"}]
     assert "its header is separated by ';'" in table.notes[0]
+
+
+def test_column_names_of_pandas_are_distinct_strings(tmp_path: Path) -> None:
+    content: dict[str, Any] = {"columns": [0, 1], "index": [0, 1], "data": [["a", 1], ["b", 0]]}
+    assert list(read(tmp_path, content).rows) == [{"0": "a", "1": 1}, {"0": "b", "1": 0}]
+    content["columns"] = ["a", "a"]
+    with pytest.raises(InputError, match=r"is expected\. Give each of its columns another name\."):
+        read(tmp_path, content)
+
+
+def test_lone_surrogates_in_one_object_are_bad_rows(tmp_path: Path) -> None:
+    content = {"text": ["a", "b\ud83d"], "label": [1, 0]}
+    with pytest.raises(InputError, match=r"x\.json row 2: half of a surrogate pair"):
+        read(tmp_path, content)
+    assert list(read(tmp_path, content, on_bad_row="skip").rows) == ROWS[:1]

@@ -99,14 +99,16 @@ def test_valid_files(
 
 def test_parquet_has_row_numbers_and_class_names(tmp_path: Path) -> None:
     feature = {"names": ["neg", "pos"], "_type": "ClassLabel"}
-    info = {"info": {"features": {"label": feature, "text": {"_type": "Value"}}}}
+    several = {"feature": feature, "_type": "List"}
+    features = {"label": feature, "text": {"_type": "Value"}, "tags": several}
+    info = {"info": {"features": features}}
     data = pa.table({"text": ["a", "b"], "label": [0, 1]})
     path = tmp_path / "x.parquet"
     pq.write_table(data.replace_schema_metadata({"huggingface": json.dumps(info)}), path)
     table = load_table(path)
     assert table.rows == [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
     assert table.where(1) == f"{path} row 2"
-    assert table.label_names == {"label": ("neg", "pos")}
+    assert table.label_names == dict.fromkeys(("label", "tags"), ("neg", "pos"))
 
 
 def random_value(rng: random.Random, depth: int) -> Any:

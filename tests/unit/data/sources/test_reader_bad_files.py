@@ -290,3 +290,12 @@ def test_directory_as_file_error_lists_its_files(
     assert str(error.value) == (
         "data.jsonl: is a directory, not a file. Files in it: a.csv. Name one file."
     )
+
+
+def test_errors_of_a_relative_path_name_it_as_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "x.csv", 'a,b\nc,d\n"e,f\n')
+    with pytest.raises(InputError, match=r'^\./x\.csv:3: a quote \("\) is opened'):
+        load_table("./x.csv")

@@ -87,8 +87,7 @@ def load_table(
     `InputError` for a missing, unsupported, corrupted or empty file, and for invalid rows.
     """
     reader = open_reader(name, options)
-    with wrap_read_errors(reader.path, reader.shown):
-        table, bad = reader.collect()
+    table, bad = reader.collect()
     if not table.rows and not bad:
         raise InputError(f"{reader.shown}: has 0 rows. Use a file with rows.")
     return handle_bad_rows(table, bad, on_bad_row).without_columns(options.ignored)

@@ -254,8 +254,10 @@ def _features(metadata: dict[bytes, bytes] | None) -> Mapping[str, Any]:
 
 def class_names(metadata: dict[bytes, bytes] | None) -> Mapping[str, tuple[str, ...]]:
     """Returns the class names by column that `datasets` stored in the schema metadata."""
-    return {
-        column: tuple(feature["names"])
-        for column, feature in _features(metadata).items()
-        if feature.get("_type") == "ClassLabel"
-    }
+    names = {}
+    for column, feature in _features(metadata).items():
+        while isinstance(inner := feature.get("feature"), dict):  # of a list
+            feature = inner
+        if feature.get("_type") == "ClassLabel":
+            names[column] = tuple(feature["names"])
+    return names

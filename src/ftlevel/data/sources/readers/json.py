@@ -221,6 +221,9 @@ def _parse_pandas(value: Mapping[str, Any], *, is_json_lines: bool) -> OneObject
         if isinstance(names, list) and all(
             isinstance(row, list) and len(row) == len(names) for row in value["data"]
         ):
+            names = list(map(str, names))
+            if len(set(names)) < len(names):
+                return OneObject(hint="Give each of its columns another name", keys=tuple(value))
             rows = [dict(zip(names, row, strict=True)) for row in value["data"]]
             return OneObject(rows, note="columns and data, as pandas writes them")
     if all(type(column) is dict for column in series):
@@ -312,8 +315,11 @@ class JsonReader(Reader):
         if one.rows is None:
             return load_json_array(text, str(self.path), one.list_at)
         errors = {row.line for row in one.errors}
-        numbers = [n for n in range(1, len(one.rows) + len(errors) + 1) if n not in errors]
-        return Elements(one.rows, numbers, list(one.errors), numbered=True)
+        numbers = (number for number in count(1) if number not in errors)
+        elements = Elements(errors=list(one.errors), numbered=True)
+        for number, row in zip(numbers, one.rows, strict=False):
+            elements.add(number, row, _get_error(text, row))
+        return elements
 
 
 @dataclass
@@ -324,6 +330,14 @@ class Elements:
     lines: list[int] = field(default_factory=list)
     errors: list[BadRow] = field(default_factory=list)
     numbered: bool = False
+
+    def add(self, position: int, row: Any, fault: str) -> None:
+        """Add a row, or its `fault` if that is not ""."""
+        if fault:
+            self.errors.append(BadRow(position, fault))
+        else:
+            self.rows.append(row)
+            self.lines.append(position)
 
 
 def load_json_array(text: str, source: str, start: int = 0) -> Elements:
@@ -357,12 +371,7 @@ def load_json_array(text: str, source: str, start: int = 0) -> Elements:
         )
     elements = Elements(numbered=len(set(lines)) < len(lines))
     for number, line, (value, fault) in zip(count(1), lines, values, strict=False):
-        position = number if elements.numbered else line
-        if fault:
-            elements.errors.append(BadRow(position, fault))
-        else:
-            elements.rows.append(value)
-            elements.lines.append(position)
+        elements.add(number if elements.numbered else line, value, fault)
     return elements
 
 
