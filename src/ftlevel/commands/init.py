@@ -14,8 +14,8 @@ from ftlevel.config import Layer, TrainConfig, build_config, put
 from ftlevel.config.section import Choice
 from ftlevel.config.sections import DEFAULT_DATASET, DEFAULT_MODEL
 from ftlevel.data.formats.columns import column_for_flag, format_map_flags
+from ftlevel.data.prepare.loading import read_dataset
 from ftlevel.data.sources.lines import CHUNK_ROWS
-from ftlevel.data.sources.splits import load_splits
 from ftlevel.errors import InputError, join_names, quote
 from ftlevel.models.hardware import device_memory, select_device
 from ftlevel.models.kinds import model_kind
@@ -189,15 +189,7 @@ def _source(config: TrainConfig) -> Any:
 
 
 def _table(config: TrainConfig) -> Any:
-    data = config.data
-    return load_splits(
-        data.dataset,
-        split=data.split,
-        subset=data.subset,
-        on_bad_row=data.on_bad_row,
-        input_format=data.input_format,
-        ignored=data.ignore_columns,
-    ).train
+    return read_dataset(config.data.dataset, config.data, config.data.split).train
 
 
 def _check_dataset(config: TrainConfig) -> None:

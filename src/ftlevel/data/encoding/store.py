@@ -178,6 +178,11 @@ class RowStore(LazySequence[Encoded]):
         lengths = np.concatenate([np.diff(values) for values in offsets])
         return lengths if self.indices is None else lengths[self.indices]
 
+    def examples(self) -> Any:
+        """Returns `Encoded.row` of each row as a NumPy array."""
+        rows = np.concatenate([batch.column("row").to_numpy() for batch in self._batches])
+        return rows if self.indices is None else rows[self.indices]
+
     def gather(self, at: Any) -> tuple[Any, Any]:
         """Returns the `input_ids` of the rows at indices `at`, concatenated, and their offsets."""
         content, values, offsets = self._input_ids

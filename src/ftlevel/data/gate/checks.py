@@ -62,30 +62,22 @@ def gather(rows: Sequence[Encoded], at: Integers) -> Ragged:
     return lay_out(rows[i].input_ids for i in at.tolist())
 
 
-def get_example_indices(rows: Sequence[Encoded], at: Integers) -> Integers:
-    """Returns the example index of each row whose index is in `at`."""
-    return np.fromiter((rows[i].row for i in at.tolist()), dtype=np.int64, count=len(at))
+def get_examples(rows: Sequence[Encoded]) -> Integers:
+    """Returns the index of the example of each row."""
+    if isinstance(rows, RowStore):
+        return rows.examples()
+    return np.fromiter((row.row for row in rows), dtype=np.int64, count=len(rows))
 
 
 def get_row_mask(rows: Sequence[Encoded], examples: Integers) -> Mask:
     """Returns a mask of the rows that belong to `examples` (indices)."""
-    if not len(examples):
-        return np.zeros(len(rows), dtype=bool)
-    masks = [np.isin(flat.example, examples) for flat in flat_batches(rows)]
-    return np.concatenate(masks) if masks else np.zeros(0, dtype=bool)
+    return np.isin(get_examples(rows), examples)
 
 
 def get_example_mask(rows: Sequence[Encoded], keep: Mask, total: int) -> Mask:
     """Returns a mask of the `total` examples: True if `keep` is True for a row of the example."""
     mask = np.zeros(total, dtype=bool)
-    if not isinstance(rows, RowStore):
-        mask[get_example_indices(rows, np.flatnonzero(keep))] = True
-        return mask
-    start = 0
-    for batch in rows.batches():
-        examples = batch.column("row").to_numpy()
-        mask[examples[keep[start : start + len(examples)]]] = True
-        start += len(examples)
+    mask[get_examples(rows)[keep]] = True
     return mask
 
 
@@ -114,7 +106,7 @@ class FlatRows:
         return cls(
             lay_out(row.input_ids for row in rows),
             lay_out(labels) if len(labels) == len(rows) else None,
-            np.fromiter((row.row for row in rows), dtype=np.int64, count=len(rows)),
+            get_examples(rows),
         )
 
     def supervised(self) -> Integers:

@@ -34,8 +34,8 @@ from ftlevel.data.gate.checks import (
     Ragged,
     TokenCheckContext,
     flat_batches,
-    get_example_indices,
     get_example_mask,
+    get_examples,
     get_row_mask,
 )
 from ftlevel.data.gate.similarity import (
@@ -393,7 +393,7 @@ class Gate:
             start += len(flat.example)
         for check, mask in self.task.check_rows(rows).items():
             at = np.flatnonzero(mask)
-            flagged[check] = [(at, get_example_indices(rows, at))]
+            flagged[check] = [(at, get_examples(rows)[at])]
         joined = {
             check: map(np.concatenate, zip(*parts, strict=True)) for check, parts in flagged.items()
         }
@@ -456,13 +456,14 @@ def _get_near_duplicates(
     rows: Sequence[Encoded], digests: Digests, repeated: Integers
 ) -> tuple[Integers, Integers]:
     """Returns near duplicates by tokens or words, except `repeated`, and their originals."""
-    repeated_indices, first = get_near_duplicates(rows, get_row_mask(rows, repeated))
+    examples = get_examples(rows)
+    repeated_indices, first = get_near_duplicates(rows, np.isin(examples, repeated))
     compared = digests.first(MAX_COMPARED)
     skip = np.zeros(len(digests), dtype=bool)
     skip[repeated] = True
     matches = wordings.match_texts(compared, skip[: len(compared)])
-    repeated_indices = np.concatenate((get_example_indices(rows, repeated_indices), matches[0]))
-    first = np.concatenate((get_example_indices(rows, first), matches[1]))
+    repeated_indices = np.concatenate((examples[repeated_indices], matches[0]))
+    first = np.concatenate((examples[first], matches[1]))
     repeated_indices, index = np.unique(repeated_indices, return_index=True)
     return repeated_indices, first[index]
 

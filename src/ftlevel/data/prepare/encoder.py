@@ -327,10 +327,7 @@ class Encoder:
         return replace(fitted, stops=stops)
 
     def _relax(self, function: Callable[[str], T]) -> tuple[T, str]:
-        """Returns `function(overlong)` and "".
-
-        If that raises `InputError` and `lenient` is set: `function("drop")` and the error message.
-        """
+        """Returns `function(overlong)` and ""; if lenient, on error `function("drop")` and it."""
         try:
             return function(self.config.overlong), ""
         except InputError as error:

@@ -246,18 +246,27 @@ def _with_judgments(splits: DatasetSplits, qrels: Path, corpus: Path | None) -> 
     return replace(splits, validation=table, corpus=result.documents, notes=notes)
 
 
-def _read_one(name: str, config: DataConfig, task: DataTask, split: str | None) -> DatasetSplits:
-    builtin = name.startswith("builtin:")
+def read_dataset(
+    name: str, config: DataConfig, split: str | None, subset: str = "", limit: int | None = None
+) -> DatasetSplits:
+    """Load the dataset `name` with the settings of `config`; `subset` is its default subset."""
     with reading(name):
         return load_splits(
             name,
             split=split,
-            subset=config.subset or (task.builtin_subset or None if builtin else None),
+            subset=config.subset or subset or None,
             on_bad_row=config.on_bad_row,
-            max_samples=BUILTIN_ROWS if builtin and config.max_samples is None else None,
+            max_samples=limit,
             input_format=config.input_format,
             ignored=config.ignore_columns,
         )
+
+
+def _read_one(name: str, config: DataConfig, task: DataTask, split: str | None) -> DatasetSplits:
+    if not name.startswith("builtin:"):
+        return read_dataset(name, config, split)
+    limit = BUILTIN_ROWS if config.max_samples is None else None
+    return read_dataset(name, config, split, task.builtin_subset, limit)
 
 
 def encode_data(

@@ -273,7 +273,6 @@ def iterate_rows(rows: Any, source: str, null_keys: Counter[str] | None = None) 
 
 
 def _frame_rows(frame: Any, source: str, null_keys: Counter[str]) -> Iterator[Row]:
-    """Yields the rows of a DataFrame as JSON values, without null keys."""
     names = [str(name) for name in frame.columns]
     check_columns(names, source)
     column_names = []

@@ -339,11 +339,7 @@ def _source_type(dataset: str, path: Path) -> str:
 def _match_training_files(
     dataset: str, source: str, split: str | None, options: ReadOptions
 ) -> Sequence[str | Path]:
-    """Returns the file `dataset` or, if `source` is "pattern", all files that it matches.
-
-    Raises `InputError` for another `split` than "train", or if some but not all files have
-    names of other splits, such as test.csv.
-    """
+    """Returns the training files; `InputError` if only some are named like evaluation data."""
     if split not in (None, "train"):
         description = "a pattern of files" if source == "pattern" else "one file"
         raise InputError(

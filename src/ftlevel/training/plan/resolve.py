@@ -29,8 +29,8 @@ from ftlevel.data.encoding.collate import ensure_pad_token, separate_pad_from_eo
 from ftlevel.data.encoding.encode import PROMPT_VERSION, load_prompt_format
 from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, Progress, ignore_progress
+from ftlevel.data.prepare.loading import read_dataset
 from ftlevel.data.sources.lines import CHUNK_ROWS
-from ftlevel.data.sources.splits import load_splits
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.intervals import check_metrics, should_generate
 from ftlevel.evaluation.rollouts import open_rewards
@@ -385,14 +385,7 @@ def infer_task(config: TrainConfig) -> tuple[TrainConfig, str]:
     source = resolve_source(model.name_or_path, model.revision, model.trust_remote_code)
     if model_kind(load_config(source)) != "encoder":
         return config, ""
-    table = load_splits(
-        data.dataset,
-        split=data.split,
-        subset=data.subset,
-        on_bad_row=data.on_bad_row,
-        input_format=data.input_format,
-        ignored=data.ignore_columns,
-    ).train
+    table = read_dataset(data.dataset, data, data.split).train
     by_name = data.model_copy(update={"columns": {}})
     errors: dict[str, InputError] = {}
     for name, section in ((n, s) for s in (by_name, data) for n in _ENCODER_TASKS):

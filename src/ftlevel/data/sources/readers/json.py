@@ -51,9 +51,10 @@ class JsonLinesReader(Reader):
         text = TextLines(self.path, **at)
         remaining, before = iter(text), int(at["line"])
         while block := list(islice(remaining, CHUNK_ROWS)):
-            rows = load_json_lines(block, before)
+            elements = load_json_lines(block, before)
             before += len(block)
-            yield self.chunk(*rows, text.cursor(before))
+            position = text.cursor(before)
+            yield self.chunk(elements.rows, elements.lines, elements.errors, position)
 
     def collect(self) -> tuple[Table, list[BadRow]]:
         """Returns all rows as a table, and the invalid rows; `LineRows` if the file is large."""
@@ -128,30 +129,23 @@ def _get_error(text: str, value: object) -> str:
     return ""
 
 
-def load_json_lines(
-    text: Iterable[str], before: int = 0
-) -> tuple[list[Row], list[int], list[BadRow]]:
-    """Returns rows, line numbers and invalid rows of JSON Lines; blank lines are skipped.
+def load_json_lines(text: Iterable[str], before: int = 0) -> Elements:
+    """Load the rows of JSON Lines; blank lines are skipped.
 
     `text` must be split at line feeds only. `before` is the number of lines that precede it.
     """
-    rows: list[Row] = []
-    lines: list[int] = []
-    errors: list[BadRow] = []
+    elements = Elements()
     for number, line in enumerate(text, before + 1):
         if line.isspace():
             continue
+        row = None
         try:
             row = as_row(DECODER.decode(line))
             fault = _get_error(line, row)
         except (ValueError, RecursionError) as error:
             fault = _describe_error(error) + ("" if line.endswith("\n") else _CUT)
-        if fault:
-            errors.append(BadRow(number, fault))
-        else:
-            rows.append(row)
-            lines.append(number)
-    return rows, lines, errors
+        elements.add(number, row, fault)
+    return elements
 
 
 _LIST_COLUMNS = {
@@ -295,7 +289,7 @@ class JsonReader(Reader):
         if start == "[":
             elements = load_json_array(text, source)
         elif one is None:
-            elements = Elements(*load_json_lines(StringIO(text, newline="\n")))
+            elements = load_json_lines(StringIO(text, newline="\n"))
         elif one.note:
             elements = self._read_object(text, one)
         else:
@@ -304,9 +298,8 @@ class JsonReader(Reader):
                 f"where an array of objects is expected. {one.hint}."
             )
         self.unit = "row" if elements.numbered else "line"
-        yield self.chunk(
-            elements.rows, elements.lines, elements.errors, {"at": self.path.stat().st_size}
-        )
+        end = {"at": self.path.stat().st_size}
+        yield self.chunk(elements.rows, elements.lines, elements.errors, end)
 
     def _read_object(self, text: str, one: OneObject) -> Elements:
         note = f"{self.shown}: {one.note}"

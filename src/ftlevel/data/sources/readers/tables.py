@@ -121,7 +121,6 @@ class TsvReader(CsvReader):
 
 
 def _describe(error: csv.Error, path: Path, line: int) -> str:
-    """Returns the error message for a misplaced quote in the CSV row at `line`."""
     if "end of data" in str(error):
         return f'{path}:{line}: a quote (") is opened in this row and never closed. Close it.'
     return (
