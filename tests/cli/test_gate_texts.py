@@ -281,7 +281,7 @@ def test_validation_labels_are_folded_to_training_labels(
     write("set/validation.jsonl", [*validation_rows, {"text": make_sentence(60), "label": "Good"}])
     code, out = dry_run(*bert, "--dataset", "set")
     assert code == 2
-    assert "They differ by case only: --set data.gate.label_case=fold merges them." in out
+    assert "They differ by case only: train with --set data.gate.label_case=fold." in out
     code, out = dry_run(*bert, "--dataset", "set", "--set", "data.gate.label_case=fold")
     assert (code, "20 rows; 3 for validation" in out) == (0, True)
 

@@ -123,7 +123,7 @@ def _check_supported(labels: LabelSet, rows: Sequence[_Label], table: Table, mes
     hint = _UNLABELLED if counts.keys() <= {-1, -100} else "Remove these rows, or correct them."
     folded = {name.casefold() for name in labels.names}
     if all(str(label).strip().casefold() in folded for label in counts):
-        hint = "They differ by case only: --set data.gate.label_case=fold merges them."
+        hint = "They differ by case only: train with --set data.gate.label_case=fold."
     raise InputError(
         f"{table.where(unsupported[0][1])}: label {names} {message} ({join_names(labels.names)}). "
         f"{hint}"

@@ -61,9 +61,9 @@ def create_finding(
     return Finding(name, split, count, total, tuple(places[:MAX_SHOWN]), action)
 
 
-def explain_stop(finding: Finding) -> str:
-    """Returns the error message for a finding whose action is stop."""
+def explain_stop(finding: Finding, advice: str = "pass") -> str:
+    """Returns the error message for a finding that stops; `advice` precedes `--set`."""
     allowed = getattr(GateConfig.model_fields[finding.name].annotation, "__args__", ())
     others = " or ".join(action for action in allowed if action not in ("stop", "ignore"))
     remedy = CHECKS[finding.name].remedy or "Fix them"
-    return f"{finding}. {remedy}, or pass --set data.gate.{finding.name}={others}."
+    return f"{finding}. {remedy}, or {advice} --set data.gate.{finding.name}={others}."

@@ -274,7 +274,7 @@ def load_evaluation_rows(
             )
     for finding in context.gate(config.gate).check_eval_set([], examples, splits.corpus, table):
         if finding.action == "stop":
-            raise InputError(explain_stop(finding))
+            raise InputError(explain_stop(finding, "train with"))
     rows = task.evaluation_rows(rows, config, context)
     corpus: Sequence[Encoded] = ()
     if splits.corpus is not None:

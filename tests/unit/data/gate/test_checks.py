@@ -10,7 +10,7 @@ import pytest
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.encoding.spans import Window
 from ftlevel.data.encoding.store import rows_to_batches, write_store
-from ftlevel.data.gate import checks
+from ftlevel.data.gate import Finding, checks, explain_stop
 from ftlevel.data.gate.checks import FlatRows, get_example_mask
 from ftlevel.tasks import TASKS
 
@@ -103,3 +103,10 @@ def test_majority_class() -> None:
     assert checks.get_majority_class(["a"] * 19 + ["b"]) == ("a", 19)
     assert checks.get_majority_class(["a"] * 18 + ["b", "c"]) is None
     assert checks.get_majority_class([]) is None
+
+
+def test_stop_message_of_a_command_without_set() -> None:
+    finding = Finding("missing_positives", "validation", 1, 2, (), "stop")
+    message = explain_stop(finding, "train with")
+    assert message.endswith("--corpus, or train with --set data.gate.missing_positives=warn.")
+    assert explain_stop(finding).endswith("or pass --set data.gate.missing_positives=warn.")
