@@ -71,10 +71,11 @@ def render_chat(
 
 
 def list_special_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """Returns the special tokens as strings, without BOS."""
+    """Returns the special tokens as strings, without BOS unless it is also EOS."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     texts = {token.content for token in added.values() if token.special}
-    return tuple((texts | set(tokenizer.all_special_tokens)) - {tokenizer.bos_token})
+    excluded = {tokenizer.bos_token} - {tokenizer.eos_token}
+    return tuple((texts | set(tokenizer.all_special_tokens)) - excluded)
 
 
 def get_end_of_turn_id(tokenizer: Any) -> int | None:

@@ -184,6 +184,16 @@ def test_generation_blocks_include_end_of_turn() -> None:
         "the path<|im_end|>",
         "an object<|im_end|>",
     ]
+    tokenizer = build_tokenizer("gpt2", chat=None)  # BOS is EOS
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'assistant' %}{% generation %}"
+        "{{ m['content'] }}{% endgeneration %}{{ eos_token }}{% else %}{{ m['content'] }}"
+        "{% endif %}\n{% endfor %}"
+    )
+    assert supervised_runs(tokenizer, encode(tokenizer, *CHAT)) == [
+        f" the path{tokenizer.eos_token}",
+        f" an object{tokenizer.eos_token}",
+    ]
 
 
 @pytest.mark.parametrize(
