@@ -292,10 +292,11 @@ def encode_data(
     train, findings = gate.check_split("train", fitted, data.train, splits.train)
     findings = [*data.findings, *findings]
     eval_rows: Sequence[Encoded] = []
-    num_dropped = split = 0
+    num_dropped = split = unusable = 0
     if data.validation and splits.validation:
         held_out = encoder.for_held_out("validation")(data.validation, splits.validation)
         num_dropped, split = held_out.dropped, held_out.split
+        unusable = splits.validation.num_dropped
         eval_rows, more = gate.check_held_out(
             "validation", held_out, data.validation, splits.validation, fitted.digests
         )
@@ -310,8 +311,8 @@ def encode_data(
         notes.append(Choice("note", f"{test.source}: {reason}"))
     elif test is not None:
         examples, bad = convert_rows(test, data.format)
-        unusable = {row.line for row in bad}
-        test = test.take(i for i, line in enumerate(test.lines) if line not in unusable)
+        lines = {row.line for row in bad}
+        test = test.take(i for i, line in enumerate(test.lines) if line not in lines)
         digests = encoder.digest(examples)
         findings += gate.get_leaks("test", digests, fitted.digests, test)[1]
     stops = [explain_stop(finding) for finding in findings if finding.action == "stop"]
@@ -337,6 +338,7 @@ def encode_data(
             )
     counts = {
         "dropped": data_info["dropped"],
+        "of validation dropped, unusable": unusable,
         "of validation dropped, beyond the max length": num_dropped,
         f"of validation {task.split_text}": split,
         f"shortened at {fitted.shortened_at}": fitted.shortened,

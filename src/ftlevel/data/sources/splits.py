@@ -194,6 +194,7 @@ def open_source(
         if train != "validation" and "validation" in groups:
             eval_table = load_table(groups["validation"][0], on_bad_row, options)
             eval_table = eval_table if options.limit is None else eval_table.head(options.limit)
+            notes = [*notes, *eval_table.notes, *describe_dropped(eval_table)]
     else:
         files = _match_training_files(dataset, source, split, options)
     readers = [open_stream(file, options) for file in files]

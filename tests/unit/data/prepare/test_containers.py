@@ -409,3 +409,15 @@ def test_leaked_test_row_is_reported_with_its_line(tmp_path: Path) -> None:
     assert [(f.split, f.count, f.places) for f in leaks] == [
         ("test", 1, (f"{tmp_path / 'test.jsonl'}:3",))
     ]
+
+
+def test_unusable_validation_rows_are_counted(tmp_path: Path) -> None:
+    rows = create_rows("messages")
+    held_out = tmp_path / "held_out.jsonl"
+    unusable = [{**rows[0], "messages": "none"}, {**rows[0], "messages": []}]
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *unusable]))
+    prepared = prepare(
+        str(write_jsonl(rows, tmp_path)), "messages", validation_file=held_out, on_bad_row="skip"
+    )
+    changed = [choice.value for choice in prepared.choices if choice.name == "rows changed"]
+    assert changed == ["2 of validation dropped, unusable"]

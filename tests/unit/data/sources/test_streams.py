@@ -319,3 +319,14 @@ def test_deleted_file_raises(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         next(stream.chunks())
     assert str(error.value) == f"{path}: cannot be read (No such file or directory)."
+
+
+def test_rows_dropped_from_the_validation_split_are_noted(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl")
+    path = write_jsonl(tmp_path / "validation.jsonl")
+    with path.open("a") as file:
+        file.write("\noops\n")
+    source = open_source(str(tmp_path), on_bad_row="skip")
+    assert source.validation is not None
+    assert len(source.validation) == len(ROWS)
+    assert source.notes[0].startswith(f"{path}: dropped 1 of {len(ROWS) + 1:,} rows (line ")
