@@ -34,9 +34,11 @@ class LabelSet:
 
     @cached_property
     def _ids(self) -> dict[str | int, int]:
-        ids: dict[str | int, int] = {name: number for number, name in enumerate(self.names)}
-        digits = {int(name): number for name, number in ids.items() if str(name).isdecimal()}
-        return {**ids, **(digits or dict(enumerate(range(len(self)))))}
+        named = list(enumerate(self.names))
+        digits = {int(name): number for number, name in named if name.isdecimal()}
+        ids: dict[str | int, int] = {name: number for number, name in named}
+        ids.update(digits or {number: number for number, _ in named})
+        return ids
 
     def id_of(self, label: str | int) -> int:
         """Returns the id of the class `label`; raises `KeyError` if it does not exist."""

@@ -159,8 +159,9 @@ def _prepare(
             return _load(cache_dir.path, "prepared before")
         prepared = prepare(cache_dir.path)
         if len(prepared.train) < MIN_CACHED_ROWS:
-            kept = ("train", "validation", "corpus")
-            return replace(prepared, **{name: list(getattr(prepared, name)) for name in kept})
+            train, validation = list(prepared.train), list(prepared.validation)
+            corpus = list(prepared.corpus)
+            return replace(prepared, train=train, validation=validation, corpus=corpus)
         _save(prepared, cache_dir.path)
         path = cache_dir.publish()
     if cache_dir.damage:
