@@ -35,9 +35,9 @@ class LabelSet:
     @cached_property
     def _ids(self) -> dict[str | int, int]:
         named = list(enumerate(self.names))
-        digits = {int(name): number for number, name in named if name.isdecimal()}
+        digits = [(int(name), number) for number, name in named if name.isdecimal()]
         ids: dict[str | int, int] = {name: number for number, name in named}
-        ids.update(digits or {number: number for number, _ in named})
+        ids.update(digits or [(number, number) for number, _ in named])
         return ids
 
     def id_of(self, label: str | int) -> int:
