@@ -376,6 +376,7 @@ def _get_run_config(config: EvaluateConfig, ref: ModelRef) -> tuple[TrainConfig,
             "input_format": config.input_format,
             "split": None,
             "validation_split": None,
+            "validation_rows": None,
             "max_samples": None,
             "max_eval_samples": None,
         }

@@ -223,6 +223,9 @@ def read_splits(config: DataConfig, task: DataTask, seed: int) -> DatasetSplits:
     if config.validation_split:
         splits = hold_out(splits, config.validation_split, seed)
     train, eval_table = splits.train, splits.validation
+    if config.validation_rows is not None:  # of a streamed run, to evaluate it
+        rows, count = range(len(train)), config.validation_rows
+        eval_table, train = train.take(rows[:count]), train.take(rows[count:])
     if config.max_samples:
         train = train.head(config.max_samples)
     if eval_table is not None and config.max_eval_samples:

@@ -133,3 +133,14 @@ def test_rows_dropped_from_the_validation_file_are_noted(
     assert splits.notes[0].startswith("train.jsonl: dropped 1 of 3 rows (line 2: ")
     assert splits.notes[1].startswith("val.jsonl: dropped 1 of 2 rows (line 2: not valid JSON")
     assert splits.train.num_dropped == 1
+
+
+def test_validation_rows_of_a_streamed_run(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(f'{{"text": "{i}"}}\n' for i in range(5)))
+    config = DataConfig(dataset=str(path), streaming=True, validation_rows=2)
+    splits = read_splits(config, TASKS["text-generation"], 0)
+    assert splits.validation is not None
+    assert [row["text"] for row in splits.validation.rows] == ["0", "1"]
+    assert [row["text"] for row in splits.train.rows] == ["2", "3", "4"]
+    assert splits.train.where(0) == f"{path}:3"
