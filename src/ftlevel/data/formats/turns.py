@@ -75,12 +75,21 @@ def check_text(value: object, what: str) -> str:
         raise UnusableRowError(f"{what} is {json_type_name(value)}, not a string")
     if not value.strip():
         raise UnusableRowError(f"{what} is empty", "empty_text")
+    if not value.isascii() and not _is_encodable(value):
+        raise UnusableRowError(f"{what} has half of a surrogate pair, as of an emoji cut in two")
     if len(value) > MAX_CHARACTERS:
         raise UnusableRowError(
             f"{what} has {len(value):,} characters in one text, and at most {MAX_CHARACTERS:,} "
             "are encoded at once: break it into paragraphs or rows"
         )
     return value
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def parse_turns(

@@ -10,9 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ftlevel.config import InMemoryDataset, TrainConfig
+from ftlevel.config import DataConfig, InMemoryDataset, TrainConfig
+from ftlevel.data.prepare.loading import load_data
 from ftlevel.data.sources.splits import DatasetSplits, load_splits, open_source
 from ftlevel.errors import ConfigError, InputError
+from ftlevel.tasks import TASKS
 
 ROWS = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
 
@@ -147,3 +149,12 @@ def test_section_can_be_an_object() -> None:
 def test_mapping_without_splits_raises() -> None:
     with pytest.raises(InputError, match="has no splits"):
         load_splits(InMemoryDataset({}))
+
+
+def test_lone_surrogates_are_bad_rows() -> None:
+    rows = [{"prompt": "a", "completion": text} for text in ("b", "c\ud83d", "\U0001f600")]
+    config = DataConfig(dataset=InMemoryDataset(rows))
+    with pytest.raises(InputError, match=r"row 2: 'completion' has half of a surrogate pair"):
+        load_data(config, TASKS["text-generation"], 0)
+    config = config.model_copy(update={"on_bad_row": "skip"})
+    assert len(load_data(config, TASKS["text-generation"], 0).train) == 2
