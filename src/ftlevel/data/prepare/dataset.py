@@ -31,7 +31,8 @@ from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, Progress
 from ftlevel.data.prepare.loading import encode_data, load_data
 from ftlevel.data.prepare.streaming import prepare_stream
 from ftlevel.data.sources.beir import retrieval_files
-from ftlevel.data.sources.readers import is_pattern, match_files
+from ftlevel.data.sources.hub import is_saved_directory
+from ftlevel.data.sources.readers import data_files, is_pattern, match_files
 from ftlevel.data.sources.table import Part, Table
 from ftlevel.errors import InputError
 
@@ -54,15 +55,17 @@ def is_writable() -> bool:
     return os.access(cache_dir, os.W_OK | os.X_OK)
 
 
-def resolve_files(name: str) -> list[Path] | None:
+def resolve_files(name: str, format_: str | None = None) -> list[Path] | None:
     """Returns the sorted files of dataset `name`; None for rows in memory and Hub datasets."""
     if name == IN_MEMORY:
         return None
     if is_pattern(name):
-        return match_files(name)
+        return match_files(name, format_)
     path = Path(name).expanduser()
     if path.is_file():
         return [path]
+    if path.is_dir() and not is_saved_directory(path):
+        return [path / file for file in data_files(path)]
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else None
 
 
@@ -176,7 +179,7 @@ def _key(config: DataConfig, context: EncodingContext) -> str | None:
     if config.qrels is not None:
         names += retrieval_files(config.qrels)
     for name in filter(None, names):
-        paths = resolve_files(str(name))
+        paths = resolve_files(str(name), config.input_format)
         if paths is None:
             return None
         files += paths

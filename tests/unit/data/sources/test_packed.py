@@ -347,3 +347,12 @@ def test_invalid_glob_pattern_raises(tmp_path: Path, monkeypatch: pytest.MonkeyP
         load_splits("parts/v*.jsonl", split="test")
     Path("parts/[x]*.jsonl").write_text('{"text": "b"}\n')
     assert load_splits("parts/[x]*.jsonl").train.rows == [{"text": "b"}]
+
+
+def test_files_that_determine_cached_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("set/train.csv", "set/README.md", "set/runs/a.csv", "logs/a.log", "logs/b.log"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("text\na\n")
+    assert resolve_files("set") == [Path("set/train.csv")]
+    assert resolve_files("logs/*.log", "csv") == [Path("logs/a.log"), Path("logs/b.log")]
