@@ -89,11 +89,12 @@ class ChunkEncoder:
         counts["read"] += len(chunk.rows) + len(chunk.errors)
         errors = [*chunk.errors, *self.schema.get_inconsistent(chunk.rows, chunk.lines)]
         table = self._without(table, errors, counts)
-        if table.rows:
-            table = self._without(table, convert_rows(table, self.shape)[1], counts)
-        if not table.rows:
+        examples, errors = convert_rows(table, self.shape) if table.rows else ([], [])
+        if errors:
+            table = self._without(table, errors, counts)
+            examples = convert_rows(table, self.shape)[0] if table.rows else []
+        if not examples:
             return []
-        examples = convert_rows(table, self.shape)[0]
         fitted = self.encoder(examples, table)
         counts.update(too_long=fitted.dropped, shortened=fitted.shortened, split=fitted.split)
         counts["dropped"] += fitted.dropped

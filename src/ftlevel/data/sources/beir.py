@@ -101,14 +101,14 @@ def _number(value: Any, location: str, column: str) -> float:
 def load_corpus(path: Path) -> list[str]:
     """Load the distinct documents of a file with a column text, and perhaps title."""
     table = load_table(path)
-    _check_text(table.column_names, path)
+    _column(table.column_names, ("text",), path)
     return list(dict.fromkeys(map(_text, table.rows)))
 
 
 def _read_texts(path: Path) -> dict[str, str]:
     table = load_table(path)
     name = _column(table.column_names, _IDS, path)
-    _check_text(table.column_names, path)
+    _column(table.column_names, ("text",), path)
     texts: dict[str, str] = {}
     for at, row in enumerate(table.rows):
         text = _text(row)
@@ -118,13 +118,6 @@ def _read_texts(path: Path) -> dict[str, str]:
                 "each text its own."
             )
     return texts
-
-
-def _check_text(column_names: Sequence[str], path: Path) -> None:
-    if "text" not in column_names:
-        raise InputError(
-            f"{path}: has no column 'text'. Columns: {join_names(map(repr, column_names))}."
-        )
 
 
 def _text(row: Mapping[str, Any]) -> str:

@@ -136,7 +136,7 @@ def _may_be_media(value: Any) -> bool:
 
 
 def check_is_file(path: Path, data_files: Callable[[Path], list[str]]) -> None:
-    """Raise `InputError` unless `path` is a non-empty file; list `data_files` of a directory."""
+    """Raise `InputError` unless `path` is a file; list `data_files` of a directory."""
     if path.is_dir():
         names = data_files(path)
         listing = f"Files in it: {join_names(names)}." if names else "It holds no data file."
@@ -145,8 +145,6 @@ def check_is_file(path: Path, data_files: Callable[[Path], list[str]]) -> None:
         raise InputError(describe_missing(path))
     if not path.is_file():
         raise InputError(f"{path}: is a device or a socket, not a file of rows. Name a file.")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path}: has 0 rows (0 bytes). Use a file with rows.")
 
 
 def _describe_link(path: Path) -> str:
