@@ -77,20 +77,24 @@ class StepCheck:
         return {name: value.to(self.device) for name, value in batch.items()}
 
 
+def _evaluated(compare: Callable[[PackingCheck], str]) -> Callable[[PackingCheck], str]:
+    @functools.wraps(compare)
+    def run(self: PackingCheck) -> str:
+        try:
+            with evaluating(self.model, self.device, self.dtype):
+                return compare(self)
+        except NotImplementedError as error:
+            return str(error)
+        except (RuntimeError, TypeError) as error:  # e.g. of a kernel; it would end the run later
+            if is_out_of_memory(error):
+                raise
+            return f"its packed attention does not run here ({str(error).strip().splitlines()[0]})"
+
+    return run
+
+
 class PackingCheck(StepCheck):
     """Checks that packed and padded rows give the same results in a model with packed blocks."""
-
-    def get_packing_error(self) -> str:
-        """Returns why rows cannot be packed; empty if they can."""
-        return self._run_check(self._compare_packed)
-
-    def get_prefix_tree_error(self) -> str:
-        """Returns why a prefix tree cannot be used; empty if it can."""
-        return self._run_check(self._compare_prefix_tree)
-
-    def get_shared_prefix_error(self) -> str:
-        """Returns why a prefix cannot be computed before all micro-batches; empty if it can."""
-        return self._run_check(self._compare_shared_prefix)
 
     def uses_global_generator(self) -> bool:
         """Returns whether a forward pass in training mode draws from torch's global generator."""
@@ -110,18 +114,9 @@ class PackingCheck(StepCheck):
             torch.set_rng_state(before)
             self.model.train(training)
 
-    def _run_check(self, compare: Callable[[], str]) -> str:
-        try:
-            with evaluating(self.model, self.device, self.dtype):
-                return compare()
-        except NotImplementedError as error:
-            return str(error)
-        except (RuntimeError, TypeError) as error:  # e.g. of a kernel; it would end the run later
-            if is_out_of_memory(error):
-                raise
-            return f"its packed attention does not run here ({str(error).strip().splitlines()[0]})"
-
-    def _compare_packed(self) -> str:
+    @_evaluated
+    def get_packing_error(self) -> str:
+        """Returns why rows cannot be packed; empty if they can."""
         first, second = self.pair
         batch = self.batch_of(self.pair)
         padded = self.batch_of([replace(first, input_ids=first.input_ids[::-1]), second])
@@ -135,7 +130,9 @@ class PackingCheck(StepCheck):
             return "packed rows give different values than padded ones"
         return ""
 
-    def _compare_prefix_tree(self) -> str:
+    @_evaluated
+    def get_prefix_tree_error(self) -> str:
+        """Returns why a prefix tree cannot be used; empty if it can."""
         pair = self.pair[::-1]
         batch = self.batch_of(pair)
         mask = batch["attention_mask"] != 0
@@ -144,7 +141,9 @@ class PackingCheck(StepCheck):
             return "shared prefixes give different values than rows of their own"
         return ""
 
-    def _compare_shared_prefix(self) -> str:
+    @_evaluated
+    def get_shared_prefix_error(self) -> str:
+        """Returns why a prefix cannot be computed before all micro-batches; empty if it can."""
         pair = self.pair[::-1]
         batch = self.batch_of(pair)
         first = {name: value[:1, :PREFIX_LENGTH] for name, value in batch.items()}
@@ -303,8 +302,10 @@ class PruningCheck(StepCheck):
             hook.remove()
         has_gradient = gradient.abs().amax(-1).flatten() != 0
         indices = has_gradient.nonzero()[:, 0]
-        candidates = [PooledTokens(last=False), PooledTokens(last=True)]
-        return next((end for end in candidates if torch.equal(end(batch), indices)), None)
+        candidates = [PooledTokens(last, self.pad_id) for last in (False, True)]
+        return next(
+            (end for end in candidates if torch.equal(torch.unique(end(batch)), indices)), None
+        )
 
     def _select_linears(self, batch: dict[str, Tensor]) -> list[nn.Module]:
         layout = PackedLayout.from_mask(batch["attention_mask"])

@@ -61,29 +61,27 @@ def compute_token_likelihoods(
     return likelihoods, at // labels.shape[1]
 
 
-def compute_policy_loss(
-    head: ChunkedCrossEntropy | None,
-    model: Any,
-    objective: PolicyObjective,
-    batch: Mapping[str, Any],
-) -> Tensor:
-    """Returns the summed policy loss (a scalar); `batch` has `signals`, one `Signal` per target."""
-    likelihoods, owners = compute_token_likelihoods(
-        head, model, objective, batch, objective.temperature
-    )
-    return objective.policy_sum(likelihoods, owners, batch["signals"])
+def _compute_likelihood_loss(
+    head: ChunkedCrossEntropy | None, model: Any, objective: Objective, batch: Mapping[str, Any]
+) -> Tensor | None:
+    """Returns the summed loss (a scalar) of preferences or of a policy; None for other losses."""
+    if isinstance(objective, LikelihoodObjective):
+        answers = compute_answer_likelihoods(head, model, objective, batch)
+        return objective.preference_sum(answers, batch["preference_labels"], training=True)
+    if isinstance(objective, PolicyObjective) and "signals" in batch:  # one `Signal` per target
+        likelihoods, owners = compute_token_likelihoods(
+            head, model, objective, batch, objective.temperature
+        )
+        return objective.policy_sum(likelihoods, owners, batch["signals"])
+    return None
 
 
 def compute_full_loss(
     model: Any, objective: Objective, batch: dict[str, Tensor], mask: Tensor, loss: TrainingLoss
 ) -> tuple[Tensor, Tensor, Any]:
     """Returns (summed loss, labels, model outputs or None), computing logits at all positions."""
-    if isinstance(objective, LikelihoodObjective):
-        answers = compute_answer_likelihoods(None, model, objective, batch)
-        total = objective.preference_sum(answers, batch["preference_labels"], training=True)
+    if (total := _compute_likelihood_loss(None, model, objective, batch)) is not None:
         return total, batch["labels"], None
-    if isinstance(objective, PolicyObjective) and "signals" in batch:
-        return compute_policy_loss(None, model, objective, batch), batch["labels"], None
     fed, labels = objective.split(batch)
     if isinstance(objective, DistillationObjective) and "known" in batch:
         scores, targets = objective.targets(objective.logits(model(**fed)), labels)
@@ -144,11 +142,8 @@ def supervised_loss(
     smoothing: float = 0.0,
 ) -> Tensor:
     """Returns a batch's summed loss, with the head run at targets only; `observe` gets logits."""
-    if isinstance(objective, LikelihoodObjective):
-        answers = compute_answer_likelihoods(head, model, objective, batch)
-        return objective.preference_sum(answers, batch["preference_labels"], training=True)
-    if isinstance(objective, PolicyObjective) and "signals" in batch:
-        return compute_policy_loss(head, model, objective, batch)
+    if (total := _compute_likelihood_loss(head, model, objective, batch)) is not None:
+        return total
     if not isinstance(objective, TokenObjective):
         raise TypeError("a language head predicts tokens")
     inputs, labels = prepare_inputs(model, objective, batch)
@@ -192,15 +187,23 @@ class SupervisedTokens:
 
 @dataclass(frozen=True)
 class PooledTokens:
-    """Selects the first or the last token of each row, for a classifier."""
+    """Selects the first or the last token of each right-padded row, for a classifier.
+
+    With `last`, also the last token other than `pad_id`: classifiers pool it if rows end with that.
+    """
 
     last: bool
+    pad_id: int
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Returns the flat index into (batch, seq) of each right-padded row's pooled token."""
+        """Returns the flat indices into (batch, seq) of the tokens that may be pooled."""
         mask = batch["attention_mask"]
         first = torch.arange(len(mask), device=mask.device) * mask.shape[1]
-        return first + mask.sum(dim=1) - 1 if self.last else first
+        if not self.last:
+            return first
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        unpadded = (columns * (batch["input_ids"] != self.pad_id)).argmax(dim=1)
+        return torch.cat([first + mask.sum(dim=1) - 1, first + unpadded])
 
 
 TokenSelector = SupervisedTokens | PooledTokens

@@ -66,26 +66,35 @@ class GeneratorDropout(nn.Dropout):
         return input * dropout_mask(input, self.p)
 
 
-class PerWorkerDropout:
+class ReplacedModules:
+    """Replaces modules of `model` by the results of `replace` (None: not), until `remove`."""
+
+    def __init__(self, model: nn.Module, replace: Callable[[nn.Module], nn.Module | None]) -> None:
+        self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if (replacement := replace(child)) is not None:
+                    setattr(parent, name, replacement.train(child.training))
+                    self._replaced.append((parent, name, child))
+
+    def remove(self) -> None:
+        """Restore the modules, in the training mode of their replacements."""
+        for parent, name, child in self._replaced:
+            setattr(parent, name, child.train(getattr(parent, name).training))
+
+
+class PerWorkerDropout(ReplacedModules):
     """Replaces the `nn.Dropout` modules of `model` by `GeneratorDropout` until `remove`."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._replaced: list[tuple[nn.Module, str, nn.Dropout]] = []
-        for parent in list(model.modules()):
-            for name, child in parent.named_children():
-                is_exact = type(child) is nn.Dropout  # subclasses may differ
-                if is_exact and isinstance(child, nn.Dropout) and child.p > 0 and not child.inplace:
-                    self._replaced.append((parent, name, child))
-        for parent, name, child in self._replaced:
-            dropout = GeneratorDropout(child.p)
-            dropout.train(child.training)
-            setattr(parent, name, dropout)
+        super().__init__(model, _as_generator_dropout)
 
-    def remove(self) -> None:
-        """Restore the `nn.Dropout` modules, in the training mode of their replacements."""
-        for parent, name, child in self._replaced:
-            child.train(getattr(parent, name).training)
-            setattr(parent, name, child)
+
+def _as_generator_dropout(module: nn.Module) -> GeneratorDropout | None:
+    is_exact = type(module) is nn.Dropout  # subclasses may differ
+    if is_exact and isinstance(module, nn.Dropout) and module.p > 0 and not module.inplace:
+        return GeneratorDropout(module.p)
+    return None
 
 
 _NAME = "_ftlevel_recomputation"

@@ -85,8 +85,31 @@ def test_all_linear_layers_except_keys_and_values_are_pruned(
                                               ("electra", False), ("llama", True),
                                               ("gpt2", True), ("opt", True)])  # fmt: skip
 def test_needed_tokens_of_classifier_are_detected(family: str, last: bool) -> None:
-    fast = create_pruned_step(build_lora_model(family, "seqcls"), "seqcls")
-    assert fast.plan.needed_tokens == PooledTokens(last)
+    model = build_lora_model(family, "seqcls")
+    fast = create_pruned_step(model, "seqcls")
+    assert fast.plan.needed_tokens == PooledTokens(last, model.config.pad_token_id or 0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_rows_that_end_with_the_pad_token_keep_their_logits(family: str) -> None:
+    """As with tokenizers that append the token with which they pad; the token before is pooled."""
+    model = build_lora_model(family, "seqcls").eval()
+    pad_id = model.config.pad_token_id or 0
+    rows = [
+        Encoded([*range(10, 40), pad_id], 0, 0),
+        Encoded([*range(50, 60), pad_id, pad_id], 1, 1),
+    ]
+    fast = create_pruned_step(model, "seqcls", rows)
+    assert fast.pruned_linears
+    (batch,) = StepCollator(pad_id, fast.plan)(rows)["micro_batches"]
+    layout = batch.pop("layout")
+    del batch["labels"]
+    with torch.no_grad(), using_layout(layout):
+        logits = model(**batch).logits
+    fast.remove()
+    with torch.no_grad():
+        expected = model(**batch).logits
+    assert torch.allclose(logits, expected, atol=1e-5)
 
 
 def test_mean_pooling_is_not_pruned() -> None:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import Gemma3nTextConfig
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4MLP
+from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextMLP
+from transformers.models.step3p7.modeling_step3p7 import Step3p7MLP
 
 import tiny_models
 from ftlevel.fast.fused_layers import FusedGlu, FusedNorm, FusedNormGlu
@@ -96,6 +102,26 @@ def test_unsupported_modules_are_not_replaced() -> None:
     for name in ("input_layernorm", "post_attention_layernorm", "mlp"):
         assert after[f"model.layers.0.{name}"] is before[f"model.layers.0.{name}"]
     assert fused.count == 7 - 3
+
+
+def test_glus_that_clamp_or_select_are_not_replaced() -> None:
+    """These classes have the layers of a GLU, and some of their layers compute a GLU."""
+    config: Any = SimpleNamespace(
+        hidden_size=8, intermediate_size=16, mlp_bias=False, hidden_act="silu", swiglu_limit=10.0,
+        swiglu_limits_shared=[0.0, 16.0],
+    )  # fmt: skip
+    sparse = Gemma3nTextConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=2,
+        activation_sparsity_pattern=[0.0, 0.95],
+    )  # fmt: skip
+    modules = [
+        Step3p7MLP(config, 0), Step3p7MLP(config, 1), DeepseekV4MLP(config),
+        Gemma3nTextMLP(sparse, 0), Gemma3nTextMLP(sparse, 1),
+    ]  # fmt: skip
+    model = nn.ModuleList(modules).requires_grad_(False)
+    FusedNormGlu(model)
+    replaced = [isinstance(module, FusedGlu) for module in model]
+    assert replaced == [True, False, False, True, False]
 
 
 def test_fused_layers_save_fewer_bytes() -> None:
