@@ -15,8 +15,7 @@ a block, the output of its last linear layer is not needed: it is NaN, so that a
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import bitsandbytes as bnb
@@ -219,16 +218,16 @@ def create_fused_layer(
     if kwargs.get("parameter_name") is not None:  # LoRA of a bare parameter
         return None
     is_conv1d = type(target) is Conv1D
-    if type(getattr(target, "weight", None)) not in (nn.Parameter, Tensor) and (
-        type(target) is nn.Linear
-    ):
-        return None  # a quantized tensor in nn.Linear, as in torchao
     if type(target) is nn.Linear or is_conv1d:
+        if type(target.weight) not in (nn.Parameter, Tensor):
+            return None  # a quantized tensor, as in torchao
         if bool(config.fan_in_fan_out) is not is_conv1d:  # PEFT corrects the config, and warns
             return None
         layer = functools.partial(FusedLinear, is_target_conv_1d_layer=is_conv1d)
-    elif "bitsandbytes" in sys.modules:  # importing it takes a second
-        layer = get_fused_class(target, kwargs)
+    elif kwargs.get("loaded_in_4bit") and isinstance(target, bnb.nn.Linear4bit):
+        layer = FusedLinear4bit
+    elif kwargs.get("loaded_in_8bit") and isinstance(target, bnb.nn.Linear8bitLt):
+        layer = FusedLinear8bitLt
     return None if layer is None else layer(target, adapter_name, config=config, **kwargs)
 
 
@@ -238,15 +237,6 @@ class FusedLinear(FusedForward, lora.Linear):
     def _weight(self, dtype: torch.dtype) -> Tensor:
         weight: Tensor = self.base_layer.weight.detach().to(dtype)
         return weight.t() if self.fan_in_fan_out else weight
-
-
-def get_fused_class(target: nn.Module, kwargs: Mapping[str, Any]) -> type | None:
-    """Returns the fused class for a bitsandbytes layer `target`, else None; `kwargs` are PEFT's."""
-    if kwargs.get("loaded_in_4bit") and isinstance(target, bnb.nn.Linear4bit):
-        return FusedLinear4bit
-    if kwargs.get("loaded_in_8bit") and isinstance(target, bnb.nn.Linear8bitLt):
-        return FusedLinear8bitLt
-    return None
 
 
 class FusedLinear4bit(FusedForward, lora.Linear4bit):
@@ -301,6 +291,3 @@ def _last_layer(grad_fn: Any) -> Any:
     # Other operations may have read an operand that was computed earlier.
     parents = [parent for parent, _ in grad_fn.next_functions if parent is not None]
     return getattr(max(parents, key=order_of, default=None), "layer", None)
-
-
-__all__ = ["register_fused_layers", "skip_unused_outputs"]

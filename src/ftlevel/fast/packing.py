@@ -111,10 +111,6 @@ class PackedLayout:
         """Whether the batch is a single row without padding."""
         return self.batch == 1 and self.tokens == self.seq
 
-    def is_padded(self, states: Tensor) -> bool:
-        """Returns whether the first two dimensions of `states` are those of the padded batch."""
-        return states.shape[0] == self.batch and states.shape[1] == self.seq
-
     @cached_property
     def column(self) -> Tensor:
         """Column of each token in the padded batch, (tokens,)."""
@@ -186,13 +182,13 @@ def split_padded(lengths: Sequence[int], budget: int, multiple: int = 1) -> Micr
     `lengths` are tokens per row. A row longer than `budget` tokens gets its own micro-batch. If
     there are enough rows, the number of micro-batches is a multiple of `multiple`.
     """
-    order = _by_length(lengths, range(len(lengths)))
+    order = _by_length(lengths)
     return _split(order, budget, lambda rows, row: lengths[rows[0] if rows else row], multiple)
 
 
 def split_packed(lengths: Sequence[int], budget: int, multiple: int = 1) -> MicroBatches:
     """Split rows into even packed micro-batches (Graham, 1969); arguments as in `split_padded`."""
-    order = _by_length(lengths, range(len(lengths)))
+    order = _by_length(lengths)
     num_batches = _round_up(math.ceil(sum(lengths) / budget), multiple, len(lengths))
     while True:
         micro_batches = _balance(order, lengths, num_batches)
@@ -226,9 +222,7 @@ def split_shared(
     rank = {row: at for at, row in enumerate(order)}
     balanced = [
         sorted(rows, key=rank.__getitem__)
-        for rows in _balance(
-            _by_length(added_tokens, range(len(added_tokens))), added_tokens, len(consecutive)
-        )
+        for rows in _balance(_by_length(added_tokens), added_tokens, len(consecutive))
     ]
 
     def max_cost(micro_batches: MicroBatches) -> int:
@@ -251,8 +245,8 @@ def count_computed_tokens(
     return cost
 
 
-def _by_length(lengths: Sequence[int], rows: Sequence[int]) -> list[int]:
-    return sorted(rows, key=lambda row: -lengths[row])  # stable: ties keep order
+def _by_length(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda row: -lengths[row])  # stable: ties keep order
 
 
 def _round_up(number: int, multiple: int, limit: int) -> int:
@@ -321,7 +315,7 @@ def _pack_block(
     if layout is None or layout.is_single_row:
         return None
     states, *others = args if args else (kwargs["hidden_states"],)
-    if layout.is_padded(states):
+    if states.shape[:2] == (layout.batch, layout.seq):
         states = layout.pack(states)
     kwargs = {name: layout.pack_inputs(value) for name, value in kwargs.items()}
     if args:

@@ -132,15 +132,10 @@ class FastStep:
 
     def remove(self) -> None:
         """Remove all parts of the fast step, so that the model runs as before."""
-        if self.cross_entropy is not None:
-            self.cross_entropy.remove()
-        if self.norm_glu is not None:
-            self.norm_glu.remove()
-        if self._rope is not None:
-            self._rope.remove()
-        if self._pruning is not None:
-            self._pruning.remove()
-        self._dropout.remove()
+        parts = (self.cross_entropy, self.norm_glu, self._rope, self._pruning, self._dropout)
+        for part in parts:
+            if part is not None:
+                part.remove()
         self._close_workers()
         self._remove_packing()
 

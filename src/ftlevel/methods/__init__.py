@@ -89,7 +89,7 @@ def get_rule(cell: Cell) -> Rule | None:
 
 def get_possible_rules(cell: Cell) -> list[Rule]:
     """Returns the rules that apply to `cell` for some values of its unset (None) fields."""
-    return [rule for rule in RULES if rule.may_match(cell)]
+    return [rule for rule in RULES if rule.matches(cell, on_none=True)]
 
 
 def explain(rule: Rule, info: MethodInfo, cell: Cell) -> str:

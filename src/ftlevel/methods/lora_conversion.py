@@ -129,6 +129,19 @@ _NOT_LORA = {
     "megatron_config": "it is laid out for Megatron",
 }
 _UNSAVED_INITS = {"corda": "statistics of activations", "lora_ga": "gradients of the base"}
+
+
+def get_unsaved_error(init: Any) -> str:
+    """Returns why PEFT's `init_lora_weights` cannot be repeated, and a fix; "" if it can be."""
+    if (source := _UNSAVED_INITS.get(str(init).lower())) is None:
+        return ""
+    return (
+        f"it began by {init} inside the base, from {source} that its file does not hold, so PEFT "
+        "cannot load it either. Save it again with path_initial_model_for_weight_conversion of "
+        "save_pretrained"
+    )
+
+
 _LOFTQ = (
     "it was initialized with LoftQ on the 4-bit rounding of the base, and the difference has full "
     "rank: serve that base, or merge into it"
@@ -168,12 +181,8 @@ def _raise_unless_lora(file: AdapterFile) -> None:
     start = str(config.get("init_lora_weights")).lower()
     if start == "loftq":
         raise InputError(_LOFTQ)
-    if start in _UNSAVED_INITS:
-        raise InputError(
-            f"it began by {start} inside the base, from {_UNSAVED_INITS[start]} that its file does "
-            "not hold, so PEFT cannot load it either. Save it again with "
-            "path_initial_model_for_weight_conversion of save_pretrained"
-        )
+    if message := get_unsaved_error(start):
+        raise InputError(message)
     tied_names = [name for name in file.names("lora_embedding_A") if file.tied.get(name)]
     if tied_names and config.get("ensure_weight_tying"):
         raise InputError(
@@ -220,7 +229,7 @@ def _relative_to_original(file: AdapterFile, name: str, update: Factors) -> Fact
     import torch
 
     weight = file.get_base_tensor(f"{name}.weight").float()
-    if update.b.shape[0] != weight.shape[0]:  # a Conv1D, (in, out)
+    if file.config.get("fan_in_fan_out"):  # a Conv1D, (in, out)
         weight = weight.T
     first = _initial_factors(
         weight, file.config, update.rank, get_scale(file.config, name, update.rank)

@@ -83,9 +83,10 @@ class Skeleton:
             InputError: PEFT cannot merge the module.
         """
         import torch
+        from peft.utils import ModulesToSaveWrapper
 
         layer = copy.deepcopy(self.units[path])
-        if not _is_full_module(layer):
+        if not isinstance(layer, ModulesToSaveWrapper):  # a fully trained copy, such as a head
             _fill(_base_of(layer), path, get_base_tensor)
         try:
             with torch.no_grad(), warnings.catch_warnings():
@@ -183,13 +184,6 @@ def _base_of(layer: Any) -> Any:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer.original_module
-
-
-def _is_full_module(layer: Any) -> bool:
-    """Returns whether `layer` is a fully trained copy of its base module, such as a head."""
-    from peft.utils import ModulesToSaveWrapper
-
-    return isinstance(layer, ModulesToSaveWrapper)
 
 
 def _fill(base: Any, path: str, get_base_tensor: Callable[[str], Any]) -> None:

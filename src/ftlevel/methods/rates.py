@@ -165,6 +165,3 @@ def set_head_rate(
             optimizer.add_param_group({**group, "params": head_parameters, "lr": heads.rate})
         else:
             group["lr"] = heads.rate
-
-
-__all__ = ["HeadRate", "RateInputs", "Rates", "get_head_rate", "set_head_rate"]

@@ -86,15 +86,8 @@ class Rule:
     quants: frozenset[str] = _ANY
     experts: bool | None = None
 
-    def matches(self, cell: Cell) -> bool:
-        """Returns whether the rule excludes `cell` for every value of its unset (None) fields."""
-        return cell.row in self.rows and self._matches(cell, on_none=False)
-
-    def may_match(self, cell: Cell) -> bool:
-        """Returns whether the rule excludes `cell` for some values of its unset (None) fields."""
-        return cell.row in self.rows and self._matches(cell, on_none=True)
-
-    def _matches(self, cell: Cell, *, on_none: bool) -> bool:
+    def matches(self, cell: Cell, *, on_none: bool = False) -> bool:
+        """Returns whether the rule excludes `cell`; unset (None) fields match any if `on_none`."""
         values: tuple[tuple[Any, Collection[Any]], ...] = (
             (cell.family, self.families),
             (cell.architecture, self.architectures),
@@ -102,7 +95,7 @@ class Rule:
             (cell.quant, self.quants),
             (cell.experts, () if self.experts is None else (self.experts,)),
         )
-        return all(
+        return cell.row in self.rows and all(
             not allowed or value in allowed or (on_none and value is None)
             for value, allowed in values
         )

@@ -4,27 +4,53 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from ftlevel.methods.base import VIRTUAL_TOKENS, UnmergeableLayer, UnmergeableTuner, shortest_names
 
 
-def convert_to_sets(config: Any) -> None:
-    """Convert lists of module names in `config` (modified) to sets, which PEFT expects."""
-    for name in ("target_modules", "exclude_modules"):
-        if isinstance(value := getattr(config, name), list):
-            setattr(config, name, set(value))
+@dataclass
+class TargetConfig(PeftConfig):
+    """Base class of the tuners' configurations.
+
+    Attributes:
+        target_modules: names of the adapted modules or one regular expression; None finds them.
+        exclude_modules: excluded names or one regular expression.
+        modules_to_save: modules that are fully trained and saved.
+    """
+
+    target_modules: list[str] | str | None = field(default=None)
+    exclude_modules: list[str] | str | None = field(default=None)
+    modules_to_save: list[str] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("target_modules", "exclude_modules"):  # PEFT expects sets
+            if isinstance(value := getattr(self, name), list):
+                setattr(self, name, set(value))
 
 
 class PrecisionLayer:
     """Mixin for PEFT layers that casts and moves adapter weights; must precede `BaseTunerLayer`."""
 
     adapter_layer_names: tuple[str, ...]
+    other_param_names: tuple[str, ...] = ("configs",)
     get_base_layer: Callable[[], nn.Module]
+    configs: dict[str, Any]
+    disable_adapters: Any
+    active_adapters: Any
+
+    def running(self) -> list[str]:
+        """Returns the names of the adapters of this layer that are active."""
+        if self.disable_adapters:
+            return []
+        return [name for name in self.active_adapters if name in self.configs]
 
     def tensors_of(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """Yields the parameters of an adapter."""
@@ -79,22 +105,11 @@ class VirtualTokenLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLa
     in_features: int
     out_features: int
 
-    # Attributes of the PEFT mixin, for type checkers.
-    active_adapters: Any
-    disable_adapters: Any
-    _get_available_adapters: Any
-
     def __init__(self) -> None:
         super().__init__()
+        self.configs = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-
-    def running(self) -> list[str]:
-        """Returns the names of the adapters of this layer that are active."""
-        if self.disable_adapters:
-            return []
-        available = self._get_available_adapters()
-        return [name for name in self.active_adapters if name in available]
 
 
 class VirtualTokenTuner(UnmergeableTuner, PrecisionTuner, BaseTuner):

@@ -93,8 +93,8 @@ class LinearUpdate(Method):
 
 
 _NO_CONV1D = Rule(
-    rows("miss", "shira", "c3a"),
-    "PEFT does not support its Conv1D layers",
+    rows("oft", "boft", "miss", "shira", "c3a"),
+    "PEFT does not support Conv1D layers",
     "Use --method lora, or --quant 4bit, which replaces Conv1D by linear layers.",
     families=CONV1D,
     quants=frozenset({"none"}),
@@ -192,17 +192,6 @@ def vera_as_lora(file: AdapterFile) -> dict[str, Factors]:
         factors[name] = Factors(a, b.unsqueeze(-1) * shared_b[: len(b)])
     file.notes.append("VeRA's vectors multiplied into its shared matrices")
     return factors
-
-
-_ORTHOGONAL_RULES = (
-    Rule(
-        rows("oft", "boft"),
-        "PEFT cannot rotate its Conv1D layers",
-        "Use --method lora, or --quant 4bit, which replaces Conv1D by linear layers.",
-        families=CONV1D,
-        quants=frozenset({"none"}),
-    ),
-)
 
 
 def loha_as_lora(file: AdapterFile) -> dict[str, Factors]:
@@ -383,7 +372,7 @@ METHODS: dict[str, Method] = {
         "OFTConfig",
         config_kwargs={"r": 0},
         has_fan_in_fan_out=True,
-        rules=_ORTHOGONAL_RULES,
+        rules=(_NO_CONV1D,),
         block_size="oft_block_size",
     ),
     "boft": LinearUpdate(
@@ -396,7 +385,7 @@ METHODS: dict[str, Method] = {
         "BOFTConfig",
         config_kwargs={"boft_n_butterfly_factor": 1},
         has_fan_in_fan_out=True,
-        rules=_ORTHOGONAL_RULES,
+        rules=(_NO_CONV1D,),
         block_size="boft_block_size",
     ),
     "loha": LinearUpdate(

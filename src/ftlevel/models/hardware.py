@@ -339,7 +339,6 @@ def peak_memory_bytes(device: str) -> int:
     if device == "cuda":
         return int(torch.cuda.max_memory_allocated())
     import resource
-    import sys
 
     with contextlib.suppress(OSError):  # Linux: ru_maxrss includes the parent before exec
         status = Path("/proc/self/status").read_text(encoding="utf-8")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import huggingface_hub
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
@@ -276,23 +278,29 @@ def load_tokenizer(source: ModelSource) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             source.location, **source.arguments()
         )
-        if source.kind == "builtin":
-            tokenizer.name_or_path = source.name  # for messages
-        return tokenizer
     except Exception as error:
         if not isinstance(error, FROM_READERS) and type(error) is not Exception:  # from Rust
             raise
-        if source.kind == "directory" and not _has_tokenizer(Path(source.location)):
-            raise InputError(
-                f"{source.label} has no tokenizer. Expected tokenizer.json in {source.location}: "
-                "copy it there from the model that the weights come from."
-            ) from error
+        _check_vocabulary(source)
         raise InputError(f"{source.label} has no usable tokenizer: {_first_line(error)}") from error
+    # Without files, transformers builds a tokenizer that knows only special tokens.
+    if files := tokenizer.vocab_files_names:  # none for bytes, as in ByT5
+        _check_vocabulary(source, files.values())
+    if source.kind == "builtin":
+        tokenizer.name_or_path = source.name  # for messages
+    return tokenizer
 
 
-def _has_tokenizer(model_dir: Path) -> bool:
-    patterns = ("tokenizer*", "vocab*", "merges.txt", "*.model")
-    return any(next(model_dir.glob(pattern), None) for pattern in patterns)
+def _check_vocabulary(source: ModelSource, names: Iterable[str] = ()) -> None:
+    """Raise `InputError` if the directory `source` has no vocabulary, such as a file of `names`."""
+    patterns = ("tokenizer.*", "vocab*", "merges.txt", "*.model", "*.tiktoken", *names)
+    model_dir = Path(source.location)
+    if source.kind != "directory" or any(next(model_dir.glob(p), None) for p in patterns):
+        return
+    raise InputError(
+        f"{source.label} has no tokenizer. Expected tokenizer.json in {source.location}: "
+        "copy it there from the model that the weights come from."
+    )
 
 
 def build_task_model(config: Any, auto_class: str) -> Any:
@@ -479,7 +487,7 @@ def get_new_poolers(meta: torch.nn.Module, source: ModelSource) -> list[str]:
 
 
 def get_new_heads(meta: torch.nn.Module, source: ModelSource, heads: list[str]) -> list[str]:
-    """Returns the `heads` that the checkpoint lacks; all `heads` if no checkpoint is on disk."""
+    """Returns the `heads` that the checkpoint lacks; all `heads` of a .gguf file."""
     checkpoint_names = _load_tensor_types(source)
 
     def is_in_checkpoint(head: str) -> bool:
@@ -490,15 +498,28 @@ def get_new_heads(meta: torch.nn.Module, source: ModelSource, heads: list[str]) 
 
 
 def _load_tensor_types(source: ModelSource) -> dict[str, str]:
-    """Returns tensor dtypes by name; empty for .gguf and models not on disk."""
+    """Returns tensor dtypes by name; empty for .gguf files."""
+    if source.kind == "gguf":
+        return {}
+    if source.kind == "hub" and not source.local_files_only:
+        return _load_hub_tensor_types(source.location, source.revision)
     dtypes: dict[str, str] = {}
-    if source.path is None or source.path.is_file():
-        return dtypes
-    for path in source.path.glob("*.safetensors"):
+    for path in snapshot(source).glob("*.safetensors"):
         with _convert_read_errors(source), safe_open(str(path), framework="pt") as file:
             names = file.keys()
             dtypes.update((name, file.get_slice(name).get_dtype()) for name in names)
     return dtypes
+
+
+@functools.cache
+def _load_hub_tensor_types(name: str, revision: str | None) -> dict[str, str]:
+    """Returns tensor dtypes of a Hub model by name, without downloading its weights."""
+    try:
+        metadata = huggingface_hub.get_safetensors_metadata(name, revision=revision)
+    except Exception:  # noqa: BLE001 - loading the weights will report it
+        return {}
+    files = metadata.files_metadata.values()
+    return {key: tensor.dtype for file in files for key, tensor in file.tensors.items()}
 
 
 def _first_line(error: BaseException) -> str:

@@ -221,23 +221,17 @@ def check_loadable(quantization_config: dict[str, Any], label: str, device: str)
 
 
 def match_quantization(
-    quantization_config: dict[str, Any] | None, config: QuantConfig, label: str, device: str
+    quantization_config: dict[str, Any], config: QuantConfig, label: str, device: str
 ) -> QuantConfig:
-    """Returns the quantization of the base: the requested one, or that of the checkpoint.
+    """Returns the quantization of a quantized checkpoint, with `experts` as in `config`.
 
-    `quantization_config` is None for an unquantized model. Raises `InputError` if the checkpoint is
-    quantized differently, or cannot be loaded here.
+    Raises `InputError` if `config` requests a different one, or it cannot be loaded here.
     """
-    if quantization_config is None:
-        return config
     check_loadable(quantization_config, label, device)
-    stored_quant, method = (
-        as_quant_config(quantization_config),
-        quantization_name(quantization_config),
-    )
+    stored_quant = as_quant_config(quantization_config)
     if config.kind != "none" and (stored_quant is None or stored_quant.kind != config.kind):
         raise InputError(
-            f"{label} is already quantized ({method}), and --quant {config.kind} cannot be "
-            "applied. Drop --quant, or use the original model."
+            f"{label} is already quantized ({quantization_name(quantization_config)}), and --quant "
+            f"{config.kind} cannot be applied. Drop --quant, or use the original model."
         )
-    return stored_quant or config
+    return (stored_quant or config).model_copy(update={"experts": config.experts})

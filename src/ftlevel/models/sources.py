@@ -10,6 +10,7 @@ import re
 import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Any, Literal
@@ -77,20 +78,24 @@ def download_files(source: ModelSource, patterns: Sequence[str]) -> Path | None:
     """
     if source.kind != "hub":
         return source.path if source.path is not None and source.path.is_dir() else None
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(
-                source.location,
-                revision=source.revision,
-                allow_patterns=list(patterns),
-                local_files_only=source.local_files_only,
-            )
-        )
+        return _download(source, patterns)
     except LocalEntryNotFoundError:
         return None
+
+
+def _download(source: ModelSource, patterns: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    directory = snapshot_download(
+        source.location,
+        revision=source.revision,
+        allow_patterns=list(patterns),
+        local_files_only=source.local_files_only,
+    )
+    return Path(directory)
 
 
 def resolve_source(
@@ -107,34 +112,18 @@ def resolve_source(
     enough. Raises `InputError` if no such model can be reached.
     """
     label = display_name or f"--model {name}"
+    local = partial(ModelSource, name, local_files_only=True, display_name=display_name)
     if name.startswith("builtin:"):
-        model_dir = builtin_path(name.removeprefix("builtin:"))
-        return ModelSource(
-            name, "builtin", str(model_dir), local_files_only=True, display_name=display_name
-        )
+        return local("builtin", str(builtin_path(name.removeprefix("builtin:"))))
     path = Path(name).expanduser()
     if builtin_name := name_of_builtin(path):  # a path that PEFT wrote into adapter_config.json
         return resolve_source(builtin_name, display_name=display_name.replace(name, builtin_name))
     if path.suffix == ".gguf" and not path.is_dir():
         _check_file(path, label)
-        return ModelSource(
-            name,
-            "gguf",
-            str(path.parent),
-            path.name,
-            local_files_only=True,
-            display_name=display_name,
-        )
+        return local("gguf", str(path.parent), path.name)
     if path.is_dir():
         _check_directory(path, label, require_weights)
-        return ModelSource(
-            name,
-            "directory",
-            str(path),
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-            display_name=display_name,
-        )
+        return local("directory", str(path), trust_remote_code=trust_remote_code)
     if path.exists():
         check_regular([path], label)
         raise InputError(
@@ -246,17 +235,8 @@ def snapshot(source: ModelSource, extra: Iterable[str] = ()) -> Path:
     """Returns a directory with config, weights and files `extra`; a Hub model is downloaded."""
     if source.kind != "hub":
         return Path(source.location)
-    from huggingface_hub import snapshot_download
-
     patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", *extra]
-    return Path(
-        snapshot_download(
-            source.location,
-            revision=source.revision,
-            allow_patterns=patterns,
-            local_files_only=source.local_files_only,
-        )
-    )
+    return _download(source, patterns)
 
 
 def name_of_builtin(model_dir: Path) -> str:

@@ -19,6 +19,7 @@ from ftlevel.config import ExportConfig
 from ftlevel.errors import InputError, RunError
 from ftlevel.merging.normal_form import PLAIN_FORMS
 from ftlevel.methods.lora_conversion import LoraConversion
+from ftlevel.methods.merging import get_merge_error
 from served_cases import CASES, peft_logits, write_adapter
 from tiny_models import save_tiny
 
@@ -134,6 +135,8 @@ def test_resized_vocabulary_raises(base: Path, tmp_path: Path) -> None:
     [
         ("gpt2", "causal", {"target_modules": ["c_attn", "c_fc"], "use_rslora": True,
                             "fan_in_fan_out": True}, "CAUSAL_LM"),
+        ("gpt2", "causal", {"target_modules": ["c_proj"], "init_lora_weights": "pissa",
+                            "fan_in_fan_out": True}, "CAUSAL_LM"),
         ("bert", "seqcls", {"target_modules": ["query", "value"], "use_rslora": True}, "SEQ_CLS"),
         ("t5", "seq2seq", {"target_modules": ["q", "v", "wo"], "use_rslora": True},
          "SEQ_2_SEQ_LM"),
@@ -158,6 +161,20 @@ def test_normal_form_of_other_model_families(
     check = summary["check"]
     assert check["max_difference"] <= 1e-5 * check["largest_logit"] + 1e-6
     assert check["effect"] > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("init", "message"),
+    [
+        ("OLoRA", "Export it as plain LoRA first"),  # PEFT ignores case here
+        ("corda", "Save it again with path_initial_model_for_weight_conversion"),
+        ("lora_ga", "Save it again with path_initial_model_for_weight_conversion"),
+    ],
+)
+def test_adapters_whose_initialization_changed_base_are_not_merged(init: str, message: str) -> None:
+    error = get_merge_error({"peft_type": "LORA", "init_lora_weights": init})
+    assert error is not None
+    assert message in error
 
 
 def test_normal_forms_csv_lists_every_peft_type() -> None:

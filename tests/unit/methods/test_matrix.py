@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 METHOD_ERRORS = [
     ("oft", Cell("", "gpt2", "decoder", "text-generation", "none", False),
-     "--method oft cannot be used with gpt2: PEFT cannot rotate its Conv1D layers. "
+     "--method oft cannot be used with gpt2: PEFT does not support Conv1D layers. "
      "Use --method lora, or --quant 4bit, which replaces Conv1D by linear layers."),
     ("lokr", Cell("", "llama", "decoder", "text-generation", "4bit", False),
      "--method lokr cannot be used with --quant 4bit: PEFT multiplies the update with packed 4-bit "

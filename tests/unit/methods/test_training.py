@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 import transformers
@@ -109,6 +110,21 @@ def test_lora_plus_scales_learning_rate_of_b():
             assert rates[id(parameter)] == pytest.approx(1.6e-3 if "lora_B" in name else 1e-4)
     assert {group["weight_decay"] for group in optimizer.param_groups if group["params"]} == {0.1}
     assert get_method_optimizer(TrainConfig().method, model, arguments) is None
+
+
+def test_lora_plus_trains_embeddings_at_the_rate_of_a():
+    """PEFT's default for them is 1e-6, whatever the learning rate is."""
+    model = peft.get_peft_model(
+        tiny_models.build("llama"), peft.LoraConfig(target_modules=["q_proj", "embed_tokens"])
+    )
+    arguments = transformers.TrainingArguments(
+        output_dir="unused", learning_rate=1e-4, use_cpu=True, optim="adamw_torch"
+    )
+    method = SPECS["lora"](lora_plus_ratio=16)
+    optimizer = get_method_optimizer(method, model, arguments)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    embeddings = [p for name, p in model.named_parameters() if "lora_embedding_" in name]
+    assert [rates[id(parameter)] for parameter in embeddings] == [1e-4, 1e-4]
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])

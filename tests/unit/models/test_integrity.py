@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from ftlevel.config import QuantConfig
@@ -209,6 +210,26 @@ def test_missing_tokenizer_raises(copy_with_weights: Callable[..., Path]) -> Non
         path.unlink()
     with pytest.raises(InputError, match=r"has no tokenizer\. Expected tokenizer.json in"):
         load_tokenizer(resolve_source(str(directory)))
+
+
+@pytest.mark.parametrize("model_type", ["bert", "gpt2", "qwen2", "t5", "gemma", "gpt_neox"])
+@pytest.mark.parametrize("with_config", [False, True])
+def test_missing_vocabulary_raises(tmp_path: Path, model_type: str, with_config: bool) -> None:
+    """transformers would build a tokenizer that knows only special tokens, without a warning."""
+    transformers.CONFIG_MAPPING[model_type]().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    if with_config:
+        content = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
+        (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(InputError, match=r"has no tokenizer\. Expected tokenizer.json in"):
+        load_tokenizer(resolve_source(str(tmp_path)))
+
+
+def test_tokenizer_without_vocabulary_file_loads(tmp_path: Path) -> None:
+    transformers.CONFIG_MAPPING["t5"]().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    transformers.ByT5Tokenizer().save_pretrained(tmp_path)
+    assert load_tokenizer(resolve_source(str(tmp_path)))("ab")["input_ids"] == [100, 101, 1]
 
 
 def test_adapter_path_as_model_raises(tmp_path: Path) -> None:

@@ -6,11 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
 
 import tiny_models
-from ftlevel.models.loading import load_config, load_model, rename_prefix
+from ftlevel.models.loading import (
+    build_task_model,
+    get_new_heads,
+    get_new_poolers,
+    load_config,
+    load_model,
+    rename_prefix,
+)
 from ftlevel.models.module_tree import get_new_language_head
-from ftlevel.models.sources import resolve_source
+from ftlevel.models.sources import ModelSource, resolve_source
 
 NEW_HEADS = {
     "bert": ["cls.predictions.transform"],
@@ -42,6 +50,26 @@ def test_electra_discriminator_needs_new_language_head() -> None:
     model = tiny_models.build("electra", "mlm")
     model.config.architectures = ["ElectraForPreTraining"]
     assert get_new_language_head(model)[0] == NEW_HEADS["electra"]
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_new_modules_of_hub_model_are_those_its_files_lack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, online: bool
+) -> None:
+    """Without network, the files are in the cache; otherwise their headers are read."""
+    model = tiny_models.build("bert", "mlm")  # has no pooler
+    model.save_pretrained(tmp_path)
+    tensors = {name: TensorInfo("F32", [1], (0, 4)) for name in model.state_dict()}
+    file = SafetensorsFileMetadata(metadata={}, tensors=tensors)
+    headers = SafetensorsRepoMetadata(
+        metadata={}, sharded=False, weight_map={}, files_metadata={"model.safetensors": file}
+    )
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", lambda *_, **__: headers)
+    source = ModelSource("a/b", "hub", "a/b", local_files_only=not online)
+    meta = build_task_model(model.config, "AutoModelForSequenceClassification")
+    assert get_new_poolers(meta, source) == ["bert.pooler"]
+    assert get_new_heads(meta, source, ["bert.encoder", "classifier"]) == ["classifier"]
 
 
 @pytest.mark.parametrize(

@@ -270,6 +270,3 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Pair
         BACKWARD=backward, Q_HEADS=size(heads), K_HEADS=size(k.shape[2]), HALF=size(width // 2),
     )  # fmt: skip
     return of_q, of_k
-
-
-__all__ = ["cross_entropy", "glu", "glu_backward", "norm", "norm_backward", "renorm", "rope"]

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
-from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -32,14 +31,14 @@ from ftlevel.methods.bottleneck import (
     get_placement_error,
     target_pattern,
 )
-from ftlevel.methods.tuners import PrecisionLayer, PrecisionTuner, convert_to_sets
+from ftlevel.methods.tuners import PrecisionLayer, PrecisionTuner, TargetConfig
 from ftlevel.methods.upstream import add_peft_type, register_tuner
 
 BOTTLENECK = add_peft_type("BOTTLENECK")
 
 
 @dataclass
-class BottleneckConfig(PeftConfig):
+class BottleneckConfig(TargetConfig):
     """Configuration of `BottleneckModel`.
 
     Attributes:
@@ -50,9 +49,6 @@ class BottleneckConfig(PeftConfig):
         adapter_dropout: dropout on the bottleneck activations.
         scaling: factor of the adapter's output, `learned`, or `channel`; None is 4 for parallel
             and par_bn, channel for adapter_plus and 1 otherwise.
-        target_modules: names or one regular expression; None uses the family's positions.
-        exclude_modules: excluded names or one regular expression.
-        modules_to_save: modules that are fully trained and saved.
         init_weights: initialize adapters to change nothing; False randomizes up, too, for tests.
     """
 
@@ -62,9 +58,6 @@ class BottleneckConfig(PeftConfig):
     non_linearity: str = field(default="relu")
     adapter_dropout: float = field(default=0.0)
     scaling: float | str | None = field(default=None)
-    target_modules: list[str] | str | None = field(default=None)
-    exclude_modules: list[str] | str | None = field(default=None)
-    modules_to_save: list[str] | None = field(default=None)
     init_weights: bool = field(default=True)
 
     def __post_init__(self) -> None:
@@ -83,7 +76,6 @@ class BottleneckConfig(PeftConfig):
             self.scaling = default_scaling(self.placement)
         if isinstance(self.scaling, str) and self.scaling not in ("learned", "channel"):
             raise ValueError(f"scaling {self.scaling!r} is not a number, learned or channel.")
-        convert_to_sets(self)
 
 
 HookedInput = Literal["input", "residual"]
@@ -124,7 +116,6 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
 
     merge_error = MERGE_ERROR
     adapter_layer_names = ("bottleneck_down", "bottleneck_up", "bottleneck_scale")
-    other_param_names = ("configs",)
     in_features: int
     out_features: int
     # Methods of PEFT, whose types nn.Module's __getattr__ hides.
@@ -211,13 +202,6 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
             self._hooks.pop(name).remove()
             self._hooked.remove(name)
 
-    def running(self) -> list[str]:
-        """Returns the names of the adapters of this layer that are active."""
-        if self.disable_adapters:
-            return []
-        active: list[str] = self.active_adapters  # type: ignore[assignment]  # a PEFT property
-        return [name for name in active if name in self.configs]
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base module, then add the active adapters in turn; returns `(..., width_out)`."""
         inputs, self._inputs = self._inputs, {}
@@ -256,17 +240,15 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
             self.bottleneck_up[name],
             self.configs[name],
         )
-        inner = config.activation(down(self._cast_input_dtype(source, _dtype(down))))
+        inner = config.activation(
+            down(self._cast_input_dtype(source, next(down.parameters()).dtype))
+        )
         inner = nn.functional.dropout(inner, config.dropout, self.training)
         output: Tensor = up(inner) * config.scaling
         return output * self.bottleneck_scale[name] if name in self.bottleneck_scale else output
 
     def __repr__(self) -> str:
         return f"bottleneck.{super().__repr__()}"
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype
 
 
 def _store_input(

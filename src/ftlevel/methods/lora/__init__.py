@@ -22,7 +22,12 @@ from ftlevel.methods.base import (
     StepSupport,
     as_int,
 )
-from ftlevel.methods.lora_conversion import LoraConversion, convert_lora
+from ftlevel.methods.lora_conversion import (
+    LoraConversion,
+    by_pattern,
+    convert_lora,
+    get_unsaved_error,
+)
 from ftlevel.methods.rates import Rates
 from ftlevel.methods.support_table import CONV1D, MERGES, QUANTIZED, MethodInfo, Rule, rows
 from ftlevel.models.untrusted import limit_time
@@ -270,7 +275,9 @@ _CANNOT_MERGE = {
 def get_merge_error(config: Mapping[str, Any]) -> str | None:
     """Returns why an adapter with `config` cannot be merged and what to do, or None."""
     init = str(config.get("init_lora_weights"))
-    if init.startswith(BASE_MODIFYING_INITS):  # saved by PEFT; ftlevel saves plain LoRA
+    if message := get_unsaved_error(init):
+        return f"init_lora_weights is {init}: {message}."
+    if init.lower().startswith(BASE_MODIFYING_INITS):  # saved by PEFT; ftlevel saves plain LoRA
         return (
             f"init_lora_weights is {init}: its initialization changed the base weights and is "
             "not in the file. Export it as plain LoRA first, and merge that: ftlevel export "
@@ -356,7 +363,7 @@ class Lora(Method):
         return f"the start {spec.init_lora_weights} is taken from linears. Use --init default"
 
     def check(self, spec: LoraSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
-        """Raise `ConfigError` if a pattern for ranks or alphas matches no layer in `sizes`."""
+        """Raise `ConfigError` if a pattern matches no layer in `sizes`, or a rank is too large."""
         names = join_names(dict.fromkeys(name.rpartition(".")[2] for name in sizes), 8)
         try:
             with limit_time(_SECONDS):
@@ -378,6 +385,24 @@ class Lora(Method):
         ]
         if problems:
             raise ConfigError(problems)
+        ranks = {name: by_pattern(spec.rank_pattern, name, spec.r) for name in sizes}
+        odd = sorted({rank for rank in ranks.values() if rank % 2})
+        if spec.init_lora_weights == "orthogonal" and odd:
+            raise ConfigError(
+                f"--init orthogonal needs even ranks, and r is {odd[0]}. Set it to {odd[0] + 1}, "
+                "or use --init default."
+            )
+        if spec.init_lora_weights not in (*BASE_MODIFYING_INITS, "loftq"):
+            return
+        small = {name: min(size) for name, size in sizes.items() if min(size) < ranks[name]}
+        if small:
+            name, width = min(small.items(), key=lambda item: item[1])
+            raise ConfigError(
+                f"--init {spec.init_lora_weights} takes r directions of each weight, and r "
+                f"{ranks[name]} is more than {len(small):,} of {len(sizes):,} linear layers have, "
+                f"such as {name} ({width:,}). Set its rank to {width} or less, or use --init "
+                "default."
+            )
 
     def num_parameters(self, spec: LoraSpec, sizes: Mapping[str, tuple[int, int]]) -> int | None:
         """Returns the sum of r · (in + out); None for variants whose number differs."""
@@ -417,7 +442,8 @@ class Lora(Method):
     def optimizer(self, spec: LoraSpec, model: Any, args: Any) -> Any:
         """Returns PEFT's LoRA+ optimizer, or None if `lora_plus_ratio` is unset.
 
-        B and all trained vectors, such as biases of heads, get A's rate times the ratio.
+        B and all trained vectors, such as biases of heads, get A's rate times the ratio; LoRA of
+        embeddings gets A's rate, for which PEFT's default is 1e-6.
         """
         if spec.lora_plus_ratio is None:
             return None
@@ -428,8 +454,8 @@ class Lora(Method):
         return create_loraplus_optimizer(
             model,
             optimizer_class,
-            lr=kwargs.pop("lr"),
             loraplus_lr_ratio=spec.lora_plus_ratio,
+            loraplus_lr_embedding=kwargs["lr"],
             loraplus_weight_decay=args.weight_decay,
             **kwargs,
         )

@@ -71,18 +71,12 @@ def start_from_data(model: Any, batches: Any, device: str, dtype: str) -> None:
         initialize_lora_eva_weights(
             model,
             batches,
-            forward_fn=_forward,
-            prepare_model_inputs_fn=_supervised_positions,
+            forward_fn=lambda model, batch: model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+            ),
+            prepare_model_inputs_fn=lambda batch, _: batch["supervised"].nonzero(),
             show_progress_bar=False,
         )
     config = model.peft_config["default"]
     config.init_lora_weights, config.eva_config = True, None
     model.train(training)
-
-
-def _forward(model: Any, batch: dict[str, Tensor]) -> Any:
-    return model(**{name: batch[name] for name in ("input_ids", "attention_mask")})
-
-
-def _supervised_positions(batch: dict[str, Tensor], _: Any) -> Tensor:
-    return batch["supervised"].nonzero()

@@ -19,12 +19,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ftlevel.methods.prefix import get_attention_modules, get_prefix_error
-from ftlevel.methods.tuners import VirtualTokenLayer, VirtualTokenTuner, convert_to_sets, device_of
+from ftlevel.methods.tuners import TargetConfig, VirtualTokenLayer, VirtualTokenTuner, device_of
 from ftlevel.methods.upstream import add_peft_type, register_tuner
 from ftlevel.models.upstream.architectures import attention_of, eager_attention_of
 
@@ -229,29 +228,22 @@ PREFIX_KV = add_peft_type("PREFIX_KV")
 
 
 @dataclass
-class PrefixKvConfig(PeftConfig):
+class PrefixKvConfig(TargetConfig):
     """Configuration of `PrefixModel`.
 
     Attributes:
         num_virtual_tokens: prefix length of each attention module.
         prefix_projection: whether an MLP computes the prefix, until `PrefixModel.fold`.
         encoder_hidden_size: hidden size of that MLP.
-        target_modules: attention module names or one regular expression; None selects all.
-        exclude_modules: excluded names or one regular expression.
-        modules_to_save: modules that are fully trained and saved.
     """
 
     num_virtual_tokens: int = field(default=20)
     prefix_projection: bool = field(default=False)
     encoder_hidden_size: int = field(default=512)
-    target_modules: list[str] | str | None = field(default=None)
-    exclude_modules: list[str] | str | None = field(default=None)
-    modules_to_save: list[str] | None = field(default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PREFIX_KV
-        convert_to_sets(self)
 
 
 INIT_STD = 0.02
@@ -272,7 +264,7 @@ class PrefixLayer(VirtualTokenLayer):
         "prefix_kv_hidden",
         "prefix_kv_output",
     )
-    other_param_names = ("encoders",)
+    other_param_names = ("configs", "encoders")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -352,9 +344,8 @@ class PrefixLayer(VirtualTokenLayer):
         if not names:
             return self.base_layer(*args, **kwargs)
         prefix = self.prefix_of(names)
-        prefix_attention_forward = custom_attention(self.base_layer)
-        if prefix_attention_forward is not None:
-            return prefix_attention_forward(self.base_layer, prefix, *args, **kwargs)
+        if (attention := custom_attention(self.base_layer)) is not None:
+            return attention(self.base_layer, prefix, *args, **kwargs)
         return self.base_layer(*args, prefix=prefix, **kwargs)
 
 
@@ -423,6 +414,7 @@ class PrefixModel(VirtualTokenTuner):
         wrapped = isinstance(target, PrefixLayer)
         layer: Any = target if wrapped else PrefixLayer(target)
         layer.in_features = layer.out_features = self._width()
+        layer.configs[adapter_name] = peft_config
         self._fill(layer, adapter_name, peft_config)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if not wrapped:

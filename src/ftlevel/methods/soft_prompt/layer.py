@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from peft import PeftConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ftlevel.methods.soft_prompt import get_layer_stacks, get_prompt_modules
-from ftlevel.methods.tuners import VirtualTokenLayer, VirtualTokenTuner, convert_to_sets
+from ftlevel.methods.tuners import TargetConfig, VirtualTokenLayer, VirtualTokenTuner
 from ftlevel.methods.upstream import add_peft_type, register_tuner
 
 
@@ -88,7 +87,7 @@ SOFT_PROMPT = add_peft_type("SOFT_PROMPT")
 
 
 @dataclass
-class SoftPromptConfig(PeftConfig):
+class SoftPromptConfig(TargetConfig):
     """Configuration of `SoftPromptModel`.
 
     Attributes:
@@ -101,9 +100,6 @@ class SoftPromptConfig(PeftConfig):
         encoder_hidden_size: hidden size of the encoder; None uses the embedding size.
         encoder_num_layers: layers of the LSTM.
         encoder_dropout: dropout between those layers.
-        target_modules: names of layer stacks or one regular expression; None finds them.
-        exclude_modules: excluded names or one regular expression.
-        modules_to_save: modules that are fully trained and saved.
     """
 
     num_virtual_tokens: int = field(default=20)
@@ -114,30 +110,18 @@ class SoftPromptConfig(PeftConfig):
     encoder_hidden_size: int | None = field(default=None)
     encoder_num_layers: int = field(default=2)
     encoder_dropout: float = field(default=0.0)
-    target_modules: list[str] | str | None = field(default=None)
-    exclude_modules: list[str] | str | None = field(default=None)
-    modules_to_save: list[str] | None = field(default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = SOFT_PROMPT
         if self.encoder not in ("none", "MLP", "LSTM"):
             raise ValueError(f"encoder {self.encoder!r} is not one of none, MLP and LSTM.")
-        convert_to_sets(self)
 
 
 INIT_STD = 0.02
 
 StackType = Literal["whole", "encoder", "decoder"]
 """Outputs of `whole` omit the prompt; those of `encoder` keep it, for the `decoder`."""
-
-
-@dataclass(frozen=True)
-class PromptShape:
-    """Length of one prompt, and number of text tokens before it."""
-
-    length: int
-    tokens_before: int
 
 
 class SoftPromptLayer(VirtualTokenLayer):
@@ -150,7 +134,6 @@ class SoftPromptLayer(VirtualTokenLayer):
         "soft_prompt_mid",
         "soft_prompt_out",
     )
-    other_param_names = ("shapes",)
 
     def __init__(self, stack: Any) -> None:
         super().__init__()
@@ -159,7 +142,6 @@ class SoftPromptLayer(VirtualTokenLayer):
         self.soft_prompt_in = nn.ModuleDict()
         self.soft_prompt_mid = nn.ModuleDict()
         self.soft_prompt_out = nn.ModuleDict()
-        self.shapes: dict[str, PromptShape] = {}
         self.stack_type: StackType = "whole"
         self.in_features = self.out_features = stack.get_input_embeddings().weight.shape[1]
         self.parameter_names = list(inspect.signature(stack.forward).parameters)
@@ -182,9 +164,9 @@ class SoftPromptLayer(VirtualTokenLayer):
     def add_prompt(
         self, adapter_name: str, config: SoftPromptConfig, stack: Any, stack_type: StackType
     ) -> None:
-        """Add a prompt for `stack`; a decoder with an encoder stores only the prompt's shape."""
+        """Add a prompt for `stack`; a decoder with an encoder stores only the config."""
         self.stack_type = stack_type
-        self.shapes[adapter_name] = PromptShape(config.num_virtual_tokens, config.tokens_before)
+        self.configs[adapter_name] = config
         if stack_type == "decoder":
             return
         embedding = stack.get_input_embeddings()
@@ -239,12 +221,6 @@ class SoftPromptLayer(VirtualTokenLayer):
             if name in modules:
                 del modules[name]
 
-    def running(self) -> list[str]:
-        """Returns the names of the adapters of this layer that are active."""
-        if self.disable_adapters:
-            return []
-        return [name for name in self.active_adapters if name in self.shapes]
-
     def before_forward(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook: returns the arguments with the active prompts inserted, or None.
 
@@ -278,8 +254,11 @@ class SoftPromptLayer(VirtualTokenLayer):
                 f"a soft prompt cannot be put into an attention mask of {mask.dim()} dimensions, "
                 "as static caches and packed rows have; give one of (batch, seq)."
             )
-        length = sum(self.shapes[name].length for name in names)
-        return PromptPosition.compute(mask, rows, length, self.shapes[names[0]].tokens_before)
+        tokens_before = self.configs[names[0]].tokens_before
+        return PromptPosition.compute(mask, rows, self._length(names), tokens_before)
+
+    def _length(self, names: list[str]) -> int:
+        return sum(self.configs[name].num_virtual_tokens for name in names)
 
     def _insert_prompts(self, names: list[str], stack: Any, call: dict[str, Any]) -> PromptPosition:
         """Insert prompts (adapter `names`) into the arguments `call` (modified); returns where."""
@@ -305,9 +284,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         if mask is not None:
             call["attention_mask"] = self._compute_position(names, mask, mask).extend_mask(mask)
         if call.get("position_ids") is not None:
-            call["position_ids"] = call["position_ids"] + sum(
-                self.shapes[name].length for name in names
-            )
+            call["position_ids"] = call["position_ids"] + self._length(names)
 
     def _extend_encoder_mask(self, names: list[str], call: dict[str, Any]) -> None:
         """Extend the encoder's mask in the decoder's arguments `call` (modified) by the prompts."""

@@ -203,12 +203,6 @@ class Params4bit(FakeTensor):
 class OperationWatch(TorchDispatchMode, ABC):  # type: ignore[no-untyped-call]  # torch's
     """Base class of dispatch modes that observe the results of this thread's tensor operations."""
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()  # type: ignore[no-untyped-call]
-
     @abstractmethod
     def on_result(self, tensor: Tensor) -> None:
         """Called for each result: a new tensor, a view, or a modified tensor."""

@@ -294,7 +294,7 @@ FORWARD, BACKWARD, FIRST_BLOCK, UPDATE = "forward", "backward", "end of backward
 _PART_BY_PHASE = {FORWARD: ACTIVATIONS, UPDATE: OPTIMIZER}
 
 
-class LiveMemoryTracker(OperationWatch):
+class LiveMemoryTracker(OperationWatch):  # type: ignore[no-untyped-call]  # torch's
     """Context manager that counts the bytes of live tensors by category.
 
     New tensors are activations if the phase, `moment`, is FORWARD; optimizer, if UPDATE; else
@@ -303,7 +303,7 @@ class LiveMemoryTracker(OperationWatch):
     """
 
     def __init__(self, vocab_size: int = 0) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.moment = FORWARD
         self.peaks: dict[str, Counter[str]] = {}
         self.is_counting = True
