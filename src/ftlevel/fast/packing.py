@@ -84,17 +84,15 @@ class PackedLayout:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedLayout:
         """Returns the layout with its tensors on `device`."""
-        source = self.source.to(device, non_blocking=non_blocking)
-        restore = self.restore.to(device, non_blocking=non_blocking)
-        needed = self.needed
-        if needed is not None:
-            needed = needed.to(device, non_blocking=non_blocking)
-        return replace(self, source=source, restore=restore, needed=needed)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedLayout:
         """Returns the layout with its tensors in pinned memory."""
-        pinned = {name: getattr(self, name) for name in ("source", "restore", "needed")}
-        return replace(self, **{n: t.pin_memory() for n, t in pinned.items() if t is not None})
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> PackedLayout:
+        tensors = {name: getattr(self, name) for name in ("source", "restore", "needed")}
+        return replace(self, **{n: function(t) for n, t in tensors.items() if t is not None})
 
     def with_needed_tokens(self, at: Tensor) -> PackedLayout:
         """Returns a copy that needs only tokens `at`, indices in the flattened padded batch."""

@@ -253,7 +253,7 @@ def _explain_error(error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return (
             "it needs custom Python code (auto_map in its config.json), which is not run by "
-            "default. If you trust it: --set model.trust_remote_code=true."
+            "default. If you trust it: train and preview run it with --trust-remote-code."
         )
     if "cannot reshape array" in str(error):  # truncated .gguf tensors
         return f"its tensors are not whole ({_first_line(error)}). Is the download incomplete?"

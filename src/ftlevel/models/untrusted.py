@@ -215,13 +215,11 @@ def check_patterns(adapter_dir: Path, peft_config: Mapping[str, Any], base: Any)
                 compiled = re.compile(pattern)
                 for name in names:
                     compiled.fullmatch(name)
-        except (re.error, RecursionError, OverflowError) as error:
+        except (re.error, RecursionError, OverflowError, TimeoutError) as error:
+            is_slow = isinstance(error, TimeoutError)
+            problem = "takes too long to match" if is_slow else "is no regular expression"
             raise InputError(
-                f"{path}: {field} has {written!r}, which is no regular expression ({error})."
-            ) from None
-        except TimeoutError as error:
-            raise InputError(
-                f"{path}: {field} has {written!r}, which takes too long to match ({error})."
+                f"{path}: {field} has {written!r}, which {problem} ({error})."
             ) from None
 
 

@@ -140,12 +140,16 @@ def resolve_tiny_targets(
          "gate_proj, up_proj, k_proj, o_proj, q_proj, v_proj) and would be ignored. "
          "Expected the end of a module name, or a regular expression."),
         ("lora", {"init_lora_weights": "pissa", "r": 100},
-         "--init pissa takes r directions of each weight, and r 100 is more than 14 of 14 linear "
+         "--init pissa takes r directions of each layer, and r 100 is more than 14 of 14 linear "
          "layers have, such as model.layers.0.self_attn.k_proj (32). Set its rank to 32 or less, "
          "or use --init default."),
         ("lora", {"init_lora_weights": "olora", "rank_pattern": {"up_proj": 80}},
-         "--init olora takes r directions of each weight, and r 80 is more than 2 of 14 linear "
+         "--init olora takes r directions of each layer, and r 80 is more than 2 of 14 linear "
          "layers have, such as model.layers.0.mlp.up_proj (64). Set its rank to 64 or less, "
+         "or use --init default."),
+        ("lora", {"init_lora_weights": "eva", "r": 40},
+         "--init eva takes r directions of each layer, and r 40 is more than 12 of 14 linear "
+         "layers have, such as model.layers.0.mlp.gate_proj (32). Set its rank to 32 or less, "
          "or use --init default."),
         ("lora", {"init_lora_weights": "orthogonal", "rank_pattern": {"up_proj": 3}},
          "--init orthogonal needs even ranks, and r is 3. Set it to 4, or use --init default."),

@@ -13,8 +13,10 @@ import transformers
 
 import tiny_models
 from ftlevel.config import SPECS, TrainConfig
+from ftlevel.errors import ConfigError
 from ftlevel.methods import METHODS, Base
 from ftlevel.methods.adalora.callback import RankPruningCallback
+from ftlevel.methods.lora.initialization import start_from_data
 from ftlevel.models.module_tree import get_heads
 from ftlevel.objectives import TrainingLoss
 from ftlevel.tasks import TASKS
@@ -110,6 +112,24 @@ def test_lora_plus_scales_learning_rate_of_b():
             assert rates[id(parameter)] == pytest.approx(1.6e-3 if "lora_B" in name else 1e-4)
     assert {group["weight_decay"] for group in optimizer.param_groups if group["params"]} == {0.1}
     assert get_method_optimizer(TrainConfig().method, model, arguments) is None
+
+
+def test_eva_without_a_large_enough_batch_raises():
+    """PEFT would repeat the batches forever."""
+    settings = peft.LoraConfig(
+        r=8, target_modules=["q_proj"], init_lora_weights="eva", eva_config=peft.EvaConfig()
+    )
+    model = peft.get_peft_model(tiny_models.build("llama"), settings)
+    ids = torch.arange(30).view(2, 15)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "supervised": ids % 2 == 0}
+    message = (
+        r"rank 8 needs 16 supervised tokens in a batch, and no batch has more than 15\. Raise "
+        r"--per-device-train-batch-size"
+    )
+    with pytest.raises(ConfigError, match=message):
+        start_from_data(model, [batch, batch], "cpu", "float32")
+    start_from_data(model, [{**batch, "supervised": ids >= 0}], "cpu", "float32")
+    assert model.peft_config["default"].init_lora_weights is True
 
 
 def test_lora_plus_trains_embeddings_at_the_rate_of_a():

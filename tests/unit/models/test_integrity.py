@@ -160,7 +160,7 @@ def test_head_with_other_number_of_classes_is_reinitialized(
     [({"num_attention_heads": 7}, "not a multiple of the number of attention heads"),
      ({"hidden_size": "64"}, "'hidden_size' expected int, got str"),
      ({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}},
-      "it needs custom Python code .* --set model.trust_remote_code=true")],
+      "it needs custom Python code .* train and preview run it with --trust-remote-code")],
 )  # fmt: skip
 def test_invalid_config_raises(
     copy_with_weights: Callable[..., Path], fields: dict[str, Any], message: str

@@ -392,13 +392,15 @@ class Lora(Method):
                 f"--init orthogonal needs even ranks, and r is {odd[0]}. Set it to {odd[0] + 1}, "
                 "or use --init default."
             )
-        if spec.init_lora_weights not in (*BASE_MODIFYING_INITS, "loftq"):
+        if spec.init_lora_weights not in (*BASE_MODIFYING_INITS, "loftq", "eva"):
             return
-        small = {name: min(size) for name, size in sizes.items() if min(size) < ranks[name]}
+        is_eva = spec.init_lora_weights == "eva"  # it computes twice as many directions
+        limits = {name: size[0] // 2 if is_eva else min(size) for name, size in sizes.items()}
+        small = {name: limit for name, limit in limits.items() if limit < ranks[name]}
         if small:
             name, width = min(small.items(), key=lambda item: item[1])
             raise ConfigError(
-                f"--init {spec.init_lora_weights} takes r directions of each weight, and r "
+                f"--init {spec.init_lora_weights} takes r directions of each layer, and r "
                 f"{ranks[name]} is more than {len(small):,} of {len(sizes):,} linear layers have, "
                 f"such as {name} ({width:,}). Set its rank to {width} or less, or use --init "
                 "default."

@@ -9,12 +9,15 @@ PEFT's routine needs CUDA and omits the scale s. EVA distributes ranks by explai
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
+from ftlevel.errors import ConfigError
 from ftlevel.models.hardware import autocast
 
 
@@ -61,13 +64,16 @@ def factor(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def start_from_data(model: Any, batches: Any, device: str, dtype: str) -> None:
     """Initialize A, rank and scale of LoRA in `model` (modified) with EVA, from `batches`.
 
-    The config then gets PEFT's default initialization, so that loading does not repeat EVA.
+    The config then gets PEFT's default initialization, so that loading does not repeat EVA. Raises
+    `ConfigError` if all batches are too small.
     """
     from peft import initialize_lora_eva_weights
 
+    _check_batches(model, batches)
     training = model.training
     model.eval()
-    with autocast(device, dtype):
+    # PEFT prints a line for each batch that is too small.
+    with autocast(device, dtype), contextlib.redirect_stdout(io.StringIO()):
         initialize_lora_eva_weights(
             model,
             batches,
@@ -80,3 +86,21 @@ def start_from_data(model: Any, batches: Any, device: str, dtype: str) -> None:
     config = model.peft_config["default"]
     config.init_lora_weights, config.eva_config = True, None
     model.train(training)
+
+
+def _check_batches(model: Any, batches: Any) -> None:
+    """Raise `ConfigError` if PEFT would wait forever for a batch with enough tokens."""
+    from peft.tuners.lora import LoraLayer
+
+    rho = model.peft_config["default"].eva_config.rho
+    rank = max(part.r["default"] for part in model.modules() if isinstance(part, LoraLayer))
+    processes = distributed.get_world_size() if distributed.is_initialized() else 1
+    needed, largest = round(rank * rho), 0
+    for batch in batches:
+        largest = max(largest, processes * int(batch["supervised"].sum()))
+        if largest >= needed:
+            return
+    raise ConfigError(
+        f"--init eva with rank {rank} needs {needed:,} supervised tokens in a batch, and no batch "
+        f"has more than {largest:,}. Raise --per-device-train-batch-size, or lower --lora-r."
+    )
