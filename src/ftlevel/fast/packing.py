@@ -92,7 +92,8 @@ class PackedLayout:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> PackedLayout:
         tensors = {name: getattr(self, name) for name in ("source", "restore", "needed")}
-        return replace(self, **{n: function(t) for n, t in tensors.items() if t is not None})
+        mapped: Any = {n: function(t) for n, t in tensors.items() if t is not None}
+        return replace(self, **mapped)
 
     def with_needed_tokens(self, at: Tensor) -> PackedLayout:
         """Returns a copy that needs only tokens `at`, indices in the flattened padded batch."""

@@ -284,7 +284,7 @@ def load_tokenizer(source: ModelSource) -> Any:
         _check_vocabulary(source)
         raise InputError(f"{source.label} has no usable tokenizer: {_first_line(error)}") from error
     # Without files, transformers builds a tokenizer that knows only special tokens.
-    if files := tokenizer.vocab_files_names:  # none for bytes, as in ByT5
+    if files := getattr(tokenizer, "vocab_files_names", None):  # none for bytes, as in ByT5
         _check_vocabulary(source, files.values())
     if source.kind == "builtin":
         tokenizer.name_or_path = source.name  # for messages
@@ -293,7 +293,7 @@ def load_tokenizer(source: ModelSource) -> Any:
 
 def _check_vocabulary(source: ModelSource, names: Iterable[str] = ()) -> None:
     """Raise `InputError` if the directory `source` has no vocabulary, such as a file of `names`."""
-    patterns = ("tokenizer.*", "vocab*", "merges.txt", "*.model", "*.tiktoken", *names)
+    patterns = ("tokenizer.*", "vocab*", "merges.txt", "*.model", "tekken.json", *names)
     model_dir = Path(source.location)
     if source.kind != "directory" or any(next(model_dir.glob(p), None) for p in patterns):
         return

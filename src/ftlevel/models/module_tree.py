@@ -252,6 +252,13 @@ def get_modules_to_not_convert(model: nn.Module) -> list[str]:
     )
 
 
+def replace_conv1d(model: nn.Module) -> None:
+    """Replace the Conv1D layers of the meta `model` (modified) by linear ones, as quantization."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            model.set_submodule(name, nn.Linear(module.nx, module.nf, device="meta"))
+
+
 def get_heads(model: nn.Module) -> list[str]:
     """Returns the names of modules on top of the base model, such as `lm_head`; may be empty."""
     return ModuleTree(model).heads

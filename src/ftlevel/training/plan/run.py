@@ -24,6 +24,7 @@ from ftlevel.data.sources.readers import is_pattern
 from ftlevel.fast.plan import FastPlan
 from ftlevel.methods import METHODS, Base
 from ftlevel.models.loading import build_task_model
+from ftlevel.models.module_tree import replace_conv1d
 from ftlevel.models.sources import ModelSource
 from ftlevel.objectives import Objective, TrainingLoss
 from ftlevel.tasks import BaseTask
@@ -250,6 +251,8 @@ def count_trainable(run: Run, *, build_modules: bool = False) -> tuple[int, int]
         if num_added is not None:
             return num_added, total + num_added
     meta = build_task_model(run.model.config, run.model.auto_class)
+    if run.model.quant.kind != "none":
+        replace_conv1d(meta)
     model = apply_method(meta, method_info.initialization.without_weights(method), run.base)
     return count_parameters(model)
 
