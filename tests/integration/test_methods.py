@@ -83,3 +83,15 @@ def test_unsupported_method_is_rejected_before_loading(
     assert run(["train", "--quiet", *flags]) == 2
     assert capsys.readouterr().err.startswith("ftlevel: --method oft cannot be used with gpt2: ")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["oft", "boft", "miss", "shira", "c3a"])
+def test_advice_to_quantize_gpt2_is_right(
+    method: str, tmp_path: Path, tiny_model_dir: Callable[..., Path]
+) -> None:
+    """Quantization replaces Conv1D by linear layers, which these methods support."""
+    arguments = ["--model", str(tiny_model_dir("gpt2", chat=True)), "--method", method]
+    data = ["--dataset", str(task_data.write(tmp_path / "data", "mask"))]
+    out = ["--quant", "4bit", "--output-dir", str(tmp_path / "run")]
+    summary = train(*arguments, *data, *SHORT, *out)
+    assert summary["proof"]["adapter_effect"] > 0
