@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import math
 from collections import defaultdict
@@ -145,7 +146,7 @@ class VarlenKernel:
 @lru_cache(maxsize=1)
 def get_installed_kernel() -> VarlenKernel | None:
     """Returns torch's `varlen_attn` as a `VarlenKernel`; None if this torch lacks it."""
-    if find_spec("torch.nn.attention.varlen") is None:
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return None
     from torch.nn.attention.varlen import varlen_attn
 
