@@ -20,6 +20,7 @@ from ftlevel.cli.app import run
 
 TESTS = str(Path(__file__).parents[1])
 TRAIN = ["--method", "lora", "--max-steps", "6", "--output-dir"]
+START = ["--model", "builtin:tiny-llama", "--resume"]
 
 # srun as documented: one process per task with its variables; SIGTERM is forwarded to all.
 SRUN = """#!{python}
@@ -46,7 +47,8 @@ def test_slurm_job_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     for line in ("--job-name=ftlevel-my-run", "--nodes=2", "--ntasks-per-node=8",
                  "--gpus-per-node=8", "--partition=gpu", "--requeue"):  # fmt: skip
         assert f"\n#SBATCH {line}\n" in text
-    assert f" ftlevel train --method lora --max-steps 6 --output-dir '{out}' --resume &" in text
+    command = f"ftlevel train --method lora --max-steps 6 --output-dir '{out}'"
+    assert f" {command} --model builtin:tiny-llama --resume &" in text  # a model starts a new run
     assert subprocess.run(["bash", "-n", job_file], check=False).returncode == 0
     assert run(arguments) == 2  # the file exists
 
@@ -62,7 +64,7 @@ def test_kubernetes_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (spec["Master"]["replicas"], spec["Worker"]["replicas"]) == (1, 2)
     pod = spec["Worker"]["template"]["spec"]
     (container,) = pod["containers"]
-    assert container["args"] == ["train", *TRAIN, str(tmp_path / "run"), "--resume"]
+    assert container["args"] == ["train", *TRAIN, str(tmp_path / "run"), *START]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 4
     assert container["volumeMounts"] == [{"name": "runs", "mountPath": str(tmp_path)}]
     assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "c"
@@ -85,10 +87,37 @@ def test_ray_train_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         "name": "ftlevel-my-run", "storage_path": str(tmp_path),
     }  # fmt: skip
     (assigned,) = (node.value for node in script.body if isinstance(node, ast.Assign))
-    assert ast.literal_eval(assigned) == ["train", *TRAIN, str(out), "--resume"]
+    assert ast.literal_eval(assigned) == ["train", *TRAIN, str(out), *START]
     constants = {node.value for node in ast.walk(script) if isinstance(node, ast.Constant)}
     assert {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
             "MASTER_PORT"} <= constants  # fmt: skip
+
+
+def test_values_are_quoted(capsys: pytest.CaptureFixture[str]) -> None:
+    out, model = "/data/all: #1/run", "builtin:m😀"
+    train = ["--output-dir", out, "--model", model]
+    assert run(["launch", "--on", "k8s", "--image", "a", "--claim", "c", "--dry-run", *train]) == 0
+    spec = yaml.safe_load(capsys.readouterr().out)["spec"]["pytorchReplicaSpecs"]
+    (container,) = spec["Master"]["template"]["spec"]["containers"]
+    assert container["args"] == ["train", *train, "--resume"]
+    assert container["volumeMounts"][0]["mountPath"] == "/data/all: #1"
+    comment = ["--job-option", "comment=it's \"b\" # c", "--job-option", "exclusive"]
+    assert run(["launch", "--on", "slurm", "--dry-run", *comment, *train]) == 0
+    text = capsys.readouterr().out  # as SLURM 24.11 reads it
+    assert "\n#SBATCH --comment='it'\"'\"'s \"b\" # c'\n#SBATCH --exclusive\n" in text
+    resource = ["--job-option", "accelerator_type:A100=0.01"]
+    assert run(["launch", "--on", "ray", "--dry-run", *resource, *train]) == 0
+    assert "{'accelerator_type:A100': 0.01}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "given", [["--dry-run", "true"], ["--submit", "False", "--dry_run=yes"], ["--dry-run", "--json"]]
+)
+def test_job_has_no_words_of_launch(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    train = ["--model", "builtin:tiny-llama", "--output-dir", "runs/x"]
+    assert run(["launch", "--on", "slurm", *given, "--nodes=2", *train]) == 0
+    text = capsys.readouterr().out
+    assert f"ftlevel train {' '.join(train)} --resume &" in text
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import typer
 
 from ftlevel.cli.flags import CommandInput, read_config
+from ftlevel.cli.spelling import OFF, ON
 from ftlevel.config import TrainConfig
 from ftlevel.config.flags import FLAGS
 from ftlevel.errors import ConfigError, RunError
@@ -52,19 +54,9 @@ class Job:
     options: Mapping[str, str]
 
     @property
-    def command(self) -> str:
-        """Command line of the run, quoted for a shell."""
-        return shlex.join(self.args)
-
-    @property
     def resources(self) -> dict[str, float]:
         """Custom Ray resources that each worker requests, from `options`."""
         return {name: float(value) for name, value in self.options.items()}
-
-    @property
-    def quoted(self) -> list[str]:
-        """Arguments of the run, each quoted for YAML and Python."""
-        return [json.dumps(argument) for argument in self.args]
 
 
 def render(job: Job) -> str:
@@ -77,42 +69,28 @@ def render(job: Job) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # not HTML; `Job` quotes the arguments
+        autoescape=False,  # not HTML; templates quote for a shell, or as JSON for YAML and Python
     )
+    environment.filters["quote"] = shlex.quote
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}  # for YAML
     text: str = environment.get_template(TEMPLATES[job.scheduler]).render(job=job)
     return text
 
 
 _OURS = {
     row.name: row.metadata("launch").type is not bool for row in FLAGS if row.on == ("launch",)
-}
-_AMOUNT = re.compile(r"\d+(\.\d+)?")
-_OURS["--json"] = False
+} | {"--json": False}
 """Flags of `launch` that `train` does not have → whether a value follows."""
+_AMOUNT = re.compile(r"\d+(\.\d+)?")
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """Resources per machine to request; `processes` None means one per GPU.
-
-    `image` and `claim` (persistent volume claim) are for Kubernetes.
-    """
-
-    scheduler: str
-    nodes: int
-    gpus: int
-    processes: int | None
-    image: str
-    claim: str
-    options: Sequence[str]
-
-
-def build_job(config: TrainConfig, args: Sequence[str], cluster: Cluster) -> Job:
+def build_job(config: TrainConfig, args: Sequence[str], values: Mapping[str, Any]) -> Job:
     """Build the job that runs `config`; `args` is the command line of `ftlevel launch`.
 
-    Raises ConfigError with all missing and conflicting options.
+    `values` has its flags by parameter, as in `CommandInput`. Raises ConfigError with all missing
+    and conflicting options.
     """
-    output, problems = config.output, []
+    output, scheduler, problems = config.output, values["on"], []
     if output.dir is None:
         problems.append(
             "ftlevel launch needs the run to resume when the job is requeued. Add --output-dir "
@@ -128,47 +106,38 @@ def build_job(config: TrainConfig, args: Sequence[str], cluster: Cluster) -> Job
             "--num-processes cannot be used with ftlevel launch, whose scheduler starts the "
             "processes. Use --nodes and --gpus-per-node, or --processes-per-node."
         )
-    if cluster.scheduler == "k8s" and not (cluster.image and cluster.claim):
+    if scheduler == "k8s" and not (values["image"] and values["claim"]):
         problems.append(
             "--on k8s needs --image IMAGE that contains ftlevel, and --claim NAME of the "
             "persistent volume claim for --output-dir."
         )
-    elsewhere = cluster.scheduler in ("k8s", "ray")
-    if elsewhere and output.dir is not None and not output.dir.is_absolute():
-        problems.append(
-            f"--output-dir {output.dir}: --on {cluster.scheduler} needs an absolute path."
-        )
-    elif (
-        cluster.scheduler == "k8s"
-        and output.dir is not None
-        and output.dir.parent.parent == output.dir.parent
-    ):
+    if output.dir is not None and scheduler != "slurm" and not output.dir.is_absolute():
+        problems.append(f"--output-dir {output.dir}: --on {scheduler} needs an absolute path.")
+    elif output.dir is not None and scheduler == "k8s" and len(output.dir.parts) < 3:
         problems.append(
             f"--output-dir {output.dir}: the claim would be mounted as /. Name a directory in one."
         )
-    options = dict(_option(text, problems) for text in cluster.options)
+    options = dict(_option(text, problems) for text in values["job_option"] or ())
     problems += [
         f"--job-option {name}={value}: expected a number for each resource of a worker, such as "
         f"CPU=4."
         for name, value in options.items()
-        if cluster.scheduler == "ray" and not _AMOUNT.fullmatch(value)
+        if scheduler == "ray" and not _AMOUNT.fullmatch(value)
     ]
     if problems or output.dir is None:
         raise ConfigError(problems)
-    processes = cluster.processes or max(cluster.gpus, 1)
     words = re.sub(r"[^a-z0-9]+", "-", output.dir.name.lower()).strip("-")
-    values = train_arguments(args)
-    values = values if "--resume" in values else [*values, "--resume"]
+    train_args = train_arguments(args)
     return Job(
-        cluster.scheduler,
-        cluster.nodes,
-        processes,
-        cluster.gpus,
-        values,
+        scheduler,
+        values["nodes"],
+        values["processes_per_node"] or max(values["gpus_per_node"], 1),
+        values["gpus_per_node"],
+        train_args if "--resume" in train_args else [*train_args, "--resume"],
         output.dir,
         f"ftlevel-{words}"[:63].rstrip("-"),
-        cluster.image,
-        cluster.claim,
+        values["image"] or "",
+        values["claim"] or "",
         options,
     )
 
@@ -176,25 +145,22 @@ def build_job(config: TrainConfig, args: Sequence[str], cluster: Cluster) -> Job
 def _option(text: str, problems: list[str]) -> tuple[str, str]:
     """Parse a `--job-option` as (name, value); append a message to `problems` if it is invalid."""
     name, _, value = text.partition("=")
-    if not re.fullmatch(r"[A-Za-z][A-Za-z-]*", name) or "\n" in value:
+    if not re.fullmatch(r"[A-Za-z][\w:-]*", name) or "\n" in value:
         problems.append(f"--job-option {text!r}: expected NAME or NAME=VALUE, as partition=gpu.")
     return name, value
 
 
 def train_arguments(args: Sequence[str]) -> list[str]:
     """Returns the `ftlevel train` arguments for those of `ftlevel launch`."""
-    train_args: list[str] = []
-    is_value = False
-    for argument in args:
+    train_args, rest = ["train"], list(args[1:])
+    while rest:
+        argument = rest.pop(0)
         name, has_value, _ = argument.partition("=")
-        name = name.replace("_", "-") if name.startswith("--") else name
-        if is_value:
-            is_value = False
-        elif name in _OURS:
-            is_value = _OURS[name] and not has_value
-        else:
+        if (name := name.replace("_", "-")) not in _OURS:
             train_args.append(argument)
-    return ["train", *train_args[1:]]
+        elif not has_value and rest and (_OURS[name] or rest[0].lower() in (*ON, *OFF)):
+            rest.pop(0)
+    return train_args
 
 
 def write_job(job: Job, path: Path) -> str:
@@ -240,20 +206,13 @@ def launch(
     Accepts the flags of train and validates them. A preempted job is requeued and resumes from its
     latest checkpoint. --dry-run prints the file only.
     """
-    config, _ = read_config(inputs)
+    config, recipe = read_config(inputs)
+    args = inputs.args
+    if recipe is None and inputs.values["model"] is None and inputs.values["dataset"] is None:
+        args = [*args, "--model", config.model.name_or_path]  # --resume alone expects a run
     if on not in SUBMIT:
         raise ConfigError(f"--on {on}: expected one of {', '.join(SUBMIT)}.")
-    values = inputs.values
-    cluster = Cluster(
-        on,
-        values["nodes"],
-        values["gpus_per_node"],
-        values["processes_per_node"],
-        values["image"] or "",
-        values["claim"] or "",
-        values["job_option"] or (),
-    )
-    job = build_job(config, inputs.args, cluster)
+    job = build_job(config, args, inputs.values)
     if dry_run:
         if as_json:
             typer.echo(json.dumps({"job": render(job)}))
