@@ -22,7 +22,7 @@ TESTS = str(Path(__file__).parents[1])
 TRAIN = ["--method", "lora", "--max-steps", "6", "--output-dir"]
 START = ["--model", "builtin:tiny-llama", "--resume"]
 
-# srun as documented: one process per task with its variables; SIGTERM is forwarded to all.
+# srun as SLURM 24.11 does: one process per task with its variables; SIGTERM kills all of them.
 SRUN = """#!{python}
 import os, signal, sys
 sys.path.insert(0, {tests!r})
@@ -32,7 +32,8 @@ tasks = [Forked(words[1:], env={{**os.environ,
     "SLURM_PROCID": str(n), "SLURM_LOCALID": "0", "SLURM_NODEID": str(n),
     "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
     "SLURM_STEP_NODELIST": "localhost,b"}}) for n in range(2)]
-signal.signal(signal.SIGTERM, lambda *_: [os.kill(task.pid, signal.SIGTERM) for task in tasks])
+signal.signal(signal.SIGTERM, lambda *_: [os.kill(task.pid, signal.SIGKILL) for task in tasks])
+open(sys.argv[0] + ".pids", "w").write(" ".join(str(task.pid) for task in tasks))
 sys.exit(max(task.wait() for task in tasks))
 """
 
@@ -175,7 +176,9 @@ def test_interrupted_job_saves_checkpoint_and_requeues(
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, text in (("srun", SRUN.format(python=sys.executable, tests=TESTS)),
-                       ("scontrol", '#!/bin/bash\necho "$@" > "$0.log"\n')):  # fmt: skip
+                       ("scontrol", '#!/bin/bash\necho "$@" > "$0.log"\n'),
+                       ("scancel", f'#!/bin/bash\n[ "$*" = "--signal=TERM 7" ] && '
+                                   f'kill $(cat {programs}/srun.pids)\n')):  # fmt: skip
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     port = str(20000 + os.getpid() % 20000)
