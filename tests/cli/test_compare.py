@@ -148,6 +148,7 @@ def test_table_matches_run_summaries(
     assert run([*command[1:], "--dry-run", "--json"]) == 0
     dry_run = json.loads(capsys.readouterr().out)
     assert dry_run["config"]["train"]["max_steps"] is None
+    assert command[3:] == ["--set", "train.max_steps=null", "--set", "train.learning_rate=null"]
     assert dry_run["config"]["method"]["kind"] == result["best"]
 
 
@@ -174,6 +175,10 @@ def test_resume_with_other_settings_is_rejected(
         == 2
     )
     assert "the budget was" in capsys.readouterr().err
+    resume = ["compare", "--resume", "--output-dir", str(killed_comparison.path)]
+    for name, value in (("search", "lr"), ("trials", "3"), ("study", "sqlite:///x.db")):
+        assert run([*resume, f"--{name}", value]) == 2
+        assert f"--{name} was not given. Drop it" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -235,6 +240,7 @@ def test_incompatible_method_is_skipped_with_reason(
         (("--methods", "ia3", "--lora-r", "4"), "method.r is of none of the compared methods"),
         (("--methods", "qlora", "--quant", "none"), "qlora: "),
         (("--methods", "lora", "--search", "lr", "--study", "x.db"), "expected a database URL"),
+        (("--methods", "lora", "--trials", "5"), "--trials 5 is for --search. Add --search lr"),
     ],
 )
 def test_invalid_arguments_are_rejected(

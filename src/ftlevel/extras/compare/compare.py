@@ -7,6 +7,7 @@ import json
 import math
 import shlex
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,9 @@ def _start_or_resume(
         check_new_output("--output-dir", path)
         if not args.methods:
             raise ConfigError("--methods is missing. Name some: --methods lora,ia3,full")
+        for flag, value in (("--trials", args.trials), ("--study", args.study)):
+            if value is not None and not args.search:
+                raise ConfigError(f"{flag} {value} is for --search. Add --search lr, or drop it.")
         return args, {"asked": state}
     try:
         old = json.loads(before.read_text(encoding="utf-8"))["asked"]
@@ -245,13 +249,17 @@ def _start_or_resume(
             f"--resume {path}: the budget was {old_budget} and is {budget}. Drop it, or start a "
             "new run in another --output-dir."
         )
-    if args.search and list(args.search) != search_results["search"]:
-        raise ConfigError(
-            f"--resume {path}: --search was {join_names(search_results['search']) or 'not given'}. "
-            "Drop it, or start a new run in another --output-dir."
-        )
     if args.trials is not None and not search_results["searched"]:
         search_results["trials"] = args.trials
+    given = {"search": state["search"], "trials": args.trials, "study": args.study}
+    for name, value in given.items():
+        saved = search_results[name] if search_results["search"] else None
+        if value and value != saved:
+            shown = join_names(saved) if isinstance(saved, list) else saved or "not given"
+            raise ConfigError(
+                f"--resume {path}: --{name} was {shown}. Drop it, or start a new run in another "
+                "--output-dir."
+            )
     for run in path.glob("*-seed*"):
         check_lock(run)
     state |= {
@@ -261,16 +269,15 @@ def _start_or_resume(
         "seeds": max(args.seeds, seeds),
         "methods": list(dict.fromkeys([*methods, *args.methods])),
     }
-    args = ComparisonOptions(
-        tuple(state["methods"]),
-        old_budget["steps"],
-        old_budget["minutes"],
-        state["seeds"],
-        args.max_memory,
-        args.max_minutes,
-        tuple(state["search"]),
-        state["trials"],
-        state["study"],
+    args = replace(
+        args,
+        methods=tuple(state["methods"]),
+        steps=old_budget["steps"],
+        minutes=old_budget["minutes"],
+        seeds=state["seeds"],
+        search=tuple(state["search"]),
+        trials=state["trials"],
+        study=state["study"],
     )
     return args, {"asked": state}
 
@@ -357,8 +364,10 @@ def _set_budget(
                 continue
             steps[method] = max(1, int(60 * minutes / step_time))
             write_json(result.path / RESULT, state)
-        section = config.train.model_copy(update={"max_steps": steps[method]})
-        result.configs[method] = config.with_sections(train=section)
+        config = with_values(config, {"train.max_steps": steps[method]})
+        result.configs[method] = config
+        if result.args.search:  # around the learning rate for these steps
+            result.dry_runs[method] = get_run_info(config)
 
 
 def _search_all(

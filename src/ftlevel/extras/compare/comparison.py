@@ -162,13 +162,24 @@ def _is_within(row: Mapping[str, Any], args: ComparisonOptions) -> bool:
 
 
 def _command(row: Mapping[str, Any], result: Comparison) -> str:
-    """Returns the command that trains the winner on all rows and for all epochs."""
+    """Returns the command that trains the winner on all rows and for all epochs.
+
+    It resets what the run chose for its budget, such as a learning rate for few steps.
+    """
     args = ["ftlevel", "train", f"{row['run']}/{CONFIG}"]
-    config = result.configs[row["method"]]
+    config, dry_run = result.configs[row["method"]], result.dry_runs[row["method"]]["config"]
+    resets: list[tuple[str, str, tuple[str, ...]]] = []
     if result.args.steps is not None or result.args.minutes is not None:
-        args += ["--set", "train.max_steps=null"]
+        resets.append(("train", "max_steps", ("learning_rate", "head_learning_rate")))
     if config.data.max_samples is not None:
-        args += ["--set", "data.max_samples=null"]
+        resets.append(("data", "max_samples", ("max_length",)))
+    for section, limit, chosen in resets:
+        given = getattr(config, section).model_fields_set
+        names = [
+            name for name in chosen if name not in given and dry_run[section][name] is not None
+        ]
+        for name in (limit, *names):
+            args += ["--set", f"{section}.{name}=null"]
     for name, value in result.search_results.get(row["method"], {}).get("values", {}).items():
         args += ["--set", f"{name}={value}"]
     return shlex.join(args)

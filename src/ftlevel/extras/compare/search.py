@@ -371,7 +371,7 @@ def _objective(trial: optuna.Trial, study: Study, config: TrainConfig, path: Pat
     try:
         callbacks = [StopWithParent(), _PruningCallback(trial, study.metric)]
         result = train(config, callbacks=callbacks, listener=NullListener())
-    except RunError as error:  # non-finite loss or out of memory
+    except (ConfigError, RunError) as error:  # values that do not fit, or a non-finite loss
         trial.set_user_attr(_REASON, str(error))
         raise optuna.TrialPruned from error
     finally:

@@ -1,0 +1,70 @@
+"""Parts of `compare`: the winner's command, rates that a search tries, and trials that fail."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from ftlevel.config import Layer, TrainConfig, build_config
+from ftlevel.errors import ConfigError
+from ftlevel.events import NullListener
+from ftlevel.extras.compare import compare, search
+from ftlevel.extras.compare.comparison import Comparison, ComparisonOptions, _command
+
+ROWS = "builtin:docstrings"
+MINUTES = ComparisonOptions(("lora",), None, 1.0, 1, None, None, ("lr",), None, None)
+
+
+def build(**train: Any) -> TrainConfig:
+    data = {"dataset": ROWS, "max_samples": 8, "validation_split": 0.2}
+    return build_config([Layer({"data": data, "train": train})])
+
+
+def set_steps(config: TrainConfig, tmp_path: Path, steps: int) -> Comparison:
+    """Returns a comparison of `lora` whose budget of minutes is `steps` steps."""
+    found = Comparison(tmp_path, MINUTES, {"lora": config})
+    found.dry_runs["lora"] = compare.get_run_info(config)
+    state = {"asked": {"planned_steps": {"lora": steps}}}
+    compare._set_budget(found, state, NullListener(), int)
+    return found
+
+
+def test_command_resets_what_was_chosen_for_budget_and_rows(tmp_path: Path) -> None:
+    found = set_steps(build(), tmp_path, 5)
+    command = _command({"run": "a", "method": "lora"}, found)
+    assert command.partition(" --set ")[2].split(" --set ") == [
+        "train.max_steps=null", "train.learning_rate=null",
+        "data.max_samples=null", "data.max_length=null",
+    ]  # fmt: skip
+    found = set_steps(build(learning_rate=1e-3), tmp_path, 5)
+    assert "learning_rate" not in _command({"run": "a", "method": "lora"}, found)
+
+
+def test_search_is_around_the_rate_for_the_steps_of_the_budget(tmp_path: Path) -> None:
+    state = {"search": ["lr"], "config": {}, "budget": {}, "study": None, "trials": 2}
+    rates = []
+    for steps in (5, 3000):
+        found = set_steps(build(num_train_epochs=1), tmp_path, steps)
+        study = search.plan_study(
+            "lora", found.configs["lora"], state, found.dry_runs["lora"], tmp_path
+        )
+        assert study is not None
+        rates.append(study.rate)
+    assert rates[0] > rates[1]
+
+
+def test_trial_whose_values_do_not_fit_is_pruned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(*_: Any, **__: Any) -> None:
+        raise ConfigError("method.gralora_k 4 does not divide method.r 2")
+
+    monkeypatch.setattr(search, "train", train)
+    settings = search.Study("s", "", {"r": "method.r"}, 1e-3, "loss", "minimize", 1)
+    study = optuna.create_study()
+    study.optimize(lambda trial: search._objective(trial, settings, build(), tmp_path), n_trials=1)
+    assert [trial.state.name for trial in study.trials] == ["PRUNED"]
+    assert "does not divide" in study.trials[0].user_attrs["reason"]
