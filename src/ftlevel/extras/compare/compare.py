@@ -192,12 +192,11 @@ def _to_dict(config: TrainConfig) -> dict[str, Any]:
     values = config.model_dump(mode="json", exclude_unset=True, exclude={"output"})
     if "method" in values:
         values["method"]["kind"] = config.method.kind
-    trackers = {
-        "report_to": list(config.output.report_to),
-        "tracker_project": config.output.tracker_project,
-    }
     if config.output.report_to:
-        values["output"] = trackers
+        values["output"] = {
+            "report_to": list(config.output.report_to),
+            "tracker_project": config.output.tracker_project,
+        }
     return make_paths_absolute(values)
 
 

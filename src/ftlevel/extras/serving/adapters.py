@@ -163,23 +163,6 @@ class Writer(Protocol):
         """Load what `write` wrote; settings that the files do not have are those of `lora`."""
 
 
-@dataclass(frozen=True)
-class AdapterCheck:
-    """Comparison of one exported adapter, read back, with the trained model.
-
-    Attributes:
-        difference: largest difference of a logit from the trained model.
-        scale: largest absolute logit.
-        effect: largest change of a logit due to the adapter.
-        quantized: KL divergence from the trained model on its quantized base, or None.
-    """
-
-    difference: float
-    scale: float
-    effect: float
-    quantized: float | None
-
-
 def plan_adapters(
     writer: Writer,
     config: ExportConfig,
@@ -220,15 +203,13 @@ def plan_adapters(
 
 
 def _format_error(adapter: ServedModel, server: Server | None, format_: str, message: str) -> str:
-    peft_config = adapter.peft_config
     purpose = f"for {server.title}" if server else f"as {format_}"
     message = f"{adapter.name} cannot be written {purpose}: {message.rstrip('.')}"
     if message.endswith(_MERGE):
         message = message.removesuffix(_MERGE)
-        peft_type = str(peft_config.get("peft_type"))
-        if get_merge_error(peft_config) is None:
+        if get_merge_error(adapter.peft_config) is None:
             message += f"Merge it: --format {merged_format(server)}"
-        elif peft_type in BY_PEFT_TYPE:
+        elif str(adapter.peft_config.get("peft_type")) in BY_PEFT_TYPE:
             message += "It cannot be merged either: keep it with PEFT or ftlevel"
         else:
             message += "Merge it by merge_and_unload of PEFT, and serve the model"
@@ -298,7 +279,7 @@ class AdaptersExport:
     def write(self, output: Path, device: str, listener: Listener, merge: Any) -> dict[str, Any]:  # noqa: ARG002 - nothing is merged
         """Write every adapter into `output` and check it against the run's; returns the summary."""
         loras: dict[str, NormalForm | None] = {}
-        checks: dict[str, AdapterCheck] = {}
+        checks: dict[str, dict[str, Any]] = {}
         records: list[AdapterRecord] = []
         for adapter in self.adapters:
             path = output if len(self.adapters) == 1 else output / adapter.name
@@ -311,17 +292,16 @@ class AdaptersExport:
         summary = self._summary(loras, checks, verified=self.config.verify)
         if records:
             header = {key: summary[key] for key in ("model", "server", "base", "start")}
-            header |= {
-                "file_format": self.config.format,
-                "dtype": _stored_dtype(self.adapters[0]),
-            }
+            dtype = getattr(self.adapters[0].ref.model_config, "dtype", None) or "float32"
+            header["file_format"] = self.config.format
+            header["dtype"] = str(dtype).removeprefix("torch.")
             save_record(output / FILE, header, records)
         save_readme(output, summary)
         return summary
 
     def _write_one(
         self, adapter: ServedModel, path: Path, device: str, listener: Listener
-    ) -> tuple[NormalForm, AdapterCheck | None, AdapterRecord]:
+    ) -> tuple[NormalForm, dict[str, Any] | None, AdapterRecord]:
         lora, prompts = self.loras[adapter.name], adapter.prompts()
         base: PromptOutputs | None = None
         trained: PromptOutputs | None = None
@@ -337,13 +317,9 @@ class AdaptersExport:
             listener.stage(f"reloading and comparing {adapter.name}")
             reloaded = self.writer.read(path, lora, adapter)
             check = self._compare(adapter, reloaded, prompts, trained, base, device)
-            if check.effect <= BOUND * check.scale:
+            if check["effect"] <= BOUND * check["largest_logit"]:
                 listener.warn(f"{adapter.name} has no effect: its logits equal the base's.")
-        output = (
-            str(path.relative_to(path.parent) / self.writer.file)
-            if len(self.adapters) > 1
-            else (self.writer.file or ".")
-        )
+        output = str(Path(adapter.name if len(self.adapters) > 1 else "", self.writer.file))
         outputs_by_model = {"trained": trained, "base": base}
         return lora, check, record(adapter.name, output, lora.rank, prompts, outputs_by_model)
 
@@ -391,8 +367,12 @@ class AdaptersExport:
         trained: PromptOutputs,
         base: PromptOutputs | None,
         device: str,
-    ) -> AdapterCheck:
-        """Load `lora` with PEFT; raise RunError if its logits differ from the outputs `trained`."""
+    ) -> dict[str, Any]:
+        """Load `lora` with PEFT; raise RunError if its logits differ from the outputs `trained`.
+
+        Returns the comparison for `--json`; "effect" is the largest change of a logit by the
+        adapter, "kl_from_quantized" the divergence from the model on its quantized base, or None.
+        """
         from peft import PeftModel
 
         base_model, _ = load_model(
@@ -421,19 +401,24 @@ class AdaptersExport:
         if quantization != "none" and not adapter.ref.is_prequantized:
             as_trained = adapter.ref.load(device).model
             quantized = answers.divergence(run_prompts(as_trained, adapter, prompts), outputs)
-        return AdapterCheck(difference, scale, effect, quantized)
+        return {
+            "max_difference": difference,
+            "largest_logit": scale,
+            "effect": effect,
+            "kl_from_quantized": quantized,
+        }
 
     def _summary(
         self,
         loras: Mapping[str, NormalForm | None],
-        checks: Mapping[str, AdapterCheck],
+        checks: Mapping[str, dict[str, Any]],
         *,
         verified: bool,
     ) -> dict[str, Any]:
         config, several = self.config, len(self.adapters) > 1
         adapters, exported = [], []
         for adapter in self.adapters:
-            lora, check = loras[adapter.name], checks.get(adapter.name)
+            lora = loras[adapter.name]
             path = config.out / adapter.name if several else config.out
             template = path / TEMPLATE if adapter.custom_chat_template is not None else None
             exported.append(
@@ -451,21 +436,12 @@ class AdaptersExport:
                     "way": lora and lora.way,
                     "changes": lora.notes if lora else [],
                     "chat_template": template and str(template),
-                    "check": check
-                    and {
-                        "max_difference": check.difference,
-                        "largest_logit": check.scale,
-                        "effect": check.effect,
-                        "kl_from_quantized": check.quantized,
-                    },
+                    "check": checks.get(adapter.name),
                 }
             )
-        is_complete = self.server is not None and all(loras.values())
-        start = (
-            build_adapter_commands(self.server, self.adapters[0].base_name, exported)
-            if (is_complete and self.server)
-            else []
-        )
+        start: list[str] = []
+        if self.server and all(loras.values()):
+            start = build_adapter_commands(self.server, self.adapters[0].base_name, exported)
         return {
             "model": config.model,
             "format": config.format,
@@ -515,7 +491,3 @@ def _check_lines(check: Mapping[str, Any]) -> Iterator[str]:
             f"  on the base that is not quantized it is KL {check['kl_from_quantized']:.2g} from "
             "the run on its quantized base"
         )
-
-
-def _stored_dtype(adapter: ServedModel) -> str:
-    return str(getattr(adapter.ref.model_config, "dtype", None) or "float32").removeprefix("torch.")

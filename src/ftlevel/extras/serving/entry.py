@@ -43,26 +43,23 @@ def build_adapter_commands(
     rank = rank_limit(server, max(part.rank for part in adapters))
     pairs = [_pair(server, part) for part in adapters]
     template = next((part.template for part in adapters if part.template is not None), None)
-    several = len(adapters) > 1
-    if server.name == "vllm":
-        command = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(rank)]
-        command += ["--max-loras", str(len(adapters))] * several + ["--lora-modules", *pairs]
-        return [join(command + (["--chat-template", str(template)] if template else []))]
-    if server.name == "sglang":
-        command = ["python", "-m", "sglang.launch_server", "--model-path", base, "--enable-lora"]
-        command += ["--max-lora-rank", str(rank), "--lora-paths", *pairs]
-        return [join(command + (["--chat-template", str(template)] if template else []))]
-    if server.name == "tgi":
-        return [
-            join(
-                ["text-generation-launcher", "--model-id", base, "--lora-adapters", ",".join(pairs)]
-            )
-        ]
-    if server.name == "mlx":
-        return [join(["mlx_lm.server", "--model", base, "--adapter-path", str(adapters[0].path)])]
     if server.name == "llama.cpp":
         return _llama(base, adapters, template)
-    return _openvino(base, f"{Path(base).name}-openvino", adapters)
+    if server.name == "openvino":
+        return _openvino(base, f"{Path(base).name}-openvino", adapters)
+    if server.name == "tgi":
+        command = ["text-generation-launcher", "--model-id", base]
+        return [join([*command, "--lora-adapters", ",".join(pairs)])]
+    if server.name == "mlx":
+        return [join(["mlx_lm.server", "--model", base, "--adapter-path", str(adapters[0].path)])]
+    if server.name == "vllm":
+        command = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(rank)]
+        command += ["--max-loras", str(len(adapters))] * (len(adapters) > 1)
+        command += ["--lora-modules", *pairs]
+    else:
+        command = ["python", "-m", "sglang.launch_server", "--model-path", base, "--enable-lora"]
+        command += ["--max-lora-rank", str(rank), "--lora-paths", *pairs]
+    return [join(command + (["--chat-template", str(template)] if template else []))]
 
 
 def check_command(summary: Mapping[str, Any]) -> str:
@@ -119,19 +116,15 @@ def _openvino(model: str, path: str, adapters: Sequence[ServedAdapter] = ()) -> 
             f"print([str(pipe.generate({kwargs_text}, adapters=ov.AdapterConfig(one))) "
             "for one in own])",
         ]
-    convert = [
-        "optimum-cli",
-        "export",
-        "openvino",
-        "--model",
-        model,
-        "--task",
-        "text-generation-with-past",
-        "--weight-format",
-        "fp16",
-    ]
+    task = ["text-generation-with-past", "--weight-format", "fp16"]
+    return _convert_and_run(model, task, path, code)
+
+
+def _convert_and_run(model: str, task: list[str], path: str, code: list[str]) -> list[str]:
+    """Returns commands that convert `model` to OpenVINO in `path`, and run Python's `code`."""
+    convert = ["optimum-cli", "export", "openvino", "--model", model, "--task", *task, path]
     run = "; ".join(["import openvino_genai as ov", *code])
-    return [join([*convert, path]), join(["python", "-c", run])]
+    return [join(convert), join(["python", "-c", run])]
 
 
 def build_embedding_commands(
@@ -149,22 +142,20 @@ def build_embedding_commands(
         return [join(["llama-server", "-m", path, "--embeddings", *batch])]
     converted = f"{name}-openvino"
     pooling = {"mean": "MEAN", "cls": "CLS", "last": "LAST_TOKEN"}[format_.pooling]
-    kwargs: dict[str, Any] = {"normalize": format_.normalize, "max_length": format_.max_length}
-    kwargs |= {
+    kwargs = {
+        "normalize": format_.normalize,
+        "max_length": format_.max_length,
         "query_instruction": format_.query_prompt,
         "embed_instruction": format_.document_prompt,
     }
     kwargs_text = [f"{key}={value!r}" for key, value in kwargs.items() if value not in (None, "")]
     pooling_arg = f"pooling_type=ov.TextEmbeddingPipeline.PoolingType.{pooling}"
     code = [
-        "import openvino_genai as ov",
         f"pipe = ov.TextEmbeddingPipeline({converted!r}, 'CPU', "
         f"{', '.join([pooling_arg, *kwargs_text])})",
         "print(pipe.embed_query('Hello'))",
     ]
-    task = ["--task", "feature-extraction"]
-    convert = ["optimum-cli", "export", "openvino", "--model", path, *task, converted]
-    return [join(convert), join(["python", "-c", "; ".join(code)])]
+    return _convert_and_run(path, ["feature-extraction"], converted, code)
 
 
 _UBATCH = 512
@@ -238,8 +229,7 @@ class ServedModel:
         source = self.ref.source
         if source.kind == "hub":
             return source.name
-        path = Path(source.location, source.gguf_file or "")
-        return str(path.resolve())
+        return str(Path(source.location, source.gguf_file or "").resolve())
 
     @cached_property
     def base(self) -> Checkpoint:
@@ -297,10 +287,6 @@ def adapter_name(ref: ModelRef) -> str:
     return path.resolve().name if path is not None else ref.base
 
 
-def _display_path(adapter: ServedModel) -> str:
-    return str(adapter.ref.run or adapter.ref.adapter_path)
-
-
 def create_served_model(name: str, ref: ModelRef, server: Server | None) -> ServedModel:
     """Returns `ref` as a `ServedModel`; raises InputError unless PEFT can load it as an adapter."""
     if ref.directory is None:
@@ -324,11 +310,8 @@ def check_server_support(adapter: ServedModel, server: Server | None) -> list[st
     Reads only the model card and the config of the base.
     """
     notes = []
-    quantization, is_stored = (
-        adapter.ref.quantization.get("kind", "none"),
-        adapter.ref.is_prequantized,
-    )
-    if quantization != "none" and not is_stored:
+    quantization = adapter.ref.quantization.get("kind", "none")
+    if quantization != "none" and not adapter.ref.is_prequantized:
         notes.append(
             f"{adapter.name} was trained on a base in {quantization}; a server that loads "
             f"{adapter.base_name} in 16 or 32 bits uses other base weights than training did. To "
@@ -337,11 +320,11 @@ def check_server_support(adapter: ServedModel, server: Server | None) -> list[st
     if server is None:
         return notes
     if not adapter.answers:
+        run = quote(str(adapter.ref.run or adapter.ref.adapter_path))
         raise InputError(
             f"it was trained for {adapter.ref.task} on {with_article(adapter.ref.model_kind)}, and "
             f"{server.title} serves only adapters of decoders that generate text. Merge it: "
-            f"ftlevel merge {quote(_display_path(adapter))} --out DIR; or write PEFT's files: "
-            "--format peft without --for"
+            f"ftlevel merge {run} --out DIR; or write PEFT's files: --format peft without --for"
         )
     family = adapter.ref.model_config.model_type
     if server.families and family not in server.families:

@@ -7,7 +7,6 @@ that ignores the adapter.
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from ftlevel.artifacts.cards import library_versions
-from ftlevel.artifacts.files import write_json
+from ftlevel.artifacts.files import read_json_object, write_json
 from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
 from ftlevel.config.export import SERVERS
 from ftlevel.errors import InputError
@@ -200,9 +199,7 @@ def record(
 
 def save_record(path: Path, metadata: Mapping[str, Any], adapters: Sequence[AdapterRecord]) -> None:
     """Write served.json; `metadata` has the server, the format, the base and the commands."""
-    rows = [
-        {"name": a.name, "place": a.place, "rank": a.rank, "prompts": a.prompts} for a in adapters
-    ]
+    rows = [asdict(adapter) for adapter in adapters]
     write_json(
         path, {"format": _FORMAT, **metadata, "adapters": rows, "versions": library_versions()}
     )
@@ -212,26 +209,30 @@ def save_record(path: Path, metadata: Mapping[str, Any], adapters: Sequence[Adap
 class ServingRecord:
     """A parsed served.json; `metadata` has all fields but the adapters."""
 
-    path: Path
     metadata: Mapping[str, Any]
     adapters: list[AdapterRecord]
 
 
-def record_path(out: Path) -> Path:
-    """Returns the path of served.json for the export at `out`."""
-    return out / FILE if out.is_dir() else out.with_suffix(".served.json")
+def read_record(out: Path) -> tuple[Path, dict[str, Any]]:
+    """Returns the path of served.json of the export at `out`, and its content.
 
-
-def load_record(out: Path) -> ServingRecord:
-    """Load served.json of the export at `out`; raises InputError if it has no valid answers."""
-    path = record_path(out)
+    Raises InputError if there is none, or if it is not a JSON object.
+    """
+    path = out / FILE if out.is_dir() else out.with_suffix(".served.json")
     if not path.is_file():
         raise InputError(
             f"{out} has no {path.name}. Expected what ftlevel export --for SERVER --out wrote, "
             "without --no-verify."
         )
+    return path, read_json_object(path)
+
+
+def parse_record(path: Path, metadata: dict[str, Any]) -> ServingRecord:
+    """Parse `metadata`, the content of served.json at `path`; its adapters are removed from it.
+
+    Raises InputError if it has no valid reference answers.
+    """
     try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
         if metadata.pop("format") != _FORMAT:
             raise InputError(f"{path} was written by a later ftlevel. Install that version.")
         adapters = [AdapterRecord(**row) for row in metadata.pop("adapters")]
@@ -240,11 +241,11 @@ def load_record(out: Path) -> ServingRecord:
                 for who in ("trained", "base"):
                     if who in row:
                         row[who] = ReferenceOutput(**row[who])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not as export writes it ({error!r}). Export again.") from None
     if not any(adapter.prompts for adapter in adapters):
         raise InputError(f"{path} has no reference outputs: its model does not generate text.")
-    return ServingRecord(path, metadata, adapters)
+    return ServingRecord(metadata, adapters)
 
 
 def start_of(server: str, out: Path, format_: EmbeddingFormat | None = None) -> list[str]:
