@@ -20,6 +20,7 @@ from ftlevel.extras.report.facts import (
     ReportedRun,
     compute_prediction_stats,
     compute_retrieval_stats,
+    create_reported_run,
     load_run,
 )
 from ftlevel.extras.report.page import (
@@ -212,6 +213,16 @@ def test_tags_are_counted_per_word() -> None:
     page = render_page([make_run(predictions=answers)])
     assert "Words by correct class" in page
     assert '<th scope="col">tag</th>' in page
+
+
+def test_label_sets_are_no_tags() -> None:
+    rows = [{"true": ["a", "b"], "predicted": ["b", "c"], "loss": 1.0}]
+    assert compute_prediction_stats(rows).unit == "words"
+    summary = SUMMARY | {"data": {"problem_type": "multi_label_classification"}}
+    run = create_reported_run(Path("run"), summary, [], lambda: rows)
+    assert run.answers is not None
+    assert run.answers.classes == []
+    assert run.answers.worst == rows
 
 
 def test_preference_rows_are_shown() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from statistics import fmean
@@ -16,6 +17,7 @@ from ftlevel.artifacts.row_sinks import RolloutStats, summarize_rollouts
 from ftlevel.artifacts.run_directory import ANSWERS, CONFIG, METRICS, ROLLOUTS, SUMMARY
 from ftlevel.errors import InputError
 
+MULTI_LABEL = "multi_label_classification"
 NUM_BARS = 12
 NUM_QUERIES = 10
 SERIES = {
@@ -136,7 +138,9 @@ class PredictionStats:
         return bool(self.classes or self.lengths or self.worst)
 
 
-def compute_prediction_stats(rows: Iterator[dict[str, Any]]) -> PredictionStats:
+def compute_prediction_stats(
+    rows: Iterable[dict[str, Any]], problem_type: str | None = None
+) -> PredictionStats:
     """Returns statistics of `rows` with `predicted`, `true` and optionally `loss`."""
     counts: dict[str, Counter[str]] = {}
     candidates: list[dict[str, Any]] = []
@@ -145,8 +149,10 @@ def compute_prediction_stats(rows: Iterator[dict[str, Any]]) -> PredictionStats:
     for row in rows:
         total += 1
         candidates.append(row)
-        # Generated texts (with a number of tokens) are not classes, however few they are.
-        unit, pairs = ("", []) if "tokens" in row else _pairs(row.get("true"), row.get("predicted"))
+        # Generated texts (with a number of tokens) are not classes, however few they are, and sets
+        # of labels are no tags of words.
+        has_classes = "tokens" not in row and problem_type != MULTI_LABEL
+        unit, pairs = _pairs(row.get("true"), row.get("predicted")) if has_classes else ("", [])
         units.add(unit)
         for true, predicted in pairs:
             counts.setdefault(true, Counter())[predicted] += 1
@@ -267,15 +273,26 @@ def load_run(path: Path, predictions: Path | None = None) -> ReportedRun:
     records = list(_load_json_lines(path / METRICS)) if (path / METRICS).is_file() else []
     if predictions is None and (path / ANSWERS).is_file():
         predictions = path / ANSWERS
+    load_rows = partial(_load_json_lines, predictions) if predictions is not None else None
+    run = create_reported_run(path, summary, records, load_rows)
+    if run.answers and not run.answers.total and predictions != path / ANSWERS:
+        raise InputError(f"{predictions} is empty. Expected rows of evaluate --predictions.")
+    return run
+
+
+def create_reported_run(
+    path: Path,
+    summary: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+    load_rows: Callable[[], Iterable[dict[str, Any]]] | None,
+) -> ReportedRun:
+    """Returns the run in `path`; `load_rows` yields its predictions, and is called twice."""
     answers = retrieval = None
-    if predictions is not None:
-        retrieval = compute_retrieval_stats(_load_json_lines(predictions))
-        answers = None if retrieval else compute_prediction_stats(_load_json_lines(predictions))
-        if answers and not answers.total and predictions != path / ANSWERS:
-            raise InputError(f"{predictions} is empty. Expected rows of evaluate --predictions.")
+    if load_rows is not None and (retrieval := compute_retrieval_stats(load_rows())) is None:
+        problem_type = summary.get("data", {}).get("problem_type")
+        answers = compute_prediction_stats(load_rows(), problem_type)
     rollouts = summarize_rollouts(path / ROLLOUTS)
-    name = path.resolve().name
-    return ReportedRun(name, path, summary, records, answers, rollouts, retrieval)
+    return ReportedRun(path.resolve().name, path, summary, records, answers, rollouts, retrieval)
 
 
 def _load_json_lines(path: Path) -> Iterator[dict[str, Any]]:

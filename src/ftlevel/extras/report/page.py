@@ -17,13 +17,11 @@ from typing import Any
 from ftlevel._version import __version__
 from ftlevel.artifacts.cards import describe_losses, format_memory
 from ftlevel.artifacts.files import check_new_output, write_text
-from ftlevel.artifacts.row_sinks import summarize_rollouts
-from ftlevel.artifacts.run_directory import REPORT, ROLLOUTS, RunDirectory
+from ftlevel.artifacts.run_directory import REPORT, RunDirectory
 from ftlevel.errors import ConfigError
 from ftlevel.extras.report.facts import (
     ReportedRun,
-    compute_prediction_stats,
-    compute_retrieval_stats,
+    create_reported_run,
     list_dimensions,
     load_run,
 )
@@ -479,12 +477,10 @@ def write_run_page(
     run: RunDirectory, summary: Mapping[str, Any], lines: Sequence[dict[str, Any]]
 ) -> None:
     """Write the report when a run ends; `lines` are predictions for the validation rows."""
-    queries = compute_retrieval_stats(lines)
-    answers = compute_prediction_stats(iter(lines)) if lines and queries is None else None
     records = run.load_log(summary["steps"])
-    rollouts = summarize_rollouts(run.path / ROLLOUTS)
-    name = run.path.resolve().name
-    reported_run = ReportedRun(name, run.path, summary, records, answers, rollouts, queries)
+    reported_run = create_reported_run(
+        run.path, summary, records, (lambda: lines) if lines else None
+    )
     write_text(run.report, render_page([reported_run]))
 
 
