@@ -32,8 +32,14 @@ from ftlevel.tasks import BaseTask
 from ftlevel.training.processes import Processes
 from ftlevel.weights.checkpoint import TensorPart, get_tensor_info, load_header, write_file
 
-LOWER_IS_BETTER = ("loss", "perplexity", "rmse", "mse", "mae", "error")
+_LOWER_IS_BETTER = ("loss", "perplexity", "rmse", "mse", "mae", "error")
 """Suffixes of metric names for which lower is better."""
+
+
+def is_greater_better(train: TrainerConfig, metric: str) -> bool:
+    """Returns whether a higher value of `metric` is better, unless `train` says so itself."""
+    greater = train.greater_is_better
+    return greater if greater is not None else not metric.endswith(_LOWER_IS_BETTER)
 
 
 @dataclass(frozen=True)
@@ -103,12 +109,9 @@ def resolve_best_model(
     is_requested = load_best or (train.metric_for_best_model is not None and not needs_metric)
     if uses_best and is_trained_sharded(method, train) and not is_requested:
         loads, reason = False, f"--shard {train.shard} shards the trained weights"
-    greater = train.greater_is_better
-    if greater is None:
-        greater = not metric.endswith(LOWER_IS_BETTER)
     return BestModel(
         metric=metric,
-        greater_is_better=greater,
+        greater_is_better=is_greater_better(train, metric),
         reason=reason,
         loads=loads,
         patience=train.early_stopping_patience,

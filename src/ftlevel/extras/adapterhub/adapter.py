@@ -6,7 +6,6 @@ heads are read only if they compute the same as transformers' head for that mode
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -112,21 +111,17 @@ def _layers(family: str, head_type: str, config: Mapping[str, Any]) -> dict[str,
         return {"1": "score" if family in ("llama", "mistral") else "classifier"}
     if head_type in ("classification", "multilabel_classification"):
         activation, layers = _OF_FIRST_TOKEN.get(family, ("", {}))
-        if (
-            num_layers == 2
-            and not pooled
-            and layers
-            and config["activation_function"] == activation
-        ):
+        is_same = layers and not pooled and config.get("activation_function") == activation
+        if num_layers == 2 and is_same:
             return layers
         if num_layers == 1 and pooled and family in ("bert", "albert"):
             return {"1": "classifier"}
         if num_layers == 1 and family in _OF_LAST_TOKEN and config.get("bias") is False:
             return {"1": "score"}
     keys = ("layers", "activation_function", "use_pooler", "bias")
-    config_dict = ", ".join(f"{key} {config[key]!r}" for key in keys if key in config)
+    settings = ", ".join(f"{key} {config[key]!r}" for key in keys if key in config)
     raise InputError(
-        f"a head of type {head_type} with {config_dict} is not what transformers' {family} "
+        f"a head of type {head_type} with {settings} is not what transformers' {family} "
         "computes. Use it with adapters itself."
     )
 
@@ -251,12 +246,10 @@ class HubAdapter:
 def is_adapterhub(directory: Path) -> bool:
     """Whether the adapter in `directory` is in AdapterHub's format, not PEFT's."""
     try:
-        config_dict = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        config_dict = read_json_object(directory / CONFIG)
+    except InputError:
         return False
-    return (
-        isinstance(config_dict, dict) and "peft_type" not in config_dict and "config" in config_dict
-    )
+    return "peft_type" not in config_dict and "config" in config_dict
 
 
 def load_hub_adapter(directory: Path) -> HubAdapter:

@@ -107,11 +107,10 @@ class AdapterHubExport:
     @property
     def notes(self) -> list[str]:
         """Notes for the user, as sentences without a full stop."""
-        peft_config = load_peft_config(self.directory)
         notes = []
-        if peft_config.get("adapter_dropout"):
+        if dropout := load_peft_config(self.directory).get("adapter_dropout"):
             notes.append(
-                f"adapter_dropout {peft_config['adapter_dropout']:g} is on the bottleneck here and "
+                f"adapter_dropout {dropout:g} is on the bottleneck here and "
                 "on the output in AdapterHub: it is written as 0, which only training would see"
             )
         if self.card.quantization.get("kind", "none") != "none":
@@ -128,10 +127,6 @@ class AdapterHubExport:
         yield Choice("name", self.name, "as load_adapter returns it")
         yield Choice("head", ", ".join(self.card.heads) or "none", "")
         yield Choice("out", self.config.out)
-
-    def dry_run(self) -> dict[str, Any]:
-        """Returns the summary of the planned export."""
-        return self._summary()
 
     def write(
         self,
@@ -151,25 +146,23 @@ class AdapterHubExport:
             ours = next(end for end in WEIGHTS if key.endswith(f".{end}"))
             site = key.removesuffix(f".{ours}")
             before = start if site.startswith(start) else ""
-            exported[f"{before}{self.hub_names[site]}.adapters.{self.name}.{WEIGHTS[ours]}"] = (
-                tensor
-            )
+            name = f"{before}{self.hub_names[site]}.adapters.{self.name}.{WEIGHTS[ours]}"
+            exported[name] = tensor
         torch.save(exported, output / ADAPTER_FILES[1])
         write_json(output / CONFIG, {**self._about(), "name": self.name, "config": self.hub_config})
         if head:
             torch.save(head, output / HEAD_FILES[1])
-            labels = self.card.labels
-            of_labels = {
+            head_config = self._about() | {
+                "name": None,
+                "config": None,
                 "num_labels": self.model.config.num_labels,
-                "label2id": {label: index for index, label in enumerate(labels)} or None,
+                "label2id": {label: index for index, label in enumerate(self.card.labels)} or None,
             }
-            write_json(
-                output / HEAD_CONFIG, {**self._about(), "name": None, "config": None, **of_labels}
-            )
+            write_json(output / HEAD_CONFIG, head_config)
         if self.config.verify:
             listener.stage("reloading the adapter")
             self._check(output, {**weights, **head})
-        return self._summary() | {"verified": self.config.verify}
+        return self.dry_run() | {"verified": self.config.verify}
 
     def _about(self) -> dict[str, Any]:
         config = self.model.config
@@ -194,7 +187,8 @@ class AdapterHubExport:
             if not torch.equal(weights[_PREFIX + name], tensor):
                 raise RunError(f"{output}: {name} was written wrongly; this is a bug.")
 
-    def _summary(self) -> dict[str, Any]:
+    def dry_run(self) -> dict[str, Any]:
+        """Returns the summary of the planned export."""
         return {
             "model": self.config.model,
             "format": "adapterhub",

@@ -130,7 +130,7 @@ def time_step(load: StepLoad, network: Network) -> StepTime:
     reduce, reduce_root = network.seconds(load.reduced), network.seconds(load.reduced_root)
     behind = (gather if load.regather else 0.0) + reduce
     waits = root + gather + (count - 1) * max(0.0, gather - load.forward)
-    waits += (gather if load.regather else 0.0) + reduce + reduce_root
+    waits += behind + reduce_root
     waits += (count - 1) * max(0.0, behind - load.backward)
     talks = root + reduce_root + count * (gather + behind)
     once = 2 * network.seconds(load.everywhere)
@@ -167,10 +167,9 @@ class ClusterForecast:
 
     def time(self) -> TimeForecast | None:
         """Returns the estimated time of an epoch; None if the number of steps is unknown."""
-        if self.seconds_per_epoch is None:
-            return None
+        seconds = self.seconds_per_epoch
         how = f"a roofline and rings on {self.network.ranks:,} GPUs, not measured"
-        return TimeForecast(self.seconds_per_epoch, self.tokens_per_s, how)
+        return None if seconds is None else TimeForecast(seconds, self.tokens_per_s, how)
 
     def lines(self) -> Iterator[str]:
         """Yields the estimate as lines of text for the terminal."""
@@ -247,10 +246,8 @@ def _sent(sharded: ShardedModel, ranks: int, shard: str) -> dict[str, Any]:
     if shard == "none":
         base = sharded.blocks.reduced_bytes(1) + sharded.root.reduced_bytes(1)
         return {"everywhere": base if sharded.trains_base else sharded.trained}
-    block, root = (
-        sharded.blocks.gathered_bytes(ranks) / sharded.count,
-        sharded.root.gathered_bytes(ranks),
-    )
+    block = sharded.blocks.gathered_bytes(ranks) / sharded.count
+    root = sharded.root.gathered_bytes(ranks)
     sent = {"block": block, "root": root, "regather": shard == "full"}
     if sharded.trains_base:
         reduced = sharded.blocks.reduced_bytes(ranks) / sharded.count

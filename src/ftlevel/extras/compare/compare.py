@@ -131,11 +131,10 @@ def compare(
         _search_all(found, state, listener, prepare)
         _train_all(found, listener, prepare)
     except (KeyboardInterrupt, Interrupted) as error:
-        code = error.exit_code if isinstance(error, Interrupted) else _CTRL_C
         raise Interrupted(
             "interrupted; finished runs are kept. Resume with: ftlevel compare --output-dir "
             f"{shlex.quote(str(path))} --resume",
-            code,
+            getattr(error, "exit_code", _CTRL_C),
         ) from None
     result = summarize(found, state)
     write_json(path / RESULT, result)

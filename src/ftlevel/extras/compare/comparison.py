@@ -24,7 +24,7 @@ from ftlevel.evaluation.intervals import (
 )
 from ftlevel.extras.report.page import report
 from ftlevel.tasks import TASKS
-from ftlevel.training.best import LOWER_IS_BETTER
+from ftlevel.training.best import is_greater_better
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,17 +93,16 @@ def ranking_metric(train: TrainerConfig, task: str, headline: str) -> str:
 def summarize(result: Comparison, state: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the output of `--json`, with methods sorted from best to worst."""
     first = next(iter(result.scored.values()))[0]
-    greater = next(iter(result.configs.values())).train.greater_is_better
-    is_lower_better = (
-        not greater if greater is not None else (first["name"].endswith(LOWER_IS_BETTER))
-    )
+    train = next(iter(result.configs.values())).train
     scores = {
         method: MetricRuns(
             [run["metric"] for run in runs], np.array([run["draws"] for run in runs])
         )
         for method, runs in result.scored.items()
     }
-    order = sorted(scores, key=lambda m: scores[m].mean, reverse=not is_lower_better)
+    order = sorted(
+        scores, key=lambda m: scores[m].mean, reverse=is_greater_better(train, first["name"])
+    )
     rows = []
     for method in order:
         apart = compute_difference(scores[method], scores[order[0]], len(order) - 1)

@@ -39,7 +39,7 @@ from ftlevel.errors import (
 )
 from ftlevel.events import NullListener
 from ftlevel.extras.compare.comparison import ranking_metric
-from ftlevel.training.best import LOWER_IS_BETTER
+from ftlevel.training.best import is_greater_better
 
 if TYPE_CHECKING:
     import optuna
@@ -259,16 +259,13 @@ def plan_study(
         return None
     key = json.dumps([word, state["config"], state["budget"], state["search"]], sort_keys=True)
     metric = ranking_metric(config.train, dry_run["config"]["task"], dry_run["headline"])
-    greater = config.train.greater_is_better
-    if greater is None:
-        greater = not metric.endswith(LOWER_IS_BETTER)
     return Study(
         f"ftlevel-{word}-{hashlib.sha256(key.encode()).hexdigest()[:12]}",
         state["study"] or f"sqlite:///{(path / DATABASE).resolve()}",
         fields,
         dry_run["config"]["train"]["learning_rate"],
         metric,
-        "maximize" if greater else "minimize",
+        "maximize" if is_greater_better(config.train, metric) else "minimize",
         state["trials"],
     )
 
