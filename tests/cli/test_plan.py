@@ -249,6 +249,7 @@ def test_weights_memory_of_real_models(
         ),
         (("--nodes", "2", "--gpu", "80GB"), "the speed of their cards is not known"),
         (("--nodes", "2", "--gpu", "h100", "--interconnect-gbps", "0"), "expected more than 0"),
+        (("--nodes", "2", "--gpu", "h100", "--interconnect-gbps", "nan"), "expected more than 0"),
     ],
 )
 def test_invalid_arguments_are_rejected(

@@ -253,7 +253,7 @@ def _validate_gpus(config: TrainConfig, options: PlanOptions, gpu: Gpu | None) -
             f"--nodes {options.nodes} --gpus-per-node {options.gpus_per_node}: the speed of their "
             "cards is not known. Name one: --gpu h100."
         )
-    if options.interconnect_gbps <= 0:
+    if not 0 < options.interconnect_gbps < math.inf:
         raise ConfigError(
             f"--interconnect-gbps {options.interconnect_gbps:g}: expected more than 0, as 400."
         )

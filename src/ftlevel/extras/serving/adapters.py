@@ -218,9 +218,7 @@ def _format_error(adapter: ServedModel, server: Server | None, format_: str, mes
 
 def _validate_set(adapters: Sequence[ServedModel], server: Server | None) -> None:
     """Raise ConfigError or InputError if one server cannot serve all `adapters`."""
-    if len(adapters) == 1:
-        return
-    if server is not None and not server.several:
+    if len(adapters) > 1 and server is not None and not server.several:
         raise ConfigError(
             f"--for {server.name} serves one adapter, and {len(adapters)} are given: "
             f"{join_names(adapter.name for adapter in adapters)}. Choose one."
