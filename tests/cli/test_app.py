@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ftlevel.artifacts.run_directory import create_marker
-from ftlevel.cli.app import commands, run
+from ftlevel.cli.app import commands, main, run
 from ftlevel.config import SPECS, TrainConfig
 from ftlevel.config.flag import config_of
 from ftlevel.config.methods import MODULES
@@ -194,6 +194,24 @@ def test_usage_error_prints_one_line_and_exits_2(
     assert len(captured.err.strip().splitlines()) == 1
     assert captured.err.startswith("ftlevel: ")
     assert message in captured.err
+
+
+@pytest.mark.parametrize(("rank", "waits"), [("0", []), ("1", [3])])
+def test_process_that_does_not_print_an_error_exits_last(
+    rank: str, waits: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """mpirun kills all processes when one exits; so the one that prints must not be killed."""
+    for name, value in (("RANK", rank), ("SIZE", "2"), ("LOCAL_RANK", rank), ("LOCAL_SIZE", "2")):
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
+    slept: list[int] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    monkeypatch.setattr("ftlevel.cli.app.install_signal_handlers", lambda _: None)
+    monkeypatch.setattr("ftlevel.cli.app.protect_exit", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["ftlevel", "train", "--method", "lorra"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert slept == waits
+    assert ("'lorra'" in capsys.readouterr().err) == (not waits)
 
 
 def test_schema_prints_json(capsys: pytest.CaptureFixture[str]) -> None:

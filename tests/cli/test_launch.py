@@ -102,7 +102,7 @@ def test_values_are_quoted(capsys: pytest.CaptureFixture[str]) -> None:
     (container,) = spec["Master"]["template"]["spec"]["containers"]
     assert container["args"] == ["train", *train, "--resume"]
     assert container["volumeMounts"][0]["mountPath"] == "/data/all: #1"
-    comment = ["--job-option", "comment=it's \"b\" # c", "--job-option", "exclusive"]
+    comment = ["--job-option", 'comment=it\'s "b" # c', "--job-option", "exclusive"]
     assert run(["launch", "--on", "slurm", "--dry-run", *comment, *train]) == 0
     text = capsys.readouterr().out  # as SLURM 24.11 reads it
     assert "\n#SBATCH --comment='it'\"'\"'s \"b\" # c'\n#SBATCH --exclusive\n" in text
@@ -112,7 +112,8 @@ def test_values_are_quoted(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [["--dry-run", "true"], ["--submit", "False", "--dry_run=yes"], ["--dry-run", "--json"]]
+    "given",
+    [["--dry-run", "true"], ["--submit", "False", "--dry_run=yes"], ["--dry-run", "--json"]],
 )
 def test_job_has_no_words_of_launch(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     train = ["--model", "builtin:tiny-llama", "--output-dir", "runs/x"]

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import sys
+import time
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -120,6 +121,7 @@ def _root(
 
 _MAX_MESSAGE = 300  # characters
 _CTRL_C = 130
+_SECONDS_TO_PRINT = 3  # for the process of this machine that prints a usage error
 _DISCONNECTED = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 
 
@@ -128,6 +130,8 @@ def main() -> None:
     silence_loggers()
     install_signal_handlers(lambda: _end_interrupted(sys.argv[1:]))
     code = run(sys.argv[1:])
+    if code == 2 and not should_print():  # launchers kill the other processes when one exits
+        time.sleep(_SECONDS_TO_PRINT)
     protect_exit(code)
     raise SystemExit(code)
 
