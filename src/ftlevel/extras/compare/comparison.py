@@ -161,12 +161,10 @@ def _is_within(row: Mapping[str, Any], args: ComparisonOptions) -> bool:
 
 
 def _command(row: Mapping[str, Any], result: Comparison) -> str:
-    """Returns the command that trains the winner on all rows and for all epochs.
-
-    It resets what the run chose for its budget, such as a learning rate for few steps.
-    """
+    """Returns the command that trains the winner on all rows and for all epochs."""
     args = ["ftlevel", "train", f"{row['run']}/{CONFIG}"]
     config, dry_run = result.configs[row["method"]], result.dry_runs[row["method"]]["config"]
+    # Limit of the comparison, and what a run chooses for it, such as a rate for few steps.
     resets: list[tuple[str, str, tuple[str, ...]]] = []
     if result.args.steps is not None or result.args.minutes is not None:
         resets.append(("train", "max_steps", ("learning_rate", "head_learning_rate")))
