@@ -215,6 +215,11 @@ def test_tags_are_counted_per_word() -> None:
     assert '<th scope="col">tag</th>' in page
 
 
+def test_command_is_quoted() -> None:
+    page = render_page([make_run("my run")])
+    assert "<pre>ftlevel train &#39;runs/my run/config.yaml&#39;</pre>" in page
+
+
 def test_label_sets_are_no_tags() -> None:
     rows = [{"true": ["a", "b"], "predicted": ["b", "c"], "loss": 1.0}]
     assert compute_prediction_stats(rows).unit == "words"

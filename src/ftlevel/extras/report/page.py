@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from ftlevel._version import __version__
@@ -372,6 +373,7 @@ def _load_template() -> Any:
         "findings": data_findings,
         "checks": checks,
         "dimensions": list_dimensions,
+        "quote": quote,
     }
     return environment.get_template("page.html.jinja")
 
