@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import optuna
 import pytest
 
 from ftlevel.config import Layer, TrainConfig, build_config
-from ftlevel.errors import ConfigError
+from ftlevel.errors import ConfigError, InputError
 from ftlevel.events import NullListener
 from ftlevel.extras.compare import compare, search
 from ftlevel.extras.compare.comparison import Comparison, ComparisonOptions, _command
@@ -54,6 +55,23 @@ def test_search_is_around_the_rate_for_the_steps_of_the_budget(tmp_path: Path) -
         assert study is not None
         rates.append(study.rate)
     assert rates[0] > rates[1]
+
+
+def test_resume_with_changed_rows_is_rejected(tmp_path: Path) -> None:
+    config = build()
+    data = dict(compare.get_run_info(config)["data"])
+    run = tmp_path / "lora-seed42"
+    run.mkdir()
+    for name in ("fingerprint", "validation_fingerprint", ""):
+        summary = {"data": {key: "other" if key == name else data[key] for key in data}}
+        (run / "summary.json").write_text(json.dumps(summary))
+        found = Comparison(tmp_path, MINUTES)
+        if name:
+            with pytest.raises(InputError, match="the rows are not those of lora-seed42"):
+                compare._check_methods(config, found, NullListener())
+        else:
+            compare._check_methods(config, found, NullListener())
+            assert list(found.configs) == ["lora"]
 
 
 def test_trial_whose_values_do_not_fit_is_pruned(

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ftlevel.artifacts.files import check_new_output, write_json, write_text
+from ftlevel.artifacts.files import check_new_output, read_json_object, write_json, write_text
 from ftlevel.artifacts.paths import make_paths_absolute
 from ftlevel.artifacts.run_directory import CONFIG, SUMMARY, check_lock
 from ftlevel.commands.evaluate import evaluate
@@ -98,6 +98,7 @@ RESULT = "compare.json"
 _TRIALS = 10
 _CTRL_C = 130
 _METRIC = "train.metric_for_best_model"
+_ROWS = ("fingerprint", "validation_fingerprint")
 
 
 def compare(
@@ -296,6 +297,7 @@ def _check_methods(config: TrainConfig, result: Comparison, listener: Listener) 
         try:
             ready = _with_method(config, fields, result.args)
             dry_run = get_run_info(ready)
+            _check_rows(result.path / f"{word}-seed{ready.train.seed}", dry_run)
         except InputError:
             raise
         except ConfigError as error:
@@ -313,6 +315,16 @@ def _check_methods(config: TrainConfig, result: Comparison, listener: Listener) 
         raise ConfigError(
             "compare scores every method on held-out rows, and there are none. Add "
             "--validation-file FILE, or --validation-split 0.1."
+        )
+
+
+def _check_rows(run: Path, dry_run: Mapping[str, Any]) -> None:
+    """Raise InputError if the finished `run`, if there is one, had other rows than `dry_run`."""
+    before = read_json_object(run / SUMMARY)["data"] if (run / SUMMARY).is_file() else {}
+    if any(before[name] != dry_run["data"][name] for name in _ROWS if name in before):
+        raise InputError(
+            f"--resume {run.parent}: the rows are not those of {run.name}. Start a new comparison "
+            "in another --output-dir."
         )
 
 
