@@ -146,9 +146,10 @@ def join_tables(tables: Sequence[Table]) -> Table:
         )
         for column, names in other.label_names.items():
             if names != (expected := label_names.setdefault(column, names)):
+                source = next(table.source for table in tables if column in table.label_names)
                 raise InputError(
                     f"{other.source}: the classes of {column!r} are {join_names(names)}, and those "
-                    f"of {first.source} are {join_names(expected)}. The same number would be a "
+                    f"of {source} are {join_names(expected)}. The same number would be a "
                     f"different class. Use class names instead of numbers, or the same order in "
                     f"both."
                 )

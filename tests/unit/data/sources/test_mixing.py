@@ -113,6 +113,8 @@ def test_joining_different_label_names_raises() -> None:
     assert join_tables([first, same]).label_names == {"label": ("no", "yes")}
     with pytest.raises(InputError, match=r"^other: the classes of 'label' are yes, no, and those"):
         join_tables([first, different])
+    with pytest.raises(InputError, match=r"and those of one are no, yes\."):
+        join_tables([replace(first, label_names={}, source="none"), first, different])
 
 
 def test_joined_tables_have_all_label_names() -> None:
