@@ -119,6 +119,18 @@ def test_invalid_extension_is_rejected(
 
 
 @pytest.mark.slow
+def test_longer_run_of_equally_many_steps_is_accepted(common: list[str]) -> None:
+    assert train(*common, "--epochs", "0.9")["steps"] == 3
+    assert train("--resume", "--num-train-epochs", "1")["steps"] == 3
+
+
+def test_summary_counts_steps_that_were_not_logged(common: list[str]) -> None:
+    common[common.index("--dataset") + 1] = "data/train.jsonl"  # without validation rows
+    common[common.index("--logging-steps") + 1] = "3"
+    summary = train(*common, "--max-steps", "4")
+    assert (summary["steps"], list(learning_rates("run"))) == (4, [1, 3])
+
+
 def test_resume_without_adapter_file_trains_no_further(common: list[str]) -> None:
     train(*common, *CONSTANT, "--max-steps", "4", "--save-strategy", "steps", "--save-steps", "4")
     before = weights("run")

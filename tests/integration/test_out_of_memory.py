@@ -6,12 +6,17 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from ftlevel.cli.app import run
+from ftlevel.config import TrainConfig
+from ftlevel.errors import RunError
+from ftlevel.training.memory import explain_out_of_memory
 from ftlevel.training.trainer import FtlevelTrainer
 
 ALLOCATION_ERROR = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
@@ -172,6 +177,21 @@ def test_row_that_does_not_fit_is_reported(
     )
     assert "--gradient-checkpointing; --quant 4bit; a --max-length below 128" in error
     assert not Path("run/adapter").exists()
+
+
+@pytest.mark.parametrize(("rows", "advice"), [(8, (4, 4)), (9, (3, 6)), (7, (1, 14))])
+def test_advised_batch_keeps_rows_of_a_step(rows: int, advice: tuple[int, int]) -> None:
+    train = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 2}
+    planned: Any = SimpleNamespace(
+        config=TrainConfig.model_validate({"train": train}),
+        model=SimpleNamespace(config=LlamaConfig()),
+        data=SimpleNamespace(max_length=0),
+    )
+    with pytest.raises(RunError) as caught, explain_out_of_memory(planned):
+        raise MemoryError
+    size, steps = advice
+    flags = f"--per-device-train-batch-size {size} --gradient-accumulation-steps {steps} (the same"
+    assert flags in str(caught.value)
 
 
 @pytest.mark.parametrize(

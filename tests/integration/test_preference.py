@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import log_softmax
+from transformers import GPT2Config
 
 import forked
 from ftlevel.commands.evaluate import evaluate
 from ftlevel.commands.merge import merge
 from ftlevel.commands.predict import predict
-from ftlevel.config import EvaluateConfig, MergeConfig, PredictConfig
+from ftlevel.config import EvaluateConfig, MergeConfig, PredictConfig, TrainConfig
 from ftlevel.training import reference
 from preference_runs import create_labeled_answer, create_pair, losses, run, write_rows
 
@@ -205,6 +208,32 @@ def test_reference_is_cached_and_completed(
     third_summary = run(model, data, tmp_path / "3").summary
     assert not third_summary["reference"]["cached"]
     assert losses(tmp_path / "3") == losses(tmp_path / "1")
+
+
+@pytest.mark.slow
+def test_reference_is_computed_again_for_changed_config(
+    tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    """The policy then equals the reference at step 1, and the loss is ln 2."""
+    data = write_rows(tmp_path / "data")
+    model = shutil.copytree(tiny_model_dir("llama"), tmp_path / "model")
+    run(model, data, tmp_path / "1")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1.0}))
+    summary = run(model, data, tmp_path / "2").summary
+    assert not summary["reference"]["cached"]
+    assert losses(tmp_path / "2")[0][0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_first_loss_note_names_dropout_of_the_model() -> None:
+    planned: Any = SimpleNamespace(
+        config=TrainConfig(),
+        model=SimpleNamespace(config=GPT2Config(), dtype="float32"),
+        objective=SimpleNamespace(first_loss=math.log(2)),
+    )
+    start = reference.Reference({}, None)
+    _, (note,) = reference.check_first_loss(start, planned, [{"step": 1, "loss": 0.7}])
+    assert "pdrop 0.1, which the reference does not use" in note
 
 
 @pytest.mark.slow

@@ -20,11 +20,14 @@ import pytest
 from safetensors.torch import load_file
 
 import forked
+import ranks
 from forked import Forked
 from ftlevel import TrainConfig, train
 from ftlevel.cli import train as processes
 from ftlevel.errors import ConfigError
+from ftlevel.events import NullListener
 from ftlevel.training import processes as watch_processes
+from ftlevel.training.trainer import FtlevelTrainer
 
 pytestmark = pytest.mark.slow
 PROGRAM = [sys.executable, "-m", "ftlevel"]
@@ -165,6 +168,53 @@ def test_resumed_run_matches_uninterrupted_run(
     shutil.rmtree(out / "checkpoints/checkpoint-8")  # 5 is in the middle of the second epoch
     forked.run("train", "--output-dir", str(out), "--resume")
     assert weights.read_bytes() == expected
+
+
+def train_with_nan_loss(rank: int, model: Path, dataset: Path, out: Path, action: str) -> None:
+    """Train with a loss that is NaN in step 6 of the second process."""
+    compute_loss = FtlevelTrainer.compute_loss
+
+    def compute(self: Any, *arguments: Any, **settings: Any) -> Any:
+        loss = compute_loss(self, *arguments, **settings)
+        return loss * float("nan") if rank == 1 and self.state.global_step == 5 else loss
+
+    FtlevelTrainer.compute_loss = compute  # type: ignore[method-assign]
+    values = TrainConfig().model_dump()
+    values["model"]["name_or_path"], values["data"]["dataset"] = str(model), str(dataset)
+    values["train"] |= {"max_steps": 8, "save_steps": 3, "on_nonfinite": action}
+    values["speed"]["verify"], values["output"]["dir"] = False, out
+    train(TrainConfig.model_validate(values), listener=NullListener())
+
+
+@pytest.mark.parametrize("action", ["skip", "rollback"])
+def test_all_processes_skip_step_with_nan_in_one(
+    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path, action: str
+) -> None:
+    arguments = (tiny_model_dir("llama"), dataset, tmp_path / "run", action)
+    both = ranks.start(train_with_nan_loss, [(rank, *arguments) for rank in (0, 1)])
+    assert ranks.end(both, 120) == [0, 0]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    (note,) = summary["left_out"]
+    assert note["step"] == 6
+    assert note["how"] == {"skip": "skipped", "rollback": "rolled back to checkpoint-3"}[action]
+
+
+def test_two_processes_count_pairs_and_tokens(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    """One of the processes has no pair in the last step, whose loss has two counts."""
+    rows = [{"prompt": "a", "chosen": " ".join(TEXT[:n]), "rejected": "b"} for n in range(1, 6)]
+    dataset = tmp_path / "pairs.jsonl"
+    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--task", "preference", "--loss", "cpo", "--set", "preference.nll_mean=token",
+               "--logging-steps", "1", "--warmup-steps", "9", "--num-train-epochs", "1",
+               "--num-processes", "2"]  # fmt: skip
+    model, out = tiny_model_dir("llama"), tmp_path / "run"
+    command = train_command(model, dataset, out, *options)
+    command[command.index("4")] = "2"
+    process = forked.run(*command)
+    assert process.stderr.count("--warmup-steps 9 is longer") == 1, "the first process warns"
+    assert len(losses(out)) == 2
 
 
 def test_num_processes_without_launcher_raises() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ftlevel.cli.app import run
 
@@ -135,6 +136,22 @@ def test_allow_change_accepts_config_change(
     (change,) = summary["changed_on_resume"]
     assert (change["step"], change["field"]) == (2, "model.config.rms_norm_eps")
     assert change["is"] == 1e-3
+
+
+def test_allowed_optimizer_settings_are_used(interrupted_run: Path) -> None:
+    command = ["train", "--quiet", "--output-dir", "run", "--resume", "--learning-rate", "0.5",
+               "--weight-decay", "0.25", "--set", "train.adam_beta1=0.75"]  # fmt: skip
+    names = ("learning_rate", "weight_decay", "adam_beta1")
+    assert run([*command, *(f"--allow-change=train.{name}" for name in names)]) == 0
+    state = torch.load("run/checkpoints/checkpoint-4/optimizer.pt", weights_only=True)
+    settings = [(g["weight_decay"], g["betas"][0], g["initial_lr"]) for g in state["param_groups"]]
+    assert settings == [(0.25, 0.75, 0.5), (0.0, 0.75, 0.5)], "the last group has biases and norms"
+    (rate,) = (r["learning_rate"] for r in load_log() if r["step"] == 3)
+    assert rate == 0.25, "linear decay: half of the new rate at step 3 of 4"
+
+
+def load_log() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
 
 
 def test_run_of_older_version_resumes(interrupted_run: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from ftlevel.cli.app import run
+from ftlevel.events import NullListener
 from ftlevel.training import callbacks as trackers
 from ftlevel.training.callbacks import RunInfo, Tracker, name_metrics, tracking
 
@@ -51,6 +52,15 @@ def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_MODE", "WANDB_PROJECT", "MLFLOW_TRACKING_URI", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
+
+
+def test_environment_set_during_a_run_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FTLEVEL_TEST", raising=False)
+    with tracking((), RunInfo(tmp_path, "run", None, {}), NullListener()):
+        monkeypatch.setenv("FTLEVEL_TEST", "1")  # as by a callback
+    assert os.environ["FTLEVEL_TEST"] == "1"
 
 
 def test_metric_names_match_transformers() -> None:

@@ -23,6 +23,7 @@ import typer
 from ftlevel.cli.flags import CommandInput, read_config
 from ftlevel.cli.startup import heavy_imports, limit_malloc_arenas
 from ftlevel.config import TrainConfig
+from ftlevel.events import NullListener
 from ftlevel.world import has_agent, is_follower, is_launched
 
 _POLL_SECONDS = 0.1
@@ -155,7 +156,7 @@ def train(inputs: CommandInput, *, dry_run: bool, as_json: bool, quiet: bool, sc
     follows = is_follower()
     from ftlevel.cli.screen import open_screen
 
-    with open_screen(as_json=as_json, quiet=quiet or follows) as screen:
+    with open_screen(as_json=as_json, quiet=quiet) as screen:
         limit_malloc_arenas()
         with heavy_imports():
             from ftlevel.commands.train import train as run
@@ -163,6 +164,7 @@ def train(inputs: CommandInput, *, dry_run: bool, as_json: bool, quiet: bool, sc
             from ftlevel.training.session import CommandLine
 
         command_line = CommandLine(origin, StartTime.of_process())
-        result = run(config, listener=screen, dry_run=dry_run, command_line=command_line)
+        listener = NullListener() if follows else screen  # the first process reports
+        result = run(config, listener=listener, dry_run=dry_run, command_line=command_line)
     if as_json and not follows:
         typer.echo(json.dumps(result.summary, default=str))

@@ -28,7 +28,6 @@ from ftlevel.training.forecast.seconds import (
     estimate_time,
     measure_time,
     parse_gpu,
-    steps_per_epoch,
 )
 from ftlevel.training.plan.adapter import resolve_adapter
 from ftlevel.training.plan.resolve import infer_task, resolve
@@ -201,7 +200,7 @@ def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, Alternati
         time = estimate_time(run, gpu)
     result = RunPlan(
         need=need,
-        steps=cluster.steps or 0 if cluster else steps_per_epoch(run),
+        steps=cluster.steps or 0 if cluster else run.schedule.steps_per_epoch,
         tokens=0 if is_synthetic else int(run.data.info["tokens"]),
         is_synthetic=is_synthetic,
         max_length=run.data.max_length,

@@ -42,14 +42,6 @@ def is_greater_better(train: TrainerConfig, metric: str) -> bool:
     return greater if greater is not None else not metric.endswith(_LOWER_IS_BETTER)
 
 
-@dataclass(frozen=True)
-class Length:
-    """Length of a run in optimizer steps and epochs; a streamed run counts as one epoch."""
-
-    steps: int
-    epochs: float
-
-
 @dataclass(frozen=True, kw_only=True)
 class BestModel:
     """Resolved settings by which a run selects its best model, and loads or saves it.
@@ -91,7 +83,8 @@ def resolve_best_model(
     task: BaseTask,
     objective: Objective,
     num_eval_samples: int,
-    length: Length,
+    steps: int,
+    steps_per_epoch: int,
 ) -> BestModel | None:
     """Returns how the best model is selected; None without validation rows, or if not needed."""
     _check_eval_data(train, num_eval_samples)
@@ -100,7 +93,7 @@ def resolve_best_model(
     uses_best = (
         load_best
         if load_best is not None
-        else bool(num_eval_samples) and _estimate_num_evaluations(train, length) > 1
+        else bool(num_eval_samples) and _estimate_num_evaluations(train, steps, steps_per_epoch) > 1
     )
     needs_metric = save_best or train.early_stopping_patience is not None
     if not num_eval_samples or not (uses_best or needs_metric):
@@ -179,13 +172,13 @@ def _select_metric(train: TrainerConfig, task: BaseTask, objective: Objective) -
     return "eval_loss", reason
 
 
-def _estimate_num_evaluations(train: TrainerConfig, length: Length) -> int:
+def _estimate_num_evaluations(train: TrainerConfig, steps: int, steps_per_epoch: int) -> int:
     if train.eval_strategy == "no":
         return 1
     if train.eval_strategy != "epoch" and train.eval_steps:
         interval = train.eval_steps
-        return math.ceil(1 / interval if interval < 1 else length.steps / interval)
-    return math.ceil(length.epochs)
+        return math.ceil(1 / interval if interval < 1 else steps / interval)
+    return math.ceil(steps / steps_per_epoch)
 
 
 _WEIGHTS = "trained.safetensors"
@@ -252,37 +245,29 @@ class Evaluations:
 
 @dataclass(frozen=True, kw_only=True)
 class SelectedModel:
-    """The model that a run keeps, and the evaluations that selected it.
+    """The model of optimizer step `step`, which a run keeps, and what selected it."""
 
-    Attributes:
-        step: optimizer step of the model that is kept.
-        waited: number of evaluations since the last improvement of more than the threshold.
-    """
-
-    metric: str
-    greater_is_better: bool
-    evaluations: int
+    evaluations: Evaluations
     best: EvalResult
     last: EvalResult
     step: int
     stopped_early: bool
-    patience: int | None
-    waited: int
 
     def describe(self) -> dict[str, Any]:
         """Returns the `best` section of summary.json."""
+        plan = self.evaluations.plan
         return {
-            "metric": self.metric,
-            "greater_is_better": self.greater_is_better,
-            "evaluations": self.evaluations,
+            "metric": plan.metric,
+            "greater_is_better": plan.greater_is_better,
+            "evaluations": self.evaluations.num_evals,
             "kept_step": self.step,
             "best_step": self.best.step,
             "best": self.best.value,
             "last_step": self.last.step,
             "last": self.last.value,
             "stopped_early": self.stopped_early,
-            "patience": self.patience,
-            "waited": self.waited,
+            "patience": plan.patience,
+            "waited": self.evaluations.waited,
         }
 
 
@@ -414,15 +399,11 @@ class BestModelCallback(TrainerCallback):
                     state.load_state(path, model)
                 selected = history.best.step
         return SelectedModel(
-            metric=self.plan.metric,
-            greater_is_better=self.plan.greater_is_better,
-            evaluations=history.num_evals,
+            evaluations=history,
             best=history.best,
             last=history.last,
             step=selected,
             stopped_early=history.is_over and step < max_steps,
-            patience=self.plan.patience,
-            waited=history.waited,
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +11,6 @@ from typing import Any
 
 from ftlevel.artifacts.checkpoints import step_of
 from ftlevel.artifacts.run_directory import ROLLOUTS, RunDirectory
-from ftlevel.config import MethodConfig
 from ftlevel.config.trainer import TrainerConfig
 from ftlevel.data.encoding.collate import CollatorWithRows
 from ftlevel.data.prepare.streaming import StreamedRows
@@ -35,7 +34,6 @@ from ftlevel.training.callbacks import Interrupt, Report, SetEpoch, UpdateSchedu
 from ftlevel.training.gradients import GradientMonitor, Recovery
 from ftlevel.training.model import PreparedModel, is_sharded
 from ftlevel.training.plan.run import Run
-from ftlevel.training.plan.schedule import count_steps_per_epoch, rows_per_epoch
 from ftlevel.training.processes import Processes
 from ftlevel.training.resume import ResumeState
 from ftlevel.training.rl.step import RolloutFile, bound_of
@@ -59,12 +57,10 @@ def create_training_args(run: Run, checkpoint_dir: Path) -> Any:
     from transformers import TrainingArguments
 
     section = run.config.train
-    batch_size, accumulation_steps = (
-        section.per_device_train_batch_size,
-        section.gradient_accumulation_steps,
-    )
+    batch_size = section.per_device_train_batch_size
+    accumulation_steps = section.gradient_accumulation_steps
     if run.fast.enabled:  # a batch is a whole optimizer step, split by FtlevelTrainer
-        batch_size, accumulation_steps = batch_size * accumulation_steps, 1
+        batch_size, accumulation_steps = section.rows_per_device_step, 1
     args = TrainingArguments(
         output_dir=str(checkpoint_dir),
         num_train_epochs=section.num_train_epochs,
@@ -252,9 +248,9 @@ def create_trainer(
     checkpoint = resume_state.checkpoint
     # On resume, evaluate first only if the run was interrupted in an evaluation.
     args.eval_on_start &= checkpoint is None
-    args.eval_on_start |= _is_evaluation_due(resume_state, run, args)
+    args.eval_on_start |= resume_state.missed_evaluation(args.eval_strategy, run.schedule)
     train_dataset, order = get_train_data(run, args, processes)
-    fast, pad_id = model.fast, run.model.pad_id
+    fast, pad_id, method = model.fast, run.model.pad_id, METHODS[run.config.method.kind]
     rate, head_rate = run.schedule.head_learning_rate, None
     if rate is not None and rate != run.schedule.learning_rate:
         head_rate = HeadRate(run.model.new_heads, rate)
@@ -268,22 +264,19 @@ def create_trainer(
     elif is_rl(run):
         bound = BOUND if server else bound_of(run.model.dtype, run.model.quant.kind)
         rollouts = create_rollouts(run, model.model, teacher, server)
-        trainer_class, kwargs = (
-            RlTrainer,
-            {"rollouts": rollouts, "prompts": train_dataset, "bound": bound},
-        )
+        trainer_class = RlTrainer
+        kwargs = {"rollouts": rollouts, "prompts": train_dataset, "bound": bound}
         if order is not None and run.config.rl.num_iterations > 1:
-            step = args.train_batch_size * args.gradient_accumulation_steps
-            step *= args.world_size
-            order = RepeatedSteps(order, step, run.config.rl.num_iterations)
+            rows_per_step = run.config.train.rows_per_step
+            order = RepeatedSteps(order, rows_per_step, run.config.rl.num_iterations)
     trainer: FtlevelTrainer = trainer_class(
         objective=run.objective,
         loss=run.loss,
         evaluator=create_evaluator(run, model.model, teacher, server),
         model=model.model,
         args=args,
-        optimizers=(get_method_optimizer(run.config.method, model.model, args), None),
-        penalty=METHODS[run.config.method.kind].penalty,
+        optimizers=(method.optimizer(run.config.method, model.model, args), None),
+        penalty=method.penalty,
         train_dataset=train_dataset,
         eval_dataset=run.data.validation or None,
         data_collator=step_collator or CollatorWithRows(pad_id),
@@ -301,18 +294,6 @@ def create_trainer(
     if isinstance(trainer, RlTrainer) and checkpoint:
         trainer.restore_rollout(checkpoint)
     return trainer
-
-
-def _is_evaluation_due(resume_state: ResumeState, run: Run, args: Any) -> bool:
-    config, steps = run.config, run.schedule.steps
-    rows = rows_per_epoch(config.train, config.steps_per_rollout, run.data)
-    steps_per_epoch = steps if run.data.stream else count_steps_per_epoch(config.train, rows)
-    return resume_state.missed_evaluation(args.eval_strategy, steps_per_epoch, steps)
-
-
-def get_method_optimizer(method: MethodConfig, model: Any, args: Any) -> Any:
-    """Returns the optimizer that the method defines; None to use the one that Trainer creates."""
-    return METHODS[method.kind].optimizer(method, model, args)
 
 
 def matmul_context(run: Run) -> AbstractContextManager[None]:
@@ -378,14 +359,11 @@ def add_callbacks(
     `checkpoint` is the one to resume from or None, `listener` gets progress and warnings.
     `write_files` saves tokenizer and card in a checkpoint.
     """
-
-    def discard(_: Mapping[str, Any]) -> None:
-        """Discard the record; only the first process writes the log."""
-
     is_first, rows = processes.is_first, trainer.train_dataset
+    is_streamed = isinstance(rows, StreamedRows)
     report = Report(
         listener,
-        output_dir.log if is_first else discard,
+        output_dir.log if is_first else lambda _: None,
         lambda: int(trainer.tokens_seen),
         lambda: current_memory_bytes(run.model.device),
     )
@@ -411,7 +389,6 @@ def add_callbacks(
     if is_first and trainer.evaluator and len(trainer.evaluator.rows) <= MAX_RECORDED_ROWS:
         trainer.evaluator = replace(trainer.evaluator, begin_record=answers.begin)
     callbacks = RunCallbacks(report, gradients, Interrupt(processes), best, answers)
-    is_streamed = isinstance(rows, StreamedRows)
     run_after_save = trainer.run_after_save if isinstance(trainer, ShardedTrainer) else None
     save_interval = run.config.train.save_minutes if run.config.train.save_strategy != "no" else 0.0
     size = checkpoint_bytes(trainer.model, run.config.train.optim)

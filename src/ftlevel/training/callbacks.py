@@ -218,6 +218,7 @@ class UpdateSchedule(TrainerCallback):
         state.compute_steps(args, state.max_steps)
         if not hasattr(lr_scheduler, "lr_lambdas"):
             return  # reduce_lr_on_plateau: its rate depends on past losses
+        lr_scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
         values = [
             base * share(lr_scheduler.last_epoch)
             for base, share in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)
@@ -299,7 +300,7 @@ def tracking(
 
     RunError if a tracker cannot start; one that fails later is disabled, with a warning.
     """
-    environment = dict(os.environ)
+    environment, added = set(os.environ), set[str]()
     trackers: dict[str, Tracker] = {}
     try:
         for name in names:
@@ -307,6 +308,8 @@ def tracking(
                 trackers[name] = _BEGIN[name](info)
             except Exception as error:
                 raise RunError(f"--report-to {name} cannot be started: {error}") from error
+            finally:
+                added |= os.environ.keys() - environment
         if trackers:
             listener.choices("trackers", [Choice(n, t.location) for n, t in trackers.items()])
         yield [_write_to(name, tracker, listener) for name, tracker in trackers.items()]
@@ -314,8 +317,8 @@ def tracking(
         for name, tracker in trackers.items():
             with _or_warn(name, listener):
                 tracker.close()
-        for variable in os.environ.keys() - environment.keys():  # set by wandb for its helper
-            del os.environ[variable]
+        for variable in added:  # set by wandb for its helper
+            os.environ.pop(variable, None)
 
 
 def _write_to(

@@ -212,12 +212,11 @@ def report_results(
     }
     with explain_disk_errors(output_dir):
         save_results(output_dir, run.config.method, summary, lines)
-    warnings = run.objective.get_warnings(summary["metrics"], summary["metrics_before"])
-    warnings += get_rollout_warnings(outcome.records)
     for warning in [
         *warn_if_not_learned(summary, run),
         *warn_if_worse(summary),
-        *warnings,
+        *run.objective.get_warnings(summary["metrics"], summary["metrics_before"]),
+        *get_rollout_warnings(outcome.records),
     ]:
         listener.warn(warning)
     end_run(run.config.output, output_dir, summary, listener)

@@ -62,18 +62,13 @@ class Recovery(TrainerCallback):
             self._losses.extend(json.loads(path.read_text(encoding="utf-8")))
 
     @property
-    def is_fatal(self) -> bool:
-        """Whether a step with non-finite values ends the run."""
-        return self._action == "stop"
-
-    @property
     def is_always_fatal(self) -> bool:
         """Whether every failed step ends the run, so that checks may come some steps late."""
-        return self.is_fatal and self._factor is None
+        return self._action == "stop" and self._factor is None
 
-    def any_process(self, is_invalid: bool) -> bool:
-        """Returns whether `is_invalid` is true in any process; all processes must call this."""
-        return self._processes.any(is_invalid)
+    def mean_loss(self, loss: float) -> float:
+        """Returns the mean of `loss` over all processes, so that all make the same decision."""
+        return self._processes.mean(loss)
 
     def decide(self, step: int, problem: str, advice: str, *, in_weights: bool = False) -> None:
         """Skip the step, roll back to a checkpoint, or raise RunError, as configured.
@@ -95,7 +90,6 @@ class Recovery(TrainerCallback):
         """Roll back or skip the step if `loss` > `spike_factor` · median of recent losses."""
         if self._factor is None:
             return
-        loss = self._processes.mean(loss)
         median = statistics.median(self._losses) if len(self._losses) >= _MIN_LOSSES else None
         if median is None or loss <= self._factor * median:
             self._losses.append(loss)
@@ -226,25 +220,21 @@ class GradientMonitor(TrainerCallback):
             self._queue_check(state, "loss", self.step_loss())
             self._queue_check(state, "gradient", _max_abs(p.grad for _, p in trainable))
             return
-        loss = float(self.step_loss())
-        is_invalid = not math.isfinite(loss)
-        if is_invalid or (not self.recovery.is_fatal and self.recovery.any_process(is_invalid)):
+        loss = self.recovery.mean_loss(float(self.step_loss()))
+        if not math.isfinite(loss):
             self.recovery.decide(
                 step,
                 f"the loss is {loss} at step {step}",
                 f"{_STOPPED} Lower --learning-rate, or use --dtype float32.",
             )
             return
-        if self._is_finished and are_finite(p.grad for _, p in trainable):
-            self._num_failures = 0
-            self.recovery.check_spike(step, loss)
-            return
-        sums = torch.stack([_absolute_sum(p.grad) for _, p in trainable])
-        if not bool(torch.isfinite(sums).all()):
+        sums: dict[str, Tensor] = {}
+        if not (self._is_finished and are_finite(p.grad for _, p in trainable)):
+            sums = {name: _absolute_sum(p.grad) for name, p in trainable}
+        if names := [name for name, value in sums.items() if not torch.isfinite(value)]:
             if self._uses_scaler:
-                self._skip(state.global_step + 1)
+                self._skip(step)
                 return
-            names = [n for (n, _), s in zip(trainable, sums, strict=True) if not torch.isfinite(s)]
             self.recovery.decide(
                 step,
                 f"the gradient is not finite at step {step} ({len(names):,} of {len(trainable):,} "
@@ -255,7 +245,7 @@ class GradientMonitor(TrainerCallback):
         self._num_failures = 0
         self.recovery.check_spike(step, loss)
         if not self._is_finished:
-            zero = {n for (n, _), s in zip(trainable, sums, strict=True) if s == 0}
+            zero = {name for name, value in sums.items() if value == 0}
             self._check_zero_gradients(zero, len(trainable), optimizer)
 
     def on_optimizer_step(

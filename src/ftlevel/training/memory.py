@@ -34,9 +34,9 @@ from ftlevel.data.encoding.store import row_lengths
 from ftlevel.errors import RunError, is_out_of_memory
 from ftlevel.fast.fused_lora import skip_unused_outputs
 from ftlevel.fast.likelihoods import base_model
-from ftlevel.fast.step_collator import StepCollator
 from ftlevel.models.hardware import autocast, free_memory_bytes
 from ftlevel.models.module_tree import get_stacks
+from ftlevel.models.quantization import get_quantization_config
 from ftlevel.models.upstream.fake import storage_of
 from ftlevel.training.plan.run import Run
 
@@ -262,8 +262,8 @@ class StepReducer:
         return trainer.on_device(trainer.data_collator(rows))
 
     def resume(self, notes: Sequence[Mapping[str, Any]]) -> None:
-        """When a run resumes, repeat the reductions recorded in `notes`."""
-        for note in notes:
+        """When a run resumes with the fast step, repeat the reductions recorded in `notes`."""
+        for note in notes if self._trainer.fast is not None else ():
             if "tokens_per_micro_batch" in note:
                 self._halve()
             elif "gradient_checkpointing" in note:
@@ -313,8 +313,6 @@ class StepReducer:
 
     def _halve(self) -> int:
         trainer = self._trainer
-        if trainer.fast is None or not isinstance(trainer.data_collator, StepCollator):
-            raise TypeError("only a fast step has micro-batches")
         plan = trainer.fast.plan
         trainer.fast.plan = replace(plan, tokens=trainer.data_collator.halve_tokens())
         return trainer.fast.plan.tokens // plan.workers
@@ -331,8 +329,6 @@ class StepReducer:
 
     def _checkpoint(self) -> None:
         trainer = self._trainer
-        if trainer.fast is None or not isinstance(trainer.data_collator, StepCollator):
-            raise TypeError("only the fast step can use smaller micro-batches")
         # The prefix's layout is not available during recomputation (see `plan_fast`).
         trainer.fast.plan = replace(trainer.fast.plan, shared_prefix=False)
         trainer.data_collator.disable_shared_prefix()
@@ -359,21 +355,26 @@ def _suggest(run: Run) -> str:
     train, rows = run.config.train, run.config.train.per_device_train_batch_size
     suggestions = []
     if rows > 1:
-        accumulation = train.gradient_accumulation_steps * 2
+        factor = next(number for number in range(2, rows + 1) if rows % number == 0)
         suggestions.append(
-            f"--per-device-train-batch-size {rows // 2} --gradient-accumulation-steps "
-            f"{accumulation} (the same steps)"
+            f"--per-device-train-batch-size {rows // factor} --gradient-accumulation-steps "
+            f"{train.gradient_accumulation_steps * factor} (the same steps)"
         )
     if not train.recomputes:
         suggestions.append("--gradient-checkpointing")
-    if run.config.quant.kind == "none" and not run.config.method.validate_quant(
-        run.config.quant.model_copy(update={"kind": "4bit"})
-    ):
-        suggestions.append("--quant 4bit")
+    suggestions += get_quant_flags(run)
     if run.data.max_length:
         suggestions.append(f"a --max-length below {run.data.max_length:,}")
     suggestions.append("a smaller --model")
     return f"To use less memory: {'; '.join(suggestions)}."
+
+
+def get_quant_flags(run: Run) -> list[str]:
+    """Returns `--quant 4bit` if the base is not quantized and the method supports it."""
+    config, is_stored = run.config, get_quantization_config(run.model.config) is not None
+    quant = config.quant.model_copy(update={"kind": "4bit"})
+    can_quantize = not is_stored and config.quant.kind == "none"
+    return ["--quant 4bit"] * (can_quantize and not config.method.validate_quant(quant))
 
 
 ALLOCATOR_CONF = "expandable_segments:True"

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, cast
 
@@ -62,21 +62,6 @@ from ftlevel.training.trainer import FtlevelTrainer
 _MATRIX = 2  # dimensions
 
 
-@dataclass(frozen=True)
-class FsdpUnit:
-    """Modules that FSDP2 shards and gathers together.
-
-    Attributes:
-        nested: submodules that form units of their own.
-        precision: dtypes of gathered parameters and of gradient reduction.
-    """
-
-    modules: list[torch.nn.Module]
-    nested: Sequence[torch.nn.Module]
-    reshard_after_forward: bool
-    precision: MixedPrecisionPolicy = field(default_factory=MixedPrecisionPolicy)
-
-
 def shard(
     model: Any,
     device: str,
@@ -97,27 +82,36 @@ def shard(
     for parameter in replicated:
         parameter.data = parameter.data.to(mesh.device_type)
     blocks = blocks_of(model)
-    mp_policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    units = list[FsdpUnit]()
-    for block in blocks:
-        layers = get_cast_layers(block, dtype, replicated)
-        if layers:
-            units.append(FsdpUnit(layers, (), not keeps_unsharded, mp_policy))
-        units.append(FsdpUnit([block], layers, not keeps_unsharded))
-    # Embeddings, head and final norm belong to the root unit, gathered once per micro-batch.
-    for unit in [*units, FsdpUnit([model], blocks, False)]:
-        for module in unit.modules:
-            carry_quant_states(module, unit.nested)
-        load = slices.defer(unit.modules, keep=replicated) if slices is not None else None
+    precision, reshards = MixedPrecisionPolicy(), not keeps_unsharded
+
+    def shard_unit(
+        modules: list[Any],
+        nested: Sequence[Any],
+        reshard_after_forward: bool,
+        mp_policy: MixedPrecisionPolicy,
+    ) -> None:
+        """Shard and gather `modules` together; submodules in `nested` are sharded already."""
+        for module in modules:
+            carry_quant_states(module, nested)
+        load = slices.defer(modules, keep=replicated) if slices is not None else None
         fully_shard(
-            unit.modules,
+            modules,
             mesh=mesh,
-            reshard_after_forward=unit.reshard_after_forward,
-            mp_policy=unit.precision,
+            reshard_after_forward=reshard_after_forward,
+            mp_policy=mp_policy,
             ignored_params=replicated,
         )
         if load is not None:
             load()
+
+    for block in blocks:
+        layers = get_cast_layers(block, dtype, replicated)
+        if layers:
+            cast = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+            shard_unit(layers, (), reshards, cast)
+        shard_unit([block], layers, reshards, precision)
+    # Embeddings, head and final norm belong to the root unit, gathered once per micro-batch.
+    shard_unit([model], blocks, False, precision)
     for buffer in model.buffers():
         buffer.data = buffer.data.to(mesh.device_type)
     if hasattr(model, "generate"):
@@ -209,7 +203,7 @@ def gather(model: Any, keep: bool) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             gathered = whole(tensor.detach())
-            seen[id(tensor)] = gathered.cpu() if keep else gathered[:0]
+            seen[id(tensor)] = gathered.cpu() if keep else gathered.new_empty(0)
         if keep:
             yield name, seen[id(tensor)]
 

@@ -135,10 +135,12 @@ _IGNORED_FIELDS = set(
 
 def get_model_values(model: PlannedModel) -> dict[str, Any]:
     """Returns dotted name → value of the base's config, and digests of tokenizer and template."""
-    flat = dict(
-        _flatten(CONFIG.rstrip("."), json.loads(model.config.to_json_string(use_diff=False)))
-    )
-    return flat | get_tokenizer_values(model.tokenizer)
+    return get_config_values(model.config) | get_tokenizer_values(model.tokenizer)
+
+
+def get_config_values(config: Any) -> dict[str, Any]:
+    """Returns dotted name → value of all fields of `config` that affect a model's outputs."""
+    return dict(_flatten(CONFIG.rstrip("."), json.loads(config.to_json_string(use_diff=False))))
 
 
 def get_tokenizer_values(tokenizer: Any) -> dict[str, str]:

@@ -107,16 +107,11 @@ class Processes:
         """Call `make` in every process; returns this process's result. If one fails, all raise."""
         if self.count == 1:
             return make()
-        result, local_error = None, None
+        result, local_error, report = None, None, None
         try:
             result = make()
         except FtlevelError as error:
-            local_error = error
-        report = (
-            None
-            if local_error is None
-            else (socket.gethostname(), str(local_error), local_error.exit_code)
-        )
+            local_error, report = error, (socket.gethostname(), str(error), error.exit_code)
         failures = self.all_gather(report)
         if local_error is not None and self.is_first:
             raise local_error
@@ -202,9 +197,8 @@ def resolve_processes(
             f"started{by}. Run it by the ftlevel program, which starts them, or by torchrun "
             f"--nproc-per-node {requested} -m ftlevel train …"
         )
-    num_processes = requested if is_dry_run else size
-    num_processes = None if num_processes == 1 else num_processes
-    return train.model_copy(update={"num_processes": num_processes})
+    num_processes = requested or size
+    return train.model_copy(update={"num_processes": num_processes if num_processes > 1 else None})
 
 
 HEARTBEAT_TIMEOUT = 15.0

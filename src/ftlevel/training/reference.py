@@ -33,7 +33,7 @@ from ftlevel.evaluation.scoring import compute_likelihoods
 from ftlevel.events import Listener
 from ftlevel.fast.likelihoods import compute_answer_likelihoods
 from ftlevel.fast.packing import using_layout
-from ftlevel.fast.plan import plan_forward
+from ftlevel.fast.plan import get_dropout, plan_forward
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.methods import METHODS
@@ -44,6 +44,7 @@ from ftlevel.trained.adapt import save_adapter
 from ftlevel.trained.resolve import ReferenceModel
 from ftlevel.training.build_trainer import create_evaluator
 from ftlevel.training.model import PreparedModel, apply_fast_step
+from ftlevel.training.origin import get_config_values
 from ftlevel.training.plan.run import Run
 
 
@@ -136,6 +137,7 @@ def get_initial_key(run: Run, prepared: PreparedModel) -> str:
     key_values = {
         "base": path and (hash_weights(path) if path.is_dir() else file_fingerprint(path)),
         "name": [model.source.name, model.auto_class],
+        "config": get_config_values(model.config),
         "start": hasher.hexdigest(),
         "method": run.config.method.model_dump(mode="json"),
         "quant": model.quant.model_dump(mode="json"),
@@ -208,9 +210,7 @@ def add_reference_logps(
     )
     data = replace(run.data, train=task.with_reference(run.data.train, train))
     if run.data.validation:
-        evaluator = create_evaluator(run)
-        if evaluator is None:
-            raise TypeError("validation rows are evaluated")
+        evaluator: Any = create_evaluator(run)
 
         def score(into: np.ndarray) -> None:
             into[:] = compute_likelihoods(evaluator, load()[1].model)
@@ -239,9 +239,9 @@ def check_first_loss(
     info |= {"first_loss": first, "first_loss_expected": expected}
     if abs(first - expected) <= FIRST_LOSS * expected:
         return info, []
-    dropout = getattr(run.config.method, "lora_dropout", 0.0)
+    dropout = get_dropout(run.config.method, run.model)
     message = (
-        f"dropout {dropout:g}, which the reference does not use"
+        f"{dropout}, which the reference does not use"
         if dropout
         else f"rounding to {run.model.dtype}, which depends on the other rows of a micro-batch"
     )
@@ -300,8 +300,8 @@ def _compute_logps(run: Run, model: PreparedModel, rows: Sequence[Encoded]) -> n
 def _score(
     run: Run, model: PreparedModel, rows: Sequence[Encoded]
 ) -> Iterator[tuple[list[int], Tensor]]:
-    objective = run.objective
-    if not rows or not isinstance(objective, LikelihoodObjective):
+    objective: Any = run.objective
+    if not rows:
         return
     head = model.fast.cross_entropy if model.fast is not None else None
     for indices, inputs in iterate_batches(run, model.fast, rows):
@@ -354,6 +354,7 @@ def get_model_key(model: ReferenceModel, run: Run) -> dict[str, object]:
     fast = run.fast
     return {
         "model": model.fingerprint,
+        "config": get_config_values(model.ref.model_config),
         "precision": [run.model.device, run.model.dtype],
         "packs": fast.enabled and fast.packs,
         "versions": torch.__version__,

@@ -41,7 +41,7 @@ from ftlevel.training.origin import (
     load_origin,
     load_origin_file,
 )
-from ftlevel.training.plan.run import Run
+from ftlevel.training.plan.run import Run, Schedule
 from ftlevel.training.plan.schedule import count_steps, rows_per_epoch
 from ftlevel.training.processes import Processes
 from ftlevel.training.summary import dump_config, get_base_values, resolved_config
@@ -130,7 +130,10 @@ def check_shared(output_dir: RunDirectory, processes: Processes) -> None:
         return
 
     def mark() -> str:
-        return Path(tempfile.mkstemp(prefix=".seen-", dir=output_dir.checkpoints)[1]).name
+        with tempfile.NamedTemporaryFile(
+            prefix=".seen-", dir=output_dir.checkpoints, delete=False
+        ) as file:
+            return Path(file.name).name
 
     def look() -> None:
         if not (output_dir.checkpoints / name).exists():
@@ -180,12 +183,12 @@ class ResumeState:
     changes: list[dict[str, Any]] = field(default_factory=list)
     origin: Mapping[str, Any] = field(default_factory=dict)
 
-    def missed_evaluation(self, strategy: str, steps_per_epoch: int, steps: int) -> bool:
+    def missed_evaluation(self, strategy: str, schedule: Schedule) -> bool:
         """Returns whether an evaluation, due at the end of an epoch or run, is missing."""
         if self.checkpoint is None or strategy != "epoch":
             return False
         step = step_of(self.checkpoint)
-        is_due = step % steps_per_epoch == 0 or step >= steps
+        is_due = step % schedule.steps_per_epoch == 0 or step >= schedule.steps
         return is_due and not has_evaluation(self.past, step)
 
 
@@ -226,8 +229,7 @@ def _resolve_resume(run: Run, origin: Mapping[str, Any], listener: Listener) -> 
     for file_digests in get_file_digests(run):
         changes += _get_modified_files(run.config.output, output_dir, file_digests, listener)
     summary = output_dir.load_summary()
-    planned_steps = summary and summary.get("planned_steps", summary["steps"])
-    if summary is not None and not lengths and planned_steps == steps:
+    if summary and not lengths and summary.get("planned_steps", summary["steps"]) == steps:
         return ResumeState(finished=summary)
     checkpoint = get_last_checkpoint(output_dir, listener)
     if checkpoint is None:
@@ -246,9 +248,9 @@ def _resolve_resume(run: Run, origin: Mapping[str, Any], listener: Listener) -> 
 def _check_length(run: Run, before: Mapping[str, Any], trained: int) -> None:
     flag, train, steps = f"--resume {run.config.output.dir}", run.config.train, run.schedule.steps
     old = {key.rpartition(".")[2]: value for key, value in before.items()}
-    rows = rows_per_epoch(run.config.train, run.config.steps_per_rollout, run.data)
+    rows = rows_per_epoch(train, run.config.steps_per_rollout, run.data)
     was = count_steps(train.model_copy(update=old), rows)
-    if was == steps and "num_train_epochs" in old:
+    if train.max_steps and was == steps and "num_train_epochs" in old:
         raise ConfigError(
             f"--num-train-epochs {train.num_train_epochs:g} has no effect: --max-steps "
             f"{train.max_steps:,} sets the length of the run. Use a larger --max-steps."

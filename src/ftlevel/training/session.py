@@ -278,11 +278,15 @@ def _resolve(
     memory = estimate_memory(run, processes)
     listener.choices("train", [memory.choice(), *run.choices, *sizes])
     notes += get_adapter_warnings(adapter, run) if adapter else []
-    rows = len(run.data.train), len(run.data.validation)
     for warning in [
         *notes,
         *get_default_model_warnings(config.model, config.data),
-        *get_schedule_warnings(config.train, *rows, new_head=bool(run.model.new_heads)),
+        *get_schedule_warnings(
+            config.train,
+            run.schedule.steps,
+            len(run.data.validation),
+            new_head=bool(run.model.new_heads),
+        ),
     ]:
         listener.warn(warning)
     return run, memory
@@ -388,6 +392,7 @@ class TrainingSession:
             model=self.model.model,
             records=records,
             proof=proof,
+            steps=trainer.state.global_step,
             timings=measure_times(callbacks.report, job.start, self.trained_at, tokens),
             evaluator=trainer.evaluator,
             answers=callbacks.answers,

@@ -51,7 +51,7 @@ from ftlevel.training.proof import (
     create_check_inputs,
     create_proof,
 )
-from ftlevel.training.trainer import FtlevelTrainer
+from ftlevel.training.trainer import FtlevelTrainer, keep_settings
 
 _OPTIMIZER, _SCHEDULER = "optimizer", "scheduler.pt"
 
@@ -180,7 +180,8 @@ class ShardedTrainer(FtlevelTrainer):
         state = torch.load(path / f"{_OPTIMIZER}.pt", weights_only=True)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         state["state"] = load_optimizer_state(state["state"], parameters, path / _OPTIMIZER)
-        self.optimizer.load_state_dict(state)
+        with keep_settings(self.optimizer):
+            self.optimizer.load_state_dict(state)
         self.lr_scheduler.load_state_dict(torch.load(path / _SCHEDULER, weights_only=True))
 
 
@@ -214,11 +215,9 @@ def average_gradients(parameters: Sequence[torch.nn.Parameter], num_processes: i
     flat = torch.cat([gradient.float().flatten() for gradient in grads])
     distributed.all_reduce(flat)
     flat /= num_processes
-    start = 0
-    for gradient in grads:
-        end = start + gradient.numel()
-        gradient.copy_(flat[start:end].view_as(gradient))
-        start = end
+    parts = torch.split(flat, [gradient.numel() for gradient in grads])
+    for gradient, part in zip(grads, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def compute_initial_logits(model: PreparedModel, run: Run) -> Tensor | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -302,9 +302,7 @@ def norms_of(differences: Mapping[str, GradientDifference]) -> dict[str, float]:
     Rounding errors of tensors with almost no gradient, such as the bias of span logits or the keys
     of saturated attention, are as large as those of other tensors.
     """
-    num_tensors: dict[str, int] = {}
-    for name in differences:
-        num_tensors[get_tensor_type(name)] = num_tensors.get(get_tensor_type(name), 0) + 1
+    num_tensors = Counter(map(get_tensor_type, differences))
     kinds, total_reference = sum_by_type(differences), total(differences.values()).reference
     return {
         name: max(

@@ -93,9 +93,7 @@ def with_stream_counts(run: Run, rows: StreamedRows) -> Run:
     data_info = {
         **run.data.info,
         "train_rows": len(rows),
-        "dropped": num_rows.get("dropped", 0),
-        "shortened": num_rows.get("shortened", 0),
-        "split": num_rows.get("split", 0),
+        **{name: num_rows.get(name, 0) for name in ("dropped", "shortened", "split")},
         "stream": num_rows,
     }
     return replace(run, data=replace(run.data, info=data_info))
@@ -137,6 +135,7 @@ class Outcome:
 
     Attributes:
         recipe: path and git state of the recipe; None without one.
+        steps: optimizer steps that were trained.
         timings: durations in seconds.
         evaluator: evaluator of the validation rows; None if there are none.
         selected: the selected model; None if none was selected.
@@ -151,6 +150,7 @@ class Outcome:
     model: Any
     records: Sequence[Mapping[str, Any]]
     proof: Proof
+    steps: int
     timings: Mapping[str, float]
     evaluator: Evaluator | None
     answers: PredictionRecorder
@@ -183,7 +183,7 @@ def create_summary(run: Run, outcome: Outcome) -> dict[str, Any]:
         "total_parameters": total,
         "class_weights": _class_weights(run),
         "data": {**run.data.info, "generated_rows": generated},
-        "steps": records[-1]["step"] if records else 0,
+        "steps": outcome.steps,
         "planned_steps": run.schedule.steps,
         **summarize_losses([record["loss"] for record in records if "loss" in record]),
         "metrics_before": _scores(first),

@@ -145,9 +145,7 @@ def _predict(
     run: Run, model: PreparedModel, rows: Sequence[Encoded], dtype: np.dtype
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
     """Yields per micro-batch: row indices, and its targets' top log-probabilities and token ids."""
-    objective, settings, vocabulary = run.objective, run.config.distillation, run.model.vocabulary
-    if not isinstance(objective, TokenObjective):
-        return
+    settings, vocabulary, objective = run.config.distillation, run.model.vocabulary, run.objective
     chunks: list[tuple[Tensor, Tensor]] = []
 
     def keep(scores: Tensor, _: Tensor) -> None:
@@ -162,7 +160,7 @@ def _predict(
 
 
 def _observe_logits(
-    model: PreparedModel, objective: TokenObjective, batch: Mapping[str, Tensor], observe: Observe
+    model: PreparedModel, objective: Any, batch: Mapping[str, Tensor], observe: Observe
 ) -> None:
     """Call `observe` with the logits (targets, vocabulary) and ids of targets, chunk by chunk."""
     inputs, labels = prepare_inputs(model.model, objective, batch)
@@ -186,8 +184,8 @@ class TeacherScorer:
 
     def __call__(self, rows: Sequence[CompletionRow]) -> list[list[float]]:
         """Returns, for each row, the log-probabilities of the completion's tokens."""
-        objective = self._run.objective
-        if not rows or not isinstance(objective, PolicyObjective):
+        objective: Any = self._run.objective
+        if not rows:
             return []
         self._loaded = self._loaded or self._context.__enter__()
         run, adapted = self._loaded

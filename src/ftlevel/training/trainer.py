@@ -84,7 +84,7 @@ def get_sampler(run: Run) -> Sampler[int] | None:
 
 
 def create_dataloader(
-    rows: Any, order: Sampler[int], args: Any, collate: Callable[[list[Any]], dict[str, Any]]
+    rows: Any, order: Any, args: Any, collate: Callable[[list[Any]], dict[str, Any]]
 ) -> DataLoader[Any]:
     """Returns this process's data loader; the loaders of all processes have equally many batches.
 
@@ -97,6 +97,19 @@ def create_dataloader(
         return {**batch, "is_padding": True} if samples[0].row < 0 else batch
 
     return DataLoader(RowsWithPadding(rows), batch_sampler=sampler, collate_fn=collate_with_padding)
+
+
+@contextlib.contextmanager
+def keep_settings(optimizer: Any, *others: str) -> Iterator[None]:
+    """Keep the configured settings of `optimizer` while the `with` block loads a saved state.
+
+    `others` are further names in its parameter groups that are kept, such as `lr`.
+    """
+    names = {"initial_lr", "weight_decay", "betas", "eps", "momentum", *others}
+    groups = [{k: v for k, v in group.items() if k in names} for group in optimizer.param_groups]
+    yield
+    for group, settings in zip(optimizer.param_groups, groups, strict=True):
+        group.update(settings)
 
 
 class FtlevelTrainer(Trainer):
@@ -173,13 +186,6 @@ class FtlevelTrainer(Trainer):
             set_head_rate(optimizer, self.model, self.head_rate)
         return optimizer
 
-    @property
-    def step_objective(self) -> StepObjective:
-        """The objective; TypeError unless the loss needs all rows of a step at once."""
-        if not isinstance(self.objective, StepObjective):
-            raise TypeError("the loss of this objective needs no whole step")
-        return self.objective
-
     def forget_optimizer(self) -> None:
         """Free gradients and optimizer state, which take three times the memory of the adapter."""
         self.model.zero_grad(set_to_none=True)
@@ -193,8 +199,6 @@ class FtlevelTrainer(Trainer):
         """Returns Trainer's data loader; with several processes, that of this process."""
         if self.args.world_size == 1:
             return super().get_train_dataloader()
-        if self.order is None:
-            raise TypeError("several processes need an order that they share")
         return create_dataloader(self.train_dataset, self.order, self.args, self.data_collator)
 
     def _run_epoch(self, *arguments: Any, **settings: Any) -> None:
@@ -245,13 +249,15 @@ class FtlevelTrainer(Trainer):
 
     def restore(self, checkpoint: Path) -> None:
         """Load weights and optimizer state, but not learning rates, from `checkpoint`."""
-        values = [group["lr"] for group in self.optimizer.param_groups]
         self._load_from_checkpoint(str(checkpoint))
         path = checkpoint / "optimizer.pt"
-        state = torch.load(path, map_location=self.args.device, weights_only=True)
-        self.optimizer.load_state_dict(state)
-        for group, rate in zip(self.optimizer.param_groups, values, strict=True):
-            group["lr"] = rate
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        with keep_settings(self.optimizer, "lr"):
+            self.optimizer.load_state_dict(state)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with keep_settings(self.optimizer):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def compute_batch(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -314,11 +320,10 @@ class FtlevelTrainer(Trainer):
         return torch.stack(losses).sum()
 
     def _shared_prefix(self, model: Any, layout: PackedLayout, **batch: Tensor) -> SharedPrefix:
-        if self.fast is None or self.fast.cross_entropy is None:
-            raise TypeError("a shared prefix needs the chunked cross-entropy of a language head")
+        fast: Any = self.fast
         self.tokens_computed += layout.tokens
         with self.compute_loss_context_manager():
-            return compute_shared_prefix(self.fast.cross_entropy, model, layout, batch)
+            return compute_shared_prefix(fast.cross_entropy, model, layout, batch)
 
     def compute_loss(
         self,
@@ -405,8 +410,7 @@ class FtlevelTrainer(Trainer):
         if not batch_samples:
             return None
         self.prepare_step(batch_samples, device)
-        batches = [batch for batch in batch_samples if not batch.get("is_padding")]
-        total = self.count_targets(batches, device)
+        total = self.count_targets(batch_samples, device)
         shared = self.args.world_size > 1 and self.args.average_tokens_across_devices
         return self._sum_over_processes(total) if shared else total
 
@@ -437,14 +441,12 @@ class FtlevelTrainer(Trainer):
         self._in_training = False
 
     def count_targets(self, batches: list[dict[str, Any]], device: torch.device) -> Tensor:
-        """Returns the number or total weight of this process's targets in `batches` (a scalar)."""
-        parts = [part for batch in batches for part in batch.get("micro_batches", [batch])]
-        num_targets = [self.objective.training_count(part["labels"], self.loss) for part in parts]
-        if not num_targets:  # same dtype as in other processes
-            is_weighted = bool(self.loss.class_weights)
-            return torch.zeros(
-                (), dtype=torch.float32 if is_weighted else torch.long, device=device
-            )
+        """Returns the number or weight of this process's targets in `batches`; padding has none."""
+        num_targets = [
+            self.objective.training_count(part["labels"], self.loss) * (not batch.get("is_padding"))
+            for batch in batches
+            for part in batch.get("micro_batches", [batch])
+        ]
         return torch.stack([count.to(device) for count in num_targets]).sum(0)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

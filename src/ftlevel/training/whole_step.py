@@ -134,7 +134,7 @@ class WholeStep:
         inverse[torch.tensor(order)] = torch.arange(len(order))
         leaf = vectors[inverse.to(vectors.device)].requires_grad_()
         everywhere, all_rows = self._gather(leaf, step)
-        loss = trainer.step_objective.step_loss(everywhere, all_rows)
+        loss = trainer.objective.step_loss(everywhere, all_rows)
         (gradient,) = torch.autograd.grad(loss, [leaf])
         # Gradients are averaged over processes, and each has its own vectors' share only.
         gradient = gradient * trainer.processes.count
@@ -248,4 +248,4 @@ class _Forward:
             trainer.compute_loss_context_manager(),
         ):
             outputs = self._model(**part)
-            return trainer.step_objective.embed(outputs, part["attention_mask"], unpooled)
+            return trainer.objective.embed(outputs, part["attention_mask"], unpooled)

@@ -21,7 +21,6 @@ from ftlevel.models.module_tree import get_heads
 from ftlevel.objectives import TrainingLoss
 from ftlevel.tasks import TASKS
 from ftlevel.trained.adapt import apply_method, copy_initial_state, load_adapter, save_adapter
-from ftlevel.training.build_trainer import get_method_optimizer
 from ftlevel.training.plan.method import resolve_method_targets
 
 LORA_VARIANTS = [
@@ -105,13 +104,13 @@ def test_lora_plus_scales_learning_rate_of_b():
     arguments = transformers.TrainingArguments(
         output_dir="unused", learning_rate=1e-4, weight_decay=0.1, use_cpu=True, optim="adamw_torch"
     )
-    optimizer = get_method_optimizer(config.method, model, arguments)
+    optimizer = METHODS[config.method.kind].optimizer(config.method, model, arguments)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert rates[id(parameter)] == pytest.approx(1.6e-3 if "lora_B" in name else 1e-4)
     assert {group["weight_decay"] for group in optimizer.param_groups if group["params"]} == {0.1}
-    assert get_method_optimizer(TrainConfig().method, model, arguments) is None
+    assert METHODS["lora"].optimizer(TrainConfig().method, model, arguments) is None
 
 
 def test_eva_without_a_large_enough_batch_raises():

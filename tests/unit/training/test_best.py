@@ -17,7 +17,6 @@ from ftlevel.training.best import (
     BestModel,
     EvalResult,
     Evaluations,
-    Length,
     SelectedModel,
     resolve_best_model,
 )
@@ -54,15 +53,11 @@ def test_resumed_run_counts_all_evaluations_without_improvement() -> None:
     assert evaluations.best is not None
     assert evaluations.last is not None
     selected = SelectedModel(
-        metric="eval_accuracy",
-        greater_is_better=True,
-        evaluations=evaluations.num_evals,
+        evaluations=evaluations,
         best=evaluations.best,
         last=evaluations.last,
         step=1,
         stopped_early=True,
-        patience=1,
-        waited=evaluations.waited,
     )
     assert format_selected_model(selected.describe()).endswith(
         "after 2 evaluations without a better one"
@@ -74,16 +69,10 @@ def test_resumed_run_counts_all_evaluations_without_improvement() -> None:
 def test_tie_is_described_without_a_loss() -> None:
     """A run of `--task rl` has no evaluation loss."""
     first, last = (EvalResult(step, 0.2) for step in (1, 3))
+    evaluations = Evaluations(BestModel(**BEST_MODEL | {"metric": "eval_reward"}))
+    evaluations.num_evals, evaluations.waited = 3, 2
     selected = SelectedModel(
-        metric="eval_reward",
-        greater_is_better=True,
-        evaluations=3,
-        best=first,
-        last=last,
-        step=1,
-        stopped_early=False,
-        patience=None,
-        waited=2,
+        evaluations=evaluations, best=first, last=last, step=1, stopped_early=False
     )
     assert format_selected_model(selected.describe()) == (
         "step 1 of 3: eval_reward 0.2000, the last had 0.2000, too"
@@ -151,7 +140,7 @@ def resolve_best(
     task = TASKS[name]
     config = TrainConfig.model_validate({"task": name, "train": train, "rl": rl or {}})
     objective = task.create_objective(kind, properties)
-    return resolve_best_model(config.method, config.train, task, objective, 9, Length(10, 2.0))
+    return resolve_best_model(config.method, config.train, task, objective, 9, 10, 5)
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,13 @@ def test_non_write_errors_are_not_changed(run: RunDirectory) -> None:
         raise RuntimeError("shapes differ")
 
 
+def test_errors_of_other_files_are_not_changed(run: RunDirectory, tmp_path: Path) -> None:
+    with pytest.raises(PermissionError), explain_disk_errors(run):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "rows.jsonl"))
+    with pytest.raises(RunError, match="cannot be written: Permission"), explain_disk_errors(run):
+        raise PermissionError(13, "Permission denied", str(run.path / "metrics.jsonl"))
+
+
 @pytest.mark.parametrize(
     ("settings", "count"),
     [

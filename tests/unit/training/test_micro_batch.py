@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import LlamaConfig
 
 from ftlevel.cli.app import run
 from ftlevel.config import TrainConfig
@@ -49,7 +50,7 @@ def create_run(device: str = "cpu", enabled: bool = True, **train: Any) -> Any:
     return RunStub(
         create_config(**train),
         FastPlan(enabled=enabled, tokens=1600),
-        SimpleNamespace(device=device),
+        SimpleNamespace(device=device, config=LlamaConfig()),
         SimpleNamespace(train=rows, max_length=ROW),
     )
 

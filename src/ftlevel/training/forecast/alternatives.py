@@ -36,6 +36,7 @@ from ftlevel.training.forecast.meta_model import (
     WORKSPACE,
     create_synthetic_batch,
 )
+from ftlevel.training.memory import get_quant_flags
 from ftlevel.training.plan.resolve import resolve
 from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
@@ -159,7 +160,7 @@ def _max_tokens_to_try(run: Run) -> int:
 def _too_large_message(run: Run, peak: int, memory: int) -> str:
     suggestions = [] if run.config.train.recomputes else ["--gradient-checkpointing"]
     suggestions += ["a smaller --max-length", "--set speed.parallel_workers=1"][: run.fast.workers]
-    suggestions += [] if run.config.quant.kind != "none" else ["--quant 4bit"]
+    suggestions += get_quant_flags(run)
     return (
         f"--auto-micro-batch: micro-batches of one row need {peak / 2**30:.2f} GiB, and "
         f"{max(0, memory) / 2**30:.2f} GiB of the device {run.model.device} are left for tensors. "
@@ -202,6 +203,15 @@ class Alternative:
     least: int
 
 
+class _Settings(NamedTuple):
+    """Settings of an alternative: method and quantization, …, maximum length (None: the run's)."""
+
+    setup: tuple[str, str]
+    checkpointing: bool
+    batch_size: int
+    length: int | None = None
+
+
 @dataclass(frozen=True)
 class AlternativeContext:
     """Run, device (`card`: GPU name, if any) and model for which alternatives are estimated.
@@ -214,7 +224,7 @@ class AlternativeContext:
     card: str | None
     source: ModelSource
     tokenizer: Any
-    cache: dict[Any, Alternative | None] = field(default_factory=dict)
+    cache: dict[_Settings, Alternative | None] = field(default_factory=dict)
     check: Callable[[], object] = bool
 
 
@@ -229,15 +239,14 @@ def list_alternatives(context: AlternativeContext) -> list[Alternative]:
     setups = [current, *other_setups]
     batch_size = config.train.per_device_train_batch_size
     alternatives = [
-        _get_alternative(setup, ckpt, batch_size, None, context)
+        _get_alternative(_Settings(setup, ckpt, batch_size), context)
         for setup, ckpt in itertools.product(setups, (False, True))
     ]
     length = config.data.max_length
     if isinstance(length, int):
         for other in (length // 2, length * 2):
-            alternatives.append(
-                _get_alternative(current, config.train.recomputes, batch_size, other, context)
-            )
+            settings = _Settings(current, config.train.recomputes, batch_size, other)
+            alternatives.append(_get_alternative(settings, context))
     return [fit for fit in alternatives if fit is not None]
 
 
@@ -256,66 +265,44 @@ def get_cheapest(context: AlternativeContext) -> Alternative | None:
     batch_size, ckpt = train.per_device_train_batch_size, train.recomputes
     setup_4bit = current if current[1] == "4bit" else _name_setup((current[0], "4bit"))
     length = config.data.max_length
-    candidates: list[tuple[tuple[str, str], bool, int, int | None]] = []
-    for quant, checkpointing in (
-        (current, ckpt),
-        (current, True),
-        (setup_4bit, ckpt),
-        (setup_4bit, True),
-    ):
-        candidates += [
-            (quant, checkpointing, micro_batch, None)
-            for micro_batch in (batch_size, max(1, batch_size // 2), 1)
-        ]
+    candidates = [
+        _Settings(setup, checkpointing, micro_batch)
+        for setup in (current, setup_4bit)
+        for checkpointing in (ckpt, True)
+        for micro_batch in (batch_size, max(1, batch_size // 2), 1)
+    ]
     if isinstance(length, int):
         candidates += [
-            (setup_4bit, True, 1, length // part) for part in (2, 4, 8) if length // part >= 64
+            _Settings(setup_4bit, True, 1, length // part)
+            for part in (2, 4, 8)
+            if length // part >= 64
         ]
     rejected = set()
-    for setup, checkpointing, micro_batch, max_length in dict.fromkeys(candidates):
-        if setup in rejected:
+    for settings in dict.fromkeys(candidates):
+        if settings.setup in rejected:
             continue
-        fit = _get_alternative(setup, checkpointing, micro_batch, max_length, context)
+        fit = _get_alternative(settings, context)
         if fit is not None and fit.fits:
             return fit
         if fit is not None and fit.least > context.device.memory:
-            rejected.add(setup)
+            rejected.add(settings.setup)
     return None
 
 
-def _get_alternative(
-    setup: tuple[str, str],
-    checkpointing: bool,
-    batch_size: int,
-    length: int | None,
-    context: AlternativeContext,
-) -> Alternative | None:
-    key = (setup, checkpointing, batch_size, length)
+def _get_alternative(settings: _Settings, context: AlternativeContext) -> Alternative | None:
     context.check()
-    if key not in context.cache:
-        context.cache[key] = _compute(setup, checkpointing, batch_size, length, context)
-    return context.cache[key]
+    if settings not in context.cache:
+        context.cache[settings] = _compute(settings, context)
+    return context.cache[settings]
 
 
-def _compute(
-    setup: tuple[str, str],
-    checkpointing: bool,
-    batch_size: int,
-    length: int | None,
-    context: AlternativeContext,
-) -> Alternative | None:
-    accumulation_steps = max(2, context.config.train.gradient_accumulation_steps)  # gradients exist
-    config = _build_config(
-        setup, checkpointing, batch_size, accumulation_steps, length, context.config
-    )
+def _compute(settings: _Settings, context: AlternativeContext) -> Alternative | None:
+    config = _build_config(settings, context.config)
     if config is None:
         return None
+    num_rows, batch_size = config.train.rows_per_device_step, settings.batch_size
     synthetic = create_synthetic_batch(
-        config.data,
-        context.source,
-        context.card,
-        batch_size * accumulation_steps,
-        context.tokenizer,
+        config.data, context.source, context.card, num_rows, context.tokenizer
     )
     try:
         forecast = context.device.forecast(resolve(config, synthetic=synthetic))
@@ -327,32 +314,24 @@ def _compute(
         available = memory - forecast.peak
         max_rows = min(max(0, batch_size + int(available // (per_batch / batch_size))), _MAX_ROWS)
     minimum = sum(forecast.parts.get(part, 0) for part in (WEIGHTS, QUANTIZED, ADAPTER, OPTIMIZER))
-    options = " ".join(
-        _format_options(context.config.train, setup, checkpointing, batch_size, length)
-    )
+    options = " ".join(_format_options(context.config.train, settings))
     return Alternative(options, forecast.peak, forecast.peak <= memory, max_rows, minimum)
 
 
-def _build_config(
-    setup: tuple[str, str],
-    checkpointing: bool,
-    batch_size: int,
-    accumulation_steps: int,
-    length: int | None,
-    config: TrainConfig,
-) -> TrainConfig | None:
-    method, quant = setup
+def _build_config(settings: _Settings, config: TrainConfig) -> TrainConfig | None:
+    method, quant = settings.setup
+    accumulation_steps = max(2, config.train.gradient_accumulation_steps)  # gradients exist
     changes: dict[str, dict[str, Any]] = {
         "train": {
-            "gradient_checkpointing": checkpointing,
-            "per_device_train_batch_size": batch_size,
+            "gradient_checkpointing": settings.checkpointing,
+            "per_device_train_batch_size": settings.batch_size,
             "gradient_accumulation_steps": accumulation_steps,
         }
     }
-    if length is not None:
-        changes["data"] = {"max_length": length}
+    if settings.length is not None:
+        changes["data"] = {"max_length": settings.length}
     values: dict[str, Any] = config.model_dump(exclude_unset=True)
-    if setup != (config.method.kind, config.quant.kind):
+    if settings.setup != (config.method.kind, config.quant.kind):
         changes["quant"] = {"kind": quant}
         if method != config.method.kind:
             values["method"] = {"kind": method}
@@ -364,14 +343,8 @@ def _build_config(
         return None
 
 
-def _format_options(
-    train: TrainerConfig,
-    setup: tuple[str, str],
-    checkpointing: bool,
-    batch_size: int,
-    length: int | None,
-) -> Iterator[str]:
-    method, quant = setup
+def _format_options(train: TrainerConfig, settings: _Settings) -> Iterator[str]:
+    (method, quant), checkpointing, batch_size, length = settings
     yield f"--method {method}"
     if quant != "none" and method != "qlora":
         yield f"--quant {quant}"

@@ -197,8 +197,6 @@ class Device:
         context = CONTEXT_BYTES if self.kind == "cuda" else 0
         try:
             memory = self._tensors(run, self.memory - context)
-        except FtlevelError:
-            raise
         except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
             message = " ".join(str(error).split())[:160]
             raise ConfigError(

@@ -46,7 +46,6 @@ from ftlevel.trained.model_ref import ModelRef
 from ftlevel.trained.resolve import resolve_model
 from ftlevel.training.forecast.meta_model import ACTIVATIONS, LOGITS
 from ftlevel.training.plan.run import Run
-from ftlevel.training.plan.schedule import count_steps_per_epoch
 
 KEYS_AND_VALUES = "keys and values"
 SCORING_MODELS = "teacher and reward models"
@@ -84,8 +83,8 @@ class RolloutSize:
         if run.config.task != RL_TASK or config.rollouts is not None:
             return None
         num_eval_samples = min(len(run.data.validation), train.max_generate_samples)
-        step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-        num_prompts = max(step, num_eval_samples, min(config.check_groups, len(run.data.train)))
+        num_check_prompts = min(config.check_groups, len(run.data.train))
+        num_prompts = max(train.rows_per_device_step, num_eval_samples, num_check_prompts)
         max_rows = max(SamplingOptions.most_rows, config.num_generations)
         num_prompts = min(num_prompts, max_rows // config.num_generations)
         num_rows = num_prompts * config.num_generations
@@ -137,19 +136,15 @@ def estimate_sampling_parts(run: Run, size: RolloutSize) -> dict[str, int]:
     return {KEYS_AND_VALUES: cache, LOGITS: logits, ACTIVATIONS: size.prefill_bytes(run)}
 
 
-def scoring_models(run: Run) -> list[ModelRef]:
-    """Returns the teacher and the reward models, which stay loaded during the run."""
+def estimate_scoring_bytes(run: Run) -> int:
+    """Returns the bytes of the weights of teacher and reward models, which stay loaded."""
     if run.config.task != RL_TASK:
-        return []
+        return 0
     device, teacher = run.model.device, run.config.distillation.teacher
     names = [("--teacher", teacher)] if teacher else []
     names += [("--reward", spec.name) for spec in run.config.rl.rewards if spec.kind == "model"]
-    return [resolve_model(name, device=device, label=f"{flag} {name}") for flag, name in names]
-
-
-def estimate_scoring_bytes(run: Run) -> int:
-    """Returns the bytes of the weights of the teacher and the reward models."""
-    return sum(_weight_bytes(ref, run) for ref in scoring_models(run))
+    refs = (resolve_model(name, device=device, label=f"{flag} {name}") for flag, name in names)
+    return sum(_weight_bytes(ref, run) for ref in refs)
 
 
 def _weight_bytes(ref: ModelRef, run: Run) -> int:
@@ -167,8 +162,7 @@ def estimate_sampling_seconds(
     `weights` are bytes; `bandwidth` (bytes/s) and `flops` (FLOP/s) are what the device attains.
     """
     lengths = prompt_lengths(run)
-    group, step = run.config.rl.num_generations, run.config.train.per_device_train_batch_size
-    step *= run.config.train.gradient_accumulation_steps
+    group, step = run.config.rl.num_generations, run.config.train.rows_per_device_step
     size = replace(size, prompts=min(size.prompts, step), rows=min(size.rows, step * group))
     num_batches = math.ceil(len(lengths) * group / size.rows)
     cache = size.cache_bytes(run, copies=1)
@@ -353,11 +347,10 @@ def measure_time(run: Run) -> TimeForecast:
     from ftlevel.training.model import load_training_model
     from ftlevel.training.processes import Processes
     from ftlevel.training.resume import ResumeState
-    from ftlevel.training.rl.trainer import RlTrainer
 
-    if isinstance(run.objective, PolicyObjective) and run.config.rl.reward:
-        rows, where = run.data.train, run.data.table.where
-        model = run.model
+    is_rl = isinstance(run.objective, PolicyObjective)
+    if is_rl and run.config.rl.reward:
+        rows, where, model = run.data.train, run.data.table.where, run.model
         rewards = open_rewards(run.config.rl, model.device, model.tokenizer, rows, where)
         run = replace(run, rewards=rewards)
     model_state = load_training_model(run, NullListener())
@@ -373,11 +366,8 @@ def measure_time(run: Run) -> TimeForecast:
         for step in range(NUM_TIMED_STEPS):
             rows = _get_step_rows(run, step, size)
             start, cpu_start = time.perf_counter(), time.process_time()
-            if isinstance(trainer, RlTrainer):
-                batch = {"prompts": rows}
-                trainer.prepare_step([batch], trainer.args.device)
-            else:
-                batch = trainer.data_collator(rows)
+            batch = {"prompts": rows} if is_rl else trainer.data_collator(rows)
+            trainer.prepare_step([batch], trainer.args.device)
             sampled = time.perf_counter() - start
             num_targets = trainer.count_targets([batch], trainer.args.device)
             trainer.training_step(model_state.model, batch, num_targets)
@@ -397,7 +387,7 @@ def measure_time(run: Run) -> TimeForecast:
         seconds = run.data.info["tokens"] / tokens_per_s
     else:
         seconds = elapsed / (NUM_TIMED_STEPS - 1) * run.schedule.steps
-    ratio = sampling / elapsed if isinstance(trainer, RlTrainer) else None
+    ratio = sampling / elapsed if is_rl else None
     how = f"{NUM_TIMED_STEPS - 1} steps here"
     return TimeForecast(seconds, tokens_per_s, how, tokens / max(computed, 1e-9), ratio)
 
@@ -409,10 +399,3 @@ def _get_step_rows(run: Run, step: int, size: int) -> list[Any]:
         rows[(step + NUM_TIMED_STEPS * at) * stride % len(rows)]
         for at in range(min(size, len(rows)))
     ]
-
-
-def steps_per_epoch(run: Run) -> int:
-    """Returns the optimizer steps per epoch; for streamed rows, those of the whole run."""
-    if run.data.stream is not None:
-        return run.schedule.steps
-    return count_steps_per_epoch(run.config.train, len(run.data.train))

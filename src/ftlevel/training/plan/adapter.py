@@ -54,20 +54,18 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
     if config.model.adapter is None:
         return config, None, []
     name, model = config.model.adapter, config.model
-    path = get_model_dir(name)
+    path, values = get_model_dir(name), config.model_dump(exclude_unset=True)
+    is_named = "name_or_path" in model.model_fields_set
     if is_model(name):
-        if "name_or_path" in config.model.model_fields_set:
+        if is_named:
             raise ConfigError(
-                f"--adapter {name} is a full model, and --model {config.model.name_or_path} is "
+                f"--adapter {name} is a full model, and --model {model.name_or_path} is "
                 f"given too. Use one of them."
             )
-        values = config.model_dump(exclude_unset=True)
         values["model"] |= {"name_or_path": str(path), "adapter": None}
         note = f"--adapter {name} is a whole model: it is trained on as --model is"
         return build_config([Layer(values)]), None, [note]
     _check_adapter_path(name, path, config.output.dir)
-    values = config.model_dump(exclude_unset=True)
-    is_named = "name_or_path" in model.model_fields_set
     ref = resolve_model(
         name,
         None if (path / CARD).is_file() else values.get("task"),

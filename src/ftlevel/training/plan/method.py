@@ -17,6 +17,7 @@ from ftlevel.methods.base import QuantizedCheckpoint
 from ftlevel.methods.support_table import Cell
 from ftlevel.models.families import lookup_family
 from ftlevel.models.hardware import select_dtype
+from ftlevel.models.loading import build_task_model
 from ftlevel.models.module_tree import ModuleTree, linear_size
 from ftlevel.models.quantization import (
     get_quantization_config,
@@ -211,18 +212,21 @@ def resolve_quantization(
 
 
 def resolve_experts(
-    quant: QuantConfig, method: MethodConfig, meta: Any, is_quantized: bool
-) -> tuple[QuantConfig, str]:
-    """Returns `quant` with `experts` resolved, and why experts are not quantized ("" if they are).
+    quant: QuantConfig, method: MethodConfig, model_config: Any, auto_class: str
+) -> tuple[QuantConfig, Choice | None]:
+    """Returns `quant` with `experts` resolved, and the line to print; None without experts.
 
-    `is_quantized`: the checkpoint is quantized. ConfigError if `quant.experts=true` is unsupported.
+    ConfigError if `quant.experts=true` is unsupported.
     """
-    message = ""
-    if not next(ModuleTree(meta).experts(), None):
+    if quant.kind == "none" and not quant.experts:
+        return quant, None
+    meta, message = build_task_model(model_config, auto_class), ""
+    has_experts = next(ModuleTree(meta).experts(), None) is not None
+    if not has_experts:
         message = "the model has no experts in one tensor"
     elif quant.kind != "4bit":
         message = "bitsandbytes supports 8 bits for linear layers only"
-    elif is_quantized:
+    elif get_quantization_config(model_config) is not None:
         message = "they are stored like this in the checkpoint"
     elif getattr(method, "target_parameters", None):
         message = "adapters go on them, which PEFT puts onto floating point"
@@ -232,7 +236,9 @@ def resolve_experts(
         message = "--set quant.experts=false"
     if quant.experts and message:
         raise ConfigError(f"quant.experts: experts cannot be quantized here: {message}. Drop it.")
-    return quant.model_copy(update={"experts": not message}), message
+    precision = "in floating point" if message else "4 bits, as the linear layers"
+    choice = Choice("experts", precision, message) if has_experts else None
+    return quant.model_copy(update={"experts": not message}), choice
 
 
 def check_method(

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from ftlevel.config import (
-    MethodConfig,
     ModelConfig,
     OutputConfig,
     QuantConfig,
@@ -46,14 +45,13 @@ from ftlevel.models.loading import (
     load_config,
     load_tokenizer,
 )
-from ftlevel.models.module_tree import ModuleTree
 from ftlevel.models.quantization import get_quantization_config, quantization_name
 from ftlevel.models.sources import ModelSource, check_revision, resolve_source
 from ftlevel.models.upstream.libraries import get_outdated_libraries
 from ftlevel.objectives import Objective, PolicyObjective
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.tasks.losses import Tokens, create_distillation_objective
-from ftlevel.training.best import Length, resolve_best_model
+from ftlevel.training.best import resolve_best_model
 from ftlevel.training.plan.adapter import check_adapter_matches
 from ftlevel.training.plan.method import (
     check_method,
@@ -66,7 +64,6 @@ from ftlevel.training.plan.run import (
     PlannedModel,
     Run,
     StartingAdapter,
-    head_choices,
     method_choices,
     model_choice,
 )
@@ -174,7 +171,7 @@ def resolve(
     loss, loss_choices = resolve_training_loss(
         train, config.distillation, config.task, objective, data.info["labels"], data.train
     )
-    epoch_rows = rows_per_epoch(config.train, config.steps_per_rollout, data)
+    epoch_rows = rows_per_epoch(train, config.steps_per_rollout, data)
     steps = count_steps(train, epoch_rows)
     rate_factor, source = 1.0, ""
     if config.task in PREFERENCE_TASKS:
@@ -186,8 +183,9 @@ def resolve(
     )
     check_schedule(train, rates.base.value, steps, len(data.validation))
     steps_per_epoch = steps if data.stream else count_steps_per_epoch(train, epoch_rows)
-    length = Length(steps, steps / steps_per_epoch)
-    best = resolve_best_model(method, train, task, objective, len(data.validation), length)
+    best = resolve_best_model(
+        method, train, task, objective, len(data.validation), steps, steps_per_epoch
+    )
     fast = plan_fast(config, meta, base.kind, objective, device, data.train, data.max_length)
     rewards = None
     if not (lenient or is_estimate) and isinstance(objective, PolicyObjective) and config.rl.reward:
@@ -201,7 +199,7 @@ def resolve(
         model=model,
         data=data,
         targets=targets,
-        schedule=rates.schedule(steps),
+        schedule=rates.schedule(steps, steps_per_epoch),
         fast=fast,
         best=best,
         adapter=adapter,
@@ -220,7 +218,7 @@ def resolve(
             *fused_lora_choices(method, config.speed, quant, device),
             *kernel_choices(config.speed, device, base.config.model_type),
             *targets.choices(getattr(method, "target_modules", None)),
-            *head_choices(task, model.heads),
+            *([Choice("heads", ", ".join(model.heads), task.head_message)] if model.heads else []),
             *base.choices,
             *layers,
             *loss_choices,
@@ -253,7 +251,7 @@ def _load_model_info(config: TrainConfig, task: BaseTask, synthetic: SyntheticBa
         already = f"--model {source.name} is quantized already ({quantization_name(stored)})."
         raise ConfigError([f"{already} {problem}" for problem in error.problems]) from None
     auto_class = task.auto_class(model_kind_name, model_config.model_type)
-    quant, experts = _resolve_experts(quant, method, model_config, auto_class)
+    quant, experts = resolve_experts(quant, method, model_config, auto_class)
     dtype = resolve_precision(method, model.dtype, device.value, model_config.model_type)
     tokenizer = synthetic.tokenizer or load_tokenizer(source)
     template = set_chat_template(tokenizer, config.data.chat_template)
@@ -264,21 +262,6 @@ def _load_model_info(config: TrainConfig, task: BaseTask, synthetic: SyntheticBa
     return _BaseModel(
         source, model_config, model_kind_name, auto_class, device, dtype, quant, tokenizer, choices
     )
-
-
-def _resolve_experts(
-    quant: QuantConfig, method: MethodConfig, model_config: Any, auto_class: str
-) -> tuple[QuantConfig, Choice | None]:
-    if quant.kind == "none" and not quant.experts:
-        return quant, None
-    meta = build_task_model(model_config, auto_class)
-    quant, message = resolve_experts(
-        quant, method, meta, get_quantization_config(model_config) is not None
-    )
-    if not quant.experts and next(ModuleTree(meta).experts(), None) is None:
-        return quant, None
-    precision = "4 bits, as the linear layers" if quant.experts else "in floating point"
-    return quant, Choice("experts", precision, message)
 
 
 def _plan_model(

@@ -79,9 +79,10 @@ class PlannedModel:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Optimizer steps and peak learning rates; `head_learning_rate` is None without new heads."""
+    """Steps (a stream is one epoch) and peak rates; `head_learning_rate` is None without heads."""
 
     steps: int
+    steps_per_epoch: int
     learning_rate: float
     default_learning_rate: float
     head_learning_rate: float | None
@@ -205,8 +206,7 @@ def method_choices(
     method: MethodConfig, quant: QuantConfig, train: TrainerConfig, quantized_already: bool
 ) -> list[Choice]:
     """Returns lines to print: method, quantization (`quantized_already`: on disk), batch size."""
-    choices = []
-    choices.append(Choice("method", method.kind, METHODS[method.kind].format_spec(method)))
+    choices = [Choice("method", method.kind, METHODS[method.kind].format_spec(method))]
     if quant.kind != "none":
         origin = "quantized in its checkpoint; " if quantized_already else ""
         choices.append(Choice("base", quant.form, f"{origin}heads kept in float"))
@@ -219,11 +219,6 @@ def method_choices(
     note = " × ".join([str(train.per_device_train_batch_size), *terms]) if terms else ""
     choices.append(Choice("batch", f"{batch} rows a step", note))
     return choices
-
-
-def head_choices(task: BaseTask, heads: list[str]) -> list[Choice]:
-    """Returns the printed line that lists the heads trained in full; empty without heads."""
-    return [Choice("heads", ", ".join(heads), task.head_message)] if heads else []
 
 
 def size_choices(run: Run, *, build_modules: bool) -> list[Choice]:

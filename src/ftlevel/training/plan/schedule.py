@@ -67,10 +67,11 @@ class LearningRates:
         has_head_rate = self.head is not None and self.head.value != self.base.value
         return [self.base, self.head] if has_head_rate and self.head else [self.base]
 
-    def schedule(self, steps: int) -> Schedule:
+    def schedule(self, steps: int, steps_per_epoch: int) -> Schedule:
         """Returns the schedule of a run of `steps` optimizer steps."""
         return Schedule(
             steps=steps,
+            steps_per_epoch=steps_per_epoch,
             learning_rate=self.base.value,
             default_learning_rate=self.default,
             head_learning_rate=self.head.value if self.head else None,
@@ -143,11 +144,11 @@ def check_schedule(config: TrainerConfig, rate: float, steps: int, num_eval_samp
 
 
 def get_schedule_warnings(
-    config: TrainerConfig, num_rows: int, num_eval_samples: int, *, new_head: bool = True
+    config: TrainerConfig, steps: int, num_eval_samples: int, *, new_head: bool = True
 ) -> list[str]:
-    """Returns warnings about settings that have no effect or do not suit the run's length."""
-    steps, messages = count_steps(config, num_rows), []
-    if config.warmup_steps > max(steps, 1):
+    """Returns warnings about settings that have no effect or do not suit a run of `steps` steps."""
+    messages = []
+    if config.warmup_steps > steps:
         reached = (steps - 1) / int(config.warmup_steps)
         messages.append(
             f"--warmup-steps {config.warmup_steps:,g} is longer than the run of {steps:,} steps: "

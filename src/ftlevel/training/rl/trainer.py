@@ -50,7 +50,8 @@ class RepeatedSteps(Sampler[int]):
         self.base, self._step_size, self._repeats = base, step_size, repeats
 
     def __len__(self) -> int:
-        return repeated_rows(len(self.base), self._step_size, self._repeats)  # type: ignore[arg-type]
+        num_steps = -(-len(self.base) // self._step_size)  # type: ignore[arg-type]
+        return num_steps * self._step_size * self._repeats
 
     def __iter__(self) -> Iterator[int]:
         order = list(self.base)
@@ -59,11 +60,6 @@ class RepeatedSteps(Sampler[int]):
             step += order[: self._step_size - len(step)]
             for _ in range(self._repeats):
                 yield from step
-
-
-def repeated_rows(num_rows: int, step_size: int, repeats: int) -> int:
-    """Returns how many indices `RepeatedSteps` yields per epoch of `num_rows` rows."""
-    return num_rows if repeats == 1 else -(-num_rows // step_size) * step_size * repeats
 
 
 def collate_prompts(rows: Sequence[Encoded]) -> dict[str, Any]:
@@ -168,8 +164,7 @@ class RlTrainer(FtlevelTrainer):
         sampled = self._gather_statistics(groups)
         used, all_groups = groups, sampled
         if config.dynamic_sampling:
-            used, all_groups, extra = self._sample_more(step, groups, sampled)
-            groups, sampled = [*groups, *extra[0]], [*sampled, *extra[1]]
+            used, all_groups = self._sample_more(step, groups, sampled)
         metrics = compute_metrics(sampled, names)
         metrics["sampling_s"] = time.perf_counter() - start
         old = reference = None
@@ -195,13 +190,12 @@ class RlTrainer(FtlevelTrainer):
         return [group for part in self.processes.all_gather(statistics) for group in part]
 
     def _sample_more(
-        self, step: int, groups: Sequence[Group], sampled: Sequence[GroupStatistics]
-    ) -> tuple[list[Group], list[GroupStatistics], tuple[list[Group], list[GroupStatistics]]]:
-        """Replace groups without a signal by those of further prompts.
+        self, step: int, groups: list[Group], sampled: list[GroupStatistics]
+    ) -> tuple[list[Group], list[GroupStatistics]]:
+        """Extend `groups` and `sampled` (modified) by groups of prompts for those without a signal.
 
         At most `dynamic_sampling` prompts are drawn in all processes, in an order set by seed and
-        step. Returns this process's groups to train on, statistics of all processes' groups to
-        train on, and both for the further prompts' groups.
+        step. Returns this process's groups and the statistics of all groups to train on.
         """
         size, budget = len(sampled), self.rl_config.dynamic_sampling
         used_rows = {statistics.row for statistics in sampled}
@@ -209,10 +203,8 @@ class RlTrainer(FtlevelTrainer):
             row for row in range(len(self._prompts)) if self._prompts[row].row not in used_rows
         ]
         random.Random(f"{self.args.seed} {step}").shuffle(order)
-        extra: list[Group] = []
-        extra_statistics: list[GroupStatistics] = []
         while True:
-            statistics = [f for f in (*sampled, *extra_statistics) if has_signal(f)]
+            statistics = [group for group in sampled if has_signal(group)]
             missing = min(size - len(statistics), budget, len(order))
             if missing <= 0:
                 break
@@ -221,11 +213,10 @@ class RlTrainer(FtlevelTrainer):
             new_groups = self._sample(
                 step, [self._prompts[row] for row in selected[rank::world_size]]
             )
-            extra += new_groups
-            extra_statistics += self._gather_statistics(new_groups)
+            groups += new_groups
+            sampled += self._gather_statistics(new_groups)
         rows = {each.row for each in statistics}
-        used = [group for group in (*groups, *extra) if group.row.row in rows]
-        return used, statistics, (extra, extra_statistics)
+        return [group for group in groups if group.row.row in rows], statistics
 
     # ---- log-probabilities
 

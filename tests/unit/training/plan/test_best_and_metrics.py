@@ -10,12 +10,12 @@ from ftlevel.config import TrainConfig
 from ftlevel.errors import ConfigError
 from ftlevel.tasks import TASKS
 from ftlevel.tasks.classes import Classes
-from ftlevel.training.best import Length, resolve_best_model
+from ftlevel.training.best import resolve_best_model
 
 
 def _resolve(config: TrainConfig, task: Any) -> Any:
-    objective, length = Classes("accuracy"), Length(20, 4.0)
-    return resolve_best_model(config.method, config.train, task, objective, 8, length)
+    objective = Classes("accuracy")
+    return resolve_best_model(config.method, config.train, task, objective, 8, 20, 5)
 
 
 def resolve(**train: Any) -> Any:

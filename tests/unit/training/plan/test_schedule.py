@@ -33,7 +33,8 @@ from ftlevel.training.plan.schedule import check_schedule, get_schedule_warnings
 def test_ineffective_settings_are_warned(
     settings: dict[str, Any], validation_rows: int, expected: list[str]
 ) -> None:
-    assert get_schedule_warnings(TrainerConfig(**settings), 64, validation_rows) == expected
+    steps = settings.get("max_steps", 24)
+    assert get_schedule_warnings(TrainerConfig(**settings), steps, validation_rows) == expected
 
 
 def test_head_learning_rate_without_new_head_is_warned() -> None:
@@ -52,7 +53,7 @@ def test_warned_share_of_peak_matches_scheduler() -> None:
     for _ in range(4):  # the fifth step uses the rate after the fourth
         optimizer.step()
         scheduler.step()
-    (warning,) = get_schedule_warnings(TrainerConfig(warmup_steps=50, max_steps=5), 64, 1)
+    (warning,) = get_schedule_warnings(TrainerConfig(warmup_steps=50), 5, 1)
     assert f"{scheduler.get_last_lr()[0]:.0%} of its peak" in warning
 
 
@@ -64,7 +65,7 @@ def resolve_rate_choices(
 ) -> list[tuple[str, Any]]:
     config = TrainConfig.model_validate({"method": {"kind": method}, "train": train})
     resolved = resolve_rates(config.method, config.train, inputs)
-    schedule = resolved.schedule(inputs.steps)
+    schedule = resolved.schedule(inputs.steps, inputs.steps)
     assert schedule.learning_rate == resolved.base.value
     assert schedule.head_learning_rate == (resolved.head and resolved.head.value)
     return [(choice.name, choice.value) for choice in resolved.choices]
