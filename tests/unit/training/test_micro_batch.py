@@ -21,9 +21,13 @@ from ftlevel.errors import ConfigError
 from ftlevel.fast.plan import FastPlan
 from ftlevel.models.hardware import get_free_memory
 from ftlevel.training.forecast import alternatives
-from ftlevel.training.forecast.alternatives import fit_batch_size, select_batch_size
+from ftlevel.training.forecast.alternatives import (
+    fit_batch_size,
+    get_max_rows,
+    select_batch_size,
+)
 from ftlevel.training.forecast.fits import Device
-from ftlevel.training.forecast.memory import StepMemory
+from ftlevel.training.forecast.memory import StepMemory, get_peak
 from ftlevel.training.forecast.meta_model import ACTIVATIONS, WEIGHTS
 from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
@@ -212,3 +216,16 @@ def test_run_with_less_memory_has_same_losses(
     monkeypatch.setattr(alternatives, "get_available_memory", lambda *_: 2**33)
     assert run([*command, "--auto-micro-batch", "--output-dir", "broken", "--resume"]) == 0
     assert load_losses("broken") == load_losses("parts")
+
+
+def test_most_rows_fit_in_every_phase() -> None:
+    """The peak in the optimizer step has no activations, and does not depend on the rows."""
+    moments = {
+        "forward": {WEIGHTS: 100, ACTIVATIONS: 40},
+        "backward": {WEIGHTS: 100, ACTIVATIONS: 80},
+        "optimizer step": {WEIGHTS: 300},
+    }
+    step = get_peak(moments, 64)
+    assert step.at == "optimizer step"
+    assert get_max_rows(step, 500, batch_size=4) == 4 + (500 - 180) // 20
+    assert get_max_rows(step, 299, batch_size=4) == 0

@@ -24,11 +24,14 @@ from ftlevel.errors import ConfigError, FtlevelError
 from ftlevel.fast.plan import MIN_TOKENS
 from ftlevel.models.hardware import free_memory_bytes
 from ftlevel.models.sources import ModelSource
-from ftlevel.training.forecast.fits import Device
+from ftlevel.training.forecast.fits import ALLOCATOR, Device
 from ftlevel.training.forecast.memory import StepMemory
 from ftlevel.training.forecast.meta_model import (
     ACTIVATIONS,
     ADAPTER,
+    BACKWARD,
+    FIRST_BLOCK,
+    FORWARD,
     LOGITS,
     OPTIMIZER,
     QUANTIZED,
@@ -300,7 +303,7 @@ def _compute(settings: _Settings, context: AlternativeContext) -> Alternative | 
     config = _build_config(settings, context.config)
     if config is None:
         return None
-    num_rows, batch_size = config.train.rows_per_device_step, settings.batch_size
+    num_rows = config.train.rows_per_device_step
     synthetic = create_synthetic_batch(
         config.data, context.source, context.card, num_rows, context.tokenizer
     )
@@ -309,13 +312,24 @@ def _compute(settings: _Settings, context: AlternativeContext) -> Alternative | 
     except FtlevelError:  # method and model do not match, or the row is too long
         return None
     memory, max_rows = context.device.memory, None
-    per_batch = sum(forecast.parts.get(part, 0) for part in (ACTIVATIONS, WORKSPACE))
     if context.device.kind != "cpu":  # a CPU computes micro-batches of fixed size in turn
-        available = memory - forecast.peak
-        max_rows = min(max(0, batch_size + int(available // (per_batch / batch_size))), _MAX_ROWS)
+        max_rows = get_max_rows(forecast, memory, settings.batch_size)
     minimum = sum(forecast.parts.get(part, 0) for part in (WEIGHTS, QUANTIZED, ADAPTER, OPTIMIZER))
     options = " ".join(_format_options(context.config.train, settings))
     return Alternative(options, forecast.peak, forecast.peak <= memory, max_rows, minimum)
+
+
+def get_max_rows(forecast: StepMemory, memory: int, batch_size: int) -> int:
+    """Returns the most rows that fit in `memory` bytes; `forecast` is for `batch_size` rows."""
+    limits = [_MAX_ROWS]
+    for moment, parts in forecast.moments.items():
+        available = memory - forecast.parts.get(ALLOCATOR, 0) - sum(parts.values())
+        per_batch = sum(parts.get(part, 0) for part in (ACTIVATIONS, WORKSPACE))
+        if moment in (FORWARD, BACKWARD, FIRST_BLOCK) and per_batch:
+            limits.append(batch_size + int(available // (per_batch / batch_size)))
+        elif available < 0:  # whatever the rows
+            limits.append(0)
+    return max(0, min(limits))
 
 
 def _build_config(settings: _Settings, config: TrainConfig) -> TrainConfig | None:
