@@ -140,7 +140,7 @@ def test_lora_plus_trains_embeddings_at_the_rate_of_a():
         output_dir="unused", learning_rate=1e-4, use_cpu=True, optim="adamw_torch"
     )
     method = SPECS["lora"](lora_plus_ratio=16)
-    optimizer = get_method_optimizer(method, model, arguments)
+    optimizer = METHODS[method.kind].optimizer(method, model, arguments)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     embeddings = [p for name, p in model.named_parameters() if "lora_embedding_" in name]
     assert [rates[id(parameter)] for parameter in embeddings] == [1e-4, 1e-4]
