@@ -6,6 +6,7 @@ with the same query are relevant to it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,22 +81,25 @@ def score_embeddings(
             if "retrieved" in getattr(meter, "details", {}):
                 text = decode(texts[meter.details["retrieved"]])
                 meter.details = {**meter.details, "retrieved": text[:_MAX_TEXT_LENGTH]}
-            record.add_row(row.row, loss, 1, meter)
-    loss = float(np.mean(losses))
+            record.add_row(row.row, loss or 0.0, int(loss is not None), meter)
+    defined = [loss for loss in losses if loss is not None]
+    loss = float(np.mean(defined)) if defined else math.nan
     return {"loss": loss, **meters[0].pool(meters).compute(loss)}
 
 
-def step_losses(objective: Embeddings, vectors: torch.Tensor, step: StepTexts) -> list[float]:
+def step_losses(
+    objective: Embeddings, vectors: torch.Tensor, step: StepTexts
+) -> list[float | None]:
     """Returns per row the mean loss of its group: `objective.step_rows` consecutive rows."""
     objective = objective.for_validation(step)
-    size, losses = objective.step_rows, list[float]()
+    size, losses = objective.step_rows, list[float | None]()
     positions = list(range(0, len(step), size))
     is_contrastive = LOSSES[objective.config.loss or ""].contrasts
     if is_contrastive and len(positions) > 1 and len(step) - positions[-1] == 1:
         positions.pop()
     for start, end in zip(positions, [*positions[1:], len(step)], strict=True):
-        loss = objective.step_loss(vectors, step.select(slice(start, end)))
-        losses += [float(loss)] * (end - start)
+        loss = objective.group_loss(vectors, step.select(slice(start, end)))
+        losses += [loss] * (end - start)
     return losses
 
 

@@ -60,6 +60,7 @@ class ExampleRecord:
         self.objective = objective
         self.units: dict[int, ExampleStats] = {}
         self._clusters: dict[Any, ExampleStats] = {}
+        self._cluster_of: dict[int, Any] = {}
         self.written: list[GeneratedText] = []
 
     def add(
@@ -88,7 +89,8 @@ class ExampleRecord:
         unit = self.units.setdefault(row.row, ExampleStats(self.objective.meter()))
         if row.cluster is None:
             return [unit]
-        return [unit, self._clusters.setdefault(row.cluster, ExampleStats(self.objective.meter()))]
+        key = self._cluster_of[row.row] = row.cluster
+        return [unit, self._clusters.setdefault(key, ExampleStats(self.objective.meter()))]
 
     def add_targets(
         self,
@@ -147,7 +149,9 @@ class ExampleRecord:
         is undefined for a draw, such as a correlation of constant values, is omitted, as are text
         metrics without `score_texts`. Clusters have equal `Encoded.cluster`.
         """
-        units = list(self._clusters.values()) or [self.units[row] for row in sorted(self.units)]
+        rows = sorted(self.units)  # not in the order of scoring, which depends on the tokenizer
+        keys = dict.fromkeys(self._cluster_of[row] for row in rows if row in self._cluster_of)
+        units = [self._clusters[key] for key in keys] or [self.units[row] for row in rows]
         meters = [unit.meter for unit in units]
         compute = meters[0].resampler(meters) if isinstance(meters[0], SortedMeter) else None
         draws = _bootstrap(

@@ -328,15 +328,12 @@ class RewardEvaluator(Evaluator):
         if self.rollouts is None or not isinstance(self.objective, PolicyObjective):
             raise TypeError("rewards need rollouts")
         meter = self.objective.meter()
-        for group in self.rollouts(EVAL_STEP, list(self._generated_prompts())):
+        for group in self.rollouts(EVAL_STEP, self.rows[: self.generated_rows]):
             values: Any = values_of(group)
             meter.update(values, group.texts, [group.row])  # type: ignore[arg-type]
             if record is not None:
                 record.add_samples(group.row, values, group.texts)
         return select_metrics(meter.compute(float("nan")), self.metrics)
-
-    def _generated_prompts(self) -> Any:
-        return self.rows[: self.generated_rows]
 
 
 def values_of(group: Group) -> np.ndarray:

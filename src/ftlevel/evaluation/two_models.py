@@ -29,7 +29,8 @@ from ftlevel.errors import InputError
 from ftlevel.models.hardware import autocast
 from ftlevel.models.kinds import max_positions, width_of
 from ftlevel.models.upstream.tensors import direct_tensors
-from ftlevel.objectives import Objective, StepObjective, TokenObjective
+from ftlevel.objectives import Objective, TokenObjective
+from ftlevel.tasks.embedding.objective import Embeddings
 from ftlevel.trained.generation import batches
 from ftlevel.trained.model_ref import PLAIN, LoadedModel, ModelRef
 from ftlevel.trained.resolve import get_card_dir, resolve_model
@@ -181,18 +182,21 @@ class EvalSet:
         collate, objective = Collator(self.pad_id), self.objective
         if isinstance(objective, TokenObjective):  # logits that need no reference
             objective = objective.of_tokens
+        elif isinstance(objective, Embeddings):
+            objective = objective.for_validation(distinct_texts(self.rows)[1])
         with torch.no_grad(), autocast(self.device, dtype):
             for rows in batches(self.rows, _BATCH):
-                is_step = isinstance(objective, StepObjective)
+                is_step = isinstance(objective, Embeddings)
                 texts, step = distinct_texts(rows) if is_step else (rows, None)
                 batch = {name: value.to(self.device) for name, value in collate(texts).items()}
                 (inputs, labels), mask = objective.split(batch), batch["attention_mask"]
                 outputs = model(**inputs)
-                if isinstance(objective, StepObjective) and step is not None:
+                if isinstance(objective, Embeddings) and step is not None:
                     unpooled = [getattr(text, "unpooled", 0) for text in texts]
                     scores = objective.embed(outputs, mask, unpooled)
-                    loss += objective.step_loss(scores, step).item() * len(step)
-                    total += len(step)
+                    mean = objective.group_loss(scores, step)
+                    loss += (mean or 0.0) * len(step)
+                    total += len(step) if mean is not None else 0
                 else:
                     logits = objective.logits(outputs)
                     loss += objective.loss_sum(logits, labels, mask).item()

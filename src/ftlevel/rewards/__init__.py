@@ -42,8 +42,8 @@ def create_reward(spec: Spec, *, opens_think: bool = False) -> Reward:
     an invalid JSON schema.
     """
     value = spec.argument
-    if column := get_schema_column(spec):
-        return _schema_column_reward(column)
+    if spec.name == "json":
+        return _json_reward(spec)
     builders: dict[str, Callable[[], _AnswerReward]] = {
         "exact": lambda: (
             lambda text, _, reference: float(_visible(text).strip() == _final(reference))
@@ -53,7 +53,6 @@ def create_reward(spec: Spec, *, opens_think: bool = False) -> Reward:
         "math": _math_reward,
         "choice": lambda: _choice_reward(split_labels(value)),
         "regex": lambda: _regex_reward(value),
-        "json": lambda: _json_reward(value),
         "rouge": lambda: _rouge_reward(value or "rougeL"),
         "length": lambda: _length_reward(value),
         "format": lambda: _think_reward(opens_think=opens_think),
@@ -199,9 +198,9 @@ def split_labels(value: str) -> list[str]:
 
 def _label_of(reference: Any, labels: Sequence[str]) -> str | None:
     """Returns the label that is the answer, or whose index (from 0) is the answer; or None."""
-    if isinstance(reference, int) and not isinstance(reference, bool):
-        return labels[reference] if 0 <= reference < len(labels) else None
     final = _final(reference).strip("().").casefold()
+    if type(reference) is int and not any(label.isdecimal() for label in labels):
+        return labels[reference] if 0 <= reference < len(labels) else None
     return next((label for label in labels if label.casefold() == final), None)
 
 
@@ -268,25 +267,22 @@ def _same(one: Any, two: Any) -> bool:
     return bool(one == two)
 
 
-def _schema_column_reward(column: str) -> Reward:
-    _validator({})  # fails if jsonschema is not installed
+def _json_reward(spec: Spec) -> Reward:
+    """Returns a reward: share of JSON fields equal to the answer's; 0 if invalid (by schema)."""
+    column, validator = get_schema_column(spec), None
+    if column:
+        _validator({})  # fails if jsonschema is not installed
+    elif spec.argument:
+        try:
+            validator = _validator(parse_strict_json(Path(spec.argument).read_text("utf-8")))
+        except OSError as error:
+            raise ValueError(f"json:{spec.argument} cannot be read ({error.strerror})") from None
 
     def score(text: str, _: Sequence[int], row: Mapping[str, Any]) -> float:
-        return _score_json(text, row.get("answer"), _validator(row.get(column)))
+        own = _validator(row.get(column)) if column else validator
+        return _score_json(text, row.get("answer"), own)
 
     return score
-
-
-def _json_reward(schema_file: str) -> _AnswerReward:
-    """Returns a reward: share of JSON fields equal to the answer's; 0 if invalid (by schema)."""
-    validator = None
-    if schema_file:
-        try:
-            validator = _validator(parse_strict_json(Path(schema_file).read_text("utf-8")))
-        except OSError as error:
-            raise ValueError(f"json:{schema_file} cannot be read ({error.strerror})") from None
-
-    return lambda text, _, reference: _score_json(text, reference, validator)
 
 
 def _score_json(text: str, reference: Any, validator: Any) -> float:

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -192,11 +193,9 @@ class ClassTask(BaseTask):
         return None if format_.options["problem_type"] == _QUANTITY else "label"
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        targets = _Targets(encoder.labels)
-
-        def encode(some: Sequence[Any]) -> list[Encoded]:
-            return encode_labeled(encoder.tokenizer, some, targets)
-
+        encode = partial(
+            encode_labeled, encoder.tokenizer, target_of=partial(_get_target, encoder.labels)
+        )
         return encoder.fit(encoder.collect(encode, examples), table)
 
     def check_training_set(self, training_set: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
@@ -262,20 +261,16 @@ def read_labels(model_config: Any) -> list[str]:
     return [str(model_config.id2label[index]) for index in sorted(model_config.id2label)]
 
 
-@dataclass(frozen=True)
-class _Targets:
-    labels: LabelSet | None
-
-    def __call__(self, example: LabeledText) -> int | float | tuple[float, ...]:
-        label = example.label
-        if isinstance(label, float):
-            return label
-        if self.labels is None:
-            raise TypeError("a class has a label set")
-        if isinstance(label, tuple):
-            true = {self.labels.id_of(name) for name in label}
-            return tuple(float(i in true) for i in range(len(self.labels)))
-        return self.labels.id_of(label)
+def _get_target(labels: LabelSet | None, example: LabeledText) -> int | float | tuple[float, ...]:
+    label = example.label
+    if isinstance(label, float):
+        return label
+    if labels is None:
+        raise TypeError("a class has a label set")
+    if isinstance(label, tuple):
+        true = {labels.id_of(name) for name in label}
+        return tuple(float(i in true) for i in range(len(labels)))
+    return labels.id_of(label)
 
 
 def create_text(values: RoleValues) -> LabeledText:

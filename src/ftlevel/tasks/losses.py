@@ -243,6 +243,20 @@ class TokenMeter:
         return {"tokens": self.tokens, "tokens_right": self.right}
 
 
+class TokenTargets(TokenObjective):
+    """Base class of objectives of whole sequences; targets and evaluation loss as `of_tokens`."""
+
+    def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.of_tokens.locate(labels)
+
+    def targets(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.of_tokens.targets(logits, labels)
+
+    def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        """Returns the summed token cross entropy, for batches without preferences or signals."""
+        return self.of_tokens.loss_sum(logits, labels, mask)
+
+
 MIN_LOG_PROBABILITY = -1e4
 """Lower bound of stored log-probabilities, so that divergences stay finite."""
 

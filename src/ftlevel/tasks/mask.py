@@ -109,12 +109,7 @@ class MaskTask(BaseTask):
         outputs: OutputOptions,
     ) -> dict[str, Column]:
         """Returns the columns: filled text, predicted words and, if requested, rankings `top`."""
-        if outputs.probabilities:
-            check_options(
-                OutputOptions(probabilities=True),
-                f"all words of --task {self.name}",
-                "Use --top-k.",
-            )
+        check_options(replace(outputs, top_k=0), f"all words of --task {self.name}", "Use --top-k.")
         columns: dict[str, Column] = {"": "text", "words": "texts"}
         return columns | ({"top": "rankings"} if outputs.top_k else {})
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftlevel.config import DataConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.encode import Encoded, RowError
 from ftlevel.data.encoding.spans import DEFAULT_WINDOW_LENGTH, Window, encode_questions
 from ftlevel.data.formats.detect import Format, FormatSpec, RoleValues
 from ftlevel.data.formats.examples import Question, create_question
@@ -242,21 +242,24 @@ class SpanTask(BaseTask):
 
 
 def _encode_windows(model: PromptedModel, queries: Sequence[Question]) -> list[Encoded]:
-    arguments: dict[str, Any] = {
-        "length": model.max_length or DEFAULT_WINDOW_LENGTH,
-        "stride": model.options["doc_stride"],
-        "separator": _separator(model.kind),
-        "where": lambda index: f"question {index + 1}",
-    }
+    length = model.max_length or DEFAULT_WINDOW_LENGTH
     try:
-        windows, dropped = encode_questions(model.tokenizer, queries, drop=True, **arguments)
+        windows, dropped = encode_questions(
+            model.tokenizer,
+            queries,
+            length=length,
+            stride=model.options["doc_stride"],
+            separator=_separator(model.kind),
+            where=str,
+            drop=True,
+        )
+    except RowError as error:
+        raise UnansweredError({error.row: error.message.rstrip(".")}) from None
     except InputError:  # no question fits
         windows, dropped = [], len(queries)
     if dropped:
         encoded = {window.row for window in windows}
-        message = (
-            f"the question leaves no room for its context in windows of {model.max_length:,} tokens"
-        )
+        message = f"the question leaves no room for its context in windows of {length:,} tokens"
         raise UnansweredError({q.row: message for q in queries if q.row not in encoded})
     return windows
 

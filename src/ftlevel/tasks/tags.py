@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftlevel.config.section import Choice
@@ -156,10 +157,7 @@ class TagTask(BaseTask):
         labels = encoder.labels
         if labels is None:
             raise TypeError("tags have a label set")
-
-        def encode(some: Sequence[Any]) -> list[Encoded]:
-            return encode_tagged(encoder.tokenizer, some, labels)
-
+        encode = partial(encode_tagged, encoder.tokenizer, labels=labels)
         return encoder.fit(encoder.collect(encode, examples), table)
 
     def get_query_format(
@@ -182,12 +180,11 @@ class TagTask(BaseTask):
         inference_config: Mapping[str, Any],
         outputs: OutputOptions,
     ) -> dict[str, Column]:
-        if outputs.top_k:
-            check_options(
-                OutputOptions(top_k=outputs.top_k),
-                f"a word of --task {self.name}",
-                "Use --probabilities, which gives that of each word's tag.",
-            )
+        check_options(
+            replace(outputs, probabilities=False),
+            f"a word of --task {self.name}",
+            "Use --probabilities, which gives that of each word's tag.",
+        )
         columns: dict[str, Column] = {"": "texts"}
         if "text" in format_.columns:
             columns["words"] = "texts"

@@ -4,17 +4,51 @@ from __future__ import annotations
 
 import time
 import tracemalloc
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
-from ftlevel.evaluation.embeddings import create_meters
+from ftlevel.config.embedding import EmbeddingConfig
+from ftlevel.data.encoding.encode import EncodedTexts
+from ftlevel.evaluation.embeddings import create_meters, step_losses
 from ftlevel.evaluation.intervals import ExampleRecord
+from ftlevel.evaluation.two_models import EvalSet
 from ftlevel.objectives import StepTexts
 from ftlevel.tasks.embedding.objective import Embeddings
 from ftlevel.tasks.embedding.retrieval import resampled_precision
+
+
+@pytest.mark.parametrize("loss", ["mnrl", "gist", "triplet", "margin-mse", "kl"])
+def test_rows_without_a_positive_have_no_loss(loss: str) -> None:
+    objective = Embeddings("ndcg@10", config=EmbeddingConfig(loss=loss), step_rows=2)
+    labels = ((1.0, 0.0), (0.0, 0.0), (0.0, 0.0), (0.0, 0.0))
+    step = StepTexts(tuple((3 * i, 3 * i + 1, 3 * i + 2) for i in range(4)), labels, ((),) * 4)
+    first, second, *others = step_losses(objective, torch.eye(12), step)
+    assert (first == second, others) == (True, [None, None])
+
+
+@pytest.mark.parametrize("loss", ["gist", "triplet", "margin-mse", "kl"])
+def test_models_are_compared_on_rows_that_lack_what_the_loss_needs(loss: str) -> None:
+    rows = [
+        EncodedTexts([i, 4, i + 1, 5], (label,), i, {}, (2, 2), (), (0, 0))
+        for i, label in enumerate((1.0, 1.0, 0.0))
+    ]
+    states = torch.randn(9, 8, generator=torch.Generator().manual_seed(0))
+
+    def model(input_ids: torch.Tensor, **_: Any) -> Any:
+        return SimpleNamespace(last_hidden_state=states[input_ids])
+
+    losses = [
+        EvalSet(rows, Embeddings("ndcg@10", config=EmbeddingConfig(loss=name)), 0, "cpu").score(
+            model, "float32"
+        )
+        for name in (loss, "mnrl")
+    ]
+    assert losses[0].loss == pytest.approx(losses[1].loss)
 
 
 def test_classes_are_compared_in_pairs_without_an_object_per_pair() -> None:

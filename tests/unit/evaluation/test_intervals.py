@@ -13,6 +13,7 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.evaluation.intervals import ExampleRecord, interval
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.tasks import TASKS
+from ftlevel.tasks.reranking.rows import RankedRow
 
 CLASSES = TASKS["text-classification"].create_objective("encoder", {})
 
@@ -47,6 +48,21 @@ def test_resamples_are_paired_between_models() -> None:
     assert not np.array_equal(
         first["accuracy"], make_record(is_correct).resample(40, 8, None, "")["accuracy"]
     )
+
+
+def test_draws_of_queries_do_not_depend_on_the_order_of_scoring() -> None:
+    objective = TASKS["reranking"].create_objective("encoder", TASKS["reranking"].synthetic_info)
+    rows = [RankedRow([i, 9, 8], 0, i, {}, 1, (1, 1), (1.0, 0.0), (1.0, 0.0)) for i in range(6)]
+
+    def draw(order: list[int]) -> np.ndarray:
+        record = ExampleRecord(objective)
+        for i in order:
+            logits = torch.tensor([[1.0], [i - 2.5]])
+            labels = torch.tensor([[1.0, 1.0, 2.0], [0.0, 0.0, 0.0]])
+            record.add([rows[i]], logits, labels, torch.ones(2, 2))
+        return record.resample(20, 0, None, "")["mrr@10"]
+
+    assert np.array_equal(draw([0, 1, 2, 3, 4, 5]), draw([5, 2, 0, 4, 1, 3]))
 
 
 def test_metrics_of_all_rows_match_meter() -> None:

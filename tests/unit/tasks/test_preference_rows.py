@@ -138,6 +138,12 @@ INVALID_ROWS = [
     ({"prompt": "q", "chosen": [_user("a")], "rejected": "b"}, "dpo", "no assistant turn"),
     ({"chosen": "a", "rejected": "b"}, "dpo", "no prompt"),
     ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": "x"}, "dpo", "a number"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": 10**400}, "dpo", "a number"),
+    (
+        {"prompt": "q", "answers": [{"answer": "a", "score": 10**400}, {"answer": "b", "rank": 2}]},
+        "dpo",
+        "without rank and score",
+    ),
     (
         {"prompt": "q", "answers": [{"answer": "a", "rank": 1}]},
         "dpo",

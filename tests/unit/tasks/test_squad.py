@@ -1,9 +1,16 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from ftlevel.data.encoding.spans import Window
+from ftlevel.data.formats.examples import Question
+from ftlevel.errors import UnansweredError
+from ftlevel.tasks import TASKS
+from ftlevel.tasks.base import OutputOptions
 from ftlevel.tasks.span import (
     BestSpan,
     exact_match,
@@ -12,6 +19,7 @@ from ftlevel.tasks.span import (
     normalize_answer,
     update_span,
 )
+from tiny_tokenizers import build_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -52,6 +60,16 @@ def build_window(offsets: tuple[tuple[int, int], ...], size: int) -> Window:
 
 def build_logits(starts: list[float], ends: list[float]) -> torch.Tensor:
     return torch.tensor([starts, ends]).T
+
+
+def test_only_a_question_whose_context_has_no_tokens_is_refused() -> None:
+    model: Any = SimpleNamespace(
+        tokenizer=build_tokenizer("bert"), kind="encoder", max_length=0, options={"doc_stride": 4}
+    )
+    questions = [Question(text, "the value", (), i) for i, text in enumerate(("ab", "\u200b"))]
+    with pytest.raises(UnansweredError) as caught:
+        TASKS["question-answering"].predict(model, questions, OutputOptions())
+    assert caught.value.reasons == {1: "has a context without tokens. Remove the row"}
 
 
 def test_best_span_over_several_windows() -> None:

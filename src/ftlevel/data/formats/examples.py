@@ -313,7 +313,7 @@ def _quantity(values: RoleValues) -> float:
         raise UnusableRowError(f"{column} is {json_type_name(value)}, not a number")
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise UnusableRowError(f"{column} is {value!r}, not a number") from None
     if not math.isfinite(number):
         raise UnusableRowError(f"{column} is {value!r}, not a finite number")

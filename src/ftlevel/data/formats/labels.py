@@ -342,7 +342,7 @@ def _is_json_list(value: Any) -> bool:
 def _has_quantities(values: Sequence[Any]) -> bool:
     try:
         numbers = [float(value) for value in values if value is not None]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
     return any(math.isfinite(n) and not n.is_integer() for n in numbers)
 

@@ -91,7 +91,7 @@ def load_retrieval_set(qrels: Path, corpus: Path | None = None) -> RetrievalSet:
 def _number(value: Any, location: str, column: str) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError(
             f"{location}: {column!r} is {value!r}, where a number is expected. Give relevant "
             "documents 1, others 0."

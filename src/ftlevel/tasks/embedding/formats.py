@@ -260,11 +260,9 @@ def _numbers(values: RoleValues, role: str, count: int) -> tuple[float, ...]:
 
 
 def _number(value: object, column: str) -> float:
-    if isinstance(value, bool):
-        return float(value)
     try:
         number = float(value)  # type: ignore[arg-type]  # a TypeError is handled
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise UnusableRowError(f"{column!r} is {value!r}, where a number is expected")
@@ -298,80 +296,74 @@ _SECOND = ("sentence2", "sentence_2", "text2", "text_2", "sentence_B", "hypothes
 _NEGATIVES = {f"negative_{n}": (f"negative_{n}",) for n in range(1, MOST_NEGATIVES + 1)}
 _PROMPT = {"prompt": ("prompt", "instruction")}
 
-FLAG_SHAPE = FormatSpec(
-    "query + pos",
-    create_flagged,
-    {"query": ("query",), "pos": ("pos",)},
-    {"neg": ("neg",), "pos_scores": ("pos_scores",), "neg_scores": ("neg_scores",), **_PROMPT},
-    guessable=False,
-)
-TEVATRON_SHAPE = FormatSpec(
-    "query + positive_passages",
-    create_tevatron,
-    {"query": ("query",), "positive_passages": ("positive_passages",)},
-    {"negative_passages": ("negative_passages",)},
-    guessable=False,
-)
-MESSAGES_SHAPE = FormatSpec(
-    "messages + positive_messages",
-    create_messages,
-    {"messages": ("messages",), "positive_messages": ("positive_messages",)},
-    {"negative_messages": ("negative_messages",), "label": ("label",)},
-    guessable=False,
-)
-LISTED_SHAPE = FormatSpec(
-    "query + documents + labels",
-    create_listed,
-    {
-        "query": _QUERY,
-        "documents": ("documents", "docs", "passages", "texts"),
-        "labels": ("labels", "label", "scores", "score"),
-    },
-    {"teacher": ("teacher", "teacher_scores"), **_PROMPT},
-    guessable=False,
-)
-SENTENCES_SHAPE = FormatSpec(
-    "sentence1 + sentence2 + score",
-    create_scored,
-    {"sentence1": _FIRST, "sentence2": _SECOND, "score": _SCORE},
-)
-DOCUMENT_SHAPE = FormatSpec(
-    "query + document + score",
-    create_scored,
-    {"query": _QUERY, "document": _DOCUMENT, "score": _SCORE},
-    guessable=False,
-)
-PAIRS_SHAPE = FormatSpec(
-    "anchor + positive",
-    create_pairs,
-    {
-        "anchor": ("anchor", "query", "question", "sentence1", "text1"),
-        "positive": _POSITIVE,
-    },
-    {
-        "negative": ("negative", "negatives"),
-        **_NEGATIVES,
-        "label": ("label", "labels", "score", "scores"),
-    },
-)
-GROUPED_SHAPE = FormatSpec(
-    "text + label",
-    create_grouped,
-    {"text": ("text", "sentence", "content"), "label": ("label",)},
-    guessable=False,
-)
-
 RANKING_SHAPES = (
-    FLAG_SHAPE,
-    TEVATRON_SHAPE,
-    MESSAGES_SHAPE,
-    LISTED_SHAPE,
-    SENTENCES_SHAPE,
-    DOCUMENT_SHAPE,
-    PAIRS_SHAPE,
+    FormatSpec(
+        "query + pos",
+        create_flagged,
+        {"query": ("query",), "pos": ("pos",)},
+        {"neg": ("neg",), "pos_scores": ("pos_scores",), "neg_scores": ("neg_scores",), **_PROMPT},
+        guessable=False,
+    ),
+    FormatSpec(
+        "query + positive_passages",
+        create_tevatron,
+        {"query": ("query",), "positive_passages": ("positive_passages",)},
+        {"negative_passages": ("negative_passages",)},
+        guessable=False,
+    ),
+    FormatSpec(
+        "messages + positive_messages",
+        create_messages,
+        {"messages": ("messages",), "positive_messages": ("positive_messages",)},
+        {"negative_messages": ("negative_messages",), "label": ("label",)},
+        guessable=False,
+    ),
+    FormatSpec(
+        "query + documents + labels",
+        create_listed,
+        {
+            "query": _QUERY,
+            "documents": ("documents", "docs", "passages", "texts"),
+            "labels": ("labels", "label", "scores", "score"),
+        },
+        {"teacher": ("teacher", "teacher_scores"), **_PROMPT},
+        guessable=False,
+    ),
+    FormatSpec(
+        "sentence1 + sentence2 + score",
+        create_scored,
+        {"sentence1": _FIRST, "sentence2": _SECOND, "score": _SCORE},
+    ),
+    FormatSpec(
+        "query + document + score",
+        create_scored,
+        {"query": _QUERY, "document": _DOCUMENT, "score": _SCORE},
+        guessable=False,
+    ),
+    FormatSpec(
+        "anchor + positive",
+        create_pairs,
+        {
+            "anchor": ("anchor", "query", "question", "sentence1", "text1"),
+            "positive": _POSITIVE,
+        },
+        {
+            "negative": ("negative", "negatives"),
+            **_NEGATIVES,
+            "label": ("label", "labels", "score", "scores"),
+        },
+    ),
 )
 """Layouts with documents, for embedding models and rerankers."""
-EMBEDDING_SHAPES = (*RANKING_SHAPES, GROUPED_SHAPE)
+EMBEDDING_SHAPES = (
+    *RANKING_SHAPES,
+    FormatSpec(
+        "text + label",
+        create_grouped,
+        {"text": ("text", "sentence", "content"), "label": ("label",)},
+        guessable=False,
+    ),
+)
 QUERY_SHAPES = (
     FormatSpec("query", create_query, {"query": (*_QUERY, "sentence1")}, guessable=False),
     FormatSpec("messages", create_query, {"messages": ("messages",)}, guessable=False),

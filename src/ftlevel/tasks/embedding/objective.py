@@ -127,6 +127,15 @@ class Embeddings(StepObjective):
             return replace(self, config=config.model_copy(update=changes))
         return self
 
+    def group_loss(self, vectors: torch.Tensor, step: StepTexts) -> float | None:
+        """Returns the mean loss over rows; None if the loss needs positives and no row has one."""
+        needs_positives = (
+            self.kind == "ranking" and not LOSSES[self.config.loss or ""].needs_teacher
+        )
+        if needs_positives and all(max(labels) <= 0 for labels in step.labels):
+            return None
+        return float(self.step_loss(vectors, step))
+
     @property
     def largest_term(self) -> float:
         """Upper bound of the similarities multiplied by `scale`."""

@@ -164,12 +164,16 @@ def _verdict(value: object, column: str) -> bool:
 
 def _number(values: RoleValues, role: str) -> float:
     value = values.get(role)
-    if isinstance(value, str):  # a cell of CSV
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    number = math.nan if isinstance(value, bool) else _to_float(value)  # a text: a cell of CSV
+    if not math.isfinite(number):
         raise UnusableRowError(f"{values.columns[role]!r} is {value!r}, where a number is expected")
-    return float(value)
+    return number
+
+
+def _to_float(value: Any) -> float:
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        return float(value)
+    return math.nan
 
 
 def _with_system(values: RoleValues, prompt: Turns) -> Turns:
@@ -251,11 +255,12 @@ def _best_and_worst(values: RoleValues) -> tuple[object, object, tuple[float, ..
         rank = item.get("rank")
         if number is None and isinstance(rank, int | float):
             number = -rank
-        if text is None or not isinstance(number, int | float) or not math.isfinite(number):
+        score = math.nan if isinstance(number, str) else _to_float(number)
+        if text is None or not math.isfinite(score):
             raise UnusableRowError(
                 f"{column!r} has an answer without a text, or without rank and score"
             )
-        graded.append((float(number), text))
+        graded.append((score, text))
     if len({number for number, _ in graded}) < 2:
         raise UnusableRowError(f"{column!r} has no pair of answers with a preference")
     best, worst = max(graded, key=lambda g: g[0]), min(graded, key=lambda g: g[0])

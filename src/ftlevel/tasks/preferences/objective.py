@@ -34,7 +34,7 @@ import numpy as np
 
 from ftlevel.config.preference import PreferenceConfig
 from ftlevel.objectives import IGNORED, LikelihoodObjective, Meter, TokenObjective, TrainingLoss
-from ftlevel.tasks.losses import Tokens
+from ftlevel.tasks.losses import Tokens, TokenTargets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,23 +68,8 @@ class SequenceLogps:
         return self.sums / self.counts
 
 
-@dataclass(frozen=True)
-class PairLossParameters:
-    """Parameters of a pair loss: β, smoothing ε, γ of simpo; whether ipo sums over tokens."""
-
-    beta: float
-    smoothing: float
-    gamma: float
-    ipo_sums: bool
-
-    @classmethod
-    def of(cls, config: PreferenceConfig, smoothing: float) -> PairLossParameters:
-        sums = config.ipo_ratios == "sum"
-        return cls(config.effective_beta, smoothing, config.margin, sums)
-
-
-PairLoss = Callable[[SequenceLogps, SequenceLogps, PairLossParameters], "Tensor"]
-"""(preferred answers, rejected answers, hyperparameters) -> loss of each pair."""
+PairLoss = Callable[[SequenceLogps, SequenceLogps, "Preferences"], "Tensor"]
+"""(preferred answers, rejected answers, objective) -> loss of each pair."""
 
 
 def log_sigmoid(value: Tensor) -> Tensor:
@@ -94,7 +79,7 @@ def log_sigmoid(value: Tensor) -> Tensor:
     return functional.logsigmoid(value)
 
 
-def _reward(chosen: SequenceLogps, rejected: SequenceLogps, p: PairLossParameters) -> Tensor:
+def _reward(chosen: SequenceLogps, rejected: SequenceLogps, p: Preferences) -> Tensor:
     """Returns β (r+ - r-), where r is an answer's log-ratio of policy and reference."""
     return p.beta * (chosen.ratios - rejected.ratios)
 
@@ -104,21 +89,23 @@ def _mean_difference(chosen: SequenceLogps, rejected: SequenceLogps) -> Tensor:
     return chosen.ratios / chosen.counts - rejected.ratios / rejected.counts
 
 
-def _cdpo(chosen: SequenceLogps, rejected: SequenceLogps, p: PairLossParameters) -> Tensor:
+def _cdpo(chosen: SequenceLogps, rejected: SequenceLogps, p: Preferences) -> Tensor:
     reward = _reward(chosen, rejected, p)
     swapped = p.smoothing * log_sigmoid(-reward)
     return -(1 - p.smoothing) * log_sigmoid(reward) - swapped
 
 
-def _robust(chosen: SequenceLogps, rejected: SequenceLogps, p: PairLossParameters) -> Tensor:
+def _robust(chosen: SequenceLogps, rejected: SequenceLogps, p: Preferences) -> Tensor:
     reward = _reward(chosen, rejected, p)
     swapped = p.smoothing * log_sigmoid(-reward)
     return (swapped - (1 - p.smoothing) * log_sigmoid(reward)) / (1 - 2 * p.smoothing)
 
 
-def _ipo(chosen: SequenceLogps, rejected: SequenceLogps, p: PairLossParameters) -> Tensor:
+def _ipo(chosen: SequenceLogps, rejected: SequenceLogps, p: Preferences) -> Tensor:
     difference = (
-        chosen.ratios - rejected.ratios if p.ipo_sums else _mean_difference(chosen, rejected)
+        chosen.ratios - rejected.ratios
+        if p.config.ipo_ratios == "sum"
+        else _mean_difference(chosen, rejected)
     )
     return (difference - 1 / (2 * p.beta)).square()
 
@@ -146,7 +133,7 @@ PAIR_LOSSES: dict[str, PairLoss] = {
         -log_sigmoid(p.beta * _mean_difference(chosen, rejected))
     ),
     "simpo": lambda chosen, rejected, p: (
-        -log_sigmoid(p.beta * (chosen.means - rejected.means) - p.gamma)
+        -log_sigmoid(p.beta * (chosen.means - rejected.means) - p.config.margin)
     ),
     "cpo": lambda chosen, rejected, p: -log_sigmoid(p.beta * (chosen.sums - rejected.sums)),
     "orpo": lambda chosen, rejected, p: (
@@ -268,7 +255,7 @@ WITH_SFT = ("rpo", "cpo", "orpo")
 
 
 @dataclass(frozen=True)
-class Preferences(LikelihoodObjective):
+class Preferences(TokenTargets, LikelihoodObjective):
     """Objective of preference losses: of pairs, preferred answer first, or labeled answers.
 
     `smoothing` is ε, the assumed share of swapped pairs; `shifted` is as in `Tokens`.
@@ -284,11 +271,12 @@ class Preferences(LikelihoodObjective):
         return self.config.loss_properties.paired
 
     @property
+    def beta(self) -> float:
+        return self.config.effective_beta
+
+    @property
     def of_tokens(self) -> TokenObjective:
         return Tokens("perplexity", self.feeds_labels, self.shifted)
-
-    def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return self.of_tokens.locate(labels)
 
     def answers(self, log_probs: Tensor, labels: Tensor) -> Tensor:
         """Returns `(answers, 2)`: log-likelihood (weighted for ld-dpo) and number of tokens."""
@@ -322,12 +310,9 @@ class Preferences(LikelihoodObjective):
         if not self.is_paired:
             weights = config.desirable_weight, config.undesirable_weight
             is_chosen = preference_labels[:, 0] > 0
-            return kto(
-                answered, is_chosen, preference_labels[:, 2], config.effective_beta, weights
-            ).sum()
+            return kto(answered, is_chosen, preference_labels[:, 2], self.beta, weights).sum()
         preferred, rejected = answered.alternate(0), answered.alternate(1)
-        loss = PAIR_LOSSES[config.loss or "dpo"]
-        of_pairs = loss(preferred, rejected, PairLossParameters.of(config, self.smoothing)).sum()
+        of_pairs = PAIR_LOSSES[config.loss or "dpo"](preferred, rejected, self).sum()
         if config.loss not in WITH_SFT:
             return of_pairs
         weight = 1.0 if config.loss == "orpo" else config.sft_weight
@@ -351,13 +336,6 @@ class Preferences(LikelihoodObjective):
         preferred = labels[::2, 1:] if self.shifted else labels[::2]
         return torch.stack([count, preferred.ne(IGNORED).sum()])
 
-    def targets(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return self.of_tokens.targets(logits, labels)
-
-    def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Returns the summed token cross entropy, for batches that have no preference_labels."""
-        return self.of_tokens.loss_sum(logits, labels, mask)
-
     @property
     def metrics(self) -> tuple[str, ...]:
         return metric_names(paired=self.is_paired, referenced=self.needs_reference)
@@ -369,7 +347,7 @@ class Preferences(LikelihoodObjective):
             return None
         losses = {
             "hinge": 1.0,
-            "ipo": 1 / (4 * self.config.effective_beta**2),
+            "ipo": 1 / (4 * self.beta**2),
             **dict.fromkeys(("dpo", "cdpo", "robust", "dpo-norm", "ld-dpo"), math.log(2)),
         }
         return losses.get(self.config.loss or "dpo")
@@ -417,7 +395,7 @@ class Preferences(LikelihoodObjective):
             self.config.loss == "ipo" and self.config.ipo_ratios == "mean"
         )
         ratios = answered.ratios
-        return self.config.effective_beta * (ratios / answered.counts if by_token else ratios)
+        return self.beta * (ratios / answered.counts if by_token else ratios)
 
 
 def create_preferences(config: PreferenceConfig, smoothing: float, kind: str) -> Preferences:

@@ -376,7 +376,7 @@ def check_pairs(rows: Sequence[Encoded]) -> Mapping[str, Mask]:
             continue
         first, second = (
             np.array(sequence.labels if row.is_apart else sequence.input_ids, np.int32).tobytes()
-            for sequence in _whole(row)
+            for sequence in row.sequences
         )
         if row.is_apart:
             source = np.array(row.input_ids, np.int32).tobytes()
@@ -385,10 +385,6 @@ def check_pairs(rows: Sequence[Encoded]) -> Mapping[str, Mask]:
         against[index] = (second, first) in seen and not equal[index]
         seen.add((first, second))
     return {"equal_answers": equal, "contradicting_pairs": against}
-
-
-def _whole(row: PairRow) -> Sequence[Encoded]:
-    return PairRow.sequences.fget(row)  # type: ignore[attr-defined]  # also for ScoredPairRow
 
 
 def check_answers(examples: Sequence[Any], loss: str) -> Sequence[tuple[str, int, str]]:

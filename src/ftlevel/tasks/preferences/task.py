@@ -113,10 +113,8 @@ class PreferenceBaseTask(BaseTask):
     def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:
         return choose_format(tokenizer, kind, self.instruction, self.answer_cue)
 
-    def encode_as(
-        self, encoder: Encoder, examples: Sequence[Any], table: Table, *, scored: bool
-    ) -> FittedRows:
-        """Encode pairs or labeled answers; with `scored`, for a reward model."""
+    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
+        """Encode pairs or labeled answers."""
         if encoder.prompt_format is None:
             raise TypeError("judged answers have a prompt format")
         config, seq2seq = self.config, encoder.kind == "encoder-decoder"
@@ -125,7 +123,7 @@ class PreferenceBaseTask(BaseTask):
             encoder.prompt_format,
             encoder.kind,
             config.loss == "kto",
-            scored,
+            self.scored,
             config.uses_reference,
         )
         fitted = encoder.fit(encoder.collect(encode, examples), table)
@@ -207,9 +205,6 @@ class PreferenceTask(PreferenceBaseTask, TextTask):
         task = self.configured(data_info) if "preference" in data_info else self
         return create_preferences(task.config, task.smoothing, kind)
 
-    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        return self.encode_as(encoder, examples, table, scored=False)
-
     def finish_data(
         self, prepared: PreparedData, config: DataConfig, context: EncodingContext
     ) -> PreparedData:
@@ -271,13 +266,8 @@ class RewardTask(PreferenceBaseTask):
 
     def create_objective(self, kind: str, data_info: Mapping[str, Any]) -> Objective:
         """Create the objective with the logistic loss of each pair's score difference."""
-        return RewardObjective("accuracy", config=self._get_config(data_info))
-
-    def _get_config(self, data_info: Mapping[str, Any]) -> PreferenceConfig:
-        return self.configured(data_info).config if "preference" in data_info else self.config
-
-    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        return self.encode_as(encoder, examples, table, scored=True)
+        task = self.configured(data_info) if "preference" in data_info else self
+        return RewardObjective("accuracy", config=task.config)
 
     def data_info(self, loaded: LoadedData) -> Mapping[str, Any]:
         return {**super().data_info(loaded), "problem_type": "regression"}
@@ -294,11 +284,9 @@ class RewardTask(PreferenceBaseTask):
                 f"a reward model has one score, and this one has {model_config.num_labels} "
                 "classes. Choose another, or --task text-classification."
             )
-        prompt_format = self.prompt_format(
-            Format(self.name, "", create_scored, {}), kind, tokenizer
-        )
+        prompt_format = choose_format(tokenizer, kind, self.instruction, self.answer_cue)
         return {
-            "prompt": prompt_format.to_dict() if prompt_format else {},
+            "prompt": prompt_format.to_dict(),
             "options": {"problem_type": "regression", "preference": {"loss": "reward"}},
         }
 
@@ -328,9 +316,7 @@ class RewardTask(PreferenceBaseTask):
             model.tokenizer, model.prompt_format, model.kind, True, True, False
         )
         rows = [
-            Encoded(row.input_ids, 0, index)
-            for index, question in enumerate(queries)
-            for row in encode.answers([question])
+            Encoded(row.input_ids, 0, index) for index, row in enumerate(encode.answers(queries))
         ]
 
         def read(_: Encoded, logits: Tensor) -> Prediction:
@@ -341,13 +327,6 @@ class RewardTask(PreferenceBaseTask):
 
     def dummy_labels(self, ids: Sequence[int], labels: Sequence[str], inference_config: Any) -> Any:
         return 0
-
-    def decode_targets(
-        self, row: Encoded, names: Sequence[str], kind: str, decoder: Any
-    ) -> list[str | None]:
-        """Returns "" for the tokens of the answers, None for those of the prompt."""
-        labels = row.labels if isinstance(row.labels, list) else []
-        return [None if label == IGNORED else "" for label in labels]
 
     def head_signature(self, labels: Sequence[str]) -> str:
         return "a score"

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import InputError
@@ -68,7 +70,7 @@ class RankedRow(Encoded):
     @property
     def cluster(self) -> bytes:
         """Key of the query, shared by all rows with its documents, for bootstrap intervals."""
-        return bytes(memoryview(_array(self.input_ids[: self.query])))
+        return np.array(self.input_ids[: self.query], dtype=np.int32).tobytes()
 
     @property
     def supervised(self) -> int:
@@ -106,12 +108,6 @@ def _cut(values: list[int], limit: int, num_last: int) -> list[int]:
         return values
     num_last = min(num_last, limit)
     return values[: limit - num_last] + values[len(values) - num_last :]
-
-
-def _array(ids: Sequence[int]) -> Any:
-    import numpy as np
-
-    return np.array(ids, dtype=np.int32)
 
 
 def prepare_tokenizer(tokenizer: Any, kind: str) -> Choice | None:
@@ -174,6 +170,7 @@ class PairEncoder:
         at = 0
         for example in examples:
             count = len(example.documents)
+            untaught = (math.nan,) * count if self.has_teacher else example.labels
             query = next(
                 (i for i, part in enumerate(encoding.sequence_ids(at)) if part == 1),
                 len(encoding["input_ids"][at]) - 1,  # a document without tokens
@@ -192,15 +189,12 @@ class PairEncoder:
                     query,
                     tuple(len(encoding["input_ids"][i]) - query for i in own),
                     example.labels,
-                    example.teacher or self._untaught(example),
+                    example.teacher or untaught,
                     (example.query, *example.documents) if self.has_teacher else (),
                 )
             )
             at += count
         return rows
-
-    def _untaught(self, example: EmbeddingRow) -> tuple[float, ...]:
-        return (math.nan,) * len(example.labels) if self.has_teacher else example.labels
 
 
 def _join(sequences: Sequence[list[int]], query: int) -> list[int]:

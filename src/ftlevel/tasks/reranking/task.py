@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -312,8 +312,10 @@ def resolve_loss(
         )
     good = sum(count * label for label, count in labels.items() if 0 <= label <= 1)
     balance = (labels.total() - good) / good if good else 1.0
-    queries = Counter(example.query for example in examples)
-    ranked = contrasts or max(queries.values()) > 1
+    kinds = defaultdict[str, set[bool]](set)
+    for example in examples:
+        kinds[example.prompt + example.query] |= {label > 0 for label in example.labels}
+    ranked = any(len(both) == 2 for both in kinds.values())
     graded = not labels.keys() <= {0.0, 1.0}
     return {
         "loss": loss,

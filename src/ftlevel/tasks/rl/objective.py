@@ -11,7 +11,7 @@ import numpy as np
 
 from ftlevel.config.rl import RlConfig
 from ftlevel.objectives import Meter, PolicyObjective, TokenObjective, TrainingLoss
-from ftlevel.tasks.losses import Tokens
+from ftlevel.tasks.losses import Tokens, TokenTargets
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ def loss_parameters(config: RlConfig) -> PolicyLossParameters:
 
 
 @dataclass(frozen=True)
-class PolicyGradient(PolicyObjective):
+class PolicyGradient(TokenTargets, PolicyObjective):
     """Objective of policy losses; `watch` is called with each micro-batch's `PolicyLoss`.
 
     `teacher` is the name of the model to distill from; None if rewards are used.
@@ -58,20 +58,6 @@ class PolicyGradient(PolicyObjective):
     @property
     def of_tokens(self) -> TokenObjective:
         return Tokens("perplexity", shifted=True)
-
-    def locate(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.of_tokens.locate(labels)
-
-    def targets(
-        self, logits: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.of_tokens.targets(logits, labels)
-
-    def loss_sum(
-        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
-        """Returns the summed token cross entropy, for batches that have no signals."""
-        return self.of_tokens.loss_sum(logits, labels, mask)
 
     def training_count(self, labels: torch.Tensor, loss: TrainingLoss) -> torch.Tensor:
         """Returns 1: the signals' weights already divide by the targets of the whole step."""

@@ -122,6 +122,7 @@ def test_positives_and_negatives_follow_labels():
         ({"anchor": None, "positive": "p"}, "'anchor' is null"),
         ({"sentence1": "a", "sentence2": "b", "score": "high"}, "'score' is 'high'"),
         ({"sentence1": "a", "sentence2": "b", "score": float("nan")}, "where a number"),
+        ({"sentence1": "a", "sentence2": "b", "score": 10**400}, "where a number"),
         (
             {"query": "q", "documents": ["a", "b"], "labels": [1]},
             "1 of 2 numbers, one per",

@@ -5,8 +5,18 @@ import math
 import pytest
 import torch
 
-from ftlevel.config.reranking import LOSSES
+from ftlevel.config.reranking import LOSSES, RerankingConfig
+from ftlevel.tasks.embedding.formats import EmbeddingRow
 from ftlevel.tasks.reranking.losses import Lists, count_targets, sum_loss
+from ftlevel.tasks.reranking.task import resolve_loss
+
+
+def test_main_metric_is_defined_for_the_labels():
+    grades = [EmbeddingRow("q", i, ("a", "b"), (2.0, 1.0)) for i in range(2)]
+    single = [EmbeddingRow("q", i, ("a",), (float(i),)) for i in range(2)]
+    config = RerankingConfig(loss="mse")
+    headlines = [resolve_loss(config, rows, None)["headline"] for rows in (grades, single)]
+    assert headlines == ["spearman", "ndcg@10"]
 
 
 def create_lists(*rows, teacher=None):

@@ -40,6 +40,8 @@ SCORES: list[tuple[str, str, Any, float]] = [
     ("choice", "The answer is (B).", "B", 1),
     ("choice", "B", "B", 1),
     ("choice", "B", 1, 1),
+    ("choice:1,2,3,4,5", "3", 3, 1),  # a label, not an index
+    ("choice:1,2,3,4,5", "4", 3, 0),
     ("choice", "A or B", "B", 0),
     ("choice", "A is wrong. Answer: B", "B", 1),
     ("choice", r"\boxed{B}", "B", 1),
