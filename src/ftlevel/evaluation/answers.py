@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from ftlevel.artifacts.row_sinks import partial_of
+from ftlevel.config import SPECS
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.encoding.fit import truncate_row
@@ -25,6 +26,7 @@ from ftlevel.fast.likelihoods import supervised_loss
 from ftlevel.fast.packing import PackedLayout, using_layout
 from ftlevel.fast.plan import plan_forward
 from ftlevel.fast.step import FastStep
+from ftlevel.methods import METHODS
 from ftlevel.models.kinds import max_positions
 from ftlevel.objectives import TokenObjective
 from ftlevel.tasks.base import OutputOptions, Prediction
@@ -270,7 +272,10 @@ class InferenceModel:
         self._batch_size, self._truncate = batch_size, truncate
         self._scorer = RowScorer(trained, batch_size)
         self._decoder: RowDecoder | Literal[False] | None = None  # False: unsupported
-        limits = (max_positions(trained.model.config), trained.task.max_tokens)
+        limits = (
+            _text_positions(trained.model, trained.ref.card.method),
+            trained.task.max_tokens,
+        )
         self._positions = min((limit for limit in limits if limit is not None), default=None)
         self.shortened = 0
         self.task = trained.task
@@ -355,6 +360,20 @@ class InferenceModel:
             self.shortened += len(too_long)
             rows = [truncate_row(row, positions) for row in rows] if too_long else rows
         return rows
+
+
+def _text_positions(model: Any, method: str) -> int | None:
+    """Returns the positions that the adapter's virtual tokens leave for text; None if unlimited."""
+    positions = max_positions(model.config)
+    if positions is None:
+        return None
+    is_soft_prompt = method in METHODS and METHODS[method].positions(SPECS[method]()) > 0
+    sizes = [
+        adapter.num_virtual_tokens
+        for adapter in getattr(model, "peft_config", {}).values()
+        if is_soft_prompt or adapter.is_prompt_learning
+    ]
+    return positions - max(sizes, default=0)
 
 
 MAX_SHOWN = 5
