@@ -16,7 +16,9 @@ from tiny_tokenizers import build_tokenizer
 from virtual_tokens import adapt
 
 
-@pytest.mark.parametrize(("method", "length"), [("prompt", 492), ("p-tuning", 492), ("lora", 512)])
+@pytest.mark.parametrize(
+    ("method", "length"), [("prompt", 492), ("p-tuning", 492), ("prefix", 512)]
+)
 def test_texts_are_truncated_to_what_virtual_tokens_leave(method: str, length: int) -> None:
     trained: Any = SimpleNamespace(
         model=adapt(SPECS[method](), "bert", "seqcls"),

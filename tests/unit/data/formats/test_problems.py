@@ -59,7 +59,7 @@ def test_regression_labels() -> None:
     assert convert(REGRESSION, 1, -2.5, "3.25") == [1.0, -2.5, 3.25]
     for invalid, reason in (
         ("x", "'label' is 'x', not a number"),
-        (10**400, "not a number"),
+        (10**400, "'label' is 10+, not a number"),
         (float("inf"), "'label' is inf, not a finite number"),
         (True, "'label' is true or false, not a number"),
         (None, "'label' is null, not a number"),
