@@ -31,8 +31,8 @@ _OWN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra"
 """Arguments of reward functions that are not columns."""
 
 
-class _SlowError(Exception):
-    """A built-in reward exceeded its time limit."""
+class _SlowError(BaseException):
+    """A built-in reward exceeded its time limit; math-verify would catch an `Exception`."""
 
 
 def _raise_slow(_: int, __: FrameType | None) -> None:

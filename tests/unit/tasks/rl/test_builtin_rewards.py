@@ -5,7 +5,9 @@ The examples of docs/rl.md are included.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 
 from ftlevel.config.rl import RewardSpec, parse_reward
-from ftlevel.rewards import check_reference, create_reward
+from ftlevel.rewards import check_reference, create_reward, worker
 
 SCORES: list[tuple[str, str, Any, float]] = [
     ("exact", " 42\n", "42", 1),
@@ -177,3 +179,17 @@ def test_malformed_reward_raises(text: str, problem: str) -> None:
 )
 def test_parse_reward_and_weight(text: str, spec: RewardSpec) -> None:
     assert parse_reward(text) == spec
+
+
+def test_time_limit_is_not_caught_by_a_reward() -> None:
+    def slow(*_: object) -> float:
+        with contextlib.suppress(Exception):  # as math-verify does
+            time.sleep(5)
+        return 1.0
+
+    before = signal.signal(signal.SIGALRM, worker._raise_slow)
+    try:
+        batch = {"texts": ["a"], "completion_ids": [[1]], "columns": {}}
+        assert worker.Worker()._built_in(slow, batch, 0.05) == [0.0]
+    finally:
+        signal.signal(signal.SIGALRM, before)
