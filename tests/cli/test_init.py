@@ -38,6 +38,45 @@ def run_rejected(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return capsys.readouterr().err
 
 
+def test_flags_depend_on_the_task(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("rl.jsonl").write_text("".join('{"prompt": "a", "answer": "b"}\n' for _ in range(8)))
+    config = init(capsys, "my r.yaml", "--task", "rl", "--dataset", "rl.jsonl", "--loss", "grpo",
+                  "--temperature", 0.8, "--reward", "exact", "--max-new-tokens", 9)  # fmt: skip
+    assert config["config"]["rl"] == {
+        "loss": "grpo", "temperature": 0.8, "reward": ["exact"], "max_completion_length": 9
+    }  # fmt: skip
+    assert config["command"].startswith("ftlevel train --recipe 'my r.yaml' --output-dir ")
+    message = run_rejected(
+        capsys, "x.yaml", "--dataset", "rows.csv", "--load-in-4bit", "false", "--quant", "4bit",
+        "--yes",
+    )  # fmt: skip
+    assert "--load-in-4bit false contradicts quant.kind, which is 4bit." in message
+    assert not Path("x.yaml").exists()
+
+
+def test_adapter_determines_model_and_method(
+    tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(tiny_model_dir("bert"))
+    command = [
+        "train",
+        "--task",
+        "text-classification",
+        "--dataset",
+        "rows.csv",
+        "--max-steps",
+        "1",
+    ]
+    assert run([*command, "--model", model, "--lora-r", "2", "--output-dir", "first"]) == 0
+    capsys.readouterr()
+    result = init(capsys, "--adapter", "first", "--task", "text-classification")
+    assert result["config"]["model"] == {"adapter": "first"}
+    assert "method" not in result["config"]
+    assert result["config"]["data"] == {"dataset": "rows.csv", "validation_split": 0.1}
+    assert f"# text-classification: rows.csv with {model}." in Path("recipe.yaml").read_text()
+    assert run(["train", "recipe.yaml", "--dry-run"]) == 0
+
+
 def test_init_proposes_settings_from_data(
     tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:

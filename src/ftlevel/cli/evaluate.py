@@ -11,20 +11,18 @@ import typer
 
 from ftlevel.cli.flags import CommandInput
 from ftlevel.cli.startup import heavy_imports
-from ftlevel.config import EvaluateConfig, PredictConfig, normalize_task
+from ftlevel.config import EvaluateConfig, PredictConfig
 from ftlevel.config.mining import MineConfig
 from ftlevel.errors import ConfigError
 
 
-def evaluate(
-    inputs: CommandInput, *, task: str | None, predictions: str | None, as_json: bool, quiet: bool
-) -> None:
+def evaluate(inputs: CommandInput, *, predictions: str | None, as_json: bool, quiet: bool) -> None:
     """Evaluate a run, an adapter or a model.
 
     Reports the task's metrics with 95 % bootstrap intervals. By default, a run is evaluated on its
     own validation rows, which reproduces the metrics of training.
     """
-    config = inputs.section(EvaluateConfig, task=normalize_task(task) if task else None)
+    config = inputs.section(EvaluateConfig)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
@@ -100,14 +98,14 @@ def _range(interval: list[float] | None, *, signed: bool = False) -> str:
     return " [" + ", ".join(template.format(bound) for bound in interval) + "]"
 
 
-def predict(inputs: CommandInput, *, task: str | None, as_json: bool, quiet: bool) -> None:
+def predict(inputs: CommandInput, *, as_json: bool, quiet: bool) -> None:
     """Add predictions to the rows of a file.
 
     Rows are encoded as in training, need no labels, and keep their order and columns. A prediction
     is a class, classes, a number, tags, a span or a text, depending on the task. Without --output,
     rows are printed to stdout as JSONL.
     """
-    config = inputs.section(PredictConfig, task=normalize_task(task) if task else None)
+    config = inputs.section(PredictConfig)
     if as_json and config.output is None:
         raise ConfigError(
             "--json prints what was done on stdout, and without --output the rows go there. Pass "

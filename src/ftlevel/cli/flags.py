@@ -70,16 +70,12 @@ class FtlevelCommand(TyperCommand):
 
     def _explain(self, error: Any, name: str) -> None:
         """Add a suggestion to the error of an unknown flag; ConfigError if `name` is a field."""
-        field = get_field_path(name.lstrip("-").replace("-", "_")) if self.has_set_flag else ""
+        has_fields = "--set" in self.specs
+        field = get_field_path(name.lstrip("-").replace("-", "_")) if has_fields else ""
         if field:
             raise ConfigError(f"{name} is no flag, but a field: --set {field}=VALUE.") from None
         error.message = f"{error.message}.{did_you_mean(name, self.specs)}"
         error.possibilities = None
-
-    @property
-    def has_set_flag(self) -> bool:
-        """Whether the command has `--set`."""
-        return "--set" in self.specs
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write one section of help per panel, without rich, whose import is slow."""
@@ -203,14 +199,11 @@ def add_command(
         function(**{parameter: values[parameter] for parameter in parameters})
 
     parameters = inspect.signature(function).parameters
-    call.__dict__["__signature__"] = _signature_of(name, rows)
+    context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    parameters_of_flags = (_parameter(name, row) for row in rows)
+    call.__dict__["__signature__"] = inspect.Signature([context, *parameters_of_flags])
     call.__doc__ = function.__doc__
     app.command(name=name, cls=TyperClass)(call)
-
-
-def _signature_of(command: str, rows: Sequence[Flag]) -> inspect.Signature:
-    context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-    return inspect.Signature([context, *(_parameter(command, row) for row in rows)])
 
 
 def _parameter(command: str, row: Flag) -> inspect.Parameter:
@@ -293,7 +286,7 @@ class CommandInput:
         shown = {row.path: row.name for row in self.rows if row.path}
         config = build_section(section, {**self.layer().values, **fields}, shown)
         for line in validate_no_ops(self.no_ops, config):
-            _note(line)
+            print_note(line)
         return config
 
 
@@ -317,7 +310,7 @@ def _put(layer: Layer, row: Flag, path: str, shown: str, value: Any, example: st
     put(layer, key, value, shown)
 
 
-def _note(message: str) -> None:
+def print_note(message: str) -> None:
     """Print a note to stderr, except in a process that a launcher such as torchrun started."""
     if not is_launched():
         typer.echo(f"note: {message}", err=True)
@@ -335,8 +328,22 @@ def _get_run_config(run: Path, inputs: CommandInput) -> Path | None:
     return None
 
 
+def add_flag_layers(
+    layers: Sequence[Layer], inputs: CommandInput, note: Callable[[str], None]
+) -> list[Layer]:
+    """Returns `layers` and those of `--set` and of the flags, some of which depend on the task."""
+    layers = [*layers, parse_overrides(inputs.values["settings"] or [])]
+    tasks = [inputs.values["task"], *(layer.values.get("task") for layer in reversed(layers))]
+    task = normalize_task(str(next(filter(None, tasks), "")))
+    flags = inputs.layer(task)
+    for complete in hooks("complete_flags"):
+        for line in complete(task, flags.values, inputs.typed):
+            note(line)
+    return [*layers, flags]
+
+
 def read_config(
-    inputs: CommandInput, note: Callable[[str], None] = _note
+    inputs: CommandInput, note: Callable[[str], None] = print_note
 ) -> tuple[TrainConfig, Path | None]:
     """Returns the configuration merged from recipe < --set < flags, and the recipe's path or None.
 
@@ -355,14 +362,7 @@ def read_config(
         path = check_recipe(path, inputs.command)
     is_run = path is not None and path.name == CONFIG and (path.parent / PLACES).is_file()
     layers = [] if path is None else [load_run_config(path.parent) if is_run else load_recipe(path)]
-    layers.append(parse_overrides(values["settings"] or []))
-    tasks = [values["task"], *(layer.values.get("task") for layer in reversed(layers))]
-    task = normalize_task(str(next(filter(None, tasks), "")))
-    flags = inputs.layer(task)
-    for complete in hooks("complete_flags"):
-        for line in complete(task, flags.values, inputs.typed):
-            note(line)
-    config = build_config([*layers, flags], note)
+    config = build_config(add_flag_layers(layers, inputs, note), note)
     if is_run and path is not None:
         check_paths(path.parent, config.model_dump(mode="json"))
     for line in validate_no_ops(inputs.no_ops, config):

@@ -11,7 +11,7 @@ import typer
 
 from ftlevel.cli.flags import CommandInput
 from ftlevel.cli.startup import heavy_imports
-from ftlevel.config import GenerateConfig, normalize_task
+from ftlevel.config import GenerateConfig
 from ftlevel.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -59,7 +59,6 @@ def generate(
             screen.warn(note)
     lines = [vars(answer) for answer in answers]
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         with atomic_files(out) as folder:
             (folder / out.name).write_text(text, encoding="utf-8")
@@ -72,7 +71,6 @@ def generate(
 
 
 def _read_config(inputs: CommandInput) -> GenerateConfig:
-    """Returns the configuration from the flags; each `--adapter` is NAME or NAME=DIR."""
     adapters, selected = {}, []
     for pair in inputs.values["adapter"] or []:
         label, equals, path = pair.partition("=")
@@ -85,13 +83,7 @@ def _read_config(inputs: CommandInput) -> GenerateConfig:
         selected.append(label)
     if adapters and len(adapters) == len(selected):
         selected = []  # every given adapter generates
-    task = inputs.values["task"]
-    return inputs.section(
-        GenerateConfig,
-        task=normalize_task(task) if task else None,
-        adapters=adapters,
-        chosen=selected,
-    )
+    return inputs.section(GenerateConfig, adapters=adapters, chosen=selected)
 
 
 def _show(answers: Sequence[Any]) -> None:

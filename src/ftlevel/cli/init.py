@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ftlevel.cli.flags import CommandInput
+from ftlevel.cli.flags import CommandInput, add_flag_layers, print_note
+from ftlevel.cli.spelling import validate_no_ops
 from ftlevel.cli.startup import heavy_imports
-from ftlevel.config import parse_overrides
 from ftlevel.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def init(inputs: CommandInput, *, file: Path, yes: bool, as_json: bool) -> None:
     overwritten.
     """
     _check_free(file)
-    layers = [parse_overrides(inputs.values["settings"] or []), inputs.layer()]
+    layers = add_flag_layers([], inputs, print_note)
     if not (yes or as_json or sys.stdin.isatty()):
         raise ConfigError(
             "there is no terminal for questions. Add --yes to accept the suggestions, or flags "
@@ -50,6 +50,8 @@ def init(inputs: CommandInput, *, file: Path, yes: bool, as_json: bool) -> None:
                 return value.strip()
 
     drafted = draft(layers, file, ask)
+    for line in validate_no_ops(inputs.no_ops, drafted.config):
+        print_note(line)
     try:
         with file.open("x", encoding="utf-8") as opened:
             opened.write(drafted.text)

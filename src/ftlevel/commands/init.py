@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote as quote_shell
 from typing import Any
 
 from ftlevel.config import Layer, TrainConfig, build_config, put
@@ -22,6 +23,7 @@ from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import build_task_model, load_config, silence_loggers
 from ftlevel.models.sources import resolve_source
 from ftlevel.tasks import TASKS
+from ftlevel.training.plan.adapter import resolve_adapter
 from ftlevel.training.plan.resolve import resolve
 from ftlevel.training.plan.run import Run
 
@@ -36,6 +38,7 @@ _DECODER = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _EPOCHS = 3
 _SPLIT = 0.1
 _ENOUGH = 50  # fewest rows for a validation split
+_OF_ADAPTER = ("model.name_or_path", "method.kind")  # what --adapter determines
 _ORDER = "task model quant method data train"
 _BYTES = 2  # per 16-bit weight
 _HALF = 0.5  # most memory for weights; a step needs the rest
@@ -49,7 +52,7 @@ class SetupQuestion:
     flag: str
     prompt: str
     default: Callable[[TrainConfig], Choice]
-    check: Callable[[TrainConfig], object]
+    check: Callable[[TrainConfig], object] = bool
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ def draft(layers: list[Layer], file: Path, answer: Callable[[SetupQuestion, Choi
     with silence_loggers():
         for question in QUESTIONS:
             config = build_config(layers)
+            if config.model.adapter is not None and question.path in _OF_ADAPTER:
+                continue
             if not _is_set(config, question.path):
                 default = question.default(config)
                 value = answer(question, default)
@@ -81,9 +86,10 @@ def draft(layers: list[Layer], file: Path, answer: Callable[[SetupQuestion, Choi
                     defaults.append(default)
             question.check(build_config(layers))
         run = _resolve(layers, defaults)
-    config = run.config
-    command = f"ftlevel train --recipe {file} --output-dir runs/{run.name}"
-    text = "\n".join([*_head(config, command, file), *_format_lines(run, defaults)]) + "\n"
+    config = build_config(layers)
+    command = f"ftlevel train --recipe {quote_shell(str(file))} --output-dir runs/{run.name}"
+    lines = [*_head(run.config, command, file), *_format_lines(config, run, defaults)]
+    text = "\n".join(lines) + "\n"
     return Draft(text, config, defaults, run.schedule.steps, command)
 
 
@@ -108,14 +114,14 @@ def _is_set(config: TrainConfig, path: str) -> bool:
 
 def _resolve(layers: list[Layer], defaults: list[Choice]) -> Run:
     """Resolve the run like `train`; without validation rows, add a split to both lists."""
-    config = build_config(layers)
-    run = resolve(config)
+    config, adapter, _ = resolve_adapter(build_config(layers))
+    run = resolve(config, adapter=adapter)
     is_small = len(run.data.train) < _ENOUGH or config.data.streaming
     if is_small or run.data.validation or _is_set(config, "data.validation_split"):
         return run
     layers.append(_layer("data.validation_split", _SPLIT, "--validation-split"))
     defaults.append(Choice("validation_split", _SPLIT, "the data has no validation rows"))
-    return resolve(build_config(layers))
+    return _resolve(layers, defaults)
 
 
 def _default_dataset(_: TrainConfig) -> Choice:
@@ -179,10 +185,6 @@ def _default_method(config: TrainConfig) -> Choice:
     return Choice("method", "lora", "the most common PEFT method")
 
 
-def _default_epochs(_: TrainConfig) -> Choice:
-    return Choice("epochs", str(_EPOCHS), "the best evaluation is kept")
-
-
 def _source(config: TrainConfig) -> Any:
     model = config.model
     return resolve_source(model.name_or_path, model.revision, model.trust_remote_code)
@@ -232,14 +234,12 @@ QUESTIONS = (
         "--method",
         "Method (ftlevel list-methods)",
         _default_method,
-        lambda config: config,
     ),
     SetupQuestion(
         "train.num_train_epochs",
         "--num-train-epochs",
         "Number of training epochs",
-        _default_epochs,
-        lambda config: config,
+        lambda _: Choice("epochs", str(_EPOCHS), "the best evaluation is kept"),
     ),
 )
 
@@ -247,8 +247,9 @@ QUESTIONS = (
 def _head(config: TrainConfig, command: str, file: Path) -> Iterator[str]:
     yield f"# {config.task}: {config.data.dataset} with {config.model.name_or_path}."
     yield "#"
-    yield f"# Check first    ftlevel preview {file}     (what the model will see)"
-    yield f"#                ftlevel plan {file}        (memory and time)"
+    name = quote_shell(str(file))
+    yield f"# Check first    ftlevel preview {name}     (what the model will see)"
+    yield f"#                ftlevel plan {name}        (memory and time)"
     yield f"# Command        {command}"
     yield "#"
     yield "# Settings after a # are defaults with reasons. All settings: ftlevel train --schema."
@@ -299,10 +300,10 @@ def _resolved_values(run: Run) -> Mapping[str, list[tuple[str, Any, str]]]:
     }
 
 
-def _format_lines(run: Run, defaults: list[Choice]) -> Iterator[str]:
+def _format_lines(config: TrainConfig, run: Run, defaults: list[Choice]) -> Iterator[str]:
     """Yields the lines of the recipe; values that `train` would choose are commented out."""
     field_comments, resolved = _field_comments(run, defaults), _resolved_values(run)
-    values = run.config.model_dump(mode="json", exclude_unset=True)
+    values = config.model_dump(mode="json", exclude_unset=True)
     for section in sorted(values, key=lambda name: (name not in _ORDER, _ORDER.find(name))):
         fields = values[section]
         if not isinstance(fields, dict):

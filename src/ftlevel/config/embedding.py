@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from ftlevel.config.section import Section
+from ftlevel.config.section import Section, list_unread
 from ftlevel.errors import join_names
 
 EMBEDDING_TASKS = ("embedding",)
@@ -82,12 +82,6 @@ def normalize_loss_name(value: Any, aliases: Mapping[str, str]) -> Any:
         return value
     key = value.lower().replace("_", "").replace("-", "")
     return aliases.get(key, value.lower().replace("_", "-"))
-
-
-def changed_fields(config: Section) -> list[str]:
-    """Returns the names of the fields that differ from their defaults."""
-    default = type(config)()
-    return [n for n in type(config).model_fields if getattr(config, n) != getattr(default, n)]
 
 
 def _split_dims(value: Any) -> Any:
@@ -169,64 +163,24 @@ class EmbeddingConfig(Section):
     )
 
 
-_FLAGS = {
-    "loss": "--loss",
-    "scale": "--scale",
-    "symmetric": "--symmetric",
-    "margin": "--margin",
-    "guide": "--guide",
-    "pooling": "--pooling",
-    "normalize": "--normalize",
-    "similarity": "--similarity",
-    "query_prompt": "--query-prompt",
-    "document_prompt": "--document-prompt",
-    "matryoshka_dims": "--matryoshka-dims",
-    "batch_sampler": "--batch-sampler",
-}
-
-
-def validate_embedding(
-    task: str, config: EmbeddingConfig, batch: int, teacher: str | None
-) -> Iterator[str]:
+def validate_embedding(config: EmbeddingConfig, batch: int, teacher: str | None) -> Iterator[str]:
     """Yields an error message per invalid setting; `batch` is the number of rows per step."""
-    values = changed_fields(config)
-    if task not in EMBEDDING_TASKS:
-        if values:
-            names = join_names(map(_flag, values))
-            yield (
-                f"{names}: of --task embedding, and --task is {task}. Drop it, or change the task."
-            )
-        return
     yield from _validate_dims(config)
-    if config.loss is not None:
-        yield from _validate_loss(config, values, teacher)
     loss = config.loss or DEFAULT_LOSSES["pairs"]
-    if LOSSES[loss].contrasts and batch == 1:
-        yield (
-            f"--per-device-train-batch-size 1: --loss {loss} compares the rows of a step, and a "
-            "step has one. Use at least 2, or more --gradient-accumulation-steps."
-        )
-
-
-def _validate_loss(
-    config: EmbeddingConfig, values: Sequence[str], teacher: str | None
-) -> Iterator[str]:
-    loss = config.loss or ""
-    for name in values:
-        losses = [
-            other for other in get_args(EmbeddingLossName) if name in LOSSES[other].parameters
-        ]
-        if losses and loss not in losses:
-            do = "does" if len(losses) == 1 else "do"
-            yield (
-                f"{_flag(name)}: --loss {loss} does not read it; {join_names(losses)} {do}. "
-                "Drop it."
-            )
+    parameters = {name: facts.parameters for name, facts in LOSSES.items()}
+    # Without --loss, rows with classes are trained by contrastive, which has a margin.
+    names = [name for name in config.changed if config.loss or name != "margin"]
+    yield from list_unread("embedding", names, loss, parameters)
     if loss == "gist" and config.guide is None:
         yield "--loss gist needs a model that finds false negatives. Add --guide MODEL."
     if teacher is not None and not LOSSES[loss].needs_teacher:
         losses = [name for name, facts in LOSSES.items() if facts.needs_teacher]
         yield (f"--teacher: --loss {loss} does not read it; {join_names(losses)} do. Drop it.")
+    if LOSSES[loss].contrasts and batch == 1:
+        yield (
+            f"--per-device-train-batch-size 1: --loss {loss} compares the rows of a step, and a "
+            "step has one. Use at least 2, or more --gradient-accumulation-steps."
+        )
 
 
 def _validate_dims(config: EmbeddingConfig) -> Iterator[str]:
@@ -239,7 +193,3 @@ def _validate_dims(config: EmbeddingConfig) -> Iterator[str]:
             f"embedding.matryoshka_weights has {len(weights)} values for {len(dims)} "
             "--matryoshka-dims. Give one for each."
         )
-
-
-def _flag(name: str) -> str:
-    return _FLAGS.get(name, f"embedding.{name}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ftlevel.config.output import Decoding, DecodingAsInTraining
 from ftlevel.config.preference import FewNames
+from ftlevel.config.reading import normalize_task
 from ftlevel.config.sections import (
     INPUT_FORMAT,
     ColumnMap,
@@ -23,6 +24,7 @@ from ftlevel.config.tasks import TaskName
 
 UnnamedTask = Annotated[
     TaskName | None,
+    BeforeValidator(lambda name: normalize_task(name) if isinstance(name, str) else name),
     Field(description="Task of a model or plain PEFT adapter whose files do not name it."),
 ]
 
@@ -84,9 +86,6 @@ class EvaluateConfig(DecodingAsInTraining):
         description="Number of rows to generate text for, for ROUGE or BLEU; default: as in "
         "training.",
     )
-    max_new_tokens: Positive | None = Field(
-        None, description="Maximum number of generated tokens; default: as in training."
-    )
     metrics: FewNames = Field(
         (), description="Comma-separated metrics besides the loss; default: as in training."
     )
@@ -112,6 +111,10 @@ class EvaluateConfig(DecodingAsInTraining):
                 f"--eval-text {self.eval_text} is for comparing two models. Add --against MODEL, "
                 f"or use --dataset for rows to evaluate."
             )
+        for name in ("subset", "input_format"):
+            if getattr(self, name) is not None and self.dataset is None:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} describes --dataset, which is not given. Add --dataset.")
         return self
 
 
@@ -196,9 +199,6 @@ class PredictConfig(DecodingAsInTraining):
     task: UnnamedTask = None
     batch_size: Positive | None = Field(
         None, description="Batch size; default: chosen by row length."
-    )
-    max_new_tokens: Positive | None = Field(
-        None, description="Maximum number of generated tokens; default: as in training."
     )
     base_model: MovedBase = None
     dtype: ComputePrecision = "auto"

@@ -5,6 +5,7 @@ Servers were checked at the version in their row (docs/serving.md). Must not imp
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -90,6 +91,12 @@ class MergeConfig(HubSection):
         message = "MergeConfig(base) is now base_model; the old name will be removed."
         warnings.warn(message, DeprecationWarning, stacklevel=2)
         return {"base_model" if name == "base" else name: raw[name] for name in raw}
+
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _convert_adapters(cls, value: Any) -> Any:
+        adapters = value if isinstance(value, list | tuple) else [value]
+        return [os.fspath(one) if isinstance(one, os.PathLike) else one for one in adapters]
 
     @field_validator("onto", mode="before")
     @classmethod
@@ -332,7 +339,6 @@ class ExportConfig(HubSection):
     )
     format: FormatName = Field(
         "auto",
-        validate_default=True,
         description="Output format; auto: the format that --for needs (gguf for an --out that ends "
         "in .gguf), else gguf. peft, gguf-lora and mlx keep the adapter separate, as plain LoRA; "
         "merged is a full model; gguf is one file for llama.cpp, Ollama and LM Studio; "
@@ -375,7 +381,9 @@ class ExportConfig(HubSection):
     @model_validator(mode="before")
     @classmethod
     def _format_of_file(cls, raw: Any) -> Any:
-        """Set the format to gguf if `out` ends in .gguf and the server loads .gguf files."""
+        # The server loads .gguf files, and `out` is one.
+        if not isinstance(raw, dict):
+            return raw
         server = SERVERS.get(str(raw.get("server")))
         is_file = Path(str(raw.get("out", ""))).suffix == FORMATS["gguf"].suffix
         if server and "gguf" in server.formats and is_file and raw.get("format") in (None, "auto"):

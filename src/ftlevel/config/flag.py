@@ -51,13 +51,14 @@ def get_field_metadata(config: type[BaseModel], path: str) -> FieldMetadata:
     for section in sections:
         info = models[0].model_fields[section]
         parent_description = info.description or ""
-        models = [a for a in _union_types(info.annotation) if _is_section(a)]
+        models = [a for a in _union_types(info.annotation) if issubclass(a, BaseModel)]
     infos = {holder: holder.model_fields[name] for holder in models if name in holder.model_fields}
     if not infos:
         raise KeyError(path)
     first = next(iter(infos.values()))
     types = [type_ for info in infos.values() for type_ in _union_types(info.annotation)]
     is_literal = all(get_origin(type_) is Literal for type_ in types)
+    example: Mapping[str, Any] = (first.examples or [{}])[0]
     choices = dict.fromkeys(str(v) for t in types for v in get_args(t)) if is_literal else ()
     return FieldMetadata(
         description=first.description or parent_description,
@@ -66,16 +67,8 @@ def get_field_metadata(config: type[BaseModel], path: str) -> FieldMetadata:
         default=_default_of(infos),
         required=first.is_required(),
         is_number=bool({int, float} & set(types)),
-        example=_format_example(first),
+        example=" ".join(f"{name}={value}" for name, value in example.items()),
     )
-
-
-def _format_example(info: FieldInfo) -> str:
-    return " ".join(f"{name}={value}" for name, value in (info.examples or [{}])[0].items())
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _union_types(annotation: Any) -> list[Any]:

@@ -58,7 +58,7 @@ def load_yaml_file(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
             raise ConfigError(f"recipe {path} is no file. Name a YAML file.")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        candidates = [str(p) for p in sorted(path.parent.glob("*.y*ml"))] if path.parent else []
+        candidates = [str(p) for p in sorted(path.parent.glob("*.y*ml"))]
         raise ConfigError(
             f"recipe {path} does not exist.{did_you_mean(str(path), candidates)}"
         ) from None
@@ -106,8 +106,20 @@ def parse_overrides(overrides: Iterable[str]) -> Layer:
             value, _ = load_yaml(text)
         except YamlError:
             raise ConfigError(f"--set {dotted.strip()}: the value is not valid YAML.") from None
-        put(layer, tuple(dotted.strip().split(".")), value, f"--set {dotted.strip()}")
+        _put_fields(layer, tuple(dotted.strip().split(".")), value, f"--set {dotted.strip()}")
     return layer
+
+
+def _put_fields(layer: Layer, key: KeyPath, value: Any, location: str) -> None:
+    if not isinstance(value, dict):
+        put(layer, _complete_key(key, value), value, location)
+    for name, field_value in value.items() if isinstance(value, dict) else ():
+        _put_fields(layer, (*key, str(name)), field_value, location)
+
+
+def _complete_key(key: KeyPath, value: Any) -> KeyPath:
+    is_short = len(key) == 1 and key[0] in SHORTHAND and not isinstance(value, Mapping | None)
+    return (*key, SHORTHAND[key[0]]) if is_short else key
 
 
 def put(layer: Layer, key: KeyPath, value: Any, location: str) -> None:
@@ -116,50 +128,40 @@ def put(layer: Layer, key: KeyPath, value: Any, location: str) -> None:
     for part in key[:-1]:
         inner = target.setdefault(part, {})
         if not isinstance(inner, dict):
-            inner = target[part] = {SHORTHAND.get(part, part): inner}
+            inner = target[part] = {part: inner}
         target = inner
     target[key[-1]] = value
     layer.locations[key] = location
 
 
-def build_config(layers: Iterable[Layer], note: Callable[[str], None] | None = None) -> TrainConfig:
+def build_config(
+    layers: Iterable[Layer], note: Callable[[str], object] = lambda _: None
+) -> TrainConfig:
     """Merge `layers`, later ones winning, and validate the merged configuration.
 
     `note` is called with a message for each outdated key or alias. Raises ConfigError.
     """
     merged: dict[str, Any] = {}
     locations: dict[KeyPath, str] = {}
-    for layer in [_normalize_layer(layer, note) for layer in layers]:
-        expanded = {k: expand_shorthand(k, v) for k, v in layer.values.items() if v is not None}
-        _validate_sections(expanded, layer)
-        _merge(merged, expanded)
+    for layer in layers:
+        values = {k: expand_shorthand(k, v) for k, v in layer.values.items() if v is not None}
+        _validate_sections(values, layer)
+        try:
+            values, lines = rename_keys(values, layer.locations)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        values, notes = resolve_aliases(values)
+        for line in [*lines, *notes]:
+            note(line)
+        _merge(merged, values)
         for key, location in layer.locations.items():
-            short = len(key) == 1 and not isinstance(layer.values.get(key[0]), Mapping)
-            locations[(*key, SHORTHAND[key[0]]) if short and key[0] in SHORTHAND else key] = (
-                location
-            )
+            full = _complete_key(key, layer.values.get(key[0]))
+            dotted = ".".join(full)
+            locations[tuple(RENAMED.get(dotted, dotted).split("."))] = location
     try:
         return TrainConfig.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(format_errors(error, locations)) from None
-
-
-def _normalize_layer(layer: Layer, note: Callable[[str], None] | None) -> Layer:
-    try:
-        values, lines = rename_keys(layer.values, layer.locations)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    values, notes = resolve_aliases(values)
-    lines += notes
-    if not lines and values == layer.values:
-        return layer
-    if note is not None:
-        for line in lines:
-            note(line)
-    renamed = {tuple(old.split(".")): tuple(new.split(".")) for old, new in RENAMED.items()}
-    return Layer(
-        values, {renamed.get(key, key): location for key, location in layer.locations.items()}
-    )
 
 
 def build_section(
@@ -198,10 +200,12 @@ def _validate_sections(values: Mapping[str, Any], layer: Layer) -> None:
 
 def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
     for key, value in new.items():
-        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+        if type(value) is not dict:  # rows may be a DatasetDict
+            into[key] = value
+        elif type(into.get(key)) is dict:
             _merge(into[key], value)
         else:
-            into[key] = dict(value) if isinstance(value, Mapping) else value
+            into[key] = dict(value)
 
 
 def format_errors(
@@ -279,7 +283,6 @@ def _invalid_key(key: KeyPath, kind: str | None, model: type[BaseModel]) -> str:
 
 
 def _closest_field(key: KeyPath) -> str:
-    """Returns the dotted path of the field that the unknown `key` may mean, or ""."""
     section, name = key[:-1], key[-1]
     sections = [part for part in TrainConfig.model_fields if _fields_of((part,))]
     if len(section) == 1 and section[0] not in TrainConfig.model_fields:
@@ -289,9 +292,7 @@ def _closest_field(key: KeyPath) -> str:
             return f"{section_names[0]}.{field[0]}"
     if name in _fields_of(section) or len(section) > 1:
         return ""
-    names = [part for part in sections if name in _fields_of((part,))]
-    names += ["method"] * any(name in spec.model_fields for spec in SPECS.values())
-    return f"{names[0]}.{name}" if names else ""
+    return get_field_path(name)
 
 
 _SYNONYMS = {

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from ftlevel.config.rl import parse_range
 from ftlevel.config.section import Positive, Section
 from ftlevel.config.sections import (
     INPUT_FORMAT,
@@ -19,12 +20,10 @@ from ftlevel.config.sections import (
 
 def _parse_range(value: Any) -> Any:
     """Parse `10-210` as (10, 210), first and last rank; raise ValueError for other text."""
-    if not isinstance(value, str):
-        return value
-    first, dash, last = value.partition("-")
-    if not (dash and first.strip().isdecimal() and last.strip().isdecimal()):
+    bounds = parse_range(value) if isinstance(value, str) else value
+    if bounds is None:
         raise ValueError(f"{value!r} is no range of ranks, such as 10-210")
-    return int(first), int(last)
+    return bounds
 
 
 Ranks = Annotated[tuple[Positive, Positive], BeforeValidator(_parse_range)]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ftlevel.config.section import NewDirectory, Section
+from ftlevel.config.section import NewDirectory, Positive, Section
 from ftlevel.errors import ConfigError
 
 Beams = Annotated[int, Field(ge=1, le=64)]
@@ -40,11 +40,20 @@ class DecodingAsInTraining(Section):
         None, description=f"{TEMPERATURE}; default: as in training."
     )
     top_p: TopP | None = Field(None, description=f"{TOP_P}; default: as in training.")
+    max_new_tokens: Positive | None = Field(
+        None, description="Maximum number of generated tokens; default: as in training."
+    )
 
     @model_validator(mode="after")
     def _validate_decoding(self) -> DecodingAsInTraining:
         validate_decoding(self.num_beams or 1, self.temperature or 0.0, 1.0)
         return self
+
+    def refuse_decoding(self, reason: str) -> None:
+        """Raise ConfigError with `reason` if a setting of text generation is given."""
+        for name in DecodingAsInTraining.model_fields:
+            if getattr(self, name) is not None:
+                raise ConfigError(f"--{name.replace('_', '-')}: {reason}. Drop it.")
 
     def decoding(self, trained: Decoding) -> dict[str, Any]:
         """Returns arguments for `generate`: these settings, or where None, those of training.
@@ -86,7 +95,7 @@ def _split_trackers(value: Any) -> Any:
             raise ValueError(
                 "all would use every installed tracker. Name the trackers: wandb,tensorboard"
             )
-        if value == ["none"]:
+        if list(value) == ["none"]:
             return ()
         return tuple(dict.fromkeys(value))
     return value

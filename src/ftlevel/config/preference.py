@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from ftlevel.config.section import Positive, Section
-from ftlevel.errors import join_names
+from ftlevel.config.section import Positive, Section, flag_of, list_unread
 
-_WITHOUT_FLAG = ("nll_mean", "ld_alpha", "ipo_ratios", "center", "jsd_beta")
 LossName = Literal[
     "dpo",
     "cdpo",
@@ -147,28 +145,12 @@ class PreferenceConfig(Section):
 
 
 def validate_preference(
-    task: str, config: PreferenceConfig, smoothing: float, *, streaming: bool
+    config: PreferenceConfig, smoothing: float, *, streaming: bool
 ) -> Iterator[str]:
     """Yields an error message for each value that has no effect or contradicts another."""
-    defaults = PreferenceConfig()
-    fields = PreferenceConfig.model_fields
-    values = [name for name in fields if getattr(config, name) != getattr(defaults, name)]
-    if task not in PREFERENCE_TASKS:
-        if values:
-            names = join_names(_flag("preference", name) for name in values)
-            yield (
-                f"{names}: of --task preference, and --task is {task}. Drop it, or change the task."
-            )
-        return
     loss = config.loss or DEFAULT_LOSS
-    for name in values:
-        if name not in ("loss", *config.loss_properties.parameters):
-            losses = _losses_with(name)
-            do = "does" if len(losses) == 1 else "do"
-            yield (
-                f"{_flag('preference', name)}: --loss {loss} does not read it; "
-                f"{join_names(losses)} {do}. Drop it."
-            )
+    parameters = {name: facts.parameters for name, facts in LOSSES.items()}
+    yield from list_unread("preference", config.changed, loss, parameters)
     if smoothing and not config.loss_properties.smoothed:
         yield (
             f"--label-smoothing {smoothing:g}: --loss {loss} does not read it; cdpo and "
@@ -184,14 +166,6 @@ def validate_preference(
             f"--streaming: --loss {loss} needs the log-probabilities of all answers "
             "before the first step. Use --loss orpo, simpo or cpo, or drop --streaming."
         )
-
-
-def _flag(section: str, name: str) -> str:
-    return f"{section}.{name}" if name in _WITHOUT_FLAG else f"--{name.replace('_', '-')}"
-
-
-def _losses_with(name: str) -> Sequence[str]:
-    return [loss for loss in get_args(LossName) if name in LOSSES[loss].parameters]
 
 
 def normalize_loss(raw: dict[str, Any]) -> dict[str, Any]:
@@ -333,36 +307,28 @@ def validate_distillation(
     task: str, config: DistillationConfig, smoothing: float, *, streaming: bool
 ) -> Iterator[str]:
     """Yields an error message for each value that has no effect or contradicts another."""
-    default = DistillationConfig()
-
-    def is_changed(name: str) -> bool:
-        value: Any = getattr(config, name)
-        return bool(value != getattr(default, name))
-
+    names = [name for name in config.changed if name != "teacher"]
+    flags = [flag_of("distillation", name) for name in names]
     if config.teacher is None:
-        for name in filter(is_changed, DistillationConfig.model_fields):
-            yield f"{_flag('distillation', name)} needs --teacher MODEL. Add it, or drop the flag."
+        yield from (f"{flag} needs --teacher MODEL. Add it, or drop the flag." for flag in flags)
         return
     if task == "rl":
         yield from (
-            f"{_flag('distillation', name)}: --task rl with --teacher minimizes "
-            "the reverse KL divergence at --temperature and has no other loss. Drop it."
-            for name in filter(is_changed, DistillationConfig.model_fields)
-            if name != "teacher"
+            f"{flag}: --task rl with --teacher minimizes the reverse KL divergence at "
+            "--temperature and has no other loss. Drop it."
+            for flag in flags
         )
     elif task in _SCORED_TASKS:
         yield from (
-            f"{_flag('distillation', name)}: --task {task} learns the scores of --teacher and "
-            "does not read it. Drop it."
-            for name in filter(is_changed, DistillationConfig.model_fields)
-            if name != "teacher"
+            f"{flag}: --task {task} learns the scores of --teacher and does not read it. Drop it."
+            for flag in flags
         )
     elif task not in DISTILLATION_TASKS:
         yield (
             f"--teacher is for tasks that write text ({', '.join(DISTILLATION_TASKS)}, rl), "
             f"embedding and reranking, and --task is {task}. Drop it, or change the task."
         )
-    if is_changed("jsd_beta") and config.divergence != "jsd":
+    if "jsd_beta" in names and config.divergence != "jsd":
         yield (
             f"distillation.jsd_beta: --divergence {config.divergence} does not read it; jsd "
             "does. Drop it."

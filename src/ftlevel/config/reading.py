@@ -60,7 +60,7 @@ def normalize_task(name: str) -> str:
 
 
 def resolve_aliases(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Returns the configuration with aliases replaced, and a message for each alias.
+    """Returns the sections `values` with aliases replaced, and a message for each alias.
 
     A field set explicitly overrides the value that an alias sets.
     """
@@ -73,19 +73,15 @@ def resolve_aliases(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
         if (loss := _normalize_name(task)) in _RL_LOSSES and isinstance(section, Mapping):
             resolved["rl"] = {"loss": loss, **section}
     for section, aliases in _SECTIONS.items():
-        value = resolved.get(section)
-        fields = dict(value) if isinstance(value, Mapping) else {"kind": value}
-        kind = fields.get("kind")
-        if kind is None or isinstance(kind, bool) or not isinstance(kind, (str, int)):
+        if not isinstance(fields := resolved.get(section), Mapping):
             continue
-        canonical = aliases.get(_normalize_name(str(kind)))
-        if canonical is not None:
+        kind = fields.get("kind")
+        if canonical := aliases.get(_normalize_name(str(kind))):
             resolved[section] = {**canonical, **{k: v for k, v in fields.items() if k != "kind"}}
             settings = ", ".join(f"{section}.{name}={v}" for name, v in canonical.items())
             lines.append(f"{settings} ({kind!r} is an alias)")
         elif isinstance(kind, str):
-            name = _normalize_name(kind)
-            resolved[section] = {**fields, "kind": name} if isinstance(value, Mapping) else name
+            resolved[section] = {**fields, "kind": _normalize_name(kind)}
     return resolved, lines
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from ftlevel.config.embedding import changed_fields, normalize_loss_name
+from ftlevel.config.embedding import normalize_loss_name
 from ftlevel.config.section import Section
 from ftlevel.errors import join_names
 
@@ -79,14 +79,9 @@ class RerankingConfig(Section):
     )
 
 
-def validate_reranking(task: str, config: RerankingConfig, teacher: str | None) -> Iterator[str]:
+def validate_reranking(config: RerankingConfig, teacher: str | None) -> Iterator[str]:
     """Yields an error message for each value that has no effect, and for an unused `--teacher`."""
-    values = changed_fields(config)
-    if task not in RERANKING_TASKS:
-        names = join_names(f"--{name.replace('_', '-')}" for name in values)
-        if values:
-            yield f"{names}: of --task reranking, and --task is {task}. Drop it."
-    elif teacher is not None and config.loss and not LOSSES[config.loss].reads_teacher:
+    if teacher is not None and config.loss and not LOSSES[config.loss].reads_teacher:
         losses = join_names(name for name, facts in LOSSES.items() if facts.reads_teacher)
         yield f"--teacher: --loss {config.loss} does not read it; {losses} do. Drop one of them."
     elif config.pos_weight is not None and teacher is not None:

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from ftlevel.config.section import Positive, Section
+from ftlevel.config.section import Positive, Section, flag_of, list_unread
 from ftlevel.config.trainer import PLATEAU
 from ftlevel.errors import did_you_mean, join_names
 
@@ -150,7 +150,7 @@ def _validate_argument(name: str, argument: str, *, values: bool) -> None:
 
 def parse_range(text: str) -> tuple[int, int] | None:
     """Returns the bounds of `MIN-MAX`, or None if `text` is no range."""
-    result = re.fullmatch(r"(\d{1,9})-(\d{1,9})", text)
+    result = re.fullmatch(r"\s*(\d{1,9})\s*-\s*(\d{1,9})\s*", text)
     if result is None or int(result[1]) > int(result[2]):
         return None
     return int(result[1]), int(result[2])
@@ -347,15 +347,7 @@ SAMPLED = "would sample from another distribution than the one that is trained"
 
 def validate_rl(config: Any) -> Iterator[str]:
     """Yields an error message for each value of a `TrainConfig` that `--task rl` cannot use."""
-    rl, default = config.rl, RlConfig()
-    values = [n for n in RlConfig.model_fields if getattr(rl, n) != getattr(default, n)]
-    if config.task != RL_TASK:
-        if values:
-            names = join_names(map(_flag, values))
-            yield (
-                f"{names}: of --task rl, and --task is {config.task}. Drop it, or change the task."
-            )
-        return
+    rl, values = config.rl, config.rl.changed
     is_distilled = config.distillation.teacher is not None
     if is_distilled:
         yield from _validate_distillation(rl, values)
@@ -372,13 +364,9 @@ def validate_rl(config: Any) -> Iterator[str]:
             "--num-generations 1: a completion is compared with the others of its prompt. Use 2 or "
             "more."
         )
-    for name in RlLossProperties().parameters:
-        if name in values and name not in rl.loss_properties.parameters and not is_distilled:
-            losses = [loss for loss in get_args(RlLossName) if name in RL_LOSSES[loss].parameters]
-            yield (
-                f"{_flag(name)}: --loss {rl.loss} does not use it; {join_names(losses)} do. "
-                "Drop it."
-            )
+    if not is_distilled:
+        parameters = {name: facts.parameters for name, facts in RL_LOSSES.items()}
+        yield from list_unread("rl", values, rl.loss, parameters)
     if rl.dynamic_sampling and rl.loss == "reinforce++":
         yield (
             f"--dynamic-sampling {rl.dynamic_sampling}: --loss reinforce++ compares "
@@ -419,7 +407,7 @@ def _validate_sampling_server(config: Any) -> Iterator[str]:
 
 def _validate_distillation(rl: RlConfig, names: Sequence[str]) -> Iterator[str]:
     yield from (
-        f"{_flag(name)}: with --teacher, {message}. Drop one of them."
+        f"{flag_of('rl', name)}: with --teacher, {message}. Drop one of them."
         for name, message in _NOT_WITH_TEACHER.items()
         if name in names
     )
@@ -452,10 +440,6 @@ def _validate_sections(config: Any) -> Iterator[str]:
         yield "--train-on-inputs: --task rl trains on sampled completions only. Drop it."
     if data.streaming:
         yield "--streaming cannot be used with --task rl. Drop it."
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def unknown_reward(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_args
@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from ftlevel.errors import ConfigError
+from ftlevel.errors import ConfigError, join_names
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -67,6 +67,15 @@ class Section(BaseModel):
     # outermost are reported together.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
+    @property
+    def changed(self) -> list[str]:
+        """Names of the fields that differ from their defaults."""
+        return [
+            name
+            for name, field in type(self).model_fields.items()
+            if getattr(self, name) != field.get_default(call_default_factory=True)
+        ]
+
     @field_validator("*")
     @classmethod
     def _validate_null_bytes(cls, value: Any, info: ValidationInfo) -> Any:
@@ -106,6 +115,37 @@ class Section(BaseModel):
             and parts & {int, float}
         }
         return {**raw, **invalid}
+
+
+_WITHOUT_FLAG = """
+    nll_mean ld_alpha ipo_ratios center jsd_beta include_prompt matryoshka_weights grad_cache
+""".split()
+
+
+def flag_of(section: str, name: str) -> str:
+    """Returns the flag of the field `name` of a task's `section`; the field if there is none."""
+    return f"{section}.{name}" if name in _WITHOUT_FLAG else f"--{name.replace('_', '-')}"
+
+
+def list_unread(
+    section: str, names: Iterable[str], loss: str, parameters: Mapping[str, Collection[str]]
+) -> Iterator[str]:
+    """Yields an error per field in `names` that another loss has as parameter, but not `loss`."""
+    for name in names:
+        losses = [other for other, fields in parameters.items() if name in fields]
+        if losses and loss not in losses:
+            yield (
+                f"{flag_of(section, name)}: --loss {loss} does not read it; {join_names(losses)} "
+                f"{'does' if len(losses) == 1 else 'do'}. Drop it."
+            )
+
+
+def check_config(config: object, expected: type[Section]) -> None:
+    """Raise ConfigError unless `config` is of the class `expected`."""
+    if not isinstance(config, expected):
+        raise ConfigError(
+            f"the configuration is of type {type(config).__name__}. Pass {expected.__name__}(…)."
+        )
 
 
 def _iter_types(annotation: Any) -> Iterator[Any]:

@@ -13,6 +13,7 @@ from ftlevel.config.embedding import EMBEDDING_TASKS, EmbeddingConfig, validate_
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig
 from ftlevel.config.output import OutputConfig
 from ftlevel.config.preference import (
+    PREFERENCE_TASKS,
     DistillationConfig,
     PreferenceConfig,
     normalize_loss,
@@ -22,10 +23,11 @@ from ftlevel.config.preference import (
 from ftlevel.config.reading import rename_keys, resolve_aliases
 from ftlevel.config.reranking import RERANKING_TASKS, RerankingConfig, validate_reranking
 from ftlevel.config.rl import RL_TASK, RlConfig, validate_rl
+from ftlevel.config.section import flag_of
 from ftlevel.config.sections import DataConfig, ModelConfig, QuantConfig, Section, SpeedConfig
-from ftlevel.config.tasks import TaskName
+from ftlevel.config.tasks import TASKS, TaskName
 from ftlevel.config.trainer import TrainerConfig, validate_optimizer
-from ftlevel.errors import join_names
+from ftlevel.errors import join_names, with_article
 
 SHORTHAND = {
     "model": "name_or_path",
@@ -106,6 +108,20 @@ class TrainConfig(Section):
         """Maximum number of generated tokens; for `--task rl`, that of sampled completions."""
         return self.rl.max_completion_length if self.task == RL_TASK else self.train.max_new_tokens
 
+    def list_unused(self, kind: str) -> Iterator[str]:
+        """Yields a message per changed setting that the task, or the model's `kind`, cannot use."""
+        if not TASKS[self.task].startswith("ftlevel."):
+            return
+        for path, owners in _OWNERS.items():
+            section, _, name = path.partition(".")
+            values: BaseModel = getattr(self, section)
+            default = type(values).model_fields[name].default
+            if getattr(values, name) != default and not {self.task, kind}.intersection(owners):
+                yield (
+                    f"{path} has no effect: it is for {join_names(owners)}, and this is "
+                    f"{self.task} with {with_article(kind)}."
+                )
+
     def with_sections(self, **sections: Any) -> TrainConfig:
         """Returns a validated copy with `sections` replaced; raises ConfigError if invalid."""
         values = {name: getattr(self, name) for name in self.model_fields_set}
@@ -143,9 +159,11 @@ class TrainConfig(Section):
         """Resolve shorthands and aliases; a method without `kind` is LoRA."""
         if not isinstance(raw, dict):
             return raw
-        values, _ = resolve_aliases(
-            {key: expand_shorthand(key, value) for key, value in raw.items()}
-        )
+        sections = {key: expand_shorthand(key, value) for key, value in raw.items()}
+        for name in ("preference", "rl"):  # their loss depends on the task, or determines it
+            if isinstance(section := sections.get(name), Section):
+                sections[name] = {n: getattr(section, n) for n in section.model_fields_set}
+        values, _ = resolve_aliases(sections)
         if isinstance(values.get("method"), dict):
             values["method"] = {"kind": "lora", **values["method"]}
         return normalize_loss(values)
@@ -205,23 +223,7 @@ def _validate_sections(config: TrainConfig) -> Iterator[str]:
             f"--focal-gamma {config.train.focal_gamma:g} and --label-smoothing-factor cannot be "
             f"combined. Use one of them."
         )
-    yield from validate_preference(
-        config.task,
-        config.preference,
-        config.train.label_smoothing_factor,
-        streaming=config.data.streaming,
-    )
-    yield from validate_rl(config)
-    yield from validate_embedding(
-        config.task, config.embedding, config.train.rows_per_step, config.distillation.teacher
-    )
-    yield from validate_reranking(config.task, config.reranking, config.distillation.teacher)
-    yield from validate_distillation(
-        config.task,
-        config.distillation,
-        config.train.label_smoothing_factor,
-        streaming=config.data.streaming,
-    )
+    yield from _validate_task_sections(config)
     yield from _validate_strategies(config)
     sets, mix = 1 + len(config.data.also), config.data.mix
     if mix is not None and len(mix) != sets:
@@ -232,6 +234,32 @@ def _validate_sections(config: TrainConfig) -> Iterator[str]:
     yield from _validate_data(config)
     yield from _validate_streaming(config)
     yield from _validate_stdin(config)
+
+
+def _validate_task_sections(config: TrainConfig) -> Iterator[str]:
+    smoothing, streaming = config.train.label_smoothing_factor, config.data.streaming
+    teacher, batch = config.distillation.teacher, config.train.rows_per_step
+    for name, tasks, rules in (
+        (
+            "preference",
+            PREFERENCE_TASKS,
+            validate_preference(config.preference, smoothing, streaming=streaming),
+        ),
+        (RL_TASK, (RL_TASK,), validate_rl(config)),
+        ("embedding", EMBEDDING_TASKS, validate_embedding(config.embedding, batch, teacher)),
+        ("reranking", RERANKING_TASKS, validate_reranking(config.reranking, teacher)),
+    ):
+        if config.task in tasks:
+            yield from rules
+        elif fields := getattr(config, name).changed:
+            flags = join_names(flag_of(name, field) for field in fields)
+            yield (
+                f"{flags}: of --task {name}, and --task is {config.task}. Drop it, or change the "
+                "task."
+            )
+    yield from validate_distillation(
+        config.task, config.distillation, smoothing, streaming=streaming
+    )
 
 
 def _validate_strategies(config: TrainConfig) -> Iterator[str]:
@@ -379,6 +407,24 @@ def _validate_stdin(config: TrainConfig) -> Iterator[str]:
 
 
 _GENERATION_TASKS = ("text-generation", "summarization", "translation", "preference")
+_OWNERS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        (
+            "train.num_beams",
+            "train.temperature",
+            "train.top_p",
+            "train.predict_with_generate",
+            "train.max_generate_samples",
+            "train.max_new_tokens",
+        ),
+        (*_GENERATION_TASKS, RL_TASK),
+    ),
+    "data.doc_stride": ("question-answering",),
+    "data.mlm_probability": ("masked-lm",),
+    "data.labels": ("text-classification", "token-classification"),
+    "data.max_target_length": ("encoder-decoder",),
+}
+"""Dotted field → tasks, or kinds of models, that use it."""
 _NO_PROMPT = ("token-classification", "question-answering", "masked-lm")
 
 

@@ -208,10 +208,6 @@ Steps = Positive | Annotated[float, Field(gt=0.0, lt=1.0)]
 """Number of steps, or, below 1, fraction of the run, as in transformers."""
 
 
-def _none_for_auto(value: object) -> object:
-    return None if value == "auto" else value
-
-
 class TrainerConfig(Decoding):
     """Training hyperparameters; names are those of `transformers.TrainingArguments`."""
 
@@ -309,7 +305,9 @@ class TrainerConfig(Decoding):
         description="Row order in an epoch; group_by_length reduces padding. Useful where rows "
         "cannot be packed.",
     )
-    gradient_checkpointing: Annotated[bool | None, BeforeValidator(_none_for_auto)] = Field(
+    gradient_checkpointing: Annotated[
+        bool | None, BeforeValidator(lambda value: None if value == "auto" else value)
+    ] = Field(
         None,
         description="Whether to recompute activations in the backward pass to save memory. "
         "Default (auto): as many blocks as a GPU's memory requires; none on a CPU.",

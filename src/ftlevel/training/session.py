@@ -287,6 +287,7 @@ def _resolve(
             len(run.data.validation),
             new_head=bool(run.model.new_heads),
         ),
+        *config.list_unused(run.model.kind),
     ]:
         listener.warn(warning)
     return run, memory

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 
 from ftlevel.config import Layer, TrainConfig, build_config, load_recipe, parse_overrides, put
 from ftlevel.config.flags import FLAGS, recipe_hint
+from ftlevel.config.preference import PreferenceConfig
 from ftlevel.config.reading import RENAMED
+from ftlevel.config.rl import RlConfig
 from ftlevel.errors import ConfigError
 
 
@@ -42,6 +46,87 @@ def test_section_shorthand_sets_first_field(tmp_path: Path) -> None:
     assert config.model.name_or_path == "gpt2"
     assert config.method.kind == "qlora"
     assert config.data.dataset == "rows.jsonl"
+
+
+def test_task_alias_and_section_shorthand_are_combined(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path / "r.yaml", "task: grpo\nrl: exact\n"))
+    config = build_config([recipe])
+    assert (config.task, config.rl.loss, config.rl.reward) == ("rl", "grpo", ("exact",))
+    as_object = TrainConfig(task="grpo", rl=RlConfig(reward="exact"))
+    assert (as_object.rl.loss, as_object.rl.reward) == ("grpo", ("exact",))
+
+
+@pytest.mark.parametrize("task", ["reward", "preference"])
+def test_preference_section_may_be_an_object(task: str) -> None:
+    section = PreferenceConfig(loss="reward" if task == "preference" else None, center=0.1)
+    config = TrainConfig(task=task, preference=section)
+    assert (config.task, config.preference.loss, config.preference.center) == ("reward",) * 2 + (
+        0.1,
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["method.r=4", "method=lora", "method={lora_alpha: 3}"],
+        ["method={r: 4, lora_alpha: 5}", "method=lora", "method.lora_alpha=3"],
+        ["method={kind: lora, r: 4}", "method={lora_alpha: 3}"],
+    ],
+)
+def test_settings_of_a_section_are_merged_in_any_order(settings: list[str]) -> None:
+    method = build_config([parse_overrides(settings)]).method
+    assert (method.kind, method.r, method.lora_alpha) == ("lora", 4, 3.0)
+
+
+def test_error_in_a_mapping_names_its_set_flag() -> None:
+    recipe = Layer({"method": {"r": 2}}, {("method", "r"): "r.yaml:1"})
+    problems = get_problems(recipe, parse_overrides(["method={r: 0}"]))
+    assert problems == ["--set method: 0 is out of range: method.r must be ≥ 1."]
+
+
+def test_rows_of_a_dataset_dict_stay_one_object(tmp_path: Path) -> None:
+    rows = OrderedDict(train=[{"text": "a"}])  # a dict subclass, as DatasetDict
+    layer = Layer()
+    put(layer, ("data", "dataset"), rows, "dataset")
+    recipe = load_recipe(write(tmp_path / "r.yaml", "data: {dataset: rows.csv}\n"))
+    config = build_config([recipe, layer])
+    assert getattr(config.data.dataset, "rows", None) is rows
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"embedding": {"guide": "x"}}, "--guide: --loss mnrl does not read it; gist does."),
+        ({"embedding": {"temperature": 2}}, "--temperature: --loss mnrl does not read it; kl does"),
+        ({"distillation": "x"}, "--teacher: --loss mnrl does not read it; margin-mse, kl do."),
+    ],
+)  # fmt: skip
+def test_parameters_of_another_embedding_loss_are_rejected(
+    fields: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        TrainConfig(task="embedding", **fields)
+    # All default losses: mnrl, cosent, and contrastive for classes.
+    assert TrainConfig(task="embedding", embedding={"scale": 3, "symmetric": True, "margin": 0.3})
+
+
+def test_settings_without_effect_are_listed() -> None:
+    config = TrainConfig(
+        task="text-classification",
+        data={"doc_stride": 64, "labels": ("a", "b"), "max_target_length": 9},
+        train={"num_beams": 2},
+    )
+    messages = list(config.list_unused("decoder"))
+    assert [message.partition(" has no effect: ")[0] for message in messages] == [
+        "train.num_beams",
+        "data.doc_stride",
+        "data.max_target_length",
+    ]
+    assert messages[2] == (
+        "data.max_target_length has no effect: it is for encoder-decoder, and this is "
+        "text-classification with a decoder."
+    )
+    assert not list(TrainConfig(train={"num_beams": 2}).list_unused("decoder"))
 
 
 def test_set_extends_section_shorthand(tmp_path: Path) -> None:

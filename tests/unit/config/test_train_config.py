@@ -228,6 +228,11 @@ def test_output_name_must_match_export_format(
     assert MergeConfig(adapters=["run"], output_dir="merged-v1.5").output_dir == Path("merged-v1.5")
 
 
+@pytest.mark.parametrize("adapters", ["run", Path("run"), [Path("run")], ("run",)])
+def test_merge_config_accepts_a_path_and_a_single_adapter(adapters: Any) -> None:
+    assert MergeConfig(adapters=adapters, output_dir="merged").adapters == ["run"]
+
+
 def test_python_function_is_a_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "my_rewards.py"
     file.write_text("def short(completions, **_):\n    return [1.0 for _ in completions]\n")

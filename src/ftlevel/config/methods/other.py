@@ -87,6 +87,15 @@ class AdapterSpec(MethodSpec):
         return self
 
 
+HiddenSize = Annotated[
+    Positive | None,
+    Field(
+        description="Hidden size of the prefix MLP (default: 512) or the P-tuning encoder. The "
+        "P-tuning encoder uses the embedding size by default."
+    ),
+]
+
+
 class PrefixSpec(MethodSpec):
     """Prefix tuning: learned keys and values in every attention (Li & Liang, 2021, § 4.2).
 
@@ -102,11 +111,7 @@ class PrefixSpec(MethodSpec):
         description="Whether to compute the prefix with an MLP while training. Only the prefix "
         "is saved.",
     )
-    encoder_hidden_size: Positive | None = Field(
-        None,
-        description="Hidden size of the prefix MLP (default: 512) or the P-tuning encoder. The "
-        "P-tuning encoder uses the embedding size by default.",
-    )
+    encoder_hidden_size: HiddenSize = None
 
 
 class PromptSpec(MethodSpec):
@@ -156,11 +161,7 @@ class PTuningSpec(MethodSpec):
     encoder_reparameterization_type: Literal["MLP", "LSTM"] = Field(
         "MLP", description="Type of the prompt encoder."
     )
-    encoder_hidden_size: Positive | None = Field(
-        None,
-        description="Hidden size of the prefix MLP (default: 512) or the P-tuning encoder. The "
-        "P-tuning encoder uses the embedding size by default.",
-    )
+    encoder_hidden_size: HiddenSize = None
     encoder_num_layers: Positive = Field(2, description="Number of LSTM layers.")
     encoder_dropout: Share = Field(0.0, description="Dropout probability between LSTM layers.")
 
