@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -54,6 +56,34 @@ def test_help_and_tables_import_no_heavy_library(arguments: list[str]) -> None:
     )
     assert process.returncode == 0
     assert process.stderr.strip().splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "code"),
+    [
+        (OSError("Can't load it"), "OSError: Can't load it. This is a bug in ftlevel: ", 1),
+        (OSError(errno.ENOSPC, "No space left"), "No space left. Add --traceback to see where", 1),
+        (OSError(errno.ENAMETOOLONG, "Too long", "x"), "x: Too long. Name a shorter path.", 2),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory: [Errno 12] Cannot ", 1),
+    ],
+)
+def test_system_errors_are_messages(
+    error: OSError,
+    message: str,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("ftlevel.cli.app._call", fail)
+    assert run(["list-targets", "llama", "--json"]) == code
+    output = capsys.readouterr()
+    assert output.err.startswith(f"ftlevel: {message}")
+    assert json.loads(output.out)["error"].startswith(message)
+    with pytest.raises(OSError, match=re.escape(error.args[-1 if error.filename is None else 1])):
+        run(["list-targets", "llama", "--traceback"])
 
 
 def test_python_dash_m_prints_version() -> None:

@@ -60,7 +60,7 @@ def test_model_directory_uses_its_model_type(capsys, tiny_model_dir):
     [
         (["--quant", "3bit"],
          "--quant '3bit' is not known. Expected one of none, 4bit, 8bit. Did you mean '8bit'?"),
-        (["--task", "summarisation"], "Did you mean 'summarization'?"),
+        (["--task", "summarisaton"], "Did you mean 'summarization'?"),
         (["--model", "lama"], "Did you mean"),
     ],
 )  # fmt: skip

@@ -147,6 +147,22 @@ def test_plan_with_dataset_lists_fitting_settings(
     assert result["fits_in_memory"]
     assert result["seconds_per_epoch"] > 0
     assert result["cost"] > 0
+    assert result["steps_per_epoch"] == 2  # 12 rows, 8 per step; 3 epochs
+    per_step = result["cost"] / 6
+    brief = (*arguments, "--brief", "--json")
+    for options, steps in ((("--max-steps", 1), 1), (("--max-steps", 9), 9)):
+        cost = json.loads(plan(capsys, *brief, *options))["cost"]
+        assert cost == pytest.approx(per_step * steps)
+    one = result["checkpoint_bytes"]
+    for options, count in (
+        ((), 2),
+        (("--save-strategy", "no"), 0),
+        (("--save-strategy", "epoch", "--num-train-epochs", 1), 1),
+        (("--save-steps", 1), 2),
+        (("--save-steps", 5), 1),
+        (("--save-steps", 1, "--save-total-limit", 9), 6),
+    ):
+        assert json.loads(plan(capsys, *brief, *options))["checkpoints_bytes"] == one * count
     flags = [fit["flags"] for fit in result["fits"]]
     for method in ("lora", "qlora", "full"):
         for checkpointing in ("--gradient-checkpointing", "--no-gradient-checkpointing"):

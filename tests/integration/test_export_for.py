@@ -58,6 +58,9 @@ def test_server_determines_format_and_start_command(
     summary = dry_run(capsys, save_adapter(base, "patterns"), "--for", server, "--out", "out")
     assert summary["format"] == format_
     assert summary["start"][-1] == start.format(base=base.resolve(), name=base.name)  # type: ignore[index]
+    Path("model").mkdir()  # the name of a directory that users have
+    Path("model/x").touch()
+    assert dry_run(capsys, "patterns", "--for", server)["format"] == format_
     assert summary["adapters"][0]["rank"] == 12  # type: ignore[index]
 
 

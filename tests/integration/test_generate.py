@@ -11,6 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 import transformers
@@ -306,6 +307,21 @@ def test_prompt_files_give_same_answers_as_prompts(
         lines = [json.loads(line) for line in out.read_text().splitlines()]
         assert [line["text"] for line in lines] == expected
         assert [line["prompt"] for line in lines] == prompts
+    text = "\ufefffirst\u2028line\x0c\r\nsecond\n\n"
+    (tmp_path / "p.txt").write_bytes(text.encode())
+    out = tmp_path / "lines.jsonl"
+    assert run(["generate", name, "--prompts", str(tmp_path / "p.txt"), "--out", str(out)]) == 0
+    shown = [json.loads(line)["prompt"] for line in out.open()]
+    assert shown == ["first\u2028line\x0c", "second"]
+    answers, _ = generate(name, "one", max_new_tokens=1)  # not a letter at a time
+    assert generate(name, (text for text in ["one"]), max_new_tokens=1)[0] == answers  # type: ignore[arg-type]
+    assert [answer.prompt for answer in answers] == ["one"]
+    for invalid in ([None], ["a", 3], pd.DataFrame({"prompt": ["a"]})):
+        with pytest.raises(ConfigError, match=r"^a prompt is of type \w+\. Pass texts: a list"):
+            generate(name, invalid)  # type: ignore[arg-type]
+    (tmp_path / "p.txt").write_text("\n \n")
+    assert run(["generate", name, "--prompts", str(tmp_path / "p.txt")]) == 2
+    assert "p.txt has no line with text. Use a file of prompts." in capsys.readouterr().err
     assert run(["generate", name, "--prompt", "a", "--out", str(out)]) == 2
     assert "already exists and is not overwritten. Choose another." in capsys.readouterr().err
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}')

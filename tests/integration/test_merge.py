@@ -371,6 +371,8 @@ def test_cat_strategy_equals_weighted_sum(tiny_model_dir: TinyModelDir) -> None:
         update = 0.7 * lora_update(first, module, 6 / 4) - 0.3 * lora_update(second, module, 6 / 3)
         torch.testing.assert_close(merged[name], weight + update, rtol=0, atol=1e-6)
     assert json.loads(Path("merged/ftlevel.json").read_text())["merge"]["weights"] == [0.7, -0.3]
+    merge(MergeConfig(adapters=names[0], weights=[0.5], output_dir=Path("half")))
+    assert json.loads(Path("half/ftlevel.json").read_text())["merge"]["weights"] == [0.5]
 
 
 def test_plain_peft_adapter_mixes_with_run(train_run: Callable[..., Path]) -> None:

@@ -24,6 +24,7 @@ import ranks
 from forked import Forked
 from ftlevel import TrainConfig, train
 from ftlevel.cli import train as processes
+from ftlevel.cli.app import run
 from ftlevel.errors import ConfigError
 from ftlevel.events import NullListener
 from ftlevel.training import processes as watch_processes
@@ -485,7 +486,45 @@ def test_only_failed_run_is_restarted(
     monkeypatch.setattr(processes, "_launch_once", launch_once)
     assert processes.launch(["train", "--output-dir", "x", "--overwrite"], 2, restarts=2) == code
     assert len(lines) == launches
-    assert all(line == ["train", "--output-dir", "x", "--resume"] for line in lines[1:])
+    for line in lines[1:]:
+        assert line[-2:] == ["--no-overwrite", "--resume"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--overwrite"],
+        ["--overwrite", "true"],
+        ["--overwrite=1"],
+        ["--overwrite_output_dir"],
+        ["--overwrite-output-dir", "True", "--resume", "false"],
+        ["--set", "output.overwrite=true"],
+    ],
+)
+def test_restart_resumes_and_does_not_overwrite(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], tmp_path: Path
+) -> None:
+    lines: list[list[str]] = []
+
+    def launch_once(line: Sequence[str], count: int, signals: list[int]) -> int:
+        lines.append(list(line))
+        return int(len(lines) == 1)
+
+    monkeypatch.setattr(processes, "_launch_once", launch_once)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"output: {tmp_path}\n")
+    assert processes.launch(["train", str(recipe), *arguments], 2, restarts=1) == 0
+    configs: list[TrainConfig] = []
+
+    def stop(config: TrainConfig, **_: object) -> None:
+        configs.append(config)
+        raise ConfigError("stop")
+
+    monkeypatch.setattr("ftlevel.commands.train.train", stop)
+    assert run(lines[1]) == 2
+    assert [(config.output.resume, config.output.overwrite) for config in configs] == [
+        (True, False)
+    ]
 
 
 @pytest.mark.parametrize(

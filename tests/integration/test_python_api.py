@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import ftlevel
 from forked import Forked
 from ftlevel import FineTunePipeLine, TrainConfig, train
 from ftlevel.errors import ConfigError
@@ -91,5 +92,11 @@ def test_invalid_arguments_raise_config_error(tmp_path: Path) -> None:
         FineTunePipeLine(peft_config=[1])  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"train\(\) was given dict"):
         train({"task": "text-generation"})  # type: ignore[arg-type]
+    for name in ("evaluate", "merge", "mine", "predict", "quantize"):
+        with pytest.raises(ConfigError, match=rf"is of type str. Pass {name.title()}Config\(…\)"):
+            getattr(ftlevel, name)("run")
     config = FineTunePipeLine(checkpoint=tmp_path, dataset_name=tmp_path / "x").config  # type: ignore[arg-type]
     assert config.model.name_or_path == str(tmp_path)
+    with pytest.warns(FutureWarning, match="'sft' is an alias") as warned:
+        FineTunePipeLine(task_type="sft")
+    assert [warning.filename for warning in warned] == [__file__]

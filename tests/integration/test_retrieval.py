@@ -191,7 +191,44 @@ def test_mined_negatives_are_other_documents(run_dir: Path, data_dir: Path) -> N
         assert set(row["neg"]) <= set(positives.values())
 
 
+def test_file_is_kept_if_no_negative_is_found(
+    run_dir: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "mined.jsonl"
+    command = ["mine", str(run_dir), "--dataset", str(data_dir / "pairs.jsonl"), "--out", str(out),
+               "--relative-margin", "0", "--negatives", "2", "--device", "cpu"]  # fmt: skip
+    assert run([*command, "--json"]) == 0
+    summary, rows = read_json(capsys), [json.loads(line) for line in out.open()]
+    assert (summary["rows"], summary["left_out"]) == (len(rows), len(TEXTS) - len(rows))
+    assert summary["negatives"] == sum(len(row["neg"]) for row in rows)
+    assert run([*command, "--overwrite", "--ranks", "200-300"]) == 2
+    assert [json.loads(line) for line in out.open()] == rows
+    assert [path.name for path in tmp_path.iterdir()] == ["mined.jsonl"]
+    assert run([*command, "--overwrite", "--negatives", "1"]) == 0
+    assert {len(json.loads(line)["neg"]) for line in out.open()} == {1}
+
+
 INVALID_COMMANDS = {
+    "split of qrels": (
+        ["evaluate", "{run}", "--qrels", "{folder}/qrels/test.tsv", "--split", "test"],
+        "--split cannot be used with --qrels. Drop one of them.",
+    ),
+    "map of qrels": (
+        ["evaluate", "{run}", "--qrels", "{folder}/qrels/test.tsv", "--map", "query=text"],
+        "--map cannot be used with --qrels. Drop one of them.",
+    ),
+    "decoding in predict": (
+        ["predict", "{run}", "--dataset", "{folder}/corpus.jsonl", "--max-new-tokens", "5"],
+        "--max-new-tokens: --task embedding generates no text. Drop it.",
+    ),
+    "decoding in evaluate": (
+        ["evaluate", "{run}", "--temperature", "0.5"],
+        "--temperature: --task embedding generates no text. Drop it.",
+    ),
+    "subset of the run's data": (
+        ["evaluate", "{run}", "--subset", "en"],
+        "--subset describes --dataset, which is not given. Add --dataset.",
+    ),
     "dims": (
         ["predict", "{run}", "--dataset", "{folder}/corpus.jsonl", "--dims", "65"],
         "have 64 dimensions",

@@ -161,25 +161,20 @@ def run(args: list[str]) -> int:
         if not error.is_reported and (error.exit_code == 1 or should_print()):
             _end(args, str(error), code, topic_of_error(error))
         return code
-    except OSError as error:  # full disk, closed pipe, removed file
-        if show_traceback or error.strerror is None:
-            raise
-        path = error.filename2 or error.filename  # of a copy, the output
-        prefix = f"{path}: " if path else ""
-        is_user_error = error.errno == errno.ENAMETOOLONG  # a path from the user is too long
-        fix = "Name a shorter path" if is_user_error else "Add --traceback to see where it happened"
-        code = 2 if is_user_error else 1
-        _end(args, f"{prefix}{error.strerror}. {fix}.", code, "output")
-        if error.filename is None and sys.stdout is not None:
-            discard(sys.stdout)
-        return code
-    except Exception as error:  # a malformed file, or a bug
-        message, code = _format_unexpected(error)
+    except Exception as error:  # a full disk, a closed pipe, a malformed file, or a bug
+        topic = "memory" if is_out_of_memory(error) else None
+        if topic is None and isinstance(error, OSError) and error.strerror is not None:
+            message, code, topic = *_format_os_error(error), "output"
+        else:
+            message, code = _format_unexpected(error)
         if show_traceback:
             _report_json(args, message, code)
             raise
-        topic = "memory" if is_out_of_memory(error) else None
-        return _end(args, message, code, topic)
+        _end(args, message, code, topic)
+        is_stream = topic == "output" and getattr(error, "filename", None) is None
+        if is_stream and sys.stdout is not None:
+            discard(sys.stdout)
+        return code
     return code if isinstance(code, int) else 0
 
 
@@ -212,6 +207,14 @@ def _report_json(args: list[str], message: str, code: int) -> None:
     if "--json" in args:
         with contextlib.suppress(OSError):  # closed pipe
             typer.echo(json.dumps({"error": message, "exit_code": code}, ensure_ascii=False))
+
+
+def _format_os_error(error: OSError) -> tuple[str, int]:
+    path = error.filename2 or error.filename  # of a copy, the output
+    prefix = f"{path}: " if path else ""
+    if error.errno == errno.ENAMETOOLONG:  # a path from the user
+        return f"{prefix}{error.strerror}. Name a shorter path.", 2
+    return f"{prefix}{error.strerror}. Add --traceback to see where it happened.", 1
 
 
 def _format_unexpected(error: Exception) -> tuple[str, int]:

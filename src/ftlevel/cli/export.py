@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from shlex import quote
 from typing import Any
 
 import typer
@@ -12,6 +13,7 @@ from ftlevel.artifacts.cards import format_difference
 from ftlevel.cli.flags import CommandInput
 from ftlevel.cli.startup import heavy_imports
 from ftlevel.config import ExportConfig, MergeConfig, QuantConfig, QuantizeConfig
+from ftlevel.config.export import FORMATS, SERVERS
 from ftlevel.errors import join_names
 
 
@@ -23,7 +25,11 @@ def export(
     --for SERVER selects the format and rejects what that server would load incorrectly. The files
     are read back and compared with the model before they are moved into place.
     """
-    placeholder = {"out": "model.gguf", "overwrite": True} if dry_run and out is None else {}
+    server, format_ = SERVERS.get(inputs.values["server"] or ""), inputs.values["format"]
+    if format_ in (None, "auto"):
+        format_ = server.formats[0] if server else "gguf"
+    suffix = FORMATS[format_].suffix if format_ in FORMATS else ""
+    placeholder = {"out": f"dry-run{suffix}"} if dry_run and out is None else {}
     config = inputs.section(ExportConfig, **placeholder)
     from ftlevel.cli.screen import open_screen
 
@@ -104,7 +110,7 @@ def quantize(
     train (LoRA), generate and evaluate. Tensors are processed one at a time, so the model may
     exceed memory.
     """
-    placeholder = {"out": "quantized"} if dry_run and out is None else {}
+    placeholder = {"out": "dry-run"} if dry_run and out is None else {}
     config = inputs.section(QuantizeConfig, **placeholder)
     from ftlevel.cli.screen import open_screen
 
@@ -122,7 +128,8 @@ def quantize(
             typer.echo(f"  saved {result.path}")
             if "hub" in result.summary:
                 typer.echo(f"  uploaded {result.summary['hub']}")
-            typer.echo(f"  train on it: ftlevel train --method lora --model {result.path}")
+            path = quote(str(result.path))
+            typer.echo(f"  train on it: ftlevel train --method lora --model {path}")
 
 
 def _quantize_lines(summary: Mapping[str, Any]) -> Iterator[str]:

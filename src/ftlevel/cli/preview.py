@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ftlevel._version import __version__
+from ftlevel.artifacts.files import write_text
 from ftlevel.cli.flags import CommandInput, read_config
 from ftlevel.cli.startup import heavy_imports
 
@@ -47,14 +48,6 @@ table { border-collapse: collapse; width: 100% }
 td { padding: .1rem .5rem .1rem 0; vertical-align: top }
 meter { width: 100% } .stop { color: #c62828; font-weight: 600 }
 """
-
-
-def write_page(preview: Preview, path: Path) -> None:
-    """Write the preview as HTML to `path`, atomically."""
-    partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(render_page(preview), encoding="utf-8")
-    partial.replace(path)
 
 
 def render_page(preview: Preview) -> str:
@@ -271,7 +264,8 @@ def preview(
 
         result = build(config, row or ())
         if html is not None:
-            write_page(result, html)
+            html.parent.mkdir(parents=True, exist_ok=True)
+            write_text(html, render_page(result))
         if as_json:
             typer.echo(json.dumps(result.to_dict()))
             return
@@ -286,14 +280,12 @@ _PROCESS = "whole process"
 _MIN_BYTES = 2**16  # bytes; smaller parts are not printed
 
 
-def show_plan(plan: RunPlan, console: Console) -> None:
-    """Print the plan without the table of alternatives."""
+def _show_plan(plan: RunPlan, console: Console) -> None:
     for line in plan_lines(plan):
         console.print(line, highlight=False, markup=False)
 
 
-def show_fits(plan: RunPlan, console: Console) -> None:
-    """Print the table of alternatives, if there is one."""
+def _show_fits(plan: RunPlan, console: Console) -> None:
     if plan.fits:
         title = f"what fits (rows of {plan.max_length:,} tokens, all supervised):"
         console.print(title, markup=False, highlight=False)
@@ -392,6 +384,6 @@ def plan(
             return
 
         result = estimate(
-            config, options, partial(show_plan, console=screen.console), screen.exit_if_closed
+            config, options, partial(_show_plan, console=screen.console), screen.exit_if_closed
         )
-        show_fits(result, screen.console)
+        _show_fits(result, screen.console)

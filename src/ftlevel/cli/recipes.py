@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shlex import quote
 
 import typer
 
@@ -41,7 +42,9 @@ def recipes(action: str, file: Path | None, target: Path | None, *, as_json: boo
         target = _copy(path, text, target or Path(path.name))
         report = {"recipe": str(path), "copied_to": str(target)}
         typer.echo(
-            json.dumps(report) if as_json else f"wrote {target}. Then: ftlevel train {target}"
+            json.dumps(report)
+            if as_json
+            else f"wrote {target}. Then: ftlevel train {quote(str(target))}"
         )
     elif as_json:
         typer.echo(json.dumps({"recipe": str(path), "text": text}))

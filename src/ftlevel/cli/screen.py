@@ -15,7 +15,7 @@ from typing import IO, Any, cast
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from ftlevel._version import __version__
@@ -112,16 +112,9 @@ class Screen(Listener):
         if self.quiet or not self.console.is_terminal:
             return
         if self._progress is None:
-            self._progress = Progress(
-                TextColumn("  encode {task.completed:,.0f}/{task.total:,.0f} rows"),
-                BarColumn(),
-                TimeRemainingColumn(),
-                console=self.console,
-                transient=True,
-            )
-            self._progress.start()
-            self._task_id = self._progress.add_task("encode", total=total)
-        self._progress.update(self._task_id, completed=done, total=total)
+            text = TextColumn("  encode {task.completed:,.0f}/{task.total:,.0f} rows")
+            self._start(text, BarColumn(), TimeRemainingColumn(), total=total)
+        self._update(completed=done, total=total)
         if done == total:
             self.close()
 
@@ -131,27 +124,20 @@ class Screen(Listener):
             return
         if self._progress is None:
             self._first = done
-            self._progress = Progress(
+            self._start(
                 TextColumn("  {task.fields[rows]:,} rows"),
                 BarColumn(bar_width=_BAR),
                 TimeRemainingColumn(),
                 TextColumn("left"),
                 TextColumn("{task.fields[speed]}"),
-                console=self.console,
-                transient=True,
+                rows=done,
+                speed="",
             )
-            self._progress.start()
-            self._task_id = self._progress.add_task("answer", total=None, rows=done, speed="")
             return
         elapsed = self._progress.tasks[0].elapsed or 0.0
         speed = f"{(done - self._first) / elapsed:,.1f} rows/s" if elapsed else ""
-        self._progress.update(
-            self._task_id,
-            completed=share or 0,
-            rows=done,
-            speed=speed,
-            total=None if share is None else 1.0,
-        )
+        total = None if share is None else 1.0
+        self._update(completed=share or 0, rows=done, speed=speed, total=total)
 
     def warn(self, message: str) -> None:
         """Show a warning, even if quiet."""
@@ -170,22 +156,28 @@ class Screen(Listener):
         width, whole = self.console.width, Column(no_wrap=True)
         bar = [BarColumn(bar_width=_BAR)] if width >= _ROOM_FOR_BAR else []
         texts = [TextColumn("{task.fields[texts]}", table_column=Column(overflow="ellipsis"))]
-        self._progress = Progress(
+        self._start(
             TextColumn("  step {task.completed:,.0f}/{task.total:,.0f}", table_column=whole),
             *bar,
             TimeRemainingColumn(table_column=Column(no_wrap=True)),
             TextColumn("left", table_column=Column(no_wrap=True)),
             *(texts if width >= _ROOM_FOR_FIGURES else []),
-            console=self.console,
-            transient=True,
+            total=total_steps,
+            texts="",
         )
+
+    def _start(self, *columns: ProgressColumn, total: float | None = None, **fields: Any) -> None:
+        self._progress = Progress(*columns, console=self.console, transient=True)
         self._progress.start()
-        self._task_id = self._progress.add_task("train", total=total_steps, texts="")
+        self._task_id = self._progress.add_task("", total=total, **fields)
+
+    def _update(self, **fields: Any) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task_id, **fields)
 
     def step(self, step: int) -> None:
         """Update the progress bar."""
-        if self._progress is not None:
-            self._progress.update(self._task_id, completed=step)
+        self._update(completed=step)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Show the metrics of a training step or an evaluation."""
@@ -209,7 +201,7 @@ class Screen(Listener):
         if self._progress is not None:
             first = ("loss", "reward ")
             short = [part for part in parts if part.startswith(first) or part.endswith("tok/s")]
-            self._progress.update(self._task_id, texts="  ".join(short))
+            self._update(texts="  ".join(short))
         self._line(f"  step {record['step']:>{len(str(self._total))}}/{self._total}  {texts}")
 
     def _speed(self, record: Mapping[str, Any]) -> str:

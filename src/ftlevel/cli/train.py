@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -31,7 +32,7 @@ _GRACE_SECONDS = 5.0
 _PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # not all exist on Windows
 _PR_SET_PDEATHSIG = 1
 _FAILED = 1
-_RESUME, _REPLACES = "--resume", ("--overwrite", "--overwrite-output-dir")
+_OVERWRITE_ALIAS = re.compile(r"--overwrite[-_]output[-_]dir\b")
 
 
 def launch(args: Sequence[str], num_processes: int, restarts: int = 0) -> int:
@@ -54,8 +55,9 @@ def launch(args: Sequence[str], num_processes: int, restarts: int = 0) -> int:
 
 
 def _resume_arguments(args: Sequence[str]) -> list[str]:
-    remaining = [a for a in args if a.replace("_", "-") not in _REPLACES]
-    return remaining if _RESUME in remaining else [*remaining, _RESUME]
+    # --no-overwrite also overrides a recipe; another name of the flag would contradict it.
+    renamed = [_OVERWRITE_ALIAS.sub("--overwrite", argument) for argument in args]
+    return [*renamed, "--no-overwrite", "--resume"]
 
 
 def _launch_once(args: Sequence[str], num_processes: int, forwarded: list[int]) -> int:

@@ -14,7 +14,7 @@ from ftlevel.artifacts.files import check_new_output, rows_fingerprint
 from ftlevel.artifacts.paths import DATA_PATHS, check_paths
 from ftlevel.artifacts.row_files import row_file_type, save_rows
 from ftlevel.config import SPECS, EvaluateConfig, InMemoryDataset, QuantConfig, TrainConfig
-from ftlevel.config.section import Choice
+from ftlevel.config.section import Choice, check_config
 from ftlevel.data.encoding.fit import LengthBounds
 from ftlevel.data.prepare.encoder import EncodingContext
 from ftlevel.data.prepare.inference import EvaluationRows, load_evaluation_rows
@@ -54,6 +54,11 @@ from ftlevel.trained.resolve import get_dtype_source, get_original_base, resolve
 from ftlevel.training.build_trainer import eval_batch_size
 from ftlevel.training.plan.schedule import text_positions
 
+_NOT_WITH_QRELS = """
+    dataset predictions input_format subset split on_bad_row columns ignore_columns metrics
+    max_eval_samples max_generate_samples max_new_tokens num_beams temperature top_p eval_text
+""".split()
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -74,6 +79,7 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         ConfigError: the predictions file exists, or `--task` is missing or wrong.
         InputError: the model or the rows cannot be read.
     """
+    check_config(config, EvaluateConfig)
     listener = listener or NullListener()
     if config.qrels is not None:
         return _evaluate_retrieval(config, config.qrels, listener)
@@ -122,7 +128,7 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
             )
             outputs = inputs.outputs_of(trained)
             trained = replace(trained, model=None)  # frees memory for the other model
-            reference = other.load(device.value)
+            reference = _load_other(config, other, device.value, listener)
             metrics_of_other, other_record = _evaluate_other(evaluator, reference, encode)
             against = {"name": config.against, "metrics": metrics_of_other}
             if have_same_inputs(ref, other):
@@ -162,6 +168,15 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
     return Evaluation(metrics, base, summary, draws)
 
 
+def _load_other(
+    config: EvaluateConfig, other: ModelRef, device: str, listener: Listener
+) -> LoadedModel:
+    loaded = other.load(device)
+    for note in loaded.notes:
+        listener.warn(f"{config.against}: {note}")
+    return loaded
+
+
 def _find_warnings(
     config: EvaluateConfig, eval_rows: EvaluationRows, ref: ModelRef
 ) -> Iterator[str]:
@@ -184,7 +199,6 @@ def _find_warnings(
 def _evaluate_base(
     config: EvaluateConfig, trained: LoadedModel, evaluator: Evaluator, listener: Listener
 ) -> tuple[dict[str, float], ExampleRecord | None]:
-    """Returns metrics and per-row results of the base model; {} and None if there is no base."""
     with _base_of(trained, config, listener) as base:
         if base is None:
             return {}, None
@@ -234,9 +248,9 @@ def _base_of(
 
 
 def _evaluate_retrieval(config: EvaluateConfig, qrels: Path, listener: Listener) -> Evaluation:
-    for flag, value in (("--dataset", config.dataset), ("--predictions", config.predictions)):
-        if value is not None:
-            raise ConfigError(f"{flag} cannot be used with --qrels. Drop one of them.")
+    if names := [name for name in _NOT_WITH_QRELS if getattr(config, name) not in (None, {}, ())]:
+        flag = "--map" if names[0] == "columns" else f"--{names[0].replace('_', '-')}"
+        raise ConfigError(f"{flag} cannot be used with --qrels. Drop one of them.")
     with silence_loggers():
         device = select_device(config.device)
         listener.stage("reading the retrieval dataset")
@@ -267,6 +281,8 @@ def _evaluate_retrieval(config: EvaluateConfig, qrels: Path, listener: Listener)
             listener.warn(f"{data.unjudged:,} queries without a relevant document are skipped.")
         listener.stage("loading the model")
         trained = ref.load(device.value)
+        for note in trained.notes:
+            listener.warn(note)
         listener.stage("embedding and searching")
         scores, cut = evaluate_retrieval(trained, data, config.batch_size, listener.answered)
         if cut:
@@ -278,7 +294,7 @@ def _evaluate_retrieval(config: EvaluateConfig, qrels: Path, listener: Listener)
         against, other_scores = {}, None
         if other is not None:
             listener.stage(f"evaluating {config.against}")
-            reference = other.load(device.value)
+            reference = _load_other(config, other, device.value, listener)
             other_scores, _ = evaluate_retrieval(
                 reference, data, config.batch_size, listener.answered
             )
@@ -437,12 +453,20 @@ def _evaluator(
     train, speed = run_config.train, run_config.speed
     task, metrics = trained.task, config.metrics or train.metrics
     generates = _generates(config, task, run_config)
+    if not generates:
+        config.refuse_decoding(
+            "no text is generated without --max-generate-samples N"
+            if task.generates_text
+            else f"--task {task.name} generates no text"
+        )
     check_metrics(
         metrics, task, trained.objective, generates=generates, how="--max-generate-samples N"
     )
     evaluator, extra = Evaluator, dict[str, Any]()
     if isinstance(trained.objective, PolicyGradient):
-        evaluator, extra = RewardEvaluator, {"rollouts": _rollouts(trained, eval_rows, run_config)}
+        config.refuse_decoding("completions are sampled as in training")
+        rollouts = _rollouts(trained, trained.objective, eval_rows, run_config)
+        evaluator, extra = RewardEvaluator, {"rollouts": rollouts}
     num_rows = 0
     if extra or (generates and uses_text_metrics(metrics, task)):
         num_rows = min(
@@ -471,10 +495,12 @@ def _evaluator(
     )
 
 
-def _rollouts(trained: LoadedModel, eval_rows: EvaluationRows, run_config: TrainConfig) -> Rollouts:
-    objective = trained.objective
-    if not isinstance(objective, PolicyGradient):
-        raise TypeError("only a policy has rewards")
+def _rollouts(
+    trained: LoadedModel,
+    objective: PolicyGradient,
+    eval_rows: EvaluationRows,
+    run_config: TrainConfig,
+) -> Rollouts:
     rl, rewards, teacher = objective.config, None, None
     if objective.teacher is None:
         rewards = open_rewards(

@@ -18,8 +18,8 @@ from ftlevel.data.formats.detect import Format, NoFormatError
 from ftlevel.data.prepare.inference import Prompts, open_rows
 from ftlevel.data.sources.lines import cache_pipe, decompress, is_compressed, is_pipe, plain_name
 from ftlevel.data.sources.readers import READERS, ReadOptions, is_pattern, match_files
-from ftlevel.data.sources.readers.text import detect_file_format
-from ftlevel.data.sources.streams import refuse_media_columns
+from ftlevel.data.sources.readers.text import TextLines, detect_file_format
+from ftlevel.data.sources.streams import refuse_media_columns, wrap_read_errors
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.answers import MAX_SHOWN, AnswerRequest, predict_inputs
 from ftlevel.models.kinds import max_positions
@@ -50,7 +50,7 @@ def generate(
 
     Args:
         name: run directory, adapter directory or model; None with `adapters` or `adapters_dir`.
-        prompts: a list or a data frame column; the run's prompt format is applied to each.
+        prompts: a text, a list or a data frame column; the run's prompt format is applied to each.
         settings: fields of `GenerateConfig`.
 
     Returns:
@@ -61,9 +61,16 @@ def generate(
         ConfigError: `compare_base` without an adapter, a question without context, or a prompt
             without [MASK].
     """
-    return generate_answers(
-        build_section(GenerateConfig, {"name": name, **settings}), list(prompts)
-    )
+    is_one = isinstance(prompts, str) or hasattr(prompts, "columns")
+    texts: list[Any] = [prompts] if is_one else list(prompts)
+    for prompt in texts:
+        if not isinstance(prompt, str):
+            raise ConfigError(
+                f"a prompt is of type {type(prompt).__name__}. Pass texts: a list, or one column "
+                "of a DataFrame."
+            )
+    config = build_section(GenerateConfig, {"name": name, **settings})
+    return generate_answers(config, texts)
 
 
 def generate_answers(
@@ -73,8 +80,9 @@ def generate_answers(
     with silence_loggers():
         if file is not None and not _has_rows(file):
             files = match_files(str(file), "txt") if is_pattern(str(file)) else [file]
-            prompts = [*prompts, *(line for each in files for line in _load_lines(each))]
-            file = None
+            if not (lines := [line for each in files for line in _load_lines(each)]):
+                raise InputError(f"--prompts {file} has no line with text. Use a file of prompts.")
+            prompts, file = [*prompts, *lines], None
         adapters = load_adapter_set(config)
         if config.compare_base and not adapters.has_base:
             raise ConfigError(
@@ -118,13 +126,12 @@ def _has_rows(path: Path) -> bool:
 
 
 def _load_lines(path: Path) -> list[str]:
-    try:
+    shown = f"--prompts {path}"
+    with wrap_read_errors(path, shown):
         file = decompress(path) if is_compressed(path) else path
         file = cache_pipe(path) if is_pipe(path) else file
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompts {path} cannot be read: {error}.") from None
-    return [line for line in lines if line.strip()]
+    with wrap_read_errors(file, shown):
+        return [line.rstrip("\r\n") for line in TextLines(file) if line.strip()]
 
 
 def _add_rows(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from ftlevel.config import SPECS
+from ftlevel.config import SPECS, normalize_task
 from ftlevel.config.sections import QuantConfig
 from ftlevel.config.tasks import TASKS as TASK_NAMES
 from ftlevel.errors import ConfigError, InputError, did_you_mean, join_names
@@ -57,7 +57,7 @@ def list_methods(
     Raises ConfigError for an unknown task or quantization, InputError for an unknown model or
     family.
     """
-    task = _check_name("--task", task.replace("_", "-") if task else None, tuple(TASK_NAMES))
+    task = _check_name("--task", normalize_task(task) if task else None, tuple(TASK_NAMES))
     quant = _check_name("--quant", quant, QUANTS)
     family = get_family(family_name(model)) if model else None
     rows = tuple(

@@ -102,13 +102,15 @@ class TargetReport:
     note: str = ""
 
 
-def list_targets(name: str, r: int = 8) -> TargetReport:
+def list_targets(name: str | Path, r: int = 8) -> TargetReport:
     """Describe a model or a family, with LoRA sizes at rank `r`.
 
     Directories with `config.json`, names with a slash, .gguf files and `builtin:NAME` are models.
     Raises InputError for unknown names.
     """
-    return describe_model(name, r) if is_model(name) else describe_family(name, r)
+    if isinstance(name, Path) or is_model(name):
+        return describe_model(str(name), r)
+    return describe_family(name, r)
 
 
 def is_model(name: str) -> bool:
@@ -194,7 +196,7 @@ def describe_model(name: str, r: int = 8) -> TargetReport:
 
 
 def _check_rank(r: int) -> None:
-    if r < 1:
+    if not isinstance(r, int) or r < 1:
         raise ConfigError(f"--lora-r {r} is not a rank. Expected 1 or more; 8 is usual.")
 
 

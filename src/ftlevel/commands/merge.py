@@ -19,7 +19,7 @@ from ftlevel.artifacts.cards import (
 from ftlevel.artifacts.files import atomic_directory, check_new_output
 from ftlevel.artifacts.hub import plan_upload
 from ftlevel.config import MergeConfig, QuantConfig
-from ftlevel.config.section import Choice
+from ftlevel.config.section import Choice, check_config
 from ftlevel.errors import ConfigError
 from ftlevel.evaluation.two_models import Agreement, EvalSet, RowLogits, compare_logits
 from ftlevel.events import Listener, NullListener
@@ -67,6 +67,7 @@ def merge(config: MergeConfig, *, listener: Listener | None = None) -> MergeResu
         ConfigError: a problem that is known before weights are read.
         RunError: the merge changed nothing, or does not reproduce the trained model.
     """
+    check_config(config, MergeConfig)
     listener = listener or NullListener()
     start_time = time.perf_counter()
     check_new_output("--out", config.output_dir)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ftlevel.artifacts.row_files import check_row_file, row_file_type
 from ftlevel.artifacts.row_sinks import RowColumns
 from ftlevel.config.mining import MineConfig
-from ftlevel.config.section import Choice
+from ftlevel.config.section import Choice, check_config
 from ftlevel.data.formats.detect import FormatOptions, detect_format
 from ftlevel.data.formats.examples import to_examples
 from ftlevel.data.sources.readers import ReadOptions, load_table
@@ -31,14 +30,6 @@ WINDOW = 2_048
 """Rows that are read to find their columns, and rows written at once."""
 
 
-@dataclass
-class _Counts:
-    written: int = 0
-    without: int = 0
-    negatives: int = 0
-    skipped: int = 0
-
-
 def mine(config: MineConfig, *, listener: Listener | None = None) -> Mapping[str, Any]:
     """Write each query with its positives and its hard negatives, and return the counts.
 
@@ -46,6 +37,7 @@ def mine(config: MineConfig, *, listener: Listener | None = None) -> Mapping[str
     exists, or an option does not fit; InputError if the rows have no positives, or the model is no
     embedding model.
     """
+    check_config(config, MineConfig)
     listener = listener or NullListener()
     check_row_file("--out", config.output, resume=False, overwrite=config.overwrite)
     with silence_loggers():
@@ -76,10 +68,10 @@ def mine(config: MineConfig, *, listener: Listener | None = None) -> Mapping[str
         trained = ref.load(device.value)
         model = InferenceModel(trained, GenerationOptions(1), config.batch_size, truncate=True)
         listener.stage("embedding")
-        documents = map(as_document, corpus.texts)
+        texts = [EmbeddingRow(row.query, 0, prompt=row.prompt) for row in rows]
+        texts += map(as_document, corpus.texts)
         with model.inference():
-            queries = [EmbeddingRow(row.query, 0, prompt=row.prompt) for row in rows]
-            vectors = embed_rows(model, [*queries, *documents], listener.answered)
+            vectors = embed_rows(model, texts, listener.answered)
         if model.shortened:
             listener.warn(f"{model.shortened:,} texts exceed the maximum length and are truncated.")
         listener.stage("searching")
@@ -91,25 +83,28 @@ def mine(config: MineConfig, *, listener: Listener | None = None) -> Mapping[str
             config.seed,
         )
         similarity = trained.task.format.similarity  # type: ignore[attr-defined]  # of EmbeddingTask
-        mined = search(
-            rows, corpus, vectors[: len(rows)], vectors[len(rows) :], options,
-            similarity=similarity,
-        )  # fmt: skip
-        counts = _save_rows(config, corpus, zip(rows, mined, strict=True))
-    if not counts.written:
-        raise InputError(
-            f"no row has a negative at ranks {first}-{last} with --relative-margin "
-            f"{config.relative_margin:g}. Lower them, or add documents by --corpus."
-        )
+        queries, documents = vectors[: len(rows)], vectors[len(rows) :]
+        mined = list(search(rows, corpus, queries, documents, options, similarity=similarity))
+        lines = list(_build_lines(config, corpus, zip(rows, mined, strict=True)))
+        if not lines:
+            raise InputError(
+                f"no row has a negative at ranks {first}-{last} with --relative-margin "
+                f"{config.relative_margin:g}. Lower them, or add documents by --corpus."
+            )
+        file = row_file_type("--out", config.output)(config.output, RowColumns(list(lines[0])))
+        file.open(0)
+        for part in batches(lines, WINDOW):
+            file.write(part)
+        file.finalize()
     return {
         "name": config.name,
         "dataset": config.dataset,
         "output": str(config.output),
         "documents": len(corpus.texts),
-        "rows": counts.written,
-        "left_out": counts.without,
-        "negatives": counts.negatives,
-        "skipped": counts.skipped,
+        "rows": len(lines),
+        "left_out": len(rows) - len(lines),
+        "negatives": sum(len(line["neg"]) for line in lines),
+        "skipped": sum(row.skipped for row in mined),
         "shortened": model.shortened,
         "seconds": time.perf_counter() - start_time,
     }
@@ -140,22 +135,12 @@ def _load_corpus(config: MineConfig) -> list[str]:
     return [row.documents[0] for row in to_examples(table, format_)]  # type: ignore[attr-defined]
 
 
-def _save_rows(
-    config: MineConfig, corpus: Corpus, rows: Iterator[tuple[EmbeddingRow, MinedRow]]
-) -> _Counts:
-    names = ["query", "pos", "neg", *(["pos_scores", "neg_scores"] if config.scores else [])]
-    file = row_file_type("--out", config.output)(config.output, RowColumns(names))
-    if config.overwrite:
-        config.output.unlink(missing_ok=True)
-    file.open(0)
-    counts, lines = _Counts(), []
+def _build_lines(
+    config: MineConfig, corpus: Corpus, rows: Iterable[tuple[EmbeddingRow, MinedRow]]
+) -> Iterator[dict[str, Any]]:
     for row, mined in rows:
-        counts.skipped += mined.skipped
         if not mined.negatives:
-            counts.without += 1
             continue
-        counts.written += 1
-        counts.negatives += len(mined.negatives)
         line: dict[str, Any] = {
             "query": row.query,
             "pos": list(row.positives),
@@ -164,11 +149,4 @@ def _save_rows(
         if config.scores:
             line["pos_scores"] = list(mined.positive_scores)
             line["neg_scores"] = list(mined.negative_scores)
-        lines.append(line)
-    if not counts.written:
-        file.discard()
-        return counts
-    for part in batches(lines, WINDOW):
-        file.write(part)
-    file.finalize()
-    return counts
+        yield line

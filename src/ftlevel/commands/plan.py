@@ -32,6 +32,7 @@ from ftlevel.training.forecast.seconds import (
 from ftlevel.training.plan.adapter import resolve_adapter
 from ftlevel.training.plan.resolve import infer_task, resolve
 from ftlevel.training.plan.run import Run, count_trainable
+from ftlevel.training.saving import max_num_checkpoints
 
 _SYNTHETIC_STEPS = 2
 
@@ -161,7 +162,8 @@ def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, Alternati
         )
     _validate_gpus(config, options, gpu)
     config, adapter, _ = resolve_adapter(config)
-    is_synthetic = _names_no_data(config)
+    names_model = "name_or_path" in config.model.model_fields_set
+    is_synthetic = names_model and "dataset" not in config.data.model_fields_set
     if is_synthetic and options.probe:
         raise ConfigError("--probe runs steps on real rows. Name them: --dataset FILE.")
     config, message = (config, "") if is_synthetic else infer_task(config)
@@ -198,15 +200,16 @@ def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, Alternati
         time = measure_time(run)
     elif gpu and not is_synthetic:
         time = estimate_time(run, gpu)
+    steps = cluster.steps or 0 if cluster else run.schedule.steps_per_epoch
     result = RunPlan(
         need=need,
-        steps=cluster.steps or 0 if cluster else run.schedule.steps_per_epoch,
+        steps=steps,
         tokens=0 if is_synthetic else int(run.data.info["tokens"]),
         is_synthetic=is_synthetic,
         max_length=run.data.max_length,
         checkpoint_bytes=_checkpoints(run, need.parts),
         time=time,
-        cost=_cost(config, time, options),
+        cost=_cost(config, time, steps, options),
         fits=[],
         cheapest=get_cheapest(limits) if not need.does_fit else None,
         cluster=cluster,
@@ -215,29 +218,28 @@ def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, Alternati
     return result, limits
 
 
-def _names_no_data(config: TrainConfig) -> bool:
-    names_model = "name_or_path" in config.model.model_fields_set
-    return names_model and "dataset" not in config.data.model_fields_set
-
-
 def _replace(config: TrainConfig, section: str, **fields: Any) -> TrainConfig:
     values = getattr(config, section).model_copy(update=fields)
     return config.model_copy(update={section: values})
 
 
-def _cost(config: TrainConfig, time: TimeForecast | None, options: PlanOptions) -> float | None:
+def _cost(
+    config: TrainConfig, time: TimeForecast | None, steps: int, options: PlanOptions
+) -> float | None:
     if options.price_per_hour is None or time is None:
         return None
-    hours = time.seconds_per_epoch * config.train.num_train_epochs / 3600
-    return hours * options.price_per_hour * options.nodes
+    train = config.train
+    epochs = train.max_steps / steps if train.max_steps else train.num_train_epochs
+    return time.seconds_per_epoch * epochs / 3600 * options.price_per_hour * options.nodes
 
 
 def _checkpoints(run: Run, parts: Mapping[str, int]) -> tuple[int, int]:
     trained, _ = count_trainable(run)
-    one = 4 * trained + parts.get(OPTIMIZER, 0)
-    limit = run.config.train.save_total_limit or 1
-    epochs = math.ceil(run.config.train.num_train_epochs)
-    return one, one * (limit if run.config.train.save_strategy else min(limit, epochs))
+    one, train = 4 * trained + parts.get(OPTIMIZER, 0), run.config.train
+    is_by_time = train.save_strategy is None and train.save_steps is None
+    limit = train.save_total_limit
+    count = limit if is_by_time else max_num_checkpoints(train, run.schedule.steps)
+    return one, one * min(count, limit)
 
 
 def _validate_gpus(config: TrainConfig, options: PlanOptions, gpu: Gpu | None) -> None:

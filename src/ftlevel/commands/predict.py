@@ -12,7 +12,7 @@ from typing import IO, Any
 from ftlevel.artifacts.row_files import check_row_file, row_file_type
 from ftlevel.artifacts.row_sinks import LineStream, RowColumns, RowFile, RowList, RowSink
 from ftlevel.config import PredictConfig, TrainConfig
-from ftlevel.config.section import Choice
+from ftlevel.config.section import Choice, check_config
 from ftlevel.data.formats.columns import resolve_column
 from ftlevel.data.formats.detect import explain_columns
 from ftlevel.data.prepare.inference import (
@@ -77,6 +77,7 @@ def predict(
         InputError: the model or the rows cannot be read, or a row cannot be answered.
         Interrupted: Ctrl-C; written rows are kept and can be resumed from.
     """
+    check_config(config, PredictConfig)
     listener = listener or NullListener()
     _validate(config, rows)
     with contextlib.ExitStack() as stack:
@@ -130,6 +131,8 @@ def _prepare(
         config.name, config.task, config.base_model, device=device.value, dtype=config.dtype
     )
     task, run_config = TASKS[ref.card.task], ref.run_config
+    if not task.generates_text:
+        config.refuse_decoding(f"--task {task.name} generates no text")
     source, file = _open(config, rows, task, run_config)
     mapping = _mapping(config, run_config, task, source)
     shape = task.get_query_format(source.leading, mapping, config.format, source.first)

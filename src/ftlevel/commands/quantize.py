@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -24,7 +24,7 @@ from ftlevel.artifacts.files import (
 )
 from ftlevel.artifacts.hub import plan_upload
 from ftlevel.config import QuantizeConfig
-from ftlevel.config.section import Choice
+from ftlevel.config.section import Choice, check_config
 from ftlevel.errors import ConfigError, InputError, RunError
 from ftlevel.evaluation.two_models import (
     PREDICTS,
@@ -98,6 +98,7 @@ def quantize(
         InputError: the model or the text cannot be read.
         RunError: the quantized model outputs values that are not finite; it is deleted.
     """
+    check_config(config, QuantizeConfig)
     listener = listener or NullListener()
     check_new_output("--out", config.out)
     upload = plan_upload(config)
@@ -107,18 +108,15 @@ def quantize(
         if note := _experts_note(config, plan):
             listener.warn(note)
         if dry_run:
-            num_bytes = {name: list(pair) for name, pair in predict_bytes(plan.layout).items()}
-            summary = _summary(config, plan, num_bytes, len(plan.layout.linears)) | {
-                "dry_run": True
-            }
-            return QuantizeResult(summary, None)
+            num_bytes, count = predict_bytes(plan.layout), len(plan.layout.linears)
+            summary = _summary(config, plan, num_bytes, count)
+            return QuantizeResult(summary | {"dry_run": True}, None)
         with atomic_directory(config.out) as partial:
             with _source_files(plan) as directory:
                 listener.stage("quantizing")
                 listener.begin(0)
                 layout, written = save_quantized(directory, partial, plan.layout, listener.step)
-                num_bytes = {name: list(pair) for name, pair in written.parts.items()}
-                summary = _summary(config, plan, num_bytes, written.quantized)
+                summary = _summary(config, plan, written.parts, written.quantized)
                 summary["bytes_on_disk"] = written.bytes
                 summary["kept_modules"] = get_skipped_modules(layout.config)
                 summary["source"]["fingerprint"] = base_fingerprint(directory)
@@ -293,7 +291,7 @@ def _measure(
 
 
 def _summary(
-    config: QuantizeConfig, plan: _Plan, num_bytes: dict[str, list[int]], quantized: int
+    config: QuantizeConfig, plan: _Plan, num_bytes: Mapping[str, Sequence[int]], quantized: int
 ) -> dict[str, Any]:
     before = sum(pair[0] for pair in num_bytes.values())
     after = sum(pair[1] for pair in num_bytes.values())

@@ -37,7 +37,7 @@ def check_disk_space(run_path: Path | None, train: TrainerConfig, model: Any, st
 
     Files already in `run_path` count as free space: they are replaced or among these checkpoints.
     """
-    one, count = checkpoint_bytes(model, train.optim), _max_num_checkpoints(train, steps)
+    one, count = checkpoint_bytes(model, train.optim), max_num_checkpoints(train, steps)
     output_dir = run_path or Path("runs")
     mount = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     used = sum(p.stat().st_size for p in output_dir.rglob("*") if p.is_file()) if run_path else 0
@@ -75,7 +75,8 @@ def checkpoint_bytes(model: Any, optim: str) -> int:
     return _trained_bytes(model) + states * (1 if "8bit" in optim else 4) * trained
 
 
-def _max_num_checkpoints(train: TrainerConfig, steps: int) -> int:
+def max_num_checkpoints(train: TrainerConfig, steps: int) -> int:
+    """Returns how many checkpoints of a run of `steps` steps exist at once, one being written."""
     if train.save_strategy == "no":
         return 0
     if train.save_strategy == "epoch":

@@ -126,6 +126,11 @@ def test_model_report_is_json(tmp_path: Path) -> None:
     assert json.loads(json.dumps(asdict(report)))["linears"][0]["in_features"] == 64
 
 
+def test_path_is_a_model(tmp_path: Path) -> None:
+    save_config(tmp_path, "llama")
+    assert list_targets(tmp_path) == describe_model(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("name", "model"),
     [
