@@ -205,15 +205,11 @@ class ParquetFile(RowFile):
 
     def load_previous(self) -> Iterator[Any]:
         """Yields the values of complete batches, without the predicted columns."""
-        previous = self.existing
-        names = self.columns.names
-        for batch in _batches(previous) if previous is not None else ():
-            if previous is not None and batch.schema.names != [*names, *self.columns.answers]:
-                raise InputError(
-                    format_columns_error(
-                        previous, batch.schema.names, [*names, *self.columns.answers]
-                    )
-                )
+        previous, names = self.existing or self.path, self.columns.names
+        expected = [*names, *self.columns.answers]
+        for batch in _batches(previous):
+            if batch.schema.names != expected:
+                raise InputError(format_columns_error(previous, batch.schema.names, expected))
             self._schema = batch.schema
             for row in batch.select(names).to_pylist(maps_as_pydicts="lossy"):
                 yield self.normalize(row)
@@ -224,11 +220,10 @@ class ParquetFile(RowFile):
 
     def open(self, keep: int) -> None:
         """Start a new stream that contains the first `keep` rows."""
-        previous = self.existing
         self.path.parent.mkdir(parents=True, exist_ok=True)
         new = self.path.with_name(f".{self.partial.name}.new")
         self._sink = new.open("wb")
-        for batch in _batches(previous) if previous is not None and keep else ():
+        for batch in _batches(self.existing or self.path) if keep else ():
             chunk = batch.slice(0, keep)
             keep -= chunk.num_rows
             self._append(chunk)
@@ -311,10 +306,12 @@ def _drop_null_keys(value: Any) -> Any:
 
 
 def _batches(path: Path) -> Iterator[Any]:
-    """Yields the complete batches of a Parquet file or a possibly truncated Arrow stream."""
+    """Yields the complete batches of a Parquet file or a truncated Arrow stream, if it exists."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if not path.is_file():
+        return
     with path.open("rb") as file:
         if file.read(4) == b"PAR1":
             yield from pq.ParquetFile(path).iter_batches(_ROW_GROUP)
