@@ -466,3 +466,14 @@ class ExportConfig(HubSection):
         format_ = FORMATS[self.format]
         suffixes = format_.beside + ((".served.json",) if self.recorded else ())
         return (self.out, *(self.out.with_suffix(suffix) for suffix in suffixes))
+
+    @property
+    def entries(self) -> dict[str, Any]:
+        """Entries of the summary of an export to a .gguf file: model, format and output files."""
+        return {
+            "model": self.model,
+            "format": self.format,
+            "out": str(self.out),
+            "modelfile": str(self.outputs[1]),
+            "outputs": [str(path) for path in self.outputs],
+        }

@@ -193,7 +193,7 @@ def plan_export(
     tokenizer = ref.load_tokenizer()
     ref.configured_task.prepare_tokenizer(tokenizer, ref.model_kind)
     end = tokenizer("a")["input_ids"][-1] if embedding_format.pooling == "last" else None
-    vocab = load_file_vocab(config, ref, model_config, tokenizer, end)
+    vocab = load_file_vocab(config.model, ref, model_config, tokenizer, end)
     notes += vocab.notes
     return GgufEmbeddingExport(
         config, ref, embedding_format, model_config, tokenizer, vocab, end, notes
@@ -201,7 +201,7 @@ def plan_export(
 
 
 def load_file_vocab(
-    config: ExportConfig, ref: ModelRef, model_config: Any, tokenizer: Any, end: int | None = None
+    name: str, ref: ModelRef, model_config: Any, tokenizer: Any, end: int | None = None
 ) -> Vocabulary:
     """Returns the file's tokenizer; raises InputError if GGUF does not support it."""
     # Merging may add tokens of the adapter's tokenizer; `write` reads the final size.
@@ -209,28 +209,19 @@ def load_file_vocab(
     try:
         return load_vocab(tokenizer, size, end)
     except InputError as error:
-        raise InputError(f"{config.model} cannot be written as GGUF: {error}") from None
+        raise InputError(f"{name} cannot be written as GGUF: {error}") from None
 
 
 def summarize_file(
-    config: ExportConfig,
-    ref: ModelRef,
-    model_config: Any,
-    outtype: str,
-    tensors: Sequence[GGUFTensor],
+    ref: ModelRef, model_config: Any, outtype: str, tensors: Sequence[GGUFTensor]
 ) -> dict[str, Any]:
-    """Returns the entries of an export's summary that every .gguf file has."""
+    """Returns the entries of an export's summary that describe any .gguf file."""
     return {
-        "model": config.model,
         "method": ref.card.method,
-        "format": config.format,
         "architecture": FAMILIES[model_config.model_type].architecture,
         "outtype": outtype,
         "tensors": len(tensors),
         "tensor_bytes": sum(tensor.nbytes for tensor in tensors),
-        "out": str(config.out),
-        "modelfile": str(config.outputs[1]),
-        "outputs": [str(path) for path in config.outputs],
         "versions": library_versions(),
     }
 
@@ -339,12 +330,16 @@ class GgufEmbeddingExport:
 
     def _summary(self, outtype: str, tensors: Sequence[GGUFTensor]) -> dict[str, Any]:
         config = self.config
-        return summarize_file(config, self.ref, self.model_config, outtype, tensors) | {
-            "pooling": self.format.pooling,
-            "prompts": {name: text for name, text in self.format.all_prompts.items() if text},
-            "start": start_commands(config.server, config.out, self.format),
-            "notes": list(self.notes),
-        }
+        return (
+            config.entries
+            | summarize_file(self.ref, self.model_config, outtype, tensors)
+            | {
+                "pooling": self.format.pooling,
+                "prompts": {name: text for name, text in self.format.all_prompts.items() if text},
+                "start": start_commands(config.server, config.out, self.format),
+                "notes": list(self.notes),
+            }
+        )
 
     @staticmethod
     def describe(summary: Mapping[str, Any]) -> Iterator[str]:

@@ -250,7 +250,7 @@ def plan_export(config: ExportConfig, ref: ModelRef) -> Export:
     model_config = load_config(source)
     _check_model(config.model, model_config, has_adapter=ref.directory is not None)
     tokenizer = ref.load_tokenizer()
-    vocab = embedding.load_file_vocab(config, ref, model_config, tokenizer)
+    vocab = embedding.load_file_vocab(config.model, ref, model_config, tokenizer)
     prompt_template = get_prompt_template(tokenizer, ref, vocab)
     return GgufExport(config, ref, model_config, tokenizer, vocab, prompt_template)
 
@@ -356,18 +356,22 @@ class GgufExport:
 
     def _summary(self, outtype: str, tensors: list[GGUFTensor]) -> dict[str, Any]:
         config, vocab = self.config, self.vocab
-        summary = embedding.summarize_file(config, self.ref, self.model_config, outtype, tensors)
-        return summary | {
-            "tokenizer": {
-                "model": vocab.model,
-                "pre": vocab.pre,
-                "tokens": len(vocab.tokens),
-                "notes": vocab.notes,
-            },
-            "template": self.prompt_template.kind,
-            "stops": self.prompt_template.stop_strings,
-            "start": start_commands(config.server, config.out),
-        }
+        summary = embedding.summarize_file(self.ref, self.model_config, outtype, tensors)
+        return (
+            config.entries
+            | summary
+            | {
+                "tokenizer": {
+                    "model": vocab.model,
+                    "pre": vocab.pre,
+                    "tokens": len(vocab.tokens),
+                    "notes": vocab.notes,
+                },
+                "template": self.prompt_template.kind,
+                "stops": self.prompt_template.stop_strings,
+                "start": start_commands(config.server, config.out),
+            }
+        )
 
     @staticmethod
     def describe(summary: Mapping[str, Any]) -> Iterator[str]:
