@@ -202,6 +202,17 @@ def test_reward_without_counterpart_is_named(capsys: pytest.CaptureFixture[str])
     assert "reward_funcs: 'cosine' has no counterpart" in capsys.readouterr().err
 
 
+def test_reward_function_in_a_script_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+    without = TRL_GRPO.replace("reward_funcs: [accuracy_reward, think_format_reward]\n", "")
+    Path("theirs.yml").write_text(without)
+    assert run(["recipes", "convert", "theirs.yml"]) == 2
+    assert "reward_funcs: [MODULE.FUNCTION]" in capsys.readouterr().err
+    Path("scores.py").write_text("def short(completions, **_): ...\n")
+    config, _ = convert(f"{without}reward_funcs: [scores.short]\n", capsys)
+    assert (config.task, config.rl.loss) == ("rl", "dr_grpo")
+    assert config.rl.reward == ("scores.py:short",)
+
+
 def test_list_show_and_copy(capsys: pytest.CaptureFixture[str]) -> None:
     Path("recipes").mkdir()
     Path("recipes/mine.yaml").write_text("# What I do.\nmethod: lora\n")

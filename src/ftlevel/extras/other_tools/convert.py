@@ -40,6 +40,11 @@ def convert(file: Path) -> list[str]:
     tool = detect_tool(values)
     if not tool:
         return [AXOLOTL, LLAMA_FACTORY, MS_SWIFT, TRL, VERL]
+    if tool == TRL and "num_generations" in values and "reward_funcs" not in values:
+        raise ConfigError(
+            f"{file}: no reward function, because TRL's GRPO scripts pass it in Python. Expected "
+            "reward_funcs. Add a line to the file: reward_funcs: [MODULE.FUNCTION]"
+        )
     typed, lost = _sort_keys(values)
     if tool == VERL:
         lost["reward_model"] = "verl chooses a function by data_source; number is used: check it"
@@ -141,7 +146,7 @@ def convert_keys(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     if "actor_rollout_ref" in values:
         yield from convert_verl(values)
         return
-    if "reward_funcs" in values and "rlhf_type" not in values:
+    if values.keys() & {"reward_funcs", "num_generations"} and "rlhf_type" not in values:
         yield "task", ["--task", "rl"]
     for key, value in values.items():
         if value is None or value in ("", [], {}):
