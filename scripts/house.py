@@ -44,7 +44,7 @@ ROW_MODULES = (
 LORA_R = {
     "config/flags.py": 'Flag("method.r", "--lora-r"',
     "config/methods/lora.py": "    r: ",
-    "cli/flags.py": "build_config([*layers, flags], note)",
+    "cli/flags.py": "build_config(add_flag_layers(layers, inputs, note), note)",
     "config/layers.py": "TrainConfig.model_validate(merged)",
     "cli/train.py": "read_config(inputs)",
     "commands/train.py": "load_training_model(prepared.run",
@@ -57,10 +57,9 @@ LORA_R = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A line of the table: a value, its bound, and the value of 0.1.0 in `before`."""
+    """A line of the table: a value and its bound."""
 
     name: str
-    before: str
     bound: int
     value: int
 
@@ -148,7 +147,7 @@ _COMMANDS = (
 
 
 def sizes() -> list[Figure]:
-    """Return the size of the package, and of 0.1.0."""
+    """Return the size of the package."""
     texts = {path: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
     counts = [code_lines(text) for text in texts.values()]
     below = [
@@ -164,21 +163,21 @@ def sizes() -> list[Figure]:
         for path in (ROOT / folder).rglob("*.py")
     )
     return [
-        Figure("Python files", "607", 320, len(texts)),
-        Figure("code lines", "44,650", 55_550, sum(code for code, _ in counts)),
-        Figure("docstring lines", "13,954", 8_960, sum(lines for _, lines in counts)),
-        Figure("`# fmt: skip`", "344", 20, sum(t.count("# fmt: skip") for t in texts.values())),
-        Figure("lines of benchmarks and scripts", "17,516", 9_000, tool_lines),
+        Figure("Python files", 320, len(texts)),
+        Figure("code lines", 55_550, sum(code for code, _ in counts)),
+        Figure("docstring lines", 8_960, sum(lines for _, lines in counts)),
+        Figure("`# fmt: skip`", 20, sum(t.count("# fmt: skip") for t in texts.values())),
+        Figure("lines of benchmarks and scripts", 9_000, tool_lines),
         Figure(
-            "functions that take a Run and a whole configuration", "74", 0,
+            "functions that take a Run and a whole configuration", 0,
             sum(count_functions(text, _RUN_AND_CONFIG) for text in texts.values()),
         ),
         Figure(
-            "functions below commands that take a whole configuration", "175", 20,
+            "functions below commands that take a whole configuration", 20,
             sum(count_functions(text, _WHOLE_CONFIG) for text in below),
         ),
         Figure(
-            "imports of ftlevel at the top of commands/train.py", "45", 12,
+            "imports of ftlevel at the top of commands/train.py", 12,
             sum((n.module or "").startswith("ftlevel") for n in imports),
         ),
     ]  # fmt: skip
@@ -187,20 +186,20 @@ def sizes() -> list[Figure]:
 def figures() -> list[Figure]:
     """Return the number of files per feature: the table of docs/architecture.md."""
     additions = [
-        Figure(f"files changed for {name}", before, bound, len(addition.touched))
-        for name, (before, bound, addition) in ADDITIONS.items()
+        Figure(f"files changed for {name}", bound, len(addition.touched))
+        for name, (bound, addition) in ADDITIONS.items()
     ]
     return [
         *additions,
-        Figure("package boundaries that a data row crosses", "~10", 4, crossings()),
-        Figure("files to read to follow `--lora-r` to the layer", "11", 11, files_of_lora_r()),
+        Figure("package boundaries that a data row crosses", 4, crossings()),
+        Figure("files to read to follow `--lora-r` to the layer", 9, files_of_lora_r()),
     ]
 
 
 def table(rows: list[Figure]) -> str:
     """Return the figures as a Markdown table."""
-    lines = ["| | 0.1.0 | at most | now |", "|---|--:|--:|--:|"]
-    lines += [f"| {f.name} | {f.before} | {f.bound:,} | {f.value:,} |" for f in rows]
+    lines = ["| | at most | now |", "|---|--:|--:|"]
+    lines += [f"| {f.name} | {f.bound:,} | {f.value:,} |" for f in rows]
     return "\n".join(lines)
 
 
