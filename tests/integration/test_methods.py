@@ -90,7 +90,7 @@ def test_advice_to_quantize_gpt2_is_right(
     method: str, tmp_path: Path, tiny_model_dir: Callable[..., Path]
 ) -> None:
     """Quantization replaces Conv1D by linear layers, which these methods support."""
-    arguments = ["--model", str(tiny_model_dir("gpt2", chat=True)), "--method", method]
+    arguments = ["--model", str(tiny_model_dir("gpt2")), "--method", method]
     data = ["--dataset", str(task_data.write(tmp_path / "data", "mask"))]
     out = ["--quant", "4bit", "--output-dir", str(tmp_path / "run")]
     summary = train(*arguments, *data, *SHORT, *out)
