@@ -90,7 +90,8 @@ def rank_columns(column_names: Sequence[str], role: str, rows: Sequence[Row]) ->
     usable = [c for c in usable if values[c] and all(_is_possible(role, v) for v in values[c])]
     if role == "label":
         counts = {c: len(set(map(str, values[c]))) for c in usable}
-        return sorted(usable[::-1], key=lambda c: (counts[c] < 2, counts[c]))  # often last
+        last_first = usable[::-1]  # the label is often last, and sorting keeps the order of ties
+        return sorted(last_first, key=lambda c: (counts[c] < 2, counts[c]))
     if role in NON_TEXT_ROLES:
         return usable
     lengths = {c: sum(len(value.split()) for value in values[c]) / len(values[c]) for c in usable}
