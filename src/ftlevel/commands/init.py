@@ -88,7 +88,8 @@ def draft(layers: list[Layer], file: Path, answer: Callable[[SetupQuestion, Choi
         run = _resolve(layers, defaults)
     config = build_config(layers)
     command = f"ftlevel train --recipe {quote_shell(str(file))} --output-dir runs/{run.name}"
-    lines = [*_head(run.config, command, file), *_format_lines(config, run, defaults)]
+    values = config.model_dump(mode="json", exclude_unset=True)
+    lines = [*_head(run.config, command, file), *_format_lines(values, run, defaults)]
     text = "\n".join(lines) + "\n"
     return Draft(text, config, defaults, run.schedule.steps, command)
 
@@ -300,10 +301,9 @@ def _resolved_values(run: Run) -> Mapping[str, list[tuple[str, Any, str]]]:
     }
 
 
-def _format_lines(config: TrainConfig, run: Run, defaults: list[Choice]) -> Iterator[str]:
+def _format_lines(values: Mapping[str, Any], run: Run, defaults: list[Choice]) -> Iterator[str]:
     """Yields the lines of the recipe; values that `train` would choose are commented out."""
     field_comments, resolved = _field_comments(run, defaults), _resolved_values(run)
-    values = config.model_dump(mode="json", exclude_unset=True)
     for section in sorted(values, key=lambda name: (name not in _ORDER, _ORDER.find(name))):
         fields = values[section]
         if not isinstance(fields, dict):
