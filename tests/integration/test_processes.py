@@ -112,6 +112,18 @@ def test_sharded_run_evaluates_and_saves(
     assert summary["metrics"]["loss"] > 0
 
 
+def test_sharded_experts_are_verified(
+    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
+) -> None:
+    """The saved files have a tensor for each expert, the model one for all."""
+    command = train_command(tiny_model_dir("mixtral"), dataset, tmp_path / "run", "--max-steps",
+                            "2", "--shard", "full", "--num-processes", "2", "--json")  # fmt: skip
+    command[command.index("lora")] = "full"
+    assert json.loads(forked.run(*command).stdout)["proof"]["reload_difference"] == 0
+    names = load_file(tmp_path / "run/adapter/model.safetensors")
+    assert any(".experts.1." in name for name in names)
+
+
 def test_interrupt_saves_checkpoint_of_all_processes(
     tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
 ) -> None:

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config.methods import MethodConfig
-from ftlevel.errors import ConfigError, RunError
+from ftlevel.errors import ConfigError
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import free_memory_bytes
+from ftlevel.models.sources import resolve_source
 from ftlevel.models.upstream.libraries import leave_sharded
 from ftlevel.models.upstream.shards import (
     AsyncCheckpointWriter,
@@ -52,6 +52,7 @@ from ftlevel.training.proof import (
     create_proof,
 )
 from ftlevel.training.trainer import FtlevelTrainer, keep_settings
+from ftlevel.weights.checkpoint import Checkpoint, open_base
 
 _OPTIMIZER, _SCHEDULER = "optimizer", "scheduler.pt"
 
@@ -250,7 +251,9 @@ def verify_sharded_run(
             (_reload_logits(module, output_dir.adapter, inputs, processes) - after).abs().max()
         )
     else:
-        max_diff = processes.in_all(lambda: compare_weights(module, output_dir.adapter))
+        source = resolve_source(str(output_dir.adapter))
+        saved = open_base(source, run.model.config, run.model.auto_class)
+        max_diff = processes.in_all(lambda: compare_weights(module, saved))
     effect = float((after - initial_logits).abs().max())
     bound = bound_of(after, inputs)
     processes.in_all(lambda: check_logits(output_dir.adapter, max_diff, effect, bound))
@@ -276,21 +279,17 @@ def _reload_logits(model: Any, path: Path, inputs: CheckInputs, processes: Proce
                     parameter.copy_(trained[name])
 
 
-def compare_weights(model: Any, directory: Path) -> float:
-    """Returns the largest |difference| between this process's shards and weights in `directory`."""
-    tensors = model.state_dict(keep_vars=True)
-    max_diff, seen = 0.0, set()
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no dict
-                shard = part_of(file.get_tensor(name), tensors[name])
-                diff = (local_shard(tensors[name]).detach().cpu() - shard).abs()
-                max_diff = max(max_diff, float(diff.max()) if diff.numel() else 0.0)
-                seen.add(id(tensors[name]))
-    missing = [name for name, tensor in tensors.items() if id(tensor) not in seen]
-    if missing:
-        raise RunError(f"{directory} lacks {missing[0]}, which was trained.")
-    return max_diff
+def compare_weights(model: Any, saved: Checkpoint) -> float:
+    """Returns the largest |difference| between this process's shards and the `saved` weights.
+
+    Raises InputError if a tensor is missing.
+    """
+    diffs = [torch.zeros(())]
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        shard = part_of(saved.read(name), tensor)
+        diff = (local_shard(tensor).detach().cpu() - shard).abs()
+        diffs += [diff.max().float()] if diff.numel() else []
+    return float(torch.stack(diffs).max())  # NaN if any is
 
 
 def check_can_shard(run: Run, count: int | None) -> None:
