@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -399,7 +400,7 @@ class BestModelCallback(TrainerCallback):
                     state.load_state(path, model)
                 selected = history.best.step
         return SelectedModel(
-            evaluations=history,
+            evaluations=copy(history),  # the kept model may be evaluated, too
             best=history.best,
             last=history.last,
             step=selected,

@@ -108,8 +108,10 @@ def explain_disk_errors(output_dir: RunDirectory) -> Iterator[None]:
 
 def _disk_error_message(error: Exception, output_dir: RunDirectory) -> str | None:
     number, path = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
-    if isinstance(path, str) and output_dir.path.resolve() not in Path(path).resolve().parents:
-        return None  # a file of something else, such as a callback
+    if isinstance(path, str):
+        parents = (*Path(path).absolute().parents, *Path(path).resolve().parents)
+        if not {output_dir.path.absolute(), output_dir.path.resolve()}.intersection(parents):
+            return None  # a file of something else, such as a callback
     text = str(error)
     is_writer_error = any(word in text for word in _WRITER_ERRORS)
     if number not in _FULL | _REFUSED and not is_writer_error:

@@ -52,7 +52,7 @@ from ftlevel.training.proof import (
     create_proof,
 )
 from ftlevel.training.trainer import FtlevelTrainer, keep_settings
-from ftlevel.weights.checkpoint import Checkpoint, open_base
+from ftlevel.weights.checkpoint import open_base
 
 _OPTIMIZER, _SCHEDULER = "optimizer", "scheduler.pt"
 
@@ -251,9 +251,7 @@ def verify_sharded_run(
             (_reload_logits(module, output_dir.adapter, inputs, processes) - after).abs().max()
         )
     else:
-        source = resolve_source(str(output_dir.adapter))
-        saved = open_base(source, run.model.config, run.model.auto_class)
-        max_diff = processes.in_all(lambda: compare_weights(module, saved))
+        max_diff = processes.in_all(lambda: compare_weights(module, run, output_dir.adapter))
     effect = float((after - initial_logits).abs().max())
     bound = bound_of(after, inputs)
     processes.in_all(lambda: check_logits(output_dir.adapter, max_diff, effect, bound))
@@ -279,11 +277,12 @@ def _reload_logits(model: Any, path: Path, inputs: CheckInputs, processes: Proce
                     parameter.copy_(trained[name])
 
 
-def compare_weights(model: Any, saved: Checkpoint) -> float:
-    """Returns the largest |difference| between this process's shards and the `saved` weights.
+def compare_weights(model: Any, run: Run, directory: Path) -> float:
+    """Returns the largest |difference| between this process's shards and weights in `directory`.
 
     Raises InputError if a tensor is missing.
     """
+    saved = open_base(resolve_source(str(directory)), run.model.config, run.model.auto_class)
     diffs = [torch.zeros(())]
     for name, tensor in model.state_dict(keep_vars=True).items():
         shard = part_of(saved.read(name), tensor)

@@ -12,14 +12,17 @@ from ftlevel.artifacts.cards import format_selected_model
 from ftlevel.artifacts.checkpoints import best_of, delete_best_after, rotate_best, save_best
 from ftlevel.config import TrainConfig
 from ftlevel.errors import ConfigError
+from ftlevel.events import NullListener
 from ftlevel.tasks import TASKS
 from ftlevel.training.best import (
     BestModel,
+    BestModelCallback,
     EvalResult,
     Evaluations,
     SelectedModel,
     resolve_best_model,
 )
+from ftlevel.training.processes import Processes
 
 BEST_MODEL: dict[str, Any] = {
     "metric": "eval_accuracy", "greater_is_better": True, "reason": "", "loads": True,
@@ -64,6 +67,19 @@ def test_resumed_run_counts_all_evaluations_without_improvement() -> None:
     )
     legacy = {key: value for key, value in selected.describe().items() if key != "waited"}
     assert format_selected_model(legacy).endswith("after 1 evaluation without a better one")
+
+
+def test_evaluation_of_the_kept_model_is_not_counted(tmp_path: Path) -> None:
+    """A run whose last step was not evaluated evaluates the model that it keeps."""
+    plan = BestModel(**BEST_MODEL | {"loads": False, "patience": 3})
+    callback = BestModelCallback(plan, tmp_path, Processes(), (), NullListener())
+    for step, value in ((2, 0.5), (4, 0.4)):
+        callback.evaluations.add(step, {"eval_accuracy": value})
+    selected = callback.finish(None, step=5, max_steps=5)
+    callback.evaluations.add(5, {"eval_accuracy": 0.4})
+    assert selected is not None
+    values = selected.describe()
+    assert (values["evaluations"], values["waited"], values["last_step"]) == (2, 1, 4)
 
 
 def test_tie_is_described_without_a_loss() -> None:

@@ -97,6 +97,14 @@ def test_errors_of_other_files_are_not_changed(run: RunDirectory, tmp_path: Path
         raise PermissionError(13, "Permission denied", str(run.path / "metrics.jsonl"))
 
 
+def test_errors_of_linked_checkpoints_are_explained(run: RunDirectory, tmp_path: Path) -> None:
+    run.checkpoints.rmdir()
+    run.checkpoints.symlink_to(tmp_path, target_is_directory=True)
+    path = run.checkpoints / "checkpoint-2"
+    with pytest.raises(RunError, match="its disk is full"), explain_disk_errors(run):
+        raise OSError(28, "No space left on device", str(path))
+
+
 @pytest.mark.parametrize(
     ("settings", "count"),
     [

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 import tiny_models
+from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.errors import RunError
+from ftlevel.errors import FtlevelError, RunError
 from ftlevel.tasks.classes import Classes
 from ftlevel.tasks.losses import Tokens
+from ftlevel.training import sharding
 from ftlevel.training.model import TensorHash, hash_tensor, hash_tensors
+from ftlevel.training.processes import Processes
 from ftlevel.training.proof import (
     MAX_TEST_LOGITS,
     NUM_TEST_ROWS,
@@ -150,3 +155,28 @@ def test_digest_changes_with_every_bit(
         bits = tensor.clone()
         bits.view(torch.uint8)[index * bits.itemsize] ^= 1
         assert hash_tensor(bits) != digest
+
+
+def test_missing_files_of_a_sharded_run_end_all_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that does not see the files must not leave the others waiting for it."""
+    shared = list[FtlevelError]()
+
+    class OneOfSeveral(Processes):
+        def in_all(self, make: Callable[[], Any]) -> Any:
+            try:
+                return make()
+            except FtlevelError as error:
+                shared.append(error)
+                raise
+
+    inputs = SimpleNamespace(logits=lambda _: torch.zeros(1))
+    monkeypatch.setattr(sharding, "create_check_inputs", lambda _: inputs)
+    monkeypatch.setattr(sharding, "compare_frozen", lambda *_: 0)
+    model, run = MagicMock(), RunDirectory(tmp_path)
+    with pytest.raises(FtlevelError) as caught:
+        sharding.verify_sharded_run(
+            model, model, run, model, OneOfSeveral(), initial_logits=torch.zeros(1)
+        )
+    assert shared == [caught.value]
