@@ -20,7 +20,7 @@ from ftlevel.cli.app import run
 
 TESTS = str(Path(__file__).parents[1])
 TRAIN = ["--method", "lora", "--max-steps", "6", "--output-dir"]
-START = ["--model", "builtin:tiny-llama", "--resume"]
+START = ["--dataset", "builtin:docstrings", "--resume"]
 
 # srun as SLURM 24.11 does: one process per task with its variables; SIGTERM kills all of them.
 SRUN = """#!{python}
@@ -49,7 +49,7 @@ def test_slurm_job_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
                  "--gpus-per-node=8", "--partition=gpu", "--requeue"):  # fmt: skip
         assert f"\n#SBATCH {line}\n" in text
     command = f"ftlevel train --method lora --max-steps 6 --output-dir '{out}'"
-    assert f" {command} --model builtin:tiny-llama --resume &" in text  # a model starts a new run
+    assert f" {command} --dataset builtin:docstrings --resume &" in text  # data starts a new run
     assert subprocess.run(["bash", "-n", job_file], check=False).returncode == 0
     assert run(arguments) == 2  # the file exists
 
@@ -92,6 +92,14 @@ def test_ray_train_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     constants = {node.value for node in ast.walk(script) if isinstance(node, ast.Constant)}
     assert {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
             "MASTER_PORT"} <= constants  # fmt: skip
+
+
+def test_job_that_continues_an_adapter_names_no_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """The base is the adapter's; --model with it would be another one."""
+    train = ["--adapter", "runs/a", "--output-dir", "runs/b"]
+    assert run(["launch", "--on", "slurm", "--dry-run", *train]) == 0
+    text = capsys.readouterr().out
+    assert f"ftlevel train {' '.join([*train, *START])} &" in text
 
 
 def test_values_are_quoted(capsys: pytest.CaptureFixture[str]) -> None:

@@ -209,7 +209,7 @@ def launch(
     config, recipe = read_config(inputs)
     args = inputs.args
     if recipe is None and inputs.values["model"] is None and inputs.values["dataset"] is None:
-        args = [*args, "--model", config.model.name_or_path]  # --resume alone expects a run
+        args = [*args, "--dataset", config.data.dataset]  # --resume alone expects a run
     if on not in SUBMIT:
         raise ConfigError(f"--on {on}: expected one of {', '.join(SUBMIT)}.")
     job = build_job(config, args, inputs.values)
