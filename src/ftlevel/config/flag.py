@@ -161,7 +161,7 @@ class NoOpValue:
     fix: str = "Drop one of them"
 
     def accepts(self, value: Any) -> bool:
-        """Returns whether `value` of the field at `path` agrees with the flag."""
+        """Returns whether the flag allows its field to have `value`."""
         return (not self.allowed or value in self.allowed) and value not in self.excluded
 
 

@@ -58,7 +58,7 @@ class DecodingAsInTraining(Section):
     def decoding(self, trained: Decoding) -> dict[str, Any]:
         """Returns arguments for `generate`: these settings, or where None, those of training.
 
-        `num_beams` above 1 turns off sampling as in training; `temperature` above 0, beam search.
+        `num_beams` above 1 overrides training's sampling, `temperature` above 0 its beam search.
         Raises ConfigError if these settings contradict each other.
         """
         beams, temperature = self.num_beams, self.temperature

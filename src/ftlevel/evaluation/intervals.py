@@ -54,7 +54,7 @@ class GeneratedText:
 
 
 class ExampleRecord:
-    """Loss, targets and metrics of each example; keys of `units` are row indices in the table."""
+    """Loss, targets and metrics per example; `units` maps row indices of the table to them."""
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective

@@ -128,7 +128,7 @@ def keeps_case(tokenizer: Any) -> bool:
 
 
 def lowercase(tokenizer: Any) -> None:
-    """Make a fast `tokenizer` (modified) lowercase each text."""
+    """Modify a fast `tokenizer` in place to lowercase texts."""
     from tokenizers import normalizers
 
     if keeps_case(tokenizer):

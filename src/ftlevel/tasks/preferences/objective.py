@@ -187,7 +187,7 @@ def metric_names(*, paired: bool, referenced: bool) -> tuple[str, ...]:
 
 
 class PreferenceMeter:
-    """Meter of preference losses: stores six values per answer; `objective` computes rewards."""
+    """Meter of preference losses: stores six values per answer; its objective computes rewards."""
 
     def __init__(self, objective: Any) -> None:
         self._objective = objective

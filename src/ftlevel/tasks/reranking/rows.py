@@ -155,7 +155,7 @@ class PairEncoder:
     has_teacher: bool = False
 
     def __call__(self, examples: Sequence[EmbeddingRow]) -> list[Encoded]:
-        """Returns one row per query."""
+        """Returns one row per query, with its documents."""
         rows: list[Encoded] = []
         for start in range(0, len(examples), _BATCH):
             rows += self._encode(examples[start : start + _BATCH])

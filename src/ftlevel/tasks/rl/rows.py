@@ -123,7 +123,7 @@ class PromptRow(Encoded):
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt with the longest possible completion."""
+        """Number of tokens of the prompt plus the longest possible completion."""
         return len(self.input_ids) + self.most
 
     @property
