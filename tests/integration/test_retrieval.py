@@ -208,6 +208,22 @@ def test_file_is_kept_if_no_negative_is_found(
     assert {len(json.loads(line)["neg"]) for line in out.open()} == {1}
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("predict", "--dataset", "corpus.jsonl", "--max-new-tokens", "5"),
+        ("evaluate", "--max-new-tokens", "5"),
+    ],
+)
+def test_decoding_has_no_effect(
+    command: tuple[str, ...], run_dir: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(data_dir / part) if part == "corpus.jsonl" else part for part in command[1:]]
+    assert run([command[0], str(run_dir), *arguments, "--device", "cpu"]) == 0
+    message = "--max-new-tokens has no effect: --task embedding generates no text"
+    assert message in capsys.readouterr().err
+
+
 INVALID_COMMANDS = {
     "split of qrels": (
         ["evaluate", "{run}", "--qrels", "{folder}/qrels/test.tsv", "--split", "test"],
@@ -216,14 +232,6 @@ INVALID_COMMANDS = {
     "map of qrels": (
         ["evaluate", "{run}", "--qrels", "{folder}/qrels/test.tsv", "--map", "query=text"],
         "--map cannot be used with --qrels. Drop one of them.",
-    ),
-    "decoding in predict": (
-        ["predict", "{run}", "--dataset", "{folder}/corpus.jsonl", "--max-new-tokens", "5"],
-        "--max-new-tokens: --task embedding generates no text. Drop it.",
-    ),
-    "decoding in evaluate": (
-        ["evaluate", "{run}", "--temperature", "0.5"],
-        "--temperature: --task embedding generates no text. Drop it.",
     ),
     "subset of the run's data": (
         ["evaluate", "{run}", "--subset", "en"],

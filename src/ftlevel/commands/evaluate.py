@@ -108,7 +108,8 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
 
         eval_rows = encode(trained)
         listener.choices("evaluate", _choices(config, trained, eval_rows, device))
-        for warning in [*trained.notes, *_find_warnings(config, eval_rows, config_ref)]:
+        unused = config.unused_decoding(_why_decoding_is_unused(config, trained, run_config))
+        for warning in [*trained.notes, *_find_warnings(config, eval_rows, config_ref), *unused]:
             listener.warn(warning)
         evaluator = _evaluator(config, trained, eval_rows, run_config)
         if needs_reference(evaluator):
@@ -447,24 +448,30 @@ def _context(
     return EncodingContext(trained.task, trained.kind, tokenizer, len(tokenizer), bounds, seed)
 
 
+def _why_decoding_is_unused(
+    config: EvaluateConfig, trained: LoadedModel, run_config: TrainConfig
+) -> str:
+    """Returns why settings of text generation have no effect; "" if they have one."""
+    if isinstance(trained.objective, PolicyGradient):
+        return "completions are sampled as in training"
+    if _generates(config, trained.task, run_config):
+        return ""
+    if trained.task.generates_text:
+        return "no text is generated without --max-generate-samples N"
+    return f"--task {trained.task.name} generates no text"
+
+
 def _evaluator(
     config: EvaluateConfig, trained: LoadedModel, eval_rows: EvaluationRows, run_config: TrainConfig
 ) -> Evaluator:
     train, speed = run_config.train, run_config.speed
     task, metrics = trained.task, config.metrics or train.metrics
     generates = _generates(config, task, run_config)
-    if not generates:
-        config.refuse_decoding(
-            "no text is generated without --max-generate-samples N"
-            if task.generates_text
-            else f"--task {task.name} generates no text"
-        )
     check_metrics(
         metrics, task, trained.objective, generates=generates, how="--max-generate-samples N"
     )
     evaluator, extra = Evaluator, dict[str, Any]()
     if isinstance(trained.objective, PolicyGradient):
-        config.refuse_decoding("completions are sampled as in training")
         rollouts = _rollouts(trained, trained.objective, eval_rows, run_config)
         evaluator, extra = RewardEvaluator, {"rollouts": rollouts}
     num_rows = 0

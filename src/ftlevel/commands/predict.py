@@ -85,6 +85,10 @@ def predict(
         listener.stage("opening the data")
         prepared = _prepare(config, rows, stream, stack)
         listener.choices("predict", prepared.choices)
+        task = TASKS[prepared.ref.card.task]
+        if not task.generates_text:
+            for warning in config.unused_decoding(f"--task {task.name} generates no text"):
+                listener.warn(warning)
         try:
             _predict_all(config, prepared, listener)
             prepared.sink.finalize()
@@ -131,8 +135,6 @@ def _prepare(
         config.name, config.task, config.base_model, device=device.value, dtype=config.dtype
     )
     task, run_config = TASKS[ref.card.task], ref.run_config
-    if not task.generates_text:
-        config.refuse_decoding(f"--task {task.name} generates no text")
     source, file = _open(config, rows, task, run_config)
     mapping = _mapping(config, run_config, task, source)
     shape = task.get_query_format(source.leading, mapping, config.format, source.first)

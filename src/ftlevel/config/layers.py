@@ -111,6 +111,7 @@ def parse_overrides(overrides: Iterable[str]) -> Layer:
 
 
 def _put_fields(layer: Layer, key: KeyPath, value: Any, location: str) -> None:
+    layer.locations[key] = location
     if not isinstance(value, dict):
         put(layer, _complete_key(key, value), value, location)
     for name, field_value in value.items() if isinstance(value, dict) else ():

@@ -49,11 +49,11 @@ class DecodingAsInTraining(Section):
         validate_decoding(self.num_beams or 1, self.temperature or 0.0, 1.0)
         return self
 
-    def refuse_decoding(self, reason: str) -> None:
-        """Raise ConfigError with `reason` if a setting of text generation is given."""
-        for name in DecodingAsInTraining.model_fields:
-            if getattr(self, name) is not None:
-                raise ConfigError(f"--{name.replace('_', '-')}: {reason}. Drop it.")
+    def unused_decoding(self, reason: str) -> list[str]:
+        """Returns a warning for each given setting of text generation, if `reason` is not ""."""
+        names = (n for n in DecodingAsInTraining.model_fields if getattr(self, n) is not None)
+        flags = [f"--{name.replace('_', '-')}" for name in names if reason]
+        return [f"{flag} has no effect: {reason}" for flag in flags]
 
     def decoding(self, trained: Decoding) -> dict[str, Any]:
         """Returns arguments for `generate`: these settings, or where None, those of training.

@@ -438,8 +438,8 @@ def convert_rows(table: Table, format_: Format) -> tuple[Sequence[Example], list
         )
     values = RoleValues(format_, table)
     examples: list[Example] = []
-    indices = array("q")
     errors: list[BadRow] = []
+    invalid: set[int] = set()
     is_lazy = isinstance(table.rows, LineRows)
     for index, row in enumerate(table.rows):
         values.set_row(row, index)
@@ -447,9 +447,13 @@ def convert_rows(table: Table, format_: Format) -> tuple[Sequence[Example], list
             example = format_.build(values)
         except UnusableRowError as error:
             errors.append(BadRow(table.lines[index], str(error), error.finding))
+            invalid.add(index)
         else:
-            if is_lazy:
-                indices.append(index)
-            else:
+            if not is_lazy:
                 examples.append(example)
-    return (LazyExamples(table, format_, indices) if is_lazy else examples), errors
+    if not is_lazy:
+        return examples, errors
+    indices: Sequence[int] = range(len(table))
+    if invalid:
+        indices = array("q", (index for index in indices if index not in invalid))
+    return LazyExamples(table, format_, indices), errors
