@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +150,10 @@ def test_lone_surrogates_in_one_object_are_bad_rows(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"x\.json row 2: half of a surrogate pair"):
         read(tmp_path, content)
     assert list(read(tmp_path, content, on_bad_row="skip").rows) == ROWS[:1]
+
+
+def test_time_to_read_one_object_is_linear(tmp_path: Path) -> None:
+    content = {"text": [f"{i} " * 100 for i in range(4000)], "label": [0, 1] * 2000}
+    start_time = time.process_time()
+    assert len(read(tmp_path, content)) == 4000
+    assert time.process_time() - start_time < 2, "20 s if each row searches the whole text"

@@ -101,13 +101,15 @@ def _describe_error(error: ValueError | RecursionError) -> str:
     return str(error) if isinstance(error, _NotStrict) else f"not usable JSON ({error})"
 
 
-def _has_lone_surrogate(text: str, value: object) -> bool:
-    """Returns whether `value` has a lone surrogate, which tokenizers cannot encode."""
+def _may_be_cut(text: str) -> bool:
+    """Returns whether the JSON `text` may have a lone surrogate, which tokenizers cannot encode."""
     if "\\ud" not in text and "\\uD" not in text:
         return False
     # Fast path: escaped emoji are common, and the search takes a quarter of the time of encoding.
-    if "\\\\" not in text and not _LONE_ESCAPE.search(text):
-        return False
+    return "\\\\" in text or _LONE_ESCAPE.search(text) is not None
+
+
+def _has_lone_surrogate(value: object) -> bool:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -115,13 +117,13 @@ def _has_lone_surrogate(text: str, value: object) -> bool:
     return False
 
 
-def _get_error(text: str, value: object) -> str:
+def _get_error(value: object, *, may_be_cut: bool) -> str:
     """Returns what is wrong with a decoded row, or ""."""
     if type(value) is not dict:
         return f"{json_type_name(value)}, where one object with named columns is expected"
     if not value:
         return "an object without keys"
-    if _has_lone_surrogate(text, value):
+    if may_be_cut and _has_lone_surrogate(value):
         return (
             "half of a surrogate pair (a '\\ud…' escape without its partner, as of an emoji cut in "
             "two)"
@@ -141,7 +143,7 @@ def load_json_lines(text: Iterable[str], before: int = 0) -> Elements:
         row = None
         try:
             row = as_row(DECODER.decode(line))
-            fault = _get_error(line, row)
+            fault = _get_error(row, may_be_cut=_may_be_cut(line))
         except (ValueError, RecursionError) as error:
             fault = _describe_error(error) + ("" if line.endswith("\n") else _CUT)
         elements.add(number, row, fault)
@@ -309,9 +311,9 @@ class JsonReader(Reader):
             return load_json_array(text, str(self.path), one.list_at)
         errors = {row.line for row in one.errors}
         numbers = (number for number in count(1) if number not in errors)
-        elements = Elements(errors=list(one.errors), numbered=True)
+        elements, may_be_cut = Elements(errors=list(one.errors), numbered=True), _may_be_cut(text)
         for number, row in zip(numbers, one.rows, strict=False):
-            elements.add(number, row, _get_error(text, row))
+            elements.add(number, row, _get_error(row, may_be_cut=may_be_cut))
         return elements
 
 
@@ -347,7 +349,7 @@ def load_json_array(text: str, source: str, start: int = 0) -> Elements:
         line, counted = line + text.count("\n", counted, at), at
         value, end = _decode_element(text, at, line, source)
         value = as_row(value)
-        values.append((value, _get_error(text[at:end], value)))
+        values.append((value, _get_error(value, may_be_cut=_may_be_cut(text[at:end]))))
         lines.append(line)
         at = _past_space(text, end)
         delimiter = text[at : at + 1]
