@@ -24,6 +24,7 @@ from ftlevel.data.formats.labels import (
     create_label_set,
     get_invalid_labels,
     get_label_variants,
+    keep_numbers,
 )
 from ftlevel.data.gate import Finding, create_finding, explain_stop
 from ftlevel.data.gate.checks import flat_batches
@@ -149,6 +150,7 @@ class Converter:
     ) -> tuple[Table, Sequence[Any]]:
         """Returns the usable rows of `table`, and their examples."""
         examples: Sequence[Any]
+        table = self._keep_numbers(table, labels)
         examples, bad = convert_rows(table, self.shape)
         column = self.label_column
         if column is not None and (self.lenient or self.config.gate.unknown_label == "drop"):
@@ -159,11 +161,16 @@ class Converter:
         self.findings += findings
         return table, to_examples(table, self.shape)
 
+    def _keep_numbers(self, table: Table, labels: LabelSet | None) -> Table:
+        names = self.config.labels if labels is None else labels.names
+        return keep_numbers(table, self.label_column, names)
+
     def convert_held_out(
         self, split: str, table: Table, labels: LabelSet | None
     ) -> tuple[Table, Sequence[Any]]:
         """Convert a split whose classes must be in `labels`; `InputError` for other classes."""
         if labels is not None:
+            table = self._keep_numbers(table, labels)
             self.merge_label_variants(
                 split, table, convert_rows(table, self.detected)[0], labels.names
             )
@@ -224,7 +231,10 @@ def read_splits(config: DataConfig, task: DataTask, seed: int) -> DatasetSplits:
         splits = hold_out(splits, config.validation_split, seed)
     train, eval_table = splits.train, splits.validation
     if config.validation_rows is not None:  # of a streamed run, to evaluate it
-        rows, count = range(len(train)), config.validation_rows
+        rows: Sequence[int] = range(len(train))
+        if train.parts:  # the table interleaves files; a stream reads one after the other
+            rows = sorted(rows, key=train.lines.__getitem__)
+        count = config.validation_rows
         eval_table, train = train.take(rows[:count]), train.take(rows[count:])
     if config.max_samples:
         train = train.head(config.max_samples)

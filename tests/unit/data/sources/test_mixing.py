@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -137,12 +138,16 @@ def test_rows_dropped_from_the_validation_file_are_noted(
     assert splits.train.num_dropped == 1
 
 
-def test_validation_rows_of_a_streamed_run(tmp_path: Path) -> None:
-    path = tmp_path / "x.jsonl"
-    path.write_text("".join(f'{{"text": "{i}"}}\n' for i in range(5)))
-    config = DataConfig(dataset=str(path), streaming=True, validation_rows=2)
+@pytest.mark.parametrize("starts", [(0, 5), (0, 3, 5), (0, 1, 4, 5)])
+def test_validation_rows_of_a_streamed_run(starts: tuple[int, ...], tmp_path: Path) -> None:
+    for part in pairwise(starts):
+        lines = [f'{{"text": "{i}"}}\n' for i in range(*part)]
+        (tmp_path / f"{part[0]}.jsonl").write_text("".join(lines))
+    dataset = str(tmp_path / "*.jsonl")
+    config = DataConfig(dataset=dataset, streaming=True, validation_rows=2)
     splits = read_splits(config, TASKS["text-generation"], 0)
     assert splits.validation is not None
     assert [row["text"] for row in splits.validation.rows] == ["0", "1"]
     assert [row["text"] for row in splits.train.rows] == ["2", "3", "4"]
-    assert splits.train.where(0) == f"{path}:3"
+    start = max(start for start in starts if start <= 2)
+    assert splits.train.where(0) == f"{tmp_path / str(start)}.jsonl:{3 - start}"
