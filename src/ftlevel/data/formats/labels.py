@@ -87,6 +87,13 @@ def create_label_set(
     return LabelSet(tuple(sorted(result, key=int) if all(map(str.isdecimal, result)) else result))
 
 
+def keep_numbers(table: Table, column: str | None, names: Sequence[str]) -> Table:
+    """Returns `table`, without the declared class names if the known classes are other numbers."""
+    declared = set(table.label_names.get(column or "", ()))
+    is_numbered = bool(names) and all(map(str.isdecimal, names))
+    return replace(table, label_names={}) if is_numbered and declared - set(names) else table
+
+
 def check_labels(labels: LabelSet, examples: Sequence[ClassExample], table: Table) -> None:
     """Raise `InputError` if an example has a class that the training rows lack."""
     _check_supported(labels, _labels_of(examples), table, "is not a class of the training rows")

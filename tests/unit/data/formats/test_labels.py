@@ -10,6 +10,7 @@ import pytest
 from ftlevel.config import DataConfig
 from ftlevel.data.formats.examples import LabeledText, convert_rows
 from ftlevel.data.formats.labels import LabelSet, check_labels, create_label_set
+from ftlevel.data.prepare.loading import open_converter
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS
@@ -145,3 +146,20 @@ def test_declared_class_numbers_become_names(
     [example], bad = convert_rows(table, format_)
     assert not bad
     assert getattr(example, role) == names
+
+
+@pytest.mark.parametrize("labels", [LabelSet(("0", "1")), None])
+def test_numbers_stay_if_known_classes_are_numbers(labels: LabelSet | None) -> None:
+    """As in runs from before the class names of tags were read."""
+    rows = [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
+    table = Table(rows, [1, 2], "x.csv", label_names={"label": ("neg", "pos")})
+    config = DataConfig(labels=("0", "1") if labels is None else ())
+    convert, _ = open_converter(table, config, TASKS["text-classification"])
+    held_out, examples = convert.convert_held_out("validation", table, labels)
+    assert [example.label for example in examples] == [1, 0]
+    assert create_label_set(examples, held_out, "label", ("0", "1")).names == ("0", "1")
+    named = LabelSet(("pos", "neg"))
+    _, examples = open_converter(table, DataConfig(), TASKS["text-classification"])[
+        0
+    ].convert_held_out("validation", table, named)
+    assert [named.id_of(example.label) for example in examples] == [0, 1]
