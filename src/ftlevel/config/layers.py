@@ -262,6 +262,8 @@ def _get_location(key: KeyPath, locations: Mapping[KeyPath, str], constructor: s
 
 
 def _invalid_key(key: KeyPath, kind: str | None, model: type[BaseModel]) -> str:
+    while len(key) > 2 and not _fields_of(key[:-1], model):  # of a mapping, such as {a: 1}
+        key = key[:-1]
     dotted = ".".join(key)
     if kind is not None:
         names = [name for name, spec in SPECS.items() if key[1] in spec.model_fields]

@@ -251,6 +251,7 @@ def test_boolean_is_not_accepted_as_number(setting: str) -> None:
         ("seed=4", "unknown key 'seed'. Did you mean 'train.seed'?"),
         ("train.max_length=4", "unknown key 'train.max_length'. Did you mean 'data.max_length'?"),
         ("train.r=4", "unknown key 'train.r'. Did you mean 'method.r'?"),
+        ("data.column={a: b}", "unknown key 'data.column'. Did you mean 'data.columns'?"),
         ("foo.bar=4", "unknown key 'foo.bar'. Sections: task, model, quant, method, data, train, "
          "preference, rl, embedding, reranking, distillation, speed, output."),
         ("train.optim=adamw", "'adamw' is not known. Expected one of adamw_torch, "
