@@ -324,6 +324,33 @@ def test_resume_continues_after_last_complete_row(
     assert Path("whole.csv").read_bytes() == complete
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
+def test_second_process_does_not_write_to_same_file(
+    classifier: Path, work_dir: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, suffix: str, flag: str,
+) -> None:  # fmt: skip
+    output, window, codes = ("--output", f"p.{suffix}"), command._predict_window, []
+
+    def start_second(*arguments: Any) -> Any:
+        if not codes:
+            codes.append(None)
+            codes[0] = run_predict(classifier, *output, flag)
+        return window(*arguments)
+
+    monkeypatch.setattr(command, "WINDOW", 8)
+    monkeypatch.setattr(command, "_predict_window", start_second)
+    assert run_predict(classifier, *output) == 0
+    assert codes == [2]
+    assert (
+        f"--output p.{suffix}.partial: another process is writing to it" in capsys.readouterr().err
+    )
+    monkeypatch.undo()
+    monkeypatch.chdir(work_dir)
+    assert run_predict(classifier, *output, "--resume", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["kept"] == ROWS
+
+
 def test_invalid_rows_raise_or_have_no_prediction(
     classifier: Path, work_dir: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

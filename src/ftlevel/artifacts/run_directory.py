@@ -42,11 +42,11 @@ OWN = (*_FILES, ADAPTER, CHECKPOINTS, "base", *_TRACKERS)
 _BACKUP, _KEPT = ".replaced", "kept"
 
 _IN_CHECKPOINTS = re.compile(
-    r"(origin|base)\.json|(changes|notes)\.jsonl|\.seen-.*|\.[^/]*\.partial(/.*)?|"
+    r"(origin|base|rows)\.json|(changes|notes)\.jsonl|\.seen-.*|\.[^/]*\.partial(/.*)?|"
     r"((checkpoint|rejected|best)-\d+(-\d+)?/(README\.md|.*config\.json|.*\.safetensors|"
     r".*\.index\.json|(optimizer|scheduler|scaler)\.pt|rng_state\w*\.pth|trainer_state\.json|"
     r"training_args\.bin|(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|spiece)"
-    r".*|losses\.json|adalora_ranks\.json|stream\.(json|arrow)|manifest\.json|\..*\.partial))"
+    r".*|(losses|progress)\.json|adalora_ranks\.json|stream\.(json|arrow)|manifest\.json|\..*\.partial))"
 )
 """Files that an interrupted run may have left in its checkpoints directory."""
 
@@ -256,8 +256,10 @@ except ImportError:  # Windows: no locks
 
 
 @contextlib.contextmanager
-def lock_dir(path: Path, *, shared: bool = False) -> Iterator[None]:
-    """Lock a directory (flock) in the block; raise ConfigError if another process has locked it.
+def lock_dir(
+    path: Path, *, shared: bool = False, flag: str = "--output-dir", noun: str = "run"
+) -> Iterator[None]:
+    """Lock a path (flock) in the block; raise ConfigError on `flag` if another process has it.
 
     With `shared`, other processes may share the lock. It has no effect on file systems without
     locks.
@@ -272,9 +274,8 @@ def lock_dir(path: Path, *, shared: bool = False) -> Iterator[None]:
                 fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError(
-                    f"--output-dir {path}: another run is writing to it"
-                    f"{_get_lock_process(descriptor)}. Wait until it ends, or choose another "
-                    "directory."
+                    f"{flag} {path}: another {noun} is writing to it"
+                    f"{_get_lock_process(descriptor)}. Wait until it ends, or choose another path."
                 ) from None
             except OSError:  # no locks on this file system
                 pass
@@ -305,6 +306,8 @@ def _get_lock_process(descriptor: int) -> str:
 ORIGIN = "origin.json"
 """File in checkpoints with everything that must be unchanged when a run resumes."""
 _CHANGES, _NOTES = "changes.jsonl", "notes.jsonl"
+DIGESTS = ("base.json", "rows.json")
+"""Files in checkpoints with the digests of the base model and of a streamed dataset."""
 
 
 def get_run_dir(path: Path) -> Path | None:
@@ -494,6 +497,7 @@ def open_run(
                 path / ROLLOUTS,
                 run.checkpoints / _CHANGES,
                 run.checkpoints / _NOTES,
+                *(run.checkpoints / name for name in DIGESTS),
             ):  # left by a killed run
                 left.unlink(missing_ok=True)
     except FileExistsError:

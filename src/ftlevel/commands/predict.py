@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import IO, Any
 
 from ftlevel.artifacts.row_files import check_row_file, row_file_type
 from ftlevel.artifacts.row_sinks import LineStream, RowColumns, RowFile, RowList, RowSink
+from ftlevel.artifacts.run_directory import lock_dir
 from ftlevel.config import PredictConfig, TrainConfig
 from ftlevel.config.section import Choice, check_config
 from ftlevel.data.formats.columns import resolve_column
@@ -149,7 +151,7 @@ def _prepare(
     added = {name: types[end] for name, end in answers.items()}
     sink = _open_sink(config, RowColumns(source.column_names, added, source.schema), stream)
     queries = iter(Prompts(source, shape, sink.is_table, config.limit))
-    progress = RowCounts(config.output, kept=_skip_written(queries, sink, config))
+    progress = RowCounts(config.output, kept=_skip_written(queries, sink, config, stack))
     stack.callback(_close, sink, progress)
     message = (
         "as in training"
@@ -248,11 +250,18 @@ def _open_sink(config: PredictConfig, columns: RowColumns, stream: IO[str] | Non
     return RowList() if stream is None else LineStream(stream)
 
 
-def _skip_written(queries: Iterator[QueryRow], sink: RowSink, config: PredictConfig) -> int:
-    """Skip `queries` (modified) that the output has already; returns the number of those rows."""
+def _skip_written(
+    queries: Iterator[QueryRow], sink: RowSink, config: PredictConfig, stack: contextlib.ExitStack
+) -> int:
+    """Skip `queries` (modified) that the output has already; returns the number of those rows.
+
+    The partial file is locked until `stack` closes, so that no other process appends to it.
+    """
     if not isinstance(sink, RowFile):
         return 0
-    num_rows = 0
+    num_rows, lock = 0, functools.partial(lock_dir, sink.partial, flag="--output", noun="process")
+    with lock():
+        pass
     for written_row in sink.load_previous() if config.resume else ():
         row = next(queries, None)
         if row is None:
@@ -267,6 +276,7 @@ def _skip_written(queries: Iterator[QueryRow], sink: RowSink, config: PredictCon
             )
         num_rows += 1
     sink.open(num_rows)
+    stack.enter_context(lock())
     return num_rows
 
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 from ftlevel.artifacts.cards import library_versions
 from ftlevel.artifacts.files import file_fingerprint, read_plain, write_json
-from ftlevel.artifacts.run_directory import ORIGIN, RunDirectory
+from ftlevel.artifacts.run_directory import DIGESTS, ORIGIN, RunDirectory
 from ftlevel.config import TrainConfig
 from ftlevel.config.reading import RENAMED
 from ftlevel.config.trainer import PLATEAU
@@ -97,12 +97,13 @@ def get_file_digests(run: Run) -> tuple[FileDigests, FileDigests]:
     source = run.model.source
     base = [] if source.path is None else _weights(source.path)
     files = _limit_files(_MAX_BYTES, run.data.stream.files) if run.data.stream else []
+    base_file, rows_file = DIGESTS
     return (
-        FileDigests(BASE, source.label, "base.json", {file.name: file for file in base}),
+        FileDigests(BASE, source.label, base_file, {file.name: file for file in base}),
         FileDigests(
             ROWS,
             "the rows",
-            "rows.json",
+            rows_file,
             {f"file {number} of {len(files)}": file for number, file in enumerate(files, 1)},
         ),
     )

@@ -14,9 +14,15 @@ from typing import Any
 
 from ftlevel.artifacts import checkpoints
 from ftlevel.artifacts.checkpoints import delete_best_after, step_of
-from ftlevel.artifacts.files import hash_weights, write_json
+from ftlevel.artifacts.files import flush_all, hash_weights, write_json
 from ftlevel.artifacts.paths import save_relative_paths
-from ftlevel.artifacts.run_directory import ORIGIN, RunDirectory, mark_resumed, open_run
+from ftlevel.artifacts.run_directory import (
+    ORIGIN,
+    RunDirectory,
+    lock_dir,
+    mark_resumed,
+    open_run,
+)
 from ftlevel.config import ModelConfig, OutputConfig
 from ftlevel.config.section import Choice
 from ftlevel.config.trainer import TrainerConfig
@@ -55,7 +61,12 @@ def store_base(run: Run, output_dir: RunDirectory, *, is_first: bool) -> tuple[R
     if run.written_base is not None:
         path = output_dir.path.resolve() / BASE_DIR
         if is_first and not path.exists():
-            shutil.move(run.written_base, path)
+            partial = path.with_name(f".{BASE_DIR}.partial")
+            if partial.exists():  # left by a process that was killed while copying
+                shutil.rmtree(partial)
+            shutil.move(run.written_base, partial)  # copies from another disk
+            flush_all(partial)
+            partial.rename(path)
         source = replace(run.model.source, name=str(path), location=str(path))
         run = replace(run, model=replace(run.model, source=source))
     return run, get_base_info(run)
@@ -273,8 +284,14 @@ def open_or_resume(run: Run, state: ResumeState, listener: Listener) -> RunDirec
     output = run.config.output
     if state.checkpoint is not None and output.dir is not None:
         output_dir = RunDirectory(output.dir)
-        mark_resumed(output_dir.path)
-        checkpoints.reject_newer(output_dir.checkpoints, state.checkpoint)
+        with lock_dir(output_dir.path):  # another run may have resumed while the weights loaded
+            if not state.checkpoint.is_dir():
+                raise ConfigError(
+                    f"--resume {output_dir.path}: another run has replaced "
+                    f"{state.checkpoint.name} meanwhile. Resume it again."
+                )
+            mark_resumed(output_dir.path)
+            checkpoints.reject_newer(output_dir.checkpoints, state.checkpoint)
         for change in state.changes:
             listener.warn(
                 f"{change['field']} is {change['is']!r} from here on, was {change['was']!r}"

@@ -6,11 +6,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from ftlevel.artifacts.run_directory import check_lock, check_output, lock_dir, open_run
+from ftlevel.config import OutputConfig
 from ftlevel.errors import ConfigError
+from ftlevel.events import NullListener
+from ftlevel.training.resume import ResumeState, open_or_resume
 
 LOCK_SCRIPT = """
 import sys, time
@@ -76,3 +81,18 @@ def test_shared_lock_allows_checks_but_not_exclusive_lock(tmp_path: Path) -> Non
         check_lock(tmp_path)
         with pytest.raises(ConfigError, match="another run is writing"), lock_dir(tmp_path):
             pass
+
+
+def test_second_resume_leaves_checkpoints_of_first(tmp_path: Path) -> None:
+    """Both found checkpoint-2; the first has saved checkpoint-4 while the second loaded weights."""
+    run, _ = open_run(tmp_path / "run", "x", overwrite=False)
+    newer, resumed = (run.checkpoints / f"checkpoint-{step}" for step in (4, 2))
+    newer.mkdir()
+    second: Any = SimpleNamespace(
+        config=SimpleNamespace(output=OutputConfig(dir=run.path, resume=True))
+    )
+    with lock_dir(run.path), pytest.raises(ConfigError, match="another run is writing to it"):
+        open_or_resume(second, ResumeState(resumed), NullListener())
+    with pytest.raises(ConfigError, match="another run has replaced checkpoint-2 meanwhile"):
+        open_or_resume(second, ResumeState(resumed), NullListener())
+    assert list(run.checkpoints.iterdir()) == [newer]
