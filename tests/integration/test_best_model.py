@@ -180,6 +180,9 @@ def test_resumed_run_keeps_same_best_model(
     assert weights("cut") == weights("whole")
     assert resumed["best"] == uninterrupted["best"]
     assert resumed["metrics"] == uninterrupted["metrics"]
+    assert resumed["intervals"] == uninterrupted["intervals"] != {}
+    predictions = [Path(out, "validation.jsonl").read_bytes() for out in ("cut", "whole")]
+    assert predictions[0] == predictions[1], "those of the kept model"
     assert json.loads(Path("cut/adapter/ftlevel.json").read_text())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +22,10 @@ from transformers import (
 )
 
 from ftlevel import EvaluateConfig, PredictConfig, TrainConfig, evaluate, generate, predict, train
+from ftlevel.artifacts.checkpoints import get_last_valid_checkpoint, listed
 from ftlevel.cli.app import run
 from ftlevel.errors import ConfigError
+from ftlevel.training import resume
 
 TinyModelDir = Callable[..., Path]
 WORDS = ("argument", "parser", "module", "string", "value", "object", "default", "file")
@@ -139,6 +142,31 @@ def test_modified_model_is_saved_with_run(base: Path, tmp_path: Path) -> None:
         predict(PredictConfig(name="moved", base_model=str(base)), [{"prompt": "x"}])
 
 
+def test_base_copied_by_killed_process_is_copied_again(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[100, 3] += 1
+
+    def move_partly(source: Path, target: Path) -> None:  # to another disk
+        target.mkdir()
+        shutil.copy(Path(source, "config.json"), target)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume.shutil, "move", move_partly)
+        with pytest.raises(KeyboardInterrupt):
+            train(create_config(None), ROWS, model=model)
+    output = create_config(None).output.model_copy(update={"resume": True})
+    train(create_config(None).model_copy(update={"output": output}), ROWS, model=model)
+    saved_weights = AutoModelForCausalLM.from_pretrained("run/base").state_dict()
+    assert all(
+        torch.equal(saved_weights[name], tensor) for name, tensor in model.state_dict().items()
+    )
+    assert not Path("run/.base.partial").exists()
+
+
 def test_modified_tokenizer_is_saved_with_run(base: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -186,6 +214,21 @@ def test_callbacks_run_and_timings_start_at_call(base: Path) -> None:
     assert result.summary["timings"]["to_first_step_s"] > 0
     assert result.summary["timings"]["total_s"] <= elapsed  # not since the start of the process
     assert result.summary["timings"]["to_first_step_cpu_s"] <= elapsed * 4
+
+
+class SaveExtra(TrainerCallback):
+    """Writes a file of its own into each checkpoint."""
+
+    def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        """Write it."""
+        Path(args.output_dir, f"checkpoint-{state.global_step}", "extra.json").write_text("{}")
+
+
+def test_checkpoint_with_file_of_callback_is_valid(base: Path) -> None:
+    train(create_config(base), ROWS, callbacks=[SaveExtra()])
+    checkpoint, rejected = get_last_valid_checkpoint(Path("run/checkpoints"))
+    assert (checkpoint, rejected) == (Path("run/checkpoints/checkpoint-2"), [])
+    assert "extra.json" in listed(checkpoint)
 
 
 def wrapped_model(base: Path) -> Any:

@@ -440,6 +440,13 @@ class PredictionRecorder(TrainerCallback):
             self._records[state.global_step] = self._current
         self._records = {step: record for step, record in self._records.items() if step in steps}
 
+    def complete(self, evaluator: Any, model: Any, step: int) -> None:
+        """Evaluate `model`, that of `step`, if its results were lost because the run resumed."""
+        if step not in self._records and getattr(evaluator, "begin_record", None) == self.begin:
+            evaluator(model)
+            if self._current is not None:
+                self._records[step] = self._current
+
     def of(self, step: int) -> ExampleRecord | None:
         """Returns the results of the evaluation at `step`; None if this process stored none."""
         return self._records.get(step)

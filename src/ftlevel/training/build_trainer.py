@@ -337,6 +337,7 @@ def restore_progress(
     if resume_state.checkpoint is None:
         return
     step = step_of(resume_state.checkpoint)
+    callbacks.report.resume(resume_state.checkpoint)
     if processes.is_first:
         callbacks.report.records += output_dir.truncate_log(step)
         output_dir.truncate_events(step)

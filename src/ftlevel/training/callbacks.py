@@ -21,6 +21,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ftlevel.artifacts.files import load_json, write_json
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import OutputConfig
 from ftlevel.config.section import Choice
@@ -31,6 +32,8 @@ from ftlevel.errors import RunError
 from ftlevel.events import Listener
 from ftlevel.models.upstream.libraries import shared_order
 from ftlevel.training.processes import Processes
+
+_PROGRESS = "progress.json"  # in a checkpoint
 
 
 class Report(TrainerCallback):
@@ -58,6 +61,7 @@ class Report(TrainerCallback):
         self.first_step_at: float | None = None
         self.first_step_cpu_s = 0.0
         self.train_s = 0.0
+        self._before = dict.fromkeys(("tokens", "elapsed_s", "train_s"), 0)  # before a resume
         self._seen_at: float | None = None  # None in a pause
 
     def on_train_begin(
@@ -100,13 +104,10 @@ class Report(TrainerCallback):
             return
         if not any(name.startswith("eval_") for name in logs):
             self._add_time()  # reading the loss synchronized the GPU
-        start = self.first_step_at or time.perf_counter()
         record = {
             "step": state.global_step,
             **logs,
-            "tokens": self.tokens_seen(),
-            "elapsed_s": round(time.perf_counter() - start, 3),
-            "train_s": round(self.train_s, 3),
+            **self._totals(),
             "memory_bytes": self.memory(),
         }
         self.records.append(record)
@@ -120,7 +121,24 @@ class Report(TrainerCallback):
         """Pause `train_s` after an evaluation or a saved checkpoint, until the next step."""
         self._seen_at = None
 
-    on_save = on_evaluate
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Write tokens and seconds into the checkpoint, and pause `train_s` until the next step."""
+        if state.is_world_process_zero:
+            checkpoint = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
+            write_json(checkpoint / _PROGRESS, self._totals())
+        self._seen_at = None
+
+    def resume(self, checkpoint: Path) -> None:
+        """Continue the counts of tokens and seconds from `checkpoint`."""
+        self._before |= load_json(checkpoint / _PROGRESS)  # absent in older versions
+
+    def _totals(self) -> dict[str, Any]:
+        start = self.first_step_at or time.perf_counter()
+        now = {"tokens": self.tokens_seen(), "elapsed_s": time.perf_counter() - start}
+        now["train_s"] = self.train_s
+        return {name: round(value + self._before[name], 3) for name, value in now.items()}
 
     def _add_time(self) -> None:
         if self._seen_at is not None:

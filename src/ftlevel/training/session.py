@@ -82,7 +82,12 @@ from ftlevel.training.resume import (
     store_base,
 )
 from ftlevel.training.rl.checks import check_before, get_no_effect_cause
-from ftlevel.training.saving import WaitForHashes, check_disk_space, explain_disk_errors
+from ftlevel.training.saving import (
+    WaitForHashes,
+    WriteManifest,
+    check_disk_space,
+    explain_disk_errors,
+)
 from ftlevel.training.sharding import (
     check_can_shard,
     compute_initial_logits,
@@ -354,6 +359,9 @@ class TrainingSession:
             if self.is_sharded:
                 records = self.job.processes.from_first(lambda: records)
             self.run = end_training(self.trainer, self.run, records)
+            if not self.is_sharded:
+                step = self.selected.step if self.selected else self.trainer.state.global_step
+                self.callbacks.answers.complete(self.trainer.evaluator, self.trainer.model, step)
         trim_heap()
 
     def save(self) -> None:
@@ -474,7 +482,9 @@ def open_session(
     )
     restore_progress(trainer, callbacks, output_dir, resumed, processes)
     watch = stack.enter_context(WatchProcesses(processes, listener.warn))
-    for callback in (WaitForHashes(each.wait for each in file_digests), watch, *job.callbacks):
+    hashes = WaitForHashes(each.wait for each in file_digests)
+    manifest = trainer.pop_callback(WriteManifest)  # after the caller's, which may write files too
+    for callback in (watch, *job.callbacks, hashes, manifest):
         trainer.add_callback(callback)
     if processes.is_first:
         tracked = get_run_info(config.output, resolved_config(run), output_dir, resumed.past)

@@ -33,6 +33,7 @@ def test_training_time_excludes_evaluations_and_checkpoints(
     arguments = (TrainingArguments(str(tmp_path)), TrainerState(), TrainerControl())
     report.on_log(*arguments, logs={"eval_loss": 1.0})  # before the first step
     report.on_evaluate(*arguments)
+    (tmp_path / "checkpoint-0").mkdir()
     clock.now += 7
     for _ in range(3):
         report.on_step_begin(*arguments)
@@ -49,3 +50,9 @@ def test_training_time_excludes_evaluations_and_checkpoints(
     assert [record["train_s"] for record in records] == [0, 2, 2, 4, 4, 6, 6]
     assert [record["elapsed_s"] for record in records] == [0, 2, 32, 63, 93, 124, 154]
     assert report.train_s == 6
+    resumed = Report(NullListener(), records.append, lambda: 5, lambda: 0)
+    resumed.resume(tmp_path / "checkpoint-0")
+    resumed.on_step_begin(*arguments)
+    clock.now += 2
+    resumed.on_log(*arguments, logs={"loss": 2.0})
+    assert (records[-1]["train_s"], records[-1]["elapsed_s"], records[-1]["tokens"]) == (8, 176, 5)
