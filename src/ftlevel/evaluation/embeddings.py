@@ -94,8 +94,8 @@ def step_losses(
     objective = objective.for_validation(step)
     size, losses = objective.step_rows, list[float | None]()
     positions = list(range(0, len(step), size))
-    is_contrastive = LOSSES[objective.config.loss or ""].contrasts
-    if is_contrastive and len(positions) > 1 and len(step) - positions[-1] == 1:
+    compares_rows = LOSSES[objective.config.loss or ""].contrasts or objective.kind == "class"
+    if compares_rows and len(positions) > 1 and len(step) - positions[-1] == 1:
         positions.pop()
     for start, end in zip(positions, [*positions[1:], len(step)], strict=True):
         loss = objective.group_loss(vectors, step.select(slice(start, end)))

@@ -31,6 +31,16 @@ def test_rows_without_a_positive_have_no_loss(loss: str) -> None:
     assert (first == second, others) == (True, [None, None])
 
 
+def test_last_single_text_is_compared_with_the_group_before() -> None:
+    """Alone it has no pair, so its loss would be 0."""
+    config = EmbeddingConfig(loss="contrastive")
+    objective = Embeddings("ap", config=config, kind="class", step_rows=2)
+    step = StepTexts(((0,), (1,), (2,)), ((1.0,), (2.0,), (1.0,)), ((),) * 3)
+    vectors = torch.eye(4)[[0, 0, 1]]
+    # Pairs (0, 1): classes differ, D = 0; (0, 2): equal, D = 1; (1, 2): differ, D = 1.
+    assert step_losses(objective, vectors, step) == [pytest.approx((0.125 + 0.5 + 0) / 3)] * 3
+
+
 @pytest.mark.parametrize("loss", ["gist", "triplet", "margin-mse", "kl"])
 def test_models_are_compared_on_rows_that_lack_what_the_loss_needs(loss: str) -> None:
     rows = [

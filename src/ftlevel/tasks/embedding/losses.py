@@ -4,7 +4,7 @@ q, d   vectors of queries and documents; s = cosine or dot product; τ = 1 / sca
 
 mnrl         mean over i of −s(qᵢ,dᵢ)/τ + log Σⱼ exp s(qᵢ,dⱼ)/τ   (arXiv:1807.03748, 1705.00652)
 gist         mnrl with queries and positives as candidates, without those that a guide model
-             scores above dᵢ (arXiv:2402.16829)
+             scores above dᵢ (arXiv:2402.16829) and other positives of the query
 cosent       log(1 + Σ over yᵢ > yⱼ of exp(scale · (sⱼ − sᵢ)))  (Su, 2022)
 angle        cosent of the similarity of angles (arXiv:2309.12871)
 cosine       mean of (s − y)²
@@ -114,18 +114,19 @@ def gist(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch.Te
         found.documents[:count],
         found.documents[count:],
     )
+    known = found.hidden & config.hides_repeats
     blocks = (
-        (queries, positives),
-        (queries, queries),
-        (positives, positives),
-        (queries, negatives),
+        (queries, positives, known[:, :count]),
+        (queries, queries, False),
+        (positives, positives, known[:, :count]),
+        (queries, negatives, known[:, count:]),
     )
     limit = _paired(guide[queries], guide[positives], LossConfig())[:, None] - config.margin
     right = torch.arange(count, device=vectors.device)
     parts = []
-    for number, (rows, columns) in enumerate(blocks):
+    for number, (rows, columns, repeated) in enumerate(blocks):
         scores = similarity(vectors[rows], vectors[columns], config)
-        hidden = similarity(guide[rows], guide[columns], LossConfig()) > limit
+        hidden = (similarity(guide[rows], guide[columns], LossConfig()) > limit) | repeated
         if number == 0:
             hidden[right, right] = False
         parts.append(scores.masked_fill(hidden, -torch.inf))

@@ -147,7 +147,8 @@ class Embeddings(StepObjective):
 
         config, properties = self.config, LOSSES[self.config.loss or ""]
         is_cosine = self.format.similarity == "cosine"
-        usual = (properties.scale or 1.0) if is_cosine else 1.0
+        is_bounded = is_cosine or config.loss == "angle"
+        usual = (properties.scale or 1.0) if is_bounded else 1.0
         return LossConfig(
             scale=config.scale or usual,
             margin=config.margin if config.margin is not None else (properties.margin or 0.0),

@@ -49,14 +49,17 @@ def rank_relevant(scores: np.ndarray, relevant: Sequence[int] | np.ndarray) -> Q
     return QueryRanks(len(scores) - upper, upper - np.searchsorted(order, own, side="left"))
 
 
-def score_ranks(ranks: QueryRanks) -> dict[str, float]:
-    """Returns the metrics of one query with at least one relevant document."""
-    depth = np.arange(1, DEEPEST + 1)
-    gain, precision = np.zeros(DEEPEST), np.zeros(DEEPEST)
+def score_ranks(ranks: QueryRanks, deepest: int = DEEPEST) -> dict[str, float]:
+    """Returns the metrics of one query with at least one relevant document.
+
+    Ranks above `deepest`, at least 10, are not counted; names of metrics assume the default.
+    """
+    depth = np.arange(1, deepest + 1)
+    gain, precision = np.zeros(deepest), np.zeros(deepest)
     reciprocal, hits = 0.0, 0
     starts, first, sizes = np.unique(ranks.above, return_index=True, return_counts=True)
     for start, size, found in zip(starts, ranks.equal[first], sizes, strict=True):
-        group = int(min(size, max(DEEPEST - start, 0)))
+        group = int(min(size, max(deepest - start, 0)))
         own, position = slice(start, start + group), np.arange(group)
         gain[own] = found / size
         others = position * (found - 1) / max(size - 1, 1)
@@ -71,7 +74,7 @@ def score_ranks(ranks: QueryRanks) -> dict[str, float]:
         "recall@1": float(gain[0] / hits),
         "recall@10": float(gain[:10].sum() / hits),
         "recall@100": float(gain.sum() / hits),
-        "map@100": float(precision.sum() / min(DEEPEST, hits)),
+        "map@100": float(precision.sum() / min(deepest, hits)),
     }
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from ftlevel.objectives import Meter, Objective
 from ftlevel.tasks.embedding.retrieval import (
+    DEEPEST,
     average_precision,
     rank_relevant,
     score_ranks,
@@ -71,7 +72,8 @@ class CandidateGroup:
         relevant = np.flatnonzero(labels > 0)
         if not len(relevant) or len(relevant) == len(labels):
             return {}
-        scores = score_ranks(rank_relevant(np.array(self.scores), relevant))
+        ranks = rank_relevant(np.array(self.scores), relevant)
+        scores = score_ranks(ranks, max(len(labels), DEEPEST))
         return {name: scores["map@100" if name == "map" else name] for name in RANKING_METRICS}
 
 

@@ -7,6 +7,7 @@ from math import cos, exp, log, pi, sin, sqrt
 import pytest
 import torch
 
+from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
 from ftlevel.config.embedding import LOSSES, EmbeddingConfig
 from ftlevel.objectives import StepTexts
 from ftlevel.tasks.embedding.losses import STEP_LOSSES, LossConfig
@@ -126,6 +127,38 @@ def test_gist_skips_negatives_closer_by_guide() -> None:
     assert 0 < skipped < 10 * ROWS
     actual = STEP_LOSSES["gist"](v, step, LossConfig(scale=100.0))
     assert float(actual) == pytest.approx(total / ROWS, rel=1e-6)
+
+
+def test_gist_skips_other_positives_of_query() -> None:
+    """The guide scores text 2 below text 1, so 2 would be a negative of the pair (0, 1)."""
+    v, guide = _vectors(5), _vectors(5, seed=1).float()
+    guide[1], guide[2] = guide[0] + 0.1 * guide[1], guide[0] + 0.5 * guide[2]
+    texts, labels = ((0, 1), (0, 2), (3, 4)), ((1.0,),) * 3
+    step = StepTexts(texts, labels, ((),) * 3, list(guide))
+    total = 0.0
+    for query, positive in texts:
+        limit = _cosine(guide[query], guide[positive])
+        others = [each for q, each in texts if q == query and each != positive]
+        pairs = [(query, d) for _, d in texts] + [(query, q) for q, _ in texts]
+        pairs += [(positive, d) for _, d in texts]
+        sums = sum(
+            exp(_cosine(v[a], v[b]))
+            for a, b in pairs
+            if (a, b) == (query, positive)
+            or (b not in others and a != b and _cosine(guide[a], guide[b]) <= limit)
+        )
+        total += log(sums) - _cosine(v[query], v[positive])
+    actual = STEP_LOSSES["gist"](v, step, LossConfig(scale=1.0))
+    assert float(actual) == pytest.approx(total / 3, rel=1e-6)
+
+
+@pytest.mark.parametrize(("loss", "scale"), [("angle", 20.0), ("cosent", 1.0)])
+def test_scale_of_dot_products_is_not_that_of_angles(loss: str, scale: float) -> None:
+    config = EmbeddingConfig(loss=loss)
+    objective = Embeddings("spearman", config=config, format=EmbeddingFormat(similarity="dot"))
+    v, step = _vectors(2 * ROWS), _scored(LABELS)
+    expected = STEP_LOSSES[loss](v.float(), step, LossConfig(scale=scale, is_cosine=False))
+    assert float(objective.step_loss(v, step)) == pytest.approx(float(expected))
 
 
 LABELS = (0.1, 0.9, 0.4, 0.4, 0.7)

@@ -2,12 +2,15 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from sklearn.metrics import average_precision_score
 
 from ftlevel.config.reranking import LOSSES, RerankingConfig
 from ftlevel.tasks.embedding.formats import EmbeddingRow
 from ftlevel.tasks.reranking.losses import Lists, count_targets, sum_loss
+from ftlevel.tasks.reranking.objective import CandidateGroup
 from ftlevel.tasks.reranking.task import resolve_loss
 
 
@@ -17,6 +20,15 @@ def test_main_metric_is_defined_for_the_labels():
     config = RerankingConfig(loss="mse")
     headlines = [resolve_loss(config, rows, None)["headline"] for rows in (grades, single)]
     assert headlines == ["spearman", "ndcg@10"]
+
+
+def test_map_counts_documents_after_rank_100():
+    """MAP@100 of a list of 200 would be 0."""
+    scores = np.random.default_rng(0).permutation(200).astype(float)
+    labels = (scores < 60).astype(float)
+    found = CandidateGroup(scores.tolist(), labels.tolist()).metrics
+    assert found["map"] == pytest.approx(average_precision_score(labels, scores))
+    assert found["mrr@10"] == 0
 
 
 def create_lists(*rows, teacher=None):
