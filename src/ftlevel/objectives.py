@@ -196,12 +196,14 @@ class StepTexts:
         labels: per row, the labels of its documents or the class of the text.
         teacher: per row, a teacher's score of each document; empty without a teacher.
         guide: a guide model's float32 embedding of each distinct text, or None.
+        keys: a key of each distinct text, by which `join` finds texts of several steps.
     """
 
     texts: tuple[tuple[int, ...], ...]
     labels: tuple[tuple[float, ...], ...]
     teacher: tuple[tuple[float, ...], ...] = ()
     guide: Sequence[Any] | None = None
+    keys: tuple[tuple[int, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -214,19 +216,24 @@ class StepTexts:
 
     @classmethod
     def join(cls, steps: Sequence[StepTexts]) -> StepTexts:
-        """Returns the rows of all `steps`, no two of which may share a text index."""
+        """Returns the rows of all `steps`; their texts, in this order, have consecutive indices.
+
+        All rows with a text use its first index.
+        """
         guides = [vector for step in steps for vector in step.guide or ()]
+        first: dict[tuple[int, ...], int] = {}
+        texts: list[tuple[int, ...]] = []
+        count = 0
+        for step in steps:
+            own = [first.setdefault(key, at) for at, key in enumerate(step.keys, count)]
+            texts += [tuple(own[index] for index in indices) for indices in step.texts]
+            count += len(own)
         return cls(
-            tuple(own for step in steps for own in step.texts),
+            tuple(texts),
             tuple(own for step in steps for own in step.labels),
             tuple(own for step in steps for own in step.teacher),
             guides or None,
         )
-
-    def after(self, count: int) -> StepTexts:
-        """Returns the rows with `count` added to every text index."""
-        shifted = tuple(tuple(index + count for index in indices) for indices in self.texts)
-        return replace(self, texts=shifted)
 
 
 class StepObjective(Objective):

@@ -145,12 +145,9 @@ class WholeStep:
         if processes.count == 1:
             return leaf, step
         gathered = processes.all_gather((leaf.detach().cpu(), step))
-        rank, count, all_rows = processes.world.rank, 0, list[StepTexts]()
-        for vectors, rows in gathered:
-            all_rows.append(rows.after(count))
-            count += len(vectors)
+        rank = processes.world.rank
         vectors = [leaf if at == rank else v.to(leaf.device) for at, (v, _) in enumerate(gathered)]
-        return torch.cat(vectors), StepTexts.join(all_rows)
+        return torch.cat(vectors), StepTexts.join([rows for _, rows in gathered])
 
 
 class _Forward:

@@ -563,8 +563,9 @@ def distinct_texts(rows: Sequence[Any]) -> tuple[list[EncodedText], StepTexts]:
         indices.append(tuple(map(index_of.__getitem__, keys)))
     labels = tuple(tuple(row.labels) for row in real)
     scores = tuple(row.teacher_scores for row in real)
-    step = StepTexts(tuple(indices), labels, scores, guide or None)
-    return texts or list(rows[0].sequences[:1]), step
+    texts = texts or list(rows[0].sequences[:1])
+    keys = tuple(text.key for text in texts)
+    return texts, StepTexts(tuple(indices), labels, scores, guide or None, keys)
 
 
 def add_texts(texts: list[EncodedText], more: Sequence[EncodedText]) -> list[int]:
