@@ -161,6 +161,9 @@ def test_run_is_exported_for_embedding_servers(
     expected = reference_embeddings(Path("tei"), texts, "mean", None)
     recorded = torch.tensor([row["vector"] for row in record["texts"]])
     torch.testing.assert_close(recorded, expected, rtol=0, atol=1e-5)
+    dry_run = ["export", "run", "--for", "llama.cpp", "--client-prompts", "--dry-run", "--json"]
+    assert run(dry_run) == 0
+    assert json.loads(capsys.readouterr().out)["outputs"][0] == "dry-run.gguf"
     arguments = ["export", "run", "--for", "llama.cpp", "--out", "run.gguf", "--client-prompts"]
     assert run([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["prompts"] == {"query": "query: "}

@@ -13,7 +13,7 @@ from ftlevel.artifacts.cards import format_difference
 from ftlevel.cli.flags import CommandInput
 from ftlevel.cli.startup import heavy_imports
 from ftlevel.config import ExportConfig, MergeConfig, QuantConfig, QuantizeConfig
-from ftlevel.config.export import FORMATS, SERVERS
+from ftlevel.config.export import DRY_RUN, FORMATS, SERVERS
 from ftlevel.errors import join_names
 
 
@@ -29,7 +29,7 @@ def export(
     if format_ in (None, "auto"):
         format_ = server.formats[0] if server else "gguf"
     suffix = FORMATS[format_].suffix if format_ in FORMATS else ""
-    placeholder = {"out": f"dry-run{suffix}"} if dry_run and out is None else {}
+    placeholder = {"out": DRY_RUN.with_suffix(suffix)} if dry_run and out is None else {}
     config = inputs.section(ExportConfig, **placeholder)
     from ftlevel.cli.screen import open_screen
 

@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 
 from ftlevel.artifacts.files import format_interrupt
 from ftlevel.artifacts.paths import PLACES, check_paths, load_run_config
-from ftlevel.artifacts.run_directory import CONFIG
+from ftlevel.artifacts.run_directory import CONFIG, get_run_dir, is_run
 from ftlevel.cli.spelling import (
     FlagSpec,
     NoOpUse,
@@ -328,12 +328,22 @@ def _get_run_config(run: Path, inputs: CommandInput) -> Path | None:
     return None
 
 
+def _get_adapter_task(name: str) -> str:
+    """Returns the task of the run that `name` is or that contains it; "" if there is none."""
+    path = Path(name).expanduser()
+    run = path if is_run(path) else get_run_dir(path)
+    return str(load_recipe(run / CONFIG).values["task"]) if run and is_run(run) else ""
+
+
 def add_flag_layers(
     layers: Sequence[Layer], inputs: CommandInput, note: Callable[[str], None]
 ) -> list[Layer]:
     """Returns `layers` and those of `--set` and of the flags, some of which depend on the task."""
     layers = [*layers, parse_overrides(inputs.values["settings"] or [])]
     tasks = [inputs.values["task"], *(layer.values.get("task") for layer in reversed(layers))]
+    adapter = inputs.values.get("adapter")
+    if adapter and not any(tasks) and (task := _get_adapter_task(adapter)):
+        tasks, layers = [task], [Layer({"task": task}), *layers]
     task = normalize_task(str(next(filter(None, tasks), "")))
     flags = inputs.layer(task)
     for complete in hooks("complete_flags"):

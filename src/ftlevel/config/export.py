@@ -325,6 +325,10 @@ else:
     ServerName = Literal[tuple(SERVERS)]
 
 
+DRY_RUN = Path("dry-run")
+"""Output of a dry run without `--out`, before the suffix of the format is added."""
+
+
 class ExportConfig(HubSection):
     """Configuration of `ftlevel export`."""
 
@@ -448,12 +452,16 @@ class ExportConfig(HubSection):
         if server is None or "format" in self.model_fields_set:
             return self
         format_ = server.embeddings.format if server.embeddings else "merged"
-        if (suffix := FORMATS[format_].suffix) != self.out.suffix and suffix:
+        values = {**self.model_dump(exclude_unset=True), "format": format_}
+        suffix = FORMATS[format_].suffix
+        if self.out == DRY_RUN:
+            values["out"] = self.out.with_suffix(suffix)
+        elif suffix not in ("", self.out.suffix):
             raise ConfigError(
                 f"--out {self.out} does not end in {suffix}: {server.title} loads embedding models "
                 f"as {format_}. Name it {self.out.with_suffix(suffix)}."
             )
-        return ExportConfig(**{**self.model_dump(exclude_unset=True), "format": format_})
+        return ExportConfig(**values)
 
     @property
     def recorded(self) -> bool:
