@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,15 +167,22 @@ def _train_rank(model: Path, data: Path, out: Path) -> None:
     train(create_config(model, data, out, train=settings, speed=speed))
 
 
+@pytest.mark.parametrize("documents", [32, 3])
 def test_two_processes_match_one_process(
-    pairs: Path, tiny_model_dir: ModelDir, tmp_path: Path
+    documents: int, pairs: Path, tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
-    """Two processes of 4 rows each take the steps of one process with 8."""
+    """Two processes of 4 rows each take the steps of one process with 8.
+
+    With 3 documents, each is the positive of rows in both processes, and not a negative of them.
+    """
     model = tiny_model_dir("bert", "mlm", **_NO_DROPOUT)
+    rows = [json.loads(line) for line in (pairs / "train.jsonl").open(encoding="utf-8")]
+    rows = [{**row, "positive": rows[i % documents]["positive"]} for i, row in enumerate(rows)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
     train(
-        create_config(model, pairs, tmp_path / "one", train={"optim": "sgd", "learning_rate": 0.5})
+        create_config(model, data, tmp_path / "one", train={"optim": "sgd", "learning_rate": 0.5})
     )
-    processes = ranks.start(_train_rank, [(model, pairs, tmp_path / "two")] * 2)
+    processes = ranks.start(_train_rank, [(model, data, tmp_path / "two")] * 2)
     assert ranks.end(processes) == [0, 0]
     assert max_difference(tmp_path / "one", tmp_path / "two") < 1e-6
 
@@ -512,6 +520,10 @@ def test_continued_training_keeps_pooling_and_prompts(
     ]
     assert options[0]["embedding"]["form"] == options[1]["embedding"]["form"]
     assert options[1]["embedding"]["form"]["query_prompt"] == "find: "
+    # Without --task, the run's task decides what --loss sets.
+    for name in ("first", "first/adapter"):
+        command = ["train", "--adapter", str(tmp_path / name), "--loss", "infonce", "--scale", "9"]
+        assert run([*command, "--dataset", str(pairs), "--device", "cpu", "--dry-run"]) == 0
 
 
 def reference_embeddings(
@@ -565,6 +577,11 @@ def test_prompt_tokens_are_excluded_from_pooling(
     train(continued)
     card = json.loads((tmp_path / "more/adapter/ftlevel.json").read_text())
     assert card["options"]["embedding"]["form"]["include_prompt"] is False
+    # A prompt as long as the maximum length leaves the last token.
+    save_embedding_format(model, replace(form, max_length=3), 64)
+    config = PredictConfig(name=str(model), task="embedding", overlong="truncate", **settings)
+    vectors = torch.stack([torch.as_tensor(r["prediction"]) for r in predict(config, rows).rows])
+    assert vectors.norm(dim=1) == pytest.approx(1.0, abs=1e-5)
 
 
 @pytest.mark.parametrize("flag", ["guide", "teacher"])

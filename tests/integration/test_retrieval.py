@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from scipy.stats import spearmanr
 
 from ftlevel.cli.app import run
 from ftlevel.commands.train import train
@@ -37,6 +38,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"_id": f"d{n}", "title": "", "text": d} for n, (_, d) in enumerate(TEXTS)
         ],
         "pairs.jsonl": [{"anchor": q, "positive": d} for q, d in TEXTS],
+        "one.jsonl": [{"anchor": q, "positive": "The only one."} for q, _ in TEXTS],
         "train.jsonl": [{"anchor": f"my {q}", "positive": f"{d} It is so."} for q, d in TEXTS],
     }
     for name, rows in files.items():
@@ -95,6 +97,32 @@ def test_corpus_metrics_match_validation_metrics(
         assert read_json(capsys)["metrics"]["ndcg@10"] == pytest.approx(
             training_metrics["ndcg@10"], abs=1e-6
         )
+
+
+def test_rows_with_scores_are_evaluated_by_correlation(
+    run_dir: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run was trained on pairs, whose metrics would take each score above 0 as relevant."""
+    scores = [0.5 * (n % 5) for n in range(len(TEXTS))]
+    rows = [
+        {"sentence1": query, "sentence2": TEXTS[3 * n % 8][1], "score": score}
+        for n, ((query, _), score) in enumerate(zip(TEXTS, scores, strict=True))
+    ]
+    data = tmp_path / "scores.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = [str(run_dir), "--dataset", str(data), "--device", "cpu"]
+    assert run(["evaluate", *model, "--no-base", "--json"]) == 0
+    found = read_json(capsys)
+    vectors = []
+    for role, column in (("query", "sentence1"), ("text", "sentence2")):
+        out = ["--map", f"{role}={column}", "--output", str(tmp_path / f"{role}.npy")]
+        assert run(["predict", *model, *out]) == 0
+        vectors.append(np.load(tmp_path / f"{role}.npy"))
+    expected = spearmanr((vectors[0] * vectors[1]).sum(1), scores)[0]
+    assert (found["headline"], found["metrics"]["spearman"]) == (
+        "spearman",
+        pytest.approx(expected),
+    )
 
 
 def test_embeddings_are_equal_in_every_file_format(run_dir: Path, data_dir: Path) -> None:
@@ -191,6 +219,19 @@ def test_mined_negatives_are_other_documents(run_dir: Path, data_dir: Path) -> N
         assert set(row["neg"]) <= set(positives.values())
 
 
+def test_mined_rows_keep_their_instructions(run_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+    """Without them, training on the mined rows would use the model's own prompt."""
+    rows = [{"query": q, "pos": [d], "prompt": f"{q[0]}: " * (q > "l")} for q, d in TEXTS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["mine", str(run_dir), "--dataset", str(tmp_path / "rows.jsonl"), "--out"]
+    out = tmp_path / "mined.jsonl"
+    assert run([*command, str(out), "--relative-margin", "0", "--device", "cpu"]) == 0
+    prompts = {row["query"]: row["prompt"] for row in rows}
+    mined = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {row["prompt"] == "" for row in mined} == {True, False}
+    assert all(row["prompt"] == prompts[row["query"]] for row in mined)
+
+
 def test_file_is_kept_if_no_negative_is_found(
     run_dir: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,6 +293,10 @@ INVALID_COMMANDS = {
     "positives": (
         ["mine", "{run}", "--dataset", "{folder}/corpus.jsonl", "--out", "{out}.jsonl"],
         "no format matches the columns",
+    ),
+    "one document": (
+        ["mine", "{run}", "--dataset", "{folder}/one.jsonl", "--out", "{out}.jsonl"],
+        "one.jsonl has one distinct document, which is the positive of all rows. Add documents",
     ),
     "ranks": (
         [

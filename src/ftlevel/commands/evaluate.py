@@ -107,6 +107,7 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
             )
 
         eval_rows = encode(trained)
+        trained = _with_options(trained, eval_rows.options)
         listener.choices("evaluate", _choices(config, trained, eval_rows, device))
         unused = config.unused_decoding(_why_decoding_is_unused(config, trained, run_config))
         for warning in [*trained.notes, *_find_warnings(config, eval_rows, config_ref), *unused]:
@@ -167,6 +168,12 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         )
         save_rows(config.predictions, list(lines))
     return Evaluation(metrics, base, summary, draws)
+
+
+def _with_options(trained: LoadedModel, options: Mapping[str, Any]) -> LoadedModel:
+    if options == trained.ref.card.options:
+        return trained
+    return replace(trained, ref=trained.ref.with_card(options=options))
 
 
 def _load_other(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ftlevel.artifacts.row_files import check_row_file, row_file_type
@@ -44,6 +44,11 @@ def mine(config: MineConfig, *, listener: Listener | None = None) -> Mapping[str
         listener.stage("reading the data")
         rows, described = _load_rows(config)
         corpus = Corpus(rows, _load_corpus(config))
+        if len(corpus.texts) == 1:
+            raise InputError(
+                f"{config.dataset} has one distinct document, which is the positive of all rows. "
+                "Add documents by --corpus."
+            )
         device = select_device(config.device)
         ref = resolve_model(
             config.name, TASK, config.base_model, device=device.value, dtype=config.dtype
@@ -85,7 +90,7 @@ def mine(config: MineConfig, *, listener: Listener | None = None) -> Mapping[str
         similarity = trained.task.format.similarity  # type: ignore[attr-defined]  # of EmbeddingTask
         queries, documents = vectors[: len(rows)], vectors[len(rows) :]
         mined = list(search(rows, corpus, queries, documents, options, similarity=similarity))
-        lines = list(_build_lines(config, corpus, zip(rows, mined, strict=True)))
+        lines = list(_build_lines(config, corpus, list(zip(rows, mined, strict=True))))
         if not lines:
             raise InputError(
                 f"no row has a negative at ranks {first}-{last} with --relative-margin "
@@ -136,8 +141,9 @@ def _load_corpus(config: MineConfig) -> list[str]:
 
 
 def _build_lines(
-    config: MineConfig, corpus: Corpus, rows: Iterable[tuple[EmbeddingRow, MinedRow]]
+    config: MineConfig, corpus: Corpus, rows: Sequence[tuple[EmbeddingRow, MinedRow]]
 ) -> Iterator[dict[str, Any]]:
+    has_prompts = any(row.prompt for row, _ in rows)
     for row, mined in rows:
         if not mined.negatives:
             continue
@@ -146,6 +152,8 @@ def _build_lines(
             "pos": list(row.positives),
             "neg": [corpus.texts[at] for at in mined.negatives],
         }
+        if has_prompts:
+            line["prompt"] = row.prompt
         if config.scores:
             line["pos_scores"] = list(mined.positive_scores)
             line["neg_scores"] = list(mined.negative_scores)

@@ -314,6 +314,12 @@ class BaseTask(ABC):
         """Returns `format_` with what the columns' values determine, and log lines about it."""
         return format_, []
 
+    def options_for_rows(
+        self, options: Mapping[str, Any], examples: Sequence[Any]
+    ) -> Mapping[str, Any]:
+        """Returns the options of a model, with what the rows to evaluate determine."""
+        return options
+
     def label_role(self, format_: Format) -> str | None:
         """Returns the role (column of a layout) whose values are class labels, or None."""
         return None

@@ -61,6 +61,10 @@ class DataTask(CheckedTask, Protocol):
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]: ...
 
+    def options_for_rows(
+        self, options: Mapping[str, Any], examples: Sequence[Any]
+    ) -> Mapping[str, Any]: ...
+
     def label_role(self, format_: Format) -> str | None: ...
 
     def get_inconsistent_labels(

@@ -6,7 +6,7 @@ Evaluation rows are encoded like the validation rows of training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any, TypeAlias
@@ -198,6 +198,7 @@ class EvaluationRows:
         note: columns used, if they differ from training.
         corpus: documents that queries search; if empty, those of the rows.
         changed: split whose rows or corpus differ from those that the card records; "" for none.
+        options: the model's options, with what the rows determine.
     """
 
     table: Table
@@ -210,6 +211,7 @@ class EvaluationRows:
     columns: str
     corpus: Sequence[Encoded]
     changed: str
+    options: Mapping[str, Any]
 
     @property
     def is_training(self) -> bool:
@@ -283,7 +285,17 @@ def load_evaluation_rows(
     used = convert.shape.description
     source = str(config.qrels or splits.name)
     return EvaluationRows(
-        table, rows, name, fitted.dropped, language, source, message, used, corpus, changed
+        table,
+        rows,
+        name,
+        fitted.dropped,
+        language,
+        source,
+        message,
+        used,
+        corpus,
+        changed,
+        task.options_for_rows(card.options, examples),
     )
 
 

@@ -121,8 +121,7 @@ def _read_texts(path: Path) -> dict[str, str]:
 
 
 def _text(row: Mapping[str, Any]) -> str:
-    title, text = row.get("title") or "", row["text"] or ""
-    return f"{title} {text}" if title else str(text)
+    return " ".join(str(part) for part in (row.get("title"), row["text"]) if part)
 
 
 def _column(column_names: Sequence[str], candidates: Sequence[str], path: Path) -> str:

@@ -64,11 +64,12 @@ def _get_contradictions(rows: Sequence[EmbeddingRow]) -> tuple[int, str]:
     for row in rows:
         if row.kind == "class":
             return 0, ""
+        query = row.prompt + row.query
         for text, label in zip(row.documents, row.labels, strict=True):
-            is_good, before = seen.setdefault((row.query, text), (label > 0, row.row))
+            is_good, before = seen.setdefault((query, text), (label > 0, row.row))
             if is_good != (label > 0):
                 first = first or f"rows {before + 1} and {row.row + 1}"
-                pairs.add((row.query, text))
+                pairs.add((query, text))
     return len(pairs), first
 
 

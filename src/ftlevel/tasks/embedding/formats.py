@@ -61,7 +61,8 @@ class EmbeddingRow:
 
     @property
     def key_text(self) -> str:
-        return "\0".join((self.query, *self.documents, *map(str, self.labels), self.group))
+        query = self.prompt + self.query
+        return "\0".join((query, *self.documents, *map(str, self.labels), self.group))
 
     @property
     def content(self) -> ExampleContent:
@@ -180,9 +181,10 @@ def create_query(values: RoleValues) -> EmbeddingRow:
 
 
 def create_document(values: RoleValues) -> EmbeddingRow:
-    """Create a document to embed, with its title if it has one."""
-    title, text = values.text_or_empty("title"), values.text("text")
-    return EmbeddingRow("", values.index, (f"{title} {text}" if title else text,), (0.0,))
+    """Create a document to embed: its title, if it has one, and its text; one may be empty."""
+    title = values.text_or_empty("title")
+    text = values.text_or_empty("text") if title else values.text("text")
+    return EmbeddingRow("", values.index, (" ".join(filter(None, (title, text))),), (0.0,))
 
 
 def create_candidates(values: RoleValues) -> EmbeddingRow:

@@ -179,6 +179,16 @@ class EmbeddingTask(BaseTask):
             config = config.model_copy(update={"loss": _default_loss(labels)})
         return Embeddings(METRICS[labels][0], False, config, task.format, labels, task.step_rows)
 
+    def options_for_rows(
+        self, options: Mapping[str, Any], examples: Sequence[Any]
+    ) -> Mapping[str, Any]:
+        """Returns `options` with the kind and default loss of other labels than in training."""
+        values, kind = options["embedding"], _kind_of(examples)
+        if values.get("kind") in (kind, "score" if kind == "label" else kind):
+            return options
+        changes = {"kind": kind, "loss": _default_loss(kind), "scale": None, "margin": None}
+        return {**options, "embedding": {**values, **changes}}
+
     # ---- from columns to encoded rows
 
     @property
@@ -324,13 +334,13 @@ class EmbeddingTask(BaseTask):
         ]
         rows = [Encoded(ids, 0, at) for at, ids in enumerate(encode.ids(texts))]
         sizes = {prompt: encode.prompt_size(prompt) for prompt in set(prompts)}
-        first = [min(sizes[prompts[row.row]], len(row.input_ids) - 1) for row in rows]
         objective = Embeddings(METRICS["ranking"][0], format=format_)
 
         def read(
             batch: Sequence[Encoded], states: torch.Tensor, mask: torch.Tensor
         ) -> list[Prediction]:
-            unpooled = () if format_.include_prompt else [first[row.row] for row in batch]
+            unpooled = [min(sizes[prompts[row.row]], len(row.input_ids) - 1) for row in batch]
+            unpooled = [] if format_.include_prompt else unpooled
             vectors = objective.embed_states(states, without_first(mask, unpooled)).cpu().numpy()
             return [Prediction("", columns={"": vector}) for vector in vectors]
 

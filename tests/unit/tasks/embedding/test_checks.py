@@ -1,5 +1,7 @@
 """Tests that errors in queries and documents are found, and clean rows are not reported."""
 
+from dataclasses import replace
+
 from ftlevel.tasks.embedding.checks import check_documents
 from ftlevel.tasks.embedding.formats import EmbeddingRow
 
@@ -15,6 +17,12 @@ def test_clean_rows_have_no_findings():
 def test_contradicting_labels_are_reported():
     rows = [row(0, "q", "a", "b"), row(1, "r", "b", "a"), row(2, "q", "b", "c")]
     assert check_documents(rows) == [("contradicting_labels", 1, "rows 1 and 3")]
+
+
+def test_labels_of_different_instructions_do_not_contradict():
+    rows = [replace(row(0, "q", "a", "b"), prompt="Find a: "), row(1, "q", "b", "a")]
+    assert check_documents(rows) == []
+    assert rows[0].key_text != replace(rows[0], prompt="").key_text
 
 
 def test_documents_differing_in_case_and_whitespace_are_reported():

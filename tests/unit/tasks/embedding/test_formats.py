@@ -149,6 +149,8 @@ def test_query_and_candidate_formats():
     assert convert({"query": "q", "_id": "1"}, QUERY_SHAPES)[1] == [EmbeddingRow("q", 0)]
     for row in ({"text": "t d"}, {"_id": "1", "title": "t", "text": "d"}, {"passage": "t d"}):
         assert convert(row, QUERY_SHAPES)[1] == [EmbeddingRow("", 0, ("t d",), (0,))]
+    titled = convert({"title": "t", "text": ""}, QUERY_SHAPES)[1]  # BEIR's corpora have such
+    assert titled == [EmbeddingRow("", 0, ("t",), (0,))]
     with_list = convert({"query": "q", "documents": ["a", "b"]}, CANDIDATE_SHAPES)[1]
     assert with_list == [EmbeddingRow("q", 0, ("a", "b"), (0, 0))]
     with_one = convert({"query": "q", "document": "a"}, CANDIDATE_SHAPES)[1]
