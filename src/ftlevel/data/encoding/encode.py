@@ -564,8 +564,8 @@ def distinct_texts(rows: Sequence[Any]) -> tuple[list[EncodedText], StepTexts]:
     labels = tuple(tuple(row.labels) for row in real)
     scores = tuple(row.teacher_scores for row in real)
     texts = texts or list(rows[0].sequences[:1])
-    keys = tuple(text.key for text in texts)
-    return texts, StepTexts(tuple(indices), labels, scores, guide or None, keys)
+    text_keys = tuple(text.key for text in texts)
+    return texts, StepTexts(tuple(indices), labels, scores, guide or None, text_keys)
 
 
 def add_texts(texts: list[EncodedText], more: Sequence[EncodedText]) -> list[int]:

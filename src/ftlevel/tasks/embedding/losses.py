@@ -117,7 +117,7 @@ def gist(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch.Te
     known = found.hidden & config.hides_repeats
     blocks = (
         (queries, positives, known[:, :count]),
-        (queries, queries, False),
+        (queries, queries, torch.zeros_like(known[:, :1])),
         (positives, positives, known[:, :count]),
         (queries, negatives, known[:, count:]),
     )
