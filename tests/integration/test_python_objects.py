@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,14 @@ from transformers import (
 from ftlevel import EvaluateConfig, PredictConfig, TrainConfig, evaluate, generate, predict, train
 from ftlevel.artifacts.checkpoints import get_last_valid_checkpoint, listed
 from ftlevel.cli.app import run
-from ftlevel.errors import ConfigError
+from ftlevel.errors import ConfigError, Interrupted
 from ftlevel.training import resume
 
 TinyModelDir = Callable[..., Path]
 WORDS = ("argument", "parser", "module", "string", "value", "object", "default", "file")
 VALIDATION_ROWS = [{"prompt": f"say {word}", "completion": f"{word}!"} for word in WORDS[:3]]
 ROWS = [{"prompt": f"name the {word}", "completion": f"the {word}"} for word in WORDS]
+WORKERS = {"parallel_workers": 2, "tokens_per_micro_batch": 64}
 SHORT = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 4}
 
 
@@ -214,6 +217,31 @@ def test_callbacks_run_and_timings_start_at_call(base: Path) -> None:
     assert result.summary["timings"]["to_first_step_s"] > 0
     assert result.summary["timings"]["total_s"] <= elapsed  # not since the start of the process
     assert result.summary["timings"]["to_first_step_cpu_s"] <= elapsed * 4
+
+
+class Interrupt(TrainerCallback):
+    """Interrupts a run before its second step."""
+
+    def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        """Raise KeyboardInterrupt."""
+        if state.global_step:
+            raise KeyboardInterrupt
+
+
+def test_run_resumes_in_new_thread_of_interrupted_process(base: Path) -> None:
+    """Threads inherit the number of torch's threads that was set last."""
+    resumed = create_config(base).output.model_copy(update={"resume": True})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(Interrupted):
+            train(create_config(base, speed=WORKERS), ROWS, callbacks=[Interrupt()])
+        assert [t for t in threading.enumerate() if t.name.startswith("ftlevel-worker")] == []
+        config = create_config(base, speed=WORKERS).model_copy(update={"output": resumed})
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(train, config, ROWS).result().summary["steps"] == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 class SaveExtra(TrainerCallback):

@@ -334,6 +334,18 @@ class TrainingSession:
 
     def train(self) -> None:
         """Train, and load the best model if configured; raise Interrupted after a signal."""
+        try:
+            self._train()
+        except BaseException:  # threads and replaced functions would outlive the run
+            if self.trainer.fast is not None:
+                self.trainer.fast.remove()
+            raise
+        best, state = self.callbacks.best, self.trainer.state
+        if best is not None:
+            self.selected = best.finish(self.trainer.model, state.global_step, state.max_steps)
+        self.trained_at = time.perf_counter()
+
+    def _train(self) -> None:
         run, trainer, checkpoint = self.run, self.trainer, self.resumed.checkpoint
         self.job.listener.stage("training")
         with self.callbacks.interrupt, explain_disk_errors(self.output_dir), matmul_context(run):
@@ -347,10 +359,6 @@ class TrainingSession:
             raise Interrupted(
                 get_interrupt_message(self.output_dir, trainer.state), interrupt.exit_code
             )
-        best, state = self.callbacks.best, trainer.state
-        if best is not None:
-            self.selected = best.finish(trainer.model, state.global_step, state.max_steps)
-        self.trained_at = time.perf_counter()
 
     def evaluate(self) -> None:
         """Evaluate the final model, unless it was already evaluated after the last step."""
