@@ -478,7 +478,13 @@ SPELLINGS: list[ForeignFlag] = [
         MS_SWIFT,
         "examples/train/grpo",
         "--rlhf_type grpo --reward_funcs accuracy --max_completion_length 128",
-        {"task": "rl", "rl.loss": "grpo", "rl.beta": 0.04, "rl.temperature": 0.9},
+        {
+            "task": "rl",
+            "rl.loss": "grpo",
+            "rl.beta": 0.04,
+            "rl.temperature": 0.9,
+            "train.per_device_train_batch_size": 2,
+        },
     ),
     *_sets(
         TRL, "trl sft",

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers.models.llama import modeling_llama
@@ -16,6 +17,7 @@ from ftlevel.cli.app import run
 from ftlevel.commands.plan import PlanOptions, RunPlan
 from ftlevel.commands.plan import plan as run_plan
 from ftlevel.config import TrainConfig
+from ftlevel.training.forecast import seconds
 
 ModelDir = Callable[..., Path]
 LLAMA_8B = {
@@ -131,6 +133,16 @@ def test_rollout_time_and_teacher_memory(
     result = json.loads(plan(capsys, *arguments, "--reward", "exact", "--json"))
     assert 0.5 < result["time"]["sampling_share"] < 1
     assert "% of it sampling" in plan(capsys, *arguments, "--reward", "exact")
+    repeated = json.loads(
+        plan(capsys, *arguments, "--reward", "exact", "--num-iterations", 4, "--json")
+    )
+    sampling, training = (
+        [each["seconds_per_epoch"] * share(each["time"]["sampling_share"])
+         for each in (result, repeated)]
+        for share in (lambda ratio: ratio, lambda ratio: 1 - ratio)
+    )  # fmt: skip
+    assert sampling[1] == pytest.approx(sampling[0])
+    assert training[1] == pytest.approx(4 * training[0])
     distillation = json.loads(plan(capsys, *arguments, "--teacher", model, "--json"))
     weights = distillation["parts"]["weights"]
     assert distillation["parts"]["teacher and reward models"] == pytest.approx(weights, rel=0.01)
@@ -231,6 +243,25 @@ def test_probe_measures_steps(
     result = json.loads(plan(capsys, *arguments))
     assert result["seconds_per_epoch"] > 0
     assert result["time"]["how"] == "4 steps here"
+
+
+def test_probe_counts_steps_without_sampling(
+    tmp_path: Path, tiny_model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    clock = iter([0.0, 2.0, *[0.0, 2.0, 5.0] * 4])  # a step samples for 2 s and trains for 3 s
+    processor = iter([0.0, *[0.0, 5.0] * 4])
+    fake = SimpleNamespace(perf_counter=lambda: next(clock), process_time=lambda: next(processor))
+    monkeypatch.setattr(seconds, "time", fake)
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join('{"prompt": "the value", "answer": "an object"}\n' for _ in range(12)))
+    arguments = ("--model", tiny_model_dir("llama"), "--dataset", data, "--task", "rl", "--reward",
+                 "exact", "--max-completion-length", 4, "--num-generations", 2,
+                 "--per-device-train-batch-size", 3, "--num-iterations", 3)  # fmt: skip
+    result = json.loads(plan(capsys, *arguments, "--probe", "--brief", "--json"))
+    assert result["steps_per_epoch"] == 12
+    assert result["seconds_per_epoch"] == pytest.approx(4 * (2 + 3 * 3))
+    assert result["time"]["sampling_share"] == pytest.approx(2 / 11)
 
 
 @pytest.mark.slow

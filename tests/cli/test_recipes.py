@@ -182,9 +182,17 @@ def test_convert_trl_grpo_and_verl(capsys: pytest.CaptureFixture[str]) -> None:
         "algorithm.adv_estimator",
         "actor_rollout_ref.actor.policy_loss.loss_mode",
     } < unconverted.keys()
+    other = VERL.replace("ppo_mini_batch_size: 16", "loss_agg_mode: seq-mean-token-sum")
+    _, unconverted = convert(other, capsys)
+    assert {  # verl's default is 256 prompts
+        "actor_rollout_ref.actor.loss_agg_mode",
+        "actor_rollout_ref.actor.ppo_mini_batch_size",
+    } < unconverted.keys()
     config, unconverted = convert(MS_SWIFT_GRPO, capsys)
     assert (config.rl.loss, config.rl.beta, config.rl.temperature) == ("grpo", 0.04, 0.9)
     assert config.data.max_length == 128 + 64
+    batch = config.train.per_device_train_batch_size, config.train.gradient_accumulation_steps
+    assert batch == (1, 2)  # ms-swift accumulates to 16 completions
     assert not unconverted
     score = re.compile(config.rl.reward[1].removeprefix("regex:")).search
     assert score("<think>a\nb</think>\n<answer>c\nd</answer>")

@@ -64,6 +64,7 @@ SETTINGS = [
     (["--label-smoothing", "0.1"], "--label-smoothing-factor: --task rl has no target tokens"),
     (["--lr-scheduler", "reduce_lr_on_plateau"], "depends on the validation loss, and --task rl"),
     (["--train-on-inputs"], "--train-on-inputs: --task rl trains on sampled completions only"),
+    (["--spike-factor", "3"], "--spike-factor 3: the loss of --task rl is near 0 and may be"),
     (["--streaming", "--max-steps", "2"], "--streaming cannot be used with --task rl. Drop it."),
     (
         ["--max-completion-length", "1024"],
@@ -153,6 +154,25 @@ def test_invalid_rewards_and_rows_are_rejected(
     assert len(error_lines(out)) == 1
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [ROWS[0], {"question": "And?", "answer": "six", "level": 1}],
+            "validation row 2: --reward number: the answer 'six' has no number.",
+        ),
+        (drop_column("answer"), "needs a column 'answer', and the validation rows have question"),
+    ],
+)
+def test_validation_rows_without_answer_are_rejected(
+    rows: list[Any], message: str, dry_run: DryRun
+) -> None:
+    Path("held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out = dry_run("--reward", "number", "--validation-file", "held.jsonl")
+    assert code == 2
+    assert message in out
+
+
 def test_models_other_than_decoders_raise() -> None:
     with pytest.raises(ConfigError, match="Its source and its completions have no common sequence"):
         TASKS["rl"].auto_class("encoder-decoder", "t5")
@@ -188,6 +208,6 @@ def test_trl_batch_size_counts_completions(dry_run: DryRun) -> None:
     code, out = dry_run(*trl, "--per_device_train_batch_size", "6")
     assert code == 2
     assert "TRL counts completions, and a batch of 6 × 1 is no multiple of it" in out
-    code, out = dry_run(*trl, "--per_device_train_batch_size", "8")
+    code, out = dry_run(*trl, "--per_device_train_batch_size", "8", "--epsilon", "0.25")
     assert code == 0
     assert "batch of 2 prompts with 4 completions each: TRL counts 8 completions" in out

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import ranks
+from ftlevel.commands import evaluate as evaluate_command
 from ftlevel.commands.evaluate import evaluate
 from ftlevel.commands.export import export
 from ftlevel.commands.merge import merge
@@ -22,8 +23,10 @@ from ftlevel.config import EvaluateConfig, ExportConfig, MergeConfig, TrainConfi
 from ftlevel.errors import ConfigError, InputError, Interrupted, RunError
 from ftlevel.evaluation import sampling
 from ftlevel.evaluation.rollouts import Rollouts
+from ftlevel.evaluation.two_models import build_comparison_inputs
 from ftlevel.extras.serving.check import check_served
 from ftlevel.extras.serving.config import CheckServedConfig
+from ftlevel.training.rl.trainer import RepeatedSteps
 from tiny_models import save_tiny
 
 NAMES = [
@@ -225,6 +228,58 @@ def test_evaluation_matches_reward_of_training(
     assert {"pass@1", "pass@4"} <= evaluation["metrics"].keys()
 
 
+def test_seed_of_evaluation_seeds_completions(trained_run: tuple[Path, dict[str, Any]]) -> None:
+    def evaluate_with(**fields: Any) -> Any:
+        name = str(trained_run[0])
+        return evaluate(EvaluateConfig(name=name, base=False, resamples=0, **fields)).metrics
+
+    as_trained = evaluate_with()
+    assert evaluate_with(seed=42) == as_trained  # the default of training
+    assert evaluate_with(seed=0) != as_trained
+    assert evaluate_with(seed=0) == evaluate_with(seed=0)
+
+
+def test_against_compares_on_sampled_completions(
+    trained_run: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ftlevel.models.sources import resolve_source
+
+    run, _ = trained_run
+    predictions = tmp_path / "predictions.jsonl"
+    compared: list[Any] = []
+
+    def recording_build(*arguments: Any) -> Any:
+        compared.extend(arguments[-1])
+        return build_comparison_inputs(*arguments)
+
+    monkeypatch.setattr(evaluate_command, "build_comparison_inputs", recording_build)
+    config = EvaluateConfig(
+        name=str(run), against="builtin:tiny-llama", base=False, predictions=predictions
+    )
+    result = evaluate(config).summary["against"]["rows"]
+    base = resolve_source("builtin:tiny-llama", None, False).path
+    tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, run / "adapter").eval()
+    divergences = []
+    lines = list(map(json.loads, predictions.read_text().splitlines()))
+    for row, line in zip(compared, lines, strict=True):
+        start = sum(label == -100 for label in row.labels)
+        text = tokenizer.decode(row.input_ids[start:], skip_special_tokens=True)
+        assert text == line["predicted"]
+        ids = torch.tensor([row.input_ids])
+        with torch.no_grad():
+            tuned = model(ids).logits[0, start - 1 : -1].log_softmax(-1)
+            with model.disable_adapter():
+                initial = model(ids).logits[0, start - 1 : -1].log_softmax(-1)
+        divergences += (initial.exp() * (initial - tuned)).sum(-1).tolist()
+    assert result["targets"] == len(divergences)
+    assert result["kl"] == pytest.approx(np.mean(divergences), rel=1e-4)
+
+
 def test_full_run_against_adapter_run_matches_their_evaluations(
     data: Path,
     tmp_path: Path,
@@ -345,6 +400,39 @@ def test_resumed_run_matches_uninterrupted_run(
     assert all(torch.equal(expected[name], interrupted[name]) for name in expected)
     texts = [(tmp_path / name / "rollouts.jsonl").read_bytes() for name in ("whole", "broken")]
     assert texts[0] == texts[1]
+
+
+def test_run_resumes_after_failed_reward(
+    data: Path, tmp_path: Path, tiny_model: dict[str, Any]
+) -> None:
+    file = tmp_path / "fails.py"
+    source = (
+        "def score(completions, trainer_state, **_):\n    assert trainer_state.global_step {}\n"
+    )
+    source += "    return [float(len(text)) for text in completions]\n"
+    file.write_text(source.format("!= 1"))
+    steps = {"max_steps": 3, "save_steps": 1}
+
+    def run(name: str, rl: dict[str, Any], **output: Any) -> Any:
+        rl = {"reward": [f"{file}:score"], **rl}
+        config = create_config(
+            data, tmp_path / name, rl, steps, model=tiny_model, output={"resume": True, **output}
+        )
+        return train(config).summary
+
+    for name in ("zero", "mended"):
+        with pytest.raises(RunError, match=r"--resume --allow-change rl\.fingerprint, or with"):
+            run(name, {})
+    assert run("zero", {"on_reward_error": "zero", "reward_timeout": 30})["steps"] == 3
+    file.write_text(source.format("!= 9"))
+    assert run("mended", {}, allow_change=("rl.fingerprint",))["steps"] == 3
+
+
+def test_short_epoch_fills_every_repeated_step() -> None:
+    sampler = RepeatedSteps(range(3), 8, 2)  # type: ignore[arg-type]
+    rows = list(sampler)
+    assert len(rows) == len(sampler) == 16
+    assert rows[:8] == rows[8:] == [0, 1, 2, 0, 1, 2, 0, 1]
 
 
 PLAIN_SGD = {

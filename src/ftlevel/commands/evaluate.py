@@ -126,7 +126,7 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         if other is not None:
             listener.stage(f"evaluating {config.name} and {config.against} on the same rows")
             inputs = build_comparison_inputs(
-                config.eval_text, config.eval_tokens, trained, evaluator.rows
+                config.eval_text, config.eval_tokens, trained, record.sampled or evaluator.rows
             )
             outputs = inputs.outputs_of(trained)
             trained = replace(trained, model=None)  # frees memory for the other model
@@ -479,7 +479,9 @@ def _evaluator(
     )
     evaluator, extra = Evaluator, dict[str, Any]()
     if isinstance(trained.objective, PolicyGradient):
-        rollouts = _rollouts(trained, trained.objective, eval_rows, run_config)
+        is_seeded = "seed" in config.model_fields_set  # else as in training
+        seed = config.seed if is_seeded else train.order_seed
+        rollouts = _rollouts(trained, trained.objective, eval_rows, seed)
         evaluator, extra = RewardEvaluator, {"rollouts": rollouts}
     num_rows = 0
     if extra or (generates and uses_text_metrics(metrics, task)):
@@ -513,7 +515,7 @@ def _rollouts(
     trained: LoadedModel,
     objective: PolicyGradient,
     eval_rows: EvaluationRows,
-    run_config: TrainConfig,
+    seed: int,
 ) -> Rollouts:
     rl, rewards, teacher = objective.config, None, None
     if objective.teacher is None:
@@ -534,7 +536,7 @@ def _rollouts(
         trained.tokenizer,
         rl,
         rewards,
-        run_config.train.order_seed,
+        seed,
         kind=trained.kind,
         method=trained.ref.card.method,
         device=trained.device,

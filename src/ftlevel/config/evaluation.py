@@ -93,7 +93,11 @@ class EvaluateConfig(DecodingAsInTraining):
         1000, ge=0, description="Number of bootstrap resamples for 95 % intervals; 0 disables them."
     )
     seed: int = Field(
-        0, ge=0, lt=2**32, description="Random seed for bootstrap resampling and token sampling."
+        0,
+        ge=0,
+        lt=2**32,
+        description="Random seed for bootstrap resampling and token sampling; without it, "
+        "--task rl samples as in training.",
     )
     predictions: Path | None = Field(
         None,

@@ -429,6 +429,11 @@ def _validate_sections(config: Any) -> Iterator[str]:
         yield f"--top-p {config.rl.top_p:g} {SAMPLED}. Drop it."
     if train.neftune_noise_alpha is not None:
         yield (f"--neftune-noise-alpha {train.neftune_noise_alpha:g}: {_DROPOUT}. Drop it.")
+    if train.spike_factor is not None:
+        yield (
+            f"--spike-factor {train.spike_factor:g}: the loss of --task rl is near 0 and may be "
+            "negative, so multiples of it mean nothing. Drop it."
+        )
     if train.label_smoothing_factor:
         yield "--label-smoothing-factor: --task rl has no target tokens. Drop it."
     if train.lr_scheduler_type == PLATEAU:

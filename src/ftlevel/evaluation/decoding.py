@@ -30,6 +30,7 @@ from ftlevel.evaluation.attention import NAME, SharedPrompts, register, using_pr
 from ftlevel.fast import packed_attention as packed
 from ftlevel.fast.likelihoods import base_model
 from ftlevel.fast.plan import get_packing_message, has_virtual_tokens
+from ftlevel.models.kinds import max_positions
 from ftlevel.models.upstream.architectures import attention_of
 from ftlevel.trained.generation import has_stop_text, stop_ids
 from ftlevel.trained.model_ref import LoadedModel
@@ -74,6 +75,7 @@ class RowDecoder:
         self._stop_token_ids, self._pad_id = frozenset(stop_token_ids), pad_id
         self._has_stop_text = has_stop_text
         self._device = next(model.parameters()).device
+        self._last_position = (max_positions(self._base.config) or 2**31) - 1
         # transformers 5.24 renames the argument, one model type at a time.
         parameters = inspect.signature(self._base.forward).parameters
         self._cache = "cache" if "cache" in parameters else "past_key_values"
@@ -158,14 +160,16 @@ class RowDecoder:
             for block in rows.prompts
             for prompt_index in block.prompt_indices
         ]
+        if prompt_lengths:
+            row_positions = (
+                row_positions + torch.tensor(prompt_lengths, device=self._device)[:, None]
+            )
         with using_prompts(rows.prompts):
             outputs = self._model(
                 input_ids=ids,
                 attention_mask=((positions >= starts) | (positions < shared)).long(),
-                position_ids=row_positions
-                + torch.tensor(prompt_lengths, device=self._device)[:, None]
-                if prompt_lengths
-                else row_positions,
+                # Rows that have ended stay for a while, and their outputs are ignored.
+                position_ids=row_positions.clamp(max=self._last_position),
                 use_cache=True,
                 logits_to_keep=1,
                 **{self._cache: Cache(layers=rows.layers)},

@@ -54,7 +54,10 @@ class GeneratedText:
 
 
 class ExampleRecord:
-    """Loss, targets and metrics per example; `units` maps row indices of the table to them."""
+    """Loss, targets and metrics per example; `units` maps row indices of the table to them.
+
+    `sampled` has a sampled completion of each prompt, in reinforcement learning.
+    """
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
@@ -62,6 +65,7 @@ class ExampleRecord:
         self._clusters: dict[Any, ExampleStats] = {}
         self._cluster_of: dict[int, Any] = {}
         self.written: list[GeneratedText] = []
+        self.sampled: list[Encoded] = []
 
     def add(
         self,

@@ -16,6 +16,7 @@ from transformers import TrainerState
 
 from ftlevel.config.rl import RlConfig, unknown_reward
 from ftlevel.data.encoding.collate import Collator
+from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.formats.turns import Message
 from ftlevel.errors import InputError
 from ftlevel.evaluation.answers import InferenceModel, predict_rows
@@ -292,9 +293,21 @@ def open_rewards(
     rewards = Rewards(
         config, partial(open_reward_model, device=device), opens_think=end.endswith("<think>")
     )
-    rewards.check_columns(rows[0].columns)
-    rewards.check_rows([row.columns for row in rows], lambda at: get_position(rows[at].row))
+    check_prompts(rewards, rows, get_position, "rows")
     return rewards
+
+
+def check_prompts(
+    rewards: Rewards, rows: Sequence[Any], get_position: Callable[[int], str], name: str
+) -> None:
+    """Raise ConfigError if prompts lack a column or an answer for a reward; `name` is theirs."""
+    rewards.check_columns(rows[0].columns, name)
+    rewards.check_rows([row.columns for row in rows], lambda at: get_position(rows[at].row))
+
+
+def get_validation_position(row: int) -> str:
+    """Returns the location of a validation row, for messages."""
+    return f"validation row {row + 1}"
 
 
 def open_teacher(
@@ -333,6 +346,8 @@ class RewardEvaluator(Evaluator):
             meter.update(values, group.texts, [group.row])  # type: ignore[arg-type]
             if record is not None:
                 record.add_samples(group.row, values, group.texts)
+                first = group.to_rows()[0]
+                record.sampled.append(Encoded(first.input_ids, first.labels, first.row))
         return select_metrics(meter.compute(float("nan")), self.metrics)
 
 

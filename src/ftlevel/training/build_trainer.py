@@ -15,7 +15,12 @@ from ftlevel.config.trainer import TrainerConfig
 from ftlevel.data.encoding.collate import CollatorWithRows
 from ftlevel.data.prepare.streaming import StreamedRows
 from ftlevel.evaluation.intervals import should_generate, uses_text_metrics
-from ftlevel.evaluation.rollouts import RewardEvaluator, Rollouts, score_rows
+from ftlevel.evaluation.rollouts import (
+    RewardEvaluator,
+    Rollouts,
+    get_validation_position,
+    score_rows,
+)
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.evaluation.server import BOUND, ServerSampler
 from ftlevel.events import Listener
@@ -210,9 +215,7 @@ def create_evaluator(
         "corpus": run.data.corpus,
     }
     if is_rl(run):
-        rollouts = create_rollouts(
-            run, model, teacher, server, lambda row: f"validation row {row + 1}"
-        )
+        rollouts = create_rollouts(run, model, teacher, server, get_validation_position)
         return RewardEvaluator(**shared, generated_rows=generated, rollouts=rollouts)
     uses_generation = should_generate(section.predict_with_generate, run.task)
     return Evaluator(

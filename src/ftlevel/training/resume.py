@@ -174,6 +174,9 @@ def check_base_not_overwritten(run: Run) -> None:
 _LENGTH_FIELDS = ("train.num_train_epochs", "train.max_steps", "train.early_stopping_patience")
 """Fields that may differ on resume, because a run can be made longer."""
 
+_CHECK_FIELDS = ("rl.check_groups", "rl.reward_timeout", "rl.on_reward_error")
+"""Fields that may differ on resume, because they affect no completion that has a score."""
+
 
 @dataclass(frozen=True)
 class ResumeState:
@@ -232,7 +235,7 @@ def _resolve_resume(run: Run, origin: Mapping[str, Any], listener: Listener) -> 
         return ResumeState()
     before = load_origin(output_dir, origin)
     lengths = {key: before.get(key) for key in _LENGTH_FIELDS if before.get(key) != origin[key]}
-    accepted = {key: origin[key] for key in lengths}
+    accepted = {key: origin[key] for key in (*lengths, *_CHECK_FIELDS)}
     accepted |= {key: origin[key] for key in _CONTENT if _has_same_content(key, before, origin)}
     changes = _allowed_changes(run.config.output, before, origin)
     accepted |= {change["field"]: change["is"] for change in changes}

@@ -81,6 +81,25 @@ def test_shared_prefix_is_computed_once(family: str, monkeypatch: pytest.MonkeyP
             decoder.close()
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_ended_row_at_last_position_does_not_disturb_younger_rows(family: str) -> None:
+    old, short, young = list(range(5, 25)), [40, 41, 42, 43, 44, 45], [50, 51, 52, 53, 54]
+    size = {"gpt2": "n_positions", "opt": "max_position_embeddings"}[family]
+    overrides = {size: len(old) + MAX_NEW_TOKENS}
+    model = tiny_models.build(family, "causal", **overrides).eval()
+    prompts = [old, *[short] * 7, *[young] * 7]  # the old row ends alone, as one of eight
+    with torch.no_grad():
+        expected = [generate_alone(model, prompt, [703]) for prompt in prompts]
+        first = expected[1][:4]
+        assert all(expected[i][:4] != first for i in (0, -1))
+        decoder = RowDecoder(model, [703], 0, lambda ids: list(ids[:4]) == first)
+        try:
+            outputs = decoder(prompts, MAX_NEW_TOKENS, 8)
+        finally:
+            decoder.close()
+    assert outputs == [expected[0], *[first] * 7, *expected[8:]]
+
+
 @pytest.mark.parametrize(
     ("prompts", "prefix"),
     [([], []), ([[1, 2, 3]], [1, 2]), ([[1, 2], [1, 2]], [1]), ([[1, 2, 3], [1, 2]], [1]),

@@ -5,6 +5,7 @@ Their defaults for a loss differ from its paper, and their batch sizes count com
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ _VERL_DEFAULTS: dict[str, Any] = {
     "data.train_batch_size": 1024,
     "algorithm.adv_estimator": "gae",
     f"{_ACTOR}policy_loss.loss_mode": "vanilla",
+    f"{_ACTOR}ppo_mini_batch_size": 256,
     f"{_ACTOR}optim.lr": 1e-6,
     "trainer.total_epochs": 30,
 }
@@ -106,7 +108,8 @@ def convert_verl(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     names = [f"{_ACTOR}policy_loss.loss_mode", "algorithm.adv_estimator"]
     loss = _VERL_LOSSES.get(str(keys[names[0]])) or _VERL_LOSSES.get(str(keys[names[1]]))
     yield from ((n, []) for n in names if keys[n] not in ("vanilla", "grpo", *_VERL_LOSSES))
-    yield f"{_ACTOR}loss_agg_mode", ["--loss", loss or _VERL_LOSSES.get(str(mode), "dapo")]
+    name = loss or _VERL_LOSSES.get(str(mode))
+    yield f"{_ACTOR}loss_agg_mode", ["--loss", name] if name else []
     if loss is None:
         scaled = keys.get("algorithm.norm_adv_by_std_in_grpo", True)
         scale = ["--scale-rewards", "group" if scaled else "none"]
@@ -118,7 +121,7 @@ def convert_verl(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     length = int(keys["data.max_prompt_length"]) + int(keys["data.max_response_length"])
     yield "data.max_prompt_length", ["--max-length", str(length)]
     batch = f"{_ACTOR}ppo_mini_batch_size"
-    if keys.get(batch) == keys["data.train_batch_size"]:  # one optimizer step per rollout
+    if keys[batch] == keys["data.train_batch_size"]:  # one optimizer step per rollout
         del keys[batch]
     low = keys.get(f"{_ACTOR}clip_ratio", 0.2)
     keys.setdefault(f"{_ACTOR}clip_ratio_low", low)
@@ -191,8 +194,11 @@ def complete_flags(task: str, values: dict[str, Any], typed: Mapping[str, str]) 
 def _batch(values: dict[str, Any], rl: Mapping[str, Any], tool: str) -> list[str]:
     """Convert the batch size in `values` from completions of `tool` to prompts; return messages."""
     train = values.setdefault("train", {})
-    size = train.get("per_device_train_batch_size", 8)
-    steps = train.get("gradient_accumulation_steps", 1)
+    is_swift = tool == "ms-swift"
+    size = train.get("per_device_train_batch_size", 1 if is_swift else 8)
+    steps = train.get("gradient_accumulation_steps")
+    if steps is None:  # ms-swift accumulates to at least 16 completions
+        steps = math.ceil(16 / size / (train.get("num_processes") or 1)) if is_swift else 1
     group = int(rl.get("num_generations", 8))
     if (size * steps) % group:
         raise ConfigError(

@@ -323,6 +323,7 @@ def _estimate_rl_time(run: Run, gpu: Gpu, size: RolloutSize, operations: float) 
     width = getattr(run.model.config.get_text_config(), "hidden_size", 0)
     head = 6 * run.model.vocabulary * width * num_completions
     training = (operations * (num_prompts + num_completions) + head) / flops
+    training *= run.config.steps_per_rollout
     weights = run.model.total_parameters * DTYPES[run.model.dtype].itemsize
     bandwidth = BANDWIDTH_FRACTION * gpu.bandwidth * 1e9
     sampling = estimate_sampling_seconds(run, size, weights, bandwidth, flops)
@@ -382,6 +383,9 @@ def measure_time(run: Run) -> TimeForecast:
                 computed += time.process_time() - cpu_start
                 sampling += sampled
                 tokens += sum(len(row.input_ids) for row in rows)
+    # Each timed step samples, and in training only one of `steps_per_rollout` steps does.
+    repeats = 1 + (run.config.steps_per_rollout - 1) * (1 - sampling / elapsed)
+    elapsed, computed = elapsed * repeats, computed * repeats
     tokens_per_s = tokens / elapsed
     if run.data.stream is None:
         seconds = run.data.info["tokens"] / tokens_per_s

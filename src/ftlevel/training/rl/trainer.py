@@ -6,6 +6,7 @@ sampled when the step begins, once for `num_iterations` steps.
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,7 +44,8 @@ _FILE_NAME = "rollout-{rank}.pt"
 class RepeatedSteps(Sampler[int]):
     """Sampler that repeats the `step_size` rows of each optimizer step `repeats` times.
 
-    The last step of an epoch is filled with the epoch's first rows. `base` yields the rows.
+    The last step of an epoch is filled with the epoch's first rows, several times if need be.
+    `base` yields the rows.
     """
 
     def __init__(self, base: Sampler[int], step_size: int, repeats: int) -> None:
@@ -57,7 +59,8 @@ class RepeatedSteps(Sampler[int]):
         order = list(self.base)
         for begin in range(0, len(order), self._step_size):
             step = order[begin : begin + self._step_size]
-            step += order[: self._step_size - len(step)]
+            repeated = order * math.ceil(self._step_size / len(order))
+            step += repeated[: self._step_size - len(step)]
             for _ in range(self._repeats):
                 yield from step
 
