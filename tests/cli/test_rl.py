@@ -154,23 +154,12 @@ def test_invalid_rewards_and_rows_are_rejected(
     assert len(error_lines(out)) == 1
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        (
-            [ROWS[0], {"question": "And?", "answer": "six", "level": 1}],
-            "validation row 2: --reward number: the answer 'six' has no number.",
-        ),
-        (drop_column("answer"), "needs a column 'answer', and the validation rows have question"),
-    ],
-)
-def test_validation_rows_without_answer_are_rejected(
-    rows: list[Any], message: str, dry_run: DryRun
-) -> None:
+def test_validation_row_without_number_is_rejected(dry_run: DryRun) -> None:
+    rows = [ROWS[0], {"question": "And?", "answer": "six", "level": 1}]
     Path("held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, out = dry_run("--reward", "number", "--validation-file", "held.jsonl")
     assert code == 2
-    assert message in out
+    assert "validation row 2: --reward number: the answer 'six' has no number." in out
 
 
 def test_models_other_than_decoders_raise() -> None:

@@ -257,7 +257,11 @@ def test_against_compares_on_sampled_completions(
 
     monkeypatch.setattr(evaluate_command, "build_comparison_inputs", recording_build)
     config = EvaluateConfig(
-        name=str(run), against="builtin:tiny-llama", base=False, predictions=predictions
+        name=str(run),
+        against="builtin:tiny-llama",
+        base=False,
+        predictions=predictions,
+        dtype="float32",
     )
     result = evaluate(config).summary["against"]["rows"]
     base = resolve_source("builtin:tiny-llama", None, False).path

@@ -293,16 +293,9 @@ def open_rewards(
     rewards = Rewards(
         config, partial(open_reward_model, device=device), opens_think=end.endswith("<think>")
     )
-    check_prompts(rewards, rows, get_position, "rows")
-    return rewards
-
-
-def check_prompts(
-    rewards: Rewards, rows: Sequence[Any], get_position: Callable[[int], str], name: str
-) -> None:
-    """Raise ConfigError if prompts lack a column or an answer for a reward; `name` is theirs."""
-    rewards.check_columns(rows[0].columns, name)
+    rewards.check_columns(rows[0].columns)
     rewards.check_rows([row.columns for row in rows], lambda at: get_position(rows[at].row))
+    return rewards
 
 
 def get_validation_position(row: int) -> str:

@@ -77,8 +77,8 @@ class Rewards:
         self.fingerprint = _fingerprint(specs, self._models)
         self._needs = [signature["needs"] for signature in self._start()]
 
-    def check_columns(self, columns: Iterable[str], rows: str = "rows") -> None:
-        """Raise `ConfigError` if a reward needs a column that `rows` (a name) do not have."""
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """Raise `ConfigError` if a reward needs a column that the rows do not have."""
         there = list(columns)
         problems = []
         for spec, needs in zip(self.specs, self._needs, strict=True):
@@ -90,7 +90,7 @@ class Rewards:
                     elif spec.kind == "function":
                         advice = "Add the column, or give the argument a default."
                     problems.append(
-                        f"--reward {spec.text} needs a column {name!r}, and the {rows} have "
+                        f"--reward {spec.text} needs a column {name!r}, and the rows have "
                         f"{join_names(there) or 'none'}.{did_you_mean(name, there)} {advice}"
                     )
         if problems:

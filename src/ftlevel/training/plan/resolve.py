@@ -32,7 +32,7 @@ from ftlevel.data.prepare.loading import read_dataset
 from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.intervals import check_metrics, should_generate
-from ftlevel.evaluation.rollouts import check_prompts, get_validation_position, open_rewards
+from ftlevel.evaluation.rollouts import get_validation_position, open_rewards
 from ftlevel.fast.gpu_attention import fetch_kernel
 from ftlevel.fast.plan import fused_lora_choices, kernel_choices, plan_fast
 from ftlevel.methods.rates import RateInputs
@@ -190,8 +190,8 @@ def resolve(
     rewards = None
     if not (lenient or is_estimate) and isinstance(objective, PolicyObjective) and config.rl.reward:
         rewards = open_rewards(config.rl, device, base.tokenizer, data.train, data.table.where)
-        if data.validation:
-            check_prompts(rewards, data.validation, get_validation_position, "validation rows")
+        held_out = [row.columns for row in data.validation]
+        rewards.check_rows(held_out, lambda at: get_validation_position(data.validation[at].row))
     is_quantized = get_quantization_config(base.config) is not None
     run = Run(
         config=config,
