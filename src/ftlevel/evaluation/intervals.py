@@ -54,10 +54,7 @@ class GeneratedText:
 
 
 class ExampleRecord:
-    """Loss, targets and metrics per example; `units` maps row indices of the table to them.
-
-    `sampled` has a sampled completion of each prompt, in reinforcement learning.
-    """
+    """Loss, targets and metrics per example; `units` maps row indices of the table to them."""
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
@@ -65,7 +62,7 @@ class ExampleRecord:
         self._clusters: dict[Any, ExampleStats] = {}
         self._cluster_of: dict[int, Any] = {}
         self.written: list[GeneratedText] = []
-        self.sampled: list[Encoded] = []
+        self.sampled: list[Encoded] = []  # a completion per prompt, in reinforcement learning
 
     def add(
         self,

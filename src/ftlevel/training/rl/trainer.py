@@ -44,8 +44,7 @@ _FILE_NAME = "rollout-{rank}.pt"
 class RepeatedSteps(Sampler[int]):
     """Sampler that repeats the `step_size` rows of each optimizer step `repeats` times.
 
-    The last step of an epoch is filled with the epoch's first rows, several times if need be.
-    `base` yields the rows.
+    The last step of an epoch is filled with the epoch's first rows. `base` yields the rows.
     """
 
     def __init__(self, base: Sampler[int], step_size: int, repeats: int) -> None:
