@@ -190,8 +190,9 @@ def resolve(
     rewards = None
     if not (lenient or is_estimate) and isinstance(objective, PolicyObjective) and config.rl.reward:
         rewards = open_rewards(config.rl, device, base.tokenizer, data.train, data.table.where)
-        held_out = [row.columns for row in data.validation]
-        rewards.check_rows(held_out, lambda at: get_validation_position(data.validation[at].row))
+        held_out: Sequence[Any] = data.validation
+        columns = [row.columns for row in held_out]
+        rewards.check_rows(columns, lambda at: get_validation_position(held_out[at].row))
     is_quantized = get_quantization_config(base.config) is not None
     run = Run(
         config=config,
