@@ -375,6 +375,18 @@ def test_cat_strategy_equals_weighted_sum(tiny_model_dir: TinyModelDir) -> None:
     assert json.loads(Path("half/ftlevel.json").read_text())["merge"]["weights"] == [0.5]
 
 
+def test_adapters_of_different_bases_do_not_mix(
+    train_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = train_run("llama", "text-generation", "mask", None, "--dtype", "float32")
+    other = shutil.copytree(source / "adapter", tmp_path / "other")
+    card = json.loads((other / "ftlevel.json").read_text())
+    card["base"]["fingerprint"] = "0" * 64
+    (other / "ftlevel.json").write_text(json.dumps(card))
+    assert run(["merge", str(source), str(other), "--out", str(tmp_path / "merged")]) == 2
+    assert "Combine adapters of one base." in capsys.readouterr().err
+
+
 def test_plain_peft_adapter_mixes_with_run(train_run: Callable[..., Path]) -> None:
     source = train_run("llama", "text-generation", "mask", None, "--dtype", "float32")
     first = save_lora(source.parent / "base", Path("a"), 4, ["q_proj"])

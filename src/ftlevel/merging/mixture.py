@@ -151,7 +151,7 @@ def mix(
             raise InputError(f"{name} cannot be mixed: {reason}.")
         if (directory / CARD).is_file():
             card = load_card(directory)
-            check_base(inputs.source, card, directory)
+            check_base(inputs.source, card, directory, "Combine adapters of one base.")
             check_cached_base(replace(inputs.ref, card=card, directory=directory))
     base = build_task_model(inputs.ref.model_config, inputs.ref.auto_class)
     for name, directory in zip(config.adapters, adapter_dirs, strict=True):

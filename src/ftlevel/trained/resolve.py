@@ -439,7 +439,12 @@ def _resolve_local_base(card: AdapterCard, adapter_dir: Path) -> ModelSource:
     return _resolve_base_source(str(existing[0]), adapter_dir)
 
 
-def check_base(source: ModelSource, card: AdapterCard, adapter_dir: Path) -> None:
+def check_base(
+    source: ModelSource,
+    card: AdapterCard,
+    adapter_dir: Path,
+    advice: str = "Name the base that it was trained on: --model PATH, or train again.",
+) -> None:
     """Raise InputError if the weights of `source` are not those of the base in training."""
     expected = card.base.get("fingerprint")
     if source.path is None or expected is None:
@@ -451,7 +456,7 @@ def check_base(source: ModelSource, card: AdapterCard, adapter_dir: Path) -> Non
         raise InputError(
             f"{adapter_dir} was trained on {card.base['name']} with weights {expected[:12]}…, and "
             f"{source.label} has other weights ({actual[:12]}…). On them the adapter would be "
-            "wrong silently. Name the base that it was trained on: --model PATH, or train again."
+            f"wrong silently. {advice}"
         )
 
 
