@@ -17,8 +17,9 @@ import cli_page
 import write_docs
 from additions.tree import FLAG
 from additions.tree import run as run_in
+from ftlevel.artifacts.run_directory import open_run
 from ftlevel.cli.app import build_app, commands, run
-from ftlevel.cli.flags import CommandInput, add_command
+from ftlevel.cli.flags import CommandInput, _get_adapter_task, add_command
 from ftlevel.cli.spelling import FlagSpec, build_flag_specs, resolve_flag_aliases
 from ftlevel.config import EvaluateConfig, Layer, TrainConfig
 from ftlevel.config.flag import Alias, FlagAliases, UnsupportedFlag, config_of, get_field_metadata
@@ -361,3 +362,10 @@ def test_cli_page_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
 def test_flag_table_does_not_import_typer() -> None:
     code = "import sys, ftlevel.config.flags; assert not {'typer', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("lines", "task"), [("task: rl\n", "rl"), ("seed: 1\n", "")])
+def test_task_of_adapter_is_its_run_s(lines: str, task: str, tmp_path: Path) -> None:
+    run_dir = open_run(tmp_path / "run", "run", overwrite=False)[0].path
+    (run_dir / "config.yaml").write_text(lines)
+    assert _get_adapter_task(str(run_dir)) == task

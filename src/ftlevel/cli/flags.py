@@ -332,7 +332,7 @@ def _get_adapter_task(name: str) -> str:
     """Returns the task of the run that `name` is or that contains it; "" if there is none."""
     path = Path(name).expanduser()
     run = path if is_run(path) else get_run_dir(path)
-    return str(load_recipe(run / CONFIG).values["task"]) if run and is_run(run) else ""
+    return str(load_recipe(run / CONFIG).values.get("task") or "") if run and is_run(run) else ""
 
 
 def add_flag_layers(
