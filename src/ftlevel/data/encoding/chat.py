@@ -29,7 +29,7 @@ _MARK = "\u2042mark\u2042"
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """Text of a conversation by the chat template; `spans` are the (start, end) to train on."""
+    """Rendered text of a conversation; `spans` are the (start, end) characters to train on."""
 
     text: str
     spans: tuple[tuple[int, int], ...]
@@ -48,14 +48,14 @@ def render(
     *,
     generation_prompt: bool = False,
 ) -> str:
-    """Returns `turns` as text, by the chat template; `InputError` if it fails or is too slow."""
+    """Render `turns` with the chat template; raises `InputError` if it fails or is too slow."""
     return _render(tokenizer, turns, tools, generation_prompt=generation_prompt)[0]
 
 
 def render_chat(
     tokenizer: Any, turns: Sequence[Turn], tools: Sequence[dict[str, Any]] = ()
 ) -> RenderedChat:
-    """Render `turns` and locate each assistant turn, including the end-of-turn token.
+    """Returns the rendered `turns` with the span of each assistant turn and its end-of-turn token.
 
     Raises `InputError` if the template fails or omits a turn or the tools.
     """
@@ -119,7 +119,7 @@ class _Chat:
     tools: Sequence[dict[str, Any]]
 
     def get_turn(self, index: int, text: str) -> tuple[int, int]:
-        """Returns (start, end) of turn `index` in the string `text`, end-of-turn token included."""
+        """Returns the span (start, end) of turn `index` in `text`, with the end-of-turn token."""
         tokenizer, turns, tools = self.tokenizer, self.turns, self.tools
         before = render(tokenizer, turns[:index], tools, generation_prompt=True) if index else ""
         before = before.removesuffix(" ")
@@ -259,7 +259,7 @@ _TRIALS = (
 
 @dataclass(frozen=True)
 class ChatLayout:
-    """Prefixes and suffixes of the turns: a chat template for programs without Jinja.
+    """Prefixes and suffixes of turns, which replace a chat template in programs without Jinja.
 
     Attributes:
         around: role → text before and after the content; has no "system" if the template has none.

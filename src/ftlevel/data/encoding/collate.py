@@ -53,10 +53,10 @@ class Collator:
 
 
 class CollatorWithRows(Collator):
-    """A `Collator` that also returns the rows, so that an error can name the failing row."""
+    """A `Collator` whose batches include their rows, so that an error can name the failing row."""
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Returns the batch and its `rows`; `contrasts` of rows are added as a list of a batch."""
+        """Returns the batch plus `rows` and, if rows have any, `contrasts`: a list of one batch."""
         contrasts = [other for row in rows for other in row.contrasts]
         batch: dict[str, Any] = {**super().__call__(rows), "rows": list(rows)}
         return {**batch, "contrasts": [super().__call__(contrasts)]} if contrasts else batch
@@ -94,7 +94,7 @@ def separate_pad_from_eos(tokenizer: Any) -> Choice | None:
 def ensure_pad_token(tokenizer: Any) -> Choice | None:
     """Set a padding token on `tokenizer` (modified) if it has none; returns a log line or None.
 
-    It is a token that the vocabulary reserves, so that the embedding does not grow; else EOS.
+    The token is one that the vocabulary reserves, so that the embedding does not grow; else EOS.
     """
     if tokenizer.pad_token_id is not None:
         return None

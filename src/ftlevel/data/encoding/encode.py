@@ -112,7 +112,7 @@ def _joins(example: Any, version: int) -> bool:
 
 
 def choose_format(tokenizer: Any, kind: str, instruction: str, answer_cue: str) -> PromptFormat:
-    """Returns seq2seq if `kind` is encoder-decoder, else the chat template if any, else plain."""
+    """Returns seq2seq for an encoder-decoder, else chat-template if there is one, else plain."""
     if kind == "encoder-decoder":
         return PromptFormat("seq2seq", instruction)
     if getattr(tokenizer, "chat_template", None):
@@ -219,17 +219,16 @@ class Encoded:
     def preference_labels(self) -> Sequence[tuple[float, float, float]]:
         """Labels of preference training, one per sequence; empty for other tasks.
 
-        A label is 1.0 if the answer is preferred, else 0.0; its reference log-probability; and the
-        margin.
+        A label is (1.0 if preferred or desirable else 0.0, reference log-probability, margin).
         """
         return ()
 
     @property
     def teacher(self) -> Any:
-        """Teacher outputs as a structured array, or None.
+        """Teacher outputs for each target as a structured array, or None.
 
-        `known` `(targets, k + 1)` has the log-probabilities of the teacher's top tokens, whose ids
-        are `ids` `(targets, k)`, and of all other tokens together; or it has the whole vocabulary.
+        `known` has the log-probabilities `(targets, k + 1)` of the top tokens `ids` `(targets, k)`,
+        then of all other tokens together; with k = 0, those of the whole vocabulary.
         """
         return None
 
@@ -254,7 +253,7 @@ class Encoded:
         return len(self.input_ids)
 
     def truncated(self, limit: int) -> Encoded | None:  # noqa: ARG002 - of subclasses
-        """Returns the row cut to `limit` tokens; None, as here, if `fit_rows` is to cut it."""
+        """Returns the row cut to `limit` tokens; None (the default) leaves it to `truncate_row`."""
         return None
 
     def without(self, num_tokens: int) -> Encoded:
@@ -412,7 +411,7 @@ def _render_example(tokenizer: Any, example: Any, prompt_format: PromptFormat) -
 def _encode_completions(
     tokenizer: Any, examples: Sequence[Any], prompt_format: PromptFormat
 ) -> list[Encoded]:
-    """Encode prompts as generation does; an answer is the full text's tokens after its prompt."""
+    """Encode prompts as in generation; the answer has the tokens that follow in the full text."""
     pairs = [_as_pair(example) for example in examples]
     texts = []
     for pair, example in zip(pairs, examples, strict=True):
@@ -478,7 +477,7 @@ class EncodedText(Encoded):
 
     @property
     def key(self) -> tuple[int, ...]:
-        """Key of the text; if it is equal (same tokens and `unpooled`), so is the embedding."""
+        """Key of the text, from its tokens and `unpooled`; equal keys have equal embeddings."""
         return (self.unpooled, *self.input_ids)
 
     def truncated(self, limit: int) -> EncodedText:
@@ -542,9 +541,9 @@ class EncodedTexts(Encoded):
 
 
 def distinct_texts(rows: Sequence[Any]) -> tuple[list[EncodedText], StepTexts]:
-    """Returns the distinct texts of `rows`, and the indices of each row's texts among them.
+    """Returns the distinct texts of `rows`, and a `StepTexts` with each row's indices into them.
 
-    Rows with a negative `row`, which only fill up a batch, are left out.
+    Rows with a negative index `row`, which only fill up a batch, are left out.
     """
     texts: list[EncodedText] = []
     index_of: dict[tuple[int, ...], int] = {}
@@ -569,7 +568,7 @@ def distinct_texts(rows: Sequence[Any]) -> tuple[list[EncodedText], StepTexts]:
 
 
 def add_texts(texts: list[EncodedText], more: Sequence[EncodedText]) -> list[int]:
-    """Add each text of `more` to `texts` (modified) unless it is there; returns their indices."""
+    """Add the texts of `more` that `texts` (modified) lacks; returns their indices in `texts`."""
     index_of = {text.key: at for at, text in enumerate(texts)}
     indices = []
     for text in more:

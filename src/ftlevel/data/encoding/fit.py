@@ -28,7 +28,7 @@ class LengthBounds:
 
     @property
     def tightest(self) -> tuple[int | None, str]:
-        """The smaller bound (None if there is none), and its name for messages."""
+        """(bound, name for messages) of the smaller bound; the bound is None if there is none."""
         if self.memory is not None and (self.positions is None or self.memory < self.positions):
             return self.memory, "this machine's memory"
         return self.positions, "the model's positions"
@@ -49,8 +49,8 @@ class FittedRows:
     Attributes:
         long_prompts: indices of examples whose prompt alone exceeds `max_length`.
         lost: indices of examples dropped because only cutting the answer would make them fit.
-        overlong: action on rows that were too long; "drop" also if "auto" dropped a few.
-        stops: error that was not raised because a preview drops the rows instead.
+        overlong: action on long rows; "drop" if "auto" dropped a few of them instead of raising.
+        stops: message of an error that is not raised, because a preview drops the rows instead.
     """
 
     rows: Sequence[Encoded]

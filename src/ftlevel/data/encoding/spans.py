@@ -150,7 +150,7 @@ class TaggedRow(Encoded):
 def get_invalid_bio_tags(
     examples: Sequence[TaggedTokens], names: Sequence[str], table: Table
 ) -> list[BadRow]:
-    """Returns the rows with an I- tag that continues no entity; [] if the scheme is not BIO."""
+    """Returns a `BadRow` per row whose I- tag continues no entity; [] if the tags are not BIO."""
     if not all(_BIO.fullmatch(name) for name in names):
         return []
     invalid: list[BadRow] = []
@@ -192,7 +192,7 @@ def encode_tagged(
 def encode_words(
     tokenizer: Any, sentences: Sequence[Sequence[str]]
 ) -> tuple[list[list[int]], list[dict[str, list[int]]], list[tuple[int | None, ...]]]:
-    """Returns per sentence: token ids, `extra_inputs`, and the index of each word's first token."""
+    """Returns three lists, one item per sentence: ids, `extra_inputs`, first token of each word."""
     encoding = tokenizer([" ".join(words) for words in sentences], return_offsets_mapping=True)
     extras = [extra_inputs(encoding, i) for i in range(len(sentences))]
     positions = [

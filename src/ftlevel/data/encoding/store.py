@@ -128,7 +128,7 @@ def rows_to_batches(rows: Iterable[Encoded]) -> Iterator[pa.RecordBatch]:
 
 
 class RowStore(LazySequence[Encoded]):
-    """Memory-mapped rows of a file by `write_store`: those at `indices`, or all if that is None."""
+    """Memory-mapped rows of a file that `write_store` wrote: those at `indices` (None: all)."""
 
     def __init__(self, path: Path, indices: Any = None) -> None:
         self.path = path
@@ -167,7 +167,7 @@ class RowStore(LazySequence[Encoded]):
 
     @property
     def has_token_labels(self) -> bool:
-        """Whether labels are token ids, one per token."""
+        """Whether the labels of a row are a list of integers, such as token ids or tags."""
         return self._label_type == "tokens"
 
     def lengths(self) -> Any:
@@ -184,7 +184,7 @@ class RowStore(LazySequence[Encoded]):
         return rows if self.indices is None else rows[self.indices]
 
     def gather(self, at: Any) -> tuple[Any, Any]:
-        """Returns the `input_ids` of the rows at indices `at`, concatenated, and their offsets."""
+        """Returns the concatenated `input_ids` of the rows at indices `at`, and row offsets."""
         content, values, offsets = self._input_ids
         rows = np.asarray(at) if self.indices is None else self.indices[at]
         batch = np.searchsorted(self._starts, rows, side="right") - 1
@@ -263,7 +263,7 @@ Change = Callable[[Encoded], list[Encoded]]
 
 
 def map_rows(rows: Sequence[Encoded], change: Change) -> Sequence[Encoded]:
-    """Returns each row replaced by the rows `change(row)`; for a `RowStore`, in a new file."""
+    """Returns the concatenated lists `change(row)` of all rows; of a `RowStore`, as a new store."""
     changed = (piece for row in rows for piece in change(row))
     if not isinstance(rows, RowStore):
         return list(changed)

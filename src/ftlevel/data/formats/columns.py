@@ -116,7 +116,7 @@ def format_map_flags(pairs: Mapping[str, str]) -> str:
 def map_preferred_columns(names: Mapping[str, str], value: object) -> dict[str, str]:
     """Returns role → column for supervised training on chosen answers of a preference dataset.
 
-    `names` are the columns of the preference roles; `value` is the first chosen answer.
+    `names` maps preference roles to columns; `value`, the first chosen answer, is text or turns.
     """
     if isinstance(value, list):
         users = any(isinstance(t, dict) and t.get("role") == "user" for t in value)

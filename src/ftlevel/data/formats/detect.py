@@ -68,7 +68,7 @@ _TURNS = ("prompt", "completion", "chosen", "rejected")
 
 
 class RoleValues:
-    """Reads the values of a row by role; `set_row` selects the row."""
+    """Values of a row by role; `set_row` selects the row."""
 
     def __init__(self, format_: Format, table: Table) -> None:
         self.columns = format_.columns
@@ -87,7 +87,7 @@ class RoleValues:
     def get(self, role: str) -> Any:
         """Returns the value of `role`; None if the format has no column for it.
 
-        JSON text is parsed for lists, objects and, in CSV cells, conversations.
+        Text is parsed as JSON for roles with lists or objects, and for conversations in CSV cells.
         """
         column = self.columns.get(role)
         if column is None:
@@ -145,7 +145,7 @@ class RoleValues:
 def explain_columns(
     column_mapping: Mapping[str, str], mapping: Mapping[str, str], name: str | None
 ) -> str:
-    """Returns why roles have these columns, such as "by --map"; "" if the names are the same."""
+    """Returns "by --map", "by --format", "found by name", or "" if columns are named like roles."""
     if mapping or name:
         flags = (("--map", mapping), ("--format", name))
         return "by " + " and ".join(flag for flag, value in flags if value)
@@ -165,7 +165,7 @@ class FormatSpec:
     """A set of roles, each with its usual column names, the most common first.
 
     Attributes:
-        guessable: whether errors suggest it even if no column name matches.
+        guessable: whether errors suggest these roles even if no column name matches.
         inner: roles of `--map` that name keys within a column rather than columns.
     """
 

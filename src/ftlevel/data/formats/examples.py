@@ -321,7 +321,7 @@ def _quantity(values: RoleValues) -> float:
 
 
 def _name(label: object, what: str, values: RoleValues, role: str = "label") -> str | int:
-    """Returns the name of a class; a number of a class that the source declares becomes a name."""
+    """Returns the class name of `label`; an integer stays if no name is declared for it."""
     if type(label) is bool:
         return "true" if label else "false"
     if type(label) is int:
@@ -396,7 +396,7 @@ def create_source(values: RoleValues) -> SourceTarget:
 
 
 class LazyExamples(LazySequence[Example]):
-    """Examples of a large table, built on access from the rows at `indices`, all convertible."""
+    """Examples of a large table, built on access; `indices` are the rows that can be converted."""
 
     def __init__(self, table: Table, format_: Format, indices: Sequence[int]) -> None:
         self._table, self._indices = table, indices
@@ -430,7 +430,7 @@ def get_missing_columns(table: Table, format_: Format) -> list[str]:
 
 
 def convert_rows(table: Table, format_: Format) -> tuple[Sequence[Example], list[BadRow]]:
-    """Returns examples and invalid rows of `table`; raises `InputError` for a missing column."""
+    """Returns the examples and `BadRow`s of `table`; raises `InputError` for a missing column."""
     if lacking := get_missing_columns(table, format_):
         raise InputError(
             f"{table.source}: has no column {join_names(lacking)}. Columns: "

@@ -25,7 +25,7 @@ from ftlevel.errors import InputError, join_names
 
 @dataclass(frozen=True)
 class LabelSet:
-    """Names of the classes by id; integer labels are ids unless names of classes are numbers."""
+    """Class names by id; an integer label is an id or, if class names are numbers, such a name."""
 
     names: tuple[str, ...]
 
@@ -88,21 +88,21 @@ def create_label_set(
 
 
 def keep_numbers(table: Table, column: str | None, names: Sequence[str]) -> Table:
-    """Returns `table`, without the declared class names if the known classes are other numbers."""
+    """Returns `table`, without declared class names if the known classes `names` are numbers."""
     declared = set(table.label_names.get(column or "", ()))
     is_numbered = bool(names) and all(map(str.isdecimal, names))
     return replace(table, label_names={}) if is_numbered and declared - set(names) else table
 
 
 def check_labels(labels: LabelSet, examples: Sequence[ClassExample], table: Table) -> None:
-    """Raise `InputError` if an example has a class that the training rows lack."""
+    """Raise `InputError` if an example has a class that is not in `labels` (of training)."""
     _check_supported(labels, _labels_of(examples), table, "is not a class of the training rows")
 
 
 def get_invalid_labels(
     labels: LabelSet | None, examples: Sequence[Any], table: Table, column: str
 ) -> list[BadRow]:
-    """Returns the rows whose label is negative, undeclared or missing from `labels`.
+    """Returns a `BadRow` per row whose label is negative, undeclared or not in `labels`.
 
     `labels` are the classes of the training rows; None if `examples` are the training rows.
     """
@@ -284,7 +284,7 @@ def _count_common(one: str, name: str) -> int:
 
 @dataclass(frozen=True)
 class LabelNormalizer:
-    """Builds examples with class names as labels; `names` maps normalized labels to class names."""
+    """Example builder that corrects labels; `names` maps normalized labels to class names."""
 
     build: ExampleBuilder
     normalize: Callable[[str], str]

@@ -62,7 +62,7 @@ def create_finding(
 
 
 def explain_stop(finding: Finding, advice: str = "pass") -> str:
-    """Returns the error message for a finding that stops; `advice` precedes `--set`."""
+    """Returns the error message for a finding that stops; `advice` is the verb before `--set`."""
     allowed = getattr(GateConfig.model_fields[finding.name].annotation, "__args__", ())
     others = " or ".join(action for action in allowed if action not in ("stop", "ignore"))
     remedy = CHECKS[finding.name].remedy or "Fix them"

@@ -91,7 +91,7 @@ class FlatRows:
     """Concatenated encoded rows; rows of one example are adjacent.
 
     Attributes:
-        labels: labels of `ids`, or an encoder-decoder's target ids; None if labels are per row.
+        labels: one label per id, or an encoder-decoder's target ids; None if labels are per row.
         example: index of the example of each row.
     """
 

@@ -92,7 +92,7 @@ def _repeated(keys: NDArray[Any], selected: Mask | None) -> Iterator[tuple[Integ
 def get_near_duplicates(rows: Sequence[Encoded], skip: Mask) -> tuple[Integers, Integers]:
     """Returns the indices of rows that nearly repeat an earlier row, and those of the earlier rows.
 
-    A prefix common to all rows is ignored. Rows of the mask `skip` are not compared.
+    A prefix common to all rows is ignored. Rows where `skip` is True are not compared.
     """
     prefix, lengths = _common_prefix(rows), row_lengths(rows)
     selected = ~skip
@@ -253,7 +253,7 @@ class CheckedTask(Protocol):
 
 @dataclass
 class SplitReport:
-    """Collects the results of the checks of a split: `keep`, a mask of the rows, and findings."""
+    """Results of the checks of a split: `keep`, a mask of the rows to keep, and `findings`."""
 
     name: str
     rows: Sequence[Encoded]
@@ -295,7 +295,7 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class Gate:
-    """Runs the data checks that apply to `task`; `policy` has the action of each check."""
+    """The data checks that apply to `task`; `policy` has the action of each check."""
 
     policy: GateConfig
     task: CheckedTask
@@ -324,7 +324,7 @@ class Gate:
         return rows, split.findings
 
     def check_rows(self, name: str, fitted: FittedRows, total: int, table: Table) -> SplitReport:
-        """Run the checks of single rows on the split `name` of `total` examples; report them."""
+        """Returns a `SplitReport` of the row checks of split `name`, which has `total` examples."""
         split = SplitReport(name, fitted.rows, table, total, self.policy)
         active = split.present()
         for check, rows in (("long_prompt", fitted.long_prompts), ("answer_cut", fitted.lost)):
@@ -354,7 +354,7 @@ class Gate:
         table: Table,
         training: Digests,
     ) -> tuple[Sequence[Encoded], list[Finding]]:
-        """Run `check_split`, and find examples that `training` has, too; `policy` may drop them."""
+        """Run `check_split`; also report, and drop if `policy` says so, examples in `training`."""
         leaked, findings = self.get_leaks(name, fitted.digests, training, table)
         if len(leaked):
             keep = np.flatnonzero(~get_row_mask(fitted.rows, leaked))
@@ -371,7 +371,7 @@ class Gate:
         corpus: Sequence[str] | None,
         table: Table,
     ) -> list[Finding]:
-        """Returns the findings of the task's checks of `validation`, `corpus` and `train`."""
+        """Returns the findings of `task.check_eval_set`; `table` has the validation rows."""
         findings = []
         for check, split, rows, example in self.task.check_eval_set(train, validation, corpus):
             total = len(train) if split == "train" else len(validation)
@@ -485,7 +485,7 @@ def handle_unusable_rows(
 ) -> tuple[Table, list[Finding]]:
     """Returns `table` without the rows in `errors`, and the findings.
 
-    Raises `InputError` if a row may not be dropped; `lenient` allows all, as in a preview.
+    Raises `InputError` if a row may not be dropped; if `lenient` (in a preview), all may be.
     """
     findings: list[Finding] = []
     for name in dict.fromkeys(row.finding for row in errors if row.finding):

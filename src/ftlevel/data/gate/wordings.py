@@ -57,7 +57,7 @@ class TextBatch:
     sizes: NDArray[np.int64]
 
     def take(self, at: Any) -> TextBatch:
-        """Returns the texts at `at`."""
+        """Returns the texts at the indices `at`."""
         return TextBatch(self.words[:, at], self.sizes[at])
 
 
@@ -125,7 +125,7 @@ def compute_edit_distances(one: TextBatch, other: TextBatch) -> NDArray[np.int64
 
 
 def _edge(i: int, ends: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Returns row i of the distance matrix `(band, pairs)`; only its row 0 and column 0 are set."""
+    """Returns row i of the distance matrix `(band, pairs)`; all but its borders are `_TOO_FAR`."""
     j = i + _OFFSETS
     known = (j >= 0) & (j <= ends) if i == 0 else np.broadcast_to(j == 0, (len(j), len(ends)))
     return np.where(known, (i + j) * _WORD, _TOO_FAR).astype(np.int32)
@@ -225,7 +225,7 @@ class WordIndex:
             start = end
 
     def sides(self, at: Integers) -> Sides:
-        """Returns the prompts and the answers of the examples at `at`."""
+        """Returns the prompts and the answers of the examples at the indices `at`."""
         prompt_sizes = self.digests.records["prompt"][at].astype(np.int64)
         begins = self.starts[at]
         target_sizes = self.lengths[at] - prompt_sizes
@@ -237,7 +237,7 @@ class WordIndex:
         return TextBatch(hashes[np.minimum(offsets, len(hashes) - 1)], sizes)
 
     def gather(self, at: Integers) -> tuple[Words, Integers]:
-        """Returns the concatenated words of the examples at `at`, and the word count of each."""
+        """Returns the concatenated words of the examples at indices `at`, and each word count."""
         lengths = self.lengths[at]
         before = np.cumsum(lengths) - lengths
         offsets = np.repeat(self.starts[at] - before, lengths) + np.arange(lengths.sum())

@@ -143,7 +143,7 @@ class PreparedData:
         table: training rows as read, indexed by `Encoded.row`.
         info: data section of `summary.json`.
         choices: log lines.
-        corpus: documents that validation queries search; if empty, those of the rows.
+        corpus: documents that validation queries search; if empty, those of the validation rows.
         sets: dataset index of each training row, if no step mixes datasets; else empty.
         workspace: temporary directory of uncached rows, deleted with this object.
     """
@@ -186,8 +186,8 @@ def encode_to_store(
 ) -> RowStore:
     """Encode `examples` in batches and write the rows to `path` in order.
 
-    Digests are written to `digests_path(path)`. Starts `processes` processes if it can fork. Raises
-    `ValueError` if no example produced a row.
+    Digests are written to `digests_path(path)`. Uses `processes` processes if fork is available.
+    Raises `ValueError` if no example produced a row.
     """
     global _job
     positions = range(0, len(examples), BATCH)
@@ -240,7 +240,7 @@ _SLOW_CHARACTERS = 1_000_000  # characters that take seconds to encode
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes the examples of one split for a task.
+    """Encoder of the examples of one split for a task.
 
     Attributes:
         folder: directory for the rows; None stores them in memory.
@@ -287,14 +287,14 @@ class Encoder:
         return replace(self, config=config, split=split)
 
     def within(self, limit: int | None) -> Encoder:
-        """Returns an encoder of at most `limit` tokens a row; itself if a length is configured."""
+        """Returns an encoder that limits rows to `limit` tokens, unless a length is configured."""
         if limit is None or not (self.ignore_max_length or self.config.max_length == "auto"):
             return self
         positions = min(limit, self.bounds.positions or limit)
         return replace(self, bounds=replace(self.bounds, positions=positions))
 
     def digest(self, examples: Sequence[Any]) -> Digests:
-        """Returns per example hashes of its texts, to find duplicates, and text-check results."""
+        """Returns the `Digests` of `examples`: hashes that find duplicates, text-check results."""
         return Digests.of(examples, self._text_context)
 
     @property
@@ -321,7 +321,7 @@ class Encoder:
         return Digests.at(path) if path and path.exists() else self.digest(examples)
 
     def fit(self, rows: Sequence[Encoded], table: Table) -> FittedRows:
-        """Truncate, split or drop rows over the maximum length, or raise, as `overlong` says."""
+        """Truncate, split or drop rows over the maximum length, or raise, by `config.overlong`."""
         length = "auto" if self.ignore_max_length else self.config.max_length
         fitted, stops = self._relax(
             lambda overlong: fit_rows(rows, length, self.bounds, overlong, table.where)
@@ -331,7 +331,7 @@ class Encoder:
         return replace(fitted, stops=stops)
 
     def _relax(self, function: Callable[[str], T]) -> tuple[T, str]:
-        """Returns `function(overlong)` and ""; if lenient, on error `function("drop")` and it."""
+        """Returns (`function(overlong)`, ""); on error, if lenient, (`function("drop")`, error)."""
         try:
             return function(self.config.overlong), ""
         except InputError as error:
@@ -340,7 +340,7 @@ class Encoder:
             return function("drop"), str(error)
 
     def fit_targets(self, fitted: FittedRows, table: Table) -> FittedRows:
-        """Drop rows whose target exceeds `max_target_length`, or raise, as `overlong` says."""
+        """Drop rows whose target exceeds `max_target_length`, or raise, by `config.overlong`."""
         limit = self.config.max_target_length
         (rows, dropped), stops = self._relax(
             lambda overlong: fit_targets(fitted.rows, limit, overlong, table.where)

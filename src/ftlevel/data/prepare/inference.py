@@ -38,7 +38,7 @@ class QueryRow:
     Attributes:
         row: the row as read; all values are null if it could not be read.
         location: `file:line`.
-        question: model input, as built by the task; None if the row is invalid.
+        question: example for the task's `predict`; None if the row is invalid.
         fault: error message without a final period.
         share: fraction of the source read so far, from 0 to 1, if available.
     """
@@ -152,7 +152,7 @@ def in_memory_rows(rows: Any, ignored: Sequence[str] = ()) -> RowSource:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Yields up to `limit` rows as `QueryRow`; if `fixed`, a row with new columns is invalid."""
+    """Up to `limit` rows as `QueryRow`; if `fixed`, a row with new columns is invalid."""
 
     source: RowSource
     shape: Format
@@ -196,9 +196,9 @@ class EvaluationRows:
         dropped: number of rows that were too long.
         language: ISO 639-1 code of the target; "" if unknown.
         note: columns used, if they differ from training.
-        corpus: documents that queries search; if empty, those of the rows.
+        corpus: documents that queries search; if empty, the documents of `rows`.
         changed: split whose rows or corpus differ from those that the card records; "" for none.
-        options: the model's options, with what the rows determine.
+        options: the card's options, updated for these rows.
     """
 
     table: Table
@@ -300,7 +300,7 @@ def load_evaluation_rows(
 
 
 def _changed_split(card: AdapterCard, splits: DatasetSplits) -> str:
-    """Returns the split that is not that of the card; "" also if the card has no fingerprints."""
+    """Returns "train" or "validation" if its fingerprint differs from that in `card`, else ""."""
     train, validation = rows_fingerprint(splits.train.rows), splits.validation_fingerprint
     if (card.data.get("fingerprint") or train) != train:
         return "train"

@@ -100,7 +100,7 @@ def convert_splits(
 
 
 def eval_converter(convert: Converter, eval_table: Table) -> Converter:
-    """Returns the converter of validation rows: `convert`, or a new one if `--qrels` names them."""
+    """Returns the converter for `eval_table`: `convert`, or a new one for rows of `--qrels`."""
     if convert.config.qrels is None:
         return convert
     plain: dict[str, Any] = {"columns": {}, "format": None, "ignore_columns": ()}
@@ -130,7 +130,7 @@ def open_converter(
 
 @dataclass
 class Converter:
-    """Converts tables to examples by format `shape`, which merges spelling variants of labels."""
+    """Converter of tables to examples in format `shape`, which label corrections may change."""
 
     config: DataConfig
     task: DataTask
@@ -262,7 +262,7 @@ def _with_judgments(splits: DatasetSplits, qrels: Path, corpus: Path | None) -> 
 def read_dataset(
     name: str, config: DataConfig, split: str | None, subset: str = "", limit: int | None = None
 ) -> DatasetSplits:
-    """Load the dataset `name` with the settings of `config`; `subset` is its default subset."""
+    """Load dataset `name` with the settings of `config`; `subset` is used if that has none."""
     with reading(name):
         return load_splits(
             name,

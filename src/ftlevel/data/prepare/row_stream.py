@@ -74,7 +74,7 @@ _MOST_AHEAD = 32  # chunks encoded ahead; further processes take later ones
 
 @dataclass(frozen=True)
 class ChunkEncoder:
-    """Encodes chunks of a stream; if `may_lose`, `check_loss` limits how many rows are dropped."""
+    """Encoder of chunks; `may_lose`: rows over the maximum length are dropped, at most 1 %."""
 
     config: DataConfig
     shape: Format
@@ -84,7 +84,7 @@ class ChunkEncoder:
     may_lose: bool
 
     def __call__(self, chunk: Chunk, counts: Counter[str]) -> list[Encoded]:
-        """Returns the rows of `chunk`, with their line as `Encoded.row`; updates `counts`."""
+        """Returns the rows of `chunk`; `Encoded.row` is the line number. Updates `counts`."""
         table = chunk.table
         counts["read"] += len(chunk.rows) + len(chunk.errors)
         errors = [*chunk.errors, *self.schema.get_inconsistent(chunk.rows, chunk.lines)]
@@ -126,7 +126,7 @@ class ChunkEncoder:
         return table.take(i for i, line in enumerate(table.lines) if line not in lines)
 
     def check_loss(self, counts: Mapping[str, int]) -> None:
-        """Raise `InputError` if over 1 % of rows exceed the maximum chosen from the first rows."""
+        """Raise `InputError` if over 1 % of rows exceed the length derived from the first rows."""
         lost, read = counts.get("too_long", 0), counts.get("read", 0)
         if self.may_lose and read >= _MIN_ROWS and lost > MAX_DROP_RATIO * read:
             raise InputError(
@@ -186,7 +186,7 @@ class StreamSharding:
 
 
 class RowStream:
-    """Endless encoded rows; each pass yields every usable row once, in a different order.
+    """Endless iterator of encoded rows; each pass yields every usable row once, shuffled.
 
     The first `held_out` rows of the source are skipped.
     """
@@ -208,7 +208,7 @@ class RowStream:
         self._begin_pass()
 
     def divide(self, sharding: StreamSharding) -> None:
-        """Encode only some chunks from now on; receive the other rows from the other processes."""
+        """From now on, encode only this process's chunks and receive the rows of the others."""
         self._sharding, self._next_rank = sharding, 0
 
     @property
@@ -252,7 +252,7 @@ class RowStream:
         return self
 
     def __next__(self) -> Encoded:
-        """Returns the next row; InputError if a bad row may not be skipped, or too many are."""
+        """Returns the next row; raises `InputError` for a bad row, or if too many are dropped."""
         while True:
             while self._waiting:
                 if (row := self._buffer.push(self._waiting.popleft())) is not None:

@@ -112,7 +112,7 @@ class DistinctTextSampler(Sampler[int]):
         ]
 
     def __len__(self) -> int:
-        return count_places(self._sets, self._step) if self._sets else len(self._texts)
+        return count_padded_rows(self._sets, self._step) if self._sets else len(self._texts)
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed + self.epoch)
@@ -155,8 +155,8 @@ class DistinctTextSampler(Sampler[int]):
             left.extendleft(reversed(later))
 
 
-def count_places(sets: Sequence[int], step: int) -> int:
-    """Returns the rows per epoch if each dataset (`sets`: one per row) is padded to full steps."""
+def count_padded_rows(sets: Sequence[int], step: int) -> int:
+    """Returns the rows per epoch, padded to full steps per dataset; `sets`: dataset of each row."""
     return sum(math.ceil(size / step) * step for size in Counter(sets).values())
 
 

@@ -99,7 +99,7 @@ def _number(value: Any, location: str, column: str) -> float:
 
 
 def load_corpus(path: Path) -> list[str]:
-    """Load the distinct documents of a file with a column text, and perhaps title."""
+    """Load the distinct documents of a file with the column `text` and optionally `title`."""
     table = load_table(path)
     _column(table.column_names, ("text",), path)
     return list(dict.fromkeys(map(_text, table.rows)))

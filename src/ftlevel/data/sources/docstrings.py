@@ -307,7 +307,7 @@ def _summarization_row(item: Documented) -> Row | None:
 
 
 def _prose(text: str) -> str:
-    """Returns the leading prose of `text` up to the row limit, without code, tables and lists."""
+    """Returns the paragraphs of `text` up to the row limit, without code, tables and lists."""
     paragraphs: list[str] = []
     room = MAX_ROW_CHARACTERS - SUMMARY_CHARACTERS[1]
     for paragraph in text.split("\n\n"):

@@ -81,7 +81,7 @@ class IterableStream:
         self.null_keys: Counter[str] = Counter()
 
     def chunks(self, state: Cursor | None = None) -> Iterator[Chunk]:
-        """Yields the chunks after `state`."""
+        """Yields the chunks after the cursor `state`."""
         data, number = self._make(), 0
         if state is not None:
             data.load_state_dict(state["state"])
@@ -297,7 +297,7 @@ def _frame_rows(frame: Any, source: str, null_keys: Counter[str]) -> Iterator[Ro
 
 
 def _to_integers(values: list[Any]) -> list[Any]:
-    """Returns a column with integers restored that pandas made floats because of nulls."""
+    """Returns a column with integers where pandas made them floats because of nulls."""
     nulls: set[str] = set()
     others: set[str] = set()
 

@@ -224,7 +224,7 @@ _raw_decode = json.JSONDecoder().raw_decode
 
 
 def as_row(value: Any) -> Any:
-    """Returns a pair [text, dict], as of spaCy, as the dict plus a key `text`; else `value`."""
+    """Returns the dict of a [text, dict] pair (of spaCy) with the text added; else `value`."""
     if type(value) is list and len(value) == 2:
         text, columns = value
         if type(text) is str and type(columns) is dict and "text" not in columns:

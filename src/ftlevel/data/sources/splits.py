@@ -66,7 +66,7 @@ REMOTE_ROWS = 1_000
 class DatasetSplits:
     """The tables of a dataset; `test` is not used in training, and `notes` are printed.
 
-    `corpus` has the documents that validation queries search; None: those of the rows.
+    `corpus` has the documents that validation queries search; None: those of the validation rows.
     """
 
     train: Table
@@ -292,7 +292,7 @@ def hold_out(splits: DatasetSplits, validation_split: float, seed: int) -> Datas
 def _assemble(
     tables: Mapping[str, Table], train: str, name: str, notes: Sequence[str]
 ) -> DatasetSplits:
-    """Returns the tables as splits: `train` is trained on, with a note if that is not "train"."""
+    """Returns the tables as splits; `train` names the training split, noted if not "train"."""
     messages = [f"{name}: trains on split {train!r} of {join_names(tables)}"] * (train != "train")
     eval_split = next((key for key in VALIDATION_NAMES if key in tables and key != train), "")
     test = None if train == "test" else tables.get("test")

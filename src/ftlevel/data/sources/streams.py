@@ -77,8 +77,8 @@ def media_of_name(column: str) -> str | None:
 def refuse_media_columns(column_names: Sequence[str], rows: Sequence[Row], source: str) -> None:
     """Raise `InputError` for unused columns that hold images, audio or video.
 
-    This is so if all of the first values are media (file names, URLs or content), or if the column
-    is named like media and one of its values may be media.
+    A column holds media if all of its first values are media (file names, URLs or content), or if
+    it is named like media and one of its values may be media.
     """
     media = []
     for column in column_names:
@@ -136,7 +136,7 @@ def _may_be_media(value: Any) -> bool:
 
 
 def check_is_file(path: Path, data_files: Callable[[Path], list[str]]) -> None:
-    """Raise `InputError` unless `path` is a file; list `data_files` of a directory."""
+    """Raise `InputError` unless `path` is a file; the message lists a directory's `data_files`."""
     if path.is_dir():
         names = data_files(path)
         listing = f"Files in it: {join_names(names)}." if names else "It holds no data file."
@@ -203,7 +203,7 @@ class Stream(Protocol):
         """Number of keys with value null that were dropped so far, by path."""
 
     def chunks(self, state: Cursor | None = None) -> Iterator[Chunk]:
-        """Yields the chunks after `state`; None starts at the beginning."""
+        """Yields the chunks after the cursor `state`; None starts at the beginning."""
 
 
 class Reader(ABC):
@@ -234,10 +234,10 @@ class Reader(ABC):
 
     @abstractmethod
     def read(self, state: Cursor | None) -> Iterator[Chunk]:
-        """Yields the chunks after `state`; None starts at the beginning."""
+        """Yields the chunks after the cursor `state`; None starts at the beginning."""
 
     def chunks(self, state: Cursor | None = None) -> Iterator[Chunk]:
-        """Yields the chunks after `state`; raises `InputError` if the file is corrupted."""
+        """Yields the chunks after cursor `state`; raises `InputError` if the file is corrupted."""
         with wrap_read_errors(self.path, self.shown):
             yield from self.read(state)
 
@@ -253,7 +253,7 @@ class Reader(ABC):
         return Chunk(rows, lines, errors, self.shown, self.unit, state, self.text_cells)
 
     def collect(self) -> tuple[Table, list[BadRow]]:
-        """Returns all rows as a table, and the rows that are invalid or unlike most rows."""
+        """Returns all rows as a table, and a `BadRow` for each invalid or inconsistent row."""
         rows: list[Row] = []
         lines: list[int] = []
         errors: list[BadRow] = []
@@ -305,7 +305,7 @@ def describe_null_keys(null_keys: Counter[str], source: str) -> list[str]:
 
 
 class ChainedStream:
-    """Several streams read one after the other."""
+    """Several streams, read one after the other."""
 
     def __init__(self, streams: Iterable[Stream]) -> None:
         self._streams = list(streams)
@@ -316,7 +316,7 @@ class ChainedStream:
         return sum((stream.null_keys for stream in self._streams), Counter())
 
     def chunks(self, state: Cursor | None = None) -> Iterator[Chunk]:
-        """Yields the chunks after `state`."""
+        """Yields the chunks after the cursor `state`."""
         first, inner = (state["stream"], state["cursor"]) if state else (0, None)
         for number, stream in enumerate(self._streams[first:], first):
             for result in stream.chunks(inner):

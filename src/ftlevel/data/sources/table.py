@@ -51,7 +51,7 @@ class Table:
         lines: 1-based first line of each row, or its row number, as `unit` says.
         dropped: invalid rows removed by `on_bad_row="skip"`, in order of line.
         label_names: class names by column, where the source declares them.
-        parts: the tables it was joined from, by increasing base.
+        parts: the tables that were joined into this one, by increasing base.
         text_cells: whether cells are text only, as in CSV; lists and objects are then JSON text.
         ignored: columns excluded by the user; rows may still contain them.
     """
@@ -310,13 +310,13 @@ class RowShapeCounter:
         return RowSchema(next(iter(groups), ((), ()))[0], examples, num_rows)
 
     def get_inconsistent(self, rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
-        """Returns the counted rows whose keys or types differ from most rows."""
+        """Returns a `BadRow` for each counted row that differs from most in keys or types."""
         schema = self.get_schema(lines)
         return [] if all(map(schema.has, self._groups)) else schema.get_inconsistent(rows, lines)
 
 
 def get_inconsistent_rows(rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
-    """Returns the rows whose keys or types differ from those of most rows."""
+    """Returns a `BadRow` for each row whose keys or types differ from those of most rows."""
     return _count_shapes(rows).get_inconsistent(rows, lines)
 
 
@@ -357,7 +357,7 @@ class RowSchema:
         return name is not None and key in self.types and name != self.types[key][0]
 
     def get_inconsistent(self, rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
-        """Returns the rows whose keys or types differ from the schema, once per wrong type."""
+        """Returns a `BadRow` for each row with other keys than the schema, and per wrong type."""
         errors = []
         for row, line in zip(rows, lines, strict=True):
             if row.keys() != set(self.column_names):

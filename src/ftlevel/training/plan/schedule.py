@@ -14,7 +14,7 @@ from ftlevel.config.trainer import LEARNING_RATE_ADVICE, PLATEAU, TrainerConfig
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import LengthBounds
 from ftlevel.data.prepare.encoder import PreparedData
-from ftlevel.data.prepare.streaming import count_places
+from ftlevel.data.prepare.streaming import count_padded_rows
 from ftlevel.errors import ConfigError, did_you_mean, join_names
 from ftlevel.methods import METHODS
 from ftlevel.methods.rates import RateInputs, get_head_rate
@@ -40,7 +40,7 @@ def rows_per_epoch(train: TrainerConfig, steps_per_rollout: int, data: PreparedD
     """
     step, num_rows = train.rows_per_step, len(data.train)
     if data.sets:
-        return count_places(data.sets, step)
+        return count_padded_rows(data.sets, step)
     if steps_per_rollout == 1:
         return num_rows
     return math.ceil(num_rows / step) * step * steps_per_rollout  # the last step is filled

@@ -164,8 +164,8 @@ def drop_null_keys(
 ) -> list[Row]:
     """Remove keys with value null that Arrow added to `rows` (modified), and return `rows`.
 
-    They are counted by path in `null_keys` (modified). `schema` may be None. With `decode`, columns
-    of the JSON type are text and are parsed.
+    The keys are counted by path in `null_keys` (modified). `schema` may be None. With `decode`,
+    columns of the JSON type are text and are parsed.
     """
     types = {} if schema is None else {field.name: field.type for field in schema}
     cleaner = _Cleaner(null_keys, decode)

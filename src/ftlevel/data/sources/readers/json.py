@@ -180,7 +180,7 @@ class OneObject:
 
 
 def open_object(text: str) -> OneObject | None:
-    """Returns how to read a text that starts with an object; None if it is JSON Lines."""
+    """Parse a text that starts with an object as one object with rows; None if it is JSON Lines."""
     start = len(text) - len(text.lstrip())
     try:
         value, end = DECODER.raw_decode(text, start)
@@ -209,7 +209,7 @@ def _is_rows(value: object) -> bool:
 
 
 def _parse_pandas(value: Mapping[str, Any], *, is_json_lines: bool) -> OneObject | None:
-    """Returns the rows if `value` is an object of columns, as pandas writes it; else None."""
+    """Returns the rows of an object of columns, as pandas writes it; None for other objects."""
     note = "a column a key, as pandas writes them; a row is what has one place in all"
     series = list(value.values())
     if {"columns", "data"} <= value.keys() and isinstance(value["data"], list):
@@ -319,7 +319,7 @@ class JsonReader(Reader):
 
 @dataclass
 class Elements:
-    """Elements of a JSON array; if `numbered`, `lines` and `errors` count elements, not lines."""
+    """Rows of JSON with their lines, and bad rows; if `numbered`, element numbers, not lines."""
 
     rows: list[Row] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
@@ -327,7 +327,7 @@ class Elements:
     numbered: bool = False
 
     def add(self, position: int, row: Any, fault: str) -> None:
-        """Add a row, or its `fault` if that is not ""."""
+        """Add `row`, or a `BadRow` with the message `fault` if that is not ""."""
         if fault:
             self.errors.append(BadRow(position, fault))
         else:

@@ -318,7 +318,7 @@ def format_value(value: Any, number_format: str) -> str:
 
 
 def _format_date(value: date | time, number_format: str) -> str:
-    """Returns a date in the cell's format; ISO unless it has only days, months and years."""
+    """Returns a date in the cell's format; ISO 8601 if that has more than day, month and year."""
     parts = _DATE_PART.findall(number_format)
     codes = [_CODES.get(part.lower(), part) for part in parts]
     is_simple = "".join(parts) == number_format != "mm-dd-yy" and isinstance(value, date)

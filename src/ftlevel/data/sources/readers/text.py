@@ -38,7 +38,7 @@ class TextLines:
         self._block: list[bytes] = []
 
     def cursor(self, line: int) -> Cursor:
-        """Returns the arguments of a `TextLines` that resumes after `line`, the last line read."""
+        """Returns the arguments `at` and `line` of a `TextLines` that continues after `line`."""
         size = sum(map(len, self._block[: line - self._line]))
         return {"at": self._at + size, "line": line}
 
@@ -195,7 +195,7 @@ class _BlockReader(Reader):
 
     @abstractmethod
     def parse(self, first: int, lines: list[str]) -> list[tuple[int, Row] | BadRow]:
-        """Parse the rows of a block, each with its line; the block begins at line `first`."""
+        """Returns (line, row) or a `BadRow` for each row of a block that begins at line `first`."""
 
     def read(self, state: Cursor | None) -> Iterator[Chunk]:
         at = state or {"at": 0, "line": 0}
