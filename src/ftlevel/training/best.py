@@ -38,7 +38,7 @@ _LOWER_IS_BETTER = ("loss", "perplexity", "rmse", "mse", "mae", "error")
 
 
 def is_greater_better(train: TrainerConfig, metric: str) -> bool:
-    """Returns whether a higher value of `metric` is better, unless `train` says so itself."""
+    """Returns whether higher values of `metric` are better: as set in `train`, else by its name."""
     greater = train.greater_is_better
     return greater if greater is not None else not metric.endswith(_LOWER_IS_BETTER)
 
@@ -87,7 +87,7 @@ def resolve_best_model(
     steps: int,
     steps_per_epoch: int,
 ) -> BestModel | None:
-    """Returns how the best model is selected; None without validation rows, or if not needed."""
+    """Returns how to select the best model; None without validation rows or if no option does."""
     _check_eval_data(train, num_eval_samples)
     load_best, save_best = train.load_best_model_at_end, train.save_strategy == "best"
     metric, reason = _select_metric(train, task, objective)
@@ -246,7 +246,7 @@ class Evaluations:
 
 @dataclass(frozen=True, kw_only=True)
 class SelectedModel:
-    """The model of optimizer step `step`, which a run keeps, and what selected it."""
+    """The model that a run keeps, that of optimizer step `step`, and the evaluations behind it."""
 
     evaluations: Evaluations
     best: EvalResult
@@ -326,7 +326,7 @@ class BestModelCallback(TrainerCallback):
         """Restore the evaluations up to the checkpoint of `step` from the log records `past`.
 
         Best models of later steps are deleted. A run that had stopped early will stop again, unless
-        `has_new_length`: its number of steps has changed.
+        `has_new_length`, which means that the run's number of steps was changed.
         """
         if self._is_first:
             delete_best_after(self.checkpoint_dir, step)
@@ -386,7 +386,7 @@ class BestModelCallback(TrainerCallback):
             state.save_state(path)
 
     def finish(self, model: Any, step: int, max_steps: int) -> SelectedModel | None:
-        """Load the best weights into `model` (modified), if set; None if no metric was a number."""
+        """Load the best weights into `model` if set; returns what is kept, None if all are NaN."""
         history, selected = self.evaluations, step
         if history.best is None or history.last is None:
             return None
@@ -421,7 +421,7 @@ class PredictionRecorder(TrainerCallback):
         self._records: dict[int, ExampleRecord] = {}
 
     def begin(self) -> ExampleRecord:
-        """Returns an empty record, to be filled with per-row results by the next evaluation."""
+        """Returns a new record, which the next evaluation fills with its results per row."""
         self._current = ExampleRecord(self._objective)
         return self._current
 
@@ -441,7 +441,7 @@ class PredictionRecorder(TrainerCallback):
         self._records = {step: record for step, record in self._records.items() if step in steps}
 
     def complete(self, evaluator: Any, model: Any, step: int) -> None:
-        """Evaluate `model`, that of `step`, if its results were lost because the run resumed."""
+        """Evaluate `model` if results per row for its optimizer step `step` were lost on resume."""
         if step not in self._records and getattr(evaluator, "begin_record", None) == self.begin:
             evaluator(model)
             if self._current is not None:

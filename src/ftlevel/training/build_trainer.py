@@ -336,7 +336,7 @@ def restore_progress(
     resume_state: ResumeState,
     processes: Processes,
 ) -> None:
-    """On resume, restore the log, memory reductions and best model as of the checkpoint."""
+    """On resume, restore the log, best model, and settings reduced after out-of-memory errors."""
     if resume_state.checkpoint is None:
         return
     step = step_of(resume_state.checkpoint)

@@ -76,8 +76,8 @@ def save(
     """Save the adapter or full model, its tokenizer and card, atomically.
 
     Training-only modules of `model` (modified) are removed. `base` describes the base model.
-    `start` is a temporary directory with the files of the preference reference, or None. `weights`
-    is the gathered state dict of a sharded full model.
+    `start` is a temporary directory with files of the reference model of preference training, or
+    None. `weights` is the gathered state dict of a sharded full model.
     """
     module, partial = model.model, output_dir.adapter.with_name(".adapter.partial")
     finalize_method(module, run.config.method)
@@ -104,9 +104,9 @@ def save_tokenizer_and_card(
     start: Any = None,
     final_dir: Path | None = None,
 ) -> None:
-    """Save tokenizer, card and reference files next to the weights in `save_dir`.
+    """Save tokenizer, card and files of the reference model next to the weights in `save_dir`.
 
-    `start` is a temporary directory with the reference files, or None. A local base path is stored
+    `start` is a temporary directory with the latter files, or None. A local base path is stored
     relative to `final_dir`, to which `save_dir` is moved later.
     """
     if start is not None:
@@ -144,9 +144,9 @@ def _is_mergeable(run: Run, output_dir: RunDirectory) -> bool:
 def get_predictions(
     run: Run, evaluator: Evaluator | None, recorder: PredictionRecorder, step: int
 ) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
-    """Returns predictions per validation row at `step`, and metric → 95 % interval; may be empty.
+    """Returns the predictions at `step`, one per validation row, and metric → 95 % interval.
 
-    Metrics of generated text get intervals only from `ftlevel evaluate`.
+    Both are empty if they were not recorded. Metrics of generated text get no interval here.
     """
     record = recorder.of(step)
     if record is None or evaluator is None:

@@ -174,8 +174,8 @@ class GradientMonitor(TrainerCallback):
 
     Attributes:
         checked: number of trainable tensors with a gradient.
-        idle: names of tensors whose gradient is still zero after the first weight update. LoRA's A
-            has a zero gradient before it, because B is zero.
+        idle: names of tensors whose gradient is zero both before and after the first weight update.
+            (Before it, LoRA's A always has a zero gradient, because B is zero.)
         skipped: number of steps skipped by the gradient scaler.
     """
 

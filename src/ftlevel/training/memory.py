@@ -72,9 +72,10 @@ class Activations:
 
 
 def set_checkpointing(model: Any, run: Run) -> list[Choice]:
-    """Use gradient checkpointing for blocks of `model` (modified): all, or as memory requires.
+    """Enable gradient checkpointing in all blocks of `model` (modified), or only where needed.
 
-    Call after method and fast step are applied. Returns log lines; none if no block is recomputed.
+    If automatic, it is enabled in the first blocks, as many as memory requires. Call after method
+    and fast step are applied. Returns log lines; none if no block is recomputed.
     """
     train, base = run.config.train, base_model(model)
     if train.recomputes:
@@ -122,7 +123,7 @@ def checkpoint_first(blocks: Sequence[nn.Module], num_blocks: int) -> None:
 
 
 def without_graph(tensor: Tensor) -> Tensor:
-    """Returns `tensor` detached: an output saved by its own autograd graph is never freed."""
+    """Returns `tensor` without its graph: a graph that saves its own output is never freed."""
     return tensor if tensor.grad_fn is None else tensor.detach()
 
 
@@ -222,8 +223,8 @@ class StepReducer:
     """Reduces the memory of a trainer's steps after one ran out of memory.
 
     Attributes:
-        done: one record per reduction: the step (0 before the first), and the new tokens per
-            micro-batch or `gradient_checkpointing`.
+        done: one record per reduction: `step` (0 before the first), and the new
+            `tokens_per_micro_batch` or `gradient_checkpointing`.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -238,7 +239,7 @@ class StepReducer:
         return _can_split(inputs) or self._can_checkpoint()
 
     def reduce(self, model: Any, rows: Sequence[Encoded], inputs: Mapping[str, Any]) -> Any:
-        """Clear gradients; returns the failed step's `rows` collated into smaller micro-batches."""
+        """Halve micro-batches, else enable checkpointing; returns `rows` collated for a retry."""
         model.zero_grad()
         gc.collect()
         if torch.cuda.is_available():
@@ -273,10 +274,10 @@ class StepReducer:
             self.done.append(dict(note))
 
     def check_memory(self, rows: Sequence[Encoded], dtype: str) -> None:
-        """Run forward and backward of the longest rows, to detect lack of memory before training.
+        """Run forward and backward of the longest rows before training; `reduce` until they fit.
 
-        Steps are reduced until these rows fit; if they cannot, the out-of-memory error is raised.
-        Random state and token counts are restored, and gradients cleared.
+        If nothing is left to reduce, the out-of-memory error is raised. Random state and token
+        counts are restored, and gradients cleared.
         """
         trainer = self._trainer
         if trainer.args.world_size > 1 or trainer.fast is None:

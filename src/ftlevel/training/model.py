@@ -197,7 +197,7 @@ def trainable_parameters(model: Any) -> list[torch.nn.Parameter]:
 def gather(model: Any, keep: bool) -> Iterator[tuple[str, Tensor]]:
     """Yields the name and full CPU value of every tensor of the sharded `model`.
 
-    All processes must iterate over it together; without `keep`, it yields nothing.
+    All processes must iterate together; those with `keep` False gather too, but get nothing.
     """
     seen: dict[int, Tensor] = {}  # preserves tied tensors
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -342,7 +342,7 @@ class PreparedModel:
 
     Attributes:
         model: the base with the method applied.
-        start: initial adapter state that `save_adapter` needs after training.
+        start: name → initial adapter tensor that `save_adapter` needs after training; may be empty.
         fast: the applied fast step, if any.
         digests: hashes of the base's tensors at load time, by their names in the base.
     """
@@ -383,7 +383,7 @@ def apply_run_method(base: Any, run: Run) -> Any:
 
 
 def initialize_adapter(model: Any, run: Run) -> None:
-    """Initialize the method of `model` (modified), or load the adapter to continue from."""
+    """Initialize the adapter of `model` (modified), or load the weights of `--adapter` into it."""
     if run.adapter is None:
         initialize_method(model, run)
     else:
@@ -421,9 +421,9 @@ def load_sharded(run: Run, listener: Listener) -> Any:
 
 
 def find_computed_tensor(model: Any, slices: LazyWeights) -> str:
-    """Returns the name of a tensor that was computed from weights not read yet; "" if none was.
+    """Load weights that the method of `model` (modified) copies; returns a tensor that is wrong.
 
-    Before, reads those weights of `model` (modified) of which the method trains a copy.
+    This is the name of a tensor computed from weights that are not loaded yet; "" for none.
     """
     if not hasattr(model, "peft_config"):
         return ""
@@ -432,7 +432,7 @@ def find_computed_tensor(model: Any, slices: LazyWeights) -> str:
 
 
 def get_full_load_reason(run: Run) -> str:
-    """Returns why every process must read all base weights; empty if a shard is enough."""
+    """Returns why each process must read all base weights, not only its shard; else empty."""
     model_info, initialization = run.model, METHODS[run.config.method.kind].initialization
     if get_quantization_config(model_info.config) is not None:
         return "it is stored quantized, and its scales go with whole weights"
@@ -450,16 +450,16 @@ def get_full_load_reason(run: Run) -> str:
 
 
 def with_host_device(model_info: PlannedModel, slices: LazyWeights | None) -> PlannedModel:
-    """Returns `model_info` with the CPU as device, so that weights are loaded into host memory.
+    """Returns `model_info` with device CPU, so that weights are loaded into host memory.
 
-    It is unchanged if whole weights must be quantized on the device (`slices` is None).
+    Returns it unchanged if `slices` is None and the weights are quantized, on the device.
     """
     on_device = model_info.quant.kind != "none" and slices is None
     return model_info if on_device else replace(model_info, device="cpu")
 
 
 def load_base(run: Run, slices: LazyWeights | None = None) -> Any:
-    """Load the base model for training; new heads are initialized from the seed.
+    """Load the base model for training; new heads are initialized with the run's seed.
 
     With `slices` (modified), weights are only registered there, to be read after sharding.
     """
@@ -483,7 +483,7 @@ def load_base(run: Run, slices: LazyWeights | None = None) -> Any:
 
 
 def initialize_method(model: Any, run: Run) -> None:
-    """Run the method's initialization, which may use data and weights, on `model` (modified)."""
+    """Initialize the adapter of `model` (modified) as its method does, such as EVA from data."""
     size, seed = run.config.train.per_device_train_batch_size, run.config.train.seed
     pad_id, device = run.model.pad_id, run.model.device
     inputs = InitializationInputs(

@@ -52,7 +52,7 @@ class FileDigests:
         self._thread: threading.Thread | None = None
 
     def keep(self, checkpoints: Path) -> None:
-        """Hash the files in the background and write the digests into `checkpoints`, if absent."""
+        """Write the files' digests into `checkpoints`, in the background, if not there yet."""
         if not self._files or (checkpoints / self.file_name).exists():
             return
 
@@ -244,7 +244,7 @@ def get_all_values(run: Run, origin: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_origin(output_dir: RunDirectory, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """Load the stored origin; a field that it lacks is filled in if `origin` has the default."""
+    """Load the stored origin; fields added since then are filled in if default in `origin`."""
     before = load_origin_file(output_dir)
     if "threads" in origin:  # absent in runs of older versions
         before.setdefault("threads", origin["threads"])

@@ -104,7 +104,7 @@ class Processes:
         return result
 
     def in_all(self, make: Callable[[], T]) -> T:
-        """Call `make` in every process; returns this process's result. If one fails, all raise."""
+        """Call `make` in every process; returns this process's result, or raises if any fails."""
         if self.count == 1:
             return make()
         result, local_error, report = None, None, None
@@ -184,7 +184,7 @@ def started_processes() -> Processes:
 def resolve_processes(
     train: TrainerConfig, processes: Processes, is_dry_run: bool
 ) -> TrainerConfig:
-    """Returns `train` with the number of started processes; ConfigError if another is configured.
+    """Returns `train` with `num_processes` set; ConfigError unless as many were started.
 
     A dry run in one process keeps the configured number.
     """
@@ -309,7 +309,7 @@ class WatchProcesses(TrainerCallback):
             known_ranks = set(missing)
 
     def _get_missing(self, now: float) -> Iterator[tuple[int, str]]:
-        """Yields (rank, message) for each rank that, at time `now`, delays the other ranks."""
+        """Yields (rank, message) for each rank that, at time `now`, is silent or behind."""
         mine = self._step
         is_isolated = (
             self._world.rank > 0 and now - self._last_contact > HEARTBEAT_TIMEOUT

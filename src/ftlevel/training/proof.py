@@ -47,8 +47,10 @@ class Proof:
     """Result of comparing saved and trained model; differences are max |logit difference|.
 
     Attributes:
-        idle_tensors: number of tensors with a zero gradient in the first two steps.
+        gradient_tensors: number of trainable tensors with a gradient.
+        idle_tensors: number of those whose gradient was zero before and after the first update.
         frozen_tensors: number of frozen tensors; all are bit for bit as loaded.
+        reload_difference: difference between the logits of the saved and of the trained model.
         adapter_effect: difference between the logits before and after training.
         skipped_steps: steps skipped because float16 overflowed.
     """
@@ -64,7 +66,7 @@ class Proof:
 
 @dataclass(frozen=True)
 class BaseState:
-    """The base as first loaded: digests of its tensors by name, and a function to load it again."""
+    """The base as first loaded: tensor name → hash, and a function that loads the base again."""
 
     digests: Mapping[str, TensorHash]
     load: Callable[[], Any]
@@ -79,8 +81,8 @@ def verify_run(
 ) -> Proof:
     """Compare the files saved in `output_dir` with the trained model.
 
-    Raises RunError if they differ, or if training changed nothing; `why_no_effect` is the cause in
-    this case, if known.
+    Raises RunError if they differ, or if training changed nothing; `why_no_effect`, a known cause
+    of the latter, is added to the message.
     """
     inputs = create_check_inputs(run)
     result = check_saved(
@@ -121,8 +123,7 @@ def collate_check_batch(
 ) -> dict[str, Tensor]:
     """Returns a batch of rows of medium length, on which logits are compared.
 
-    For token objectives, rows are truncated so that the batch has at most `MAX_TEST_LOGITS` logits:
-    `vocab_size` per position.
+    For token objectives, rows are truncated so that there are at most `MAX_TEST_LOGITS` logits.
     """
     sequences = (sequence for row in rows for sequence in row.sequences)
     ordered = sorted(sequences, key=lambda sequence: len(sequence.input_ids))
@@ -172,7 +173,7 @@ def check_saved(
     is_base_modified: bool = False,
     why_no_effect: str = "",
 ) -> CheckResult:
-    """Load the files at `path` onto the base and compare the result with `trained`, left unchanged.
+    """Load the files at `path` onto the base and compare the logits with those of `trained`.
 
     `is_base_modified` means that the method's initialization changed the base weights. Raises
     RunError if frozen weights or the reloaded logits differ, or training changed nothing.
@@ -199,9 +200,9 @@ def bound_of(logits: Tensor, inputs: CheckInputs) -> float:
 def check_logits(
     path: Path, max_diff: float, effect: float, bound: float, why_no_effect: str = ""
 ) -> None:
-    """Raise RunError if `max_diff` exceeds `bound`, or if `effect` is zero.
+    """Raise RunError if `max_diff` exceeds `bound` or is NaN, or if `effect` is zero.
 
-    Logit differences: `max_diff` of saved and trained, `effect` of trained and initial model.
+    `max_diff` is the logit difference of saved and trained, `effect` of trained and initial model.
     """
     if not max_diff <= bound:  # also NaN
         raise RunError(
@@ -223,7 +224,7 @@ _ADAPTER_NAME = "saved"
 
 
 def _compute_on_same_base(trained: Any, path: Path, inputs: CheckInputs) -> LogitsPair | None:
-    """Returns logits without and with the saved adapter; None if PEFT cannot load a second one."""
+    """Returns logits of `trained` without adapter and with the saved one; None if unsupported."""
     name, flags = trained.active_adapter, [p.requires_grad for p in trained.parameters()]
     with trained.disable_adapter():
         before = inputs.logits(trained)
@@ -277,7 +278,7 @@ def _offload_model(model: Any, device: str) -> Iterator[None]:
 def compare_frozen(
     trained: Any, expected: Mapping[str, TensorHash], *, is_base_modified: bool = False
 ) -> int:
-    """Raise RunError unless frozen tensors have their `expected` hashes; returns their number."""
+    """Raise RunError if frozen tensors differ from the `expected` hashes; returns their number."""
     frozen = [(base_name(name), p) for name, p in trained.named_parameters() if not p.requires_grad]
     base_tensors = [(name, tensor) for name, tensor in frozen if name in expected]
     digests = hash_tensors(base_tensors)
@@ -299,7 +300,7 @@ def compare_frozen(
 
 
 def _is_only_cast(tensor: Tensor, expected: TensorHash) -> bool:
-    """Returns whether `tensor` was only cast to another dtype, as Switch does with its routers."""
+    """Returns whether `tensor` differs from `expected` by dtype only (Switch casts its routers)."""
     if tensor.dtype == expected.dtype or not tensor.is_floating_point():
         return False
     tensor = local_shard(tensor.detach())

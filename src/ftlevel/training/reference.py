@@ -53,8 +53,8 @@ def load_or_compute(
 ) -> tuple[np.ndarray, bool]:
     """Returns the (rows, 2) float32 array that `fill` computes, and whether it came from the cache.
 
-    `start` identifies the reference model in the cache key. A partly filled file is completed. A
-    file lock ensures that one process computes at a time.
+    `start` identifies the reference model in the cache key. `fill` writes the missing values into
+    an array of this shape. A file lock ensures that one process computes at a time.
     """
     path = cache_path(data, "reference", start, rows)
     array, was_cached = open_or_compute(path, (len(rows), 2), np.dtype(np.float32), fill)
@@ -66,8 +66,9 @@ def open_or_compute(
 ) -> tuple[np.ndarray, bool]:
     """Returns the array stored at `path`, completed by `fill`, and whether the file was complete.
 
-    Missing values are NaN. In a structured dtype, the first value of the first field marks an item
-    as filled, so `fill` must write it last. If `path` is None, the array is in memory.
+    `fill` replaces the missing values, which are NaN, in the array. In a structured dtype, the
+    first field marks an item as filled, so `fill` must write it last. If `path` is None, the array
+    is in memory.
     """
     from filelock import FileLock
 
@@ -86,7 +87,7 @@ def open_or_compute(
 
 
 def get_nan_values(array: np.ndarray) -> np.ndarray:
-    """Returns a view of the values that are NaN until filled: those of the first field, if any."""
+    """Returns a view of the values that are NaN until filled: in the first field, if any."""
     names = array.dtype.names
     result: np.ndarray = array[names[0]] if names else array
     return result
@@ -125,7 +126,7 @@ def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
 
 
 def get_initial_key(run: Run, prepared: PreparedModel) -> str:
-    """Returns a JSON string of all that the initial model's log-probabilities depend on."""
+    """Returns a JSON string of all that determines the initial model's log-probabilities."""
     model, fast = run.model, prepared.fast.plan if prepared.fast is not None else run.fast
     path = model.source.path
     hasher = hashlib.sha256()
@@ -163,10 +164,10 @@ CHUNK_SIZE = 64
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference model whose log-probabilities are in the rows.
+    """Facts on the reference model of a run, whose log-probabilities are in the run's rows.
 
     Attributes:
-        info: its entry in summary.json.
+        info: entry in summary.json.
         start: temporary directory of files to save: the initial adapter, or model.json, which
             names a `--reference` model. None if the base is the reference.
     """
@@ -201,8 +202,8 @@ def add_reference_logps(
 ) -> tuple[Run, dict[str, Any]]:
     """Returns `run` with reference log-probabilities in its rows, and their entry in summary.json.
 
-    `name` and `key` name the reference model for the user and in the cache. `load`, called only if
-    values are missing, returns a run to compute outputs with, and the reference model.
+    `name` and `key` identify the reference model for the user and in the cache. `load`, called only
+    if values are missing, returns the model and a run with settings for it.
     """
     task: Any = run.task
     train, cached = load_or_compute(
@@ -231,7 +232,7 @@ FIRST_LOSS = 1e-6
 def check_first_loss(
     reference: Reference, run: Run, records: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns the reference's entry in summary.json, and a note if the first loss is unexpected."""
+    """Returns the entry in summary.json, and a list: a note if the first loss is unexpected."""
     expected, info = run.objective.first_loss, dict(reference.info)
     first = next((r["loss"] for r in records if r["step"] == 1 and "loss" in r), None)
     if expected is None or first is None:
@@ -287,7 +288,7 @@ def _fill(run: Run, model: PreparedModel, array: np.ndarray) -> None:
 
 
 def _compute_logps(run: Run, model: PreparedModel, rows: Sequence[Encoded]) -> np.ndarray:
-    """Returns (rows, 2) log-probabilities: of both answers, or of KTO's and a mismatched answer."""
+    """Returns (rows, 2) log-probabilities of both answers; for KTO, of own and mismatched one."""
     values = np.full((len(rows), 2), np.nan, dtype=np.float32)
     contrasts = [other for row in rows for other in row.contrasts]
     for column, sequences in ((0, rows), (1, contrasts)):
@@ -350,7 +351,7 @@ def precompute_reference(run: Run, listener: Listener) -> tuple[Run, Reference |
 
 
 def get_model_key(model: ReferenceModel, run: Run) -> dict[str, object]:
-    """Returns all that the outputs of `model` for a row depend on, for use in a cache key."""
+    """Returns name → value of all that determines the outputs of `model`, for a cache key."""
     fast = run.fast
     return {
         "model": model.fingerprint,
@@ -365,7 +366,7 @@ def get_model_key(model: ReferenceModel, run: Run) -> dict[str, object]:
 def load_auxiliary_model(
     reference: ReferenceModel, run: Run, listener: Listener
 ) -> Iterator[tuple[Run, PreparedModel]]:
-    """Load `reference` in a `with` block; yields a run to compute outputs with, and the model."""
+    """Load `reference` in a `with` block; yields `run` with settings for it, and the model."""
     trained = reference.ref.load(run.model.device, run.model.dtype)
     forward = plan_forward(
         trained.model, trained.kind, trained.ref.card.method, run.objective, run.fast.tokens

@@ -57,7 +57,7 @@ BASE_DIR = "base"
 
 
 def store_base(run: Run, output_dir: RunDirectory, *, is_first: bool) -> tuple[Run, dict[str, Any]]:
-    """Move a base passed as an object into the run directory; returns run and facts on the base."""
+    """Move a base passed as an object into `output_dir`; returns the run and `get_base_info`."""
     if run.written_base is not None:
         path = output_dir.path.resolve() / BASE_DIR
         if is_first and not path.exists():
@@ -73,7 +73,7 @@ def store_base(run: Run, output_dir: RunDirectory, *, is_first: bool) -> tuple[R
 
 
 def get_base_info(run: Run) -> dict[str, Any]:
-    """Returns name, kind, revision, fingerprint of the base; and digest if it came as an object."""
+    """Returns the base's name, kind, revision, fingerprint; and digest if passed as an object."""
     info, path = get_base_values(run.model.source), run.model.source.path
     if run.written_base is None or path is None:
         return info
@@ -198,7 +198,7 @@ class ResumeState:
     origin: Mapping[str, Any] = field(default_factory=dict)
 
     def missed_evaluation(self, strategy: str, schedule: Schedule) -> bool:
-        """Returns whether an evaluation, due at the end of an epoch or run, is missing."""
+        """Returns whether the evaluation due at the checkpoint's epoch or run end is missing."""
         if self.checkpoint is None or strategy != "epoch":
             return False
         step = step_of(self.checkpoint)

@@ -35,7 +35,7 @@ _WRITER_ERRORS = ("inline_container", "PytorchStreamWriter", "iostream error", "
 def check_disk_space(run_path: Path | None, train: TrainerConfig, model: Any, steps: int) -> None:
     """Raise ConfigError if the disk cannot hold the run's checkpoints (`save_total_limit` + 1).
 
-    Files already in `run_path` count as free space: they are replaced or among these checkpoints.
+    Files already in `run_path` count as free space, as they are replaced or kept checkpoints.
     """
     one, count = checkpoint_bytes(model, train.optim), max_num_checkpoints(train, steps)
     output_dir = run_path or Path("runs")
@@ -76,7 +76,7 @@ def checkpoint_bytes(model: Any, optim: str) -> int:
 
 
 def max_num_checkpoints(train: TrainerConfig, steps: int) -> int:
-    """Returns how many checkpoints of a run of `steps` steps exist at once, one being written."""
+    """Returns how many checkpoints exist at once in a run of `steps` steps, with a partial one."""
     if train.save_strategy == "no":
         return 0
     if train.save_strategy == "epoch":
@@ -134,12 +134,13 @@ def _checkpoint_message(output_dir: RunDirectory) -> str:
 
 
 class WriteManifest(TrainerCallback):
-    """Callback that writes each checkpoint's manifest, then deletes old ones and overwritten runs.
+    """Callback that writes each checkpoint's manifest, then deletes old checkpoints.
+
+    It also deletes a run that this one overwrites.
 
     Args:
         keep: number of checkpoints to keep.
-        write_files: adds tokenizer and card, so that a checkpoint can be used like a run; None if
-            unsupported.
+        write_files: adds tokenizer and card to a checkpoint directory; None if unsupported.
         run_after_save: calls a function once the checkpoint is written in the background; None if
             checkpoints are written at once.
     """
@@ -196,9 +197,10 @@ extended."""
 
 
 class SaveByClock(TrainerCallback):
-    """Callback that saves `interval` minutes after the last checkpoint, then also at the last step.
+    """Callback that saves a checkpoint `interval` minutes after the previous one.
 
-    The first process's clock decides for all. With `last`, the last step is saved in any case.
+    The clock of the first process decides for all. The last step is saved if `last` is set, or if
+    the time was up before.
     """
 
     def __init__(self, interval: float, processes: Processes, *, last: bool = False) -> None:
@@ -254,7 +256,7 @@ class SaveStreamState(TrainerCallback):
 
 
 class SaveRollout(TrainerCallback):
-    """Callback that calls `save` with each checkpoint's directory, to store a rollout in use."""
+    """Callback that calls `save` with each checkpoint's directory, for rollouts of `--task rl`."""
 
     def __init__(self, save: Callable[[Path], None], checkpoint_dir: Path) -> None:
         self._save = save

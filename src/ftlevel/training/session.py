@@ -113,7 +113,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainInputs:
-    """Python objects passed to `train`, None if not; `callbacks` are called after ftlevel's own."""
+    """Python objects passed to `train`, each or None; `callbacks` run after ftlevel's own."""
 
     dataset: Any = None
     eval_dataset: Any = None
@@ -124,9 +124,10 @@ class TrainInputs:
 
 @dataclass(frozen=True)
 class BoundInputs:
-    """Result of `bind_inputs`: a configuration that names all passed objects, and printed lines.
+    """Result of `bind_inputs`: the configuration refers to all passed objects by name.
 
     `written_base` is the directory to which a passed model was written; None if it was not.
+    `choices` are lines to print.
     """
 
     config: TrainConfig
@@ -136,7 +137,7 @@ class BoundInputs:
 
 
 def bind_inputs(config: TrainConfig, inputs: TrainInputs, stack: ExitStack) -> BoundInputs:
-    """Name each object of `inputs` in `config`; a model is written to disk until `stack` closes."""
+    """Refer to each object of `inputs` in `config`; until `stack` closes, a model is on disk."""
     _check_callbacks(inputs.callbacks)
     rows = {"dataset": inputs.dataset, "validation_file": inputs.eval_dataset}
     names = {
@@ -202,7 +203,7 @@ def _check_callbacks(callbacks: Sequence[TrainerCallback]) -> None:
 
 @dataclass(frozen=True)
 class CommandLine:
-    """Recipe and start time of a run from the command line."""
+    """Start time of a run, and the recipe file named on its command line (None without one)."""
 
     recipe: Path | None
     start: StartTime
@@ -230,7 +231,7 @@ class TrainingJob:
 def resolve_job(
     inputs: BoundInputs, command: CommandLine, listener: Listener, *, dry_run: bool
 ) -> TrainingJob:
-    """Resolve a run in every process and show it; an error in one process is raised in all."""
+    """Resolve and show the run of `inputs`; an error in one process is raised in all."""
     processes = started_processes()
     train = resolve_processes(inputs.config.train, processes, is_dry_run=dry_run)
     inputs = replace(inputs, config=inputs.config.model_copy(update={"train": train}))
@@ -427,7 +428,7 @@ class TrainingSession:
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A run whose rows have the outputs of the auxiliary models, which are no longer in memory.
+    """A run whose rows have the outputs of reference, teacher and guide models.
 
     `reference` is None if the model to train is the reference itself, or if there is none.
     `initial_memory` is the bytes of the process before any model was loaded.

@@ -61,9 +61,9 @@ class ShardedTrainer(FtlevelTrainer):
     """Trainer that calls the model equally often in every process and averages gradients.
 
     Each forward and backward pass gathers parts of the base, so all processes take part. Those with
-    fewer micro-batches repeat some with zero loss. Gradients of whole tensors are averaged once per
-    step, those of `--method full` by FSDP2. If host memory allows, checkpoints are copied there and
-    written in the background; the next checkpoint and the end of training wait for it.
+    fewer micro-batches repeat some with zero loss. Gradients of unsharded tensors are averaged once
+    per step, those of `--method full` by FSDP2. If host memory allows, checkpoints are copied there
+    and written in the background; the next checkpoint and the end of training wait for the writer.
     """
 
     def __init__(self, **arguments: Any):
@@ -89,13 +89,13 @@ class ShardedTrainer(FtlevelTrainer):
         return loss
 
     def _sync_replicated_trainable_parameters(self, model: Any) -> None:
-        """Broadcast the first process's unsharded trained tensors; their gradients are averaged."""
+        """Broadcast the unsharded trained tensors of the first process, so that all start equal."""
         del model
         for parameter in self._replicated:
             distributed.broadcast(parameter.data, src=0)
 
     def _defer_fsdp_gradient_reduction(self) -> contextlib.AbstractContextManager[None]:
-        """Returns a null context: deferred, unreduced gradients would be as large as the model."""
+        """Returns a null context, not FSDP2's: gradients reduced late are as large as the model."""
         return contextlib.nullcontext()
 
     def _clip_grad_norm(self, model: Any) -> Tensor | None:
@@ -107,7 +107,7 @@ class ShardedTrainer(FtlevelTrainer):
         return whole(norm) if isinstance(norm, Tensor) else norm
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save trainable tensors: whole ones in the first process, sharded ones in each."""
+        """Save the trained tensors: unsharded ones from the first process, else every shard."""
         if self._replicated:
             if self.processes.is_first:
                 super()._save(output_dir, state_dict=state_dict)
@@ -259,9 +259,9 @@ def verify_sharded_run(
 
 
 def _reload_logits(model: Any, path: Path, inputs: CheckInputs, processes: Processes) -> Tensor:
-    """Returns the logits of `model` with the saved adapter loaded in place of the trained one.
+    """Returns the logits of `model` with the weights in `path` in place of the trained ones.
 
-    A second adapter cannot be added: PEFT would create it from this process's part of the base.
+    PEFT cannot add a second adapter: it would create that from this process's shard of the base.
     """
     trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
@@ -292,10 +292,7 @@ def compare_weights(model: Any, run: Run, directory: Path) -> float:
 
 
 def check_can_shard(run: Run, count: int | None) -> None:
-    """Raise ConfigError with all reasons why the run does not support `--shard`.
-
-    `count` is the number of processes; None if unknown.
-    """
+    """Raise ConfigError with all reasons against `--shard`; `count` processes, None if unknown."""
     if run.config.train.shard == "none":
         return
     flag, method, problems = f"--shard {run.config.train.shard}", run.config.method, []

@@ -38,9 +38,7 @@ model."""
 
 @dataclass(frozen=True)
 class GradientDifference:
-    """Comparison of a gradient g with a reference r, as sums over elements.
-
-    Comparisons of several tensors can be added.
+    """Comparison of a gradient g with a reference r, as sums over elements; supports `+`.
 
     Attributes:
         difference: Σ (g − r)².
@@ -100,10 +98,7 @@ def total(parts: Iterable[GradientDifference]) -> GradientDifference:
 
 
 def get_tensor_type(name: str) -> str:
-    """Returns the part of a tensor's name that is the same in all layers.
-
-    `base_model.model.model.layers.3.self_attn.q_proj.lora_A.default.weight` is a `lora_A`.
-    """
+    """Returns the end of a tensor's name without adapter and index: `lora_A` or `norm.weight`."""
     names = [part for part in name.split(".") if not part.isdigit()]
     if names[-1] in ("weight", "bias") and len(names) > 1 and "default" in names[-2]:
         names = names[:-2] + ([names[-1]] if names[-1] == "bias" else [])
@@ -125,7 +120,7 @@ def sum_by_type(tensors: Mapping[str, GradientDifference]) -> dict[str, Gradient
 def add_differences(
     first: Mapping[str, GradientDifference], other: Mapping[str, GradientDifference]
 ) -> dict[str, GradientDifference]:
-    """Returns tensor name → sum of both comparisons of the tensor, or the only one."""
+    """Returns tensor name → `first[name] + other[name]`; a missing comparison counts as zero."""
     return {
         name: first.get(name, GradientDifference()) + other.get(name, GradientDifference())
         for name in {**first, **other}
@@ -163,12 +158,12 @@ class StepComparison:
         dtype: dtype in which the steps were compared, besides the run's own.
         gradient: largest relative difference of the gradient over all steps.
         dropout: gradient difference of fused and plain layers with dropout; None if not compared.
-        exact: distance of the plain gradient from float64, if float64 was needed. `loss` and
-            `gradient` are then distances of the fast step from float64.
-        kinks: whether rounding moved a value over a kink of the activation, so that `loss` and
-            `gradient` compare both steps in float64.
-        rounded: type of tensor → distances of the plain and the fast gradient, both in the run's
-            dtype, from float32.
+        exact: distance of the plain step's gradient from the same step in float64; None if that was
+            not needed. If set, `loss` and `gradient` are distances of the fast step from float64.
+        kinks: whether rounding moved a value over a kink of the activation, such as ReLU's 0, so
+            that `loss` and `gradient` compare both steps in float64.
+        rounded: type of tensor → (distance of the plain, of the fast gradient), in the run's dtype,
+            from the plain gradient in float32.
     """
 
     steps: int = 0
@@ -187,8 +182,8 @@ class Bounds:
     """Largest allowed differences between two steps that differ only by summation order.
 
     Attributes:
-        noise: tensor name → change of its gradient if the summation order changes.
-        noise_of_loss: difference of the loss in that case, in nats.
+        noise: tensor name → change of the tensor's gradient by another summation order.
+        noise_of_loss: change of the loss by another summation order, in nats.
     """
 
     dtype: str
@@ -196,7 +191,7 @@ class Bounds:
     noise_of_loss: float
 
     def check_loss(self, loss: float, expected: float) -> float:
-        """Returns the relative difference of `loss` from `expected`; RunError above the bound."""
+        """Returns |loss − expected| / |expected|; RunError if it exceeds the bound."""
         diff, rtol = abs(loss - expected), TOLERANCES.get(self.dtype, HALF_TOLERANCES)[0]
         bound = rtol * abs(expected) + ORDER * self.noise_of_loss
         if not diff <= bound:
@@ -209,7 +204,7 @@ class Bounds:
     def check_gradients(
         self, differences: Mapping[str, GradientDifference], label: str = "gradients"
     ) -> float:
-        """Returns the relative distance over `differences`; RunError (on `label`) above a bound."""
+        """Returns the relative distance over all tensors; RunError if it or a tensor's is high."""
         rtol = TOLERANCES.get(self.dtype, HALF_TOLERANCES)[1]
         overall, norms = total(differences.values()), norms_of(differences)
         for name, difference in sorted(differences.items(), key=lambda item: -item[1].difference):
@@ -233,12 +228,12 @@ class Bounds:
 
 @dataclass
 class RoundingErrors:
-    """Effect of the run's dtype on gradients and losses, as differences from float32.
+    """Differences between steps in the run's dtype and the plain step in float32.
 
     Attributes:
-        reference: differences of the plain step, one item per random draw.
-        fast: differences of the fast step.
-        losses: "plain" or "fast" → relative difference of each loss.
+        reference: of the plain step, tensor name → gradient difference; one dict per random draw.
+        fast: of the fast step, tensor name → gradient difference.
+        losses: "plain" or "fast" → relative difference of the loss, for each step.
     """
 
     reference: list[dict[str, GradientDifference]] = field(
@@ -248,13 +243,13 @@ class RoundingErrors:
     losses: dict[str, list[float]] = field(default_factory=dict)
 
     def add_loss(self, step: str, loss: float, exact: float) -> None:
-        """Record the relative difference of the "plain" or "fast" `step`'s loss from float32's."""
+        """Record |loss / exact − 1| of a `step`, "plain" or "fast"; `exact` is the float32 loss."""
         self.losses.setdefault(step, []).append(abs(loss / exact - 1))
 
     def check(self) -> dict[str, tuple[float, float]]:
-        """Returns type of tensor → relative distances of plain and fast gradients from float32.
+        """Returns type of tensor → (plain, fast) gradient's relative distance from float32.
 
-        Raises RunError if the fast step is farther off than the plain step's rounding allows.
+        Raises RunError if the fast step's distance exceeds what the plain step's rounding allows.
         """
         draws, fast = [sum_by_type(tensors) for tensors in self.reference], sum_by_type(self.fast)
         reference = {kind: max(draw[kind].distance for draw in draws) for kind in fast}
@@ -297,7 +292,7 @@ class RoundingErrors:
 
 
 def norms_of(differences: Mapping[str, GradientDifference]) -> dict[str, float]:
-    """Returns tensor name → reference norm, but ≥ 1 % of its type's mean and of the total norm.
+    """Returns tensor name → norm of its reference, at least 1 % of its type's and the total norm.
 
     Rounding errors of tensors with almost no gradient, such as the bias of span logits or the keys
     of saturated attention, are as large as those of other tensors.
@@ -334,7 +329,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Steps:
-    """Computes plain and fast steps before training; the trainer's token counts are restored."""
+    """Computes loss and gradients of plain and fast steps; the trainer's state is unchanged."""
 
     trainer: FtlevelTrainer
     pad_id: int
@@ -345,11 +340,11 @@ class Steps:
         return self.trainer.model
 
     def perturbed_reference(self, rows: Sequence[Encoded], dtype: str, draw: int = 0) -> StepResult:
-        """Returns the plain step's result with different rounding errors, to measure their size.
+        """Returns the plain step's result with other rounding errors than `reference` has.
 
         Rows and answers are computed one by one in reverse order, and each block's input is
-        perturbed by a rounding error. Without that, rows of one length round alike in any order,
-        and errors shared by two answers cancel in the gradient. `draw` is the random seed.
+        perturbed by a random rounding error (seed `draw`), since rows of equal length round alike
+        in any order, and errors shared by two answers cancel in the gradient.
         """
         is_paired = len(rows[0].sequences) > 1 and not isinstance(
             self.trainer.objective, StepObjective
@@ -428,14 +423,14 @@ class Steps:
         return self._run_trainer(rows, dtype, _without_dropout)
 
     def with_dropout(self, rows: Sequence[Encoded], dtype: str, *, fused: bool) -> StepResult:
-        """Returns the Trainer's result with dropout, whose masks do not depend on `fused`."""
+        """Returns the Trainer's step result with dropout; masks are the same for either `fused`."""
         torch.manual_seed(0)
         return self._run_trainer(rows, dtype, _keep_mode if fused else _use_unfused_layers)
 
     def _run_trainer(
         self, rows: Sequence[Encoded], dtype: str, mode: Callable[[Any], None]
     ) -> StepResult:
-        """Returns the result of `training_step`; `mode(model)` runs before each forward pass."""
+        """Returns the Trainer's step result; `mode(model)` is called before each forward pass."""
         trainer, device = self.trainer, self.trainer.args.device
         self.model.zero_grad()
         hook = self.model.register_forward_pre_hook(lambda model, _: mode(model))
@@ -519,7 +514,7 @@ def _fused_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def _evaluate(model: torch.nn.Module) -> None:
-    """Set `model` to eval mode, except 8-bit layers: on a CPU, eval mode rounds their inputs."""
+    """Set `model` to eval mode, except 8-bit layers, which round their inputs in that mode."""
     model.eval()
     for module in model.modules():
         if hasattr(module, "init_8bit_state"):
@@ -537,7 +532,7 @@ def _without_dropout(model: torch.nn.Module) -> None:
 
 
 def _use_unfused_layers(model: torch.nn.Module) -> None:
-    """Make fused modules of `model` (modified) compute like the modules that they replace."""
+    """Set fused modules of `model` to eval mode, in which the modules that they replace run."""
     for module in _fused_modules(model):
         module.training = False
 
@@ -546,10 +541,9 @@ def _use_unfused_layers(model: torch.nn.Module) -> None:
 def perturb_weights(model: torch.nn.Module) -> Iterator[None]:
     """Perturb trainable tensors of `model` (modified) inside the `with` block, then restore them.
 
-    LoRA's B and similar tensors are zero before training, so the tensors multiplied with them have
-    zero gradients, even if wrong. Zero tensors get noise with standard deviation 0.2 / √(last
-    axis): a LoRA's update is then a fifth of its layer's output. Others get noise of a twentieth of
-    their standard deviation.
+    LoRA's B is zero before training, so A has a zero gradient, even if computed wrongly. Tensors of
+    zeros get noise with standard deviation 0.2 / √(size of the last axis): a LoRA's update is then
+    a fifth of its layer's output. Other tensors get noise of a twentieth of their own deviation.
     """
     generator = torch.Generator().manual_seed(0)
     trained = [p for p in model.parameters() if p.requires_grad]

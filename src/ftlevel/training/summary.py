@@ -215,9 +215,9 @@ def _scores(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def summarize_losses(losses: Sequence[float]) -> dict[str, Any]:
-    """Returns mean and standard deviation of the first and of the last logged losses.
+    """Returns means and standard deviations of the first and last losses, for summary.json.
 
-    Each covers a tenth of the losses, at least min(5, half). A single loss has deviation None.
+    Each is over a tenth of the losses, at least min(5, half). One loss has no deviation (None).
     """
     if not losses:
         return {"loss_first": None, "loss_last": None, "loss_window": 0}

@@ -144,7 +144,7 @@ def _fill(run: Run, model: PreparedModel, offsets: Sequence[int], array: np.ndar
 def _predict(
     run: Run, model: PreparedModel, rows: Sequence[Encoded], dtype: np.dtype
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Yields per micro-batch: row indices, and its targets' top log-probabilities and token ids."""
+    """Yields (row indices, log-probabilities, token ids) of top tokens for each micro-batch."""
     settings, vocabulary, objective = run.config.distillation, run.model.vocabulary, run.objective
     chunks: list[tuple[Tensor, Tensor]] = []
 
@@ -162,7 +162,7 @@ def _predict(
 def _observe_logits(
     model: PreparedModel, objective: Any, batch: Mapping[str, Tensor], observe: Observe
 ) -> None:
-    """Call `observe` with the logits (targets, vocabulary) and ids of targets, chunk by chunk."""
+    """Call `observe(logits (targets, vocabulary), target ids)` on each chunk of the targets."""
     inputs, labels = prepare_inputs(model.model, objective, batch)
     at, targets = objective.locate(labels)
     if model.fast is not None and model.fast.cross_entropy is not None:
@@ -183,7 +183,7 @@ class TeacherScorer:
         self._loaded: tuple[Run, PreparedModel] | None = None
 
     def __call__(self, rows: Sequence[CompletionRow]) -> list[list[float]]:
-        """Returns, for each row, the log-probabilities of the completion's tokens."""
+        """Returns the teacher's log-probability of each completion token, in one list per row."""
         objective: Any = self._run.objective
         if not rows:
             return []

@@ -58,7 +58,7 @@ def with_text_models(run: Run, listener: Listener) -> Run:
 
 @dataclass(frozen=True)
 class GuidedTexts(EncodedTexts):
-    """Row of encoded texts, with the guide model's vector of each."""
+    """Row of encoded texts; `vectors` has the guide model's embedding of each text."""
 
     vectors: Any = field(default=None, metadata={"column": "json"})
 

@@ -88,7 +88,7 @@ def create_dataloader(
 ) -> DataLoader[Any]:
     """Returns this process's data loader; the loaders of all processes have equally many batches.
 
-    Missing batches are filled by batches of padding rows, with `is_padding` set.
+    Missing batches are replaced by batches of padding rows, with `is_padding` set.
     """
     sampler = StepShardSampler(order, args.train_batch_size, args.world_size, args.process_index)
 
@@ -101,9 +101,9 @@ def create_dataloader(
 
 @contextlib.contextmanager
 def keep_settings(optimizer: Any, *others: str) -> Iterator[None]:
-    """Keep the configured settings of `optimizer` while the `with` block loads a saved state.
+    """Keep the configured options of `optimizer` while the `with` block loads a saved state.
 
-    `others` are further names in its parameter groups that are kept, such as `lr`.
+    Kept are weight decay and similar options, and `others`, such as `lr`.
     """
     names = {"initial_lr", "weight_decay", "betas", "eps", "momentum", *others}
     groups = [{k: v for k, v in group.items() if k in names} for group in optimizer.param_groups]
@@ -128,11 +128,10 @@ class FtlevelTrainer(Trainer):
         penalty: function of the model that the method adds to the loss, or None. It affects
             gradients, not the logged loss.
         loss: label smoothing, class weights and focal loss, which evaluation does not use.
-        head_rate: modules with their own learning rate, and that rate.
-        smaller: reduces steps that do not fit into memory, with a message to `warn` and a record to
-            `note`.
+        head_rate: learning rate of new heads, and their names; None if it is that of all modules.
+        smaller: `StepReducer` for steps that do not fit into memory.
         step_rows: indices of the training rows in the current optimizer step.
-        replaces_nonfinite: log the previous step's loss in place of one that is not finite.
+        replaces_nonfinite: whether the log has the previous step's loss in place of NaN or inf.
     """
 
     _baseline: Tensor | None = None  # KTO's z for the optimizer step
@@ -262,7 +261,7 @@ class FtlevelTrainer(Trainer):
     def compute_batch(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Returns the loss of a batch and accumulates gradients, but does not count tokens."""
+        """Returns the loss of a batch and accumulates gradients; does not change `tokens_seen`."""
         self._is_padding = bool(inputs.pop("is_padding", False))
         if isinstance(self.objective, StepObjective):
             return self._whole_step(model, inputs)
@@ -289,7 +288,7 @@ class FtlevelTrainer(Trainer):
         return torch.stack(losses).sum()
 
     def num_forward_passes(self, count: int) -> int:
-        """Returns the forward passes for `count` micro-batches; a sharded model may need more."""
+        """Returns how often to call the model for `count` micro-batches; more often if sharded."""
         return count
 
     def _in_parallel(
@@ -332,7 +331,7 @@ class FtlevelTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Returns the micro-batch's part of the optimizer step's mean loss (a scalar)."""
+        """Returns the micro-batch's summand of the optimizer step's mean loss (a scalar)."""
         mask, labels = inputs["attention_mask"], inputs["labels"]
         if self._baseline is not None:
             inputs = {
@@ -372,7 +371,7 @@ class FtlevelTrainer(Trainer):
 
     @contextlib.contextmanager
     def standalone_steps(self, dtype: str) -> Iterator[None]:
-        """Allow steps in `dtype` before training inside the `with` block; restores token counts."""
+        """In the `with` block, compute steps in `dtype` outside training; restores token counts."""
         seen, computed = self.tokens_seen.clone(), self.tokens_computed
         self._compute_dtype = dtype
         try:
@@ -387,7 +386,7 @@ class FtlevelTrainer(Trainer):
         return bool(self._compute_dtype)
 
     def with_targets(self, rows: Sequence[Encoded]) -> list[Encoded]:
-        """Returns the rows that a step on `rows` computes; `RlTrainer` returns completions."""
+        """Returns the rows with targets to compute for `rows`; `RlTrainer` adds completions."""
         return list(rows)
 
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -421,7 +420,8 @@ class FtlevelTrainer(Trainer):
     def prepare_step(self, batches: list[dict[str, Any]], device: torch.device) -> None:
         """Compute the KTO baseline of a step before its micro-batches (`batches` are modified).
 
-        It is the mean reward of the mismatched prompt-answer pairs of all processes.
+        The baseline is the mean reward of the mismatched prompt-answer pairs of all processes, or 0
+        if that is negative.
         """
         if not (isinstance(self.objective, LikelihoodObjective) and self.objective.needs_baseline):
             return

@@ -105,7 +105,7 @@ def fits_in_float32(model: torch.nn.Module, device: str) -> bool:
 
 
 def fits_in_float64(model: torch.nn.Module, device: str) -> bool:
-    """Returns whether `device` has float64, and memory to compare an all-float32 `model` in it."""
+    """Returns whether `model` is all float32, and `device` has float64 and memory for a copy."""
     wide = _tensors_of(model, (torch.float32,))
     other_tensors = {id(tensor) for tensor in model.parameters()} - {id(tensor) for tensor in wide}
     if other_tensors or device == "mps":
@@ -149,7 +149,7 @@ MAX_ROW_LENGTH = 1_024
 
 
 def select_compared_rows(rows: Sequence[Encoded]) -> list[Encoded]:
-    """Returns the shortest of the first rows, truncated if possible; empty if all are too long."""
+    """Returns a few short rows among the first, truncated if possible; [] if all are too long."""
     first = [
         short for row in rows[:NUM_CANDIDATES] if (short := truncate_example(row, MAX_TOKENS // 2))
     ]
@@ -166,8 +166,9 @@ def select_compared_rows(rows: Sequence[Encoded]) -> list[Encoded]:
 def truncate_example(row: Encoded, size: int) -> Encoded | None:
     """Returns `row` cut to `size` tokens, or as far as possible; None if above `MAX_ROW_LENGTH`.
 
-    With token labels, the tokens up to the last target are kept; with a number as label, the first
-    tokens. Of several sequences, only the prompt is cut; labels with positions prevent cutting.
+    If labels are per token, the last `size` tokens up to the last target are kept; if the label is
+    a number, the first `size`. In rows with several answers, only the prompt is cut. Rows whose
+    labels are positions are not cut.
     """
     length = len(row.input_ids)
     if length <= size:
@@ -203,8 +204,8 @@ STEPS = 3
 def verify_step(run: Run, model: PreparedModel, listener: Listener) -> StepComparison | None:
     """Compare fast and plain step before training, and restore the model; None if not compared.
 
-    `speed.verify` selects the rows: whole steps (True), none (False) or a few rows (None). Raises
-    RunError if the difference exceeds what rounding explains.
+    The setting `speed.verify` selects the rows: those of the first steps (True), none (False), or a
+    few (None). Raises RunError if the difference exceeds what rounding explains.
     """
     full, rows = run.config.speed.verify, run.data.train
     if model.fast is None or full is False:
@@ -266,7 +267,7 @@ class _Verifier:
     def compare(
         self, steps_rows: Sequence[Sequence[Encoded]], *, checks_rounding: bool, rate: float
     ) -> StepComparison:
-        """Returns the differences of fast and plain steps, one step for each item of `steps_rows`.
+        """Returns the differences of fast and plain steps; `steps_rows` has the rows of each step.
 
         After each step, the model is updated by the plain step's gradients with learning rate
         `rate`. With `checks_rounding`, steps in the run's dtype are compared too.

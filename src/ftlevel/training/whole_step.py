@@ -55,7 +55,8 @@ class RandomState:
 class WholeStep:
     """Computes optimizer steps for a `StepObjective`, whose loss needs the vectors of all texts.
 
-    `grad_cache` is whether to embed twice: always, never, or auto (if activations do not fit).
+    `grad_cache` is whether a first forward pass computes vectors without autograd graphs, and a
+    second one their gradients: always, never, or auto (if activations do not fit in memory).
     """
 
     def __init__(self, trainer: Any, grad_cache: str = "auto") -> None:
@@ -90,7 +91,7 @@ class WholeStep:
         return loss
 
     def should_keep_graphs(self, count: int, tokens: int) -> bool:
-        """Returns whether to keep the graphs of `count` micro-batches with `tokens` in total."""
+        """Returns whether to keep the graphs of `count` micro-batches of `tokens` tokens in all."""
         trainer = self._trainer
         if count == 1:
             return True
@@ -104,12 +105,12 @@ class WholeStep:
 
     @property
     def has_token_size(self) -> bool:
-        """Whether `should_keep_graphs` can decide: bytes per token are measured, or not needed."""
+        """Whether the bytes per token that `should_keep_graphs` may need are known."""
         return self._grad_cache != "auto" or self._bytes_per_token > 0
 
     @contextlib.contextmanager
     def measure(self, tokens: int) -> Iterator[None]:
-        """In the `with` block, measure bytes that a forward pass of `tokens` saves for backward."""
+        """Measure bytes per token that a forward pass in the `with` block saves for backward."""
         sizes: dict[Any, int] = {}
         weights = {storage_of(p) for p in self._trainer.model.parameters()}
 
@@ -126,7 +127,7 @@ class WholeStep:
     def _loss(
         self, local_vectors: Sequence[Tensor], parts: Sequence[Sequence[int]], step: StepTexts
     ) -> tuple[Tensor, list[Tensor]]:
-        """Returns the loss, and the gradients with respect to each local micro-batch's vectors."""
+        """Returns the loss over all processes, and its gradient for each local micro-batch."""
         trainer = self._trainer
         order = [index for part in parts for index in part]
         vectors = torch.cat([part.detach().float() for part in local_vectors])
@@ -170,7 +171,7 @@ class _Forward:
         self._seed: int | None = None
 
     def embed(self) -> list[Tensor]:
-        """Returns the vectors of each micro-batch, with autograd graphs if graphs are kept."""
+        """Returns the vectors of each micro-batch, with their graphs if `should_keep_graphs`."""
         step = self._step
         needs_measuring = len(self._parts) > 1 and not step.has_token_size
         keep_graphs = needs_measuring or step.should_keep_graphs(self._calls, sum(self._tokens))

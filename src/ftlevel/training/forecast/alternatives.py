@@ -121,7 +121,7 @@ def fit_batch_size(run: Run, memory: int) -> Run:
 
 
 class _FitResult(NamedTuple):
-    """Most tokens per micro-batch that fit (0: none), and the last estimate's peak in bytes."""
+    """Most `tokens` per micro-batch that fit in memory (0: none); `peak` bytes last estimated."""
 
     tokens: int
     peak: int
@@ -144,7 +144,7 @@ def _search_tokens(run: Run, memory: int) -> _FitResult:
 
 
 def _shrink(forecast: StepMemory, tokens: int, peak: int, memory: int) -> int:
-    """Returns a micro-batch below `tokens` to try, as these need `peak` bytes; 0 if none fits."""
+    """Returns a smaller micro-batch size to try, if `tokens` need `peak` bytes; 0 if none fits."""
     variable = sum(forecast.parts.get(part, 0) for part in _VARIABLE_PARTS)
     available = memory - (peak - variable)
     return (
@@ -207,7 +207,7 @@ class Alternative:
 
 
 class _Settings(NamedTuple):
-    """Settings of an alternative: method and quantization, …, maximum length (None: the run's)."""
+    """Settings of an alternative; `setup` is (method, quantization), `length` None the run's."""
 
     setup: tuple[str, str]
     checkpointing: bool
@@ -217,9 +217,10 @@ class _Settings(NamedTuple):
 
 @dataclass(frozen=True)
 class AlternativeContext:
-    """Run, device (`card`: GPU name, if any) and model for which alternatives are estimated.
+    """A run's configuration, device and model, for which alternative settings are estimated.
 
-    `cache` (modified) has computed ones; `check` is called before each computation, and may raise.
+    `card` names a GPU that this machine lacks; None for this machine. `cache` (modified) has the
+    estimates so far. `check` is called before each estimate and may raise.
     """
 
     config: TrainConfig
@@ -234,7 +235,7 @@ class AlternativeContext:
 def list_alternatives(context: AlternativeContext) -> list[Alternative]:
     """Returns estimates for the run's method, LoRA, QLoRA and full, with and without checkpointing.
 
-    After these, for the run's method with half and twice its maximum length.
+    The last two are for the run's method with half and with twice the maximum length.
     """
     config = context.config
     current = config.method.kind, config.quant.kind
@@ -320,7 +321,7 @@ def _compute(settings: _Settings, context: AlternativeContext) -> Alternative | 
 
 
 def get_max_rows(forecast: StepMemory, memory: int, batch_size: int) -> int:
-    """Returns the most rows that fit in `memory` bytes; `forecast` is for `batch_size` rows."""
+    """Returns the most rows that fit in `memory` bytes, by a `forecast` for `batch_size` rows."""
     limits = [_MAX_ROWS]
     for moment, parts in forecast.moments.items():
         available = memory - forecast.parts.get(ALLOCATOR, 0) - sum(parts.values())

@@ -114,7 +114,7 @@ def _loading_bytes(run: Run, step: StepMemory) -> int:
 
 
 def _check_bytes(run: Run) -> int:
-    """Returns the peak bytes of comparing fast and plain step at the start; 0 if disabled."""
+    """Returns the peak bytes of verifying the fast step before training; 0 if disabled."""
     rows = select_compared_rows(run.data.train) if run.fast.enabled else []
     if run.config.speed.verify is False or not rows:
         return 0
@@ -182,7 +182,7 @@ class Device:
 
     @classmethod
     def of(cls, kind: str, gpu: Gpu | None = None, ranks: int = 1) -> Device:
-        """Returns `ranks` GPUs of type `gpu`; without it, this machine's device of type `kind`."""
+        """Returns `ranks` GPUs of type `gpu`; if None, this machine's device of type `kind`."""
         if gpu is not None:
             return cls(kind, gpu.name, gpu.memory, ranks)
         name = "memory of this machine" if kind == "cpu" else format_device(kind)
@@ -228,8 +228,8 @@ class MemoryRequirement:
         parts: category, such as weights → bytes at the peak.
         at: phase of the step in which the peak occurs.
         tokens: positions in the largest micro-batch.
-        recomputed_peak: peak with all blocks recomputed, if checkpointing is automatic and the run
-            does not fit without it; None otherwise.
+        recomputed_peak: peak with gradient checkpointing in all blocks, if it is automatic and the
+            run does not fit without it; None otherwise.
         process: bytes of the whole process, tensors included; None except for a single CPU process.
     """
 
@@ -352,7 +352,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(run: Run, processes: int) -> MemoryEstimate:
-    """Estimate a run's memory; `need` is None if distributed, very small or slow to estimate."""
+    """Returns a run's `MemoryEstimate`; `need` is None if distributed, tiny or slow to compute."""
     if processes > 1:
         return MemoryEstimate(None, f"{processes} processes; run `ftlevel plan`")
     if run.model.total_parameters < MIN_PARAMETERS:

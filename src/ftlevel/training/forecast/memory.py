@@ -87,7 +87,7 @@ _WORDS = 64
 
 @dataclass(frozen=True)
 class Pruning:
-    """Tokens that the last block must compute (None: all), and its layers that skip the others."""
+    """Last-layer pruning: `needed` selects tokens to compute (None: all), `linears` skip others."""
 
     needed: TokenSelector | None = None
     linears: Sequence[str] = ()
@@ -100,7 +100,7 @@ class Pruning:
 
 
 def get_pruning(run: Run) -> Pruning:
-    """Returns the tokens that the last block must compute, and its layers that skip the others."""
+    """Returns how the last block of `run` can be pruned; empty if all tokens are computed."""
     if not (run.fast.enabled and run.fast.packs and run.fast.prunes_last_layer):
         return Pruning()
     last = getattr(run.model.config.get_text_config(), "num_hidden_layers", 1) - 1
@@ -130,7 +130,7 @@ def get_pruning(run: Run) -> Pruning:
 
 
 def _shrink(config: Any, layer: int) -> Any:
-    """Returns `config` with only layer `layer` in each stack and a small vocabulary."""
+    """Returns `config` with a small vocabulary and only layer `layer` of encoder and decoder."""
     config = with_layers(config, [layer])
     for owner in (config, config.get_text_config()):
         owner.vocab_size, owner.pad_token_id = _WORDS, 0
@@ -174,8 +174,8 @@ class StepMemory:
     """Memory estimate of a training step.
 
     Attributes:
-        parts: category → bytes at the peak.
-        at: phase of the step in which the peak occurs.
+        parts: category, such as weights or activations → bytes at the peak.
+        at: phase in which the peak occurs, such as forward or backward.
         tokens: positions in the largest micro-batch.
         moments: phase → category → bytes at the peak of that phase.
     """
@@ -192,7 +192,7 @@ class StepMemory:
 
 
 def estimate_step_memory(run: Run, memory: int) -> StepMemory:
-    """Returns the peak of live tensor bytes in a training step of `run`.
+    """Returns an estimate of the peak bytes of all tensors in a training step of `run`.
 
     `memory` is bytes available to tensors. On a GPU, it limits the chunk size of the logits.
     """
@@ -240,7 +240,7 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
 def _get_graph_bytes(
     run: Run, peaks: Mapping[str, Mapping[str, float]], batch: _Batch, memory: int
 ) -> float:
-    """Returns bytes of other micro-batches' graphs, kept if the loss needs all texts; 0 if not."""
+    """Returns the bytes of autograd graphs kept for a loss over the whole step; else 0."""
     cache = run.config.embedding.grad_cache
     is_distributed = (run.config.train.num_processes or 1) > 1
     if not isinstance(run.objective, StepObjective) or is_distributed or cache == "always":
@@ -253,7 +253,7 @@ def _get_graph_bytes(
 
 
 def get_peak(peaks: Peaks, tokens: int) -> StepMemory:
-    """Returns the phase with the largest peak as an estimate; `peaks`: phase → category → bytes."""
+    """Returns the estimate for the phase with most bytes; `peaks`: phase → category → bytes."""
     at = max(peaks, key=lambda moment: sum(peaks[moment].values()))
     sizes = {part: round(size) for part, size in peaks[at].items() if size >= 1}
     in_order = dict(sorted(sizes.items(), key=lambda item: -item[1]))
@@ -261,19 +261,19 @@ def get_peak(peaks: Peaks, tokens: int) -> StepMemory:
 
 
 def count_computed_layers(run: Run) -> int:
-    """Returns how many layers must be computed to estimate the memory of `run`."""
+    """Returns how many layers the memory estimate of `run` must simulate."""
     layers = LayerSample.of(run)
     return sum(layers.count if sample is None else len(sample) for sample in layers.samples)
 
 
 @dataclass(frozen=True)
 class LayerSample:
-    """Small models whose peaks are computed, and how the whole model's peak follows from them.
+    """Small models whose memory is simulated, to extrapolate the memory of the whole model.
 
     Attributes:
         samples: layer indices of each small model; None is the whole model.
-        times: for each further model, the factor of its difference in memory from the first.
-        count: layers per stack, or in total if stacks differ in depth.
+        times: factor f of each model but the first: whole = first + Σ f · (model − first).
+        count: layers of the whole model; per stack if encoder and decoder have equally many.
     """
 
     samples: tuple[tuple[int, ...] | None, ...]
@@ -282,7 +282,7 @@ class LayerSample:
 
     @classmethod
     def of(cls, run: Run) -> LayerSample:
-        """Returns small models that represent the model of `run`; the whole model if none do."""
+        """Returns the small models to simulate for `run`; the whole model if none represent it."""
         stacks = get_block_signatures(run)
         if len({len(stack) for stack in stacks}) != 1:
             return cls((None,), (), sum(map(len, stacks)))
@@ -295,7 +295,7 @@ class LayerSample:
 
     @property
     def sample(self) -> dict[int, int] | None:
-        """Layer index of the small models → number of layers it represents; None: whole model."""
+        """Index of each simulated layer → number of layers it stands for; None: whole model."""
         first = self.samples[0]
         if first is None:
             return None
@@ -309,7 +309,7 @@ class LayerSample:
         return dict(sorted(num_layers.items()))
 
     def extend(self, computed: Sequence[Peaks]) -> dict[str, dict[str, float]]:
-        """Returns the peaks of the whole model, given those `computed` for the small models."""
+        """Returns the whole model's peaks (phase → category → bytes), given the small models'."""
         first, *others = computed
         shared = [moment for moment in first if all(moment in other for other in others)]
         return {
@@ -326,7 +326,7 @@ class LayerSample:
 
 
 def _sample_by_type(run: Run, layer_types: Sequence[Any]) -> LayerSample | None:
-    """Returns a sample of first, last and one layer per type; None if slower or impossible."""
+    """Returns models of first, last and one layer per type; None if slower or impossible."""
     last = len(layer_types) - 1
     between: list[list[int]] = []
     for at in range(1, last):
@@ -347,7 +347,7 @@ def _sample_by_type(run: Run, layer_types: Sequence[Any]) -> LayerSample | None:
 
 
 def _sample_by_period(layer_types: Sequence[Any]) -> LayerSample | None:
-    """Returns a sample with one and two repeats of the pattern of layer types; None without one."""
+    """Returns models with one and two periods of layer types; None if types are not periodic."""
     num_layers = len(layer_types)
     for first in range(3):
         for period in range(1, 7):
@@ -511,7 +511,7 @@ def _num_positions(batch: Mapping[str, Any]) -> int:
 
 
 def _steps(run: Run, has_step_loss: bool) -> list[list[Encoded]]:
-    """Returns the rows of random steps; unless `has_step_loss`, the longest rows come first."""
+    """Returns the rows of random steps, after a step of the longest rows if not `has_step_loss`."""
     rows, train = run.data.train, run.config.train
     draw, sample = random.Random(train.seed), _sample_rows(rows)
     sample.sort(key=lambda row: -len(row.input_ids))

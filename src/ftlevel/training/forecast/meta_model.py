@@ -70,7 +70,7 @@ _LAYER_INDICES = ("mlp_only_layers", "moe_layers", "full_attn_idxs")
 
 @dataclass(frozen=True)
 class FakeModel:
-    """Model on fake tensors with the fast step; `packed` names quantized linear layers."""
+    """Model of fake tensors and its fast step; `packed` has names of quantized linear layers."""
 
     model: Any
     fast: FastStep | None
@@ -181,9 +181,10 @@ def _fill_vectors(model: torch.nn.Module) -> None:
 
 
 def get_block_signatures(run: Run, layers: Sequence[int] | None = None) -> list[list[Any]]:
-    """Returns, by stack and block, parameter shapes, per-layer config entries and target modules.
+    """Returns a signature of each block, in one list for encoder and decoder each.
 
-    Blocks with equal signatures need equal memory.
+    It consists of parameter shapes, per-layer config values and adapted modules. Blocks with equal
+    signatures need equal memory.
     """
     config = with_layers(run.model.config, layers)
     model = build_task_model(config, run.model.auto_class)
@@ -271,7 +272,7 @@ def load_tokenizer_or_default(source: ModelSource) -> Any:
 def create_synthetic_batch(
     data: DataConfig, source: ModelSource, card: str | None, num_rows: int, tokenizer: Any = None
 ) -> SyntheticBatch:
-    """Returns substitutes for the GPU `card` and for `num_rows` rows, which this machine lacks.
+    """Returns substitutes for an estimate: a GPU named `card` and `num_rows` random rows.
 
     With `card` None, this machine's device is used; with `num_rows` = 0, the real data.
     """
@@ -297,9 +298,9 @@ _PART_BY_PHASE = {FORWARD: ACTIVATIONS, UPDATE: OPTIMIZER}
 class LiveMemoryTracker(OperationWatch):  # type: ignore[no-untyped-call]  # torch's
     """Context manager that counts the bytes of live tensors by category.
 
-    New tensors are activations if the phase, `moment`, is FORWARD; optimizer, if UPDATE; else
-    workspace. Before UPDATE, float tensors of shape `(…, vocab_size)` are logits. `peaks` maps each
-    phase to bytes by category at its peak, and is updated only while `is_counting`.
+    The phase `moment` sets the category of new tensors: activations in FORWARD, optimizer in
+    UPDATE, else workspace. Before UPDATE, float tensors `(…, vocab_size)` are logits. `peaks` maps
+    each phase to bytes by category at its peak, and is updated only while `is_counting`.
     """
 
     def __init__(self, vocab_size: int = 0) -> None:
@@ -352,7 +353,7 @@ class LiveMemoryTracker(OperationWatch):  # type: ignore[no-untyped-call]  # tor
             self.add(tensor, self._get_part(tensor))
 
     def on_cast(self, tensor: Tensor, result: Tensor) -> None:
-        """Count `result`, a cast of `tensor`, in the category of casts if `tensor` is a weight."""
+        """Count `result`, which is `tensor` in another dtype, as CASTS if `tensor` is a weight."""
         category = self._parts.get(storage_of(tensor))
         if category == [WEIGHTS] and not self.has_tensor(result):
             self.add(result, CASTS)

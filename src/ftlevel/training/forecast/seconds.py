@@ -118,7 +118,7 @@ def prompt_lengths(run: Run) -> Sequence[int]:
 
 
 def with_completions(run: Run, rows: list[Encoded]) -> list[Encoded]:
-    """Returns `rows`; for `--task rl`, each prompt with synthetic completions of maximum length."""
+    """Returns `rows`; for `--task rl`, synthetic completions of maximum length for each."""
     if run.config.task != RL_TASK:
         return rows
     num_generations, tokens = run.config.rl.num_generations, run.config.rl.max_completion_length
@@ -157,7 +157,7 @@ def _weight_bytes(ref: ModelRef, run: Run) -> int:
 def estimate_sampling_seconds(
     run: Run, size: RolloutSize, weights: int, bandwidth: float, flops: float
 ) -> float:
-    """Returns the seconds to sample completions for every prompt once, from a roofline.
+    """Returns the seconds to sample completions for every prompt once, by a roofline model.
 
     `weights` are bytes; `bandwidth` (bytes/s) and `flops` (FLOP/s) are what the device attains.
     """

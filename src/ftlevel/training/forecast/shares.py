@@ -45,12 +45,12 @@ _FLOAT = 4  # bytes: gradients are averaged in float32
 
 @dataclass(frozen=True)
 class ShardedTensor:
-    """Size of a sharded tensor, of which the model has `times`.
+    """Size of a tensor that FSDP2 shards; the model has `times` tensors of this size.
 
     Attributes:
-        part: its category in the memory estimate.
+        part: category in the memory estimate.
         rows: size of the first dimension.
-        size: bytes of the tensor.
+        size: bytes of the whole tensor.
         sent: bytes when gathered, possibly in a narrower dtype.
     """
 
@@ -81,19 +81,19 @@ class ShardGroup:
         return sum(tensor.times * tensor.sent * count / tensor.rows for tensor, count in rows)
 
     def reduced_bytes(self, world_size: int) -> float:
-        """Returns the bytes of the unreduced gradients, including padding."""
+        """Returns the bytes of a rank's gradients before they are reduced, including padding."""
         return world_size * sum(self.stored_bytes(world_size).values())
 
 
 @dataclass(frozen=True)
 class ShardedModel:
-    """Shape and size of a model's sharded tensors.
+    """Sizes of the tensors that FSDP2 shards in a model.
 
     Attributes:
-        block: shapes and sizes of the tensors in the largest block.
-        blocks: those of the tensors in all blocks.
+        block: tensors in the largest block.
+        blocks: tensors in all blocks.
         count: number of blocks.
-        root: those of the tensors outside the blocks: embeddings, head and others.
+        root: tensors outside the blocks: embeddings, head and others.
         root_casts: bytes of autocast copies of `root`; sharded blocks need none.
         trained: bytes of the float32 gradients of all trained parameters, sharded or not.
         trains_base: whether the sharded tensors are trained.
@@ -108,7 +108,7 @@ class ShardedModel:
     trains_base: bool
 
     def estimate_rank(self, memory: StepMemory, world_size: int, shard: str) -> StepMemory:
-        """Returns the memory of the rank that needs most, given the unsharded model's `memory`."""
+        """Returns an estimate for the rank that needs most; `memory` is the unsharded model's."""
         return get_peak(
             {
                 moment: self._at(moment, parts, world_size, shard)
@@ -151,7 +151,7 @@ class ShardedModel:
         return parts
 
     def saved_bytes(self, world_size: int) -> dict[str, float]:
-        """Returns category → bytes that a rank saves by sharding."""
+        """Returns memory category → bytes by which sharding reduces the memory of a rank."""
         sizes: dict[str, float] = {}
         for group in (self.blocks, self.root):
             total, stored = group.stored_bytes(1), group.stored_bytes(world_size)
@@ -161,7 +161,7 @@ class ShardedModel:
 
 
 def get_sharded_model(run: Run) -> ShardedModel:
-    """Returns the sharded tensors of the planned model, computed on fake tensors."""
+    """Returns the sizes of the tensors that `--shard` shards, without loading the model."""
     sample = LayerSample.of(run).sample
     fake_model = create_fake_model(run, None if sample is None else list(sample))
     fake_model.close()
@@ -211,7 +211,7 @@ def _create_group(
     cast_weights: set[torch.nn.Parameter],
     dtype: torch.dtype,
 ) -> ShardGroup:
-    """Returns the `parameters` not in `replicated`; `cast_weights` are gathered in `dtype`."""
+    """Returns sizes of `parameters` not in `replicated`; `cast_weights` are gathered in `dtype`."""
     return ShardGroup(
         tuple(
             ShardedTensor(

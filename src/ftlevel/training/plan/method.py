@@ -47,7 +47,7 @@ class MethodTargets:
     full_modules: list[str]
 
     def choices(self, target_modules: Any) -> list[Choice]:
-        """Returns lines on the targets, to print; `target_modules` is the option's value."""
+        """Returns the printed lines on the targets; `target_modules` is the option's value."""
         if not self.modules:
             return []
         names = dict.fromkeys(re.sub(r"^\d+$", "norm", n.rpartition(".")[2]) for n in self.modules)
@@ -63,7 +63,7 @@ class MethodTargets:
 def resolve_method_targets(
     spec: MethodConfig, meta: Any, model_name: str, quant: str = "none"
 ) -> MethodTargets:
-    """Returns what `spec` adapts in the meta model `meta`; ConfigError if a target is missing."""
+    """Returns what `spec` adapts in the meta model `meta`; ConfigError if it lacks a target."""
     method, tree = METHODS[spec.kind], ModuleTree(meta)
     modules = _resolve_modules(spec, method, tree, model_name)
     layers = getattr(spec, "layers_to_transform", None)
@@ -141,7 +141,7 @@ def _filter_layers(modules: Sequence[str], tree: ModuleTree, layers: Sequence[in
 def _resolve_saved_modules(
     names: Sequence[str], tree: ModuleTree, model_name: str, quant: str
 ) -> list[str]:
-    """Returns `modules_to_save`, by full name where PEFT's suffix match would include others."""
+    """Returns `names`, each as full names if PEFT's suffix match would include other modules."""
     resolved: list[str] = []
     for name in names:
         matches = [full for full in tree.modules if f".{full}".endswith(f".{name}")]

@@ -98,8 +98,8 @@ class SyntheticBatch:
     """Substitutes for parts of a run in a memory estimate; None for a part means the real one.
 
     `source` is the model; its weights are not read and may be missing. `tokenizer` needs
-    `eos_token_id`, `pad_token_id` and `chat_template`. `rows` creates rows for a task, a model kind
-    and a configuration. Nothing is placed on `device`.
+    `eos_token_id`, `pad_token_id` and `chat_template`. `rows` is a function that creates rows for a
+    task, a model kind and a model config. `device` need not exist: nothing is placed on it.
     """
 
     source: ModelSource | None = None
@@ -316,7 +316,7 @@ def _disable_dropout(model_config: Any) -> list[Choice]:
 
 
 def _set_to_zero(config: Any, values: Mapping[str, float], name: str, text: str) -> list[Choice]:
-    """Set to 0 in `config` the fields positive in `values`; returns [Choice(name, text)] if any."""
+    """Set fields of `config` with positive `values` to 0; returns [Choice(name, text)] if any."""
     positive = {field: value for field, value in values.items() if value and value > 0}
     for field in positive:
         setattr(config, field, 0.0)

@@ -41,7 +41,7 @@ class PlannedModel:
     Attributes:
         kind: encoder, decoder or encoder-decoder.
         config: transformers config with labels and padding for the task.
-        heads: modules trained in full.
+        heads: modules trained in full, next to the adapter.
         new_modules: modules whose weights may be missing from the checkpoint.
         new_heads: heads missing from the checkpoint, randomly initialized.
         unused: modules that do not affect the loss and stay frozen.
@@ -79,7 +79,7 @@ class PlannedModel:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Steps (a stream is one epoch) and peak rates; `head_learning_rate` is None without heads."""
+    """Optimizer steps and peak learning rates; `head_learning_rate` is None without new heads."""
 
     steps: int
     steps_per_epoch: int
@@ -205,7 +205,7 @@ def model_choice(model: ModelConfig, model_type: str, total: int, source: ModelS
 def method_choices(
     method: MethodConfig, quant: QuantConfig, train: TrainerConfig, quantized_already: bool
 ) -> list[Choice]:
-    """Returns lines to print: method, quantization (`quantized_already`: on disk), batch size."""
+    """Returns the printed lines on method, quantization (`quantized_already`: on disk), batch."""
     choices = [Choice("method", method.kind, METHODS[method.kind].format_spec(method))]
     if quant.kind != "none":
         origin = "quantized in its checkpoint; " if quantized_already else ""
@@ -222,7 +222,7 @@ def method_choices(
 
 
 def size_choices(run: Run, *, build_modules: bool) -> list[Choice]:
-    """Returns lines on trainable parameters and steps; `build_modules`: as in `count_trainable`."""
+    """Returns the printed lines on parameters and steps; see `count_trainable`."""
     count = run.config.train.num_train_epochs
     epochs = f"{count:g} epoch{'s' * (count != 1)}"
     note = "" if run.config.train.max_steps else f"{epochs} of {len(run.data.train):,} rows"

@@ -33,10 +33,10 @@ def count_steps_per_epoch(config: TrainerConfig, num_rows: int) -> int:
 
 
 def rows_per_epoch(train: TrainerConfig, steps_per_rollout: int, data: PreparedData) -> int:
-    """Returns how many rows an epoch trains on, counting repetitions.
+    """Returns how many rows an epoch trains on, counting repetitions and padding.
 
-    A rollout's rows count once for each of the `steps_per_rollout` steps that train on it. Then, or
-    if rows come in sets, an incomplete last step counts as a full one.
+    A prompt counts once for each of the `steps_per_rollout` steps that train on its completions. If
+    these are several, or if rows are in sets, an incomplete last step counts as a full one.
     """
     step, num_rows = train.rows_per_step, len(data.train)
     if data.sets:
@@ -55,7 +55,7 @@ def count_steps(config: TrainerConfig, num_rows: int) -> int:
 
 @dataclass(frozen=True)
 class LearningRates:
-    """Peak learning rates of new heads (`head`) and all else (`base`; without flags: `default`)."""
+    """Peak learning rates: of new heads (`head`), of all else (`base`), and `base`'s `default`."""
 
     base: Choice
     default: float
@@ -63,7 +63,7 @@ class LearningRates:
 
     @property
     def choices(self) -> list[Choice]:
-        """Lines printed at the start; one for new heads only if the head rate differs."""
+        """Lines printed at the start: the base rate, and the head rate if that differs."""
         has_head_rate = self.head is not None and self.head.value != self.base.value
         return [self.base, self.head] if has_head_rate and self.head else [self.base]
 
@@ -83,8 +83,8 @@ def resolve_rates(
 ) -> LearningRates:
     """Returns the peak learning rates: the user's, or the method's defaults for the run.
 
-    New heads use `--head-learning-rate`, else `--learning-rate`. Defaults are multiplied by the
-    task's `factor`; `source` names the papers that recommend it.
+    New heads use `--head-learning-rate`, else `--learning-rate`. The default is multiplied by the
+    task's `factor`; `source` names the papers that recommend this factor.
     """
     base = head = None
     if train.learning_rate is not None:
@@ -268,7 +268,7 @@ def get_length_bounds(
     device: str,
     dtype: str,
 ) -> LengthBounds:
-    """Returns two limits of a row's length in tokens: the model's positions, and device memory."""
+    """Returns upper bounds of a row's length in tokens: by the model, and by device memory."""
     value = DTYPES[dtype].itemsize
     trained = METHODS[method.kind].trains_base(method)
     memory_config = MemorySettings(
@@ -282,9 +282,9 @@ def get_length_bounds(
 
 
 def text_positions(spec: MethodConfig, model_config: Any) -> int | None:
-    """Returns the positions that the model leaves for text; None if unlimited.
+    """Returns the model's maximum length minus the method's virtual tokens; None if unlimited.
 
-    Raises ConfigError if the method's virtual tokens leave none.
+    Raises ConfigError if nothing is left.
     """
     positions = max_positions(model_config)
     num_virtual_tokens = METHODS[spec.kind].positions(spec)

@@ -73,7 +73,7 @@ def select_prompts(prompts: Sequence[Any], num_prompts: int) -> list[Any]:
 
 
 def preview_rollouts(rollouts: Rollouts, prompts: Sequence[Any]) -> list[Choice]:
-    """Returns the lines that `check_before` shows, here for completions sampled by `rollouts`."""
+    """Returns printed lines on completions that `rollouts` samples, as `check_before` shows."""
     config = rollouts.settings
     groups = rollouts(BEFORE, select_prompts(prompts, config.check_groups))
     statistics = [compute_statistics(group, config) for group in groups]
@@ -120,7 +120,7 @@ def describe(
 def find_problem(
     metrics: dict[str, float], statistics: Sequence[GroupStatistics], config: RlConfig
 ) -> str:
-    """Returns why a run with these sampled groups would not learn, with advice; else empty."""
+    """Returns why training on these sampled groups would fail, with advice; "" if it would not."""
     length = config.max_completion_length
     if metrics["truncated"] > MAX_TRUNCATED:
         return (
@@ -152,7 +152,7 @@ def find_problem(
 
 
 def get_no_effect_cause(config: RlConfig, records: Sequence[Mapping[str, Any]]) -> str:
-    """Returns why no logged step of a run had a gradient, with advice; "" if unknown."""
+    """Returns why the rewards gave no gradient in any logged step, and advice; "" if unknown."""
     sampled = [record for record in records if "truncated" in record]
     if not sampled:
         return ""

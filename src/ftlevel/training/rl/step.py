@@ -36,7 +36,7 @@ class GroupStatistics:
         lengths: tokens per completion.
         active: tokens with a loss per completion.
         ended: whether each completion ended before the maximum length.
-        entropy: sum over all tokens of the group.
+        entropy: sum over all tokens of the group, in nats.
         logged: values of the metrics that reward functions logged.
     """
 
@@ -70,7 +70,7 @@ def compute_statistics(group: Group, config: RlConfig) -> GroupStatistics:
 
 @dataclass
 class Rollout:
-    """Rows of this process to train on, and metrics over all processes."""
+    """Sampled completions that this process trains on, and metrics over all processes."""
 
     rows: list[CompletionRow]
     metrics: dict[str, float]
@@ -172,7 +172,7 @@ def _mean_std(rewards: np.ndarray) -> float:
 
 
 def bound_of(dtype: str, quantization: str) -> float:
-    """Returns the largest mean |log-probability difference| (nats) that rounding may cause."""
+    """Returns the largest mean |log-probability difference| (nats) explained by rounding."""
     return COARSE if quantization == "8bit" else ROUNDING.get(dtype, COARSE)
 
 
@@ -192,7 +192,7 @@ MAX_CHARACTERS = 4_000
 
 
 class RolloutFile:
-    """Appends the groups of all processes to a file; above `MAX_BYTES`, one group per step."""
+    """Appends the groups of all processes to a file; one per step if it exceeds `MAX_BYTES`."""
 
     def __init__(self, path: Path, processes: Processes) -> None:
         self._path, self._processes = path, processes

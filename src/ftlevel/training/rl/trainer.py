@@ -70,7 +70,7 @@ def collate_prompts(rows: Sequence[Encoded]) -> dict[str, Any]:
 
 
 class _StepStatistics:
-    """Loss statistics summed over a step, and how log-probabilities differ from the sampler's."""
+    """Sums of loss statistics and of log-probability differences from the sampler, for a step."""
 
     def __init__(self) -> None:
         self._parts: list[tuple[torch.Tensor, ...]] = []
@@ -82,7 +82,7 @@ class _StepStatistics:
         self._parts.append((*sums, diff.max()))
 
     def take(self) -> tuple[list[float], float]:
-        """Returns and resets sums (clipped, kl, difference, tokens) and the largest difference."""
+        """Returns sums [clipped, kl, difference, tokens] and the maximum difference; resets all."""
         batches, self._parts = self._parts, []
         if not batches:
             return [0.0] * 4, 0.0
@@ -94,7 +94,7 @@ class RlTrainer(FtlevelTrainer):
     """Trainer that samples completions of `prompts` and trains on them by their rewards.
 
     Attributes:
-        keep: function that writes the groups that this process sampled to rollouts.jsonl.
+        keep: function (step, groups) that writes this process's sampled groups to rollouts.jsonl.
         bound: mean log-probability difference of sampler and trainer above which the run stops.
     """
 
@@ -149,7 +149,7 @@ class RlTrainer(FtlevelTrainer):
         self._in_training = False
 
     def with_targets(self, rows: Sequence[Encoded]) -> list[Encoded]:
-        """Returns each prompt with `num_generations` synthetic completions of maximum length."""
+        """Returns `num_generations` synthetic completions of maximum length for each prompt."""
         count, tokens = self.rl_config.num_generations, self.rl_config.max_completion_length
         return [
             completion
@@ -194,10 +194,11 @@ class RlTrainer(FtlevelTrainer):
     def _sample_more(
         self, step: int, groups: list[Group], sampled: list[GroupStatistics]
     ) -> tuple[list[Group], list[GroupStatistics]]:
-        """Extend `groups` and `sampled` (modified) by groups of prompts for those without a signal.
+        """Sample groups of further prompts, in place of groups whose rewards are all equal.
 
         At most `dynamic_sampling` prompts are drawn in all processes, in an order set by seed and
-        step. Returns this process's groups and the statistics of all groups to train on.
+        step. `groups` and `sampled` (modified) are extended. Returns this process's groups and the
+        statistics of all processes' groups, only those to train on.
         """
         size, budget = len(sampled), self.rl_config.dynamic_sampling
         used_rows = {statistics.row for statistics in sampled}
@@ -288,7 +289,7 @@ class RlTrainer(FtlevelTrainer):
         batches: list[dict[str, Any]],  # noqa: ARG002 - the weights are in the signals
         device: torch.device,
     ) -> torch.Tensor:
-        """Returns 1: the weights of the rows already normalize the loss over all processes."""
+        """Returns 1, because the rows' weights already normalize the loss over all processes."""
         return torch.ones((), device=device)
 
     def _sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
@@ -303,7 +304,7 @@ class RlTrainer(FtlevelTrainer):
     # ---- resume
 
     def save_rollout(self, checkpoint: Path) -> None:
-        """Write the rollout into `checkpoint` if later steps still train on that rollout."""
+        """Write the current rollout into `checkpoint` if later steps will train on it again."""
         if self._block is None or self.state.global_step % self.rl_config.num_iterations == 0:
             return
         rows = [(r.input_ids, r.prompt, r.row, r.number, r.values) for r in self._block.rows]
