@@ -107,7 +107,7 @@ def _split_segment(segment: Segment, causal: bool, window: int | None) -> Sequen
 
 
 def _clip(spans: Sequence[Range], first: int, last: int) -> tuple[Range, ...]:
-    """Returns the ranges of tokens [`first`, `last`) of a sequence that is at ranges `spans`."""
+    """Returns the packed ranges of tokens [`first`, `last`) of a sequence at ranges `spans`."""
     clipped, position = [], 0
     for start, stop in spans:
         low, high = max(first - position, 0), min(last - position, stop - start)

@@ -51,9 +51,9 @@ _MAX_NOISE = 2.0
 
 @dataclass(frozen=True)
 class StepCheck:
-    """Base class of checks on two short test rows; checks restore the model's training mode.
+    """Base class of checks that run the model on two short test rows and restore its mode.
 
-    The test rows are prefixes of the longest of the first 100 `rows`.
+    The test rows are two prefixes of the longest of the first 100 `rows`.
     """
 
     model: Any
@@ -258,13 +258,13 @@ CallArguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class PruningCheck(StepCheck):
-    """Callable that finds the tokens and linear layers for last-layer pruning."""
+    """Finds the tokens that the last block must compute, and its layers that can skip others."""
 
     def __call__(self, objective: Objective) -> tuple[TokenSelector | None, list[nn.Module]]:
         """Returns a selector of the tokens needed after the last block, and its prunable layers.
 
-        The latter are linear layers that may skip all other tokens. Returns (None, []) if every
-        token may be needed or gradients fail, and (selector, []) if the block runs twice.
+        The latter are linear layers of the block that may skip all other tokens. Returns (None, [])
+        if every token may be needed or gradients fail, (selector, []) if the block runs twice.
         """
         batch = self.batch_of(self.pair)
         training = self.model.training
@@ -361,7 +361,7 @@ def get_cross_entropy_error(
     device: str,
     dtype: str,
 ) -> str:
-    """Returns why `head` cannot replace the model's own head; empty if it can."""
+    """Returns why `head` cannot replace the model's own head and loss; empty if it can."""
     objective = objective.of_tokens
     batch = {k: v.to(device) for k, v in Collator(pad_id)(_labeled_pair(rows, objective)).items()}
     inputs, labels = objective.split(batch)

@@ -53,7 +53,7 @@ LossesAndGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def get_logits_transform(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Returns the function that makes logits of the head's output: softcap, scale or bias."""
+    """Returns the function from the head's output to logits: it applies scale, softcap and bias."""
     config: Any = model.config
     cap = getattr(config, "final_logit_softcapping", None)
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", 0) or 1)
@@ -70,7 +70,7 @@ def get_logits_transform(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 class _Call(threading.local):
-    """Per thread: request to the hook on the head (positions, function), and the result."""
+    """Per-thread `request` (positions, function) to the hook on the head, and its `result`."""
 
     request: tuple[Tensor, Callable[[Tensor], Tensor]] | None = None
     result: Tensor | None = None

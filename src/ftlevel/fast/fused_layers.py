@@ -129,7 +129,7 @@ class FusedGlu(nn.Module):
 
 
 class FusedNormGlu(ReplacedModules):
-    """Replaces norms and GLUs of `model` (`count` modules) by fused ones, until `remove`."""
+    """Replaces norms and GLUs of `model` by fused ones, until `remove`; `count` is their number."""
 
     def __init__(self, model: nn.Module, kernels: Kernels = NO_KERNELS) -> None:
         super().__init__(model, partial(_fuse, kernels=kernels))
@@ -137,7 +137,7 @@ class FusedNormGlu(ReplacedModules):
 
 
 def _fuse(module: nn.Module, kernels: Kernels) -> nn.Module | None:
-    """Returns the fused replacement of `module`, or None."""
+    """Returns a fused norm or GLU to replace `module`, or None if it cannot be fused."""
     if is_watched(module):
         return None
     if _may_be_norm(module):
@@ -241,7 +241,7 @@ class _Rope(torch.autograd.Function):
 
 
 class FusedRope:
-    """Replaces the rotary function in the `count` Python modules of `model`, until `remove`."""
+    """Replaces the rotary function of `model` in `count` Python modules, until `remove`."""
 
     def __init__(self, model: nn.Module, kernels: Kernels) -> None:
         self._replaced: list[tuple[ModuleType, Callable[..., Any]]] = []
@@ -262,7 +262,7 @@ class FusedRope:
 
 
 class _Replacement:
-    """Rotary embedding by a kernel; for unsupported arguments, by the original `function`."""
+    """Rotary function that calls a kernel, or `function` for arguments it does not support."""
 
     def __init__(self, function: Callable[..., Any], kernels: Kernels) -> None:
         self._original, self._kernels = function, kernels
@@ -287,7 +287,7 @@ class _Replacement:
 
 
 def _supports_kernel(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Returns whether dtypes are equal and all dimensions of a head are rotated."""
+    """Returns whether a kernel supports these tensors: equal dtypes, whole heads rotated."""
     if not q.dim() == k.dim() == 4 or cos.dim() != 3 or cos.shape != sin.shape:
         return False
     batch, _, tokens, width = q.shape

@@ -131,7 +131,7 @@ def _product(
 ) -> Tensor:
     """Returns `one` @ `matrix` in `dtype`; with `transposed`, the transpose of this product.
 
-    NVIDIA GPUs return float32 sums. `addmm` also scales, but its rules differ by torch version.
+    For a float32 result on NVIDIA GPUs, the sums of 16-bit factors are not rounded to 16 bits.
     """
     lower = one.dtype in (torch.bfloat16, torch.float16)
     if one.is_cuda and lower and dtype == torch.float32 and torch.version.hip is None:
@@ -178,7 +178,7 @@ class FusedForward:
         return True
 
     def _get_dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
-        """Returns the compute and output dtypes of the base: autocast's, or that of `x`."""
+        """Returns compute and output dtype of the base layer: both autocast's, else that of `x`."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         return dtype, dtype
@@ -283,7 +283,7 @@ def _mark_last_layer(block: nn.Module) -> None:
 
 
 def _last_layer(grad_fn: Any) -> Any:
-    """Returns the fused layer that computed the later operand of addition `grad_fn`, or None."""
+    """Returns the fused layer that computed the last operand of addition `grad_fn`, or None."""
     while grad_fn.name() == "ViewBackward0":
         ((grad_fn, _),) = grad_fn.next_functions
     if grad_fn.name() != "AddBackward0":

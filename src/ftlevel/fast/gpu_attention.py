@@ -255,7 +255,7 @@ class PaddedBatch:
 def pad_segments(
     segments: tuple[Segment, ...], causal: bool, window: int | None, device: torch.device
 ) -> tuple[tuple[PaddedBatch, ...], Tensor]:
-    """Returns padded batches, and (tokens,) the index of each token in all batches concatenated."""
+    """Returns padded batches, and (tokens,) each token's index in the concatenated batches."""
     groups: dict[LengthPair, list[int]] = defaultdict(list)
     for number, segment in enumerate(segments):
         length, seen = _lengths(segment)
@@ -351,7 +351,7 @@ FUNCTION = "flash_attn_varlen_func"
 
 @dataclass(frozen=True)
 class HubKernel:
-    """Kernel from the Hub; `all_keys` is its value for an unlimited window (FA4: None, else -1)."""
+    """Kernel from the Hub; `all_keys` is its argument for no window (FA4: None, others: -1)."""
 
     function: Callable[..., Any]
     caps: bool

@@ -34,7 +34,7 @@ def compute_answer_likelihoods(
     objective: LikelihoodObjective,
     batch: Mapping[str, Any],
 ) -> Tensor:
-    """Returns log-likelihood and length of each answer, (answers, 2); `head` may be None."""
+    """Returns (answers, 2), log-likelihoods and lengths; without `head`, from all logits."""
     likelihoods, _ = compute_token_likelihoods(head, model, objective, batch)
     return objective.answers(likelihoods, batch["labels"])
 
@@ -64,7 +64,7 @@ def compute_token_likelihoods(
 def _compute_likelihood_loss(
     head: ChunkedCrossEntropy | None, model: Any, objective: Objective, batch: Mapping[str, Any]
 ) -> Tensor | None:
-    """Returns the summed loss (a scalar) of preferences or of a policy; None for other losses."""
+    """Returns the summed loss (a scalar) of a preference or policy objective; None for others."""
     if isinstance(objective, LikelihoodObjective):
         answers = compute_answer_likelihoods(head, model, objective, batch)
         return objective.preference_sum(answers, batch["preference_labels"], training=True)
@@ -122,7 +122,7 @@ def sum_log_ratios(
 def prepare_inputs(
     model: Any, objective: TokenObjective, batch: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Returns inputs with which `model` computes logits but no loss, and the labels."""
+    """Returns (inputs, labels); without labels in its inputs, `model` computes no loss."""
     inputs: dict[str, Any] = dict(batch)
     for name in ("preference_labels", "located", "known", "ids", "signals"):
         inputs.pop(name, None)
@@ -141,7 +141,7 @@ def supervised_loss(
     observe: Observe | None = None,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """Returns a batch's summed loss, with the head run at targets only; `observe` gets logits."""
+    """Returns a batch's summed loss with `head` run at targets only; `observe` gets the logits."""
     if (total := _compute_likelihood_loss(head, model, objective, batch)) is not None:
         return total
     if not isinstance(objective, TokenObjective):

@@ -69,7 +69,7 @@ class Batch:
 
 
 def are_short(segments: Sequence[Segment]) -> bool:
-    """Returns whether all segments are short sequences without a past."""
+    """Returns whether all segments are whole sequences of at most `MAX_SHORT` tokens."""
     return all(not s.past and s.stop - s.start <= MAX_SHORT for s in segments)
 
 

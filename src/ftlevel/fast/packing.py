@@ -253,7 +253,7 @@ def _round_up(number: int, multiple: int, limit: int) -> int:
 
 
 def _balance(order: Sequence[int], costs: Sequence[int], num_batches: int) -> MicroBatches:
-    """Split rows, in `order`; each joins the micro-batch with the lowest total cost so far."""
+    """Split rows, in `order`; each is added to the micro-batch with the lowest total cost."""
     micro_batches: MicroBatches = [[] for _ in range(num_batches)]
     batch_costs = [0] * num_batches
     for row in order:
@@ -264,7 +264,7 @@ def _balance(order: Sequence[int], costs: Sequence[int], num_batches: int) -> Mi
 
 
 def _split(order: Sequence[int], budget: int, added: AddedCost, multiple: int) -> MicroBatches:
-    """Split rows, in `order`, into few, even micro-batches; `added` returns the cost of a row."""
+    """Split rows, in `order`, into few, even micro-batches; `added` is the cost of adding a row."""
     num_batches = _round_up(len(_fill(order, budget, added)), multiple, len(order))
     low, high = 1, budget
     while low < high:  # the smallest budget that needs no more micro-batches

@@ -53,7 +53,7 @@ class ParallelWorkers:
     def forward(
         self, compute: Callable[[int], Tensor], number: int, seed: int | None = None
     ) -> list[Tensor]:
-        """Returns [compute(0), …, compute(number - 1)]; call i draws with the seed `seed` + i."""
+        """Returns [compute(0), …, compute(number - 1)]; dropout in call i has seed `seed` + i."""
 
         def run(at: int) -> Tensor:
             with using_generator(None if seed is None else seed + at):
@@ -129,5 +129,5 @@ def makespan(durations: Sequence[int], workers: int) -> int:
 
 
 def duration(costs: Sequence[int], workers: int) -> float:
-    """Returns the estimated time of micro-batches of `costs` tokens; a token by all threads: 1."""
+    """Returns the time of micro-batches of `costs` tokens, in token times of all threads."""
     return sum(costs) if workers == 1 else makespan(costs, workers) * workers / GAIN

@@ -95,10 +95,7 @@ def _has_dynamic_rope(config: Any) -> bool:
 
 
 def get_dropout(method: MethodConfig, meta: Any, with_head: bool = False) -> str:
-    """Returns e.g. "lora_dropout 0.1" if method or model has dropout or jitter, else "".
-
-    Dropout in the head counts only if `with_head`.
-    """
+    """Returns a dropout of method, model or (`with_head`) head, as "lora_dropout 0.1"; else ""."""
     for owner in (method.model_dump(), meta.config.to_dict()):
         for name, value in owner.items():
             if not (isinstance(value, float) and value > 0):
@@ -354,7 +351,7 @@ def _is_recurrent(model: Any) -> bool:
 
 
 def set_packed_attention(model: Any, kernel: FlashKernel | None = None) -> bool:
-    """Set packed attention on `model` (modified), on a GPU by `kernel`; False if unsupported."""
+    """Set packed attention in `model` (modified), on a GPU by `kernel`; False if unsupported."""
     # Models that are eager only because of softcapping (Gemma 2) are supported.
     is_capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
     if attention_of(model) != ("eager" if is_capped else "sdpa"):

@@ -193,7 +193,7 @@ class _Tree:
             first = row
 
     def _add(self, rows: range, depth: int, past: tuple[Range, ...]) -> None:
-        """Add the tokens after `depth` that all `rows` share, then the rest of each row."""
+        """Add what `rows` share after their first `depth` tokens (ranges `past`), then the rest."""
         first = rows.start
         end = min((self._shared_lengths[row] for row in rows[1:]), default=len(self._rows[first]))
         if end > depth:

@@ -18,7 +18,7 @@ from ftlevel.fast.packing import PackedLayout, current_layout
 
 
 class LastLayerPruning:
-    """Hooks that make `linears` compute only the tokens `PackedLayout.needed`, until `remove`."""
+    """Hooks that make `linears` compute only tokens in `PackedLayout.needed`, until `remove`."""
 
     def __init__(self, linears: Sequence[nn.Module]) -> None:
         self._hooks = [
@@ -109,7 +109,7 @@ def _with_gradient(
 
 
 def _has_only_needed(gradient: Tensor, layout: PackedLayout) -> bool:
-    """Returns whether `gradient` (…, tokens, width) is nonzero at needed tokens only."""
+    """Returns whether `gradient` (…, tokens, width) is nonzero, but only at needed tokens."""
     if layout.needed is None or gradient.dim() < 2 or gradient.shape[-2] != layout.tokens:
         return False
     per_token = gradient.abs().amax(-1).reshape(-1, layout.tokens).amax(0)

@@ -33,7 +33,7 @@ def worker_generator() -> torch.Generator | None:
 
 @contextlib.contextmanager
 def using_generator(seed: int | None) -> Iterator[None]:
-    """Use a new generator with `seed` in this thread inside the `with` block; None: the global."""
+    """In the `with` block, this thread draws dropout with `seed`; None: with torch's generator."""
     before = _thread_local.generator
     _thread_local.generator = None if seed is None else torch.Generator().manual_seed(seed)
     try:
@@ -46,7 +46,7 @@ _LEVELS = 1 << 16
 
 
 def dropout_mask(like: Tensor, p: float) -> Tensor:
-    """Returns a CPU mask like `like`: 0 with probability `p` (± 1/65,536), else 1 / (1 - p)."""
+    """Returns a CPU tensor like `like`: 0 with probability `p` (± 1/65,536), else 1 / (1 - p)."""
     count, dropped = like.numel(), min(round(p * _LEVELS), _LEVELS - 1)
     bits = torch.empty(-(-count // 4), dtype=torch.int64)
     bits.random_(-(1 << 63), None, generator=worker_generator())
@@ -67,7 +67,7 @@ class GeneratorDropout(nn.Dropout):
 
 
 class ReplacedModules:
-    """Replaces modules of `model` by the results of `replace` (None: not), until `remove`."""
+    """Replaces each module of `model` by `replace(module)`, unless None, until `remove`."""
 
     def __init__(self, model: nn.Module, replace: Callable[[nn.Module], nn.Module | None]) -> None:
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
@@ -125,16 +125,16 @@ class Recomputation:
 
 
 def with_recomputation(tensor: Tensor, make: Callable[..., Tensor], *saved: Tensor) -> Tensor:
-    """Mark `tensor` (modified): layers may save `saved` and call `make(*saved)` in backward."""
+    """Mark `tensor`, so that layers save `saved` and recompute it by `make(*saved)`; returns it."""
     parts = tuple(part.detach() for part in saved)
     setattr(tensor, _NAME, (Recomputation(make), parts, version_of(tensor)))
     return tensor
 
 
 def recomputation_of(tensor: Tensor) -> tuple[Recomputation, tuple[Tensor, ...]] | None:
-    """Returns the recomputation of `tensor` and the tensors that this needs, or None.
+    """Returns the `Recomputation` of `tensor` and its saved tensors; None if it must be saved.
 
-    None for views, copies, tensors of inference mode or changed in place, which must be saved.
+    Views, copies, and tensors of inference mode or changed in place must be saved.
     """
     if tensor.is_inference():
         return None

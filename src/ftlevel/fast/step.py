@@ -63,7 +63,7 @@ class FastStep:
             self.workers = ParallelWorkers(plan.workers, torch.get_num_threads(), plan.is_random)
 
     def check(self, rows: Sequence[Encoded], pad_id: int, device: str, dtype: str) -> list[str]:
-        """Disable the parts that fail `PackingCheck` on `rows`; returns a reason for each."""
+        """Disable the parts that fail a check of `PackingCheck` on `rows`; returns the reasons."""
         if self._blocks is None:
             return []
         check = PackingCheck(self._model, get_blocks(self._base)[-1], rows, pad_id, device, dtype)
@@ -111,7 +111,7 @@ class FastStep:
     def prune_last_layer(
         self, objective: Objective, rows: Sequence[Encoded], pad_id: int, device: str, dtype: str
     ) -> None:
-        """Where possible, make the last block compute only the tokens needed after it."""
+        """Where possible, make the last block compute only the tokens that the loss needs."""
         if self._blocks is None or not self.plan.prunes_last_layer:
             return
         last = get_blocks(self._base)[-1]

@@ -159,7 +159,7 @@ class _Partition:
         return split(self._lengths, budget, multiple)
 
     def get_shared_prefix_length(self, rows: Sequence[Encoded]) -> int:
-        """Returns the length of the common prefix of `rows` that predicts no target, or 0."""
+        """Returns the length of the prefix that `rows` share before any target, or 0 if short."""
         if not self.is_tree or len(rows) < 2:
             return 0
         length = min(self._shared[row] for row in self._order[1:])
@@ -200,7 +200,7 @@ def _num_tokens(row: Encoded, *, packs: bool) -> int:
 
 
 def _num_shared_tokens(row: Encoded) -> int:
-    """Returns how many tokens of the sequences in `row` repeat a prefix of the one before."""
+    """Returns how many tokens are prefixes that a sequence in `row` shares with the previous."""
     sequences = row.sequences
     lengths = [common_prefix_length(a.input_ids, b.input_ids) for a, b in pairwise(sequences)]
     return sum(shared for shared in lengths if shared >= MIN_PREFIX)
@@ -219,7 +219,7 @@ class TextCollator(StepCollator):
     """Collates rows of texts to embed; each distinct text of a step is collated once."""
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Returns `StepCollator`'s dict, each text in `rows` once; key `texts` is a `StepTexts`."""
+        """Returns `StepCollator`'s dict for the distinct texts of `rows`, with a `StepTexts`."""
         texts, step = distinct_texts(rows)
         return {**super().__call__(texts), "rows": rows, "texts": step}
 

@@ -129,7 +129,7 @@ def _scale_like(x: Tensor) -> Tensor:
 
 
 def _like(*indices: int) -> Callable[..., Any]:
-    """Returns a function that allocates outputs like its arguments at `indices` (-1: like ρ)."""
+    """Returns a function that allocates outputs like its arguments at `indices`; -1 is like ρ."""
 
     def make(*arguments: Any) -> Any:
         tensors = [
@@ -212,14 +212,14 @@ Computation = Callable[[TorchBackend], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class Kernels:
-    """Selects Triton or torch for each operation, once per process; torch if not `allowed`."""
+    """Selects Triton or torch for each operation, once per process; only torch if not `allowed`."""
 
     allowed: bool = True
 
     def norm(
         self, width: int, weight: torch.dtype, dtype: torch.dtype, device: str
     ) -> TorchBackend:
-        """Returns the backend of norms; the weight is multiplied in the dtype `weight`."""
+        """Returns the backend of norms; `weight` is the dtype of the product with the weight."""
         is_supported = width <= MAX_WIDTH and self._is_supported(device, dtype)
         return select_norm(width, weight, dtype, device) if is_supported else TORCH
 
