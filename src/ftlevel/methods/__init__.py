@@ -83,12 +83,12 @@ def rows_of(config: MethodSpec) -> list[MethodInfo]:
 
 
 def get_rule(cell: Cell) -> Rule | None:
-    """Returns the first rule that applies to the method, model and task of `cell`, or None."""
+    """Returns the first rule that excludes the method, model and task of `cell`, or None."""
     return next((rule for rule in RULES if rule.matches(cell)), None)
 
 
 def get_possible_rules(cell: Cell) -> list[Rule]:
-    """Returns the rules that apply to `cell` for some values of its unset (None) fields."""
+    """Returns the rules that exclude `cell` for some values of its unset (None) fields."""
     return [rule for rule in RULES if rule.matches(cell, on_none=True)]
 
 

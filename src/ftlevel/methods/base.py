@@ -84,7 +84,7 @@ class Initialization:
     """Base class of adapter initializations; the default is PEFT's and keeps the base unchanged."""
 
     def required_dtype(self, spec: Any, dtype: str) -> Choice | None:
-        """Returns the dtype that `spec` requires, or None. `ConfigError` if `dtype` differs."""
+        """Returns the dtype that `spec` requires, or None; `ConfigError` if `dtype` differs."""
         return None
 
     def rewrites_base(self, spec: Any) -> bool:
@@ -137,7 +137,7 @@ class MergeInfo:
 class StepSupport:
     """Which parts of the fast training step support a method.
 
-    An attribute takes the method's configuration; returns why its part is unsupported, else "".
+    Each attribute is a function of the method's configuration: why a part is unsupported, or "".
 
     Attributes:
         fusing: fused layers; None for methods other than LoRA.

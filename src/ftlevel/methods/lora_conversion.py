@@ -225,7 +225,7 @@ def _ranks(factors: dict[str, Factors]) -> str:
 
 
 def _relative_to_original(file: AdapterFile, name: str, update: Factors) -> Factors:
-    """Returns `update` − s · B₀A₀, the update relative to the weight before PiSSA or OLoRA."""
+    """Returns `update` − s · B₀A₀ (initial factors): the update of the weight before PiSSA."""
     import torch
 
     weight = file.get_base_tensor(f"{name}.weight").float()

@@ -55,7 +55,7 @@ def get_merge_error(config: Mapping[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class Skeleton:
-    """Adapter with its weights, added to a base model that has none (on the meta device).
+    """Adapter with its weights, added to a base model without weights (on the meta device).
 
     Attributes:
         units: adapter layers, by name of the base module that each replaces.

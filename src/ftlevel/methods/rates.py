@@ -60,7 +60,7 @@ class RateInputs:
 
     @property
     def size(self) -> float:
-        """Number from 0 (small model, short run) to 1 (large model, long run): t of the formula."""
+        """t of the formula above: from 0 (small model, short run) to 1 (large model, long run)."""
         return (_between(self.width, NARROW, WIDE) + _between(self.steps, SHORT, LONG)) / 2
 
 
@@ -105,7 +105,7 @@ class Rates:
         return rate
 
     def get_choice(self, label: str, inputs: RateInputs, name: str = "learning rate") -> Choice:
-        """Returns the rate and the reason for it as setting `name`; `label` is what is trained."""
+        """Returns the setting `name`: the rate and its reason; `label` is what it trains."""
         small = self.small_rate(inputs)
         if inputs.size == 0:
             message = "measured"

@@ -66,7 +66,7 @@ _ANY: frozenset[str] = frozenset()
 
 
 def rows(*names: str) -> frozenset[str]:
-    """Returns `names`, names of rows of the support table, as a frozenset for `Rule.rows`."""
+    """Returns `names`, which name rows of the support table, as a frozenset for `Rule.rows`."""
     return frozenset(names)
 
 

@@ -85,7 +85,7 @@ class PrecisionTuner:
     tuner_layer_cls: type[PrecisionLayer]
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Cast the adapter to float32, or without autocast to the base layers' dtype."""
+        """Cast the adapter to float32 (`autocast_adapter_dtype`) or the base layers' dtype."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)  # type: ignore[misc]
         if not autocast_adapter_dtype:
             for layer in self.model.modules():

@@ -137,7 +137,7 @@ _FEED_FORWARD = re.compile(
 
 
 def is_feed_forward(name: str) -> bool:
-    """Returns whether the module `name` (or its suffix) is the last layer of a feed-forward."""
+    """Returns whether `name`, full or a suffix, is that of a feed-forward's last layer."""
     return _FEED_FORWARD.search(name) is not None
 
 
@@ -176,7 +176,7 @@ class Ia3(Method):
 
 
 def vera_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns module name → LoRA factors diag(b) · B and diag(d) · A; needs A and B in the file."""
+    """Returns module name → LoRA factors diag(b) · B and diag(d) · A; InputError without A, B."""
     if not {"base_model.vera_A", "base_model.vera_B"} <= set(file.tensors):
         raise InputError(
             "its shared matrices are not in its file (save_projection was off). Load it with PEFT "
@@ -259,7 +259,7 @@ _LYCORIS_RULES = (
 
 
 def miss_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns module name → LoRA factors; A sums inputs. `InputError` for `init_weights` "bat"."""
+    """Returns module name → LoRA factors; `InputError` for `init_weights` "bat", which has none."""
     import torch
 
     start = file.config.get("init_weights")

@@ -151,7 +151,7 @@ def reset_ranks(peft_model: Any, config: Any) -> None:
 
 
 def importance_scores(model: Any) -> dict[str, dict[str, Any]]:
-    """Returns AdaLoRA's importance scores: PEFT allocator's attribute → parameter → tensor."""
+    """Returns AdaLoRA's scores: attribute of PEFT's rank allocator → parameter name → tensor."""
     allocator = model.base_model.rankallocator
     return {name: getattr(allocator, name) for name in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
 

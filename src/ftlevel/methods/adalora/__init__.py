@@ -45,7 +45,7 @@ _TINIT, _TFINAL = 0.1, 0.3
 
 
 def _reset_ranks(config: Any) -> None:
-    """Unset `rank_pattern` of `config`, so that PEFT does not prune the saved matrices again."""
+    """Unset `rank_pattern` of `config` (modified): PEFT would prune the saved matrices again."""
     config.rank_pattern = None
     config.init_lora_weights = True
 

@@ -17,8 +17,8 @@ FILE, RANKS = "adalora.safetensors", "adalora_ranks.json"
 class RankPruningCallback(TrainerCallback):
     """Trainer callback that prunes ranks after every optimizer step, while gradients exist.
 
-    If its config has ranks, PEFT saves pruned tensors, which do not fit the optimizer state. The
-    config therefore gets the ranks only after training, and checkpoints have full tensors and
+    If the config has `rank_pattern`, PEFT saves pruned tensors, which do not fit the optimizer
+    state. The config therefore gets it only after training, and checkpoints have full tensors and
     importance scores. Add this callback before the one that writes manifests of checkpoints.
     """
 

@@ -52,10 +52,10 @@ class AdapterPositions:
     Attributes:
         attention: last linear layer of each attention module.
         feed_forward: last linear layer of the feed-forward, or the whole feed-forward.
-        inputs: names that its first linear layer may have; empty if `feed_forward` is all of it.
-        residual: module whose input is the feed-forward's residual, to which its output is added.
+        inputs: possible names of the first linear layer; empty if `feed_forward` is the whole.
+        residual: module whose input is the residual to which the feed-forward's output is added.
             Empty if other terms are added, too, or the output is normalized or scaled first.
-        norm: layer norm after that sum; empty in pre-norm models.
+        norm: layer norm after this addition; empty in pre-norm models.
     """
 
     attention: tuple[str, ...]

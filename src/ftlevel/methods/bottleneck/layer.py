@@ -310,7 +310,7 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _connect(self, layer: BottleneckLayer, placement: str, module_name: str) -> InputType:
-        """Returns which tensor adapters of `placement` read; hooks the residual if they read it."""
+        """Returns the input type of adapters of `placement`; registers hooks that it requires."""
         input_type = INPUT_TYPES.get(placement, "output")
         if input_type not in ("residual", "sum"):
             return input_type

@@ -229,7 +229,7 @@ class LoraInitialization(Initialization):
     def as_saved(self, model: Any, initial: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
         """Context manager: yields the state dict of an equal LoRA of rank 2r on the original base.
 
-        Its config has rank 2r within the context. Yields None if the initialization keeps the base.
+        The model's config has rank 2r within the context. Yields None if the base is unchanged.
         """
         if not initial:
             yield None

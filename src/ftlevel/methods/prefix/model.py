@@ -296,9 +296,9 @@ class PrefixLayer(VirtualTokenLayer):
     def add_mlp_prefix(
         self, adapter_name: str, config: PrefixKvConfig, encoder: PrefixLayer | None, hidden: int
     ) -> None:
-        """Add an adapter whose prefix an MLP computes.
+        """Add an adapter whose prefix an MLP with input size `hidden` computes.
 
-        `encoder` is the layer with the MLP's shared part, of input size `hidden`; None: this layer.
+        The first layer of the MLP is shared: `encoder` has it, or if that is None, this layer.
         """
         device, width = device_of(self.base_layer), config.encoder_hidden_size
         if encoder is None:

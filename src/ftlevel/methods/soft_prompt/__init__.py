@@ -20,7 +20,7 @@ from ftlevel.methods.support_table import single_row
 
 
 def get_layer_stacks(model: Any) -> list[str]:
-    """Returns the name of the model without its head, or the names of its encoder and decoder.
+    """Returns names of modules: the model without its head, or its encoder and decoder.
 
     Each is the innermost module with input embeddings, such as OPT's `model.decoder`.
     """

@@ -164,7 +164,7 @@ class SoftPromptLayer(VirtualTokenLayer):
     def add_prompt(
         self, adapter_name: str, config: SoftPromptConfig, stack: Any, stack_type: StackType
     ) -> None:
-        """Add a prompt for `stack`; a decoder with an encoder stores only the config."""
+        """Add a prompt for `stack`; for the decoder of an encoder-decoder, only its config."""
         self.stack_type = stack_type
         self.configs[adapter_name] = config
         if stack_type == "decoder":
@@ -261,7 +261,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         return sum(self.configs[name].num_virtual_tokens for name in names)
 
     def _insert_prompts(self, names: list[str], stack: Any, call: dict[str, Any]) -> PromptPosition:
-        """Insert prompts (adapter `names`) into the arguments `call` (modified); returns where."""
+        """Insert prompts of adapters `names` into arguments `call` (modified); returns where."""
         embedded = call.get("inputs_embeds")
         if embedded is None:
             embedded = stack.get_input_embeddings()(call["input_ids"])
