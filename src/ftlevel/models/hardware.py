@@ -77,7 +77,7 @@ def get_cpu_quota(membership: Path = _MEMBERSHIP, root: Path = _CGROUPS) -> floa
 def control_groups(
     membership: Path = _MEMBERSHIP, root: Path = _CGROUPS, controller: str = "cpu"
 ) -> Iterator[Path]:
-    """Yields the directories of this process's cgroups, up to `root`; `membership` lists them."""
+    """Yields the directories of the cgroups in `membership` (/proc/self/cgroup), up to `root`."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:
@@ -111,7 +111,7 @@ _TRAINED_BYTES = 12  # gradient and two Adam moments in float32
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """Bytes per base `weight` (0.5 for 4 bits) and activation `value`; is the base `trained`?"""
+    """Bytes per base `weight` (0.5 for 4 bits), per activation `value`; what is trained."""
 
     weight: float
     value: int

@@ -36,7 +36,7 @@ _OF_NO_WEIGHT = tuple(
 
 @dataclass(frozen=True)
 class PlacedModel:
-    """Files of a model passed as object: `directory`, or if that is None, those of model `name`."""
+    """Files of a model passed as an object: in `directory`; if None, those that `name` names."""
 
     name: str
     directory: Path | None
@@ -209,7 +209,7 @@ def _get_config_dict(config: Any) -> dict[str, Any]:
 
 
 def _load_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, Tensor]]:
-    """Yields each tensor in the files of `source`, loaded one by one, with its name in `model`."""
+    """Yields (name in `model`, tensor) of tensors in the files of `source`, loaded one by one."""
     state, prefix = model.state_dict(), f"{model.base_model_prefix}."
     for path in sorted(snapshot(source).glob("*.safetensors")):
         with safe_open(str(path), framework="pt") as file:

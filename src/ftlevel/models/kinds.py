@@ -107,7 +107,7 @@ def save_legacy_rope(model_dir: Path) -> None:
 
 
 def legacy_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the RoPE keys that transformers 4 reads; empty without a single RoPE base."""
+    """Returns the RoPE keys that transformers 4 reads; empty if there is no single RoPE base."""
     rope, model_type = config.get("rope_parameters") or {}, config.get("model_type", "")
     if model_type in _BY_LAYER:
         layers = [rope[name] for name in ("full_attention", "sliding_attention")]

@@ -51,7 +51,7 @@ Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
 
 
 def check_shapes(model: Any, mismatched: Iterable[Mismatch], label: str) -> list[str]:
-    """Returns the names of weights in heads whose shape differs, so that they are initialized anew.
+    """Returns the names of head weights with a different shape in the checkpoint, not loaded.
 
     Raises InputError if the shape of a weight outside the heads differs from the checkpoint's.
     """
@@ -416,7 +416,7 @@ def _load_gguf_quantized(
 def keep_heads(quantization: Any, config: Any, auto_class: str) -> Any:
     """Returns a copy of the config `quantization` that leaves the model's heads unquantized.
 
-    With a list of modules to skip, transformers quantizes a tied output layer too, which unties it.
+    Given a list of modules to skip, transformers would quantize and untie a tied output layer, too.
     """
     result = copy.copy(quantization)
     meta = build_task_model(config, auto_class)

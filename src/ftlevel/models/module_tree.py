@@ -253,7 +253,7 @@ def get_modules_to_not_convert(model: nn.Module) -> list[str]:
 
 
 def replace_conv1d(model: nn.Module) -> None:
-    """Replace the Conv1D layers of the meta `model` (modified) by linear ones, as quantization."""
+    """Replace the Conv1D layers of the meta `model` (modified) by `nn.Linear`."""
     for name, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
             model.set_submodule(name, nn.Linear(module.nx, module.nf, device="meta"))

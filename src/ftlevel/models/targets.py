@@ -40,7 +40,7 @@ class LinearGroup:
 
     @property
     def all_linear(self) -> bool:
-        """Whether `--target-modules all-linear`, the default of low-rank methods, includes them."""
+        """Whether `all-linear`, the default `--target-modules` of LoRA, includes these layers."""
         return self.location == "block"
 
     def lora_parameters(self, r: int) -> int:
@@ -257,7 +257,7 @@ class _Selector:
         return sorted(selected)
 
     def _adaptable(self, matches: Sequence[str]) -> list[str]:
-        """Returns which `matches` (names) are linear layers in blocks; if none, in other places."""
+        """Returns the linear layers among `matches`: those in blocks; if none, the others."""
         layers = [self.linears[full] for full in matches if full in self.linears]
         in_blocks = [part.name for part in layers if part.location == "block"]
         return in_blocks or [

@@ -60,7 +60,7 @@ def eager_attention_of(module: Any) -> Any:
 
 
 def forget_renaming(model: Any, mapping: Mapping[str, str]) -> None:
-    """Make `save_pretrained` of `model` (modified) write its own names: `mapping` is not undone."""
+    """Make `save_pretrained` of `model` (modified) keep the names that `mapping` introduced."""
     model._weight_conversions = [
         conversion
         for conversion in model._weight_conversions

@@ -47,7 +47,7 @@ class KeyMapper:
         return (key, None) if name not in self.names and key in self.names else (name, pattern)
 
     def record_conversions(self) -> None:
-        """Store the applied conversions in the model (modified), as `from_pretrained` does."""
+        """Store the applied conversions, without `key_mapping`, in the model for saving."""
         self._model._weight_conversions = [
             conversion
             for conversion in self._conversions
@@ -94,7 +94,7 @@ class FastGGUFReader(gguf.GGUFReader):
         self._array = np.asarray(mapped)
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], Any, Any]:
-        """Returns size, parts, value indices and types of a field; loops where gguf recurses."""
+        """Returns size, parts, value indices and types of a field, as gguf does but faster."""
         if raw_type != _ARRAY or self.byte_order != "I":
             return super()._get_field_parts(orig_offs, raw_type)
         kind, count = struct.unpack_from("<IQ", self._array.data, orig_offs)

@@ -33,7 +33,7 @@ Count = Callable[[Tensor, int], list[int]]
 
 
 def get_rows_per_expert(experts: Tensor, number: int) -> list[int]:
-    """Returns how many rows each of `number` experts gets; `experts` are the rows' experts."""
+    """Returns how many rows each of `number` experts gets; `experts` has each row's expert."""
     return torch.bincount(experts, minlength=number).tolist()
 
 
@@ -74,7 +74,7 @@ def forward(
 
 
 def _multiply(module: Any, name: str, rows: Tensor, counts: list[int]) -> Tensor:
-    """Returns `rows`, sorted by expert (`counts` each), times their experts' weights `name`."""
+    """Returns `rows` times weights `name`: `counts[i]` rows with those of expert i, in order."""
     if not hasattr(module, "parametrizations"):  # unpacked tensors without values
         weights = getattr(module, name)
         outputs = [
@@ -106,7 +106,7 @@ def _one_by_one(module: Any, name: str) -> Iterator[tuple[Tensor, Any]]:
 
 
 def assume_even_experts(config: Any) -> None:
-    """Make models of `config` (modified) give all experts equally many rows, as fakes require."""
+    """Make models of `config` (modified) route equally many rows to all experts."""
     config._experts_implementation = _EVEN
 
 

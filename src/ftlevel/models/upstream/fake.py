@@ -35,7 +35,7 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 class FakeTensor(Tensor):
-    """Tensor without values on a nominal CPU; `shape_only` is a meta tensor with its shape."""
+    """Tensor without values that reports device CPU; `shape_only` is an equal meta tensor."""
 
     shape_only: Tensor
     sparse_indices: Tensor | None = None
@@ -205,10 +205,10 @@ class OperationWatch(TorchDispatchMode, ABC):  # type: ignore[no-untyped-call]  
 
     @abstractmethod
     def on_result(self, tensor: Tensor) -> None:
-        """Called for each result: a new tensor, a view, or a modified tensor."""
+        """Observe a result of an operation: a new tensor, a view, or a modified tensor."""
 
     def on_cast(self, tensor: Tensor, result: Tensor) -> None:
-        """Called before `on_result` if `result` is a cast of `tensor`."""
+        """Observe that `result` is `tensor` in another dtype; called before `on_result`."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

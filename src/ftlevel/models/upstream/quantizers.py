@@ -225,7 +225,7 @@ class PackedWeight:
         self._scales_packed: bool = linear.weight.compress_statistics
 
     def part(self, like: DTensor) -> DTensor:
-        """Returns the codes sharded like `like`, reading only this process's rows; collective."""
+        """Returns the codes sharded like `like`, reading only own rows; a collective operation."""
         import bitsandbytes.functional as bnb
 
         start, end = rows_of(like)

@@ -273,7 +273,7 @@ class LazyTensor(Protocol):
 
 
 class LazyWeights:
-    """Weights of a base model that are not loaded yet, by parameter (a placeholder).
+    """Weights of a base model that are not loaded yet: placeholder parameter → lazy weight.
 
     `converted` names tensors that were loaded in full, because they combine several stored tensors.
     """
@@ -340,7 +340,7 @@ class LazyWeights:
     def fill(self, model: nn.Module, base_name: Callable[[str], str]) -> list[str]:
         """Load the lazy weights that `model` (modified) trains; returns names of tensors still NaN.
 
-        These depend on weights not loaded. `base_name` maps names in `model` to those in the base.
+        The latter depend on weights not loaded. `base_name` maps names in `model` to base names.
         """
         bases = {
             base_name(name): stored
