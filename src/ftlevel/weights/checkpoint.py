@@ -329,7 +329,7 @@ def open_checkpoint(source: ModelSource, model: Any, key_mapping: Mapping[str, s
 def open_base(source: ModelSource, config: Any, auto_class: str, model: Any = None) -> Checkpoint:
     """Open the weights of a base; those of a .gguf file are loaded into memory in float32.
 
-    `model` is the one to read them for, if it is not that of `config`: it may have more tokens.
+    `model` is a meta model to use in place of that of `config`, such as one with more tokens.
     """
     model = build_task_model(config, auto_class) if model is None else model
     if source.kind != "gguf":

@@ -102,9 +102,10 @@ def select_codes(
     moment: torch.Tensor,
     grid: QuantizationGrid,
 ) -> torch.Tensor:
-    """Returns `codes` improved so that the output of `weight`, above all of `update`, is preserved.
+    """Returns `codes` improved to preserve the layer's output, above all its change by `update`.
 
-    These three are (out, in); `moment` is H (in, in). `scales` are as read back from the file.
+    `weight`, `update` and `codes` are (out, in), `moment` is H = E[x xᵀ] (in, in) of the layer's
+    inputs. `scales` are as read back from the file.
     """
     directions, target, moment = compute_directions(update, moment), weight, shrunk(moment)
     for _ in range(SWEEPS):
@@ -115,7 +116,7 @@ def select_codes(
 
 
 def compute_directions(update: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-    """Returns k orthonormal output directions (out, k) that `update` changes most, given H."""
+    """Returns (out, k) orthonormal output directions that `update` changes most; `moment` is H."""
     num_directions = min(DIRECTIONS, *update.shape)
     directions = torch.randn(
         len(update), num_directions, generator=torch.Generator().manual_seed(0)

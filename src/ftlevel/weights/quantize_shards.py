@@ -91,7 +91,7 @@ def build_layout(
 ) -> QuantizedLayout:
     """Create the layout for a model of `config` and transformers class `auto_class`.
 
-    It has a copy of `quantization` with the modules to skip; `dtype` is for unquantized tensors.
+    Its `config` is `quantization` with the modules to skip; `dtype` is for unquantized tensors.
     """
     meta = build_task_model(config, auto_class)
     key_mapper = KeyMapper(meta)
@@ -272,7 +272,7 @@ class ShardWriter:
 
 
 def header_bound(tensors: Mapping[str, int]) -> int:
-    """Returns the maximum header size in bytes; `tensors`: start of names → number of tensors."""
+    """Returns the maximum header size in bytes; `tensors`: name prefix → number of tensors."""
     # 200 bytes: a suffix, a dtype, a shape of few dimensions and two offsets.
     return 64 + sum(count * (len(json.dumps(name)) + 200) for name, count in tensors.items())
 
