@@ -43,10 +43,10 @@ PREFIX_LENGTH = 7
 """Tokens of the test rows that form a shared prefix."""
 
 _EXACT, _ROUNDED = 1e-4, 1e-1
-"""Maximum relative difference of states in float32, and below."""
+"""Maximum relative difference of states in float32, and in 16 bits."""
 
 _MAX_NOISE = 2.0
-"""Maximum rounding of a usual packed state, relative to that of a padded one."""
+"""Maximum median rounding error of packed states, relative to that of padded states."""
 
 
 @dataclass(frozen=True)
@@ -347,7 +347,7 @@ def _get_linears(module: nn.Module) -> list[nn.Module]:
 
 
 NOISE = {"float32": 1e-5}
-"""Maximum relative difference of logits; `COARSE` below float32."""
+"""Maximum relative difference of logits; `COARSE` in 16 bits."""
 
 COARSE = 1e-2
 

@@ -146,8 +146,8 @@ ROUNDING = 1.5
 steps' largest; 1.1 was measured. For a single tensor it is `TENSOR_ROUNDING`."""
 TENSOR_ROUNDING = 4.0
 LENGTH = 0.3
-"""Maximal length outside the range of the plain steps' lengths, as a multiple of the same distance;
-0.15 was measured."""
+"""Maximal deviation of its length from the range of the plain steps' lengths, as a multiple of the
+same distance; 0.15 was measured."""
 
 
 @dataclass

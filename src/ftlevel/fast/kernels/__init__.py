@@ -29,7 +29,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Backward]] = {
         lambda g, x: gelu_backward(g, x, approximate="tanh"),
     ),
 }
-"""Kind → a, and (∂L/∂a, g) → ∂L/∂g."""
+"""Name → activation function a(g), and its backward function (∂L/∂a, g) → ∂L/∂g."""
 
 
 class TorchBackend:
