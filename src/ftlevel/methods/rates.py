@@ -60,7 +60,7 @@ class RateInputs:
 
     @property
     def size(self) -> float:
-        """t of the formula above: from 0 (small model, short run) to 1 (large model, long run)."""
+        """Number from 0 (small model, short run) to 1 (large model, long run): t in the formula."""
         return (_between(self.width, NARROW, WIDE) + _between(self.steps, SHORT, LONG)) / 2
 
 
