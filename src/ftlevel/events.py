@@ -18,7 +18,7 @@ from ftlevel.extensions import resolve_renamed
 
 
 class Listener:
-    """Base class of listeners: methods do nothing, and are called from the main thread only."""
+    """Base class of listeners; its methods do nothing, and are called in the main thread only."""
 
     def stage(self, name: str) -> None:
         """Start a stage of the work, such as `load the model`."""
@@ -27,7 +27,7 @@ class Listener:
         """Report settings, each with a value and a reason, under the heading `title`."""
 
     def progress(self, done: int, total: int) -> None:
-        """Report the number of encoded examples."""
+        """Report that `done` of `total` examples are encoded."""
 
     def answered(self, done: int, share: float | None) -> None:
         """Report `done` processed rows, and the `share` (0 to 1) of the input, None if unknown."""
@@ -137,7 +137,7 @@ class Notebook(NullListener):
         self._draw()
 
     def end(self, summary: Mapping[str, Any]) -> None:
-        """Show the metrics and the path of the finished run."""
+        """Show the path of the finished run, or that it was a dry run."""
         self._ended, self._stage = summary, ""
         self._draw()
 

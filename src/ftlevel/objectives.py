@@ -24,7 +24,11 @@ ScoreTexts = Callable[[Sequence[str], Sequence[str], str], dict[str, float]]
 
 @dataclass(frozen=True)
 class Checks:
-    """Optional data checks of encoded rows, each on or off for a task."""
+    """Optional data checks of encoded rows, each on or off for a task.
+
+    `token_labels`: labels are in the vocabulary; `supervised`: a row has a label; `ends`: checks of
+    generated answers, such as a missing EOS token; `near_duplicates`: rows differ substantially.
+    """
 
     token_labels: bool = False
     supervised: bool = True
@@ -69,10 +73,10 @@ class Meter(Protocol):
 
 @runtime_checkable
 class SortedMeter(Meter, Protocol):
-    """Interface of meters that sort their targets once for all bootstrap draws."""
+    """Interface of meters with a fast bootstrap, which sorts the targets once for all draws."""
 
     def resampler(self, meters: Sequence[Any]) -> Callable[[Any], dict[str, float]] | None:
-        """Returns a function: how often each meter is drawn, `(meters,)` -> metrics; or None."""
+        """Returns a function from the draws of each meter, `(meters,)`, to the metrics; or None."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ class Objective(ABC):
     def training_sum(
         self, logits: Tensor, labels: Tensor, mask: Tensor, loss: TrainingLoss
     ) -> Tensor:
-        """Returns the loss summed over targets, with label smoothing as set in `loss`."""
+        """Returns the loss summed over targets, with the label smoothing of the options `loss`."""
         total, smoothing = self.loss_sum(logits, labels, mask), loss.smoothing
         if not smoothing:
             return total
@@ -179,17 +183,17 @@ class TokenObjective(Objective):
 
     @abstractmethod
     def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns flat indices into (batch, seq) that predict a target, and the targets."""
+        """Returns flat (batch, seq) indices of positions that predict targets, and target ids."""
 
     @property
     def of_tokens(self) -> TokenObjective:
-        """Objective with the plain loss of each token; here, the objective itself."""
+        """Objective with the cross entropy of each token; by default, the objective itself."""
         return self
 
 
 @dataclass(frozen=True)
 class StepTexts:
-    """Which texts the rows of an optimizer step have; texts are indices, as rows may share texts.
+    """Indices of the texts of each row of an optimizer step; rows may share texts.
 
     Attributes:
         texts: per row, the indices of its texts: the query, then the documents.
@@ -218,7 +222,7 @@ class StepTexts:
     def join(cls, steps: Sequence[StepTexts]) -> StepTexts:
         """Returns the rows of all `steps`; their texts, in this order, have consecutive indices.
 
-        All rows with a text use its first index.
+        A text that occurs several times has the index of its first occurrence.
         """
         guides = [vector for step in steps for vector in step.guide or ()]
         first: dict[tuple[int, ...], int] = {}

@@ -268,7 +268,7 @@ def _same(one: Any, two: Any) -> bool:
 
 
 def _json_reward(spec: Spec) -> Reward:
-    """Returns a reward: share of JSON fields equal to the answer's; 0 if invalid (by schema)."""
+    """Returns the reward `json`: share of keys with the answer's values; 0 for invalid JSON."""
     column, validator = get_schema_column(spec), None
     if column:
         _validator({})  # fails if jsonschema is not installed

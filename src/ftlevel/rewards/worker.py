@@ -32,7 +32,7 @@ _OWN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra"
 
 
 class _SlowError(BaseException):
-    """A built-in reward exceeded its time limit; math-verify would catch an `Exception`."""
+    """Timeout of a built-in reward; a `BaseException`, as math-verify catches any `Exception`."""
 
 
 def _raise_slow(_: int, __: FrameType | None) -> None:
@@ -93,7 +93,7 @@ def _describe(error: BaseException, file: str = "") -> str:
 
 
 class Worker:
-    """Loads rewards and handles requests, which refer to a reward by its index."""
+    """Loaded rewards, and the handlers of requests, which refer to a reward by its index."""
 
     def __init__(self) -> None:
         self.specs: list[Any] = []
@@ -103,7 +103,7 @@ class Worker:
         self._logged: dict[str, Any] = {}
 
     def load(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Load the rewards; return the functions' signatures and the error messages."""
+        """Load the rewards; returns `signatures`, one per reward, and error messages `problems`."""
         problems = []
         for fields in request["specs"]:
             config = SimpleNamespace(**fields)
@@ -132,7 +132,7 @@ class Worker:
         return {"row": None, "reason": ""}
 
     def score(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the scores of one reward, or the problem and which completions failed."""
+        """Returns `scores` and, on failure, `problem` (message) and `failed` (their indices)."""
         index, batch = request["reward"], request["batch"]
         if self.specs[index].kind == "builtin":
             share = 0.8 * request["seconds"] / max(len(batch["texts"]), 1)
@@ -156,7 +156,7 @@ class Worker:
         return scores
 
     def _called(self, index: int, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the scores of a function; if it fails, also the error and the failing rows."""
+        """Returns `scores` of a function and, on failure, `problem` and `failed` (indices)."""
         count = len(batch["texts"])
         parts = [_part(batch, at) for at in range(count)]  # first: a function may modify lists
         scores, problem = self._try(index, batch)
@@ -256,7 +256,7 @@ def _end_with(parent: int) -> None:
 
 
 def main() -> None:
-    """Run the worker on stdin and stdout, which functions do not get; they print to stderr."""
+    """Serve requests on stdin and stdout; reward functions have no stdin, and print to stderr."""
     if hasattr(os, "killpg") and os.getpgrp() == os.getpid():  # a signal ends the run only
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", encoding="utf-8")

@@ -87,13 +87,13 @@ class PromptedModel(Protocol):
         """Returns the generated text per prompt; raises `UnansweredError` for a too long prompt."""
 
     def fit_rows(self, rows: Sequence[Encoded]) -> Sequence[Encoded]:
-        """Returns rows cut to the model's positions, or raises `UnansweredError` if not allowed."""
+        """Returns rows cut to the model's positions; `UnansweredError` if they may not be cut."""
 
     def score(self, rows: Sequence[Encoded], read: Callable[[Encoded, Tensor], T]) -> list[T]:
         """Returns `read(row, logits)` for each row, in order; the logits are freed after each call.
 
         The logits are `(...)` per row or `(seq, ...)` per token; for language heads they are
-        `(labeled tokens, vocabulary)`. Raises UnansweredError for rows above the model's positions.
+        `(labeled tokens, vocabulary)`. Raises UnansweredError for rows longer than the positions.
         """
 
     def score_batches(
@@ -135,11 +135,11 @@ class BaseTask(ABC):
         builtin_subset: subset of `builtin:docstrings` to read; empty for all.
         has_new_head: whether the head is newly initialized and fully trained.
         generates_text: whether the model generates text.
-        served_as: kind of model, to select servers that support it, if it generates no text.
+        served_as: model type in the list of what a server supports; unused for text generation.
         finds_ends_by_padding: whether the model locates a row's last token by its padding.
-        head_like: task with the same head, if the head is not specific to this task.
+        head_like: task whose models have the same head; "" if the head is specific to this task.
         separates_padding: whether the padding token must differ from EOS.
-        changes_tokenizer: whether the task changes a tokenizer's template, e.g. to append EOS.
+        changes_tokenizer: whether the task changes the tokenizer, e.g. to append EOS.
         needs_context: whether a prompt needs a context text.
         predicts_training_rows: whether `predict` accepts the layouts of training rows.
         uses_dropout: whether training may use dropout.
@@ -221,7 +221,7 @@ class BaseTask(ABC):
         return None
 
     def get_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
-        """Returns names of `meta`'s modules to train in full, and of those `source` may lack."""
+        """Returns two lists of module names: to train in full, and missing in some checkpoints."""
         if not self.has_new_head:
             return [], []
         from ftlevel.models.loading import get_new_poolers
@@ -263,7 +263,7 @@ class BaseTask(ABC):
     def write_files(  # noqa: B027 - most tasks write none
         self, directory: Path, model_config: Any, inference_config: Mapping[str, Any]
     ) -> None:
-        """Write files of other libraries (sentence-transformers) beside an adapter or model."""
+        """Write the files for loading the adapter or model with sentence-transformers, if any."""
 
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
@@ -289,7 +289,7 @@ class BaseTask(ABC):
     def get_format(
         self, column_names: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format:
-        """Returns the format of a table; if there is none, the error suggests a task that fits."""
+        """Returns the format of a table; if none fits, the `InputError` suggests another task."""
         mapping = {**self.column_mapping(column_names, config, rows), **config.columns}
         try:
             return detect_format(
@@ -305,19 +305,19 @@ class BaseTask(ABC):
     def column_mapping(
         self, column_names: Sequence[str], config: DataConfig, rows: Sequence[Row]
     ) -> Mapping[str, str]:
-        """Returns role (e.g. `source`) -> column, where options besides `--map` determine it."""
+        """Returns role -> column (e.g. source -> en) that the task itself finds, not `--map`."""
         return {}
 
     def update_format(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
-        """Returns `format_` with what the columns' values determine, and log lines about it."""
+        """Returns `format_` completed by the values of `table` and by `config`, and log lines."""
         return format_, []
 
     def options_for_rows(
         self, options: Mapping[str, Any], examples: Sequence[Any]
     ) -> Mapping[str, Any]:
-        """Returns the options of a model, with what the rows to evaluate determine."""
+        """Returns the `options` of a model card, updated for the `examples` to evaluate."""
         return options
 
     def label_role(self, format_: Format) -> str | None:
@@ -327,7 +327,7 @@ class BaseTask(ABC):
     def get_inconsistent_labels(
         self, examples: Sequence[Any], labels: LabelSet, table: Table
     ) -> list[BadRow]:
-        """Returns the rows whose labels contradict each other, such as I-LOC after B-PER."""
+        """Returns a `BadRow` per row with contradicting labels, such as I-LOC after B-PER."""
         return []
 
     def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:
@@ -420,7 +420,7 @@ class BaseTask(ABC):
 
     @abstractmethod
     def create_query(self, prompt: str, context: str | None, number: int) -> Any:
-        """Create example `number` from `prompt` and, if needed, `context`; it has no answer."""
+        """Create example `number`, without an answer, from `prompt` and, if needed, `context`."""
 
     @abstractmethod
     def predict(
@@ -459,12 +459,12 @@ class BaseTask(ABC):
         return []
 
     def decode_label(self, row: Encoded, names: Sequence[str]) -> str:
-        """Returns for display the row's label, or the token range of each of its texts; else ""."""
+        """Returns a text for display: the row's label, the token ranges of its texts, or ""."""
         return ""
 
 
 def check_options(outputs: OutputOptions, name: str, advice: str) -> None:
-    """Raise `ConfigError` that `name` has no probabilities if `outputs` requests them."""
+    """Raise `ConfigError` if `outputs` requests probabilities, which `name` does not have."""
     for flag, value in (("--probabilities", outputs.probabilities), ("--top-k", outputs.top_k)):
         if value:
             raise ConfigError(f"{flag}: {name} has no probabilities. {advice or f'Drop {flag}.'}")

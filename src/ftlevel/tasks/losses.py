@@ -239,12 +239,12 @@ class TokenMeter:
         return pooled
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
-        """Returns the number of supervised tokens seen, and of correctly predicted ones."""
+        """Returns `tokens`, the number of supervised tokens, and `tokens_right`, correct ones."""
         return {"tokens": self.tokens, "tokens_right": self.right}
 
 
 class TokenTargets(TokenObjective):
-    """Base class of objectives of whole sequences; targets and evaluation loss as `of_tokens`."""
+    """Base class of sequence objectives; targets and evaluation loss are those of `of_tokens`."""
 
     def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         return self.of_tokens.locate(labels)
@@ -322,7 +322,7 @@ def create_distillation_objective(
 
 
 def outcome_dtype(config: DistillationConfig, vocabulary: int) -> Any:
-    """Returns the dtype of `Encoded.teacher`; teacher and student share `vocabulary` tokens."""
+    """Returns the dtype of `Encoded.teacher`; `vocabulary` is the number of shared tokens."""
     import numpy as np
 
     count = config.kd_top_k
@@ -332,7 +332,7 @@ def outcome_dtype(config: DistillationConfig, vocabulary: int) -> Any:
 
 
 def select_top_k(scores: Tensor, config: DistillationConfig, dtype: Any) -> tuple[Tensor, Tensor]:
-    """Returns log-probabilities and ids of the top tokens by logits `(targets, vocabulary)`."""
+    """Returns log-probabilities and ids as in `Encoded.teacher`; `scores` are teacher logits."""
     tempered = scores.float() / config.kd_temperature
     count, outcomes = dtype["ids"].shape[0], dtype["known"].shape[0]
     if not count:  # tokens beyond the shared vocabulary are dropped

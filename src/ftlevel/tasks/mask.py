@@ -53,7 +53,7 @@ class MaskTask(BaseTask):
         return Tokens(self.headline, perplexity="pseudo_perplexity", accuracy="masked_accuracy")
 
     def get_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
-        """Returns the language head as a module to train in full, if the checkpoint lacks it."""
+        """Returns the language head's modules if the checkpoint lacks it, else none."""
         from ftlevel.models.module_tree import get_new_language_head
 
         return get_new_language_head(meta)

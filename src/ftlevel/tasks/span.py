@@ -103,12 +103,12 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """Returns 1.0 if the normalized prediction equals one of `answers`, or "" if none; else 0.0."""
+    """Returns 1.0 if the normalized prediction equals one of `answers` ("" if none), else 0.0."""
     return float(any(normalize_answer(prediction) == normalize_answer(a) for a in answers or ("",)))
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
-    """Returns the prediction's highest word F1 with one of `answers`; with "" if there is none."""
+    """Returns the highest word F1 of the prediction and one of `answers` ("" if there are none)."""
     return max(_f1(prediction, answer) for answer in answers or ("",))
 
 
@@ -178,7 +178,7 @@ class SpanTask(BaseTask):
         )
 
     def check_rows(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
-        """Returns the mask of windows whose question has an answer but in no window as a whole."""
+        """Returns `answer_cut` -> mask of windows; True if no window has the whole answer."""
         import numpy as np
 
         has_span = {row.row for row in rows if row.labels != (0, 0)}

@@ -79,7 +79,7 @@ def name_scheme(sentences: Iterable[Sequence[str]]) -> str:
 
 
 def extract_entities(tags: Sequence[str]) -> list[Entity]:
-    """Returns the entities in a sentence's tags; as in conlleval, I- begins one if none is open."""
+    """Returns (type, first word, last word) per entity; as in conlleval, I- may begin one."""
     entities: list[Entity] = []
     start, previous, previous_type = 0, "O", ""
     for index, name in enumerate([*tags, "O"]):

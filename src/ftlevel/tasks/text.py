@@ -280,7 +280,7 @@ class TranslationTask(TextTask):
         return replace(format_, options=options), [*choices, choice]
 
     def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:
-        """Returns the prompt format for `kind`; without instruction if rows have their own."""
+        """Returns the prompt format; without an instruction if the rows have their own."""
         instruction, cue = self.instruction, self.answer_cue
         if "source" not in format_.columns:
             instruction = cue = ""  # the rows have their own instructions

@@ -269,7 +269,6 @@ def fits(column_names: Sequence[str], shapes: Sequence[FormatSpec]) -> bool:
 
 
 def _select_shapes(shapes: Sequence[FormatSpec], name: str, task: str) -> tuple[FormatSpec, ...]:
-    """Returns the shapes of the format called `name`, such as prompt-completion or squad."""
     slug = name.strip().lower().replace("_", "-")
     slug = _FORMAT_ALIASES.get(slug, slug)
     selected = tuple(shape for shape in shapes if shape.slug == slug)

@@ -41,9 +41,8 @@ def retrieval_files(qrels: Path) -> list[Path]:
 
 
 def load_retrieval_set(qrels: Path, corpus: Path | None = None) -> RetrievalSet:
-    """Load the retrieval set of a file of relevance judgments.
+    """Load the retrieval set of the relevance judgments `qrels` and its `retrieval_files`.
 
-    queries.jsonl and corpus.jsonl are next to the file, or above its directory if that is `qrels/`.
     `corpus` is used instead of corpus.jsonl. Raises `InputError` if a file is missing, or a
     judgment names an unknown query or document.
     """

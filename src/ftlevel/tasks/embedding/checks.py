@@ -12,8 +12,8 @@ _SHOWN = 60  # characters of a document
 def check_documents(rows: Sequence[EmbeddingRow]) -> list[tuple[str, int, str]]:
     """Returns (check name, number of documents or pairs, description) per failed check of `rows`.
 
-    A document should not be both relevant and irrelevant to a query. If documents differ only by
-    case and white space, one may be a false negative.
+    `contradicting_labels`: a document is relevant and irrelevant to a query. `document_variants`:
+    documents differ only by case and white space, so that one may be a false negative.
     """
     found = []
     if (contradictions := _get_contradictions(rows))[0]:
@@ -30,8 +30,8 @@ def check_eval_set(
 ) -> list[tuple[str, str, Sequence[int], str]]:
     """Returns (check name, split, row indices, example) per failed check of the validation rows.
 
-    Relevant documents must be in the corpus. A document that is a positive of a training row biases
-    the evaluation.
+    `missing_positives`: a relevant document is not in the corpus. `trained_documents`: a searched
+    document is a positive of a training row, which biases the evaluation.
     """
     if eval_set[0].kind != "ranking":
         return []

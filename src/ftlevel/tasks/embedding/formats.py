@@ -188,7 +188,7 @@ def create_document(values: RoleValues) -> EmbeddingRow:
 
 
 def create_candidates(values: RoleValues) -> EmbeddingRow:
-    """Create an example of a query and documents to score; kind `score` for a column `document`."""
+    """Create an example of a query with `documents` to score, or one `document` (kind `score`)."""
     role = "documents" if "documents" in values else "document"
     kind: Kind = "ranking" if role == "documents" else "score"
     texts = _texts(values, role)
@@ -242,7 +242,7 @@ def _texts(values: RoleValues, role: str) -> list[str]:
 
 
 def _text(value: object, name: str) -> str:
-    """Returns the text of `value`; a dict is a passage: its title and text, joined by a space."""
+    """Returns the text of `value`; of a dict, its title and text, joined by a space."""
     if not isinstance(value, dict):
         return check_text(value, name)
     title, text = value.get("title"), value.get("text", value.get("contents"))

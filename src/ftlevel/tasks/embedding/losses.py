@@ -143,9 +143,9 @@ class Pairs:
 
     @classmethod
     def of(cls, step: StepTexts, device: torch.device) -> Pairs:
-        """Returns each query with each of its documents; for texts with classes, all pairs.
+        """Returns pairs of each query with each of its documents, and the documents' labels.
 
-        These have label 1 for equal classes, else 0. A single text has no pair.
+        For texts with classes, these are all pairs of texts; label 1 for equal classes, else 0.
         """
         if any(len(texts) == 1 for texts in step.texts):
             return cls._of_classes(step, device)

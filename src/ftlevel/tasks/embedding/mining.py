@@ -19,7 +19,7 @@ from ftlevel.tasks.embedding.retrieval import BLOCK_BYTES, iterate_scores
 
 @dataclass(frozen=True)
 class MiningConfig:
-    """Settings of mining: negatives per row, margin, and their first and last rank (from 1)."""
+    """Settings of mining: negatives per row, margin, first and last rank (from 1) of negatives."""
 
     negatives: int
     relative_margin: float
@@ -32,7 +32,7 @@ class MiningConfig:
 class MinedRow:
     """Negatives of a row as corpus indices, best first, with scores of positives and negatives.
 
-    `skipped` is the number of documents that were no negatives because they scored too high.
+    `skipped` is the number of documents whose score is too high for a negative.
     """
 
     negatives: tuple[int, ...]
@@ -42,7 +42,7 @@ class MinedRow:
 
 
 class Corpus:
-    """Distinct documents `texts` to mine in, and text -> index in them (`positions`)."""
+    """Distinct documents `texts` to select negatives from, and text -> index (`positions`)."""
 
     def __init__(self, rows: Sequence[EmbeddingRow], documents: Sequence[str] = ()) -> None:
         own = (text for row in rows for text in row.documents)

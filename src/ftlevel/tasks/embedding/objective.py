@@ -28,7 +28,7 @@ METRICS: dict[LabelKind, tuple[str, ...]] = {
 """Metrics by the meaning of labels, the headline first."""
 
 EVALUATED_ROWS = 64
-"""Rows of a step whose size is unknown, for the loss of validation rows."""
+"""Rows per group of the validation loss if the rows per step are unknown."""
 
 
 def without_first(mask: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
@@ -115,7 +115,7 @@ class Embeddings(StepObjective):
             return torch.stack(losses).sum()
 
     def for_validation(self, step: StepTexts) -> Embeddings:
-        """Returns the objective; its loss is mnrl if rows in `step` lack what the loss needs."""
+        """Returns the objective, with loss mnrl if `step` lacks what its loss needs."""
         config, properties = self.config, LOSSES[self.config.loss or ""]
         negatives = all(min(labels) <= 0 for labels in step.labels)
         if (

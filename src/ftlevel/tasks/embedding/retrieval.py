@@ -52,7 +52,7 @@ def rank_relevant(scores: np.ndarray, relevant: Sequence[int] | np.ndarray) -> Q
 def score_ranks(ranks: QueryRanks, deepest: int = DEEPEST) -> dict[str, float]:
     """Returns the metrics of one query with at least one relevant document.
 
-    Ranks above `deepest`, at least 10, are not counted; names of metrics assume the default.
+    Documents after rank `deepest` (at least 10) do not count; metrics @100 are @`deepest`.
     """
     depth = np.arange(1, deepest + 1)
     gain, precision = np.zeros(deepest), np.zeros(deepest)
@@ -198,9 +198,9 @@ def average_precision(
 def resampled_precision(
     scores: np.ndarray, labels: np.ndarray, owners: np.ndarray
 ) -> Callable[[np.ndarray], float | None]:
-    """Returns a function: how often each owner is drawn, `(owners,)` -> average precision.
+    """Returns a function from the draws of each owner, `(owners,)`, to the average precision.
 
-    Owner `owners[i]` has pair i; a draw takes all its pairs. The function returns None if the drawn
+    Pair i belongs to owner `owners[i]` and is drawn with it. The function returns None if the drawn
     labels or scores are all equal.
     """
     order = np.argsort(-scores, kind="stable")

@@ -182,7 +182,7 @@ class EmbeddingTask(BaseTask):
     def options_for_rows(
         self, options: Mapping[str, Any], examples: Sequence[Any]
     ) -> Mapping[str, Any]:
-        """Returns `options` with the kind and default loss of other labels than in training."""
+        """Returns `options`; if `examples` have other labels, with their kind and default loss."""
         values, kind = options["embedding"], _kind_of(examples)
         if values.get("kind") in (kind, "score" if kind == "label" else kind):
             return options
@@ -318,7 +318,7 @@ class EmbeddingTask(BaseTask):
     def predict(
         self, model: PromptedModel, queries: Sequence[Any], options: OutputOptions
     ) -> list[Prediction]:
-        """Returns the embedding of each query or document, encoded with its prompt before it."""
+        """Returns the embedding of each query or document, with the model's prompt before it."""
         values = self.configured(model.options)
         format_ = replace(values.format, dims=options.dims or values.format.dims)
         if options.normalize is not None:
@@ -401,7 +401,7 @@ _UNLIMITED = 10**6
 def _read_format(
     source: ModelSource, tokenizer: Any, replaced: Collection[str] = ()
 ) -> EmbeddingFormat | None:
-    """Returns the format in `source`'s sentence-transformers files; None if it has none."""
+    """Returns `source`'s sentence-transformers format, or None; ignores the settings `replaced`."""
     path = download_files(source, FILES)
     format_ = None if path is None else load_embedding_format(path, replaced)
     if format_ is None:
@@ -490,7 +490,7 @@ def _check_loss(
     *,
     needs_scores: bool,
 ) -> None:
-    """Raise `InputError` if `examples`, with labels of `kind`, lack what `loss` needs."""
+    """Raise `InputError` if `examples` lack what `loss` needs; teacher scores if `needs_scores`."""
     properties = LOSSES[loss]
     wants = "pairs" if kind == "ranking" else "scores"
     if properties.columns != wants:

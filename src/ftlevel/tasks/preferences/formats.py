@@ -242,7 +242,7 @@ def _two(values: RoleValues) -> tuple[object, object]:
 
 
 def _best_and_worst(values: RoleValues) -> tuple[object, object, tuple[float, ...]]:
-    """Returns the best and worst of several answers, and their scores (minus rank if none)."""
+    """Returns the best and the worst answer, and their scores; without scores, minus the ranks."""
     value, column = values.get("ranked"), values.columns["ranked"]
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise UnusableRowError(

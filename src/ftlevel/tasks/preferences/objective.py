@@ -58,7 +58,7 @@ class SequenceLogps:
         return self.sums - self.reference
 
     def alternate(self, first: int) -> SequenceLogps:
-        """Returns every second answer from `first` on: of pairs, the preferred or the rejected."""
+        """Returns every second answer from `first` on: the preferred (0) or the rejected (1)."""
         index = slice(first, None, 2)
         return SequenceLogps(self.sums[index], self.counts[index], self.reference[index])
 
@@ -187,7 +187,7 @@ def metric_names(*, paired: bool, referenced: bool) -> tuple[str, ...]:
 
 
 class PreferenceMeter:
-    """Meter of preference losses: stores six values per answer; its objective computes rewards."""
+    """Meter of preference losses: log-likelihoods, lengths and implicit rewards of answers."""
 
     def __init__(self, objective: Any) -> None:
         self._objective = objective

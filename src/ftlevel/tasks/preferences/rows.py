@@ -186,7 +186,7 @@ class ContrastedRows(LazySequence[Encoded]):
 
 
 class ReferencedRows(LazySequence[Encoded]):
-    """Rows with the array `reference` of log-likelihoods `(rows, 2)`, or without any if None."""
+    """Rows with reference log-likelihoods `(rows, 2)`, or empty ones if `reference` is None."""
 
     def __init__(self, rows: Sequence[Encoded], reference: np.ndarray | None) -> None:
         self.rows = rows
@@ -335,7 +335,7 @@ def _rejected_conversation(example: PairExample) -> Conversation:
 
 
 def get_answer(row: Encoded, prompt: Sequence[Message], *, encoder: bool = False) -> int:
-    """Returns the first labeled position after the turns `prompt`; RowError if there is none."""
+    """Returns the index of the first answer token, after the turns `prompt`; RowError if none."""
     labels = row.labels if isinstance(row.labels, list) else []
     if encoder:
         return next(at for at, label in enumerate(labels) if label != IGNORED)

@@ -114,7 +114,6 @@ class PreferenceBaseTask(BaseTask):
         return choose_format(tokenizer, kind, self.instruction, self.answer_cue)
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Encode pairs or labeled answers."""
         if encoder.prompt_format is None:
             raise TypeError("judged answers have a prompt format")
         config, seq2seq = self.config, encoder.kind == "encoder-decoder"
@@ -197,7 +196,7 @@ class PreferenceTask(PreferenceBaseTask, TextTask):
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Returns the card of a model without one: prompt format, DPO without a reference."""
+        """Returns model card entries of a model without a card: prompt format, DPO loss."""
         alone = {"preference": {"loss": "dpo", "reference": "none"}}
         return {**super().card_defaults(source, model_config, tokenizer, kind), "options": alone}
 
@@ -226,7 +225,7 @@ class PreferenceTask(PreferenceBaseTask, TextTask):
         return ContrastedRows(rows, max(row.length for row in rows))
 
     def with_reference(self, rows: Sequence[Encoded], reference: Any) -> Sequence[Encoded]:
-        """Returns `rows` with `reference` log-likelihoods `(rows, 2)`; None for no reference."""
+        """Returns `rows` with the log-likelihoods `reference` `(rows, 2)`; None: without any."""
         return ReferencedRows(rows, reference)
 
     def decode_targets(
@@ -291,7 +290,6 @@ class RewardTask(PreferenceBaseTask):
         }
 
     def create_query(self, prompt: str, context: str | None, number: int) -> Any:
-        """Raise `InputError`: a prompt without an answer has no score."""
         raise InputError(
             "a reward model scores answers to prompts. Use ftlevel predict with columns prompt "
             "and completion."

@@ -31,7 +31,7 @@ class RankedRow(Encoded):
         query: number of tokens before each document.
         sizes: number of tokens of each document, including the special tokens after it.
         relevance: label of each document.
-        taught: teacher's score of each document, else its label; NaN until the teacher has run.
+        taught: teacher's score of each document, NaN before it has run; without teacher, the label.
         words: the query and the documents, for a teacher model; empty if there is none.
     """
 

@@ -218,7 +218,6 @@ class RerankingTask(BaseTask):
     # ---- inference
 
     def create_query(self, prompt: str, context: str | None, number: int) -> Any:
-        """Raise `InputError`: a query without a document has no score."""
         raise InputError(
             "a reranker scores documents for a query. Use ftlevel predict, with columns query and "
             "document."
@@ -269,8 +268,9 @@ class RerankingTask(BaseTask):
 def resolve_loss(
     config: RerankingConfig, examples: Sequence[EmbeddingRow], teacher: str | None
 ) -> dict[str, Any]:
-    """Returns the loss that fits `examples`, its weight of relevant documents, and main metric.
+    """Returns `loss`, `pos_weight` (of relevant documents), `headline`, `listed` and `teacher`.
 
+    `headline` is the main metric, `listed` whether a query has documents with different labels.
     `teacher` is the name of a model that will score the documents. Raises `InputError` if the
     labels do not fit the loss, or are all equal.
     """

@@ -69,7 +69,7 @@ class PolicyLoss:
 
 
 def combine_rewards(scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Returns weighted sums of `scores` `(completions, functions)`, ignoring NaN unless all are."""
+    """Returns weighted sums of `scores` `(completions, functions)` without NaN; NaN if all are."""
     total = (scores * weights).nansum(-1)
     return torch.where(scores.isnan().all(-1), torch.nan, total)
 
@@ -77,7 +77,7 @@ def combine_rewards(scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor
 def compute_advantages(
     rewards: torch.Tensor, lengths: torch.Tensor, loss: str, scale: Scale = "group"
 ) -> torch.Tensor:
-    """Returns float64 advantages of `rewards`; both are `(groups, completions)`.
+    """Returns the float64 advantages `(groups, completions)` of `rewards` of the same shape.
 
     Completions with NaN rewards get 0 and do not count in means. A group of equal rewards gets
     exactly 0, except for losses in `GLOBAL`. `lengths`, used by reinforce++ only, are the

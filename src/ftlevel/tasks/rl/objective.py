@@ -70,11 +70,10 @@ class PolicyGradient(TokenTargets, PolicyObjective):
     ) -> torch.Tensor:
         """Returns the policy loss (a scalar); `signals` `(targets, 5)` has a `Signal` per target.
 
-        `owners` has the index of each target's completion in the batch.
-
-        With a teacher, the advantage of a token is minus its log-ratio log π_old − log π_teacher.
-        This gives an unbiased estimate of the gradient of the reverse KL per token, as in GKD with
-        λ = 1 (2306.13649) and in Thinking Machines' On-Policy Distillation (2025).
+        `owners` has the index of each target's completion in the batch. With a teacher, the
+        advantage of a token is log π_teacher − log π_old. This gives an unbiased estimate of the
+        gradient of the reverse KL per token, as in GKD with λ = 1 (2306.13649) and in Thinking
+        Machines' On-Policy Distillation (2025).
         """
         import torch
 

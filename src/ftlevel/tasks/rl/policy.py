@@ -62,7 +62,7 @@ class RlTask(TextTask):
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Returns the card of a model without one: prompt format, RL settings with no reward."""
+        """Returns model card entries of a model without a card: prompt format, no reward."""
         return {
             **super().card_defaults(source, model_config, tokenizer, kind),
             "options": {"rl": {}},
@@ -133,7 +133,7 @@ class RlTask(TextTask):
 
 
 def _absolute(spec: RewardSpec) -> str:
-    """Returns `spec` as a value of `--reward` that does not depend on the working directory."""
+    """Returns `spec` as a value of `--reward` with absolute paths."""
     if spec.kind == "function":
         return f"{Path(spec.name).resolve()}:{spec.argument}={spec.weight!r}"
     if spec.kind == "model" and Path(spec.name).expanduser().exists():

@@ -21,8 +21,8 @@ from ftlevel.tasks.text import encode_query
 Signal = tuple[float, float, float, float, float]
 """Advantage, weight, and three log-probabilities: old, of the reference, and of the sampler.
 
-NaN where it is unknown: `old` then equals that of the policy, and there is no penalty. In
-on-policy distillation the reference is the teacher, and the advantage is not used.
+Unknown ones are NaN: `old` is then the policy's own, and there is no KL penalty. In on-policy
+distillation the reference is the teacher, and the advantage is not used.
 """
 
 UNKNOWN = math.nan
