@@ -131,9 +131,7 @@ def has_peers() -> bool:
 def get_world(environment: Mapping[str, str] = os.environ) -> World:
     """Returns the rank, world size and rendezvous address of this process.
 
-    Raises:
-        ConfigError: the variables are inconsistent, or `accelerate launch` would override the
-            configuration.
+    Raises ConfigError if variables are inconsistent, or override the configuration (accelerate).
     """
     _check_accelerate(environment)
     launcher = get_launcher(environment)

@@ -262,7 +262,7 @@ class FusedRope:
 
 
 class _Replacement:
-    """Rotary function that calls a kernel, or `function` for arguments it does not support."""
+    """Rotary function that calls a kernel if that supports the arguments, else `function`."""
 
     def __init__(self, function: Callable[..., Any], kernels: Kernels) -> None:
         self._original, self._kernels = function, kernels

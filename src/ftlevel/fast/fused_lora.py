@@ -283,7 +283,7 @@ def _mark_last_layer(block: nn.Module) -> None:
 
 
 def _last_layer(grad_fn: Any) -> Any:
-    """Returns the fused layer that computed the last operand of addition `grad_fn`, or None."""
+    """Returns the fused layer that computed the later operand of addition `grad_fn`, or None."""
     while grad_fn.name() == "ViewBackward0":
         ((grad_fn, _),) = grad_fn.next_functions
     if grad_fn.name() != "AddBackward0":

@@ -34,7 +34,7 @@ def compute_answer_likelihoods(
     objective: LikelihoodObjective,
     batch: Mapping[str, Any],
 ) -> Tensor:
-    """Returns (answers, 2), log-likelihoods and lengths; without `head`, from all logits."""
+    """Returns each answer's log-likelihood and length, (answers, 2); `head` None: all logits."""
     likelihoods, _ = compute_token_likelihoods(head, model, objective, batch)
     return objective.answers(likelihoods, batch["labels"])
 
@@ -122,7 +122,7 @@ def sum_log_ratios(
 def prepare_inputs(
     model: Any, objective: TokenObjective, batch: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Returns (inputs, labels); without labels in its inputs, `model` computes no loss."""
+    """Returns inputs for `model` without labels, so that it computes no loss, and the labels."""
     inputs: dict[str, Any] = dict(batch)
     for name in ("preference_labels", "located", "known", "ids", "signals"):
         inputs.pop(name, None)

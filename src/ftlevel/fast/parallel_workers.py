@@ -129,5 +129,5 @@ def makespan(durations: Sequence[int], workers: int) -> int:
 
 
 def duration(costs: Sequence[int], workers: int) -> float:
-    """Returns the time of micro-batches of `costs` tokens, in token times of all threads."""
+    """Returns the time of micro-batches of `costs` tokens; unit: one token on all threads."""
     return sum(costs) if workers == 1 else makespan(costs, workers) * workers / GAIN

@@ -351,7 +351,7 @@ def _is_recurrent(model: Any) -> bool:
 
 
 def set_packed_attention(model: Any, kernel: FlashKernel | None = None) -> bool:
-    """Set packed attention in `model` (modified), on a GPU by `kernel`; False if unsupported."""
+    """Set packed attention in `model`, on a GPU by `kernel`; returns False if unsupported."""
     # Models that are eager only because of softcapping (Gemma 2) are supported.
     is_capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
     if attention_of(model) != ("eager" if is_capped else "sdpa"):

@@ -200,7 +200,7 @@ def _num_tokens(row: Encoded, *, packs: bool) -> int:
 
 
 def _num_shared_tokens(row: Encoded) -> int:
-    """Returns how many tokens are prefixes that a sequence in `row` shares with the previous."""
+    """Returns how many tokens of sequences in `row` are a prefix shared with the previous one."""
     sequences = row.sequences
     lengths = [common_prefix_length(a.input_ids, b.input_ids) for a, b in pairwise(sequences)]
     return sum(shared for shared in lengths if shared >= MIN_PREFIX)
@@ -219,7 +219,7 @@ class TextCollator(StepCollator):
     """Collates rows of texts to embed; each distinct text of a step is collated once."""
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Returns `StepCollator`'s dict for the distinct texts of `rows`, with a `StepTexts`."""
+        """Returns `StepCollator`'s dict for the distinct texts of `rows`, with key `texts`."""
         texts, step = distinct_texts(rows)
         return {**super().__call__(texts), "rows": rows, "texts": step}
 

@@ -137,7 +137,7 @@ class MergeInfo:
 class StepSupport:
     """Which parts of the fast training step support a method.
 
-    Each attribute is a function of the method's configuration: why a part is unsupported, or "".
+    Each attribute maps a method's configuration to the reason why a part is unsupported, or "".
 
     Attributes:
         fusing: fused layers; None for methods other than LoRA.

@@ -137,7 +137,7 @@ _FEED_FORWARD = re.compile(
 
 
 def is_feed_forward(name: str) -> bool:
-    """Returns whether `name`, full or a suffix, is that of a feed-forward's last layer."""
+    """Returns whether a module of this (full or suffix) name is a feed-forward's last layer."""
     return _FEED_FORWARD.search(name) is not None
 
 
@@ -176,7 +176,7 @@ class Ia3(Method):
 
 
 def vera_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns module name → LoRA factors diag(b) · B and diag(d) · A; InputError without A, B."""
+    """Returns module name → LoRA factors diag(b) · B, diag(d) · A; InputError if A is not saved."""
     if not {"base_model.vera_A", "base_model.vera_B"} <= set(file.tensors):
         raise InputError(
             "its shared matrices are not in its file (save_projection was off). Load it with PEFT "

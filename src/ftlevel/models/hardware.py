@@ -111,7 +111,7 @@ _TRAINED_BYTES = 12  # gradient and two Adam moments in float32
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """Bytes per base `weight` (0.5 for 4 bits), per activation `value`; what is trained."""
+    """Bytes per base `weight` (0.5 for 4 bits) and activation `value`, and training settings."""
 
     weight: float
     value: int

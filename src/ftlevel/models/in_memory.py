@@ -36,7 +36,7 @@ _OF_NO_WEIGHT = tuple(
 
 @dataclass(frozen=True)
 class PlacedModel:
-    """Files of a model passed as an object: in `directory`; if None, those that `name` names."""
+    """Files of a model passed as an object: in `directory`, or if None, those `name` refers to."""
 
     name: str
     directory: Path | None

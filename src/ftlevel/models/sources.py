@@ -197,7 +197,7 @@ def _check_looks_like_hub_id(name: str, path: Path, label: str) -> None:
 
 
 def _check_reachable(name: str, revision: str | None, label: str) -> bool:
-    """Returns whether the Hub id can be loaded only from the cache; InputError if not cached."""
+    """Returns True if the Hub is offline and `name` cached, False if online; else InputError."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     cached = isinstance(

@@ -87,7 +87,7 @@ def resolve_best_model(
     steps: int,
     steps_per_epoch: int,
 ) -> BestModel | None:
-    """Returns how to select the best model; None without validation rows or if no option does."""
+    """Returns how a run selects its best model; None if it does not, as without validation rows."""
     _check_eval_data(train, num_eval_samples)
     load_best, save_best = train.load_best_model_at_end, train.save_strategy == "best"
     metric, reason = _select_metric(train, task, objective)
@@ -246,7 +246,7 @@ class Evaluations:
 
 @dataclass(frozen=True, kw_only=True)
 class SelectedModel:
-    """The model that a run keeps, that of optimizer step `step`, and the evaluations behind it."""
+    """The model that a run keeps, from optimizer step `step`, and the evaluations that chose it."""
 
     evaluations: Evaluations
     best: EvalResult
@@ -386,7 +386,10 @@ class BestModelCallback(TrainerCallback):
             state.save_state(path)
 
     def finish(self, model: Any, step: int, max_steps: int) -> SelectedModel | None:
-        """Load the best weights into `model` if set; returns what is kept, None if all are NaN."""
+        """Load the best weights into `model`, if configured; returns the `SelectedModel`.
+
+        Returns None if the metric was NaN in every evaluation.
+        """
         history, selected = self.evaluations, step
         if history.best is None or history.last is None:
             return None

@@ -146,7 +146,7 @@ def get_predictions(
 ) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
     """Returns the predictions at `step`, one per validation row, and metric → 95 % interval.
 
-    Both are empty if they were not recorded. Metrics of generated text get no interval here.
+    Both are empty if this evaluation was not recorded. Metrics of generated text get no interval.
     """
     record = recorder.of(step)
     if record is None or evaluator is None:

@@ -371,7 +371,7 @@ def _suggest(run: Run) -> str:
 
 
 def get_quant_flags(run: Run) -> list[str]:
-    """Returns `--quant 4bit` if the base is not quantized and the method supports it."""
+    """Returns ["--quant 4bit"] if the base is unquantized and the method supports that, else []."""
     config, is_stored = run.config, get_quantization_config(run.model.config) is not None
     quant = config.quant.model_copy(update={"kind": "4bit"})
     can_quantize = not is_stored and config.quant.kind == "none"

@@ -421,9 +421,9 @@ def load_sharded(run: Run, listener: Listener) -> Any:
 
 
 def find_computed_tensor(model: Any, slices: LazyWeights) -> str:
-    """Load weights that the method of `model` (modified) copies; returns a tensor that is wrong.
+    """Load the weights that the method of `model` (modified) copies, and check other tensors.
 
-    This is the name of a tensor computed from weights that are not loaded yet; "" for none.
+    Returns the name of one that was computed from weights that are not loaded yet; "" for none.
     """
     if not hasattr(model, "peft_config"):
         return ""
@@ -452,7 +452,7 @@ def get_full_load_reason(run: Run) -> str:
 def with_host_device(model_info: PlannedModel, slices: LazyWeights | None) -> PlannedModel:
     """Returns `model_info` with device CPU, so that weights are loaded into host memory.
 
-    Returns it unchanged if `slices` is None and the weights are quantized, on the device.
+    Returns it unchanged if `slices` is None and weights are to be quantized on the device.
     """
     on_device = model_info.quant.kind != "none" and slices is None
     return model_info if on_device else replace(model_info, device="cpu")

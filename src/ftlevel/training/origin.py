@@ -244,7 +244,7 @@ def get_all_values(run: Run, origin: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_origin(output_dir: RunDirectory, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """Load the stored origin; fields added since then are filled in if default in `origin`."""
+    """Load a run's stored origin; fields that it lacks are set if `origin` has their default."""
     before = load_origin_file(output_dir)
     if "threads" in origin:  # absent in runs of older versions
         before.setdefault("threads", origin["threads"])

@@ -184,7 +184,7 @@ def started_processes() -> Processes:
 def resolve_processes(
     train: TrainerConfig, processes: Processes, is_dry_run: bool
 ) -> TrainerConfig:
-    """Returns `train` with `num_processes` set; ConfigError unless as many were started.
+    """Returns `train` with the number of started processes; ConfigError if it sets another.
 
     A dry run in one process keeps the configured number.
     """

@@ -87,7 +87,7 @@ def open_or_compute(
 
 
 def get_nan_values(array: np.ndarray) -> np.ndarray:
-    """Returns a view of the values that are NaN until filled: in the first field, if any."""
+    """Returns the values that are NaN until filled: `array`, or a view of its first field."""
     names = array.dtype.names
     result: np.ndarray = array[names[0]] if names else array
     return result
@@ -232,7 +232,7 @@ FIRST_LOSS = 1e-6
 def check_first_loss(
     reference: Reference, run: Run, records: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns the entry in summary.json, and a list: a note if the first loss is unexpected."""
+    """Returns the entry in summary.json, and notes: one if the first loss is unexpected."""
     expected, info = run.objective.first_loss, dict(reference.info)
     first = next((r["loss"] for r in records if r["step"] == 1 and "loss" in r), None)
     if expected is None or first is None:
@@ -288,7 +288,7 @@ def _fill(run: Run, model: PreparedModel, array: np.ndarray) -> None:
 
 
 def _compute_logps(run: Run, model: PreparedModel, rows: Sequence[Encoded]) -> np.ndarray:
-    """Returns (rows, 2) log-probabilities of both answers; for KTO, of own and mismatched one."""
+    """Returns log-probabilities (rows, 2) of both answers; for KTO, of own and mismatched one."""
     values = np.full((len(rows), 2), np.nan, dtype=np.float32)
     contrasts = [other for row in rows for other in row.contrasts]
     for column, sequences in ((0, rows), (1, contrasts)):

@@ -198,7 +198,7 @@ class ResumeState:
     origin: Mapping[str, Any] = field(default_factory=dict)
 
     def missed_evaluation(self, strategy: str, schedule: Schedule) -> bool:
-        """Returns whether the evaluation due at the checkpoint's epoch or run end is missing."""
+        """Returns whether the evaluation due at the checkpoint (end of epoch or run) is missing."""
         if self.checkpoint is None or strategy != "epoch":
             return False
         step = step_of(self.checkpoint)
@@ -283,7 +283,7 @@ def _check_length(run: Run, before: Mapping[str, Any], trained: int) -> None:
 
 
 def open_or_resume(run: Run, state: ResumeState, listener: Listener) -> RunDirectory:
-    """Create the run directory, or open it to resume; write its configuration and origin."""
+    """Create the run directory, or open it to resume; write config.yaml and `state.origin`."""
     output = run.config.output
     if state.checkpoint is not None and output.dir is not None:
         output_dir = RunDirectory(output.dir)

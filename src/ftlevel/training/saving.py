@@ -76,7 +76,7 @@ def checkpoint_bytes(model: Any, optim: str) -> int:
 
 
 def max_num_checkpoints(train: TrainerConfig, steps: int) -> int:
-    """Returns how many checkpoints exist at once in a run of `steps` steps, with a partial one."""
+    """Returns the most checkpoints that a run of `steps` steps has at once, one being written."""
     if train.save_strategy == "no":
         return 0
     if train.save_strategy == "epoch":

@@ -113,7 +113,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainInputs:
-    """Python objects passed to `train`, each or None; `callbacks` run after ftlevel's own."""
+    """Python objects passed to `train`, else None; `callbacks` are called after ftlevel's own."""
 
     dataset: Any = None
     eval_dataset: Any = None
@@ -137,7 +137,7 @@ class BoundInputs:
 
 
 def bind_inputs(config: TrainConfig, inputs: TrainInputs, stack: ExitStack) -> BoundInputs:
-    """Refer to each object of `inputs` in `config`; until `stack` closes, a model is on disk."""
+    """Refer to objects of `inputs` by name in `config`; a model is on disk until `stack` closes."""
     _check_callbacks(inputs.callbacks)
     rows = {"dataset": inputs.dataset, "validation_file": inputs.eval_dataset}
     names = {

@@ -95,7 +95,7 @@ class ShardedTrainer(FtlevelTrainer):
             distributed.broadcast(parameter.data, src=0)
 
     def _defer_fsdp_gradient_reduction(self) -> contextlib.AbstractContextManager[None]:
-        """Returns a null context, not FSDP2's: gradients reduced late are as large as the model."""
+        """Returns a null context, not FSDP2's: unreduced gradients are as large as the model."""
         return contextlib.nullcontext()
 
     def _clip_grad_norm(self, model: Any) -> Tensor | None:

@@ -204,7 +204,7 @@ class Bounds:
     def check_gradients(
         self, differences: Mapping[str, GradientDifference], label: str = "gradients"
     ) -> float:
-        """Returns the relative distance over all tensors; RunError if it or a tensor's is high."""
+        """Returns the relative distance over all tensors; RunError if a bound is exceeded."""
         rtol = TOLERANCES.get(self.dtype, HALF_TOLERANCES)[1]
         overall, norms = total(differences.values()), norms_of(differences)
         for name, difference in sorted(differences.items(), key=lambda item: -item[1].difference):
@@ -292,7 +292,7 @@ class RoundingErrors:
 
 
 def norms_of(differences: Mapping[str, GradientDifference]) -> dict[str, float]:
-    """Returns tensor name → norm of its reference, at least 1 % of its type's and the total norm.
+    """Returns tensor name → reference norm, at least 1 % of its type's mean and of the total norm.
 
     Rounding errors of tensors with almost no gradient, such as the bias of span logits or the keys
     of saturated attention, are as large as those of other tensors.

@@ -144,7 +144,7 @@ def _fill(run: Run, model: PreparedModel, offsets: Sequence[int], array: np.ndar
 def _predict(
     run: Run, model: PreparedModel, rows: Sequence[Encoded], dtype: np.dtype
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Yields (row indices, log-probabilities, token ids) of top tokens for each micro-batch."""
+    """Yields (row indices, top log-probabilities of each target, token ids) per micro-batch."""
     settings, vocabulary, objective = run.config.distillation, run.model.vocabulary, run.objective
     chunks: list[tuple[Tensor, Tensor]] = []
 

@@ -288,7 +288,7 @@ class FtlevelTrainer(Trainer):
         return torch.stack(losses).sum()
 
     def num_forward_passes(self, count: int) -> int:
-        """Returns how often to call the model for `count` micro-batches; more often if sharded."""
+        """Returns how often to call the model for `count` micro-batches; sharded ones need more."""
         return count
 
     def _in_parallel(
@@ -331,7 +331,7 @@ class FtlevelTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Returns the micro-batch's summand of the optimizer step's mean loss (a scalar)."""
+        """Returns the micro-batch's summed loss / the optimizer step's target count (a scalar)."""
         mask, labels = inputs["attention_mask"], inputs["labels"]
         if self._baseline is not None:
             inputs = {
@@ -386,7 +386,7 @@ class FtlevelTrainer(Trainer):
         return bool(self._compute_dtype)
 
     def with_targets(self, rows: Sequence[Encoded]) -> list[Encoded]:
-        """Returns the rows with targets to compute for `rows`; `RlTrainer` adds completions."""
+        """Returns the rows of a step on `rows`: themselves; in `RlTrainer`, their completions."""
         return list(rows)
 
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:

@@ -261,7 +261,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         return sum(self.configs[name].num_virtual_tokens for name in names)
 
     def _insert_prompts(self, names: list[str], stack: Any, call: dict[str, Any]) -> PromptPosition:
-        """Insert prompts of adapters `names` into arguments `call` (modified); returns where."""
+        """Insert prompts of adapters `names` into `call`, the stack's arguments; returns where."""
         embedded = call.get("inputs_embeds")
         if embedded is None:
             embedded = stack.get_input_embeddings()(call["input_ids"])

@@ -55,7 +55,7 @@ def uses_attention_interface(model_class: Any) -> bool:
 
 
 def eager_attention_of(module: Any) -> Any:
-    """Returns the "eager" attention function of an attention module."""
+    """Returns transformers' `eager_attention_forward` for an attention module."""
     return sys.modules[type(module).__module__].eager_attention_forward
 
 

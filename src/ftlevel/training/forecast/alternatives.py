@@ -121,7 +121,7 @@ def fit_batch_size(run: Run, memory: int) -> Run:
 
 
 class _FitResult(NamedTuple):
-    """Most `tokens` per micro-batch that fit in memory (0: none); `peak` bytes last estimated."""
+    """Most `tokens` per micro-batch that fit in memory (0: none); `peak` of the last estimate."""
 
     tokens: int
     peak: int
@@ -144,7 +144,7 @@ def _search_tokens(run: Run, memory: int) -> _FitResult:
 
 
 def _shrink(forecast: StepMemory, tokens: int, peak: int, memory: int) -> int:
-    """Returns a smaller micro-batch size to try, if `tokens` need `peak` bytes; 0 if none fits."""
+    """Returns fewer tokens per micro-batch to try, as `tokens` need `peak` bytes; 0 if none fit."""
     variable = sum(forecast.parts.get(part, 0) for part in _VARIABLE_PARTS)
     available = memory - (peak - variable)
     return (
@@ -207,7 +207,7 @@ class Alternative:
 
 
 class _Settings(NamedTuple):
-    """Settings of an alternative; `setup` is (method, quantization), `length` None the run's."""
+    """Settings of an alternative; `setup` is (method, quantization), `length` None is the run's."""
 
     setup: tuple[str, str]
     checkpointing: bool

@@ -182,7 +182,7 @@ class Device:
 
     @classmethod
     def of(cls, kind: str, gpu: Gpu | None = None, ranks: int = 1) -> Device:
-        """Returns `ranks` GPUs of type `gpu`; if None, this machine's device of type `kind`."""
+        """Returns `ranks` GPUs like `gpu`; if it is None, this machine's device of type `kind`."""
         if gpu is not None:
             return cls(kind, gpu.name, gpu.memory, ranks)
         name = "memory of this machine" if kind == "cpu" else format_device(kind)

@@ -87,7 +87,7 @@ _WORDS = 64
 
 @dataclass(frozen=True)
 class Pruning:
-    """Last-layer pruning: `needed` selects tokens to compute (None: all), `linears` skip others."""
+    """Last-layer pruning: `linears` compute only tokens that `needed` selects (None: all)."""
 
     needed: TokenSelector | None = None
     linears: Sequence[str] = ()
@@ -240,7 +240,7 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
 def _get_graph_bytes(
     run: Run, peaks: Mapping[str, Mapping[str, float]], batch: _Batch, memory: int
 ) -> float:
-    """Returns the bytes of autograd graphs kept for a loss over the whole step; else 0."""
+    """Returns the bytes of autograd graphs that a loss over the whole step keeps; 0 for others."""
     cache = run.config.embedding.grad_cache
     is_distributed = (run.config.train.num_processes or 1) > 1
     if not isinstance(run.objective, StepObjective) or is_distributed or cache == "always":
@@ -326,7 +326,7 @@ class LayerSample:
 
 
 def _sample_by_type(run: Run, layer_types: Sequence[Any]) -> LayerSample | None:
-    """Returns models of first, last and one layer per type; None if slower or impossible."""
+    """Returns small models: first, last and one layer per type; None if slower or impossible."""
     last = len(layer_types) - 1
     between: list[list[int]] = []
     for at in range(1, last):
@@ -347,7 +347,7 @@ def _sample_by_type(run: Run, layer_types: Sequence[Any]) -> LayerSample | None:
 
 
 def _sample_by_period(layer_types: Sequence[Any]) -> LayerSample | None:
-    """Returns models with one and two periods of layer types; None if types are not periodic."""
+    """Returns small models with one and two periods of layer types; None without a period."""
     num_layers = len(layer_types)
     for first in range(3):
         for period in range(1, 7):
@@ -511,7 +511,7 @@ def _num_positions(batch: Mapping[str, Any]) -> int:
 
 
 def _steps(run: Run, has_step_loss: bool) -> list[list[Encoded]]:
-    """Returns the rows of random steps, after a step of the longest rows if not `has_step_loss`."""
+    """Returns rows of random steps; unless `has_step_loss`, a step of the longest rows is first."""
     rows, train = run.data.train, run.config.train
     draw, sample = random.Random(train.seed), _sample_rows(rows)
     sample.sort(key=lambda row: -len(row.input_ids))

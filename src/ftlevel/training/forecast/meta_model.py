@@ -181,9 +181,9 @@ def _fill_vectors(model: torch.nn.Module) -> None:
 
 
 def get_block_signatures(run: Run, layers: Sequence[int] | None = None) -> list[list[Any]]:
-    """Returns a signature of each block, in one list for encoder and decoder each.
+    """Returns the signature of each block, in one list per stack of blocks (encoder, decoder).
 
-    It consists of parameter shapes, per-layer config values and adapted modules. Blocks with equal
+    A signature has parameter shapes, per-layer config values and adapted modules. Blocks with equal
     signatures need equal memory.
     """
     config = with_layers(run.model.config, layers)

@@ -118,7 +118,7 @@ def prompt_lengths(run: Run) -> Sequence[int]:
 
 
 def with_completions(run: Run, rows: list[Encoded]) -> list[Encoded]:
-    """Returns `rows`; for `--task rl`, synthetic completions of maximum length for each."""
+    """Returns `rows`, or for `--task rl` synthetic completions of each, of maximum length."""
     if run.config.task != RL_TASK:
         return rows
     num_generations, tokens = run.config.rl.num_generations, run.config.rl.max_completion_length

@@ -139,7 +139,7 @@ def _check_adapter_path(name: str, path: Path, output_dir: Path | None) -> None:
 
 
 def _load_method_config(adapter: StartingAdapter, requested: MethodConfig) -> MethodConfig:
-    """Returns the method configuration that fits `adapter`; `requested` is the user's."""
+    """Returns the method configuration of `adapter`; `requested` is the user's."""
     peft_config, card = adapter.settings, adapter.card
     method = card.method if card else _get_method(adapter)
     run_path = get_run_dir(adapter.directory)
@@ -247,7 +247,7 @@ _IGNORED_FIELDS = set(
 
 
 def check_adapter_matches(adapter: StartingAdapter, run: Run) -> None:
-    """Raise ConfigError if `run` would create an adapter unlike `adapter`: settings or shapes."""
+    """Raise ConfigError if settings or shapes of `adapter` differ from what `run` creates."""
     method, spec = METHODS[run.config.method.kind], run.config.method
     meta = build_task_model(run.model.config, run.model.auto_class)
     problem, card_options = run.data.info["problem_type"], adapter.card and adapter.card.options

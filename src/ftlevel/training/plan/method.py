@@ -141,7 +141,7 @@ def _filter_layers(modules: Sequence[str], tree: ModuleTree, layers: Sequence[in
 def _resolve_saved_modules(
     names: Sequence[str], tree: ModuleTree, model_name: str, quant: str
 ) -> list[str]:
-    """Returns `names`, each as full names if PEFT's suffix match would include other modules."""
+    """Returns `names` (`modules_to_save`), in full where PEFT's suffix match would add others."""
     resolved: list[str] = []
     for name in names:
         matches = [full for full in tree.modules if f".{full}".endswith(f".{name}")]

@@ -55,7 +55,7 @@ def count_steps(config: TrainerConfig, num_rows: int) -> int:
 
 @dataclass(frozen=True)
 class LearningRates:
-    """Peak learning rates: of new heads (`head`), of all else (`base`), and `base`'s `default`."""
+    """Peak learning rates: `head` of new heads, `base` of all else, `default` without flags."""
 
     base: Choice
     default: float
