@@ -47,7 +47,7 @@ class KeyMapper:
         return (key, None) if name not in self.names and key in self.names else (name, pattern)
 
     def record_conversions(self) -> None:
-        """Store the applied conversions, except `key_mapping`, in the model, for `save_pretrained`."""
+        """Store the applied conversions in the model, for `save_pretrained`; not `key_mapping`."""
         self._model._weight_conversions = [
             conversion
             for conversion in self._conversions
