@@ -190,7 +190,7 @@ class BlockedAttention(torch.autograd.Function):
 def _scores(
     query: Tensor, key: Tensor, block: QueryBlock, scale: float, cap: float | None
 ) -> Tensor:
-    """Returns unmasked scores (key heads, heads per key head * queries, keys), in ≥ float32."""
+    """Returns unmasked scores (key heads, heads per key head * queries, keys), float32 or wider."""
     compute_dtype = torch.promote_types(query.dtype, torch.float32)
     queries = _queries(query, block, len(key)).to(compute_dtype)
     keys = _rows(key, block.keys).to(compute_dtype)

@@ -58,7 +58,7 @@ class Base:
 
 @dataclass(frozen=True)
 class QuantizedCheckpoint:
-    """Quantized base model; `quantization` is 4bit or 8bit for bitsandbytes, none for others."""
+    """Quantized base model; `quantization` is 4bit or 8bit of bitsandbytes, none otherwise."""
 
     name: str
     format: str
@@ -293,7 +293,7 @@ def as_int(number: float) -> int | float:
 
 
 def shortest_names(targets: Iterable[str], names: Iterable[str]) -> set[str]:
-    """Returns the shortest suffixes (1 to 3 parts, else full names) that match only `targets`."""
+    """Returns the shortest suffixes (1 to 3 parts or all) that match only `targets` in `names`."""
     selected, available = set(targets), set(names)
     for depth in (1, 2, 3):
         short = {".".join(name.split(".")[-depth:]) for name in selected}

@@ -35,7 +35,7 @@ _MEMBERSHIP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def select_threads() -> Choice:
-    """Set torch's threads to one per usable physical core, unless set; returns the choice."""
+    """Set torch's threads to one per usable physical core unless configured; returns the choice."""
     if os.environ.get("OMP_NUM_THREADS"):
         return Choice("threads", torch.get_num_threads(), "OMP_NUM_THREADS")
     allowed = allowed_cpus()

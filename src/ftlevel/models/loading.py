@@ -292,7 +292,7 @@ def load_tokenizer(source: ModelSource) -> Any:
 
 
 def _check_vocabulary(source: ModelSource, names: Iterable[str] = ()) -> None:
-    """Raise `InputError` if the directory `source` has no vocabulary, such as a file of `names`."""
+    """Raise `InputError` if the directory `source` has no vocabulary file, usual or in `names`."""
     patterns = ("tokenizer.*", "vocab*", "merges.txt", "*.model", "tekken.json", *names)
     model_dir = Path(source.location)
     if source.kind != "directory" or any(next(model_dir.glob(p), None) for p in patterns):

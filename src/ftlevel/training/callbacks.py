@@ -280,7 +280,7 @@ class RunInfo:
     first_step: int = 0
 
     def project_or(self, variable: str) -> str:
-        """Returns the user's project, else that of the environment variable, else `ftlevel`."""
+        """Returns the tracker project: configured, or in environment `variable`, or `ftlevel`."""
         return self.project or os.environ.get(variable) or _PROJECT
 
 

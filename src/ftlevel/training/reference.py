@@ -250,7 +250,7 @@ def check_first_loss(
 
 
 def _save_initial_adapter(run: Run, prepared: PreparedModel) -> Any:
-    """Returns a temporary directory with the initial adapter; None if the adapter has no effect."""
+    """Returns a temporary directory with the initial adapter; None if the base alone is equal."""
     model = prepared.model
     is_base_modified = METHODS[run.config.method.kind].initialization.rewrites_base(
         run.config.method

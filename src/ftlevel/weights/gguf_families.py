@@ -125,7 +125,7 @@ def context_limit(config: Any) -> tuple[int, int | None]:
 
 
 def extra_tensors(config: Any) -> dict[str, torch.Tensor]:
-    """Returns by name the divisors of scaled rotary frequencies, (rotary width / 2,), float32."""
+    """Returns tensor name → divisors of the rotary frequencies, (rotary width / 2,), float32."""
     if not FAMILIES[config.model_type].rotary:
         return {}
     rope = _rope(config)

@@ -109,7 +109,7 @@ def build_layout(
 
 
 def resolve_layout(layout: QuantizedLayout, keys: Iterable[str]) -> QuantizedLayout:
-    """Returns `layout` for a checkpoint with these `keys`; InputError if it lacks a weight.
+    """Returns `layout` adapted to a checkpoint with `keys`; InputError if it lacks a weight.
 
     A linear layer is not quantized if its weight combines several tensors of the checkpoint.
     """
@@ -287,7 +287,7 @@ _MAX_TENSORS = 7  # a double-quantized weight: packed, scales, their scales, two
 
 @dataclass
 class QuantizationSizes:
-    """Sizes of a quantized checkpoint; `parts` maps a part to [bytes before, bytes after]."""
+    """Sizes of a checkpoint: total `bytes`, `quantized` tensors, part → [bytes before, after]."""
 
     parts: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
     quantized: int = 0

@@ -39,7 +39,7 @@ def prepare_quantized(model: Any, quantization: Any, *, pre_quantized: bool) -> 
 
 
 def replaced_linears(model: Any, quantization: Any, *, pre_quantized: bool) -> dict[str, bool]:
-    """Replace layers of `model` (modified) by bitsandbytes'; returns name -> was a Conv1D."""
+    """Replace layers of `model` (modified) by bitsandbytes'; returns name -> if it was Conv1D."""
     prepare_quantized(model, quantization, pre_quantized=pre_quantized)
     return {
         name: issubclass(module.source_cls, Conv1D)
