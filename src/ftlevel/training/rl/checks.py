@@ -179,7 +179,7 @@ RAN_LONGER, COLLAPSED = 0.2, 0.1
 
 
 def get_rollout_warnings(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns warnings if reward and truncated share rose in the run, or entropy fell by 90 %."""
+    """Returns warnings if reward and truncated share rose in the run, or entropy collapsed."""
     sampled = [record for record in records if "completion_length" in record]
     window = max(1, int(_WINDOW * len(sampled)))
     if len(sampled) < 2 * window:
