@@ -87,7 +87,7 @@ class Recovery(TrainerCallback):
             self._skip_step(step, problem, "skipped")
 
     def check_spike(self, step: int, loss: float) -> None:
-        """Roll back or skip the step if `loss` > `spike_factor` · median of recent losses."""
+        """Roll back, or skip without a checkpoint, if `loss` > `spike_factor` · recent median."""
         if self._factor is None:
             return
         median = statistics.median(self._losses) if len(self._losses) >= _MIN_LOSSES else None
@@ -165,12 +165,12 @@ LATEST = 16
 
 
 class GradientMonitor(TrainerCallback):
-    """Callback that stops if a gradient is missing, or a loss, gradient or weight is not finite.
+    """Callback that stops if a gradient is missing, and calls `recovery` if a value is not finite.
 
-    Checks every step. With `delays_checks`, the results of several steps are read together to avoid
-    a GPU synchronization per step, but before anything is logged, evaluated or saved. With
-    `uses_scaler`, a float16 overflow is expected: the scaler skips the step and halves its scale,
-    and only many overflows in a row stop the run.
+    Checks loss, gradients and weights of every step. With `delays_checks`, the results of several
+    steps are read together to avoid a GPU synchronization per step, but before anything is logged,
+    evaluated or saved. With `uses_scaler`, a float16 overflow is expected: the scaler skips the
+    step and halves its scale, and only many overflows in a row stop the run.
 
     Attributes:
         checked: number of trainable tensors with a gradient.
