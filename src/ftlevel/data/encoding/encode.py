@@ -121,7 +121,7 @@ def choose_format(tokenizer: Any, kind: str, instruction: str, answer_cue: str) 
 
 
 def load_prompt_format(card: AdapterCard) -> PromptFormat | None:
-    """Returns the prompt format in `card` (None if it has none); `InputError` if it is unknown."""
+    """Returns the prompt format in a model's `card`, or None; `InputError` if it is unknown."""
     if not card.prompt:
         return None
     names = {field.name for field in fields(PromptFormat)}
@@ -278,7 +278,7 @@ def encode_causal(
     *,
     with_inputs: bool = False,
 ) -> list[Encoded]:
-    """Encode plain texts, pairs or conversations (all of one type) for a decoder.
+    """Encode plain texts, prompt-answer pairs or conversations (all of one type) for a decoder.
 
     `with_inputs` adds the prompts to the labels. Raises `InputError` without an EOS token, for
     several turns without a chat template, and for a system prompt with plain texts.
@@ -314,7 +314,7 @@ def _with_inputs(row: Encoded) -> Encoded:
 def encode_seq2seq(
     tokenizer: Any, examples: Sequence[Any], prompt_format: PromptFormat
 ) -> list[Encoded]:
-    """Encode pairs and single-turn conversations for an encoder-decoder."""
+    """Encode source-target pairs and single-turn conversations for an encoder-decoder."""
     rows: list[Encoded] = []
     for chunk in split_batches(examples):
         pairs = [_as_pair(example) for example in chunk]

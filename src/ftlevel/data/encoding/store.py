@@ -116,7 +116,7 @@ def write_store(path: Path, batches: Iterable[pa.RecordBatch]) -> RowStore:
 
 
 def rows_to_batches(rows: Iterable[Encoded]) -> Iterator[pa.RecordBatch]:
-    """Yields `rows` in batches; rows of one example stay in one batch."""
+    """Yields `rows` as Arrow record batches; rows of one example stay in one batch."""
     batch: list[Encoded] = []
     for row in rows:
         if len(batch) >= _BATCH and row.row != batch[-1].row:

@@ -183,7 +183,7 @@ class FormatSpec:
 
     @property
     def roles(self) -> Names:
-        """All roles, required ones first."""
+        """Usual column names of each role, required roles first."""
         return {**self.required, **self.optional}
 
 

@@ -186,7 +186,7 @@ class Question:
 
 
 class Example(Protocol):
-    """Protocol of all examples; a task may define its own example class."""
+    """Protocol of examples, i.e. rows converted for a task; a task may define its own class."""
 
     @property
     def row(self) -> int:

@@ -87,7 +87,7 @@ def create_label_set(
     return LabelSet(tuple(sorted(result, key=int) if all(map(str.isdecimal, result)) else result))
 
 
-def keep_numbers(table: Table, column: str | None, names: Sequence[str]) -> Table:
+def keep_numeric_labels(table: Table, column: str | None, names: Sequence[str]) -> Table:
     """Returns `table`, without declared class names if the known classes `names` are numbers."""
     declared = set(table.label_names.get(column or "", ()))
     is_numbered = bool(names) and all(map(str.isdecimal, names))

@@ -47,7 +47,7 @@ class Ragged:
         return self.count(mask) > 0
 
 
-def lay_out(rows: Iterable[Sequence[int]]) -> Ragged:
+def to_ragged(rows: Iterable[Sequence[int]]) -> Ragged:
     """Returns lists of integers, such as token ids, as one `Ragged`."""
     rows = list(rows)
     offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
@@ -59,7 +59,7 @@ def gather(rows: Sequence[Encoded], at: Integers) -> Ragged:
     """Returns the token ids of the rows whose indices are `at`."""
     if isinstance(rows, RowStore):
         return Ragged(*rows.gather(at))
-    return lay_out(rows[i].input_ids for i in at.tolist())
+    return to_ragged(rows[i].input_ids for i in at.tolist())
 
 
 def get_examples(rows: Sequence[Encoded]) -> Integers:
@@ -104,8 +104,8 @@ class FlatRows:
         """Concatenate encoded rows."""
         labels = [row.labels for row in rows if isinstance(row.labels, list)]
         return cls(
-            lay_out(row.input_ids for row in rows),
-            lay_out(labels) if len(labels) == len(rows) else None,
+            to_ragged(row.input_ids for row in rows),
+            to_ragged(labels) if len(labels) == len(rows) else None,
             get_examples(rows),
         )
 

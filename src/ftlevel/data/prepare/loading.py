@@ -24,7 +24,7 @@ from ftlevel.data.formats.labels import (
     create_label_set,
     get_invalid_labels,
     get_label_variants,
-    keep_numbers,
+    keep_numeric_labels,
 )
 from ftlevel.data.gate import Finding, create_finding, explain_stop
 from ftlevel.data.gate.checks import flat_batches
@@ -150,7 +150,7 @@ class Converter:
     ) -> tuple[Table, Sequence[Any]]:
         """Returns the usable rows of `table`, and their examples."""
         examples: Sequence[Any]
-        table = self._keep_numbers(table, labels)
+        table = self._keep_numeric_labels(table, labels)
         examples, bad = convert_rows(table, self.shape)
         column = self.label_column
         if column is not None and (self.lenient or self.config.gate.unknown_label == "drop"):
@@ -161,16 +161,16 @@ class Converter:
         self.findings += findings
         return table, to_examples(table, self.shape)
 
-    def _keep_numbers(self, table: Table, labels: LabelSet | None) -> Table:
+    def _keep_numeric_labels(self, table: Table, labels: LabelSet | None) -> Table:
         names = self.config.labels if labels is None else labels.names
-        return keep_numbers(table, self.label_column, names)
+        return keep_numeric_labels(table, self.label_column, names)
 
     def convert_held_out(
         self, split: str, table: Table, labels: LabelSet | None
     ) -> tuple[Table, Sequence[Any]]:
         """Convert a split whose classes must be in `labels`; `InputError` for other classes."""
         if labels is not None:
-            table = self._keep_numbers(table, labels)
+            table = self._keep_numeric_labels(table, labels)
             self.merge_label_variants(
                 split, table, convert_rows(table, self.detected)[0], labels.names
             )

@@ -74,14 +74,14 @@ _MOST_AHEAD = 32  # chunks encoded ahead; further processes take later ones
 
 @dataclass(frozen=True)
 class ChunkEncoder:
-    """Encoder of chunks; `may_lose`: rows over the maximum length are dropped, at most 1 %."""
+    """Encoder of chunks; `may_drop`: rows over the maximum length are dropped, at most 1 %."""
 
     config: DataConfig
     shape: Format
     schema: RowSchema
     encoder: Encoder
     gate: Gate
-    may_lose: bool
+    may_drop: bool
 
     def __call__(self, chunk: Chunk, counts: Counter[str]) -> list[Encoded]:
         """Returns the rows of `chunk`; `Encoded.row` is the line number. Updates `counts`."""
@@ -125,10 +125,10 @@ class ChunkEncoder:
         counts["dropped"] += len(lines)
         return table.take(i for i, line in enumerate(table.lines) if line not in lines)
 
-    def check_loss(self, counts: Mapping[str, int]) -> None:
+    def check_dropped(self, counts: Mapping[str, int]) -> None:
         """Raise `InputError` if over 1 % of rows exceed the length derived from the first rows."""
         lost, read = counts.get("too_long", 0), counts.get("read", 0)
-        if self.may_lose and read >= _MIN_ROWS and lost > MAX_DROP_RATIO * read:
+        if self.may_drop and read >= _MIN_ROWS and lost > MAX_DROP_RATIO * read:
             raise InputError(
                 f"{lost:,} of the {read:,} rows read so far are longer than "
                 f"{self.encoder.config.max_length:,} tokens, which was enough for the first ones. "
@@ -275,7 +275,7 @@ class RowStream:
         self._counts.update(counts)
         if error is not None:
             raise error
-        self._encode.check_loss(self._counts)
+        self._encode.check_dropped(self._counts)
         self._waiting.extend(rows)
         self._kept = self._kept or bool(self._waiting)
         return True

@@ -45,7 +45,7 @@ POOL = 50
 """Number of steps whose rows are sorted together."""
 
 LOOKAHEAD = 10_000
-"""Rows with repeated texts that are passed over in search of other rows for a step."""
+"""Maximum number of rows with repeated texts to skip while filling a step."""
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -213,7 +213,7 @@ WHOLE_SET = (
 
 
 def prepare_stream(config: DataConfig, context: EncodingContext) -> PreparedData:
-    """Returns the first rows of a stream, encoded and checked, and the stream itself."""
+    """Returns `PreparedData` with the first rows, encoded and checked, and the `stream` of all."""
     options = ReadOptions(
         config.input_format,
         config.subset,
@@ -229,13 +229,13 @@ def prepare_stream(config: DataConfig, context: EncodingContext) -> PreparedData
     length, overlong = prepared.max_length, prepared.info["overlong"]
     if config.max_length == "auto":
         length = _with_room(length, context.bounds.tightest[0])
-    may_lose = config.max_length == "auto" and overlong == "error"
+    may_drop = config.max_length == "auto" and overlong == "error"
     resolved = config.model_copy(
-        update={"max_length": length, "overlong": "drop" if may_lose else overlong}
+        update={"max_length": length, "overlong": "drop" if may_drop else overlong}
     )
     encoder = context.encoder(resolved, prepared.prompt_format, partly=True)
     encode = ChunkEncoder(
-        resolved, data.format, schema, encoder, context.gate(config.gate), may_lose
+        resolved, data.format, schema, encoder, context.gate(config.gate), may_drop
     )
     stream = RowStream(
         source.train,

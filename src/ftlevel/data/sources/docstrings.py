@@ -70,7 +70,7 @@ _SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
 
 
 @dataclass(frozen=True)
-class Documented:
+class DocumentedObject:
     """A documented object; `source` omits the docstring, and is "" for modules and classes."""
 
     kind: Literal["module", "class", "function"]
@@ -140,7 +140,7 @@ def stdlib_root() -> Path:
     return directory
 
 
-def read_module(file: Path) -> list[Documented]:
+def read_module(file: Path) -> list[DocumentedObject]:
     """Load the objects of a module that have a docstring, in source order; [] if parsing fails."""
     try:
         text = file.read_text(encoding="utf-8")
@@ -157,10 +157,10 @@ def read_module(file: Path) -> list[Documented]:
             continue
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             source = _undocumented_source(node, lines)
-            documented.append(Documented("function", source, docstring))
+            documented.append(DocumentedObject("function", source, docstring))
         else:
             kind: Any = "module" if isinstance(node, ast.Module) else "class"
-            documented.append(Documented(kind, "", docstring))
+            documented.append(DocumentedObject(kind, "", docstring))
     return documented
 
 
@@ -223,7 +223,7 @@ def _cached_rows(
 def _rows(kind: Kind, split: Split) -> Iterator[Row]:
     build = _BUILDERS[kind]
 
-    def key_of(item: Documented) -> str:
+    def key_of(item: DocumentedObject) -> str:
         text = item.docstring
         return _fingerprint(text.partition("\n")[0] if kind == "signatures" else text)
 
@@ -244,7 +244,7 @@ def _rows(kind: Kind, split: Split) -> Iterator[Row]:
 
 
 @cache  # parsing 390 files takes half the time of a tiny run
-def _documented(file: Path) -> tuple[Documented, ...]:
+def _documented(file: Path) -> tuple[DocumentedObject, ...]:
     return tuple(read_module(file))
 
 
@@ -253,7 +253,7 @@ def _fingerprint(docstring: str) -> str:
     return hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
-def _signature_row(item: Documented) -> Row | None:
+def _signature_row(item: DocumentedObject) -> Row | None:
     if not item.source:
         return None
     function = ast.parse(item.source).body[0]
@@ -273,7 +273,7 @@ def _signature_row(item: Documented) -> Row | None:
     }
 
 
-def _generation_row(item: Documented) -> Row | None:
+def _generation_row(item: DocumentedObject) -> Row | None:
     prompt, completion = INSTRUCTION + item.source, item.docstring
     total = len(prompt) + len(completion)
     if (
@@ -288,7 +288,7 @@ def _generation_row(item: Documented) -> Row | None:
     return {"prompt": prompt, "completion": completion}
 
 
-def _summarization_row(item: Documented) -> Row | None:
+def _summarization_row(item: DocumentedObject) -> Row | None:
     summary, _, rest = item.docstring.partition("\n\n")
     document = _prose(rest)
     low, high = SUMMARY_CHARACTERS
@@ -324,7 +324,7 @@ def _prose(text: str) -> str:
 
 
 _NOT_PROSE = re.compile(r"\s+\S|>>>|[-=+*|:#.@~]|\w+\s+--?\s|\w+:\s*$|\w+\(")
-_BUILDERS: dict[Kind, Callable[[Documented], Row | None]] = {
+_BUILDERS: dict[Kind, Callable[[DocumentedObject], Row | None]] = {
     "signatures": _signature_row,
     "generation": _generation_row,
     "summarization": _summarization_row,

@@ -368,7 +368,7 @@ FEWEST = 20
 
 
 def check_pairs(rows: Sequence[Encoded]) -> Mapping[str, Mask]:
-    """Returns masks of pairs with equal answers, and of pairs that reverse an earlier pair."""
+    """Returns `equal_answers` and `contradicting_pairs` (of an earlier pair) -> mask of rows."""
     equal, against = np.zeros(len(rows), dtype=bool), np.zeros(len(rows), dtype=bool)
     seen: set[tuple[bytes, bytes]] = set()
     for index, row in enumerate(rows):

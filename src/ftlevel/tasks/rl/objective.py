@@ -22,7 +22,7 @@ Watch = Callable[["PolicyLoss", Any, Any], None]
 """Receives the loss of a micro-batch, its detached log-probabilities and its signals."""
 
 CORRECT = 1.0
-"""Least value of the first reward of a completion that pass@k counts as correct."""
+"""Minimum of the first reward at which pass@k counts a completion as correct."""
 
 
 def ignore(loss: PolicyLoss, log_probs: torch.Tensor, signals: torch.Tensor) -> None:

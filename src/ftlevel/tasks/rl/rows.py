@@ -187,7 +187,7 @@ def create_prompt(values: RoleValues) -> PromptExample:
 
 
 def _answer(values: RoleValues) -> Any:
-    """Returns the reference answer: column, verl's `reward_model.ground_truth`, or None."""
+    """Returns the reference: column `answer`, verl's `reward_model.ground_truth`, or None."""
     if ANSWER in values:
         return values.get(ANSWER)
     reward_model = values.row.get("reward_model")
