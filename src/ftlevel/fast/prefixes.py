@@ -132,8 +132,8 @@ def sort_by_prefix(
 ) -> tuple[list[int], list[int]]:
     """Returns row indices in lexicographic order, and each row's number of shared tokens.
 
-    The latter are indexed by row, and are those of the common prefix with the previous row in the
-    order; prefixes shorter than `min_length` tokens count as 0.
+    The shared tokens, indexed by row, are the prefix that a row has in common with the previous row
+    in the order; prefixes shorter than `min_length` tokens count as 0.
     """
     order = sorted(range(len(rows)), key=lambda row: rows[row])
     shared = [0] * len(rows)

@@ -152,12 +152,12 @@ same distance; 0.15 was measured."""
 
 @dataclass
 class StepComparison:
-    """Differences of the fast step's loss and gradients, relative to the plain step's (2-norm).
+    """Differences of the fast step from plain transformers and PEFT, relative in the 2-norm.
 
     Attributes:
         dtype: dtype in which the steps were compared, besides the run's own.
-        gradient: largest relative difference of the gradient over all steps.
-        dropout: gradient difference of fused and plain layers with dropout; None if not compared.
+        loss, gradient: largest relative difference over all steps.
+        dropout: gradient difference of fused and PEFT's layers with dropout; None if not compared.
         exact: distance of the plain step's gradient from the same step in float64; None if that was
             not needed. If set, `loss` and `gradient` are distances of the fast step from float64.
         kinks: whether rounding moved a value over a kink of the activation, such as ReLU's 0, so
@@ -191,7 +191,7 @@ class Bounds:
     noise_of_loss: float
 
     def check_loss(self, loss: float, expected: float) -> float:
-        """Returns |loss − expected| / |expected|; RunError if it exceeds the bound."""
+        """Returns |loss − expected| / |expected|; RunError if this difference is too large."""
         diff, rtol = abs(loss - expected), TOLERANCES.get(self.dtype, HALF_TOLERANCES)[0]
         bound = rtol * abs(expected) + ORDER * self.noise_of_loss
         if not diff <= bound:
@@ -228,7 +228,7 @@ class Bounds:
 
 @dataclass
 class RoundingErrors:
-    """Differences between steps in the run's dtype and the plain step in float32.
+    """Differences of steps in the run's dtype from plain transformers and PEFT in float32.
 
     Attributes:
         reference: of the plain step, tensor name → gradient difference; one dict per random draw.
@@ -329,7 +329,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Steps:
-    """Computes loss and gradients of plain and fast steps; the trainer's state is unchanged."""
+    """Computes loss and gradients by the fast step (`fast`) and plain transformers and PEFT."""
 
     trainer: FtlevelTrainer
     pad_id: int

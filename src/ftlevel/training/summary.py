@@ -250,7 +250,7 @@ def warn_if_worse(summary: Mapping[str, Any]) -> list[str]:
 def warn_if_not_learned(summary: Mapping[str, Any], run: Run) -> list[str]:
     """Returns a warning if the loss did not fall; none for runs too short to judge.
 
-    Losses of classes, tags and spans must end 2 % below that of guessing by label frequency.
+    The loss on classes, tags and spans must end 2 % below the loss of guessing label frequencies.
     """
     window = summary["loss_window"]
     if window < _WINDOW or isinstance(run.objective, PolicyObjective):  # its loss measures nothing

@@ -35,7 +35,7 @@ _WINDOW = 1_000
 
 
 def with_text_models(run: Run, listener: Listener) -> Run:
-    """Returns the run with guide vectors or teacher scores in its rows, if it has such a model."""
+    """Returns the run, with guide vectors or teacher scores in its rows if these are configured."""
     if not isinstance(run.objective, Embeddings | Ranking):
         return run
     for flag, model in (("guide", run.auxiliary.guide), ("teacher", run.auxiliary.teacher)):

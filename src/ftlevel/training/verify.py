@@ -194,7 +194,7 @@ def truncate_example(row: Encoded, size: int) -> Encoded | None:
 
 
 class _NotFiniteError(Exception):
-    """Raised if the plain step's loss is not finite."""
+    """Raised if the loss of plain transformers and PEFT is not finite."""
 
 
 STEPS = 3
@@ -202,10 +202,10 @@ STEPS = 3
 
 
 def verify_step(run: Run, model: PreparedModel, listener: Listener) -> StepComparison | None:
-    """Compare fast and plain step before training, and restore the model; None if not compared.
+    """Compare the fast step with plain transformers and PEFT before training; None if disabled.
 
     The setting `speed.verify` selects the rows: those of the first steps (True), none (False), or a
-    few (None). Raises RunError if the difference exceeds what rounding explains.
+    few (None). The model is restored. Raises RunError if rounding does not explain the difference.
     """
     full, rows = run.config.speed.verify, run.data.train
     if model.fast is None or full is False:
@@ -257,7 +257,7 @@ def verify_step(run: Run, model: PreparedModel, listener: Listener) -> StepCompa
 
 @dataclass(frozen=True)
 class _Verifier:
-    """Compares fast and plain steps; `dtype` is the run's compute dtype."""
+    """Compares the fast step with plain transformers and PEFT; `dtype` is the run's."""
 
     steps: Steps
     batch_size: int

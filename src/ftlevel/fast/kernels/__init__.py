@@ -60,7 +60,7 @@ class TorchBackend:
         return ACTIVATIONS[activation][0](gate).mul_(up)
 
     def glu_backward(self, activation: str, gradient: Tensor, gate: Tensor, up: Tensor) -> Pair:
-        """Returns the gradients of `gate` and `up`, given that of the GLU output."""
+        """Returns ∂L/∂gate and ∂L/∂up; `gradient` is ∂L/∂y of the GLU output y."""
         activate, of_gate = ACTIVATIONS[activation]
         return of_gate(gradient * up, gate), activate(gate).mul_(gradient)
 

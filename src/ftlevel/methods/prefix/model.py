@@ -38,7 +38,7 @@ Prefix = tuple[Tensor, Tensor]
 
 
 def register_attention() -> None:
-    """Register ftlevel's attention functions in transformers; masks are those of the originals."""
+    """Register ftlevel's attention functions in transformers, with SDPA's and eager's masks."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask, sdpa_mask
 

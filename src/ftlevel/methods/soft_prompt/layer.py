@@ -68,7 +68,7 @@ class PromptPosition:
         return self.insert(token_type_ids, token_type_ids.new_zeros(len(self.start), self.length))
 
     def extend_positions(self, position_ids: Tensor) -> Tensor:
-        """Returns `position_ids` with those of the prompt inserted, and later ones shifted."""
+        """Returns `position_ids` with the prompt's positions inserted and later ones shifted."""
         position_ids = position_ids.expand(len(self.start), -1)
         index = torch.arange(position_ids.shape[1], device=position_ids.device)
         at = self.start.clamp(max=position_ids.shape[1] - 1)[:, None]
@@ -334,7 +334,7 @@ class SoftPromptModel(VirtualTokenTuner):
     tuner_layer_cls = SoftPromptLayer
 
     def default_target_modules(self) -> list[str]:
-        """Returns the name of the model without its head, or those of encoder and decoder."""
+        """Returns the names of modules: the model without its head, or its encoder and decoder."""
         return get_prompt_modules(self.model)
 
     def inject_adapter(self, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:

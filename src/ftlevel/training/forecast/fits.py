@@ -72,7 +72,7 @@ _HALF_BYTES = {"bfloat16": 2, "float16": 2}
 
 
 def estimate_process(run: Run, step: StepMemory) -> int:
-    """Returns the peak resident memory of a CPU run in bytes, given that of a training step."""
+    """Returns the peak resident memory of a CPU run in bytes; `step` estimates its tensors."""
     libraries = resident_bytes() + LAZY_IMPORT_BYTES
     mapped = _mapped_bytes(run, step)
     return libraries + max(
@@ -228,8 +228,8 @@ class MemoryRequirement:
         parts: category, such as weights → bytes at the peak.
         at: phase of the step in which the peak occurs.
         tokens: positions in the largest micro-batch.
-        recomputed_peak: peak with gradient checkpointing in all blocks, if it is automatic and the
-            run does not fit without it; None otherwise.
+        recomputed_peak: peak with gradient checkpointing in all blocks, if checkpointing is
+            automatic and the run does not fit without; None otherwise.
         process: bytes of the whole process, tensors included; None except for a single CPU process.
     """
 

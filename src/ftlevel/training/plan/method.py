@@ -192,7 +192,7 @@ def resolve_quantization(
 ) -> QuantConfig:
     """Returns the quantization of the base: that of its checkpoint, or else `quant`.
 
-    ConfigError if it contradicts `--quant`, or if method or device do not support it.
+    ConfigError if the former contradicts `--quant`, or method or device do not support the result.
     """
     checkpoint_config = get_quantization_config(model_config)
     name = quant.kind if checkpoint_config is None else quantization_name(checkpoint_config)

@@ -192,7 +192,7 @@ MAX_CHARACTERS = 4_000
 
 
 class RolloutFile:
-    """Appends the groups of all processes to a file; one per step if it exceeds `MAX_BYTES`."""
+    """Appends all processes' groups to a file; one per step once the file exceeds `MAX_BYTES`."""
 
     def __init__(self, path: Path, processes: Processes) -> None:
         self._path, self._processes = path, processes
