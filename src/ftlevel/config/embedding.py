@@ -34,7 +34,7 @@ class EmbeddingLoss:
         contrasts: whether rows of a step are compared with each other, so a step needs two or more.
         needs_negatives: whether every row needs a negative.
         needs_teacher: whether it needs scores of a teacher, as columns or from `--teacher`.
-        label_range: lowest and highest score that a similarity can learn; None for any.
+        label_range: lowest and highest allowed score of a pair; None if any is allowed.
     """
 
     columns: Columns
@@ -73,7 +73,7 @@ LOSS_ALIASES = {
     "marginmseloss": "margin-mse",
     "distillkldivloss": "kl",
 }
-"""Lowercase names of other tools, without dashes and underscores."""
+"""Other tools' loss name, in lower case without dashes and underscores → ftlevel's name."""
 
 
 def normalize_loss_name(value: Any, aliases: Mapping[str, str]) -> Any:

@@ -238,7 +238,7 @@ class Server:
     Attributes:
         formats: export formats that it loads, best first.
         version: server version that the other properties were checked with.
-        source: how the properties were checked, such as `read; not run`.
+        source: how the properties were checked; `read; not run` means in its source code only.
         ranks: allowed values of the server's option for the maximum LoRA rank; empty if any.
         vocabulary: whether it serves LoRA on embeddings and on the output layer.
         every_layer: whether each kind of linear layer must be adapted in all blocks or in none.
@@ -326,7 +326,7 @@ else:
 
 
 DRY_RUN = Path("dry-run")
-"""Output of a dry run without `--out`, before the suffix of the format is added."""
+"""Output path of a dry run without `--out`; the suffix of the format is appended."""
 
 
 class ExportConfig(HubSection):
@@ -465,7 +465,7 @@ class ExportConfig(HubSection):
 
     @property
     def recorded(self) -> bool:
-        """Whether reference answers are written to FILE.served.json next to the output file."""
+        """Whether the model's outputs are saved to FILE.served.json, for `ftlevel check-served`."""
         return bool(self.server and self.verify and FORMATS[self.format].suffix)
 
     @property
@@ -477,7 +477,7 @@ class ExportConfig(HubSection):
 
     @property
     def entries(self) -> dict[str, Any]:
-        """Entries of the summary of an export to a .gguf file: model, format and output files."""
+        """Part of a .gguf export's summary: `model`, `format`, `out`, `modelfile` and `outputs`."""
         return {
             "model": self.model,
             "format": self.format,

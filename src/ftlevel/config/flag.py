@@ -43,7 +43,7 @@ class FieldMetadata:
 def get_field_metadata(config: type[BaseModel], path: str) -> FieldMetadata:
     """Returns the metadata of the field at the dotted `path`; raises KeyError if there is none.
 
-    For a field of several methods, the choices are those of all methods together.
+    If several methods have the field (`method.NAME`), the choices of all of them are combined.
     """
     *sections, name = path.split(".")
     models: list[type[BaseModel]] = [config]
@@ -88,7 +88,7 @@ def _value_type(types: list[Any]) -> Any:
 
 
 def _default_of(infos: dict[type[BaseModel], FieldInfo]) -> str:
-    """Returns a field's default as text; if methods differ, that of the first, as `8 with lora`."""
+    """Returns a default as text; if the classes in `infos` differ, the first: `8 with lora`."""
     defaults = [_format_default(info) for info in infos.values()]
     kind_field = next(iter(infos)).model_fields.get("kind")
     if len(set(defaults)) == 1 or kind_field is None or kind_field in infos.values():
@@ -161,12 +161,12 @@ class NoOpValue:
     fix: str = "Drop one of them"
 
     def accepts(self, value: Any) -> bool:
-        """Returns whether the flag allows its field to have `value`."""
+        """Returns whether `value` of the field `path` agrees with this flag value."""
         return (not self.allowed or value in self.allowed) and value not in self.excluded
 
 
 ValueAliases = Mapping[str, str | NoOpValue]
-"""Values, in lower case, and the part of a command line that replaces each, or a `NoOpValue`.
+"""Value in lower case → text that replaces it on the command line, or a `NoOpValue`.
 
 A replacement may contain other flags ("4bit --quant-type nf4") or be empty.
 """
@@ -205,7 +205,7 @@ class FlagAliases:
     convert: Callable[[str], str] | None = None
 
     def __or__(self, other: FlagAliases) -> FlagAliases:
-        """Returns the aliases of both; for the same value, those of `self`."""
+        """Returns the aliases of `self` and `other`; where both define a value, `self` wins."""
         return FlagAliases(
             (*self.names, *other.names),
             {**other.values, **self.values},
@@ -269,7 +269,7 @@ class Flag:
         return self.path.replace(".", "_")
 
     def metadata(self, command: str) -> FieldMetadata:
-        """Returns type, default and help of the field that the flag sets, or else `value`."""
+        """Returns `value` if it is set, else the metadata of the field that the flag sets."""
         if self.value is not None:
             return self.value
         config = config_of(command)

@@ -385,7 +385,7 @@ def _extended() -> Iterator[Flag]:
 def _tables_of_extensions() -> tuple[
     list[tuple[str, Sequence[Flag]]], dict[str, list[FlagAliases]]
 ]:
-    """Returns (package, flags) of extensions, and aliases of train's flags by dotted field."""
+    """Returns (package, flags) pairs of extensions, and train's dotted field → flag aliases."""
     flags: list[tuple[str, Sequence[Flag]]] = []
     aliases: dict[str, list[FlagAliases]] = {}
     for source, extension in find_extensions():
@@ -413,7 +413,7 @@ _ACCEPTS: dict[str, Callable[[str], bool]] = {
     "init": _is_of_the_run,
     **{name: own.accepts for name, own in _ADDED.items() if own.accepts},
 }
-"""Functions that return whether a command accepts train's flag of a field, by command."""
+"""Command → function that returns whether it accepts train's flag of a (dotted) field."""
 
 
 def flags_of(command: str, flags: Sequence[Flag] = FLAGS) -> list[Flag]:

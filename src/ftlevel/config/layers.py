@@ -239,7 +239,7 @@ Section.explain_errors = staticmethod(lambda error, root: format_errors(error, N
 
 
 def _key_and_method(detail: ErrorDetails, model: type[BaseModel]) -> tuple[KeyPath, str | None]:
-    """Returns the recipe key of a pydantic error, and the method if it is a method's field."""
+    """Returns the recipe key of a pydantic error, and the method's name for a method's field."""
     location = [str(part) for part in detail["loc"]]
     if len(location) > 1 and location[0] in _UNIONS and location[1] in SPECS:
         inner = location[2:] if detail["type"] == "extra_forbidden" else location[2:3]
@@ -253,7 +253,7 @@ def _key_and_method(detail: ErrorDetails, model: type[BaseModel]) -> tuple[KeyPa
 
 
 def _get_location(key: KeyPath, locations: Mapping[KeyPath, str], constructor: str) -> str:
-    """Returns the location of `key` or of its section; if unknown, `constructor(dotted key)`."""
+    """Returns where `key` or its section was set; if unknown, the text `CONSTRUCTOR(KEY)`."""
     for end in range(len(key), 0, -1):
         if key[:end] in locations:
             return locations[key[:end]]
@@ -337,7 +337,7 @@ _EXPECTED = {
     **dict.fromkeys(("float_parsing", "float_type"), "a number"),
     **dict.fromkeys(("bool_parsing", "bool_type"), "true or false"),
 }
-"""Expected values by type of pydantic error."""
+"""Type of a pydantic error → description of the expected value."""
 
 
 def _invalid_value(key: KeyPath, detail: ErrorDetails, model: type[BaseModel]) -> str:

@@ -50,7 +50,7 @@ class DecodingAsInTraining(Section):
         return self
 
     def unused_decoding(self, reason: str) -> list[str]:
-        """Returns a warning for each given setting of text generation, if `reason` is not ""."""
+        """Returns "FLAG has no effect: REASON" per setting that is not None; [] without reason."""
         names = (n for n in DecodingAsInTraining.model_fields if getattr(self, n) is not None)
         flags = [f"--{name.replace('_', '-')}" for name in names if reason]
         return [f"{flag} has no effect: {reason}" for flag in flags]

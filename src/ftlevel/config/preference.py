@@ -169,7 +169,7 @@ def validate_preference(
 
 
 def normalize_loss(raw: dict[str, Any]) -> dict[str, Any]:
-    """Returns configuration values with the loss filled in, and the task that belongs to it."""
+    """Returns `raw`; of a preference task, with its loss filled in and `task` made to match it."""
     task = str(raw.get("task", "")).replace("_", "-")
     section = raw.get("preference") or {}
     if task not in PREFERENCE_TASKS or not isinstance(section, dict):

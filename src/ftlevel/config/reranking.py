@@ -56,7 +56,7 @@ _ALIASES = {
     "marginmseloss": "margin-mse",
     "mseloss": "mse",
 }
-"""Lowercase names of other tools, without dashes and underscores."""
+"""Other tools' loss name, in lower case without dashes and underscores → ftlevel's name."""
 
 
 class RerankingConfig(Section):

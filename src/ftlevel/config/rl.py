@@ -18,7 +18,7 @@ from ftlevel.errors import did_you_mean, join_names
 
 RL_TASK = "rl"
 RL_RATE = 0.1
-"""Factor on the method's default learning rate."""
+"""Factor of `--task rl` on the method's default learning rate."""
 RlLossName = Literal["dapo", "grpo", "dr_grpo", "bnpo", "rloo", "gspo", "cispo", "reinforce++"]
 Scale = Literal["group", "batch", "none"]
 _CLIPPED = ("epsilon", "epsilon_high")
@@ -306,7 +306,7 @@ class RlConfig(Section):
 
     @property
     def reward_names(self) -> list[str]:
-        """Names of the rewards in metrics; equal names of functions begin with that of the file."""
+        """Names of the rewards in metrics; functions of equal name are prefixed by their file."""
         specs = self.rewards
         names = [spec.short_name for spec in specs]
         return [

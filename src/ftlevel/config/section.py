@@ -123,14 +123,14 @@ _WITHOUT_FLAG = """
 
 
 def flag_of(section: str, name: str) -> str:
-    """Returns the flag of the field `name` of a task's `section`; the field if there is none."""
+    """Returns the flag of the field `name`, or `SECTION.NAME` if the field has no flag."""
     return f"{section}.{name}" if name in _WITHOUT_FLAG else f"--{name.replace('_', '-')}"
 
 
 def list_unread(
     section: str, names: Iterable[str], loss: str, parameters: Mapping[str, Collection[str]]
 ) -> Iterator[str]:
-    """Yields an error per field in `names` that another loss has as parameter, but not `loss`."""
+    """Yields an error message per field in `names` that `loss` does not use, but others do."""
     for name in names:
         losses = [other for other, fields in parameters.items() if name in fields]
         if losses and loss not in losses:

@@ -31,7 +31,7 @@ MovedBase = Annotated[
 ]
 
 IN_MEMORY = "in memory"
-"""Name of rows that are not in a file."""
+"""Dataset name of rows that are passed as Python objects."""
 
 
 class InMemoryDataset(str):
@@ -121,7 +121,7 @@ class QuantConfig(Section):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Settings written to the model card; `experts` only if experts are quantized."""
+        """Settings as saved in ftlevel.json: name → value; `experts` only if they are quantized."""
         if self.kind != "4bit":
             return {"kind": self.kind}
         return self.model_dump(exclude=None if self.experts else {"experts"})

@@ -45,7 +45,7 @@ SHORTHAND = {
 
 
 def expand_shorthand(section: str, value: Any) -> Any:
-    """Returns `value` as a section, `{kind: lora}` for method `lora`; mappings are unchanged."""
+    """Returns a plain value as a mapping, such as `{kind: lora}` for `lora`; others unchanged."""
     if section not in SHORTHAND or type(value) is dict or isinstance(value, BaseModel):
         return value
     return {SHORTHAND[section]: value}
@@ -109,7 +109,7 @@ class TrainConfig(Section):
         return self.rl.max_completion_length if self.task == RL_TASK else self.train.max_new_tokens
 
     def list_unused(self, kind: str) -> Iterator[str]:
-        """Yields a message per changed setting that the task, or the model's `kind`, cannot use."""
+        """Yields a message per non-default setting that task and model `kind` do not use."""
         if not TASKS[self.task].startswith("ftlevel."):
             return
         for path, owners in _OWNERS.items():

@@ -72,7 +72,7 @@ for _name, (_source, (_spec, _)) in added("methods", SPECS).items():
         SPECS[_name] = _found
 
 BY_TARGETS: list[type[MethodSpec]] = sorted(SPECS.values(), key=lambda spec: not spec.all_linear)
-"""Specs with target modules first: the order of tables and of the schema."""
+"""All specs, those with target modules first: the order of tables and of the schema."""
 
 if TYPE_CHECKING:
     MethodConfig = MethodSpec

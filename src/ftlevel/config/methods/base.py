@@ -18,7 +18,7 @@ class MethodSpec(Section):
     default_quant: ClassVar[str] = "none"
 
     def validate_quant(self, quant: QuantConfig) -> list[str]:  # noqa: ARG002 - for those that do
-        """Returns why the method cannot train a base quantized with `quant`; [] if it can."""
+        """Returns error messages if a base quantized with `quant` cannot be trained, else []."""
         return []
 
 

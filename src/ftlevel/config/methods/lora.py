@@ -363,7 +363,7 @@ class C3aSpec(MethodSpec):
 class Ia3Spec(MethodSpec):
     """(IA)³: l_k · K, l_v · V and l_ff · γ(W₁x), l learned (Liu et al., 2022, § 3.3).
 
-    The second feed-forward layer is scaled at its input; a fused query-key-value layer as a whole.
+    The second feed-forward layer is scaled at its input, a fused QKV layer at all its outputs.
     """
 
     kind: Literal["ia3"] = "ia3"

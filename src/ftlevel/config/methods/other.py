@@ -14,11 +14,11 @@ PARALLEL_SCALING = 4.0
 
 Placement = Literal["houlsby", "pfeiffer", "seq_bn", "parallel", "par_bn", "adapter_plus"]
 ON_RESIDUAL = ("seq_bn", "par_bn", "adapter_plus")
-"""Placements that read a feed-forward's residual and need the family's positions."""
+"""Placements that read a feed-forward layer's residual; they exclude `target_modules`."""
 
 
 def default_scaling(placement: str) -> float | str:
-    """Returns the default factor of the adapter's output; "channel" is one factor per channel."""
+    """Returns the default output scale: a number, or "channel" for a learned one per channel."""
     if placement == "adapter_plus":
         return "channel"  # Steitz & Roth, 2024, § 3.3
     return PARALLEL_SCALING if placement in ("parallel", "par_bn") else 1.0
