@@ -62,7 +62,7 @@ _CORE: dict[str, tuple[str, str]] = {
         ("doctor", "describe:doctor", "Check what this machine supports and what to install."),
     )
 }
-"""Function and summary by command; a test compares the summary with the function's docstring."""
+"""Command → function and summary; a test compares the summary with the function's docstring."""
 
 
 def commands() -> dict[str, tuple[str, str]]:

@@ -132,8 +132,8 @@ def _facts(report: TargetReport) -> list[tuple[str, str]]:
     heads = [f"{task}: {', '.join(names)}" for task, names in report.heads.items() if names]
     rows.append(("heads", "\n".join(heads) or "none"))
     rows.append(("", "Heads are never adapted; a task's new head is trained in full and saved."))
-    rows.append(("norms", _by_holder(report.norms) or "none with weights"))
-    rows.append(("embeddings", _by_holder(report.embeddings)))
+    rows.append(("norms", _group_by_parent(report.norms) or "none with weights"))
+    rows.append(("embeddings", _group_by_parent(report.embeddings)))
     if report.aliases:
         rows.append(("same names", ", ".join(report.aliases)))
     if report.note:
@@ -145,7 +145,7 @@ def _facts(report: TargetReport) -> list[tuple[str, str]]:
     return rows
 
 
-def _by_holder(patterns: Sequence[str]) -> str:
+def _group_by_parent(patterns: Sequence[str]) -> str:
     """Returns module names, a line per parent, such as `model.layers.{i}: input_layernorm, …`."""
     from ftlevel.commands.list_targets import split_pattern
 

@@ -40,7 +40,7 @@ def evaluate(inputs: CommandInput, *, predictions: str | None, as_json: bool, qu
 
 
 def table_lines(summary: Mapping[str, Any]) -> Iterator[str]:
-    """Yields a line per metric: base model, tuned model and difference, with intervals."""
+    """Yields the result as lines: data; per metric, base, tuned model and difference; notes."""
     data, base = summary["data"], summary["base"]
     num_examples = f"{data['examples']:,} examples"
     yield f"  {num_examples} of {data['name']} ({data['split']})"

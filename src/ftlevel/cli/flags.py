@@ -69,7 +69,7 @@ class FtlevelCommand(TyperCommand):
             raise
 
     def _explain(self, error: Any, name: str) -> None:
-        """Add a suggestion to the error of an unknown flag; ConfigError if `name` is a field."""
+        """Add a suggestion to the unknown flag's `error`; ConfigError if `name` is a field."""
         has_fields = "--set" in self.specs
         field = get_field_path(name.lstrip("-").replace("-", "_")) if has_fields else ""
         if field:
@@ -103,7 +103,7 @@ class FtlevelCommand(TyperCommand):
 
 
 def _name_value(error: Any, rewritten: RewrittenArgs) -> None:
-    """Raise ConfigError that shows the invalid value from `rewritten`; Typer's `error` omits it."""
+    """Raise ConfigError with the invalid value, which Typer omits, if `rewritten` contains it."""
     parameter = getattr(error, "param", None)
     names = getattr(parameter, "opts", None) or []
     parts = [part for argument in rewritten.args for part in argument.split("=", 1)]
@@ -122,7 +122,7 @@ def _name_value(error: Any, rewritten: RewrittenArgs) -> None:
 
 
 def _common_panels(panels: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Returns the panels shown by `--help`; the last title lists the panels that are hidden."""
+    """Returns heading → options of a short `--help`; the last heading names hidden panels."""
     shown = {title: panels[title] for title in ("Arguments", DAILY) if title in panels}
     hidden = {title: records for title, records in panels.items() if title not in shown}
     hidden_records = [record for records in hidden.values() for record in records]
@@ -239,7 +239,7 @@ def _short_choices(metadata: FieldMetadata) -> str | None:
 
 
 def _help_of(metadata: FieldMetadata, row: Flag) -> str:
-    """Returns a flag's description, followed by choices and default if it states neither."""
+    """Returns a flag's description, followed by choices and default that it does not mention."""
     if row.value is not None:
         return metadata.description
     is_shown = _short_choices(metadata) or all(c in metadata.description for c in metadata.choices)
@@ -271,7 +271,7 @@ class CommandInput:
     no_ops: Sequence[NoOpUse]
 
     def layer(self, task: str = "") -> Layer:
-        """Returns the flag values as a configuration layer; some flags depend on `task`."""
+        """Returns the flag values as a layer; the field that some flags set depends on `task`."""
         layer = Layer()
         for row in self.rows:
             value = self.values[row.parameter]
@@ -329,7 +329,7 @@ def _get_run_config(run: Path, inputs: CommandInput) -> Path | None:
 
 
 def _get_adapter_task(name: str) -> str:
-    """Returns the task of the run that `name` is or that contains it; "" if there is none."""
+    """Returns the task of the run at `name`, or of the run that contains it; "" without a run."""
     path = Path(name).expanduser()
     run = path if is_run(path) else get_run_dir(path)
     return str(load_recipe(run / CONFIG).values.get("task") or "") if run and is_run(run) else ""

@@ -245,7 +245,7 @@ def _is_recipe(text: str) -> bool:
 def _convert(
     name: str, shown: str, values: Sequence[str], option: FlagSpec
 ) -> list[Setting] | NoOpValue:
-    """Returns the settings for flag `name` with `values`, or a `NoOpValue`; errors show `shown`."""
+    """Returns (flag, value) pairs for `name` and `values`, or a `NoOpValue`; errors use `shown`."""
     text = ",".join(values)
     word = _parse_bool(text) if option.is_value_optional else text.lower()
     result = option.values.get(word)
@@ -275,9 +275,10 @@ def _convert(
 
 
 def _convert_switch(option: FlagSpec, word: str) -> list[Setting] | NoOpValue:
-    """Returns the settings of the switch `option` if it is given as `word`, true or false.
+    """Returns the (flag, value) pair of a switch for `word`, "true" or "false", in a list.
 
-    If an alias sets a value, such as `--load-in-4bit`, false sets nothing and excludes the value.
+    An alias that sets a value, as `--load-in-4bit` does, sets nothing if `word` is "false"; the
+    returned `NoOpValue` then forbids that value.
     """
     if option.value is None:
         return [(option.flag, word)]
