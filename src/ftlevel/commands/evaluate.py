@@ -215,7 +215,7 @@ def _evaluate_base(
 
 
 def _with_model(evaluator: Evaluator, model: LoadedModel) -> Evaluator:
-    """Returns `evaluator` for another model, from which completions are then sampled, too."""
+    """Returns a copy of `evaluator` for `model`: with its dtype and, in RL, samples from it."""
     if isinstance(evaluator, RewardEvaluator) and evaluator.rollouts is not None:
         return replace(evaluator, dtype=model.dtype, rollouts=evaluator.rollouts.with_model(model))
     return replace(evaluator, dtype=model.dtype)
@@ -224,7 +224,7 @@ def _with_model(evaluator: Evaluator, model: LoadedModel) -> Evaluator:
 def _evaluate_other(
     evaluator: Evaluator, other: LoadedModel, encode: Callable[[LoadedModel], EvaluationRows]
 ) -> tuple[dict[str, float], ExampleRecord]:
-    """Returns metrics and per-row results of `other`; `encode` encodes texts for embedding."""
+    """Returns metrics and per-row results of `other`; `encode` encodes the rows for embedding."""
     evaluator = _with_model(evaluator, other)
     if not isinstance(evaluator, RewardEvaluator):
         evaluator = replace(evaluator, generated_rows=0)
@@ -242,7 +242,7 @@ def _evaluate_other(
 def _base_of(
     trained: LoadedModel, config: EvaluateConfig, listener: Listener
 ) -> Iterator[LoadedModel | None]:
-    """Yields the base model; None with `--no-base`, or if the head is new or the base unknown."""
+    """Yields the base model; None with `--no-base`, a head the base lacks, or an unknown base."""
     full_base = get_original_base(trained.ref) if config.base else None
     if config.base and trained.has_adapter and not trained.ref.card.heads:
         listener.stage("evaluating the base model")
@@ -439,7 +439,7 @@ def _context(
     *,
     is_compared: bool,
 ) -> EncodingContext:
-    """Returns how to encode rows for `trained`, up to the maximum length of `config_ref`."""
+    """Returns the encoding settings for `trained`; the card of `config_ref` may limit length."""
     tokenizer = trained.tokenizer
     positions = text_positions(run_config.method, trained.model.config)
     name = config_ref.card.method
@@ -589,7 +589,7 @@ def _choices(
 def _intervals(
     config: EvaluateConfig, evaluator: Evaluator, record: ExampleRecord, base: ExampleRecord | None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Returns bootstrap values per metric, and 95 % intervals of metrics and gains over `base`."""
+    """Returns metric → bootstrap values, and 95 % intervals of metrics and gains over `base`."""
     if not config.resamples:
         return {}, {}
     if len(record.units) < 2:
@@ -616,7 +616,7 @@ def _compute_intervals(
 def _paired_intervals(
     draws: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Returns 95 % intervals of the `--against` model's metrics, and of differences from them."""
+    """Returns 95 % intervals of the metrics `other`, and of the differences `draws` - `other`."""
     found = _compute_intervals(draws, other)
     return {
         "intervals": found["base_intervals"],

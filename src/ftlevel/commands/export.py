@@ -147,7 +147,7 @@ def _paths_without_adapter(config: ExportConfig, refs: Mapping[str, ModelRef]) -
 
 
 def _merge(config: ExportConfig, ref: ModelRef, directory: Path) -> MergeOutput:
-    """Merge the adapter and save the model to `directory`; return how to quantize and check it."""
+    """Merge the adapter, save the model to `directory`; return functions to quantize and check."""
     quantization = ref.quantization.get("kind", "none")
     is_quantized = config.outtype in GRIDS
     onto = (
@@ -182,7 +182,7 @@ def _merge(config: ExportConfig, ref: ModelRef, directory: Path) -> MergeOutput:
 
 
 def _compare_unmerged(config: ExportConfig, ref: ModelRef, device: str, _: Path) -> MergeOutput:
-    """Returns how to quantize a model that has no adapter, and how to check the result."""
+    """Returns functions to quantize a model without adapter, and to compare the result with it."""
     if not _needs_calibration(config):
         return MergeOutput({})
     model = ref.load(device)
@@ -206,7 +206,7 @@ def _needs_calibration(config: ExportConfig) -> bool:
 
 
 def _probes(config: ExportConfig, inputs: MergeInput) -> tuple[EvalSet, EvalSet | None]:
-    """Returns rows to compare logits on, and rows to calibrate quantization on (None: no need)."""
+    """Returns rows to compare logits on, and rows to calibrate quantization on, None if unused."""
     needs_calibration = _needs_calibration(config)
     rows = select_rows(inputs, _ROWS, config.calibration_rows if needs_calibration else 0)
     calibration = inputs.eval_set(rows.calibration) if rows.calibration else None

@@ -114,7 +114,7 @@ def _is_set(config: TrainConfig, path: str) -> bool:
 
 
 def _resolve(layers: list[Layer], defaults: list[Choice]) -> Run:
-    """Resolve the run like `train`; without validation rows, add a split to both lists."""
+    """Returns the resolved run; if it lacks validation rows, adds a split to both arguments."""
     config, adapter, _ = resolve_adapter(build_config(layers))
     run = resolve(config, adapter=adapter)
     is_small = len(run.data.train) < _ENOUGH or config.data.streaming

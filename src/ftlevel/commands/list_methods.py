@@ -25,7 +25,7 @@ QUANTS: tuple[str, ...] = get_args(QuantConfig.model_fields["kind"].annotation)
 
 @dataclass(frozen=True)
 class MethodRow:
-    """Support of a method; `in part` if it depends on a model, task or quantization not given."""
+    """Support of a method; `works` is `in part` if it depends on an option that is not given."""
 
     name: str
     method: str

@@ -213,7 +213,7 @@ def write_onto(config: MergeConfig, inputs: MergeInput, onto: str, path: Path) -
 def resolve_rounding(
     config: MergeConfig, inputs: MergeInput, onto: str
 ) -> tuple[str | None, Callable[[Any], QuantizationRounding] | None]:
-    """Returns the output dtype, and a function to round the base, None if `onto` is `original`."""
+    """Returns the arguments `dtype` and `rounding` of `save_merged` for the base weights `onto`."""
     dtype: str | None = None if config.dtype == "auto" else config.dtype
     if inputs.source.kind == "gguf":  # GGUF weights have no torch dtype
         dtype = dtype or inputs.dtype

@@ -27,11 +27,11 @@ from ftlevel.trained.resolve import get_dtype_source, resolve_model
 
 TASK = "embedding"
 WINDOW = 2_048
-"""Rows that are read to find their columns, and rows written at once."""
+"""Number of rows that are read to find their columns, and that are written at once."""
 
 
 def mine(config: MineConfig, *, listener: Listener | None = None) -> Mapping[str, Any]:
-    """Write each query with its positives and its hard negatives, and return the counts.
+    """Write each query with its positives and hard negatives; return the output of `--json`.
 
     A query without any negative in the range of ranks is left out. Raises ConfigError if the output
     exists, or an option does not fit; InputError if the rows have no positives, or the model is no

@@ -41,13 +41,13 @@ from ftlevel.trained.model_ref import ModelRef
 from ftlevel.trained.resolve import get_dtype_source, resolve_model
 
 WINDOW = 2_048
-"""Rows sorted by length together, for tasks that score."""
+"""Number of rows that are sorted by length together, for tasks that score."""
 
 TEXT_BATCHES = 16
 """Batches per window for tasks that generate text; output is saved after each window."""
 
 OutputColumns = Mapping[str, str]
-"""Output column → the task's name for the answer."""
+"""Name of an output column → name of that value in the task's predictions."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _validate(config: PredictConfig, rows: Any) -> None:
 def _prepare(
     config: PredictConfig, rows: Any, stream: IO[str] | None, stack: contextlib.ExitStack
 ) -> _PreparedPrediction:
-    """Resolve the model and open the rows; skip those in the output, which `stack` closes."""
+    """Resolve model and rows; skip rows already in the output, which `stack` closes."""
     device = select_device(config.device)
     ref = resolve_model(
         config.name, config.task, config.base_model, device=device.value, dtype=config.dtype
@@ -191,7 +191,7 @@ def _open(
 def _mapping(
     config: PredictConfig, run_config: TrainConfig, task: BaseTask, source: RowSource
 ) -> Mapping[str, str]:
-    """Returns role → column of `source`, from `--map` or else as in training."""
+    """Returns ftlevel's column name → column of `source`, from `--map` or as in training."""
     if config.columns:
         return config.columns
     roles = {role for shape in task.query_shapes for role in shape.roles}
@@ -355,7 +355,7 @@ def _predict_window(
     config: PredictConfig,
     progress: RowCounts,
 ) -> list[Mapping[str, Any]]:
-    """Returns predicted columns by row; a bad row has none, or raises InputError (`on_bad_row`)."""
+    """Returns column → prediction per row; {} for a bad row, or InputError (`on_bad_row`)."""
     answerable = [i for i, row in enumerate(window) if not row.fault]
     faults = {i: row.fault for i, row in enumerate(window) if row.fault}
     if faults and config.on_bad_row == "error":

@@ -139,7 +139,7 @@ def preview(config: TrainConfig, numbers: Sequence[int] = ()) -> Preview:
 
 
 def _sample(run: Run) -> list[Choice]:
-    """Returns lines on completions and rewards of the initial model, for `--task rl`."""
+    """Returns entries on completions and rewards of the initial model; [] except for rl."""
     rl, model = run.config.rl, run.model
     if not isinstance(run.objective, PolicyObjective) or not rl.check_groups:
         return []
@@ -216,7 +216,7 @@ class PieceDecoder:
         self._anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
 
     def decode_tokens(self, ids: Sequence[int]) -> list[str]:
-        """Returns the text of each id; a character split over several ids is that of the last."""
+        """Returns the text of each id; a character of several ids belongs to the last of them."""
         before = self._decode(self._anchor)
         texts, pending = [], []
         for id_ in ids:
