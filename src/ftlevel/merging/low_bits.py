@@ -96,7 +96,7 @@ class InputMoments:
 
 @dataclass
 class _Sums:
-    """Σ x xᵀ per linear layer, divided by `average`; layers with the same input share one sum."""
+    """Σ x xᵀ over the inputs x of each linear layer; layers with the same input share one sum."""
 
     slots: dict[str, str] = field(default_factory=dict)
     means: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -105,7 +105,7 @@ class _Sums:
     _counts: dict[str, int] = field(default_factory=dict)
 
     def hook(self, name: str) -> Any:
-        """Returns a forward pre-hook that adds the inputs of the linear layer `name`."""
+        """Returns a forward pre-hook that adds the inputs of the linear layer `name` to its sum."""
 
         def add_inputs(_: Any, inputs: tuple[Any, ...]) -> None:
             last_inputs, slot = self._last
@@ -156,7 +156,7 @@ class WeightsAsLoaded:
 
 
 Weights = TensorMerger | WeightsAsLoaded
-"""Weights of a model that is being written."""
+"""Source of the weights of the model to write."""
 
 
 @dataclass

@@ -43,7 +43,7 @@ _TOKEN_TYPES = "token_type_ids"
 
 @dataclass(frozen=True)
 class MergeInput:
-    """What is merged, before weights are loaded; models are compared in `dtype` on `device`."""
+    """Base and adapter to merge, before weights load; `dtype` and `device` are for comparisons."""
 
     ref: ModelRef
     dtype: str
@@ -56,7 +56,7 @@ class MergeInput:
 
     @property
     def card(self) -> AdapterCard:
-        """Model card of the adapter, with its training settings."""
+        """Content of the adapter's ftlevel.json: its training settings."""
         return self.ref.card
 
     @property
@@ -108,7 +108,7 @@ def get_adapter_dir(name: str) -> Path:
 
 
 def _load_peft_config(adapter_dir: Path) -> dict[str, Any]:
-    """Returns the adapter's PEFT config; adapters of other formats get a minimal one."""
+    """Returns the adapter's PEFT config; for other formats, a dict of only `peft_type`."""
     if (reader := get_adapter_reader(adapter_dir)) is not None:
         return {"peft_type": reader.peft_type}
     return load_peft_config(adapter_dir)
@@ -200,7 +200,7 @@ def _prepare_rows(inputs: MergeInput, data: DataConfig, seed: int) -> PreparedDa
 
 
 def _create_rows(inputs: MergeInput, count: int, calibration: int, message: str) -> CheckRows:
-    """Returns random tokens, or docstrings to calibrate; `message` says why not the run's data."""
+    """Returns rows of random tokens; with `calibration`, of docstrings. `message` is displayed."""
     if calibration:
         tokens = (count + calibration) * _ROW_LENGTH
         text = load_eval_text(None, tokens)

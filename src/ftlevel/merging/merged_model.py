@@ -295,7 +295,7 @@ def _plan_files(merger: TensorMerger, names: list[str]) -> dict[str, list[Tensor
 
 
 def _plan_tensor(merger: TensorMerger, name: str) -> list[TensorPart]:
-    """Returns what to write for tensor `name`: bytes of the base's file if the merge keeps it."""
+    """Returns the file parts of tensor `name`; if it is not changed, bytes of the base's file."""
     model = merger.checkpoint.model
     saved = convert_for_saving(model, name, merger.tensor_info(name).meta())
     specs = {key: get_tensor_info(tensor) for key, tensor in saved.items()}

@@ -115,7 +115,7 @@ class NormalForm:
         )
 
     def on_every_layer(self, model: Any) -> NormalForm:
-        """Returns a copy with zero updates where other blocks of `model` lack an adapted layer."""
+        """Returns a copy with zero updates added for layers adapted in only some of the blocks."""
         import torch
 
         layer_names = {name.rpartition(".")[2] for name in self.factors}
@@ -141,7 +141,7 @@ class NormalForm:
 
 
 def get_plain_form(config: Mapping[str, Any]) -> LoraConversion:
-    """Returns the conversion to plain LoRA for the `peft_type`; InputError if there is none."""
+    """Returns how to convert `config`'s PEFT type to plain LoRA; InputError if impossible."""
     peft_type = str(config.get("peft_type"))
     form = PLAIN_FORMS.get(peft_type, LoraConversion())
     if form.error:

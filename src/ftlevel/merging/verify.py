@@ -31,8 +31,8 @@ _ROWS = 8
 class Candidate:
     """A merged model in a temporary directory, to be checked.
 
-    `onto` is the base: `original` or `dequantized`. `measure` sets `scores`, the logits, and
-    `trained`, their difference from the trained model's; both are None before.
+    `onto` is the base: `original` or `dequantized`. `scores` are its logits, and `trained` is their
+    difference from the trained model's; both are None until `measure`.
     """
 
     onto: str
@@ -78,7 +78,7 @@ def load_merged(model_dir: Path, inputs: MergeInput) -> Any:
 def measure(
     candidate: Candidate, inputs: MergeInput, eval_set: EvalSet, trained: RowLogits
 ) -> Candidate:
-    """Reload the saved `candidate` and compare its logits on `eval_set` with `trained`.
+    """Returns `candidate` with its logits after reloading, and their difference from `trained`.
 
     Raises RunError if reloaded tensors differ from those that were written.
     """
@@ -135,7 +135,7 @@ def _load_reference(candidate: Candidate, inputs: MergeInput) -> Any:
 def _compare_before_rounding(
     candidate: Candidate, inputs: MergeInput, eval_set: EvalSet
 ) -> tuple[Agreement, RowLogits]:
-    """Returns the unrounded merge's difference from base and adapter, and its logits."""
+    """Returns the unrounded merge's difference from base with adapter, and the merge's logits."""
     merger = candidate.merger
     if candidate.onto == "original" and merger.loses_in(DTYPES[inputs.dtype]):
         inputs = replace(inputs, dtype="float32")

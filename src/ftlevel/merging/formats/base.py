@@ -22,7 +22,7 @@ from ftlevel.trained.model_ref import ModelRef
 from ftlevel.weights.gguf_file import QuantizedMatrix
 
 CodesFunction = Callable[[str], QuantizedMatrix]
-"""Name of a weight of the model → its codes, (out, in)."""
+"""Function: name of a weight of the model → its quantization codes, `(out, in)`."""
 
 
 @dataclass(frozen=True)
@@ -89,16 +89,16 @@ def start_commands(
 
 
 MergeAdapter = Callable[[Path], MergeOutput]
-"""Function that merges the exported adapter into the base, in a directory.
+"""Function that merges the adapter to export into its base, and saves the model in a directory.
 
-A model without an adapter stays where it is.
+For a model without an adapter, it saves nothing.
 """
 
 
 def merge_first(
     ref: ModelRef, output: Path, listener: Listener, merge: MergeAdapter
 ) -> tuple[MergeOutput, ModelSource]:
-    """Merge the adapter of `ref`, if any, in `output`; returns result and model to export."""
+    """Merge the adapter of `ref`, if any, below `output`; return result and model to export."""
     merged_dir = output / "merged"
     if ref.directory is None:
         return merge(merged_dir), ref.source

@@ -203,7 +203,7 @@ def plan_export(
 def load_file_vocab(
     name: str, ref: ModelRef, model_config: Any, tokenizer: Any, end: int | None = None
 ) -> Vocabulary:
-    """Returns the file's tokenizer; raises InputError if GGUF does not support it."""
+    """Returns the vocabulary for a .gguf file; InputError if GGUF does not support it."""
     # Merging may add tokens of the adapter's tokenizer; `write` reads the final size.
     size = max(model_config.vocab_size, len(tokenizer) if ref.directory else 0)
     try:

@@ -186,7 +186,7 @@ def _score_original(
 
 
 def readable_config(config: Any, original: Any) -> tuple[Any, list[str]]:
-    """Returns `config` with the values of `original` where they differ, and the names of those."""
+    """Returns `config` with differing values replaced by those of `original`, and their names."""
     actual, expected = config.to_dict(), original.to_dict()
     mismatched = {
         key: value
@@ -209,7 +209,7 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def check_tokens(tokenizer: Any, original: Any, vocab: Vocabulary) -> int:
-    """Raise RunError if the tokenizers encode a text differently; returns the number of texts."""
+    """Raise RunError if the tokenizers encode a test text differently; return how many agree."""
     backend, reference = tokenizer.backend_tokenizer, original.backend_tokenizer
     if vocab.pre not in READ_BY_TRANSFORMERS:
         backend.pre_tokenizer = reference.pre_tokenizer

@@ -99,7 +99,7 @@ _PLACEHOLDER = "\u2042prompt\u2042"
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """Prompt template and stop texts for a Modelfile; None leaves the template to Ollama."""
+    """Prompt template and stop texts for a Modelfile; `template` None leaves it to Ollama."""
 
     kind: Literal["chat template", "prompt of training", "plain", "left to Ollama"]
     reason: str
