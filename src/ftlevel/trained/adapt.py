@@ -40,8 +40,8 @@ class ForeignAdapter(Protocol):
     def heads(self) -> Sequence[str]:
         """Modules that are saved with the adapter in full."""
 
-    def task(self, wanted: str | None) -> str:
-        """Returns the adapter's task, or `wanted` if it has none; InputError if they differ."""
+    def task(self, requested: str | None) -> str:
+        """Returns the adapter's task, else `requested`; InputError if the two differ."""
 
     def complete(self, card: AdapterCard) -> AdapterCard:
         """Returns the base's card with the labels and options of the adapter added."""
@@ -136,7 +136,7 @@ def check_new_embeddings(model: Any, old_vocab_size: int | None, adapter_dir: Pa
 
 
 def get_vocab_mismatch(model: Any, adapter_dir: Path) -> str | None:
-    """Returns a text if the vocabulary sizes differ; None if they are equal or unknown."""
+    """Returns a message if the vocabulary sizes of adapter and `model` differ, else None."""
     vocab_size = _get_vocab_size(model)
     requested = get_adapter_vocab_size(model, adapter_dir) if vocab_size else None
     if vocab_size is None or requested in (None, vocab_size):
@@ -162,7 +162,7 @@ def get_adapter_vocab_size(model: Any, adapter_dir: Path) -> int | None:
 
 
 def _get_num_embeddings(name: str, shape: list[int]) -> int | None:
-    """Returns the rows of matrix `name`, or of that which LoRA factor `name` updates; else None."""
+    """Returns the row count of the matrix that tensor `name` is or, as LoRA, updates; or None."""
     suffix = name.rpartition(".")[2]
     if suffix == "lora_embedding_A":
         return shape[1]
@@ -293,7 +293,7 @@ def copy_initial_state(model: Any, method: MethodConfig) -> dict[str, Any]:
 def save_adapter(
     model: Any, method: MethodConfig, adapter_dir: Path, initial_state: dict[str, Any]
 ) -> None:
-    """Save the adapter so that it fits the original base; see `copy_initial_state`."""
+    """Save the adapter to fit the original base; `initial_state`: from `copy_initial_state`."""
     with METHODS[method.kind].initialization.as_saved(model, initial_state) as state:
         # "auto" would query the Hub to find out whether the vocabulary was resized.
         kwargs = {} if state is None else {"state_dict": state}
@@ -378,7 +378,7 @@ def _get_custom_loader(adapter_dir: Path) -> Callable[[Any, Path, str], Any] | N
 
 
 def add_adapter(peft_model: Any, adapter_dir: Path, name: str) -> None:
-    """Load another adapter, without activating it; InputError if it only works alone."""
+    """Load another adapter, without activating it; InputError if it cannot be combined."""
     config: Any = None
     if (reader := get_adapter_reader(adapter_dir)) is not None:
         config, weights = reader.read(adapter_dir).convert(peft_model.get_base_model())

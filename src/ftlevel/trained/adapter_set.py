@@ -106,7 +106,7 @@ def load_adapter_set(config: GenerateConfig) -> AdapterSet:
 def _resolve_all(
     config: GenerateConfig, device: str
 ) -> tuple[ModelRef | None, dict[str, ModelRef]]:
-    """Returns the model `config.name` if it has no adapter, else None, and the adapters by name."""
+    """Returns the full model that `config` names, or None, and adapter name → adapter."""
     base: ModelRef | None = None
     base_name, refs = config.base_model, dict[str, ModelRef]()
     if config.name is not None:
@@ -181,7 +181,7 @@ def _check_compatible(refs: dict[str, ModelRef]) -> None:
 
 
 def _fingerprint(ref: ModelRef) -> str:
-    """Returns the start of the fingerprint of the base; empty for an unknown one on the Hub."""
+    """Returns the base's fingerprint, cut to 12 characters; "" if unknown, as on the Hub."""
     path, saved = ref.source.path, ref.card.base.get("fingerprint") or ""
     return (base_fingerprint(path) if path else saved)[:12]
 

@@ -72,7 +72,7 @@ def has_stop_text(tokenizer: Any, ids: Sequence[int], stop_texts: Sequence[str])
 
 
 def get_tail_length(stop_texts: Sequence[str]) -> int:
-    """Returns how many last tokens contain a stop text that they end with, and a character more."""
+    """Returns how many last tokens must be decoded to find any stop text at the end."""
     return max(len(text.encode()) for text in stop_texts) + 4  # a token has at least one byte
 
 

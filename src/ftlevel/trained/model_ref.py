@@ -55,7 +55,7 @@ class ModelRef:
         directory: directory of the adapter; None for a model without one.
         card: training settings, derived from the files if ftlevel did not train it. Its
             quantization is that of the loaded weights.
-        is_ours: whether ftlevel wrote the model, so that it has a model card.
+        is_ours: whether ftlevel wrote the model, so that it has an ftlevel.json.
     """
 
     source: ModelSource
@@ -118,7 +118,7 @@ class ModelRef:
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """The card's task options; a merged preference model has no reference model."""
+        """Task options of the card; of a merged preference model, without a reference model."""
         preference = self.card.options.get("preference")
         if not self._has_no_reference or preference is None:
             return self.card.options
@@ -136,7 +136,7 @@ class ModelRef:
 
     @cached_property
     def run_config(self) -> TrainConfig:
-        """The run's configuration; without a run, defaults with the card's columns and cutting."""
+        """The run's configuration; without a run, defaults with the card's columns and overlong."""
         if self.run is not None:
             return build_config([load_run_config(self.run)])
         card = self.card.data
@@ -187,7 +187,7 @@ class ModelRef:
         return "float32" if self.card.dtype == "float16" and device == "cpu" else self.card.dtype
 
     def with_card(self, **changes: Any) -> ModelRef:
-        """Returns a copy; its card has the fields in `changes` (field=value) replaced."""
+        """Returns a copy with the card's fields in `changes` replaced."""
         return replace(self, card=replace(self.card, **changes))
 
     def load(

@@ -106,7 +106,7 @@ def resolve_model(
 
 
 def with_quantization(ref: ModelRef) -> ModelRef:
-    """Returns `ref`; if its weights are stored quantized, its card has that quantization."""
+    """Returns `ref`; if its weights are stored quantized, with their quantization in its card."""
     config_dict = (
         None if ref.source.kind == "gguf" else get_quantization_config(load_config(ref.source))
     )
@@ -242,7 +242,7 @@ def is_model(name: str) -> bool:
 
 
 def get_card_dir(path: Path) -> Path | None:
-    """Returns `path` or `path/adapter`, the one with a card, or None; InputError if unfinished."""
+    """Returns `path` or `path/adapter` if it has a card, or None; InputError if unfinished."""
     if (path / CARD).is_file():
         return path
     if (path / "adapter" / CARD).is_file():
@@ -369,7 +369,7 @@ def create_default_card(
 
 
 def check_adapter_checkpoint(adapter_dir: Path) -> None:
-    """Raise InputError for a checkpoint whose adapter needs a base rewritten by initialization."""
+    """Raise InputError for a checkpoint if its initialization, such as PiSSA, changed the base."""
     run = get_run_dir(adapter_dir) if adapter_dir.absolute().parent.name == CHECKPOINTS else None
     if (
         run is None
@@ -412,7 +412,7 @@ def resolve_base(
 
 
 def get_original_base(ref: ModelRef) -> ModelRef | None:
-    """Returns the base that full fine-tuning of `ref` began from; None if missing or not full."""
+    """Returns the base of a fully fine-tuned `ref`; None if missing, or for other methods."""
     card, path = ref.card, ref.source.path
     if card.method != "full" or card.merge or card.quantized or card.heads or path is None:
         return None
@@ -469,7 +469,7 @@ def check_cached_base(ref: ModelRef) -> None:
 
 
 NAMED = "model.json"
-"""File with the name and fingerprint of the auxiliary model."""
+"""File with the name and fingerprint of a reference model."""
 
 
 @dataclass(frozen=True)
@@ -559,7 +559,7 @@ def load_reference(record_dir: Path, base_dir: Path, device: str) -> ReferenceMo
 
 
 def compute_fingerprint(ref: ModelRef) -> str:
-    """Returns a SHA-256 of all weights and their quantization; on the Hub, of name and revision."""
+    """Returns a SHA-256 of base (on the Hub: name and revision), adapter and quantization."""
     path, hasher = ref.source.path, hashlib.sha256()
     if path is None:
         hasher.update(f"{ref.base}@{ref.source.revision}".encode())
