@@ -1,4 +1,4 @@
-"""Model card of an adapter (ftlevel.json), and README files for the Hub."""
+"""Card of an adapter (ftlevel.json), and model cards for the Hub (README.md)."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def _format_metadata(
     tags: list[str],
     **more: Any,
 ) -> list[str]:
-    """Returns the YAML header of a model card, with fields `more`; a local base is left out."""
+    """Returns a model card's YAML header, with fields `more`; only a base on the Hub is named."""
     import yaml  # lazy: list-methods needs none
 
     metadata = {
@@ -202,7 +202,7 @@ def predict_command(run: str, task: str) -> str:
 
 
 def describe_losses(summary: Mapping[str, Any]) -> str:
-    """Returns the first and last training losses of a run, with their standard deviations."""
+    """Returns a text on the first and last training losses, with their standard deviations."""
     first, last, window = (summary[f"loss_{key}"] for key in ("first", "last", "window"))
     if window == 1:
         return f"{first:.4f} → {last:.4f} (one logged loss each)"
@@ -228,7 +228,7 @@ def format_memory(summary: Mapping[str, Any]) -> str:
 
 
 def format_selected_model(best: Mapping[str, Any]) -> str:
-    """Returns which checkpoint a run selected, and why; `best` is the entry in summary.json."""
+    """Returns a text on the checkpoint that a run selected; `best` is its summary.json entry."""
     name, last_step = best["metric"], best["last_step"]
     order = "highest" if best["greater_is_better"] else "lowest"
     step, value = best["kept_step"], f"{name} {best['best']:.4f}"

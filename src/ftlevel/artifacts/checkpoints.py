@@ -146,7 +146,7 @@ def save_best(parent_dir: Path, step: int, save: Callable[[Path], None]) -> None
 
 
 def rotate_best(parent_dir: Path) -> None:
-    """Delete best-N directories except the newest, and the newest up to each checkpoint's step."""
+    """Delete best-N directories, except the newest one and the newest up to each checkpoint."""
     best_models = _list_best_models(parent_dir)
     steps = [step_of(checkpoint) for checkpoint in numbered(parent_dir)]
     to_keep = set(best_models[-1:])

@@ -82,7 +82,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def load_json(path: Path, json_type: type = dict) -> Any:
-    """Returns the JSON value in a file, of `json_type`, which is empty if there is no file."""
+    """Returns the JSON value in a file, an instance of `json_type`; empty without a file."""
     return _read_json(path, json_type) if path.exists() else json_type()
 
 
@@ -110,7 +110,7 @@ def check_regular(paths: Iterable[Path], label: str) -> None:
 
 
 def check_new_output(flag: str, path: Path) -> None:
-    """Raise ConfigError on `flag` if `path` exists, except as empty directory, or is unwritable."""
+    """Raise ConfigError on `flag` if `path` is unwritable, or exists and is no empty directory."""
     if path.is_dir():
         if any(path.iterdir()):
             raise ConfigError(
@@ -130,7 +130,7 @@ def check_writable(label: str, directory: Path) -> None:
 
 @contextlib.contextmanager
 def _partial_dir(path: Path) -> Iterator[Path]:
-    """Yields a new directory beside the output `path`, which is deleted at the end of the block."""
+    """Yields a new directory beside the output `path`; deletes it at the end of the block."""
     partial = path.with_name(f".{path.name}.partial")
     if partial.exists():  # left by a killed process
         shutil.rmtree(partial)
@@ -163,7 +163,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def check_output_file(flag: str, path: Path, *, overwrite: bool) -> None:
-    """Raise ConfigError on `flag` if `path` exists, unless `overwrite`, or is unwritable."""
+    """Raise ConfigError on `flag` if `path` is unwritable, or exists without `overwrite`."""
     if path.is_dir():
         raise ConfigError(f"{flag} {path} is a directory. Name a file in it.")
     if (path.exists() or path.is_symlink()) and not overwrite:
@@ -211,7 +211,7 @@ def base_fingerprint(path: Path) -> str:
 
 
 def hash_weights(path: Path) -> str:
-    """Returns a SHA-256 of all bytes of the .safetensors files in `path`."""
+    """Returns a SHA-256 over names and contents of the .safetensors files in `path`."""
     hasher = hashlib.sha256()
     for file in sorted(path.glob("*.safetensors")):
         hasher.update(f"{file.name} {file_fingerprint(file)}\n".encode())
@@ -301,14 +301,14 @@ except ImportError:  # Windows: no locks, no sweep
 
 _PREFIX = "ftlevel-"
 _LOCK_DIR = ".ftlevel-workspace"
-"""Subdirectory locked with flock while the process lives; a directory without it is not ours."""
+"""Subdirectory locked with flock while the process lives; ftlevel's directories have it."""
 
 _MAX_AGE = 24 * 3600
 """Seconds without a change after which an unlocked directory counts as abandoned."""
 
 
 class Workspace:
-    """Temporary directory called `name`; creating one also deletes those of killed processes."""
+    """Temporary directory `name`; creating one deletes those that killed processes left behind."""
 
     def __init__(self, name: str) -> None:
         self._outer = tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{name}-")

@@ -60,13 +60,13 @@ def _add_namespace(name: str, user: dict[str, Any], flag: str) -> str:
 
 @dataclass(frozen=True)
 class Upload:
-    """Planned upload to Hub repository `name`, created as `private` if new; None: no upload."""
+    """Planned upload to Hub repository `name` (None: no upload), created as `private` if new."""
 
     name: str | None
     private: bool
 
     def send(self, paths: Sequence[Path], summary: dict[str, Any]) -> None:
-        """Upload `paths` and store `summary["hub"]`; RunError if this fails."""
+        """Upload `paths` and store the URL as `summary["hub"]`; RunError if this fails."""
         if self.name is None:
             return
         is_dir = len(paths) == 1 and paths[0].is_dir()

@@ -67,7 +67,7 @@ def relative_path(path: Path, start: Path) -> str:
 
 
 def resolve_relative(relative: str, start: Path) -> Path:
-    """Returns the path that is `relative` to `start`."""
+    """Returns the absolute path of `relative`, a path relative to `start`."""
     return Path(os.path.normpath(start.resolve() / relative))
 
 
@@ -122,7 +122,7 @@ def _candidates(path: str, relative: Mapping[str, str], run_dir: Path) -> list[P
 def _map_paths(
     values: Mapping[str, Any], function: Callable[[str, str], str], *, include_hub: bool = False
 ) -> dict[str, Any]:
-    """Returns `values` with `function(field, path)` applied to local paths (and Hub names)."""
+    """Returns `values` with local paths (and Hub names) replaced by `function(field, path)`."""
     result = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
 
     def map_value(field: str, value: Any) -> Any:

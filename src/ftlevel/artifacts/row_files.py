@@ -73,7 +73,7 @@ class JsonLinesFile(_TextFile):
     is_table = False
 
     def load_previous(self) -> Iterator[Any]:
-        """Yields the objects of complete lines, without the predicted columns."""
+        """Yields the JSON object of each complete line, without the predicted columns."""
         previous = self.existing
         if previous is None:
             return
@@ -113,7 +113,7 @@ class CommaSeparatedFile(_TextFile):
         self._add_text(self._lines([self._header]))
 
     def load_previous(self) -> Iterator[Any]:
-        """Yields the cells of complete rows, without the predicted columns."""
+        """Yields the list of cells of each complete row, without the predicted columns."""
         previous = self.existing
         if previous is None:
             return
@@ -204,7 +204,7 @@ class ParquetFile(RowFile):
         return schema
 
     def load_previous(self) -> Iterator[Any]:
-        """Yields the values of complete batches, without the predicted columns."""
+        """Yields each row of the complete batches, as `normalize` returns it."""
         previous, names = self.existing or self.path, self.columns.names
         expected = [*names, *self.columns.answers]
         for batch in _batches(previous):
@@ -215,7 +215,7 @@ class ParquetFile(RowFile):
                 yield self.normalize(row)
 
     def normalize(self, row: Row) -> Any:
-        """Returns the values of a row as text, so that NaN equals itself; null keys are omitted."""
+        """Returns the input values as text, so that NaN equals itself; null keys are omitted."""
         return [repr(_drop_null_keys(row.get(name))) for name in self.columns.names]
 
     def open(self, keep: int) -> None:
@@ -306,7 +306,7 @@ def _drop_null_keys(value: Any) -> Any:
 
 
 def _batches(path: Path) -> Iterator[Any]:
-    """Yields the complete batches of a Parquet file or a truncated Arrow stream, if it exists."""
+    """Yields the Arrow batches in a Parquet file or in an Arrow stream, which may be truncated."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -327,7 +327,7 @@ _RANKING_TYPES = {"answer": "string", "probability": "float64"}
 
 
 def _arrow_field(name: str, column_type: str, width: int) -> Any:
-    """Returns the Arrow field of a column; `width` is that of embeddings, -1 if unknown."""
+    """Returns the Arrow field of a column; `width`: dimensions of embeddings, -1 if unknown."""
     import pyarrow as pa
 
     ranking = pa.list_(

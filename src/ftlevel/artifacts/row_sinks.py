@@ -272,12 +272,12 @@ class RowFile(ABC):
 
 
 def partial_of(path: Path) -> Path:
-    """Returns the path of the partial file of `path`, to which rows are written until complete."""
+    """Returns the path to which the rows of file `path` are written until it is complete."""
     return path.with_name(f"{path.name}.partial")
 
 
 def format_columns_error(path: Path, names: Sequence[str], expected: Sequence[str] = ()) -> str:
-    """Returns the error for a file with columns `names`, not `expected`; or lacking `names`."""
+    """Returns the error for columns `names` other than `expected`; without it, for missing ones."""
     if not expected:
         return f"--resume: {path} has rows without {join_names(names)}. Choose another --output."
     return (

@@ -57,13 +57,13 @@ def create_marker(run_dir: Path) -> None:
 
 
 def record_files(run_dir: Path) -> None:
-    """Record the files of a finished run; files found later do not belong to the run."""
+    """Record the files of a finished run in its marker; later files do not belong to the run."""
     run = (_load_marker(run_dir) or {}).get("run", uuid.uuid4().hex)
     write_json(run_dir / MARKER, {"run": run, "files": sorted(_files(run_dir))})
 
 
 def mark_resumed(run_dir: Path) -> None:
-    """In the marker of a run that resumes, keep only the adapter's part of the list of files."""
+    """Reduce the list of files in the marker of a run that resumes to those of its adapter."""
     marker = _load_marker(run_dir)
     if marker and (files := marker.pop("files", None)) is not None:
         marker["adapter"] = [name for name in files if name.startswith(f"{ADAPTER}/")]
@@ -141,7 +141,7 @@ def create_backup(run_dir: Path) -> list[str]:
 
 @contextlib.contextmanager
 def replace_run(run_dir: Path) -> Iterator[None]:
-    """After the block, delete the backup; if the block fails without a result, restore it."""
+    """Delete the backup after the block; restore it if the block fails before a first result."""
     try:
         yield
     except BaseException:
@@ -437,7 +437,7 @@ def load_jsonl(path: Path) -> list[dict[str, Any]]:
 def check_output(output_dir: Path | None, *, overwrite: bool, resume: bool) -> None:
     """Raise ConfigError if `output_dir` cannot be written, or is not empty.
 
-    With `overwrite` it may contain anything that may be replaced, with `resume` a run.
+    With `overwrite` or `resume`, it may contain a run.
     """
     target = output_dir or Path("runs") / "x"
     if output_dir is not None and output_dir.exists():

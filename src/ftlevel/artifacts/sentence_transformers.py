@@ -35,10 +35,10 @@ _OTHER_LENGTHS = tuple(
     for name in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 FILES = (MODULES, SETTINGS, "sentence_*_config.json", "*_Pooling/config.json")
-"""Patterns of the files that are read here."""
+"""Glob patterns of the files that this module reads."""
 _OTHER_POOLING = ("mean_sqrt_len_tokens", "weightedmean_tokens")
 _NEW_POOLING = {"lasttoken": "last"}
-"""Pooling modes that version 6 calls otherwise."""
+"""Name of a pooling mode in sentence-transformers 6 → key of `POOLING_MODES`."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _load_pooling(path: Path, *, is_replaced: bool) -> tuple[str, bool]:
 
 
 def _load_length_setting(model_dir: Path, key: str) -> int | None:
-    """Returns the setting `key` of a text model's length file; None if no file has it."""
+    """Returns `key`, such as max_seq_length, from the first file that has it; None without one."""
     for name in (LENGTHS, *_OTHER_LENGTHS):
         value = load_json(model_dir / name).get(key)
         if value is not None:
