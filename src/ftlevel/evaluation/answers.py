@@ -74,7 +74,7 @@ class RowScorer:
         )
 
     def score_batches(self, rows: Sequence[Encoded], function: BatchFunction[T]) -> list[T]:
-        """Returns a result per row of `function(rows, logits, mask)`, called per forward pass."""
+        """Call `function(rows, logits, mask)` per forward pass; return its results, one per row."""
         return self._apply(rows, lambda chosen: function(chosen, *self._states(chosen)))
 
     def _apply(
@@ -253,7 +253,7 @@ def predict_rows(
 
 
 class InferenceModel:
-    """The `PromptedModel` that tasks use for inference; `close` restores the loaded model.
+    """Wrapper of a loaded model for predictions by tasks; `close` restores the model.
 
     `truncate` allows long rows to be truncated; `shortened` counts them. `batch_size` is the
     maximum number of rows of a forward pass; None limits only its tokens.
@@ -315,7 +315,7 @@ class InferenceModel:
         return [cut_at_stop(str(text), self._writing.stop_texts).strip() for text in decoded]
 
     def _truncate_prompts(self, prompts: Sequence[list[int]]) -> list[list[int]]:
-        """Returns `prompts`, too long ones cut after their first token; raises if not allowed."""
+        """Drop tokens after the first from too long `prompts`, or raise UnansweredError."""
         if self._positions is None:
             return list(prompts)
         new = 0 if self.kind == "encoder-decoder" else self._writing.max_new_tokens
@@ -342,7 +342,7 @@ class InferenceModel:
         return self._scorer(self.fit_rows(rows), function)
 
     def score_batches(self, rows: Sequence[Encoded], function: BatchFunction[T]) -> list[T]:
-        """Returns a result per row of `function(rows, logits, mask)`, called per forward pass."""
+        """Call `function(rows, logits, mask)` per forward pass; return its results, one per row."""
         return self._scorer.score_batches(self.fit_rows(rows), function)
 
     def fit_rows(self, rows: Sequence[Encoded]) -> Sequence[Encoded]:

@@ -84,7 +84,7 @@ class SharedPrompts:
 
     @cached_property
     def slots(self) -> Tensor | None:
-        """Index of each row in a batch with `width` rows per prompt; None if that is its own."""
+        """Index of each row in a batch padded to `width` rows per prompt; None if unchanged."""
         num_used = [0] * len(self.lengths)
         slots = []
         for owner in self.prompt_indices:
@@ -95,7 +95,7 @@ class SharedPrompts:
         return torch.tensor(slots, device=self.states[0][0].device)
 
     def attention_forward(self, query: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns `_partial_attention` of `query` (rows, key heads, queries, d) to prompts."""
+        """Returns `_partial_attention` of `query` (rows, key heads, queries, d) to the prompts."""
         keys, values = self.states[layer]
         prompts, groups, _, width = keys.shape
         if self.slots is not None:
@@ -121,7 +121,7 @@ _PROMPTS: ContextVar[Sequence[SharedPrompts]] = ContextVar("shared_prompts", def
 
 @contextlib.contextmanager
 def using_prompts(prompts: Sequence[SharedPrompts]) -> Iterator[None]:
-    """Make rows of forward passes in the `with` block attend to `prompts` before own tokens."""
+    """Make forward passes in the `with` block attend to `prompts` and then to their own tokens."""
     token = _PROMPTS.set(prompts)
     try:
         yield
@@ -179,7 +179,7 @@ def _attention_with_prompts(
     value: Tensor,
     mask: Tensor | None,
 ) -> Tensor:
-    """Returns the attention over shared prompts and own tokens, `(rows, key heads, q, width)`."""
+    """Returns attention over shared prompts and own tokens, `(rows, key heads, queries, d)`."""
     layer = getattr(module, "layer_idx", None)
     if layer is None:
         raise UnsupportedModelError("its attention does not know its layer")
@@ -206,7 +206,7 @@ def _attention_with_prompts(
 def _partial_attention(
     query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (Σ wₜ vₜ, m, Σ wₜ), wₜ = exp(sₜ − m), m = max sₜ, without the tokens in `hidden`."""
+    """Returns (Σ wₜ vₜ, m, Σ wₜ), wₜ = exp(sₜ − m), m = max sₜ, for tokens not in mask `hidden`."""
     scores = torch.matmul(query, key.transpose(2, 3))
     if hidden is not None:
         scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)

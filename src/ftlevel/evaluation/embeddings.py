@@ -90,7 +90,7 @@ def score_embeddings(
 def step_losses(
     objective: Embeddings, vectors: torch.Tensor, step: StepTexts
 ) -> list[float | None]:
-    """Returns per row the mean loss of its group: `objective.step_rows` consecutive rows."""
+    """Returns each row's loss: the mean of its group of `objective.step_rows` rows, or None."""
     objective = objective.for_validation(step)
     size, losses = objective.step_rows, list[float | None]()
     positions = list(range(0, len(step), size))
@@ -105,10 +105,10 @@ def step_losses(
 
 @dataclass
 class QueryMeter:
-    """Meter that averages metrics over queries; `values` has metric -> value for each query.
+    """Meter that averages metrics over queries; `values` has metric → value for each query.
 
     For a single query, `details` has the scores of its best positive and best negative document,
-    and the latter as `retrieved`.
+    and that negative document as `retrieved`.
     """
 
     values: list[Mapping[str, float]]
@@ -152,7 +152,7 @@ class PairMeter:
         return PairMeter(self.kind, np.concatenate([m.labels for m in meters]), scores)
 
     def compute(self, _: float) -> dict[str, float]:
-        """Compute the metric for each suffix; not for equal labels or equal similarities."""
+        """Returns metric → value; omits metrics of constant labels or constant similarities."""
         compute = spearman if self.kind == "score" else average_precision
         metrics = {}
         for suffix, scores in self.scores.items():
@@ -163,7 +163,7 @@ class PairMeter:
     def resampler(
         self, meters: Sequence[PairMeter]
     ) -> Callable[[np.ndarray], dict[str, float]] | None:
-        """Returns a function: how often each meter is drawn -> metrics; None for scores."""
+        """Returns a function: number of draws per meter → metrics; None if labels are scores."""
         if self.kind == "score":
             return None
         pooled, name = self.pool(meters), METRICS[self.kind][0]

@@ -54,7 +54,7 @@ class GeneratedText:
 
 
 class ExampleRecord:
-    """Loss, targets and metrics per example; `units` maps row indices of the table to them."""
+    """Loss, targets and metrics per example; `units`: row index of the table → `ExampleStats`."""
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
@@ -112,7 +112,7 @@ class ExampleRecord:
     def add_answers(
         self, rows: Sequence[Encoded], log_probs: torch.Tensor, preference_labels: torch.Tensor
     ) -> None:
-        """Add `rows`; `log_probs` `(answers, 2)` are from `LikelihoodObjective.answers`."""
+        """Add `rows`; `log_probs` `(answers, 2)`: log-likelihood and number of tokens."""
         objective, width = self.objective, len(log_probs) // len(rows)
         if not isinstance(objective, LikelihoodObjective):
             raise TypeError("only answers have a log-likelihood")
@@ -249,7 +249,7 @@ class Difference:
 
 
 def compute_difference(runs: MetricRuns, best: MetricRuns, num_comparisons: int) -> Difference:
-    """Compute the difference of `runs` from `best`, tested at 5 % / `num_comparisons`."""
+    """Compute the difference of `runs` from `best`, tested at level 5 % / `num_comparisons`."""
     value = runs.mean - best.mean
     if runs.draws.shape != best.draws.shape or not runs.draws.size:
         return Difference(value, None, None, None)

@@ -18,10 +18,10 @@ from ftlevel.trained.generation import GenerationOptions
 from ftlevel.trained.model_ref import LoadedModel
 
 WINDOW = 2_048
-"""Texts sorted by length together."""
+"""Number of texts that are sorted by length together."""
 
 Report = Callable[[int, float | None], None]
-"""Receives the number of embedded texts, and their share."""
+"""Function that is called with the number of embedded texts, and their fraction of all."""
 
 
 def embed_rows(

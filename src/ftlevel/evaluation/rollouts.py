@@ -39,10 +39,10 @@ from ftlevel.trained.model_ref import PLAIN, LoadedModel, ModelRef
 from ftlevel.trained.resolve import compute_fingerprint, resolve_model, resolve_reference
 
 EVAL_STEP = 1 << 40
-"""Step of the random numbers of evaluations, which are the same before and after training."""
+"""`step` that seeds sampling in evaluations, the same before and after training."""
 
 BEFORE = EVAL_STEP - 1
-"""Step of the random numbers of the check before training."""
+"""`step` that seeds sampling in the check before training."""
 
 State = Mapping[str, Any]  # fields of `trainer_state`, for reward functions
 _START: State = vars(TrainerState(max_steps=1))  # in checks and evaluations; a share of steps is 0
@@ -68,7 +68,7 @@ class Group:
     metrics: dict[str, list[float]] = field(default_factory=dict)
 
     def to_rows(self) -> list[CompletionRow]:
-        """Returns a row per completion, with the sampler's log-probabilities as signals."""
+        """Returns a row per completion, for training, with log-probabilities of the sampler."""
         return [
             create_completion_row(
                 self.row.input_ids,
@@ -81,7 +81,7 @@ class Group:
         ]
 
     def compare(self, teacher_logps: list[list[float]]) -> None:
-        """Set `teacher_logps`, and as rewards their mean difference from the sampler's."""
+        """Set `teacher_logps`; set each reward to the mean log-ratio of teacher and sampler."""
         self.teacher_logps = teacher_logps
         pairs = zip(teacher_logps, self.completions, strict=True)
         self.rewards = np.array([np.mean(np.subtract(logps, own.logps)) for logps, own in pairs])

@@ -113,7 +113,7 @@ SampledTokens = tuple[list[int], list[float], list[float]]
 
 
 def draw(scores: torch.Tensor, temperature: float, keys: torch.Tensor) -> SampledTokens:
-    """Draw a token per row of logits `(rows, vocabulary)`, with random `keys` `(rows,)`."""
+    """Draw a token per row of logits `(rows, vocabulary)`, seeded by `keys` `(rows,)`."""
     rows, vocabulary = scores.shape
     keys = keys.to(scores.device)
     logps = (scores.float() / temperature).log_softmax(-1)
@@ -129,7 +129,7 @@ def draw(scores: torch.Tensor, temperature: float, keys: torch.Tensor) -> Sample
 
 
 class _Group:
-    """Completions of several prompts while they are sampled, numbered over all prompts."""
+    """Completions of several prompts while they are sampled, numbered prompt by prompt."""
 
     def __init__(
         self, rows: Sequence[int], options: SamplingOptions, noise: Noise, tokenizer: Any
@@ -140,7 +140,7 @@ class _Group:
         self._stops = frozenset(options.stops)
 
     def draw(self, numbers: Sequence[int], scores: torch.Tensor) -> list[int]:
-        """Draw and append the next token of each completion in `numbers` from logits `scores`."""
+        """Append a token drawn from logits `scores` to each completion; return the tokens."""
         num_generations = self._options.count
         completions = [self.samples[number] for number in numbers]
         keys = self._noise(

@@ -195,7 +195,7 @@ ScoredBatch = tuple[list[int], dict[str, torch.Tensor], torch.Tensor]
 def score_answers(
     evaluator: Evaluator, model: Any, record: ExampleRecord | None
 ) -> dict[str, float]:
-    """Returns loss and metrics of the rows' answers, and adds the rows to `record` if not None."""
+    """Returns loss and metrics from the answers' likelihoods; adds the rows to `record`, if any."""
     objective = _objective_of(evaluator)
     meter, total, count, rows = objective.meter(), 0.0, 0, evaluator.rows
     with _head(evaluator, model) as head:
@@ -217,7 +217,7 @@ def score_answers(
 
 
 def compute_likelihoods(evaluator: Evaluator, model: Any) -> np.ndarray:
-    """Returns log-likelihoods `(rows, 2)` of both answers, or answer and contrast answer."""
+    """Returns log-likelihoods `(rows, 2)`: of both answers, or of answer and mismatched one."""
     rows = evaluator.rows
     result = np.zeros((len(rows), 2), dtype=np.float32)
     with evaluating(model, evaluator.device, evaluator.dtype), _head(evaluator, model) as head:
@@ -322,7 +322,7 @@ def iterate_results(
 
 
 def _ranked_texts(evaluator: Evaluator, row: RankedRow, line: dict[str, Any]) -> dict[str, str]:
-    """Returns the query, its most relevant document and the best-scored irrelevant one."""
+    """Returns name → text: query, most relevant document, irrelevant one of highest score."""
     ends = accumulate(row.sizes, initial=row.query)
     documents = [row.input_ids[start:end] for start, end in pairwise(ends)]
     irrelevant = [at for at, label in enumerate(row.relevance) if label <= 0]
@@ -337,7 +337,7 @@ def _ranked_texts(evaluator: Evaluator, row: RankedRow, line: dict[str, Any]) ->
 
 
 def texts_of(evaluator: Evaluator) -> dict[int, dict[str, str]]:
-    """Returns row index → the beginnings of the decoded texts by name (`input`, …)."""
+    """Returns row index → name, such as `input` → beginning of the decoded text."""
     has_targets = isinstance(evaluator.objective, TokenObjective) and evaluator.kind != "encoder"
     result: dict[int, dict[str, str]] = {}
     for row in evaluator.rows:

@@ -479,7 +479,7 @@ def in_float32(
 
 
 def _get_weight_modules(module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
-    """Returns the modules whose weights `module` uses: also the base, for PEFT's token layer."""
+    """Returns the modules whose weights `module` uses: itself, and the base of a token layer."""
     if isinstance(module, BaseTunerLayer) and _TOKENS in module.adapter_layer_names:
         return module, module.get_base_layer()
     return (module,)
