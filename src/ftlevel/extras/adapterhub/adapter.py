@@ -28,8 +28,8 @@ class HubHead:
         task: task of the head; empty for a language head.
         labels: class names.
         options: task options, such as `problem_type`.
-        layers: flex head: layer number → module of transformers' head; empty for a static head.
-        name: name of a flex head.
+        layers: of AdapterHub's flex heads, layer number → module in transformers; else empty.
+        name: name of a flex head; empty for heads of transformers.
     """
 
     task: str
@@ -66,7 +66,7 @@ _OF_FIRST_TOKEN: dict[str, tuple[str, dict[str, str]]] = {
     "distilbert": ("relu", {"1": "pre_classifier", "4": "classifier"}),
     "bart": ("tanh", {"1": "classification_head.dense", "4": "classification_head.out_proj"}),
 }
-"""Activation of the classifier, and its modules by layer of a flex head, for each family."""
+"""Family → activation of the classification head, and `HubHead.layers` of a flex head."""
 _WRAPPED = re.compile(r"\.(?:original_module|modules_to_save\.[^.]+)(?=\.)")
 _OF_LAST_TOKEN = ("gpt2", "gptj", "llama", "mistral")
 
@@ -103,7 +103,7 @@ def _labels(config: Mapping[str, Any]) -> list[str]:
 
 
 def _layers(family: str, head_type: str, config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the `layers` of a flex head; InputError if transformers' head computes otherwise."""
+    """Returns `HubHead.layers` of a flex head; InputError if transformers has no equal head."""
     num_layers, pooled = config.get("layers"), bool(config.get("use_pooler"))
     if head_type == "question_answering" and num_layers == 1:
         return {"1": "qa_outputs"}

@@ -43,7 +43,7 @@ _PLACEMENT_KEYS = (
 )  # fmt: skip
 _FORMERLY = ("invertible_adapter", "attention_type", "new_attention_norm")
 _OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
-"""Activation names of adapter-transformers, whose files have no version."""
+"""Activation name of adapter-transformers, whose files have no version → transformers' name."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ HUB_MODULES: dict[str, HubModules] = {
     **dict.fromkeys(("distilbert", "gpt2", "gptj", "llama", "mistral", "bart", "mbart"), _IN_BLOCK),
     **dict.fromkeys(("t5", "mt5"), HubModules(("", ""), "")),
 }
-"""Names of AdapterHub's modules by model family."""
+"""Model type → modules in which AdapterHub puts adapters."""
 
 
 def convert_config(config_dict: Mapping[str, Any], model_config: Any) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def _validate_config(config: Mapping[str, Any]) -> None:
 
 
 def _placement(config: Mapping[str, Any], positions: AdapterPositions) -> str:
-    """Returns the placement that equals AdapterHub's `config`; raises `InputError` if none does."""
+    """Returns the placement, such as `houlsby`, equivalent to `config`; InputError without one."""
     before, after = config["original_ln_before"], config["original_ln_after"]
     residual, attention = config["residual_before_ln"], config["mh_adapter"]
     if config["is_parallel"]:
@@ -147,20 +147,20 @@ def _placement(config: Mapping[str, Any], positions: AdapterPositions) -> str:
 
 
 def _targets(
-    config: Mapping[str, Any], position: str, positions: AdapterPositions, model_config: Any
+    config: Mapping[str, Any], placement: str, positions: AdapterPositions, model_config: Any
 ) -> tuple[str | None, str | None]:
-    """Returns two patterns: of modules adapted at `position` (None: all), and of excluded ones."""
+    """Returns regexes of adapted modules (None: all of `placement`) and of excluded ones."""
     self_attention, *cross = positions.attention
     modules = [self_attention] * bool(config["mh_adapter"]) + cross * bool(config["cross_adapter"])
     modules += [positions.feed_forward] * bool(config["output_adapter"])
-    covers_all = position != "houlsby" or len(modules) == len(positions.attention) + 1
+    covers_all = placement != "houlsby" or len(modules) == len(positions.attention) + 1
     paths = "|".join(map(re.escape, modules))
     pattern = None if covers_all else rf"(?:.*\.)?\d+\.(?:{paths})"
     return pattern, _exclude_pattern(config["leave_out"] or [], model_config)
 
 
 def _exclude_pattern(layers: list[int], model_config: Any) -> str | None:
-    """Returns a pattern for the blocks numbered `layers`, encoder first; None if there are none."""
+    """Returns a regex for modules in blocks `layers`, which count the encoder's first, or None."""
     if not layers:
         return None
     if model_config.model_type == "albert" or not all(isinstance(i, int) for i in layers):
@@ -185,7 +185,7 @@ def _reduction_factor(value: Any) -> float:
 
 
 def _activation(name: Any, *, old: bool) -> str:
-    """Returns transformers' name of an activation; `old` names are adapter-transformers'."""
+    """Returns transformers' name of an activation; `old` if `name` is adapter-transformers'."""
     from transformers.activations import ACT2FN
 
     activation = str(name).lower()

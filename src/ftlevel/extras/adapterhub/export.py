@@ -99,7 +99,7 @@ class AdapterHubExport:
 
     @property
     def name(self) -> str:
-        """Name of the adapter in AdapterHub: the directory's, with other characters as _."""
+        """Name of the adapter in AdapterHub: the directory's, with invalid characters as _."""
         is_run = self.directory.name == "adapter"
         directory = self.directory.parent if is_run else self.directory
         return re.sub(r"\W+", "_", directory.resolve().name)

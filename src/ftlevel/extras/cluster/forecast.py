@@ -124,7 +124,7 @@ class StepTime:
 
 
 def time_step(load: StepLoad, network: Network) -> StepTime:
-    """Estimate the duration of an optimizer step in which each GPU of `network` has `load`."""
+    """Estimate time and traffic of an optimizer step in which each GPU of `network` has `load`."""
     count, many = load.blocks, load.micro_batches
     gather, root = network.seconds(load.block), network.seconds(load.root)
     reduce, reduce_root = network.seconds(load.reduced), network.seconds(load.reduced_root)
@@ -242,7 +242,7 @@ def forecast_cluster(
 
 
 def _sent(sharded: ShardedModel, ranks: int, shard: str) -> dict[str, Any]:
-    """Returns the fields of `StepLoad` that count bytes; `shard` is the value of `--shard`."""
+    """Returns the communication fields of `StepLoad`; `shard` is the value of `--shard`."""
     if shard == "none":
         base = sharded.blocks.reduced_bytes(1) + sharded.root.reduced_bytes(1)
         return {"everywhere": base if sharded.trains_base else sharded.trained}

@@ -43,7 +43,7 @@ from ftlevel.training.finish import StartTime
 from ftlevel.training.session import CommandLine
 
 RESAMPLES = 1000
-"""Bootstrap resamples of the rows; equal for all runs scored on equally many rows."""
+"""Number of bootstrap resamples, which are equal for runs scored on equally many rows."""
 
 
 def train_and_score(config: TrainConfig, scores_path: Path) -> None:
@@ -188,7 +188,7 @@ def _to_yaml(config: TrainConfig) -> str:
 
 
 def _to_dict(config: TrainConfig) -> dict[str, Any]:
-    """Returns the fields set in `config` as plain values, without output paths."""
+    """Returns section → fields set in `config`, as plain values; without output paths."""
     values = config.model_dump(mode="json", exclude_unset=True, exclude={"output"})
     if "method" in values:
         values["method"]["kind"] = config.method.kind
@@ -281,10 +281,10 @@ def _start_or_resume(
     return args, {"asked": state}
 
 
-def _without_metric(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `state` without `metric_for_best_model`, which may change on `--resume`."""
-    section = {k: v for k, v in state.get("train", {}).items() if k != "metric_for_best_model"}
-    return {**state, "train": section}
+def _without_metric(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `config` without `metric_for_best_model`, which may change on `--resume`."""
+    section = {k: v for k, v in config.get("train", {}).items() if k != "metric_for_best_model"}
+    return {**config, "train": section}
 
 
 def _check_methods(config: TrainConfig, result: Comparison, listener: Listener) -> None:
@@ -319,7 +319,7 @@ def _check_methods(config: TrainConfig, result: Comparison, listener: Listener) 
 
 
 def _check_rows(run: Path, dry_run: Mapping[str, Any]) -> None:
-    """Raise InputError if the finished `run`, if there is one, had other rows than `dry_run`."""
+    """Raise InputError if `run` has finished with different rows than those of `dry_run`."""
     before = read_json_object(run / SUMMARY)["data"] if (run / SUMMARY).is_file() else {}
     if any(before[name] != dry_run["data"][name] for name in _ROWS if name in before):
         raise InputError(
@@ -343,7 +343,7 @@ def _method_fields(word: str) -> dict[str, Any]:
 def _with_method(
     config: TrainConfig, fields: Mapping[str, Any], args: ComparisonOptions
 ) -> TrainConfig:
-    """Returns `config` with the method section `fields`, plus its own settings that apply to it."""
+    """Returns `config` for the method in `fields`, with `config`'s settings that the method has."""
     values = _to_dict(config)
     settings, known = values.get("method", {}), SPECS[str(fields["kind"])].model_fields
     if (

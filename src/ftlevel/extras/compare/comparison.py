@@ -81,7 +81,7 @@ class Comparison:
 
 
 def ranking_metric(train: TrainerConfig, task: str, headline: str) -> str:
-    """Returns the requested metric, else the task's main one; if that is not computed, the loss."""
+    """Returns the requested metric, else `headline`, or the loss if that is not computed."""
     if train.metric_for_best_model is not None:
         return train.metric_for_best_model.removeprefix("eval_")
     generates = should_generate(train.predict_with_generate, TASKS[task])

@@ -157,7 +157,7 @@ class Study:
     Attributes:
         name: name in the database, which identifies the configuration.
         storage: database URL.
-        fields: configuration fields by hyperparameter.
+        fields: hyperparameter → configuration field.
         rate: default learning rate.
         metric: metric to optimize.
         direction: whether the metric is minimized or maximized.
@@ -246,7 +246,7 @@ def plan_study(
 ) -> Study | None:
     """Returns the study of method `word`; None if the method has no hyperparameter to search.
 
-    `state` is that of compare.json, `dry_run` a summary; the database is in directory `path`.
+    `state` is that of compare.json, `dry_run` a dry run's summary; the database is in `path`.
     """
     names = SPECS[config.method.kind].model_fields
     fields = {

@@ -326,13 +326,13 @@ def parse_ratio(text: str) -> str:
 
 
 def parse_min_fraction(text: str) -> str:
-    """Convert Axolotl's `cosine_min_lr_ratio` to a scheduler and its keyword arguments."""
+    """Convert Axolotl's `cosine_min_lr_ratio` to text for --lr-scheduler-type, with arguments."""
     _number(text)
     return f"cosine_with_min_lr --lr-scheduler-kwargs min_lr_rate={text}"
 
 
 def parse_epoch_interval(text: str) -> str:
-    """Returns `epoch` for once per epoch; raises ValueError for other frequencies."""
+    """Returns "epoch" if `text` is 1, once per epoch; raises ValueError for other numbers."""
     if _number(text) == 1:
         return "epoch"
     raise ValueError(
@@ -342,7 +342,7 @@ def parse_epoch_interval(text: str) -> str:
 
 
 def parse_template(text: str) -> str:
-    """Convert the name of a LLaMA-Factory or Unsloth template to a chat template."""
+    """Convert a template name of LLaMA-Factory or Unsloth to a value of --chat-template."""
     known = {
         "llama3": "llama-3",
         "llama-3": "llama-3",
@@ -361,7 +361,7 @@ def parse_template(text: str) -> str:
 
 
 def parse_glue(text: str) -> str:
-    """Convert the name of a GLUE task to a dataset."""
+    """Convert a GLUE task to text for --dataset, with subset and task."""
     name = text.strip().lower()
     if name in GLUE:
         return f"nyu-mll/glue --subset {name} --task text-classification"
@@ -435,7 +435,7 @@ METHODS: ValueAliases = {
     for word in (*SPECS, *METHOD_ALIASES)
     for spelling in (word, word.replace("-", "_"))
 }
-"""Axolotl's `adapter: lora` is the method; a path is an adapter."""
+"""Values of Axolotl's `adapter` that are methods → `--method NAME`; other values are paths."""
 NO_LIMIT = NoOpValue("there is no limit but the epochs", "train.max_steps", (None,))
 DO_EVAL: ValueAliases = {
     "true": NoOpValue(

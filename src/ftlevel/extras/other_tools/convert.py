@@ -32,7 +32,7 @@ _NO_COUNTERPART = "no equivalent in ftlevel"
 def convert(file: Path) -> list[str]:
     """Print another tool's configuration as a recipe, with comments on keys left out.
 
-    If the file is of no known tool, prints nothing and returns the known tools.
+    Returns []; if the file is of no known tool, prints nothing and returns the known tools.
     """
     import yaml
 
@@ -65,7 +65,7 @@ def convert(file: Path) -> list[str]:
 
 
 def _sort_keys(values: dict[str, Any]) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Returns key → flags, and key → reason for keys that ftlevel has no equivalent of."""
+    """Returns key → command-line arguments, and key → reason for keys without an equivalent."""
     specs = build_flag_specs("train", FLAGS)
     typed: dict[str, list[str]] = {}
     lost: dict[str, str] = {}
@@ -90,7 +90,7 @@ def _reason(error: ConfigError) -> str:
 
 
 def _resolve(typed: dict[str, list[str]], lost: dict[str, str]) -> TrainConfig:
-    """Returns the configuration that flags `typed` set; adds keys with errors to `lost`."""
+    """Returns the configuration of `typed` (key → arguments); moves keys with errors to `lost`."""
     configs: list[TrainConfig] = []
 
     def command(inputs: CommandInput) -> None:

@@ -19,7 +19,7 @@ _MARKS = {
     "--reward-model-name-or-path": "TRL",
     "--rlhf-type": "ms-swift",
 }
-"""Spellings that only this tool's command lines have."""
+"""Flag that only one tool has → that tool."""
 _MS_SWIFT_DEFAULTS = {"loss": "grpo", "beta": 0.04, "temperature": 0.9}
 REWARD_FUNCS = {
     **dict.fromkeys(("accuracy_reward", "trl.rewards.accuracy_reward", "accuracy"), "math"),
@@ -96,7 +96,7 @@ _VERL_LOSSES = {
     "reinforce_plus_plus": "reinforce++",
     "gspo": "gspo",
 }
-"""Estimator, mode of the loss or of its average → loss."""
+"""verl's advantage estimator, loss mode or loss aggregation → loss."""
 
 
 def convert_verl(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:

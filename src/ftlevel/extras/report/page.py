@@ -173,12 +173,12 @@ CURVES = (
     ("tokens_per_s", "Training speed", "", "tokens per second"),
     ("memory", "Memory in use", "memory_bytes", "GiB"),
 )
-"""Name, heading, field of a record, and unit; an empty field is computed."""
+"""Curves: name, heading, field of a log record ("" if computed), and unit."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One run's curve: SVG `path`, (step, value) `points`, and `number`, the run's color."""
+    """One run's curve: SVG `path`, (step, value) `points`; `number` determines the color."""
 
     run: str
     number: int
@@ -238,7 +238,7 @@ def draw_charts(runs: Sequence[ReportedRun]) -> Iterator[Chart]:
 
 
 def _points(records: Sequence[Mapping[str, Any]], key: str) -> Iterator[Point]:
-    """Yields finite (step, value) pairs; without `key`: tokens per second between records."""
+    """Yields finite (step, value) pairs, bytes in GiB; without `key`, tokens/s between records."""
     before: Mapping[str, Any] | None = None
     for record in records:
         step = record.get("step")

@@ -65,7 +65,7 @@ from ftlevel.weights.checkpoint import Checkpoint
 
 _NUM_SAMPLES = 8
 _LAYER_EXCEPTIONS = (RuntimeError, AttributeError, TypeError, ValueError, LookupError)
-"""Errors of layers that cannot run on rows alone."""
+"""Exceptions of layers that cannot be called on a matrix of inputs alone."""
 _AT_ZERO, _LINEAR = 1e-9, 1e-5
 _NOISE, _SMALLEST = 2e-7, 1e-6
 """Singular values below this share of the weight's norm, or of the largest one, are rounding."""

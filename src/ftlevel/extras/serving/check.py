@@ -60,7 +60,7 @@ _COARSE_SCORE = 5e-2
 
 
 def _query(config: CheckServedConfig, method: str, *args: Any) -> Any:
-    """Returns what `method` of `Client` returns for `args` and the model's name on the server."""
+    """Call `method` of `Client` with the server's model name and `args`; return its result."""
     client = Client(config.url or "", float(config.timeout))
     names = [config.model] if config.model else [*client.models(), config.out.stem]
     try:
@@ -490,7 +490,7 @@ def _judge(adapter: AdapterRecord, rows: _AdapterOutputs, tolerance: float) -> d
 
 
 def _overall(adapters: list[dict[str, Any]]) -> str:
-    """Returns the verdict of a check: ELSE or BASE if any output has it, else TRAINED or EITHER."""
+    """Returns ELSE or BASE if any answer has it, TRAINED if each adapter has one, else EITHER."""
     matches = [word for a in adapters for api in ("weights", "chat") for word in a[api]["answers"]]
     for match in (ELSE, BASE):
         if match in matches:

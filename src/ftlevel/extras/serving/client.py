@@ -41,7 +41,7 @@ class RequestError(Exception):
 
 @dataclass
 class Client:
-    """Client of one server; `format_index` is the request format that the server accepts."""
+    """Client of one server; `format_index` counts the request formats that the server rejected."""
 
     url: str
     timeout: float
@@ -160,7 +160,7 @@ _FIRST_TEXT = 2
 
 
 def _request_formats(prompt: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields the request in each format, token ids first; `logprobs` is a number or a flag."""
+    """Yields the fields of a request in each format to try: first token ids, then text."""
     yield {"prompt": prompt["ids"], "logprobs": 1, "return_token_ids": True}
     yield {"prompt": prompt["ids"], "logprobs": True}
     if prompt.get("rendered"):
@@ -223,9 +223,9 @@ def widen_tolerance(
 ) -> float:
     """Returns the larger of `tolerance` and twice the rounding error of a quantized base.
 
-    A server rounds activations of such a base equally with and without an adapter: `outputs`, the
-    server's for the base, differ by it from the recorded `base`. A larger difference than that of
-    the coarsest type means another model; then `tolerance` is returned unchanged.
+    The rounding error is the difference of `outputs`, the server's for the base, from the recorded
+    ones `base`; a server rounds equally with an adapter. If it exceeds that of the coarsest type,
+    the server has another base, and `tolerance` is returned unchanged.
     """
     difference = max(
         _distance(one, reference) for one, reference in zip(outputs, base, strict=True)
@@ -283,7 +283,7 @@ def _compare_answer(
 def _is_rounding(
     output: ServerOutput, reference: ReferenceOutput, common: int, tolerance: float
 ) -> bool:
-    """Returns whether rounding within `tolerance` explains a difference after `common` tokens."""
+    """Returns whether outputs with `common` equal tokens are equal or differ by rounding."""
     if common == len(reference.ids):
         return True
     if common == len(output.ids or ()):  # servers omit the end-of-sequence token

@@ -14,6 +14,7 @@ from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
 from ftlevel.config.export import Server
 from ftlevel.data.encoding.encode import PromptFormat, encode_prompt, load_prompt_format
 from ftlevel.errors import ConfigError, InputError, join_names, with_article
+from ftlevel.merging.normal_form import NormalForm
 from ftlevel.methods.merging import load_peft_config
 from ftlevel.models.loading import load_tokenizer
 from ftlevel.trained.adapt import get_adapter_reader
@@ -274,7 +275,7 @@ class ServedModel:
         return prompts
 
     def in_float32(self, *, with_adapter: bool = True) -> ModelRef:
-        """Returns a reference that loads in float32 and does not quantize the base on loading."""
+        """Returns a `ModelRef` that loads in float32 and does not quantize the base on loading."""
         ref = self.ref.with_card(dtype="float32")
         if not ref.is_prequantized:
             ref = ref.with_card(quantization={"kind": "none"})
@@ -307,7 +308,7 @@ def create_served_model(name: str, ref: ModelRef, server: Server | None) -> Serv
 def check_server_support(adapter: ServedModel, server: Server | None) -> list[str]:
     """Returns notes; raises InputError if `server` would compute other outputs than in training.
 
-    Reads only the model card and the config of the base.
+    Loads no weights.
     """
     notes = []
     quantization = adapter.ref.quantization.get("kind", "none")
@@ -352,28 +353,28 @@ def merged_format(server: Server | None) -> str:
     return next((name for name in formats if name in ("merged", "gguf")), "merged")
 
 
-def check_lora(format_: Any, adapter: ServedModel, server: Server | None) -> Any:
-    """Returns the `NormalForm` `format_`, with zero updates added if `server` needs every layer.
+def check_lora(lora: NormalForm, adapter: ServedModel, server: Server | None) -> NormalForm:
+    """Returns `lora`, with zero updates added if `server` needs all layers to be adapted.
 
     Raises InputError if the server would not serve it as trained.
     """
     if server is None:
-        return format_
-    if format_.whole_modules:
+        return lora
+    if lora.whole_modules:
         raise InputError(
             f"{server.title} does not load fully trained modules, here "
-            f"{join_names(format_.whole_modules, 2)}. Merge it"
+            f"{join_names(lora.whole_modules, 2)}. Merge it"
         )
-    if not server.vocabulary and (modules := format_.vocab_modules):
+    if not server.vocabulary and (modules := lora.vocab_modules):
         raise InputError(
             f"{server.title} does not serve LoRA on {join_names(modules, 3)} as it was trained. "
             "Merge it"
         )
-    if server.ranks and format_.rank > server.ranks[-1]:
+    if server.ranks and lora.rank > server.ranks[-1]:
         raise InputError(
-            f"it needs rank {format_.rank}, and {server.title} ends at {server.ranks[-1]}. Merge it"
+            f"it needs rank {lora.rank}, and {server.title} ends at {server.ranks[-1]}. Merge it"
         )
-    return format_.on_every_layer(adapter.base.model) if server.every_layer else format_
+    return lora.on_every_layer(adapter.base.model) if server.every_layer else lora
 
 
 def save_readme(path: Path, summary: Mapping[str, Any]) -> None:

@@ -57,7 +57,7 @@ class GgufWriter:
         writer.close()
 
     def read(self, path: Path, lora: NormalForm, adapter: ServedModel) -> NormalForm:
-        """Load the file back, with llama.cpp's scale and row order applied."""
+        """Load what `write` wrote, scaled and with rows in transformers' order."""
         reader = GGUFReader(str(path / _FILE))
         tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
         alpha = reader.get_field("adapter.lora.alpha").contents()
@@ -86,7 +86,7 @@ def _names(lora: NormalForm, config: Any) -> dict[str, str]:
 
 
 def _in_order(config: Any, name: str, b: torch.Tensor) -> torch.Tensor:
-    """Returns B with its rows in transformers' order; `convert` had permuted them for llama.cpp."""
+    """Returns `b` of weight `name` with its rows in transformers' instead of llama.cpp's order."""
     numbered = torch.arange(b.shape[0], dtype=torch.float32).unsqueeze(-1)
     permutation = convert(config, name, numbered, is_conv1d=False).squeeze(-1).long()
     back = torch.empty_like(b)

@@ -1,4 +1,4 @@
-"""Run llama.cpp through xllamacpp: python llama_cpp_script.py ASKED.json ANSWERED.json.
+"""Run llama.cpp through xllamacpp: python llama_cpp_script.py REQUEST.json RESULT.json.
 
 Must not import ftlevel.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Read the request from the first file argument; write answers or embeddings to the second.
+    """Read a JSON request from file argv[1]; write answers or embeddings to file argv[2].
 
     The KV cache is float32, because the base's weights may be.
     """

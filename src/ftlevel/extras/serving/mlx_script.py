@@ -1,4 +1,4 @@
-"""Run mlx-lm: python mlx_script.py ASKED.json ANSWERED.json. Must not import ftlevel."""
+"""Run mlx-lm: python mlx_script.py REQUEST.json RESULT.json. Must not import ftlevel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Read the request from the first file argument; write answers, in float32, to the second."""
+    """Read a JSON request from file argv[1]; write answers, in float32, to file argv[2]."""
     import mlx.core as mx
     from mlx_lm import load
 

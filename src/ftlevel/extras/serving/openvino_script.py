@@ -1,4 +1,4 @@
-"""Run OpenVINO GenAI: python openvino_script.py ASKED.json ANSWERED.json.
+"""Run OpenVINO GenAI: python openvino_script.py REQUEST.json RESULT.json.
 
 Must not import ftlevel.
 """
@@ -14,7 +14,7 @@ _FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 
 
 def main() -> None:
-    """Read the request from the first file argument; write answers or embeddings to the second.
+    """Read a JSON request from file argv[1]; write answers or embeddings to file argv[2].
 
     Computes in float32. A model in transformers' format is first converted to OpenVINO's.
     """
@@ -92,7 +92,7 @@ def _write_openvino(model: Path, directory: Path, kind: str) -> Path:
 
 
 def _answers(pipeline: Any, own: Any, prompts: list[list[int]], count: int) -> list[dict[str, Any]]:
-    """Returns answers of up to `count` tokens with the adapter `own`, or None for the base.
+    """Returns answers of up to `count` tokens with the adapter `own` (None: the base).
 
     `generate` returns one log-probability per answer, so each token is generated again from the
     tokens before. `add_request` returns one per token, but uses the adapters of the last call of

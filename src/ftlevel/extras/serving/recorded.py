@@ -72,7 +72,7 @@ class PromptOutputs:
 
 
 def run_prompts(model: Any, exported: ServedModel, prompts: Sequence[Prompt]) -> PromptOutputs:
-    """Returns outputs of `model`, in eval mode; it answers `prompts` only if it generates text."""
+    """Returns outputs of `model`, in eval mode; answers are empty if it generates no text."""
     device = next(model.parameters()).device
     logits, answers = [], []
     with torch.no_grad():
@@ -155,7 +155,7 @@ _FORMAT = 1
 class AdapterRecord:
     """Recorded prompts and answers of one adapter; `rank` is None for a whole model.
 
-    `place` is a path relative to served.json. Each prompt has answers of the `trained` model and,
+    `place` is its path relative to served.json. Each prompt has answers of the `trained` model and,
     if recorded, of the `base`.
     """
 
@@ -177,7 +177,7 @@ def record(
     prompts: Sequence[Prompt],
     outputs_of: Mapping[str, PromptOutputs | None],
 ) -> AdapterRecord:
-    """Returns `prompts` with the answers in `outputs_of`: of "trained" and, unless None, "base"."""
+    """Returns a record of `prompts` and the answers of "trained" and, unless None, of "base"."""
     rows = []
     for index, prompt in enumerate(prompts):
         answers = {

@@ -1,4 +1,4 @@
-"""Run vLLM: python vllm_script.py ASKED.json ANSWERED.json. Must not import ftlevel."""
+"""Run vLLM: python vllm_script.py REQUEST.json RESULT.json. Must not import ftlevel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Read the request from the first file argument; write answers or embeddings to the second."""
+    """Read a JSON request from file argv[1]; write answers or embeddings to file argv[2]."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM, SamplingParams
