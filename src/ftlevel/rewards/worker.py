@@ -132,7 +132,7 @@ class Worker:
         return {"row": None, "reason": ""}
 
     def score(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns `scores` and, on failure, `problem` (message) and `failed` (their indices)."""
+        """Returns `scores` and, on failure, `problem` (a message) and `failed` (indices)."""
         index, batch = request["reward"], request["batch"]
         if self.specs[index].kind == "builtin":
             share = 0.8 * request["seconds"] / max(len(batch["texts"]), 1)

@@ -56,7 +56,7 @@ class CollatorWithRows(Collator):
     """A `Collator` whose batches include their rows, so that an error can name the failing row."""
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Returns the batch plus `rows` and, if rows have any, `contrasts`: a list of one batch."""
+        """Returns the batch plus `rows` and, if any, `contrasts`: a list with a batch of these."""
         contrasts = [other for row in rows for other in row.contrasts]
         batch: dict[str, Any] = {**super().__call__(rows), "rows": list(rows)}
         return {**batch, "contrasts": [super().__call__(contrasts)]} if contrasts else batch

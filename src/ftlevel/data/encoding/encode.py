@@ -95,8 +95,8 @@ class PromptFormat:
     ) -> PromptFormat:
         """Returns the format with the separator that fits `examples` (all of one type).
 
-        It is empty if all prompts end or all answers begin with white space, as in TRL; otherwise
-        it is a newline. Prompt version 1 always uses a newline for pairs.
+        The separator is empty if all prompts end or all answers begin with white space, as in TRL,
+        else a newline. Prompt version 1 always uses a newline for pairs.
         """
         if self.kind != "plain":
             return self

@@ -193,7 +193,7 @@ def get_swapped(digests: Digests) -> Integers:
     """Returns the examples whose prompt and answer appear to be swapped.
 
     A naive Bayes model compares the words of each example with those of all other prompts and
-    answers. It is used only if it separates prompts from answers by a median of 10 nats.
+    answers. Without a median difference of 10 nats between prompts and answers, none is returned.
     """
     index = WordIndex.of(digests)
     vectors = np.zeros((2, _BUCKETS))

@@ -75,7 +75,7 @@ def compute_max_distance(lengths: Any) -> Any:
 def compute_distances(one: Sides, other: Sides) -> NDArray[np.int64]:
     """Returns the distance of each pair in half words (typo 1, word 2).
 
-    It is very large if the pair cannot be near duplicates: both prompt and answer differ
+    The distance is `_TOO_FAR` if the pair cannot be near duplicates: both prompt and answer differ
     substantially, or an answer of fewer than four words differs by more than a typo.
     """
     prompt_distances = compute_edit_distances(one[0], other[0])
@@ -98,7 +98,7 @@ def compute_distances(one: Sides, other: Sides) -> NDArray[np.int64]:
 def compute_edit_distances(one: TextBatch, other: TextBatch) -> NDArray[np.int64]:
     """Returns the edit distance of each pair in half words; `_TOO_FAR` if it is too large.
 
-    It is the Damerau-Levenshtein distance (optimal string alignment) over words, in a band.
+    The distance is Damerau-Levenshtein (optimal string alignment) over words, in a band.
     """
     result = np.full(len(one.sizes), _TOO_FAR, dtype=np.int64)
     active = np.flatnonzero(np.abs(one.sizes - other.sizes) <= _BAND)

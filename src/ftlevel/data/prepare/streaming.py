@@ -87,8 +87,8 @@ class DistinctTextSampler(Sampler[int]):
     only if `is_distinct`.
 
     If `sets` has the dataset of each row, all rows of a step are from one dataset. Datasets are
-    chosen at random, in proportion to their steps. Short steps end with NOTHING, the index after
-    the last row.
+    chosen at random, in proportion to their steps. Short steps end with padding rows, whose index
+    is the number of rows.
     """
 
     def __init__(
@@ -163,13 +163,13 @@ def count_padded_rows(sets: Sequence[int], step: int) -> int:
 class StepShardSampler(Sampler[list[int]]):
     """Batch sampler of one process, if several processes share each optimizer step.
 
-    Batch n of the order goes to process n mod count. All processes have equally many batches. At
-    the end of an epoch a missing batch is a single NOTHING row, the index after the last row;
-    accelerate would repeat rows from the beginning of the epoch.
+    Batch n of `order` goes to process n mod `num_processes`. All processes have equally many
+    batches: at the end of an epoch, a missing batch is one padding row, whose index is the number
+    of rows; accelerate would repeat rows from the beginning of the epoch.
     """
 
-    def __init__(self, order: Sampler[int], batch: int, num_samples: int, rank: int) -> None:
-        self._order, self._batch, self._count, self._rank = order, batch, num_samples, rank
+    def __init__(self, order: Sampler[int], batch: int, num_processes: int, rank: int) -> None:
+        self._order, self._batch, self._count, self._rank = order, batch, num_processes, rank
 
     def __len__(self) -> int:
         rows = len(self._order)  # type: ignore[arg-type]  # all samplers used here have a length
@@ -183,7 +183,7 @@ class StepShardSampler(Sampler[list[int]]):
 
 
 class RowsWithPadding(Dataset[Encoded]):
-    """Rows, followed by NOTHING: a copy of the first row that does not contribute to the loss."""
+    """Rows and, last, a padding row: a copy of the first row that adds nothing to the loss."""
 
     def __init__(self, rows: Sequence[Encoded]) -> None:
         self._rows = rows

@@ -35,7 +35,7 @@ class RetrievalSet:
 
 
 def retrieval_files(qrels: Path) -> list[Path]:
-    """Returns queries.jsonl and corpus.jsonl next to `qrels`, or above its directory `qrels/`."""
+    """Returns the paths of queries.jsonl and corpus.jsonl, next to `qrels` or above `qrels/`."""
     folder = qrels.parent.parent if qrels.parent.name == "qrels" else qrels.parent
     return [folder / "queries.jsonl", folder / "corpus.jsonl"]
 

@@ -115,7 +115,7 @@ class Embeddings(StepObjective):
             return torch.stack(losses).sum()
 
     def for_validation(self, step: StepTexts) -> Embeddings:
-        """Returns the objective, with loss mnrl if `step` lacks what its loss needs."""
+        """Returns the objective; its loss is mnrl if `step` lacks negatives or scores for it."""
         config, properties = self.config, LOSSES[self.config.loss or ""]
         negatives = all(min(labels) <= 0 for labels in step.labels)
         if (

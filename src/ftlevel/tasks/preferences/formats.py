@@ -43,7 +43,7 @@ class PairExample:
 
     @property
     def content(self) -> ExampleContent:
-        """Texts for duplicate checks: question, preferred answer; as context, all others."""
+        """Texts for duplicate checks: question, preferred answer; all other texts as context."""
         question = "\n".join(t.content for t in self.prompt if t.role in ("user", "tool"))
         context = "\0".join(
             (join_turns(self.prompt), join_turns(self.rejected), str(self.tools or ""))

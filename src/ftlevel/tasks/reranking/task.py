@@ -230,7 +230,7 @@ class RerankingTask(BaseTask):
         inference_config: Mapping[str, Any],
         options: OutputOptions,
     ) -> dict[str, Column]:
-        """Returns one column: the document's score, or a list of the documents' scores."""
+        """Returns the type of the only column: a document's score, or a list of scores."""
         check_options(options, "a reranker", "")
         return {"": "numbers" if "documents" in format_.columns else "number"}
 
