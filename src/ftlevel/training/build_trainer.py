@@ -186,7 +186,7 @@ def _create_server_sampler(run: Run, model: PreparedModel) -> ServerSampler | No
         dtype=run.model.dtype,
     )
     method = run.config.method
-    return ServerSampler(run.config.rl.rollouts, model.model, method, model.start, score)
+    return ServerSampler(run.config.rl.rollouts, model.model, method, model.initial_state, score)
 
 
 def create_evaluator(

@@ -70,13 +70,13 @@ def save(
     run: Run,
     output_dir: RunDirectory,
     base: Mapping[str, Any],
-    start: Any = None,
+    files: Any = None,
     weights: Mapping[str, Any] | None = None,
 ) -> None:
     """Save the adapter or full model, its tokenizer and card, atomically.
 
     Training-only modules of `model` (modified) are removed. `base` describes the base model.
-    `start` is a temporary directory with files of the reference model of preference training, or
+    `files` is a temporary directory with files of the reference model of preference training, or
     None. `weights` is the gathered state dict of a sharded full model.
     """
     module, partial = model.model, output_dir.adapter.with_name(".adapter.partial")
@@ -85,11 +85,11 @@ def save(
         shutil.rmtree(partial)
     if hasattr(module, "peft_config"):
         module.peft_config["default"].base_model_name_or_path = base["name"]
-        save_adapter(module, run.config.method, partial, model.start)
+        save_adapter(module, run.config.method, partial, model.initial_state)
     else:
         module.save_pretrained(str(partial), state_dict=weights)
         save_legacy_rope(partial)
-    save_tokenizer_and_card(partial, run, base, start, output_dir.adapter)
+    save_tokenizer_and_card(partial, run, base, files, output_dir.adapter)
     flush_all(partial)
     delete_adapter(output_dir.path)
     partial.rename(output_dir.adapter)
@@ -101,16 +101,16 @@ def save_tokenizer_and_card(
     save_dir: Path,
     run: Run,
     base: Mapping[str, Any],
-    start: Any = None,
+    files: Any = None,
     final_dir: Path | None = None,
 ) -> None:
-    """Save tokenizer, card and files of the reference model next to the weights in `save_dir`.
+    """Save tokenizer, card and `files` next to the weights in `save_dir`.
 
-    `start` is a temporary directory with the latter files, or None. A local base path is stored
-    relative to `final_dir`, to which `save_dir` is moved later.
+    `files` is a temporary directory with files of the reference model, or None. A local base path
+    is stored relative to `final_dir`, to which `save_dir` is moved later.
     """
-    if start is not None:
-        shutil.copytree(start.name, save_dir / KEPT, dirs_exist_ok=True)
+    if files is not None:
+        shutil.copytree(files.name, save_dir / KEPT, dirs_exist_ok=True)
     run.model.tokenizer.save_pretrained(str(save_dir))
     is_local = base["kind"] in ("directory", "gguf")
     path = relative_path(Path(base["name"]), final_dir or save_dir) if is_local else ""

@@ -342,13 +342,13 @@ class PreparedModel:
 
     Attributes:
         model: the base with the method applied.
-        start: name → initial adapter tensor that `save_adapter` needs after training; may be empty.
+        initial_state: name → initial tensor that `save_adapter` needs; may be empty.
         fast: the applied fast step, if any.
         digests: hashes of the base's tensors at load time, by their names in the base.
     """
 
     model: Any
-    start: dict[str, Any]
+    initial_state: dict[str, Any]
     fast: FastStep | None
     digests: Mapping[str, TensorHash]
 

@@ -49,14 +49,14 @@ from ftlevel.training.plan.run import Run
 
 
 def load_or_compute(
-    data: DataConfig, start: str, rows: Sequence[Encoded], fill: Callable[[np.ndarray], None]
+    data: DataConfig, key: str, rows: Sequence[Encoded], fill: Callable[[np.ndarray], None]
 ) -> tuple[np.ndarray, bool]:
     """Returns the (rows, 2) float32 array that `fill` computes, and whether it came from the cache.
 
-    `start` identifies the reference model in the cache key. `fill` writes the missing values into
+    `key` identifies the reference model in the cache. `fill` writes the missing values into
     an array of this shape. A file lock ensures that one process computes at a time.
     """
-    path = cache_path(data, "reference", start, rows)
+    path = cache_path(data, "reference", key, rows)
     array, was_cached = open_or_compute(path, (len(rows), 2), np.dtype(np.float32), fill)
     return np.array(array), was_cached
 
@@ -100,11 +100,11 @@ def is_missing(array: np.ndarray) -> np.ndarray:
     return result
 
 
-def cache_path(data: DataConfig, prefix: str, start: str, rows: Sequence[Encoded]) -> Path | None:
-    """Returns the file PREFIX-DIGEST.npy for rows and model key `start`; None if caching is off."""
+def cache_path(data: DataConfig, prefix: str, key: str, rows: Sequence[Encoded]) -> Path | None:
+    """Returns the file PREFIX-DIGEST.npy for `rows` and the model `key`; None if caching is off."""
     if not data.cache or not is_writable():
         return None
-    hasher = hashlib.sha256(start.encode())
+    hasher = hashlib.sha256(key.encode())
     for row in rows:
         for part in (*row.sequences, *row.contrasts):
             hasher.update(np.array(part.input_ids, np.int32).tobytes() + b"|")
@@ -168,12 +168,12 @@ class Reference:
 
     Attributes:
         info: entry in summary.json.
-        start: temporary directory of files to save: the initial adapter, or model.json, which
+        files: temporary directory of files to save: the initial adapter, or model.json, which
             names a `--reference` model. None if the base is the reference.
     """
 
     info: Mapping[str, Any]
-    start: Any
+    files: Any
 
 
 def compute_initial_reference(
@@ -261,7 +261,7 @@ def _save_initial_adapter(run: Run, prepared: PreparedModel) -> Any:
     if run.adapter is None and np.array_equal(on, off):
         return None
     workspace = Workspace("start")
-    save_adapter(model, run.config.method, Path(workspace.name), prepared.start)
+    save_adapter(model, run.config.method, Path(workspace.name), prepared.initial_state)
     return workspace
 
 

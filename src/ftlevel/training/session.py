@@ -378,8 +378,8 @@ class TrainingSession:
         self.job.listener.stage("saving and verifying")
 
         def write(weights: Mapping[str, Any] | None = None) -> None:
-            start = self.auxiliary.start
-            save(self.model, self.run, self.output_dir, self.base, start, weights)
+            files = self.auxiliary.files
+            save(self.model, self.run, self.output_dir, self.base, files, weights)
 
         with explain_disk_errors(self.output_dir):
             if self.is_sharded:
@@ -479,7 +479,7 @@ def open_session(
     is_sharded = config.train.shard != "none"
     initial_logits = compute_initial_logits(model, run) if is_sharded else None
     trainer = create_trainer(run, model, output_dir, resumed, processes, auxiliary.scorer)
-    write_files = partial(save_tokenizer_and_card, run=run, base=base, start=auxiliary.start)
+    write_files = partial(save_tokenizer_and_card, run=run, base=base, files=auxiliary.files)
     callbacks = add_callbacks(
         trainer,
         run,
@@ -487,7 +487,7 @@ def open_session(
         listener,
         processes,
         resumed.checkpoint,
-        None if model.start else write_files,
+        None if model.initial_state else write_files,
     )
     restore_progress(trainer, callbacks, output_dir, resumed, processes)
     watch = stack.enter_context(WatchProcesses(processes, listener.warn))

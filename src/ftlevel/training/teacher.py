@@ -215,9 +215,9 @@ class AuxiliaryOutputs:
     scorer: TeacherScorer | None
 
     @property
-    def start(self) -> Any:
+    def files(self) -> Any:
         """Temporary directory with the reference's files to save; None if there are none."""
-        return self.reference.start if self.reference is not None else None
+        return self.reference.files if self.reference is not None else None
 
     def describe(
         self, run: Run, records: Sequence[Mapping[str, Any]]
