@@ -125,7 +125,7 @@ def _logging_and_eval_args(train: TrainerConfig, run: Run) -> dict[str, Any]:
         "logging_nan_inf_filter": False,  # the filter shows a NaN loss as 0.0
         "eval_strategy": strategy if has_eval_data else "no",
         "eval_steps": train.eval_steps,
-        "eval_on_start": has_eval_data and (train.eval_on_start or reports_base(run)),
+        "eval_on_start": has_eval_data and (train.eval_on_start or evaluates_before_training(run)),
         "per_device_eval_batch_size": eval_batch_size(train),
     }
 
@@ -135,7 +135,7 @@ def is_rl(run: Run) -> bool:
     return isinstance(run.objective, PolicyObjective)
 
 
-def reports_base(run: Run) -> bool:
+def evaluates_before_training(run: Run) -> bool:
     """Whether the model is evaluated before the first step even without `--eval-on-start`."""
     return is_rl(run) or isinstance(run.objective, StepObjective)
 
