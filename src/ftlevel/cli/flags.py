@@ -338,7 +338,7 @@ def _get_adapter_task(name: str) -> str:
 def add_flag_layers(
     layers: Sequence[Layer], inputs: CommandInput, note: Callable[[str], None]
 ) -> list[Layer]:
-    """Returns `layers` and those of `--set` and of the flags, some of which depend on the task."""
+    """Returns `layers`, a layer of `--set`, and one of the flags, which depends on the task."""
     layers = [*layers, parse_overrides(inputs.values["settings"] or [])]
     tasks = [inputs.values["task"], *(layer.values.get("task") for layer in reversed(layers))]
     adapter = inputs.values.get("adapter")

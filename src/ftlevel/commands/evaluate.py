@@ -224,7 +224,7 @@ def _with_model(evaluator: Evaluator, model: LoadedModel) -> Evaluator:
 def _evaluate_other(
     evaluator: Evaluator, other: LoadedModel, encode: Callable[[LoadedModel], EvaluationRows]
 ) -> tuple[dict[str, float], ExampleRecord]:
-    """Returns metrics and per-row results of `other`; `encode` encodes the rows for embedding."""
+    """Returns metrics and per-row results of `other`; `encode` encodes embedding models' rows."""
     evaluator = _with_model(evaluator, other)
     if not isinstance(evaluator, RewardEvaluator):
         evaluator = replace(evaluator, generated_rows=0)
@@ -338,7 +338,7 @@ def _evaluate_retrieval(config: EvaluateConfig, qrels: Path, listener: Listener)
 
 
 def _resolve(config: EvaluateConfig, device: str) -> tuple[ModelRef, ModelRef | None]:
-    """Returns references to the model, quantized as requested, and to the `--against` model."""
+    """Returns `ModelRef`s: of the model, quantized as requested, and of `--against`, or None."""
     kwargs: Any = {"device": device, "dtype": config.dtype}
     name, task, base = config.name, config.task, config.base_model
     if config.against is None:
@@ -616,7 +616,7 @@ def _compute_intervals(
 def _paired_intervals(
     draws: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Returns 95 % intervals of the metrics `other`, and of the differences `draws` - `other`."""
+    """Returns 95 % intervals of the metrics in `other`, and of differences `draws` - `other`."""
     found = _compute_intervals(draws, other)
     return {
         "intervals": found["base_intervals"],

@@ -118,7 +118,7 @@ def _check_outputs(config: ExportConfig) -> None:
 
 
 def _resolve_adapters(config: ExportConfig, device: str) -> dict[str, ModelRef]:
-    """Returns adapter name → reference if `config.model` is a directory of adapters, else {}."""
+    """Returns adapter name → `ModelRef` if `config.model` is a directory of adapters, else {}."""
     path = Path(config.model).expanduser()
     if not path.is_dir() or any(
         (path / name).exists() for name in ("config.json", "adapter_config.json", "adapter", CONFIG)

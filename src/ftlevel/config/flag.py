@@ -88,7 +88,7 @@ def _value_type(types: list[Any]) -> Any:
 
 
 def _default_of(infos: dict[type[BaseModel], FieldInfo]) -> str:
-    """Returns a default as text; if the classes in `infos` differ, the first: `8 with lora`."""
+    """Returns a field's default as text; if `infos` differ, that of the first: `8 with lora`."""
     defaults = [_format_default(info) for info in infos.values()]
     kind_field = next(iter(infos)).model_fields.get("kind")
     if len(set(defaults)) == 1 or kind_field is None or kind_field in infos.values():

@@ -234,7 +234,7 @@ class PredictionBatch:
 def predict_rows(
     model: InferenceModel, questions: Sequence[Any], output_options: OutputOptions
 ) -> PredictionBatch:
-    """Returns predictions for `questions`, also if some of them cannot be predicted."""
+    """Returns the predictions of `questions`; reports rows without one instead of raising."""
     replies: list[Prediction | None] = [None] * len(questions)
     refused: dict[int, str] = {}
     remaining = list(range(len(questions)))
@@ -315,7 +315,7 @@ class InferenceModel:
         return [cut_at_stop(str(text), self._writing.stop_texts).strip() for text in decoded]
 
     def _truncate_prompts(self, prompts: Sequence[list[int]]) -> list[list[int]]:
-        """Drop tokens after the first from too long `prompts`, or raise UnansweredError."""
+        """Returns `prompts`; too long ones keep first and last tokens, or raise UnansweredError."""
         if self._positions is None:
             return list(prompts)
         new = 0 if self.kind == "encoder-decoder" else self._writing.max_new_tokens
@@ -363,7 +363,7 @@ class InferenceModel:
 
 
 def _text_positions(model: Any, method: str) -> int | None:
-    """Returns the positions that the adapter's virtual tokens leave for text; None if unlimited."""
+    """Returns the number of positions for text, without virtual tokens; None if unlimited."""
     positions = max_positions(model.config)
     if positions is None:
         return None

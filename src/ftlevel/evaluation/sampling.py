@@ -140,7 +140,7 @@ class _Group:
         self._stops = frozenset(options.stops)
 
     def draw(self, numbers: Sequence[int], scores: torch.Tensor) -> list[int]:
-        """Append a token drawn from logits `scores` to each completion; return the tokens."""
+        """Append a token drawn from `scores` to each completion in `numbers`; return the tokens."""
         num_generations = self._options.count
         completions = [self.samples[number] for number in numbers]
         keys = self._noise(

@@ -70,7 +70,7 @@ class Evaluator:
     begin_record: Callable[[], ExampleRecord | None] = lambda: None
 
     def __call__(self, model: Any, record: ExampleRecord | None = None) -> dict[str, float]:
-        """Returns the metrics of `model`, in eval mode meanwhile, and adds examples to `record`."""
+        """Evaluate `model` in eval mode; return the metrics and add examples to `record`."""
         record = record or self.begin_record()
         with evaluating(model, self.device, self.dtype):
             metrics = self._score(model, record)

@@ -167,7 +167,7 @@ def compute_normal_form(
 def load_adapter_file(
     adapter_dir: Path, config: Mapping[str, Any], base: Checkpoint
 ) -> AdapterFile:
-    """Load the adapter's tensors by the base's names; InputError if they do not fit the base."""
+    """Load the adapter's tensors, named as in the base; InputError if they do not fit the base."""
     from safetensors.torch import load_file
 
     if mismatch := get_vocab_mismatch(base.model, adapter_dir):

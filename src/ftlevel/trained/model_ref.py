@@ -175,7 +175,7 @@ class ModelRef:
 
     @property
     def tokenizer_source(self) -> ModelSource:
-        """Location of the tokenizer."""
+        """Source of the tokenizer: the adapter's directory, or the base."""
         return get_tokenizer_source(self.source, self.directory)
 
     def load_tokenizer(self) -> Any:

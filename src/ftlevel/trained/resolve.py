@@ -242,7 +242,7 @@ def is_model(name: str) -> bool:
 
 
 def get_card_dir(path: Path) -> Path | None:
-    """Returns `path` or `path/adapter` if it has a card, or None; InputError if unfinished."""
+    """Returns `path` or `path/adapter` with a card, or None; InputError for an unfinished run."""
     if (path / CARD).is_file():
         return path
     if (path / "adapter" / CARD).is_file():

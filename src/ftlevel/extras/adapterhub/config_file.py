@@ -160,7 +160,7 @@ def _targets(
 
 
 def _exclude_pattern(layers: list[int], model_config: Any) -> str | None:
-    """Returns a regex for modules in blocks `layers`, which count the encoder's first, or None."""
+    """Returns a regex for modules in the blocks `layers` (encoder, then decoder); None if empty."""
     if not layers:
         return None
     if model_config.model_type == "albert" or not all(isinstance(i, int) for i in layers):

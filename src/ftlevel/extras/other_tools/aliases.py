@@ -326,7 +326,7 @@ def parse_ratio(text: str) -> str:
 
 
 def parse_min_fraction(text: str) -> str:
-    """Convert Axolotl's `cosine_min_lr_ratio` to text for --lr-scheduler-type, with arguments."""
+    """Convert Axolotl's `cosine_min_lr_ratio` to text: a scheduler and --lr-scheduler-kwargs."""
     _number(text)
     return f"cosine_with_min_lr --lr-scheduler-kwargs min_lr_rate={text}"
 
@@ -361,7 +361,7 @@ def parse_template(text: str) -> str:
 
 
 def parse_glue(text: str) -> str:
-    """Convert a GLUE task to text for --dataset, with subset and task."""
+    """Convert a GLUE task to command-line text: a dataset, --subset and --task."""
     name = text.strip().lower()
     if name in GLUE:
         return f"nyu-mll/glue --subset {name} --task text-classification"

@@ -286,7 +286,7 @@ def create_reported_run(
     records: Sequence[Mapping[str, Any]],
     load_rows: Callable[[], Iterable[dict[str, Any]]] | None,
 ) -> ReportedRun:
-    """Returns the run in `path`; `load_rows` yields its predictions, and is called twice."""
+    """Returns the `ReportedRun` in `path`; `load_rows` yields predictions, and is called twice."""
     answers = retrieval = None
     if load_rows is not None and (retrieval := compute_retrieval_stats(load_rows())) is None:
         problem_type = summary.get("data", {}).get("problem_type")

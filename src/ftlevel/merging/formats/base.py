@@ -74,7 +74,7 @@ class ServerSupport(Protocol):
 
 
 def server_support() -> ServerSupport:
-    """Returns the support for `--for`; raises ConfigError if no installed extension has it."""
+    """Returns the `ServerSupport` of the extension that has it; raises ConfigError if none has."""
     for build in hooks("serve_whole"):
         result: ServerSupport = build()
         return result
@@ -98,7 +98,7 @@ For a model without an adapter, it saves nothing.
 def merge_first(
     ref: ModelRef, output: Path, listener: Listener, merge: MergeAdapter
 ) -> tuple[MergeOutput, ModelSource]:
-    """Merge the adapter of `ref`, if any, below `output`; return result and model to export."""
+    """Merge the adapter of `ref`, if any, in a subdirectory; return result and model to export."""
     merged_dir = output / "merged"
     if ref.directory is None:
         return merge(merged_dir), ref.source

@@ -100,7 +100,7 @@ class Original:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Stored precision of the model."""
+        """Data type of the model's stored weights; float32 if the config has none."""
         return getattr(self.config, "dtype", None) or torch.float32
 
 
@@ -186,7 +186,7 @@ def _score_original(
 
 
 def readable_config(config: Any, original: Any) -> tuple[Any, list[str]]:
-    """Returns `config` with differing values replaced by those of `original`, and their names."""
+    """Returns `config` with values of `original` where they differ, and the names of these keys."""
     actual, expected = config.to_dict(), original.to_dict()
     mismatched = {
         key: value
@@ -209,7 +209,7 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def check_tokens(tokenizer: Any, original: Any, vocab: Vocabulary) -> int:
-    """Raise RunError if the tokenizers encode a test text differently; return how many agree."""
+    """Raise RunError if the tokenizers encode a test text differently; return the text count."""
     backend, reference = tokenizer.backend_tokenizer, original.backend_tokenizer
     if vocab.pre not in READ_BY_TRANSFORMERS:
         backend.pre_tokenizer = reference.pre_tokenizer
