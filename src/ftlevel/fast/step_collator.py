@@ -182,7 +182,7 @@ class _Partition:
 
 
 class _Schedule:
-    """Micro-batches and workers of a step; `duration` is the estimated time."""
+    """Micro-batches and workers of a step; `duration` is the time as estimated by `duration()`."""
 
     def __init__(self, partition: _Partition, budget: int, workers: int) -> None:
         self.partition = partition

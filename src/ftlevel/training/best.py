@@ -444,7 +444,7 @@ class PredictionRecorder(TrainerCallback):
         self._records = {step: record for step, record in self._records.items() if step in steps}
 
     def complete(self, evaluator: Any, model: Any, step: int) -> None:
-        """Evaluate `model` if results per row for its optimizer step `step` were lost on resume."""
+        """Evaluate `model` (of optimizer step `step`) if a resume lost its results per row."""
         if step not in self._records and getattr(evaluator, "begin_record", None) == self.begin:
             evaluator(model)
             if self._current is not None:

@@ -51,7 +51,7 @@ PARTS = (QUANTIZED, "other linears", "embeddings", "heads", "experts", "rest")
 
 @dataclass(frozen=True)
 class Parameter:
-    """A tensor of the model; `part` is one of `PARTS`. Tied tensors are a single parameter."""
+    """A tensor of the model; `part` is one of `PARTS`, such as heads. Tied tensors are one."""
 
     name: str
     shape: tuple[int, ...]

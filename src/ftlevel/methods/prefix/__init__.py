@@ -101,7 +101,7 @@ class PrefixTuning(Method):
     def rates(self, spec: PrefixSpec) -> Rates:
         """Returns P-tuning v2's learning rates, or lower ones if an MLP computes the prefix.
 
-        The MLP's tanh saturates at 3e-3 with one or two targets per row, or 1e-2 with many.
+        At rates from 3e-3 (one or two targets per row) or 1e-2 (many), the MLP's tanh saturates.
         """
         if spec.prefix_projection:
             by_architecture = {"decoder": 1e-3, "encoder-decoder": 3e-3}

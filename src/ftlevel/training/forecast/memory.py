@@ -347,7 +347,7 @@ def _sample_by_type(run: Run, layer_types: Sequence[Any]) -> LayerSample | None:
 
 
 def _sample_by_period(layer_types: Sequence[Any]) -> LayerSample | None:
-    """Returns small models with one and two periods of layer types; None without a period."""
+    """Returns small models with 1 and 2 periods of layer types that repeat; None if none does."""
     num_layers = len(layer_types)
     for first in range(3):
         for period in range(1, 7):

@@ -55,7 +55,7 @@ def count_steps(config: TrainerConfig, num_rows: int) -> int:
 
 @dataclass(frozen=True)
 class LearningRates:
-    """Peak learning rates: `head` of new heads, `base` of all else, `default` without flags."""
+    """Peak learning rates: `head` of new heads, `base` of all else; `default` is base's default."""
 
     base: Choice
     default: float
