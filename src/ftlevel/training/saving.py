@@ -35,7 +35,7 @@ _WRITER_ERRORS = ("inline_container", "PytorchStreamWriter", "iostream error", "
 def check_disk_space(run_path: Path | None, train: TrainerConfig, model: Any, steps: int) -> None:
     """Raise ConfigError if the disk cannot hold the run's checkpoints (`save_total_limit` + 1).
 
-    Files already in `run_path` count as free space, as they are replaced or kept checkpoints.
+    Files already in `run_path` count as free space: they will be replaced, or are checkpoints.
     """
     one, count = checkpoint_bytes(model, train.optim), max_num_checkpoints(train, steps)
     output_dir = run_path or Path("runs")

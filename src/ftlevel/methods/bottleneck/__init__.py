@@ -51,8 +51,8 @@ class AdapterPositions:
 
     Attributes:
         attention: last linear layer of each attention module.
-        feed_forward: last linear layer of the feed-forward, or the whole feed-forward.
-        inputs: possible names of the first linear layer; empty if `feed_forward` is the whole.
+        feed_forward: last linear layer of the feed-forward, or the whole feed-forward module.
+        inputs: possible names of the first linear layer; empty if `feed_forward` is the module.
         residual: module whose input is the residual to which the feed-forward's output is added.
             Empty if other terms are added, too, or the output is normalized or scaled first.
         norm: layer norm after this addition; empty in pre-norm models.
