@@ -292,7 +292,7 @@ def check_lock(path: Path) -> None:
 
 
 def _get_lock_process(descriptor: int) -> str:
-    """Returns the process that holds the lock, as text from /proc/locks; empty if unknown."""
+    """Returns " (process PID)" for the lock's holder, from /proc/locks; "" if it is unknown."""
     status = os.fstat(descriptor)
     device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
     with contextlib.suppress(OSError):

@@ -139,7 +139,7 @@ def preview(config: TrainConfig, numbers: Sequence[int] = ()) -> Preview:
 
 
 def _sample(run: Run) -> list[Choice]:
-    """Returns entries on completions and rewards of the initial model; [] except for rl."""
+    """Returns entries on completions and rewards of the initial model; [] if unchecked."""
     rl, model = run.config.rl, run.model
     if not isinstance(run.objective, PolicyObjective) or not rl.check_groups:
         return []

@@ -158,7 +158,7 @@ class QloraSpec(LoraSpec):
     default_quant: ClassVar[str] = "4bit"
 
     def validate_quant(self, quant: QuantConfig) -> list[str]:
-        """Returns an error message if the base model is not quantized, else []."""
+        """Returns an error message if the base is not quantized, else the messages of LoRA."""
         if quant.kind != "none":
             return super().validate_quant(quant)
         return [

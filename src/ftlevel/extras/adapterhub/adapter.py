@@ -196,7 +196,7 @@ class HubAdapter:
         return head_modules(self.head, self.head_weights) if self.head else []
 
     def task(self, requested: str | None) -> str:
-        """Returns the head's task, else `requested`; raises InputError if the two differ."""
+        """Returns the head's task, else `requested` or text-generation; InputError on conflict."""
         head_task = self.head.task if self.head else ""
         if head_task and requested not in (None, head_task):
             raise InputError(

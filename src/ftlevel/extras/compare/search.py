@@ -279,7 +279,7 @@ def search(
     `prepare` is called first.
 
     Raises:
-        RunError: no trial finished.
+        RunError: no trial finished, or too many failed.
     """
     result, failed = study.load(), 0
     while True:

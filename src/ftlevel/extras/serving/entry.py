@@ -82,7 +82,7 @@ def check_separators(server: Server, names: Sequence[str], out: Path) -> None:
 
 
 def _pair(server: Server, adapter: ServedAdapter) -> str:
-    """Returns the adapter as NAME=PATH for a command, or JSON if these contain a separator."""
+    """Returns the adapter as NAME=PATH, or for vLLM and SGLang as JSON if a separator is in it."""
     pair = f"{adapter.name}={adapter.path}"
     if (pair.count("=") == 1 and "," not in pair) or server.name not in ("vllm", "sglang"):
         return pair
