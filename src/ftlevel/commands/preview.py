@@ -139,7 +139,7 @@ def preview(config: TrainConfig, numbers: Sequence[int] = ()) -> Preview:
 
 
 def _sample(run: Run) -> list[Choice]:
-    """Returns entries on completions and rewards of the initial model; [] if unchecked."""
+    """Returns entries on completions sampled for `rl.check_groups`; [] without RL or the check."""
     rl, model = run.config.rl, run.model
     if not isinstance(run.objective, PolicyObjective) or not rl.check_groups:
         return []
