@@ -75,8 +75,8 @@ def compute_max_distance(lengths: Any) -> Any:
 def compute_distances(one: Sides, other: Sides) -> NDArray[np.int64]:
     """Returns the distance of each pair in half words (typo 1, word 2).
 
-    The distance is `_TOO_FAR` if the pair cannot be near duplicates: both prompt and answer differ
-    substantially, or an answer of fewer than four words differs by more than a typo.
+    The distance is at least `_TOO_FAR` for pairs that are no near duplicates: both prompt and
+    answer differ substantially, or an answer of fewer than four words by more than a typo.
     """
     prompt_distances = compute_edit_distances(one[0], other[0])
     target_distances = np.full(len(prompt_distances), _TOO_FAR, dtype=np.int64)
@@ -216,7 +216,7 @@ class WordIndex:
         return np.diff(self.starts)
 
     def spans(self) -> Iterator[tuple[int, int]]:
-        """Yields ranges of examples with about `_GROUP_WORDS` words each."""
+        """Yields (start, end) of ranges of examples with about `_GROUP_WORDS` words each."""
         start = 0
         while start < len(self):
             end = int(np.searchsorted(self.starts, self.starts[start] + _GROUP_WORDS, "right")) - 1
