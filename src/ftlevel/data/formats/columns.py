@@ -187,7 +187,7 @@ def get_language_mapping(column_names: Sequence[str], rows: Sequence[Row]) -> di
 def select_language_mapping(
     languages: Mapping[str, str], source: str | None, target: str | None, mapping: Mapping[str, str]
 ) -> dict[str, str]:
-    """Returns the columns of the roles source and target, selected by language.
+    """Returns role (source, target) → column, selected by language.
 
     `languages` is language → column; `mapping` (role → column) takes precedence. Raises
     `InputError` if the direction is ambiguous or a language is missing.

@@ -49,7 +49,7 @@ class Message:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the turn as chat templates expect it."""
+        """Returns the turn as a dict for chat templates: role, content and `extra`."""
         return {"role": self.role, "content": self.content, **self.extra}
 
 

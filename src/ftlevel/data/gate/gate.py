@@ -168,7 +168,7 @@ _SWAP_RATIO = 0.2
 
 
 def get_conflicts(digests: Digests) -> tuple[Integers, Integers]:
-    """Returns the examples that contradict an earlier example, and those earlier examples.
+    """Returns the indices of examples that contradict an earlier one, and of the earlier ones.
 
     An example contradicts the first example of the same prompt if its answer is another one.
     """
@@ -179,7 +179,7 @@ def get_conflicts(digests: Digests) -> tuple[Integers, Integers]:
 
 
 def get_majority_target(digests: Digests) -> Integers:
-    """Returns the examples with the most frequent answer, if 95 % of all have it; else none."""
+    """Returns the indices of examples with the most frequent answer if 95 % have it; else none."""
     records = digests.records
     answers = records["last"]
     if len(answers) < _MIN_ROWS or not records["before"].all():
@@ -190,7 +190,7 @@ def get_majority_target(digests: Digests) -> Integers:
 
 
 def get_swapped(digests: Digests) -> Integers:
-    """Returns the examples whose prompt and answer appear to be swapped.
+    """Returns the indices of the examples whose prompt and answer appear to be swapped.
 
     A naive Bayes model compares the words of each example with those of all other prompts and
     answers. Without a median difference of 10 nats between prompts and answers, none is returned.
@@ -427,7 +427,7 @@ class Gate:
     def get_leaks(
         self, name: str, digests: Digests, training: Digests, table: Table
     ) -> tuple[Integers, list[Finding]]:
-        """Returns the examples to drop because `training` has them, too, and the findings.
+        """Returns the indices of examples to drop, which `training` has, too, and the findings.
 
         Findings about the test split only warn, because training does not read that split.
         """
@@ -455,7 +455,7 @@ class Gate:
 def _get_near_duplicates(
     rows: Sequence[Encoded], digests: Digests, repeated: Integers
 ) -> tuple[Integers, Integers]:
-    """Returns near duplicates by tokens or words, except `repeated`, and their originals."""
+    """Returns the indices of near duplicates except `repeated`, and of the examples they repeat."""
     examples = get_examples(rows)
     repeated_indices, first = get_near_duplicates(rows, np.isin(examples, repeated))
     compared = digests.first(MAX_COMPARED)

@@ -245,7 +245,7 @@ class WordIndex:
 
 
 def match_texts(digests: Digests, skip: Mask) -> tuple[Integers, Integers]:
-    """Returns near duplicates, without those in the mask `skip`, and the examples they repeat."""
+    """Returns the indices of near duplicates (not of `skip`), and of the examples they repeat."""
     index = WordIndex.of(digests)
     keys, informative = _all_keys(index, ~skip)
     owners = np.repeat(np.arange(len(index), dtype=np.int32), len(_PAIRS))
@@ -264,7 +264,7 @@ def match_texts(digests: Digests, skip: Mask) -> tuple[Integers, Integers]:
 
 
 def match_training_texts(digests: Digests, training: Digests) -> tuple[Integers, Integers]:
-    """Returns the examples that almost repeat one of `training`, and the index of that one."""
+    """Returns the indices of examples that almost repeat one of `training`, and of that one."""
     if not (len(digests) and len(training)):
         return _NO_ROWS, _NO_ROWS
     trained = WordIndex.of(training)
@@ -351,7 +351,7 @@ def _find_first(
     informative: NDArray[np.int32],
     informative_earlier: NDArray[np.int32],
 ) -> tuple[Integers, Integers]:
-    """Returns the examples of `index` that almost repeat one of `earlier`, and the first match.
+    """Returns indices of examples of `index` that almost repeat one of `earlier`, and of that one.
 
     `pairs` has sorted candidates: example of `index` × size of `earlier` + example of `earlier`.
     The last two arguments count informative words per example.

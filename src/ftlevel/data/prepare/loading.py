@@ -183,7 +183,7 @@ class Converter:
     def merge_label_variants(
         self, split: str, table: Table, examples: Sequence[Any], names: Sequence[str]
     ) -> Sequence[Any]:
-        """Returns `examples` with spelling variants of labels replaced by class names.
+        """Returns `examples`; if the action is fold, with class names for spelling variants.
 
         `names` are the known classes; without any, the most frequent spelling is the name.
         """

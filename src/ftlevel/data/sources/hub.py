@@ -138,7 +138,7 @@ def is_saved_directory(directory: Path) -> bool:
 
 
 def pick_split(splits: Mapping[str, Any], requested: str | None, source: str) -> str:
-    """Returns `requested`, else "train" or the only split; `InputError` if the split is missing."""
+    """Returns the split `requested`, else "train" or the only one; `InputError` if missing."""
     if not splits:
         raise InputError(f"{source}: has no splits. Expected at least one with rows.")
     name = requested or ("train" if "train" in splits or len(splits) > 1 else next(iter(splits)))

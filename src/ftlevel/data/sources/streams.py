@@ -280,7 +280,7 @@ class Reader(ABC):
 
 @contextmanager
 def wrap_read_errors(path: Path, shown: str = "") -> Iterator[None]:
-    """Convert `OSError` to `InputError`, and replace `path` by `shown` in error messages."""
+    """In the `with` block, convert `OSError` to `InputError`, and `path` to `shown` in messages."""
     shown = shown or str(path)
     try:
         yield

@@ -138,5 +138,5 @@ def lowercase(tokenizer: Any) -> None:
 
 
 def hash_group(group: str) -> int:
-    """Returns a hash of a class name below 2⁴⁴, the same in every process."""
+    """Returns a hash below 2⁴⁴ of a class name, the same in every process."""
     return int.from_bytes(hashlib.blake2b(group.encode(), digest_size=6).digest()[:6], "big") >> 4

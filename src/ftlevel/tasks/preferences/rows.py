@@ -156,7 +156,7 @@ class ContrastRow(Encoded):
 
 
 class ContrastedRows(LazySequence[Encoded]):
-    """Labeled answers, with contrast answers: that of the nearest previous row of another prompt.
+    """Labeled answers with contrast answers, from the nearest previous row with another prompt.
 
     `rows` are `LabeledAnswerRow` in data order. Contrast answers are truncated so that prompt and
     answer have at most `max_length` tokens.
@@ -428,7 +428,7 @@ def _get_length_bias(pairs: Sequence[PairExample]) -> list[tuple[str, int, str]]
 
 
 def _repeats_prompt(pair: PairExample) -> bool:
-    """Returns whether an answer begins with the prompt's last turn of at least three words."""
+    """Returns whether an answer begins with the prompt's last turn, if that has three words."""
     question = pair.prompt[-1].content.strip()
     return len(question.split()) > 2 and any(
         join_turns(answer).strip().startswith(question) for answer in (pair.chosen, pair.rejected)

@@ -86,7 +86,7 @@ class RlTask(TextTask):
     def get_format(
         self, column_names: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format:
-        """Returns the format, with no column unused, because reward functions may use any."""
+        """Returns the format; all columns count as used, because reward functions may use any."""
         return replace(BaseTask.get_format(self, column_names, config, rows), unused=())
 
     def update_format(

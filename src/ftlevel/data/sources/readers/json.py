@@ -57,7 +57,7 @@ class JsonLinesReader(Reader):
             yield self.chunk(elements.rows, elements.lines, elements.errors, position)
 
     def collect(self) -> tuple[Table, list[BadRow]]:
-        """Returns all rows as a table, and the invalid rows; `LineRows` if the file is large."""
+        """Returns all rows as a table (of `LineRows` if the file is large), and the `BadRow`s."""
         if self.path.stat().st_size < lines.LARGE_BYTES:
             return super().collect()
         numbers, offsets, shapes = LineNumbers(), array("q", [self._begin["at"]]), RowShapeCounter()
