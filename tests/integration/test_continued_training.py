@@ -248,6 +248,22 @@ def test_unsupported_adapter_cannot_be_continued(
     )
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_initialization_outside_the_file_is_exported_before_it_is_continued(
+    base: Path, init: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PEFT repeats the initialization when it loads the adapter, which changes the base."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=init)
+    get_peft_model(model, config).save_pretrained("moved")
+    assert run(["train", "--adapter", "moved", *SHORT]) == 2
+    message = capsys.readouterr().err
+    assert f"--adapter moved cannot be continued. init_lora_weights is {init}: its" in message
+    assert "ftlevel export ADAPTER --format peft --out DIR" in message
+    assert run(["export", "moved", "--format", "peft", "--out", "plain", "--quiet"]) == 0
+    assert train(*SHORT, "--adapter", "plain", "--max-steps", "1", out="on")["method"] == "lora"
+
+
 def test_adapter_flag_accepts_method_name(base: Path) -> None:
     summary = train("--model", str(base), *SHORT, "--adapter", "ia3", "--max-steps", "1")
     assert summary["method"] == "ia3"

@@ -263,7 +263,7 @@ def test_pissa_adapter_is_merged_after_peft_export(
     assert run(["merge", name, "--out", "merged"]) == 2
     assert (
         "its initialization changed the base weights and is not in the file. Export it as "
-        "plain LoRA first, and merge that:"
+        "plain LoRA first, and use that:"
     ) in capsys.readouterr().err
     assert run(["export", name, "--format", "peft", "--out", "plain", "-q"]) == 0
     assert run(["merge", "plain", "--out", "merged", "-q"]) == 0

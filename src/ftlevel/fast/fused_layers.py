@@ -13,6 +13,7 @@ original runs for all arguments that the kernel does not support.
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -138,7 +139,8 @@ class FusedNormGlu(ReplacedModules):
 
 def _fuse(module: nn.Module, kernels: Kernels) -> nn.Module | None:
     """Returns a fused norm or GLU to replace `module`, or None if it cannot be fused."""
-    if is_watched(module):
+    # A norm or GLU with a further input, such as Mamba 2's gate, may equal a plain one without it.
+    if is_watched(module) or len(inspect.signature(module.forward).parameters) != 1:
         return None
     if _may_be_norm(module):
         match = _match_norm(module)

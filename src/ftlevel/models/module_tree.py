@@ -16,19 +16,18 @@ from transformers.pytorch_utils import Conv1D
 
 Location = Literal["block", "router", "kernel", "aside", "head", "other"]
 
-# Last names of linear layers that route tokens to experts.
-_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
-# Mamba's scan reads these weights past their modules, so an adapter would have no effect;
-# PEFT 0.21 refuses `out_proj` for these model types (`_check_lora_target_modules_mamba`).
+# Names of layers that route tokens to experts, or of modules that contain such layers.
+_ROUTERS = frozenset({"gate", "router", "router_gate", "shared_expert_gate"})
+# Mamba's scan, or in training mamba-ssm's fused kernel, reads these weights past their modules, so
+# an adapter would have no effect; PEFT 0.21 refuses some (`_check_lora_target_modules_mamba`).
 _KERNEL_LAYERS = {
-    "falcon_h1": ("out_proj",),
-    "falcon_mamba": ("out_proj", "dt_proj"),
     "jamba": ("dt_proj",),
-    "mamba": ("out_proj", "dt_proj"),
-    "mamba2": ("out_proj",),
-    "nemotron_h": ("out_proj",),
+    **dict.fromkeys(("falcon_mamba", "mamba"), ("out_proj", "dt_proj", "x_proj")),
+    **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid"), ("out_proj",)),
+    **dict.fromkeys(("mamba2", "nemotron_h", "zamba2"), ("out_proj",)),
 }
-# Used only with entity inputs, which no task has, or with global attention.
+# Used only with entity inputs, which no task has, or with global attention. A layer of an `indexer`
+# has no gradient either: its scores choose the tokens that attention sees.
 _OPTIONAL_LAYERS = {
     "led": ("query_global", "key_global", "value_global"),
     "longformer": ("query_global", "key_global", "value_global"),
@@ -45,6 +44,7 @@ _FULL_PRECISION_LAYERS = {
     "switch_transformers": ("router.classifier", "wo"),
 }
 _INDEX_LETTERS = "ijklmn"
+_OTHER_INPUTS = re.compile("vision|visual|image|audio")  # encoders of inputs that no task has
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,9 @@ class ModuleTree:
         self.lists = {
             name for name, part in self.modules.items() if isinstance(part, nn.ModuleList)
         }
-        self.blocks = [
-            name for name in self.modules if name in self.lists and self._is_blocks(name)
-        ]
-        self.heads = self._get_heads()
+        stacks = [name for name in self.modules if name in self.lists and self._is_blocks(name)]
+        self.blocks = [name for name in stacks if not _OTHER_INPUTS.search(name)] or stacks
+        self.heads = self._get_heads(stacks)
 
     def _is_blocks(self, name: str) -> bool:
         parents = name.split(".")[:-1]
@@ -120,7 +119,7 @@ class ModuleTree:
         """Returns whether the module is a head or part of one."""
         return any(name == head or name.startswith(f"{head}.") for head in self.heads)
 
-    def _get_heads(self) -> list[str]:
+    def _get_heads(self, stacks: list[str]) -> list[str]:
         base = getattr(self.model, "base_model", self.model)
         if base is not self.model:
             candidates = [name for name, part in self.model.named_children() if part is not base]
@@ -136,8 +135,7 @@ class ModuleTree:
             self._unwrap(name)
             for name in candidates
             if any(True for _ in self.modules[name].parameters())
-            and name not in self.blocks
-            and not any(block.startswith(f"{name}.") for block in self.blocks)
+            and not any(f"{stack}.".startswith(f"{name}.") for stack in stacks)
         ]
 
     def _unwrap(self, name: str) -> str:
@@ -168,9 +166,9 @@ class ModuleTree:
         model_type = getattr(getattr(self.model, "config", None), "model_type", "")
         if names[-1] in _KERNEL_LAYERS.get(model_type, ()):
             return "kernel"
-        if names[-1] in _OPTIONAL_LAYERS.get(model_type, ()):
+        if names[-1] in _OPTIONAL_LAYERS.get(model_type, ()) or "indexer" in names:
             return "aside"
-        return "router" if names[-1] in _ROUTERS or "router" in names else "block"
+        return "block" if _ROUTERS.isdisjoint(names) else "router"
 
     def linears(self) -> Iterator[LinearModule]:
         """Yields every linear layer, including heads, in the model's order."""
@@ -208,6 +206,7 @@ class ModuleTree:
             if re.search(r"norm", type(module).__name__, re.IGNORECASE)
             and any(True for _ in module.parameters(recurse=False))
             and not self.in_heads(name)
+            and not _OTHER_INPUTS.search(name)
         ]
 
     def layer(self, name: str) -> int | None:

@@ -1,17 +1,26 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, GPT2Config, LlamaConfig
 
 from ftlevel.errors import InputError
 from ftlevel.methods.base import shortest_names
 from ftlevel.models.families import lora_parameters
-from ftlevel.models.module_tree import get_heads
+from ftlevel.models.module_tree import (
+    ModuleTree,
+    get_blocks,
+    get_heads,
+    get_modules_to_not_convert,
+)
 from ftlevel.models.targets import (
     build_meta_model,
     inspect_model,
@@ -370,3 +379,75 @@ def test_short_target_names_match_no_other_module() -> None:
     names = ["blocks.0.q_proj", "blocks.1.q_proj", "head.q_proj"]
     assert shortest_names(names, names) == {"q_proj"}
     assert shortest_names(names[:2], names) == {"0.q_proj", "1.q_proj"}
+
+
+def find_scans() -> dict[str, set[str]]:
+    """Returns model types with a Mamba scan -> linear layers whose weight the scan reads."""
+    models = Path(transformers.__file__).parent / "models"
+    sources = {path.parent.name: path.read_text() for path in models.glob("*/modeling_*.py")}
+    return {
+        family: set(re.findall(r"self\.(\w+_proj)\.weight(?:,$| @)", text, re.MULTILINE))
+        for family, text in sources.items()
+        if "mamba_ssm" in text
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "read"), [(f, names) for f, names in find_scans().items() if names]
+)
+def test_layers_read_by_scans_are_neither_adapted_nor_quantized(
+    family: str, read: set[str]
+) -> None:
+    """With mamba-ssm installed, training reads these weights past their modules."""
+    linears = {name: nn.Linear(2, 2) for name in (*read, "in_proj")}
+    model = nn.Module()
+    model.config = SimpleNamespace(model_type=family)  # type: ignore[assignment]
+    model.layers = nn.ModuleList([nn.ModuleDict(linears)])
+    locations = {
+        part.name.rpartition(".")[2]: part.location for part in ModuleTree(model).linears()
+    }
+    assert locations == {**dict.fromkeys(read, "kernel"), "in_proj": "block"}
+    assert set(get_modules_to_not_convert(model)) == {f"layers.0.{name}" for name in read}
+
+
+TINY = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 64,
+}
+
+
+def test_layers_of_a_vision_tower_are_not_adapted() -> None:
+    text = {**TINY, "head_dim": 8, "num_key_value_heads": 1}
+    config = Gemma3Config(text_config=text, vision_config={**TINY, "image_size": 28})
+    model = build_meta_causal_lm(config)
+    targets = resolve_targets(model, "all-linear")
+    assert {name.partition(".layers.")[0] for name in targets} == {"model.language_model"}
+    assert len(targets) == 7 * 2
+    assert targets == resolve_targets(model, LLAMA_NAMES)
+    assert get_heads(model) == ["lm_head"]
+    assert len(get_blocks(model)) == 2
+    assert not [name for name in ModuleTree(model).norm_names() if "vision" in name]
+    (explicit,) = resolve_targets(model, r".*vision_tower.*layers\.0\.mlp\.fc1")
+    assert explicit == "model.vision_tower.encoder.layers.0.mlp.fc1"
+
+
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
+def test_layers_without_gradient_and_routers_are_not_adapted(family: str) -> None:
+    """An indexer only ranks tokens, and its scores have no gradient."""
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    heads = {"n_group": 1, "topk_group": 1, "num_key_value_heads": 2}
+    model = build_meta_causal_lm(AutoConfig.for_model(family, **TINY, **experts, **heads))
+    names = {part.name for part in ModuleTree(model).linears() if part.location == "aside"}
+    assert {name.rpartition(".")[2] for name in names} == {"weights_proj", "wk", "wq_b"}
+    assert names.isdisjoint(resolve_targets(model, "all-linear"))
+
+
+@pytest.mark.parametrize(("family", "router"), [("hunyuan_v1_moe", "wg"), ("doge", "router_gate")])
+def test_all_linear_excludes_routers_of_any_name(family: str, router: str) -> None:
+    fields = {"head_dim": 8, "num_experts": 4, "is_moe": True, "num_key_value_heads": 2}
+    model = build_meta_causal_lm(AutoConfig.for_model(family, **TINY, **fields))
+    assert any(part.name.endswith(f".{router}") for part in ModuleTree(model).linears())
+    assert not any(name.endswith(f".{router}") for name in resolve_targets(model, "all-linear"))

@@ -280,7 +280,7 @@ def get_merge_error(config: Mapping[str, Any]) -> str | None:
     if init.lower().startswith(BASE_MODIFYING_INITS):  # saved by PEFT; ftlevel saves plain LoRA
         return (
             f"init_lora_weights is {init}: its initialization changed the base weights and is "
-            "not in the file. Export it as plain LoRA first, and merge that: ftlevel export "
+            "not in the file. Export it as plain LoRA first, and use that: ftlevel export "
             "ADAPTER --format peft --out DIR."
         )
     for key, message in _CANNOT_MERGE.items():

@@ -19,7 +19,7 @@ from ftlevel.config.flags import FLAGS
 from ftlevel.config.rl import RL_TASK
 from ftlevel.errors import ConfigError, join_names
 from ftlevel.methods import METHODS
-from ftlevel.methods.merging import WEIGHTS
+from ftlevel.methods.merging import WEIGHTS, get_merge_error
 from ftlevel.models.hardware import select_device
 from ftlevel.models.loading import build_task_model
 from ftlevel.models.sources import resolve_source
@@ -84,6 +84,9 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
     )
     spec = _load_method_config(adapter, config.method)
     _check_method_options(config, adapter, spec)
+    init = {key: adapter.settings.get(key) for key in ("peft_type", "init_lora_weights")}
+    if init["init_lora_weights"] and (error := get_merge_error(init)):
+        raise ConfigError(f"--adapter {name} cannot be continued. {error}")
     values["method"] = spec.model_dump()
     values["model"] = {**values.get("model", {}), "name_or_path": ref.base}
     if ref.source.revision:

@@ -12,7 +12,10 @@ from torch import nn
 from transformers import Gemma3nTextConfig
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4MLP
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextMLP
+from transformers.models.lara_mini.modeling_lara_mini import LaraMiniRMSNormGated
+from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 from transformers.models.step3p7.modeling_step3p7 import Step3p7MLP
+from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
 import tiny_models
 from ftlevel.fast.fused_layers import FusedGlu, FusedNorm, FusedNormGlu
@@ -143,3 +146,15 @@ def test_fused_layers_save_fewer_bytes() -> None:
     norm = copy.deepcopy(layer.input_layernorm)
     assert get_saved_bytes(FusedNorm(norm, 0.0, False).train()) < 0.6 * get_saved_bytes(norm)
     assert get_saved_bytes(FusedGlu(layer.mlp, "silu").train()) < get_saved_bytes(layer.mlp)
+
+
+@pytest.mark.parametrize(
+    "norm", [MambaRMSNormGated(8, 8), Zamba2RMSNormGated(8, 8), LaraMiniRMSNormGated(8)], ids=str
+)
+def test_norms_with_a_gate_are_not_replaced(norm: nn.Module) -> None:
+    """Without its gate, such a norm is a plain one or fails, and its model always passes one."""
+    model = nn.ModuleDict({"norm": norm}).requires_grad_(False).train()
+    x, gate = torch.randn(2, 3, 8).requires_grad_(), torch.randn(2, 3, 8)
+    expected = norm(x, gate)
+    assert FusedNormGlu(model).count == 0
+    torch.testing.assert_close(model["norm"](x, gate), expected, rtol=0, atol=0)
