@@ -144,6 +144,65 @@ def test_convert_llama_factory(capsys: pytest.CaptureFixture[str]) -> None:
     assert "identity, alpaca_en_demo" in unconverted["dataset"]
 
 
+@pytest.mark.parametrize(
+    ("text", "kind", "alpha"),
+    [
+        ("base_model: some/model\nadapter:\nlora_r: 32", "full", None),
+        ("model_name_or_path: some/model\ndataset_name: a.jsonl", "full", None),
+        ("model_name_or_path: some/model\ndataset_name: a.jsonl\nuse_peft: true", "lora", 32),
+        ("model_name_or_path: some/model\nstage: sft\nlora_rank: 16", "lora", 32),
+        ("model_name_or_path: some/model\nfinetuning_type: full\nlora_rank: 16", "full", None),
+        ("model: some/model\ntrain_type: lora\nlora_rank: 16", "lora", 32),
+    ],
+)
+def test_convert_keeps_the_defaults_of_the_method(
+    text: str, kind: str, alpha: float | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, unconverted = convert(text, capsys)
+    method = config.method.model_dump()
+    assert (method["kind"], method.get("lora_alpha")) == (kind, alpha)
+    assert unconverted.keys() <= {"lora_r", "lora_rank"}, "no dataset was named"
+
+
+def test_scheduler_arguments_and_several_invalid_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    """A rule between fields is checked only once each field is valid."""
+    text = """
+model_name_or_path: some/model
+stage: sft
+save_steps: 0
+learning_rate: 1.0e-4
+lr_scheduler_type: cosine_with_min_lr
+"""
+    _, unconverted = convert(text, capsys)
+    assert unconverted.keys() == {"save_steps", "lr_scheduler_type"}
+    assert "needs one of min_lr or min_lr_rate" in unconverted["lr_scheduler_type"]
+    config, unconverted = convert(f"{text}lr_scheduler_kwargs: {{min_lr_rate: 0.1}}", capsys)
+    assert unconverted.keys() == {"save_steps"}
+    assert config.train.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+    text = "base_model: some/model\nadapter: lora\nchat_template: "
+    assert convert(f"{text}llama3", capsys)[0].data.chat_template == "llama-3"
+    config, unconverted = convert(f"{text}tokenizer_default", capsys)
+    assert config.data.chat_template is None
+    assert "the model's chat template is used" in unconverted["chat_template"]
+
+
+def test_each_key_is_not_converted_for_its_own_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    _, unconverted = convert(
+        """
+base_model: some/model
+adapter: lora
+datasets: [{path: a.jsonl, type: alpaca}, {path: b.jsonl, type: completion}]
+excess_length_strategy: truncate
+evals_per_epoch: 1
+eval_steps: 50
+""",
+        capsys,
+    )
+    assert {"datasets[1].type", "excess_length_strategy", "evals_per_epoch"} == set(unconverted)
+    assert "--overlong truncate" in unconverted["excess_length_strategy"]
+    assert "--eval-strategy epoch" in unconverted["evals_per_epoch"]
+
+
 @pytest.mark.parametrize(("text", "tool"), [(AXOLOTL, "Axolotl"), (LLAMA_FACTORY, "LLaMA-Factory")])
 def test_unconverted_configuration_is_rejected(
     text: str, tool: str, capsys: pytest.CaptureFixture[str]

@@ -343,21 +343,14 @@ def parse_epoch_interval(text: str) -> str:
 
 def parse_template(text: str) -> str:
     """Convert a template name of LLaMA-Factory or Unsloth to a value of --chat-template."""
-    known = {
-        "llama3": "llama-3",
-        "llama-3": "llama-3",
-        "mistral": "mistral",
-        "gemma": "gemma",
-        "qwen": "qwen",
-        "chatml": "chatml",
-    }
-    name = text.strip().lower()
+    known = ("llama-3", "mistral", "gemma", "qwen", "chatml")
+    name = "llama-3" if text.strip().lower() == "llama3" else text.strip().lower()
     if name not in known and not name.endswith((".jinja", ".jinja2")):
         raise ValueError(
             f"the model's chat template is used. Drop it, or use --chat-template with "
-            f"{', '.join(dict.fromkeys(known.values()))}, or a Jinja file"
+            f"{', '.join(known)}, or a Jinja file"
         )
-    return known.get(name, text)
+    return name if name in known else text
 
 
 def parse_glue(text: str) -> str:

@@ -45,12 +45,18 @@ def convert(file: Path) -> list[str]:
             f"{file}: no reward function, because TRL's GRPO scripts pass it in Python. Expected "
             "reward_funcs. Add a line to the file: reward_funcs: [MODULE.FUNCTION]"
         )
-    typed, lost = _sort_keys(values)
+    defaults = _method_defaults(tool, values)
+    for key, value in defaults.items():
+        typer.echo(f"note: {key} {_words(value)[0]} is kept, as in {tool}: its default", err=True)
+    # Of two keys that contradict each other, the first is not taken over.
+    pairs = sorted({**values, **defaults}.items(), key=lambda pair: pair[0] in _METHOD_KEYS)
+    typed, lost = _sort_keys(dict(pairs))
     if tool == VERL:
         lost["reward_model"] = "verl chooses a function by data_source; number is used: check it"
     config = _resolve(typed, lost)
     data = config.data
-    if tool == LLAMA_FACTORY and "/" not in data.dataset and not Path(data.dataset).suffix:
+    is_name = "dataset" in typed and "/" not in data.dataset and not Path(data.dataset).suffix
+    if tool == LLAMA_FACTORY and is_name:
         lost["dataset"] = (
             "dataset_info.json is not read. Use the files of "
             f"{', '.join([data.dataset, *data.also])}"
@@ -62,6 +68,31 @@ def convert(file: Path) -> list[str]:
     recipe = config.model_dump(mode="json", exclude_unset=True)
     typer.echo(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), nl=False)
     return []
+
+
+_LORA_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    MS_SWIFT: {"lora_alpha": 32},
+    TRL: {"lora_r": 16, "lora_alpha": 32},
+}
+_METHOD_KEYS = """
+    adapter use_peft use_peft_lora use_lora peft_method finetuning_type tuner_type train_type
+    """.split()
+
+
+def _method_defaults(tool: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns defaults of `tool` for keys missing in `values`, if ftlevel would train otherwise."""
+    given = {key: value for key, value in values.items() if value not in (None, "")}
+    methods = [given[key] for key in _METHOD_KEYS if key in given]
+    defaults: dict[str, Any] = {}
+    if tool == AXOLOTL:
+        defaults = {"adapter": "full"}
+    elif tool == TRL and not methods:
+        defaults = {"use_peft": False}
+    elif all(method in ("lora", True) for method in methods):
+        defaults = {**_LORA_DEFAULTS.get(tool, {})}
+        if tool == LLAMA_FACTORY and isinstance(rank := given.get("lora_rank"), int) and rank != 8:
+            defaults["lora_alpha"] = 2 * rank
+    return {key: value for key, value in defaults.items() if key not in given}
 
 
 def _sort_keys(values: dict[str, Any]) -> tuple[dict[str, list[str]], dict[str, str]]:
@@ -79,14 +110,15 @@ def _sort_keys(values: dict[str, Any]) -> tuple[dict[str, list[str]], dict[str, 
             try:
                 resolve_flag_aliases([*itertools.chain(*typed.values()), *words], specs)
             except ConfigError as error:
-                lost[key] = _reason(error)
+                lost[key] = _reason(error.problems)
             else:
                 typed[key] = words
     return typed, lost
 
 
-def _reason(error: ConfigError) -> str:
-    return error.problems[-1].partition(": ")[2] or error.problems[-1]
+def _reason(problems: Sequence[str]) -> str:
+    flag, _, reason = problems[-1].partition(": ")
+    return reason if reason and len(flag.split()) < 3 else problems[-1]
 
 
 def _resolve(typed: dict[str, list[str]], lost: dict[str, str]) -> TrainConfig:
@@ -110,14 +142,15 @@ def _resolve(typed: dict[str, list[str]], lost: dict[str, str]) -> TrainConfig:
 
     notes: list[str] = []
     while (error := problem_of("")) is not None:
-        fewer = ((key, problem_of(key)) for key in list(typed))
-        key = next(
-            (k for k, left in fewer if left is None or len(left.problems) < len(error.problems)),
-            None,
-        )
-        if key is None:
+        keys = typed.keys() - {"task", "task_type", "stage", "rl", "rlhf_type"}
+        left = {k: getattr(problem_of(k), "problems", []) for k in typed if k in keys}
+        # Without a key, a rule may be checked that was not reached before.
+        ranks = {k: (set(error.problems) <= set(rest), len(rest)) for k, rest in left.items()}
+        key = min(ranks, key=lambda key: ranks[key], default="")
+        solved = [text for text in error.problems if text not in left.get(key, error.problems)]
+        if not solved:
             raise ConfigError([*error.problems, *(f"{k}: {reason}" for k, reason in lost.items())])
-        lost[key] = _reason(error)
+        lost[key] = _reason(solved)
         del typed[key]
     for line in notes:
         typer.echo(f"note: {line}", err=True)
@@ -138,7 +171,7 @@ _OF_A_SET = {
 }
 
 
-_AXOLOTL_FLAGS = {"rl": "--stage", "rl_beta": "--beta"}
+_AXOLOTL_FLAGS = {"rl": "--stage", "rl_beta": "--beta", "chat_template": "--template"}
 
 
 def convert_keys(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
@@ -151,9 +184,10 @@ def convert_keys(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     for key, value in values.items():
         if value is None or value in ("", [], {}):
             continue
+        is_often = isinstance(value, int | float) and value > 1
         if key == "datasets" and isinstance(value, list):
             yield from _data_sets(value)
-        elif key in ("evals_per_epoch", "saves_per_epoch") and _is_often(value):
+        elif key in ("evals_per_epoch", "saves_per_epoch") and is_often:
             share = 1 / (float(value) * float(values.get("num_epochs") or 1))
             yield key, [f"--{key[:4]}-steps", f"{share:g}"]
         elif key in _AXOLOTL_FLAGS:
@@ -161,6 +195,8 @@ def convert_keys(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
         elif key == "trl" and isinstance(value, Mapping):
             for name, setting in value.items():
                 yield f"trl.{name}", [f"--{name}", *_words(setting)]
+        elif isinstance(value, Mapping) and key in ("lr_scheduler_kwargs", "optim_args"):
+            yield key, [f"--{key}", ",".join(f"{name}={value[name]}" for name in value)]
         elif isinstance(value, Mapping) or _is_nested(value):
             yield key, []
         else:
@@ -168,22 +204,19 @@ def convert_keys(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _data_sets(sets: Sequence[Any]) -> Iterator[tuple[str, list[str]]]:
+    shared: dict[str, str] = {}  # a recipe has one format for all
     for number, one in enumerate(sets):
         data = one if isinstance(one, Mapping) else {"path": one}
         for key, value in data.items():
             shown = f"datasets[{number}].{key}"
+            flag = "--format" if key == "type" else _OF_A_SET.get(key)
+            text = _FORMATS.get(str(value)) if key == "type" else str(value)
             if key == "path":
                 yield shown, ["--dataset", str(value)]
-            elif key == "type" and str(value) in _FORMATS:
-                yield shown, ["--format", _FORMATS[str(value)]]
-            elif key in _OF_A_SET:
-                yield shown, [_OF_A_SET[key], str(value)]
+            elif flag and text and shared.setdefault(flag, text) == text:
+                yield shown, [flag, text]
             else:
                 yield shown, []
-
-
-def _is_often(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 1
 
 
 def _is_nested(value: Any) -> bool:
