@@ -304,11 +304,11 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
         if size < _MIN_BYTES:
             continue
         bar = "█" * round(_PLAN_BAR * size / plan.need.peak)
-        yield f"  {part.ljust(width)} {_mib(size):>12}  {bar}"
+        yield f"  {part.ljust(width)} {format_size(size):>12}  {bar}"
     if plan.need.process is not None:
         yield (
-            f"  {_PROCESS.ljust(width)} {_mib(plan.need.process):>12}  with Python, its libraries "
-            "and the check before the first step"
+            f"  {_PROCESS.ljust(width)} {format_size(plan.need.process):>12}  with Python, its "
+            "libraries and the check before the first step"
         )
     if plan.is_synthetic:
         yield "  rows are synthetic, all of --max-length tokens; pass --dataset to use your own"
@@ -317,7 +317,7 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
     if not plan.is_synthetic:
         yield f"an epoch: {plan.steps:,} steps, {plan.tokens:,} tokens{_time(plan)}"
     one, total = plan.checkpoint_bytes
-    yield f"disk: {_mib(one)} a checkpoint, {_mib(total)} for all that are kept"
+    yield f"disk: {format_size(one)} a checkpoint, {format_size(total)} for all that are kept"
 
 
 def _time(plan: RunPlan) -> str:
@@ -339,11 +339,12 @@ def _plan_table(fits: list[Alternative]) -> Table:
         table.add_column(name, justify="right")
     for fit in fits:
         most = "any" if fit.most_rows is None else f"{fit.most_rows:,}"
-        table.add_row(fit.flags, _mib(fit.peak), "yes" if fit.fits else "no", most)
+        table.add_row(fit.flags, format_size(fit.peak), "yes" if fit.fits else "no", most)
     return table
 
 
-def _mib(size: int) -> str:
+def format_size(size: float) -> str:
+    """Returns a number of bytes in MiB or GiB."""
     return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import optuna
 import pytest
 
-from ftlevel.config import Layer, TrainConfig, build_config
+from ftlevel.config import Layer, OutputConfig, TrainConfig, build_config
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.events import NullListener
 from ftlevel.extras.compare import compare, search
@@ -55,6 +55,35 @@ def test_search_is_around_the_rate_for_the_steps_of_the_budget(tmp_path: Path) -
         assert study is not None
         rates.append(study.rate)
     assert rates[0] > rates[1]
+
+
+def test_search_samples_rates_that_train_accepts(tmp_path: Path) -> None:
+    bounds: dict[str, Any] = {}
+
+    class Trial:
+        def suggest_float(self, name: str, low: float, high: float, *, log: bool) -> float:
+            bounds.update(low=low, high=high, log=log)
+            return high
+
+    rate = search._sample(Trial(), "lr", 0.3)  # C³A's default
+    assert build(learning_rate=rate).train.learning_rate == rate
+    assert bounds["low"] == pytest.approx(0.03)
+
+
+def test_limits_of_the_winner_are_kept_on_resume(tmp_path: Path) -> None:
+    config = build()
+    first = ComparisonOptions(("lora",), 2, None, 1, 8.0, 30.0, (), None, None)
+    _, state = compare._start_or_resume(config, first, tmp_path / "runs")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / compare.RESULT).write_text(json.dumps(state))
+    resumed = config.with_sections(output=OutputConfig(dir=tmp_path / "runs", resume=True))
+    alone = ComparisonOptions((), None, None, 1, None, None, (), None, None)
+    args, state = compare._start_or_resume(resumed, alone, tmp_path / "runs")
+    assert (args.max_memory, args.max_minutes) == (8.0, 30.0)
+    (tmp_path / "runs" / compare.RESULT).write_text(json.dumps(state))
+    lower = ComparisonOptions((), None, None, 1, 4.0, None, (), None, None)
+    args, _ = compare._start_or_resume(resumed, lower, tmp_path / "runs")
+    assert (args.max_memory, args.max_minutes) == (4.0, 30.0)
 
 
 def test_resume_with_changed_rows_is_rejected(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ftlevel.cli.preview import format_size
 from ftlevel.commands.plan import PlanOptions
 from ftlevel.data.encoding.store import row_lengths
 from ftlevel.training.forecast.fits import MemoryRequirement
@@ -180,9 +181,10 @@ class ClusterForecast:
             f"tokens/s, {self.tokens_per_s / network.ranks:,.0f} per GPU"
         )
         yield (
-            f"  each GPU sends {_mib(step.gathered)} of weights and {_mib(step.reduced)} of "
-            f"gradients per step: {step.talking:,.3g} s of communication, {step.hidden:.0%} of it "
-            f"overlapped with {step.computing:,.3g} s of computation"
+            f"  each GPU sends {format_size(step.gathered)} of weights and "
+            f"{format_size(step.reduced)} of gradients per step: {step.talking:,.3g} s of "
+            f"communication, {step.hidden:.0%} of it overlapped with {step.computing:,.3g} s of "
+            "computation"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -253,8 +255,3 @@ def _sent(sharded: ShardedModel, ranks: int, shard: str) -> dict[str, Any]:
         reduced = sharded.blocks.reduced_bytes(ranks) / sharded.count
         return {**sent, "reduced": reduced, "reduced_root": sharded.root.reduced_bytes(ranks)}
     return {**sent, "everywhere": sharded.trained}
-
-
-def _mib(size: float) -> str:
-    mib = round(size) / 2**20
-    return f"{mib:,.1f} MiB" if mib < 1024 else f"{mib / 1024:,.2f} GiB"

@@ -10,19 +10,12 @@ import typer
 from rich.console import Console
 
 from ftlevel.cli.flags import CommandInput, read_config
+from ftlevel.cli.preview import format_size
 from ftlevel.cli.startup import heavy_imports, prepare
 
 _COLUMNS = (
-    "method",
-    "95 % over rows",
-    "± seeds",
-    "to the best",
-    "more than noise",
-    "trained",
-    "adapter",
-    "peak",
-    "tokens/s",
-    "time",
+    *("method", "95 % over rows", "± seeds", "to the best", "more than noise"),
+    *("trained", "adapter", "peak", "tokens/s", "time"),
 )
 
 
@@ -56,8 +49,8 @@ def _cells(row: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[str]:
     answer = {None: "?", True: "no", False: "yes"}[row["is_noise"]]
     yield "" if is_first else answer
     yield f"{row['trained']:,}"
-    yield _mib(row["adapter_bytes"])
-    yield _mib(row["peak_bytes"])
+    yield format_size(row["adapter_bytes"])
+    yield format_size(row["peak_bytes"])
     yield f"{row['tokens_per_s']:,.0f}"
     yield f"{row['seconds']:,.1f} s"
     if any(other["search"] for other in result["rows"]):
@@ -91,10 +84,6 @@ def _search_words(search_results: Mapping[str, Any]) -> str:
         f"{values} ({search_results['trials']} trials, {search_results['pruned']} of them ended "
         f"early, {search_results['seconds']:,.1f} s)"
     )
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
 
 
 def compare(inputs: CommandInput, *, as_json: bool, quiet: bool) -> None:

@@ -216,6 +216,8 @@ def _start_or_resume(
         "trials": args.trials or _TRIALS,
         "study": args.study,
         "searched": {},
+        "max_memory": args.max_memory,
+        "max_minutes": args.max_minutes,
     }
     before = path / RESULT
     if not config.output.resume or not before.is_file():
@@ -261,8 +263,10 @@ def _start_or_resume(
             )
     for run in path.glob("*-seed*"):
         check_lock(run)
+    limits = {name: state[name] or old.get(name) for name in ("max_memory", "max_minutes")}
     state |= {
         **search_results,
+        **limits,
         "budget": old_budget,
         "planned_steps": steps,
         "seeds": max(args.seeds, seeds),
@@ -270,6 +274,7 @@ def _start_or_resume(
     }
     args = replace(
         args,
+        **limits,
         methods=tuple(state["methods"]),
         steps=old_budget["steps"],
         minutes=old_budget["minutes"],

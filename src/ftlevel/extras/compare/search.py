@@ -160,8 +160,6 @@ class Study:
         fields: hyperparameter → configuration field.
         rate: default learning rate.
         metric: metric to optimize.
-        direction: whether the metric is minimized or maximized.
-        trials: number of trials.
     """
 
     name: str
@@ -383,7 +381,7 @@ def _objective(trial: optuna.Trial, study: Study, config: TrainConfig, path: Pat
 
 def _sample(trial: optuna.Trial, name: str, rate: float) -> float:
     if name == _RATE:
-        low, high = rate / _RATE_FACTOR, rate * _RATE_FACTOR
+        low, high = rate / _RATE_FACTOR, min(rate * _RATE_FACTOR, 1.0)  # what train accepts
         return trial.suggest_float(name, low, high, log=True)
     if name in _MAX_VALUES:
         return trial.suggest_float(name, 0.0, _MAX_VALUES[name], step=_MAX_VALUES[name] / 4)
