@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    EarlyStoppingCallback,
     TrainerCallback,
 )
 
@@ -276,6 +277,8 @@ def wrapped_model(base: Path) -> Any:
         (lambda base: {"tokenizer": "gpt2"}, "tokenizer= is of type str"),
         (lambda base: {"callbacks": [CountSteps]}, "callbacks= has CountSteps. Expected instances"),
         (lambda base: {"callbacks": [print]}, "callbacks= has one of type builtin"),
+        (lambda base: {"callbacks": [EarlyStoppingCallback(3)]},
+         "Use TrainConfig(train={'early_stopping_patience': 3})."),
         (lambda base: {"dataset": 7}, "dataset= is of type int"),
         (lambda base: {"eval_dataset": b"SECRET"}, "eval_dataset= is of type bytes"),
         (lambda base: {"dataset": ROWS, "config": {"data": "x.csv"}}, "has data.dataset too"),

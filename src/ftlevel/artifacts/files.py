@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -128,20 +129,71 @@ def check_writable(label: str, directory: Path) -> None:
         raise ConfigError(f"{label}: {existing} cannot be written. Choose another.")
 
 
+try:
+    import fcntl
+except ImportError:  # Windows: no locks, no sweep
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def lock_dir(
+    path: Path, *, shared: bool = False, flag: str = "--output-dir", noun: str = "run"
+) -> Iterator[None]:
+    """Lock a path (flock) in the block; raise ConfigError on `flag` if another process has it.
+
+    With `shared`, other processes may share the lock. It has no effect on file systems without
+    locks.
+    """
+    descriptor = None
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if descriptor is not None and fcntl is not None:
+            try:
+                operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+                fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"{flag} {path}: another {noun} is writing to it"
+                    f"{_get_lock_process(descriptor)}. Wait until it ends, or choose another path."
+                ) from None
+            except OSError:  # no locks on this file system
+                pass
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _get_lock_process(descriptor: int) -> str:
+    """Returns " (process PID)" for the lock's holder, from /proc/locks; "" if it is unknown."""
+    status = os.fstat(descriptor)
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            values = line.split()
+            if values[1] == "FLOCK" and values[5] == f"{device}:{status.st_ino}":
+                return f" (process {values[4]})"
+    return ""
+
+
 @contextlib.contextmanager
 def _partial_dir(path: Path) -> Iterator[Path]:
-    """Yields a new directory beside the output `path`; deletes it at the end of the block."""
+    """Yields a new, locked directory beside the output `path`; deletes it at the end of the block."""
     partial = path.with_name(f".{path.name}.partial")
+    lock = functools.partial(lock_dir, partial, flag="--out", noun="command")
     if partial.exists():  # left by a killed process
-        shutil.rmtree(partial)
+        with lock():
+            shutil.rmtree(partial)
     try:
-        try:
-            partial.mkdir(parents=True)
-        except OSError as error:
-            raise ConfigError(
-                f"--out: {partial.parent} cannot be written ({error.strerror}). Choose another."
-            ) from None
-        yield partial
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--out: {partial.parent} cannot be written ({error.strerror}). Choose another."
+        ) from None
+    try:
+        with lock():
+            yield partial
     finally:
         _remove(partial)
 
@@ -293,11 +345,6 @@ def file_fingerprint(path: Path) -> str:
             hasher.update(block)
     return hasher.hexdigest()
 
-
-try:
-    import fcntl
-except ImportError:  # Windows: no locks, no sweep
-    fcntl = None  # type: ignore[assignment]
 
 _PREFIX = "ftlevel-"
 _LOCK_DIR = ".ftlevel-workspace"

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ from ftlevel.artifacts import checkpoints
 from ftlevel.artifacts.files import (
     check_regular,
     check_writable,
+    lock_dir,
     read_json_object,
     write_json,
     write_text,
@@ -249,58 +249,10 @@ def _load_marker(run_dir: Path) -> dict[str, Any] | None:
     return None
 
 
-try:
-    import fcntl
-except ImportError:  # Windows: no locks
-    fcntl = None  # type: ignore[assignment]
-
-
-@contextlib.contextmanager
-def lock_dir(
-    path: Path, *, shared: bool = False, flag: str = "--output-dir", noun: str = "run"
-) -> Iterator[None]:
-    """Lock a path (flock) in the block; raise ConfigError on `flag` if another process has it.
-
-    With `shared`, other processes may share the lock. It has no effect on file systems without
-    locks.
-    """
-    descriptor = None
-    with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY)
-    try:
-        if descriptor is not None and fcntl is not None:
-            try:
-                operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-                fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(
-                    f"{flag} {path}: another {noun} is writing to it"
-                    f"{_get_lock_process(descriptor)}. Wait until it ends, or choose another path."
-                ) from None
-            except OSError:  # no locks on this file system
-                pass
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-
-
 def check_lock(path: Path) -> None:
     """Raise ConfigError if another run writes to the directory."""
     with lock_dir(path, shared=True):
         pass
-
-
-def _get_lock_process(descriptor: int) -> str:
-    """Returns " (process PID)" for the lock's holder, from /proc/locks; "" if it is unknown."""
-    status = os.fstat(descriptor)
-    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/locks").read_text().splitlines():
-            values = line.split()
-            if values[1] == "FLOCK" and values[5] == f"{device}:{status.st_ino}":
-                return f" (process {values[4]})"
-    return ""
 
 
 ORIGIN = "origin.json"
@@ -514,7 +466,7 @@ def open_run(
 
 def _create_numbered_dir(parent: Path, name: str) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
-    clean = re.sub(r"[^\w.-]+", "-", name).strip("-")
+    clean = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
     for number in itertools.count(1):
         path = parent / f"{clean}-{number}"
         try:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import IO, Any
 
+from ftlevel.artifacts.files import lock_dir
 from ftlevel.artifacts.row_files import check_row_file, row_file_type
 from ftlevel.artifacts.row_sinks import LineStream, RowColumns, RowFile, RowList, RowSink
-from ftlevel.artifacts.run_directory import lock_dir
 from ftlevel.config import PredictConfig, TrainConfig
 from ftlevel.config.section import Choice, check_config
 from ftlevel.data.formats.columns import resolve_column

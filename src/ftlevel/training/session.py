@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ftlevel.artifacts.files import Workspace
+from ftlevel.artifacts.files import Workspace, lock_dir
 from ftlevel.artifacts.hub import get_repo_id
 from ftlevel.artifacts.run_directory import (
     RunDirectory,
     check_output,
     get_recipe_info,
-    lock_dir,
     record_files_once,
     replace_run,
 )
@@ -187,17 +186,21 @@ def _name(key: str, value: Any, data: DataConfig) -> str:
 
 
 def _check_callbacks(callbacks: Sequence[TrainerCallback]) -> None:
-    from transformers import TrainerCallback
+    from transformers import EarlyStoppingCallback, TrainerCallback
 
     for callback in callbacks:
-        if not isinstance(callback, TrainerCallback):
-            name = callback.__name__ if isinstance(callback, type) else type(callback).__name__
+        if isinstance(callback, EarlyStoppingCallback):
+            patience = callback.early_stopping_patience
             raise ConfigError(
-                f"callbacks= has {name}. Expected instances of transformers.TrainerCallback, such "
-                f"as {name}()."
-                if isinstance(callback, type)
-                else f"callbacks= has one of type {name}. Expected instances of "
-                "transformers.TrainerCallback."
+                "callbacks= has EarlyStoppingCallback, which needs checkpoints of transformers. "
+                f"Use TrainConfig(train={{'early_stopping_patience': {patience}}})."
+            )
+        if not isinstance(callback, TrainerCallback):
+            is_class = isinstance(callback, type)
+            name = callback.__name__ if is_class else f"one of type {type(callback).__name__}"
+            raise ConfigError(
+                f"callbacks= has {name}. Expected instances of transformers.TrainerCallback"
+                f"{f', such as {name}()' if is_class else ''}."
             )
 
 
@@ -401,7 +404,7 @@ class TrainingSession:
     def report(self, proof: Proof) -> Mapping[str, Any]:
         """Write and show the results of the run; returns the contents of summary.json."""
         job, callbacks, trainer = self.job, self.callbacks, self.trainer
-        tokens, records = int(trainer.tokens_seen), callbacks.report.records
+        tokens, records = callbacks.report.tokens or 0, callbacks.report.records
         comparison = asdict(self.comparison) if self.comparison else None
         outcome = Outcome(
             run=self.output_dir.path,

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from ftlevel.artifacts.run_directory import check_lock, check_output, lock_dir, open_run
+from ftlevel.artifacts.files import atomic_directory, atomic_files, lock_dir
+from ftlevel.artifacts.run_directory import check_lock, check_output, open_run
 from ftlevel.config import OutputConfig
 from ftlevel.errors import ConfigError
 from ftlevel.events import NullListener
@@ -20,7 +21,7 @@ from ftlevel.training.resume import ResumeState, open_or_resume
 LOCK_SCRIPT = """
 import sys, time
 from pathlib import Path
-from ftlevel.artifacts.run_directory import lock_dir
+from ftlevel.artifacts.files import lock_dir
 with lock_dir(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -81,6 +82,18 @@ def test_shared_lock_allows_checks_but_not_exclusive_lock(tmp_path: Path) -> Non
         check_lock(tmp_path)
         with pytest.raises(ConfigError, match="another run is writing"), lock_dir(tmp_path):
             pass
+
+
+@pytest.mark.parametrize("write", [atomic_directory, atomic_files])
+def test_two_commands_do_not_share_an_output(tmp_path: Path, write: Any) -> None:
+    out = tmp_path / "out"
+    (tmp_path / ".out.partial").mkdir()  # left by a killed process
+    with write(out) as partial:
+        (partial / "out").write_text("first")
+        message = r"\.out\.partial: another command is writing to it"
+        with pytest.raises(ConfigError, match=message), write(out):
+            pass
+    assert (out if out.is_file() else out / "out").read_text() == "first"
 
 
 def test_second_resume_leaves_checkpoints_of_first(tmp_path: Path) -> None:
