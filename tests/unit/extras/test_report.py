@@ -118,6 +118,12 @@ def test_several_runs_are_compared() -> None:
         assert f"{chart.title} ({chart.unit}) by step. one: from" in chart.words
 
 
+def test_runs_of_equal_names_are_shown_by_path() -> None:
+    page = render_page([make_run(), replace(make_run(), path=Path("other") / "run")])
+    assert "runs/run, other/run: training report" in page
+    assert "<h3>other/run</h3>" in page
+
+
 def test_long_log_is_thinned_but_keeps_peak() -> None:
     page = render_page([make_run(count=100_000)])
     assert len(page.encode()) < 3_000_000

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from shlex import quote
@@ -334,7 +334,9 @@ _MAX_TEXT = 2_000  # characters printed of an answer
 
 
 def render_page(runs: Sequence[ReportedRun]) -> str:
-    """Returns the HTML report that compares `runs`."""
+    """Returns the HTML report that compares `runs`; runs of equal names are shown by path."""
+    if len({run.name for run in runs}) < len(runs):
+        runs = [replace(run, name=str(run.path)) for run in runs]
     names = ", ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
     page: str = _load_template().render(
         title=f"{names}: training report",
