@@ -63,6 +63,19 @@ def test_plan_from_config_only(llama_8b_dir: Path, capsys: pytest.CaptureFixture
     assert json.loads(changed)["fits_in_memory"]
 
 
+def test_processes_of_a_run_are_gpus_of_a_machine(
+    llama_8b_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--model", llama_8b_dir, "--gpu", "h100", "--max-length", 99, "--brief", "--json")
+    plans = [
+        json.loads(plan(capsys, *common, flag, 4))
+        for flag in ("--num-processes", "--gpus-per-node")
+    ]
+    assert plans[0]["cluster"] == plans[1]["cluster"]
+    assert plans[0]["cluster"]["gpus_per_node"] == 4
+    assert plans[0]["peak_bytes"] == pytest.approx(plans[1]["peak_bytes"], rel=1e-3)
+
+
 def test_plan_for_1024_sharded_gpus(llama_8b_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--model", llama_8b_dir, "--gpu", "h100", "--max-length", 512, "--brief",
                  "--shard", "full", "--nodes", 128, "--gpus-per-node", 8)  # fmt: skip

@@ -152,12 +152,8 @@ def _threads() -> Iterator[CheckResult]:
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
     is_ok = used <= num_cores
     value = f"{used} of torch, {num_cores} cores may be used of {cores}"
-    fix = (
-        ""
-        if is_ok
-        else f"More threads than cores slow each other down: OMP_NUM_THREADS={num_cores}"
-    )
-    yield CheckResult("threads", "good" if is_ok else "note", value, fix)
+    fix = f"More threads than cores slow each other down: OMP_NUM_THREADS={num_cores}"
+    yield CheckResult("threads", "good" if is_ok else "note", value, "" if is_ok else fix)
 
 
 def _memory() -> Iterator[CheckResult]:

@@ -160,6 +160,8 @@ def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, Alternati
         raise ConfigError(
             "--probe runs steps on this machine, and --gpu plans for another GPU. Use one of them."
         )
+    if gpu and gpu.tflops and options.nodes * options.gpus_per_node == 1:
+        options = replace(options, gpus_per_node=config.train.num_processes or 1)
     _validate_gpus(config, options, gpu)
     config, adapter, _ = resolve_adapter(config)
     names_model = "name_or_path" in config.model.model_fields_set
