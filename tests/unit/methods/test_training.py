@@ -113,8 +113,9 @@ def test_lora_plus_scales_learning_rate_of_b():
     assert METHODS["lora"].optimizer(TrainConfig().method, model, arguments) is None
 
 
-def test_eva_without_a_large_enough_batch_raises():
-    """PEFT would repeat the batches forever."""
+@pytest.mark.parametrize("processes", [1, 2])
+def test_eva_without_a_large_enough_batch_raises(processes, monkeypatch):
+    """PEFT would repeat the batches forever. All processes have the same batches."""
     settings = peft.LoraConfig(
         r=8, target_modules=["q_proj"], init_lora_weights="eva", eva_config=peft.EvaConfig()
     )
@@ -125,8 +126,11 @@ def test_eva_without_a_large_enough_batch_raises():
         r"rank 8 needs 16 supervised tokens in a batch, and no batch has more than 15\. Raise "
         r"--per-device-train-batch-size"
     )
-    with pytest.raises(ConfigError, match=message):
-        start_from_data(model, [batch, batch], "cpu", "float32")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.distributed, "is_initialized", lambda: processes > 1)
+        patch.setattr(torch.distributed, "get_world_size", lambda: processes)
+        with pytest.raises(ConfigError, match=message):
+            start_from_data(model, [batch, batch], "cpu", "float32")
     start_from_data(model, [{**batch, "supervised": ids >= 0}], "cpu", "float32")
     assert model.peft_config["default"].init_lora_weights is True
 

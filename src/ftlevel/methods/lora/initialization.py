@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from ftlevel.errors import ConfigError
 from ftlevel.models.hardware import autocast
@@ -94,10 +94,9 @@ def _check_batches(model: Any, batches: Any) -> None:
 
     rho = model.peft_config["default"].eva_config.rho
     rank = max(part.r["default"] for part in model.modules() if isinstance(part, LoraLayer))
-    processes = distributed.get_world_size() if distributed.is_initialized() else 1
     needed, largest = round(rank * rho), 0
-    for batch in batches:
-        largest = max(largest, processes * int(batch["supervised"].sum()))
+    for batch in batches:  # the same in all processes
+        largest = max(largest, int(batch["supervised"].sum()))
         if largest >= needed:
             return
     raise ConfigError(
