@@ -263,8 +263,9 @@ def test_save_strategy_best_keeps_best_checkpoints(common: list[str]) -> None:
          "--metric-for-best-model acuracy: --task text-classification does not report this metric. "
          "Did you mean 'accuracy'? There are: loss, accuracy, f1, mcc."),
         (["--early-stopping-patience", "2", "--max-samples", "8", "--dataset", "data/train.jsonl"],
-         "--early-stopping-patience 2 needs validation rows to evaluate, and the data has none. "
-         "Name some by --validation-file, or hold some back: --validation-split 0.05."),
+         "--early-stopping-patience 2 needs validation rows to evaluate, and the data has none, "
+         "or all were dropped. Name others by --validation-file, or hold some back: "
+         "--validation-split 0.05."),
         (["--early-stopping-patience", "2", "--eval-strategy", "no"],
          "--early-stopping-patience needs evaluations during training, and --eval-strategy no "
          "turns them off. Use --eval-strategy epoch or steps."),

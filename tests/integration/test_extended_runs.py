@@ -14,6 +14,7 @@ import pytest
 
 import task_data
 from ftlevel.cli.app import run
+from ftlevel.training.trainer import FtlevelTrainer
 
 ModelDir = Callable[..., Path]
 SHORT = ["--max-samples", "12", "--set", "data.max_eval_samples=4", "--batch-size", "4",
@@ -85,6 +86,38 @@ def test_extended_run_uses_schedule_of_new_length(
     assert summary["steps"] == 6
     expected = {step: 1e-3 * (7 - step) / 6 for step in (4, 5, 6)}
     assert {step: learning_rates("run")[step] for step in expected} == pytest.approx(expected)
+
+
+@pytest.mark.slow
+def test_resume_with_plateau_scheduler(
+    common: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The missed evaluation reaches the scheduler; a changed rate scales the reduced one."""
+    options = [*common[: common.index("--save-strategy")], "--lr-scheduler",
+               "reduce_lr_on_plateau", "--lr-scheduler-kwargs", "factor=0.5,patience=0,threshold=1",
+               "--learning-rate", "1e-3", "--epochs", "3", "--save-steps", "3"]  # fmt: skip
+    train(*options, out="whole")
+    evaluate = FtlevelTrainer.evaluate
+
+    def fail(trainer: FtlevelTrainer, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if trainer.state.global_step == 6:
+            raise RuntimeError("the power failed")
+        return evaluate(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FtlevelTrainer, "evaluate", fail)
+        with pytest.raises(RuntimeError, match="power"):
+            run(["train", "--output-dir", "run", *options, "--traceback"])
+    train("--resume")
+    rates = learning_rates("whole")
+    assert [rates[step] for step in (3, 6, 9)] == [1e-3, 5e-4, 2.5e-4]
+    assert learning_rates("run") == rates
+    assert weights("run") == weights("whole")
+
+    change = ["--learning-rate", "4e-3", "--allow-change", "train.learning_rate"]
+    train("--resume", "--num-train-epochs", "4", *change)
+    assert "train.learning_rate is 0.004 from here on, was 0.001" in capsys.readouterr().err
+    assert learning_rates("run")[10] == 4e-3 / 8
 
 
 @pytest.mark.slow

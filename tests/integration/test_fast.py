@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from ftlevel.cli.app import run
+from ftlevel.training.trainer import FtlevelTrainer
 
 SHORT = ["--model", "tiny", "--overlong", "drop", "--max-samples", "24", "--batch-size", "4",
          "--set", "data.max_eval_samples=8", "--gradient-accumulation-steps", "2", "--max-steps",
@@ -49,6 +50,15 @@ def test_fast_and_plain_step_have_equal_losses() -> None:
             if name in plain_record:
                 assert record[name] == pytest.approx(plain_record[name], rel=1e-4), name
     assert records[-2]["loss"] != records[0]["loss"], "it learns, so a wrong gradient would show"
+
+
+def test_repeated_micro_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of a sharded model repeats micro-batches if another process has more."""
+    _, expected = train(out="alone")
+    monkeypatch.setattr(FtlevelTrainer, "num_forward_passes", lambda _, count: count + 1)
+    _, records = train(out="repeated")
+    for name in ("tokens", "loss", "eval_loss"):
+        assert [r.get(name) for r in records] == [r.get(name) for r in expected], name
 
 
 def test_verify_fast_detects_wrong_fast_step(

@@ -90,6 +90,13 @@ def test_two_processes_match_doubled_accumulation(
     summary = json.loads(process.stdout)  # one object, from rank 0
     assert summary["steps"] == 6
     train_in_one_process(model, dataset, tmp_path / "one", 6, fast=False)
+    counts = [
+        [json.loads(line)["tokens"] for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("one", "two")
+    ]
+    assert counts[0] == counts[1], "of both processes"
+    timings = summary["timings"]
+    assert timings["tokens_per_s"] == pytest.approx(counts[1][-1] / timings["train_s"], rel=1e-2)
     one_process, two_processes = (
         load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("one", "two")
     )

@@ -129,8 +129,8 @@ def _check_eval_data(train: TrainerConfig, num_eval_samples: int) -> None:
     names = [name for name, is_set in flags.items() if is_set]
     if names and not num_eval_samples:
         raise ConfigError(
-            f"{names[0]} needs validation rows to evaluate, and the data has none. Name some by "
-            "--validation-file, or hold some back: --validation-split 0.05."
+            f"{names[0]} needs validation rows to evaluate, and the data has none, or all were "
+            "dropped. Name others by --validation-file, or hold some back: --validation-split 0.05."
         )
 
 

@@ -368,7 +368,7 @@ def add_callbacks(
     report = Report(
         listener,
         output_dir.log if is_first else lambda _: None,
-        lambda: int(trainer.tokens_seen),
+        lambda: int(processes.sum(int(trainer.tokens_seen))),
         lambda: current_memory_bytes(run.model.device),
     )
     method = run.config.method
@@ -402,7 +402,7 @@ def add_callbacks(
         callbacks.gradients,
         recovery,
         callbacks.interrupt,
-        UpdateSchedule(),
+        UpdateSchedule(output_dir.load_log(step_of(checkpoint)) if checkpoint else ()),
         SetEpoch(run.data.train, getattr(trainer.order, "base", trainer.order)),
         *method_callbacks,
         *([best] if best else []),

@@ -41,6 +41,7 @@ class Report(TrainerCallback):
 
     Attributes:
         records: all log records, including those before a resume.
+        tokens: tokens of all processes since the start or a resume; None until training ends.
         first_step_at: start of the first step, by `time.perf_counter`.
         first_step_cpu_s: CPU seconds of all threads until the first step.
         train_s: seconds since the first step, without evaluation and saving.
@@ -58,6 +59,7 @@ class Report(TrainerCallback):
         self.tokens_seen = tokens_seen
         self.memory = memory
         self.records: list[dict[str, Any]] = []
+        self.tokens: int | None = None
         self.first_step_at: float | None = None
         self.first_step_cpu_s = 0.0
         self.train_s = 0.0
@@ -125,10 +127,17 @@ class Report(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Write tokens and seconds into the checkpoint, and pause `train_s` until the next step."""
+        totals = self._totals()
         if state.is_world_process_zero:
             checkpoint = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
-            write_json(checkpoint / _PROGRESS, self._totals())
+            write_json(checkpoint / _PROGRESS, totals)
         self._seen_at = None
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Add up the tokens of all processes."""
+        self.tokens = self.tokens_seen()
 
     def resume(self, checkpoint: Path) -> None:
         """Continue the counts of tokens and seconds from `checkpoint`."""
@@ -136,7 +145,8 @@ class Report(TrainerCallback):
 
     def _totals(self) -> dict[str, Any]:
         start = self.first_step_at or time.perf_counter()
-        now = {"tokens": self.tokens_seen(), "elapsed_s": time.perf_counter() - start}
+        tokens = self.tokens_seen() if self.tokens is None else self.tokens
+        now = {"tokens": tokens, "elapsed_s": time.perf_counter() - start}
         now["train_s"] = self.train_s
         return {name: round(value + self._before[name], 3) for name, value in now.items()}
 
@@ -219,7 +229,11 @@ class UpdateSchedule(TrainerCallback):
     """Callback that on resume sets the configured intervals and rates, not those of the checkpoint.
 
     Else an extended run would start with the old schedule's rate, such as 0 after linear decay.
+    `past` are the log records up to the checkpoint.
     """
+
+    def __init__(self, past: Sequence[Mapping[str, Any]] = ()) -> None:
+        self._past = past
 
     def on_train_begin(
         self,
@@ -235,7 +249,12 @@ class UpdateSchedule(TrainerCallback):
             return
         state.compute_steps(args, state.max_steps)
         if not hasattr(lr_scheduler, "lr_lambdas"):
-            return  # reduce_lr_on_plateau: its rate depends on past losses
+            step = state.global_step
+            losses = [r["eval_loss"] for r in self._past if r["step"] == step and "eval_loss" in r]
+            known = any(r["step"] == step and "eval_loss" in r for r in state.log_history)
+            if losses and not known:  # the checkpoint is older than the evaluation of its step
+                lr_scheduler.step(losses[-1])
+            return
         lr_scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
         values = [
             base * share(lr_scheduler.last_epoch)

@@ -161,11 +161,15 @@ class Processes:
 
     def mean(self, value: float) -> float:
         """Returns the mean of `value` over all processes."""
+        return self.sum(value) / self.count
+
+    def sum(self, value: float) -> float:
+        """Returns the sum of `value` over all processes."""
         if self.count == 1:
             return value
         box = torch.tensor(value, dtype=torch.float64)
         distributed.all_reduce(box)
-        return float(box) / self.count
+        return float(box)
 
     def max(self, value: int) -> int:
         """Returns the maximum of `value` over all processes."""

@@ -14,15 +14,9 @@ from typing import Any
 
 from ftlevel.artifacts import checkpoints
 from ftlevel.artifacts.checkpoints import delete_best_after, step_of
-from ftlevel.artifacts.files import flush_all, hash_weights, write_json
+from ftlevel.artifacts.files import flush_all, hash_weights, lock_dir, write_json
 from ftlevel.artifacts.paths import save_relative_paths
-from ftlevel.artifacts.run_directory import (
-    ORIGIN,
-    RunDirectory,
-    lock_dir,
-    mark_resumed,
-    open_run,
-)
+from ftlevel.artifacts.run_directory import ORIGIN, RunDirectory, mark_resumed, open_run
 from ftlevel.config import ModelConfig, OutputConfig
 from ftlevel.config.section import Choice
 from ftlevel.config.trainer import TrainerConfig
@@ -424,7 +418,10 @@ def get_finished_message(
         if train.max_steps
         else f"--num-train-epochs {2 * train.num_train_epochs:g}"
     )
-    early = " (it stopped early)" if best.get("stopped_early") else ""
+    early = ""
+    if best.get("stopped_early"):
+        early, waited = " (it stopped early)", best.get("waited") or best["patience"]
+        length = f"--early-stopping-patience {2 * waited}"
     newest, _ = checkpoints.get_last_valid_checkpoint(output_dir.checkpoints)
     suggestion = (
         f"For a longer run: --resume {length}."

@@ -139,7 +139,6 @@ class WriteManifest(TrainerCallback):
     It also deletes a run that this one overwrites.
 
     Args:
-        keep: number of checkpoints to keep.
         write_files: adds tokenizer and card to a checkpoint directory; None if unsupported.
         run_after_save: calls a function once the checkpoint is written in the background; None if
             checkpoints are written at once.
@@ -215,6 +214,8 @@ class SaveByClock(TrainerCallback):
         """Start the clock that counts the minutes to the next checkpoint."""
         self._last_time = time.monotonic()
 
+    on_save = on_train_begin
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
@@ -231,12 +232,6 @@ class SaveByClock(TrainerCallback):
         """Save if this evaluation stops training early and the last step must be saved."""
         is_early = control.should_training_stop and state.global_step < state.max_steps
         control.should_save |= is_early and self._save_last
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Restart the clock that counts the minutes to the next checkpoint."""
-        self._last_time = time.monotonic()
 
 
 class SaveStreamState(TrainerCallback):

@@ -103,12 +103,15 @@ def create_dataloader(
 def keep_settings(optimizer: Any, *others: str) -> Iterator[None]:
     """Keep the configured options of `optimizer` while the `with` block loads a saved state.
 
-    Kept are weight decay and similar options, and `others`, such as `lr`.
+    Kept are weight decay and similar options, and `others`, such as `lr`. Else a new initial rate
+    scales the saved one.
     """
     names = {"initial_lr", "weight_decay", "betas", "eps", "momentum", *others}
     groups = [{k: v for k, v in group.items() if k in names} for group in optimizer.param_groups]
     yield
     for group, settings in zip(optimizer.param_groups, groups, strict=True):
+        if "initial_lr" in group.keys() & settings.keys():
+            group["lr"] *= settings["initial_lr"] / group["initial_lr"]
         group.update(settings)
 
 
@@ -183,6 +186,8 @@ class FtlevelTrainer(Trainer):
         optimizer: torch.optim.Optimizer = super().create_optimizer(*arguments, **settings)
         if self.head_rate is not None:
             set_head_rate(optimizer, self.model, self.head_rate)
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])  # reduce_lr_on_plateau sets none
         return optimizer
 
     def forget_optimizer(self) -> None:
@@ -205,6 +210,12 @@ class FtlevelTrainer(Trainer):
             self.control.should_training_stop = True
         if not self.control.should_training_stop:
             super()._run_epoch(*arguments, **settings)
+
+    def _evaluate(self, trial: Any, ignored: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        # On resume, the first evaluation is one that the interrupted run has missed.
+        skip_scheduler &= self.state.global_step == 0
+        metrics: dict[str, float] = super()._evaluate(trial, ignored, skip_scheduler)
+        return metrics
 
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -277,14 +288,15 @@ class FtlevelTrainer(Trainer):
             return self._in_parallel(
                 self.fast.workers, model, micro_batches, prefix, num_items_in_batch
             )
-        losses = []
+        losses, is_padding = [], self._is_padding
         for number in range(calls):
             layout, part = micro_batches[number % len(micro_batches)]
-            self._is_padding |= number >= len(micro_batches)
+            self._is_padding = is_padding or number >= len(micro_batches)
             is_last = number == calls - 1
             sync_context = contextlib.nullcontext() if is_last else self.accelerator.no_sync(model)
             with sync_context, using_layout(layout):
                 losses.append(super().training_step(model, dict(part), num_items_in_batch))
+        self._is_padding = is_padding
         return torch.stack(losses).sum()
 
     def num_forward_passes(self, count: int) -> int:
