@@ -179,7 +179,7 @@ def _get_lock_process(descriptor: int) -> str:
 
 @contextlib.contextmanager
 def _partial_dir(path: Path) -> Iterator[Path]:
-    """Yields a new, locked directory beside the output `path`; deletes it at the end of the block."""
+    """Yields a new, locked directory beside the output `path`; deletes it when the block ends."""
     partial = path.with_name(f".{path.name}.partial")
     lock = functools.partial(lock_dir, partial, flag="--out", noun="command")
     if partial.exists():  # left by a killed process

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ftlevel._version import __version__
-from ftlevel.artifacts.files import write_text
+from ftlevel.artifacts.files import check_output_file, write_text
 from ftlevel.cli.flags import CommandInput, read_config
 from ftlevel.cli.startup import heavy_imports
 
@@ -256,6 +256,8 @@ def preview(
     checks follow.
     """
     config, _ = read_config(inputs)
+    if html is not None:
+        check_output_file("--html", html, overwrite=True)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=True) as screen:
@@ -322,7 +324,7 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
 
 def _time(plan: RunPlan) -> str:
     if plan.time is None:
-        return " (--probe measures its time here)"
+        return " (time: --probe here, or --gpu NAME)"
     seconds = plan.time.seconds_per_epoch
     text = f"{seconds:,.0f} s" if seconds < 600 else f"{seconds / 60:,.0f} min"
     cost = f"; the run costs {plan.cost:,.2f}" if plan.cost is not None else ""

@@ -111,13 +111,9 @@ def _wait(running: Sequence[subprocess.Popen[bytes]]) -> int:
                 "the others are stopped. --resume continues from the newest valid checkpoint.\n"
             )
             return _FAILED
-    first = running[0].returncode
-    return _exit_code(first if first > 0 else failed[0].returncode)
-
-
-def _exit_code(code: int) -> int:
-    """Returns a process's exit code as shells do: 143 after SIGTERM."""
-    return code if code >= 0 else 128 - code
+    code = running[0].returncode
+    code = code if code > 0 else failed[0].returncode
+    return code if code >= 0 else 128 - code  # as shells do: 143 after SIGTERM
 
 
 def end_with_parent() -> None:

@@ -72,10 +72,10 @@ class BestModel:
     def choice(self) -> Choice:
         """The line about the best model that is printed at the start of the run."""
         order = "highest" if self.greater_is_better else "lowest"
-        checkpoint = (
-            "checkpoint with the" if self.loads else "last checkpoint, not the one with the"
+        kept = "checkpoint" if self.loads else "last checkpoint, not the one"
+        return Choice(
+            "best model", f"keeping the {kept} with the {order} {self.metric}", self.reason
         )
-        return Choice("best model", f"keeping the {checkpoint} {order} {self.metric}", self.reason)
 
 
 def resolve_best_model(

@@ -426,10 +426,8 @@ def get_finished_message(
     suggestion = (
         f"For a longer run: --resume {length}."
         if newest
-        else (
-            f"To continue from its adapter: --adapter {quote(str(output_dir.path))} with another "
-            f"--output-dir."
-        )
+        else f"To continue from its adapter: --adapter {quote(str(output_dir.path))} with another "
+        "--output-dir."
     )
     return (
         f"{output_dir.path} is finished: {steps:,} of {planned:,} steps{early}, so no steps "

@@ -103,8 +103,7 @@ def create_dataloader(
 def keep_settings(optimizer: Any, *others: str) -> Iterator[None]:
     """Keep the configured options of `optimizer` while the `with` block loads a saved state.
 
-    Kept are weight decay and similar options, and `others`, such as `lr`. Else a new initial rate
-    scales the saved one.
+    Kept are weight decay and similar options, and `others`. A new initial rate scales `lr`.
     """
     names = {"initial_lr", "weight_decay", "betas", "eps", "momentum", *others}
     groups = [{k: v for k, v in group.items() if k in names} for group in optimizer.param_groups]

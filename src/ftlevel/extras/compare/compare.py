@@ -162,9 +162,7 @@ def _check(config: TrainConfig, args: ComparisonOptions) -> None:
         problems.append("--budget-minutes and --max-steps are two budgets. Use one of them.")
     problems += check_search(args.search, args.study)
     if config.model.adapter is not None:
-        problems.append(
-            "--adapter continues one method, and compare trains several from scratch. Drop it."
-        )
+        problems.append("--adapter continues one method, and compare trains several. Drop it.")
     if "-" in (config.data.dataset, *config.data.also):
         problems.append("--dataset -: every run reads the rows again. Save them to a file.")
     if (config.train.num_processes or 1) > 1:

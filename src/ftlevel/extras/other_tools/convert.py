@@ -70,10 +70,7 @@ def convert(file: Path) -> list[str]:
     return []
 
 
-_LORA_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    MS_SWIFT: {"lora_alpha": 32},
-    TRL: {"lora_r": 16, "lora_alpha": 32},
-}
+_LORA_DEFAULTS = {MS_SWIFT: {"lora_alpha": 32}, TRL: {"lora_r": 16, "lora_alpha": 32}}
 _METHOD_KEYS = """
     adapter use_peft use_peft_lora use_lora peft_method finetuning_type tuner_type train_type
     """.split()
