@@ -73,9 +73,8 @@ class BestModel:
         """The line about the best model that is printed at the start of the run."""
         order = "highest" if self.greater_is_better else "lowest"
         kept = "checkpoint" if self.loads else "last checkpoint, not the one"
-        return Choice(
-            "best model", f"keeping the {kept} with the {order} {self.metric}", self.reason
-        )
+        value = f"keeping the {kept} with the {order} {self.metric}"
+        return Choice("best model", value, self.reason)
 
 
 def resolve_best_model(

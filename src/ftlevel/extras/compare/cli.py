@@ -13,7 +13,6 @@ from ftlevel.cli.flags import CommandInput, read_config
 from ftlevel.cli.preview import format_size
 from ftlevel.cli.startup import heavy_imports, prepare
 
-_LIMITS = "budget_steps budget_minutes seeds max_memory max_minutes"
 _COLUMNS = (
     *("method", "95 % over rows", "± seeds", "to the best", "more than noise"),
     *("trained", "adapter", "peak", "tokens/s", "time"),
@@ -104,7 +103,11 @@ def compare(inputs: CommandInput, *, as_json: bool, quiet: bool) -> None:
         own = inputs.values
         args = ComparisonOptions(
             tuple(own["methods"] or ()),
-            *(own[name] for name in _LIMITS.split()),
+            own["budget_steps"],
+            own["budget_minutes"],
+            own["seeds"],
+            own["max_memory"],
+            own["max_minutes"],
             tuple(own["search"] or ()),
             own["trials"],
             own["study"],
