@@ -27,6 +27,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from ftlevel.data.encoding.collate import pad
 from ftlevel.errors import join_names
 from ftlevel.evaluation.attention import NAME, SharedPrompts, register, using_prompts
+from ftlevel.evaluation.packed_weights import PackedWeights
 from ftlevel.fast import packed_attention as packed
 from ftlevel.fast.likelihoods import base_model
 from ftlevel.fast.plan import get_packing_message, has_virtual_tokens
@@ -62,7 +63,7 @@ _DISABLED_VALUES = (None, False, 0, 1)
 
 
 class RowDecoder:
-    """Greedy decoder that replaces the attention of `model` (modified) until `close`."""
+    """Greedy decoder that replaces attention and linear layers of `model` until `close`."""
 
     def __init__(
         self,
@@ -82,9 +83,11 @@ class RowDecoder:
         self._attention_before = attention_of(self._base)
         register()
         self._base.set_attn_implementation(NAME)
+        self._packed = PackedWeights(model)
 
     def close(self) -> None:
-        """Restore the model's attention."""
+        """Restore the model's attention and linear layers."""
+        self._packed.close()
         self._base.set_attn_implementation(self._attention_before)
 
     def __call__(

@@ -151,7 +151,7 @@ class FusedForward:
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Returns base output plus update: (…, in) → (…, out)."""
-        name = None if args or kwargs else _get_single_adapter(self)
+        name = None if args or kwargs or not self.training else get_single_adapter(self)
         if name is None or not self._can_fuse():
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # PEFT's
         compute_dtype, output_dtype = self._get_dtypes(x)
@@ -184,13 +184,13 @@ class FusedForward:
         return dtype, dtype
 
 
-def _get_single_adapter(layer: Any) -> str | None:
+def get_single_adapter(layer: Any) -> str | None:
     """Returns the single active adapter of `layer`; None if `layer` cannot be fused.
 
     Variants such as DoRA, a bias of B and a trained base cannot be fused. Hooks on the layer (of
     offloading, tensor parallelism, an observer) also prevent fusion: it would skip them.
     """
-    if not layer.training or layer.disable_adapters or layer.merged:
+    if layer.disable_adapters or layer.merged:
         return None
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(names) != 1:

@@ -51,7 +51,7 @@ from ftlevel.training.forecast.meta_model import (
     WEIGHTS,
     WORKSPACE,
 )
-from ftlevel.training.forecast.seconds import KEYS_AND_VALUES, Gpu
+from ftlevel.training.forecast.seconds import KEYS_AND_VALUES, PACKED, Gpu
 from ftlevel.training.forecast.shares import GATHERED, REDUCED, get_sharded_model
 from ftlevel.training.plan.run import Run
 from ftlevel.training.proof import MAX_TEST_LOGITS
@@ -168,6 +168,7 @@ TEMPORARY_PARTS = (
     GATHERED,
     REDUCED,
     KEYS_AND_VALUES,
+    PACKED,
 )
 
 

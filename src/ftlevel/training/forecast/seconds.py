@@ -34,6 +34,7 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.store import row_lengths
 from ftlevel.errors import ConfigError, did_you_mean, join_names
 from ftlevel.evaluation.decoding import CACHE_GROWTH
+from ftlevel.evaluation.packed_weights import max_packed_bytes
 from ftlevel.evaluation.rollouts import open_rewards
 from ftlevel.evaluation.sampling import PREFILL_TOKENS, SamplingOptions
 from ftlevel.events import NullListener
@@ -48,6 +49,7 @@ from ftlevel.training.forecast.meta_model import ACTIVATIONS, LOGITS
 from ftlevel.training.plan.run import Run
 
 KEYS_AND_VALUES = "keys and values"
+PACKED = "packed weights"
 SCORING_MODELS = "teacher and reward models"
 SAMPLING = "sampling"
 INITIAL = "initial weights"
@@ -132,8 +134,14 @@ def with_completions(run: Run, rows: list[Encoded]) -> list[Encoded]:
 def estimate_sampling_parts(run: Run, size: RolloutSize) -> dict[str, int]:
     """Returns category → bytes that a rollout of `size` needs in addition to the weights."""
     logits = 4 * _LOGITS_COPIES * size.rows * run.model.vocabulary
-    cache = size.cache_bytes(run, copies=2)
-    return {KEYS_AND_VALUES: cache, LOGITS: logits, ACTIVATIONS: size.prefill_bytes(run)}
+    parts = {
+        KEYS_AND_VALUES: size.cache_bytes(run, copies=2),
+        LOGITS: logits,
+        ACTIVATIONS: size.prefill_bytes(run),
+    }
+    packed = run.model.total_parameters * DTYPES[run.model.dtype].itemsize
+    is_packed = run.model.device == "cpu" and run.model.quant.kind == "none"
+    return parts | ({PACKED: packed} if is_packed and packed <= max_packed_bytes() else {})
 
 
 def estimate_scoring_bytes(run: Run) -> int:

@@ -1,0 +1,123 @@
+"""Packed linear layers and their LoRA compute what torch and PEFT compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ftlevel.evaluation import packed_weights
+from ftlevel.evaluation.packed_weights import MAX_ROWS, PackedWeights
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN"
+)
+
+
+class Layers(nn.Module):
+    """Three layers large enough to be packed and one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(256, 320)
+        self.second = Conv1D(288, 320)
+        self.head = nn.Linear(288, 512, bias=False)
+        self.small = nn.Linear(512, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.head(self.second(self.first(x).relu()))
+        return torch.cat([hidden, self.small(hidden)], -1)
+
+
+@pytest.fixture
+def lora() -> Any:
+    config = peft.LoraConfig(r=4, target_modules=["first", "head"], lora_dropout=0.5)
+    model = peft.get_peft_model(Layers(), config).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (8, 1), (MAX_ROWS,), (MAX_ROWS + 1,), (3, 50), (0, 4)])
+def test_outputs_are_those_of_peft(lora: Any, rows: tuple[int, ...]) -> None:
+    x = torch.randn(*rows, 256)
+    expected = lora(x)
+    packed = PackedWeights(lora)
+    try:
+        assert torch.allclose(lora(x), expected, rtol=1e-5, atol=1e-5)
+        strided = torch.randn(*rows, 512)[..., ::2]
+        assert torch.allclose(lora(strided), lora(strided.contiguous()), rtol=1e-5, atol=1e-5)
+    finally:
+        packed.close()
+    assert not any("forward" in vars(module) for module in lora.modules())
+    assert torch.equal(lora(x), expected)
+
+
+def test_few_rows_use_the_packed_copies(lora: Any) -> None:
+    x = torch.randn(4, 256)
+    packed = PackedWeights(lora)
+    before = lora(x)
+    lora.base_model.model.second.weight.zero_()  # not in the copy
+    assert torch.equal(lora(x), before)
+    assert not torch.equal(lora(torch.randn(MAX_ROWS + 1, 256))[:4], before)
+    packed.close()
+    assert not torch.allclose(lora(x), before)
+
+
+def test_autocast_and_gradients_and_training_behave_as_without(lora: Any) -> None:
+    x = torch.randn(4, 256)
+    expected = lora(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = lora(x)
+        packed = PackedWeights(lora)
+        assert lora(x).dtype == low.dtype == torch.bfloat16
+        assert (lora(x) - expected).norm() < 2 * (low - expected).norm() + 1e-3 * expected.norm()
+    assert torch.allclose(lora(x), expected, rtol=1e-5, atol=1e-5)  # float32: no copies
+    packed.close()
+    packed = PackedWeights(lora)
+    with lora.disable_adapter():
+        plain = lora(x)
+    with torch.enable_grad():
+        lora(x).sum().backward()
+    assert lora.base_model.model.first.lora_B.default.weight.grad is not None
+    packed.close()
+    with lora.disable_adapter():
+        assert torch.allclose(plain, lora(x), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(plain, expected, rtol=1e-2)
+
+
+def test_nothing_is_packed_beyond_the_share_of_memory(
+    lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 4 * (256 * 320 + 320 * 288 + 288 * 512)
+    for memory, count in ((4 * size, 5), (4 * size - 4, 0)):
+        monkeypatch.setattr(packed_weights, "device_memory", lambda _, memory=memory: memory)
+        packed = PackedWeights(lora)
+        assert sum("forward" in vars(module) for module in lora.modules()) == count
+        packed.close()
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}])
+def test_variants_of_lora_keep_their_own_forward(options: dict[str, bool]) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["first"], **options)
+    model: Any = peft.get_peft_model(Layers(), config).eval()
+    model.base_model.model.first.lora_B.default.weight.normal_()
+    x = torch.randn(4, 256)
+    expected = model(x)
+    packed = PackedWeights(model)
+    assert "forward" not in vars(model.base_model.model.first)
+    assert torch.allclose(model(x), expected, rtol=1e-5, atol=1e-5)
+    packed.close()
