@@ -10,6 +10,7 @@ layer, the update here takes two.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -40,9 +41,9 @@ def max_packed_bytes() -> float:
 class PackedWeights:
     """Packs the linear layers of `model`, whose `forward` it replaces until `close`.
 
-    Nothing is packed on GPUs, without oneDNN, or if the copies would exceed `MAX_SHARE`. Under
-    autocast the copies have its dtype. Call it in eval mode; weights and adapters must not change
-    before `close`.
+    Nothing is packed on GPUs, on processors other than x86-64, or if the copies would exceed
+    `MAX_SHARE`. Under autocast the copies have its dtype. The model must be in eval mode; weights
+    and adapters must not change before `close`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -59,9 +60,10 @@ class PackedWeights:
             self._replace(layer, partial(_forward, layer, packed, bias, dtype))
         dtypes = dict(layers)
         for layer in [module for module in model.modules() if isinstance(module, lora.Linear)]:
-            name, dtype = get_single_adapter(layer), dtypes.get(layer.base_layer)
-            if name is None or dtype is None:
+            name = get_single_adapter(layer)
+            if name is None or layer.base_layer not in dtypes:
                 continue
+            dtype = dtypes[layer.base_layer]
             down, up = (each[name].weight.detach() for each in (layer.lora_A, layer.lora_B))
             if torch.is_autocast_enabled("cpu") or down.dtype == up.dtype == dtype:
                 update = down.to(dtype).t(), up.to(dtype).t(), layer.scaling[name]
@@ -80,8 +82,9 @@ class PackedWeights:
 
 def _get_packable_layers(model: nn.Module) -> Iterator[tuple[Any, torch.dtype]]:
     """Yields layers with ordinary weights on the CPU, and the dtype that they compute in."""
-    if not torch.backends.mkldnn.is_available():
-        return
+    is_available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if platform.machine() not in ("x86_64", "AMD64") or not is_available:
+        return  # oneDNN on other processors was not tried
     autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     supported = {torch.float32}
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -101,10 +104,8 @@ def _forward(
 ) -> Tensor:
     """Returns the output of `layer` for `x` (…, in), with packed weights if `x` has few rows."""
     if not 0 < x.numel() <= MAX_ROWS * x.shape[-1] or not _computes_in(dtype, x):
-        return type(layer).forward(layer, x)  # type: ignore[no-any-return]
-    return torch.ops.mkldnn._linear_pointwise(  # type: ignore[no-any-return]
-        x.to(dtype), packed, bias, "none", [], ""
-    )
+        return type(layer).forward(layer, x)
+    return torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, bias, "none", [], "")
 
 
 def _lora_forward(
@@ -112,7 +113,7 @@ def _lora_forward(
 ) -> Tensor:
     """Returns the output of a LoRA layer for `x` (…, in); `down` is (in, r), `up` is (r, out)."""
     if args or kwargs or layer.disable_adapters or not _computes_in(down.dtype, x):
-        return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
+        return type(layer).forward(layer, x, *args, **kwargs)
     y: Tensor = layer.base_layer(x)
     inner = x.reshape(-1, x.shape[-1]).to(down.dtype) @ down
     y.view(-1, y.shape[-1]).addmm_(inner, up, alpha=scaling)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,8 @@ from ftlevel.evaluation import packed_weights
 from ftlevel.evaluation.packed_weights import MAX_ROWS, PackedWeights
 
 pytestmark = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN"
+    platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available(),
+    reason="weights are packed for oneDNN on x86-64 only",
 )
 
 
