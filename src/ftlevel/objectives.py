@@ -323,9 +323,9 @@ class LikelihoodObjective(TokenObjective):
     def preference_sum(
         self, answers: Tensor, preference_labels: Tensor, *, training: bool
     ) -> Tensor:
-        """Returns the loss sum; in `training`, several sums if `training_count` has several counts.
+        """Returns the loss sum; in `training`, one sum per count that `training_count` returns.
 
-        `answers` is the result of the method `answers`; `preference_labels` are `(answers, 3)`.
+        `answers` `(answers, 2)` is what `self.answers` returns; labels are those of `Encoded`.
         """
 
 

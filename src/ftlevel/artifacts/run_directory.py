@@ -116,10 +116,10 @@ def delete_adapter(run_dir: Path) -> None:
 
 
 def create_backup(run_dir: Path) -> list[str]:
-    """Move the files of a run to a backup directory; return messages on other files in `run_dir`.
+    """Move a run's files to a backup directory; return messages on files left or moved aside.
 
-    If a previous `--overwrite` was killed, the backup exists already. Then the new run is deleted
-    if it has no results.
+    If a killed `--overwrite` left a backup of another run, the new run in `run_dir` is deleted if
+    it has no results; otherwise it replaces that backup.
     """
     backup_dir = run_dir / _BACKUP
     old_marker, marker = _load_marker(backup_dir), _load_marker(run_dir)

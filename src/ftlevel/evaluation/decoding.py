@@ -359,7 +359,7 @@ def _select_prompts(rows: Rows, chosen: Sequence[int]) -> Iterator[SharedPrompts
 
 
 def open_decoder(trained: LoadedModel, prompts: Sequence[list[int]]) -> RowDecoder | Literal[False]:
-    """Open a decoder, checked on `prompts`; returns False if `generate` must be used."""
+    """Returns a decoder whose logits match the model's; False if `generate` must be used."""
     model, tokenizer = trained.model, trained.tokenizer
     if get_decoder_limitation(model, trained.kind, trained.ref.card.method):
         return False

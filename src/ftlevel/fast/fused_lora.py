@@ -60,12 +60,12 @@ class FusedLoraFunction(torch.autograd.Function):
         recomputation: tuple[Recomputation, tuple[Tensor, ...]] | None = None,
         layer: Any = None,
     ) -> Tensor:
-        """Returns y (…, out) in the compute dtype, that of `x` (…, in).
+        """Returns y = W x + b + s · B A dropout(x), `(…, out)`, in the dtype of `x` `(…, in)`.
 
         `x_dropout` is dropout(x), or None without dropout. `weight` returns W (out, in); it is
         called once in forward and once in backward, so that a dequantized weight is not stored.
-        With `recomputation`, x is recomputed in backward instead of saved. If `layer` ends a block
-        that is being recomputed, y is NaN.
+        With `recomputation` and no dropout, x is recomputed in backward instead of saved. While a
+        block is recomputed, its last `layer` returns NaN, because nothing reads its output.
         """
         rows = x.reshape(-1, x.shape[-1])
         source = rows if x_dropout is None else x_dropout.reshape(rows.shape)

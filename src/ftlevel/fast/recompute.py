@@ -84,7 +84,7 @@ class ReplacedModules:
 
 
 class PerWorkerDropout(ReplacedModules):
-    """Replaces the `nn.Dropout` modules of `model` by `GeneratorDropout` until `remove`."""
+    """Until `remove`, each `nn.Dropout` of `model` draws CPU masks from its thread's generator."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, _as_generator_dropout)

@@ -214,7 +214,7 @@ def format_device(device: str) -> str:
 
 
 def select_dtype(dtype: str, device: str, method: str, model_type: str) -> Choice:
-    """Select the compute dtype by name; `ConfigError` if device or model do not support it."""
+    """Returns the name of the compute dtype; `ConfigError` if device or model do not support it."""
     if model_type == "deberta":  # transformers 5.24 masks with float32's minimum
         if dtype in ("auto", "float32"):
             why = "auto: DeBERTa's mask overflows anything shorter" if dtype == "auto" else ""

@@ -167,10 +167,10 @@ LATEST = 16
 class GradientMonitor(TrainerCallback):
     """Callback that stops if a gradient is missing, and calls `recovery` if a value is not finite.
 
-    Checks loss, gradients and weights of every step. With `delays_checks`, the results of several
-    steps are read together to avoid a GPU synchronization per step, but before anything is logged,
-    evaluated or saved. With `uses_scaler`, a float16 overflow is expected: the scaler skips the
-    step and halves its scale, and only many overflows in a row stop the run.
+    Checks loss, gradients and weights of every step. `delays_checks` needs a `recovery` that always
+    stops: results are read every few steps, to synchronize the GPU less, before anything is logged,
+    evaluated or saved, and raise `RunError`. With `uses_scaler`, a float16 overflow is expected:
+    the scaler skips the step and halves its scale, and only many overflows in a row stop the run.
 
     Attributes:
         checked: number of trainable tensors with a gradient.

@@ -55,8 +55,8 @@ class RandomState:
 class WholeStep:
     """Computes optimizer steps for a `StepObjective`, whose loss needs the vectors of all texts.
 
-    `grad_cache` is whether a first forward pass computes vectors without autograd graphs, and a
-    second one their gradients: always, never, or auto (if activations do not fit in memory).
+    `grad_cache`: embed all texts without autograd graphs, then each micro-batch again with one:
+    always (also with several processes), never, or auto (if the activations do not fit in memory).
     """
 
     def __init__(self, trainer: Any, grad_cache: str = "auto") -> None:

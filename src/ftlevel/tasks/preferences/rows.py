@@ -368,7 +368,7 @@ FEWEST = 20
 
 
 def check_pairs(rows: Sequence[Encoded]) -> Mapping[str, Mask]:
-    """Returns `equal_answers` and `contradicting_pairs` (of an earlier pair) -> mask of rows."""
+    """Returns masks of rows: `equal_answers`; `contradicting_pairs`, swaps of an earlier pair."""
     equal, against = np.zeros(len(rows), dtype=bool), np.zeros(len(rows), dtype=bool)
     seen: set[tuple[bytes, bytes]] = set()
     for index, row in enumerate(rows):

@@ -28,7 +28,7 @@ class RankedRow(Encoded):
     """A query with its documents; `input_ids` concatenates the query and all documents.
 
     Attributes:
-        query: number of tokens before each document.
+        query: number of leading tokens (query and special tokens), which all documents share.
         sizes: number of tokens of each document, including the special tokens after it.
         relevance: label of each document.
         taught: teacher's score of each document, NaN before it has run; without teacher, the label.

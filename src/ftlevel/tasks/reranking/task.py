@@ -126,7 +126,7 @@ class RerankingTask(BaseTask):
         return [*lines, counts, Choice("tokens", f"{data_info['tokens']:,} an epoch")]
 
     def inference_config(self, config: Any, data_info: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the loss, and the maximum length if rows were truncated to it."""
+        """Returns problem type, loss settings, and the length that rows were truncated to."""
         values = dict(data_info["reranking"])
         if data_info.get("shortened"):
             values["max_length"] = data_info["max_length"]

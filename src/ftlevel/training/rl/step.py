@@ -128,7 +128,7 @@ def create_training_rows(
 
 
 def has_signal(statistics: GroupStatistics) -> bool:
-    """Returns whether rewards differ within a group; otherwise the group has no gradient."""
+    """Returns whether the rewards of the group differ; otherwise it has no gradient."""
     return bool(has_spread(torch.from_numpy(statistics.rewards)[None])[0])
 
 

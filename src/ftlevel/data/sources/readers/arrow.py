@@ -162,10 +162,10 @@ def arrow_rows(content: Any, null_keys: Counter[str]) -> list[Row]:
 def drop_null_keys(
     rows: list[Row], schema: Any, null_keys: Counter[str], *, decode: bool = False
 ) -> list[Row]:
-    """Remove keys with value null that Arrow added to `rows` (modified), and return `rows`.
+    """Remove the null keys that Arrow adds to objects in lists of `rows` (modified); return `rows`.
 
-    The keys are counted by path in `null_keys` (modified). `schema` may be None. With `decode`,
-    columns of the JSON type are text and are parsed.
+    They are counted by path in `null_keys` (modified); other nulls stay. `schema` may be None.
+    With `decode`, columns of the JSON type are text and are parsed.
     """
     types = {} if schema is None else {field.name: field.type for field in schema}
     cleaner = _Cleaner(null_keys, decode)
