@@ -13,14 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import task_data
 from ftlevel import MergeConfig, merge
 from ftlevel.cli.app import run
 from ftlevel.commands.generate import generate
 from ftlevel.merging import merged_model
-from ftlevel.methods.merging import Skeleton
+from ftlevel.methods.merging import Skeleton, build_skeleton
+from ftlevel.models.loading import build_task_model
 from ftlevel.weights import checkpoint
 
 TinyModelDir = Callable[..., Path]
@@ -298,6 +301,7 @@ def peft_config(kind: str, **settings: Any) -> str:
         ({}, ["a", "--strategy", "ties"], "--strategy ties needs several adapters and got one. "
                                           "Drop it."),
         ({}, ["a", "b", "--density", "0.3"], "--density belongs to --strategy ties"),
+        ({}, ["a", "--calibration-rows", "3"], "--calibration-rows belongs to --quant 4bit or 8b"),
         ({"a/adapter_config.json": peft_config("LORA"), **WEIGHTS,
           "b/adapter_config.json": peft_config("LORA", use_dora=True)}, ["a", "b"],
          "b cannot be mixed: DoRA"),
@@ -385,6 +389,50 @@ def test_adapters_of_different_bases_do_not_mix(
     (other / "ftlevel.json").write_text(json.dumps(card))
     assert run(["merge", str(source), str(other), "--out", str(tmp_path / "merged")]) == 2
     assert "Combine adapters of one base." in capsys.readouterr().err
+
+
+def test_mixture_names_its_adapters_and_their_different_quantization(
+    train_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = train_run("llama", "text-generation", "mask", None, "--dtype", "float32")
+    other = shutil.copytree(source / "adapter", tmp_path / "other")
+    card = json.loads((other / "ftlevel.json").read_text())
+    card["quantization"] = {"kind": "4bit"}
+    (other / "ftlevel.json").write_text(json.dumps(card))
+    capsys.readouterr()
+    assert run(["merge", str(source), str(other), "--out", "merged", "--no-verify"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"adapter: {source}, {other} (lora" in shown
+    assert f"base as in: {source}: --quant none ({other} was trained with --quant 4bit)" in shown
+
+
+def test_values_too_large_for_float16_are_rejected(
+    tiny_model_dir: TinyModelDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = shutil.copytree(tiny_model_dir("llama"), Path("base"))
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e5
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    adapter = save_lora(base, Path("a"), 4, ["q_proj"])
+    arguments = ["merge", str(adapter), "--out", "merged", "--no-verify", "--dtype"]
+    assert run([*arguments, "float16"]) == 2
+    assert "model.layers.0.mlp.up_proj.weight has values above" in capsys.readouterr().err
+    assert not Path("merged").exists()
+    assert run([*arguments, "bfloat16"]) == 0
+
+
+def test_random_values_on_the_meta_device_are_not_merged() -> None:
+    """DiffLlama draws its lambdas even there, and a merge wrote them in place of the base's."""
+    config = AutoConfig.for_model(
+        "diffllama", vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    settings = {"target_modules": ["q_proj"], "init_lora_weights": False}
+    get_peft_model(model, LoraConfig(**settings)).save_pretrained("adapter")
+    skeleton = build_skeleton(build_task_model(config, "AutoModelForCausalLM"), Path("adapter"))
+    assert skeleton.trained == {}
+    assert sorted(skeleton.units) == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
 
 
 def test_plain_peft_adapter_mixes_with_run(train_run: Callable[..., Path]) -> None:

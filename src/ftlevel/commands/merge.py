@@ -246,7 +246,9 @@ def _choose(candidates: list[Candidate]) -> tuple[Candidate, str]:
 
 def _list_choices(prepared: _PreparedMerge) -> Iterator[Choice]:
     config, inputs, onto = prepared.config, prepared.inputs, prepared.base_weights
-    yield Choice("adapter", str(inputs.ref.directory), f"{inputs.card.method}, {inputs.ref.task}")
+    is_mixture = config.weights or len(config.adapters) > 1
+    name = ", ".join(config.adapters) if is_mixture else str(inputs.ref.directory)
+    yield Choice("adapter", name, f"{inputs.card.method}, {inputs.ref.task}")
     fingerprint = inputs.card.base.get("fingerprint")
     fingerprint_note = "same weights as in training" if fingerprint else "no fingerprint to compare"
     yield Choice("base", inputs.source.name, fingerprint_note)

@@ -135,6 +135,8 @@ class MergeConfig(HubSection):
         low = [flag for flag, value in values.items() if value is not None]
         if low and self.quant != "4bit":
             yield (f"{low[0]} belongs to --quant 4bit, and --quant is {self.quant}. Drop it.")
+        if self.quant == "none" and "calibration_rows" in self.model_fields_set:
+            yield "--calibration-rows belongs to --quant 4bit or 8bit, and it is none. Drop it."
         if self.quant != "none" and self.onto == "original":
             yield (
                 f"--onto original cannot be used with --quant {self.quant}, which approximates "

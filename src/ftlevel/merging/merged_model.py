@@ -91,7 +91,13 @@ class TensorMerger:
 
     def value(self, name: str) -> torch.Tensor:
         """Returns the merged tensor `name`, rounded to the dtype in which it is written."""
-        return self._merged(name).to(self._dtype_of(name))
+        merged = self._merged(name)
+        value = merged.to(self._dtype_of(name))
+        if value.dtype == torch.float16 and (value.isinf() & ~merged.isinf()).any():
+            raise InputError(
+                f"{name} has values above float16's maximum of 65,504. Use --dtype bfloat16."
+            )
+        return value
 
     def unrounded(self, name: str) -> torch.Tensor | None:
         """Returns the merged tensor `name` before rounding; None if the model does not have it."""

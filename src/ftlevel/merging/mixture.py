@@ -146,6 +146,7 @@ def mix(
     if weights == [1.0]:
         return inputs, []
     adapter_dirs = [get_adapter_dir(name) for name in config.adapters]
+    choices, quant = list[Choice](), inputs.quant.kind
     for name, directory in zip(config.adapters, adapter_dirs, strict=True):
         if reason := get_mixing_conflict(load_peft_config(directory)):
             raise InputError(f"{name} cannot be mixed: {reason}.")
@@ -153,6 +154,11 @@ def mix(
             card = load_card(directory)
             check_base(inputs.source, card, directory, "Combine adapters of one base.")
             check_cached_base(replace(inputs.ref, card=card, directory=directory))
+            if (other := card.quantization.get("kind", "none")) != quant:
+                message = f"{name} was trained with --quant {other}"
+                choices.append(
+                    Choice("base as in", f"{config.adapters[0]}: --quant {quant}", message)
+                )
     base = build_task_model(inputs.ref.model_config, inputs.ref.auto_class)
     for name, directory in zip(config.adapters, adapter_dirs, strict=True):
         if mismatch := get_vocab_mismatch(base, directory):
@@ -172,6 +178,5 @@ def mix(
     terms = ", ".join(f"{w:g} × {n}" for w, n in zip(weights, config.adapters, strict=True))
     exactness = "the weighted sum, exactly" if config.strategy == "cat" else "not the weighted sum"
     copy_tokenizer(mixed_dir, inputs.ref.tokenizer_source)
-    return replace(inputs, ref=replace(inputs.ref, directory=mixed_dir)), [
-        Choice("mixture", terms, f"--strategy {config.strategy}: {exactness}")
-    ]
+    choices.append(Choice("mixture", terms, f"--strategy {config.strategy}: {exactness}"))
+    return replace(inputs, ref=replace(inputs.ref, directory=mixed_dir)), choices

@@ -106,6 +106,8 @@ def build_skeleton(model: Any, path: Path) -> Skeleton:
     from safetensors.torch import load_file
 
     ensure_registered()
+    # Some parameters have random values even on the meta device, such as DiffLlama's lambdas.
+    initial = {id(parameter): parameter for parameter in model.parameters()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = PeftConfig.from_pretrained(str(path))
@@ -121,7 +123,8 @@ def build_skeleton(model: Any, path: Path) -> Skeleton:
     trained = {
         name: parameter
         for name, parameter in base.named_parameters(remove_duplicate=False)
-        if not parameter.is_meta and not any(name.startswith(unit + ".") for unit in units)
+        if not (parameter.is_meta or id(parameter) in initial)
+        and not any(name.startswith(unit + ".") for unit in units)
     }
     _raise_for_missing(units, path)
     return Skeleton(units, trained)

@@ -23,7 +23,7 @@ from ftlevel.artifacts.files import write_json
 from ftlevel.errors import InputError, join_names
 from ftlevel.models.kinds import TASK_CLASSES, save_legacy_rope
 from ftlevel.models.loading import build_task_model
-from ftlevel.models.module_tree import ModuleTree, linear_size
+from ftlevel.models.module_tree import ModuleTree, get_modules_to_not_convert, linear_size
 from ftlevel.models.quantization import PLAIN_NOTE, is_torchao, torchao_bytes
 from ftlevel.models.upstream.architectures import model_classes, modules_in_float32
 from ftlevel.models.upstream.conversions import KeyMapper
@@ -150,13 +150,14 @@ def _with_modules_to_skip(quantization: Any, names: list[str]) -> Any:
 
 
 def get_modules_to_skip(config: Any, auto_class: str) -> list[str]:
-    """Returns the names of modules not to quantize: heads of any task, and BERT's pooler."""
+    """Returns the names of modules not to quantize, such as heads of any task and BERT's pooler."""
     names: set[str] = set()
     for name in (auto_class, *TASK_CLASSES):
         if type(config) not in model_classes(name):
             continue
-        tree = ModuleTree(build_task_model(config, name))
-        names |= set(tree.heads)
+        model = build_task_model(config, name)
+        tree = ModuleTree(model)
+        names |= {*tree.heads, *get_modules_to_not_convert(model)}
         names |= {
             ".".join(linear.split(".")[-2:])
             for linear, module in tree.modules.items()

@@ -24,6 +24,7 @@ from ftlevel.models.targets import resolve_targets
 from ftlevel.models.upstream.architectures import attention_of
 from ftlevel.trained.adapt import apply_method
 from ftlevel.training.plan.method import resolve_method_targets
+from ftlevel.weights.quantize_shards import get_modules_to_skip
 from unit.fast.test_step import OBJECTIVES, assert_same_step, compute_both_steps, create_rows
 
 VOCAB = tiny_models.VOCAB
@@ -189,7 +190,8 @@ def test_incompatible_linear_layers_are_not_quantized(family: str) -> None:
     quantization = build_quantization_config(QuantConfig(kind="4bit"), torch.float32, [])
     skipped = keep_heads(quantization, config, f"AutoModelFor{kind}").llm_int8_skip_modules
     suffixes = {"mamba": "dt_proj", "rwkv": "feed_forward.value", "switch_transformers": "wo"}
-    assert any(name.endswith(f".{suffixes[family]}") for name in skipped)
+    for names in (skipped, get_modules_to_skip(config, f"AutoModelFor{kind}")):
+        assert any(name.endswith(f".{suffixes[family]}") for name in names)
 
 
 def test_deberta_supports_only_float32() -> None:
