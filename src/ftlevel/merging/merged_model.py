@@ -151,11 +151,18 @@ class TensorMerger:
 
     def check_complete(self, heads: list[str], base: str) -> None:
         """Raise InputError if a tensor is in neither base nor adapter, except a bias of `heads`."""
+        not_stored = [name for name in self.shapes if not self.checkpoint.has_tensor(name)]
+        for name in not_stored:
+            saved = convert_for_saving(self.checkpoint.model, name, self.tensor_info(name).meta())
+            if parts := self.checkpoint.stored.keys() & saved.keys():
+                raise InputError(
+                    f"--base {base}: {min(parts)} becomes several tensors in the model, which "
+                    "merge does not support. Use merge_and_unload of PEFT."
+                )
         missing = [
             name
-            for name in self.shapes
-            if not self.checkpoint.has_tensor(name)
-            and not self.adapts(name)
+            for name in not_stored
+            if not self.adapts(name)
             and not (name.endswith(".bias") and name.startswith(tuple(f"{h}." for h in heads)))
         ]
         if missing:
