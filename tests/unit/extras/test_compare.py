@@ -10,6 +10,7 @@ import optuna
 import pytest
 
 from ftlevel.config import Layer, OutputConfig, TrainConfig, build_config
+from ftlevel.config.layers import parse_overrides
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.events import NullListener
 from ftlevel.extras.compare import compare, search
@@ -36,10 +37,14 @@ def set_steps(config: TrainConfig, tmp_path: Path, steps: int) -> Comparison:
 def test_command_resets_what_was_chosen_for_budget_and_rows(tmp_path: Path) -> None:
     found = set_steps(build(), tmp_path, 5)
     command = _command({"run": "a", "method": "lora"}, found)
-    assert command.partition(" --set ")[2].split(" --set ") == [
+    changes = command.partition(" --set ")[2].split(" --set ")
+    assert changes == [
         "train.max_steps=null", "train.learning_rate=null",
-        "data.max_samples=null", "data.max_length=null",
+        "data.max_samples=null", "data.max_length=auto",
     ]  # fmt: skip
+    run = Layer(found.dry_runs["lora"]["config"])
+    config = build_config([run, parse_overrides(changes)])
+    assert (config.train.max_steps, config.data.max_length) == (None, "auto")
     found = set_steps(build(learning_rate=1e-3), tmp_path, 5)
     assert "learning_rate" not in _command({"run": "a", "method": "lora"}, found)
 

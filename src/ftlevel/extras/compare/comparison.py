@@ -176,7 +176,7 @@ def _command(row: Mapping[str, Any], result: Comparison) -> str:
             name for name in chosen if name not in given and dry_run[section][name] is not None
         ]
         for name in (limit, *names):
-            args += ["--set", f"{section}.{name}=null"]
+            args += ["--set", f"{section}.{name}={'auto' if name == 'max_length' else 'null'}"]
     for name, value in result.search_results.get(row["method"], {}).get("values", {}).items():
         args += ["--set", f"{name}={value}"]
     return shlex.join(args)
