@@ -77,7 +77,7 @@ def record_files_once(run_dir: Path) -> None:
 
 
 def is_empty(run_dir: Path) -> bool:
-    """Whether `run_dir` is empty, apart from an incomplete marker."""
+    """Whether `run_dir` is empty, apart from a marker that was only partly written."""
     return all(path.name == f".{MARKER}.partial" for path in run_dir.iterdir())
 
 

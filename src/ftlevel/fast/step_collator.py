@@ -159,7 +159,7 @@ class _Partition:
         return split(self._lengths, budget, multiple)
 
     def get_shared_prefix_length(self, rows: Sequence[Encoded]) -> int:
-        """Returns the length of the prefix that `rows` share before any target, or 0 if short."""
+        """Returns how many tokens `rows` share before any predicts a target; 0 if too few."""
         if not self.is_tree or len(rows) < 2:
             return 0
         length = min(self._shared[row] for row in self._order[1:])

@@ -135,7 +135,7 @@ class TensorMerger:
         return self._unit[1][name]
 
     def base(self, name: str) -> torch.Tensor:
-        """Returns the tensor `name` before merging, as saved, or dequantized as in training."""
+        """Returns the base's tensor `name` as saved, or as rounded by `rounding` if given."""
         if not self.checkpoint.has_tensor(name):  # bias of a new head, see check_complete
             return torch.zeros(self.shapes[name], dtype=self._dtype_of(name))
         value = self.checkpoint.read(name)

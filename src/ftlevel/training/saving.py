@@ -219,7 +219,7 @@ class SaveByClock(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Save if the time is up, or if this is the last step and must be saved."""
+        """Save if the interval has passed, or at the last step if that must be saved."""
         is_time = self._processes.is_first and time.monotonic() - self._last_time >= self._seconds
         is_time = self._processes.any(is_time)
         self._save_last |= is_time

@@ -237,7 +237,7 @@ class LazyWeight:
             return file.get_slice(self._key)[rows]
 
     def is_in(self, parameter: Tensor) -> bool:
-        """Returns whether `parameter` is the placeholder of this weight."""
+        """Returns whether `parameter` shares the memory of this weight's placeholder."""
         return (
             self._placeholder is not None and self._placeholder.data_ptr() == parameter.data_ptr()
         )

@@ -194,7 +194,7 @@ class PreferenceMeter:
         self._seen: list[np.ndarray] = []
 
     def update(self, logits: Tensor, labels: Tensor, rows: Sequence[Any]) -> None:
-        """Add answers: `(n, 2)` from `Preferences.answers`, preference labels `(n, 3)`."""
+        """Add answers: (log-likelihood, tokens) and (label, reference log-likelihood, baseline)."""
         import torch
 
         rewards = self._objective.rewards(logits, labels)
