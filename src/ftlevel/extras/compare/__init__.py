@@ -17,6 +17,7 @@ def _flags() -> list[Flag]:
     declare = partial(option, on=("compare",), panel=DAILY)
     names = partial(declare, type=list[str], multiple=True, metavar="NAME,…")
     count = partial(declare, type=int, minimum=1)
+    minutes = partial(declare, type=float, metavar="M")
     return [
         names("--methods", "Comma-separated methods to compare, e.g. lora,qlora,ia3,full."),
         count(
@@ -24,11 +25,8 @@ def _flags() -> list[Flag]:
             "Number of training steps per method; default: the epochs of the run.",
             metavar="N",
         ),
-        declare(
-            "--budget-minutes",
-            "Training minutes per method, converted to steps by a short probe.",
-            type=float,
-            metavar="M",
+        minutes(
+            "--budget-minutes", "Training minutes per method, converted to steps by a short probe."
         ),
         count("--seeds", "Number of seeds per method, starting at --seed.", default=1, metavar="K"),
         declare(
@@ -37,11 +35,8 @@ def _flags() -> list[Flag]:
             type=float,
             metavar="GIB",
         ),
-        declare(
-            "--max-minutes",
-            "Time limit per run in minutes; slower methods cannot be the best.",
-            type=float,
-            metavar="M",
+        minutes(
+            "--max-minutes", "Time limit per run in minutes; slower methods cannot be the best."
         ),
         names("--search", "Settings to tune per method: lr, r, alpha, dropout, weight-decay."),
         count("--trials", "Number of trials per search; default: 10.", metavar="N"),

@@ -151,13 +151,10 @@ def _check(config: TrainConfig, args: ComparisonOptions) -> None:
         problems.append("--budget-steps and --budget-minutes are two budgets. Use one of them.")
     if args.steps is not None and config.train.max_steps is not None:
         problems.append("--budget-steps and --max-steps say the same. Use one of them.")
-    for flag, value in (
-        ("--budget-minutes", args.minutes),
-        ("--max-memory", args.max_memory),
-        ("--max-minutes", args.max_minutes),
-    ):
+    limits = {"budget-minutes": args.minutes, "max-memory": args.max_memory}
+    for name, value in {**limits, "max-minutes": args.max_minutes}.items():
         if value is not None and not 0 < value < math.inf:
-            problems.append(f"{flag} {value:g}: expected a number above 0.")
+            problems.append(f"--{name} {value:g}: expected a number above 0.")
     if args.minutes is not None and config.train.max_steps is not None:
         problems.append("--budget-minutes and --max-steps are two budgets. Use one of them.")
     problems += check_search(args.search, args.study)

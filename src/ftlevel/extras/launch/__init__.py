@@ -16,25 +16,19 @@ def _flags() -> list[Flag]:
     from ftlevel.config.flag import DAILY, option
 
     declare = partial(option, on=("launch",), panel=DAILY)
+    number = partial(declare, type=int, metavar="N")
     return [
         declare(
             "--on", "Scheduler to write the job file for.", required=True, metavar="slurm|k8s|ray"
         ),
-        declare("--nodes", "Number of machines.", type=int, default=1, minimum=1, metavar="N"),
-        declare(
-            "--gpus-per-node",
-            "Number of GPUs per machine; 0 trains on CPUs.",
-            type=int,
-            default=0,
-            minimum=0,
-            metavar="N",
+        number("--nodes", "Number of machines.", default=1, minimum=1),
+        number(
+            "--gpus-per-node", "Number of GPUs per machine; 0 trains on CPUs.", default=0, minimum=0
         ),
-        declare(
+        number(
             "--processes-per-node",
             "Number of processes per machine; default: one per GPU.",
-            type=int,
             minimum=1,
-            metavar="N",
         ),
         declare("--image", "Container image with ftlevel installed (k8s).", metavar="IMAGE"),
         declare(
