@@ -62,11 +62,7 @@ from ftlevel.training.processes import (
     started_processes,
 )
 from ftlevel.training.proof import Proof, verify_run
-from ftlevel.training.reference import (
-    Reference,
-    compute_initial_reference,
-    precompute_reference,
-)
+from ftlevel.training.reference import Reference, compute_initial_reference, precompute_reference
 from ftlevel.training.resume import (
     ResumeState,
     check_base_not_overwritten,

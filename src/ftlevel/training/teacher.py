@@ -31,11 +31,7 @@ from ftlevel.tasks.embedding.objective import Embeddings
 from ftlevel.tasks.losses import DistillationRows, outcome_dtype, select_top_k
 from ftlevel.tasks.reranking.objective import Ranking
 from ftlevel.tasks.rl.rows import CompletionRow
-from ftlevel.trained.resolve import (
-    ReferenceModel,
-    resolve_reference,
-    resolve_text_model,
-)
+from ftlevel.trained.resolve import ReferenceModel, resolve_reference, resolve_text_model
 from ftlevel.training.model import PreparedModel
 from ftlevel.training.plan.run import AuxiliaryModels, Run
 from ftlevel.training.reference import (

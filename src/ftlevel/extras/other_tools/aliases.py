@@ -74,10 +74,7 @@ _OTHER_METHOD = "this method is not available; see ftlevel list-methods. Drop it
 
 def _drawn(path: str) -> NoOpValue:
     return NoOpValue(
-        "tokens are drawn at --temperature",
-        path,
-        excluded=(0.0, None),
-        fix="Add --temperature 1",
+        "tokens are drawn at --temperature", path, excluded=(0.0, None), fix="Add --temperature 1"
     )
 
 

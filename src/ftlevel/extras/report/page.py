@@ -20,12 +20,7 @@ from ftlevel.artifacts.cards import describe_losses, format_memory
 from ftlevel.artifacts.files import check_new_output, write_text
 from ftlevel.artifacts.run_directory import REPORT, RunDirectory
 from ftlevel.errors import ConfigError
-from ftlevel.extras.report.facts import (
-    ReportedRun,
-    create_reported_run,
-    list_dimensions,
-    load_run,
-)
+from ftlevel.extras.report.facts import ReportedRun, create_reported_run, list_dimensions, load_run
 
 Summary = Mapping[str, Any]
 

@@ -76,11 +76,7 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
     )
     card = ref.card if ref.is_ours else None
     adapter = StartingAdapter(
-        name,
-        path,
-        load_peft_adapter_config(path),
-        card,
-        file_fingerprint(path / WEIGHTS),
+        name, path, load_peft_adapter_config(path), card, file_fingerprint(path / WEIGHTS)
     )
     spec = _load_method_config(adapter, config.method)
     _check_method_options(config, adapter, spec)
