@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import typer
@@ -92,7 +93,10 @@ def compare(inputs: CommandInput, *, as_json: bool, quiet: bool) -> None:
     Accepts the flags of train except --method. Each method trains in its own process; a method
     setting applies to all methods that have it. --resume skips completed runs.
     """
-    config, _ = read_config(inputs)
+    own = dict(inputs.values)
+    if own["max_steps"] is None:  # which --streaming needs
+        own["max_steps"] = own["budget_steps"]
+    config, _ = read_config(replace(inputs, values=own))
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
@@ -100,7 +104,6 @@ def compare(inputs: CommandInput, *, as_json: bool, quiet: bool) -> None:
             from ftlevel.extras.compare.compare import compare as run
             from ftlevel.extras.compare.comparison import ComparisonOptions
 
-        own = inputs.values
         args = ComparisonOptions(
             tuple(own["methods"] or ()),
             own["budget_steps"],

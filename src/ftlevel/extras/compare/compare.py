@@ -149,7 +149,7 @@ def _check(config: TrainConfig, args: ComparisonOptions) -> None:
     problems = []
     if args.steps is not None and args.minutes is not None:
         problems.append("--budget-steps and --budget-minutes are two budgets. Use one of them.")
-    if args.steps is not None and config.train.max_steps is not None:
+    if args.steps is not None and config.train.max_steps not in (None, args.steps):
         problems.append("--budget-steps and --max-steps say the same. Use one of them.")
     limits = {"budget-minutes": args.minutes, "max-memory": args.max_memory}
     for name, value in {**limits, "max-minutes": args.max_minutes}.items():
