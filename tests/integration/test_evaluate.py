@@ -176,6 +176,22 @@ def test_evaluation_on_training_rows_warns(
     assert "(all rows)" in capsys.readouterr().out
 
 
+def test_evaluation_on_training_file_says_that_it_includes_training_rows(
+    tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = task_data.write(tmp_path / "data", "class") / "train.jsonl"
+    config = create_config(
+        tiny_model_dir("bert", "mlm"), data, tmp_path / "run", "text-classification"
+    )
+    held_out = config.data.model_copy(update={"validation_split": 0.25})
+    train(config.model_copy(update={"data": held_out}))
+    command = ["evaluate", str(tmp_path / "run"), "--resamples", "0", "--device", "cpu"]
+    assert run([*command, "--dataset", str(data)]) == 0
+    captured = capsys.readouterr()
+    assert "(all rows, including those of training)" in captured.out
+    assert "warning: these are all rows, including those of training" in captured.err
+
+
 @pytest.mark.parametrize("kind", ["full", "prefix", "qlora"])
 def test_evaluation_supports_other_methods(
     kind: str, tiny_model_dir: ModelDir, tmp_path: Path

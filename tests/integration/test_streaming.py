@@ -152,6 +152,22 @@ def test_dry_run_reports_checks_of_first_rows_only(capsys: pytest.CaptureFixture
     assert "row 1" in capsys.readouterr().out
 
 
+def test_evaluation_of_streamed_run_equals_training(
+    options: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "SAMPLE", 20)
+    rows = [create_row(i) for i in range(60)]
+    rows[50] = rows[3]  # a leak that training does not read before its evaluation
+    summary = train(*options, "--dataset", write_jsonl(rows), "--max-steps", "2",
+                    "--set", "data.validation_rows=10", "--max-eval-samples", "8")  # fmt: skip
+    assert summary["data"]["validation_rows"] == 8
+    capsys.readouterr()
+    assert run(["evaluate", "run", "--json", "--no-base", "--device", "cpu"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["data"]["examples"] == 8
+    assert result["metrics"] == {k: summary["metrics"][k] for k in result["metrics"]}
+
+
 LATE_ROW = 35  # after the first rows
 INVALID_ROWS = {
     '{"prompt": "a" "completion": "b"}': "not valid JSON (Expecting ',' delimiter, column 16)",

@@ -22,6 +22,7 @@ from ftlevel.data.formats.turns import UnusableRowError
 from ftlevel.data.gate import explain_stop
 from ftlevel.data.prepare.encoder import DataTask, EncodingContext
 from ftlevel.data.prepare.loading import eval_converter, open_converter, read_splits
+from ftlevel.data.prepare.streaming import read_first_rows
 from ftlevel.data.sources.hub import iterate_rows
 from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.readers import ReadOptions, is_pattern, match_files, open_reader
@@ -185,7 +186,8 @@ def windows(rows: Iterator[QueryRow], size: int) -> Iterator[list[QueryRow]]:
 
 
 TRAINING_ROWS = "the training rows: no validation split was held out"
-"""Name of the training rows if there are no other rows to evaluate."""
+ALL_ROWS = "all rows, including those of training"
+"""Names of rows that include those of training; the first if there are no other rows."""
 
 
 @dataclass(frozen=True)
@@ -215,8 +217,8 @@ class EvaluationRows:
 
     @property
     def is_training(self) -> bool:
-        """Whether these are training rows, because no validation rows exist."""
-        return self.split == TRAINING_ROWS
+        """Whether these are training rows."""
+        return self.split in (TRAINING_ROWS, ALL_ROWS)
 
 
 def load_evaluation_rows(
@@ -239,8 +241,12 @@ def load_evaluation_rows(
     task = context.task
     options = {k: v for k, v in card.options.items() if k in DataConfig.model_fields}
     config = config.model_copy(update=options)  # resolved by training
-    splits = read_splits(config, task, context.seed)
-    table, name = _choose(splits, split, is_own=is_own)
+    as_in_training = is_own and config.streaming and split in (None, "validation")
+    splits = read_first_rows(config) if as_in_training else None
+    if splits is None or splits.validation is None:
+        splits = read_splits(config, task, context.seed)
+    held_out = bool(card.data.get("validation_fingerprint"))
+    table, name = _choose(splits, split, ALL_ROWS if held_out else TRAINING_ROWS, is_own=is_own)
     if name != "validation" and config.qrels is not None:  # only validation queries are judged
         config, splits = config.model_copy(update={"qrels": None}), replace(splits, corpus=None)
     if config.max_eval_samples is not None:
@@ -325,10 +331,12 @@ def _without_absent(config: DataConfig, table: Table, task: DataTask) -> tuple[D
     return reduced, ""  # errors then refer to the actual columns
 
 
-def _choose(splits: DatasetSplits, split: str | None, *, is_own: bool) -> tuple[Table, str]:
+def _choose(
+    splits: DatasetSplits, split: str | None, training_rows: str, *, is_own: bool
+) -> tuple[Table, str]:
     tables = splits.tables
     if split is None and list(tables) == ["train"]:
-        return splits.train, TRAINING_ROWS if is_own else "all rows"
+        return splits.train, training_rows if is_own else "all rows"
     name = split or "validation"
     if name not in tables:
         raise InputError(

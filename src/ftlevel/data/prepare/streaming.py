@@ -212,17 +212,26 @@ WHOLE_SET = (
 """Checks that compare rows, and so cover only the first rows of a stream."""
 
 
-def prepare_stream(config: DataConfig, context: EncodingContext) -> PreparedData:
-    """Returns `PreparedData` with the first rows, encoded and checked, and the `stream` of all."""
+def read_first_rows(config: DataConfig) -> DatasetSplits:
+    """Returns the validation rows and the first training rows of a stream."""
+    return _read_head(_open(config), config)[0]
+
+
+def _open(config: DataConfig) -> StreamSource:
     options = ReadOptions(
         config.input_format,
         config.subset,
         ignored=config.ignore_columns,
         limit=config.max_eval_samples,
     )
-    source = open_source(
+    return open_source(
         config.dataset, split=config.split, on_bad_row=config.on_bad_row, options=options
     )
+
+
+def prepare_stream(config: DataConfig, context: EncodingContext) -> PreparedData:
+    """Returns `PreparedData` with the first rows, encoded and checked, and the `stream` of all."""
+    source = _open(config)
     splits, schema = _read_head(source, config)
     data = convert_splits(splits, config, context.task, lenient=context.lenient)
     prepared = encode_data(data, config, context, None, ignore_progress)
@@ -304,6 +313,7 @@ def _read_head(source: StreamSource, config: DataConfig) -> tuple[DatasetSplits,
         eval_table = table.take(range(num_samples))
         odd = [row for row in inconsistent if row.line in set(eval_table.lines)]
         eval_table = handle_bad_rows(eval_table, odd, config.on_bad_row)
+        eval_table = eval_table.head(config.max_eval_samples or num_samples)
     train = table.take(range(num_samples, len(table))) if num_samples else table
     errors += [row for row in inconsistent if row.line in set(train.lines)]
     train = handle_bad_rows(train, errors, config.on_bad_row)
