@@ -53,6 +53,14 @@ def test_multi_label_meter() -> None:
     assert meter.compute(0.0) == pytest.approx(expected)
 
 
+def test_multi_label_meter_of_one_label_ignores_rows_without_it() -> None:
+    meter = MultiLabelMeter()
+    meter.update(torch.tensor([[1.0], [1], [-1], [-1]]), torch.tensor([[1.0], [0], [0], [0]]), [])
+    assert meter.compute(0.0) == pytest.approx(
+        {"micro_f1": 2 / 3, "macro_f1": 2 / 3, "subset_accuracy": 0.75}
+    )
+
+
 def test_regression_meter() -> None:
     meter = RegressionMeter()
     meter.update(torch.tensor([[1.0], [2.0], [9.0]]), torch.tensor([1.0, 2.0, 3.0]), [])
