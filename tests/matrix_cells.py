@@ -259,7 +259,7 @@ def run_cell(cell: TinyCell) -> float:
     _train(model, batch, spec, cell.dtype, objective if cell.head == RERANK else None)
     with tempfile.TemporaryDirectory(prefix="ftlevel-matrix-") as folder:
         directory = Path(folder)
-        finalize_method(model, spec)
+        finalize_method(model, spec, "cpu", "float32")
         if hasattr(model, "peft_config"):
             save_adapter(model, spec, directory, initial_state)
         else:

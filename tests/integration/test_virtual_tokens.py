@@ -114,6 +114,17 @@ def test_resumed_prompt_encoder_matches_uninterrupted_run(arguments: list[str]) 
     assert all(expected[name].equal(resumed[name]) for name in expected)
 
 
+@pytest.mark.parametrize("arguments", [PROJECTED_PREFIX, LSTM], ids=["prefix", "p-tuning"])
+def test_saved_prompt_is_that_of_the_last_evaluation(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The MLP or LSTM computes in bfloat16 while training; so does what it is replaced by."""
+    summary = train(*arguments, *SHORT, "--max-steps", "2", "--dtype", "bfloat16")
+    assert run(["evaluate", "run", "--json", "--no-base", "--resamples", "0"]) == 0
+    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    assert metrics == {name: summary["metrics"][name] for name in metrics}
+
+
 def test_prefix_on_unsupported_family_is_rejected(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -25,6 +25,7 @@ from ftlevel.extensions import loaded
 from ftlevel.methods import METHODS, Base, ensure_registered
 from ftlevel.methods.base import shortest_names
 from ftlevel.methods.merging import WEIGHTS, load_peft_config
+from ftlevel.models.hardware import autocast
 from ftlevel.models.loading import check_finite
 from ftlevel.models.untrusted import FROM_READERS, check_patterns
 
@@ -268,9 +269,10 @@ def check_targeted_modules(peft_model: Any, method: str, base: Base) -> None:
         )
 
 
-def finalize_method(model: Any, method: MethodConfig) -> None:
-    """Remove the modules of the trained `model` (modified) that only training needs."""
-    METHODS[method.kind].finish(model)
+def finalize_method(model: Any, method: MethodConfig, device: str, dtype: str) -> None:
+    """Replace modules of `model` (modified) that only training needs by what they compute there."""
+    with autocast(device, dtype):
+        METHODS[method.kind].finish(model)
 
 
 def train_in_float32(model: Any) -> None:

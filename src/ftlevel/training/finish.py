@@ -80,7 +80,7 @@ def save(
     None. `weights` is the gathered state dict of a sharded full model.
     """
     module, partial = model.model, output_dir.adapter.with_name(".adapter.partial")
-    finalize_method(module, run.config.method)
+    finalize_method(module, run.config.method, run.model.device, run.model.dtype)
     if partial.exists():
         shutil.rmtree(partial)
     if hasattr(module, "peft_config"):

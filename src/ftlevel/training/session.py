@@ -382,7 +382,7 @@ class TrainingSession:
 
         with explain_disk_errors(self.output_dir):
             if self.is_sharded:
-                save_sharded(self.model, self.run.config.method, self.job.processes, write)
+                save_sharded(self.model, self.run, self.job.processes, write)
             else:
                 write()
 

@@ -20,7 +20,6 @@ from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
 from ftlevel.artifacts.run_directory import RunDirectory
-from ftlevel.config.methods import MethodConfig
 from ftlevel.errors import ConfigError
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import free_memory_bytes
@@ -188,7 +187,7 @@ class ShardedTrainer(FtlevelTrainer):
 
 def save_sharded(
     prepared: PreparedModel,
-    method: MethodConfig,
+    run: Run,
     processes: Processes,
     save: Callable[[Mapping[str, Tensor] | None], None],
 ) -> None:
@@ -201,7 +200,8 @@ def save_sharded(
     if not hasattr(prepared.model, "peft_config"):
         weights = dict(gather(prepared.model, keep=processes.is_first))
     write = functools.partial(save, weights)
-    finish = functools.partial(finalize_method, prepared.model, method)
+    settings = run.config.method, run.model.device, run.model.dtype
+    finish = functools.partial(finalize_method, prepared.model, *settings)
     processes.in_all(write if processes.is_first else finish)
 
 
