@@ -99,7 +99,7 @@ BAD_FILES: dict[str, tuple[bytes, list[str], list[str]]] = {
          'never occurs. Count from 0, or write names: "2" in quotes is one.']),
     "fractions that are two classes": (
         jsonl(*({"text": f"the value {i}", "label": float(i % 2)} for i in range(6))), CLASSIFY,
-        ["rows.jsonl:1: 'label' is a fraction (0.0). Classes are names or whole numbers. To learn "
+        ["rows.jsonl:1: 'label' has decimals (0.0). Classes are names or whole numbers. To learn "
          "a quantity: --set data.problem_type=regression."]),
     "longer than the positions": (
         jsonl({"text": "value " * 600}), ["--model", "gpt2"],

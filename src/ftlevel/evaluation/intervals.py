@@ -188,7 +188,7 @@ def _bootstrap(
 ) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(seed)
     rows = [function(generator.integers(0, size, size)) for _ in range(num_draws)]
-    names = set(rows[0]).intersection(*rows) if rows else set()
+    names = [name for name in rows[0] if all(name in row for row in rows)] if rows else []
     return {name: np.array([row[name] for row in rows]) for name in names}
 
 

@@ -282,7 +282,7 @@ def _class(values: RoleValues) -> str | int:
     label, column = values.get("label"), repr(values.columns["label"])
     if type(label) in (float, list):  # in all rows, so that dropping the row does not help
         message = (
-            f"is a fraction ({label}). Classes are names or whole numbers. To learn a quantity: "
+            f"has decimals ({label}). Classes are names or whole numbers. To learn a quantity: "
             "--set data.problem_type=regression."
             if type(label) is float
             else "is a list, and with problem_type single_label_classification each row has one "

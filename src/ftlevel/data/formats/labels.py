@@ -81,7 +81,7 @@ def create_label_set(
     if fraction := next(filter(_is_fraction, result), None):
         first = next(row for label, row in rows if str(label) == fraction)
         raise InputError(
-            f"{table.where(first)}: {column!r} is a fraction ({fraction}). Classes are names "
+            f"{table.where(first)}: {column!r} has decimals ({fraction}). Classes are names "
             "or whole numbers. To learn a quantity: --set data.problem_type=regression."
         )
     return LabelSet(tuple(sorted(result, key=int) if all(map(str.isdecimal, result)) else result))
@@ -96,7 +96,7 @@ def keep_numeric_labels(table: Table, column: str | None, names: Sequence[str]) 
 
 def check_labels(labels: LabelSet, examples: Sequence[ClassExample], table: Table) -> None:
     """Raise `InputError` if an example has a class that is not in `labels` (of training)."""
-    _check_supported(labels, _labels_of(examples), table, "is not a class of the training rows")
+    _check_supported(labels, _labels_of(examples), table, _NOT_TRAINED)
 
 
 def get_invalid_labels(
@@ -128,17 +128,20 @@ def _check_supported(labels: LabelSet, rows: Sequence[_Label], table: Table, mes
         return
     counts = Counter(label for label, _ in unsupported)
     names = join_names(f"{label!r} ({n:,} row{'s' * (n > 1)})" for label, n in counts.most_common())
-    message = message if len(counts) == 1 else message.replace("is n", "are n", 1)
     hint = _UNLABELLED if counts.keys() <= {-1, -100} else "Remove these rows, or correct them."
     folded = {name.casefold() for name in labels.names}
+    if message == _NOT_TRAINED and hint != _UNLABELLED:
+        hint = f"{hint[:-1]}, or train with a list of all classes: --set 'data.labels=[…]'."
     if all(str(label).strip().casefold() in folded for label in counts):
         hint = "They differ by case only: train with --set data.gate.label_case=fold."
+    message = message if len(counts) == 1 else message.replace("is n", "are n", 1)
     raise InputError(
         f"{table.where(unsupported[0][1])}: label {names} {message} ({join_names(labels.names)}). "
         f"{hint}"
     )
 
 
+_NOT_TRAINED = "is not a class of the training rows"
 _UNLABELLED = "Such numbers mark rows without a label: remove these rows."
 
 

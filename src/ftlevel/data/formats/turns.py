@@ -65,10 +65,7 @@ class UnusableRowError(Exception):
 
 
 def check_text(value: object, what: str) -> str:
-    """Returns `value`; raises `UnusableRowError` if it is no string, blank or too long.
-
-    The error message calls the value `what`.
-    """
+    """Returns `value`; `UnusableRowError`, naming `what`, if it is no string, blank or too long."""
     if value is None:
         raise UnusableRowError(f"{what} is null", "null_content")
     if type(value) is not str:

@@ -265,7 +265,7 @@ def test_unusable_rows_are_reported_together_or_dropped() -> None:
     [
         (
             4.5,
-            "x.jsonl:1: 'label' is a fraction (4.5). Classes are names or whole numbers. To learn "
+            "x.jsonl:1: 'label' has decimals (4.5). Classes are names or whole numbers. To learn "
             "a quantity: --set data.problem_type=regression.",
         ),
         (

@@ -92,7 +92,7 @@ def test_label_ids() -> None:
         (
             ["4.5", "3", "1.0"],
             (),
-            "x.csv:3: 'label' is a fraction (1.0). Classes are names or whole numbers. To learn "
+            "x.csv:3: 'label' has decimals (1.0). Classes are names or whole numbers. To learn "
             "a quantity: --set data.problem_type=regression.",
         ),
         (
@@ -122,7 +122,8 @@ def test_label_missing_in_training_raises() -> None:
         check_labels(labels, *make_examples(["a", "c", "d", "c"]))
     assert str(error.value) == (
         "x.csv:2: label 'c' (2 rows), 'd' (1 row) are not a class of the training rows (a, b). "
-        "Remove these rows, or correct them."
+        "Remove these rows, or correct them, or train with a list of all classes: --set "
+        "'data.labels=[…]'."
     )
 
 
