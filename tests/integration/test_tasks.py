@@ -15,12 +15,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import task_data
+import tiny_tokenizers
 from ftlevel.cli.app import run
 from ftlevel.commands.generate import generate
 from ftlevel.commands.train import train
 from ftlevel.config import TrainConfig
+from ftlevel.trained.generation import GenerationOptions
 from sampling import sample
 
 ModelDir = Callable[..., Path]
@@ -339,3 +342,40 @@ def test_full_model_keeps_its_parameter_names(tiny_model_dir: ModelDir, tmp_path
     result = train(TrainConfig.model_validate(raw))
     assert result.summary["proof"]["reload_difference"] == 0
     assert_run_generates("span", tmp_path / "run", result.summary)
+
+
+def test_multilingual_translation_uses_the_languages_of_the_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """NLLB's source begins with its language, and so does the target; generation forces it."""
+    parts = tiny_tokenizers._metaspace_parts(["<s>", "<pad>", "</s>", "<unk>"])
+    tokenizer = transformers.NllbTokenizer(**parts)
+    config = dict.fromkeys(("d_model", "encoder_ffn_dim", "decoder_ffn_dim"), 64)
+    config |= {f"{side}_{n}": 2 for side in ("encoder", "decoder")
+               for n in ("layers", "attention_heads")}  # fmt: skip
+    model = transformers.M2M100ForConditionalGeneration(
+        transformers.M2M100Config(vocab_size=len(tokenizer), max_position_embeddings=64, **config)
+    )
+    for name, languages in (("unset", {}), ("set", {"tgt_lang": "deu_Latn"})):
+        model.save_pretrained(tmp_path / name)
+        transformers.NllbTokenizer(**parts, src_lang="eng_Latn", **languages).save_pretrained(
+            tmp_path / name
+        )
+    data = task_data.write(tmp_path / "data", "pair")
+    command = ["--task", "translation", "--source-language", "en", "--dataset", str(data)]
+    command += ["--output-dir", str(tmp_path / "run"), "--max-steps", "1", "--device", "cpu"]
+    assert run(["train", "--model", str(tmp_path / "unset"), *command]) == 2
+    assert "src_lang is 'eng_Latn' and tgt_lang is None" in capsys.readouterr().err
+    assert run(["train", "--model", str(tmp_path / "set"), *command]) == 0
+    assert "language tokens: eng_Latn to deu_Latn" in capsys.readouterr().out
+    assert run(["preview", str(tmp_path / "run"), "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)["rows"][0]
+    example = task_data.ROWS["pair"](row["number"] - 1)
+    trained = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/adapter")
+    expected = trained(example["en"], text_target=example["de"])  # as NLLB was trained
+    assert [token["id"] for token in row["tokens"]] == expected["input_ids"]
+    assert [token["id"] for token in row["target"]] == expected["labels"]
+    german = trained.convert_tokens_to_ids("deu_Latn")
+    assert expected["labels"][0] == german
+    arguments = GenerationOptions(4).arguments(model, trained)
+    assert arguments["forced_bos_token_id"] == german

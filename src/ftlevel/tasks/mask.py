@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -71,10 +72,7 @@ class MaskTask(BaseTask):
         if not rows:
             raise InputError(f"{table.source}: no text has a token to hide.")
         max_tokens = max(len(row.input_ids) for row in rows)
-        pieces: dict[int, int] = {}
-        for row in rows:
-            pieces[row.row] = pieces.get(row.row, 0) + 1
-        split = sum(count > 1 for count in pieces.values())
+        split = sum(count > 1 for count in Counter(row.row for row in rows).values())
         reason = f"auto: {encoder.bounds.tightest[1]}" if split else "auto: the longest row"
         is_set = isinstance(encoder.config.max_length, int)
         length = limit if is_set and limit else max_tokens

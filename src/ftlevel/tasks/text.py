@@ -43,6 +43,7 @@ from ftlevel.data.formats.examples import (
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import ConfigError, InputError, UnansweredError
 from ftlevel.objectives import Checks, Objective
+from ftlevel.rewards import compute_rouge
 from ftlevel.tasks.base import BaseTask, OutputOptions, Prediction, PromptedModel, TokenDecoder
 from ftlevel.tasks.losses import Tokens
 
@@ -72,15 +73,7 @@ def score_rouge(
 
 @functools.lru_cache(maxsize=100_000)  # bootstrap resampling repeats pairs
 def _rouge(reference: str, prediction: str) -> dict[str, float]:
-    scores = _rouge_scorer().score(reference, prediction)
-    return {name: scores[name].fmeasure for name in ROUGES}
-
-
-@functools.lru_cache(maxsize=1)
-def _rouge_scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(list(ROUGES), use_stemmer=True)
+    return compute_rouge(reference, prediction, ROUGES)
 
 
 def score_translations(
@@ -247,6 +240,19 @@ class TextTask(BaseTask):
 class TranslationTask(TextTask):
     """Task of translation; the prompt's instruction names the languages if they are known."""
 
+    def prepare_tokenizer(self, tokenizer: Any, kind: str) -> Choice | None:
+        """Returns the languages of a multilingual tokenizer; `InputError` if they are not set."""
+        if not hasattr(tokenizer, "tgt_lang"):
+            return None
+        source, target = tokenizer.src_lang, tokenizer.tgt_lang
+        if target in (None, source):  # the tokenizer would mark targets as of the source language
+            raise InputError(
+                f"the tokenizer of {tokenizer.name_or_path} marks languages by tokens; src_lang is "
+                f"{source!r} and tgt_lang is {target!r}. Save a copy of the model and of "
+                "AutoTokenizer.from_pretrained(MODEL, src_lang=…, tgt_lang=…), and use that."
+            )
+        return Choice("language tokens", f"{source} to {target}", "of the tokenizer")
+
     def column_mapping(
         self, column_names: Sequence[str], config: DataConfig, rows: Sequence[Row]
     ) -> Mapping[str, str]:
@@ -266,15 +272,9 @@ class TranslationTask(TextTask):
         source = get_language("source", format_.columns, config.source_language)
         target = get_language("target", format_.columns, config.target_language)
         if not (source and target):
-            return format_, [
-                *choices,
-                Choice(
-                    "languages",
-                    "not named in the prompt",
-                    "the columns are no codes: --set data.source_language=… "
-                    "--set data.target_language=…",
-                ),
-            ]
+            flags = "--set data.source_language=… --set data.target_language=…"
+            reason = f"the columns are no codes: {flags}"
+            return format_, [*choices, Choice("languages", "not named in the prompt", reason)]
         options = {"languages": (source, target), "target_language": target.code}
         choice = Choice("languages", f"{source.name} to {target.name}")
         return replace(format_, options=options), [*choices, choice]
@@ -282,8 +282,8 @@ class TranslationTask(TextTask):
     def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:
         """Returns the prompt format; without an instruction if the rows have their own."""
         instruction, cue = self.instruction, self.answer_cue
-        if "source" not in format_.columns:
-            instruction = cue = ""  # the rows have their own instructions
+        if "source" not in format_.columns or hasattr(tokenizer, "tgt_lang"):
+            instruction = cue = ""  # the rows or the tokenizer have their own
         elif "languages" in format_.options:
             source, target = format_.options["languages"]
             instruction = name_languages(kind, source.name, target.name)

@@ -38,6 +38,10 @@ class GenerationOptions:
             "pad_token_id": tokenizer.pad_token_id or 0,
             "eos_token_id": stop_ids(model, tokenizer),
         }
+        if getattr(tokenizer, "tgt_lang", None):
+            first = tokenizer(text_target="")["input_ids"][0]
+            if first != tokenizer.eos_token_id:  # the language's token begins a translation
+                kwargs["forced_bos_token_id"] = first
         if self.stop_texts:
             criteria = _StopTextCriteria(tokenizer, self.stop_texts)
             kwargs["stopping_criteria"] = StoppingCriteriaList([criteria])

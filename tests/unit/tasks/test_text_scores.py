@@ -33,6 +33,29 @@ def test_rouge_scores_by_hand() -> None:
     assert scores["rouge2"] == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize(
+    ("reference", "prediction"),
+    [
+        ("Кошка спит на солнце", "кошка, спит дома сегодня"),
+        ("बिल्ली धूप में सोती", "बिल्ली धूप घर आज"),
+        ("猫在睡觉", "猫在吃饭"),
+    ],
+)
+def test_rouge_of_other_scripts(reference: str, prediction: str) -> None:
+    """Two of four words, or Chinese characters, are equal, and one of three pairs."""
+    scores = score_rouge([prediction], [reference])
+    assert scores == pytest.approx({"rouge1": 1 / 2, "rouge2": 1 / 3, "rougeL": 1 / 2})
+
+
+def test_rouge_of_ascii_references_is_that_of_the_library() -> None:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    reference, prediction = "The cafés were closing, naïvely", "The cafe was closed naively"
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    expected = {n: s.fmeasure for n, s in scorer.score(reference, prediction).items()}
+    assert score_rouge([prediction], [reference]) == expected
+
+
 def test_translation_instruction_names_languages() -> None:
     assert name_languages("decoder", "English", "German") == "Translate from English to German."
     assert name_languages("encoder-decoder", "English", "German") == "translate English to German:"

@@ -359,8 +359,8 @@ _NO_EXTRAS = ("input_ids", "attention_mask", "offset_mapping", "overflow_to_samp
 
 
 def _ended(ids: list[int], tokenizer: Any) -> list[int]:
-    eos = tokenizer.eos_token_id
-    return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
+    eos = tokenizer.eos_token_id  # in mBART, the language's token follows it
+    return ids if eos is None or eos in ids[-2:] else [*ids, eos]
 
 
 def _encode_texts(tokenizer: Any, examples: Sequence[PlainText]) -> list[Encoded]:

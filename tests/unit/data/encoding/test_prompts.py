@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from ftlevel.artifacts.cards import CARD, AdapterCard, load_card
 from ftlevel.artifacts.run_directory import CONFIG, SUMMARY
@@ -16,11 +17,12 @@ from ftlevel.data.encoding.encode import (
     choose_format,
     encode_causal,
     encode_prompt,
+    encode_seq2seq,
     load_prompt_format,
 )
 from ftlevel.data.formats.examples import PlainText, SourceTarget
 from ftlevel.errors import InputError
-from tiny_tokenizers import build_tokenizer
+from tiny_tokenizers import _unigram_parts, build_tokenizer
 
 PROMPT_TEXTS = {"instruction": "Summarize the following text.", "answer_cue": "Summary:"}
 SOURCES = ["the name", "the name: ", "What is it?", "Return it:\n", "a\n\n", "tab\t"]
@@ -189,3 +191,14 @@ def test_empty_prompt_raises() -> None:
     for text in ("", " "):
         with pytest.raises(InputError, match="the prompt is empty"):
             encode_prompt(tokenizer, PromptFormat("plain"), text)
+
+
+def test_target_ends_as_the_tokenizer_ends_it() -> None:
+    """In mBART, the language's token follows EOS, and the decoder starts with it."""
+    parts = _unigram_parts(["<s>", "<pad>", "</s>", "<unk>"])
+    mbart = transformers.MBartTokenizer(vocab=parts, src_lang="en_XX", tgt_lang="de_DE")
+    for tokenizer in (mbart, build_tokenizer("t5")):
+        rows = encode_seq2seq(
+            tokenizer, [SourceTarget("a", "the file", 0)], PromptFormat("seq2seq")
+        )
+        assert rows[0].labels == tokenizer(text_target="the file")["input_ids"]

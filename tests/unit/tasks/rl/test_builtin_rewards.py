@@ -63,6 +63,7 @@ SCORES: list[tuple[str, str, Any, float]] = [
     ("json", '{"a": true}', {"a": 1}, 0),
     ("json", '{"a": 1.0}', {"a": 1}, 1),
     ("rouge", "the cat sat", "the cat sat", 1),
+    ("rouge", "кошка спит", "кошка ест", 0.5),
     ("rouge", "dogs bark", "the cat sat", 0),
     ("rouge:rouge1", "sat cat the", "the cat sat", 1),
     ("format:think", "<think>so</think>42", None, 1),
