@@ -97,3 +97,11 @@ def test_list_methods_is_fast_and_imports_no_torch():
         own, additions = map(float, times.split())
         ratios.append(own / additions)
     assert min(ratios) < 10, f"{ratios}: 3 million additions take 0.1 s on an idle core, this 0.25"
+
+
+def test_unknown_family_names_no_other_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["list-methods", "--model", "lama"]) == 2
+    message = capsys.readouterr().err
+    assert "Did you mean 'llama'" in message
+    assert "use its directory or full id, OWNER/NAME." in message
+    assert "list-targets" not in message

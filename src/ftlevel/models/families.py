@@ -215,7 +215,7 @@ def get_family(name: str) -> Family:
     raise InputError(
         f"{name!r} is neither a supported family nor a model.{suffix} "
         f"Families: {', '.join(FAMILIES)}. "
-        "For a model, use its directory or full id: ftlevel list-targets OWNER/NAME"
+        "For a model, use its directory or full id, OWNER/NAME."
     )
 
 

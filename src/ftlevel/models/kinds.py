@@ -32,8 +32,8 @@ def width_of(config: Any) -> int:
 
 TASK_CLASSES = (
     "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",  # before masked LM, which BART's class is, too
     "AutoModelForMaskedLM",
-    "AutoModelForSeq2SeqLM",
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
     "AutoModelForQuestionAnswering",

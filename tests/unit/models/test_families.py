@@ -15,6 +15,7 @@ from ftlevel.models.families import (
     get_family,
     lookup_family,
 )
+from ftlevel.models.kinds import checkpoint_class
 from ftlevel.models.module_tree import ModuleTree, linear_size
 from ftlevel.models.targets import inspect_model, resolve_targets
 from unit.models.meta_models import AUTO, build, has_model, tiny_config
@@ -269,3 +270,15 @@ def test_unknown_family_without_near_match_lists_all() -> None:
 
 def test_tiny_config_has_model_type_of_family() -> None:
     assert tiny_config("gemma3_text").model_type == "gemma3_text"
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture"),
+    [("bart", "Bart"), ("mbart", "MBart"), ("mvp", "Mvp"), ("t5", "T5")],
+)
+def test_encoder_decoder_checkpoints_are_sequence_to_sequence(
+    family: str, architecture: str
+) -> None:
+    """BART's class is also that of its masked LM, as which its quantization was measured."""
+    config = AutoConfig.for_model(family, architectures=[f"{architecture}ForConditionalGeneration"])
+    assert checkpoint_class(config) == "AutoModelForSeq2SeqLM"
