@@ -35,6 +35,7 @@ CELLS: list[tuple[str, str, str, str | None, dict[str, Any]]] = [
     ("span-v2", "question-answering", "llama", None, SPAN),
     ("mask", "masked-lm", "bert", "mlm", {}),
     ("mask", "text-generation", "llama", None, {}),
+    ("mask", "text-generation", "llama", None, {"max_length": 12, "overlong": "split"}),
     ("pair", "summarization", "t5", None, SUMMARY),
     ("pair", "summarization", "llama", None, SUMMARY),
     ("pair", "translation", "bart", None, PAIR),

@@ -404,8 +404,6 @@ def _get_run_config(config: EvaluateConfig, ref: ModelRef) -> tuple[TrainConfig,
             "max_samples": None,
             "max_eval_samples": None,
         }
-    is_cut = run_config.data.overlong == "truncate"
-    update["overlong"] = "truncate" if is_cut else "drop"
     for name in ("corpus", "columns", "ignore_columns", "max_eval_samples", "on_bad_row"):
         if (value := getattr(config, name)) not in (None, {}, ()):
             update[name] = value
