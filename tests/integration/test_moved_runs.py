@@ -69,6 +69,30 @@ def test_commands_work_from_other_directory_and_after_move(
     assert run(["preview", "elsewhere/run", "--json"]) == 0
 
 
+def test_moved_rl_run_finds_its_adapter_and_reward(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("rewards.py").write_text(
+        "def length(completions, **_): return list(map(len, completions))"
+    )
+    options = ["--max-completion-length", "4", "--num-generations", "2", "--check-groups", "0"]
+    data = ["--adapter", "run", "--dataset", "rows.jsonl", "--validation-split", "0.25"]
+    steps = ["--max-steps", "2", "--save-steps", "1", "--quiet", "--output-dir", "rl"]
+    reward = ["--reward", "rewards.py:length", "--reward", "length:1-4=0.5"]
+    assert run(["train", "--task", "rl", *reward, *options, *data, *steps]) == 0
+    before = evaluate(EvaluateConfig(name="rl", resamples=0, base=False)).metrics
+    adapter = weights(Path("rl"))
+    monkeypatch.chdir(project.parent)
+    assert run(["train", "project/rl/config.yaml", "--output-dir", "new", "--quiet"]) == 0
+    assert weights(Path("new")) == adapter
+    shutil.rmtree("project/rl/checkpoints/checkpoint-2")
+    project.rename("elsewhere")
+    assert run(["train", "--output-dir", "elsewhere/rl", "--resume", "--quiet"]) == 0
+    assert weights(Path("elsewhere/rl")) == adapter
+    after = evaluate(EvaluateConfig(name="elsewhere/rl", resamples=0, base=False))
+    assert after.metrics == before
+
+
 def test_data_that_changed_after_training_is_reported(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from ftlevel.artifacts.files import base_fingerprint, load_json, write_json
 from ftlevel.artifacts.run_directory import CHECKPOINTS, CONFIG, ORIGIN, RunDirectory
 from ftlevel.config import IN_MEMORY, Layer, load_recipe
 from ftlevel.config.preference import NO_REFERENCE, START
+from ftlevel.config.rl import parse_reward
 from ftlevel.errors import ConfigError, join_names
 
 PLACES = "places.json"
 
 _FIELDS = {
     "model.name_or_path": "--model",
+    "model.adapter": "--adapter",
     "data.dataset": "--dataset",
     "data.also": "--dataset",
     "data.validation_file": "--validation-file",
@@ -31,6 +34,8 @@ _FIELDS = {
     "data.chat_template": "--chat-template",
     "preference.reference": "--reference",
     "distillation.teacher": "--teacher",
+    "embedding.guide": "--guide",
+    "rl.reward": "--reward",
 }
 """Dotted field that may contain a local path → the flag that sets it."""
 
@@ -125,10 +130,15 @@ def _map_paths(
     """Returns `values` with local paths (and Hub names) replaced by `function(field, path)`."""
     result = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
 
+    def map_path(field: str, path: str) -> str:
+        return function(field, path) if include_hub or _is_path(field, path) else path
+
     def map_value(field: str, value: Any) -> Any:
         if isinstance(value, list | tuple):
             return [map_value(field, item) for item in value]
-        return function(field, value) if include_hub or _is_path(field, value) else value
+        if field == "rl.reward":
+            return parse_reward(value).map_path(partial(map_path, field))
+        return map_path(field, value)
 
     for field in _FIELDS:
         section, _, name = field.partition(".")

@@ -476,8 +476,8 @@ def _evaluator(
         metrics, task, trained.objective, generates=generates, how="--max-generate-samples N"
     )
     evaluator, extra = Evaluator, dict[str, Any]()
+    is_seeded = "seed" in config.model_fields_set  # else as in training
     if isinstance(trained.objective, PolicyGradient):
-        is_seeded = "seed" in config.model_fields_set  # else as in training
         seed = config.seed if is_seeded else train.order_seed
         rollouts = _rollouts(trained, trained.objective, eval_rows, seed)
         evaluator, extra = RewardEvaluator, {"rollouts": rollouts}
@@ -499,7 +499,7 @@ def _evaluator(
         writing=GenerationOptions(
             config.max_new_tokens or train.max_new_tokens,
             **config.decoding(train),
-            seed=config.seed,
+            seed=config.seed if is_seeded else train.seed,
         ),
         score_texts=task.score_texts,
         language=eval_rows.language,
@@ -510,24 +510,20 @@ def _evaluator(
 
 
 def _rollouts(
-    trained: LoadedModel,
-    objective: PolicyGradient,
-    eval_rows: EvaluationRows,
-    seed: int,
+    trained: LoadedModel, objective: PolicyGradient, eval_rows: EvaluationRows, seed: int
 ) -> Rollouts:
-    rl, rewards, teacher = objective.config, None, None
-    if objective.teacher is None:
+    rl, teacher_name, rewards, teacher = objective.config, objective.teacher, None, None
+    if trained.ref.run is not None:  # which may have been moved, with its rewards or teacher
+        own = trained.ref.run_config
+        rl = rl.model_copy(update={"reward": own.rl.reward})
+        teacher_name = own.distillation.teacher
+    if teacher_name is None:
         rewards = open_rewards(
             rl, trained.device, trained.tokenizer, eval_rows.rows, eval_rows.table.where
         )
     else:
         teacher = open_teacher(
-            objective.teacher,
-            objective,
-            trained.kind,
-            trained.tokenizer,
-            trained.device,
-            trained.dtype,
+            teacher_name, objective, trained.kind, trained.tokenizer, trained.device, trained.dtype
         )
     return Rollouts(
         trained.model,

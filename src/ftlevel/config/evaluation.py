@@ -97,7 +97,7 @@ class EvaluateConfig(DecodingAsInTraining):
         ge=0,
         lt=2**32,
         description="Random seed for bootstrap resampling and token sampling; without it, "
-        "--task rl samples as in training.",
+        "tokens are sampled as in training.",
     )
     predictions: Path | None = Field(
         None,

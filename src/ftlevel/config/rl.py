@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -94,6 +94,15 @@ class RewardSpec:
             return self.argument
         argument = Path(self.argument).name if self.name == "json" else self.argument
         return f"{self.name}:{argument}" if argument else self.name
+
+    def map_path(self, function: Callable[[str], str]) -> str:
+        """Returns a value of `--reward`, with `function` applied to the file or model, if any."""
+        is_file = self.name == "json" and self.argument.endswith(".json")
+        path = self.name if self.kind != "builtin" else self.argument if is_file else ""
+        if not path or (new := function(path)) == path:
+            return self.text
+        body = {"function": f"{new}:{self.argument}", "model": new}.get(self.kind, f"json:{new}")
+        return f"{body}={repr(self.weight).removesuffix('.0')}"
 
 
 _FILE = re.compile(r"(.+\.py):([^:]*)", re.DOTALL)

@@ -31,6 +31,7 @@ from ftlevel.tasks import TASKS
 from ftlevel.training.origin import (
     BASE,
     PROMPT,
+    REWARDS,
     ROWS,
     FileDigests,
     check_same_run,
@@ -362,11 +363,13 @@ def _get_modified_files(
 
 _CONTENT = {
     "model.name_or_path": BASE,
+    "model.adapter": "model.adapter_fingerprint",
     "data.dataset": ROWS,
     "data.also": ROWS,
     "data.validation_file": "data.validation_fingerprint",
     "data.qrels": "data.validation_fingerprint",
     "data.corpus": "data.validation_fingerprint",
+    "rl.reward": REWARDS,
 }
 """Fields whose value may change, and the fingerprint that must stay the same."""
 

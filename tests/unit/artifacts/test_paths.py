@@ -54,6 +54,17 @@ def test_run_stores_absolute_and_relative_paths(project: Path) -> None:
     }
 
 
+def test_paths_of_models_and_rewards_are_absolute(project: Path) -> None:
+    rewards = ["rows.jsonl=0.5", "more.jsonl", "json:rows.jsonl", "org/rm=0.1", "exact"]
+    values = {"embedding": {"guide": "more.jsonl"}, "model": {"adapter": "rows.jsonl"},
+              "rl": {"reward": rewards}}  # fmt: skip
+    absolute = make_paths_absolute(values)
+    assert absolute["embedding"]["guide"] == str(project / "more.jsonl")
+    assert absolute["model"]["adapter"] == str(project / "rows.jsonl")
+    paths = [f"{project}/rows.jsonl=0.5", f"{project}/more.jsonl=1"]
+    assert absolute["rl"]["reward"] == [*paths, *rewards[2:]]
+
+
 def test_moved_project_uses_relative_paths(project: Path, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere/else"
     moved.parent.mkdir()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftlevel.config import DataConfig
-from ftlevel.config.rl import RewardSpec, RlConfig
+from ftlevel.config.rl import RlConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.formats.detect import Format
@@ -70,12 +70,9 @@ class RlTask(TextTask):
 
     def inference_config(self, config: DataConfig, data_info: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the settings by which an evaluation samples and scores held-out prompts."""
-        specs = [_absolute(spec) for spec in self.config.rewards]
+        specs = [spec.map_path(_absolute) for spec in self.config.rewards]
         values = {"rl": {**self.config.model_dump(mode="json"), "reward": specs}}
-        if self.teacher is None:
-            return values
-        path = Path(self.teacher).expanduser()
-        return {**values, "teacher": str(path.absolute()) if path.exists() else self.teacher}
+        return values if self.teacher is None else {**values, "teacher": _absolute(self.teacher)}
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:
         """Returns a prompt of the first tokens of `ids`, to be completed to the length of `ids`."""
@@ -132,15 +129,10 @@ class RlTask(TextTask):
         ]
 
 
-def _absolute(spec: RewardSpec) -> str:
-    """Returns `spec` as a value of `--reward` with absolute paths."""
-    if spec.kind == "function":
-        return f"{Path(spec.name).resolve()}:{spec.argument}={spec.weight!r}"
-    if spec.kind == "model" and Path(spec.name).expanduser().exists():
-        return f"{Path(spec.name).expanduser().resolve()}={spec.weight!r}"
-    if spec.name == "json" and spec.argument.endswith(".json"):
-        return f"json:{Path(spec.argument).resolve()}={spec.weight!r}"
-    return spec.text
+def _absolute(name: str) -> str:
+    path = Path(name).expanduser()
+    is_file = path.exists() or path.suffix in (".py", ".json")  # else a model of the Hub
+    return str(path.absolute()) if is_file else name
 
 
 _TEXT = next(task for task in TEXT_TASKS if task.name == "text-generation")
