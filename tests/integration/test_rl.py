@@ -20,12 +20,14 @@ from ftlevel.commands.export import export
 from ftlevel.commands.merge import merge
 from ftlevel.commands.train import train
 from ftlevel.config import EvaluateConfig, ExportConfig, MergeConfig, TrainConfig
+from ftlevel.config.rl import RlConfig
 from ftlevel.errors import ConfigError, InputError, Interrupted, RunError
 from ftlevel.evaluation import sampling
 from ftlevel.evaluation.rollouts import Rollouts
 from ftlevel.evaluation.two_models import build_comparison_inputs
 from ftlevel.extras.serving.check import check_served
 from ftlevel.extras.serving.config import CheckServedConfig
+from ftlevel.training.rl.checks import get_rollout_warnings
 from ftlevel.training.rl.trainer import RepeatedSteps
 from tiny_models import save_tiny
 
@@ -406,6 +408,40 @@ def test_resumed_run_matches_uninterrupted_run(
     assert texts[0] == texts[1]
 
 
+def test_log_has_mean_metrics_of_steps(
+    data: Path, tmp_path: Path, tiny_model: dict[str, Any]
+) -> None:
+    (tmp_path / "logs.py").write_text(
+        "def vowels(completions, log_metric, **_):\n    log_metric('loss', 7.0)\n"
+        "    return [sum(c in 'aeiou' for c in text) for text in completions]\n"
+    )
+    names = ("reward", "group_std", "entropy", "loss")
+    reward, logs = {"reward": [f"{tmp_path}/logs.py:vowels"]}, []
+    for every in (1, 3):
+        steps = {"max_steps": 7, "logging_steps": every}
+        train(create_config(data, tmp_path / str(every), reward, steps, model=tiny_model))
+        logs.append(load_log(tmp_path / str(every)))
+    single, means = logs
+    assert [record["step"] for record in means] == [1, 3, 6]
+    for record, part in zip(means, (single[:1], single[1:3], single[3:6]), strict=True):
+        for name in names:
+            expected = sum(one[name] for one in part) / len(part)
+            assert record[name] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("rl", [{"loss": "gspo", "num_iterations": 2}, {"loss": "rloo"}])
+def test_first_iteration_has_no_rounding_of_ratios(
+    data: Path, tmp_path: Path, tiny_model: dict[str, Any], rl: dict[str, Any]
+) -> None:
+    rl = {**rl, "beta": 0.1, "epsilon": 1e-6, "max_completion_length": 30}
+    config = create_config(
+        data, tmp_path / "run", rl, {"gradient_accumulation_steps": 2},
+        model={**tiny_model, "dtype": "bfloat16"},
+    )  # fmt: skip
+    train(config)
+    assert load_log(tmp_path / "run")[0]["clipped"] == 0
+
+
 def test_run_resumes_after_failed_reward(
     data: Path, tmp_path: Path, tiny_model: dict[str, Any]
 ) -> None:
@@ -594,6 +630,18 @@ def test_kl_is_zero_at_first_step_for_each_method(
     assert first["kl"] == pytest.approx(0.0, abs=1e-7)
     assert second["kl"] > 0
     assert max(first["sampler_difference"], second["sampler_difference"]) < 1e-4
+
+
+def test_distillation_trains_on_cut_completions(
+    data: Path, tmp_path: Path, tiny_model: dict[str, Any], tiny_model_dir: Callable[..., Path]
+) -> None:
+    rl = {"reward": [], "max_completion_length": 2, "check_groups": 4}
+    teacher = {"teacher": str(tiny_model_dir("llama", chat=True, seed=1))}
+    train(create_config(data, tmp_path / "run", rl, model=tiny_model, distillation=teacher))
+    assert load_log(tmp_path / "run")[0]["truncated"] > 0.9
+    logs = [{"completion_length": 2, "entropy": at, "reward": -at, "truncated": 1} for at in (9, 0)]
+    assert not get_rollout_warnings(RlConfig(), logs)
+    assert len(get_rollout_warnings(RlConfig(reward=("exact",)), logs)) == 1
 
 
 def test_on_policy_distillation_reduces_divergence(

@@ -220,7 +220,7 @@ def _checked(result: Any, count: int) -> tuple[list[Any] | None, str]:
         except (TypeError, ValueError):
             return None, f"it returned {type(value).__name__}, not a number"
         if number != number or abs(number) == float("inf"):
-            return None, f"it returned {number}"
+            return None, f"it returned {number} (None means no score)"
         scores.append(number)
     return scores, ""
 

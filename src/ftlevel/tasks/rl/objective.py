@@ -110,10 +110,10 @@ class PolicyGradient(TokenTargets, PolicyObjective):
         share = metrics.get("truncated", 0.0)
         if share <= TRUNCATED_RATIO:
             return []
+        advice = "" if self.teacher else ", or reward short completions"
         return [
             f"{share:.0%} of the completions of held-out prompts are cut at "
-            f"{self.config.max_completion_length} tokens. Raise --max-completion-length, or "
-            "reward short completions."
+            f"{self.config.max_completion_length} tokens. Raise --max-completion-length{advice}."
         ]
 
 
@@ -137,10 +137,7 @@ class RewardMeter:
         return ("reward", *own, *passes, "length", "truncated")
 
     def update(self, logits: Any, labels: Any, rows: Sequence[Any]) -> None:
-        """Add a prompt; `logits` (completions, 3 + functions): reward, length, ended, scores.
-
-        `labels` are the texts of the completions.
-        """
+        """Add a prompt: `logits` are `values_of` its completions, `labels` their texts."""
         self._seen.append(np.asarray(logits, dtype=np.float64))
         self._texts += labels
 
@@ -153,8 +150,7 @@ class RewardMeter:
         """Compute the metrics: each is averaged over a prompt's completions, then over prompts."""
         if not self._seen:
             return {}
-        scored = [part[~np.isnan(part[:, 0])] for part in self._seen]
-        scored = [part for part in scored if len(part)]
+        scored = [own for part in self._seen if len(own := part[~np.isnan(part[:, 0])])]
         found = {"reward": _mean([part[:, 0].mean() for part in scored])}
         functions = self._config.reward_names
         if len(functions) > 1:
@@ -166,7 +162,7 @@ class RewardMeter:
             passed = [
                 pass_at_k(len(part), int((part[:, 3] >= CORRECT).sum()), k)
                 for part in self._seen
-                if part.shape[1] > 3
+                if part.shape[1] > 3 and not np.isnan(part[:, 3]).all()
             ]
             if passed:
                 found[f"pass@{k}"] = _mean(passed)

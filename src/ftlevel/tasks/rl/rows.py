@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ftlevel.data.encoding.encode import IGNORED, Encoded, PromptFormat, RowError
@@ -48,6 +48,11 @@ class CompletionRow(Encoded):
     def completion(self) -> list[int]:
         """Token ids of the completion."""
         return self.input_ids[self.prompt :]
+
+    def on_policy(self) -> CompletionRow:
+        """Returns the row for the policy that sampled it: ratios are 1, without rounding."""
+        values = ((a, weight, UNKNOWN, *others) for a, weight, _, *others in self.values)
+        return replace(self, values=tuple(values))  # type: ignore[arg-type]
 
 
 TokenLogps = Callable[[Sequence[CompletionRow]], list[list[float]]]

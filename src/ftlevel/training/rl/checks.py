@@ -122,7 +122,7 @@ def find_problem(
 ) -> str:
     """Returns why training on these sampled groups would fail, with advice; "" if it would not."""
     length = config.max_completion_length
-    if metrics["truncated"] > MAX_TRUNCATED:
+    if config.reward and metrics["truncated"] > MAX_TRUNCATED:  # a teacher scores every token
         return (
             f"{metrics['truncated']:.0%} of the completions are cut at {length:,} tokens before "
             "they end, so the rewards do not apply to complete answers. Raise "
@@ -178,11 +178,11 @@ RAN_LONGER, COLLAPSED = 0.2, 0.1
 """Increase of the truncated share, and share of the initial entropy, that are warned about."""
 
 
-def get_rollout_warnings(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns warnings if reward and truncated share rose in the run, or entropy collapsed."""
+def get_rollout_warnings(config: RlConfig, records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns warnings of runs with rewards: reward rose as more answers were cut; entropy fell."""
     sampled = [record for record in records if "completion_length" in record]
     window = max(1, int(_WINDOW * len(sampled)))
-    if len(sampled) < 2 * window:
+    if len(sampled) < 2 * window or not config.reward:
         return []
 
     def ends(name: str) -> tuple[float, float]:

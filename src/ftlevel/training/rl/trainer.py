@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ class RlTrainer(FtlevelTrainer):
         self.keep: Callable[[int, Sequence[Group]], None] = lambda _step, _groups: None
         self._prompts = prompts
         self._block: Rollout | None = None
-        self._metrics: dict[str, float] = {}
+        self._unlogged: list[dict[str, float]] = []  # metrics of steps
         self._batches_left = 0
         self._start_time = 0.0
         trainable = self._trainable() if self.rl_config.beta else []
@@ -138,9 +139,9 @@ class RlTrainer(FtlevelTrainer):
         self._start_time = time.perf_counter()
         if self._block is None or step % times == 0:
             self._block = self.sample_rollout(step - step % times, prompts)
-        self._metrics = dict(self._block.metrics)
         self._batches_left = len(batches)
         rows = self._block.rows
+        rows = [row.on_policy() for row in rows] if step % times == 0 else rows
         for number, batch in enumerate(batches):
             part: list[Encoded] = list(rows[number :: len(batches)])
             first = batch["prompts"][0]
@@ -268,7 +269,7 @@ class RlTrainer(FtlevelTrainer):
         gathered = self.processes.all_gather(self.statistics.take())
         clipped, kl, diff, tokens = (sum(part[0][at] for part in gathered) for at in range(4))
         max_diff = max(part[1] for part in gathered)
-        metrics = self._metrics
+        metrics = dict(self._block.metrics) if self._block is not None else {}
         is_sampled = self.state.global_step % self.rl_config.num_iterations == 0
         if tokens:
             metrics["clipped"] = clipped / tokens
@@ -283,6 +284,7 @@ class RlTrainer(FtlevelTrainer):
         sampling *= is_sampled
         metrics["trained_tokens_per_s"] = round(tokens / max(seconds - sampling, 1e-9), 1)
         metrics["sampling_share"] = round(min(1.0, sampling / max(seconds, 1e-9)), 4)
+        self._unlogged.append(metrics)
 
     def count_targets(
         self,
@@ -296,9 +298,12 @@ class RlTrainer(FtlevelTrainer):
         return value
 
     def log(self, logs: dict[str, float], *arguments: Any, **settings: Any) -> None:
-        """Log Trainer's values of a step together with the metrics of the step's rollout."""
+        """Log Trainer's values together with the mean metrics of the steps since the last log."""
         if "loss" in logs:
-            logs = {**logs, **self._metrics}
+            steps, self._unlogged = self._unlogged, []
+            names = dict.fromkeys(name for metrics in steps for name in metrics)
+            means = {name: fmean(m[name] for m in steps if name in m) for name in names}
+            logs = {**logs, **means, **logs}  # a reward function may log any name
         super().log(logs, *arguments, **settings)
 
     # ---- resume

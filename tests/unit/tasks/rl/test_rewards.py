@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from ftlevel.config import DataConfig
 from ftlevel.config.rl import RlConfig
 from ftlevel.errors import ConfigError
 from ftlevel.tasks import TASKS
+from ftlevel.tasks.rl.objective import RewardMeter
 from ftlevel.tasks.rl.rewards import RewardError, Rewards
 from ftlevel.training.rl.step import GroupStatistics, compute_metrics
 
@@ -201,7 +203,7 @@ FAILURES = [
         1,
     ),
     ("exits", "SystemExit: no grader, line", "row 1: of 3 completions", [0, 0, 0], 3),
-    ("nan", "it returned nan", "row 2: completion: 'xx'", [1, 0, 1], 1),
+    ("nan", "it returned nan (None means no score)", "row 2: completion: 'xx'", [1, 0, 1], 1),
     ("infinite", "it returned -inf", "row 1: of 3 completions, the first: 'a'", [0, 0, 0], 3),
     ("text", "it returned str, not a number", "row 1: of 3 completions", [0, 0, 0], 3),
     ("one_number", "it returned float, not a list of scores", "row 1: of 3", [0, 0, 0], 3),
@@ -352,6 +354,11 @@ def test_fingerprint_depends_on_source_and_weight(
     with_new_source = resolve_rewards(f"{rewards_file}:length", f"json:{schema}").fingerprint
     weighted = resolve_rewards(f"{rewards_file}:length=2", f"json:{schema}").fingerprint
     assert len({before, with_new_schema, with_new_source, weighted}) == 4
+    copy = tmp_path / "moved" / Path(rewards_file).name
+    copy.parent.mkdir()
+    copy.write_text(Path(rewards_file).read_text())
+    moved = resolve_rewards(f"{copy}:length=1", f"json:{schema}").fingerprint
+    assert moved == with_new_source
 
 
 def test_close_stops_worker(resolve_rewards: Callable[..., Rewards]) -> None:
@@ -409,6 +416,15 @@ def test_reward_named_std_has_its_own_metric() -> None:
     metrics = compute_metrics([group], ["std", "other"])
     assert metrics["reward_std"] == 1.0
     assert metrics["group_std"] == pytest.approx(0.5**0.5)
+
+
+def test_prompts_without_a_score_are_left_out_of_pass_at_k() -> None:
+    meter = RewardMeter(RlConfig(reward=("x.py:f", "exact"), num_generations=2))
+    scores = ([1, 0], [np.nan, 1], [np.nan, np.nan])
+    for first in scores:
+        own = np.array([[0.5, 3, 1, score, 0.5] for score in first])
+        meter.update(own, ["a", "b"], [None])
+    assert meter.compute(math.nan)["pass@1"] == 0.5
 
 
 def test_inference_config_has_absolute_paths(
