@@ -123,6 +123,7 @@ def load_embedding_format(
                 f"{model_dir}: {MODULES} has a module {name}; supported are Transformer, Pooling "
                 "and Normalize. Name a model without it."
             )
+    check_modality(model_dir)
     prompts = {name: text for name, text in (config.get("prompts") or {}).items() if text}
     query = next((prompts.pop(name) for name in QUERY_PROMPTS if name in prompts), "")
     document = next((prompts.pop(name) for name in DOCUMENT_PROMPTS if name in prompts), "")
@@ -146,6 +147,15 @@ def load_embedding_format(
         include_prompt,
         bool(_load_length_setting(model_dir, "do_lower_case")),
     )
+
+
+def check_modality(model_dir: Path) -> None:
+    """Raise InputError if sentence-transformers 6 renders texts by the model's chat template."""
+    if "message" in (load_json(model_dir / LENGTHS).get("modality_config") or {}):
+        raise InputError(
+            f"{model_dir / LENGTHS}: modality_config has 'message', i.e. texts are put into the "
+            "chat template; supported is 'text'. Remove 'message' if training used no template."
+        )
 
 
 def _load_pooling(path: Path, *, is_replaced: bool) -> tuple[str, bool]:

@@ -108,18 +108,19 @@ class QueryMeter:
     """Meter that averages metrics over queries; `values` has metric → value for each query.
 
     For a single query, `details` has the scores of its best positive and best negative document,
-    and that negative document as `retrieved`.
+    and that negative document as `retrieved`. Means count the query of several rows once.
     """
 
     values: list[Mapping[str, float]]
     details: Mapping[str, Any] = field(default_factory=dict)
+    is_repeated: bool = False
 
     def update(self, *_: Any) -> None:
         """Raise `TypeError`: the metrics of a query need all documents, not one batch."""
         raise TypeError("metrics need the vectors of all documents")
 
     def pool(self, meters: Sequence[QueryMeter]) -> QueryMeter:
-        return QueryMeter([value for meter in meters for value in meter.values])
+        return QueryMeter([v for meter in meters if not meter.is_repeated for v in meter.values])
 
     def compute(self, _: float) -> dict[str, float]:
         non_empty = [value for value in self.values if value]
@@ -269,7 +270,11 @@ def _query_meters(
                 for query, value in zip(queries, scores.tolist(), strict=True):
                     values[query][f"{name}{suffix}"] = value
     details = _score_details(similarity, spaces[""], relevant_ids, queries, documents)
-    return [QueryMeter([values[query]], details.get(query, {})) for query, *_ in step.texts]
+    first = {query: row for row, (query, *_) in reversed([*enumerate(step.texts)])}
+    return [
+        QueryMeter([values[query]], details.get(query, {}), first[query] != row)
+        for row, (query, *_) in enumerate(step.texts)
+    ]
 
 
 def _score_details(

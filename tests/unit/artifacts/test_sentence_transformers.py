@@ -211,3 +211,13 @@ def test_flag_replaces_unsupported_setting(tmp_path, change, flag, default):
     with pytest.raises(InputError, match=f"Pass --{flag}"):
         load_embedding_format(tmp_path)
     assert getattr(load_embedding_format(tmp_path, replaced=[flag]), flag) == default
+
+
+def test_texts_in_a_chat_template_are_refused(tmp_path):
+    text = {"method": "forward", "method_output_name": "last_hidden_state"}
+    files = build_v3_files()
+    files["sentence_bert_config.json"] = {"modality_config": {"text": text}}
+    assert load_embedding_format(write(tmp_path, files)).pooling == "mean"
+    files["sentence_bert_config.json"]["modality_config"]["message"] = {**text, "format": "flat"}
+    with pytest.raises(InputError, match="modality_config has 'message'"):
+        load_embedding_format(write(tmp_path, files))

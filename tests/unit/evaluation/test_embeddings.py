@@ -31,6 +31,15 @@ def test_rows_without_a_positive_have_no_loss(loss: str) -> None:
     assert (first == second, others) == (True, [None, None])
 
 
+def test_query_of_several_rows_counts_once() -> None:
+    step = StepTexts(((0, 1), (0, 2), (3, 4)), ((1.0,),) * 3, ((),) * 3)
+    vectors = torch.tensor([[1, 0], [1, 0.1], [1, 0.2], [1, 0], [0, 1.0]])
+    meters = create_meters(Embeddings("ndcg@10"), vectors, step, (None,))
+    # Both documents of the first query are at the top; that of the second is the last of three.
+    assert meters[0].pool(meters).compute(0.0)["mrr@10"] == pytest.approx((1 + 1 / 3) / 2)
+    assert meters[1].describe([])["mrr@10"] == 1
+
+
 def test_last_single_text_is_compared_with_the_group_before() -> None:
     """Alone it has no pair, so its loss would be 0."""
     config = EmbeddingConfig(loss="contrastive")

@@ -471,9 +471,10 @@ def _as_pair(example: Any) -> SourceTarget:
 
 @dataclass(frozen=True)
 class EncodedText(Encoded):
-    """One text to embed; its first `unpooled` tokens (of a prompt) are left out of pooling."""
+    """One text to embed; its first `unpooled` tokens are not pooled; `ends`: with EOS or SEP."""
 
     unpooled: int = field(default=0, metadata={"column": "int"})
+    ends: int = field(default=1, metadata={"column": "int"})
 
     @property
     def key(self) -> tuple[int, ...]:
@@ -481,12 +482,13 @@ class EncodedText(Encoded):
         return (self.unpooled, *self.input_ids)
 
     def truncated(self, limit: int) -> EncodedText:
-        """Returns the text with at most `limit` tokens; the last one, EOS or SEP, is kept."""
+        """Returns the text with at most `limit` tokens; EOS or SEP at its end is kept."""
         ids = self.input_ids
         if len(ids) <= limit:
             return self
         unpooled = min(self.unpooled, limit - 1)
-        return replace(self, input_ids=[*ids[: limit - 1], ids[-1]], unpooled=unpooled)
+        ids = [*ids[: limit - 1], ids[-1 if self.ends else limit - 1]]
+        return replace(self, input_ids=ids, unpooled=unpooled)
 
 
 @dataclass(frozen=True)
@@ -501,6 +503,7 @@ class EncodedTexts(Encoded):
         prompts: number of tokens of the prompt of each text.
         words: the texts as strings, for a guide or teacher model; empty if there is none.
         unpooled: number of leading tokens of each text left out of pooling; empty if none are.
+        ends: whether the texts end with EOS or SEP.
     """
 
     has_several_texts = True
@@ -509,6 +512,7 @@ class EncodedTexts(Encoded):
     prompts: tuple[int, ...] = field(default=(), metadata={"column": "ints"})
     words: tuple[str, ...] = field(default=(), metadata={"column": "json"})
     unpooled: tuple[int, ...] = field(default=(), metadata={"column": "ints"})
+    ends: int = field(default=1, metadata={"column": "int"})
 
     @property
     def guide(self) -> Any:
@@ -525,7 +529,7 @@ class EncodedTexts(Encoded):
         spans = pairwise(accumulate(self.sizes, initial=0))
         unpooled = self.unpooled or (0,) * len(self.sizes)
         return [
-            EncodedText(self.input_ids[a:b], 0, self.row, unpooled=min(skipped, b - a - 1))
+            EncodedText(self.input_ids[a:b], 0, self.row, {}, min(skipped, b - a - 1), self.ends)
             for (a, b), skipped in zip(spans, unpooled, strict=True)
         ]
 
@@ -535,7 +539,7 @@ class EncodedTexts(Encoded):
         return max(self.sizes)
 
     def truncated(self, limit: int) -> Encoded:
-        """Returns the row, each text cut to `limit` tokens; the last one, EOS or SEP, is kept."""
+        """Returns the row, each text cut to `limit` tokens; EOS or SEP at its end is kept."""
         ids = [token for text in self.sequences for token in text.truncated(limit).input_ids]
         return replace(self, input_ids=ids, sizes=tuple(min(size, limit) for size in self.sizes))
 

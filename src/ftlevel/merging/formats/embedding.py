@@ -22,7 +22,6 @@ from ftlevel.artifacts.files import write_json
 from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
 from ftlevel.config.export import SERVERS, ExportConfig, Server
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import truncate_row
 from ftlevel.errors import InputError, RunError, join_names
 from ftlevel.evaluation.answers import InferenceModel
@@ -82,11 +81,8 @@ def check_server(
             f"{name} keeps {embedding_format.dims} dimensions (truncate_dim), and {server.title} "
             "returns all. Load it with sentence-transformers."
         )
-    if (
-        support.normalizes
-        and not embedding_format.normalize
-        and embedding_format.similarity == "dot"
-    ):
+    is_rescaled = support.normalizes and not embedding_format.normalize
+    if is_rescaled and embedding_format.similarity == "dot":
         limitations.append(
             f"{name} compares embeddings of any length by dot product, and {server.title} "
             "normalizes them. Load it with sentence-transformers."
@@ -96,7 +92,8 @@ def check_server(
             f"{name} lowercases its texts (do_lower_case) and its tokenizer does not, so "
             f"{server.title} would read other tokens. Load it with sentence-transformers."
         )
-    prompts = {name: text for name, text in embedding_format.all_prompts.items() if text}
+    own = {"query": embedding_format.query_prompt, "document": embedding_format.document_prompt}
+    prompts = {name: text for name, text in own.items() if text}
     if prompts and not embedding_format.include_prompt:
         limitations.append(
             f"{name} does not pool its prompts (include_prompt: false), and {server.title} pools "
@@ -114,7 +111,7 @@ def check_server(
         notes.append(
             f"your client has to put the prompts before its texts: {_format_prompts(prompts)}"
         )
-    if support.normalizes and not embedding_format.normalize:
+    if is_rescaled:
         notes.append(f"{server.title} normalizes embeddings; cosine similarities stay the same")
     return notes
 
@@ -127,9 +124,9 @@ def embed(
     model: Any, embedding_format: EmbeddingFormat, tokenizer: Any, end: int | None, device: str
 ) -> torch.Tensor:
     """Returns float32 embeddings `(texts, dims)` of `TEXTS`; `end` is a token id to append."""
-    ids = TextEncoder(tokenizer, "", "", end).ids(TEXTS)
-    max_length = embedding_format.max_length or len(max(ids, key=len))
-    rows = [truncate_row(Encoded(part, 0, at), max_length) for at, part in enumerate(ids)]
+    texts = TextEncoder(tokenizer, "", "", end).documents(TEXTS)
+    max_length = embedding_format.max_length or max(text.length for text in texts)
+    rows = [truncate_row(text, max_length) for text in texts]
     objective = Embeddings("ndcg@10", format=embedding_format)
     with torch.no_grad():
         return embed_texts(model, objective, rows, tokenizer.pad_token_id or 0, device)

@@ -48,6 +48,7 @@ class TextEncoder:
         ]
         encoded = iter(self.ids([text for own in texts for text in own]))
         sizes = {prompt: self.prompt_size(prompt) for own in prompts for prompt in own}
+        ends = self.ends
         rows: list[Encoded] = []
         for example, own, heads in zip(examples, texts, prompts, strict=True):
             ids = [next(encoded) for _ in own]
@@ -66,6 +67,7 @@ class TextEncoder:
                     prompt_sizes,
                     (example.query, *example.documents) if self.with_words else (),
                     prompt_sizes if not self.include_prompt and any(prompt_sizes) else (),
+                    ends,
                 )
             )
         return rows
@@ -78,14 +80,20 @@ class TextEncoder:
         special = set(self.tokenizer.all_special_ids)
         return [ids if ids and ids[-1] in special else [*ids, self.end] for ids in found]
 
+    @property
+    def ends(self) -> bool:
+        """Whether each text ends with a special token."""
+        return bool(self.prompt_size("a") < len(self.ids(["a"])[0]))
+
     def documents(self, texts: Sequence[str]) -> list[EncodedText]:
         """Returns the encoded documents; the `row` of each is its index in `texts`."""
         unpooled = 0 if self.include_prompt else self.prompt_size(self.document_prompt)
+        ends = self.ends
         found: list[EncodedText] = []
         for start in range(0, len(texts), _BATCH):
             ids = self.ids([self.document_prompt + t for t in texts[start : start + _BATCH]])
             found += [
-                EncodedText(own, 0, at, unpooled=min(unpooled, len(own) - 1))
+                EncodedText(own, 0, at, {}, min(unpooled, len(own) - 1), ends)
                 for at, own in enumerate(ids, start)
             ]
         return found

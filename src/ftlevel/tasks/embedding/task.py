@@ -6,7 +6,7 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,7 +18,7 @@ from ftlevel.artifacts.sentence_transformers import (
 )
 from ftlevel.config.embedding import DEFAULT_LOSSES, LOSSES, EmbeddingConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import Encoded, EncodedTexts
+from ftlevel.data.encoding.encode import Encoded, EncodedText, EncodedTexts
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import ConfigError, InputError, join_names
 from ftlevel.models.sources import ModelSource, download_files
@@ -198,6 +198,7 @@ class EmbeddingTask(BaseTask):
             "end": self.end,
             "words": self._with_words,
             "loss": self.config.loss,
+            "fields": [each.name for each in fields(EncodedTexts)],
         }
 
     @property
@@ -332,7 +333,8 @@ class EmbeddingTask(BaseTask):
             prompt + (q.documents[0] if q.documents else q.query)
             for prompt, q in zip(prompts, queries, strict=True)
         ]
-        rows = [Encoded(ids, 0, at) for at, ids in enumerate(encode.ids(texts))]
+        encoded = enumerate(encode.ids(texts))
+        rows = [EncodedText(ids, 0, at, ends=encode.ends) for at, ids in encoded]
         sizes = {prompt: encode.prompt_size(prompt) for prompt in set(prompts)}
         objective = Embeddings(METRICS["ranking"][0], format=format_)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ftlevel.artifacts.sentence_transformers import (
     FILES,
     CrossEncoderFormat,
+    check_modality,
     load_activation,
     save_cross_encoder_format,
     scores_by_tokens,
@@ -152,6 +153,8 @@ class RerankingTask(BaseTask):
                 "Name another, or --task text-classification."
             )
         directory = download_files(source, FILES)
+        if directory is not None:
+            check_modality(directory)
         activation = load_activation(directory, model_config) if directory else None
         name = (activation or SIGMOID).rpartition(".")[2]
         if name not in ("Identity", "Sigmoid"):

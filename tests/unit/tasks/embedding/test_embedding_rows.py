@@ -97,6 +97,17 @@ def test_truncation_keeps_end_token_of_each_text() -> None:
     assert truncated.length == 3
 
 
+@pytest.mark.parametrize("end", [None, 2])
+def test_truncation_without_end_token_cuts_last_tokens(end: int | None) -> None:
+    encode = TextEncoder(llama_tokenizer(), "", "", end)
+    (row,) = encode([EmbeddingRow("the cat is old", 0, ("a dog",), (1.0,))])
+    (document,) = encode.documents(["the cat is old"])
+    for text in (row.sequences[0], document):
+        expected = text.input_ids[:2] + ([text.input_ids[2]] if end is None else [end])
+        assert text.truncated(3).input_ids == expected
+    assert row.truncated(3).sequences[0].input_ids == expected
+
+
 def _row(index: int, *texts: list[int]) -> Encoded:
     sizes = tuple(map(len, texts))
     return EncodedTexts([t for text in texts for t in text], (1.0,), index, {}, sizes)
