@@ -342,3 +342,7 @@ def test_kto_trains_on_labeled_answers(tiny_model_dir: ModelDir, tmp_path: Path)
     summary = run(tiny_model_dir("llama"), data, tmp_path / "run", "kto").summary
     assert {"kl", "reward_margin", "logp_desirable"} <= set(summary["metrics"])
     assert summary["metrics"]["kl"] >= 0
+    report = evaluate(EvaluateConfig(name=str(tmp_path / "run"), resamples=20))
+    assert report.metrics["kl"] == pytest.approx(summary["metrics"]["kl"])
+    assert "loss" in report.summary["intervals"]
+    assert "kl" not in report.summary["intervals"]  # no example has its own answers to others

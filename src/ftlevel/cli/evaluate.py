@@ -56,7 +56,7 @@ def table_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         yield text
     if "against" in summary:
         yield from _format_comparison(summary["against"], summary["metrics"])
-    if "resamples" in summary:
+    if summary.get("resamples"):
         yield f"  [95 % intervals: {summary['resamples']:,} resamples of the examples]"
 
 

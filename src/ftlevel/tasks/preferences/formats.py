@@ -140,11 +140,10 @@ def create_scored(values: RoleValues) -> LabeledCompletion:
 
 
 def _judged(values: RoleValues, desirable: bool) -> LabeledCompletion:
+    prompt = _prompt(values)
     if "completion" in values:
-        prompt = _prompt(values)
         answer = _answer(values, "completion", values.get("completion"))
     else:
-        prompt = _prompt(values)
         prompt, answer = prompt[:-1], prompt[-1:]
     if not answer or answer[-1].role != "assistant":
         raise UnusableRowError("does not end with an answer of the assistant", "turn_order")

@@ -203,7 +203,9 @@ class PreferenceMeter:
 
     def pool(self, meters: Sequence[PreferenceMeter]) -> PreferenceMeter:
         pooled = PreferenceMeter(self._objective)
-        pooled._seen = [index for meter in meters for index in meter._seen]
+        pooled._seen = [np.array(part) for meter in meters for part in meter._seen]
+        for part in pooled._seen:
+            part[:, 5] = math.nan  # kl is a mean over other answers, not over these
         return pooled
 
     def compute(self, loss: float) -> dict[str, float]:
