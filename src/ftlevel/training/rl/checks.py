@@ -179,7 +179,7 @@ RAN_LONGER, COLLAPSED = 0.2, 0.1
 
 
 def get_rollout_warnings(config: RlConfig, records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns warnings if reward and truncated share rose, or entropy collapsed; only of rewards."""
+    """Returns warnings of runs with rewards: reward and cut share rose, or entropy collapsed."""
     sampled = [record for record in records if "completion_length" in record]
     window = max(1, int(_WINDOW * len(sampled)))
     if len(sampled) < 2 * window or not config.reward:
