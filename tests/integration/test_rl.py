@@ -28,7 +28,7 @@ from ftlevel.evaluation.two_models import build_comparison_inputs
 from ftlevel.extras.serving.check import check_served
 from ftlevel.extras.serving.config import CheckServedConfig
 from ftlevel.training.rl.checks import get_rollout_warnings
-from ftlevel.training.rl.trainer import RepeatedSteps
+from ftlevel.training.rl.trainer import RepeatedSteps, RlTrainer
 from tiny_models import save_tiny
 
 NAMES = [
@@ -431,15 +431,26 @@ def test_log_has_mean_metrics_of_steps(
 
 @pytest.mark.parametrize("rl", [{"loss": "gspo", "num_iterations": 2}, {"loss": "rloo"}])
 def test_first_iteration_has_no_rounding_of_ratios(
-    data: Path, tmp_path: Path, tiny_model: dict[str, Any], rl: dict[str, Any]
+    data: Path,
+    tmp_path: Path,
+    tiny_model: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    rl: dict[str, Any],
 ) -> None:
-    rl = {**rl, "beta": 0.1, "epsilon": 1e-6, "max_completion_length": 30}
+    """Old log-probabilities are computed in other micro-batches than the step's."""
+    compute = RlTrainer.token_logps
+
+    def compute_with_rounding(self: RlTrainer, rows: Any) -> Any:
+        return [[logp + 0.01 for logp in own] for own in compute(self, rows)]
+
+    monkeypatch.setattr(RlTrainer, "token_logps", compute_with_rounding)
     config = create_config(
-        data, tmp_path / "run", rl, {"gradient_accumulation_steps": 2},
-        model={**tiny_model, "dtype": "bfloat16"},
-    )  # fmt: skip
+        data, tmp_path / "run", {**rl, "beta": 0.1, "epsilon": 1e-3}, model=tiny_model
+    )
     train(config)
-    assert load_log(tmp_path / "run")[0]["clipped"] == 0
+    clipped = [record["clipped"] for record in load_log(tmp_path / "run")]
+    assert clipped[0] == 0
+    assert bool(clipped[1]) == ("num_iterations" in rl)
 
 
 def test_run_resumes_after_failed_reward(
