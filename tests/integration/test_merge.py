@@ -22,6 +22,7 @@ from ftlevel import MergeConfig, merge
 from ftlevel.cli.app import run
 from ftlevel.commands.generate import generate
 from ftlevel.merging import merged_model
+from ftlevel.merging.merge_input import resolve_merge_input, select_rows
 from ftlevel.methods.merging import Skeleton, build_skeleton
 from ftlevel.models.loading import build_task_model
 from ftlevel.weights import checkpoint
@@ -453,6 +454,22 @@ def test_tensor_that_is_several_in_the_model_is_rejected(
         assert "layers.0.attention.query_key_value.weight becomes several tensors in" in message
         assert "Use merge_and_unload of PEFT." in message
     assert not Path("merged").exists()
+
+
+def test_codes_are_chosen_on_other_rows_than_those_compared(tiny_model_dir: TinyModelDir) -> None:
+    rows = [{"text": f"The number {i} is {i * i} squared."} for i in range(8)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--dataset", "rows.jsonl", "--set", "data.validation_split=0", *TRAIN_OPTIONS]
+    model = str(tiny_model_dir("llama"))
+    assert run(["train", "--model", model, *flags, "--output-dir", "run"]) == 0
+    inputs = resolve_merge_input(MergeConfig(adapters=["run"], output_dir=Path("merged")))
+    for count, calibration, sizes in ((32, 128, (1, 7)), (32, 0, (8, 0)), (0, 128, (0, 8))):
+        selected = select_rows(inputs, count, calibration)
+        compared, chosen = (
+            [row.input_ids for row in part] for part in (selected.compared, selected.calibration)
+        )
+        assert (len(compared), len(chosen)) == sizes
+        assert not [ids for ids in compared if ids in chosen]
 
 
 def test_plain_peft_adapter_mixes_with_run(train_run: Callable[..., Path]) -> None:

@@ -163,9 +163,10 @@ def select_rows(inputs: MergeInput, count: int, calibration: int = 0) -> CheckRo
     validation = list(data.validation[:count])
     if inputs.ignores_token_types:
         samples, validation = map(_drop_token_types, (samples, validation))
-    rows = validation or samples[:count]
+    share = len(samples) * count // max(count + calibration, 1)
+    rows = validation or samples[: max(share, min(count, 1))]
     split = "validation" if data.validation else "training"
-    remaining = samples if data.validation else samples[len(rows) :] or samples
+    remaining = samples if data.validation else samples[len(rows) :]
     calibration_rows, name = remaining[:calibration], data.info["name"]
     choices = [Choice("compared on", f"{len(rows)} {split} rows", name)] if rows else []
     if calibration_rows:
