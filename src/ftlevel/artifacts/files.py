@@ -7,6 +7,7 @@ sample their weights and do not read all of them.
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import functools
 import hashlib
@@ -15,6 +16,7 @@ import os
 import shutil
 import stat
 import struct
+import sys
 import tempfile
 import time
 import weakref
@@ -133,6 +135,16 @@ try:
     import fcntl
 except ImportError:  # Windows: no locks, no sweep
     fcntl = None  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def long_cells() -> Iterator[None]:
+    """Increase the csv module's global limit on cell length, 128 KiB, within the context."""
+    limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
 
 
 @contextlib.contextmanager

@@ -104,5 +104,10 @@ def push(folder: Path, name: str, *, private: bool, files: Sequence[str] = ()) -
     return str(repo_url)
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+def first_line(error: BaseException) -> str:
+    """Returns the first line of the message of `error`; its type if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _first_line(error: BaseException) -> str:
+    return first_line(error).rstrip(".")

@@ -10,12 +10,11 @@ import csv
 import io
 import json
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
-from ftlevel.artifacts.files import check_output_file
+from ftlevel.artifacts.files import check_output_file, flush, long_cells
 from ftlevel.artifacts.row_sinks import (
     Row,
     RowColumns,
@@ -27,15 +26,12 @@ from ftlevel.artifacts.row_sinks import (
 )
 from ftlevel.errors import ConfigError, InputError, join_names
 
-_MAX_CELL_SIZE = min(sys.maxsize, 2**31 - 1)  # no limit on the length of cells
-
 
 class _TextFile(RowFile):
     """Base class of row files in text; on resume, an incomplete last row is cut off."""
 
     def __init__(self, path: Path, columns: RowColumns) -> None:
         super().__init__(path, columns)
-        self._file: IO[str] | None = None
         self._end_offset: int = 0  # offset after the last complete row or the header
 
     def open(self, keep: int) -> None:  # noqa: ARG002 - `load_previous` sets `_end_offset`
@@ -60,11 +56,6 @@ class _TextFile(RowFile):
             raise RuntimeError("the file is not open")
         self._file.write(text)
         self._file.flush()
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
 
 class JsonLinesFile(_TextFile):
@@ -117,8 +108,8 @@ class CommaSeparatedFile(_TextFile):
         previous = self.existing
         if previous is None:
             return
-        width, limit = len(self.columns.names), csv.field_size_limit(_MAX_CELL_SIZE)
-        with previous.open("rb") as file:
+        width = len(self.columns.names)
+        with previous.open("rb") as file, long_cells():
             lines = _DecodedFile(file)
             cells = csv.reader(lines, delimiter=self.separator, strict=True)
             try:
@@ -135,8 +126,6 @@ class CommaSeparatedFile(_TextFile):
                     yield row[:width]
             except (csv.Error, UnicodeDecodeError):
                 return  # truncated inside quotes or a character
-            finally:
-                csv.field_size_limit(limit)
 
     def normalize(self, row: Row) -> Any:
         """Returns the cells of a row, without the predicted columns."""
@@ -192,7 +181,6 @@ class ParquetFile(RowFile):
         super().__init__(path, columns)
         self._schema: Any = None
         self._writer: Any = None
-        self._sink: Any = None
         if columns.schema is not None and "embedding" not in columns.answers.values():
             self._schema = self._add_predicted_columns(columns.schema, ())
 
@@ -222,7 +210,7 @@ class ParquetFile(RowFile):
         """Start a new stream that contains the first `keep` rows."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         new = self.path.with_name(f".{self.partial.name}.new")
-        self._sink = new.open("wb")
+        self._file = new.open("wb")
         for batch in _batches(self.existing or self.path) if keep else ():
             chunk = batch.slice(0, keep)
             keep -= chunk.num_rows
@@ -261,18 +249,16 @@ class ParquetFile(RowFile):
         import pyarrow as pa
 
         if self._writer is None:
-            self._writer = pa.ipc.new_stream(self._sink, batch.schema)
+            self._writer = pa.ipc.new_stream(self._file, batch.schema)
         self._writer.write_batch(batch)
-        self._sink.flush()
+        self._file.flush()
 
     def close(self) -> None:
         """Close the stream."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        if self._sink is not None:
-            self._sink.close()
-            self._sink = None
+        super().close()
 
     def finalize(self) -> None:
         """Convert the stream to the Parquet file at `path`."""
@@ -290,8 +276,7 @@ class ParquetFile(RowFile):
                     pending = []
             if pending:
                 writer.write_table(pa.Table.from_batches(pending))
-        with complete.open("rb") as file:
-            os.fsync(file.fileno())
+        flush(complete)
         complete.replace(self.path)
         self.partial.unlink()
 
@@ -356,7 +341,6 @@ class NumpyFile(RowFile):
         super().__init__(path, columns)
         if list(columns.answers.values()) != ["embedding"]:
             raise ConfigError(f"{path}: .npy files hold embeddings only. Use .jsonl or .parquet.")
-        self._file: IO[bytes] | None = None
         self._width, self._rows, self._skipped = 0, 0, 0
 
     def load_previous(self) -> Iterator[Any]:
@@ -427,12 +411,6 @@ class NumpyFile(RowFile):
         np.lib.format.write_array_header_1_0(
             self._file, {"descr": "<f4", "fortran_order": False, "shape": shape}
         )
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
     def finalize(self) -> None:
         """Write the number of rows into the header, and rename the file to `path`."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import IO, Any, ClassVar, Protocol
 
+from ftlevel.artifacts.files import flush
 from ftlevel.artifacts.run_directory import load_jsonl
 from ftlevel.errors import join_names
 
@@ -228,6 +228,7 @@ class RowFile(ABC):
         self.path = path
         self.columns = columns
         self.partial = partial_of(path)
+        self._file: Any = None
 
     # ---- existing rows
 
@@ -254,9 +255,11 @@ class RowFile(ABC):
     def write(self, rows: Sequence[Row]) -> None:
         """Write rows with their predicted columns to disk."""
 
-    @abstractmethod
     def close(self) -> None:
         """Close the partial file, which can be resumed."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def discard(self) -> None:
         """Close and delete a partial file without rows."""
@@ -266,8 +269,7 @@ class RowFile(ABC):
     def finalize(self) -> None:
         """Flush the partial file and rename it to `path`."""
         self.close()
-        with self.partial.open("rb") as file:
-            os.fsync(file.fileno())
+        flush(self.partial)
         self.partial.replace(self.path)
 
 

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ftlevel.artifacts.files import Workspace
+from ftlevel.artifacts.hub import first_line
 from ftlevel.errors import InputError, join_names, reading
 from ftlevel.models.module_tree import get_heads, get_modules_to_not_convert
 from ftlevel.models.quantization import as_quant_config, get_quantization_config
@@ -192,7 +193,7 @@ def _convert_read_errors(source: ModelSource) -> Iterator[None]:
             yield
     except _UNREADABLE as error:
         raise InputError(
-            f"{source.label}: its weights cannot be read ({_first_line(error)}). "
+            f"{source.label}: its weights cannot be read ({first_line(error)}). "
             "Was a download or a copy cut short?"
         ) from error
 
@@ -242,7 +243,7 @@ def load_config(source: ModelSource, **overrides: Any) -> Any:
         return config
     except struct.error as error:  # truncated .gguf header
         raise InputError(
-            f"{source.label} ends before its header says ({_first_line(error)}). Is the download "
+            f"{source.label} ends before its header says ({first_line(error)}). Is the download "
             "incomplete?"
         ) from error
     except (*FROM_READERS, StrictDataclassError) as error:
@@ -256,10 +257,10 @@ def _explain_error(error: Exception) -> str:
             "default. If you trust it: train and preview run it with --trust-remote-code."
         )
     if "cannot reshape array" in str(error):  # truncated .gguf tensors
-        return f"its tensors are not whole ({_first_line(error)}). Is the download incomplete?"
+        return f"its tensors are not whole ({first_line(error)}). Is the download incomplete?"
     if not isinstance(error, (OSError, ValueError)) or isinstance(error, StrictDataclassError):
         return f"its config.json is not one of a model: {' '.join(str(error).split())}"
-    return _first_line(error)
+    return first_line(error)
 
 
 def label_overrides(names: Sequence[str]) -> dict[str, Any]:
@@ -282,7 +283,7 @@ def load_tokenizer(source: ModelSource) -> Any:
         if not isinstance(error, FROM_READERS) and type(error) is not Exception:  # from Rust
             raise
         _check_vocabulary(source)
-        raise InputError(f"{source.label} has no usable tokenizer: {_first_line(error)}") from error
+        raise InputError(f"{source.label} has no usable tokenizer: {first_line(error)}") from error
     # Without files, transformers builds a tokenizer that knows only special tokens.
     if files := getattr(tokenizer, "vocab_files_names", None):  # none for bytes, as in ByT5
         _check_vocabulary(source, files.values())
@@ -312,7 +313,7 @@ def build_task_model(config: Any, auto_class: str) -> Any:
         if "Unrecognized configuration class" not in str(error):
             raise InputError(
                 f"a model of type {config.model_type} cannot be built from its config.json "
-                f"({type(error).__name__}: {_first_line(error)}). Check that it is whole."
+                f"({type(error).__name__}: {first_line(error)}). Check that it is whole."
             ) from error
         raise InputError(
             f"{config.model_type} has no {auto_class} in transformers {transformers.__version__}."
@@ -520,8 +521,3 @@ def _load_hub_tensor_types(name: str, revision: str | None) -> dict[str, str]:
         return {}
     files = metadata.files_metadata.values()
     return {key: tensor.dtype for file in files for key, tensor in file.tensors.items()}
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
