@@ -10,7 +10,7 @@ from ftlevel.artifacts.row_files import check_row_file, row_file_type
 from ftlevel.artifacts.row_sinks import RowColumns
 from ftlevel.config.mining import MineConfig
 from ftlevel.config.section import Choice, check_config
-from ftlevel.data.formats.detect import FormatOptions, detect_format
+from ftlevel.data.formats.detect import detect_format
 from ftlevel.data.formats.examples import to_examples
 from ftlevel.data.sources.readers import ReadOptions, load_table
 from ftlevel.errors import InputError
@@ -119,8 +119,8 @@ def _load_rows(config: MineConfig) -> tuple[list[EmbeddingRow], str]:
     table = load_table(
         config.dataset, options=ReadOptions(config.input_format, ignored=config.ignore_columns)
     )
-    options = FormatOptions(config.columns, config.format)
-    format_ = detect_format(table.column_names, TASK, RANKING_SHAPES, options, table.rows[:WINDOW])
+    names, sample = table.column_names, table.rows[:WINDOW]
+    format_ = detect_format(names, TASK, RANKING_SHAPES, config.columns, config.format, sample)
     rows: list[EmbeddingRow] = list(to_examples(table, format_))  # type: ignore[arg-type]
     for row in rows:
         if not row.positives:

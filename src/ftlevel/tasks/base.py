@@ -16,7 +16,6 @@ from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import IGNORED, Encoded, PromptFormat
 from ftlevel.data.formats.detect import (
     Format,
-    FormatOptions,
     FormatSpec,
     NoFormatError,
     detect_format,
@@ -148,6 +147,8 @@ class BaseTask(ABC):
         needs_offsets: whether encoding needs the character offsets of tokens.
         checks: data checks that apply to the encoded rows.
         split_text: what the log calls the rows that were added by splitting long examples.
+        model_description: what the error for an unsupported output calls the model; "": the task.
+        prediction_type: type of the only prediction column, unless the task has several.
     """
 
     name: str
@@ -179,6 +180,8 @@ class BaseTask(ABC):
     needs_offsets: ClassVar[bool] = False
     checks: ClassVar[Checks] = Checks()
     split_text: ClassVar[str] = "split into several"
+    model_description: ClassVar[str] = ""
+    prediction_type: ClassVar[Column] = "text"
 
     def configured(self, task_config: Mapping[str, Any]) -> BaseTask:
         """Returns the task with the settings `task_config`, from a configuration or model card."""
@@ -292,9 +295,7 @@ class BaseTask(ABC):
         """Returns the format of a table; if none fits, the `InputError` suggests another task."""
         mapping = {**self.column_mapping(column_names, config, rows), **config.columns}
         try:
-            return detect_format(
-                column_names, self.name, self.shapes, FormatOptions(mapping, config.format), rows
-            )
+            return detect_format(column_names, self.name, self.shapes, mapping, config.format, rows)
         except NoFormatError as error:
             others = (task for task in load_tasks().values() if task.name != self.name)
             other = next((task.name for task in others if fits(column_names, task.shapes)), None)
@@ -401,8 +402,7 @@ class BaseTask(ABC):
             raise ConfigError(
                 f"--task {self.name} does not support predict. Use ftlevel generate --prompt."
             )
-        format_options = FormatOptions(mapping, name)
-        return detect_format(column_names, self.name, self.query_shapes, format_options, rows)
+        return detect_format(column_names, self.name, self.query_shapes, mapping, name, rows)
 
     def prediction_columns(
         self,
@@ -415,8 +415,8 @@ class BaseTask(ABC):
 
         Raises `ConfigError` if the task does not support an optional output.
         """
-        check_options(outputs, f"--task {self.name}", "")
-        return {"": "text"}
+        check_options(outputs, self.model_description or f"--task {self.name}", "")
+        return {"": self.prediction_type}
 
     @abstractmethod
     def create_query(self, prompt: str, context: str | None, number: int) -> Any:

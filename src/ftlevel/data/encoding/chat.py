@@ -8,7 +8,6 @@ inserted into the turn's content instead.
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 from ftlevel.artifacts.files import read_plain
 from ftlevel.config.section import Choice
+from ftlevel.data.formats.labels import common_prefix_length
 from ftlevel.errors import InputError, did_you_mean, join_names
 from ftlevel.models.upstream.libraries import apply_template, check_template
 
@@ -308,15 +308,16 @@ def _infer_layout(tokenizer: Any) -> ChatLayout | None:
     first, tail = single
     _, to_assistant, to_user, _ = several
     after_user = render(tokenizer, _placeholder_turns(USER)).rpartition(_MARKS[USER])[2]
+    shared = after_user[: common_prefix_length(after_user, to_assistant)]
     # without the beginning of a special token
-    user_end = re.sub(r"(<\|?|\[/?)$", "", _common_prefix(after_user, to_assistant))
+    user_end = re.sub(r"(<\|?|\[/?)$", "", shared)
     assistant_begin = to_assistant.removeprefix(user_end)
     if not tail.startswith(user_end):
         return None
     if to_user.startswith(user_end) and first.endswith(to_user.removeprefix(user_end)):
         user_begin, assistant_end = to_user.removeprefix(user_end), user_end
     else:
-        shared = _common_prefix(first[::-1], to_user[::-1])[::-1]
+        shared = first[len(first) - common_prefix_length(first[::-1], to_user[::-1]) :]
         user_begin = re.sub(r"^[^<\[]*[>\]]", "", shared)  # drop the tail of a special token
         assistant_end = to_user.removesuffix(user_begin)
     around = {USER: (user_begin, user_end), ASSISTANT: (assistant_begin, assistant_end)}
@@ -327,11 +328,6 @@ def _infer_layout(tokenizer: Any) -> ChatLayout | None:
     if system is not None and system[1].endswith(user_begin):
         around[SYSTEM] = system[0], system[1].removesuffix(user_begin)
     return ChatLayout(around, first.removesuffix(user_begin), tail.removeprefix(user_end))
-
-
-def _common_prefix(first: str, second: str) -> str:
-    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
-    return "".join(one for one, _ in pairs)
 
 
 def _placeholder_turns(*roles: str) -> list[Turn]:

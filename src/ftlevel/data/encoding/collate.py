@@ -12,7 +12,7 @@ import torch
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import IGNORED, Encoded, extra_inputs, split_batches
 from ftlevel.data.formats.examples import PlainText
-from ftlevel.data.sources.lines import LazySequence
+from ftlevel.data.sources.lines import RowView
 from ftlevel.errors import InputError
 
 
@@ -109,7 +109,7 @@ _MASKED, _RANDOM = 0.8, 0.1
 _FIXED = 0  # epoch number of the validation rows; training epochs count from 1
 
 
-class MaskedRows(LazySequence[Encoded]):
+class MaskedRows(RowView[Encoded]):
     """Rows for masked-language modeling, masked at random on access; set `epoch` before each epoch.
 
     `epoch` counts from 0. `ratio` is the fraction of tokens to predict, at least one per row.
@@ -123,9 +123,6 @@ class MaskedRows(LazySequence[Encoded]):
         self._mask = int(tokenizer.mask_token_id)
         self._special = np.array(sorted(tokenizer.all_special_ids))
         self._vocabulary = np.setdiff1d(np.arange(len(tokenizer)), self._special)
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def _item(self, at: int) -> Encoded:
         return self._draw(at, self.epoch + 1)

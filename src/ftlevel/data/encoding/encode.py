@@ -344,10 +344,11 @@ def encode_labeled(
     return rows
 
 
-def split_batches(examples: Sequence[Any]) -> Iterator[Sequence[Any]]:
+def split_batches(examples: Sequence[Any], size: int | None = None) -> Iterator[Sequence[Any]]:
     """Yields `examples` in batches for the tokenizer."""
-    for start in range(0, len(examples), _BATCH):
-        yield examples[start : start + _BATCH]
+    size = size or _BATCH
+    for start in range(0, len(examples), size):
+        yield examples[start : start + size]
 
 
 def extra_inputs(encoding: Any, index: int) -> dict[str, list[int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from ftlevel.data.formats.columns import (
@@ -43,7 +44,6 @@ class Format:
         inner: names in the data for the keys `role` and `content`, and for user and assistant.
     """
 
-    task: str
     name: str
     build: ExampleBuilder
     columns: Mapping[str, str]
@@ -153,14 +153,6 @@ def explain_columns(
 
 
 @dataclass(frozen=True)
-class FormatOptions:
-    """The user's `mapping` (role → column) and format `name`."""
-
-    mapping: Mapping[str, str] = field(default_factory=dict)
-    name: str | None = None
-
-
-@dataclass(frozen=True)
 class FormatSpec:
     """A set of roles, each with its usual column names, the most common first.
 
@@ -220,20 +212,20 @@ def detect_format(
     column_names: Sequence[str],
     task: str,
     shapes: Sequence[FormatSpec],
-    options: FormatOptions | None = None,
+    chosen: Mapping[str, str] = MappingProxyType({}),
+    name: str | None = None,
     rows: Sequence[Row] = (),
 ) -> Format:
     """Returns the format of a table: the first of `shapes` that its columns match.
 
-    `options` restrict the shapes. `rows` are a sample, used to suggest flags in errors. Raises
-    `NoFormatError` if no shape fits and the user chose none, `InputError` if the user's choice does
-    not fit or names a missing column.
+    The user's `chosen` columns (role -> column) and format `name` restrict the shapes. `rows` are a
+    sample, used to suggest flags in errors. Raises `NoFormatError` if no shape fits and the user
+    chose none, `InputError` if the user's choice does not fit or names a missing column.
     """
-    options = options or FormatOptions()
-    selected = shapes if options.name is None else _select_shapes(shapes, options.name, task)
+    selected = shapes if name is None else _select_shapes(shapes, name, task)
     inner_roles = {role for shape in selected for role in shape.inner}
-    inner = {role: name for role, name in options.mapping.items() if role in inner_roles}
-    outer = {role: name for role, name in options.mapping.items() if role not in inner_roles}
+    inner = {role: column for role, column in chosen.items() if role in inner_roles}
+    outer = {role: column for role, column in chosen.items() if role not in inner_roles}
     outer = _resolve_mapping(column_names, task, selected, outer)
     mapping = {_role(role, selected): column for role, column in outer.items()}
     by_shape = ((s, {_role(role, [s]): c for role, c in outer.items()}) for s in selected)
@@ -242,7 +234,7 @@ def detect_format(
             matched = _match(shape, column_names, shape_mapping)
             if matched is not None and matched.keys() >= shape.required.keys():
                 unused = _unused(column_names, matched)
-                return Format(task, shape.name, shape.build, matched, unused, inner=inner)
+                return Format(shape.name, shape.build, matched, unused, inner=inner)
     is_selected = len(selected) < len(shapes)
     error = InputError if mapping or is_selected else NoFormatError
     suggestion = _FormatSuggestion(column_names, task, selected, mapping, rows, named=is_selected)

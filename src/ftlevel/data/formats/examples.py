@@ -208,7 +208,7 @@ class ClassExample(Example, Protocol):
 def create_conversation(values: RoleValues) -> Conversation:
     """Create the `Conversation` of the current row."""
     tools = get_tools(values)
-    return Conversation(tuple(_with_system(_turns(values), values)), values.index, tools)
+    return Conversation(with_system(_turns(values), values), values.index, tools)
 
 
 def get_tools(values: RoleValues) -> tuple[dict[str, Any], ...]:
@@ -216,9 +216,11 @@ def get_tools(values: RoleValues) -> tuple[dict[str, Any], ...]:
     return parse_tool_list(values.get("tools"), values.columns.get("tools", "tools"))
 
 
-def _with_system(turns: list[Message], values: RoleValues) -> list[Message]:
+def with_system(turns: Sequence[Message], values: RoleValues) -> tuple[Message, ...]:
+    """Returns `turns`, after the row's system prompt if they have none."""
     system = values.text_or_empty("system")
-    return [Message("system", system), *turns] if system and turns[0].role != "system" else turns
+    has_own = not system or turns[0].role == "system"
+    return tuple(turns) if has_own else (Message("system", system), *turns)
 
 
 def _turns(values: RoleValues) -> list[Message]:
@@ -230,10 +232,11 @@ def _turns(values: RoleValues) -> list[Message]:
         name = f"{values.columns['prompt']} + {values.columns['completion']}"
         return parse_turns([*prompt, *completion], name)
     target = "output" if "instruction" in values else "completion"
-    return [Message("user", _prompt_text(values)), Message("assistant", values.text(target))]
+    return [Message("user", prompt_text(values)), Message("assistant", values.text(target))]
 
 
-def _prompt_text(values: RoleValues) -> str:
+def prompt_text(values: RoleValues) -> str:
+    """Returns the prompt's text, or an instruction with its input."""
     if "instruction" not in values:
         return values.text("prompt" if "prompt" in values else "text")
     texts = (values.text("instruction"), values.text_or_empty("input"))
@@ -245,7 +248,7 @@ def create_pair(values: RoleValues) -> SourceTarget:
     for source, target in (("document", "summary"), ("source", "target")):
         if source in values:
             return SourceTarget(values.text(source), values.text(target), values.index)
-    turns = _with_system(_turns(values), values)
+    turns = with_system(_turns(values), values)
     order = [turn.role for turn in turns if turn.role != "system"]
     if order != ["user", "assistant"]:
         raise UnusableRowError(f"has {len(order)} turns, expected one question and one answer")
@@ -378,10 +381,10 @@ def create_query_conversation(values: RoleValues) -> Conversation:
                 turns.pop()
             break
     else:
-        turns = [Message("user", _prompt_text(values))]
+        turns = [Message("user", prompt_text(values))]
     if not turns:
         raise UnusableRowError("contains no turn to answer")
-    return Conversation(tuple(_with_system(turns, values)), values.index, get_tools(values))
+    return Conversation(with_system(turns, values), values.index, get_tools(values))
 
 
 def create_source(values: RoleValues) -> SourceTarget:

@@ -266,8 +266,8 @@ def _rows_of_labels(examples: Sequence[ClassExample]) -> dict[str, list[int]]:
 
 def _is_typo(one: str, name: str) -> bool:
     """Returns whether texts differ by one letter of a long word, or a character between words."""
-    start = _count_common(one, name)
-    rest = _count_common(one[start:][::-1], name[start:][::-1])
+    start = common_prefix_length(one, name)
+    rest = common_prefix_length(one[start:][::-1], name[start:][::-1])
     difference, replaced = one[start : len(one) - rest], name[start : len(name) - rest]
     is_swap = len(difference) == 2 and difference == replaced[::-1]
     if not is_swap and max(len(difference), len(replaced)) != 1:
@@ -280,9 +280,10 @@ def _is_typo(one: str, name: str) -> bool:
     return before > 0 and letters >= _MIN_LETTERS and not (is_series or is_number)
 
 
-def _count_common(one: str, name: str) -> int:
-    shorter = min(len(one), len(name))
-    return next((i for i in range(shorter) if one[i] != name[i]), shorter)
+def common_prefix_length(one: Sequence[object], other: Sequence[object]) -> int:
+    """Returns how many items at the beginning of two texts or lists are the same."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 @dataclass(frozen=True)

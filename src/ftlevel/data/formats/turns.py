@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from ftlevel.data.formats.columns import format_map_flags
-from ftlevel.data.sources.table import json_type_name
+from ftlevel.data.sources.table import is_encodable, json_type_name
 from ftlevel.errors import did_you_mean, join_names
 
 MAX_CHARACTERS = 1 << 23
@@ -72,7 +72,7 @@ def check_text(value: object, what: str) -> str:
         raise UnusableRowError(f"{what} is {json_type_name(value)}, not a string")
     if not value.strip():
         raise UnusableRowError(f"{what} is empty", "empty_text")
-    if not value.isascii() and not _is_encodable(value):
+    if not value.isascii() and not is_encodable(value):
         raise UnusableRowError(f"{what} has half of a surrogate pair, as of an emoji cut in two")
     if len(value) > MAX_CHARACTERS:
         raise UnusableRowError(
@@ -80,13 +80,6 @@ def check_text(value: object, what: str) -> str:
             "are encoded at once: break it into paragraphs or rows"
         )
     return value
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        return bool(text.encode())
-    except UnicodeEncodeError:
-        return False
 
 
 def parse_turns(

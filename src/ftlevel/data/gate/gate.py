@@ -40,6 +40,7 @@ from ftlevel.data.gate.checks import (
 )
 from ftlevel.data.gate.similarity import (
     GRAM,
+    NO_ROWS,
     Digests,
     Hashes,
     distinct,
@@ -47,6 +48,7 @@ from ftlevel.data.gate.similarity import (
     is_similar,
     mix,
     partition_keys,
+    sort_pairs,
 )
 from ftlevel.data.gate.wordings import WordIndex
 from ftlevel.data.sources.table import BadRow, Table, handle_bad_rows
@@ -56,7 +58,6 @@ from ftlevel.objectives import Checks
 _BANDS, _DEPTH = 6, 4
 _PART_KEYS = 1 << 17  # keys sorted together
 _MAX_PARTS = 64  # limit: each part scans all keys
-_NO_ROWS = np.zeros(0, dtype=np.int64)
 
 
 def get_repeated_keys(
@@ -66,10 +67,7 @@ def get_repeated_keys(
 
     `selected` is a mask of the keys to compare; None compares all.
     """
-    parts = list(_repeated(keys, selected))
-    again, first = (np.concatenate(side) for side in zip((_NO_ROWS, _NO_ROWS), *parts, strict=True))
-    order = np.argsort(again)
-    return again[order], first[order]
+    return sort_pairs(_repeated(keys, selected))
 
 
 def get_common_keys(keys: NDArray[Any], others: NDArray[Any]) -> Integers:
@@ -96,7 +94,7 @@ def get_near_duplicates(rows: Sequence[Encoded], skip: Mask) -> tuple[Integers, 
     """
     prefix, lengths = _common_prefix(rows), row_lengths(rows)
     selected = ~skip
-    duplicates, originals = [_NO_ROWS], [_NO_ROWS]
+    pairs: list[tuple[Integers, Integers]] = []
     with _array_on_disk(rows, (_BANDS, len(rows))) as keys:
         start = 0
         for flat in flat_batches(rows):
@@ -110,11 +108,8 @@ def get_near_duplicates(rows: Sequence[Encoded], skip: Mask) -> tuple[Integers, 
                 again, first = again[unmatched[again]], first[unmatched[again]]
                 matches = is_similar(rows, lengths, again, first, prefix)
                 unmatched[again[matches]] = False
-                duplicates.append(again[matches])
-                originals.append(first[matches])
-    again = np.concatenate(duplicates)
-    order = np.argsort(again)
-    return again[order], np.concatenate(originals)[order]
+                pairs.append((again[matches], first[matches]))
+    return sort_pairs(pairs)
 
 
 @contextmanager
@@ -183,7 +178,7 @@ def get_majority_target(digests: Digests) -> Integers:
     records = digests.records
     answers = records["last"]
     if len(answers) < _MIN_ROWS or not records["before"].all():
-        return _NO_ROWS
+        return NO_ROWS
     values, counts = np.unique(answers[:: -(-len(answers) // _SAMPLE)], return_counts=True)
     matches = np.flatnonzero(answers == values[np.argmax(counts)])
     return matches if len(matches) >= MAJORITY_TARGET_RATIO * len(answers) else matches[:0]
@@ -210,7 +205,7 @@ def get_swapped(digests: Digests) -> Integers:
         weight = np.where(prompts + targets > 0, np.where(side == 0, log_ratio, -log_ratio), 0)
         score[start:end] = np.bincount(row, weight, minlength=end - start)
     if len(score) < _MIN_ROWS or (median := float(np.median(score))) < _MIN_MEDIAN:
-        return _NO_ROWS
+        return NO_ROWS
     return np.flatnonzero((score < -_SWAP_RATIO * median) & (digests.records["before"] != 0))
 
 
@@ -400,7 +395,7 @@ class Gate:
         return {check: (at, np.unique(examples)) for check, (at, examples) in joined.items()}
 
     def _check_duplicates(self, split: SplitReport, digests: Digests) -> None:
-        policy, repeated = self.policy, _NO_ROWS
+        policy, repeated = self.policy, NO_ROWS
         active = split.present()
         if not (policy.exact_duplicates == policy.near_duplicates == "ignore"):
             repeated, first = _select(active, *get_repeated_keys(digests.keys))
@@ -433,7 +428,7 @@ class Gate:
         """
         policy = self.policy
         split = SplitReport(name, [], table, len(digests), policy)
-        leaked = excluded = _NO_ROWS
+        leaked = excluded = NO_ROWS
         if not (policy.leaked == policy.near_leaked == "ignore"):
             leaked = get_common_keys(digests.keys, training.keys)
             split.report("leaked", leaked)

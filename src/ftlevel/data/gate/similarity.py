@@ -166,6 +166,16 @@ def distinct(values: NDArray[Any]) -> NDArray[Any]:
     return values[np.diff(values, prepend=values[:1] ^ values.dtype.type(1)) != 0]
 
 
+NO_ROWS = np.zeros(0, dtype=np.int64)
+
+
+def sort_pairs(pairs: Iterable[tuple[Integers, Integers]]) -> tuple[Integers, Integers]:
+    """Returns all `pairs`, arrays of duplicates and of their originals, ordered by duplicate."""
+    again, first = map(np.concatenate, zip((NO_ROWS, NO_ROWS), *pairs, strict=True))
+    order = np.argsort(again)
+    return again[order], first[order]
+
+
 def partition_keys(
     keys: NDArray[Any], selected: Mask | None, size: int, num_parts: int
 ) -> Iterator[Integers]:

@@ -22,12 +22,14 @@ from numpy.typing import NDArray
 from ftlevel.data.gate.checks import Integers, Mask
 from ftlevel.data.gate.similarity import (
     MAX_WORDS,
+    NO_ROWS,
     ONE_CLASS,
     Digests,
     Words,
     distinct,
     mix,
     partition_keys,
+    sort_pairs,
     split_by_size,
 )
 
@@ -173,7 +175,6 @@ _BOILERPLATE, _MIN_EXAMPLES = 0.98, 20
 _RECENT = 2  # previous candidates to compare, in addition to the first
 _LONG_TEXT = 30
 Keys = NDArray[np.uint32]
-_NO_ROWS = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,7 @@ def match_texts(digests: Digests, skip: Mask) -> tuple[Integers, Integers]:
     index = WordIndex.of(digests)
     keys, informative = _all_keys(index, ~skip)
     owners = np.repeat(np.arange(len(index), dtype=np.int32), len(_PAIRS))
-    flat, pairs = keys.reshape(-1), [_NO_ROWS]
+    flat, pairs = keys.reshape(-1), [NO_ROWS]
     for group in partition_keys(flat, flat != 0, _CHUNK_WORDS, -(-len(flat) // _CHUNK_WORDS)):
         group = group[np.argsort(flat[group], kind="stable")]
         key, owner = flat[group], owners[group]
@@ -266,7 +267,7 @@ def match_texts(digests: Digests, skip: Mask) -> tuple[Integers, Integers]:
 def match_training_texts(digests: Digests, training: Digests) -> tuple[Integers, Integers]:
     """Returns the indices of examples that almost repeat one of `training`, and of that one."""
     if not (len(digests) and len(training)):
-        return _NO_ROWS, _NO_ROWS
+        return NO_ROWS, NO_ROWS
     trained = WordIndex.of(training)
     index = WordIndex.of(digests, trained)
     all_keys, informative = _all_keys(index, np.ones(len(index), dtype=bool))
@@ -356,7 +357,7 @@ def _find_first(
     `pairs` has sorted candidates: example of `index` × size of `earlier` + example of `earlier`.
     The last two arguments count informative words per example.
     """
-    result = [(_NO_ROWS, _NO_ROWS)]
+    result: list[tuple[Integers, Integers]] = []
     start = 0
     while start < len(pairs):
         last = pairs[min(start + _GROUP_WORDS, len(pairs)) - 1]
@@ -370,9 +371,7 @@ def _find_first(
             result.append((a[heads][matches], b[heads][matches]))
             rest = ~heads & ~np.isin(a, a[heads][matches])
             a, b, limits = a[rest], b[rest], limits[rest]
-    again, first = map(np.concatenate, zip(*result, strict=True))
-    order = np.argsort(again)
-    return again[order], first[order]
+    return sort_pairs(result)
 
 
 def _is_match(

@@ -227,8 +227,7 @@ def read_splits(config: DataConfig, task: DataTask, seed: int) -> DatasetSplits:
         splits = _with_judgments(splits, config.qrels, config.corpus)
     elif config.corpus is not None:
         splits = replace(splits, corpus=load_corpus(config.corpus))
-    if config.validation_split:
-        splits = hold_out(splits, config.validation_split, seed)
+    splits = hold_out(splits, config.validation_split or 0.0, seed)
     train, eval_table = splits.train, splits.validation
     if config.validation_rows is not None:  # of a streamed run, to evaluate it
         rows: Sequence[int] = range(len(train))

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ftlevel.artifacts.hub import first_line
 from ftlevel.config import InMemoryDataset
 from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.readers import ReadOptions
@@ -65,7 +66,7 @@ def _load_dataset(name: str, offline_reason: str, subset: str | None, **options:
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         if offline_reason:
             raise InputError(_describe_offline(name, offline_reason)) from None
-        raise InputError(f"--dataset {name}: {_first_line(error)}") from error
+        raise InputError(f"--dataset {name}: {first_line(error)}") from error
 
 
 def open_saved_streams(directory: Path) -> dict[str, Any]:
@@ -125,7 +126,7 @@ def _load_saved(directory: Path) -> dict[str, Any]:
         data = datasets.load_from_disk(str(directory))
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"{directory}: not a readable save_to_disk directory ({_first_line(error)}) "
+            f"{directory}: not a readable save_to_disk directory ({first_line(error)}) "
             "Write it again."
         ) from error
     return dict(data) if isinstance(data, Mapping) else {"train": data}
@@ -166,7 +167,7 @@ def _probe(name: str) -> str:
     # The base class of HfHubHTTPError is the base error of the HTTP library in use, which differs
     # between releases of huggingface_hub.
     except (OSError, *HfHubHTTPError.__bases__) as error:  # type: ignore[misc]
-        return _first_line(error).rstrip(".")
+        return first_line(error).rstrip(".")
     return ""
 
 
@@ -177,11 +178,6 @@ def _describe_offline(name: str, message: str) -> str:
         "the cache directory of a machine that has it (HF_HOME), name a local file, "
         "or use --dataset builtin:docstrings."
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _tables_of(splits: Mapping[str, Any], name: str, options: ReadOptions) -> dict[str, Table]:

@@ -214,6 +214,15 @@ class LazySequence(Sequence[T]):
         return self._item(at) if isinstance(at, int) else [self._item(i) for i in at]
 
 
+class RowView(LazySequence[T]):
+    """Lazy sequence with one item for each of its `rows`."""
+
+    rows: Sequence[Any]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
 Row = dict[str, Any]
 CHUNK_ROWS = 64
 """Number of rows (or lines) per chunk; a cursor exists after each chunk."""

@@ -7,6 +7,7 @@ are a fair sample.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -277,6 +278,22 @@ _Shape = tuple[tuple[str, ...], tuple[type, ...]]
 def json_type_name(value: object) -> str:
     """Returns the name of a JSON type for messages, such as "a string" or "a number"."""
     return "null" if value is None else _JSON_TYPES.get(type(value), type(value).__name__)
+
+
+def to_float(value: Any) -> float:
+    """Returns `value` as a float; NaN if it is no number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def is_encodable(text: str) -> bool:
+    """Returns whether `text` is valid Unicode; False if it has half of a surrogate pair."""
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 class RowShapeCounter:

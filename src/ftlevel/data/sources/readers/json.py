@@ -19,9 +19,16 @@ from typing import Any, NoReturn
 
 from ftlevel.data.sources import lines
 from ftlevel.data.sources.lines import CHUNK_ROWS, LineNumbers, LineRows, as_row
-from ftlevel.data.sources.readers.text import TextLines, check_head, load_text
-from ftlevel.data.sources.streams import Chunk, Cursor, Reader
-from ftlevel.data.sources.table import BadRow, Row, RowShapeCounter, Table, json_type_name
+from ftlevel.data.sources.readers.text import TextLines, TextReader, load_text
+from ftlevel.data.sources.streams import Chunk, Cursor
+from ftlevel.data.sources.table import (
+    BadRow,
+    Row,
+    RowShapeCounter,
+    Table,
+    is_encodable,
+    json_type_name,
+)
 from ftlevel.errors import InputError, join_names
 
 # An escaped high surrogate not followed by a low one, or a low one not preceded by a high one.
@@ -31,12 +38,11 @@ _LONE_ESCAPE = re.compile(
 _CUT = " (the last line, without a newline: was the download or copy cut short?)"
 
 
-class JsonLinesReader(Reader):
+class JsonLinesReader(TextReader):
     """Reader of JSON Lines; tables of large files keep byte offsets and decode rows on access."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        check_head(path)
         text = TextLines(path)
         first = next(iter(text), "")
         self._begin = text.cursor(0)
@@ -109,21 +115,13 @@ def _may_be_cut(text: str) -> bool:
     return "\\\\" in text or _LONE_ESCAPE.search(text) is not None
 
 
-def _has_lone_surrogate(value: object) -> bool:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
 def _get_error(value: object, *, may_be_cut: bool) -> str:
     """Returns what is wrong with a decoded row, or ""."""
     if type(value) is not dict:
         return f"{json_type_name(value)}, where one object with named columns is expected"
     if not value:
         return "an object without keys"
-    if may_be_cut and _has_lone_surrogate(value):
+    if may_be_cut and not is_encodable(json.dumps(value, ensure_ascii=False)):
         return (
             "half of a surrogate pair (a '\\ud…' escape without its partner, as of an emoji cut in "
             "two)"
@@ -273,14 +271,10 @@ def _parse_squad(value: Mapping[str, Any]) -> OneObject | None:
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
-class JsonReader(Reader):
+class JsonReader(TextReader):
     """Reader of JSON files, each of which is read as a whole."""
 
     in_parts = False
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        check_head(path)
 
     def read(self, state: Cursor | None) -> Iterator[Chunk]:
         if state is not None:

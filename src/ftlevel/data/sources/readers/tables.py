@@ -10,7 +10,6 @@ import contextlib
 import csv
 import math
 import re
-import sys
 import warnings
 import zipfile
 import zlib
@@ -21,17 +20,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ftlevel.artifacts.files import long_cells
 from ftlevel.data.sources.lines import CHUNK_ROWS
-from ftlevel.data.sources.readers.text import TextLines, check_head, head_lines
+from ftlevel.data.sources.readers.text import TextLines, TextReader, head_lines
 from ftlevel.data.sources.streams import Chunk, Cursor, Reader
-from ftlevel.data.sources.table import BadRow, Row
+from ftlevel.data.sources.table import BadRow, Row, to_float
 from ftlevel.errors import InputError, did_you_mean, join_names, quote
 
-# The csv module's default limit of 128 KiB per cell is too low for documents.
-_MAX_CELL = min(sys.maxsize, 2**31 - 1)
 
-
-class CsvReader(Reader):
+class CsvReader(TextReader):
     """Reader of CSV files; without a header, the columns are called 1, 2, …."""
 
     uniform = True
@@ -40,7 +37,6 @@ class CsvReader(Reader):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        check_head(path)
         self._header, line, self._begin = self._read_header()
         if other := self._detect_delimiter():
             self.separator = other
@@ -58,7 +54,7 @@ class CsvReader(Reader):
     def _read_header(self) -> tuple[list[str], int, Cursor]:
         text = TextLines(self.path, universal=True)
         cells = csv.reader(text, delimiter=self.separator, strict=True)
-        with _long_cells():
+        with long_cells():
             try:
                 header = next((row for row in cells if row), [])
             except csv.Error as error:
@@ -97,7 +93,7 @@ class CsvReader(Reader):
             lines: list[int] = []
             errors: list[BadRow] = []
             start = begin
-            with _long_cells():
+            with long_cells():
                 try:
                     for row in islice(cells, CHUNK_ROWS):
                         if len(row) == width:
@@ -161,20 +157,7 @@ def has_no_header(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    try:
-        return math.isfinite(float(cell))
-    except ValueError:
-        return False
-
-
-@contextlib.contextmanager
-def _long_cells() -> Iterator[None]:
-    """Increase the csv module's global limit on cell length within the context."""
-    limit = csv.field_size_limit(_MAX_CELL)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(limit)
+    return math.isfinite(to_float(cell))
 
 
 # Exceptions that openpyxl and its dependencies raise for corrupted files.

@@ -83,7 +83,15 @@ def _decode(path: Path, content: bytes, at: int, line: int) -> str:
         ) from None
 
 
-def check_head(path: Path) -> None:
+class TextReader(Reader):
+    """Base class of readers of UTF-8 text; raises `InputError` if the file is none."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        _check_head(path)
+
+
+def _check_head(path: Path) -> None:
     """Raise `InputError` for a file that starts like UTF-16, gzip or a Git LFS pointer."""
     with path.open("rb") as file:
         head = file.read(4096)
@@ -184,14 +192,10 @@ def looks_like_conll(lines: list[str]) -> bool:
 _TAG = re.compile(r"O|[BIESLU]-\S+")
 
 
-class _BlockReader(Reader):
+class _BlockReader(TextReader):
     """Base of the readers of text with one row per block of lines, between blank lines."""
 
     uniform = True
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        check_head(path)
 
     @abstractmethod
     def parse(self, first: int, lines: list[str]) -> list[tuple[int, Row] | BadRow]:
