@@ -159,7 +159,6 @@ class ClassTask(BaseTask):
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Returns the class names and problem type of the model config."""
         labels = read_labels(model_config)
         usual = _QUANTITY if len(labels) == 1 else _SINGLE
         return {"labels": labels, "options": {"problem_type": model_config.problem_type or usual}}
@@ -348,7 +347,6 @@ class MultiLabel(Objective):
     def training_sum(
         self, logits: Tensor, labels: Tensor, mask: Tensor, loss: TrainingLoss
     ) -> Tensor:
-        """Returns the binary cross entropy summed over rows and classes, with settings `loss`."""
         return weighted_binary_cross_entropy(logits.float(), labels, loss)
 
     def balance(self, rows: Sequence[Encoded], classes: int) -> tuple[float, ...]:

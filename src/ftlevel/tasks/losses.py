@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ftlevel.config.preference import DistillationConfig
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.sources.lines import LazySequence
+from ftlevel.data.sources.lines import RowView
 from ftlevel.objectives import (
     IGNORED,
     DistillationObjective,
@@ -166,6 +166,13 @@ def mean_entropy(columns: Iterable[Iterable[Hashable]]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
+def mean_or_nan(values: Sequence[float] | np.ndarray) -> float:
+    """Returns the mean of `values`; NaN if there are none."""
+    import numpy as np
+
+    return float(np.mean(values)) if len(values) else math.nan
+
+
 @dataclass(frozen=True)
 class Tokens(TokenObjective):
     """Objective: cross entropy of tokens, logits `(batch, seq, vocabulary)`, labels `(batch, seq)`.
@@ -270,7 +277,6 @@ class DistillationTokens(Tokens, DistillationObjective):
     def distillation_sum(
         self, scores: Tensor, targets: Tensor, known: Tensor, ids: Tensor
     ) -> Tensor:
-        """Returns the loss summed over `targets`; `known` and `ids` as in `Encoded.teacher`."""
         from torch.nn import functional
 
         config, temperature = self.config, self.config.kd_temperature
@@ -357,14 +363,11 @@ class DistillationRow(Encoded):
         return self.taught
 
 
-class DistillationRows(LazySequence[Encoded]):
+class DistillationRows(RowView[Encoded]):
     """Rows with teacher values: those of row i are `values[offsets[i]:offsets[i + 1]]`."""
 
     def __init__(self, rows: Sequence[Encoded], values: np.ndarray, offsets: Sequence[int]) -> None:
         self.rows, self._values, self._starts = rows, values, offsets
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def _item(self, at: int) -> Encoded:
         row, values = self.rows[at], self._values[self._starts[at] : self._starts[at + 1]]

@@ -82,7 +82,6 @@ class MaskTask(BaseTask):
     def finish_data(
         self, prepared: PreparedData, config: DataConfig, context: EncodingContext
     ) -> PreparedData:
-        """Returns `prepared` with training rows that are masked differently in each epoch."""
         masked = _mask_rows(prepared.train, config, context)
         data_info = {**prepared.info, "supervised": masked.count_hidden()}
         ratio = f"{data_info['supervised']:,} supervised, resampled each epoch"

@@ -149,7 +149,6 @@ class SpanTask(BaseTask):
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Returns default options for splitting a context into windows."""
         return {"options": {"doc_stride": 128, "unanswerable": False}}
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:

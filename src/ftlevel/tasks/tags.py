@@ -129,7 +129,6 @@ class TagTask(BaseTask):
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Returns `{"labels": tag names of the model config}`, for a model without a model card."""
         return {"labels": read_labels(model_config)}
 
     def label_role(self, format_: Format) -> str | None:

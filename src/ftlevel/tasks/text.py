@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -96,9 +96,9 @@ def score_translations(
 
 _SYSTEM = {"system": ("system", "system_prompt")}
 _ANSWERS = {"completion", "output", "messages", "conversations"}
-_TALK = {**_SYSTEM, "tools": ("tools",)}
+CHAT = {**_SYSTEM, "tools": ("tools",)}  # optional columns of conversations
 _MESSAGES = ("messages", "turns", "dialog", "conversation")
-_TURNS = ("role", "content", "user", "assistant")
+TURN_KEYS = ("role", "content", "user", "assistant")
 
 
 def _dialogues(build: ExampleBuilder, *, has_target: bool) -> tuple[FormatSpec, ...]:
@@ -111,9 +111,9 @@ def _dialogues(build: ExampleBuilder, *, has_target: bool) -> tuple[FormatSpec, 
         prompt["completion"] = ("completion", "response", "answer")
         instruction["output"] = ("output", "response", "completion")
     return (
-        FormatSpec("messages", build, {"messages": _MESSAGES}, _TALK, False, _TURNS),
+        FormatSpec("messages", build, {"messages": _MESSAGES}, CHAT, False, TURN_KEYS),
         FormatSpec(
-            "conversations", build, {"conversations": ("conversations",)}, _TALK, False, _TURNS
+            "conversations", build, {"conversations": ("conversations",)}, CHAT, False, TURN_KEYS
         ),
         FormatSpec(pair, build, prompt, _SYSTEM),
         FormatSpec(output, build, instruction, {**extra, **_SYSTEM}),
@@ -389,3 +389,6 @@ TASKS = (
         refusals=_NO_ENCODERS,
     ),
 )
+
+TEXT_FIELDS = {field.name: getattr(TASKS[0], field.name) for field in fields(TextTask)}
+"""Field → value of text generation, for tasks that share most of them."""

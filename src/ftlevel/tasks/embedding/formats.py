@@ -17,7 +17,7 @@ from typing import Any, Literal
 from ftlevel.data.formats.detect import FormatSpec, RoleValues
 from ftlevel.data.formats.examples import ExampleContent
 from ftlevel.data.formats.turns import UnusableRowError, check_text, parse_json, parse_turns
-from ftlevel.data.sources.table import json_type_name
+from ftlevel.data.sources.table import json_type_name, to_float
 
 MOST_NEGATIVES = 32
 """Largest n of a column `negative_n`."""
@@ -262,10 +262,7 @@ def _numbers(values: RoleValues, role: str, count: int) -> tuple[float, ...]:
 
 
 def _number(value: object, column: str) -> float:
-    try:
-        number = float(value)  # type: ignore[arg-type]  # a TypeError is handled
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
+    number = to_float(value)
     if not math.isfinite(number):
         raise UnusableRowError(f"{column!r} is {value!r}, where a number is expected")
     return number

@@ -16,7 +16,7 @@ kl           T² · KL(softmax(teacher's / T) ‖ softmax(q·d / T)) over a row'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -147,23 +147,16 @@ class Pairs:
 
         For texts with classes, these are all pairs of texts; label 1 for equal classes, else 0.
         """
-        if any(len(texts) == 1 for texts in step.texts):
-            return cls._of_classes(step, device)
-        pairs = [
-            (texts[0], document, label)
-            for texts, labels in zip(step.texts, step.labels, strict=True)
-            for document, label in zip(texts[1:], labels, strict=True)
-        ]
-        return cls._build(pairs, device)
-
-    @classmethod
-    def _of_classes(cls, step: StepTexts, device: torch.device) -> Pairs:
-        named = [(texts[0], label[0]) for texts, label in zip(step.texts, step.labels, strict=True)]
-        pairs = [(a, b, float(one == two)) for (a, one), (b, two) in combinations(named, 2)]
-        return cls._build(pairs, device)
-
-    @classmethod
-    def _build(cls, pairs: Sequence[tuple[int, int, float]], device: torch.device) -> Pairs:
+        rows = list(zip(step.texts, step.labels, strict=True))
+        if any(len(texts) == 1 for texts, _ in rows):
+            named = [(texts[0], labels[0]) for texts, labels in rows]
+            pairs = [(a, b, float(one == two)) for (a, one), (b, two) in combinations(named, 2)]
+        else:
+            pairs = [
+                (texts[0], document, label)
+                for texts, labels in rows
+                for document, label in zip(texts[1:], labels, strict=True)
+            ]
         first, second, labels = zip(*pairs, strict=True) if pairs else ((), (), ())
         return cls(
             torch.tensor(first, dtype=torch.long, device=device),

@@ -7,10 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ftlevel.data.encoding.encode import Encoded, EncodedText, EncodedTexts, RowError
+from ftlevel.data.encoding.encode import (
+    Encoded,
+    EncodedText,
+    EncodedTexts,
+    RowError,
+    split_batches,
+)
 from ftlevel.tasks.embedding.formats import EmbeddingRow
-
-_BATCH = 1_000  # rows tokenized at once
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,7 @@ class TextEncoder:
 
     def __call__(self, examples: Sequence[EmbeddingRow]) -> list[Encoded]:
         """Returns one row per example; raises `RowError` for a text without tokens."""
-        rows: list[Encoded] = []
-        for start in range(0, len(examples), _BATCH):
-            rows += self._encode(examples[start : start + _BATCH])
-        return rows
+        return [row for chunk in split_batches(examples) for row in self._encode(chunk)]
 
     def _encode(self, examples: Sequence[EmbeddingRow]) -> list[Encoded]:
         prompts = [
@@ -90,12 +91,9 @@ class TextEncoder:
         unpooled = 0 if self.include_prompt else self.prompt_size(self.document_prompt)
         ends = self.ends
         found: list[EncodedText] = []
-        for start in range(0, len(texts), _BATCH):
-            ids = self.ids([self.document_prompt + t for t in texts[start : start + _BATCH]])
-            found += [
-                EncodedText(own, 0, at, {}, min(unpooled, len(own) - 1), ends)
-                for at, own in enumerate(ids, start)
-            ]
+        for chunk in split_batches(texts):
+            for own in self.ids([self.document_prompt + text for text in chunk]):
+                found.append(EncodedText(own, 0, len(found), {}, min(unpooled, len(own) - 1), ends))
         return found
 
     def prompt_size(self, prompt: str) -> int:

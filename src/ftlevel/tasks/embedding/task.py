@@ -22,7 +22,7 @@ from ftlevel.data.encoding.encode import Encoded, EncodedText, EncodedTexts
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import ConfigError, InputError, join_names
 from ftlevel.models.sources import ModelSource, download_files
-from ftlevel.objectives import Checks, Objective
+from ftlevel.objectives import Objective
 from ftlevel.tasks.base import (
     BaseTask,
     Column,
@@ -30,7 +30,6 @@ from ftlevel.tasks.base import (
     Prediction,
     PromptedModel,
     TokenDecoder,
-    check_options,
 )
 from ftlevel.tasks.embedding.checks import check_documents, check_eval_set
 from ftlevel.tasks.embedding.formats import EMBEDDING_SHAPES, QUERY_SHAPES, EmbeddingRow
@@ -48,7 +47,6 @@ if TYPE_CHECKING:
 
     from ftlevel.config import DataConfig
     from ftlevel.data.encoding.fit import FittedRows
-    from ftlevel.data.formats.detect import Format
     from ftlevel.data.prepare.encoder import Encoder, EncodingContext, PreparedData
     from ftlevel.data.prepare.loading import LoadedData
 
@@ -68,8 +66,8 @@ class EmbeddingTask(BaseTask):
 
     served_as: ClassVar[str] = "embedding models"
     changes_tokenizer: ClassVar[bool] = True
-    checks: ClassVar[Checks] = Checks()
-    synthetic_info: ClassVar[Mapping[str, Any]] = {}
+    model_description: ClassVar[str] = "an embedding model"
+    prediction_type: ClassVar[Column] = "embedding"
 
     # ---- the model
 
@@ -126,7 +124,6 @@ class EmbeddingTask(BaseTask):
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Returns the options of a model that ftlevel did not train: embedding format and loss."""
         format_ = _read_format(source, tokenizer)
         format_ = format_ or EmbeddingFormat(
             "last" if kind == "decoder" else "mean", normalize=True
@@ -149,7 +146,6 @@ class EmbeddingTask(BaseTask):
     def write_files(
         self, directory: Path, model_config: Any, inference_config: Mapping[str, Any]
     ) -> None:
-        """Write the files that make the directory a SentenceTransformer."""
         from ftlevel.models.kinds import max_positions, width_of
 
         format_ = self.embedding_format(inference_config) or EmbeddingFormat()
@@ -305,16 +301,6 @@ class EmbeddingTask(BaseTask):
 
     def create_query(self, prompt: str, context: str | None, number: int) -> Any:
         raise InputError("an embedding model writes no text. Use ftlevel predict, column query.")
-
-    def prediction_columns(
-        self,
-        format_: Format,
-        labels: Sequence[str],
-        inference_config: Mapping[str, Any],
-        options: OutputOptions,
-    ) -> dict[str, Column]:
-        check_options(options, "an embedding model", "")
-        return {"": "embedding"}
 
     def predict(
         self, model: PromptedModel, queries: Sequence[Any], options: OutputOptions

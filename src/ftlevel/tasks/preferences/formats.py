@@ -6,7 +6,6 @@ last "Assistant:" of HH-RLHF texts, never by common characters.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 from collections.abc import Sequence
@@ -14,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftlevel.data.formats.detect import FormatSpec, RoleValues
-from ftlevel.data.formats.examples import ExampleContent, get_tools
+from ftlevel.data.formats.examples import ExampleContent, get_tools, prompt_text, with_system
 from ftlevel.data.formats.turns import Message, UnusableRowError, check_text, parse_turns
-from ftlevel.data.sources.table import json_type_name
+from ftlevel.data.sources.table import json_type_name, to_float
+from ftlevel.tasks.text import CHAT, TURN_KEYS
 
 Turns = tuple[Message, ...]
 _HH = re.compile(r"\n\n(Human|Assistant): ?")
@@ -44,12 +44,8 @@ class PairExample:
     @property
     def content(self) -> ExampleContent:
         """Texts for duplicate checks: question, preferred answer; all other texts as context."""
-        question = "\n".join(t.content for t in self.prompt if t.role in ("user", "tool"))
-        context = "\0".join(
-            (join_turns(self.prompt), join_turns(self.rejected), str(self.tools or ""))
-        )
         chosen = join_turns(self.chosen)
-        return ExampleContent(question, chosen, context, chosen, is_generated=True)
+        return _content(self.prompt, chosen, join_turns(self.rejected), chosen, self.tools)
 
 
 @dataclass(frozen=True)
@@ -68,14 +64,14 @@ class LabeledCompletion:
 
     @property
     def content(self) -> ExampleContent:
-        """Question and answer, with the label as target, for duplicate checks."""
-        question = "\n".join(t.content for t in self.prompt if t.role in ("user", "tool"))
-        context = "\0".join(
-            (join_turns(self.prompt), join_turns(self.answer), str(self.tools or ""))
-        )
-        return ExampleContent(
-            question, join_turns(self.answer), context, str(self.desirable), is_generated=True
-        )
+        answer = join_turns(self.answer)
+        return _content(self.prompt, answer, answer, str(self.desirable), self.tools)
+
+
+def _content(prompt: Turns, target: str, other: str, last: str, tools: object) -> ExampleContent:
+    question = "\n".join(turn.content for turn in prompt if turn.role in ("user", "tool"))
+    context = "\0".join((join_turns(prompt), other, str(tools or "")))
+    return ExampleContent(question, target, context, last, is_generated=True)
 
 
 def join_turns(turns: Sequence[Message]) -> str:
@@ -125,7 +121,7 @@ def _pair(
     if not prompt:
         raise UnusableRowError("has no prompt: the two conversations have no turn in common")
     margin = _number(values, "margin") if "margin" in values else 0.0
-    prompt = _with_system(values, prompt)
+    prompt = with_system(prompt, values)
     return PairExample(prompt, chosen, rejected, values.index, get_tools(values), margin, scores)
 
 
@@ -149,7 +145,7 @@ def _judged(values: RoleValues, desirable: bool) -> LabeledCompletion:
         raise UnusableRowError("does not end with an answer of the assistant", "turn_order")
     if not prompt:
         raise UnusableRowError("has no prompt")
-    prompt = _with_system(values, prompt)
+    prompt = with_system(prompt, values)
     return LabeledCompletion(prompt, answer, desirable, values.index, get_tools(values))
 
 
@@ -163,21 +159,10 @@ def _verdict(value: object, column: str) -> bool:
 
 def _number(values: RoleValues, role: str) -> float:
     value = values.get(role)
-    number = math.nan if isinstance(value, bool) else _to_float(value)  # a text: a cell of CSV
+    number = math.nan if isinstance(value, bool) else to_float(value)  # a text: a cell of CSV
     if not math.isfinite(number):
         raise UnusableRowError(f"{values.columns[role]!r} is {value!r}, where a number is expected")
     return number
-
-
-def _to_float(value: Any) -> float:
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        return float(value)
-    return math.nan
-
-
-def _with_system(values: RoleValues, prompt: Turns) -> Turns:
-    system = values.text_or_empty("system") if "system" in values else ""
-    return (Message("system", system), *prompt) if system and prompt[0].role != "system" else prompt
 
 
 def _prompt(values: RoleValues) -> Turns:
@@ -190,8 +175,7 @@ def _prompt(values: RoleValues) -> Turns:
             text = check_text(value, repr(values.columns[role]))
             return tuple(_hh_turns(text)) or (Message("user", text),)
     if "instruction" in values:
-        ask, extra = values.text("instruction"), values.text_or_empty("input")
-        return (Message("user", f"{ask}\n\n{extra}" if extra else ask),)
+        return (Message("user", prompt_text(values)),)
     return ()
 
 
@@ -254,7 +238,7 @@ def _best_and_worst(values: RoleValues) -> tuple[object, object, tuple[float, ..
         rank = item.get("rank")
         if number is None and isinstance(rank, int | float):
             number = -rank
-        score = math.nan if isinstance(number, str) else _to_float(number)
+        score = math.nan if isinstance(number, str) else to_float(number)
         if text is None or not math.isfinite(score):
             raise UnusableRowError(
                 f"{column!r} has an answer without a text, or without rank and score"
@@ -270,34 +254,32 @@ _PROMPTS = ("prompt", "question", "query")
 _CHOSEN = ("chosen", "chosen_response", "preferred", "chosen_answer")
 _REJECTED = ("rejected", "rejected_response", "dispreferred", "rejected_answer")
 _MESSAGES = ("messages", "conversations")
-_MORE = {"system": ("system", "system_prompt"), "tools": ("tools",)}
 _GRADES = {
     "score_chosen": ("score_chosen", "chosen_score", "chosen-rating"),
     "score_rejected": ("score_rejected", "rejected_score", "rejected-rating"),
     "margin": ("margin",),
-    **_MORE,
+    **CHAT,
 }
-_TURNS = ("role", "content", "user", "assistant")
 
 PAIR_SHAPES = (
     FormatSpec("prompt + chosen + rejected", create_pair,
-          {"prompt": _PROMPTS, "chosen": _CHOSEN, "rejected": _REJECTED}, _GRADES, True, _TURNS),
+          {"prompt": _PROMPTS, "chosen": _CHOSEN, "rejected": _REJECTED}, _GRADES, True, TURN_KEYS),
     FormatSpec("instruction + chosen + rejected", create_pair,
           {"instruction": ("instruction",), "chosen": _CHOSEN, "rejected": _REJECTED},
           {"input": ("input", "context"), **_GRADES}),
     FormatSpec("messages + chosen + rejected", create_pair,
           {"messages": _MESSAGES, "chosen": _CHOSEN, "rejected": _REJECTED}, _GRADES, False,
-          _TURNS),
+          TURN_KEYS),
     FormatSpec("chosen + rejected", create_pair, {"chosen": _CHOSEN, "rejected": _REJECTED},
-          _GRADES, False, _TURNS),
+          _GRADES, False, TURN_KEYS),
     FormatSpec("messages + rejected", create_pair, {"messages": _MESSAGES, "rejected": _REJECTED},
-          _GRADES, False, _TURNS),
+          _GRADES, False, TURN_KEYS),
     FormatSpec("prompt + answers", create_pair,
-          {"prompt": (*_PROMPTS, "instruction"), "ranked": ("answers", "completions")}, _MORE,
+          {"prompt": (*_PROMPTS, "instruction"), "ranked": ("answers", "completions")}, CHAT,
           False),
     FormatSpec("instruction + output", create_pair,
           {"instruction": ("instruction",), "output": ("output",)},
-          {"input": ("input",), **_MORE}, False),
+          {"input": ("input",), **CHAT}, False),
 )  # fmt: skip
 _LABEL = ("label", "kto_tag", "desirable")
 JUDGED_SHAPES = (
@@ -305,16 +287,16 @@ JUDGED_SHAPES = (
         "prompt + completion + label",
         create_judged,
         {"prompt": _PROMPTS, "completion": ("completion", "response", "answer"), "label": _LABEL},
-        _MORE,
+        CHAT,
         True,
-        _TURNS,
+        TURN_KEYS,
     ),
     FormatSpec(
         "messages + label",
         create_judged,
         {"messages": _MESSAGES, "label": _LABEL},
-        _MORE,
+        CHAT,
         False,
-        _TURNS,
+        TURN_KEYS,
     ),
 )

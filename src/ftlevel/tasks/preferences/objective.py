@@ -34,7 +34,7 @@ import numpy as np
 
 from ftlevel.config.preference import PreferenceConfig
 from ftlevel.objectives import IGNORED, LikelihoodObjective, Meter, TokenObjective, TrainingLoss
-from ftlevel.tasks.losses import Tokens, TokenTargets
+from ftlevel.tasks.losses import Tokens, TokenTargets, mean_or_nan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -209,47 +209,42 @@ class PreferenceMeter:
         return pooled
 
     def compute(self, loss: float) -> dict[str, float]:
-        """Compute the metrics, averaged over answers or pairs."""
         seen = np.concatenate(self._seen) if self._seen else np.zeros((0, _COLUMNS))
         chosen = seen[:, 0] > 0
         names = _PAIR if self._objective.is_paired else _JUDGED
         groups = dict(zip(names, (seen[chosen], seen[~chosen]), strict=True))
         metrics: dict[str, float] = {}
         for name, group in groups.items():
-            metrics[f"logp_{name}"] = _mean(group[:, 1])
-            metrics[f"length_{name}"] = _mean(group[:, 2])
+            metrics[f"logp_{name}"] = mean_or_nan(group[:, 1])
+            metrics[f"length_{name}"] = mean_or_nan(group[:, 2])
             if self._objective.needs_reference:
-                metrics[f"reward_{name}"] = _mean(group[:, 4])
-                metrics[f"ref_logp_{name}"] = _mean(group[:, 3])
+                metrics[f"reward_{name}"] = mean_or_nan(group[:, 4])
+                metrics[f"ref_logp_{name}"] = mean_or_nan(group[:, 3])
         if self._objective.is_paired:
             metrics |= self._compare(*groups.values())
         elif self._objective.needs_reference:
-            first, second = (_mean(group[:, 4]) for group in groups.values())
+            first, second = (mean_or_nan(group[:, 4]) for group in groups.values())
             metrics["reward_margin"] = first - second
-            metrics["kl"] = _mean(seen[:, 5])
+            metrics["kl"] = mean_or_nan(seen[:, 5])
         return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
     def _compare(self, chosen: np.ndarray, rejected: np.ndarray) -> dict[str, float]:
         length = (chosen[:, 2] > rejected[:, 2]) + 0.5 * (chosen[:, 2] == rejected[:, 2])
         metrics = {
-            "logp_accuracy": _mean(chosen[:, 1] > rejected[:, 1]),
-            "logp_mean_accuracy": _mean(
+            "logp_accuracy": mean_or_nan(chosen[:, 1] > rejected[:, 1]),
+            "logp_mean_accuracy": mean_or_nan(
                 chosen[:, 1] / chosen[:, 2] > rejected[:, 1] / rejected[:, 2]
             ),
-            "length_accuracy": _mean(length),
+            "length_accuracy": mean_or_nan(length),
         }
         if self._objective.needs_reference:
-            metrics["reward_accuracy"] = _mean(chosen[:, 4] > rejected[:, 4])
-            metrics["reward_margin"] = _mean(chosen[:, 4] - rejected[:, 4])
+            metrics["reward_accuracy"] = mean_or_nan(chosen[:, 4] > rejected[:, 4])
+            metrics["reward_margin"] = mean_or_nan(chosen[:, 4] - rejected[:, 4])
         return metrics
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
         """Returns the metrics of the only example added: rewards, log-likelihoods, lengths."""
         return {name: round(value, 4) for name, value in self.compute(math.nan).items()}
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if len(values) else math.nan
 
 
 WITH_SFT = ("rpo", "cpo", "orpo")
@@ -269,7 +264,6 @@ class Preferences(TokenTargets, LikelihoodObjective):
 
     @property
     def is_paired(self) -> bool:
-        """Whether answers come in pairs."""
         return self.config.loss_properties.paired
 
     @property

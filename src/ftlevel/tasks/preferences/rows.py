@@ -21,8 +21,9 @@ from ftlevel.data.encoding.encode import (
     encode_seq2seq,
 )
 from ftlevel.data.formats.examples import Conversation
+from ftlevel.data.formats.labels import common_prefix_length
 from ftlevel.data.formats.turns import Message
-from ftlevel.data.sources.lines import LazySequence
+from ftlevel.data.sources.lines import RowView
 from ftlevel.tasks.preferences.formats import LabeledCompletion, PairExample, join_turns
 
 if TYPE_CHECKING:
@@ -35,7 +36,16 @@ UNKNOWN = float("nan")
 
 
 @dataclass(frozen=True)
-class PairRow(Encoded):
+class _PromptedRow(Encoded):
+    prompt: int = field(default=0, metadata={"column": "int"})
+
+    def without(self, num_tokens: int) -> Encoded:
+        shorter = super().without(num_tokens)
+        return replace(shorter, prompt=self.prompt - num_tokens)  # type: ignore[call-arg]
+
+
+@dataclass(frozen=True)
+class PairRow(_PromptedRow):
     """Two answers to one prompt; `input_ids` concatenates prompt, preferred and rejected answer.
 
     `prompt` and `chosen` are token counts; `prompt` is 0 for an encoder-decoder. `reference` has
@@ -43,7 +53,6 @@ class PairRow(Encoded):
     """
 
     has_several_texts = True
-    prompt: int = field(default=0, metadata={"column": "int"})
     chosen: int = field(default=0, metadata={"column": "int"})
     margin: float = field(default=0.0, metadata={"column": "json"})
     reference: tuple[float, ...] = field(default=(UNKNOWN, UNKNOWN), metadata={"column": "json"})
@@ -78,10 +87,6 @@ class PairRow(Encoded):
             return len(self.input_ids)
         return self.prompt + max(self.chosen, len(self.input_ids) - self.prompt - self.chosen)
 
-    def without(self, num_tokens: int) -> Encoded:
-        shorter = super().without(num_tokens)
-        return replace(shorter, prompt=self.prompt - num_tokens)  # type: ignore[call-arg]
-
 
 @dataclass(frozen=True)
 class ScoredPairRow(PairRow):
@@ -94,21 +99,19 @@ class ScoredPairRow(PairRow):
 
 
 @dataclass(frozen=True)
-class LabeledAnswerRow(Encoded):
+class LabeledAnswerRow(_PromptedRow):
     """A labeled answer, and a contrast answer: one to a different prompt, for the KL term of kto.
 
     `prompt` is the number of prompt tokens, 0 for an encoder-decoder. `reference` has the reference
     model's log-likelihoods of both answers; `other` the contrast answer's ids, then its labels.
     """
 
-    prompt: int = field(default=0, metadata={"column": "int"})
     desirable: int = field(default=1, metadata={"column": "int"})
     reference: tuple[float, ...] = field(default=(UNKNOWN, UNKNOWN), metadata={"column": "json"})
     other: tuple[int, ...] = field(default=(), metadata={"column": "ints"})
 
     @property
     def sequences(self) -> Sequence[Encoded]:
-        """The prompt with the answer."""
         return [Encoded(self.input_ids, self.labels, self.row)]
 
     @property
@@ -138,10 +141,6 @@ class LabeledAnswerRow(Encoded):
             self.prompt :
         ]
 
-    def without(self, num_tokens: int) -> Encoded:
-        shorter = super().without(num_tokens)
-        return replace(shorter, prompt=self.prompt - num_tokens)  # type: ignore[call-arg]
-
 
 @dataclass(frozen=True)
 class ContrastRow(Encoded):
@@ -155,7 +154,7 @@ class ContrastRow(Encoded):
         return ((0.0, self.reference, 0.0),)
 
 
-class ContrastedRows(LazySequence[Encoded]):
+class ContrastedRows(RowView[Encoded]):
     """Labeled answers with contrast answers, from the nearest previous row with another prompt.
 
     `rows` are `LabeledAnswerRow` in data order. Contrast answers are truncated so that prompt and
@@ -173,9 +172,6 @@ class ContrastedRows(LazySequence[Encoded]):
                 partner -= 1
             self._partner[index] = partner % len(rows)
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     def _item(self, at: int) -> Encoded:
         row, partner = self.rows[at], self.rows[int(self._partner[at])]
         if not isinstance(row, LabeledAnswerRow) or not isinstance(partner, LabeledAnswerRow):
@@ -185,15 +181,12 @@ class ContrastedRows(LazySequence[Encoded]):
         return replace(row, other=(*ids, *labels))
 
 
-class ReferencedRows(LazySequence[Encoded]):
+class ReferencedRows(RowView[Encoded]):
     """Rows with reference log-likelihoods `(rows, 2)`, or empty ones if `reference` is None."""
 
     def __init__(self, rows: Sequence[Encoded], reference: np.ndarray | None) -> None:
         self.rows = rows
         self.reference = reference
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def _item(self, at: int) -> Encoded:
         row: Any = self.rows[at]
@@ -275,15 +268,10 @@ class PreferenceEncoder:
         """Returns one row of prompt and answer per example, for a reward model to score."""
         return self._encode([_chosen_conversation(example) for example in examples])
 
-    @property
-    def seq2seq(self) -> bool:
-        """Whether the model is an encoder-decoder, with answers separate from the prompt."""
-        return self.kind == "encoder-decoder"
-
     def _encode(self, talks: Sequence[Conversation]) -> list[Encoded]:
         if self.kind == "encoder":
             return [_encode_sentence_pair(self.tokenizer, talk) for talk in talks]
-        encode = encode_seq2seq if self.seq2seq else encode_causal
+        encode = encode_seq2seq if self.kind == "encoder-decoder" else encode_causal
         return encode(self.tokenizer, talks, self.prompt_format)
 
     @property
@@ -292,10 +280,10 @@ class PreferenceEncoder:
 
     def _pair(self, one: Encoded, two: Encoded, example: PairExample) -> Encoded:
         prompt = 0
-        if not self.seq2seq:
+        if self.kind != "encoder-decoder":  # else the answers are apart from the prompt
             encoder = self.kind == "encoder"
             starts = [get_answer(row, example.prompt, encoder=encoder) for row in (one, two)]
-            prompt = common_prefix_length(one, two, min(starts))
+            prompt = min(common_prefix_length(one.input_ids, two.input_ids), *starts)
             if prompt < min(starts) - _JOINED:
                 raise RowError(
                     example.row,
@@ -309,7 +297,7 @@ class PreferenceEncoder:
 
     def _judge(self, row: Encoded, example: Any, desirable: bool) -> Encoded:
         prompt = 0
-        if not self.seq2seq:
+        if self.kind != "encoder-decoder":
             prompt = get_answer(row, example.prompt)
             row = _mask_earlier(row, prompt)
         return LabeledAnswerRow(
@@ -350,15 +338,8 @@ def get_answer(row: Encoded, prompt: Sequence[Message], *, encoder: bool = False
     return starts[earlier]
 
 
-def common_prefix_length(one: Encoded, two: Encoded, limit: int) -> int:
-    """Returns the length of the rows' common prefix, at most `limit` tokens."""
-    pairs = zip(one.input_ids[:limit], two.input_ids[:limit], strict=False)
-    return next((at for at, (a, b) in enumerate(pairs) if a != b), limit)
-
-
 def _mask_earlier(row: Encoded, start: int) -> Encoded:
-    labels = row.labels if isinstance(row.labels, list) else []
-    return replace(row, labels=[IGNORED] * start + labels[start:])
+    return replace(row, labels=[IGNORED] * start + _labels(row)[start:])
 
 
 BIASED = 0.8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -24,7 +24,6 @@ from ftlevel.tasks.base import (
     Prediction,
     PromptedModel,
     TokenDecoder,
-    check_options,
 )
 from ftlevel.tasks.preferences.formats import JUDGED_SHAPES, PAIR_SHAPES, create_scored
 from ftlevel.tasks.preferences.objective import bradley_terry, create_preferences
@@ -38,8 +37,7 @@ from ftlevel.tasks.preferences.rows import (
     check_pairs,
     create_pair_row,
 )
-from ftlevel.tasks.text import TASKS as TEXT_TASKS
-from ftlevel.tasks.text import TextTask
+from ftlevel.tasks.text import TEXT_FIELDS, TextTask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -196,7 +194,6 @@ class PreferenceTask(PreferenceBaseTask, TextTask):
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Returns model card entries of a model without a card: prompt format, DPO loss."""
         alone = {"preference": {"loss": "dpo", "reference": "none"}}
         return {**super().card_defaults(source, model_config, tokenizer, kind), "options": alone}
 
@@ -242,10 +239,6 @@ class PreferenceTask(PreferenceBaseTask, TextTask):
         return targets
 
 
-_TEXT = next(task for task in TEXT_TASKS if task.name == "text-generation")
-_SHARED = {f.name: getattr(_TEXT, f.name) for f in fields(TextTask)}
-
-
 BINS = 10
 """Number of bins of the calibration error."""
 
@@ -261,6 +254,8 @@ class RewardTask(PreferenceBaseTask):
     head_like: ClassVar[str] = "text-classification"
     separates_padding: ClassVar[bool] = True
     predicts_training_rows: ClassVar[bool] = False
+    model_description: ClassVar[str] = "a reward model"
+    prediction_type: ClassVar[Column] = "number"
     checks: ClassVar[Checks] = Checks(ends=True)
 
     def create_objective(self, kind: str, data_info: Mapping[str, Any]) -> Objective:
@@ -294,16 +289,6 @@ class RewardTask(PreferenceBaseTask):
             "a reward model scores answers to prompts. Use ftlevel predict with columns prompt "
             "and completion."
         )
-
-    def prediction_columns(
-        self,
-        format_: Format,
-        labels: Sequence[str],
-        inference_config: Mapping[str, Any],
-        outputs: OutputOptions,
-    ) -> dict[str, Column]:
-        check_options(outputs, "a reward model", "")
-        return {"": "number"}
 
     def predict(
         self, model: PromptedModel, queries: Sequence[Any], outputs: OutputOptions
@@ -429,19 +414,18 @@ def _scored_shape(shape: FormatSpec) -> FormatSpec:
 
 
 _CLASS = "AutoModelForSequenceClassification"
-_BARE: dict[str, Any] = {
-    "name": "reward",
-    "shapes": PAIR_SHAPES,
-    "query_shapes": tuple(map(_scored_shape, JUDGED_SHAPES)),
-    "auto_classes": {"encoder": _CLASS, "decoder": _CLASS},
-    "peft_types": {"encoder": "SEQ_CLS", "decoder": "SEQ_CLS"},
-    "headline": "accuracy",
-    "config": PreferenceConfig(loss="reward"),
-}
 
 TASKS = (
     PreferenceTask(
-        **_SHARED | {"name": "preference", "shapes": PAIR_SHAPES, "headline": "reward_accuracy"}
+        **TEXT_FIELDS | {"name": "preference", "shapes": PAIR_SHAPES, "headline": "reward_accuracy"}
     ),
-    RewardTask(**_BARE),
+    RewardTask(
+        name="reward",
+        shapes=PAIR_SHAPES,
+        query_shapes=tuple(map(_scored_shape, JUDGED_SHAPES)),
+        auto_classes={"encoder": _CLASS, "decoder": _CLASS},
+        peft_types={"encoder": "SEQ_CLS", "decoder": "SEQ_CLS"},
+        headline="accuracy",
+        config=PreferenceConfig(loss="reward"),
+    ),
 )

@@ -63,7 +63,9 @@ class Lists:
 
     def pad(self, logits: torch.Tensor) -> torch.Tensor:
         """Returns `logits` (documents,) as float32 (lists, longest), padded with 0."""
-        padded = logits.new_zeros(self.mask.numel(), dtype=_float32())
+        import torch
+
+        padded = logits.new_zeros(self.mask.numel(), dtype=torch.float32)
         return padded.index_copy(0, self.positions, logits.float().flatten()).view_as(self.mask)
 
     @property
@@ -152,7 +154,7 @@ def _ndcg_weights(logits: torch.Tensor, lists: Lists) -> torch.Tensor:
 
     mask = lists.mask
     labels = lists.labels.clamp(min=0).masked_fill(~mask, 0)
-    ranks = torch.arange(1, mask.shape[1] + 1, device=logits.device, dtype=_float32())
+    ranks = torch.arange(1, mask.shape[1] + 1, device=logits.device, dtype=torch.float32)
     best = ((2 ** labels.sort(1, descending=True).values - 1) / (1 + ranks).log2()).sum(1)
     gains = (2**labels - 1) / best.clamp(min=1e-10)[:, None]
     order = logits.masked_fill(~mask, -math.inf).argsort(1, descending=True)
@@ -166,9 +168,3 @@ def _ndcg_weights(logits: torch.Tensor, lists: Lists) -> torch.Tensor:
         .masked_fill(distance == 0, 0)
     )
     return _differences(gains).abs() * (MU * delta + _differences(inverse).abs())
-
-
-def _float32() -> torch.dtype:
-    import torch
-
-    return torch.float32

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.encode import Encoded, split_batches
 from ftlevel.errors import InputError
 from ftlevel.tasks.embedding.formats import EmbeddingRow
 
@@ -156,10 +156,7 @@ class PairEncoder:
 
     def __call__(self, examples: Sequence[EmbeddingRow]) -> list[Encoded]:
         """Returns one row per query, with its documents."""
-        rows: list[Encoded] = []
-        for start in range(0, len(examples), _BATCH):
-            rows += self._encode(examples[start : start + _BATCH])
-        return rows
+        return [row for chunk in split_batches(examples, _BATCH) for row in self._encode(chunk)]
 
     def _encode(self, examples: Sequence[EmbeddingRow]) -> list[Encoded]:
         queries = [e.prompt + e.query for e in examples for _ in e.documents]

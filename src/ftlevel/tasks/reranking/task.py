@@ -176,7 +176,6 @@ class RerankingTask(BaseTask):
     def write_files(
         self, directory: Path, model_config: Any, inference_config: Mapping[str, Any]
     ) -> None:
-        """Write the files that make the directory a CrossEncoder."""
         from ftlevel.models.kinds import max_positions
 
         values = get_loss_config(inference_config)

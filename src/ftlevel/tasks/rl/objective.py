@@ -11,7 +11,7 @@ import numpy as np
 
 from ftlevel.config.rl import RlConfig
 from ftlevel.objectives import Meter, PolicyObjective, TokenObjective, TrainingLoss
-from ftlevel.tasks.losses import Tokens, TokenTargets
+from ftlevel.tasks.losses import Tokens, TokenTargets, mean_or_nan
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +106,6 @@ class PolicyGradient(TokenTargets, PolicyObjective):
     def get_warnings(
         self, metrics: Mapping[str, float], before: Mapping[str, float] | None = None
     ) -> list[str]:
-        """Returns a warning if many completions are truncated."""
         share = metrics.get("truncated", 0.0)
         if share <= TRUNCATED_RATIO:
             return []
@@ -151,13 +150,13 @@ class RewardMeter:
         if not self._seen:
             return {}
         scored = [own for part in self._seen if len(own := part[~np.isnan(part[:, 0])])]
-        found = {"reward": _mean([part[:, 0].mean() for part in scored])}
+        found = {"reward": mean_or_nan([part[:, 0].mean() for part in scored])}
         functions = self._config.reward_names
         if len(functions) > 1:
             for at, name in enumerate(functions):
                 scores = [part[:, 3 + at] for part in self._seen]
                 means = [own[~np.isnan(own)].mean() for own in scores if not np.isnan(own).all()]
-                found[f"reward_{name}"] = _mean(means)
+                found[f"reward_{name}"] = mean_or_nan(means)
         for k in pass_counts(self._config.num_generations):
             passed = [
                 pass_at_k(len(part), int((part[:, 3] >= CORRECT).sum()), k)
@@ -165,9 +164,9 @@ class RewardMeter:
                 if part.shape[1] > 3 and not np.isnan(part[:, 3]).all()
             ]
             if passed:
-                found[f"pass@{k}"] = _mean(passed)
-        found["length"] = _mean([part[:, 1].mean() for part in self._seen])
-        found["truncated"] = _mean([1 - part[:, 2].mean() for part in self._seen])
+                found[f"pass@{k}"] = mean_or_nan(passed)
+        found["length"] = mean_or_nan([part[:, 1].mean() for part in self._seen])
+        found["truncated"] = mean_or_nan([1 - part[:, 2].mean() for part in self._seen])
         return {name: value for name, value in found.items() if not math.isnan(value)}
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
@@ -183,7 +182,3 @@ def pass_counts(completions: int) -> list[int]:
 def pass_at_k(completions: int, correct: int, k: int) -> float:
     """Returns pass@k, 1 − C(n − c, k) / C(n, k): n completions, c of them correct (2107.03374)."""
     return 1 - math.comb(completions - correct, k) / math.comb(completions, k)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if len(values) else math.nan

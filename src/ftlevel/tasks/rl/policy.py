@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,8 +19,7 @@ from ftlevel.objectives import Checks, Objective
 from ftlevel.tasks.base import BaseTask
 from ftlevel.tasks.rl.objective import PolicyGradient
 from ftlevel.tasks.rl.rows import PROMPT_SHAPES, PromptRow, RlPromptEncoder
-from ftlevel.tasks.text import TASKS as TEXT_TASKS
-from ftlevel.tasks.text import TextTask
+from ftlevel.tasks.text import TEXT_FIELDS, TextTask
 
 if TYPE_CHECKING:
     from ftlevel.data.encoding.fit import FittedRows
@@ -62,7 +61,6 @@ class RlTask(TextTask):
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Returns model card entries of a model without a card: prompt format, no reward."""
         return {
             **super().card_defaults(source, model_config, tokenizer, kind),
             "options": {"rl": {}},
@@ -135,12 +133,9 @@ def _absolute(name: str) -> str:
     return str(path.absolute()) if is_file else name
 
 
-_TEXT = next(task for task in TEXT_TASKS if task.name == "text-generation")
-_SHARED = {f.name: getattr(_TEXT, f.name) for f in fields(TextTask)}
-
 TASKS = (
     RlTask(
-        **_SHARED
+        **TEXT_FIELDS
         | {
             "name": "rl",
             "shapes": PROMPT_SHAPES,

@@ -16,7 +16,7 @@ from ftlevel.data.encoding.encode import IGNORED, Encoded, PromptFormat, RowErro
 from ftlevel.data.formats.detect import FormatSpec, RoleValues
 from ftlevel.data.formats.examples import Conversation, ExampleContent, create_query_conversation
 from ftlevel.errors import InputError
-from ftlevel.tasks.text import encode_query
+from ftlevel.tasks.text import CHAT, TURN_KEYS, encode_query
 
 Signal = tuple[float, float, float, float, float]
 """Advantage, weight, and three log-probabilities: old, of the reference, and of the sampler.
@@ -46,7 +46,6 @@ class CompletionRow(Encoded):
 
     @property
     def completion(self) -> list[int]:
-        """Token ids of the completion."""
         return self.input_ids[self.prompt :]
 
     def on_policy(self) -> CompletionRow:
@@ -199,13 +198,8 @@ def _answer(values: RoleValues) -> Any:
     return reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
 
 
-_MORE = {
-    ANSWER: (ANSWER, "solution", "ground_truth", "target"),
-    "system": ("system", "system_prompt"),
-    "tools": ("tools",),
-}
+_MORE = {ANSWER: (ANSWER, "solution", "ground_truth", "target"), **CHAT}
 _TALKS = ("messages", "conversations")
-_TURNS = ("role", "content", "user", "assistant")
 
 PROMPT_SHAPES = (
     FormatSpec(
@@ -214,9 +208,9 @@ PROMPT_SHAPES = (
         {"prompt": ("prompt", "question", "problem", "query")},
         _MORE,
         True,
-        _TURNS,
+        TURN_KEYS,
     ),
-    FormatSpec("messages", create_prompt, {"messages": _TALKS}, _MORE, False, _TURNS),
+    FormatSpec("messages", create_prompt, {"messages": _TALKS}, _MORE, False, TURN_KEYS),
     FormatSpec(
         "instruction",
         create_prompt,
