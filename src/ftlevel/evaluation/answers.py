@@ -17,7 +17,7 @@ import torch
 from ftlevel.artifacts.row_sinks import partial_of
 from ftlevel.config import SPECS
 from ftlevel.data.encoding.collate import Collator
-from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import truncate_row
 from ftlevel.data.prepare.inference import QueryRow
 from ftlevel.errors import ConfigError, InputError, UnansweredError
@@ -169,12 +169,8 @@ class RowScorer:
         else:
             _, labels = objective.split(batch)
             seen.append(objective.targets(self._trained.logits(batch), labels)[0])
-        num_targets = [sum(label != IGNORED for label in _labels(row)) for row in rows]
+        num_targets = [row.supervised for row in rows]
         yield from torch.cat(seen).split(num_targets)  # type: ignore[no-untyped-call]
-
-
-def _labels(row: Encoded) -> list[int]:
-    return row.labels if isinstance(row.labels, list) else []
 
 
 PROMPTS = 8

@@ -203,10 +203,9 @@ def create_meters(
     Queries search the texts at indices `search_ids`; if empty, the documents of the rows.
     """
     spaces = {"" if count is None else f"_dim_{count}": vectors[:, :count] for count in dims}
-    is_cosine = objective.format.similarity == "cosine"
     if objective.kind == "ranking":
         return _query_meters(objective.format.similarity, spaces, step, search_ids)
-    if is_cosine:
+    if objective.format.similarity == "cosine":
         spaces = {name: functional.normalize(space, dim=-1) for name, space in spaces.items()}
     if objective.kind == "class":
         return _class_meters(spaces, step)

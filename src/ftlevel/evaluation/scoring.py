@@ -188,7 +188,7 @@ class Evaluator:
         return start
 
 
-ScoredBatch = tuple[list[int], dict[str, torch.Tensor], torch.Tensor]
+ScoredBatch = tuple[Sequence[int], dict[str, torch.Tensor], torch.Tensor]
 """Row indices, their batch, and the log-likelihoods of its answers."""
 
 
@@ -255,9 +255,8 @@ def _compute_mean_reward(
     objective = _objective_of(evaluator)
     if not objective.needs_baseline:
         return None
-    contrasts = _contrasts(evaluator.rows)
-    batches = (batch for _, batch in _batches(evaluator, contrasts))
-    total = sum_log_ratios(head, model, objective, list(batches))
+    contrasts = [batch for _, batch in _batches(evaluator, _contrasts(evaluator.rows))]
+    total = sum_log_ratios(head, model, objective, contrasts)
     return (total[0] / total[1]).clamp(min=0)
 
 
@@ -271,12 +270,11 @@ def _score_batches(
 
 def _batches(
     evaluator: Evaluator, rows: Sequence[Encoded]
-) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+) -> Iterator[tuple[Sequence[int], dict[str, torch.Tensor]]]:
     """Yields row indices and padded batches of rows of similar length, longest first."""
     collate = Collator(evaluator.tokenizer.pad_token_id or 0)
     order = sorted(range(len(rows)), key=lambda i: rows[i].length, reverse=True)
-    for start in range(0, len(order), evaluator.batch_size):
-        indices = order[start : start + evaluator.batch_size]
+    for indices in batches(order, evaluator.batch_size):
         batch = collate([rows[i] for i in indices])
         yield indices, {name: value.to(evaluator.device) for name, value in batch.items()}
 

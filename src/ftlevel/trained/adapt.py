@@ -422,17 +422,22 @@ def _load_weights(adapter_dir: Path) -> dict[str, Any]:
             "need a newer PEFT."
         )
     path = adapter_dir / WEIGHTS
-    if not path.is_file():
-        raise InputError(
-            f"{adapter_dir} contains no {WEIGHTS}. Save the adapter again with PEFT's "
-            "save_pretrained."
-        )
+    check_weights_exist(adapter_dir)
     try:
         weights = load_file(str(path))
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read ({error}). Is the copy incomplete?") from None
     check_finite(weights.items(), str(path))
     return dict(weights)
+
+
+def check_weights_exist(adapter_dir: Path) -> None:
+    """Raise `InputError` if the adapter's weights are missing."""
+    if not (adapter_dir / WEIGHTS).is_file():
+        raise InputError(
+            f"{adapter_dir} contains no {WEIGHTS}. Save the adapter again with PEFT's "
+            "save_pretrained."
+        )
 
 
 def _set_weights(peft_model: Any, weights: dict[str, Any], adapter_dir: Path, name: str) -> None:

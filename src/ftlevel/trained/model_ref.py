@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -306,11 +307,9 @@ class LoadedModel:
         with self.model.disable_adapter():
             yield
 
-    @contextlib.contextmanager
-    def inference(self) -> Iterator[None]:
+    def inference(self) -> AbstractContextManager[None]:
         """Disable gradients and use the compute precision inside the `with` block."""
-        with evaluating(self.model, self.device, self.dtype):
-            yield
+        return evaluating(self.model, self.device, self.dtype)
 
     def logits(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Returns the objective's logits of a padded batch on `device`; call it in `inference`."""

@@ -38,7 +38,7 @@ from ftlevel.models.quantization import (
 )
 from ftlevel.models.sources import ModelSource, check_revision, resolve_source
 from ftlevel.tasks import TASKS, BaseTask
-from ftlevel.trained.adapt import AdapterReader, get_adapter_reader
+from ftlevel.trained.adapt import AdapterReader, check_weights_exist, get_adapter_reader
 from ftlevel.trained.model_ref import PLAIN, ModelRef, get_tokenizer_source
 from ftlevel.weights.checkpoint import get_local_dir, load_header, merge_sharded_checkpoint
 
@@ -324,11 +324,7 @@ def load_peft_adapter_config(adapter_dir: Path) -> dict[str, Any]:
     """Load adapter_config.json; InputError if it is invalid, or the weights are missing."""
     check_regular(adapter_dir.iterdir(), str(adapter_dir))
     peft_config = load_peft_config(adapter_dir)
-    if not (adapter_dir / WEIGHTS).is_file():
-        raise InputError(
-            f"{adapter_dir} contains no {WEIGHTS}. Save the adapter again with PEFT's "
-            f"save_pretrained."
-        )
+    check_weights_exist(adapter_dir)
     return peft_config
 
 
