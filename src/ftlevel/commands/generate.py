@@ -145,7 +145,9 @@ def _add_rows(
     except NoFormatError:
         if "prompt" not in source.leading:
             raise
-        shape = Format("prompt", lambda roles: roles.text("prompt"), {"prompt": "prompt"})
+        shape = Format(
+            task.name, "prompt", lambda roles: roles.text("prompt"), {"prompt": "prompt"}
+        )
     refuse_media_columns(shape.unused, source.first, str(path))
     rows = list(Prompts(source, shape))
     if faults := [f"{row.location}: {row.fault}. Fix the row." for row in rows if row.fault]:

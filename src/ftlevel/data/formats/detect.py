@@ -44,6 +44,7 @@ class Format:
         inner: names in the data for the keys `role` and `content`, and for user and assistant.
     """
 
+    task: str
     name: str
     build: ExampleBuilder
     columns: Mapping[str, str]
@@ -234,7 +235,7 @@ def detect_format(
             matched = _match(shape, column_names, shape_mapping)
             if matched is not None and matched.keys() >= shape.required.keys():
                 unused = _unused(column_names, matched)
-                return Format(shape.name, shape.build, matched, unused, inner=inner)
+                return Format(task, shape.name, shape.build, matched, unused, inner=inner)
     is_selected = len(selected) < len(shapes)
     error = InputError if mapping or is_selected else NoFormatError
     suggestion = _FormatSuggestion(column_names, task, selected, mapping, rows, named=is_selected)

@@ -25,7 +25,7 @@ def make_table(*labels: Any) -> Table:
 def convert(problem: Any, *labels: Any) -> list[Any]:
     columns = {"text": "text", "label": "label"}
     config = DataConfig(problem_type=problem)
-    shape = Format("", create_labeled_text, columns)
+    shape = Format("text-classification", "", create_labeled_text, columns)
     shape, _ = TASKS["text-classification"].update_format(shape, make_table(*labels), config)
     return [e.label for e in to_examples(make_table(*labels), shape) if isinstance(e, LabeledText)]
 
