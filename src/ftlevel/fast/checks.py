@@ -31,7 +31,7 @@ from ftlevel.fast.packing import PackedLayout, UnsupportedModelError, using_layo
 from ftlevel.fast.prefixes import SharedPrefix, create_prefix_tree, using_prefix
 from ftlevel.fast.pruning import get_prunable_linears
 from ftlevel.fast.recompute import using_generator
-from ftlevel.models.hardware import autocast, evaluating
+from ftlevel.models.hardware import autocast, eval_mode, evaluating
 from ftlevel.models.module_tree import get_blocks, linear_size
 from ftlevel.models.upstream.fake import map_leaves
 from ftlevel.objectives import Objective, TokenObjective
@@ -191,19 +191,15 @@ class PackingCheck(StepCheck):
             states = output if isinstance(output, Tensor) else output[0]
             outputs.append(states.float())
 
-        hook = self.last_block.register_forward_hook(collect)
-        try:
-            with using_layout(layout):
-                self.model(**batch)
-        finally:
-            hook.remove()
+        with self.last_block.register_forward_hook(collect), using_layout(layout):
+            self.model(**batch)
         return outputs[-1]
 
 
 @contextmanager
 def in_float32(blocks: Sequence[nn.Module], device: str) -> Iterator[None]:
     """Run `blocks` in float32 inside the `with` block; a block is cast only while it runs."""
-    hooks, before, stack = [], dict[Any, Tensor](), ExitStack()
+    before, stack = dict[Any, Tensor](), ExitStack()
 
     def enter(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         stack.enter_context(autocast(device, "float32"))  # what follows the blocks needs autocast
@@ -219,14 +215,13 @@ def in_float32(blocks: Sequence[nn.Module], device: str) -> Iterator[None]:
             tensor.data = data
         stack.close()
 
-    for block in blocks:
-        hooks.append(block.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
-        hooks.append(block.register_forward_hook(leave, always_call=True))
-    try:
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(
+                block.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
+            )
+            hooks.enter_context(block.register_forward_hook(leave, always_call=True))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _upcast(value: Any) -> Any:
@@ -267,16 +262,12 @@ class PruningCheck(StepCheck):
         if every token may be needed or gradients fail, (selector, []) if the block runs twice.
         """
         batch = self.batch_of(self.pair)
-        training = self.model.training
-        self.model.eval()
         try:
-            with autocast(self.device, self.dtype):
+            with eval_mode(self.model), autocast(self.device, self.dtype):
                 select = self._select_tokens(objective, batch)
                 return (select, self._select_linears(batch)) if select else (None, [])
         except RuntimeError:
             return None, []
-        finally:
-            self.model.train(training)
 
     def _select_tokens(
         self, objective: Objective, batch: dict[str, Tensor]
@@ -293,13 +284,10 @@ class PruningCheck(StepCheck):
             states = outputs[-1].clone()
             return states if isinstance(output, Tensor) else (states, *output[1:])
 
-        hook = self.last_block.register_forward_hook(cut)
-        try:
+        with self.last_block.register_forward_hook(cut):
             with torch.enable_grad():
                 logits = objective.logits(self.model(**batch))
             (gradient,) = torch.autograd.grad(logits.float().square().sum(), outputs[-1:])
-        finally:
-            hook.remove()
         has_gradient = gradient.abs().amax(-1).flatten() != 0
         indices = has_gradient.nonzero()[:, 0]
         candidates = [PooledTokens(last, self.pad_id) for last in (False, True)]
@@ -332,11 +320,8 @@ class PruningCheck(StepCheck):
             keyword_args = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
             calls.append((tuple(positional), keyword_args))  # a cache would append the tokens twice
 
-        hook = self.last_block.register_forward_pre_hook(collect, with_kwargs=True)
-        try:
+        with self.last_block.register_forward_pre_hook(collect, with_kwargs=True):
             yield calls
-        finally:
-            hook.remove()
 
 
 def _get_linears(module: nn.Module) -> list[nn.Module]:
@@ -366,16 +351,12 @@ def get_cross_entropy_error(
     batch = {k: v.to(device) for k, v in Collator(pad_id)(_labeled_pair(rows, objective)).items()}
     inputs, labels = objective.split(batch)
     chunks: list[Tensor] = []
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad(), autocast(device, dtype):
+        with eval_mode(model), torch.no_grad(), autocast(device, dtype):
             expected, _ = objective.targets(objective.logits(model(**inputs)), labels)
             supervised_loss(head, model, objective, batch, lambda logits, _: chunks.append(logits))
     except UnsupportedModelError as error:
         return str(error)
-    finally:
-        model.train(training)
     logits, bound = torch.cat(chunks), NOISE.get(dtype, COARSE)
     if logits.shape != expected.shape or not relative_difference(logits, expected) < bound:
         return "its logits are changed beyond what its config describes"

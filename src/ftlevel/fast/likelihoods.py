@@ -13,6 +13,7 @@ from torch.nn import functional
 from ftlevel.fast.cross_entropy import ChunkedCrossEntropy, Observe
 from ftlevel.fast.packing import PackedLayout, using_layout
 from ftlevel.fast.prefixes import SharedPrefix, using_prefix
+from ftlevel.models.hardware import eval_mode
 from ftlevel.objectives import (
     DistillationObjective,
     LikelihoodObjective,
@@ -104,18 +105,13 @@ def sum_log_ratios(
 ) -> Tensor:
     """Returns the sum and the number of the answers' log-ratios (policy / reference), (2,)."""
     total = torch.zeros(2)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                inputs = {name: value for name, value in batch.items() if name != "layout"}
-                with using_layout(batch.get("layout")):
-                    answers = compute_answer_likelihoods(head, model, objective, inputs)
-                ratios = answers[:, 0] - inputs["preference_labels"][:, 1]
-                total += torch.stack([ratios.sum(), torch.ones_like(ratios).sum()]).cpu()
-    finally:
-        model.train(training)
+    with eval_mode(model), torch.no_grad():
+        for batch in batches:
+            inputs = {name: value for name, value in batch.items() if name != "layout"}
+            with using_layout(batch.get("layout")):
+                answers = compute_answer_likelihoods(head, model, objective, inputs)
+            ratios = answers[:, 0] - inputs["preference_labels"][:, 1]
+            total += torch.stack([ratios.sum(), torch.ones_like(ratios).sum()]).cpu()
     return total
 
 

@@ -9,6 +9,7 @@ layer's output at other tokens is exactly zero.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -73,26 +74,23 @@ def get_prunable_linears(
         is_tensor = len(args) == 1 and isinstance(output, Tensor) and output.requires_grad
         outputs[linear].append(output if is_tensor else None)  # experts have more arguments
 
-    hooks = [linear.register_forward_hook(keep) for linear in candidates]
-    try:
-        with torch.enable_grad():
-            args, kwargs = _with_gradient(args, kwargs)
-            output = block(*args, **kwargs)
-            states = output if isinstance(output, Tensor) else output[0]
-            mask = torch.isin(layout.restore, layout.needed)  # padding points at tokens too
-            weights = torch.rand(states.shape, generator=torch.Generator().manual_seed(0))
-            weights = weights.to(states) * mask.view(*states.shape[:2], 1)
-            outputs_by_linear = {
-                linear: results[0]
-                for linear, results in outputs.items()
-                if len(results) == 1 and results[0] is not None
-            }
-            gradients = torch.autograd.grad(
-                (states * weights).sum(), list(outputs_by_linear.values()), allow_unused=True
-            )
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.enable_grad():
+        for linear in candidates:
+            hooks.enter_context(linear.register_forward_hook(keep))
+        args, kwargs = _with_gradient(args, kwargs)
+        output = block(*args, **kwargs)
+        states = output if isinstance(output, Tensor) else output[0]
+        mask = torch.isin(layout.restore, layout.needed)  # padding points at tokens too
+        weights = torch.rand(states.shape, generator=torch.Generator().manual_seed(0))
+        weights = weights.to(states) * mask.view(*states.shape[:2], 1)
+        outputs_by_linear = {
+            linear: results[0]
+            for linear, results in outputs.items()
+            if len(results) == 1 and results[0] is not None
+        }
+        gradients = torch.autograd.grad(
+            (states * weights).sum(), list(outputs_by_linear.values()), allow_unused=True
+        )
     return [
         linear
         for linear, gradient in zip(outputs_by_linear, gradients, strict=True)

@@ -270,19 +270,25 @@ def autocast(device: str, dtype: str) -> torch.autocast:
 
 
 @contextlib.contextmanager
-def evaluating(model: Any, device: str, dtype: str) -> Iterator[None]:
-    """In the `with` block, use eval mode, no gradients and autocast; restores the training mode."""
+def eval_mode(model: Any) -> Iterator[None]:
+    """In the `with` block, use eval mode; restores the training mode."""
     training = model.training
     model.eval()
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    hook = head.register_forward_pre_hook(_make_contiguous) if head is not None else None
     try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextlib.contextmanager
+def evaluating(model: Any, device: str, dtype: str) -> Iterator[None]:
+    """In the `with` block, use eval mode, no gradients and autocast; restores the training mode."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    with eval_mode(model), contextlib.ExitStack() as hooks:
+        if head is not None:
+            hooks.enter_context(head.register_forward_pre_hook(_make_contiguous))
         with torch.no_grad(), autocast(device, dtype):
             yield
-    finally:
-        if hook is not None:
-            hook.remove()
-        model.train(training)
 
 
 def _make_contiguous(head: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:  # noqa: ARG001 - a hook

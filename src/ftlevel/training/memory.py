@@ -210,13 +210,11 @@ def _track_blocks(blocks: Sequence[nn.Module]) -> Iterator[_BlockTracker]:
     def after_block(block: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001 - a hook
         tracker.at = None
 
-    hooks = [block.register_forward_pre_hook(before_block, with_kwargs=True) for block in blocks]
-    hooks += [block.register_forward_hook(after_block) for block in blocks]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(block.register_forward_pre_hook(before_block, with_kwargs=True))
+            hooks.enter_context(block.register_forward_hook(after_block))
         yield tracker
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class StepReducer:

@@ -433,15 +433,12 @@ class Steps:
         """Returns the Trainer's step result; `mode(model)` is called before each forward pass."""
         trainer, device = self.trainer, self.trainer.args.device
         self.model.zero_grad()
-        hook = self.model.register_forward_pre_hook(lambda model, _: mode(model))
-        try:
-            with trainer.standalone_steps(dtype):
-                batch = trainer.data_collator(list(rows))
-                trainer.prepare_step([batch], device)
-                count = trainer.count_targets([batch], device) * trainer.args.world_size
-                loss = trainer.training_step(self.model, batch, count)
-        finally:
-            hook.remove()
+        before_forward = self.model.register_forward_pre_hook(lambda model, _: mode(model))
+        with before_forward, trainer.standalone_steps(dtype):
+            batch = trainer.data_collator(list(rows))
+            trainer.prepare_step([batch], device)
+            count = trainer.count_targets([batch], device) * trainer.args.world_size
+            loss = trainer.training_step(self.model, batch, count)
         scale = trainer.loss_scale
         return StepResult(float(loss), {n: g / scale for n, g in self._pop_gradients().items()})
 
@@ -494,13 +491,10 @@ def _perturbed_inputs(model: Any, draw: int) -> Iterator[None]:
             ((inputs, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": inputs})
         )
 
-    blocks = chain(*get_stacks(base_model(model)))
-    hooks = [block.register_forward_pre_hook(move, with_kwargs=True) for block in blocks]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for block in chain(*get_stacks(base_model(model))):
+            hooks.enter_context(block.register_forward_pre_hook(move, with_kwargs=True))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _fused_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ftlevel.errors import ConfigError
-from ftlevel.models.hardware import autocast
+from ftlevel.models.hardware import autocast, eval_mode
 
 
 @torch.no_grad()
@@ -70,10 +70,8 @@ def start_from_data(model: Any, batches: Any, device: str, dtype: str) -> None:
     from peft import initialize_lora_eva_weights
 
     _check_batches(model, batches)
-    training = model.training
-    model.eval()
     # PEFT prints a line for each batch that is too small.
-    with autocast(device, dtype), contextlib.redirect_stdout(io.StringIO()):
+    with eval_mode(model), autocast(device, dtype), contextlib.redirect_stdout(io.StringIO()):
         initialize_lora_eva_weights(
             model,
             batches,
@@ -85,7 +83,6 @@ def start_from_data(model: Any, batches: Any, device: str, dtype: str) -> None:
         )
     config = model.peft_config["default"]
     config.init_lora_weights, config.eva_config = True, None
-    model.train(training)
 
 
 def _check_batches(model: Any, batches: Any) -> None:
