@@ -70,7 +70,8 @@ def summarize_rollouts(path: Path) -> RolloutStats | None:
     completions = [
         completion for of_step in of_steps for completion in _select_best_and_worst(of_step)
     ]
-    return RolloutStats(completions, _by_length(of_steps[-1])) if completions else None
+    lengths = sorted(((sample.tokens, sample.reward) for sample in of_steps[-1]), key=itemgetter(0))
+    return RolloutStats(completions, bin_lengths(lengths, NUM_BINS)) if completions else None
 
 
 def _completions(
@@ -93,16 +94,18 @@ def _select_best_and_worst(completions: Sequence[CompletionSample]) -> list[Comp
     return [replace(shown, which=f"{name}, {shown.which}") for name, shown in selected]
 
 
-def _by_length(completions: Sequence[CompletionSample]) -> list[tuple[int, int, int, float]]:
-    ordered = sorted(completions, key=lambda completion: completion.tokens)
-    if len({completion.tokens for completion in ordered}) < NUM_BINS:
+def bin_lengths(
+    ordered: Sequence[tuple[int, float]], num_bins: int
+) -> list[tuple[int, int, int, float]]:
+    """Returns (minimum, maximum, count, mean value) per bin of sorted (length, value)."""
+    if len({length for length, _ in ordered}) < num_bins:
         return []
     bins = [
-        ordered[len(ordered) * at // NUM_BINS : len(ordered) * (at + 1) // NUM_BINS]
-        for at in range(NUM_BINS)
+        ordered[len(ordered) * at // num_bins : len(ordered) * (at + 1) // num_bins]
+        for at in range(num_bins)
     ]
     return [
-        (band[0].tokens, band[-1].tokens, len(band), fmean(c.reward for c in band)) for band in bins
+        (band[0][0], band[-1][0], len(band), fmean(value for _, value in band)) for band in bins
     ]
 
 

@@ -5,7 +5,7 @@ YAML may come from third parties: only plain values of bounded size are accepted
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 TASK_ALIASES = dict(
@@ -83,6 +83,15 @@ def resolve_aliases(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
         elif isinstance(kind, str):
             resolved[section] = {**fields, "kind": _normalize_name(kind)}
     return resolved, lines
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted key, value) of all values in nested mappings."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _normalize_name(word: str) -> str:

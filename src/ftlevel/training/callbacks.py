@@ -24,6 +24,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ftlevel.artifacts.files import load_json, write_json
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import OutputConfig
+from ftlevel.config.reading import flatten
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.collate import MaskedRows
 from ftlevel.data.encoding.encode import Encoded
@@ -449,7 +450,7 @@ def _begin_mlflow(info: RunInfo) -> Tracker:
     experiment = client.get_experiment_by_name(project)
     experiment_id = experiment.experiment_id if experiment else client.create_experiment(project)
     run_id = client.create_run(experiment_id, run_name=info.name).info.run_id
-    params = [Param(k, str(v)[:500]) for k, v in _flat(info.config)]
+    params = [Param(k, str(v)[:500]) for k, v in flatten(info.config)]
     for start in range(0, len(params), 100):  # MLflow's limit
         client.log_batch(run_id, params=params[start : start + 100])
 
@@ -458,14 +459,6 @@ def _begin_mlflow(info: RunInfo) -> Tracker:
         client.log_batch(run_id, [Metric(k, v, now, step) for k, v in metrics.items()])
 
     return Tracker(uri, log, lambda: client.set_terminated(run_id))
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _begin_trackio(info: RunInfo) -> Tracker:

@@ -158,9 +158,7 @@ def _load_wordpiece(tokenizer: Any, tokenizer_json: Mapping[str, Any], size: int
             "punctuation), which llama.cpp implements. Keep it with transformers."
         )
     added = {token["id"]: token for token in tokenizer_json["added_tokens"]}
-    texts = {index: text for text, index in model["vocab"].items()}
-    texts |= {index: token["content"] for index, token in added.items()}
-    _check_size(texts, size)
+    texts = _get_texts(model, added, size)
     tokens, types = [], []
     for index in range(size):
         text = texts.get(index)
@@ -187,12 +185,17 @@ def _load_wordpiece(tokenizer: Any, tokenizer_json: Mapping[str, Any], size: int
     return Vocabulary("bert", "default", tokens, types, None, None, special_ids, flags, None, notes)
 
 
-def _check_size(texts: Mapping[int, str], size: int) -> None:
+def _get_texts(
+    model: Mapping[str, Any], added: Mapping[int, Mapping[str, Any]], size: int
+) -> dict[int, str]:
+    texts = {index: text for text, index in model["vocab"].items()}
+    texts |= {index: token["content"] for index, token in added.items()}
     if (largest := max(texts)) >= size:
         raise InputError(
             f"its tokenizer has a token of id {largest:,}, and the model's embedding has {size:,} "
             "rows. Is it the model's own tokenizer?"
         )
+    return texts
 
 
 def _pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -204,9 +207,7 @@ def _pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _tokens(
     tokenizer: Any, model: Mapping[str, Any], added: Mapping[int, Mapping[str, Any]], size: int
 ) -> tuple[list[str], list[int]]:
-    texts = {index: text for text, index in model["vocab"].items()}
-    texts |= {index: token["content"] for index, token in added.items()}
-    _check_size(texts, size)
+    texts = _get_texts(model, added, size)
     tokens, types = [], []
     for index in range(size):
         text = texts.get(index)

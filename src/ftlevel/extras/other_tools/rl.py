@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ftlevel.config.reading import flatten
 from ftlevel.config.rl import REWARDS, RL_LOSSES, RL_TASK, RlConfig
 from ftlevel.errors import ConfigError, join_names
 
@@ -101,7 +102,7 @@ _VERL_LOSSES = {
 
 def convert_verl(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     """Yields (key, command-line arguments) of a verl configuration; no arguments if unsupported."""
-    keys = {**_VERL_DEFAULTS, **dict(_flatten(values, ""))}
+    keys = {**_VERL_DEFAULTS, **dict(flatten(values))}
     yield "task", ["--task", "rl"]
     yield "reward_model", ["--reward", "number"]
     mode = keys.get(f"{_ACTOR}loss_agg_mode", "token-mean")
@@ -132,14 +133,6 @@ def convert_verl(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
             texts = map(str, value) if isinstance(value, list) else [str(value)]
             yield key, [f"--{flag}", ",".join(texts)]
     yield from ((key, []) for key in keys if key not in _VERL and key not in _VERL_OTHER)
-
-
-def _flatten(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def complete_flags(task: str, values: dict[str, Any], typed: Mapping[str, str]) -> list[str]:

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from shlex import quote
-from statistics import fmean
 from typing import Any
 
 from ftlevel.artifacts.files import read_json_object
-from ftlevel.artifacts.row_sinks import RolloutStats, summarize_rollouts
+from ftlevel.artifacts.row_sinks import RolloutStats, bin_lengths, summarize_rollouts
 from ftlevel.artifacts.run_directory import ANSWERS, CONFIG, METRICS, ROLLOUTS, SUMMARY
 from ftlevel.errors import InputError
 
@@ -179,7 +178,7 @@ def compute_prediction_stats(
         counts,
         [_scores(name, counts, names[name]) for name in classes],
         next(iter(units)) if classes else "rows",
-        [] if classes else _lengths(by_length),
+        [] if classes else bin_lengths(sorted(by_length), _NUM_QUANTILES),
         ordered[half:][: -NUM_ROWS - 1 : -1] if has_loss else incorrect[:NUM_ROWS],
         ordered[: max(1, half)][:NUM_ROWS] if has_loss else [],
         total,
@@ -203,20 +202,6 @@ def _pairs(true: Any, predicted: Any) -> tuple[str, list[tuple[str, str]]]:
         if all(isinstance(tag, str) for pair in pairs for tag in pair):
             return "words", pairs
     return "", []
-
-
-def _lengths(result: list[tuple[int, float]]) -> list[tuple[int, int, int, float]]:
-    """Returns (minimum, maximum, rows, mean loss) per decile of length from (words, loss) pairs."""
-    result.sort()
-    if len({length for length, _ in result}) < _NUM_QUANTILES:
-        return []
-    quantiles = [
-        result[len(result) * at // _NUM_QUANTILES : len(result) * (at + 1) // _NUM_QUANTILES]
-        for at in range(_NUM_QUANTILES)
-    ]
-    return [
-        (band[0][0], band[-1][0], len(band), fmean(loss for _, loss in band)) for band in quantiles
-    ]
 
 
 _MAX_ROWS = 20_000  # rows in memory, then reduced to the extremes
