@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -147,11 +147,6 @@ class Recovery(TrainerCallback):
         if self._factor is not None and self._processes.is_first:
             path = self._output_dir.checkpoints / f"checkpoint-{state.global_step}" / _FILE_NAME
             write_json(path, list(self._losses))
-
-
-def select_skipped_steps(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the records in `notes` that are about skipped or rolled-back steps."""
-    return [note for note in notes if "how" in note]
 
 
 _STOPPED = "Training stopped before the weights were updated."

@@ -48,7 +48,6 @@ from ftlevel.training.finish import (
 )
 from ftlevel.training.forecast.alternatives import select_batch_size
 from ftlevel.training.forecast.fits import MemoryEstimate, estimate_memory
-from ftlevel.training.gradients import select_skipped_steps
 from ftlevel.training.model import PreparedModel, get_speed_info
 from ftlevel.training.origin import FileDigests, get_file_digests
 from ftlevel.training.plan.adapter import get_adapter_warnings, resolve_adapter
@@ -416,7 +415,7 @@ class TrainingSession:
             speed=get_speed_info(trainer, comparison),
             selected=self.selected,
             changes=self.output_dir.load_changes(),
-            skipped_steps=select_skipped_steps(self.output_dir.load_events()),
+            skipped_steps=[note for note in self.output_dir.load_events() if "how" in note],
             plan=job.memory.compare(self.initial_memory),
         )
         facts, notes = self.auxiliary.describe(self.run, records)

@@ -163,8 +163,8 @@ def train_arguments(args: Sequence[str]) -> list[str]:
     return train_args
 
 
-def write_job(job: Job, path: Path) -> str:
-    """Write the job file and return the text; raises ConfigError if `path` exists."""
+def write_job(job: Job, path: Path) -> None:
+    """Write the job file; raises ConfigError if `path` exists."""
     text = render(job)
     try:
         with path.open("x", encoding="utf-8") as file:
@@ -173,7 +173,6 @@ def write_job(job: Job, path: Path) -> str:
         raise ConfigError(
             f"--job-file {path} already exists. Remove it, or choose another file."
         ) from None
-    return text
 
 
 def submit_job(job: Job, path: Path) -> str:
