@@ -152,7 +152,7 @@ def test_fused_layers_save_fewer_bytes() -> None:
     "norm", [MambaRMSNormGated(8, 8), Zamba2RMSNormGated(8, 8), LaraMiniRMSNormGated(8)], ids=str
 )
 def test_norms_with_a_gate_are_not_replaced(norm: nn.Module) -> None:
-    """Without its gate, such a norm is a plain one or fails, and its model always passes one."""
+    """Models always call such a norm with a gate, without which it is a plain norm."""
     model = nn.ModuleDict({"norm": norm}).requires_grad_(False).train()
     x, gate = torch.randn(2, 3, 8).requires_grad_(), torch.randn(2, 3, 8)
     expected = norm(x, gate)
