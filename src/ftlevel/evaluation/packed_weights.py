@@ -10,7 +10,6 @@ layer, the update here takes two.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -22,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ftlevel.fast.fused_lora import get_single_adapter
 from ftlevel.models.hardware import device_memory
+from ftlevel.models.upstream.tensors import pack_linear, packed_dtypes, packed_linear
 
 MAX_ROWS = 32
 """Maximum rows of an input that is multiplied with packed weights; more rows are compute-bound."""
@@ -55,7 +55,7 @@ class PackedWeights:
         for layer, dtype in layers:
             weight, bias = layer.weight.detach(), layer.bias
             matrix = (weight.t() if type(layer) is Conv1D else weight).to(dtype).contiguous()
-            packed = torch.ops.mkldnn._reorder_linear_weight(matrix, MAX_ROWS // 4)
+            packed = pack_linear(matrix, MAX_ROWS // 4)
             bias = None if bias is None else bias.detach().to(dtype)
             self._replace(layer, partial(_forward, layer, packed, bias, dtype))
         dtypes = dict(layers)
@@ -82,13 +82,8 @@ class PackedWeights:
 
 def _get_packable_layers(model: nn.Module) -> Iterator[tuple[Any, torch.dtype]]:
     """Yields layers with ordinary weights on the CPU, and the dtype that they compute in."""
-    is_available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if platform.machine() not in ("x86_64", "AMD64") or not is_available:
-        return  # oneDNN on other processors was not tried
     autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-    supported = {torch.float32}
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        supported.add(torch.bfloat16)
+    supported = packed_dtypes()
     for layer in model.modules():
         if type(layer) not in (nn.Linear, Conv1D) or "forward" in vars(layer):
             continue
@@ -105,7 +100,7 @@ def _forward(
     """Returns the output of `layer` for `x` (…, in), with packed weights if `x` has few rows."""
     if not 0 < x.numel() <= MAX_ROWS * x.shape[-1] or not _computes_in(dtype, x):
         return type(layer).forward(layer, x)
-    return torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, bias, "none", [], "")
+    return packed_linear(x.to(dtype), packed, bias)
 
 
 def _lora_forward(

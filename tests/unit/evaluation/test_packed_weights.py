@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,10 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ftlevel.evaluation import packed_weights
 from ftlevel.evaluation.packed_weights import MAX_ROWS, PackedWeights
+from ftlevel.models.upstream.tensors import packed_dtypes
 
 pytestmark = pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available(),
-    reason="weights are packed for oneDNN on x86-64 only",
+    not packed_dtypes(), reason="weights are packed for oneDNN on x86-64 only"
 )
 
 

@@ -89,6 +89,20 @@ def _(_: Any) -> None:
     assert upstream.cast_together([source], torch.bfloat16)[0].dtype == torch.bfloat16
 
 
+@CANARIES.of(
+    "mkldnn._reorder_linear_weight", "mkldnn._linear_pointwise", "mkldnn._is_mkldnn_bf16_supported"
+)
+def _(_: Any) -> None:
+    weight, bias, x = torch.randn(48, 32), torch.randn(48), torch.randn(3, 1, 32)
+    expected = functional.linear(x, weight, bias)
+    for dtype in upstream.packed_dtypes():
+        packed = upstream.pack_linear(weight.to(dtype), 8)
+        actual = upstream.packed_linear(x.to(dtype), packed, bias.to(dtype))
+        assert actual.dtype == dtype
+        bound = 1e-6 if dtype == torch.float32 else 0.01
+        assert (actual - expected).norm() < bound * expected.norm()
+
+
 @CANARIES.of("torch._C._current_graph_task_id")
 def _(_: Any) -> None:
     results = []
@@ -622,6 +636,7 @@ def _(request: pytest.FixtureRequest) -> None:
 @CANARIES.of(
     "Trainer._get_train_sampler",
     "Trainer._run_epoch",
+    "Trainer._evaluate",
     "Trainer._load_from_checkpoint",
     "Trainer._get_num_items_in_batch",
     "Trainer.model_accepts_loss_kwargs",
@@ -629,6 +644,8 @@ def _(request: pytest.FixtureRequest) -> None:
 )
 def _(request: pytest.FixtureRequest) -> None:
     assert get_parameters(transformers.Trainer._get_train_sampler) == ["self", "train_dataset"]
+    eval_parameters = ["self", "trial", "ignore_keys_for_eval", "skip_scheduler"]
+    assert get_parameters(transformers.Trainer._evaluate) == eval_parameters
     load_parameters = ["self", "resume_from_checkpoint", "model"]
     assert get_parameters(transformers.Trainer._load_from_checkpoint) == load_parameters
     count_parameters = ["self", "batch_samples", "device"]

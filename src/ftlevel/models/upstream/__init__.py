@@ -24,6 +24,11 @@ FACTS = {
         "aten._softmax_backward_data": "where the probabilities are at hand: one kernel, no graph",
         "aten.silu_backward, aten.gelu_backward": "the gradient of an activation from its input",
         "aten._unsafe_view": "a shape that autograd takes for a new tensor, to be written to"},
+    "torch/_inductor/fx_passes/mkldnn_fusion.py": {
+        "mkldnn._reorder_linear_weight": "a weight in oneDNN's own layout",
+        "mkldnn._linear_pointwise": "a linear layer with such a weight"},
+    "torch/_inductor/utils.py": {
+        "mkldnn._is_mkldnn_bf16_supported": "whether oneDNN computes in bfloat16 on this CPU"},
     "torch/_C/_VariableFunctions.pyi": {
         "torch._foreach_copy_": "of several tensors by one kernel on a GPU, "
             "cast where the sizes and strides of each pair are the same"},
@@ -123,6 +128,7 @@ FACTS = {
     "transformers/trainer.py": {  # overridden in training/trainer.py
         "Trainer._get_train_sampler": "the order of rows, when it is not Trainer's",
         "Trainer._run_epoch": "at least one step, also of a run that had made all of them",
+        "Trainer._evaluate": "the scheduler sees an evaluation that the interrupted run missed",
         "Trainer._load_from_checkpoint": "the weights that a run goes back to, as one goes on",
         "Trainer._get_num_items_in_batch": "the targets that a step's loss is divided by",
         "Trainer._save": "a model that no process has whole is gathered first",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import platform
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -29,6 +30,27 @@ def cast_together(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     results = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
     torch._foreach_copy_(results, tensors)
     return results
+
+
+def packed_dtypes() -> set[torch.dtype]:
+    """Returns the dtypes of linear layers whose weights `pack_linear` packs on this machine."""
+    is_available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if platform.machine() not in ("x86_64", "AMD64") or not is_available:
+        return set()  # oneDNN on other processors was not tried
+    has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return {torch.float32, torch.bfloat16} if has_bfloat16 else {torch.float32}
+
+
+def pack_linear(weight: Tensor, rows: int) -> Tensor:
+    """Returns `weight` (out, in) in oneDNN's layout for inputs of about `rows` rows."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    return packed
+
+
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns the linear layer of `x` (…, in) with a weight from `pack_linear`."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return y
 
 
 def is_in_backward() -> bool:
