@@ -83,11 +83,11 @@ class RowDecoder:
         self._attention_before = attention_of(self._base)
         register()
         self._base.set_attn_implementation(NAME)
-        self._packed = PackedWeights(model)
+        self.packed = PackedWeights(model)
 
     def close(self) -> None:
         """Restore the model's attention and linear layers."""
-        self._packed.close()
+        self.packed.close()
         self._base.set_attn_implementation(self._attention_before)
 
     def __call__(
@@ -430,7 +430,8 @@ def get_decoder_error(
         ids = torch.tensor(
             [[*short, token, *([token] if forks else [])]], device=rows.scores.device
         )
-        expected = model(input_ids=ids).logits[0, -1].float()
+        with decoder.packed.disabled():
+            expected = model(input_ids=ids).logits[0, -1].float()
     except (TypeError, NotImplementedError) as error:
         return str(error)
     logits = rows.scores[-1].float()

@@ -10,6 +10,7 @@ layer, the update here takes two.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -33,11 +34,6 @@ MAX_SHARE = 1 / 4
 """Maximum share of the machine's memory for packed weights."""
 
 
-def max_packed_bytes() -> float:
-    """Returns the most bytes of packed copies on this machine."""
-    return MAX_SHARE * device_memory("cpu")
-
-
 class PackedWeights:
     """Packs the linear layers of `model`, whose `forward` it replaces until `close`.
 
@@ -47,50 +43,58 @@ class PackedWeights:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        layers = list(_get_packable_layers(model))
-        size = sum(layer.weight.numel() * dtype.itemsize for layer, dtype in layers)
-        self._layers: list[Any] = []
-        if size > max_packed_bytes():
+        dtypes = dict(_get_packable_layers(model))
+        size = sum(layer.weight.numel() * dtype.itemsize for layer, dtype in dtypes.items())
+        self._forwards: dict[Any, Any] = {}
+        if size > MAX_SHARE * device_memory("cpu"):
             return
-        for layer, dtype in layers:
+        for layer, dtype in dtypes.items():
             weight, bias = layer.weight.detach(), layer.bias
             matrix = (weight.t() if type(layer) is Conv1D else weight).to(dtype).contiguous()
             packed = pack_linear(matrix, MAX_ROWS // 4)
             bias = None if bias is None else bias.detach().to(dtype)
-            self._replace(layer, partial(_forward, layer, packed, bias, dtype))
-        dtypes = dict(layers)
+            self._forwards[layer] = partial(_forward, layer, packed, bias, dtype)
         for layer in [module for module in model.modules() if isinstance(module, lora.Linear)]:
-            name = get_single_adapter(layer)
-            if name is None or layer.base_layer not in dtypes:
+            name, computes_in = get_single_adapter(layer), dtypes.get(layer.base_layer)
+            if name is None or computes_in is None:
                 continue
-            dtype = dtypes[layer.base_layer]
             down, up = (each[name].weight.detach() for each in (layer.lora_A, layer.lora_B))
-            if torch.is_autocast_enabled("cpu") or down.dtype == up.dtype == dtype:
-                update = down.to(dtype).t(), up.to(dtype).t(), layer.scaling[name]
-                self._replace(layer, partial(_lora_forward, layer, *update))
+            if torch.is_autocast_enabled("cpu") or down.dtype == up.dtype == computes_in:
+                update = down.to(computes_in).t(), up.to(computes_in).t(), layer.scaling[name]
+                self._forwards[layer] = partial(_lora_forward, layer, *update)
+        self._replace()
 
-    def _replace(self, layer: Any, forward: Any) -> None:
-        layer.forward = forward
-        self._layers.append(layer)
+    def _replace(self) -> None:
+        for layer, forward in self._forwards.items():
+            layer.forward = forward
+
+    def _restore(self) -> None:
+        for layer in self._forwards:
+            del layer.forward
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """In the `with` block, the layers use their own weights."""
+        self._restore()
+        yield
+        self._replace()
 
     def close(self) -> None:
         """Restore the layers and free the copies."""
-        for layer in self._layers:
-            del layer.forward
-        self._layers = []
+        self._restore()
+        self._forwards = {}
 
 
 def _get_packable_layers(model: nn.Module) -> Iterator[tuple[Any, torch.dtype]]:
     """Yields layers with ordinary weights on the CPU, and the dtype that they compute in."""
     autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-    supported = packed_dtypes()
     for layer in model.modules():
         if type(layer) not in (nn.Linear, Conv1D) or "forward" in vars(layer):
             continue
         weight: Any = layer.weight
         dtype = autocast or weight.dtype
         is_plain = type(weight.data) is Tensor and weight.device.type == "cpu"
-        if is_plain and dtype in supported and weight.numel() >= MIN_SIZE:
+        if is_plain and dtype in packed_dtypes() and weight.numel() >= MIN_SIZE:
             yield layer, dtype
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,9 +12,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import tiny_models
 from ftlevel.evaluation import packed_weights
+from ftlevel.evaluation.decoding import get_decoder_error
 from ftlevel.evaluation.packed_weights import MAX_ROWS, PackedWeights
-from ftlevel.models.upstream.tensors import packed_dtypes
+from ftlevel.evaluation.sampling import GroupSampler
+from ftlevel.models.upstream.tensors import pack_linear, packed_dtypes
 
 pytestmark = pytest.mark.skipif(
     not packed_dtypes(), reason="weights are packed for oneDNN on x86-64 only"
@@ -122,3 +126,23 @@ def test_variants_of_lora_keep_their_own_forward(options: dict[str, bool]) -> No
     assert "forward" not in vars(model.base_model.model.first)
     assert torch.allclose(model(x), expected, rtol=1e-5, atol=1e-5)
     packed.close()
+
+
+def test_wrongly_packed_weights_are_found_by_the_check_of_the_decoder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_models.build("llama", "causal", hidden_size=256, intermediate_size=512).eval()
+    prompt = list(range(5, 20))
+
+    def find_error() -> str:
+        decoder = GroupSampler(model, types.SimpleNamespace(pad_token_id=0))
+        try:
+            return get_decoder_error(decoder, model, prompt, 1e-4, forks=True)
+        finally:
+            decoder.close()
+
+    assert not find_error()
+    monkeypatch.setattr(
+        packed_weights, "pack_linear", lambda weight, rows: pack_linear(weight * 1.01, rows)
+    )
+    assert "other scores" in find_error()

@@ -34,12 +34,12 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.store import row_lengths
 from ftlevel.errors import ConfigError, did_you_mean, join_names
 from ftlevel.evaluation.decoding import CACHE_GROWTH
-from ftlevel.evaluation.packed_weights import max_packed_bytes
+from ftlevel.evaluation.packed_weights import MAX_SHARE
 from ftlevel.evaluation.rollouts import open_rewards
 from ftlevel.evaluation.sampling import PREFILL_TOKENS, SamplingOptions
 from ftlevel.events import NullListener
 from ftlevel.methods import METHODS
-from ftlevel.models.hardware import DTYPES
+from ftlevel.models.hardware import DTYPES, device_memory
 from ftlevel.models.loading import build_task_model
 from ftlevel.objectives import PolicyObjective
 from ftlevel.tasks.rl.rows import stand_in_completions
@@ -133,15 +133,16 @@ def with_completions(run: Run, rows: list[Encoded]) -> list[Encoded]:
 
 def estimate_sampling_parts(run: Run, size: RolloutSize) -> dict[str, int]:
     """Returns category → bytes that a rollout of `size` needs in addition to the weights."""
-    logits = 4 * _LOGITS_COPIES * size.rows * run.model.vocabulary
     parts = {
         KEYS_AND_VALUES: size.cache_bytes(run, copies=2),
-        LOGITS: logits,
+        LOGITS: 4 * _LOGITS_COPIES * size.rows * run.model.vocabulary,
         ACTIVATIONS: size.prefill_bytes(run),
     }
     packed = run.model.total_parameters * DTYPES[run.model.dtype].itemsize
-    is_packed = run.model.device == "cpu" and run.model.quant.kind == "none"
-    return parts | ({PACKED: packed} if is_packed and packed <= max_packed_bytes() else {})
+    limit = MAX_SHARE * device_memory("cpu")
+    if run.model.device == "cpu" and run.model.quant.kind == "none" and packed <= limit:
+        parts[PACKED] = packed
+    return parts
 
 
 def estimate_scoring_bytes(run: Run) -> int:
