@@ -233,17 +233,17 @@ def _start_or_resume(
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--resume: {before} cannot be read ({error!r}).") from None
+    if budget not in (old_budget, {"steps": None, "minutes": None}):
+        raise ConfigError(
+            f"--resume {path}: the budget was {old_budget} and is {budget}. Drop it, or start a "
+            "new run in another --output-dir."
+        )
     if _without_metric(current) != _without_metric(was):
         differ_in = [key for key in {**was, **current} if was.get(key) != current.get(key)]
         raise ConfigError(
             f"--resume {path}: not the same comparison: {join_names(differ_in)} was given "
             "otherwise. Give --resume and --output-dir alone, or start a new run in another "
             "directory."
-        )
-    if budget not in (old_budget, {"steps": None, "minutes": None}):
-        raise ConfigError(
-            f"--resume {path}: the budget was {old_budget} and is {budget}. Drop it, or start a "
-            "new run in another --output-dir."
         )
     if args.trials is not None and not search_results["searched"]:
         search_results["trials"] = args.trials
