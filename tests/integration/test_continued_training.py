@@ -109,7 +109,8 @@ def test_continued_run_starts_with_adapter_metrics(base: Path, name: str) -> Non
         assert after["method"] == ("prompt" if name == "p-tuning" else before["method"])
         card = json.loads(Path("on/adapter/ftlevel.json").read_text())
         assert card["adapter"] == after["adapter"] != {}
-        assert yaml.safe_load(Path("on/config.yaml").read_text())["model"]["adapter"] == "run"
+        adapter = yaml.safe_load(Path("on/config.yaml").read_text())["model"]["adapter"]
+        assert adapter == str(Path("run").resolve())  # also valid from another directory
         assert "continued from the adapter `run`" in Path("on/README.md").read_text()
     if name in USED_WITHOUT_RUN:
         shutil.copytree("run/adapter", "alone")
