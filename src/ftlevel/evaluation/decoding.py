@@ -81,9 +81,9 @@ class RowDecoder:
         parameters = inspect.signature(self._base.forward).parameters
         self._cache = "cache" if "cache" in parameters else "past_key_values"
         self._attention_before = attention_of(self._base)
+        self.packed = PackedWeights(model)
         register()
         self._base.set_attn_implementation(NAME)
-        self.packed = PackedWeights(model)
 
     def close(self) -> None:
         """Restore the model's attention and linear layers."""

@@ -76,8 +76,10 @@ class PackedWeights:
     def disabled(self) -> Iterator[None]:
         """In the `with` block, the layers use their own weights."""
         self._restore()
-        yield
-        self._replace()
+        try:
+            yield
+        finally:
+            self._replace()
 
     def close(self) -> None:
         """Restore the layers and free the copies."""
@@ -121,6 +123,5 @@ def _lora_forward(
 
 def _computes_in(dtype: torch.dtype, x: Tensor) -> bool:
     """Returns whether a linear layer computes in `dtype` for input `x` here, without gradients."""
-    autocast = torch.is_autocast_enabled("cpu")
-    here = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    here = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     return here == dtype and not torch.is_grad_enabled()

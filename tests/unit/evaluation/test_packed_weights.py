@@ -104,6 +104,15 @@ def test_autocast_and_gradients_and_training_behave_as_without(lora: Any) -> Non
     assert not torch.allclose(plain, expected, rtol=1e-2)
 
 
+def test_an_error_without_the_copies_puts_them_back(lora: Any) -> None:
+    packed = PackedWeights(lora)
+    with pytest.raises(RuntimeError, match="shapes"), packed.disabled():
+        lora(torch.zeros(1, 3))
+    assert any("forward" in vars(module) for module in lora.modules())
+    packed.close()
+    assert not any("forward" in vars(module) for module in lora.modules())
+
+
 def test_nothing_is_packed_beyond_the_share_of_memory(
     lora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

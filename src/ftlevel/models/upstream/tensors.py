@@ -43,14 +43,12 @@ def packed_dtypes() -> set[torch.dtype]:
 
 def pack_linear(weight: Tensor, rows: int) -> Tensor:
     """Returns `weight` (out, in) in oneDNN's layout for inputs of about `rows` rows."""
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-    return packed
+    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """Returns the linear layer of `x` (…, in) with a weight from `pack_linear`."""
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    return y
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 def is_in_backward() -> bool:
