@@ -200,6 +200,14 @@ def test_plan_with_dataset_lists_fitting_settings(
     assert "a roofline and rings on 4 GPUs" in out
 
 
+@pytest.mark.parametrize("gpu", [(), ("--gpu", "h100"), ("--gpu", "24GB")])
+def test_price_without_time_is_refused(
+    llama_8b_dir: Path, capsys: pytest.CaptureFixture[str], gpu: tuple[str, ...]
+) -> None:
+    arguments = ("--model", llama_8b_dir, "--max-length", 128, "--price-per-hour", 2, *gpu)
+    assert "--price-per-hour 2 needs an estimate of the time" in plan(capsys, *arguments, code=2)
+
+
 def test_train_reports_planned_and_measured_memory(
     tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

@@ -110,6 +110,14 @@ def test_adapter_unsupported_by_server_is_rejected(
         (["--for", "vllm", "--format", "mlx"], "vLLM does not load mlx. It loads peft and merged"),
         (["--for", "vllm", "--max-rank", "4"], "needs rank 8, above --max-rank 4"),
         (["--for", "nowhere"], "nowhere"),
+        (
+            ["--format", "merged", "--max-rank", "4"],
+            "--max-rank is for adapters, not for merged. Drop it.",
+        ),
+        (
+            ["--for", "vllm", "--calibration-rows", "4"],
+            "--calibration-rows needs q5_0 or q4_0, not auto. Drop it.",
+        ),
     ],
 )
 def test_invalid_server_options_are_rejected(

@@ -245,6 +245,19 @@ def test_run_resumes_in_new_thread_of_interrupted_process(base: Path) -> None:
         torch.set_num_threads(threads)
 
 
+class EvaluateAlways(TrainerCallback):
+    """Requests an evaluation after each step."""
+
+    def on_step_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
+        """Request it."""
+        control.should_evaluate = True
+
+
+def test_callback_cannot_evaluate_without_validation_rows(base: Path) -> None:
+    with pytest.raises(ConfigError, match="should_evaluate, and there are no validation rows"):
+        train(create_config(base), ROWS, callbacks=[EvaluateAlways()])
+
+
 class SaveExtra(TrainerCallback):
     """Writes a file of its own into each checkpoint."""
 

@@ -202,6 +202,11 @@ def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, Alternati
         time = measure_time(run)
     elif gpu and not is_synthetic:
         time = estimate_time(run, gpu)
+    if time is None and options.price_per_hour is not None:
+        raise ConfigError(
+            f"--price-per-hour {options.price_per_hour:g} needs an estimate of the time. Add "
+            "--dataset FILE with --probe or --gpu NAME, or drop it."
+        )
     steps = cluster.steps or 0 if cluster else run.schedule.steps_per_epoch
     result = RunPlan(
         need=need,

@@ -445,6 +445,15 @@ class ExportConfig(HubSection):
             )
         return value
 
+    @model_validator(mode="after")
+    def _validate_unused(self) -> ExportConfig:
+        given = self.model_fields_set
+        if "calibration_rows" in given and self.outtype not in ("q5_0", "q4_0"):
+            raise ValueError(f"--calibration-rows needs q5_0 or q4_0, not {self.outtype}. Drop it.")
+        if "max_rank" in given and FORMATS[self.format].merges:
+            raise ValueError(f"--max-rank is for adapters, not for {self.format}. Drop it.")
+        return self
+
     def for_embeddings(self) -> ExportConfig:
         """Returns this configuration with the server's format for embedding models.
 

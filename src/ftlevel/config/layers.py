@@ -55,7 +55,7 @@ def load_yaml_file(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     """
     try:
         if path.exists() and not path.is_file():
-            raise ConfigError(f"recipe {path} is no file. Name a YAML file.")
+            raise ConfigError(f"recipe {path} is not a file. Name a YAML file.")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         candidates = [str(p) for p in sorted(path.parent.glob("*.y*ml"))]
@@ -112,7 +112,7 @@ def parse_overrides(overrides: Iterable[str]) -> Layer:
 
 def _put_fields(layer: Layer, key: KeyPath, value: Any, location: str) -> None:
     layer.locations[key] = location
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or not value:
         put(layer, _complete_key(key, value), value, location)
     for name, field_value in value.items() if isinstance(value, dict) else ():
         _put_fields(layer, (*key, str(name)), field_value, location)
@@ -131,7 +131,7 @@ def put(layer: Layer, key: KeyPath, value: Any, location: str) -> None:
         if not isinstance(inner, dict):
             inner = target[part] = {part: inner}
         target = inner
-    target[key[-1]] = value
+    target[key[-1]] = target.get(key[-1], value) if value == {} else value
     layer.locations[key] = location
 
 
@@ -144,6 +144,7 @@ def build_config(
     """
     merged: dict[str, Any] = {}
     locations: dict[KeyPath, str] = {}
+    aliased: dict[str, set[str]] = {}
     for layer in layers:
         values = {k: expand_shorthand(k, v) for k, v in layer.values.items() if v is not None}
         _validate_sections(values, layer)
@@ -151,10 +152,11 @@ def build_config(
             values, lines = rename_keys(values, layer.locations)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        values, notes = resolve_aliases(values)
+        resolved, notes = resolve_aliases(values)
         for line in [*lines, *notes]:
             note(line)
-        _merge(merged, values)
+        _drop_alias_fields(merged, aliased, values, resolved)
+        _merge(merged, resolved)
         for key, location in layer.locations.items():
             full = _complete_key(key, layer.values.get(key[0]))
             dotted = ".".join(full)
@@ -187,6 +189,20 @@ def build_section(
         return section.model_validate(values_set)
     except ValidationError as error:
         raise ConfigError(format_errors(error, locations, section)) from None
+
+
+def _drop_alias_fields(
+    merged: dict[str, Any], aliased: dict[str, set[str]], values: Any, resolved: Any
+) -> None:
+    """Remove the fields that an alias of an earlier layer set, if this layer sets `kind`."""
+    for section in ("method", "quant"):
+        fields = values.get(section) or {}
+        names = aliased.get(section, set()) - fields.keys()
+        if "kind" in fields:
+            for name in names:
+                merged[section].pop(name, None)
+            names = resolved[section].keys() - fields.keys()
+        aliased[section] = names
 
 
 def _validate_sections(values: Mapping[str, Any], layer: Layer) -> None:

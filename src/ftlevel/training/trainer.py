@@ -22,7 +22,7 @@ from ftlevel.data.prepare.streaming import (
     StepShardSampler,
     StreamedRows,
 )
-from ftlevel.errors import is_out_of_memory
+from ftlevel.errors import ConfigError, is_out_of_memory
 from ftlevel.fast.likelihoods import (
     compute_full_loss,
     compute_shared_prefix,
@@ -475,6 +475,11 @@ class FtlevelTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Returns the evaluator's metrics, and logs them as Trainer does."""
+        if self.evaluator is None:
+            raise ConfigError(
+                "a callback set should_evaluate, and there are no validation rows to evaluate. Add "
+                "--validation-split 0.05, or drop the callback."
+            )
         self._in_training = False
         # All processes use the same metrics, so that best model and early stopping agree.
         local_scores = self.evaluator(self.model)

@@ -252,6 +252,8 @@ def test_boolean_is_not_accepted_as_number(setting: str) -> None:
         ("train.max_length=4", "unknown key 'train.max_length'. Did you mean 'data.max_length'?"),
         ("train.r=4", "unknown key 'train.r'. Did you mean 'method.r'?"),
         ("data.column={a: b}", "unknown key 'data.column'. Did you mean 'data.columns'?"),
+        ("data.mixx={}", "unknown key 'data.mixx'. Did you mean 'data.mix'?"),
+        ("trian={}", "unknown key 'trian'. Did you mean 'train'?"),
         ("foo.bar=4", "unknown key 'foo.bar'. Sections: task, model, quant, method, data, train, "
          "preference, rl, embedding, reranking, distillation, speed, output."),
         ("train.optim=adamw", "'adamw' is not known. Expected one of adamw_torch, "
@@ -263,6 +265,31 @@ def test_boolean_is_not_accepted_as_number(setting: str) -> None:
 def test_unknown_key_error_suggests_similar_key(setting: str, message: str) -> None:
     key = setting.partition("=")[0]
     assert get_problems(parse_overrides([setting])) == [f"--set {key}: {message}"]
+
+
+def test_empty_mapping_keeps_earlier_values() -> None:
+    config = build_config([parse_overrides(["train.seed=3", "train={}", "data.columns={}"])])
+    assert config.train.seed == 3
+    assert config.data.columns == {}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "expected"),
+    [
+        (["method=dora"], ["method=lora"], {"kind": "lora"}),
+        (["method=dora"], ["method.kind=qlora", "quant=4bit"], {"kind": "qlora"}),
+        (["method=pissa"], ["method=rslora"], {"kind": "lora", "use_rslora": True}),
+        (["method=pissa"], ["method=ia3"], {"kind": "ia3"}),
+        (["method=dora"], ["method.r=4"], {"kind": "lora", "use_dora": True, "r": 4}),
+        (["method={kind: lora, use_dora: true}"], ["method=lora"],
+         {"kind": "lora", "use_dora": True}),
+    ],
+)  # fmt: skip
+def test_later_method_replaces_fields_of_alias(
+    recipe: list[str], override: list[str], expected: dict[str, object]
+) -> None:
+    config = build_config([parse_overrides(recipe), parse_overrides(override)])
+    assert config.method.model_dump(exclude_unset=True) == expected
 
 
 @pytest.mark.parametrize(
@@ -380,5 +407,5 @@ def test_yaml_dates_are_strings_and_anchors_are_accepted(tmp_path: Path) -> None
 
 def test_recipe_that_is_a_pipe_raises(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "r.yaml")
-    with pytest.raises(ConfigError, match=r"is no file"):
+    with pytest.raises(ConfigError, match=r"is not a file"):
         load_recipe(tmp_path / "r.yaml")
