@@ -38,7 +38,7 @@ class GeneratedText:
     text: str
     base: str | None
     scores: dict[str, float]
-    tags: list[tuple[str, str]]
+    tags: list[tuple[str, str | None]]
     adapter: str
     dtype: str
 

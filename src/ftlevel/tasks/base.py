@@ -14,13 +14,7 @@ from ftlevel.config import TASKS as NAMES
 from ftlevel.config import DataConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import IGNORED, Encoded, PromptFormat
-from ftlevel.data.formats.detect import (
-    Format,
-    FormatSpec,
-    NoFormatError,
-    detect_format,
-    fits,
-)
+from ftlevel.data.formats.detect import Format, FormatSpec, NoFormatError, detect_format, fits
 from ftlevel.data.sources.table import BadRow, Row, Table
 from ftlevel.errors import ConfigError, InputError, join_names, with_article
 from ftlevel.extensions import added, warn_skipped
@@ -55,7 +49,7 @@ class Prediction:
 
     text: str
     scores: dict[str, float] = field(default_factory=dict)
-    tags: list[tuple[str, str]] = field(default_factory=list)
+    tags: list[tuple[str, str | None]] = field(default_factory=list)
     columns: dict[str, Any] = field(default_factory=dict)
 
 
@@ -360,7 +354,7 @@ class BaseTask(ABC):
         self, encoder: Encoder, documents: Sequence[str]
     ) -> tuple[Sequence[Encoded], Choice]:
         """Returns the encoded documents to search, and a log line; ConfigError if unsupported."""
-        raise ConfigError(f"--corpus: of --task embedding, and this is {self.name}. Drop it.")
+        raise ConfigError(f"--corpus: for --task embedding, and this is {self.name}. Drop it.")
 
     def data_info(self, loaded: LoadedData) -> Mapping[str, Any]:
         """Returns the task's entries about the data in summary.json."""

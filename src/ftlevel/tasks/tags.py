@@ -203,19 +203,22 @@ class TagTask(BaseTask):
             for i, (tokens, extra) in enumerate(zip(ids, extras, strict=True))
         ]
 
+        # A word without tokens has no tag, unless a tag means "outside".
+        outside = "O" if "O" in model.labels or are_entity_tags(model.labels) else None
+
         def read(row: Encoded, logits: Tensor) -> Prediction:
             words, first = queries[row.row].tokens, positions[row.row]
             best = logits.argmax(-1).tolist()
-            tags = ["O" if at is None else model.labels[best[at]] for at in first]
-            tagged = [w if tag == "O" else f"{w}/{tag}" for w, tag in zip(words, tags, strict=True)]
+            tags = [outside if at is None else model.labels[best[at]] for at in first]
+            pairs = list(zip(words, tags, strict=True))
             columns: dict[str, Any] = {}
             if outputs.probabilities:
                 shares = logits.float().softmax(-1).amax(-1).tolist()
                 columns["probability"] = [None if at is None else shares[at] for at in first]
             return Prediction(
-                " ".join(tagged),
+                " ".join(word if tag in ("O", None) else f"{word}/{tag}" for word, tag in pairs),
                 {},
-                list(zip(words, tags, strict=True)),
+                pairs,
                 {"": tags, "words": list(words), **columns},
             )
 
@@ -239,7 +242,7 @@ def create_words(values: RoleValues) -> TaggedTokens:
         return _split(values.text("text"), values.index)
     words, column = values.get("tokens"), repr(values.columns["tokens"])
     if type(words) is not list or not words:
-        raise UnusableRowError(f"{column} is no list of words, nor the JSON of one")
+        raise UnusableRowError(f"{column} is not a list of words, or JSON of one")
     return TaggedTokens(
         tuple(check_text(word, f"word {i} of {column}") for i, word in enumerate(words, 1)),
         (),
@@ -307,7 +310,9 @@ class TagMeter(PredictionMeter):
         if are_entity_tags(self.names):
             scores = score_entities(self.true, self.predicted)
         else:
-            scores = {"f1": float(f1_score(true, predicted, average="macro", zero_division=0))}
+            names = sorted({*true, *predicted} & {*self.names})  # without that of missing words
+            f1 = f1_score(true, predicted, labels=names, average="macro", zero_division=0)
+            scores = {"f1": float(f1)}
         return {**scores, "accuracy": right / len(true)}
 
 

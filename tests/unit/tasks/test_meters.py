@@ -2,15 +2,20 @@ from __future__ import annotations
 
 import math
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from ftlevel.data.encoding.spans import TaggedRow, Window
+from ftlevel.data.formats.examples import TaggedTokens
+from ftlevel.tasks.base import OutputOptions
 from ftlevel.tasks.classes import ClassMeter, MultiLabelMeter, RegressionMeter
 from ftlevel.tasks.losses import TokenMeter
 from ftlevel.tasks.span import SpanMeter
-from ftlevel.tasks.tags import TagMeter
+from ftlevel.tasks.tags import TASKS, TagMeter
+from tiny_tokenizers import build_tokenizer
 
 
 def test_token_meter() -> None:
@@ -94,6 +99,37 @@ def test_tag_meter_without_entity_tags_reports_macro_f1() -> None:
     meter = TagMeter(["NOUN", "VERB"])
     meter.update(torch.eye(2)[[0, 0]][None], torch.tensor([row.labels]), [row])
     assert meter.compute(0.0) == pytest.approx({"f1": (2 / 3 + 0) / 2, "accuracy": 0.5})
+
+
+def test_macro_f1_has_no_class_for_words_without_token() -> None:
+    from sklearn.metrics import f1_score
+
+    row = TaggedRow([5, 6], [0, 1], 0, {}, (0, 1, 1), (0, 1, None))
+    meter = TagMeter(["NOUN", "VERB"])
+    meter.update(torch.eye(2)[None], torch.tensor([row.labels]), [row])
+    expected = f1_score([0, 1, 1], [0, 1, 2], labels=[0, 1], average="macro")
+    assert meter.compute(0.0) == pytest.approx({"f1": expected, "accuracy": 2 / 3})
+
+
+@pytest.mark.parametrize(
+    ("labels", "missing"),
+    [(["NOUN", "VERB"], None), (["NOUN", "O"], "O"), (["B-X", "I-X"], "O")],
+)
+def test_word_without_token_gets_no_tag_unless_there_is_o(
+    labels: list[str], missing: str | None
+) -> None:
+    (task,) = TASKS
+    tokenizer = build_tokenizer("bert", None)
+    logits = torch.tensor([[1.0, 0.0]])
+    model: Any = SimpleNamespace(
+        tokenizer=tokenizer,
+        labels=labels,
+        score=lambda rows, read: [read(row, logits.repeat(len(row.input_ids), 1)) for row in rows],
+    )
+    query = TaggedTokens(("object", "\u200b"), (), 0)
+    (prediction,) = task.predict(model, [query], OutputOptions())
+    assert prediction.columns[""] == [labels[0], missing]
+    assert prediction.text == f"object/{labels[0]} \u200b"
 
 
 def test_span_meter_scores_each_question_once() -> None:
