@@ -104,15 +104,15 @@ def test_resumed_embeddings_match_uninterrupted_run(tiny_model_dir: TinyModelDir
     ("settings", "message"),
     [
         (["--modules-to-save", "embed_token"],
-         "'embed_token' is no module of base. Did you mean 'embed_tokens'?"),
+         "'embed_token' is not a module of base. Did you mean 'embed_tokens'?"),
         (["--trainable-token-indices", "<tool>"],
          "'<tool>' is no token of the model, which has 704"),
         (["--trainable-token-indices", "704"], "704 is no token of the model"),
         (["--modules-to-save", "down_proj", "--method", "qlora"],
          "down_proj is quantized, and its integers cannot be trained"),
         (["--target-modules", "embed_tokens,q_proj", "--init", "pissa"],
-         "model.embed_tokens is no linear of a block, and the start pissa"),
-        (["--set", "method.ensure_weight_tying=true"], "ensure_weight_tying is of an embedding"),
+         "model.embed_tokens is not a linear of a block, and --init pissa needs"),
+        (["--set", "method.ensure_weight_tying=true"], "ensure_weight_tying needs an embedding"),
     ],
 )  # fmt: skip
 def test_untrainable_modules_are_rejected_before_loading(

@@ -35,14 +35,17 @@ _OPTIONAL_LAYERS = {
 }
 # The forward pass casts or scales these, or reads their dtype, so they are not quantized.
 _FULL_PRECISION_LAYERS = {
-    "led": (
-        "query_global",
-    ),  # the output is divided in location, which bitsandbytes does not support
+    # The output is divided in place, which bitsandbytes does not support.
+    "led": ("query_global",),
     "longformer": ("query_global",),
     "longt5": ("wo",),
     "rwkv": ("attention.output", "feed_forward.value"),
     "switch_transformers": ("router.classifier", "wo"),
 }
+# Attention to an encoder; a decoder without one never calls it.
+_CROSS_ATTENTION = ("encoder_attn", "encoder_attn_layer_norm", "crossattention", "ln_cross_attn")
+# PEFT 0.21 renames their adapters while it loads them, and loses them.
+_LOST_ADAPTERS = {"laguna": "shared_experts"}
 _INDEX_LETTERS = "ijklmn"
 _OTHER_INPUTS = re.compile("vision|visual|image|audio")  # encoders of inputs that no task has
 
@@ -99,6 +102,8 @@ class ModuleTree:
         stacks = [name for name in self.modules if name in self.lists and self._is_blocks(name)]
         self.blocks = [name for name in stacks if not _OTHER_INPUTS.search(name)] or stacks
         self.heads = self._get_heads(stacks)
+        is_alone = not getattr(getattr(model, "config", None), "is_encoder_decoder", True)
+        self.uncalled = [n for n in self.modules if is_alone and n.endswith(_CROSS_ATTENTION)]
 
     def _is_blocks(self, name: str) -> bool:
         parents = name.split(".")[:-1]
@@ -157,6 +162,10 @@ class ModuleTree:
                 names[position] = f"{{{next(letters)}}}"
         return ".".join(names)
 
+    def is_called(self, name: str) -> bool:
+        """Returns whether the model uses the module: False in cross-attention without encoder."""
+        return not any(f"{name}.".startswith(f"{part}.") for part in self.uncalled)
+
     def _classify(self, name: str) -> Location:
         if self.in_heads(name):
             return "head"
@@ -167,6 +176,8 @@ class ModuleTree:
         if names[-1] in _KERNEL_LAYERS.get(model_type, ()):
             return "kernel"
         if names[-1] in _OPTIONAL_LAYERS.get(model_type, ()) or "indexer" in names:
+            return "aside"
+        if not self.is_called(name) or _LOST_ADAPTERS.get(model_type) in names:
             return "aside"
         return "block" if _ROUTERS.isdisjoint(names) else "router"
 

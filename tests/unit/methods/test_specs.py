@@ -192,7 +192,7 @@ def test_layers_to_transform_selects_layers():
 def test_target_parameters_experts_resolves_and_unknown_raises():
     parameters = resolve_tiny_targets("mixtral", "lora", target_parameters="experts").parameters
     assert parameters == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    with pytest.raises(ConfigError, match=r"'mlp\.experts\.up' is no tensor of mixtral"):
+    with pytest.raises(ConfigError, match=r"'mlp\.experts\.up' is not a tensor of mixtral"):
         resolve_tiny_targets("mixtral", "lora", target_parameters=["mlp.experts.up"])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, GPT2Config, LlamaConfig
 
@@ -443,6 +443,51 @@ def test_layers_without_gradient_and_routers_are_not_adapted(family: str) -> Non
     names = {part.name for part in ModuleTree(model).linears() if part.location == "aside"}
     assert {name.rpartition(".")[2] for name in names} == {"weights_proj", "wk", "wq_b"}
     assert names.isdisjoint(resolve_targets(model, "all-linear"))
+
+
+_DECODER = {"vocab_size": 60, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4,
+            "decoder_ffn_dim": 48, "max_position_embeddings": 32, "encoder_layers": 2,
+            "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "pad_token_id": 0}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "family", ["bart", "mbart", "pegasus", "blenderbot", "blenderbot-small", "marian", "plbart"]
+)
+def test_decoder_without_encoder_has_no_cross_attention(family: str) -> None:
+    config = AutoConfig.for_model(family, **_DECODER, decoder_vocab_size=60)
+    pair = ModuleTree(transformers.AutoModelForSeq2SeqLM.from_config(config))
+    assert any(part.location == "block" and "encoder_attn" in part.name for part in pair.linears())
+    assert all(map(pair.is_called, pair.modules))
+    model = AutoModelForCausalLM.from_config(config)
+    ids = torch.arange(3, 11)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    modules = dict(model.named_modules())
+    in_blocks = [part.name for part in ModuleTree(model).linears() if part.location != "head"]
+    called = sorted(name for name in in_blocks if modules[name].weight.grad is not None)
+    assert len(called) == 2 * 6
+    assert resolve_targets(model, "all-linear") == called
+    assert resolve_targets(model, "q_proj") == [n for n in called if n.endswith(".q_proj")]
+    tree = ModuleTree(model)
+    with_gradient = {n for n, p in model.named_parameters() if p.grad is not None}
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert set(filter(tree.is_called, trainable)) == with_gradient
+
+
+def test_adapters_that_peft_loses_are_no_default(tmp_path: Path) -> None:
+    """PEFT renames `shared_experts` while it loads; else remove the exception."""
+    config = AutoConfig.for_model(
+        "laguna", vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, num_experts=4, num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    shared = [name for name in dict(model.named_modules()) if name.endswith("shared_experts")]
+    assert shared
+    assert not any("shared_experts" in name for name in resolve_targets(model, "all-linear"))
+    lora = LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False)
+    get_peft_model(model, lora).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="Found missing adapter keys"):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_config(config), tmp_path)
 
 
 @pytest.mark.parametrize(("family", "router"), [("hunyuan_v1_moe", "wg"), ("doge", "router_gate")])

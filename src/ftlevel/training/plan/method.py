@@ -97,7 +97,7 @@ def _resolve_modules(
         embeddings, rest = _split_embeddings(spec, method, tree, requested)
         names = resolve_targets(tree.model, rest, model_name=model_name) if rest else []
         return sorted({*embeddings, *names})
-    names = method.default_target_modules(spec, tree.model)
+    names = list(filter(tree.is_called, method.default_target_modules(spec, tree.model)))
     if not names and spec.all_linear:
         raise ConfigError(
             f"--method {spec.kind} matches no module of {model_name}. Set --target-modules. Try: "
@@ -122,7 +122,9 @@ def _split_embeddings(
     matches = {name: [f for f in embeddings if f".{f}".endswith(f".{name}")] for name in requested}
     selected = [result for founds in matches.values() for result in founds]
     if selected and error:
-        raise ConfigError(f"--target-modules: {selected[0]} is no linear of a block, and {error}.")
+        raise ConfigError(
+            f"--target-modules: {selected[0]} is not a linear of a block, and {error}."
+        )
     return selected, [name for name in requested if not matches[name]]
 
 
@@ -148,7 +150,7 @@ def _resolve_saved_modules(
         if not matches:
             suffixes = sorted({full.rpartition(".")[2] for full in tree.modules if full})
             raise ConfigError(
-                f"--modules-to-save: {name!r} is no module of {model_name}."
+                f"--modules-to-save: {name!r} is not a module of {model_name}."
                 f"{did_you_mean(name, suffixes)}"
             )
         fused = [full for full in matches if linear_size(tree.modules[full])]
@@ -157,9 +159,8 @@ def _resolve_saved_modules(
                 f"--modules-to-save: {quantized[0]} is quantized, and its integers cannot be "
                 "trained. Drop it, or drop --quant."
             )
-        peft_matches = [
-            full for full in tree.modules if full.endswith(name)
-        ]  # as PEFT matches: no dot
+        # PEFT matches without a dot before the name.
+        peft_matches = [full for full in tree.modules if full.endswith(name)]
         resolved += [name] if peft_matches == matches else matches
     return resolved
 
@@ -181,7 +182,7 @@ def _resolve_parameters(
             available = f" Expert tensors here: {join_names(experts)}." if experts else ""
             suffixes = {".".join(tensor.split(".")[-3:]) for tensor in tensors}
             raise ConfigError(
-                f"method.target_parameters: {name!r} is no tensor of {model_name}."
+                f"method.target_parameters: {name!r} is not a tensor of {model_name}."
                 f"{did_you_mean(name, sorted(suffixes))}{available}"
             )
     return list(requested)
@@ -229,9 +230,9 @@ def resolve_experts(
     elif get_quantization_config(model_config) is not None:
         message = "they are stored like this in the checkpoint"
     elif getattr(method, "target_parameters", None):
-        message = "adapters go on them, which PEFT puts onto floating point"
+        message = "they are adapted, which PEFT supports in floating point"
     elif not next(packable_experts(meta), None):
-        message = "they have biases, or lie otherwise than can be packed"
+        message = "they have biases, or a layout that cannot be packed"
     elif quant.experts is False:
         message = "--set quant.experts=false"
     if quant.experts and message:

@@ -45,6 +45,7 @@ from ftlevel.models.loading import (
     load_config,
     load_tokenizer,
 )
+from ftlevel.models.module_tree import ModuleTree
 from ftlevel.models.quantization import get_quantization_config, quantization_name
 from ftlevel.models.sources import ModelSource, check_revision, resolve_source
 from ftlevel.models.upstream.libraries import get_outdated_libraries
@@ -284,7 +285,7 @@ def _plan_model(
         new_modules=new_modules,
         new_heads=[] if has_adapter else get_new_heads(meta, base.source, heads),
         total_parameters=sum(p.numel() for p in meta.parameters()),
-        unused=task.get_unused_modules(meta),
+        unused=[*task.get_unused_modules(meta), *ModuleTree(meta).uncalled],
     )
 
 
