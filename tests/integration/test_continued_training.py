@@ -165,7 +165,7 @@ def test_plain_peft_adapter_can_be_continued(
     assert summary["data"]["validation_rows"] == 6
     message = capsys.readouterr().err
     if kind == "seqcls":  # evaluate needs class names, which it does not have
-        assert "plain keeps no names of its classes: its head's are taken for a, b" in message
+        assert "plain stores no class names: a, b" in message
         return
     data = ["--dataset", "data/validation.jsonl", "--device", "cpu"]
     assert run(["evaluate", "plain", "--task", task, *data, "--json"]) == 0
@@ -263,6 +263,21 @@ def test_initialization_outside_the_file_is_exported_before_it_is_continued(
     assert "ftlevel export ADAPTER --format peft --out DIR" in message
     assert run(["export", "moved", "--format", "peft", "--out", "plain", "--quiet"]) == 0
     assert train(*SHORT, "--adapter", "plain", "--max-steps", "1", out="on")["method"] == "lora"
+
+
+def test_loftq_of_peft_is_neither_continued_nor_merged(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PEFT's LoftQ rounds the base whenever it loads the adapter, but only on a GPU."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained("moved")
+    path = Path("moved/adapter_config.json")
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({**fields, "init_lora_weights": "loftq"}))
+    for command in (["train", "--adapter", "moved", *SHORT], ["merge", "moved", "--out", "out"]):
+        assert run(command) == 2
+        assert "init_lora_weights is loftq: its initialization" in capsys.readouterr().err
+    assert not Path("out").exists()
 
 
 def test_adapter_flag_accepts_method_name(base: Path) -> None:

@@ -23,13 +23,13 @@ from ftlevel.models.module_tree import get_heads
 from ftlevel.models.quantization import QuantizationRounding
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.upstream.architectures import tied_names, unsaved_names
+from ftlevel.models.upstream.conversions import revert
 from ftlevel.trained.adapt import resize_embeddings
 from ftlevel.weights.checkpoint import (
     TOKENIZER_FILES,
     Checkpoint,
     TensorPart,
     TensorSpec,
-    convert_for_saving,
     copy_files,
     get_local_dir,
     get_tensor_info,
@@ -152,13 +152,6 @@ class TensorMerger:
     def check_complete(self, heads: list[str], base: str) -> None:
         """Raise InputError if a tensor is in neither base nor adapter, except a bias of `heads`."""
         not_stored = [name for name in self.shapes if not self.checkpoint.has_tensor(name)]
-        for name in not_stored:
-            saved = convert_for_saving(self.checkpoint.model, name, self.tensor_info(name).meta())
-            if parts := self.checkpoint.stored.keys() & saved.keys():
-                raise InputError(
-                    f"--base {base}: {min(parts)} becomes several tensors in the model, which "
-                    "merge does not support. Use merge_and_unload of PEFT."
-                )
         missing = [
             name
             for name in not_stored
@@ -308,17 +301,19 @@ def _plan_files(merger: TensorMerger, names: list[str]) -> dict[str, list[Tensor
 
 
 def _plan_tensor(merger: TensorMerger, name: str) -> list[TensorPart]:
-    """Returns the file parts of tensor `name`; if it is not changed, bytes of the base's file."""
-    model = merger.checkpoint.model
-    saved = convert_for_saving(model, name, merger.tensor_info(name).meta())
+    """Returns the file parts of tensor `name`; if nothing changes, bytes of the base's file."""
+    model, names = merger.checkpoint.model, merger.checkpoint.names_with(name)
+    if name != names[0]:
+        return []  # stored together with the first
+    saved = revert(model, {n: merger.tensor_info(n).meta() for n in names})
     specs = {key: get_tensor_info(tensor) for key, tensor in saved.items()}
-    if merger.checkpoint.has_tensor(name) and merger.copied(name):
+    if merger.checkpoint.has_tensor(name) and all(map(merger.copied, names)):
         if len(specs) == 1 and (stored := merger.checkpoint.plain(name)) is not None:
             return [TensorPart(specs, stored)]
         if all(key in merger.checkpoint.stored for key in specs):
             tensors = {key: merger.checkpoint.stored[key] for key in specs}
             return [_copy(key, spec, tensors[key]) for key, spec in specs.items()]
-    return [TensorPart(specs, lambda: convert_for_saving(model, name, merger.value(name)))]
+    return [TensorPart(specs, lambda: revert(model, {n: merger.value(n) for n in names}))]
 
 
 def _copy(key: str, info: TensorSpec, stored: Any) -> TensorPart:

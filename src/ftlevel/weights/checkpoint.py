@@ -228,15 +228,17 @@ def copy_files(source_dir: Path, output_dir: Path, patterns: Sequence[str]) -> N
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """Tensors of a checkpoint that form one tensor of the model.
+    """Tensors of a checkpoint that form one tensor of the model, or several, such as fused QKV.
 
     `keys` are in the order in which transformers reads them; `patterns` has the pattern of
     `converter` that each key matches. Without a converter, the only tensor is used unchanged.
+    `names` has the model's tensors if there are several.
     """
 
     keys: list[str]
     converter: Any = None
     patterns: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -260,6 +262,10 @@ class Checkpoint:
     def has_tensor(self, name: str) -> bool:
         """Returns whether the checkpoint has the model's tensor `name`."""
         return self.ties.get(name, name) in self.groups
+
+    def names_with(self, name: str) -> list[str]:
+        """Returns the model's tensors that are stored together with `name`, including `name`."""
+        return (self.groups[name].names if name in self.groups else []) or [name]
 
     def read(self, name: str) -> torch.Tensor:
         """Load a copy of the model's tensor `name` in the checkpoint's dtype."""
@@ -306,7 +312,8 @@ class Checkpoint:
         if group.converter is None:
             return tensors[group.keys[0]]
         parts = zip(group.keys, group.patterns, map(tensors.__getitem__, group.keys), strict=True)
-        return conversions.convert(group.converter, name, parts, self.model)
+        first = group.names[0] if group.names else name
+        return conversions.convert(group.converter, first, parts, self.model)[name]
 
 
 def open_checkpoint(source: ModelSource, model: Any, key_mapping: Mapping[str, str]) -> Checkpoint:
@@ -369,11 +376,6 @@ def get_local_dir(source: ModelSource) -> Path:
     )
 
 
-def convert_for_saving(model: Any, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Returns the tensors that `save_pretrained` writes for `name`: several for fused experts."""
-    return conversions.revert(model, {name: tensor})
-
-
 def _group_tensors(
     keys: Mapping[str, Any], key_mapper: conversions.KeyMapper
 ) -> tuple[dict[str, TensorGroup], list[str]]:
@@ -387,9 +389,15 @@ def _group_tensors(
         elif pattern is None:
             groups[name] = TensorGroup([key])
         else:
-            group = groups.setdefault(name, TensorGroup([], key_mapper.converters[pattern]))
+            converter = key_mapper.converters[pattern]
+            group = groups.setdefault(name, TensorGroup([], converter))
             group.keys.append(key)
             group.patterns.append(pattern)
+            first, *others = converter.target_patterns
+            names = [name.replace(first, other) for other in others]
+            if names and not group.names and key_mapper.names.keys() >= {*names}:
+                group.names.extend([name, *names])
+                groups |= dict.fromkeys(names, group)
     return groups, unused
 
 

@@ -189,6 +189,35 @@ def test_merge_of_model_families_equals_peft(
     assert_merge_equals_peft(tiny_model_dir(family, HEADS[family][0]), tmp_path, head, config())
 
 
+_QKV = {"vocab_size": 704, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "pad_token_id": 0}  # fmt: skip
+SPLIT: dict[str, tuple[str, dict[str, Any]]] = {
+    "nomic_bert": ("mlm", _QKV),
+    "jina_embeddings_v3": ("mlm", _QKV),
+    "gte": ("mlm", _QKV),
+    "sarvam_moe": ("causal", {**_QKV, "num_key_value_heads": 2, "head_dim": 16, "eos_token_id": 1,
+                              "moe_intermediate_size": 32, "num_experts": 4}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("targets", ["o_proj", "q_proj", "q_proj k_proj v_proj", "all-linear"])
+@pytest.mark.parametrize("model_type", SPLIT)
+def test_stored_tensor_that_is_several_in_the_model(
+    model_type: str, targets: str, tiny_model_dir: TinyModelDir, tmp_path: Path
+) -> None:
+    """transformers joins queries, keys and values of these models when it saves them."""
+    head, settings = SPLIT[model_type]
+    auto_class = getattr(transformers, AUTO_CLASSES[head])
+    torch.manual_seed(1)
+    model = auto_class.from_config(AutoConfig.for_model(model_type, **settings))
+    base = save_base(model, tiny_model_dir("llama"), tmp_path / "base")
+    stored, names = load_tensors(base), model.state_dict().keys()
+    assert any(name.endswith("q_proj.weight") for name in names)
+    assert not any("q_proj" in name for name in stored)
+    config = lora_config(target_modules=targets if "-" in targets else targets.split())
+    assert_merge_equals_peft(base, tmp_path, head, config)
+
+
 @pytest.mark.parametrize(
     ("family", "config", "untied"),
     [

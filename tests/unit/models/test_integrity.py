@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from ftlevel.config import QuantConfig
 from ftlevel.errors import InputError
@@ -194,6 +195,41 @@ def test_truncated_weights_raise(
     meta = build_task_model(load_config(source), "AutoModel")
     with pytest.raises(InputError, match=r"its weights cannot be read .* cut short\?"):
         get_new_poolers(meta, source)
+
+
+def test_gpt2_gguf_has_its_number_of_positions(tmp_path: Path) -> None:
+    import gguf
+
+    config = GPT2Config(vocab_size=48, n_positions=40, n_embd=32, n_layer=2, n_head=2)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).eval()
+    path = tmp_path / "gpt2.gguf"
+    writer = gguf.GGUFWriter(path, "gpt2")
+    writer.add_context_length(config.n_positions)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
+    for name, tensor in model.transformer.state_dict().items():
+        stored = tensor.T if name.endswith(("attn.weight", "proj.weight", "fc.weight")) else tensor
+        key = names.get_name(f"transformer.{name}", (".weight", ".bias"))
+        writer.add_tensor(key, stored.contiguous().numpy())
+    writer.add_tensor("output.weight", model.lm_head.weight.detach().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    source = resolve_source(str(path))
+    loaded_config = load_config(source)
+    assert loaded_config.n_positions == 40
+    loaded, _ = load_model(
+        source, loaded_config, "AutoModelForCausalLM", dtype=torch.float32, device="cpu"
+    )
+    ids = torch.arange(40)[None]
+    with torch.inference_mode():
+        assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("content", [b"GGUF", b"GGUF\x03\0\0\0" + b"\1" + b"\0" * 7])

@@ -444,7 +444,7 @@ def _(_: Any) -> None:
     keys = conversions.in_reading_order(expert.format(index) for index in reversed(range(11)))
     assert keys == [expert.format(index) for index in range(11)]
     parts = [(key, pattern, torch.full((2, 3), float(at))) for at, key in enumerate(keys)]
-    merged = conversions.convert(naming.converters[pattern], name, parts, model)
+    merged = conversions.convert(naming.converters[pattern], name, parts, model)[name]
     assert torch.equal(merged[:, 0, 0], torch.arange(11.0))
 
 

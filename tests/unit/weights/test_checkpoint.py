@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from ftlevel.artifacts.checkpoints import certify
 from ftlevel.models.loading import build_task_model, load_config, load_model, rename_prefix
 from ftlevel.models.sources import resolve_source
-from ftlevel.models.upstream import shards
+from ftlevel.models.upstream import conversions, shards
 from ftlevel.weights.checkpoint import (
-    convert_for_saving,
     get_tensor_info,
     load_header,
     merge_sharded_checkpoint,
@@ -54,7 +53,7 @@ def test_convert_for_saving_restores_checkpoint_names(
     checkpoint = open_checkpoint(source, meta, {})
     saved = {}
     for name in checkpoint.groups:
-        saved.update(convert_for_saving(meta, name, checkpoint.read(name)))
+        saved.update(conversions.revert(meta, {name: checkpoint.read(name)}))
     stored = {k: v for path in weight_files(directory) for k, v in load_header(path)[0].items()}
     assert set(saved) == set(stored)
     assert all(torch.equal(saved[name], tensor.read()) for name, tensor in stored.items())

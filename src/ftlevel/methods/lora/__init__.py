@@ -188,11 +188,11 @@ class LoraInitialization(Initialization):
         init = spec.init_lora_weights
         if dtype not in ("auto", "float32"):
             raise ConfigError(
-                f"--init {init} cannot be used with --dtype {dtype}: it takes its initialization "
-                "out of the base's weights, what is left is rounded, and the adapter would not be "
-                "what was trained. Use --dtype float32, or --init default."
+                f"--init {init} cannot be used with --dtype {dtype}: it subtracts its "
+                "initialization from the base's weights; rounding the rest would change the "
+                "trained model. Use --dtype float32, or --init default."
             )
-        message = f"auto: {init} takes its initialization out of the weights"
+        message = f"auto: {init} subtracts its initialization from the weights"
         return Choice("dtype", "float32", message)
 
     def rewrites_base(self, spec: LoraSpec) -> bool:
@@ -283,6 +283,11 @@ def get_merge_error(config: Mapping[str, Any]) -> str | None:
             "not in the file. Export it as plain LoRA first, and use that: ftlevel export "
             "ADAPTER --format peft --out DIR."
         )
+    if init.lower() == "loftq":  # saved by PEFT, which replaces the base's weights
+        return (
+            "init_lora_weights is loftq: its initialization rounded the base weights to 4 bits, "
+            "and they are not in the file. Use it with PEFT, which repeats the rounding."
+        )
     for key, message in _CANNOT_MERGE.items():
         if config.get(key):
             return f"{key} is set: {message}, and no plain weight can hold that. Keep the adapter."
@@ -360,7 +365,7 @@ class Lora(Method):
         """Returns why the initialization in `spec` cannot adapt an embedding; "" if it can."""
         if spec.init_lora_weights in ("default", "gaussian"):
             return ""
-        return f"the start {spec.init_lora_weights} is taken from linears. Use --init default"
+        return f"--init {spec.init_lora_weights} needs linear layers. Use --init default"
 
     def check(self, spec: LoraSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
         """Raise `ConfigError` if a pattern matches no layer in `sizes`, or a rank is too large."""

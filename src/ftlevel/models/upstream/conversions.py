@@ -57,13 +57,16 @@ class KeyMapper:
 
 def convert(
     converter: Any, name: str, parts: Iterable[tuple[str, str, Tensor]], model: Any
-) -> Tensor:
-    """Returns the model's tensor `name`, converted from `parts`: (stored name, pattern, tensor)."""
+) -> dict[str, Tensor]:
+    """Returns the model's tensors that `parts` form: (stored name, pattern, tensor).
+
+    `name` is the first of them.
+    """
     converter = copy.deepcopy(converter)
     for key, pattern, tensor in parts:
         converter.add_tensor(name, key, pattern, tensor)
-    value = converter.convert(name, model=model, config=model.config)[name]
-    return value[0] if isinstance(value, list) else value
+    values = converter.convert(name, model=model, config=model.config)
+    return {key: v[0] if isinstance(v, list) else v for key, v in values.items()}
 
 
 def forget_conversions(model: Any) -> None:
@@ -120,7 +123,10 @@ _load_checkpoint = upstream.load_gguf_checkpoint
 
 @functools.lru_cache(maxsize=4)
 def _load_gguf_config(path: str, modified_ns: int, size: int) -> dict[str, Any]:  # noqa: ARG001
-    return _load_checkpoint(path, return_tensors=False)["config"]
+    config: dict[str, Any] = _load_checkpoint(path, return_tensors=False)["config"]
+    if "n_ctx" in config:  # transformers' GPT-2 has n_positions rows
+        config["n_positions"] = config["n_ctx"]
+    return config
 
 
 def _load_gguf_checkpoint(path: str, return_tensors: bool = False, **kwargs: Any) -> Any:
