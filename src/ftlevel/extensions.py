@@ -129,7 +129,7 @@ def find_extensions() -> tuple[tuple[str, Extension], ...]:
         if isinstance(extension, Extension):
             extensions.append((source, extension))
         else:
-            warn_skipped(source, f"{reference} is no Extension")
+            warn_skipped(source, f"{reference} is not an Extension")
     return tuple(extensions)
 
 

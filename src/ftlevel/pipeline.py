@@ -60,7 +60,7 @@ class FineTunePipeLine:
             argument = "peft_config" if section == "method" else "training_args"
             if not isinstance(fields, Mapping | None):
                 raise ConfigError(
-                    f"{_ORIGIN.format(argument)}: {fields!r} is no mapping. Expected names and "
+                    f"{_ORIGIN.format(argument)}: {fields!r} is not a mapping. Expected names and "
                     "values, as in {'r': 16}."
                 )
             for name, value in (fields or {}).items():

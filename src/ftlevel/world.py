@@ -162,7 +162,7 @@ def _number(
     text = environment.get(name)
     if text is not None and text.strip().isdecimal() and int(text) >= minimum:
         return int(text)
-    state = "is missing" if text is None else f"is {text!r}, and no number from {minimum} on"
+    state = "is missing" if text is None else f"is {text!r}, expected {minimum} or more"
     raise ConfigError(
         f"{name} {state}, and other variables of {launcher.name}. Start ftlevel with it again, or "
         f"unset {launcher.rank} and {launcher.size} to run one process."
@@ -219,10 +219,10 @@ def _check_accelerate(environment: Mapping[str, str]) -> None:
     for name, (flag, ours) in _ACCELERATE_VARIABLES.items():
         values = environment.get(name, "")
         if values.lower() not in _DISABLED_VALUES:
-            instead = f"Say it by ftlevel's {ours}." if ours else "Drop it."
+            instead = f"Use ftlevel's {ours}." if ours else "Drop it."
             problems.append(
                 f"accelerate launch {flag} ({name}={values}): it would change a run "
-                f"that its config.yaml describes otherwise. {instead}"
+                f"that its config.yaml does not describe. {instead}"
             )
     if problems:
         raise ConfigError(problems)

@@ -207,11 +207,11 @@ SPELLINGS: list[ForeignFlag] = [
                 {"output.resume": True}, extra="--output_dir out --dataset builtin:docstrings"),
     *_agrees(
         TRANSFORMERS, "TrainingArguments",
-        ("--remove_unused_columns false", "columns that are not used are only named"),
+        ("--remove_unused_columns false", "unused columns are only reported"),
         ("--ddp_find_unused_parameters false", "every trained weight gets a gradient"),
         ("--save_safetensors true", "weights are written as safetensors"),
         ("--logging_first_step", "the first step is logged"),
-        ("--max_steps -1", "there is no limit but the epochs"),
+        ("--max_steps -1", "there is no limit besides the epochs"),
         ("--fp16 false", "model.dtype is auto"),
     ),
     *_answers(
@@ -309,7 +309,7 @@ SPELLINGS: list[ForeignFlag] = [
         TRL, "trl sft",
         ("--use_peft", "an adapter is trained"),
         ("--packing", "each attending to itself only"),
-        ("--no_remove_unused_columns", "columns that are not used are only named"),
+        ("--no_remove_unused_columns", "unused columns are only reported"),
         ("--assistant_only_loss true", "the loss covers answers only, if a row has a prompt"),
         ("--completion_only_loss true", "the loss covers answers only, if a row has a prompt"),
         ("--padding_free", "each attending to itself only"),

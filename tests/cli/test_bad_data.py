@@ -112,7 +112,7 @@ BAD_FILES: dict[str, tuple[bytes, list[str], list[str]]] = {
     "an unknown role": (
         jsonl({"messages": CHAT}, {"messages": [{**CHAT[0], "role": "userr"}, CHAT[1]]}), [],
         ["rows.jsonl:2: turn 1 of 'messages' has the unknown role 'userr' (did you mean 'user'?; "
-         "or say who it is: --map user=userr, or assistant=…). "
+         "or map it: --map user=userr, or assistant=…). "
          + FIX]),
     "content missing": (
         jsonl({"messages": CHAT}, {"messages": [{"role": "user"}, CHAT[1]]}), [],

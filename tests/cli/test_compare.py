@@ -233,11 +233,11 @@ def test_incompatible_method_is_skipped_with_reason(
     ("arguments", "text"),
     [
         ((), "--methods is missing"),
-        (("--methods", "lora,lorra"), "'lorra' is no method."),
+        (("--methods", "lora,lorra"), "'lorra' is not a method."),
         (("--methods", "lora", "--budget-steps", "2", "--budget-minutes", "1"), "two budgets"),
-        (("--methods", "lora", "--budget-steps", "2", "--max-steps", "3"), "say the same"),
+        (("--methods", "lora", "--budget-steps", "2", "--max-steps", "3"), "set the same value"),
         (("--methods", "lora", "--max-memory", "0"), "--max-memory 0: expected a number above 0"),
-        (("--methods", "ia3", "--lora-r", "4"), "method.r is of none of the compared methods"),
+        (("--methods", "ia3", "--lora-r", "4"), "method.r belongs to none of the compared methods"),
         (("--methods", "qlora", "--quant", "none"), "qlora: "),
         (("--methods", "lora", "--search", "lr", "--study", "x.db"), "expected a database URL"),
         (("--methods", "lora", "--trials", "5"), "--trials 5 is for --search. Add --search lr"),
@@ -309,6 +309,6 @@ def test_search_names_unknown_setting_and_missing_package(
     arguments = build_arguments(rows, tmp_path / "runs", "--methods", "lora", "--search", "lr,rr")
     assert run(arguments) == 2
     errors = capsys.readouterr().err
-    assert "--search: 'rr' is no setting that is searched." in errors
+    assert "--search: 'rr' is not a setting that can be searched." in errors
     assert "optuna, which is not installed." in errors
     assert 'pip install "ftlevel[search]"' in errors

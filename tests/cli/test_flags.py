@@ -112,7 +112,7 @@ def test_added_row_accepts_all_its_names(typed: list[str], location: str, value:
     assert layer.values["data"] == {"validation_rows": value}
     assert layer.values["train"] == {"seed": 3}
     assert layer.locations["data", "validation_rows"] == location
-    unknown = "No such option|is no flag, but a field: --set data.validation_rows=VALUE"
+    unknown = "No such option|is a field, not a flag: --set data.validation_rows=VALUE"
     with pytest.raises((typer.TyperException, ConfigError), match=unknown):
         parse_layer(typed)
 

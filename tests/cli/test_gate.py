@@ -73,7 +73,7 @@ FIX = "Fix the line, or drop bad rows with --on-bad-row skip."
         ("null_content", pair(9, completion=None), "'completion' is null"),
         ("empty_text", pair(9, prompt=" "), "'prompt' is empty"),
         ("unknown_role", None, "turn 1 of 'messages' has the unknown role 'userr' "
-         "(did you mean 'user'?; or say who it is: --map user=userr, or assistant=…)"),
+         "(did you mean 'user'?; or map it: --map user=userr, or assistant=…)"),
     ],
 )  # fmt: skip
 def test_unusable_rows_stop_or_are_dropped(
@@ -214,7 +214,7 @@ def test_long_prompts_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [*GOOD, pair(9, prompt=sentence(3, 200))]
     code, out = dry_run(capsys, "--max-length", "300", "--overlong", "truncate-prompt", rows=rows)
     assert code == 0, out
-    assert "a prompt that alone is beyond the max length: 1 of 7 train rows (rows.jsonl:7)" in out
+    assert "a prompt that alone exceeds the max length: 1 of 7 train rows (rows.jsonl:7)" in out
     assert "rows changed: 1 shortened at the beginning of the prompt" in out
 
 
@@ -226,7 +226,7 @@ def test_dropped_row_is_not_reported_as_kept(capsys: pytest.CaptureFixture[str])
     assert "rows changed: 2 dropped" in out
     checks = [line.partition("data check: ")[2] for line in out.splitlines()]
     assert list(filter(None, checks)) == [
-        "a prompt that alone is beyond the max length: 2 of 8 train rows "
+        "a prompt that alone exceeds the max length: 2 of 8 train rows "
         "(rows.jsonl:7, rows.jsonl:8) (dropped; --set data.gate.long_prompt=…)"
     ]
 
@@ -241,8 +241,7 @@ def test_truncated_answer_is_dropped_by_every_policy(
     assert code == 0, out
     assert "an answer that does not fit whole: 1 of 8 train rows (rows.jsonl:7) (dropped;" in out
     assert (
-        "a prompt that alone is beyond the max length: 1 of 8 train rows (rows.jsonl:8) (kept;"
-        in out
+        "a prompt that alone exceeds the max length: 1 of 8 train rows (rows.jsonl:8) (kept;" in out
     )
 
 

@@ -117,7 +117,7 @@ def dry_run(capsys: pytest.CaptureFixture[str]) -> DryRun:
     [
         ("near_duplicates", "nearly the same as an earlier row",
          pair(3, prompt="What does the item3 do?")),
-        ("conflicting_answers", "the prompt of an earlier row with another answer",
+        ("conflicting_answers", "an earlier row's prompt with another answer",
          pair(3, completion="Nobody knows.")),
         ("lost_characters", "NUL or U+FFFD in a text", pair(20, completion="caf\ufffd is open")),
         ("html", "HTML in a text", pair(20, completion="One<br>two")),
@@ -231,7 +231,7 @@ def test_labels_differing_by_space_or_case(
     assert code == 0, out
     assert "labels: 2 (bad, good)" in out
     assert (
-        "labels that differ by white space around them: 2 of 22 train rows (rows.jsonl:21: 'good ' "
+        "labels that differ by surrounding white space: 2 of 22 train rows (rows.jsonl:21: 'good ' "
         "is 'good', rows.jsonl:22: ' bad' is 'bad') (made one; --set data.gate.label_space=…)"
     ) in out
     rows = reviews([*LABELS, "Good", "BAD "])
@@ -254,7 +254,7 @@ def test_misspelled_label_is_reported(tiny_model_dir: Callable[..., Path], dry_r
     code, out = dry_run(*bert, rows=rows)
     assert code == 0, out
     assert (
-        "a rare label that looks like a frequent one misspelled: 1 of 31 train rows (rows.jsonl:31:"
+        "a rare label that looks like a misspelled frequent one: 1 of 31 train rows (rows.jsonl:31:"
         " 'postive' is 'positive') (kept; --set data.gate.label_typo=…)"
     ) in out
     assert "labels: 4 (" in out
@@ -276,7 +276,7 @@ def test_validation_labels_are_folded_to_training_labels(
     code, out = dry_run(*bert, "--dataset", "set")
     assert code == 0, out
     assert (
-        "white space around them: 1 of 2 validation rows (set/validation.jsonl:2: 'good\\n'" in out
+        "surrounding white space: 1 of 2 validation rows (set/validation.jsonl:2: 'good\\n'" in out
     )
     write("set/validation.jsonl", [*validation_rows, {"text": make_sentence(60), "label": "Good"}])
     code, out = dry_run(*bert, "--dataset", "set")

@@ -158,7 +158,7 @@ def test_builtin_model_is_proposed_offline(
 ) -> None:
     proposed = {setting["name"]: setting for setting in init(capsys)["proposed"]}
     assert proposed["model"]["value"] == "builtin:tiny-llama"
-    assert "all-MiniLM-L6-v2 cannot be had from here" in proposed["model"]["reason"]
+    assert "all-MiniLM-L6-v2 is not available here" in proposed["model"]["reason"]
 
 
 def test_qlora_is_proposed_for_large_weights(

@@ -99,7 +99,7 @@ def test_detected_columns_are_reported(
          "Map the columns: --map 'text=What happened' --map label=Queue."),
         ("talks.json", json.dumps(CHATS), [],
          "talks.json row 1: turn 1 of 'dialog' has the unknown role 'Anna' (known: system, user, "
-         "assistant, tool, human, gpt; or say who it is: --map user=Anna, or assistant=…)."),
+         "assistant, tool, human, gpt; or map it: --map user=Anna, or assistant=…)."),
         ("pairs.jsonl", jsonl(PAIRS), ["--task", "translation"],
          "Add --source-language en --target-language es, or another pair."),
         ("names.jsonl", jsonl([{"text": "Ada sleeps", "entities": [[0, 2, "PER"]]}]), TAGS,

@@ -40,7 +40,7 @@ norms       model.layers.{i}: input_layernorm, post_attention_layernorm
 embeddings  model.embed_tokens
 same names  llama-2, llama-3, llama2, llama3, codellama, tinyllama, vicuna,
             smollm, smollm2, yi
-LoRA r=8    r * (in + out) parameters for each linear. Llama-2-7B, all-linear:
+LoRA r=8    r * (in + out) parameters per linear layer. Llama-2-7B, all-linear:
             19,988,480 trainable; 80.0 MB in float32.
 """
 

@@ -58,7 +58,10 @@ INVALID_ARGUMENTS = [
     (["--label-smoothing", "0.1"], "--label-smoothing 0.1: --loss dpo does not read it; cdpo and"),
     (["--loss", "robust", "--label-smoothing", "0.6"], "Give less than 0.5."),
     (["--loss", "dp"], "Did you mean 'dpo'"),
-    (["--task", "text-generation", "--loss", "dpo"], "--loss: of --task preference, and --task is"),
+    (
+        ["--task", "text-generation", "--loss", "dpo"],
+        "--loss: for --task preference, and --task is",
+    ),
     (["--streaming", "--max-steps", "2"], "--streaming: --loss dpo needs the log-probabilities"),
     (["--loss", "reward", "--beta", "1"], "--beta: --loss reward does not read it"),
 ]
@@ -93,7 +96,7 @@ INVALID_ROWS = [
     (
         [{**row, "label": True} for row in UNPAIRED],
         ["--loss", "kto"],
-        "all answers have one verdict",
+        "all answers have the same label",
     ),
 ]
 

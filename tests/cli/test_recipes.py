@@ -112,8 +112,8 @@ def convert(text: str, capsys: pytest.CaptureFixture[str]) -> tuple[TrainConfig,
     assert run(["recipes", "convert", "theirs.yml"]) == 0
     captured = capsys.readouterr()
     Path("ours.yaml").write_text(captured.out)
-    unconverted = [line.removeprefix("# Not taken over: ") for line in captured.out.splitlines()
-                   if line.startswith("# Not taken over: ")]  # fmt: skip
+    unconverted = [line.removeprefix("# Not converted: ") for line in captured.out.splitlines()
+                   if line.startswith("# Not converted: ")]  # fmt: skip
     assert all(f"note: not converted: {line}" in captured.err.splitlines() for line in unconverted)
     pairs = (line.partition(": ") for line in unconverted)
     return build_config([load_recipe(Path("ours.yaml"))]), {key: reason for key, _, reason in pairs}

@@ -80,9 +80,9 @@ SETTINGS = [
     ),
     (["--loss", "rloo", "--scale-rewards", "batch"], "--scale-rewards: --loss rloo does not read"),
     (["--loss", "reinforce++", "--scale-rewards", "group"], "--loss reinforce++ does not read it"),
-    (["--use-bias-correction-kl"], "--use-bias-correction-kl is of --beta, which is 0. Drop it."),
+    (["--use-bias-correction-kl"], "--use-bias-correction-kl needs --beta, which is 0. Drop it."),
     (["--loss", "dapo", "--importance-sampling-level", "sequence"], "is --loss gspo"),
-    (["--reward-weights", "1"], "a weight follows its reward. Write --reward NAME=WEIGHT"),
+    (["--reward-weights", "1"], "weights belong to --reward. Write --reward NAME=WEIGHT"),
     (["--reward", "length:9"], "length:9: expected a range of tokens, as in length:20-80"),
     (
         ["--reward", "regex:("],
@@ -92,7 +92,7 @@ SETTINGS = [
     (["--reward", "exact=0"], "--reward: all weights are 0, so nothing can be learned."),
     (["--reward", "exact", "--reward", "exact=2"], "--reward: exact is given twice."),
     (["--reward", "rewards.py"], "'rewards.py' names no function. Write rewards.py:FUNCTION"),
-    (["--sft-weight", "2"], "--sft-weight: of --task preference, and --task is rl"),
+    (["--sft-weight", "2"], "--sft-weight: for --task preference, and --task is rl"),
 ]
 
 
@@ -109,7 +109,7 @@ def test_invalid_settings_are_rejected(arguments: list[str], message: str, dry_r
 def test_rl_settings_of_another_task_are_rejected(dry_run: DryRun) -> None:
     code, out = dry_run("--task", "text-generation", "--num-generations", "4", "--reward", "exact")
     assert code == 2
-    assert "--reward, --num-generations: of --task rl, and --task is text-generation." in out
+    assert "--reward, --num-generations: for --task rl, and --task is text-generation." in out
 
 
 def drop_column(name: str) -> list[dict[str, Any]]:
@@ -196,7 +196,7 @@ def test_trl_batch_size_counts_completions(dry_run: DryRun) -> None:
     trl = ("--reward_funcs", "rewards.py:of_level", "--loss_type", "grpo", "--num_generations", "4")
     code, out = dry_run(*trl, "--per_device_train_batch_size", "6")
     assert code == 2
-    assert "TRL counts completions, and a batch of 6 × 1 is no multiple of it" in out
+    assert "TRL counts completions, and a batch of 6 × 1 is not a multiple of it" in out
     code, out = dry_run(*trl, "--per_device_train_batch_size", "8", "--epsilon", "0.25")
     assert code == 0
     assert "batch of 2 prompts with 4 completions each: TRL counts 8 completions" in out

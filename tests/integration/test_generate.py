@@ -178,7 +178,7 @@ def test_incompatible_adapters_raise(
         answer_texts(None, adapters_dir=adapters_dir, chosen=["shrt"])
     with pytest.raises(InputError, match="contains no adapter"):
         answer_texts(None, adapters_dir=tmp_path)
-    with pytest.raises(InputError, match="is no adapter but a model"):
+    with pytest.raises(InputError, match="is a model, not an adapter"):
         answer_texts(adapters_dir / "short", adapters={"x": tiny_model_dir("llama")})
     with pytest.raises(
         ConfigError,

@@ -69,9 +69,9 @@ def test_pissa_requires_float32(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     flags = ["--init", "pissa", "--dtype", "bfloat16", "--output-dir", str(tmp_path / "run")]
     assert run(["train", "--quiet", *flags]) == 2
     assert capsys.readouterr().err == (
-        "ftlevel: --init pissa cannot be used with --dtype bfloat16: it takes its initialization "
-        "out of the base's weights, what is left is rounded, and the adapter would not be what was "
-        "trained. Use --dtype float32, or --init default.  [methods]\n"
+        "ftlevel: --init pissa cannot be used with --dtype bfloat16: it subtracts its "
+        "initialization from the base's weights; rounding the rest would change the trained model. "
+        "Use --dtype float32, or --init default.  [methods]\n"
     )
 
 

@@ -46,7 +46,7 @@ def test_only_selected_metrics_are_reported(capsys: pytest.CaptureFixture[str]) 
         ("--model ./model --dataset rows.jsonl --metrics accurac",
          "no metric of --task text-classification is called 'accurac'. Did you mean "
          "'accuracy'? Metrics here: loss, accuracy, f1, mcc."),
-        ("--metrics rougeL", "--metrics rougeL is of generated texts. Add --predict-with-generate"),
+        ("--metrics rougeL", "--metrics rougeL needs generated text. Add --predict-with-generate"),
     ],
 )  # fmt: skip
 def test_unavailable_metric_is_rejected(

@@ -71,7 +71,7 @@ def test_packed_experts_train_resume_evaluate_and_merge(
         (["--quant", "8bit"], "experts: in floating point (bitsandbytes supports 8 bits for "
                               "linear"),
         (["--quant", "4bit", "--target-parameters", "experts"],
-         "experts: in floating point (adapters go on them"),
+         "experts: in floating point (they are adapted"),
         (["--quant", "4bit", "--set", "quant.experts=false"],
          "experts: in floating point (--set quant.experts=false)"),
     ],

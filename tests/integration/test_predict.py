@@ -368,7 +368,7 @@ def test_invalid_rows_raise_or_have_no_prediction(
     error = capsys.readouterr().err
     for message in ("3: 'text' is empty", "4: not valid JSON", "5: has no 'text'", "6: has "):
         assert f"bad.jsonl:{message}" in error
-    assert "and the model takes 512" in error
+    assert "and the model allows 512" in error
     rows = [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()]
     assert [row["prediction"] is None for row in rows] == [0, 0, 1, 1, 1, 1, 0]
     assert [row.get("text") for row in rows][:4] == ["a", "b", "", None]

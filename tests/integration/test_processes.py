@@ -484,7 +484,7 @@ def test_run_is_restarted_after_killed_process(
     wait_for_processes(launcher, out / "metrics.jsonl")[1].kill()
     _, error = launcher.communicate(timeout=240)
     assert launcher.returncode == 0, error
-    assert "it is started again with --resume; 0 restarts are left" in error
+    assert "restarting with --resume; 0 restarts are left" in error
     name = "adapter/adapter_model.safetensors"
     assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 

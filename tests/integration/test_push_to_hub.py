@@ -116,7 +116,7 @@ def test_missing_login_is_reported_before_work(
 @pytest.mark.parametrize(
     ("name", "response", "message"),
     [
-        ("a b", ACCOUNT, "is no name of a repository"),
+        ("a b", ACCOUNT, "is not a valid repository name"),
         (
             "mine",
             LocalTokenNotFoundError("x"),

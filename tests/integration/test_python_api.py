@@ -88,7 +88,7 @@ def test_invalid_arguments_raise_config_error(tmp_path: Path) -> None:
     from ftlevel import FineTunePipeLine, train
     from ftlevel.errors import ConfigError
 
-    with pytest.raises(ConfigError, match=r"peft_config\): \[1\] is no mapping"):
+    with pytest.raises(ConfigError, match=r"peft_config\): \[1\] is not a mapping"):
         FineTunePipeLine(peft_config=[1])  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"train\(\) was given dict"):
         train({"task": "text-generation"})  # type: ignore[arg-type]

@@ -421,9 +421,9 @@ def test_texts_are_compared_without_logprobs(export_dir: Path, tmp_path: Path) -
     ("arguments", "error"),
     [
         (["out"], "--url or --in: give exactly one of them"),
-        (["out", "--url", "ftp://x"], "is no address"),
+        (["out", "--url", "ftp://x"], "is not an address"),
         (["nothing", "--url", "http://127.0.0.1:9"], "nothing has no nothing.served.json"),
-        (["out", "--url", "http://127.0.0.1:9", "--python", "x"], "--python is of --in"),
+        (["out", "--url", "http://127.0.0.1:9", "--python", "x"], "--python applies to --in"),
         (["out", "--in", "vllm"], "is written as gguf-lora, and vllm loads peft or merged"),
         (["out", "--in", "llama.cpp", "--python", "/no/python"], "/no/python cannot be run"),
     ],

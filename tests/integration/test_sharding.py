@@ -699,7 +699,7 @@ def train_with_overrides(folder: Path, out: Path, overrides: dict[str, Any]) -> 
     ("overrides", "message"),
     [
         ({}, "one process has the whole model"),
-        ({"method": {"kind": "lora", "init_lora_weights": "pissa"}}, "taken out of the base"),
+        ({"method": {"kind": "lora", "init_lora_weights": "pissa"}}, "changes the base's weights"),
         ({"method": {"kind": "adalora"}}, "other shapes than what it trains"),
         ({"quant": {"kind": "8bit"}}, "--quant 8bit"),
         ({"method": {"kind": "full"}, "speed": {"verify": True}}, "Drop --verify-fast"),

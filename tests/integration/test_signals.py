@@ -224,5 +224,5 @@ def test_written_output_is_reported_on_signal(tmp_path: Path, tiny_model_dir: Mo
     )
     _, error = process.communicate(timeout=120)
     assert process.returncode == 143, error
-    assert "answers.jsonl was written before that, and is whole." in error
+    assert "answers.jsonl was written before and is complete." in error
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1

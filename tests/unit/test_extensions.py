@@ -57,7 +57,7 @@ def test_installed_extension_is_found(install: Install) -> None:
     ("text", "reference", "reason"),
     [
         ("import nothing_of_the_kind\n", None, "ModuleNotFoundError: No module named 'nothing_"),
-        ("EXTENSION = 3\n", None, "toytwo:EXTENSION is no Extension"),
+        ("EXTENSION = 3\n", None, "toytwo:EXTENSION is not an Extension"),
         ("", "toytwo:GONE", "AttributeError: module 'toytwo' has no attribute 'GONE'"),
         ("EXTENSION = Extension(hooks={'gone': 'a:b'})\n", None, "no such hook: gone"),
         ("EXTENSION = Extension(wrong=1)\n", None, "unexpected keyword argument 'wrong'"),

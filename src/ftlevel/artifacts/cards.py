@@ -83,7 +83,7 @@ def _with_prompt_version(card: AdapterCard, model_dir: Path) -> AdapterCard:
     Version 1 put a newline between prompt and answer, except with a cue or in plain texts.
     """
     if not isinstance(card.prompt, dict):
-        raise TypeError("its prompt is no object")
+        raise TypeError("its prompt is not an object")
     if card.prompt.get("kind") != "plain" or "version" in card.prompt:
         return card
     run = get_run_dir(model_dir)

@@ -35,7 +35,7 @@ def format_interrupt() -> str:
     existing = [path for path in _outputs if path.exists()]
     if not existing:
         return "interrupted; nothing was saved."
-    return f"interrupted; {join_names(map(str, existing))} was written before that, and is whole."
+    return f"interrupted; {join_names(map(str, existing))} was written before and is complete."
 
 
 def flush(path: Path) -> None:
@@ -75,7 +75,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_plain(path: Path) -> str:
     """Returns the text of a regular file; raise OSError for a pipe, on which reading may block."""
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it is no plain file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return path.read_text(encoding="utf-8")
 
 
@@ -93,7 +93,7 @@ def _read_json(path: Path, json_type: type) -> Any:
     try:
         content = json.loads(read_plain(path))
         if not isinstance(content, json_type):
-            raise ValueError(f"it is no {'object' if json_type is dict else json_type.__name__}")
+            raise ValueError(f"it is not {'an object' if json_type is dict else 'a list'}")
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error}). Is the copy incomplete?") from None
     return content
@@ -108,7 +108,7 @@ def check_regular(paths: Iterable[Path], label: str) -> None:
             continue
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             raise InputError(
-                f"{label}: {path.name} is a pipe, a socket or a device. Expected a plain file."
+                f"{label}: {path.name} is a pipe, a socket or a device. Expected a regular file."
             )
 
 
@@ -304,12 +304,12 @@ def load_safetensors_header(path: Path) -> tuple[int, dict[str, Any]]:
                 raise ValueError("its header would be longer than the file")
             header = json.loads(file.read(size))
         if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
-            raise TypeError("its header is no table of tensors")
+            raise TypeError("its header is not a table of tensors")
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
             if not _is_entry(entry):
-                raise TypeError(f"its header has no type, shape and place of {name[:80]!r}")
+                raise TypeError(f"its header lacks type, shape or offsets of {name[:80]!r}")
             if 8 + size + entry["data_offsets"][1] > file_size:
                 raise ValueError("it is shorter than its header says")
     except (struct.error, ValueError, TypeError, RecursionError, OSError) as error:

@@ -25,13 +25,13 @@ def get_repo_id(name: str) -> str:
         validate_repo_id(name)
         user = HfApi().whoami()
     except HFValidationError as error:
-        raise ConfigError(f"{flag} is no name of a repository: {error}") from None
+        raise ConfigError(f"{flag} is not a valid repository name: {error}") from None
     except LocalTokenNotFoundError:
         raise ConfigError(f"{flag}: not logged in. Run hf auth login, or set HF_TOKEN.") from None
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code == 401:
-            raise ConfigError(f"{flag}: the Hub does not know the token. hf auth login.") from None
-        raise ConfigError(f"{flag}: the Hub answers {_first_line(error)}. Try later.") from None
+            raise ConfigError(f"{flag}: the Hub rejects the token. Run hf auth login.") from None
+        raise ConfigError(f"{flag}: the Hub reports {_first_line(error)}. Try later.") from None
     # The base class comes from the HTTP library, which differs between huggingface_hub releases.
     except (OSError, *HfHubHTTPError.__bases__) as error:  # type: ignore[misc]
         raise ConfigError(

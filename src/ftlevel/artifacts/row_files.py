@@ -230,8 +230,8 @@ class ParquetFile(RowFile):
         except (pa.ArrowException, OverflowError) as error:
             first = str(error).splitlines()[0].rstrip(".")
             raise InputError(
-                f"{self.path}: the rows have no one type a column ({first}). Write .jsonl, which "
-                "needs none."
+                f"{self.path}: values of one column differ in type ({first}). Write .jsonl, which "
+                "allows that."
             ) from None
         self._append(batch)
 

@@ -141,7 +141,7 @@ def _facts(report: TargetReport) -> list[tuple[str, str]]:
     if report.lora:
         rows.append((f"LoRA r={report.lora.r}", _lora_text(report.lora)))
     else:
-        rows.append(("LoRA", "r * (in + out) parameters for each linear."))
+        rows.append(("LoRA", "r * (in + out) parameters per linear layer."))
     return rows
 
 
@@ -161,7 +161,7 @@ def _group_by_parent(patterns: Sequence[str]) -> str:
 def _lora_text(lora: LoraSize) -> str:
     share = f", {lora.share:.2%} of the model" if lora.share is not None else ""
     return (
-        f"r * (in + out) parameters for each linear. {lora.of}, all-linear: "
+        f"r * (in + out) parameters per linear layer. {lora.of}, all-linear: "
         f"{lora.trainable_parameters:,} trainable{share}; {_size(lora.adapter_bytes)} in float32."
     )
 

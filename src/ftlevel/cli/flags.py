@@ -73,7 +73,7 @@ class FtlevelCommand(TyperCommand):
         has_fields = "--set" in self.specs
         field = get_field_path(name.lstrip("-").replace("-", "_")) if has_fields else ""
         if field:
-            raise ConfigError(f"{name} is no flag, but a field: --set {field}=VALUE.") from None
+            raise ConfigError(f"{name} is a field, not a flag: --set {field}=VALUE.") from None
         error.message = f"{error.message}.{did_you_mean(name, self.specs)}"
         error.possibilities = None
 
@@ -156,7 +156,7 @@ def check_recipe(path: Path, command: str) -> Path:
         hint = ""
         if any(is_data_file_name(entry.name) for entry in path.iterdir()):
             hint = f" Are these examples? ftlevel {command} --dataset {path}"
-        raise ConfigError(f"{path} is a directory without config.yaml, so it is no run.{hint}")
+        raise ConfigError(f"{path} is a directory without config.yaml, so it is not a run.{hint}")
     if is_data_file_name(path.name):
         raise ConfigError(
             f"{path} is a file of examples, and a recipe is a .yaml file. "

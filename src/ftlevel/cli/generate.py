@@ -77,7 +77,7 @@ def _read_config(inputs: CommandInput) -> GenerateConfig:
         if not label or (equals and not path):
             raise ConfigError(f"--adapter {pair}: expected NAME, or NAME=DIR.")
         if label in adapters:
-            raise ConfigError(f"two adapters are called {label!r}. Name one otherwise.")
+            raise ConfigError(f"two adapters are called {label!r}. Choose another name.")
         if equals:
             adapters[label] = path
         selected.append(label)

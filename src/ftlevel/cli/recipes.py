@@ -32,7 +32,7 @@ def recipes(action: str, file: Path | None, target: Path | None, *, as_json: boo
     if file is None:
         raise ConfigError(f"there is nothing to {action}. Use: ftlevel recipes {action} FILE")
     if target is not None and action != "copy":
-        raise ConfigError(f"{target} is one too many: only copy writes a file.")
+        raise ConfigError(f"unexpected argument {target}: only copy writes a file.")
     if action == "convert":
         _convert(file)
         return
@@ -123,6 +123,6 @@ def _convert(file: Path) -> None:
             return
         tools += supported
     raise ConfigError(
-        f"{file} is no configuration of {join_names(tools)}. If it is a recipe: "
+        f"{file} is not a configuration of {join_names(tools)}. If it is a recipe: "
         f"ftlevel train {file}"
     )

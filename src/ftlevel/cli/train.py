@@ -49,9 +49,7 @@ def launch(args: Sequence[str], num_processes: int, restarts: int = 0) -> int:
             return code
         restarts -= 1
         args = _resume_arguments(args)
-        sys.stderr.write(
-            f"ftlevel: it is started again with --resume; {restarts:,} restarts are left.\n"
-        )
+        sys.stderr.write(f"ftlevel: restarting with --resume; {restarts:,} restarts are left.\n")
 
 
 def _resume_arguments(args: Sequence[str]) -> list[str]:
@@ -107,7 +105,7 @@ def _wait(running: Sequence[subprocess.Popen[bytes]]) -> int:
     for rank, process in enumerate(running):
         if process.returncode == -signal.SIGKILL and process not in stopped:
             sys.stderr.write(
-                f"ftlevel: the process of rank {rank} was killed, as by a system without memory; "
+                f"ftlevel: the process of rank {rank} was killed, as happens when memory runs out; "
                 "the others are stopped. --resume continues from the newest valid checkpoint.\n"
             )
             return _FAILED

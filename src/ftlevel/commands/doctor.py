@@ -99,7 +99,7 @@ def _device() -> Iterator[CheckResult]:
         return
     cuda_version = torch.version.cuda
     message = f"torch {torch.__version__} " + (
-        f"is built for CUDA {cuda_version}, which the driver does not serve"
+        f"is built for CUDA {cuda_version}, which the driver does not support"
         if cuda_version
         else "is a CPU build"
     )
@@ -128,7 +128,7 @@ def _four_bit() -> Iterator[CheckResult]:
     error = float((dequantize_4bit(codes, state) - weight).abs().mean())
     is_ok = error < 0.2  # NF4: 0.07 standard deviations
     version = metadata.version("bitsandbytes")
-    fix = "" if is_ok else "--quant 4bit would train on garbage: pip install -U bitsandbytes"
+    fix = "" if is_ok else "--quant 4bit would use wrong weights: pip install -U bitsandbytes"
     value = f"bitsandbytes {version} on {device}: mean error {error:.3f} of a standard deviation"
     yield CheckResult("4 bits", "good" if is_ok else "bad", value, fix)
 

@@ -587,7 +587,7 @@ def _intervals(
     if not config.resamples:
         return {}, {}
     if len(record.units) < 2:
-        raise InputError("one example has no interval. Score more rows, or pass --resamples 0.")
+        raise InputError("an interval needs two examples. Score more rows, or pass --resamples 0.")
     resampling = (config.resamples, config.seed, evaluator.score_texts, evaluator.language)
     draws = select_metrics(record.resample(*resampling), evaluator.metrics)
     intervals = _compute_intervals(draws, base.resample(*resampling) if base is not None else None)

@@ -130,7 +130,7 @@ def _resolve_adapters(config: ExportConfig, device: str) -> dict[str, ModelRef]:
         raise ConfigError(
             f"{config.model} is a directory of {len(directories)} adapters "
             f"({join_names(directories, 4)}), and "
-            f"--format {config.format} is of one. Name one of them, or use {several}."
+            f"--format {config.format} exports one. Name one of them, or use {several}."
         )
     return {
         name: resolve_model(str(directory), base=config.base_model, device=device)

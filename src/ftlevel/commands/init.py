@@ -161,11 +161,11 @@ def _default_task(config: TrainConfig) -> Choice:
 def _default_model(config: TrainConfig) -> Choice:
     name, kind = (_ENCODER, "encoder") if config.task in _FOR_ENCODERS else (_DECODER, "decoder")
     if config.data.dataset.startswith("builtin:"):
-        return Choice("model", DEFAULT_MODEL, "comes with ftlevel")
+        return Choice("model", DEFAULT_MODEL, "built into ftlevel")
     try:
         resolve_source(name)
     except InputError:
-        message = f"comes with ftlevel, to try it; {name} cannot be had from here"
+        message = f"built into ftlevel, for a first try; {name} is not available here"
         return Choice("model", DEFAULT_MODEL, message)
     return Choice("model", name, f"a small {kind}")
 
@@ -230,12 +230,7 @@ QUESTIONS = (
         _default_model,
         _check_model,
     ),
-    SetupQuestion(
-        "method.kind",
-        "--method",
-        "Method (ftlevel list-methods)",
-        _default_method,
-    ),
+    SetupQuestion("method.kind", "--method", "Method (ftlevel list-methods)", _default_method),
     SetupQuestion(
         "train.num_train_epochs",
         "--num-train-epochs",

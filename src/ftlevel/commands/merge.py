@@ -157,9 +157,9 @@ def _merge(prepared: _PreparedMerge, output: Path, listener: Listener) -> dict[s
 def _warn_of_loss(agreement: Agreement, effect: Agreement, dtype: str, listener: Listener) -> None:
     if agreement.mean_difference > effect.mean_difference / 2:
         listener.warn(
-            f"what was trained moves the logits by {effect.mean_difference:.2g} on average, and "
-            f"merging into {dtype} by {agreement.mean_difference:.2g}: much of it is "
-            "lost in rounding. --dtype float32 keeps it."
+            f"training changes the logits by {effect.mean_difference:.2g} on average, and "
+            f"rounding to {dtype} changes them by {agreement.mean_difference:.2g}: much of the "
+            "training effect is lost. Use --dtype float32."
         )
 
 
@@ -167,8 +167,8 @@ def _warn_of_low_bits(served: Agreement, effect: Agreement, listener: Listener) 
     if served.distance > effect.distance / 2:
         measure = "KL" if served.kl is not None else "a mean difference of scores of"
         listener.warn(
-            f"training moved the model by {measure} {effect.distance:.2g}, and these bits by "
-            f"{served.distance:.2g}: much of what was trained is lost in them. Serve the adapter "
+            f"training changed the model by {measure} {effect.distance:.2g}, and quantization by "
+            f"{served.distance:.2g}: much of the training effect is lost. Serve the adapter "
             f"on its base, or merge without --quant."
         )
 
@@ -237,8 +237,8 @@ def _choose(candidates: list[Candidate]) -> tuple[Candidate, str]:
     if one is None or other is None:
         raise ValueError("candidates are chosen by what was measured of them")
     message = (
-        f"nearer to the model as trained: {format_difference(asdict(one))}, against "
-        f"{format_difference(asdict(other))} {second.onto}; loss {one.loss:.4f} (as trained "
+        f"closer to the trained model: {format_difference(asdict(one))}, against "
+        f"{format_difference(asdict(other))} {second.onto}; loss {one.loss:.4f} (trained model "
         f"{one.loss_reference:.4f}), against {other.loss:.4f}"
     )
     return first, message
@@ -257,7 +257,7 @@ def _list_choices(prepared: _PreparedMerge) -> Iterator[Choice]:
         yield Choice("onto", " and ".join(onto), message)
     if prepared.low is not None:
         rows = prepared.calibration
-        by = f"by what layers give on {len(rows.rows)} rows" if rows else "the nearest"
+        by = f"by layer outputs on {len(rows.rows)} rows" if rows else "by rounding"
         yield Choice("written in", prepared.low.form, f"codes chosen {by}")
     if inputs.ignores_token_types and "token_type_ids" in inputs.tokenizer.model_input_names:
         yield Choice(

@@ -144,8 +144,7 @@ class EmbeddingConfig(Section):
     matryoshka_dims: Dims = Field(
         (),
         description="Embedding sizes to train, each the first dimensions of the full vector, e.g."
-        " 384,256,128,64. The full size is among them only if listed; default: only "
-        "the full size.",
+        " 384,256,128,64. The full size is among them only if listed; default: only the full size.",
     )
     matryoshka_weights: Annotated[
         tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_split_dims)

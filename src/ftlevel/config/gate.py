@@ -40,8 +40,8 @@ class GateConfig(Section):
     unknown_role: Annotated[_Unreadable, Check("unknown role")] = Field(
         "stop", description="Turn with a role other than system, user, assistant or tool."
     )
-    unknown_label: Annotated[_Unreadable, Check("a label that is no class")] = Field(
-        "stop", description="Label that is no class: -1, -100, or absent from the training data."
+    unknown_label: Annotated[_Unreadable, Check("a label that is not a class")] = Field(
+        "stop", description="Label that is not a class: -1, -100, or absent from the training data."
     )
     unsupervised: Annotated[_Any, Check("no supervised token", "Give these rows an answer")] = (
         Field("drop", description="Row without a supervised token, for example after truncation.")
@@ -50,7 +50,7 @@ class GateConfig(Section):
         _Any, Check("an answer that does not fit whole", "Raise --max-length (or data.doc_stride)")
     ] = Field("drop", description="Answer that is longer than the maximum length.")
     long_prompt: Annotated[
-        _Any, Check("a prompt that alone is beyond the max length", "Raise --max-length")
+        _Any, Check("a prompt that alone exceeds the max length", "Raise --max-length")
     ] = Field("warn", description="Prompt longer than max_length by itself; see --overlong.")
     missing_eos: Annotated[
         _Any,
@@ -90,13 +90,13 @@ class GateConfig(Section):
         _Any,
         Check(
             "a conversation that begins with the assistant or does not end with it",
-            "See whether the roles are swapped",
+            "Check whether the roles are swapped",
         ),
     ] = Field(
         "warn", description="Conversation that begins with the assistant, or does not end with it."
     )
     swapped_roles: Annotated[
-        _Any, Check("prompt and answer look swapped", "See whether they are")
+        _Any, Check("prompt and answer look swapped", "Check the column mapping")
     ] = Field(
         "warn",
         description="Prompt and answer that look swapped, judging by the words of other rows.",
@@ -119,14 +119,14 @@ class GateConfig(Section):
         "it into that token.",
     )
     answer_is_prompt: Annotated[
-        _Any, Check("an answer that is the prompt", "See whether a column is mapped twice")
+        _Any, Check("an answer that is the prompt", "Check whether a column is mapped twice")
     ] = Field(
         "warn",
         description="Answer equal to its prompt, up to case and whitespace. Only answers of "
         "three words or more.",
     )
     conflicting_answers: Annotated[
-        _Any, Check("the prompt of an earlier row with another answer", "Keep the right one")
+        _Any, Check("an earlier row's prompt with another answer", "Keep the right one")
     ] = Field(
         "warn",
         description="Training row with an earlier row's prompt, but another answer or class.",
@@ -135,7 +135,7 @@ class GateConfig(Section):
         "warn", description="Same answer in 95 % of the rows or more."
     )
     label_space: Annotated[
-        _Spelling, Check("labels that differ by white space around them", "Take it out")
+        _Spelling, Check("labels that differ by surrounding white space", "Remove it")
     ] = Field(
         "fold", description="Labels that differ only by surrounding whitespace; fold merges them."
     )
@@ -143,7 +143,7 @@ class GateConfig(Section):
         Field("stop", description="Labels that differ only by case; fold merges them.")
     )
     label_typo: Annotated[
-        _Spelling, Check("a rare label that looks like a frequent one misspelled", "Correct it")
+        _Spelling, Check("a rare label that looks like a misspelled frequent one", "Correct it")
     ] = Field(
         "warn",
         description="Rare label that looks like a misspelled frequent one; fold merges them. They "
@@ -163,7 +163,7 @@ class GateConfig(Section):
         _Whole,
         Check(
             "pairs whose rejected answer has the same score or a better one",
-            "See whether chosen and rejected are swapped",
+            "Check whether chosen and rejected are swapped",
         ),
     ] = Field(
         "warn", description="Pairs whose rejected answer scores at least as high as the chosen one."
@@ -179,10 +179,10 @@ class GateConfig(Section):
         description="Pairs in which length alone predicts the chosen answer in 80 % or more.",
     )
     prompt_in_answer: Annotated[
-        _Whole, Check("answers that begin with their prompt", "See whether the prompt leaked")
+        _Whole, Check("answers that begin with their prompt", "Check whether the prompt leaked")
     ] = Field("warn", description="Pairs with an answer that begins with the whole last question.")
     one_verdict: Annotated[
-        _Whole, Check("all answers have one verdict", "Add answers of the other kind")
+        _Whole, Check("all answers have the same label", "Add answers of the other kind")
     ] = Field("stop", description="Judged answers that are all desirable, or all undesirable.")
     contradicting_labels: Annotated[
         _Whole,
@@ -209,7 +209,7 @@ class GateConfig(Section):
         _Whole,
         Check(
             "a positive that is also a document of the validation corpus",
-            "See whether documents are in two splits",
+            "Check whether documents are in two splits",
         ),
     ] = Field(
         "warn", description="Training row whose positive is in the corpus of validation queries."

@@ -22,7 +22,7 @@ def _parse_range(value: Any) -> Any:
     """Parse `10-210` as (10, 210), first and last rank; raise ValueError for other text."""
     bounds = parse_range(value) if isinstance(value, str) else value
     if bounds is None:
-        raise ValueError(f"{value!r} is no range of ranks, such as 10-210")
+        raise ValueError(f"{value!r} is not a range of ranks, such as 10-210")
     return bounds
 
 

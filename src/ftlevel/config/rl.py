@@ -382,7 +382,7 @@ def validate_rl(config: Any) -> Iterator[str]:
             "completions over the whole batch, so every prompt has a signal. Drop it."
         )
     if rl.use_bias_correction_kl and not rl.beta:
-        yield "--use-bias-correction-kl is of --beta, which is 0. Drop it."
+        yield "--use-bias-correction-kl needs --beta, which is 0. Drop it."
     if rl.rollouts is not None:
         yield from _validate_sampling_server(config)
     yield from _validate_sections(config)

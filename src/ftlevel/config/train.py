@@ -214,8 +214,8 @@ def _validate_sections(config: TrainConfig) -> Iterator[str]:
         )
     if config.speed.memory_gib is not None and config.speed.tokens_per_micro_batch != "memory":
         yield (
-            f"speed.memory_gib={config.speed.memory_gib:g} is what --auto-micro-batch fits a "
-            "micro-batch into, which is not set. Add it, or drop speed.memory_gib."
+            f"speed.memory_gib={config.speed.memory_gib:g} needs --auto-micro-batch, which is off. "
+            "Add it, or drop speed.memory_gib."
         )
     yield from validate_optimizer(config.train)
     if config.train.focal_gamma and config.train.label_smoothing_factor:
@@ -254,7 +254,7 @@ def _validate_task_sections(config: TrainConfig) -> Iterator[str]:
         elif fields := getattr(config, name).changed:
             flags = join_names(flag_of(name, field) for field in fields)
             yield (
-                f"{flags}: of --task {name}, and --task is {config.task}. Drop it, or change the "
+                f"{flags}: for --task {name}, and --task is {config.task}. Drop it, or change the "
                 "task."
             )
     yield from validate_distillation(
@@ -299,7 +299,7 @@ def _validate_retrieval(config: TrainConfig) -> Iterator[str]:
     files = {"--qrels": data.qrels, "--corpus": data.corpus}
     names = [f"{flag} {path}" for flag, path in files.items() if path is not None]
     if names and config.task not in EMBEDDING_TASKS:
-        yield f"{join_names(names)}: of --task embedding, and --task is {config.task}. Drop it."
+        yield f"{join_names(names)}: for --task embedding, and --task is {config.task}. Drop it."
     elif data.qrels is not None and (data.validation_file or data.validation_split):
         other = "--validation-file" if data.validation_file else "--validation-split"
         yield f"--qrels and {other} both define the validation rows. Use one of them."

@@ -161,10 +161,7 @@ def validate_optimizer(train: Any) -> Iterator[str]:
         SCHEDULES.get(schedule, AllowedKwargs()),
     )
     yield from _validate_kwargs(
-        "--optim-args",
-        f"--optim {optim}",
-        train.optim_args,
-        OPTIMIZERS.get(optim, AllowedKwargs()),
+        "--optim-args", f"--optim {optim}", train.optim_args, OPTIMIZERS.get(optim, AllowedKwargs())
     )
     if train.warmup_steps and schedule in _WITHOUT_WARMUP:
         yield (

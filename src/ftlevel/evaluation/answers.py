@@ -268,10 +268,7 @@ class InferenceModel:
         self._batch_size, self._truncate = batch_size, truncate
         self._scorer = RowScorer(trained, batch_size)
         self._decoder: RowDecoder | Literal[False] | None = None  # False: unsupported
-        limits = (
-            _text_positions(trained.model, trained.ref.card.method),
-            trained.task.max_tokens,
-        )
+        limits = (_text_positions(trained.model, trained.ref.card.method), trained.task.max_tokens)
         self._positions = min((limit for limit in limits if limit is not None), default=None)
         self.shortened = 0
         self.task = trained.task
@@ -321,7 +318,7 @@ class InferenceModel:
             suffix = f" with --max-new-tokens {new:,}" if new else ""
             raise UnansweredError(
                 {
-                    i: f"has {length:,} tokens, and the model takes {max(max_length, 0):,}{suffix}"
+                    i: f"has {length:,} tokens, and the model allows {max(max_length, 0):,}{suffix}"
                     for i, length in too_long.items()
                 }
             )
@@ -347,7 +344,7 @@ class InferenceModel:
         if positions is not None:
             too_long = [row for row in rows if row.length > positions]
             if refused := {
-                row.row: f"has {row.length:,} tokens, and the model takes {positions:,}"
+                row.row: f"has {row.length:,} tokens, and the model allows {positions:,}"
                 + ("" if isinstance(row.labels, list) else " (--overlong truncate cuts it)")
                 for row in too_long
                 if not self._truncate or isinstance(row.labels, list)  # one label per token
@@ -406,7 +403,7 @@ class RowCounts:
         progress = self._format_progress()
         lines = lines[:MAX_SHOWN]
         lines[-1] += (
-            f" {rows} cannot be answered. Fix what is wrong, or leave the answer empty by "
+            f" {rows} cannot be answered. Correct them, or leave their answers empty by "
             f"--on-bad-row skip.{' ' if progress else ''}{progress}"
         )
         return lines
@@ -430,4 +427,4 @@ class RowCounts:
                 f"({'; '.join(self.shown)}{more})"
             )
         if self.shortened:
-            yield f"{self.shortened:,} rows were shortened to what the model takes"
+            yield f"{self.shortened:,} rows were shortened to the model's maximum length"

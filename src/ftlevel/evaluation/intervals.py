@@ -281,7 +281,7 @@ def check_metrics(
         if name in valid:
             continue
         if name in task.text_metrics:
-            raise ConfigError(f"--metrics {name} is of generated texts. Add {how}.")
+            raise ConfigError(f"--metrics {name} needs generated text. Add {how}.")
         raise ConfigError(
             f"--metrics: no metric of --task {task.name} is called {name!r}."
             f"{did_you_mean(name, valid)} Metrics here: {join_names(valid, 20)}."

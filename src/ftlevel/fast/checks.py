@@ -125,7 +125,7 @@ class PackingCheck(StepCheck):
         # The second row may differ by the order of sums only when its neighbor changes.
         bound = 1e-5 if self.dtype == "float32" else 1e-2
         if not relative_difference(other[1][mask[1]], packed[1][mask[1]]) < bound:
-            return "its rows see each other when they are packed"
+            return "packed rows attend to each other"
         if self._is_different(batch, lambda: self._states(batch, layout), mask):
             return "packed rows give different values than padded ones"
         return ""

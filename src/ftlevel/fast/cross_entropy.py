@@ -181,7 +181,7 @@ class ChunkedCrossEntropy:
         finally:
             self._call.request = None
         if self._call.result is None:
-            raise UnsupportedModelError("the model does not go through its language head")
+            raise UnsupportedModelError("the model does not call its language head")
         result, self._call.result = self._call.result, None
         return result
 

@@ -55,11 +55,11 @@ class SharedPrefix:
         """
         if self._leaves is None:
             if module in self._states:
-                raise UnsupportedModelError("its blocks are gone through more than once")
+                raise UnsupportedModelError("its blocks run more than once")
             self._states[module] = (key, value)
             return query, key, value
         if module not in self._leaves:
-            raise UnsupportedModelError("its micro-batches do not go through the same blocks")
+            raise UnsupportedModelError("its micro-batches do not run the same blocks")
         before = self._leaves[module]
         empty = query.new_zeros(*query.shape[:2], self.tokens, query.shape[3])
         pairs = ((empty, query), (before[0], key), (before[1], value))

@@ -47,7 +47,7 @@ class FastStep:
         if plan.packs:
             hub = plan.attention_kernel and fetch_kernel(plan.attention_kernel)
             if not set_packed_attention(self._base, hub or None):
-                raise TypeError(f"{type(self._base).__name__} did not take {attention.NAME}")
+                raise TypeError(f"{type(self._base).__name__} did not accept {attention.NAME}")
             self._blocks = PackedBlocks(get_blocks(self._base))
         kernels = Kernels(plan.triton_kernels)
         self.cross_entropy = (

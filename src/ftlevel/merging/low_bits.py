@@ -221,9 +221,8 @@ def resolve_quantization(config: MergeConfig, inputs: MergeInput) -> QuantConfig
     base = inputs.quant if inputs.quant.kind == config.quant else QuantConfig(kind=config.quant)
     options = {"quant_type": config.quant_type, "double_quant": config.double_quant}
     values = {name: value for name, value in options.items() if value is not None}
-    quant = base.model_copy(
-        update={**values, "experts": None}
-    )  # saved checkpoints cannot contain packed experts
+    # Saved checkpoints cannot contain packed experts.
+    quant = base.model_copy(update={**values, "experts": None})
     _plan_layout(inputs, inputs.ref.model_config, quant, DTYPES[inputs.dtype])
     return quant
 

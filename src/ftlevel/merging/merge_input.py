@@ -170,7 +170,7 @@ def select_rows(inputs: MergeInput, count: int, calibration: int = 0) -> CheckRo
     calibration_rows, name = remaining[:calibration], data.info["name"]
     choices = [Choice("compared on", f"{len(rows)} {split} rows", name)] if rows else []
     if calibration_rows:
-        choices.append(Choice("codes chosen on", f"{len(calibration_rows)} training rows", name))
+        choices.append(Choice("calibrated on", f"{len(calibration_rows)} training rows", name))
     return CheckRows(rows, calibration_rows, choices)
 
 
@@ -212,7 +212,7 @@ def _create_rows(inputs: MergeInput, count: int, calibration: int, message: str)
         return CheckRows(
             rows[:compared],
             rows[compared:],
-            [Choice("compared, and codes chosen, on", description, message)],
+            [Choice("compared, and calibrated, on", description, message)],
         )
     rng = random.Random(0)
     size = min(len(inputs.tokenizer), inputs.ref.model_config.get_text_config().vocab_size)

@@ -214,8 +214,8 @@ def build_normal_form(
     if rank > limit:
         name = max(ranks, key=lambda key: ranks[key])
         raise InputError(
-            f"the update of {name} needs rank {rank:,}, above --max-rank {limit}, which may "
-            "be as high as the server goes. Merge it"
+            f"the update of {name} needs rank {rank:,}, above --max-rank {limit}, which can be as "
+            "high as the server supports. Merge it"
         )
     notes = list(file.notes)
     if len(set(ranks.values())) > 1:

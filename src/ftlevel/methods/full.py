@@ -69,9 +69,8 @@ class Full(Method):
             small=1e-4,
             large=1e-5,
             source="chosen so that BERT gets 2e-5, appendix A.3",
-            by_architecture={
-                "encoder-decoder": 1e-3
-            },  # T5's own rate; it scales weights differently
+            # T5's own rate; it scales weights differently.
+            by_architecture={"encoder-decoder": 1e-3},
         )
 
     def format_spec(self, spec: FullSpec) -> str:

@@ -101,7 +101,7 @@ class LoraConversion:
     error: str = ""
 
 
-FULL_RANK = "changes every weight by a matrix of full rank, which no small A and B hold. Merge it"
+FULL_RANK = "changes every weight by a matrix of full rank, which LoRA cannot represent. Merge it"
 
 
 def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
@@ -121,7 +121,7 @@ _NOT_LORA = {
     "use_qalora": "QA-LoRA pools its input",
     "use_bdlora": "its matrices are in blocks for several devices",
     "kasa_config": "KaSA takes singular values out of the base",
-    "monteclora_config": "its weights are drawn at random",
+    "monteclora_config": "its weights are random",
     "arrow_config": "it routes each token among adapters",
     "alora_invocation_tokens": "it acts only after its invocation tokens",
     "layer_replication": "it repeats layers",
@@ -136,9 +136,8 @@ def get_unsaved_error(init: Any) -> str:
     if (source := _UNSAVED_INITS.get(str(init).lower())) is None:
         return ""
     return (
-        f"it began by {init} inside the base, from {source} that its file does not hold, so PEFT "
-        "cannot load it either. Save it again with path_initial_model_for_weight_conversion of "
-        "save_pretrained"
+        f"it was initialized by {init} from {source}, which its file lacks, so PEFT cannot load it "
+        "either. Save it again with path_initial_model_for_weight_conversion of save_pretrained"
     )
 
 

@@ -38,7 +38,7 @@ def load_peft_config(path: Path) -> dict[str, Any]:
     path = path / "adapter_config.json"
     config = read_json_object(path)
     if not isinstance(config.get("peft_type"), str):
-        raise InputError(f"{path} is no configuration of an adapter: it names no peft_type.")
+        raise InputError(f"{path} is not the configuration of an adapter: it names no peft_type.")
     return config
 
 

@@ -117,7 +117,7 @@ class Rates:
 
 
 HEAD = Rates(
-    small=2e-2, large=5e-4, source="what keeps a step on wide features as small", is_heads=True
+    small=2e-2, large=5e-4, source="scaled so that steps on wide features stay small", is_heads=True
 )
 """Rates of a new linear head.
 

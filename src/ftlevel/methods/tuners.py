@@ -127,8 +127,8 @@ class VirtualTokenTuner(UnmergeableTuner, PrecisionTuner, BaseTuner):
             modules = self.default_target_modules()
             if not modules:
                 raise ValueError(
-                    f"no module of {model_config.get('model_type')} has a place for "
-                    f"{type(self).__name__}; name some in target_modules."
+                    f"no module of {model_config.get('model_type')} can be adapted by "
+                    f"{type(self).__name__}; set target_modules."
                 )
             names = (name for name, _ in self.model.named_modules())
             peft_config.target_modules = shortest_names(modules, names)

@@ -22,10 +22,10 @@ FACTS = {
         "RankAllocator.ipt, RankAllocator.exp_avg_ipt, RankAllocator.exp_avg_unc": "its scores",
     },
     "peft/tuners/lora/config.py": {
-        "LoraConfig._register_custom_module": "PEFT's experimental door for layers of one's own"
+        "LoraConfig._register_custom_module": "PEFT's experimental registration of custom layers"
     },
     "peft/tuners/lora/model.py": {
-        "Linear._hf_tp_plan": "marks a linear that is cut over several devices"
+        "Linear._hf_tp_plan": "marks a linear layer sharded across devices"
     },
     "peft/tuners/lora/layer.py": {  # subclassed in fast/layers/fused_lora
         "LoraLayer.lora_variant": "whether it is DoRA or another form of LoRA",
@@ -37,19 +37,19 @@ FACTS = {
     },
     "peft/tuners/c3a/layer.py": {"C3ALayer.get_base_layer": "its output is added to in place"},
     "peft/tuners/shira/layer.py": {
-        "ShiraLayer.shira_indices": "the trained places, in a dict that no module knows of"
+        "ShiraLayer.shira_indices": "the trained positions, in a dict outside of modules"
     },
     "peft/tuners/shira/mask_functions.py": {
-        "random_mask": "draws the places, and cannot on the meta device"
+        "random_mask": "samples the positions, but not on the meta device"
     },
     "peft/tuners/tuners_utils.py": {  # overridden or inherited by our tuners
         "BaseTuner._prepare_adapter_config": "which modules a tuner adapts",
-        "BaseTuner._create_and_replace": "puts a layer of ours on a module",
-        "BaseTuner._pre_injection_hook": "refuses what a prefix cannot stand on",
-        "BaseTuner._replace_module": "exchanges a module that has no weight",
+        "BaseTuner._create_and_replace": "replaces a module with our layer",
+        "BaseTuner._pre_injection_hook": "rejects modules that cannot have a prefix",
+        "BaseTuner._replace_module": "replaces a module that has no weight",
         "BaseTuner._check_merge_allowed": "refuses to merge",
         "BaseTuner._cast_adapter_dtype": "casts an adapter to float32, or leaves it",
-        "BaseTunerLayer._move_adapter_to_device_of_base_layer": "after a load without memory",
+        "BaseTunerLayer._move_adapter_to_device_of_base_layer": "after loading on the meta device",
         "BaseTunerLayer._disable_adapters": "what disable_adapters returns",
         "BaseTunerLayer._cast_input_dtype": "the input in the adapter's precision",
         "BaseTunerLayer._get_available_adapters": "the adapters on a layer",

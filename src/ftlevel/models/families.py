@@ -214,8 +214,7 @@ def get_family(name: str) -> Family:
     suffix = f" Did you mean {' or '.join(map(repr, similar))}?" if similar else ""
     raise InputError(
         f"{name!r} is neither a supported family nor a model.{suffix} "
-        f"Families: {', '.join(FAMILIES)}. "
-        "For a model, use its directory or full id, OWNER/NAME."
+        f"Families: {', '.join(FAMILIES)}. For a model, use its directory or full id, OWNER/NAME."
     )
 
 

@@ -41,7 +41,7 @@ def select_threads() -> Choice:
     allowed = allowed_cpus()
     cores = get_num_cores(allowed)
     if torch.get_num_threads() not in (cores, len(allowed)):  # torch's defaults
-        return Choice("threads", torch.get_num_threads(), "as torch was set")
+        return Choice("threads", torch.get_num_threads(), "as set in torch")
     quota = get_cpu_quota()
     threads = cores if quota is None else max(1, min(cores, math.floor(quota)))
     torch.set_num_threads(threads)

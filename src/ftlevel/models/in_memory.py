@@ -73,7 +73,7 @@ def place_model(model: Any, tokenizer: Any, config: ModelConfig, parent_dir: Pat
     if tokenizer is None and named_model is not None:
         tokenizer = load_tokenizer(named_model)
     tokenizer.save_pretrained(model_dir)
-    content = f"other weights than {named_model.name}" if named_model else "the weights of no file"
+    content = f"other weights than {named_model.name}" if named_model else "weights of no file"
     return PlacedModel(
         str(model_dir),
         model_dir,
@@ -81,7 +81,7 @@ def place_model(model: Any, tokenizer: Any, config: ModelConfig, parent_dir: Pat
         Choice(
             "given model",
             f"has {content}",
-            "kept as base/ in the run, which its adapter needs; what was given is not changed",
+            "kept as base/ in the run, which its adapter needs; the given object is not changed",
         ),
     )
 
@@ -105,7 +105,7 @@ def _check_model(model: Any, config: ModelConfig) -> None:
             "AutoModelForCausalLM.from_pretrained gives it, or TrainConfig(model=NAME)."
         )
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise ConfigError("model= has weights on the meta device, which hold no numbers. Load it.")
+        raise ConfigError("model= has weights on the meta device, which have no values. Load them.")
     if "name_or_path" in config.model_fields_set:
         raise ConfigError(
             f"model= and {config.name_or_path} in the configuration are both given. Use one of "
@@ -146,7 +146,7 @@ def _with_tokenizer(source: ModelSource, tokenizer: Any, parent_dir: Path) -> Pl
             Choice(
                 "given model",
                 f"is {source.name}",
-                "loaded from there; what was given is not changed",
+                "loaded from there; the given object is not changed",
             ),
         )
     if source.kind == "gguf":
@@ -163,7 +163,7 @@ def _with_tokenizer(source: ModelSource, tokenizer: Any, parent_dir: Path) -> Pl
         None,
         Choice(
             "given tokenizer",
-            f"is another than that of {source.name}",
+            f"differs from that of {source.name}",
             "kept with the model as base/ in the run",
         ),
     )

@@ -155,7 +155,7 @@ def check_finite(tensors: Iterable[tuple[str, Any]], label: str) -> None:
     ]
     if too_large:
         raise InputError(
-            f"{label} has numbers of more than {_MAX_WEIGHT:.0e} in {len(too_large):,} of its "
+            f"{label} has values above {_MAX_WEIGHT:.0e} in {len(too_large):,} of its "
             f"tensors, which is not plausible for trained weights: {join_names(too_large, 3)}. "
             "Download or create it again."
         )
@@ -257,7 +257,7 @@ def _explain_error(error: Exception) -> str:
             "default. If you trust it: train and preview run it with --trust-remote-code."
         )
     if "cannot reshape array" in str(error):  # truncated .gguf tensors
-        return f"its tensors are not whole ({first_line(error)}). Is the download incomplete?"
+        return f"its tensors are incomplete ({first_line(error)}). Is the download incomplete?"
     if not isinstance(error, (OSError, ValueError)) or isinstance(error, StrictDataclassError):
         return f"its config.json is not one of a model: {' '.join(str(error).split())}"
     return first_line(error)
@@ -313,7 +313,7 @@ def build_task_model(config: Any, auto_class: str) -> Any:
         if "Unrecognized configuration class" not in str(error):
             raise InputError(
                 f"a model of type {config.model_type} cannot be built from its config.json "
-                f"({type(error).__name__}: {first_line(error)}). Check that it is whole."
+                f"({type(error).__name__}: {first_line(error)}). Check that it is complete."
             ) from error
         raise InputError(
             f"{config.model_type} has no {auto_class} in transformers {transformers.__version__}."

@@ -134,7 +134,7 @@ def _load_json(path: Path, label: str) -> Mapping[str, Any]:
             raise ValueError(f"it has {path.stat().st_size:,} bytes")
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, Mapping):
-            raise TypeError("it is no object")
+            raise TypeError("it is not an object")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         problem = "its weights cannot" if path.match(_INDEX) else "it cannot"
         raise InputError(
@@ -198,10 +198,8 @@ def limit_time(seconds: float) -> Iterator[None]:
 
 
 _TIMEOUT = 10.0
-_REGEX_KEYS = (
-    "target_modules",
-    "exclude_modules",
-)  # a string is a regular expression, a list has names
+# A string is a regular expression, a list has names.
+_REGEX_KEYS = ("target_modules", "exclude_modules")
 _PATTERN_KEYS = ("rank_pattern", "alpha_pattern")
 
 
@@ -217,7 +215,7 @@ def check_patterns(adapter_dir: Path, peft_config: Mapping[str, Any], base: Any)
                     compiled.fullmatch(name)
         except (re.error, RecursionError, OverflowError, TimeoutError) as error:
             is_slow = isinstance(error, TimeoutError)
-            problem = "takes too long to match" if is_slow else "is no regular expression"
+            problem = "takes too long to match" if is_slow else "is not a regular expression"
             raise InputError(
                 f"{path}: {field} has {written!r}, which {problem} ({error})."
             ) from None

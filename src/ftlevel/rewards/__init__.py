@@ -113,9 +113,7 @@ def check_reference(spec: Spec, reference: Any) -> str:
                 "math-verify misreads; use --reward exact or number"
             )
         if not _parse_math(final, gold=True):
-            return (
-                f"the answer {_shown(reference)} is no mathematical expression; use --reward exact"
-            )
+            return f"the answer {_shown(reference)} is not a math expression; use --reward exact"
     return ""
 
 

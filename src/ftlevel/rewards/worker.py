@@ -55,7 +55,7 @@ def load_function(path: str, name: str) -> tuple[Callable[..., Any], dict[str, A
     if module is None:
         module_spec = importlib.util.spec_from_file_location(unique, file)
         if module_spec is None or module_spec.loader is None:
-            raise ValueError(f"{path} is no Python file")
+            raise ValueError(f"{path} is not a Python file")
         module = importlib.util.module_from_spec(module_spec)
         sys.modules[unique] = module
         try:

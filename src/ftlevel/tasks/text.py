@@ -273,7 +273,7 @@ class TranslationTask(TextTask):
         target = get_language("target", format_.columns, config.target_language)
         if not (source and target):
             flags = "--set data.source_language=… --set data.target_language=…"
-            reason = f"the columns are no codes: {flags}"
+            reason = f"the columns are not codes: {flags}"
             return format_, [*choices, Choice("languages", "not named in the prompt", reason)]
         options = {"languages": (source, target), "target_language": target.code}
         choice = Choice("languages", f"{source.name} to {target.name}")

@@ -264,7 +264,7 @@ def check_targeted_modules(peft_model: Any, method: str, base: Base) -> None:
         raise ConfigError(
             f"--method {method} on {base.config.model_type}: PEFT {peft.__version__} takes "
             f"{join_names(names)} for the experts' tensors, and {len(missing):,} linear layers of "
-            f"that name, such as {missing[0]}, would stay as they are. Use --target-modules "
+            f"that name, such as {missing[0]}, would not be adapted. Use --target-modules "
             f"{','.join(remaining)}."
         )
 
@@ -389,7 +389,7 @@ def add_adapter(peft_model: Any, adapter_dir: Path, name: str) -> None:
         check_patterns(adapter_dir, load_peft_config(adapter_dir), peft_model.get_base_model())
         problem = get_vocab_mismatch(peft_model.get_base_model(), adapter_dir)
         if problem is None and _get_custom_loader(adapter_dir) is not None:
-            problem = "a prompt that plain PEFT trained is read alone"
+            problem = "a prompt trained by plain PEFT is loaded alone"
         if problem is not None:
             raise InputError(
                 f"{adapter_dir} cannot be loaded together with the others: {problem}. Use it alone."

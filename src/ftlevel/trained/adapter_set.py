@@ -84,7 +84,7 @@ def load_adapter_set(config: GenerateConfig) -> AdapterSet:
     unknown = [name for name in config.chosen if name not in refs]
     if unknown:
         raise ConfigError(
-            f"--adapter {unknown[0]}: no adapter is called so.{did_you_mean(unknown[0], refs)} "
+            f"--adapter {unknown[0]}: no adapter has this name.{did_you_mean(unknown[0], refs)} "
             f"There are: {join_names(refs)}. Choose another as NAME=DIR."
         )
     refs = {name: refs[name] for name in config.chosen or refs}
@@ -122,10 +122,10 @@ def _resolve_all(
     found = _list_adapters(config.adapters_dir) if config.adapters_dir is not None else {}
     for name in (*refs, *found):
         if name in adapter_dirs or (name in refs and name in found):
-            raise ConfigError(f"two adapters are called {name!r}. Name one otherwise.")
+            raise ConfigError(f"two adapters are called {name!r}. Choose another name.")
     for name, directory in (adapter_dirs | found).items():
         if name == BASE:
-            raise ConfigError(f"--adapter {name}=…: the base is called so. Choose another name.")
+            raise ConfigError(f"--adapter {name}=…: the base has this name. Choose another name.")
         flag = f"--adapter {name}={directory}"
         adapter: ModelRef | None = None
         if not is_model(str(directory)):
@@ -138,14 +138,14 @@ def _resolve_all(
                 label=flag,
             )
         if adapter is None or adapter.directory is None:
-            raise InputError(f"{flag} is no adapter but a model. Name a run or an adapter.")
+            raise InputError(f"{flag} is a model, not an adapter. Name a run or an adapter.")
         refs[name] = adapter
     return base, refs
 
 
 def _list_adapters(adapters_dir: Path) -> dict[str, Path]:
     if not adapters_dir.is_dir():
-        raise InputError(f"--adapters-dir {adapters_dir} is no directory.")
+        raise InputError(f"--adapters-dir {adapters_dir} is not a directory.")
     if not (adapters := scan_adapters(adapters_dir)):
         raise InputError(
             f"--adapters-dir {adapters_dir} contains no adapter: no directory in it has "

@@ -548,8 +548,8 @@ def load_reference(record_dir: Path, base_dir: Path, device: str) -> ReferenceMo
     ref = resolve_model(name, device=device, label=label)
     if compute_fingerprint(ref) != record["fingerprint"]:
         raise InputError(
-            f"{label} has other weights than in training, and rewards against it would be others. "
-            "Put the former ones there, or train again."
+            f"{label} has other weights than in training, so rewards would change. Restore the "
+            "weights, or train again."
         )
     return ReferenceModel(name, ref, record["fingerprint"])
 

@@ -340,8 +340,8 @@ class BestModelCallback(TrainerCallback):
             self._is_corrupted = True
         elif error:
             self._listener.warn(
-                f"best-{best.step}: {error}; the model that was the best before is forgotten, and "
-                "the best of the evaluations to come is kept"
+                f"best-{best.step}: {error}; the earlier best model is lost, and the best of the "
+                "next evaluations is kept"
             )
             self.evaluations = Evaluations(self.plan)
 

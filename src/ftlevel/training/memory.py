@@ -80,7 +80,7 @@ def set_checkpointing(model: Any, run: Run) -> list[Choice]:
     train, base = run.config.train, base_model(model)
     if train.recomputes:
         enable_checkpointing(base, offload=train.offload_activations)
-        message = "; what they begin with is in the host's memory" * train.offload_activations
+        message = "; their inputs are in host memory" * train.offload_activations
         return [Choice("recomputed blocks", "all", f"as requested{message}")]
     blocks = list(chain(*get_stacks(base)))
     if not train.may_recompute(run.model.device) or not _supports_single_blocks(base, blocks):

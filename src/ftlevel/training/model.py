@@ -435,17 +435,17 @@ def get_full_load_reason(run: Run) -> str:
     """Returns why each process must read all base weights, not only its shard; else empty."""
     model_info, initialization = run.model, METHODS[run.config.method.kind].initialization
     if get_quantization_config(model_info.config) is not None:
-        return "it is stored quantized, and its scales go with whole weights"
+        return "it is stored quantized, with scales of whole weights"
     if model_info.quant.kind != "none" and getattr(run.config.method, "use_dora", False):
         return "DoRA's magnitudes are norms of whole weights"
     if model_info.quant.experts:
         return "experts of a mixture are quantized whole"
     if model_info.source.gguf_file:
-        return "a .gguf has no rows that could be read by themselves"
+        return "rows of a .gguf file cannot be read separately"
     if model_info.source.trust_remote_code:
-        return "--trust-remote-code: its own code may read it otherwise"
+        return "--trust-remote-code: its code may load weights differently"
     if initialization.without_weights(run.config.method) != run.config.method:
-        return "the method's start may compute with it"
+        return "the method's initialization may use it"
     return ""
 
 

@@ -293,7 +293,7 @@ def load_origin_file(output_dir: RunDirectory) -> dict[str, Any]:
     try:
         origin: Any = json.loads(read_plain(path))
         if not isinstance(origin, dict):
-            raise TypeError("it is no object")
+            raise TypeError("it is not an object")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"--resume: {path} cannot be read ({error}).") from None
     return {RENAMED.get(key) or key: value for key, value in origin.items()}

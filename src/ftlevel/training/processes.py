@@ -198,7 +198,7 @@ def resolve_processes(
         raise ConfigError(
             f"--num-processes {requested}: {size} "
             f"{'process was' if size == 1 else 'processes were'} "
-            f"started{by}. Run it by the ftlevel program, which starts them, or by torchrun "
+            f"started{by}. Run it with the ftlevel program, which starts them, or with torchrun "
             f"--nproc-per-node {requested} -m ftlevel train …"
         )
     num_processes = requested or size
@@ -315,9 +315,8 @@ class WatchProcesses(TrainerCallback):
     def _get_missing(self, now: float) -> Iterator[tuple[int, str]]:
         """Yields (rank, message) for each rank that, at time `now`, is silent or behind."""
         mine = self._step
-        is_isolated = (
-            self._world.rank > 0 and now - self._last_contact > HEARTBEAT_TIMEOUT
-        )  # rank 0 hosts the store
+        # Rank 0 hosts the store.
+        is_isolated = self._world.rank > 0 and now - self._last_contact > HEARTBEAT_TIMEOUT
         is_long = now - self._step_start > max(HEARTBEAT_TIMEOUT, self._max_step_seconds())
         for rank, (received_at, (_, host, step)) in self._heartbeats.items():
             name = f"rank {rank} ({host})"

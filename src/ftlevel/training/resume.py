@@ -343,9 +343,8 @@ def _get_modified_files(
     modified = file_digests.changes(output_dir.checkpoints)
     if modified is None:
         listener.warn(
-            f"--resume {output_dir.path}: what bytes {file_digests.description} had when it began "
-            f"is not known any more (checkpoints/{file_digests.file_name}), so only samples of "
-            "them are compared"
+            f"--resume {output_dir.path}: the recorded digests of {file_digests.description} are "
+            f"missing (checkpoints/{file_digests.file_name}), so only samples of them are compared"
         )
     elif modified and file_digests.field not in output.allow_change:
         details = join_names(f"{n} was {was} and is {now}" for n, (was, now) in modified.items())
@@ -402,7 +401,7 @@ def get_last_checkpoint(output_dir: RunDirectory, listener: Listener) -> Path | 
 def get_interrupt_message(output_dir: RunDirectory, state: Any) -> str:
     """Returns the message for a run that a signal stopped after a step, with the resume command."""
     is_longer = output_dir.adapter.exists()
-    adapter = "the adapter is of its former end" if is_longer else "there is no adapter yet"
+    adapter = "the adapter is from the shorter run" if is_longer else "there is no adapter yet"
     return (
         f"interrupted after step {state.global_step:,} of {state.max_steps:,}; "
         f"{output_dir.checkpoints / f'checkpoint-{state.global_step}'} is kept, and {adapter}. "

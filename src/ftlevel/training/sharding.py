@@ -304,13 +304,13 @@ def check_can_shard(run: Run, count: int | None) -> None:
         )
     if info.initialization.rewrites_base(method):
         problems.append(
-            f"{flag} cannot be used with a start that is taken out of the base's weights, which "
-            f"are sharded when the adapter is saved. Use the default initialization."
+            f"{flag} cannot be used with an initialization that changes the base's weights, which "
+            "are sharded when the adapter is saved. Use the default initialization."
         )
     if info.resume_error:
         problems.append(
             f"{flag} cannot be used with --method {method.kind} yet: what it saves has other "
-            "shapes than what it trains, and is proven on a whole base. Use --method lora."
+            "shapes than what it trains, and is verified on a full base. Use --method lora."
         )
     if run.model.quant.kind not in ("none", "4bit"):
         problems.append(

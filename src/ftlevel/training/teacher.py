@@ -249,7 +249,7 @@ def _resolve(run: Run, flag: str, name: str | None) -> ReferenceModel | None:
         and path.resolve().is_relative_to(output_dir.resolve())
     ):
         raise ConfigError(
-            f"--output-dir {output_dir} holds {flag} {name}, which is not changed. Choose another "
+            f"--output-dir {output_dir} has {flag} {name}, which is not changed. Choose another "
             f"directory."
         )
     model = run.model

@@ -211,7 +211,7 @@ def verify_step(run: Run, model: PreparedModel, listener: Listener) -> StepCompa
     if model.fast is None or full is False:
         return None
     if is_sharded(model.model) and not METHODS[run.config.method.kind].is_adapter:
-        message = "the trained weights are shared out over the processes"
+        message = "the trained weights are sharded across processes"
         listener.choices(
             "verify-fast", [Choice("fast step", "not compared with the plain", message)]
         )
@@ -249,8 +249,8 @@ def verify_step(run: Run, model: PreparedModel, listener: Listener) -> StepCompa
     )
     text = f"loss differs by {result.loss:.2g}, gradients by {result.gradient:.2g}, relative"
     if result.exact is not None:
-        text += f", to the plain step in float64, from which its own are {result.exact:.1e}"
-        text += "; both in float64, since rounding moves one over a kink" * result.kinks
+        text += f", from the plain step in float64 (its own differ by {result.exact:.1e})"
+        text += "; both in float64, since rounding crosses a kink of an activation" * result.kinks
     listener.choices("verify-fast", [Choice(title, f"in {result.dtype}, {text}")])
     return result
 

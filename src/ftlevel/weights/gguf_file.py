@@ -193,7 +193,7 @@ def plan_tensors(
             " has no place for it. The model would not be the same without it."
         )
     if missing:
-        raise InputError(f"the checkpoint lacks {join_names(missing, 3)}. Is it whole?")
+        raise InputError(f"the checkpoint lacks {join_names(missing, 3)}. Is it complete?")
     extra = extra_tensors(config)
     planned += [
         GGUFTensor(name, None, tuple(value.shape), "f32", False, value.clone)

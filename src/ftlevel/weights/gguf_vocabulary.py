@@ -269,8 +269,8 @@ def _get_pre_tokenizer_name(tokenizer_json: Mapping[str, Any]) -> str:
             return name
     raise InputError(
         "llama.cpp's name for how its tokenizer splits text is not known here: "
-        f"{json.dumps(steps, ensure_ascii=False)}. A wrong name would cut texts otherwise than in "
-        f"training. Known: {', '.join(PRE_TOKENIZERS)}, and SentencePiece."
+        f"{json.dumps(steps, ensure_ascii=False)}. A wrong name would split texts differently than "
+        f"in training. Known: {', '.join(PRE_TOKENIZERS)}, and SentencePiece."
     )
 
 
@@ -369,5 +369,5 @@ def _scores(model: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int
 def _not_sentencepiece(message: str) -> str:
     return (
         f"its merges are not those of a SentencePiece model ({message}), and llama.cpp would join "
-        "tokens otherwise than in training."
+        "tokens differently than in training."
     )

@@ -117,7 +117,7 @@ def resolve_layout(layout: QuantizedLayout, keys: Iterable[str]) -> QuantizedLay
     if missing := [name for name in layout.linears if f"{name}.weight" not in patterns]:
         names = join_names([f"{name}.weight" for name in missing], 3)
         raise InputError(
-            f"the checkpoint lacks {len(missing):,} weights of its model: {names}. Is it whole?"
+            f"the checkpoint lacks {len(missing):,} weights of its model: {names}. Is it complete?"
         )
     combined = [name for name in layout.linears if patterns[f"{name}.weight"] is not None]
     if not combined:

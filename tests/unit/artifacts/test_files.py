@@ -116,7 +116,7 @@ def test_interrupt_during_cleanup_leaves_no_partial_files(
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     monkeypatch.setattr(shutil, "rmtree", remove)
     a = tmp_path / "a"
-    assert format_interrupt() == f"interrupted; {a} was written before that, and is whole."
+    assert format_interrupt() == f"interrupted; {a} was written before and is complete."
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of open files")

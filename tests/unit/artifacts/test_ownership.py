@@ -356,7 +356,7 @@ def test_pipe_among_run_files_raises(tmp_path: Path, name: str) -> None:
 
 def test_pipe_is_rejected_as_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="no plain file"):
+    with pytest.raises(OSError, match="not a regular file"):
         read_plain(tmp_path / "pipe")
     with pytest.raises(InputError, match="neither a name nor a readable file"):
         set_chat_template(SimpleNamespace(chat_template=None), str(tmp_path / "pipe"))

@@ -152,7 +152,7 @@ def test_parquet_rejects_mixed_types(tmp_path: Path) -> None:
     file = create_file(tmp_path / "p.parquet", ["x"])
     file.open(0)
     file.write([{"x": 1}])
-    with pytest.raises(InputError, match=r"no one type a column .* Write .jsonl"):
+    with pytest.raises(InputError, match=r"values of one column differ in type .* Write .jsonl"):
         file.write([{"x": "one"}])
     file.close()
 

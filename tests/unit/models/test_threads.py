@@ -60,7 +60,7 @@ def test_cpu_quota_is_minimum_of_cgroups(membership, files, quota, tmp_path):
         ("", 4, 16.0, 4, "auto: one a physical core"),
         ("", 4, 2.5, 2, "the container's quota is 2.5 CPUs"),
         ("", 4, 0.5, 1, "the container's quota is 0.5 CPUs"),
-        ("", 3, None, 3, "as torch was set"),
+        ("", 3, None, 3, "as set in torch"),
     ],
 )
 def test_select_threads_respects_user_setting_and_quota(

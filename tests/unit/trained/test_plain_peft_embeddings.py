@@ -163,7 +163,7 @@ def test_adapters_with_different_vocabularies_cannot_be_combined(
     with pytest.raises(InputError, match="trained with 512 tokens and its base has 503"):
         add_adapter(model, resized, "grown")
     with pytest.raises(
-        InputError, match=("cannot be loaded together with the others: a prompt that plain")
+        InputError, match=("cannot be loaded together with the others: a prompt trained by plain")
     ):
         add_adapter(model, peft_cases / "prompt", "prompt")
     names = [str(first), str(resized)]

@@ -123,7 +123,7 @@ def test_offloading_recomputes_all_blocks(monkeypatch: pytest.MonkeyPatch) -> No
                         lambda _, settings, **more: arguments.update(settings, **more))  # fmt: skip
     (choice,) = set_checkpointing(model, create_run(64, offload_activations=True))
     assert (choice.value, choice.reason) == (
-        "all", "as requested; what they begin with is in the host's memory"
+        "all", "as requested; their inputs are in host memory"
     )  # fmt: skip
     assert arguments == {"use_reentrant": False, "offload": True}
 

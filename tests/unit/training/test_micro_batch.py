@@ -137,7 +137,7 @@ def test_resumed_run_keeps_tokens_per_micro_batch(requested_tokens: list[int]) -
 
 
 def test_memory_limit_without_auto_micro_batch_raises() -> None:
-    with pytest.raises(ValueError, match="memory_gib=2 is what --auto-micro-batch fits"):
+    with pytest.raises(ValueError, match="memory_gib=2 needs --auto-micro-batch"):
         TrainConfig.model_validate({"speed": {"memory_gib": 2}})
 
 

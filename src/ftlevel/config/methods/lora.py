@@ -117,8 +117,8 @@ class LoraSpec(MethodSpec):
             self.modules_to_save or isinstance(self.target_modules, list)
         ):
             raise ValueError(
-                "ensure_weight_tying is of an embedding in modules_to_save or target_modules, and "
-                "there is none; trainable_token_indices are tied in any case. Drop it"
+                "ensure_weight_tying needs an embedding in modules_to_save or target_modules; "
+                "trainable_token_indices are tied in any case. Drop it"
             )
         if self.use_dora and self.init_lora_weights == "loftq":
             raise ValueError(

@@ -40,8 +40,7 @@ class AdapterSpec(MethodSpec):
         " the feed-forward; seq_bn: after the feed-forward, on its sum with the "
         "residual (AdapterHub's pfeiffer); pfeiffer: after the feed-forward, on its"
         " output alone; par_bn: parallel to it, on the residual; parallel: parallel"
-        " to it, on its normed input; adapter_plus: after the block, with one scale"
-        " per channel.",
+        " to it, on its normed input; adapter_plus: after the block, with one scale per channel.",
     )
     reduction_factor: float | None = Field(
         None, ge=1, description="Hidden size divided by the bottleneck width; default: 16."
@@ -63,8 +62,7 @@ class AdapterSpec(MethodSpec):
     target_modules: TargetModules | None = Field(
         None,
         description="Linear layers to add adapters after, instead of the default positions. A "
-        "parallel adapter gets the layer's own input if the layer does not end a "
-        "feed-forward.",
+        "parallel adapter gets the layer's own input if the layer does not end a feed-forward.",
     )
 
     @model_validator(mode="after")

@@ -127,7 +127,7 @@ def load_prompt_format(card: AdapterCard) -> PromptFormat | None:
     names = {field.name for field in fields(PromptFormat)}
     if not card.prompt.keys() <= names or card.prompt.get("version", 1) not in (1, PROMPT_VERSION):
         raise InputError(
-            f"its ftlevel.json has prompts as {dict(card.prompt)}, which a later ftlevel lays out. "
+            f"its ftlevel.json has prompts as {dict(card.prompt)}, which a later ftlevel wrote. "
             "Install that version."
         )
     return PromptFormat(**card.prompt)

@@ -16,13 +16,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from ftlevel.data.encoding.encode import (
-    IGNORED,
-    Encoded,
-    RowError,
-    extra_inputs,
-    split_batches,
-)
+from ftlevel.data.encoding.encode import IGNORED, Encoded, RowError, extra_inputs, split_batches
 from ftlevel.data.formats.examples import Question, TaggedTokens
 from ftlevel.data.formats.labels import LabelSet
 from ftlevel.data.sources.table import BadRow, Table

@@ -137,7 +137,7 @@ class LabeledText:
     def classes(self) -> Sequence[str | int]:
         """The classes; raises `TypeError` for a quantity."""
         if isinstance(self.label, float):
-            raise TypeError("a quantity is no class")
+            raise TypeError("a quantity is not a class")
         return self.label if isinstance(self.label, tuple) else (self.label,)
 
 

@@ -149,7 +149,7 @@ def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | 
             hint, finding = "", "null_content" if part == "content" else ""
             if others:
                 guess = format_map_flags({part: others[0 if part == "role" else -1]})
-                hint, finding = f"; say what it is called: {guess}", ""
+                hint, finding = f"; name it: {guess}", ""
             raise UnusableRowError(
                 f"{what} has no {key!r} (keys: {join_names(item)}{hint})", finding
             )
@@ -162,8 +162,7 @@ def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | 
         hint = hint or "known: system, user, assistant, tool, human, gpt"
         flag = format_map_flags({"user": str(name)})
         raise UnusableRowError(
-            f"{what} has the unknown role {name!r} ({hint}; or say who it is: {flag}, or "
-            "assistant=…)",
+            f"{what} has the unknown role {name!r} ({hint}; or map it: {flag}, or assistant=…)",
             "unknown_role",
         )
     if role == "system" and isinstance(text, str) and not text.strip():

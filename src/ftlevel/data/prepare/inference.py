@@ -141,7 +141,7 @@ def in_memory_rows(rows: Any, ignored: Sequence[str] = ()) -> RowSource:
     rest = iterate_rows(rows, "predict")
     first = list(islice(rest, CHUNK_ROWS))
     if not first:
-        raise InputError("there are 0 rows to predict. Give some.")
+        raise InputError("there are 0 rows to predict. Pass at least one.")
 
     def read() -> Iterator[Item]:
         for number, row in enumerate(chain(first, rest), 1):

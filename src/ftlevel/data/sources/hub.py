@@ -244,7 +244,7 @@ def _to_table(rows: Any, source: str, on_bad_row: OnBadRow, options: ReadOptions
         numbers = range(1, len(values) + 1)
         table = Table(values, numbers, source, unit="row", notes=notes, ignored=existing)
     if not len(table):
-        raise InputError(f"{source}: has 0 rows. Give some.")
+        raise InputError(f"{source}: has 0 rows. Pass at least one.")
     return handle_bad_rows(table, get_inconsistent_rows(table.rows, table.lines), on_bad_row)
 
 

@@ -318,8 +318,8 @@ def _check_in_memory(dataset: str) -> InMemoryDataset:
     if isinstance(dataset, InMemoryDataset):
         return dataset
     raise InputError(
-        f"the data set is called {IN_MEMORY!r}: its rows were handed over in Python, and are not "
-        "kept. Give them again there, or rows with --dataset FILE (a file of this name: "
+        f"the data set is called {IN_MEMORY!r}: its rows were passed in Python and are not saved. "
+        "Pass them again there, or rows with --dataset FILE (a file of this name: "
         f"'./{IN_MEMORY}')."
     )
 

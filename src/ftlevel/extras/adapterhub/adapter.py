@@ -343,6 +343,6 @@ def _load_weights(directory: Path, names: tuple[str, str]) -> dict[str, Any]:
     if not isinstance(weights, dict) or not all(
         isinstance(tensor, torch.Tensor) for tensor in weights.values()
     ):
-        raise InputError(f"{path} is no table of tensors. Save it again with adapters.")
+        raise InputError(f"{path} is not a table of tensors. Save it again with adapters.")
     check_finite(weights.items(), str(path))
     return dict(weights)

@@ -98,7 +98,7 @@ def _load_positions(model_config: Any) -> AdapterPositions:
     positions = get_adapter_positions(model_config)
     if positions is None or model_config.model_type not in HUB_MODULES:
         raise InputError(
-            f"the places of AdapterHub's adapters in {model_config.model_type} are not known. "
+            f"the positions of AdapterHub's adapters in {model_config.model_type} are not known. "
             f"Families: {', '.join(HUB_MODULES)}."
         )
     return positions
@@ -117,7 +117,7 @@ def _validate_config(config: Mapping[str, Any]) -> None:
         if config[key] != value
     ]
     unexpected = set(config) - {*_DEFAULTS, *_REQUIRED, *_FORMERLY, "architecture"}
-    problems += [f"{key} is no key of adapters 1.3.0" for key in sorted(unexpected)]
+    problems += [f"{key} is not a key of adapters 1.3.0" for key in sorted(unexpected)]
     if config.get("invertible_adapter"):
         problems.append("invertible_adapter (an invertible adapter) is not known here")
     if problems:
@@ -141,7 +141,7 @@ def _placement(config: Mapping[str, Any], positions: AdapterPositions) -> str:
             return "adapter_plus"
     config_dict = ", ".join(f"{key} {config[key]!r}" for key in _PLACEMENT_KEYS)
     raise InputError(
-        f"an adapter with {config_dict} has no placement here. Known are AdapterHub's "
+        f"an adapter with {config_dict} matches no placement. Supported are AdapterHub's "
         "double_seq_bn, seq_bn, par_bn and AdapterPlusConfig. Use it with adapters itself."
     )
 
@@ -192,7 +192,7 @@ def _activation(name: Any, *, old: bool) -> str:
     activation = _OLD_ACTIVATIONS.get(activation, activation) if old else activation
     activation = {"leakyrelu": "leaky_relu"}.get(activation, activation)
     if activation not in ACT2FN:
-        raise InputError(f"non_linearity {name!r} is no activation of transformers.")
+        raise InputError(f"non_linearity {name!r} is not an activation of transformers.")
     return activation
 
 

@@ -150,7 +150,7 @@ def _check(config: TrainConfig, args: ComparisonOptions) -> None:
     if args.steps is not None and args.minutes is not None:
         problems.append("--budget-steps and --budget-minutes are two budgets. Use one of them.")
     if args.steps is not None and config.train.max_steps not in (None, args.steps):
-        problems.append("--budget-steps and --max-steps say the same. Use one of them.")
+        problems.append("--budget-steps and --max-steps set the same value. Use one of them.")
     limits = {"budget-minutes": args.minutes, "max-memory": args.max_memory}
     for name, value in {**limits, "max-minutes": args.max_minutes}.items():
         if value is not None and not 0 < value < math.inf:
@@ -309,7 +309,7 @@ def _check_methods(config: TrainConfig, result: Comparison, listener: Listener) 
         raise ConfigError([f"{name}: {message}" for name, message in result.left_out.items()])
     if values:
         raise ConfigError(
-            f"method.{sorted(values)[0]} is of none of the compared methods. Drop it."
+            f"method.{sorted(values)[0]} belongs to none of the compared methods. Drop it."
         )
     if not next(iter(result.dry_runs.values()))["data"].get("validation_rows"):
         raise ConfigError(
@@ -334,7 +334,7 @@ def _method_fields(word: str) -> dict[str, Any]:
     if fields["kind"] not in SPECS:
         names = (*SPECS, *METHOD_ALIASES)
         raise ConfigError(
-            f"--methods: {word!r} is no method. Expected some of {join_names(SPECS, 30)}."
+            f"--methods: {word!r} is not a method. Expected some of {join_names(SPECS, 30)}."
             f"{did_you_mean(word, names)}"
         )
     return fields

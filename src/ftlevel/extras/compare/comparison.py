@@ -194,8 +194,8 @@ def _notes(result: Comparison) -> list[str]:
         )
     if result.search_results:
         notes.append(
-            "settings were searched on the rows that score them, which flatters all that were: a "
-            "test file of other rows tells (ftlevel evaluate)"
+            "settings were tuned on the rows that score them, so their metrics are too optimistic; "
+            "evaluate on other rows (ftlevel evaluate)"
         )
     name, headline = runs[0]["name"], runs[0]["summary"]["headline"]
     metric = next(iter(result.configs.values())).train.metric_for_best_model

@@ -221,7 +221,7 @@ class _StudyComplete(Exception):
 def check_search(names: tuple[str, ...], storage: str | None) -> list[str]:
     """Returns error messages for unknown hyperparameter `names` or an invalid `storage` URL."""
     problems = [
-        f"--search: {name!r} is no setting that is searched. Expected some of "
+        f"--search: {name!r} is not a setting that can be searched. Expected some of "
         f"{join_names(HYPERPARAMETERS)}.{did_you_mean(name, HYPERPARAMETERS)}"
         for name in names
         if name not in HYPERPARAMETERS
@@ -289,7 +289,7 @@ def search(
             except RunError as error:
                 failed += 1
                 if failed == _MAX_FAILURES:
-                    raise RunError(f"{failed} trials failed, the last so: {error}") from error
+                    raise RunError(f"{failed} trials failed, the last with: {error}") from error
         elif running:  # of another process
             time.sleep(1)
             _fail_stale_trials(result)
@@ -315,7 +315,7 @@ def _to_dict(result: optuna.Study, study: Study) -> dict[str, Any]:
     ]
     if not any(t.state.name == "COMPLETE" for t in trials):
         reasons = [t.user_attrs[_REASON] for t in trials if _REASON in t.user_attrs]
-        raise RunError(f"no trial of its search came to its end. {' '.join(reasons[-1:])}".strip())
+        raise RunError(f"no trial of its search finished. {' '.join(reasons[-1:])}".strip())
     seconds = [t.duration.total_seconds() for t in trials if t.duration is not None]
     best = result.best_trial
     return {

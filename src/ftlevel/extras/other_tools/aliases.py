@@ -109,23 +109,23 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
     *_flags("--eval-packing --eval-sample-packing", "expected true or false.",
             {"true": NoOpValue("validation rows are not padded to a fixed length"),
              "false": NoOpValue("each row is evaluated separately")}),
-    *_flags("--remove-unused-columns", "columns that a task does not use are named, not removed.",
-            {"false": NoOpValue("columns that are not used are only named")}),
+    *_flags("--remove-unused-columns", "unused columns are reported, not removed.",
+            {"false": NoOpValue("unused columns are only reported")}),
     *_flags("--completion-only-loss --assistant-only-loss --train-on-completions --mask-prompt "
             "--train-on-responses-only", "expected true or false.",
             {"true": _ANSWERS_ONLY, "false": "--train-on-inputs true"}),
     *_flags("--mask-history", "all answers of a conversation are supervised. Drop it.",
             {"false": NoOpValue("all answers of a conversation are supervised")}),
-    *_flags("--use-chat-template", "a row of turns is written by the model's chat template.",
-            {"true": NoOpValue("rows of turns are written by the model's chat template")}),
+    *_flags("--use-chat-template", "conversations use the model's chat template.",
+            {"true": NoOpValue("conversations use the model's chat template")}),
     *_flags("--use-fast-tokenizer", "only fast tokenizers (with character offsets) are supported.",
             {"true": NoOpValue("the fast tokenizer is used if available")}),
     *_flags("--line-by-line", "--overlong split cuts long texts. Drop it.",
             {"true": NoOpValue("each row is a text of its own"), "false": "--overlong split"}),
-    *_flags("--version-2-with-negative", "questions without an answer are seen in the data.",
+    *_flags("--version-2-with-negative", "questions without an answer are detected in the data.",
             {"true": NoOpValue("unanswerable questions are supported")}),
-    *_flags("--ignore-mismatched-sizes", "a head that does not fit is newly initialized and named.",
-            {"true": NoOpValue("a head that does not fit is newly initialized and named")}),
+    *_flags("--ignore-mismatched-sizes", "a head that does not fit is newly initialized.",
+            {"true": NoOpValue("a head that does not fit is newly initialized and reported")}),
     *_flags("--pad-to-max-length --pad-to-sequence-len",
             "rows are never padded to --max-length, which would only cost time. Drop it.",
             {"false": NoOpValue("rows are not padded to the longest length")}),
@@ -161,7 +161,7 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
             {"true": NoOpValue("the losses are in metrics.jsonl of the run, and on its screen")}),
     *_flags("--create-new-adapter", "--adapter continues from an adapter; without it a new one is "
                                     "created.",
-            {"true": NoOpValue("an adapter begins anew", "model.adapter", (None,))}),
+            {"true": NoOpValue("a new adapter is created", "model.adapter", (None,))}),
     *_flags("--low-cpu-mem-usage", "weights are read tensor by tensor. Drop it.",
             {"true": NoOpValue("weights are read tensor by tensor")}),
     *_flags("--save-model", "the adapter is always saved. Drop it.",
@@ -180,7 +180,7 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
             "--liger-kernel uses all of them on a CUDA GPU. Use that."),
     *_flags("--loss-watchdog-threshold --loss-watchdog-patience",
             "a run stops at a gradient that is NaN or infinite, and at no other loss. Drop it."),
-    *_flags("--plugins --strict --tuner-backend", "ftlevel loads no code of others. Drop it."),
+    *_flags("--plugins --strict --tuner-backend", "ftlevel loads no third-party code. Drop it."),
     *_flags("--hub-strategy --hub-path --push-gguf --push-dataset-to-hub", _HUB),
     *_flags("--hub-token --token --hf-token --hf-hub-token --use-auth-token", _TOKEN),
     *_flags("--wandb-entity --wandb-watch --wandb-log-model --wandb-token --wandb-mode "
@@ -263,7 +263,7 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
                                   "0.0": NoOpValue("tokens are drawn from the whole vocabulary")}),
     *_flags("--repetition-penalty", _SAMPLED,
             dict.fromkeys(("1", "1.0"), NoOpValue("no token is penalized"))),
-    *_flags("--reward-weights", "a weight follows its reward. Write --reward NAME=WEIGHT."),
+    *_flags("--reward-weights", "weights belong to --reward. Write --reward NAME=WEIGHT."),
     *_flags("--steps-per-generation --generation-batch-size",
             "a batch of completions serves one optimizer step, or --num-iterations N. Drop it."),
     *_flags("--entropy-coef", "there is no entropy bonus. Drop it.",
@@ -426,7 +426,7 @@ METHODS: ValueAliases = {
     for spelling in (word, word.replace("-", "_"))
 }
 """Values of Axolotl's `adapter` that are methods → `--method NAME`; other values are paths."""
-NO_LIMIT = NoOpValue("there is no limit but the epochs", "train.max_steps", (None,))
+NO_LIMIT = NoOpValue("there is no limit besides the epochs", "train.max_steps", (None,))
 DO_EVAL: ValueAliases = {
     "true": NoOpValue(
         "validation rows are evaluated at the end of each epoch",

@@ -63,7 +63,7 @@ def convert(file: Path) -> list[str]:
         )
     typer.echo(f"# {file.name} of {tool}, converted by ftlevel {__version__}.")
     for key, reason in lost.items():
-        typer.echo(f"# Not taken over: {key}: {reason}")
+        typer.echo(f"# Not converted: {key}: {reason}")
         typer.echo(f"note: not converted: {key}: {reason}", err=True)
     recipe = config.model_dump(mode="json", exclude_unset=True)
     typer.echo(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), nl=False)

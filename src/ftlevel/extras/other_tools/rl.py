@@ -196,7 +196,7 @@ def _batch(values: dict[str, Any], rl: Mapping[str, Any], tool: str) -> list[str
     if (size * steps) % group:
         raise ConfigError(
             f"--num-generations {group}: {tool} counts completions, and a batch of {size} × "
-            f"{steps} is no multiple of it. Change --per-device-train-batch-size."
+            f"{steps} is not a multiple of it. Change --per-device-train-batch-size."
         )
     if size % group:
         size, steps = size * steps, 1

@@ -132,7 +132,7 @@ def checks(summary: Summary) -> Iterator[str]:
             f"{verified['gradient']:.2g} (relative)."
         )
     if num_skipped := len(summary.get("left_out") or ()):
-        yield f"{num_skipped:,} steps were left out, because the loss was not finite or spiked."
+        yield f"{num_skipped:,} steps were skipped because the loss was not finite or spiked."
 
 
 _LABELS = {

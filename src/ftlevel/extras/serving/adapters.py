@@ -104,7 +104,7 @@ def _compute_delta(layer: Any, name: str, base: Checkpoint) -> tuple[torch.Tenso
     """Returns the change `(out, in)` of weight `name` by PEFT's `layer`, and the weight's norm."""
     base_layer = layer.get_base_layer()
     if not isinstance(base_layer, torch.nn.Linear) and type(base_layer).__name__ != "Conv1D":
-        raise InputError(f"{name} is no linear but a {type(base_layer).__name__}. Merge it")
+        raise InputError(f"{name} is a {type(base_layer).__name__}, not a linear layer. Merge it")
     weight = base.read(f"{name}.weight").double()
     weight = weight if isinstance(base_layer, torch.nn.Linear) else weight.T
     has_bias = getattr(base_layer, "bias", None) is not None
@@ -189,10 +189,7 @@ def plan_adapters(
             notes += stop_notes(adapter.name, adapter.ref, config.server)
             writer.check(adapter)
             lora = compute_normal_form(
-                adapter.ref.adapter_path,
-                adapter.peft_config,
-                adapter.base,
-                config.max_rank,
+                adapter.ref.adapter_path, adapter.peft_config, adapter.base, config.max_rank
             )
             lora = lora and check_lora(lora, adapter, target)
         except InputError as error:
@@ -322,11 +319,7 @@ class AdaptersExport:
         return lora, check, record(adapter.name, output, lora.rank, prompts, outputs_by_model)
 
     def _compute_outputs(
-        self,
-        adapter: ServedModel,
-        prompts: list[Prompt],
-        lora: NormalForm | None,
-        device: str,
+        self, adapter: ServedModel, prompts: list[Prompt], lora: NormalForm | None, device: str
     ) -> tuple[PromptOutputs | None, PromptOutputs, NormalForm]:
         """Returns outputs of base and trained model, and the plain LoRA (computed if None)."""
         base = None
@@ -486,6 +479,6 @@ def _check_lines(check: Mapping[str, Any]) -> Iterator[str]:
     )
     if check["kl_from_quantized"] is not None:
         yield (
-            f"  on the base that is not quantized it is KL {check['kl_from_quantized']:.2g} from "
+            f"  on the unquantized base: KL {check['kl_from_quantized']:.2g} from "
             "the run on its quantized base"
         )

@@ -73,7 +73,7 @@ def _embed_in(config: CheckServedConfig, texts: list[str]) -> list[list[float]]:
     backend, is_file = str(config.inside), config.out.suffix == ".gguf"
     if backend not in _LIBRARIES:
         raise InputError(
-            f"--in {backend}: it embeds no texts here; {join_names(_LIBRARIES)} do. Start its "
+            f"--in {backend}: it cannot check embeddings; {join_names(_LIBRARIES)} can. Start its "
             "server, and pass the address with --url."
         )
     if is_file != (backend == "llama.cpp"):
@@ -426,7 +426,7 @@ def _query_library(
     for name, result in outputs.items():
         if isinstance(result, str):
             raise InputError(f"--in {backend} does not load {name}: {' '.join(result.split())}")
-        no_chat = "chat is of servers; this is the library"
+        no_chat = "chat is checked on servers only"
         rows[name] = _AdapterOutputs(result, [None] * len(result), "token ids", no_chat)
     return rows
 
@@ -479,8 +479,7 @@ def _judge(adapter: AdapterRecord, rows: _AdapterOutputs, tolerance: float) -> d
             api: {
                 "answers": [match.word for match in matches_of_api],
                 "difference": max(
-                    (v.difference for v in matches_of_api if v.difference is not None),
-                    default=None,
+                    (v.difference for v in matches_of_api if v.difference is not None), default=None
                 ),
                 "tokens": sum(match.tokens for match in matches_of_api),
             }
@@ -505,14 +504,14 @@ def _format_results(summary: Mapping[str, Any]) -> list[str]:
         for api, by in (("weights", adapter["by"]), ("chat", "messages")):
             matches = adapter[api]["answers"]
             if not matches:
-                lines.append(f"{adapter['name']}, chat: not asked ({adapter['no_chat']})")
+                lines.append(f"{adapter['name']}, chat: not checked ({adapter['no_chat']})")
                 continue
             counts = [
                 f"{matches.count(w)} {w}" for w in (TRAINED, EITHER, BASE, ELSE) if w in matches
             ]
             difference = adapter[api]["difference"]
             measure = (
-                "no logprobs were given, texts compared"
+                "no logprobs returned, texts compared"
                 if difference is None
                 else f"logprobs within {difference:.2g} over {adapter[api]['tokens']} tokens"
             )

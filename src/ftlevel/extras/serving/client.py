@@ -151,8 +151,8 @@ class Client:
         except (OSError, HTTPException) as error:  # HTTPException: not an HTTP server
             message = str(getattr(error, "reason", error)).strip()
             raise InputError(
-                f"--url {self.url}: {message} at {path}. Start the server, by the command that "
-                "export printed, and name its address."
+                f"--url {self.url}: {message} at {path}. Start the server, with the command that "
+                "export printed, and pass its address."
             ) from None
 
 

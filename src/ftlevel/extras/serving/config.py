@@ -49,7 +49,7 @@ class CheckServedConfig(Section):
     @classmethod
     def _is_an_address(cls, value: str | None) -> str | None:
         if value is not None and not value.startswith(("http://", "https://")):
-            raise ValueError(f"{value} is no address. Expected one such as http://127.0.0.1:8000")
+            raise ValueError(f"{value} is not an address, such as http://127.0.0.1:8000")
         return value
 
     @model_validator(mode="after")
@@ -60,5 +60,5 @@ class CheckServedConfig(Section):
                 "the library to load the model in"
             )
         if self.python is not None and self.inside is None:
-            raise ValueError("--python is of --in, and a server at --url has its own. Drop it")
+            raise ValueError("--python applies to --in, not to a server at --url. Drop it")
         return self

@@ -301,7 +301,7 @@ def create_served_model(name: str, ref: ModelRef, server: Server | None) -> Serv
             )
         raise InputError(f"{fact}. For one file name --format gguf.")
     if (reader := get_adapter_reader(ref.directory)) is not None:
-        raise InputError(f"{name} is in {reader.name}'s form, which no server of ours loads.")
+        raise InputError(f"{name} is in {reader.name}'s format, which no supported server loads.")
     return ServedModel(name, ref)
 
 
@@ -372,7 +372,7 @@ def check_lora(lora: NormalForm, adapter: ServedModel, server: Server | None) ->
         )
     if server.ranks and lora.rank > server.ranks[-1]:
         raise InputError(
-            f"it needs rank {lora.rank}, and {server.title} ends at {server.ranks[-1]}. Merge it"
+            f"it needs rank {lora.rank}, and {server.title} allows {server.ranks[-1]}. Merge it"
         )
     return lora.on_every_layer(adapter.base.model) if server.every_layer else lora
 

@@ -242,7 +242,7 @@ def parse_record(path: Path, metadata: dict[str, Any]) -> ServingRecord:
                     if who in row:
                         row[who] = ReferenceOutput(**row[who])
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not as export writes it ({error!r}). Export again.") from None
+        raise InputError(f"{path} is not what export writes ({error!r}). Export again.") from None
     if not any(adapter.prompts for adapter in adapters):
         raise InputError(f"{path} has no reference outputs: its model does not generate text.")
     return ServingRecord(metadata, adapters)

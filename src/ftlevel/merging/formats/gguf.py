@@ -400,9 +400,8 @@ class GgufExport:
 def _check_model(name: str, model_config: Any, *, has_adapter: bool) -> None:
     if (stored := get_quantization_config(model_config)) is not None and not has_adapter:
         raise InputError(
-            f"{name} is stored quantized ({quantization_name(stored)}), and GGUF's kinds of "
-            "quantization are others. Export the original model, with --outtype q8_0 if it should "
-            "be small."
+            f"{name} is stored quantized ({quantization_name(stored)}), and GGUF has other types "
+            "of quantization. Export the original model, with --outtype q8_0 if it should be small."
         )
     limitations = get_gguf_limitations(model_config)
     if not limitations and checkpoint_class(model_config) != _CLASS:
@@ -433,16 +432,13 @@ def _format_check(check: Mapping[str, Any], summary: Mapping[str, Any]) -> Itera
         f"loss {model['loss']:.4f} (the model {model['loss_reference']:.4f})"
     )
     if (run := check["beside_run"]) is not None:
-        yield (
-            f"compared with the run, on rows that no code was chosen on: {format_difference(run)}"
-        )
+        yield f"compared with the run, on rows not used for calibration: {format_difference(run)}"
     if check["settings_of_the_model"]:
         names = ", ".join(check["settings_of_the_model"])
         yield f"transformers does not read {names} from a .gguf; the model's own was used"
     splitting = (
         ""
         if check["splitting_read"]
-        else f" (how it splits text is named, {summary['tokenizer']['pre']}; transformers does not "
-        "read that)"
+        else f" (pre-tokenizer {summary['tokenizer']['pre']}, which transformers does not read)"
     )
     yield f"the same tokens for {check['texts']} texts{splitting}"

@@ -150,9 +150,8 @@ def _of_chat(
     if prompt.instruction:
         layout = _prepend_to_user_turns(layout, prompt.instruction)
     start = tokenizer.bos_token if vocab.flags["add_bos_token"] else ""
-    generation = layout.generation.removesuffix(
-        " "
-    )  # the answer starts with the space, as in training
+    # The answer starts with the space, as in training.
+    generation = layout.generation.removesuffix(" ")
     template = chat_template(layout.around, layout.opening, generation, start)
     comments = []
     if SYSTEM not in layout.around:

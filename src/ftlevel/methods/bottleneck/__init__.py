@@ -33,12 +33,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ftlevel.config.methods.other import (
-    ON_RESIDUAL,
-    REDUCTION_FACTOR,
-    AdapterSpec,
-    default_scaling,
-)
+from ftlevel.config.methods.other import ON_RESIDUAL, REDUCTION_FACTOR, AdapterSpec, default_scaling
 from ftlevel.errors import InputError
 from ftlevel.methods.base import Base, MergeInfo, Method, StepSupport
 from ftlevel.methods.rates import Rates

@@ -69,7 +69,7 @@ class BottleneckConfig(TargetConfig):
             )
         if self.non_linearity not in ACT2FN:
             raise ValueError(
-                f"non_linearity {self.non_linearity!r} is no activation of transformers, such as "
+                f"non_linearity {self.non_linearity!r} is not one of transformers, such as "
                 "relu, gelu or silu."
             )
         if self.scaling is None:

@@ -70,7 +70,7 @@ def load_peft_prompt(base: Any, path: Path, name: str) -> Any:
         raise InputError(
             f"{path} is {config_dict['peft_type']} of PEFT for {task}, where the head reads "
             "virtual tokens as well, and here only those of the text. Prompts are read for "
-            "CAUSAL_LM. Ask it by PEFT, or train one with --method prompt."
+            "CAUSAL_LM. Use it with PEFT, or train one with --method prompt."
         )
     prompt = load_file(str(path / "adapter_model.safetensors")).get(_KEY)
     width = base.get_input_embeddings().weight.shape[1]
@@ -146,11 +146,7 @@ class PromptTuning(SoftPrompt):
 
     def format_spec(self, spec: PromptSpec) -> str:
         """Returns length and initialization of the prompt as text."""
-        names = {
-            "SAMPLE_VOCAB": "from the vocabulary",
-            "TEXT": "from a text",
-            "RANDOM": "random",
-        }
+        names = {"SAMPLE_VOCAB": "from the vocabulary", "TEXT": "from a text", "RANDOM": "random"}
         initial = names[spec.prompt_tuning_init]
         return f"{spec.num_virtual_tokens} virtual tokens, {initial} at first"
 

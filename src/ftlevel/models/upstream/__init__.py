@@ -21,7 +21,7 @@ VERSIONS = {
 
 FACTS = {
     "torch/_decomp/decompositions.py": {
-        "aten._softmax_backward_data": "where the probabilities are at hand: one kernel, no graph",
+        "aten._softmax_backward_data": "for known probabilities: one kernel, no graph",
         "aten.silu_backward, aten.gelu_backward": "the gradient of an activation from its input",
         "aten._unsafe_view": "a shape that autograd takes for a new tensor, to be written to"},
     "torch/_inductor/fx_passes/mkldnn_fusion.py": {
@@ -36,28 +36,28 @@ FACTS = {
         "torch._C._current_graph_task_id": "-1 outside of a backward pass",
         "Node._sequence_nr": "which of two nodes of the graph was made later",
         "Tensor._version": "whether a tensor was written to since",
-        "Tensor._make_wrapper_subclass": "a tensor that says it is on the CPU and holds nothing"},
+        "Tensor._make_wrapper_subclass": "a tensor without data that reports device cpu"},
     "torch/utils/_python_dispatch.py": {
         "Tensor.__tensor_flatten__": "the plain tensors that torchao's consist of",
-        "TorchDispatchMode.__torch_dispatch__": "every operation passes: what is alive is counted"},
+        "TorchDispatchMode.__torch_dispatch__": "sees every operation, to count live tensors"},
     "torch/distributed/checkpoint/api.py": {
-        "CheckpointException.failures": "what a process could not write, told in all"},
+        "CheckpointException.failures": "errors of each process that could not write"},
     "torch/_tensor.py": {
-        "Tensor.__torch_dispatch__": "a tensor that has a shape and no numbers computes shapes"},
+        "Tensor.__torch_dispatch__": "lets a meta tensor compute shapes"},
     "torch/utils/_pytree.py": {
         "tree_leaves, tree_map": "the tensors among an operation's arguments and results"},
     "torch/nn/modules/module.py": {
         "Module._parameters, Module._buffers": "a module's own tensors, or None; can be replaced",
         "Module._modules": "a shallow copy whose children can be replaced",
-        "Module._forward_hooks, Module._forward_pre_hooks": "who waits for a module to be called",
+        "Module._forward_hooks, Module._forward_pre_hooks": "hooks on a module's call",
         "Module._backward_hooks, Module._backward_pre_hooks": "likewise"},
     "torch/cpu/__init__.py": {
         "cpu._is_amx_tile_supported, cpu._is_avx512_bf16_supported": "a CPU with bfloat16"},
-    "accelerate/hooks.py": {"Module._hf_hook": "who waits for a module to be called: offloading"},
+    "accelerate/hooks.py": {"Module._hf_hook": "hooks on a module's call: offloading"},
     "accelerate/data_loader.py": {
         "SeedableRandomSampler": "Trainer's order of rows, for several processes that share it"},
     "datasets/config.py": {
-        "config.HF_HUB_OFFLINE": "keeps load_dataset from retrying what is out of reach"},
+        "config.HF_HUB_OFFLINE": "keeps load_dataset from retrying when offline"},
     "transformers/models/auto/auto_factory.py": {
         "AutoModel._model_mapping": "which class an auto class makes of a config"},
     "transformers/models/auto/modeling_auto.py": {
@@ -66,22 +66,22 @@ FACTS = {
         "PreTrainedModel._keep_in_fp32_modules": "what stays in float32 in float16",
         "PreTrainedModel._keep_in_fp32_modules_strict": "what stays in float32 in bfloat16 too",
         "PreTrainedModel._keys_to_ignore_on_save": "tensors that save_pretrained leaves out",
-        "PreTrainedModel.all_tied_weights_keys": "which tensors are another's",
+        "PreTrainedModel.all_tied_weights_keys": "which tensors are tied",
         "PreTrainedModel._is_stateful": "whether a recurrent state goes from token to token",
         "PreTrainedModel._supports_sdpa": "scaled_dot_product_attention computes its attention",
         "PreTrainedModel.hf_quantizer": "left on a model from .gguf, which then is not saved",
-        "ALL_ATTENTION_FUNCTIONS": "a module that imports it asks AttentionInterface"},
+        "ALL_ATTENTION_FUNCTIONS": "a module that imports it uses AttentionInterface"},
     "transformers/models/llama/modeling_llama.py": {
         "eager_attention_forward": "in such a module: attention that returns its weights"},
     "transformers/configuration_utils.py": {
         "PreTrainedConfig._attn_implementation": "what set_attn_implementation chose",
         "PreTrainedConfig._experts_implementation": "which forward of experts is used"},
     "gguf/gguf_reader.py": {
-        "GGUFReader.data": "the map of the file that everything is cut from, set once"},
+        "GGUFReader.data": "the memory map of the file, set once"},
     "transformers/modeling_gguf_pytorch_utils.py": {
-        "load_gguf_checkpoint": "asks the package gguf for its GGUFReader at every call"},
+        "load_gguf_checkpoint": "looks up gguf.GGUFReader at every call"},
     "transformers/modeling_rope_utils.py": {
-        "ROPE_INIT_FUNCTIONS": "the stretched rotary frequencies that a .gguf file holds"},
+        "ROPE_INIT_FUNCTIONS": "the scaled rotary frequencies stored in a .gguf file"},
     "transformers/utils/chat_template_utils.py": {
         "render_jinja_template": "a chat's text with the places of its answers, not tokenized"},
     "transformers/conversion_mapping.py": {
@@ -91,15 +91,15 @@ FACTS = {
         "dot_natural_key": "the order in which a converter takes them",
         "_materialize_copy": "a tensor is what can be indexed, and is then cast",
         "revert_weight_conversion": "how a model's tensors are saved, one by one",
-        "PreTrainedModel._weight_conversions": "the translation that saving undoes"},
+        "PreTrainedModel._weight_conversions": "the conversion that saving reverts"},
     "transformers/generation/utils.py": {
         "GenerationMixin.adjust_generation_fn": "reads by what a model generates"},
     "transformers/quantizers/quantizer_bnb_4bit.py": {  # overridden in upstream/experts
         "Bnb4BitHfQuantizer.param_needs_quantization": "packs the experts of a mixture too",
-        "Bnb4BitHfQuantizer._process_model_after_weight_loading": "and has them multiplied packed",
+        "Bnb4BitHfQuantizer._process_model_after_weight_loading": "and multiplies with them packed",
         "Bnb4BitHfQuantizer.get_quantize_ops": "what packs a tensor as it is loaded"},
     "transformers/integrations/moe.py": {
-        "ALL_EXPERTS_FUNCTIONS": "transformers' door for a forward of experts",
+        "ALL_EXPERTS_FUNCTIONS": "registry of forward functions of experts",
         "experts_class._apply_gate": "activation and gate of an expert",
         "has_gate, has_bias, is_transposed, has_post_expert_norm": "what a class of experts is"},
     "bitsandbytes/nn/parametrize.py": {
@@ -117,7 +117,7 @@ FACTS = {
     "bitsandbytes/functional.py": {
         "QuantState.packing_format_for_cpu": "whether a weight was repacked",
         "QuantState.state2": "the scales of a 4-bit weight",
-        "functional.QuantState": "a 4-bit weight without numbers",
+        "functional.QuantState": "a 4-bit weight without values",
         "functional.get_4bit_type": "the 16 values of a 4-bit type"},
     "torchao/prototype/safetensors/safetensors_support.py": {
         "flatten_tensor_state_dict": "what save_pretrained stores of a packed weight"},
@@ -127,18 +127,18 @@ FACTS = {
         "TrainingArguments._n_gpu": "on how many GPUs a process trains"},
     "transformers/trainer.py": {  # overridden in training/trainer.py
         "Trainer._get_train_sampler": "the order of rows, when it is not Trainer's",
-        "Trainer._run_epoch": "at least one step, also of a run that had made all of them",
+        "Trainer._run_epoch": "at least one step, even after the last one",
         "Trainer._evaluate": "the scheduler sees an evaluation that the interrupted run missed",
-        "Trainer._load_from_checkpoint": "the weights that a run goes back to, as one goes on",
+        "Trainer._load_from_checkpoint": "loads the weights for a rollback and for --resume",
         "Trainer._get_num_items_in_batch": "the targets that a step's loss is divided by",
-        "Trainer._save": "a model that no process has whole is gathered first",
+        "Trainer._save": "gathers a sharded model first",
         "Trainer._save_optimizer_and_scheduler, Trainer._load_optimizer_and_scheduler":
-            "likewise its optimizer's state, and back",
+            "the same for the optimizer's state, and back",
         "Trainer._clip_grad_norm, Trainer._get_grad_norm": "the norm of a whole gradient",
-        "Trainer._defer_fsdp_gradient_reduction": "what is sharded is reduced in every micro-step",
-        "Trainer._sync_replicated_trainable_parameters": "what is not is averaged by us",
-        "Trainer.is_distributed_loading_by_transformers": "no DDP around a model in parts",
-        "Trainer.model_accepts_loss_kwargs": "tells Trainer that our loss divides by them",
+        "Trainer._defer_fsdp_gradient_reduction": "reduces sharded gradients in every micro-step",
+        "Trainer._sync_replicated_trainable_parameters": "averages parameters that are not sharded",
+        "Trainer.is_distributed_loading_by_transformers": "no DDP around a sharded model",
+        "Trainer.model_accepts_loss_kwargs": "whether our loss divides by the number of targets",
         "Trainer.current_gradient_accumulation_steps": "how many parts a step's loss comes in"},
 }  # fmt: skip
 """File below site-packages -> internal name, with its class -> purpose."""

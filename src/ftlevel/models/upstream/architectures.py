@@ -101,9 +101,8 @@ def can_pack(module: Any) -> bool:
     experts = [parameters[name] for name in NAMES if parameters.get(name) is not None]
     if [tensor.dim() for tensor in experts] != [3, 3]:
         return False
-    attributes = [
-        getattr(module, name, None) for name in _EXPERT_ATTRIBUTES
-    ]  # None for a custom forward
+    # None for a custom forward
+    attributes = [getattr(module, name, None) for name in _EXPERT_ATTRIBUTES]
     is_supported = attributes == [True, False, False, False]
     return is_supported and all(tensor[0].numel() % BLOCK == 0 for tensor in experts)
 

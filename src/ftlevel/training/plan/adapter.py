@@ -63,7 +63,7 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
                 f"given too. Use one of them."
             )
         values["model"] |= {"name_or_path": str(path), "adapter": None}
-        note = f"--adapter {name} is a whole model: it is trained on as --model is"
+        note = f"--adapter {name} is a full model and is used as --model"
         return build_config([Layer(values)]), None, [note]
     _check_adapter_path(name, path, config.output.dir)
     ref = resolve_model(
@@ -121,8 +121,8 @@ def _get_task_values(
 def _check_adapter_path(name: str, path: Path, output_dir: Path | None) -> None:
     if (reader := get_adapter_reader(path)) is not None:
         raise ConfigError(
-            f"--adapter {name} is in {reader.name}'s form, which is read and not trained on. Train "
-            "a new adapter with --method adapter."
+            f"--adapter {name} is in {reader.name}'s format, which cannot be trained. Train a "
+            "new adapter with --method adapter."
         )
     if not (path / ADAPTER_CONFIG).is_file():
         problem = "contains neither an adapter nor a model" if path.exists() else "does not exist"
@@ -132,7 +132,7 @@ def _check_adapter_path(name: str, path: Path, output_dir: Path | None) -> None:
         )
     if output_dir is not None and path.resolve().is_relative_to(output_dir.resolve()):
         raise ConfigError(
-            f"--output-dir {output_dir} holds --adapter {name}, which is not changed. Choose "
+            f"--output-dir {output_dir} contains --adapter {name}, which is not changed. Choose "
             "another directory; --resume continues in the same."
         )
 
@@ -215,7 +215,7 @@ def _check_method_options(
         if name.startswith("init_") and value == "default":
             continue
         if _sorted(value) != _sorted(other):
-            expected = other if hasattr(spec, name) else "no such thing"
+            expected = other if hasattr(spec, name) else "no such field"
             add(flag_by_field.get(f"method.{name}", f"method.{name}"), value, expected)
     if card is not None:
         # Preferences and reinforcement learning train the same head.
@@ -273,8 +273,8 @@ def check_adapter_matches(adapter: StartingAdapter, run: Run) -> None:
     if mismatched := sorted(other | (required - saved_shapes.keys())):
         first = mismatched[0]
         raise ConfigError(
-            f"--adapter {adapter.name}: {len(mismatched):,} of its tensors are not those that "
-            f"would be trained, such as {first}: {_shape(saved_shapes.get(first))} in its file, "
+            f"--adapter {adapter.name}: {len(mismatched):,} of its tensors differ from those to "
+            f"train, such as {first}: {_shape(saved_shapes.get(first))} in its file, "
             f"and {_shape(shapes.get(first))} here. It cannot be continued."
         )
 
@@ -284,8 +284,8 @@ def get_adapter_warnings(adapter: StartingAdapter, run: Run) -> list[str]:
     labels = run.data.info["labels"]
     if adapter.card is None and labels and not run.config.data.labels:
         return [
-            f"--adapter {adapter.name} keeps no names of its classes: its head's are taken for "
-            f"{join_names(labels)}, in this order. --set 'data.labels=[…]' says otherwise."
+            f"--adapter {adapter.name} stores no class names: {join_names(labels)} is assumed, in "
+            "this order. Set another with --set 'data.labels=[…]'."
         ]
     prompt, current = adapter.card and adapter.card.prompt, run.data.prompt_format
     if not prompt or current is None or prompt == json.loads(json.dumps(current.to_dict())):

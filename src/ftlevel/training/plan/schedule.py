@@ -200,7 +200,7 @@ def resolve_training_loss(
         note = (
             "balanced: targets / (classes × targets of the class)"
             if objective.one_of_many
-            else "balanced: rows without a class / rows with it, for its yes"
+            else "balanced: rows without a class / rows with it"
         )
     elif class_weights:
         weights = _parse_weights(class_weights, names)

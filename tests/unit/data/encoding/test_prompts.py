@@ -180,7 +180,7 @@ def test_prompt_format_roundtrip(kind: Any, tmp_path: Path) -> None:
 def test_prompt_format_of_later_version_raises(tmp_path: Path) -> None:
     for changes in ({"version": 3}, {"version": 2, "suffix": "x"}):
         card = write_old_card(tmp_path, prompt={**OLD_CARD["prompt"], **changes})
-        with pytest.raises(InputError, match=r"a later ftlevel lays out. Install that version"):
+        with pytest.raises(InputError, match=r"a later ftlevel wrote. Install that version"):
             load_prompt_format(card)
     with pytest.raises(InputError, match="is not the card of an adapter"):
         write_old_card(tmp_path, prompt=["plain"])

@@ -155,13 +155,13 @@ INVALID_MESSAGES: list[tuple[Any, str]] = [
     ([QUESTION], "'messages' has no assistant turn"),
     (
         [{"role": "userr", "content": "q"}, ANSWER],
-        "turn 1 of 'messages' has the unknown role 'userr' (did you mean 'user'?; or say who "
-        "it is: --map user=userr, or assistant=…)",
+        "turn 1 of 'messages' has the unknown role 'userr' (did you mean 'user'?; or map it: --map "
+        "user=userr, or assistant=…)",
     ),
     (
         [QUESTION, {"role": "critic", "content": "x"}, ANSWER],
         "turn 2 of 'messages' has the unknown role 'critic' (known: system, user, assistant, tool, "
-        "human, gpt; or say who it is: --map user=critic, or assistant=…)",
+        "human, gpt; or map it: --map user=critic, or assistant=…)",
     ),
     ([QUESTION, {"role": "assistant"}], "turn 2 of 'messages' has no 'content' (keys: role)"),
     (
@@ -195,7 +195,7 @@ INVALID_MESSAGES: list[tuple[Any, str]] = [
         (
             GEN,
             {"conversations": [{"from": "human", "said": "q"}]},
-            "turn 1 of 'conversations' has no 'value' (keys: from, said; say what it is called: "
+            "turn 1 of 'conversations' has no 'value' (keys: from, said; name it: "
             "--map content=said)",
         ),
         (GEN, {"text": None}, "'text' is null"),

@@ -51,8 +51,8 @@ def test_parse_turn(turn: dict[str, Any], message: Message) -> None:
     [
         (
             {"role": "userr", "content": "q"},
-            "turn 1 of 'messages' has the unknown role 'userr' (did you mean 'user'?; or say who "
-            "it is: --map user=userr, or assistant=…)",
+            "turn 1 of 'messages' has the unknown role 'userr' (did you mean 'user'?; or map it: "
+            "--map user=userr, or assistant=…)",
             "unknown_role",
         ),
         ({"role": "user", "content": None}, f"{CONTENT} is null", "null_content"),

@@ -105,7 +105,7 @@ def test_name_in_memory_cannot_be_loaded_or_streamed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("in memory").write_text('{"text": "a"}\n')  # a file of that name is not used
-    with pytest.raises(InputError, match="were handed over in Python, and are not kept"):
+    with pytest.raises(InputError, match="were passed in Python and are not saved"):
         load_splits("in memory")
     with pytest.raises(InputError, match=r"is in memory already\. Drop --streaming"):
         open_source(InMemoryDataset(ROWS))

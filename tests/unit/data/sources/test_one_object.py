@@ -33,7 +33,7 @@ def read(folder: Path, content: Any, name: str = "x.json", on_bad_row: Any = "er
     [
         ({"data": ROWS}, "the rows are the list under 'data'"),
         ({"version": 3, "examples": ROWS, "tags": []}, "the list under 'examples'"),
-        (BY_COLUMN, "a column a key, as pandas writes them"),
+        (BY_COLUMN, "one column per key, as pandas writes them"),
         ({k: {str(i): v for i, v in enumerate(c)} for k, c in BY_COLUMN.items()}, "as pandas"),
         ({"columns": ["text", "label"], "index": [0, 1], "data": [["a", 1], ["b", 0]]},
          "as pandas"),

@@ -97,7 +97,7 @@ BAD_FILES: list[tuple[str, str | bytes, str | list[str]]] = [
     (
         "x.jsonl",
         GOOD + '{"text": NaN, "n": 1}\n',
-        f"x.jsonl:2: not valid JSON (NaN is no JSON number; write null). {SKIP}",
+        f"x.jsonl:2: not valid JSON (NaN is not a JSON number; write null). {SKIP}",
     ),
     (
         "x.jsonl",

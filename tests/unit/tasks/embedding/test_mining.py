@@ -95,7 +95,7 @@ def create_config(**values):
 
 def test_ranks_are_parsed_and_validated():
     assert create_config(ranks="10-210").ranks == (10, 210)
-    with pytest.raises(ConfigError, match="no range of ranks"):
+    with pytest.raises(ConfigError, match="not a range of ranks"):
         create_config(ranks="10")
     with pytest.raises(ConfigError, match="has 3 ranks, and --negatives is 5"):
         create_config(ranks="10-12")

@@ -124,7 +124,7 @@ def test_json_reward_with_schema(tmp_path: Path) -> None:
         ("math", "3:15", "a time, a date or a power of ten"),
         ("math", "2024-05-01", "a time, a date or a power of ten"),
         ("math", "1e3", "a time, a date or a power of ten"),
-        ("math", "yes", "no mathematical expression"),
+        ("math", "yes", "not a math expression"),
     ],
 )
 def test_invalid_reference_answer_is_reported(reward: str, answer: Any, reason: str) -> None:

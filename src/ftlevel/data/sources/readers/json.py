@@ -92,7 +92,7 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
 
 
 def _constant(name: str) -> NoReturn:
-    raise _NotStrict(f"not valid JSON ({name} is no JSON number; write null)")
+    raise _NotStrict(f"not valid JSON ({name} is not a JSON number; write null)")
 
 
 # object_pairs_hook detects duplicate keys in the C scanner; it costs 15 % of the decoding time.
@@ -208,7 +208,7 @@ def _is_rows(value: object) -> bool:
 
 def _parse_pandas(value: Mapping[str, Any], *, is_json_lines: bool) -> OneObject | None:
     """Returns the rows of an object of columns, as pandas writes it; None for other objects."""
-    note = "a column a key, as pandas writes them; a row is what has one place in all"
+    note = "one column per key, as pandas writes them; a row has the same index in all"
     series = list(value.values())
     if {"columns", "data"} <= value.keys() and isinstance(value["data"], list):
         names = value["columns"]
