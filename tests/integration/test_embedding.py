@@ -486,7 +486,7 @@ def test_long_texts_raise_or_are_truncated(
     for folder in (run_dir / "adapter", merged):
         lengths = json.loads((folder / "sentence_bert_config.json").read_text())
         assert lengths["max_seq_length"] == 12
-    with pytest.raises(FtlevelError, match=r"model takes 12 \(--overlong truncate cuts it\)"):
+    with pytest.raises(FtlevelError, match=r"model allows 12 \(--overlong truncate cuts it\)"):
         predict(PredictConfig(name=str(merged), overlong="error"), [{"text": texts[1]}])
 
 
