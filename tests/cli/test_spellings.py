@@ -133,7 +133,7 @@ def test_recipe_after_list_is_not_a_list_value(tmp_path: Path) -> None:
         ("--max-length 2k", "--max-length 2k: numbers are written out. Did you mean 2048 or 2000?"),
         ("--max_steps 1.5k", "Did you mean 1536 or 1500?"),
         ("--lora_rnk 8", "No such option: --lora-rnk. Did you mean '--lora-rank'?"),
-        ("--max-generate-samples 5", "a field, not a flag: --set train.max_generate_samples=VALUE."),
+        ("--max-generate-samples 5", "is a field, not a flag: --set train.max_generate_samples="),
         ("--streaming perhaps.yaml2 --fast=perhaps", "'perhaps' is neither true nor false"),
         ("--load_in_4bit --load_in_8bit", "--load-in-4bit and --load-in-8bit both set quant.kind"),
         ("--bf16 false", "Add --dtype float32: auto selects bfloat16 if the device supports it."),
