@@ -185,7 +185,7 @@ class _Product:
         self._scaling = max(layer.scaling for layer in layers)
         weight = torch.cat([layer.get_weight() for layer in layers])
         down = torch.cat([layer.down for layer in layers])
-        up = torch.block_diag(*(layer.up for layer in layers))
+        up = torch.block_diag(*(each.up for each in layers))  # type: ignore[no-untyped-call]
         self._update: tuple[Tensor, Tensor] | None = None
         if self._scaling and self._dtype == torch.float32:
             weight.addmm_(up, down, alpha=self._scaling)
@@ -213,7 +213,7 @@ class _Product:
         y = packed_linear(x, self._packed, self._bias)
         if self._update is not None:
             _add_update(y, x, *self._update, self._scaling)
-        return dict(enumerate(y.split(self._sizes, -1)))
+        return dict(enumerate(torch.split(y, self._sizes, -1)))
 
 
 def _add_update(y: Tensor, x: Tensor, down: Tensor, up: Tensor, scaling: float) -> None:

@@ -20,7 +20,7 @@ from ftlevel.fast.kernels import NO_KERNELS, Kernels
 from ftlevel.fast.packing import UnsupportedModelError
 from ftlevel.models.hardware import free_memory_bytes
 
-CHUNK_SCORES = 4_000_000
+CHUNK_SCORES = 8_000_000
 """Logits per chunk: 24 MB in float32 and bfloat16, which fits in a CPU's last-level cache."""
 
 MIN_TARGETS = 64

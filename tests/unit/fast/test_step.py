@@ -19,6 +19,7 @@ from ftlevel.config.methods.other import AdapterSpec, Placement
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.fast import packed_attention as attention
+from ftlevel.fast import plan as fast_plan
 from ftlevel.fast import step_collator
 from ftlevel.fast.fused_lora import register_fused_layers
 from ftlevel.fast.plan import FUNCTIONAL_DROPOUT, FastPlan, plan_fast
@@ -29,6 +30,8 @@ from ftlevel.methods import METHODS, Base
 from ftlevel.objectives import Objective
 from ftlevel.tasks.classes import Classes
 from ftlevel.tasks.losses import Tokens
+from ftlevel.tasks.rl.objective import PolicyGradient
+from ftlevel.tasks.rl.rows import PromptRow
 from ftlevel.tasks.span import Spans
 from ftlevel.tasks.tags import Tags
 from ftlevel.trained.adapt import apply_method
@@ -750,6 +753,36 @@ def test_plan_sets_tokens_per_micro_batch(
     plan = plan_fast(
         config, model, "decoder", OBJECTIVES["causal"], device, create_rows("causal"), max_length
     )
+    assert plan.tokens == tokens
+
+
+@pytest.mark.parametrize(
+    ("completion_tokens", "threads", "gib", "tokens"),
+    [
+        (64, 2, 16, 1152),
+        (200, 2, 16, 2 * 1650),
+        (512, 2, 16, 2 * 2098),
+        (200, 4, 16, 4 * 1650),
+        (200, 1, 16, 1650),
+        (200, 2, 0.08, 1650),
+        (200, 2, 0.02, 1152),
+    ],
+)
+def test_a_group_of_completions_is_a_micro_batch_if_it_fits(
+    completion_tokens: int, threads: int, gib: float, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(fast_plan, "device_memory", lambda _: int(gib * 2**30))
+    values = {
+        "task": "rl",
+        "rl": {"reward": "exact", "max_completion_length": completion_tokens},
+        "train": {"per_device_train_batch_size": 2},
+    }
+    config = TrainConfig.model_validate(values)
+    prompts = [[1] * 50, [2] * 40]
+    rows = [PromptRow(ids, [], i, most=completion_tokens) for i, ids in enumerate(prompts)]
+    model, objective = tiny_models.build("llama"), PolicyGradient("reward", config=config.rl)
+    plan = plan_fast(config, model, "decoder", objective, "cpu", rows, 512)
     assert plan.tokens == tokens
 
 
