@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.nn import functional
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from ftlevel.data.encoding.collate import pad
@@ -114,18 +113,26 @@ SampledTokens = tuple[list[int], list[float], list[float]]
 
 def draw(scores: torch.Tensor, temperature: float, keys: torch.Tensor) -> SampledTokens:
     """Draw a token per row of logits `(rows, vocabulary)`, seeded by `keys` `(rows,)`."""
-    rows, vocabulary = scores.shape
+    vocabulary = scores.shape[1]
     keys = keys.to(scores.device)
-    logps = (scores.float() / temperature).log_softmax(-1)
+    scores = scores.float()
+    logps = (scores if temperature == 1 else scores / temperature).log_softmax(-1)
     probabilities = logps.exp()
     size = math.isqrt(vocabulary - 1) + 1
-    blocks = functional.pad(probabilities, (0, -vocabulary % size)).view(rows, -1, size)
+    whole = vocabulary - vocabulary % size
+    blocks = probabilities[:, :whole].unflatten(-1, (-1, size)).sum(-1)
+    if whole < vocabulary:
+        blocks = torch.cat([blocks, probabilities[:, whole:].sum(-1, keepdim=True)], dim=1)
     count = blocks.shape[1]
-    block = (blocks.sum(-1).log() - exponentials(keys, count).log()).argmax(-1)
-    block_values = blocks[torch.arange(rows, device=block.device), block]
-    tokens = block * size + (block_values.log() - exponentials(keys, size, count).log()).argmax(-1)
-    entropies = -(probabilities * logps.clamp(min=-1e3)).sum(-1)  # 0 · -inf is NaN
-    return tokens.tolist(), logps.gather(-1, tokens[:, None])[:, 0].tolist(), entropies.tolist()
+    block = (blocks.log() - exponentials(keys, count).log()).argmax(-1, keepdim=True)
+    ids = block * size + torch.arange(size, device=block.device)
+    values = probabilities.gather(1, ids.clamp(max=vocabulary - 1))
+    values.masked_fill_(ids >= vocabulary, 0)
+    drawn = (values.log() - exponentials(keys, size, count).log()).argmax(-1, keepdim=True)
+    tokens = ids.gather(1, drawn)[:, 0]
+    drawn_logps = logps.gather(1, tokens[:, None])[:, 0].tolist()
+    entropies = -torch.linalg.vecdot(probabilities, logps.clamp_(min=-1e3))  # 0 · -inf is NaN
+    return tokens.tolist(), drawn_logps, entropies.tolist()
 
 
 class _Group:
