@@ -120,7 +120,7 @@ def draw(scores: torch.Tensor, temperature: float, keys: torch.Tensor) -> Sample
     probabilities = logps.exp()
     size = math.isqrt(vocabulary - 1) + 1
     whole = vocabulary - vocabulary % size
-    blocks = probabilities[:, :whole].unflatten(-1, (-1, size)).sum(-1)
+    blocks = probabilities[:, :whole].reshape(len(scores), -1, size).sum(-1)
     if whole < vocabulary:
         blocks = torch.cat([blocks, probabilities[:, whole:].sum(-1, keepdim=True)], dim=1)
     count = blocks.shape[1]
