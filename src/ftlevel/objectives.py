@@ -144,8 +144,7 @@ class Objective(ABC):
         total, smoothing = self.loss_sum(logits, labels, mask), loss.smoothing
         if not smoothing:
             return total
-        scores = self.choices(logits, labels, mask).float()
-        uniform = -scores.log_softmax(-1).mean(-1).sum()
+        uniform = -self.choices(logits, labels, mask).float().log_softmax(-1).mean(-1).sum()
         return (1 - smoothing) * total + smoothing * uniform
 
     def training_count(self, labels: Tensor, loss: TrainingLoss) -> Tensor:
@@ -334,8 +333,7 @@ class PolicyObjective(TokenObjective):
     """Base class of objectives of sampled tokens' log-probabilities, as in reinforcement learning.
 
     A batch contains `signals` `(targets, n)`; see `Encoded.signals`. They include a weight per
-    target that already normalizes the loss, so `training_count` is 1. `temperature` divides the
-    logits.
+    target that already normalizes the loss, so `training_count` is 1. `temperature` divides logits.
     """
 
     temperature: float = 1.0

@@ -172,5 +172,4 @@ def delete_unreachable_best(parent_dir: Path) -> None:
 
 def _list_best_models(parent_dir: Path) -> list[Path]:
     candidates = [p for p in parent_dir.glob("best-*") if _BEST_NAME.fullmatch(p.name)]
-    certified = [p for p in candidates if (p / MANIFEST).is_file()]
-    return sorted(certified, key=step_of)
+    return sorted([p for p in candidates if (p / MANIFEST).is_file()], key=step_of)

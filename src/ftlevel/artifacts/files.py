@@ -153,8 +153,7 @@ def lock_dir(
 ) -> Iterator[None]:
     """Lock a path (flock) in the block; raise ConfigError on `flag` if another process has it.
 
-    With `shared`, other processes may share the lock. It has no effect on file systems without
-    locks.
+    With `shared`, other processes may share the lock. No effect on file systems without locks.
     """
     descriptor = None
     with contextlib.suppress(OSError):

@@ -206,10 +206,9 @@ def move_foreign_files(run_dir: Path, under: str = "") -> list[str]:
 
 def _files(run_dir: Path) -> set[str]:
     """Returns the relative POSIX paths of all files and links of the run in `run_dir`."""
-    roots = [run_dir / name for name in OWN]
     return {
         path.relative_to(run_dir).as_posix()
-        for root in roots
+        for root in [run_dir / name for name in OWN]
         for path in (root, *(() if root.is_symlink() else root.rglob("*")))
         if path.is_file() or path.is_symlink()
     }

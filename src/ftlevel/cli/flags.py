@@ -104,8 +104,7 @@ class FtlevelCommand(TyperCommand):
 
 def _name_value(error: Any, rewritten: RewrittenArgs) -> None:
     """Raise ConfigError with the invalid value, which Typer omits, if `rewritten` contains it."""
-    parameter = getattr(error, "param", None)
-    names = getattr(parameter, "opts", None) or []
+    names = getattr(getattr(error, "param", None), "opts", None) or []
     parts = [part for argument in rewritten.args for part in argument.split("=", 1)]
     positions = [i for i, part in enumerate(parts[:-1]) if part in names]
     if not positions:

@@ -40,9 +40,8 @@ def recipes(action: str, file: Path | None, target: Path | None, *, as_json: boo
     text = path.read_text(encoding="utf-8")
     if action == "copy":
         target = _copy(path, text, target or Path(path.name))
-        report = {"recipe": str(path), "copied_to": str(target)}
         typer.echo(
-            json.dumps(report)
+            json.dumps({"recipe": str(path), "copied_to": str(target)})
             if as_json
             else f"wrote {target}. Then: ftlevel train {quote(str(target))}"
         )

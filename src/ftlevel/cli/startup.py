@@ -235,8 +235,7 @@ class SafeStream(io.TextIOBase):
         try:
             getattr(self._stream, method)(*arguments)
         except UnicodeEncodeError:  # the terminal's encoding lacks a character
-            replaced = arguments[0].encode(self.encoding, "replace").decode(self.encoding)
-            self._stream.write(replaced)
+            self._stream.write(arguments[0].encode(self.encoding, "replace").decode(self.encoding))
         except OSError as error:
             stream, self._stream = self._stream, None
             discard(stream)

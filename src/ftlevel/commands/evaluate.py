@@ -96,12 +96,11 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         listener.stage("reading the data")
 
         def encode(model: LoadedModel) -> EvaluationRows:
-            context = _context(config, model, config_ref, run_config, is_compared=other is not None)
             return load_evaluation_rows(
                 run_config.data,
                 config_ref.card,
                 config.split,
-                context,
+                _context(config, model, config_ref, run_config, is_compared=other is not None),
                 is_own=is_own,
                 is_typed=bool(config.columns),
             )

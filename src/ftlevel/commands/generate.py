@@ -69,8 +69,7 @@ def generate(
                 f"a prompt is of type {type(prompt).__name__}. Pass texts: a list, or one column "
                 "of a DataFrame."
             )
-    config = build_section(GenerateConfig, {"name": name, **settings})
-    return generate_answers(config, texts)
+    return generate_answers(build_section(GenerateConfig, {"name": name, **settings}), texts)
 
 
 def generate_answers(
@@ -138,8 +137,7 @@ def _add_rows(
     request: AnswerRequest, path: Path, task: BaseTask, config: GenerateConfig
 ) -> tuple[AnswerRequest, list[str]]:
     """Returns `request` with the rows of the file, and the text to print as prompt of each row."""
-    ignored = config.ignore_columns
-    source, _ = open_rows(str(path), ReadOptions(ignored=ignored))
+    source, _ = open_rows(str(path), ReadOptions(ignored=config.ignore_columns))
     try:
         shape = task.get_query_format(source.leading, config.columns, rows=source.first)
     except NoFormatError:

@@ -90,8 +90,7 @@ def draft(layers: list[Layer], file: Path, answer: Callable[[SetupQuestion, Choi
     command = f"ftlevel train --recipe {quote_shell(str(file))} --output-dir runs/{run.name}"
     values = config.model_dump(mode="json", exclude_unset=True)
     lines = [*_head(run.config, command, file), *_format_lines(values, run, defaults)]
-    text = "\n".join(lines) + "\n"
-    return Draft(text, config, defaults, run.schedule.steps, command)
+    return Draft("\n".join(lines) + "\n", config, defaults, run.schedule.steps, command)
 
 
 def check_value(layers: list[Layer], question: SetupQuestion, value: str) -> None:

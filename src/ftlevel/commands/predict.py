@@ -159,7 +159,6 @@ def _prepare(
         else explain_columns(shape.columns, config.columns, config.format)
     )
     columns = Choice("columns", shape.description, message)
-    choices = _choices(config, ref, run_config, columns, answers, file)
     return _PreparedPrediction(
         ref,
         device.value,
@@ -169,7 +168,7 @@ def _prepare(
         queries,
         sink,
         progress,
-        [*choices, device, select_threads()],
+        [*_choices(config, ref, run_config, columns, answers, file), device, select_threads()],
     )
 
 

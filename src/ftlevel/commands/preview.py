@@ -150,8 +150,7 @@ def _sample(run: Run) -> list[Choice]:
             name, run.objective, model.kind, model.tokenizer, model.device, model.dtype
         )
     else:
-        rewards = open_rewards(rl, model.device, model.tokenizer, rows, where)
-        run = replace(run, rewards=rewards)
+        run = replace(run, rewards=open_rewards(rl, model.device, model.tokenizer, rows, where))
     adapted = load_training_model(run, NullListener())
     return preview_rollouts(create_rollouts(run, adapted.model, teacher), rows)
 
@@ -159,10 +158,8 @@ def _sample(run: Run) -> list[Choice]:
 def _select_rows(run: Run, numbers: Sequence[int]) -> list[Encoded]:
     rows = run.data.train
     if not numbers:
-        lengths = _lengths(run)
-        order = sorted(range(len(rows)), key=lengths.__getitem__)
-        selected = dict.fromkeys((order[0], order[len(order) // 2], order[-1]))
-        return [rows[i] for i in selected]
+        order = sorted(range(len(rows)), key=_lengths(run).__getitem__)
+        return [rows[i] for i in dict.fromkeys((order[0], order[len(order) // 2], order[-1]))]
     encoded = rows.rows if isinstance(rows, MaskedRows) else rows
     there = np.concatenate([flat.example for flat in flat_batches(encoded)]) + 1
     missing = [number for number in numbers if number not in there]

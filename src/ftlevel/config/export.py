@@ -482,8 +482,7 @@ class ExportConfig(HubSection):
     @property
     def outputs(self) -> tuple[Path, ...]:
         """Paths of all output files, `out` first."""
-        format_ = FORMATS[self.format]
-        suffixes = format_.beside + ((".served.json",) if self.recorded else ())
+        suffixes = FORMATS[self.format].beside + ((".served.json",) if self.recorded else ())
         return (self.out, *(self.out.with_suffix(suffix) for suffix in suffixes))
 
     @property

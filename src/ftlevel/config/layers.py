@@ -158,8 +158,7 @@ def build_config(
         _drop_alias_fields(merged, aliased, values, resolved)
         _merge(merged, resolved)
         for key, location in layer.locations.items():
-            full = _complete_key(key, layer.values.get(key[0]))
-            dotted = ".".join(full)
+            dotted = ".".join(_complete_key(key, layer.values.get(key[0])))
             locations[tuple(RENAMED.get(dotted, dotted).split("."))] = location
     try:
         return TrainConfig.model_validate(merged)

@@ -383,11 +383,10 @@ def _validate_streaming(config: TrainConfig) -> Iterator[str]:
 def _validate_stdin(config: TrainConfig) -> Iterator[str]:
     data = config.data
     if (config.train.num_processes or 1) > 1:
-        names = (data.dataset, *data.also, data.validation_file or "")
         yield from [
             f"--num-processes cannot be used with {name}, a pipe, which only one process can "
             "read. Save the rows to a file."
-            for name in names
+            for name in (data.dataset, *data.also, data.validation_file or "")
             if Path(name).is_fifo()
         ]
     if data.validation_file == "-":

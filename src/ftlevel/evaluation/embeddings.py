@@ -98,8 +98,7 @@ def step_losses(
     if compares_rows and len(positions) > 1 and len(step) - positions[-1] == 1:
         positions.pop()
     for start, end in zip(positions, [*positions[1:], len(step)], strict=True):
-        loss = objective.group_loss(vectors, step.select(slice(start, end)))
-        losses += [loss] * (end - start)
+        losses += [objective.group_loss(vectors, step.select(slice(start, end)))] * (end - start)
     return losses
 
 
@@ -136,8 +135,7 @@ class QueryMeter:
 class PairMeter:
     """Meter of pairs of texts: Spearman correlation or average precision of similarities.
 
-    `labels` are `(pairs,)`; `scores` maps a metric suffix, such as `_dim_64`, to the similarities
-    `(pairs,)`.
+    `labels` are `(pairs,)`; `scores` maps a suffix, such as `_dim_64`, to similarities `(pairs,)`.
     """
 
     kind: LabelKind

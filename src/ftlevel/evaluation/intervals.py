@@ -179,8 +179,7 @@ class ExampleRecord:
         losses = {"loss": loss} if targets else {}
         if compute is not None:
             return losses | compute(np.bincount(indices, minlength=len(units)))
-        meter = sample[0].meter.pool([unit.meter for unit in sample])
-        return losses | meter.compute(loss)
+        return losses | sample[0].meter.pool([unit.meter for unit in sample]).compute(loss)
 
 
 def _bootstrap(

@@ -174,8 +174,7 @@ class Evaluator:
         labels = row.labels if isinstance(row.labels, list) else []
         if self.kind != "encoder-decoder":
             labels = labels[self._answer_start(labels) :]
-        ids = [label for label in labels if label != IGNORED]
-        return self.decode(ids)
+        return self.decode([label for label in labels if label != IGNORED])
 
     @staticmethod
     def _answer_start(labels: list[int]) -> int:

@@ -161,8 +161,7 @@ class ServerSampler:
         if has_tokens:
             difference = _difference(output, self._token_logps([row])[0])
         if before and has_tokens:
-            trained = [p for p in self._model.parameters() if p.requires_grad]
-            with using_weights(trained, before):
+            with using_weights([p for p in self._model.parameters() if p.requires_grad], before):
                 former = _difference(output, self._token_logps([row])[0])
         if difference <= BOUND and former >= difference / 2:
             return

@@ -310,8 +310,7 @@ def padded_attention(
     states: list[Tensor], segments: tuple[Segment, ...], options: AttentionOptions
 ) -> Tensor:
     """Returns attention as `varlen_attention` does, with torch's SDPA on padded batches."""
-    device = states[0].device
-    batches, positions = pad_segments(segments, options.causal, options.window, device)
+    batches, positions = pad_segments(segments, options.causal, options.window, states[0].device)
     groups, outputs = len(states[0]) // len(states[1]), []
     for batch in batches:
         query, key, value = (

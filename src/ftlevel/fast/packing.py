@@ -123,8 +123,7 @@ class PackedLayout:
 
     def unpack(self, states: Tensor) -> Tensor:
         """Returns `states` (1, tokens, …) as (batch, seq, …)."""
-        flat = states[0].index_select(0, self.restore)
-        return flat.view(self.batch, self.seq, *states.shape[2:])
+        return states[0].index_select(0, self.restore).view(self.batch, self.seq, *states.shape[2:])
 
     def pack_inputs(self, value: Any) -> Any:
         """Returns a block's argument `value`, with tensors (batch or 1, seq, …) in it packed."""

@@ -132,8 +132,7 @@ class FastStep:
 
     def remove(self) -> None:
         """Remove all parts of the fast step, so that the model runs as before."""
-        parts = (self.cross_entropy, self.norm_glu, self._rope, self._pruning, self._dropout)
-        for part in parts:
+        for part in (self.cross_entropy, self.norm_glu, self._rope, self._pruning, self._dropout):
             if part is not None:
                 part.remove()
         self._close_workers()

@@ -257,8 +257,7 @@ def quantize_merged(
     output_dir.mkdir()
     listener.begin(0)
     config = load_config(resolve_source(str(merged.directory)))
-    dtype = DTYPES[merged.written.dtype]
-    layout = _plan_layout(inputs, config, quant, dtype)
+    layout = _plan_layout(inputs, config, quant, DTYPES[merged.written.dtype])
     origin = merged.merger
     # On the grid of training, rounding would undo training; on another grid the trained weights lie
     # between codes and can be rounded directly.
@@ -319,8 +318,7 @@ def _check_reloaded(model: Any, checksums: Mapping[str, torch.Tensor]) -> None:
 
 def _signs(count: int) -> torch.Tensor:
     """Returns `count` fixed random signs, with which a matrix is multiplied for its checksum."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 2, (count,), generator=generator).float() * 2 - 1
+    return torch.randint(0, 2, (count,), generator=torch.Generator().manual_seed(0)).float() * 2 - 1
 
 
 def select_gguf_codes(

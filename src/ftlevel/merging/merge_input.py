@@ -78,8 +78,7 @@ class MergeInput:
 
     def eval_set(self, rows: Sequence[Encoded]) -> EvalSet:
         """Returns `rows` as an `EvalSet`, with objective, padding token and device."""
-        pad_id = self.tokenizer.pad_token_id or 0
-        return EvalSet(rows, self.ref.objective, pad_id, self.device)
+        return EvalSet(rows, self.ref.objective, self.tokenizer.pad_token_id or 0, self.device)
 
 
 def get_adapter_dir(name: str) -> Path:

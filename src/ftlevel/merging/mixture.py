@@ -1,8 +1,7 @@
 """Combine several LoRA adapters of one base into one LoRA, which is then merged like any other.
 
 With `cat`, A and B matrices are concatenated, and B·A = Σ wᵢ sᵢ Bᵢ Aᵢ exactly. Other strategies
-call PEFT's `add_weighted_adapter`, which reads only A and B, so the base is allocated but never
-loaded.
+call PEFT's `add_weighted_adapter`, which reads only A and B: the base is not loaded.
 """
 
 from __future__ import annotations
@@ -51,8 +50,7 @@ def get_mixing_conflict(config: dict[str, Any]) -> str | None:
 def concatenate_adapters(adapter_dirs: Sequence[Path], weights: Sequence[float], out: Path) -> None:
     """Save the LoRA with the update Σ wᵢ · sᵢ · Bᵢ · Aᵢ: weights wᵢ, scales sᵢ of the adapters.
 
-    A stacks wᵢ·sᵢ·Aᵢ by rows, B concatenates Bᵢ by columns. The rank is the sum of the ranks; the
-    scale is 1.
+    A stacks wᵢ·sᵢ·Aᵢ by rows, B concatenates Bᵢ by columns. The ranks are added; the scale is 1.
     """
     import torch
     from safetensors.torch import load_file, save_file

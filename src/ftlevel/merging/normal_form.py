@@ -160,8 +160,7 @@ def compute_normal_form(
     file = load_adapter_file(adapter_dir, config, base)
     if convert is None:
         return None
-    factors = convert(file)
-    return build_normal_form(factors, file, limit, "its file")
+    return build_normal_form(convert(file), file, limit, "its file")
 
 
 def load_adapter_file(

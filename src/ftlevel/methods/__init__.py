@@ -39,8 +39,7 @@ def _load_methods() -> Iterator[tuple[str, Method]]:
     for spec in specs.BY_TARGETS:
         name = str(spec.model_fields["kind"].default)
         if name not in _ADDED:
-            module = import_module(f"{__name__}.{specs.MODULES[name]}")
-            yield name, module.METHODS[name]
+            yield name, import_module(f"{__name__}.{specs.MODULES[name]}").METHODS[name]
         elif method := try_load(_ADDED[name][1][1], _ADDED[name][0]):
             yield name, method
 

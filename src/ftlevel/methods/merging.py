@@ -115,8 +115,7 @@ def build_skeleton(model: Any, path: Path) -> Skeleton:
         merge_info = BY_PEFT_TYPE[str(config.peft_type.value)]
         merge_info.prepare(config)
         peft_model = get_peft_model(model, config, low_cpu_mem_usage=True)
-        tensors = load_file(str(path / WEIGHTS))
-        _load(peft_model, tensors, path)
+        _load(peft_model, load_file(str(path / WEIGHTS)), path)
     merge_info.restore(peft_model, config)
     base = peft_model.get_base_model()
     units = dict(_iter_units(base))

@@ -198,8 +198,7 @@ def loha_as_lora(file: AdapterFile) -> dict[str, Factors]:
     """Returns module name → LoRA factors of rank r² that equal s · (B₁A₁) ⊙ (B₂A₂)."""
     factors = {}
     for name in file.names("hada_w1_a"):
-        names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-        b1, a1, b2, a2 = file.pop(name, *names)
+        b1, a1, b2, a2 = file.pop(name, "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
         a = (a1.unsqueeze(1) * a2.unsqueeze(0)).reshape(-1, a1.shape[1])
         b = (b1.unsqueeze(2) * b2.unsqueeze(1)).reshape(len(b1), -1)
         factors[name] = Factors(a, b * _scale(file, name, len(a1)))

@@ -290,8 +290,7 @@ def get_new_language_head(model: nn.Module) -> tuple[list[str], list[str]]:
     candidates = list(heads)
     while candidates:
         name = candidates.pop(0)
-        modules_inside = list(modules[name].modules())
-        if not any(part is output for part in modules_inside):
+        if not any(part is output for part in modules[name].modules()):
             new.append(name)
         elif modules[name] is not output:
             children = modules[name].named_children()

@@ -61,8 +61,7 @@ class ExpertGroup:
 
     def lora_parameters(self, r: int) -> int:
         """Returns the number of parameters if LoRA of rank `r` adapts all experts of the group."""
-        count = lora_parameters(self.in_features, self.out_features, r)
-        return self.count * self.experts * count
+        return self.count * self.experts * lora_parameters(self.in_features, self.out_features, r)
 
 
 @dataclass(frozen=True)

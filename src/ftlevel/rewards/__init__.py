@@ -236,8 +236,7 @@ _FENCE = re.compile(r"```(?:json|JSON)?\s*\n(.*?)```", re.DOTALL)
 def parse_strict_json(text: str) -> Any:
     """Returns the value of JSON text, alone or in one fenced block.
 
-    Raises `ValueError` for JSON that is invalid or nested too deeply, or has NaN, infinity or equal
-    keys.
+    Raises `ValueError` for invalid or deeply nested JSON, and for NaN, infinity and equal keys.
     """
     fenced = _FENCE.findall(text)
     body = fenced[0] if len(fenced) == 1 else text

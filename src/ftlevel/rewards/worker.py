@@ -239,8 +239,7 @@ def serve(requests: TextIO, replies: TextIO) -> None:
     methods = {"load": worker.load, "check": worker.check, "score": worker.score}
     for line in requests:
         request = json.loads(line)
-        reply = methods[request["do"]](request)
-        replies.write(json.dumps(reply, default=_to_json) + "\n")
+        replies.write(json.dumps(methods[request["do"]](request), default=_to_json) + "\n")
         replies.flush()
 
 

@@ -43,8 +43,7 @@ A ranking is a list of `{"answer": ..., "probability": ...}`, most likely first.
 class Prediction:
     """Prediction for one prompt or row; `columns` are the values of `BaseTask.prediction_columns`.
 
-    `scores` maps classes or words to probabilities; `tags` has (word, tag) pairs. Both may be
-    empty.
+    `scores` maps classes or words to probabilities; `tags` has (word, tag) pairs. Empty if unused.
     """
 
     text: str

@@ -97,10 +97,9 @@ def weighted_binary_cross_entropy(logits: Tensor, labels: Tensor, loss: Training
 
 def compute_pos_weight(labels: Iterable[Sequence[float]]) -> tuple[float, ...]:
     """Returns each class's ratio of negative to positive rows; 1 if there are none of either."""
-    labels_per_class = list(zip(*labels, strict=True))
     return tuple(
         (len(column) - sum(column)) / sum(column) or 1.0 if any(column) else 1.0
-        for column in labels_per_class
+        for column in zip(*labels, strict=True)
     )
 
 

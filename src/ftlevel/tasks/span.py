@@ -75,8 +75,7 @@ def update_span(best_span: BestSpan, scores: Tensor, window: Any) -> None:
     spans = start[:, None] + end[None, :]
     allowed = spans.new_ones(spans.shape).triu().tril(MAX_SPAN_TOKENS - 1).bool()
     spans = spans.masked_fill(~allowed, -math.inf)
-    best = int(spans.argmax())
-    first, last = divmod(best, count)
+    first, last = divmod(int(spans.argmax()), count)
     score = float(spans[first, last])
     if score > best_span.score:
         best_span.score = score
@@ -297,8 +296,7 @@ class Spans(Objective):
 
     def choices(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """Returns start and end logits `(2 · batch, seq)` with padding masked."""
-        scores = logits.masked_fill(mask[..., None] == 0, -1e4)
-        return scores.transpose(1, 2).flatten(0, 1)
+        return logits.masked_fill(mask[..., None] == 0, -1e4).transpose(1, 2).flatten(0, 1)
 
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """Returns the sum of the negative log-likelihoods of starts and ends, in nats."""
@@ -351,8 +349,7 @@ class SpanMeter:
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
         ((row, span),) = self.spans.items()
-        predicted = span.answer(unanswerable=self.unanswerable)
-        return {"predicted": predicted, "true": self.answers[row]}
+        return {"predicted": span.answer(unanswerable=self.unanswerable), "true": self.answers[row]}
 
 
 _CLASS = "AutoModelForQuestionAnswering"

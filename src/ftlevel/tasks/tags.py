@@ -294,8 +294,7 @@ class TagMeter(PredictionMeter):
         self.names = names
 
     def update(self, logits: Tensor, labels: Tensor, rows: Sequence[Any]) -> None:
-        best = logits.argmax(-1).tolist()
-        for tags, row in zip(best, rows, strict=True):
+        for tags, row in zip(logits.argmax(-1).tolist(), rows, strict=True):
             self.true.append([self.names[tag] for tag in row.tags])
             self.predicted.append(
                 ["O" if at is None else self.names[tags[at]] for at in row.positions]

@@ -203,8 +203,7 @@ class ModelRef:
 
         `dtype` is the compute precision, by default that of training; `adapter_name` is the name in
         PEFT. With `dequantize`, matrix products of a quantized base run in floating point. Raises
-        InputError if files are corrupted or do not belong together, or there is no trained head for
-        the task.
+        InputError if files are corrupted or do not belong together, or there is no trained head.
         """
         card, task, source = self.card, self.configured_task, self.source
         config, notes = copy.deepcopy(self.model_config), list(self.notes)

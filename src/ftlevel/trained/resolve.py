@@ -459,8 +459,7 @@ def check_base(
 def check_cached_base(ref: ModelRef) -> None:
     """Raise InputError if the weights of a base on the Hub changed after training; may download."""
     if ref.source.kind == "hub" and ref.card.base.get("fingerprint") is not None:
-        local = get_local_dir(ref.source)
-        source = replace(ref.source, kind="directory", location=str(local))
+        source = replace(ref.source, kind="directory", location=str(get_local_dir(ref.source)))
         check_base(source, ref.card, ref.adapter_path)
 
 

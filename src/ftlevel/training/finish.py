@@ -59,8 +59,7 @@ def end_training(trainer: FtlevelTrainer, run: Run, records: Sequence[Mapping[st
     trainer.forget_optimizer()
     if isinstance(trainer.train_dataset, StreamedRows):
         run = with_stream_counts(run, trainer.train_dataset)
-    last = trainer.state.global_step
-    if trainer.evaluator and not has_evaluation(records, last):
+    if trainer.evaluator and not has_evaluation(records, trainer.state.global_step):
         trainer.evaluate()
     return run
 
@@ -270,9 +269,8 @@ def measure_times(
 
     Without a first step, `trained_at`, the end of training, takes its place.
     """
-    first = report.first_step_at or trained_at
     return {
-        "to_first_step_s": round(first - start.at, 3),
+        "to_first_step_s": round((report.first_step_at or trained_at) - start.at, 3),
         "to_first_step_cpu_s": round(report.first_step_cpu_s - start.cpu_s, 3),
         "train_s": round(report.train_s, 3),
         "total_s": round(time.perf_counter() - start.at, 3),

@@ -280,8 +280,7 @@ class StepReducer:
         trainer = self._trainer
         if trainer.args.world_size > 1 or trainer.fast is None:
             return
-        batch_size = trainer.args.train_batch_size
-        order = np.argsort(-row_lengths(rows), kind="stable")[:batch_size]
+        order = np.argsort(-row_lengths(rows), kind="stable")[: trainer.args.train_batch_size]
         longest_rows = trainer.with_targets([rows[int(at)] for at in order])
         model, workers = trainer.model, trainer.fast.plan.workers
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []

@@ -315,5 +315,4 @@ def _is_replaced(trained: Any, name: str) -> bool:
 
 
 def _is_wrapped(trained: Any, name: str) -> bool:
-    module = trained.get_base_model().get_submodule(name.rpartition(".")[0])
-    return hasattr(module, "base_layer")
+    return hasattr(trained.get_base_model().get_submodule(name.rpartition(".")[0]), "base_layer")

@@ -290,8 +290,7 @@ def _fill(run: Run, model: PreparedModel, array: np.ndarray) -> None:
 def _compute_logps(run: Run, model: PreparedModel, rows: Sequence[Encoded]) -> np.ndarray:
     """Returns log-probabilities (rows, 2) of both answers; for KTO, of own and mismatched one."""
     values = np.full((len(rows), 2), np.nan, dtype=np.float32)
-    contrasts = [other for row in rows for other in row.contrasts]
-    for column, sequences in ((0, rows), (1, contrasts)):
+    for column, sequences in ((0, rows), (1, [other for row in rows for other in row.contrasts])):
         for indices, answers in _score(run, model, sequences):
             sums = answers[:, 0].float().cpu().numpy().reshape(len(indices), -1)
             values[indices, column : column + sums.shape[1]] = sums
@@ -345,8 +344,7 @@ def precompute_reference(run: Run, listener: Listener) -> tuple[Run, Reference |
         )
         run, info = add_reference_logps(run, reference.name, key, load, listener)
     workspace = Workspace("reference")
-    adapter_path = (run.config.output.dir or Path("runs/run")) / "adapter"
-    reference.write(Path(workspace.name), adapter_path)
+    reference.write(Path(workspace.name), (run.config.output.dir or Path("runs/run")) / "adapter")
     return run, Reference({**info, "fingerprint": reference.fingerprint}, workspace)
 
 

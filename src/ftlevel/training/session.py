@@ -245,8 +245,7 @@ def resolve_job(
 
     run, memory = processes.in_all(resolve_locally)
     if run.config.speed.tokens_per_micro_batch == "memory":
-        tokens = load_previous_batch_tokens(run.config.output)
-        sized = select_batch_size(run, processes, tokens)
+        sized = select_batch_size(run, processes, load_previous_batch_tokens(run.config.output))
         listener.choices("train", sized.choices[len(run.choices) :])
         run = sized
     recipe = get_recipe_info(command.recipe) if command.recipe else None
@@ -273,8 +272,7 @@ def _resolve(
         adapter=adapter,
         prompt_version=load_previous_prompt_version(output),
     )
-    choices = [*inputs.choices, *run.choices]
-    run = replace(run, choices=choices, written_base=inputs.written_base)
+    run = replace(run, choices=[*inputs.choices, *run.choices], written_base=inputs.written_base)
     check_base_not_overwritten(run)
     run = replace(run, auxiliary=resolve_auxiliary_models(run))
     check_server(config.rl)
@@ -376,8 +374,7 @@ class TrainingSession:
         self.job.listener.stage("saving and verifying")
 
         def write(weights: Mapping[str, Any] | None = None) -> None:
-            files = self.auxiliary.files
-            save(self.model, self.run, self.output_dir, self.base, files, weights)
+            save(self.model, self.run, self.output_dir, self.base, self.auxiliary.files, weights)
 
         with explain_disk_errors(self.output_dir):
             if self.is_sharded:
@@ -400,7 +397,6 @@ class TrainingSession:
         """Write and show the results of the run; returns the contents of summary.json."""
         job, callbacks, trainer = self.job, self.callbacks, self.trainer
         tokens, records = callbacks.report.tokens or 0, callbacks.report.records
-        comparison = asdict(self.comparison) if self.comparison else None
         outcome = Outcome(
             run=self.output_dir.path,
             recipe=job.recipe,
@@ -412,7 +408,7 @@ class TrainingSession:
             timings=measure_times(callbacks.report, job.start, self.trained_at, tokens),
             evaluator=trainer.evaluator,
             answers=callbacks.answers,
-            speed=get_speed_info(trainer, comparison),
+            speed=get_speed_info(trainer, asdict(self.comparison) if self.comparison else None),
             selected=self.selected,
             changes=self.output_dir.load_changes(),
             skipped_steps=[note for note in self.output_dir.load_events() if "how" in note],

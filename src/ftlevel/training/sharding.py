@@ -285,8 +285,7 @@ def compare_weights(model: Any, run: Run, directory: Path) -> float:
     saved = open_base(resolve_source(str(directory)), run.model.config, run.model.auto_class)
     diffs = [torch.zeros(())]
     for name, tensor in model.state_dict(keep_vars=True).items():
-        shard = part_of(saved.read(name), tensor)
-        diff = (local_shard(tensor).detach().cpu() - shard).abs()
+        diff = (local_shard(tensor).detach().cpu() - part_of(saved.read(name), tensor)).abs()
         diffs += [diff.max().float()] if diff.numel() else []
     return float(torch.stack(diffs).max())  # NaN if any is
 

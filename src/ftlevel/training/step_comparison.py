@@ -216,8 +216,7 @@ class Bounds:
                     f"{difference.length:+.2%}, and rounding explains {bound / norm:.2g}",
                     self.dtype,
                 )
-        order = total(self.noise.values())
-        bound = rtol / 2 + ORDER * order.distance
+        bound = rtol / 2 + ORDER * total(self.noise.values()).distance
         if not overall.distance <= bound:
             raise create_mismatch_error(
                 f"{label} differ by {overall.distance:.2g}, and rounding explains {bound:.2g}",

@@ -124,8 +124,7 @@ def _fill(run: Run, model: PreparedModel, offsets: Sequence[int], array: np.ndar
             batch_rows = [rows[i] for i in chunk]
             for indices, log_probs, ids in _predict(run, model, batch_rows, array.dtype):
                 num_targets = [offsets[start + i + 1] - offsets[start + i] for i in indices]
-                stops = np.cumsum(num_targets)
-                for i, count, end in zip(indices, num_targets, stops, strict=True):
+                for i, count, end in zip(indices, num_targets, np.cumsum(num_targets), strict=True):
                     target, source = (
                         slice(offsets[start + i], offsets[start + i + 1]),
                         slice(end - count, end),
@@ -162,11 +161,9 @@ def _observe_logits(
     inputs, labels = prepare_inputs(model.model, objective, batch)
     at, targets = objective.locate(labels)
     if model.fast is not None and model.fast.cross_entropy is not None:
-        head = model.fast.cross_entropy
-        head.loss_sum(lambda: model.model(**inputs), at, targets, observe)
+        model.fast.cross_entropy.loss_sum(lambda: model.model(**inputs), at, targets, observe)
         return
-    scores = objective.logits(model.model(**inputs)).flatten(0, 1)
-    observe(scores.index_select(0, at), targets)
+    observe(objective.logits(model.model(**inputs)).flatten(0, 1).index_select(0, at), targets)
 
 
 class TeacherScorer:

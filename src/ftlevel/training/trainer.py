@@ -259,8 +259,7 @@ class FtlevelTrainer(Trainer):
     def restore(self, checkpoint: Path) -> None:
         """Load weights and optimizer state, but not learning rates, from `checkpoint`."""
         self._load_from_checkpoint(str(checkpoint))
-        path = checkpoint / "optimizer.pt"
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
         with keep_settings(self.optimizer, "lr"):
             self.optimizer.load_state_dict(state)
 

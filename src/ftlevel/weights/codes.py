@@ -117,9 +117,8 @@ def select_codes(
 
 def compute_directions(update: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
     """Returns (out, k) orthonormal output directions that `update` changes most; `moment` is H."""
-    num_directions = min(DIRECTIONS, *update.shape)
     directions = torch.randn(
-        len(update), num_directions, generator=torch.Generator().manual_seed(0)
+        len(update), min(DIRECTIONS, *update.shape), generator=torch.Generator().manual_seed(0)
     )
     if not update.any():
         return torch.zeros_like(directions)

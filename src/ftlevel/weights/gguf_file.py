@@ -194,10 +194,9 @@ def plan_tensors(
         )
     if missing:
         raise InputError(f"the checkpoint lacks {join_names(missing, 3)}. Is it complete?")
-    extra = extra_tensors(config)
     planned += [
         GGUFTensor(name, None, tuple(value.shape), "f32", False, value.clone)
-        for name, value in extra.items()
+        for name, value in extra_tensors(config).items()
     ]
     return planned
 

@@ -40,8 +40,7 @@ class PreTokenizer:
 
 
 def _split(pattern: str) -> dict[str, Any]:
-    regex = {"Regex": pattern}
-    return {"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
 PRE_TOKENIZERS = {

@@ -169,8 +169,7 @@ def get_modules_to_skip(config: Any, auto_class: str) -> list[str]:
 def _parameters(meta: Any, tree: ModuleTree, linears: dict[str, bool]) -> Iterator[Parameter]:
     experts = {expert.name for expert in tree.experts()}
     state_dict = meta.state_dict()
-    tensors = [*meta.named_parameters(), *meta.named_buffers()]
-    for name, tensor in tensors:
+    for name, tensor in [*meta.named_parameters(), *meta.named_buffers()]:
         if name not in state_dict:  # non-persistent buffer
             continue
         owner, _, last = name.rpartition(".")
@@ -314,8 +313,7 @@ def save_quantized(
     to quantize is missing, or a file is corrupted.
     """
     shards = {shard: load_header(shard)[0] for shard in weight_files(model_dir)}
-    keys = [key for entries in shards.values() for key in entries]
-    layout = resolve_layout(layout, keys)
+    layout = resolve_layout(layout, [key for entries in shards.values() for key in entries])
     sizes = _quantize_shards(shards, out, layout, step, get_codes)
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = layout.config.to_dict()

@@ -85,8 +85,7 @@ def separate_pad_from_eos(tokenizer: Any) -> Choice | None:
     if tokenizer.pad_token_id != tokenizer.eos_token_id:
         return None
     vocabulary = tokenizer.get_vocab()
-    first = sorted(vocabulary, key=vocabulary.__getitem__)[:2]
-    tokens = (*_RESERVED, tokenizer.bos_token, *first)
+    tokens = (*_RESERVED, tokenizer.bos_token, *sorted(vocabulary, key=vocabulary.__getitem__)[:2])
     tokenizer.pad_token = next(t for t in tokens if t in vocabulary and t != tokenizer.eos_token)
     return Choice("pad token", tokenizer.pad_token, "EOS is read as the end of an answer")
 

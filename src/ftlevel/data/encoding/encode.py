@@ -395,9 +395,8 @@ def _encode_chats(
 def _render_example(tokenizer: Any, example: Any, prompt_format: PromptFormat) -> RenderedChat:
     tools = example.tools if isinstance(example, Conversation) else ()
     if isinstance(example, SourceTarget):
-        source = prompt_format.user_text(example.source)
         messages: Sequence[Message] = (
-            Message("user", source),
+            Message("user", prompt_format.user_text(example.source)),
             Message("assistant", example.target),
         )
     else:
@@ -528,10 +527,9 @@ class EncodedTexts(Encoded):
     def sequences(self) -> Sequence[EncodedText]:
         """One sequence per text, with a dummy label."""
         spans = pairwise(accumulate(self.sizes, initial=0))
-        unpooled = self.unpooled or (0,) * len(self.sizes)
         return [
             EncodedText(self.input_ids[a:b], 0, self.row, {}, min(skipped, b - a - 1), self.ends)
-            for (a, b), skipped in zip(spans, unpooled, strict=True)
+            for (a, b), skipped in zip(spans, self.unpooled or (0,) * len(self.sizes), strict=True)
         ]
 
     @property

@@ -159,8 +159,7 @@ class RowStore(LazySequence[Encoded]):
             yield from self._batches
             return
         batch = np.searchsorted(self._starts, self.indices, side="right") - 1
-        begins = np.flatnonzero(np.diff(batch, prepend=-1))
-        for start, end in pairwise([*begins, len(batch)]):
+        for start, end in pairwise([*np.flatnonzero(np.diff(batch, prepend=-1)), len(batch)]):
             number = batch[start]
             rows = pa.array(self.indices[start:end] - self._starts[number])
             yield self._batches[number].take(rows)

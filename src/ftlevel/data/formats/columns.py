@@ -55,8 +55,7 @@ def source_columns(column: str, column_names: Sequence[str]) -> list[str]:
     """Returns the existing columns that make up `column`: a and b for a joined column `a+b`."""
     if column in column_names:
         return [column]
-    parts = column.split("+")
-    return [part if part in column_names else part.partition(".")[0] for part in parts]
+    return [part if part in column_names else part.partition(".")[0] for part in column.split("+")]
 
 
 def columns_exist(column: str, column_names: Sequence[str]) -> bool:
@@ -95,8 +94,7 @@ def rank_columns(column_names: Sequence[str], role: str, rows: Sequence[Row]) ->
     if role in NON_TEXT_ROLES:
         return usable
     lengths = {c: sum(len(value.split()) for value in values[c]) / len(values[c]) for c in usable}
-    texts = [c for c in usable if lengths[c] > 1.5] or usable
-    return sorted(texts, key=lambda c: -lengths[c])
+    return sorted([c for c in usable if lengths[c] > 1.5] or usable, key=lambda c: -lengths[c])
 
 
 def _is_possible(role: str, value: Any) -> bool:
@@ -161,8 +159,7 @@ def get_language(role: str, column_mapping: Mapping[str, str], name: str | None)
     """
     if name is not None:
         return parse_language(name)
-    key = column_mapping.get(role, "").rpartition(".")[2]
-    return _find_language(key)
+    return _find_language(column_mapping.get(role, "").rpartition(".")[2])
 
 
 def get_language_mapping(column_names: Sequence[str], rows: Sequence[Row]) -> dict[str, str]:

@@ -239,8 +239,7 @@ def prompt_text(values: RoleValues) -> str:
     """Returns the prompt's text, or an instruction with its input."""
     if "instruction" not in values:
         return values.text("prompt" if "prompt" in values else "text")
-    texts = (values.text("instruction"), values.text_or_empty("input"))
-    return "\n\n".join(filter(None, texts))
+    return "\n\n".join(filter(None, (values.text("instruction"), values.text_or_empty("input"))))
 
 
 def create_pair(values: RoleValues) -> SourceTarget:

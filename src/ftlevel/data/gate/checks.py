@@ -196,8 +196,7 @@ def get_empty_think_ids(tokenizer: Any) -> tuple[tuple[int, ...], ...]:
     """Returns the token ids of an empty <think></think>, for several kinds of white space."""
     spellings = set()
     for space in ("", " ", "\n", "\n\n"):
-        text = f"<think>{space}</think>"
-        ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = tuple(tokenizer(f"<think>{space}</think>", add_special_tokens=False)["input_ids"])
         spellings.add(ids if len(ids) <= _TWO_TOKENS else ids[1:-1])
     return tuple(spellings)
 

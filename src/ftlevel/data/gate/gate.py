@@ -301,8 +301,7 @@ class Gate:
     ) -> tuple[Sequence[Encoded], list[Finding]]:
         """Returns the rows of `fitted` that are not dropped by the checks, and the findings.
 
-        Duplicates and answers are checked in the training split only. Raises `InputError` if no row
-        remains.
+        Checks duplicates and answers of training rows only. Raises `InputError` if no row is left.
         """
         split = self.check_rows(name, fitted, len(examples), table)
         if name == "train":
@@ -333,8 +332,7 @@ class Gate:
             if finding and finding.action == "drop":
                 split.keep[flagged] = False
         if self.policy.long_prompt == "drop":
-            long_prompts = np.array(fitted.long_prompts, dtype=np.int64)
-            split.keep &= ~get_row_mask(fitted.rows, long_prompts)
+            split.keep &= ~get_row_mask(fitted.rows, np.array(fitted.long_prompts, dtype=np.int64))
         active = split.present()
         for check in TEXT_CHECKS:
             marked = fitted.digests.marked(check)
@@ -407,8 +405,7 @@ class Gate:
     def _check_answers(self, split: SplitReport, digests: Digests) -> None:
         policy, active = self.policy, split.present()
         if policy.conflicting_answers != "ignore":
-            conflicts = _select(active, *get_conflicts(digests))
-            split.flag("conflicting_answers", *conflicts)
+            split.flag("conflicting_answers", *_select(active, *get_conflicts(digests)))
         if not self.task.checks.ends:
             return
         if policy.swapped_roles != "ignore":

@@ -232,8 +232,7 @@ def is_similar(
     candidates = np.flatnonzero(_lengths_match(sizes.min(axis=0), sizes.max(axis=0)))
     tokens = (sizes.sum(axis=0, dtype=np.int64) + 2 * prefix)[candidates]
     for group in split_by_size(candidates, tokens, _TOKENS):
-        likely = group[_may_match(rows, first[group], second[group], prefix)]
-        for i in likely.tolist():
+        for i in group[_may_match(rows, first[group], second[group], prefix)].tolist():
             similar[i] = _is_match(rows[int(first[i])], rows[int(second[i])], prefix)
     return similar
 

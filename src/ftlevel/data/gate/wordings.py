@@ -203,8 +203,7 @@ class WordIndex:
         hashes = digests.words[: offsets[-1]]
         counts = np.bincount(_bucket(hashes[:_CHUNK_WORDS]), minlength=_BUCKETS)
         for start in range(_CHUNK_WORDS, len(hashes), _CHUNK_WORDS):
-            buckets = _bucket(hashes[start : start + _CHUNK_WORDS])
-            counts += np.bincount(buckets, minlength=_BUCKETS)
+            counts += np.bincount(_bucket(hashes[start : start + _CHUNK_WORDS]), minlength=_BUCKETS)
         limit = _BOILERPLATE * len(digests) if len(digests) >= _MIN_EXAMPLES else np.inf
         return cls(digests, offsets, counts, limit)
 
@@ -260,8 +259,7 @@ def match_texts(digests: Digests, skip: Mask) -> tuple[Integers, Integers]:
         for lag in range(1, _RECENT + 1):
             is_equal = key[lag:] == key[:-lag]
             pairs.append(_pack_pairs(owner[lag:][is_equal], owner[:-lag][is_equal], len(index)))
-    candidates = distinct(np.concatenate(pairs))
-    return _find_first(index, index, candidates, informative, informative)
+    return _find_first(index, index, distinct(np.concatenate(pairs)), informative, informative)
 
 
 def match_training_texts(digests: Digests, training: Digests) -> tuple[Integers, Integers]:
@@ -305,8 +303,7 @@ def _bucket(hashes: Words) -> Integers:
 def _all_keys(index: WordIndex, selected: Mask) -> tuple[Keys, NDArray[np.int32]]:
     """Returns keys for finding candidates, `(examples, 6)`, and counts of informative words.
 
-    A key is the hash of two of the four rarest words of an example, or 0. Boilerplate is not
-    informative.
+    A key hashes two of the four rarest words of an example, or is 0. Boilerplate is not used.
     """
     keys = np.zeros((len(index), len(_PAIRS)), dtype=np.uint32)
     informative = np.zeros(len(index), dtype=np.int32)

@@ -41,8 +41,7 @@ KEEP_DAYS = 30
 
 def cache_root() -> Path:
     """Returns the cache directory: `$XDG_CACHE_HOME/ftlevel/rows`, or under ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "ftlevel" / "rows"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftlevel" / "rows"
 
 
 def is_writable() -> bool:

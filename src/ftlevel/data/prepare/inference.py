@@ -289,14 +289,13 @@ def load_evaluation_rows(
         corpus, _ = task.encode_corpus(encoder, splits.corpus)
     language = convert.shape.options.get("target_language", "")
     used = convert.shape.description
-    source = str(config.qrels or splits.name)
     return EvaluationRows(
         table,
         rows,
         name,
         fitted.dropped,
         language,
-        source,
+        str(config.qrels or splits.name),
         message,
         used,
         corpus,

@@ -325,8 +325,7 @@ def encode_data(
         examples, bad = convert_rows(test, data.format)
         lines = {row.line for row in bad}
         test = test.take(i for i, line in enumerate(test.lines) if line not in lines)
-        digests = encoder.digest(examples)
-        findings += gate.get_leaks("test", digests, fitted.digests, test)[1]
+        findings += gate.get_leaks("test", encoder.digest(examples), fitted.digests, test)[1]
     stops = [explain_stop(finding) for finding in findings if finding.action == "stop"]
     if stops and not lenient:
         raise InputError(stops)

@@ -299,8 +299,7 @@ class RowStream:
         by_rank = [deque(chunks) for chunks in sharding.exchange(encoded)] if cursors else []
         self._ready.extend((by_rank[rank].popleft(), state, skip) for rank, state, skip in cursors)
         if error is not None:
-            failed = EncodedChunk([], Counter(), error)
-            self._ready.append((failed, self._cursor, self._skip_ahead))
+            self._ready.append((EncodedChunk([], Counter(), error), self._cursor, self._skip_ahead))
 
     def _encode_chunk(self, chunk: Chunk) -> EncodedChunk:
         counts: Counter[str] = Counter()

@@ -243,12 +243,9 @@ def prepare_stream(config: DataConfig, context: EncodingContext) -> PreparedData
         update={"max_length": length, "overlong": "drop" if may_drop else overlong}
     )
     encoder = context.encoder(resolved, prepared.prompt_format, partly=True)
-    encode = ChunkEncoder(
-        resolved, data.format, schema, encoder, context.gate(config.gate), may_drop
-    )
     stream = RowStream(
         source.train,
-        encode,
+        ChunkEncoder(resolved, data.format, schema, encoder, context.gate(config.gate), may_drop),
         config.validation_rows or 0,
         config.shuffle_buffer,
         context.seed,

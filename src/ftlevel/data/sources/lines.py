@@ -1,8 +1,7 @@
 """Random access to rows of large JSON Lines files, and local copies of compressed files and pipes.
 
 Compressed files, stdin and pipes are copied to a temporary directory of the process, so that every
-reader can seek in them. `LineRows` stores the byte offset of every 64th line and decodes rows on
-access.
+reader can seek. `LineRows` stores the byte offset of every 64th line and decodes rows on access.
 """
 
 from __future__ import annotations

@@ -260,8 +260,7 @@ def limit_rows(splits: DatasetSplits, max_samples: int | None) -> DatasetSplits:
 def hold_out(splits: DatasetSplits, validation_split: float, seed: int) -> DatasetSplits:
     """Hold out the share `validation_split` of training rows, unless there is a validation split.
 
-    The random selection depends only on `seed` and row count. Raises `InputError` if a part would
-    be empty.
+    The selection depends only on `seed` and row count. Raises `InputError` if a part is empty.
     """
     if validation_split <= 0:
         return splits

@@ -366,8 +366,7 @@ class RowSchema:
 
     def has(self, shape: _Shape) -> bool:
         """Returns whether rows of these keys and types fit the schema."""
-        is_complete = set(shape[0]) == set(self.column_names)
-        return is_complete and not any(map(self._is_wrong, *shape))
+        return set(shape[0]) == set(self.column_names) and not any(map(self._is_wrong, *shape))
 
     def _is_wrong(self, key: str, type_: type) -> bool:
         name = _JSON_TYPES.get(type_)

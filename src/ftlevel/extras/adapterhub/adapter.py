@@ -130,8 +130,7 @@ def head_modules(head: HubHead, weights: Mapping[str, Any]) -> list[str]:
     """Returns the names of the head's top-level modules; empty for a language head."""
     if head.task in ("", "masked-lm"):
         return []
-    names = head.layers.values() or weights
-    return sorted({name.split(".")[0] for name in names})
+    return sorted({name.split(".")[0] for name in head.layers.values() or weights})
 
 
 def name_head_weights(head: HubHead, weights: Mapping[str, Any], model: Any) -> dict[str, Any]:

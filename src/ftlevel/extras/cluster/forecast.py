@@ -249,8 +249,7 @@ def _sent(sharded: ShardedModel, ranks: int, shard: str) -> dict[str, Any]:
         base = sharded.blocks.reduced_bytes(1) + sharded.root.reduced_bytes(1)
         return {"everywhere": base if sharded.trains_base else sharded.trained}
     block = sharded.blocks.gathered_bytes(ranks) / sharded.count
-    root = sharded.root.gathered_bytes(ranks)
-    sent = {"block": block, "root": root, "regather": shard == "full"}
+    sent = {"block": block, "root": sharded.root.gathered_bytes(ranks), "regather": shard == "full"}
     if sharded.trains_base:
         reduced = sharded.blocks.reduced_bytes(ranks) / sharded.count
         return {**sent, "reduced": reduced, "reduced_root": sharded.root.reduced_bytes(ranks)}

@@ -292,8 +292,7 @@ def _check_methods(config: TrainConfig, result: Comparison, listener: Listener) 
     values = set(_to_dict(config).get("method", {})) - {"kind"}
     for word in dict.fromkeys(result.args.methods):
         fields = _method_fields(word)
-        method_fields = set(SPECS[str(fields["kind"])].model_fields)
-        values -= method_fields
+        values -= set(SPECS[str(fields["kind"])].model_fields)
         try:
             ready = _with_method(config, fields, result.args)
             dry_run = get_run_info(ready)

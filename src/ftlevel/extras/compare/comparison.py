@@ -291,13 +291,12 @@ def _history(axes: Axes, result: Comparison, name: str) -> None:
                 for t in search_results["history"]
                 if t["state"] == state and t["value"] is not None
             ]
-            label = _plain(method) if state == "complete" else None
             axes.plot(
                 [t["number"] for t in trials],
                 [t["value"] for t in trials],
                 mark,
                 color=f"C{number}",
-                label=label,
+                label=_plain(method) if state == "complete" else None,
             )
     axes.set(xlabel="trial (× ended early)", ylabel=name)
     axes.legend()

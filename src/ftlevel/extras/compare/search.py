@@ -385,8 +385,7 @@ def _sample(trial: optuna.Trial, name: str, rate: float) -> float:
         return trial.suggest_float(name, low, high, log=True)
     if name in _MAX_VALUES:
         return trial.suggest_float(name, 0.0, _MAX_VALUES[name], step=_MAX_VALUES[name] / 4)
-    choices = _RANKS if name == "r" else _ALPHAS
-    return trial.suggest_categorical(name, choices)
+    return trial.suggest_categorical(name, _RANKS if name == "r" else _ALPHAS)
 
 
 def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:

@@ -274,8 +274,7 @@ def create_reported_run(
     """Returns the `ReportedRun` in `path`; `load_rows` yields predictions, and is called twice."""
     answers = retrieval = None
     if load_rows is not None and (retrieval := compute_retrieval_stats(load_rows())) is None:
-        problem_type = summary.get("data", {}).get("problem_type")
-        answers = compute_prediction_stats(load_rows(), problem_type)
+        answers = compute_prediction_stats(load_rows(), summary.get("data", {}).get("problem_type"))
     rollouts = summarize_rollouts(path / ROLLOUTS)
     return ReportedRun(path.resolve().name, path, summary, records, answers, rollouts, retrieval)
 

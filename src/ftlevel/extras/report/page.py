@@ -310,8 +310,7 @@ def _span(values: list[float]) -> tuple[float, float]:
 def _labels(values: Sequence[float]) -> list[str]:
     """Returns the tick labels of an axis, all in the same notation."""
     texts = [f"{value:.6g}" for value in values]
-    pairs = zip(values, texts, strict=True)
-    if all(len(text) <= 5 or abs(value) >= 0.01 for value, text in pairs):
+    if all(len(text) <= 5 or abs(value) >= 0.01 for value, text in zip(values, texts, strict=True)):
         return texts
     parts = [f"{value:.3e}".split("e") for value in values]
     return [f"{float(digits):g}e{int(exp)}" if float(digits) else "0" for digits, exp in parts]
@@ -476,9 +475,8 @@ def write_run_page(
     run: RunDirectory, summary: Mapping[str, Any], lines: Sequence[dict[str, Any]]
 ) -> None:
     """Write the report when a run ends; `lines` are predictions for the validation rows."""
-    records = run.load_log(summary["steps"])
     reported_run = create_reported_run(
-        run.path, summary, records, (lambda: lines) if lines else None
+        run.path, summary, run.load_log(summary["steps"]), (lambda: lines) if lines else None
     )
     write_text(run.report, render_page([reported_run]))
 

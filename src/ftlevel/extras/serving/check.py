@@ -172,10 +172,9 @@ def run_library(
         InputError: the library is not installed, fails, or exceeds `timeout`.
     """
     request = {"base": base, "adapters": list(adapters), "tokens": TOKENS}
-    outputs = _run_script(backend, python, request, timeout)
     return {
         name: rows if isinstance(rows, str) else [ServerOutput(**row) for row in rows]
-        for name, rows in outputs.items()
+        for name, rows in _run_script(backend, python, request, timeout).items()
     }
 
 

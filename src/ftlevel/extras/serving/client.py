@@ -55,8 +55,7 @@ class Client:
     def models(self) -> list[str]:
         """Returns the names of the server's models; empty if it does not list them."""
         try:
-            rows = self._request("/models", None).get("data") or []
-            return [str(row["id"]) for row in rows]
+            return [str(row["id"]) for row in self._request("/models", None).get("data") or []]
         except (RequestError, InputError, KeyError, TypeError, AttributeError):
             return []  # some servers fail here but still answer
 

@@ -293,8 +293,7 @@ def create_served_model(name: str, ref: ModelRef, server: Server | None) -> Serv
     if ref.directory is None:
         fact = f"{name} is a full model without an adapter"
         if server is not None and "merged" in server.formats and ref.source.kind != "gguf":
-            hub = ref.source.kind == "hub"
-            path = Path(ref.base if hub else ref.source.location)
+            path = Path(ref.base if ref.source.kind == "hub" else ref.source.location)
             raise InputError(
                 f"{fact}. {server.title} loads it as it is: "
                 f"{' && '.join(build_model_commands(server, path, path.name))}"

@@ -52,9 +52,8 @@ def main() -> None:
     )
     for adapter in request["adapters"]:
         if adapter["name"] not in answered:
-            own = adapters.get(adapter["name"])
             answered[adapter["name"]] = _answers(
-                pipeline, own, adapter["prompts"], request["tokens"]
+                pipeline, adapters.get(adapter["name"]), adapter["prompts"], request["tokens"]
             )
     Path(sys.argv[2]).write_text(json.dumps(answered), encoding="utf-8")
 

@@ -105,8 +105,7 @@ def _continue(
     logprobs: list[float] = []
     margins: list[float] = []
     for number in range(TOKENS):
-        scores = torch.log_softmax(row.float(), -1)
-        best = scores.topk(2)
+        best = torch.log_softmax(row.float(), -1).topk(2)
         tokens.append(int(best.indices[0]))
         logprobs.append(float(best.values[0]))
         margins.append(float(best.values[0] - best.values[1]))
@@ -129,8 +128,7 @@ def _continue(
 
 def max_difference(one: PromptOutputs, other: PromptOutputs) -> float:
     """Returns the largest absolute difference between the logits of two models."""
-    pairs = zip(one.logits, other.logits, strict=True)
-    return max(float((a - b).abs().max()) for a, b in pairs)
+    return max(float((a - b).abs().max()) for a, b in zip(one.logits, other.logits, strict=True))
 
 
 def scale(outputs: PromptOutputs) -> float:

@@ -18,8 +18,7 @@ def main() -> None:
 
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     if "texts" in job:
-        vectors = _embed(job)
-        Path(sys.argv[2]).write_text(json.dumps({"vectors": vectors}), encoding="utf-8")
+        Path(sys.argv[2]).write_text(json.dumps({"vectors": _embed(job)}), encoding="utf-8")
         return
     served: dict[str, Any] = {"model": job["base"]}
     ranks = [adapter["rank_limit"] for adapter in job["adapters"] if adapter["place"]]

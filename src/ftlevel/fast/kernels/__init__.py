@@ -180,8 +180,7 @@ class TritonBackend(TorchBackend):
         return _glu(activation, gate.contiguous(), up.contiguous())
 
     def glu_backward(self, activation: str, gradient: Tensor, gate: Tensor, up: Tensor) -> Pair:
-        tensors = (part.contiguous() for part in (gradient, gate, up))
-        return _glu_backward(activation, *tensors)
+        return _glu_backward(activation, *(part.contiguous() for part in (gradient, gate, up)))
 
     def rope(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False
@@ -286,8 +285,7 @@ def select_rope(heads: tuple[int, int, int], dtype: torch.dtype, device: str) ->
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
 
     def compute(formulas: TorchBackend) -> Sequence[Tensor]:
-        forward = formulas.rope(q, k, cos, sin)
-        return *forward, *formulas.rope(q, k, cos, sin, backward=True)
+        return *formulas.rope(q, k, cos, sin), *formulas.rope(q, k, cos, sin, backward=True)
 
     return _select_faster(
         f"RoPE of {q_heads} and {k_heads} heads of {width} in {dtype}", compute, device
@@ -360,5 +358,4 @@ def time(compute: Computation, backend: TorchBackend, device: str) -> float:
 
 
 def _random(seed: int, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(device, dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)

@@ -1,8 +1,7 @@
 """Triton kernels of `kernels.TorchBackend`; import only where Triton is installed.
 
 A Triton program computes a row of a norm, a block of a GLU, a row of logits (read twice), or RoPE
-of a token in all heads. Arithmetic is in float32, rounded where torch's operations would store a
-tensor.
+of a token in all heads. Arithmetic is in float32, rounded where torch would store a tensor.
 """
 
 from __future__ import annotations

@@ -142,6 +142,5 @@ class Export(Protocol):
 
 def plan_export(config: ExportConfig, ref: ModelRef | Mapping[str, ModelRef]) -> Export:
     """Plan the export of a model or of named adapters; InputError if the format lacks support."""
-    module = importlib.import_module(FORMATS[config.format].module)
-    plan: Export = module.plan_export(config, ref)
+    plan: Export = importlib.import_module(FORMATS[config.format].module).plan_export(config, ref)
     return plan

@@ -201,8 +201,7 @@ def readable_config(config: Any, original: Any) -> tuple[Any, list[str]]:
 
 def _same(first: Any, second: Any) -> bool:
     if isinstance(first, Mapping) and isinstance(second, Mapping):
-        keys = set(first) | set(second)
-        return all(_same(first.get(key), second.get(key)) for key in keys)
+        return all(_same(first.get(key), second.get(key)) for key in set(first) | set(second))
     if isinstance(first, float) and isinstance(second, (int, float)):
         return abs(first - second) <= 1e-6 * abs(second)
     return bool(first == second)
@@ -269,8 +268,7 @@ class GgufExport:
     @property
     def notes(self) -> list[str]:
         """Notes for the user, as sentences without a period."""
-        stop = stop_notes(self.config.model, self.ref, self.config.server)
-        return [*self.vocab.notes, *stop]
+        return [*self.vocab.notes, *stop_notes(self.config.model, self.ref, self.config.server)]
 
     def choices(self, device: Choice) -> Iterator[Choice]:
         """Yields the lines to print before the export."""
@@ -324,8 +322,7 @@ class GgufExport:
         check = None
         if config.verify:
             listener.stage("reloading the file and comparing")
-            tokens = config.verify_tokens
-            original = Original(source, model_config, self.tokenizer, device, tokens)
+            original = Original(source, model_config, self.tokenizer, device, config.verify_tokens)
             check = check_file(path, outtype, tensors, vocab, original, merged.beside_run)
         text = modelfile(config.out.name, self.prompt_template)
         (output / config.outputs[1].name).write_text(text, encoding="utf-8")
@@ -356,10 +353,9 @@ class GgufExport:
 
     def _summary(self, outtype: str, tensors: list[GGUFTensor]) -> dict[str, Any]:
         config, vocab = self.config, self.vocab
-        summary = embedding.summarize_file(self.ref, self.model_config, outtype, tensors)
         return (
             config.entries
-            | summary
+            | embedding.summarize_file(self.ref, self.model_config, outtype, tensors)
             | {
                 "tokenizer": {
                     "model": vocab.model,

@@ -79,8 +79,7 @@ def format_modelfile(
 ) -> str:
     """Returns the Modelfile of the file `gguf` in the same directory, with `comments` on top.
 
-    If `template` is None, Ollama uses the one in the .gguf file. `system` is the default system
-    turn.
+    If `template` is None, Ollama uses that of the .gguf file. `system` is the default system turn.
     """
     lines = [f"# {line}" for comment in comments for line in comment.split("\n")]
     lines.append(f"FROM ./{gguf}")
@@ -111,8 +110,7 @@ class PromptTemplate:
 
 def get_prompt_template(tokenizer: Any, ref: ModelRef, vocab: Vocabulary) -> PromptTemplate:
     """Returns the prompt template and stop texts for the model `ref`."""
-    stop_texts = [*_stop_strings(tokenizer), *ref.configured_task.stop_texts]
-    stop_strings = list(dict.fromkeys(stop_texts))
+    stop_strings = list(dict.fromkeys([*_stop_strings(tokenizer), *ref.configured_task.stop_texts]))
     prompt = load_prompt_format(ref.card) or PromptFormat("plain")
     if prompt.kind == "chat-template":
         return replace(_of_chat(tokenizer, prompt, vocab, stop_strings), system=prompt.system)
@@ -126,8 +124,7 @@ def get_prompt_template(tokenizer: Any, ref: ModelRef, vocab: Vocabulary) -> Pro
 def modelfile(gguf: str, prompt_template: PromptTemplate) -> str:
     """Returns the Modelfile of the .gguf file named `gguf`."""
     name = gguf.removesuffix(".gguf")
-    use = f"ollama create {name} -f {name}.Modelfile"
-    comments = [use, *prompt_template.comments]
+    comments = [f"ollama create {name} -f {name}.Modelfile", *prompt_template.comments]
     template, stop_strings = prompt_template.template, prompt_template.stop_strings
     return format_modelfile(gguf, template, stop_strings, comments, prompt_template.system)
 

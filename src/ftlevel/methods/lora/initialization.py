@@ -38,8 +38,7 @@ def start_from_residual(model: Any, weight_of: Callable[[str], Tensor]) -> None:
         packed = layer.get_base_layer().weight
         dequantized = bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
         weight = weight_of(name.removeprefix(name_of_base)).to(dequantized.device, torch.float32)
-        residual = (weight - dequantized.float()) / layer.scaling["default"]
-        a, b = factor(residual, layer.r["default"])
+        a, b = factor((weight - dequantized.float()) / layer.scaling["default"], layer.r["default"])
         for factors, value in ((layer.lora_A, a), (layer.lora_B, b)):
             factors["default"].weight.data.copy_(value)
     model.peft_config["default"].init_lora_weights = True

@@ -104,13 +104,12 @@ class PrefixTuning(Method):
         At rates from 3e-3 (one or two targets per row) or 1e-2 (many), the MLP's tanh saturates.
         """
         if spec.prefix_projection:
-            by_architecture = {"decoder": 1e-3, "encoder-decoder": 3e-3}
             return Rates(
                 small=5e-4,
                 large=1e-4,
                 source="not measured",
                 tokens=3e-3,
-                by_architecture=by_architecture,
+                by_architecture={"decoder": 1e-3, "encoder-decoder": 3e-3},
             )
         return Rates(
             small=5e-2, large=1e-2, source="P-tuning v2", by_architecture={"encoder-decoder": 1e-1}

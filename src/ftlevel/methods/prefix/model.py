@@ -127,8 +127,7 @@ def eager_prefix_attention_forward(
             position_bias = functional.pad(position_bias, (length, 0))
     if position_bias is not None:
         kwargs["position_bias"] = position_bias
-    eager_attention = eager_attention_of(module)
-    return eager_attention(module, query, key, value, attention_mask, **kwargs)
+    return eager_attention_of(module)(module, query, key, value, attention_mask, **kwargs)
 
 
 def _prepend(prefix: Prefix, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,8 +206,7 @@ def deberta_attention(
     on_prefix = query @ (prefix[0].to(query.dtype).transpose(-1, -2) / scale)
     weights = module.dropout(torch.cat([on_prefix, scores], dim=-1).softmax(-1))
     values = torch.cat([prefix[1].to(value.dtype).expand(batch, -1, -1, -1), value], dim=2)
-    output = (weights @ values).transpose(1, 2).flatten(2)
-    return output, weights if output_attentions else None
+    return (weights @ values).transpose(1, 2).flatten(2), weights if output_attentions else None
 
 
 _MODELS = "transformers.models"

@@ -74,13 +74,11 @@ class PromptPosition:
         at = self.start.clamp(max=position_ids.shape[1] - 1)[:, None]
         steps = torch.arange(self.length, device=position_ids.device)
         prompt = position_ids.gather(1, at) + (self.start[:, None] - at) + steps
-        shifted = position_ids + self.length * (index >= self.start[:, None])
-        return self.insert(shifted, prompt)
+        return self.insert(position_ids + self.length * (index >= self.start[:, None]), prompt)
 
 
 def _gather(states: Tensor, index: Tensor) -> Tensor:
-    rows = torch.arange(len(states), device=states.device)[:, None]
-    return states[rows, index]
+    return states[torch.arange(len(states), device=states.device)[:, None], index]
 
 
 SOFT_PROMPT = add_peft_type("SOFT_PROMPT")
@@ -169,8 +167,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         self.configs[adapter_name] = config
         if stack_type == "decoder":
             return
-        embedding = stack.get_input_embeddings()
-        initial = _initial_prompt(embedding, config).to(torch.float32)
+        initial = _initial_prompt(stack.get_input_embeddings(), config).to(torch.float32)
         self.soft_prompt_embedding[adapter_name] = nn.Parameter(initial)
         if config.encoder != "none":
             self._add_encoder(adapter_name, config, initial.shape[1])

@@ -76,10 +76,9 @@ def forward(
 def _multiply(module: Any, name: str, rows: Tensor, counts: list[int]) -> Tensor:
     """Returns `rows` times weights `name`: `counts[i]` rows with those of expert i, in order."""
     if not hasattr(module, "parametrizations"):  # unpacked tensors without values
-        weights = getattr(module, name)
         outputs = [
             torch.nn.functional.linear(part, weight)
-            for part, weight in zip(torch.split(rows, counts), weights, strict=True)
+            for part, weight in zip(torch.split(rows, counts), getattr(module, name), strict=True)
         ]
         return torch.cat(outputs)
     rows = rows.to(state_of(module, name).dtype)
@@ -138,8 +137,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
         """Returns whether the tensor is of a linear layer to quantize or of packable experts."""
         owner, _, name = param_name.rpartition(".")
         if name in NAMES:
-            module = model.get_submodule(owner)
-            return param_name in self.states or can_pack(module)
+            return param_name in self.states or can_pack(model.get_submodule(owner))
         return super().param_needs_quantization(model, param_name, **kwargs)
 
     def is_serializable(self) -> bool:
@@ -155,9 +153,8 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
         for name, state in self.states.items():
             owner, _, last = name.rpartition(".")
             module = model.get_submodule(owner)
-            weight = module._parameters[last]
             replace_parameter_4bit_prequantized(
-                module, last, state.as_dict(packed=True), weight.device
+                module, last, state.as_dict(packed=True), module._parameters[last].device
             )
             module.parametrizations[last].original.quant_state = state_of(module, last)
         if self.states:

@@ -145,9 +145,8 @@ def _signature(value: Any, tensors: list[Tensor]) -> Any:
     """Returns a cache key of the argument `value`; appends the tensors in it to `tensors`."""
     if isinstance(value, Tensor):
         tensors.append(value)
-        position = next(at for at, one in enumerate(tensors) if one is value)
         return (
-            position,
+            next(at for at, one in enumerate(tensors) if one is value),
             value.dtype,
             value.shape,
             value.stride(),

@@ -23,8 +23,7 @@ def apply_template(
 ) -> tuple[str, list[tuple[int, int]]]:
     """Returns the rendered chat, and assistant spans if `return_assistant_tokens_mask` is set.
 
-    Raises TimeoutError after ten seconds, MemoryError above a gigabyte (Linux), and the template's
-    own errors.
+    Raises TimeoutError after 10 seconds, MemoryError above 1 GB (Linux), and the template's errors.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -104,8 +104,7 @@ def _share_errors() -> Iterator[None]:
 
 def load_distributed_checkpoint(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Load this process's shards of the checkpoint `path` into `tensors` (modified)."""
-    reader = HuggingFaceStorageReader(str(path))
-    load(_distinct(tensors), storage_reader=reader)
+    load(_distinct(tensors), storage_reader=HuggingFaceStorageReader(str(path)))
 
 
 def merge_shards(path: Path, out: Path) -> None:

@@ -131,8 +131,7 @@ class LabeledAnswerRow(_PromptedRow):
             labels = _labels(self)[: self.prompt] + labels
         else:
             ids = self.input_ids
-        reference = (self.reference or (0.0, 0.0))[-1]
-        return [ContrastRow(ids, labels, self.row, {}, reference)]
+        return [ContrastRow(ids, labels, self.row, {}, (self.reference or (0.0, 0.0))[-1])]
 
     @property
     def answer(self) -> tuple[list[int], list[int]]:

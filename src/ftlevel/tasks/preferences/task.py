@@ -278,9 +278,8 @@ class RewardTask(PreferenceBaseTask):
                 f"a reward model has one score, and this one has {model_config.num_labels} "
                 "classes. Choose another, or --task text-classification."
             )
-        prompt_format = choose_format(tokenizer, kind, self.instruction, self.answer_cue)
         return {
-            "prompt": prompt_format.to_dict(),
+            "prompt": choose_format(tokenizer, kind, self.instruction, self.answer_cue).to_dict(),
             "options": {"problem_type": "regression", "preference": {"loss": "reward"}},
         }
 

@@ -51,8 +51,7 @@ class Lists:
 
         sizes = labels[:, 2].long()
         sizes = sizes[sizes > 0]
-        most = int(sizes.max())
-        column = torch.arange(most, device=labels.device)
+        column = torch.arange(int(sizes.max()), device=labels.device)
         mask = column[None] < sizes[:, None]
         positions = mask.flatten().nonzero().flatten()
         empty = labels.new_zeros(mask.numel())
@@ -117,16 +116,14 @@ def sum_loss(loss: str, logits: torch.Tensor, lists: Lists, pos_weight: float) -
 
     z, mask = lists.pad(logits), lists.mask
     if loss == "bce":
-        weight = z.new_tensor(pos_weight)
         return functional.binary_cross_entropy_with_logits(
-            z[mask], lists.labels[mask], pos_weight=weight, reduction="sum"
+            z[mask], lists.labels[mask], pos_weight=z.new_tensor(pos_weight), reduction="sum"
         )
     if loss == "mse":
         return functional.mse_loss(z[lists.taught], lists.teacher[lists.taught], reduction="sum")
     if loss == "lce":
         others = z.masked_fill(~lists.irrelevant, -math.inf).logsumexp(1, keepdim=True)
-        good = lists.relevant
-        return (z.logaddexp(others) - z)[good].sum()
+        return (z.logaddexp(others) - z)[lists.relevant].sum()
     if loss == "listnet":
         target_probs = lists.labels.masked_fill(~mask, -math.inf).softmax(1)
         log_probs = z.masked_fill(~mask, -math.inf).log_softmax(1)

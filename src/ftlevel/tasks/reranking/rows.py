@@ -129,8 +129,7 @@ def prepare_tokenizer(tokenizer: Any, kind: str) -> Choice | None:
             f"the tokenizer of {tokenizer.name_or_path} is not a fast tokenizer and cannot mark "
             f"where a document begins. Convert it to tokenizer.json."
         )
-    before = tokenizer("")["input_ids"]
-    bos = before[:1] == [tokenizer.bos_token_id]
+    bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
     start = "bos:0 " if bos else ""
     special_tokens = [("newline", newline), ("eos", tokenizer.eos_token_id)]

@@ -182,8 +182,7 @@ class RerankingTask(BaseTask):
         activation = SIGMOID if values["loss"] == "bce" else IDENTITY
         pad_id = getattr(model_config, "pad_token_id", None)
         max_length = values.get("max_length") or max_positions(model_config)
-        format_ = CrossEncoderFormat(activation, max_length, pad_id)
-        save_cross_encoder_format(directory, format_)
+        save_cross_encoder_format(directory, CrossEncoderFormat(activation, max_length, pad_id))
 
     # ---- rows
 

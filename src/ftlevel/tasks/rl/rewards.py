@@ -252,8 +252,7 @@ def _shown(value: Any) -> str:
 def _fingerprint(specs: Sequence[RewardSpec], models: Mapping[int, RewardModel]) -> str:
     digest = hashlib.sha256()
     for at, spec in enumerate(specs):
-        text = spec.map_path(lambda path: Path(path).name)
-        digest.update(text.removesuffix("=1").encode())
+        digest.update(spec.map_path(lambda path: Path(path).name).removesuffix("=1").encode())
         file = spec.name if spec.kind == "function" else spec.argument
         if spec.kind != "model" and file.endswith((".py", ".json")) and Path(file).is_file():
             digest.update(Path(file).read_bytes())

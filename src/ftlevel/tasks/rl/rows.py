@@ -172,8 +172,7 @@ class RlPromptEncoder:
             ids = encode_query(self.tokenizer, self.prompt_format, example.query)
         except InputError as error:
             raise RowError(example.row, str(error)) from error
-        context = {"prompt": example.prompt, "columns": example.columns}
-        text = json.dumps(context, default=str)
+        text = json.dumps({"prompt": example.prompt, "columns": example.columns}, default=str)
         return PromptRow(ids, [IGNORED] * len(ids), example.row, {}, text, self.most)
 
 

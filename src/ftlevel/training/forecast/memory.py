@@ -256,8 +256,7 @@ def get_peak(peaks: Peaks, tokens: int) -> StepMemory:
     """Returns the estimate for the phase with most bytes; `peaks`: phase → category → bytes."""
     at = max(peaks, key=lambda moment: sum(peaks[moment].values()))
     sizes = {part: round(size) for part, size in peaks[at].items() if size >= 1}
-    in_order = dict(sorted(sizes.items(), key=lambda item: -item[1]))
-    return StepMemory(in_order, at, tokens, peaks)
+    return StepMemory(dict(sorted(sizes.items(), key=lambda item: -item[1])), at, tokens, peaks)
 
 
 def count_computed_layers(run: Run) -> int:

@@ -129,8 +129,7 @@ def targets_in(
 def _pack_weights(model: Any, compute: Any, quantization: Any) -> set[str]:
     packed: set[str] = set()
     if quantization is not None:
-        experts = quantization if packs_experts(quantization) else None
-        packed = pack_fake(model, compute, experts)
+        packed = pack_fake(model, compute, quantization if packs_experts(quantization) else None)
     for module in filter(can_pack, model.modules()):
         if any(weight.dtype == torch.float32 for weight in module.parameters()):
             from ftlevel.models.upstream.experts import assume_even_experts
@@ -144,8 +143,7 @@ def with_layers(config: Any, layers: Sequence[int] | None) -> Any:
     config = copy.deepcopy(config)  # the fast step sets the attention in it
     if layers is None:
         return config
-    text = config.get_text_config()
-    for owner in {id(part): part for part in (config, text)}.values():
+    for owner in {id(part): part for part in (config, config.get_text_config())}.values():
         for name in _PER_LAYER:
             if isinstance(kinds := getattr(owner, name, None), list | tuple):
                 _set(owner, name, [kinds[at] for at in layers if at < len(kinds)])
@@ -225,7 +223,6 @@ def create_synthetic_rows(
             task.synthetic_row([draw.randrange(3, vocab_size) for _ in range(length)], row)
             for row in range(num_rows)
         ]
-        tokens = num_rows * length
         info = {
             "name": SYNTHETIC_ROWS,
             "train_rows": num_rows,
@@ -234,7 +231,7 @@ def create_synthetic_rows(
             "overlong": data.overlong,
             "fingerprint": "",
             "target_language": None,
-            "tokens": tokens,
+            "tokens": num_rows * length,
             "supervised": sum(row.supervised for row in rows),
             **task.synthetic_info,
         }
@@ -354,8 +351,7 @@ class LiveMemoryTracker(OperationWatch):  # type: ignore[no-untyped-call]  # tor
 
     def on_cast(self, tensor: Tensor, result: Tensor) -> None:
         """Count `result`, which is `tensor` in another dtype, as CASTS if `tensor` is a weight."""
-        category = self._parts.get(storage_of(tensor))
-        if category == [WEIGHTS] and not self.has_tensor(result):
+        if self._parts.get(storage_of(tensor)) == [WEIGHTS] and not self.has_tensor(result):
             self.add(result, CASTS)
 
     def _get_part(self, tensor: Tensor) -> str:

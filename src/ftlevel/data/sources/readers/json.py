@@ -59,8 +59,7 @@ class JsonLinesReader(TextReader):
         while block := list(islice(remaining, CHUNK_ROWS)):
             elements = load_json_lines(block, before)
             before += len(block)
-            position = text.cursor(before)
-            yield self.chunk(elements.rows, elements.lines, elements.errors, position)
+            yield self.chunk(elements.rows, elements.lines, elements.errors, text.cursor(before))
 
     def collect(self) -> tuple[Table, list[BadRow]]:
         """Returns all rows as a table (of `LineRows` if the file is large), and the `BadRow`s."""

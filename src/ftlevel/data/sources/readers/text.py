@@ -39,8 +39,7 @@ class TextLines:
 
     def cursor(self, line: int) -> Cursor:
         """Returns the arguments `at` and `line` of a `TextLines` that continues after `line`."""
-        size = sum(map(len, self._block[: line - self._line]))
-        return {"at": self._at + size, "line": line}
+        return {"at": self._at + sum(map(len, self._block[: line - self._line])), "line": line}
 
     def __iter__(self) -> Iterator[str]:
         return chain.from_iterable(self._blocks())
