@@ -160,7 +160,7 @@ def test_preview_of_run_uses_its_data(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_text(f"data: {{dataset: {data}}}\n", encoding="utf-8")
     assert "row 1 (" in preview(capsys, tmp_path / "run")
-    assert "no run" in preview(capsys, tmp_path, code=2)
+    assert "without config.yaml" in preview(capsys, tmp_path, code=2)
 
 
 def test_multi_token_characters_are_not_split(

@@ -219,7 +219,7 @@ def test_options_that_contradict_adapter_are_rejected(
         (["--task", "summarization"], "--task summarization: --adapter run has the task text-gen"),
         (["--quant", "4bit"], "--quant 4bit: --adapter run has a base of --quant none."),
         (["--model", str(other)], "run/adapter was trained on"),
-        (["--output-dir", "run", "--overwrite"], "--output-dir run holds --adapter run, which"),
+        (["--output-dir", "run", "--overwrite"], "--output-dir run contains --adapter run, which"),
     ):
         assert run(["train", "--adapter", "run", *SHORT, *options]) == 2
         captured = capsys.readouterr()

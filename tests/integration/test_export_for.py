@@ -163,7 +163,7 @@ def test_mlx_rejects_several_adapters(base: Path, capsys: pytest.CaptureFixture[
     for name in ("lora", "rslora"):
         write_adapter(base, Path("all", name), CASES[name].settings)
     assert run(["export", "all", "--for", "mlx", "--out", "out"]) == 2
-    assert "is a directory of 2 adapters (lora, rslora), and --format mlx is of one" in (
+    assert "is a directory of 2 adapters (lora, rslora), and --format mlx exports one" in (
         capsys.readouterr().err
     )
     assert run(["export", "all", "--for", "vllm", "--out", "out", "--no-verify", "-q"]) == 0

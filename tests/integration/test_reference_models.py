@@ -156,7 +156,7 @@ def test_unusable_reference_raises(tiny_model_dir: ModelDir, tmp_path: Path) -> 
     with pytest.raises(InputError, match="it writes no text"):
         run(model, data, tmp_path / "run", preference={"reference": str(reward)})
     sft_run = train_sft(model, data, tmp_path / "sft")
-    with pytest.raises(ConfigError, match="holds --reference"):
+    with pytest.raises(ConfigError, match="contains --reference"):
         run(
             model, data, sft_run, preference={"reference": str(sft_run)}, output={"overwrite": True}
         )

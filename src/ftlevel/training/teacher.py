@@ -246,8 +246,8 @@ def _resolve(run: Run, flag: str, name: str | None) -> ReferenceModel | None:
         and path.resolve().is_relative_to(output_dir.resolve())
     ):
         raise ConfigError(
-            f"--output-dir {output_dir} has {flag} {name}, which is not changed. Choose another "
-            f"directory."
+            f"--output-dir {output_dir} contains {flag} {name}, which is not changed. Choose "
+            "another directory."
         )
     model = run.model
     if isinstance(run.objective, Embeddings | Ranking):

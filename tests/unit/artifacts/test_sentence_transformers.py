@@ -186,7 +186,7 @@ def test_cross_encoder_adapter_saves_pad_token_id(tmp_path):
             {"modules.json": [{"type": MODULE_PREFIX + "Transformer", "path": "0_Transformer"}]},
             "0_Trans",
         ),
-        ({"modules.json": {}}, "no list"),
+        ({"modules.json": {}}, "not a list"),
     ],
 )
 def test_unsupported_format_raises(tmp_path, change, message):
