@@ -39,7 +39,7 @@ GEMMA_LINEAR = {
 }
 CASES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("gpt2", {"n_positions": 1024}, []),
-    ("gpt2", {}, []),
+    ("gpt2", {}, ["n_positions"]),
     ("llama", {}, []),
     ("llama", {"tie_word_embeddings": True}, []),
     ("llama", {"attention_bias": True, "mlp_bias": True}, ["attention_bias", "mlp_bias"]),

@@ -120,7 +120,10 @@ def check_file(
     """
     source = resolve_source(str(path))
     texts = check_tokens(load_tokenizer(source), original.tokenizer, vocab)
-    config, copied_settings = readable_config(load_config(source), original.config)
+    found = load_config(source)
+    if found.model_type == "gpt2":  # only ftlevel reads the number of positions
+        found.n_positions = type(found)().n_positions
+    config, copied_settings = readable_config(found, original.config)
     eval_set = _create_eval_set(original)
     reference, expected = _score_original(eval_set, outtype, tensors, original)
     # The file stores vectors in a wider dtype than matrices, unless the model itself is narrow.
