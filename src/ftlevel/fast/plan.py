@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers.pytorch_utils import Conv1D
 
 from ftlevel.config import SPECS, MethodConfig, SpeedConfig, TrainConfig, TrainerConfig
 from ftlevel.config.rl import RlConfig
@@ -28,7 +27,7 @@ from ftlevel.fast.prefixes import shared_fraction
 from ftlevel.methods import METHODS
 from ftlevel.models.families import lookup_family
 from ftlevel.models.hardware import device_memory
-from ftlevel.models.module_tree import get_blocks
+from ftlevel.models.module_tree import get_blocks, linear_size
 from ftlevel.models.upstream.architectures import attention_of, is_stateful
 from ftlevel.objectives import Objective, PolicyObjective, StepObjective, TokenObjective
 from ftlevel.world import has_peers
@@ -332,13 +331,11 @@ def _tokens_of_groups(rl: RlConfig, meta: Any, rows: Sequence[Encoded], workers:
     Of completions, at most `MAX_CPU_TOKENS` count. There are fewer groups if they do not fit into
     memory. SmolLM2 needs 0.98 MB per token in float32; the sizes of its linear layers give 1.15.
     """
-    prompt = int(row_lengths(rows).max()) - rl.max_completion_length
+    prompt = max(0, int(row_lengths(rows).max()) - rl.max_completion_length)
     group = prompt + min(rl.num_generations * rl.max_completion_length, MAX_CPU_TOKENS)
     layers = [layer for block in get_blocks(meta) for layer in block.modules()]
-    sizes = [
-        sum(layer.weight.shape) for layer in layers if isinstance(layer, (torch.nn.Linear, Conv1D))
-    ]
-    available_tokens = device_memory("cpu") // GROUP_DIVISOR // (4 * max(sum(sizes), 1))
+    width = sum(sum(size[1:]) for size in map(linear_size, layers) if size is not None)
+    available_tokens = device_memory("cpu") // GROUP_DIVISOR // (4 * max(width, 1))
     return group * min(workers, available_tokens // group)
 
 

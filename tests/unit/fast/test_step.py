@@ -786,6 +786,15 @@ def test_a_group_of_completions_is_a_micro_batch_if_it_fits(
     assert plan.tokens == tokens
 
 
+def test_synthetic_rows_shorter_than_a_completion_count_completions_only() -> None:
+    rl = TrainConfig.model_validate(
+        {"task": "rl", "rl": {"reward": "exact", "max_completion_length": 4096}}
+    ).rl
+    rows = [Encoded([1] * 512, [], 0)]  # of an estimate without data
+    tokens = fast_plan._tokens_of_groups(rl, tiny_models.build("llama"), rows, 2)
+    assert tokens == 2 * fast_plan.MAX_CPU_TOKENS
+
+
 class NeighborMixingLayer(torch.nn.Module):
     """Layer that mixes neighboring tokens, like a convolution."""
 
