@@ -114,6 +114,34 @@ def test_quantized_weights_match_transformers(
     assert len(packed) == summary["quantized_linears"] > 0
 
 
+_SPLIT = {"vocab_size": 704, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+          "num_attention_heads": 4, "pad_token_id": 0}  # fmt: skip
+
+
+@pytest.mark.parametrize("format_", ["nf4", "int8"])
+@pytest.mark.parametrize("model_type", ["nomic_bert", "gte", "jina_embeddings_v3", "sarvam_moe"])
+def test_parts_of_a_stored_tensor_are_not_quantized(
+    model_type: str, format_: str, tmp_path: Path
+) -> None:
+    """transformers joins queries, keys and values of these models when it saves them."""
+    is_decoder = model_type == "sarvam_moe"
+    more = {"num_key_value_heads": 2, "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4}
+    config = transformers.AutoConfig.for_model(model_type, **_SPLIT, **(more if is_decoder else {}))
+    auto = transformers.AutoModelForCausalLM if is_decoder else transformers.AutoModelForMaskedLM
+    auto.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "base")
+    summary = quantize_model(tmp_path / "base", tmp_path / "out", format_)
+    base = auto.from_pretrained(tmp_path / "base")
+    model, info = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    modules, expected = dict(model.named_modules()), dict(base.named_modules())
+    parts = [name for name in expected if name.endswith(("q_proj", "k_proj", "v_proj"))]
+    assert len(parts) == 6
+    assert all(torch.equal(modules[name].weight, expected[name].weight) for name in parts)
+    packed = [m for m in modules.values() if "bitsandbytes" in type(m).__module__]
+    assert len(packed) == summary["quantized_linears"] > 0
+
+
 def test_quantized_model_logits_match_transformers(
     tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:

@@ -389,15 +389,12 @@ def _group_tensors(
         elif pattern is None:
             groups[name] = TensorGroup([key])
         else:
+            names = key_mapper.split_names(name, pattern)
             converter = key_mapper.converters[pattern]
-            group = groups.setdefault(name, TensorGroup([], converter))
+            group = groups.setdefault(name, TensorGroup([], converter, names=names))
             group.keys.append(key)
             group.patterns.append(pattern)
-            first, *others = converter.target_patterns
-            names = [name.replace(first, other) for other in others]
-            if names and not group.names and key_mapper.names.keys() >= {*names}:
-                group.names.extend([name, *names])
-                groups |= dict.fromkeys(names, group)
+            groups |= dict.fromkeys(names, group)
     return groups, unused
 
 

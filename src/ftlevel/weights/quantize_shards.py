@@ -111,9 +111,11 @@ def build_layout(
 def resolve_layout(layout: QuantizedLayout, keys: Iterable[str]) -> QuantizedLayout:
     """Returns `layout` adapted to a checkpoint with `keys`; InputError if it lacks a weight.
 
-    A linear layer is not quantized if its weight combines several tensors of the checkpoint.
+    A linear layer is not quantized if its weight is not exactly one tensor of the checkpoint.
     """
     patterns = dict(map(layout.key_mapper, keys))
+    for name, pattern in [*patterns.items()]:
+        patterns |= dict.fromkeys(layout.key_mapper.split_names(name, pattern), pattern)
     if missing := [name for name in layout.linears if f"{name}.weight" not in patterns]:
         names = join_names([f"{name}.weight" for name in missing], 3)
         raise InputError(

@@ -46,6 +46,12 @@ class KeyMapper:
         )
         return (key, None) if name not in self.names and key in self.names else (name, pattern)
 
+    def split_names(self, name: str, pattern: str | None) -> list[str]:
+        """Returns the model's tensors that `name`, the first, is stored with; [] if it is alone."""
+        first, *others = self.converters[pattern].target_patterns if pattern else ("",)
+        names = [name.replace(first, other) for other in others]
+        return [name, *names] if names and self.names.keys() >= {*names} else []
+
     def record_conversions(self) -> None:
         """Store the applied conversions in the model, for `save_pretrained`; not `key_mapping`."""
         self._model._weight_conversions = [
@@ -58,10 +64,7 @@ class KeyMapper:
 def convert(
     converter: Any, name: str, parts: Iterable[tuple[str, str, Tensor]], model: Any
 ) -> dict[str, Tensor]:
-    """Returns the model's tensors that `parts` form: (stored name, pattern, tensor).
-
-    `name` is the first of them.
-    """
+    """Returns the tensors, first `name`, that `parts` form: (stored name, pattern, tensor)."""
     converter = copy.deepcopy(converter)
     for key, pattern, tensor in parts:
         converter.add_tensor(name, key, pattern, tensor)
