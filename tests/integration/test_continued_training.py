@@ -278,6 +278,9 @@ def test_loftq_of_peft_is_neither_continued_nor_merged(
         assert run(command) == 2
         assert "init_lora_weights is loftq: its initialization" in capsys.readouterr().err
     assert not Path("out").exists()
+    assert run(["evaluate", "moved", "--dataset", "turns", "--device", "cpu"]) == 2
+    message = "moved: init_lora_weights is loftq, and PEFT then rounds the base weights"
+    assert message in capsys.readouterr().err
 
 
 def test_adapter_flag_accepts_method_name(base: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from ftlevel.artifacts.cards import AdapterCard
+from ftlevel.artifacts.files import read_json_object
 from ftlevel.config import MethodConfig
 from ftlevel.errors import ConfigError, InputError, did_you_mean, join_names
 from ftlevel.extensions import loaded
@@ -113,11 +114,8 @@ def check_new_embeddings(model: Any, old_vocab_size: int | None, adapter_dir: Pa
         return
     inputs, output = model.get_input_embeddings(), model.get_output_embeddings()
     with torch.no_grad():
-        outputs = {
-            "embedding": inputs(
-                torch.arange(old_vocab_size, vocab_size, device=inputs.weight.device)
-            )
-        }
+        new_ids = torch.arange(old_vocab_size, vocab_size, device=inputs.weight.device)
+        outputs = {"embedding": inputs(new_ids)}
         if output is not None:
             width = output.weight.shape[-1]
             ones = torch.ones(1, width, dtype=output.weight.dtype, device=output.weight.device)
@@ -437,6 +435,16 @@ def check_weights_exist(adapter_dir: Path) -> None:
         raise InputError(
             f"{adapter_dir} contains no {WEIGHTS}. Save the adapter again with PEFT's "
             "save_pretrained."
+        )
+
+
+def check_runs_on_cpu(adapter_dir: Path) -> None:
+    """Raise `InputError` if PEFT loads the adapter only on a GPU."""
+    config = read_json_object(adapter_dir / "adapter_config.json")
+    if str(config.get("init_lora_weights")).lower() == "loftq":
+        raise InputError(
+            f"{adapter_dir}: init_lora_weights is loftq, and PEFT then rounds the base weights to "
+            "4 bits, which it does only on a GPU. Use a machine with a GPU."
         )
 
 

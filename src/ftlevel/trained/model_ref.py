@@ -40,7 +40,7 @@ from ftlevel.models.quantization import (
 from ftlevel.models.sources import ModelSource
 from ftlevel.objectives import Objective
 from ftlevel.tasks import TASKS, BaseTask
-from ftlevel.trained.adapt import get_adapter_reader, load_adapter
+from ftlevel.trained.adapt import check_runs_on_cpu, get_adapter_reader, load_adapter
 from ftlevel.trained.generation import GenerationOptions, generate_texts
 
 PLAIN = "none"
@@ -214,6 +214,8 @@ class ModelRef:
             )
         if (stored := get_quantization_config(config)) is not None:
             check_loadable(stored, source.label, device)
+        if self.directory is not None and device == "cpu":
+            check_runs_on_cpu(self.directory)
         tokenizer = self.load_tokenizer()
         ensure_pad_token(tokenizer)
         if task.separates_padding:
