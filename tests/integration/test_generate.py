@@ -215,6 +215,43 @@ def test_plain_peft_adapter_generates(tiny_model_dir: ModelDir, tmp_path: Path) 
     assert "was not created by ftlevel: its base," in notes[0]
 
 
+@pytest.mark.parametrize("model_class", ["BartForCausalLM", "MBartForCausalLM"])
+def test_decoder_without_position_ids_generates_as_alone(
+    model_class: str, tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers' decoder of BART ignores padding, so that it would shift the positions."""
+    torch.manual_seed(0)
+    source = tiny_model_dir("bart")
+    config = transformers.AutoConfig.from_pretrained(source, forced_eos_token_id=None)
+    if model_class == "MBartForCausalLM":
+        names = {**config.to_dict(), "model_type": "mbart"}
+        config = transformers.MBartConfig.from_dict(names)
+    model = getattr(transformers, model_class)(config).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "decoder")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    tokenizer.save_pretrained(tmp_path / "decoder")
+    expected = []
+    for prompt in PROMPTS:
+        prompt_ids = tokenizer(prompt)["input_ids"][:-1]
+        ids = [*prompt_ids]
+        while len(ids) < len(prompt_ids) + 6 and ids[-1] != tokenizer.eos_token_id:
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        new_ids = ids[len(prompt_ids) :]
+        expected.append(tokenizer.decode(new_ids, skip_special_tokens=True).strip())
+    prompts = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
+    options = ["--max-new-tokens", "6", "--dtype", "float32", "--device", "cpu", "--json"]
+    assert run(["generate", str(tmp_path / "decoder"), *prompts, *options]) == 0
+    answers = json.loads(capsys.readouterr().out.splitlines()[-1])["answers"]
+    assert [answer["text"] for answer in answers] == expected
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a file", "completion": "the list"}\n' * 4)
+    data = ["--dataset", str(tmp_path / "rows.jsonl"), "--max-steps", "1", "--dtype", "float32"]
+    paths = ["--model", str(tmp_path / "decoder"), "--output-dir", str(tmp_path / "run")]
+    assert run(["train", *data, *paths]) == 0
+    assert "fast step verified on" in capsys.readouterr().out
+
+
 def test_run_in_directory_called_base_uses_its_adapter(adapters_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(adapters_dir / "short" / "adapter", tmp_path / "base")
     assert answer_texts(tmp_path / "base") == answer_texts(adapters_dir / "short")

@@ -17,10 +17,10 @@ ModelKind = Literal["encoder", "decoder", "encoder-decoder"]
 
 
 def model_kind(config: Any) -> ModelKind:
-    """Returns the kind of architecture; model types with a masked-LM head (BERT) are encoders."""
+    """Returns the kind of architecture; types with a masked-LM head are encoders by default."""
     if config.is_encoder_decoder:
         return "encoder-decoder"
-    if has_masked_lm(config.model_type):
+    if has_masked_lm(config.model_type) and not getattr(config, "is_decoder", False):
         return "encoder"
     return "decoder"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -102,16 +103,18 @@ def generate_texts(
     """Returns the generated text for each prompt, in order and without special tokens.
 
     Prompts are batched by length. Decoders are padded on the left, encoder-decoders on the right,
-    since left padding would shift the positions of models such as BART.
+    since left padding shifts the positions of BART; its decoder alone gets prompts of one length.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    order: Sequence[int] = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    groups = [order]
+    if getattr(model.config, "is_decoder", False):  # BART's decoder has no position_ids
+        groups = [[*group] for _, group in groupby(order, key=lambda i: len(prompts[i]))]
     outputs = [""] * len(prompts)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     encoder_decoder = model.config.is_encoder_decoder
-    pad_left = not encoder_decoder
-    for indices in batches(order, batch_size):
-        ids = pad([prompts[i] for i in indices], pad_id, left=pad_left).to(device)
-        mask = pad([[1] * len(prompts[i]) for i in indices], 0, left=pad_left).to(device)
+    for indices in (batch for group in groups for batch in batches(group, batch_size)):
+        ids = pad([prompts[i] for i in indices], pad_id, left=not encoder_decoder).to(device)
+        mask = pad([[1] * len(prompts[i]) for i in indices], 0, left=not encoder_decoder).to(device)
         generated = model.generate(
             input_ids=ids, attention_mask=mask, **options.arguments(model, tokenizer)
         )
