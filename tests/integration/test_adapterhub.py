@@ -64,6 +64,10 @@ def test_exported_adapterhub_adapter_matches_run(
         (("export", "hub", "--out", "hub.gguf"), "cannot be merged"),
         (("export", "hub", "--format", "adapterhub", "--out", "more"), "in AdapterHub's form"),
         (("export", "my.run", "--format", "adapterhub", "--out", "hub"), "is not empty"),
+        (
+            ("export", "my.run", "--format", "adapterhub", "--out", "more", "--max-rank", "2"),
+            "--max-rank is for plain LoRA, not for adapterhub. Drop it.",
+        ),
         (("evaluate", "hub", "--task", "token-classification"), "has a head for text-class"),
     ):
         assert message.lower() in run_command(capsys, *command, code=2).lower()

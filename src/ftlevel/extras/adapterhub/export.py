@@ -12,7 +12,7 @@ from ftlevel.artifacts.cards import AdapterCard
 from ftlevel.artifacts.files import write_json
 from ftlevel.config import ExportConfig
 from ftlevel.config.section import Choice
-from ftlevel.errors import InputError, RunError
+from ftlevel.errors import ConfigError, InputError, RunError
 from ftlevel.events import Listener
 from ftlevel.extras.adapterhub.adapter import (
     ADAPTER_FILES,
@@ -33,8 +33,10 @@ _PREFIX = "base_model.model."
 
 
 def plan_export(config: ExportConfig, ref: ModelRef) -> AdapterHubExport:
-    """Prepare the export; raise InputError if AdapterHub cannot represent the adapter."""
+    """Prepare the export; raise InputError or ConfigError if adapter or flags do not fit."""
     directory = ref.directory
+    if "max_rank" in config.model_fields_set:
+        raise ConfigError("--max-rank is for plain LoRA, not for adapterhub. Drop it.")
     if directory is None:
         raise InputError(
             f"{config.model} is a whole model, and --format adapterhub is for an adapter. "
