@@ -199,15 +199,13 @@ def save_embedding_format(
     }
     if embedding_format.dims is not None:
         config["truncate_dim"] = embedding_format.dims
-    modes = (*POOLING_MODES.values(), *_OTHER_POOLING)
-    pooling = {
-        "word_embedding_dimension": hidden_size,
-        **{
-            f"pooling_mode_{word}": word == POOLING_MODES[embedding_format.pooling]
-            for word in modes
-        },
-        "include_prompt": embedding_format.include_prompt,
-    }
+    mode, modes = (
+        POOLING_MODES[embedding_format.pooling],
+        (*POOLING_MODES.values(), *_OTHER_POOLING),
+    )
+    pooling = {"word_embedding_dimension": hidden_size}
+    pooling |= {f"pooling_mode_{word}": word == mode for word in modes}
+    pooling["include_prompt"] = embedding_format.include_prompt
     (model_dir / _POOLING_DIR).mkdir(exist_ok=True)
     files: dict[str, Any] = {
         MODULES: _modules(modules),
@@ -237,9 +235,7 @@ def save_cross_encoder_format(model_dir: Path, reranker_format: CrossEncoderForm
     if reranker_format.max_length is not None:
         lengths["max_seq_length"] = reranker_format.max_length
     is_model = (model_dir / "config.json").is_file()
-    if (
-        reranker_format.pad_token_id is not None and not is_model
-    ):  # an adapter has the base's config
+    if reranker_format.pad_token_id is not None and not is_model:  # an adapter has the base's
         lengths["config_kwargs"] = {"pad_token_id": reranker_format.pad_token_id}
     files: dict[str, Any] = {
         MODULES: _modules([("", "Transformer")]),

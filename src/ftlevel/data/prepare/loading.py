@@ -251,6 +251,9 @@ def _with_judgments(splits: DatasetSplits, qrels: Path, corpus: Path | None) -> 
     counts = {
         "documents repeat the text of another one and count once": result.merged,
         "queries without a relevant document are left out": result.unjudged,
+        "scores count as 1; as gains of nDCG, they count in ftlevel evaluate --qrels": sum(
+            grade != 1 for grades in result.relevant for grade in grades.values()
+        ),
     }
     notes = [f"{qrels}: {count:,} {what}" for what, count in counts.items() if count]
     table = Table(rows, range(1, len(rows) + 1), str(qrels), "row")

@@ -21,7 +21,7 @@ _SCORES = ("score", "relevance", "label")
 
 @dataclass(frozen=True)
 class RetrievalSet:
-    """Queries, distinct documents, and the indices of the documents relevant to each query.
+    """Queries, distinct documents, and for each query its relevant documents: index → grade.
 
     `merged` is the number of documents that repeat another document's text, `unjudged` the number
     of queries that are left out because no document is relevant to them.
@@ -29,7 +29,7 @@ class RetrievalSet:
 
     queries: Sequence[str]
     documents: Sequence[str]
-    relevant: Sequence[Sequence[int]]
+    relevant: Sequence[Mapping[int, float]]
     merged: int
     unjudged: int
 
@@ -53,7 +53,7 @@ def load_retrieval_set(qrels: Path, corpus: Path | None = None) -> RetrievalSet:
     documents = _read_texts(corpus)
     texts = list(dict.fromkeys(documents.values()))
     positions = {text: at for at, text in enumerate(texts)}
-    relevant: dict[str, set[int]] = {}
+    relevant: dict[str, dict[int, float]] = {}
     lost: list[str] = []
     names = [
         _column(table.column_names, candidates, qrels)
@@ -61,14 +61,16 @@ def load_retrieval_set(qrels: Path, corpus: Path | None = None) -> RetrievalSet:
     ]
     for at, row in enumerate(table.rows):
         query, document, score = (row[name] for name in names)
-        if _number(score, table.where(at), names[2]) <= 0:
+        grade = _number(score, table.where(at), names[2])
+        if grade <= 0:
             continue
         if str(query) not in queries:
             lost.append(f"{table.where(at)}: query {query!r}")
         elif str(document) not in documents:
             lost.append(f"{table.where(at)}: document {document!r}")
         else:
-            relevant.setdefault(str(query), set()).add(positions[documents[str(document)]])
+            grades, index = relevant.setdefault(str(query), {}), positions[documents[str(document)]]
+            grades[index] = max(grade, grades.get(index, 0))
     if lost:
         raise InputError(
             f"{len(lost):,} relevant judgments refer to a missing query or document: "
@@ -81,7 +83,7 @@ def load_retrieval_set(qrels: Path, corpus: Path | None = None) -> RetrievalSet:
     return RetrievalSet(
         [queries[query] for query in judged],
         texts,
-        [sorted(relevant[query]) for query in judged],
+        [dict(sorted(relevant[query].items())) for query in judged],
         len(documents) - len(texts),
         len(queries) - len(judged),
     )

@@ -91,9 +91,9 @@ class Embeddings(StepObjective):
 
         with torch.autocast(states.device.type, enabled=False):
             vectors = pool(states, mask, self.format.pooling)
-            if self.format.dims is not None:
-                vectors = vectors[:, : self.format.dims]
-            return functional.normalize(vectors, dim=-1) if self.format.normalize else vectors
+            if self.format.normalize:
+                vectors = functional.normalize(vectors, dim=-1)
+            return vectors[:, : self.format.dims]  # last, as in sentence-transformers
 
     def step_loss(self, vectors: torch.Tensor, step: StepTexts) -> torch.Tensor:
         """Returns the mean loss over rows; for Matryoshka dimensions, a weighted sum of losses."""

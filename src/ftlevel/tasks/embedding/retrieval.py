@@ -1,15 +1,15 @@
 """Retrieval metrics and exact search.
 
-Definitions are those of sentence-transformers' evaluators: binary gains, discount
-1 / log2(rank + 1), MAP@k over min(k, relevant documents); queries without relevant documents are
-left out. Documents of equal score are in random order. A metric is its expected value over
-these orders (McSherry and Najork, 2008), so it does not depend on the order or the names of
-the documents. With s documents above a group of g equal scores, r of them relevant, and H relevant
-ones above:
+Definitions are those of sentence-transformers' evaluators: discount 1 / log2(rank + 1), MAP@k over
+min(k, relevant documents); queries without relevant documents are left out. Gains of nDCG are the
+grades, as in trec_eval, ranx and MTEB. Documents of equal score are in random order. A metric is
+its expected value over these orders (McSherry and Najork, 2008), so it does not depend on the order
+or the names of the documents. With s documents above a group of g equal scores, r of them relevant
+with grades of sum G, and H relevant ones above:
 
-    E[gain at a rank of the group]              = r / g
+    E[gain at a rank of the group]              = G / g
     P[first relevant one is j-th of the group]  = C(g - j, r - 1) / C(g, r)
-    E[gain · relevant ones up to rank s + j]    = r / g · (H + 1 + (j - 1)(r - 1) / (g - 1))
+    E[hit · relevant ones up to rank s + j]     = r / g · (H + 1 + (j - 1)(r - 1) / (g - 1))
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BLOCK_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class QueryRanks:
-    """Ranks of the relevant documents of a query; arrays `(relevant,)`.
+    """Ranks and grades of the relevant documents of a query; arrays `(relevant,)`.
 
     For each of them, `above` is the number of documents with a higher score, and `equal` the number
     with the same score, itself included.
@@ -39,14 +39,16 @@ class QueryRanks:
 
     above: np.ndarray
     equal: np.ndarray
+    grades: np.ndarray
 
 
-def rank_relevant(scores: np.ndarray, relevant: Sequence[int] | np.ndarray) -> QueryRanks:
-    """Returns the ranks of the documents at indices `relevant` of `scores` `(documents,)`."""
-    own = scores[np.asarray(relevant, dtype=np.int64)]
-    order = np.sort(scores)
+def rank_relevant(scores: np.ndarray, relevant: Mapping[int, float] | Sequence[int]) -> QueryRanks:
+    """Returns the ranks of documents `relevant`: indices of `scores`, or index → grade (else 1)."""
+    own, order = scores[np.array([*relevant], dtype=np.int64)], np.sort(scores)
+    grades = [*relevant.values()] if isinstance(relevant, Mapping) else np.ones(len(own))
     upper = np.searchsorted(order, own, side="right")
-    return QueryRanks(len(scores) - upper, upper - np.searchsorted(order, own, side="left"))
+    equal = upper - np.searchsorted(order, own, side="left")
+    return QueryRanks(len(scores) - upper, equal, np.asarray(grades, dtype=np.float64))
 
 
 def score_ranks(ranks: QueryRanks, deepest: int = DEEPEST) -> dict[str, float]:
@@ -55,25 +57,26 @@ def score_ranks(ranks: QueryRanks, deepest: int = DEEPEST) -> dict[str, float]:
     Documents after rank `deepest` (at least 10) do not count; metrics @100 are @`deepest`.
     """
     depth = np.arange(1, deepest + 1)
-    gain, precision = np.zeros(deepest), np.zeros(deepest)
+    gain, relevance, precision = np.zeros((3, deepest))
     reciprocal, hits = 0.0, 0
-    starts, first, sizes = np.unique(ranks.above, return_index=True, return_counts=True)
-    for start, size, found in zip(starts, ranks.equal[first], sizes, strict=True):
+    starts, first, group_ids, sizes = np.unique(ranks.above, True, True, True)
+    totals = np.bincount(group_ids, ranks.grades)
+    for start, size, found, total in zip(starts, ranks.equal[first], sizes, totals, strict=True):
         group = int(min(size, max(deepest - start, 0)))
         own, position = slice(start, start + group), np.arange(group)
-        gain[own] = found / size
+        gain[own], relevance[own] = total / size, found / size
         others = position * (found - 1) / max(size - 1, 1)
         precision[own] = found / size * (hits + 1 + others) / depth[own]
         if not hits:
             reciprocal = _expected_reciprocal(int(start), int(size), int(found), 10)
         hits += int(found)
-    discount = 1 / np.log2(depth[:10] + 1)
+    discount, ideal = 1 / np.log2(depth[:10] + 1), np.sort(ranks.grades)[:-11:-1]
     return {
-        "ndcg@10": float(gain[:10] @ discount / discount[: min(10, hits)].sum()),
+        "ndcg@10": float(gain[:10] @ discount / (ideal * discount[: len(ideal)]).sum()),
         "mrr@10": reciprocal,
-        "recall@1": float(gain[0] / hits),
-        "recall@10": float(gain[:10].sum() / hits),
-        "recall@100": float(gain.sum() / hits),
+        "recall@1": float(relevance[0] / hits),
+        "recall@10": float(relevance[:10].sum() / hits),
+        "recall@100": float(relevance.sum() / hits),
         "map@100": float(precision.sum() / min(deepest, hits)),
     }
 
@@ -124,22 +127,20 @@ def score_queries(ranks: Sequence[QueryRanks]) -> RetrievalScores:
 def score_retrieval(
     queries: torch.Tensor,
     corpus: torch.Tensor,
-    relevant: Sequence[Sequence[int]],
+    relevant: Sequence[Mapping[int, float] | Sequence[int]],
     *,
     similarity: str,
     block_bytes: int = BLOCK_BYTES,
 ) -> RetrievalScores:
     """Returns the metrics of a search for each of the queries among all documents.
 
-    `queries` `(queries, dims)` and `corpus` `(documents, dims)` are embeddings; `relevant` has the
-    corpus indices of each query's relevant documents. `similarity` is cosine or dot. The scores of
-    a block of queries take `block_bytes` of memory.
+    `queries` `(queries, dims)` and `corpus` `(documents, dims)` are embeddings; `relevant` has each
+    query's relevant documents: corpus indices, or index → grade. `similarity` is cosine or dot. The
+    scores of a block of queries take `block_bytes` of memory.
     """
-    ranks: list[QueryRanks] = []
-    for start, scores in iterate_scores(queries, corpus, similarity, block_bytes):
-        for row, line in enumerate(scores.numpy()):
-            ranks.append(rank_relevant(line, relevant[start + row]))
-    return score_queries(ranks)
+    blocks = iterate_scores(queries, corpus, similarity, block_bytes)
+    lines = (line for _, scores in blocks for line in scores.numpy())
+    return score_queries([*map(rank_relevant, lines, relevant)])
 
 
 def search(
@@ -151,14 +152,10 @@ def search(
     block_bytes: int = BLOCK_BYTES,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns scores and corpus indices `(queries, top_k)` of the best documents, best first."""
-    top_k = min(top_k, len(corpus))
-    found = [
-        scores.topk(top_k) for _, scores in iterate_scores(queries, corpus, similarity, block_bytes)
-    ]
-    return (
-        np.concatenate([each.values.numpy() for each in found]),
-        np.concatenate([each.indices.numpy() for each in found]),
-    )
+    blocks = iterate_scores(queries, corpus, similarity, block_bytes)
+    found = [scores.topk(min(top_k, len(corpus))) for _, scores in blocks]
+    values, indices = zip(*found, strict=True)
+    return np.concatenate(values), np.concatenate(indices)
 
 
 def iterate_scores(

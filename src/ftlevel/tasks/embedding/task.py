@@ -76,13 +76,10 @@ class EmbeddingTask(BaseTask):
         if not values:
             return self
         format_ = EmbeddingFormat(**values.pop("form")) if "form" in values else self.format
-        step_rows, end = values.pop("step_rows", self.step_rows), values.pop("end", self.end)
         values.pop("kind", None)
-        teacher = values.pop("teacher", self.teacher)
-        config = EmbeddingConfig(**values)
-        return replace(
-            self, config=config, format=format_, end=end, step_rows=step_rows, teacher=teacher
-        )
+        names = ("step_rows", "end", "teacher")
+        own = {name: values.pop(name, getattr(self, name)) for name in names}
+        return replace(self, config=EmbeddingConfig(**values), format=format_, **own)
 
     def for_model(
         self, source: ModelSource, kind: str, width: int, tokenizer: Any, step_rows: int
@@ -95,7 +92,7 @@ class EmbeddingTask(BaseTask):
         format_ = _read_format(source, tokenizer, options)
         reason = "as in the model's modules.json"
         if format_ is None:
-            format_ = EmbeddingFormat("last" if kind == "decoder" else "mean", normalize=True)
+            format_ = _default_format(kind)
             reason = f"default for {'a decoder' if kind == 'decoder' else 'an encoder'}"
         format_ = replace(format_, **options)
         end = _end_of(tokenizer, source.name) if format_.pooling == "last" else None
@@ -124,10 +121,7 @@ class EmbeddingTask(BaseTask):
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        format_ = _read_format(source, tokenizer)
-        format_ = format_ or EmbeddingFormat(
-            "last" if kind == "decoder" else "mean", normalize=True
-        )
+        format_ = _read_format(source, tokenizer) or _default_format(kind)
         end = _end_of(tokenizer, source.name) if format_.pooling == "last" else None
         values = {"form": asdict(format_), "end": end, "loss": DEFAULT_LOSSES["pairs"]}
         return {"options": {"embedding": values}}
@@ -222,15 +216,9 @@ class EmbeddingTask(BaseTask):
         return encoder.fit(encoder.collect(encode, examples), table)
 
     def _text_encoder(self, encoder: Encoder) -> TextEncoder:
-        format_ = self.format
-        return TextEncoder(
-            encoder.tokenizer,
-            format_.query_prompt,
-            format_.document_prompt,
-            self.end,
-            self._with_words,
-            format_.include_prompt,
-        )
+        prompts = self.format.query_prompt, self.format.document_prompt
+        is_pooled = self.format.include_prompt
+        return TextEncoder(encoder.tokenizer, *prompts, self.end, self._with_words, is_pooled)
 
     def encode_corpus(
         self, encoder: Encoder, documents: Sequence[str]
@@ -265,15 +253,8 @@ class EmbeddingTask(BaseTask):
         kind = _kind_of(loaded.train)
         config = {**self.config.model_dump(mode="json"), "teacher": self.teacher}
         config["loss"] = self.config.loss or _default_loss(kind)
-        return {
-            "embedding": config
-            | {
-                "form": asdict(self.format),
-                "end": self.end,
-                "kind": kind,
-                "step_rows": self.step_rows,
-            }
-        }
+        config |= {"form": asdict(self.format), "end": self.end, "kind": kind}
+        return {"embedding": {**config, "step_rows": self.step_rows}}
 
     def inference_config(self, config: DataConfig, data_info: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the embedding settings, with the length at which training truncates texts."""
@@ -306,10 +287,14 @@ class EmbeddingTask(BaseTask):
         self, model: PromptedModel, queries: Sequence[Any], options: OutputOptions
     ) -> list[Prediction]:
         """Returns the embedding of each query or document, with the model's prompt before it."""
+        from torch.nn import functional
+
         values = self.configured(model.options)
-        format_ = replace(values.format, dims=options.dims or values.format.dims)
-        if options.normalize is not None:
-            format_ = replace(format_, normalize=options.normalize)
+        format_ = values.format
+        normalize = format_.normalize if options.normalize is None else options.normalize
+        format_ = replace(format_, dims=options.dims or format_.dims, normalize=normalize)
+        # The options normalize what is left after truncation; the model's own format does not.
+        rescales = normalize and (options.normalize or options.dims)
         encode = TextEncoder(model.tokenizer, "", "", values.end)
         prompts = [
             format_.document_prompt if q.documents else q.prompt or format_.query_prompt
@@ -329,8 +314,10 @@ class EmbeddingTask(BaseTask):
         ) -> list[Prediction]:
             unpooled = [min(sizes[prompts[row.row]], len(row.input_ids) - 1) for row in batch]
             unpooled = [] if format_.include_prompt else unpooled
-            vectors = objective.embed_states(states, without_first(mask, unpooled)).cpu().numpy()
-            return [Prediction("", columns={"": vector}) for vector in vectors]
+            vectors = objective.embed_states(states, without_first(mask, unpooled))
+            if rescales:
+                vectors = functional.normalize(vectors, dim=-1)
+            return [Prediction("", columns={"": vector}) for vector in vectors.cpu().numpy()]
 
         return model.score_batches(rows, read)
 
@@ -400,6 +387,10 @@ def _read_format(
         max_length=longest if longest < _UNLIMITED else None,
         lowercase=format_.lowercase and keeps_case(tokenizer),
     )
+
+
+def _default_format(kind: str) -> EmbeddingFormat:
+    return EmbeddingFormat("last" if kind == "decoder" else "mean", normalize=True)
 
 
 def _end_of(tokenizer: Any, name: str) -> int:

@@ -72,7 +72,8 @@ class CandidateGroup:
         relevant = np.flatnonzero(labels > 0)
         if not len(relevant) or len(relevant) == len(labels):
             return {}
-        ranks = rank_relevant(np.array(self.scores), relevant)
+        grades = dict(zip(relevant.tolist(), labels[relevant].tolist(), strict=True))
+        ranks = rank_relevant(np.array(self.scores), grades)
         scores = score_ranks(ranks, max(len(labels), DEEPEST))
         return {name: scores["map@100" if name == "map" else name] for name in RANKING_METRICS}
 

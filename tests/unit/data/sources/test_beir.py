@@ -28,8 +28,17 @@ def qrels_path(tmp_path):
 
 def test_duplicate_documents_are_merged_and_unjudged_queries_dropped(qrels_path):
     assert load_retrieval_set(qrels_path) == RetrievalSet(
-        ["query 0", "query 2"], ["T one", "two", "four"], [[0, 1], [2]], merged=1, unjudged=1
+        ["query 0", "query 2"],
+        ["T one", "two", "four"],
+        [{0: 1.0, 1: 2.0}, {2: 1.0}],
+        merged=1,
+        unjudged=1,
     )
+
+
+def test_highest_grade_of_merged_documents_is_used(qrels_path):
+    qrels_path.write_text("query-id\tcorpus-id\tscore\nq0\td3\t3\nq0\td2\t1\nq0\td1\t-1\n")
+    assert load_retrieval_set(qrels_path).relevant == [{1: 3.0}]
 
 
 def test_corpus_without_relevant_documents_raises(qrels_path, tmp_path):

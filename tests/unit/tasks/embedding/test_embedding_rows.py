@@ -52,6 +52,15 @@ def test_prompts_are_prepended_to_queries_and_documents() -> None:
     assert prompt_ids == tokenizer("the query: ")["input_ids"][:-1]
 
 
+def test_embeddings_are_truncated_after_normalization() -> None:
+    """As `encode` of sentence-transformers with truncate_dim and a module Normalize."""
+    states, mask = torch.randn(3, 5, 8), torch.ones(3, 5, dtype=torch.long)
+    embedding_format = EmbeddingFormat("mean", normalize=True, dims=4)
+    actual = Embeddings("ndcg@10", format=embedding_format).embed_states(states, mask)
+    mean = states.mean(1)
+    assert torch.allclose(actual, (mean / mean.norm(dim=1, keepdim=True))[:, :4], atol=1e-6)
+
+
 @pytest.mark.parametrize("left", [False, True])
 def test_prompt_tokens_are_excluded_from_pooling(left: bool) -> None:
     states, counts, lengths = torch.randn(3, 5, 4), (3, 0, 2), (5, 3, 4)

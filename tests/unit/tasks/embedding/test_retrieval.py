@@ -96,14 +96,19 @@ def test_ties_across_cutoff_give_mean_over_random_orders():
     assert measure(scores, relevant) == pytest.approx(mean, abs=0.01)
 
 
-def test_ndcg_with_ties_matches_scikit_learn():
+@pytest.mark.parametrize("highest", [1, 3])
+def test_ndcg_with_ties_matches_scikit_learn(highest):
     generator = np.random.default_rng(3)
     for _ in range(20):
         scores = generator.integers(0, 4, 30).astype(float)
-        gains = generator.integers(0, 2, 30)
+        gains = generator.integers(0, highest + 1, 30)
         gains[0] = 1
-        actual = measure(scores, np.flatnonzero(gains))["ndcg@10"]
-        assert actual == pytest.approx(ndcg_score([gains], [scores], k=10), abs=1e-9)
+        relevant = {index: float(gains[index]) for index in np.flatnonzero(gains)}
+        actual = measure(scores, relevant)
+        assert actual["ndcg@10"] == pytest.approx(ndcg_score([gains], [scores], k=10), abs=1e-9)
+        binary = measure(scores, [*relevant])
+        others = set(METRICS) - {"ndcg@10"}
+        assert {name: actual[name] for name in others} == {name: binary[name] for name in others}
 
 
 def test_document_order_has_no_effect():

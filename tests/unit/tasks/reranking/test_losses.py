@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, ndcg_score
 
 from ftlevel.config.reranking import LOSSES, RerankingConfig
 from ftlevel.tasks.embedding.formats import EmbeddingRow
@@ -29,6 +29,14 @@ def test_map_counts_documents_after_rank_100():
     found = CandidateGroup(scores.tolist(), labels.tolist()).metrics
     assert found["map"] == pytest.approx(average_precision_score(labels, scores))
     assert found["mrr@10"] == 0
+
+
+def test_ndcg_of_grades_matches_scikit_learn():
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        scores, labels = generator.permutation(30) / 30, generator.integers(0, 4, 30) / 2
+        found = CandidateGroup(scores.tolist(), labels.tolist()).metrics
+        assert found["ndcg@10"] == pytest.approx(ndcg_score([labels], [scores], k=10))
 
 
 def create_lists(*rows, teacher=None):
