@@ -23,6 +23,7 @@ from ftlevel.data.sources.beir import load_retrieval_set
 from ftlevel.data.sources.lines import STDIN
 from ftlevel.data.sources.table import describe_dropped
 from ftlevel.errors import ConfigError, InputError
+from ftlevel.evaluation.embeddings import evaluate_retrieval
 from ftlevel.evaluation.intervals import (
     ExampleRecord,
     check_metrics,
@@ -31,7 +32,6 @@ from ftlevel.evaluation.intervals import (
     should_generate,
     uses_text_metrics,
 )
-from ftlevel.evaluation.retrieval import evaluate_retrieval
 from ftlevel.evaluation.rollouts import RewardEvaluator, Rollouts, open_rewards, open_teacher
 from ftlevel.evaluation.scoring import Evaluator, iterate_results, needs_reference, with_reference
 from ftlevel.evaluation.two_models import (

@@ -15,7 +15,7 @@ from ftlevel.data.formats.examples import to_examples
 from ftlevel.data.sources.readers import ReadOptions, load_table
 from ftlevel.errors import InputError
 from ftlevel.evaluation.answers import InferenceModel
-from ftlevel.evaluation.retrieval import as_document, embed_rows
+from ftlevel.evaluation.embeddings import as_document, embed_rows
 from ftlevel.events import Listener, NullListener
 from ftlevel.models.hardware import select_device, select_threads
 from ftlevel.models.loading import silence_loggers

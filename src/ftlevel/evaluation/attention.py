@@ -1,10 +1,10 @@
 """Attention of one new token per row, after prompts that several rows share.
 
-    o = (Σₚ aₚ oₚ) / (Σₚ aₚ),   oₚ = Σₜ exp(sₜ − mₚ) vₜ,   aₚ = exp(mₚ − m),   m = max mₚ
+    o = Σₚ softmax([s₁, s₂])ₚ vₚ
 
-The parts p are a row's own tokens and its prompt; s are scores and mₚ their maximum in a part. The
-keys of a prompt are read once for all its rows, in one matrix product (as in Hydragen, 2402.05099,
-and cascade attention), and stored once.
+The parts p are a row's prompt and its own tokens, with scores s. The keys of a prompt are read once
+for all its rows, in one matrix product (as in Hydragen, 2402.05099, and cascade attention), and
+stored once.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ class SharedPrompts:
 
     @cached_property
     def mask(self) -> Tensor | None:
-        """Mask, True at invalid positions, (prompts, 1, 1, seq); None if all are valid."""
+        """Mask, True at invalid positions, (prompts, 1, seq); None if all are valid."""
         keys = self.states[0][0]
         seq = keys.shape[2]
         if min(self.lengths) == seq:
             return None
         starts = seq - torch.tensor(self.lengths, device=keys.device)
-        return (torch.arange(seq, device=keys.device) < starts[:, None])[:, None, None]
+        return (torch.arange(seq, device=keys.device) < starts[:, None])[:, None]
 
     @cached_property
     def width(self) -> int:
@@ -94,26 +94,31 @@ class SharedPrompts:
             return None
         return torch.tensor(slots, device=self.states[0][0].device)
 
-    def attention_forward(self, query: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns `_partial_attention` of `query` (rows, key heads, queries, d) to the prompts."""
-        keys, values = self.states[layer]
-        prompts, groups, _, width = keys.shape
-        if self.slots is not None:
-            full = query.new_zeros(prompts * self.width, *query.shape[1:])
-            query = full.index_copy_(0, self.slots, query)
-        heads = query.shape[2]
-        query = query.view(prompts, self.width, groups, heads, width).transpose(1, 2)
-        query = query.reshape(prompts, groups, self.width * heads, width)
-        return tuple(  # type: ignore[return-value]
-            self._to_rows(part, heads)
-            for part in _partial_attention(query, keys, values, self.mask)
-        )
+    def get_scores(self, query: Tensor, layer: int) -> Tensor:
+        """Returns scores (key heads, rows, queries, seq); `query` has d instead of seq."""
+        keys = self.states[layer][0].transpose(0, 1)
+        scores = _multiply(self._to_prompts(query), keys.transpose(2, 3))
+        if self.mask is not None:
+            scores.masked_fill_(self.mask, torch.finfo(scores.dtype).min)
+        return self._to_rows(scores)
 
-    def _to_rows(self, part: Tensor, heads: int) -> Tensor:
-        prompts, groups, _, size = part.shape
-        part = part.view(prompts, groups, self.width, heads, size).transpose(1, 2)
-        part = part.reshape(prompts * self.width, groups, heads, size)
-        return part if self.slots is None else part.index_select(0, self.slots)
+    def get_values(self, weights: Tensor, layer: int) -> Tensor:
+        """Returns the sums of values, shaped like a query; `weights` is shaped like scores."""
+        values = self.states[layer][1].transpose(0, 1)
+        return self._to_rows(_multiply(self._to_prompts(weights), values))
+
+    def _to_prompts(self, part: Tensor) -> Tensor:
+        """Returns (key heads, rows, queries, n) as (key heads, prompts, width · queries, n)."""
+        if self.slots is not None:
+            groups, _, *shape = part.shape
+            full = part.new_zeros(groups, len(self.lengths) * self.width, *shape)
+            part = full.index_copy_(1, self.slots, part)
+        return part.reshape(len(part), len(self.lengths), -1, part.shape[-1])
+
+    def _to_rows(self, part: Tensor) -> Tensor:
+        groups, prompts, queries, size = part.shape
+        part = part.view(groups, prompts * self.width, queries // self.width, size)
+        return part if self.slots is None else part.index_select(1, self.slots)
 
 
 _PROMPTS: ContextVar[Sequence[SharedPrompts]] = ContextVar("shared_prompts", default=())
@@ -158,63 +163,62 @@ def attention_forward(
     groups = key.shape[1]
     query = (query * scale).view(rows, groups, heads // groups, width)
     mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]
-    if prompts:
-        attn_output = _attention_with_prompts(prompts, module, query, key, value, mask)
-    else:
-        scores = torch.matmul(query, key.transpose(2, 3))
-        if mask is not None and mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        elif mask is not None:
-            scores = scores + mask
-        attn_weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-        attn_output = torch.matmul(attn_weights, value)
+    layer = getattr(module, "layer_idx", None)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = ~mask
+    elif prompts and mask is not None:
+        raise UnsupportedModelError("its attention adds a bias to scores")
+    if prompts and layer is None:
+        raise UnsupportedModelError("its attention does not know its layer")
+    attn_output = attend(query, key, value, mask, layer, prompts)
     return attn_output.reshape(rows, 1, heads, value.shape[-1]), None
 
 
-def _attention_with_prompts(
-    prompts: Sequence[SharedPrompts],
-    module: Any,
+def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
+    layer: Any,
+    prompts: Sequence[SharedPrompts],
 ) -> Tensor:
-    """Returns attention over shared prompts and own tokens, `(rows, key heads, queries, d)`."""
-    layer = getattr(module, "layer_idx", None)
-    if layer is None:
-        raise UnsupportedModelError("its attention does not know its layer")
-    if mask is not None and mask.dtype != torch.bool:
-        raise UnsupportedModelError("its attention adds a bias to scores")
-    row_output = _partial_attention(query, key, value, None if mask is None else ~mask)
-    first = 0
-    outputs = []
+    """Returns attention to shared prompts and own tokens, `(rows, key heads, queries, d)`.
+
+    `query` has that shape and is scaled; `key` and `value` are `(rows, key heads, seq, d)`; `mask`
+    is `(rows, 1, 1, seq)`, True at tokens to ignore, or a bias for scores without prompts.
+    """
+    query, key, value = (states.transpose(0, 1) for states in (query, key, value))
+    if query.dtype == torch.float32:
+        scores = _multiply(query, key.transpose(2, 3))
+    else:  # oneDNN takes half as long in this order
+        scores = _multiply(key, query.transpose(2, 3)).transpose(2, 3)
+    if mask is not None and mask.dtype == torch.bool:
+        scores.masked_fill_(mask[:, 0], torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask.transpose(0, 1)
+    if not prompts:
+        weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+        return _sum_values(weights, value).transpose(0, 1)
+    outputs, first = [], 0
     for block in prompts:
-        outputs.append(
-            block.attention_forward(query[first : first + len(block.prompt_indices)], layer)
-        )
-        first += len(block.prompt_indices)
-    shared = [
-        torch.cat(each) if len(prompts) > 1 else each[0] for each in zip(*outputs, strict=True)
-    ]
-    max_scores = torch.maximum(row_output[1], shared[1])
-    factors = [(part[1] - max_scores).exp_() for part in (row_output, shared)]
-    total = factors[0] * row_output[2] + factors[1] * shared[2]
-    attn_output = factors[0] * row_output[0] + factors[1] * shared[0]
-    return attn_output.div_(total).to(value.dtype)
+        rows = slice(first, first + len(block.prompt_indices))
+        prompt_scores = block.get_scores(query[:, rows], layer)
+        both = torch.cat([prompt_scores, scores[:, rows]], -1).softmax(-1, dtype=torch.float32)
+        parts = torch.split(both.to(value.dtype), [prompt_scores.shape[-1], scores.shape[-1]], -1)
+        output = block.get_values(parts[0], layer)
+        outputs.append(output.add_(_sum_values(parts[1], value[:, rows])))
+        first = rows.stop
+    return (torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]).transpose(0, 1)
 
 
-def _partial_attention(
-    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (Σ wₜ vₜ, m, Σ wₜ), wₜ = exp(sₜ − m), m = max sₜ, for tokens not in mask `hidden`."""
-    scores = torch.matmul(query, key.transpose(2, 3))
-    if hidden is not None:
-        scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
-    scores = scores.float()
-    max_scores = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(max_scores).exp_()
-    return (
-        torch.matmul(weights.to(value.dtype), value).float(),
-        max_scores,
-        weights.sum(-1, keepdim=True),
-    )
+def _multiply(left: Tensor, right: Tensor) -> Tensor:
+    """Returns `left @ right`, both (heads, rows, …); `matmul` needs more calls for this."""
+    product = torch.bmm(left.flatten(0, 1), right.flatten(0, 1))
+    return product.view(*left.shape[:2], *product.shape[1:])
+
+
+def _sum_values(weights: Tensor, value: Tensor) -> Tensor:
+    """Returns `weights @ value`; if `value` is stored by column, in the order that is fast then."""
+    if value.stride(-1) == 1:
+        return _multiply(weights, value)
+    return _multiply(value.transpose(2, 3), weights.transpose(2, 3)).transpose(2, 3)

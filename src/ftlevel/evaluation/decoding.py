@@ -27,6 +27,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from ftlevel.data.encoding.collate import pad
 from ftlevel.errors import join_names
 from ftlevel.evaluation.attention import NAME, SharedPrompts, register, using_prompts
+from ftlevel.evaluation.decoding_step import create_decoding_step
 from ftlevel.evaluation.packed_weights import PackedWeights
 from ftlevel.fast import packed_attention as packed
 from ftlevel.fast.likelihoods import base_model
@@ -82,6 +83,7 @@ class RowDecoder:
         self._cache = "cache" if "cache" in parameters else "past_key_values"
         self._attention_before = attention_of(self._base)
         self.packed = PackedWeights(model)
+        self._step = create_decoding_step(self._base, self.packed)
         register()
         self._base.set_attn_implementation(NAME)
 
@@ -167,17 +169,23 @@ class RowDecoder:
             row_positions = (
                 row_positions + torch.tensor(prompt_lengths, device=self._device)[:, None]
             )
-        with using_prompts(rows.prompts):
-            outputs = self._model(
-                input_ids=ids,
-                attention_mask=((positions >= starts) | (positions < shared)).long(),
-                # Rows that have ended stay for a while, and their outputs are ignored.
-                position_ids=row_positions.clamp(max=self._last_position),
-                use_cache=True,
-                logits_to_keep=1,
-                **{self._cache: Cache(layers=rows.layers)},
-            )
-        rows.scores = outputs.logits[:, -1]
+        # Rows that have ended stay for a while, and their outputs are ignored.
+        row_positions = row_positions.clamp(max=self._last_position)
+        mask = (positions >= starts) | (positions < shared)
+        if self._step is not None and ids.shape[1] == 1 and self._step.supports(len(ids)):
+            hidden = None if min(rows.lengths) == seq else ~mask[:, None, None]
+            rows.scores = self._step(ids, row_positions, hidden, rows.layers, rows.prompts)
+        else:
+            with using_prompts(rows.prompts):
+                outputs = self._model(
+                    input_ids=ids,
+                    attention_mask=mask.long(),
+                    position_ids=row_positions,
+                    use_cache=True,
+                    logits_to_keep=1,
+                    **{self._cache: Cache(layers=rows.layers)},
+                )
+            rows.scores = outputs.logits[:, -1]
         self._choose_tokens(rows)
 
     def _choose_tokens(self, rows: Rows) -> None:
@@ -255,12 +263,10 @@ class _BufferedLayer(DynamicLayer):
     def repeat(self, layer: _BufferedLayer, rows: int, length: int) -> None:
         """Copy the only row of `layer` `rows` times, with space for `length` positions in each."""
         prefix_length = layer.get_seq_length()
-        buffers = []
-        for states in (layer.keys, layer.values):
-            copy = states.new_zeros(rows, states.shape[1], length + CACHE_GROWTH, states.shape[3])
-            copy[:, :, :prefix_length] = states
-            buffers.append(copy)
-        self.fill(buffers[0], buffers[1], prefix_length)
+        buffers = _allocate(layer.keys, rows, length), _allocate_values(layer.values, rows, length)
+        for buffer, states in zip(buffers, (layer.keys, layer.values), strict=True):
+            buffer[:, :, :prefix_length] = states
+        self.fill(*buffers, prefix_length)
 
     def shift_prefix(self, layer: _BufferedLayer, offsets: Sequence[int]) -> None:
         """Copy `layer`, the shared prefix, into each row, shifted right by the row's offset."""
@@ -281,24 +287,35 @@ class _BufferedLayer(DynamicLayer):
         before = self.get_seq_length()
         after = before + key_states.shape[-2]
         if self._buffers is None or after > self._buffers[0].shape[-2]:
-            old = (self.keys, self.values) if before else (None, None)
+            old = self.keys, self.values
+            rows = len(key_states)
             self._buffers = (
-                _allocate(key_states, after, old[0]),
-                _allocate(value_states, after, old[1]),
+                _allocate(key_states, rows, after),
+                _allocate_values(value_states, rows, after),
             )
+            if before:
+                self._buffers[0][:, :, :before], self._buffers[1][:, :, :before] = old
         self._buffers[0][:, :, before:after] = key_states
         self._buffers[1][:, :, before:after] = value_states
         self.fill(*self._buffers, after)
-        return self.keys, self.values
+        if after - before == 1:
+            return self.keys, self.values
+        return self.keys, self.values.contiguous()  # for SDPA
 
 
-def _allocate(states: torch.Tensor, length: int, old: torch.Tensor | None) -> torch.Tensor:
-    """Returns zeros shaped like `states` with more than `length` positions; `old` is copied in."""
-    rows, heads, _, width = states.shape
-    padded = states.new_zeros(rows, heads, length + CACHE_GROWTH, width)
-    if old is not None:
-        padded[:, :, : old.shape[2]] = old
-    return padded
+def _allocate(states: torch.Tensor, rows: int, length: int) -> torch.Tensor:
+    """Returns zeros (rows, heads, more than `length`, d), stored by head for `attend`."""
+    _, heads, _, width = states.shape
+    return states.new_zeros(heads, rows, length + CACHE_GROWTH, width).transpose(0, 1)
+
+
+def _allocate_values(states: torch.Tensor, rows: int, length: int) -> torch.Tensor:
+    """Returns `_allocate`; float32 on a CPU is stored by column, which is fast in MKL."""
+    if states.dtype != torch.float32 or states.device.type != "cpu":
+        return _allocate(states, rows, length)
+    _, heads, _, width = states.shape
+    values = states.new_zeros(heads, rows, width, length + CACHE_GROWTH)
+    return values.permute(1, 0, 3, 2)
 
 
 def get_shared_prefix(prompts: Sequence[list[int]]) -> list[int]:
@@ -327,9 +344,8 @@ def join(batches: Sequence[tuple[Rows, Sequence[int]]]) -> Rows:
         for name in ("keys", "values"):
             states = [getattr(rows.layers[at], name) for rows, _ in batches]
             first = next(part for part in states if part is not None)
-            buffer = first.new_zeros(
-                len(lengths), first.shape[1], seq + CACHE_GROWTH, first.shape[3]
-            )
+            allocate = _allocate if name == "keys" else _allocate_values
+            buffer = allocate(first, len(lengths), seq)
             start = 0
             for part, (rows, chosen) in zip(states, batches, strict=True):
                 width = max(rows.lengths[i] for i in chosen)

@@ -52,6 +52,7 @@ class PackedWeights:
         dtypes = dict(_get_packable_layers(model))
         size = sum(layer.weight.numel() * dtype.itemsize for layer, dtype in dtypes.items())
         self._forwards: dict[Any, Any] = {}
+        self._products: dict[tuple[nn.Module, ...], PackedProduct] = {}
         if size > MAX_SHARE * device_memory("cpu"):
             return
         modules = (m for m in model.modules() if m in dtypes or isinstance(m, lora.Linear))
@@ -59,9 +60,10 @@ class PackedWeights:
         for layer in [layer for layer in layers.values() if layer.module is not layer.base]:
             del layers[layer.base]
         for group in _group_by_input(model, layers):
-            product = _Product(group)
+            product = PackedProduct(group)
+            self._products[tuple(layer.module for layer in group)] = product
             for at, layer in enumerate(group):
-                self._forwards[layer.module] = partial(product, at)
+                self._forwards[layer.module] = partial(product.forward, at)
         self._replace()
 
     def _replace(self) -> None:
@@ -71,6 +73,10 @@ class PackedWeights:
     def _restore(self) -> None:
         for layer in self._forwards:
             del layer.forward
+
+    def get_product(self, *layers: Any) -> PackedProduct | None:
+        """Returns the product of exactly these layers, in this order; None without one."""
+        return self._products.get(layers)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -84,7 +90,7 @@ class PackedWeights:
     def close(self) -> None:
         """Restore the layers and free the copies."""
         self._restore()
-        self._forwards = {}
+        self._forwards, self._products = {}, {}
 
 
 def _get_packable_layers(model: nn.Module) -> Iterator[tuple[Any, torch.dtype]]:
@@ -173,7 +179,7 @@ def _group_by_input(model: nn.Module, layers: dict[Any, _Layer]) -> Iterator[lis
     yield from ([layer] for layer in remaining.values())
 
 
-class _Product:
+class PackedProduct:
     """Product of packed weights of `layers`, which have the same input, with that input.
 
     The first layer that is called computes the outputs of all. The others return theirs if they are
@@ -198,22 +204,29 @@ class _Product:
         self._input: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}
 
-    def __call__(self, at: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    @property
+    def is_off(self) -> bool:
+        """Whether LoRA of a layer is disabled."""
+        return any(layer.is_off for layer in self._layers)
+
+    def forward(self, at: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Returns the output of layer `at` for `x` (…, in), by its own weights for many rows."""
         has_few_rows = 0 < x.numel() <= MAX_ROWS * x.shape[-1]
         layer = self._layers[at]
         if args or kwargs or layer.is_off or not has_few_rows or not _computes_in(self._dtype, x):
             return layer.run(x, *args, **kwargs)
         if x is not self._input or at not in self._outputs:
-            self._input, self._outputs = x, self._compute(x)
+            outputs = torch.split(self(x), self._sizes, -1)
+            self._input, self._outputs = x, dict(enumerate(outputs))
         return self._outputs.pop(at)
 
-    def _compute(self, x: Tensor) -> dict[int, Tensor]:
+    def __call__(self, x: Tensor) -> Tensor:
+        """Returns the concatenated outputs of all layers for `x` (few rows, in)."""
         x = x.to(self._dtype)
         y = packed_linear(x, self._packed, self._bias)
         if self._update is not None:
             _add_update(y, x, *self._update, self._scaling)
-        return dict(enumerate(torch.split(y, self._sizes, -1)))
+        return y
 
 
 def _add_update(y: Tensor, x: Tensor, down: Tensor, up: Tensor, scaling: float) -> None:

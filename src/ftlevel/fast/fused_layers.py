@@ -71,14 +71,14 @@ class FusedNorm(nn.Module):
         self._shift, self._in_float32 = shift, in_float32
         self._eps = _eps_of(norm)
         # In a list it is no submodule: names and state dict stay the same.
-        self._original = [norm]
+        self.original = [norm]
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the normalized `x` (…, hidden)."""
         weight: Tensor = self.weight
         is_equal = self._in_float32 or weight.dtype == x.dtype
         if not (self.training and torch.is_grad_enabled() and is_equal) or weight.requires_grad:
-            return self._original[0](x)
+            return self.original[0](x)
         if self._in_float32:
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if self._shift:
@@ -115,18 +115,23 @@ class FusedGlu(nn.Module):
         for name, child in block.named_children():
             self.add_module(name, child)
         self._activation = activation
-        self._original = [block]
+        self.original = [block]
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the feed-forward output of `x` (…, hidden)."""
         if not (self.training and torch.is_grad_enabled()):
-            return self._original[0](x)
+            return self.original[0](x)
         gate, up = self.get_submodule("gate_proj")(x), self.get_submodule("up_proj")(x)
         activation, width = self._activation, gate.shape[-1]
         backend = self._kernels.glu(activation, width, gate.dtype, gate.device.type)
         gated = _Glu.apply(gate, up, activation, backend)  # type: ignore[no-untyped-call]
         gated = with_recomputation(gated, partial(backend.glu, activation), gate, up)
         return self.get_submodule("down_proj")(gated)
+
+
+def get_original(module: nn.Module) -> nn.Module:
+    """Returns the module that the fused norm or GLU `module` replaces; another module itself."""
+    return module.original[0] if isinstance(module, FusedNorm | FusedGlu) else module
 
 
 class FusedNormGlu(ReplacedModules):
@@ -267,7 +272,7 @@ class _Replacement:
     """Rotary function that calls a kernel if that supports the arguments, else `function`."""
 
     def __init__(self, function: Callable[..., Any], kernels: Kernels) -> None:
-        self._original, self._kernels = function, kernels
+        self.original, self._kernels = function, kernels
 
     def __call__(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **settings: Any
@@ -281,7 +286,7 @@ class _Replacement:
             heads = (q.shape[1], k.shape[1], q.shape[3])
             backend = self._kernels.rope(heads, q.dtype, q.device.type)
         if backend is TORCH:
-            return self._original(q, k, cos, sin, *others, **settings)
+            return self.original(q, k, cos, sin, *others, **settings)
         rotated = _Rope.apply(  # type: ignore[no-untyped-call]  # torch's
             q.transpose(1, 2), k.transpose(1, 2), cos, sin, backend
         )

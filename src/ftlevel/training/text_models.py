@@ -18,7 +18,7 @@ from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded, EncodedTexts
 from ftlevel.data.sources.lines import LazySequence
 from ftlevel.errors import InputError
-from ftlevel.evaluation import retrieval
+from ftlevel.evaluation import embeddings
 from ftlevel.evaluation.answers import InferenceModel
 from ftlevel.events import Listener
 from ftlevel.tasks.embedding.formats import EmbeddingRow
@@ -144,10 +144,10 @@ def _embed_words(rows: Sequence[Encoded], model: LoadedModel) -> list[Tensor]:
         for row in rows
     ]
     texts = [
-        EmbeddingRow(text, 0) if is_query else retrieval.as_document(text)
+        EmbeddingRow(text, 0) if is_query else embeddings.as_document(text)
         for text, is_query in indices_by_text
     ]
     embedder = InferenceModel(model, GenerationOptions(1), None, truncate=True)
     with embedder.inference():
-        vectors = retrieval.embed_rows(embedder, texts, lambda *_: None) if texts else Tensor()
+        vectors = embeddings.embed_rows(embedder, texts, lambda *_: None) if texts else Tensor()
     return [vectors[own] for own in indices]

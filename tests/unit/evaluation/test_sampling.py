@@ -138,13 +138,13 @@ def test_finished_rows_leave_their_group(family: str, monkeypatch: pytest.Monkey
     stops = tuple(dict.fromkeys(completion.ids[3] for completion in unstopped[::2]))
     options = SamplingOptions(3, 0.8, 10, stops, most_rows=9)
     ragged = []
-    attend = SharedPrompts.attention_forward
+    attend = SharedPrompts.get_scores
 
     def recording_attend(self: SharedPrompts, query: torch.Tensor, layer: int) -> Any:
         ragged.append(self.slots is not None)
         return attend(self, query, layer)
 
-    monkeypatch.setattr(SharedPrompts, "attention_forward", recording_attend)
+    monkeypatch.setattr(SharedPrompts, "get_scores", recording_attend)
     sampled = sample(model, options)
     assert any(ragged)
     assert any(
