@@ -381,8 +381,7 @@ def open_decoder(trained: LoadedModel, prompts: Sequence[list[int]]) -> RowDecod
         return False
     has_ended = partial(has_stop_text, tokenizer, stop_texts=trained.task.stop_texts)
     decoder = RowDecoder(model, stop_ids(model, tokenizer), tokenizer.pad_token_id or 0, has_ended)
-    noise = 1e-4 if trained.dtype == "float32" else 1e-1
-    if get_decoder_error(decoder, model, max(prompts, key=len), noise):
+    if get_decoder_error(decoder, model, max(prompts, key=len), max_error(trained.dtype)):
         decoder.close()
         return False
     return decoder
@@ -417,15 +416,23 @@ def get_cache_limitation(model: Any, kind: str, method: str) -> str:
     return ""
 
 
+def max_error(dtype: str) -> float:
+    """Returns the error of logits that `dtype` explains, relative to their standard deviation.
+
+    With SmolLM2-135M in bfloat16, it is at most 0.03, and at least 0.098 if a position is wrong.
+    """
+    return 1e-4 if dtype == "float32" else 6e-2
+
+
 def get_decoder_error(
     decoder: RowDecoder, model: Any, prompt: Sequence[int], noise: float, *, forks: bool = False
 ) -> str:
     """Returns why `decoder` computes wrong logits with `model`; "" if they are right.
 
     The check decodes a row with a shared prefix next to a longer row, separates the two, and joins
-    the first with a third. Its logits must match an ordinary forward pass up to `noise`, relative
-    to their norm. With `forks`, rows are also duplicated. Call it in eval mode under
-    `torch.no_grad`.
+    the first with a third. Its logits must match an ordinary forward pass up to `noise` and to a
+    constant, which bfloat16 rounds most and which probabilities do not depend on. With `forks`,
+    rows are also duplicated. Call it in eval mode under `torch.no_grad`.
     """
     long = [*prompt, *prompt][:_PROMPT]
     short = long[: _PROMPT // 2]
@@ -450,7 +457,7 @@ def get_decoder_error(
             expected = model(input_ids=ids).logits[0, -1].float()
     except (TypeError, NotImplementedError) as error:
         return str(error)
-    logits = rows.scores[-1].float()
-    if not (logits - expected).norm() < noise * expected.norm():
+    difference = rows.scores[-1].float() - expected
+    if not difference.std() < noise * expected.std():
         return "rows that come and go give other scores than rows alone"
     return ""

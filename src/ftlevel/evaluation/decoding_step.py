@@ -129,7 +129,10 @@ class DecodingStep:
 def create_decoding_step(base: Any, packed: PackedWeights) -> DecodingStep | None:
     """Returns the step of the transformers model `base`; None for models that differ."""
     decoder: Any = getattr(base, "model", None)
-    if type(decoder).__name__ not in MODELS or any(map(is_watched, decoder.modules())):
+    # Hooks of `fast` have no effect on a pass without layout and gradients.
+    if type(decoder).__name__ not in MODELS or any(
+        is_watched(module, "ftlevel.fast.") for module in decoder.modules()
+    ):
         return None
     layers = [layer for block in decoder.layers if (layer := _create_layer(block, packed))]
     return DecodingStep(base, layers) if len(layers) == len(decoder.layers) else None

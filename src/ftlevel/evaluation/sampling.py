@@ -31,6 +31,7 @@ from ftlevel.evaluation.decoding import (
     get_decoder_error,
     get_shared_prefix,
     join,
+    max_error,
 )
 from ftlevel.trained.generation import batches, has_stop_text
 
@@ -309,9 +310,8 @@ def select_sampler(
     if reason := get_cache_limitation(model, kind, method):
         return generate, reason
     decoder = GroupSampler(model, tokenizer)
-    noise = 1e-4 if dtype == "float32" else 1e-1
     try:
-        reason = get_decoder_error(decoder, model, prompt, noise, forks=True)
+        reason = get_decoder_error(decoder, model, prompt, max_error(dtype), forks=True)
     finally:
         decoder.close()
     return (generate, reason) if reason else (decode, "")

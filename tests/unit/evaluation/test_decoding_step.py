@@ -166,3 +166,17 @@ def test_a_wrong_step_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder._step, "_scales", 1.01 * decoder._step._scales)
     assert "other scores" in get_decoder_error(decoder, model, PROMPTS[0], 1e-4, forks=True)
     decoder.close()
+
+
+def test_check_ignores_a_constant_that_bfloat16_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    original = RowDecoder.step
+
+    def shifted_step(self: RowDecoder, rows: Any) -> None:
+        original(self, rows)
+        rows.scores = 100 + rows.scores
+
+    monkeypatch.setattr(RowDecoder, "step", shifted_step)
+    decoder = RowDecoder(model, (), 0)
+    assert not get_decoder_error(decoder, model, PROMPTS[0], 1e-3)
+    decoder.close()

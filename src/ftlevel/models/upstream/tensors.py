@@ -80,14 +80,16 @@ def copy_module(module: nn.Module) -> nn.Module:
     return result
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Returns whether `module` has hooks, such as those of an observer or of offloading."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or hasattr(module, "_hf_hook")
+def is_watched(module: nn.Module, ignored: str = "") -> bool:
+    """Returns whether `module` has hooks, such as those of an observer or of offloading.
+
+    Hooks from modules whose names begin with `ignored` do not count.
+    """
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = [hook for kind in kinds for hook in getattr(module, kind).values()]
+    names = [getattr(hook, "__module__", "") for hook in hooks]
+    return hasattr(module, "_hf_hook") or not all(
+        ignored and name.startswith(ignored) for name in names
     )
 
 
