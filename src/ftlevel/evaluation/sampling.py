@@ -38,6 +38,9 @@ from ftlevel.trained.generation import batches, has_stop_text
 PREFILL_TOKENS = 8192
 """Maximum tokens of prompts that are computed together, with padding; a prompt may be longer."""
 
+DRAWN_SCORES = 1 << 19
+"""Maximum scores that tokens are drawn from together, unless a row has more."""
+
 _PHI, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK = 2**64 - 1
 
@@ -156,8 +159,12 @@ class _Group:
             [number % num_generations for number in numbers],
             [len(completion.ids) for completion in completions],
         )
-        sampled = draw(scores, self._options.temperature, keys)
-        for completion, token, logp, entropy in zip(completions, *sampled, strict=True):
+        # With more scores on a CPU, the kernel maps each intermediate tensor anew.
+        size = max(1, DRAWN_SCORES // scores.shape[1]) if scores.device.type == "cpu" else len(keys)
+        drawn: list[tuple[int, float, float]] = []
+        for part, part_keys in zip(torch.split(scores, size), torch.split(keys, size), strict=True):
+            drawn += zip(*draw(part, self._options.temperature, part_keys), strict=True)
+        for completion, (token, logp, entropy) in zip(completions, drawn, strict=True):
             if self.is_over(completion):
                 continue
             completion.ids.append(token)
@@ -166,7 +173,7 @@ class _Group:
             completion.ended = token in self._stops or has_stop_text(
                 self._tokenizer, completion.ids, self._options.stop_texts
             )
-        return sampled[0]
+        return [token for token, _, _ in drawn]
 
     def is_over(self, completion: Completion) -> bool:
         """Whether the completion has ended or has the maximum length."""
