@@ -154,6 +154,29 @@ def load_log() -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
 
 
+def test_lost_predictions_before_training_are_named(
+    interrupted_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        "train", "--model", "model", "--dataset", "rows.jsonl", "--batch-size", "4",
+        "--max-steps", "4", "--save-steps", "2", "--no-verify-fast", "--validation-split", "0.2",
+        "--eval-on-start", "--output-dir", "evaluated",
+    ]  # fmt: skip
+    message = "predictions before training are lost by --resume"
+    columns = []
+    for resume in ([], ["--resume"]):
+        assert run([*command, *resume]) == 0
+        assert (message in capsys.readouterr().err) == bool(resume)
+        text = Path("evaluated/validation.jsonl").read_text()
+        columns.append(json.loads(text.splitlines()[0]).keys())
+        shutil.rmtree("evaluated/checkpoints/checkpoint-4")  # as if killed after step 2
+        shutil.rmtree("evaluated/adapter")
+        Path("evaluated/summary.json").unlink()
+    assert columns[0] - columns[1] == {"base_loss", "base_tokens", "base_tokens_right"}
+    log = Path("evaluated/metrics.jsonl").read_text().splitlines()
+    assert json.loads(log[0])["step"] == 0
+
+
 def test_run_of_older_version_resumes(interrupted_run: Path) -> None:
     path = interrupted_run / "run/checkpoints/origin.json"
     origin = json.loads(path.read_text())

@@ -165,14 +165,10 @@ def _intervals(record: ExampleRecord, evaluator: Evaluator) -> dict[str, list[fl
 
 
 def _initial_intervals(run: Run, outcome: Outcome) -> dict[str, Any]:
-    record = outcome.answers.of(0)
-    if (
-        record is None
-        or outcome.evaluator is None
-        or not isinstance(run.objective, PolicyObjective)
-    ):
+    record, evaluator = outcome.answers.of(0), outcome.evaluator
+    if record is None or evaluator is None or not isinstance(run.objective, PolicyObjective):
         return {}
-    return {"intervals_before": _intervals(record, outcome.evaluator)}
+    return {"intervals_before": _intervals(record, evaluator)}
 
 
 def save_results(
@@ -211,6 +207,10 @@ def report_results(
     }
     with explain_disk_errors(output_dir):
         save_results(output_dir, run.config.method, summary, lines)
+    if lines and summary["metrics_before"] and outcome.answers.of(0) is None:
+        listener.warn(
+            "predictions before training are lost by --resume: use evaluate RUN --predictions FILE"
+        )
     for warning in [
         *warn_if_not_learned(summary, run),
         *warn_if_worse(summary),
