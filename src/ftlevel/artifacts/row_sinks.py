@@ -64,7 +64,13 @@ def summarize_rollouts(path: Path) -> RolloutStats | None:
         return None
     first_and_last = dict.fromkeys((steps[0], steps[-1]))
     of_steps = [
-        _completions(lines, step, name)
+        [
+            CompletionSample(name, step, _text_of(line["prompt"]), *_get_values(completion))
+            for line in lines
+            if line["step"] == step
+            for completion in line["completions"]
+            if completion["reward"] is not None
+        ]
         for step, name in zip(first_and_last, ("first step", "last step"), strict=False)
     ]
     completions = [
@@ -72,18 +78,6 @@ def summarize_rollouts(path: Path) -> RolloutStats | None:
     ]
     lengths = sorted(((sample.tokens, sample.reward) for sample in of_steps[-1]), key=itemgetter(0))
     return RolloutStats(completions, bin_lengths(lengths, NUM_BINS)) if completions else None
-
-
-def _completions(
-    lines: Sequence[Mapping[str, Any]], step: int, name: str
-) -> list[CompletionSample]:
-    return [
-        CompletionSample(name, step, _text_of(line["prompt"]), *_get_values(completion))
-        for line in lines
-        if line["step"] == step
-        for completion in line["completions"]
-        if completion["reward"] is not None
-    ]
 
 
 def _select_best_and_worst(completions: Sequence[CompletionSample]) -> list[CompletionSample]:

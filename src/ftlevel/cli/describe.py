@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -40,8 +40,14 @@ def _print_targets(report: TargetReport) -> None:
     width = max(_NARROWEST, shutil.get_terminal_size().columns)
     typer.secho(_headline(report), bold=True)
     typer.echo()
-    for line, bold in _table_lines(report):
-        typer.secho(line, bold=bold)
+    title, cells = _cells(report)
+    every = [title, *(row for row in cells if len(row) > 1)]
+    widths = [max(len(row[column]) for row in every) for column in range(len(title))]
+    typer.secho(_join(title, widths), bold=True)
+    typer.secho("-" * (sum(widths) + len(_GAP) * (len(widths) - 1)), bold=False)
+    for row in cells:
+        is_heading = len(row) == 1
+        typer.secho(row[0] if is_heading else _join(row, widths), bold=is_heading)
     for text, number in _footnotes(report).items():
         typer.echo(f"({number}) only: {text}")
     typer.echo()
@@ -56,17 +62,6 @@ def _headline(report: TargetReport) -> str:
     if report.total_parameters is not None:
         parts.append(f"{report.total_parameters:,} parameters")
     return ", ".join(parts)
-
-
-def _table_lines(report: TargetReport) -> Iterator[tuple[str, bool]]:
-    """Yields each line of the table and whether it is bold (headings of blocks)."""
-    title, cells = _cells(report)
-    every = [title, *(row for row in cells if len(row) > 1)]
-    widths = [max(len(row[column]) for row in every) for column in range(len(title))]
-    yield _join(title, widths), True
-    yield "-" * (sum(widths) + len(_GAP) * (len(widths) - 1)), False
-    for row in cells:
-        yield (row[0], True) if len(row) == 1 else (_join(row, widths), False)
 
 
 def _join(row: Sequence[str], widths: Sequence[int]) -> str:
@@ -85,19 +80,15 @@ def _cells(report: TargetReport) -> tuple[list[str], list[list[str]]]:
     notes = _footnotes(report)
     cells: list[list[str]] = []
     block = None
-    for row in _by_block(report):
+    rows = (*report.linears, *report.experts)
+    order = list(dict.fromkeys(row.block for row in rows))
+    for row in sorted(rows, key=lambda row: order.index(row.block)):
         if row.block != block:
             block = row.block
             cells.append([block or "outside the blocks"])
         figures = [f"{row.count:,}", f"{row.lora_parameters:,}"] if numbers else []
         cells.append([f"  {row.path}", row.type, row.shape, *figures, _default_cell(row, notes)])
     return ["Linear", "Type", "in -> out", *numbers, "Default"], cells
-
-
-def _by_block(report: TargetReport) -> list[TargetRow]:
-    rows = (*report.linears, *report.experts)
-    order = list(dict.fromkeys(row.block for row in rows))
-    return sorted(rows, key=lambda row: order.index(row.block))
 
 
 def _footnotes(report: TargetReport) -> dict[str, int]:

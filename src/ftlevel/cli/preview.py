@@ -27,7 +27,6 @@ from ftlevel.cli.startup import heavy_imports
 if TYPE_CHECKING:
     from ftlevel.commands.plan import RunPlan
     from ftlevel.commands.preview import Bar, Preview, ShownRow, Token
-    from ftlevel.training.forecast.alternatives import Alternative
 
 
 _STYLE = """
@@ -291,7 +290,14 @@ def _show_fits(plan: RunPlan, console: Console) -> None:
     if plan.fits:
         title = f"what fits (rows of {plan.max_length:,} tokens, all supervised):"
         console.print(title, markup=False, highlight=False)
-        console.print(_plan_table(plan.fits), highlight=False)
+        table = Table(box=None, padding=(0, 2, 0, 2))
+        table.add_column("flags", overflow="fold")
+        for name in ("peak", "fits", "most rows"):
+            table.add_column(name, justify="right")
+        for fit in plan.fits:
+            most = "any" if fit.most_rows is None else f"{fit.most_rows:,}"
+            table.add_row(fit.flags, format_size(fit.peak), "yes" if fit.fits else "no", most)
+        console.print(table, highlight=False)
 
 
 def plan_lines(plan: RunPlan) -> Iterator[str]:
@@ -332,17 +338,6 @@ def _time(plan: RunPlan) -> str:
     split = f", {ratio:.0%} of it sampling" if ratio is not None else ""
     speed = f"{plan.time.tokens_per_s:,.0f} {'prompt ' * bool(split)}tokens/s"
     return f", about {text}{split} at {speed} ({plan.time.how}){cost}"
-
-
-def _plan_table(fits: list[Alternative]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 2))
-    table.add_column("flags", overflow="fold")
-    for name in ("peak", "fits", "most rows"):
-        table.add_column(name, justify="right")
-    for fit in fits:
-        most = "any" if fit.most_rows is None else f"{fit.most_rows:,}"
-        table.add_row(fit.flags, format_size(fit.peak), "yes" if fit.fits else "no", most)
-    return table
 
 
 def format_size(size: float) -> str:

@@ -115,8 +115,12 @@ def _merge(prepared: _PreparedMerge, output: Path, listener: Listener) -> dict[s
     if probe is not None:
         listener.stage("comparing the merged model with the trained one")
         result = check(chosen, inputs, probe)
-    if result and effect:
-        _warn_of_loss(result.agreement, effect, chosen.written.dtype, listener)
+    if result and effect and result.agreement.mean_difference > effect.mean_difference / 2:
+        listener.warn(
+            f"training changes the logits by {effect.mean_difference:.2g} on average, and rounding "
+            f"to {chosen.written.dtype} changes them by {result.agreement.mean_difference:.2g}: "
+            "much of the training effect is lost. Use --dtype float32."
+        )
     for candidate in candidates:
         if candidate is not chosen:
             shutil.rmtree(candidate.directory)
@@ -129,8 +133,13 @@ def _merge(prepared: _PreparedMerge, output: Path, listener: Listener) -> dict[s
         if probe is not None and trained is not None:
             listener.stage("reloading and measuring")
             served = compare_quantized(chosen, checksums, inputs, probe, trained)
-    if served and effect:
-        _warn_of_low_bits(served, effect, listener)
+    if served and effect and served.distance > effect.distance / 2:
+        unit = "KL" if served.kl is not None else "a mean difference of scores of"
+        listener.warn(
+            f"training changed the model by {unit} {effect.distance:.2g}, and quantization by "
+            f"{served.distance:.2g}: much of the training effect is lost. Serve the adapter "
+            f"on its base, or merge without --quant."
+        )
     for path in sorted(chosen.directory.iterdir()):
         path.rename(output / path.name)
     chosen.directory.rmdir()
@@ -152,25 +161,6 @@ def _merge(prepared: _PreparedMerge, output: Path, listener: Listener) -> dict[s
     }
     _save_cards(output, config, inputs, summary, chosen.written.dtype)
     return summary
-
-
-def _warn_of_loss(agreement: Agreement, effect: Agreement, dtype: str, listener: Listener) -> None:
-    if agreement.mean_difference > effect.mean_difference / 2:
-        listener.warn(
-            f"training changes the logits by {effect.mean_difference:.2g} on average, and "
-            f"rounding to {dtype} changes them by {agreement.mean_difference:.2g}: much of the "
-            "training effect is lost. Use --dtype float32."
-        )
-
-
-def _warn_of_low_bits(served: Agreement, effect: Agreement, listener: Listener) -> None:
-    if served.distance > effect.distance / 2:
-        measure = "KL" if served.kl is not None else "a mean difference of scores of"
-        listener.warn(
-            f"training changed the model by {measure} {effect.distance:.2g}, and quantization by "
-            f"{served.distance:.2g}: much of the training effect is lost. Serve the adapter "
-            f"on its base, or merge without --quant."
-        )
 
 
 def score_trained(inputs: MergeInput, probe: EvalSet) -> tuple[RowLogits, Agreement]:

@@ -147,7 +147,12 @@ def _prepare(
     types = task.prediction_columns(shape, ref.card.labels, ref.card.options, output_options)
     _validate_embedding(config, task, types.values(), ref)
     answers = {f"{config.column}_{end}" if end else config.column: end for end in types}
-    _validate_column_names(config, answers, source, file)
+    if existing := [repr(name) for name in answers if name in source.column_names]:
+        whose = "the rows have" if file is None else f"{file.shown} has"
+        raise ConfigError(
+            f"--column {config.column}: {whose} {join_names(existing)} already, and columns are "
+            "not overwritten. Choose another with --column."
+        )
     added = {name: types[end] for name, end in answers.items()}
     sink = _open_sink(config, RowColumns(source.column_names, added, source.schema), stream)
     queries = iter(Prompts(source, shape, sink.is_table, config.limit))
@@ -204,18 +209,6 @@ def _mapping(
         for role, column in columns.items()
         if role in inner or (role in roles and resolve_column(column, source.leading) is not None)
     }
-
-
-def _validate_column_names(
-    config: PredictConfig, answers: OutputColumns, source: RowSource, file: Reader | None
-) -> None:
-    existing = [repr(name) for name in answers if name in source.column_names]
-    if existing:
-        whose = "the rows have" if file is None else f"{file.shown} has"
-        raise ConfigError(
-            f"--column {config.column}: {whose} {join_names(existing)} already, and columns are "
-            "not overwritten. Choose another with --column."
-        )
 
 
 def _validate_embedding(

@@ -366,7 +366,17 @@ def _extended() -> Iterator[Flag]:
 
     Raises ConfigError if two packages define the same flag of a command.
     """
-    flags, aliases = _tables_of_extensions()
+    flags: list[tuple[str, Sequence[Flag]]] = []
+    aliases: dict[str, list[FlagAliases]] = {}
+    for source, extension in find_extensions():
+        try:
+            flags.append((source, extension.flags()))
+            for path, more in extension.aliases().items():
+                aliases.setdefault(path, []).append(more)
+        except Exception as error:
+            if source == OWN:
+                raise
+            warn_skipped(source, error)
     names: dict[tuple[str, str], str] = {}
     for source, rows in ((OWN, (*_RUN_FLAGS, *COMMAND_FLAGS)), *flags, (OWN, _GENERAL_FLAGS)):
         for row in rows:
@@ -380,24 +390,6 @@ def _extended() -> Iterator[Flag]:
             for more in aliases.get(row.path, ()) if "train" in row.on else ():
                 row = replace(row, aliases=row.aliases | more)
             yield row
-
-
-def _tables_of_extensions() -> tuple[
-    list[tuple[str, Sequence[Flag]]], dict[str, list[FlagAliases]]
-]:
-    """Returns (package, flags) pairs of extensions, and train's dotted field → flag aliases."""
-    flags: list[tuple[str, Sequence[Flag]]] = []
-    aliases: dict[str, list[FlagAliases]] = {}
-    for source, extension in find_extensions():
-        try:
-            flags.append((source, extension.flags()))
-            for path, more in extension.aliases().items():
-                aliases.setdefault(path, []).append(more)
-        except Exception as error:
-            if source == OWN:
-                raise
-            warn_skipped(source, error)
-    return flags, aliases
 
 
 FLAGS: tuple[Flag, ...] = tuple(_extended())

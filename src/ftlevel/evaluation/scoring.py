@@ -198,7 +198,11 @@ def score_answers(
     objective = _objective_of(evaluator)
     meter, total, count, rows = objective.meter(), 0.0, 0, evaluator.rows
     with _head(evaluator, model) as head:
-        baseline = _compute_mean_reward(evaluator, model, head)
+        baseline = None
+        if objective.needs_baseline:  # KTO's: mean log-ratio of mismatched pairs, at least 0
+            contrasts = [batch for _, batch in _batches(evaluator, _contrasts(rows))]
+            ratios = sum_log_ratios(head, model, objective, contrasts)
+            baseline = (ratios[0] / ratios[1]).clamp(min=0)
         for indices, batch, log_probs in _score_batches(evaluator, model, rows, head):
             preference_labels = batch["preference_labels"]
             if baseline is not None:
@@ -245,18 +249,6 @@ def _head(evaluator: Evaluator, model: Any) -> Any:
 
 def _contrasts(rows: Sequence[Encoded]) -> list[Encoded]:
     return [other for row in rows for other in row.contrasts]
-
-
-def _compute_mean_reward(
-    evaluator: Evaluator, model: Any, head: ChunkedCrossEntropy | None
-) -> torch.Tensor | None:
-    """Returns KTO's baseline, mean log-ratio of mismatched pairs, at least 0; None if unused."""
-    objective = _objective_of(evaluator)
-    if not objective.needs_baseline:
-        return None
-    contrasts = [batch for _, batch in _batches(evaluator, _contrasts(evaluator.rows))]
-    total = sum_log_ratios(head, model, objective, contrasts)
-    return (total[0] / total[1]).clamp(min=0)
 
 
 def _score_batches(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -334,22 +334,18 @@ def _save_config(
     config.save_pretrained(output_dir)
     save_legacy_rope(output_dir)
     copy_tokenizer(output_dir, inputs.ref.tokenizer_source)
-    if inputs.ignores_token_types:
-        _remove_token_types(output_dir, inputs.tokenizer.model_input_names)
+    tokenizer_config = output_dir / "tokenizer_config.json"
+    if inputs.ignores_token_types and tokenizer_config.is_file():
+        values = json.loads(tokenizer_config.read_text(encoding="utf-8"))
+        names = inputs.tokenizer.model_input_names
+        values["model_input_names"] = [name for name in names if name != "token_type_ids"]
+        write_json(tokenizer_config, values)
     gguf = inputs.source.kind == "gguf"
     generation_config = None if gguf else get_local_dir(inputs.source) / "generation_config.json"
     if generation_config is not None and generation_config.is_file():
         shutil.copyfile(generation_config, output_dir / generation_config.name)
     elif model.can_generate():
         model.generation_config.save_pretrained(output_dir)
-
-
-def _remove_token_types(output_dir: Path, names: Sequence[str]) -> None:
-    path = output_dir / "tokenizer_config.json"
-    if path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config["model_input_names"] = [name for name in names if name != "token_type_ids"]
-        write_json(path, config)
 
 
 def copy_tokenizer(output_dir: Path, tokens: ModelSource) -> None:

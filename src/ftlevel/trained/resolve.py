@@ -89,7 +89,14 @@ def resolve_model(
             if (path / ADAPTER_CONFIG).is_file():
                 ref = _resolve_peft(path, device, task, base, trust_remote_code)
             else:
-                ref = _resolve_model(name, device, task, label or name, revision, require_task)
+                source = resolve_source(name, revision, display_name=label or name)
+                check_revision(source, revision)
+                config, base_task = load_config(source), None
+                if require_task:
+                    task = task or get_task_type(path) or _task_of_model(config, label or name)
+                    base_task = TASKS[task]
+                card = create_default_card(source, config, base_task, device)
+                ref = ModelRef(source, None, card, is_ours=False)
     if base is not None and ref.directory is None:
         raise InputError(
             f"--model {base.name}: it names the base of an adapter, and {label or name} is a whole "
@@ -152,20 +159,6 @@ def _resolve_with_card(
         )
         return ModelRef(replace(source, name=str(model_dir)), None, card, run)
     return ModelRef(resolve_base(card, model_dir, base), model_dir, card, run)
-
-
-def _resolve_model(
-    name: str, device: str, task: str | None, label: str, revision: str | None, require_task: bool
-) -> ModelRef:
-    source = resolve_source(name, revision, display_name=label)
-    check_revision(source, revision)
-    config = load_config(source)
-    base_task = None
-    if require_task:
-        task = task or get_task_type(get_model_dir(name)) or _task_of_model(config, label)
-        base_task = TASKS[task]
-    card = create_default_card(source, config, base_task, device)
-    return ModelRef(source, None, card, is_ours=False)
 
 
 def _resolve_peft(

@@ -287,7 +287,11 @@ class _Verifier:
                         rounding = self._round(rows, reference, rounding)
                     result = replace(result, steps=result.steps + 1, rows=result.rows + len(rows))
                     if rows is not steps_rows[-1]:
-                        _optimizer_step(optimizer, model, reference)
+                        for name, parameter in model.named_parameters():
+                            if name in reference.gradients:
+                                parameter.grad = reference.gradients[name]
+                        optimizer.step()
+                        model.zero_grad()
         finally:
             model.train(training)
         return replace(result, rounded=rounding.check())
@@ -380,13 +384,3 @@ class _Verifier:
 def _check(bounds: Bounds, step: StepResult, expected: StepResult) -> tuple[float, float]:
     loss = bounds.check_loss(step.loss, expected.loss)
     return loss, bounds.check_gradients(compare_gradients(step.gradients, expected.gradients))
-
-
-def _optimizer_step(
-    optimizer: torch.optim.Optimizer, model: torch.nn.Module, step: StepResult
-) -> None:
-    for name, parameter in model.named_parameters():
-        if name in step.gradients:
-            parameter.grad = step.gradients[name]
-    optimizer.step()
-    model.zero_grad()

@@ -31,7 +31,6 @@ from ftlevel.models.upstream.quantizers import pack_torchao, replaced_linears, t
 from ftlevel.weights.checkpoint import (
     NAMES,
     TOKENIZER_FILES,
-    FileTensor,
     copy_files,
     load_header,
     save_index,
@@ -316,25 +315,7 @@ def save_quantized(
     """
     shards = {shard: load_header(shard)[0] for shard in weight_files(model_dir)}
     layout = resolve_layout(layout, [key for entries in shards.values() for key in entries])
-    sizes = _quantize_shards(shards, out, layout, step, get_codes)
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = layout.config.to_dict()
-    config["dtype"] = str(layout.dtype).removeprefix("torch.")
-    config.pop("torch_dtype", None)
-    write_json(out / "config.json", config)
-    save_legacy_rope(out)
-    copy_files(model_dir, out, COPIED)
-    return layout, sizes
-
-
-def _quantize_shards(
-    shards: Mapping[Path, Mapping[str, FileTensor]],
-    out: Path,
-    layout: QuantizedLayout,
-    step: Callable[[int], None],
-    get_codes: SelectCodes | None,
-) -> QuantizationSizes:
-    done, written = 0, QuantizationSizes()
+    done, sizes = 0, QuantizationSizes()
     weight_map: dict[str, str] = {}
     has_metadata = is_torchao(layout.config)
     # transformers reads one list of names, from any of the files.
@@ -350,25 +331,32 @@ def _quantize_shards(
         writer = ShardWriter(out / file, size)
         metadata: dict[str, str] = {}
         for key, stored in sorted(entries.items(), key=lambda item: item[1].offset):
-            name, sizes = layout.key_mapper(key)[0], written.parts[part_of_key[key]]
+            name, part_bytes = layout.key_mapper(key)[0], sizes.parts[part_of_key[key]]
             tensors, notes = _convert(key, name, stored.read(), layout, get_codes)
             metadata |= notes
             for piece, value in tensors.items():
                 writer.add(piece, value)
                 weight_map[piece] = file
-                sizes[1] += value.nbytes
-            sizes[0] += stored.spec.nbytes
-            written.quantized += part_of_key[key] == QUANTIZED
+                part_bytes[1] += value.nbytes
+            part_bytes[0] += stored.spec.nbytes
+            sizes.quantized += part_of_key[key] == QUANTIZED
             done += 1
             step(done)
         if has_metadata:
             metadata["tensor_names"] = all_names
         for key, text in metadata.items():
             writer.note(key, text)
-        written.bytes += writer.close()
+        sizes.bytes += writer.close()
     if len(shards) > 1:
-        save_index(out, weight_map, sum(after for _, after in written.parts.values()))
-    return written
+        save_index(out, weight_map, sum(after for _, after in sizes.parts.values()))
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = layout.config.to_dict()
+    config["dtype"] = str(layout.dtype).removeprefix("torch.")
+    config.pop("torch_dtype", None)
+    write_json(out / "config.json", config)
+    save_legacy_rope(out)
+    copy_files(model_dir, out, COPIED)
+    return layout, sizes
 
 
 def _convert(

@@ -422,24 +422,17 @@ def _encode_completions(
     if prompt_format.version == 1:
         answers = tokenizer([answer for _, answer in texts], add_special_tokens=False)["input_ids"]
     else:
-        answers = _encode_answers(tokenizer, texts, prompts)
+        answers = []
+        encoded = tokenizer(["".join(text) for text in texts])["input_ids"]
+        for ids, prompt, (_, written) in zip(encoded, prompts, texts, strict=True):
+            ids = strip_bos_eos(ids, tokenizer)
+            is_prefix = ids[: len(prompt)] == prompt
+            answers.append(ids[len(prompt) :] if is_prefix else _encode_inside(tokenizer, written))
     rows = []
     for prompt, answer, pair in zip(prompts, answers, pairs, strict=True):
         target = _ended(answer, tokenizer)
         rows.append(Encoded(prompt + target, [IGNORED] * len(prompt) + target, pair.row))
     return rows
-
-
-def _encode_answers(
-    tokenizer: Any, texts: Sequence[tuple[str, str]], prompts: Sequence[list[int]]
-) -> list[list[int]]:
-    answers = []
-    encoded = tokenizer(["".join(text) for text in texts])["input_ids"]
-    for ids, prompt, (_, answer) in zip(encoded, prompts, texts, strict=True):
-        ids = strip_bos_eos(ids, tokenizer)
-        is_prefix = ids[: len(prompt)] == prompt
-        answers.append(ids[len(prompt) :] if is_prefix else _encode_inside(tokenizer, answer))
-    return answers
 
 
 def _encode_inside(tokenizer: Any, text: str) -> list[int]:

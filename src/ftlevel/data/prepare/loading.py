@@ -74,7 +74,14 @@ def convert_splits(
     splits: DatasetSplits, config: DataConfig, task: DataTask, *, lenient: bool
 ) -> LoadedData:
     """Convert the rows of `splits` to examples; arguments as in `load_data`."""
-    _check_ignored(splits, config)
+    present = {name for table in splits.tables.values() for name in table.ignored}
+    if unknown := [name for name in config.ignore_columns if name not in present]:
+        column_names = splits.train.column_names
+        raise InputError(
+            f"--ignore-columns {unknown[0]}: no such column."
+            f"{did_you_mean(unknown[0], column_names)} "
+            f"Columns: {join_names(map(quote, column_names))}."
+        )
     convert, choices = open_converter(splits.train, config, task, lenient=lenient)
     choices = [*(Choice("note", note) for note in splits.notes), *choices]
     train, examples = convert("train", splits.train, None)
@@ -105,17 +112,6 @@ def eval_converter(convert: Converter, eval_table: Table) -> Converter:
         return convert
     plain: dict[str, Any] = {"columns": {}, "format": None, "ignore_columns": ()}
     return open_converter(eval_table, convert.config.model_copy(update=plain), convert.task)[0]
-
-
-def _check_ignored(splits: DatasetSplits, config: DataConfig) -> None:
-    present = {name for table in splits.tables.values() for name in table.ignored}
-    if unknown := [name for name in config.ignore_columns if name not in present]:
-        column_names = splits.train.column_names
-        raise InputError(
-            f"--ignore-columns {unknown[0]}: no such column."
-            f"{did_you_mean(unknown[0], column_names)} "
-            f"Columns: {join_names(map(quote, column_names))}."
-        )
 
 
 def open_converter(
@@ -339,7 +335,7 @@ def encode_data(
     }
     if fitted.stops:  # a preview continues
         data_info["stops"] = fitted.stops
-    choices = [*_choices(data, task, fitted, eval_rows, data_info), *notes]
+    choices = [*_choices(data, task, fitted, data_info), *notes]
     corpus: Sequence[Encoded] = []
     if splits.corpus is not None:
         corpus, choice = task.encode_corpus(encoder, splits.corpus)
@@ -426,15 +422,11 @@ def _data_info(
 
 
 def _choices(
-    data: LoadedData,
-    task: DataTask,
-    fitted: FittedRows,
-    eval_rows: Sequence[Encoded],
-    data_info: Mapping[str, Any],
+    data: LoadedData, task: DataTask, fitted: FittedRows, data_info: Mapping[str, Any]
 ) -> list[Choice]:
     held_out = (
-        f"{len(eval_rows):,} for validation"
-        if eval_rows
+        f"{data_info['validation_rows']:,} for validation"
+        if data_info["validation_rows"]
         else "every validation row was dropped"
         if data.validation
         else "no validation rows: --validation-split 0.05 holds some out"

@@ -237,7 +237,8 @@ def prepare_stream(config: DataConfig, context: EncodingContext) -> PreparedData
     prepared = encode_data(data, config, context, None, ignore_progress)
     length, overlong = prepared.max_length, prepared.info["overlong"]
     if config.max_length == "auto":
-        length = _with_room(length, context.bounds.tightest[0])
+        roomy, bound = length + length // 4, context.bounds.tightest[0]
+        length = roomy if bound is None else max(length, min(roomy, bound))
     may_drop = config.max_length == "auto" and overlong == "error"
     resolved = config.model_copy(
         update={"max_length": length, "overlong": "drop" if may_drop else overlong}
@@ -263,11 +264,6 @@ def prepare_stream(config: DataConfig, context: EncodingContext) -> PreparedData
     checks = Choice("data check", "each row as it comes", reason if partial else "")
     choices = [*_choices(prepared, config, length), checks]
     return replace(prepared, stream=stream, max_length=length, info=data_info, choices=choices)
-
-
-def _with_room(longest: int, bound: int | None) -> int:
-    roomy = longest + longest // 4
-    return roomy if bound is None else max(longest, min(roomy, bound))
 
 
 def _read_head(source: StreamSource, config: DataConfig) -> tuple[DatasetSplits, RowSchema]:
@@ -383,16 +379,13 @@ class StreamedRows:
             raise IndexError(f"row {index:,} of a stream was taken; the next is {self._next:,}")
         while index >= self._next:
             for _ in range(self._together):
-                self._take()
+                if self._next % self._step == 0:
+                    self._states[self._next // self._step] = self._stream.state()
+                    if len(self._states) > _RECENT:
+                        del self._states[next(iter(self._states))]
+                self._latest.append(next(self._stream))
+                self._next += 1
         return self._latest[index - self._next]
-
-    def _take(self) -> None:
-        if self._next % self._step == 0:
-            self._states[self._next // self._step] = self._stream.state()
-            if len(self._states) > _RECENT:
-                del self._states[next(iter(self._states))]
-        self._latest.append(next(self._stream))
-        self._next += 1
 
     @property
     def counts(self) -> dict[str, int]:

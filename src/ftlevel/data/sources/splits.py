@@ -158,7 +158,11 @@ def load_splits(
         tables, train = {"train": join_tables(_read_files(files, on_bad_row, options))}, "train"
         if source == "pattern":
             notes = [f"{dataset}: reads {len(files):,} files: {join_names(map(str, files), 4)}"]
-    splits = _assemble(tables, train, name, notes)
+    if train != "train":
+        notes = [*notes, f"{name}: trains on split {train!r} of {join_names(tables)}"]
+    eval_split = next((key for key in VALIDATION_NAMES if key in tables and key != train), "")
+    test = None if train == "test" else tables.get("test")
+    splits = DatasetSplits(tables[train], tables.get(eval_split), test, name, [*notes])
     for table in splits.tables.values():
         splits.notes.extend((*table.notes, *describe_dropped(table)))
     return limit_rows(splits, max_samples)
@@ -286,16 +290,6 @@ def hold_out(splits: DatasetSplits, validation_split: float, seed: int) -> Datas
         validation=splits.train.take(eval_indices),
         notes=[*splits.notes, message],
     )
-
-
-def _assemble(
-    tables: Mapping[str, Table], train: str, name: str, notes: Sequence[str]
-) -> DatasetSplits:
-    """Returns the tables as splits; `train` names the training split, noted if not "train"."""
-    messages = [f"{name}: trains on split {train!r} of {join_names(tables)}"] * (train != "train")
-    eval_split = next((key for key in VALIDATION_NAMES if key in tables and key != train), "")
-    test = None if train == "test" else tables.get("test")
-    return DatasetSplits(tables[train], tables.get(eval_split), test, name, [*notes, *messages])
 
 
 def _load_builtin(dataset: str, options: ReadOptions) -> dict[str, Table]:
