@@ -303,7 +303,6 @@ class LikelihoodObjective(TokenObjective):
     answers of a row are consecutive in one batch.
 
     Attributes:
-        needs_reference: whether the loss uses reference log-probabilities.
         needs_baseline: whether the loss subtracts, from rewards, the mean reward of mismatched
             prompt-answer pairs (KTO), which must be known before the step.
     """

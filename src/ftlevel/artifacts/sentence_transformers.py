@@ -48,8 +48,6 @@ class EmbeddingFormat:
     Attributes:
         pooling: key of `POOLING_MODES`.
         similarity: member of `SIMILARITIES`.
-        query_prompt: text before each query.
-        document_prompt: text before each document.
         prompts: other prompts by name.
         max_length: maximum number of tokens; None for the tokenizer's.
         dims: number of leading dimensions that are kept; None for all.

@@ -44,7 +44,6 @@ class FlagSpec:
         off: canonical flag that turns the switch off.
         is_switch: whether the canonical flag takes no value.
         value: value that this name alone sets, as `--load-in-4bit` does; None if it takes a value.
-        is_value_optional: whether the value may be omitted.
         values: alias of a value, in lower case → replacement.
         convert: converts other values; for a switch, raises ValueError.
         multiple: whether the canonical flag is repeated for several values.

@@ -1,4 +1,1 @@
-"""Commands, one module each. They do not print or parse flags.
-
-May import every package below them, not the CLI.
-"""
+"""Commands, one module each. They do not print, parse flags or import the CLI."""

@@ -78,7 +78,6 @@ class RunPlan:
     Attributes:
         steps: optimizer steps per epoch, or with streamed rows, of the whole run.
         tokens: tokens per epoch; 0 with synthetic rows.
-        is_synthetic: whether rows are synthetic.
         max_length: row length in tokens for which the alternatives in `fits` are estimated.
         checkpoint_bytes: size of one checkpoint, and of all kept at once.
         time: time per epoch; None if unknown.

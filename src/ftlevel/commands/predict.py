@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import IO, Any
@@ -145,7 +145,18 @@ def _prepare(
         config.probabilities, config.top_k or 0, config.normalize, config.dims
     )
     types = task.prediction_columns(shape, ref.card.labels, ref.card.options, output_options)
-    _validate_embedding(config, task, types.values(), ref)
+    if "embedding" not in types.values():
+        for flag, is_given in (
+            ("--normalize", config.normalize is not None),
+            ("--dims", config.dims is not None),
+        ):
+            if is_given:
+                raise ConfigError(f"{flag}: --task {task.name} gives no embeddings. Drop it.")
+    elif config.dims is not None and config.dims > (width := width_of(load_config(ref.source))):
+        raise ConfigError(
+            f"--dims {config.dims}: the embeddings of {config.name} have {width} dimensions. Use "
+            "at most that many."
+        )
     answers = {f"{config.column}_{end}" if end else config.column: end for end in types}
     if existing := [repr(name) for name in answers if name in source.column_names]:
         whose = "the rows have" if file is None else f"{file.shown} has"
@@ -209,23 +220,6 @@ def _mapping(
         for role, column in columns.items()
         if role in inner or (role in roles and resolve_column(column, source.leading) is not None)
     }
-
-
-def _validate_embedding(
-    config: PredictConfig, task: BaseTask, types: Iterable[str], ref: ModelRef
-) -> None:
-    if "embedding" not in types:
-        for flag, is_given in (
-            ("--normalize", config.normalize is not None),
-            ("--dims", config.dims is not None),
-        ):
-            if is_given:
-                raise ConfigError(f"{flag}: --task {task.name} gives no embeddings. Drop it.")
-    elif config.dims is not None and config.dims > (width := width_of(load_config(ref.source))):
-        raise ConfigError(
-            f"--dims {config.dims}: the embeddings of {config.name} have {width} dimensions. Use "
-            "at most that many."
-        )
 
 
 def _close(sink: RowSink, progress: RowCounts) -> None:

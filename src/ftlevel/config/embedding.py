@@ -32,7 +32,6 @@ class EmbeddingLoss:
         scale: default scale of cosine similarities; None if the loss has none.
         margin: default margin; None if the loss has none.
         contrasts: whether rows of a step are compared with each other, so a step needs two or more.
-        needs_negatives: whether every row needs a negative.
         needs_teacher: whether it needs scores of a teacher, as columns or from `--teacher`.
         label_range: lowest and highest allowed score of a pair; None if any is allowed.
     """

@@ -223,7 +223,6 @@ class Flag:
         panel: heading in `--help` and docs/cli.md.
         on: names of the commands that have it.
         multiple: whether it takes several values, separated by commas or spaces.
-        is_repeatable: whether it may be given several times.
         rest: dotted path of a field that gets all values but the first.
         dest: parameter name in the command's function, if it differs from the flag's name.
         by_task: task → dotted path of the field that it sets instead of `path`.

@@ -362,10 +362,7 @@ _GENERAL_FLAGS: tuple[Flag, ...] = (
 
 
 def _extended() -> Iterator[Flag]:
-    """Yields all flags: ftlevel's, with the aliases that extensions add, and those of extensions.
-
-    Raises ConfigError if two packages define the same flag of a command.
-    """
+    """Yields all flags; raises ConfigError if two packages define the same flag of a command."""
     flags: list[tuple[str, Sequence[Flag]]] = []
     aliases: dict[str, list[FlagAliases]] = {}
     for source, extension in find_extensions():

@@ -37,7 +37,6 @@ class LossProperties:
 
     Attributes:
         parameters: fields of `PreferenceConfig` that the loss uses, besides `loss`.
-        needs_reference: whether it needs a reference model.
         paired: whether it needs a preferred and a rejected answer per prompt.
         smoothed: whether it uses `train.label_smoothing_factor`.
         rate: factor on the default learning rate. Papers use a tenth of the rate for supervised

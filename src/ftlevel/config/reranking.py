@@ -23,7 +23,6 @@ class RerankingLoss:
 
     Attributes:
         is_listwise: whether a query needs several documents, not all with the same label.
-        needs_teacher: whether the loss needs a teacher's scores.
         reads_teacher: whether the loss can use a teacher's scores instead of labels.
         is_bounded: whether labels have to be from 0 to 1.
         is_binary: whether a query needs a document with a label above 0, and one without.

@@ -262,7 +262,27 @@ def save_merged(
             f"in {str(merger.main_dtype).removeprefix('torch.')} in every tensor. Use --dtype "
             "float32, or train longer."
         )
-    _save_config(output_dir, inputs, model, merger.main_dtype, untied=untied)
+    config = model.config
+    config.architectures = [type(model).__name__]
+    config.dtype = merger.main_dtype
+    if untied:
+        config.tie_word_embeddings = False
+        config.get_text_config().tie_word_embeddings = False
+    config.save_pretrained(output_dir)
+    save_legacy_rope(output_dir)
+    copy_tokenizer(output_dir, inputs.ref.tokenizer_source)
+    tokenizer_config = output_dir / "tokenizer_config.json"
+    if inputs.ignores_token_types and tokenizer_config.is_file():
+        values = json.loads(tokenizer_config.read_text(encoding="utf-8"))
+        inputs_of_model = inputs.tokenizer.model_input_names
+        values["model_input_names"] = [n for n in inputs_of_model if n != "token_type_ids"]
+        write_json(tokenizer_config, values)
+    gguf = inputs.source.kind == "gguf"
+    generation_config = None if gguf else get_local_dir(inputs.source) / "generation_config.json"
+    if generation_config is not None and generation_config.is_file():
+        shutil.copyfile(generation_config, output_dir / generation_config.name)
+    elif model.can_generate():
+        model.generation_config.save_pretrained(output_dir)
     files = MergedFiles(
         sum(len(part.specs) for parts in shards.values() for part in parts),
         len(merged),
@@ -320,32 +340,6 @@ def _copy(key: str, info: TensorSpec, stored: Any) -> TensorPart:
     return TensorPart(
         {key: info}, (lambda: {key: stored}) if isinstance(stored, torch.Tensor) else stored
     )
-
-
-def _save_config(
-    output_dir: Path, inputs: MergeInput, model: Any, dtype: torch.dtype, *, untied: bool
-) -> None:
-    config = model.config
-    config.architectures = [type(model).__name__]
-    config.dtype = dtype
-    if untied:
-        config.tie_word_embeddings = False
-        config.get_text_config().tie_word_embeddings = False
-    config.save_pretrained(output_dir)
-    save_legacy_rope(output_dir)
-    copy_tokenizer(output_dir, inputs.ref.tokenizer_source)
-    tokenizer_config = output_dir / "tokenizer_config.json"
-    if inputs.ignores_token_types and tokenizer_config.is_file():
-        values = json.loads(tokenizer_config.read_text(encoding="utf-8"))
-        names = inputs.tokenizer.model_input_names
-        values["model_input_names"] = [name for name in names if name != "token_type_ids"]
-        write_json(tokenizer_config, values)
-    gguf = inputs.source.kind == "gguf"
-    generation_config = None if gguf else get_local_dir(inputs.source) / "generation_config.json"
-    if generation_config is not None and generation_config.is_file():
-        shutil.copyfile(generation_config, output_dir / generation_config.name)
-    elif model.can_generate():
-        model.generation_config.save_pretrained(output_dir)
 
 
 def copy_tokenizer(output_dir: Path, tokens: ModelSource) -> None:

@@ -86,7 +86,6 @@ class NormalForm:
     Attributes:
         factors: module → LoRA matrices A and B of its update, float64; all have the same rank.
         kept: tensor name → tensor of a module that was trained in full.
-        notes: notes to print about the conversion.
         way: what the factors were computed from, such as `its file`.
     """
 

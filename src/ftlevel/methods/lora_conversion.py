@@ -226,37 +226,27 @@ def _ranks(factors: dict[str, Factors]) -> str:
 def _relative_to_original(file: AdapterFile, name: str, update: Factors) -> Factors:
     """Returns `update` − s · B₀A₀ (initial factors): the update of the weight before PiSSA."""
     import torch
+    from peft import LoraConfig, get_peft_model
 
     weight = file.get_base_tensor(f"{name}.weight").float()
     if file.config.get("fan_in_fan_out"):  # a Conv1D, (in, out)
         weight = weight.T
-    first = _initial_factors(
-        weight, file.config, update.rank, get_scale(file.config, name, update.rank)
-    )
-    return Factors(
-        torch.cat([update.a, first.a]), torch.cat([update.b, -first.b], 1), update.is_embedding
-    )
-
-
-def _initial_factors(weight: Any, config: Any, rank: int, scale: float) -> Factors:
-    """Returns A₀ and `scale` · B₀ of PiSSA or OLoRA, whose product is subtracted from `weight`."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+    scale = get_scale(file.config, name, update.rank)
     lora_config = LoraConfig(
-        r=rank,
-        lora_alpha=scale * rank,
+        r=update.rank,
+        lora_alpha=scale * update.rank,
         target_modules=["linear"],
-        init_lora_weights=config["init_lora_weights"],
+        init_lora_weights=file.config["init_lora_weights"],
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(torch.nn.ModuleDict({"linear": linear}), lora_config)
     layer = model.base_model.model["linear"]
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    return Factors(a.detach().double(), b.detach().double() * scale)
+    a = layer.lora_A["default"].weight.detach().double()
+    b = layer.lora_B["default"].weight.detach().double() * scale
+    return Factors(torch.cat([update.a, a]), torch.cat([update.b, -b], 1), update.is_embedding)
 
 
 def convert_token_rows(file: AdapterFile, end: str, indices: Any) -> dict[str, Factors]:

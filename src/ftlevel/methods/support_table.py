@@ -20,7 +20,6 @@ class MethodInfo:
     Attributes:
         method: value of `--method`.
         flags: command-line flags that select the variant.
-        trained: what is trained.
         merges: how adapters are merged; empty if they cannot be.
         reference: paper or library that defines the method.
         llama_7b: number of trainable parameters on Llama-2-7B by default.

@@ -32,7 +32,6 @@ class LinearUpdate(Method):
     The PEFT type is the method's name in capitals; fields of its spec are named as in PEFT.
 
     Attributes:
-        config_class: name of the PEFT config class.
         has_fan_in_fan_out: whether the PEFT config class has `fan_in_fan_out`.
         config_kwargs: values of PEFT config fields that the spec does not have.
         block_size: spec field that must divide the inputs of every layer; empty for none.

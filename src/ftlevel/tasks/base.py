@@ -126,15 +126,12 @@ class BaseTask(ABC):
         refusals: type of model -> hint in the error for an unsupported model.
         builtin_subset: subset of `builtin:docstrings` to read; empty for all.
         has_new_head: whether the head is newly initialized and fully trained.
-        generates_text: whether the model generates text.
         served_as: model type in the list of what a server supports; unused for text generation.
         finds_ends_by_padding: whether the model locates a row's last token by its padding.
         head_like: task whose models have the same head; "" if the head is specific to this task.
         separates_padding: whether the padding token must differ from EOS.
         changes_tokenizer: whether the task changes the tokenizer, e.g. to append EOS.
-        needs_context: whether a prompt needs a context text.
         predicts_training_rows: whether `predict` accepts the layouts of training rows.
-        uses_dropout: whether training may use dropout.
         synthetic_info: result of `data_info` assumed for synthetic batches.
         synthetic_labels: class or tag names assumed for synthetic batches.
         needs_offsets: whether encoding needs the character offsets of tokens.

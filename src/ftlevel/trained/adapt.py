@@ -358,10 +358,7 @@ def _frozen(peft_model: Any) -> Any:
 
 
 def _get_custom_loader(adapter_dir: Path) -> Callable[[Any, Path, str], Any] | None:
-    """Returns ftlevel's loader for the adapter's PEFT type, or None for PEFT's own.
-
-    Raises InputError if neither can load it.
-    """
+    """Returns ftlevel's loader of an adapter, None for PEFT's; InputError if neither loads it."""
     import peft
 
     peft_type = load_peft_config(adapter_dir)["peft_type"]

@@ -385,10 +385,7 @@ class BestModelCallback(TrainerCallback):
             state.save_state(path)
 
     def finish(self, model: Any, step: int, max_steps: int) -> SelectedModel | None:
-        """Load the best weights into `model`, if configured; returns the `SelectedModel`.
-
-        Returns None if the metric was NaN in every evaluation.
-        """
+        """Load the best weights into `model`, if configured; None if all metrics were NaN."""
         history, selected = self.evaluations, step
         if history.best is None or history.last is None:
             return None

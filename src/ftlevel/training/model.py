@@ -343,7 +343,6 @@ class PreparedModel:
     Attributes:
         model: the base with the method applied.
         initial_state: name → initial tensor that `save_adapter` needs; may be empty.
-        fast: the applied fast step, if any.
         digests: hashes of the base's tensors at load time, by their names in the base.
     """
 

@@ -134,11 +134,9 @@ class Outcome:
     """Results of training for summary.json, which `Run` does not contain.
 
     Attributes:
-        recipe: path and git state of the recipe; None without one.
         steps: optimizer steps that were trained.
         timings: durations in seconds.
         evaluator: evaluator of the validation rows; None if there are none.
-        selected: the selected model; None if none was selected.
         changes: settings that changed when the run resumed.
         skipped_steps: records of steps that were skipped or rolled back.
         plan: the memory estimate compared with the measured memory.

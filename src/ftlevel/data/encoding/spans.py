@@ -131,11 +131,7 @@ _BIO = re.compile(r"O|[BI]-.+")
 
 @dataclass(frozen=True)
 class TaggedRow(Encoded):
-    """A tagged sentence; labels are -100 except at the first token of each word.
-
-    `positions` has the index of the first token of each word; None for a word without tokens, such
-    as a control character.
-    """
+    """A tagged sentence; labels are -100 except at `positions`, the `first_tokens` of the words."""
 
     tags: tuple[int, ...] = field(default=(), metadata={"column": "ints"})
     positions: tuple[int | None, ...] = field(default=(), metadata={"column": "positions"})

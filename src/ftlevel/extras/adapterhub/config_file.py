@@ -83,13 +83,18 @@ def convert_config(config_dict: Mapping[str, Any], model_config: Any) -> dict[st
     config = {**_DEFAULTS, **values}
     _validate_config(config)
     placement = _placement(config, positions)
-    pattern, excluded = _targets(config, placement, positions, model_config)
+    self_attention, *cross = positions.attention
+    modules = [self_attention] * bool(config["mh_adapter"]) + cross * bool(config["cross_adapter"])
+    modules += [positions.feed_forward] * bool(config["output_adapter"])
+    covers_all = placement != "houlsby" or len(modules) == len(positions.attention) + 1
+    paths = "|".join(map(re.escape, modules))
+    excluded = _exclude_pattern(config["leave_out"] or [], model_config)
     return {
         "placement": placement,
         "reduction_factor": _reduction_factor(config["reduction_factor"]),
         "non_linearity": _activation(config["non_linearity"], old="version" not in config_dict),
         "scaling": _scaling(config["scaling"]),
-        "target_modules": pattern,
+        "target_modules": None if covers_all else rf"(?:.*\.)?\d+\.(?:{paths})",
         "exclude_modules": excluded,
     }
 
@@ -144,19 +149,6 @@ def _placement(config: Mapping[str, Any], positions: AdapterPositions) -> str:
         f"an adapter with {config_dict} matches no placement. Supported are AdapterHub's "
         "double_seq_bn, seq_bn, par_bn and AdapterPlusConfig. Use it with adapters itself."
     )
-
-
-def _targets(
-    config: Mapping[str, Any], placement: str, positions: AdapterPositions, model_config: Any
-) -> tuple[str | None, str | None]:
-    """Returns regexes of adapted modules (None: all of `placement`) and of excluded ones."""
-    self_attention, *cross = positions.attention
-    modules = [self_attention] * bool(config["mh_adapter"]) + cross * bool(config["cross_adapter"])
-    modules += [positions.feed_forward] * bool(config["output_adapter"])
-    covers_all = placement != "houlsby" or len(modules) == len(positions.attention) + 1
-    paths = "|".join(map(re.escape, modules))
-    pattern = None if covers_all else rf"(?:.*\.)?\d+\.(?:{paths})"
-    return pattern, _exclude_pattern(config["leave_out"] or [], model_config)
 
 
 def _exclude_pattern(layers: list[int], model_config: Any) -> str | None:

@@ -67,8 +67,6 @@ class Comparison:
     Attributes:
         left_out: reason why a method is not compared.
         scored: results of the method's runs, in the order of seeds.
-        dry_runs: summary of the method's dry run.
-        search_results: result of the method's hyperparameter search.
     """
 
     path: Path

@@ -159,7 +159,6 @@ class Study:
         storage: database URL.
         fields: hyperparameter → configuration field.
         rate: default learning rate.
-        metric: metric to optimize.
     """
 
     name: str

@@ -305,10 +305,7 @@ def create_served_model(name: str, ref: ModelRef, server: Server | None) -> Serv
 
 
 def check_server_support(adapter: ServedModel, server: Server | None) -> list[str]:
-    """Returns notes; raises InputError if `server` would compute other outputs than in training.
-
-    Loads no weights.
-    """
+    """Returns notes; raises InputError if `server` would compute other outputs than in training."""
     notes = []
     quantization = adapter.ref.quantization.get("kind", "none")
     if quantization != "none" and not adapter.ref.is_prequantized:

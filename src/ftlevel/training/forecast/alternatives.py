@@ -191,7 +191,6 @@ class Alternative:
     """Alternative settings of a run, and the memory that they need.
 
     Attributes:
-        flags: command-line flags of this alternative.
         peak: bytes at the peak with the micro-batch size in `flags`.
         fits: whether `peak` is within the memory.
         most_rows: largest micro-batch that fits, in rows; 0 if none does, None on a CPU, where

@@ -226,9 +226,7 @@ class MemoryRequirement:
     """Memory requirement of a run on a device.
 
     Attributes:
-        parts: category, such as weights → bytes at the peak.
-        at: phase of the step in which the peak occurs.
-        tokens: positions in the largest micro-batch.
+        parts, at, tokens: as in `StepMemory`.
         recomputed_peak: peak with gradient checkpointing in all blocks, if checkpointing is
             automatic and the run does not fit without; None otherwise.
         process: bytes of the whole process, tensors included; None except for a single CPU process.
@@ -324,10 +322,7 @@ class MemoryEstimate:
         return Choice("memory", self.need.verdict(), "estimated; details: ftlevel plan")
 
     def compare(self, before: int) -> dict[str, Any]:
-        """Returns estimated and measured bytes for summary.json.
-
-        `before` is the resident memory before the model was loaded.
-        """
+        """Returns estimated and measured bytes; `before` is the RSS before the model was loaded."""
         if self.need is None:
             return {"peak_bytes": None, "reason": self.reason}
         need, device = self.need, self.need.device.kind

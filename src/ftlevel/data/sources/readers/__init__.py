@@ -64,7 +64,6 @@ class ReadOptions:
         format: a suffix without its dot; None detects it.
         subset: sheet of a workbook (None: the first) or configuration of a Hub dataset.
         columns: names that identify the header of a table on stdin.
-        ignored: columns that are not read.
         limit: number of rows to keep where rows can be read one by one; None for all.
     """
 
