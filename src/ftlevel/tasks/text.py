@@ -67,11 +67,15 @@ def score_rouge(
     language: str = "",  # noqa: ARG001 - the signature of all scores
 ) -> dict[str, float]:
     """Returns mean ROUGE-1, -2 and -L F1 between 0 and 1 (Lin, 2004), with Porter stemming."""
-    scores = [compute_rouge(r, p, ROUGES) for r, p in zip(references, predictions, strict=True)]
+    scores = [_rouge(r, p) for r, p in zip(references, predictions, strict=True)]
     return {name: sum(s[name] for s in scores) / len(scores) for name in ROUGES}
 
 
 @functools.lru_cache(maxsize=100_000)  # bootstrap resampling repeats pairs
+def _rouge(reference: str, prediction: str) -> dict[str, float]:
+    return compute_rouge(reference, prediction, ROUGES)
+
+
 def score_translations(
     predictions: Sequence[str], references: Sequence[str], language: str = ""
 ) -> dict[str, float]:
