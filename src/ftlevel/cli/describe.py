@@ -38,7 +38,12 @@ def list_targets(model: str, lora_r: int, as_json: bool) -> None:
 
 def _print_targets(report: TargetReport) -> None:
     width = max(_NARROWEST, shutil.get_terminal_size().columns)
-    typer.secho(_headline(report), bold=True)
+    parts = [report.name, report.kind]
+    if report.source == "model":
+        parts[1:1] = [report.family, *report.heads]
+    if report.total_parameters is not None:
+        parts.append(f"{report.total_parameters:,} parameters")
+    typer.secho(", ".join(parts), bold=True)
     typer.echo()
     title, cells = _cells(report)
     every = [title, *(row for row in cells if len(row) > 1)]
@@ -53,15 +58,6 @@ def _print_targets(report: TargetReport) -> None:
     typer.echo()
     for label, text in _facts(report):
         typer.echo(_fact_lines(label, text, width))
-
-
-def _headline(report: TargetReport) -> str:
-    parts = [report.name, report.kind]
-    if report.source == "model":
-        parts[1:1] = [report.family, *report.heads]
-    if report.total_parameters is not None:
-        parts.append(f"{report.total_parameters:,} parameters")
-    return ", ".join(parts)
 
 
 def _join(row: Sequence[str], widths: Sequence[int]) -> str:

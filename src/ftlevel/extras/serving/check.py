@@ -264,7 +264,18 @@ def check_served(
     start_time = time.perf_counter()
     path, record = read_record(config.out)
     if record.get("type") in ("embeddings", "scores"):
-        return _check_embeddings(config, record, listener, start_time)
+        server = config.inside or config.url
+        listener.stage(f"querying {server}")
+        result = check_vectors(config, record)
+        summary = {"out": str(config.out), "asked": server, "verdict": TRAINED, **result}
+        summary["seconds"] = round(time.perf_counter() - start_time, 2)
+        message = (
+            f"{TRAINED}: {result['texts']} scores differ by at most {result['max_difference']:.2g}"
+            if record["type"] == "scores"
+            else f"{TRAINED}: {result['texts']} embeddings, cosine {result['min_cosine']:.6f} or "
+            "more"
+        )
+        return CheckServedResult(summary, (message,))
     serving_record = parse_record(path, record)
     # A base loaded in this process is float32; a GGUF file has its own dtype.
     is_float = config.inside and serving_record.metadata.get("file_format") != "gguf"
@@ -301,22 +312,6 @@ def check_served(
     if summary["verdict"] != TRAINED:
         raise RunError("\n".join([*lines, _format_fix(summary, serving_record)]))
     return CheckServedResult(summary, lines)
-
-
-def _check_embeddings(
-    config: CheckServedConfig, record: dict[str, Any], listener: Listener, start_time: float
-) -> CheckServedResult:
-    server = config.inside or config.url
-    listener.stage(f"querying {server}")
-    result = check_vectors(config, record)
-    summary = {"out": str(config.out), "asked": server, "verdict": TRAINED, **result}
-    summary["seconds"] = round(time.perf_counter() - start_time, 2)
-    message = (
-        f"{TRAINED}: {result['texts']} scores differ by at most {result['max_difference']:.2g}"
-        if record["type"] == "scores"
-        else f"{TRAINED}: {result['texts']} embeddings, cosine {result['min_cosine']:.6f} or more"
-    )
-    return CheckServedResult(summary, (message,))
 
 
 @dataclass(frozen=True)
