@@ -1,1 +1,4 @@
-"""Commands, one module each. They do not print, parse flags or import the CLI."""
+"""Commands, one module each. They do not print or parse flags.
+
+May import every package below them, not the CLI.
+"""

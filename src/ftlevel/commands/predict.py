@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import IO, Any
@@ -145,25 +145,9 @@ def _prepare(
         config.probabilities, config.top_k or 0, config.normalize, config.dims
     )
     types = task.prediction_columns(shape, ref.card.labels, ref.card.options, output_options)
-    if "embedding" not in types.values():
-        for flag, is_given in (
-            ("--normalize", config.normalize is not None),
-            ("--dims", config.dims is not None),
-        ):
-            if is_given:
-                raise ConfigError(f"{flag}: --task {task.name} gives no embeddings. Drop it.")
-    elif config.dims is not None and config.dims > (width := width_of(load_config(ref.source))):
-        raise ConfigError(
-            f"--dims {config.dims}: the embeddings of {config.name} have {width} dimensions. Use "
-            "at most that many."
-        )
+    _validate_embedding(config, task, types.values(), ref)
     answers = {f"{config.column}_{end}" if end else config.column: end for end in types}
-    if existing := [repr(name) for name in answers if name in source.column_names]:
-        whose = "the rows have" if file is None else f"{file.shown} has"
-        raise ConfigError(
-            f"--column {config.column}: {whose} {join_names(existing)} already, and columns are "
-            "not overwritten. Choose another with --column."
-        )
+    _validate_column_names(config, answers, source, file)
     added = {name: types[end] for name, end in answers.items()}
     sink = _open_sink(config, RowColumns(source.column_names, added, source.schema), stream)
     queries = iter(Prompts(source, shape, sink.is_table, config.limit))
@@ -220,6 +204,35 @@ def _mapping(
         for role, column in columns.items()
         if role in inner or (role in roles and resolve_column(column, source.leading) is not None)
     }
+
+
+def _validate_column_names(
+    config: PredictConfig, answers: OutputColumns, source: RowSource, file: Reader | None
+) -> None:
+    existing = [repr(name) for name in answers if name in source.column_names]
+    if existing:
+        whose = "the rows have" if file is None else f"{file.shown} has"
+        raise ConfigError(
+            f"--column {config.column}: {whose} {join_names(existing)} already, and columns are "
+            "not overwritten. Choose another with --column."
+        )
+
+
+def _validate_embedding(
+    config: PredictConfig, task: BaseTask, types: Iterable[str], ref: ModelRef
+) -> None:
+    if "embedding" not in types:
+        for flag, is_given in (
+            ("--normalize", config.normalize is not None),
+            ("--dims", config.dims is not None),
+        ):
+            if is_given:
+                raise ConfigError(f"{flag}: --task {task.name} gives no embeddings. Drop it.")
+    elif config.dims is not None and config.dims > (width := width_of(load_config(ref.source))):
+        raise ConfigError(
+            f"--dims {config.dims}: the embeddings of {config.name} have {width} dimensions. Use "
+            "at most that many."
+        )
 
 
 def _close(sink: RowSink, progress: RowCounts) -> None:

@@ -155,14 +155,7 @@ def build_config(
         resolved, notes = resolve_aliases(values)
         for line in [*lines, *notes]:
             note(line)
-        for section in ("method", "quant"):
-            fields = values.get(section) or {}
-            names = aliased.get(section, set()) - fields.keys()
-            if "kind" in fields:  # fields that an alias of an earlier layer set
-                for name in names:
-                    merged[section].pop(name, None)
-                names = resolved[section].keys() - fields.keys()
-            aliased[section] = names
+        _drop_alias_fields(merged, aliased, values, resolved)
         _merge(merged, resolved)
         for key, location in layer.locations.items():
             dotted = ".".join(_complete_key(key, layer.values.get(key[0])))
@@ -195,6 +188,20 @@ def build_section(
         return section.model_validate(values_set)
     except ValidationError as error:
         raise ConfigError(format_errors(error, locations, section)) from None
+
+
+def _drop_alias_fields(
+    merged: dict[str, Any], aliased: dict[str, set[str]], values: Any, resolved: Any
+) -> None:
+    """Remove the fields that an alias of an earlier layer set, if this layer sets `kind`."""
+    for section in ("method", "quant"):
+        fields = values.get(section) or {}
+        names = aliased.get(section, set()) - fields.keys()
+        if "kind" in fields:
+            for name in names:
+                merged[section].pop(name, None)
+            names = resolved[section].keys() - fields.keys()
+        aliased[section] = names
 
 
 def _validate_sections(values: Mapping[str, Any], layer: Layer) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -262,27 +262,7 @@ def save_merged(
             f"in {str(merger.main_dtype).removeprefix('torch.')} in every tensor. Use --dtype "
             "float32, or train longer."
         )
-    config = model.config
-    config.architectures = [type(model).__name__]
-    config.dtype = merger.main_dtype
-    if untied:
-        config.tie_word_embeddings = False
-        config.get_text_config().tie_word_embeddings = False
-    config.save_pretrained(output_dir)
-    save_legacy_rope(output_dir)
-    copy_tokenizer(output_dir, inputs.ref.tokenizer_source)
-    tokenizer_config = output_dir / "tokenizer_config.json"
-    if inputs.ignores_token_types and tokenizer_config.is_file():
-        values = json.loads(tokenizer_config.read_text(encoding="utf-8"))
-        inputs_of_model = inputs.tokenizer.model_input_names
-        values["model_input_names"] = [n for n in inputs_of_model if n != "token_type_ids"]
-        write_json(tokenizer_config, values)
-    gguf = inputs.source.kind == "gguf"
-    generation_config = None if gguf else get_local_dir(inputs.source) / "generation_config.json"
-    if generation_config is not None and generation_config.is_file():
-        shutil.copyfile(generation_config, output_dir / generation_config.name)
-    elif model.can_generate():
-        model.generation_config.save_pretrained(output_dir)
+    _save_config(output_dir, inputs, model, merger.main_dtype, untied=untied)
     files = MergedFiles(
         sum(len(part.specs) for parts in shards.values() for part in parts),
         len(merged),
@@ -340,6 +320,36 @@ def _copy(key: str, info: TensorSpec, stored: Any) -> TensorPart:
     return TensorPart(
         {key: info}, (lambda: {key: stored}) if isinstance(stored, torch.Tensor) else stored
     )
+
+
+def _save_config(
+    output_dir: Path, inputs: MergeInput, model: Any, dtype: torch.dtype, *, untied: bool
+) -> None:
+    config = model.config
+    config.architectures = [type(model).__name__]
+    config.dtype = dtype
+    if untied:
+        config.tie_word_embeddings = False
+        config.get_text_config().tie_word_embeddings = False
+    config.save_pretrained(output_dir)
+    save_legacy_rope(output_dir)
+    copy_tokenizer(output_dir, inputs.ref.tokenizer_source)
+    if inputs.ignores_token_types:
+        _remove_token_types(output_dir, inputs.tokenizer.model_input_names)
+    gguf = inputs.source.kind == "gguf"
+    generation_config = None if gguf else get_local_dir(inputs.source) / "generation_config.json"
+    if generation_config is not None and generation_config.is_file():
+        shutil.copyfile(generation_config, output_dir / generation_config.name)
+    elif model.can_generate():
+        model.generation_config.save_pretrained(output_dir)
+
+
+def _remove_token_types(output_dir: Path, names: Sequence[str]) -> None:
+    path = output_dir / "tokenizer_config.json"
+    if path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["model_input_names"] = [name for name in names if name != "token_type_ids"]
+        write_json(path, config)
 
 
 def copy_tokenizer(output_dir: Path, tokens: ModelSource) -> None:

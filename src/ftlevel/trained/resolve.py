@@ -38,7 +38,7 @@ from ftlevel.models.quantization import (
 )
 from ftlevel.models.sources import ModelSource, check_revision, resolve_source
 from ftlevel.tasks import TASKS, BaseTask
-from ftlevel.trained.adapt import check_weights_exist, get_adapter_reader
+from ftlevel.trained.adapt import AdapterReader, check_weights_exist, get_adapter_reader
 from ftlevel.trained.model_ref import PLAIN, ModelRef, get_tokenizer_source
 from ftlevel.weights.checkpoint import get_local_dir, load_header, merge_sharded_checkpoint
 
@@ -83,30 +83,13 @@ def resolve_model(
         if (path / CARD).is_file():
             ref = _resolve_with_card(path, label or name, task, base)
         elif reader is not None:
-            adapter = reader.read(path)
-            adapter_task = TASKS[adapter.task(task)]
-            source = base or _resolve_base_source(adapter.base, path)
-            peft_config = {"peft_type": reader.peft_type, "modules_to_save": adapter.heads}
-            config = load_config(source)
-            card = create_default_card(source, config, adapter_task, device, path, peft_config)
-            message = (
-                f"{path} was created by {reader.library}: its base, {source.name}, cannot be "
-                "verified"
-            )
-            ref = ModelRef(source, path, adapter.complete(card), None, [message], is_ours=False)
+            ref = _resolve_external(path, reader, device, task, base)
         else:
             check_adapter_checkpoint(path)
             if (path / ADAPTER_CONFIG).is_file():
                 ref = _resolve_peft(path, device, task, base, trust_remote_code)
             else:
-                source = resolve_source(name, revision, display_name=label or name)
-                check_revision(source, revision)
-                config, base_task = load_config(source), None
-                if require_task:
-                    task = task or get_task_type(path) or _task_of_model(config, label or name)
-                    base_task = TASKS[task]
-                card = create_default_card(source, config, base_task, device)
-                ref = ModelRef(source, None, card, is_ours=False)
+                ref = _resolve_model(name, device, task, label or name, revision, require_task)
     if base is not None and ref.directory is None:
         raise InputError(
             f"--model {base.name}: it names the base of an adapter, and {label or name} is a whole "
@@ -171,6 +154,20 @@ def _resolve_with_card(
     return ModelRef(resolve_base(card, model_dir, base), model_dir, card, run)
 
 
+def _resolve_model(
+    name: str, device: str, task: str | None, label: str, revision: str | None, require_task: bool
+) -> ModelRef:
+    source = resolve_source(name, revision, display_name=label)
+    check_revision(source, revision)
+    config = load_config(source)
+    base_task = None
+    if require_task:
+        task = task or get_task_type(get_model_dir(name)) or _task_of_model(config, label)
+        base_task = TASKS[task]
+    card = create_default_card(source, config, base_task, device)
+    return ModelRef(source, None, card, is_ours=False)
+
+
 def _resolve_peft(
     adapter_dir: Path,
     device: str,
@@ -200,6 +197,27 @@ def _resolve_peft(
         f"{adapter_dir} was not created by ftlevel: its base, {source.name}, cannot be verified"
     )
     return ModelRef(source, adapter_dir, card, None, [message], is_ours=False)
+
+
+def _resolve_external(
+    adapter_dir: Path,
+    reader: AdapterReader,
+    device: str,
+    task: str | None,
+    base: ModelSource | None,
+) -> ModelRef:
+    adapter = reader.read(adapter_dir)
+    base_task = TASKS[adapter.task(task)]
+    source = base or _resolve_base_source(adapter.base, adapter_dir)
+    peft_config = {"peft_type": reader.peft_type, "modules_to_save": adapter.heads}
+    card = create_default_card(
+        source, load_config(source), base_task, device, adapter_dir, peft_config
+    )
+    message = (
+        f"{adapter_dir} was created by {reader.library}: its base, {source.name}, cannot be "
+        "verified"
+    )
+    return ModelRef(source, adapter_dir, adapter.complete(card), None, [message], is_ours=False)
 
 
 def get_model_dir(name: str) -> Path:

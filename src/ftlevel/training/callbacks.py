@@ -306,7 +306,13 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class Tracker:
-    """A started experiment tracker; `location` is the path or URL of its data, for the user."""
+    """A started experiment tracker.
+
+    Attributes:
+        location: path or URL of the tracker's data, shown to the user.
+        log: function called with metrics and their step.
+        close: function that ends the run in the tracker.
+    """
 
     location: str
     log: Callable[[dict[str, float], int], Any]

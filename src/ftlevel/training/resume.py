@@ -232,17 +232,7 @@ def _resolve_resume(run: Run, origin: Mapping[str, Any], listener: Listener) -> 
     lengths = {key: before.get(key) for key in _LENGTH_FIELDS if before.get(key) != origin[key]}
     accepted = {key: origin[key] for key in (*lengths, *_CHECK_FIELDS)}
     accepted |= {key: origin[key] for key in _CONTENT if _has_same_content(key, before, origin)}
-    allowed, fields = run.config.output.allow_change, {**before, **origin}
-    if invalid := [name for name in allowed if name not in fields]:
-        raise ConfigError(
-            f"--allow-change {invalid[0]}: no such field.{did_you_mean(invalid[0], fields)} "
-            "--resume names the fields that differ."
-        )
-    changes: list[dict[str, Any]] = [
-        {"field": name, "was": before.get(name), "is": origin.get(name)}
-        for name in dict.fromkeys(allowed)
-        if before.get(name) != origin.get(name)
-    ]
+    changes = _allowed_changes(run.config.output, before, origin)
     accepted |= {change["field"]: change["is"] for change in changes}
     check_same_run(output_dir, {**before, **accepted}, origin)
     for file_digests in get_file_digests(run):
@@ -326,6 +316,25 @@ def open_or_resume(run: Run, state: ResumeState, listener: Listener) -> RunDirec
     save_relative_paths(output_dir, resolved_config(saved_run))
     write_json(output_dir.checkpoints / ORIGIN, state.origin)
     return output_dir
+
+
+def _allowed_changes(
+    output: OutputConfig, before: Mapping[str, Any], origin: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Returns records of changed fields that `--allow-change` permits; rejects unknown names."""
+    allowed = output.allow_change
+    fields = {**before, **origin}
+    invalid = [name for name in allowed if name not in fields]
+    if invalid:
+        raise ConfigError(
+            f"--allow-change {invalid[0]}: no such field.{did_you_mean(invalid[0], fields)} "
+            "--resume names the fields that differ."
+        )
+    return [
+        {"field": name, "was": before.get(name), "is": origin.get(name)}
+        for name in dict.fromkeys(allowed)
+        if before.get(name) != origin.get(name)
+    ]
 
 
 def _get_modified_files(

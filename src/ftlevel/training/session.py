@@ -304,6 +304,7 @@ class TrainingSession:
         base: name, kind and fingerprint of the base model, for card and summary.
         comparison: result of verifying the fast step; None if it was not verified.
         initial_logits: logits before training; None unless `--method full` is sharded.
+        initial_memory: bytes of the process before the model was loaded.
         selected: the selected model; None before training, or if none is selected.
         trained_at: end of training, by `time.perf_counter`.
     """
@@ -447,7 +448,10 @@ def open_session(
     resumed: ResumeState,
     stack: ExitStack,
 ) -> TrainingSession:
-    """Verify the fast step, lock the run directory until `stack` closes, and create the Trainer."""
+    """Open the run directory and create the Trainer; the directory is locked until `stack` closes.
+
+    The fast step of `model` is verified first.
+    """
     run, reference, teacher = prepared.run, prepared.reference, prepared.teacher
     listener, processes = job.listener, job.processes
     if reference is None:

@@ -326,21 +326,7 @@ def open_checkpoint(source: ModelSource, model: Any, key_mapping: Mapping[str, s
     for path in weight_files(get_local_dir(source)):
         tensors.update(load_header(path)[0])
     key_mapper = conversions.KeyMapper(model, key_mapping)
-    groups: dict[str, TensorGroup] = {}
-    unused = []
-    for key in conversions.in_reading_order(tensors):
-        name, pattern = key_mapper(key)
-        if name not in key_mapper.names:
-            unused.append(key)
-        elif pattern is None:
-            groups[name] = TensorGroup([key])
-        else:
-            names = key_mapper.split_names(name, pattern)
-            converter = key_mapper.converters[pattern]
-            group = groups.setdefault(name, TensorGroup([], converter, names=names))
-            group.keys.append(key)
-            group.patterns.append(pattern)
-            groups |= dict.fromkeys(names, group)
+    groups, unused = _group_tensors(tensors, key_mapper)
     key_mapper.record_conversions()
     checkpoint = Checkpoint(tensors, groups, model, unused=unused)
     _record_ties(checkpoint)
@@ -388,6 +374,28 @@ def get_local_dir(source: ModelSource) -> Path:
             allow_patterns=["*.safetensors", "*.json", *TOKENIZER_FILES],
         )
     )
+
+
+def _group_tensors(
+    keys: Mapping[str, Any], key_mapper: conversions.KeyMapper
+) -> tuple[dict[str, TensorGroup], list[str]]:
+    """Returns model name → its checkpoint tensors, as in transformers, and the unused names."""
+    groups: dict[str, TensorGroup] = {}
+    unused = []
+    for key in conversions.in_reading_order(keys):
+        name, pattern = key_mapper(key)
+        if name not in key_mapper.names:
+            unused.append(key)
+        elif pattern is None:
+            groups[name] = TensorGroup([key])
+        else:
+            names = key_mapper.split_names(name, pattern)
+            converter = key_mapper.converters[pattern]
+            group = groups.setdefault(name, TensorGroup([], converter, names=names))
+            group.keys.append(key)
+            group.patterns.append(pattern)
+            groups |= dict.fromkeys(names, group)
+    return groups, unused
 
 
 def _record_ties(checkpoint: Checkpoint) -> None:

@@ -89,20 +89,7 @@ def fit_rows(
         return FittedRows(rows, limit, reason, overlong=overlong)
     if overlong == "error":
         if max_length != "auto" or len(long_rows) > MAX_DROP_RATIO * len(rows):
-            worst = max(long_rows, key=lambda row: row.length)
-            fix = "Pass"
-            if reason.endswith("memory"):
-                fix = "Use --gradient-checkpointing or a smaller model, or pass"
-            elif bounds.positions is None or longest <= bounds.positions:
-                fix = f"Raise --max-length to {longest:,} to keep all of them, or pass"
-            alternative = "split" if prompt_length(worst) == 0 else "truncate-prompt"
-            alternative = "truncate" if worst.truncated(limit) is not None else alternative
-            limited = f" ({reason.removeprefix('auto: ')})" if reason else ""
-            raise InputError(
-                f"{len(long_rows):,} of {len(rows):,} rows are longer than {limit:,} "
-                f"tokens{limited}; the longest has {longest:,} ({where(worst.row)}). {fix} "
-                f"--overlong drop or {alternative}."
-            )
+            raise InputError(_too_long(long_rows, len(rows), limit, longest, reason, bounds, where))
         overlong = "drop"
         lost = (
             "1 row is" if len(long_rows) == 1 else f"{len(long_rows):,} of {len(rows):,} rows are"
@@ -165,6 +152,30 @@ def _change_rows(
         lost=tuple(lost),
         overlong=overlong,
         shortened_at="the beginning of the prompt" if has_prompt else "the end of the text",
+    )
+
+
+def _too_long(
+    long_rows: Sequence[Encoded],
+    total: int,
+    limit: int,
+    longest: int,
+    reason: str,
+    bounds: LengthBounds,
+    where: Callable[[int], str],
+) -> str:
+    worst = max(long_rows, key=lambda row: row.length)
+    fix = "Pass"
+    if reason.endswith("memory"):
+        fix = "Use --gradient-checkpointing or a smaller model, or pass"
+    elif bounds.positions is None or longest <= bounds.positions:
+        fix = f"Raise --max-length to {longest:,} to keep all of them, or pass"
+    alternative = "split" if prompt_length(worst) == 0 else "truncate-prompt"
+    alternative = "truncate" if worst.truncated(limit) is not None else alternative
+    limited = f" ({reason.removeprefix('auto: ')})" if reason else ""
+    return (
+        f"{len(long_rows):,} of {total:,} rows are longer than {limit:,} tokens{limited}; the "
+        f"longest has {longest:,} ({where(worst.row)}). {fix} --overlong drop or {alternative}."
     )
 
 

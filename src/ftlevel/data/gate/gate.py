@@ -399,17 +399,8 @@ class Gate:
             repeated, first = _select(active, *get_repeated_keys(digests.keys))
             split.flag("exact_duplicates", repeated, first)
         if self.task.checks.near_duplicates and policy.near_duplicates != "ignore":
-            examples = get_examples(split.rows)
-            indices, first = get_near_duplicates(split.rows, np.isin(examples, repeated))
-            compared = digests.first(MAX_COMPARED)
-            skip = np.zeros(len(digests), dtype=bool)
-            skip[repeated] = True
-            matches = wordings.match_texts(compared, skip[: len(compared)])
-            first = np.concatenate((examples[first], matches[1]))
-            indices, at = np.unique(
-                np.concatenate((examples[indices], matches[0])), return_index=True
-            )
-            split.flag("near_duplicates", *_select(active, indices, first[at]))
+            matches = _get_near_duplicates(split.rows, digests, repeated)
+            split.flag("near_duplicates", *_select(active, *matches))
 
     def _check_answers(self, split: SplitReport, digests: Digests) -> None:
         policy, active = self.policy, split.present()
@@ -451,6 +442,22 @@ class Gate:
                 replace(f, action="warn") if f.action == "drop" else f for f in split.findings
             ]
         return excluded, split.findings
+
+
+def _get_near_duplicates(
+    rows: Sequence[Encoded], digests: Digests, repeated: Integers
+) -> tuple[Integers, Integers]:
+    """Returns the indices of near duplicates except `repeated`, and of the examples they repeat."""
+    examples = get_examples(rows)
+    repeated_indices, first = get_near_duplicates(rows, np.isin(examples, repeated))
+    compared = digests.first(MAX_COMPARED)
+    skip = np.zeros(len(digests), dtype=bool)
+    skip[repeated] = True
+    matches = wordings.match_texts(compared, skip[: len(compared)])
+    repeated_indices = np.concatenate((examples[repeated_indices], matches[0]))
+    first = np.concatenate((examples[first], matches[1]))
+    repeated_indices, index = np.unique(repeated_indices, return_index=True)
+    return repeated_indices, first[index]
 
 
 def _select(active: Mask, repeated: Integers, first: Integers) -> tuple[Integers, Integers]:

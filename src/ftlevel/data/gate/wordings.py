@@ -113,19 +113,7 @@ def compute_edit_distances(one: TextBatch, other: TextBatch) -> NDArray[np.int64
     for i in range(len(a) + 1):
         if i:
             earlier, before = before, row
-            word, others = a[i - 1], b[i - 1 : i + 2 * _BAND]
-            step = np.where(word == others, 0, np.where(is_typo(word, others), _TYPO, _WORD))
-            row = before + step.astype(np.int32)
-            np.minimum(row[:-1], before[1:] + _WORD, out=row[:-1])
-            if i > 1:
-                swapped = (word == b[i - 2 : i + 2 * _BAND - 1]) & (a[i - 2] == others)
-                swapped &= i + _OFFSETS > 1
-                row = np.where(swapped, np.minimum(row, earlier + _WORD), row)
-            j = i + _OFFSETS
-            row = np.where((j >= 1) & (j <= ends), row, _edge(i, ends))
-            offsets = (_WORD * np.arange(len(row), dtype=np.int32))[:, None]  # insertions
-            row = np.minimum.accumulate(row - offsets, axis=0) + offsets
-            row = np.where(j <= ends, row, np.int32(_TOO_FAR))
+            row = _next_row(i, a, b, before, earlier, ends)
         at = np.flatnonzero(sizes == i)
         result[active[at]] = row[ends[at] - i + _BAND, at]
         going = (sizes > i) & (row.min(axis=0) <= _MAX_DISTANCE)
@@ -143,6 +131,30 @@ def _edge(i: int, ends: NDArray[np.int64]) -> NDArray[np.int32]:
     j = i + _OFFSETS
     known = (j >= 0) & (j <= ends) if i == 0 else np.broadcast_to(j == 0, (len(j), len(ends)))
     return np.where(known, (i + j) * _WORD, _TOO_FAR).astype(np.int32)
+
+
+def _next_row(
+    i: int,
+    a: NDArray[np.uint32],
+    b: NDArray[np.uint32],
+    before: NDArray[np.int32],
+    earlier: NDArray[np.int32],
+    ends: NDArray[np.int64],
+) -> NDArray[np.int32]:
+    """Returns row i of the distance matrix from rows i − 1 (`before`) and i − 2 (`earlier`)."""
+    word, others = a[i - 1], b[i - 1 : i + 2 * _BAND]
+    step = np.where(word == others, 0, np.where(is_typo(word, others), _TYPO, _WORD))
+    row = before + step.astype(np.int32)
+    np.minimum(row[:-1], before[1:] + _WORD, out=row[:-1])
+    if i > 1:
+        swapped = (word == b[i - 2 : i + 2 * _BAND - 1]) & (a[i - 2] == others)
+        swapped &= i + _OFFSETS > 1
+        row = np.where(swapped, np.minimum(row, earlier + _WORD), row)
+    j = i + _OFFSETS
+    row = np.where((j >= 1) & (j <= ends), row, _edge(i, ends))
+    offsets = (_WORD * np.arange(len(row), dtype=np.int32))[:, None]  # insertions
+    row = np.minimum.accumulate(row - offsets, axis=0) + offsets
+    return np.where(j <= ends, row, np.int32(_TOO_FAR))
 
 
 def is_typo(word: Any, other: Any) -> Any:
@@ -363,8 +375,25 @@ def _is_match(
     index: WordIndex, a: Integers, earlier: WordIndex, b: Integers, limits: Integers
 ) -> Mask:
     """Returns whether examples `a[i]` and `b[i]` differ by at most `limits[i]` half words."""
-    # A half word of difference removes at most one common word, or two common word bigrams, which
-    # are counted in long texts.
+    matches = _may_match(index, a, earlier, b, limits)
+    records, others = index.digests.records[a], earlier.digests.records[b]
+    matches &= ~((records["marks"] & ONE_CLASS != 0) & (records["last"] != others["last"]))
+    pairs = np.flatnonzero(matches)
+    lengths = index.lengths[a[pairs]]
+    order = np.argsort(lengths, kind="stable")
+    for group in split_by_size(pairs[order], lengths[order], _GROUP_WORDS):
+        distances = compute_distances(index.sides(a[group]), earlier.sides(b[group]))
+        matches[group] = distances <= limits[group]
+    return matches
+
+
+def _may_match(
+    index: WordIndex, a: Integers, earlier: WordIndex, b: Integers, limits: Integers
+) -> Mask:
+    """Returns for each pair whether enough words, or word bigrams of long texts, are shared.
+
+    One half word of difference removes at most one common word or two common bigrams.
+    """
     sizes = index.lengths[a], earlier.lengths[b]
     matches = (np.abs(sizes[0] - sizes[1]) <= limits) & (limits > 0)
     longer = np.maximum(*sizes)
@@ -374,14 +403,6 @@ def _is_match(
         for group in split_by_size(pairs, (sizes[0] + sizes[1])[pairs], _GROUP_WORDS):
             shared = _count_common(index, a[group], earlier, b[group], bigrams=bigrams)
             matches[group] = shared >= least[group]
-    records, others = index.digests.records[a], earlier.digests.records[b]
-    matches &= ~((records["marks"] & ONE_CLASS != 0) & (records["last"] != others["last"]))
-    pairs = np.flatnonzero(matches)
-    lengths = index.lengths[a[pairs]]
-    order = np.argsort(lengths, kind="stable")
-    for group in split_by_size(pairs[order], lengths[order], _GROUP_WORDS):
-        distances = compute_distances(index.sides(a[group]), earlier.sides(b[group]))
-        matches[group] = distances <= limits[group]
     return matches
 
 

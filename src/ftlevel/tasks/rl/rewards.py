@@ -175,22 +175,27 @@ class Rewards:
                 "scores": [0.0] * count,
             }
         if reply.get("problem"):
-            name, failed = self.names[at], reply["failed"]
-            if self._config.on_reward_error != "zero":
-                first = failed[0]
-                location = where[first] if where else f"prompt {_shown(batch['prompts'][first])}"
-                is_any = len(failed) == count > 1
-                which = f"of {count} completions, the first" if is_any else "completion"
-                raise RewardError(
-                    f"--reward {name} failed: {reply['problem']}. {location}: {which}: "
-                    f"{_shown(batch['texts'][first])}\nCorrect it and resume with --resume "
-                    "--allow-change rl.fingerprint, or with --resume --on-reward-error zero."
-                )
-            self.failures[name] += len(failed)
+            self._fail(at, reply, batch, where)
         for kind, values in self.logged.items():
             for name, new in reply.get(kind, {}).items():
                 values[name] = [*values.get(name, ()), *new]
         return list(reply["scores"])
+
+    def _fail(
+        self, at: int, reply: Mapping[str, Any], batch: Mapping[str, Any], where: Sequence[str]
+    ) -> None:
+        name, failed = self.names[at], reply["failed"]
+        if self._config.on_reward_error == "zero":
+            self.failures[name] += len(failed)
+            return
+        first, count = failed[0], len(batch["texts"])
+        location = where[first] if where else f"prompt {_shown(batch['prompts'][first])}"
+        which = f"of {count} completions, the first" if len(failed) == count > 1 else "completion"
+        raise RewardError(
+            f"--reward {name} failed: {reply['problem']}. {location}: {which}: "
+            f"{_shown(batch['texts'][first])}\nCorrect it and resume with --resume --allow-change "
+            "rl.fingerprint, or with --resume --on-reward-error zero."
+        )
 
     def _start(self) -> list[dict[str, Any]]:
         self._reason = ""

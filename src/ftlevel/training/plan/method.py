@@ -83,24 +83,9 @@ def resolve_method_targets(
         for name in modules
         if isinstance(tree.modules[name], nn.Embedding)
     }
-    full_modules: list[str] = []
-    for name in getattr(spec, "modules_to_save", ()):
-        matches = [full for full in tree.modules if f".{full}".endswith(f".{name}")]
-        if not matches:
-            suffixes = sorted({full.rpartition(".")[2] for full in tree.modules if full})
-            raise ConfigError(
-                f"--modules-to-save: {name!r} is not a module of {model_name}."
-                f"{did_you_mean(name, suffixes)}"
-            )
-        fused = [full for full in matches if linear_size(tree.modules[full])]
-        if quant != "none" and (quantized := [full for full in fused if not tree.in_heads(full)]):
-            raise ConfigError(
-                f"--modules-to-save: {quantized[0]} is quantized, and its integers cannot be "
-                "trained. Drop it, or drop --quant."
-            )
-        # PEFT matches without a dot before the name; full names are used if that adds others.
-        peft_matches = [full for full in tree.modules if full.endswith(name)]
-        full_modules += [name] if peft_matches == matches else matches
+    full_modules = _resolve_saved_modules(
+        getattr(spec, "modules_to_save", ()), tree, model_name, quant
+    )
     return MethodTargets(modules, parameters, conv1d, widths, full_modules)
 
 
@@ -155,6 +140,31 @@ def _filter_layers(modules: Sequence[str], tree: ModuleTree, layers: Sequence[in
     return [name for name in modules if tree.layer(name) in layers]
 
 
+def _resolve_saved_modules(
+    names: Sequence[str], tree: ModuleTree, model_name: str, quant: str
+) -> list[str]:
+    """Returns `names` (`modules_to_save`), in full where PEFT's suffix match would add others."""
+    resolved: list[str] = []
+    for name in names:
+        matches = [full for full in tree.modules if f".{full}".endswith(f".{name}")]
+        if not matches:
+            suffixes = sorted({full.rpartition(".")[2] for full in tree.modules if full})
+            raise ConfigError(
+                f"--modules-to-save: {name!r} is not a module of {model_name}."
+                f"{did_you_mean(name, suffixes)}"
+            )
+        fused = [full for full in matches if linear_size(tree.modules[full])]
+        if quant != "none" and (quantized := [full for full in fused if not tree.in_heads(full)]):
+            raise ConfigError(
+                f"--modules-to-save: {quantized[0]} is quantized, and its integers cannot be "
+                "trained. Drop it, or drop --quant."
+            )
+        # PEFT matches without a dot before the name.
+        peft_matches = [full for full in tree.modules if full.endswith(name)]
+        resolved += [name] if peft_matches == matches else matches
+    return resolved
+
+
 def _resolve_parameters(
     requested: str | Sequence[str], tree: ModuleTree, model_name: str
 ) -> list[str]:
@@ -205,7 +215,10 @@ def resolve_quantization(
 def resolve_experts(
     quant: QuantConfig, method: MethodConfig, model_config: Any, auto_class: str
 ) -> tuple[QuantConfig, Choice | None]:
-    """Returns `quant` with `experts` resolved, and a log line; ConfigError if unsupported."""
+    """Returns `quant` with `experts` resolved, and the line to print; None without experts.
+
+    ConfigError if `quant.experts=true` is unsupported.
+    """
     if quant.kind == "none" and not quant.experts:
         return quant, None
     meta, message = build_task_model(model_config, auto_class), ""

@@ -1,1 +1,4 @@
-"""Reinforcement learning: the Trainer that samples before each step, and the checks of a run."""
+"""Reinforcement learning: the Trainer that samples before each step, and the checks of a run.
+
+Must not import `commands`.
+"""
