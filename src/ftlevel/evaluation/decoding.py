@@ -263,7 +263,7 @@ class _BufferedLayer(DynamicLayer):
     def repeat(self, layer: _BufferedLayer, rows: int, length: int) -> None:
         """Copy the only row of `layer` `rows` times, with space for `length` positions in each."""
         prefix_length = layer.get_seq_length()
-        buffers = _allocate(layer.keys, rows, length), _allocate_values(layer.values, rows, length)
+        buffers = _allocate(layer, rows, length)
         for buffer, states in zip(buffers, (layer.keys, layer.values), strict=True):
             buffer[:, :, :prefix_length] = states
         self.fill(*buffers, prefix_length)
@@ -288,11 +288,8 @@ class _BufferedLayer(DynamicLayer):
         after = before + key_states.shape[-2]
         if self._buffers is None or after > self._buffers[0].shape[-2]:
             old = self.keys, self.values
-            rows = len(key_states)
-            self._buffers = (
-                _allocate(key_states, rows, after),
-                _allocate_values(value_states, rows, after),
-            )
+            self.keys, self.values = key_states, value_states
+            self._buffers = _allocate(self, len(key_states), after)
             if before:
                 self._buffers[0][:, :, :before], self._buffers[1][:, :, :before] = old
         self._buffers[0][:, :, before:after] = key_states
@@ -303,19 +300,19 @@ class _BufferedLayer(DynamicLayer):
         return self.keys, self.values.contiguous()  # for SDPA
 
 
-def _allocate(states: torch.Tensor, rows: int, length: int) -> torch.Tensor:
-    """Returns zeros (rows, heads, more than `length`, d), stored by head for `attend`."""
-    _, heads, _, width = states.shape
-    return states.new_zeros(heads, rows, length + CACHE_GROWTH, width).transpose(0, 1)
+def _allocate(layer: _BufferedLayer, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns zeros like keys and values of `layer`, for `rows` and more than `length` positions.
 
-
-def _allocate_values(states: torch.Tensor, rows: int, length: int) -> torch.Tensor:
-    """Returns `_allocate`; float32 on a CPU is stored by column, which is fast in MKL."""
-    if states.dtype != torch.float32 or states.device.type != "cpu":
-        return _allocate(states, rows, length)
-    _, heads, _, width = states.shape
-    values = states.new_zeros(heads, rows, width, length + CACHE_GROWTH)
-    return values.permute(1, 0, 3, 2)
+    They are stored by head for `attend`; float32 values on a CPU by column, which is fast in MKL.
+    """
+    keys, values = layer.keys, layer.values
+    shape = keys.shape[1], rows, length + CACHE_GROWTH
+    keys = keys.new_zeros(*shape, keys.shape[3]).transpose(0, 1)
+    if values.dtype == torch.float32 and values.device.type == "cpu":
+        values = values.new_zeros(*shape[:2], values.shape[3], shape[2]).transpose(2, 3)
+    else:
+        values = values.new_zeros(*shape, values.shape[3])
+    return keys, values.transpose(0, 1)
 
 
 def get_shared_prefix(prompts: Sequence[list[int]]) -> list[int]:
@@ -340,12 +337,10 @@ def join(batches: Sequence[tuple[Rows, Sequence[int]]]) -> Rows:
         layers.append(_BufferedLayer())
         if not seq:
             continue
-        buffers = []
-        for name in ("keys", "values"):
+        first = next(rows.layers[at] for rows, _ in batches if rows.layers[at].keys is not None)
+        buffers = _allocate(first, len(lengths), seq)
+        for name, buffer in zip(("keys", "values"), buffers, strict=True):
             states = [getattr(rows.layers[at], name) for rows, _ in batches]
-            first = next(part for part in states if part is not None)
-            allocate = _allocate if name == "keys" else _allocate_values
-            buffer = allocate(first, len(lengths), seq)
             start = 0
             for part, (rows, chosen) in zip(states, batches, strict=True):
                 width = max(rows.lengths[i] for i in chosen)
@@ -354,8 +349,7 @@ def join(batches: Sequence[tuple[Rows, Sequence[int]]]) -> Rows:
                     target = buffer[start : start + len(chosen), :, seq - width : seq]
                     target.copy_(part[:, :, part.shape[2] - width :].index_select(0, index))
                 start += len(chosen)
-            buffers.append(buffer)
-        layers[-1].fill(buffers[0], buffers[1], seq)
+        layers[-1].fill(*buffers, seq)
     return Rows(
         [rows.numbers[i] for rows, chosen in batches for i in chosen],
         lengths,
