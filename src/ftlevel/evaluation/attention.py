@@ -193,7 +193,7 @@ def attend(
     else:  # oneDNN takes half as long in this order
         scores = _multiply(key, query.transpose(2, 3)).transpose(2, 3)
     if mask is not None and mask.dtype == torch.bool:
-        scores.masked_fill_(mask[:, 0], torch.finfo(scores.dtype).min)
+        scores.masked_fill_(mask.transpose(0, 1), torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask.transpose(0, 1)
     if not prompts:

@@ -160,15 +160,9 @@ class RowDecoder:
         starts = seq + shared - torch.tensor(rows.lengths, device=self._device)[:, None]
         positions = torch.arange(seq, device=self._device)[None]
         row_positions = (positions - starts + shared).clamp(min=0)[:, -ids.shape[1] :]
-        prompt_lengths = [
-            block.lengths[prompt_index]
-            for block in rows.prompts
-            for prompt_index in block.prompt_indices
-        ]
-        if prompt_lengths:
-            row_positions = (
-                row_positions + torch.tensor(prompt_lengths, device=self._device)[:, None]
-            )
+        offsets = [block.lengths[at] for block in rows.prompts for at in block.prompt_indices]
+        if offsets:
+            row_positions = row_positions + torch.tensor(offsets, device=self._device)[:, None]
         # Rows that have ended stay for a while, and their outputs are ignored.
         row_positions = row_positions.clamp(max=self._last_position)
         mask = (positions >= starts) | (positions < shared)
