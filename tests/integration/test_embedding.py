@@ -620,9 +620,14 @@ def test_resume_with_changed_guide_or_teacher_raises(
     )
 
 
+def get_grades(query: int) -> dict[int, int]:
+    """Return the grades of the documents that are relevant to a query of `beir_dir`."""
+    return {4 * query: 3, 32 + query: 1}
+
+
 @pytest.fixture(scope="module")
 def beir_dir(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BEIR directory of 8 queries, each with two relevant documents out of 40."""
+    """A BEIR directory of 8 queries, each with documents of grades 3 and 1 out of 40."""
     folder = tmp_path_factory.mktemp("beir")
     rows = [json.loads(line) for line in (pairs / "train.jsonl").open(encoding="utf-8")]
     query_rows = [json.loads(line) for line in (pairs / "validation.jsonl").open(encoding="utf-8")]
@@ -630,7 +635,7 @@ def beir_dir(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(folder / "corpus.jsonl", [{"_id": f"d{i}", "text": t} for i, t in enumerate(texts)])
     queries = [{"_id": f"q{i}", "text": row["anchor"]} for i, row in enumerate(query_rows)]
     write_rows(folder / "queries.jsonl", queries)
-    lines = [f"q{i}\td{document}\t1\n" for i in range(8) for document in (4 * i, 32 + i)]
+    lines = [f"q{i}\td{at}\t{grade}\n" for i in range(8) for at, grade in get_grades(i).items()]
     (folder / "qrels").mkdir()
     (folder / "qrels/dev.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
     return folder
@@ -654,12 +659,11 @@ def reference_query_metrics(
     gains, reciprocals = [], []
     for i, line in enumerate(scores.tolist()):
         order = sorted(range(len(line)), key=lambda document: -line[document])
-        ranks = [
-            order.index(document) + 1
-            for document in ((4 * i, 32 + i) if both_relevant else (32 + i,))
-        ]
-        gain = sum(1 / math.log2(rank + 1) for rank in ranks if rank <= 10)
-        gains.append(gain / (1 + 1 / math.log2(3) if both_relevant else 1))
+        grades = get_grades(i) if both_relevant else {32 + i: 1}
+        ranks = [order.index(document) + 1 for document in grades]
+        graded = zip(grades.values(), ranks, strict=True)
+        gain = sum(grade / math.log2(rank + 1) for grade, rank in graded if rank <= 10)
+        gains.append(gain / (3 + 1 / math.log2(3) if both_relevant else 1))
         reciprocals.append(1 / min(ranks) if min(ranks) <= 10 else 0)
     return {"ndcg@10": np.array(gains), "mrr@10": np.array(reciprocals)}
 

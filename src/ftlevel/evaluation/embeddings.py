@@ -265,18 +265,19 @@ def _query_meters(
         | set(search_ids)
     )
     position = {document: at for at, document in enumerate(documents)}
-    relevant_ids: dict[int, set[int]] = {}
+    relevant_ids: dict[int, dict[int, float]] = {}
     for (query, *row_vectors), labels in zip(step.texts, step.labels, strict=True):
-        positions = {position[d] for d, label in zip(row_vectors, labels, strict=True) if label > 0}
-        relevant_ids.setdefault(query, set()).update(positions)
-    queries = [query for query, positions in relevant_ids.items() if positions]
+        grades = relevant_ids.setdefault(query, {})
+        for document, label in zip(row_vectors, labels, strict=True):
+            if label > 0:
+                at = position[document]
+                grades[at] = max(label, grades.get(at, label))
+    queries = [query for query, grades in relevant_ids.items() if grades]
     values: dict[int, dict[str, float]] = {query: {} for query in relevant_ids}
     main_metric = METRICS["ranking"][0]
     for suffix, space in spaces.items():
-        relevant_documents = [sorted(relevant_ids[query]) for query in queries]
-        meters = score_retrieval(
-            space[queries], space[documents], relevant_documents, similarity=similarity
-        )
+        relevant = [relevant_ids[query] for query in queries]
+        meters = score_retrieval(space[queries], space[documents], relevant, similarity=similarity)
         for name, scores in meters.values.items():
             if not suffix or name == main_metric:
                 for query, value in zip(queries, scores.tolist(), strict=True):
@@ -292,7 +293,7 @@ def _query_meters(
 def _score_details(
     similarity: str,
     vectors: torch.Tensor,
-    relevant: Mapping[int, set[int]],
+    relevant: Mapping[int, Mapping[int, float]],
     queries: Sequence[int],
     documents: Sequence[int],
 ) -> dict[int, dict[str, Any]]:

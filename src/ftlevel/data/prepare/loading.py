@@ -241,15 +241,16 @@ def read_splits(config: DataConfig, task: DataTask, seed: int) -> DatasetSplits:
 def _with_judgments(splits: DatasetSplits, qrels: Path, corpus: Path | None) -> DatasetSplits:
     result = load_retrieval_set(qrels, corpus)
     rows = [
-        {"query": query, "pos": [result.documents[at] for at in relevant]}
-        for query, relevant in zip(result.queries, result.relevant, strict=True)
+        {
+            "query": query,
+            "documents": [result.documents[at] for at in grades],
+            "labels": [*grades.values()],
+        }
+        for query, grades in zip(result.queries, result.relevant, strict=True)
     ]
     counts = {
         "documents repeat the text of another one and count once": result.merged,
         "queries without a relevant document are left out": result.unjudged,
-        "scores count as 1; as gains of nDCG, they count in ftlevel evaluate --qrels": sum(
-            grade != 1 for grades in result.relevant for grade in grades.values()
-        ),
     }
     notes = [f"{qrels}: {count:,} {what}" for what, count in counts.items() if count]
     table = Table(rows, range(1, len(rows) + 1), str(qrels), "row")
