@@ -136,7 +136,9 @@ class PromptTuning(SoftPrompt):
     info = single_row(
         "prompt", "embeddings before the input", "", "Lester et al., 2021, arXiv:2104.08691", 81_920
     )
-    rate = Rates(small=1e-1, large=3e-2, source="not measured", tokens=3e-2)
+    rate = Rates(
+        1e-1, large=3e-2, source="not measured", by_architecture={"encoder": 3e-2}, tokens=3e-2
+    )
     merge_info = MergeInfo(
         ("SOFT_PROMPT", "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "CPT"),
         into_weights=False,
