@@ -855,3 +855,22 @@ def test_full_fine_tuning_is_evaluated_with_its_base(
         assert base_metrics[name] == pytest.approx(value, abs=1e-6)
     shutil.rmtree(model)
     assert evaluate(EvaluateConfig(name=str(out), **retrieval)).base == {}
+
+
+@pytest.mark.parametrize(("family", "head"), [("llama", "causal"), ("bert", "mlm")])
+def test_decoders_have_three_times_the_default_rate(
+    family: str,
+    head: str,
+    pairs: Path,
+    tiny_model_dir: ModelDir,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = tiny_model_dir(family, head)
+    command = ["train", "--task", "embedding", "--model", str(model), "--dataset", str(pairs),
+               "--output-dir", str(tmp_path / "run"), "--device", "cpu", "--dry-run"]  # fmt: skip
+    assert run(command) == 0
+    output = "".join(capsys.readouterr())
+    assert ("3 times the supervised rate, measured" in " ".join(output.split())) == (
+        family == "llama"
+    ), output

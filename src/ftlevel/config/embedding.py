@@ -13,6 +13,8 @@ from ftlevel.config.section import Section, list_unread
 from ftlevel.errors import join_names
 
 EMBEDDING_TASKS = ("embedding",)
+DECODER_RATE = 3.0
+"""Factor of embedding models from decoders on the method's default learning rate."""
 EmbeddingLossName = Literal[
     "mnrl", "gist", "cosent", "angle", "cosine", "contrastive", "triplet", "margin-mse", "kl"
 ]

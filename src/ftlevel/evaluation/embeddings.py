@@ -270,8 +270,7 @@ def _query_meters(
         grades = relevant_ids.setdefault(query, {})
         for document, label in zip(row_vectors, labels, strict=True):
             if label > 0:
-                at = position[document]
-                grades[at] = max(label, grades.get(at, label))
+                grades[position[document]] = max(label, grades.get(position[document], label))
     queries = [query for query, grades in relevant_ids.items() if grades]
     values: dict[int, dict[str, float]] = {query: {} for query in relevant_ids}
     main_metric = METRICS["ranking"][0]

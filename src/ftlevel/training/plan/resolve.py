@@ -20,6 +20,7 @@ from ftlevel.config import (
     TrainConfig,
     TrainerConfig,
 )
+from ftlevel.config.embedding import DECODER_RATE, EMBEDDING_TASKS
 from ftlevel.config.preference import PREFERENCE_TASKS
 from ftlevel.config.rl import RL_RATE, RL_TASK
 from ftlevel.config.section import Choice
@@ -176,12 +177,13 @@ def resolve(
     steps = count_steps(train, epoch_rows)
     rate_factor, source = 1.0, ""
     if config.task in PREFERENCE_TASKS:
-        rate_factor, source = config.preference.loss_properties.rate, "DPO"
+        rate_factor, source = config.preference.loss_properties.rate, "as in the DPO papers"
     elif config.task == RL_TASK:
-        rate_factor, source = RL_RATE, "GRPO"
-    rates = resolve_rates(
-        method, train, _get_rate_info(model, meta, objective, steps), rate_factor, source
-    )
+        rate_factor, source = RL_RATE, "as in the GRPO papers"
+    elif config.task in EMBEDDING_TASKS and base.kind == "decoder":
+        rate_factor, source = DECODER_RATE, "measured with SmolLM2"
+    info = _get_rate_info(model, meta, objective, steps)
+    rates = resolve_rates(method, train, info, rate_factor, source)
     check_schedule(train, rates.base.value, steps, len(data.validation))
     steps_per_epoch = steps if data.stream else count_steps_per_epoch(train, epoch_rows)
     best = resolve_best_model(

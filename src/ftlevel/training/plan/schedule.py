@@ -84,7 +84,7 @@ def resolve_rates(
     """Returns the peak learning rates: the user's, or the method's defaults for the run.
 
     New heads use `--head-learning-rate`, else `--learning-rate`. The default is multiplied by the
-    task's `factor`; `source` names the papers that recommend this factor.
+    task's `factor`; `source` says where this factor is from.
     """
     base = head = None
     if train.learning_rate is not None:
@@ -96,9 +96,7 @@ def resolve_rates(
     rates = METHODS[spec.kind].rates(spec)
     default = rates.get_choice(spec.kind, info)
     if factor != 1:
-        message = (
-            f"{factor:g} times the supervised rate, as in the {source} papers: {default.reason}"
-        )
+        message = f"{factor:g} times the supervised rate, {source}: {default.reason}"
         default = replace(default, value=float(f"{default.value * factor:.0e}"), reason=message)
     base = base or default
     head = head or (base if rates.is_heads else get_head_rate(info))
