@@ -197,10 +197,8 @@ def save_embedding_format(
     }
     if embedding_format.dims is not None:
         config["truncate_dim"] = embedding_format.dims
-    mode, modes = (
-        POOLING_MODES[embedding_format.pooling],
-        (*POOLING_MODES.values(), *_OTHER_POOLING),
-    )
+    mode = POOLING_MODES[embedding_format.pooling]
+    modes = (*POOLING_MODES.values(), *_OTHER_POOLING)
     pooling = {"word_embedding_dimension": hidden_size}
     pooling |= {f"pooling_mode_{word}": word == mode for word in modes}
     pooling["include_prompt"] = embedding_format.include_prompt

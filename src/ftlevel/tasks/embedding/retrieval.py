@@ -44,7 +44,8 @@ class QueryRanks:
 
 def rank_relevant(scores: np.ndarray, relevant: Mapping[int, float] | Sequence[int]) -> QueryRanks:
     """Returns the ranks of documents `relevant`: indices of `scores`, or index → grade (else 1)."""
-    own, order = scores[np.array([*relevant], dtype=np.int64)], np.sort(scores)
+    own = scores[np.array([*relevant], dtype=np.int64)]
+    order = np.sort(scores)
     grades = [*relevant.values()] if isinstance(relevant, Mapping) else np.ones(len(own))
     upper = np.searchsorted(order, own, side="right")
     equal = upper - np.searchsorted(order, own, side="left")
