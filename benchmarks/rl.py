@@ -7,8 +7,8 @@ Each side runs in its own process: ftlevel; TRL in the same precision without ch
 best); and TRL as shipped (bfloat16 autocast, checkpointing). `--peer` is the directory of TRL,
 created by `pip install --no-deps --target FOLDER trl==1.16.0`. LoRA r 8 on all linear layers, no
 dropout, beta 0. A step is `--prompts` × 8 completions of exactly `--new-tokens` tokens (EOS does
-not end them). CPU seconds of all threads, without the first of several steps; peak memory including
-libraries.
+not end them). Wall-clock seconds of a step, CPU seconds of all threads (in total, sampling, the
+rest), without the first of several steps; peak memory including libraries.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 from measuring import compare_sides, markdown, own_peak_mib
 
 GROUP = 8
-COLUMNS = ("step_s", "sampling_s", "update_s", "peak_gib")
+COLUMNS = ("wall_s", "step_s", "sampling_s", "update_s", "peak_gib")
 
 
 def main() -> None:
@@ -57,12 +57,11 @@ def main() -> None:
 
 
 class _Clock:
-    """CPU seconds of each step, and of the sampling in it."""
+    """Seconds of each step on the wall clock, of the CPU, and of the CPU in sampling."""
 
     def __init__(self) -> None:
-        self.steps: list[float] = []
-        self.sampling: list[float] = []
-        self._began = self._sampled = 0.0
+        self.steps: list[tuple[float, float, float]] = []
+        self._began, self._sampled = (0.0, 0.0), 0.0
 
     def wrap(self, owner: Any, name: str) -> None:
         """Count the CPU seconds of a method of `owner` as sampling."""
@@ -84,21 +83,21 @@ class _Clock:
 
         class Watch(TrainerCallback):
             def on_train_begin(self, *_: Any, **__: Any) -> None:
-                clock._began = time.process_time()
+                clock._began = time.perf_counter(), time.process_time()
 
             def on_step_end(self, *_: Any, **__: Any) -> None:
-                now = time.process_time()
-                clock.steps.append(now - clock._began)
-                clock.sampling.append(clock._sampled)
+                now = time.perf_counter(), time.process_time()
+                wall, cpu = (a - b for a, b in zip(now, clock._began, strict=True))
+                clock.steps.append((wall, cpu, clock._sampled))
                 clock._began, clock._sampled = now, 0.0
 
         return Watch()
 
     def figures(self) -> list[float]:
         """Return the values of `COLUMNS`."""
-        counted = (values[1:] or values for values in (self.steps, self.sampling))
-        step, sampling = map(statistics.median, counted)
-        return [step, sampling, step - sampling, own_peak_mib() / 1024]
+        steps = self.steps[1:] or self.steps
+        wall, step, sampling = (statistics.median(column) for column in zip(*steps, strict=True))
+        return [wall, step, sampling, step - sampling, own_peak_mib() / 1024]
 
 
 def _rows(args: argparse.Namespace, tokenizer: Any) -> list[dict[str, Any]]:
@@ -128,10 +127,12 @@ def _ftlevel(args: argparse.Namespace) -> list[float]:
 
     from transformers import AutoTokenizer
 
+    from ftlevel.cli.startup import prepare
     from ftlevel.commands.train import train
     from ftlevel.config import TrainConfig
     from ftlevel.evaluation.rollouts import Rollouts
 
+    prepare()  # as the command does
     clock, original = _Clock(), Rollouts.__init__
 
     def init_without_stops(self: Any, *arguments: Any, **named: Any) -> None:
