@@ -56,12 +56,23 @@ __getattr__ = resolve_renamed(__name__, {"Silence": "ftlevel.events:NullListener
 
 _EVERY_S = 0.25  # between redraws
 _MAX_ROWS = 8  # last log lines printed
-_METRIC_FORMATS = {
-    "loss": "{:.4f}",
-    "learning_rate": "{:.2e}",
-    "grad_norm": "{:.3g}",
-    "epoch": "{:.2f}",
+METRIC_FORMATS = {
+    "loss": ("loss", "{:.4f}"),
+    "reward": ("reward", "{:.3f}"),
+    "groups_with_signal": ("signal", "{:.0%}"),
+    "failed_rewards": ("failed", "{:.0%}"),
+    "completion_length": ("length", "{:.1f}"),
+    "truncated": ("cut", "{:.0%}"),
+    "entropy": ("entropy", "{:.2f}"),
+    "kl": ("kl", "{:.4f}"),
+    "clipped": ("clipped", "{:.1%}"),
+    "sampled_tokens_per_s": ("sampled", "{:,.0f} tok/s"),
+    "trained_tokens_per_s": ("trained", "{:,.0f} tok/s"),
+    "learning_rate": ("lr", "{:.2e}"),
+    "grad_norm": ("grad", "{:.3g}"),
+    "epoch": ("epoch", "{:.2f}"),
 }
+"""Metric of the training log → label and format on the screen."""
 
 
 def default_listener() -> Listener:
@@ -164,11 +175,11 @@ class Notebook(NullListener):
         for message in self._warnings:
             yield f"<div><b>warning:</b> {escape(message)}</div>"
         if self._lines:
-            names = [name for name in _METRIC_FORMATS if any(name in line for line in self._lines)]
+            names = [name for name in METRIC_FORMATS if any(name in line for line in self._lines)]
             cells = [
                 [
                     f"{line['step']:,}",
-                    *(_format_value(_METRIC_FORMATS[n], line.get(n)) for n in names),
+                    *(_format_value(METRIC_FORMATS[n][1], line.get(n)) for n in names),
                 ]
                 for line in self._lines[-_MAX_ROWS:]
             ]

@@ -126,6 +126,7 @@ REWARD_FILES = [
     ),
     (["exact"], drop_column("answer"), "--reward exact needs a column 'answer'"),
     (["exactly"], ROWS, "no built-in reward, run or model has that name. Did you mean"),
+    (["exact = 2"], ROWS, "no built-in reward, run or model has that name. Did you mean"),
     (["runs/none"], ROWS, "--reward runs/none does not exist"),
     (["builtin:tiny-llama"], ROWS, "was trained for text-generation, and a reward model has one"),
     (["json:none.json"], ROWS, "none.json cannot be read"),
@@ -179,7 +180,7 @@ def test_models_other_than_decoders_raise() -> None:
         ),
         (["--reward", "exact=2", "--loss", "cispo"], "loss: cispo (ratio at most 5"),
         (["--task", "grpo", "--reward", "number"], "loss: grpo (clip -0.2 +0.2"),
-        (["--task", "rloo", "--reward", "number"], "loss: rloo (clip -0.2 +0.2"),
+        (["--task", "rloo", "--reward", "number"], "loss: rloo (clip -0.2 +0.2, advantages not"),
         (["--reward", "rewards.py:of_level", "--loss", "gspo"], "loss: gspo (clip -0.0003 +0.0004"),
         (["--reward", "regex:\\d", "--temperature", "0.7"], "temperature 0.7"),
         (["--reward", "exact", "--max-new-tokens", "32"], "8 completions of at most 32 tokens"),
@@ -200,3 +201,9 @@ def test_trl_batch_size_counts_completions(dry_run: DryRun) -> None:
     code, out = dry_run(*trl, "--per_device_train_batch_size", "8", "--epsilon", "0.25")
     assert code == 0
     assert "batch of 2 prompts with 4 completions each: TRL counts 8 completions" in out
+    code, out = dry_run("--reward_funcs", "rewards.py:of_level", "--task", "rloo")
+    assert code == 0
+    assert "--num-generations 2 is kept, as in TRL: its default" in out
+    assert "--beta 0.05 is kept, as in TRL: its default" in out
+    assert "batch of 4 prompts with 2 completions each: TRL counts 8 completions" in out
+    assert "0.28" not in out  # the default of dapo

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -454,7 +455,7 @@ def test_first_iteration_has_no_rounding_of_ratios(
 
 
 def test_run_resumes_after_failed_reward(
-    data: Path, tmp_path: Path, tiny_model: dict[str, Any]
+    data: Path, tmp_path: Path, tiny_model: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "fails.py"
     source = (
@@ -475,6 +476,9 @@ def test_run_resumes_after_failed_reward(
         with pytest.raises(RunError, match=r"--resume --allow-change rl\.fingerprint, or with"):
             run(name, {})
     assert run("zero", {"on_reward_error": "zero", "reward_timeout": 30})["steps"] == 3
+    assert "failed on 16 completions, which score 0. The first error: Assert" in caplog.text
+    shares = [record.get("failed_rewards") for record in load_log(tmp_path / "zero")]
+    assert shares == [None, 1, 0]
     file.write_text(source.format("!= 9"))
     assert run("mended", {}, allow_change=("rl.fingerprint",))["steps"] == 3
 
@@ -758,6 +762,23 @@ def test_rl_continues_an_adapter(
     records = load_log(tmp_path / "more")
     assert records[0]["reward"] > 0.7
     assert records[0]["kl"] == pytest.approx(0.0, abs=1e-7)
+
+
+def test_rl_turns_off_dropout_of_an_adapter(
+    data: Path,
+    tmp_path: Path,
+    trained_run: tuple[Path, dict[str, Any]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    shutil.copytree(trained_run[0] / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "lora_dropout": 0.05}))
+    model = {"adapter": str(tmp_path / "adapter")}
+    train(create_config(data, tmp_path / "run", model=model), dry_run=True)
+    assert "its dropout is off; --task rl has none" in caplog.text
+    method = {"lora_dropout": 0.1}
+    with pytest.raises(ConfigError, match=r"--lora-dropout 0\.1: the model that samples"):
+        train(create_config(data, tmp_path / "run", model=model, method=method), dry_run=True)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from forked import Forked
 from ftlevel.commands.train import train
 from ftlevel.config import TrainConfig
 from ftlevel.errors import ConfigError, RunError
+from ftlevel.evaluation.server import ServerSampler
 from tiny_models import save_tiny
 
 REWARDS = """
@@ -82,8 +83,19 @@ def create_config(data_dir: Path, out: Path, url: str, **rl: Any) -> TrainConfig
 
 @pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.sweep), 0.7])
 def test_run_samples_with_server(
-    data_dir: Path, tmp_path: Path, start_server: StartServer, temperature: float
+    data_dir: Path,
+    tmp_path: Path,
+    start_server: StartServer,
+    temperature: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    check_weights, num_adapters = ServerSampler._check_weights, list[int]()
+
+    def check_and_count(self: ServerSampler, *arguments: Any) -> None:
+        num_adapters.append(len(list(Path(self._workspace.name).iterdir())))
+        check_weights(self, *arguments)
+
+    monkeypatch.setattr(ServerSampler, "_check_weights", check_and_count)
     url = start_server(data_dir / "model")
     train(create_config(data_dir, tmp_path / "run", url, temperature=temperature))
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
@@ -91,6 +103,7 @@ def test_run_samples_with_server(
     assert len(records) == 3
     assert max(record["sampler_difference"] for record in records) < 1e-5
     assert "entropy" not in records[0]
+    assert num_adapters == [1, 1, 1]
 
 
 def test_server_with_stale_weights_raises(

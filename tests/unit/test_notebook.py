@@ -47,14 +47,14 @@ def test_run_updates_one_output(cell: Cell) -> None:
     listener.choices("train", [Choice("model", "x<y", "because & so")])
     listener.warn("2 < 3")
     listener.begin(2)
-    listener.log({"step": 1, "loss": 1.25, "learning_rate": 1e-4})
+    listener.log({"step": 1, "loss": 1.25, "learning_rate": 1e-4, "reward": 0.375})
     listener.step(1)
     listener.log({"step": 1, "eval_loss": 0.5, "eval_accuracy": 0.75})
     listener.step(2)
     assert "<progress value='2' max='2'>" in cell.outputs[-1]
     listener.end({"run": "runs/my run"})
     last = cell.outputs[-1]
-    for part in ("x&lt;y", "because &amp; so", "2 &lt; 3", "1.2500", "1.00e-04", "0.7500",
+    for part in ("x&lt;y", "because &amp; so", "2 &lt; 3", "1.2500", "1.00e-04", "0.375", "0.7500",
                  "runs/my run"):  # fmt: skip
         assert part in last
     assert "<the>" not in "".join(cell.outputs)

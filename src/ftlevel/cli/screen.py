@@ -23,23 +23,7 @@ from ftlevel.artifacts.cards import describe_losses, format_memory, format_selec
 from ftlevel.cli.startup import SafeStream
 from ftlevel.cli.topics import topic_of_module, with_topic
 from ftlevel.config.section import Choice
-from ftlevel.events import Listener
-
-_METRIC_FORMATS = {
-    "loss": ("loss", "{:.4f}"),
-    "reward": ("reward", "{:.3f}"),
-    "groups_with_signal": ("signal", "{:.0%}"),
-    "completion_length": ("length", "{:.1f}"),
-    "truncated": ("cut", "{:.0%}"),
-    "entropy": ("entropy", "{:.2f}"),
-    "kl": ("kl", "{:.4f}"),
-    "clipped": ("clipped", "{:.1%}"),
-    "sampled_tokens_per_s": ("sampled", "{:,.0f} tok/s"),
-    "learning_rate": ("lr", "{:.2e}"),
-    "grad_norm": ("grad", "{:.3g}"),
-    "epoch": ("epoch", "{:.2f}"),
-}
-
+from ftlevel.events import METRIC_FORMATS, Listener
 
 _RUN_FILES = (
     ("adapter", "adapter and tokenizer"),
@@ -190,13 +174,14 @@ class Screen(Listener):
             return
         parts = [
             f"{label} {form.format(record[key])}"
-            for key, (label, form) in _METRIC_FORMATS.items()
+            for key, (label, form) in METRIC_FORMATS.items()
             if key in record
         ]
         parts += [
             f"{name} {value:.3f}" for name, value in record.items() if name.startswith("reward_")
         ]
-        parts.append(self._speed(record))
+        if "trained_tokens_per_s" not in record:
+            parts.append(self._speed(record))
         texts = "  ".join(part for part in parts if part)
         if self._progress is not None:
             first = ("loss", "reward ")

@@ -118,9 +118,11 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         listener.stage("evaluating")
         record = ExampleRecord(trained.objective)
         metrics = evaluator(trained.model, record)
-        for warning in trained.objective.get_warnings(metrics):
-            listener.warn(warning)
         base, base_record = _evaluate_base(config, trained, evaluator, listener)
+        rollouts = evaluator.rollouts if isinstance(evaluator, RewardEvaluator) else None
+        failures = rollouts.rewards.describe_failures() if rollouts and rollouts.rewards else ()
+        for warning in [*trained.objective.get_warnings(metrics), *failures]:
+            listener.warn(warning)
         against, other_record = {}, None
         if other is not None:
             listener.stage(f"evaluating {config.name} and {config.against} on the same rows")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +18,7 @@ from transformers import TrainerState
 from ftlevel.config.rl import RlConfig, unknown_reward
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.formats.turns import Message
+from ftlevel.data.formats.turns import Message, parse_turns
 from ftlevel.errors import InputError
 from ftlevel.evaluation.answers import InferenceModel, predict_rows
 from ftlevel.evaluation.intervals import ExampleRecord, select_metrics
@@ -383,7 +384,7 @@ def open_reward_model(name: str, device: str) -> TrainedRewardModel:
     try:
         ref = resolve_model(name, device=device, label=label)
     except InputError as error:
-        if "/" in name or "no such directory" not in str(error):
+        if "/" in name or not re.search("no such directory|does not exist", str(error)):
             raise
         raise InputError(unknown_reward(name)) from None
     if ref.card.method == PLAIN and ref.card.task == "text-classification":
@@ -399,9 +400,4 @@ def open_reward_model(name: str, device: str) -> TrainedRewardModel:
 def _turns(prompt: Prompt) -> tuple[Message, ...]:
     if isinstance(prompt, str):
         return (Message("user", prompt),)
-    return tuple(_message(turn) for turn in prompt)
-
-
-def _message(turn: dict[str, Any]) -> Message:
-    extra = {name: value for name, value in turn.items() if name not in ("role", "content")}
-    return Message(turn["role"], turn["content"], extra)
+    return tuple(parse_turns(prompt, "prompt", needs_assistant=False))

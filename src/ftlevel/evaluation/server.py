@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -143,6 +144,7 @@ class ServerSampler:
         _request(self._url, "/v1/load_lora_adapter", body, _TIMEOUT)
         if before:
             _request(self._url, "/v1/unload_lora_adapter", {"lora_name": former}, _TIMEOUT)
+            shutil.rmtree(adapter_dir.with_name(former))
         self._check_weights(prompt, options, before)
         self._loaded = [tensor.clone() for tensor in trained]
 

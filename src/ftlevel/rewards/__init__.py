@@ -45,8 +45,10 @@ def create_reward(spec: Spec, *, opens_think: bool = False) -> Reward:
     an invalid JSON schema.
     """
     value = spec.argument
+    prefix = "<think>" if opens_think and spec.name not in _WHOLE_TEXT else ""
     if spec.name == "json":
-        return _json_reward(spec)
+        score_json = _json_reward(spec)
+        return lambda text, ids, row: score_json(prefix + text, ids, row)
     builders: dict[str, Callable[[], _AnswerReward]] = {
         "exact": lambda: (
             lambda text, _, reference: float(_visible(text).strip() == _final(reference))
@@ -58,13 +60,14 @@ def create_reward(spec: Spec, *, opens_think: bool = False) -> Reward:
         "regex": lambda: _regex_reward(value),
         "rouge": lambda: _rouge_reward(value or "rougeL"),
         "length": lambda: _length_reward(value),
-        "format": lambda: _think_reward(opens_think=opens_think),
+        "format": lambda: _score_think,
         "repetition": lambda: _repetition_reward(int(value or "3")),
     }
     reward = builders[spec.name]()
-    return lambda text, ids, row: reward(text, ids, row.get("answer"))
+    return lambda text, ids, row: reward(prefix + text, ids, row.get("answer"))
 
 
+_WHOLE_TEXT = ("regex", "length", "repetition")
 REFERENCE_REWARDS = ("exact", "contains", "number", "math", "choice", "rouge")
 """Rewards that compare with the answer column."""
 
@@ -133,7 +136,10 @@ def _final(reference: Any) -> str:
     return str(reference).rpartition("####")[2].strip()
 
 
-_NUMBER = re.compile(r"(?<![\w.])([-−+]?)[$€£]?(\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d{1,3})?)")
+_NUMBER = re.compile(
+    r"(?<![\w.])([-−+]?)[$€£]?"
+    r"((?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3})?)"
+)
 _MOST_DIGITS = 400
 
 
@@ -276,7 +282,7 @@ def _json_reward(spec: Spec) -> Reward:
         try:
             validator = _validator(parse_strict_json(Path(spec.argument).read_text("utf-8")))
         except OSError as error:
-            raise ValueError(f"json:{spec.argument} cannot be read ({error.strerror})") from None
+            raise ValueError(f"{spec.argument} cannot be read ({error.strerror})") from None
 
     def score(text: str, _: Sequence[int], row: Mapping[str, Any]) -> float:
         own = _validator(row.get(column)) if column else validator
@@ -369,14 +375,10 @@ def _length_reward(argument: str) -> _AnswerReward:
     return score
 
 
-def _think_reward(*, opens_think: bool) -> _AnswerReward:
-    def score(text: str, _ids: Sequence[int], _reference: Any) -> float:
-        whole = f"<think>{text}" if opens_think else text
-        thought, closed, after = whole.partition("</think>")
-        one = whole.count("<think>") == 1 and whole.count("</think>") == 1
-        return float(bool(closed) and one and thought.startswith("<think>") and bool(after.strip()))
-
-    return score
+def _score_think(text: str, _ids: Sequence[int], _reference: Any) -> float:
+    thought, closed, after = text.partition("</think>")
+    one = text.count("<think>") == 1 and text.count("</think>") == 1
+    return float(bool(closed) and one and thought.startswith("<think>") and bool(after.strip()))
 
 
 def _repetition_reward(size: int) -> _AnswerReward:

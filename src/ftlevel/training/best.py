@@ -33,7 +33,7 @@ from ftlevel.tasks import BaseTask
 from ftlevel.training.processes import Processes
 from ftlevel.weights.checkpoint import TensorPart, get_tensor_info, load_header, write_file
 
-_LOWER_IS_BETTER = ("loss", "perplexity", "rmse", "mse", "mae", "error")
+_LOWER_IS_BETTER = ("loss", "perplexity", "rmse", "mse", "mae", "error", "ece", "truncated")
 """Suffixes of metric names for which lower is better."""
 
 

@@ -216,6 +216,7 @@ def report_results(
         *warn_if_worse(summary),
         *run.objective.get_warnings(summary["metrics"], summary["metrics_before"]),
         *get_rollout_warnings(run.config.rl, outcome.records),
+        *(run.rewards.describe_failures() if run.rewards is not None else ()),
     ]:
         listener.warn(warning)
     end_run(run.config.output, output_dir, summary, listener)

@@ -20,6 +20,7 @@ from ftlevel.training.best import (
     EvalResult,
     Evaluations,
     SelectedModel,
+    is_greater_better,
     resolve_best_model,
 )
 from ftlevel.training.processes import Processes
@@ -189,6 +190,8 @@ def test_metric_for_best_model_by_name() -> None:
     best = resolve_best("text-generation", {}, "decoder", metric_for_best_model="eval_perplexity")
     assert best is not None
     assert not best.greater_is_better
+    for name in ("eval_ece", "truncated"):  # calibration error, and share of completions
+        assert not is_greater_better(TrainConfig().train, name)
     with pytest.raises(ConfigError, match="It is scored with --predict-with-generate"):
         resolve_best("text-generation", {}, "decoder", metric_for_best_model="rougeL")
 

@@ -22,6 +22,7 @@ _MARKS = {
 }
 """Flag that only one tool has → that tool."""
 _MS_SWIFT_DEFAULTS = {"loss": "grpo", "beta": 0.04, "temperature": 0.9}
+_TRL_RLOO_DEFAULTS = {"num_generations": 2, "beta": 0.05}
 REWARD_FUNCS = {
     **dict.fromkeys(("accuracy_reward", "trl.rewards.accuracy_reward", "accuracy"), "math"),
     **dict.fromkeys(("think_format_reward", "trl.rewards.think_format_reward"), "format:think"),
@@ -78,17 +79,6 @@ _VERL_DEFAULTS: dict[str, Any] = {
     f"{_ACTOR}optim.lr": 1e-6,
     "trainer.total_epochs": 30,
 }
-_VERL_OTHER = (
-    "data.max_prompt_length",
-    "algorithm.adv_estimator",
-    "algorithm.norm_adv_by_std_in_grpo",
-    f"{_ACTOR}loss_agg_mode",
-    f"{_ACTOR}policy_loss.loss_mode",
-    f"{_ACTOR}use_kl_loss",
-    f"{_ACTOR}kl_loss_coef",
-    f"{_ACTOR}clip_ratio",
-)
-"""Keys that `convert_verl` reads in another way."""
 _VERL_LOSSES = {
     "token-mean": "dapo",
     "seq-mean-token-mean": "grpo",
@@ -105,26 +95,28 @@ def convert_verl(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     keys = {**_VERL_DEFAULTS, **dict(flatten(values))}
     yield "task", ["--task", "rl"]
     yield "reward_model", ["--reward", "number"]
-    mode = keys.get(f"{_ACTOR}loss_agg_mode", "token-mean")
     names = [f"{_ACTOR}policy_loss.loss_mode", "algorithm.adv_estimator"]
-    loss = _VERL_LOSSES.get(str(keys[names[0]])) or _VERL_LOSSES.get(str(keys[names[1]]))
-    yield from ((n, []) for n in names if keys[n] not in ("vanilla", "grpo", *_VERL_LOSSES))
+    kinds = {name: str(keys.pop(name)) for name in names}
+    loss = next((_VERL_LOSSES[kind] for kind in kinds.values() if kind in _VERL_LOSSES), None)
+    yield from ((n, []) for n in names if kinds[n] not in ("vanilla", "grpo", *_VERL_LOSSES))
+    mode = keys.pop(f"{_ACTOR}loss_agg_mode", "token-mean")
     name = loss or _VERL_LOSSES.get(str(mode))
     yield f"{_ACTOR}loss_agg_mode", ["--loss", name] if name else []
+    is_scaled = keys.pop("algorithm.norm_adv_by_std_in_grpo", True)
     if loss is None:
-        scaled = keys.get("algorithm.norm_adv_by_std_in_grpo", True)
-        scale = ["--scale-rewards", "group" if scaled else "none"]
+        scale = ["--scale-rewards", "group" if is_scaled else "none"]
         yield "algorithm.norm_adv_by_std_in_grpo", scale
-    if keys.get(f"{_ACTOR}use_kl_loss"):
-        yield f"{_ACTOR}kl_loss_coef", ["--beta", str(keys.get(f"{_ACTOR}kl_loss_coef", 0.001))]
+    beta = str(keys.pop(f"{_ACTOR}kl_loss_coef", 0.001))
+    if keys.pop(f"{_ACTOR}use_kl_loss", False):
+        yield f"{_ACTOR}kl_loss_coef", ["--beta", beta]
     if not keys.get("actor_rollout_ref.model.lora_rank"):
         yield "actor_rollout_ref.model.lora_rank", ["--method", "full"]
-    length = int(keys["data.max_prompt_length"]) + int(keys["data.max_response_length"])
+    length = int(keys.pop("data.max_prompt_length")) + int(keys["data.max_response_length"])
     yield "data.max_prompt_length", ["--max-length", str(length)]
     batch = f"{_ACTOR}ppo_mini_batch_size"
     if keys[batch] == keys["data.train_batch_size"]:  # one optimizer step per rollout
         del keys[batch]
-    low = keys.get(f"{_ACTOR}clip_ratio", 0.2)
+    low = keys.pop(f"{_ACTOR}clip_ratio", 0.2)
     keys.setdefault(f"{_ACTOR}clip_ratio_low", low)
     keys.setdefault(f"{_ACTOR}clip_ratio_high", low)
     for key, flag in _VERL.items():
@@ -132,7 +124,7 @@ def convert_verl(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
         if value not in (None, 0, []):
             texts = map(str, value) if isinstance(value, list) else [str(value)]
             yield key, [f"--{flag}", ",".join(texts)]
-    yield from ((key, []) for key in keys if key not in _VERL and key not in _VERL_OTHER)
+    yield from ((key, []) for key in keys if key not in _VERL)
 
 
 def complete_flags(task: str, values: dict[str, Any], typed: Mapping[str, str]) -> list[str]:
@@ -157,9 +149,13 @@ def complete_flags(task: str, values: dict[str, Any], typed: Mapping[str, str]) 
             rl[name] = value
             lines.append(f"--{name.replace('_', '-')} {value} is kept, as in {tool}: {reason}")
 
-    for name, value in _MS_SWIFT_DEFAULTS.items() if tool == "ms-swift" else ():
+    task_loss = str(values.get("task")).lower()  # grpo and rloo are aliases of the task
+    default = task_loss if task_loss in RL_LOSSES else "dapo"
+    is_rloo = "rloo" in (rl.get("loss"), default)
+    defaults = _TRL_RLOO_DEFAULTS if is_rloo else {}
+    for name, value in (_MS_SWIFT_DEFAULTS if tool == "ms-swift" else defaults).items():
         keep(name, value, "its default")
-    loss = RL_LOSSES.get(str(rl.get("loss", "dapo")).lower())
+    loss = RL_LOSSES.get(str(rl.get("loss", default)).lower())
     if loss is None:
         return lines
     epsilon = rl.get("epsilon", 0.2)
@@ -172,7 +168,7 @@ def complete_flags(task: str, values: dict[str, Any], typed: Mapping[str, str]) 
             keep("epsilon", epsilon, f"the paper has {loss.epsilon:g}")
     if loss.scale == "none" and "scale_rewards" in loss.parameters:
         keep("scale_rewards", "group", "Dr. GRPO divides by no standard deviation")
-    if rl.get("beta") and "use_bias_correction_kl" not in rl and tool == "TRL":
+    if rl.get("beta") and not is_rloo and tool == "TRL":
         keep("use_bias_correction_kl", True, "the KL term is multiplied by the ratio")
     data, completion = values.get("data", {}), rl.get("max_completion_length", 512)
     if tool == "ms-swift" and (prompt := str(data.get("max_length", ""))).isdecimal():

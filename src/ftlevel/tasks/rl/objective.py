@@ -33,15 +33,9 @@ def loss_parameters(config: RlConfig) -> PolicyLossParameters:
     """Returns the parameters of the policy loss that `config` sets."""
     from ftlevel.tasks.rl.losses import PolicyLossParameters
 
-    epsilon, high = config.clip
-    return PolicyLossParameters(
-        config.loss,
-        0.0 if epsilon is None else epsilon,
-        high,
-        config.beta,
-        config.max_completion_length,
-        config.use_bias_correction_kl,
-    )
+    (epsilon, high), length = config.clip, config.max_completion_length
+    corrects_kl = config.use_bias_correction_kl
+    return PolicyLossParameters(config.loss, epsilon or 0.0, high, config.beta, length, corrects_kl)
 
 
 @dataclass(frozen=True)
@@ -147,16 +141,14 @@ class RewardMeter:
 
     def compute(self, loss: float) -> dict[str, float]:
         """Compute the metrics: each is averaged over a prompt's completions, then over prompts."""
-        if not self._seen:
-            return {}
-        scored = [own for part in self._seen if len(own := part[~np.isnan(part[:, 0])])]
-        found = {"reward": mean_or_nan([part[:, 0].mean() for part in scored])}
-        functions = self._config.reward_names
+
+        def mean_of(column: int) -> float:
+            values = [part[~np.isnan(part[:, column]), column] for part in self._seen]
+            return mean_or_nan([own.mean() for own in values if len(own)])
+
+        found, functions = {"reward": mean_of(0)}, self._config.reward_names
         if len(functions) > 1:
-            for at, name in enumerate(functions):
-                scores = [part[:, 3 + at] for part in self._seen]
-                means = [own[~np.isnan(own)].mean() for own in scores if not np.isnan(own).all()]
-                found[f"reward_{name}"] = mean_or_nan(means)
+            found |= {f"reward_{name}": mean_of(3 + at) for at, name in enumerate(functions)}
         for k in pass_counts(self._config.num_generations):
             passed = [
                 pass_at_k(len(part), int((part[:, 3] >= CORRECT).sum()), k)

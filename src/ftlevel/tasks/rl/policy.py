@@ -109,7 +109,8 @@ class RlTask(TextTask):
         if self.teacher:
             parts = [f"reverse KL from {self.teacher}", clip]
         else:
-            parts = [clip, f"advantages over {config.scale} deviation"]
+            scale = f"divided by the {config.scale}'s standard deviation"
+            parts = [clip, f"advantages {'not scaled' if config.scale == 'none' else scale}"]
         parts += [f"beta {config.beta:g}"] if config.beta else []
         weights = [
             f"{name} (weight {spec.weight:g})" if spec.weight != 1 else name

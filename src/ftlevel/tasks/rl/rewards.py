@@ -64,6 +64,7 @@ class Rewards:
         self.names = [_name(spec) for spec in specs]
         self.weights = [spec.weight for spec in specs]
         self.failures: Counter[str] = Counter()
+        self._first_errors: dict[str, str] = {}
         self.logged: dict[str, dict[str, Any]] = {"metrics": {}, "extra": {}}
         self._config = config
         self._models: dict[int, RewardModel] = {}
@@ -139,9 +140,20 @@ class Rewards:
             "columns": {name: list(values) for name, values in columns.items()},
             "state": dict(state or {"global_step": 0}),
         }
-        self.logged = {"metrics": {}, "extra": {}}
+        self.logged, num_failures = {"metrics": {}, "extra": {}}, self.failures.total()
         by_reward = [self._score(at, batch, where) for at in range(len(self.specs))]
+        if self._config.on_reward_error == "zero":
+            share = (self.failures.total() - num_failures) / (len(completions) * len(self.specs))
+            self.logged["metrics"]["failed_rewards"] = [share]
         return [list(scores) for scores in zip(*by_reward, strict=True)]
+
+    def describe_failures(self) -> list[str]:
+        """Returns a message for each reward that failed and scored 0."""
+        return [
+            f"--reward {name} failed on {count:,} completions, which score 0. The first error: "
+            f"{self._first_errors[name]}."
+            for name, count in self.failures.items()
+        ]
 
     def close(self) -> None:
         """Stop the worker process and all processes that reward functions started."""
@@ -187,6 +199,7 @@ class Rewards:
         name, failed = self.names[at], reply["failed"]
         if self._config.on_reward_error == "zero":
             self.failures[name] += len(failed)
+            self._first_errors.setdefault(name, reply["problem"])
             return
         first, count = failed[0], len(batch["texts"])
         location = where[first] if where else f"prompt {_shown(batch['prompts'][first])}"

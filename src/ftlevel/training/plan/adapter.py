@@ -78,7 +78,8 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
     adapter = StartingAdapter(
         name, path, load_peft_adapter_config(path), card, file_fingerprint(path / WEIGHTS)
     )
-    spec = _load_method_config(adapter, config.method)
+    uses_dropout = TASKS[config.task].uses_dropout
+    spec = _load_method_config(adapter, config.method, uses_dropout=uses_dropout)
     _check_method_options(config, adapter, spec)
     init = {key: adapter.settings.get(key) for key in ("peft_type", "init_lora_weights")}
     if init["init_lora_weights"] and (error := get_merge_error(init)):
@@ -137,7 +138,9 @@ def _check_adapter_path(name: str, path: Path, output_dir: Path | None) -> None:
         )
 
 
-def _load_method_config(adapter: StartingAdapter, requested: MethodConfig) -> MethodConfig:
+def _load_method_config(
+    adapter: StartingAdapter, requested: MethodConfig, *, uses_dropout: bool
+) -> MethodConfig:
     """Returns the method configuration of `adapter`; `requested` is the user's."""
     peft_config, card = adapter.settings, adapter.card
     method = card.method if card else _get_method(adapter)
@@ -161,7 +164,10 @@ def _load_method_config(adapter: StartingAdapter, requested: MethodConfig) -> Me
     }
     if (card is None or run_path is None) and "modules_to_save" in fields:
         values["modules_to_save"] = _get_saved_modules(adapter)
-    for name in ("lora_plus_ratio", *(name for name in fields if name.endswith("dropout"))):
+    dropouts = [name for name in fields if name.endswith("dropout")]
+    if not uses_dropout:
+        values |= dict.fromkeys(dropouts, 0.0)
+    for name in ("lora_plus_ratio", *dropouts):
         if name in requested.model_fields_set and hasattr(requested, name):
             values[name] = getattr(requested, name)  # training settings, not part of the adapter
     spec = build_config([Layer({"method": {**values, "kind": method}})]).method
@@ -280,8 +286,11 @@ def check_adapter_matches(adapter: StartingAdapter, run: Run) -> None:
 
 
 def get_adapter_warnings(adapter: StartingAdapter, run: Run) -> list[str]:
-    """Returns warnings if class names are unknown or prompts are formatted unlike the adapter's."""
-    labels = run.data.info["labels"]
+    """Returns a warning if class names, the prompt format or dropout are not those of `adapter`."""
+    labels, notes = run.data.info["labels"], list[str]()
+    has_dropout = any(v for k, v in adapter.settings.items() if k.endswith("dropout"))
+    if has_dropout and not run.task.uses_dropout:
+        notes = [f"--adapter {adapter.name}: its dropout is off; --task {run.config.task} has none"]
     if adapter.card is None and labels and not run.config.data.labels:
         return [
             f"--adapter {adapter.name} stores no class names: {join_names(labels)} is assumed, in "
@@ -289,10 +298,11 @@ def get_adapter_warnings(adapter: StartingAdapter, run: Run) -> list[str]:
         ]
     prompt, current = adapter.card and adapter.card.prompt, run.data.prompt_format
     if not prompt or current is None or prompt == json.loads(json.dumps(current.to_dict())):
-        return []
+        return notes
     return [
+        *notes,
         f"--adapter {adapter.name} was trained with another prompt layout than these rows have. "
-        f"The new adapter will expect the layout of these rows; see ftlevel preview."
+        f"The new adapter will expect the layout of these rows; see ftlevel preview.",
     ]
 
 

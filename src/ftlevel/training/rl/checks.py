@@ -97,10 +97,13 @@ def describe(
 ) -> list[Choice]:
     """Returns lines with `metrics` of the groups, and their best and worst completion by reward."""
     reward = f"{metrics.get('reward', float('nan')):.3f} on average"
-    choices = [Choice("reward", reward, f"{len(statistics)} prompts")]
+    each = [f"{name[7:]} {v:.3f}" for name, v in metrics.items() if name.startswith("reward_")]
+    choices = [Choice("reward", reward, ", ".join([f"{len(statistics)} prompts", *each]))]
     if (share := metrics.get("groups_with_signal")) is not None:
         reason = "their rewards differ; other groups have no gradient"
         choices.append(Choice("groups with signal", f"{share:.0%}", reason))
+    if share := metrics.get("failed_rewards"):
+        choices.append(Choice("failed rewards", f"{share:.0%}", "their scores count as 0"))
     length = f"{metrics['completion_length']:.0f} tokens on average"
     reason = f"{metrics['truncated']:.0%} are cut at the maximum length"
     choices.append(Choice("length", length, reason))
@@ -134,21 +137,15 @@ def find_problem(
             "no reward applies to any of the sampled completions: all scores are None. "
             f"{_NONE_ADVICE} --check-groups 0 skips this check."
         )
+    completions = f"in all {len(statistics)} sampled groups all completions of a prompt"
+    has_any = "groups_with_signal" not in metrics or any(map(has_signal, statistics))
     if config.loss in GLOBAL:
         rewards = np.concatenate([group.rewards for group in statistics])
-        if not has_spread(torch.from_numpy(rewards)[None])[0]:
-            return (
-                f"all {len(rewards)} sampled completions have the same reward (mean "
-                f"{metrics['reward']:.3f}), so there is no learning signal. {_EQUAL_ADVICE} "
-                "--check-groups 0 skips this check."
-            )
-    elif "groups_with_signal" in metrics and not any(map(has_signal, statistics)):
-        same = f"all completions of a prompt have the same reward (mean {metrics['reward']:.3f})"
-        return (
-            f"in all {len(statistics)} sampled groups {same}: these groups have no learning "
-            f"signal. {_EQUAL_ADVICE} --check-groups 0 skips this check."
-        )
-    return ""
+        completions = f"all {len(rewards)} sampled completions"
+        has_any = bool(has_spread(torch.from_numpy(rewards)[None])[0])
+    same = f"{completions} have the same reward (mean {metrics['reward']:.3f})"
+    advice = f"so there is no learning signal. {_EQUAL_ADVICE} --check-groups 0 skips this check."
+    return "" if has_any else f"{same}, {advice}"
 
 
 def get_no_effect_cause(config: RlConfig, records: Sequence[Mapping[str, Any]]) -> str:

@@ -56,16 +56,8 @@ def compute_statistics(group: Group, config: RlConfig) -> GroupStatistics:
     finished = np.array([completion.ended for completion in group.completions])
     active = np.where(finished, lengths, 0) if config.mask_truncated_completions else lengths
     entropy = sum(sum(completion.entropies) for completion in group.completions)
-    return GroupStatistics(
-        group.row.row,
-        group.rewards,
-        group.scores,
-        lengths,
-        active,
-        finished,
-        entropy,
-        group.metrics,
-    )
+    row, rewards, scores = group.row.row, group.rewards, group.scores
+    return GroupStatistics(row, rewards, scores, lengths, active, finished, entropy, group.metrics)
 
 
 @dataclass

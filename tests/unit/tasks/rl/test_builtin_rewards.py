@@ -30,6 +30,9 @@ SCORES: list[tuple[str, str, Any, float]] = [
     ("number", "$1,234.50", "1234.5", 1),
     ("number", "-3", "3", 0),
     ("number", "5-3", "3", 1),
+    ("number", "the factors are 2,3", "3", 1),
+    ("number", "x = (1,000,-.5)", "-0.5", 1),
+    ("number", "2,345,678.", "2345678", 1),
     ("number", "42 or 43", "42", 0),
     ("number", "v42", "42", 0),
     ("number", "none", "42", 0),
@@ -96,6 +99,9 @@ def test_format_reward_when_prompt_opens_think() -> None:
     assert score("format:think", "so</think>42", None, opens_think=True) == 1
     assert score("format:think", "<think>so</think>42", None, opens_think=True) == 0
     assert score("format:think", "so</think>42", None) == 0
+    assert score("number", "so 42", "42", opens_think=True) == 0
+    assert score("json", "so</think>42", 42, opens_think=True) == 1
+    assert score("regex:^so", "so", None, opens_think=True) == 1
 
 
 def test_json_reward_with_schema(tmp_path: Path) -> None:

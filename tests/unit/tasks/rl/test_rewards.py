@@ -237,6 +237,10 @@ def test_failing_function_raises_or_scores_zero(
     assert lenient.failures == {f"{rewards_file}:{name}": count}
     assert score(lenient) == expected  # also after the worker was restarted
     assert lenient.failures == {f"{rewards_file}:{name}": 2 * count}
+    (message,) = lenient.describe_failures()
+    assert f"{name} failed on {2 * count} completions" in message
+    assert problem in message
+    assert lenient.logged["metrics"]["failed_rewards"] == [count / 6]
 
 
 def test_killed_run_stops_its_reward_worker(tmp_path: Path) -> None:
