@@ -92,6 +92,10 @@ SETTINGS = [
     (["--reward", "exact=0"], "--reward: all weights are 0, so nothing can be learned."),
     (["--reward", "exact", "--reward", "exact=2"], "--reward: exact is given twice."),
     (["--reward", "rewards.py"], "'rewards.py' names no function. Write rewards.py:FUNCTION"),
+    (
+        ["--rollouts", "http://127.0.0.1:9", "--set", "method.modules_to_save=[lm_head]"],
+        "a vLLM server loads plain LoRA adapters only, and --method is lora with modules_to_save.",
+    ),
     (["--sft-weight", "2"], "--sft-weight: for --task preference, and --task is rl"),
 ]
 

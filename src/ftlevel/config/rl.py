@@ -401,8 +401,10 @@ def _validate_weights(rl: RlConfig) -> Iterator[str]:
 
 def _validate_sampling_server(config: Any) -> Iterator[str]:
     method = config.method
-    if method.kind != "lora" or getattr(method, "use_dora", False):
-        name = "lora with DoRA" if method.kind == "lora" else method.kind
+    fields = ("use_dora", "modules_to_save", "trainable_token_indices")
+    others = [name for name in fields if getattr(method, name, None)]
+    if method.kind != "lora" or others:
+        name = f"lora with {join_names(others)}" if method.kind == "lora" else method.kind
         yield (
             f"--rollouts: a vLLM server loads plain LoRA adapters only, and --method is {name}. "
             "Use --method lora, or drop --rollouts."

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -57,7 +58,7 @@ def create_reward(spec: Spec, *, opens_think: bool = False) -> Reward:
         "number": lambda: _number_reward(Decimal(value or "0")),
         "math": _math_reward,
         "choice": lambda: _choice_reward(split_labels(value)),
-        "regex": lambda: _regex_reward(value),
+        "regex": lambda: lambda text, _, __: float(re.search(value, text) is not None),
         "rouge": lambda: _rouge_reward(value or "rougeL"),
         "length": lambda: _length_reward(value),
         "format": lambda: _score_think,
@@ -190,6 +191,7 @@ def _math_reward() -> _AnswerReward:
             "math needs the package math-verify, which is not installed. "
             "Install it: pip install 'ftlevel[math]'"
         ) from None
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timer is off
 
     def score(text: str, _: Sequence[int], reference: Any) -> float:
         gold, got = _parse_math(_final(reference), gold=True), _parse_math(_visible(text))
@@ -229,11 +231,6 @@ def _choice_reward(labels: Sequence[str]) -> _AnswerReward:
         return float({label.casefold() for label in result} == {(expected or "").casefold()})
 
     return score
-
-
-def _regex_reward(pattern: str) -> _AnswerReward:
-    compiled = re.compile(pattern)
-    return lambda text, _ids, _reference: float(compiled.search(text) is not None)
 
 
 _FENCE = re.compile(r"```(?:json|JSON)?\s*\n(.*?)```", re.DOTALL)

@@ -88,6 +88,14 @@ def test_builtin_reward_scores(reward: str, completion: str, answer: Any, expect
     assert score(reward, completion, answer) == pytest.approx(expected)
 
 
+def test_math_reward_logs_no_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("math_verify.parser.TIMEOUT_WARNING_SHOWN", False)
+    assert score("math", "$1/2$", "0.5") == 1
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(
     ("tokens", "expected"), [(20, 1), (80, 1), (50, 1), (0, 2 / 3), (110, 0.5), (200, 0)]
 )
