@@ -89,6 +89,7 @@ CELLS = [
     ("llama", None, "prefix-tuning"),
     pytest.param("llama", None, "ia3", marks=pytest.mark.sweep),
     ("llama", None, "qlora"),
+    ("bert", "mlm", "qlora"),  # without a pooler in the checkpoint
 ]
 
 
@@ -321,6 +322,11 @@ INVALID_INPUTS: dict[str, tuple[list[dict[str, Any]], list[str], str]] = {
         [],
         "and the data has one document",
     ),
+    "one query": (
+        [{"anchor": "a cat", "positive": f"a dog {i}"} for i in range(4)],
+        [],
+        "and the data has one query. Use rows with several.",
+    ),
     "no relevant document": (
         [{"query": f"a cat {i}", "documents": ["a dog"], "labels": [i % 2]} for i in range(4)],
         [],
@@ -334,6 +340,16 @@ INVALID_INPUTS: dict[str, tuple[list[dict[str, Any]], list[str], str]] = {
         "--per-device-train-batch-size 1: --loss mnrl",
     ),
     "unsupported loss": ([], ["--loss", "cosent"], "--loss cosent needs scores"),
+    "margin of other loss": (
+        [],
+        ["--margin", "1"],
+        "--margin: --loss mnrl does not read it; gist, triplet, contrastive do. Drop it.",
+    ),
+    "settings of other loss": (
+        [{"sentence1": f"a cat {i}", "sentence2": "a dog", "score": i} for i in range(4)],
+        ["--symmetric"],
+        "--symmetric: --loss cosent does not read it; mnrl does. Drop it.",
+    ),
     "score out of range": (
         [{"sentence1": f"a cat {i}", "sentence2": "a dog", "score": i} for i in range(4)],
         ["--loss", "cosine"],

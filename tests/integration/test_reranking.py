@@ -436,6 +436,7 @@ INVALID_INPUTS = {
     ),
     "column": ([{"text": "a b"}], [], "no format matches the columns"),
     "weight": (create_rows(4), ["--loss", "lce", "--pos-weight", "2"], "--pos-weight"),
+    "weight of default loss": (create_rows(4), ["--pos-weight", "2"], "--loss lce does not read"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -290,6 +291,10 @@ INVALID_COMMANDS = {
         ["evaluate", "{run}", "--corpus", "{folder}/queries.jsonl"],
         "relevant documents that are not in the corpus: 8 of 8 validation rows",
     ),
+    "reranker": (
+        ["mine", "{reranker}", "--dataset", "{folder}/pairs.jsonl", "--out", "{out}.jsonl"],
+        "reranker is a reranker. Name an embedding model.",
+    ),
     "positives": (
         ["mine", "{run}", "--dataset", "{folder}/corpus.jsonl", "--out", "{out}.jsonl"],
         "no format matches the columns",
@@ -316,9 +321,17 @@ INVALID_COMMANDS = {
 
 @pytest.mark.parametrize("name", INVALID_COMMANDS)
 def test_invalid_command_is_reported(
-    name: str, run_dir: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    run_dir: Path,
+    data_dir: Path,
+    tmp_path: Path,
+    tiny_model_dir: ModelDir,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     command, message = INVALID_COMMANDS[name]
     paths = {"run": run_dir, "folder": data_dir, "out": tmp_path / "out"}
+    paths["reranker"] = tmp_path / "reranker"
+    if name == "reranker":  # a CrossEncoder without modules.json
+        shutil.copytree(tiny_model_dir("bert", "seqcls", num_labels=1), paths["reranker"])
     assert run([argument.format(**paths) for argument in command]) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]

@@ -164,8 +164,10 @@ def _load_pooling(path: Path, *, is_replaced: bool) -> tuple[str, bool]:
         names |= {word: word for word in _OTHER_POOLING}
         modes = [names[word] for word in names if config.get(f"pooling_mode_{word}")] or ["mean"]
     modes = [modes] if isinstance(modes, str) else list(modes)
-    modes = ["mean"] if is_replaced else [_NEW_POOLING.get(mode, mode) for mode in modes]
+    modes = [_NEW_POOLING.get(mode, mode) for mode in modes]
     if len(modes) != 1 or modes[0] not in POOLING_MODES:
+        if is_replaced:
+            return "mean", bool(config.get("include_prompt", True))
         raise InputError(
             f"{path}: pooling is {' and '.join(map(str, modes))}; supported is one of "
             f"{join_names(POOLING_MODES)}. Pass --pooling."

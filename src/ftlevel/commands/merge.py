@@ -211,7 +211,8 @@ def resolve_rounding(
         return dtype, None
     compute = DTYPES[inputs.dtype]
     quantization = build_quantization_config(inputs.quant, compute, inputs.card.heads)
-    config_without_heads = keep_heads(quantization, inputs.ref.model_config, inputs.ref.auto_class)
+    ref = inputs.ref
+    config_without_heads = keep_heads(quantization, ref.model_config, ref.auto_class, ref.source)
     return dtype or inputs.dtype, lambda model: create_rounding(
         model, config_without_heads, compute
     )

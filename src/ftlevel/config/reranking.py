@@ -79,11 +79,7 @@ class RerankingConfig(Section):
 
 
 def validate_reranking(config: RerankingConfig, teacher: str | None) -> Iterator[str]:
-    """Yields an error message for each value that has no effect, and for an unused `--teacher`."""
+    """Yields an error message for a `--teacher` that the loss does not read."""
     if teacher is not None and config.loss and not LOSSES[config.loss].reads_teacher:
         losses = join_names(name for name, facts in LOSSES.items() if facts.reads_teacher)
         yield f"--teacher: --loss {config.loss} does not read it; {losses} do. Drop one of them."
-    elif config.pos_weight is not None and teacher is not None:
-        yield "--pos-weight: --teacher trains by margin-mse or mse, which do not read it. Drop it."
-    elif config.pos_weight is not None and config.loss not in (None, "bce"):
-        yield f"--pos-weight: --loss {config.loss} does not read it; bce does. Drop it."

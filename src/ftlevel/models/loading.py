@@ -356,7 +356,7 @@ def load_model(
     if quantization_config is not None:
         config = _keep_new_heads(quantization_config, source, config, auto_class, dtype)
     elif quantization is not None:
-        arguments["quantization_config"] = keep_heads(quantization, config, auto_class)
+        arguments["quantization_config"] = keep_heads(quantization, config, auto_class, source)
     if quantization_config is None:
         check_dtypes(_load_tensor_types(source), source.label)
     is_quantized = quantization_config is not None or quantization is not None
@@ -414,14 +414,17 @@ def _load_gguf_quantized(
         return load_model(saved_model, config, auto_class, dtype=dtype, **kwargs)[0], missing
 
 
-def keep_heads(quantization: Any, config: Any, auto_class: str) -> Any:
-    """Returns a copy of the config `quantization` that leaves the model's heads unquantized.
+def keep_heads(
+    quantization: Any, config: Any, auto_class: str, source: ModelSource | None = None
+) -> Any:
+    """Returns a copy of `quantization` that leaves heads and untrained poolers unquantized.
 
     Given a list of modules to skip, transformers would quantize and untie a tied output layer, too.
     """
     result = copy.copy(quantization)
     meta = build_task_model(config, auto_class)
-    excluded = [*get_heads(meta), *get_modules_to_not_convert(meta)]
+    new_poolers = get_new_poolers(meta, source) if source else []  # `BertModel` calls its pooler
+    excluded = [*get_heads(meta), *new_poolers, *get_modules_to_not_convert(meta)]
     result.llm_int8_skip_modules = sorted({*(quantization.llm_int8_skip_modules or ()), *excluded})
     return result
 

@@ -162,7 +162,10 @@ def _resolve_model(
     config = load_config(source)
     base_task = None
     if require_task:
-        task = task or get_task_type(get_model_dir(name)) or _task_of_model(config, label)
+        own = get_task_type(get_model_dir(name))
+        if task == "embedding" and (own or _task_of_texts(config)) == "reranking":
+            raise InputError(f"{label} is a reranker. Name an embedding model.")
+        task = task or own or _task_of_model(config, label)
         base_task = TASKS[task]
     card = create_default_card(source, config, base_task, device)
     return ModelRef(source, None, card, is_ours=False)
@@ -518,7 +521,7 @@ def resolve_text_model(flag: str, name: str, device: str, dtype: str) -> Referen
     """
     label = f"{flag} {name}"
     ref = resolve_model(name, device=device, dtype=dtype, label=label, require_task=False)
-    task = ref.task or get_task_type(get_model_dir(name)) or _task_of_texts(ref)
+    task = ref.task or get_task_type(get_model_dir(name)) or _task_of_texts(load_config(ref.source))
     allowed = ("embedding",) if flag == "--guide" else ("embedding", "reranking")
     if task not in allowed:
         raise InputError(
@@ -530,9 +533,8 @@ def resolve_text_model(flag: str, name: str, device: str, dtype: str) -> Referen
     return ReferenceModel(name, ref, hashlib.sha256(content.encode()).hexdigest())
 
 
-def _task_of_texts(ref: ModelRef) -> str:
+def _task_of_texts(config: Any) -> str:
     """Returns "reranking" for a classifier with one label, else "embedding"."""
-    config = load_config(ref.source)
     is_classifier = checkpoint_class(config) == "AutoModelForSequenceClassification"
     return "reranking" if is_classifier and config.num_labels == 1 else "embedding"
 

@@ -189,7 +189,8 @@ def plan_export(
         raise InputError([f"{config.model} cannot be written as GGUF: {one}" for one in problems])
     tokenizer = ref.load_tokenizer()
     ref.configured_task.prepare_tokenizer(tokenizer, ref.model_kind)
-    end = tokenizer("a")["input_ids"][-1] if embedding_format.pooling == "last" else None
+    ends = tokenizer.all_special_ids if embedding_format.pooling == "last" else ()
+    end = next((token for token in tokenizer("a")["input_ids"][-1:] if token in ends), None)
     vocab = load_file_vocab(config.model, ref, model_config, tokenizer, end)
     notes += vocab.notes
     return GgufEmbeddingExport(

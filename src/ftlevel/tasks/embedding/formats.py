@@ -131,10 +131,9 @@ def create_flagged(values: RoleValues) -> EmbeddingRow:
     if not good:
         raise UnusableRowError(f"{values.columns['pos']!r} has no text", "empty_text")
     scores: tuple[float, ...] = ()
-    if _has(values, "pos_scores") or _has(values, "neg_scores"):
-        scores = _numbers(values, "pos_scores", len(good)) + _numbers(
-            values, "neg_scores", len(bad)
-        )
+    counts = {"pos_scores": len(good), "neg_scores": len(bad)}
+    if any(_has(values, role) for role in counts):
+        scores = tuple(n for role, count in counts.items() for n in _numbers(values, role, count))
     return _ranking(values, values.text("query"), good, bad, scores)
 
 
@@ -149,10 +148,7 @@ def create_tevatron(values: RoleValues) -> EmbeddingRow:
 def create_messages(values: RoleValues) -> EmbeddingRow:
     """Create an example from ms-swift's columns, where query and documents are conversations."""
     query = _conversation(_parsed(values, "messages"), values.columns["messages"])
-    good, bad = (
-        _conversations(values, "positive_messages"),
-        _conversations(values, "negative_messages"),
-    )
+    good, bad = (_conversations(values, f"{kind}_messages") for kind in ("positive", "negative"))
     if not good:
         raise UnusableRowError(f"{values.columns['positive_messages']!r} is empty", "empty_text")
     if _has(values, "label") and not bad and len(good) == 1:

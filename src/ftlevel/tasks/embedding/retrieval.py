@@ -144,21 +144,6 @@ def score_retrieval(
     return score_queries([*map(rank_relevant, lines, relevant)])
 
 
-def search(
-    queries: torch.Tensor,
-    corpus: torch.Tensor,
-    top_k: int,
-    *,
-    similarity: str = "cosine",
-    block_bytes: int = BLOCK_BYTES,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns scores and corpus indices `(queries, top_k)` of the best documents, best first."""
-    blocks = iterate_scores(queries, corpus, similarity, block_bytes)
-    found = [scores.topk(min(top_k, len(corpus))) for _, scores in blocks]
-    values, indices = zip(*found, strict=True)
-    return np.concatenate(values), np.concatenate(indices)
-
-
 def iterate_scores(
     queries: torch.Tensor,
     corpus: torch.Tensor,

@@ -17,7 +17,7 @@ from ftlevel.artifacts.sentence_transformers import (
     save_embedding_format,
 )
 from ftlevel.config.embedding import DEFAULT_LOSSES, LOSSES, EmbeddingConfig
-from ftlevel.config.section import Choice
+from ftlevel.config.section import Choice, list_unread
 from ftlevel.data.encoding.encode import Encoded, EncodedText, EncodedTexts
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import ConfigError, InputError, join_names
@@ -89,13 +89,11 @@ class EmbeddingTask(BaseTask):
         Raises `ConfigError` if last-token pooling has no EOS, or there are too few dimensions.
         """
         options = {n: v for n in _FORM if (v := getattr(self.config, n)) is not None}
-        format_ = _read_format(source, tokenizer, options)
-        reason = "as in the model's modules.json"
-        if format_ is None:
-            format_ = _default_format(kind)
+        own, reason = _read_format(source, tokenizer, options), "as in the model's modules.json"
+        if own is None:
             reason = f"default for {'a decoder' if kind == 'decoder' else 'an encoder'}"
-        format_ = replace(format_, **options)
-        end = _end_of(tokenizer, source.name) if format_.pooling == "last" else None
+        format_ = replace(own or _default_format(kind), **options)
+        end = _get_end(format_.pooling, own, tokenizer, source.name)
         task = replace(self, format=format_, end=end, step_rows=step_rows)
         task.prepare_tokenizer(tokenizer, kind)
         dims = self.config.matryoshka_dims
@@ -121,8 +119,9 @@ class EmbeddingTask(BaseTask):
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        format_ = _read_format(source, tokenizer) or _default_format(kind)
-        end = _end_of(tokenizer, source.name) if format_.pooling == "last" else None
+        own = _read_format(source, tokenizer)
+        format_ = own or _default_format(kind)
+        end = _get_end(format_.pooling, own, tokenizer, source.name)
         values = {"form": asdict(format_), "end": end, "loss": DEFAULT_LOSSES["pairs"]}
         return {"options": {"embedding": values}}
 
@@ -253,6 +252,9 @@ class EmbeddingTask(BaseTask):
         kind = _kind_of(loaded.train)
         config = {**self.config.model_dump(mode="json"), "teacher": self.teacher}
         config["loss"] = self.config.loss or _default_loss(kind)
+        parameters = {name: facts.parameters for name, facts in LOSSES.items()}
+        if unread := [*list_unread("embedding", self.config.changed, config["loss"], parameters)]:
+            raise ConfigError(unread)
         config |= {"form": asdict(self.format), "end": self.end, "kind": kind}
         return {"embedding": {**config, "step_rows": self.step_rows}}
 
@@ -393,7 +395,10 @@ def _default_format(kind: str) -> EmbeddingFormat:
     return EmbeddingFormat("last" if kind == "decoder" else "mean", normalize=True)
 
 
-def _end_of(tokenizer: Any, name: str) -> int:
+def _get_end(pooling: str, own: EmbeddingFormat | None, tokenizer: Any, name: str) -> int | None:
+    """Returns EOS if "last" is pooled; None if the model's `own` format pools what it adds."""
+    if pooling != "last" or (own and own.pooling == "last"):
+        return None
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"--pooling last: the tokenizer of {name} has no EOS token, whose state is the "
@@ -491,11 +496,15 @@ def _check_loss(
             f"{table.where(without[0])}: no document has a label above 0, as in {len(without):,} "
             f"of {len(examples):,} rows; --loss {loss} needs a relevant one. Remove these rows."
         )
-    if loss == "mnrl" and len({text for e in examples for text in e.documents}) == 1:
-        raise InputError(
-            "--loss mnrl learns from documents of other rows as negatives, and the data has one "
-            "document. Use rows with several."
-        )
+    texts = {"document": {text for e in examples for text in e.documents}}
+    if not any(example.negatives for example in examples):
+        texts["query"] = {example.prompt + example.query for example in examples}
+    for name, distinct in texts.items() if loss == "mnrl" else ():
+        if len(distinct) == 1:
+            raise InputError(
+                "--loss mnrl learns from documents of other rows as negatives, and the data has "
+                f"one {name}. Use rows with several."
+            )
     for example in examples if properties.needs_negatives else ():
         if not example.negatives:
             raise InputError(

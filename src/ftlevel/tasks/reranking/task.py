@@ -279,6 +279,8 @@ def resolve_loss(
     contrasts = sum(len(set(example.labels)) > 1 for example in examples)
     usual = ("margin-mse", "mse") if teacher else ("lce", "bce")
     loss = config.loss or usual[0 if contrasts else 1]
+    if config.pos_weight is not None and loss != "bce":
+        raise ConfigError(f"--pos-weight: --loss {loss} does not read it; bce does. Drop it.")
     if len(labels) == 1 and not (teacher and loss == "mse"):
         relevant = next(iter(labels)) > 0
         advice = "Add negatives with ftlevel mine." if relevant else "Label relevant ones with 1."

@@ -92,7 +92,8 @@ def create_fake_model(run: Run, layers: Sequence[int] | None) -> FakeModel:
     meta.tie_weights()
     quantization = build_quantization_config(model_info.quant, compute_dtype, model_info.heads)
     if quantization is not None:
-        quantization = keep_heads(quantization, model_config, model_info.auto_class)
+        args = model_config, model_info.auto_class, model_info.source
+        quantization = keep_heads(quantization, *args)
         quantize_shape(meta, quantization)
     base = replace(run.base, targets=targets_in(meta, run.base.targets, layers))
     spec = method.initialization.without_weights(run.config.method)

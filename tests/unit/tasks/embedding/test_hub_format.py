@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from ftlevel.artifacts.sentence_transformers import FILES, EmbeddingFormat, save_embedding_format
+from ftlevel.config.embedding import EmbeddingConfig
 from ftlevel.models.sources import ModelSource
 from ftlevel.tasks.embedding.task import TASKS
 from tiny_tokenizers import build_tokenizer
@@ -41,6 +43,28 @@ def test_do_lower_case_lowercases_texts_of_cased_tokenizer(
     task, _ = TASKS[0].for_model(source, "encoder", 64, tokenizer, 8)
     assert task.format.lowercase is expected  # type: ignore[attr-defined]
     assert tokenizer("The CAT")["input_ids"] == lower
+
+
+@pytest.mark.parametrize(
+    ("own", "flags", "has_end"),
+    [(None, {}, True), ("mean", {}, False), ("mean", {"pooling": "last"}, True),
+     ("last", {}, False), ("last", {"pooling": "last"}, False)],
+)  # fmt: skip
+def test_eos_is_appended_only_to_texts_of_bare_decoder(
+    own: str | None, flags: dict[str, Any], has_end: bool, tmp_path: Path
+) -> None:
+    """A SentenceTransformer pools the last token of its tokenizer."""
+    if own is not None:
+        save_embedding_format(tmp_path, EmbeddingFormat(own, True), 64)
+    tokenizer, source = build_tokenizer("llama"), ModelSource("m", "directory", str(tmp_path))
+    expected = tokenizer("the cat")["input_ids"] + [tokenizer.eos_token_id] * has_end
+    card = TASKS[0].card_defaults(source, None, tokenizer, "decoder")
+    task = replace(TASKS[0], config=EmbeddingConfig(**flags))
+    task, _ = task.for_model(source, "decoder", 64, tokenizer, 8)
+    assert (task.end is not None) is has_end  # type: ignore[attr-defined]
+    assert tokenizer("the cat")["input_ids"] == expected
+    if not flags:
+        assert card["options"]["embedding"]["end"] == task.end  # type: ignore[attr-defined]
 
 
 def test_only_small_files_of_hub_model_are_downloaded(
