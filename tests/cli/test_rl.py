@@ -145,6 +145,11 @@ REWARD_FILES = [
         "rows.jsonl:1: --reward choice: the answer '0 + 2 is #### 2' is not one of A, B",
     ),
     (["exact"], [*ROWS, {"question": "  ", "answer": "1", "level": 1}], "rows.jsonl:9"),
+    (
+        ["length:1-9"],
+        [{"prompt": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "I"}]}],
+        "rows.jsonl:1: does not end with a turn to answer.",
+    ),
     (["exact"], [{"text": "a b c"}] * 4, "no format matches the columns"),
 ]
 

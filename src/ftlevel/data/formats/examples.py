@@ -371,18 +371,18 @@ PLAIN_TEXT = FormatSpec("text", create_plain_text, {"text": ("text", "content")}
 
 
 def create_query_conversation(values: RoleValues) -> Conversation:
-    """Create the conversation that the model is to answer, without final assistant turns."""
+    """Create the conversation to answer, with final assistant turns of messages dropped."""
     for role in ("messages", "conversations", "prompt"):
         if role in values and (role != "prompt" or isinstance(values.get(role), list)):
             column = values.columns[role]
             turns = parse_turns(values.get(role), column, needs_assistant=False, names=values.inner)
-            while turns and turns[-1].role == "assistant":
+            while role != "prompt" and turns and turns[-1].role == "assistant":
                 turns.pop()
             break
     else:
         turns = [Message("user", prompt_text(values))]
-    if not turns:
-        raise UnusableRowError("contains no turn to answer")
+    if not turns or turns[-1].role == "assistant":
+        raise UnusableRowError("does not end with a turn to answer")
     return Conversation(with_system(turns, values), values.index, get_tools(values))
 
 
