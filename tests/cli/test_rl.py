@@ -96,6 +96,8 @@ SETTINGS = [
         ["--rollouts", "http://127.0.0.1:9", "--set", "method.modules_to_save=[lm_head]"],
         "a vLLM server loads plain LoRA adapters only, and --method is lora with modules_to_save.",
     ),
+    (["--rollouts", "localhost:8000"], "expected the address of a server, as in http://"),
+    (["--rollouts", "http://"], "--rollouts http://: expected the address of a server"),
     (["--sft-weight", "2"], "--sft-weight: for --task preference, and --task is rl"),
 ]
 

@@ -269,7 +269,7 @@ class RlConfig(Section):
         description="Maximum number of additional prompts per step that replace groups whose "
         "rewards are all equal (DAPO).",
     )
-    rollouts: Annotated[str, Field(pattern=r"^https?://[^/]")] | None = Field(
+    rollouts: str | None = Field(
         None,
         description="Address of a vLLM server that samples, http://HOST:PORT; default: this "
         "process samples.",
@@ -400,7 +400,9 @@ def _validate_weights(rl: RlConfig) -> Iterator[str]:
 
 
 def _validate_sampling_server(config: Any) -> Iterator[str]:
-    method = config.method
+    method, url = config.method, config.rl.rollouts
+    if not url.partition("://")[2] or not url.startswith("http"):
+        yield f"--rollouts {url}: expected the address of a server, as in http://localhost:8000."
     fields = ("use_dora", "modules_to_save", "trainable_token_indices")
     others = [name for name in fields if getattr(method, name, None)]
     if method.kind != "lora" or others:
