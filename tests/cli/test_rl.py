@@ -96,8 +96,9 @@ SETTINGS = [
         ["--rollouts", "http://127.0.0.1:9", "--set", "method.modules_to_save=[lm_head]"],
         "a vLLM server loads plain LoRA adapters only, and --method is lora with modules_to_save.",
     ),
-    (["--rollouts", "localhost:8000"], "expected the address of a server, as in http://"),
-    (["--rollouts", "http://"], "--rollouts http://: expected the address of a server"),
+    (["--rollouts", "localhost:8000"], "localhost:8000 is not an address, such as http://"),
+    (["--rollouts", "http:///v1"], "http:///v1 is not an address, such as http://127.0.0.1:8000."),
+    (["--rollouts", "httpx://host"], "httpx://host is not an address, such as http://"),
     (["--sft-weight", "2"], "--sft-weight: for --task preference, and --task is rl"),
 ]
 

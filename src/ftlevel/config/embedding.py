@@ -59,6 +59,8 @@ LOSSES: dict[str, EmbeddingLoss] = {
     "cosine": EmbeddingLoss("scores", label_range=(-1, 1)),
     "contrastive": EmbeddingLoss("scores", ("margin",), None, 0.5, label_range=(0, 1)),
 }
+PARAMETERS = {name: facts.parameters for name, facts in LOSSES.items()}
+"""Loss → settings that it reads."""
 DEFAULT_LOSSES: dict[Columns, str] = {"pairs": "mnrl", "scores": "cosent"}
 LOSS_ALIASES = {
     "infonce": "mnrl",
@@ -167,10 +169,9 @@ def validate_embedding(config: EmbeddingConfig, batch: int, teacher: str | None)
     """Yields an error message per invalid setting; `batch` is the number of rows per step."""
     yield from _validate_dims(config)
     loss = config.loss or DEFAULT_LOSSES["pairs"]
-    parameters = {name: facts.parameters for name, facts in LOSSES.items()}
     # Without --loss, rows with classes are trained by contrastive, which has a margin.
     names = [name for name in config.changed if config.loss or name != "margin"]
-    yield from list_unread("embedding", names, loss, parameters)
+    yield from list_unread("embedding", names, loss, PARAMETERS)
     if loss == "gist" and config.guide is None:
         yield "--loss gist needs a model that finds false negatives. Add --guide MODEL."
     if teacher is not None and not LOSSES[loss].needs_teacher:

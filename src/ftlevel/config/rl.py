@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from ftlevel.config.section import Positive, Section, flag_of, list_unread
+from ftlevel.config.section import Address, Positive, Section, flag_of, list_unread
 from ftlevel.config.trainer import PLATEAU
 from ftlevel.errors import did_you_mean, join_names
 
@@ -269,7 +269,7 @@ class RlConfig(Section):
         description="Maximum number of additional prompts per step that replace groups whose "
         "rewards are all equal (DAPO).",
     )
-    rollouts: str | None = Field(
+    rollouts: Address | None = Field(
         None,
         description="Address of a vLLM server that samples, http://HOST:PORT; default: this "
         "process samples.",
@@ -400,9 +400,7 @@ def _validate_weights(rl: RlConfig) -> Iterator[str]:
 
 
 def _validate_sampling_server(config: Any) -> Iterator[str]:
-    method, url = config.method, config.rl.rollouts
-    if not url.partition("://")[2] or not url.startswith("http"):
-        yield f"--rollouts {url}: expected the address of a server, as in http://localhost:8000."
+    method = config.method
     fields = ("use_dora", "modules_to_save", "trainable_token_indices")
     others = [name for name in fields if getattr(method, name, None)]
     if method.kind != "lora" or others:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_args
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -38,6 +39,18 @@ def validate_dir_name(path: Path) -> Path:
 
 NewDirectory = Annotated[Path, AfterValidator(validate_dir_name)]
 """Path of a directory that a command creates."""
+
+
+def validate_address(address: str) -> str:
+    """Returns `address`; raises ValueError unless it is an HTTP address with a host."""
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{address} is not an address, such as http://127.0.0.1:8000")
+    return address
+
+
+Address = Annotated[str, AfterValidator(validate_address)]
+"""HTTP address of a server."""
 _TEXTS = ("system", "context", "prompt_tuning_init_text")
 """Fields with text for the model; all others may be file names."""
 

@@ -414,16 +414,14 @@ def _load_gguf_quantized(
         return load_model(saved_model, config, auto_class, dtype=dtype, **kwargs)[0], missing
 
 
-def keep_heads(
-    quantization: Any, config: Any, auto_class: str, source: ModelSource | None = None
-) -> Any:
+def keep_heads(quantization: Any, config: Any, auto_class: str, source: ModelSource) -> Any:
     """Returns a copy of `quantization` that leaves heads and untrained poolers unquantized.
 
     Given a list of modules to skip, transformers would quantize and untie a tied output layer, too.
     """
     result = copy.copy(quantization)
     meta = build_task_model(config, auto_class)
-    new_poolers = get_new_poolers(meta, source) if source else []  # `BertModel` calls its pooler
+    new_poolers = get_new_poolers(meta, source)  # `BertModel` calls its pooler
     excluded = [*get_heads(meta), *new_poolers, *get_modules_to_not_convert(meta)]
     result.llm_int8_skip_modules = sorted({*(quantization.llm_int8_skip_modules or ()), *excluded})
     return result

@@ -340,6 +340,8 @@ class TrainingSession:
         best, state = self.callbacks.best, self.trainer.state
         if best is not None:
             self.selected = best.finish(self.trainer.model, state.global_step, state.max_steps)
+        if self.run.rewards is not None:
+            self.run.rewards.gather_failures(self.job.processes.all_gather)
         self.trained_at = time.perf_counter()
 
     def _train(self) -> None:

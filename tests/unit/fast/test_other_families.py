@@ -20,6 +20,7 @@ from ftlevel.methods import Base
 from ftlevel.models.hardware import select_dtype
 from ftlevel.models.loading import keep_heads, rename_prefix
 from ftlevel.models.quantization import build_quantization_config
+from ftlevel.models.sources import ModelSource
 from ftlevel.models.targets import resolve_targets
 from ftlevel.models.upstream.architectures import attention_of
 from ftlevel.trained.adapt import apply_method
@@ -182,13 +183,15 @@ def test_all_linear_excludes_layers_unused_by_task(
 
 
 @pytest.mark.parametrize("family", ["mamba", "rwkv", "switch_transformers"])
-def test_incompatible_linear_layers_are_not_quantized(family: str) -> None:
+def test_incompatible_linear_layers_are_not_quantized(family: str, tmp_path: Path) -> None:
     sizes = {"vocab_size": VOCAB, "num_hidden_layers": 2, "hidden_size": 64, "d_model": 64,
              "num_layers": 2, "num_decoder_layers": 2}  # fmt: skip
     kind = "Seq2SeqLM" if family == "switch_transformers" else "CausalLM"
     config = AutoConfig.for_model(family, **sizes)
     quantization = build_quantization_config(QuantConfig(kind="4bit"), torch.float32, [])
-    skipped = keep_heads(quantization, config, f"AutoModelFor{kind}").llm_int8_skip_modules
+    source = ModelSource(family, "directory", str(tmp_path))
+    result = keep_heads(quantization, config, f"AutoModelFor{kind}", source)
+    skipped = result.llm_int8_skip_modules
     suffixes = {"mamba": "dt_proj", "rwkv": "feed_forward.value", "switch_transformers": "wo"}
     for names in (skipped, get_modules_to_skip(config, f"AutoModelFor{kind}")):
         assert any(name.endswith(f".{suffixes[family]}") for name in names)

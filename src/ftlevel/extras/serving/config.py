@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from ftlevel.config.sections import Positive, Section
+from ftlevel.config.section import Address, Positive, Section
 
 
 class CheckServedConfig(Section):
@@ -16,7 +16,7 @@ class CheckServedConfig(Section):
     out: Path = Field(
         description="Output of ftlevel export; its served.json has the reference answers."
     )
-    url: str | None = Field(
+    url: Address | None = Field(
         None,
         description="URL of an OpenAI-compatible server, e.g. http://127.0.0.1:8000. No other "
         "address is contacted.",
@@ -44,13 +44,6 @@ class CheckServedConfig(Section):
         " bits. For an embedding model, maximum of 1 - cosine similarity; default: "
         "0.001. For a reranker, maximum difference of scores.",
     )
-
-    @field_validator("url")
-    @classmethod
-    def _is_an_address(cls, value: str | None) -> str | None:
-        if value is not None and not value.startswith(("http://", "https://")):
-            raise ValueError(f"{value} is not an address, such as http://127.0.0.1:8000")
-        return value
 
     @model_validator(mode="after")
     def _asks_one(self) -> CheckServedConfig:

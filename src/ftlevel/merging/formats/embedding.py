@@ -189,8 +189,9 @@ def plan_export(
         raise InputError([f"{config.model} cannot be written as GGUF: {one}" for one in problems])
     tokenizer = ref.load_tokenizer()
     ref.configured_task.prepare_tokenizer(tokenizer, ref.model_kind)
-    ends = tokenizer.all_special_ids if embedding_format.pooling == "last" else ()
-    end = next((token for token in tokenizer("a")["input_ids"][-1:] if token in ends), None)
+    last = tokenizer("a")["input_ids"][-1]
+    is_end = embedding_format.pooling == "last" and last in tokenizer.all_special_ids
+    end = last if is_end else None
     vocab = load_file_vocab(config.model, ref, model_config, tokenizer, end)
     notes += vocab.notes
     return GgufEmbeddingExport(

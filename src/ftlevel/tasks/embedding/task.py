@@ -16,7 +16,7 @@ from ftlevel.artifacts.sentence_transformers import (
     load_embedding_format,
     save_embedding_format,
 )
-from ftlevel.config.embedding import DEFAULT_LOSSES, LOSSES, EmbeddingConfig
+from ftlevel.config.embedding import DEFAULT_LOSSES, LOSSES, PARAMETERS, EmbeddingConfig
 from ftlevel.config.section import Choice, list_unread
 from ftlevel.data.encoding.encode import Encoded, EncodedText, EncodedTexts
 from ftlevel.data.sources.table import Table
@@ -252,9 +252,8 @@ class EmbeddingTask(BaseTask):
         kind = _kind_of(loaded.train)
         config = {**self.config.model_dump(mode="json"), "teacher": self.teacher}
         config["loss"] = self.config.loss or _default_loss(kind)
-        parameters = {name: facts.parameters for name, facts in LOSSES.items()}
-        if unread := [*list_unread("embedding", self.config.changed, config["loss"], parameters)]:
-            raise ConfigError(unread)
+        if unread := [*list_unread("embedding", self.config.changed, config["loss"], PARAMETERS)]:
+            raise ConfigError(unread)  # of a default loss, which depends on the rows
         config |= {"form": asdict(self.format), "end": self.end, "kind": kind}
         return {"embedding": {**config, "step_rows": self.step_rows}}
 
@@ -496,14 +495,14 @@ def _check_loss(
             f"{table.where(without[0])}: no document has a label above 0, as in {len(without):,} "
             f"of {len(examples):,} rows; --loss {loss} needs a relevant one. Remove these rows."
         )
-    texts = {"document": {text for e in examples for text in e.documents}}
-    if not any(example.negatives for example in examples):
-        texts["query"] = {example.prompt + example.query for example in examples}
-    for name, distinct in texts.items() if loss == "mnrl" else ():
-        if len(distinct) == 1:
+    if loss == "mnrl":
+        texts = {"document": {text for e in examples for text in e.documents}}
+        if not any(example.negatives for example in examples):
+            texts["query"] = {example.prompt + example.query for example in examples}
+        if single := [name for name, distinct in texts.items() if len(distinct) == 1]:
             raise InputError(
                 "--loss mnrl learns from documents of other rows as negatives, and the data has "
-                f"one {name}. Use rows with several."
+                f"one {single[0]}. Use rows with several."
             )
     for example in examples if properties.needs_negatives else ():
         if not example.negatives:

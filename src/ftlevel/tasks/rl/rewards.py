@@ -147,6 +147,14 @@ class Rewards:
             self.logged["metrics"]["failed_rewards"] = [share]
         return [list(scores) for scores in zip(*by_reward, strict=True)]
 
+    def gather_failures(self, all_gather: Callable[[Any], list[Any]]) -> None:
+        """Add the failures in all processes; called once, by each of them."""
+        parts = all_gather((self.failures, self._first_errors))
+        self.failures, self._first_errors = Counter(), {}
+        for failures, errors in parts:
+            self.failures += failures
+            self._first_errors = errors | self._first_errors
+
     def describe_failures(self) -> list[str]:
         """Returns a message for each reward that failed and scored 0."""
         return [

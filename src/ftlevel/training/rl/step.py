@@ -111,9 +111,8 @@ def create_training_rows(
         if not int(active[index]) or not has_loss:
             continue
         sampled = [signal[4] for signal in row.values]
-        other_logps = (
-            reference_logps[at] if reference_logps is not None else [UNKNOWN] * len(sampled)
-        )
+        unknown = [UNKNOWN] * len(sampled)
+        other_logps = unknown if reference_logps is None else reference_logps[at]
         logps = zip(old_logps[at], other_logps, sampled, strict=True)
         selected.append(replace(row, values=tuple((advantage, weight, *each) for each in logps)))
     return selected

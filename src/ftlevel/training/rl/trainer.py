@@ -170,16 +170,11 @@ class RlTrainer(FtlevelTrainer):
             used, all_groups = self._sample_more(step, groups, sampled)
         metrics = compute_metrics(sampled, names)
         metrics["sampling_s"] = time.perf_counter() - start
-        old = reference = None
-        if config.num_iterations > 1 or (config.beta and config.loss == "rloo"):
-            old = self.token_logps
-        if config.beta:
-            reference = self._reference_logps
-        rows: list[CompletionRow] = []
-        if all_groups:
-            rows = create_training_rows(
-                used, all_groups, config, old, reference, self.processes.all_gather
-            )
+        needs_old = config.num_iterations > 1 or (config.beta and config.loss == "rloo")
+        old = self.token_logps if needs_old else None
+        reference = self._reference_logps if config.beta else None
+        arguments = (config, old, reference, self.processes.all_gather)
+        rows = create_training_rows(used, all_groups, *arguments) if all_groups else []
         self.keep(step, groups)
         trim_heap()
         return Rollout(rows, metrics)

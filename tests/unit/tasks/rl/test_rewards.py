@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,11 @@ def test_failing_function_raises_or_scores_zero(
     assert f"{name} failed on {2 * count} completions" in message
     assert problem in message
     assert lenient.logged["metrics"]["failed_rewards"] == [count / 6]
+    none: tuple[Any, dict[str, str]] = (Counter(), {})
+    lenient.gather_failures(lambda own: [none, own, own])  # of three processes
+    (message,) = lenient.describe_failures()
+    assert f"{name} failed on {4 * count} completions" in message
+    assert problem in message
 
 
 def test_killed_run_stops_its_reward_worker(tmp_path: Path) -> None:
