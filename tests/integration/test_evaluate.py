@@ -325,6 +325,26 @@ def test_evaluate_command_output_and_errors(
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["--dataset", "typo.jsonl"], "typo.jsonl"),
+        (["--map", "text=review"], "review"),
+        (["--metrics", "bleu"], "bleu"),
+    ],
+)
+def test_evaluate_finds_errors_before_weights_load(
+    options: list[str], error: str, classifier: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", str(classifier / "run"), "--device", "cpu", "--resamples", "20"]
+    assert run([*command, *options]) == 2
+    output = "".join(capsys.readouterr())
+    assert error in output
+    assert "loading the model" not in output
+    assert run(command) == 0
+    assert "loading the model" in "".join(capsys.readouterr())
+
+
 def test_rows_longer_than_training_rows_are_evaluated(
     tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

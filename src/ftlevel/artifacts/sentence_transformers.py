@@ -156,6 +156,18 @@ def check_modality(model_dir: Path) -> None:
         )
 
 
+def check_cross_encoder(model_dir: Path) -> None:
+    """Raise InputError if a CrossEncoder changes texts: by a chat template or a default prompt."""
+    check_modality(model_dir)
+    config = load_json(model_dir / SETTINGS)
+    name = config.get("default_prompt_name")
+    if prompt := (config.get("prompts") or {}).get(name):
+        raise InputError(
+            f"{model_dir / SETTINGS}: the default prompt {name!r} puts {prompt!r} before texts, "
+            "which is not supported for rerankers. Remove it if training used none."
+        )
+
+
 def _load_pooling(path: Path, *, is_replaced: bool) -> tuple[str, bool]:
     config = load_json(path)
     modes = config.get("pooling_mode")

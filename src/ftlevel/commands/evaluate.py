@@ -91,11 +91,10 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         ref, other = _resolve(config, device.value)
         config_ref = select_primary(ref, other)
         run_config, is_own = _get_run_config(config, config_ref)
-        listener.stage("loading the model")
-        trained = ref.load(device.value)
+        ref.check_head()
         listener.stage("reading the data")
 
-        def encode(model: LoadedModel) -> EvaluationRows:
+        def encode(model: ModelRef) -> EvaluationRows:
             return load_evaluation_rows(
                 run_config.data,
                 config_ref.card,
@@ -105,8 +104,11 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
                 is_typed=bool(config.columns),
             )
 
-        eval_rows = encode(trained)
-        trained = _with_options(trained, eval_rows.options)
+        eval_rows = encode(ref)
+        ref = _with_options(ref, eval_rows.options)
+        _check_metrics(config, ref, run_config)
+        listener.stage("loading the model")
+        trained = ref.load(device.value)
         listener.choices("evaluate", _choices(config, trained, eval_rows, device))
         unused = config.unused_decoding(_why_decoding_is_unused(config, trained, run_config))
         for warning in [*trained.notes, *_find_warnings(config, eval_rows, config_ref), *unused]:
@@ -171,10 +173,14 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
     return Evaluation(metrics, base, summary, draws)
 
 
-def _with_options(trained: LoadedModel, options: Mapping[str, Any]) -> LoadedModel:
-    if options == trained.ref.card.options:
-        return trained
-    return replace(trained, ref=trained.ref.with_card(options=options))
+def _with_options(ref: ModelRef, options: Mapping[str, Any]) -> ModelRef:
+    return ref if options == ref.card.options else ref.with_card(options=options)
+
+
+def _check_metrics(config: EvaluateConfig, ref: ModelRef, run_config: TrainConfig) -> None:
+    metrics, task = config.metrics or run_config.train.metrics, ref.configured_task
+    generates = _generates(config, task, run_config)
+    check_metrics(metrics, task, ref.objective, generates=generates, how="--max-generate-samples N")
 
 
 def _load_other(
@@ -223,7 +229,7 @@ def _with_model(evaluator: Evaluator, model: LoadedModel) -> Evaluator:
 
 
 def _evaluate_other(
-    evaluator: Evaluator, other: LoadedModel, encode: Callable[[LoadedModel], EvaluationRows]
+    evaluator: Evaluator, other: LoadedModel, encode: Callable[[ModelRef], EvaluationRows]
 ) -> tuple[dict[str, float], ExampleRecord]:
     """Returns metrics and per-row results of `other`; `encode` encodes embedding models' rows."""
     evaluator = _with_model(evaluator, other)
@@ -232,7 +238,7 @@ def _evaluate_other(
     objective = evaluator.objective
     embedding_format = other.task.embedding_format(other.ref.options)
     if embedding_format is not None and isinstance(objective, Embeddings):
-        encoded, objective = encode(other), replace(objective, format=embedding_format)
+        encoded, objective = encode(other.ref), replace(objective, format=embedding_format)
         rows = {"rows": encoded.rows, "corpus": encoded.corpus, "tokenizer": other.tokenizer}
         evaluator = replace(evaluator, objective=objective, **rows)
     record = ExampleRecord(objective)
@@ -432,26 +438,26 @@ def _is_moved(dataset: str, run_config: TrainConfig, ref: ModelRef) -> bool:
 
 def _context(
     config: EvaluateConfig,
-    trained: LoadedModel,
+    ref: ModelRef,
     config_ref: ModelRef,
     run_config: TrainConfig,
     *,
     is_compared: bool,
 ) -> EncodingContext:
-    """Returns the encoding settings for `trained`; the card of `config_ref` may limit length."""
-    tokenizer = trained.tokenizer
-    positions = text_positions(run_config.method, trained.model.config)
+    """Returns the encoding settings for `ref`; the card of `config_ref` may limit length."""
+    tokenizer, task, kind = ref.tokenizer, ref.configured_task, ref.model_kind
+    positions = text_positions(run_config.method, ref.model_config)
     name = config_ref.card.method
     has_virtual_tokens = (
         config_ref.run is None and name in METHODS and METHODS[name].positions(SPECS[name]())
     )
     if has_virtual_tokens or is_compared:  # these or the other model limit the text
         positions = config_ref.card.max_length or positions
-    elif positions and trained.kind == "decoder" and _generates(config, trained.task, run_config):
+    elif positions and kind == "decoder" and _generates(config, task, run_config):
         new = config.max_new_tokens or run_config.train.max_new_tokens
         positions = max(config_ref.card.max_length, positions - new)
     bounds, seed = LengthBounds(positions), run_config.train.seed
-    return EncodingContext(trained.task, trained.kind, tokenizer, len(tokenizer), bounds, seed)
+    return EncodingContext(task, kind, tokenizer, len(tokenizer), bounds, seed)
 
 
 def _why_decoding_is_unused(
@@ -473,9 +479,6 @@ def _evaluator(
     train, speed = run_config.train, run_config.speed
     task, metrics = trained.task, config.metrics or train.metrics
     generates = _generates(config, task, run_config)
-    check_metrics(
-        metrics, task, trained.objective, generates=generates, how="--max-generate-samples N"
-    )
     evaluator, extra = Evaluator, dict[str, Any]()
     is_seeded = "seed" in config.model_fields_set  # else as in training
     if isinstance(trained.objective, PolicyGradient):

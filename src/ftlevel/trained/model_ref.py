@@ -24,7 +24,9 @@ from ftlevel.errors import InputError
 from ftlevel.models.hardware import DTYPES, evaluating
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import (
+    build_task_model,
     check_missing,
+    get_new_heads,
     label_overrides,
     load_config,
     load_model,
@@ -183,6 +185,25 @@ class ModelRef:
         """Load the tokenizer as saved."""
         return load_tokenizer(self.tokenizer_source)
 
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer with a padding token, changed as the task requires."""
+        tokenizer = self.load_tokenizer()
+        ensure_pad_token(tokenizer)
+        if self.configured_task.separates_padding:
+            separate_pad_from_eos(tokenizer)
+        self.configured_task.prepare_tokenizer(tokenizer, self.model_kind)
+        return tokenizer
+
+    def check_head(self) -> None:
+        """Raise InputError if a local checkpoint without adapter has no trained head."""
+        is_remote = self.source.kind == "hub" and not self.source.local_files_only
+        if self.card.method == PLAIN and self.configured_task.has_new_head and not is_remote:
+            meta = build_task_model(self.model_config, self.auto_class)
+            heads = get_heads(meta)
+            missing = get_new_heads(meta, self.source, heads)
+            _check_trained_head(missing, heads, self.source.name, self.task)
+
     def compute_dtype(self, device: str) -> str:
         """Returns the compute dtype of training; on the CPU, float32 instead of float16."""
         return "float32" if self.card.dtype == "float16" and device == "cpu" else self.card.dtype
@@ -216,13 +237,9 @@ class ModelRef:
             check_loadable(stored, source.label, device)
         if self.directory is not None and device == "cpu":
             check_runs_on_cpu(self.directory)
-        tokenizer = self.load_tokenizer()
-        ensure_pad_token(tokenizer)
-        if task.separates_padding:
-            separate_pad_from_eos(tokenizer)
+        tokenizer = self.tokenizer
         if task.separates_padding or getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = tokenizer.pad_token_id
-        task.prepare_tokenizer(tokenizer, self.model_kind)
         if dtype is None:
             dtype = self.compute_dtype(device)
             if dtype != card.dtype:
@@ -259,7 +276,7 @@ def get_tokenizer_source(source: ModelSource, adapter_dir: Path | None) -> Model
 
 
 def _check_trained_head(missing: Sequence[str], heads: Sequence[str], name: str, task: str) -> None:
-    untrained = [key for key in missing if any(key.startswith(f"{head}.") for head in heads)]
+    untrained = [key for key in missing if any(f"{key}.".startswith(f"{head}.") for head in heads)]
     if untrained:
         raise InputError(
             f"{name} has no trained head for --task {task} ({untrained[0]} is missing). Name a "

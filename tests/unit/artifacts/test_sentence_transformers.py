@@ -9,6 +9,7 @@ import pytest
 from ftlevel.artifacts.sentence_transformers import (
     CrossEncoderFormat,
     EmbeddingFormat,
+    check_cross_encoder,
     load_activation,
     load_embedding_format,
     save_cross_encoder_format,
@@ -221,3 +222,13 @@ def test_texts_in_a_chat_template_are_refused(tmp_path):
     files["sentence_bert_config.json"]["modality_config"]["message"] = {**text, "format": "flat"}
     with pytest.raises(InputError, match="modality_config has 'message'"):
         load_embedding_format(write(tmp_path, files))
+
+
+def test_default_prompt_of_cross_encoder_is_refused(tmp_path):
+    settings = {"prompts": {"task": "Rank: ", "none": ""}, "default_prompt_name": "none"}
+    for name in ("none", None):
+        settings["default_prompt_name"] = name
+        check_cross_encoder(write(tmp_path, {"config_sentence_transformers.json": settings}))
+    settings["default_prompt_name"] = "task"
+    with pytest.raises(InputError, match="default prompt 'task' puts 'Rank: ' before texts"):
+        check_cross_encoder(write(tmp_path, {"config_sentence_transformers.json": settings}))

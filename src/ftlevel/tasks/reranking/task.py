@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ftlevel.artifacts.sentence_transformers import (
     FILES,
     CrossEncoderFormat,
-    check_modality,
+    check_cross_encoder,
     load_activation,
     save_cross_encoder_format,
     scores_by_tokens,
@@ -154,7 +154,7 @@ class RerankingTask(BaseTask):
             )
         directory = download_files(source, FILES)
         if directory is not None:
-            check_modality(directory)
+            check_cross_encoder(directory)
         activation = load_activation(directory, model_config) if directory else None
         name = (activation or SIGMOID).rpartition(".")[2]
         if name not in ("Identity", "Sigmoid"):
