@@ -56,28 +56,20 @@ class TrainConfig(Section):
 
     task: TaskName = Field("text-generation", description="Task to train the model for.")
     model: ModelConfig = Field(default_factory=ModelConfig, description="Pretrained model.")
-    quant: QuantConfig = Field(
-        default_factory=QuantConfig, description="Quantization of the base model."
-    )
+    quant: QuantConfig = Field(default_factory=QuantConfig, description="Quantization of the base.")
     method: MethodConfig = Field(default_factory=LoraSpec, description="Fine-tuning method.")
-    data: DataConfig = Field(
-        default_factory=DataConfig, description="Training and validation data."
-    )
+    data: DataConfig = Field(default_factory=DataConfig, description="Datasets and their columns.")
     train: TrainerConfig = Field(
-        default_factory=TrainerConfig, description="Training hyperparameters."
+        default_factory=TrainerConfig, description="Optimizer and schedule."
     )
     preference: PreferenceConfig = Field(
         default_factory=PreferenceConfig, description="Preference loss."
     )
-    rl: RlConfig = Field(
-        default_factory=RlConfig, description="Reinforcement learning from rewards."
-    )
+    rl: RlConfig = Field(default_factory=RlConfig, description="Rewards and the RL loss.")
     embedding: EmbeddingConfig = Field(
         default_factory=EmbeddingConfig, description="Settings of an embedding model."
     )
-    reranking: RerankingConfig = Field(
-        default_factory=RerankingConfig, description="Loss of a reranker."
-    )
+    reranking: RerankingConfig = Field(default_factory=RerankingConfig, description="Ranking loss.")
     distillation: DistillationConfig = Field(
         default_factory=DistillationConfig, description="Distillation from a teacher model."
     )

@@ -77,11 +77,9 @@ def create_pairs(values: RoleValues) -> EmbeddingRow:
     The column `label` is a pair's similarity score, a list of a teacher's scores of all documents,
     or a triplet's margin.
     """
-    good, bad = _texts(values, "positive"), _texts(values, "negative")
+    good, bad = _required_texts(values, "positive"), _texts(values, "negative")
     for n in range(1, MOST_NEGATIVES + 1):
         bad += _texts(values, f"negative_{n}")
-    if not good:
-        raise UnusableRowError(f"{values.columns['positive']!r} has no text", "empty_text")
     query = values.text("anchor")
     if "label" not in values:
         return _ranking(values, query, good, bad)
@@ -110,8 +108,7 @@ def create_scored(values: RoleValues) -> EmbeddingRow:
 
 def create_listed(values: RoleValues) -> EmbeddingRow:
     """Create an example of a query, its documents and their labels, best document first."""
-    if not (texts := _texts(values, "documents")):
-        raise UnusableRowError(f"{values.columns['documents']!r} has no text", "empty_text")
+    texts = _required_texts(values, "documents")
     labels = _numbers(values, "labels", len(texts))
     teacher = _numbers(values, "teacher", len(texts)) if "teacher" in values else ()
     order = sorted(range(len(texts)), key=lambda i: -labels[i])
@@ -127,9 +124,7 @@ def create_listed(values: RoleValues) -> EmbeddingRow:
 
 def create_flagged(values: RoleValues) -> EmbeddingRow:
     """Create an example from FlagEmbedding's columns: query, pos, neg, and scores of a teacher."""
-    good, bad = _texts(values, "pos"), _texts(values, "neg")
-    if not good:
-        raise UnusableRowError(f"{values.columns['pos']!r} has no text", "empty_text")
+    good, bad = _required_texts(values, "pos"), _texts(values, "neg")
     scores: tuple[float, ...] = ()
     counts = {"pos_scores": len(good), "neg_scores": len(bad)}
     if any(_has(values, role) for role in counts):
@@ -139,10 +134,8 @@ def create_flagged(values: RoleValues) -> EmbeddingRow:
 
 def create_tevatron(values: RoleValues) -> EmbeddingRow:
     """Create an example from tevatron's columns, where passages have a title and a text."""
-    good, bad = _texts(values, "positive_passages"), _texts(values, "negative_passages")
-    if not good:
-        raise UnusableRowError("has no positive passage", "empty_text")
-    return _ranking(values, values.text("query"), good, bad)
+    good = _required_texts(values, "positive_passages")
+    return _ranking(values, values.text("query"), good, _texts(values, "negative_passages"))
 
 
 def create_messages(values: RoleValues) -> EmbeddingRow:
@@ -187,9 +180,7 @@ def create_candidates(values: RoleValues) -> EmbeddingRow:
     """Create an example of a query with `documents` to score, or one `document` (kind `score`)."""
     role = "documents" if "documents" in values else "document"
     kind: Kind = "ranking" if role == "documents" else "score"
-    texts = _texts(values, role)
-    if not texts:
-        raise UnusableRowError(f"{values.columns[role]!r} has no text", "empty_text")
+    texts = _required_texts(values, role)
     return EmbeddingRow(values.text("query"), values.index, tuple(texts), (0.0,) * len(texts), kind)
 
 
@@ -201,14 +192,8 @@ def _ranking(
     teacher: tuple[float, ...] = (),
 ) -> EmbeddingRow:
     labels = (1.0,) * len(positive) + (0.0,) * len(negative)
-    return EmbeddingRow(
-        query,
-        values.index,
-        (*positive, *negative),
-        labels,
-        teacher=teacher,
-        prompt=values.text_or_empty("prompt"),
-    )
+    documents, prompt = (*positive, *negative), values.text_or_empty("prompt")
+    return EmbeddingRow(query, values.index, documents, labels, teacher=teacher, prompt=prompt)
 
 
 def _has(values: RoleValues, role: str) -> bool:
@@ -235,6 +220,12 @@ def _texts(values: RoleValues, role: str) -> list[str]:
     if not isinstance(value, list):
         return [_text(value, name)]
     return [_text(each, f"item {number} of {name}") for number, each in enumerate(value, 1)]
+
+
+def _required_texts(values: RoleValues, role: str) -> list[str]:
+    if not (texts := _texts(values, role)):
+        raise UnusableRowError(f"{values.columns[role]!r} has no text", "empty_text")
+    return texts
 
 
 def _text(value: object, name: str) -> str:
@@ -338,10 +329,7 @@ RANKING_SHAPES = (
     FormatSpec(
         "anchor + positive",
         create_pairs,
-        {
-            "anchor": ("anchor", "query", "question", "sentence1", "text1"),
-            "positive": _POSITIVE,
-        },
+        {"anchor": ("anchor", "query", "question", "sentence1", "text1"), "positive": _POSITIVE},
         {
             "negative": ("negative", "negatives"),
             **_NEGATIVES,

@@ -145,10 +145,7 @@ def score_retrieval(
 
 
 def iterate_scores(
-    queries: torch.Tensor,
-    corpus: torch.Tensor,
-    similarity: str,
-    block_bytes: int = BLOCK_BYTES,
+    queries: torch.Tensor, corpus: torch.Tensor, similarity: str, block_bytes: int = BLOCK_BYTES
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yields each block's first query index, and its float32 scores `(queries, documents)`."""
     queries, corpus = queries.float().cpu(), corpus.float().cpu()

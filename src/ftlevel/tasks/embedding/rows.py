@@ -7,13 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ftlevel.data.encoding.encode import (
-    Encoded,
-    EncodedText,
-    EncodedTexts,
-    RowError,
-    split_batches,
-)
+from ftlevel.data.encoding.encode import Encoded, EncodedText, EncodedTexts, RowError, split_batches
 from ftlevel.tasks.embedding.formats import EmbeddingRow
 
 
