@@ -873,10 +873,20 @@ def test_full_fine_tuning_is_evaluated_with_its_base(
     assert evaluate(EvaluateConfig(name=str(out), **retrieval)).base == {}
 
 
-@pytest.mark.parametrize(("family", "head"), [("llama", "causal"), ("bert", "mlm")])
-def test_decoders_have_three_times_the_default_rate(
+@pytest.mark.parametrize(
+    ("family", "head", "options", "factor"),
+    [
+        ("llama", "causal", [], "3.3 times the supervised rate"),
+        ("llama", "causal", ["--method", "full"], "9 times the supervised rate"),
+        ("llama", "causal", ["--max-steps", "3000"], "1.8 times the supervised rate"),
+        ("bert", "mlm", [], ""),
+    ],
+)
+def test_decoders_have_a_higher_default_rate_in_short_runs(
     family: str,
     head: str,
+    options: list[str],
+    factor: str,
     pairs: Path,
     tiny_model_dir: ModelDir,
     tmp_path: Path,
@@ -885,8 +895,7 @@ def test_decoders_have_three_times_the_default_rate(
     model = tiny_model_dir(family, head)
     command = ["train", "--task", "embedding", "--model", str(model), "--dataset", str(pairs),
                "--output-dir", str(tmp_path / "run"), "--device", "cpu", "--dry-run"]  # fmt: skip
-    assert run(command) == 0
-    output = "".join(capsys.readouterr())
-    assert ("3 times the supervised rate, measured" in " ".join(output.split())) == (
-        family == "llama"
-    ), output
+    assert run([*command, *options]) == 0
+    output = " ".join("".join(capsys.readouterr()).split())
+    assert ("times the supervised rate, measured" in output) == bool(factor), output
+    assert factor in output

@@ -13,8 +13,12 @@ from ftlevel.config.section import Section, list_unread
 from ftlevel.errors import join_names
 
 EMBEDDING_TASKS = ("embedding",)
-DECODER_RATE = 3.0
-"""Factor of embedding models from decoders on the method's default learning rate."""
+DECODER_RATE, DECODER_RATES = 3.3, {"full": 9.0}
+"""Factors on a method's default learning rate for decoders; `DECODER_RATE` is for other methods.
+
+They are measured on small models in short runs (docs/embeddings.md). For large models in long runs,
+the factor is 1: the rates are then those of papers.
+"""
 EmbeddingLossName = Literal[
     "mnrl", "gist", "cosent", "angle", "cosine", "contrastive", "triplet", "margin-mse", "kl"
 ]

@@ -20,7 +20,7 @@ from ftlevel.config import (
     TrainConfig,
     TrainerConfig,
 )
-from ftlevel.config.embedding import DECODER_RATE, EMBEDDING_TASKS
+from ftlevel.config.embedding import DECODER_RATE, DECODER_RATES, EMBEDDING_TASKS
 from ftlevel.config.preference import PREFERENCE_TASKS
 from ftlevel.config.rl import RL_RATE, RL_TASK
 from ftlevel.config.section import Choice
@@ -175,14 +175,14 @@ def resolve(
     )
     epoch_rows = rows_per_epoch(train, config.steps_per_rollout, data)
     steps = count_steps(train, epoch_rows)
-    rate_factor, source = 1.0, ""
+    rate_factor, source, info = 1.0, "", _get_rate_info(model, meta, objective, steps)
     if config.task in PREFERENCE_TASKS:
         rate_factor, source = config.preference.loss_properties.rate, "as in the DPO papers"
     elif config.task == RL_TASK:
         rate_factor, source = RL_RATE, "as in the GRPO papers"
     elif config.task in EMBEDDING_TASKS and base.kind == "decoder":
-        rate_factor, source = DECODER_RATE, "measured with SmolLM2"
-    info = _get_rate_info(model, meta, objective, steps)
+        rate_factor = DECODER_RATES.get(method.kind, DECODER_RATE) ** (1 - info.size)
+        source = "measured with SmolLM2"
     rates = resolve_rates(method, train, info, rate_factor, source)
     check_schedule(train, rates.base.value, steps, len(data.validation))
     steps_per_epoch = steps if data.stream else count_steps_per_epoch(train, epoch_rows)

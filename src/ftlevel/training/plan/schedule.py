@@ -96,7 +96,7 @@ def resolve_rates(
     rates = METHODS[spec.kind].rates(spec)
     default = rates.get_choice(spec.kind, info)
     if factor != 1:
-        message = f"{factor:g} times the supervised rate, {source}: {default.reason}"
+        message = f"{factor:.2g} times the supervised rate, {source}: {default.reason}"
         default = replace(default, value=float(f"{default.value * factor:.0e}"), reason=message)
     base = base or default
     head = head or (base if rates.is_heads else get_head_rate(info))
