@@ -201,9 +201,7 @@ class PredictConfig(DecodingAsInTraining):
     )
     overwrite: bool = Field(False, description="Whether to replace an existing --output file.")
     task: UnnamedTask = None
-    batch_size: Positive | None = Field(
-        None, description="Batch size; default: chosen by row length."
-    )
+    batch_size: Positive | None = Field(None, description="Batch size; default: by row length.")
     base_model: MovedBase = None
     dtype: ComputePrecision = "auto"
     device: RunDevice = "auto"

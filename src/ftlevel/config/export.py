@@ -172,9 +172,7 @@ class QuantizeConfig(HubSection):
         "auto", description="Data type of non-quantized tensors; auto: that of the model."
     )
     out: NewDirectory = Field(description="Output directory; it must not exist.")
-    measure: bool = Field(
-        True, description="Whether to compare the result with the source on text."
-    )
+    measure: bool = Field(True, description="Whether to compare the result to the source on text.")
     eval_text: Path | None = Field(
         None, description="Text file for the comparison; default: Python library documentation."
     )

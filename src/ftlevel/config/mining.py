@@ -73,9 +73,7 @@ class MineConfig(Section):
     input_format: str | None = Field(None, min_length=1, description=INPUT_FORMAT)
     overwrite: bool = Field(False, description="Whether to replace an existing output file.")
     base_model: MovedBase = None
-    batch_size: Positive | None = Field(
-        None, description="Batch size; default: chosen by row length."
-    )
+    batch_size: Positive | None = Field(None, description="Batch size; default: by row length.")
     seed: int = Field(0, ge=0, description="Random seed of --sampling random.")
     dtype: ComputePrecision = "auto"
     device: RunDevice = "auto"

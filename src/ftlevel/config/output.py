@@ -114,9 +114,7 @@ class OutputConfig(Section):
         None, description="Run directory; default: a new one under runs/."
     )
     overwrite: bool = Field(False, description="Whether to replace an existing run directory.")
-    resume: bool = Field(
-        False, description="Whether to resume from the newest complete checkpoint."
-    )
+    resume: bool = Field(False, description="Whether to resume at the newest complete checkpoint.")
     allow_change: tuple[str, ...] = Field(
         (),
         description="Field that may change on --resume, named as in the error message. Changes "

@@ -83,9 +83,7 @@ class ModelConfig(Section):
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
     dtype: Dtype = Field("auto", description="Compute precision; auto: bfloat16 where supported.")
-    device: DeviceName = Field(
-        "auto", description="Device to run on; auto: CUDA, then MPS, then CPU."
-    )
+    device: DeviceName = Field("auto", description="Device; auto: CUDA, then MPS, then CPU.")
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto", description="Attention implementation; auto: chosen by transformers."
     )

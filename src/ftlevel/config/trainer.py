@@ -266,9 +266,7 @@ class TrainerConfig(Decoding):
         description="Scale of the NEFTune noise added to embeddings in training (Jain et al., "
         "2023). It turns off the fast step.",
     )
-    optim: Optimizer = Field(
-        "adamw_torch_fused", description="Optimizer, by its name in transformers."
-    )
+    optim: Optimizer = Field("adamw_torch_fused", description="Optimizer, by name in transformers.")
     optim_args: Scalars = Field(
         default_factory=dict,
         description="Optimizer arguments, e.g. momentum=0.9.",

@@ -2,7 +2,8 @@
 
 Without a current layout (e.g. in generation) it is SDPA with SDPA's masks. Sequences of up to 64
 tokens are padded and computed in batches, with the formulas of `blocked_attention`: in bfloat16,
-batches take half the time of blocks at 20 to 32 tokens and four fifths at 64.
+batches take half the time of blocks at 20 to 32 tokens and four fifths at 64. In a row that begins
+with longer sequences, as micro-batches do, only these are computed in blocks.
 """
 
 from __future__ import annotations
@@ -68,17 +69,21 @@ class Batch:
     mask: Tensor | None
 
 
-def are_short(segments: Sequence[Segment]) -> bool:
-    """Returns whether all segments are whole sequences of at most `MAX_SHORT` tokens."""
-    return all(not s.past and s.stop - s.start <= MAX_SHORT for s in segments)
+def count_long(segments: Sequence[Segment]) -> int:
+    """Returns how many segments precede those that are whole sequences of `MAX_SHORT` tokens."""
+    is_long = (bool(s.past) or s.stop - s.start > MAX_SHORT for s in segments)
+    return max((number for number, long in enumerate(is_long, 1) if long), default=0)
 
 
 @lru_cache(maxsize=8)
 def batch_sequences(
     segments: tuple[Segment, ...], causal: bool, window: int | None
 ) -> tuple[Batch, ...]:
-    """Returns padded batches of short sequences in row order; arguments as in `split_queries`."""
-    return tuple(_pad(group, causal, window) for group in _group(segments))
+    """Returns padded batches of short sequences in row order; arguments as in `split_queries`.
+
+    Their positions are counted from the start of the first sequence.
+    """
+    return tuple(_pad(group, segments[0].start, causal, window) for group in _group(segments))
 
 
 def _group(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
@@ -93,7 +98,7 @@ def _group(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
     yield group
 
 
-def _pad(group: Sequence[Segment], causal: bool, window: int | None) -> Batch:
+def _pad(group: Sequence[Segment], first: int, causal: bool, window: int | None) -> Batch:
     lengths = torch.tensor([s.stop - s.start for s in group])
     num_sequences, longest = len(group), int(lengths.max())
     is_token = torch.arange(longest) < lengths[:, None]
@@ -107,7 +112,8 @@ def _pad(group: Sequence[Segment], causal: bool, window: int | None) -> Batch:
         # A padded query must see some key, or its softmax is NaN.
         hidden &= is_token[:, None, :, None]
         mask = torch.zeros(hidden.shape).masked_fill_(hidden, -math.inf)
-    return Batch(group[0].start, group[-1].stop, num_sequences, longest, source, positions, mask)
+    start, stop = group[0].start - first, group[-1].stop - first
+    return Batch(start, stop, num_sequences, longest, source, positions, mask)
 
 
 class ShortAttention(torch.autograd.Function):
@@ -314,21 +320,29 @@ def _by_sequence(
         return _by_length(layout.segments, states, options)
     # SDPA would use the generator of the process.
     uses_worker_generator = options.dropout > 0 and worker_generator() is not None
-    scaling = (options.scale, options.dropout, options.cap)
-    if are_short(layout.segments):
-        batches = batch_sequences(layout.segments, options.causal, options.window)
-        with torch.autocast("cpu", enabled=False):
-            return ShortAttention.apply(  # type: ignore[no-untyped-call]
-                *states, batches, *scaling
-            )
     if is_short or has_prefixes or uses_worker_generator or options.cap:
-        blocks = split_queries(layout.segments, options.causal, options.window)
-        with torch.autocast("cpu", enabled=False):
-            return BlockedAttention.apply(  # type: ignore[no-untyped-call]
-                *states, blocks, *scaling
-            )
+        return _by_blocks(layout.segments, states, options)
     outputs = [_by_sdpa(segment, states, options) for segment in layout.segments]
     return torch.cat(outputs, dim=1).transpose(0, 1).contiguous()
+
+
+def _by_blocks(
+    segments: tuple[Segment, ...], states: list[Tensor], options: AttentionOptions
+) -> Tensor:
+    """Returns attention (tokens, heads, head_dim): short sequences at the end in batches."""
+    count, outputs = count_long(segments), list[Tensor]()
+    end = segments[count - 1].stop if count else 0
+    for run, tokens, function, split in (
+        (segments[:count], slice(end), BlockedAttention, split_queries),
+        (segments[count:], slice(end, None), ShortAttention, batch_sequences),
+    ):
+        if run:
+            plan = split(run, options.causal, options.window)
+            parts = [part[:, tokens] for part in states]
+            scaling = (options.scale, options.dropout, options.cap)
+            with torch.autocast("cpu", enabled=False):
+                outputs.append(function.apply(*parts, plan, *scaling))  # type: ignore[no-untyped-call]
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
 def _by_length(

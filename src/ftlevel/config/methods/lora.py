@@ -235,9 +235,7 @@ class OftSpec(MethodSpec):
     module_dropout: Share = Field(
         0.0, description="Dropout probability of a block; a dropped block is not rotated."
     )
-    block_share: bool = Field(
-        False, description="Whether all blocks of a layer share one rotation."
-    )
+    block_share: bool = Field(False, description="Whether all blocks of a layer share a rotation.")
     use_cayley_neumann: bool = Field(
         True,
         description="Whether to approximate the Cayley transform by a Neumann series. It "

@@ -12,10 +12,11 @@ from ftlevel.fast.packed_attention import (
     MAX_PADDING,
     MAX_SHORT,
     ShortAttention,
-    are_short,
+    attend,
     batch_sequences,
+    count_long,
 )
-from ftlevel.fast.packing import Segment
+from ftlevel.fast.packing import PackedLayout, Segment, using_layout
 
 HEADS, GROUPS, WIDTH = 4, 2, 8
 
@@ -80,7 +81,48 @@ def test_dropout_mask_is_same_in_backward() -> None:
     assert (dropped_output - ShortAttention.apply(*parts, batches, 0.3, 0.0)).abs().max() > 0.01
 
 
-def test_are_short() -> None:
-    assert are_short(create_segments(5, MAX_SHORT))
-    assert not are_short(create_segments(5, MAX_SHORT + 1))
-    assert not are_short((Segment(0, 5), Segment(5, 8, ((0, 5),))))
+def test_count_long() -> None:
+    assert count_long(create_segments(5, MAX_SHORT)) == 0
+    assert count_long(create_segments(MAX_SHORT + 1, 5, MAX_SHORT + 2, 5, 5)) == 3
+    assert count_long((Segment(0, 5), Segment(5, 8, ((0, 5),)), Segment(8, 9))) == 2
+
+
+PREFIXED = (
+    Segment(0, 9),
+    Segment(9, 12, ((0, 9),)),
+    Segment(12, 80),
+    Segment(80, 99),
+    Segment(99, 116),
+)
+
+
+@pytest.mark.parametrize("cap", [None, 0.7])
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 4)])
+@pytest.mark.parametrize(
+    "segments", [create_segments(MAX_SHORT + 6, 3, 20, 19, 5), create_segments(70), PREFIXED]
+)
+def test_rows_of_long_and_short_sequences_match_blocked_attention(
+    segments: tuple[Segment, ...], causal: bool, window: int | None, cap: float | None
+) -> None:
+    if segments is PREFIXED and not causal:
+        pytest.skip("prefixes need causal attention")
+    tokens = segments[-1].stop
+    parts, weights = create_states(tokens), torch.randn(tokens, HEADS, WIDTH, dtype=torch.float64)
+    blocks = split_queries(segments, causal, window)
+    expected = BlockedAttention.apply(*parts, blocks, 0.3, 0.0, cap)
+    with using_layout(
+        PackedLayout(1, tokens, torch.arange(tokens), torch.arange(tokens), segments)
+    ):
+        output = attend(
+            torch.nn.Module(),
+            *(part[None] for part in parts),
+            None,
+            scaling=0.3,
+            is_causal=causal,
+            sliding_window=window,
+            softcap=cap,
+        )[0][0]
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(output, parts, weights), torch.autograd.grad(expected, parts, weights)
+    )
