@@ -46,7 +46,9 @@ def _figures(ends: list[float]) -> list[float]:
 
 def _ftlevel(args: argparse.Namespace) -> list[float]:
     from ftlevel import TrainConfig, train
+    from ftlevel.cli.startup import prepare
 
+    prepare()  # as the command does
     ends: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig.model_validate({
