@@ -489,6 +489,9 @@ def test_long_texts_raise_or_are_truncated(
     with pytest.raises(FtlevelError, match="longer than 12 tokens"):
         train(config.with_sections(data=short))
     truncated = short.model_copy(update={"overlong": "truncate"})
+    without_texts = truncated.model_copy(update={"max_length": 2})  # of [CLS] and [SEP]
+    with pytest.raises(FtlevelError, match="training rows have the same tokens"):
+        train(config.with_sections(data=without_texts))
     summary = train(config.with_sections(data=truncated)).summary
     assert summary["data"]["shortened"] > 0
     run_dir, merged = tmp_path / "run", tmp_path / "merged"

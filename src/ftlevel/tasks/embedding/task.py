@@ -212,7 +212,14 @@ class EmbeddingTask(BaseTask):
                     "them; ftlevel evaluate RUN --qrels FILE searches with the trained model."
                 )
         encode, encoder = self._text_encoder(encoder), encoder.within(self.max_tokens)
-        return encoder.fit(encoder.collect(encode, examples), table)
+        fitted = encoder.fit(encoder.collect(encode, examples), table)
+        rows = fitted.rows if encoder.split == "train" and not encoder.partly else ()
+        if len(rows) > 1 and all(row.input_ids == rows[0].input_ids for row in rows):
+            raise InputError(
+                f"all {len(rows):,} training rows have the same tokens. Use rows with other texts, "
+                "or a higher --max-length."
+            )
+        return fitted
 
     def _text_encoder(self, encoder: Encoder) -> TextEncoder:
         prompts = self.format.query_prompt, self.format.document_prompt
