@@ -1,17 +1,17 @@
 # make test    everything that must pass before a change is merged, in a virtual environment of its own
 # make test-quick    one cell of each unit and command-line test, for the inner loop (3 minutes)
 # make sweeps  every cell of the tests of which make test runs a sample (an hour)
-# make mutants plant faults in the package and run the tests that must notice them (half an hour)
+# make mutants insert faults into the package and run the tests that must detect them (half an hour)
 # make test-kernels  the Triton kernels alone, in Triton's interpreter; a part of make test on Linux
 # make demo    install ftlevel from this checkout and fine-tune a small real model with it
 # make matrix  train every method on every family, task and base in tiny models (10 minutes)
-# make torture kill, interrupt, damage, fill: every row of docs/reliability.md at its full count (hours)
+# make torture kills, interrupts, damaged files, full disks: every row of docs/reliability.md in full (hours)
 # make distributed  launchers, methods and --shard by two processes against one (docs/distributed.md)
-# make gpu-sim simulate steps on a card that is not there, and print figures beside their bounds
-# make gpu-kit pack the folder to carry to a GPU without a network, and print what to run there
+# make gpu-sim simulate steps on an absent GPU, and print figures with their bounds
+# make gpu-kit pack a folder for a GPU machine without a network, and print the commands to run there
 # make servers install vLLM, mlx-lm and OpenVINO GenAI, each in an environment of its own (4 GB)
-# make served  hold them and llama.cpp to what was trained, and write the table of docs/serving.md
-# make docs    write the documentation as a site to site/; a link that leads nowhere fails it
+# make served  compare them and llama.cpp with the trained model, and write the table of docs/serving.md
+# make docs    build the documentation site in site/; broken links fail
 # make docs-commands  run the commands on the pages of docs/ and the notebook, and write their output there
 # make lint    the linters and type checks alone
 # make clean   remove environments and caches; models, data and runs stay
@@ -26,7 +26,7 @@
 
 PYTHON ?= python3
 PIP_FLAGS ?=
-# A file stays with one worker, which makes once what its tests share; short files come last.
+# Tests of a file run in one worker, which creates shared fixtures once; short files run last.
 PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 DEMO_FLAGS ?=
 MATRIX_FLAGS ?=
