@@ -882,6 +882,7 @@ def test_full_fine_tuning_is_evaluated_with_its_base(
         ("llama", "causal", [], "3.3 times the supervised rate"),
         ("llama", "causal", ["--method", "full"], "9 times the supervised rate"),
         ("llama", "causal", ["--max-steps", "3000"], "1.8 times the supervised rate"),
+        ("llama", "causal", ["--method", "prefix"], ""),
         ("bert", "mlm", [], ""),
     ],
 )

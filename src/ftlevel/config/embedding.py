@@ -13,7 +13,7 @@ from ftlevel.config.section import Section, list_unread
 from ftlevel.errors import join_names
 
 EMBEDDING_TASKS = ("embedding",)
-DECODER_RATE, DECODER_RATES = 3.3, {"full": 9.0}
+DECODER_RATE, DECODER_RATES = 3.3, {"full": 9.0, "prefix": 1.0, "prompt": 1.0, "p-tuning": 1.0}
 """Factors on a method's default learning rate for decoders; `DECODER_RATE` is for other methods.
 
 They are measured on small models in short runs (docs/embeddings.md). For large models in long runs,
