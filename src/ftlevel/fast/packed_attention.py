@@ -70,7 +70,7 @@ class Batch:
 
 
 def count_long(segments: Sequence[Segment]) -> int:
-    """Returns how many segments precede those that are whole sequences of `MAX_SHORT` tokens."""
+    """Returns the number of segments before the last ones that are whole and short sequences."""
     is_long = (bool(s.past) or s.stop - s.start > MAX_SHORT for s in segments)
     return max((number for number, long in enumerate(is_long, 1) if long), default=0)
 
