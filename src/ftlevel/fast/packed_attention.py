@@ -329,19 +329,19 @@ def _by_sequence(
 def _by_blocks(
     segments: tuple[Segment, ...], states: list[Tensor], options: AttentionOptions
 ) -> Tensor:
-    """Returns attention (tokens, heads, head_dim): short sequences at the end in batches."""
+    """Returns attention (tokens, heads, head_dim): short last sequences in batches, else blocks."""
     count, outputs = count_long(segments), list[Tensor]()
     end = segments[count - 1].stop if count else 0
-    for run, tokens, function, split in (
+    for sequences, tokens, function, split in (
         (segments[:count], slice(end), BlockedAttention, split_queries),
         (segments[count:], slice(end, None), ShortAttention, batch_sequences),
     ):
-        if run:
-            plan = split(run, options.causal, options.window)
-            parts = [part[:, tokens] for part in states]
+        if sequences:
+            plan = split(sequences, options.causal, options.window)
+            inputs = [part[:, tokens] for part in states]
             scaling = (options.scale, options.dropout, options.cap)
             with torch.autocast("cpu", enabled=False):
-                outputs.append(function.apply(*parts, plan, *scaling))  # type: ignore[no-untyped-call]
+                outputs.append(function.apply(*inputs, plan, *scaling))  # type: ignore[no-untyped-call]
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 

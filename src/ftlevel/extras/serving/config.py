@@ -46,7 +46,7 @@ class CheckServedConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _asks_one(self) -> CheckServedConfig:
+    def _validate_target(self) -> CheckServedConfig:
         if (self.url is None) == (self.inside is None):
             raise ValueError(
                 "--url or --in: give exactly one of them: the address of a running server, or "
