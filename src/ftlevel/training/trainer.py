@@ -272,6 +272,7 @@ class FtlevelTrainer(Trainer):
     ) -> Tensor:
         """Returns the loss of a batch and accumulates gradients; does not change `tokens_seen`."""
         self._is_padding = bool(inputs.pop("is_padding", False))
+        inputs = self.on_device(inputs)
         if isinstance(self.objective, StepObjective):
             return self._whole_step(model, inputs)
         if "micro_batches" not in inputs:
@@ -400,8 +401,8 @@ class FtlevelTrainer(Trainer):
         return list(rows)
 
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Returns a collated batch with its tensors moved to the training device."""
-        return dict(send_to_device(batch, self.args.device))
+        """Returns a collated batch with its tensors and layouts moved to the training device."""
+        return dict(send_to_device(batch, self.args.device, non_blocking=True))
 
     @property
     def loss_scale(self) -> float:
