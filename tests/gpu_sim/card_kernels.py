@@ -7,12 +7,12 @@ from typing import Any
 _libraries: list[Any] = []
 
 
-def register(torch: Any, capability: tuple[int, int]) -> None:
+def register(torch: Any, capability: Any) -> None:
     """Register the operations for the CUDA device.
 
     Args:
         torch: the module.
-        capability: compute capability of the device; flash attention needs 8.0.
+        capability: function that returns the compute capability; flash attention needs 8.0.
     """
     aten = torch.library.Library("aten", "IMPL")
     _libraries.append(aten)
@@ -79,7 +79,7 @@ def register(torch: Any, capability: tuple[int, int]) -> None:
 
     def check(*states: Any) -> None:
         query = states[0]
-        if capability < (8, 0):
+        if capability() < (8, 0):
             raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
         if any(part.dtype not in (torch.float16, torch.bfloat16) for part in states):
             raise RuntimeError("FlashAttention only support fp16 and bf16 data type")

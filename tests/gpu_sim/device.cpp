@@ -55,8 +55,7 @@ void raise_to(std::atomic<int64_t>& highest, int64_t value) {
 }
 
 int64_t capacity() {
-  static const auto bytes = static_cast<int64_t>(read_setting("SIMULATED_BYTES", 80'000'000'000));
-  return bytes;
+  return static_cast<int64_t>(read_setting("SIMULATED_BYTES", 80'000'000'000));
 }
 
 // Freed memory stays reserved, as in torch's caching allocator, until `sim_empty_cache`.

@@ -113,7 +113,7 @@ def _build() -> Path:
     return library
 
 
-class _TorchImporter(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+class _Importer(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Installs the device when torch is imported."""
 
     def __init__(self, library: Path) -> None:
@@ -121,6 +121,12 @@ class _TorchImporter(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self._loader: Any = None
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name == "bitsandbytes" and self._loader is None:
+            import torch  # noqa: F401 - imports bitsandbytes before the device is visible
+
+            imported = sys.modules.pop(name)  # else it would be imported again
+            loader = _Imported(imported)
+            return importlib.util.spec_from_loader(name, loader, is_package=True)
         if name != "torch" or self._loader is not None:
             return None
         sys.meta_path.remove(self)
@@ -137,9 +143,35 @@ class _TorchImporter(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         folder = Path(module.__file__).parent / "lib"
         for path in (folder / "libc10.so", folder / "libtorch_cpu.so"):
             ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-        library = ctypes.CDLL(str(self._library), mode=ctypes.RTLD_GLOBAL)
+        with _without_stderr():  # torch reports that collectives are replaced
+            library = ctypes.CDLL(str(self._library), mode=ctypes.RTLD_GLOBAL)
         self._loader.exec_module(module)
         Card(library).install()
+
+
+class _Imported(importlib.abc.Loader):
+    """Loader of a module that is imported already."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def create_module(self, spec: Any) -> Any:
+        spec.submodule_search_locations = self._module.__path__
+        return self._module
+
+    def exec_module(self, module: Any) -> None: ...
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Any:
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
 
 
 def install_on_import() -> None:
@@ -147,7 +179,7 @@ def install_on_import() -> None:
     library = Path(os.environ["SIMULATED_LIBRARY"])
     if "torch" in sys.modules:
         raise RuntimeError("torch was imported before the simulated device was installed")
-    sys.meta_path.insert(0, _TorchImporter(library))
+    sys.meta_path.insert(0, _Importer(library))
 
 
 class Card:
@@ -178,11 +210,21 @@ class Card:
         mixed.amp_definitely_not_available = lambda: False
         torch.version.cuda = "13.0"
         self._replace_functions(torch)
-        _register_kernels(torch, self.capability)
+        _register_kernels(torch, lambda: self.capability)
         _replace_nccl(torch)
         _replace_storage(torch)
         self._library.sim_on_wait(self._callback)
         atexit.register(self._write_report)
+
+    @property
+    def count(self) -> int:
+        """Number of devices."""
+        return int(os.environ.get("SIMULATED_CARDS", "1"))
+
+    @property
+    def name(self) -> str:
+        """Name of the device."""
+        return f"simulated card {self.capability[0]}.{self.capability[1]}"
 
     @property
     def capability(self) -> tuple[int, int]:
@@ -191,16 +233,19 @@ class Card:
         return int(major), int(minor)
 
     def _replace_functions(self, torch: Any) -> None:
-        library, count = self._library, int(os.environ.get("SIMULATED_CARDS", "1"))
-        name = f"simulated card {self.capability[0]}.{self.capability[1]}"
-        properties = SimpleNamespace(
-            name=name, major=self.capability[0], minor=self.capability[1],
-            total_memory=library.sim_capacity(), multi_processor_count=132, warp_size=32,
-            max_threads_per_multi_processor=2048, gcnArchName="", uuid="0", L2_cache_size=2**25,
-            shared_memory_per_block=2**15, shared_memory_per_block_optin=2**17,
-            regs_per_multiprocessor=65536, is_integrated=0, is_multi_gpu_board=0,
-        )  # fmt: skip
-        has_bfloat16 = self.capability >= (8, 0)
+        library = self._library
+
+        def properties(device: Any = None) -> Any:
+            return SimpleNamespace(
+                name=self.name, major=self.capability[0], minor=self.capability[1],
+                total_memory=library.sim_capacity(), multi_processor_count=132, warp_size=32,
+                max_threads_per_multi_processor=2048, gcnArchName="", uuid="0",
+                L2_cache_size=2**25, shared_memory_per_block=2**15, regs_per_multiprocessor=65536,
+                shared_memory_per_block_optin=2**17, is_integrated=0, is_multi_gpu_board=0,
+            )  # fmt: skip
+
+        def has_bfloat16(including_emulation: bool = True) -> bool:
+            return self.capability >= (8, 0) or including_emulation
 
         def index(device: Any = None) -> int:
             if device is None:
@@ -241,15 +286,15 @@ class Card:
         generator = torch.default_generator
         functions = {
             "is_available": lambda: True, "is_initialized": lambda: True, "_lazy_init": lambda: None,
-            "init": lambda: None, "device_count": lambda: count,
+            "init": lambda: None, "device_count": lambda: self.count,
             "current_device": lambda: int(library.sim_current()),
             "set_device": lambda device: library.sim_set_current(index(device)),
             "_exchange_device": exchange, "_maybe_exchange_device": exchange,
-            "get_device_properties": lambda device=None: properties,
+            "get_device_properties": properties,
             "get_device_capability": lambda device=None: self.capability,
-            "get_device_name": lambda device=None: name,
+            "get_device_name": lambda device=None: self.name,
             "get_arch_list": lambda: ["sm_75", "sm_80", "sm_90"],
-            "is_bf16_supported": lambda including_emulation=True: has_bfloat16 or including_emulation,
+            "is_bf16_supported": has_bfloat16,
             "mem_get_info": free_and_total,
             "memory_allocated": lambda device=None: library.sim_allocated(index(device)),
             "memory_reserved": lambda device=None: library.sim_reserved(index(device)),
@@ -264,7 +309,7 @@ class Card:
             "current_stream": lambda device=None: Stream(), "default_stream": lambda device=None: Stream(),
             "set_stream": lambda stream: None, "stream": use_stream,
             "get_rng_state": lambda device="cuda": generator.get_state(),
-            "get_rng_state_all": lambda: [generator.get_state() for _ in range(count)],
+            "get_rng_state_all": lambda: [generator.get_state() for _ in range(self.count)],
             "set_rng_state": lambda state, device="cuda": None,
             "set_rng_state_all": lambda states: None,
             # Draws come from the CPU's generator, which `torch.manual_seed` has set already.
@@ -277,11 +322,11 @@ class Card:
                 if modules is torch.cuda or hasattr(modules, key):
                     setattr(modules, key, value)
         torch.cuda.Stream, torch.cuda.Event = Stream, Event
-        torch.cuda.default_generators = (generator,) * count
+        torch.cuda.default_generators = (generator,) * 8
         for key, value in {
             "_cuda_getDevice": functions["current_device"], "_cuda_setDevice": library.sim_set_current,
             "_cuda_exchangeDevice": exchange, "_cuda_maybeExchangeDevice": exchange,
-            "_cuda_getDeviceCount": lambda: count, "_cuda_init": lambda: None,
+            "_cuda_getDeviceCount": lambda: self.count, "_cuda_init": lambda: None,
             "_cuda_isCurrentStreamCapturing": lambda: False, "_cuda_isInBadFork": lambda: False,
         }.items():  # fmt: skip
             setattr(torch._C, key, value)
@@ -293,7 +338,7 @@ class Card:
         if threading.get_ident() != self._main:
             main = list(_frames(sys._current_frames().get(self._main)))
         names = {frame.f_code.co_name for frame in main}
-        if names & {"_maybe_log_save_evaluate", "evaluate", "on_log", "_save_checkpoint"}:
+        if names & {"_maybe_log_save_evaluate", "evaluate", "on_log", "_save_checkpoint", "_check_deferred"}:
             return
         loop = next((f for f in main if f.f_code.co_name == "_run_epoch"), None)
         state = getattr(loop.f_locals.get("self"), "state", None) if loop is not None else None
@@ -308,7 +353,7 @@ class Card:
         self._library.sim_on_wait(None)
         if not directory or not self._library.sim_peak(0):
             return
-        cards = range(int(os.environ.get("SIMULATED_CARDS", "1")))
+        cards = range(self.count)
         report = {
             "argv": sys.argv, "waits": dict(self.waits), "all_waits": self.all_waits,
             "peak": max([self.peak, *(self._library.sim_peak(at) for at in cards)]),
@@ -390,7 +435,7 @@ def _describe(frames: list[Any]) -> str:
     return f"{'/'.join(Path(file).parts[-3:])}:{number}"
 
 
-def _register_kernels(torch: Any, capability: tuple[int, int]) -> None:
+def _register_kernels(torch: Any, capability: Any) -> None:
     """Register what only a GPU has: attention and products with a wider result."""
     from gpu_sim import card_kernels
 
