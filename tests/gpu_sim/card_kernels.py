@@ -45,6 +45,10 @@ def register(torch: Any, capability: Any) -> None:
     def _(self: Tensor, left: Tensor, right: Tensor, dtype: Any, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
         return on_card(beta * view(self).to(dtype) + alpha * product(left, right, dtype), left)
 
+    @implement("histc")
+    def _(self: Tensor, bins: int = 100, min: Any = 0, max: Any = 0) -> Tensor:
+        return on_card(torch.histc(view(self).float(), bins, min, max).to(self.dtype), self)
+
     # --- attention that does not store its weights
 
     cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

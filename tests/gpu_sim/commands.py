@@ -69,7 +69,8 @@ TASKS = {
     "chat": "--model {llama} --dataset {chat}",
     "summarization-t5": "--task summarization --model {t5} --dataset {summary}",
     "summarization-llama": "--task summarization --model {llama} --dataset {summary}",
-    "translation-bart": "--task translation --model {bart} --dataset {pair}",
+    "translation-bart": "--task translation --model {bart} --dataset {pair} --source-language en "
+                        "--target-language de",
     "class": "--task text-classification --model {bert} --dataset {class}",
     "class-llama": "--task text-classification --model {llama} --dataset {class}",
     "multi": "--task text-classification --model {bert} --dataset {multi}",
@@ -79,7 +80,7 @@ TASKS = {
     "mask": "--task masked-lm --model {bert} --dataset {mask}",
     "preference": "--task preference --model {llama} --dataset {preference}",
     "reward": "--task preference --loss reward --model {llama} --dataset {preference}",
-    "rl": "--task rl --model {llama} --dataset {rl} --reward exact_match --set rl.num_generations=4 "
+    "rl": "--task rl --model {llama} --dataset {rl} --reward exact --set rl.num_generations=4 "
           "--set rl.max_completion_length=8",
     "embedding": "--task embedding --model {bert} --dataset {pairs}",
     "embedding-llama": "--task embedding --model {llama} --dataset {pairs}",
@@ -110,12 +111,21 @@ def _task_cells() -> Iterator[Cell]:
         )
 
 
+_FLAGS = {
+    "loftq": f"{SHORT} --quant 4bit", "pissa": f"{STEP} --dtype float32",
+    "olora": f"{STEP} --dtype float32", "shira": f"{SHORT} --set method.r=8",
+    "c3a": f"{SHORT} --set method.block_size=16",
+}  # fmt: skip
+"""Flags of methods that need others than `SHORT`."""
+
+
 def _method_cells() -> Iterator[Cell]:
     for name, info in METHOD_INFO.items():
         if name in ("lora", "qlora", "full", "experts"):
             continue
-        quant = " --quant 4bit" if name == "loftq" else ""
-        yield Cell(f"method/{name}", (f"train {info.flags}{quant} {TASKS['text']} {SHORT}",))
+        task = TASKS["class" if name == "linear-probe" else "text"]
+        line = f"train {info.flags} {task} {_FLAGS.get(name, SHORT)}"
+        yield Cell(f"method/{name}", (line,))
     yield Cell("method/experts", (
         "train --method lora --set method.target_parameters=experts --model {mixtral} "
         f"--dataset {{sft}} {SHORT}",
@@ -138,18 +148,18 @@ def _objective_cells() -> Iterator[Cell]:
     for loss in ("grpo", "dr_grpo"):
         yield Cell(f"rl/{loss}", (f"{lora} {rl} --loss {loss} {SHORT}",))
     yield Cell("rl/function", (
-        f"{lora} {rl.replace('exact_match', '{rewards}:length')} {SHORT}",
+        f"{lora} {rl.replace('exact', '{rewards}:length')} {SHORT}",
     ))  # fmt: skip
     yield Cell("rl/iterations", (f"{lora} {rl} --num-iterations 2 {SHORT}",))
     yield Cell("rl/beta", (f"{lora} {rl} --beta 0.1 {SHORT}",))
-    for cache in ("on", "off"):
+    for cache in ("always", "never"):
         yield Cell(f"embedding/cache-{cache}", (
-            f"{lora} {TASKS['embedding']} --set speed.grad_cache={cache} {SHORT}",
+            f"{lora} {TASKS['embedding']} --set embedding.grad_cache={cache} {SHORT}",
         ))  # fmt: skip
     yield Cell("embedding/matryoshka", (
         f"{lora} {TASKS['embedding']} --set embedding.matryoshka_dims=[16,8] {SHORT}",
     ))  # fmt: skip
-    for loss in ("pairwise", "listwise"):
+    for loss in ("bce", "listnet", "ranknet", "lambda"):
         yield Cell(f"reranking/{loss}", (f"{lora} {TASKS['reranking']} --loss {loss} {SHORT}",))
     yield Cell("distillation/text", (f"{lora} {TASKS['text']} --teacher {{llama2}} {SHORT}",))
     yield Cell("class/weights", (f"{lora} {TASKS['class']} --set train.class_weights=balanced {SHORT}",))
@@ -290,7 +300,7 @@ def write_files(folder: Path) -> dict[str, str]:
             path.write_text("\n".join(rows) + "\n", encoding="utf-8")
             files[name + suffix] = str(path)
     rewards = folder / "rewards.py"
-    rewards.write_text("def length(completion, **_):\n    return min(len(completion), 20) / 20\n")
+    rewards.write_text("def length(completions, **_):\n    return [min(len(text), 20) / 20 for text in completions]\n")
     files["rewards"] = str(rewards)
     return files
 

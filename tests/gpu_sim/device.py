@@ -452,7 +452,11 @@ def _replace_storage(torch: Any) -> None:
         source = torch.empty(0, dtype=torch.uint8).set_(storage)
         return source.to(device, non_blocking=non_blocking).untyped_storage()
 
-    torch.UntypedStorage.to = to
+    def clone(storage: Any) -> Any:
+        whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        return whole.clone().untyped_storage()
+
+    torch.UntypedStorage.to, torch.UntypedStorage.clone = to, clone
     torch.UntypedStorage.cuda = lambda storage, *_, **__: to(storage, device="cuda")
 
 
