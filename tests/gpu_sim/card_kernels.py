@@ -45,6 +45,11 @@ def register(torch: Any, capability: Any) -> None:
     def _(self: Tensor, left: Tensor, right: Tensor, dtype: Any, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
         return on_card(beta * view(self).to(dtype) + alpha * product(left, right, dtype), left)
 
+    @implement("_grouped_mm")
+    def _(self: Tensor, mat2: Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Tensor:
+        ends, bias = (None if part is None else view(part) for part in (offs, bias))
+        return on_card(torch._grouped_mm(view(self), view(mat2), ends, bias, out_dtype), self)
+
     @implement("histc")
     def _(self: Tensor, bins: int = 100, min: Any = 0, max: Any = 0) -> Tensor:
         return on_card(torch.histc(view(self).float(), bins, min, max).to(self.dtype), self)

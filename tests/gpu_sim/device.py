@@ -38,6 +38,12 @@ from typing import Any
 HERE = Path(__file__).parent
 SOURCE = HERE / "device.cpp"
 FLAGS = ("-O1", "-shared", "-fPIC", "-std=c++20")
+_OUTSIDE = {
+    "_maybe_log_save_evaluate", "evaluate", "on_log", "_save_checkpoint", "_check_deferred",
+    "prepare_step",  # completions are sampled, and rewarded by the host
+    "_finish_step",  # of RL, whose next step begins with sampling
+}  # fmt: skip
+"""Functions between the training steps, in which the host may wait."""
 FIRST_STEP = 2
 """Number of finished steps after which waits count: the first two steps fill caches."""
 
@@ -338,7 +344,7 @@ class Card:
         if threading.get_ident() != self._main:
             main = list(_frames(sys._current_frames().get(self._main)))
         names = {frame.f_code.co_name for frame in main}
-        if names & {"_maybe_log_save_evaluate", "evaluate", "on_log", "_save_checkpoint", "_check_deferred"}:
+        if names & _OUTSIDE:
             return
         loop = next((f for f in main if f.f_code.co_name == "_run_epoch"), None)
         state = getattr(loop.f_locals.get("self"), "state", None) if loop is not None else None
