@@ -105,7 +105,8 @@ def build_cells() -> Iterator[Cell]:
 
 def _task_cells() -> Iterator[Cell]:
     for (task, flags), (method, chosen) in itertools.product(TASKS.items(), METHODS.items()):
-        tolerance = SAMPLED if task == "rl" else 2e-2
+        # Cosine similarities of an untrained decoder are near 1, where scores are times 20.
+        tolerance = {"rl": SAMPLED, "embedding-llama": 5e-2}.get(task, 2e-2)
         yield Cell(f"task/{task}-{method}", (f"train {chosen} {flags} {SHORT}",), tolerance=tolerance)
     for task in ("text", "class", "preference", "embedding", "tags"):
         yield Cell(
@@ -130,7 +131,8 @@ def _method_cells() -> Iterator[Cell]:
             continue
         task = TASKS["class" if name == "linear-probe" else "text"]
         line = f"train {info.flags} {task} {_FLAGS.get(name, SHORT)}"
-        yield Cell(f"method/{name}", (line,))
+        # PEFT prunes adalora's ranks after each step, and solves boft's systems with a check.
+        yield Cell(f"method/{name}", (line,), waits=name in ("adalora", "boft"))
     yield Cell("method/experts", (
         "train --method lora --set method.target_parameters=experts --model {mixtral} "
         f"--dataset {{sft}} {SHORT}",

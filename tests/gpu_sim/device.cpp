@@ -344,7 +344,7 @@ void compute_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     IValue& value = (*stack)[at];
     if (kMixes.count(name) && value.isOptionalTensorList()) {
       for (const IValue& part : value.toListRef()) {
-        if (part.isNone()) continue;
+        if (part.isNone() || !part.toTensor().defined()) continue;
         const auto type = part.toTensor().scalar_type();
         masks |= type == at::kBool || type == at::kByte;
         moves |= !part.toTensor().is_cuda();

@@ -9,8 +9,9 @@ on two devices raise torch's error, memory is limited, and each wait of the host
 line. It does not tell how fast a card is, nor whether a kernel exists or is right.
 
 Settings are environment variables: `SIMULATED_CARDS` (number of devices, 1), `SIMULATED_BYTES`
-(memory of each, 80e9), `SIMULATED_CAPABILITY` ("9.0"; below 8.0 there is no bfloat16) and
-`SIMULATED_REPORT` (a directory, in which every process writes what it counted as JSON).
+(memory of each, 80e9), `SIMULATED_CAPABILITY` ("9.0"; below 8.0 there is no bfloat16),
+`SIMULATED_REPORT` (a directory, in which every process writes what it counted as JSON) and
+`SIMULATED_TRACE` (print where the host waits in a step).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import sys
 import sysconfig
 import tempfile
 import threading
+import traceback
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -352,7 +354,10 @@ class Card:
             return
         self.steps = max(self.steps, state.global_step)
         if state.global_step >= FIRST_STEP:
-            self.waits[f"{what.decode()} {_describe(frames)}"] += 1
+            line = f"{what.decode()} {_describe(frames)}"
+            self.waits[line] += 1
+            if os.environ.get("SIMULATED_TRACE") and self.waits[line] == 1:
+                sys.stderr.write(f"{line}\n{''.join(traceback.format_stack(frames[0]))}")
 
     def _write_report(self) -> None:
         directory = os.environ.get("SIMULATED_REPORT")

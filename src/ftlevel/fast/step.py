@@ -49,7 +49,7 @@ class FastStep:
             if not set_packed_attention(self._base, hub or None):
                 raise TypeError(f"{type(self._base).__name__} did not accept {attention.NAME}")
             self._blocks = PackedBlocks(get_blocks(self._base))
-        elif plan.enabled and next(model.parameters()).is_cuda:
+        elif plan.enabled and next(self._base.parameters()).is_cuda:
             set_packed_attention(self._base)  # its masks of padded rows need no synchronization
         kernels = Kernels(plan.triton_kernels)
         self.cross_entropy = (
