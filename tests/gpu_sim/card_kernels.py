@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 _libraries: list[Any] = []
+MATH, FLASH, EFFICIENT = 0, 1, 2  # torch's SDPBackend
 
 
 def register(torch: Any, capability: Any) -> None:
@@ -77,9 +78,39 @@ def register(torch: Any, capability: Any) -> None:
     @implement("_fused_sdp_choice")
     def _(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0,
           is_causal: bool = False, *, scale: Any = None, enable_gqa: bool = False) -> int:  # fmt: skip
-        fits = query.shape[-1] == value.shape[-1] and query.shape[1] == key.shape[1]
-        bias = attn_mask is not None and attn_mask.requires_grad
-        return 2 if query.dim() == 4 and fits and not (dropout_p or bias) else 0
+        if query.dim() != 4 or query.shape[-1] != value.shape[-1] or dropout_p:
+            return MATH  # with dropout, the fused kernels draw other masks than the CPU
+        is_half = query.dtype in (torch.float16, torch.bfloat16)
+        if attn_mask is None and is_half and capability() >= (8, 0):
+            return FLASH
+        has_groups = query.shape[1] != key.shape[1]
+        return MATH if has_groups or getattr(attn_mask, "requires_grad", False) else EFFICIENT
+
+    def repeat(states: Any, heads: int) -> Any:
+        return view(states).repeat_interleave(heads // states.shape[1], 1)
+
+    @implement("_scaled_dot_product_flash_attention")
+    def _(query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0,
+          is_causal: bool = False, return_debug_mask: bool = False, *, scale: Any = None) -> Any:  # fmt: skip
+        heads = query.shape[1]
+        output, sums = cpu_forward(view(query), repeat(key, heads), repeat(value, heads), 0.0, is_causal, scale=scale)
+        seed = on_card(torch.zeros((), dtype=torch.long), query)
+        output = on_card(output.transpose(1, 2), query).transpose(1, 2)
+        return (output, on_card(sums, query), None, None, query.shape[2], key.shape[2], seed,
+                seed.clone(), on_card(torch.zeros(0), query))  # fmt: skip
+
+    @implement("_scaled_dot_product_flash_attention_backward")
+    def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor,
+          logsumexp: Tensor, cum_seq_q: Any, cum_seq_k: Any, max_q: int, max_k: int,
+          dropout_p: float, is_causal: bool, philox_seed: Tensor, philox_offset: Tensor, *,
+          scale: Any = None) -> Any:  # fmt: skip
+        heads = query.shape[1]
+        of_query, *others = cpu_backward(
+            view(grad_out), view(query), repeat(key, heads), repeat(value, heads), view(out),
+            view(logsumexp), 0.0, is_causal, scale=scale,
+        )  # fmt: skip
+        sums = [part.unflatten(1, (key.shape[1], -1)).sum(2) for part in others]
+        return tuple(on_card(part, query) for part in (of_query, *sums))
 
     @implement("_scaled_dot_product_efficient_attention")
     def _(query: Tensor, key: Tensor, value: Tensor, attn_bias: Any, compute_log_sumexp: bool,

@@ -34,6 +34,10 @@ NO_DROPOUT = {
 DECODERS = ("gpt2", "gpt_neo", "gpt_neox", "opt", "mistral", "qwen2", "qwen3", "gemma3_text",
             "phi3", "mixtral", "qwen3_moe")  # fmt: skip
 ENCODERS = ("roberta", "electra", "albert", "distilbert", "deberta-v2", "modernbert")
+MEDIUM = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6,
+          "num_attention_heads": 8, "num_key_value_heads": 4}  # fmt: skip
+"""Overrides of the model whose memory is compared with the estimate of `plan`."""
+
 OWN_ATTENTION = ("gpt_neo", "deberta-v2")
 """Families whose attention in transformers creates tensors on the host."""
 
@@ -49,6 +53,7 @@ class Cell:
         tolerance: largest relative difference of a loss.
         otherwise: flags of the run on the CPU in place of flags of the run on the card.
         waits: whether the host may wait in a training step, with the reason in a comment.
+        is_planned: whether the last command is `plan --json`, whose estimate must be near the peak.
     """
 
     name: str
@@ -57,6 +62,7 @@ class Cell:
     tolerance: float = 2e-2
     otherwise: tuple[tuple[str, str], ...] = ()
     waits: bool = False
+    is_planned: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -104,6 +110,7 @@ def build_cells() -> Iterator[Cell]:
     yield from _family_cells()
     yield from _card_cells()
     yield from _command_cells()
+    yield from _memory_cells()
 
 
 def _task_cells() -> Iterator[Cell]:
@@ -293,6 +300,23 @@ def _command_cells() -> Iterator[Cell]:
     yield Cell("command/doctor", ("doctor",))
     yield Cell("readme/lora", ("train --method lora --output-dir run",))
     yield Cell("readme/qlora", ("train --method qlora --quant 4bit --output-dir run",))
+
+
+def _memory_cells() -> Iterator[Cell]:
+    """Yield runs of a model whose activations and weights are larger than constant overheads."""
+    for name, flags in {
+        "lora": "--method lora", "qlora": "--method qlora --quant 4bit", "full": "--method full",
+        "checkpointing": "--method lora --gradient-checkpointing", "dora": "--method lora --dora",
+        "adapter": "--method adapter", "prefix": "--method prefix",
+        "no-fast": "--method lora --no-fast", "float32": "--method lora --dtype float32 --no-tf32",
+    }.items():  # fmt: skip
+        dtype = "" if "--dtype" in flags else " --dtype bfloat16"
+        flags += f"{dtype} --per-device-train-batch-size 8 --set speed.verify=false"
+        flags += " --model {medium} --dataset builtin:docstrings --max-steps 3"
+        waits = name in ("no-fast",)
+        yield Cell(f"memory/{name}", (
+            f"train {flags} --logging-steps 1 --output-dir run", f"plan {flags} --json",
+        ), is_planned=True, waits=waits)  # fmt: skip
 
 
 SAMPLE = (
