@@ -13,7 +13,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -27,6 +27,7 @@ from ftlevel.errors import ConfigError, FtlevelError, RunError, join_names
 from ftlevel.world import World, get_world
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,16 @@ class Processes:
         values: list[Any] = [None] * self.count
         distributed.all_gather_object(values, value)
         return values
+
+    def divide(self, compute: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -> list[R]:
+        """Returns `compute(items)` in all processes; each computes every n-th of `items`.
+
+        `compute` returns one result per item. Call it in all processes; if it fails in one, all
+        raise.
+        """
+        rank, count = self.world.rank, self.count
+        parts = self.all_gather(self.in_all(lambda: compute(items[rank::count])))
+        return [parts[at % count][at // count] for at in range(len(items))]
 
     def check_same(self, values: Mapping[str, Any]) -> None:
         """Raise ConfigError in all processes, with every difference, if their `values` differ."""

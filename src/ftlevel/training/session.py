@@ -326,7 +326,7 @@ class TrainingSession:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether the model is sharded: all processes then evaluate, save and verify together."""
+        """Whether the model is sharded: all processes then save and verify together."""
         return self.run.config.train.shard != "none"
 
     def train(self) -> None:
@@ -362,9 +362,7 @@ class TrainingSession:
     def evaluate(self) -> None:
         """Evaluate the final model, unless it was already evaluated after the last step."""
         with matmul_context(self.run):
-            records: Sequence[Mapping[str, Any]] = self.callbacks.report.records
-            if self.is_sharded:
-                records = self.job.processes.from_first(lambda: records)
+            records = self.job.processes.from_first(lambda: self.callbacks.report.records)
             self.run = end_training(self.trainer, self.run, records)
             if not self.is_sharded:
                 step = self.selected.step if self.selected else self.trainer.state.global_step

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded, EncodedTexts
-from ftlevel.data.sources.lines import LazySequence
+from ftlevel.data.sources.lines import RowView
 from ftlevel.errors import InputError
 from ftlevel.evaluation import embeddings
 from ftlevel.evaluation.answers import InferenceModel
@@ -68,7 +68,7 @@ class GuidedTexts(EncodedTexts):
         return self.vectors
 
 
-class RowsWithOutputs(LazySequence[Encoded]):
+class RowsWithOutputs(RowView[Encoded]):
     """Rows and a model's output for each; reading a row combines the row with the output."""
 
     def __init__(
@@ -77,13 +77,10 @@ class RowsWithOutputs(LazySequence[Encoded]):
         outputs: Sequence[Any],
         combine: Callable[[Any, Any], Encoded],
     ) -> None:
-        self._rows, self._outputs, self._combine = rows, outputs, combine
-
-    def __len__(self) -> int:
-        return len(self._rows)
+        self.rows, self._outputs, self._combine = rows, outputs, combine
 
     def _item(self, at: int) -> Encoded:
-        return self._combine(self._rows[at], self._outputs[at])
+        return self._combine(self.rows[at], self._outputs[at])
 
 
 def embed_rows(rows: Sequence[Encoded], model: LoadedModel) -> RowsWithOutputs:
