@@ -209,7 +209,7 @@ class StepTexts:
     labels: tuple[tuple[float, ...], ...]
     teacher: tuple[tuple[float, ...], ...] = ()
     guide: Sequence[Any] | None = None
-    keys: tuple[tuple[int, ...], ...] = ()
+    keys: tuple[Any, ...] = ()
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -227,7 +227,7 @@ class StepTexts:
         A text that occurs several times has the index of its first occurrence.
         """
         guides = [vector for step in steps for vector in step.guide or ()]
-        first: dict[tuple[int, ...], int] = {}
+        first: dict[Any, int] = {}
         texts: list[tuple[int, ...]] = []
         count = 0
         for step in steps:

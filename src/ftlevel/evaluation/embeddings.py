@@ -67,14 +67,16 @@ def embed_texts(
         batches.append(order[start : start + max(1, MAX_BATCH_TOKENS // length)])
         start += len(batches[-1])
 
-    def embed(indices: Sequence[int]) -> torch.Tensor:
+    def embed(indices: Sequence[int]) -> np.ndarray:
         batch = {n: v.to(device) for n, v in collate([texts[at] for at in indices]).items()}
         del batch["labels"]
         unpooled = [getattr(texts[at], "unpooled", 0) for at in indices]
-        return objective.embed(model(**batch), batch["attention_mask"], unpooled).float().cpu()
+        vectors = objective.embed(model(**batch), batch["attention_mask"], unpooled)
+        result: np.ndarray = vectors.float().cpu().numpy()
+        return result
 
-    vectors = torch.cat([*divide(lambda own: [embed(indices) for indices in own], batches)])
-    return vectors[torch.tensor(order).argsort()]
+    vectors = np.concatenate(divide(lambda own: [embed(indices) for indices in own], batches))
+    return torch.from_numpy(vectors[np.argsort(order)])
 
 
 def score_embeddings(
