@@ -233,7 +233,13 @@ def register(kernel: FlashKernel | None = None) -> None:
 
 def create_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """Returns SDPA's mask; None for a packed row, whose segments replace a mask."""
-    return sdpa_mask(*args, **kwargs) if current_layout() is None else None
+    if current_layout() is not None:
+        return None
+    padding = kwargs.get("attention_mask")
+    if padding is not None and padding.is_cuda and torch.is_grad_enabled():
+        # transformers omits a mask that hides nothing, but the host would wait for its values.
+        kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return sdpa_mask(*args, **kwargs)
 
 
 def attend(

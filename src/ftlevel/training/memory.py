@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
@@ -24,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from packaging.version import Version
 from torch import Tensor, nn
 
 from ftlevel.config.section import Choice
@@ -373,22 +371,3 @@ def get_quant_flags(run: Run) -> list[str]:
     quant = config.quant.model_copy(update={"kind": "4bit"})
     can_quantize = not is_stored and config.quant.kind == "none"
     return ["--quant 4bit"] * (can_quantize and not config.method.validate_quant(quant))
-
-
-ALLOCATOR_CONF = "expandable_segments:True"
-OLD_NAME, NAME = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
-
-_MIN_VERSION = Version("2.11")
-"""torch 2.9.1 warns about the old name, but ignores this setting under the new one
-(https://github.com/pytorch/pytorch/issues/183387)."""
-
-
-def use_expandable_segments(device: str) -> None:
-    """Enable expandable CUDA segments, unless the user has configured the allocator.
-
-    Call before the first GPU tensor. Varying micro-batch lengths fragment segments of fixed size.
-    """
-    if device != "cuda" or any(name in os.environ for name in (OLD_NAME, NAME)):
-        return
-    is_new = Version(torch.__version__) >= _MIN_VERSION
-    os.environ[NAME if is_new else OLD_NAME] = ALLOCATOR_CONF
