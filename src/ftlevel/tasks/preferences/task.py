@@ -341,7 +341,6 @@ class RewardObjective(Objective):
         return inputs, batch.get("preference_labels", labels)
 
     def count(self, labels: Tensor) -> Tensor:
-        import torch
 
         return labels.new_full((), labels.shape[0] // 2)
 
