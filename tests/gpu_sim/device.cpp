@@ -456,6 +456,16 @@ at::Tensor card_view(const at::Tensor& tensor, int64_t card) {
   return views.to_card(tensor);
 }
 
+// Resizes the storage of `tensor`, as torch's Python module does in builds with CUDA.
+void resize_storage(const at::Tensor& tensor, int64_t bytes) {
+  OnCard on(tensor.device().index());
+  auto* impl = tensor.storage().unsafeGetStorageImpl();
+  auto data = card_allocator.allocate(bytes);
+  std::memcpy(data.get(), impl->data(), std::min<size_t>(bytes, impl->nbytes()));
+  impl->set_data_ptr(std::move(data));
+  impl->set_nbytes(bytes);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(_, CUDA, m) {
@@ -484,8 +494,12 @@ TORCH_LIBRARY_IMPL(c10d, CUDA, m) {
 TORCH_LIBRARY(gpu_sim, m) {
   m.def("host_view(Tensor(a) tensor) -> Tensor(a)");
   m.def("card_view(Tensor(a) tensor, int card) -> Tensor(a)");
+  m.def("resize_storage(Tensor(a!) tensor, int bytes) -> ()");
 }
-TORCH_LIBRARY_IMPL(gpu_sim, CUDA, m) { m.impl("host_view", TORCH_FN(host_view)); }
+TORCH_LIBRARY_IMPL(gpu_sim, CUDA, m) {
+  m.impl("host_view", TORCH_FN(host_view));
+  m.impl("resize_storage", TORCH_FN(resize_storage));
+}
 TORCH_LIBRARY_IMPL(gpu_sim, CPU, m) {
   m.impl("card_view", TORCH_FN(card_view));
   m.impl("host_view", [](const at::Tensor& tensor) { return tensor.alias(); });

@@ -204,7 +204,7 @@ class Card:
             getattr(library, name).restype = ctypes.c_int64
         self.waits: Counter[str] = Counter()
         self.all_waits = 0
-        self.steps = 0
+        self.first_step = sys.maxsize
         self.peak = 0
         self._main = threading.main_thread().ident
         self._callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(self._count_wait)
@@ -352,8 +352,8 @@ class Card:
         state = getattr(loop.f_locals.get("self"), "state", None) if loop is not None else None
         if state is None:
             return
-        self.steps = max(self.steps, state.global_step)
-        if state.global_step >= FIRST_STEP:
+        self.first_step = min(self.first_step, state.global_step)  # of a resumed run
+        if state.global_step >= self.first_step + FIRST_STEP:
             line = f"{what.decode()} {_describe(frames)}"
             self.waits[line] += 1
             if os.environ.get("SIMULATED_TRACE") and self.waits[line] == 1:
@@ -454,7 +454,7 @@ def _register_kernels(torch: Any, capability: Any) -> None:
 
 
 def _replace_storage(torch: Any) -> None:
-    """Let storages move to the device; a CPU build refuses to create them."""
+    """Let storages be created and resized on the device, which a CPU build refuses."""
     move = torch.UntypedStorage.to
 
     def to(storage: Any, *, device: Any, non_blocking: bool = False) -> Any:
@@ -467,6 +467,16 @@ def _replace_storage(torch: Any) -> None:
         whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         return whole.clone().untyped_storage()
 
+    resize_on_host = torch.UntypedStorage.resize_
+
+    def resize_(storage: Any, size: int) -> Any:
+        if storage.device.type != "cuda":
+            return resize_on_host(storage, size)
+        whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        torch.ops.gpu_sim.resize_storage(whole, size)
+        return storage
+
+    torch.UntypedStorage.resize_ = resize_
     torch.UntypedStorage.to, torch.UntypedStorage.clone = to, clone
     torch.UntypedStorage.cuda = lambda storage, *_, **__: to(storage, device="cuda")
 
