@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
@@ -38,7 +37,7 @@ from ftlevel.fast.prefixes import SharedPrefix
 from ftlevel.fast.step import FastStep
 from ftlevel.methods.rates import HeadRate, set_head_rate
 from ftlevel.models.hardware import autocast
-from ftlevel.models.upstream.libraries import shared_order
+from ftlevel.models.upstream.libraries import move_batches, shared_order
 from ftlevel.objectives import (
     LikelihoodObjective,
     Objective,
@@ -91,7 +90,7 @@ def create_dataloader(
     args: Any,
     collate: Callable[[list[Any]], dict[str, Any]],
     lengths: Sequence[int] | None = None,
-) -> DataLoader[Any]:
+) -> Any:
     """Returns this process's data loader; the loaders of all processes have equally many batches.
 
     Batches are moved to the device like those of Trainer's loader of a single process. With
@@ -112,14 +111,7 @@ def create_dataloader(
         collate_fn=collate_with_padding,
         pin_memory=args.dataloader_pin_memory,
     )
-    return prepare_data_loader(
-        loader,
-        args.device,
-        num_processes=1,  # the sampler has divided the rows
-        process_index=0,
-        put_on_device=True,
-        non_blocking=args.accelerator_config.non_blocking,
-    )
+    return move_batches(loader, args)
 
 
 @contextlib.contextmanager
