@@ -126,9 +126,9 @@ def _train(job: TrainingJob, stack: contextlib.ExitStack) -> TrainResult:
     model = load_training_model(prepared.run, job.listener)
     session = open_session(job, prepared, model, resumed, stack)
     session.train()
+    session.evaluate()
     summary: Mapping[str, Any] = {}
     if job.processes.is_first or session.is_sharded:
-        session.evaluate()
         session.save()
         proof = session.verify()
         if job.processes.is_first:

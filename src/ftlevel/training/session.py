@@ -244,6 +244,8 @@ def resolve_job(
         return run, memory
 
     run, memory = processes.in_all(resolve_locally)
+    if transports := processes.disable_unsupported_transports(run.model.device):
+        listener.choices("train", transports)
     if run.config.speed.tokens_per_micro_batch == "memory":
         sized = select_batch_size(run, processes, load_previous_batch_tokens(run.config.output))
         listener.choices("train", sized.choices[len(run.choices) :])
@@ -326,7 +328,7 @@ class TrainingSession:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether the model is sharded: all processes then evaluate, save and verify together."""
+        """Whether the model is sharded: all processes then save and verify together."""
         return self.run.config.train.shard != "none"
 
     def train(self) -> None:
@@ -362,9 +364,7 @@ class TrainingSession:
     def evaluate(self) -> None:
         """Evaluate the final model, unless it was already evaluated after the last step."""
         with matmul_context(self.run):
-            records: Sequence[Mapping[str, Any]] = self.callbacks.report.records
-            if self.is_sharded:
-                records = self.job.processes.from_first(lambda: records)
+            records = self.job.processes.from_first(lambda: self.callbacks.report.records)
             self.run = end_training(self.trainer, self.run, records)
             if not self.is_sharded:
                 step = self.selected.step if self.selected else self.trainer.state.global_step
@@ -439,8 +439,10 @@ class PreparedRun:
 def prepare_run(job: TrainingJob) -> PreparedRun:
     """Compute the outputs of reference, teacher and guide models, and free these models."""
     listener, initial_memory = job.listener, resident_bytes()
-    run, reference = precompute_reference(with_text_models(job.run, listener), listener)
-    return PreparedRun(run, reference, precompute_teacher(run, listener), initial_memory)
+    run = with_text_models(job.run, listener, job.processes)
+    run, reference = precompute_reference(run, listener, job.processes)
+    teacher = precompute_teacher(run, listener, job.processes)
+    return PreparedRun(run, reference, teacher, initial_memory)
 
 
 def open_session(
@@ -457,7 +459,7 @@ def open_session(
     run, reference, teacher = prepared.run, prepared.reference, prepared.teacher
     listener, processes = job.listener, job.processes
     if reference is None:
-        run, reference = compute_initial_reference(run, model, listener)
+        run, reference = compute_initial_reference(run, model, listener, processes)
     if teacher is not None:
         run = replace(run, data=replace(run.data, train=teacher.rows))
     auxiliary = AuxiliaryOutputs(reference, teacher, create_scorer(run, listener))

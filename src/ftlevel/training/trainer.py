@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer
 
 from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.store import token_counts
 from ftlevel.data.prepare.row_stream import StreamSharding
 from ftlevel.data.prepare.streaming import (
     DistinctTextSampler,
@@ -36,7 +37,7 @@ from ftlevel.fast.prefixes import SharedPrefix
 from ftlevel.fast.step import FastStep
 from ftlevel.methods.rates import HeadRate, set_head_rate
 from ftlevel.models.hardware import autocast
-from ftlevel.models.upstream.libraries import shared_order
+from ftlevel.models.upstream.libraries import move_batches, shared_order
 from ftlevel.objectives import (
     LikelihoodObjective,
     Objective,
@@ -80,23 +81,37 @@ def get_sampler(run: Run) -> Sampler[int] | None:
         if not train.num_processes and not isinstance(run.objective, PolicyObjective):
             return None
         return shared_order()(rows, generator=torch.Generator(), data_seed=seed)
-    return LengthGroupedSampler([len(row.input_ids) for row in rows], train.rows_per_step, seed)
+    return LengthGroupedSampler(token_counts(rows), train.rows_per_step, seed)
 
 
 def create_dataloader(
-    rows: Any, order: Any, args: Any, collate: Callable[[list[Any]], dict[str, Any]]
-) -> DataLoader[Any]:
+    rows: Any,
+    order: Any,
+    args: Any,
+    collate: Callable[[list[Any]], dict[str, Any]],
+    lengths: Sequence[int] | None = None,
+) -> Any:
     """Returns this process's data loader; the loaders of all processes have equally many batches.
 
-    Missing batches are replaced by batches of padding rows, with `is_padding` set.
+    Batches are moved to the device like those of Trainer's loader of a single process. With
+    `lengths`, the rows of a step are divided by tokens (see `StepShardSampler`). Missing batches
+    are replaced by batches of padding rows, with `is_padding` set.
     """
-    sampler = StepShardSampler(order, args.train_batch_size, args.world_size, args.process_index)
+    sampler = StepShardSampler(
+        order, args.train_batch_size, args.world_size, args.process_index, lengths
+    )
 
     def collate_with_padding(samples: list[Any]) -> dict[str, Any]:
         batch = collate(samples)
         return {**batch, "is_padding": True} if samples[0].row < 0 else batch
 
-    return DataLoader(RowsWithPadding(rows), batch_sampler=sampler, collate_fn=collate_with_padding)
+    loader = DataLoader(
+        RowsWithPadding(rows),
+        batch_sampler=sampler,
+        collate_fn=collate_with_padding,
+        pin_memory=args.dataloader_pin_memory,
+    )
+    return move_batches(loader, args)
 
 
 @contextlib.contextmanager
@@ -202,7 +217,14 @@ class FtlevelTrainer(Trainer):
         """Returns Trainer's data loader; with several processes, that of this process."""
         if self.args.world_size == 1:
             return super().get_train_dataloader()
-        return create_dataloader(self.train_dataset, self.order, self.args, self.data_collator)
+        rows: Any = self.train_dataset
+        # Batches without the fast step are padded, those of one process; lengths of streamed rows
+        # and of completions are not known.
+        is_divided_by_tokens = self.fast is not None and not (
+            isinstance(rows, StreamedRows) or isinstance(self.objective, PolicyObjective)
+        )
+        lengths = token_counts(getattr(rows, "rows", rows)) if is_divided_by_tokens else None
+        return create_dataloader(rows, self.order, self.args, self.data_collator, lengths)
 
     def _run_epoch(self, *arguments: Any, **settings: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
