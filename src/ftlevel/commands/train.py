@@ -15,7 +15,6 @@ from ftlevel.events import Listener, default_listener
 from ftlevel.models.loading import silence_loggers
 from ftlevel.training.finish import StartTime
 from ftlevel.training.memory import explain_out_of_memory
-from ftlevel.training.model import load_training_model
 from ftlevel.training.resume import resolve_resume
 from ftlevel.training.session import (
     CommandLine,
@@ -121,10 +120,7 @@ def _train(job: TrainingJob, stack: contextlib.ExitStack) -> TrainResult:
         end_finished(job, directory, resumed.finished)
         return TrainResult(resumed.finished, directory.path, None, tokenizer)
 
-    prepared = prepare_run(job)
-    job.listener.stage("loading the model")
-    model = load_training_model(prepared.run, job.listener)
-    session = open_session(job, prepared, model, resumed, stack)
+    session = open_session(job, prepare_run(job, resumed), resumed, stack)
     session.train()
     summary: Mapping[str, Any] = {}
     if job.processes.is_first or session.is_sharded:
