@@ -311,10 +311,10 @@ class LikelihoodObjective(TokenObjective):
     needs_baseline: bool = False
 
     @abstractmethod
-    def answers(self, log_probs: Tensor, labels: Tensor) -> Tensor:
-        """Returns `(answers, 2)`: log-likelihood and number of tokens of each answer.
+    def answers(self, log_probs: Tensor, owners: Tensor, count: int) -> Tensor:
+        """Returns `(count, 2)`: log-likelihood and number of tokens of each answer.
 
-        `log_probs` are float32 `(targets,)`, in the order of `locate`; `labels` `(answers, seq)`.
+        `log_probs` are float32 `(targets,)`; `owners` `(targets,)` is the answer of each.
         """
 
     @abstractmethod

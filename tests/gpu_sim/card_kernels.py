@@ -45,6 +45,30 @@ def register(torch: Any, capability: Any) -> None:
     def _(self: Tensor, left: Tensor, right: Tensor, dtype: Any, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
         return on_card(beta * view(self).to(dtype) + alpha * product(left, right, dtype), left)
 
+    # --- softmax of 16-bit logits with a float32 result
+
+    for name in ("_softmax", "_log_softmax"):
+
+        @implement(name)
+        def _(self: Tensor, dim: int, half_to_float: bool, compute: Any = getattr(torch, name)) -> Tensor:
+            logits = view(self)
+            return on_card(compute(logits.float() if half_to_float else logits, dim, False), self)
+
+        @implement(f"{name}_backward_data")
+        def _(grad_output: Tensor, output: Tensor, dim: int, input_dtype: Any,
+              compute: Any = getattr(torch, f"{name}_backward_data")) -> Tensor:  # fmt: skip
+            grad = compute(view(grad_output), view(output), dim, grad_output.dtype)
+            return on_card(grad.to(input_dtype), grad_output)
+
+    @implement("_grouped_mm")
+    def _(self: Tensor, mat2: Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Tensor:
+        ends, bias = (None if part is None else view(part) for part in (offs, bias))
+        return on_card(torch._grouped_mm(view(self), view(mat2), ends, bias, out_dtype), self)
+
+    @implement("histc")
+    def _(self: Tensor, bins: int = 100, min: Any = 0, max: Any = 0) -> Tensor:
+        return on_card(torch.histc(view(self).float(), bins, min, max).to(self.dtype), self)
+
     # --- attention that does not store its weights
 
     cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

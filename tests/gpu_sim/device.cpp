@@ -12,6 +12,7 @@
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <torch/csrc/distributed/c10d/reducer_timer.hpp>
 #include <torch/library.h>
 
 #include <atomic>
@@ -344,7 +345,7 @@ void compute_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     IValue& value = (*stack)[at];
     if (kMixes.count(name) && value.isOptionalTensorList()) {
       for (const IValue& part : value.toListRef()) {
-        if (part.isNone()) continue;
+        if (part.isNone() || !part.toTensor().defined()) continue;
         const auto type = part.toTensor().scalar_type();
         masks |= type == at::kBool || type == at::kByte;
         moves |= !part.toTensor().is_cuda();
@@ -358,6 +359,9 @@ void compute_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   TORCH_CHECK(!views.on_cpu.defined() || kMixes.count(name),
               "Expected all tensors to be on the same device, but found at least two devices, cuda:",
               int(views.card), " and cpu! (when checking argument of ", name, ")");
+  if (name == "c10d::_allgather_base_" || name == "c10d::_reduce_scatter_base_")
+    for (size_t at = start; at < start + 2; ++at)  // NCCL compares sizes, gloo compares shapes
+      (*stack)[at] = (*stack)[at].toTensor().view({-1});
   if (masks || kWaits.count(name)) report_wait(name + (masks ? " with a mask" : ""));
   if (moves) report_wait(name + " with an index in host memory");
   {
@@ -452,6 +456,16 @@ at::Tensor card_view(const at::Tensor& tensor, int64_t card) {
   return views.to_card(tensor);
 }
 
+// Resizes the storage of `tensor`, as torch's Python module does in builds with CUDA.
+void resize_storage(const at::Tensor& tensor, int64_t bytes) {
+  OnCard on(tensor.device().index());
+  auto* impl = tensor.storage().unsafeGetStorageImpl();
+  auto data = card_allocator.allocate(bytes);
+  std::memcpy(data.get(), impl->data(), std::min<size_t>(bytes, impl->nbytes()));
+  impl->set_data_ptr(std::move(data));
+  impl->set_nbytes(bytes);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(_, CUDA, m) {
@@ -480,12 +494,33 @@ TORCH_LIBRARY_IMPL(c10d, CUDA, m) {
 TORCH_LIBRARY(gpu_sim, m) {
   m.def("host_view(Tensor(a) tensor) -> Tensor(a)");
   m.def("card_view(Tensor(a) tensor, int card) -> Tensor(a)");
+  m.def("resize_storage(Tensor(a!) tensor, int bytes) -> ()");
 }
-TORCH_LIBRARY_IMPL(gpu_sim, CUDA, m) { m.impl("host_view", TORCH_FN(host_view)); }
+TORCH_LIBRARY_IMPL(gpu_sim, CUDA, m) {
+  m.impl("host_view", TORCH_FN(host_view));
+  m.impl("resize_storage", TORCH_FN(resize_storage));
+}
 TORCH_LIBRARY_IMPL(gpu_sim, CPU, m) {
   m.impl("card_view", TORCH_FN(card_view));
   m.impl("host_view", [](const at::Tensor& tensor) { return tensor.alias(); });
 }
+
+// DistributedDataParallel measures its steps with the device's timer.
+namespace c10d {
+namespace {
+
+struct CardTimer final : public Timer {
+  explicit CardTimer(c10::Device) {}
+  std::optional<int64_t> measureDifference(Event start, Event end) override {
+    const auto from = getTimestamp(start), to = getTimestamp(end);
+    return from && to ? std::optional<int64_t>(*to - *from) : std::nullopt;
+  }
+};
+
+C10_REGISTER_TYPED_CLASS(TimerRegistry, kCard, CardTimer)
+
+}  // namespace
+}  // namespace c10d
 
 // The registry builds a class by this name.
 namespace at {

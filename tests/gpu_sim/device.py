@@ -9,8 +9,9 @@ on two devices raise torch's error, memory is limited, and each wait of the host
 line. It does not tell how fast a card is, nor whether a kernel exists or is right.
 
 Settings are environment variables: `SIMULATED_CARDS` (number of devices, 1), `SIMULATED_BYTES`
-(memory of each, 80e9), `SIMULATED_CAPABILITY` ("9.0"; below 8.0 there is no bfloat16) and
-`SIMULATED_REPORT` (a directory, in which every process writes what it counted as JSON).
+(memory of each, 80e9), `SIMULATED_CAPABILITY` ("9.0"; below 8.0 there is no bfloat16),
+`SIMULATED_REPORT` (a directory, in which every process writes what it counted as JSON) and
+`SIMULATED_TRACE` (print where the host waits in a step).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import sys
 import sysconfig
 import tempfile
 import threading
+import traceback
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +40,12 @@ from typing import Any
 HERE = Path(__file__).parent
 SOURCE = HERE / "device.cpp"
 FLAGS = ("-O1", "-shared", "-fPIC", "-std=c++20")
+_OUTSIDE = {
+    "_maybe_log_save_evaluate", "evaluate", "on_log", "_save_checkpoint", "_check_deferred",
+    "prepare_step",  # completions are sampled, and rewarded by the host
+    "_finish_step",  # of RL, whose next step begins with sampling
+}  # fmt: skip
+"""Functions between the training steps, in which the host may wait."""
 FIRST_STEP = 2
 """Number of finished steps after which waits count: the first two steps fill caches."""
 
@@ -196,7 +204,7 @@ class Card:
             getattr(library, name).restype = ctypes.c_int64
         self.waits: Counter[str] = Counter()
         self.all_waits = 0
-        self.steps = 0
+        self.first_step = sys.maxsize
         self.peak = 0
         self._main = threading.main_thread().ident
         self._callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(self._count_wait)
@@ -338,15 +346,18 @@ class Card:
         if threading.get_ident() != self._main:
             main = list(_frames(sys._current_frames().get(self._main)))
         names = {frame.f_code.co_name for frame in main}
-        if names & {"_maybe_log_save_evaluate", "evaluate", "on_log", "_save_checkpoint", "_check_deferred"}:
+        if names & _OUTSIDE:
             return
         loop = next((f for f in main if f.f_code.co_name == "_run_epoch"), None)
         state = getattr(loop.f_locals.get("self"), "state", None) if loop is not None else None
         if state is None:
             return
-        self.steps = max(self.steps, state.global_step)
-        if state.global_step >= FIRST_STEP:
-            self.waits[f"{what.decode()} {_describe(frames)}"] += 1
+        self.first_step = min(self.first_step, state.global_step)  # of a resumed run
+        if state.global_step >= self.first_step + FIRST_STEP:
+            line = f"{what.decode()} {_describe(frames)}"
+            self.waits[line] += 1
+            if os.environ.get("SIMULATED_TRACE") and self.waits[line] == 1:
+                sys.stderr.write(f"{line}\n{''.join(traceback.format_stack(frames[0]))}")
 
     def _write_report(self) -> None:
         directory = os.environ.get("SIMULATED_REPORT")
@@ -443,7 +454,7 @@ def _register_kernels(torch: Any, capability: Any) -> None:
 
 
 def _replace_storage(torch: Any) -> None:
-    """Let storages move to the device; a CPU build refuses to create them."""
+    """Let storages be created and resized on the device, which a CPU build refuses."""
     move = torch.UntypedStorage.to
 
     def to(storage: Any, *, device: Any, non_blocking: bool = False) -> Any:
@@ -452,7 +463,21 @@ def _replace_storage(torch: Any) -> None:
         source = torch.empty(0, dtype=torch.uint8).set_(storage)
         return source.to(device, non_blocking=non_blocking).untyped_storage()
 
-    torch.UntypedStorage.to = to
+    def clone(storage: Any) -> Any:
+        whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        return whole.clone().untyped_storage()
+
+    resize_on_host = torch.UntypedStorage.resize_
+
+    def resize_(storage: Any, size: int) -> Any:
+        if storage.device.type != "cuda":
+            return resize_on_host(storage, size)
+        whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        torch.ops.gpu_sim.resize_storage(whole, size)
+        return storage
+
+    torch.UntypedStorage.resize_ = resize_
+    torch.UntypedStorage.to, torch.UntypedStorage.clone = to, clone
     torch.UntypedStorage.cuda = lambda storage, *_, **__: to(storage, device="cuda")
 
 

@@ -49,6 +49,8 @@ class FastStep:
             if not set_packed_attention(self._base, hub or None):
                 raise TypeError(f"{type(self._base).__name__} did not accept {attention.NAME}")
             self._blocks = PackedBlocks(get_blocks(self._base))
+        elif plan.enabled and next(self._base.parameters()).is_cuda:
+            set_packed_attention(self._base)  # its masks of padded rows need no synchronization
         kernels = Kernels(plan.triton_kernels)
         self.cross_entropy = (
             ChunkedCrossEntropy(self._base, kernels) if plan.chunked_cross_entropy else None
@@ -128,7 +130,7 @@ class FastStep:
         if self._blocks is not None:
             self._blocks.remove()
             self._blocks = None
-            self._base.set_attn_implementation(self._attention_before)
+        self._base.set_attn_implementation(self._attention_before)
 
     def remove(self) -> None:
         """Remove all parts of the fast step, so that the model runs as before."""

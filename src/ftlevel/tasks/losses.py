@@ -54,20 +54,27 @@ class ClassObjective(Objective):
 
         if not loss.is_weighted:
             return super().training_sum(logits, labels, mask, loss)
-        scores, targets = self.choices(logits, labels, mask).float(), labels[labels != IGNORED]
+        scores, targets = logits.float().flatten(0, -2), labels.flatten()
         weights = _tensor_of(loss.class_weights, scores)
         if not loss.focal_gamma:
             return functional.cross_entropy(
-                scores, targets, weight=weights, label_smoothing=loss.smoothing, reduction="sum"
+                scores,
+                targets,
+                weight=weights,
+                ignore_index=IGNORED,
+                label_smoothing=loss.smoothing,
+                reduction="sum",
             )
-        nll = functional.cross_entropy(scores, targets, reduction="none")
-        focal = focal_factor(nll, loss.focal_gamma) * nll
-        return (focal if weights is None else focal * weights[targets]).sum()
+        nll = functional.cross_entropy(scores, targets, ignore_index=IGNORED, reduction="none")
+        focal = focal_factor(nll, loss.focal_gamma) * nll  # 0 where the label is ignored
+        return (focal if weights is None else focal * weights[targets.clamp(min=0)]).sum()
 
     def training_count(self, labels: Tensor, loss: TrainingLoss) -> Tensor:
         """Returns the sum of the class weights of the targets."""
         weights = _tensor_of(loss.class_weights, labels)
-        return self.count(labels) if weights is None else weights[labels[labels != IGNORED]].sum()
+        if weights is None:
+            return self.count(labels)
+        return (weights[labels.clamp(min=0)] * labels.ne(IGNORED)).sum()
 
     def balance(self, rows: Sequence[Encoded], classes: int) -> tuple[float, ...]:
         """Returns scikit-learn's balanced weights: targets / (classes seen · targets of class)."""
@@ -106,7 +113,9 @@ def compute_pos_weight(labels: Iterable[Sequence[float]]) -> tuple[float, ...]:
 def _tensor_of(weights: Sequence[float], like: Tensor) -> Tensor | None:
     import torch
 
-    return torch.tensor(weights, dtype=torch.float32, device=like.device) if weights else None
+    from ftlevel.models.hardware import send
+
+    return send(torch.tensor(weights, dtype=torch.float32), like.device) if weights else None
 
 
 def _targets_of(rows: Sequence[Encoded]) -> Iterator[int]:

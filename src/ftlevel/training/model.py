@@ -41,7 +41,7 @@ from ftlevel.fast.plan import uses_fused_layers
 from ftlevel.fast.step import FastStep
 from ftlevel.methods import METHODS
 from ftlevel.methods.base import InitializationInputs
-from ftlevel.models.hardware import DTYPES, exact_float32
+from ftlevel.models.hardware import DTYPES, exact_float32, use_expandable_segments
 from ftlevel.models.loading import check_finite, check_missing, load_model
 from ftlevel.models.module_tree import ModuleTree
 from ftlevel.models.quantization import build_quantization_config, get_quantization_config
@@ -54,7 +54,7 @@ from ftlevel.trained.adapt import (
     load_initial_weights,
     train_in_float32,
 )
-from ftlevel.training.memory import set_checkpointing, use_expandable_segments
+from ftlevel.training.memory import set_checkpointing
 from ftlevel.training.plan.run import PlannedModel, Run
 from ftlevel.training.processes import started_processes
 from ftlevel.training.trainer import FtlevelTrainer
@@ -371,8 +371,7 @@ def load_training_model(run: Run, listener: Listener) -> PreparedModel:
             (base_name(n), p) for n, p in model.named_parameters() if not p.requires_grad
         )
     fast = apply_fast_step(model, run, listener)
-    if choices := set_checkpointing(model, run):
-        listener.choices("train", choices)
+    set_checkpointing(model, run)
     return PreparedModel(model, copy_initial_state(model, run.config.method), fast, digests)
 
 

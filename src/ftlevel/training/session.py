@@ -49,7 +49,11 @@ from ftlevel.training.finish import (
     save_tokenizer_and_card,
 )
 from ftlevel.training.forecast.alternatives import select_batch_size
-from ftlevel.training.forecast.fits import MemoryEstimate, estimate_memory
+from ftlevel.training.forecast.fits import (
+    MemoryEstimate,
+    estimate_memory,
+    select_checkpointing,
+)
 from ftlevel.training.model import PreparedModel, get_speed_info, load_training_model
 from ftlevel.training.origin import FileDigests, get_file_digests
 from ftlevel.training.plan.adapter import get_adapter_warnings, resolve_adapter
@@ -250,8 +254,15 @@ def resolve_job(
         sized = select_batch_size(run, processes, load_previous_batch_tokens(run.config.output))
         listener.choices("train", sized.choices[len(run.choices) :])
         run = sized
+    run = _with_checkpointing(run, processes, listener)
     recipe = get_recipe_info(command.recipe) if command.recipe else None
     return TrainingJob(run, processes, memory, listener, inputs.callbacks, recipe, command.start)
+
+
+def _with_checkpointing(run: Run, processes: Processes, listener: Listener) -> Run:
+    recomputes, choices = processes.from_first(lambda: select_checkpointing(run, processes.count))
+    listener.choices("train", choices)
+    return replace(run, recomputes=recomputes, choices=[*run.choices, *choices])
 
 
 def _resolve(
@@ -458,7 +469,8 @@ def prepare_run(job: TrainingJob, resumed: ResumeState) -> PreparedRun:
     report = "" if when else " Please report this with the command."
     job.listener.warn(f"fast step disabled{when}: {failure}; training with the plain step.{report}")
     plan = replace(plan_plain(job.run.objective, job.run.fast.tokens), failure=failure)
-    return _prepare(job, replace(job.run, fast=plan), initial_memory)
+    run = _with_checkpointing(replace(job.run, fast=plan), job.processes, job.listener)
+    return _prepare(job, run, initial_memory)
 
 
 def _prepare(job: TrainingJob, run: Run, initial_memory: int) -> PreparedRun:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ftlevel.fast.packing import PackedLayout, using_layout
 from ftlevel.fast.recompute import using_generator
-from ftlevel.models.hardware import free_memory_bytes
+from ftlevel.models.hardware import free_memory_bytes, send
 from ftlevel.models.upstream.fake import storage_of
 from ftlevel.objectives import StepTexts
 from ftlevel.training.memory import without_graph
@@ -133,13 +133,13 @@ class WholeStep:
         vectors = torch.cat([part.detach().float() for part in local_vectors])
         inverse = torch.empty(len(order), dtype=torch.long)
         inverse[torch.tensor(order)] = torch.arange(len(order))
-        leaf = vectors[inverse.to(vectors.device)].requires_grad_()
+        leaf = vectors[send(inverse, vectors.device)].requires_grad_()
         everywhere, all_rows = self._gather(leaf, step)
         loss = trainer.objective.step_loss(everywhere, all_rows)
         (gradient,) = torch.autograd.grad(loss, [leaf])
         # Gradients are averaged over processes, and each has its own vectors' share only.
         gradient = gradient * trainer.processes.count
-        return loss.detach(), [gradient[torch.tensor(part, device=leaf.device)] for part in parts]
+        return loss.detach(), [gradient[send(torch.tensor(part), leaf.device)] for part in parts]
 
     def _gather(self, leaf: Tensor, step: StepTexts) -> tuple[Tensor, StepTexts]:
         processes = self._trainer.processes

@@ -103,6 +103,12 @@ def _(_: Any) -> None:
         assert (actual - expected).norm() < bound * expected.norm()
 
 
+@CANARIES.of("torch._C._accelerator_setAllocatorSettings")
+def _(_: Any) -> None:
+    upstream.set_allocator("expandable_segments:True")
+    assert torch._C._accelerator_getAllocatorSettings() == "expandable_segments:True"
+
+
 @CANARIES.of("torch._C._current_graph_task_id")
 def _(_: Any) -> None:
     results = []

@@ -33,6 +33,7 @@ FACTS = {
         "torch._foreach_copy_": "of several tensors by one kernel on a GPU, "
             "cast where the sizes and strides of each pair are the same"},
     "torch/_C/__init__.pyi": {
+        "torch._C._accelerator_setAllocatorSettings": "settings of the GPU allocator, at any time",
         "torch._C._current_graph_task_id": "-1 outside of a backward pass",
         "Node._sequence_nr": "which of two nodes of the graph was made later",
         "Tensor._version": "whether a tensor was written to since",

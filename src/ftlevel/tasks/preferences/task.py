@@ -343,7 +343,7 @@ class RewardObjective(Objective):
     def count(self, labels: Tensor) -> Tensor:
         import torch
 
-        return torch.tensor(labels.shape[0] // 2, device=labels.device)
+        return labels.new_full((), labels.shape[0] // 2)
 
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         scores = logits.float().flatten()
