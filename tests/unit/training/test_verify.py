@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ftlevel.config import TrainConfig
+from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.errors import RunError
 from ftlevel.events import NullListener
@@ -21,6 +22,7 @@ from ftlevel.training import verify as proof
 from ftlevel.training.model import load_training_model
 from ftlevel.training.plan.resolve import resolve
 from ftlevel.training.plan.run import Run
+from ftlevel.training.processes import Processes
 from ftlevel.training.step_comparison import (
     Bounds,
     FastStepError,
@@ -36,6 +38,7 @@ from ftlevel.training.verify import (
     MAX_TOKENS,
     cast_to_float32,
     cast_to_float64,
+    check_fast_step,
     fits_in_float64,
     select_compared_rows,
     truncate_example,
@@ -200,7 +203,7 @@ def test_loss_of_zero_is_compared() -> None:
     """The first loss of reinforcement learning is 0; its terms cancel."""
     bounds = Bounds({}, 1e-7)
     assert bounds.check_loss(2e-8, 0.0) == pytest.approx(2e-5)
-    with pytest.raises(FastStepError, match="losses differ by 0.001 of 0 in float32"):
+    with pytest.raises(FastStepError, match=r"losses differ by 0\.001 of 0 in float32"):
         bounds.check_loss(1e-3, 0.0)
 
 
@@ -383,3 +386,81 @@ def test_cast_to_float64_restores_dtype_and_memory() -> None:
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     model[1].weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
     assert not fits_in_float64(model, "cpu"), "nothing dequantizes it to float64"
+
+
+class Choices(NullListener):
+    """Collects the lines that a run prints."""
+
+    def __init__(self) -> None:
+        self.lines: list[Choice] = []
+
+    def choices(self, _: str, choices: Any) -> None:
+        self.lines += choices
+
+
+def raise_out_of_memory(*_: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+
+@pytest.mark.parametrize("small_run", ["bfloat16"], indirect=True)
+@pytest.mark.parametrize(
+    ("owner", "name", "value", "reason"),
+    [
+        (proof, "free_memory_bytes", lambda _: 1 << 20, "too little memory for it in float32"),
+        (Steps, "reference", raise_out_of_memory, "too little memory for it in float32"),
+        (proof, "is_sharded", lambda _: True, "the sharded weights are in bfloat16"),
+        (proof, "has_forced_tf32", lambda _: True,
+         "NVIDIA_TF32_OVERRIDE rounds float32 products to TF32"),
+    ],
+)  # fmt: skip
+def test_comparison_is_skipped_with_a_note(
+    small_run: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    name: str,
+    value: Any,
+    reason: str,
+) -> None:
+    monkeypatch.setattr(owner, name, value)
+    listener = Choices()
+    assert verify_step(*small_run, listener) is None
+    assert listener.lines == [Choice("fast step", "not compared with the plain", reason)]
+
+
+@pytest.mark.parametrize("small_run", ["bfloat16"], indirect=True)
+def test_settings_of_the_run_do_not_change_the_comparison(
+    small_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products are exact although TF32 is on, and losses are not scaled as float16 needs."""
+    settings, scaler = [], torch.amp.GradScaler("cpu", init_scale=65_536.0)  # type: ignore[attr-defined]
+    original, trainers = Steps.fast, []
+
+    def fast(self: Steps, rows: Any) -> StepResult:
+        settings.append(torch.backends.cuda.matmul.fp32_precision)
+        self.trainer.accelerator.scaler = scaler
+        trainers.append(self.trainer)
+        return original(self, rows)
+
+    monkeypatch.setattr(Steps, "fast", fast)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        result = verify_step(*small_run, NullListener())
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert result is not None
+    assert result.gradient < 1e-4
+    assert settings == ["ieee"]
+    assert trainers[0].accelerator.scaler is scaler
+
+
+def test_error_in_another_process_is_raised(small_run: Any) -> None:
+    class Others(Processes):
+        def all_gather(self, value: Any) -> Any:
+            return [value, "gradients of w differ by 2"]
+
+    assert check_fast_step(*small_run, Processes(), NullListener()) is not None
+    with pytest.raises(FastStepError) as error:
+        check_fast_step(*small_run, Others(), NullListener())
+    assert error.value.problem == "gradients of w differ by 2"
