@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,31 +12,22 @@ from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import PredictConfig, TrainConfig, build_section
 from ftlevel.errors import ConfigError
 from ftlevel.events import Listener, default_listener
-from ftlevel.fast.plan import plan_plain
-from ftlevel.models.hardware import free_device_memory, resident_bytes
 from ftlevel.models.loading import silence_loggers
 from ftlevel.training.finish import StartTime
 from ftlevel.training.memory import explain_out_of_memory
 from ftlevel.training.model import load_training_model
-from ftlevel.training.plan.run import Run
-from ftlevel.training.reference import compute_initial_reference, precompute_reference
-from ftlevel.training.resume import ResumeState, resolve_resume
+from ftlevel.training.resume import resolve_resume
 from ftlevel.training.session import (
     CommandLine,
-    PreparedRun,
     TrainingJob,
     TrainInputs,
     bind_inputs,
     end_finished,
     open_session,
+    prepare_run,
     resolve_job,
-    with_checkpointing,
 )
-from ftlevel.training.step_comparison import FastStepError
 from ftlevel.training.summary import resolved_config
-from ftlevel.training.teacher import AuxiliaryOutputs, create_scorer, precompute_teacher
-from ftlevel.training.text_models import with_text_models
-from ftlevel.training.verify import check_fast_step
 
 if TYPE_CHECKING:  # importing it would print messages before loggers are silenced
     from transformers import TrainerCallback
@@ -130,7 +121,8 @@ def _train(job: TrainingJob, stack: contextlib.ExitStack) -> TrainResult:
         end_finished(job, directory, resumed.finished)
         return TrainResult(resumed.finished, directory.path, None, tokenizer)
 
-    session = open_session(job, _prepare_run(job, resumed), resumed, stack)
+    prepared = prepare_run(job, resumed, load_training_model)
+    session = open_session(job, prepared, resumed, stack)
     session.train()
     summary: Mapping[str, Any] = {}
     if job.processes.is_first or session.is_sharded:
@@ -140,48 +132,6 @@ def _train(job: TrainingJob, stack: contextlib.ExitStack) -> TrainResult:
         if job.processes.is_first:
             summary = session.report(proof)
     return TrainResult(summary, session.output_dir.path, session.model.model, tokenizer)
-
-
-def _prepare_run(job: TrainingJob, resumed: ResumeState) -> PreparedRun:
-    """Compute the outputs of auxiliary models, load the model, and verify its fast step.
-
-    If the fast step is not the plain one, or was not when the run to resume started, the run is
-    prepared again for the plain step; with `--verify-fast`, FastStepError is raised instead.
-    """
-    initial_memory, failure, when = resident_bytes(), resumed.failure, " when the run started"
-    if not failure:
-        try:
-            return _load(job, job.run, initial_memory)
-        except FastStepError as error:
-            if job.run.config.speed.verify:
-                raise
-            failure, when = error.problem, ""
-        free_device_memory()
-    report = "" if when else " Please report this with the command."
-    job.listener.warn(f"fast step disabled{when}: {failure}; training with the plain step.{report}")
-    plan = replace(plan_plain(job.run.objective, job.run.fast.tokens), failure=failure)
-    run = with_checkpointing(replace(job.run, fast=plan), job.processes, job.listener)
-    return _load(job, run, initial_memory)
-
-
-def _load(job: TrainingJob, run: Run, initial_memory: int) -> PreparedRun:
-    listener = job.listener
-    run, reference = precompute_reference(with_text_models(run, listener), listener)
-    teacher = precompute_teacher(run, listener)
-    listener.stage("loading the model")
-    model = load_training_model(run, listener)
-    if reference is None:
-        run, reference = compute_initial_reference(run, model, listener)
-    if teacher is not None:
-        run = replace(run, data=replace(run.data, train=teacher.rows))
-    auxiliary = AuxiliaryOutputs(reference, teacher, create_scorer(run, listener))
-    try:
-        comparison = check_fast_step(run, model, job.processes, listener)
-    except FastStepError:
-        if model.fast is not None:
-            model.fast.remove()
-        raise
-    return PreparedRun(run, model, auxiliary, comparison, initial_memory)
 
 
 def _end_dry_run(job: TrainingJob) -> TrainResult:

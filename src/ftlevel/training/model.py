@@ -225,8 +225,7 @@ def apply_fast_step(model: Any, run: Run, listener: Listener) -> FastStep | None
 def get_speed_info(trainer: FtlevelTrainer, failure: str, comparison: Any) -> dict[str, Any]:
     """Returns the `speed` section of summary.json.
 
-    `failure` is why the fast step was disabled before training (empty if it was not), `comparison`
-    the `StepComparison`, or None if the fast step was not verified.
+    `failure`: as in `FastPlan`; `comparison`: a `StepComparison`, or None if there was none.
     """
     if failure:
         return {"fast": False, "reason": failure}

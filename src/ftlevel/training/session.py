@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +28,8 @@ from ftlevel.config.sections import wrap_rows
 from ftlevel.errors import ConfigError, Interrupted
 from ftlevel.evaluation.server import check_server
 from ftlevel.events import Listener
-from ftlevel.models.hardware import trim_heap
+from ftlevel.fast.plan import plan_plain
+from ftlevel.models.hardware import free_device_memory, resident_bytes, trim_heap
 from ftlevel.models.in_memory import place_model
 from ftlevel.training.best import SelectedModel
 from ftlevel.training.build_trainer import (
@@ -66,6 +67,7 @@ from ftlevel.training.processes import (
     started_processes,
 )
 from ftlevel.training.proof import Proof, verify_run
+from ftlevel.training.reference import compute_initial_reference, precompute_reference
 from ftlevel.training.resume import (
     PLAIN_STEP,
     ResumeState,
@@ -93,13 +95,17 @@ from ftlevel.training.sharding import (
     save_sharded,
     verify_sharded_run,
 )
-from ftlevel.training.step_comparison import StepComparison
+from ftlevel.training.step_comparison import FastStepError, StepComparison
 from ftlevel.training.summary import Outcome, resolved_config
 from ftlevel.training.teacher import (
     AuxiliaryOutputs,
+    create_scorer,
+    precompute_teacher,
     resolve_auxiliary_models,
 )
+from ftlevel.training.text_models import with_text_models
 from ftlevel.training.trainer import FtlevelTrainer
+from ftlevel.training.verify import check_fast_step
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -248,13 +254,12 @@ def resolve_job(
         sized = select_batch_size(run, processes, load_previous_batch_tokens(run.config.output))
         listener.choices("train", sized.choices[len(run.choices) :])
         run = sized
-    run = with_checkpointing(run, processes, listener)
+    run = _with_checkpointing(run, processes, listener)
     recipe = get_recipe_info(command.recipe) if command.recipe else None
     return TrainingJob(run, processes, memory, listener, inputs.callbacks, recipe, command.start)
 
 
-def with_checkpointing(run: Run, processes: Processes, listener: Listener) -> Run:
-    """Choose gradient checkpointing that is set to auto, the same in all processes, and show it."""
+def _with_checkpointing(run: Run, processes: Processes, listener: Listener) -> Run:
     recomputes, choices = processes.from_first(lambda: select_checkpointing(run, processes.count))
     listener.choices("train", choices)
     return replace(run, recomputes=recomputes, choices=[*run.choices, *choices])
@@ -444,6 +449,51 @@ class PreparedRun:
     auxiliary: AuxiliaryOutputs
     comparison: StepComparison | None
     initial_memory: int
+
+
+LoadModel = Callable[[Run, Listener], PreparedModel]
+
+
+def prepare_run(job: TrainingJob, resumed: ResumeState, load: LoadModel) -> PreparedRun:
+    """Compute the outputs of auxiliary models, `load` the model, and verify its fast step.
+
+    If the fast step is not the plain one, or was not when the run to resume started, all is done
+    again for the plain step; with `--verify-fast`, FastStepError is raised instead.
+    """
+    initial_memory, failure, when = resident_bytes(), resumed.failure, " when the run started"
+    if not failure:
+        try:
+            return _prepare(job, job.run, load, initial_memory)
+        except FastStepError as error:
+            if job.run.config.speed.verify:
+                raise
+            failure, when = error.problem, ""
+        free_device_memory()
+    report = "" if when else " Please report this with the command."
+    job.listener.warn(f"fast step disabled{when}: {failure}; training with the plain step.{report}")
+    plan = replace(plan_plain(job.run.objective, job.run.fast.tokens), failure=failure)
+    run = _with_checkpointing(replace(job.run, fast=plan), job.processes, job.listener)
+    return _prepare(job, run, load, initial_memory)
+
+
+def _prepare(job: TrainingJob, run: Run, load: LoadModel, initial_memory: int) -> PreparedRun:
+    listener = job.listener
+    run, reference = precompute_reference(with_text_models(run, listener), listener)
+    teacher = precompute_teacher(run, listener)
+    listener.stage("loading the model")
+    model = load(run, listener)
+    if reference is None:
+        run, reference = compute_initial_reference(run, model, listener)
+    if teacher is not None:
+        run = replace(run, data=replace(run.data, train=teacher.rows))
+    auxiliary = AuxiliaryOutputs(reference, teacher, create_scorer(run, listener))
+    try:
+        comparison = check_fast_step(run, model, job.processes, listener)
+    except FastStepError:
+        if model.fast is not None:
+            model.fast.remove()
+        raise
+    return PreparedRun(run, model, auxiliary, comparison, initial_memory)
 
 
 def open_session(

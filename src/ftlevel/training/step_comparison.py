@@ -240,10 +240,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Steps:
-    """Computes loss and gradients by the fast step (`fast`) and plain transformers and PEFT.
-
-    The model's weights are in float32 or float64. There is no autocast.
-    """
+    """Computes loss and gradients by the fast step (`fast`) and plain transformers and PEFT."""
 
     trainer: FtlevelTrainer
     pad_id: int

@@ -280,10 +280,7 @@ def _get_skip_reason(run: Run, model: Any) -> str:
 def check_fast_step(
     run: Run, model: PreparedModel, processes: Processes, listener: Listener
 ) -> StepComparison | None:
-    """Call `verify_step` in all processes; raises FastStepError in all if one has an error.
-
-    Memory is returned to the device.
-    """
+    """Call `verify_step` in all processes; raises FastStepError in all if one has an error."""
 
     def verify() -> tuple[StepComparison | None, str]:
         try:
