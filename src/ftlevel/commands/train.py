@@ -121,10 +121,8 @@ def _train(job: TrainingJob, stack: contextlib.ExitStack) -> TrainResult:
         end_finished(job, directory, resumed.finished)
         return TrainResult(resumed.finished, directory.path, None, tokenizer)
 
-    prepared = prepare_run(job)
-    job.listener.stage("loading the model")
-    model = load_training_model(prepared.run, job.listener)
-    session = open_session(job, prepared, model, resumed, stack)
+    prepared = prepare_run(job, resumed, load_training_model)
+    session = open_session(job, prepared, resumed, stack)
     session.train()
     session.evaluate()
     summary: Mapping[str, Any] = {}

@@ -66,6 +66,7 @@ def create_training_args(run: Run, checkpoint_dir: Path) -> Any:
     accumulation_steps = section.gradient_accumulation_steps
     if run.fast.enabled:  # a batch is a whole optimizer step, split by FtlevelTrainer
         batch_size, accumulation_steps = section.rows_per_device_step, 1
+    liger = get_liger_arguments(run.config.speed, run.model.device, run.model.family)
     args = TrainingArguments(
         output_dir=str(checkpoint_dir),
         num_train_epochs=section.num_train_epochs,
@@ -108,7 +109,7 @@ def create_training_args(run: Run, checkpoint_dir: Path) -> Any:
         # Overlap host-to-device copies with computation.
         dataloader_pin_memory=run.model.device == "cuda",
         accelerator_config={"non_blocking": run.model.device == "cuda"},
-        **get_liger_arguments(run.config.speed, run.model.device, run.model.family),
+        **({} if run.fast.failure else liger),
     )
     use_one_gpu(args)
     return args

@@ -404,13 +404,18 @@ class FtlevelTrainer(Trainer):
 
     @contextlib.contextmanager
     def standalone_steps(self, dtype: str) -> Iterator[None]:
-        """In the `with` block, compute steps in `dtype` outside training; restores token counts."""
+        """In the `with` block, compute steps in `dtype` outside training; restores token counts.
+
+        The loss is not scaled as float16 training does, and processes exchange nothing.
+        """
         seen, computed = self.tokens_seen.clone(), self.tokens_computed
+        scaler, self.accelerator.scaler = self.accelerator.scaler, None
         self._compute_dtype = dtype
         try:
             yield
         finally:
             self._compute_dtype, self._in_training = "", False
+            self.accelerator.scaler = scaler
             self.tokens_seen, self.tokens_computed = seen, computed
 
     @property
@@ -425,12 +430,6 @@ class FtlevelTrainer(Trainer):
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Returns a collated batch with its tensors and layouts moved to the training device."""
         return dict(send_to_device(batch, self.args.device, non_blocking=True))
-
-    @property
-    def loss_scale(self) -> float:
-        """Factor applied to the loss before backward by the float16 gradient scaler, else 1."""
-        scaler = self.accelerator.scaler
-        return float(scaler.get_scale()) if scaler is not None else 1.0
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Any]], device: torch.device
@@ -468,7 +467,7 @@ class FtlevelTrainer(Trainer):
         with self.compute_loss_context_manager():
             total = sum_log_ratios(head, self.model, self.objective, contrasts)
         total = total.to(device)
-        if self.args.world_size > 1:
+        if self.args.world_size > 1 and not self.is_standalone:
             total = self._sum_over_processes(total)
         self._baseline = (total[0] / total[1]).clamp(min=0)
         self._in_training = False
