@@ -39,11 +39,15 @@ def register(torch: Any, capability: Any) -> None:
         return on_card(product(left, right, dtype), left)
 
     @implement("addmm.dtype")
-    def _(self: Tensor, left: Tensor, right: Tensor, dtype: Any, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    def _(
+        self: Tensor, left: Tensor, right: Tensor, dtype: Any, *, beta: Any = 1, alpha: Any = 1
+    ) -> Tensor:
         return on_card(beta * view(self).to(dtype) + alpha * product(left, right, dtype), left)
 
     @implement("baddbmm.dtype")
-    def _(self: Tensor, left: Tensor, right: Tensor, dtype: Any, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    def _(
+        self: Tensor, left: Tensor, right: Tensor, dtype: Any, *, beta: Any = 1, alpha: Any = 1
+    ) -> Tensor:
         return on_card(beta * view(self).to(dtype) + alpha * product(left, right, dtype), left)
 
     # --- softmax of 16-bit logits with a float32 result
@@ -51,7 +55,9 @@ def register(torch: Any, capability: Any) -> None:
     for name in ("_softmax", "_log_softmax"):
 
         @implement(name)
-        def _(self: Tensor, dim: int, half_to_float: bool, compute: Any = getattr(torch, name)) -> Tensor:
+        def _(
+            self: Tensor, dim: int, half_to_float: bool, compute: Any = getattr(torch, name)
+        ) -> Tensor:
             logits = view(self)
             return on_card(compute(logits.float() if half_to_float else logits, dim, False), self)
 
@@ -62,7 +68,9 @@ def register(torch: Any, capability: Any) -> None:
             return on_card(grad.to(input_dtype), grad_output)
 
     @implement("_grouped_mm")
-    def _(self: Tensor, mat2: Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Tensor:
+    def _(
+        self: Tensor, mat2: Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None
+    ) -> Tensor:
         ends, bias = (None if part is None else view(part) for part in (offs, bias))
         return on_card(torch._grouped_mm(view(self), view(mat2), ends, bias, out_dtype), self)
 
@@ -93,7 +101,9 @@ def register(torch: Any, capability: Any) -> None:
     def _(query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0,
           is_causal: bool = False, return_debug_mask: bool = False, *, scale: Any = None) -> Any:  # fmt: skip
         heads = query.shape[1]
-        output, sums = cpu_forward(view(query), repeat(key, heads), repeat(value, heads), 0.0, is_causal, scale=scale)
+        output, sums = cpu_forward(
+            view(query), repeat(key, heads), repeat(value, heads), 0.0, is_causal, scale=scale
+        )
         seed = on_card(torch.zeros((), dtype=torch.long), query)
         output = on_card(output.transpose(1, 2), query).transpose(1, 2)
         return (output, on_card(sums, query), None, None, query.shape[2], key.shape[2], seed,
@@ -119,7 +129,12 @@ def register(torch: Any, capability: Any) -> None:
         output, sums = cpu_forward(view(query), view(key), view(value), dropout_p, is_causal,
                                    attn_mask=mask, scale=scale)  # fmt: skip
         seed = on_card(torch.zeros((), dtype=torch.long), query)
-        return on_card(output.transpose(1, 2), query).transpose(1, 2), on_card(sums, query), seed, seed.clone()
+        return (
+            on_card(output.transpose(1, 2), query).transpose(1, 2),
+            on_card(sums, query),
+            seed,
+            seed.clone(),
+        )
 
     @implement("_scaled_dot_product_efficient_attention_backward")
     def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_bias: Any, out: Tensor,
@@ -169,17 +184,28 @@ def register(torch: Any, capability: Any) -> None:
           seqused_k: Any = None, alibi_slopes: Any = None, block_table: Any = None,
           num_splits: Any = None) -> Any:  # fmt: skip
         check(query, key, value)
-        if seqused_k is not None or block_table is not None or alibi_slopes is not None or dropout_p:
-            raise NotImplementedError("the simulated flash attention has no pages, slopes or dropout")
+        if (
+            seqused_k is not None
+            or block_table is not None
+            or alibi_slopes is not None
+            or dropout_p
+        ):
+            raise NotImplementedError(
+                "the simulated flash attention has no pages, slopes or dropout"
+            )
         q, k, v = (view(part).float() for part in (query, key, value))
         output = torch.zeros_like(q)
         sums = torch.zeros(q.shape[1], len(q))
         groups = q.shape[1] // k.shape[1]
         for start, stop, first, last in sequences(cum_seq_q, cum_seq_k):
-            s = scores(q[start:stop], k[first:last], is_causal, scale, window_size_left, window_size_right)
+            s = scores(
+                q[start:stop], k[first:last], is_causal, scale, window_size_left, window_size_right
+            )
             sums[:, start:stop] = s.logsumexp(-1)
             weights = s.softmax(-1).nan_to_num(0.0)
-            output[start:stop] = torch.einsum("hqk,khd->qhd", weights, v[first:last].repeat_interleave(groups, 1))
+            output[start:stop] = torch.einsum(
+                "hqk,khd->qhd", weights, v[first:last].repeat_interleave(groups, 1)
+            )
         state = torch.zeros(2, dtype=torch.uint64)
         return (on_card(output.to(query.dtype), query), on_card(sums, query), on_card(state, query),
                 on_card(torch.zeros(()), query), on_card(torch.zeros(0), query))  # fmt: skip

@@ -117,7 +117,9 @@ def _task_cells() -> Iterator[Cell]:
     for (task, flags), (method, chosen) in itertools.product(TASKS.items(), METHODS.items()):
         # Cosine similarities of an untrained decoder are near 1, where scores are times 20.
         tolerance = {"rl": SAMPLED, "embedding-llama": 5e-2}.get(task, 2e-2)
-        yield Cell(f"task/{task}-{method}", (f"train {chosen} {flags} {SHORT}",), tolerance=tolerance)
+        yield Cell(
+            f"task/{task}-{method}", (f"train {chosen} {flags} {SHORT}",), tolerance=tolerance
+        )
     for task in ("text", "class", "preference", "embedding", "tags"):
         yield Cell(
             f"task/{task}-float32",
@@ -151,7 +153,9 @@ def _method_cells() -> Iterator[Cell]:
         "method/qlora-8bit", (f"train --method qlora --quant 8bit {TASKS['text']} {SHORT}",),
         waits=True,
     )  # fmt: skip
-    yield Cell("method/dora-4bit", (f"train --method lora --dora --quant 4bit {TASKS['text']} {SHORT}",))
+    yield Cell(
+        "method/dora-4bit", (f"train --method lora --dora --quant 4bit {TASKS['text']} {SHORT}",)
+    )
 
 
 def _objective_cells() -> Iterator[Cell]:
@@ -183,7 +187,9 @@ def _objective_cells() -> Iterator[Cell]:
     for loss in ("bce", "listnet", "ranknet", "lambda"):
         yield Cell(f"reranking/{loss}", (f"{lora} {TASKS['reranking']} --loss {loss} {SHORT}",))
     yield Cell("distillation/text", (f"{lora} {TASKS['text']} --teacher {{llama2}} {SHORT}",))
-    yield Cell("class/weights", (f"{lora} {TASKS['class']} --set train.class_weights=balanced {SHORT}",))
+    yield Cell(
+        "class/weights", (f"{lora} {TASKS['class']} --set train.class_weights=balanced {SHORT}",)
+    )
     yield Cell("class/focal", (f"{lora} {TASKS['class']} --set train.focal_gamma=2 {SHORT}",))
     yield Cell("text/smoothing", (f"{lora} {TASKS['text']} --label-smoothing-factor 0.1 {SHORT}",))
 
@@ -338,7 +344,9 @@ def write_files(folder: Path) -> dict[str, str]:
             path.write_text("\n".join(rows) + "\n", encoding="utf-8")
             files[name + suffix] = str(path)
     rewards = folder / "rewards.py"
-    rewards.write_text("def length(completions, **_):\n    return [min(len(text), 20) / 20 for text in completions]\n")
+    rewards.write_text(
+        "def length(completions, **_):\n    return [min(len(text), 20) / 20 for text in completions]\n"
+    )
     files["rewards"] = str(rewards)
     return files
 

@@ -447,7 +447,9 @@ def _frames(frame: Any) -> Any:
 
 def _describe(frames: list[Any]) -> str:
     """Return the innermost line of ftlevel, or of a library if there is none."""
-    lines = [(f.f_code.co_filename, f.f_lineno) for f in frames if __file__ not in f.f_code.co_filename]
+    lines = [
+        (f.f_code.co_filename, f.f_lineno) for f in frames if __file__ not in f.f_code.co_filename
+    ]
     own = [line for line in lines if "/ftlevel/" in line[0]]
     outer = [line for line in lines if "/torch/utils/" not in line[0]]
     file, number = (own or outer or lines or [("?", 0)])[0]
