@@ -75,10 +75,11 @@ class Result:
 
     @property
     def distance(self) -> float:
-        """Largest relative difference of a loss."""
+        """Largest relative difference of a loss; infinite if one is NaN."""
         pairs = [(self.card.losses[at], self.cpu.losses[at])
                  for at in self.card.losses.keys() & self.cpu.losses.keys()]  # fmt: skip
-        return max((abs(a - b) / max(abs(b), 0.05) for a, b in pairs), default=0.0)
+        distances = [abs(a - b) / max(abs(b), 0.05) for a, b in pairs]
+        return math.inf if any(map(math.isnan, distances)) else max(distances, default=0.0)
 
 
 class Worker:

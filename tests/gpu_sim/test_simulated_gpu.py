@@ -17,7 +17,7 @@ TESTS = Path(__file__).parents[1]
 PATHS = (TESTS.parent / "src", TESTS, TESTS.parent / "scripts")
 
 
-def run_simulation(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_simulation(*arguments: str, module: str = "gpu_sim") -> subprocess.CompletedProcess[str]:
     if reason := get_unavailable_reason():
         pytest.skip(reason)
     environment = {
@@ -25,7 +25,7 @@ def run_simulation(*arguments: str) -> subprocess.CompletedProcess[str]:
         "TMPDIR": os.environ["PYTEST_DEBUG_TEMPROOT"],  # where the library is cached
     }  # fmt: skip
     environment.pop("FTLEVEL_TESTS_FORKS", None)  # processes that fork have no simulated device
-    command = [sys.executable, "-m", "gpu_sim", *arguments]
+    command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -38,6 +38,13 @@ def test_commands_run_on_simulated_gpu_as_on_cpu(tmp_path: Path) -> None:
     cells = json.loads(path.read_text(encoding="utf-8"))
     assert {cell["cell"] for cell in cells} == set(SAMPLE)
     assert [cell for cell in cells if cell["problems"]] == []
+
+
+@pytest.mark.slow
+def test_device_computes_and_is_as_strict_as_a_card() -> None:
+    checks = (sys.executable, "-m", "gpu_sim.device_checks")
+    result = run_simulation(*checks, module="gpu_sim.device")
+    assert result.returncode == 0, result.stderr[-3000:]
 
 
 @pytest.mark.slow
