@@ -6,7 +6,7 @@
 # make matrix  train every method on every family, task and base in tiny models (10 minutes)
 # make torture kills, interrupts, damaged files, full disks: every row of docs/reliability.md in full (hours)
 # make distributed  launchers, methods and --shard by two processes against one (docs/distributed.md)
-# make gpu-sim run commands on a simulated GPU and on the CPU, and compare them (half an hour)
+# make gpu-sim run commands on a simulated GPU and on the CPU, and compare them (15 minutes)
 # make gpu-kit pack a folder for a GPU machine without a network, and print the commands to run there
 # make servers install vLLM, mlx-lm and OpenVINO GenAI, each in an environment of its own (4 GB)
 # make served  compare them and llama.cpp with the trained model, and write the table of docs/serving.md
