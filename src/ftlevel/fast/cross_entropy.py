@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ftlevel.fast.kernels import NO_KERNELS, Kernels
-from ftlevel.fast.packing import UnsupportedModelError
+from ftlevel.fast.packing import UnsupportedModelError, current_layout, keep_packed
 from ftlevel.models.hardware import free_memory_bytes
 
 CHUNK_SCORES = 8_000_000
@@ -177,7 +177,8 @@ class ChunkedCrossEntropy:
         """Run `forward`; returns `compute(states)` of the head's input states (targets, hidden)."""
         self._call.request, self._call.result = (at, compute), None
         try:
-            forward()
+            with keep_packed():
+                forward()
         finally:
             self._call.request = None
         if self._call.result is None:
@@ -190,7 +191,9 @@ class ChunkedCrossEntropy:
             return None
         at, compute = self._call.request
         self._call.request = None  # the head is called again below
-        states = args[0]
+        states, layout = args[0], current_layout()
+        if layout is not None and not layout.is_single_row:  # `keep_packed`
+            at = layout.restore.index_select(0, at)
         self._call.result = compute(states.flatten(0, -2).index_select(0, at))
         return (states[:1, :1],)
 

@@ -22,6 +22,7 @@ from ftlevel.data.encoding.store import row_lengths
 from ftlevel.fast import packed_attention as attention
 from ftlevel.fast.gpu_attention import FlashKernel
 from ftlevel.fast.likelihoods import TokenSelector, base_model
+from ftlevel.fast.packing import PackedModel, UnsupportedModelError
 from ftlevel.fast.parallel_workers import MAX_WORKERS
 from ftlevel.fast.prefixes import shared_fraction
 from ftlevel.methods import METHODS
@@ -357,6 +358,12 @@ def get_packing_message(model: Any, model_kind: str) -> str:
         return f"{family} has not one stack of blocks"
     if _is_recurrent(model):
         return f"{family} carries a state from token to token"
+    if getattr(model.config, "token_dropout", False):
+        return f"{family} scales embeddings by the masked tokens of a row"
+    try:
+        PackedModel(model).remove()
+    except UnsupportedModelError as error:
+        return f"{family}: {error}"
     before = attention_of(model)
     if not set_packed_attention(model):
         return f"{family} has an attention of its own"
