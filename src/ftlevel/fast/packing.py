@@ -63,6 +63,8 @@ class PackedLayout:
         before: tokens of a shared prefix that precede the row in attention only; segments count
             them, `source` and `restore` do not.
         is_for_answers: whether the row is for inference, so that attention may sum in any order.
+        padding: number of padding tokens at the end of the row (see `pad_to`); `source` and
+            `segments` count them.
     """
 
     batch: int
@@ -73,6 +75,7 @@ class PackedLayout:
     needed: Tensor | None = None
     before: int = 0
     is_for_answers: bool = False
+    padding: int = 0
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> PackedLayout:
@@ -104,6 +107,23 @@ class PackedLayout:
         needed = torch.unique(self.restore.index_select(0, at))
         return replace(self, needed=needed if len(needed) < self.tokens else None)
 
+    def pad_to(self, multiple: int) -> PackedLayout:
+        """Returns a copy with padding tokens at the end, to a multiple of `multiple` tokens.
+
+        They are copies of the batch's first token that see only each other, so that their states
+        are no larger than a token's. `restore` never points at them.
+        """
+        padding = -self.tokens % multiple
+        if not padding:
+            return self
+        start = self.before + self.tokens
+        return replace(
+            self,
+            source=torch.cat([self.source, self.source.new_zeros(padding)]),
+            segments=(*self.segments, Segment(start, start + padding)),
+            padding=padding,
+        )
+
     @property
     def tokens(self) -> int:
         """Number of tokens that the blocks compute."""
@@ -112,7 +132,7 @@ class PackedLayout:
     @property
     def is_single_row(self) -> bool:
         """Whether the batch is a single row without padding."""
-        return self.batch == 1 and self.tokens == self.seq
+        return self.batch == 1 and self.tokens == self.seq and not self.padding
 
     @cached_property
     def column(self) -> Tensor:

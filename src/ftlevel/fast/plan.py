@@ -174,6 +174,7 @@ class FastPlan:
         attention_kernel: name of a Hub kernel; empty for torch's.
         needed_tokens: selects tokens that the last block computes; None for all or until checked.
         shared_prefix: whether the rows' common prefix may be computed before the micro-batches.
+        token_multiple: packed rows are padded to a multiple of this number of tokens.
         memory: device memory in bytes from which `tokens` was computed; 0 if it was not.
     """
 
@@ -192,6 +193,7 @@ class FastPlan:
     shared_prefix: bool = False
     memory: int = 0
     attention_kernel: str = ""
+    token_multiple: int = 1
 
 
 def plan_fast(
@@ -267,17 +269,33 @@ def plan_fast(
         and not worker_plan.random
         and not config.train.may_recompute(device),
         attention_kernel=hub or "",
+        token_multiple=get_token_multiple(device),
     )
 
 
+def get_token_multiple(device: str) -> int:
+    """Returns the multiple of tokens to which packed rows are padded on `device`.
+
+    cuBLAS takes slow kernels for matrix products with a dimension that is no multiple of 8.
+    """
+    return 64 if device == "cuda" else 1
+
+
 def plan_forward(
-    model: Any, model_kind: str, method: str, objective: Objective, tokens: int
+    model: Any, model_kind: str, method: str, objective: Objective, device: str, tokens: int
 ) -> FastPlan:
     """Returns the plan for scoring rows with `model`, at most `tokens` tokens per micro-batch."""
     base = base_model(model)
     packs = not (has_virtual_tokens(model, method) or get_packing_message(base, model_kind))
     chunked = has_language_head(base, objective)
-    return FastPlan(True, packs, chunked, tokens, prunes_last_layer=packs)
+    return FastPlan(
+        True,
+        packs,
+        chunked,
+        tokens,
+        prunes_last_layer=packs,
+        token_multiple=get_token_multiple(device),
+    )
 
 
 def has_virtual_tokens(model: Any, method: str) -> bool:

@@ -85,12 +85,15 @@ def is_watched(module: nn.Module, ignored: str = "") -> bool:
 
     Hooks from modules whose names begin with `ignored` do not count.
     """
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooks = [hook for kind in kinds for hook in getattr(module, kind).values()]
+    attributes = vars(module)
+    hooks = [hook for kind in _HOOKS if (own := attributes[kind]) for hook in own.values()]
     names = [getattr(hook, "__module__", "") for hook in hooks]
-    return hasattr(module, "_hf_hook") or not all(
+    return "_hf_hook" in attributes or not all(
         ignored and name.startswith(ignored) for name in names
     )
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def cpu_has(instructions: Literal["amx_tile", "avx512_bf16"]) -> bool:
