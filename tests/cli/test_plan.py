@@ -42,7 +42,7 @@ def llama_8b_dir(tmp_path: Path) -> Path:
 
 def test_plan_from_config_only(llama_8b_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = ("--max-length", 1024, "--per-device-train-batch-size", 4)
-    rows = (*rows, "--no-gradient-checkpointing")
+    rows = (*rows, "--no-gradient-checkpointing", "--tokens-per-micro-batch", 4096)
     original_rope = modeling_llama.apply_rotary_pos_emb
     result = json.loads(
         plan(capsys, "--model", llama_8b_dir, "--gpu", "24GB", *rows, "--brief", "--json")
@@ -102,9 +102,11 @@ def test_auto_micro_batch_is_largest_that_fits(
 ) -> None:
     arguments = ("--model", llama_8b_dir, "--gpu", "24GB", "--max-length", 1024, "--batch-size", 8,
                  "--no-gradient-checkpointing", "--brief", "--json")  # fmt: skip
-    assert not json.loads(plan(capsys, *arguments))["fits_in_memory"]
+    whole = ("--tokens-per-micro-batch", 8 * 1024)
+    assert not json.loads(plan(capsys, *arguments, *whole))["fits_in_memory"]
     result = json.loads(plan(capsys, *arguments, "--auto-micro-batch"))
     assert result["fits_in_memory"]
+    assert json.loads(plan(capsys, *arguments))["peak_bytes"] == result["peak_bytes"], "default"
     (choice,) = (c for c in result["choices"] if c["name"] == "micro-batch")
     tokens = int(choice["value"].split()[0].replace(",", ""))
     assert 1024 <= tokens < 8 * 1024

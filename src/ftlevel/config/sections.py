@@ -351,10 +351,11 @@ class SpeedConfig(Section):
     )
     tokens_per_micro_batch: Positive | Literal["auto", "memory"] = Field(
         "auto",
-        description="Maximum number of tokens per micro-batch, which bounds the memory. auto: "
-        "per_device_train_batch_size rows of max_length (on a CPU at most 2,048 tokens, an eighth "
-        "more with shared prefixes, with --task rl a group of completions per worker if memory "
-        "allows); memory: as many as are estimated to fit into free memory (--auto-micro-batch). "
+        description="Maximum number of tokens per micro-batch, which bounds the memory. auto: on "
+        "a GPU as many as are estimated to fit, at most 16,384 or the longest row; on a CPU "
+        "per_device_train_batch_size rows of max_length, at most 2,048 tokens (an eighth more with "
+        "shared prefixes, with --task rl a group of completions per worker if memory allows); "
+        "memory: as many as are estimated to fit into free memory (--auto-micro-batch). "
         "Rows per optimizer step do not change.",
     )
     memory_gib: Annotated[float, Field(gt=0)] | None = Field(

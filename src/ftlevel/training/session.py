@@ -46,7 +46,7 @@ from ftlevel.training.finish import (
     save,
     save_tokenizer_and_card,
 )
-from ftlevel.training.forecast.alternatives import select_batch_size
+from ftlevel.training.forecast.alternatives import is_sized_by_memory, select_batch_size
 from ftlevel.training.forecast.fits import MemoryEstimate, estimate_memory
 from ftlevel.training.model import PreparedModel, get_speed_info
 from ftlevel.training.origin import FileDigests, get_file_digests
@@ -244,7 +244,7 @@ def resolve_job(
         return run, memory
 
     run, memory = processes.in_all(resolve_locally)
-    if run.config.speed.tokens_per_micro_batch == "memory":
+    if is_sized_by_memory(run):
         sized = select_batch_size(run, processes, load_previous_batch_tokens(run.config.output))
         listener.choices("train", sized.choices[len(run.choices) :])
         run = sized
