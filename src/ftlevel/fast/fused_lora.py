@@ -199,7 +199,7 @@ class FusedForward:
         bias, scaling = modules["base_layer"].bias, self.scaling[name]
         weight = functools.partial(self._weight, compute_dtype)
         dropout = modules["lora_dropout"]._modules[name]
-        has_dropout = dropout.training and not isinstance(dropout, nn.Identity)
+        has_dropout = self.training and not isinstance(dropout, nn.Identity)
         with torch.autocast(x.device.type, enabled=False):
             if not (has_dropout or torch.is_grad_enabled()):
                 return compute_without_gradient(x, a, b, bias, weight, scaling).to(output_dtype)
