@@ -24,7 +24,7 @@ from ftlevel.errors import ConfigError, FtlevelError
 from ftlevel.fast.plan import MIN_TOKENS
 from ftlevel.models.hardware import free_memory_bytes
 from ftlevel.models.sources import ModelSource
-from ftlevel.training.forecast.fits import ALLOCATOR, Device
+from ftlevel.training.forecast.fits import MEMORY_RATIO, ALLOCATOR, Device
 from ftlevel.training.forecast.memory import StepMemory
 from ftlevel.training.forecast.meta_model import (
     ACTIVATIONS,
@@ -79,10 +79,15 @@ def select_batch_size(run: Run, processes: Processes, previous_tokens: int | Non
 
 
 def get_available_memory(speed: SpeedConfig, device: str, processes: Processes) -> int:
-    """Returns the bytes that this process may still allocate for tensors."""
+    """Returns the bytes that this process may still allocate for tensors.
+
+    By default, a GPU keeps a share for what is not in the estimate (`MEMORY_RATIO`).
+    """
     limit = speed.memory_gib
     free = free_memory_bytes(device)
     if device != "cpu":
+        if speed.tokens_per_micro_batch == "auto":
+            free = int(MEMORY_RATIO * free)
         return free if limit is None else min(free, int(limit * 2**30))
     if limit is not None:
         free = min(free, int(limit * 2**30) - psutil.Process().memory_info().rss)
