@@ -14,9 +14,7 @@ from ftlevel.config import QuantConfig, SpeedConfig, TrainConfig, TrainerConfig
 from ftlevel.config.methods import LoraSpec
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.fast import fused_layers as norm_glu
-from ftlevel.fast import kernels
 from ftlevel.fast.fused_lora import register_fused_layers
-from ftlevel.fast.kernels import TORCH, TritonBackend
 from ftlevel.fast.plan import plan_fast, uses_fused_layers
 from ftlevel.fast.step import FastStep
 from ftlevel.methods import METHOD_INFO
@@ -109,7 +107,6 @@ class LargeCase:
         supervised: share of tokens that are targets.
         train: settings of `TrainerConfig`.
         speed: settings of `SpeedConfig`.
-        kernels: whether Triton kernels are used.
         four_bits: whether the linear layers of its blocks are nf4 with double quantization.
     """
 
@@ -119,7 +116,6 @@ class LargeCase:
     supervised: float = 0.5
     train: tuple[tuple[str, Any], ...] = ()
     speed: tuple[tuple[str, Any], ...] = ()
-    kernels: bool = False
     four_bits: bool = False
 
     @property
@@ -130,10 +126,6 @@ class LargeCase:
 
 def run_large_case(case: LargeCase) -> StepMetrics:
     """Return the metrics of the step."""
-    backend = TritonBackend() if case.kernels else TORCH
-    for name in ("select_norm", "select_glu", "select_rope", "select_cross_entropy"):
-        setattr(kernels, name, lambda *_: backend)
-    kernels.supports_triton = lambda *_: True
     model_config = transformers.LlamaConfig(**{**LLAMA_8B, "num_hidden_layers": case.layers})
     with torch.device("meta"):
         base = transformers.AutoModelForCausalLM.from_config(

@@ -76,30 +76,21 @@ def compute_figures(layers: int) -> list[Row]:
             round(_extrapolate(recomputed.peak, layers, states) / 1e9, 2), 8.0),
         Row("tokens per second (roofline)", round(_tokens_per_second(full, fewer, plain)), 13_000,
             True),
-        *_compute_kernel_figures(layers // 2),
+        _compare_qlora(layers // 2),
         *itertools.chain(*(_compute_checkpointing_figures(name, layers) for name in TWO_STACKS)),
     ]  # fmt: skip
 
 
-def _compute_kernel_figures(layers: int) -> list[Row]:
-    """Return the figures of a step with Triton kernels."""
-    case = LargeCase(layers=layers, kernels=True)
-    half = layers // 2
+def _compare_qlora(layers: int) -> Row:
+    """Return the time of a step with a base in 4 bits, relative to bfloat16."""
 
-    def measure(case: LargeCase) -> tuple[float, int]:
-        full, fewer = run_large_case(case), run_large_case(dataclasses.replace(case, layers=half))
-        return _tokens_per_second(full, fewer, case), full.launches - fewer.launches
+    def measure(case: LargeCase) -> float:
+        fewer = run_large_case(dataclasses.replace(case, layers=layers // 2))
+        return _tokens_per_second(run_large_case(case), fewer, case)
 
-    speed, launches = measure(case)
-    recomputed, _ = measure(dataclasses.replace(case, train=(("gradient_checkpointing", True),)))
-    quantized, _ = measure(dataclasses.replace(case, four_bits=True))
-    return [
-        Row("launches per layer, Triton kernels", round(launches / (layers - half), 1), 90),
-        Row("tokens per second (roofline), Triton kernels", round(speed), 18_000, True),
-        Row("tokens per second (roofline), Triton kernels, all blocks recomputed",
-            round(recomputed), 13_500, True),
-        Row("time of QLoRA relative to LoRA, Triton kernels", round(speed / quantized, 3), 1.08),
-    ]  # fmt: skip
+    case = LargeCase(layers=layers)
+    ratio = measure(case) / measure(dataclasses.replace(case, four_bits=True))
+    return Row("time of QLoRA relative to LoRA", round(ratio, 3), 1.08)
 
 
 FREE_BYTES = {"t5": 6 * 10**9, "bart": 4 * 10**9}

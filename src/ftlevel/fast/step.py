@@ -17,9 +17,7 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.fast import packed_attention as attention
 from ftlevel.fast.checks import PackingCheck, PruningCheck, get_cross_entropy_error
 from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
-from ftlevel.fast.fused_layers import FusedNormGlu, FusedRope
-from ftlevel.fast.gpu_attention import fetch_kernel
-from ftlevel.fast.kernels import Kernels
+from ftlevel.fast.fused_layers import FusedNormGlu
 from ftlevel.fast.likelihoods import TokenSelector, base_model
 from ftlevel.fast.packing import PackedBlocks
 from ftlevel.fast.parallel_workers import ParallelWorkers
@@ -45,16 +43,11 @@ class FastStep:
         self._blocks: PackedBlocks | None = None
         self._attention_before = attention_of(self._base)
         if plan.packs:
-            hub = plan.attention_kernel and fetch_kernel(plan.attention_kernel)
-            if not set_packed_attention(self._base, hub or None):
+            if not set_packed_attention(self._base):
                 raise TypeError(f"{type(self._base).__name__} did not accept {attention.NAME}")
             self._blocks = PackedBlocks(get_blocks(self._base))
-        kernels = Kernels(plan.triton_kernels)
-        self.cross_entropy = (
-            ChunkedCrossEntropy(self._base, kernels) if plan.chunked_cross_entropy else None
-        )
-        self.norm_glu = FusedNormGlu(model, kernels) if plan.fused_norm_glu else None
-        self._rope = FusedRope(model, kernels) if plan.triton_kernels else None
+        self.cross_entropy = ChunkedCrossEntropy(self._base) if plan.chunked_cross_entropy else None
+        self.norm_glu = FusedNormGlu(model) if plan.fused_norm_glu else None
         self.workers: ParallelWorkers | None = None
         self.pruned_linears = 0
         self._pruning: LastLayerPruning | None = None
@@ -132,7 +125,7 @@ class FastStep:
 
     def remove(self) -> None:
         """Remove all parts of the fast step, so that the model runs as before."""
-        for part in (self.cross_entropy, self.norm_glu, self._rope, self._pruning, self._dropout):
+        for part in (self.cross_entropy, self.norm_glu, self._pruning, self._dropout):
             if part is not None:
                 part.remove()
         self._close_workers()
