@@ -18,7 +18,6 @@ from ftlevel.fast import packed_attention as attention
 from ftlevel.fast.checks import PackingCheck, PruningCheck, get_cross_entropy_error
 from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
 from ftlevel.fast.fused_layers import FusedNormGlu
-from ftlevel.fast.gpu_attention import fetch_kernel
 from ftlevel.fast.likelihoods import TokenSelector, base_model
 from ftlevel.fast.packing import PackedModel
 from ftlevel.fast.parallel_workers import ParallelWorkers
@@ -44,8 +43,7 @@ class FastStep:
         self._packing: PackedModel | None = None
         self._attention_before = attention_of(self._base)
         if plan.packs:
-            hub = plan.attention_kernel and fetch_kernel(plan.attention_kernel)
-            if not set_packed_attention(self._base, hub or None):
+            if not set_packed_attention(self._base):
                 raise TypeError(f"{type(self._base).__name__} did not accept {attention.NAME}")
             self._packing = PackedModel(self._base)
         elif plan.enabled and next(self._base.parameters()).is_cuda:

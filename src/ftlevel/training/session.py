@@ -268,7 +268,7 @@ def _resolve(
 ) -> tuple[Run, MemoryEstimate]:
     config, output = inputs.config, inputs.config.output
     check_output(output.dir, overwrite=output.overwrite, resume=output.resume)
-    check_packages(config.model, config.speed, output)
+    check_packages(config.model, output)
     if output.push_to_hub is not None:
         hub_output = {"push_to_hub": get_repo_id(output.push_to_hub)}
         config = config.model_copy(update={"output": output.model_copy(update=hub_output)})

@@ -24,6 +24,9 @@ FACTS = {
         "aten._softmax_backward_data": "for known probabilities: one kernel, no graph",
         "aten.silu_backward, aten.gelu_backward": "the gradient of an activation from its input",
         "aten._unsafe_view": "a shape that autograd takes for a new tensor, to be written to"},
+    "torch/nn/attention/varlen.py": {
+        "aten._flash_attention_forward, aten._flash_attention_backward": "what varlen_attn calls; "
+            "its own gradient cannot be that of a part of the keys"},
     "torch/_inductor/fx_passes/mkldnn_fusion.py": {
         "mkldnn._reorder_linear_weight": "a weight in oneDNN's own layout",
         "mkldnn._linear_pointwise": "a linear layer with such a weight"},

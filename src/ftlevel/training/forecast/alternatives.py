@@ -24,7 +24,7 @@ from ftlevel.errors import ConfigError, FtlevelError
 from ftlevel.fast.plan import MIN_TOKENS
 from ftlevel.models.hardware import free_memory_bytes
 from ftlevel.models.sources import ModelSource
-from ftlevel.training.forecast.fits import MEMORY_RATIO, ALLOCATOR, Device
+from ftlevel.training.forecast.fits import ALLOCATOR, MEMORY_RATIO, Device
 from ftlevel.training.forecast.memory import StepMemory
 from ftlevel.training.forecast.meta_model import (
     ACTIVATIONS,
