@@ -350,8 +350,12 @@ class PagedSampler:
 
 
 def has_graphs() -> bool:
-    """Returns whether this torch can capture CUDA graphs; builds without CUDA cannot."""
-    return torch.version.cuda is not None or torch.version.hip is not None
+    """Returns whether this torch can capture CUDA graphs."""
+    try:
+        torch.cuda.CUDAGraph()
+    except RuntimeError:  # of a class that stands for what the build lacks
+        return False
+    return True
 
 
 @contextlib.contextmanager
