@@ -17,7 +17,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from gpu_sim import device
-from gpu_sim.commands import NO_DROPOUT, SAMPLE, Cell, build_cells, write_files
+from gpu_sim.commands import MEDIUM, NO_DROPOUT, SAMPLE, Cell, build_cells, write_files
 from gpu_sim.compare import Result, Worker, compare
 
 
@@ -92,6 +92,7 @@ def build_inputs(folder: Path) -> dict[str, str]:
     names = write_files(folder / "data")
     for family, overrides in NO_DROPOUT.items():
         names[family] = str(save_tiny(folder / family, family, **overrides))
+    names["medium"] = str(save_tiny(folder / "medium", "llama", **MEDIUM))
     names["llama2"] = str(save_tiny(folder / "llama2", "llama", seed=2))
     return names
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 _libraries: list[Any] = []
+MATH, FLASH, EFFICIENT = 0, 1, 2  # torch's SDPBackend
 
 
 def register(torch: Any, capability: Any) -> None:
@@ -38,11 +39,15 @@ def register(torch: Any, capability: Any) -> None:
         return on_card(product(left, right, dtype), left)
 
     @implement("addmm.dtype")
-    def _(self: Tensor, left: Tensor, right: Tensor, dtype: Any, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    def _(
+        self: Tensor, left: Tensor, right: Tensor, dtype: Any, *, beta: Any = 1, alpha: Any = 1
+    ) -> Tensor:
         return on_card(beta * view(self).to(dtype) + alpha * product(left, right, dtype), left)
 
     @implement("baddbmm.dtype")
-    def _(self: Tensor, left: Tensor, right: Tensor, dtype: Any, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    def _(
+        self: Tensor, left: Tensor, right: Tensor, dtype: Any, *, beta: Any = 1, alpha: Any = 1
+    ) -> Tensor:
         return on_card(beta * view(self).to(dtype) + alpha * product(left, right, dtype), left)
 
     # --- softmax of 16-bit logits with a float32 result
@@ -50,7 +55,9 @@ def register(torch: Any, capability: Any) -> None:
     for name in ("_softmax", "_log_softmax"):
 
         @implement(name)
-        def _(self: Tensor, dim: int, half_to_float: bool, compute: Any = getattr(torch, name)) -> Tensor:
+        def _(
+            self: Tensor, dim: int, half_to_float: bool, compute: Any = getattr(torch, name)
+        ) -> Tensor:
             logits = view(self)
             return on_card(compute(logits.float() if half_to_float else logits, dim, False), self)
 
@@ -61,7 +68,9 @@ def register(torch: Any, capability: Any) -> None:
             return on_card(grad.to(input_dtype), grad_output)
 
     @implement("_grouped_mm")
-    def _(self: Tensor, mat2: Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Tensor:
+    def _(
+        self: Tensor, mat2: Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None
+    ) -> Tensor:
         ends, bias = (None if part is None else view(part) for part in (offs, bias))
         return on_card(torch._grouped_mm(view(self), view(mat2), ends, bias, out_dtype), self)
 
@@ -77,9 +86,41 @@ def register(torch: Any, capability: Any) -> None:
     @implement("_fused_sdp_choice")
     def _(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0,
           is_causal: bool = False, *, scale: Any = None, enable_gqa: bool = False) -> int:  # fmt: skip
-        fits = query.shape[-1] == value.shape[-1] and query.shape[1] == key.shape[1]
-        bias = attn_mask is not None and attn_mask.requires_grad
-        return 2 if query.dim() == 4 and fits and not (dropout_p or bias) else 0
+        if query.dim() != 4 or query.shape[-1] != value.shape[-1] or dropout_p:
+            return MATH  # with dropout, the fused kernels draw other masks than the CPU
+        is_half = query.dtype in (torch.float16, torch.bfloat16)
+        if attn_mask is None and is_half and capability() >= (8, 0):
+            return FLASH
+        has_groups = query.shape[1] != key.shape[1]
+        return MATH if has_groups or getattr(attn_mask, "requires_grad", False) else EFFICIENT
+
+    def repeat(states: Any, heads: int) -> Any:
+        return view(states).repeat_interleave(heads // states.shape[1], 1)
+
+    @implement("_scaled_dot_product_flash_attention")
+    def _(query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0,
+          is_causal: bool = False, return_debug_mask: bool = False, *, scale: Any = None) -> Any:  # fmt: skip
+        heads = query.shape[1]
+        output, sums = cpu_forward(
+            view(query), repeat(key, heads), repeat(value, heads), 0.0, is_causal, scale=scale
+        )
+        seed = on_card(torch.zeros((), dtype=torch.long), query)
+        output = on_card(output.transpose(1, 2), query).transpose(1, 2)
+        return (output, on_card(sums, query), None, None, query.shape[2], key.shape[2], seed,
+                seed.clone(), on_card(torch.zeros(0), query))  # fmt: skip
+
+    @implement("_scaled_dot_product_flash_attention_backward")
+    def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor,
+          logsumexp: Tensor, cum_seq_q: Any, cum_seq_k: Any, max_q: int, max_k: int,
+          dropout_p: float, is_causal: bool, philox_seed: Tensor, philox_offset: Tensor, *,
+          scale: Any = None) -> Any:  # fmt: skip
+        heads = query.shape[1]
+        of_query, *others = cpu_backward(
+            view(grad_out), view(query), repeat(key, heads), repeat(value, heads), view(out),
+            view(logsumexp), 0.0, is_causal, scale=scale,
+        )  # fmt: skip
+        sums = [part.unflatten(1, (key.shape[1], -1)).sum(2) for part in others]
+        return tuple(on_card(part, query) for part in (of_query, *sums))
 
     @implement("_scaled_dot_product_efficient_attention")
     def _(query: Tensor, key: Tensor, value: Tensor, attn_bias: Any, compute_log_sumexp: bool,
@@ -88,7 +129,12 @@ def register(torch: Any, capability: Any) -> None:
         output, sums = cpu_forward(view(query), view(key), view(value), dropout_p, is_causal,
                                    attn_mask=mask, scale=scale)  # fmt: skip
         seed = on_card(torch.zeros((), dtype=torch.long), query)
-        return on_card(output.transpose(1, 2), query).transpose(1, 2), on_card(sums, query), seed, seed.clone()
+        return (
+            on_card(output.transpose(1, 2), query).transpose(1, 2),
+            on_card(sums, query),
+            seed,
+            seed.clone(),
+        )
 
     @implement("_scaled_dot_product_efficient_attention_backward")
     def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_bias: Any, out: Tensor,
@@ -138,17 +184,28 @@ def register(torch: Any, capability: Any) -> None:
           seqused_k: Any = None, alibi_slopes: Any = None, block_table: Any = None,
           num_splits: Any = None) -> Any:  # fmt: skip
         check(query, key, value)
-        if seqused_k is not None or block_table is not None or alibi_slopes is not None or dropout_p:
-            raise NotImplementedError("the simulated flash attention has no pages, slopes or dropout")
+        if (
+            seqused_k is not None
+            or block_table is not None
+            or alibi_slopes is not None
+            or dropout_p
+        ):
+            raise NotImplementedError(
+                "the simulated flash attention has no pages, slopes or dropout"
+            )
         q, k, v = (view(part).float() for part in (query, key, value))
         output = torch.zeros_like(q)
         sums = torch.zeros(q.shape[1], len(q))
         groups = q.shape[1] // k.shape[1]
         for start, stop, first, last in sequences(cum_seq_q, cum_seq_k):
-            s = scores(q[start:stop], k[first:last], is_causal, scale, window_size_left, window_size_right)
+            s = scores(
+                q[start:stop], k[first:last], is_causal, scale, window_size_left, window_size_right
+            )
             sums[:, start:stop] = s.logsumexp(-1)
             weights = s.softmax(-1).nan_to_num(0.0)
-            output[start:stop] = torch.einsum("hqk,khd->qhd", weights, v[first:last].repeat_interleave(groups, 1))
+            output[start:stop] = torch.einsum(
+                "hqk,khd->qhd", weights, v[first:last].repeat_interleave(groups, 1)
+            )
         state = torch.zeros(2, dtype=torch.uint64)
         return (on_card(output.to(query.dtype), query), on_card(sums, query), on_card(state, query),
                 on_card(torch.zeros(()), query), on_card(torch.zeros(0), query))  # fmt: skip

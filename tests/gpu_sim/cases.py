@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,12 +20,11 @@ from ftlevel.fast.plan import plan_fast, uses_fused_layers
 from ftlevel.fast.step import FastStep
 from ftlevel.methods import METHOD_INFO
 from ftlevel.models.families import FAMILIES
-from ftlevel.models.module_tree import get_stacks
 from ftlevel.tasks import TASKS
 from ftlevel.tasks.losses import Tokens
 from ftlevel.trained.adapt import apply_method, train_in_float32
-from ftlevel.training.memory import enable_checkpointing, set_checkpointing
-from gpu_sim.simulate import MODE, StepMetrics, disable_cache, move_to_gpu, run_step
+from ftlevel.training.memory import enable_checkpointing
+from gpu_sim.simulate import StepMetrics, move_to_gpu, run_step
 from matrix_cells import (
     TinyCell,
     build_spec,
@@ -203,74 +201,3 @@ def _with_lora(base: Any) -> Any:
     model = get_peft_model(base, lora, low_cpu_mem_usage=True).train()
     train_in_float32(model)
     return model
-
-
-TWO_STACKS: dict[str, dict[str, Any]] = {
-    "t5": {"d_model": 768, "d_ff": 3072, "d_kv": 64, "num_heads": 12, "num_layers": 12,
-           "num_decoder_layers": 12, "vocab_size": 32_128, "decoder_start_token_id": 0},
-    "bart": {"d_model": 768, "encoder_layers": 6, "decoder_layers": 6, "encoder_ffn_dim": 3072,
-             "decoder_ffn_dim": 3072, "encoder_attention_heads": 12,
-             "decoder_attention_heads": 12, "vocab_size": 50_265},
-}  # fmt: skip
-"""Sizes of T5-base and BART-base."""
-LAYERS = {
-    "t5": ("num_layers", "num_decoder_layers"), "bart": ("encoder_layers", "decoder_layers"),
-}  # fmt: skip
-"""Names of the sizes that count layers."""
-
-
-@dataclass(frozen=True)
-class FittedStep:
-    """A step with as many recomputed blocks as its memory requires.
-
-    Attributes:
-        kept: bytes alive after the forward pass.
-        recomputed: number of recomputed blocks.
-        blocks: number of blocks.
-    """
-
-    kept: int
-    recomputed: int
-    blocks: int
-
-
-def run_with_auto_checkpointing(
-    family: str, free: int, layers: int, rows: int = 16, length: int = 512
-) -> FittedStep:
-    """Return a step of a family of `TWO_STACKS` on a GPU with `free` bytes.
-
-    Args:
-        family: its `model_type`.
-        free: free bytes that the GPU reports.
-        layers: of each stack.
-        rows: rows of the step, which is one micro-batch.
-        length: tokens per row; answers have half as many.
-    """
-    sizes = TWO_STACKS[family] | dict.fromkeys(LAYERS[family], layers)
-    model_config = transformers.AutoConfig.for_model(family, **sizes)
-    with torch.device("meta"):
-        base = transformers.AutoModelForSeq2SeqLM.from_config(model_config, dtype=torch.bfloat16)
-    model = _with_lora(base)
-    config = TrainConfig(
-        task="summarization",
-        method=LoraSpec(),
-        train=TrainerConfig(per_device_train_batch_size=rows),
-    )
-    objective = TASKS["summarization"].create_objective("encoder-decoder", {})
-    ids = list(range(5, 5 + length))
-    batch = [Encoded([number, *ids[1:]], ids[: length // 2], number) for number in range(rows)]
-    plan = plan_fast(config, base, "encoder-decoder", objective, "cuda", batch, length)
-    move_to_gpu(model)
-    fast = FastStep(model, plan)
-    torch.cuda.mem_get_info = lambda *_: (free, free)
-    run: Any = SimpleNamespace(
-        config=config,
-        data=SimpleNamespace(train=batch, max_length=length), fast=plan,
-        model=SimpleNamespace(device="cuda", dtype="bfloat16", pad_id=0, kind="encoder-decoder"),
-    )  # fmt: skip
-    with MODE, disable_cache(model):
-        set_checkpointing(model, run)
-    blocks = [block for stack in get_stacks(base) for block in stack]
-    recomputed = sum(bool(getattr(block, "gradient_checkpointing", False)) for block in blocks)
-    metrics = run_step(model, config, objective, fast, batch, family)
-    return FittedStep(metrics.kept, recomputed, len(blocks))

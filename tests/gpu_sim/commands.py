@@ -34,6 +34,10 @@ NO_DROPOUT = {
 DECODERS = ("gpt2", "gpt_neo", "gpt_neox", "opt", "mistral", "qwen2", "qwen3", "gemma3_text",
             "phi3", "mixtral", "qwen3_moe")  # fmt: skip
 ENCODERS = ("roberta", "electra", "albert", "distilbert", "deberta-v2", "modernbert")
+MEDIUM = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6,
+          "num_attention_heads": 8, "num_key_value_heads": 4}  # fmt: skip
+"""Overrides of the model whose memory is compared with the estimate of `plan`."""
+
 OWN_ATTENTION = ("gpt_neo", "deberta-v2")
 """Families whose attention in transformers creates tensors on the host."""
 
@@ -49,6 +53,7 @@ class Cell:
         tolerance: largest relative difference of a loss.
         otherwise: flags of the run on the CPU in place of flags of the run on the card.
         waits: whether the host may wait in a training step, with the reason in a comment.
+        is_planned: whether the last command is `plan --json`, whose estimate must be near the peak.
     """
 
     name: str
@@ -57,6 +62,7 @@ class Cell:
     tolerance: float = 2e-2
     otherwise: tuple[tuple[str, str], ...] = ()
     waits: bool = False
+    is_planned: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -104,13 +110,16 @@ def build_cells() -> Iterator[Cell]:
     yield from _family_cells()
     yield from _card_cells()
     yield from _command_cells()
+    yield from _memory_cells()
 
 
 def _task_cells() -> Iterator[Cell]:
     for (task, flags), (method, chosen) in itertools.product(TASKS.items(), METHODS.items()):
         # Cosine similarities of an untrained decoder are near 1, where scores are times 20.
         tolerance = {"rl": SAMPLED, "embedding-llama": 5e-2}.get(task, 2e-2)
-        yield Cell(f"task/{task}-{method}", (f"train {chosen} {flags} {SHORT}",), tolerance=tolerance)
+        yield Cell(
+            f"task/{task}-{method}", (f"train {chosen} {flags} {SHORT}",), tolerance=tolerance
+        )
     for task in ("text", "class", "preference", "embedding", "tags"):
         yield Cell(
             f"task/{task}-float32",
@@ -144,7 +153,9 @@ def _method_cells() -> Iterator[Cell]:
         "method/qlora-8bit", (f"train --method qlora --quant 8bit {TASKS['text']} {SHORT}",),
         waits=True,
     )  # fmt: skip
-    yield Cell("method/dora-4bit", (f"train --method lora --dora --quant 4bit {TASKS['text']} {SHORT}",))
+    yield Cell(
+        "method/dora-4bit", (f"train --method lora --dora --quant 4bit {TASKS['text']} {SHORT}",)
+    )
 
 
 def _objective_cells() -> Iterator[Cell]:
@@ -176,7 +187,9 @@ def _objective_cells() -> Iterator[Cell]:
     for loss in ("bce", "listnet", "ranknet", "lambda"):
         yield Cell(f"reranking/{loss}", (f"{lora} {TASKS['reranking']} --loss {loss} {SHORT}",))
     yield Cell("distillation/text", (f"{lora} {TASKS['text']} --teacher {{llama2}} {SHORT}",))
-    yield Cell("class/weights", (f"{lora} {TASKS['class']} --set train.class_weights=balanced {SHORT}",))
+    yield Cell(
+        "class/weights", (f"{lora} {TASKS['class']} --set train.class_weights=balanced {SHORT}",)
+    )
     yield Cell("class/focal", (f"{lora} {TASKS['class']} --set train.focal_gamma=2 {SHORT}",))
     yield Cell("text/smoothing", (f"{lora} {TASKS['text']} --label-smoothing-factor 0.1 {SHORT}",))
 
@@ -295,6 +308,23 @@ def _command_cells() -> Iterator[Cell]:
     yield Cell("readme/qlora", ("train --method qlora --quant 4bit --output-dir run",))
 
 
+def _memory_cells() -> Iterator[Cell]:
+    """Yield runs of a model whose activations and weights are larger than constant overheads."""
+    for name, flags in {
+        "lora": "--method lora", "qlora": "--method qlora --quant 4bit", "full": "--method full",
+        "checkpointing": "--method lora --gradient-checkpointing", "dora": "--method lora --dora",
+        "adapter": "--method adapter", "prefix": "--method prefix",
+        "no-fast": "--method lora --no-fast", "float32": "--method lora --dtype float32 --no-tf32",
+    }.items():  # fmt: skip
+        dtype = "" if "--dtype" in flags else " --dtype bfloat16"
+        flags += f"{dtype} --per-device-train-batch-size 8 --set speed.verify=false"
+        flags += " --model {medium} --dataset builtin:docstrings --max-steps 3"
+        waits = name in ("no-fast",)
+        yield Cell(f"memory/{name}", (
+            f"train {flags} --logging-steps 1 --output-dir run", f"plan {flags} --json",
+        ), is_planned=True, waits=waits)  # fmt: skip
+
+
 SAMPLE = (
     "task/text-lora", "task/text-qlora", "task/preference-lora", "task/rl-lora",
     "task/embedding-lora", "task/tags-lora", "task/span-lora", "task/text-float32",
@@ -314,7 +344,9 @@ def write_files(folder: Path) -> dict[str, str]:
             path.write_text("\n".join(rows) + "\n", encoding="utf-8")
             files[name + suffix] = str(path)
     rewards = folder / "rewards.py"
-    rewards.write_text("def length(completions, **_):\n    return [min(len(text), 20) / 20 for text in completions]\n")
+    rewards.write_text(
+        "def length(completions, **_):\n    return [min(len(text), 20) / 20 for text in completions]\n"
+    )
     files["rewards"] = str(rewards)
     return files
 

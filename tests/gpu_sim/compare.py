@@ -23,6 +23,8 @@ from typing import Any
 from gpu_sim import device
 from gpu_sim.commands import KILLED, Cell
 
+MAX_ERROR_OF_PLAN = 0.15
+"""Largest relative difference of the peak and the estimate of `plan`."""
 TIMEOUT = 300.0
 """Seconds that a command may take."""
 _IGNORED = ("peak", "seconds", "_s", "memory", "elapsed", "tokens_per", "speed")
@@ -63,6 +65,13 @@ class Result:
     card: Outcome
     cpu: Outcome
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def planned(self) -> float:
+        """Peak that `plan` estimates for tensors, in bytes, without the CUDA context."""
+        start = self.card.output.index("{")
+        parts = json.JSONDecoder().raw_decode(self.card.output[start:])[0]["parts"]
+        return float(sum(size for name, size in parts.items() if "context" not in name))
 
     @property
     def distance(self) -> float:
@@ -163,6 +172,8 @@ def _find_problems(result: Result) -> Any:
         one, other = card.metrics.get(name, math.nan), cpu.metrics.get(name, math.nan)
         if "loss" in name and not abs(one - other) <= cell.tolerance * max(abs(other), 0.05):
             yield f"{name} is {one:.5g} and {other:.5g} on the CPU"
+    if cell.is_planned and not abs(result.planned / card.peak - 1) <= MAX_ERROR_OF_PLAN:
+        yield f"the peak is {card.peak / 1e6:.1f} MB, and {result.planned / 1e6:.1f} were planned"
     if card.waits and not cell.waits:
         yield f"the host waits in a step: {card.waits}"
 

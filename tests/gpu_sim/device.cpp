@@ -59,6 +59,9 @@ int64_t capacity() {
   return static_cast<int64_t>(read_setting("SIMULATED_BYTES", 80'000'000'000));
 }
 
+using Callback = void (*)(const char*);
+std::atomic<Callback> on_peak{nullptr};
+
 // Freed memory stays reserved, as in torch's caching allocator, until `sim_empty_cache`.
 void count(DeviceIndex card, int64_t bytes) {
   auto& use = usage[card];
@@ -71,7 +74,10 @@ void count(DeviceIndex card, int64_t bytes) {
                         std::to_string(card) + " has a total capacity of " +
                         std::to_string(capacity()) + " bytes (simulated).");
   }
+  const int64_t before = use.peak.load();
   raise_to(use.peak, now);
+  if (Callback callback = on_peak.load(); callback && now > before + before / 50)
+    callback(std::to_string(now).c_str());
   raise_to(use.reserved, now);
 }
 
@@ -194,7 +200,6 @@ const bool is_allocator_set = [] {
 
 // --- waits of the host ------------------------------------------------------------------------------
 
-using Callback = void (*)(const char*);
 std::atomic<Callback> on_wait{nullptr};
 
 void report_wait(const std::string& what) {
@@ -559,6 +564,7 @@ REGISTER_CUDA_HOOKS(CUDAHooks)
 
 extern "C" {
 void sim_on_wait(Callback callback) { on_wait = callback; }
+void sim_on_peak(Callback callback) { on_peak = callback; }
 int64_t sim_allocated(int card) { return usage[card].allocated; }
 int64_t sim_reserved(int card) { return usage[card].reserved; }
 int64_t sim_peak(int card) { return usage[card].peak; }

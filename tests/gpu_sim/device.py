@@ -11,7 +11,7 @@ line. It does not tell how fast a card is, nor whether a kernel exists or is rig
 Settings are environment variables: `SIMULATED_CARDS` (number of devices, 1), `SIMULATED_BYTES`
 (memory of each, 80e9), `SIMULATED_CAPABILITY` ("9.0"; below 8.0 there is no bfloat16),
 `SIMULATED_REPORT` (a directory, in which every process writes what it counted as JSON) and
-`SIMULATED_TRACE` (print where the host waits in a step).
+`SIMULATED_TRACE` (`waits`: print where the host waits in a step; `peak`: where memory rises).
 """
 
 from __future__ import annotations
@@ -209,6 +209,8 @@ class Card:
         self._main = threading.main_thread().ident
         self._callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(self._count_wait)
 
+        self._peak_callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(self._print_peak)
+
     def install(self) -> None:
         """Replace the functions of `torch.cuda` that would call the driver."""
         import bitsandbytes  # noqa: F401 - it loads CUDA kernels if torch finds a GPU
@@ -222,6 +224,8 @@ class Card:
         _replace_nccl(torch)
         _replace_storage(torch)
         self._library.sim_on_wait(self._callback)
+        if os.environ.get("SIMULATED_TRACE") == "peak":
+            self._library.sim_on_peak(self._peak_callback)
         atexit.register(self._write_report)
 
     @property
@@ -356,8 +360,12 @@ class Card:
         if state.global_step >= self.first_step + FIRST_STEP:
             line = f"{what.decode()} {_describe(frames)}"
             self.waits[line] += 1
-            if os.environ.get("SIMULATED_TRACE") and self.waits[line] == 1:
+            if os.environ.get("SIMULATED_TRACE") == "waits" and self.waits[line] == 1:
                 sys.stderr.write(f"{line}\n{''.join(traceback.format_stack(frames[0]))}")
+
+    def _print_peak(self, size: bytes) -> None:
+        stack = "".join(traceback.format_stack(sys._getframe(1)))
+        sys.stderr.write(f"peak {int(size) / 1e6:.2f} MB\n{stack}")
 
     def _write_report(self) -> None:
         directory = os.environ.get("SIMULATED_REPORT")
@@ -439,7 +447,9 @@ def _frames(frame: Any) -> Any:
 
 def _describe(frames: list[Any]) -> str:
     """Return the innermost line of ftlevel, or of a library if there is none."""
-    lines = [(f.f_code.co_filename, f.f_lineno) for f in frames if __file__ not in f.f_code.co_filename]
+    lines = [
+        (f.f_code.co_filename, f.f_lineno) for f in frames if __file__ not in f.f_code.co_filename
+    ]
     own = [line for line in lines if "/ftlevel/" in line[0]]
     outer = [line for line in lines if "/torch/utils/" not in line[0]]
     file, number = (own or outer or lines or [("?", 0)])[0]

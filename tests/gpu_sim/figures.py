@@ -7,19 +7,11 @@ versions: they detect regressions and do not state the speed of a GPU.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gpu_sim.cases import (
-    LAYERS,
-    LLAMA_8B,
-    TWO_STACKS,
-    LargeCase,
-    run_large_case,
-    run_with_auto_checkpointing,
-)
+from gpu_sim.cases import LLAMA_8B, LargeCase, run_large_case
 from gpu_sim.simulate import StepMetrics
 
 NUM_LAYERS = 32
@@ -77,7 +69,6 @@ def compute_figures(layers: int) -> list[Row]:
         Row("tokens per second (roofline)", round(_tokens_per_second(full, fewer, plain)), 13_000,
             True),
         *_compute_kernel_figures(layers // 2),
-        *itertools.chain(*(_compute_checkpointing_figures(name, layers) for name in TWO_STACKS)),
     ]  # fmt: skip
 
 
@@ -99,27 +90,6 @@ def _compute_kernel_figures(layers: int) -> list[Row]:
         Row("tokens per second (roofline), Triton kernels, all blocks recomputed",
             round(recomputed), 13_500, True),
         Row("time of QLoRA relative to LoRA, Triton kernels", round(speed / quantized, 3), 1.08),
-    ]  # fmt: skip
-
-
-FREE_BYTES = {"t5": 6 * 10**9, "bart": 4 * 10**9}
-"""Free bytes for a step of two whole stacks: too few to save all activations."""
-
-
-def _compute_checkpointing_figures(family: str, layers: int) -> list[Row]:
-    """Return the figures of an encoder-decoder with automatic checkpointing.
-
-    With fewer layers than the model has, as large a share of the memory is free.
-    """
-    all_layers = TWO_STACKS[family][LAYERS[family][0]]
-    layers = min(layers, all_layers)
-    free = FREE_BYTES[family] * layers // all_layers
-    step = run_with_auto_checkpointing(family, free, layers)
-    return [
-        Row(f"{family}: blocks of {step.blocks} recomputed by auto", step.recomputed,
-            step.blocks - 1),
-        Row(f"{family}: GB saved, within free memory", round(step.kept / 1e9, 2),
-            round(free / 1e9, 2)),
     ]  # fmt: skip
 
 

@@ -370,7 +370,7 @@ class SpeedConfig(Section):
     verify: bool | None = Field(
         None,
         description="Compare loss and gradients of the first three steps with transformers' and "
-        "PEFT's own code, in float32 and in the run's precision, with and without dropout. "
-        "Default: compare only a few rows, in float32 (on a GPU also in the run's precision); "
-        "off: no comparison.",
+        "PEFT's own code in float32, with and without dropout, and stop if they differ. Default: "
+        "compare only a few rows, and train without the fast step if they differ; off: no "
+        "comparison.",
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import math
 import os
 import sys
@@ -155,6 +156,14 @@ def trim_heap() -> None:
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):
             libc.malloc_trim(0)
+
+
+def free_device_memory() -> None:
+    """Delete unreferenced objects, and return cached GPU memory and freed heap pages."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    trim_heap()
 
 
 def get_memory_limits(groups: Iterable[Path]) -> Iterator[int]:
@@ -340,6 +349,30 @@ def using_tf32(enabled: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Compute float32 products on a GPU without TF32 inside the `with` block."""
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    # Reading the older setting after the newer one is set raises an error.
+    is_new = hasattr(matmul, "fp32_precision")
+    name, value = ("fp32_precision", "ieee") if is_new else ("allow_tf32", False)
+    owners = (matmul, cudnn.conv) if is_new else (matmul, cudnn)
+    before = [getattr(owner, name) for owner in owners]
+    try:
+        for owner in owners:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, previous in zip(owners, before, strict=True):
+            setattr(owner, name, previous)
+
+
+def has_forced_tf32(device: str) -> bool:
+    """Returns whether the driver computes all float32 products in TF32, which torch cannot undo."""
+    return device == "cuda" and os.environ.get("NVIDIA_TF32_OVERRIDE") == "1"
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

@@ -137,10 +137,15 @@ class PredictionMeter:
         self.predicted: list[Any] = []
         self.true: list[Any] = []
 
+    def merge(self: P, other: P) -> None:
+        self.predicted += other.predicted
+        self.true += other.true
+
     def pool(self: P, meters: Sequence[P]) -> P:
         pooled = copy.copy(self)
-        pooled.predicted = [value for meter in meters for value in meter.predicted]
-        pooled.true = [value for meter in meters for value in meter.true]
+        pooled.predicted, pooled.true = [], []
+        for meter in meters:
+            pooled.merge(meter)
         return pooled
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
@@ -247,10 +252,14 @@ class TokenMeter:
             self.accuracy: self.right / self.tokens if self.tokens else math.nan,
         }
 
+    def merge(self, other: TokenMeter) -> None:
+        self.tokens += other.tokens
+        self.right += other.right
+
     def pool(self, meters: Sequence[TokenMeter]) -> TokenMeter:
         pooled = TokenMeter(self.perplexity, self.accuracy)
-        pooled.tokens = sum(meter.tokens for meter in meters)
-        pooled.right = sum(meter.right for meter in meters)
+        for meter in meters:
+            pooled.merge(meter)
         return pooled
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:

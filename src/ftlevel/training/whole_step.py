@@ -11,10 +11,13 @@ bits. Every process computes the loss of all vectors, but only its own vectors' 
 from __future__ import annotations
 
 import contextlib
+from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -145,10 +148,13 @@ class WholeStep:
         processes = self._trainer.processes
         if processes.count == 1:
             return leaf, step
-        gathered = processes.all_gather((leaf.detach().cpu(), step))
-        rank = processes.world.rank
-        vectors = [leaf if at == rank else v.to(leaf.device) for at, (v, _) in enumerate(gathered)]
-        return torch.cat(vectors), StepTexts.join([rows for _, rows in gathered])
+        # Rows are objects and exchanged by gloo, while a GPU still computes the vectors.
+        digests = tuple(blake2b(array("q", key).tobytes()).digest() for key in step.keys)
+        guide = step.guide and [np.asarray(vector) for vector in step.guide]
+        steps = processes.all_gather(replace(step, keys=digests, guide=guide))
+        vectors = processes.gather_rows(leaf.detach(), [len(each.keys) for each in steps])
+        vectors[processes.world.rank] = leaf
+        return torch.cat(vectors), StepTexts.join(steps)
 
 
 class _Forward:

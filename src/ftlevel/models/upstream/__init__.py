@@ -115,6 +115,8 @@ FACTS = {
         "Linear4bit.compute_type_is_set": "whether compute_dtype is final",
         "Int8Params.SCB": "the scales of an 8-bit weight",
         "Linear8bitLt.init_8bit_state": "moves codes and scales to where the forward reads them"},
+    "bitsandbytes/autograd/_functions.py": {
+        "MatMul8bitFp": "multiplies with a dequantized 8-bit weight"},
     "bitsandbytes/functional.py": {
         "QuantState.packing_format_for_cpu": "whether a weight was repacked",
         "QuantState.state2": "the scales of a 4-bit weight",

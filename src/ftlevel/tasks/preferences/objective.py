@@ -201,6 +201,9 @@ class PreferenceMeter:
         values = [labels[:, 0], logits[:, 0], logits[:, 1], labels[:, 1], rewards, labels[:, 2]]
         self._seen.append(torch.stack(values, dim=1).cpu().double().numpy())
 
+    def merge(self, other: PreferenceMeter) -> None:
+        self._seen += other._seen
+
     def pool(self, meters: Sequence[PreferenceMeter]) -> PreferenceMeter:
         pooled = PreferenceMeter(self._objective)
         pooled._seen = [np.array(part) for meter in meters for part in meter._seen]
