@@ -127,9 +127,9 @@ def test_rollout_memory_includes_kv_cache(
                  "--gradient-checkpointing", "--max-completion-length", 960,
                  "--num-generations", 8)  # fmt: skip
     result = json.loads(plan(capsys, *arguments))
-    token, prompts, rows = 2 * 32 * 8 * 128 * 2, 2, 16  # bytes per token; sampled at once
+    token, prompts, rows = 2 * 32 * 8 * 128 * 2, 8, 64  # bytes per token; the check's 8 prompts
     assert result["at"] == "sampling"
-    tokens = prompts * (64 + 64) + 2 * rows * (960 + 64)  # a prompt is cached once
+    tokens = prompts * (64 + 32) + rows * (960 + 32)  # a prompt is cached once
     assert result["parts"]["keys and values"] == token * tokens
     on_server = json.loads(plan(capsys, *arguments, "--rollouts", "http://127.0.0.1:9"))
     assert "keys and values" not in on_server["parts"]

@@ -11,26 +11,17 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AttentionInterface,
-    ContinuousBatchingConfig,
-    GenerationConfig,
-    LogitsProcessorList,
-)
-from transformers.generation.continuous_batching.cb_logits_processors import (
-    ContinuousBatchingLogitsProcessor,
-    ContinuousBatchingLogitsProcessorList,
-)
+from transformers import AttentionInterface, ContinuousBatchingConfig, GenerationConfig
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
+from ftlevel.artifacts.hub import first_line
 from ftlevel.errors import is_out_of_memory
 from ftlevel.evaluation.sampling import (
     PREFILL_TOKENS,
@@ -50,7 +41,14 @@ from ftlevel.fast.likelihoods import base_model
 from ftlevel.fast.packing import UnsupportedModelError
 from ftlevel.models.hardware import DTYPES, autocast
 from ftlevel.models.upstream.architectures import attention_of, set_attention_name, supports_flash
-from ftlevel.artifacts.hub import first_line
+from ftlevel.models.upstream.batching import (
+    RequestProcessor,
+    count_tokens,
+    create_manager,
+    get_thread_error,
+    parse_request_id,
+    silence_manager,
+)
 from ftlevel.trained.generation import has_stop_text
 
 FLASH = "ftlevel_flash_paged"
@@ -72,11 +70,11 @@ _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 
 def paged_attention(
-    module: torch.nn.Module,
+    module: torch.nn.Module,  # noqa: ARG001 - the signature is transformers'
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,  # noqa: ARG001 - the signature is transformers'
+    attention_mask: Tensor | None,  # noqa: ARG001
     dropout: float = 0.0,  # noqa: ARG001
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -99,8 +97,9 @@ def paged_attention(
         kwargs["max_length_k"],
         None,
     )
-    states = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
-    output = kernel.attend(*states, lengths, AttentionOptions(True, sliding_window, scale))
+    query, key, value = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
+    options = AttentionOptions(True, sliding_window, scale)
+    output = kernel.attend(query, key, value, lengths, options)
     return output[None], None
 
 
@@ -133,29 +132,28 @@ def cache_token_bytes(config: Any, dtype: str) -> int:
     return int(2 * text.num_hidden_layers * heads * _head_dim(text) * size)
 
 
-def count_rows_in_memory(
-    config: Any, dtype: str, longest_prompt: int, options: SamplingOptions, memory: int
-) -> int:
-    """Returns how many completions can be sampled together in `memory` bytes, at least 1.
+def count_rows_in_memory(config: Any, dtype: str, tokens: int, memory: int) -> int:
+    """Returns how many rows of `tokens` can be sampled together in `memory` bytes, at least 1.
 
-    `generate` and the first page of a group store a prompt per completion, so this is a lower bound
-    for continuous batching, in which completions share their prompt.
+    Each row is counted with its prompt. Continuous batching, where completions share it, needs
+    less.
     """
-    tokens = longest_prompt + options.max_new_tokens + PAGE_TOKENS
     logits = 4 * LOGITS_COPIES * config.get_text_config().vocab_size
-    row = tokens * cache_token_bytes(config, dtype) + logits
+    row = (tokens + PAGE_TOKENS) * cache_token_bytes(config, dtype) + logits
     return max(1, int(MEMORY_SHARE * memory / row))
 
 
-class _Draw(ContinuousBatchingLogitsProcessor):
+def count_prefill_tokens(rows: int) -> int:
+    """Returns the tokens of prompts computed together when `rows` completions are sampled."""
+    return max(rows, min(PREFILL_TOKENS, 64 * rows))
+
+
+class _Draw(RequestProcessor):
     """Logits processor that draws tokens, and stores their log-probabilities and entropies.
 
     A token's argument is its slot: completion · max_new_tokens + position. The last slot is for
     padding of CUDA graphs and for tokens after the end of a completion.
     """
-
-    supported_kwargs: dict[str, type] = {}  # noqa: RUF012 - the declaration is transformers'
-    ignored_kwargs = ()
 
     def __init__(
         self,
@@ -168,7 +166,8 @@ class _Draw(ContinuousBatchingLogitsProcessor):
         self._prompts, self._options = prompts, options
         count = len(rows) * options.count
         states = noise.begin(
-            [row for row in rows for _ in range(options.count)], list(range(options.count)) * len(rows)
+            [row for row in rows for _ in range(options.count)],
+            list(range(options.count)) * len(rows),
         )
         self._states = torch.cat([states, states[:1]]).to(device)  # one for the last slot
         self._unused = count * options.max_new_tokens
@@ -184,7 +183,7 @@ class _Draw(ContinuousBatchingLogitsProcessor):
         for at, request in enumerate(requests_with_new_token):
             number = self.get_number(request.state.request_id)
             prompt = self._prompts[number // self._options.count]
-            position = request.state.position_offset - len(prompt)
+            position = count_tokens(request) - len(prompt)
             if position < self._options.max_new_tokens:
                 slots[at] = number * self._options.max_new_tokens + position
         return torch.tensor(slots, dtype=torch.int32)
@@ -199,9 +198,9 @@ class _Draw(ContinuousBatchingLogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
     def get_number(self, request_id: str) -> int:
-        """Returns the number of a completion; `request_id` is PROMPT or PROMPT__child#COPY."""
-        prompt, _, copy = request_id.partition("__child#")
-        return int(prompt) * self._options.count + (int(copy) + 1 if copy else 0)
+        """Returns the number of a completion; requests have the index of their prompt as id."""
+        prompt, copy = parse_request_id(request_id)
+        return int(prompt) * self._options.count + copy
 
     def complete(self, ids: Sequence[list[int]], ended: Sequence[bool]) -> list[list[Completion]]:
         """Returns the completions with token ids `ids`, per prompt."""
@@ -230,13 +229,14 @@ class PagedSampler:
             set_attention_name(self._base, FLASH)
         else:
             self._base.set_attn_implementation(attention)
-        context = autocast(self._device.type, dtype, cache=False)  # CUDA graphs allow no cache
+        stack = contextlib.ExitStack()
 
         def enter(*_: Any) -> None:
-            context.__enter__()
+            # CUDA graphs allow no cache of casts.
+            stack.enter_context(autocast(self._device.type, dtype, cache=False))
 
         def leave(*_: Any) -> None:
-            context.__exit__(None, None, None)
+            stack.close()
 
         self._hooks = [
             self._base.register_forward_pre_hook(enter),
@@ -261,7 +261,7 @@ class PagedSampler:
         ids: list[list[int]] = [[] for _ in range(len(prompts) * options.count)]
         ended = [False] * len(ids)
         devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), _silence():  # transformers sets a seed
+        with torch.random.fork_rng(devices=devices), silence_manager():  # transformers sets a seed
             manager = self._create_manager(prompts, options, drawing)
             try:
                 manager.warmup()
@@ -281,10 +281,8 @@ class PagedSampler:
             eos_token_id=list(options.stops) or [-1],
         )
         settings.num_return_sequences = options.count  # a constructor refuses it for argmax
-        manager = self._base.init_continuous_batching(settings, self._get_config(prompts, options))
-        processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([drawing]))
-        processors.tensors_required = 1
-        manager.logit_processor = processors
+        config = self._get_config(prompts, options)
+        manager = create_manager(self._base, settings, config, drawing)
         for index in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
             # Texts have to be searched after each token.
             manager.add_request(prompts[index], str(index), streaming=bool(options.stop_texts))
@@ -305,7 +303,7 @@ class PagedSampler:
             page_size=page,
             num_blocks=max(num_blocks, per_row + 1),
             max_requests_per_batch=options.most_rows,
-            max_batch_tokens=max(options.most_rows, min(PREFILL_TOKENS, 64 * options.most_rows)),
+            max_batch_tokens=count_prefill_tokens(options.most_rows),
             max_memory_percent=1.0,
             max_blocks_per_request=per_row if reads_pages else 0,
             use_cuda_graph=None if has_graphs() else False,
@@ -322,7 +320,7 @@ class PagedSampler:
         ids: list[list[int]],
         ended: list[bool],
     ) -> None:
-        """Store the completions of `manager` in `ids` and `ended`; raises the error of its thread."""
+        """Store the completions of `manager` in `ids` and `ended`; raises its thread's error."""
         missing, stops = set(range(len(ids))), frozenset(options.stops)
         while missing:
             output = manager.get_result(timeout=1)
@@ -330,7 +328,7 @@ class PagedSampler:
                 continue
             if output is None or output.error is not None:
                 manager.stop(block=True, hard_stop=True)
-                fatal = manager.background_thread_status.fatal_error
+                fatal = get_thread_error(manager)
                 message = "no result" if output is None else output.error
                 # The frames of the error hold the keys and values.
                 raise RuntimeError(message) if fatal is None else fatal.with_traceback(None)
@@ -356,18 +354,6 @@ def has_graphs() -> bool:
     except RuntimeError:  # of a class that stands for what the build lacks
         return False
     return True
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Disable the log of continuous batching, which repeats errors with their traceback."""
-    logger = logging.getLogger("ContinuousBatchingLogger")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def get_paged_error(
@@ -421,5 +407,6 @@ def sample_in_memory(
                 raise
         gc.collect()
         torch.cuda.empty_cache()
-        options = replace(options, most_rows=options.most_rows // 2)
-        warn(f"out of memory while sampling: {options.most_rows} completions together from now on")
+        count = options.most_rows // 2
+        warn(f"out of memory while sampling {options.most_rows} completions together: now {count}")
+        options = replace(options, most_rows=count)

@@ -265,9 +265,9 @@ class Rollouts:
     ) -> list[list[Completion]]:
         options = self._options
         if self._device == "cuda":
-            text = base_model(self._model).config.get_text_config()
-            longest, memory = max(map(len, prompts)), free_memory_bytes("cuda")
-            count = count_rows_in_memory(text, self._dtype, longest, options, memory)
+            config, memory = base_model(self._model).config, free_memory_bytes("cuda")
+            tokens = max(map(len, prompts)) + options.max_new_tokens
+            count = count_rows_in_memory(config, self._dtype, tokens, memory)
             count = min(count, len(prompts) * options.count, self._most_rows)
             options = replace(options, most_rows=count)
         groups, count = sample_in_memory(sampler, prompts, rows, options, noise, self.warn)
