@@ -96,12 +96,13 @@ class RolloutSize:
         num_check_prompts = min(config.check_groups, len(run.data.train))
         num_prompts = max(train.rows_per_device_step, num_eval_samples, num_check_prompts)
         max_length = max(len(row.input_ids) for row in (*run.data.train, *run.data.validation))
-        max_rows, completion = SamplingOptions.most_rows, config.max_completion_length
+        group, completion = config.num_generations, config.max_completion_length
+        max_rows = max(SamplingOptions.most_rows, group)
         if run.model.device == "cuda":
             tokens = max_length + completion
             max_rows = count_rows_in_memory(run.model.config, run.model.dtype, tokens, memory)
-        num_prompts = min(num_prompts, max(1, max_rows // config.num_generations))
-        num_rows = num_prompts * config.num_generations
+        num_prompts = min(num_prompts, max(1, max_rows // group))
+        num_rows = min(num_prompts * group, max_rows)
         return cls(num_prompts, num_rows, max_length, completion)
 
     def cache_bytes(self, run: Run, *, copies: int) -> int:
