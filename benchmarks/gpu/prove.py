@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 
 TREE = Path(__file__).resolve().parents[2]
-SMOKE_TEST = "tests/gpu/test_smoke.py"
-TEST_PATHS = (SMOKE_TEST, "tests/gpu", "tests/unit/fast/attention/test_varlen.py")
+TEST_PATHS = ("tests/gpu/test_smoke.py", "tests/gpu", "tests/unit/fast/attention/test_varlen.py")
 
 
 class OutcomeRecorder:
@@ -67,12 +66,9 @@ def main() -> int:
     if args.tiny:
         os.environ["FTLEVEL_GPU_TESTS"] = "cpu"
     recorder = OutcomeRecorder(args.out / f"{args.line}.json", args.earlier, args.until)
-    paths = TEST_PATHS[:2] if args.tiny else TEST_PATHS
-    paths = (SMOKE_TEST,) if args.line == "smoke" else paths
-    pytest.main(
-        ["-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider", "--rootdir", str(TREE), *paths],
-        plugins=[recorder],
-    )
+    end = 1 if args.line == "smoke" else 2 if args.tiny else None
+    options = ["-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider", "--rootdir", str(TREE)]
+    pytest.main([*options, *TEST_PATHS[:end]], plugins=[recorder])
     outcomes = [entry["outcome"] for entry in recorder.outcomes.values()]
     counts = ", ".join(f"{outcomes.count(o)} {o}" for o in ("passed", "failed", "skipped"))
     note = "; incomplete: run this line again" if recorder.is_interrupted else ""

@@ -1,7 +1,7 @@
 """`python -m gpu_sim`: commands on a simulated CUDA device that computes, and figures of a step.
 
     python -m gpu_sim [--only TEXT …] [--sample] [--jobs 2] [--json FILE]
-    python -m gpu_sim figures [--sample] [--json]
+    python -m gpu_sim figures
 
 Nothing is measured: the device computes on the CPU, and the figures come from a roofline model.
 """
@@ -23,10 +23,8 @@ from gpu_sim.compare import Result, Worker, compare
 
 def main() -> int:
     """Run the cells; return 1 if something is wrong with one."""
-    if sys.argv[1:2] == ["figures"]:
-        from gpu_sim.figures import main as show_figures
-
-        return show_figures(sys.argv[2:])
+    if sys.argv[1:] == ["figures"]:
+        return device.run(sys.executable, "-m", "gpu_sim.figures")
     parser = argparse.ArgumentParser(prog="gpu_sim", description=__doc__)
     parser.add_argument("--only", nargs="*", help="parts of names of cells")
     parser.add_argument("--sample", action="store_true", help="the cells that CI runs")

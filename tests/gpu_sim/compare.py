@@ -75,10 +75,11 @@ class Result:
 
     @property
     def distance(self) -> float:
-        """Largest relative difference of a loss."""
+        """Largest relative difference of a loss; infinite if one is NaN."""
         pairs = [(self.card.losses[at], self.cpu.losses[at])
                  for at in self.card.losses.keys() & self.cpu.losses.keys()]  # fmt: skip
-        return max((abs(a - b) / max(abs(b), 0.05) for a, b in pairs), default=0.0)
+        distances = [abs(a - b) / max(abs(b), 0.05) for a, b in pairs]
+        return math.inf if any(map(math.isnan, distances)) else max(distances, default=0.0)
 
 
 class Worker:
@@ -198,6 +199,13 @@ def _last_line(output: str) -> str:
     return lines[-1][-300:] if lines else "(no output)"
 
 
+def _start_interpreter(arguments: Sequence[str], **settings: Any) -> Any:
+    return subprocess.Popen(
+        [sys.executable, "-m", "ftlevel", *arguments], text=True, stdin=subprocess.DEVNULL,
+        **settings,
+    )  # fmt: skip
+
+
 def serve() -> None:
     """Run the commands that arrive on stdin as JSON lines."""
     import forked
@@ -205,6 +213,7 @@ def serve() -> None:
     for text in sys.stdin:
         request = json.loads(text)
         arguments: Sequence[str] = request["arguments"]
+        process: Any
         cwd, env = Path(request["cwd"]), {**os.environ, **request["env"]}
         if arguments[0] == KILLED:
             process = forked.Forked(
@@ -216,7 +225,9 @@ def serve() -> None:
                 time.sleep(0.02)
             process.kill()
         else:
-            process = forked.Forked(
+            # A process that has used autograd's threads of a GPU cannot fork the runs of `compare`.
+            start = _start_interpreter if arguments[0] == "compare" else forked.Forked
+            process = start(
                 arguments, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
             )
         try:

@@ -62,18 +62,20 @@ int64_t capacity() {
 using Callback = void (*)(const char*);
 std::atomic<Callback> on_peak{nullptr};
 
+void check_capacity(DeviceIndex card, int64_t bytes) {
+  if (usage[card].allocated + bytes <= capacity()) return;
+  C10_THROW_ERROR(OutOfMemoryError,
+                  "CUDA out of memory. Tried to allocate " + std::to_string(bytes) + " bytes. GPU " +
+                      std::to_string(card) + " has a total capacity of " +
+                      std::to_string(capacity()) + " bytes (simulated).");
+}
+
 // Freed memory stays reserved, as in torch's caching allocator, until `sim_empty_cache`.
 void count(DeviceIndex card, int64_t bytes) {
   auto& use = usage[card];
+  if (bytes > 0) check_capacity(card, bytes);
   const int64_t now = use.allocated.fetch_add(bytes) + bytes;
   if (bytes <= 0) return;
-  if (now > capacity()) {
-    use.allocated.fetch_sub(bytes);
-    C10_THROW_ERROR(OutOfMemoryError,
-                    "CUDA out of memory. Tried to allocate " + std::to_string(bytes) + " bytes. GPU " +
-                        std::to_string(card) + " has a total capacity of " +
-                        std::to_string(capacity()) + " bytes (simulated).");
-  }
   const int64_t before = use.peak.load();
   raise_to(use.peak, now);
   if (Callback callback = on_peak.load(); callback && now > before + before / 50)
@@ -106,6 +108,7 @@ c10::DataPtr to_device_memory(c10::DataPtr host, size_t bytes, DeviceIndex card)
 
 struct CardAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
+    check_capacity(current_card, static_cast<int64_t>(bytes));
     return to_device_memory(c10::GetCPUAllocator()->allocate(bytes), bytes, current_card);
   }
   c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
@@ -214,6 +217,9 @@ const std::unordered_set<std::string> kWaits = {
 
 // --- views of device tensors as CPU tensors -----------------------------------------------------------
 
+// Memory that belongs to another storage.
+void release_owner(void* owner) { delete static_cast<c10::Storage*>(owner); }
+
 // Host views of the device storages of one call, and the way back.
 struct Views {
   std::unordered_map<c10::StorageImpl*, c10::Storage> host_of;
@@ -240,7 +246,7 @@ struct Views {
     if (found == host_of.end()) {
       auto* owner = new c10::Storage(storage);
       c10::DataPtr data(const_cast<void*>(storage.data()), owner,
-                        [](void* owner) { delete static_cast<c10::Storage*>(owner); },
+                        &release_owner,
                         Device(c10::DeviceType::CPU));
       c10::Storage host(c10::Storage::use_byte_size_t(), storage.nbytes(), std::move(data),
                         c10::GetCPUAllocator(), /*resizable=*/true);
@@ -265,7 +271,7 @@ struct Views {
     if (auto found = card_of.find(key); found != card_of.end()) return found->second;
     auto* owner = new c10::Storage(host);
     c10::DataPtr data(const_cast<void*>(host.data()), owner,
-                      [](void* owner) { delete static_cast<c10::Storage*>(owner); },
+                      &release_owner,
                       Device(c10::DeviceType::CPU));
     c10::Storage storage(c10::Storage::use_byte_size_t(), host.nbytes(),
                          to_device_memory(std::move(data), host.nbytes(), card),
@@ -292,7 +298,7 @@ struct Views {
       if (host.data() == storage.data()) continue;
       auto* owner = new c10::Storage(host);
       c10::DataPtr data(const_cast<void*>(host.data()), owner,
-                        [](void* owner) { delete static_cast<c10::Storage*>(owner); },
+                        &release_owner,
                         Device(c10::DeviceType::CPU));
       auto* impl = storage.unsafeGetStorageImpl();
       impl->set_data_ptr(to_device_memory(std::move(data), host.nbytes(), card));
@@ -410,8 +416,10 @@ at::Tensor empty_strided(c10::SymIntArrayRef size, c10::SymIntArrayRef stride,
 }
 
 at::Tensor& copy(at::Tensor& self, const at::Tensor& source, bool non_blocking) {
-  if (self.is_cuda() != source.is_cuda() && self.numel()) {
-    const auto& host = self.is_cuda() ? source : self;
+  const auto& host = self.is_cuda() ? source : self;
+  // Collectives return host views of device tensors, as they are computed by gloo.
+  const bool is_view = host.storage().data_ptr().get_deleter() == &release_owner;
+  if (self.is_cuda() != source.is_cuda() && self.numel() && !is_view) {
     const char* direction = self.is_cuda() ? "copy to the GPU" : "copy to the host";
     if (!is_pinned(host.storage().data()))
       report_wait(std::string(direction) + (non_blocking ? ", not pinned" : ""));

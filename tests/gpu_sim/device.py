@@ -46,6 +46,9 @@ _OUTSIDE = {
     "_finish_step",  # of RL, whose next step begins with sampling
 }  # fmt: skip
 """Functions between the training steps, in which the host may wait."""
+installed: Card | None = None
+"""The device in this process."""
+
 FIRST_STEP = 2
 """Number of finished steps after which waits count: the first two steps fill caches."""
 
@@ -154,7 +157,9 @@ class _Importer(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         with _without_stderr():  # torch reports that collectives are replaced
             library = ctypes.CDLL(str(self._library), mode=ctypes.RTLD_GLOBAL)
         self._loader.exec_module(module)
-        Card(library).install()
+        global installed
+        installed = Card(library)
+        installed.install()
 
 
 class _Imported(importlib.abc.Loader):
@@ -345,7 +350,7 @@ class Card:
 
     def _count_wait(self, what: bytes) -> None:
         self.all_waits += 1
-        frames = list(_frames(sys._getframe(1)))
+        frames = list(_frames(sys._getframe()))  # of a backward pass, perhaps no other
         main = frames
         if threading.get_ident() != self._main:
             main = list(_frames(sys._current_frames().get(self._main)))
@@ -364,7 +369,7 @@ class Card:
                 sys.stderr.write(f"{line}\n{''.join(traceback.format_stack(frames[0]))}")
 
     def _print_peak(self, size: bytes) -> None:
-        stack = "".join(traceback.format_stack(sys._getframe(1)))
+        stack = "".join(traceback.format_stack(sys._getframe()))
         sys.stderr.write(f"peak {int(size) / 1e6:.2f} MB\n{stack}")
 
     def _write_report(self) -> None:
@@ -374,7 +379,7 @@ class Card:
             return
         cards = range(self.count)
         report = {
-            "argv": sys.argv, "waits": dict(self.waits), "all_waits": self.all_waits,
+            "argv": sys.argv, "waits": dict(self.waits),
             "peak": max([self.peak, *(self._library.sim_peak(at) for at in cards)]),
         }  # fmt: skip
         path = Path(directory) / f"{os.getpid()}.json"
@@ -513,12 +518,17 @@ def _replace_nccl(torch: Any) -> None:
     c10d.is_nccl_available = torch.distributed.is_nccl_available = lambda: True
 
 
+def run(program: str, *arguments: str) -> int:
+    """Run a command on the device; return its exit status."""
+    command = [shutil.which(program) or program, *arguments]
+    return subprocess.run(command, env=build_environment(), check=False).returncode
+
+
 def main() -> int:
     """Run the command in the arguments on the device; return its exit status."""
     if len(sys.argv) < 2:
         sys.exit(__doc__)
-    program = shutil.which(sys.argv[1]) or sys.argv[1]
-    return subprocess.run([program, *sys.argv[2:]], env=build_environment(), check=False).returncode
+    return run(*sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -328,11 +328,6 @@ class SpeedConfig(Section):
         description="Whether to fuse norms and gated linear units of frozen weights. Each becomes "
         "one autograd function, which saves less for the backward pass.",
     )
-    triton_kernels: bool = Field(
-        True,
-        description="Whether to use Triton kernels on an NVIDIA GPU. They compute fused norms and "
-        "GLUs, rotary embeddings and the loss, where that is faster with equal results.",
-    )
     attention_kernel: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+@[\w.-]+$")] | None = Field(
         None,
         description="Hub kernel for packed attention on an NVIDIA GPU, OWNER/NAME@VERSION. "

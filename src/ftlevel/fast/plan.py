@@ -187,7 +187,6 @@ class FastPlan:
     workers: int = 1
     is_random: bool = False
     fused_norm_glu: bool = False
-    triton_kernels: bool = False
     prunes_last_layer: bool = False
     needed_tokens: TokenSelector | None = None
     shared_prefix: bool = False
@@ -266,7 +265,6 @@ def plan_fast(
         worker_plan.count,
         bool(worker_plan.random),
         speed.fused_norm_glu and not uses_liger(speed, device, meta.config.model_type),
-        device == "cuda" and speed.triton_kernels,
         prunes_last_layer=speed.prune_last_layer
         and not padded_message
         and not METHODS[config.method.kind].step.pruning(config.method),

@@ -17,9 +17,8 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.fast import packed_attention as attention
 from ftlevel.fast.checks import PackingCheck, PruningCheck, get_cross_entropy_error
 from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
-from ftlevel.fast.fused_layers import FusedNormGlu, FusedRope
+from ftlevel.fast.fused_layers import FusedNormGlu
 from ftlevel.fast.gpu_attention import fetch_kernel
-from ftlevel.fast.kernels import Kernels
 from ftlevel.fast.likelihoods import TokenSelector, base_model
 from ftlevel.fast.packing import PackedBlocks
 from ftlevel.fast.parallel_workers import ParallelWorkers
@@ -51,12 +50,8 @@ class FastStep:
             self._blocks = PackedBlocks(get_blocks(self._base))
         elif plan.enabled and next(self._base.parameters()).is_cuda:
             set_packed_attention(self._base)  # its masks of padded rows need no synchronization
-        kernels = Kernels(plan.triton_kernels)
-        self.cross_entropy = (
-            ChunkedCrossEntropy(self._base, kernels) if plan.chunked_cross_entropy else None
-        )
-        self.norm_glu = FusedNormGlu(model, kernels) if plan.fused_norm_glu else None
-        self._rope = FusedRope(model, kernels) if plan.triton_kernels else None
+        self.cross_entropy = ChunkedCrossEntropy(self._base) if plan.chunked_cross_entropy else None
+        self.norm_glu = FusedNormGlu(model) if plan.fused_norm_glu else None
         self.workers: ParallelWorkers | None = None
         self.pruned_linears = 0
         self._pruning: LastLayerPruning | None = None
@@ -134,7 +129,7 @@ class FastStep:
 
     def remove(self) -> None:
         """Remove all parts of the fast step, so that the model runs as before."""
-        for part in (self.cross_entropy, self.norm_glu, self._rope, self._pruning, self._dropout):
+        for part in (self.cross_entropy, self.norm_glu, self._pruning, self._dropout):
             if part is not None:
                 part.remove()
         self._close_workers()

@@ -8,7 +8,6 @@ rows of a step stay the same; only dropout masks and the order of summation chan
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -23,6 +22,7 @@ from ftlevel.data.encoding.store import row_lengths
 from ftlevel.errors import RunError, is_out_of_memory
 from ftlevel.fast.fused_lora import skip_unused_outputs
 from ftlevel.fast.likelihoods import base_model
+from ftlevel.models.hardware import free_device_memory
 from ftlevel.models.module_tree import get_stacks
 from ftlevel.models.quantization import get_quantization_config
 from ftlevel.training.plan.run import Run
@@ -71,9 +71,7 @@ class StepReducer:
     def reduce(self, model: Any, rows: Sequence[Encoded], inputs: Mapping[str, Any]) -> Any:
         """Halve micro-batches, else enable checkpointing; returns `rows` collated for a retry."""
         model.zero_grad()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_device_memory()
         trainer, step = self._trainer, self._step()
         when = f"at step {step}" if step else "before the first step"
         if _can_split(inputs):

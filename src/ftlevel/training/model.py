@@ -35,7 +35,6 @@ from ftlevel.config.section import Choice
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.events import Listener
-from ftlevel.fast.kernels import get_used_kernels
 from ftlevel.fast.likelihoods import base_model
 from ftlevel.fast.plan import uses_fused_layers
 from ftlevel.fast.step import FastStep
@@ -238,7 +237,6 @@ def get_speed_info(trainer: FtlevelTrainer, failure: str, comparison: Any) -> di
         "chunked_cross_entropy": plan.chunked_cross_entropy,
         "prefixes_shared": plan.prefix_tree,
         "fused_norms_and_glus": trainer.fast.norm_glu.count if trainer.fast.norm_glu else 0,
-        "triton_kernels": get_used_kernels(),
         "pruned_linears": trainer.fast.pruned_linears,
         "parallel_workers": plan.workers,
         "tokens_per_micro_batch": plan.tokens // plan.workers,
