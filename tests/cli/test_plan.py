@@ -131,8 +131,13 @@ def test_rollout_memory_includes_kv_cache(
     result = json.loads(plan(capsys, *arguments))
     token, prompts, rows = 2 * 32 * 8 * 128 * 2, 2, 16  # bytes per token; sampled at once
     assert result["at"] == "sampling"
-    tokens = prompts * (64 + 64) + 2 * rows * (960 + 64)  # a prompt is cached once
+    tokens = prompts * (64 + 32) + rows * (960 + 32)  # a prompt is cached once
     assert result["parts"]["keys and values"] == token * tokens
+    small = [*arguments, "--num-generations", 64]
+    small[small.index("80GB")] = "24GB"
+    result = json.loads(plan(capsys, *small))  # as many rows are sampled together as fit
+    cached = result["parts"]["keys and values"]
+    assert 20 * token * (960 + 32) < cached < 0.8 * (24 * 2**30 - result["parts"]["weights"])
     on_server = json.loads(plan(capsys, *arguments, "--rollouts", "http://127.0.0.1:9"))
     assert "keys and values" not in on_server["parts"]
     assert on_server["peak_bytes"] < result["peak_bytes"]

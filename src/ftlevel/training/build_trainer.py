@@ -383,6 +383,8 @@ def add_callbacks(
     if run.best is not None:
         best = BestModelCallback(run.best, output_dir.checkpoints, processes, states, listener)
     trainer.warn = listener.warn
+    if isinstance(trainer, RlTrainer):
+        trainer.rollouts.warn = listener.warn
     trainer.replaces_nonfinite = run.config.train.on_nonfinite != "stop"
     if is_first:
         trainer.note = output_dir.note

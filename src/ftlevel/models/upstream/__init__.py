@@ -73,8 +73,17 @@ FACTS = {
         "PreTrainedModel.all_tied_weights_keys": "which tensors are tied",
         "PreTrainedModel._is_stateful": "whether a recurrent state goes from token to token",
         "PreTrainedModel._supports_sdpa": "scaled_dot_product_attention computes its attention",
+        "PreTrainedModel._supports_flash_attn": "flash-attn computes its attention",
         "PreTrainedModel.hf_quantizer": "left on a model from .gguf, which then is not saved",
         "ALL_ATTENTION_FUNCTIONS": "a module that imports it uses AttentionInterface"},
+    "transformers/generation/continuous_batching/continuous_api.py": {
+        "ContinuousBatchingManager.logit_processor": "read when the thread starts",
+        "ContinuousBatchingManager.background_thread_status": "has the error of the thread",
+        "ContinuousBatchProcessor.update_batch": "names copies of a request ID__child#0, …"},
+    "transformers/generation/continuous_batching/cb_logits_processors.py": {
+        "ContinuousBatchingLogitsProcessorList.tensors_required": "arguments of each request"},
+    "transformers/generation/continuous_batching/requests.py": {
+        "RequestState.position_offset": "tokens that a scheduled batch has computed"},
     "transformers/models/llama/modeling_llama.py": {
         "eager_attention_forward": "in such a module: attention that returns its weights"},
     "transformers/configuration_utils.py": {

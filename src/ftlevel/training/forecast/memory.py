@@ -222,7 +222,7 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
     if graph_bytes := _get_graph_bytes(run, peaks, batch, memory):
         for moment in (FORWARD, BACKWARD, FIRST_BLOCK):
             peaks[moment][ACTIVATIONS] += graph_bytes
-    if (size := RolloutSize.of(run)) is not None:
+    if (size := RolloutSize.of(run, memory - int(sum(weights.values())))) is not None:
         persistent = {
             part: bytes_ for part, bytes_ in peaks[FORWARD].items() if part in _PERSISTENT_PARTS
         }
