@@ -31,12 +31,7 @@ from ftlevel.evaluation.sampling import (
     advance,
     draw,
 )
-from ftlevel.fast.gpu_attention import (
-    AttentionOptions,
-    Lengths,
-    get_installed_kernel,
-    supports_attention,
-)
+from ftlevel.fast.gpu_attention import AttentionOptions, supports_varlen, window_of
 from ftlevel.fast.likelihoods import base_model
 from ftlevel.fast.packing import UnsupportedModelError
 from ftlevel.models.hardware import DTYPES, autocast
@@ -86,20 +81,23 @@ def paged_attention(
     head_dim)`. Returns `(1, tokens, heads, head_dim)`, and None for the weights. Raises
     UnsupportedModelError if the attention has a softcap, sinks or a bias.
     """
-    kernel = get_installed_kernel()
-    if kernel is None or any(kwargs.get(name) is not None for name in _UNSUPPORTED):
+    if any(kwargs.get(name) is not None for name in _UNSUPPORTED):
         raise UnsupportedModelError("its attention is not plain softmax attention")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    lengths = Lengths(
+    from torch.nn.attention.varlen import varlen_attn
+
+    query, key, value = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
+    output: Any = varlen_attn(
+        query,
+        key,
+        value,
         kwargs["cu_seq_lens_q"],
         kwargs["cu_seq_lens_k"],
         kwargs["max_length_q"],
         kwargs["max_length_k"],
-        None,
+        scale=scaling,  # None: 1 / √head_dim
+        window_size=window_of(True, sliding_window),
+        enable_gqa=query.shape[1] != key.shape[1],
     )
-    query, key, value = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
-    options = AttentionOptions(True, sliding_window, scale)
-    output = kernel.attend(query, key, value, lengths, options)
     return output[None], None
 
 
@@ -115,9 +113,8 @@ def select_paged_attention(model: Any, dtype: str) -> str:
         if supports_flash(base) and is_available():
             return f"flash_attention_{version}"
     head_dim = _head_dim(base.config.get_text_config())
-    query = torch.empty(1, head_dim, device=base.device, dtype=DTYPES[dtype])
-    options = AttentionOptions(scale=head_dim**-0.5)
-    return FLASH if supports_attention(query, options) else ""
+    states = torch.empty(1, head_dim, device=base.device, dtype=DTYPES[dtype])
+    return FLASH if supports_varlen([states] * 3, AttentionOptions()) else ""
 
 
 def _head_dim(text: Any) -> int:
