@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
+from torch.nn.attention import varlen
 from transformers.generation.continuous_batching import PagedAttentionCache
 
 import tiny_models
@@ -34,7 +35,6 @@ from ftlevel.evaluation.sampling import (
     SamplingOptions,
 )
 from ftlevel.fast import packed_attention as packed
-from ftlevel.fast.gpu_attention import AttentionOptions, Lengths
 from ftlevel.fast.packing import UnsupportedModelError
 from ftlevel.fast.plan import set_packed_attention
 from ftlevel.models.hardware import evaluating
@@ -310,27 +310,31 @@ def test_attention_of_a_cpu_and_of_float32_is_not_paged() -> None:
     assert select_paged_attention(model, "bfloat16") == ""
 
 
-class _CpuKernel:
-    """`varlen_attn` on a CPU, one sequence after the other."""
-
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Lengths,
-        options: AttentionOptions,
-    ) -> torch.Tensor:  # fmt: skip
-        outputs = []
-        for i in range(len(lengths.queries) - 1):
-            at = slice(lengths.queries[i], lengths.queries[i + 1])
-            of = slice(lengths.keys[i], lengths.keys[i + 1])
-            states = [part[span].transpose(0, 1) for part, span in
-                      ((query, at), (key, of), (value, of))]  # fmt: skip
-            distance = torch.arange(states[0].shape[1])[:, None] - torch.arange(states[1].shape[1])
-            distance = distance + states[1].shape[1] - states[0].shape[1]
-            mask = (distance >= 0) & (distance < (options.window or len(key)))
-            output = functional.scaled_dot_product_attention(
-                *states, mask, scale=options.scale, enable_gqa=True
-            )
-            outputs.append(output.transpose(0, 1))
-        return torch.cat(outputs)
+def varlen_attn_on_cpu(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor, max_q: int, max_k: int, *, scale: float | None,
+    window_size: tuple[int, int], enable_gqa: bool,
+) -> torch.Tensor:  # fmt: skip
+    """torch's `varlen_attn` on a CPU, one sequence after the other."""
+    assert window_size[1] == 0, "causal"
+    assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
+    outputs = []
+    for i in range(len(cu_seq_q) - 1):
+        at = slice(cu_seq_q[i], cu_seq_q[i + 1])
+        of = slice(cu_seq_k[i], cu_seq_k[i + 1])
+        states = [part[span].transpose(0, 1) for part, span in
+                  ((query, at), (key, of), (value, of))]  # fmt: skip
+        distance = torch.arange(states[0].shape[1])[:, None] - torch.arange(states[1].shape[1])
+        distance = distance + states[1].shape[1] - states[0].shape[1]
+        furthest = window_size[0] if window_size[0] >= 0 else len(key)
+        output = functional.scaled_dot_product_attention(
+            *states,
+            (distance >= 0) & (distance <= furthest),
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+        outputs.append(output.transpose(0, 1))
+    return torch.cat(outputs)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +344,7 @@ def test_attention_without_a_mask(
     family: str, overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_models.build(family, "causal", **overrides)
-    monkeypatch.setattr(paged_sampling, "get_installed_kernel", _CpuKernel)
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn_on_cpu)
     expected = get_ids(sample(GenerateSampler(model, IdTokenizer())))
     for most_rows in (15, 2):
         sampler = PagedSampler(model, IdTokenizer(), FLASH, "float32")
