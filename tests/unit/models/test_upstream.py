@@ -69,6 +69,20 @@ def _(_: Any) -> None:
     )
 
 
+@CANARIES.of("aten._flash_attention_forward", "aten._flash_attention_backward")
+def _(_: Any) -> None:
+    """They have no CPU kernel: the arguments must be those that `varlen_attn` gives them."""
+    lengths = "cum_seq_q cum_seq_k max_q max_k dropout_p is_causal".split()
+    operators = torch.ops.aten
+    forward, backward = (
+        [argument.name for argument in operator.default._schema.arguments]
+        for operator in (operators._flash_attention_forward, operators._flash_attention_backward)
+    )
+    assert forward[:11] == ["query", "key", "value", *lengths, "return_debug_mask", "scale"]
+    states = ["grad_out", "query", "key", "value", "out", "logsumexp"]
+    assert backward[:15] == [*states, *lengths, "rng_state", "unused", "scale"]
+
+
 @CANARIES.of("aten.silu_backward", "aten.gelu_backward")
 def _(_: Any) -> None:
     x, gradient = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5)
