@@ -29,7 +29,6 @@ HOOKS = (
     "convert_recipe",
     "detect_tool",
     "finish_run",
-    "forecast_cluster",
     "serve_whole",
 )
 """Functions that the core calls where an extension has them; docs/extend.md has the signatures."""
