@@ -201,37 +201,27 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU: bytes of memory, dense bfloat16 TFLOP/s, GB/s of memory and of link; 0 if unknown."""
+    """A GPU: bytes of memory, dense bfloat16 TFLOP/s, GB/s of memory; 0 if unknown."""
 
     name: str
     memory: int
     tflops: float = 0.0
     bandwidth: float = 0.0
-    link: float = 0.0
-
-
-_NVLINK_4, _NVLINK_3, _PCIE_5, _PCIE_4, _PCIE_3 = 18 * 20.6, 12 * 20.0, 48.0, 24.0, 12.0
-"""GB/s as in NCCL: 20.6 and 20.0 per NVLink of Hopper (18 links) and Ampere (12 links); 12 for PCIe
-3 x16, doubled with each generation (src/graph/topo.h)."""
-
-
-def _card(name: str, gib: int, tflops: float, bandwidth: float, link: float) -> Gpu:
-    return Gpu(name, gib * GIB, tflops, bandwidth, link)
 
 
 GPUS = {
-    "h200": _card("H200 SXM", 141, 989, 4800, _NVLINK_4),
-    "h100": _card("H100 SXM", 80, 989, 3350, _NVLINK_4),
-    "h100-pcie": _card("H100 PCIe", 80, 756, 2000, _PCIE_5),
-    "a100": _card("A100 80 GB SXM", 80, 312, 2039, _NVLINK_3),
-    "a100-40gb": _card("A100 40 GB", 40, 312, 1555, _NVLINK_3),
-    "l40s": _card("L40S", 48, 362, 864, _PCIE_4),
-    "a6000": _card("RTX A6000", 48, 155, 768, _PCIE_4),
-    "a10": _card("A10", 24, 125, 600, _PCIE_4),
-    "l4": _card("L4", 24, 121, 300, _PCIE_4),
-    "rtx4090": _card("RTX 4090", 24, 165, 1008, _PCIE_4),
-    "rtx3090": _card("RTX 3090", 24, 71, 936, _PCIE_4),
-    "t4": _card("T4", 16, 65, 320, _PCIE_3),
+    "h200": Gpu("H200 SXM", 141 * GIB, 989, 4800),
+    "h100": Gpu("H100 SXM", 80 * GIB, 989, 3350),
+    "h100-pcie": Gpu("H100 PCIe", 80 * GIB, 756, 2000),
+    "a100": Gpu("A100 80 GB SXM", 80 * GIB, 312, 2039),
+    "a100-40gb": Gpu("A100 40 GB", 40 * GIB, 312, 1555),
+    "l40s": Gpu("L40S", 48 * GIB, 362, 864),
+    "a6000": Gpu("RTX A6000", 48 * GIB, 155, 768),
+    "a10": Gpu("A10", 24 * GIB, 125, 600),
+    "l4": Gpu("L4", 24 * GIB, 121, 300),
+    "rtx4090": Gpu("RTX 4090", 24 * GIB, 165, 1008),
+    "rtx3090": Gpu("RTX 3090", 24 * GIB, 71, 936),
+    "t4": Gpu("T4", 16 * GIB, 65, 320),
 }
 """From data sheets; the T4 has no bfloat16, so its figure is for float16."""
 
@@ -281,37 +271,10 @@ class TimeForecast:
     sampling_share: float | None = None
 
 
-@dataclass(frozen=True)
-class Operations:
-    """Mean forward FLOPs per token, by part of the model; `blocks` includes `attention`."""
-
-    blocks: float
-    attention: float
-    head: float
-    trains_base: bool
-    recomputes: bool
-
-    @property
-    def backward(self) -> float:
-        """FLOPs per token of the backward pass of all blocks, including recomputation."""
-        matmuls = self.blocks - self.attention
-        gradients = matmuls * (1 + self.trains_base) + 2 * self.attention
-        return gradients + self.blocks * self.recomputes
-
-    @property
-    def head_total(self) -> float:
-        """FLOPs per token of the head, forward and backward."""
-        return self.head * (2 + self.trains_base)
-
-    @property
-    def total(self) -> float:
-        """FLOPs per token of a training step."""
-        return self.blocks + self.backward + self.head_total
-
-
-def get_operations(run: Run, *, recomputes: bool) -> Operations:
-    """Returns FLOPs per token in a step of `run`; `recomputes`: with gradient checkpointing."""
+def count_operations(run: Run) -> float:
+    """Returns the mean FLOPs per token of a training step of `run`."""
     text, info = run.model.config.get_text_config(), run.data.info
+    recomputes = run.config.train.recomputes
     width = getattr(text, "hidden_size", 0) or 0
     layers = getattr(text, "num_hidden_layers", 0) or 0
     head_size = run.model.vocabulary * width
@@ -325,7 +288,11 @@ def get_operations(run: Run, *, recomputes: bool) -> Operations:
     embeddings = head_size * (1 if per_row or getattr(text, "tie_word_embeddings", True) else 2)
     matmuls = 2 * max(run.model.total_parameters - embeddings, 0)
     trains_base = METHODS[run.config.method.kind].trains_base(run.config.method)
-    return Operations(matmuls + attention, attention, head, trains_base, recomputes)
+    return (
+        matmuls * (2 + trains_base + recomputes)
+        + attention * (3 + recomputes)
+        + head * (2 + trains_base)
+    )
 
 
 def estimate_time(run: Run, gpu: Gpu) -> TimeForecast | None:
@@ -333,7 +300,7 @@ def estimate_time(run: Run, gpu: Gpu) -> TimeForecast | None:
     if not gpu.tflops:
         return None
     tokens = run.data.info["tokens"]
-    operations = get_operations(run, recomputes=run.config.train.recomputes).total
+    operations = count_operations(run)
     weights = run.model.total_parameters * DTYPES[run.model.dtype].itemsize
     if (size := RolloutSize.of(run, gpu.memory - weights)) is not None:
         return _estimate_rl_time(run, gpu, size, operations, weights)
