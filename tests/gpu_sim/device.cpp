@@ -10,6 +10,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <ATen/native/transformers/attention.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/csrc/distributed/c10d/reducer_timer.hpp>
@@ -480,6 +481,17 @@ void resize_storage(const at::Tensor& tensor, int64_t bytes) {
 }
 
 }  // namespace
+
+// `scaled_dot_product_attention` asks this function, and not the operation, for its kernel.
+const bool is_choice_set = [] {
+  at::native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(
+      [](const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+         const std::optional<at::Tensor>& mask, double dropout, bool causal,
+         std::optional<double> scale, bool grouped) {
+        return at::_fused_sdp_choice(query, key, value, mask, dropout, causal, scale, grouped);
+      });
+  return true;
+}();
 
 TORCH_LIBRARY_IMPL(_, CUDA, m) {
   m.fallback(torch::CppFunction::makeFromBoxedFunction<&compute_on_host>());
