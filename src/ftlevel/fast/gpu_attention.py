@@ -90,6 +90,11 @@ with head_dim 193 to 224 (torch, aten/src/ATen/native/transformers/cuda/sdp_util
 """
 
 
+def get_capability() -> tuple[int, int]:
+    """Returns the compute capability of this process's GPU; without one, of an Ampere card."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (8, 0)
+
+
 def supports_varlen(states: Sequence[Tensor], options: AttentionOptions) -> bool:
     """Returns whether `varlen_attn` supports `options` and query, key and value (…, head_dim)."""
     query, key, value = states
@@ -97,7 +102,7 @@ def supports_varlen(states: Sequence[Tensor], options: AttentionOptions) -> bool
         return False
     if options.dropout or options.cap or not HAS_VARLEN:
         return False
-    capability, head_dim = torch.cuda.get_device_capability(query.device), query.shape[-1]
+    capability, head_dim = get_capability(), query.shape[-1]
     if not head_dim == key.shape[-1] == value.shape[-1]:
         return False
     if capability in SMALL_MEMORY_CAPABILITIES and 192 < head_dim <= 224:

@@ -303,7 +303,7 @@ def _by_sequence(layout: PackedLayout, states: list[Tensor], options: AttentionO
     """
     if supports_varlen(states, options):
         return varlen_attention(states, layout.segments, options)
-    if states[0].device.type != "cpu":
+    if states[0].is_cuda or states[0].device.type != "cpu":
         return padded_attention(states, layout.segments, options)
     max_length = max(s.stop - s.start for s in layout.segments)
     is_short = max_length <= MAX_BLOCKED

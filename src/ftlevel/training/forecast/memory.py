@@ -37,7 +37,7 @@ from ftlevel.fast.step_collator import StepCollator, TextCollator
 from ftlevel.methods import METHODS
 from ftlevel.models.loading import build_task_model
 from ftlevel.models.module_tree import ModuleTree, get_blocks
-from ftlevel.models.upstream.fake import packed_tensors
+from ftlevel.models.upstream.fake import as_gpu, packed_tensors
 from ftlevel.objectives import StepObjective
 from ftlevel.trained.adapt import apply_method
 from ftlevel.training.build_trainer import create_trainer
@@ -201,6 +201,7 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
     batch = _get_largest_batch(run, pruning)
     is_full = not METHODS[run.config.method.kind].is_adapter
     with ExitStack() as stack:
+        stack.enter_context(as_gpu(run.model.device == "cuda"))
         fake_models = [
             stack.enter_context(closing(create_fake_model(run, some))) for some in layers.samples
         ]
