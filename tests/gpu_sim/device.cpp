@@ -504,6 +504,16 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("set_.source_Storage_storage_offset", TORCH_FN(set_storage));
   m.impl("set_.source_Storage", TORCH_FN(set_whole_storage));
   m.impl("record_stream", [](at::Tensor&, c10::Stream) {});
+  // Operations with a kernel for each device and a decomposition for others: a card has a kernel.
+  auto& dispatcher = c10::Dispatcher::singleton();
+  for (const auto& name : dispatcher.getAllOpNames()) {
+    const auto op = dispatcher.findOp(name);
+    const auto has = [&](c10::DispatchKey key) { return op->hasKernelForDispatchKey(key); };
+    if (name.getNamespace() == "aten" && op && has(c10::DispatchKey::CPU) && !has(c10::DispatchKey::CUDA) &&
+        (has(c10::DispatchKey::CompositeImplicitAutograd) || has(c10::DispatchKey::CompositeExplicitAutograd)))
+      m.impl(c10::toString(name).substr(6).c_str(),
+             torch::CppFunction::makeFromBoxedFunction<&compute_on_host>());
+  }
 }
 
 // Collectives of "nccl" are those of gloo on the same memory.

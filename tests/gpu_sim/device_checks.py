@@ -77,6 +77,15 @@ def check_memory() -> None:
         torch.empty(torch.cuda.mem_get_info()[1], device="cuda")
 
 
+def check_decomposed_operations() -> None:
+    """Operations that have a kernel on a card allocate nothing but their results."""
+    x, gradient = torch.ones(2, 1 << 16, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = torch.ops.aten.silu_backward(gradient, x)
+    assert torch.cuda.max_memory_allocated() == before + result.nbytes
+
+
 def check_views() -> None:
     """Views share memory with their base, and out= tensors are resized."""
     base = torch.zeros(2, 3, device="cuda")
@@ -149,6 +158,6 @@ def check_padded_attention() -> None:
 if __name__ == "__main__":
     for check in (
         check_devices, check_waits, check_waits_of_backward, check_memory, check_views,
-        check_streams, check_attention, check_padded_attention,
+        check_decomposed_operations, check_streams, check_attention, check_padded_attention,
     ):  # fmt: skip
         check()
