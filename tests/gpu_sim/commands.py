@@ -311,7 +311,7 @@ def _command_cells() -> Iterator[Cell]:
 def _memory_cells() -> Iterator[Cell]:
     """Yield runs of a model whose activations and weights are larger than constant overheads.
 
-    Rows have one length, so that each step is the largest one, for which `plan` estimates.
+    Rows have one length and share no prefix, so that each step is the largest one, as in `plan`.
     """
     for name, flags in {
         "lora": "--method lora", "qlora": "--method qlora --quant 4bit", "full": "--method full",
@@ -365,7 +365,7 @@ def _rotated(i: int, count: int) -> str:
 _ROWS: dict[str, Any] = {
     **{name: ROWS[name] for name in ("tags", "span", "mask", "class", "multi", "regression", "pair")},
     "sft": lambda i: {"prompt": f"Tell of {_words(i, 2 + i % 5)}:", "completion": _words(i + 3, 3 + i % 9)},
-    "even": lambda i: {"prompt": f"Tell of {_rotated(i, 80)}:", "completion": _rotated(i // 8, 40)},
+    "even": lambda i: {"prompt": f"{i + 10} {_rotated(i, 80)}:", "completion": _rotated(i // 8, 40)},
     "chat": lambda i: {"messages": [
         {"role": "user", "content": _words(i, 2 + i % 4)},
         {"role": "assistant", "content": _words(i + 1, 3 + i % 7)},
