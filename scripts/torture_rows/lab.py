@@ -172,12 +172,12 @@ class Lab:
         """Run a command to its end."""
         return self.start(arguments, before).wait(seconds or self.patience)
 
-    def fresh(self, arguments: Sequence[str]) -> Child:
-        """Start a command with a new interpreter, as users do."""
+    def fresh(self, arguments: Sequence[str], folder: Path | None = None) -> Child:
+        """Start a command with a new interpreter, as users do, in `folder` or the root."""
         pipes = os.pipe(), os.pipe()
         process = subprocess.Popen(
             [sys.executable, "-m", "ftlevel", *arguments], stdout=pipes[0][1], stderr=pipes[1][1],
-            stdin=subprocess.DEVNULL, cwd=self.root, start_new_session=True, preexec_fn=_defaults,
+            stdin=subprocess.DEVNULL, cwd=folder or self.root, start_new_session=True, preexec_fn=_defaults,
         )  # fmt: skip
         for _, write in pipes:
             os.close(write)
