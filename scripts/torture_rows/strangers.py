@@ -6,15 +6,20 @@ user would, and returns what went wrong; "" if nothing did.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import shutil
+import socket
 import string
 import subprocess
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from torture_rows.lab import BAD, GOOD, Case, Lab, ProcessResult
@@ -172,20 +177,21 @@ def reward_file_that_was_typed(scene: Scene) -> str:
 def reward_file_of_a_recipe(scene: Scene) -> str:
     """A recipe runs no reward file, in any spelling, with train, preview or plan."""
     value = f"{_reward(scene)}:score"
-    spelled = scene.random.choice(
-        [
-            f"rl: {{reward: ['{value}']}}",
-            f"rl: '{value}'",
-            f"x-a: &a {{reward: '{value}'}}\nrl: *a",
-            f"rl:\n  reward: '{value}'",
-            f"rl: {{<<: {{reward: '{value}'}}}}",
-        ]  # fmt: skip
-    )
+    spellings = (f"rl: {{reward: ['{value}']}}", f"rl: '{value}'", f"rl:\n  reward: '{value}'",
+                 f"rl: {{<<: {{reward: '{value}'}}}}")  # fmt: skip
+    return next(filter(None, (_use_recipe(scene, text) for text in spellings)), "")
+
+
+def _use_recipe(scene: Scene, spelled: str) -> str:
     recipe = scene.write(scene.stranger / "recipe.yaml", f"task: rl\n{spelled}\n")
-    for command in (["train", recipe, "--output-dir", scene.home / "x"], ["preview", recipe],
-                    ["plan", recipe]):  # fmt: skip
-        flags = ["--model", scene.lab.base, "--dataset", scene.questions()]
-        if why := scene.problem(scene.run(*command, *flags), [2]):
+    says = "" if "<<" in spelled else "not run before"
+    flags = ["--model", scene.lab.base, "--dataset", scene.questions()]
+    for command in (
+        [*scene.rl(scene.home / "x"), "--recipe", recipe],
+        ["preview", recipe, *flags],
+        ["plan", recipe, *flags],
+    ):
+        if why := scene.problem(scene.run(*command), [2], says):
             return f"{spelled}: {why}"
     return ""
 
@@ -331,12 +337,129 @@ def links_beside_an_output(scene: Scene) -> str:
     return ""
 
 
+@exploit
+def modules_in_the_current_directory(scene: Scene) -> str:
+    """Processes that a command starts import no module from the directory with the data."""
+    for name in ("selectors", "random", "hashlib", "tempfile", "socket", "numpy", "peft", "mlx"):
+        scene.write(scene.stranger / f"{name}.py", scene.code())
+    home, options = scene.home, ["--model", scene.lab.base, "--dataset", scene.lab.rows, "--quiet"]
+    commands = {
+        "rewards": scene.rl(home / "rl", "--reward", "exact"),
+        "processes": ["train", *options, "--max-steps", "1", "--num-processes", "2",
+                      "--output-dir", home / "two"],
+        "compare": ["compare", *options, "--methods", "ia3", "--budget-steps", "1",
+                    "--validation-split", "0.2",
+                    "--output-dir", home / "compare"],
+    }  # fmt: skip
+    for name, command in commands.items():
+        if why := scene.problem(scene.fresh(scene.stranger, *command), [0, 1]):
+            return f"{name}: {why}"
+    return ""
+
+
+def _answer_yes() -> None:
+    """Answer y to each question on stdin."""
+    read, write = os.pipe()
+    os.write(write, b"y\n" * 100)
+    os.close(write)
+    os.dup2(read, 0)
+    sys.stdin = os.fdopen(0, closefd=False)
+
+
+@exploit
+def code_of_a_model(scene: Scene) -> str:
+    """A model's Python file is not run without the flag, whatever is typed, and nobody is asked."""
+    for auto in ("AutoModelForCausalLM", "AutoConfig", "AutoTokenizer"):
+        model, module = scene.stranger / scene.name(), scene.name()
+        shutil.copytree(scene.lab.base, model)
+        scene.write(model / f"{module}.py", scene.code())
+        path = model / "config.json"
+        config = json.loads(path.read_text())
+        if auto == "AutoModelForCausalLM":  # a type that transformers has for other tasks only
+            config["model_type"] = "distilbert"
+        config["auto_map"] = {auto: f"{module}.{module.title()}"}
+        if auto == "AutoConfig":
+            config["model_type"] = module
+        path.write_text(json.dumps(config))
+        if auto == "AutoTokenizer":
+            path = model / "tokenizer_config.json"
+            tokenizer = json.loads(path.read_text())
+            tokenizer["auto_map"] = {auto: [f"{module}.{module.title()}", None]}
+            path.write_text(json.dumps(tokenizer))
+        data = ["--dataset", scene.lab.rows]
+        for command in (["train", *data, "--model", model, "--task", "text-generation",
+                         "--max-steps", 1, "--output-dir", scene.home / scene.name()],
+                        ["preview", *data, "--model", model],
+                        ["evaluate", model, *data, "--task", "text-generation"],
+                        ["list-targets", model]):  # fmt: skip
+            result = scene.run(*command, before=_answer_yes)
+            if "[y/N]" in result.out + result.err:
+                return f"{auto}: {command[0]} asks on stdin"
+            if why := scene.problem(result):
+                return f"{auto}: {why}"
+    return ""
+
+
+@exploit
+def references_of_json_schemas(scene: Scene) -> str:
+    """`--reward json:COLUMN` fetches no `$ref`, and a bad schema ends no run."""
+    from ftlevel.rewards import create_reward
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0)
+        secret = scene.write(scene.home / "schema.json", {"type": "string"})
+        references = (f"http://127.0.0.1:{server.getsockname()[1]}/x", secret.as_uri(), "#/none",
+                      f"urn:{scene.name()}")  # fmt: skip
+        schemas: list[Any] = [{"$ref": reference} for reference in references]
+        schemas += [{"$ref": "#"}, {"type": "string", "pattern": "(a+)+$"}]
+        rows = [{"prompt": f"red {at}", "schema": json.dumps(schemas[at % len(schemas)])}
+                for at in range(12)]  # fmt: skip
+        data = scene.write(scene.stranger / "schemas.jsonl", rows)
+        command = scene.rl(scene.home / "run", "--reward", "json:schema", "--reward", "length:1-3")
+        command[command.index("--dataset") + 1] = data
+        result = scene.run(*command)
+        score = create_reward(SimpleNamespace(name="json", argument="schema"))
+        scores = [score('"x"', [], row) for row in rows[:4]]
+        with contextlib.suppress(BlockingIOError):
+            server.accept()
+            return "a schema was fetched"
+        if any(scores):
+            return f"a schema was read: {scores}"
+    return scene.problem(result, [0, 1])
+
+
+@exploit
+def cards_of_base_models(scene: Scene) -> str:
+    """A base model's README.md that is a bomb, deep or of other types ends no run."""
+    aliases = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 40))
+    headers = {
+        "bomb": f"a0: &a0 [x]\n{aliases}\nlicense: *a39",
+        "deep": f"license: {'[' * 20_000}",
+        "keys": "? [a]\n: b\nlicense: {a: [1]}",
+        "tag": "license: !!python/object/apply:os.system [id]",
+    }
+    for name, header in headers.items():
+        model, run = scene.stranger / scene.name(), scene.home / scene.name()
+        shutil.copytree(scene.lab.base, model)
+        scene.write(model / "README.md", f"---\n{header}\n---\n")
+        command = scene.lab.training(run)
+        command[command.index("--model") + 1] = str(model)
+        if why := scene.problem(scene.run(*command, seconds=60), [0]):
+            return f"{name}: {why}"
+        if not (run / "summary.json").is_file():
+            return f"{name}: no summary.json"
+    return ""
+
+
 def strangers(lab: Lab, count: int) -> Iterator[Case]:
     """All exploits, each with other names and places; further rounds draw new ones."""
     names = list(EXPLOITS)
     for index in range(count):
         name = names[index % len(names)]
         scene = Scene(lab, lab.folder(), lab.random)
-        why = EXPLOITS[name](scene)
+        try:
+            why = EXPLOITS[name](scene)
+        except Exception:  # noqa: BLE001 - the other exploits are run, too
+            why = traceback.format_exc()[-2000:]
         yield Case(BAD if why else GOOD, name, why, "data stayed data")
         shutil.rmtree(scene.folder, ignore_errors=True)

@@ -37,7 +37,7 @@ def open_existing(path: Path, mode: str = "a", newline: str | None = None) -> IO
 
 def _open(path: Path, flags: int, mode: str, newline: str | None) -> IO[Any]:
     encoding = None if "b" in mode else "utf-8"
-    return open(  # noqa: PTH123, SIM115 - of a descriptor
+    return open(  # noqa: PTH123 - of a descriptor
         os.open(path, flags | _NO_FOLLOW | _BINARY, 0o666), mode, encoding=encoding, newline=newline
     )
 
@@ -48,15 +48,22 @@ def save_text(path: Path, text: str) -> None:
         file.write(text)
 
 
+_WITHOUT_DIRECTORY = "import sys; sys.path[:] = filter(None, sys.path); import runpy; runpy."
+
+
 def python_command(module: str, *args: str) -> list[str]:
-    """Returns the command that runs `module` without importing from the current directory."""
-    if sys.version_info >= (3, 11):
-        return [sys.executable, "-P", "-m", module, *args]
-    code = f"import sys; sys.path.pop(0); import runpy; runpy.run_module({module!r}, None, "
-    return [sys.executable, "-c", f"{code}'__main__', True)", *args]
+    """Returns the command that runs `module` and imports nothing from the current directory."""
+    run = f"run_module({module!r}, run_name='__main__', alter_sys=True)"  # as -m, which imports
+    return [sys.executable, "-c", _WITHOUT_DIRECTORY + run, *args]
+
+
+def script_command(python: str, script: Path, *args: str) -> list[str]:
+    """Returns the command that runs `script`, and imports nothing from its directory."""
+    run = f"run_path({str(script)!r}, run_name='__main__')"
+    return [python, "-c", _WITHOUT_DIRECTORY + run, *args]
 
 
 def start_process(command: Sequence[str], **kwargs: Any) -> subprocess.Popen[Any]:
-    """Start a process; Python in it and its children imports nothing from its directory."""
+    """Start a process; Python processes that it starts import nothing from their directory."""
     env = {**(kwargs.pop("env", None) or os.environ), "PYTHONSAFEPATH": "1"}
     return subprocess.Popen(command, env=env, **kwargs)

@@ -396,7 +396,8 @@ def check_output(output_dir: Path | None, *, overwrite: bool, resume: bool) -> N
             raise ConfigError(f"--output-dir {output_dir} is a file. Name a directory.")
         paths = [*output_dir.iterdir(), *(output_dir / CHECKPOINTS).glob("*")]
         check_regular(paths, f"--output-dir {output_dir}")
-        _check_links(output_dir)
+        if resume:
+            _check_links(output_dir)
         check_lock(output_dir)
         if not is_empty(output_dir):
             _check_existing(output_dir, overwrite, resume)

@@ -58,7 +58,8 @@ from ftlevel.training.plan.schedule import text_positions
 
 _NOT_WITH_QRELS = """
     dataset predictions input_format subset split on_bad_row columns ignore_columns metrics
-    max_eval_samples max_generate_samples max_new_tokens num_beams temperature top_p eval_text reward
+    max_eval_samples max_generate_samples max_new_tokens num_beams temperature top_p eval_text
+    reward
 """.split()
 
 
