@@ -2,12 +2,11 @@
 # make test-quick    one cell of each unit and command-line test, for the inner loop (3 minutes)
 # make sweeps  every cell of the tests of which make test runs a sample (an hour)
 # make mutants insert faults into the package and run the tests that must detect them (half an hour)
-# make test-kernels  the Triton kernels alone, in Triton's interpreter; a part of make test on Linux
 # make demo    install ftlevel from this checkout and fine-tune a small real model with it
 # make matrix  train every method on every family, task and base in tiny models (10 minutes)
 # make torture kills, interrupts, damaged files, full disks: every row of docs/reliability.md in full (hours)
 # make distributed  launchers, methods and --shard by two processes against one (docs/distributed.md)
-# make gpu-sim simulate steps on an absent GPU, and print figures with their bounds
+# make gpu-sim run commands on a simulated GPU and on the CPU, and compare them (15 minutes)
 # make gpu-kit pack a folder for a GPU machine without a network, and print the commands to run there
 # make servers install vLLM, mlx-lm and OpenVINO GenAI, each in an environment of its own (4 GB)
 # make served  compare them and llama.cpp with the trained model, and write the table of docs/serving.md
@@ -54,7 +53,7 @@ TEST_BIN := $(TEST_DIR)/venv/bin
 DEMO_BIN := $(DEMO_DIR)/venv/bin
 SOURCES := $(shell find src -name '*.py')
 
-.PHONY: help test test-quick test-kernels fetch-models demo lint docs docs-commands matrix sweeps mutants torture distributed gpu-sim gpu-kit servers served \
+.PHONY: help test test-quick fetch-models demo lint docs docs-commands matrix sweeps mutants torture distributed gpu-sim gpu-kit servers served \
 	clean
 .DELETE_ON_ERROR:
 
@@ -94,15 +93,9 @@ docs-commands: $(TEST_DIR)/installed
 fetch-models: $(TEST_DIR)/installed
 	$(TEST_BIN)/python scripts/fetch_models.py --dir $(MODELS)
 
-# Triton's interpreter runs our kernels without a GPU. It is installed in a separate folder, because other
-# libraries compute differently if they find it. There are wheels for Linux.
-$(TEST_DIR)/triton: $(TEST_DIR)/installed
-	$(TEST_BIN)/pip install --quiet $(PIP_FLAGS) --no-deps --target $@ triton
-	@touch $@
-
 # One thread per test process: more would oversubscribe two cores.
 test: export OMP_NUM_THREADS ?= 1
-test: lint docs fetch-models $(if $(filter Linux,$(shell uname)),test-kernels)
+test: lint docs fetch-models
 	FTLEVEL_MODELS=$(abspath $(MODELS)) $(TEST_BIN)/python -m pytest $(PYTEST_FLAGS)
 
 test-quick: export OMP_NUM_THREADS ?= 1
@@ -116,10 +109,6 @@ sweeps: $(TEST_DIR)/installed
 mutants: export OMP_NUM_THREADS ?= 1
 mutants: $(TEST_DIR)/installed
 	FTLEVEL_MODELS=$(abspath $(MODELS)) $(TEST_BIN)/python scripts/mutants.py $(MUTANTS_FLAGS)
-
-test-kernels: export OMP_NUM_THREADS ?= 1
-test-kernels: $(TEST_DIR)/triton
-	PYTHONPATH=$(TEST_DIR)/triton $(TEST_BIN)/python -m pytest --quiet tests/unit/fast/test_kernels.py
 
 matrix: $(TEST_DIR)/installed
 	$(TEST_BIN)/python scripts/run_matrix.py $(MATRIX_FLAGS)

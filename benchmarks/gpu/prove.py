@@ -1,8 +1,8 @@
 """Run the tests that need a GPU; record each that passes, and skip it in a later run.
 
-    python -m gpu.prove tests --out FOLDER --until TIME     (run by run.py of the kit)
+    python -m gpu.prove smoke|tests --out FOLDER --until TIME     (run by run.py of the kit)
 
-FOLDER/tests.json maps each test to its outcome, seconds and last output.
+FOLDER/smoke.json or tests.json maps each test to its outcome, seconds and last output.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 TREE = Path(__file__).resolve().parents[2]
-TEST_PATHS = ("tests/gpu", "tests/unit/fast/attention/test_varlen.py")
+TEST_PATHS = ("tests/gpu/test_smoke.py", "tests/gpu", "tests/unit/fast/attention/test_varlen.py")
 
 
 class OutcomeRecorder:
@@ -57,7 +57,7 @@ class OutcomeRecorder:
 def main() -> int:
     """Run the tests; return 0 if all passed, 75 if the line must run again, 1 if one failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("line", choices=("tests",))
+    parser.add_argument("line", choices=("smoke", "tests"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--until", type=float, required=True, help="seconds since the epoch")
     parser.add_argument("--tiny", action="store_true", help="run the test bodies on the CPU")
@@ -65,12 +65,10 @@ def main() -> int:
     args = parser.parse_args()
     if args.tiny:
         os.environ["FTLEVEL_GPU_TESTS"] = "cpu"
-    recorder = OutcomeRecorder(args.out / "tests.json", args.earlier, args.until)
-    paths = TEST_PATHS[:1] if args.tiny else TEST_PATHS
-    pytest.main(
-        ["-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider", "--rootdir", str(TREE), *paths],
-        plugins=[recorder],
-    )
+    recorder = OutcomeRecorder(args.out / f"{args.line}.json", args.earlier, args.until)
+    end = 1 if args.line == "smoke" else 2 if args.tiny else None
+    options = ["-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider", "--rootdir", str(TREE)]
+    pytest.main([*options, *TEST_PATHS[:end]], plugins=[recorder])
     outcomes = [entry["outcome"] for entry in recorder.outcomes.values()]
     counts = ", ".join(f"{outcomes.count(o)} {o}" for o in ("passed", "failed", "skipped"))
     note = "; incomplete: run this line again" if recorder.is_interrupted else ""

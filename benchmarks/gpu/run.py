@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Install the kit on the GPU machine, and run one of its commands.
 
+    python3 run.py smoke            README commands, three steps each (half a minute): run it first
     python3 run.py tests            tests that need a GPU: tests/gpu
     python3 run.py lora             tokens/s, MFU and peak memory of LoRA in bfloat16; a trace
     python3 run.py qlora            the same on a 4-bit base
@@ -22,7 +23,7 @@ import time
 from pathlib import Path
 
 DIRECTORY = Path(__file__).resolve().parent
-LINES = {"tests": "prove", "lora": "measure", "qlora": "measure"}
+LINES = {"smoke": "prove", "tests": "prove", "lora": "measure", "qlora": "measure"}
 EXPECTED = (
     "torch", "numpy", "pyarrow", "huggingface_hub", "safetensors", "tokenizers", "jinja2", "regex",
     "tqdm", "filelock", "fsspec", "packaging", "pip",

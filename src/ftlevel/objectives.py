@@ -64,8 +64,11 @@ class Meter(Protocol):
     def compute(self, loss: float) -> dict[str, float]:
         """Returns all metrics except the loss; `loss` is the mean loss over all targets."""
 
+    def merge(self, other: Any) -> None:
+        """Add the batches of the meter `other`, as if they had been added to this one."""
+
     def pool(self, meters: Sequence[Any]) -> Meter:
-        """Returns a new meter that combines all `meters`."""
+        """Returns a new meter of the examples of all `meters`; equal ones count repeatedly."""
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
         """Returns prediction and label of the only row added; `names` are class or tag names."""
@@ -206,7 +209,7 @@ class StepTexts:
     labels: tuple[tuple[float, ...], ...]
     teacher: tuple[tuple[float, ...], ...] = ()
     guide: Sequence[Any] | None = None
-    keys: tuple[tuple[int, ...], ...] = ()
+    keys: tuple[Any, ...] = ()
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -224,7 +227,7 @@ class StepTexts:
         A text that occurs several times has the index of its first occurrence.
         """
         guides = [vector for step in steps for vector in step.guide or ()]
-        first: dict[tuple[int, ...], int] = {}
+        first: dict[Any, int] = {}
         texts: list[tuple[int, ...]] = []
         count = 0
         for step in steps:
@@ -311,10 +314,10 @@ class LikelihoodObjective(TokenObjective):
     needs_baseline: bool = False
 
     @abstractmethod
-    def answers(self, log_probs: Tensor, labels: Tensor) -> Tensor:
-        """Returns `(answers, 2)`: log-likelihood and number of tokens of each answer.
+    def answers(self, log_probs: Tensor, owners: Tensor, count: int) -> Tensor:
+        """Returns `(count, 2)`: log-likelihood and number of tokens of each answer.
 
-        `log_probs` are float32 `(targets,)`, in the order of `locate`; `labels` `(answers, seq)`.
+        `log_probs` are float32 `(targets,)`; `owners` `(targets,)` is the answer of each.
         """
 
     @abstractmethod

@@ -18,9 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from ftlevel.fast import kernels
 from ftlevel.fast.fused_lora import FusedLoraFunction
-from ftlevel.fast.kernels import ACTIVATIONS, TORCH, TritonBackend
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -105,40 +103,6 @@ def test_adapter_trained_on_gpu_merges(tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "merged/model.safetensors").is_file()
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_triton_kernels_match_torch(dtype: str) -> None:
-    if DEVICE != "cuda":
-        pytest.skip("kernels need a card; make test-kernels asks Triton's interpreter")
-    precision = getattr(torch, dtype)
-    x, gradient, gate = (torch.randn(64, 4096, device=DEVICE).to(precision) for _ in range(3))
-    weight, triton = torch.randn(4096, device=DEVICE), TritonBackend()
-    for w in (weight, weight.to(precision)):
-        actual, expected = triton.norm(x, w, 1e-6), TORCH.norm(x, w, 1e-6)
-        assert all(map(kernels.are_close, expected, actual))
-        assert torch.equal(triton.renorm(x, w, actual[1]), actual[0])
-        scale = expected[1]
-        assert kernels.are_close(
-            TORCH.norm_backward(gradient, x, w, scale), triton.norm_backward(gradient, x, w, scale)
-        )
-    states = [torch.randn(2, 64, heads, 128, device=DEVICE).to(precision) for heads in (32, 8)]
-    cos, sin = (torch.randn(2, 64, 128, device=DEVICE).to(precision) for _ in range(2))
-    for backward in (False, True):
-        pairs = zip(TORCH.rope(*states, cos, sin, backward=backward),
-                    triton.rope(*states, cos, sin, backward=backward), strict=True)  # fmt: skip
-        assert all(kernels.are_close(a, b) for a, b in pairs)
-    logits, targets = 4 * gate, x.argmax(-1)
-    for smoothing in (0.0, 0.1):
-        (loss, gradient_of_logits), actual = (backend.cross_entropy(logits, targets, smoothing)
-                                    for backend in (TORCH, triton))  # fmt: skip
-        assert kernels.are_close(loss, actual[0])
-        assert kernels.are_close(gradient_of_logits.to(precision), actual[1])
-    for kind in ACTIVATIONS:
-        assert kernels.are_close(TORCH.glu(kind, gate, x), triton.glu(kind, gate, x))
-        pairs = zip(TORCH.glu_backward(kind, gradient, gate, x),
-                    triton.glu_backward(kind, gradient, gate, x), strict=True)  # fmt: skip
-        assert all(kernels.are_close(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

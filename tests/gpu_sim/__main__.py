@@ -1,74 +1,106 @@
-"""`python -m gpu_sim`: a table of figures with their bounds; `--sample` runs a few of them.
+"""`python -m gpu_sim`: commands on a simulated CUDA device that computes, and figures of a step.
 
-Nothing is measured: the GPU is simulated, and times come from a roofline model.
+    python -m gpu_sim [--only TEXT …] [--sample] [--jobs 2] [--json FILE]
+    python -m gpu_sim figures
+
+Nothing is measured: the device computes on the CPU, and the figures come from a roofline model.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import sys
-import traceback
-import warnings
-from typing import Any
+import tempfile
+import threading
+from pathlib import Path
+from queue import Empty, SimpleQueue
 
-from gpu_sim import card
-
-SAMPLE = (
-    "lora-llama-causal-none", "qlora-llama-causal-4bit", "dora-llama-causal-4bit",
-    "prefix-llama-causal-none", "lora-bert-seqcls-none", "adapter-bert-seqcls-none",
-    "lora-t5-seq2seq-none", "full-llama-causal-none",
-)  # fmt: skip
-"""Cells that CI runs."""
+from gpu_sim import device
+from gpu_sim.commands import MEDIUM, NO_DROPOUT, SAMPLE, Cell, build_cells, write_files
+from gpu_sim.compare import Result, Worker, compare
 
 
 def main() -> int:
-    """Print the figures, and return 1 if one exceeds its bound."""
+    """Run the cells; return 1 if something is wrong with one."""
+    if sys.argv[1:] == ["figures"]:
+        return device.run(sys.executable, "-m", "gpu_sim.figures")
     parser = argparse.ArgumentParser(prog="gpu_sim", description=__doc__)
-    parser.add_argument("--sample", action="store_true", help="a few cells, and four layers")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--only", nargs="*", help="parts of names of cells")
+    parser.add_argument("--sample", action="store_true", help="the cells that CI runs")
+    parser.add_argument("--jobs", type=int, default=2, help="cells at a time")
+    parser.add_argument("--json", type=Path, help="file for all results")
+    parser.add_argument("--keep", type=Path, help="folder for the runs, kept")
     args = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    if reason := card.get_unavailable_reason():
+    if reason := device.get_unavailable_reason():
         sys.exit(f"The simulation {reason}.")
-    gc.disable()  # until everything is imported
-    card.install()
-    from gpu_sim import figures
-    from gpu_sim.cases import build_cells, run_cell
-    from gpu_sim.simulate import find_undetected_errors
-
-    gc.freeze()
-    gc.enable()
-
-    cells = [cell for cell in build_cells() if not args.sample or str(cell) in SAMPLE]
-    failures: dict[str, str] = {}
-    waits: dict[str, dict[str, int]] = {}
-    for index, cell in enumerate(cells, 1):
-        if sys.stderr.isatty():
-            sys.stderr.write(f"\r{index}/{len(cells)} {cell!s:60}")
-        try:
-            metrics = run_cell(cell)
-            if metrics.waits:
-                waits[str(cell)] = metrics.waits
-        except RuntimeError as error:  # torch's error for tensors on different devices
-            failures[str(cell)] = f"{error} ({traceback.extract_tb(error.__traceback__)[-1].name})"
-    rows = figures.compute_figures(layers=4 if args.sample else 32)
-    rows.insert(0, figures.Row("cells with tensors on two devices", len(failures), 0))
-    rows.insert(1, figures.Row("cells whose step waits for the GPU", len(waits), 0))
+    cells = [
+        cell for cell in build_cells()
+        if (not args.sample or cell.name in SAMPLE)
+        and (not args.only or any(part in cell.name for part in args.only))
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.keep or Path(temporary)
+        results = run_cells(cells, folder, args.jobs)
+    failed = [result for result in results if result.problems]
+    print(f"{len(cells)} cells, {len(failed)} with problems. Simulated, not measured.")
     if args.json:
-        summary: dict[str, Any] = {
-            "cells": len(cells), "failures": failures, "waits": waits,
-            "unseen": find_undetected_errors(),
-        }  # fmt: skip
-        print(json.dumps({**summary, "rows": [row.as_dict() for row in rows]}))
-    else:
-        print(f"{len(cells)} cells (method, model kind, quantization). Simulated, not measured.")
-        print(figures.format_table(rows))
-        for title, details in (("tensors on two devices", failures), ("waits", waits)):
-            for name, detail in details.items():
-                print(f"{title}: {name}: {detail}")
-    return int(any(not row.is_met for row in rows))
+        args.json.write_text(json.dumps([as_dict(result) for result in results], indent=1))
+    return int(bool(failed))
+
+
+def run_cells(cells: list[Cell], folder: Path, jobs: int) -> list[Result]:
+    """Run `cells`, `jobs` at a time, in folders below `folder`; print a line per cell."""
+    names = build_inputs(folder / "inputs")
+    queue: SimpleQueue[Cell] = SimpleQueue()
+    for cell in cells:
+        queue.put(cell)
+    results: list[Result] = []
+
+    def work() -> None:
+        card, cpu = Worker(True, names), Worker(False, names)
+        while True:
+            try:
+                cell = queue.get_nowait()
+            except Empty:
+                break
+            result = compare(cell, card, cpu, folder)
+            results.append(result)
+            verdict = "ok" if not result.problems else "; ".join(result.problems)
+            seconds = result.card.seconds + result.cpu.seconds
+            print(f"{cell.name:34} {result.distance:8.1e} {seconds:5.0f} s  {verdict}", flush=True)
+        card.close()
+        cpu.close()
+
+    threads = [threading.Thread(target=work) for _ in range(jobs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def build_inputs(folder: Path) -> dict[str, str]:
+    """Write models and rows that the cells use; return name → path."""
+    import transformers
+
+    from tiny_models import save_tiny
+
+    transformers.utils.logging.disable_progress_bar()
+    names = write_files(folder / "data")
+    for family, overrides in NO_DROPOUT.items():
+        names[family] = str(save_tiny(folder / family, family, **overrides))
+    names["medium"] = str(save_tiny(folder / "medium", "llama", **MEDIUM))
+    names["llama2"] = str(save_tiny(folder / "llama2", "llama", seed=2))
+    return names
+
+
+def as_dict(result: Result) -> dict[str, object]:
+    """Return a result for JSON."""
+    return {
+        "cell": result.cell.name, "problems": result.problems, "distance": result.distance,
+        "waits": result.card.waits, "peak": result.card.peak, "codes": result.card.codes,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

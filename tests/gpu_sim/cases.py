@@ -1,48 +1,24 @@
-"""Cases of the simulation: every method on every kind of model, and Llama-3-8B."""
+"""Steps of Llama-3-8B with fake tensors, which have shapes and no values."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
 
-import matrix_cells
-from ftlevel.config import QuantConfig, SpeedConfig, TrainConfig, TrainerConfig
+from ftlevel.config import SpeedConfig, TrainConfig, TrainerConfig
 from ftlevel.config.methods import LoraSpec
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.fast import fused_layers as norm_glu
-from ftlevel.fast import kernels
 from ftlevel.fast.fused_lora import register_fused_layers
-from ftlevel.fast.kernels import TORCH, TritonBackend
-from ftlevel.fast.plan import plan_fast, uses_fused_layers
+from ftlevel.fast.plan import plan_fast
 from ftlevel.fast.step import FastStep
-from ftlevel.methods import METHOD_INFO
-from ftlevel.models.families import FAMILIES
-from ftlevel.models.module_tree import get_stacks
-from ftlevel.tasks import TASKS
 from ftlevel.tasks.losses import Tokens
-from ftlevel.trained.adapt import apply_method, train_in_float32
-from ftlevel.training.memory import enable_checkpointing, set_checkpointing
-from gpu_sim.simulate import MODE, StepMetrics, disable_cache, move_to_gpu, run_step
-from matrix_cells import (
-    TinyCell,
-    build_spec,
-    copy_base,
-    describe_base,
-    expected_error,
-    get_tasks_by_head,
-)
-
-KINDS = {"llama": "causal", "bert": "seqcls", "t5": "seq2seq"}
-"""A family of each kind of model, with its most common head."""
-
-LENGTHS = (5, 30, 12, 12, 3, 21, 8, 17)
-
-SPARSE = ("shira",)
-"""Methods with sparse tensors, which torch without CUDA cannot fake on a GPU."""
+from ftlevel.trained.adapt import train_in_float32
+from ftlevel.training.memory import enable_checkpointing
+from gpu_sim.simulate import StepMetrics, move_to_gpu, run_step
 
 LLAMA_8B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -50,52 +26,6 @@ LLAMA_8B = {
     "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "max_position_embeddings": 8192,
 }  # fmt: skip
 """Config of Llama-3-8B."""
-
-
-def build_cells() -> list[TinyCell]:
-    """Return every method on a model of each kind, unquantized and in 4 bits."""
-    rows = [info.name for info in METHOD_INFO.values()
-            if info.method in matrix_cells.SPECS and info.method not in SPARSE]  # fmt: skip
-    cells = [
-        TinyCell(row, family, head, get_tasks_by_head(family)[head], quant, "bfloat16")
-        for family, head in KINDS.items()
-        for quant in ("none", "4bit")
-        for row in rows
-    ]
-    return [cell for cell in cells if expected_error(cell) is None]
-
-
-def run_cell(cell: TinyCell) -> StepMetrics:
-    """Return the metrics of a step of `cell`; raises if tensors are on different devices."""
-    torch.manual_seed(0)
-    spec = build_spec(cell.row)
-    kind, task = FAMILIES[cell.family].kind, TASKS[cell.tasks[0]]
-    config = TrainConfig(task=task.name, method=spec, quant=QuantConfig(kind=cell.quant))
-    fused = uses_fused_layers(spec, config.speed, cell.quant, "cuda")
-    model = apply_method(copy_base(cell), spec, describe_base(cell, spec), fused=fused)
-    train_in_float32(model)
-    objective = task.create_objective(kind, {})
-    rows = _rows(cell.head)
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
-    plan = plan_fast(config, base, kind, objective, "cuda", rows, max(LENGTHS))
-    fast = FastStep(model.train(), plan)
-    fast.check_cross_entropy(objective, rows, 0, "cpu", "bfloat16")
-    fast.prune_last_layer(objective, rows, 0, "cpu", "bfloat16")
-    move_to_gpu(model)
-    return run_step(model, config, objective, fast, rows, cell.family)
-
-
-def _rows(head: str) -> list[Encoded]:
-    """Return encoded rows with labels for `head`."""
-    generator, rows = torch.Generator().manual_seed(1), []
-    for index, length in enumerate(LENGTHS):
-        ids = torch.randint(10, 490, (length,), generator=generator).tolist()
-        labels: Any = {
-            "seqcls": index % matrix_cells.tiny_models.LABELS,
-            "seq2seq": ids[::2],
-        }.get(head, [IGNORED if i < length // 2 else token for i, token in enumerate(ids)])
-        rows.append(Encoded(ids, labels, index))
-    return rows
 
 
 @dataclass(frozen=True)
@@ -109,7 +39,6 @@ class LargeCase:
         supervised: share of tokens that are targets.
         train: settings of `TrainerConfig`.
         speed: settings of `SpeedConfig`.
-        kernels: whether Triton kernels are used.
         four_bits: whether the linear layers of its blocks are nf4 with double quantization.
     """
 
@@ -119,7 +48,6 @@ class LargeCase:
     supervised: float = 0.5
     train: tuple[tuple[str, Any], ...] = ()
     speed: tuple[tuple[str, Any], ...] = ()
-    kernels: bool = False
     four_bits: bool = False
 
     @property
@@ -130,10 +58,6 @@ class LargeCase:
 
 def run_large_case(case: LargeCase) -> StepMetrics:
     """Return the metrics of the step."""
-    backend = TritonBackend() if case.kernels else TORCH
-    for name in ("select_norm", "select_glu", "select_rope", "select_cross_entropy"):
-        setattr(kernels, name, lambda *_: backend)
-    kernels.supports_triton = lambda *_: True
     model_config = transformers.LlamaConfig(**{**LLAMA_8B, "num_hidden_layers": case.layers})
     with torch.device("meta"):
         base = transformers.AutoModelForCausalLM.from_config(
@@ -203,74 +127,3 @@ def _with_lora(base: Any) -> Any:
     model = get_peft_model(base, lora, low_cpu_mem_usage=True).train()
     train_in_float32(model)
     return model
-
-
-TWO_STACKS: dict[str, dict[str, Any]] = {
-    "t5": {"d_model": 768, "d_ff": 3072, "d_kv": 64, "num_heads": 12, "num_layers": 12,
-           "num_decoder_layers": 12, "vocab_size": 32_128, "decoder_start_token_id": 0},
-    "bart": {"d_model": 768, "encoder_layers": 6, "decoder_layers": 6, "encoder_ffn_dim": 3072,
-             "decoder_ffn_dim": 3072, "encoder_attention_heads": 12,
-             "decoder_attention_heads": 12, "vocab_size": 50_265},
-}  # fmt: skip
-"""Sizes of T5-base and BART-base."""
-LAYERS = {
-    "t5": ("num_layers", "num_decoder_layers"), "bart": ("encoder_layers", "decoder_layers"),
-}  # fmt: skip
-"""Names of the sizes that count layers."""
-
-
-@dataclass(frozen=True)
-class FittedStep:
-    """A step with as many recomputed blocks as its memory requires.
-
-    Attributes:
-        kept: bytes alive after the forward pass.
-        recomputed: number of recomputed blocks.
-        blocks: number of blocks.
-    """
-
-    kept: int
-    recomputed: int
-    blocks: int
-
-
-def run_with_auto_checkpointing(
-    family: str, free: int, layers: int, rows: int = 16, length: int = 512
-) -> FittedStep:
-    """Return a step of a family of `TWO_STACKS` on a GPU with `free` bytes.
-
-    Args:
-        family: its `model_type`.
-        free: free bytes that the GPU reports.
-        layers: of each stack.
-        rows: rows of the step, which is one micro-batch.
-        length: tokens per row; answers have half as many.
-    """
-    sizes = TWO_STACKS[family] | dict.fromkeys(LAYERS[family], layers)
-    model_config = transformers.AutoConfig.for_model(family, **sizes)
-    with torch.device("meta"):
-        base = transformers.AutoModelForSeq2SeqLM.from_config(model_config, dtype=torch.bfloat16)
-    model = _with_lora(base)
-    config = TrainConfig(
-        task="summarization",
-        method=LoraSpec(),
-        train=TrainerConfig(per_device_train_batch_size=rows),
-    )
-    objective = TASKS["summarization"].create_objective("encoder-decoder", {})
-    ids = list(range(5, 5 + length))
-    batch = [Encoded([number, *ids[1:]], ids[: length // 2], number) for number in range(rows)]
-    plan = plan_fast(config, base, "encoder-decoder", objective, "cuda", batch, length)
-    move_to_gpu(model)
-    fast = FastStep(model, plan)
-    torch.cuda.mem_get_info = lambda *_: (free, free)
-    run: Any = SimpleNamespace(
-        config=config,
-        data=SimpleNamespace(train=batch, max_length=length), fast=plan,
-        model=SimpleNamespace(device="cuda", dtype="bfloat16", pad_id=0, kind="encoder-decoder"),
-    )  # fmt: skip
-    with MODE, disable_cache(model):
-        set_checkpointing(model, run)
-    blocks = [block for stack in get_stacks(base) for block in stack]
-    recomputed = sum(bool(getattr(block, "gradient_checkpointing", False)) for block in blocks)
-    metrics = run_step(model, config, objective, fast, batch, family)
-    return FittedStep(metrics.kept, recomputed, len(blocks))

@@ -162,10 +162,10 @@ def test_weights_do_not_depend_on_micro_batch_split(
         assert max_difference(tmp_path / "whole", tmp_path / name) < 1e-6, name
 
 
-def _train_rank(model: Path, data: Path, out: Path) -> None:
+def _train_rank(model: Path, data: Path, out: Path, options: dict[str, Any]) -> None:
     settings = {"optim": "sgd", "learning_rate": 0.5, "per_device_train_batch_size": 4}
     speed = {"tokens_per_micro_batch": 48}
-    train(create_config(model, data, out, train=settings, speed=speed))
+    train(create_config(model, data, out, train=settings, speed=speed, **options))
 
 
 @pytest.mark.parametrize("documents", [32, 3])
@@ -183,7 +183,7 @@ def test_two_processes_match_one_process(
     train(
         create_config(model, data, tmp_path / "one", train={"optim": "sgd", "learning_rate": 0.5})
     )
-    processes = ranks.start(_train_rank, [(model, data, tmp_path / "two")] * 2)
+    processes = ranks.start(_train_rank, [(model, data, tmp_path / "two", {})] * 2)
     assert ranks.end(processes) == [0, 0]
     assert max_difference(tmp_path / "one", tmp_path / "two") < 1e-6
 
@@ -434,6 +434,26 @@ def test_guide_and_teacher_may_have_another_tokenizer(
         config = create_config(model, triplets, tmp_path / f"of-{same.name}", **same_teacher)
         assert train(config).summary["loss_first"] == pytest.approx(0, abs=1e-6)
     assert other_summary["loss_first"] > 1e-6
+
+
+@pytest.mark.parametrize("flag", ["guide", "teacher", "reranker"])
+def test_two_processes_with_guide_or_teacher_match_one_process(
+    flag: str, triplets: Path, tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    """Each process runs the guide or the teacher on half of the texts."""
+    model, other = tiny_model_dir("bert", "mlm", **_NO_DROPOUT), tiny_model_dir("roberta", "mlm")
+    reranker = tiny_model_dir("roberta", "seqcls", num_labels=1)
+    options: dict[str, Any] = {
+        "guide": {"embedding": {"loss": "gist", "guide": str(other)}},
+        "teacher": {"distillation": {"teacher": str(other)}, "embedding": {"loss": "kl"}},
+        "reranker": {"distillation": {"teacher": str(reranker)},
+                     "embedding": {"loss": "margin-mse"}},
+    }[flag]  # fmt: skip
+    sgd = {"optim": "sgd", "learning_rate": 0.5}
+    train(create_config(model, triplets, tmp_path / "one", train=sgd, **options))
+    processes = ranks.start(_train_rank, [(model, triplets, tmp_path / "two", options)] * 2)
+    assert ranks.end(processes) == [0, 0]
+    assert max_difference(tmp_path / "one", tmp_path / "two") < 1e-6
 
 
 def test_margin_mse_loss_with_reranker_teacher_matches_reference(

@@ -507,8 +507,9 @@ def test_split_step_matches_one_batch(
     data: Path, tmp_path: Path, tiny_model: dict[str, Any], loss: str
 ) -> None:
     rl = {"loss": loss, "beta": 0.05, "dynamic_sampling": 2}
-    common = {**PLAIN_SGD, "max_steps": 2}
-    sections = {"model": tiny_model}
+    common = {**PLAIN_SGD, "max_steps": 2, "max_generate_samples": 5}
+    validation = {"validation_file": str(data / "rows.jsonl"), "gate": {"leaked": "ignore"}}
+    sections = {"model": tiny_model, "rows": validation}
     train(
         create_config(
             data, tmp_path / "one", rl, {**common, "per_device_train_batch_size": 8}, **sections
@@ -533,6 +534,15 @@ def test_split_step_matches_one_batch(
             assert torch.allclose(actual[tensor], value, rtol=0, atol=1e-6), (name, tensor)
         rollouts = [(tmp_path / n / "rollouts.jsonl").read_text() for n in ("one", name)]
         assert rollouts[0] == rollouts[1]
+        evaluations = [evaluations_of(tmp_path / n) for n in ("one", name)]
+        assert len(evaluations[0]) > 1
+        assert evaluations[0] == evaluations[1], "prompts are divided among processes"
+
+
+def evaluations_of(run: Path) -> list[dict[str, float]]:
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    found = [{k: v for k, v in record.items() if k.startswith("eval_")} for record in records]
+    return [record for record in found if record]
 
 
 def test_step_of_more_prompts_than_rows_trains_each_once(

@@ -121,14 +121,12 @@ def _train(job: TrainingJob, stack: contextlib.ExitStack) -> TrainResult:
         end_finished(job, directory, resumed.finished)
         return TrainResult(resumed.finished, directory.path, None, tokenizer)
 
-    prepared = prepare_run(job)
-    job.listener.stage("loading the model")
-    model = load_training_model(prepared.run, job.listener)
-    session = open_session(job, prepared, model, resumed, stack)
+    prepared = prepare_run(job, resumed, load_training_model)
+    session = open_session(job, prepared, resumed, stack)
     session.train()
+    session.evaluate()
     summary: Mapping[str, Any] = {}
     if job.processes.is_first or session.is_sharded:
-        session.evaluate()
         session.save()
         proof = session.verify()
         if job.processes.is_first:

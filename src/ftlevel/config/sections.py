@@ -328,11 +328,6 @@ class SpeedConfig(Section):
         description="Whether to fuse norms and gated linear units of frozen weights. Each becomes "
         "one autograd function, which saves less for the backward pass.",
     )
-    triton_kernels: bool = Field(
-        True,
-        description="Whether to use Triton kernels on an NVIDIA GPU. They compute fused norms and "
-        "GLUs, rotary embeddings and the loss, where that is faster with equal results.",
-    )
     attention_kernel: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+@[\w.-]+$")] | None = Field(
         None,
         description="Hub kernel for packed attention on an NVIDIA GPU, OWNER/NAME@VERSION. "
@@ -370,7 +365,7 @@ class SpeedConfig(Section):
     verify: bool | None = Field(
         None,
         description="Compare loss and gradients of the first three steps with transformers' and "
-        "PEFT's own code, in float32 and in the run's precision, with and without dropout. "
-        "Default: compare only a few rows, in float32 (on a GPU also in the run's precision); "
-        "off: no comparison.",
+        "PEFT's own code in float32, with and without dropout, and stop if they differ. Default: "
+        "compare only a few rows, and train without the fast step if they differ; off: no "
+        "comparison.",
     )

@@ -305,7 +305,8 @@ class TrainerConfig(Decoding):
     ] = Field(
         None,
         description="Whether to recompute activations in the backward pass to save memory. "
-        "Default (auto): as many blocks as a GPU's memory requires; none on a CPU.",
+        "Default (auto): in all blocks, if a step is estimated to need more than 80 % of a "
+        "GPU's free memory; none on a CPU.",
     )
     offload_activations: bool = Field(
         False,

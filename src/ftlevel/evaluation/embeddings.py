@@ -35,7 +35,7 @@ from ftlevel.tasks.embedding.retrieval import (
     spearman,
 )
 from ftlevel.tasks.embedding.task import EmbeddingTask
-from ftlevel.trained.generation import GenerationOptions
+from ftlevel.trained.generation import Divide, GenerationOptions, compute_all
 from ftlevel.trained.model_ref import LoadedModel
 
 _MAX_TEXT_LENGTH = 2_000  # characters of a recorded text
@@ -50,24 +50,33 @@ Report = Callable[[int, float | None], None]
 
 
 def embed_texts(
-    model: Any, objective: Embeddings, texts: Sequence[Encoded], pad_id: int, device: str
+    model: Any,
+    objective: Embeddings,
+    texts: Sequence[Encoded],
+    pad_id: int,
+    device: str,
+    divide: Divide = compute_all,
 ) -> torch.Tensor:
     """Returns float32 vectors `(texts, dims)` on the CPU, in the order of `texts`."""
     collate = Collator(pad_id)
     order = sorted(range(len(texts)), key=lambda at: -len(texts[at].input_ids))
-    result: list[torch.Tensor | None] = [None] * len(texts)
+    batches: list[list[int]] = []
     start = 0
     while start < len(order):
         length = len(texts[order[start]].input_ids)
-        indices = order[start : start + max(1, MAX_BATCH_TOKENS // length)]
+        batches.append(order[start : start + max(1, MAX_BATCH_TOKENS // length)])
+        start += len(batches[-1])
+
+    def embed(indices: Sequence[int]) -> np.ndarray:
         batch = {n: v.to(device) for n, v in collate([texts[at] for at in indices]).items()}
         del batch["labels"]
         unpooled = [getattr(texts[at], "unpooled", 0) for at in indices]
-        vectors = objective.embed(model(**batch), batch["attention_mask"], unpooled).float().cpu()
-        for at, vector in zip(indices, vectors, strict=True):
-            result[at] = vector
-        start += len(indices)
-    return torch.stack([vector for vector in result if vector is not None])
+        vectors = objective.embed(model(**batch), batch["attention_mask"], unpooled)
+        result: np.ndarray = vectors.float().cpu().numpy()
+        return result
+
+    vectors = np.concatenate(divide(lambda own: [embed(indices) for indices in own], batches))
+    return torch.from_numpy(vectors[np.argsort(order)])
 
 
 def score_embeddings(
@@ -79,6 +88,7 @@ def score_embeddings(
     device: str,
     decode: Callable[[Encoded], str],
     corpus: Sequence[Any],
+    divide: Divide = compute_all,
 ) -> dict[str, float]:
     """Returns loss and metrics of `rows`, and adds each row to `record`, if there is one.
 
@@ -86,7 +96,7 @@ def score_embeddings(
     """
     texts, step = distinct_texts(rows)
     search_ids = add_texts(texts, corpus)
-    vectors = embed_texts(model, objective, texts, pad_id, device)
+    vectors = embed_texts(model, objective, texts, pad_id, device, divide)
     losses = step_losses(objective, vectors, step)
     dims = (None, *objective.config.matryoshka_dims)
     with torch.autocast("cpu", enabled=False):
@@ -133,6 +143,8 @@ class QueryMeter:
         """Raise `TypeError`: the metrics of a query need all documents, not one batch."""
         raise TypeError("metrics need the vectors of all documents")
 
+    merge = update
+
     def pool(self, meters: Sequence[QueryMeter]) -> QueryMeter:
         return QueryMeter([v for meter in meters if not meter.is_repeated for v in meter.values])
 
@@ -160,6 +172,8 @@ class PairMeter:
     def update(self, *_: Any) -> None:
         """Raise `TypeError`: all pairs are passed to the constructor instead."""
         raise TypeError("pairs are scored together")
+
+    merge = update
 
     def pool(self, meters: Sequence[PairMeter]) -> PairMeter:
         scores = {name: np.concatenate([m.scores[name] for m in meters]) for name in self.scores}

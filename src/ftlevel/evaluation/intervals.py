@@ -37,11 +37,17 @@ PERCENTILES = (2.5, 97.5)
 
 @dataclass
 class ExampleStats:
-    """Summed loss, number of targets and meter of an example."""
+    """Summed loss, number of targets and meter of an example, or of the examples of a batch."""
 
     meter: Meter
     loss: float = 0.0
     targets: int = 0
+
+    def merge(self, other: ExampleStats) -> None:
+        """Add the statistics `other` of further rows."""
+        self.loss += other.loss
+        self.targets += other.targets
+        self.meter.merge(other.meter)
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,13 @@ class ExampleRecord:
             ).item()
             unit.targets += 1
             unit.meter.update(log_probs[of_row], preference_labels[of_row], [row])
+
+    def merge(self, other: ExampleRecord) -> None:
+        """Add the statistics of the rows of `other`; generated texts are not added."""
+        for own, more in ((self.units, other.units), (self._clusters, other._clusters)):
+            for key, unit in more.items():
+                own.setdefault(key, ExampleStats(self.objective.meter())).merge(unit)
+        self._cluster_of |= other._cluster_of
 
     def add_row(self, row: int, loss: float, targets: int, meter: Meter) -> None:
         """Add an example with its summed loss, number of targets and meter."""

@@ -337,10 +337,10 @@ class RewardEvaluator(Evaluator):
         record = record or self.begin_record()
         if self.rollouts is None or not isinstance(self.objective, PolicyObjective):
             raise TypeError("rewards need rollouts")
-        meter = self.objective.meter()
-        for group in self.rollouts(EVAL_STEP, self.rows[: self.generated_rows]):
+        meter, sample = self.objective.meter(), partial(self.rollouts, EVAL_STEP)
+        for group in self.divide(sample, self.rows[: self.generated_rows]):
             values: Any = values_of(group)
-            meter.update(values, group.texts, [group.row])  # type: ignore[arg-type]
+            meter.update(values, group.texts, [group.row])
             if record is not None:
                 record.add_samples(group.row, values, group.texts)
                 first = group.to_rows()[0]

@@ -15,8 +15,8 @@ import torch
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.evaluation.embeddings import score_embeddings
-from ftlevel.evaluation.intervals import ExampleRecord, select_metrics
-from ftlevel.fast.cross_entropy import ChunkedCrossEntropy, Observe
+from ftlevel.evaluation.intervals import ExampleRecord, ExampleStats, select_metrics
+from ftlevel.fast.cross_entropy import Observe
 from ftlevel.fast.likelihoods import (
     compute_answer_likelihoods,
     sum_log_ratios,
@@ -36,7 +36,13 @@ from ftlevel.objectives import (
 )
 from ftlevel.tasks.embedding.objective import Embeddings
 from ftlevel.tasks.reranking.rows import RankedRow
-from ftlevel.trained.generation import GenerationOptions, batches, generate_texts
+from ftlevel.trained.generation import (
+    Divide,
+    GenerationOptions,
+    batches,
+    compute_all,
+    generate_texts,
+)
 from ftlevel.trained.model_ref import LoadedModel
 from ftlevel.trained.resolve import NAMED, get_card_dir, load_reference, resolve_base
 
@@ -51,6 +57,7 @@ class Evaluator:
         metrics: names of the metrics to return besides the loss; empty for all.
         corpus: documents that queries search; empty for those of the rows.
         begin_record: creates a record if a call has none.
+        divide: divides batches among processes, all of which evaluate and get the same metrics.
     """
 
     rows: Sequence[Encoded]
@@ -68,6 +75,7 @@ class Evaluator:
     metrics: Sequence[str] = ()
     corpus: Sequence[Encoded] = ()
     begin_record: Callable[[], ExampleRecord | None] = lambda: None
+    divide: Divide = compute_all
 
     def __call__(self, model: Any, record: ExampleRecord | None = None) -> dict[str, float]:
         """Evaluate `model` in eval mode; return the metrics and add examples to `record`."""
@@ -89,9 +97,16 @@ class Evaluator:
         if isinstance(objective, Embeddings):
             pad_id = self.tokenizer.pad_token_id or 0
             return score_embeddings(
-                self.rows, objective, model, record, pad_id, self.device, self.text, self.corpus
+                self.rows,
+                objective,
+                model,
+                record,
+                pad_id,
+                self.device,
+                self.text,
+                self.corpus,
+                self.divide,
             )
-        meter, total, count = objective.meter(), 0.0, 0
         pad_id = self.tokenizer.pad_token_id or 0
         collate = Collator(pad_id)
         by_length = sorted(self.rows, key=lambda row: len(row.input_ids), reverse=True)
@@ -99,21 +114,29 @@ class Evaluator:
         with chunked_cross_entropy(
             model, chunked, by_length, pad_id, self.device, self.dtype
         ) as head:
-            for rows in batches(by_length, self.batch_size):
+
+            def score(rows: Sequence[Encoded]) -> _BatchScores:
                 batch = {k: v.to(self.device) for k, v in collate(rows).items()}
-                count += int(objective.count(batch["labels"]))
+                scores = _BatchScores(objective, record)
+                stats = scores.stats
+                stats.targets = int(objective.count(batch["labels"]))
                 if head is not None:
-                    observe = self._observer(meter, record, rows, batch["labels"])
-                    total += supervised_loss(head, model, objective, batch, observe).item()
-                    continue
+                    observe = self._observer(stats.meter, scores.record, rows, batch["labels"])
+                    stats.loss = supervised_loss(head, model, objective, batch, observe).item()
+                    return scores
                 inputs, labels = objective.split(batch)
                 logits = objective.logits(model(**inputs))
-                total += objective.loss_sum(logits, labels, batch["attention_mask"]).item()
-                meter.update(*objective.targets(logits, labels), rows)
-                if record is not None:
-                    record.add(rows, logits, labels, batch["attention_mask"])
-        loss = total / count if count else math.nan
-        return {"loss": loss, **meter.compute(loss)}
+                stats.loss = objective.loss_sum(logits, labels, batch["attention_mask"]).item()
+                stats.meter.update(*objective.targets(logits, labels), rows)
+                if scores.record is not None:
+                    scores.record.add(rows, logits, labels, batch["attention_mask"])
+                return scores
+
+            parts = self.divide(
+                lambda own: [score(rows) for rows in own],
+                list(batches(by_length, self.batch_size)),
+            )
+        return _merge(objective, parts, record)
 
     def _observer(
         self,
@@ -145,7 +168,13 @@ class Evaluator:
         prompts = [self._prompt(row) for row in self._generated()]
         with torch.random.fork_rng(enabled=bool(self.writing.temperature)):
             return generate_texts(
-                model, self.tokenizer, prompts, self.device, self.batch_size, self.writing
+                model,
+                self.tokenizer,
+                prompts,
+                self.device,
+                self.batch_size,
+                self.writing,
+                self.divide,
             )
 
     def _prompt(self, row: Encoded) -> list[int]:
@@ -187,8 +216,25 @@ class Evaluator:
         return start
 
 
-ScoredBatch = tuple[Sequence[int], dict[str, torch.Tensor], torch.Tensor]
-"""Row indices, their batch, and the log-likelihoods of its answers."""
+class _BatchScores:
+    """Statistics of a batch; with `record`, that of the evaluation, also a record of its rows."""
+
+    def __init__(self, objective: Objective, record: ExampleRecord | None) -> None:
+        self.stats = ExampleStats(objective.meter())
+        self.record = ExampleRecord(objective) if record is not None else None
+
+
+def _merge(
+    objective: Objective, parts: Sequence[_BatchScores], record: ExampleRecord | None
+) -> dict[str, float]:
+    """Returns loss and metrics of the batches `parts`; adds their rows to `record`, if any."""
+    total = ExampleStats(objective.meter())
+    for part in parts:
+        total.merge(part.stats)
+        if record is not None and part.record is not None:
+            record.merge(part.record)
+    loss = total.loss / total.targets if total.targets else math.nan
+    return {"loss": loss, **total.meter.compute(loss)}
 
 
 def score_answers(
@@ -196,39 +242,52 @@ def score_answers(
 ) -> dict[str, float]:
     """Returns loss and metrics from the answers' likelihoods; adds the rows to `record`, if any."""
     objective = _objective_of(evaluator)
-    meter, total, count, rows = objective.meter(), 0.0, 0, evaluator.rows
     with _head(evaluator, model) as head:
-        baseline = None
+        baseline: torch.Tensor | None = None
         if objective.needs_baseline:  # KTO's: mean log-ratio of mismatched pairs, at least 0
-            contrasts = [batch for _, batch in _batches(evaluator, _contrasts(rows))]
-            ratios = sum_log_ratios(head, model, objective, contrasts)
-            baseline = (ratios[0] / ratios[1]).clamp(min=0)
-        for indices, batch, log_probs in _score_batches(evaluator, model, rows, head):
+            ratios = _map_batches(
+                evaluator,
+                _contrasts(evaluator.rows),
+                lambda _, batch: sum_log_ratios(head, model, objective, [batch]),
+            )
+            total = sum((part for _, part in ratios), torch.zeros(2))
+            baseline = (total[0] / total[1]).clamp(min=0)
+
+        def score(rows: Sequence[Encoded], batch: dict[str, torch.Tensor]) -> _BatchScores:
+            log_probs = compute_answer_likelihoods(head, model, objective, batch)
             preference_labels = batch["preference_labels"]
             if baseline is not None:
                 preference_labels = with_baseline(
                     preference_labels, baseline.to(preference_labels.device)
                 )
-            batch_rows = [rows[i] for i in indices]
-            total += objective.preference_sum(log_probs, preference_labels, training=False).item()
-            count += int(objective.count(batch["labels"]))
-            meter.update(log_probs, preference_labels, batch_rows)
-            if record is not None:
-                record.add_answers(batch_rows, log_probs, preference_labels)
-    loss = total / count
-    return {"loss": loss, **meter.compute(loss)}
+            scores = _BatchScores(objective, record)
+            loss = objective.preference_sum(log_probs, preference_labels, training=False)
+            scores.stats.loss = loss.item()
+            scores.stats.targets = int(objective.count(batch["labels"]))
+            scores.stats.meter.update(log_probs, preference_labels, rows)
+            if scores.record is not None:
+                scores.record.add_answers(rows, log_probs, preference_labels)
+            return scores
+
+        parts = [part for _, part in _map_batches(evaluator, evaluator.rows, score)]
+    return _merge(objective, parts, record)
 
 
 def compute_likelihoods(evaluator: Evaluator, model: Any) -> np.ndarray:
     """Returns log-likelihoods `(rows, 2)`: of both answers, or of answer and mismatched one."""
-    rows = evaluator.rows
+    rows, objective = evaluator.rows, _objective_of(evaluator)
     result = np.zeros((len(rows), 2), dtype=np.float32)
     with evaluating(model, evaluator.device, evaluator.dtype), _head(evaluator, model) as head:
-        for indices, _, log_probs in _score_batches(evaluator, model, rows, head):
-            row_log_probs = log_probs[:, 0].float().cpu().numpy().reshape(len(indices), -1)
-            result[indices, : row_log_probs.shape[1]] = row_log_probs
-        for indices, _, log_probs in _score_batches(evaluator, model, _contrasts(rows), head):
-            result[indices, 1] = log_probs[:, 0].float().cpu().numpy()
+
+        def score(rows: Sequence[Encoded], batch: dict[str, torch.Tensor]) -> np.ndarray:
+            log_probs = compute_answer_likelihoods(head, model, objective, batch)
+            values: np.ndarray = log_probs[:, 0].float().cpu().numpy()
+            return values.reshape(len(rows), -1)
+
+        for indices, values in _map_batches(evaluator, rows, score):
+            result[indices, : values.shape[1]] = values
+        for indices, values in _map_batches(evaluator, _contrasts(rows), score):
+            result[indices, 1:] = values
     return result
 
 
@@ -251,23 +310,26 @@ def _contrasts(rows: Sequence[Encoded]) -> list[Encoded]:
     return [other for row in rows for other in row.contrasts]
 
 
-def _score_batches(
-    evaluator: Evaluator, model: Any, rows: Sequence[Encoded], head: ChunkedCrossEntropy | None
-) -> Iterator[ScoredBatch]:
-    objective = _objective_of(evaluator)
-    for indices, batch in _batches(evaluator, rows):
-        yield indices, batch, compute_answer_likelihoods(head, model, objective, batch)
+def _map_batches(
+    evaluator: Evaluator,
+    rows: Sequence[Encoded],
+    compute: Callable[[Sequence[Encoded], dict[str, torch.Tensor]], Any],
+) -> list[tuple[Sequence[int], Any]]:
+    """Returns row indices and `compute(rows, batch)` of batches of rows of similar length.
 
-
-def _batches(
-    evaluator: Evaluator, rows: Sequence[Encoded]
-) -> Iterator[tuple[Sequence[int], dict[str, torch.Tensor]]]:
-    """Yields row indices and padded batches of rows of similar length, longest first."""
+    Batches are padded, and divided among processes.
+    """
     collate = Collator(evaluator.tokenizer.pad_token_id or 0)
     order = sorted(range(len(rows)), key=lambda i: rows[i].length, reverse=True)
-    for indices in batches(order, evaluator.batch_size):
-        batch = collate([rows[i] for i in indices])
-        yield indices, {name: value.to(evaluator.device) for name, value in batch.items()}
+    parts = list(batches(order, evaluator.batch_size))
+
+    def compute_batch(indices: Sequence[int]) -> Any:
+        own = [rows[i] for i in indices]
+        batch = collate(own)
+        return compute(own, {name: value.to(evaluator.device) for name, value in batch.items()})
+
+    outputs = evaluator.divide(lambda own: [compute_batch(indices) for indices in own], parts)
+    return list(zip(parts, outputs, strict=True))
 
 
 _MAX_TEXT_LENGTH = 2_000  # characters of a text

@@ -31,9 +31,10 @@ from ftlevel.fast.packing import PackedLayout, UnsupportedModelError, using_layo
 from ftlevel.fast.prefixes import SharedPrefix, create_prefix_tree, using_prefix
 from ftlevel.fast.pruning import get_prunable_linears
 from ftlevel.fast.recompute import using_generator
-from ftlevel.models.hardware import autocast, eval_mode, evaluating
+from ftlevel.models.hardware import autocast, eval_mode, evaluating, has_forced_tf32
 from ftlevel.models.module_tree import get_blocks, linear_size
 from ftlevel.models.upstream.fake import map_leaves
+from ftlevel.models.upstream.quantizers import with_float_inputs
 from ftlevel.objectives import Objective, TokenObjective
 
 LENGTHS = 16, 12
@@ -42,11 +43,19 @@ LENGTHS = 16, 12
 PREFIX_LENGTH = 7
 """Tokens of the test rows that form a shared prefix."""
 
+NOISE, COARSE = 1e-5, 1e-2
+"""Maximum relative difference of the same values in another batch, in float32 and in 16 bits."""
+
 _EXACT, _ROUNDED = 1e-4, 1e-1
 """Maximum relative difference of states in float32, and in 16 bits."""
 
 _MAX_NOISE = 2.0
 """Maximum median rounding error of packed states, relative to that of padded states."""
+
+
+def has_exact_products(device: str, dtype: str) -> bool:
+    """Returns whether products in `dtype` are those of float32: not of 16 bits or TF32."""
+    return dtype == "float32" and not has_forced_tf32(device)
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,10 @@ class StepCheck:
         row = max(sequences, key=lambda sequence: len(sequence.input_ids))
         return [_truncate(row, length, 0) for length in LENGTHS]
 
+    @property
+    def _is_exact(self) -> bool:
+        return has_exact_products(self.device, self.dtype)
+
     def batch_of(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """Returns the padded batch of `rows` on the device, without labels."""
         batch = Collator(self.pad_id)(rows)
@@ -81,7 +94,7 @@ def _evaluated(compare: Callable[[PackingCheck], str]) -> Callable[[PackingCheck
     @functools.wraps(compare)
     def run(self: PackingCheck) -> str:
         try:
-            with evaluating(self.model, self.device, self.dtype):
+            with evaluating(self.model, self.device, self.dtype), with_float_inputs(self.model):
                 return compare(self)
         except NotImplementedError as error:
             return str(error)
@@ -123,7 +136,7 @@ class PackingCheck(StepCheck):
         layout, mask = PackedLayout.from_mask(batch["attention_mask"]), batch["attention_mask"] != 0
         packed, other = self._states(batch, layout), self._states(padded, layout)
         # The second row may differ by the order of sums only when its neighbor changes.
-        bound = 1e-5 if self.dtype == "float32" else 1e-2
+        bound = NOISE if self._is_exact else COARSE
         if not relative_difference(other[1][mask[1]], packed[1][mask[1]]) < bound:
             return "packed rows attend to each other"
         if self._is_different(batch, lambda: self._states(batch, layout), mask):
@@ -173,13 +186,14 @@ class PackingCheck(StepCheck):
         the median 16-bit errors are similar.
         """
         states, expected = compute(), self._states(batch, None)
-        if self.dtype == "float32":
+        if self._is_exact:
             return not relative_difference(states[mask], expected[mask]) < _EXACT
         if relative_difference(states[mask], expected[mask]) < _ROUNDED:
             return False
         with in_float32(get_blocks(base_model(self.model)), self.device):
             exact, reference = compute(), self._states(batch, None)
-        if not relative_difference(exact[mask], reference[mask]) < _EXACT:
+        bound = _EXACT if has_exact_products(self.device, "float32") else COARSE
+        if not relative_difference(exact[mask], reference[mask]) < bound:
             return True
         errors, expected_errors = (median_errors(s, reference, mask) for s in (states, expected))
         return not (errors < _MAX_NOISE * expected_errors).all()
@@ -331,12 +345,6 @@ def _get_linears(module: nn.Module) -> list[nn.Module]:
     return [linear for child in module.children() for linear in _get_linears(child)]
 
 
-NOISE = {"float32": 1e-5}
-"""Maximum relative difference of logits; `COARSE` in 16 bits."""
-
-COARSE = 1e-2
-
-
 def get_cross_entropy_error(
     head: ChunkedCrossEntropy,
     model: Any,
@@ -357,7 +365,7 @@ def get_cross_entropy_error(
             supervised_loss(head, model, objective, batch, lambda logits, _: chunks.append(logits))
     except UnsupportedModelError as error:
         return str(error)
-    logits, bound = torch.cat(chunks), NOISE.get(dtype, COARSE)
+    logits, bound = torch.cat(chunks), NOISE if has_exact_products(device, dtype) else COARSE
     if logits.shape != expected.shape or not relative_difference(logits, expected) < bound:
         return "its logits are changed beyond what its config describes"
     return ""

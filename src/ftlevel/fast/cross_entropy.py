@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ftlevel.fast.kernels import NO_KERNELS, Kernels
 from ftlevel.fast.packing import UnsupportedModelError
 from ftlevel.models.hardware import free_memory_bytes
 
@@ -48,8 +47,25 @@ def targets_per_chunk(free_bytes: int | None, vocab_size: int) -> int:
 Observe = Callable[[Tensor, Tensor], None]
 LossAndGradient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 """Logits (chunk, vocabulary) and the slice of targets → summed loss, and its gradient."""
-LossesAndGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Logits (chunk, vocabulary) and their targets → losses, and the gradient of their sum."""
+
+
+def losses_and_gradient(
+    scores: Tensor, targets: Tensor, smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Returns the losses (targets,) and the gradient of their sum for `scores`, in float32.
+
+    `scores` are logits (targets, vocabulary). The largest probability p gives the normalizer
+    cheaply: log Σⱼ exp sⱼ = max s − log max p.
+    """
+    x32 = scores.float()
+    target_logits = x32.gather(-1, targets[:, None])[:, 0]
+    probabilities = torch.softmax(x32, -1)
+    normalizer = x32.amax(-1) - probabilities.amax(-1).log()
+    ones = probabilities.new_full((len(targets), 1), smoothing - 1.0)
+    if smoothing:
+        target_logits = (1 - smoothing) * target_logits + smoothing * x32.mean(-1)
+        probabilities -= smoothing / x32.shape[-1]
+    return normalizer - target_logits, probabilities.scatter_add_(-1, targets[:, None], ones)
 
 
 def get_logits_transform(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -84,8 +100,7 @@ class ChunkedCrossEntropy:
     Raises UnsupportedModelError if the model has no language head.
     """
 
-    def __init__(self, model: nn.Module, kernels: Kernels = NO_KERNELS) -> None:
-        self._kernels = kernels
+    def __init__(self, model: nn.Module) -> None:
         head = model.get_output_embeddings()  # type: ignore[operator]
         if head is None:
             raise UnsupportedModelError(f"{type(model).__name__} has no language head")
@@ -127,7 +142,7 @@ class ChunkedCrossEntropy:
         if torch.is_grad_enabled():
 
             def compute(scores: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
-                losses, gradient = self._losses(scores, targets[chunk], smoothing)
+                losses, gradient = losses_and_gradient(scores, targets[chunk], smoothing)
                 return losses.sum(), gradient
 
             return self._compute(forward, at, lambda states: self._sum_loss(states, compute))
@@ -166,7 +181,7 @@ class ChunkedCrossEntropy:
         def compute(states: Tensor) -> Tensor:
             scores = self._scores if temperature == 1 else scores_of
             return _Likelihoods.apply(  # type: ignore[no-untyped-call]
-                states, targets, scores, self._losses, self._chunk, *self._trained()
+                states, targets, scores, self._chunk, *self._trained()
             )
 
         return self._compute(forward, at, compute)
@@ -193,14 +208,6 @@ class ChunkedCrossEntropy:
         states = args[0]
         self._call.result = compute(states.flatten(0, -2).index_select(0, at))
         return (states[:1, :1],)
-
-    def _losses(
-        self, scores: Tensor, targets: Tensor, smoothing: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
-        """Returns losses (targets,) and their gradient for `scores` (targets, vocabulary)."""
-        device, vocab_size = scores.device.type, scores.shape[-1]
-        backend = self._kernels.cross_entropy(vocab_size, scores.dtype, device)
-        return backend.cross_entropy(scores, targets, smoothing)
 
     def _trained(self) -> list[Tensor]:
         return [p for p in self._head.parameters() if p.requires_grad]
@@ -283,7 +290,6 @@ class _Likelihoods(torch.autograd.Function):
         states: Tensor,
         targets: Tensor,
         scores_of: Callable[[Tensor], Tensor],
-        losses_of: LossesAndGradient,
         size: int,
         *parameters: Tensor,
     ) -> Tensor:
@@ -297,7 +303,7 @@ class _Likelihoods(torch.autograd.Function):
                 leaf = chunk.detach().requires_grad_(needs_gradient)
                 scores = scores_of(leaf)
             with torch.no_grad():
-                loss, gradient = losses_of(scores, chunk_targets)
+                loss, gradient = losses_and_gradient(scores, chunk_targets)
                 likelihoods[positions] = -loss
             if needs_gradient:
                 (of_states[positions],) = torch.autograd.grad(
@@ -306,8 +312,7 @@ class _Likelihoods(torch.autograd.Function):
             start += len(chunk_targets)
         ctx.save_for_backward(of_states, targets, *parameters)
         device = states.device.type
-        ctx.scores_of, ctx.losses_of = scores_of, losses_of
-        ctx.size, ctx.has_gradient = size, needs_gradient
+        ctx.scores_of, ctx.size, ctx.has_gradient = scores_of, size, needs_gradient
         ctx.precision = (
             device,
             torch.get_autocast_dtype(device),
@@ -319,7 +324,7 @@ class _Likelihoods(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         states, targets, *parameters = ctx.saved_tensors
         if ctx.has_gradient:
-            return states * upstream[:, None].to(states.dtype), None, None, None, None
+            return states * upstream[:, None].to(states.dtype), None, None, None
         of_states = torch.empty_like(states)
         of_parameters = [torch.zeros_like(p) for p in parameters]
         start = 0
@@ -328,7 +333,7 @@ class _Likelihoods(torch.autograd.Function):
             with torch.enable_grad(), torch.autocast(*ctx.precision):
                 leaf = chunk.detach().requires_grad_()
                 scores = ctx.scores_of(leaf)
-            _, gradient = ctx.losses_of(scores.detach(), chunk_targets)
+            _, gradient = losses_and_gradient(scores.detach(), chunk_targets)
             gradient = gradient.float().mul_(-upstream[positions, None])
             of_states[positions], *of_head = torch.autograd.grad(
                 scores, [leaf, *parameters], gradient.to(scores.dtype)
@@ -336,4 +341,4 @@ class _Likelihoods(torch.autograd.Function):
             for total, part in zip(of_parameters, of_head, strict=True):
                 total += part
             start += len(chunk_targets)
-        return of_states, None, None, None, None, *of_parameters
+        return of_states, None, None, None, *of_parameters

@@ -1,46 +1,88 @@
-"""RMS norms, gated linear units (GLU) and rotary embeddings as fused autograd functions.
+"""RMS norms and gated linear units (GLU) as fused autograd functions.
 
-Formulas are in `kernels.TorchBackend`; Triton may compute them on an NVIDIA GPU. With frozen
-weights, norms save the input x and ρ = 1 / RMS(x), and GLU saves gate and up projection. Outputs
-are recomputed from these, so that LoRA layers need not save them. Modules are recognized by their
-output for random input, not by their names.
+    Norm: y = w · x · ρ with ρ = 1/√(mean(x²) + ε)    GLU: y = a(g) · u for gate g and up u
 
-Where a GPU supports it, one kernel rotates queries and keys in forward, and one in backward. It
-replaces `apply_rotary_pos_emb` in each transformers module where that computes the formula. The
-original runs for all arguments that the kernel does not support.
+With frozen weights, norms save the input x and ρ = 1 / RMS(x), and GLU saves gate and up
+projection. Outputs are recomputed from these, so that LoRA layers need not save them. Modules are
+recognized by their output for random input, not by their names.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-import sys
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
-from ftlevel.fast.kernels import ACTIVATIONS, NO_KERNELS, TORCH, Kernels, Pair, TorchBackend
 from ftlevel.fast.recompute import ReplacedModules, with_recomputation
-from ftlevel.models.upstream.tensors import copy_module, is_watched
+from ftlevel.models.upstream.tensors import copy_module, gelu_backward, is_watched, silu_backward
+
+Pair = tuple[Tensor, Tensor]
+
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": (functional.silu, silu_backward),
+    "gelu": (functional.gelu, gelu_backward),
+    "gelu_tanh": (
+        lambda x: functional.gelu(x, approximate="tanh"),
+        lambda g, x: gelu_backward(g, x, approximate="tanh"),
+    ),
+}
+"""Name → activation function a(g), and its backward function (∂L/∂a, g) → ∂L/∂g."""
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Pair:
+    """Returns RMSNorm y = weight · x · ρ (…, hidden), and ρ = 1 / √(mean(x²) + eps)."""
+    x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return _normalize(x32, weight, scale, x.dtype), scale
+
+
+def renorm(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Returns the RMSNorm output y recomputed from x and ρ (`scale`), bit for bit."""
+    return _normalize(x.to(scale.dtype), weight, scale, x.dtype)
+
+
+def norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Returns ∂L/∂x of RMSNorm; `gradient` is ∂L/∂y, `scale` is ρ = 1 / RMS(x)."""
+    normed = x.to(scale.dtype) * scale
+    of_normed = gradient.to(scale.dtype) * weight.to(scale.dtype)
+    along = (of_normed * normed).mean(-1, keepdim=True)
+    return of_normed.sub_(normed.mul_(along)).mul_(scale).to(x.dtype)
+
+
+def _normalize(x: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    normed = x * scale
+    if weight.dtype == scale.dtype:
+        return normed.mul_(weight).to(dtype)
+    return normed.to(dtype).mul_(weight)
+
+
+def glu(activation: str, gate: Tensor, up: Tensor) -> Tensor:
+    """Returns the GLU output a(gate) ∘ up; `activation` a is a key of `ACTIVATIONS`."""
+    return ACTIVATIONS[activation][0](gate).mul_(up)
+
+
+def glu_backward(activation: str, gradient: Tensor, gate: Tensor, up: Tensor) -> Pair:
+    """Returns ∂L/∂gate and ∂L/∂up; `gradient` is ∂L/∂y of the GLU output y."""
+    activate, of_gate = ACTIVATIONS[activation]
+    return of_gate(gradient * up, gate), activate(gate).mul_(gradient)
 
 
 class _Norm(torch.autograd.Function):
     """RMS norm with a frozen weight; also returns ρ = 1 / RMS(x) (…, 1), without a gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, eps: float, backend: TorchBackend
-    ) -> tuple[Tensor, Tensor]:
-        normed, scale = backend.norm(x, weight, eps)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Pair:
+        normed, scale = norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
         ctx.mark_non_differentiable(scale)
         ctx.set_materialize_grads(False)
-        ctx.backend = backend
         return normed, scale
 
     @staticmethod
@@ -51,27 +93,24 @@ class _Norm(torch.autograd.Function):
         of_scale: None,  # noqa: ARG004 - it has none
     ) -> tuple[Tensor | None, ...]:
         if gradient is None:  # y is unused
-            return None, None, None, None
-        return ctx.backend.norm_backward(gradient, *ctx.saved_tensors), None, None, None
+            return None, None, None
+        return norm_backward(gradient, *ctx.saved_tensors), None, None
 
 
 class FusedNorm(nn.Module):
-    """RMS norm with the weight of `norm`: fused in training, else `norm` itself runs.
+    """RMS norm with the weight of `original`: fused in training, else `original` itself runs.
 
     `shift` is added to the weight: 1 in Gemma, else 0. With `in_float32`, the product with the
     weight is in float32.
     """
 
-    def __init__(
-        self, norm: nn.Module, shift: float, in_float32: bool, kernels: Kernels = NO_KERNELS
-    ) -> None:
+    def __init__(self, original: nn.Module, shift: float, in_float32: bool) -> None:
         super().__init__()
-        self._kernels = kernels
-        self.weight: nn.Parameter = _weight_of(norm)
+        self.weight: nn.Parameter = _weight_of(original)
         self._shift, self._in_float32 = shift, in_float32
-        self._eps = _eps_of(norm)
+        self._eps = _eps_of(original)
         # In a list it is no submodule: names and state dict stay the same.
-        self.original = [norm]
+        self.original = [original]
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the normalized `x` (…, hidden)."""
@@ -83,35 +122,30 @@ class FusedNorm(nn.Module):
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if self._shift:
             weight = weight + self._shift
-        backend = self._kernels.norm(x.shape[-1], weight.dtype, x.dtype, x.device.type)
-        normed, scale = _Norm.apply(x, weight, self._eps, backend)  # type: ignore[no-untyped-call]
-        return with_recomputation(normed, backend.renorm, x, weight, scale)
+        normed, scale = _Norm.apply(x, weight, self._eps)  # type: ignore[no-untyped-call]
+        return with_recomputation(normed, renorm, x, weight, scale)
 
 
 class _Glu(torch.autograd.Function):
     """Gated linear unit: the activated gate times the up projection."""
 
     @staticmethod
-    def forward(
-        ctx: Any, gate: Tensor, up: Tensor, activation: str, backend: TorchBackend
-    ) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.activation, ctx.backend = activation, backend
-        return backend.glu(activation, gate, up)
+        ctx.activation = activation
+        return glu(activation, gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = ctx.backend.glu_backward(ctx.activation, gradient, *ctx.saved_tensors)
-        return *gradients, None, None
+        return *glu_backward(ctx.activation, gradient, *ctx.saved_tensors), None
 
 
 class FusedGlu(nn.Module):
     """Gated feed-forward with the layers of `block`; `activation` is a key of `ACTIVATIONS`."""
 
-    def __init__(self, block: nn.Module, activation: str, kernels: Kernels = NO_KERNELS) -> None:
+    def __init__(self, block: nn.Module, activation: str) -> None:
         super().__init__()
-        self._kernels = kernels
         for name, child in block.named_children():
             self.add_module(name, child)
         self._activation = activation
@@ -122,10 +156,8 @@ class FusedGlu(nn.Module):
         if not (self.training and torch.is_grad_enabled()):
             return self.original[0](x)
         gate, up = self.get_submodule("gate_proj")(x), self.get_submodule("up_proj")(x)
-        activation, width = self._activation, gate.shape[-1]
-        backend = self._kernels.glu(activation, width, gate.dtype, gate.device.type)
-        gated = _Glu.apply(gate, up, activation, backend)  # type: ignore[no-untyped-call]
-        gated = with_recomputation(gated, partial(backend.glu, activation), gate, up)
+        gated = _Glu.apply(gate, up, self._activation)  # type: ignore[no-untyped-call]
+        gated = with_recomputation(gated, partial(glu, self._activation), gate, up)
         return self.get_submodule("down_proj")(gated)
 
 
@@ -137,23 +169,23 @@ def get_original(module: nn.Module) -> nn.Module:
 class FusedNormGlu(ReplacedModules):
     """Replaces norms and GLUs of `model` by fused ones, until `remove`; `count` is their number."""
 
-    def __init__(self, model: nn.Module, kernels: Kernels = NO_KERNELS) -> None:
-        super().__init__(model, partial(_fuse, kernels=kernels))
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, _fuse)
         self.count = len(self._replaced)
 
 
-def _fuse(module: nn.Module, kernels: Kernels) -> nn.Module | None:
+def _fuse(module: nn.Module) -> nn.Module | None:
     """Returns a fused norm or GLU to replace `module`, or None if it cannot be fused."""
     # A norm or GLU with a further input, such as Mamba 2's gate, may equal a plain one without it.
     if is_watched(module) or len(inspect.signature(module.forward).parameters) != 1:
         return None
     if _may_be_norm(module):
         match = _match_norm(module)
-        return None if match is None else FusedNorm(module, *match, kernels)
+        return None if match is None else FusedNorm(module, *match)
     children = dict(module.named_children())
     if set(children) == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         activation = _match_glu(module)
-        return None if activation is None else FusedGlu(module, activation, kernels)
+        return None if activation is None else FusedGlu(module, activation)
     return None
 
 
@@ -223,102 +255,3 @@ def _call(module: nn.Module, x: Tensor) -> Tensor | None:
     except (TypeError, ValueError, RuntimeError):
         return None
     return output if isinstance(output, Tensor) and output.shape == x.shape else None
-
-
-NAME = "apply_rotary_pos_emb"
-"""Name of the function in transformers' modules."""
-
-
-class _Rope(torch.autograd.Function):
-    """Rotary embedding of queries and keys that saves only cos and sin for backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backend: TorchBackend
-    ) -> Pair:
-        ctx.save_for_backward(cos, sin)
-        ctx.backend = backend
-        return backend.rope(q, k, cos, sin)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, of_q: Tensor, of_k: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = ctx.backend.rope(of_q, of_k, *ctx.saved_tensors, backward=True)
-        return *gradients, None, None, None
-
-
-class FusedRope:
-    """Replaces the rotary function of `model` in `count` Python modules, until `remove`."""
-
-    def __init__(self, model: nn.Module, kernels: Kernels) -> None:
-        self._replaced: list[tuple[ModuleType, Callable[..., Any]]] = []
-        classes = {kind for module in model.modules() for kind in type(module).__mro__}
-        modules = {kind.__module__: sys.modules.get(kind.__module__) for kind in classes}
-        for _, namespace in sorted(modules.items()):
-            function = getattr(namespace, NAME, None)
-            if namespace is not None and function is not None and is_rope(function):
-                setattr(namespace, NAME, _Replacement(function, kernels))
-                self._replaced.append((namespace, function))
-        self.count = len(self._replaced)
-
-    def remove(self) -> None:
-        """Restore the original functions."""
-        for module, function in self._replaced:
-            setattr(module, NAME, function)
-        self._replaced.clear()
-
-
-class _Replacement:
-    """Rotary function that calls a kernel if that supports the arguments, else `function`."""
-
-    def __init__(self, function: Callable[..., Any], kernels: Kernels) -> None:
-        self.original, self._kernels = function, kernels
-
-    def __call__(
-        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **settings: Any
-    ) -> Any:
-        backend: TorchBackend = TORCH
-        if (
-            torch.is_grad_enabled()
-            and not (others or settings)
-            and _supports_kernel(q, k, cos, sin)
-        ):
-            heads = (q.shape[1], k.shape[1], q.shape[3])
-            backend = self._kernels.rope(heads, q.dtype, q.device.type)
-        if backend is TORCH:
-            return self.original(q, k, cos, sin, *others, **settings)
-        rotated = _Rope.apply(  # type: ignore[no-untyped-call]  # torch's
-            q.transpose(1, 2), k.transpose(1, 2), cos, sin, backend
-        )
-        return tuple(part.transpose(1, 2) for part in rotated)
-
-
-def _supports_kernel(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Returns whether a kernel supports these tensors: equal dtypes, whole heads rotated."""
-    if not q.dim() == k.dim() == 4 or cos.dim() != 3 or cos.shape != sin.shape:
-        return False
-    batch, _, tokens, width = q.shape
-    angles = ((1, tokens, width), (batch, tokens, width))
-    shapes_match = (k.shape[0], *k.shape[2:]) == (batch, tokens, width)
-    one = {part.dtype for part in (q, k, cos, sin)}
-    frozen = not (cos.requires_grad or sin.requires_grad)
-    return (
-        shapes_match and tuple(cos.shape) in angles and len(one) == 1 and frozen and width % 2 == 0
-    )
-
-
-def is_rope(function: Any) -> bool:
-    """Returns whether `function` equals `TorchBackend.rope`, bit for bit in bfloat16."""
-    if isinstance(function, _Replacement):
-        return False  # of a different fast step
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((2, 4, 3, 8), (2, 2, 3, 8), (2, 3, 8), (2, 3, 8))
-    q, k, cos, sin = (torch.randn(s, generator=generator).to(torch.bfloat16) for s in shapes)
-    expected = TORCH.rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
-    try:
-        rotated = function(q, k, cos, sin)
-        return all(
-            torch.equal(a, b.transpose(1, 2)) for a, b in zip(rotated, expected, strict=True)
-        )
-    except (TypeError, ValueError, RuntimeError, AttributeError):
-        return False

@@ -36,8 +36,8 @@ def compute_answer_likelihoods(
     batch: Mapping[str, Any],
 ) -> Tensor:
     """Returns each answer's log-likelihood and length, (answers, 2); `head` None: all logits."""
-    likelihoods, _ = compute_token_likelihoods(head, model, objective, batch)
-    return objective.answers(likelihoods, batch["labels"])
+    likelihoods, owners = compute_token_likelihoods(head, model, objective, batch)
+    return objective.answers(likelihoods, owners, len(batch["labels"]))
 
 
 def compute_token_likelihoods(
@@ -104,14 +104,14 @@ def sum_log_ratios(
     batches: Sequence[dict[str, Any]],
 ) -> Tensor:
     """Returns the sum and the number of the answers' log-ratios (policy / reference), (2,)."""
-    total = torch.zeros(2)
+    total = torch.zeros(2, device=next(model.parameters()).device)
     with eval_mode(model), torch.no_grad():
         for batch in batches:
             inputs = {name: value for name, value in batch.items() if name != "layout"}
             with using_layout(batch.get("layout")):
                 answers = compute_answer_likelihoods(head, model, objective, inputs)
             ratios = answers[:, 0] - inputs["preference_labels"][:, 1]
-            total += torch.stack([ratios.sum(), torch.ones_like(ratios).sum()]).cpu()
+            total += torch.stack([ratios.sum(), torch.ones_like(ratios).sum()])
     return total
 
 

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from ftlevel.fast.blocked_attention import (
     BlockedAttention,
@@ -40,6 +39,7 @@ from ftlevel.fast.gpu_attention import (
 from ftlevel.fast.packing import PackedLayout, Segment, UnsupportedModelError, current_layout
 from ftlevel.fast.prefixes import current_prefix
 from ftlevel.fast.recompute import dropout_mask, worker_generator
+from ftlevel.models.upstream.architectures import create_sdpa_mask
 from ftlevel.models.upstream.tensors import softmax_backward
 
 MAX_SHORT = 64
@@ -233,7 +233,7 @@ def register(kernel: FlashKernel | None = None) -> None:
 
 def create_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """Returns SDPA's mask; None for a packed row, whose segments replace a mask."""
-    return sdpa_mask(*args, **kwargs) if current_layout() is None else None
+    return create_sdpa_mask(*args, **kwargs) if current_layout() is None else None
 
 
 def attend(

@@ -174,6 +174,8 @@ class FastPlan:
         needed_tokens: selects tokens that the last block computes; None for all or until checked.
         shared_prefix: whether the rows' common prefix may be computed before the micro-batches.
         memory: device memory in bytes from which `tokens` was computed; 0 if it was not.
+        failure: how the fast step differed from the plain step, so that the plan is the plain step;
+            empty if it did not.
     """
 
     enabled: bool = False
@@ -185,12 +187,20 @@ class FastPlan:
     workers: int = 1
     is_random: bool = False
     fused_norm_glu: bool = False
-    triton_kernels: bool = False
     prunes_last_layer: bool = False
     needed_tokens: TokenSelector | None = None
     shared_prefix: bool = False
     memory: int = 0
     attention_kernel: str = ""
+    failure: str = ""
+
+
+def plan_plain(objective: Objective, tokens: int) -> FastPlan:
+    """Returns the plan of the plain step.
+
+    A loss over a whole step needs the rows together, and no other part of the fast step.
+    """
+    return FastPlan(True, tokens=tokens) if isinstance(objective, StepObjective) else FastPlan()
 
 
 def plan_fast(
@@ -205,13 +215,12 @@ def plan_fast(
     """Returns the plan for training the model `meta` (on the meta device) on `rows`."""
     speed = config.speed
     tokens = _max_batch_tokens(speed, config.train, device, max_length)
-    # A loss over a whole step needs the rows together, and no other part of the fast step.
-    unpacked = FastPlan(True, tokens=tokens) if isinstance(objective, StepObjective) else FastPlan()
+    plain = plan_plain(objective, tokens)
     if not speed.fast:
-        return replace(unpacked, choices=[Choice("step", "plain", "--no-fast")])
+        return replace(plain, choices=[Choice("step", "plain", "--no-fast")])
     if config.train.neftune_noise_alpha is not None:
         message = "NEFTune's noise is scaled by the length of a padded row"
-        return replace(unpacked, choices=[Choice("step", "plain", message)])
+        return replace(plain, choices=[Choice("step", "plain", message)])
     padded_message = (
         _get_padded_message(config.method, config.model.attn_implementation, meta, model_kind)
         if speed.pack
@@ -256,7 +265,6 @@ def plan_fast(
         worker_plan.count,
         bool(worker_plan.random),
         speed.fused_norm_glu and not uses_liger(speed, device, meta.config.model_type),
-        device == "cuda" and speed.triton_kernels,
         prunes_last_layer=speed.prune_last_layer
         and not padded_message
         and not METHODS[config.method.kind].step.pruning(config.method),

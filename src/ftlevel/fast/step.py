@@ -17,9 +17,8 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.fast import packed_attention as attention
 from ftlevel.fast.checks import PackingCheck, PruningCheck, get_cross_entropy_error
 from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
-from ftlevel.fast.fused_layers import FusedNormGlu, FusedRope
+from ftlevel.fast.fused_layers import FusedNormGlu
 from ftlevel.fast.gpu_attention import fetch_kernel
-from ftlevel.fast.kernels import Kernels
 from ftlevel.fast.likelihoods import TokenSelector, base_model
 from ftlevel.fast.packing import PackedBlocks
 from ftlevel.fast.parallel_workers import ParallelWorkers
@@ -49,12 +48,10 @@ class FastStep:
             if not set_packed_attention(self._base, hub or None):
                 raise TypeError(f"{type(self._base).__name__} did not accept {attention.NAME}")
             self._blocks = PackedBlocks(get_blocks(self._base))
-        kernels = Kernels(plan.triton_kernels)
-        self.cross_entropy = (
-            ChunkedCrossEntropy(self._base, kernels) if plan.chunked_cross_entropy else None
-        )
-        self.norm_glu = FusedNormGlu(model, kernels) if plan.fused_norm_glu else None
-        self._rope = FusedRope(model, kernels) if plan.triton_kernels else None
+        elif plan.enabled and next(self._base.parameters()).is_cuda:
+            set_packed_attention(self._base)  # its masks of padded rows need no synchronization
+        self.cross_entropy = ChunkedCrossEntropy(self._base) if plan.chunked_cross_entropy else None
+        self.norm_glu = FusedNormGlu(model) if plan.fused_norm_glu else None
         self.workers: ParallelWorkers | None = None
         self.pruned_linears = 0
         self._pruning: LastLayerPruning | None = None
@@ -128,11 +125,11 @@ class FastStep:
         if self._blocks is not None:
             self._blocks.remove()
             self._blocks = None
-            self._base.set_attn_implementation(self._attention_before)
+        self._base.set_attn_implementation(self._attention_before)
 
     def remove(self) -> None:
         """Remove all parts of the fast step, so that the model runs as before."""
-        for part in (self.cross_entropy, self.norm_glu, self._rope, self._pruning, self._dropout):
+        for part in (self.cross_entropy, self.norm_glu, self._pruning, self._dropout):
             if part is not None:
                 part.remove()
         self._close_workers()

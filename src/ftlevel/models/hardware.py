@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import math
 import os
 import sys
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError
-from ftlevel.models.upstream.tensors import cpu_has
+from ftlevel.models.upstream.tensors import cpu_has, set_allocator
 from ftlevel.world import is_launched
 
 _TOPOLOGY = Path("/sys/devices/system/cpu")
@@ -157,6 +158,14 @@ def trim_heap() -> None:
             libc.malloc_trim(0)
 
 
+def free_device_memory() -> None:
+    """Delete unreferenced objects, and return cached GPU memory and freed heap pages."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    trim_heap()
+
+
 def get_memory_limits(groups: Iterable[Path]) -> Iterator[int]:
     """Yields the memory limits of the control groups in bytes, skipping groups without limit."""
     for group in groups:
@@ -228,23 +237,28 @@ def select_dtype(dtype: str, device: str, method: str, model_type: str) -> Choic
             raise ConfigError(
                 "--dtype float16 cannot be used on the CPU. Use --dtype bfloat16 or float32."
             )
-        if "t5" in model_type:
+        if _overflows_float16(model_type):
             raise ConfigError(
-                f"--dtype float16 cannot be used with {model_type}: its feed-forward activations "
-                "overflow float16 and the loss becomes NaN. Use --dtype bfloat16 or float32."
+                f"--dtype float16 cannot be used with {model_type}: its activations overflow "
+                "float16 and the loss becomes NaN. Use --dtype bfloat16 or float32."
             )
     if dtype != "auto":
         return Choice("dtype", dtype, _float32_note(method, dtype))
     fast, why = _has_fast_bfloat16(device)
     name = "bfloat16" if fast else "float32"
     if device == "cuda" and not fast:
-        overflows = "t5" in model_type
+        overflows = _overflows_float16(model_type)
         name = "float32" if overflows else "float16"
         why += (
             f", and {model_type} overflows float16" if overflows else ": its fast type is float16"
         )
     message = _float32_note(method, name)
     return Choice("dtype", name, f"auto: {why}" + (f"; {message}" if message else ""))
+
+
+def _overflows_float16(model_type: str) -> bool:
+    """Returns whether activations exceed 65,504: in T5's feed-forward layers, and in Gemma 3."""
+    return "t5" in model_type or model_type.startswith("gemma3")
 
 
 def _float32_note(method: str, dtype: str) -> str:
@@ -333,11 +347,48 @@ def using_tf32(enabled: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Compute float32 products on a GPU without TF32 inside the `with` block."""
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    # Reading the older setting after the newer one is set raises an error.
+    is_new = hasattr(matmul, "fp32_precision")
+    name, value = ("fp32_precision", "ieee") if is_new else ("allow_tf32", False)
+    owners = (matmul, cudnn.conv) if is_new else (matmul, cudnn)
+    before = [getattr(owner, name) for owner in owners]
+    try:
+        for owner in owners:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, previous in zip(owners, before, strict=True):
+            setattr(owner, name, previous)
+
+
+def has_forced_tf32(device: str) -> bool:
+    """Returns whether the driver computes all float32 products in TF32, which torch cannot undo."""
+    return device == "cuda" and os.environ.get("NVIDIA_TF32_OVERRIDE") == "1"
+
+
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a CPU tensor to `device` through pinned memory, without synchronizing with a GPU."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def use_expandable_segments(device: str) -> None:
+    """Enable expandable CUDA segments, unless the user has configured the allocator.
+
+    Micro-batches of different lengths fragment segments of fixed size. An environment variable
+    would have no effect here, as CUDA may be initialized already.
+    """
+    if device == "cuda" and not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        set_allocator("expandable_segments:True")
 
 
 def peak_memory_bytes(device: str) -> int:
@@ -371,9 +422,13 @@ def current_memory_bytes(device: str) -> int:
 
 
 def free_memory_bytes(device: str) -> int:
-    """Returns free memory in bytes: of the GPU, or RAM that this process may use."""
+    """Returns free memory in bytes: of the GPU, or RAM that this process may use.
+
+    Freed memory in the cache of torch's allocator is free, too, though not to other processes.
+    """
     if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return int(torch.cuda.mem_get_info()[0] + cached)
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:  # not Linux

@@ -334,9 +334,7 @@ class MultiLabel(Objective):
         return torch.cat([torch.zeros_like(flat), flat], dim=1)
 
     def count(self, labels: Tensor) -> Tensor:
-        import torch
-
-        return torch.tensor(labels.numel())
+        return labels.new_full((), labels.numel())
 
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """Returns the cross entropy summed over all classes of all rows, in nats."""
@@ -372,9 +370,7 @@ class Regression(Objective):
 
     def count(self, labels: Tensor) -> Tensor:
         """Count the rows; unlike class ids, a label of -100.0 is not ignored."""
-        import torch
-
-        return torch.tensor(labels.numel())
+        return labels.new_full((), labels.numel())
 
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         from torch.nn import functional

@@ -54,20 +54,27 @@ class ClassObjective(Objective):
 
         if not loss.is_weighted:
             return super().training_sum(logits, labels, mask, loss)
-        scores, targets = self.choices(logits, labels, mask).float(), labels[labels != IGNORED]
+        scores, targets = logits.float().flatten(0, -2), labels.flatten()
         weights = _tensor_of(loss.class_weights, scores)
         if not loss.focal_gamma:
             return functional.cross_entropy(
-                scores, targets, weight=weights, label_smoothing=loss.smoothing, reduction="sum"
+                scores,
+                targets,
+                weight=weights,
+                ignore_index=IGNORED,
+                label_smoothing=loss.smoothing,
+                reduction="sum",
             )
-        nll = functional.cross_entropy(scores, targets, reduction="none")
-        focal = focal_factor(nll, loss.focal_gamma) * nll
-        return (focal if weights is None else focal * weights[targets]).sum()
+        nll = functional.cross_entropy(scores, targets, ignore_index=IGNORED, reduction="none")
+        focal = focal_factor(nll, loss.focal_gamma) * nll  # 0 where the label is ignored
+        return (focal if weights is None else focal * weights[targets.clamp(min=0)]).sum()
 
     def training_count(self, labels: Tensor, loss: TrainingLoss) -> Tensor:
         """Returns the sum of the class weights of the targets."""
         weights = _tensor_of(loss.class_weights, labels)
-        return self.count(labels) if weights is None else weights[labels[labels != IGNORED]].sum()
+        if weights is None:
+            return self.count(labels)
+        return (weights[labels.clamp(min=0)] * labels.ne(IGNORED)).sum()
 
     def balance(self, rows: Sequence[Encoded], classes: int) -> tuple[float, ...]:
         """Returns scikit-learn's balanced weights: targets / (classes seen · targets of class)."""
@@ -106,7 +113,9 @@ def compute_pos_weight(labels: Iterable[Sequence[float]]) -> tuple[float, ...]:
 def _tensor_of(weights: Sequence[float], like: Tensor) -> Tensor | None:
     import torch
 
-    return torch.tensor(weights, dtype=torch.float32, device=like.device) if weights else None
+    from ftlevel.models.hardware import send
+
+    return send(torch.tensor(weights, dtype=torch.float32), like.device) if weights else None
 
 
 def _targets_of(rows: Sequence[Encoded]) -> Iterator[int]:
@@ -128,10 +137,15 @@ class PredictionMeter:
         self.predicted: list[Any] = []
         self.true: list[Any] = []
 
+    def merge(self: P, other: P) -> None:
+        self.predicted += other.predicted
+        self.true += other.true
+
     def pool(self: P, meters: Sequence[P]) -> P:
         pooled = copy.copy(self)
-        pooled.predicted = [value for meter in meters for value in meter.predicted]
-        pooled.true = [value for meter in meters for value in meter.true]
+        pooled.predicted, pooled.true = [], []
+        for meter in meters:
+            pooled.merge(meter)
         return pooled
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
@@ -238,10 +252,14 @@ class TokenMeter:
             self.accuracy: self.right / self.tokens if self.tokens else math.nan,
         }
 
+    def merge(self, other: TokenMeter) -> None:
+        self.tokens += other.tokens
+        self.right += other.right
+
     def pool(self, meters: Sequence[TokenMeter]) -> TokenMeter:
         pooled = TokenMeter(self.perplexity, self.accuracy)
-        pooled.tokens = sum(meter.tokens for meter in meters)
-        pooled.right = sum(meter.right for meter in meters)
+        for meter in meters:
+            pooled.merge(meter)
         return pooled
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:

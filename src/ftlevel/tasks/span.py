@@ -338,6 +338,11 @@ class SpanMeter:
             "f1": sum(f1(t, self.answers[r]) for r, t in predictions.items()) / count,
         }
 
+    def merge(self, other: SpanMeter) -> None:
+        for row, span in other.spans.items():
+            merge_spans(self.spans[row], span)
+        self.answers |= other.answers
+
     def pool(self, meters: Sequence[SpanMeter]) -> SpanMeter:
         """Returns a meter of the questions of all `meters`; repeated questions count repeatedly."""
         pooled = SpanMeter(self.unanswerable)

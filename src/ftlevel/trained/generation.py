@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -92,6 +92,15 @@ def batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
         yield rows[start : start + size]
 
 
+Divide = Callable[[Callable[[Sequence[Any]], Sequence[Any]], Sequence[Any]], Sequence[Any]]
+"""Function (compute, items) that returns `compute(items)`, of which each process computes some."""
+
+
+def compute_all(compute: Callable[[Sequence[Any]], Sequence[Any]], items: Sequence[Any]) -> Any:
+    """Returns `compute(items)`, in this process."""
+    return compute(items)
+
+
 def generate_texts(
     model: Any,
     tokenizer: Any,
@@ -99,6 +108,7 @@ def generate_texts(
     device: str,
     batch_size: int,
     options: GenerationOptions,
+    divide: Divide = compute_all,
 ) -> list[str]:
     """Returns the generated text for each prompt, in order and without special tokens.
 
@@ -109,20 +119,27 @@ def generate_texts(
     groups = [order]
     if getattr(model.config, "is_decoder", False):  # BART's decoder has no position_ids
         groups = [[*group] for _, group in groupby(order, key=lambda i: len(prompts[i]))]
-    outputs = [""] * len(prompts)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     encoder_decoder = model.config.is_encoder_decoder
-    for indices in (batch for group in groups for batch in batches(group, batch_size)):
+
+    def generate(indices: Sequence[int]) -> list[str]:
         ids = pad([prompts[i] for i in indices], pad_id, left=not encoder_decoder).to(device)
         mask = pad([[1] * len(prompts[i]) for i in indices], 0, left=not encoder_decoder).to(device)
         generated = model.generate(
             input_ids=ids, attention_mask=mask, **options.arguments(model, tokenizer)
         )
         completions = generated if encoder_decoder else generated[:, ids.shape[1] :]
-        for i, answer in zip(indices, completions, strict=True):
-            text = str(tokenizer.decode(answer, skip_special_tokens=True))
-            outputs[i] = cut_at_stop(text, options.stop_texts).strip()
-    return outputs
+        texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in completions]
+        return [cut_at_stop(text, options.stop_texts).strip() for text in texts]
+
+    parts = [part for group in groups for part in batches(group, batch_size)]
+    outputs = divide(lambda own: [generate(indices) for indices in own], parts)
+    by_index = {
+        index: text
+        for indices, texts in zip(parts, outputs, strict=True)
+        for index, text in zip(indices, texts, strict=True)
+    }
+    return [by_index[index] for index in range(len(prompts))]
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:

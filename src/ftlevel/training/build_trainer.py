@@ -66,6 +66,7 @@ def create_training_args(run: Run, checkpoint_dir: Path) -> Any:
     accumulation_steps = section.gradient_accumulation_steps
     if run.fast.enabled:  # a batch is a whole optimizer step, split by FtlevelTrainer
         batch_size, accumulation_steps = section.rows_per_device_step, 1
+    liger = get_liger_arguments(run.config.speed, run.model.device, run.model.family)
     args = TrainingArguments(
         output_dir=str(checkpoint_dir),
         num_train_epochs=section.num_train_epochs,
@@ -108,7 +109,7 @@ def create_training_args(run: Run, checkpoint_dir: Path) -> Any:
         # Overlap host-to-device copies with computation.
         dataloader_pin_memory=run.model.device == "cuda",
         accelerator_config={"non_blocking": run.model.device == "cuda"},
-        **get_liger_arguments(run.config.speed, run.model.device, run.model.family),
+        **({} if run.fast.failure else liger),
     )
     use_one_gpu(args)
     return args
@@ -191,13 +192,16 @@ def _create_server_sampler(run: Run, model: PreparedModel) -> ServerSampler | No
 
 def create_evaluator(
     run: Run,
+    processes: Processes,
     model: Any = None,
     teacher: TokenLogps | None = None,
     server: ServerSampler | None = None,
 ) -> Evaluator | None:
     """Create the evaluator of the validation rows; None without validation rows.
 
-    In reinforcement learning, completions are sampled from `model`; see `create_rollouts`.
+    Batches are divided among `processes`, unless the model is sharded: all must then call it
+    equally often, so each computes all batches. In reinforcement learning, completions are sampled
+    from `model`; see `create_rollouts`.
     """
     if not run.data.validation:
         return None
@@ -214,6 +218,8 @@ def create_evaluator(
         "metrics": section.metrics,
         "corpus": run.data.corpus,
     }
+    if processes.count > 1 and section.shard == "none":
+        shared["divide"] = processes.divide
     if is_rl(run):
         rollouts = create_rollouts(run, model, teacher, server, get_validation_position)
         return RewardEvaluator(**shared, generated_rows=generated, rollouts=rollouts)
@@ -275,7 +281,7 @@ def create_trainer(
     trainer: FtlevelTrainer = trainer_class(
         objective=run.objective,
         loss=run.loss,
-        evaluator=create_evaluator(run, model.model, teacher, server),
+        evaluator=create_evaluator(run, processes, model.model, teacher, server),
         model=model.model,
         args=args,
         optimizers=(method.optimizer(run.config.method, model.model, args), None),
@@ -390,7 +396,7 @@ def add_callbacks(
         delays_checks=run.model.device == "cuda" and recovery.is_always_fatal,
     )
     answers = PredictionRecorder(run.objective, best)
-    if is_first and trainer.evaluator and len(trainer.evaluator.rows) <= MAX_RECORDED_ROWS:
+    if trainer.evaluator and len(trainer.evaluator.rows) <= MAX_RECORDED_ROWS:
         trainer.evaluator = replace(trainer.evaluator, begin_record=answers.begin)
     callbacks = RunCallbacks(report, gradients, Interrupt(processes), best, answers)
     run_after_save = trainer.run_after_save if isinstance(trainer, ShardedTrainer) else None

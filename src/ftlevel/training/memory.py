@@ -1,12 +1,5 @@
 """Activation recomputation, smaller micro-batches and allocator settings for limited memory.
 
-    k = min {k : T · (Σ_i a_i − Σ_{i < k} (a_i − s_i)) ≤ M}
-
-k is the number of recomputed blocks, T the tokens of a micro-batch, a_i the bytes per token in the
-autograd graph of block i, s_i those of the block's input, and M the available memory in bytes. a_i
-is measured on a forward pass with method and fast step applied. The first blocks are recomputed,
-because their activations live longest; in an encoder-decoder model these are the encoder's.
-
 If a step runs out of memory, micro-batches are halved, then gradient checkpointing is enabled. The
 rows of a step stay the same; only dropout masks and the order of summation change. transformers'
 `auto_find_batch_size` instead changes the batch size and restarts with partly trained weights.
@@ -15,91 +8,34 @@ rows of a step stay the same; only dropout masks and the order of summation chan
 from __future__ import annotations
 
 import contextlib
-import gc
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import accumulate, chain
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
-from packaging.version import Version
-from torch import Tensor, nn
+from torch import Tensor
 
-from ftlevel.config.section import Choice
-from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.store import row_lengths
 from ftlevel.errors import RunError, is_out_of_memory
 from ftlevel.fast.fused_lora import skip_unused_outputs
 from ftlevel.fast.likelihoods import base_model
-from ftlevel.models.hardware import autocast, free_memory_bytes
+from ftlevel.models.hardware import free_device_memory
 from ftlevel.models.module_tree import get_stacks
 from ftlevel.models.quantization import get_quantization_config
-from ftlevel.models.upstream.fake import storage_of
 from ftlevel.training.plan.run import Run
 
-MAX_SAMPLE_TOKENS = 64
-"""Tokens of the row that activations are measured on. Encoder-decoder models store attention
-scores, which grow with the square of the length, so they use the whole longest row."""
 
-_NUM_SAMPLES = 100
+def set_checkpointing(model: Any, run: Run) -> None:
+    """Enable gradient checkpointing in all blocks of `model` (modified), if `run` uses it.
 
-MEMORY_RATIO = 0.8
-"""Share of free memory for activations. The rest is for logits, gradients, the block being
-computed, and allocator fragmentation."""
-
-
-@dataclass(frozen=True)
-class Activations:
-    """Activation bytes per token in the autograd graph, by block.
-
-    Attributes:
-        stored: bytes that each block saves for backward.
-        states: bytes of each block's input, which are saved even if the block is recomputed.
+    Call after method and fast step are applied.
     """
-
-    stored: tuple[float, ...]
-    states: tuple[float, ...]
-
-    def min_checkpointed_blocks(self, tokens: int, memory: int) -> int:
-        """Returns how many blocks to recompute so that `tokens` tokens fit into `memory` bytes."""
-        freed = [total - states for total, states in zip(self.stored, self.states, strict=True)]
-        remaining = accumulate(freed, lambda rest, more: rest - more, initial=sum(self.stored))
-        valid = (count for count, rest in enumerate(remaining) if tokens * rest <= memory)
-        return next(valid, len(self.stored))
-
-
-def set_checkpointing(model: Any, run: Run) -> list[Choice]:
-    """Enable gradient checkpointing in all blocks of `model` (modified), or only where needed.
-
-    If automatic, it is enabled in the first blocks, as many as memory requires. Call after method
-    and fast step are applied. Returns log lines; none if no block is recomputed.
-    """
-    train, base = run.config.train, base_model(model)
-    if train.recomputes:
-        enable_checkpointing(base, offload=train.offload_activations)
-        message = "; their inputs are in host memory" * train.offload_activations
-        return [Choice("recomputed blocks", "all", f"as requested{message}")]
-    blocks = list(chain(*get_stacks(base)))
-    if not train.may_recompute(run.model.device) or not _supports_single_blocks(base, blocks):
-        return []
-    activations = get_activations(model, blocks, run)
-    tokens = run.fast.tokens
-    if not run.fast.enabled:
-        tokens = train.per_device_train_batch_size * run.data.max_length
-    memory = int(MEMORY_RATIO * free_memory_bytes(run.model.device))
-    num_blocks = activations.min_checkpointed_blocks(tokens, memory)
-    if not num_blocks:
-        return []
-    enable_checkpointing(base)
-    checkpoint_first(blocks, num_blocks)
-    note = (
-        f"auto: {tokens:,} tokens hold {tokens * sum(activations.stored) / 1e9:.1f} GB, and "
-        f"{memory / 1e9:.1f} GB are free for them"
-    )
-    return [Choice("recomputed blocks", f"{num_blocks} of {len(blocks)}", note)]
+    train = run.config.train
+    if train.recomputes or run.recomputes:
+        enable_checkpointing(base_model(model), offload=train.offload_activations)
 
 
 def enable_checkpointing(base: Any, *, offload: bool = False) -> None:
@@ -108,113 +44,9 @@ def enable_checkpointing(base: Any, *, offload: bool = False) -> None:
     skip_unused_outputs(list(chain(*get_stacks(base))))
 
 
-def _supports_single_blocks(base: Any, blocks: Sequence[nn.Module]) -> bool:
-    return bool(
-        base.supports_gradient_checkpointing
-        and blocks
-        and all(hasattr(block, "gradient_checkpointing") for block in blocks)
-    )
-
-
-def checkpoint_first(blocks: Sequence[nn.Module], num_blocks: int) -> None:
-    """Disable gradient checkpointing in all but the first `num_blocks` of `blocks` (modified)."""
-    for block in blocks[num_blocks:]:
-        block.gradient_checkpointing = False  # type: ignore[assignment]
-
-
 def without_graph(tensor: Tensor) -> Tensor:
     """Returns `tensor` without its graph: a graph that saves its own output is never freed."""
     return tensor if tensor.grad_fn is None else tensor.detach()
-
-
-def get_activations(model: Any, blocks: Sequence[nn.Module], run: Run) -> Activations:
-    """Returns the activation bytes per token of each block, measured in a forward pass of a row."""
-    batch, device = _sample_batch(run), run.model.device
-    tokens = batch["input_ids"].numel()
-    weights = {storage_of(p) for p in model.parameters()}
-    sizes: dict[Any, tuple[int, int]] = {}
-    training = model.training
-    model.train()
-    try:
-        with _track_blocks(blocks) as tracker:
-
-            def keep(tensor: Tensor) -> Tensor:
-                storage = storage_of(tensor)
-                if (
-                    tracker.at is not None
-                    and storage not in weights
-                    and tensor.numel() >= tracker.min_size
-                ):
-                    sizes.setdefault(storage, (tracker.at, tensor.untyped_storage().nbytes()))
-                return without_graph(tensor)
-
-            with (
-                torch.random.fork_rng([torch.cuda.current_device()] if device == "cuda" else []),
-                autocast(device, run.model.dtype),
-                torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            ):
-                outputs = model(**{name: value.to(device) for name, value in batch.items()})
-                del outputs  # frees the graph and its saved tensors
-    finally:
-        model.train(training)
-    totals = [0] * len(blocks)
-    for block, size in sizes.values():
-        totals[block] += size
-    return Activations(
-        tuple(size / tokens for size in totals),
-        tuple(tracker.states[at] / tokens for at in range(len(blocks))),
-    )
-
-
-def _sample_batch(run: Run) -> dict[str, Any]:
-    rows = run.data.train[:_NUM_SAMPLES]
-    row = max(rows, key=lambda row: len(row.input_ids))
-    if run.model.kind == "encoder-decoder" and isinstance(row.labels, list):
-        num_labels = sum(len(r.labels) for r in rows if isinstance(r.labels, list))
-        ratio = num_labels / sum(len(r.input_ids) for r in rows)
-        label_length = max(1, round(ratio * len(row.input_ids)))
-        labels = (row.labels * label_length)[:label_length]  # only their number matters
-        return Collator(run.model.pad_id)([replace(row, labels=labels)])
-    extras = {name: values[:MAX_SAMPLE_TOKENS] for name, values in row.extras.items()}
-    row = replace(row, input_ids=row.input_ids[:MAX_SAMPLE_TOKENS], labels=0, extras=extras)
-    batch = Collator(run.model.pad_id)([row])
-    del batch["labels"]
-    return batch
-
-
-@dataclass
-class _BlockTracker:
-    """Tracks which block a forward pass is in, and the bytes of each block's input.
-
-    Attributes:
-        at: index of the block being computed; None between encoder and decoder.
-        min_size: number of positions in the batch; tensors with fewer elements are not counted.
-        states: block index → bytes of the block's input.
-    """
-
-    at: int | None = None
-    min_size: int = 0
-    states: dict[int, int] = field(default_factory=dict)
-
-
-@contextlib.contextmanager
-def _track_blocks(blocks: Sequence[nn.Module]) -> Iterator[_BlockTracker]:
-    tracker = _BlockTracker()
-    indices = {block: at for at, block in enumerate(blocks)}
-
-    def before_block(block: nn.Module, args: Any, kwargs: Any) -> None:
-        states = args[0] if args else kwargs["hidden_states"]
-        tracker.at, tracker.min_size = indices[block], states.shape[:-1].numel()
-        tracker.states[indices[block]] = states.nbytes
-
-    def after_block(block: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001 - a hook
-        tracker.at = None
-
-    with contextlib.ExitStack() as hooks:
-        for block in blocks:
-            hooks.enter_context(block.register_forward_pre_hook(before_block, with_kwargs=True))
-            hooks.enter_context(block.register_forward_hook(after_block))
-        yield tracker
 
 
 class StepReducer:
@@ -239,9 +71,7 @@ class StepReducer:
     def reduce(self, model: Any, rows: Sequence[Encoded], inputs: Mapping[str, Any]) -> Any:
         """Halve micro-batches, else enable checkpointing; returns `rows` collated for a retry."""
         model.zero_grad()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_device_memory()
         trainer, step = self._trainer, self._step()
         when = f"at step {step}" if step else "before the first step"
         if _can_split(inputs):
@@ -373,22 +203,3 @@ def get_quant_flags(run: Run) -> list[str]:
     quant = config.quant.model_copy(update={"kind": "4bit"})
     can_quantize = not is_stored and config.quant.kind == "none"
     return ["--quant 4bit"] * (can_quantize and not config.method.validate_quant(quant))
-
-
-ALLOCATOR_CONF = "expandable_segments:True"
-OLD_NAME, NAME = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
-
-_MIN_VERSION = Version("2.11")
-"""torch 2.9.1 warns about the old name, but ignores this setting under the new one
-(https://github.com/pytorch/pytorch/issues/183387)."""
-
-
-def use_expandable_segments(device: str) -> None:
-    """Enable expandable CUDA segments, unless the user has configured the allocator.
-
-    Call before the first GPU tensor. Varying micro-batch lengths fragment segments of fixed size.
-    """
-    if device != "cuda" or any(name in os.environ for name in (OLD_NAME, NAME)):
-        return
-    is_new = Version(torch.__version__) >= _MIN_VERSION
-    os.environ[NAME if is_new else OLD_NAME] = ALLOCATOR_CONF

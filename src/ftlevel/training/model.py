@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, cast
 
@@ -35,13 +35,12 @@ from ftlevel.config.section import Choice
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.events import Listener
-from ftlevel.fast.kernels import get_used_kernels
 from ftlevel.fast.likelihoods import base_model
 from ftlevel.fast.plan import uses_fused_layers
 from ftlevel.fast.step import FastStep
 from ftlevel.methods import METHODS
 from ftlevel.methods.base import InitializationInputs
-from ftlevel.models.hardware import DTYPES
+from ftlevel.models.hardware import DTYPES, exact_float32, use_expandable_segments
 from ftlevel.models.loading import check_finite, check_missing, load_model
 from ftlevel.models.module_tree import ModuleTree
 from ftlevel.models.quantization import build_quantization_config, get_quantization_config
@@ -54,7 +53,7 @@ from ftlevel.trained.adapt import (
     load_initial_weights,
     train_in_float32,
 )
-from ftlevel.training.memory import set_checkpointing, use_expandable_segments
+from ftlevel.training.memory import set_checkpointing
 from ftlevel.training.plan.run import PlannedModel, Run
 from ftlevel.training.processes import started_processes
 from ftlevel.training.trainer import FtlevelTrainer
@@ -214,20 +213,21 @@ def apply_fast_step(model: Any, run: Run, listener: Listener) -> FastStep | None
         return None
     fast = FastStep(model, run.fast)
     args = (run.data.train, run.model.pad_id, run.model.device, run.model.dtype)
-    for reason in (*fast.check(*args), fast.check_cross_entropy(run.objective, *args)):
-        if reason:
-            listener.warn(f"{run.model.family}: {reason}.")
-    fast.prune_last_layer(run.objective, *args)
+    with exact_float32():
+        reasons = (*fast.check(*args), fast.check_cross_entropy(run.objective, *args))
+        fast.prune_last_layer(run.objective, *args)
+    for reason in filter(None, reasons):
+        listener.warn(f"{run.model.family}: {reason}.")
     return fast
 
 
-def get_speed_info(
-    trainer: FtlevelTrainer, verification: Mapping[str, Any] | None
-) -> dict[str, Any]:
+def get_speed_info(trainer: FtlevelTrainer, failure: str, comparison: Any) -> dict[str, Any]:
     """Returns the `speed` section of summary.json.
 
-    `verification` is what `verify_step` recorded; None if the fast step was not verified.
+    `failure`: as in `FastPlan`; `comparison`: a `StepComparison`, or None if there was none.
     """
+    if failure:
+        return {"fast": False, "reason": failure}
     if trainer.fast is None:
         return {"fast": False}
     plan = trainer.fast.plan
@@ -237,7 +237,6 @@ def get_speed_info(
         "chunked_cross_entropy": plan.chunked_cross_entropy,
         "prefixes_shared": plan.prefix_tree,
         "fused_norms_and_glus": trainer.fast.norm_glu.count if trainer.fast.norm_glu else 0,
-        "triton_kernels": get_used_kernels(),
         "pruned_linears": trainer.fast.pruned_linears,
         "parallel_workers": plan.workers,
         "tokens_per_micro_batch": plan.tokens // plan.workers,
@@ -245,7 +244,7 @@ def get_speed_info(
         "made_smaller_for_memory": trainer.smaller.done,
         "tokens_computed": trainer.tokens_computed,
         "tokens_in_rows": int(trainer.tokens_seen),
-        "verified": verification,
+        "verified": asdict(comparison) if comparison else None,
     }
 
 
@@ -369,8 +368,7 @@ def load_training_model(run: Run, listener: Listener) -> PreparedModel:
             (base_name(n), p) for n, p in model.named_parameters() if not p.requires_grad
         )
     fast = apply_fast_step(model, run, listener)
-    if choices := set_checkpointing(model, run):
-        listener.choices("train", choices)
+    set_checkpointing(model, run)
     return PreparedModel(model, copy_initial_state(model, run.config.method), fast, digests)
 
 
@@ -378,7 +376,7 @@ def apply_run_method(base: Any, run: Run) -> Any:
     """Apply the run's method to `base` (modified) and return the result."""
     config, model = run.config, run.model
     fused = uses_fused_layers(config.method, config.speed, model.quant.kind, model.device)
-    return apply_method(base, config.method, run.base, fused=fused)
+    return apply_method(base, config.method, run.base, fused=fused and not run.fast.failure)
 
 
 def initialize_adapter(model: Any, run: Run) -> None:

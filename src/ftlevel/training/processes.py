@@ -8,25 +8,31 @@ the others are reported.
 from __future__ import annotations
 
 import json
+import os
 import socket
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import distributed
+from accelerate.utils import check_cuda_p2p_ib_support
+from torch import Tensor, distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ftlevel.config import TrainerConfig
+from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError, FtlevelError, RunError, join_names
 from ftlevel.world import World, get_world
 
+_NCCL_VARIABLES = ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE")
+
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,22 @@ class Processes:
                 )
             torch.cuda.set_device(local)
 
+    def disable_unsupported_transports(
+        self, device: str, environment: MutableMapping[str, str] = os.environ
+    ) -> list[Choice]:
+        """Disable NCCL's P2P and InfiniBand where the driver does not support them.
+
+        RTX 40 cards need this with drivers before 550.40.07; accelerate's launcher does the same.
+        Sets variables of `environment` (modified) that have no value; returns them as log lines.
+        """
+        if self.count == 1 or device != "cuda" or check_cuda_p2p_ib_support():
+            return []
+        names = [name for name in _NCCL_VARIABLES if name not in environment]
+        environment.update(dict.fromkeys(names, "1"))
+        reason = "auto: several RTX 40 cards with a driver before 550.40.07"
+        variables = " ".join(f"{name}=1" for name in names)
+        return [Choice("NCCL", variables, reason)] if names else []
+
     def wait(self) -> None:
         """Wait until all processes reach this call."""
         if self.count > 1:
@@ -131,6 +153,32 @@ class Processes:
         values: list[Any] = [None] * self.count
         distributed.all_gather_object(values, value)
         return values
+
+    def divide(self, compute: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -> list[R]:
+        """Returns `compute(items)` in all processes; each computes every n-th of `items`.
+
+        `compute` returns one result per item. Call it in all processes; if it fails in one, all
+        raise.
+        """
+        rank, count = self.world.rank, self.count
+        parts = self.all_gather(self.in_all(lambda: compute(items[rank::count])))
+        return [parts[at % count][at // count] for at in range(len(items))]
+
+    def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        """Returns the tensors `rows` `(n, …)` of all processes; `counts` has the n of each.
+
+        They are exchanged by the backend of their device: NCCL on a GPU.
+        """
+        padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in counts]
+        distributed.all_gather(parts, padded)
+        return [part[:count] for part, count in zip(parts, counts, strict=True)]
+
+    def ranks_on_machine(self) -> list[int]:
+        """Returns the ranks of the processes on this machine, in order."""
+        host = socket.gethostname()
+        return [rank for rank, other in enumerate(self.all_gather(host)) if other == host]
 
     def check_same(self, values: Mapping[str, Any]) -> None:
         """Raise ConfigError in all processes, with every difference, if their `values` differ."""

@@ -4,7 +4,8 @@ The reference is the initial model, with any adapter that training continues fro
 It is not the base with the adapter disabled, because PiSSA, OLoRA and LoftQ rewrite the base. The
 model to be trained computes the values itself, on the fast step's packed rows. They are cached
 under a digest of all inputs. With `--reference`, a different model computes them before the run's
-weights load, and is freed afterwards.
+weights load, and is freed afterwards. Several processes of a machine compute some rows each, in the
+same micro-batches as one process.
 """
 
 from __future__ import annotations
@@ -46,44 +47,60 @@ from ftlevel.training.build_trainer import create_evaluator
 from ftlevel.training.model import PreparedModel, apply_fast_step
 from ftlevel.training.origin import get_config_values
 from ftlevel.training.plan.run import Run
+from ftlevel.training.processes import Processes
+
+Fill = Callable[[np.ndarray, int, int], None]
+"""Function (array, index, count) that computes the missing values of part `index` of `count`."""
 
 
 def load_or_compute(
-    data: DataConfig, key: str, rows: Sequence[Encoded], fill: Callable[[np.ndarray], None]
+    data: DataConfig, key: str, rows: Sequence[Encoded], fill: Fill, processes: Processes
 ) -> tuple[np.ndarray, bool]:
     """Returns the (rows, 2) float32 array that `fill` computes, and whether it came from the cache.
 
-    `key` identifies the reference model in the cache. `fill` writes the missing values into
-    an array of this shape. A file lock ensures that one process computes at a time.
+    `key` identifies the reference model in the cache. See `open_or_compute`.
     """
     path = cache_path(data, "reference", key, rows)
-    array, was_cached = open_or_compute(path, (len(rows), 2), np.dtype(np.float32), fill)
+    array, was_cached = open_or_compute(path, (len(rows), 2), np.dtype(np.float32), fill, processes)
     return np.array(array), was_cached
 
 
 def open_or_compute(
-    path: Path | None, shape: tuple[int, ...], dtype: Any, fill: Callable[[np.ndarray], None]
+    path: Path | None, shape: tuple[int, ...], dtype: Any, fill: Fill, processes: Processes
 ) -> tuple[np.ndarray, bool]:
     """Returns the array stored at `path`, completed by `fill`, and whether the file was complete.
 
-    `fill` replaces the missing values, which are NaN, in the array. In a structured dtype, the
-    first field marks an item as filled, so `fill` must write it last. If `path` is None, the array
-    is in memory.
+    `fill` replaces missing values, which are NaN. In a structured dtype, the first field marks an
+    item as filled, so `fill` must write it last. If `path` is None, the array is in memory.
+
+    Call it in all processes. Those of a machine write their parts into one memory-mapped file. Each
+    machine has a file of its own, which the others may not see. One run at a time writes a file.
     """
     from filelock import FileLock
 
-    if path is None:
+    if processes.any(path is None) or path is None:
         array = np.empty(shape, dtype=dtype)
         get_nan_values(array)[:] = np.nan
-        fill(array)
+        processes.in_all(lambda: fill(array, processes.world.rank, processes.count))
+        is_filled = ~is_missing(array)
+        for is_theirs, values in processes.all_gather((is_filled, array[is_filled])):
+            array[is_theirs] = values
         return array, False
-    with FileLock(path.with_suffix(".lock")):
-        array = _open(path, shape, dtype)
-        is_incomplete = bool(is_missing(array).any())
+    ranks = processes.ranks_on_machine()
+    index = ranks.index(processes.world.rank)
+    if ranks[0]:
+        path = path.with_stem(f"{path.stem}-{ranks[0]}")
+    lock = FileLock(path.with_suffix(".lock")) if index == 0 else contextlib.nullcontext()
+    with lock:
+        stored = _open(path, shape, dtype) if index == 0 else None
+        processes.wait()
+        if stored is None:
+            stored = _open(path, shape, dtype)
+        is_incomplete = processes.any(bool(is_missing(stored).any()))
         if is_incomplete:
-            fill(array)
-            array.flush()
-        return array, not is_incomplete
+            processes.in_all(lambda: fill(stored, index, len(ranks)))
+            stored.flush()
+        return stored, not is_incomplete
 
 
 def get_nan_values(array: np.ndarray) -> np.ndarray:
@@ -177,7 +194,7 @@ class Reference:
 
 
 def compute_initial_reference(
-    run: Run, prepared: PreparedModel, listener: Listener
+    run: Run, prepared: PreparedModel, listener: Listener, processes: Processes
 ) -> tuple[Run, Reference | None]:
     """Returns the run with the initial model's log-probabilities in its rows, and the reference.
 
@@ -187,7 +204,7 @@ def compute_initial_reference(
         return run, None
     listener.stage("computing reference log-probabilities")
     key, name = get_initial_key(run, prepared), "initial model"
-    run, info = add_reference_logps(run, name, key, lambda: (run, prepared), listener)
+    run, info = add_reference_logps(run, name, key, lambda: (run, prepared), listener, processes)
     return run, Reference(info, _save_initial_adapter(run, prepared))
 
 
@@ -198,7 +215,12 @@ def needs_reference(run: Run) -> bool:
 
 
 def add_reference_logps(
-    run: Run, name: str, key: str, load: Callable[[], tuple[Run, PreparedModel]], listener: Listener
+    run: Run,
+    name: str,
+    key: str,
+    load: Callable[[], tuple[Run, PreparedModel]],
+    listener: Listener,
+    processes: Processes,
 ) -> tuple[Run, dict[str, Any]]:
     """Returns `run` with reference log-probabilities in its rows, and their entry in summary.json.
 
@@ -206,18 +228,19 @@ def add_reference_logps(
     if values are missing, returns the model and a run with settings for it.
     """
     task: Any = run.task
+    settings = run.config.data
     train, cached = load_or_compute(
-        run.config.data, key, run.data.train, lambda to: _fill(*load(), to)
+        settings, key, run.data.train, lambda *part: _fill(*load(), *part), processes
     )
     data = replace(run.data, train=task.with_reference(run.data.train, train))
     if run.data.validation:
-        evaluator: Any = create_evaluator(run)
+        evaluator: Any = create_evaluator(run, processes)
 
-        def score(into: np.ndarray) -> None:
+        def score(into: np.ndarray, *_: int) -> None:  # the evaluator divides the rows
             into[:] = compute_likelihoods(evaluator, load()[1].model)
 
         padded_key = f"{key} padded by {evaluator.batch_size}"
-        validation, _ = load_or_compute(run.config.data, padded_key, run.data.validation, score)
+        validation, _ = load_or_compute(settings, padded_key, run.data.validation, score, processes)
         data = replace(data, validation=task.with_reference(run.data.validation, validation))
     status = "log-probabilities cached" if cached else "log-probabilities precomputed"
     rows = len(run.data.train) + len(run.data.validation)
@@ -274,10 +297,10 @@ def _score_first_row(run: Run, prepared: PreparedModel, *, off: bool) -> np.ndar
         return _compute_logps(run, prepared, [row])
 
 
-def _fill(run: Run, model: PreparedModel, array: np.ndarray) -> None:
+def _fill(run: Run, model: PreparedModel, array: np.ndarray, index: int, count: int) -> None:
     rows, module = run.data.train, model.model
     with evaluating(module, run.model.device, run.model.dtype):
-        for start in range(0, len(rows), CHUNK_SIZE):
+        for start in range(0, len(rows), CHUNK_SIZE)[index::count]:
             chunk = slice(start, start + CHUNK_SIZE)
             if not np.isnan(array[chunk]).any():
                 continue
@@ -325,7 +348,9 @@ def iterate_batches(
             yield indices, {name: value.to(device) for name, value in batch.items()}
 
 
-def precompute_reference(run: Run, listener: Listener) -> tuple[Run, Reference | None]:
+def precompute_reference(
+    run: Run, listener: Listener, processes: Processes
+) -> tuple[Run, Reference | None]:
     """Returns the run with log-probabilities of the `--reference` model, and the `Reference`.
 
     If the run needs no such model, the run is unchanged and the `Reference` None.
@@ -342,7 +367,7 @@ def precompute_reference(run: Run, listener: Listener) -> tuple[Run, Reference |
         load = functools.cache(
             lambda: stack.enter_context(load_auxiliary_model(reference, run, listener))
         )
-        run, info = add_reference_logps(run, reference.name, key, load, listener)
+        run, info = add_reference_logps(run, reference.name, key, load, listener, processes)
     workspace = Workspace("reference")
     reference.write(Path(workspace.name), (run.config.output.dir or Path("runs/run")) / "adapter")
     return run, Reference({**info, "fingerprint": reference.fingerprint}, workspace)

@@ -166,6 +166,9 @@ def check_base_not_overwritten(run: Run) -> None:
         )
 
 
+PLAIN_STEP = "plain_step"
+"""Key of the event that the fast step was disabled; its value is the reason."""
+
 _LENGTH_FIELDS = ("train.num_train_epochs", "train.max_steps", "train.early_stopping_patience")
 """Fields that may differ on resume, because a run can be made longer."""
 
@@ -183,6 +186,8 @@ class ResumeState:
         has_new_length: whether the planned number of steps has changed.
         finished: summary.json of a run with nothing left to train.
         origin: all values that must stay the same when the run resumes; see `get_run_origin`.
+        failure: how the fast step differed from the plain step, which the run has trained since;
+            empty if it did not.
     """
 
     checkpoint: Path | None = None
@@ -191,6 +196,7 @@ class ResumeState:
     finished: Mapping[str, Any] | None = None
     changes: list[dict[str, Any]] = field(default_factory=list)
     origin: Mapping[str, Any] = field(default_factory=dict)
+    failure: str = ""
 
     def missed_evaluation(self, strategy: str, schedule: Schedule) -> bool:
         """Returns whether the evaluation due at the checkpoint (end of epoch or run) is missing."""
@@ -251,7 +257,9 @@ def _resolve_resume(run: Run, origin: Mapping[str, Any], listener: Listener) -> 
     has_new_length = state["max_steps"] != steps
     choice = Choice("checkpoint", checkpoint, f"step {step_of(checkpoint):,} of {steps:,}")
     listener.choices("resume", [choice])
-    return ResumeState(checkpoint, past, has_new_length, changes=changes)
+    events = output_dir.load_events()
+    failure = next((event[PLAIN_STEP] for event in events if PLAIN_STEP in event), "")
+    return ResumeState(checkpoint, past, has_new_length, changes=changes, failure=failure)
 
 
 def _check_length(run: Run, before: Mapping[str, Any], trained: int) -> None:

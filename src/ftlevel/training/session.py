@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ftlevel.artifacts.checkpoints import step_of
 from ftlevel.artifacts.files import Workspace, lock_dir
 from ftlevel.artifacts.hub import get_repo_id
 from ftlevel.artifacts.run_directory import (
@@ -27,7 +28,8 @@ from ftlevel.config.sections import wrap_rows
 from ftlevel.errors import ConfigError, Interrupted
 from ftlevel.evaluation.server import check_server
 from ftlevel.events import Listener
-from ftlevel.models.hardware import resident_bytes, trim_heap
+from ftlevel.fast.plan import plan_plain
+from ftlevel.models.hardware import free_device_memory, resident_bytes, trim_heap
 from ftlevel.models.in_memory import place_model
 from ftlevel.training.best import SelectedModel
 from ftlevel.training.build_trainer import (
@@ -47,7 +49,11 @@ from ftlevel.training.finish import (
     save_tokenizer_and_card,
 )
 from ftlevel.training.forecast.alternatives import select_batch_size
-from ftlevel.training.forecast.fits import MemoryEstimate, estimate_memory
+from ftlevel.training.forecast.fits import (
+    MemoryEstimate,
+    estimate_memory,
+    select_checkpointing,
+)
 from ftlevel.training.model import PreparedModel, get_speed_info
 from ftlevel.training.origin import FileDigests, get_file_digests
 from ftlevel.training.plan.adapter import get_adapter_warnings, resolve_adapter
@@ -61,8 +67,9 @@ from ftlevel.training.processes import (
     started_processes,
 )
 from ftlevel.training.proof import Proof, verify_run
-from ftlevel.training.reference import Reference, compute_initial_reference, precompute_reference
+from ftlevel.training.reference import compute_initial_reference, precompute_reference
 from ftlevel.training.resume import (
+    PLAIN_STEP,
     ResumeState,
     check_base_not_overwritten,
     check_same_base,
@@ -88,18 +95,17 @@ from ftlevel.training.sharding import (
     save_sharded,
     verify_sharded_run,
 )
-from ftlevel.training.step_comparison import StepComparison
+from ftlevel.training.step_comparison import FastStepError, StepComparison
 from ftlevel.training.summary import Outcome, resolved_config
 from ftlevel.training.teacher import (
     AuxiliaryOutputs,
-    TeacherPredictions,
     create_scorer,
     precompute_teacher,
     resolve_auxiliary_models,
 )
 from ftlevel.training.text_models import with_text_models
 from ftlevel.training.trainer import FtlevelTrainer
-from ftlevel.training.verify import verify_step
+from ftlevel.training.verify import check_fast_step
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -244,12 +250,21 @@ def resolve_job(
         return run, memory
 
     run, memory = processes.in_all(resolve_locally)
+    if transports := processes.disable_unsupported_transports(run.model.device):
+        listener.choices("train", transports)
     if run.config.speed.tokens_per_micro_batch == "memory":
         sized = select_batch_size(run, processes, load_previous_batch_tokens(run.config.output))
         listener.choices("train", sized.choices[len(run.choices) :])
         run = sized
+    run = _with_checkpointing(run, processes, listener)
     recipe = get_recipe_info(command.recipe) if command.recipe else None
     return TrainingJob(run, processes, memory, listener, inputs.callbacks, recipe, command.start)
+
+
+def _with_checkpointing(run: Run, processes: Processes, listener: Listener) -> Run:
+    recomputes, choices = processes.from_first(lambda: select_checkpointing(run, processes.count))
+    listener.choices("train", choices)
+    return replace(run, recomputes=recomputes, choices=[*run.choices, *choices])
 
 
 def _resolve(
@@ -326,7 +341,7 @@ class TrainingSession:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether the model is sharded: all processes then evaluate, save and verify together."""
+        """Whether the model is sharded: all processes then save and verify together."""
         return self.run.config.train.shard != "none"
 
     def train(self) -> None:
@@ -362,9 +377,7 @@ class TrainingSession:
     def evaluate(self) -> None:
         """Evaluate the final model, unless it was already evaluated after the last step."""
         with matmul_context(self.run):
-            records: Sequence[Mapping[str, Any]] = self.callbacks.report.records
-            if self.is_sharded:
-                records = self.job.processes.from_first(lambda: records)
+            records = self.job.processes.from_first(lambda: self.callbacks.report.records)
             self.run = end_training(self.trainer, self.run, records)
             if not self.is_sharded:
                 step = self.selected.step if self.selected else self.trainer.state.global_step
@@ -410,7 +423,7 @@ class TrainingSession:
             timings=measure_times(callbacks.report, job.start, self.trained_at, tokens),
             evaluator=trainer.evaluator,
             answers=callbacks.answers,
-            speed=get_speed_info(trainer, asdict(self.comparison) if self.comparison else None),
+            speed=get_speed_info(trainer, self.run.fast.failure, self.comparison),
             selected=self.selected,
             changes=self.output_dir.load_changes(),
             skipped_steps=[note for note in self.output_dir.load_events() if "how" in note],
@@ -424,53 +437,82 @@ class TrainingSession:
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A run whose rows have the outputs of reference, teacher and guide models.
+    """A run with its loaded model, and the outputs of auxiliary models in its rows.
 
-    `reference` is None if the model to train is the reference itself, or if there is none.
-    `initial_memory` is the bytes of the process before any model was loaded.
+    Attributes:
+        comparison: result of verifying the fast step; None if it was not verified.
+        initial_memory: bytes of the process before any model was loaded.
     """
 
     run: Run
-    reference: Reference | None
-    teacher: TeacherPredictions | None
+    model: PreparedModel
+    auxiliary: AuxiliaryOutputs
+    comparison: StepComparison | None
     initial_memory: int
 
 
-def prepare_run(job: TrainingJob) -> PreparedRun:
-    """Compute the outputs of reference, teacher and guide models, and free these models."""
-    listener, initial_memory = job.listener, resident_bytes()
-    run, reference = precompute_reference(with_text_models(job.run, listener), listener)
-    return PreparedRun(run, reference, precompute_teacher(run, listener), initial_memory)
+LoadModel = Callable[[Run, Listener], PreparedModel]
 
 
-def open_session(
-    job: TrainingJob,
-    prepared: PreparedRun,
-    model: PreparedModel,
-    resumed: ResumeState,
-    stack: ExitStack,
-) -> TrainingSession:
-    """Open the run directory and create the Trainer; the directory is locked until `stack` closes.
+def prepare_run(job: TrainingJob, resumed: ResumeState, load: LoadModel) -> PreparedRun:
+    """Compute the outputs of auxiliary models, `load` the model, and verify its fast step.
 
-    The fast step of `model` is verified first.
+    If the fast step is not the plain one, or was not when the run to resume started, all is done
+    again for the plain step; with `--verify-fast`, FastStepError is raised instead.
     """
-    run, reference, teacher = prepared.run, prepared.reference, prepared.teacher
+    initial_memory, failure, when = resident_bytes(), resumed.failure, " when the run started"
+    if not failure:
+        try:
+            return _prepare(job, job.run, load, initial_memory)
+        except FastStepError as error:
+            if job.run.config.speed.verify:
+                raise
+            failure, when = error.problem, ""
+        free_device_memory()
+    report = "" if when else " Please report this with the command."
+    job.listener.warn(f"fast step disabled{when}: {failure}; training with the plain step.{report}")
+    plan = replace(plan_plain(job.run.objective, job.run.fast.tokens), failure=failure)
+    run = _with_checkpointing(replace(job.run, fast=plan), job.processes, job.listener)
+    return _prepare(job, run, load, initial_memory)
+
+
+def _prepare(job: TrainingJob, run: Run, load: LoadModel, initial_memory: int) -> PreparedRun:
     listener, processes = job.listener, job.processes
+    run = with_text_models(run, listener, processes)
+    run, reference = precompute_reference(run, listener, processes)
+    teacher = precompute_teacher(run, listener, processes)
+    listener.stage("loading the model")
+    model = load(run, listener)
     if reference is None:
-        run, reference = compute_initial_reference(run, model, listener)
+        run, reference = compute_initial_reference(run, model, listener, processes)
     if teacher is not None:
         run = replace(run, data=replace(run.data, train=teacher.rows))
     auxiliary = AuxiliaryOutputs(reference, teacher, create_scorer(run, listener))
-    config, steps = run.config, run.schedule.steps
+    try:
+        comparison = check_fast_step(run, model, processes, listener)
+    except FastStepError:
+        if model.fast is not None:
+            model.fast.remove()
+        raise
+    return PreparedRun(run, model, auxiliary, comparison, initial_memory)
+
+
+def open_session(
+    job: TrainingJob, prepared: PreparedRun, resumed: ResumeState, stack: ExitStack
+) -> TrainingSession:
+    """Open and lock the run directory until `stack` closes, and create the Trainer."""
+    run, model, auxiliary = prepared.run, prepared.model, prepared.auxiliary
+    listener, processes, config = job.listener, job.processes, run.config
     processes.from_first(
-        lambda: check_disk_space(config.output.dir, config.train, model.model, steps)
+        lambda: check_disk_space(config.output.dir, config.train, model.model, run.schedule.steps)
     )
-    comparison = verify_step(run, model, listener)
-    trim_heap()
     output_dir = processes.from_first(lambda: open_or_resume(run, resumed, listener))
     check_shared(output_dir, processes)
     run, base = store_base(run, output_dir, is_first=processes.is_first)
     file_digests = _lock_output_dir(run, output_dir, stack) if processes.is_first else ()
+    if processes.is_first and run.fast.failure and not resumed.failure:
+        step = step_of(resumed.checkpoint) if resumed.checkpoint else 0
+        output_dir.note({"step": step, PLAIN_STEP: run.fast.failure})
     stack.enter_context(convert_interrupt(output_dir))
     is_sharded = config.train.shard != "none"
     initial_logits = compute_initial_logits(model, run) if is_sharded else None
@@ -505,7 +547,7 @@ def open_session(
         resumed=resumed,
         trainer=trainer,
         callbacks=callbacks,
-        comparison=comparison,
+        comparison=prepared.comparison,
         initial_logits=initial_logits,
         initial_memory=prepared.initial_memory,
     )

@@ -1,6 +1,7 @@
 """Loss and gradients of an optimizer step: plain or by the Trainer, and their differences.
 
-A correct fast step differs from the plain one by at most a multiple of its rounding errors.
+Steps are compared in float32. A correct fast step differs from the plain one by at most a multiple
+of its rounding errors.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import contextlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any
@@ -20,12 +21,11 @@ from torch.nn import functional
 
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded, distinct_texts
-from ftlevel.errors import RunError
+from ftlevel.errors import RunError, is_out_of_memory
 from ftlevel.fast.fused_layers import FusedGlu, FusedNorm
 from ftlevel.fast.likelihoods import base_model, compute_full_loss, sum_log_ratios, with_baseline
-from ftlevel.models.hardware import autocast
 from ftlevel.models.module_tree import get_stacks
-from ftlevel.objectives import LikelihoodObjective, StepObjective
+from ftlevel.objectives import LikelihoodObjective, PolicyObjective, StepObjective
 from ftlevel.trained.generation import batches
 from ftlevel.training.trainer import FtlevelTrainer
 
@@ -43,18 +43,14 @@ class GradientDifference:
     Attributes:
         difference: Σ (g − r)².
         reference: Σ r².
-        along: Σ g · r.
     """
 
     difference: float = 0.0
     reference: float = 0.0
-    along: float = 0.0
 
     def __add__(self, other: GradientDifference) -> GradientDifference:
         return GradientDifference(
-            self.difference + other.difference,
-            self.reference + other.reference,
-            self.along + other.along,
+            self.difference + other.difference, self.reference + other.reference
         )
 
     @property
@@ -63,11 +59,6 @@ class GradientDifference:
         if self.reference == 0:
             return 0.0 if self.difference == 0 else float("inf")
         return float((self.difference / self.reference) ** 0.5)
-
-    @property
-    def length(self) -> float:
-        """Relative excess length of g along r, ⟨g, r⟩ / ⟨r, r⟩ − 1; rounding errors average out."""
-        return self.along / self.reference - 1 if self.reference else 0.0
 
 
 def compare_gradients(gradients: Gradients, reference: Gradients) -> dict[str, GradientDifference]:
@@ -87,9 +78,7 @@ def compare_gradients(gradients: Gradients, reference: Gradients) -> dict[str, G
 def _compare(gradient: Tensor, reference: Tensor) -> GradientDifference:
     """Returns the comparison of two tensors, in float64 on the CPU, since MPS has no float64."""
     g, r = gradient.double(), reference.double()
-    return GradientDifference(
-        float((g - r).square().sum()), float(r.square().sum()), float((g * r).sum())
-    )
+    return GradientDifference(float((g - r).square().sum()), float(r.square().sum()))
 
 
 def total(parts: Iterable[GradientDifference]) -> GradientDifference:
@@ -132,22 +121,13 @@ ORDER = 10.0
 summation order on the plain step. Orders differ more for packed rows than for padded ones."""
 FLOAT32_EPSILON = 2.0**-23
 """Relative rounding of float32: a loss that is a difference of terms keeps that of its terms."""
-TOLERANCES = {"float32": (1e-5, 1e-4)}
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
 """Relative differences of loss and gradients that are always accepted."""
-HALF_TOLERANCES = (4e-3, 2e-2)
+MIN_LOSS = 1e-3
+"""Smallest loss that a difference is related to: the first loss of reinforcement learning is 0."""
 MAX_KINK_DISTANCE = 2e-2
 """Maximal relative distance of all gradients in float32 if rounding moves an activation over a
 kink; 6e-3 was measured for one tensor."""
-NUM_DRAWS = 3
-"""Number of rounded plain steps. Gradients share a few errors, such as one of all logits, so a
-single step may be close to float32, or of the right length, by chance."""
-ROUNDING = 1.5
-"""Maximal distance of the fast step's rounded gradient from float32, as a multiple of the plain
-steps' largest; 1.1 was measured. For a single tensor it is `TENSOR_ROUNDING`."""
-TENSOR_ROUNDING = 4.0
-LENGTH = 0.3
-"""Maximal deviation of its length from the range of the plain steps' lengths, as a multiple of the
-same distance; 0.15 was measured."""
 
 
 @dataclass
@@ -155,26 +135,32 @@ class StepComparison:
     """Differences of the fast step from plain transformers and PEFT, relative in the 2-norm.
 
     Attributes:
-        dtype: dtype in which the steps were compared, besides the run's own.
         loss, gradient: largest relative difference over all steps.
         dropout: gradient difference of fused and PEFT's layers with dropout; None if not compared.
         exact: distance of the plain step's gradient from the same step in float64; None if that was
             not needed. If set, `loss` and `gradient` are distances of the fast step from float64.
         kinks: whether rounding moved a value over a kink of the activation, such as ReLU's 0, so
             that `loss` and `gradient` compare both steps in float64.
-        rounded: type of tensor → (distance of the plain, of the fast gradient), in the run's dtype,
-            from the plain gradient in float32.
     """
 
     steps: int = 0
     rows: int = 0
-    dtype: str = "float32"
     loss: float = 0.0
     gradient: float = 0.0
     dropout: float | None = None
     exact: float | None = None
     kinks: bool = False
-    rounded: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+class FastStepError(RunError):
+    """A fast step that is not the plain one; `problem` is how they differ."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(
+            f"--verify-fast: the fast step is not the plain one: {problem}. Train with --no-fast, "
+            "and please report it with the command."
+        )
+        self.problem = problem
 
 
 @dataclass(frozen=True)
@@ -186,108 +172,41 @@ class Bounds:
         noise_of_loss: change of the loss by another summation order, in nats.
     """
 
-    dtype: str
     noise: Mapping[str, GradientDifference]
     noise_of_loss: float
 
     def check_loss(self, loss: float, expected: float) -> float:
-        """Returns |loss − expected| / |expected|; RunError if this difference is too large."""
-        diff, rtol = abs(loss - expected), TOLERANCES.get(self.dtype, HALF_TOLERANCES)[0]
-        bound = rtol * abs(expected) + ORDER * self.noise_of_loss
-        if not diff <= bound:
-            raise create_mismatch_error(
-                f"losses differ by {diff:.2g} of {expected:.4g}, and rounding explains {bound:.2g}",
-                self.dtype,
+        """Returns the relative difference of the losses; FastStepError if it is too large."""
+        difference = abs(loss - expected)
+        bound = LOSS_TOLERANCE * abs(expected) + ORDER * self.noise_of_loss
+        if not difference <= bound:
+            raise FastStepError(
+                f"losses differ by {difference:.2g} of {expected:.4g} in float32 (rounding "
+                f"explains {bound:.2g})"
             )
-        return diff / max(abs(expected), 1e-12)
+        return difference / max(abs(expected), MIN_LOSS)
 
     def check_gradients(
         self, differences: Mapping[str, GradientDifference], label: str = "gradients"
     ) -> float:
-        """Returns the relative distance over all tensors; RunError if a bound is exceeded."""
-        rtol = TOLERANCES.get(self.dtype, HALF_TOLERANCES)[1]
+        """Returns the relative distance over all tensors; FastStepError if one is too large."""
         overall, norms = total(differences.values()), norms_of(differences)
         for name, difference in sorted(differences.items(), key=lambda item: -item[1].difference):
             norm = norms[name]
-            bound = rtol * norm + ORDER * self.noise[name].difference ** 0.5
+            bound = GRADIENT_TOLERANCE * norm + ORDER * self.noise[name].difference ** 0.5
             if not difference.difference**0.5 <= bound:
-                raise create_mismatch_error(
-                    f"{label} of {name} differ by {difference.distance:.2g}, their length by "
-                    f"{difference.length:+.2%}, and rounding explains {bound / norm:.2g}",
-                    self.dtype,
+                tensor = name.removeprefix("base_model.model.").removesuffix(".default.weight")
+                raise FastStepError(
+                    f"{label} of {tensor} differ by {difference.distance:.2g} in float32 "
+                    f"(rounding explains {bound / norm:.2g})"
                 )
-        bound = rtol / 2 + ORDER * total(self.noise.values()).distance
+        bound = GRADIENT_TOLERANCE / 2 + ORDER * total(self.noise.values()).distance
         if not overall.distance <= bound:
-            raise create_mismatch_error(
-                f"{label} differ by {overall.distance:.2g}, and rounding explains {bound:.2g}",
-                self.dtype,
+            raise FastStepError(
+                f"{label} differ by {overall.distance:.2g} in float32 (rounding explains "
+                f"{bound:.2g})"
             )
         return overall.distance
-
-
-@dataclass
-class RoundingErrors:
-    """Differences of steps in the run's dtype from plain transformers and PEFT in float32.
-
-    Attributes:
-        reference: of the plain step, tensor name → gradient difference; one dict per random draw.
-        fast: of the fast step, tensor name → gradient difference.
-        losses: "plain" or "fast" → relative difference of the loss, for each step.
-    """
-
-    reference: list[dict[str, GradientDifference]] = field(
-        default_factory=lambda: [{} for _ in range(NUM_DRAWS)]
-    )
-    fast: dict[str, GradientDifference] = field(default_factory=dict)
-    losses: dict[str, list[float]] = field(default_factory=dict)
-
-    def add_loss(self, step: str, loss: float, exact: float) -> None:
-        """Record |loss / exact − 1| of a `step`, "plain" or "fast"; `exact` is the float32 loss."""
-        self.losses.setdefault(step, []).append(abs(loss / exact - 1))
-
-    def check(self) -> dict[str, tuple[float, float]]:
-        """Returns type of tensor → (plain, fast) gradient's relative distance from float32.
-
-        Raises RunError if the fast step's distance exceeds what the plain step's rounding allows.
-        """
-        draws, fast = [sum_by_type(tensors) for tensors in self.reference], sum_by_type(self.fast)
-        reference = {kind: max(draw[kind].distance for draw in draws) for kind in fast}
-        for kind, difference in fast.items():
-            tolerance, rounding = HALF_TOLERANCES[1] / 10, reference[kind]
-            lengths = [draw[kind].length for draw in draws]
-            expected = min(max(difference.length, min(lengths)), max(lengths))
-            longer = difference.length - expected
-            if not (
-                difference.distance <= tolerance + ROUNDING * rounding
-                and abs(longer) <= tolerance + LENGTH * rounding
-            ):
-                raise create_mismatch_error(
-                    f"gradients of {kind} are {difference.distance:.2g} from float32 and "
-                    f"{longer:+.2%} longer, the plain step's {rounding:.2g}",
-                    "the run's precision",
-                )
-        norms = norms_of(self.fast)
-        for name, difference in self.fast.items():
-            type_norm = reference[get_tensor_type(name)] * difference.reference**0.5
-            tensor_norm = max(draw[name].difference for draw in self.reference) ** 0.5
-            bound = HALF_TOLERANCES[1] * norms[name] + TENSOR_ROUNDING * max(tensor_norm, type_norm)
-            if not difference.difference**0.5 <= bound:
-                raise create_mismatch_error(
-                    f"gradients of {name} are {difference.distance:.2g} from float32, the plain "
-                    f"step's {tensor_norm / norms[name]:.2g}",
-                    "the run's precision",
-                )
-        max_losses = {step: max(losses) for step, losses in self.losses.items()}
-        if (
-            max_losses
-            and not max_losses["fast"] <= HALF_TOLERANCES[0] + TENSOR_ROUNDING * max_losses["plain"]
-        ):
-            raise create_mismatch_error(
-                f"losses are {max_losses['fast']:.2g} from float32, the plain step's "
-                f"{max_losses['plain']:.2g}",
-                "the run's precision",
-            )
-        return {kind: (reference[kind], fast[kind].distance) for kind in fast}
 
 
 def norms_of(differences: Mapping[str, GradientDifference]) -> dict[str, float]:
@@ -303,19 +222,12 @@ def norms_of(differences: Mapping[str, GradientDifference]) -> dict[str, float]:
             difference.reference,
             1e-4 * kinds[kind].reference / num_tensors[kind],
             1e-4 * total_reference,
+            1e-60,
         )
         ** 0.5
         for name, difference in differences.items()
         for kind in (get_tensor_type(name),)
     }
-
-
-def create_mismatch_error(problem: str, dtype: str) -> RunError:
-    """Build the error for a fast step unlike the plain one; `problem` is how they differ."""
-    return RunError(
-        f"--verify-fast: the fast step is not the plain one: in {dtype} {problem}. "
-        "Train with --no-fast, and please report it with the command."
-    )
 
 
 @dataclass(frozen=True)
@@ -338,108 +250,110 @@ class Steps:
         """The model that is trained."""
         return self.trainer.model
 
-    def perturbed_reference(self, rows: Sequence[Encoded], dtype: str, draw: int = 0) -> StepResult:
+    def perturbed_reference(self, rows: Sequence[Encoded]) -> StepResult:
         """Returns the plain step's result with other rounding errors than `reference` has.
 
         Rows and answers are computed one by one in reverse order, and each block's input is
-        perturbed by a random rounding error (seed `draw`), since rows of equal length round alike
-        in any order, and errors shared by two answers cancel in the gradient.
+        perturbed by a random rounding error, since rows of equal length round alike in any order,
+        and errors shared by two answers cancel in the gradient.
         """
         is_paired = len(rows[0].sequences) > 1 and not isinstance(
             self.trainer.objective, StepObjective
         )
         model = _OneByOne(self.model) if is_paired else self.model
-        with _perturbed_inputs(self.model, draw):
-            return self._reference(model, rows[::-1], 1, dtype)
+        with _perturbed_inputs(self.model):
+            return self._reference(model, rows[::-1], 1)
 
-    def reference(self, rows: Sequence[Encoded], batch_size: int, dtype: str) -> StepResult:
+    def reference(self, rows: Sequence[Encoded], batch_size: int) -> StepResult:
         """Returns loss and gradients of the plain step: padded rows, PEFT's layers, no dropout."""
-        return self._reference(self.model, rows, batch_size, dtype)
+        return self._reference(self.model, rows, batch_size)
 
-    def _reference(
-        self, model: Any, rows: Sequence[Encoded], batch_size: int, dtype: str
-    ) -> StepResult:
+    def _reference(self, model: Any, rows: Sequence[Encoded], batch_size: int) -> StepResult:
         objective, device = self.trainer.objective, self.trainer.args.device
         if isinstance(objective, StepObjective):
-            return self._reference_whole_step(objective, rows, batch_size, dtype)
+            return self._reference_whole_step(objective, rows, batch_size)
         loss_config = self.trainer.loss
-        _evaluate(self.model)
+        self.model.eval()
         self.model.zero_grad()
-        loss, kl_baseline = 0.0, self._baseline(rows, batch_size, dtype)
+        loss, kl_baseline = 0.0, self._baseline(rows, batch_size)
         micro_batches = self._batches(rows, batch_size)
         num_targets = [
             objective.training_count(batch["labels"], loss_config) for batch in micro_batches
         ]
-        total = torch.stack(num_targets).sum(0)
+        # A policy's weights are those of the whole step already.
+        is_policy = isinstance(objective, PolicyObjective)
+        total = num_targets[0] if is_policy else torch.stack(num_targets).sum(0)
         for batch in micro_batches:
             if kl_baseline is not None:
                 batch["preference_labels"] = with_baseline(
                     batch["preference_labels"], kl_baseline.to(device)
                 )
-            with autocast(device.type, dtype):
-                mask = batch["attention_mask"]
-                summed, _, _ = compute_full_loss(model, objective, batch, mask, loss_config)
+            mask = batch["attention_mask"]
+            summed, _, _ = compute_full_loss(model, objective, batch, mask, loss_config)
             batch_loss = (summed / total).sum()
             torch.autograd.backward(batch_loss)
             loss += batch_loss.item()
         return StepResult(loss, self._pop_gradients())
 
     def _reference_whole_step(
-        self, objective: StepObjective, rows: Sequence[Encoded], batch_size: int, dtype: str
+        self, objective: StepObjective, rows: Sequence[Encoded], batch_size: int
     ) -> StepResult:
         """Returns the plain step's result for a loss that needs all texts; all graphs are kept."""
-        device = self.trainer.args.device
-        _evaluate(self.model)
+        self.model.eval()
         self.model.zero_grad()
         texts, step = distinct_texts(rows)
         vectors, chunks = [], batches(texts, batch_size)
         for part, batch in zip(chunks, self._batches(texts, batch_size), strict=True):
             del batch["labels"]
-            with autocast(device.type, dtype):
-                outputs, unpooled = self.model(**batch), [text.unpooled for text in part]
-                vectors.append(objective.embed(outputs, batch["attention_mask"], unpooled))
+            outputs, unpooled = self.model(**batch), [text.unpooled for text in part]
+            vectors.append(objective.embed(outputs, batch["attention_mask"], unpooled))
         loss = objective.step_loss(torch.cat(vectors), step)
         torch.autograd.backward(loss)
         return StepResult(loss.item(), self._pop_gradients())
 
-    def _baseline(self, rows: Sequence[Encoded], batch_size: int, dtype: str) -> Tensor | None:
+    def _baseline(self, rows: Sequence[Encoded], batch_size: int) -> Tensor | None:
         """Returns the KTO baseline of a step (a scalar ≥ 0); None for other objectives."""
-        objective, device = self.trainer.objective, self.trainer.args.device
+        objective = self.trainer.objective
         contrasts = [other for row in rows for other in row.contrasts]
         if not (isinstance(objective, LikelihoodObjective) and contrasts):
             return None
-        with autocast(device.type, dtype):
-            batches = self._batches(contrasts, batch_size)
-            total = sum_log_ratios(None, self.model, objective, batches)
+        batches = self._batches(contrasts, batch_size)
+        total = sum_log_ratios(None, self.model, objective, batches)
         return (total[0] / total[1]).clamp(min=0)
 
     def _batches(self, rows: Sequence[Encoded], batch_size: int) -> list[dict[str, Tensor]]:
         collate = Collator(self.pad_id)
         return [self.trainer.on_device(collate(part)) for part in batches(rows, batch_size)]
 
-    def fast(self, rows: Sequence[Encoded], dtype: str) -> StepResult:
+    def fast(self, rows: Sequence[Encoded]) -> StepResult:
         """Returns the result of the Trainer's step, with fused layers and without dropout."""
-        return self._run_trainer(rows, dtype, _without_dropout)
+        return self._run_trainer(rows, _without_dropout)
 
-    def with_dropout(self, rows: Sequence[Encoded], dtype: str, *, fused: bool) -> StepResult:
+    def with_dropout(self, rows: Sequence[Encoded], *, fused: bool) -> StepResult:
         """Returns the Trainer's step result with dropout; masks are the same for either `fused`."""
         torch.manual_seed(0)
-        return self._run_trainer(rows, dtype, _keep_mode if fused else _use_unfused_layers)
+        return self._run_trainer(rows, _keep_mode if fused else _use_unfused_layers)
 
-    def _run_trainer(
-        self, rows: Sequence[Encoded], dtype: str, mode: Callable[[Any], None]
-    ) -> StepResult:
-        """Returns the Trainer's step result; `mode(model)` is called before each forward pass."""
+    def _run_trainer(self, rows: Sequence[Encoded], mode: Callable[[Any], None]) -> StepResult:
+        """Returns the Trainer's step result; `mode(model)` is called before each forward pass.
+
+        Raises FastStepError if the step fails, unless it runs out of memory.
+        """
         trainer, device = self.trainer, self.trainer.args.device
         self.model.zero_grad()
         before_forward = self.model.register_forward_pre_hook(lambda model, _: mode(model))
-        with before_forward, trainer.standalone_steps(dtype):
-            batch = trainer.data_collator(list(rows))
-            trainer.prepare_step([batch], device)
-            count = trainer.count_targets([batch], device) * trainer.args.world_size
-            loss = trainer.training_step(self.model, batch, count)
-        scale = trainer.loss_scale
-        return StepResult(float(loss), {n: g / scale for n, g in self._pop_gradients().items()})
+        try:
+            with before_forward, trainer.standalone_steps("float32"):
+                batch = trainer.data_collator(list(rows))
+                trainer.prepare_step([batch], device)
+                count = trainer.count_targets([batch], device) * trainer.args.world_size
+                loss = trainer.training_step(self.model, batch, count)
+        except (RuntimeError, TypeError) as error:
+            if is_out_of_memory(error):
+                raise
+            message = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise FastStepError(f"it fails ({message})") from error
+        return StepResult(float(loss), self._pop_gradients())
 
     def _pop_gradients(self) -> dict[str, Tensor]:
         gradients = {
@@ -477,9 +391,9 @@ class _OneByOne:
 
 
 @contextlib.contextmanager
-def _perturbed_inputs(model: Any, draw: int) -> Iterator[None]:
-    """In the `with` block, perturb each block's input by rounding errors; `draw` is the seed."""
-    generator = torch.Generator().manual_seed(draw)
+def _perturbed_inputs(model: Any) -> Iterator[None]:
+    """In the `with` block, perturb each block's input by random rounding errors."""
+    generator = torch.Generator().manual_seed(0)
 
     def move(_: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         states = args[0] if args else kwargs["hidden_states"]
@@ -506,20 +420,12 @@ def _fused_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
             yield module
 
 
-def _evaluate(model: torch.nn.Module) -> None:
-    """Set `model` to eval mode, except 8-bit layers, which round their inputs in that mode."""
-    model.eval()
-    for module in model.modules():
-        if hasattr(module, "init_8bit_state"):
-            module.training = True
-
-
 def _keep_mode(model: torch.nn.Module) -> None:
     """Leave the model in training mode, with dropout."""
 
 
 def _without_dropout(model: torch.nn.Module) -> None:
-    _evaluate(model)
+    model.eval()
     for module in _fused_modules(model):
         module.training = True
 

@@ -34,6 +34,7 @@ from ftlevel.tasks.rl.rows import CompletionRow
 from ftlevel.trained.resolve import ReferenceModel, resolve_reference, resolve_text_model
 from ftlevel.training.model import PreparedModel
 from ftlevel.training.plan.run import AuxiliaryModels, Run
+from ftlevel.training.processes import Processes
 from ftlevel.training.reference import (
     CHUNK_SIZE,
     Reference,
@@ -55,7 +56,9 @@ class TeacherPredictions:
     facts: Mapping[str, Any]
 
 
-def precompute_teacher(run: Run, listener: Listener) -> TeacherPredictions | None:
+def precompute_teacher(
+    run: Run, listener: Listener, processes: Processes
+) -> TeacherPredictions | None:
     """Returns training rows with the teacher's predictions; None if the run needs none."""
     teacher, config = run.auxiliary.teacher, run.config.distillation
     if (
@@ -73,11 +76,11 @@ def precompute_teacher(run: Run, listener: Listener) -> TeacherPredictions | Non
     path, size = cache_path(run.config.data, "teacher", key, rows), offsets[-1] * dtype.itemsize
     _check_disk_space(path, size)
 
-    def fill(into: np.ndarray) -> None:
+    def fill(into: np.ndarray, index: int, count: int) -> None:
         with load_auxiliary_model(teacher, run, listener) as (teacher_model, adapted):
-            _fill(teacher_model, adapted, offsets, into)
+            _fill(teacher_model, adapted, offsets, into, index, count)
 
-    predictions, was_cached = open_or_compute(path, (offsets[-1],), dtype, fill)
+    predictions, was_cached = open_or_compute(path, (offsets[-1],), dtype, fill, processes)
     status = "cached" if was_cached else "computed before step 1"
     num_tokens = dtype["ids"].shape[0]
     probability = float(1 - np.exp(predictions["known"][:, -1]).mean()) if num_tokens else 1.0
@@ -113,21 +116,29 @@ def _check_disk_space(path: Path | None, size: int) -> None:
         )
 
 
-def _fill(run: Run, model: PreparedModel, offsets: Sequence[int], array: np.ndarray) -> None:
+def _fill(
+    run: Run,
+    model: PreparedModel,
+    offsets: Sequence[int],
+    array: np.ndarray,
+    index: int,
+    count: int,
+) -> None:
     rows, module = run.data.train, model.model
     module.eval()
     with torch.no_grad(), autocast(run.model.device, run.model.dtype):
-        for start in range(0, len(rows), CHUNK_SIZE):
+        for start in range(0, len(rows), CHUNK_SIZE)[index::count]:
             chunk = range(start, min(start + CHUNK_SIZE, len(rows)))
             if not is_missing(array[offsets[chunk.start] : offsets[chunk.stop]]).any():
                 continue
             batch_rows = [rows[i] for i in chunk]
             for indices, log_probs, ids in _predict(run, model, batch_rows, array.dtype):
                 num_targets = [offsets[start + i + 1] - offsets[start + i] for i in indices]
-                for i, count, end in zip(indices, num_targets, np.cumsum(num_targets), strict=True):
+                ends = np.cumsum(num_targets)
+                for i, begin, end in zip(indices, ends - num_targets, ends, strict=True):
                     target, source = (
                         slice(offsets[start + i], offsets[start + i + 1]),
-                        slice(end - count, end),
+                        slice(begin, end),
                     )
                     array["ids"][target] = ids[source]
                     array["known"][target, 1:] = log_probs[source, 1:]

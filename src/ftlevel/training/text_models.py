@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded, EncodedTexts
-from ftlevel.data.sources.lines import LazySequence
+from ftlevel.data.sources.lines import RowView
 from ftlevel.errors import InputError
 from ftlevel.evaluation import embeddings
 from ftlevel.evaluation.answers import InferenceModel
@@ -26,16 +28,21 @@ from ftlevel.tasks.embedding.objective import Embeddings
 from ftlevel.tasks.reranking.objective import Ranking
 from ftlevel.tasks.reranking.rows import RankedRow
 from ftlevel.tasks.reranking.task import RerankingTask
-from ftlevel.trained.generation import GenerationOptions
+from ftlevel.trained.generation import GenerationOptions, batches
 from ftlevel.trained.model_ref import LoadedModel
 from ftlevel.training.plan.run import Run
+from ftlevel.training.processes import Processes
 
 _WINDOW = 1_000
 """Rows whose documents a reranker encodes together."""
 
 
-def with_text_models(run: Run, listener: Listener) -> Run:
-    """Returns the run, with guide vectors or teacher scores in its rows if these are configured."""
+def with_text_models(run: Run, listener: Listener, processes: Processes) -> Run:
+    """Returns the run, with guide vectors or teacher scores in its rows if these are configured.
+
+    Each of several processes computes some texts, in other batches than one process would: vectors
+    and scores may differ in rounding.
+    """
     if not isinstance(run.objective, Embeddings | Ranking):
         return run
     for flag, model in (("guide", run.auxiliary.guide), ("teacher", run.auxiliary.teacher)):
@@ -44,9 +51,11 @@ def with_text_models(run: Run, listener: Listener) -> Run:
         listener.stage(f"running the {flag}")
         loaded, data = model.ref.load(run.model.device), run.data
         if flag == "guide":
-            data = replace(data, train=embed_rows(data.train, loaded))
+            data = replace(data, train=embed_rows(data.train, loaded, processes))
         else:
-            train, validation = (score_rows(r, loaded) for r in (data.train, data.validation))
+            train, validation = (
+                score_rows(rows, loaded, processes) for rows in (data.train, data.validation)
+            )
             data = replace(data, train=train, validation=validation)
         num_texts = len({text for row in data.train for text in _words(row)})
         listener.choices(
@@ -68,7 +77,7 @@ class GuidedTexts(EncodedTexts):
         return self.vectors
 
 
-class RowsWithOutputs(LazySequence[Encoded]):
+class RowsWithOutputs(RowView[Encoded]):
     """Rows and a model's output for each; reading a row combines the row with the output."""
 
     def __init__(
@@ -77,33 +86,35 @@ class RowsWithOutputs(LazySequence[Encoded]):
         outputs: Sequence[Any],
         combine: Callable[[Any, Any], Encoded],
     ) -> None:
-        self._rows, self._outputs, self._combine = rows, outputs, combine
-
-    def __len__(self) -> int:
-        return len(self._rows)
+        self.rows, self._outputs, self._combine = rows, outputs, combine
 
     def _item(self, at: int) -> Encoded:
-        return self._combine(self._rows[at], self._outputs[at])
+        return self._combine(self.rows[at], self._outputs[at])
 
 
-def embed_rows(rows: Sequence[Encoded], model: LoadedModel) -> RowsWithOutputs:
+def embed_rows(
+    rows: Sequence[Encoded], model: LoadedModel, processes: Processes
+) -> RowsWithOutputs:
     """Returns `rows` with the vector that `model` computes for each text in a row."""
 
     def combine(row: EncodedTexts, vectors: Tensor) -> Encoded:
         values = {each.name: getattr(row, each.name) for each in fields(row)}
         return GuidedTexts(**{**values, "vectors": vectors})
 
-    return RowsWithOutputs(rows, _embed_words(rows, model), combine)
+    return RowsWithOutputs(rows, _embed_words(rows, model, processes), combine)
 
 
-def score_rows(rows: Sequence[Encoded], model: LoadedModel) -> RowsWithOutputs:
+def score_rows(
+    rows: Sequence[Encoded], model: LoadedModel, processes: Processes
+) -> RowsWithOutputs:
     """Returns `rows` with the score that `model` computes for each document in a row."""
     if isinstance(model.task, RerankingTask):
-        scores = _score_with_reranker(rows, model, model.task)
+        scores = _score_with_reranker(rows, model, model.task, processes)
     else:
         objective = model.objective
         is_cosine = isinstance(objective, Embeddings) and objective.format.similarity == "cosine"
-        scores = [_compute_similarity(own, is_cosine) for own in _embed_words(rows, model)]
+        vectors = _embed_words(rows, model, processes)
+        scores = [_compute_similarity(own, is_cosine) for own in vectors]
     return RowsWithOutputs(rows, scores, lambda row, own: row.with_teacher(own))
 
 
@@ -117,22 +128,26 @@ def _words(row: Encoded) -> tuple[str, ...]:
 
 
 def _score_with_reranker(
-    rows: Sequence[Encoded], loaded: LoadedModel, task: RerankingTask
+    rows: Sequence[Encoded], loaded: LoadedModel, task: RerankingTask, processes: Processes
 ) -> list[tuple[float, ...]]:
     model = InferenceModel(loaded, GenerationOptions(1), None, truncate=True)
-    scores: list[tuple[float, ...]] = []
-    with model.inference():
-        for start in range(0, len(rows), _WINDOW):
-            words = [_words(row) for row in rows[start : start + _WINDOW]]
+
+    def score(indices: Sequence[int]) -> list[tuple[float, ...]]:
+        scores: list[tuple[float, ...]] = []
+        for window in batches(indices, _WINDOW):
+            words = [_words(rows[index]) for index in window]
             queries = [
                 EmbeddingRow(query, at, tuple(documents), (0.0,) * len(documents))
                 for at, (query, *documents) in enumerate(words)
             ]
             scores += map(tuple, task.score_documents(model, queries))
-    return scores
+        return scores
+
+    with model.inference():
+        return processes.divide(score, range(len(rows)))
 
 
-def _embed_words(rows: Sequence[Encoded], model: LoadedModel) -> list[Tensor]:
+def _embed_words(rows: Sequence[Encoded], model: LoadedModel, processes: Processes) -> list[Tensor]:
     if not isinstance(model.objective, Embeddings):
         raise InputError(f"{model.task.name} is not the task of an embedding model.")
     indices_by_text: dict[tuple[str, bool], int] = {}
@@ -148,6 +163,11 @@ def _embed_words(rows: Sequence[Encoded], model: LoadedModel) -> list[Tensor]:
         for text, is_query in indices_by_text
     ]
     embedder = InferenceModel(model, GenerationOptions(1), None, truncate=True)
-    with embedder.inference():
+
+    def embed(texts: Sequence[EmbeddingRow]) -> list[Any]:
         vectors = embeddings.embed_rows(embedder, texts, lambda *_: None) if texts else Tensor()
+        return [*vectors.numpy()]
+
+    with embedder.inference():
+        vectors = torch.from_numpy(np.array(processes.divide(embed, texts)))
     return [vectors[own] for own in indices]

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer
 
 from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.store import token_counts
 from ftlevel.data.prepare.row_stream import StreamSharding
 from ftlevel.data.prepare.streaming import (
     DistinctTextSampler,
@@ -36,7 +37,7 @@ from ftlevel.fast.prefixes import SharedPrefix
 from ftlevel.fast.step import FastStep
 from ftlevel.methods.rates import HeadRate, set_head_rate
 from ftlevel.models.hardware import autocast
-from ftlevel.models.upstream.libraries import shared_order
+from ftlevel.models.upstream.libraries import move_batches, shared_order
 from ftlevel.objectives import (
     LikelihoodObjective,
     Objective,
@@ -80,23 +81,37 @@ def get_sampler(run: Run) -> Sampler[int] | None:
         if not train.num_processes and not isinstance(run.objective, PolicyObjective):
             return None
         return shared_order()(rows, generator=torch.Generator(), data_seed=seed)
-    return LengthGroupedSampler([len(row.input_ids) for row in rows], train.rows_per_step, seed)
+    return LengthGroupedSampler(token_counts(rows), train.rows_per_step, seed)
 
 
 def create_dataloader(
-    rows: Any, order: Any, args: Any, collate: Callable[[list[Any]], dict[str, Any]]
-) -> DataLoader[Any]:
+    rows: Any,
+    order: Any,
+    args: Any,
+    collate: Callable[[list[Any]], dict[str, Any]],
+    lengths: Sequence[int] | None = None,
+) -> Any:
     """Returns this process's data loader; the loaders of all processes have equally many batches.
 
-    Missing batches are replaced by batches of padding rows, with `is_padding` set.
+    Batches are moved to the device like those of Trainer's loader of a single process. With
+    `lengths`, the rows of a step are divided by tokens (see `StepShardSampler`). Missing batches
+    are replaced by batches of padding rows, with `is_padding` set.
     """
-    sampler = StepShardSampler(order, args.train_batch_size, args.world_size, args.process_index)
+    sampler = StepShardSampler(
+        order, args.train_batch_size, args.world_size, args.process_index, lengths
+    )
 
     def collate_with_padding(samples: list[Any]) -> dict[str, Any]:
         batch = collate(samples)
         return {**batch, "is_padding": True} if samples[0].row < 0 else batch
 
-    return DataLoader(RowsWithPadding(rows), batch_sampler=sampler, collate_fn=collate_with_padding)
+    loader = DataLoader(
+        RowsWithPadding(rows),
+        batch_sampler=sampler,
+        collate_fn=collate_with_padding,
+        pin_memory=args.dataloader_pin_memory,
+    )
+    return move_batches(loader, args)
 
 
 @contextlib.contextmanager
@@ -202,7 +217,14 @@ class FtlevelTrainer(Trainer):
         """Returns Trainer's data loader; with several processes, that of this process."""
         if self.args.world_size == 1:
             return super().get_train_dataloader()
-        return create_dataloader(self.train_dataset, self.order, self.args, self.data_collator)
+        rows: Any = self.train_dataset
+        # Batches without the fast step are padded, those of one process; lengths of streamed rows
+        # and of completions are not known.
+        is_divided_by_tokens = self.fast is not None and not (
+            isinstance(rows, StreamedRows) or isinstance(self.objective, PolicyObjective)
+        )
+        lengths = token_counts(getattr(rows, "rows", rows)) if is_divided_by_tokens else None
+        return create_dataloader(rows, self.order, self.args, self.data_collator, lengths)
 
     def _run_epoch(self, *arguments: Any, **settings: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
@@ -272,6 +294,7 @@ class FtlevelTrainer(Trainer):
     ) -> Tensor:
         """Returns the loss of a batch and accumulates gradients; does not change `tokens_seen`."""
         self._is_padding = bool(inputs.pop("is_padding", False))
+        inputs = self.on_device(inputs)
         if isinstance(self.objective, StepObjective):
             return self._whole_step(model, inputs)
         if "micro_batches" not in inputs:
@@ -381,13 +404,18 @@ class FtlevelTrainer(Trainer):
 
     @contextlib.contextmanager
     def standalone_steps(self, dtype: str) -> Iterator[None]:
-        """In the `with` block, compute steps in `dtype` outside training; restores token counts."""
+        """In the `with` block, compute steps in `dtype` outside training; restores token counts.
+
+        The loss is not scaled as float16 training does, and processes exchange nothing.
+        """
         seen, computed = self.tokens_seen.clone(), self.tokens_computed
+        scaler, self.accelerator.scaler = self.accelerator.scaler, None
         self._compute_dtype = dtype
         try:
             yield
         finally:
             self._compute_dtype, self._in_training = "", False
+            self.accelerator.scaler = scaler
             self.tokens_seen, self.tokens_computed = seen, computed
 
     @property
@@ -400,14 +428,8 @@ class FtlevelTrainer(Trainer):
         return list(rows)
 
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Returns a collated batch with its tensors moved to the training device."""
-        return dict(send_to_device(batch, self.args.device))
-
-    @property
-    def loss_scale(self) -> float:
-        """Factor applied to the loss before backward by the float16 gradient scaler, else 1."""
-        scaler = self.accelerator.scaler
-        return float(scaler.get_scale()) if scaler is not None else 1.0
+        """Returns a collated batch with its tensors and layouts moved to the training device."""
+        return dict(send_to_device(batch, self.args.device, non_blocking=True))
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Any]], device: torch.device
@@ -445,7 +467,7 @@ class FtlevelTrainer(Trainer):
         with self.compute_loss_context_manager():
             total = sum_log_ratios(head, self.model, self.objective, contrasts)
         total = total.to(device)
-        if self.args.world_size > 1:
+        if self.args.world_size > 1 and not self.is_standalone:
             total = self._sum_over_processes(total)
         self._baseline = (total[0] / total[1]).clamp(min=0)
         self._in_training = False

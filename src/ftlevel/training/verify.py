@@ -2,7 +2,7 @@
 
 In float32 both differ in summation order only, so even an error of 0.1 % shows, which bfloat16
 would hide. The effect of order is measured by comparing two plain steps with different rounding
-errors. In the run's dtype, a correct fast step is no farther from float32 than the plain step.
+errors.
 """
 
 from __future__ import annotations
@@ -22,11 +22,17 @@ from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.encoding.fit import prompt_length
-from ftlevel.errors import RunError
+from ftlevel.errors import is_out_of_memory
 from ftlevel.events import Listener
 from ftlevel.fast.plan import get_dropout
 from ftlevel.methods import METHODS
-from ftlevel.models.hardware import free_memory_bytes
+from ftlevel.models.hardware import (
+    exact_float32,
+    free_device_memory,
+    free_memory_bytes,
+    has_forced_tf32,
+)
+from ftlevel.models.upstream.quantizers import with_float_inputs
 from ftlevel.models.upstream.tensors import direct_tensors, inner_tensors
 from ftlevel.objectives import StepObjective
 from ftlevel.trained.generation import batches
@@ -39,8 +45,8 @@ from ftlevel.training.step_comparison import (
     FLOAT32_EPSILON,
     MAX_KINK_DISTANCE,
     Bounds,
+    FastStepError,
     GradientDifference,
-    RoundingErrors,
     StepComparison,
     StepResult,
     Steps,
@@ -54,6 +60,9 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 NUM_COPIES = 4
 """Copies of all trainable tensors in memory during a comparison: two gradients, the initial values,
 and one in transfer."""
+MEMORY_RATIO = 2 / 3
+"""Share of free memory for these copies and the model in float32. 8B parameters take half of 64 GB,
+which an 80 GB GPU has left."""
 
 
 @contextlib.contextmanager
@@ -98,17 +107,18 @@ def _cast(dtype: torch.dtype, tensors: list[Tensor]) -> Iterator[None]:
 
 
 def fits_in_float32(model: torch.nn.Module, device: str) -> bool:
-    """Returns whether memory suffices to compare gradients in float32; False if sharded."""
-    if is_sharded(model):
-        return False
+    """Returns whether memory suffices to compare gradients in float32."""
     return _fits(model, torch.float32, _tensors_of(model, HALF_DTYPES), device)
 
 
 def fits_in_float64(model: torch.nn.Module, device: str) -> bool:
-    """Returns whether `model` is all float32, and `device` has float64 and memory for a copy."""
+    """Returns whether `model` is all float32 and not sharded, and `device` has float64 and memory.
+
+    Processes that share a model must compute equally many steps, so they compute none in float64.
+    """
     wide = _tensors_of(model, (torch.float32,))
     other_tensors = {id(tensor) for tensor in model.parameters()} - {id(tensor) for tensor in wide}
-    if other_tensors or device == "mps":
+    if other_tensors or device == "mps" or is_sharded(model):
         return False
     return _fits(model, torch.float64, wide, device)
 
@@ -116,7 +126,7 @@ def fits_in_float64(model: torch.nn.Module, device: str) -> bool:
 def _fits(model: torch.nn.Module, dtype: torch.dtype, tensors: list[Tensor], device: str) -> bool:
     wide = sum(tensor.numel() for tensor in tensors)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return dtype.itemsize * (wide + NUM_COPIES * trained) < free_memory_bytes(device) // 2
+    return dtype.itemsize * (wide + NUM_COPIES * trained) < MEMORY_RATIO * free_memory_bytes(device)
 
 
 def _tensors_of(model: torch.nn.Module, dtypes: tuple[torch.dtype, ...]) -> list[Tensor]:
@@ -202,89 +212,113 @@ STEPS = 3
 
 
 def verify_step(run: Run, model: PreparedModel, listener: Listener) -> StepComparison | None:
-    """Compare the fast step with plain transformers and PEFT before training; None if disabled.
+    """Compare the fast step with plain transformers and PEFT; None if it is not compared.
 
     The setting `speed.verify` selects the rows: those of the first steps (True), none (False), or a
-    few (None). The model is restored. Raises RunError if rounding does not explain the difference.
+    few (None). The model is restored. Raises FastStepError if rounding does not explain the
+    difference.
     """
     full, rows = run.config.speed.verify, run.data.train
     if model.fast is None or full is False:
-        return None
-    if is_sharded(model.model) and not METHODS[run.config.method.kind].is_adapter:
-        message = "the trained weights are sharded across processes"
-        listener.choices(
-            "verify-fast", [Choice("fast step", "not compared with the plain", message)]
-        )
         return None
     batch_size = run.config.train.per_device_train_batch_size
     rows_per_step = run.config.train.rows_per_device_step
     first_rows = [] if full else select_compared_rows(rows)
     if not full and not first_rows:
         return None
-    if full:
-        listener.stage("running the first steps with and without the fast step")
-    with tempfile.TemporaryDirectory() as nowhere:
-        output_dir = RunDirectory(Path(nowhere))
-        trainer = create_trainer(run, model, output_dir, ResumeState(), Processes())
-        steps = Steps(trainer, run.model.pad_id)
+    reason = _get_skip_reason(run, model.model)
+    if not reason:
+        if full:
+            listener.stage("running the first steps with and without the fast step")
         dropout = bool(full and get_dropout(run.config.method, model.model, with_head=True))
-        verifier = _Verifier(
-            steps, batch_size if full else len(first_rows), run.model.dtype, dropout
-        )
         step_rows = (
             list(batches(rows[: STEPS * rows_per_step], rows_per_step)) if full else [first_rows]
         )
-        # GPU kernels for half precision differ from those for float32.
-        checks_rounding = bool(full) or run.model.device != "cpu"
-        try:
-            result = verifier.compare(
-                step_rows, checks_rounding=checks_rounding, rate=run.schedule.learning_rate
-            )
-        except _NotFiniteError:  # GradientMonitor reports it at the first step
-            return None
-    title = (
-        f"fast step verified on {result.steps} steps"
-        if full
-        else f"fast step verified on {result.rows} rows"
-    )
+        with tempfile.TemporaryDirectory() as nowhere:
+            output_dir = RunDirectory(Path(nowhere))
+            trainer = create_trainer(run, model, output_dir, ResumeState(), Processes())
+            steps = Steps(trainer, run.model.pad_id)
+            verifier = _Verifier(steps, batch_size if full else len(first_rows), dropout)
+            try:
+                result = verifier.compare(step_rows, rate=run.schedule.learning_rate)
+            except _NotFiniteError:  # GradientMonitor reports it at the first step
+                return None
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = "too little memory for it in float32"
+            finally:
+                model.model.zero_grad()
+    if reason:
+        choice = Choice("fast step", "not compared with the plain", reason)
+        listener.choices("verify-fast", [choice])
+        return None
+    title = f"{result.steps} steps" if full else f"{result.rows} rows"
     text = f"loss differs by {result.loss:.2g}, gradients by {result.gradient:.2g}, relative"
     if result.exact is not None:
         text += f", from the plain step in float64 (its own differ by {result.exact:.1e})"
         text += "; both in float64, since rounding crosses a kink of an activation" * result.kinks
-    listener.choices("verify-fast", [Choice(title, f"in {result.dtype}, {text}")])
+    choice = Choice(f"fast step verified on {title}", f"in float32, {text}")
+    listener.choices("verify-fast", [choice])
+    return result
+
+
+def _get_skip_reason(run: Run, model: Any) -> str:
+    """Returns why the steps cannot be compared in float32; empty if they can."""
+    if is_sharded(model):
+        if not METHODS[run.config.method.kind].is_adapter:
+            return "the trained weights are sharded across processes"
+        if run.model.dtype != "float32":
+            return f"the sharded weights are in {run.model.dtype}"
+    elif not fits_in_float32(model, run.model.device):
+        return "too little memory for it in float32"
+    if has_forced_tf32(run.model.device):
+        return "NVIDIA_TF32_OVERRIDE rounds float32 products to TF32"
+    return ""
+
+
+def check_fast_step(
+    run: Run, model: PreparedModel, processes: Processes, listener: Listener
+) -> StepComparison | None:
+    """Call `verify_step` in all processes; raises FastStepError in all if one has an error."""
+
+    def verify() -> tuple[StepComparison | None, str]:
+        try:
+            return verify_step(run, model, listener), ""
+        except FastStepError as error:
+            return None, error.problem
+
+    result, problem = processes.in_all(verify)
+    free_device_memory()
+    if problem := next(filter(None, processes.all_gather(problem)), ""):
+        error = FastStepError(problem)
+        error.is_reported = not processes.is_first
+        raise error
     return result
 
 
 @dataclass(frozen=True)
 class _Verifier:
-    """Compares the fast step with plain transformers and PEFT; `dtype` is the run's."""
+    """Compares the fast step with plain transformers and PEFT in float32."""
 
     steps: Steps
     batch_size: int
-    dtype: str
     dropout: bool
 
-    def compare(
-        self, steps_rows: Sequence[Sequence[Encoded]], *, checks_rounding: bool, rate: float
-    ) -> StepComparison:
+    def compare(self, steps_rows: Sequence[Sequence[Encoded]], *, rate: float) -> StepComparison:
         """Returns the differences of fast and plain steps; `steps_rows` has the rows of each step.
 
         After each step, the model is updated by the plain step's gradients with learning rate
-        `rate`. With `checks_rounding`, steps in the run's dtype are compared too.
+        `rate`.
         """
         model, training = self.steps.model, self.steps.model.training
-        device = self.steps.trainer.args.device.type
-        uses_float32 = self.dtype == "float32" or fits_in_float32(model, device)
-        result = StepComparison(dtype="float32" if uses_float32 else self.dtype)
-        rounding = RoundingErrors()
+        result = StepComparison()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate)
         try:
-            with perturb_weights(model):
+            with perturb_weights(model), exact_float32(), with_float_inputs(model):
                 for rows in steps_rows:
-                    with cast_to_float32(model) if uses_float32 else contextlib.nullcontext():
+                    with cast_to_float32(model):
                         reference = self._compare(rows, result)
-                    if checks_rounding and uses_float32 and self.dtype != "float32":
-                        rounding = self._round(rows, reference, rounding)
                     result = replace(result, steps=result.steps + 1, rows=result.rows + len(rows))
                     if rows is not steps_rows[-1]:
                         for name, parameter in model.named_parameters():
@@ -294,91 +328,69 @@ class _Verifier:
                         model.zero_grad()
         finally:
             model.train(training)
-        return replace(result, rounded=rounding.check())
+        return result
 
     def _compare(self, rows: Sequence[Encoded], result: StepComparison) -> StepResult:
         """Returns the plain step's result; records the fast step's difference in `result`."""
-        steps, dtype = self.steps, result.dtype
-        reference = self._reference(rows, dtype)
+        steps = self.steps
+        reference = self._reference(rows)
         if not math.isfinite(reference.loss):
             raise _NotFiniteError
-        other = steps.perturbed_reference(rows, dtype)
+        other = steps.perturbed_reference(rows)
         noise = compare_gradients(other.gradients, reference.gradients)
-        loss_noise = abs(other.loss - reference.loss)
-        if isinstance(objective := steps.trainer.objective, StepObjective):
-            loss_noise = max(loss_noise, FLOAT32_EPSILON * objective.largest_term)
-        bounds = Bounds(dtype, noise, loss_noise)
+        objective = steps.trainer.objective
+        # The terms of a policy's loss cancel.
+        term = objective.largest_term if isinstance(objective, StepObjective) else 1.0
+        bounds = Bounds(noise, max(abs(other.loss - reference.loss), FLOAT32_EPSILON * term))
         del other
-        fast = steps.fast(rows, dtype)
+        fast = steps.fast(rows)
         try:
             diff = _check(bounds, fast, reference)
-        except RunError:
+        except FastStepError:
             # If rows share a prefix and its error, a different order underestimates the error.
-            if (exact := self._in_float64(rows, dtype, self._reference)) is None:
+            if (exact := self._in_float64(rows, self._reference)) is None:
                 raise
             try:
                 diff = _check(bounds, fast, exact)
-            except RunError:
+            except FastStepError:
                 # Rounding may move an activation over a kink, such as ReLU's at 0, which changes
                 # its derivative but not its value. float64 avoids this.
                 bounds.check_loss(fast.loss, exact.loss)
                 error = total(compare_gradients(fast.gradients, exact.gradients).values()).distance
                 if not error <= MAX_KINK_DISTANCE or steps.trainer.args.device.type != "cpu":
                     raise  # GPU kernels may differ in float64
-                if (wide := self._in_float64(rows, dtype, steps.fast)) is None:
+                if (wide := self._in_float64(rows, steps.fast)) is None:
                     raise
-                diff = _check(
-                    Bounds(dtype, dict.fromkeys(noise, GradientDifference()), 0.0), wide, exact
-                )
+                zero = Bounds(dict.fromkeys(noise, GradientDifference()), 0.0)
+                diff = _check(zero, wide, exact)
                 result.kinks = True
             errors = compare_gradients(reference.gradients, exact.gradients)
             bounds = replace(bounds, noise=add_differences(noise, errors))
             result.exact = max(result.exact or 0.0, total(errors.values()).distance)
         result.loss, result.gradient = map(max, diff, (result.loss, result.gradient))
         if self.dropout:
-            expected = steps.with_dropout(rows, dtype, fused=False)
-            dropped = steps.with_dropout(rows, dtype, fused=True)
+            expected = steps.with_dropout(rows, fused=False)
+            dropped = steps.with_dropout(rows, fused=True)
             tensor_diffs = compare_gradients(dropped.gradients, expected.gradients)
             distance = bounds.check_gradients(tensor_diffs, "gradients with dropout")
             result.dropout = max(result.dropout or 0.0, distance)
         return reference
 
-    def _reference(self, rows: Sequence[Encoded], dtype: str) -> StepResult:
-        return self.steps.reference(rows, self.batch_size, dtype)
+    def _reference(self, rows: Sequence[Encoded]) -> StepResult:
+        return self.steps.reference(rows, self.batch_size)
 
     def _in_float64(
-        self, rows: Sequence[Encoded], dtype: str, step: Callable[..., StepResult]
+        self, rows: Sequence[Encoded], step: Callable[..., StepResult]
     ) -> StepResult | None:
         """Returns the result of `step` in float64; None if it cannot be computed."""
         model, device = self.steps.model, self.steps.trainer.args.device.type
-        if dtype != "float32" or not fits_in_float64(model, device):
+        if not fits_in_float64(model, device):
             return None
         try:
             with cast_to_float64(model):
-                return step(rows, dtype=dtype)
-        except RuntimeError:  # a kernel without float64 support
+                return step(rows)
+        except (RuntimeError, FastStepError):  # a kernel without float64 support
             return None
-
-    def _round(
-        self, rows: Sequence[Encoded], exact: StepResult, errors: RoundingErrors
-    ) -> RoundingErrors:
-        steps = self.steps
-        for draw, summed in enumerate(errors.reference):
-            reference = (
-                steps.perturbed_reference(rows, self.dtype, draw)
-                if draw
-                else steps.reference(rows, self.batch_size, self.dtype)
-            )
-            errors.reference[draw] = add_differences(
-                summed, compare_gradients(reference.gradients, exact.gradients)
-            )
-            errors.add_loss("plain", reference.loss, exact.loss)
-        fast = steps.fast(rows, self.dtype)
-        errors.fast = add_differences(
-            errors.fast, compare_gradients(fast.gradients, exact.gradients)
-        )
-        errors.add_loss("fast", fast.loss, exact.loss)
-        return errors
 
 
 def _check(bounds: Bounds, step: StepResult, expected: StepResult) -> tuple[float, float]:

@@ -11,16 +11,19 @@ bits. Every process computes the loss of all vectors, but only its own vectors' 
 from __future__ import annotations
 
 import contextlib
+from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ftlevel.fast.packing import PackedLayout, using_layout
 from ftlevel.fast.recompute import using_generator
-from ftlevel.models.hardware import free_memory_bytes
+from ftlevel.models.hardware import free_memory_bytes, send
 from ftlevel.models.upstream.fake import storage_of
 from ftlevel.objectives import StepTexts
 from ftlevel.training.memory import without_graph
@@ -133,22 +136,25 @@ class WholeStep:
         vectors = torch.cat([part.detach().float() for part in local_vectors])
         inverse = torch.empty(len(order), dtype=torch.long)
         inverse[torch.tensor(order)] = torch.arange(len(order))
-        leaf = vectors[inverse.to(vectors.device)].requires_grad_()
+        leaf = vectors[send(inverse, vectors.device)].requires_grad_()
         everywhere, all_rows = self._gather(leaf, step)
         loss = trainer.objective.step_loss(everywhere, all_rows)
         (gradient,) = torch.autograd.grad(loss, [leaf])
         # Gradients are averaged over processes, and each has its own vectors' share only.
         gradient = gradient * trainer.processes.count
-        return loss.detach(), [gradient[torch.tensor(part, device=leaf.device)] for part in parts]
+        return loss.detach(), [gradient[send(torch.tensor(part), leaf.device)] for part in parts]
 
     def _gather(self, leaf: Tensor, step: StepTexts) -> tuple[Tensor, StepTexts]:
         processes = self._trainer.processes
         if processes.count == 1:
             return leaf, step
-        gathered = processes.all_gather((leaf.detach().cpu(), step))
-        rank = processes.world.rank
-        vectors = [leaf if at == rank else v.to(leaf.device) for at, (v, _) in enumerate(gathered)]
-        return torch.cat(vectors), StepTexts.join([rows for _, rows in gathered])
+        # Rows are objects and exchanged by gloo, while a GPU still computes the vectors.
+        digests = tuple(blake2b(array("q", key).tobytes()).digest() for key in step.keys)
+        guide = step.guide and [np.asarray(vector) for vector in step.guide]
+        steps = processes.all_gather(replace(step, keys=digests, guide=guide))
+        vectors = processes.gather_rows(leaf.detach(), [len(each.keys) for each in steps])
+        vectors[processes.world.rank] = leaf
+        return torch.cat(vectors), StepTexts.join(steps)
 
 
 class _Forward:

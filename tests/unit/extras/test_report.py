@@ -335,7 +335,7 @@ def test_data_findings_and_checks() -> None:
     assert list(data_findings(SUMMARY)) == [
         "HTML in a text: 2 of 9 train rows (rows.csv:4); action: warn"
     ]
-    verified = {"rows": 4, "dtype": "float32", "loss": 0.0, "gradient": 7.5e-6}
+    verified = {"rows": 4, "loss": 0.0, "gradient": 7.5e-6}
     (compared,) = checks({"speed": {"verified": verified}})
     assert compared.endswith("the loss differs by 0, gradients by 7.5e-06 (relative).")
     assert list(checks(SUMMARY)) == [

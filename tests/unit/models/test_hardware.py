@@ -15,6 +15,7 @@ import transformers
 from ftlevel.cli.app import run
 from ftlevel.config import TrainConfig
 from ftlevel.errors import ConfigError
+from ftlevel.fast.plan import FastPlan
 from ftlevel.models import loading
 from ftlevel.models.hardware import select_device, select_dtype, select_tf32, uses_tf32, using_tf32
 from ftlevel.models.sources import resolve_source
@@ -114,7 +115,7 @@ def test_training_arguments_are_limited_to_one_gpu(
     monkeypatch.setattr("ftlevel.training.build_trainer.use_one_gpu", calls.append)
     run: Any = SimpleNamespace(
         config=TrainConfig(),
-        fast=SimpleNamespace(enabled=True),
+        fast=FastPlan(True),
         schedule=SimpleNamespace(learning_rate=1e-4, steps=100),
         data=SimpleNamespace(validation=[]),
         model=SimpleNamespace(dtype="float32", device="cpu", family="llama"),

@@ -103,6 +103,12 @@ def _(_: Any) -> None:
         assert (actual - expected).norm() < bound * expected.norm()
 
 
+@CANARIES.of("torch._C._accelerator_setAllocatorSettings")
+def _(_: Any) -> None:
+    upstream.set_allocator("expandable_segments:True")
+    assert torch._C._accelerator_getAllocatorSettings() == "expandable_segments:True"
+
+
 @CANARIES.of("torch._C._current_graph_task_id")
 def _(_: Any) -> None:
     results = []
@@ -582,6 +588,29 @@ def _(_: Any) -> None:
     assert (dequantized - plain.weight).abs().max() <= plain.weight.abs().max() / 127
     x = torch.randn(3, 64)
     assert torch.allclose(linear(x), x @ dequantized.t(), atol=2e-2)
+
+
+@CANARIES.of("MatMul8bitFp")
+def _(_: Any) -> None:
+    """Rows do not depend on outliers of other rows while inputs are not rounded."""
+    torch.manual_seed(0)
+    layer: Any = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False, threshold=6.0)
+    weight = layer.weight.data.clone()
+    layer = layer.to("cpu").eval()
+    x, others = torch.randn(4, 64), torch.randn(3, 64)
+    others[:, 5] = 60.0
+    batch = torch.cat([x, others])
+    with torch.no_grad():
+        rounded = layer(x)
+        assert (layer(batch)[:4] - rounded).norm() > 1e-4 * rounded.norm(), "LLM.int8()"
+    with quantizers.with_float_inputs(layer):
+        alone = layer(x.requires_grad_())
+        torch.testing.assert_close(layer(batch)[:4], alone)
+        torch.testing.assert_close(alone, x @ weight.T + layer.bias, rtol=2e-2, atol=2e-2)
+        (gradient,) = torch.autograd.grad(alone.sum(), x)
+    torch.testing.assert_close(gradient, weight.sum(0).expand(4, -1), rtol=2e-2, atol=2e-2)
+    with torch.no_grad():
+        assert torch.equal(layer(x), rounded), "restored"
 
 
 @CANARIES.of("functional.get_4bit_type")

@@ -1,7 +1,10 @@
-"""Tests that as many blocks are recomputed as memory requires, without changing the step."""
+"""Tests that blocks are recomputed if memory requires it, without changing the step."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,14 +14,18 @@ from peft import LoraConfig, get_peft_model
 
 import tiny_models
 from ftlevel.config import TrainConfig, TrainerConfig
-from ftlevel.data.encoding.collate import Collator
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.events import NullListener
 from ftlevel.fast.fused_layers import FusedNormGlu
 from ftlevel.fast.fused_lora import register_fused_layers
-from ftlevel.models.module_tree import get_blocks, get_stacks
+from ftlevel.models.loading import silence_loggers
+from ftlevel.models.module_tree import get_stacks
 from ftlevel.training import memory as checkpointing
-from ftlevel.training.memory import Activations, StepReducer, get_activations, set_checkpointing
-from live_tensors import LiveTensors
+from ftlevel.training.forecast import fits
+from ftlevel.training.forecast.fits import Device, select_checkpointing
+from ftlevel.training.memory import StepReducer, set_checkpointing
+from ftlevel.training.model import load_training_model
+from ftlevel.training.plan.resolve import resolve
+from gpu_sim.commands import write_files
 
 BLOCKS = 6
 
@@ -32,78 +39,115 @@ def build_lora_model() -> Any:
     return model
 
 
-def create_run(tokens: int, device: str = "cpu", **train: Any) -> Any:
-    rows = [Encoded(list(range(5, 69)), [1] * 64, 0)]
-    return SimpleNamespace(
-        config=TrainConfig(train=train),  # type: ignore[arg-type]
-        data=SimpleNamespace(train=rows, max_length=64),
-        model=SimpleNamespace(device=device, dtype="float32", pad_id=0, kind="decoder"),
-        fast=SimpleNamespace(enabled=True, tokens=tokens),
-    )
+def create_run(*, recomputes: bool = False, **train: Any) -> Any:
+    return SimpleNamespace(config=TrainConfig(train=train), recomputes=recomputes)  # type: ignore[arg-type]
 
 
 def create_trainer_config(**train: Any) -> TrainerConfig:
     return TrainerConfig(**train)
 
 
-def measure_live_bytes(model: Any, tokens: int) -> int:
-    """Return the bytes alive after the blocks of a forward pass."""
-    ids = torch.arange(tokens)[None] % 500 + 5
-    with LiveTensors() as live:
-        states = model.get_base_model().model(input_ids=ids, use_cache=False).last_hidden_state
-        total = live.count_bytes()
-    del states
-    return total
+TASKS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "text": ("text-generation", "llama", "sft", {}),
+    "chat": ("text-generation", "llama", "chat", {}),
+    "summarization": ("summarization", "t5", "summary", {}),
+    "classes": ("text-classification", "bert", "class", {}),
+    "tags": ("token-classification", "bert", "tags", {}),
+    "span": ("question-answering", "bert", "span", {}),
+    "mask": ("masked-lm", "bert", "mask", {}),
+    "preference": ("preference", "llama", "preference", {}),
+    "kto": ("preference", "llama", "kto", {"preference": {"loss": "kto"}}),
+    "reward": ("reward", "llama", "preference", {}),
+    "rl": ("rl", "llama", "rl", {"rl": {
+        "reward": "exact", "num_generations": 4, "max_completion_length": 64}}),
+    "embedding": ("embedding", "bert", "pairs", {}),
+    "reranking": ("reranking", "bert", "ranked", {}),
+}  # fmt: skip
+"""Name → task, family, rows of gpu_sim's commands, and other settings."""
 
 
-def test_counted_activations_match_live_bytes() -> None:
-    model = build_lora_model()
-    activations = get_activations(model, get_blocks(model.get_base_model()), create_run(64))
-    per_token = (
-        measure_live_bytes(model, 256) - measure_live_bytes(model, 128)
-    ) / 128  # per token, including embeddings and norm
-    assert len(activations.stored) == BLOCKS
-    assert activations.states == (model.config.hidden_size * 4,) * BLOCKS
-    assert sum(activations.stored) == pytest.approx(per_token, rel=0.1)
+@pytest.fixture(scope="module")
+def rows_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return write_files(tmp_path_factory.mktemp("rows"))
 
 
-@pytest.mark.parametrize(("share", "expected"), [(1.1, 0), (0.8, 2), (0.2, BLOCKS)])
-def test_blocks_are_recomputed_until_memory_suffices(
-    share: float, expected: int, monkeypatch: pytest.MonkeyPatch
+def resolve_run(model: Any, task: str, data: str, **sections: Any) -> Any:
+    config = TrainConfig.model_validate({
+        "task": task, "model": {"name_or_path": str(model), "dtype": "float32"},
+        "data": {"dataset": data, "cache": False, "validation_split": 0},
+        "train": {"per_device_train_batch_size": 4}, **sections,
+    })  # fmt: skip
+    with silence_loggers():
+        return resolve(config)
+
+
+def on_gpu(run: Any) -> Any:
+    """Return `run` as if it were resolved on a machine with a GPU."""
+    return replace(run, model=replace(run.model, device="cuda"))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_auto_is_chosen_by_estimate_for_every_task(
+    name: str,
+    rows_of: dict[str, str],
+    tiny_model_dir: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, run = build_lora_model(), create_run(256)
-    blocks = get_blocks(model.get_base_model())
-    activations = get_activations(model, blocks, run)
-    memory = int(share * 256 * sum(activations.stored))
-    monkeypatch.setattr(
-        checkpointing, "free_memory_bytes", lambda _: memory / checkpointing.MEMORY_RATIO
+    task, family, rows, sections = TASKS[name]
+    chat = True if name == "chat" else None
+    run = resolve_run(tiny_model_dir(family, chat=chat), task, rows_of[rows], **sections)
+    assert select_checkpointing(run, 1) == (False, []), "on a CPU"
+    monkeypatch.setattr(fits, "free_memory_bytes", lambda _: 2**40)
+    recomputes, (choice,) = select_checkpointing(on_gpu(run), 1)
+    assert (recomputes, choice.value) == (False, "off")
+    assert "of 819.20 GiB that are free for it" in choice.reason
+    gpu = Device("cuda", "", 2**40)
+    need = gpu.forecast(on_gpu(run)).peak - fits.CONTEXT_BYTES
+    monkeypatch.setattr(fits, "free_memory_bytes", lambda _: int(0.55 * need / fits.MEMORY_RATIO))
+    recomputes, (choice,) = select_checkpointing(on_gpu(run), 1)
+    assert (recomputes, choice.value) == (True, "all blocks")
+    assert choice.reason.startswith("auto: a step needs ")
+    assert choice.reason.endswith(" GiB with checkpointing")
+    model = load_training_model(replace(run, recomputes=recomputes), NullListener()).model
+    stacks = get_stacks(model.get_base_model())
+    assert all(block.gradient_checkpointing for stack in stacks for block in stack)
+
+
+def test_micro_batches_sized_for_the_memory_fill_it(
+    rows_of: dict[str, str], tiny_model_dir: Callable[..., Path]
+) -> None:
+    run = on_gpu(resolve_run(tiny_model_dir("llama"), "text-generation", rows_of["sft"]))
+    need = Device("cuda", "", 2**40).forecast(run).peak - fits.CONTEXT_BYTES
+    for memory, expected in ((need, False), (int(0.55 * need), True)):
+        sized = replace(run, fast=replace(run.fast, memory=memory))
+        assert select_checkpointing(sized, 1)[0] is expected
+
+
+def test_requested_checkpointing_is_not_estimated() -> None:
+    run: Any = SimpleNamespace(
+        config=TrainConfig(train=create_trainer_config(offload_activations=True)),
+        model=SimpleNamespace(device="cuda"),
     )
-    monkeypatch.setattr(type(create_trainer_config()), "may_recompute", lambda *_: True)
-    choices = set_checkpointing(model, run)
-    recomputed = [block.gradient_checkpointing for block in blocks]
-    assert recomputed == [True] * expected + [False] * (BLOCKS - expected)
-    assert [choice.value for choice in choices] == ([f"{expected} of {BLOCKS}"] if expected else [])
-    overhead = 8 * 256 * activations.states[0]  # the embedding, angles, masks and the last norm
-    if expected < BLOCKS:
-        assert measure_live_bytes(model, 256) < memory + overhead
+    recomputes, (choice,) = select_checkpointing(run, 1)
+    assert not recomputes, "the configuration has it"
+    assert (choice.value, choice.reason) == (
+        "all blocks", "as requested; their inputs are in host memory"
+    )  # fmt: skip
 
 
-def test_step_does_not_depend_on_recomputed_blocks() -> None:
+def test_step_does_not_depend_on_checkpointing() -> None:
     model, results = build_lora_model(), []
     ids = torch.arange(40)[None] + 5
-    for count in (0, 2, BLOCKS):
-        blocks = get_blocks(model.get_base_model())
-        if count:
-            set_checkpointing(model, create_run(64, gradient_checkpointing=True))
-            checkpointing.checkpoint_first(blocks, count)
+    for recomputes in (False, True):
+        set_checkpointing(model, create_run(recomputes=recomputes))
         model.zero_grad()
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         results.append((loss.detach(), gradients))
-    for loss, gradients in results[1:]:
-        assert torch.equal(loss, results[0][0])
-        assert all(torch.equal(a, b) for a, b in zip(gradients, results[0][1], strict=True))
+    (loss, gradients), (expected_loss, expected) = results
+    assert torch.equal(loss, expected_loss)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
 
 
 def test_auto_checkpointing_applies_to_gpus_only() -> None:
@@ -111,7 +155,6 @@ def test_auto_checkpointing_applies_to_gpus_only() -> None:
     assert train.gradient_checkpointing is None
     assert train.may_recompute("cuda")
     assert not train.may_recompute("cpu")
-    assert set_checkpointing(build_lora_model(), create_run(64)) == []
     disabled = create_trainer_config(gradient_checkpointing=False)
     assert not disabled.may_recompute("cuda")
 
@@ -121,102 +164,25 @@ def test_offloading_recomputes_all_blocks(monkeypatch: pytest.MonkeyPatch) -> No
     base = type(model.get_base_model())
     monkeypatch.setattr(base, "activation_checkpointing_enable",
                         lambda _, settings, **more: arguments.update(settings, **more))  # fmt: skip
-    (choice,) = set_checkpointing(model, create_run(64, offload_activations=True))
-    assert (choice.value, choice.reason) == (
-        "all", "as requested; their inputs are in host memory"
-    )  # fmt: skip
+    set_checkpointing(model, create_run(offload_activations=True))
     assert arguments == {"use_reentrant": False, "offload": True}
 
 
-def test_min_checkpointed_blocks_matches_formula() -> None:
-    even = Activations(stored=(100.0,) * 8, states=(10.0,) * 8)
-    assert even.min_checkpointed_blocks(10, 8000) == 0
-    assert even.min_checkpointed_blocks(10, 7999) == 1
-    assert even.min_checkpointed_blocks(10, 8000 - 900 * 3) == 3
-    assert even.min_checkpointed_blocks(10, 0) == 8
-    uneven = Activations(stored=(100.0, 100.0, 20.0), states=(10.0, 10.0, 2.0))
-    assert [uneven.min_checkpointed_blocks(1, memory) for memory in (220, 219, 130, 129)] == [
-        0,
-        1,
-        1,
-        2,
-    ]
-
-
-def build_encoder_decoder(family: str) -> tuple[Any, Any]:
-    """Return an encoder-decoder with LoRA, and a run with answers half as long as prompts."""
+def build_encoder_decoder(family: str) -> Any:
+    """Return an encoder-decoder with LoRA."""
     torch.manual_seed(0)
     config = LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)
     register_fused_layers(config)
-    run = create_run(8 * 64)
-    run.model.kind = "encoder-decoder"
-    run.data.train = [Encoded(list(range(5, 69)), list(range(5, 37)), 0)]
-    return get_peft_model(tiny_models.build(family), config).train(), run
-
-
-def create_batch(run: Any, rows: int) -> dict[str, Any]:
-    return Collator(0)(run.data.train * rows)
-
-
-@pytest.mark.parametrize("family", ["t5", "bart"])
-def test_activations_of_both_encoder_decoder_stacks_are_counted(family: str) -> None:
-    model, run = build_encoder_decoder(family)
-    stacks = get_stacks(model.get_base_model())
-    activations = get_activations(model, [block for stack in stacks for block in stack], run)
-
-    def count_live_bytes(rows: int) -> int:
-        with LiveTensors() as live:
-            outputs = model(**create_batch(run, rows))
-            total = live.count_bytes()
-        del outputs
-        return total
-
-    per_token = (count_live_bytes(4) - count_live_bytes(2)) / (2 * 64)
-    # Besides the blocks: logits twice; of each stack the outputs of embeddings and last norm, with
-    # and without dropout; ids and masks.
-    logits = model.config.vocab_size * 4 * 32 / 64
-    other = 4 * (64 + 32) / 64 * model.config.hidden_size * 4
-    assert per_token - 2 * logits - other - 32 < sum(activations.stored) < per_token
-    assert all(stored > 0 for stored in activations.stored)
-
-
-@pytest.mark.parametrize("family", ["t5", "bart"])
-def test_auto_recomputes_blocks_of_an_encoder_decoder(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, run = build_encoder_decoder(family)
-    blocks = [block for stack in get_stacks(model.get_base_model()) for block in stack]
-    activations = get_activations(model, blocks, run)
-    free = 0.5 * run.fast.tokens * sum(activations.stored)
-
-    def gradients() -> list[torch.Tensor]:
-        model.zero_grad()
-        torch.manual_seed(1)
-        model(**create_batch(run, 8)).loss.backward()
-        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
-
-    before = gradients()
-    monkeypatch.setattr(
-        checkpointing, "free_memory_bytes", lambda _: free / checkpointing.MEMORY_RATIO
-    )
-    monkeypatch.setattr(type(create_trainer_config()), "may_recompute", lambda *_: True)
-    (choice,) = set_checkpointing(model, run)
-    count = activations.min_checkpointed_blocks(run.fast.tokens, int(free))
-    assert 0 < count < len(blocks)
-    assert choice.value == f"{count} of {len(blocks)}"
-    recomputed = [block.gradient_checkpointing for block in blocks]
-    assert recomputed == [True] * count + [False] * (len(blocks) - count)
-    assert all(torch.equal(a, b) for a, b in zip(gradients(), before, strict=True))
+    return get_peft_model(tiny_models.build(family), config).train()
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_encoder_decoder_can_enable_checkpointing_when_out_of_memory(family: str) -> None:
-    model, run = build_encoder_decoder(family)
+    model = build_encoder_decoder(family)
     fast = SimpleNamespace(plan=SimpleNamespace(workers=1, is_random=True))
     reducer = StepReducer(SimpleNamespace(model=model, fast=fast))
     assert reducer._can_checkpoint()
-    run.config = TrainConfig(train=create_trainer_config(gradient_checkpointing=True))
-    set_checkpointing(model, run)
+    set_checkpointing(model, create_run(gradient_checkpointing=True))
     assert not reducer._can_checkpoint()
 
 

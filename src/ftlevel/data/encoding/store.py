@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from ftlevel.data.encoding.encode import ROW_TYPES, Encoded
-from ftlevel.data.sources.lines import LazySequence
+from ftlevel.data.sources.lines import LazySequence, RowView
 
 _BATCH = 1_000  # rows
 _INTS = pa.list_(pa.int32())
@@ -173,9 +173,13 @@ class RowStore(LazySequence[Encoded]):
         """Returns `Encoded.length` of each row as a NumPy array."""
         if self._row_type.length is not Encoded.length:
             return _count_lengths(self)
+        return self.token_counts()
+
+    def token_counts(self) -> Any:
+        """Returns the number of `input_ids` of each row as a NumPy array."""
         offsets = (batch.column("input_ids").offsets.to_numpy() for batch in self._batches)
-        lengths = np.concatenate([np.diff(values) for values in offsets])
-        return lengths if self.indices is None else lengths[self.indices]
+        counts = np.concatenate([np.diff(values) for values in offsets])
+        return counts if self.indices is None else counts[self.indices]
 
     def examples(self) -> Any:
         """Returns `Encoded.row` of each row as a NumPy array."""
@@ -245,6 +249,15 @@ def row_lengths(rows: Sequence[Encoded]) -> Any:
     if isinstance(rows, RowStore):
         return rows.lengths()
     return _count_lengths(rows)
+
+
+def token_counts(rows: Sequence[Encoded]) -> Any:
+    """Returns the number of `input_ids` of each row, of all its texts together, as an array."""
+    while isinstance(rows, RowView):
+        rows = rows.rows
+    if isinstance(rows, RowStore):
+        return rows.token_counts()
+    return np.fromiter((len(row.input_ids) for row in rows), dtype=np.int64, count=len(rows))
 
 
 def _count_lengths(rows: Sequence[Encoded]) -> Any:

@@ -9,6 +9,7 @@ other rows; the orders here depend only on the seed and the epoch.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import math
 from collections import Counter, deque
@@ -163,38 +164,72 @@ def count_padded_rows(sets: Sequence[int], step: int) -> int:
 class StepShardSampler(Sampler[list[int]]):
     """Batch sampler of one process, if several processes share each optimizer step.
 
-    Batch n of `order` goes to process n mod `num_processes`. All processes have equally many
-    batches: at the end of an epoch, a missing batch is one padding row, whose index is the number
-    of rows; accelerate would repeat rows from the beginning of the epoch.
+    A step has `batch * num_processes` consecutive rows of `order`. With `lengths`, the tokens of
+    each row, a step's rows are divided so that all processes have about equally many tokens: the
+    longest row goes first, to the process with the fewest tokens. Without them, each process has
+    `batch` consecutive rows.
+
+    All processes have equally many batches: if a step has no row for a process, its batch is one
+    padding row, whose index is the number of rows; accelerate would repeat rows from the beginning
+    of the epoch.
     """
 
-    def __init__(self, order: Sampler[int], batch: int, num_processes: int, rank: int) -> None:
+    def __init__(
+        self,
+        order: Sampler[int],
+        batch: int,
+        num_processes: int,
+        rank: int,
+        lengths: Sequence[int] | None = None,
+    ) -> None:
         self._order, self._batch, self._count, self._rank = order, batch, num_processes, rank
+        self._lengths = lengths
 
     def __len__(self) -> int:
         rows = len(self._order)  # type: ignore[arg-type]  # all samplers used here have a length
         return math.ceil(rows / (self._batch * self._count))
 
     def __iter__(self) -> Iterator[list[int]]:
-        rows = list(self._order)
-        for step in range(len(self)):
-            start = (step * self._count + self._rank) * self._batch
-            yield rows[start : start + self._batch] or [len(rows)]
+        rows, step_size = list(self._order), self._batch * self._count
+        for start in range(0, len(rows), step_size):
+            step = rows[start : start + step_size]
+            if self._lengths is None:
+                begin = self._rank * self._batch
+                share = step[begin : begin + self._batch]
+            else:  # an order may have padding rows, too
+                step = [row for row in step if row < len(self._lengths)]
+                lengths = [int(self._lengths[row]) for row in step]
+                share = [step[at] for at in divide_evenly(lengths, self._count)[self._rank]]
+            yield share or [len(rows)]
+
+
+def divide_evenly(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Divide items into `count` parts of about equal size; returns the sorted indices of each.
+
+    Items are assigned from the largest to the smallest, each to the part that is smallest so far.
+    """
+    parts: list[list[int]] = [[] for _ in range(count)]
+    smallest = [(0, 0, number) for number in range(count)]  # a heap: size, items, part
+    for at in sorted(range(len(sizes)), key=lambda at: -sizes[at]):
+        size, items, number = smallest[0]
+        parts[number].append(at)
+        heapq.heapreplace(smallest, (size + sizes[at], items + 1, number))
+    return [sorted(part) for part in parts]
 
 
 class RowsWithPadding(Dataset[Encoded]):
-    """Rows and, last, a padding row: a copy of the first row that adds nothing to the loss."""
+    """`rows` and, last, a padding row: a copy of the first row that adds nothing to the loss."""
 
     def __init__(self, rows: Sequence[Encoded]) -> None:
-        self._rows = rows
+        self.rows = rows
 
     def __len__(self) -> int:
-        return len(self._rows) + 1
+        return len(self.rows) + 1
 
     def __getitem__(self, index: int) -> Encoded:
-        if index < len(self._rows):
-            return self._rows[index]
-        return replace(self._rows[0], row=-1)
+        if index < len(self.rows):
+            return self.rows[index]
+        return replace(self.rows[0], row=-1)
 
 
 SAMPLE = 1_000

@@ -108,7 +108,7 @@ def data_findings(summary: Summary) -> Iterator[str]:
 
 def checks(summary: Summary) -> Iterator[str]:
     """Yields a sentence for each verification, such as of the saved adapter."""
-    proof, verified = summary.get("proof", {}), summary.get("speed", {}).get("verified")
+    proof, speed = summary.get("proof", {}), summary.get("speed", {})
     if count := proof.get("gradient_tensors"):
         idle = proof.get("idle_tensors", 0)
         yield (
@@ -125,12 +125,14 @@ def checks(summary: Summary) -> Iterator[str]:
         )
     if (effect := proof.get("adapter_effect")) is not None:
         yield f"Training changed the outputs by up to {effect:.3g}."
-    if verified and verified.get("loss") is not None:
+    if verified := speed.get("verified"):
         yield (
             f"The fast training step was compared with the plain one on {verified['rows']} rows in "
-            f"{verified['dtype']}: the loss differs by {verified['loss']:.2g}, gradients by "
+            f"float32: the loss differs by {verified['loss']:.2g}, gradients by "
             f"{verified['gradient']:.2g} (relative)."
         )
+    if reason := speed.get("reason"):
+        yield f"The fast training step was disabled: {reason}. The plain step trained."
     if num_skipped := len(summary.get("left_out") or ()):
         yield f"{num_skipped:,} steps were skipped because the loss was not finite or spiked."
 

@@ -69,6 +69,9 @@ def start_from_data(model: Any, batches: Any, device: str, dtype: str) -> None:
     from peft import initialize_lora_eva_weights
 
     _check_batches(model, batches)
+    # PEFT computes the SVD in a hook, and CUDA's autocast would cast its products to 16 bits, for
+    # which torch has no QR decomposition. Without autocast, the base runs in its own dtype.
+    dtype = dtype if device == "cpu" else "float32"
     # PEFT prints a line for each batch that is too small.
     with eval_mode(model), autocast(device, dtype), contextlib.redirect_stdout(io.StringIO()):
         initialize_lora_eva_weights(

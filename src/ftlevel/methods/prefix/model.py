@@ -25,7 +25,11 @@ from torch.nn import functional
 from ftlevel.methods.prefix import get_attention_modules, get_prefix_error
 from ftlevel.methods.tuners import TargetConfig, VirtualTokenLayer, VirtualTokenTuner, device_of
 from ftlevel.methods.upstream import add_peft_type, register_tuner
-from ftlevel.models.upstream.architectures import attention_of, eager_attention_of
+from ftlevel.models.upstream.architectures import (
+    attention_of,
+    create_sdpa_mask,
+    eager_attention_of,
+)
 
 ATTENTION = "ftlevel_prefix"
 EAGER_ATTENTION = "ftlevel_prefix_eager"
@@ -40,10 +44,10 @@ Prefix = tuple[Tensor, Tensor]
 def register_attention() -> None:
     """Register ftlevel's attention functions in transformers, with SDPA's and eager's masks."""
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask, sdpa_mask
+    from transformers.masking_utils import eager_mask
 
     AttentionInterface.register(ATTENTION, prefix_attention_forward)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    AttentionMaskInterface.register(ATTENTION, create_sdpa_mask)
     AttentionInterface.register(EAGER_ATTENTION, eager_prefix_attention_forward)
     AttentionMaskInterface.register(EAGER_ATTENTION, eager_mask)
 

@@ -33,6 +33,7 @@ FACTS = {
         "torch._foreach_copy_": "of several tensors by one kernel on a GPU, "
             "cast where the sizes and strides of each pair are the same"},
     "torch/_C/__init__.pyi": {
+        "torch._C._accelerator_setAllocatorSettings": "settings of the GPU allocator, at any time",
         "torch._C._current_graph_task_id": "-1 outside of a backward pass",
         "Node._sequence_nr": "which of two nodes of the graph was made later",
         "Tensor._version": "whether a tensor was written to since",
@@ -114,6 +115,8 @@ FACTS = {
         "Linear4bit.compute_type_is_set": "whether compute_dtype is final",
         "Int8Params.SCB": "the scales of an 8-bit weight",
         "Linear8bitLt.init_8bit_state": "moves codes and scales to where the forward reads them"},
+    "bitsandbytes/autograd/_functions.py": {
+        "MatMul8bitFp": "multiplies with a dequantized 8-bit weight"},
     "bitsandbytes/functional.py": {
         "QuantState.packing_format_for_cpu": "whether a weight was repacked",
         "QuantState.state2": "the scales of a 4-bit weight",

@@ -54,6 +54,20 @@ def uses_attention_interface(model_class: Any) -> bool:
     return hasattr(sys.modules[model_class.__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
+def create_sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Returns SDPA's mask of padded rows, in training on a GPU without waiting for its values.
+
+    transformers omits a mask that hides nothing, so the host waits until the GPU has computed that.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    padding = kwargs.get("attention_mask")
+    if padding is not None and padding.is_cuda and torch.is_grad_enabled():
+        kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    mask: Tensor | None = sdpa_mask(*args, **kwargs)
+    return mask
+
+
 def eager_attention_of(module: Any) -> Any:
     """Returns transformers' `eager_attention_forward` for an attention module."""
     return sys.modules[type(module).__module__].eager_attention_forward

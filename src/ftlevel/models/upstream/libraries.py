@@ -46,6 +46,23 @@ def shared_order() -> Any:
     return SeedableRandomSampler
 
 
+def move_batches(loader: Any, args: Any) -> Any:
+    """Returns `loader`, whose rows are one process's, with batches moved like those of Trainer.
+
+    `args` are the `TrainingArguments`. The next batch is copied before a batch is returned.
+    """
+    from accelerate.data_loader import prepare_data_loader
+
+    return prepare_data_loader(
+        loader,
+        args.device,
+        num_processes=1,  # else the rows would be divided again
+        process_index=0,
+        put_on_device=True,
+        non_blocking=args.accelerator_config.non_blocking,
+    )
+
+
 @contextmanager
 def datasets_offline(enabled: bool) -> Iterator[None]:
     """If `enabled`, set `datasets` offline inside the `with` block, to avoid long retries."""

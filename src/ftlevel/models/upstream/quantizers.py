@@ -7,7 +7,9 @@ whole weight. The scales of all blocks are gathered once.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -163,6 +165,35 @@ def dequantize_8bit(linear: Any, dtype: torch.dtype) -> Tensor:
     """Returns the weight `(out, in)` of a layer that `supports_8bit_training`, in `dtype`."""
     state = linear.state
     return state.CB.to(dtype, copy=True).mul_(state.SCB.unsqueeze(1).mul(1.0 / 127.0))
+
+
+@contextlib.contextmanager
+def with_float_inputs(model: nn.Module) -> Iterator[None]:
+    """Inside the `with` block, 8-bit layers of `model` (modified) do not round their inputs.
+
+    LLM.int8() rounds inputs to 8 bits, except columns with a large value in any token of the batch,
+    so that a row's outputs depend on the other rows.
+    """
+    bnb = sys.modules.get("bitsandbytes")
+    layers = [m for m in model.modules() if bnb is not None and isinstance(m, bnb.nn.Linear8bitLt)]
+    for layer in layers:
+        layer.forward = functools.partial(_multiply_8bit, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _multiply_8bit(linear: Any, x: Tensor) -> Tensor:
+    """Returns `x` (…, in) times the dequantized weight, as bitsandbytes trains on a CPU."""
+    from bitsandbytes.autograd._functions import MatMul8bitFp
+
+    if linear.weight.CB is not None:
+        linear.init_8bit_state()
+    bias = None if linear.bias is None else linear.bias.to(x.dtype)
+    product: Tensor = MatMul8bitFp.apply(x, linear.weight, None, bias, linear.state)
+    return product
 
 
 def dequantized(linear: Any) -> Tensor:

@@ -23,6 +23,14 @@ new_shape = torch.ops.aten._unsafe_view
 version_of = attrgetter("_version")
 
 
+def set_allocator(settings: str) -> None:
+    """Change the settings of torch's GPU allocator, even after CUDA was initialized."""
+    if hasattr(torch._C, "_accelerator_setAllocatorSettings"):
+        torch._C._accelerator_setAllocatorSettings(settings)
+    else:  # before torch 2.10
+        torch.cuda.memory._set_allocator_settings(settings)
+
+
 def cast_together(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Returns `tensors` cast to `dtype`; on a GPU, one kernel casts them all."""
     if not tensors[0].is_cuda or any(tensor.dtype == dtype for tensor in tensors):

@@ -23,6 +23,7 @@ from itertools import combinations
 import torch
 from torch.nn import functional
 
+from ftlevel.models.hardware import send
 from ftlevel.objectives import StepTexts
 
 
@@ -80,11 +81,11 @@ class Candidates:
                     positive.append(document)
                 else:
                     negative.append(document)
-        q = torch.tensor(queries, device=device)
-        d = torch.tensor(positive + negative, device=device)
+        q = send(torch.tensor(queries), device)
+        d = send(torch.tensor(positive + negative), device)
         hidden = d[: len(q), None] == d[None]
-        same_query = q[:, None] == q[None]
-        if int(same_query.sum()) > len(q):  # else the product would be `hidden`
+        if len(set(queries)) < len(queries):  # else the product would be `hidden`
+            same_query = q[:, None] == q[None]
             hidden = (same_query.float() @ hidden.float()) > 0
         hidden[:, : len(q)].fill_diagonal_(False)
         return cls(q, d, hidden)
@@ -159,16 +160,16 @@ class Pairs:
             ]
         first, second, labels = zip(*pairs, strict=True) if pairs else ((), (), ())
         return cls(
-            torch.tensor(first, dtype=torch.long, device=device),
-            torch.tensor(second, dtype=torch.long, device=device),
-            torch.tensor(labels, dtype=torch.float32, device=device),
+            send(torch.tensor(first, dtype=torch.long), device),
+            send(torch.tensor(second, dtype=torch.long), device),
+            send(torch.tensor(labels, dtype=torch.float32), device),
         )
 
 
 def _rank(scores: torch.Tensor, labels: torch.Tensor, scale: float) -> torch.Tensor:
     """Returns CoSENT's loss of the similarities `scores` `(n,)` and their labels `(n,)`."""
     apart = scale * (scores[None, :] - scores[:, None])  # sⱼ − sᵢ
-    apart = apart[labels[:, None] > labels[None, :]]
+    apart = apart.masked_fill(labels[:, None] <= labels[None, :], -torch.inf).flatten()
     return torch.cat([apart.new_zeros(1), apart]).logsumexp(0)
 
 
@@ -218,7 +219,7 @@ def triplet(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch
         if g > 0 >= b
     ]
     query, good, bad = (
-        vectors[torch.tensor(i, device=vectors.device)] for i in zip(*triplets, strict=True)
+        vectors[send(torch.tensor(i), vectors.device)] for i in zip(*triplets, strict=True)
     )
     apart = functional.pairwise_distance(query, good) - functional.pairwise_distance(query, bad)
     return (apart + config.margin).clamp(min=0).mean()
@@ -228,9 +229,9 @@ def _own_scores(vectors: torch.Tensor, step: StepTexts) -> list[tuple[torch.Tens
     """Returns (dot products of query and documents, teacher's scores) of each row of `step`."""
     found = []
     for texts, teacher in zip(step.texts, step.teacher, strict=True):
-        indices = torch.tensor(texts, device=vectors.device)
+        indices = send(torch.tensor(texts), vectors.device)
         scores = vectors[indices[1:]] @ vectors[indices[0]]
-        found.append((scores, torch.tensor(teacher, device=vectors.device, dtype=scores.dtype)))
+        found.append((scores, send(torch.tensor(teacher, dtype=scores.dtype), vectors.device)))
     return found
 
 

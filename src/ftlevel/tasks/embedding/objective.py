@@ -37,7 +37,9 @@ def without_first(mask: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         return mask
     import torch
 
-    return mask * (mask.cumsum(1) > torch.tensor(counts, device=mask.device)[:, None])
+    from ftlevel.models.hardware import send
+
+    return mask * (mask.cumsum(1) > send(torch.tensor(counts), mask.device)[:, None])
 
 
 def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:

@@ -201,6 +201,9 @@ class PreferenceMeter:
         values = [labels[:, 0], logits[:, 0], logits[:, 1], labels[:, 1], rewards, labels[:, 2]]
         self._seen.append(torch.stack(values, dim=1).cpu().double().numpy())
 
+    def merge(self, other: PreferenceMeter) -> None:
+        self._seen += other._seen
+
     def pool(self, meters: Sequence[PreferenceMeter]) -> PreferenceMeter:
         pooled = PreferenceMeter(self._objective)
         pooled._seen = [np.array(part) for meter in meters for part in meter._seen]
@@ -274,15 +277,13 @@ class Preferences(TokenTargets, LikelihoodObjective):
     def of_tokens(self) -> TokenObjective:
         return Tokens("perplexity", self.feeds_labels, self.shifted)
 
-    def answers(self, log_probs: Tensor, labels: Tensor) -> Tensor:
-        """Returns `(answers, 2)`: log-likelihood (weighted for ld-dpo) and number of tokens."""
+    def answers(self, log_probs: Tensor, owners: Tensor, count: int) -> Tensor:
+        """Returns `(count, 2)`: log-likelihood (weighted for ld-dpo) and number of tokens."""
         import torch
 
-        at, _ = self.locate(labels)
-        owners = at // labels.shape[1]
-        zeros = torch.zeros(len(labels), device=log_probs.device)
+        zeros = torch.zeros(count, device=log_probs.device)
         counts = zeros.index_add(0, owners, torch.ones_like(log_probs))
-        if self.config.loss == "ld-dpo" and len(labels) > 1:
+        if self.config.loss == "ld-dpo" and count > 1:
             starts = counts.cumsum(0) - counts
             position = torch.arange(len(owners), device=log_probs.device) - starts[owners]
             shorter = counts.view(-1, 2).amin(1).repeat_interleave(2)
@@ -317,10 +318,7 @@ class Preferences(TokenTargets, LikelihoodObjective):
         return of_pairs - weight * preferred.means.sum()
 
     def count(self, labels: Tensor) -> Tensor:
-        import torch
-
-        rows = labels.shape[0] // 2 if self.is_paired else labels.shape[0]
-        return torch.tensor(rows, device=labels.device)
+        return labels.new_full((), labels.shape[0] // 2 if self.is_paired else labels.shape[0])
 
     def training_count(self, labels: Tensor, loss: TrainingLoss) -> Tensor:
         """Returns the number of pairs; with `nll_mean: token`, also of preferred tokens, `(2,)`."""

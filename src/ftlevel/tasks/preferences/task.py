@@ -341,9 +341,8 @@ class RewardObjective(Objective):
         return inputs, batch.get("preference_labels", labels)
 
     def count(self, labels: Tensor) -> Tensor:
-        import torch
 
-        return torch.tensor(labels.shape[0] // 2, device=labels.device)
+        return labels.new_full((), labels.shape[0] // 2)
 
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         scores = logits.float().flatten()
@@ -366,9 +365,13 @@ class ScoreMeter:
         lengths = [[len(sequence.input_ids) for sequence in row.sequences] for row in rows]
         self._seen.append(np.concatenate([scores, np.array(lengths, dtype=float)], axis=1))
 
+    def merge(self, other: ScoreMeter) -> None:
+        self._seen += other._seen
+
     def pool(self, meters: Sequence[ScoreMeter]) -> ScoreMeter:
         pooled = ScoreMeter()
-        pooled._seen = [part for meter in meters for part in meter._seen]
+        for meter in meters:
+            pooled.merge(meter)
         return pooled
 
     def compute(self, loss: float) -> dict[str, float]:

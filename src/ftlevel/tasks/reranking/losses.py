@@ -30,16 +30,24 @@ MU = 10.0
 
 @dataclass(frozen=True)
 class Lists:
-    """Labels and teacher's scores of several queries' documents, one padded list per query.
+    """Labels and teacher's scores of several queries' documents.
 
-    `labels`, `teacher` and `mask` are `(lists, longest)`; `positions` are the indices of the
-    documents in the flattened tensors.
+    Shapes depend on the number of documents only, so that a GPU's host never waits for their
+    values: a mask `(documents, documents)` instead of padded lists.
+
+    Attributes:
+        labels: `(documents,)`.
+        teacher: `(documents,)`, 0 where it is unknown.
+        taught: mask `(documents,)`: the teacher's score is known.
+        first: mask `(documents,)`: the first document of a list.
+        same: mask `(documents, documents)`: both documents are in the same list.
     """
 
     labels: torch.Tensor
     teacher: torch.Tensor
-    mask: torch.Tensor
-    positions: torch.Tensor
+    taught: torch.Tensor
+    first: torch.Tensor
+    same: torch.Tensor
 
     @classmethod
     def from_labels(cls, labels: torch.Tensor) -> Lists:
@@ -47,64 +55,33 @@ class Lists:
 
         The first document of a list has the list's size, the others 0.
         """
-        import torch
-
-        sizes = labels[:, 2].long()
-        sizes = sizes[sizes > 0]
-        column = torch.arange(int(sizes.max()), device=labels.device)
-        mask = column[None] < sizes[:, None]
-        positions = mask.flatten().nonzero().flatten()
-        empty = labels.new_zeros(mask.numel())
-        padded = [
-            empty.index_copy(0, positions, labels[:, at]).view_as(mask).float() for at in (0, 1)
-        ]
-        return cls(padded[0], padded[1], mask, positions)
-
-    def pad(self, logits: torch.Tensor) -> torch.Tensor:
-        """Returns `logits` (documents,) as float32 (lists, longest), padded with 0."""
-        import torch
-
-        padded = logits.new_zeros(self.mask.numel(), dtype=torch.float32)
-        return padded.index_copy(0, self.positions, logits.float().flatten()).view_as(self.mask)
+        own, teacher, sizes = labels.float().unbind(1)
+        index = (sizes > 0).cumsum(0)
+        same = index[:, None] == index[None, :]
+        return cls(own, teacher.nan_to_num(0.0), ~teacher.isnan(), sizes > 0, same)
 
     @property
     def pairs(self) -> torch.Tensor:
-        """Mask (lists, longest, longest): document i has a higher label than document j."""
-        both = self.mask[:, :, None] & self.mask[:, None, :]
-        return both & (self.labels[:, :, None] > self.labels[:, None, :])
-
-    @property
-    def relevant(self) -> torch.Tensor:
-        """Mask (lists, longest): the label is above 0."""
-        return self.mask & (self.labels > 0)
-
-    @property
-    def irrelevant(self) -> torch.Tensor:
-        """Mask (lists, longest): the label is 0 or less."""
-        return self.mask & (self.labels <= 0)
-
-    @property
-    def taught(self) -> torch.Tensor:
-        """Mask (lists, longest): the teacher's score is known."""
-        return self.mask & ~self.teacher.isnan()
+        """Mask (documents, documents): i and j are in one list, and i has a higher label."""
+        return self.same & (self.labels[:, None] > self.labels[None, :])
 
     @property
     def margins(self) -> torch.Tensor:
-        """Mask (lists, longest, longest): i is relevant, j is not; both have a teacher's score."""
-        good, bad = self.relevant & self.taught, self.irrelevant & self.taught
-        return good[:, :, None] & bad[:, None, :]
+        """Mask (documents, documents): i is relevant, j is not; both have a teacher's score."""
+        relevant = self.labels > 0
+        return self.same & (relevant & self.taught)[:, None] & (~relevant & self.taught)[None, :]
 
 
 def count_targets(loss: str, lists: Lists) -> torch.Tensor:
     """Returns the number of targets of `loss`, by which its sum is divided (a scalar)."""
     if loss == "bce":
-        return lists.mask.sum()
+        return lists.labels.new_full((), len(lists.labels))
     if loss == "mse":
         return lists.taught.sum()
     if loss == "lce":
-        return lists.relevant.sum()
+        return (lists.labels > 0).sum()
     if loss == "listnet":
-        return lists.mask.any(1).sum()
+        return lists.first.sum()
     if loss == "margin-mse":
         return lists.margins.sum()
     return lists.pairs.sum()
@@ -114,48 +91,58 @@ def sum_loss(loss: str, logits: torch.Tensor, lists: Lists, pos_weight: float) -
     """Returns the loss named `loss` of `logits` (documents,), summed over targets in float32."""
     from torch.nn import functional
 
-    z, mask = lists.pad(logits), lists.mask
+    z, labels = logits.float().flatten(), lists.labels
     if loss == "bce":
+        weight = z.new_full((), pos_weight)
         return functional.binary_cross_entropy_with_logits(
-            z[mask], lists.labels[mask], pos_weight=z.new_tensor(pos_weight), reduction="sum"
+            z, labels, pos_weight=weight, reduction="sum"
         )
     if loss == "mse":
-        return functional.mse_loss(z[lists.taught], lists.teacher[lists.taught], reduction="sum")
+        return ((z - lists.teacher) * lists.taught).square().sum()
     if loss == "lce":
-        others = z.masked_fill(~lists.irrelevant, -math.inf).logsumexp(1, keepdim=True)
-        return (z.logaddexp(others) - z)[lists.relevant].sum()
+        others = _logsumexp(z, lists.same & (labels <= 0)[None, :])
+        return (z.logaddexp(others) - z).masked_fill(labels <= 0, 0).sum()
     if loss == "listnet":
-        target_probs = lists.labels.masked_fill(~mask, -math.inf).softmax(1)
-        log_probs = z.masked_fill(~mask, -math.inf).log_softmax(1)
-        return -(target_probs * log_probs.masked_fill(~mask, 0)).sum()
+        target_probs = (labels - _logsumexp(labels, lists.same)).exp()
+        return (target_probs * (_logsumexp(z, lists.same) - z)).sum()
     if loss == "margin-mse":
-        margins = _differences(z)[lists.margins] - _differences(lists.teacher)[lists.margins]
-        return margins.square().sum()
+        margins = _differences(z) - _differences(lists.teacher)
+        return (margins * lists.margins).square().sum()
     lost = functional.softplus(-_differences(z)) / math.log(2)
     if loss == "lambda":
         lost = lost * _ndcg_weights(z.detach(), lists)
-    return lost[lists.pairs].sum()
+    return (lost * lists.pairs).sum()
 
 
 def _differences(values: torch.Tensor) -> torch.Tensor:
-    return values[:, :, None] - values[:, None, :]
+    return values[:, None] - values[None, :]
+
+
+def _logsumexp(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Returns log Σⱼ exp(values[j]) over the columns of each row of `mask`; -inf for none."""
+    return values.expand(mask.shape).masked_fill(~mask, -math.inf).logsumexp(1)
+
+
+def _ranks(values: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
+    """Returns each document's rank in its list by descending `values`, from 1; ties in order."""
+    import torch
+
+    before = torch.ones_like(same).tril(-1)  # document j comes before i
+    above = (values[None, :] > values[:, None]) | ((values[None, :] == values[:, None]) & before)
+    return 1.0 + (same & above).sum(1)
 
 
 def _ndcg_weights(logits: torch.Tensor, lists: Lists) -> torch.Tensor:
-    """Returns the weight of each pair, (lists, longest, longest).
+    """Returns the weight of each pair, (documents, documents).
 
     With ranks r by logit, gains G = (2^y - 1) / maxDCG and discounts D(r) = log₂(1 + r):
     |Gᵢ - Gⱼ| · (μ |1 / D(|rᵢ - rⱼ|) - 1 / D(|rᵢ - rⱼ| + 1)| + |1 / D(rᵢ) - 1 / D(rⱼ)|).
     """
-    import torch
-
-    mask = lists.mask
-    labels = lists.labels.clamp(min=0).masked_fill(~mask, 0)
-    ranks = torch.arange(1, mask.shape[1] + 1, device=logits.device, dtype=torch.float32)
-    best = ((2 ** labels.sort(1, descending=True).values - 1) / (1 + ranks).log2()).sum(1)
-    gains = (2**labels - 1) / best.clamp(min=1e-10)[:, None]
-    order = logits.masked_fill(~mask, -math.inf).argsort(1, descending=True)
-    own = torch.zeros_like(logits).scatter_(1, order, ranks.expand_as(logits))
+    labels, same = lists.labels.clamp(min=0), lists.same
+    gains = 2**labels - 1
+    best = same.to(gains.dtype) @ (gains / (1 + _ranks(labels, same)).log2())
+    gains = gains / best.clamp(min=1e-10)
+    own = _ranks(logits, same)
     inverse = 1 / (1 + own).log2()
     distance = _differences(own).abs()
     distances = distance.clamp(min=1)

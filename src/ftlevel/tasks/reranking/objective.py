@@ -94,12 +94,17 @@ class RankingMeter:
         own = labels[:, 0].cpu().tolist()
         at = 0
         for row in rows:
-            group = self._groups.get(row.cluster, CandidateGroup())
             end = at + len(row.sizes)
-            self._groups[row.cluster] = CandidateGroup(
-                [*group.scores, *scores[at:end]], [*group.labels, *own[at:end]]
-            )
+            self._add(row.cluster, scores[at:end], own[at:end])
             at = end
+
+    def merge(self, other: RankingMeter) -> None:
+        for key, group in other._groups.items():
+            self._add(key, group.scores, group.labels)
+
+    def _add(self, key: Any, scores: Sequence[float], labels: Sequence[float]) -> None:
+        group = self._groups.get(key, CandidateGroup())
+        self._groups[key] = CandidateGroup([*group.scores, *scores], [*group.labels, *labels])
 
     def pool(self, meters: Sequence[RankingMeter]) -> RankingMeter:
         """Returns a meter of the queries of all `meters`; equal queries are not combined."""

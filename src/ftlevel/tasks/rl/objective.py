@@ -134,9 +134,14 @@ class RewardMeter:
         self._seen.append(np.asarray(logits, dtype=np.float64))
         self._texts += labels
 
+    def merge(self, other: RewardMeter) -> None:
+        self._seen += other._seen
+        self._texts += other._texts
+
     def pool(self, meters: Sequence[RewardMeter]) -> RewardMeter:
         pooled = RewardMeter(self._config)
-        pooled._seen = [part for meter in meters for part in meter._seen]
+        for meter in meters:
+            pooled.merge(meter)
         return pooled
 
     def compute(self, loss: float) -> dict[str, float]:

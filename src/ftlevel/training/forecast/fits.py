@@ -30,6 +30,7 @@ from ftlevel.models.hardware import (
     DTYPES,
     device_memory,
     format_device,
+    free_memory_bytes,
     peak_memory_bytes,
     reserved_memory_bytes,
     resident_bytes,
@@ -281,6 +282,37 @@ def estimate_requirement(run: Run, device: Device) -> MemoryRequirement:
         return need
     peak = device.forecast(run.with_settings("train", gradient_checkpointing=True)).peak
     return replace(need, recomputed_peak=peak if peak < need.peak else None)
+
+
+MEMORY_RATIO = 0.8
+"""Share of free memory that a step may need by the estimate without gradient checkpointing."""
+
+
+def select_checkpointing(run: Run, processes: int) -> tuple[bool, list[Choice]]:
+    """Returns whether gradient checkpointing that is set to auto is used, and lines to print.
+
+    On a GPU, it is used in all blocks if a step needs more than `MEMORY_RATIO` of the free memory,
+    or than the memory that micro-batches were sized for, and it lowers that need.
+    """
+    train, name, device = run.config.train, "gradient checkpointing", run.model.device
+    if train.recomputes:
+        message = "; their inputs are in host memory" * train.offload_activations
+        return False, [Choice(name, "all blocks", f"as requested{message}")]
+    if not train.may_recompute(device):
+        return False, []
+    limit = run.fast.memory or int(MEMORY_RATIO * free_memory_bytes(device))
+    try:
+        need = estimate_requirement(run, Device(device, "", limit + CONTEXT_BYTES, processes))
+    except FtlevelError as error:
+        return False, [Choice(name, "off", f"auto: {error}")]
+    peak, limit_text = (f"{size / 2**30:,.2f} GiB" for size in (need.peak - CONTEXT_BYTES, limit))
+    message = f"auto: a step needs {peak} of {limit_text} that are free for it"
+    if need.recomputed_peak is None:
+        return False, [Choice(name, "off", message)]
+    recomputed = (need.recomputed_peak - CONTEXT_BYTES) / 2**30
+    return True, [
+        Choice(name, "all blocks", f"{message}, {recomputed:,.2f} GiB with checkpointing")
+    ]
 
 
 def _validate_quantization(run: Run) -> None:

@@ -138,6 +138,7 @@ class Run:
         adapter: adapter to continue from; None for a new adapter.
         auxiliary: reference, teacher and guide model; resolved when the run starts.
         written_base: directory to which a base passed as an object was written.
+        recomputes: whether gradient checkpointing, set to auto, was chosen for the run.
     """
 
     config: TrainConfig
@@ -155,6 +156,7 @@ class Run:
     auxiliary: AuxiliaryModels = field(default_factory=AuxiliaryModels)
     written_base: Path | None = None
     rewards: Any = None
+    recomputes: bool = False
 
     def with_settings(self, section: str, **values: Any) -> Run:
         """Returns the run with fields of configuration section `section` replaced, unvalidated."""
