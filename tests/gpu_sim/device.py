@@ -338,6 +338,9 @@ class Card:
             for key, value in functions.items():
                 if modules is torch.cuda or hasattr(modules, key):
                     setattr(modules, key, value)
+        # torch's streams read the memory of an event as that of one of torch's.
+        for key in ("current_stream", "set_stream", "synchronize"):
+            setattr(torch.accelerator, key, functions[key])
         torch.cuda.Stream, torch.cuda.Event = Stream, Event
         torch.cuda.default_generators = (generator,) * 8
         for key, value in {
@@ -404,6 +407,10 @@ class Stream:
     def query(self) -> bool:
         """Return True."""
         return True
+
+    def is_capturing(self) -> bool:
+        """Return False."""
+        return False
 
     def wait_stream(self, _: Any) -> None:
         """Do nothing."""

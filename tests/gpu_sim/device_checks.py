@@ -88,6 +88,14 @@ def check_views() -> None:
     assert out.device == base.device
 
 
+def check_streams() -> None:
+    """Streams of torch.accelerator accept the device's events, as FSDP2 needs after a backward."""
+    event = torch.cuda.current_stream().record_event()
+    torch.accelerator.current_stream().wait_event(event)
+    assert not torch.accelerator.current_stream().is_capturing()
+    assert count_waits(torch.accelerator.synchronize) == 1
+
+
 def check_attention() -> None:
     """Flash attention and its gradients are those of float64."""
     draw = torch.Generator().manual_seed(0)
@@ -115,6 +123,6 @@ def check_attention() -> None:
 if __name__ == "__main__":
     for check in (
         check_devices, check_waits, check_waits_of_backward, check_memory, check_views,
-        check_attention,
+        check_streams, check_attention,
     ):  # fmt: skip
         check()

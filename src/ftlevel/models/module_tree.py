@@ -247,6 +247,16 @@ def get_blocks(model: nn.Module) -> list[nn.Module]:
     return stacks[0] if len(stacks) == 1 else []
 
 
+def get_block_owners(model: nn.Module) -> list[nn.Module]:
+    """Returns the modules of `model` that contain its single stack of blocks, innermost first."""
+    (name,) = ModuleTree(model).blocks
+    owners = []
+    while name:
+        name = name.rpartition(".")[0]
+        owners.append(model.get_submodule(name))
+    return owners
+
+
 def get_modules_to_not_convert(model: nn.Module) -> list[str]:
     """Returns the names of linear layers that must not be quantized in models of this type."""
     model_type = str(getattr(model.config, "model_type", ""))

@@ -38,7 +38,7 @@ from ftlevel.models.quantization import (
 )
 from ftlevel.models.sources import ModelSource, check_revision, resolve_source
 from ftlevel.tasks import TASKS, BaseTask
-from ftlevel.trained.adapt import AdapterReader, check_weights_exist, get_adapter_reader
+from ftlevel.trained.adapt import check_weights_exist
 from ftlevel.trained.model_ref import PLAIN, ModelRef, get_tokenizer_source
 from ftlevel.weights.checkpoint import get_local_dir, load_header, merge_sharded_checkpoint
 
@@ -79,11 +79,8 @@ def resolve_model(
         base = resolve_source(base, display_name=f"--model {base}")
     with reading(name):
         path = get_model_dir(name)
-        reader = get_adapter_reader(path)
         if (path / CARD).is_file():
             ref = _resolve_with_card(path, label or name, task, base)
-        elif reader is not None:
-            ref = _resolve_external(path, reader, device, task, base)
         else:
             check_adapter_checkpoint(path)
             if (path / ADAPTER_CONFIG).is_file():
@@ -200,27 +197,6 @@ def _resolve_peft(
         f"{adapter_dir} was not created by ftlevel: its base, {source.name}, cannot be verified"
     )
     return ModelRef(source, adapter_dir, card, None, [message], is_ours=False)
-
-
-def _resolve_external(
-    adapter_dir: Path,
-    reader: AdapterReader,
-    device: str,
-    task: str | None,
-    base: ModelSource | None,
-) -> ModelRef:
-    adapter = reader.read(adapter_dir)
-    base_task = TASKS[adapter.task(task)]
-    source = base or _resolve_base_source(adapter.base, adapter_dir)
-    peft_config = {"peft_type": reader.peft_type, "modules_to_save": adapter.heads}
-    card = create_default_card(
-        source, load_config(source), base_task, device, adapter_dir, peft_config
-    )
-    message = (
-        f"{adapter_dir} was created by {reader.library}: its base, {source.name}, cannot be "
-        "verified"
-    )
-    return ModelRef(source, adapter_dir, adapter.complete(card), None, [message], is_ours=False)
 
 
 def get_model_dir(name: str) -> Path:

@@ -16,8 +16,17 @@ from torch import Tensor
 attention_of = attrgetter("config._attn_implementation")
 unsaved_names = attrgetter("_keys_to_ignore_on_save")  # or None
 supports_sdpa = attrgetter("_supports_sdpa")
+supports_flash = attrgetter("_supports_flash_attn")
 tied_names = attrgetter("all_tied_weights_keys")
 """Tied tensor name -> name of the tensor that it shares."""
+
+
+def set_attention_name(model: Any, name: str) -> None:
+    """Set the registered attention `name`, for which `set_attn_implementation` wants flash-attn.
+
+    transformers 5.24 looks for the package, or for a kernel on the Hub, if "flash" is in the name.
+    """
+    model.config._attn_implementation = name
 
 
 def model_classes(auto_class: str) -> Mapping[type, Any]:

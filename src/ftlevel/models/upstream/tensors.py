@@ -17,6 +17,50 @@ silu_backward = torch.ops.aten.silu_backward
 gelu_backward = torch.ops.aten.gelu_backward
 """(∂L/∂y, x) -> ∂L/∂x for y = silu(x) or gelu(x); gelu's also has `approximate`."""
 
+VarlenLengths = tuple[Tensor, Tensor, int, int]
+"""Cumulative lengths of sequences, (sequences + 1,) int32, of queries and keys; their maxima."""
+
+
+def flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: VarlenLengths,
+    *,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Returns attention of packed sequences on a GPU, and its LSE (heads, queries) in float32.
+
+    `query` is (queries, heads, head_dim), `key` and `value` are (keys, key heads, head_dim),
+    contiguous in the last dimension.
+    """
+    output, lse, *_ = torch.ops.aten._flash_attention_forward(
+        query, key, value, *lengths, 0.0, causal, False, scale=scale
+    )
+    return output, lse
+
+
+def flash_attention_backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    lengths: VarlenLengths,
+    *,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of the queries, keys and values of `flash_attention`."""
+    unused = torch.empty(2, dtype=torch.uint64, device=query.device)  # state of dropout
+    of_states: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+        gradient, query, key, value, output, lse, *lengths, 0.0, causal, unused, unused, scale=scale
+    )
+    return of_states
+
+
 new_shape = torch.ops.aten._unsafe_view
 """`tensor.view(shape)` that may be modified in place; `tensor` must not be used afterwards."""
 
@@ -93,12 +137,15 @@ def is_watched(module: nn.Module, ignored: str = "") -> bool:
 
     Hooks from modules whose names begin with `ignored` do not count.
     """
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooks = [hook for kind in kinds for hook in getattr(module, kind).values()]
+    attributes = vars(module)
+    hooks = [hook for kind in _HOOKS if (own := attributes[kind]) for hook in own.values()]
     names = [getattr(hook, "__module__", "") for hook in hooks]
-    return hasattr(module, "_hf_hook") or not all(
+    return "_hf_hook" in attributes or not all(
         ignored and name.startswith(ignored) for name in names
     )
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def cpu_has(instructions: Literal["amx_tile", "avx512_bf16"]) -> bool:

@@ -30,7 +30,7 @@ from ftlevel.fast.blocked_attention import split_queries
 from ftlevel.fast.checks import PruningCheck
 from ftlevel.fast.likelihoods import TokenSelector, base_model
 from ftlevel.fast.packed_attention import batch_sequences
-from ftlevel.fast.packing import PackedBlocks
+from ftlevel.fast.packing import PackedModel
 from ftlevel.fast.plan import set_packed_attention
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator, TextCollator
@@ -118,13 +118,13 @@ def get_pruning(run: Run) -> Pruning:
     blocks = get_blocks(base_model(model))
     if not blocks or not set_packed_attention(base_model(model)):
         return Pruning()
-    packed_blocks = PackedBlocks(blocks)
+    packing = PackedModel(base_model(model))
     rows = [_with_small_vocabulary(row) for row in run.data.train[:64]]
     try:
         check = PruningCheck(model, blocks[-1], rows, 0, "cpu", run.model.dtype)
         needed, linears = check(run.objective)
     finally:
-        packed_blocks.remove()
+        packing.remove()
     names = {module: name for name, module in blocks[-1].named_modules()}
     return Pruning(needed, [names[linear] for linear in linears])
 
@@ -222,7 +222,7 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
     if graph_bytes := _get_graph_bytes(run, peaks, batch, memory):
         for moment in (FORWARD, BACKWARD, FIRST_BLOCK):
             peaks[moment][ACTIVATIONS] += graph_bytes
-    if (size := RolloutSize.of(run)) is not None:
+    if (size := RolloutSize.of(run, memory - int(sum(weights.values())))) is not None:
         persistent = {
             part: bytes_ for part, bytes_ in peaks[FORWARD].items() if part in _PERSISTENT_PARTS
         }

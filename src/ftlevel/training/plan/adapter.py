@@ -24,12 +24,7 @@ from ftlevel.models.hardware import select_device
 from ftlevel.models.loading import build_task_model
 from ftlevel.models.sources import resolve_source
 from ftlevel.tasks import TASKS
-from ftlevel.trained.adapt import (
-    apply_method,
-    get_adapter_reader,
-    get_expected_tensors,
-    get_shortest_targets,
-)
+from ftlevel.trained.adapt import apply_method, get_expected_tensors, get_shortest_targets
 from ftlevel.trained.resolve import (
     ADAPTER_CONFIG,
     get_model_dir,
@@ -120,11 +115,6 @@ def _get_task_values(
 
 
 def _check_adapter_path(name: str, path: Path, output_dir: Path | None) -> None:
-    if (reader := get_adapter_reader(path)) is not None:
-        raise ConfigError(
-            f"--adapter {name} is in {reader.name}'s format, which cannot be trained. Train a "
-            "new adapter with --method adapter."
-        )
     if not (path / ADAPTER_CONFIG).is_file():
         problem = "contains neither an adapter nor a model" if path.exists() else "does not exist"
         raise ConfigError(
