@@ -19,6 +19,7 @@ from transformers import TrainerState
 
 from ftlevel.config.rl import RlConfig, unknown_reward
 from ftlevel.config.section import Choice
+from ftlevel.config.trust import allow_reward_files
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.formats.turns import Message, parse_turns
@@ -379,9 +380,11 @@ def open_rewards(
 ) -> Rewards:
     """Create the rewards of `config` for the prompts `rows`; loads no weights.
 
+    The caller has checked the files of reward functions (`config.trust`), which are imported here.
     `get_position` returns file and line of a table row. Raises ConfigError if a reward does not
     exist, or the rows lack a column or a reference answer for it.
     """
+    allow_reward_files(config.rewards)
     end = str(tokenizer.decode(rows[0].input_ids[-_TAIL:])).rstrip()
     rewards = Rewards(
         config, partial(open_reward_model, device=device), opens_think=end.endswith("<think>")

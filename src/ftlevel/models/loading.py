@@ -240,6 +240,8 @@ def load_config(source: ModelSource, **overrides: Any) -> Any:
         )
         if source.kind == "builtin":
             config.name_or_path = source.name  # for messages
+        if not source.trust_remote_code:  # else transformers may ask on stdin whether to run it
+            vars(config).pop("auto_map", None)
         return config
     except struct.error as error:  # truncated .gguf header
         raise InputError(
@@ -305,10 +307,15 @@ def _check_vocabulary(source: ModelSource, names: Iterable[str] = ()) -> None:
 
 
 def build_task_model(config: Any, auto_class: str) -> Any:
-    """Build the `auto_class` model of `config` on the meta device; `InputError` if unsupported."""
+    """Build the `auto_class` model of `config` on the meta device; `InputError` if unsupported.
+
+    Code that ships with the model is run if `config` has its `auto_map`: see `load_config`.
+    """
     try:
         with torch.device("meta"), silence_loggers():
-            return getattr(transformers, auto_class).from_config(copy.deepcopy(config))
+            return getattr(transformers, auto_class).from_config(
+                copy.deepcopy(config), trust_remote_code=hasattr(config, "auto_map")
+            )
     except FROM_READERS as error:
         if "Unrecognized configuration class" not in str(error):
             raise InputError(
@@ -316,7 +323,8 @@ def build_task_model(config: Any, auto_class: str) -> Any:
                 f"({type(error).__name__}: {first_line(error)}). Check that it is complete."
             ) from error
         raise InputError(
-            f"{config.model_type} has no {auto_class} in transformers {transformers.__version__}."
+            f"{config.model_type} has no {auto_class} in transformers {transformers.__version__}. "
+            "Code that ships with a model is run by train and preview with --trust-remote-code."
         ) from None
 
 
