@@ -321,7 +321,9 @@ def _memory_cells() -> Iterator[Cell]:
     }.items():  # fmt: skip
         dtype = "" if "--dtype" in flags else " --dtype bfloat16"
         flags += f"{dtype} --per-device-train-batch-size 8 --set speed.verify=false"
-        flags += " --model {medium} --dataset {even} --validation-file {even_validation} --max-steps 3"
+        flags += (
+            " --model {medium} --dataset {even} --validation-file {even_validation} --max-steps 3"
+        )
         waits = name in ("no-fast",)
         yield Cell(f"memory/{name}", (
             f"train {flags} --logging-steps 1 --output-dir run", f"plan {flags} --json",
