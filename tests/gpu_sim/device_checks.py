@@ -172,7 +172,8 @@ def check_padded_attention() -> None:
 
 if __name__ == "__main__":
     for check in (
-        check_devices, check_waits, check_waits_of_backward, check_waits_hold_nothing, check_memory, check_views,
-        check_decomposed_operations, check_streams, check_attention, check_padded_attention,
+        check_devices, check_waits, check_waits_of_backward, check_waits_hold_nothing,
+        check_memory, check_views, check_decomposed_operations, check_streams, check_attention,
+        check_padded_attention,
     ):  # fmt: skip
         check()
