@@ -64,12 +64,10 @@ def test_repeated_micro_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) 
 def test_verify_fast_detects_wrong_fast_step(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ftlevel.fast.packing import PackedLayout
+    from ftlevel.fast import packed_attention
 
-    original_pack = PackedLayout.pack
-    monkeypatch.setattr(
-        PackedLayout, "pack", lambda layout, states: original_pack(layout, states) * 1.0001
-    )
+    original = packed_attention._by_sequence
+    monkeypatch.setattr(packed_attention, "_by_sequence", lambda *a: original(*a) * 1.001)
     assert run(["train", "--quiet", "--output-dir", "wrong", *SHORT, "--verify-fast"]) == 1
     assert "--verify-fast: the fast step is not the plain one" in capsys.readouterr().err
     assert not Path("wrong").exists()

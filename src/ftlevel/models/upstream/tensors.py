@@ -66,6 +66,9 @@ def flash_attention_backward(
 new_shape = torch.ops.aten._unsafe_view
 """`tensor.view(shape)` that may be modified in place; `tensor` must not be used afterwards."""
 
+submodules_of = attrgetter("_modules")
+"""Module -> dict of its submodules; reading it takes a quarter of the time of an attribute."""
+
 version_of = attrgetter("_version")
 
 
