@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -60,6 +62,19 @@ def check_waits_of_backward() -> None:
 
     x = torch.ones(2, device="cuda", requires_grad=True)
     assert count_waits(lambda: Reads.apply(x).sum().backward()) >= 1  # type: ignore[no-untyped-call]
+
+
+def check_waits_hold_nothing() -> None:
+    """A wait does not keep the tensors of its callers."""
+
+    def read() -> weakref.ref[torch.Tensor]:
+        x = torch.ones(2, device="cuda")
+        float(x.sum())
+        return weakref.ref(x)
+
+    gc.disable()
+    assert read()() is None
+    gc.enable()
 
 
 def check_memory() -> None:
@@ -157,7 +172,8 @@ def check_padded_attention() -> None:
 
 if __name__ == "__main__":
     for check in (
-        check_devices, check_waits, check_waits_of_backward, check_memory, check_views,
-        check_decomposed_operations, check_streams, check_attention, check_padded_attention,
+        check_devices, check_waits, check_waits_of_backward, check_waits_hold_nothing,
+        check_memory, check_views, check_decomposed_operations, check_streams, check_attention,
+        check_padded_attention,
     ):  # fmt: skip
         check()

@@ -40,6 +40,7 @@ from ftlevel.models.upstream.quantizers import (
 from ftlevel.models.upstream.tensors import (
     cast_together,
     is_in_backward,
+    is_on_gpu,
     is_watched,
     new_shape,
     order_of,
@@ -141,11 +142,6 @@ def compute_without_gradient(
     down, up = cast_together([a, b], x.dtype)
     y = _output(rows, _narrow(down, rows, scaling), up, bias, weight)
     return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def is_on_gpu(tensor: Tensor) -> bool:
-    """Returns whether the layer of input `tensor` runs on a GPU, for tests to replace."""
-    return tensor.is_cuda
 
 
 def _narrow(factor: Tensor, rows: Tensor, scaling: float) -> Tensor:

@@ -7,7 +7,6 @@ the meta device. Operations on ordinary tensors are executed, so masks and label
 
 from __future__ import annotations
 
-import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -36,12 +35,8 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 class FakeTensor(Tensor):
-    """Tensor without values that reports device CPU; `shape_only` is an equal meta tensor.
+    """Tensor without values that reports device CPU; `shape_only` is an equal meta tensor."""
 
-    Inside `as_gpu`, `is_cuda` is True, so that the fast step takes its path on a GPU.
-    """
-
-    is_on_gpu = False
     shape_only: Tensor
     sparse_indices: Tensor | None = None
 
@@ -58,11 +53,6 @@ class FakeTensor(Tensor):
         )
         fake_tensor.shape_only = shape_only
         return fake_tensor
-
-    @property
-    def is_cuda(self) -> bool:  # type: ignore[override]  # torch declares an attribute
-        """Whether the tensor stands for one on a GPU."""
-        return FakeTensor.is_on_gpu
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's
         return f"FakeTensor({tuple(self.shape)}, {self.dtype})"
@@ -103,16 +93,6 @@ class FakeTensor(Tensor):
             return FakeTensor(value) if at is None else tensors[at]
 
         return tree_map(leave, result)
-
-
-@contextlib.contextmanager
-def as_gpu(is_gpu: bool) -> Iterator[None]:
-    """Let fake tensors in the `with` block stand for tensors on a GPU, if `is_gpu`."""
-    FakeTensor.is_on_gpu = is_gpu
-    try:
-        yield
-    finally:
-        FakeTensor.is_on_gpu = False
 
 
 _Builder = Callable[[Sequence[Tensor]], Tensor]
