@@ -150,7 +150,6 @@ def get_lengths(
 
 
 def _to_ends(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Returns cumulative lengths, (sequences + 1,) int32."""
     return send(torch.tensor([0, *lengths]).cumsum(0).int(), device)
 
 
