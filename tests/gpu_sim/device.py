@@ -353,7 +353,8 @@ class Card:
 
     def _count_wait(self, what: bytes) -> None:
         self.all_waits += 1
-        frames = list(_frames(sys._getframe()))  # of a backward pass, perhaps no other
+        # Without this frame, whose list would hold itself and with it the tensors of all callers.
+        frames = list(_frames(sys._getframe().f_back))  # of a backward pass, perhaps none
         main = frames
         if threading.get_ident() != self._main:
             main = list(_frames(sys._current_frames().get(self._main)))
@@ -369,7 +370,7 @@ class Card:
             line = f"{what.decode()} {_describe(frames)}"
             self.waits[line] += 1
             if os.environ.get("SIMULATED_TRACE") == "waits" and self.waits[line] == 1:
-                sys.stderr.write(f"{line}\n{''.join(traceback.format_stack(frames[0]))}")
+                sys.stderr.write(f"{line}\n{''.join(traceback.format_stack((frames or main)[0]))}")
 
     def _print_peak(self, size: bytes) -> None:
         stack = "".join(traceback.format_stack(sys._getframe()))

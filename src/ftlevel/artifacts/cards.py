@@ -187,7 +187,6 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def _result_metadata(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `datasets`, `metrics` and `model-index` of a run for the Hub's model card."""
     name, metrics = summary["data"]["name"], summary.get("metrics", {})
     is_hub = bool(_HUB_NAME.fullmatch(name)) and not Path(name).exists()
     result = {

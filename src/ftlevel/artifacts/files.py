@@ -249,7 +249,6 @@ def atomic_files(*paths: Path) -> Iterator[Path]:
 
 
 def _remove(partial: Path) -> None:
-    """Delete `partial`, even if an interrupt arrives meanwhile."""
     try:
         shutil.rmtree(partial, ignore_errors=True)
     except KeyboardInterrupt:

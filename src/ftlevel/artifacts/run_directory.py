@@ -205,7 +205,6 @@ def move_foreign_files(run_dir: Path, under: str = "") -> list[str]:
 
 
 def _files(run_dir: Path) -> set[str]:
-    """Returns the relative POSIX paths of all files and links of the run in `run_dir`."""
     return {
         path.relative_to(run_dir).as_posix()
         for root in [run_dir / name for name in OWN]

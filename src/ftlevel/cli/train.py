@@ -122,7 +122,6 @@ def end_with_parent() -> None:
 
 
 def _stop(running: Sequence[subprocess.Popen[bytes]]) -> list[subprocess.Popen[bytes]]:
-    """Wait some seconds for the processes to exit; kill and return those that did not."""
     deadline = time.monotonic() + _GRACE_SECONDS
     killed = []
     for process in running:

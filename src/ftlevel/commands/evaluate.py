@@ -448,7 +448,6 @@ def _context(
     *,
     is_compared: bool,
 ) -> EncodingContext:
-    """Returns the encoding settings for `ref`; the card of `config_ref` may limit length."""
     tokenizer, task, kind = ref.tokenizer, ref.configured_task, ref.model_kind
     positions = text_positions(run_config.method, ref.model_config)
     name = config_ref.card.method

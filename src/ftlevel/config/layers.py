@@ -295,7 +295,6 @@ def _key_and_method(detail: ErrorDetails, model: type[BaseModel]) -> tuple[KeyPa
 
 
 def _get_location(key: KeyPath, locations: Mapping[KeyPath, str], constructor: str) -> str:
-    """Returns where `key` or its section was set; if unknown, the text `CONSTRUCTOR(KEY)`."""
     for end in range(len(key), 0, -1):
         if key[:end] in locations:
             return locations[key[:end]]

@@ -271,7 +271,6 @@ class PagedSampler:
     def _create_manager(
         self, prompts: Sequence[list[int]], options: SamplingOptions, drawing: _Draw
     ) -> Any:
-        """Returns a manager with a request per prompt, the longest first."""
         settings = GenerationConfig(
             do_sample=False,
             max_new_tokens=options.max_new_tokens,
@@ -288,7 +287,6 @@ class PagedSampler:
     def _get_config(
         self, prompts: Sequence[list[int]], options: SamplingOptions
     ) -> ContinuousBatchingConfig:
-        """Returns the settings of the manager, with pages for `options.most_rows` completions."""
         reads_pages = self._attention.startswith("flash_attention")
         page = FLASH_PAGE_TOKENS if reads_pages else PAGE_TOKENS
         longest = max(map(len, prompts))
@@ -317,7 +315,6 @@ class PagedSampler:
         ids: list[list[int]],
         ended: list[bool],
     ) -> None:
-        """Store the completions of `manager` in `ids` and `ended`; raises its thread's error."""
         missing, stops = set(range(len(ids))), frozenset(options.stops)
         while missing:
             output = manager.get_result(timeout=1)

@@ -208,7 +208,6 @@ class GroupSampler(RowDecoder):
         self._tokenizer = tokenizer
 
     def _choose_tokens(self, rows: Rows) -> None:
-        """Set token 0 in each row; `sample` replaces it by a drawn token."""
         rows.last = [0] * len(rows.numbers)
 
     def sample(

@@ -243,7 +243,6 @@ def _chunks(states: Tensor, targets: Tensor, size: int) -> Iterator[tuple[Tensor
 
 
 def _cast_gradient(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns `gradient` in `dtype`, times `FLOAT16_SCALE` if that is float16."""
     return (gradient * FLOAT16_SCALE if dtype == torch.float16 else gradient).to(dtype)
 
 

@@ -40,9 +40,11 @@ from ftlevel.models.upstream.quantizers import (
 from ftlevel.models.upstream.tensors import (
     cast_together,
     is_in_backward,
+    is_on_gpu,
     is_watched,
     new_shape,
     order_of,
+    submodules_of,
 )
 
 
@@ -142,11 +144,6 @@ def compute_without_gradient(
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def is_on_gpu(tensor: Tensor) -> bool:
-    """Returns whether the layer of input `tensor` runs on a GPU, for tests to replace."""
-    return tensor.is_cuda
-
-
 def _narrow(factor: Tensor, rows: Tensor, scaling: float) -> Tensor:
     """Returns `scaling` · `factor` @ `rows`ᵀ, (r, tokens), for `factor` (r, width)."""
     if is_on_gpu(rows):
@@ -194,11 +191,11 @@ class FusedForward:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # PEFT's
         compute_dtype, output_dtype = self._get_dtypes(x)
         x = x.to(compute_dtype)
-        modules = self._modules
-        a, b = (modules[kind]._modules[name].weight for kind in ("lora_A", "lora_B"))
+        modules = submodules_of(self)
+        a, b = (submodules_of(modules[kind])[name].weight for kind in ("lora_A", "lora_B"))
         bias, scaling = modules["base_layer"].bias, self.scaling[name]
         weight = functools.partial(self._weight, compute_dtype)
-        dropout = modules["lora_dropout"]._modules[name]
+        dropout = submodules_of(modules["lora_dropout"])[name]
         has_dropout = self.training and not isinstance(dropout, nn.Identity)
         with torch.autocast(x.device.type, enabled=False):
             if not (has_dropout or torch.is_grad_enabled()):
@@ -227,11 +224,10 @@ def get_single_adapter(layer: Any) -> str | None:
     Variants such as DoRA, a bias of B and a trained base cannot be fused. Hooks on the layer (of
     offloading, tensor parallelism, an observer) also prevent fusion: it would skip them.
     """
-    # The dicts of submodules are read directly, which takes a quarter of the time.
     if layer.disable_adapters or layer.merged_adapters:
         return None
-    modules = layer._modules
-    factors_a, factors_b = modules["lora_A"]._modules, modules["lora_B"]._modules
+    modules = submodules_of(layer)
+    factors_a, factors_b = (submodules_of(modules[kind]) for kind in ("lora_A", "lora_B"))
     names = [name for name in layer.active_adapters if name in factors_a]
     if len(names) != 1:
         return None

@@ -25,6 +25,7 @@ from ftlevel.models.upstream.tensors import (
     VarlenLengths,
     flash_attention,
     flash_attention_backward,
+    is_on_gpu,
 )
 
 
@@ -90,14 +91,21 @@ with head_dim 193 to 224 (torch, aten/src/ATen/native/transformers/cuda/sdp_util
 """
 
 
+def get_capability(tensor: Tensor) -> tuple[int, int]:
+    """Returns the compute capability of the GPU of `tensor`; of an Ampere card for estimates."""
+    if tensor.is_cuda:
+        return torch.cuda.get_device_capability(tensor.device)
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (8, 0)
+
+
 def supports_varlen(states: Sequence[Tensor], options: AttentionOptions) -> bool:
     """Returns whether `varlen_attn` supports `options` and query, key and value (…, head_dim)."""
     query, key, value = states
-    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+    if not is_on_gpu(query) or query.dtype not in (torch.bfloat16, torch.float16):
         return False
     if options.dropout or options.cap or not HAS_VARLEN:
         return False
-    capability, head_dim = torch.cuda.get_device_capability(query.device), query.shape[-1]
+    capability, head_dim = get_capability(query), query.shape[-1]
     if not head_dim == key.shape[-1] == value.shape[-1]:
         return False
     if capability in SMALL_MEMORY_CAPABILITIES and 192 < head_dim <= 224:
@@ -142,7 +150,6 @@ def get_lengths(
 
 
 def _to_ends(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Returns cumulative lengths, (sequences + 1,) int32."""
     return send(torch.tensor([0, *lengths]).cumsum(0).int(), device)
 
 

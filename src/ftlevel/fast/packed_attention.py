@@ -39,7 +39,7 @@ from ftlevel.fast.packing import PackedLayout, Segment, UnsupportedModelError, c
 from ftlevel.fast.prefixes import current_prefix
 from ftlevel.fast.recompute import dropout_mask, worker_generator
 from ftlevel.models.upstream.architectures import create_sdpa_mask
-from ftlevel.models.upstream.tensors import softmax_backward
+from ftlevel.models.upstream.tensors import is_on_gpu, softmax_backward
 
 MAX_SHORT = 64
 """Maximum tokens of a short sequence."""
@@ -303,7 +303,7 @@ def _by_sequence(layout: PackedLayout, states: list[Tensor], options: AttentionO
     """
     if supports_varlen(states, options):
         return varlen_attention(states, layout.segments, options)
-    if states[0].device.type != "cpu":
+    if is_on_gpu(states[0]) or states[0].device.type != "cpu":
         return padded_attention(states, layout.segments, options)
     max_length = max(s.stop - s.start for s in layout.segments)
     is_short = max_length <= MAX_BLOCKED

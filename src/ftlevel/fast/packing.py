@@ -276,7 +276,6 @@ def _round_up(number: int, multiple: int, limit: int) -> int:
 
 
 def _balance(order: Sequence[int], costs: Sequence[int], num_batches: int) -> MicroBatches:
-    """Split rows, in `order`; each is added to the micro-batch with the lowest total cost."""
     micro_batches: MicroBatches = [[] for _ in range(num_batches)]
     batch_costs = [0] * num_batches
     for row in order:

@@ -80,7 +80,6 @@ def _uses_global_generator(meta: Any, random: str, is_ordered: bool) -> str:
 
 
 def _get_sequential_message(method: MethodConfig, meta: Any) -> str:
-    """Returns why micro-batches cannot be computed in parallel; empty if they can."""
     family = meta.config.model_type
     if reason := METHODS[method.kind].step.workers(method):
         return reason
@@ -92,7 +91,6 @@ def _get_sequential_message(method: MethodConfig, meta: Any) -> str:
 
 
 def _has_dynamic_rope(config: Any) -> bool:
-    """Returns whether a forward pass updates rotary frequencies (transformers 5)."""
     parameters = getattr(config, "rope_parameters", None) or {}
     all_parameters = [parameters, *(v for v in parameters.values() if isinstance(v, dict))]
     return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in all_parameters)
@@ -454,7 +452,6 @@ def fused_lora_choices(
 def _get_unfused_message(
     method: MethodConfig, speed: SpeedConfig, quant: str, device: str
 ) -> str | None:
-    """Returns why LoRA layers are not fused; empty if fused, None for other methods."""
     check = METHODS[method.kind].step.fusing
     if check is None:
         return None

@@ -508,7 +508,6 @@ def get_new_heads(meta: torch.nn.Module, source: ModelSource, heads: list[str]) 
 
 
 def _load_tensor_types(source: ModelSource) -> dict[str, str]:
-    """Returns tensor dtypes by name; empty for .gguf files."""
     if source.kind == "gguf":
         return {}
     if source.kind == "hub" and not source.local_files_only:
@@ -523,7 +522,6 @@ def _load_tensor_types(source: ModelSource) -> dict[str, str]:
 
 @functools.cache
 def _load_hub_tensor_types(name: str, revision: str | None) -> dict[str, str]:
-    """Returns tensor dtypes of a Hub model by name, without downloading its weights."""
     try:
         metadata = huggingface_hub.get_safetensors_metadata(name, revision=revision)
     except Exception:  # noqa: BLE001 - loading the weights will report it

@@ -144,7 +144,6 @@ class ModuleTree:
         ]
 
     def _unwrap(self, name: str) -> str:
-        """Returns the name of the first module below `name` with several children, or `name`."""
         children = list(self.modules[name].named_children())
         if len(children) == 1 and any(True for _ in children[0][1].children()):
             return self._unwrap(f"{name}.{children[0][0]}")

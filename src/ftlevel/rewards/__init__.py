@@ -325,7 +325,6 @@ def _compute_match_ratio(got: Any, reference: Any) -> float:
 
 
 def _validator(schema: Any) -> Any:
-    """Returns a validator of `schema`, an object or JSON text; may raise `ValueError`."""
     schema = parse_strict_json(schema) if isinstance(schema, str) else schema
     if not isinstance(schema, Mapping | bool):
         raise ValueError("not a JSON schema (expected an object)")

@@ -248,7 +248,6 @@ def _to_json(value: Any) -> Any:
 
 
 def _end_with(parent: int) -> None:
-    """Wait until the process `parent` has ended; then kill this process and its children."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os.killpg(0, signal.SIGKILL)

@@ -198,9 +198,8 @@ def create_evaluator(
 ) -> Evaluator | None:
     """Create the evaluator of the validation rows; None without validation rows.
 
-    Batches are divided among `processes`, unless the model is sharded: all must then call it
-    equally often, so each computes all batches. In reinforcement learning, completions are sampled
-    from `model`; see `create_rollouts`.
+    Batches are divided among `processes`; all have equally many if the model is sharded. In
+    reinforcement learning, completions are sampled from `model`; see `create_rollouts`.
     """
     if not run.data.validation:
         return None
@@ -217,8 +216,8 @@ def create_evaluator(
         "metrics": section.metrics,
         "corpus": run.data.corpus,
     }
-    if processes.count > 1 and section.shard == "none":
-        shared["divide"] = processes.divide
+    if processes.count > 1:
+        shared["divide"] = partial(processes.divide, equally=section.shard != "none")
     if is_rl(run):
         rollouts = create_rollouts(run, model, teacher, server, get_validation_position)
         return RewardEvaluator(**shared, generated_rows=generated, rollouts=rollouts)

@@ -340,7 +340,6 @@ def _to_dict(result: optuna.Study, study: Study) -> dict[str, Any]:
 
 
 def _run_trial(study: Study, config: TrainConfig, path: Path) -> None:
-    """Run the study's next trial; do nothing if other processes have started all of them."""
     result = study.load()
 
     def run(trial: optuna.Trial) -> float:

@@ -61,7 +61,6 @@ _COARSE_SCORE = 5e-2
 
 
 def _query(config: CheckServedConfig, method: str, *args: Any) -> Any:
-    """Call `method` of `Client` with the server's model name and `args`; return its result."""
     client = Client(config.url or "", float(config.timeout))
     names = [config.model] if config.model else [*client.models(), config.out.stem]
     try:
