@@ -19,6 +19,7 @@ from ftlevel.errors import InputError, join_names
 from ftlevel.methods import METHODS, ensure_registered
 from ftlevel.methods.base import MergeInfo
 from ftlevel.methods.upstream import merge_layer, shira_indices
+from ftlevel.models.untrusted import check_peft_config
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -39,6 +40,7 @@ def load_peft_config(path: Path) -> dict[str, Any]:
     config = read_json_object(path)
     if not isinstance(config.get("peft_type"), str):
         raise InputError(f"{path} is not the configuration of an adapter: it names no peft_type.")
+    check_peft_config(path, config)
     return config
 
 

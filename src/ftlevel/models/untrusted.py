@@ -9,20 +9,27 @@ from __future__ import annotations
 import functools
 import io
 import json
+import math
 import os
+import pickle
 import re
+import select
 import signal
 import struct
 import threading
-from collections.abc import Iterator, Mapping
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from ftlevel.artifacts.files import check_regular
+from ftlevel.config.reading import flatten
 from ftlevel.errors import InputError
 
+_Result = TypeVar("_Result")
 _INDEX = "*.safetensors.index.json"
 _MAX_JSON_BYTES = 1 << 27  # bytes; an index of 100,000 tensors has 10 MB
 
@@ -197,10 +204,85 @@ def limit_time(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def call_in_fork(function: Callable[[], _Result], seconds: float) -> _Result:
+    """Returns `function()`, computed in a forked process, which is killed after `seconds`.
+
+    `limit_time` cannot end a single long operation, such as a power of integers. The result is
+    pickled. Raises TimeoutError, or the exception of `function`. Without `os.fork`, it is called
+    in this process.
+    """
+    if not hasattr(os, "fork"):
+        return function()
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # threads exist; the child uses none
+        pid = os.fork()
+    if pid == 0:
+        try:
+            try:
+                outcome = pickle.dumps((function(), None))
+            except Exception as error:  # noqa: BLE001 - raised in the parent
+                outcome = pickle.dumps((None, error))
+            with os.fdopen(write, "wb") as file:
+                file.write(outcome)
+        finally:
+            os._exit(0)
+    os.close(write)
+    content, end = b"", time.monotonic() + seconds
+    try:
+        while select.select([read], [], [], max(end - time.monotonic(), 0))[0]:
+            if not (block := os.read(read, 1 << 16)):
+                break
+            content += block
+        else:
+            raise TimeoutError(f"it took more than {seconds:g} s")
+    finally:
+        os.close(read)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    if not content:
+        raise MemoryError
+    result, problem = pickle.loads(content)
+    if problem is not None:
+        raise problem
+    return cast("_Result", result)
+
+
 _TIMEOUT = 10.0
 # A string is a regular expression, a list has names.
 _REGEX_KEYS = ("target_modules", "exclude_modules")
 _PATTERN_KEYS = ("rank_pattern", "alpha_pattern")
+# PEFT puts these into regular expressions.
+_NAME_KEYS = {
+    "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\..*",
+    "modules_to_save": r"(^|.*\.){}($|\..*)",
+}
+_MAX_REPEATED_LAYERS = 1000
+
+
+def check_peft_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise `InputError` if `config`, from `path`, has NaN, infinity, or values that take forever."""
+    problems = [
+        (name, value, "a finite number")
+        for name, value in flatten(config)
+        if isinstance(value, float) and not math.isfinite(value)
+    ]
+    init = config.get("init_lora_weights")
+    if str(init).startswith("pissa") and not re.fullmatch(r"pissa(_niter_\d{1,2})?", str(init)):
+        problems.append(("init_lora_weights", init, "pissa, or pissa_niter_N with N below 100"))
+    if ranges := config.get("layer_replication"):
+        try:
+            count = sum(int(end) - int(begin) for begin, end in ranges)
+        except (TypeError, ValueError):
+            count = -1
+        if not 0 <= count <= _MAX_REPEATED_LAYERS:
+            expected = f"pairs of layer numbers, {_MAX_REPEATED_LAYERS:,} layers at most"
+            problems.append(("layer_replication", ranges, expected))
+    for name, value, expected in problems:
+        raise InputError(
+            f"{path}: {name} is {str(value)[:80]}. Expected {expected}. The file is damaged or "
+            "malicious."
+        )
 
 
 def check_patterns(adapter_dir: Path, peft_config: Mapping[str, Any], base: Any) -> None:
@@ -229,6 +311,10 @@ def _patterns(peft_config: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     for field in _PATTERN_KEYS:
         if isinstance(patterns := peft_config.get(field), Mapping):
             yield from ((field, key, rf"(.*\.)?({key})") for key in patterns)
+    for field, pattern in _NAME_KEYS.items():
+        names = peft_config.get(field) or []
+        for name in [names] if isinstance(names, str) else names:
+            yield field, name, pattern.replace("{}", str(name))
 
 
 FROM_READERS = (

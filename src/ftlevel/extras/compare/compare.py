@@ -39,6 +39,7 @@ from ftlevel.extras.compare.search import (
     search,
     with_values,
 )
+from ftlevel.safe_io import mask_passwords
 from ftlevel.training.finish import StartTime
 from ftlevel.training.session import CommandLine
 
@@ -209,7 +210,7 @@ def _start_or_resume(
         "seeds": args.seeds,
         "search": list(dict.fromkeys(args.search)),
         "trials": args.trials or _TRIALS,
-        "study": args.study,
+        "study": args.study and mask_passwords(args.study),
         "searched": {},
         "max_memory": args.max_memory,
         "max_minutes": args.max_minutes,
@@ -219,7 +220,7 @@ def _start_or_resume(
         check_new_output("--output-dir", path)
         if not args.methods:
             raise ConfigError("--methods is missing. Name some: --methods lora,ia3,full")
-        for flag, value in (("--trials", args.trials), ("--study", args.study)):
+        for flag, value in (("--trials", args.trials), ("--study", state["study"])):
             if value is not None and not args.search:
                 raise ConfigError(f"{flag} {value} is for --search. Add --search lr, or drop it.")
         return args, {"asked": state}
@@ -247,7 +248,7 @@ def _start_or_resume(
         )
     if args.trials is not None and not search_results["searched"]:
         search_results["trials"] = args.trials
-    given = {"search": state["search"], "trials": args.trials, "study": args.study}
+    given = {"search": state["search"], "trials": args.trials, "study": state["study"]}
     for name, value in given.items():
         saved = search_results[name] if search_results["search"] else None
         if value and value != saved:
@@ -256,6 +257,7 @@ def _start_or_resume(
                 f"--resume {path}: --{name} was {shown}. Drop it, or start a new run in another "
                 "--output-dir."
             )
+    _check_password(search_results["study"], args)
     for run in path.glob("*-seed*"):
         check_lock(run)
     limits = {name: state[name] or old.get(name) for name in ("max_memory", "max_minutes")}
@@ -276,9 +278,14 @@ def _start_or_resume(
         seeds=state["seeds"],
         search=tuple(state["search"]),
         trials=state["trials"],
-        study=state["study"],
+        study=args.study or state["study"],
     )
     return args, {"asked": state}
+
+
+def _check_password(saved: str | None, args: ComparisonOptions) -> None:
+    if saved and "***" in saved and not args.study:
+        raise ConfigError(f"--resume: the password of {saved} is not saved. Pass --study again.")
 
 
 def _without_metric(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -386,7 +393,8 @@ def _search_all(
     done = state["asked"]["searched"]
     for method, config in list(result.configs.items()):
         if method not in done:
-            study = plan_study(method, config, state["asked"], result.dry_runs[method], result.path)
+            asked = {**state["asked"], "study": result.args.study}  # with its password
+            study = plan_study(method, config, asked, result.dry_runs[method], result.path)
             if study is None:
                 continue
             listener.stage(

@@ -39,6 +39,7 @@ from ftlevel.errors import (
 )
 from ftlevel.events import NullListener
 from ftlevel.extras.compare.comparison import ranking_metric
+from ftlevel.safe_io import mask_passwords
 from ftlevel.training.best import is_greater_better
 
 if TYPE_CHECKING:
@@ -233,8 +234,8 @@ def check_search(names: tuple[str, ...], storage: str | None) -> list[str]:
         )
     elif storage is not None and "://" not in storage:
         problems.append(
-            f"--study {storage}: expected a database URL, as sqlite:///search.db or "
-            "postgresql://user@host/name."
+            f"--study {mask_passwords(storage)}: expected a database URL, as sqlite:///search.db "
+            "or postgresql://user@host/name."
         )
     return problems
 
@@ -325,7 +326,7 @@ def _to_dict(result: optuna.Study, study: Study) -> dict[str, Any]:
         "trials": len(trials),
         "pruned": sum(t.state.name == "PRUNED" for t in trials),
         "seconds": sum(seconds),
-        "study": study.storage,
+        "study": mask_passwords(study.storage),
         "name": study.name,
         "history": [
             {
