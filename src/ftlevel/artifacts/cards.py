@@ -15,11 +15,11 @@ from typing import Any
 
 from ftlevel._version import __version__
 from ftlevel.artifacts.files import check_regular, read_json_object, write_json
-from ftlevel.artifacts.markdown import code, one_line, plain
 from ftlevel.artifacts.run_directory import RunDirectory, get_run_dir
 from ftlevel.config import QuantConfig
 from ftlevel.config.reading import load_yaml
 from ftlevel.errors import InputError
+from ftlevel.safe_io import escape_controls
 
 CARD = "ftlevel.json"
 _SHOWN_LABELS = 20
@@ -197,6 +197,26 @@ def _result_metadata(summary: Mapping[str, Any]) -> dict[str, Any]:
     }
     index = [{"name": Path(summary["run"]).name, "results": [result]}] if metrics else []
     return {"datasets": [name] * is_hub, "metrics": list(metrics), "model-index": index}
+
+
+_SPECIAL = re.compile(r"[\\`*\[\]<>|&~]")
+
+
+def one_line(text: object) -> str:
+    """Returns `text` on one line, without control characters."""
+    return escape_controls(str(text)).replace("\n", "\\n").replace("\t", " ")
+
+
+def plain(text: object) -> str:
+    """Returns `text` on one line, with escapes where Markdown or HTML would begin."""
+    return _SPECIAL.sub(r"\\\g<0>", one_line(text))
+
+
+def code(text: object) -> str:
+    """Returns `text` as a code span; the fence is longer than those in `text`."""
+    line = one_line(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence} {line} {fence}" if len(fence) > 1 else f"`{line}`"
 
 
 def predict_command(run: str, task: str) -> str:

@@ -261,8 +261,8 @@ _MAX_REPEATED_LAYERS = 1000
 
 
 def check_peft_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise `InputError` if `config`, from `path`, has NaN, infinity, or values that take forever."""
-    problems = [
+    """Raise `InputError` if `config`, read from `path`, has NaN, infinity or absurd sizes."""
+    problems: list[tuple[str, Any, str]] = [
         (name, value, "a finite number")
         for name, value in flatten(config)
         if isinstance(value, float) and not math.isfinite(value)

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from ftlevel.artifacts.markdown import code, one_line, plain
+from ftlevel.artifacts.cards import code, one_line, plain
 from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
 from ftlevel.config.export import Server
 from ftlevel.data.encoding.encode import PromptFormat, encode_prompt, load_prompt_format
