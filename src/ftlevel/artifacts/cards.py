@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel._version import __version__
-from ftlevel.artifacts.files import check_regular, read_json_object, write_json
+from ftlevel.artifacts.files import check_regular, read_json, write_json
 from ftlevel.artifacts.run_directory import RunDirectory, get_run_dir
 from ftlevel.config import QuantConfig
 from ftlevel.config.reading import load_yaml
@@ -71,7 +71,7 @@ def load_card(model_dir: Path) -> AdapterCard:
         check_regular(model_dir.iterdir(), str(model_dir))
     if not path.exists():
         raise InputError(f"{model_dir} has no {CARD}, so it is not an adapter of ftlevel.")
-    data = read_json_object(path)
+    data = read_json(path)
     if data.pop("format", None) != 1:
         raise InputError(f"{path} was written by a later ftlevel. Install that version.")
     try:

@@ -178,6 +178,12 @@ def run(args: list[str]) -> int:
         if is_stream and sys.stdout is not None:
             discard(sys.stdout)
         return code
+    except BaseException as error:
+        if show_traceback or type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:_MAX_MESSAGE]
+        message = f"a library written in Rust, such as tokenizers, failed: {reason}. Check the"
+        return _end(args, f"{message} model's tokenizer.json and the data.", 2, "model")
     return code if isinstance(code, int) else 0
 
 

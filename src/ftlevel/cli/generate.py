@@ -13,6 +13,7 @@ from ftlevel.cli.flags import CommandInput
 from ftlevel.cli.startup import echo_styled, heavy_imports
 from ftlevel.config import GenerateConfig
 from ftlevel.errors import ConfigError
+from ftlevel.safe_io import save_text
 
 if TYPE_CHECKING:
     from ftlevel.commands.generate import Chat
@@ -61,7 +62,7 @@ def generate(
     if out is not None:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         with atomic_files(out) as folder:
-            (folder / out.name).write_text(text, encoding="utf-8")
+            save_text(folder / out.name, text)
     if as_json:
         typer.echo(json.dumps({"answers": lines}))
     elif out is not None:

@@ -278,6 +278,8 @@ def check_peft_config(path: Path, config: Mapping[str, Any]) -> None:
         if not 0 <= count <= _MAX_REPEATED_LAYERS:
             expected = f"pairs of layer numbers, {_MAX_REPEATED_LAYERS:,} layers at most"
             problems.append(("layer_replication", ranges, expected))
+    if config.get("megatron_config"):  # PEFT then imports the module that megatron_core names
+        problems.append(("megatron_config", config["megatron_config"], "none"))
     for name, value, expected in problems:
         raise InputError(
             f"{path}: {name} is {str(value)[:80]}. Expected {expected}. The file is damaged or "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import shlex
 from collections.abc import Callable, Mapping
@@ -11,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ftlevel.artifacts.files import check_new_output, read_json_object, write_json, write_text
+from ftlevel.artifacts.files import check_new_output, read_json, write_json, write_text
 from ftlevel.artifacts.paths import make_paths_absolute
-from ftlevel.artifacts.run_directory import CONFIG, SUMMARY, check_lock
+from ftlevel.artifacts.run_directory import CONFIG, SUMMARY, check_links, check_lock
 from ftlevel.commands.evaluate import evaluate
 from ftlevel.commands.plan import PlanOptions, plan
 from ftlevel.commands.train import train
@@ -225,14 +224,14 @@ def _start_or_resume(
                 raise ConfigError(f"{flag} {value} is for --search. Add --search lr, or drop it.")
         return args, {"asked": state}
     try:
-        old = json.loads(before.read_text(encoding="utf-8"))["asked"]
+        old = read_json(before)["asked"]
         was, old_budget = old["config"], old["budget"]
         methods, seeds, steps = old["methods"], old["seeds"], old["planned_steps"]
         search_results = {
             name: old.get(name, state[name])  # absent in older files
             for name in ("search", "trials", "study", "searched")
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ConfigError(f"--resume: {before} cannot be read ({error!r}).") from None
     if budget not in (old_budget, {"steps": None, "minutes": None}):
         raise ConfigError(
@@ -258,6 +257,7 @@ def _start_or_resume(
                 "--output-dir."
             )
     _check_password(search_results["study"], args)
+    check_links(path, [entry.name for entry in path.iterdir()])
     for run in path.glob("*-seed*"):
         check_lock(run)
     limits = {name: state[name] or old.get(name) for name in ("max_memory", "max_minutes")}
@@ -326,7 +326,7 @@ def _check_methods(config: TrainConfig, result: Comparison, listener: Listener) 
 
 def _check_rows(run: Path, dry_run: Mapping[str, Any]) -> None:
     """Raise InputError if `run` has finished with different rows than those of `dry_run`."""
-    before = read_json_object(run / SUMMARY)["data"] if (run / SUMMARY).is_file() else {}
+    before = read_json(run / SUMMARY)["data"] if (run / SUMMARY).is_file() else {}
     if any(before[name] != dry_run["data"][name] for name in _ROWS if name in before):
         raise InputError(
             f"--resume {run.parent}: the rows are not those of {run.name}. Start a new comparison "
@@ -433,9 +433,7 @@ def _train_all(result: Comparison, listener: Listener, prepare: Callable[[], Any
                 listener.warn(f"{method} is skipped: {error}")
                 result.scored.pop(method, None)
                 continue
-        summary, scores = (
-            json.loads(path.read_text(encoding="utf-8")) for path in (run / SUMMARY, scores_path)
-        )
+        summary, scores = read_json(run / SUMMARY), read_json(scores_path)
         result.scored.setdefault(method, []).append(
             {"run": run, "seed": seed, "summary": summary, **scores}
         )
@@ -447,7 +445,7 @@ def _is_scored(config: TrainConfig, scores_path: Path) -> bool:
     if not scores_path.is_file():
         return False
     name = config.train.metric_for_best_model
-    scored = json.loads(scores_path.read_text(encoding="utf-8"))["name"]
+    scored = read_json(scores_path)["name"]
     return name is None or name.removeprefix("eval_") == scored
 
 

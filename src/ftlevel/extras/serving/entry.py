@@ -20,6 +20,7 @@ from ftlevel.errors import ConfigError, InputError, join_names, with_article
 from ftlevel.merging.normal_form import NormalForm
 from ftlevel.methods.merging import load_peft_config
 from ftlevel.models.loading import load_tokenizer
+from ftlevel.safe_io import save_text
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.weights.checkpoint import Checkpoint, open_base
 
@@ -405,7 +406,7 @@ def save_readme(path: Path, summary: Mapping[str, Any]) -> None:
     lines.append("")
     lines += [f"{plain(note)}.\n" for note in summary["notes"]]
     lines += serving_lines(summary)
-    (path / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    save_text(path / "README.md", "\n".join(lines))
 
 
 def serving_lines(summary: Mapping[str, Any]) -> list[str]:
