@@ -106,23 +106,21 @@ def send_request(url: str, data: bytes | None, timeout: float, max_bytes: int) -
     response is not complete after `timeout` seconds, OSError if the server speaks no HTTP.
     """
     from http.client import HTTPException  # lazy: takes 30 ms
-    from urllib import error, request
+    from urllib import request
 
-    class NoRedirect(request.HTTPRedirectHandler):
-        def redirect_request(self, *_: Any) -> None:
-            return None
+    class Unprocessed(request.HTTPErrorProcessor):
+        def http_response(self, _: Any, response: Any) -> Any:  # also of redirects and errors
+            return response
+
+        https_response = http_response  # type: ignore[assignment]
 
     outcome: list[tuple[int, str] | BaseException] = []
 
     def exchange() -> None:
-        opener = request.build_opener(request.ProxyHandler({}), NoRedirect)
+        opener = request.build_opener(request.ProxyHandler({}), Unprocessed)
         query = request.Request(url, data, {"Content-Type": "application/json"})
         try:
-            try:
-                response = opener.open(query, timeout=timeout)
-            except error.HTTPError as refused:
-                response = refused
-            with response:
+            with opener.open(query, timeout=timeout) as response:
                 text = response.read(max_bytes).decode(errors="replace")
             outcome.append((response.status, text or response.reason))
         except HTTPException as problem:

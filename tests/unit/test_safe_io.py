@@ -46,7 +46,6 @@ RULES: dict[str, tuple[Rule, dict[str, str]]] = {
     "files are written by open_new, open_existing and save_text": (
         is_written,
         {
-            "models/untrusted.py": "a pipe",
             "rewards/worker.py": "a pipe",
             **SCRIPTS,
         },
@@ -73,7 +72,7 @@ RULES: dict[str, tuple[Rule, dict[str, str]]] = {
         lambda call, name: name in ("pickle.load", "pickle.loads", "joblib.load") or (
             name == "torch.load" and "weights_only" not in {k.arg for k in call.keywords}
         ),
-        {"models/untrusted.py": "of a process that it has forked"},
+        {},
     ),
     "YAML is read by load_yaml": (
         lambda _, name: bool(re.fullmatch(r"yaml\.(\w*load\w*|compose\w*|parse|scan)", name)),
@@ -86,7 +85,6 @@ RULES: dict[str, tuple[Rule, dict[str, str]]] = {
         {
             "data/prepare/dataset.py": "of the user's cache",
             "extras/serving/check.py": "of a process that it has started",
-            "models/untrusted.py": "names the model in its errors",
             **SCRIPTS,
         },
     ),

@@ -85,9 +85,14 @@ def load_json(path: Path, json_type: type = dict) -> Any:
     return read_json(path, json_type) if path.exists() else json_type()
 
 
+_MAX_JSON_BYTES = 1 << 27  # bytes; an index of 100,000 tensors has 10 MB
+
+
 def read_json(path: Path, json_type: type = dict) -> Any:
     """Returns the JSON value in a file, an instance of `json_type`; raises InputError otherwise."""
     try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes")
         content = json.loads(read_plain(path))
         if not isinstance(content, json_type):
             raise ValueError(f"it is not {'an object' if json_type is dict else 'a list'}")

@@ -183,7 +183,9 @@ def run(args: list[str]) -> int:
             raise
         reason = " ".join(str(error).split())[:_MAX_MESSAGE]
         message = f"a library written in Rust, such as tokenizers, failed: {reason}. Check the"
-        return _end(args, f"{message} model's tokenizer.json and the data.", 2, topic_of_error(error))
+        return _end(
+            args, f"{message} model's tokenizer.json and the data.", 2, topic_of_error(error)
+        )
     return code if isinstance(code, int) else 0
 
 

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import functools
 import io
-import json
 import math
+import multiprocessing
 import os
-import pickle
 import re
-import select
 import signal
 import struct
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,13 +22,12 @@ from pathlib import Path, PurePosixPath
 from types import FrameType
 from typing import Any, TypeVar, cast
 
-from ftlevel.artifacts.files import check_regular
+from ftlevel.artifacts.files import check_regular, read_json
 from ftlevel.config.reading import flatten
 from ftlevel.errors import InputError
 
 _Result = TypeVar("_Result")
 _INDEX = "*.safetensors.index.json"
-_MAX_JSON_BYTES = 1 << 27  # bytes; an index of 100,000 tensors has 10 MB
 
 _MAX_SIZES = {
     name: most
@@ -137,17 +133,10 @@ def _check_index(index: Path, label: str) -> None:
 
 def _load_json(path: Path, label: str) -> Mapping[str, Any]:
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, Mapping):
-            raise TypeError("it is not an object")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return cast("Mapping[str, Any]", read_json(path))
+    except InputError as error:
         problem = "its weights cannot" if path.match(_INDEX) else "it cannot"
-        raise InputError(
-            f"{label}: {problem} be read ({path.name}: {error}). Is the copy incomplete?"
-        ) from None
-    return content
+        raise InputError(f"{label}: {problem} be read: {error}") from None
 
 
 try:
@@ -205,47 +194,41 @@ def limit_time(seconds: float) -> Iterator[None]:
 
 
 def call_in_fork(function: Callable[[], _Result], seconds: float) -> _Result:
-    """Returns `function()`, computed in a forked process, which is killed after `seconds`.
+    """Returns `function()`, computed in a forked process that is killed after `seconds`.
 
-    `limit_time` cannot end a single long operation, such as a power of integers. The result is
-    pickled. Raises TimeoutError, or the exception of `function`. Without `os.fork`, it is called
-    in this process.
+    `limit_time` cannot end one long operation, such as a power of integers. Raises TimeoutError, or
+    the exception of `function`, which is called in this process on systems without fork.
     """
-    if not hasattr(os, "fork"):
+    if "fork" not in multiprocessing.get_all_start_methods():
         return function()
-    read, write = os.pipe()
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_result, args=(function, sender), daemon=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # threads exist; the child uses none
-        pid = os.fork()
-    if pid == 0:
-        try:
-            try:
-                outcome = pickle.dumps((function(), None))
-            except Exception as error:  # noqa: BLE001 - raised in the parent
-                outcome = pickle.dumps((None, error))
-            with os.fdopen(write, "wb") as file:
-                file.write(outcome)
-        finally:
-            os._exit(0)
-    os.close(write)
-    content, end = b"", time.monotonic() + seconds
+        warnings.simplefilter("ignore", DeprecationWarning)  # there are threads; it uses none
+        process.start()
+    sender.close()
     try:
-        while select.select([read], [], [], max(end - time.monotonic(), 0))[0]:
-            if not (block := os.read(read, 1 << 16)):
-                break
-            content += block
-        else:
+        if not receiver.poll(seconds):
             raise TimeoutError(f"it took more than {seconds:g} s")
+        result, problem = receiver.recv()
+    except EOFError:
+        raise MemoryError from None
     finally:
-        os.close(read)
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    if not content:
-        raise MemoryError
-    result, problem = pickle.loads(content)
+        process.kill()
+        process.join()
     if problem is not None:
         raise problem
     return cast("_Result", result)
+
+
+def _send_result(function: Callable[[], Any], sender: Any) -> None:
+    outcome: tuple[Any, Exception | None]
+    try:
+        outcome = function(), None
+    except Exception as error:  # noqa: BLE001 - raised by `call_in_fork`
+        outcome = None, error
+    sender.send(outcome)
 
 
 _TIMEOUT = 10.0
