@@ -182,10 +182,8 @@ def run(args: list[str]) -> int:
         if show_traceback or type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split())[:_MAX_MESSAGE]
-        message = f"a library written in Rust, such as tokenizers, failed: {reason}. Check the"
-        return _end(
-            args, f"{message} model's tokenizer.json and the data.", 2, topic_of_error(error)
-        )
+        message = f"the tokenizer, or another library in Rust, failed: {reason}. Check the model."
+        return _end(args, message, 2, topic_of_error(error))
     return code if isinstance(code, int) else 0
 
 
