@@ -193,7 +193,8 @@ def _open_storage(url: str) -> optuna.storages.RDBStorage:
     fail because a table or its version exists; another attempt then finds both.
     """
     import optuna
-    from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
     connect_args = {"timeout": _WAIT_FOR_LOCK} if url.startswith("sqlite") else {}
     attempts = _ATTEMPTS
@@ -211,8 +212,15 @@ def _open_storage(url: str) -> optuna.storages.RDBStorage:
             is_created = isinstance(error, IntegrityError) or "already exists" in str(error)
             attempts -= 1
             if not is_created or not attempts:
-                raise
+                raise _describe(url, error) from None
+        except (ImportError, SQLAlchemyError, StorageInternalError) as error:
+            raise _describe(url, error) from None
         time.sleep(_RETRY_SECONDS)
+
+
+def _describe(url: str, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split())[:200]
+    return ConfigError(f"--study {mask_passwords(url)} cannot be used: {reason}. Correct the URL.")
 
 
 class _StudyComplete(Exception):
