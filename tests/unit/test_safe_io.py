@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import functools
+import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,39 +15,132 @@ import ftlevel
 from ftlevel.safe_io import open_existing, open_new, python_command, script_command, start_process
 
 SOURCES = Path(ftlevel.__file__).parent
-_STARTS = {
-    "Popen",
-    "run",
-    "call",
-    "check_call",
-    "check_output",
-    "system",
-    "popen",
-    "execv",
-    "execvp",
+SCRIPTS = dict.fromkeys(
+    (f"extras/serving/{name}_script.py" for name in ("llama_cpp", "mlx", "openvino", "vllm")),
+    "runs in another Python, without ftlevel, in a directory that check-served has created",
+)
+
+
+def names(node: ast.expr) -> str:
+    """Return the dotted name of a function that is called; "?" for parts that are expressions."""
+    if isinstance(node, ast.Attribute):
+        return f"{names(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else "?"
+
+
+def is_written(call: ast.Call, name: str) -> bool:
+    """Return whether a call opens a file for writing, or writes one; mode x follows no link."""
+    modes = [
+        value.value
+        for value in (*call.args, *(keyword.value for keyword in call.keywords))
+        if isinstance(value, ast.Constant) and isinstance(value.value, str)
+    ]
+    if name.rpartition(".")[2] in ("write_text", "write_bytes"):
+        return name != "write_text"  # of artifacts.files
+    opens = name in ("open", "os.fdopen") or name.endswith(".open")
+    return opens and any(re.fullmatch(r"[wa]\+?[bt]?\+?", mode) for mode in modes)
+
+
+Rule = Callable[[ast.Call, str], bool]
+RULES: dict[str, tuple[Rule, dict[str, str]]] = {
+    "files are written by open_new, open_existing and save_text": (
+        is_written,
+        {
+            "rewards/worker.py": "a pipe",
+            **SCRIPTS,
+        },
+    ),
+    "processes are started by start_process": (
+        lambda _, name: bool(re.fullmatch(r"(subprocess\.\w+|os\.(system|popen|exec\w*|spawn\w*|"
+                                          r"posix_spawn\w*|startfile))", name)),
+        {"safe_io.py": "it is this module"},
+    ),
+    "modules are imported by name from tables of ftlevel": (
+        lambda _, name: bool(re.search(r"(import_module|__import__|spec_from_file_location|"
+                                       r"runpy\.\w+|pydoc\.locate|^exec|^eval)$", name)),
+        {
+            "__init__.py": "names of its own table",
+            "__main__.py": "exec of an empty text",
+            "extensions.py": "entry points of installed packages",
+            "merging/formats/base.py": "the table of export formats",
+            "methods/__init__.py": "the table of methods",
+            "rewards/worker.py": "files that config.trust allows",
+            "tasks/base.py": "the table of tasks",
+        },
+    ),
+    "pickles are read with weights_only": (
+        lambda call, name: name in ("pickle.load", "pickle.loads", "joblib.load") or (
+            name == "torch.load" and "weights_only" not in {k.arg for k in call.keywords}
+        ),
+        {},
+    ),
+    "YAML is read by load_yaml": (
+        lambda _, name: bool(re.fullmatch(r"yaml\.(\w*load\w*|compose\w*|parse|scan)", name)),
+        {"config/reading.py": "it is this function"},
+    ),
+    "JSON files are read by read_json and load_json": (
+        lambda call, name: name == "json.load" or (
+            name == "json.loads" and "read_text" in ast.unparse(call)
+        ),
+        {
+            "data/prepare/dataset.py": "of the user's cache",
+            "extras/serving/check.py": "of a process that it has started",
+            **SCRIPTS,
+        },
+    ),
+    "texts are printed by typer.echo, echo_styled and Screen, which escape them": (
+        lambda call, name: name in ("print", "Console", "raw_stream", "sys.__stdout__.write")
+        or (name.endswith(("secho", "style", "Progress")) and name.startswith("typer"))
+        or name == "os.write" or "color" in {k.arg for k in call.keywords if name == "typer.echo"},
+        {
+            "cli/screen.py": "its console escapes",
+            "cli/startup.py": "it defines echo_styled",
+            **SCRIPTS,
+        },
+    ),
+}  # fmt: skip
+"""Rule → what breaks it, and files that may with the reason."""
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_one_function_for_each_way_to_do_harm(rule: str) -> None:
+    breaks, allowed = RULES[rule]
+    found = {
+        path.relative_to(SOURCES).as_posix(): node.lineno
+        for path in SOURCES.rglob("*.py")
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Call) and breaks(node, names(node.func))
+    }
+    others = {file: line for file, line in found.items() if file not in allowed}
+    assert not others, rule
+    assert set(allowed) <= {*found, *SCRIPTS}, "files that are allowed without need"
+
+
+@functools.cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+CLIENTS = {"urllib.request", "http.client", "requests", "httpx", "aiohttp", "socket", "ftplib"}
+ALLOWED_CLIENTS = {
+    "safe_io.py": "send_request",
+    "cli/train.py": "a free port of this machine",
+    "models/sources.py": "whether the Hub has an address",
+    "training/processes.py": "between the processes of a run",
 }
 
 
-def find_process_starts(tree: ast.AST) -> list[int]:
-    """Return the lines that call a function of `subprocess` or `os` which starts a process."""
-    return [
-        node.lineno
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and isinstance(node.func.value, ast.Name)
-        and node.func.value.id in ("subprocess", "os")
-        and node.func.attr in _STARTS
-    ]
-
-
-def test_processes_are_started_by_one_function() -> None:
-    found = {
-        path.relative_to(SOURCES).as_posix(): lines
-        for path in SOURCES.rglob("*.py")
-        if (lines := find_process_starts(ast.parse(path.read_text(encoding="utf-8"))))
-    }
-    assert list(found) == ["safe_io.py"]
+def test_urls_are_requested_by_one_function() -> None:
+    found = set()
+    for path in SOURCES.rglob("*.py"):
+        for node in ast.walk(parse(path)):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                module = node.module or ""
+                modules = [module, *(f"{module}.{alias.name}" for alias in node.names)]
+            if CLIENTS.intersection(modules):
+                found.add(path.relative_to(SOURCES).as_posix())
+    assert found == set(ALLOWED_CLIENTS)
 
 
 def test_new_file_replaces_link_and_existing_refuses_it(tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel._version import __version__
-from ftlevel.artifacts.files import check_regular, read_json_object, write_json
+from ftlevel.artifacts.files import check_regular, read_json, write_json
 from ftlevel.artifacts.run_directory import RunDirectory, get_run_dir
 from ftlevel.config import QuantConfig
 from ftlevel.config.reading import load_yaml
 from ftlevel.errors import InputError
+from ftlevel.safe_io import escape_controls
 
 CARD = "ftlevel.json"
 _SHOWN_LABELS = 20
@@ -70,7 +71,7 @@ def load_card(model_dir: Path) -> AdapterCard:
         check_regular(model_dir.iterdir(), str(model_dir))
     if not path.exists():
         raise InputError(f"{model_dir} has no {CARD}, so it is not an adapter of ftlevel.")
-    data = read_json_object(path)
+    data = read_json(path)
     if data.pop("format", None) != 1:
         raise InputError(f"{path} was written by a later ftlevel. Install that version.")
     try:
@@ -198,11 +199,31 @@ def _result_metadata(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {"datasets": [name] * is_hub, "metrics": list(metrics), "model-index": index}
 
 
+_SPECIAL = re.compile(r"[\\`*\[\]<>|&~]")
+
+
+def one_line(text: object) -> str:
+    """Returns `text` on one line, without control characters."""
+    return escape_controls(str(text)).replace("\n", "\\n").replace("\t", " ")
+
+
+def plain(text: object) -> str:
+    """Returns `text` on one line, with escapes where Markdown or HTML would begin."""
+    return _SPECIAL.sub(r"\\\g<0>", one_line(text))
+
+
+def code(text: object) -> str:
+    """Returns `text` as a code span; the fence is longer than those in `text`."""
+    line = one_line(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence} {line} {fence}" if len(fence) > 1 else f"`{line}`"
+
+
 def predict_command(run: str, task: str) -> str:
     """Returns `ftlevel generate` for `run` with prompt flags, or `predict` if `task` has none."""
     prompt_flags = _PROMPTS.get(task, '--prompt "…"')
     command = "generate" if prompt_flags else "predict"
-    return f"ftlevel {command} {shlex.quote(run)} {prompt_flags or '--dataset FILE'}"
+    return f"ftlevel {command} {one_line(shlex.quote(run))} {prompt_flags or '--dataset FILE'}"
 
 
 def describe_losses(summary: Mapping[str, Any]) -> str:
@@ -271,19 +292,19 @@ def create_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
             [summary["method"]],
             **_result_metadata(summary),
         ),
-        f"# {Path(summary['run']).name}",
+        f"# {plain(Path(summary['run']).name)}",
         "",
-        f"`{summary['method']}` on `{summary['model']['name']}` for {summary['task']}, trained on "
-        f"`{summary['data']['name']}` ({summary['data']['train_rows']:,} rows, "
+        f"`{summary['method']}` on {code(summary['model']['name'])} for {summary['task']}, trained "
+        f"on {code(summary['data']['name'])} ({summary['data']['train_rows']:,} rows, "
         f"{summary['steps']:,} steps) by ftlevel {summary['versions'].get('ftlevel', '')}.",
         "",
     ]
     if summary.get("adapter"):
-        lines += [f"Training continued from the adapter `{summary['adapter']['name']}`.", ""]
+        lines += [f"Training continued from the adapter {code(summary['adapter']['name'])}.", ""]
     if reference := summary.get("reference"):
-        lines += [f"Reference model: {reference['is']}.", ""]
+        lines += [f"Reference model: {plain(reference['is'])}.", ""]
     if expected := summary.get("distillation"):
-        lines += [f"Teacher: `{expected['teacher']}`.", ""]
+        lines += [f"Teacher: {code(expected['teacher'])}.", ""]
     if metrics:
         lines += _format_metrics(summary)
         rows, generated = (summary["data"][key] for key in ("validation_rows", "generated_rows"))
@@ -294,7 +315,7 @@ def create_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
         remainder = (
             f" and {len(names) - _SHOWN_LABELS:,} more" if len(names) > _SHOWN_LABELS else ""
         )
-        shown_labels = ", ".join(f"`{name}`" for name in names[:_SHOWN_LABELS])
+        shown_labels = ", ".join(map(code, names[:_SHOWN_LABELS]))
         lines += [f"{len(names):,} labels: {shown_labels}{remainder}.", ""]
     if summary["loss_window"]:
         lines += [f"Training loss {describe_losses(summary)}.", ""]
@@ -323,7 +344,7 @@ def _format_metrics(summary: Mapping[str, Any]) -> list[str]:
     lines = [f"| metric | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name in metrics:
         cells = (f"{c[name]:.4f}" if name in c else "–" for c in columns.values())
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {plain(name)} | {' | '.join(cells)} |")
     return [*lines, "", f"Selected model: {format_selected_model(best)}."] if best else lines
 
 
@@ -379,9 +400,10 @@ def create_quantized_readme(name: str, summary: Mapping[str, Any], task: str | N
         *_format_metadata(
             summary["source"], "quantized", task, "transformers", [library, "quantized"]
         ),
-        f"# {name}",
+        f"# {plain(name)}",
         "",
-        f"{source}, quantized to {quantization} by ftlevel {summary['versions']['ftlevel']}: "
+        f"{plain(source)}, quantized to {quantization} by ftlevel "
+        f"{summary['versions']['ftlevel']}: "
         f"{summary['quantized_linears']:,} linear layers are quantized; embeddings, norms and "
         f"heads are in {summary['dtype']}.",
         "",
@@ -398,7 +420,7 @@ def create_quantized_readme(name: str, summary: Mapping[str, Any], task: str | N
         scores = summary["fidelity"]
         lines.append(
             f"Compared with its source on {scores['positions']:,} positions in {scores['windows']} "
-            f"windows of {scores['text']} ({scores['predicts']}):"
+            f"windows of {plain(scores['text'])} ({scores['predicts']}):"
         )
         lines.append("")
         if "cosine" in scores:
@@ -430,9 +452,9 @@ def create_merge_readme(summary: Mapping[str, Any], task: str) -> str:
     base = summary["base"]
     lines = [
         *_format_metadata(base, "finetune", task, "transformers", ["merged", summary["method"]]),
-        f"# {summary['out'].rstrip('/').rpartition('/')[2]}",
+        f"# {plain(summary['out'].rstrip('/').rpartition('/')[2])}",
         "",
-        f"`{base['name']}` with {' and '.join(f'`{name}`' for name in summary['adapters'])} "
+        f"{code(base['name'])} with {' and '.join(map(code, summary['adapters']))} "
         f"({summary['method']}) merged into its weights by ftlevel "
         f"{summary['versions'].get('ftlevel', '')}, in {summary['written']['dtype']}.",
         "",

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from ftlevel.artifacts.files import file_fingerprint, flush, flush_all, read_json_object, write_json
+from ftlevel.artifacts.files import file_fingerprint, flush, flush_all, read_json, write_json
 from ftlevel.errors import InputError
 
 MANIFEST = "manifest.json"
@@ -40,7 +40,7 @@ def listed(checkpoint: Path) -> set[str]:
 def _load_manifest(checkpoint: Path) -> dict[str, tuple[int, str]] | None:
     """Returns file → (size, SHA-256); None if the manifest is missing or invalid."""
     try:
-        files = read_json_object(checkpoint / MANIFEST)["files"]
+        files = read_json(checkpoint / MANIFEST)["files"]
         return {name: (int(entry["size"]), entry["sha256"]) for name, entry in files.items()}
     except (InputError, ValueError, LookupError, TypeError, AttributeError, OverflowError):
         return None

@@ -80,18 +80,19 @@ def read_plain(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Returns the JSON object in a file; raises InputError if it cannot be read."""
-    return _read_json(path, dict)
-
-
 def load_json(path: Path, json_type: type = dict) -> Any:
     """Returns the JSON value in a file, an instance of `json_type`; empty without a file."""
-    return _read_json(path, json_type) if path.exists() else json_type()
+    return read_json(path, json_type) if path.exists() else json_type()
 
 
-def _read_json(path: Path, json_type: type) -> Any:
+_MAX_JSON_BYTES = 1 << 27  # bytes; an index of 100,000 tensors has 10 MB
+
+
+def read_json(path: Path, json_type: type = dict) -> Any:
+    """Returns the JSON value in a file, an instance of `json_type`; raises InputError otherwise."""
     try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes")
         content = json.loads(read_plain(path))
         if not isinstance(content, json_type):
             raise ValueError(f"it is not {'an object' if json_type is dict else 'a list'}")

@@ -18,6 +18,7 @@ from typing import IO, Any, ClassVar, Protocol
 from ftlevel.artifacts.files import flush
 from ftlevel.artifacts.run_directory import load_jsonl
 from ftlevel.errors import join_names
+from ftlevel.safe_io import escape_json
 
 NUM_BINS = 5
 """Number of length bands in `RolloutStats.lengths`."""
@@ -189,7 +190,7 @@ class LineStream:
 
     def write(self, rows: Sequence[Row]) -> None:
         """Write one line per row and flush."""
-        self._stream.write("".join(to_json(row) + "\n" for row in rows))
+        self._stream.write("".join(escape_json(to_json(row)) + "\n" for row in rows))
         self._stream.flush()
 
     def finalize(self) -> None:

@@ -14,7 +14,7 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ftlevel.artifacts.files import (
     check_regular,
     check_writable,
     lock_dir,
-    read_json_object,
+    read_json,
     write_json,
     write_text,
 )
@@ -40,6 +40,7 @@ OWN = (*_FILES, ADAPTER, CHECKPOINTS, "base", *_TRACKERS)
 """Names of everything that a run writes into the directory, except the marker."""
 
 _BACKUP, _KEPT = ".replaced", "kept"
+_LINKLESS = (*OWN, MARKER, _BACKUP, _KEPT)
 
 _IN_CHECKPOINTS = re.compile(
     r"(origin|base|rows)\.json|(changes|notes)\.jsonl|\.seen-.*|\.[^/]*\.partial(/.*)?|"
@@ -241,7 +242,7 @@ def _has_result(run_dir: Path) -> bool:
 
 def _load_marker(run_dir: Path) -> dict[str, Any] | None:
     with contextlib.suppress(InputError):
-        marker = read_json_object(run_dir / MARKER)
+        marker = read_json(run_dir / MARKER)
         if isinstance(marker.get("run"), str):
             return marker
     return None
@@ -299,7 +300,7 @@ class RunDirectory:
     def load_summary(self) -> dict[str, Any] | None:
         """Load summary.json of a finished run with saved weights; None for other runs."""
         try:
-            summary = read_json_object(self.summary)
+            summary = read_json(self.summary)
         except InputError:
             return None
         return summary if any(self.adapter.glob("*.safetensors")) else None
@@ -395,8 +396,8 @@ def check_output(output_dir: Path | None, *, overwrite: bool, resume: bool) -> N
             raise ConfigError(f"--output-dir {output_dir} is a file. Name a directory.")
         paths = [*output_dir.iterdir(), *(output_dir / CHECKPOINTS).glob("*")]
         check_regular(paths, f"--output-dir {output_dir}")
-        if resume:
-            _check_links(output_dir)
+        if resume or overwrite:
+            check_links(output_dir, _LINKLESS if resume else (_BACKUP, _KEPT))
         check_lock(output_dir)
         if not is_empty(output_dir):
             _check_existing(output_dir, overwrite, resume)
@@ -408,12 +409,14 @@ def check_output(output_dir: Path | None, *, overwrite: bool, resume: bool) -> N
     check_writable(f"--output-dir {target}", target)
 
 
-def _check_links(output_dir: Path) -> None:
-    """Raise InputError if a name of the run is a link, behind which files would be changed."""
-    for name in (*OWN, MARKER, _BACKUP, _KEPT):
-        path = output_dir / name
-        inner = path.glob("*") if name in (ADAPTER, CHECKPOINTS) and not path.is_symlink() else ()
-        for link in (path, *inner):
+def check_links(output_dir: Path, names: Iterable[str]) -> None:
+    """Raise InputError if a file in `names` of a run, or in one of these directories, is a link.
+
+    Files behind it would be changed. Trackers use links, so their directories are not searched.
+    """
+    for path in (output_dir / name for name in names):
+        is_searched = path.name not in _TRACKERS and not path.is_symlink()
+        for link in (path, *(path.rglob("*") if is_searched else ())):
             if link.is_symlink():
                 raise InputError(
                     f"--output-dir {output_dir}: {link.relative_to(output_dir)} is a link to "

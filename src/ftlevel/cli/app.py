@@ -17,6 +17,7 @@ from ftlevel._version import __version__
 from ftlevel.artifacts.files import format_interrupt
 from ftlevel.cli.startup import (
     discard,
+    escape_output,
     exit_code,
     heavy_imports,
     install_signal_handlers,
@@ -27,6 +28,7 @@ from ftlevel.cli.startup import (
 from ftlevel.cli.topics import topic_of_error, with_topic
 from ftlevel.errors import FtlevelError, Interrupted, is_out_of_memory
 from ftlevel.extensions import added_rows, load
+from ftlevel.safe_io import escape_json, mask_passwords
 from ftlevel.world import is_launched, should_print
 
 if TYPE_CHECKING:
@@ -138,6 +140,7 @@ def main() -> None:
 
 def run(args: list[str]) -> int:
     """Run one command line and return its exit code; prints every error."""
+    escape_output()
     args = args or ["--help"]
     names = [a for a in args if not a.startswith("-")][:1]
     show_traceback = "--traceback" in args
@@ -175,6 +178,12 @@ def run(args: list[str]) -> int:
         if is_stream and sys.stdout is not None:
             discard(sys.stdout)
         return code
+    except BaseException as error:
+        if show_traceback or type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:_MAX_MESSAGE]
+        message = f"the tokenizer, or another library in Rust, failed: {reason}. Check the model."
+        return _end(args, message, 2, topic_of_error(error))
     return code if isinstance(code, int) else 0
 
 
@@ -197,6 +206,7 @@ def _end_interrupted(args: list[str]) -> int:
 
 
 def _end(args: list[str], message: str, code: int, topic: str | None = None) -> int:
+    message = mask_passwords(message)
     for line in with_topic(message, topic).split("\n"):
         typer.echo(f"ftlevel: {line}", err=True)
     _report_json(args, message, code)
@@ -206,7 +216,8 @@ def _end(args: list[str], message: str, code: int, topic: str | None = None) -> 
 def _report_json(args: list[str], message: str, code: int) -> None:
     if "--json" in args:
         with contextlib.suppress(OSError):  # closed pipe
-            typer.echo(json.dumps({"error": message, "exit_code": code}, ensure_ascii=False))
+            text = json.dumps({"error": message, "exit_code": code}, ensure_ascii=False)
+            typer.echo(escape_json(text))
 
 
 def _format_os_error(error: OSError) -> tuple[str, int]:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ftlevel.cli.startup import heavy_imports
+from ftlevel.cli.startup import echo_styled, heavy_imports
+from ftlevel.safe_io import escape_json
 
 if TYPE_CHECKING:
     from ftlevel.commands.list_methods import MethodReport
@@ -31,7 +32,7 @@ def list_targets(model: str, lora_r: int, as_json: bool) -> None:
 
     report = describe_targets(model, lora_r)
     if as_json:
-        typer.echo(json.dumps(asdict(report), indent=2, ensure_ascii=False))
+        typer.echo(escape_json(json.dumps(asdict(report), indent=2, ensure_ascii=False)))
     else:
         _print_targets(report)
 
@@ -43,16 +44,16 @@ def _print_targets(report: TargetReport) -> None:
         parts[1:1] = [report.family, *report.heads]
     if report.total_parameters is not None:
         parts.append(f"{report.total_parameters:,} parameters")
-    typer.secho(", ".join(parts), bold=True)
+    echo_styled(", ".join(parts), bold=True)
     typer.echo()
     title, cells = _cells(report)
     every = [title, *(row for row in cells if len(row) > 1)]
     widths = [max(len(row[column]) for row in every) for column in range(len(title))]
-    typer.secho(_join(title, widths), bold=True)
-    typer.secho("-" * (sum(widths) + len(_GAP) * (len(widths) - 1)), bold=False)
+    echo_styled(_join(title, widths), bold=True)
+    echo_styled("-" * (sum(widths) + len(_GAP) * (len(widths) - 1)), bold=False)
     for row in cells:
         is_heading = len(row) == 1
-        typer.secho(row[0] if is_heading else _join(row, widths), bold=is_heading)
+        echo_styled(row[0] if is_heading else _join(row, widths), bold=is_heading)
     for text, number in _footnotes(report).items():
         typer.echo(f"({number}) only: {text}")
     typer.echo()
@@ -170,7 +171,7 @@ def list_methods(model: str | None, task: str | None, quant: str | None, as_json
 
     report = describe_methods(model, task, quant)
     if as_json:
-        typer.echo(json.dumps(asdict(report), indent=2, ensure_ascii=False))
+        typer.echo(escape_json(json.dumps(asdict(report), indent=2, ensure_ascii=False)))
     else:
         _print_methods(report)
 
@@ -178,14 +179,14 @@ def list_methods(model: str | None, task: str | None, quant: str | None, as_json
 def _print_methods(report: MethodReport) -> None:
     width = max(_NARROWEST, shutil.get_terminal_size().columns)
     filters = [report.family, report.task, f"--quant {report.quant}" if report.quant else None]
-    typer.secho(", ".join(filter(None, filters)) or "every model, task and base", bold=True)
+    echo_styled(", ".join(filter(None, filters)) or "every model, task and base", bold=True)
     typer.echo()
     names = max(len(row.name) for row in report.methods)
     answers = max(len(row.works) for row in report.methods)
     indent = " " * (names + answers + 4)
     for row in report.methods:
-        typer.secho(row.name.ljust(names), bold=True, nl=False)
-        typer.secho(f"  {row.works.ljust(answers)}", fg=_COLORS[row.works], nl=False)
+        echo_styled(row.name.ljust(names), bold=True, nl=False)
+        echo_styled(f"  {row.works.ljust(answers)}", fg=_COLORS[row.works], nl=False)
         lines = [f"{row.trains} ({row.flags})"] if row.works != "no" else []
         for number, line in enumerate([*lines, *row.reasons]):
             text = textwrap.fill(

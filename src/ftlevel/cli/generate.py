@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ftlevel.cli.flags import CommandInput
-from ftlevel.cli.startup import heavy_imports
+from ftlevel.cli.startup import echo_styled, heavy_imports
 from ftlevel.config import GenerateConfig
 from ftlevel.errors import ConfigError
+from ftlevel.safe_io import save_text
 
 if TYPE_CHECKING:
     from ftlevel.commands.generate import Chat
@@ -61,7 +62,7 @@ def generate(
     if out is not None:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         with atomic_files(out) as folder:
-            (folder / out.name).write_text(text, encoding="utf-8")
+            save_text(folder / out.name, text)
     if as_json:
         typer.echo(json.dumps({"answers": lines}))
     elif out is not None:
@@ -94,17 +95,17 @@ def _show(answers: Sequence[Any]) -> None:
         is_new = answer.prompt != before
         before = answer.prompt
         if show_prompt and is_new:
-            typer.secho(f"» {answer.prompt}", dim=True)
+            echo_styled(f"» {answer.prompt}", dim=True)
         if answer.base is not None and is_new:
-            typer.secho("base:  ", fg="yellow", nl=False)
+            echo_styled("base:  ", fg="yellow", nl=False)
             typer.echo(answer.base)
         if show_adapter or answer.base is not None:
             label = f"{answer.adapter}: " if show_adapter else "tuned: "
-            typer.secho(label, fg="green", nl=False)
+            echo_styled(label, fg="green", nl=False)
         typer.echo(answer.text)
         top = sorted(answer.scores.items(), key=lambda item: -item[1])[:3]
         if top:
-            typer.secho("  " + ", ".join(f"{label} {p:.1%}" for label, p in top), dim=True)
+            echo_styled("  " + ", ".join(f"{label} {p:.1%}" for label, p in top), dim=True)
 
 
 HELP = """\
@@ -121,7 +122,7 @@ def talk(config: GenerateConfig) -> None:
 
     chat = Chat(config)
     for note in chat.adapters.notes:
-        typer.secho(f"warning: {note}", fg="yellow", err=True)
+        echo_styled(f"warning: {note}", fg="yellow", err=True)
     _greet(chat)
     while True:
         try:
@@ -143,7 +144,7 @@ def _greet(chat: Chat) -> None:
         if chat.uses_history
         else "; earlier turns are not kept: the model was trained on single prompts"
     )
-    typer.secho(f"{chat.active_adapter} answers{memory}. /help shows the commands.", dim=True)
+    echo_styled(f"{chat.active_adapter} answers{memory}. /help shows the commands.", dim=True)
 
 
 def _answer(chat: Chat, text: str) -> None:
@@ -154,7 +155,7 @@ def _answer(chat: Chat, text: str) -> None:
     except KeyboardInterrupt:  # stops the answer, not the conversation
         typer.echo(" …")
     if chat.num_dropped > before:
-        typer.secho("(no room: the oldest messages are forgotten)", dim=True)
+        echo_styled("(no room: the oldest messages are forgotten)", dim=True)
 
 
 def _obey(chat: Chat, command: str) -> None:
@@ -162,12 +163,12 @@ def _obey(chat: Chat, command: str) -> None:
     name = name.strip()
     if word == "/reset":
         chat.reset()
-        typer.secho("forgotten.", dim=True)
+        echo_styled("forgotten.", dim=True)
     elif word == "/base" or (word == "/adapter" and name):
         try:
             chat.switch("base" if word == "/base" else name)
         except ConfigError as error:
-            typer.secho(str(error), fg="yellow")
+            echo_styled(str(error), fg="yellow")
         else:
             _greet(chat)
     elif word == "/adapter":

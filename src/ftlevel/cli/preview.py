@@ -22,6 +22,7 @@ from ftlevel._version import __version__
 from ftlevel.artifacts.files import check_output_file, write_text
 from ftlevel.cli.flags import CommandInput, read_config
 from ftlevel.cli.startup import heavy_imports
+from ftlevel.safe_io import escape_controls
 
 if TYPE_CHECKING:
     from ftlevel.commands.plan import RunPlan
@@ -239,7 +240,7 @@ def _bracketed(tokens: Sequence[Token], *, full: bool) -> Text:
 
 
 def _visible(token: Token) -> str:
-    return token.text.replace("\n", _BREAK).replace("\t", "⇥")
+    return escape_controls(token.text).replace("\n", _BREAK).replace("\t", "⇥")
 
 
 def preview(

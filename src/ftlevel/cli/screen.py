@@ -16,14 +16,17 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Column, Table
+from rich.text import Text
 
 from ftlevel._version import __version__
 from ftlevel.artifacts.cards import describe_losses, format_memory, format_selected_model
-from ftlevel.cli.startup import SafeStream
+from ftlevel.cli.startup import SafeStream, raw_stream
 from ftlevel.cli.topics import topic_of_module, with_topic
 from ftlevel.config.section import Choice
 from ftlevel.events import METRIC_FORMATS, Listener
+from ftlevel.safe_io import escape_controls, mask_passwords
 
 _RUN_FILES = (
     ("adapter", "adapter and tokenizer"),
@@ -128,7 +131,7 @@ class Screen(Listener):
         frame = inspect.currentframe()
         caller = frame.f_back if frame else None
         topic = topic_of_module(caller.f_globals["__name__"]) if caller else None
-        text = escape(with_topic(message, topic))
+        text = escape(mask_passwords(with_topic(message, topic)))
         self.errors.print(f"[yellow]warning:[/yellow] {text}", highlight=False)
 
     def begin(self, total_steps: int) -> None:
@@ -274,8 +277,21 @@ def _has_content(path: Path) -> bool:
     return path.exists() and (path.name != "checkpoints" or any(path.glob("checkpoint-*")))
 
 
+class EscapingConsole(Console):
+    """Console that prints control characters of texts as escapes; its own styles are unchanged."""
+
+    def render_str(self, text: str, **kwargs: Any) -> Text:
+        """Convert `text` to a `Text`, escaped before its width is measured."""
+        return super().render_str(escape_controls(text), **kwargs)
+
+    def render(self, *args: Any, **kwargs: Any) -> Iterator[Segment]:
+        """Yields segments, escaped unless they are rich's own control sequences."""
+        for text, style, control in super().render(*args, **kwargs):
+            yield Segment(text if control else escape_controls(text), style, control)
+
+
 def _console(stream: SafeStream) -> Console:
-    return Console(file=cast("IO[str]", stream), soft_wrap=not stream.isatty())
+    return EscapingConsole(file=cast("IO[str]", stream), soft_wrap=not stream.isatty())
 
 
 @contextlib.contextmanager
@@ -284,9 +300,10 @@ def open_screen(*, as_json: bool, quiet: bool, to_stderr: bool = False) -> Itera
 
     With `as_json`, the screen prints to stderr, and only if stderr is a terminal.
     """
-    stream = SafeStream(sys.stderr if as_json or to_stderr else sys.stdout)
+    out, err = (SafeStream(raw_stream(stream)) for stream in (sys.stdout, sys.stderr))
+    stream = err if as_json or to_stderr else out
     silent = quiet or (as_json and not stream.isatty())
-    screen = Screen(_console(stream), quiet=silent, errors=_console(SafeStream(sys.stderr)))
+    screen = Screen(_console(stream), quiet=silent, errors=_console(err))
     try:
         yield screen
     finally:

@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, TextIO
 
+from ftlevel.safe_io import escape_controls
+
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 _SOON = 0.05  # seconds until the signal is sent again
 _received_signal: int | None = None
@@ -188,6 +190,42 @@ def prepare() -> None:
 silence_loggers()  # a multiprocessing server imports this module before the libraries
 
 
+class EscapedStream:
+    """Text stream that writes control characters, which may be a stranger's, as escapes."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write `text` with control characters as escapes."""
+        self.stream.write(escape_controls(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def escape_output() -> None:
+    """Make `sys.stdout` and `sys.stderr` escaped streams, for all that this process prints."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, EscapedStream):
+            setattr(sys, name, EscapedStream(stream))
+
+
+def raw_stream(stream: Any) -> Any:
+    """Returns the stream in which an escaped `stream` writes, for colors and progress bars."""
+    return stream.stream if isinstance(stream, EscapedStream) else stream
+
+
+def echo_styled(text: str, *, nl: bool = True, err: bool = False, **style: Any) -> None:
+    """Print escaped `text` in a style of `typer.secho`, if the stream is a terminal."""
+    import typer  # lazy: a multiprocessing server imports this module
+
+    stream = raw_stream(sys.stderr if err else sys.stdout)
+    typer.secho(escape_controls(text), file=stream, nl=nl, **style)
+
+
 class SafeStream(io.TextIOBase):
     """Text stream that drops all output after `stream` fails, with a note on stderr."""
 
@@ -239,7 +277,7 @@ class SafeStream(io.TextIOBase):
         except OSError as error:
             stream, self._stream = self._stream, None
             discard(stream)
-            if stream is not sys.stderr and sys.stderr is not None:
+            if sys.stderr is not None and stream is not raw_stream(sys.stderr):
                 message = error.strerror or type(error).__name__
                 sys.stderr.write(f"ftlevel: output is closed ({message}); the command continues.\n")
 

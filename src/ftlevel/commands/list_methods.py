@@ -5,11 +5,11 @@ Imports torch and transformers only to find the family of a Hub, built-in or GGU
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from ftlevel.artifacts.files import read_json
 from ftlevel.config import SPECS, normalize_task
 from ftlevel.config.sections import QuantConfig
 from ftlevel.config.tasks import TASKS as TASK_NAMES
@@ -81,8 +81,8 @@ def family_name(model: str) -> str:
     config = Path(model) / "config.json"
     if config.is_file():
         try:
-            return str(json.loads(config.read_text(encoding="utf-8"))["model_type"])
-        except (ValueError, KeyError, TypeError) as error:
+            return str(read_json(config)["model_type"])
+        except KeyError as error:
             raise InputError(f"{config} names no model_type ({error}).") from None
     if model.startswith("builtin:") or model.endswith(".gguf") or "/" in model:
         from ftlevel.models.loading import load_config

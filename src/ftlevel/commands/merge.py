@@ -35,6 +35,7 @@ from ftlevel.models.quantization import (
     build_quantization_config,
     create_rounding,
 )
+from ftlevel.safe_io import save_text
 from ftlevel.tasks import TASKS
 
 
@@ -280,4 +281,4 @@ def _save_cards(
     card.write(path)
     TASKS[card.task].write_files(path, load_config(inputs.source), card.options)
     text = create_merge_readme(summary, inputs.card.task)
-    (path / "README.md").write_text(text, encoding="utf-8")
+    save_text(path / "README.md", text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from ftlevel.artifacts.files import (
     atomic_directory,
     base_fingerprint,
     check_new_output,
+    read_json,
     write_json,
 )
 from ftlevel.artifacts.hub import plan_upload
@@ -48,6 +48,7 @@ from ftlevel.models.quantization import (
 )
 from ftlevel.models.sources import resolve_source, snapshot
 from ftlevel.models.upstream.architectures import packable_experts
+from ftlevel.safe_io import save_text
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.trained.resolve import resolve_model
 from ftlevel.weights.checkpoint import merge_sharded_checkpoint
@@ -243,10 +244,10 @@ def _save_cards(
     directory: Path, config: QuantizeConfig, ref: ModelRef, summary: Mapping[str, Any]
 ) -> None:
     readme = create_quantized_readme(config.out.name, summary, ref.task if ref.is_ours else None)
-    (directory / "README.md").write_text(readme, encoding="utf-8")
+    save_text(directory / "README.md", readme)
     if not ref.is_ours:
         return
-    existing = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    existing = read_json(directory / "config.json")
     values = {key: summary[key] for key in ("source", "fidelity", "ratio") if key in summary}
     ref.with_card(
         quantization=get_quantization_info(existing["quantization_config"]),

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from ftlevel.errors import ConfigError, join_names
+from ftlevel.safe_io import mask_passwords
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -44,8 +45,11 @@ NewDirectory = Annotated[Path, AfterValidator(validate_dir_name)]
 def validate_address(address: str) -> str:
     """Returns `address`; raises ValueError unless it is an HTTP address with a host."""
     parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{address} is not an address, such as http://127.0.0.1:8000")
+    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+        raise ValueError(
+            f"{mask_passwords(address)} is not an address without a password, such as "
+            "http://127.0.0.1:8000"
+        )
     return address
 
 

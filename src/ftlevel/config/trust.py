@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftlevel.safe_io import open_existing
+
 if TYPE_CHECKING:
     from ftlevel.config.rl import RewardSpec
 
@@ -76,7 +78,7 @@ def allow_reward_files(rewards: Iterable[RewardSpec]) -> None:
     if lines:
         with contextlib.suppress(OSError):  # later commands then need --reward
             _records().parent.mkdir(parents=True, exist_ok=True)
-            with _records().open("a", encoding="utf-8") as file:
+            with open_existing(_records()) as file:
                 file.write("".join(f"{line}\n" for line in lines))
 
 
@@ -88,9 +90,11 @@ def _is_allowed(path: str) -> bool:
 
 
 def _record(path: str) -> str | None:
-    """Returns the line for a Python file; None if it cannot be read, and so cannot be run."""
+    """Returns the line for a Python file; None if it is none, and so cannot be run."""
     try:
         file = Path(path).expanduser().resolve()
+        if not file.is_file():  # a pipe, on which reading blocks
+            return None
         return f"{hashlib.sha256(file.read_bytes()).hexdigest()} {str(file)!r}"
     except (OSError, ValueError):
         return None

@@ -9,12 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from ftlevel.config import MethodConfig
 from ftlevel.config.rl import RlConfig
 from ftlevel.errors import ConfigError, RunError
 from ftlevel.evaluation.sampling import Completion, Noise, SamplingOptions
+from ftlevel.safe_io import send_request
 from ftlevel.tasks.rl.rows import TokenLogps, create_completion_row
 from ftlevel.trained.adapt import save_adapter
 
@@ -222,19 +220,10 @@ def _difference(output: Completion, logps: Sequence[float]) -> float:
 def _request(url: str, path: str, body: Mapping[str, Any] | None, timeout: float) -> Any:
     """Returns parsed JSON or text; OSError without a response, _RefusedError for an HTTP error."""
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(
-        url.rstrip("/") + path, data, {"Content-Type": "application/json"}
-    )
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(request, timeout=timeout) as response:
-            text = response.read(_MAX_BYTES).decode()
-    except urllib.error.HTTPError as error:
-        message = " ".join(error.read(_MAX_BYTES).decode(errors="replace").split())[:300]
-        raise _RefusedError(error.code, f"{path}: {error.code} {message or error.reason}") from None
-    except HTTPException as error:  # not an HTTP server
-        raise OSError(f"{path}: {str(error).strip()}") from None
+    status, text = send_request(url.rstrip("/") + path, data, timeout, _MAX_BYTES)
+    if status >= 300:
+        raise _RefusedError(status, f"{path}: {status} {' '.join(text.split())[:300]}")
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text

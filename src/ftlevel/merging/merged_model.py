@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ftlevel.artifacts.files import write_json
+from ftlevel.artifacts.files import read_json, write_json
 from ftlevel.errors import InputError, RunError, join_names
 from ftlevel.merging.merge_input import MergeInput
 from ftlevel.methods.merging import Skeleton, build_skeleton
@@ -347,7 +346,7 @@ def _save_config(
 def _remove_token_types(output_dir: Path, names: Sequence[str]) -> None:
     path = output_dir / "tokenizer_config.json"
     if path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         config["model_input_names"] = [name for name in names if name != "token_type_ids"]
         write_json(path, config)
 

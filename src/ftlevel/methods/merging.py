@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ftlevel.artifacts.files import read_json_object
+from ftlevel.artifacts.files import read_json
 from ftlevel.errors import InputError, join_names
 from ftlevel.methods import METHODS, ensure_registered
 from ftlevel.methods.base import MergeInfo
 from ftlevel.methods.upstream import merge_layer, shira_indices
+from ftlevel.models.untrusted import check_peft_config
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -36,9 +37,10 @@ MERGED = tuple(name for name, merge_info in BY_PEFT_TYPE.items() if merge_info.i
 def load_peft_config(path: Path) -> dict[str, Any]:
     """Load adapter_config.json from the directory `path`; raises `InputError` if invalid."""
     path = path / "adapter_config.json"
-    config = read_json_object(path)
+    config = read_json(path)
     if not isinstance(config.get("peft_type"), str):
         raise InputError(f"{path} is not the configuration of an adapter: it names no peft_type.")
+    check_peft_config(path, config)
     return config
 
 

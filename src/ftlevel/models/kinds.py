@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from ftlevel.artifacts.files import read_json
 from ftlevel.models.upstream.architectures import has_masked_lm, model_classes
+from ftlevel.safe_io import save_text
 
 ModelKind = Literal["encoder", "decoder", "encoder-decoder"]
 
@@ -99,11 +101,11 @@ _BY_LAYER = {
 def save_legacy_rope(model_dir: Path) -> None:
     """Add the RoPE keys that transformers 4 reads to config.json in `model_dir`."""
     path = model_dir / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key, value in legacy_rope(part).items():
             part.setdefault(key, value)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    save_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def legacy_rope(config: Mapping[str, Any]) -> dict[str, Any]:

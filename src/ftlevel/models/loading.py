@@ -240,8 +240,8 @@ def load_config(source: ModelSource, **overrides: Any) -> Any:
         )
         if source.kind == "builtin":
             config.name_or_path = source.name  # for messages
-        if not source.trust_remote_code:  # else transformers may ask on stdin whether to run it
-            vars(config).pop("auto_map", None)
+        if not source.trust_remote_code:
+            _drop_auto_map(config)
         return config
     except struct.error as error:  # truncated .gguf header
         raise InputError(
@@ -250,6 +250,14 @@ def load_config(source: ModelSource, **overrides: Any) -> Any:
         ) from error
     except (*FROM_READERS, StrictDataclassError) as error:
         raise InputError(f"{source.label}: {_explain_error(error)}") from error
+
+
+def _drop_auto_map(config: Any) -> None:
+    """Remove `auto_map` from `config` and the configs in it: transformers asks on stdin for it."""
+    vars(config).pop("auto_map", None)
+    for value in vars(config).values():
+        if isinstance(value, transformers.PreTrainedConfig):
+            _drop_auto_map(value)
 
 
 def _explain_error(error: Exception) -> str:

@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import functools
 import io
-import json
+import math
+import multiprocessing
 import os
 import re
 import signal
 import struct
 import threading
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar, cast
 
-from ftlevel.artifacts.files import check_regular
+from ftlevel.artifacts.files import check_regular, read_json
+from ftlevel.config.reading import flatten
 from ftlevel.errors import InputError
 
+_Result = TypeVar("_Result")
 _INDEX = "*.safetensors.index.json"
-_MAX_JSON_BYTES = 1 << 27  # bytes; an index of 100,000 tensors has 10 MB
 
 _MAX_SIZES = {
     name: most
@@ -130,17 +133,10 @@ def _check_index(index: Path, label: str) -> None:
 
 def _load_json(path: Path, label: str) -> Mapping[str, Any]:
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, Mapping):
-            raise TypeError("it is not an object")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return cast("Mapping[str, Any]", read_json(path))
+    except InputError as error:
         problem = "its weights cannot" if path.match(_INDEX) else "it cannot"
-        raise InputError(
-            f"{label}: {problem} be read ({path.name}: {error}). Is the copy incomplete?"
-        ) from None
-    return content
+        raise InputError(f"{label}: {problem} be read: {error}") from None
 
 
 try:
@@ -197,10 +193,81 @@ def limit_time(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def call_in_fork(function: Callable[[], _Result], seconds: float) -> _Result:
+    """Returns `function()`, computed in a forked process that is killed after `seconds`.
+
+    `limit_time` cannot end one long operation, such as a power of integers. Raises TimeoutError, or
+    the exception of `function`, which is called in this process on systems without fork.
+    """
+    if "fork" not in multiprocessing.get_all_start_methods():
+        return function()
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_result, args=(function, sender), daemon=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # there are threads; it uses none
+        process.start()
+    sender.close()
+    try:
+        if not receiver.poll(seconds):
+            raise TimeoutError(f"it took more than {seconds:g} s")
+        result, problem = receiver.recv()
+    except EOFError:
+        raise MemoryError from None
+    finally:
+        process.kill()
+        process.join()
+    if problem is not None:
+        raise problem
+    return cast("_Result", result)
+
+
+def _send_result(function: Callable[[], Any], sender: Any) -> None:
+    outcome: tuple[Any, Exception | None]
+    try:
+        outcome = function(), None
+    except Exception as error:  # noqa: BLE001 - raised by `call_in_fork`
+        outcome = None, error
+    sender.send(outcome)
+
+
 _TIMEOUT = 10.0
 # A string is a regular expression, a list has names.
 _REGEX_KEYS = ("target_modules", "exclude_modules")
 _PATTERN_KEYS = ("rank_pattern", "alpha_pattern")
+# PEFT puts these into regular expressions.
+_NAME_KEYS = {
+    "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\..*",
+    "modules_to_save": r"(^|.*\.){}($|\..*)",
+}
+_MAX_REPEATED_LAYERS = 1000
+
+
+def check_peft_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise `InputError` if `config`, read from `path`, has NaN, infinity or absurd sizes."""
+    problems: list[tuple[str, Any, str]] = [
+        (name, value, "a finite number")
+        for name, value in flatten(config)
+        if isinstance(value, float) and not math.isfinite(value)
+    ]
+    init = config.get("init_lora_weights")
+    if str(init).startswith("pissa") and not re.fullmatch(r"pissa(_niter_\d{1,2})?", str(init)):
+        problems.append(("init_lora_weights", init, "pissa, or pissa_niter_N with N below 100"))
+    if ranges := config.get("layer_replication"):
+        try:
+            count = sum(int(end) - int(begin) for begin, end in ranges)
+        except (TypeError, ValueError):
+            count = -1
+        if not 0 <= count <= _MAX_REPEATED_LAYERS:
+            expected = f"pairs of layer numbers, {_MAX_REPEATED_LAYERS:,} layers at most"
+            problems.append(("layer_replication", ranges, expected))
+    if config.get("megatron_config"):  # PEFT then imports the module that megatron_core names
+        problems.append(("megatron_config", config["megatron_config"], "none"))
+    for name, value, expected in problems:
+        raise InputError(
+            f"{path}: {name} is {str(value)[:80]}. Expected {expected}. The file is damaged or "
+            "malicious."
+        )
 
 
 def check_patterns(adapter_dir: Path, peft_config: Mapping[str, Any], base: Any) -> None:
@@ -229,6 +296,10 @@ def _patterns(peft_config: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     for field in _PATTERN_KEYS:
         if isinstance(patterns := peft_config.get(field), Mapping):
             yield from ((field, key, rf"(.*\.)?({key})") for key in patterns)
+    for field, pattern in _NAME_KEYS.items():
+        names = peft_config.get(field) or []
+        for name in [names] if isinstance(names, str) else names:
+            yield field, name, pattern.replace("{}", str(name))
 
 
 FROM_READERS = (

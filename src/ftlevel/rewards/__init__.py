@@ -307,7 +307,7 @@ def _is_valid(value: Any, validator: Any) -> bool:
 
     try:
         return bool(validator.is_valid(value))
-    except (Unresolvable, re.error, ValueError, TypeError, LookupError):
+    except (Unresolvable, re.error, ValueError, TypeError, LookupError, RecursionError):
         return False
 
 
@@ -337,12 +337,12 @@ def _validator(schema: Any) -> Any:
             "a JSON schema needs the package jsonschema, which is not installed. "
             "Install it: pip install 'ftlevel[jsonschema]'"
         ) from None
-    kind = validator_for(schema)
     try:
+        kind = validator_for(schema)
         kind.check_schema(schema)
     except SchemaError as error:
         raise ValueError(f"not a JSON schema ({error.message})") from None
-    except (RecursionError, re.error) as error:
+    except (RecursionError, re.error, TypeError, AttributeError) as error:  # "$schema": 1
         raise ValueError(f"not a JSON schema ({type(error).__name__})") from None
     return kind(schema, registry=Registry())  # a $ref is not fetched
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ftlevel.artifacts.files import read_json_object
+from ftlevel.artifacts.files import read_json
 from ftlevel.config import MethodConfig
 from ftlevel.errors import ConfigError, InputError, did_you_mean, join_names
 from ftlevel.methods import METHODS, Base, ensure_registered
@@ -367,7 +367,7 @@ def check_weights_exist(adapter_dir: Path) -> None:
 
 def check_runs_on_cpu(adapter_dir: Path) -> None:
     """Raise `InputError` if PEFT loads the adapter only on a GPU."""
-    config = read_json_object(adapter_dir / "adapter_config.json")
+    config = read_json(adapter_dir / "adapter_config.json")
     if str(config.get("init_lora_weights")).lower() == "loftq":
         raise InputError(
             f"{adapter_dir}: init_lora_weights is loftq, and PEFT then rounds the base weights to "

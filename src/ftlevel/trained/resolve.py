@@ -17,6 +17,7 @@ from ftlevel.artifacts.files import (
     check_regular,
     file_fingerprint,
     hash_weights,
+    read_json,
     write_json,
 )
 from ftlevel.artifacts.paths import relative_path, resolve_relative
@@ -513,7 +514,7 @@ def _task_of_texts(config: Any) -> str:
 
 def load_reference(record_dir: Path, base_dir: Path, device: str) -> ReferenceModel:
     """Resolve the model that `ReferenceModel.write` saved; InputError if its weights changed."""
-    record = json.loads((record_dir / NAMED).read_text(encoding="utf-8"))
+    record = read_json(record_dir / NAMED)
     name = record["name"]
     if record.get("path") and (path := resolve_relative(record["path"], base_dir)).exists():
         name = str(path)

@@ -32,6 +32,7 @@ from ftlevel.data.prepare.streaming import DistinctTextSampler, LengthGroupedSam
 from ftlevel.errors import RunError
 from ftlevel.events import Listener
 from ftlevel.models.upstream.libraries import shared_order
+from ftlevel.safe_io import mask_passwords
 from ftlevel.training.processes import Processes
 
 _PROGRESS = "progress.json"  # in a checkpoint
@@ -349,7 +350,8 @@ def tracking(
             finally:
                 added |= os.environ.keys() - environment
         if trackers:
-            listener.choices("trackers", [Choice(n, t.location) for n, t in trackers.items()])
+            locations = [Choice(n, mask_passwords(t.location)) for n, t in trackers.items()]
+            listener.choices("trackers", locations)
         yield [_write_to(name, tracker, listener) for name, tracker in trackers.items()]
     finally:
         for name, tracker in trackers.items():

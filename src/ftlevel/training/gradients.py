@@ -7,7 +7,6 @@ optimizer back to the latest complete checkpoint, as in PaLM's training (Chowdhe
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import deque
@@ -20,7 +19,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ftlevel.artifacts import checkpoints
-from ftlevel.artifacts.files import write_json
+from ftlevel.artifacts.files import read_json, write_json
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config.trainer import TrainerConfig
 from ftlevel.errors import RunError, join_names
@@ -59,7 +58,7 @@ class Recovery(TrainerCallback):
         path = checkpoint / _FILE_NAME if checkpoint is not None else None
         # Absent if the run began without spike_factor; the median then starts here.
         if self._factor is not None and path is not None and path.exists():
-            self._losses.extend(json.loads(path.read_text(encoding="utf-8")))
+            self._losses.extend(read_json(path, list))
 
     @property
     def is_always_fatal(self) -> bool:

@@ -19,12 +19,12 @@ import torch
 from pydantic import BaseModel
 
 from ftlevel.artifacts.cards import library_versions
-from ftlevel.artifacts.files import file_fingerprint, read_plain, write_json
+from ftlevel.artifacts.files import file_fingerprint, read_json, write_json
 from ftlevel.artifacts.run_directory import DIGESTS, ORIGIN, RunDirectory
 from ftlevel.config import TrainConfig
 from ftlevel.config.reading import RENAMED
 from ftlevel.config.trainer import PLATEAU
-from ftlevel.errors import ConfigError, join_names
+from ftlevel.errors import ConfigError, InputError, join_names
 from ftlevel.training.plan.run import PlannedModel, Run
 
 BASE, ROWS, REWARDS = "model.fingerprint", "data.fingerprint", "rl.fingerprint"
@@ -75,10 +75,8 @@ class FileDigests:
         if not self._files:
             return {}
         try:
-            saved = json.loads(read_plain(checkpoints / self.file_name))
-            if not isinstance(saved, dict):
-                raise TypeError
-        except (OSError, ValueError, TypeError, RecursionError):
+            saved = read_json(checkpoints / self.file_name)
+        except InputError:
             return None
         current = self._hash_files()
         pairs = {name: (saved.get(name), current.get(name)) for name in sorted({*saved, *current})}
@@ -291,11 +289,9 @@ def load_origin_file(output_dir: RunDirectory) -> dict[str, Any]:
     """Load the origin stored in `output_dir`; renamed fields get their current names."""
     path = output_dir.checkpoints / ORIGIN
     try:
-        origin: Any = json.loads(read_plain(path))
-        if not isinstance(origin, dict):
-            raise TypeError("it is not an object")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"--resume: {path} cannot be read ({error}).") from None
+        origin = read_json(path)
+    except InputError as error:
+        raise ConfigError(f"--resume: {error}") from None
     return {RENAMED.get(key) or key: value for key, value in origin.items()}
 
 

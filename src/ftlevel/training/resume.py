@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 from ftlevel.artifacts import checkpoints
 from ftlevel.artifacts.checkpoints import delete_best_after, step_of
-from ftlevel.artifacts.files import flush_all, hash_weights, lock_dir, write_json
+from ftlevel.artifacts.files import flush_all, hash_weights, lock_dir, read_json, write_json
 from ftlevel.artifacts.paths import save_relative_paths
 from ftlevel.artifacts.run_directory import ORIGIN, RunDirectory, mark_resumed, open_run
 from ftlevel.config import ModelConfig, OutputConfig
@@ -252,7 +251,7 @@ def _resolve_resume(run: Run, origin: Mapping[str, Any], listener: Listener) -> 
     if lengths:
         trained = max(step_of(checkpoint), summary["steps"] if summary else 0)
         _check_length(run, lengths, trained)
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    state = read_json(checkpoint / "trainer_state.json")
     past = output_dir.load_log(step_of(checkpoint))
     has_new_length = state["max_steps"] != steps
     choice = Choice("checkpoint", checkpoint, f"step {step_of(checkpoint):,} of {steps:,}")

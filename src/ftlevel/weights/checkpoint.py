@@ -18,17 +18,18 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 
 from ftlevel.artifacts.checkpoints import detect_corruption
-from ftlevel.artifacts.files import Workspace, load_safetensors_header, write_json
+from ftlevel.artifacts.files import Workspace, load_safetensors_header, read_json, write_json
 from ftlevel.errors import InputError
 from ftlevel.models.loading import build_task_model, load_model, rename_prefix
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.upstream import conversions
 from ftlevel.models.upstream.architectures import tied_names
+from ftlevel.safe_io import open_new
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -94,7 +95,7 @@ class FileTensor:
                 view = view[count:]
         return tensor.view(self.spec.dtype).view(self.spec.shape)
 
-    def copy_to(self, out: BinaryIO) -> None:
+    def copy_to(self, out: IO[bytes]) -> None:
         """Append the tensor's bytes to `out`."""
         remaining = self.spec.nbytes
         with self.path.open("rb") as file:
@@ -149,7 +150,7 @@ def write_file(path: Path, parts: Sequence[TensorPart]) -> None:
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    with path.open("wb") as file:
+    with open_new(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for part in parts:
             _append_part(file, part)
@@ -157,7 +158,7 @@ def write_file(path: Path, parts: Sequence[TensorPart]) -> None:
         os.fsync(file.fileno())
 
 
-def _append_part(file: BinaryIO, part: TensorPart) -> None:
+def _append_part(file: IO[bytes], part: TensorPart) -> None:
     if isinstance(part.source, FileTensor):
         part.source.copy_to(file)
         return
@@ -198,7 +199,7 @@ def weight_files(model_dir: Path) -> list[Path]:
     if not index.is_file():
         raise InputError(f"{model_dir} has no model.safetensors and no index of shards.")
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:
         raise InputError(f"{index} cannot be read ({error}). Is the copy incomplete?") from None
     paths = [model_dir / name for name in names]

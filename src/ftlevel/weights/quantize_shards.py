@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ftlevel.artifacts.files import write_json
+from ftlevel.artifacts.files import read_json, write_json
 from ftlevel.errors import InputError, join_names
 from ftlevel.models.kinds import TASK_CLASSES, save_legacy_rope
 from ftlevel.models.loading import build_task_model
@@ -28,6 +28,7 @@ from ftlevel.models.quantization import PLAIN_NOTE, is_torchao, torchao_bytes
 from ftlevel.models.upstream.architectures import model_classes, modules_in_float32
 from ftlevel.models.upstream.conversions import KeyMapper
 from ftlevel.models.upstream.quantizers import pack_torchao, replaced_linears, torchao_linears
+from ftlevel.safe_io import open_new
 from ftlevel.weights.checkpoint import (
     NAMES,
     TOKENIZER_FILES,
@@ -230,7 +231,7 @@ class ShardWriter:
     """
 
     def __init__(self, path: Path, header_bytes: int) -> None:
-        self._file = path.open("wb")
+        self._file = open_new(path, "wb")
         self._reserved = -(-header_bytes // _ALIGNMENT) * _ALIGNMENT
         self._file.seek(8 + self._reserved)
         self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -349,7 +350,7 @@ def save_quantized(
         sizes.bytes += writer.close()
     if len(shards) > 1:
         save_index(out, weight_map, sum(after for _, after in sizes.parts.values()))
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    config = read_json(model_dir / "config.json")
     config["quantization_config"] = layout.config.to_dict()
     config["dtype"] = str(layout.dtype).removeprefix("torch.")
     config.pop("torch_dtype", None)

@@ -237,6 +237,8 @@ def _read_file(name: str) -> str:
         raise InputError(
             f"{path}:{error.lineno}: not a Jinja template ({error.message})."
         ) from None
+    except TimeoutError as error:
+        raise InputError(f"{path}: the template cannot be compiled ({error}).") from None
     return template
 
 

@@ -35,6 +35,7 @@ from ftlevel.data.sources.hub import is_saved_directory
 from ftlevel.data.sources.readers import data_files, is_pattern, match_files
 from ftlevel.data.sources.table import Part, Table
 from ftlevel.errors import InputError
+from ftlevel.safe_io import open_new, save_text
 
 KEEP_DAYS = 30
 
@@ -239,12 +240,12 @@ def _save(prepared: PreparedData, cache_dir: Path) -> None:
         "parts": [[p.base, p.table.source, p.table.unit] for p in table.parts],
     }
     text = json.dumps(content, ensure_ascii=False, default=str)
-    (cache_dir / "prepared.json").write_text(text, encoding="utf-8")
+    save_text(cache_dir / "prepared.json", text)
 
 
 def _save_lines(lines: Sequence[int], path: Path) -> None:
     header = {"descr": "<i8", "fortran_order": False, "shape": (len(lines),)}
-    with path.open("wb") as file:
+    with open_new(path, "wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         for start in range(0, len(lines), _LINES):
             file.write(np.array(lines[start : start + _LINES], dtype="<i8").tobytes())

@@ -32,6 +32,7 @@ from ftlevel.data.gate.gate import CheckedTask, Gate, special_token_ids
 from ftlevel.data.gate.similarity import Digests, words_path
 from ftlevel.data.sources.table import BadRow, Row, Table
 from ftlevel.errors import InputError
+from ftlevel.safe_io import open_new
 
 
 class DataTask(CheckedTask, Protocol):
@@ -195,7 +196,7 @@ def encode_to_store(
     _job = (encode, examples, context)
     try:
         with ExitStack() as stack:
-            files = [stack.enter_context(p.open("wb")) for p in (digests, words_path(digests))]
+            files = [stack.enter_context(open_new(p, "wb")) for p in (digests, words_path(digests))]
             parts: Iterator[tuple[pa.RecordBatch | None, tuple[bytes, bytes]]]
             if processes > 1 and "fork" in multiprocessing.get_all_start_methods():
                 fork = multiprocessing.get_context("fork")

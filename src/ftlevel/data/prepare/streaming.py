@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from ftlevel.artifacts.files import rows_fingerprint, sampled_fingerprint
+from ftlevel.artifacts.files import read_json, rows_fingerprint, sampled_fingerprint
 from ftlevel.config import DataConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded
@@ -41,6 +41,7 @@ from ftlevel.data.sources.table import (
     handle_bad_rows,
 )
 from ftlevel.errors import ConfigError, InputError
+from ftlevel.safe_io import save_text
 
 POOL = 50
 """Number of steps whose rows are sorted together."""
@@ -439,7 +440,7 @@ class StreamedRows:
             write_store(folder / _ROWS, rows_to_batches(rows))
         content = {"step": step, **vars(state), "waiting": len(state.waiting)}
         del content["buffered"]
-        (folder / _STATE).write_text(json.dumps(content), encoding="utf-8")
+        save_text(folder / _STATE, json.dumps(content))
 
     def restore(self, folder: Path) -> None:
         """Resume from the state in `folder`; raise `ConfigError` if there is none."""
@@ -448,7 +449,7 @@ class StreamedRows:
                 f"--resume: {folder} has no {_STATE}, so it is not of a streamed run. Start it "
                 "again with --overwrite."
             )
-        content: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        content: dict[str, Any] = read_json(folder / _STATE)
         path, waiting = folder / _ROWS, content["waiting"]
         rows = tuple(RowStore(path)) if path.is_file() else ()
         self._next = content.pop("step") * self._step

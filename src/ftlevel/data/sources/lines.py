@@ -28,6 +28,7 @@ from typing import Any, TypeVar, overload
 
 from ftlevel.artifacts.files import Workspace
 from ftlevel.errors import InputError
+from ftlevel.safe_io import open_new
 
 STDIN = "-"
 WRITER_SECONDS = 30.0
@@ -179,7 +180,7 @@ def _workspace() -> Workspace:
 
 
 def _write_copy(get_source: Callable[[], Any], copy: Path, shown: str) -> None:
-    with copy.open("wb") as file:
+    with open_new(copy, "wb") as file:
         try:
             shutil.copyfileobj(get_source(), file, 1 << 20)
         except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import shlex
 from collections.abc import Callable, Mapping
@@ -11,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ftlevel.artifacts.files import check_new_output, read_json_object, write_json, write_text
+from ftlevel.artifacts.files import check_new_output, read_json, write_json, write_text
 from ftlevel.artifacts.paths import make_paths_absolute
-from ftlevel.artifacts.run_directory import CONFIG, SUMMARY, check_lock
+from ftlevel.artifacts.run_directory import CONFIG, SUMMARY, check_links, check_lock
 from ftlevel.commands.evaluate import evaluate
 from ftlevel.commands.plan import PlanOptions, plan
 from ftlevel.commands.train import train
@@ -39,6 +38,7 @@ from ftlevel.extras.compare.search import (
     search,
     with_values,
 )
+from ftlevel.safe_io import mask_passwords
 from ftlevel.training.finish import StartTime
 from ftlevel.training.session import CommandLine
 
@@ -209,7 +209,7 @@ def _start_or_resume(
         "seeds": args.seeds,
         "search": list(dict.fromkeys(args.search)),
         "trials": args.trials or _TRIALS,
-        "study": args.study,
+        "study": args.study and mask_passwords(args.study),
         "searched": {},
         "max_memory": args.max_memory,
         "max_minutes": args.max_minutes,
@@ -219,19 +219,19 @@ def _start_or_resume(
         check_new_output("--output-dir", path)
         if not args.methods:
             raise ConfigError("--methods is missing. Name some: --methods lora,ia3,full")
-        for flag, value in (("--trials", args.trials), ("--study", args.study)):
+        for flag, value in (("--trials", args.trials), ("--study", state["study"])):
             if value is not None and not args.search:
                 raise ConfigError(f"{flag} {value} is for --search. Add --search lr, or drop it.")
         return args, {"asked": state}
     try:
-        old = json.loads(before.read_text(encoding="utf-8"))["asked"]
+        old = read_json(before)["asked"]
         was, old_budget = old["config"], old["budget"]
         methods, seeds, steps = old["methods"], old["seeds"], old["planned_steps"]
         search_results = {
             name: old.get(name, state[name])  # absent in older files
             for name in ("search", "trials", "study", "searched")
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ConfigError(f"--resume: {before} cannot be read ({error!r}).") from None
     if budget not in (old_budget, {"steps": None, "minutes": None}):
         raise ConfigError(
@@ -247,7 +247,7 @@ def _start_or_resume(
         )
     if args.trials is not None and not search_results["searched"]:
         search_results["trials"] = args.trials
-    given = {"search": state["search"], "trials": args.trials, "study": args.study}
+    given = {"search": state["search"], "trials": args.trials, "study": state["study"]}
     for name, value in given.items():
         saved = search_results[name] if search_results["search"] else None
         if value and value != saved:
@@ -256,6 +256,8 @@ def _start_or_resume(
                 f"--resume {path}: --{name} was {shown}. Drop it, or start a new run in another "
                 "--output-dir."
             )
+    _check_password(search_results["study"], args)
+    check_links(path, [entry.name for entry in path.iterdir()])
     for run in path.glob("*-seed*"):
         check_lock(run)
     limits = {name: state[name] or old.get(name) for name in ("max_memory", "max_minutes")}
@@ -276,9 +278,14 @@ def _start_or_resume(
         seeds=state["seeds"],
         search=tuple(state["search"]),
         trials=state["trials"],
-        study=state["study"],
+        study=args.study or state["study"],
     )
     return args, {"asked": state}
+
+
+def _check_password(saved: str | None, args: ComparisonOptions) -> None:
+    if saved and "***" in saved and not args.study:
+        raise ConfigError(f"--resume: the password of {saved} is not saved. Pass --study again.")
 
 
 def _without_metric(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -319,7 +326,7 @@ def _check_methods(config: TrainConfig, result: Comparison, listener: Listener) 
 
 def _check_rows(run: Path, dry_run: Mapping[str, Any]) -> None:
     """Raise InputError if `run` has finished with different rows than those of `dry_run`."""
-    before = read_json_object(run / SUMMARY)["data"] if (run / SUMMARY).is_file() else {}
+    before = read_json(run / SUMMARY)["data"] if (run / SUMMARY).is_file() else {}
     if any(before[name] != dry_run["data"][name] for name in _ROWS if name in before):
         raise InputError(
             f"--resume {run.parent}: the rows are not those of {run.name}. Start a new comparison "
@@ -386,7 +393,8 @@ def _search_all(
     done = state["asked"]["searched"]
     for method, config in list(result.configs.items()):
         if method not in done:
-            study = plan_study(method, config, state["asked"], result.dry_runs[method], result.path)
+            asked = {**state["asked"], "study": result.args.study}  # with its password
+            study = plan_study(method, config, asked, result.dry_runs[method], result.path)
             if study is None:
                 continue
             listener.stage(
@@ -425,9 +433,7 @@ def _train_all(result: Comparison, listener: Listener, prepare: Callable[[], Any
                 listener.warn(f"{method} is skipped: {error}")
                 result.scored.pop(method, None)
                 continue
-        summary, scores = (
-            json.loads(path.read_text(encoding="utf-8")) for path in (run / SUMMARY, scores_path)
-        )
+        summary, scores = read_json(run / SUMMARY), read_json(scores_path)
         result.scored.setdefault(method, []).append(
             {"run": run, "seed": seed, "summary": summary, **scores}
         )
@@ -439,7 +445,7 @@ def _is_scored(config: TrainConfig, scores_path: Path) -> bool:
     if not scores_path.is_file():
         return False
     name = config.train.metric_for_best_model
-    scored = json.loads(scores_path.read_text(encoding="utf-8"))["name"]
+    scored = read_json(scores_path)["name"]
     return name is None or name.removeprefix("eval_") == scored
 
 

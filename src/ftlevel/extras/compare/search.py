@@ -39,6 +39,7 @@ from ftlevel.errors import (
 )
 from ftlevel.events import NullListener
 from ftlevel.extras.compare.comparison import ranking_metric
+from ftlevel.safe_io import mask_passwords
 from ftlevel.training.best import is_greater_better
 
 if TYPE_CHECKING:
@@ -192,7 +193,8 @@ def _open_storage(url: str) -> optuna.storages.RDBStorage:
     fail because a table or its version exists; another attempt then finds both.
     """
     import optuna
-    from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
     connect_args = {"timeout": _WAIT_FOR_LOCK} if url.startswith("sqlite") else {}
     attempts = _ATTEMPTS
@@ -210,8 +212,15 @@ def _open_storage(url: str) -> optuna.storages.RDBStorage:
             is_created = isinstance(error, IntegrityError) or "already exists" in str(error)
             attempts -= 1
             if not is_created or not attempts:
-                raise
+                raise _describe(url, error) from None
+        except (ImportError, SQLAlchemyError, StorageInternalError) as error:
+            raise _describe(url, error) from None
         time.sleep(_RETRY_SECONDS)
+
+
+def _describe(url: str, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split())[:200]
+    return ConfigError(f"--study {mask_passwords(url)} cannot be used: {reason}. Correct the URL.")
 
 
 class _StudyComplete(Exception):
@@ -233,8 +242,8 @@ def check_search(names: tuple[str, ...], storage: str | None) -> list[str]:
         )
     elif storage is not None and "://" not in storage:
         problems.append(
-            f"--study {storage}: expected a database URL, as sqlite:///search.db or "
-            "postgresql://user@host/name."
+            f"--study {mask_passwords(storage)}: expected a database URL, as sqlite:///search.db "
+            "or postgresql://user@host/name."
         )
     return problems
 
@@ -325,7 +334,7 @@ def _to_dict(result: optuna.Study, study: Study) -> dict[str, Any]:
         "trials": len(trials),
         "pruned": sum(t.state.name == "PRUNED" for t in trials),
         "seconds": sum(seconds),
-        "study": study.storage,
+        "study": mask_passwords(study.storage),
         "name": study.name,
         "history": [
             {

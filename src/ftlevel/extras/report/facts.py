@@ -11,7 +11,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from ftlevel.artifacts.files import read_json_object
+from ftlevel.artifacts.files import read_json
 from ftlevel.artifacts.row_sinks import RolloutStats, bin_lengths, summarize_rollouts
 from ftlevel.artifacts.run_directory import ANSWERS, CONFIG, METRICS, ROLLOUTS, SUMMARY
 from ftlevel.errors import InputError
@@ -254,7 +254,7 @@ def load_run(path: Path, predictions: Path | None = None) -> ReportedRun:
             )
         reason = f"it has no {SUMMARY}" if path.is_dir() else "no such directory"
         raise InputError(f"{path} is not a run: {reason}. Expected an --output-dir of training.")
-    summary = read_json_object(path / SUMMARY)
+    summary = read_json(path / SUMMARY)
     records = list(_load_json_lines(path / METRICS)) if (path / METRICS).is_file() else []
     if predictions is None and (path / ANSWERS).is_file():
         predictions = path / ANSWERS

@@ -60,6 +60,7 @@ from ftlevel.merging.normal_form import (
 from ftlevel.methods.lora_conversion import Factors
 from ftlevel.methods.merging import BY_PEFT_TYPE, get_merge_error
 from ftlevel.models.loading import load_model
+from ftlevel.safe_io import save_text
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.weights.checkpoint import Checkpoint
 
@@ -306,7 +307,7 @@ class AdaptersExport:
         listener.stage(f"writing {adapter.name}")
         self.writer.write(path, lora, adapter)
         if (template := adapter.custom_chat_template) is not None:
-            (path / TEMPLATE).write_text(template, encoding="utf-8")
+            save_text(path / TEMPLATE, template)
         check = None
         if self.config.verify and trained is not None:
             listener.stage(f"reloading and comparing {adapter.name}")

@@ -47,7 +47,7 @@ from ftlevel.extras.serving.recorded import (
     parse_record,
     read_record,
 )
-from ftlevel.safe_io import script_command, start_process
+from ftlevel.safe_io import save_text, script_command, start_process
 
 _LIBRARIES = ("vllm", "llama.cpp", "openvino")
 _BOUND = 1e-3
@@ -185,7 +185,7 @@ def _run_script(backend: str, python: Path | None, request: dict[str, Any], time
     with Workspace("request") as temporary_dir:
         request_file = Path(temporary_dir, "request.json")
         answer = Path(temporary_dir, "answered.json")
-        request_file.write_text(json.dumps(request), encoding="utf-8")
+        save_text(request_file, json.dumps(request))
         code, error = _run(
             script_command(program, script, str(request_file), str(answer)), timeout, backend
         )

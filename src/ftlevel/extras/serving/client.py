@@ -6,15 +6,13 @@ Requests use no proxy, follow no redirect, and are bounded in time and size.
 from __future__ import annotations
 
 import json
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from http.client import HTTPException
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ftlevel.errors import InputError
 from ftlevel.extras.serving.recorded import TOKENS, ReferenceOutput
+from ftlevel.safe_io import send_request
 
 _MAX_RESPONSE_BYTES = 4 * 2**20
 """Maximum number of bytes read of a response."""
@@ -30,11 +28,6 @@ class ServerOutput:
     logprobs: list[float] | None = None
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
 class RequestError(Exception):
     """The server rejected a request; the message is the reason."""
 
@@ -46,11 +39,6 @@ class Client:
     url: str
     timeout: float
     format_index: int = 0
-    _opener: Any = field(
-        default_factory=lambda: urllib.request.build_opener(
-            urllib.request.ProxyHandler({}), _NoRedirect
-        )
-    )
 
     def models(self) -> list[str]:
         """Returns the names of the server's models; empty if it does not list them."""
@@ -134,20 +122,15 @@ class Client:
     def _request(self, path: str, body: Mapping[str, Any] | None, version: str = "/v1") -> Any:
         base = self.url.rstrip("/").removesuffix("/v1") + version
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(  # the config validates http(s)
-            base + path, data, {"Content-Type": "application/json"}
-        )
         try:
-            with self._opener.open(request, timeout=self.timeout) as output:
-                return json.loads(output.read(_MAX_RESPONSE_BYTES))
-        except urllib.error.HTTPError as error:
-            text = " ".join(error.read(_MAX_RESPONSE_BYTES).decode(errors="replace").split())[
-                :_MAX_MESSAGE
-            ]
-            raise RequestError(f"{path} gave {error.code} ({text or error.reason})") from None
-        except ValueError as error:
+            status, text = send_request(base + path, data, self.timeout, _MAX_RESPONSE_BYTES)
+            if status >= 300:
+                reason = " ".join(text.split())[:_MAX_MESSAGE]
+                raise RequestError(f"{path} gave {status} ({reason})")
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise RequestError(f"{path} gave no JSON ({error})") from None
-        except (OSError, HTTPException) as error:  # HTTPException: not an HTTP server
+        except OSError as error:
             message = str(getattr(error, "reason", error)).strip()
             raise InputError(
                 f"--url {self.url}: {message} at {path}. Start the server, with the command that "

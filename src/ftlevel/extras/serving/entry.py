@@ -10,6 +10,9 @@ from pathlib import Path
 from shlex import join, quote
 from typing import Any
 
+import yaml
+
+from ftlevel.artifacts.cards import code, one_line, plain
 from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
 from ftlevel.config.export import Server
 from ftlevel.data.encoding.encode import PromptFormat, encode_prompt, load_prompt_format
@@ -17,6 +20,7 @@ from ftlevel.errors import ConfigError, InputError, join_names, with_article
 from ftlevel.merging.normal_form import NormalForm
 from ftlevel.methods.merging import load_peft_config
 from ftlevel.models.loading import load_tokenizer
+from ftlevel.safe_io import save_text
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.weights.checkpoint import Checkpoint, open_base
 
@@ -375,24 +379,24 @@ def save_readme(path: Path, summary: Mapping[str, Any]) -> None:
     names = [adapter["name"] for adapter in summary["adapters"]]
     lines = [
         "---",
-        f"base_model: {summary['base']}",
+        yaml.safe_dump({"base_model": summary["base"]}, width=10**6, allow_unicode=True).strip(),
         "library_name: peft",
         "tags: [ftlevel, lora]",
         "---",
         "",
-        f"# {', '.join(names)}",
+        f"# {plain(', '.join(names))}",
         "",
-        f"Plain LoRA on `{summary['base']}`, written by ftlevel "
-        f"{summary['versions'].get('ftlevel', '')} from `{summary['model']}`. B includes the "
+        f"Plain LoRA on {code(summary['base'])}, written by ftlevel "
+        f"{summary['versions'].get('ftlevel', '')} from {code(summary['model'])}. B includes the "
         "scale, and alpha equals the rank of every module. So programs that ignore scales or "
         "patterns compute the same outputs.",
         "",
     ]
     for adapter in summary["adapters"]:
         lines += [
-            f"- **{adapter['name']}** ({adapter['method']}): rank {adapter['rank']}, "
+            f"- **{plain(adapter['name'])}** ({adapter['method']}): rank {adapter['rank']}, "
             f"{adapter['modules']:,} modules",
-            *(f"  - {said}" for said in adapter["changes"]),
+            *(f"  - {plain(said)}" for said in adapter["changes"]),
         ]
         if (check := adapter["check"]) is not None:
             lines.append(
@@ -400,22 +404,22 @@ def save_readme(path: Path, summary: Mapping[str, Any]) -> None:
                 f"{check['largest_logit']:.3g}; the adapter moves them by {check['effect']:.2g})"
             )
     lines.append("")
-    lines += [f"{note}.\n" for note in summary["notes"]]
+    lines += [f"{plain(note)}.\n" for note in summary["notes"]]
     lines += serving_lines(summary)
-    (path / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    save_text(path / "README.md", "\n".join(lines))
 
 
 def serving_lines(summary: Mapping[str, Any]) -> list[str]:
     """Returns Markdown on serving and checking the export; [] if no server was named."""
     if not summary["start"]:
         return []
-    lines = ["## Serve", "", "```sh", *summary["start"], "```", ""]
+    lines = ["## Serve", "", "```sh", *map(one_line, summary["start"]), "```", ""]
     if summary.get("recorded", summary["verified"]):
         lines += [
             "served.json has the expected answers. Check a server with",
             "",
             "```sh",
-            check_command(summary),
+            one_line(check_command(summary)),
             "```",
             "",
         ]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ftlevel.artifacts.cards import library_versions
-from ftlevel.artifacts.files import read_json_object, write_json
+from ftlevel.artifacts.files import read_json, write_json
 from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
 from ftlevel.config.export import SERVERS
 from ftlevel.errors import InputError
@@ -222,7 +222,7 @@ def read_record(out: Path) -> tuple[Path, dict[str, Any]]:
             f"{out} has no {path.name}. Expected what ftlevel export --for SERVER --out wrote, "
             "without --no-verify."
         )
-    return path, read_json_object(path)
+    return path, read_json(path)
 
 
 def parse_record(path: Path, metadata: dict[str, Any]) -> ServingRecord:

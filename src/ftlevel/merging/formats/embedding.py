@@ -30,6 +30,7 @@ from ftlevel.events import Listener
 from ftlevel.merging.formats.base import MergeAdapter, merge_first, start_commands
 from ftlevel.models.loading import load_config, load_model
 from ftlevel.models.sources import ModelSource
+from ftlevel.safe_io import save_text
 from ftlevel.tasks import TASKS
 from ftlevel.tasks.embedding.formats import EmbeddingRow
 from ftlevel.tasks.embedding.objective import Embeddings
@@ -286,7 +287,7 @@ class GgufEmbeddingExport:
         path = output / config.out.name
         save_gguf(path, self._metadata(model_config, vocab, outtype), tensors, listener.step)
         modelfile = f"FROM ./{config.out.name}\n"
-        (output / config.outputs[1].name).write_text(modelfile, encoding="utf-8")
+        save_text(output / config.outputs[1].name, modelfile)
         check = None
         if config.verify:
             listener.stage("reloading the file and comparing")

@@ -42,6 +42,7 @@ from ftlevel.models.kinds import checkpoint_class, max_positions
 from ftlevel.models.loading import load_config, load_model, load_tokenizer
 from ftlevel.models.quantization import get_quantization_config, quantization_name
 from ftlevel.models.sources import ModelSource, resolve_source
+from ftlevel.safe_io import save_text
 from ftlevel.tasks import TASKS
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.weights.checkpoint import open_base
@@ -328,7 +329,7 @@ class GgufExport:
             original = Original(source, model_config, self.tokenizer, device, config.verify_tokens)
             check = check_file(path, outtype, tensors, vocab, original, merged.beside_run)
         text = modelfile(config.out.name, self.prompt_template)
-        (output / config.outputs[1].name).write_text(text, encoding="utf-8")
+        save_text(output / config.outputs[1].name, text)
         if config.recorded:
             listener.stage("recording reference outputs")
             # Quantized files are recorded from the file itself; `check_file` measured its distance.

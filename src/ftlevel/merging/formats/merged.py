@@ -20,6 +20,7 @@ from ftlevel.merging.formats.embedding import check_server, embed, save_embeddin
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import load_config
 from ftlevel.models.sources import resolve_source
+from ftlevel.safe_io import open_existing
 from ftlevel.tasks import TASKS
 from ftlevel.trained.model_ref import ModelRef
 
@@ -112,7 +113,7 @@ class MergedExport:
             self._record(output, device)
             summary["recorded"] = True
         if self.config.server:
-            with (output / "README.md").open("a", encoding="utf-8") as card:
+            with open_existing(output / "README.md") as card:
                 card.write("\n" + "\n".join(server_support().readme(summary)))
         return summary
 

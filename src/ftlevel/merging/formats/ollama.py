@@ -6,10 +6,12 @@ actions is part of the prompt.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from ftlevel.artifacts.cards import one_line
 from ftlevel.data.encoding.chat import SYSTEM, USER, ChatLayout, get_chat_layout, get_end_of_turn_id
 from ftlevel.data.encoding.encode import PromptFormat, load_prompt_format
 from ftlevel.errors import InputError
@@ -70,6 +72,10 @@ def literal(text: str) -> str:
     return text.replace("{{", '{{ "{{" }}').replace('"""', '{{ "\\"\\"\\"" }}')
 
 
+_INNER_END = re.compile(r'"""\s*[\r\n]')
+"""End of a text between triple quotes: quotes at the end of a line."""
+
+
 def format_modelfile(
     gguf: str,
     template: str | None,
@@ -81,13 +87,20 @@ def format_modelfile(
 
     If `template` is None, Ollama uses that of the .gguf file. `system` is the default system turn.
     """
-    lines = [f"# {line}" for comment in comments for line in comment.split("\n")]
-    lines.append(f"FROM ./{gguf}")
+    comments = [
+        *comments,
+        *(f"Left out, as no Modelfile can hold it: {text!r}" for text in (system, *stop_strings)
+          if _INNER_END.search(text)),
+    ]  # fmt: skip
+    lines = [f"# {one_line(line)}" for comment in comments for line in comment.split("\n")]
+    lines.append(f"FROM ./{one_line(gguf)}")
     if template is not None:
         lines.append(f'TEMPLATE """{template}"""')
-    if system:
+    if system and not _INNER_END.search(system):
         lines.append(f'SYSTEM """{system}"""')
     for stop in stop_strings:  # Ollama reads no escapes
+        if _INNER_END.search(stop):
+            continue
         quote = '"""' if '"' in stop else '"'
         lines.append(f"PARAMETER stop {quote}{stop}{quote}")
     return "\n".join(lines) + "\n"

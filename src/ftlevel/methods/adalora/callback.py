@@ -9,7 +9,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerState
 
+from ftlevel.artifacts.files import read_json
 from ftlevel.methods.upstream import importance_scores
+from ftlevel.safe_io import save_text
 
 FILE, RANKS = "adalora.safetensors", "adalora_ranks.json"
 
@@ -34,7 +36,7 @@ class RankPruningCallback(TrainerCallback):
         if state.global_step == 0:
             return
         checkpoint_dir = self.checkpoint_dir / f"checkpoint-{state.global_step}"
-        self.ranks = json.loads((checkpoint_dir / RANKS).read_text(encoding="utf-8"))
+        self.ranks = read_json(checkpoint_dir / RANKS)
         scores, device = importance_scores(model), next(model.parameters()).device
         for key, value in load_file(checkpoint_dir / FILE).items():
             kind, _, name = key.partition("/")
@@ -67,11 +69,11 @@ class RankPruningCallback(TrainerCallback):
 
     def save_state(self, checkpoint_dir: Path) -> None:
         """Save the ranks in `checkpoint_dir`, to be restored by `load_state` or a resumed run."""
-        (checkpoint_dir / RANKS).write_text(json.dumps(self.ranks), encoding="utf-8")
+        save_text(checkpoint_dir / RANKS, json.dumps(self.ranks))
 
     def load_state(self, checkpoint_dir: Path, model: Any) -> None:
         """Load the ranks from `checkpoint_dir` into the config of `model` (modified)."""
-        ranks = json.loads((checkpoint_dir / RANKS).read_text(encoding="utf-8"))
+        ranks = read_json(checkpoint_dir / RANKS)
         model.peft_config["default"].rank_pattern = ranks
 
     def on_train_end(

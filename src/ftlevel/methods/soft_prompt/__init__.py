@@ -7,11 +7,11 @@ embeddings. The submodules import peft and are imported only when needed.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ftlevel.artifacts.files import read_json
 from ftlevel.config.methods.other import PromptSpec, PTuningSpec
 from ftlevel.errors import InputError
 from ftlevel.methods.base import VIRTUAL_TOKEN_STEP, VIRTUAL_TOKENS, Base, MergeInfo, Method
@@ -65,7 +65,7 @@ def load_peft_prompt(base: Any, path: Path, name: str) -> Any:
 
     from ftlevel.methods.soft_prompt.layer import SoftPromptConfig
 
-    config_dict = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    config_dict = read_json(path / "adapter_config.json")
     if (task := config_dict.get("task_type")) != "CAUSAL_LM":
         raise InputError(
             f"{path} is {config_dict['peft_type']} of PEFT for {task}, where the head reads "

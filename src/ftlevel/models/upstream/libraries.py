@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from typing import Any
 
 from packaging.version import Version
 
-from ftlevel.models.untrusted import limit_memory, limit_time
+from ftlevel.models.untrusted import call_in_fork, limit_memory, limit_time
 
 _SECONDS = 10.0  # timeout; templates usually take microseconds
 _BYTES = 1 << 30
@@ -27,16 +29,47 @@ def apply_template(
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    with limit_time(_SECONDS), limit_memory(_BYTES):
-        texts, spans = render_jinja_template([list(turns)], chat_template=template, **kwargs)
+    def render() -> Any:
+        with limit_time(_SECONDS), limit_memory(_BYTES):
+            return render_jinja_template([list(turns)], chat_template=template, **kwargs)
+
+    texts, spans = call_in_fork(render, _SECONDS + 1) if _is_unbounded(template) else render()
     return texts[0], [tuple(span) for span in spans[0]] if spans else []
 
 
+@lru_cache(maxsize=64)
+def _is_unbounded(template: str) -> bool:
+    """Returns whether one operation in `template` may take forever: of integers of any size.
+
+    Bounded are operations with a literal on their right, such as `loop.index0 % 2`.
+    """
+    from jinja2 import Environment, TemplateSyntaxError
+
+    try:
+        lexed = Environment().lex(template)
+        tokens = [(kind, value) for _, kind, value in lexed if kind != "whitespace"]
+    except TemplateSyntaxError:  # rendering reports it
+        return False
+    return any(
+        value == "**"
+        or (kind, value) == ("name", "round")
+        or (value in ("*", "/", "//", "%") and next_kind not in ("integer", "float", "string"))
+        for (kind, value), (next_kind, _) in pairwise([*tokens, ("", "")])
+        if kind in ("operator", "name")
+    )
+
+
 def check_template(template: str) -> None:
-    """Compile a chat template; raises `TemplateSyntaxError` if it is invalid."""
+    """Compile a chat template; raises `TemplateSyntaxError` or, after 10 s, `TimeoutError`."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    render_jinja_template([], chat_template=template)
+    def compile_() -> None:
+        render_jinja_template([], chat_template=template)
+
+    if _is_unbounded(template):
+        call_in_fork(compile_, _SECONDS)
+    else:
+        compile_()
 
 
 def shared_order() -> Any:

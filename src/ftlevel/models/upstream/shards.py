@@ -8,7 +8,6 @@ shard-00001-model-00001-of-00001. Each records its rows, so the number of proces
 from __future__ import annotations
 
 import contextlib
-import json
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, zeros
 
-from ftlevel.artifacts.files import write_json
+from ftlevel.artifacts.files import read_json, write_json
 from ftlevel.models.upstream.conversions import KeyMapper
 from ftlevel.models.upstream.tensors import direct_tensors
 
@@ -393,5 +392,5 @@ class LazyWeights:
 def _files(path: Path) -> list[Path]:
     if (path / _ONE_FILE).is_file():
         return [path / _ONE_FILE]
-    index = json.loads((path / _INDEX).read_text(encoding="utf-8"))
+    index = read_json(path / _INDEX)
     return [path / name for name in sorted(set(index["weight_map"].values()))]

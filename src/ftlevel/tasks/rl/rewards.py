@@ -22,6 +22,7 @@ from ftlevel.safe_io import python_command, start_process
 
 START_SECONDS = 300.0
 """Time limit for starting the worker and importing the files of reward functions."""
+_SECONDS_TO_END = 1.0
 Prompt = str | list[dict[str, Any]]
 
 
@@ -167,12 +168,22 @@ class Rewards:
         """Stop the worker process and all processes that reward functions started."""
         if self._worker is None:
             return
+        import psutil  # lazy: of accelerate
+
+        worker, self._worker = self._worker, None
+        with contextlib.suppress(psutil.Error):  # those that left the group by setsid, too
+            for process in psutil.Process(worker.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
         if hasattr(os, "killpg"):  # not on Windows
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._worker.pid, signal.SIGKILL)
-        self._worker.kill()
-        self._worker.communicate()
-        self._worker = None
+                os.killpg(worker.pid, signal.SIGKILL)
+        worker.kill()
+        worker.wait()
+        for pipe in (worker.stdin, worker.stdout):  # processes may hold the other ends
+            with contextlib.suppress(OSError):
+                if pipe is not None:
+                    pipe.close()
 
     def _score(
         self, at: int, batch: Mapping[str, Any], where: Sequence[str]
@@ -250,14 +261,21 @@ class Rewards:
                 line = worker.stdout.readline()
                 if line:
                     return json.loads(line)
-                self._reason = f"its process ended with code {worker.wait()}"
+                self._reason = _describe_end(worker)
         except BrokenPipeError:
-            self._reason = f"its process ended with code {worker.wait()}"
+            self._reason = _describe_end(worker)
         self.close()
         return None
 
     def _why_no_reply(self, seconds: float) -> str:
         return self._reason or f"it took longer than {seconds:g} s (--reward-timeout)"
+
+
+def _describe_end(worker: subprocess.Popen[str]) -> str:
+    try:
+        return f"its process ended with code {worker.wait(_SECONDS_TO_END)}"
+    except subprocess.TimeoutExpired:
+        return "its process closed its output"
 
 
 def _name(spec: RewardSpec) -> str:

@@ -16,6 +16,7 @@ from ftlevel.artifacts.files import write_text
 from ftlevel.artifacts.row_sinks import load_rollouts
 from ftlevel.config.rl import RlConfig
 from ftlevel.evaluation.rollouts import Group
+from ftlevel.safe_io import open_existing
 from ftlevel.tasks.rl.losses import (
     completion_weights,
     compute_advantages,
@@ -196,7 +197,7 @@ class RolloutFile:
         lines = sorted((line for part in gathered for line in part), key=lambda line: line["row"])
         if self._path.exists() and self._path.stat().st_size > MAX_BYTES:
             lines = lines[:1]
-        with self._path.open("a", encoding="utf-8") as file:
+        with open_existing(self._path) as file:
             for line in lines:
                 for completion in line["completions"]:
                     completion["text"] = completion["text"][:MAX_CHARACTERS]

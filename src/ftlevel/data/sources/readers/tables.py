@@ -13,6 +13,7 @@ import re
 import warnings
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date, datetime, time
@@ -127,7 +128,7 @@ def _describe(error: csv.Error, path: Path, line: int) -> str:
 
 def check_header(header: list[str], location: str) -> None:
     """Raise `InputError` if a column name is empty or occurs twice; `location` is for messages."""
-    repeated = sorted({name for name in header if header.count(name) > 1 and name})
+    repeated = sorted(name for name, count in Counter(header).items() if count > 1 and name)
     if repeated:
         raise InputError(
             f"{location}: the header has {join_names(map(quote, repeated))} twice. Rename one of "
