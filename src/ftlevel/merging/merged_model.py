@@ -25,6 +25,7 @@ from ftlevel.models.sources import ModelSource
 from ftlevel.models.upstream.architectures import tied_names, unsaved_names
 from ftlevel.models.upstream.conversions import revert
 from ftlevel.trained.adapt import resize_embeddings
+from ftlevel.trained.generation import save_stop_ids
 from ftlevel.weights.checkpoint import (
     TOKENIZER_FILES,
     Checkpoint,
@@ -49,6 +50,7 @@ class MergedFiles:
         unchanged: number of merged weights that are equal to the base's after rounding.
         untied: whether the output layer no longer shares the embedding's weight.
         unused: tensors of the base's checkpoint that the model does not use.
+        stops: `added_stops` of the base's generation_config.json.
     """
 
     tensors: int
@@ -58,6 +60,7 @@ class MergedFiles:
     unused: list[str]
     size_bytes: int
     dtype: str
+    stops: Mapping[str, int]
 
 
 @dataclass
@@ -262,7 +265,7 @@ def save_merged(
             f"in {str(merger.main_dtype).removeprefix('torch.')} in every tensor. Use --dtype "
             "float32, or train longer."
         )
-    _save_config(output_dir, inputs, model, merger.main_dtype, untied=untied)
+    stops = _save_config(output_dir, inputs, model, merger.main_dtype, untied=untied)
     files = MergedFiles(
         sum(len(part.specs) for parts in shards.values() for part in parts),
         len(merged),
@@ -271,6 +274,7 @@ def save_merged(
         checkpoint.unused,
         size,
         str(merger.main_dtype).removeprefix("torch."),
+        stops,
     )
     return files, merger
 
@@ -324,7 +328,7 @@ def _copy(key: str, info: TensorSpec, stored: Any) -> TensorPart:
 
 def _save_config(
     output_dir: Path, inputs: MergeInput, model: Any, dtype: torch.dtype, *, untied: bool
-) -> None:
+) -> dict[str, int]:
     config = model.config
     config.architectures = [type(model).__name__]
     config.dtype = dtype
@@ -342,6 +346,7 @@ def _save_config(
         shutil.copyfile(generation_config, output_dir / generation_config.name)
     elif model.can_generate():
         model.generation_config.save_pretrained(output_dir)
+    return save_stop_ids(output_dir, inputs.tokenizer) if model.can_generate() else {}
 
 
 def _remove_token_types(output_dir: Path, names: Sequence[str]) -> None:

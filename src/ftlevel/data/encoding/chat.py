@@ -80,8 +80,13 @@ def list_special_tokens(tokenizer: Any) -> tuple[str, ...]:
 
 def get_end_of_turn_id(tokenizer: Any) -> int | None:
     """Returns the id of the token that ends an assistant turn, or None."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    rendered = render_chat(tokenizer, turns)
+    try:
+        rendered = render_chat(tokenizer, turns)
+    except InputError:  # the template rejects these turns
+        return None
     answer = rendered.text[slice(*rendered.spans[-1])] if rendered.spans else ""
     end = next((t for t in list_special_tokens(tokenizer) if answer.endswith(t)), None)
     return tokenizer.convert_tokens_to_ids(end) if end else None

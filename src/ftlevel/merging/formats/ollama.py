@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from ftlevel.data.encoding.chat import SYSTEM, USER, ChatLayout, get_chat_layout, get_end_of_turn_id
 from ftlevel.data.encoding.encode import PromptFormat, load_prompt_format
-from ftlevel.errors import InputError
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.weights.gguf_vocabulary import Vocabulary
 
@@ -166,10 +165,5 @@ def _prepend_to_user_turns(layout: ChatLayout, instruction: str) -> ChatLayout:
 def _stop_strings(tokenizer: Any) -> Iterator[str]:
     if tokenizer.eos_token is not None:
         yield str(tokenizer.eos_token)
-    if getattr(tokenizer, "chat_template", None):
-        try:
-            end = get_end_of_turn_id(tokenizer)
-        except InputError:  # the template rejects the test turns
-            return
-        if end is not None:
-            yield str(tokenizer.convert_ids_to_tokens(end))
+    if (end := get_end_of_turn_id(tokenizer)) is not None:
+        yield str(tokenizer.convert_ids_to_tokens(end))
