@@ -29,7 +29,6 @@ HOOKS = (
     "convert_recipe",
     "detect_tool",
     "finish_run",
-    "forecast_cluster",
     "serve_whole",
 )
 """Functions that the core calls where an extension has them; docs/extend.md has the signatures."""
@@ -89,7 +88,6 @@ class Extension:
         methods: value of `--method` → references to its spec and to its `Method`.
         formats: suffix of a data file → reference to its `Reader`.
         export_formats: value of `--format` → `ExportFormat`.
-        adapter_readers: format of an adapter → reference to its `AdapterReader`.
         hooks: name in `HOOKS` → reference to a function.
     """
 
@@ -100,7 +98,6 @@ class Extension:
     methods: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     formats: Mapping[str, str] = field(default_factory=dict)
     export_formats: Mapping[str, ExportFormat] = field(default_factory=dict)
-    adapter_readers: Mapping[str, str] = field(default_factory=dict)
     hooks: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -115,7 +112,6 @@ _NOUNS = {
     "methods": "the method",
     "formats": "the data format",
     "export_formats": "the export format",
-    "adapter_readers": "the adapter format",
 }
 
 

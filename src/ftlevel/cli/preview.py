@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -194,7 +193,6 @@ def _format_row(row: ShownRow, *, full: bool, color: bool) -> Iterator[Text]:
 
 
 def _shorten(tokens: Sequence[Token], *, full: bool) -> Iterable[Token | int]:
-    """Returns the tokens to show; an int is the number of tokens omitted in its place."""
     surplus = len(tokens) - _MAX_TOKENS
     if full or surplus <= 0:
         return tokens
@@ -320,17 +318,19 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
         )
     if plan.is_synthetic:
         yield "  rows are synthetic, all of --max-length tokens; pass --dataset to use your own"
-    if plan.cluster is not None:
-        yield from plan.cluster.lines()
     if not plan.is_synthetic:
         yield f"an epoch: {plan.steps:,} steps, {plan.tokens:,} tokens{_time(plan)}"
     one, total = plan.checkpoint_bytes
     yield f"disk: {format_size(one)} a checkpoint, {format_size(total)} for all that are kept"
 
 
+_NO_TIME = " (time: --probe here, or --gpu NAME)"
+
+
 def _time(plan: RunPlan) -> str:
     if plan.time is None:
-        return " (time: --probe here, or --gpu NAME)"
+        several = plan.need.device.ranks > 1
+        return " (time: not estimated for several GPUs)" if several else _NO_TIME
     seconds = plan.time.seconds_per_epoch
     text = f"{seconds:,.0f} s" if seconds < 600 else f"{seconds / 60:,.0f} min"
     cost = f"; the run costs {plan.cost:,.2f}" if plan.cost is not None else ""
@@ -368,15 +368,7 @@ def plan(
             from ftlevel.commands.plan import PlanOptions
             from ftlevel.commands.plan import plan as estimate
 
-        values = inputs.values
         options = PlanOptions(gpu, probe, price_per_hour, alternatives=not brief)
-        if "nodes" in values:  # a flag of an extra
-            options = replace(
-                options,
-                nodes=values["nodes"],
-                gpus_per_node=values["gpus_per_node"],
-                interconnect_gbps=values["interconnect_gbps"],
-            )
         if as_json:
             typer.echo(json.dumps(estimate(config, options).to_dict()))
             return

@@ -20,7 +20,7 @@ TOPICS = {
     "models": "models training.model weights.checkpoint",
     "targets": "commands.list_targets models.targets",
     "methods": "methods training.plan.adapter training.plan.method",
-    "adapters": "artifacts extras.adapterhub evaluation.two_models trained",
+    "adapters": "artifacts evaluation.two_models trained",
     "output": "artifacts.files artifacts.hub artifacts.run_directory config.output",
     "memory": "commands.plan training.forecast training.memory",
     "training": "fast training.callbacks training.finish training.gradients training.proof "

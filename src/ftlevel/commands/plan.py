@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from ftlevel.config import TrainConfig
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError
-from ftlevel.extensions import hooks
 from ftlevel.models.loading import silence_loggers
 from ftlevel.models.sources import resolve_source
 from ftlevel.training.forecast.alternatives import (
@@ -18,12 +16,12 @@ from ftlevel.training.forecast.alternatives import (
     AlternativeContext,
     fit_batch_size,
     get_cheapest,
+    is_sized_by_memory,
     list_alternatives,
 )
 from ftlevel.training.forecast.fits import Device, MemoryRequirement, estimate_requirement
 from ftlevel.training.forecast.meta_model import OPTIMIZER, create_synthetic_batch
 from ftlevel.training.forecast.seconds import (
-    Gpu,
     TimeForecast,
     estimate_time,
     measure_time,
@@ -41,34 +39,13 @@ _SYNTHETIC_STEPS = 2
 class PlanOptions:
     """Options of a plan besides the run configuration.
 
-    `gpu` is a name or a memory size, None for this machine's device; `probe` runs a few real steps;
-    `price_per_hour` is per machine; `interconnect_gbps` is Gbit/s per GPU to other machines.
+    `gpu` is a name or a memory size, None for this machine's device; `probe` runs a few real steps.
     """
 
     gpu: str | None = None
     probe: bool = False
     price_per_hour: float | None = None
     alternatives: bool = True
-    nodes: int = 1
-    gpus_per_node: int = 1
-    interconnect_gbps: float = 400.0
-
-
-class ClusterEstimate(Protocol):
-    """Time and throughput on several GPUs, as returned by the hook `forecast_cluster`."""
-
-    @property
-    def steps(self) -> int | None:
-        """Number of steps per epoch; None with synthetic rows."""
-
-    def time(self) -> TimeForecast | None:
-        """Returns the estimated time of an epoch; None with synthetic rows."""
-
-    def lines(self) -> Iterator[str]:
-        """Yields the estimate as lines of text for the terminal."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the values for `--json`."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +57,9 @@ class RunPlan:
         tokens: tokens per epoch; 0 with synthetic rows.
         max_length: row length in tokens for which the alternatives in `fits` are estimated.
         checkpoint_bytes: size of one checkpoint, and of all kept at once.
-        time: time per epoch; None if unknown.
+        time: time per epoch; None if unknown, as for several GPUs.
         cost: cost of the run, in the currency of the price.
         cheapest: smallest change with which the run fits; None if it fits, or nothing helps.
-        cluster: estimate for several GPUs; None for one.
     """
 
     need: MemoryRequirement
@@ -96,7 +72,6 @@ class RunPlan:
     cost: float | None
     fits: list[Alternative]
     cheapest: Alternative | None
-    cluster: ClusterEstimate | None
     choices: list[Choice]
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,7 +93,6 @@ class RunPlan:
                 for f in self.fits
             ],
             "cheapest_change": self.cheapest.flags if self.cheapest else None,
-            "cluster": self.cluster.to_dict() if self.cluster else None,
             "steps_per_epoch": None if self.is_synthetic else self.steps,
             "tokens_per_epoch": self.tokens or None,
             "seconds_per_epoch": self.time.seconds_per_epoch if self.time else None,
@@ -159,9 +133,12 @@ def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, Alternati
         raise ConfigError(
             "--probe runs steps on this machine, and --gpu plans for another GPU. Use one of them."
         )
-    if gpu and gpu.tflops and options.nodes * options.gpus_per_node == 1:
-        options = replace(options, gpus_per_node=config.train.num_processes or 1)
-    _validate_gpus(config, options, gpu)
+    ranks = (config.train.num_processes or 1) if gpu else 1
+    if ranks == 1 and config.train.shard != "none":
+        raise ConfigError(
+            f"--shard {config.train.shard} shards a model across GPUs. Add --num-processes N, the "
+            "number of all GPUs, and --gpu NAME."
+        )
     config, adapter, _ = resolve_adapter(config)
     names_model = "name_or_path" in config.model.model_fields_set
     is_synthetic = names_model and "dataset" not in config.data.model_fields_set
@@ -177,12 +154,11 @@ def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, Alternati
     rows = config.train.rows_per_device_step * _SYNTHETIC_STEPS if is_synthetic else 0
     synthetic = create_synthetic_batch(config.data, source, gpu.name if gpu else None, rows)
     run = resolve(config, why_task=message, adapter=adapter, synthetic=synthetic)
-    ranks = options.nodes * options.gpus_per_node
     device = Device.of(run.model.device, gpu, ranks)
     if config.speed.memory_gib is not None:
         memory = min(device.memory, int(config.speed.memory_gib * 2**30))
         device = replace(device, memory=memory)
-    if config.speed.tokens_per_micro_batch == "memory":
+    if is_sized_by_memory(run):
         run = fit_batch_size(run, device.memory)
     need = estimate_requirement(run, device)
     length = run.data.max_length
@@ -190,23 +166,17 @@ def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, Alternati
     limits = AlternativeContext(
         as_long, need.device, gpu.name if gpu else None, source, run.model.tokenizer
     )
-    cluster = None
-    if gpu is not None and need.device.ranks > 1:
-        forecasts = (hook(run, need, gpu, options) for hook in hooks("forecast_cluster"))
-        cluster = next(forecasts, None)
     time: TimeForecast | None = None
-    if cluster is not None:
-        time = cluster.time()
-    elif options.probe:
+    if options.probe:
         time = measure_time(run)
-    elif gpu and not is_synthetic:
+    elif gpu and ranks == 1 and not is_synthetic:
         time = estimate_time(run, gpu)
     if time is None and options.price_per_hour is not None:
         raise ConfigError(
             f"--price-per-hour {options.price_per_hour:g} needs an estimate of the time. Add "
-            "--dataset FILE with --probe or --gpu NAME, or drop it."
+            "--dataset FILE with --probe or the --gpu NAME of one GPU, or drop it."
         )
-    steps = cluster.steps or 0 if cluster else run.schedule.steps_per_epoch
+    steps = run.schedule.steps_per_epoch
     result = RunPlan(
         need=need,
         steps=steps,
@@ -215,10 +185,9 @@ def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, Alternati
         max_length=run.data.max_length,
         checkpoint_bytes=_checkpoints(run, need.parts),
         time=time,
-        cost=_cost(config, time, steps, options),
+        cost=_cost(config, time, steps, options.price_per_hour),
         fits=[],
         cheapest=get_cheapest(limits) if not need.does_fit else None,
-        cluster=cluster,
         choices=run.choices,
     )
     return result, limits
@@ -230,13 +199,13 @@ def _replace(config: TrainConfig, section: str, **fields: Any) -> TrainConfig:
 
 
 def _cost(
-    config: TrainConfig, time: TimeForecast | None, steps: int, options: PlanOptions
+    config: TrainConfig, time: TimeForecast | None, steps: int, price_per_hour: float | None
 ) -> float | None:
-    if options.price_per_hour is None or time is None:
+    if price_per_hour is None or time is None:
         return None
     train = config.train
     epochs = train.max_steps / steps if train.max_steps else train.num_train_epochs
-    return time.seconds_per_epoch * epochs / 3600 * options.price_per_hour * options.nodes
+    return time.seconds_per_epoch * epochs / 3600 * price_per_hour
 
 
 def _checkpoints(run: Run, parts: Mapping[str, int]) -> tuple[int, int]:
@@ -246,21 +215,3 @@ def _checkpoints(run: Run, parts: Mapping[str, int]) -> tuple[int, int]:
     limit = train.save_total_limit
     count = limit if is_by_time else max_num_checkpoints(train, run.schedule.steps)
     return one, one * min(count, limit)
-
-
-def _validate_gpus(config: TrainConfig, options: PlanOptions, gpu: Gpu | None) -> None:
-    ranks, shard = options.nodes * options.gpus_per_node, config.train.shard
-    if ranks == 1 and shard != "none":
-        raise ConfigError(
-            f"--shard {shard} shards a model across GPUs. Add --nodes N and --gpus-per-node N, "
-            f"with --gpu NAME."
-        )
-    if ranks > 1 and (gpu is None or not gpu.tflops):
-        raise ConfigError(
-            f"--nodes {options.nodes} --gpus-per-node {options.gpus_per_node}: the speed of their "
-            "cards is not known. Name one: --gpu h100."
-        )
-    if not 0 < options.interconnect_gbps < math.inf:
-        raise ConfigError(
-            f"--interconnect-gbps {options.interconnect_gbps:g}: expected more than 0, as 400."
-        )

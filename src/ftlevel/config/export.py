@@ -345,8 +345,7 @@ class ExportConfig(HubSection):
         "auto",
         description="Output format; auto: the format that --for needs (gguf for an --out that ends "
         "in .gguf), else gguf. peft, gguf-lora and mlx keep the adapter separate, as plain LoRA; "
-        "merged is a full model; gguf is one file for llama.cpp, Ollama and LM Studio; "
-        "adapterhub is a bottleneck adapter for AdapterHub.",
+        "merged is a full model; gguf is one file for llama.cpp, Ollama and LM Studio.",
     )
     outtype: Literal["auto", "f32", "f16", "bf16", "q8_0", "q5_0", "q4_0"] = Field(
         "auto",

@@ -26,7 +26,6 @@ from ftlevel.models.hardware import DTYPES, select_device
 from ftlevel.models.kinds import max_positions
 from ftlevel.models.quantization import get_quant_config, get_quantization_config, quantization_name
 from ftlevel.models.sources import ModelSource
-from ftlevel.trained.adapt import get_adapter_reader
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.trained.resolve import (
     ADAPTER_CONFIG,
@@ -74,7 +73,7 @@ class MergeInput:
         """Whether training passed no `token_type_ids`, as PEFT 0.21 does for question answering."""
         if self.ref.directory is None:
             return False
-        return bool(_load_peft_config(self.ref.directory).get("task_type") == "QUESTION_ANS")
+        return bool(load_peft_config(self.ref.directory).get("task_type") == "QUESTION_ANS")
 
     def eval_set(self, rows: Sequence[Encoded]) -> EvalSet:
         """Returns `rows` as an `EvalSet`, with objective, padding token and device."""
@@ -100,17 +99,10 @@ def get_adapter_dir(name: str) -> Path:
             f"{join_names(files, 6) or 'nothing'}). Expected a directory with {ADAPTER_CONFIG}."
         )
     check_adapter_checkpoint(adapter_dir)
-    error = get_merge_error(_load_peft_config(adapter_dir))
+    error = get_merge_error(load_peft_config(adapter_dir))
     if error is not None:
         raise InputError(f"{name} cannot be merged. {error}")
     return adapter_dir
-
-
-def _load_peft_config(adapter_dir: Path) -> dict[str, Any]:
-    """Returns the adapter's PEFT config; for other formats, a dict of only `peft_type`."""
-    if (reader := get_adapter_reader(adapter_dir)) is not None:
-        return {"peft_type": reader.peft_type}
-    return load_peft_config(adapter_dir)
 
 
 def resolve_merge_input(config: MergeConfig) -> MergeInput:

@@ -1,88 +1,30 @@
 """Apply a PEFT method to a loaded model, and save and load adapters.
 
-Adapters in other formats than PEFT's are loaded by the `adapter_readers` of extensions. If training
-resized the vocabulary, PEFT saves the resized embeddings, or only the trained rows, with the
-adapter. The base must be resized before it is loaded. An adapter is rejected if its file lacks new
-rows, because they would be random.
+If training resized the vocabulary, PEFT saves the resized embeddings, or only the trained rows,
+with the adapter. The base must be resized before it is loaded. An adapter is rejected if its file
+lacks new rows, because they would be random.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from ftlevel.artifacts.cards import AdapterCard
 from ftlevel.artifacts.files import read_json_object
 from ftlevel.config import MethodConfig
 from ftlevel.errors import ConfigError, InputError, did_you_mean, join_names
-from ftlevel.extensions import loaded
 from ftlevel.methods import METHODS, Base, ensure_registered
 from ftlevel.methods.base import shortest_names
 from ftlevel.methods.merging import WEIGHTS, load_peft_config
 from ftlevel.models.hardware import autocast
 from ftlevel.models.loading import check_finite
 from ftlevel.models.untrusted import FROM_READERS, check_patterns
-
-
-class ForeignAdapter(Protocol):
-    """Protocol of an adapter in another library's format, before its weights are loaded."""
-
-    @property
-    def base(self) -> str:
-        """Name of the base model."""
-
-    @property
-    def heads(self) -> Sequence[str]:
-        """Modules that are saved with the adapter in full."""
-
-    def task(self, requested: str | None) -> str:
-        """Returns the adapter's task, else `requested`; InputError if the two differ."""
-
-    def complete(self, card: AdapterCard) -> AdapterCard:
-        """Returns the base's card with the labels and options of the adapter added."""
-
-    def convert(self, model: Any) -> tuple[Any, dict[str, Any]]:
-        """Returns PEFT config and weights for the base `model`; InputError if they do not fit."""
-
-
-class AdapterReader(Protocol):
-    """Protocol of a reader of adapters in one format of another library.
-
-    Attributes:
-        kind: name of the format, as in `Extension.adapter_readers`.
-        name: name of the format in messages.
-        library: library that writes it, in messages.
-        peft_type: PEFT type that all its adapters are converted to.
-    """
-
-    kind: str
-    name: str
-    library: str
-    peft_type: str
-
-    def recognizes(self, adapter_dir: Path) -> bool:
-        """Returns whether the adapter in `adapter_dir` has this format."""
-
-    def read(self, adapter_dir: Path) -> ForeignAdapter:
-        """Load an adapter; raise InputError if it is invalid or names no base."""
-
-
-@functools.cache
-def _readers() -> list[AdapterReader]:
-    return list(loaded("adapter_readers").values())
-
-
-def get_adapter_reader(adapter_dir: Path) -> AdapterReader | None:
-    """Returns the reader of the adapter in `adapter_dir`; None if it is in PEFT's format."""
-    return next((reader for reader in _readers() if reader.recognizes(adapter_dir)), None)
-
 
 _PREFIX = "base_model.model."
 
@@ -305,11 +247,6 @@ def load_adapter(base: Any, adapter_dir: Path, name: str = "default") -> Any:
     import peft
 
     ensure_registered()
-    if (reader := get_adapter_reader(adapter_dir)) is not None:
-        config, weights = reader.read(adapter_dir).convert(base)
-        peft_model = peft.get_peft_model(base, config, adapter_name=name)
-        _set_weights(peft_model, weights, adapter_dir, name)
-        return _frozen(peft_model)
     weights = _load_weights(adapter_dir)
     if (load_custom := _get_custom_loader(adapter_dir)) is not None:
         return load_custom(base, adapter_dir, name)
@@ -376,25 +313,18 @@ def _get_custom_loader(adapter_dir: Path) -> Callable[[Any, Path, str], Any] | N
 
 def add_adapter(peft_model: Any, adapter_dir: Path, name: str) -> None:
     """Load another adapter, without activating it; InputError if it cannot be combined."""
-    config: Any = None
-    if (reader := get_adapter_reader(adapter_dir)) is not None:
-        config, weights = reader.read(adapter_dir).convert(peft_model.get_base_model())
-    else:
-        weights = _load_weights(adapter_dir)
-        check_patterns(adapter_dir, load_peft_config(adapter_dir), peft_model.get_base_model())
-        problem = get_vocab_mismatch(peft_model.get_base_model(), adapter_dir)
-        if problem is None and _get_custom_loader(adapter_dir) is not None:
-            problem = "a prompt trained by plain PEFT is loaded alone"
-        if problem is not None:
-            raise InputError(
-                f"{adapter_dir} cannot be loaded together with the others: {problem}. Use it alone."
-            )
+    weights, base = _load_weights(adapter_dir), peft_model.get_base_model()
+    check_patterns(adapter_dir, load_peft_config(adapter_dir), base)
+    problem = get_vocab_mismatch(base, adapter_dir)
+    if problem is None and _get_custom_loader(adapter_dir) is not None:
+        problem = "a prompt trained by plain PEFT is loaded alone"
+    if problem is not None:
+        raise InputError(
+            f"{adapter_dir} cannot be loaded together with the others: {problem}. Use it alone."
+        )
     with _ignore_pattern_warnings():
         try:
-            if config is not None:
-                peft_model.add_adapter(name, config)
-            else:
-                peft_model.load_adapter(str(adapter_dir), adapter_name=name, is_trainable=True)
+            peft_model.load_adapter(str(adapter_dir), adapter_name=name, is_trainable=True)
         except FROM_READERS as error:
             message = " ".join(str(error).split())
             raise InputError(
@@ -471,7 +401,6 @@ def _set_weights(peft_model: Any, weights: dict[str, Any], adapter_dir: Path, na
 
 @contextlib.contextmanager
 def _ignore_pattern_warnings() -> Iterator[None]:
-    """Silence PEFT's warning about unknown rank patterns; it is wrong for AdaLoRA's."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The following .*_pattern keys", RuntimeWarning)
         yield

@@ -42,7 +42,7 @@ from ftlevel.models.quantization import (
 from ftlevel.models.sources import ModelSource
 from ftlevel.objectives import Objective
 from ftlevel.tasks import TASKS, BaseTask
-from ftlevel.trained.adapt import check_runs_on_cpu, get_adapter_reader, load_adapter
+from ftlevel.trained.adapt import check_runs_on_cpu, load_adapter
 from ftlevel.trained.generation import GenerationOptions, generate_texts
 
 PLAIN = "none"
@@ -71,18 +71,12 @@ class ModelRef:
 
     @property
     def kind(self) -> str:
-        """One of run, checkpoint, adapter (ftlevel's), peft, model, quantized, hub, gguf.
-
-        For an adapter in another library's format, it is the `kind` of the `AdapterReader`.
-        """
+        """One of run, checkpoint, adapter (ftlevel's), peft, model, quantized, hub, gguf."""
         if self.run is not None:
             path = self.directory or Path(self.source.name)
             return "checkpoint" if path.absolute().parent.name == CHECKPOINTS else "run"
-        if self.directory is not None and not self.is_ours:
-            reader = get_adapter_reader(self.directory)
-            return reader.kind if reader else "peft"
         if self.directory is not None:
-            return "adapter"
+            return "adapter" if self.is_ours else "peft"
         if self.source.kind in ("hub", "gguf"):
             return self.source.kind
         return "quantized" if self.is_prequantized else "model"
@@ -141,7 +135,7 @@ class ModelRef:
     def run_config(self) -> TrainConfig:
         """The run's configuration; without a run, defaults with the card's columns and overlong."""
         if self.run is not None:
-            return build_config([load_run_config(self.run)])
+            return build_config([load_run_config(self.run)], runs=False)
         card = self.card.data
         data = DataConfig(columns=card.get("columns", {}), overlong=card.get("overlong", "error"))
         return TrainConfig().model_copy(update={"data": data})

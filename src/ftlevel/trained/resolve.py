@@ -38,7 +38,7 @@ from ftlevel.models.quantization import (
 )
 from ftlevel.models.sources import ModelSource, check_revision, resolve_source
 from ftlevel.tasks import TASKS, BaseTask
-from ftlevel.trained.adapt import AdapterReader, check_weights_exist, get_adapter_reader
+from ftlevel.trained.adapt import check_weights_exist
 from ftlevel.trained.model_ref import PLAIN, ModelRef, get_tokenizer_source
 from ftlevel.weights.checkpoint import get_local_dir, load_header, merge_sharded_checkpoint
 
@@ -79,11 +79,8 @@ def resolve_model(
         base = resolve_source(base, display_name=f"--model {base}")
     with reading(name):
         path = get_model_dir(name)
-        reader = get_adapter_reader(path)
         if (path / CARD).is_file():
             ref = _resolve_with_card(path, label or name, task, base)
-        elif reader is not None:
-            ref = _resolve_external(path, reader, device, task, base)
         else:
             check_adapter_checkpoint(path)
             if (path / ADAPTER_CONFIG).is_file():
@@ -178,7 +175,6 @@ def _resolve_peft(
     base: ModelSource | None,
     trust_remote_code: bool,
 ) -> ModelRef:
-    """Returns the `ModelRef` of an adapter that PEFT saved without ftlevel."""
     peft_config = load_peft_adapter_config(adapter_dir)
     name = peft_config.get("base_model_name_or_path")
     if base is None and not (name and isinstance(name, str)):
@@ -200,27 +196,6 @@ def _resolve_peft(
         f"{adapter_dir} was not created by ftlevel: its base, {source.name}, cannot be verified"
     )
     return ModelRef(source, adapter_dir, card, None, [message], is_ours=False)
-
-
-def _resolve_external(
-    adapter_dir: Path,
-    reader: AdapterReader,
-    device: str,
-    task: str | None,
-    base: ModelSource | None,
-) -> ModelRef:
-    adapter = reader.read(adapter_dir)
-    base_task = TASKS[adapter.task(task)]
-    source = base or _resolve_base_source(adapter.base, adapter_dir)
-    peft_config = {"peft_type": reader.peft_type, "modules_to_save": adapter.heads}
-    card = create_default_card(
-        source, load_config(source), base_task, device, adapter_dir, peft_config
-    )
-    message = (
-        f"{adapter_dir} was created by {reader.library}: its base, {source.name}, cannot be "
-        "verified"
-    )
-    return ModelRef(source, adapter_dir, adapter.complete(card), None, [message], is_ours=False)
 
 
 def get_model_dir(name: str) -> Path:
@@ -259,7 +234,6 @@ def get_card_dir(path: Path) -> Path | None:
 
 
 def _task_of_model(config: Any, label: str) -> str:
-    """Returns the task of a model that ftlevel did not train, by architecture."""
     tasks = _tasks_of_class(checkpoint_class(config))
     if tasks:
         return tasks[0]
@@ -311,7 +285,6 @@ def _adapter_task(
 
 
 def _count_outputs(adapter_dir: Path, meta: Any) -> int:
-    """Returns the number of outputs of the head saved with an adapter; 0 if it has none."""
     tensors, _ = load_header(adapter_dir / WEIGHTS)
     shapes = {f".{name}": tensor.spec.shape for name, tensor in tensors.items()}
     outputs = 0
@@ -534,7 +507,6 @@ def resolve_text_model(flag: str, name: str, device: str, dtype: str) -> Referen
 
 
 def _task_of_texts(config: Any) -> str:
-    """Returns "reranking" for a classifier with one label, else "embedding"."""
     is_classifier = checkpoint_class(config) == "AutoModelForSequenceClassification"
     return "reranking" if is_classifier and config.num_labels == 1 else "embedding"
 

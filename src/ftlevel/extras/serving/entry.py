@@ -17,7 +17,6 @@ from ftlevel.errors import ConfigError, InputError, join_names, with_article
 from ftlevel.merging.normal_form import NormalForm
 from ftlevel.methods.merging import load_peft_config
 from ftlevel.models.loading import load_tokenizer
-from ftlevel.trained.adapt import get_adapter_reader
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.weights.checkpoint import Checkpoint, open_base
 
@@ -299,8 +298,6 @@ def create_served_model(name: str, ref: ModelRef, server: Server | None) -> Serv
                 f"{' && '.join(build_model_commands(server, path, path.name))}"
             )
         raise InputError(f"{fact}. For one file name --format gguf.")
-    if (reader := get_adapter_reader(ref.directory)) is not None:
-        raise InputError(f"{name} is in {reader.name}'s format, which no supported server loads.")
     return ServedModel(name, ref)
 
 

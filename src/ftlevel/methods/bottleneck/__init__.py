@@ -209,8 +209,7 @@ _MORE = """
 GPT-J, GPT-NeoX, Phi, Falcon, Gemma 2 and 3, OLMo 2 and Granite therefore support only `houlsby`,
 `pfeiffer` and `parallel`. A new adapter does not change the output. The model's own dropout comes
 after the adapter, and `adapter_dropout` is applied in the bottleneck; in AdapterHub, the model's
-dropout comes before the adapter, and adapter dropout is applied to the adapter's output.
-[Export](export.md#adapterhub) converts adapters to AdapterHub's format and back."""
+dropout comes before the adapter, and adapter dropout is applied to the adapter's output."""
 
 PAGE = "\n".join([_INTRODUCTION, *(f"| {' | '.join(row)} |" for row in _ROWS), _MORE])
 

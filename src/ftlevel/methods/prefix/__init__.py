@@ -63,8 +63,7 @@ ENCODER_WIDTH = 512  # Li & Liang, 2021, § 4.3
 
 PAGE = """\
 Prefix keys have no position. AdapterHub's flat prefixes with the same values give the same logits,
-except in T5 and mT5, where AdapterHub numbers the prefix as the first positions. AdapterHub's
-prefix files cannot be loaded."""
+except in T5 and mT5, where AdapterHub numbers the prefix as the first positions."""
 
 
 class PrefixTuning(Method):

@@ -16,8 +16,9 @@ For rollouts:
     decoding        = tokens of a completion · (weights + keys and values) / memory bandwidth
 
 A group shares the keys and values of its prompt; those of completions are copied when rows finish
-and others begin. v is the bytes of an activation, inner the MLP's width, room spare positions; 12
-is three float32 tensors of a LoRA layer. Completions are assumed to have maximum length.
+and others begin, but not on a GPU, where they are stored in pages and as many rows are sampled
+together as fit. v is the bytes of an activation, inner the MLP's width, room spare positions; 12 is
+three float32 tensors of a LoRA layer. Completions are assumed to have maximum length.
 """
 
 from __future__ import annotations
@@ -35,6 +36,13 @@ from ftlevel.data.encoding.store import row_lengths
 from ftlevel.errors import ConfigError, did_you_mean, join_names
 from ftlevel.evaluation.decoding import CACHE_GROWTH
 from ftlevel.evaluation.packed_weights import MAX_SHARE
+from ftlevel.evaluation.paged_sampling import (
+    LOGITS_COPIES,
+    PAGE_TOKENS,
+    cache_token_bytes,
+    count_prefill_tokens,
+    count_rows_in_memory,
+)
 from ftlevel.evaluation.rollouts import open_rewards
 from ftlevel.evaluation.sampling import PREFILL_TOKENS, SamplingOptions
 from ftlevel.events import NullListener
@@ -54,9 +62,6 @@ SCORING_MODELS = "teacher and reward models"
 SAMPLING = "sampling"
 INITIAL = "initial weights"
 """Copy of the trained tensors of step 0, for the KL penalty."""
-
-_LOGITS_COPIES = 6
-"""Float32 tensors of (rows, vocabulary) alive while tokens are drawn."""
 
 _BYTES_PER_WEIGHT = {"4bit": 0.56, "8bit": 1.02}
 """Bytes per weight of a quantized model, with its scales."""
@@ -79,29 +84,38 @@ class RolloutSize:
     completion: int
 
     @classmethod
-    def of(cls, run: Run) -> RolloutSize | None:
-        """Returns the largest rollout of `run`; None if this process does not sample."""
+    def of(cls, run: Run, memory: int) -> RolloutSize | None:
+        """Returns the largest rollout of `run`; None if this process does not sample.
+
+        On a GPU, as many completions are sampled together as fit in `memory` bytes.
+        """
         config, train = run.config.rl, run.config.train
         if run.config.task != RL_TASK or config.rollouts is not None:
             return None
         num_eval_samples = min(len(run.data.validation), train.max_generate_samples)
         num_check_prompts = min(config.check_groups, len(run.data.train))
         num_prompts = max(train.rows_per_device_step, num_eval_samples, num_check_prompts)
-        max_rows = max(SamplingOptions.most_rows, config.num_generations)
-        num_prompts = min(num_prompts, max_rows // config.num_generations)
-        num_rows = num_prompts * config.num_generations
         max_length = max(len(row.input_ids) for row in (*run.data.train, *run.data.validation))
-        return cls(num_prompts, num_rows, max_length, config.max_completion_length)
+        group, completion = config.num_generations, config.max_completion_length
+        max_rows = max(SamplingOptions.most_rows, group)
+        if run.model.device == "cuda":
+            tokens = max_length + completion
+            max_rows = count_rows_in_memory(run.model.config, run.model.dtype, tokens, memory)
+        num_prompts = min(num_prompts, max(1, max_rows // group))
+        num_rows = min(num_prompts * group, max_rows)
+        return cls(num_prompts, num_rows, max_length, completion)
 
     def cache_bytes(self, run: Run, *, copies: int) -> int:
-        """Returns the bytes of the KV cache, with completions counted `copies` times."""
-        text = run.model.config.get_text_config()
-        heads = text.num_attention_heads
-        groups = getattr(text, "num_key_value_heads", None) or heads
-        width = getattr(text, "head_dim", None) or text.hidden_size // heads
-        token = 2 * text.num_hidden_layers * groups * width * DTYPES[run.model.dtype].itemsize
-        shared = self.prompts * (self.prompt + CACHE_GROWTH)
-        return int(token * (shared + copies * self.rows * (self.completion + CACHE_GROWTH)))
+        """Returns the bytes of the KV cache, with completions counted `copies` times on a CPU.
+
+        On a GPU, pages are not copied. In float32, `generate` stores a prompt for each completion.
+        """
+        room, prompts = CACHE_GROWTH, self.prompts
+        if run.model.device == "cuda":
+            room, copies = PAGE_TOKENS, 1
+            prompts = self.rows if run.model.dtype == "float32" else self.prompts
+        tokens = prompts * (self.prompt + room) + copies * self.rows * (self.completion + room)
+        return tokens * cache_token_bytes(run.model.config, run.model.dtype)
 
     def prefill_bytes(self, run: Run) -> int:
         """Returns the activation bytes of one layer during the prefill of one batch of prompts."""
@@ -110,6 +124,8 @@ class RolloutSize:
         inner = getattr(text, "intermediate_size", None) or 4 * hidden
         num_prompts = min(self.prompts, max(1, PREFILL_TOKENS // self.prompt))
         tokens = num_prompts * self.prompt
+        if run.model.device == "cuda" and run.model.dtype != "float32":
+            tokens = min(tokens, count_prefill_tokens(self.rows))
         mlp_bytes = tokens * (inner * (4 * value + 12) + 4 * hidden * value)
         return int(mlp_bytes + tokens * self.prompt * (2 + value))
 
@@ -135,7 +151,7 @@ def estimate_sampling_parts(run: Run, size: RolloutSize) -> dict[str, int]:
     """Returns category → bytes that a rollout of `size` needs in addition to the weights."""
     parts = {
         KEYS_AND_VALUES: size.cache_bytes(run, copies=2),
-        LOGITS: 4 * _LOGITS_COPIES * size.rows * run.model.vocabulary,
+        LOGITS: 4 * LOGITS_COPIES * size.rows * run.model.vocabulary,
         ACTIVATIONS: size.prefill_bytes(run),
     }
     packed = run.model.total_parameters * DTYPES[run.model.dtype].itemsize
@@ -185,37 +201,27 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU: bytes of memory, dense bfloat16 TFLOP/s, GB/s of memory and of link; 0 if unknown."""
+    """A GPU: bytes of memory, dense bfloat16 TFLOP/s, GB/s of memory; 0 if unknown."""
 
     name: str
     memory: int
     tflops: float = 0.0
     bandwidth: float = 0.0
-    link: float = 0.0
-
-
-_NVLINK_4, _NVLINK_3, _PCIE_5, _PCIE_4, _PCIE_3 = 18 * 20.6, 12 * 20.0, 48.0, 24.0, 12.0
-"""GB/s as in NCCL: 20.6 and 20.0 per NVLink of Hopper (18 links) and Ampere (12 links); 12 for PCIe
-3 x16, doubled with each generation (src/graph/topo.h)."""
-
-
-def _card(name: str, gib: int, tflops: float, bandwidth: float, link: float) -> Gpu:
-    return Gpu(name, gib * GIB, tflops, bandwidth, link)
 
 
 GPUS = {
-    "h200": _card("H200 SXM", 141, 989, 4800, _NVLINK_4),
-    "h100": _card("H100 SXM", 80, 989, 3350, _NVLINK_4),
-    "h100-pcie": _card("H100 PCIe", 80, 756, 2000, _PCIE_5),
-    "a100": _card("A100 80 GB SXM", 80, 312, 2039, _NVLINK_3),
-    "a100-40gb": _card("A100 40 GB", 40, 312, 1555, _NVLINK_3),
-    "l40s": _card("L40S", 48, 362, 864, _PCIE_4),
-    "a6000": _card("RTX A6000", 48, 155, 768, _PCIE_4),
-    "a10": _card("A10", 24, 125, 600, _PCIE_4),
-    "l4": _card("L4", 24, 121, 300, _PCIE_4),
-    "rtx4090": _card("RTX 4090", 24, 165, 1008, _PCIE_4),
-    "rtx3090": _card("RTX 3090", 24, 71, 936, _PCIE_4),
-    "t4": _card("T4", 16, 65, 320, _PCIE_3),
+    "h200": Gpu("H200 SXM", 141 * GIB, 989, 4800),
+    "h100": Gpu("H100 SXM", 80 * GIB, 989, 3350),
+    "h100-pcie": Gpu("H100 PCIe", 80 * GIB, 756, 2000),
+    "a100": Gpu("A100 80 GB SXM", 80 * GIB, 312, 2039),
+    "a100-40gb": Gpu("A100 40 GB", 40 * GIB, 312, 1555),
+    "l40s": Gpu("L40S", 48 * GIB, 362, 864),
+    "a6000": Gpu("RTX A6000", 48 * GIB, 155, 768),
+    "a10": Gpu("A10", 24 * GIB, 125, 600),
+    "l4": Gpu("L4", 24 * GIB, 121, 300),
+    "rtx4090": Gpu("RTX 4090", 24 * GIB, 165, 1008),
+    "rtx3090": Gpu("RTX 3090", 24 * GIB, 71, 936),
+    "t4": Gpu("T4", 16 * GIB, 65, 320),
 }
 """From data sheets; the T4 has no bfloat16, so its figure is for float16."""
 
@@ -265,37 +271,10 @@ class TimeForecast:
     sampling_share: float | None = None
 
 
-@dataclass(frozen=True)
-class Operations:
-    """Mean forward FLOPs per token, by part of the model; `blocks` includes `attention`."""
-
-    blocks: float
-    attention: float
-    head: float
-    trains_base: bool
-    recomputes: bool
-
-    @property
-    def backward(self) -> float:
-        """FLOPs per token of the backward pass of all blocks, including recomputation."""
-        matmuls = self.blocks - self.attention
-        gradients = matmuls * (1 + self.trains_base) + 2 * self.attention
-        return gradients + self.blocks * self.recomputes
-
-    @property
-    def head_total(self) -> float:
-        """FLOPs per token of the head, forward and backward."""
-        return self.head * (2 + self.trains_base)
-
-    @property
-    def total(self) -> float:
-        """FLOPs per token of a training step."""
-        return self.blocks + self.backward + self.head_total
-
-
-def get_operations(run: Run, *, recomputes: bool) -> Operations:
-    """Returns FLOPs per token in a step of `run`; `recomputes`: with gradient checkpointing."""
+def count_operations(run: Run) -> float:
+    """Returns the mean FLOPs per token of a training step of `run`."""
     text, info = run.model.config.get_text_config(), run.data.info
+    recomputes = run.config.train.recomputes
     width = getattr(text, "hidden_size", 0) or 0
     layers = getattr(text, "num_hidden_layers", 0) or 0
     head_size = run.model.vocabulary * width
@@ -309,7 +288,11 @@ def get_operations(run: Run, *, recomputes: bool) -> Operations:
     embeddings = head_size * (1 if per_row or getattr(text, "tie_word_embeddings", True) else 2)
     matmuls = 2 * max(run.model.total_parameters - embeddings, 0)
     trains_base = METHODS[run.config.method.kind].trains_base(run.config.method)
-    return Operations(matmuls + attention, attention, head, trains_base, recomputes)
+    return (
+        matmuls * (2 + trains_base + recomputes)
+        + attention * (3 + recomputes)
+        + head * (2 + trains_base)
+    )
 
 
 def estimate_time(run: Run, gpu: Gpu) -> TimeForecast | None:
@@ -317,15 +300,18 @@ def estimate_time(run: Run, gpu: Gpu) -> TimeForecast | None:
     if not gpu.tflops:
         return None
     tokens = run.data.info["tokens"]
-    operations = get_operations(run, recomputes=run.config.train.recomputes).total
-    if (size := RolloutSize.of(run)) is not None:
-        return _estimate_rl_time(run, gpu, size, operations)
+    operations = count_operations(run)
+    weights = run.model.total_parameters * DTYPES[run.model.dtype].itemsize
+    if (size := RolloutSize.of(run, gpu.memory - weights)) is not None:
+        return _estimate_rl_time(run, gpu, size, operations, weights)
     seconds = operations * tokens / (PEAK_FRACTION * gpu.tflops * 1e12)
     how = f"a roofline: {PEAK_FRACTION:.0%} of {gpu.tflops:,g} TFLOP/s, not measured"
     return TimeForecast(seconds, tokens / seconds, how)
 
 
-def _estimate_rl_time(run: Run, gpu: Gpu, size: RolloutSize, operations: float) -> TimeForecast:
+def _estimate_rl_time(
+    run: Run, gpu: Gpu, size: RolloutSize, operations: float, weights: int
+) -> TimeForecast:
     flops = PEAK_FRACTION * gpu.tflops * 1e12
     num_prompts = sum(prompt_lengths(run))
     num_completions = len(run.data.train) * run.config.rl.num_generations * size.completion
@@ -333,7 +319,6 @@ def _estimate_rl_time(run: Run, gpu: Gpu, size: RolloutSize, operations: float) 
     head = 6 * run.model.vocabulary * width * num_completions
     training = (operations * (num_prompts + num_completions) + head) / flops
     training *= run.config.steps_per_rollout
-    weights = run.model.total_parameters * DTYPES[run.model.dtype].itemsize
     bandwidth = BANDWIDTH_FRACTION * gpu.bandwidth * 1e9
     sampling = estimate_sampling_seconds(run, size, weights, bandwidth, flops)
     seconds = training + sampling

@@ -92,7 +92,6 @@ class ShardedModel:
     Attributes:
         block: tensors in the largest block.
         blocks: tensors in all blocks.
-        count: number of blocks.
         root: tensors outside the blocks: embeddings, head and others.
         root_casts: bytes of autocast copies of `root`; sharded blocks need none.
         trained: bytes of the float32 gradients of all trained parameters, sharded or not.
@@ -101,7 +100,6 @@ class ShardedModel:
 
     block: ShardGroup
     blocks: ShardGroup
-    count: int
     root: ShardGroup
     root_casts: int
     trained: int
@@ -176,17 +174,15 @@ def get_sharded_model(run: Run) -> ShardedModel:
     ]
     block_parameters = {parameter for block in blocks for parameter in block.parameters()}
     tensors = [tensor for cut in groups for tensor in cut.tensors]
-    num_blocks, trained = len(groups), _num_trained(model)
+    trained = _num_trained(model)
     if sample is not None:  # each sampled layer represents similar ones
         for at, times in zip(range(len(blocks)), itertools.cycle(sample.values()), strict=False):
             if extra := round(times) - 1:
                 tensors += [replace(tensor, times=extra) for tensor in groups[at].tensors]
                 trained += extra * _num_trained(blocks[at])
-                num_blocks += extra
     return ShardedModel(
         block=max(groups, key=lambda cut: cut.gathered_bytes(1)),
         blocks=ShardGroup(tuple(tensors)),
-        count=num_blocks,
         root=_create_group(
             (p for p in model.parameters() if p not in block_parameters), replicated, set(), dtype
         ),

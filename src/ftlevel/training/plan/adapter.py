@@ -24,12 +24,7 @@ from ftlevel.models.hardware import select_device
 from ftlevel.models.loading import build_task_model
 from ftlevel.models.sources import resolve_source
 from ftlevel.tasks import TASKS
-from ftlevel.trained.adapt import (
-    apply_method,
-    get_adapter_reader,
-    get_expected_tensors,
-    get_shortest_targets,
-)
+from ftlevel.trained.adapt import apply_method, get_expected_tensors, get_shortest_targets
 from ftlevel.trained.resolve import (
     ADAPTER_CONFIG,
     get_model_dir,
@@ -120,11 +115,6 @@ def _get_task_values(
 
 
 def _check_adapter_path(name: str, path: Path, output_dir: Path | None) -> None:
-    if (reader := get_adapter_reader(path)) is not None:
-        raise ConfigError(
-            f"--adapter {name} is in {reader.name}'s format, which cannot be trained. Train a "
-            "new adapter with --method adapter."
-        )
     if not (path / ADAPTER_CONFIG).is_file():
         problem = "contains neither an adapter nor a model" if path.exists() else "does not exist"
         raise ConfigError(
@@ -141,7 +131,6 @@ def _check_adapter_path(name: str, path: Path, output_dir: Path | None) -> None:
 def _load_method_config(
     adapter: StartingAdapter, requested: MethodConfig, *, uses_dropout: bool
 ) -> MethodConfig:
-    """Returns the method configuration of `adapter`; `requested` is the user's."""
     peft_config, card = adapter.settings, adapter.card
     method = card.method if card else _get_method(adapter)
     run_path = get_run_dir(adapter.directory)
@@ -175,7 +164,6 @@ def _load_method_config(
 
 
 def _get_method(adapter: StartingAdapter) -> str:
-    """Returns the method of an adapter written by plain PEFT; ConfigError if none matches."""
     peft_type = str(adapter.settings.get("peft_type"))
     for kind, method in METHODS.items():
         if method.merge_info.peft_types[:1] == (peft_type,) and not method.tuner:
