@@ -52,7 +52,7 @@ _TRAIN, _ROWS = ("train",), ("train", "preview")
 
 COMMAND_FLAGS: tuple[Flag, ...] = (
     # preview
-    option("--row", "Row number to show, from 1; repeatable.",
+    option("--row", "Row number to show, from 1, in the order of the files; repeatable.",
            panel=WRITE, on=("preview",), type=list[int], metavar="N", minimum=1),
     option("--html", "HTML page to write; self-contained, needs no network.",
            panel=WRITE, on=("preview",), type=Path, metavar="FILE"),
