@@ -18,6 +18,7 @@ from ftlevel.config.rl import RlConfig
 from ftlevel.config.section import Choice, check_config
 from ftlevel.config.trust import check_reward_files
 from ftlevel.data.encoding.fit import LengthBounds
+from ftlevel.data.formats.labels import are_default_names
 from ftlevel.data.prepare.encoder import EncodingContext
 from ftlevel.data.prepare.inference import EvaluationRows, load_evaluation_rows
 from ftlevel.data.prepare.loading import read_splits
@@ -59,7 +60,7 @@ from ftlevel.training.plan.schedule import text_positions
 _NOT_WITH_QRELS = """
     dataset predictions input_format subset split on_bad_row columns ignore_columns metrics
     max_eval_samples max_generate_samples max_new_tokens num_beams temperature top_p eval_text
-    reward
+    reward labels
 """.split()
 
 
@@ -353,9 +354,11 @@ def _resolve(config: EvaluateConfig, device: str) -> tuple[ModelRef, ModelRef | 
     kwargs: Any = {"device": device, "dtype": config.dtype}
     name, task, base = config.name, config.task, config.base_model
     if config.against is None:
-        return _set_quantization(resolve_model(name, task, base, **kwargs), config.quant), None
-    ref, other = resolve_pair(name, config.against, task, base, **kwargs)
-    return _set_quantization(ref, config.quant), other
+        ref, other = resolve_model(name, task, base, **kwargs), None
+    else:
+        ref, other = resolve_pair(name, config.against, task, base, **kwargs)
+        other = other.with_labels(config.labels if are_default_names(other.labels) else ())
+    return _set_quantization(ref.with_labels(config.labels), config.quant), other
 
 
 def _set_quantization(ref: ModelRef, quant: str | None) -> ModelRef:

@@ -135,7 +135,7 @@ def _prepare(
     device = select_device(config.device)
     ref = resolve_model(
         config.name, config.task, config.base_model, device=device.value, dtype=config.dtype
-    )
+    ).with_labels(config.labels)
     task, run_config = TASKS[ref.card.task], ref.run_config
     source, file = _open(config, rows, task, run_config)
     mapping = _mapping(config, run_config, task, source)

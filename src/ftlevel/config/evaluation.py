@@ -30,6 +30,12 @@ UnnamedTask = Annotated[
 ]
 
 
+UnnamedLabels = Annotated[
+    FewNames,
+    Field(description="Comma-separated class names, in order, of a model whose files have none."),
+]
+
+
 class EvaluateConfig(DecodingAsInTraining):
     """Configuration of `ftlevel evaluate`; by default, model and data are as in training."""
 
@@ -62,6 +68,7 @@ class EvaluateConfig(DecodingAsInTraining):
     columns: ColumnMap = Field(default_factory=dict)
     ignore_columns: IgnoredColumns = ()
     task: UnnamedTask = None
+    labels: UnnamedLabels = ()
     quant: Literal["none", "4bit", "8bit"] | None = Field(
         None, description="Quantization of the base model, if different from training."
     )
@@ -207,6 +214,7 @@ class PredictConfig(DecodingAsInTraining):
     )
     overwrite: bool = Field(False, description="Whether to replace an existing --output file.")
     task: UnnamedTask = None
+    labels: UnnamedLabels = ()
     batch_size: Positive | None = Field(None, description="Batch size; default: by row length.")
     base_model: MovedBase = None
     dtype: ComputePrecision = "auto"
