@@ -17,6 +17,7 @@ from ftlevel.config import SPECS, EvaluateConfig, InMemoryDataset, QuantConfig, 
 from ftlevel.config.rl import RlConfig
 from ftlevel.config.section import Choice, check_config
 from ftlevel.config.trust import check_reward_files
+from ftlevel.data.encoding.encode import distinct_texts
 from ftlevel.data.encoding.fit import LengthBounds
 from ftlevel.data.formats.labels import are_default_names
 from ftlevel.data.prepare.encoder import EncodingContext
@@ -619,9 +620,20 @@ def _choices(
             "columns", eval_rows.note or eval_rows.columns, "by --map" if config.columns else ""
         ),
         *(Choice("note", note) for note in eval_rows.table.notes),
+        *_loss_choices(trained, eval_rows),
         Choice("dtype", trained.dtype, get_dtype_source(ref, config.dtype)),
         device,
     ]
+
+
+def _loss_choices(trained: LoadedModel, eval_rows: EvaluationRows) -> Iterator[Choice]:
+    objective = trained.objective
+    if isinstance(objective, Embeddings) and len(eval_rows.rows):
+        loss = objective.for_validation(distinct_texts(eval_rows.rows)[1]).config.loss
+        is_own = "step_rows" in trained.ref.card.options.get("embedding", {})
+        note = "the rows per step of training" if is_own else "the default"
+        size = f"{objective.step_rows:,} rows"
+        yield Choice("loss", f"{loss} within groups of {size}", f"{note}; it depends on the size")
 
 
 def _intervals(
