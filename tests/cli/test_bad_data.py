@@ -108,7 +108,7 @@ BAD_FILES: dict[str, tuple[bytes, list[str], list[str]]] = {
     "no chat template": (
         jsonl({"messages": CHAT * 2}), ["--model", "gpt2"],
         ["rows.jsonl:1: is a conversation of 4 messages, and the model has no chat template. Add "
-         "--chat-template chatml, or use a model with a template (an -Instruct model)."]),
+         "--chat-template mistral, or use a model with a template (an -Instruct model)."]),
     "an unknown role": (
         jsonl({"messages": CHAT}, {"messages": [{**CHAT[0], "role": "userr"}, CHAT[1]]}), [],
         ["rows.jsonl:2: turn 1 of 'messages' has the unknown role 'userr' (did you mean 'user'?; "

@@ -166,6 +166,7 @@ def test_adapter_on_tied_embedding_exports_separate_head(
     assert summary["merged"]["verified"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(Path(), gguf_file="x.gguf")
     assert len(tokenizer) <= 704
+    assert load_tokenizer(resolve_source("x.gguf")).name_or_path == "x.gguf"
     names = {tensor.name for tensor in GGUFReader("x.gguf").tensors}
     assert {"output.weight", "token_embd.weight"} <= names
     loaded = load_model(Path(), gguf_file="x.gguf")

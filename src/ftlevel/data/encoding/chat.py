@@ -212,15 +212,19 @@ def set_chat_template(tokenizer: Any, name: str | None) -> Choice | None:
     return Choice("chat template", name, reason)
 
 
+def list_usable_templates(tokenizer: Any) -> list[str]:
+    """Returns the names of the built-in templates whose special tokens `tokenizer` has."""
+    vocabulary = tokenizer.get_vocab()
+    return [name for name, markers in MARKERS.items() if vocabulary.keys() >= set(markers)]
+
+
 def _read_builtin(tokenizer: Any, name: str) -> str:
     vocabulary = tokenizer.get_vocab()
-    missing = {n: [m for m in markers if m not in vocabulary] for n, markers in MARKERS.items()}
-    if missing[name]:
-        usable = [other for other, tokens in missing.items() if not tokens]
+    if missing := [marker for marker in MARKERS[name] if marker not in vocabulary]:
         raise InputError(
             f"--chat-template {name}: the tokenizer of {tokenizer.name_or_path} has no token for "
-            f"{join_names(missing[name])}, so the model could not learn to stop. Templates that "
-            f"fit its tokens: {join_names(usable)}."
+            f"{join_names(missing)}, so the model could not learn to stop. Templates that "
+            f"fit its tokens: {join_names(list_usable_templates(tokenizer))}."
         )
     return (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
 
