@@ -32,6 +32,8 @@ from export_cases import (
 from ftlevel.cli.app import run
 from ftlevel.errors import FtlevelError, InputError, RunError
 from ftlevel.merging.formats import gguf
+from ftlevel.models.loading import load_tokenizer
+from ftlevel.models.sources import resolve_source
 from ftlevel.weights import gguf_families
 from tiny_tokenizers import build_tokenizer
 

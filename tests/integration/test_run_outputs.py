@@ -128,6 +128,8 @@ def test_dataset_option_replaces_validation_file(tiny_model_dir: TinyModelDir) -
                 "--validation-file", "data/validation.jsonl", "--task", "text-classification",
                 "--max-steps", "1", "--output-dir", "run", "--quiet"])  # fmt: skip
     assert code == 0
+    own = evaluate(EvaluateConfig(name="run", resamples=0)).summary["data"]
+    assert (own["name"], own["rows"]) == ("data/validation.jsonl", 6)
     evaluation = evaluate(EvaluateConfig(name="run", dataset="data/train.jsonl", resamples=0))
     assert evaluation.summary["data"]["rows"] == 16
 

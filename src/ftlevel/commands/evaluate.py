@@ -205,7 +205,8 @@ def _find_warnings(
     if eval_rows.is_training:
         yield f"these are {eval_rows.split}; their metrics say little about new rows."
     if changed == "train":
-        yield f"{eval_rows.source} changed after training; these rows may include training rows."
+        dataset = config.dataset or ref.run_config.data.dataset
+        yield f"{dataset} changed after training; these rows may include training rows."
     elif changed and not (config.corpus or config.max_eval_samples):
         yield "the validation rows or the corpus changed after training, and so did their metrics."
     yield from describe_dropped(eval_rows.table)
