@@ -44,7 +44,7 @@ from ftlevel.evaluation.two_models import (
     resolve_pair,
     select_primary,
 )
-from ftlevel.events import Listener, NullListener
+from ftlevel.events import Listener, NullListener, Summarized
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import select_device
 from ftlevel.models.loading import silence_loggers
@@ -65,8 +65,8 @@ _NOT_WITH_QRELS = """
 """.split()
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Summarized):
     """Metrics of a model and of its base; `draws`: metric → value on each bootstrap resample."""
 
     metrics: Mapping[str, float]

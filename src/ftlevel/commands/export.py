@@ -22,7 +22,7 @@ from ftlevel.config import ExportConfig, MergeConfig
 from ftlevel.config.export import FORMATS
 from ftlevel.errors import ConfigError, join_names
 from ftlevel.evaluation.two_models import Agreement, EvalSet, compare_logits
-from ftlevel.events import Listener, NullListener
+from ftlevel.events import Listener, NullListener, Summarized
 from ftlevel.merging.formats.base import MergeOutput, plan_export
 from ftlevel.merging.low_bits import WeightsAsLoaded, select_gguf_codes
 from ftlevel.merging.merge_input import (
@@ -45,8 +45,8 @@ _ROWS: int = MergeConfig.model_fields["rows"].default
 """Rows on which the exported file is compared, as for a merge."""
 
 
-@dataclass(frozen=True)
-class ExportResult:
+@dataclass(frozen=True, repr=False)
+class ExportResult(Summarized):
     """Result of an export: `summary` is the output of `--json`; `path` is None after a dry run."""
 
     summary: dict[str, Any]

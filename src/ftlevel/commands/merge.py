@@ -22,7 +22,7 @@ from ftlevel.config import MergeConfig, QuantConfig
 from ftlevel.config.section import Choice, check_config
 from ftlevel.errors import ConfigError
 from ftlevel.evaluation.two_models import Agreement, EvalSet, RowLogits, compare_logits
-from ftlevel.events import Listener, NullListener
+from ftlevel.events import Listener, NullListener, Summarized
 from ftlevel.merging.low_bits import compare_quantized, quantize_merged, resolve_quantization
 from ftlevel.merging.merge_input import MergeInput, resolve_merge_input, select_rows
 from ftlevel.merging.merged_model import save_merged
@@ -50,8 +50,8 @@ class _PreparedMerge:
     calibration: EvalSet | None
 
 
-@dataclass(frozen=True)
-class MergeResult:
+@dataclass(frozen=True, repr=False)
+class MergeResult(Summarized):
     """Result of a merge: `summary` is the output of `--json`, `path` the merged model."""
 
     summary: dict[str, Any]

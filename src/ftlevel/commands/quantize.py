@@ -35,7 +35,7 @@ from ftlevel.evaluation.two_models import (
     load_eval_text,
     split_into_windows,
 )
-from ftlevel.events import Listener, NullListener
+from ftlevel.events import Listener, NullListener, Summarized
 from ftlevel.models.hardware import DTYPES, select_device
 from ftlevel.models.kinds import checkpoint_class, max_positions
 from ftlevel.models.loading import build_task_model, load_config, load_model, silence_loggers
@@ -65,8 +65,8 @@ from ftlevel.weights.quantize_shards import (
 SUMMARY = "quantization.json"
 
 
-@dataclass(frozen=True)
-class QuantizeResult:
+@dataclass(frozen=True, repr=False)
+class QuantizeResult(Summarized):
     """Result of `quantize`; after a dry run, `summary` has expected sizes and `path` is None."""
 
     summary: Mapping[str, Any]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ftlevel.config.output import Decoding, DecodingAsInTraining
 from ftlevel.config.preference import FewNames
@@ -177,7 +177,7 @@ class PredictConfig(DecodingAsInTraining):
     output: Path | None = Field(
         None,
         description="Output file (.csv, .tsv, .jsonl or .parquet, or .npy for embeddings); "
-        "default: JSONL on stdout.",
+        "default: - (JSONL on stdout).",
     )
     column: str = Field("prediction", min_length=1, description="Name of the prediction column.")
     columns: ColumnMap = Field(default_factory=dict)
@@ -219,6 +219,11 @@ class PredictConfig(DecodingAsInTraining):
     base_model: MovedBase = None
     dtype: ComputePrecision = "auto"
     device: RunDevice = "auto"
+
+    @field_validator("output", mode="before")
+    @classmethod
+    def _parse_stdout(cls, value: object) -> object:
+        return None if str(value) == "-" else value
 
     @model_validator(mode="after")
     def _validate_output(self) -> PredictConfig:

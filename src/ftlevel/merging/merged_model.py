@@ -47,6 +47,7 @@ class MergedFiles:
 
     Attributes:
         merged: number of tensors that belong to an adapted module or were trained in full.
+        changed: number of merged tensors that differ from the base's.
         unchanged: number of merged weights that are equal to the base's after rounding.
         untied: whether the output layer no longer shares the embedding's weight.
         unused: tensors of the base's checkpoint that the model does not use.
@@ -61,6 +62,7 @@ class MergedFiles:
     size_bytes: int
     dtype: str
     stops: Mapping[str, int]
+    changed: int
 
 
 @dataclass
@@ -275,6 +277,7 @@ def save_merged(
         size,
         str(merger.main_dtype).removeprefix("torch."),
         stops,
+        len(merged - merger.unchanged),
     )
     return files, merger
 

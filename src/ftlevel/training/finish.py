@@ -155,7 +155,7 @@ def get_predictions(
     initial = recorder.of(0) if step else None
     labels = run.data.info["labels"] or ()
     predictions = iterate_results(
-        record, labels, lambda row: f"row {row + 1:,}", base=initial, evaluator=evaluator
+        record, labels, run.data.validation_table.where, base=initial, evaluator=evaluator
     )
     return list(predictions), _intervals(record, evaluator)
 

@@ -41,11 +41,13 @@ def check_disk_space(run_path: Path | None, train: TrainerConfig, model: Any, st
     output_dir = run_path or Path("runs")
     mount = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     used = sum(p.stat().st_size for p in output_dir.rglob("*") if p.is_file()) if run_path else 0
-    free = shutil.disk_usage(mount).free
-    if one * count > free + used:
+    disk = shutil.disk_usage(mount)
+    if not disk.total:  # such as /proc
+        raise ConfigError(f"--output-dir {output_dir}: {mount} cannot be written. Choose another.")
+    if one * count > disk.free + used:
         raise ConfigError(
-            f"--output-dir {output_dir}: its disk has {free / 1e9:,.2f} GB free, and the run needs "
-            f"about {one * count / 1e9:,.2f} GB there: {count} x {one / 1e9:,.2f} GB of "
+            f"--output-dir {output_dir}: its disk has {disk.free / 1e6:,.1f} MB free, and the run "
+            f"needs about {one * count / 1e6:,.1f} MB there: {count} x {one / 1e6:,.1f} MB of "
             f"checkpoints (--save-total-limit {train.save_total_limit}, and the one that is being "
             "written). Free space, keep fewer, or choose a directory on another disk."
         )
