@@ -175,6 +175,8 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         lines = iterate_results(
             record, trained.ref.labels, eval_rows.table.where, base=base_record, evaluator=evaluator
         )
+        if config.predictions.suffix.lower() == ".conll":  # which has the words
+            lines = ({**eval_rows.table.rows[line["row"]], **line} for line in lines)
         save_rows(config.predictions, list(lines))
     return Evaluation(metrics, base, summary, draws)
 

@@ -106,7 +106,7 @@ def _merge(prepared: _PreparedMerge, output: Path, listener: Listener) -> dict[s
     candidates = []
     for onto in prepared.base_weights:
         listener.stage(f"merging into the {onto} weights")
-        candidate = write_onto(config, inputs, onto, output / f".{onto}")
+        candidate = write_onto(config, inputs, onto, output / f".{onto}", listener)
         if probe is not None and trained is not None:
             candidate = measure(candidate, inputs, probe, trained)
         candidates.append(candidate)
@@ -192,12 +192,13 @@ def _select_base_weights(config: MergeConfig, inputs: MergeInput) -> list[str]:
     return ["dequantized", "original"]
 
 
-def write_onto(config: MergeConfig, inputs: MergeInput, onto: str, path: Path) -> Candidate:
+def write_onto(
+    config: MergeConfig, inputs: MergeInput, onto: str, path: Path, listener: Listener
+) -> Candidate:
     """Merge the adapter into `onto` ("original" or "dequantized") base weights; save to `path`."""
     path.mkdir()
-    return Candidate(
-        onto, path, *save_merged(path, inputs, *resolve_rounding(config, inputs, onto))
-    )
+    dtype, rounding = resolve_rounding(config, inputs, onto)
+    return Candidate(onto, path, *save_merged(path, inputs, dtype, rounding, listener))
 
 
 def resolve_rounding(

@@ -56,6 +56,7 @@ from ftlevel.weights.quantize_shards import (
     QUANTIZED,
     QuantizedLayout,
     build_layout,
+    count_tensors,
     get_skipped_modules,
     packed_bytes,
     predict_bytes,
@@ -114,7 +115,7 @@ def quantize(
         with atomic_directory(config.out) as partial:
             with _source_files(plan) as directory:
                 listener.stage("quantizing")
-                listener.begin(0)
+                listener.begin(count_tensors(directory))
                 layout, written = save_quantized(directory, partial, plan.layout, listener.step)
                 summary = _summary(config, plan, written.parts, written.quantized)
                 summary["bytes_on_disk"] = written.bytes

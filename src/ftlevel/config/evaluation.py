@@ -114,8 +114,8 @@ class EvaluateConfig(DecodingAsInTraining):
     )
     predictions: Path | None = Field(
         None,
-        description="Output file, one row per example: .jsonl, .csv, .tsv or .parquet. It must "
-        "not exist.",
+        description="Output file, one row per example: .jsonl, .csv, .tsv or .parquet, or .conll "
+        "for tagged words. It must not exist.",
     )
     base_model: MovedBase = None
     dtype: ComputePrecision = "auto"
@@ -156,6 +156,9 @@ class GenerateConfig(Decoding):
         None, description="Context that contains the answer (question answering)."
     )
     compare_base: bool = Field(False, description="Whether to also show the base model's output.")
+    against: str | None = Field(
+        None, min_length=1, description="Run, adapter or model that also answers each prompt."
+    )
     max_new_tokens: Positive = Field(128, description="Maximum number of generated tokens.")
     seed: int = Field(0, ge=0, lt=2**32, description="Random seed for sampling.")
     batch_size: Positive = Field(8, description="Number of prompts per forward pass.")
@@ -176,7 +179,7 @@ class PredictConfig(DecodingAsInTraining):
     )
     output: Path | None = Field(
         None,
-        description="Output file (.csv, .tsv, .jsonl or .parquet, or .npy for embeddings); "
+        description="Output file (.csv, .tsv, .jsonl or .parquet, .npy for embeddings, .conll for tags); "
         "default: - (JSONL on stdout).",
     )
     column: str = Field("prediction", min_length=1, description="Name of the prediction column.")

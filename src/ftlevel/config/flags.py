@@ -108,6 +108,7 @@ COMMAND_FLAGS: tuple[Flag, ...] = (
            panel=MODEL, on=("generate",), type=list[str], metavar="NAME[=DIR]"),
     Flag("adapters_dir", "", MODEL, ("generate",)),
     Flag("compare_base", "--compare-base", MODEL, ("generate",)),
+    Flag("against", "", MODEL, ("generate",)),
     # evaluate, and flags shared with it
     Flag("dataset", "", DATA, ("evaluate",)),
     Flag("qrels", "", DATA, ("evaluate",), metavar="FILE"),

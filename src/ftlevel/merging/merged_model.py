@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections import Counter, defaultdict
@@ -14,6 +15,7 @@ import torch
 
 from ftlevel.artifacts.files import write_json
 from ftlevel.errors import InputError, RunError, join_names
+from ftlevel.events import Listener
 from ftlevel.merging.merge_input import MergeInput
 from ftlevel.methods.merging import Skeleton, build_skeleton
 from ftlevel.models.hardware import DTYPES
@@ -246,6 +248,7 @@ def save_merged(
     inputs: MergeInput,
     dtype: str | None,
     rounding: Callable[[Any], QuantizationRounding] | None,
+    listener: Listener,
 ) -> tuple[MergedFiles, TensorMerger]:
     """Save the base of `inputs`, merged with its adapter, in the empty `output_dir`.
 
@@ -259,7 +262,9 @@ def save_merged(
     untied = _are_untied(merger, ties)
     names = [n for n in shapes if n not in ties or untied or n in checkpoint.groups]
     shards = _plan_files(merger, names)
-    size = write_files(output_dir, shards)
+    listener.begin(sum(map(len, shards.values())))
+    done = itertools.count(1)
+    size = write_files(output_dir, shards, lambda: listener.step(next(done)))
     merged = {name for name in names if merger.adapts(name)}
     if merged <= merger.unchanged:
         raise RunError(
