@@ -48,6 +48,7 @@ _CORE: dict[str, tuple[str, str]] = {
         ("merge", "export:merge", "Merge an adapter into the base model and write a full model."),
         ("quantize", "export:quantize", "Quantize a model to 4 or 8 bits and measure the quality."),
         ("export", "export:export", "Export a run, an adapter or a model for a server."),
+        ("runs", "runs:runs", "List runs with their results, or remove their old checkpoints."),
         ("recipes", "recipes:recipes", "List, show, copy or convert recipes."),
         (
             "list-targets",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -23,7 +23,9 @@ from ftlevel.artifacts.cards import describe_losses, format_memory, format_selec
 from ftlevel.cli.startup import SafeStream
 from ftlevel.cli.topics import topic_of_module, with_topic
 from ftlevel.config.section import Choice
+from ftlevel.errors import ConfigError, FtlevelError
 from ftlevel.events import METRIC_FORMATS, Listener
+from ftlevel.safe_io import open_existing
 
 _RUN_FILES = (
     ("adapter", "adapter and tokenizer"),
@@ -128,7 +130,9 @@ class Screen(Listener):
         frame = inspect.currentframe()
         caller = frame.f_back if frame else None
         topic = topic_of_module(caller.f_globals["__name__"]) if caller else None
-        text = escape(with_topic(message, topic))
+        self._warn(escape(with_topic(message, topic)))
+
+    def _warn(self, text: str) -> None:
         self.errors.print(f"[yellow]warning:[/yellow] {text}", highlight=False)
 
     def begin(self, total_steps: int) -> None:
@@ -223,6 +227,25 @@ class Screen(Listener):
             self._progress = None
 
 
+def _in_both(name: str) -> Callable[..., None]:
+    """Returns a method that calls the method `name` of the screen and of its log."""
+
+    def method(screen: _LoggedScreen, *args: Any) -> None:
+        getattr(Screen, name)(screen, *args)
+        getattr(screen.file, name)(*args)
+
+    return method
+
+
+class _LoggedScreen(Screen):
+    """Screen whose lines are also printed by `file`, a screen of a log file."""
+
+    file: Screen
+    stage, choices, log, begin, end, _warn = map(
+        _in_both, ("stage", "choices", "log", "begin", "end", "_warn")
+    )
+
+
 def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     proof, timings = summary["proof"], summary["timings"]
     if summary["loss_first"] is not None:
@@ -279,15 +302,33 @@ def _console(stream: SafeStream) -> Console:
 
 
 @contextlib.contextmanager
-def open_screen(*, as_json: bool, quiet: bool, to_stderr: bool = False) -> Iterator[Screen]:
+def open_screen(
+    *, as_json: bool, quiet: bool, to_stderr: bool = False, log_file: Path | None = None
+) -> Iterator[Screen]:
     """Context manager that yields a `Screen` and closes it.
 
-    With `as_json`, the screen prints to stderr, and only if stderr is a terminal.
+    With `as_json`, the screen prints to stderr, and only if stderr is a terminal. All lines and
+    errors are appended to `log_file`; raises ConfigError if it cannot be written.
     """
     stream = SafeStream(sys.stderr if as_json or to_stderr else sys.stdout)
     silent = quiet or (as_json and not stream.isatty())
-    screen = Screen(_console(stream), quiet=silent, errors=_console(SafeStream(sys.stderr)))
+    consoles: dict[str, Any] = {"errors": _console(SafeStream(sys.stderr)), "quiet": silent}
+    if log_file is None:
+        screen = Screen(_console(stream), **consoles)
+        with contextlib.closing(screen):
+            yield screen
+        return
     try:
-        yield screen
-    finally:
-        screen.close()
+        file = open_existing(log_file)
+    except OSError as error:
+        raise ConfigError(f"--log-file {log_file}: {error.strerror}. Choose another.") from None
+    with file:
+        file.reconfigure(line_buffering=True)
+        screen = _LoggedScreen(_console(stream), **consoles)
+        screen.file = Screen(Console(file=file, soft_wrap=True), quiet=False)
+        try:
+            with contextlib.closing(screen):
+                yield screen
+        except FtlevelError as error:
+            file.write(f"ftlevel: {error}\n")
+            raise

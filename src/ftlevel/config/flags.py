@@ -176,7 +176,7 @@ _TRAIN_COMMANDS = ("preview", *_TAKES_RECIPES)
 _EVERY = (
     *"""
     train preview plan doctor init evaluate predict mine generate merge quantize export
-    list-targets list-methods recipes
+    list-targets list-methods recipes runs
     """.split(),
     *_ADDED,
 )
@@ -206,6 +206,12 @@ _RUN_FLAGS: tuple[Flag, ...] = (
            on=("recipes",), dest="file", type=Path),
     option("[TO]", "Destination of copy; default: the recipe's name, in this directory.",
            on=("recipes",), dest="target", type=Path),
+    option("[clean|DIR]", "Action clean, or directory of runs to list; default: runs.",
+           on=("runs",), dest="action"),
+    option("[DIR]", "Directory of the runs to clean; default: runs.",
+           on=("runs",), dest="directory", type=Path),
+    option("--yes -y", "Whether to remove checkpoints without asking.",
+           panel=GENERAL, on=("runs",), type=bool),
     option("[FILE]", "Path of the new recipe; must not exist.",
            on=("init",), dest="file", type=Path, default=Path("recipe.yaml")),
     option("MODEL|FAMILY", "Directory, .gguf file, Hub id, builtin:NAME, or family such as llama.",
@@ -335,6 +341,8 @@ _RUN_FLAGS: tuple[Flag, ...] = (
     Flag("output.tracker_project", "", RUN),
     Flag("output.push_to_hub", "", RUN, metavar="NAME"),
     Flag("output.hub_private", "", RUN),
+    option("--log-file", "File to which the output of the run is also appended.",
+           panel=RUN, type=Path, metavar="FILE"),
     option("--dry-run", "Whether to only resolve and check the configuration.",
            panel=RUN, type=bool),
 )  # fmt: skip
