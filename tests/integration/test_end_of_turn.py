@@ -33,7 +33,7 @@ def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def base_of(tiny_model_dir: ModelDir, folder: Path, family: str) -> Path:
-    """Return a tiny base model whose EOS is not the end of a turn, as those of published families."""
+    """Return a tiny base model whose EOS is not the end of a turn, as of published families."""
     overrides: dict[str, Any] = {}
     if family == "gemma3_text":
         overrides["layer_types"] = _SLIDING

@@ -289,7 +289,9 @@ def test_classes_of_plain_peft_adapter_are_named(
     base = tiny_model_dir("bert", "mlm")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
     settings = LoraConfig(task_type="SEQ_CLS", target_modules=["query"])
-    get_peft_model(model, settings, autocast_adapter_dtype=False).save_pretrained(tmp_path / "plain")
+    get_peft_model(model, settings, autocast_adapter_dtype=False).save_pretrained(
+        tmp_path / "plain"
+    )
     rows = [{"text": f"the word {i}", "label": "abc"[i % 3]} for i in range(12)]
     data = tmp_path / "rows.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
@@ -297,7 +299,7 @@ def test_classes_of_plain_peft_adapter_are_named(
     assert run(command) == 2
     assert "pass them by --labels, in its order" in capsys.readouterr().err
     assert run([*command, "--labels", "a,b"]) == 2
-    assert "plain has 3 classes. Name each, in their order." in capsys.readouterr().err
+    assert "plain has 3 classes. Name all in order." in capsys.readouterr().err
     predictions = tmp_path / "predicted.jsonl"
     options = ["--labels", "c,a,b", "--predictions", str(predictions)]
     assert run([*command, *options, "--limit", "6"]) == 0

@@ -37,7 +37,8 @@ def generate(
     if chat:
         if prompt or prompts or out or as_json or config.against:
             raise ConfigError(
-                "--chat reads from the terminal. Drop --prompt, --prompts, --out, --json, --against."
+                "--chat reads from the terminal. Drop --prompt, --prompts, --out, --json and "
+                "--against."
             )
 
         talk(config)

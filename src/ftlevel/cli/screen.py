@@ -10,7 +10,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TextIO, cast
 
 import typer
 from rich.console import Console
@@ -323,9 +323,8 @@ def open_screen(
     except OSError as error:
         raise ConfigError(f"--log-file {log_file}: {error.strerror}. Choose another.") from None
     with file:
-        file.reconfigure(line_buffering=True)
         screen = _LoggedScreen(_console(stream), **consoles)
-        screen.file = Screen(Console(file=file, soft_wrap=True), quiet=False)
+        screen.file = Screen(_console(SafeStream(cast("TextIO", file))), quiet=False)
         try:
             with contextlib.closing(screen):
                 yield screen

@@ -175,10 +175,16 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         lines = iterate_results(
             record, trained.ref.labels, eval_rows.table.where, base=base_record, evaluator=evaluator
         )
-        if config.predictions.suffix.lower() == ".conll":  # which has the words
-            lines = ({**eval_rows.table.rows[line["row"]], **line} for line in lines)
-        save_rows(config.predictions, list(lines))
+        _save_predictions(config.predictions, lines, eval_rows)
     return Evaluation(metrics, base, summary, draws)
+
+
+def _save_predictions(
+    path: Path, lines: Iterator[dict[str, Any]], eval_rows: EvaluationRows
+) -> None:
+    if path.suffix.lower() == ".conll":  # its words are in the rows
+        lines = ({**eval_rows.table.rows[line["row"]], **line} for line in lines)
+    save_rows(path, list(lines))
 
 
 def _with_options(ref: ModelRef, options: Mapping[str, Any]) -> ModelRef:

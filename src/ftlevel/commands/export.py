@@ -154,9 +154,7 @@ class _Progress(NullListener):
         self.step = listener.step  # type: ignore[method-assign]
 
 
-def _merge(
-    config: ExportConfig, ref: ModelRef, listener: Listener, directory: Path
-) -> MergeOutput:
+def _merge(config: ExportConfig, ref: ModelRef, listener: Listener, directory: Path) -> MergeOutput:
     """Merge the adapter, save the model to `directory`; return functions to quantize and check."""
     quantization = ref.quantization.get("kind", "none")
     is_quantized = config.outtype in GRIDS

@@ -47,7 +47,9 @@ class Token:
 
 @dataclass(frozen=True)
 class ShownRow:
-    """A row as the model sees it; `number` counts the files' rows from 1, `location` is `file:line`.
+    """A row as the model sees it; `number` counts from 1 in the order of the files.
+
+    `location` is `file:line`.
 
     `target` has the tokens of an encoder-decoder's target; `label` is the target of the whole row,
     or with `has_several_texts` the positions of its texts.

@@ -58,8 +58,8 @@ def _describe(run: Path) -> RunInfo:
         config = load_recipe(run / CONFIG).values
         summary: dict[str, Any] = RunDirectory(run).load_summary() or {}
         model, method = config.get("model", {}), config.get("method", {})
-        texts = [config.get("task"), model.get("name_or_path"), method.get("kind")]
-        return RunInfo(str(run), *map(str, texts), _get_result(run, summary))
+        task, base, kind = config.get("task"), model.get("name_or_path"), method.get("kind")
+        return RunInfo(str(run), f"{task}", f"{base}", f"{kind}", _get_result(run, summary))
     except (ConfigError, AttributeError, TypeError, ValueError):
         return RunInfo(str(run), "", "", "", f"{CONFIG} or summary.json cannot be read")
 

@@ -179,8 +179,8 @@ class PredictConfig(DecodingAsInTraining):
     )
     output: Path | None = Field(
         None,
-        description="Output file (.csv, .tsv, .jsonl or .parquet, .npy for embeddings, .conll for tags); "
-        "default: - (JSONL on stdout).",
+        description="Output file (.csv, .tsv, .jsonl or .parquet, .npy for embeddings, .conll for "
+        "tags); default: - (JSONL on stdout).",
     )
     column: str = Field("prediction", min_length=1, description="Name of the prediction column.")
     columns: ColumnMap = Field(default_factory=dict)

@@ -220,7 +220,7 @@ class ModelRef:
             has = f"has the classes {join_names(self.labels)}" if self.labels else "has no classes"
             raise InputError(f"{message} {has}. Drop --labels.")
         if len(names) != len(self.labels):
-            raise InputError(f"{message} has {len(self.labels)} classes. Name each, in their order.")
+            raise InputError(f"{message} has {len(self.labels)} classes. Name all in order.")
         return self.with_card(labels=list(names))
 
     def load(

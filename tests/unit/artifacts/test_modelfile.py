@@ -46,7 +46,9 @@ def test_default_system_text_is_used_without_system_turn() -> None:
     )
 
 
-@pytest.mark.parametrize(("name", "has_template"), [("chatml", True), ("gemma-3", True), ("mistral", False)])
+@pytest.mark.parametrize(
+    ("name", "has_template"), [("chatml", True), ("gemma-3", True), ("mistral", False)]
+)
 def test_system_text_of_training_reaches_the_prompt(name: str, has_template: bool) -> None:
     tokenizer = published_chat_templates.build(name)
     prompt = PromptFormat("chat-template", system="Be kind.")

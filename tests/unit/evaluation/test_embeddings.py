@@ -70,7 +70,14 @@ def test_interval_of_loss_covers_as_many_rows_as_it_claims(loss: str, kind: Any)
         patch.setattr(embeddings, "embed_texts", lambda *_: vectors)
         record = ExampleRecord(objective)
         metrics = embeddings.score_embeddings(
-            rows, objective, None, record, 0, "cpu", lambda _: "", ()  # type: ignore[arg-type]
+            rows,
+            objective,
+            None,
+            record,
+            0,
+            "cpu",
+            lambda _: "",
+            (),  # type: ignore[arg-type]
         )
     draws = record.resample(400, 0, None, "")["loss"]
     losses = np.array(step_losses(objective, vectors, step), dtype=float)

@@ -272,7 +272,7 @@ def check_served(
     if record.get("type") in ("embeddings", "scores"):
         server = config.inside or config.url
         listener.stage(f"querying {server}")
-        summary = {"out": str(config.out), "asked": server, "verdict": TRAINED}
+        summary: dict[str, Any] = {"out": str(config.out), "asked": server, "verdict": TRAINED}
         try:
             result = check_vectors(config, record)
         except RunError as error:

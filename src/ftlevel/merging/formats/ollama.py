@@ -156,9 +156,7 @@ def _of_chat(
     start = tokenizer.bos_token if vocab.flags["add_bos_token"] else ""
     # The answer starts with the space, as in training.
     generation = layout.generation.removesuffix(" ")
-    template = chat_template(
-        layout.around, layout.opening, generation, start, layout.after_system
-    )
+    template = chat_template(layout.around, layout.opening, generation, start, layout.after_system)
     comments = []
     if SYSTEM not in layout.around:
         comments = ["A TEMPLATE has no system turns like the chat template's: SYSTEM is omitted."]

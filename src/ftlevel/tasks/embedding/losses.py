@@ -170,7 +170,8 @@ class Pairs:
         if any(len(texts) == 1 for texts, _ in rows):
             named = [(row, texts[0], labels[0]) for row, (texts, labels) in enumerate(rows)]
             pairs = [
-                (row, a, b, float(one == two)) for (row, a, one), (_, b, two) in combinations(named, 2)
+                (row, a, b, float(one == two))
+                for (row, a, one), (_, b, two) in combinations(named, 2)
             ]
         else:
             pairs = [
@@ -255,7 +256,7 @@ def _own_scores(vectors: torch.Tensor, step: StepTexts) -> list[tuple[torch.Tens
 
 
 def margin_mse(vectors: torch.Tensor, step: StepTexts, _: LossConfig) -> Terms:
-    """Returns the squared differences of student and teacher margins (first document's score minus another's)."""
+    """Returns the squared differences of student and teacher margins (first score - another)."""
     errors = [
         (scores[0] - scores[1:]) - (teacher[0] - teacher[1:])
         for scores, teacher in _own_scores(vectors, step)
