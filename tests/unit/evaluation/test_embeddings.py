@@ -65,7 +65,7 @@ def test_interval_of_loss_covers_as_many_rows_as_it_claims(loss: str, kind: Any)
     )  # fmt: skip
     vectors = torch.randn(128, 4, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embeddings, "distinct_texts", lambda _: ([], step))
+        patch.setattr(embeddings, "distinct_texts", lambda _: ([None] * 128, step))
         patch.setattr(embeddings, "add_texts", lambda *_: ())
         patch.setattr(embeddings, "embed_texts", lambda *_: vectors)
         record = ExampleRecord(objective)

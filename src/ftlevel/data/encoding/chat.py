@@ -303,6 +303,8 @@ def get_chat_layout(tokenizer: Any) -> ChatLayout | None:
         layout = _infer_layout(tokenizer)
         if layout is None or _renders_trials(tokenizer, layout):
             return layout
+        if layout.after_system is None:
+            return None
         # Mistral puts the system text into the last user turn.
         around = {role: texts for role, texts in layout.around.items() if role != SYSTEM}
         layout = ChatLayout(around, layout.opening, layout.generation)
