@@ -286,9 +286,9 @@ def test_classes_of_plain_peft_adapter_are_named(
     tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A classifier of plain PEFT whose base has no class names."""
-    base = tiny_model_dir("bert", "mlm")
+    base = tiny_model_dir("gpt2")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
-    settings = LoraConfig(task_type="SEQ_CLS", target_modules=["query"])
+    settings = LoraConfig(task_type="SEQ_CLS", target_modules=["c_attn"])
     get_peft_model(model, settings, autocast_adapter_dtype=False).save_pretrained(
         tmp_path / "plain"
     )
