@@ -98,7 +98,8 @@ BAD_FILES: dict[str, tuple[bytes, list[str], list[str]]] = {
         ["rows.jsonl: 'label' has the classes 1, 2; numbers must be 0, 1, … without a gap, and 0 "
          'never occurs. Count from 0, or write names: "2" in quotes is one.']),
     "fractions that are two classes": (
-        jsonl(*({"text": f"the value {i}", "label": f"{i % 2}.5"} for i in range(6))), CLASSIFY,
+        jsonl(*({"text": f"the value {i}", "label": i % 2 + 0.5} for i in range(6))),
+        [*CLASSIFY, "--set", "data.problem_type=single_label_classification"],
         ["rows.jsonl:1: 'label' has decimals (0.5). Classes are names or whole numbers. To learn "
          "a quantity: --set data.problem_type=regression."]),
     "longer than the positions": (

@@ -123,3 +123,31 @@ def test_gguf_file_names_end_of_turn(family: str, tiny_model_dir: ModelDir, tmp_
     fields: Any = GGUFReader("mine.gguf").fields
     assert fields["tokenizer.ggml.eot_token_id"].contents() == end
     assert f'PARAMETER stop "{END[family]}"' in Path("mine.Modelfile").read_text()
+
+
+def test_recorded_answers_stop_at_end_of_turn(
+    tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """llama.cpp, which stops there, returns them; a wrong answer is in the output of --json."""
+    pytest.importorskip("xllamacpp")
+    base = base_of(tiny_model_dir, tmp_path, "llama")
+    train(base, "llama", "--learning-rate", "0.02")
+    command = ["export", "run", "--for", "llama.cpp", "--format", "gguf", "--out", "mine.gguf"]
+    assert run([*command, "--outtype", "f32", "--quiet"]) == 0
+    served = json.loads(Path("mine.served.json").read_text())
+    end = AutoTokenizer.from_pretrained("run/adapter").convert_tokens_to_ids("<|eot_id|>")
+    answers = [prompt["trained"] for prompt in served["adapters"][0]["prompts"]]
+    assert all(end not in answer["ids"][:-1] for answer in answers)
+    assert any(answer["ids"][-1] == end for answer in answers)
+    check = ["check-served", "mine.gguf", "--in", "llama.cpp", "--json"]
+    capsys.readouterr()
+    assert run(check) == 0
+    assert json.loads(capsys.readouterr().out)["verdict"] == "as trained"
+    for answer in answers:
+        answer["ids"] = [7 + index for index in answer["ids"]]
+    Path("mine.served.json").write_text(json.dumps(served))
+    assert run(check) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert (result["verdict"], result["exit_code"]) == ("something else", 1)
+    assert result["adapters"][0]["weights"]["answers"]
+    assert "answers neither as trained" in result["error"]
