@@ -8,13 +8,20 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 
 class FtlevelError(Exception):
-    """Base class of errors for the user; if `is_reported`, another process prints the error."""
+    """Base class of errors for the user.
+
+    Attributes:
+        is_reported: whether another process prints the error.
+        summary: result of the command that failed, which `--json` prints with the error.
+    """
 
     exit_code = 1
     is_reported = False
+    summary: Mapping[str, Any] | None = None
 
 
 class ConfigError(FtlevelError):
@@ -47,6 +54,10 @@ class UnansweredError(InputError):
 
 class RunError(FtlevelError):
     """Failure of a valid run, such as a non-finite loss or a full disk."""
+
+    def __init__(self, message: str, summary: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.summary = summary
 
 
 class Interrupted(FtlevelError):

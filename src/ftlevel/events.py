@@ -54,6 +54,22 @@ NullListener = Listener
 __getattr__ = resolve_renamed(__name__, {"Silence": "ftlevel.events:NullListener"})
 
 
+class Summarized:
+    """Base class of results; their text is one line with the metrics of `summary`."""
+
+    summary: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        """Returns the class, the run or output, the metrics, and the size of `summary`."""
+        summary = self.summary
+        names = (summary.get(key) for key in ("run", "out", "output", "name"))
+        name = next((str(each) for each in names if each is not None), "")
+        metrics = (summary.get("metrics") or {}).items()
+        parts = [name, *(f"{key} {value:.4g}" for key, value in metrics)]
+        text = ", ".join([*filter(None, parts), f"summary of {len(summary)} entries"])
+        return f"{type(self).__name__}({text})"
+
+
 _EVERY_S = 0.25  # between redraws
 _MAX_ROWS = 8  # last log lines printed
 METRIC_FORMATS = {

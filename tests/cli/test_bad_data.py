@@ -98,8 +98,9 @@ BAD_FILES: dict[str, tuple[bytes, list[str], list[str]]] = {
         ["rows.jsonl: 'label' has the classes 1, 2; numbers must be 0, 1, … without a gap, and 0 "
          'never occurs. Count from 0, or write names: "2" in quotes is one.']),
     "fractions that are two classes": (
-        jsonl(*({"text": f"the value {i}", "label": float(i % 2)} for i in range(6))), CLASSIFY,
-        ["rows.jsonl:1: 'label' has decimals (0.0). Classes are names or whole numbers. To learn "
+        jsonl(*({"text": f"the value {i}", "label": i % 2 + 0.5} for i in range(6))),
+        [*CLASSIFY, "--set", "data.problem_type=single_label_classification"],
+        ["rows.jsonl:1: 'label' has decimals (0.5). Classes are names or whole numbers. To learn "
          "a quantity: --set data.problem_type=regression."]),
     "longer than the positions": (
         jsonl({"text": "value " * 600}), ["--model", "gpt2"],
@@ -108,7 +109,7 @@ BAD_FILES: dict[str, tuple[bytes, list[str], list[str]]] = {
     "no chat template": (
         jsonl({"messages": CHAT * 2}), ["--model", "gpt2"],
         ["rows.jsonl:1: is a conversation of 4 messages, and the model has no chat template. Add "
-         "--chat-template chatml, or use a model with a template (an -Instruct model)."]),
+         "--chat-template mistral, or use a model with a template (an -Instruct model)."]),
     "an unknown role": (
         jsonl({"messages": CHAT}, {"messages": [{**CHAT[0], "role": "userr"}, CHAT[1]]}), [],
         ["rows.jsonl:2: turn 1 of 'messages' has the unknown role 'userr' (did you mean 'user'?; "

@@ -87,7 +87,9 @@ def test_unusable_rows_stop_or_are_dropped(
     assert (code, out.splitlines()[-1]) == (2, f"ftlevel: rows.jsonl:7: {reason}. {FIX}  [rows]")
     code, out = dry_run(capsys, "--set", f"data.gate.{name}=drop", rows=rows)
     assert code == 0, out
-    assert f"1 of 7 train rows (rows.jsonl:7: {reason}) (dropped; --set data.gate.{name}=…)" in out
+    assert (
+        f"1 of 7 train rows (rows.jsonl:7: {reason}) (dropped; --set data.gate.{name}=stop" in out
+    )
 
 
 def test_duplicates_are_counted_and_dropped_by_policy(capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,7 +101,7 @@ def test_duplicates_are_counted_and_dropped_by_policy(capsys: pytest.CaptureFixt
     assert code == 0
     assert (
         "data check: the same as an earlier row: 1 of 9 train rows (rows.jsonl:7 as rows.jsonl:2) "
-        "(kept; --set data.gate.exact_duplicates=…)"
+        "(kept; --set data.gate.exact_duplicates=stop|drop|ignore)"
     ) in out
     assert (
         "data check: nearly the same as an earlier row: 1 of 9 train rows "
@@ -227,7 +229,7 @@ def test_dropped_row_is_not_reported_as_kept(capsys: pytest.CaptureFixture[str])
     checks = [line.partition("data check: ")[2] for line in out.splitlines()]
     assert list(filter(None, checks)) == [
         "a prompt that alone exceeds the max length: 2 of 8 train rows "
-        "(rows.jsonl:7, rows.jsonl:8) (dropped; --set data.gate.long_prompt=…)"
+        "(rows.jsonl:7, rows.jsonl:8) (dropped; --set data.gate.long_prompt=stop|warn|ignore)"
     ]
 
 

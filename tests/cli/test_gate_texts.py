@@ -136,7 +136,7 @@ def test_each_check_reports_its_row(check: str, title: str, row: Any, dry_run: D
     duplicate_of = " as rows.jsonl:4" if check in ("near_duplicates", "conflicting_answers") else ""
     assert (
         f"data check: {title}: 1 of 13 train rows (rows.jsonl:13{duplicate_of}) "
-        f"(kept; --set data.gate.{check}=…)"
+        f"(kept; --set data.gate.{check}=stop|drop|ignore)"
     ) in out
     assert out.count("data check:") == 1
     code, out = dry_run("--set", f"data.gate.{check}=drop", rows=[*good, row])
@@ -232,7 +232,7 @@ def test_labels_differing_by_space_or_case(
     assert "labels: 2 (bad, good)" in out
     assert (
         "labels that differ by surrounding white space: 2 of 22 train rows (rows.jsonl:21: 'good ' "
-        "is 'good', rows.jsonl:22: ' bad' is 'bad') (made one; --set data.gate.label_space=…)"
+        "is 'good', rows.jsonl:22: ' bad' is 'bad') (made one; --set data.gate.label_space=stop|warn|ignore)"
     ) in out
     rows = reviews([*LABELS, "Good", "BAD "])
     code, out = dry_run(*bert, rows=rows)
@@ -255,7 +255,7 @@ def test_misspelled_label_is_reported(tiny_model_dir: Callable[..., Path], dry_r
     assert code == 0, out
     assert (
         "a rare label that looks like a misspelled frequent one: 1 of 31 train rows (rows.jsonl:31:"
-        " 'postive' is 'positive') (kept; --set data.gate.label_typo=…)"
+        " 'postive' is 'positive') (kept; --set data.gate.label_typo=stop|fold|ignore)"
     ) in out
     assert "labels: 4 (" in out
     code, out = dry_run(*bert, "--set", "data.gate.label_typo=fold", rows=rows)

@@ -146,6 +146,19 @@ def test_problems_that_stop_training_are_shown(
     assert f"the same as an earlier row: 1 of 2 train rows ({data}:3 as {data}:1): kept" in out
 
 
+def test_rows_are_numbered_in_order_of_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, count in (("a", 2), ("b", 3)):  # training interleaves them, beginning with b
+        rows = ({"prompt": f"{name} {i}", "completion": "x"} for i in range(count))
+        write(tmp_path / f"{name}.jsonl", *rows)
+    numbers = [part for number in ("1", "2", "3", "5") for part in ("--row", number)]
+    out = preview(capsys, "--dataset", tmp_path / "*.jsonl", *numbers)
+    places = re.findall(r"row (\d) \(.*?(\w\.jsonl:\d)\)", out)
+    assert places == [("1", "a.jsonl:1"), ("2", "a.jsonl:2"), ("3", "b.jsonl:1"),
+                      ("5", "b.jsonl:3")]  # fmt: skip
+
+
 def test_missing_row_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write(tmp_path / "x.jsonl", *({"prompt": f"{i}", "completion": "b"} for i in range(2)))
     error = preview(capsys, "--dataset", data, "--row", "9", code=2)

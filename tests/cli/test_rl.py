@@ -172,7 +172,7 @@ def test_validation_row_without_number_is_rejected(dry_run: DryRun) -> None:
     Path("held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, out = dry_run("--reward", "number", "--validation-file", "held.jsonl")
     assert code == 2
-    assert "validation row 2: --reward number: the answer 'six' has no number." in out
+    assert "held.jsonl:2: --reward number: the answer 'six' has no number." in out
 
 
 def test_models_other_than_decoders_raise() -> None:

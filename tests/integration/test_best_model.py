@@ -18,6 +18,7 @@ import task_data
 from ftlevel.cli.app import run
 from ftlevel.commands.evaluate import evaluate
 from ftlevel.config import EvaluateConfig
+from ftlevel.training.callbacks import Report
 from ftlevel.training.trainer import FtlevelTrainer
 
 ModelDir = Callable[..., Path]
@@ -304,6 +305,38 @@ def test_interrupted_evaluation_is_repeated_on_resume(
     assert checkpoints("cut") == {"checkpoint-3"}
     resumed = train("--resume", out="cut")
     assert resumed["best"] == uninterrupted["best"]
+    assert weights("cut") == weights("whole")
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("SIGINT", 2),
+        pytest.param("SIGTERM", 5, marks=pytest.mark.slow),
+        pytest.param("SIGHUP", 3, marks=pytest.mark.slow),  # at the end of an epoch
+    ],
+)
+def test_interrupt_within_epoch_does_not_change_best_model(
+    common: list[str], monkeypatch: pytest.MonkeyPatch, name: str, step: int
+) -> None:
+    options = [*common, "--max-samples", "12", "--epochs", "3", "--lora-dropout", "0.1",
+               "--metric-for-best-model", "loss", "--greater-is-better"]  # fmt: skip
+    uninterrupted = train(*options, out="whole")
+    assert uninterrupted["best"]["kept_step"] == 3
+    report_step = Report.on_step_end
+
+    def interrupt(report: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        report_step(report, args, state, control, **kwargs)
+        if state.global_step == step:
+            signal.raise_signal(getattr(signal, name))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Report, "on_step_end", interrupt)
+        train(*options, out="cut", code=128 + getattr(signal, name))
+    assert checkpoints("cut") >= {f"checkpoint-{step}"}
+    resumed = train("--resume", out="cut")
+    assert resumed["best"] == uninterrupted["best"]
+    assert resumed["metrics"] == uninterrupted["metrics"]
     assert weights("cut") == weights("whole")
 
 

@@ -35,7 +35,7 @@ def test_chat_template_is_saved_and_used_for_generation(
     assert run(["train", "--dry-run", *model]) == 2
     assert (
         f"{data}:1: is a conversation of 5 messages, and the model has no chat template. "
-        "Add --chat-template chatml, or"
+        "Add --chat-template mistral, or"
     ) in capsys.readouterr().err
     out = tmp_path / "run"
     arguments = [*model, "--chat-template", "mistral", "--max-steps", "2", "--learning-rate",

@@ -282,6 +282,37 @@ def test_plain_peft_adapter_loss_matches_reference(
     assert result.base["loss"] != result.metrics["loss"]
 
 
+def test_classes_of_plain_peft_adapter_are_named(
+    tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A classifier of plain PEFT whose base has no class names."""
+    base = tiny_model_dir("gpt2")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    settings = LoraConfig(task_type="SEQ_CLS", target_modules=["c_attn"])
+    get_peft_model(model, settings, autocast_adapter_dtype=False).save_pretrained(
+        tmp_path / "plain"
+    )
+    rows = [{"text": f"the word {i}", "label": "abc"[i % 3]} for i in range(12)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    command = ["evaluate", str(tmp_path / "plain"), "--model", str(base), "--dataset", str(data)]
+    assert run(command) == 2
+    assert "pass them by --labels, in its order" in capsys.readouterr().err
+    assert run([*command, "--labels", "a,b"]) == 2
+    assert "plain has 3 classes. Name all in order." in capsys.readouterr().err
+    predictions = tmp_path / "predicted.jsonl"
+    options = ["--labels", "c,a,b", "--predictions", str(predictions)]
+    assert run([*command, *options, "--limit", "6"]) == 0
+    lines = list(map(json.loads, predictions.read_text().splitlines()))
+    assert [line["true"] for line in lines] == list("abcabc")
+    assert {line["predicted"] for line in lines} <= set("abc")
+    output = tmp_path / "out.jsonl"
+    predict = ["predict", *command[1:], "--labels", "c,a,b", "--output", str(output)]
+    assert run([*predict, "--limit", "6"]) == 0
+    predicted = [json.loads(line)["prediction"] for line in output.read_text().splitlines()]
+    assert predicted == [line["predicted"] for line in lines]
+
+
 def test_plain_model_needs_head_and_dataset(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     data = task_data.write(tmp_path / "data", "class")
     rows = str(data / "validation.jsonl")

@@ -32,6 +32,8 @@ from export_cases import (
 from ftlevel.cli.app import run
 from ftlevel.errors import FtlevelError, InputError, RunError
 from ftlevel.merging.formats import gguf
+from ftlevel.models.loading import load_tokenizer
+from ftlevel.models.sources import resolve_source
 from ftlevel.weights import gguf_families
 from tiny_tokenizers import build_tokenizer
 
@@ -166,6 +168,7 @@ def test_adapter_on_tied_embedding_exports_separate_head(
     assert summary["merged"]["verified"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(Path(), gguf_file="x.gguf")
     assert len(tokenizer) <= 704
+    assert load_tokenizer(resolve_source("x.gguf")).name_or_path == "x.gguf"
     names = {tensor.name for tensor in GGUFReader("x.gguf").tensors}
     assert {"output.weight", "token_embd.weight"} <= names
     loaded = load_model(Path(), gguf_file="x.gguf")

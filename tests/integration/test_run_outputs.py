@@ -128,6 +128,8 @@ def test_dataset_option_replaces_validation_file(tiny_model_dir: TinyModelDir) -
                 "--validation-file", "data/validation.jsonl", "--task", "text-classification",
                 "--max-steps", "1", "--output-dir", "run", "--quiet"])  # fmt: skip
     assert code == 0
+    own = evaluate(EvaluateConfig(name="run", resamples=0)).summary["data"]
+    assert (Path(own["name"]).name, own["rows"]) == ("validation.jsonl", 6)
     evaluation = evaluate(EvaluateConfig(name="run", dataset="data/train.jsonl", resamples=0))
     assert evaluation.summary["data"]["rows"] == 16
 
@@ -158,4 +160,4 @@ def test_preview_reports_merged_labels(
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"text": "a", "label": "y"}])))
     command = ["preview", "--model", str(tiny_model_dir("bert")), "--dataset", "rows.jsonl"]
     assert run([*command, "--task", "text-classification"]) == 0
-    assert ": made one; --set data.gate.label_space=…" in capsys.readouterr().out
+    assert ": made one; --set data.gate.label_space=stop|warn|ignore" in capsys.readouterr().out

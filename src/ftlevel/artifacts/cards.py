@@ -332,8 +332,23 @@ def create_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
         lines += _format_label_code(summary, needs_import)
     elif needs_import:
         lines += _format_import_code(needs_import)
+    lines += _format_stops(summary.get("stops"), in_base=not is_full)
     lines += ["`config.yaml` has all settings, `summary.json` all results.", ""]
     return "\n".join(lines)
+
+
+def _format_stops(stops: Mapping[str, int] | None, *, in_base: bool) -> list[str]:
+    if not stops:
+        return []
+    code = f"eos_token_id={list(stops.values())}"
+    text = f"Answers end at {' or '.join(f'`{token}`' for token in stops)}"
+    if in_base:
+        text += (
+            f". The base's generation_config.json does not list all of them: pass `{code}` to "
+            "`generate` of transformers, or merge the adapter with `ftlevel merge`"
+        )
+        return [f"{text}.", ""]
+    return [f"{text}, as generation_config.json says (`{code}`).", ""]
 
 
 def _format_metrics(summary: Mapping[str, Any]) -> list[str]:
@@ -480,6 +495,7 @@ def create_merge_readme(summary: Mapping[str, Any], task: str) -> str:
         ]
     lines += _format_check(summary.get("agreement"))
     lines += ["## Use", "", "```sh", predict_command(summary["out"], task), "```", ""]
+    lines += _format_stops(summary["written"].get("stops"), in_base=False)
     return "\n".join(lines)
 
 

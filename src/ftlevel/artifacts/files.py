@@ -129,7 +129,8 @@ def check_new_output(flag: str, path: Path) -> None:
 def check_writable(label: str, directory: Path) -> None:
     """Raise ConfigError, naming `label`, if `directory` cannot be written or created."""
     existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+    has_space = not hasattr(os, "statvfs") or os.statvfs(existing).f_blocks  # /proc has none
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK) or not has_space:
         raise ConfigError(f"{label}: {existing} cannot be written. Choose another.")
 
 

@@ -171,6 +171,40 @@ class _DecodedFile:
             yield line.decode("utf-8")
 
 
+class ConllFile(_TextFile):
+    """Row file of tagged words: a word and its tags per line, and an empty line after each row.
+
+    The tags are those of the data, if a column has them, and the predicted ones.
+    """
+
+    def load_previous(self) -> Iterator[Any]:
+        """Raise InputError: rows cannot be identified."""
+        raise InputError(f"--resume: {self.path} cannot be resumed. Use --overwrite, or .jsonl.")
+
+    def normalize(self, row: Row) -> Any:
+        """Returns the row."""
+        return row
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Append a line per word; raise InputError for rows that have no words with tags."""
+        self._add_text("".join(map(self._format, rows)))
+
+    def _format(self, row: Row) -> str:
+        answers = [n for n, type_ in self.columns.answers.items() if type_ == "texts"]
+        sources = [name for name in answers if name.endswith("_words")]
+        words = next((row[n] for n in (*sources, "tokens", "words") if row.get(n)), ())
+        names = ("true", "predicted") if "predicted" in row else ("tags", *answers)
+        tags = [row[name] for name in names if row.get(name) and name not in sources]
+        if not tags or any(not isinstance(t, list) or len(t) != len(words) for t in (words, *tags)):
+            raise InputError(
+                f"{self.path}: .conll files hold words with tags, of --task token-classification. "
+                "Use .jsonl."
+            )
+        rows = zip(words, *tags, strict=True)
+        lines = [" ".join("O" if cell is None else str(cell) for cell in cells) for cells in rows]
+        return "\n".join([*lines, "", ""])
+
+
 _ROW_GROUP = 16_384  # approximate rows per Parquet row group
 
 
@@ -423,6 +457,7 @@ ROW_FILES: dict[str, type[RowFile]] = {
     ".tsv": TabSeparatedFile,
     ".jsonl": JsonLinesFile,
     ".ndjson": JsonLinesFile,
+    ".conll": ConllFile,
     ".parquet": ParquetFile,
     ".npy": NumpyFile,
 }

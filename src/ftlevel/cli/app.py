@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -50,6 +50,7 @@ _CORE: dict[str, tuple[str, str]] = {
         ("merge", "export:merge", "Merge an adapter into the base model and write a full model."),
         ("quantize", "export:quantize", "Quantize a model to 4 or 8 bits and measure the quality."),
         ("export", "export:export", "Export a run, an adapter or a model for a server."),
+        ("runs", "runs:runs", "List runs with their results, or remove their old checkpoints."),
         ("recipes", "recipes:recipes", "List, show, copy or convert recipes."),
         (
             "list-targets",
@@ -162,7 +163,7 @@ def run(args: list[str]) -> int:
         code = exit_code() if error.exit_code == _CTRL_C else error.exit_code
         # All processes of a machine see a usage error; one prints it.
         if not error.is_reported and (error.exit_code == 1 or should_print()):
-            _end(args, str(error), code, topic_of_error(error))
+            _end(args, str(error), code, topic_of_error(error), error.summary)
         return code
     except Exception as error:  # a full disk, a closed pipe, a malformed file, or a bug
         topic = "memory" if is_out_of_memory(error) else None
@@ -205,19 +206,27 @@ def _end_interrupted(args: list[str]) -> int:
     return _end(args, format_interrupt(), exit_code())
 
 
-def _end(args: list[str], message: str, code: int, topic: str | None = None) -> int:
+def _end(
+    args: list[str],
+    message: str,
+    code: int,
+    topic: str | None = None,
+    summary: Mapping[str, Any] | None = None,
+) -> int:
     message = mask_passwords(message)
     for line in with_topic(message, topic).split("\n"):
         typer.echo(f"ftlevel: {line}", err=True)
-    _report_json(args, message, code)
+    _report_json(args, message, code, summary)
     return code
 
 
-def _report_json(args: list[str], message: str, code: int) -> None:
+def _report_json(
+    args: list[str], message: str, code: int, summary: Mapping[str, Any] | None = None
+) -> None:
     if "--json" in args:
+        data = {**(summary or {}), "error": message, "exit_code": code}
         with contextlib.suppress(OSError):  # closed pipe
-            text = json.dumps({"error": message, "exit_code": code}, ensure_ascii=False)
-            typer.echo(escape_json(text))
+            typer.echo(escape_json(json.dumps(data, ensure_ascii=False, default=str)))
 
 
 def _format_os_error(error: OSError) -> tuple[str, int]:

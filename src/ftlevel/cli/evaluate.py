@@ -156,4 +156,4 @@ def mine(inputs: CommandInput, *, as_json: bool, quiet: bool) -> None:
     typer.echo(f"  {summary['rows']:,} rows with {mean:.1f} negatives each")
     if summary["left_out"]:
         typer.echo(f"  {summary['left_out']:,} rows without a negative are skipped")
-    typer.echo(f"  saved {summary['output']}")
+    typer.echo(f"  saved {summary['output']}, with columns query, pos and neg (lists of texts)")

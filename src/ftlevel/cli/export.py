@@ -72,10 +72,10 @@ def _merge_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     if summary["reason"]:
         yield f"onto {summary['onto']}: {summary['reason']}"
     unchanged = (
-        f", {written['unchanged']:,} of them below its rounding" if written["unchanged"] else ""
+        f", {written['unchanged']:,} weights by less than rounding" if written["unchanged"] else ""
     )
     yield (
-        f"merged {written['merged']:,} of {written['tensors']:,} tensors{unchanged}; "
+        f"changed {written['changed']:,} of {written['tensors']:,} tensors{unchanged}; "
         f"{written['size_bytes'] / 2**20:,.1f} MiB of {written['dtype']}"
     )
     if written["untied"]:

@@ -36,9 +36,10 @@ def generate(
     """
     config = _read_config(inputs)
     if chat:
-        if prompt or prompts or out or as_json:
+        if prompt or prompts or out or as_json or config.against:
             raise ConfigError(
-                "--chat reads from the terminal. Drop --prompt, --prompts, --out, --json."
+                "--chat reads from the terminal. Drop --prompt, --prompts, --out, --json and "
+                "--against."
             )
 
         talk(config)

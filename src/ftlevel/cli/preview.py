@@ -171,8 +171,7 @@ def summary_lines(preview: Preview) -> Iterator[str]:
         yield "data check: no problems found"
     actions = {"stop": "would stop the run", "drop": "dropped", "warn": "kept", "fold": "made one"}
     for finding in preview.findings:
-        action, name = actions[finding.action], finding.name
-        yield f"data check: {finding}: {action}; --set data.gate.{name}=…"
+        yield f"data check: {finding}: {actions[finding.action]}; {finding.setting}"
 
 
 def _bar_line(bar: Bar, max_count: int) -> str:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TextIO, cast
 
 import typer
 from rich.console import Console
@@ -25,8 +25,9 @@ from ftlevel.artifacts.cards import describe_losses, format_memory, format_selec
 from ftlevel.cli.startup import SafeStream, raw_stream
 from ftlevel.cli.topics import topic_of_module, with_topic
 from ftlevel.config.section import Choice
+from ftlevel.errors import ConfigError, FtlevelError
 from ftlevel.events import METRIC_FORMATS, Listener
-from ftlevel.safe_io import escape_controls, mask_passwords
+from ftlevel.safe_io import escape_controls, mask_passwords, open_existing
 
 _RUN_FILES = (
     ("adapter", "adapter and tokenizer"),
@@ -131,7 +132,9 @@ class Screen(Listener):
         frame = inspect.currentframe()
         caller = frame.f_back if frame else None
         topic = topic_of_module(caller.f_globals["__name__"]) if caller else None
-        text = escape(mask_passwords(with_topic(message, topic)))
+        self._warn(escape(mask_passwords(with_topic(message, topic))))
+
+    def _warn(self, text: str) -> None:
         self.errors.print(f"[yellow]warning:[/yellow] {text}", highlight=False)
 
     def begin(self, total_steps: int) -> None:
@@ -226,6 +229,25 @@ class Screen(Listener):
             self._progress = None
 
 
+def _in_both(name: str) -> Callable[..., None]:
+    """Returns a method that calls the method `name` of the screen and of its log."""
+
+    def method(screen: _LoggedScreen, *args: Any) -> None:
+        getattr(Screen, name)(screen, *args)
+        getattr(screen.file, name)(*args)
+
+    return method
+
+
+class _LoggedScreen(Screen):
+    """Screen whose lines are also printed by `file`, a screen of a log file."""
+
+    file: Screen
+    stage, choices, log, begin, end, _warn = map(
+        _in_both, ("stage", "choices", "log", "begin", "end", "_warn")
+    )
+
+
 def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     proof, timings = summary["proof"], summary["timings"]
     if summary["loss_first"] is not None:
@@ -295,16 +317,33 @@ def _console(stream: SafeStream) -> Console:
 
 
 @contextlib.contextmanager
-def open_screen(*, as_json: bool, quiet: bool, to_stderr: bool = False) -> Iterator[Screen]:
+def open_screen(
+    *, as_json: bool, quiet: bool, to_stderr: bool = False, log_file: Path | None = None
+) -> Iterator[Screen]:
     """Context manager that yields a `Screen` and closes it.
 
-    With `as_json`, the screen prints to stderr, and only if stderr is a terminal.
+    With `as_json`, the screen prints to stderr, and only if stderr is a terminal. All lines and
+    errors are appended to `log_file`; raises ConfigError if it cannot be written.
     """
     out, err = (SafeStream(raw_stream(stream)) for stream in (sys.stdout, sys.stderr))
     stream = err if as_json or to_stderr else out
     silent = quiet or (as_json and not stream.isatty())
-    screen = Screen(_console(stream), quiet=silent, errors=_console(err))
+    consoles: dict[str, Any] = {"errors": _console(err), "quiet": silent}
+    if log_file is None:
+        screen = Screen(_console(stream), **consoles)
+        with contextlib.closing(screen):
+            yield screen
+        return
     try:
-        yield screen
-    finally:
-        screen.close()
+        file = open_existing(log_file)
+    except OSError as error:
+        raise ConfigError(f"--log-file {log_file}: {error.strerror}. Choose another.") from None
+    with file:
+        screen = _LoggedScreen(_console(stream), **consoles)
+        screen.file = Screen(_console(SafeStream(cast("TextIO", file))), quiet=False)
+        try:
+            with contextlib.closing(screen):
+                yield screen
+        except FtlevelError as error:
+            file.write(f"ftlevel: {escape_controls(mask_passwords(str(error)))}\n")
+            raise

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import traceback
 
-from ftlevel.errors import Interrupted
+from ftlevel.errors import ConfigError, Interrupted
 
 TOPICS = {
     "settings": "__init__ cli commands config evaluation.intervals extensions pipeline objectives "
@@ -60,7 +60,8 @@ def topic_of_error(error: BaseException) -> str | None:
     topic = None
     for frame, _ in traceback.walk_tb(error.__traceback__):
         topic = topic_of_module(frame.f_globals.get("__name__", "")) or topic
-    return topic
+    # Settings are checked by the module that they belong to, such as a task.
+    return "settings" if topic == "rows" and type(error) is ConfigError else topic
 
 
 def with_topic(message: str, topic: str | None) -> str:

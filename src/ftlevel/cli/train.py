@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 import typer
@@ -134,7 +135,15 @@ def _stop(running: Sequence[subprocess.Popen[bytes]]) -> list[subprocess.Popen[b
     return killed
 
 
-def train(inputs: CommandInput, *, dry_run: bool, as_json: bool, quiet: bool, schema: bool) -> None:
+def train(
+    inputs: CommandInput,
+    *,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    schema: bool,
+    log_file: Path | None,
+) -> None:
     """Fine-tune a model on a dataset.
 
     Without --model and --dataset, trains the built-in model on built-in examples. --set
@@ -152,7 +161,8 @@ def train(inputs: CommandInput, *, dry_run: bool, as_json: bool, quiet: bool, sc
     follows = is_follower()
     from ftlevel.cli.screen import open_screen
 
-    with open_screen(as_json=as_json, quiet=quiet) as screen:
+    log_file = None if follows else log_file
+    with open_screen(as_json=as_json, quiet=quiet, log_file=log_file) as screen:
         limit_malloc_arenas()
         with heavy_imports():
             from ftlevel.commands.train import train as run

@@ -17,7 +17,9 @@ from ftlevel.config import SPECS, EvaluateConfig, InMemoryDataset, QuantConfig, 
 from ftlevel.config.rl import RlConfig
 from ftlevel.config.section import Choice, check_config
 from ftlevel.config.trust import check_reward_files
+from ftlevel.data.encoding.encode import distinct_texts
 from ftlevel.data.encoding.fit import LengthBounds
+from ftlevel.data.formats.labels import are_default_names
 from ftlevel.data.prepare.encoder import EncodingContext
 from ftlevel.data.prepare.inference import EvaluationRows, load_evaluation_rows
 from ftlevel.data.prepare.loading import read_splits
@@ -42,7 +44,7 @@ from ftlevel.evaluation.two_models import (
     resolve_pair,
     select_primary,
 )
-from ftlevel.events import Listener, NullListener
+from ftlevel.events import Listener, NullListener, Summarized
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import select_device
 from ftlevel.models.loading import silence_loggers
@@ -59,12 +61,12 @@ from ftlevel.training.plan.schedule import text_positions
 _NOT_WITH_QRELS = """
     dataset predictions input_format subset split on_bad_row columns ignore_columns metrics
     max_eval_samples max_generate_samples max_new_tokens num_beams temperature top_p eval_text
-    reward
+    reward labels
 """.split()
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Summarized):
     """Metrics of a model and of its base; `draws`: metric → value on each bootstrap resample."""
 
     metrics: Mapping[str, float]
@@ -173,8 +175,16 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         lines = iterate_results(
             record, trained.ref.labels, eval_rows.table.where, base=base_record, evaluator=evaluator
         )
-        save_rows(config.predictions, list(lines))
+        _save_predictions(config.predictions, lines, eval_rows)
     return Evaluation(metrics, base, summary, draws)
+
+
+def _save_predictions(
+    path: Path, lines: Iterator[dict[str, Any]], eval_rows: EvaluationRows
+) -> None:
+    if path.suffix.lower() == ".conll":  # its words are in the rows
+        lines = ({**eval_rows.table.rows[line["row"]], **line} for line in lines)
+    save_rows(path, list(lines))
 
 
 def _with_options(ref: ModelRef, options: Mapping[str, Any]) -> ModelRef:
@@ -203,7 +213,8 @@ def _find_warnings(
     if eval_rows.is_training:
         yield f"these are {eval_rows.split}; their metrics say little about new rows."
     if changed == "train":
-        yield f"{eval_rows.source} changed after training; these rows may include training rows."
+        dataset = config.dataset or ref.run_config.data.dataset
+        yield f"{dataset} changed after training; these rows may include training rows."
     elif changed and not (config.corpus or config.max_eval_samples):
         yield "the validation rows or the corpus changed after training, and so did their metrics."
     yield from describe_dropped(eval_rows.table)
@@ -353,9 +364,11 @@ def _resolve(config: EvaluateConfig, device: str) -> tuple[ModelRef, ModelRef | 
     kwargs: Any = {"device": device, "dtype": config.dtype}
     name, task, base = config.name, config.task, config.base_model
     if config.against is None:
-        return _set_quantization(resolve_model(name, task, base, **kwargs), config.quant), None
-    ref, other = resolve_pair(name, config.against, task, base, **kwargs)
-    return _set_quantization(ref, config.quant), other
+        ref, other = resolve_model(name, task, base, **kwargs), None
+    else:
+        ref, other = resolve_pair(name, config.against, task, base, **kwargs)
+        other = other.with_labels(config.labels if are_default_names(other.labels) else ())
+    return _set_quantization(ref.with_labels(config.labels), config.quant), other
 
 
 def _set_quantization(ref: ModelRef, quant: str | None) -> ModelRef:
@@ -616,9 +629,20 @@ def _choices(
             "columns", eval_rows.note or eval_rows.columns, "by --map" if config.columns else ""
         ),
         *(Choice("note", note) for note in eval_rows.table.notes),
+        *_loss_choices(trained, eval_rows),
         Choice("dtype", trained.dtype, get_dtype_source(ref, config.dtype)),
         device,
     ]
+
+
+def _loss_choices(trained: LoadedModel, eval_rows: EvaluationRows) -> Iterator[Choice]:
+    objective = trained.objective
+    if isinstance(objective, Embeddings) and len(eval_rows.rows):
+        loss = objective.for_validation(distinct_texts(eval_rows.rows)[1]).config.loss
+        is_own = "step_rows" in trained.ref.card.options.get("embedding", {})
+        note = "the rows per step of training" if is_own else "the default"
+        size = f"{objective.step_rows:,} rows"
+        yield Choice("loss", f"{loss} within groups of {size}", f"{note}; it depends on the size")
 
 
 def _intervals(

@@ -22,7 +22,7 @@ from ftlevel.config import ExportConfig, MergeConfig
 from ftlevel.config.export import FORMATS
 from ftlevel.errors import ConfigError, join_names
 from ftlevel.evaluation.two_models import Agreement, EvalSet, compare_logits
-from ftlevel.events import Listener, NullListener
+from ftlevel.events import Listener, NullListener, Summarized
 from ftlevel.merging.formats.base import MergeOutput, plan_export
 from ftlevel.merging.low_bits import WeightsAsLoaded, select_gguf_codes
 from ftlevel.merging.merge_input import (
@@ -45,8 +45,8 @@ _ROWS: int = MergeConfig.model_fields["rows"].default
 """Rows on which the exported file is compared, as for a merge."""
 
 
-@dataclass(frozen=True)
-class ExportResult:
+@dataclass(frozen=True, repr=False)
+class ExportResult(Summarized):
     """Result of an export: `summary` is the output of `--json`; `path` is None after a dry run."""
 
     summary: dict[str, Any]
@@ -97,7 +97,7 @@ def export(
         open_output = atomic_directory if is_directory else atomic_files
         with open_output(*config.outputs) as output:
             merge_adapter = (
-                partial(_merge, config, ref)
+                partial(_merge, config, ref, listener)
                 if ref.directory is not None
                 else partial(_compare_unmerged, config, ref, device.value)
             )
@@ -146,7 +146,15 @@ def _paths_without_adapter(config: ExportConfig, refs: Mapping[str, ModelRef]) -
     return [p for p in paths if p.name not in refs and any((p / m).exists() for m in files)]
 
 
-def _merge(config: ExportConfig, ref: ModelRef, directory: Path) -> MergeOutput:
+class _Progress(NullListener):
+    """Listener of a merge within an export, which shows only its progress."""
+
+    def __init__(self, listener: Listener) -> None:
+        self.stage, self.begin = listener.stage, listener.begin  # type: ignore[method-assign]
+        self.step = listener.step  # type: ignore[method-assign]
+
+
+def _merge(config: ExportConfig, ref: ModelRef, listener: Listener, directory: Path) -> MergeOutput:
     """Merge the adapter, save the model to `directory`; return functions to quantize and check."""
     quantization = ref.quantization.get("kind", "none")
     is_quantized = config.outtype in GRIDS
@@ -161,7 +169,7 @@ def _merge(config: ExportConfig, ref: ModelRef, directory: Path) -> MergeOutput:
         device=config.device,
         base_model=config.base_model,
     )
-    summary = merge(merge_config, listener=NullListener()).summary
+    summary = merge(merge_config, listener=_Progress(listener)).summary
     if not is_quantized:
         return MergeOutput(summary)
     inputs = resolve_merge_input(merge_config)

@@ -26,7 +26,7 @@ from ftlevel.models.kinds import max_positions
 from ftlevel.models.loading import silence_loggers
 from ftlevel.tasks.base import BaseTask, Prediction
 from ftlevel.trained.adapter_set import BASE, AdapterSet, load_adapter_set
-from ftlevel.trained.generation import GenerationOptions, cut_at_stop
+from ftlevel.trained.generation import GenerationOptions, batches, cut_at_stop
 from ftlevel.trained.model_ref import LoadedModel
 
 
@@ -76,6 +76,8 @@ def generate_answers(
     config: GenerateConfig, prompts: Sequence[str], file: Path | None = None
 ) -> tuple[list[GeneratedText], list[str]]:
     """Generate outputs for `prompts`, then for the lines or rows of `file`; see `generate`."""
+    if config.against is not None:
+        return _generate_both(config, config.against, prompts, file)
     with silence_loggers():
         if file is not None and not _has_rows(file):
             files = match_files(str(file), "txt") if is_pattern(str(file)) else [file]
@@ -114,6 +116,27 @@ def generate_answers(
         for reply in (predictions[index],)
     ]
     return outputs, adapters.notes
+
+
+def _generate_both(
+    config: GenerateConfig, against: str, prompts: Sequence[str], file: Path | None
+) -> tuple[list[GeneratedText], list[str]]:
+    """Generate outputs of the model `config.name` and of `against`, alternating for each prompt."""
+    first = config.model_copy(update={"against": None})
+    nothing: dict[str, Any] = {"adapters": {}, "adapters_dir": None, "chosen": []}
+    second = first.model_copy(
+        update={**nothing, "name": against, "base_model": None, "compare_base": False}
+    )
+    outputs, notes = list[list[GeneratedText]](), list[str]()
+    for side in (first, second):
+        answers, more = generate_answers(side, prompts, file)
+        if side.name and len({answer.adapter for answer in answers}) == 1:
+            answers = [replace(answer, adapter=side.name) for answer in answers]
+        outputs.append(answers)
+        notes += more
+    size = len(outputs[0]) // max(1, len(outputs[1]))  # several adapters may answer each prompt
+    pairs = zip(batches(outputs[0], size), outputs[1], strict=True)
+    return [answer for own, other in pairs for answer in (*own, other)], notes
 
 
 def _has_rows(path: Path) -> bool:

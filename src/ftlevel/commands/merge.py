@@ -22,7 +22,7 @@ from ftlevel.config import MergeConfig, QuantConfig
 from ftlevel.config.section import Choice, check_config
 from ftlevel.errors import ConfigError
 from ftlevel.evaluation.two_models import Agreement, EvalSet, RowLogits, compare_logits
-from ftlevel.events import Listener, NullListener
+from ftlevel.events import Listener, NullListener, Summarized
 from ftlevel.merging.low_bits import compare_quantized, quantize_merged, resolve_quantization
 from ftlevel.merging.merge_input import MergeInput, resolve_merge_input, select_rows
 from ftlevel.merging.merged_model import save_merged
@@ -51,8 +51,8 @@ class _PreparedMerge:
     calibration: EvalSet | None
 
 
-@dataclass(frozen=True)
-class MergeResult:
+@dataclass(frozen=True, repr=False)
+class MergeResult(Summarized):
     """Result of a merge: `summary` is the output of `--json`, `path` the merged model."""
 
     summary: dict[str, Any]
@@ -107,7 +107,7 @@ def _merge(prepared: _PreparedMerge, output: Path, listener: Listener) -> dict[s
     candidates = []
     for onto in prepared.base_weights:
         listener.stage(f"merging into the {onto} weights")
-        candidate = write_onto(config, inputs, onto, output / f".{onto}")
+        candidate = write_onto(config, inputs, onto, output / f".{onto}", listener)
         if probe is not None and trained is not None:
             candidate = measure(candidate, inputs, probe, trained)
         candidates.append(candidate)
@@ -193,12 +193,13 @@ def _select_base_weights(config: MergeConfig, inputs: MergeInput) -> list[str]:
     return ["dequantized", "original"]
 
 
-def write_onto(config: MergeConfig, inputs: MergeInput, onto: str, path: Path) -> Candidate:
+def write_onto(
+    config: MergeConfig, inputs: MergeInput, onto: str, path: Path, listener: Listener
+) -> Candidate:
     """Merge the adapter into `onto` ("original" or "dequantized") base weights; save to `path`."""
     path.mkdir()
-    return Candidate(
-        onto, path, *save_merged(path, inputs, *resolve_rounding(config, inputs, onto))
-    )
+    dtype, rounding = resolve_rounding(config, inputs, onto)
+    return Candidate(onto, path, *save_merged(path, inputs, dtype, rounding, listener))
 
 
 def resolve_rounding(

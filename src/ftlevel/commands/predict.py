@@ -29,7 +29,7 @@ from ftlevel.data.sources.readers import ReadOptions, is_pattern
 from ftlevel.data.sources.streams import Reader, refuse_media_columns
 from ftlevel.errors import ConfigError, InputError, Interrupted, join_names
 from ftlevel.evaluation.answers import PROMPTS, InferenceModel, RowCounts, predict_rows
-from ftlevel.events import Listener, NullListener
+from ftlevel.events import Listener, NullListener, Summarized
 from ftlevel.models.hardware import select_device, select_threads
 from ftlevel.models.kinds import width_of
 from ftlevel.models.loading import load_config, silence_loggers
@@ -50,8 +50,8 @@ OutputColumns = Mapping[str, str]
 """Name of an output column → name of that value in the task's predictions."""
 
 
-@dataclass(frozen=True)
-class Predictions:
+@dataclass(frozen=True, repr=False)
+class Predictions(Summarized):
     """Result of `predict`: `rows`, None if written elsewhere, and `summary`, output of `--json`."""
 
     rows: list[dict[str, Any]] | None
@@ -135,7 +135,7 @@ def _prepare(
     device = select_device(config.device)
     ref = resolve_model(
         config.name, config.task, config.base_model, device=device.value, dtype=config.dtype
-    )
+    ).with_labels(config.labels)
     task, run_config = TASKS[ref.card.task], ref.run_config
     source, file = _open(config, rows, task, run_config)
     mapping = _mapping(config, run_config, task, source)

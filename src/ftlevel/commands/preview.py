@@ -47,7 +47,9 @@ class Token:
 
 @dataclass(frozen=True)
 class ShownRow:
-    """A row as the model sees it; `number` is its 1-based index, `location` its `file:line`.
+    """A row as the model sees it; `number` counts from 1 in the order of the files.
+
+    `location` is `file:line`.
 
     `target` has the tokens of an encoder-decoder's target; `label` is the target of the whole row,
     or with `has_several_texts` the positions of its texts.
@@ -161,7 +163,7 @@ def _select_rows(run: Run, numbers: Sequence[int]) -> list[Encoded]:
         order = sorted(range(len(rows)), key=_lengths(run).__getitem__)
         return [rows[i] for i in dict.fromkeys((order[0], order[len(order) // 2], order[-1]))]
     encoded = rows.rows if isinstance(rows, MaskedRows) else rows
-    there = np.concatenate([flat.example for flat in flat_batches(encoded)]) + 1
+    there = _row_numbers(run)[np.concatenate([flat.example for flat in flat_batches(encoded)])]
     missing = [number for number in numbers if number not in there]
     if missing:
         total = len(run.data.table.lines)
@@ -171,6 +173,15 @@ def _select_rows(run: Run, numbers: Sequence[int]) -> list[Encoded]:
             f"of which {len(np.unique(there)):,} are trained on."
         )
     return [rows[i] for number in numbers for i in np.flatnonzero(there == number).tolist()]
+
+
+def _row_numbers(run: Run) -> np.ndarray:
+    """Returns the 1-based number of each row, in the order of the files that were interleaved."""
+    table = run.data.table
+    numbers = np.arange(1, len(table.lines) + 1)
+    if table.parts:
+        numbers[np.argsort(table.lines)] = numbers.copy()
+    return numbers
 
 
 def _lengths(run: Run) -> list[int]:
@@ -196,7 +207,8 @@ def _show_row(run: Run, row: Encoded) -> ShownRow:
     )
     location = run.data.table.where(row.row)
     label = run.task.decode_label(row, names)
-    return ShownRow(row.row + 1, location, tokens, target, label, row.has_several_texts)
+    number = int(_row_numbers(run)[row.row])
+    return ShownRow(number, location, tokens, target, label, row.has_several_texts)
 
 
 class PieceDecoder:

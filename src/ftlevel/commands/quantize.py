@@ -35,7 +35,7 @@ from ftlevel.evaluation.two_models import (
     load_eval_text,
     split_into_windows,
 )
-from ftlevel.events import Listener, NullListener
+from ftlevel.events import Listener, NullListener, Summarized
 from ftlevel.models.hardware import DTYPES, select_device
 from ftlevel.models.kinds import checkpoint_class, max_positions
 from ftlevel.models.loading import build_task_model, load_config, load_model, silence_loggers
@@ -57,6 +57,7 @@ from ftlevel.weights.quantize_shards import (
     QUANTIZED,
     QuantizedLayout,
     build_layout,
+    count_tensors,
     get_skipped_modules,
     packed_bytes,
     predict_bytes,
@@ -66,8 +67,8 @@ from ftlevel.weights.quantize_shards import (
 SUMMARY = "quantization.json"
 
 
-@dataclass(frozen=True)
-class QuantizeResult:
+@dataclass(frozen=True, repr=False)
+class QuantizeResult(Summarized):
     """Result of `quantize`; after a dry run, `summary` has expected sizes and `path` is None."""
 
     summary: Mapping[str, Any]
@@ -115,7 +116,7 @@ def quantize(
         with atomic_directory(config.out) as partial:
             with _source_files(plan) as directory:
                 listener.stage("quantizing")
-                listener.begin(0)
+                listener.begin(count_tensors(directory))
                 layout, written = save_quantized(directory, partial, plan.layout, listener.step)
                 summary = _summary(config, plan, written.parts, written.quantized)
                 summary["bytes_on_disk"] = written.bytes

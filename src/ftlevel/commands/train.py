@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import PredictConfig, TrainConfig, build_section
 from ftlevel.errors import ConfigError
-from ftlevel.events import Listener, default_listener
+from ftlevel.events import Listener, Summarized, default_listener
 from ftlevel.models.loading import silence_loggers
 from ftlevel.training.finish import StartTime
 from ftlevel.training.memory import explain_out_of_memory
@@ -33,8 +33,8 @@ if TYPE_CHECKING:  # importing it would print messages before loggers are silenc
     from transformers import TrainerCallback
 
 
-@dataclass(frozen=True)
-class TrainResult:
+@dataclass(frozen=True, repr=False)
+class TrainResult(Summarized):
     """Result of a run; `path` and `model` are None after a dry run.
 
     `model` is also None if the run was already complete.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ftlevel.config.output import Decoding, DecodingAsInTraining
 from ftlevel.config.preference import FewNames
@@ -27,6 +27,12 @@ UnnamedTask = Annotated[
     TaskName | None,
     BeforeValidator(lambda name: normalize_task(name) if isinstance(name, str) else name),
     Field(description="Task of a model or plain PEFT adapter whose files do not name it."),
+]
+
+
+UnnamedLabels = Annotated[
+    FewNames,
+    Field(description="Comma-separated class names, in order, of a model whose files have none."),
 ]
 
 
@@ -62,6 +68,7 @@ class EvaluateConfig(DecodingAsInTraining):
     columns: ColumnMap = Field(default_factory=dict)
     ignore_columns: IgnoredColumns = ()
     task: UnnamedTask = None
+    labels: UnnamedLabels = ()
     quant: Literal["none", "4bit", "8bit"] | None = Field(
         None, description="Quantization of the base model, if different from training."
     )
@@ -107,8 +114,8 @@ class EvaluateConfig(DecodingAsInTraining):
     )
     predictions: Path | None = Field(
         None,
-        description="Output file, one row per example: .jsonl, .csv, .tsv or .parquet. It must "
-        "not exist.",
+        description="Output file, one row per example: .jsonl, .csv, .tsv or .parquet, or .conll "
+        "for tagged words. It must not exist.",
     )
     base_model: MovedBase = None
     dtype: ComputePrecision = "auto"
@@ -149,6 +156,9 @@ class GenerateConfig(Decoding):
         None, description="Context that contains the answer (question answering)."
     )
     compare_base: bool = Field(False, description="Whether to also show the base model's output.")
+    against: str | None = Field(
+        None, min_length=1, description="Run, adapter or model that also answers each prompt."
+    )
     max_new_tokens: Positive = Field(128, description="Maximum number of generated tokens.")
     seed: int = Field(0, ge=0, lt=2**32, description="Random seed for sampling.")
     batch_size: Positive = Field(8, description="Number of prompts per forward pass.")
@@ -169,8 +179,8 @@ class PredictConfig(DecodingAsInTraining):
     )
     output: Path | None = Field(
         None,
-        description="Output file (.csv, .tsv, .jsonl or .parquet, or .npy for embeddings); "
-        "default: JSONL on stdout.",
+        description="Output file (.csv, .tsv, .jsonl or .parquet, .npy for embeddings, .conll for "
+        "tags); default: - (JSONL on stdout).",
     )
     column: str = Field("prediction", min_length=1, description="Name of the prediction column.")
     columns: ColumnMap = Field(default_factory=dict)
@@ -207,10 +217,16 @@ class PredictConfig(DecodingAsInTraining):
     )
     overwrite: bool = Field(False, description="Whether to replace an existing --output file.")
     task: UnnamedTask = None
+    labels: UnnamedLabels = ()
     batch_size: Positive | None = Field(None, description="Batch size; default: by row length.")
     base_model: MovedBase = None
     dtype: ComputePrecision = "auto"
     device: RunDevice = "auto"
+
+    @field_validator("output", mode="before")
+    @classmethod
+    def _parse_stdout(cls, value: object) -> object:
+        return None if str(value) == "-" else value
 
     @model_validator(mode="after")
     def _validate_output(self) -> PredictConfig:

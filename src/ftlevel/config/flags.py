@@ -52,7 +52,7 @@ _TRAIN, _ROWS = ("train",), ("train", "preview")
 
 COMMAND_FLAGS: tuple[Flag, ...] = (
     # preview
-    option("--row", "Row number to show, from 1; repeatable.",
+    option("--row", "Row number to show, from 1, in the order of the files; repeatable.",
            panel=WRITE, on=("preview",), type=list[int], metavar="N", minimum=1),
     option("--html", "HTML page to write; self-contained, needs no network.",
            panel=WRITE, on=("preview",), type=Path, metavar="FILE"),
@@ -108,6 +108,7 @@ COMMAND_FLAGS: tuple[Flag, ...] = (
            panel=MODEL, on=("generate",), type=list[str], metavar="NAME[=DIR]"),
     Flag("adapters_dir", "", MODEL, ("generate",)),
     Flag("compare_base", "--compare-base", MODEL, ("generate",)),
+    Flag("against", "", MODEL, ("generate",)),
     # evaluate, and flags shared with it
     Flag("dataset", "", DATA, ("evaluate",)),
     Flag("qrels", "", DATA, ("evaluate",), metavar="FILE"),
@@ -117,11 +118,12 @@ COMMAND_FLAGS: tuple[Flag, ...] = (
          metavar="NAME=COLUMN"),
     Flag("ignore_columns", "", DATA, ("evaluate", "predict", "mine", "generate"), multiple=True,
          metavar="COLUMN"),
-    Flag("max_eval_samples", "", DATA, ("evaluate",)),
+    Flag("max_eval_samples", "", DATA, ("evaluate",), FlagAliases(("--limit",))),
     Flag("base_model", "--model", MODEL,
          ("evaluate", "predict", "mine", "generate", "merge", "export"), dest="base_model",
          aliases=FlagAliases(("--base",))),
     Flag("task", "", MODEL, ("evaluate", "predict", "generate")),
+    Flag("labels", "", MODEL, ("evaluate", "predict"), multiple=True, metavar="NAME,…"),
     Flag("quant", "", MODEL, ("evaluate",)),
     Flag("dtype", "", MODEL, ("evaluate", "predict", "mine", "generate")),
     *_fields(COMPARE, ("evaluate",), "base against"),
@@ -174,7 +176,7 @@ _TRAIN_COMMANDS = ("preview", *_TAKES_RECIPES)
 _EVERY = (
     *"""
     train preview plan doctor init evaluate predict mine generate merge quantize export
-    list-targets list-methods recipes
+    list-targets list-methods recipes runs
     """.split(),
     *_ADDED,
 )
@@ -204,6 +206,12 @@ _RUN_FLAGS: tuple[Flag, ...] = (
            on=("recipes",), dest="file", type=Path),
     option("[TO]", "Destination of copy; default: the recipe's name, in this directory.",
            on=("recipes",), dest="target", type=Path),
+    option("[clean|DIR]", "Action clean, or directory of runs to list; default: runs.",
+           on=("runs",), dest="action"),
+    option("[DIR]", "Directory of the runs to clean; default: runs.",
+           on=("runs",), dest="directory", type=Path),
+    option("--yes -y", "Whether to remove checkpoints without asking.",
+           panel=GENERAL, on=("runs",), type=bool),
     option("[FILE]", "Path of the new recipe; must not exist.",
            on=("init",), dest="file", type=Path, default=Path("recipe.yaml")),
     option("MODEL|FAMILY", "Directory, .gguf file, Hub id, builtin:NAME, or family such as llama.",
@@ -333,6 +341,8 @@ _RUN_FLAGS: tuple[Flag, ...] = (
     Flag("output.tracker_project", "", RUN),
     Flag("output.push_to_hub", "", RUN, metavar="NAME"),
     Flag("output.hub_private", "", RUN),
+    option("--log-file", "File to which the output of the run is also appended.",
+           panel=RUN, type=Path, metavar="FILE"),
     option("--dry-run", "Whether to only resolve and check the configuration.",
            panel=RUN, type=bool),
 )  # fmt: skip

@@ -438,10 +438,10 @@ def _validate_data(config: TrainConfig) -> Iterator[str]:
     elif data.overlong == "truncate-prompt" and task in EMBEDDING_TASKS:
         allowed = "truncate"
     if allowed:
-        yield (
-            f"--overlong {data.overlong} cannot be used with --task {task}. Use --overlong "
-            f"{allowed}."
-        )
+        fact = f"cannot be used with --task {task}"
+        if "task" not in config.model_fields_set:  # it may be inferred later
+            fact = "is for --task embedding and --task reranking"
+        yield f"--overlong {data.overlong} {fact}. Use --overlong {allowed}."
     for flag, values in (("--system", data.system), ("--train-on-inputs", data.train_on_inputs)):
         if values and task not in (*_GENERATION_TASKS, RL_TASK):
             yield (

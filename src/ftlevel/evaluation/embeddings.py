@@ -98,6 +98,9 @@ def score_embeddings(
     search_ids = add_texts(texts, corpus)
     vectors = embed_texts(model, objective, texts, pad_id, device, divide)
     losses = step_losses(objective, vectors, step)
+    if record is not None and not objective.for_validation(step).has_row_losses:
+        for number, group in enumerate(_step_groups(objective, step)):
+            record.loss_groups |= {row.row: number for row in rows[group]}
     dims = (None, *objective.config.matryoshka_dims)
     with torch.autocast("cpu", enabled=False):
         meters = create_meters(objective, vectors, step, dims, search_ids)
@@ -115,16 +118,30 @@ def score_embeddings(
 def step_losses(
     objective: Embeddings, vectors: torch.Tensor, step: StepTexts
 ) -> list[float | None]:
-    """Returns each row's loss: the mean of its group of `objective.step_rows` rows, or None."""
+    """Returns each row's loss within its group of rows, or None.
+
+    If the rows of a group share a loss that has no terms of single rows, it is that of each row.
+    """
     objective = objective.for_validation(step)
-    size, losses = objective.step_rows, list[float | None]()
+    losses: list[float | None] = []
+    for group in _step_groups(objective, step):
+        part = step.select(group)
+        mean = objective.group_loss(vectors, part)
+        if mean is None or not objective.has_row_losses:
+            losses += [mean] * len(part)
+        else:
+            losses += objective.row_losses(vectors, part)
+    return losses
+
+
+def _step_groups(objective: Embeddings, step: StepTexts) -> list[slice]:
+    """Returns groups of `objective.step_rows` rows, whose losses are computed together."""
+    objective, size = objective.for_validation(step), objective.step_rows
     positions = list(range(0, len(step), size))
     compares_rows = LOSSES[objective.config.loss or ""].contrasts or objective.kind == "class"
     if compares_rows and len(positions) > 1 and len(step) - positions[-1] == 1:
         positions.pop()
-    for start, end in zip(positions, [*positions[1:], len(step)], strict=True):
-        losses += [objective.group_loss(vectors, step.select(slice(start, end)))] * (end - start)
-    return losses
+    return list(map(slice, positions, [*positions[1:], len(step)]))
 
 
 @dataclass

@@ -14,6 +14,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -60,13 +61,17 @@ class GeneratedText:
 
 
 class ExampleRecord:
-    """Loss, targets and metrics per example; `units`: row index of the table → `ExampleStats`."""
+    """Loss, targets and metrics per example; `units`: row index of the table → `ExampleStats`.
+
+    `loss_groups` is the group of each row whose loss is that of a group of rows, not its own.
+    """
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
         self.units: dict[int, ExampleStats] = {}
         self._clusters: dict[Any, ExampleStats] = {}
         self._cluster_of: dict[int, Any] = {}
+        self.loss_groups: dict[int, int] = {}
         self.written: list[GeneratedText] = []
         self.sampled: list[Encoded] = []  # a completion per prompt, in reinforcement learning
 
@@ -137,10 +142,16 @@ class ExampleRecord:
             for key, unit in more.items():
                 own.setdefault(key, ExampleStats(self.objective.meter())).merge(unit)
         self._cluster_of |= other._cluster_of
+        self.loss_groups |= other.loss_groups
 
     def add_row(self, row: int, loss: float, targets: int, meter: Meter) -> None:
         """Add an example with its summed loss, number of targets and meter."""
         self.units[row] = ExampleStats(meter, loss, targets)
+
+    def row_loss(self, row: int) -> float | None:
+        """Returns the mean loss of a row; None if it has no target, or shares its loss."""
+        unit = self.units[row]
+        return unit.loss / unit.targets if unit.targets and row not in self.loss_groups else None
 
     def add_samples(self, row: Encoded, values: Any, texts: Sequence[str]) -> None:
         """Add a prompt's sampled completions, which have no loss; `values` as in `values_of`."""
@@ -161,7 +172,8 @@ class ExampleRecord:
 
         The same seed draws the same rows, so values of two models can be subtracted. A metric that
         is undefined for a draw, such as a correlation of constant values, is omitted, as are text
-        metrics without `score_texts`. Clusters have equal `Encoded.cluster`.
+        metrics without `score_texts`. Clusters have equal `Encoded.cluster`. A loss that rows share
+        is drawn by group, and omitted if there is only one.
         """
         rows = sorted(self.units)  # not in the order of scoring, which depends on the tokenizer
         keys = dict.fromkeys(self._cluster_of[row] for row in rows if row in self._cluster_of)
@@ -171,6 +183,15 @@ class ExampleRecord:
         draws = _bootstrap(
             num_draws, seed, len(units), lambda indices: self._metrics(units, indices, compute)
         )
+        if self.loss_groups:
+            draws.pop("loss", None)
+            groups: dict[int, list[ExampleStats]] = {}
+            for row in rows:
+                groups.setdefault(self.loss_groups[row], []).append(self.units[row])
+            sums = np.array([[sum(u.loss for u in own), sum(u.targets for u in own)]
+                             for own in groups.values()])  # fmt: skip
+            if len(sums) > 1:
+                draws = _bootstrap(num_draws, seed, len(sums), partial(_group_loss, sums)) | draws
         if self.written and score_texts is not None:
             draws |= _bootstrap(
                 num_draws,
@@ -202,6 +223,12 @@ def _bootstrap(
     rows = [function(generator.integers(0, size, size)) for _ in range(num_draws)]
     names = [name for name in rows[0] if all(name in row for row in rows)] if rows else []
     return {name: np.array([row[name] for row in rows]) for name in names}
+
+
+def _group_loss(sums: np.ndarray, indices: np.ndarray) -> dict[str, float]:
+    """Returns the mean loss of the groups at `indices`; `sums` are `(groups, 2)`: loss, targets."""
+    loss, targets = sums[indices].sum(0)
+    return {"loss": float(loss / targets)} if targets else {}
 
 
 def _text_metrics(

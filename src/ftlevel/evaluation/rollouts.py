@@ -394,11 +394,6 @@ def open_rewards(
     return rewards
 
 
-def get_validation_position(row: int) -> str:
-    """Returns the location of a validation row, for messages."""
-    return f"validation row {row + 1}"
-
-
 def open_teacher(
     name: str, objective: PolicyObjective, kind: str, tokenizer: Any, device: str, dtype: str
 ) -> TokenLogps:

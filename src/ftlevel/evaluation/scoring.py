@@ -355,14 +355,13 @@ def iterate_results(
     for row in sorted(record.units):
         unit = record.units[row]
         line: dict[str, Any] = {"row": row, "where": get_position(row)}
-        line["loss"] = unit.loss / unit.targets if unit.targets else None
+        line["loss"] = record.row_loss(row)
         line |= {**texts.get(row, {}), **unit.meter.describe(labels)}
         if row in generated:
             line |= {"predicted": generated[row].text, "true": generated[row].reference}
         if base is not None and row in base.units:
-            base_unit = base.units[row]
-            line["base_loss"] = base_unit.loss / base_unit.targets if base_unit.targets else None
-            base_metrics = base_unit.meter.describe(labels)
+            line["base_loss"] = base.row_loss(row)
+            base_metrics = base.units[row].meter.describe(labels)
             line |= {f"base_{key}": value for key, value in base_metrics.items() if key != "true"}
             if row in base_generated:
                 line["base_predicted"] = base_generated[row].text

@@ -36,6 +36,7 @@ from ftlevel.weights.quantize_shards import (
     QuantizedLayout,
     bitsandbytes_grid,
     build_layout,
+    count_tensors,
     save_quantized,
 )
 
@@ -255,7 +256,7 @@ def quantize_merged(
     """
     output_dir = merged.directory.with_name(".low-bits")
     output_dir.mkdir()
-    listener.begin(0)
+    listener.begin(count_tensors(merged.directory))
     config = load_config(resolve_source(str(merged.directory)))
     layout = _plan_layout(inputs, config, quant, DTYPES[merged.written.dtype])
     origin = merged.merger

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ import torch
 
 from ftlevel.artifacts.files import read_json, write_json
 from ftlevel.errors import InputError, RunError, join_names
+from ftlevel.events import Listener
 from ftlevel.merging.merge_input import MergeInput
 from ftlevel.methods.merging import Skeleton, build_skeleton
 from ftlevel.models.hardware import DTYPES
@@ -24,6 +26,7 @@ from ftlevel.models.sources import ModelSource
 from ftlevel.models.upstream.architectures import tied_names, unsaved_names
 from ftlevel.models.upstream.conversions import revert
 from ftlevel.trained.adapt import resize_embeddings
+from ftlevel.trained.generation import save_stop_ids
 from ftlevel.weights.checkpoint import (
     TOKENIZER_FILES,
     Checkpoint,
@@ -45,9 +48,11 @@ class MergedFiles:
 
     Attributes:
         merged: number of tensors that belong to an adapted module or were trained in full.
+        changed: number of merged tensors that differ from the base's.
         unchanged: number of merged weights that are equal to the base's after rounding.
         untied: whether the output layer no longer shares the embedding's weight.
         unused: tensors of the base's checkpoint that the model does not use.
+        stops: `added_stops` of the base's generation_config.json.
     """
 
     tensors: int
@@ -57,6 +62,8 @@ class MergedFiles:
     unused: list[str]
     size_bytes: int
     dtype: str
+    stops: Mapping[str, int]
+    changed: int
 
 
 @dataclass
@@ -240,6 +247,7 @@ def save_merged(
     inputs: MergeInput,
     dtype: str | None,
     rounding: Callable[[Any], QuantizationRounding] | None,
+    listener: Listener,
 ) -> tuple[MergedFiles, TensorMerger]:
     """Save the base of `inputs`, merged with its adapter, in the empty `output_dir`.
 
@@ -253,7 +261,9 @@ def save_merged(
     untied = _are_untied(merger, ties)
     names = [n for n in shapes if n not in ties or untied or n in checkpoint.groups]
     shards = _plan_files(merger, names)
-    size = write_files(output_dir, shards)
+    listener.begin(sum(map(len, shards.values())))
+    done = itertools.count(1)
+    size = write_files(output_dir, shards, lambda: listener.step(next(done)))
     merged = {name for name in names if merger.adapts(name)}
     if merged <= merger.unchanged:
         raise RunError(
@@ -261,7 +271,7 @@ def save_merged(
             f"in {str(merger.main_dtype).removeprefix('torch.')} in every tensor. Use --dtype "
             "float32, or train longer."
         )
-    _save_config(output_dir, inputs, model, merger.main_dtype, untied=untied)
+    stops = _save_config(output_dir, inputs, model, merger.main_dtype, untied=untied)
     files = MergedFiles(
         sum(len(part.specs) for parts in shards.values() for part in parts),
         len(merged),
@@ -270,6 +280,8 @@ def save_merged(
         checkpoint.unused,
         size,
         str(merger.main_dtype).removeprefix("torch."),
+        stops,
+        len(merged - merger.unchanged),
     )
     return files, merger
 
@@ -323,7 +335,7 @@ def _copy(key: str, info: TensorSpec, stored: Any) -> TensorPart:
 
 def _save_config(
     output_dir: Path, inputs: MergeInput, model: Any, dtype: torch.dtype, *, untied: bool
-) -> None:
+) -> dict[str, int]:
     config = model.config
     config.architectures = [type(model).__name__]
     config.dtype = dtype
@@ -341,6 +353,7 @@ def _save_config(
         shutil.copyfile(generation_config, output_dir / generation_config.name)
     elif model.can_generate():
         model.generation_config.save_pretrained(output_dir)
+    return save_stop_ids(output_dir, inputs.tokenizer) if model.can_generate() else {}
 
 
 def _remove_token_types(output_dir: Path, names: Sequence[str]) -> None:

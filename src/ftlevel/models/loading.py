@@ -297,7 +297,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     # Without files, transformers builds a tokenizer that knows only special tokens.
     if files := getattr(tokenizer, "vocab_files_names", None):  # none for bytes, as in ByT5
         _check_vocabulary(source, files.values())
-    if source.kind == "builtin":
+    if source.kind in ("builtin", "gguf"):
         tokenizer.name_or_path = source.name  # for messages
     return tokenizer
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from ftlevel.artifacts.files import read_json_object, write_json
 from ftlevel.data.encoding.chat import get_end_of_turn_id
 from ftlevel.data.encoding.collate import pad
 
@@ -143,10 +145,30 @@ def generate_texts(
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Returns ids that end generation: EOS of tokenizer and generation_config, end of chat turn."""
-    token_ids = [tokenizer.eos_token_id]
-    if getattr(tokenizer, "chat_template", None):
-        token_ids.append(get_end_of_turn_id(tokenizer))
-    own = model.generation_config.eos_token_id
-    token_ids += own if isinstance(own, list) else [own]
+    """Returns ids that end generation: EOS of generation_config and tokenizer, end of chat turn."""
+    return merge_stop_ids(model.generation_config.eos_token_id, tokenizer)
+
+
+def merge_stop_ids(eos: int | list[int] | None, tokenizer: Any) -> list[int]:
+    """Returns `eos` with the EOS of `tokenizer` and the token that ends a chat turn."""
+    own = eos if isinstance(eos, list) else [eos]
+    token_ids = [*own, tokenizer.eos_token_id, get_end_of_turn_id(tokenizer)]
     return list(dict.fromkeys(i for i in token_ids if i is not None))
+
+
+def added_stops(eos: int | list[int] | None, tokenizer: Any) -> dict[str, int]:
+    """Returns token → id of `merge_stop_ids`; empty if generation stops at them by `eos` alone."""
+    ids = merge_stop_ids(eos, tokenizer)
+    if ids in (eos, [eos]) or len(ids) < 2:
+        return {}
+    return {str(tokenizer.convert_ids_to_tokens(i)): i for i in ids}
+
+
+def save_stop_ids(directory: Path, tokenizer: Any) -> dict[str, int]:
+    """Add `added_stops` to generation_config.json in `directory`, if it exists; return them."""
+    path = directory / "generation_config.json"
+    config = read_json_object(path) if path.is_file() else {}
+    stops = added_stops(config.get("eos_token_id"), tokenizer)
+    if config and stops:
+        write_json(path, {**config, "eos_token_id": list(stops.values())})
+    return stops

@@ -20,7 +20,8 @@ from ftlevel.config import DataConfig, TrainConfig, build_config
 from ftlevel.config.preference import NO_REFERENCE
 from ftlevel.data.encoding.collate import ensure_pad_token, separate_pad_from_eos
 from ftlevel.data.encoding.encode import PromptFormat, load_prompt_format
-from ftlevel.errors import InputError
+from ftlevel.data.formats.labels import are_default_names
+from ftlevel.errors import InputError, join_names
 from ftlevel.models.hardware import DTYPES, evaluating
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import (
@@ -205,6 +206,22 @@ class ModelRef:
     def with_card(self, **changes: Any) -> ModelRef:
         """Returns a copy with the card's fields in `changes` replaced."""
         return replace(self, card=replace(self.card, **changes))
+
+    def with_labels(self, names: Sequence[str]) -> ModelRef:
+        """Returns a copy whose classes are called `names`, for a model without names.
+
+        Without `names`, returns the model itself. Raises InputError if it has names already, or
+        another number of classes.
+        """
+        if not names or self.labels == list(names):
+            return self
+        message = f"--labels {','.join(names)}: {self.directory or self.base}"
+        if not are_default_names(self.labels):
+            has = f"has the classes {join_names(self.labels)}" if self.labels else "has no classes"
+            raise InputError(f"{message} {has}. Drop --labels.")
+        if len(names) != len(self.labels):
+            raise InputError(f"{message} has {len(self.labels)} classes. Name all in order.")
+        return self.with_card(labels=list(names))
 
     def load(
         self,

@@ -18,7 +18,6 @@ from ftlevel.evaluation.intervals import should_generate, uses_text_metrics
 from ftlevel.evaluation.rollouts import (
     RewardEvaluator,
     Rollouts,
-    get_validation_position,
     score_rows,
 )
 from ftlevel.evaluation.scoring import Evaluator
@@ -219,7 +218,7 @@ def create_evaluator(
     if processes.count > 1:
         shared["divide"] = partial(processes.divide, equally=section.shard != "none")
     if is_rl(run):
-        rollouts = create_rollouts(run, model, teacher, server, get_validation_position)
+        rollouts = create_rollouts(run, model, teacher, server, run.data.validation_table.where)
         return RewardEvaluator(**shared, generated_rows=generated, rollouts=rollouts)
     uses_generation = should_generate(section.predict_with_generate, run.task)
     return Evaluator(

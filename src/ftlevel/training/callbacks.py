@@ -226,6 +226,14 @@ class Interrupt(TrainerCallback):
             control.should_training_stop = True
         return control
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """After a stop within an epoch, skip the evaluation that would be due at its end."""
+        if self.has_stopped and not (state.epoch or 0.0).is_integer():
+            control.should_evaluate = control.should_save = False
+        return control
+
 
 class UpdateSchedule(TrainerCallback):
     """Callback that on resume sets the configured intervals and rates, not those of the checkpoint.

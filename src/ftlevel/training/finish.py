@@ -28,6 +28,7 @@ from ftlevel.models.kinds import save_legacy_rope
 from ftlevel.models.quantization import get_quantization_config
 from ftlevel.objectives import PolicyObjective
 from ftlevel.trained.adapt import finalize_method, save_adapter
+from ftlevel.trained.generation import save_stop_ids
 from ftlevel.training.best import PredictionRecorder
 from ftlevel.training.callbacks import Report
 from ftlevel.training.model import PreparedModel
@@ -111,6 +112,7 @@ def save_tokenizer_and_card(
     if files is not None:
         shutil.copytree(files.name, save_dir / KEPT, dirs_exist_ok=True)
     run.model.tokenizer.save_pretrained(str(save_dir))
+    save_stop_ids(save_dir, run.model.tokenizer)
     is_local = base["kind"] in ("directory", "gguf")
     path = relative_path(Path(base["name"]), final_dir or save_dir) if is_local else ""
     card = create_card(run, {**base, "path": path} if path else base)
@@ -153,7 +155,7 @@ def get_predictions(
     initial = recorder.of(0) if step else None
     labels = run.data.info["labels"] or ()
     predictions = iterate_results(
-        record, labels, lambda row: f"row {row + 1:,}", base=initial, evaluator=evaluator
+        record, labels, run.data.validation_table.where, base=initial, evaluator=evaluator
     )
     return list(predictions), _intervals(record, evaluator)
 

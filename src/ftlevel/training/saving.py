@@ -44,8 +44,8 @@ def check_disk_space(run_path: Path | None, train: TrainerConfig, model: Any, st
     free = shutil.disk_usage(mount).free
     if one * count > free + used:
         raise ConfigError(
-            f"--output-dir {output_dir}: its disk has {free / 1e9:,.2f} GB free, and the run needs "
-            f"about {one * count / 1e9:,.2f} GB there: {count} x {one / 1e9:,.2f} GB of "
+            f"--output-dir {output_dir}: its disk has {_format_size(free)} free, and the run "
+            f"needs about {_format_size(one * count)} there: {count} x {_format_size(one)} of "
             f"checkpoints (--save-total-limit {train.save_total_limit}, and the one that is being "
             "written). Free space, keep fewer, or choose a directory on another disk."
         )
@@ -59,9 +59,14 @@ def check_checkpoint_space(output_dir: RunDirectory, model: Any, optimizer: Any)
     free = shutil.disk_usage(output_dir.path).free
     if required > free:
         raise RunError(
-            f"{output_dir.path} cannot be written: a checkpoint needs about {required / 1e6:,.1f} "
-            f"MB, and its disk has {free / 1e6:,.1f} MB free. {_checkpoint_message(output_dir)}"
+            f"{output_dir.path} cannot be written: a checkpoint needs about "
+            f"{_format_size(required)}, and its disk has {_format_size(free)} free. "
+            f"{_checkpoint_message(output_dir)}"
         )
+
+
+def _format_size(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
 
 
 def _trained_bytes(model: Any) -> int:

@@ -17,11 +17,13 @@ from ftlevel.artifacts.files import base_fingerprint
 from ftlevel.artifacts.paths import make_paths_absolute
 from ftlevel.data.prepare.streaming import StreamedRows
 from ftlevel.evaluation.scoring import Evaluator
+from ftlevel.fast.likelihoods import base_model
 from ftlevel.methods import needs_import
 from ftlevel.models.hardware import peak_memory_bytes
 from ftlevel.models.quantization import get_quantization_config, get_quantization_info
 from ftlevel.models.sources import ModelSource
 from ftlevel.objectives import PolicyObjective
+from ftlevel.trained.generation import added_stops
 from ftlevel.training.best import PredictionRecorder, SelectedModel
 from ftlevel.training.plan.run import Run, count_parameters
 from ftlevel.training.proof import Proof
@@ -181,6 +183,7 @@ def create_summary(run: Run, outcome: Outcome) -> dict[str, Any]:
         "total_parameters": total,
         "class_weights": _class_weights(run),
         "data": {**run.data.info, "generated_rows": generated},
+        "stops": _added_stops(run, model),
         "steps": outcome.steps,
         "planned_steps": run.schedule.steps,
         **summarize_losses([record["loss"] for record in records if "loss" in record]),
@@ -201,6 +204,12 @@ def create_summary(run: Run, outcome: Outcome) -> dict[str, Any]:
         "left_out": list(outcome.skipped_steps),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def _added_stops(run: Run, model: Any) -> dict[str, int]:
+    if not run.task.generates_text:
+        return {}
+    return added_stops(base_model(model).generation_config.eos_token_id, run.model.tokenizer)
 
 
 def _class_weights(run: Run) -> dict[str, float]:

@@ -135,8 +135,10 @@ class TensorPart:
     source: FileTensor | Callable[[], Mapping[str, torch.Tensor]]
 
 
-def write_file(path: Path, parts: Sequence[TensorPart]) -> None:
-    """Write `parts` as one safetensors file and flush it to disk."""
+def write_file(
+    path: Path, parts: Sequence[TensorPart], on_part: Callable[[], None] = lambda: None
+) -> None:
+    """Write `parts` as one safetensors file and flush it to disk; call `on_part` after each."""
     specs = [(name, spec) for part in parts for name, spec in part.specs.items()]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
@@ -154,6 +156,7 @@ def write_file(path: Path, parts: Sequence[TensorPart]) -> None:
         file.write(struct.pack("<Q", len(text)) + text)
         for part in parts:
             _append_part(file, part)
+            on_part()
         file.flush()
         os.fsync(file.fileno())
 
@@ -171,11 +174,15 @@ def _append_part(file: IO[bytes], part: TensorPart) -> None:
             file.write(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
-def write_files(output_dir: Path, shards: Mapping[str, Sequence[TensorPart]]) -> int:
+def write_files(
+    output_dir: Path,
+    shards: Mapping[str, Sequence[TensorPart]],
+    on_part: Callable[[], None] = lambda: None,
+) -> int:
     """Save shards (file name → parts), with an index if several; return the size in bytes."""
     total, weight_map = 0, {}
     for name, parts in shards.items():
-        write_file(output_dir / name, parts)
+        write_file(output_dir / name, parts, on_part)
         for part in parts:
             weight_map.update(dict.fromkeys(part.specs, name))
             total += sum(spec.nbytes for spec in part.specs.values())

@@ -302,6 +302,11 @@ the nearest codes.
 """
 
 
+def count_tensors(model_dir: Path) -> int:
+    """Returns how many tensors `save_quantized` reads."""
+    return sum(len(load_header(shard)[0]) for shard in weight_files(model_dir))
+
+
 def save_quantized(
     model_dir: Path,
     out: Path,

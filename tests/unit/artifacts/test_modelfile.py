@@ -46,7 +46,9 @@ def test_default_system_text_is_used_without_system_turn() -> None:
     )
 
 
-@pytest.mark.parametrize(("name", "has_template"), [("chatml", True), ("gemma-3", False)])
+@pytest.mark.parametrize(
+    ("name", "has_template"), [("chatml", True), ("gemma-3", True), ("mistral", False)]
+)
 def test_system_text_of_training_reaches_the_prompt(name: str, has_template: bool) -> None:
     tokenizer = published_chat_templates.build(name)
     prompt = PromptFormat("chat-template", system="Be kind.")
@@ -55,9 +57,24 @@ def test_system_text_of_training_reaches_the_prompt(name: str, has_template: boo
     vocab: Any = SimpleNamespace(flags={"add_bos_token": name != "chatml"})
     template = get_prompt_template(tokenizer, ref, vocab)
     text = modelfile("m.gguf", template)
-    assert ('TEMPLATE """' in text) == has_template  # Gemma 3 has it inside the first user turn
+    assert ('TEMPLATE """' in text) == has_template  # Mistral has it inside the last user turn
     assert "SYSTEM is omitted" not in text
     assert 'SYSTEM """Be kind."""\n' in text
+
+
+def test_system_text_inside_user_turn() -> None:
+    tokenizer = published_chat_templates.build("gemma-3")
+    prompt = PromptFormat("chat-template", instruction="Shorten:")
+    task = SimpleNamespace(stop_texts=())
+    ref: Any = SimpleNamespace(card=SimpleNamespace(prompt=prompt.to_dict()), configured_task=task)
+    vocab: Any = SimpleNamespace(flags={"add_bos_token": True})
+    template = get_prompt_template(tokenizer, ref, vocab).template or ""
+    system, user = template.partition('else if eq $turn.Role "user" }}')[::2]
+    assert "<start_of_turn>user\n{{ $turn.Content }}\n\n{{ " in system
+    assert user.startswith(
+        '{{ if and (eq $index 1) (eq (index $.Messages 0).Role "system") }}Shorten:\n\n{{ else }}'
+        "<start_of_turn>user\nShorten:\n\n{{ end }}{{ $turn.Content }}<end_of_turn>\n"
+    )
 
 
 def test_bos_is_omitted_from_first_turn() -> None:

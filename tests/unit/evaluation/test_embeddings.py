@@ -14,7 +14,8 @@ from sklearn.metrics import average_precision_score
 
 from ftlevel.config.embedding import EmbeddingConfig
 from ftlevel.data.encoding.encode import EncodedTexts
-from ftlevel.evaluation.embeddings import create_meters, step_losses
+from ftlevel.evaluation import embeddings
+from ftlevel.evaluation.embeddings import QueryMeter, create_meters, step_losses
 from ftlevel.evaluation.intervals import ExampleRecord
 from ftlevel.evaluation.two_models import EvalSet
 from ftlevel.objectives import StepTexts
@@ -28,7 +29,72 @@ def test_rows_without_a_positive_have_no_loss(loss: str) -> None:
     labels = ((1.0, 0.0), (0.0, 0.0), (0.0, 0.0), (0.0, 0.0))
     step = StepTexts(tuple((3 * i, 3 * i + 1, 3 * i + 2) for i in range(4)), labels, ((),) * 4)
     first, second, *others = step_losses(objective, torch.eye(12), step)
-    assert (first == second, others) == (True, [None, None])
+    assert first is not None
+    assert (second, others) == (None, [None, None])
+
+
+def test_rows_have_losses_of_their_own() -> None:
+    """The reference is the InfoNCE loss of each query, with the documents of its group."""
+    vectors = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    step = StepTexts(tuple((2 * i, 2 * i + 1) for i in range(8)), ((1.0,),) * 8, ((),) * 8)
+    objective = Embeddings("ndcg@10", config=EmbeddingConfig(loss="mnrl"), step_rows=4)
+    normed = torch.nn.functional.normalize(vectors, dim=-1)
+    expected = []
+    for group in (range(4), range(4, 8)):
+        scores = 20 * normed[[2 * i for i in group]] @ normed[[2 * i + 1 for i in group]].T
+        expected += (-scores.log_softmax(1).diagonal()).tolist()
+    assert step_losses(objective, vectors, step) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "kind"), [("mnrl", "ranking"), ("cosent", "score"), ("contrastive", "class")]
+)
+def test_interval_of_loss_covers_as_many_rows_as_it_claims(loss: str, kind: Any) -> None:
+    """Losses of rows vary between groups by chance; the interval must show how much."""
+    generator = torch.Generator().manual_seed(1)
+    rows, texts, labels = [], [], []
+    for i in range(64):
+        pair = kind != "class"
+        texts.append((2 * i, 2 * i + 1) if pair else (2 * i,))
+        labels.append((1.0,) if kind == "ranking" else (float(i % 5 if pair else i % 2),))
+        rows.append(SimpleNamespace(row=i, cluster=None))
+    step = StepTexts(tuple(texts), tuple(labels), ((),) * 64)
+    objective = Embeddings(
+        "ndcg@10" if kind == "ranking" else "ap", config=EmbeddingConfig(loss=loss), kind=kind,
+        step_rows=8,
+    )  # fmt: skip
+    vectors = torch.randn(128, 4, generator=generator)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embeddings, "distinct_texts", lambda _: ([None] * 128, step))
+        patch.setattr(embeddings, "add_texts", lambda *_: ())
+        patch.setattr(embeddings, "embed_texts", lambda *_: vectors)
+        record = ExampleRecord(objective)
+        metrics = embeddings.score_embeddings(
+            rows,
+            objective,
+            None,
+            record,
+            0,
+            "cpu",
+            lambda _: "",
+            (),  # type: ignore[arg-type]
+        )
+    draws = record.resample(400, 0, None, "")["loss"]
+    losses = np.array(step_losses(objective, vectors, step), dtype=float)
+    units = losses if loss == "mnrl" else losses[::8]
+    error = units.std() / len(units) ** 0.5
+    assert draws.std() == pytest.approx(error, rel=0.15)
+    assert draws.mean() == pytest.approx(metrics["loss"], abs=0.2 * error)
+    assert (record.row_loss(3) is None) == (loss != "mnrl")
+
+
+def test_loss_of_one_group_has_no_interval() -> None:
+    record = ExampleRecord(Embeddings("ndcg@10"))
+    meter = QueryMeter([{"ndcg@10": 1.0}])
+    for row in range(4):
+        record.add_row(row, 0.5, 1, meter)
+        record.loss_groups[row] = 0
+    assert "loss" not in record.resample(10, 0, None, "")
 
 
 def test_query_of_several_rows_counts_once() -> None:

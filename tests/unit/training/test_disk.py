@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from ftlevel.artifacts import checkpoints
+from ftlevel.artifacts.files import check_writable
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import TrainerConfig
 from ftlevel.errors import ConfigError, RunError
@@ -128,11 +129,17 @@ def test_run_without_space_for_checkpoints_raises(
     monkeypatch.setattr(
         shutil, "disk_usage", lambda _: SimpleNamespace(free=count * checkpoint_size - 1)
     )
-    with pytest.raises(ConfigError, match=rf"{output_dir}: its disk has .* {count} x 0\.00 GB"):
+    with pytest.raises(ConfigError, match=rf"{output_dir}: its disk has .* {count} x 12\.0 kB"):
         check_disk_space(output_dir, train, model, 9)
     output_dir.mkdir(parents=True)
     (output_dir / "of the run that is replaced").write_text("x")
     check_disk_space(output_dir, train, model, 9)
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no procfs")
+def test_file_system_without_space_is_not_writable() -> None:
+    with pytest.raises(ConfigError, match="--output-dir: /proc cannot be written"):
+        check_writable("--output-dir", Path("/proc/x"))
 
 
 @pytest.mark.parametrize(
@@ -162,5 +169,5 @@ def test_checkpoint_without_space_raises(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=12_008))
     check_checkpoint_space(run, model, optimizer)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=12_007))
-    with pytest.raises(RunError, match=r"needs about 0\.0 MB.*no valid checkpoint"):
+    with pytest.raises(RunError, match=r"needs about 12\.0 kB.*no valid checkpoint"):
         check_checkpoint_space(run, model, optimizer)

@@ -80,8 +80,13 @@ def list_special_tokens(tokenizer: Any) -> tuple[str, ...]:
 
 def get_end_of_turn_id(tokenizer: Any) -> int | None:
     """Returns the id of the token that ends an assistant turn, or None."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    rendered = render_chat(tokenizer, turns)
+    try:
+        rendered = render_chat(tokenizer, turns)
+    except InputError:  # the template rejects these turns
+        return None
     answer = rendered.text[slice(*rendered.spans[-1])] if rendered.spans else ""
     end = next((t for t in list_special_tokens(tokenizer) if answer.endswith(t)), None)
     return tokenizer.convert_tokens_to_ids(end) if end else None
@@ -207,15 +212,19 @@ def set_chat_template(tokenizer: Any, name: str | None) -> Choice | None:
     return Choice("chat template", name, reason)
 
 
+def list_usable_templates(tokenizer: Any) -> list[str]:
+    """Returns the names of the built-in templates whose special tokens `tokenizer` has."""
+    vocabulary = tokenizer.get_vocab()
+    return [name for name, markers in MARKERS.items() if vocabulary.keys() >= set(markers)]
+
+
 def _read_builtin(tokenizer: Any, name: str) -> str:
     vocabulary = tokenizer.get_vocab()
-    missing = {n: [m for m in markers if m not in vocabulary] for n, markers in MARKERS.items()}
-    if missing[name]:
-        usable = [other for other, tokens in missing.items() if not tokens]
+    if missing := [marker for marker in MARKERS[name] if marker not in vocabulary]:
         raise InputError(
             f"--chat-template {name}: the tokenizer of {tokenizer.name_or_path} has no token for "
-            f"{join_names(missing[name])}, so the model could not learn to stop. Templates that "
-            f"fit its tokens: {join_names(usable)}."
+            f"{join_names(missing)}, so the model could not learn to stop. Templates that "
+            f"fit its tokens: {join_names(list_usable_templates(tokenizer))}."
         )
     return (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
 
@@ -267,17 +276,22 @@ class ChatLayout:
         around: role → text before and after the content; has no "system" if the template has none.
         opening: text before a conversation without a system turn, such as a default system prompt.
         generation: generation prompt.
+        after_system: text before the user's content after a system turn; None if as in `around`.
     """
 
     around: dict[str, tuple[str, str]]
     opening: str
     generation: str
+    after_system: str | None = None
 
     def render(self, turns: Sequence[Turn]) -> str:
         """Returns the text of `turns`, followed by the generation prompt."""
-        parts = [self.opening if turns[0]["role"] != SYSTEM else ""]
-        for turn in turns:
+        has_system = turns[0]["role"] == SYSTEM
+        parts = ["" if has_system else self.opening]
+        for index, turn in enumerate(turns):
             before, after = self.around[turn["role"]]
+            if has_system and index == 1 and self.after_system is not None:
+                before = self.after_system
             parts += [before, turn["content"], after]
         return "".join([*parts, self.generation])
 
@@ -289,17 +303,26 @@ def get_chat_layout(tokenizer: Any) -> ChatLayout | None:
     """
     try:
         layout = _infer_layout(tokenizer)
-        if layout is None:
+        if layout is None or _renders_trials(tokenizer, layout):
+            return layout
+        if layout.after_system is None:
             return None
-        for trial in _TRIALS:
-            turns = [{"role": role, "content": content} for role, content in trial]
-            if SYSTEM not in layout.around and turns[0]["role"] == SYSTEM:
-                continue
-            if layout.render(turns) != render(tokenizer, turns, generation_prompt=True):
-                return None
+        # Mistral puts the system text into the last user turn.
+        around = {role: texts for role, texts in layout.around.items() if role != SYSTEM}
+        layout = ChatLayout(around, layout.opening, layout.generation)
+        return layout if _renders_trials(tokenizer, layout) else None
     except InputError:  # the template rejects a plain conversation
         return None
-    return layout
+
+
+def _renders_trials(tokenizer: Any, layout: ChatLayout) -> bool:
+    for trial in _TRIALS:
+        turns = [{"role": role, "content": content} for role, content in trial]
+        if SYSTEM not in layout.around and turns[0]["role"] == SYSTEM:
+            continue
+        if layout.render(turns) != render(tokenizer, turns, generation_prompt=True):
+            return False
+    return True
 
 
 def _infer_layout(tokenizer: Any) -> ChatLayout | None:
@@ -327,9 +350,13 @@ def _infer_layout(tokenizer: Any) -> ChatLayout | None:
         system = _split_at_contents(tokenizer, SYSTEM, USER)
     except InputError:  # the template rejects system turns
         system = None
-    if system is not None and system[1].endswith(user_begin):
-        around[SYSTEM] = system[0], system[1].removesuffix(user_begin)
-    return ChatLayout(around, first.removesuffix(user_begin), tail.removeprefix(user_end))
+    after_system = None
+    if system is not None:
+        is_turn = system[1].endswith(user_begin)
+        around[SYSTEM] = system[0], system[1].removesuffix(user_begin) if is_turn else system[1]
+        after_system = None if is_turn else ""  # Gemma has the system text in the user turn
+    opening, generation = first.removesuffix(user_begin), tail.removeprefix(user_end)
+    return ChatLayout(around, opening, generation, after_system)
 
 
 def _placeholder_turns(*roles: str) -> list[Turn]:

@@ -15,7 +15,13 @@ from itertools import accumulate, pairwise
 from typing import Any, ClassVar, Literal
 
 from ftlevel.artifacts.cards import AdapterCard
-from ftlevel.data.encoding.chat import RenderedChat, Turn, render, render_chat
+from ftlevel.data.encoding.chat import (
+    RenderedChat,
+    Turn,
+    list_usable_templates,
+    render,
+    render_chat,
+)
 from ftlevel.data.formats.examples import Conversation, LabeledText, PlainText, SourceTarget
 from ftlevel.data.formats.turns import Message
 from ftlevel.errors import InputError
@@ -317,7 +323,8 @@ def encode_seq2seq(
     """Encode source-target pairs and single-turn conversations for an encoder-decoder."""
     rows: list[Encoded] = []
     for chunk in split_batches(examples):
-        pairs = [_as_pair(example) for example in chunk]
+        advice = "Use rows of one question and one answer"
+        pairs = [_as_pair(example, advice) for example in chunk]
         sources = tokenizer([prompt_format.user_text(p.source) for p in pairs])["input_ids"]
         targets = tokenizer(text_target=[p.target for p in pairs])["input_ids"]
         rows += [
@@ -412,7 +419,8 @@ def _encode_completions(
     tokenizer: Any, examples: Sequence[Any], prompt_format: PromptFormat
 ) -> list[Encoded]:
     """Encode prompts as in generation; the answer has the tokens that follow in the full text."""
-    pairs = [_as_pair(example) for example in examples]
+    advice = f"Add --chat-template {list_usable_templates(tokenizer)[0]}"
+    pairs = [_as_pair(example, advice) for example in examples]
     texts = []
     for pair, example in zip(pairs, examples, strict=True):
         has_system = isinstance(example, Conversation) and example.messages[0].role == "system"
@@ -443,7 +451,7 @@ def _encode_inside(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _as_pair(example: Any) -> SourceTarget:
+def _as_pair(example: Any, advice: str) -> SourceTarget:
     if isinstance(example, SourceTarget):
         return example
     if isinstance(example, Conversation):
@@ -454,7 +462,7 @@ def _as_pair(example: Any) -> SourceTarget:
         raise RowError(
             example.row,
             f"is a conversation of {len(roles)} messages, and the model has no chat template. "
-            f"Add --chat-template chatml, or use a model with a template (an -Instruct model).",
+            f"{advice}, or use a model with a template (an -Instruct model).",
         )
     raise InputError(
         "an encoder–decoder needs a source and a target, and these rows are plain text. Use data "

@@ -99,7 +99,8 @@ def _create_window(encoding: Any, index: int, example: Question) -> Window:
     span = (0, 0)
     if example.answers:
         text, start = example.answers[0]
-        if tokens := get_span(offsets, start, start + len(text)):
+        start += len(text) - len(text.lstrip())  # spaces have no token
+        if tokens := get_span(offsets, start, start + len(text.strip())):
             span = (first + tokens[0], first + tokens[1])
     return Window(
         encoding["input_ids"][index],

@@ -6,6 +6,7 @@ Text is never trimmed. A row without a usable text, answer or role raises `Unusa
 from __future__ import annotations
 
 import math
+import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -280,8 +281,19 @@ def _labeled(values: RoleValues, label: str | int | float | tuple[str | int, ...
     return LabeledText(values.text("text"), pair, label, values.index)
 
 
+_WHOLE = re.compile(r"-?\d+\.0+")
+
+
+def _whole(label: Any) -> Any:
+    """Returns `label`, a whole float as an integer: pandas writes them beside an empty cell."""
+    return int(label) if type(label) is float and label.is_integer() else label
+
+
 def _class(values: RoleValues) -> str | int:
-    label, column = values.get("label"), repr(values.columns["label"])
+    label, column = _whole(values.get("label")), repr(values.columns["label"])
+    if isinstance(label, str) and _WHOLE.fullmatch(label):
+        is_cell = values.table.has_text_cells(values.index)
+        label = label.partition(".")[0] if is_cell else label
     if type(label) in (float, list):  # in all rows, so that dropping the row does not help
         message = (
             f"has decimals ({label}). Classes are names or whole numbers. To learn a quantity: "
@@ -324,6 +336,7 @@ def _quantity(values: RoleValues) -> float:
 
 def _name(label: object, what: str, values: RoleValues, role: str = "label") -> str | int:
     """Returns the class name of `label`; an integer stays if no name is declared for it."""
+    label = _whole(label)
     if type(label) is bool:
         return "true" if label else "false"
     if type(label) is int:

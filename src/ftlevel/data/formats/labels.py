@@ -130,7 +130,9 @@ def _check_supported(labels: LabelSet, rows: Sequence[_Label], table: Table, mes
     names = join_names(f"{label!r} ({n:,} row{'s' * (n > 1)})" for label, n in counts.most_common())
     hint = _UNLABELLED if counts.keys() <= {-1, -100} else "Remove these rows, or correct them."
     folded = {name.casefold() for name in labels.names}
-    if message == _NOT_TRAINED and hint != _UNLABELLED:
+    if are_default_names(labels.names):
+        hint = "The model's files do not name its classes: pass them by --labels, in its order."
+    elif message == _NOT_TRAINED and hint != _UNLABELLED:
         hint = f"{hint[:-1]}, or train with a list of all classes: --set 'data.labels=[…]'."
     if all(str(label).strip().casefold() in folded for label in counts):
         hint = "They differ by case only: train with --set data.gate.label_case=fold."
@@ -139,6 +141,11 @@ def _check_supported(labels: LabelSet, rows: Sequence[_Label], table: Table, mes
         f"{table.where(unsupported[0][1])}: label {names} {message} ({join_names(labels.names)}). "
         f"{hint}"
     )
+
+
+def are_default_names(names: Sequence[str]) -> bool:
+    """Returns whether transformers made up all class names, as LABEL_0."""
+    return bool(names) and all(re.fullmatch(r"LABEL_\d+", name) for name in names)
 
 
 _NOT_TRAINED = "is not a class of the training rows"

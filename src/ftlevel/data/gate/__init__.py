@@ -46,6 +46,13 @@ class Finding:
         places = f" ({places})" if self.places else ""
         return f"{self.title}: {self.count:,} of {self.total:,} {self.split} rows{places}"
 
+    @property
+    def setting(self) -> str:
+        """The option that sets the action, with the other actions."""
+        allowed = getattr(GateConfig.model_fields[self.name].annotation, "__args__", ())
+        others = "|".join(action for action in allowed if action != self.action)
+        return f"--set data.gate.{self.name}={others}"
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields for `summary.json` and `--json`."""
         return {**asdict(self), "places": list(self.places), "title": self.title}

@@ -190,6 +190,7 @@ def _key(config: DataConfig, context: EncodingContext) -> str | None:
     if config.max_length != "auto":  # memory matters only for "auto"
         bounds = replace(bounds, memory=None)
     content = {
+        "format": 2,
         "data": config.model_dump(mode="json", exclude=set(_UNRELATED)),
         "files": [[str(file), file_fingerprint(file)] for file in files],
         "task": [
@@ -223,8 +224,7 @@ def _render_question(tokenizer: Any) -> str:
 
 
 def _save(prepared: PreparedData, cache_dir: Path) -> None:
-    table, prompt = prepared.table, prepared.prompt_format
-    _save_lines(table.lines, cache_dir / "lines.npy")
+    prompt = prepared.prompt_format
     for digests in (*cache_dir.glob("*.digests"), *cache_dir.glob("*.words")):
         digests.unlink()
     content = {
@@ -236,11 +236,24 @@ def _save(prepared: PreparedData, cache_dir: Path) -> None:
         "facts": prepared.info,
         "choices": [asdict(choice) for choice in prepared.choices],
         "findings": [asdict(finding) for finding in prepared.findings],
-        "source": [table.source, table.unit],
-        "parts": [[p.base, p.table.source, p.table.unit] for p in table.parts],
+        "table": _save_table(prepared.table, cache_dir / "lines.npy"),
+        "validation_table": _save_table(prepared.validation_table, cache_dir / "held_out.npy"),
     }
     text = json.dumps(content, ensure_ascii=False, default=str)
     save_text(cache_dir / "prepared.json", text)
+
+
+def _save_table(table: Table, path: Path) -> Mapping[str, Any]:
+    """Save the locations of the rows of `table`; returns its description for `_load_table`."""
+    _save_lines(table.lines, path)
+    parts = [[part.base, part.table.source, part.table.unit] for part in table.parts]
+    return {"source": table.source, "unit": table.unit, "parts": parts}
+
+
+def _load_table(content: Mapping[str, Any], path: Path) -> Table:
+    parts = tuple(Part(base, Table([], [], name, unit)) for base, name, unit in content["parts"])
+    lines = np.load(path, mmap_mode="r")
+    return Table([], lines, content["source"], content["unit"], parts=parts)
 
 
 def _save_lines(lines: Sequence[int], path: Path) -> None:
@@ -263,20 +276,18 @@ def _save_rows(rows: Sequence[Encoded], cache_dir: Path, name: str) -> Mapping[s
 
 def _load(cache_dir: Path, note: str, reason: str = "") -> PreparedData:
     content = json.loads((cache_dir / "prepared.json").read_text(encoding="utf-8"))
-    lines = np.load(cache_dir / "lines.npy", mmap_mode="r")
-    parts = tuple(Part(base, Table([], [], name, unit)) for base, name, unit in content["parts"])
-    source, unit = content["source"]
     choice = Choice("rows", note, f"{reason}{cache_dir}; --no-cache prepares them again")
     return PreparedData(
         _load_rows(cache_dir, "train", content),
         _load_rows(cache_dir, "validation", content),
         PromptFormat(**content["prompt_format"]) if content["prompt_format"] else None,
         content["max_length"],
-        Table([], lines, source, unit, parts=parts),
+        _load_table(content["table"], cache_dir / "lines.npy"),
         content["facts"],
         [*(Choice(**fields) for fields in content["choices"]), choice],
         tuple(Finding(**{**f, "places": tuple(f["places"])}) for f in content["findings"]),
         corpus=_load_rows(cache_dir, "corpus", content),
+        validation_table=_load_table(content["validation_table"], cache_dir / "held_out.npy"),
     )
 
 

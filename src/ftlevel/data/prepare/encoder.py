@@ -6,7 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -147,6 +147,7 @@ class PreparedData:
         corpus: documents that validation queries search; if empty, those of the validation rows.
         sets: dataset index of each training row, if no step mixes datasets; else empty.
         workspace: temporary directory of uncached rows, deleted with this object.
+        validation_table: locations of the validation rows; it has no rows.
     """
 
     train: Sequence[Encoded]
@@ -161,6 +162,7 @@ class PreparedData:
     sets: Sequence[int] = ()
     workspace: Any = None
     stream: Any = None
+    validation_table: Table = field(default_factory=lambda: Table([], [], ""))
 
 
 T = TypeVar("T")

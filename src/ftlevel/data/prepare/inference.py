@@ -251,6 +251,8 @@ def load_evaluation_rows(
         config, splits = config.model_copy(update={"qrels": None}), replace(splits, corpus=None)
     if config.max_eval_samples is not None:
         table = table.head(config.max_eval_samples)
+    held_out_file = config.validation_file if name == "validation" else None
+    source = str(config.qrels or held_out_file or splits.name)
     message = ""
     if not (is_own or is_typed):
         config, message = _without_absent(config, table, task)
@@ -276,7 +278,7 @@ def load_evaluation_rows(
         )
         if not len(rows):
             raise InputError(
-                f"no {name} row of {splits.name} is left to score: "
+                f"no {name} row of {source} is left to score: "
                 f"{'; '.join(map(str, findings))}. Name other rows with --dataset, or --split "
                 "train."
             )
@@ -295,7 +297,7 @@ def load_evaluation_rows(
         name,
         fitted.dropped,
         language,
-        str(config.qrels or splits.name),
+        source,
         message,
         used,
         corpus,

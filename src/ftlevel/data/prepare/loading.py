@@ -359,7 +359,7 @@ def encode_data(
         Choice("rows changed", f"{count:,} {name}") for name, count in counts.items() if count
     ]
     for finding in findings:
-        reason = f"{_RESULTS[finding.action]}; --set data.gate.{finding.name}=…"
+        reason = f"{_RESULTS[finding.action]}; {finding.setting}"
         choices.append(Choice("data check", str(finding), reason))
     return PreparedData(
         train,
@@ -371,6 +371,7 @@ def encode_data(
         choices,
         tuple(findings),
         corpus=corpus,
+        validation_table=replace(splits.validation or Table([], [], ""), rows=()),
     )
 
 
@@ -440,5 +441,5 @@ def _choices(
         Choice("max length", f"{fitted.max_length:,} tokens", fitted.reason),
     ]
     if data.labels is not None:
-        choices.append(Choice("labels", f"{len(data.labels)}", ", ".join(data_info["labels"][:8])))
+        choices.append(Choice("labels", f"{len(data.labels)}", join_names(data_info["labels"], 8)))
     return [*choices, *task.describe_rows(data, data_info)]

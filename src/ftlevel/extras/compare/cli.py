@@ -13,6 +13,7 @@ from rich.console import Console
 from ftlevel.cli.flags import CommandInput, read_config
 from ftlevel.cli.preview import format_size
 from ftlevel.cli.startup import heavy_imports, prepare
+from ftlevel.errors import join_names
 
 _COLUMNS = (
     *("method", "95 % over rows", "± seeds", "to the best", "more than noise"),
@@ -75,7 +76,11 @@ def closing_lines(result: Mapping[str, Any]) -> Iterator[str]:
     if result["best"] is None:
         yield "no method is within the limits that were given."
     else:
-        yield f"best: {result['best']}. Command to train it:"
+        value = next(row["metric"] for row in result["rows"] if row["method"] == result["best"])
+        equal = [row["method"] for row in result["rows"] if row["metric"] == value]
+        others = [method for method in equal if method != result["best"]]
+        tie = f", as good as {join_names(others)}" if others else ""
+        yield f"best: {result['best']}{tie}. Command to train it:"
         yield f"  {result['command']}"
 
 

@@ -116,13 +116,15 @@ def check_vectors(config: CheckServedConfig, record: dict[str, Any]) -> dict[str
     norms = np.linalg.norm(received_values, axis=1) * np.linalg.norm(expected, axis=1)
     cosines = (received_values * expected).sum(1) / norms
     bound = config.tolerance or _COARSE.get(str(record["dtype"]), _BOUND)
+    result = {"texts": len(texts), "min_cosine": float(cosines.min()), "bound": 1 - bound}
     if not cosines.min() >= 1 - bound:
         raise RunError(
             f"the server's embeddings are not those of training: cosine {cosines.min():.4f} for "
             f"{texts[int(cosines.argmin())]!r}, expected at least {1 - bound:.4f}. Check its "
-            "pooling, and that it applies no prompt by default."
+            "pooling, and that it applies no prompt by default.",
+            result,
         )
-    return {"texts": len(texts), "min_cosine": float(cosines.min()), "bound": 1 - bound}
+    return result
 
 
 def _check_scores(
@@ -135,13 +137,15 @@ def _check_scores(
     bound = config.tolerance or _SCORES.get(str(record["dtype"]), _COARSE_SCORE)
     differences = np.abs(received_values - expected) / np.maximum(1, np.abs(expected))
     max_index = int(differences.argmax())
+    result = {"texts": len(texts), "max_difference": float(differences.max()), "bound": bound}
     if not differences.max() <= bound:
         raise RunError(
             f"the server's scores are not those of training: {received_values[max_index]:.4f} for "
             f"{texts[max_index]!r}, expected {expected[max_index]:.4f}. Check that it applies the "
-            "model's activation, and no prompt."
+            "model's activation, and no prompt.",
+            result,
         )
-    return {"texts": len(texts), "max_difference": float(differences.max()), "bound": bound}
+    return result
 
 
 _INSTALL = {
@@ -268,8 +272,13 @@ def check_served(
     if record.get("type") in ("embeddings", "scores"):
         server = config.inside or config.url
         listener.stage(f"querying {server}")
-        result = check_vectors(config, record)
-        summary = {"out": str(config.out), "asked": server, "verdict": TRAINED, **result}
+        summary: dict[str, Any] = {"out": str(config.out), "asked": server, "verdict": TRAINED}
+        try:
+            result = check_vectors(config, record)
+        except RunError as error:
+            error.summary = {**summary, "verdict": ELSE, **(error.summary or {})}
+            raise
+        summary |= result
         summary["seconds"] = round(time.perf_counter() - start_time, 2)
         message = (
             f"{TRAINED}: {result['texts']} scores differ by at most {result['max_difference']:.2g}"
@@ -312,7 +321,7 @@ def check_served(
     ]
     lines = (*_format_results(summary), *stops)
     if summary["verdict"] != TRAINED:
-        raise RunError("\n".join([*lines, _format_fix(summary, serving_record)]))
+        raise RunError("\n".join([*lines, _format_fix(summary, serving_record)]), summary)
     return CheckServedResult(summary, lines)
 
 

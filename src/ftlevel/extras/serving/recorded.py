@@ -28,7 +28,7 @@ from ftlevel.extras.serving.entry import (
     serving_lines,
 )
 from ftlevel.models.sources import ModelSource
-from ftlevel.trained.generation import cut_at_stop, has_stop_text
+from ftlevel.trained.generation import cut_at_stop, has_stop_text, stop_ids
 from ftlevel.trained.model_ref import ModelRef
 
 TOKENS = 12
@@ -42,7 +42,7 @@ class ReferenceOutput:
     """A greedy answer of up to `TOKENS` tokens.
 
     Attributes:
-        ids: token ids, with the end-of-sequence token if it was generated.
+        ids: token ids, with the token that ends the answer (EOS, end of turn) if it was generated.
         logprobs: log-probability of each token.
         margins: log-probability of each token minus that of the second most likely one.
         text: decoded tokens without special tokens.
@@ -101,6 +101,7 @@ def _continue(
     """Returns the logits of the prompt `ids`, and the greedy answer, up to a text in `stop`."""
     output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
     of_prompt, row = output.logits[0], output.logits[0, -1]
+    ends = stop_ids(model, tokenizer)
     tokens: list[int] = []
     logprobs: list[float] = []
     margins: list[float] = []
@@ -109,7 +110,7 @@ def _continue(
         tokens.append(int(best.indices[0]))
         logprobs.append(float(best.values[0]))
         margins.append(float(best.values[0] - best.values[1]))
-        is_last = tokens[-1] == tokenizer.eos_token_id or has_stop_text(tokenizer, tokens, stop)
+        is_last = tokens[-1] in ends or has_stop_text(tokenizer, tokens, stop)
         if is_last or number + 1 == TOKENS:
             break
         output = model(

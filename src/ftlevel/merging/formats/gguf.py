@@ -16,6 +16,7 @@ import torch
 from ftlevel.artifacts.cards import format_difference
 from ftlevel.config import ExportConfig
 from ftlevel.config.section import Choice
+from ftlevel.data.encoding.chat import get_end_of_turn_id
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import InputError, RunError
 from ftlevel.evaluation.two_models import (
@@ -322,6 +323,8 @@ class GgufExport:
         listener.begin(len(tensors))
         path = output / config.out.name
         metadata = _metadata(config.out.stem, model_config, vocab, outtype)
+        if (end := get_end_of_turn_id(self.tokenizer)) is not None:
+            metadata["tokenizer.ggml.eot_token_id"] = end
         save_gguf(path, metadata, tensors, listener.step)
         check = None
         if config.verify:

@@ -14,21 +14,26 @@ from typing import Any, Literal
 from ftlevel.artifacts.cards import one_line
 from ftlevel.data.encoding.chat import SYSTEM, USER, ChatLayout, get_chat_layout, get_end_of_turn_id
 from ftlevel.data.encoding.encode import PromptFormat, load_prompt_format
-from ftlevel.errors import InputError
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.weights.gguf_vocabulary import Vocabulary
 
 _ROLES = ("system", "user", "assistant")
+_AFTER_SYSTEM = '{{ if and (eq $index 1) (eq (index $.Messages 0).Role "system") }}'
 
 
 def chat_template(
-    turns: Mapping[str, tuple[str, str]], opening: str, generation: str, start: str = ""
+    turns: Mapping[str, tuple[str, str]],
+    opening: str,
+    generation: str,
+    start: str = "",
+    after_system: str | None = None,
 ) -> str:
     """Returns a Go template for turns that are wrapped in fixed texts.
 
     `turns` maps roles to the texts before and after their content; `opening` precedes a first turn
     that is not the system's; `generation` follows the last turn. `start` is text that the tokenizer
-    prepends (BOS), so the template omits it from the first turn.
+    prepends (BOS), so the template omits it from the first turn. `after_system` is the text before
+    the user's content after a system turn, if it is another one.
     """
     branches = []
     for role in _ROLES:
@@ -40,6 +45,8 @@ def chat_template(
             if not opening or role == "system"
             else literal(before)
         )
+        if role == "user" and after_system is not None:
+            head = f"{_AFTER_SYSTEM}{literal(after_system)}{{{{ else }}}}{head}{{{{ end }}}}"
         tail = literal(after)
         if role == "assistant":  # a last answer is continued
             tail = f"{{{{ if not $last }}}}{tail}{{{{ end }}}}"
@@ -162,27 +169,23 @@ def _of_chat(
     start = tokenizer.bos_token if vocab.flags["add_bos_token"] else ""
     # The answer starts with the space, as in training.
     generation = layout.generation.removesuffix(" ")
-    template = chat_template(layout.around, layout.opening, generation, start)
+    template = chat_template(layout.around, layout.opening, generation, start, layout.after_system)
     comments = []
     if SYSTEM not in layout.around:
-        comments = ["The model's chat template has no system turn: SYSTEM is omitted."]
+        comments = ["A TEMPLATE has no system turns like the chat template's: SYSTEM is omitted."]
     note = "its turns, checked against Jinja"
     return PromptTemplate("chat template", note, template, stop_strings, comments)
 
 
 def _prepend_to_user_turns(layout: ChatLayout, instruction: str) -> ChatLayout:
-    before, after = layout.around[USER]
-    around = {**layout.around, USER: (f"{before}{instruction}\n\n", after)}
-    return ChatLayout(around, layout.opening, layout.generation)
+    before, end = layout.around[USER]
+    around = {**layout.around, USER: (f"{before}{instruction}\n\n", end)}
+    after = None if layout.after_system is None else f"{layout.after_system}{instruction}\n\n"
+    return replace(layout, around=around, after_system=after)
 
 
 def _stop_strings(tokenizer: Any) -> Iterator[str]:
     if tokenizer.eos_token is not None:
         yield str(tokenizer.eos_token)
-    if getattr(tokenizer, "chat_template", None):
-        try:
-            end = get_end_of_turn_id(tokenizer)
-        except InputError:  # the template rejects the test turns
-            return
-        if end is not None:
-            yield str(tokenizer.convert_ids_to_tokens(end))
+    if (end := get_end_of_turn_id(tokenizer)) is not None:
+        yield str(tokenizer.convert_ids_to_tokens(end))

@@ -333,7 +333,7 @@ class Lora(Method):
         return Rates(
             small=1e-3 * scale,
             large=2e-4 * scale,
-            source="QLoRA, table 9",
+            source="as in the QLoRA paper",
             by_architecture={name: rate * scale for name, rate in by_architecture.items()},
         )
 

@@ -12,12 +12,15 @@ contrastive  mean of ½ (y D² + (1 − y) max(0, m − D)²), D = 1 − s (Hads
 triplet      mean of max(0, ‖q − d⁺‖ − ‖q − d⁻‖ + m) (arXiv:1503.03832)
 margin-mse   mean of (q·d⁺ − q·d⁻ − teacher's)² (arXiv:2010.02666)
 kl           T² · KL(softmax(teacher's / T) ‖ softmax(q·d / T)) over a row's own documents
+
+Means are over terms, each of which belongs to one row; cosent and angle have no such terms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
 import torch
@@ -63,21 +66,27 @@ class Candidates:
         queries: `(n,)` text indices; a query occurs once for each of its positives.
         documents: `(m,)` text indices: the positives of `queries`, then all negatives.
         hidden: `(n, m)` mask of documents that are another positive of the query.
+        rows: index of each query's row.
     """
 
     queries: torch.Tensor
     documents: torch.Tensor
     hidden: torch.Tensor
+    rows: list[int]
 
     @classmethod
     def of(cls, step: StepTexts, device: torch.device) -> Candidates:
         queries: list[int] = []
+        rows: list[int] = []
         positive: list[int] = []
         negative: list[int] = []
-        for (query, *documents), labels in zip(step.texts, step.labels, strict=True):
+        for row, ((query, *documents), labels) in enumerate(
+            zip(step.texts, step.labels, strict=True)
+        ):
             for document, label in zip(documents, labels, strict=True):
                 if label > 0:
                     queries.append(query)
+                    rows.append(row)
                     positive.append(document)
                 else:
                     negative.append(document)
@@ -88,24 +97,28 @@ class Candidates:
             same_query = q[:, None] == q[None]
             hidden = (same_query.float() @ hidden.float()) > 0
         hidden[:, : len(q)].fill_diagonal_(False)
-        return cls(q, d, hidden)
+        return cls(q, d, hidden, rows)
 
 
-def mnrl(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch.Tensor:
+Terms = tuple[torch.Tensor, Sequence[int]]
+"""Terms of a loss, `(n,)`, and the row of each."""
+
+
+def mnrl(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> Terms:
     """Returns the InfoNCE loss of `vectors` `(texts, dims)`: queries against all documents."""
     found = Candidates.of(step, vectors.device)
     scores = similarity(vectors[found.queries], vectors[found.documents], config) * config.scale
     if config.hides_repeats:
         scores = scores.masked_fill(found.hidden, -torch.inf)
     right = torch.arange(len(scores), device=scores.device)
-    loss = functional.cross_entropy(scores, right)
+    loss = functional.cross_entropy(scores, right, reduction="none")
     if config.symmetric:
         back = scores[:, : len(scores)].T
-        loss = (loss + functional.cross_entropy(back, right)) / 2
-    return loss
+        loss = (loss + functional.cross_entropy(back, right, reduction="none")) / 2
+    return loss, found.rows
 
 
-def gist(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch.Tensor:
+def gist(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> Terms:
     """Returns the InfoNCE loss without candidates that a guide model scores above the positive."""
     found = Candidates.of(step, vectors.device)
     guide = torch.stack([torch.as_tensor(own) for own in step.guide or ()]).to(vectors.device)
@@ -131,16 +144,21 @@ def gist(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch.Te
         if number == 0:
             hidden[right, right] = False
         parts.append(scores.masked_fill(hidden, -torch.inf))
-    return functional.cross_entropy(torch.cat(parts, dim=1) * config.scale, right)
+    scores = torch.cat(parts, dim=1) * config.scale
+    return functional.cross_entropy(scores, right, reduction="none"), found.rows
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of texts, as indices `first` and `second` `(n,)`, with their labels `(n,)`."""
+    """Pairs of texts, as indices `first` and `second` `(n,)`, with their labels `(n,)`.
+
+    `rows` has the row of each pair, the first if it is of two.
+    """
 
     first: torch.Tensor
     second: torch.Tensor
     labels: torch.Tensor
+    rows: Sequence[int]
 
     @classmethod
     def of(cls, step: StepTexts, device: torch.device) -> Pairs:
@@ -150,19 +168,23 @@ class Pairs:
         """
         rows = list(zip(step.texts, step.labels, strict=True))
         if any(len(texts) == 1 for texts, _ in rows):
-            named = [(texts[0], labels[0]) for texts, labels in rows]
-            pairs = [(a, b, float(one == two)) for (a, one), (b, two) in combinations(named, 2)]
+            named = [(row, texts[0], labels[0]) for row, (texts, labels) in enumerate(rows)]
+            pairs = [
+                (row, a, b, float(one == two))
+                for (row, a, one), (_, b, two) in combinations(named, 2)
+            ]
         else:
             pairs = [
-                (texts[0], document, label)
-                for texts, labels in rows
+                (row, texts[0], document, label)
+                for row, (texts, labels) in enumerate(rows)
                 for document, label in zip(texts[1:], labels, strict=True)
             ]
-        first, second, labels = zip(*pairs, strict=True) if pairs else ((), (), ())
+        of_pair, first, second, labels = zip(*pairs, strict=True) if pairs else ((), (), (), ())
         return cls(
             send(torch.tensor(first, dtype=torch.long), device),
             send(torch.tensor(second, dtype=torch.long), device),
             send(torch.tensor(labels, dtype=torch.float32), device),
+            of_pair,
         )
 
 
@@ -193,36 +215,34 @@ def angle(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch.T
     return _rank((products.real + products.imag).abs(), pairs.labels, config.scale)
 
 
-def cosine(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch.Tensor:
-    """Returns the mean squared difference of the pairs' similarities and labels."""
+def cosine(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> Terms:
+    """Returns the squared differences of the pairs' similarities and labels."""
     pairs = Pairs.of(step, vectors.device)
     scores = _paired(vectors[pairs.first], vectors[pairs.second], config)
-    return functional.mse_loss(scores, pairs.labels) if len(scores) else scores.sum()
+    return (scores - pairs.labels).square(), pairs.rows
 
 
-def contrastive(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch.Tensor:
+def contrastive(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> Terms:
     """Returns the contrastive loss: distances should be 0 for label 1, ≥ margin for label 0."""
     pairs = Pairs.of(step, vectors.device)
     apart = 1 - _paired(vectors[pairs.first], vectors[pairs.second], config)
     near, far = apart.square(), (config.margin - apart).clamp(min=0).square()
-    losses = 0.5 * (pairs.labels * near + (1 - pairs.labels) * far)
-    return losses.mean() if len(losses) else losses.sum()
+    return 0.5 * (pairs.labels * near + (1 - pairs.labels) * far), pairs.rows
 
 
-def triplet(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch.Tensor:
+def triplet(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> Terms:
     """Returns the triplet loss of all pairs of a positive and a negative in each row."""
     triplets = [
-        (texts[0], texts[1 + good], texts[1 + bad])
-        for texts, labels in zip(step.texts, step.labels, strict=True)
+        (row, texts[0], texts[1 + good], texts[1 + bad])
+        for row, (texts, labels) in enumerate(zip(step.texts, step.labels, strict=True))
         for good, g in enumerate(labels)
         for bad, b in enumerate(labels)
         if g > 0 >= b
     ]
-    query, good, bad = (
-        vectors[send(torch.tensor(i), vectors.device)] for i in zip(*triplets, strict=True)
-    )
+    rows, *indices = zip(*triplets, strict=True)
+    query, good, bad = (vectors[send(torch.tensor(i), vectors.device)] for i in indices)
     apart = functional.pairwise_distance(query, good) - functional.pairwise_distance(query, bad)
-    return (apart + config.margin).clamp(min=0).mean()
+    return (apart + config.margin).clamp(min=0), rows
 
 
 def _own_scores(vectors: torch.Tensor, step: StepTexts) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -235,17 +255,18 @@ def _own_scores(vectors: torch.Tensor, step: StepTexts) -> list[tuple[torch.Tens
     return found
 
 
-def margin_mse(vectors: torch.Tensor, step: StepTexts, _: LossConfig) -> torch.Tensor:
-    """Returns the MSE of student and teacher margins (first document's score minus another's)."""
+def margin_mse(vectors: torch.Tensor, step: StepTexts, _: LossConfig) -> Terms:
+    """Returns the squared differences of student and teacher margins (first score - another)."""
     errors = [
         (scores[0] - scores[1:]) - (teacher[0] - teacher[1:])
         for scores, teacher in _own_scores(vectors, step)
     ]
-    return torch.cat(errors).square().mean()
+    rows = [row for row, error in enumerate(errors) for _ in range(len(error))]
+    return torch.cat(errors).square(), rows
 
 
-def kl(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch.Tensor:
-    """Returns the mean over rows of T² · KL(teacher ‖ student) over each row's documents."""
+def kl(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> Terms:
+    """Returns T² · KL(teacher ‖ student) over each row's documents."""
     heat = config.temperature
     losses = [
         functional.kl_div(
@@ -253,18 +274,28 @@ def kl(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch.Tens
         )
         for scores, teacher in _own_scores(vectors, step)
     ]
-    return torch.stack(losses).mean() * heat**2
+    return torch.stack(losses) * heat**2, range(len(losses))
 
 
 StepLoss = Callable[[torch.Tensor, StepTexts, LossConfig], torch.Tensor]
-STEP_LOSSES: dict[str, StepLoss] = {
+LOSS_TERMS: dict[str, Callable[[torch.Tensor, StepTexts, LossConfig], Terms]] = {
     "mnrl": mnrl,
     "gist": gist,
-    "cosent": cosent,
-    "angle": angle,
     "cosine": cosine,
     "contrastive": contrastive,
     "triplet": triplet,
     "margin-mse": margin_mse,
     "kl": kl,
+}
+
+
+def _mean(loss: str, vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch.Tensor:
+    terms, _ = LOSS_TERMS[loss](vectors, step, config)
+    return terms.mean() if len(terms) else terms.sum()
+
+
+STEP_LOSSES: dict[str, StepLoss] = {
+    **{name: partial(_mean, name) for name in LOSS_TERMS},
+    "cosent": cosent,
+    "angle": angle,
 }

@@ -100,21 +100,55 @@ class Embeddings(StepObjective):
     def step_loss(self, vectors: torch.Tensor, step: StepTexts) -> torch.Tensor:
         """Returns the mean loss over rows; for Matryoshka dimensions, a weighted sum of losses."""
         import torch
-        from torch.nn import functional
 
         from ftlevel.tasks.embedding.losses import STEP_LOSSES
 
-        compute, dims = STEP_LOSSES[self.config.loss or ""], self.config.matryoshka_dims
-        weights = self.config.matryoshka_weights or (1.0,) * len(dims)
+        compute = STEP_LOSSES[self.config.loss or ""]
         with torch.autocast(vectors.device.type, enabled=False):
-            if not dims:
+            if not self.config.matryoshka_dims:
                 return compute(vectors.float(), step, self._loss_config)
-            spaces = [functional.normalize(vectors[:, :count].float(), dim=-1) for count in dims]
             losses = [
                 weight * compute(space, step, self._loss_config)
-                for space, weight in zip(spaces, weights, strict=True)
+                for space, weight in self._weighted_spaces(vectors)
             ]
             return torch.stack(losses).sum()
+
+    def _weighted_spaces(self, vectors: torch.Tensor) -> list[tuple[torch.Tensor, float]]:
+        from torch.nn import functional
+
+        dims = self.config.matryoshka_dims
+        if not dims:
+            return [(vectors.float(), 1.0)]
+        spaces = [functional.normalize(vectors[:, :count].float(), dim=-1) for count in dims]
+        return list(zip(spaces, self.config.matryoshka_weights or (1.0,) * len(dims), strict=True))
+
+    @property
+    def has_row_losses(self) -> bool:
+        """Whether the loss is a mean of terms of single rows, not of pairs of rows."""
+        from ftlevel.tasks.embedding.losses import LOSS_TERMS
+
+        return self.config.loss in LOSS_TERMS and self.kind != "class"
+
+    def row_losses(self, vectors: torch.Tensor, step: StepTexts) -> list[float | None]:
+        """Returns each row's part of the loss, None for rows without a term.
+
+        Their mean is the loss, whose terms have equal weight. Needs `has_row_losses`.
+        """
+        import torch
+
+        from ftlevel.tasks.embedding.losses import LOSS_TERMS
+
+        compute = LOSS_TERMS[self.config.loss or ""]
+        sums, rows = torch.zeros(len(step), device=vectors.device), set[int]()
+        with torch.autocast(vectors.device.type, enabled=False):
+            for space, weight in self._weighted_spaces(vectors):
+                terms, of_term = compute(space, step, self._loss_config)
+                index = torch.tensor(of_term, dtype=torch.long, device=sums.device)
+                sums.index_add_(0, index, weight * terms / max(len(terms), 1))
+                rows |= set(of_term)
+        return [
+            value * len(rows) if row in rows else None for row, value in enumerate(sums.tolist())
+        ]
 
     def for_validation(self, step: StepTexts) -> Embeddings:
         """Returns the objective; its loss is mnrl if `step` lacks negatives or scores for it."""

@@ -30,7 +30,7 @@ from ftlevel.data.prepare.loading import read_dataset
 from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.intervals import check_metrics, should_generate
-from ftlevel.evaluation.rollouts import get_validation_position, open_rewards
+from ftlevel.evaluation.rollouts import open_rewards
 from ftlevel.fast.plan import fused_lora_choices, plan_fast
 from ftlevel.methods.rates import RateInputs
 from ftlevel.models.hardware import select_device, select_tf32, select_threads
@@ -191,7 +191,7 @@ def resolve(
         rewards = open_rewards(config.rl, device, base.tokenizer, data.train, data.table.where)
         held_out: Sequence[Any] = data.validation
         columns = [row.columns for row in held_out]
-        rewards.check_rows(columns, lambda at: get_validation_position(held_out[at].row))
+        rewards.check_rows(columns, lambda at: data.validation_table.where(held_out[at].row))
     is_quantized = get_quantization_config(base.config) is not None
     run = Run(
         config=config,

@@ -235,6 +235,17 @@ def test_template_with_unknown_tokens_raises() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("published_name", "name"), [("gemma-3", "gemma"), ("llama-3", "llama-3"), ("qwen-3", "chatml")]
+)
+def test_advised_template_fits_the_tokens(published_name: str, name: str) -> None:
+    tokenizer = published.build(published_name)
+    tokenizer.chat_template = None
+    with pytest.raises(InputError, match=f"Add --chat-template {name}, or use a model"):
+        encode_causal(tokenizer, [Conversation(CHAT, 0)], PromptFormat("plain"))
+    set_chat_template(tokenizer, name)
+
+
 def test_template_from_file(tmp_path: Any) -> None:
     tokenizer = published.build("mistral")
     (tmp_path / "own.jinja").write_text("{{ messages[0]['content'] }}", encoding="utf-8")

@@ -16,6 +16,13 @@ DEFAULT_SYSTEM = CHATML.replace(
     LOOP + "{% if loop.first and message['role'] != 'system' %}"
     "{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}",
 )
+LLAMA_2 = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ bos_token + '[INST] <<SYS>>\n' + "
+    "m['content'] + '\n<</SYS>>\n\n' }}{% elif m['role'] == 'user' %}"
+    "{{ '' if loop.previtem and loop.previtem['role'] == 'system' else bos_token + '[INST] ' }}"
+    "{{ m['content'] + ' [/INST]' }}{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}"
+    "{% endif %}{% endfor %}"
+)
 NUMBERED_TEMPLATE = "{% for m in messages %}[{{ loop.index }}] {{ m['content'] }}\n{% endfor %}"
 UPPERCASE_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | upper }}\n{% endfor %}"
@@ -44,8 +51,9 @@ def tokenizer_with_template(template: str | None, family: str = "qwen2") -> Any:
         (tokenizer_with_template(None, "phi3"), True),
         (tokenizer_with_template(DEFAULT_SYSTEM), True),
         (published.build("llama-3"), True),
-        (published.build("gemma-3"), False),
-        (published.build("mistral"), False),
+        (published.build("gemma-3"), True),  # inside the first user turn
+        (tokenizer_with_template(LLAMA_2, "llama"), True),
+        (published.build("mistral"), False),  # in the last user turn
     ],
 )
 def test_layout_renders_like_template(tokenizer: Any, has_system: bool) -> None:

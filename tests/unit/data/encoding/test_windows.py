@@ -56,6 +56,14 @@ def test_window_labels_cover_answer(family: str) -> None:
     assert num_answers >= 1
 
 
+@pytest.mark.parametrize("text", [f" {ANSWER}", f"{ANSWER}, ", f" {ANSWER}, "])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answer_may_begin_or_end_with_a_space(family: str, text: str) -> None:
+    stripped = encode(family, make_question(text.strip()))
+    windows = encode(family, make_question(text))
+    assert [window.labels for window in windows] == [window.labels for window in stripped]
+
+
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
 def test_windows_overlap_and_cover_the_context(family: str) -> None:
     windows = encode(family, make_question())

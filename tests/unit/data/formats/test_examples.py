@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -258,6 +259,20 @@ def test_unusable_rows_are_reported_together_or_dropped() -> None:
     assert to_examples(usable, detected) == [PlainText("a", 0), PlainText("b", 1)]
     assert usable.where(1) == "x.jsonl:4"
     assert [row.line for row in usable.dropped] == [2, 3, 5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("label", "text_cells", "expected"),
+    [(1.0, False, 1), (-1.0, False, -1), ("1.0", True, "1"), ("1.0", False, "1.0"),
+     ("v1.0", True, "v1.0")],
+)  # fmt: skip
+def test_whole_numbers_written_as_floats_are_classes(
+    label: Any, text_cells: bool, expected: Any
+) -> None:
+    """pandas writes them in a column with an empty cell."""
+    table = replace(make_table({"text": "a", "label": label}), text_cells=text_cells)
+    detected = TASKS[CLS].get_format(["text", "label"], DataConfig())
+    assert to_examples(table, detected) == [LabeledText("a", None, expected, 0)]
 
 
 @pytest.mark.parametrize(
