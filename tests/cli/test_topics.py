@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from ftlevel.cli.app import run
-from ftlevel.cli.topics import TOPICS, topic_of_module
+from ftlevel.cli.topics import TOPICS, topic_of_error, topic_of_module
+from ftlevel.errors import ConfigError
+from ftlevel.tasks.base import OutputOptions, check_options
 from messages import messages
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +41,12 @@ def test_topic_modules_exist() -> None:
     files = (ROOT / "src/ftlevel" / name.replace(".", "/") for name in names)
     missing = [file for file in files if not (file.is_dir() or file.with_suffix(".py").is_file())]
     assert missing == []
+
+
+def test_setting_that_a_task_rejects_is_no_fault_of_rows() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_options(OutputOptions(probabilities=True), "a number", "")
+    assert topic_of_error(caught.value) == "settings"
 
 
 @pytest.mark.parametrize(

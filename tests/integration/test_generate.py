@@ -402,6 +402,25 @@ def test_answers_are_labeled_by_adapter(
     assert [line.partition(":")[0] for line in lines] == ["base", "g", "s"]
 
 
+def test_two_models_answer_each_prompt(
+    adapters_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [str(adapters_dir / name) for name in ("german-1.0", "short")]
+    prompts = [option for prompt in PROMPTS[:2] for option in ("--prompt", prompt)]
+    command = ["generate", names[0], "--against", names[1], *prompts, "--max-new-tokens", "8",
+               "--device", "cpu"]  # fmt: skip
+    assert run([*command, "--json"]) == 0
+    answers = json.loads(capsys.readouterr().out)["answers"]
+    assert [(a["prompt"], a["adapter"]) for a in answers] == [
+        (prompt, name) for prompt in PROMPTS[:2] for name in names
+    ]
+    expected = [answer_texts(Path(name), PROMPTS[:2]) for name in names]
+    assert [a["text"] for a in answers] == [expected[k][i] for i in range(2) for k in range(2)]
+    assert run(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ")[0] for line in lines if not line.startswith("»")] == names * 2
+
+
 @pytest.fixture(scope="module")
 def chat_run(tiny_model_dir: ModelDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a run on a base with a chat template."""

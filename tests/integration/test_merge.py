@@ -20,7 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import task_data
 from ftlevel import MergeConfig, merge
 from ftlevel.cli.app import run
+from ftlevel.commands.export import export
 from ftlevel.commands.generate import generate
+from ftlevel.config import ExportConfig
+from ftlevel.events import NullListener
 from ftlevel.merging import merged_model
 from ftlevel.merging.merge_input import resolve_merge_input, select_rows
 from ftlevel.methods.merging import Skeleton, build_skeleton
@@ -190,8 +193,8 @@ def test_corrupted_merged_file_is_rejected(
     source = train_run("llama", "text-generation", "mask", None, "--dtype", "bfloat16")
     original = checkpoint.write_files
 
-    def write_and_corrupt(directory: Path, shards: Any) -> int:
-        size = original(directory, shards)
+    def write_and_corrupt(directory: Path, shards: Any, *others: Any) -> int:
+        size = original(directory, shards, *others)
         path = directory / "model.safetensors"
         written = load_file(path)
         written["model.norm.weight"][3] = 0
@@ -405,6 +408,36 @@ def test_mixture_names_its_adapters_and_their_different_quantization(
     shown = " ".join(capsys.readouterr().out.split())
     assert f"adapter: {source}, {other} (lora" in shown
     assert f"base as in: {source}: --quant none ({other} was trained with --quant 4bit)" in shown
+
+
+def test_changed_tensors_and_progress_are_counted(
+    train_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The biases of adapted layers stay as they are."""
+
+    class Steps(NullListener):
+        def __init__(self) -> None:
+            self.totals: list[int] = []
+            self.steps: list[int] = []
+
+        def begin(self, total_steps: int) -> None:
+            self.totals.append(total_steps)
+
+        def step(self, step: int) -> None:
+            self.steps.append(step)
+
+    source, listener = train_run("gpt2", "text-generation", "mask", None), Steps()
+    base = load_file(Path(json.loads((source / "summary.json").read_text())["model"]["name"])
+                     / "model.safetensors")  # fmt: skip
+    config = MergeConfig(adapters=[str(source)], output_dir=Path("merged"))
+    written = merge(config, listener=listener).summary["written"]
+    merged = load_file("merged/model.safetensors")
+    changed = sum(not torch.equal(merged[name], base[name]) for name in merged)
+    assert written["changed"] == changed < written["merged"]
+    assert listener.totals == [len(listener.steps)] == [listener.steps[-1]]
+    out = Path("progress.gguf")
+    export(ExportConfig(model=str(source), out=out), listener=(progress := Steps()))
+    assert len(progress.totals) == 2, "of the merge, and of the file"
 
 
 def test_values_too_large_for_float16_are_rejected(

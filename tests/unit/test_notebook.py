@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
+from ftlevel.commands.train import TrainResult
 from ftlevel.config.section import Choice
 from ftlevel.events import Notebook, default_listener
+
+
+def test_result_is_one_line() -> None:
+    metrics = {"accuracy": 0.9125, "loss": 0.25}
+    summary = {"run": "runs/one", "metrics": metrics, "config": {"a": ["b"] * 999}}
+    result = TrainResult(summary, Path("runs/one"), object(), object())
+    assert repr(result) == (
+        "TrainResult(runs/one, accuracy 0.9125, loss 0.25, summary of 3 entries)"
+    )
 
 
 class Cell:

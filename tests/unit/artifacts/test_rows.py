@@ -241,6 +241,15 @@ def test_embeddings_are_resumed(tmp_path, suffix):
     assert np.array_equal(vectors, VECTORS)
 
 
+def test_conll_file_has_a_word_and_its_tags_per_line(tmp_path):
+    path = tmp_path / "a.conll"
+    tags = {"true": ["O", "B-LOC"], "predicted": ["O", None]}
+    save_rows(path, [{"tokens": ["in", "Rome"], **tags}, {"tokens": ["a", "b"], **tags}])
+    assert path.read_text() == "in O O\nRome B-LOC O\n\na O O\nb B-LOC O\n\n"
+    with pytest.raises(InputError, match=r"\.conll files hold words with tags"):
+        save_rows(tmp_path / "b.conll", [{"text": "a", "predicted": "b"}])
+
+
 def test_npy_rejects_other_columns(tmp_path):
     with pytest.raises(ConfigError, match=r"\.npy files hold embeddings only"):
         ROW_FILES[".npy"](tmp_path / "a.npy", RowColumns(["text"], {"label": "text"}))

@@ -14,6 +14,7 @@ from ftlevel.config.layers import parse_overrides
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.events import NullListener
 from ftlevel.extras.compare import compare, search
+from ftlevel.extras.compare.cli import closing_lines
 from ftlevel.extras.compare.comparison import Comparison, ComparisonOptions, _command
 
 ROWS = "builtin:docstrings"
@@ -47,6 +48,16 @@ def test_command_resets_what_was_chosen_for_budget_and_rows(tmp_path: Path) -> N
     assert (config.train.max_steps, config.data.max_length) == (None, "auto")
     found = set_steps(build(learning_rate=1e-3), tmp_path, 5)
     assert "learning_rate" not in _command({"run": "a", "method": "lora"}, found)
+
+
+def test_tie_is_named() -> None:
+    rows = [{"method": name, "metric": value, "search": None}
+            for name, value in (("lora", 0.9), ("ia3", 0.9), ("full", 0.8))]  # fmt: skip
+    result = {"rows": rows, "best": "lora", "command": "ftlevel train", "notes": [], "left_out": [],
+              "versions": {}, "pictures": ["a.png"], "path": "out"}  # fmt: skip
+    *_, line, command = closing_lines(result)
+    assert line == "best: lora, as good as ia3. Command to train it:"
+    assert command == "  ftlevel train"
 
 
 def test_search_is_around_the_rate_for_the_steps_of_the_budget(tmp_path: Path) -> None:
