@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from ftlevel.artifacts.files import read_json_object, write_json
+from ftlevel.artifacts.files import read_json, write_json
 from ftlevel.data.encoding.chat import get_end_of_turn_id
 from ftlevel.data.encoding.collate import pad
 
@@ -167,7 +167,7 @@ def added_stops(eos: int | list[int] | None, tokenizer: Any) -> dict[str, int]:
 def save_stop_ids(directory: Path, tokenizer: Any) -> dict[str, int]:
     """Add `added_stops` to generation_config.json in `directory`, if it exists; return them."""
     path = directory / "generation_config.json"
-    config = read_json_object(path) if path.is_file() else {}
+    config = read_json(path) if path.is_file() else {}
     stops = added_stops(config.get("eos_token_id"), tokenizer)
     if config and stops:
         write_json(path, {**config, "eos_token_id": list(stops.values())})
