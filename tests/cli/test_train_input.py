@@ -177,16 +177,6 @@ def test_pickled_weights_are_rejected(
     assert "only pickled weights (pytorch_model.bin)" in error
 
 
-def test_old_key_name_prints_note(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--dataset", "rows.jsonl", "--dry-run", "--set", "speed.passes_at_once=1",
-                 "--model", "builtin:tiny-llama"]  # fmt: skip
-    assert run(["train", *arguments]) == 0
-    assert capsys.readouterr().err == (
-        "note: --set speed.passes_at_once: speed.passes_at_once is now called "
-        "speed.parallel_workers; the old name is still accepted.\n"
-    )
-
-
 def test_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", "--dataset", "rows.jsonl", "--dry-run"]) == 0
     assert sorted(p.name for p in folder.iterdir()) == ["rows.jsonl"]

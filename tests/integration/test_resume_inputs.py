@@ -177,19 +177,6 @@ def test_lost_predictions_before_training_are_named(
     assert json.loads(log[0])["step"] == 0
 
 
-def test_run_of_older_version_resumes(interrupted_run: Path) -> None:
-    path = interrupted_run / "run/checkpoints/origin.json"
-    origin = json.loads(path.read_text())
-    del origin["data.gate"]["label_typo"]
-    newer_settings = ("rl.", "embedding.", "reranking.")
-    path.write_text(
-        json.dumps({k: v for k, v in origin.items() if not k.startswith(newer_settings)})
-    )
-    command = ["train", "--quiet", "--output-dir", "run", "--resume"]
-    assert run([*command, "--set", "data.gate.label_typo=stop"]) == 2, "it was the default"
-    assert run(command) == 0
-
-
 def test_allow_change_accepts_changed_weights(
     interrupted_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from ftlevel.config import TrainConfig
-from ftlevel.config.reading import RENAMED
 
 ROOT = Path(__file__).parents[2]
 EVERYWHERE = ("src", "tests", "benchmarks", "scripts", "docs", "recipes", "README.md",
@@ -22,10 +21,7 @@ PACKAGES = tuple(f"src/ftlevel/{room}" for room in ("fast", "merging", "trained"
 EXCLUDED = {
     "docs/glossary.md",
     "tests/unit/test_glossary.py",
-    "src/ftlevel/config/reading.py",
 }
-OLD_KEYS = {"tests/unit/config/test_layers.py", "tests/cli/test_train_input.py"}
-"""Tests of old key names."""
 
 
 @dataclass(frozen=True)
@@ -144,9 +140,7 @@ def test_old_word_does_not_occur(name: str) -> None:
             continue
         text = read_text(path)
         for match in re.finditer(word.pattern, text):
-            is_key = any(old.endswith(match[0].strip("\"':. =")) for old in RENAMED)
-            if not (file in OLD_KEYS and is_key):
-                uses.append(f"{file}: …{text[max(0, match.start() - 30) : match.end() + 20]}…")
+            uses.append(f"{file}: …{text[max(0, match.start() - 30) : match.end() + 20]}…")
     assert uses == [], f"docs/glossary.md says {name!r}"
 
 
@@ -169,4 +163,3 @@ def test_glossary_lists_every_word() -> None:
     assert missing == []  # fmt: skip
     keys = set(re.findall(r"`speed\.(\w+)`", page))
     assert keys <= set(TrainConfig.model_fields["speed"].annotation.model_fields)
-    assert {new.split(".")[1] for new in RENAMED.values()} - keys <= {"tokens_per_micro_batch"}

@@ -6,7 +6,6 @@ Servers were checked at the version in their row (docs/serving.md). Must not imp
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,15 +81,6 @@ class MergeConfig(HubSection):
         None,
         description="Fraction of entries kept by ties, dare and magnitude-prune; default: 0.5.",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _accept_old_name(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict) or "base" not in raw or "base_model" in raw:
-            return raw
-        message = "MergeConfig(base) is now base_model; the old name will be removed."
-        warnings.warn(message, DeprecationWarning, stacklevel=2)
-        return {"base_model" if name == "base" else name: raw[name] for name in raw}
 
     @field_validator("adapters", mode="before")
     @classmethod

@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 from ftlevel.config.flag import command_of
 from ftlevel.config.flags import recipe_hint
 from ftlevel.config.methods import SPECS
-from ftlevel.config.reading import RENAMED, YamlError, load_yaml, rename_keys, resolve_aliases
+from ftlevel.config.reading import YamlError, load_yaml, resolve_aliases
 from ftlevel.config.section import Section
 from ftlevel.config.train import SHORTHAND, TrainConfig, expand_shorthand
 from ftlevel.errors import ConfigError, closest_matches, did_you_mean, join_names
@@ -140,7 +140,7 @@ def build_config(
 ) -> TrainConfig:
     """Merge `layers`, later ones winning, and validate the merged configuration.
 
-    `note` is called with a message for each outdated key or alias. Raises ConfigError.
+    `note` is called with a message for each alias. Raises ConfigError.
     """
     merged: dict[str, Any] = {}
     locations: dict[KeyPath, str] = {}
@@ -148,18 +148,13 @@ def build_config(
     for layer in layers:
         values = {k: expand_shorthand(k, v) for k, v in layer.values.items() if v is not None}
         _validate_sections(values, layer)
-        try:
-            values, lines = rename_keys(values, layer.locations)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
         resolved, notes = resolve_aliases(values)
-        for line in [*lines, *notes]:
+        for line in notes:
             note(line)
         _drop_alias_fields(merged, aliased, values, resolved)
         _merge(merged, resolved)
         for key, location in layer.locations.items():
-            dotted = ".".join(_complete_key(key, layer.values.get(key[0])))
-            locations[tuple(RENAMED.get(dotted, dotted).split("."))] = location
+            locations[_complete_key(key, layer.values.get(key[0]))] = location
     try:
         return TrainConfig.model_validate(merged)
     except ValidationError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from ftlevel.config.preference import (
     validate_distillation,
     validate_preference,
 )
-from ftlevel.config.reading import rename_keys, resolve_aliases
+from ftlevel.config.reading import resolve_aliases
 from ftlevel.config.reranking import RERANKING_TASKS, RerankingConfig, validate_reranking
 from ftlevel.config.rl import RL_TASK, RlConfig, validate_rl
 from ftlevel.config.section import flag_of
@@ -118,17 +117,6 @@ class TrainConfig(Section):
         """Returns a validated copy with `sections` replaced; raises ConfigError if invalid."""
         values = {name: getattr(self, name) for name in self.model_fields_set}
         return TrainConfig(**{**values, **sections})
-
-    @model_validator(mode="before")
-    @classmethod
-    def _rename_keys(cls, raw: Any) -> Any:
-        """Accept old names of keys, with a FutureWarning."""
-        if not isinstance(raw, dict):
-            return raw
-        values, lines = rename_keys(raw, {})
-        for line in lines:
-            warnings.warn(line, FutureWarning, stacklevel=2)
-        return values
 
     @model_validator(mode="before")
     @classmethod

@@ -142,7 +142,7 @@ class Report(TrainerCallback):
 
     def resume(self, checkpoint: Path) -> None:
         """Continue the counts of tokens and seconds from `checkpoint`."""
-        self._before |= load_json(checkpoint / _PROGRESS)  # absent in older versions
+        self._before |= load_json(checkpoint / _PROGRESS)
 
     def _totals(self) -> dict[str, Any]:
         start = self.first_step_at or time.perf_counter()

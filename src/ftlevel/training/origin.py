@@ -16,13 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
 
 from ftlevel.artifacts.cards import library_versions
 from ftlevel.artifacts.files import file_fingerprint, read_plain, write_json
 from ftlevel.artifacts.run_directory import DIGESTS, ORIGIN, RunDirectory
-from ftlevel.config import TrainConfig
-from ftlevel.config.reading import RENAMED
 from ftlevel.config.trainer import PLATEAU
 from ftlevel.errors import ConfigError, join_names
 from ftlevel.training.plan.run import PlannedModel, Run
@@ -184,8 +181,6 @@ _UNCHECKED_FIELDS = set(
     max_restarts
     """.split()
 )
-PROMPT = "prompt_version"
-"""Field of the origin's data section with the version of plain prompts."""
 _EVAL_FIELDS = {"eval_steps", "eval_strategy", "eval_on_start"}
 """Fields that affect the result if the learning-rate schedule depends on evaluations."""
 
@@ -208,7 +203,7 @@ def get_run_origin(run: Run, base: Mapping[str, Any]) -> dict[str, Any]:
     values["data"]["overlong"] = run.data.info["overlong"]
     values["data"]["fingerprint"] = run.data.info["fingerprint"]
     if run.data.prompt_format is not None and run.data.prompt_format.kind == "plain":
-        values["data"][PROMPT] = run.data.prompt_format.version
+        values["data"]["prompt_version"] = run.data.prompt_format.version
     values["model"]["fingerprint"] = base["fingerprint"]
     if run.adapter is not None:
         values["model"]["adapter_fingerprint"] = run.adapter.fingerprint
@@ -244,24 +239,10 @@ def get_all_values(run: Run, origin: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_origin(output_dir: RunDirectory, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """Load a run's stored origin; fields that it lacks are set if `origin` has their default."""
+    """Load a run's stored origin; what it cannot have is taken from `origin`."""
     before = load_origin_file(output_dir)
-    if "threads" in origin:  # absent in runs of older versions
+    if "threads" in origin:  # not stored on a GPU
         before.setdefault("threads", origin["threads"])
-    is_unquantized = before.get("quant.kind", "none") == "none"
-    before.setdefault("quant.experts", None if is_unquantized else False)  # not in older versions
-    has_model = TOKENIZER in before
-    for key, value in origin.items():  # fields added later, at their default
-        is_model_field = key.startswith((TOKENIZER, TEMPLATE, CONFIG)) and not has_model
-        default = _default_of(key)
-        if is_model_field or value == default:
-            before.setdefault(key, value)
-        if isinstance(value, dict) and isinstance(default, dict) and key in before:
-            new_fields = {name: v for name, v in value.items() if v == default.get(name, value)}
-            before[key] = {**new_fields, **before[key]}
-    if f"data.{PROMPT}" in origin:  # not stored for version 1
-        before.setdefault(f"data.{PROMPT}", 1)
-    before.setdefault("data.validation_fingerprint", origin.get("data.validation_fingerprint"))
     if None in (before.get("model.digest"), origin.get("model.digest")):  # FileDigests stores it
         before["model.digest"] = origin["model.digest"]
     return before
@@ -288,7 +269,7 @@ def check_same_run(
 
 
 def load_origin_file(output_dir: RunDirectory) -> dict[str, Any]:
-    """Load the origin stored in `output_dir`; renamed fields get their current names."""
+    """Load the origin stored in `output_dir`; raise ConfigError if it cannot be read."""
     path = output_dir.checkpoints / ORIGIN
     try:
         origin: Any = json.loads(read_plain(path))
@@ -296,14 +277,4 @@ def load_origin_file(output_dir: RunDirectory) -> dict[str, Any]:
             raise TypeError("it is not an object")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"--resume: {path} cannot be read ({error}).") from None
-    return {RENAMED.get(key) or key: value for key, value in origin.items()}
-
-
-def _default_of(key: str) -> Any:
-    section, _, name = key.partition(".")
-    fields = getattr(TrainConfig.model_fields.get(section), "annotation", None)
-    field = getattr(fields, "model_fields", {}).get(name)
-    default = None if field is None else field.get_default(call_default_factory=True)
-    if isinstance(default, BaseModel):
-        default = default.model_dump(mode="json")
-    return json.loads(json.dumps(default, default=str))  # as stored in the file
+    return origin

@@ -30,7 +30,6 @@ from ftlevel.models.sources import resolve_source
 from ftlevel.tasks import TASKS
 from ftlevel.training.origin import (
     BASE,
-    PROMPT,
     REWARDS,
     ROWS,
     FileDigests,
@@ -114,12 +113,6 @@ def load_previous_batch_tokens(output: OutputConfig) -> int | None:
     """Returns the tokens per micro-batch of the run to resume; None if new or not stored."""
     tokens = (_load_previous_origin(output) or {}).get("speed.tokens_per_micro_batch")
     return tokens if isinstance(tokens, int) else None
-
-
-def load_previous_prompt_version(output: OutputConfig) -> int | None:
-    """Returns the version of the plain prompt format in the run to resume; None for a new run."""
-    origin = _load_previous_origin(output)
-    return None if origin is None else int(origin.get(f"data.{PROMPT}", 1))
 
 
 def _load_previous_origin(output: OutputConfig) -> dict[str, Any] | None:

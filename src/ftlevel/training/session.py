@@ -78,7 +78,6 @@ from ftlevel.training.resume import (
     get_finished_message,
     get_interrupt_message,
     load_previous_batch_tokens,
-    load_previous_prompt_version,
     open_or_resume,
     store_base,
 )
@@ -285,7 +284,6 @@ def _resolve(
         progress=listener.progress,
         why_task=task_reason,
         adapter=adapter,
-        prompt_version=load_previous_prompt_version(output),
     )
     run = replace(run, choices=[*inputs.choices, *run.choices], written_base=inputs.written_base)
     check_base_not_overwritten(run)

@@ -23,11 +23,8 @@ from ftlevel.objectives import IGNORED as IGNORED
 from ftlevel.objectives import StepTexts
 
 PROMPT_VERSION = 2
-"""Version of plain prompts for new runs.
-
-1: the prompt ends with the space after the cue, and the answer is tokenized separately.
-2: the answer begins with that space, and both are tokenized as one text.
-"""
+"""Version of plain prompts: the answer begins with the space after the cue, and both are tokenized
+as one text."""
 
 _OF_PLAIN = ("separator", "version")
 """Fields that apply to plain prompts only."""
@@ -86,27 +83,25 @@ class PromptFormat:
             text = f"{text}\n\n{self.answer_cue} "
         elif not text[-1:].isspace():
             text += self.separator
-        if self.version == 1 or not text.endswith(" "):
+        if not text.endswith(" "):
             return text, target
         return text[:-1], target if target[:1].isspace() else f" {target}"
 
-    def resolve_separator(
-        self, examples: Sequence[Any], version: int = PROMPT_VERSION
-    ) -> PromptFormat:
+    def resolve_separator(self, examples: Sequence[Any]) -> PromptFormat:
         """Returns the format with the separator that fits `examples` (all of one type).
 
         The separator is empty if all prompts end or all answers begin with white space, as in TRL,
-        else a newline. Prompt version 1 always uses a newline for pairs.
+        else a newline.
         """
         if self.kind != "plain":
             return self
-        joined = bool(self.answer_cue) or all(_joins(example, version) for example in examples)
-        return replace(self, separator="" if joined else "\n", version=version)
+        joined = bool(self.answer_cue) or all(map(_joins, examples))
+        return replace(self, separator="" if joined else "\n")
 
 
-def _joins(example: Any, version: int) -> bool:
-    if isinstance(example, PlainText) or version == 1:
-        return isinstance(example, PlainText)
+def _joins(example: Any) -> bool:
+    if isinstance(example, PlainText):
+        return True
     content = example.content
     return bool(content.input_text[-1:].isspace() or content.target_text[:1].isspace())
 
@@ -125,10 +120,11 @@ def load_prompt_format(card: AdapterCard) -> PromptFormat | None:
     if not card.prompt:
         return None
     names = {field.name for field in fields(PromptFormat)}
-    if not card.prompt.keys() <= names or card.prompt.get("version", 1) not in (1, PROMPT_VERSION):
+    version = PROMPT_VERSION if card.prompt.get("kind") == "plain" else None
+    if not card.prompt.keys() <= names or card.prompt.get("version") != version:
         raise InputError(
-            f"its ftlevel.json has prompts as {dict(card.prompt)}, which a later ftlevel wrote. "
-            "Install that version."
+            f"its ftlevel.json has prompts as {dict(card.prompt)}, written by another version of "
+            "ftlevel. Install that version."
         )
     return PromptFormat(**card.prompt)
 
@@ -419,17 +415,12 @@ def _encode_completions(
         texts.append(prompt_format.plain_parts(pair.source, pair.target, has_system=has_system))
     encoded = tokenizer([prompt for prompt, _ in texts])["input_ids"]
     prompts = [strip_bos_eos(ids, tokenizer) for ids in encoded]
-    if prompt_format.version == 1:
-        answers = tokenizer([answer for _, answer in texts], add_special_tokens=False)["input_ids"]
-    else:
-        answers = []
-        encoded = tokenizer(["".join(text) for text in texts])["input_ids"]
-        for ids, prompt, (_, written) in zip(encoded, prompts, texts, strict=True):
-            ids = strip_bos_eos(ids, tokenizer)
-            is_prefix = ids[: len(prompt)] == prompt
-            answers.append(ids[len(prompt) :] if is_prefix else _encode_inside(tokenizer, written))
+    encoded = tokenizer(["".join(text) for text in texts])["input_ids"]
     rows = []
-    for prompt, answer, pair in zip(prompts, answers, pairs, strict=True):
+    for ids, prompt, (_, written), pair in zip(encoded, prompts, texts, pairs, strict=True):
+        ids = strip_bos_eos(ids, tokenizer)
+        is_prefix = ids[: len(prompt)] == prompt
+        answer = ids[len(prompt) :] if is_prefix else _encode_inside(tokenizer, written)
         target = _ended(answer, tokenizer)
         rows.append(Encoded(prompt + target, [IGNORED] * len(prompt) + target, pair.row))
     return rows

@@ -24,7 +24,7 @@ from ftlevel.artifacts.files import Workspace, file_fingerprint
 from ftlevel.config import IN_MEMORY, DataConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.chat import render
-from ftlevel.data.encoding.encode import Encoded, PromptFormat
+from ftlevel.data.encoding.encode import PROMPT_VERSION, Encoded, PromptFormat
 from ftlevel.data.encoding.store import RowStore, rows_to_batches, write_store
 from ftlevel.data.gate import Finding
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, Progress
@@ -196,7 +196,7 @@ def _key(config: DataConfig, context: EncodingContext) -> str | None:
             context.task.instruction,
             context.task.answer_cue,
             context.task.encoding_config,
-            context.prompt_version,
+            PROMPT_VERSION,
         ],
         "model": [context.kind, context.vocabulary, asdict(bounds)],
         "seed": context.seed,

@@ -15,7 +15,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from ftlevel.config import DataConfig, GateConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.chat import list_special_tokens
-from ftlevel.data.encoding.encode import PROMPT_VERSION, Encoded, PromptFormat, RowError
+from ftlevel.data.encoding.encode import Encoded, PromptFormat, RowError
 from ftlevel.data.encoding.fit import (
     FittedRows,
     LengthBounds,
@@ -111,7 +111,6 @@ class EncodingContext:
     bounds: LengthBounds
     seed: int
     lenient: bool = False
-    prompt_version: int = PROMPT_VERSION
 
     def encoder(
         self, config: DataConfig, prompt_format: PromptFormat | None, **options: Any

@@ -260,7 +260,7 @@ def load_evaluation_rows(
     table, examples = convert.convert_held_out(name, table, labels)
     prompt = load_prompt_format(card)
     if prompt is not None and not card.data:  # not trained by ftlevel: infer the separator
-        prompt = prompt.resolve_separator(examples, prompt.version)
+        prompt = prompt.resolve_separator(examples)
     # The length limit of training applies only to its own validation rows.
     options = {"labels": labels, "ignore_max_length": name != "validation"}
     encoder = context.encoder(config, prompt, **options).for_held_out(name)

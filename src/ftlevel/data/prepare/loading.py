@@ -296,7 +296,7 @@ def encode_data(
     prompt_format = task.prompt_format(data.format, context.kind, context.tokenizer)
     prompt_format = _with_system(prompt_format, config.system)
     if prompt_format is not None:
-        prompt_format = prompt_format.resolve_separator(data.train, context.prompt_version)
+        prompt_format = prompt_format.resolve_separator(data.train)
     options = {"labels": data.labels, "folder": cache_dir, "progress": progress, "lenient": lenient}
     encoder = context.encoder(config, prompt_format, **options)
     gate, splits = context.gate(config.gate), data.splits

@@ -227,10 +227,7 @@ def _start_or_resume(
         old = json.loads(before.read_text(encoding="utf-8"))["asked"]
         was, old_budget = old["config"], old["budget"]
         methods, seeds, steps = old["methods"], old["seeds"], old["planned_steps"]
-        search_results = {
-            name: old.get(name, state[name])  # absent in older files
-            for name in ("search", "trials", "study", "searched")
-        }
+        search_results = {name: old[name] for name in ("search", "trials", "study", "searched")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--resume: {before} cannot be read ({error!r}).") from None
     if budget not in (old_budget, {"steps": None, "minutes": None}):

@@ -151,7 +151,7 @@ TEMPLATE = "chat_template.jinja"
 class Writer(Protocol):
     """Protocol of file formats of plain LoRA; servers load `file`, or if empty, the directory."""
 
-    file: str
+    file: str = ""
 
     def check(self, adapter: ServedModel) -> None:
         """Raise InputError if the format cannot represent the adapter; loads no base weights."""

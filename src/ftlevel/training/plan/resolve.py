@@ -26,7 +26,6 @@ from ftlevel.config.rl import RL_RATE, RL_TASK
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.chat import set_chat_template
 from ftlevel.data.encoding.collate import ensure_pad_token, separate_pad_from_eos
-from ftlevel.data.encoding.encode import PROMPT_VERSION, load_prompt_format
 from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, Progress, ignore_progress
 from ftlevel.data.prepare.loading import read_dataset
@@ -118,7 +117,6 @@ def resolve(
     why_task: str = "",
     adapter: StartingAdapter | None = None,
     synthetic: SyntheticBatch | None = None,
-    prompt_version: int | None = None,
 ) -> Run:
     """Returns the run of `config`: model, rows, task, targets and schedule, without weights.
 
@@ -129,8 +127,6 @@ def resolve(
         why_task: reason for an inferred task.
         adapter: adapter to continue from, already applied to `config`.
         synthetic: substitutes used by an estimate.
-        prompt_version: version of the plain prompt format in a resumed run; None uses that of
-            `adapter` or the latest.
 
     Raises:
         ConfigError: the first problem found; nothing was loaded or written.
@@ -146,13 +142,11 @@ def resolve(
     if synthetic.rows is not None:
         data = synthetic.rows(task, base.kind, base.config)
     else:
-        prompt = load_prompt_format(adapter.card) if adapter and adapter.card else None
-        version = prompt_version or (prompt.version if prompt else PROMPT_VERSION)
         memory_device = "cpu" if synthetic.device else device
         bounds = get_length_bounds(method, quant, train, base.config, memory_device, dtype)
         vocab_size = base.config.get_text_config().vocab_size
         context = EncodingContext(
-            task, base.kind, base.tokenizer, vocab_size, bounds, train.seed, lenient, version
+            task, base.kind, base.tokenizer, vocab_size, bounds, train.seed, lenient
         )
         data = prepare_data(config.data, context, progress)
     model_config = _load_task_config(base.source, data.info, base.tokenizer, task)
