@@ -172,17 +172,25 @@ class Lab:
         """Run a command to its end."""
         return self.start(arguments, before).wait(seconds or self.patience)
 
-    def fresh(self, arguments: Sequence[str]) -> Child:
-        """Start a command with a new interpreter, as users do."""
+    def fresh(self, arguments: Sequence[str], folder: Path | None = None) -> Child:
+        """Start a command with a new interpreter, as users do, in `folder` or the root."""
         pipes = os.pipe(), os.pipe()
         process = subprocess.Popen(
             [sys.executable, "-m", "ftlevel", *arguments], stdout=pipes[0][1], stderr=pipes[1][1],
-            stdin=subprocess.DEVNULL, cwd=self.root, start_new_session=True, preexec_fn=_defaults,
+            stdin=subprocess.DEVNULL, cwd=folder or self.root, env=_get_environment(),
+            start_new_session=True, preexec_fn=_defaults,
         )  # fmt: skip
         for _, write in pipes:
             os.close(write)
         process.returncode = 0  # Child.wait waits for it
         return Child(process.pid, pipes[0][0], pipes[1][0])
+
+
+def _get_environment() -> dict[str, str]:
+    """Return the environment, with the absolute path of the tested package."""
+    import ftlevel
+
+    return {**os.environ, "PYTHONPATH": str(Path(ftlevel.__file__).resolve().parents[1])}
 
 
 def _defaults() -> None:

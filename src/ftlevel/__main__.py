@@ -19,4 +19,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if not getattr(sys.flags, "safe_path", False):
+        del sys.path[0]  # the current directory, whose modules may be a stranger's
     main()

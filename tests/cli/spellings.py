@@ -201,7 +201,7 @@ SPELLINGS: list[ForeignFlag] = [
         ("--greater_is_better true", "train.greater_is_better", True),
         ("--run_name first-try", "output.run_name", "first-try"),
         ("--report_to tensorboard", "output.report_to", ("tensorboard",)),
-        ("--use_liger_kernel", "speed.liger_kernel", True),
+        ("--use_liger_kernel false", "speed.liger_kernel", False),
     ),
     ForeignFlag(TRANSFORMERS, "TrainingArguments", "--resume_from_checkpoint true",
                 {"output.resume": True}, extra="--output_dir out --dataset builtin:docstrings"),

@@ -42,7 +42,7 @@ def llama_8b_dir(tmp_path: Path) -> Path:
 
 def test_plan_from_config_only(llama_8b_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = ("--max-length", 1024, "--per-device-train-batch-size", 4)
-    rows = (*rows, "--no-gradient-checkpointing")
+    rows = (*rows, "--no-gradient-checkpointing", "--tokens-per-micro-batch", 4096)
     original_rope = modeling_llama.apply_rotary_pos_emb
     result = json.loads(
         plan(capsys, "--model", llama_8b_dir, "--gpu", "24GB", *rows, "--brief", "--json")
@@ -80,9 +80,11 @@ def test_auto_micro_batch_is_largest_that_fits(
 ) -> None:
     arguments = ("--model", llama_8b_dir, "--gpu", "24GB", "--max-length", 1024, "--batch-size", 8,
                  "--no-gradient-checkpointing", "--brief", "--json")  # fmt: skip
-    assert not json.loads(plan(capsys, *arguments))["fits_in_memory"]
+    whole = ("--tokens-per-micro-batch", 8 * 1024)
+    assert not json.loads(plan(capsys, *arguments, *whole))["fits_in_memory"]
     result = json.loads(plan(capsys, *arguments, "--auto-micro-batch"))
     assert result["fits_in_memory"]
+    assert json.loads(plan(capsys, *arguments))["peak_bytes"] == result["peak_bytes"], "default"
     (choice,) = (c for c in result["choices"] if c["name"] == "micro-batch")
     tokens = int(choice["value"].split()[0].replace(",", ""))
     assert 1024 <= tokens < 8 * 1024
@@ -107,8 +109,13 @@ def test_rollout_memory_includes_kv_cache(
     result = json.loads(plan(capsys, *arguments))
     token, prompts, rows = 2 * 32 * 8 * 128 * 2, 2, 16  # bytes per token; sampled at once
     assert result["at"] == "sampling"
-    tokens = prompts * (64 + 64) + 2 * rows * (960 + 64)  # a prompt is cached once
+    tokens = prompts * (64 + 32) + rows * (960 + 32)  # a prompt is cached once
     assert result["parts"]["keys and values"] == token * tokens
+    small = [*arguments, "--num-generations", 64]
+    small[small.index("80GB")] = "24GB"
+    result = json.loads(plan(capsys, *small))  # as many rows are sampled together as fit
+    cached = result["parts"]["keys and values"]
+    assert 20 * token * (960 + 32) < cached < 0.8 * (24 * 2**30 - result["parts"]["weights"])
     on_server = json.loads(plan(capsys, *arguments, "--rollouts", "http://127.0.0.1:9"))
     assert "keys and values" not in on_server["parts"]
     assert on_server["peak_bytes"] < result["peak_bytes"]

@@ -309,7 +309,10 @@ def _command_cells() -> Iterator[Cell]:
 
 
 def _memory_cells() -> Iterator[Cell]:
-    """Yield runs of a model whose activations and weights are larger than constant overheads."""
+    """Yield runs of a model whose activations and weights are larger than constant overheads.
+
+    Rows have one length and share no prefix, so that each step is the largest one, as in `plan`.
+    """
     for name, flags in {
         "lora": "--method lora", "qlora": "--method qlora --quant 4bit", "full": "--method full",
         "checkpointing": "--method lora --gradient-checkpointing", "dora": "--method lora --dora",
@@ -318,7 +321,9 @@ def _memory_cells() -> Iterator[Cell]:
     }.items():  # fmt: skip
         dtype = "" if "--dtype" in flags else " --dtype bfloat16"
         flags += f"{dtype} --per-device-train-batch-size 8 --set speed.verify=false"
-        flags += " --model {medium} --dataset builtin:docstrings --max-steps 3"
+        flags += (
+            " --model {medium} --dataset {even} --validation-file {even_validation} --max-steps 3"
+        )
         waits = name in ("no-fast",)
         yield Cell(f"memory/{name}", (
             f"train {flags} --logging-steps 1 --output-dir run", f"plan {flags} --json",
@@ -355,9 +360,14 @@ def _words(i: int, count: int) -> str:
     return " ".join(WORDS[(i * k + k) % len(WORDS)] for k in range(1, count + 1))
 
 
+def _rotated(i: int, count: int) -> str:
+    return " ".join(WORDS[(i + k) % len(WORDS)] for k in range(count))
+
+
 _ROWS: dict[str, Any] = {
     **{name: ROWS[name] for name in ("tags", "span", "mask", "class", "multi", "regression", "pair")},
     "sft": lambda i: {"prompt": f"Tell of {_words(i, 2 + i % 5)}:", "completion": _words(i + 3, 3 + i % 9)},
+    "even": lambda i: {"prompt": f"{i + 10} {_rotated(i, 80)}:", "completion": _rotated(i // 8, 40)},
     "chat": lambda i: {"messages": [
         {"role": "user", "content": _words(i, 2 + i % 4)},
         {"role": "assistant", "content": _words(i + 1, 3 + i % 7)},

@@ -23,7 +23,7 @@ from typing import Any
 from gpu_sim import device
 from gpu_sim.commands import KILLED, Cell
 
-MAX_ERROR_OF_PLAN = 0.15
+MAX_ERROR_OF_PLAN = 0.05
 """Largest relative difference of the peak and the estimate of `plan`."""
 TIMEOUT = 300.0
 """Seconds that a command may take."""

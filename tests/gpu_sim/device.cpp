@@ -10,6 +10,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <ATen/native/transformers/attention.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/csrc/distributed/c10d/reducer_timer.hpp>
@@ -481,6 +482,17 @@ void resize_storage(const at::Tensor& tensor, int64_t bytes) {
 
 }  // namespace
 
+// `scaled_dot_product_attention` asks this function, and not the operation, for its kernel.
+const bool is_choice_set = [] {
+  at::native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(
+      [](const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+         const std::optional<at::Tensor>& mask, double dropout, bool causal,
+         std::optional<double> scale, bool grouped) {
+        return at::_fused_sdp_choice(query, key, value, mask, dropout, causal, scale, grouped);
+      });
+  return true;
+}();
+
 TORCH_LIBRARY_IMPL(_, CUDA, m) {
   m.fallback(torch::CppFunction::makeFromBoxedFunction<&compute_on_host>());
 }
@@ -492,6 +504,16 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("set_.source_Storage_storage_offset", TORCH_FN(set_storage));
   m.impl("set_.source_Storage", TORCH_FN(set_whole_storage));
   m.impl("record_stream", [](at::Tensor&, c10::Stream) {});
+  // Operations with a kernel for each device and a decomposition for others: a card has a kernel.
+  auto& dispatcher = c10::Dispatcher::singleton();
+  for (const auto& name : dispatcher.getAllOpNames()) {
+    const auto op = dispatcher.findOp(name);
+    const auto has = [&](c10::DispatchKey key) { return op->hasKernelForDispatchKey(key); };
+    if (name.getNamespace() == "aten" && op && has(c10::DispatchKey::CPU) && !has(c10::DispatchKey::CUDA) &&
+        (has(c10::DispatchKey::CompositeImplicitAutograd) || has(c10::DispatchKey::CompositeExplicitAutograd)))
+      m.impl(c10::toString(name).substr(6).c_str(),
+             torch::CppFunction::makeFromBoxedFunction<&compute_on_host>());
+  }
 }
 
 // Collectives of "nccl" are those of gloo on the same memory.

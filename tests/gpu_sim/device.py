@@ -338,6 +338,9 @@ class Card:
             for key, value in functions.items():
                 if modules is torch.cuda or hasattr(modules, key):
                     setattr(modules, key, value)
+        # torch's streams read the memory of an event as that of one of torch's.
+        for key in ("current_stream", "set_stream", "synchronize"):
+            setattr(torch.accelerator, key, functions[key])
         torch.cuda.Stream, torch.cuda.Event = Stream, Event
         torch.cuda.default_generators = (generator,) * 8
         for key, value in {
@@ -350,7 +353,8 @@ class Card:
 
     def _count_wait(self, what: bytes) -> None:
         self.all_waits += 1
-        frames = list(_frames(sys._getframe()))  # of a backward pass, perhaps no other
+        # Without this frame, whose list would hold itself and with it the tensors of all callers.
+        frames = list(_frames(sys._getframe().f_back))  # of a backward pass, perhaps none
         main = frames
         if threading.get_ident() != self._main:
             main = list(_frames(sys._current_frames().get(self._main)))
@@ -366,7 +370,7 @@ class Card:
             line = f"{what.decode()} {_describe(frames)}"
             self.waits[line] += 1
             if os.environ.get("SIMULATED_TRACE") == "waits" and self.waits[line] == 1:
-                sys.stderr.write(f"{line}\n{''.join(traceback.format_stack(frames[0]))}")
+                sys.stderr.write(f"{line}\n{''.join(traceback.format_stack((frames or main)[0]))}")
 
     def _print_peak(self, size: bytes) -> None:
         stack = "".join(traceback.format_stack(sys._getframe()))
@@ -404,6 +408,10 @@ class Stream:
     def query(self) -> bool:
         """Return True."""
         return True
+
+    def is_capturing(self) -> bool:
+        """Return False."""
+        return False
 
     def wait_stream(self, _: Any) -> None:
         """Do nothing."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +64,19 @@ def check_waits_of_backward() -> None:
     assert count_waits(lambda: Reads.apply(x).sum().backward()) >= 1  # type: ignore[no-untyped-call]
 
 
+def check_waits_hold_nothing() -> None:
+    """A wait does not keep the tensors of its callers."""
+
+    def read() -> weakref.ref[torch.Tensor]:
+        x = torch.ones(2, device="cuda")
+        float(x.sum())
+        return weakref.ref(x)
+
+    gc.disable()
+    assert read()() is None
+    gc.enable()
+
+
 def check_memory() -> None:
     """Freed memory stays in the cache; more than the device has raises torch's error."""
     allocated = torch.cuda.memory_allocated()
@@ -77,6 +92,15 @@ def check_memory() -> None:
         torch.empty(torch.cuda.mem_get_info()[1], device="cuda")
 
 
+def check_decomposed_operations() -> None:
+    """Operations that have a kernel on a card allocate nothing but their results."""
+    x, gradient = torch.ones(2, 1 << 16, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = torch.ops.aten.silu_backward(gradient, x)
+    assert torch.cuda.max_memory_allocated() == before + result.nbytes
+
+
 def check_views() -> None:
     """Views share memory with their base, and out= tensors are resized."""
     base = torch.zeros(2, 3, device="cuda")
@@ -86,6 +110,14 @@ def check_views() -> None:
     torch.add(base, base, out=out)
     assert out.shape == base.shape
     assert out.device == base.device
+
+
+def check_streams() -> None:
+    """Streams of torch.accelerator accept the device's events, as FSDP2 needs after a backward."""
+    event = torch.cuda.current_stream().record_event()
+    torch.accelerator.current_stream().wait_event(event)
+    assert not torch.accelerator.current_stream().is_capturing()
+    assert count_waits(torch.accelerator.synchronize) == 1
 
 
 def check_attention() -> None:
@@ -112,9 +144,36 @@ def check_attention() -> None:
         assert (actual.cpu() - reference).norm() <= 1e-2 * reference.norm()
 
 
+def check_padded_attention() -> None:
+    """SDPA uses a fused kernel, with and without a mask: it stores no attention weights."""
+    draw = torch.Generator().manual_seed(0)
+    states = [torch.randn(2, 4, 130, 16, generator=draw) for _ in range(3)]
+    mask = torch.ones(2, 1, 130, 130, dtype=torch.bool).tril()
+    for dtype, masks in ((torch.float32, (mask, mask.cuda())), (torch.bfloat16, (None, None))):
+        on_card = [part.to("cuda", dtype).requires_grad_() for part in states]
+        exact = [part.to(dtype).double().requires_grad_() for part in states]
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        outputs = [
+            functional.scaled_dot_product_attention(
+                *parts, attn_mask=hides, is_causal=hides is None
+            )
+            for parts, hides in zip((exact, on_card), masks, strict=True)
+        ]
+        weights = mask.numel() * 4 * dtype.itemsize
+        assert torch.cuda.max_memory_allocated() - before < weights
+        for output in outputs:
+            output.double().square().sum().backward()
+        for one, other in zip(on_card, exact, strict=True):
+            assert one.grad is not None
+            assert other.grad is not None
+            assert (one.grad.cpu() - other.grad).norm() <= 1e-2 * other.grad.norm()
+
+
 if __name__ == "__main__":
     for check in (
-        check_devices, check_waits, check_waits_of_backward, check_memory, check_views,
-        check_attention,
+        check_devices, check_waits, check_waits_of_backward, check_waits_hold_nothing,
+        check_memory, check_views, check_decomposed_operations, check_streams, check_attention,
+        check_padded_attention,
     ):  # fmt: skip
         check()

@@ -71,9 +71,9 @@ def _computed_on_host(function: Any) -> Any:
     """Return `function` (of indices), computed on the host, with a fake result on the GPU."""
 
     @functools.lru_cache(maxsize=8)
-    def compute(*arguments: Any) -> Any:
+    def compute(*arguments: Any, **others: Any) -> Any:
         with unset_fake_temporarily():
-            result = function(*arguments[:-1], torch.device("cpu"))
+            result = function(*arguments[:-1], torch.device("cpu"), **others)
         return _send(result)
 
     return compute

@@ -64,12 +64,15 @@ def test_repeated_micro_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) 
 def test_verify_fast_detects_wrong_fast_step(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ftlevel.fast.packing import PackedLayout
+    from ftlevel.fast.fused_lora import FusedLoraFunction
 
-    original_pack = PackedLayout.pack
-    monkeypatch.setattr(
-        PackedLayout, "pack", lambda layout, states: original_pack(layout, states) * 1.0001
-    )
+    original = FusedLoraFunction.backward
+
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        of_x, of_dropped, of_a, *others = original(ctx, *gradients)
+        return of_x, of_dropped, None if of_a is None else of_a * 1.04, *others
+
+    monkeypatch.setattr(FusedLoraFunction, "backward", staticmethod(backward))
     assert run(["train", "--quiet", "--output-dir", "wrong", *SHORT, "--verify-fast"]) == 1
     assert "--verify-fast: the fast step is not the plain one" in capsys.readouterr().err
     assert not Path("wrong").exists()

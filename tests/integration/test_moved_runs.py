@@ -87,7 +87,9 @@ def test_moved_rl_run_finds_its_adapter_and_reward(
     assert weights(Path("new")) == adapter
     shutil.rmtree("project/rl/checkpoints/checkpoint-2")
     project.rename("elsewhere")
-    assert run(["train", "--output-dir", "elsewhere/rl", "--resume", "--quiet"]) == 0
+    resume = ["train", "--output-dir", "elsewhere/rl", "--resume", "--quiet"]
+    assert run(resume) == 2  # a file that was not run at this place
+    assert run([*resume, "--reward", "elsewhere/rewards.py:length", *reward[2:]]) == 0
     assert weights(Path("elsewhere/rl")) == adapter
     after = evaluate(EvaluateConfig(name="elsewhere/rl", resamples=0, base=False))
     assert after.metrics == before

@@ -156,7 +156,8 @@ def run_inference(folder: Path, keeps_unsharded: bool) -> None:
     from ftlevel.training.model import shard
     from ftlevel.training.processes import started_processes
 
-    started_processes().join()
+    processes = started_processes()
+    processes.join()
     model = AutoModelForCausalLM.from_pretrained(folder / "decoder", dtype=torch.float32)
     sharded = {name for name, p in model.named_parameters() if p.dim() > 1}
     model.requires_grad_(False)
@@ -168,7 +169,8 @@ def run_inference(folder: Path, keeps_unsharded: bool) -> None:
             model(ids)
 
     def generate() -> None:
-        model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+        tokens = 3 + 2 * processes.world.rank  # texts of processes end at different tokens
+        model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
 
     for inference in (
         lambda: forward_under(torch.no_grad),

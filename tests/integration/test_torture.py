@@ -26,12 +26,19 @@ def run_torture(arguments: Sequence[str]) -> None:
     runpy.run_path(str(ROOT / "scripts/torture.py"), run_name="__main__")
 
 
-def test_torture_sample_passes() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "rows"),
+    [
+        (["--sample"], 5),
+        (["--only", "strangers", "--share", "0.25"], 1),  # each exploit once
+    ],
+)
+def test_torture_sample_passes(arguments: list[str], rows: int) -> None:
     process = Forked(
-        call=(run_torture, (["--sample", "--seed", "16"],)), cwd=ROOT,
+        call=(run_torture, ([*arguments, "--seed", "16"],)), cwd=ROOT,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     output, error = process.communicate()
     assert process.returncode == 0, output + error
-    rows = [line for line in output.splitlines() if line.startswith("| ") and " of " in line]
-    assert len(rows) == 1 + 5, "the head of the table and its rows"
+    lines = [line for line in output.splitlines() if line.startswith("| ") and " of " in line]
+    assert len(lines) == 1 + rows, "the head of the table and its rows"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 import re
@@ -15,6 +16,7 @@ from typing import Any
 from ftlevel._version import __version__
 from ftlevel.artifacts.files import check_regular, read_json_object, write_json
 from ftlevel.config import QuantConfig
+from ftlevel.config.reading import load_yaml
 from ftlevel.errors import InputError
 
 CARD = "ftlevel.json"
@@ -140,9 +142,7 @@ def _format_metadata(
 
 def base_license(base: Mapping[str, Any]) -> dict[str, str]:
     """Returns the license fields of the base model's card; empty if it is not available locally."""
-    import yaml
     from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.repocard import metadata_load
 
     name = str(base.get("name"))
     if base.get("kind") == "hub":
@@ -154,19 +154,23 @@ def base_license(base: Mapping[str, Any]) -> dict[str, str]:
         path = str(Path(name) / "README.md")
     if not isinstance(path, str) or not Path(path).is_file():
         return {}
-    try:
-        metadata = metadata_load(path) or {}
-    except (ValueError, yaml.YAMLError):  # not a model card
-        return {}
-    return {key: str(metadata[key]) for key in _LICENSE_KEYS if key in metadata}
+    with contextlib.suppress(OSError, ValueError):  # not a model card
+        with Path(path).open(encoding="utf-8") as file:
+            header = _HEADER.match(file.read(_MAX_HEADER))
+        metadata = load_yaml(header[1])[0] if header else None
+        if isinstance(metadata, dict):
+            values = {key: metadata.get(key) for key in _LICENSE_KEYS}
+            return {key: value for key, value in values.items() if isinstance(value, str)}
+    return {}
 
 
+_HEADER = re.compile(r"\s*---[^\S\n]*\n(.*?)\n---", re.DOTALL)
+_MAX_HEADER = 100_000  # characters
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def _result_metadata(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `datasets`, `metrics` and `model-index` of a run for the Hub's model card."""
     name, metrics = summary["data"]["name"], summary.get("metrics", {})
     is_hub = bool(_HUB_NAME.fullmatch(name)) and not Path(name).exists()
     result = {

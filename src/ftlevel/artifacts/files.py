@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.errors import ConfigError, InputError, join_names
+from ftlevel.safe_io import open_new
 
 _outputs: list[Path] = []
 """Outputs that this process has completed."""
@@ -59,7 +60,7 @@ def flush_all(directory: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` atomically: to a temporary file, which is flushed and renamed."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with open_new(partial) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -248,7 +249,6 @@ def atomic_files(*paths: Path) -> Iterator[Path]:
 
 
 def _remove(partial: Path) -> None:
-    """Delete `partial`, even if an interrupt arrives meanwhile."""
     try:
         shutil.rmtree(partial, ignore_errors=True)
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from glob import glob
 from pathlib import Path
@@ -88,7 +89,7 @@ def load_run_config(run_dir: Path) -> Layer:
             existing = [path for path in existing if base_fingerprint(path) == weights] or existing
         return str(existing[0]) if existing else original
 
-    return Layer(_map_paths(layer.values, get_current_path), layer.locations)
+    return replace(layer, values=_map_paths(layer.values, get_current_path))
 
 
 def check_paths(run_dir: Path, values: Mapping[str, Any], names: Sequence[str] = ()) -> None:

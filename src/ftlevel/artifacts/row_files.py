@@ -25,6 +25,7 @@ from ftlevel.artifacts.row_sinks import (
     to_json,
 )
 from ftlevel.errors import ConfigError, InputError, join_names
+from ftlevel.safe_io import open_existing, open_new
 
 
 class _TextFile(RowFile):
@@ -39,14 +40,13 @@ class _TextFile(RowFile):
         previous = self.existing
         if previous is None or not self._end_offset:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            mode = "x" if previous is None else "w"
-            self._file = self.partial.open(mode, encoding="utf-8", newline="")
+            self._file = open_new(self.partial, newline="")
             self._add_header()
             return
         if previous == self.path:
             self.path.replace(self.partial)
-        os.truncate(self.partial, self._end_offset)
-        self._file = self.partial.open("a", encoding="utf-8", newline="")
+        self._file = open_existing(self.partial, newline="")
+        self._file.truncate(self._end_offset)
 
     def _add_header(self) -> None:
         """Write the text before the first row, such as column names; nothing by default."""
@@ -210,7 +210,7 @@ class ParquetFile(RowFile):
         """Start a new stream that contains the first `keep` rows."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         new = self.path.with_name(f".{self.partial.name}.new")
-        self._file = new.open("wb")
+        self._file = open_new(new, "wb")
         for batch in _batches(self.existing or self.path) if keep else ():
             chunk = batch.slice(0, keep)
             keep -= chunk.num_rows
@@ -267,7 +267,7 @@ class ParquetFile(RowFile):
 
         self.close()
         complete = self.path.with_name(f".{self.path.name}.made")
-        with pq.ParquetWriter(complete, self._schema) as writer:
+        with open_new(complete, "wb") as file, pq.ParquetWriter(file, self._schema) as writer:
             pending: list[Any] = []
             for batch in _batches(self.partial):
                 pending.append(batch)
@@ -365,11 +365,11 @@ class NumpyFile(RowFile):
         previous = self.existing
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if previous is None or not keep:
-            self._file = self.partial.open("wb")
+            self._file = open_new(self.partial, "wb+")
             return
         if previous == self.path:
             self.path.replace(self.partial)
-        self._file, self._rows = self.partial.open("r+b"), keep
+        self._file, self._rows = open_existing(self.partial, "r+b"), keep
         self._write_header(0)
         self._file.truncate(self._file.tell() + 4 * keep * self._width)
         self._file.seek(0, os.SEEK_END)
@@ -445,6 +445,10 @@ def check_row_file(flag: str, path: Path, *, resume: bool, overwrite: bool) -> N
     row_file_type(flag, path)
     check_output_file(flag, path, overwrite=overwrite or resume)
     partial = partial_of(path)
+    if partial.is_symlink():
+        raise ConfigError(
+            f"{flag} {path}: {partial.name} is a link to {partial.readlink()}. Delete the link."
+        )
     if partial.exists() and not (resume or overwrite):
         raise ConfigError(
             f"{flag} {path}: {partial.name} has rows of an interrupted command. Resume it with "

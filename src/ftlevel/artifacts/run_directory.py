@@ -13,7 +13,6 @@ import itertools
 import json
 import re
 import shutil
-import subprocess
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from ftlevel.artifacts.files import (
     write_text,
 )
 from ftlevel.errors import ConfigError, InputError
+from ftlevel.safe_io import open_existing
 
 MARKER = ".ftlevel.json"
 CONFIG, SUMMARY, METRICS, README = "config.yaml", "summary.json", "metrics.jsonl", "README.md"
@@ -205,7 +205,6 @@ def move_foreign_files(run_dir: Path, under: str = "") -> list[str]:
 
 
 def _files(run_dir: Path) -> set[str]:
-    """Returns the relative POSIX paths of all files and links of the run in `run_dir`."""
     return {
         path.relative_to(run_dir).as_posix()
         for root in [run_dir / name for name in OWN]
@@ -311,7 +310,7 @@ class RunDirectory:
 
     def append_changes(self, step: int, changes: Sequence[Mapping[str, Any]]) -> None:
         """Append settings that changed when the run resumed at `step` to changes.jsonl."""
-        with (self.checkpoints / _CHANGES).open("a", encoding="utf-8") as file:
+        with open_existing(self.checkpoints / _CHANGES) as file:
             for change in changes:
                 file.write(json.dumps({"step": step, **change}, default=str) + "\n")
 
@@ -321,7 +320,7 @@ class RunDirectory:
 
     def note(self, note: Mapping[str, Any]) -> None:
         """Append an event to notes.jsonl, such as a skipped step; it must have `step`."""
-        with (self.checkpoints / _NOTES).open("a", encoding="utf-8") as file:
+        with open_existing(self.checkpoints / _NOTES) as file:
             file.write(json.dumps(note, default=str) + "\n")
 
     def truncate_events(self, step: int) -> None:
@@ -338,7 +337,7 @@ class RunDirectory:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+        with open_existing(self.path / METRICS) as file:
             file.write(json.dumps(record, default=str) + "\n")
 
     def load_log(self, step: int) -> list[dict[str, Any]]:
@@ -396,6 +395,8 @@ def check_output(output_dir: Path | None, *, overwrite: bool, resume: bool) -> N
             raise ConfigError(f"--output-dir {output_dir} is a file. Name a directory.")
         paths = [*output_dir.iterdir(), *(output_dir / CHECKPOINTS).glob("*")]
         check_regular(paths, f"--output-dir {output_dir}")
+        if resume:
+            _check_links(output_dir)
         check_lock(output_dir)
         if not is_empty(output_dir):
             _check_existing(output_dir, overwrite, resume)
@@ -405,6 +406,20 @@ def check_output(output_dir: Path | None, *, overwrite: bool, resume: bool) -> N
             "exist. Choose another directory."
         )
     check_writable(f"--output-dir {target}", target)
+
+
+def _check_links(output_dir: Path) -> None:
+    """Raise InputError if a name of the run is a link, behind which files would be changed."""
+    for name in (*OWN, MARKER, _BACKUP, _KEPT):
+        path = output_dir / name
+        inner = path.glob("*") if name in (ADAPTER, CHECKPOINTS) and not path.is_symlink() else ()
+        for link in (path, *inner):
+            if link.is_symlink():
+                raise InputError(
+                    f"--output-dir {output_dir}: {link.relative_to(output_dir)} is a link to "
+                    f"{link.readlink()}, and files of a run are not written through links. Replace "
+                    "it with a copy, or choose another directory."
+                )
 
 
 def _check_existing(output_dir: Path, overwrite: bool, resume: bool) -> None:
@@ -477,29 +492,10 @@ def _create_numbered_dir(parent: Path, name: str) -> Path:
 
 
 def get_recipe_info(path: Path) -> dict[str, Any]:
-    """Returns path, SHA-256 and git commit of a recipe, and whether it differs from that commit.
+    """Returns path and SHA-256 of a recipe.
 
-    `commit` and `changed` are None if it is not committed. The repository may be untrusted, so `git
-    status` must not be used: it runs programs named in the settings (core.fsmonitor, filters).
+    Its git commit is not asked for: the repository may be a stranger's, and git runs programs that
+    a repository's settings name.
     """
     path = path.resolve()
-    committed_hash = _git(path, "rev-parse", "--verify", "--end-of-options", f"HEAD:./{path.name}")
-    commit = _git(path, "rev-parse", "HEAD") if committed_hash else None
-    current_hash = _git(path, "hash-object", "--no-filters", "--", path.name) if commit else None
-    content_hash = hashlib.sha256(path.read_bytes()).hexdigest()
-    is_modified = None if commit is None else current_hash != committed_hash
-    return {"path": str(path), "sha256": content_hash, "commit": commit, "changed": is_modified}
-
-
-def _git(path: Path, *arguments: str) -> str | None:
-    try:
-        result = subprocess.run(
-            ["git", "-C", str(path.parent), *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
+    return {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}

@@ -193,7 +193,6 @@ def _format_row(row: ShownRow, *, full: bool, color: bool) -> Iterator[Text]:
 
 
 def _shorten(tokens: Sequence[Token], *, full: bool) -> Iterable[Token | int]:
-    """Returns the tokens to show; an int is the number of tokens omitted in its place."""
     surplus = len(tokens) - _MAX_TOKENS
     if full or surplus <= 0:
         return tokens

@@ -25,6 +25,7 @@ from ftlevel.cli.flags import CommandInput, read_config
 from ftlevel.cli.startup import heavy_imports, limit_malloc_arenas
 from ftlevel.config import TrainConfig
 from ftlevel.events import NullListener
+from ftlevel.safe_io import python_command, start_process
 from ftlevel.world import has_agent, is_follower, is_launched
 
 _POLL_SECONDS = 0.1
@@ -71,9 +72,9 @@ def _launch_once(args: Sequence[str], num_processes: int, forwarded: list[int]) 
         "WORLD_SIZE": str(num_processes),
         "LOCAL_WORLD_SIZE": str(num_processes),
     }
-    command = [sys.executable, "-m", "ftlevel", *args]
+    command = python_command("ftlevel", *args)
     running = [
-        subprocess.Popen(
+        start_process(
             command,
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             preexec_fn=end_with_parent if sys.platform == "linux" else None,
@@ -121,7 +122,6 @@ def end_with_parent() -> None:
 
 
 def _stop(running: Sequence[subprocess.Popen[bytes]]) -> list[subprocess.Popen[bytes]]:
-    """Wait some seconds for the processes to exit; kill and return those that did not."""
     deadline = time.monotonic() + _GRACE_SECONDS
     killed = []
     for process in running:

@@ -14,7 +14,9 @@ from ftlevel.artifacts.files import check_new_output, rows_fingerprint
 from ftlevel.artifacts.paths import DATA_PATHS, check_paths
 from ftlevel.artifacts.row_files import row_file_type, save_rows
 from ftlevel.config import SPECS, EvaluateConfig, InMemoryDataset, QuantConfig, TrainConfig
+from ftlevel.config.rl import RlConfig
 from ftlevel.config.section import Choice, check_config
+from ftlevel.config.trust import check_reward_files
 from ftlevel.data.encoding.fit import LengthBounds
 from ftlevel.data.prepare.encoder import EncodingContext
 from ftlevel.data.prepare.inference import EvaluationRows, load_evaluation_rows
@@ -57,6 +59,7 @@ from ftlevel.training.plan.schedule import text_positions
 _NOT_WITH_QRELS = """
     dataset predictions input_format subset split on_bad_row columns ignore_columns metrics
     max_eval_samples max_generate_samples max_new_tokens num_beams temperature top_p eval_text
+    reward
 """.split()
 
 
@@ -107,13 +110,14 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         eval_rows = encode(ref)
         ref = _with_options(ref, eval_rows.options)
         _check_metrics(config, ref, run_config)
+        rl = _get_rl_config(config, ref)
         listener.stage("loading the model")
         trained = ref.load(device.value)
-        listener.choices("evaluate", _choices(config, trained, eval_rows, device))
+        listener.choices("evaluate", [*_choices(config, trained, eval_rows, device), *_files(rl)])
         unused = config.unused_decoding(_why_decoding_is_unused(config, trained, run_config))
         for warning in [*trained.notes, *_find_warnings(config, eval_rows, config_ref), *unused]:
             listener.warn(warning)
-        evaluator = _evaluator(config, trained, eval_rows, run_config)
+        evaluator = _evaluator(config, trained, eval_rows, run_config, rl)
         if needs_reference(evaluator):
             listener.stage("running the reference model")
             evaluator = with_reference(evaluator, trained)
@@ -444,7 +448,6 @@ def _context(
     *,
     is_compared: bool,
 ) -> EncodingContext:
-    """Returns the encoding settings for `ref`; the card of `config_ref` may limit length."""
     tokenizer, task, kind = ref.tokenizer, ref.configured_task, ref.model_kind
     positions = text_positions(run_config.method, ref.model_config)
     name = config_ref.card.method
@@ -474,16 +477,20 @@ def _why_decoding_is_unused(
 
 
 def _evaluator(
-    config: EvaluateConfig, trained: LoadedModel, eval_rows: EvaluationRows, run_config: TrainConfig
+    config: EvaluateConfig,
+    trained: LoadedModel,
+    eval_rows: EvaluationRows,
+    run_config: TrainConfig,
+    rl: RlConfig | None,
 ) -> Evaluator:
     train, speed = run_config.train, run_config.speed
     task, metrics = trained.task, config.metrics or train.metrics
     generates = _generates(config, task, run_config)
     evaluator, extra = Evaluator, dict[str, Any]()
     is_seeded = "seed" in config.model_fields_set  # else as in training
-    if isinstance(trained.objective, PolicyGradient):
+    if isinstance(trained.objective, PolicyGradient) and rl is not None:
         seed = config.seed if is_seeded else train.order_seed
-        rollouts = _rollouts(trained, trained.objective, eval_rows, seed)
+        rollouts = _rollouts(trained, trained.objective, rl, eval_rows, seed)
         evaluator, extra = RewardEvaluator, {"rollouts": rollouts}
     num_rows = 0
     if extra or (generates and uses_text_metrics(metrics, task)):
@@ -513,14 +520,44 @@ def _evaluator(
     )
 
 
+def _get_rl_config(config: EvaluateConfig, ref: ModelRef) -> RlConfig | None:
+    """Returns the configuration of a run's rollouts; None for other tasks.
+
+    Raises ConfigError for a Python file of rewards that only the run names.
+    """
+    if not isinstance(ref.objective, PolicyGradient):
+        if config.reward:
+            raise ConfigError(
+                f"--reward {config.reward[0]}: {config.name} was trained for {ref.task}, and "
+                "rewards score completions of --task rl. Drop it."
+            )
+        return None
+    rl = ref.objective.config
+    if config.reward:
+        return rl.model_copy(update={"reward": config.reward})
+    if ref.run is not None:  # which may have been moved, with its rewards
+        rl = rl.model_copy(update={"reward": ref.run_config.rl.reward})
+    if problems := list(check_reward_files(rl.rewards, config.name)):
+        raise ConfigError(problems)
+    return rl
+
+
+def _files(rl: RlConfig | None) -> Iterator[Choice]:
+    for spec in rl.rewards if rl is not None else ():
+        if spec.kind == "function":
+            yield Choice("reward", spec.text, "runs this Python file")
+
+
 def _rollouts(
-    trained: LoadedModel, objective: PolicyGradient, eval_rows: EvaluationRows, seed: int
+    trained: LoadedModel,
+    objective: PolicyGradient,
+    rl: RlConfig,
+    eval_rows: EvaluationRows,
+    seed: int,
 ) -> Rollouts:
-    rl, teacher_name, rewards, teacher = objective.config, objective.teacher, None, None
-    if trained.ref.run is not None:  # which may have been moved, with its rewards or teacher
-        own = trained.ref.run_config
-        rl = rl.model_copy(update={"reward": own.rl.reward})
-        teacher_name = own.distillation.teacher
+    teacher_name, rewards, teacher = objective.teacher, None, None
+    if trained.ref.run is not None:  # which may have been moved, with its teacher
+        teacher_name = trained.ref.run_config.distillation.teacher
     if teacher_name is None:
         rewards = open_rewards(
             rl, trained.device, trained.tokenizer, eval_rows.rows, eval_rows.table.where

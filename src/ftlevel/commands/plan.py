@@ -16,6 +16,7 @@ from ftlevel.training.forecast.alternatives import (
     AlternativeContext,
     fit_batch_size,
     get_cheapest,
+    is_sized_by_memory,
     list_alternatives,
 )
 from ftlevel.training.forecast.fits import Device, MemoryRequirement, estimate_requirement
@@ -157,7 +158,7 @@ def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, Alternati
     if config.speed.memory_gib is not None:
         memory = min(device.memory, int(config.speed.memory_gib * 2**30))
         device = replace(device, memory=memory)
-    if config.speed.tokens_per_micro_batch == "memory":
+    if is_sized_by_memory(run):
         run = fit_batch_size(run, device.memory)
     need = estimate_requirement(run, device)
     length = run.data.max_length

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from ftlevel.config.output import Decoding, DecodingAsInTraining
 from ftlevel.config.preference import FewNames
 from ftlevel.config.reading import normalize_task
+from ftlevel.config.rl import Rewards
 from ftlevel.config.sections import (
     INPUT_FORMAT,
     ColumnMap,
@@ -98,6 +99,11 @@ class EvaluateConfig(DecodingAsInTraining):
         lt=2**32,
         description="Random seed for bootstrap resampling and token sampling; without it, "
         "tokens are sampled as in training.",
+    )
+    reward: Rewards = Field(
+        (),
+        description="Reward in place of those of the run's --task rl; repeatable. Required if the "
+        "run has a FILE.py:FUNCTION that you have not run on this machine.",
     )
     predictions: Path | None = Field(
         None,

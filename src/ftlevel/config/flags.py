@@ -129,6 +129,7 @@ COMMAND_FLAGS: tuple[Flag, ...] = (
     Flag("max_generate_samples", "", INFERENCE, ("evaluate",)),
     *_fields(INFERENCE, ("evaluate", "predict", "generate"),
              "max_new_tokens num_beams temperature top_p"),
+    Flag("reward", "", INFERENCE, ("evaluate",), is_repeatable=True, metavar="NAME[=W]"),
     Flag("resamples", "", COMPARE, ("evaluate",)),
     Flag("seed", "", INFERENCE, ("evaluate", "mine", "generate")),
     Flag("batch_size", "", INFERENCE, ("evaluate", "predict", "mine", "generate")),

@@ -19,6 +19,7 @@ from ftlevel.config.methods import SPECS
 from ftlevel.config.reading import YamlError, load_yaml, resolve_aliases
 from ftlevel.config.section import Section
 from ftlevel.config.train import SHORTHAND, TrainConfig, expand_shorthand
+from ftlevel.config.trust import COMMAND_LINE_ONLY, check_reward_files, check_values
 from ftlevel.errors import ConfigError, closest_matches, did_you_mean, join_names
 from ftlevel.extensions import hooks
 
@@ -31,10 +32,14 @@ _MAX_LENGTH = 200  # characters, in errors
 
 @dataclass(frozen=True)
 class Layer:
-    """Unvalidated values of one source (recipe, flags, …); `locations`: key → flag or file:line."""
+    """Unvalidated values of one source (recipe, flags, …); `locations`: key → flag or file:line.
+
+    A file may be a stranger's, so its values are `is_untrusted`: see `config.trust`.
+    """
 
     values: dict[str, Any] = field(default_factory=dict)
     locations: dict[KeyPath, str] = field(default_factory=dict)
+    is_untrusted: bool = False
 
 
 def load_recipe(path: Path) -> Layer:
@@ -45,7 +50,7 @@ def load_recipe(path: Path) -> Layer:
             f"{path} is a configuration of {tool}. Write it as a recipe first: "
             f"ftlevel recipes convert {path} > recipe.yaml"
         )
-    return Layer(values, locations)
+    return Layer(values, locations, is_untrusted=True)
 
 
 def load_yaml_file(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
@@ -136,14 +141,16 @@ def put(layer: Layer, key: KeyPath, value: Any, location: str) -> None:
 
 
 def build_config(
-    layers: Iterable[Layer], note: Callable[[str], object] = lambda _: None
+    layers: Iterable[Layer], note: Callable[[str], object] = lambda _: None, *, runs: bool = True
 ) -> TrainConfig:
     """Merge `layers`, later ones winning, and validate the merged configuration.
 
-    `note` is called with a message for each alias. Raises ConfigError.
+    `note` is called with a message for each alias. Raises ConfigError; with `runs`,
+    also for what only the command line may set, because the configuration will be used for a run.
     """
     merged: dict[str, Any] = {}
     locations: dict[KeyPath, str] = {}
+    untrusted: dict[str, str] = {}
     aliased: dict[str, set[str]] = {}
     for layer in layers:
         values = {k: expand_shorthand(k, v) for k, v in layer.values.items() if v is not None}
@@ -155,10 +162,30 @@ def build_config(
         _merge(merged, resolved)
         for key, location in layer.locations.items():
             locations[_complete_key(key, layer.values.get(key[0]))] = location
+        for field_path in (*COMMAND_LINE_ONLY, "rl.reward"):
+            section, _, name = field_path.partition(".")
+            if name in (resolved.get(section) or {}):
+                untrusted.pop(field_path, None)
+                if layer.is_untrusted:
+                    key = (section, name)
+                    untrusted[field_path] = _get_location(key, layer.locations, "a recipe")
     try:
-        return TrainConfig.model_validate(merged)
+        config = TrainConfig.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(format_errors(error, locations)) from None
+    if runs:
+        _check_trust(config, merged, untrusted)
+    return config
+
+
+def _check_trust(
+    config: TrainConfig, values: Mapping[str, Any], untrusted: Mapping[str, str]
+) -> None:
+    problems = list(check_values(values, untrusted))
+    if location := untrusted.get("rl.reward"):
+        problems += check_reward_files(config.rl.rewards, location)
+    if problems:
+        raise ConfigError(problems)
 
 
 def build_section(
@@ -263,7 +290,6 @@ def _key_and_method(detail: ErrorDetails, model: type[BaseModel]) -> tuple[KeyPa
 
 
 def _get_location(key: KeyPath, locations: Mapping[KeyPath, str], constructor: str) -> str:
-    """Returns where `key` or its section was set; if unknown, the text `CONSTRUCTOR(KEY)`."""
     for end in range(len(key), 0, -1):
         if key[:end] in locations:
             return locations[key[:end]]

@@ -200,15 +200,14 @@ def _validate_rewards(value: tuple[str, ...]) -> tuple[str, ...]:
 
 
 Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_parse_texts)]
+Rewards = Annotated[Texts, BeforeValidator(_locate_functions), AfterValidator(_validate_rewards)]
 Epsilon = Annotated[float, Field(gt=0, le=100)]
 
 
 class RlConfig(Section):
     """Settings of reinforcement learning."""
 
-    reward: Annotated[
-        Texts, BeforeValidator(_locate_functions), AfterValidator(_validate_rewards)
-    ] = Field(
+    reward: Rewards = Field(
         (),
         description="Reward of a completion; repeatable, with a weight as NAME=WEIGHT. Built in: "
         + ", ".join(

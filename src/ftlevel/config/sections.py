@@ -328,28 +328,23 @@ class SpeedConfig(Section):
         description="Whether to fuse norms and gated linear units of frozen weights. Each becomes "
         "one autograd function, which saves less for the backward pass.",
     )
-    attention_kernel: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+@[\w.-]+$")] | None = Field(
-        None,
-        description="Hub kernel for packed attention on an NVIDIA GPU, OWNER/NAME@VERSION. "
-        "Example: kernels-community/flash-attn3@1; needs the kernels package. "
-        "Default: torch's flash attention.",
-    )
     share_prefixes: Literal["auto", "always", "never"] = Field(
         "auto",
         description="Whether to compute a prefix only once if several rows of a step share it. "
         "auto: if that saves 5 % of the tokens and there is no dropout.",
     )
     liger_kernel: bool = Field(
-        False,
-        description="Whether to use liger-kernel on a CUDA GPU, if it supports the model. It "
-        "replaces norms, rotary embedding and activation.",
+        True,
+        description="Whether to use liger-kernel on a CUDA GPU, where it is installed and supports "
+        "the model. It replaces norms, rotary embedding and activation.",
     )
     tokens_per_micro_batch: Positive | Literal["auto", "memory"] = Field(
         "auto",
-        description="Maximum number of tokens per micro-batch, which bounds the memory. auto: "
-        "per_device_train_batch_size rows of max_length (on a CPU at most 2,048 tokens, an eighth "
-        "more with shared prefixes, with --task rl a group of completions per worker if memory "
-        "allows); memory: as many as are estimated to fit into free memory (--auto-micro-batch). "
+        description="Maximum number of tokens per micro-batch, which bounds the memory. auto: on "
+        "a GPU as many as are estimated to fit, at most 16,384 or the longest row; on a CPU "
+        "per_device_train_batch_size rows of max_length, at most 2,048 tokens (an eighth more with "
+        "shared prefixes, with --task rl a group of completions per worker if memory allows); "
+        "memory: as many as are estimated to fit into free memory (--auto-micro-batch). "
         "Rows per optimizer step do not change.",
     )
     memory_gib: Annotated[float, Field(gt=0)] | None = Field(

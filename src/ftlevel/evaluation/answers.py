@@ -93,7 +93,12 @@ class RowScorer:
         trained = self._trained
         budget = CPU_TOKENS if trained.device == "cpu" else GPU_TOKENS
         plan = plan_forward(
-            trained.model, trained.kind, trained.ref.card.method, trained.objective, budget
+            trained.model,
+            trained.kind,
+            trained.ref.card.method,
+            trained.objective,
+            trained.device,
+            budget,
         )
         fast = FastStep(trained.model, plan)
         args = (rows, self._pad_id, trained.device, trained.dtype)
@@ -134,7 +139,7 @@ class RowScorer:
         layout = None
         if self._is_packed and self._fast is not None:
             layout = PackedLayout.from_mask(batch["attention_mask"])
-            layout = replace(layout, is_for_answers=True)
+            layout = replace(layout, is_for_answers=True).pad_to(self._fast.plan.token_multiple)
             if self._fast.plan.needed_tokens is not None:
                 layout = layout.with_needed_tokens(self._fast.plan.needed_tokens(batch))
             layout = layout.to(trained.device)

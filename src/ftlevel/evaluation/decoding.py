@@ -392,15 +392,22 @@ def get_decoder_limitation(model: Any, kind: str, method: str) -> str:
 
 def get_cache_limitation(model: Any, kind: str, method: str) -> str:
     """Returns why `RowDecoder` cannot compute the logits of `model`; "" if it can."""
+    if reason := get_attention_limitation(model, kind, method):
+        return reason
+    layers = DynamicCache(config=base_model(model).config).layers
+    if any(type(layer) is not DynamicLayer for layer in layers):
+        return "it keeps a window of its rows only"
+    return ""
+
+
+def get_attention_limitation(model: Any, kind: str, method: str) -> str:
+    """Returns why the attention of `model` cannot be replaced while it generates; "" if it can."""
     base = base_model(model)
     is_packed = attention_of(base) == packed.NAME
     if not is_packed and (reason := get_packing_message(base, kind)):
         return reason
     if has_virtual_tokens(model, method):
         return "its adapter puts virtual tokens into every row"
-    layers = DynamicCache(config=base.config).layers
-    if any(type(layer) is not DynamicLayer for layer in layers):
-        return "it keeps a window of its rows only"
     return ""
 
 

@@ -6,8 +6,10 @@ import contextlib
 import copy
 import math
 import re
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,19 +18,40 @@ import torch
 from transformers import TrainerState
 
 from ftlevel.config.rl import RlConfig, unknown_reward
+from ftlevel.config.section import Choice
+from ftlevel.config.trust import allow_reward_files
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.formats.turns import Message, parse_turns
 from ftlevel.errors import InputError
 from ftlevel.evaluation.answers import InferenceModel, predict_rows
+from ftlevel.evaluation.decoding import (
+    get_attention_limitation,
+    get_cache_limitation,
+    get_decoder_error,
+    max_error,
+)
 from ftlevel.evaluation.intervals import ExampleRecord, select_metrics
-from ftlevel.evaluation.sampling import Completion, Noise, Sampler, SamplingOptions, select_sampler
+from ftlevel.evaluation.paged_sampling import (
+    PagedSampler,
+    count_rows_in_memory,
+    get_paged_error,
+    sample_in_memory,
+    select_paged_attention,
+)
+from ftlevel.evaluation.sampling import (
+    Completion,
+    GenerateSampler,
+    GroupSampler,
+    Noise,
+    SamplingOptions,
+)
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.evaluation.server import ServerSampler
 from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
-from ftlevel.fast.likelihoods import compute_token_likelihoods
+from ftlevel.fast.likelihoods import base_model, compute_token_likelihoods
 from ftlevel.fast.packing import using_layout
-from ftlevel.models.hardware import autocast, evaluating
+from ftlevel.models.hardware import autocast, evaluating, free_memory_bytes
 from ftlevel.objectives import PolicyObjective
 from ftlevel.tasks.base import OutputOptions
 from ftlevel.tasks.preferences.formats import LabeledCompletion
@@ -108,11 +131,58 @@ class Group:
         }
 
 
+Sampler = GroupSampler | GenerateSampler | PagedSampler
+
+LOGP_TOLERANCE = {"float32": 1e-3}
+"""Mean difference of log-probabilities by dtype, in nats, that rounding explains."""
+_COARSE = 0.15
+
+
+def select_sampler(
+    model: Any,
+    tokenizer: Any,
+    kind: str,
+    method: str,
+    dtype: str,
+    prompt: Sequence[int],
+    paged_attention: str | None,
+) -> tuple[Callable[[], Sampler], Choice | None]:
+    """Returns a function that opens a sampler of `model`, and the choice if it is not the decoder.
+
+    `paged_attention` is the attention of continuous batching, "" if this GPU has none, and None for
+    ftlevel's decoder. If the sampler is wrong on `prompt`, `generate` is used. Call this in eval
+    mode under `torch.no_grad`.
+    """
+    if paged_attention is None:
+        decode = partial(GroupSampler, model, tokenizer)
+        reason = get_cache_limitation(model, kind, method)
+        if not reason:
+            with contextlib.closing(decode()) as decoder:
+                reason = get_decoder_error(decoder, model, prompt, max_error(dtype), forks=True)
+        if not reason:
+            return decode, None
+        reason = f"the decoder cannot serve this model: {reason}"
+    elif paged_attention:
+        paged = partial(PagedSampler, model, tokenizer, paged_attention, dtype)
+        tolerance = LOGP_TOLERANCE.get(dtype, _COARSE)
+        reason = get_attention_limitation(model, kind, method) or get_paged_error(
+            paged, model, prompt, tolerance
+        )
+        if not reason:
+            return paged, Choice("sampler", "continuous batching", "auto: flash attention")
+        reason = f"continuous batching cannot serve this model: {reason}"
+    else:
+        reason = "continuous batching needs flash attention (16 bits, an Ampere GPU or later)"
+    return partial(GenerateSampler, model, tokenizer), Choice(
+        "sampler", "transformers' generate", reason
+    )
+
+
 class Rollouts:
     """Samples completions from `model` (its attention is replaced meanwhile) and scores them.
 
-    Scores come from `rewards`, token log-probabilities from a `teacher`. `why_generate` is the
-    reason for sampling with transformers' `generate`; empty if ftlevel's own decoder is used.
+    Scores come from `rewards`, token log-probabilities from a `teacher`. `sampler` is the chosen
+    sampler and the reason; None before the first completion, and with ftlevel's own decoder.
     """
 
     def __init__(
@@ -137,7 +207,9 @@ class Rollouts:
         self._seed, self._get_position = seed, get_position
         self._kind, self._method, self._device, self._dtype = kind, method, device, dtype
         self._open: Callable[[], Sampler] | None = None
-        self.why_generate = ""
+        self.sampler: Choice | None = None
+        self.warn: Callable[[str], None] = warnings.warn
+        self._most_rows = sys.maxsize  # what fitted after running out of memory
         self._options = SamplingOptions(
             config.num_generations,
             config.temperature,
@@ -149,7 +221,7 @@ class Rollouts:
     def with_model(self, model: LoadedModel) -> Rollouts:
         """Returns a copy that samples from `model`, with the same rewards and random numbers."""
         rollouts = copy.copy(self)
-        rollouts._model, rollouts._open, rollouts.why_generate = model.model, None, ""
+        rollouts._model, rollouts._open, rollouts.sampler = model.model, None, None
         rollouts._method, rollouts._dtype = model.ref.card.method, model.dtype
         return rollouts
 
@@ -172,16 +244,37 @@ class Rollouts:
             return self._server.sample(prompts, numbers, self._options, noise)
         with evaluating(self._model, self._device, self._dtype):
             if self._open is None:
-                self._open, self.why_generate = select_sampler(
+                self._open, self.sampler = select_sampler(
                     self._model,
                     self._tokenizer,
                     self._kind,
                     self._method,
                     self._dtype,
                     max(prompts, key=len),
+                    self._get_paged_attention(),
                 )
             with contextlib.closing(self._open()) as sampler:
-                return sampler.sample(prompts, numbers, self._options, noise)
+                return self._sample_in_memory(sampler, prompts, numbers, noise)
+
+    def _get_paged_attention(self) -> str | None:
+        if self._device != "cuda":
+            return None
+        return select_paged_attention(self._model, self._dtype)
+
+    def _sample_in_memory(
+        self, sampler: Sampler, prompts: Sequence[list[int]], rows: Sequence[int], noise: Noise
+    ) -> list[list[Completion]]:
+        options = self._options
+        if self._device == "cuda":
+            config, memory = base_model(self._model).config, free_memory_bytes("cuda")
+            tokens = max(map(len, prompts)) + options.max_new_tokens
+            count = count_rows_in_memory(config, self._dtype, tokens, memory)
+            count = min(count, len(prompts) * options.count, self._most_rows)
+            options = replace(options, most_rows=count)
+        groups, count = sample_in_memory(sampler, prompts, rows, options, noise, self.warn)
+        if count < options.most_rows:
+            self._most_rows = count
+        return groups
 
     def _score(
         self, rows: Sequence[Any], sampled: Sequence[Sequence[Completion]], state: State
@@ -287,9 +380,11 @@ def open_rewards(
 ) -> Rewards:
     """Create the rewards of `config` for the prompts `rows`; loads no weights.
 
+    The caller has checked the files of reward functions (`config.trust`), which are imported here.
     `get_position` returns file and line of a table row. Raises ConfigError if a reward does not
     exist, or the rows lack a column or a reference answer for it.
     """
+    allow_reward_files(config.rewards)
     end = str(tokenizer.decode(rows[0].input_ids[-_TAIL:])).rstrip()
     rewards = Rewards(
         config, partial(open_reward_model, device=device), opens_think=end.endswith("<think>")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,11 +27,8 @@ from ftlevel.evaluation.decoding import (
     SHARED,
     RowDecoder,
     Rows,
-    get_cache_limitation,
-    get_decoder_error,
     get_shared_prefix,
     join,
-    max_error,
 )
 from ftlevel.trained.generation import batches, has_stop_text
 
@@ -48,6 +45,11 @@ _MASK = 2**64 - 1
 def _signed(value: int) -> int:
     """Returns the signed integer with the same 64 bits, because torch has no unsigned ones."""
     return value - 2**64 if value >= 2**63 else value
+
+
+def advance(state: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Returns the int64 hash of `state` and `value`, of the same shape."""
+    return _mix(state + _signed(_PHI) ^ value)
 
 
 def _mix(state: torch.Tensor) -> torch.Tensor:
@@ -69,9 +71,13 @@ class Noise:
         self, rows: Sequence[int], completions: Sequence[int], positions: Sequence[int]
     ) -> torch.Tensor:
         """Returns int64 keys `(tokens,)`; the arguments have one value per token to draw."""
+        return advance(self.begin(rows, completions), torch.tensor(positions))
+
+    def begin(self, rows: Sequence[int], completions: Sequence[int]) -> torch.Tensor:
+        """Returns the int64 hash of each completion, from which `advance` makes keys of tokens."""
         state = torch.full((len(rows),), _signed(self.seed & _MASK))
-        for part in ([self.step] * len(rows), rows, completions, positions):
-            state = _mix(state + _signed(_PHI) ^ torch.tensor(part))
+        for part in ([self.step] * len(rows), rows, completions):
+            state = advance(state, torch.tensor(part))
         return state
 
 
@@ -101,7 +107,10 @@ class Completion:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Settings of sampling: `count` completions per prompt, up to a stop id or stop text."""
+    """Settings of sampling: `count` completions per prompt, up to a stop id or stop text.
+
+    At most `most_rows` completions are sampled together.
+    """
 
     count: int
     temperature: float
@@ -111,14 +120,13 @@ class SamplingOptions:
     most_rows: int = 128
 
 
-SampledTokens = tuple[list[int], list[float], list[float]]
-"""Tokens, their log-probabilities, and the entropies."""
+SampledTokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Tokens, their log-probabilities, and the entropies, each `(rows,)`."""
 
 
 def draw(scores: torch.Tensor, temperature: float, keys: torch.Tensor) -> SampledTokens:
     """Draw a token per row of logits `(rows, vocabulary)`, seeded by `keys` `(rows,)`."""
     vocabulary = scores.shape[1]
-    keys = keys.to(scores.device)
     scores = scores.float()
     logps = (scores if temperature == 1 else scores / temperature).log_softmax(-1)
     probabilities = logps.exp()
@@ -134,9 +142,9 @@ def draw(scores: torch.Tensor, temperature: float, keys: torch.Tensor) -> Sample
     values.masked_fill_(ids >= vocabulary, 0)
     drawn = (values.log() - exponentials(keys, size, count).log()).argmax(-1, keepdim=True)
     tokens = ids.gather(1, drawn)[:, 0]
-    drawn_logps = logps.gather(1, tokens[:, None])[:, 0].tolist()
+    drawn_logps = logps.gather(1, tokens[:, None])[:, 0]
     entropies = -torch.linalg.vecdot(probabilities, logps.clamp_(min=-1e3))  # 0 · -inf is NaN
-    return tokens.tolist(), drawn_logps, entropies.tolist()
+    return tokens, drawn_logps, entropies
 
 
 class _Group:
@@ -158,12 +166,13 @@ class _Group:
             [self._rows[number // num_generations] for number in numbers],
             [number % num_generations for number in numbers],
             [len(completion.ids) for completion in completions],
-        )
+        ).to(scores.device)
         # With more scores on a CPU, the kernel maps each intermediate tensor anew.
         size = max(1, DRAWN_SCORES // scores.shape[1]) if scores.device.type == "cpu" else len(keys)
         drawn: list[tuple[int, float, float]] = []
         for part, part_keys in zip(torch.split(scores, size), torch.split(keys, size), strict=True):
-            drawn += zip(*draw(part, self._options.temperature, part_keys), strict=True)
+            sampled = draw(part, self._options.temperature, part_keys)
+            drawn += zip(*(values.tolist() for values in sampled), strict=True)
         for completion, (token, logp, entropy) in zip(completions, drawn, strict=True):
             if self.is_over(completion):
                 continue
@@ -199,7 +208,6 @@ class GroupSampler(RowDecoder):
         self._tokenizer = tokenizer
 
     def _choose_tokens(self, rows: Rows) -> None:
-        """Set token 0 in each row; `sample` replaces it by a drawn token."""
         rows.last = [0] * len(rows.numbers)
 
     def sample(
@@ -273,10 +281,9 @@ class GenerateSampler:
         pad_id = self._tokenizer.pad_token_id or 0
         device = next(self._model.parameters()).device
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        num_generations = options.count
-        for indices in batches(order, max(1, options.most_rows // num_generations)):
-            batch = [prompts[i] for i in indices for _ in range(num_generations)]
-            numbers = [i * num_generations + at for i in indices for at in range(num_generations)]
+        completions = [i * options.count + at for i in order for at in range(options.count)]
+        for numbers in batches(completions, options.most_rows):
+            batch = [prompts[number // options.count] for number in numbers]
             self._model.generate(
                 input_ids=pad(batch, pad_id, left=True).to(device),
                 attention_mask=pad([[1] * len(ids) for ids in batch], 0, left=True).to(device),
@@ -294,31 +301,3 @@ class GenerateSampler:
                 logits_processor=LogitsProcessorList([_SamplingProcessor(group, numbers)]),
             )
         return group.groups()
-
-
-Sampler = GroupSampler | GenerateSampler
-
-
-def select_sampler(
-    model: Any, tokenizer: Any, kind: str, method: str, dtype: str, prompt: Sequence[int]
-) -> tuple[Callable[[], Sampler], str]:
-    """Returns a function that opens a sampler of `model`: `GroupSampler`, or `GenerateSampler`.
-
-    Also returns why `generate` must be used, or "". `GroupSampler` is checked on `prompt`, with a
-    tolerance for `dtype`; call this in eval mode under `torch.no_grad`.
-    """
-
-    def generate() -> Sampler:
-        return GenerateSampler(model, tokenizer)
-
-    def decode() -> Sampler:
-        return GroupSampler(model, tokenizer)
-
-    if reason := get_cache_limitation(model, kind, method):
-        return generate, reason
-    decoder = GroupSampler(model, tokenizer)
-    try:
-        reason = get_decoder_error(decoder, model, prompt, max_error(dtype), forks=True)
-    finally:
-        decoder.close()
-    return (generate, reason) if reason else (decode, "")

@@ -203,6 +203,8 @@ class PackingCheck(StepCheck):
 
         def collect(block: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001 - a hook
             states = output if isinstance(output, Tensor) else output[0]
+            if layout is not None and not layout.is_single_row:
+                states = layout.unpack(states)
             outputs.append(states.float())
 
         with self.last_block.register_forward_hook(collect), using_layout(layout):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ftlevel.fast.packing import UnsupportedModelError
+from ftlevel.fast.packing import UnsupportedModelError, current_layout, keep_packed
 from ftlevel.models.hardware import free_memory_bytes
 
 CHUNK_SCORES = 8_000_000
@@ -33,6 +33,10 @@ GPU_DIVISOR = 16
 
 SCORE_BYTES = 14
 """Bytes per logit: half precision, float32, probability, and the gradient in both."""
+
+
+FLOAT16_SCALE = 1024.0
+"""Factor of gradients in float16 within the head: without it, probabilities below 3e-8 are 0."""
 
 
 def targets_per_chunk(free_bytes: int | None, vocab_size: int) -> int:
@@ -192,7 +196,8 @@ class ChunkedCrossEntropy:
         """Run `forward`; returns `compute(states)` of the head's input states (targets, hidden)."""
         self._call.request, self._call.result = (at, compute), None
         try:
-            forward()
+            with keep_packed():
+                forward()
         finally:
             self._call.request = None
         if self._call.result is None:
@@ -205,7 +210,9 @@ class ChunkedCrossEntropy:
             return None
         at, compute = self._call.request
         self._call.request = None  # the head is called again below
-        states = args[0]
+        states, layout = args[0], current_layout()
+        if layout is not None and not layout.is_single_row:  # `keep_packed`
+            at = layout.restore.index_select(0, at)
         self._call.result = compute(states.flatten(0, -2).index_select(0, at))
         return (states[:1, :1],)
 
@@ -235,6 +242,10 @@ def _chunks(states: Tensor, targets: Tensor, size: int) -> Iterator[tuple[Tensor
     return zip(torch.split(states, size), torch.split(targets, size), strict=True)
 
 
+def _cast_gradient(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    return (gradient * FLOAT16_SCALE if dtype == torch.float16 else gradient).to(dtype)
+
+
 class _SummedLoss(torch.autograd.Function):
     """Loss summed over targets; forward also computes the gradients, chunk by chunk."""
 
@@ -259,8 +270,9 @@ class _SummedLoss(torch.autograd.Function):
             with torch.no_grad():
                 loss, gradient = compute(scores, positions)
                 total += loss
+            ctx.scale = FLOAT16_SCALE if scores.dtype == torch.float16 else 1.0
             of_chunk, *of_head = torch.autograd.grad(
-                scores, [leaf, *parameters], gradient.to(scores.dtype)
+                scores, [leaf, *parameters], _cast_gradient(gradient, scores.dtype)
             )
             of_states[positions] = of_chunk
             start = positions.stop
@@ -272,6 +284,7 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         of_states, *of_parameters = ctx.saved_tensors
+        upstream = upstream / ctx.scale  # in float32: the gradient scaler's exceed float16
         return (
             of_states * upstream.to(of_states.dtype),
             None,
@@ -306,8 +319,9 @@ class _Likelihoods(torch.autograd.Function):
                 loss, gradient = losses_and_gradient(scores, chunk_targets)
                 likelihoods[positions] = -loss
             if needs_gradient:
+                ctx.scale = FLOAT16_SCALE if scores.dtype == torch.float16 else 1.0
                 (of_states[positions],) = torch.autograd.grad(
-                    scores, leaf, -gradient.to(scores.dtype)
+                    scores, leaf, -_cast_gradient(gradient, scores.dtype)
                 )
             start += len(chunk_targets)
         ctx.save_for_backward(of_states, targets, *parameters)
@@ -324,6 +338,7 @@ class _Likelihoods(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         states, targets, *parameters = ctx.saved_tensors
         if ctx.has_gradient:
+            upstream = upstream / ctx.scale
             return states * upstream[:, None].to(states.dtype), None, None, None
         of_states = torch.empty_like(states)
         of_parameters = [torch.zeros_like(p) for p in parameters]

@@ -4,8 +4,10 @@
     ∂L/∂x = g W    ∂L/∂d = uᵀ A    ∂L/∂A = u d    ∂L/∂B = (h g)ᵀ    ∂L/∂b = Σ g
 
 W is frozen, A is (r, in), B is (out, r); PEFT needs eight operations and four casts. The base's
-product is added to the update, so the sum is rounded once. Tensors of width r are (r, tokens),
-because oneDNN and MKL are up to four times slower with (tokens, r) (docs/performance.md).
+product is added to the update, so the sum is rounded once. On a CPU tensors of width r are stored
+as (r, tokens), because oneDNN and MKL are up to four times slower with (tokens, r)
+(docs/performance.md); on a GPU as (tokens, r), because cuBLAS is slow if the leading dimension is
+no multiple of 8.
 
 The layers are PEFT classes with a different `forward`, so parameters, state dict and merging are
 PEFT's. Where fusion does not apply, PEFT's `forward` runs. When gradient checkpointing recomputes
@@ -38,9 +40,11 @@ from ftlevel.models.upstream.quantizers import (
 from ftlevel.models.upstream.tensors import (
     cast_together,
     is_in_backward,
+    is_on_gpu,
     is_watched,
     new_shape,
     order_of,
+    submodules_of,
 )
 
 
@@ -70,13 +74,11 @@ class FusedLoraFunction(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         source = rows if x_dropout is None else x_dropout.reshape(rows.shape)
         down, up = cast_together([a, b], x.dtype)
-        inner = _scaled(down, source.t(), scaling)
+        inner = _narrow(down, source, scaling)
         if layer is not None and layer.is_block_output and is_in_backward():
             y = x.new_full((), torch.nan).expand(len(rows), len(up))
         else:
-            factors = (inner.t(), up.t())
-            y = torch.mm(*factors) if bias is None else torch.addmm(bias.to(x.dtype), *factors)
-            y.addmm_(rows, weight().t())
+            y = _output(rows, inner, up, bias, weight)
         saved_tensors: tuple[Tensor, ...] = (source,)
         ctx.recomputation = None
         if recomputation is not None and x_dropout is None:
@@ -99,7 +101,7 @@ class FusedLoraFunction(torch.autograd.Function):
         dtype_a, dtype_b, dtype_bias = ctx.dtypes
         g = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_dropout = grad_a = grad_b = grad_bias = None
-        grad_inner = _scaled(up.t(), g.t(), ctx.scaling)
+        grad_inner = _narrow(up.t(), g, ctx.scaling)
         if for_x:
             if ctx.has_dropout:
                 grad_x = g @ ctx.weight()
@@ -117,6 +119,36 @@ class FusedLoraFunction(torch.autograd.Function):
         if for_bias:
             grad_bias = g.sum(0, dtype=dtype_bias)
         return grad_x, grad_dropout, grad_a, grad_b, grad_bias, None, None, None, None
+
+
+def _output(
+    rows: Tensor, inner: Tensor, up: Tensor, bias: Tensor | None, weight: Callable[[], Tensor]
+) -> Tensor:
+    factors = (inner.t(), up.t())
+    y = torch.mm(*factors) if bias is None else torch.addmm(bias.to(rows.dtype), *factors)
+    return y.addmm_(rows, weight().t())
+
+
+def compute_without_gradient(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    weight: Callable[[], Tensor],
+    scaling: float,
+) -> Tensor:
+    """Returns the output of `FusedLoraFunction`, without dropout and the cost of autograd."""
+    rows = x.reshape(-1, x.shape[-1])
+    down, up = cast_together([a, b], x.dtype)
+    y = _output(rows, _narrow(down, rows, scaling), up, bias, weight)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _narrow(factor: Tensor, rows: Tensor, scaling: float) -> Tensor:
+    """Returns `scaling` · `factor` @ `rows`ᵀ, (r, tokens), for `factor` (r, width)."""
+    if is_on_gpu(rows):
+        return _scaled(rows, factor.t(), scaling).t()
+    return _scaled(factor, rows.t(), scaling)
 
 
 def _scaled(one: Tensor, tensor: Tensor, factor: float) -> Tensor:
@@ -142,7 +174,10 @@ def _product(
 
 
 class FusedForward:
-    """Mixin with a LoRA forward that is fused in training, and PEFT's own otherwise.
+    """Mixin with a LoRA forward that is fused in training and, on a GPU, in evaluation.
+
+    On a CPU, evaluation is bit-identical to PEFT's. Where fusion does not apply, PEFT's forward
+    runs.
 
     `is_block_output` marks a block's last layer, whose output is not needed in recomputation.
     """
@@ -151,31 +186,30 @@ class FusedForward:
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Returns base output plus update: (…, in) → (…, out)."""
-        name = None if args or kwargs or not self.training else get_single_adapter(self)
-        if name is None or not self._can_fuse():
+        name = None if args or kwargs or not self._can_fuse(x) else get_single_adapter(self)
+        if name is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # PEFT's
         compute_dtype, output_dtype = self._get_dtypes(x)
         x = x.to(compute_dtype)
-        dropout = self.lora_dropout[name]
+        modules = submodules_of(self)
+        a, b = (submodules_of(modules[kind])[name].weight for kind in ("lora_A", "lora_B"))
+        bias, scaling = modules["base_layer"].bias, self.scaling[name]
+        weight = functools.partial(self._weight, compute_dtype)
+        dropout = submodules_of(modules["lora_dropout"])[name]
+        has_dropout = self.training and not isinstance(dropout, nn.Identity)
         with torch.autocast(x.device.type, enabled=False):
-            y = FusedLoraFunction.apply(  # type: ignore[no-untyped-call]  # torch's
-                x,
-                None if isinstance(dropout, nn.Identity) else dropout(x),
-                self.lora_A[name].weight,
-                self.lora_B[name].weight,
-                self.base_layer.bias,
-                functools.partial(self._weight, compute_dtype),
-                self.scaling[name],
-                recomputation_of(x),
-                self,
-            )
+            if not (has_dropout or torch.is_grad_enabled()):
+                return compute_without_gradient(x, a, b, bias, weight, scaling).to(output_dtype)
+            x_dropout, recomputation = dropout(x) if has_dropout else None, recomputation_of(x)
+            arguments = (x, x_dropout, a, b, bias, weight, scaling, recomputation, self)
+            y = FusedLoraFunction.apply(*arguments)  # type: ignore[no-untyped-call]  # torch's
         return y.to(output_dtype)
 
     def __repr__(self) -> str:
         return super().__repr__().replace("lora.Fused", "lora.", 1)
 
-    def _can_fuse(self) -> bool:
-        return True
+    def _can_fuse(self: Any, x: Tensor) -> bool:
+        return self.training or is_on_gpu(x)
 
     def _get_dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
         """Returns compute and output dtype of the base layer: both autocast's, else that of `x`."""
@@ -190,17 +224,21 @@ def get_single_adapter(layer: Any) -> str | None:
     Variants such as DoRA, a bias of B and a trained base cannot be fused. Hooks on the layer (of
     offloading, tensor parallelism, an observer) also prevent fusion: it would skip them.
     """
-    if layer.disable_adapters or layer.merged:
+    if layer.disable_adapters or layer.merged_adapters:
         return None
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    modules = submodules_of(layer)
+    factors_a, factors_b = (submodules_of(modules[kind]) for kind in ("lora_A", "lora_B"))
+    names = [name for name in layer.active_adapters if name in factors_a]
     if len(names) != 1:
         return None
     name = names[0]
-    base = layer.base_layer
-    if name in layer.lora_variant or layer.lora_bias[name] or base.weight.requires_grad:
+    base = modules["base_layer"]
+    is_trained = base.weight.requires_grad
+    if is_trained or name in layer.lora_variant or layer.lora_bias[name]:
         return None
-    has_hooks = any(map(is_watched, (base, layer.lora_A[name], layer.lora_B[name])))
-    return None if has_hooks else name
+    if is_watched(base) or is_watched(factors_a[name]) or is_watched(factors_b[name]):
+        return None
+    return name
 
 
 def register_fused_layers(config: LoraConfig) -> None:
@@ -242,8 +280,10 @@ class FusedLinear(FusedForward, lora.Linear):
 class FusedLinear4bit(FusedForward, lora.Linear4bit):
     """Fused LoRA of `bitsandbytes.nn.Linear4bit`; W is dequantized in forward and in backward."""
 
-    def _can_fuse(self) -> bool:
-        return supports_4bit_training(self.base_layer)
+    def _can_fuse(self, x: Tensor) -> bool:
+        # In evaluation, bitsandbytes has a faster kernel for a single token.
+        is_single = not self.training and x.numel() == x.shape[-1]
+        return super()._can_fuse(x) and not is_single and supports_4bit_training(self.base_layer)
 
     def _get_dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
         return self.base_layer.compute_dtype, x.dtype
@@ -256,8 +296,8 @@ class FusedLinear4bit(FusedForward, lora.Linear4bit):
 class FusedLinear8bitLt(FusedForward, lora.Linear8bitLt):
     """Fused LoRA of `bitsandbytes.nn.Linear8bitLt` on a CPU; on a GPU, PEFT's forward runs."""
 
-    def _can_fuse(self) -> bool:
-        return supports_8bit_training(self.base_layer)
+    def _can_fuse(self, x: Tensor) -> bool:  # noqa: ARG002 - see FusedForward
+        return self.training and supports_8bit_training(self.base_layer)
 
     def _weight(self, dtype: torch.dtype) -> Tensor:
         return dequantize_8bit(self.base_layer, dtype)

@@ -1,24 +1,32 @@
-"""Attention of packed rows on a GPU, and the options of all attention in the fast step."""
+"""Attention of packed rows on a GPU, and the options of all attention in the fast step.
+
+torch's `varlen_attn` (flash attention) is used where it supports the states and options, else SDPA
+on padded segments. Keys and values of a shared prefix are not copied for each sequence below it.
+"""
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
-import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
+from packaging.version import Version
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from ftlevel.errors import InputError
-from ftlevel.fast.packing import Segment
+from ftlevel.fast.packing import Range, Segment
 from ftlevel.models.hardware import send
+from ftlevel.models.upstream.tensors import (
+    VarlenLengths,
+    flash_attention,
+    flash_attention_backward,
+    is_on_gpu,
+)
 
 
 def softcapped_attention(
@@ -71,121 +79,133 @@ class AttentionOptions:
     cap: float | None = None
 
 
+HAS_VARLEN = Version(torch.__version__) >= Version("2.12")
+"""Whether torch's `varlen_attn` has windows, a scale and grouped-query heads."""
+
 MAX_HEAD_DIM = 256
 """Maximum head_dim of flash attention."""
 
-
-class FlashKernel(Protocol):
-    """Interface of GPU kernels that compute the attention of a whole packed row in one call."""
-
-    def supports(self, options: AttentionOptions, head_dim: int) -> bool:
-        """Returns whether the kernel supports `options` for heads of `head_dim`."""
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, options: AttentionOptions
-    ) -> Tensor:
-        """Returns the output (tokens, heads, head_dim) for contiguous tensors of that layout."""
+SMALL_MEMORY_CAPABILITIES = ((8, 6), (8, 9), (12, 0), (12, 1))
+"""Compute capabilities whose shared memory is too small for the backward pass of flash attention
+with head_dim 193 to 224 (torch, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+"""
 
 
-@dataclass(frozen=True)
-class VarlenKernel:
-    """Kernel `varlen_attn` of torch, and which options the installed version supports.
+def get_capability(tensor: Tensor) -> tuple[int, int]:
+    """Returns the compute capability of the GPU of `tensor`; of an Ampere card for estimates."""
+    if tensor.is_cuda:
+        return torch.cuda.get_device_capability(tensor.device)
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (8, 0)
 
-    torch 2.8 and 2.9 do not have it. Options: only `is_causal` in 2.10, all but `enable_gqa` in
-    2.11, all in 2.12, 2.13 and 2.15 (torch/nn/attention/varlen.py). Without `scales` the scale is 1
-    / sqrt(head_dim); without `groups` keys are repeated for each query head.
+
+def supports_varlen(states: Sequence[Tensor], options: AttentionOptions) -> bool:
+    """Returns whether `varlen_attn` supports `options` and query, key and value (…, head_dim)."""
+    query, key, value = states
+    if not is_on_gpu(query) or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if options.dropout or options.cap or not HAS_VARLEN:
+        return False
+    capability, head_dim = get_capability(query), query.shape[-1]
+    if not head_dim == key.shape[-1] == value.shape[-1]:
+        return False
+    if capability in SMALL_MEMORY_CAPABILITIES and 192 < head_dim <= 224:
+        return False
+    return head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM and capability >= (8, 0)
+
+
+def activate_fa3(config: Any) -> str:
+    """Make FlashAttention 3 torch's flash attention in this process, where that is possible.
+
+    Returns the reason for display; empty if FlashAttention 2 stays: on a GPU other than Hopper,
+    without the package flash_attn_3 or a torch that knows it, or if `config` has attention dropout,
+    which FA3 does not support and torch does not check.
     """
+    has_dropout = any("att" in name and "drop" in name and value
+                      for name, value in config.to_dict().items())  # fmt: skip
+    if has_dropout or not torch.cuda.is_available() or find_spec("flash_attn_interface") is None:
+        return ""
+    if torch.cuda.get_device_capability()[0] != 9:
+        return ""
+    try:
+        from torch.nn.attention import activate_flash_attention_impl
 
-    windows: bool
-    scales: bool
-    groups: bool
-
-    @classmethod
-    def read(cls, function: Callable[..., Any]) -> VarlenKernel:
-        """Returns the kernel of `function`, with supported options read from its signature."""
-        names = inspect.signature(function).parameters
-        return cls("window_size" in names, "scale" in names, "enable_gqa" in names)
-
-    def supports(self, options: AttentionOptions, head_dim: int) -> bool:
-        is_default_scale = math.isclose(options.scale, head_dim**-0.5, rel_tol=1e-6)
-        has_window = self.windows or options.window is None
-        return has_window and (self.scales or is_default_scale) and options.cap is None
-
-    def get_kwargs(
-        self, causal: bool, window: int | None, scale: float, *, grouped: bool
-    ) -> dict[str, Any]:
-        """Returns keyword arguments for `varlen_attn`; `grouped`: fewer key than query heads."""
-        kwargs: dict[str, Any] = {"scale": scale} if self.scales else {}
-        if self.groups:
-            kwargs["enable_gqa"] = grouped
-        if self.windows:
-            return {**kwargs, "window_size": window_of(causal, window)}
-        return {**kwargs, "is_causal": causal}
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, options: AttentionOptions
-    ) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        groups = query.shape[1] // key.shape[1]
-        if groups > 1 and not self.groups:
-            key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
-        output = varlen_attn(
-            query,
-            key,
-            value,
-            lengths.queries,
-            lengths.keys,
-            lengths.max_queries,
-            lengths.max_keys,
-            **self.get_kwargs(options.causal, options.window, options.scale, grouped=groups > 1),
-        )
-        return cast("Tensor", output)  # a tuple is returned only on request
+        activate_flash_attention_impl("FA3")
+    except Exception:  # noqa: BLE001 - of a package built for another torch: FA2 is there
+        return ""
+    return "flash_attn_3 is installed"
 
 
-@lru_cache(maxsize=1)
-def get_installed_kernel() -> VarlenKernel | None:
-    """Returns torch's `varlen_attn` as a `VarlenKernel`; None if this torch lacks it."""
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return None
-    from torch.nn.attention.varlen import varlen_attn
+@lru_cache(maxsize=8)
+def get_lengths(
+    segments: tuple[Segment, ...], device: torch.device, *, with_past: bool
+) -> VarlenLengths:
+    """Returns the lengths of `segments` as sequences of queries and of keys, past included or not.
 
-    return VarlenKernel.read(varlen_attn)
+    If they are equal, both are the same tensor, which torch requires for cuDNN from 2.15 on.
+    """
+    own = [segment.stop - segment.start for segment in segments]
+    keys = [length + with_past * s.position for s, length in zip(segments, own, strict=True)]
+    ends = _to_ends(own, device)
+    return ends, ends if keys == own else _to_ends(keys, device), max(own), max(keys)
+
+
+def _to_ends(lengths: Sequence[int], device: torch.device) -> Tensor:
+    return send(torch.tensor([0, *lengths]).cumsum(0).int(), device)
+
+
+@lru_cache(maxsize=8)
+def get_key_source(segments: tuple[Segment, ...], device: torch.device) -> Tensor:
+    """Returns the positions of the keys of all segments, past included, (keys,)."""
+    return send(_to_positions([r for s in segments for r in (*s.past, (s.start, s.stop))]), device)
+
+
+def _to_positions(ranges: Sequence[Range]) -> Tensor:
+    return torch.cat([torch.arange(start, stop) for start, stop in ranges])
 
 
 @dataclass(frozen=True)
-class Lengths:
-    """Cumulative lengths of the segments (sequences) of a packed row, as kernels expect them.
+class PastCall:
+    """Attention of queries to prefixes, each prefix with the queries of all segments below it.
 
     Attributes:
-        queries: (segments + 1,) int32.
-        keys: (segments + 1,) int32, past included; without any past, `queries` itself, which torch
-            requires for cuDNN from 2.15 on.
-        max_queries, max_keys: maximum per segment.
-        source: (keys,) packed position of each gathered key; None if no segment has a past.
+        queries: (queries,) indices of the queries among the tokens of all segments.
+        keys: (keys,) positions of the keys in the row; a key occurs once.
     """
 
     queries: Tensor
     keys: Tensor
-    max_queries: int
-    max_keys: int
-    source: Tensor | None
+    lengths: VarlenLengths
+
+    def select(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the queries, keys and values of this call."""
+        keys = self.keys
+        return (
+            query.index_select(0, self.queries),
+            key.index_select(0, keys),
+            value.index_select(0, keys),
+        )
 
 
 @lru_cache(maxsize=8)
-def get_lengths(segments: tuple[Segment, ...], device: torch.device) -> Lengths:
-    """Returns the cumulative lengths of `segments` as tensors on `device`."""
-    lengths = [segment.stop - segment.start for segment in segments]
-    num_keys = [
-        segment.position + length for segment, length in zip(segments, lengths, strict=True)
-    ]
-    queries = send(torch.tensor([0, *lengths]).cumsum(0).int(), device)
-    if not any(segment.past for segment in segments):
-        return Lengths(queries, queries, max(lengths), max(lengths), None)
-    spans = [r for s in segments for r in (*s.past, (s.start, s.stop))]
-    source = send(torch.cat([torch.arange(start, stop) for start, stop in spans]), device)
-    keys = send(torch.tensor([0, *num_keys]).cumsum(0).int(), device)
-    return Lengths(queries, keys, max(lengths), max(num_keys), source)
+def plan_past_calls(segments: tuple[Segment, ...], device: torch.device) -> tuple[PastCall, ...]:
+    """Returns the calls in which segments attend to their past, one for each level of the tree."""
+    calls, first = [], segments[0].start
+    for level in range(max(len(segment.past) for segment in segments)):
+        below: dict[Range, list[Range]] = defaultdict(list)
+        for segment in segments:
+            if len(segment.past) > level:
+                below[segment.past[level]].append((segment.start - first, segment.stop - first))
+        queries = [sum(stop - start for start, stop in ranges) for ranges in below.values()]
+        keys = [stop - start for start, stop in below]
+        ends = (_to_ends(queries, device), _to_ends(keys, device))
+        calls.append(
+            PastCall(
+                send(_to_positions([r for ranges in below.values() for r in ranges]), device),
+                send(_to_positions(list(below)), device),
+                (*ends, max(queries), max(keys)),
+            )
+        )
+    return tuple(calls)
 
 
 def window_of(causal: bool, window: int | None) -> tuple[int, int]:
@@ -194,42 +214,127 @@ def window_of(causal: bool, window: int | None) -> tuple[int, int]:
     return past, 0 if causal else past
 
 
-def supports_attention(
-    query: Tensor, options: AttentionOptions, kernel: FlashKernel | None = None
-) -> bool:
-    """Returns whether `kernel` (None: torch's) supports `options` and a `query` (…, head_dim)."""
-    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or options.dropout:
-        return False
-    head_dim, kernel = query.shape[-1], kernel or get_installed_kernel()
-    return (
-        kernel is not None
-        and kernel.supports(options, head_dim)
-        and head_dim % 8 == 0
-        and head_dim <= MAX_HEAD_DIM
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
-
-
 def varlen_attention(
-    states: list[Tensor],
-    segments: tuple[Segment, ...],
-    options: AttentionOptions,
-    kernel: FlashKernel | None = None,
+    states: list[Tensor], segments: tuple[Segment, ...], options: AttentionOptions
 ) -> Tensor:
-    """Returns attention within each of `segments`, (tokens, heads, head_dim), by a GPU kernel.
+    """Returns attention within each of `segments`, (their tokens, heads, head_dim), on a GPU.
 
     `states` are queries (heads, tokens, head_dim), keys and values (key heads, tokens, head_dim),
-    for which `supports_attention` must be true.
+    for which `supports_varlen` must be true. Tokens before the first segment are keys only.
     """
-    kernel = kernel or get_installed_kernel()
-    if kernel is None:
-        raise RuntimeError("this torch has no varlen_attn")
-    query, key, value = (part.transpose(0, 1) for part in states)
-    lengths = get_lengths(segments, query.device)
-    if lengths.source is not None:
-        key, value = (part.index_select(0, lengths.source) for part in (key, value))
-    rows = (query.contiguous(), key.contiguous(), value.contiguous())
-    return kernel.attend(*rows, lengths, options)
+    query, key, value = (part.transpose(0, 1).contiguous() for part in states)
+    query, device = query[segments[0].start :], query.device
+    longest = max(segment.position + segment.stop - segment.start for segment in segments)
+    window = None if options.window is None or options.window >= longest else options.window
+    has_past = any(segment.past for segment in segments)
+    lengths = get_lengths(segments, device, with_past=has_past and window is not None)
+    if has_past and window is None:
+        calls = plan_past_calls(segments, device)
+        attended: Tensor = TreeAttention.apply(query, key, value, lengths, calls, options.scale)  # type: ignore[no-untyped-call]
+        return attended
+    if has_past:  # where a window begins in the past depends on the query
+        source = get_key_source(segments, device)
+        key, value = (Gather.apply(part, 0, source) for part in (key, value))  # type: ignore[no-untyped-call]
+    from torch.nn.attention.varlen import varlen_attn
+
+    output = varlen_attn(
+        query,
+        key,
+        value,
+        *lengths,
+        scale=options.scale,
+        window_size=window_of(options.causal, window),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return cast("Tensor", output)  # a tuple is returned only on request
+
+
+class TreeAttention(torch.autograd.Function):
+    """Attention in a prefix tree: each segment to itself, and to its past, merged by log-sum-exp.
+
+        o = Σᵢ exp(ℓᵢ − ℓ) oᵢ,  ℓ = log Σᵢ exp ℓᵢ    for calls i with outputs oᵢ and LSE ℓᵢ
+
+    With o and ℓ in place of oᵢ and ℓᵢ, the backward kernel of a call computes its part of the
+    gradients, as in ring attention (arXiv 2310.01889). Keys are not copied for each sequence that
+    shares them, and the kernel sums their gradients in float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lengths: VarlenLengths,
+        calls: Sequence[PastCall],
+        scale: float,
+    ) -> Tensor:
+        """Returns the output (queries, heads, head_dim).
+
+        `query` is (queries, heads, head_dim), `key` and `value` are (tokens, key heads, head_dim);
+        the queries are of the last tokens. `lengths` are those of the segments themselves.
+        """
+        own = (query, key[len(key) - len(query) :], value[len(value) - len(query) :])
+        output, lse = flash_attention(*own, lengths, causal=True, scale=scale)
+        exact = output.to(torch.promote_types(output.dtype, torch.float32))
+        for call in calls:
+            states = call.select(query, key, value)
+            part, part_lse = flash_attention(*states, call.lengths, causal=False, scale=scale)
+            before = lse.index_select(1, call.queries)
+            total = torch.logaddexp(before, part_lse)
+            kept, added = ((x - total).exp().t()[..., None] for x in (before, part_lse))
+            merged = exact.index_select(0, call.queries).mul_(kept).add_(part * added)
+            exact.index_copy_(0, call.queries, merged)
+            lse.index_copy_(1, call.queries, total)
+        output = exact.to(output.dtype)
+        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.arguments = lengths, calls, scale
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of `query`, `key` and `value`."""
+        query, key, value, output, lse = ctx.saved_tensors
+        calls: Sequence[PastCall]
+        lengths, calls, scale = ctx.arguments
+        gradient, first = gradient.contiguous(), len(key) - len(query)
+        of_query, *of_own = flash_attention_backward(
+            gradient, query, key[first:], value[first:], output, lse, lengths,
+            causal=True, scale=scale,
+        )  # fmt: skip
+        of_key, of_value = (functional.pad(part, (0, 0, 0, 0, first, 0)) for part in of_own)
+        for call in calls:
+            at, states = call.queries, call.select(query, key, value)
+            results = (output.index_select(0, at), lse.index_select(1, at))
+            parts = flash_attention_backward(
+                gradient.index_select(0, at), *states, *results, call.lengths,
+                causal=False, scale=scale,
+            )  # fmt: skip
+            of_query.index_add_(0, at, parts[0])
+            of_key.index_add_(0, call.keys, parts[1])
+            of_value.index_add_(0, call.keys, parts[2])
+        return of_query, of_key, of_value, None, None, None
+
+
+class Gather(torch.autograd.Function):
+    """`index_select` whose gradient is summed in float32; in 16 bits, each addition is rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, dim: int, source: Tensor) -> Tensor:
+        """Returns `states.index_select(dim, source)`."""
+        ctx.save_for_backward(source)
+        ctx.dim, ctx.shape = dim, states.shape
+        return states.index_select(dim, source)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradient of `states`."""
+        (source,) = ctx.saved_tensors
+        exact = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        total = exact.new_zeros(ctx.shape).index_add_(ctx.dim, source, exact)
+        return total.to(gradient.dtype), None, None
 
 
 LengthPair = tuple[int, int]
@@ -255,19 +360,23 @@ class PaddedBatch:
 def pad_segments(
     segments: tuple[Segment, ...], causal: bool, window: int | None, device: torch.device
 ) -> tuple[tuple[PaddedBatch, ...], Tensor]:
-    """Returns padded batches, and (tokens,) each token's index in the concatenated batches."""
+    """Returns padded batches, and the index of each query in the concatenated batches.
+
+    The queries are the tokens of `segments`; tokens before the first segment are keys only.
+    """
     groups: dict[LengthPair, list[int]] = defaultdict(list)
     for number, segment in enumerate(segments):
         length, seen = _lengths(segment)
         groups[length.bit_length(), seen.bit_length()].append(number)
-    batches, offset = list[PaddedBatch](), 0
-    positions = torch.empty(segments[-1].stop, dtype=torch.long)
+    batches, offset, first = list[PaddedBatch](), 0, segments[0].start
+    positions = torch.empty(segments[-1].stop - first, dtype=torch.long)
     for numbers in groups.values():
         group = [segments[number] for number in numbers]
         batch = _pad(group, causal, window)
         for row, segment in enumerate(group):
             start, length = offset + row * batch.queries.shape[1], segment.stop - segment.start
-            positions[segment.start : segment.stop] = torch.arange(start, start + length)
+            at = segment.start - first
+            positions[at : at + length] = torch.arange(start, start + length)
         offset += batch.queries.numel()
         mask = None if batch.mask is None else send(batch.mask, device)
         batches.append(
@@ -312,9 +421,11 @@ def padded_attention(
     """Returns attention as `varlen_attention` does, with torch's SDPA on padded batches."""
     batches, positions = pad_segments(segments, options.causal, options.window, states[0].device)
     groups, outputs = len(states[0]) // len(states[1]), []
+    # Only then is a key in several sequences.
+    select = Gather.apply if any(segment.past for segment in segments) else torch.index_select
     for batch in batches:
         query, key, value = (
-            part.index_select(1, at.flatten()).view(len(part), *at.shape, -1).transpose(0, 1)
+            select(part, 1, at.flatten()).view(len(part), *at.shape, -1).transpose(0, 1)
             for part, at in zip(states, (batch.queries, batch.keys, batch.keys), strict=True)
         )
         if options.cap:
@@ -343,81 +454,3 @@ def padded_attention(
         )
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, positions)
-
-
-FUNCTION = "flash_attn_varlen_func"
-
-
-@dataclass(frozen=True)
-class HubKernel:
-    """Kernel from the Hub; `all_keys` is its argument for no window (FA4: None, others: -1)."""
-
-    function: Callable[..., Any]
-    caps: bool
-    windows: bool
-    all_keys: int | None
-
-    @classmethod
-    def read(cls, function: Callable[..., Any]) -> HubKernel:
-        """Returns the kernel of `function`, with supported options read from its signature."""
-        names = inspect.signature(function).parameters
-        windows = "window_size" in names
-        all_keys = names["window_size"].default[0] if windows else None
-        return cls(function, "softcap" in names, windows, all_keys)
-
-    def supports(self, options: AttentionOptions, head_dim: int) -> bool:
-        is_supported = (self.caps or options.cap is None) and (
-            self.windows or options.window is None
-        )
-        return is_supported and head_dim <= MAX_HEAD_DIM
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, options: AttentionOptions
-    ) -> Tensor:
-        kwargs: dict[str, Any] = {"softmax_scale": options.scale, "causal": options.causal}
-        if options.cap is not None:
-            kwargs["softcap"] = options.cap
-        if options.window is not None:
-            left, right = window_of(options.causal, options.window)
-            kwargs["window_size"] = (left, self.all_keys if right < 0 else right)
-        output = self.function(
-            query,
-            key,
-            value,
-            cu_seqlens_q=lengths.queries,
-            cu_seqlens_k=lengths.keys,
-            max_seqlen_q=lengths.max_queries,
-            max_seqlen_k=lengths.max_keys,
-            **kwargs,
-        )
-        return output[0] if isinstance(output, tuple) else output
-
-
-@lru_cache(maxsize=4)
-def fetch_kernel(name: str) -> HubKernel:
-    """Load the Hub kernel `name`, OWNER/NAME@VERSION; InputError if loading fails."""
-    if find_spec("kernels") is None:
-        raise InputError(
-            f"speed.attention_kernel {name} is fetched by the package kernels, which is not "
-            "installed. pip install kernels, or drop it."
-        )
-    from kernels import get_kernel
-
-    repository, _, version = name.partition("@")
-    version_kwargs: dict[str, Any] = (
-        {"version": int(version)} if version.isdigit() else {"revision": version}
-    )
-    try:
-        module = get_kernel(repository, **version_kwargs)
-    except Exception as error:
-        raise InputError(
-            f"The package kernels has no {name} for this machine: {error}. Choose another in "
-            "speed.attention_kernel, or drop it."
-        ) from error
-    function = getattr(module, FUNCTION, None)
-    if function is None:
-        raise InputError(
-            f"{name} has no {FUNCTION}, so it does not support packed rows. Choose another in "
-            "speed.attention_kernel (kernels-community/flash-attn3@1), or drop it."
-        )
-    return HubKernel.read(function)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
@@ -30,17 +30,16 @@ from ftlevel.fast.blocked_attention import (
 )
 from ftlevel.fast.gpu_attention import (
     AttentionOptions,
-    FlashKernel,
     padded_attention,
     softcapped_attention,
-    supports_attention,
+    supports_varlen,
     varlen_attention,
 )
 from ftlevel.fast.packing import PackedLayout, Segment, UnsupportedModelError, current_layout
 from ftlevel.fast.prefixes import current_prefix
 from ftlevel.fast.recompute import dropout_mask, worker_generator
 from ftlevel.models.upstream.architectures import create_sdpa_mask
-from ftlevel.models.upstream.tensors import softmax_backward
+from ftlevel.models.upstream.tensors import is_on_gpu, softmax_backward
 
 MAX_SHORT = 64
 """Maximum tokens of a short sequence."""
@@ -225,9 +224,9 @@ of its time at 512 tokens and the same time at 2,048.
 _UNSUPPORTED = ("s_aux", "position_bias")
 
 
-def register(kernel: FlashKernel | None = None) -> None:
-    """Register the attention with transformers; `kernel` replaces torch's on a GPU."""
-    AttentionInterface.register(NAME, partial(attend, kernel=kernel))
+def register() -> None:
+    """Register the attention with transformers."""
+    AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, create_mask)
 
 
@@ -247,7 +246,6 @@ def attend(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    kernel: FlashKernel | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Returns attention within the sequences of the current layout, and None for the weights.
@@ -294,21 +292,18 @@ def attend(
     )
     states = [part.squeeze(0).to(compute_dtype) for part in (query, key, value)]
     options = AttentionOptions(causal, sliding_window, scale, dropout, softcap or None)
-    output = _by_sequence(layout, states, options, kernel)
-    row_states = output[layout.before :] if layout.before else output
-    return row_states[None], None
+    output = _by_sequence(layout, states, options)
+    return output[len(output) - layout.tokens :][None], None
 
 
-def _by_sequence(
-    layout: PackedLayout,
-    states: list[Tensor],
-    options: AttentionOptions,
-    kernel: FlashKernel | None,
-) -> Tensor:
-    """Returns attention within the sequences, (tokens, heads, head_dim), by the fastest method."""
-    if supports_attention(states[0], options, kernel):
-        return varlen_attention(states, layout.segments, options, kernel)
-    if states[0].device.type != "cpu":
+def _by_sequence(layout: PackedLayout, states: list[Tensor], options: AttentionOptions) -> Tensor:
+    """Returns attention within the sequences, (tokens, heads, head_dim), by the fastest method.
+
+    On a GPU, tokens of a shared prefix have no output.
+    """
+    if supports_varlen(states, options):
+        return varlen_attention(states, layout.segments, options)
+    if is_on_gpu(states[0]) or states[0].device.type != "cpu":
         return padded_attention(states, layout.segments, options)
     max_length = max(s.stop - s.start for s in layout.segments)
     is_short = max_length <= MAX_BLOCKED

@@ -3,14 +3,16 @@
     batch   a₀ a₁ a₂ a₃        row   a₀ a₁ a₂ a₃ b₀ b₁        segments   [0, 4) [4, 6)
             b₀ b₁ ·  ·
 
-Hooks pack the input of a model's blocks; embeddings, positions, heads and pooling use the padded
-batch. The gradient of a step does not depend on the split. Micro-batches are as even as possible,
-and their number is a multiple of the number of parallel workers.
+Hooks pack the inputs of a model, so that embeddings, blocks and final norm run on packed states.
+Pooling and heads use the padded batch; the chunked language head uses packed states. The gradient
+of a step does not depend on the split. Micro-batches are as even as possible, and their number is a
+multiple of the number of parallel workers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ftlevel.models.module_tree import get_block_owners
 
 Range = tuple[int, int]
 
@@ -59,6 +63,8 @@ class PackedLayout:
         before: tokens of a shared prefix that precede the row in attention only; segments count
             them, `source` and `restore` do not.
         is_for_answers: whether the row is for inference, so that attention may sum in any order.
+        padding: number of padding tokens at the end of the row (see `pad_to`); `source` and
+            `segments` count them.
     """
 
     batch: int
@@ -69,6 +75,7 @@ class PackedLayout:
     needed: Tensor | None = None
     before: int = 0
     is_for_answers: bool = False
+    padding: int = 0
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> PackedLayout:
@@ -100,6 +107,23 @@ class PackedLayout:
         needed = torch.unique(self.restore.index_select(0, at))
         return replace(self, needed=needed if len(needed) < self.tokens else None)
 
+    def pad_to(self, multiple: int) -> PackedLayout:
+        """Returns a copy with padding tokens at the end, to a multiple of `multiple` tokens.
+
+        They are copies of the batch's first token that see only each other, so that their states
+        are no larger than a token's. `restore` never points at them.
+        """
+        padding = -self.tokens % multiple
+        if not padding:
+            return self
+        start = self.before + self.tokens
+        return replace(
+            self,
+            source=torch.cat([self.source, self.source.new_zeros(padding)]),
+            segments=(*self.segments, Segment(start, start + padding)),
+            padding=padding,
+        )
+
     @property
     def tokens(self) -> int:
         """Number of tokens that the blocks compute."""
@@ -108,7 +132,7 @@ class PackedLayout:
     @property
     def is_single_row(self) -> bool:
         """Whether the batch is a single row without padding."""
-        return self.batch == 1 and self.tokens == self.seq
+        return self.batch == 1 and self.tokens == self.seq and not self.padding
 
     @cached_property
     def column(self) -> Tensor:
@@ -126,13 +150,13 @@ class PackedLayout:
         return states[0].index_select(0, self.restore).view(self.batch, self.seq, *states.shape[2:])
 
     def pack_inputs(self, value: Any) -> Any:
-        """Returns a block's argument `value`, with tensors (batch or 1, seq, …) in it packed."""
-        if isinstance(value, Tensor):
-            is_per_token = value.dim() > 1 and value.shape[1] == self.seq
-            return self.pack(value) if is_per_token and value.shape[0] in (1, self.batch) else value
-        if isinstance(value, tuple | list):
-            return type(value)(self.pack_inputs(part) for part in value)
-        return value
+        """Returns a model's argument `value`, packed if it is a tensor (batch or 1, seq, …)."""
+        is_per_token = (
+            isinstance(value, Tensor)
+            and value.shape[1:2] == (self.seq,)
+            and value.shape[0] in (1, self.batch)
+        )
+        return self.pack(value) if is_per_token else value
 
 
 _shared: PackedLayout | None = None
@@ -252,7 +276,6 @@ def _round_up(number: int, multiple: int, limit: int) -> int:
 
 
 def _balance(order: Sequence[int], costs: Sequence[int], num_batches: int) -> MicroBatches:
-    """Split rows, in `order`; each is added to the micro-batch with the lowest total cost."""
     micro_batches: MicroBatches = [[] for _ in range(num_batches)]
     batch_costs = [0] * num_batches
     for row in order:
@@ -288,47 +311,87 @@ def _fill(order: Sequence[int], budget: int, added: AddedCost) -> MicroBatches:
     return micro_batches
 
 
-class PackedBlocks:
-    """Hooks that pack the input of a model's blocks and pad the output of the last one."""
+class PackedModel:
+    """Hooks that pack the inputs of transformers model `model` and pad its last hidden states.
 
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+    The inputs, (batch, seq, …), are packed before the embeddings. The states are padded where the
+    module that holds the blocks returns them, unless `keep_packed` applies. Raises
+    UnsupportedModelError if the model does not accept positions.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        owners = get_block_owners(model)
+        base, self._names = _find_base(owners)
+        self._padding_idx = _get_padding_idx(base)
         self._hooks = [
-            block.register_forward_pre_hook(_pack_block, with_kwargs=True, prepend=True)
-            for block in blocks
+            base.register_forward_pre_hook(self._pack, with_kwargs=True, prepend=True),
+            owners[0].register_forward_hook(_unpack),
         ]
-        self._hooks.append(blocks[-1].register_forward_hook(_unpack_block))
 
     def remove(self) -> None:
-        """Remove the hooks from the blocks, which then compute padded batches."""
+        """Remove the hooks from the model, which then computes padded batches."""
         for hook in self._hooks:
             hook.remove()
 
+    def _pack(
+        self,
+        base: nn.Module,  # noqa: ARG002 - the signature of a hook
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        layout = current_layout()
+        if layout is None or layout.is_single_row:
+            return None
+        inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        packed = {name: layout.pack_inputs(value) for name, value in inputs.items()}
+        if packed.get("position_ids") is None:
+            packed["position_ids"] = layout.column[None]
+            if self._padding_idx is not None:
+                is_token = inputs["input_ids"] != self._padding_idx
+                positions = is_token.cumsum(1) * is_token + self._padding_idx
+                packed["position_ids"] = layout.pack(positions)
+        return (), packed
 
-def _pack_block(
-    block: nn.Module,  # noqa: ARG001 - the signature of a hook
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    layout = current_layout()
-    if layout is None or layout.is_single_row:
-        return None
-    states, *others = args if args else (kwargs["hidden_states"],)
-    if states.shape[:2] == (layout.batch, layout.seq):
-        states = layout.pack(states)
-    kwargs = {name: layout.pack_inputs(value) for name, value in kwargs.items()}
-    if args:
-        return (states, *(layout.pack_inputs(value) for value in others)), kwargs
-    return (), {**kwargs, "hidden_states": states}
+
+def _find_base(owners: Sequence[nn.Module]) -> tuple[nn.Module, list[str]]:
+    """Returns the innermost of `owners` that embeds tokens, and the names of its arguments."""
+    for owner in owners:
+        names = list(inspect.signature(owner.forward).parameters)
+        if {"input_ids", "position_ids"} <= set(names):
+            return owner, names
+    raise UnsupportedModelError("it computes positions itself")
 
 
-def _unpack_block(
-    block: nn.Module,  # noqa: ARG001 - the signature of a hook
+def _get_padding_idx(base: nn.Module) -> int | None:
+    """Returns the padding index of a model that counts positions from it (RoBERTa), else None."""
+    for name, module in base.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return module.padding_idx
+    return None
+
+
+def _unpack(
+    owner: nn.Module,  # noqa: ARG001 - the signature of a hook
     args: tuple[Any, ...],  # noqa: ARG001 - the signature of a hook
     output: Any,
 ) -> Any:
     layout = current_layout()
-    if layout is None or layout.is_single_row:
+    if layout is None or layout.is_single_row or getattr(_thread_local, "keeps_packed", False):
         return None
     if isinstance(output, Tensor):
         return layout.unpack(output)
-    return (layout.unpack(output[0]), *output[1:])
+    if isinstance(output, tuple):
+        return (layout.unpack(output[0]), *output[1:])
+    first = next(iter(output))  # a ModelOutput
+    output[first] = layout.unpack(output[first])
+    return output
+
+
+@contextlib.contextmanager
+def keep_packed() -> Iterator[None]:
+    """Keep the last hidden states of a `PackedModel` packed in this thread's `with` block."""
+    _thread_local.keeps_packed = True
+    try:
+        yield
+    finally:
+        _thread_local.keeps_packed = False

@@ -20,8 +20,9 @@ from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.store import row_lengths
 from ftlevel.fast import packed_attention as attention
-from ftlevel.fast.gpu_attention import FlashKernel
+from ftlevel.fast.gpu_attention import activate_fa3
 from ftlevel.fast.likelihoods import TokenSelector, base_model
+from ftlevel.fast.packing import PackedModel, UnsupportedModelError
 from ftlevel.fast.parallel_workers import MAX_WORKERS
 from ftlevel.fast.prefixes import shared_fraction
 from ftlevel.methods import METHODS
@@ -79,7 +80,6 @@ def _uses_global_generator(meta: Any, random: str, is_ordered: bool) -> str:
 
 
 def _get_sequential_message(method: MethodConfig, meta: Any) -> str:
-    """Returns why micro-batches cannot be computed in parallel; empty if they can."""
     family = meta.config.model_type
     if reason := METHODS[method.kind].step.workers(method):
         return reason
@@ -91,7 +91,6 @@ def _get_sequential_message(method: MethodConfig, meta: Any) -> str:
 
 
 def _has_dynamic_rope(config: Any) -> bool:
-    """Returns whether a forward pass updates rotary frequencies (transformers 5)."""
     parameters = getattr(config, "rope_parameters", None) or {}
     all_parameters = [parameters, *(v for v in parameters.values() if isinstance(v, dict))]
     return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in all_parameters)
@@ -109,37 +108,46 @@ def get_dropout(method: MethodConfig, meta: Any, with_head: bool = False) -> str
     return ""
 
 
-LIGER_FAMILIES = frozenset(
-    {"llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "phi3"}
-)
-"""Model types of which liger-kernel has norms, rotary embedding and activation."""
+LIGER_ACTIVATIONS = {
+    **dict.fromkeys(
+        ("glm4", "granite", "llama", "ministral", "mistral", "olmo2", "olmo3", "phi3", "qwen2",
+         "qwen3", "smollm3"),
+        "silu",
+    ),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), "gelu_pytorch_tanh"),
+}  # fmt: skip
+"""Model type → the activation of liger-kernel's feed-forward, whatever the config says.
 
-LIGER_CONFIG = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+Read and run in Triton's interpreter with liger-kernel 0.8.5 and transformers 5.24. Mixtures of
+experts are left out: it replaces the forward pass of all experts, whatever adapters they have.
+"""
+
+LIGER_ARGUMENTS: dict[str, Any] = {
+    "use_liger_kernel": True,
+    "liger_kernel_config": {"cross_entropy": False, "fused_linear_cross_entropy": False},
+}
+"""`TrainingArguments` that enable liger-kernel."""
+
+LIGER_UNSUPPORTED_METHODS = ("adapter", "ln-tuning")
+"""Methods that wrap norms or feed-forward blocks, whose forward pass liger-kernel replaces."""
 
 
-def uses_liger(speed: SpeedConfig, device: str, model_type: str) -> bool:
-    """Returns whether liger-kernel is installed, enabled and supports the model."""
+def uses_liger(speed: SpeedConfig, method: MethodConfig, meta: Any, device: str) -> bool:
+    """Returns whether liger-kernel is installed, enabled and supports method and model."""
+    config = meta.config
+    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     return (
         device == "cuda"
-        and speed.fast
         and speed.liger_kernel
-        and model_type in LIGER_FAMILIES
+        and method.kind not in LIGER_UNSUPPORTED_METHODS
+        and config.model_type in LIGER_ACTIVATIONS
+        and activation == LIGER_ACTIVATIONS[config.model_type]
+        # Its feed-forward class, of which models loaded later are made, has no bias.
+        and not getattr(config, "mlp_bias", False)
+        # liger-kernel raises TypeError for Gemma 3 with another head.
+        and (config.model_type != "gemma3_text" or type(meta).__name__ == "Gemma3ForCausalLM")
         and importlib.util.find_spec("liger_kernel") is not None
     )
-
-
-def kernel_choices(speed: SpeedConfig, device: str, model_type: str) -> list[Choice]:
-    """Returns the message about liger-kernel for display; empty if liger-kernel is not used."""
-    if not uses_liger(speed, device, model_type):
-        return []
-    return [Choice("kernels", "liger-kernel", "norms, rotary embedding and activation; installed")]
-
-
-def get_liger_arguments(speed: SpeedConfig, device: str, model_type: str) -> dict[str, Any]:
-    """Returns the `TrainingArguments` that enable liger-kernel; empty to leave it off."""
-    if not uses_liger(speed, device, model_type):
-        return {}
-    return {"use_liger_kernel": True, "liger_kernel_config": LIGER_CONFIG}
 
 
 MIN_TOKENS = 1024
@@ -170,9 +178,10 @@ class FastPlan:
         chunked_cross_entropy: whether the language head runs on supervised tokens only.
         tokens: maximum total tokens of the micro-batches that are computed in parallel.
         prefix_tree: whether prefixes shared in a micro-batch are computed once.
-        attention_kernel: name of a Hub kernel; empty for torch's.
+        liger_kernel: whether liger-kernel computes norms, GLUs and rotary embeddings.
         needed_tokens: selects tokens that the last block computes; None for all or until checked.
         shared_prefix: whether the rows' common prefix may be computed before the micro-batches.
+        token_multiple: packed rows are padded to a multiple of this number of tokens.
         memory: device memory in bytes from which `tokens` was computed; 0 if it was not.
         failure: how the fast step differed from the plain step, so that the plan is the plain step;
             empty if it did not.
@@ -191,7 +200,8 @@ class FastPlan:
     needed_tokens: TokenSelector | None = None
     shared_prefix: bool = False
     memory: int = 0
-    attention_kernel: str = ""
+    liger_kernel: bool = False
+    token_multiple: int = 1
     failure: str = ""
 
 
@@ -251,10 +261,12 @@ def plan_fast(
     if speed.tokens_per_micro_batch == "memory":
         bound = "as many tokens a micro-batch as fit"
     choices = [Choice("step", ", ".join(labels), f"{bound}, {parallel}"), *sharing_choices]
-    hub = speed.attention_kernel if device == "cuda" and not padded_message else None
-    if speed.attention_kernel:
-        message = "as requested" if hub else f"{speed.attention_kernel} attends to packed rows"
-        choices.append(Choice("attention", hub or "the model's own", message))
+    liger = uses_liger(speed, config.method, meta, device)
+    if device == "cuda" and not padded_message and (message := activate_fa3(meta.config)):
+        choices.append(Choice("attention", "FA3", message))
+    if liger:
+        message = "norms, rotary embedding and activation; installed"
+        choices.append(Choice("kernels", "liger-kernel", message))
     return FastPlan(
         True,
         not padded_message,
@@ -264,7 +276,7 @@ def plan_fast(
         choices,
         worker_plan.count,
         bool(worker_plan.random),
-        speed.fused_norm_glu and not uses_liger(speed, device, meta.config.model_type),
+        speed.fused_norm_glu and not liger,
         prunes_last_layer=speed.prune_last_layer
         and not padded_message
         and not METHODS[config.method.kind].step.pruning(config.method),
@@ -273,18 +285,34 @@ def plan_fast(
         and chunked
         and not worker_plan.random
         and not config.train.may_recompute(device),
-        attention_kernel=hub or "",
+        liger_kernel=liger,
+        token_multiple=get_token_multiple(device),
     )
 
 
+def get_token_multiple(device: str) -> int:
+    """Returns the multiple of tokens to which packed rows are padded on `device`.
+
+    cuBLAS takes slow kernels for matrix products with a dimension that is no multiple of 8.
+    """
+    return 64 if device == "cuda" else 1
+
+
 def plan_forward(
-    model: Any, model_kind: str, method: str, objective: Objective, tokens: int
+    model: Any, model_kind: str, method: str, objective: Objective, device: str, tokens: int
 ) -> FastPlan:
     """Returns the plan for scoring rows with `model`, at most `tokens` tokens per micro-batch."""
     base = base_model(model)
     packs = not (has_virtual_tokens(model, method) or get_packing_message(base, model_kind))
     chunked = has_language_head(base, objective)
-    return FastPlan(True, packs, chunked, tokens, prunes_last_layer=packs)
+    return FastPlan(
+        True,
+        packs,
+        chunked,
+        tokens,
+        prunes_last_layer=packs,
+        token_multiple=get_token_multiple(device),
+    )
 
 
 def has_virtual_tokens(model: Any, method: str) -> bool:
@@ -365,6 +393,12 @@ def get_packing_message(model: Any, model_kind: str) -> str:
         return f"{family} has not one stack of blocks"
     if _is_recurrent(model):
         return f"{family} carries a state from token to token"
+    if getattr(model.config, "token_dropout", False):
+        return f"{family} scales embeddings by the masked tokens of a row"
+    try:
+        PackedModel(model).remove()
+    except UnsupportedModelError as error:
+        return f"{family}: {error}"
     before = attention_of(model)
     if not set_packed_attention(model):
         return f"{family} has an attention of its own"
@@ -380,13 +414,13 @@ def _is_recurrent(model: Any) -> bool:
     )
 
 
-def set_packed_attention(model: Any, kernel: FlashKernel | None = None) -> bool:
-    """Set packed attention in `model`, on a GPU by `kernel`; returns False if unsupported."""
+def set_packed_attention(model: Any) -> bool:
+    """Set packed attention in `model`; returns False if unsupported."""
     # Models that are eager only because of softcapping (Gemma 2) are supported.
     is_capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
     if attention_of(model) != ("eager" if is_capped else "sdpa"):
         return False
-    attention.register(kernel)
+    attention.register()
     model.set_attn_implementation(attention.NAME)
     return attention_of(model) == attention.NAME
 
@@ -418,7 +452,6 @@ def fused_lora_choices(
 def _get_unfused_message(
     method: MethodConfig, speed: SpeedConfig, quant: str, device: str
 ) -> str | None:
-    """Returns why LoRA layers are not fused; empty if fused, None for other methods."""
     check = METHODS[method.kind].step.fusing
     if check is None:
         return None

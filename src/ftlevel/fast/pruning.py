@@ -80,9 +80,9 @@ def get_prunable_linears(
         args, kwargs = _with_gradient(args, kwargs)
         output = block(*args, **kwargs)
         states = output if isinstance(output, Tensor) else output[0]
-        mask = torch.isin(layout.restore, layout.needed)  # padding points at tokens too
+        mask = torch.isin(torch.arange(layout.tokens, device=states.device), layout.needed)
         weights = torch.rand(states.shape, generator=torch.Generator().manual_seed(0))
-        weights = weights.to(states) * mask.view(*states.shape[:2], 1)
+        weights = weights.to(states) * mask[:, None]
         outputs_by_linear = {
             linear: results[0]
             for linear, results in outputs.items()

@@ -18,9 +18,8 @@ from ftlevel.fast import packed_attention as attention
 from ftlevel.fast.checks import PackingCheck, PruningCheck, get_cross_entropy_error
 from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
 from ftlevel.fast.fused_layers import FusedNormGlu
-from ftlevel.fast.gpu_attention import fetch_kernel
 from ftlevel.fast.likelihoods import TokenSelector, base_model
-from ftlevel.fast.packing import PackedBlocks
+from ftlevel.fast.packing import PackedModel
 from ftlevel.fast.parallel_workers import ParallelWorkers
 from ftlevel.fast.plan import FastPlan, has_language_head, set_packed_attention
 from ftlevel.fast.pruning import LastLayerPruning
@@ -41,13 +40,12 @@ class FastStep:
         self.plan = plan
         self._model = model
         self._base = base_model(model)
-        self._blocks: PackedBlocks | None = None
+        self._packing: PackedModel | None = None
         self._attention_before = attention_of(self._base)
         if plan.packs:
-            hub = plan.attention_kernel and fetch_kernel(plan.attention_kernel)
-            if not set_packed_attention(self._base, hub or None):
+            if not set_packed_attention(self._base):
                 raise TypeError(f"{type(self._base).__name__} did not accept {attention.NAME}")
-            self._blocks = PackedBlocks(get_blocks(self._base))
+            self._packing = PackedModel(self._base)
         elif plan.enabled and next(self._base.parameters()).is_cuda:
             set_packed_attention(self._base)  # its masks of padded rows need no synchronization
         self.cross_entropy = ChunkedCrossEntropy(self._base) if plan.chunked_cross_entropy else None
@@ -61,7 +59,7 @@ class FastStep:
 
     def check(self, rows: Sequence[Encoded], pad_id: int, device: str, dtype: str) -> list[str]:
         """Disable the parts that fail a check of `PackingCheck` on `rows`; returns the reasons."""
-        if self._blocks is None:
+        if self._packing is None:
             return []
         check = PackingCheck(self._model, get_blocks(self._base)[-1], rows, pad_id, device, dtype)
         messages = []
@@ -109,7 +107,7 @@ class FastStep:
         self, objective: Objective, rows: Sequence[Encoded], pad_id: int, device: str, dtype: str
     ) -> None:
         """Where possible, make the last block compute only the tokens that the loss needs."""
-        if self._blocks is None or not self.plan.prunes_last_layer:
+        if self._packing is None or not self.plan.prunes_last_layer:
             return
         last = get_blocks(self._base)[-1]
         select, linears = PruningCheck(self._model, last, rows, pad_id, device, dtype)(objective)
@@ -122,9 +120,9 @@ class FastStep:
             self._pruning, self.pruned_linears = LastLayerPruning(linears), len(linears)
 
     def _remove_packing(self) -> None:
-        if self._blocks is not None:
-            self._blocks.remove()
-            self._blocks = None
+        if self._packing is not None:
+            self._packing.remove()
+            self._packing = None
         self._base.set_attn_implementation(self._attention_before)
 
     def remove(self) -> None:

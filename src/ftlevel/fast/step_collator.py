@@ -123,6 +123,8 @@ class StepCollator:
             layout = create_prefix_tree(sequences, before=partition.prefix)
         else:
             layout = PackedLayout.from_mask(batch["attention_mask"])
+        if layout is not None:
+            layout = layout.pad_to(self._plan.token_multiple)
         if layout is not None and self._plan.needed_tokens is not None:
             layout = layout.with_needed_tokens(self._plan.needed_tokens(batch))
         if isinstance(self._objective, TokenObjective):

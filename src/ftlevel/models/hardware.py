@@ -278,9 +278,13 @@ def _has_fast_bfloat16(device: str) -> tuple[bool, str]:
     return False, "the CPU has no bfloat16 instructions"
 
 
-def autocast(device: str, dtype: str) -> torch.autocast:
-    """Returns the autocast context for `dtype`, in which trained weights stay float32."""
-    return torch.autocast(device, dtype=DTYPES[dtype], enabled=dtype != "float32")
+def autocast(device: str, dtype: str, *, cache: bool | None = None) -> torch.autocast:
+    """Returns the autocast context for `dtype`, in which trained weights stay float32.
+
+    `cache` is whether cast weights are kept until its end; by default as set in torch.
+    """
+    enabled = dtype != "float32"
+    return torch.autocast(device, dtype=DTYPES[dtype], enabled=enabled, cache_enabled=cache)
 
 
 @contextlib.contextmanager

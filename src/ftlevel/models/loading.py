@@ -240,6 +240,8 @@ def load_config(source: ModelSource, **overrides: Any) -> Any:
         )
         if source.kind == "builtin":
             config.name_or_path = source.name  # for messages
+        if not source.trust_remote_code:  # else transformers may ask on stdin whether to run it
+            vars(config).pop("auto_map", None)
         return config
     except struct.error as error:  # truncated .gguf header
         raise InputError(
@@ -305,10 +307,15 @@ def _check_vocabulary(source: ModelSource, names: Iterable[str] = ()) -> None:
 
 
 def build_task_model(config: Any, auto_class: str) -> Any:
-    """Build the `auto_class` model of `config` on the meta device; `InputError` if unsupported."""
+    """Build the `auto_class` model of `config` on the meta device; `InputError` if unsupported.
+
+    Code that ships with the model is run if `config` has its `auto_map`: see `load_config`.
+    """
     try:
         with torch.device("meta"), silence_loggers():
-            return getattr(transformers, auto_class).from_config(copy.deepcopy(config))
+            return getattr(transformers, auto_class).from_config(
+                copy.deepcopy(config), trust_remote_code=hasattr(config, "auto_map")
+            )
     except FROM_READERS as error:
         if "Unrecognized configuration class" not in str(error):
             raise InputError(
@@ -316,7 +323,8 @@ def build_task_model(config: Any, auto_class: str) -> Any:
                 f"({type(error).__name__}: {first_line(error)}). Check that it is complete."
             ) from error
         raise InputError(
-            f"{config.model_type} has no {auto_class} in transformers {transformers.__version__}."
+            f"{config.model_type} has no {auto_class} in transformers {transformers.__version__}. "
+            "Code that ships with a model is run by train and preview with --trust-remote-code."
         ) from None
 
 
@@ -500,7 +508,6 @@ def get_new_heads(meta: torch.nn.Module, source: ModelSource, heads: list[str]) 
 
 
 def _load_tensor_types(source: ModelSource) -> dict[str, str]:
-    """Returns tensor dtypes by name; empty for .gguf files."""
     if source.kind == "gguf":
         return {}
     if source.kind == "hub" and not source.local_files_only:
@@ -515,7 +522,6 @@ def _load_tensor_types(source: ModelSource) -> dict[str, str]:
 
 @functools.cache
 def _load_hub_tensor_types(name: str, revision: str | None) -> dict[str, str]:
-    """Returns tensor dtypes of a Hub model by name, without downloading its weights."""
     try:
         metadata = huggingface_hub.get_safetensors_metadata(name, revision=revision)
     except Exception:  # noqa: BLE001 - loading the weights will report it

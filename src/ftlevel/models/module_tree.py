@@ -144,7 +144,6 @@ class ModuleTree:
         ]
 
     def _unwrap(self, name: str) -> str:
-        """Returns the name of the first module below `name` with several children, or `name`."""
         children = list(self.modules[name].named_children())
         if len(children) == 1 and any(True for _ in children[0][1].children()):
             return self._unwrap(f"{name}.{children[0][0]}")
@@ -245,6 +244,16 @@ def get_blocks(model: nn.Module) -> list[nn.Module]:
     """Returns the blocks of `model` if it has a single stack, else an empty list."""
     stacks = get_stacks(model)
     return stacks[0] if len(stacks) == 1 else []
+
+
+def get_block_owners(model: nn.Module) -> list[nn.Module]:
+    """Returns the modules of `model` that contain its single stack of blocks, innermost first."""
+    (name,) = ModuleTree(model).blocks
+    owners = []
+    while name:
+        name = name.rpartition(".")[0]
+        owners.append(model.get_submodule(name))
+    return owners
 
 
 def get_modules_to_not_convert(model: nn.Module) -> list[str]:

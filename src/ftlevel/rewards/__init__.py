@@ -282,7 +282,10 @@ def _json_reward(spec: Spec) -> Reward:
             raise ValueError(f"{spec.argument} cannot be read ({error.strerror})") from None
 
     def score(text: str, _: Sequence[int], row: Mapping[str, Any]) -> float:
-        own = _validator(row.get(column)) if column else validator
+        try:
+            own = _validator(row.get(column)) if column else validator
+        except ValueError:
+            return 0.0
         return _score_json(text, row.get("answer"), own)
 
     return score
@@ -293,9 +296,19 @@ def _score_json(text: str, reference: Any, validator: Any) -> float:
         got = parse_strict_json(_visible(text))
     except ValueError:
         return 0.0
-    if validator is not None and not validator.is_valid(got):
+    if validator is not None and not _is_valid(got, validator):
         return 0.0
     return 1.0 if reference is None else _compute_match_ratio(got, reference)
+
+
+def _is_valid(value: Any, validator: Any) -> bool:
+    """Returns whether `value` fits a schema; False if a `$ref` or a pattern of it is invalid."""
+    from referencing.exceptions import Unresolvable
+
+    try:
+        return bool(validator.is_valid(value))
+    except (Unresolvable, re.error, ValueError, TypeError, LookupError):
+        return False
 
 
 def _compute_match_ratio(got: Any, reference: Any) -> float:
@@ -312,13 +325,13 @@ def _compute_match_ratio(got: Any, reference: Any) -> float:
 
 
 def _validator(schema: Any) -> Any:
-    """Returns a validator of `schema`, an object or JSON text; may raise `ValueError`."""
     schema = parse_strict_json(schema) if isinstance(schema, str) else schema
     if not isinstance(schema, Mapping | bool):
         raise ValueError("not a JSON schema (expected an object)")
     try:
         from jsonschema import SchemaError  # type: ignore[import-untyped]
         from jsonschema.validators import validator_for  # type: ignore[import-untyped]
+        from referencing import Registry
     except ImportError:
         raise ValueError(
             "a JSON schema needs the package jsonschema, which is not installed. "
@@ -329,7 +342,9 @@ def _validator(schema: Any) -> Any:
         kind.check_schema(schema)
     except SchemaError as error:
         raise ValueError(f"not a JSON schema ({error.message})") from None
-    return kind(schema)
+    except (RecursionError, re.error) as error:
+        raise ValueError(f"not a JSON schema ({type(error).__name__})") from None
+    return kind(schema, registry=Registry())  # a $ref is not fetched
 
 
 def _rouge_reward(name: str) -> _AnswerReward:

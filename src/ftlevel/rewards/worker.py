@@ -1,7 +1,7 @@
 """Worker process for reward functions, so that a function that hangs or crashes can be stopped.
 
 Requests and replies are JSON lines on stdin and stdout; what functions print goes to stderr.
-`python -m ftlevel.rewards.worker` starts it.
+`tasks/rl/rewards.py` starts it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def load_function(path: str, name: str) -> tuple[Callable[..., Any], dict[str, A
     unique = "ftlevel_reward_" + hashlib.sha256(str(file).encode()).hexdigest()[:8]
     for folder in (str(file.parent), str(Path.cwd())):
         if folder not in sys.path:
-            sys.path.insert(0, folder)
+            sys.path.append(folder)  # last: a file in it does not replace an installed module
     module: Any = sys.modules.get(unique)
     if module is None:
         module_spec = importlib.util.spec_from_file_location(unique, file)
@@ -248,7 +248,6 @@ def _to_json(value: Any) -> Any:
 
 
 def _end_with(parent: int) -> None:
-    """Wait until the process `parent` has ended; then kill this process and its children."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os.killpg(0, signal.SIGKILL)

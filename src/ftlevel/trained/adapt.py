@@ -401,7 +401,6 @@ def _set_weights(peft_model: Any, weights: dict[str, Any], adapter_dir: Path, na
 
 @contextlib.contextmanager
 def _ignore_pattern_warnings() -> Iterator[None]:
-    """Silence PEFT's warning about unknown rank patterns; it is wrong for AdaLoRA's."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The following .*_pattern keys", RuntimeWarning)
         yield

@@ -135,7 +135,7 @@ class ModelRef:
     def run_config(self) -> TrainConfig:
         """The run's configuration; without a run, defaults with the card's columns and overlong."""
         if self.run is not None:
-            return build_config([load_run_config(self.run)])
+            return build_config([load_run_config(self.run)], runs=False)
         card = self.card.data
         data = DataConfig(columns=card.get("columns", {}), overlong=card.get("overlong", "error"))
         return TrainConfig().model_copy(update={"data": data})

@@ -175,7 +175,6 @@ def _resolve_peft(
     base: ModelSource | None,
     trust_remote_code: bool,
 ) -> ModelRef:
-    """Returns the `ModelRef` of an adapter that PEFT saved without ftlevel."""
     peft_config = load_peft_adapter_config(adapter_dir)
     name = peft_config.get("base_model_name_or_path")
     if base is None and not (name and isinstance(name, str)):
@@ -235,7 +234,6 @@ def get_card_dir(path: Path) -> Path | None:
 
 
 def _task_of_model(config: Any, label: str) -> str:
-    """Returns the task of a model that ftlevel did not train, by architecture."""
     tasks = _tasks_of_class(checkpoint_class(config))
     if tasks:
         return tasks[0]
@@ -287,7 +285,6 @@ def _adapter_task(
 
 
 def _count_outputs(adapter_dir: Path, meta: Any) -> int:
-    """Returns the number of outputs of the head saved with an adapter; 0 if it has none."""
     tensors, _ = load_header(adapter_dir / WEIGHTS)
     shapes = {f".{name}": tensor.spec.shape for name, tensor in tensors.items()}
     outputs = 0
@@ -510,7 +507,6 @@ def resolve_text_model(flag: str, name: str, device: str, dtype: str) -> Referen
 
 
 def _task_of_texts(config: Any) -> str:
-    """Returns "reranking" for a classifier with one label, else "embedding"."""
     is_classifier = checkpoint_class(config) == "AutoModelForSequenceClassification"
     return "reranking" if is_classifier and config.num_labels == 1 else "embedding"
 

@@ -24,7 +24,7 @@ from ftlevel.evaluation.rollouts import (
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.evaluation.server import BOUND, ServerSampler
 from ftlevel.events import Listener
-from ftlevel.fast.plan import get_liger_arguments
+from ftlevel.fast.plan import LIGER_ARGUMENTS
 from ftlevel.fast.step_collator import StepCollator, TextCollator
 from ftlevel.methods import METHODS
 from ftlevel.methods.base import HasState
@@ -66,7 +66,6 @@ def create_training_args(run: Run, checkpoint_dir: Path) -> Any:
     accumulation_steps = section.gradient_accumulation_steps
     if run.fast.enabled:  # a batch is a whole optimizer step, split by FtlevelTrainer
         batch_size, accumulation_steps = section.rows_per_device_step, 1
-    liger = get_liger_arguments(run.config.speed, run.model.device, run.model.family)
     args = TrainingArguments(
         output_dir=str(checkpoint_dir),
         num_train_epochs=section.num_train_epochs,
@@ -109,7 +108,7 @@ def create_training_args(run: Run, checkpoint_dir: Path) -> Any:
         # Overlap host-to-device copies with computation.
         dataloader_pin_memory=run.model.device == "cuda",
         accelerator_config={"non_blocking": run.model.device == "cuda"},
-        **({} if run.fast.failure else liger),
+        **(LIGER_ARGUMENTS if run.fast.liger_kernel else {}),
     )
     use_one_gpu(args)
     return args
@@ -199,9 +198,8 @@ def create_evaluator(
 ) -> Evaluator | None:
     """Create the evaluator of the validation rows; None without validation rows.
 
-    Batches are divided among `processes`, unless the model is sharded: all must then call it
-    equally often, so each computes all batches. In reinforcement learning, completions are sampled
-    from `model`; see `create_rollouts`.
+    Batches are divided among `processes`; all have equally many if the model is sharded. In
+    reinforcement learning, completions are sampled from `model`; see `create_rollouts`.
     """
     if not run.data.validation:
         return None
@@ -218,8 +216,8 @@ def create_evaluator(
         "metrics": section.metrics,
         "corpus": run.data.corpus,
     }
-    if processes.count > 1 and section.shard == "none":
-        shared["divide"] = processes.divide
+    if processes.count > 1:
+        shared["divide"] = partial(processes.divide, equally=section.shard != "none")
     if is_rl(run):
         rollouts = create_rollouts(run, model, teacher, server, get_validation_position)
         return RewardEvaluator(**shared, generated_rows=generated, rollouts=rollouts)
@@ -384,6 +382,8 @@ def add_callbacks(
     if run.best is not None:
         best = BestModelCallback(run.best, output_dir.checkpoints, processes, states, listener)
     trainer.warn = listener.warn
+    if isinstance(trainer, RlTrainer):
+        trainer.rollouts.warn = listener.warn
     trainer.replaces_nonfinite = run.config.train.on_nonfinite != "stop"
     if is_first:
         trainer.note = output_dir.note

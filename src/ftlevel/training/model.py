@@ -237,6 +237,7 @@ def get_speed_info(trainer: FtlevelTrainer, failure: str, comparison: Any) -> di
         "chunked_cross_entropy": plan.chunked_cross_entropy,
         "prefixes_shared": plan.prefix_tree,
         "fused_norms_and_glus": trainer.fast.norm_glu.count if trainer.fast.norm_glu else 0,
+        "liger_kernel": plan.liger_kernel,
         "pruned_linears": trainer.fast.pruned_linears,
         "parallel_workers": plan.workers,
         "tokens_per_micro_batch": plan.tokens // plan.workers,

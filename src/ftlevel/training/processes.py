@@ -154,14 +154,23 @@ class Processes:
         distributed.all_gather_object(values, value)
         return values
 
-    def divide(self, compute: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -> list[R]:
+    def divide(
+        self,
+        compute: Callable[[Sequence[T]], Sequence[R]],
+        items: Sequence[T],
+        *,
+        equally: bool = False,
+    ) -> list[R]:
         """Returns `compute(items)` in all processes; each computes every n-th of `items`.
 
         `compute` returns one result per item. Call it in all processes; if it fails in one, all
-        raise.
+        raise. With `equally`, processes that have one item less compute the last one, too.
         """
         rank, count = self.world.rank, self.count
-        parts = self.all_gather(self.in_all(lambda: compute(items[rank::count])))
+        own = list(items[rank::count])
+        if equally and len(own) * count < len(items):
+            own.append(items[-1])
+        parts = self.all_gather(self.in_all(lambda: compute(own)))
         return [parts[at % count][at // count] for at in range(len(items))]
 
     def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> list[Tensor]:

@@ -392,7 +392,12 @@ def load_auxiliary_model(
     """Load `reference` in a `with` block; yields `run` with settings for it, and the model."""
     trained = reference.ref.load(run.model.device, run.model.dtype)
     forward = plan_forward(
-        trained.model, trained.kind, trained.ref.card.method, run.objective, run.fast.tokens
+        trained.model,
+        trained.kind,
+        trained.ref.card.method,
+        run.objective,
+        run.model.device,
+        run.fast.tokens,
     )
     forward = replace(
         forward, enabled=run.fast.enabled, prefix_tree=forward.packs and run.fast.prefix_tree

@@ -48,12 +48,8 @@ from ftlevel.training.finish import (
     save,
     save_tokenizer_and_card,
 )
-from ftlevel.training.forecast.alternatives import select_batch_size
-from ftlevel.training.forecast.fits import (
-    MemoryEstimate,
-    estimate_memory,
-    select_checkpointing,
-)
+from ftlevel.training.forecast.alternatives import is_sized_by_memory, select_batch_size
+from ftlevel.training.forecast.fits import MemoryEstimate, estimate_memory, select_checkpointing
 from ftlevel.training.model import PreparedModel, get_speed_info
 from ftlevel.training.origin import FileDigests, get_file_digests
 from ftlevel.training.plan.adapter import get_adapter_warnings, resolve_adapter
@@ -251,7 +247,7 @@ def resolve_job(
     run, memory = processes.in_all(resolve_locally)
     if transports := processes.disable_unsupported_transports(run.model.device):
         listener.choices("train", transports)
-    if run.config.speed.tokens_per_micro_batch == "memory":
+    if is_sized_by_memory(run):
         sized = select_batch_size(run, processes, load_previous_batch_tokens(run.config.output))
         listener.choices("train", sized.choices[len(run.choices) :])
         run = sized
@@ -271,7 +267,7 @@ def _resolve(
 ) -> tuple[Run, MemoryEstimate]:
     config, output = inputs.config, inputs.config.output
     check_output(output.dir, overwrite=output.overwrite, resume=output.resume)
-    check_packages(config.model, config.speed, output)
+    check_packages(config.model, output)
     if output.push_to_hub is not None:
         hub_output = {"push_to_hub": get_repo_id(output.push_to_hub)}
         config = config.model_copy(update={"output": output.model_copy(update=hub_output)})

@@ -22,6 +22,7 @@ from ftlevel.fast import packed_attention as attention
 from ftlevel.fast import plan as fast_plan
 from ftlevel.fast import step_collator
 from ftlevel.fast.fused_lora import register_fused_layers
+from ftlevel.fast.packing import PackedLayout
 from ftlevel.fast.plan import FUNCTIONAL_DROPOUT, FastPlan, plan_fast
 from ftlevel.fast.recompute import GeneratorDropout, using_generator
 from ftlevel.fast.step import FastStep
@@ -117,7 +118,7 @@ def compute_both_steps(
     model: Any, head: str, output_dir: Path, *, packs: bool = True, heads: bool | None = None,
     tokens: int = 40, prefix_tree: bool = False, rows: list[Encoded] | None = None,
     at_least: int = 3, workers: int = 1, shared_prefix: int = 0, prunes: bool = True,
-    **arguments: Any,
+    multiple: int = 1, **arguments: Any,
 ) -> tuple[tuple[float, torch.Tensor], tuple[float, torch.Tensor]]:  # fmt: skip
     """Return loss and gradient of the plain step (micro-batches of 2 rows) and of the fast step."""
     rows, pad_id = rows or create_rows(head), model.config.pad_token_id or 0
@@ -134,12 +135,15 @@ def compute_both_steps(
         workers=workers,
         prunes_last_layer=prunes,
         shared_prefix=shared_prefix > 0,
+        token_multiple=multiple,
     )
     trainer = build_trainer(model, head, output_dir, plan, **arguments)
     trainer.fast.prune_last_layer(OBJECTIVES[head], rows, pad_id, "cpu", "float32")
     batch = StepCollator(pad_id, trainer.fast.plan)(rows)
     assert len(batch["micro_batches"]) >= at_least
     assert batch["in_parallel"] is (workers > 1)
+    layouts = [part["layout"] for part in batch["micro_batches"]]
+    assert all(layout is None or layout.tokens % multiple == 0 for layout in layouts)
     assert ("shared_prefix" in batch) is (shared_prefix > 0)
     if shared_prefix:
         assert batch["shared_prefix"]["layout"].tokens == shared_prefix
@@ -188,6 +192,52 @@ def test_fast_step_matches_plain_step_for_every_task(
     assert_same_step(
         compute_both_steps(build_lora_model(family, head), head, tmp_path, packs=packs)
     )
+
+
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [("llama", "causal"), ("gemma3_text", "causal"), ("opt", "causal"), ("gpt2", "causal"),
+     ("qwen3_moe", "causal"), ("bert", "mlm"), ("bert", "seqcls"), ("roberta", "tokcls"),
+     ("modernbert", "qa"), ("llama", "seqcls")],
+)  # fmt: skip
+@pytest.mark.parametrize("workers", [1, 2])
+def test_padding_tokens_of_packed_rows_change_nothing(
+    family: str, head: str, workers: int, tmp_path: Path
+) -> None:
+    """On a GPU packed rows are padded to a multiple of 64 tokens; embeddings are trained here."""
+    model = build_without_dropout(family, head)
+    pair = compute_both_steps(
+        model, head, tmp_path, multiple=64, tokens=80, at_least=2, workers=workers
+    )
+    assert_same_step(pair)
+
+
+def test_padding_tokens_with_shared_prefixes_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_collator, "PREFIX_COST", 0)
+    arguments: dict[str, Any] = {"tokens": 200, "workers": 2, "at_least": 2, "prefix_tree": True}
+    pair = compute_both_steps(
+        build_lora_model("llama", "causal"), "causal", tmp_path,
+        rows=prefix_rows(), multiple=64, shared_prefix=55, **arguments,
+    )  # fmt: skip
+    assert_same_step(pair)
+
+
+@pytest.mark.parametrize("lengths", [(32,), (20, 12), (5, 64, 59), (64,), (100, 1)])
+def test_padding_tokens_are_a_sequence_of_their_own(lengths: tuple[int, ...]) -> None:
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    layout = PackedLayout.from_mask(mask.long())
+    padded = layout.pad_to(64)
+    padding = -sum(lengths) % 64
+    assert (padded.tokens, padded.padding) == (sum(lengths) + padding, padding)
+    assert padded.is_single_row is (lengths == (64,))
+    assert padded.segments[: len(lengths)] == layout.segments
+    assert len(padded.segments) == len(lengths) + (padding > 0)
+    assert not padded.segments[-1].past
+    assert padded.restore.max() == sum(lengths) - 1
+    states = torch.arange(mask.numel()).view(mask.shape)[:, :, None]
+    assert torch.equal(padded.unpack(padded.pack(states))[mask], states[mask])
 
 
 @pytest.mark.parametrize(

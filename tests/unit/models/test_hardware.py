@@ -169,26 +169,12 @@ def test_outdated_library_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_outdated_library_raises_before_run(monkeypatch: pytest.MonkeyPatch) -> None:
     config = TrainConfig()
-    check_packages(config.model, config.speed, config.output)
+    check_packages(config.model, config.output)
     monkeypatch.setattr(
         libraries, "version", lambda name: {"transformers": "5.17.0"}.get(name, "9")
     )
     with pytest.raises(ConfigError, match=r"transformers 5\.17\.0 is installed"):
-        check_packages(config.model, config.speed, config.output)
-
-
-def test_attention_kernel_without_gpu_raises() -> None:
-    speed = {"attention_kernel": "kernels-community/flash-attn3@1"}
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    config = TrainConfig.model_validate({"speed": speed})
-    with pytest.raises(
-        ConfigError,
-        match=r"flash-attn3@1 needs an NVIDIA GPU\. Drop it; the CPU has its own attention\.",
-    ):
-        check_packages(config.model, config.speed, config.output)
-    with pytest.raises(ValueError, match="attention_kernel"):
-        TrainConfig.model_validate({"speed": {"attention_kernel": "flash-attn3"}})
+        check_packages(config.model, config.output)
 
 
 @pytest.mark.parametrize("quant", ["4bit", "8bit"])

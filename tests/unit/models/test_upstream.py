@@ -27,7 +27,15 @@ from ftlevel.config import QuantConfig
 from ftlevel.models.loading import build_task_model, load_config, load_model, load_tokenizer
 from ftlevel.models.quantization import build_torchao_config
 from ftlevel.models.sources import ModelSource, resolve_source
-from ftlevel.models.upstream import FACTS, architectures, conversions, fake, libraries, quantizers
+from ftlevel.models.upstream import (
+    FACTS,
+    architectures,
+    batching,
+    conversions,
+    fake,
+    libraries,
+    quantizers,
+)
 from ftlevel.models.upstream import conversions as headers
 from ftlevel.models.upstream import tensors as upstream
 from ftlevel.models.upstream.libraries import leave_sharded
@@ -59,6 +67,20 @@ def _(_: Any) -> None:
         upstream.softmax_backward(gradient, probabilities.detach(), -1, probabilities.dtype),
         expected,
     )
+
+
+@CANARIES.of("aten._flash_attention_forward", "aten._flash_attention_backward")
+def _(_: Any) -> None:
+    """They have no CPU kernel: the arguments must be those that `varlen_attn` gives them."""
+    lengths = "cum_seq_q cum_seq_k max_q max_k dropout_p is_causal".split()
+    operators = torch.ops.aten
+    forward, backward = (
+        [argument.name for argument in operator.default._schema.arguments]
+        for operator in (operators._flash_attention_forward, operators._flash_attention_backward)
+    )
+    assert forward[:11] == ["query", "key", "value", *lengths, "return_debug_mask", "scale"]
+    states = ["grad_out", "query", "key", "value", "out", "logsumexp"]
+    assert backward[:15] == [*states, *lengths, "rng_state", "unused", "scale"]
 
 
 @CANARIES.of("aten.silu_backward", "aten.gelu_backward")
@@ -317,9 +339,13 @@ def _(_: Any) -> None:
         torch.testing.assert_close(weights, scores.softmax(-1))
 
 
-@CANARIES.of("PreTrainedModel._supports_sdpa", "ALL_ATTENTION_FUNCTIONS")
+@CANARIES.of(
+    "PreTrainedModel._supports_sdpa", "PreTrainedModel._supports_flash_attn",
+    "ALL_ATTENTION_FUNCTIONS",
+)  # fmt: skip
 def _(_: Any) -> None:
     assert architectures.supports_sdpa(transformers.LlamaModel)
+    assert architectures.supports_flash(transformers.LlamaModel)
     assert architectures.uses_attention_interface(transformers.LlamaModel)
     assert not architectures.supports_sdpa(transformers.DebertaV2Model)
     assert not architectures.uses_attention_interface(transformers.DebertaV2Model)
@@ -333,6 +359,57 @@ def _(_: Any) -> None:
     for name in ("eager", "sdpa"):
         model.set_attn_implementation(name)
         assert architectures.attention_of(model) == name
+    transformers.AttentionInterface.register("canary_flash", lambda *_, **__: None)
+    with pytest.raises(ValueError, match="kernel from the hub"):
+        model.set_attn_implementation("canary_flash")
+    architectures.set_attention_name(model, "canary_flash")
+    assert model.model.layers[0].self_attn.config._attn_implementation == "canary_flash"
+
+
+@CANARIES.of(
+    "ContinuousBatchingManager.logit_processor",
+    "ContinuousBatchingManager.background_thread_status",
+    "ContinuousBatchProcessor.update_batch",
+    "ContinuousBatchingLogitsProcessorList.tensors_required",
+    "RequestState.position_offset",
+)
+def _(_: Any) -> None:
+    seen = []
+
+    class Choose(batching.RequestProcessor):
+        """Chooses token 5 + the number of the copy, and fails on the third token."""
+
+        def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
+            int32_tensor.zero_()
+
+        def prepare_tensor_args(self, requests_with_new_token: Any) -> torch.Tensor:
+            ids = [
+                batching.parse_request_id(request.state.request_id)
+                for request in requests_with_new_token
+            ]
+            seen.append([batching.count_tokens(request) for request in requests_with_new_token])
+            return torch.tensor([copy for _, copy in ids], dtype=torch.int32)
+
+        def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+            if len(seen) == 4:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            tokens = 5 + tensor_arg[: len(scores), None].long()
+            return torch.zeros_like(scores).scatter(1, tokens, 1.0)
+
+    settings = transformers.GenerationConfig(do_sample=False, max_new_tokens=3, eos_token_id=-1)
+    settings.num_return_sequences = 2
+    config = transformers.ContinuousBatchingConfig(num_blocks=8, page_size=32, seed=0)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), batching.silence_manager():
+        manager = batching.create_manager(build("llama"), settings, config, Choose())
+        manager.add_request([7, 8, 9], "0")
+        manager.start()
+        outputs = [manager.get_result(timeout=60) for _ in range(2)]
+        manager.stop()
+    tokens = {output.request_id: output.generated_tokens for output in outputs}
+    assert tokens == {"0": [5, 5], "0__child#0": [6, 6]}
+    assert all("out of memory" in output.error for output in outputs)
+    assert isinstance(batching.get_thread_error(manager), torch.OutOfMemoryError)
+    assert seen == [[], [3, 3], [4, 4], [5, 5]]  # the last token of the prompt is in each copy
 
 
 @CANARIES.of("PreTrainedModel.hf_quantizer")

@@ -64,6 +64,7 @@ FOREIGN = {
     "--help": "every command",
     "--lora": "llama-server",
     "--max-lora-rank": "vLLM",
+    "--only": "make torture",
     "--requeue": "sbatch",
     "--share": "make torture",
     "--signal": "sbatch",

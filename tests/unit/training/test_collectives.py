@@ -35,7 +35,9 @@ def _exchange(folder: Path) -> None:
         message = ""
     except RunError as error:
         message = str(error)
-    values = [squares, [part.tolist() for part in gathered], on_machine, bool(message)]
+    own: list[int] = []
+    equal = processes.divide(lambda part: own.extend(part) or part, range(4), equally=True)
+    values = [squares, [part.tolist() for part in gathered], on_machine, bool(message), equal, own]
     (folder / f"{rank}.json").write_text(json.dumps(values))
 
 
@@ -46,7 +48,8 @@ def test_processes_divide_items_and_gather_rows(tmp_path: Path) -> None:
     rows = [[], [[1.0, 1.0]], [[2.0, 2.0]] * 2]
     for rank in range(3):
         content = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert content == [squares, rows, [0, 1, 2], True]
+        own = [[0, 3], [1, 3], [2, 3]][rank]
+        assert content == [squares, rows, [0, 1, 2], True, [0, 1, 2, 3], own]
 
 
 def test_single_process_computes_all_items() -> None:

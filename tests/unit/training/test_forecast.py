@@ -113,6 +113,22 @@ def test_estimate_matches_peak_of_run(
     assert estimate.parts["quantized weights" if method == "qlora" else "weights"] > 0
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_estimate_of_plain_step_matches_peak_of_run(
+    tmp_path: Path, tiny_model_dir: ModelDir, dtype: str
+) -> None:
+    """A shorter row needs a mask in every layer; logits in 16 bits are copied in float32."""
+    config = configure(tmp_path, tiny_model_dir("llama"), "lora", False).with_sections(
+        model={"dtype": dtype}, speed={"fast": False}
+    )
+    words = ["the", "value", "of", "an", "object"] * 12
+    texts = [" ".join((words[at % 5 :] + words[: at % 5])[at // 8 :]) for at in range(16)]
+    lines = (json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "rows.jsonl").write_text("".join(lines))
+    estimate = estimate_step_memory(resolve(config), MEMORY)
+    assert estimate.peak == pytest.approx(measure_peak(config), rel=5e-3)
+
+
 @pytest.mark.parametrize(
     ("grad_cache", "rows"), [("never", 8), ("always", 8), ("auto", 8), ("never", 400)]
 )
@@ -206,6 +222,21 @@ def test_estimate_with_two_workers(tmp_path: Path, tiny_model_dir: ModelDir) -> 
     assert two_workers.parts["activations"] == pytest.approx(
         one_worker.parts["activations"], rel=0.3
     )
+
+
+def test_attention_on_gpu_stores_no_weights(tmp_path: Path, tiny_model_dir: ModelDir) -> None:
+    """Half as many rows of twice the length need as much memory."""
+    config = configure(tmp_path, tiny_model_dir("llama"), "lora", False).with_sections(
+        model={"dtype": "bfloat16"}
+    )
+    rows, activations = tmp_path / "rows.jsonl", []
+    for times in (1, 2):
+        run = resolve(config.with_sections(train={"per_device_train_batch_size": 8 // times}))
+        on_gpu = replace(run, model=replace(run.model, device="cuda"))
+        activations.append(estimate_step_memory(on_gpu, MEMORY).parts["activations"])
+        texts = [json.loads(line)["text"] for line in rows.read_text().splitlines()]
+        rows.write_text("".join(json.dumps({"text": f"{text} {text}"}) + "\n" for text in texts))
+    assert activations[1] == pytest.approx(activations[0], rel=0.03)
 
 
 def test_logit_chunks_scale_with_gpu_memory(tmp_path: Path, tiny_model_dir: ModelDir) -> None:

@@ -24,6 +24,7 @@ from ftlevel.training.forecast import alternatives
 from ftlevel.training.forecast.alternatives import (
     fit_batch_size,
     get_max_rows,
+    is_sized_by_memory,
     select_batch_size,
 )
 from ftlevel.training.forecast.fits import Device
@@ -49,18 +50,21 @@ class RunStub:
     with_settings = Run.with_settings
 
 
-def create_run(device: str = "cpu", enabled: bool = True, **train: Any) -> Any:
-    rows = [Encoded([5] * ROW, [5] * ROW, index) for index in range(64)]
+def create_run(
+    device: str = "cpu", enabled: bool = True, setting: str = "memory", length: int = ROW,
+    **train: Any,
+) -> Any:  # fmt: skip
+    rows = [Encoded([5] * length, [5] * length, index) for index in range(64)]
     return RunStub(
-        create_config(**train),
-        FastPlan(enabled=enabled, tokens=1600),
+        create_config(setting, **train),
+        FastPlan(enabled=enabled, tokens=16 * length),
         SimpleNamespace(device=device, config=LlamaConfig()),
-        SimpleNamespace(train=rows, max_length=ROW),
+        SimpleNamespace(train=rows, max_length=length),
     )
 
 
-def create_config(**train: Any) -> TrainConfig:
-    speed = {"tokens_per_micro_batch": "memory"}
+def create_config(setting: str = "memory", **train: Any) -> TrainConfig:
+    speed = {"tokens_per_micro_batch": setting}
     train_config = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2, **train}
     return TrainConfig.model_validate({"train": train_config, "speed": speed})
 
@@ -97,6 +101,48 @@ def test_cpu_default_is_not_exceeded(requested_tokens: list[int]) -> None:
 def test_gpu_uses_whole_step_if_it_fits(requested_tokens: list[int]) -> None:
     assert fit_tokens(10**9, "cuda") == 3200
     assert requested_tokens == [3200]
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [(ROW, 32 * ROW), (600, 16_384), (20_000, 20_000)],  # a step, the cap, and the longest row
+)
+def test_gpu_default_is_what_fits_up_to_a_cap(
+    length: int, expected: int, requested_tokens: list[int]
+) -> None:
+    run = fit_batch_size(create_run("cuda", setting="auto", length=length), 10**9)
+    assert (run.fast.tokens, run.config.speed.tokens_per_micro_batch) == (expected, expected)
+    assert (run.fast.memory, requested_tokens) == (10**9, [expected])
+    assert "auto: " in run.choices[-1].reason
+
+
+def test_gpu_default_is_as_large_as_free_memory_allows(
+    requested_tokens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = FIXED + 900 * BYTES_PER_TOKEN  # four fifths of what is free
+    monkeypatch.setattr(alternatives, "free_memory_bytes", lambda device: memory * 5 // 4 + 1)
+    run = create_run("cuda", setting="auto", gradient_checkpointing=False)
+    sized = select_batch_size(run, Processes(), None)
+    assert sized.fast.tokens // ROW == 8
+    resumed = select_batch_size(run, Processes(), sized.fast.tokens)
+    assert resumed.fast.tokens == sized.fast.tokens
+    monkeypatch.setattr(alternatives, "free_memory_bytes", lambda device: FIXED)
+    unfit = select_batch_size(run, Processes(), None)  # no row fits by the estimate
+    assert (unfit.fast, unfit.choices) == (run.fast, [])
+    assert unfit.config.speed.tokens_per_micro_batch == run.fast.tokens, "known on resume"
+    assert requested_tokens
+
+
+@pytest.mark.parametrize(
+    ("device", "setting", "fields", "expected"),
+    [("cuda", "auto", {}, True), ("cpu", "auto", {}, False), ("cpu", "memory", {}, True),
+     ("cuda", "auto", {"enabled": False}, False), ("cuda", "auto", {"shard": "full"}, False),
+     ("cuda", "memory", {"shard": "full"}, True)],
+)  # fmt: skip
+def test_default_is_sized_by_memory_on_a_gpu_only(
+    device: str, setting: str, fields: dict[str, Any], expected: bool
+) -> None:
+    assert is_sized_by_memory(create_run(device, setting=setting, **fields)) is expected
 
 
 @pytest.mark.parametrize("rows", [15, 9, 2, 1])

@@ -74,6 +74,7 @@ def run_in_subprocess(prepare: Callable[[], Any], function: Callable[..., Any], 
         RunError: `function` failed, or the process died.
         Interrupted: the process was interrupted.
     """
+    os.environ["PYTHONSAFEPATH"] = "1"  # no imports from the current directory
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:  # imports once, before any thread starts
@@ -339,7 +340,6 @@ def _to_dict(result: optuna.Study, study: Study) -> dict[str, Any]:
 
 
 def _run_trial(study: Study, config: TrainConfig, path: Path) -> None:
-    """Run the study's next trial; do nothing if other processes have started all of them."""
     result = study.load()
 
     def run(trial: optuna.Trial) -> float:

@@ -19,6 +19,7 @@ from ftlevel.cli.spelling import OFF, ON
 from ftlevel.config import TrainConfig
 from ftlevel.config.flags import FLAGS
 from ftlevel.errors import ConfigError, RunError
+from ftlevel.safe_io import start_process
 
 TEMPLATES = {"slurm": "slurm.sh.jinja", "k8s": "pytorchjob.yaml.jinja", "ray": "ray_train.py.jinja"}
 """Scheduler → template of its job file."""
@@ -185,10 +186,11 @@ def submit_job(job: Job, path: Path) -> str:
         raise ConfigError(
             f"--submit: there is no {command[0]} here. Run {' '.join(command)} where there is."
         )
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RunError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()}")
-    return done.stdout.strip()
+    process = start_process(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    output, error = process.communicate()
+    if process.returncode:
+        raise RunError(f"{' '.join(command)} ended with {process.returncode}: {error.strip()}")
+    return str(output).strip()
 
 
 def launch(

@@ -282,7 +282,7 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
     *_flags("--freeze-vision-tower --freeze-vit --image-max-pixels --video-max-pixels",
             "only text models are supported. Drop it."),
     *_flags("--use-vllm --vllm-mode --vllm-gpu-memory-utilization",
-            "--task rl samples with ftlevel's own decoder, or with a vLLM server: --rollouts URL. "
+            "--task rl samples in the training process, or with a vLLM server: --rollouts URL. "
             "Drop it.",
             {"false": NoOpValue("the model is sampled here")}),
     *_flags("--use-hf", "models and data come from the Hugging Face Hub. Drop it."),

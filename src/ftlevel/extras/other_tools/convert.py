@@ -15,6 +15,7 @@ from ftlevel.cli.spelling import build_flag_specs, resolve_flag_aliases
 from ftlevel.config import TrainConfig
 from ftlevel.config.flags import FLAGS
 from ftlevel.config.layers import load_yaml_file
+from ftlevel.config.trust import pop_command_line_only
 from ftlevel.errors import ConfigError
 from ftlevel.extras.other_tools.aliases import (
     AXOLOTL,
@@ -61,11 +62,13 @@ def convert(file: Path) -> list[str]:
             "dataset_info.json is not read. Use the files of "
             f"{', '.join([data.dataset, *data.also])}"
         )
+    recipe = config.model_dump(mode="json", exclude_unset=True)
+    for field, flag in pop_command_line_only(recipe):
+        lost[field] = f"a file cannot set it. Pass {flag}"
     typer.echo(f"# {file.name} of {tool}, converted by ftlevel {__version__}.")
     for key, reason in lost.items():
         typer.echo(f"# Not converted: {key}: {reason}")
         typer.echo(f"note: not converted: {key}: {reason}", err=True)
-    recipe = config.model_dump(mode="json", exclude_unset=True)
     typer.echo(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), nl=False)
     return []
 

@@ -47,6 +47,7 @@ from ftlevel.extras.serving.recorded import (
     parse_record,
     read_record,
 )
+from ftlevel.safe_io import script_command, start_process
 
 _LIBRARIES = ("vllm", "llama.cpp", "openvino")
 _BOUND = 1e-3
@@ -60,7 +61,6 @@ _COARSE_SCORE = 5e-2
 
 
 def _query(config: CheckServedConfig, method: str, *args: Any) -> Any:
-    """Call `method` of `Client` with the server's model name and `args`; return its result."""
     client = Client(config.url or "", float(config.timeout))
     names = [config.model] if config.model else [*client.models(), config.out.stem]
     try:
@@ -186,7 +186,9 @@ def _run_script(backend: str, python: Path | None, request: dict[str, Any], time
         request_file = Path(temporary_dir, "request.json")
         answer = Path(temporary_dir, "answered.json")
         request_file.write_text(json.dumps(request), encoding="utf-8")
-        code, error = _run([program, str(script), str(request_file), str(answer)], timeout, backend)
+        code, error = _run(
+            script_command(program, script, str(request_file), str(answer)), timeout, backend
+        )
         if code != 0 or not answer.is_file():
             raise InputError(_format_failure(backend, program, code, error))
         return json.loads(answer.read_text(encoding="utf-8"))
@@ -195,7 +197,7 @@ def _run_script(backend: str, python: Path | None, request: dict[str, Any], time
 def _run(command: list[str], timeout: float, backend: str) -> tuple[int, str]:
     """Run `command`; return exit code and output. On timeout, kills all processes it started."""
     try:
-        process = subprocess.Popen(
+        process = start_process(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

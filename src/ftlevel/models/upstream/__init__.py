@@ -24,6 +24,9 @@ FACTS = {
         "aten._softmax_backward_data": "for known probabilities: one kernel, no graph",
         "aten.silu_backward, aten.gelu_backward": "the gradient of an activation from its input",
         "aten._unsafe_view": "a shape that autograd takes for a new tensor, to be written to"},
+    "torch/nn/attention/varlen.py": {
+        "aten._flash_attention_forward, aten._flash_attention_backward": "what varlen_attn calls; "
+            "its own gradient cannot be that of a part of the keys"},
     "torch/_inductor/fx_passes/mkldnn_fusion.py": {
         "mkldnn._reorder_linear_weight": "a weight in oneDNN's own layout",
         "mkldnn._linear_pointwise": "a linear layer with such a weight"},
@@ -70,8 +73,17 @@ FACTS = {
         "PreTrainedModel.all_tied_weights_keys": "which tensors are tied",
         "PreTrainedModel._is_stateful": "whether a recurrent state goes from token to token",
         "PreTrainedModel._supports_sdpa": "scaled_dot_product_attention computes its attention",
+        "PreTrainedModel._supports_flash_attn": "flash-attn computes its attention",
         "PreTrainedModel.hf_quantizer": "left on a model from .gguf, which then is not saved",
         "ALL_ATTENTION_FUNCTIONS": "a module that imports it uses AttentionInterface"},
+    "transformers/generation/continuous_batching/continuous_api.py": {
+        "ContinuousBatchingManager.logit_processor": "read when the thread starts",
+        "ContinuousBatchingManager.background_thread_status": "has the error of the thread",
+        "ContinuousBatchProcessor.update_batch": "names copies of a request ID__child#0, …"},
+    "transformers/generation/continuous_batching/cb_logits_processors.py": {
+        "ContinuousBatchingLogitsProcessorList.tensors_required": "arguments of each request"},
+    "transformers/generation/continuous_batching/requests.py": {
+        "RequestState.position_offset": "tokens that a scheduled batch has computed"},
     "transformers/models/llama/modeling_llama.py": {
         "eager_attention_forward": "in such a module: attention that returns its weights"},
     "transformers/configuration_utils.py": {

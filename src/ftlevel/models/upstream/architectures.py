@@ -13,11 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ftlevel.models.upstream.tensors import is_on_gpu
+
 attention_of = attrgetter("config._attn_implementation")
 unsaved_names = attrgetter("_keys_to_ignore_on_save")  # or None
 supports_sdpa = attrgetter("_supports_sdpa")
+supports_flash = attrgetter("_supports_flash_attn")
 tied_names = attrgetter("all_tied_weights_keys")
 """Tied tensor name -> name of the tensor that it shares."""
+
+
+def set_attention_name(model: Any, name: str) -> None:
+    """Set the registered attention `name`, for which `set_attn_implementation` wants flash-attn.
+
+    transformers 5.24 looks for the package, or for a kernel on the Hub, if "flash" is in the name.
+    """
+    model.config._attn_implementation = name
 
 
 def model_classes(auto_class: str) -> Mapping[type, Any]:
@@ -62,7 +73,7 @@ def create_sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     from transformers.masking_utils import sdpa_mask
 
     padding = kwargs.get("attention_mask")
-    if padding is not None and padding.is_cuda and torch.is_grad_enabled():
+    if padding is not None and is_on_gpu(padding) and torch.is_grad_enabled():
         kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     mask: Tensor | None = sdpa_mask(*args, **kwargs)
     return mask

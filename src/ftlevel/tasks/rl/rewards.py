@@ -9,7 +9,6 @@ import os
 import select
 import signal
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from typing import Any, Protocol
 from ftlevel.config.rl import RewardSpec, RlConfig
 from ftlevel.errors import ConfigError, RunError, did_you_mean, join_names
 from ftlevel.rewards import get_columns
+from ftlevel.safe_io import python_command, start_process
 
 START_SECONDS = 300.0
 """Time limit for starting the worker and importing the files of reward functions."""
@@ -220,8 +220,8 @@ class Rewards:
 
     def _start(self) -> list[dict[str, Any]]:
         self._reason = ""
-        self._worker = subprocess.Popen(
-            [sys.executable, "-m", "ftlevel.rewards.worker"],
+        self._worker = start_process(
+            python_command("ftlevel.rewards.worker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",

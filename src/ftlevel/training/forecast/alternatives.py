@@ -24,7 +24,7 @@ from ftlevel.errors import ConfigError, FtlevelError
 from ftlevel.fast.plan import MIN_TOKENS
 from ftlevel.models.hardware import free_memory_bytes
 from ftlevel.models.sources import ModelSource
-from ftlevel.training.forecast.fits import ALLOCATOR, Device
+from ftlevel.training.forecast.fits import ALLOCATOR, MEMORY_RATIO, Device
 from ftlevel.training.forecast.memory import StepMemory
 from ftlevel.training.forecast.meta_model import (
     ACTIVATIONS,
@@ -50,6 +50,9 @@ CPU_OVERHEAD_BYTES = 600 * 2**20
 """Resident bytes of a CPU run that are neither tensors nor there before the model: kernel code,
 heap fragmentation, libraries. The runs in docs/plan.md need 350 to 500 MiB."""
 
+MAX_GPU_TOKENS = 16_384
+"""Maximum tokens per micro-batch by default on a GPU; more are no faster."""
+
 _SAFETY_FACTOR = 0.98
 """Factor on the linear estimate, so that the next estimate is below the memory."""
 
@@ -65,21 +68,26 @@ def select_batch_size(run: Run, processes: Processes, previous_tokens: int | Non
         choice = Choice("micro-batch", f"{previous_tokens:,} tokens", "as the run was begun")
         return _with_tokens(run, previous_tokens, 0, choice)
 
-    def select_tokens() -> tuple[int, int, Choice]:
+    def select_tokens() -> tuple[int, int, Choice | None]:
         run_that_fits = fit_batch_size(
             run, get_available_memory(run.config.speed, run.model.device, processes)
         )
         fast = run_that_fits.fast
-        return fast.tokens, fast.memory, fast.choices[-1]
+        return fast.tokens, fast.memory, fast.choices[-1] if fast.memory else None
 
     return _with_tokens(run, *processes.from_first(select_tokens))
 
 
 def get_available_memory(speed: SpeedConfig, device: str, processes: Processes) -> int:
-    """Returns the bytes that this process may still allocate for tensors."""
+    """Returns the bytes that this process may still allocate for tensors.
+
+    By default, a GPU keeps a share for what is not in the estimate (`MEMORY_RATIO`).
+    """
     limit = speed.memory_gib
     free = free_memory_bytes(device)
     if device != "cpu":
+        if speed.tokens_per_micro_batch == "auto":
+            free = int(MEMORY_RATIO * free)
         return free if limit is None else min(free, int(limit * 2**30))
     if limit is not None:
         free = min(free, int(limit * 2**30) - psutil.Process().memory_info().rss)
@@ -88,11 +96,20 @@ def get_available_memory(speed: SpeedConfig, device: str, processes: Processes) 
     return free - CPU_OVERHEAD_BYTES
 
 
+def is_sized_by_memory(run: Run) -> bool:
+    """Returns whether the micro-batches of `run` are as large as fits: the default on a GPU."""
+    setting, can_fit = run.config.speed.tokens_per_micro_batch, run.config.train.shard == "none"
+    is_default = setting == "auto" and run.model.device == "cuda" and run.fast.enabled and can_fit
+    return setting == "memory" or is_default
+
+
 def fit_batch_size(run: Run, memory: int) -> Run:
     """Returns the run with the largest micro-batch, in tokens, that fits in `memory` bytes.
 
-    On a GPU, this may also turn on gradient checkpointing that is set to auto. Raises ConfigError
-    if the model is sharded, the fast step is off, or a single row does not fit.
+    By default, that is at most `MAX_GPU_TOKENS` or the longest row; if that row does not fit, the
+    run is unchanged. On a GPU, this may also turn on gradient checkpointing that is set to auto.
+    Raises ConfigError if --auto-micro-batch is used and the model is sharded, the fast step is off,
+    or a single row does not fit.
     """
     if run.config.train.shard != "none":
         raise ConfigError(
@@ -112,10 +129,14 @@ def fit_batch_size(run: Run, memory: int) -> Run:
             run.with_settings("train", gradient_checkpointing=True), memory
         )
         best = checkpointed if checkpointed.tokens > best.tokens else best
+    is_default = run.config.speed.tokens_per_micro_batch == "auto"
+    if not best.tokens and is_default:
+        return run  # a step that runs out of memory halves its micro-batches
     if not best.tokens:
         raise ConfigError(_too_large_message(run, best.peak, memory))
     peak, available = (f"{size / 2**30:.2f} GiB" for size in (best.peak, memory))
-    message = f"--auto-micro-batch: {peak} at the peak of a step, of {available}"
+    name = "auto" if is_default else "--auto-micro-batch"
+    message = f"{name}: {peak} at the peak of a step, of {available}"
     choice = Choice("micro-batch", f"{best.tokens:,} tokens", message)
     return _with_tokens(run, best.tokens, memory, choice)
 
@@ -157,7 +178,10 @@ def _shrink(forecast: StepMemory, tokens: int, peak: int, memory: int) -> int:
 def _max_tokens_to_try(run: Run) -> int:
     if run.model.device == "cpu":
         return run.fast.tokens
-    return max(run.fast.tokens, run.config.train.rows_per_device_step * run.data.max_length)
+    tokens = max(run.fast.tokens, run.config.train.rows_per_device_step * run.data.max_length)
+    if run.config.speed.tokens_per_micro_batch == "auto":
+        tokens = min(tokens, max(MAX_GPU_TOKENS, int(row_lengths(run.data.train).max())))
+    return tokens
 
 
 def _too_large_message(run: Run, peak: int, memory: int) -> str:

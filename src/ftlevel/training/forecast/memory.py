@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor
 
 from ftlevel.artifacts.run_directory import RunDirectory
@@ -30,7 +31,7 @@ from ftlevel.fast.blocked_attention import split_queries
 from ftlevel.fast.checks import PruningCheck
 from ftlevel.fast.likelihoods import TokenSelector, base_model
 from ftlevel.fast.packed_attention import batch_sequences
-from ftlevel.fast.packing import PackedBlocks
+from ftlevel.fast.packing import PackedModel
 from ftlevel.fast.plan import set_packed_attention
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator, TextCollator
@@ -38,6 +39,7 @@ from ftlevel.methods import METHODS
 from ftlevel.models.loading import build_task_model
 from ftlevel.models.module_tree import ModuleTree, get_blocks
 from ftlevel.models.upstream.fake import packed_tensors
+from ftlevel.models.upstream.tensors import as_gpu
 from ftlevel.objectives import StepObjective
 from ftlevel.trained.adapt import apply_method
 from ftlevel.training.build_trainer import create_trainer
@@ -118,13 +120,13 @@ def get_pruning(run: Run) -> Pruning:
     blocks = get_blocks(base_model(model))
     if not blocks or not set_packed_attention(base_model(model)):
         return Pruning()
-    packed_blocks = PackedBlocks(blocks)
+    packing = PackedModel(base_model(model))
     rows = [_with_small_vocabulary(row) for row in run.data.train[:64]]
     try:
         check = PruningCheck(model, blocks[-1], rows, 0, "cpu", run.model.dtype)
         needed, linears = check(run.objective)
     finally:
-        packed_blocks.remove()
+        packing.remove()
     names = {module: name for name, module in blocks[-1].named_modules()}
     return Pruning(needed, [names[linear] for linear in linears])
 
@@ -201,6 +203,7 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
     batch = _get_largest_batch(run, pruning)
     is_full = not METHODS[run.config.method.kind].is_adapter
     with ExitStack() as stack:
+        stack.enter_context(as_gpu(run.model.device == "cuda"))
         fake_models = [
             stack.enter_context(closing(create_fake_model(run, some))) for some in layers.samples
         ]
@@ -222,7 +225,7 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
     if graph_bytes := _get_graph_bytes(run, peaks, batch, memory):
         for moment in (FORWARD, BACKWARD, FIRST_BLOCK):
             peaks[moment][ACTIVATIONS] += graph_bytes
-    if (size := RolloutSize.of(run)) is not None:
+    if (size := RolloutSize.of(run, memory - int(sum(weights.values())))) is not None:
         persistent = {
             part: bytes_ for part, bytes_ in peaks[FORWARD].items() if part in _PERSISTENT_PARTS
         }
@@ -402,7 +405,9 @@ def _simulate_step(
     split_queries.cache_clear()  # tensors cached for a different depth would not be counted
     batch_sequences.cache_clear()
     hooks = _install_hooks(tracker, trainer)
-    fake_model.model.train()
+    model.model.train()
+    if run.model.dtype != "float32":  # as accelerate does when training begins
+        model.model.forward = convert_outputs_to_fp32(model.model.forward)
     set_checkpointing(fake_model.model, cpu_run)  # auto checkpointing is decided later
     try:
         with trainer.standalone_steps(run.model.dtype), tracker:
@@ -477,7 +482,11 @@ def _get_largest_batch(run: Run, pruning: Pruning) -> _Batch:
     train, fast = run.config.train, run.fast
     rows, size = run.data.train, train.per_device_train_batch_size
     if not fast.enabled:
-        batch_rows = sorted(_sample_rows(rows), key=lambda row: -len(row.input_ids))[:size]
+        by_length = sorted(_sample_rows(rows), key=lambda row: -len(row.input_ids))
+        batch_rows, longest = by_length[:size], len(by_length[0].input_ids)
+        shorter = [row for row in by_length[size:] if len(row.input_ids) < longest]
+        if size > 1 and shorter:  # rows of one length would need no mask
+            batch_rows[-1] = shorter[0]
         batch_rows = with_completions(run, batch_rows)
         inputs = Collator(run.model.pad_id)(batch_rows)
         has_others = train.gradient_accumulation_steps > 1

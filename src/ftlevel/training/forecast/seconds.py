@@ -16,8 +16,9 @@ For rollouts:
     decoding        = tokens of a completion · (weights + keys and values) / memory bandwidth
 
 A group shares the keys and values of its prompt; those of completions are copied when rows finish
-and others begin. v is the bytes of an activation, inner the MLP's width, room spare positions; 12
-is three float32 tensors of a LoRA layer. Completions are assumed to have maximum length.
+and others begin, but not on a GPU, where they are stored in pages and as many rows are sampled
+together as fit. v is the bytes of an activation, inner the MLP's width, room spare positions; 12 is
+three float32 tensors of a LoRA layer. Completions are assumed to have maximum length.
 """
 
 from __future__ import annotations
@@ -35,6 +36,13 @@ from ftlevel.data.encoding.store import row_lengths
 from ftlevel.errors import ConfigError, did_you_mean, join_names
 from ftlevel.evaluation.decoding import CACHE_GROWTH
 from ftlevel.evaluation.packed_weights import MAX_SHARE
+from ftlevel.evaluation.paged_sampling import (
+    LOGITS_COPIES,
+    PAGE_TOKENS,
+    cache_token_bytes,
+    count_prefill_tokens,
+    count_rows_in_memory,
+)
 from ftlevel.evaluation.rollouts import open_rewards
 from ftlevel.evaluation.sampling import PREFILL_TOKENS, SamplingOptions
 from ftlevel.events import NullListener
@@ -54,9 +62,6 @@ SCORING_MODELS = "teacher and reward models"
 SAMPLING = "sampling"
 INITIAL = "initial weights"
 """Copy of the trained tensors of step 0, for the KL penalty."""
-
-_LOGITS_COPIES = 6
-"""Float32 tensors of (rows, vocabulary) alive while tokens are drawn."""
 
 _BYTES_PER_WEIGHT = {"4bit": 0.56, "8bit": 1.02}
 """Bytes per weight of a quantized model, with its scales."""
@@ -79,29 +84,38 @@ class RolloutSize:
     completion: int
 
     @classmethod
-    def of(cls, run: Run) -> RolloutSize | None:
-        """Returns the largest rollout of `run`; None if this process does not sample."""
+    def of(cls, run: Run, memory: int) -> RolloutSize | None:
+        """Returns the largest rollout of `run`; None if this process does not sample.
+
+        On a GPU, as many completions are sampled together as fit in `memory` bytes.
+        """
         config, train = run.config.rl, run.config.train
         if run.config.task != RL_TASK or config.rollouts is not None:
             return None
         num_eval_samples = min(len(run.data.validation), train.max_generate_samples)
         num_check_prompts = min(config.check_groups, len(run.data.train))
         num_prompts = max(train.rows_per_device_step, num_eval_samples, num_check_prompts)
-        max_rows = max(SamplingOptions.most_rows, config.num_generations)
-        num_prompts = min(num_prompts, max_rows // config.num_generations)
-        num_rows = num_prompts * config.num_generations
         max_length = max(len(row.input_ids) for row in (*run.data.train, *run.data.validation))
-        return cls(num_prompts, num_rows, max_length, config.max_completion_length)
+        group, completion = config.num_generations, config.max_completion_length
+        max_rows = max(SamplingOptions.most_rows, group)
+        if run.model.device == "cuda":
+            tokens = max_length + completion
+            max_rows = count_rows_in_memory(run.model.config, run.model.dtype, tokens, memory)
+        num_prompts = min(num_prompts, max(1, max_rows // group))
+        num_rows = min(num_prompts * group, max_rows)
+        return cls(num_prompts, num_rows, max_length, completion)
 
     def cache_bytes(self, run: Run, *, copies: int) -> int:
-        """Returns the bytes of the KV cache, with completions counted `copies` times."""
-        text = run.model.config.get_text_config()
-        heads = text.num_attention_heads
-        groups = getattr(text, "num_key_value_heads", None) or heads
-        width = getattr(text, "head_dim", None) or text.hidden_size // heads
-        token = 2 * text.num_hidden_layers * groups * width * DTYPES[run.model.dtype].itemsize
-        shared = self.prompts * (self.prompt + CACHE_GROWTH)
-        return int(token * (shared + copies * self.rows * (self.completion + CACHE_GROWTH)))
+        """Returns the bytes of the KV cache, with completions counted `copies` times on a CPU.
+
+        On a GPU, pages are not copied. In float32, `generate` stores a prompt for each completion.
+        """
+        room, prompts = CACHE_GROWTH, self.prompts
+        if run.model.device == "cuda":
+            room, copies = PAGE_TOKENS, 1
+            prompts = self.rows if run.model.dtype == "float32" else self.prompts
+        tokens = prompts * (self.prompt + room) + copies * self.rows * (self.completion + room)
+        return tokens * cache_token_bytes(run.model.config, run.model.dtype)
 
     def prefill_bytes(self, run: Run) -> int:
         """Returns the activation bytes of one layer during the prefill of one batch of prompts."""
@@ -110,6 +124,8 @@ class RolloutSize:
         inner = getattr(text, "intermediate_size", None) or 4 * hidden
         num_prompts = min(self.prompts, max(1, PREFILL_TOKENS // self.prompt))
         tokens = num_prompts * self.prompt
+        if run.model.device == "cuda" and run.model.dtype != "float32":
+            tokens = min(tokens, count_prefill_tokens(self.rows))
         mlp_bytes = tokens * (inner * (4 * value + 12) + 4 * hidden * value)
         return int(mlp_bytes + tokens * self.prompt * (2 + value))
 
@@ -135,7 +151,7 @@ def estimate_sampling_parts(run: Run, size: RolloutSize) -> dict[str, int]:
     """Returns category → bytes that a rollout of `size` needs in addition to the weights."""
     parts = {
         KEYS_AND_VALUES: size.cache_bytes(run, copies=2),
-        LOGITS: 4 * _LOGITS_COPIES * size.rows * run.model.vocabulary,
+        LOGITS: 4 * LOGITS_COPIES * size.rows * run.model.vocabulary,
         ACTIVATIONS: size.prefill_bytes(run),
     }
     packed = run.model.total_parameters * DTYPES[run.model.dtype].itemsize
@@ -285,14 +301,17 @@ def estimate_time(run: Run, gpu: Gpu) -> TimeForecast | None:
         return None
     tokens = run.data.info["tokens"]
     operations = count_operations(run)
-    if (size := RolloutSize.of(run)) is not None:
-        return _estimate_rl_time(run, gpu, size, operations)
+    weights = run.model.total_parameters * DTYPES[run.model.dtype].itemsize
+    if (size := RolloutSize.of(run, gpu.memory - weights)) is not None:
+        return _estimate_rl_time(run, gpu, size, operations, weights)
     seconds = operations * tokens / (PEAK_FRACTION * gpu.tflops * 1e12)
     how = f"a roofline: {PEAK_FRACTION:.0%} of {gpu.tflops:,g} TFLOP/s, not measured"
     return TimeForecast(seconds, tokens / seconds, how)
 
 
-def _estimate_rl_time(run: Run, gpu: Gpu, size: RolloutSize, operations: float) -> TimeForecast:
+def _estimate_rl_time(
+    run: Run, gpu: Gpu, size: RolloutSize, operations: float, weights: int
+) -> TimeForecast:
     flops = PEAK_FRACTION * gpu.tflops * 1e12
     num_prompts = sum(prompt_lengths(run))
     num_completions = len(run.data.train) * run.config.rl.num_generations * size.completion
@@ -300,7 +319,6 @@ def _estimate_rl_time(run: Run, gpu: Gpu, size: RolloutSize, operations: float) 
     head = 6 * run.model.vocabulary * width * num_completions
     training = (operations * (num_prompts + num_completions) + head) / flops
     training *= run.config.steps_per_rollout
-    weights = run.model.total_parameters * DTYPES[run.model.dtype].itemsize
     bandwidth = BANDWIDTH_FRACTION * gpu.bandwidth * 1e9
     sampling = estimate_sampling_seconds(run, size, weights, bandwidth, flops)
     seconds = training + sampling

@@ -131,7 +131,6 @@ def _check_adapter_path(name: str, path: Path, output_dir: Path | None) -> None:
 def _load_method_config(
     adapter: StartingAdapter, requested: MethodConfig, *, uses_dropout: bool
 ) -> MethodConfig:
-    """Returns the method configuration of `adapter`; `requested` is the user's."""
     peft_config, card = adapter.settings, adapter.card
     method = card.method if card else _get_method(adapter)
     run_path = get_run_dir(adapter.directory)
@@ -165,7 +164,6 @@ def _load_method_config(
 
 
 def _get_method(adapter: StartingAdapter) -> str:
-    """Returns the method of an adapter written by plain PEFT; ConfigError if none matches."""
     peft_type = str(adapter.settings.get("peft_type"))
     for kind, method in METHODS.items():
         if method.merge_info.peft_types[:1] == (peft_type,) and not method.tuner:

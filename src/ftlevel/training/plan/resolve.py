@@ -10,13 +10,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-import torch
-
 from ftlevel.config import (
     ModelConfig,
     OutputConfig,
     QuantConfig,
-    SpeedConfig,
     TrainConfig,
     TrainerConfig,
 )
@@ -33,8 +30,7 @@ from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.intervals import check_metrics, should_generate
 from ftlevel.evaluation.rollouts import get_validation_position, open_rewards
-from ftlevel.fast.gpu_attention import fetch_kernel
-from ftlevel.fast.plan import fused_lora_choices, kernel_choices, plan_fast
+from ftlevel.fast.plan import fused_lora_choices, plan_fast
 from ftlevel.methods.rates import RateInputs
 from ftlevel.models.hardware import select_device, select_tf32, select_threads
 from ftlevel.models.kinds import model_kind, width_of
@@ -216,7 +212,6 @@ def resolve(
             *select_tf32(train.tf32, device, dtype),
             *method_choices(method, base.quant, train, is_quantized),
             *fused_lora_choices(method, config.speed, quant, device),
-            *kernel_choices(config.speed, device, base.config.model_type),
             *targets.choices(getattr(method, "target_modules", None)),
             *([Choice("heads", ", ".join(model.heads), task.head_message)] if model.heads else []),
             *base.choices,
@@ -391,11 +386,8 @@ def infer_task(config: TrainConfig) -> tuple[TrainConfig, str]:
     return config, ""
 
 
-def check_packages(model: ModelConfig, speed: SpeedConfig, output: OutputConfig) -> None:
-    """Reject outdated libraries and options whose package or device is missing.
-
-    Raises ConfigError, or InputError if the attention kernel cannot be loaded.
-    """
+def check_packages(model: ModelConfig, output: OutputConfig) -> None:
+    """Reject outdated libraries and options whose package is missing. Raises ConfigError."""
     errors = get_outdated_libraries()
     for tracker in output.report_to:
         if not find_spec(tracker):
@@ -410,14 +402,6 @@ def check_packages(model: ModelConfig, speed: SpeedConfig, output: OutputConfig)
             errors.append(
                 "model.attn_implementation flash_attention_2 needs a CUDA device and the package "
                 "flash-attn. Use sdpa or auto."
-            )
-    if kernel := speed.attention_kernel:
-        if torch.cuda.is_available():
-            fetch_kernel(kernel)
-        else:
-            errors.append(
-                f"speed.attention_kernel {kernel} needs an NVIDIA GPU. Drop it; the CPU has its "
-                f"own attention."
             )
     if errors:
         raise ConfigError(errors)

@@ -52,9 +52,8 @@ def check_before(trainer: FtlevelTrainer, prompts: Sequence[Any], listener: List
     groups = processes.in_all(lambda: trainer.rollouts(BEFORE, local))
     gathered = processes.all_gather([compute_statistics(group, config) for group in groups])
     statistics = [group for part in gathered for group in part]
-    if trainer.rollouts.why_generate:
-        message = f"the decoder cannot serve this model: {trainer.rollouts.why_generate}"
-        listener.choices("rollouts", [Choice("sampler", "transformers' generate", message)])
+    if trainer.rollouts.sampler is not None:
+        listener.choices("rollouts", [trainer.rollouts.sampler])
     metrics = compute_metrics(statistics, config.reward_names)
     logp_differences = processes.all_gather(_compare_logps(trainer, groups))
     mean = max(part[0] for part in logp_differences)

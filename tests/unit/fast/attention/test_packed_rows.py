@@ -11,10 +11,11 @@ from peft import LoraConfig, get_peft_model
 
 import tiny_models
 from ftlevel.fast import packed_attention as attention
-from ftlevel.fast.packing import PackedBlocks, PackedLayout, using_layout
-from ftlevel.models.module_tree import get_blocks
+from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
+from ftlevel.fast.packing import PackedLayout, PackedModel, using_layout
 
 LENGTHS = (7, 40, 3, 19, 19, 1)
+PADDED = {"pad_token_id": 1}
 DECODERS = ("gpt2", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3",
             "mixtral", "qwen3_moe")  # fmt: skip
 ENCODERS = ("bert", "roberta", "distilbert", "electra", "albert", "modernbert")
@@ -68,13 +69,13 @@ def compute_packed(
     base = model.get_base_model()
     attention.register()
     base.set_attn_implementation(attention.NAME)
-    blocks = PackedBlocks(get_blocks(base))
+    packing = PackedModel(base)
     try:
         layout = PackedLayout.from_mask(batch["attention_mask"])
         with using_layout(replace(layout, is_for_answers=is_for_answers)):
             return compute_outputs_and_gradients(model, batch)
     finally:
-        blocks.remove()
+        packing.remove()
         base.set_attn_implementation("sdpa")
 
 
@@ -102,3 +103,46 @@ def test_packed_matches_padded(family: str, head: str) -> None:
     )
     assert relative(packed_results[0], padded[0]) < 1e-5
     assert relative(packed_results[1], padded[1]) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["roberta", "opt", "llama"])
+def test_pad_token_inside_a_text_keeps_its_position(family: str) -> None:
+    """RoBERTa gives it the position of padding and does not count it; other models count it."""
+    model = build(family, tiny_models.HEADS[family][0], **({} if family == "roberta" else PADDED))
+    batch = create_batch(model)
+    batch["input_ids"][1, 5:8] = model.config.pad_token_id
+    padded = compute_outputs_and_gradients(model, batch)
+    packed = compute_packed(model, batch)
+    assert relative(packed[0], padded[0]) < 1e-5
+    assert relative(packed[1], padded[1]) < 1e-5
+
+
+@pytest.mark.parametrize(("family", "embedding", "norm"), [
+    ("llama", "model.embed_tokens", "model.norm"), ("gpt2", "transformer.wpe", "transformer.ln_f"),
+    ("gemma3_text", "model.embed_tokens", "model.norm"),
+    ("opt", "model.decoder.embed_positions", "model.decoder.final_layer_norm"),
+    ("bert", "bert.embeddings.LayerNorm", "cls.predictions.transform.LayerNorm"),
+])  # fmt: skip
+def test_embeddings_and_final_norm_compute_no_padding(
+    family: str, embedding: str, norm: str
+) -> None:
+    model = build(family, tiny_models.HEADS[family][0])
+    base, batch = model.get_base_model(), create_batch(model)
+    shapes = {}
+    for name in (embedding, norm):
+        base.get_submodule(name).register_forward_hook(
+            lambda _, __, output, name=name: shapes.update({name: output.shape[:2]})
+        )
+    attention.register()
+    base.set_attn_implementation(attention.NAME)
+    packing, head = PackedModel(base), ChunkedCrossEntropy(base)
+    at = torch.tensor([0, 41, 42])  # flat positions: 40 is the longest row
+    with using_layout(PackedLayout.from_mask(batch["attention_mask"])):
+        likelihoods = head.likelihoods(lambda: model(**batch), at, torch.tensor([11, 12, 13]))
+    packing.remove()
+    head.remove()
+    assert set(shapes.values()) == {(1, sum(LENGTHS))}
+    base.set_attn_implementation("sdpa")
+    logits = model(**batch).logits.flatten(0, 1)[at].log_softmax(-1)
+    chosen = logits[torch.arange(3), torch.tensor([11, 12, 13])]
+    assert torch.allclose(likelihoods, chosen, atol=1e-5)

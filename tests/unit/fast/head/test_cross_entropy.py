@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import tiny_models
 from ftlevel.fast import cross_entropy as head_module
-from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
+from ftlevel.fast.cross_entropy import ChunkedCrossEntropy, losses_and_gradient
 
 SMALL = {"vocab_size": 704, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
@@ -139,3 +139,37 @@ def test_head_computes_only_supervised_positions() -> None:
     head = ChunkedCrossEntropy(model)
     head.loss_sum(lambda: model(input_ids=torch.randint(10, 490, (2, 10))), POSITIONS, TARGETS)
     assert widths == [len(POSITIONS), 1]
+
+
+@pytest.mark.parametrize("kind", ["loss", "likelihoods"])
+def test_float16_keeps_gradients_of_small_probabilities(kind: str) -> None:
+    """The gradient scaler multiplies a loss of one target by 65,536, more than float16 has."""
+    torch.manual_seed(0)
+    weight, states = torch.randn(4000, 16) * 0.1, torch.zeros(1, 16)
+    weight[1:] += 2
+    bias = torch.full((4000,), -18.0)  # probabilities of 1.5e-8
+    bias[0] = 0
+    target = torch.tensor([0])
+
+    def compute(dtype: torch.dtype) -> torch.Tensor:
+        leaf = states.to(dtype).requires_grad_()
+
+        def scores_of(x: torch.Tensor) -> torch.Tensor:
+            return functional.linear(x, weight.to(dtype), bias.to(dtype))
+
+        if kind == "likelihoods":
+            loss = -head_module._Likelihoods.apply(leaf, target, scores_of, 1).sum()
+        else:
+            loss = head_module._SummedLoss.apply(
+                leaf, lambda scores, at: _sum(losses_and_gradient(scores, target[at])), scores_of, 1
+            )
+        (gradient,) = torch.autograd.grad(loss * 65536, leaf)
+        return gradient.float()
+
+    exact, half = compute(torch.float32), compute(torch.float16)
+    assert half.norm() > 0
+    assert (half - exact).norm() < 0.02 * exact.norm()
+
+
+def _sum(result: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    return result[0].sum(), result[1]

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import tiny_models
 from ftlevel.config import SPECS
+from ftlevel.fast import fused_lora
 from ftlevel.fast.fused_lora import FusedForward, FusedLinear, FusedLoraFunction
 from ftlevel.methods import Base
 from ftlevel.models.hardware import autocast
@@ -190,6 +191,86 @@ def test_switching_and_disabling_adapters_matches_peft(quant):
     with models[0].disable_adapter(), models[1].disable_adapter():
         assert torch.equal(*(model(**batch).logits for model in models))
     assert torch.equal(*(model.eval()(**batch).logits for model in models))
+
+
+@pytest.mark.parametrize("quant", ["none", "4bit", "8bit"])
+@pytest.mark.parametrize("fields", [{}, {"lora_dropout": 0.3}], ids=str)
+def test_layouts_of_narrow_tensors_give_the_same_gradients(quant, fields, monkeypatch):
+    """A GPU stores tensors of width r as (tokens, r), a CPU as (r, tokens)."""
+    results, strides = [], []
+    original = fused_lora._narrow
+    for on_gpu in (False, True):
+        monkeypatch.setattr(fused_lora, "is_on_gpu", lambda _, on_gpu=on_gpu: on_gpu)
+        monkeypatch.setattr(
+            fused_lora,
+            "_narrow",
+            lambda *a: (strides.append(original(*a).stride(0)), original(*a))[1],
+        )
+        results.append(backward(build("llama", quant, fused=True, **fields), "llama"))
+    (expected_loss, expected), (loss, grads) = results
+    half = len(strides) // 2
+    assert 1 not in strides[:half]
+    assert set(strides[half:]) == {1}
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    for name, grad in grads.items():
+        assert relative_error(grad, expected[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("quant", ["none", "4bit", "8bit"])
+def test_evaluation_on_gpu_is_fused_for_one_active_adapter(quant, monkeypatch):
+    """Several, merged, disabled and mixed adapters use PEFT's forward; 8-bit layers always do."""
+    models = [build("llama", quant, fused=fused).eval() for fused in (True, False)]
+    calls = []
+    original = fused_lora.compute_without_gradient
+    monkeypatch.setattr(fused_lora, "is_on_gpu", lambda _: True)
+    monkeypatch.setattr(
+        fused_lora, "compute_without_gradient", lambda *a: (calls.append(1), original(*a))[1]
+    )
+    batch = {k: v for k, v in tiny_models.build_batch("llama").items() if k != "labels"}
+    for model in models:
+        torch.manual_seed(5)
+        model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+        randomize(model)
+    count = 0 if quant == "8bit" else len(fused_layers(models[0]))
+
+    def compare(num_calls, **arguments):
+        calls.clear()
+        with torch.no_grad():
+            actual, expected = (model(**batch, **arguments).logits for model in models)
+        assert relative_error(actual, expected) < 1e-5
+        assert len(calls) == num_calls
+        return actual
+
+    logits = []
+    for active in ("default", "other", ["default", "other"]):
+        for model in models:
+            model.base_model.set_adapter(active)
+        logits.append(compare(0 if isinstance(active, list) else count))
+    assert not torch.allclose(logits[0], logits[1])
+    names = ["default", "other", "__base__"] * len(batch["input_ids"])
+    compare(0, adapter_names=names[: len(batch["input_ids"])])
+    with models[0].disable_adapter(), models[1].disable_adapter():
+        compare(0)
+    for model in models:
+        model.base_model.set_adapter("other")
+    compare(count)
+    for model in models:
+        model.merge_adapter()
+    compare(0)
+    for model in models:
+        model.unmerge_adapter()
+    compare(count)
+    hook = fused_layers(models[0])[0].base_layer.register_forward_hook(lambda *_: None)
+    compare(max(count - 1, 0))
+    hook.remove()
+    compare(count)
+
+
+def test_evaluation_on_gpu_of_dora_uses_peft_layer(monkeypatch):
+    monkeypatch.setattr(fused_lora, "is_on_gpu", lambda _: True)
+    batch = tiny_models.build_batch("llama")
+    logits = [build("llama", fused=f, use_dora=True).eval()(**batch).logits for f in (True, False)]
+    assert torch.equal(*logits)
 
 
 @pytest.mark.parametrize("quant", ["none", "4bit", "8bit"])

@@ -3,39 +3,51 @@
 from __future__ import annotations
 
 import importlib.util
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from ftlevel import TrainConfig
-from ftlevel.fast.plan import LIGER_CONFIG, get_liger_arguments, kernel_choices
-
-ON = {"liger_kernel": True}
+from ftlevel.fast.plan import uses_liger
 
 
 @pytest.mark.parametrize(
-    ("installed", "device", "model_type", "speed", "is_used"),
+    ("changes", "is_used"),
     [
-        (True, "cuda", "llama", ON, True),
-        (True, "cuda", "qwen3", ON, True),
-        (False, "cuda", "llama", ON, False),
-        (True, "cpu", "llama", ON, False),
-        (True, "cuda", "bert", ON, False),
-        (True, "cuda", "llama", {**ON, "fast": False}, False),
-        (True, "cuda", "llama", {}, False),
+        ({}, True),
+        ({"family": "qwen3"}, True),
+        ({"family": "gemma3_text", "hidden_act": "gelu_pytorch_tanh"}, False),  # another head
+        ({"installed": False}, False),
+        ({"device": "cpu"}, False),
+        ({"family": "bert"}, False),
+        ({"speed": {"liger_kernel": False}}, False),
+        ({"method": "adapter"}, False),  # wraps feed-forward blocks, which liger-kernel replaces
+        ({"hidden_act": "gelu"}, False),  # liger-kernel would compute silu
+        ({"mlp_bias": True}, False),
     ],
+    ids=str,
 )
-def test_liger_is_used_only_where_supported(
-    installed, device, model_type, speed, is_used, monkeypatch: pytest.MonkeyPatch
-):
-    find_spec = importlib.util.find_spec
+def test_liger_is_used_only_where_it_computes_the_model(
+    changes: dict[str, Any], is_used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec, installed = importlib.util.find_spec, changes.get("installed", True)
     monkeypatch.setattr(
         importlib.util,
         "find_spec",
         lambda name, *a: (
-            (object() if installed else None) if name == "liger_kernel" else find_spec(name)
+            (object() if installed else None) if name == "liger_kernel" else find_spec(name, *a)
         ),
     )
-    section = TrainConfig.model_validate({"speed": speed}).speed
-    expected = {"use_liger_kernel": True, "liger_kernel_config": LIGER_CONFIG} if is_used else {}
-    assert get_liger_arguments(section, device, model_type) == expected
-    assert bool(kernel_choices(section, device, model_type)) is is_used
+    config = TrainConfig.model_validate(
+        {"speed": changes.get("speed", {}), "method": {"kind": changes.get("method", "lora")}}
+    )
+    model = SimpleNamespace(
+        config=SimpleNamespace(
+            model_type=changes.get("family", "llama"),
+            hidden_act=changes.get("hidden_act", "silu"),
+            mlp_bias=changes.get("mlp_bias", False),
+        )
+    )
+    device = changes.get("device", "cuda")
+    assert uses_liger(config.speed, config.method, model, device) is is_used
