@@ -24,7 +24,7 @@ from ftlevel.data.prepare.loading import read_splits
 from ftlevel.data.sources.beir import load_retrieval_set
 from ftlevel.data.sources.lines import STDIN
 from ftlevel.data.sources.table import describe_dropped
-from ftlevel.errors import ConfigError, InputError
+from ftlevel.errors import ConfigError, InputError, excludes
 from ftlevel.evaluation.embeddings import evaluate_retrieval
 from ftlevel.evaluation.intervals import (
     ExampleRecord,
@@ -269,7 +269,7 @@ def _base_of(
 def _evaluate_retrieval(config: EvaluateConfig, qrels: Path, listener: Listener) -> Evaluation:
     if names := [name for name in _NOT_WITH_QRELS if getattr(config, name) not in (None, {}, ())]:
         flag = "--map" if names[0] == "columns" else f"--{names[0].replace('_', '-')}"
-        raise ConfigError(f"{flag} cannot be used with --qrels. Drop one of them.")
+        raise ConfigError(excludes(flag, "--qrels"))
     with silence_loggers():
         device = select_device(config.device)
         listener.stage("reading the retrieval dataset")

@@ -8,7 +8,7 @@ from typing import Any
 
 from ftlevel.config import TrainConfig
 from ftlevel.config.section import Choice
-from ftlevel.errors import ConfigError
+from ftlevel.errors import ConfigError, excludes, needs
 from ftlevel.models.loading import silence_loggers
 from ftlevel.models.sources import resolve_source
 from ftlevel.training.forecast.alternatives import (
@@ -130,9 +130,8 @@ def plan(
 def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, AlternativeContext]:
     gpu = parse_gpu(options.gpu) if options.gpu else None
     if gpu and options.probe:
-        raise ConfigError(
-            "--probe runs steps on this machine, and --gpu plans for another GPU. Use one of them."
-        )
+        reason = "one runs steps on this machine, the other plans for another GPU"
+        raise ConfigError(excludes("--probe", "--gpu", reason))
     ranks = (config.train.num_processes or 1) if gpu else 1
     if ranks == 1 and config.train.shard != "none":
         raise ConfigError(
@@ -172,10 +171,9 @@ def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, Alternati
     elif gpu and ranks == 1 and not is_synthetic:
         time = estimate_time(run, gpu)
     if time is None and options.price_per_hour is not None:
-        raise ConfigError(
-            f"--price-per-hour {options.price_per_hour:g} needs an estimate of the time. Add "
-            "--dataset FILE with --probe or the --gpu NAME of one GPU, or drop it."
-        )
+        flag = f"--price-per-hour {options.price_per_hour:g}"
+        fix = "Add --dataset FILE with --probe or the --gpu NAME of one GPU, or drop it."
+        raise ConfigError(needs(flag, "an estimate of the time", fix=fix))
     steps = run.schedule.steps_per_epoch
     result = RunPlan(
         need=need,

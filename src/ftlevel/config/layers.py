@@ -265,6 +265,12 @@ def format_errors(
         location = _get_location(key, sources, "" if locations is not None else model.__name__)
         if detail["type"] == "value_error" and not key:  # a rule between sections names the flags
             messages += str(detail["ctx"]["error"]).split("\n")
+        elif detail["type"] == "value_error" and isinstance(
+            detail["input"], Mapping
+        ):  # a section's
+            prefix = "" if location == ".".join(key) else f"{location}: "
+            lines = str(detail["ctx"]["error"]).split("\n")
+            messages += [f"{prefix}{line.rstrip('.')}." for line in lines]
         elif detail["type"] == "extra_forbidden":
             messages.append(f"{location}: {_invalid_key(key, kind, model)}")
         else:

@@ -20,7 +20,7 @@ import psutil
 from ftlevel.config import SpeedConfig, TrainConfig, TrainerConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.store import row_lengths
-from ftlevel.errors import ConfigError, FtlevelError
+from ftlevel.errors import ConfigError, FtlevelError, excludes, needs
 from ftlevel.fast.plan import MIN_TOKENS
 from ftlevel.models.hardware import free_memory_bytes
 from ftlevel.models.sources import ModelSource
@@ -112,15 +112,11 @@ def fit_batch_size(run: Run, memory: int) -> Run:
     or a single row does not fit.
     """
     if run.config.train.shard != "none":
-        raise ConfigError(
-            "--auto-micro-batch does not support --shard. Drop one of them, or set "
-            "--tokens-per-micro-batch N."
-        )
+        fix = "Drop one of them, or set --tokens-per-micro-batch N."
+        raise ConfigError(excludes("--auto-micro-batch", "--shard", fix=fix))
     if not run.fast.enabled:
-        raise ConfigError(
-            "--auto-micro-batch needs the fast step. Drop it, or the flag that disables the fast "
-            "step (--no-fast, --neftune-noise-alpha)."
-        )
+        fix = "Drop it, or the flag that turns it off (--no-fast, --neftune-noise-alpha)."
+        raise ConfigError(needs("--auto-micro-batch", "the fast step", fix=fix))
     best, default_tokens = _search_tokens(run, memory), run.fast.tokens
     is_small = best.tokens < min(MIN_TOKENS, default_tokens)
     train, device = run.config.train, run.model.device
