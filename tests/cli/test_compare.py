@@ -234,8 +234,14 @@ def test_incompatible_method_is_skipped_with_reason(
     [
         ((), "--methods is missing"),
         (("--methods", "lora,lorra"), "'lorra' is not a method."),
-        (("--methods", "lora", "--budget-steps", "2", "--budget-minutes", "1"), "two budgets"),
-        (("--methods", "lora", "--budget-steps", "2", "--max-steps", "3"), "set the same value"),
+        (
+            ("--methods", "lora", "--budget-steps", "2", "--budget-minutes", "1"),
+            "--budget-steps cannot be used with --budget-minutes",
+        ),
+        (
+            ("--methods", "lora", "--budget-steps", "2", "--max-steps", "3"),
+            "--budget-steps cannot be used with --max-steps",
+        ),
         (("--methods", "lora", "--max-memory", "0"), "--max-memory 0: expected a number above 0"),
         (("--methods", "ia3", "--lora-r", "4"), "method.r belongs to none of the compared methods"),
         (("--methods", "qlora", "--quant", "none"), "qlora: "),

@@ -120,7 +120,7 @@ def test_detected_columns_are_reported(
         ("pictures.jsonl", jsonl(PICTURES), ["--ignore-columns", "image,imge"],
          "--ignore-columns imge: no such column. Columns: 'text', 'label'."),
         ("-", "", ["--output-dir", "run", "--resume"],
-         "--resume cannot be used with --dataset -: the rows of the run came through a pipe"),
+         "--resume cannot be used with --dataset -: the rows came through a pipe"),
     ],
 )  # fmt: skip
 def test_invalid_input_is_rejected_and_nothing_is_written(
@@ -274,4 +274,7 @@ def test_run_from_pipe_resumes_only_with_same_rows(
     assert run([*train, "3", "--resume", "--dataset", "again"]) == 2
     assert "is a pipe to which no program has written" in capsys.readouterr().err
     assert run([*train, "3", "--num-processes", "2", "--dataset", "again"]) == 2
-    assert "--num-processes cannot be used with again, a pipe" in capsys.readouterr().err
+    assert (
+        "--num-processes cannot be used with --dataset again: only one process can read a pipe"
+        in capsys.readouterr().err
+    )

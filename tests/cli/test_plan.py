@@ -292,7 +292,7 @@ def test_weights_memory_of_real_models(
         (("--gpu", "h1000"), "--gpu h1000: unknown GPU. Did you mean 'h100'?"),
         (
             ("--gpu", "h100", "--probe"),
-            "--probe runs steps on this machine, and --gpu plans for another GPU. Use one of them.",
+            "--probe cannot be used with --gpu: one runs steps on this machine, the other plans",
         ),
         (("--model", "builtin:tiny-llama", "--probe"), "--probe runs steps on real rows."),
         (

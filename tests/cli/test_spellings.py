@@ -141,9 +141,12 @@ def test_recipe_after_list_is_not_a_list_value(tmp_path: Path) -> None:
         ("--packing --no-fast", "--packing contradicts speed.fast, which is False. Drop --no-fast"),
         ("--use_peft --method full", "contradicts method.kind, which is full. Drop one of them."),
         ("--do_train false", "ftlevel evaluate scores without training."),
-        ("--eval_steps 5 --eval_strategy epoch", "--eval-steps 5 is not used by --eval-strategy"),
-        ("--validation_file a --val_size 0.1", "Use one of them."),
-        ("--run_name a --output_dir b", "leave it unused. Drop it."),
+        (
+            "--eval_steps 5 --eval_strategy epoch",
+            "--eval-steps 5 has no effect with --eval-strategy",
+        ),
+        ("--validation_file a --val_size 0.1", "both define the validation rows."),
+        ("--run_name a --output_dir b", "--run-name a has no effect with --output-dir b"),
         ("--warmup_ratio 2", "a ratio is below 1; --warmup-steps N takes a number of steps."),
         ("--resume_from_checkpoint out/checkpoint-5", "Use: --output-dir RUN --resume."),
         (

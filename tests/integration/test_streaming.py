@@ -228,8 +228,8 @@ def test_rows_longer_than_first_rows_are_dropped_or_rejected(
          "--streaming cannot be used with --task text-classification"),
         (["--max-steps", "2", "--validation-split", "0.1"], "Use --set data.validation_rows=N"),
         (["--max-steps", "2", "--max-samples", "5"], "--max-samples cannot be used with"),
-        (["--max-steps", "2", "--dataset", "other.jsonl"], "--streaming reads one dataset. Use "
-                                                           "one --dataset, or drop --streaming."),
+        (["--max-steps", "2", "--dataset", "other.jsonl"], "--dataset other.jsonl cannot be "
+                                                           "used with --streaming"),
         (["--max-steps", "2", "--set", "data.validation_rows=240"],
          "leaves none of the 240 rows of rows.jsonl to train on"),
         (["--max-steps", "2", "--split", "test"], "rows.jsonl is one file, without splits."),

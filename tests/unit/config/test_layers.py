@@ -95,9 +95,11 @@ def test_rows_of_a_dataset_dict_stay_one_object(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"embedding": {"guide": "x"}}, "--guide: --loss mnrl does not read it; gist does."),
-        ({"embedding": {"temperature": 2}}, "--temperature: --loss mnrl does not read it; kl does"),
-        ({"distillation": "x"}, "--teacher: --loss mnrl does not read it; margin-mse, kl do."),
+        ({"embedding": {"guide": "x"}}, "--guide has no effect with --loss mnrl: it is for gist."),
+        ({"embedding": {"temperature": 2}},
+         "--temperature has no effect with --loss mnrl: it is for kl."),
+        ({"distillation": "x"},
+         "--teacher has no effect with --loss mnrl: it is for margin-mse, kl."),
     ],
 )  # fmt: skip
 def test_parameters_of_another_embedding_loss_are_rejected(
@@ -116,14 +118,14 @@ def test_settings_without_effect_are_listed() -> None:
         train={"num_beams": 2},
     )
     messages = list(config.list_unused("decoder"))
-    assert [message.partition(" has no effect: ")[0] for message in messages] == [
+    assert [message.partition(" has no effect with ")[0] for message in messages] == [
         "train.num_beams",
         "data.doc_stride",
         "data.max_target_length",
     ]
     assert messages[2] == (
-        "data.max_target_length has no effect: it is for encoder-decoder, and this is "
-        "text-classification with a decoder."
+        "data.max_target_length has no effect with --task text-classification and a decoder: it is "
+        "for encoder-decoder. Drop it."
     )
     assert not list(TrainConfig(train={"num_beams": 2}).list_unused("decoder"))
 

@@ -172,7 +172,9 @@ def test_auto_micro_batch_without_fast_step_raises() -> None:
 
 
 def test_auto_micro_batch_with_sharding_raises() -> None:
-    with pytest.raises(ConfigError, match=r"does not support --shard.*--tokens-per-micro-batch N"):
+    with pytest.raises(
+        ConfigError, match=r"cannot be used with --shard.*--tokens-per-micro-batch N"
+    ):
         fit_batch_size(create_run(shard="full"), 10**9)
 
 
@@ -183,7 +185,7 @@ def test_resumed_run_keeps_tokens_per_micro_batch(requested_tokens: list[int]) -
 
 
 def test_memory_limit_without_auto_micro_batch_raises() -> None:
-    with pytest.raises(ValueError, match="memory_gib=2 needs --auto-micro-batch"):
+    with pytest.raises(ValueError, match="memory_gib=2 needs --tokens-per-micro-batch memory"):
         TrainConfig.model_validate({"speed": {"memory_gib": 2}})
 
 

@@ -1,0 +1,63 @@
+"""Constraints between settings: their conditions and their messages."""
+
+from __future__ import annotations
+
+import pytest
+
+from ftlevel.config import SPECS, TrainConfig
+from ftlevel.config.constraints import Excludes, Needs, NoEffect, list_violations
+from ftlevel.config.rl import CONSTRAINTS as RL_CONSTRAINTS
+from ftlevel.config.train import CONSTRAINTS
+
+
+def list_conditions() -> list[str]:
+    """Return all conditions of the table."""
+    return [
+        condition
+        for constraint in (*CONSTRAINTS, *RL_CONSTRAINTS)
+        for condition in (constraint.setting, constraint.other, *constraint.when.split(" & "))
+        if condition
+    ]
+
+
+@pytest.mark.parametrize(
+    "path", sorted({c.split("!=")[0].split("=")[0] for c in list_conditions()})
+)
+def test_conditions_name_fields(path: str) -> None:
+    section, _, name = path.partition(" ")[0].partition(".")
+    sections = SPECS.values() if section == "method" else [type(getattr(TrainConfig(), section))]
+    assert not name or any(name in model.model_fields for model in sections)
+    assert section in TrainConfig.model_fields
+
+
+@pytest.mark.parametrize(
+    ("constraint", "message"),
+    [
+        (Needs("train.optim=sgd", "output.dir RUN"),
+         "--optim sgd needs --output-dir RUN. Add --output-dir RUN, or drop --optim."),
+        (Needs("train.optim=sgd", "quant.kind=4bit|8bit", "it is heavy"),
+         "--optim sgd needs --quant 4bit or 8bit (it is none): it is heavy. Add --quant 4bit or "
+         "8bit, or drop --optim."),
+        (Excludes("train.optim", "data.streaming=False", "both"),
+         "--optim sgd cannot be used with --no-streaming: both. Drop one of them."),
+        (NoEffect("speed.memory_gib", "train.optim!=lion", fix="Leave it."),
+         "speed.memory_gib=2 has no effect with --optim sgd. Leave it."),
+        (Needs("train.optim=sgd", "speed.memory_gib"), None),
+        (Excludes("train.optim", "data.mix"), None),
+        (Excludes("train.optim", "speed.memory_gib", when="data.streaming & train.optim"), None),
+    ],
+)  # fmt: skip
+def test_messages(constraint: Needs | Excludes, message: str | None) -> None:
+    config = TrainConfig.model_construct(
+        **{name: getattr(TrainConfig(), name) for name in TrainConfig.model_fields}
+        | {
+            "train": TrainConfig(train={"optim": "sgd"}).train,
+            "speed": TrainConfig().speed.model_copy(update={"memory_gib": 2.0}),
+        }
+    )
+    assert list(list_violations(config, [constraint])) == ([message] if message else [])
+
+
+def test_invalid_condition_raises() -> None:
+    with pytest.raises(ValueError, match="is not a condition"):
+        list(list_violations(TrainConfig(), [Needs("train optim = sgd", "data.mix")]))
