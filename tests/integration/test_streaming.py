@@ -63,19 +63,19 @@ def test_changed_row_outside_samples_is_detected_on_resume(
     data = write_jsonl([create_row(i) for i in range(3_000)])
     arguments = [*options, "--dataset", data, "--save-strategy", "steps", "--save-steps", "2"]
     train(*arguments, "--max-steps", "4")
-    row_hashes = Path("run/checkpoints/rows.json").read_text()
+    row_hashes = Path("run/checkpoints/digests.json").read_text()
     before = Path(data).read_text()
     resume_command = ["train", "--quiet", "--output-dir", "run", "--resume", "--max-steps", "6"]
     for number in (1_500, 2_900):
         Path(data).write_text(before.replace(f"say {number} please", f"say {number} plaese"))
         assert run(resume_command) == 2
         error = capsys.readouterr().err
-        message = "the bytes of the rows have changed since it started: file 1"
+        message = "data.fingerprint of file 1 was"
         assert f"not the same run: {message}" in error
         assert "--allow-change data.fingerprint" in error
     assert run([*resume_command, "--allow-change", "data.fingerprint"]) == 0
     assert "data.fingerprint of file 1" in capsys.readouterr().err
-    assert Path("run/checkpoints/rows.json").read_text() != row_hashes
+    assert Path("run/checkpoints/digests.json").read_text() != row_hashes
 
 
 def test_interrupted_stream_resumes_like_uninterrupted_run(
@@ -107,7 +107,7 @@ def test_interrupted_stream_resumes_like_uninterrupted_run(
     capsys.readouterr()
     resume_options = ["--resume", "--max-steps", "40"]
     assert run(["train", "--quiet", "--output-dir", "broken", *resume_options]) == 2
-    assert "not the same run: data.fingerprint was" in capsys.readouterr().err
+    assert "not the same run: data.fingerprint (rows) was" in capsys.readouterr().err
 
 
 @pytest.mark.slow

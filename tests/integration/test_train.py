@@ -355,7 +355,7 @@ def test_resume_with_changed_thread_count_is_rejected(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     count = torch.get_num_threads()
-    assert json.loads(Path("run/checkpoints/origin.json").read_text())["threads"] == count
+    assert json.loads(Path("run/checkpoints/identity.json").read_text())["threads"] == count
     torch.set_num_threads(count + 1)
     try:
         code = run(["train", "--quiet", "--output-dir", "run", "--resume"])

@@ -143,7 +143,7 @@ def train(inputs: CommandInput, *, dry_run: bool, as_json: bool, quiet: bool, sc
     if schema:
         typer.echo(json.dumps(TrainConfig.model_json_schema(), indent=2))
         return
-    config, origin = read_config(inputs)
+    config, recipe = read_config(inputs)
     processes = config.train.num_processes or 1
     if processes > 1 and not dry_run and not is_launched():
         raise typer.Exit(launch(inputs.args, processes, config.train.max_restarts))
@@ -159,7 +159,7 @@ def train(inputs: CommandInput, *, dry_run: bool, as_json: bool, quiet: bool, sc
             from ftlevel.training.finish import StartTime
             from ftlevel.training.session import CommandLine
 
-        command_line = CommandLine(origin, StartTime.of_process())
+        command_line = CommandLine(recipe, StartTime.of_process())
         listener = NullListener() if follows else screen  # the first process reports
         result = run(config, listener=listener, dry_run=dry_run, command_line=command_line)
     if as_json and not follows:

@@ -44,8 +44,8 @@ from ftlevel.objectives import LikelihoodObjective
 from ftlevel.trained.adapt import save_adapter
 from ftlevel.trained.resolve import ReferenceModel
 from ftlevel.training.build_trainer import create_evaluator
+from ftlevel.training.identity import get_config_values
 from ftlevel.training.model import PreparedModel, apply_fast_step
-from ftlevel.training.origin import get_config_values
 from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
 

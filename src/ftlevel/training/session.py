@@ -50,8 +50,8 @@ from ftlevel.training.finish import (
 )
 from ftlevel.training.forecast.alternatives import is_sized_by_memory, select_batch_size
 from ftlevel.training.forecast.fits import MemoryEstimate, estimate_memory, select_checkpointing
+from ftlevel.training.identity import FileDigests, get_file_digests
 from ftlevel.training.model import PreparedModel, get_speed_info
-from ftlevel.training.origin import FileDigests, get_file_digests
 from ftlevel.training.plan.adapter import get_adapter_warnings, resolve_adapter
 from ftlevel.training.plan.resolve import check_packages, infer_task, resolve
 from ftlevel.training.plan.run import Run, size_choices
@@ -503,7 +503,9 @@ def open_session(
     output_dir = processes.from_first(lambda: open_or_resume(run, resumed, listener))
     check_shared(output_dir, processes)
     run, base = store_base(run, output_dir, is_first=processes.is_first)
-    file_digests = _lock_output_dir(run, output_dir, stack) if processes.is_first else ()
+    digests = get_file_digests(run, output_dir.checkpoints)
+    if processes.is_first:
+        _lock_output_dir(output_dir, digests, stack)
     if processes.is_first and run.fast.failure and not resumed.failure:
         step = step_of(resumed.checkpoint) if resumed.checkpoint else 0
         output_dir.note({"step": step, PLAIN_STEP: run.fast.failure})
@@ -523,7 +525,7 @@ def open_session(
     )
     restore_progress(trainer, callbacks, output_dir, resumed, processes)
     watch = stack.enter_context(WatchProcesses(processes, listener.warn))
-    hashes = WaitForHashes(each.wait for each in file_digests)
+    hashes = WaitForHashes([digests.wait])
     manifest = trainer.pop_callback(WriteManifest)  # after the caller's, which may write files too
     for callback in (watch, *job.callbacks, hashes, manifest):
         trainer.add_callback(callback)
@@ -547,15 +549,12 @@ def open_session(
     )
 
 
-def _lock_output_dir(run: Run, output_dir: RunDirectory, stack: ExitStack) -> Sequence[FileDigests]:
+def _lock_output_dir(output_dir: RunDirectory, digests: FileDigests, stack: ExitStack) -> None:
     """Lock the run's directory until `stack` closes, and start to hash the run's input files."""
     stack.enter_context(lock_dir(output_dir.path))
     stack.enter_context(replace_run(output_dir.path))
-    file_digests = get_file_digests(run)
-    for each in file_digests:
-        each.keep(output_dir.checkpoints)
-        stack.callback(each.wait)
-    return file_digests
+    digests.keep()
+    stack.callback(digests.wait)
 
 
 def end_finished(job: TrainingJob, output_dir: RunDirectory, summary: Mapping[str, Any]) -> None:
