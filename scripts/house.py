@@ -47,7 +47,7 @@ LORA_R = {
     "cli/flags.py": "build_config(add_flag_layers(layers, inputs, note), note)",
     "config/layers.py": "TrainConfig.model_validate(merged)",
     "cli/train.py": "read_config(inputs)",
-    "commands/train.py": "prepare_run(job, resumed, load_training_model)",
+    "commands/train.py": "session.prepare(load_training_model)",
     "training/model.py": "apply_method(base, config.method",
     "trained/adapt.py": ".build(method, ",
     "methods/lora/__init__.py": "r=spec.r,",

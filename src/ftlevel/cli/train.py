@@ -157,10 +157,8 @@ def train(inputs: CommandInput, *, dry_run: bool, as_json: bool, quiet: bool, sc
         with heavy_imports():
             from ftlevel.commands.train import train as run
             from ftlevel.training.finish import StartTime
-            from ftlevel.training.session import CommandLine
 
-        command_line = CommandLine(recipe, StartTime.of_process())
-        listener = NullListener() if follows else screen  # the first process reports
-        result = run(config, listener=listener, dry_run=dry_run, command_line=command_line)
+        listener, start = NullListener() if follows else screen, StartTime.of_process()
+        result = run(config, listener=listener, dry_run=dry_run, recipe=recipe, start=start)
     if as_json and not follows:
         typer.echo(json.dumps(result.summary, default=str))

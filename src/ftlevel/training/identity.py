@@ -20,7 +20,7 @@ import torch
 from ftlevel.artifacts.cards import library_versions
 from ftlevel.artifacts.files import file_fingerprint, read_plain, write_json
 from ftlevel.artifacts.run_directory import DIGESTS, IDENTITY, RunDirectory
-from ftlevel.config import OutputConfig, TrainConfig
+from ftlevel.config import OutputConfig
 from ftlevel.config.trainer import PLATEAU
 from ftlevel.errors import ConfigError, join_names
 from ftlevel.training.plan.run import Run
@@ -67,9 +67,9 @@ core hashes about 1.7 GB/s (AMD EPYC), so the first checkpoint may wait for abou
 disk is as fast."""
 
 
-def flatten(config: TrainConfig, exclude: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns dotted name → value of all fields of `config` but those of `exclude`."""
-    values = config.model_dump(mode="json", exclude=dict(exclude))
+def flatten_config(run: Run, exclude: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns dotted name → value of all fields of a run's configuration but `exclude`."""
+    values = run.config.model_dump(mode="json", exclude=dict(exclude))
     flat = {"task": values.pop("task")}
     return flat | {f"{section}.{k}": v for section, part in values.items() for k, v in part.items()}
 
@@ -84,7 +84,7 @@ def get_identity(run: Run, fingerprint: str | None) -> dict[str, Any]:
         "data": {"num_proc", "cache"},
         "speed": {"verify"},
     }
-    values = flatten(config, unchecked)
+    values = flatten_config(run, unchecked)
     values |= {
         **get_config_values(run.model.config),
         **get_tokenizer_values(run.model.tokenizer),

@@ -33,7 +33,7 @@ from ftlevel.training.identity import (
     BASE,
     LENGTHS,
     compare_identities,
-    flatten,
+    flatten_config,
     get_file_digests,
     get_identity,
     get_tokenizer_values,
@@ -179,7 +179,7 @@ def has_evaluation(records: Sequence[Mapping[str, Any]], step: int) -> bool:
 def resolve_resume(run: Run, processes: Processes, listener: Listener) -> ResumeState:
     """Returns the state from which the run resumes, before weights load; empty for a new run."""
     identity = get_identity(run, get_base_values(run.model.source)["fingerprint"])
-    everything = {**flatten(run.config, {"output": {"allow_change"}}), **identity}
+    everything = {**flatten_config(run, {"output": {"allow_change"}}), **identity}
     everything.pop("threads", None)  # may differ by machine
     processes.check_same(everything)
     return processes.from_first(

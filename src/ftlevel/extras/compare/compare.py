@@ -48,8 +48,6 @@ from ftlevel.extras.compare.search import (
     search,
     with_values,
 )
-from ftlevel.training.finish import StartTime
-from ftlevel.training.session import CommandLine
 
 RESAMPLES = 1000
 """Number of bootstrap resamples, which are equal for runs scored on equally many rows."""
@@ -61,10 +59,7 @@ def train_and_score(config: TrainConfig, scores_path: Path) -> None:
     Predictions are written to the same path with the suffix `.jsonl`. Raises the errors of `train`
     and `evaluate`.
     """
-    command_line = CommandLine(None, StartTime.now())
-    result = train(
-        config, callbacks=[StopWithParent()], listener=NullListener(), command_line=command_line
-    )
+    result = train(config, callbacks=[StopWithParent()], listener=NullListener())
     predictions = scores_path.with_suffix(".jsonl")
     predictions.unlink(missing_ok=True)
     values = {

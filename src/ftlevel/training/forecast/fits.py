@@ -288,7 +288,7 @@ MEMORY_RATIO = 0.8
 """Share of free memory that a step may need by the estimate without gradient checkpointing."""
 
 
-def select_checkpointing(run: Run, processes: int) -> tuple[bool, list[Choice]]:
+def select_checkpointing(run: Run, world_size: int) -> tuple[bool, list[Choice]]:
     """Returns whether gradient checkpointing that is set to auto is used, and lines to print.
 
     On a GPU, it is used in all blocks if a step needs more than `MEMORY_RATIO` of the free memory,
@@ -302,7 +302,7 @@ def select_checkpointing(run: Run, processes: int) -> tuple[bool, list[Choice]]:
         return False, []
     limit = run.fast.memory or int(MEMORY_RATIO * free_memory_bytes(device))
     try:
-        need = estimate_requirement(run, Device(device, "", limit + CONTEXT_BYTES, processes))
+        need = estimate_requirement(run, Device(device, "", limit + CONTEXT_BYTES, world_size))
     except FtlevelError as error:
         return False, [Choice(name, "off", f"auto: {error}")]
     peak, limit_text = (f"{size / 2**30:,.2f} GiB" for size in (need.peak - CONTEXT_BYTES, limit))
@@ -379,10 +379,10 @@ class MemoryEstimate:
         }
 
 
-def estimate_memory(run: Run, processes: int) -> MemoryEstimate:
+def estimate_memory(run: Run, world_size: int) -> MemoryEstimate:
     """Returns a run's `MemoryEstimate`; `need` is None if distributed, tiny or slow to compute."""
-    if processes > 1:
-        return MemoryEstimate(None, f"{processes} processes; run `ftlevel plan`")
+    if world_size > 1:
+        return MemoryEstimate(None, f"{world_size} processes; run `ftlevel plan`")
     if run.model.total_parameters < MIN_PARAMETERS:
         return MemoryEstimate(None, "a small model: Python and its libraries take more")
     if count_computed_layers(run) > MAX_BLOCKS:
