@@ -13,7 +13,6 @@ INVALID = [
     (["--teacher", "x", "--task", "masked-lm"], "--teacher is for tasks that write text"),
     (["--teacher", "x", "--task", "preference"], "--teacher is for tasks that write text"),
     (["--teacher", "x", "--label-smoothing", "0.1"], "Drop one of them."),
-    (["--teacher", "x", "--streaming", "--max-steps", "2"], "Drop one of them."),
     (["--teacher", "x", "--set", "distillation.jsd_beta=0.3"], "does not read it; jsd does."),
     (["--teacher", "nowhere"], "--teacher nowhere: no such directory"),
 ]

@@ -62,7 +62,6 @@ INVALID_ARGUMENTS = [
         ["--task", "text-generation", "--loss", "dpo"],
         "--loss: for --task preference, and --task is",
     ),
-    (["--streaming", "--max-steps", "2"], "--streaming: --loss dpo needs the log-probabilities"),
     (["--loss", "reward", "--beta", "1"], "--beta: --loss reward does not read it"),
 ]
 

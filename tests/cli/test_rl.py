@@ -65,7 +65,6 @@ SETTINGS = [
     (["--lr-scheduler", "reduce_lr_on_plateau"], "depends on the validation loss, and --task rl"),
     (["--train-on-inputs"], "--train-on-inputs: --task rl trains on sampled completions only"),
     (["--spike-factor", "3"], "--spike-factor 3: the loss of --task rl is near 0 and may be"),
-    (["--streaming", "--max-steps", "2"], "--streaming cannot be used with --task rl. Drop it."),
     (
         ["--max-completion-length", "1024"],
         "--max-completion-length 1,024 leaves no room for a prompt: the model has 1,024 positions",

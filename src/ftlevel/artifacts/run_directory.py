@@ -256,8 +256,8 @@ def check_lock(path: Path) -> None:
 ORIGIN = "origin.json"
 """File in checkpoints with everything that must be unchanged when a run resumes."""
 _CHANGES, _NOTES = "changes.jsonl", "notes.jsonl"
-DIGESTS = ("base.json", "rows.json")
-"""Files in checkpoints with the digests of the base model and of a streamed dataset."""
+DIGESTS = "base.json"
+"""File in checkpoints with the digests of the base model."""
 
 
 def get_run_dir(path: Path) -> Path | None:
@@ -463,7 +463,7 @@ def open_run(
                 path / ROLLOUTS,
                 run.checkpoints / _CHANGES,
                 run.checkpoints / _NOTES,
-                *(run.checkpoints / name for name in DIGESTS),
+                run.checkpoints / DIGESTS,
             ):  # left by a killed run
                 left.unlink(missing_ok=True)
     except FileExistsError:

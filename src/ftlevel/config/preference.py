@@ -143,9 +143,7 @@ class PreferenceConfig(Section):
         return self.effective_beta / 2 if self.simpo_gamma is None else self.simpo_gamma
 
 
-def validate_preference(
-    config: PreferenceConfig, smoothing: float, *, streaming: bool
-) -> Iterator[str]:
+def validate_preference(config: PreferenceConfig, smoothing: float) -> Iterator[str]:
     """Yields an error message for each value that has no effect or contradicts another."""
     loss = config.loss or DEFAULT_LOSS
     parameters = {name: facts.parameters for name, facts in LOSSES.items()}
@@ -159,11 +157,6 @@ def validate_preference(
         yield (
             f"--label-smoothing {smoothing:g}: --loss robust divides by 1 - 2 times it. Give less "
             "than 0.5."
-        )
-    if streaming and config.uses_reference:
-        yield (
-            f"--streaming: --loss {loss} needs the log-probabilities of all answers "
-            "before the first step. Use --loss orpo, simpo or cpo, or drop --streaming."
         )
 
 
@@ -302,9 +295,7 @@ class DistillationConfig(Section):
     )
 
 
-def validate_distillation(
-    task: str, config: DistillationConfig, smoothing: float, *, streaming: bool
-) -> Iterator[str]:
+def validate_distillation(task: str, config: DistillationConfig, smoothing: float) -> Iterator[str]:
     """Yields an error message for each value that has no effect or contradicts another."""
     names = [name for name in config.changed if name != "teacher"]
     flags = [flag_of("distillation", name) for name in names]
@@ -337,5 +328,3 @@ def validate_distillation(
             f"--label-smoothing-factor {smoothing:g} cannot be used with --teacher, which "
             f"defines the target distribution. Drop one of them."
         )
-    if streaming:
-        yield ("--streaming: a --teacher needs all rows before the first step. Drop one of them.")

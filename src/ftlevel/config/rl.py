@@ -453,8 +453,6 @@ def _validate_sections(config: Any) -> Iterator[str]:
         )
     if data.train_on_inputs:
         yield "--train-on-inputs: --task rl trains on sampled completions only. Drop it."
-    if data.streaming:
-        yield "--streaming cannot be used with --task rl. Drop it."
 
 
 def unknown_reward(name: str) -> str:

@@ -212,19 +212,14 @@ def _validate_sections(config: TrainConfig) -> Iterator[str]:
             f"set{'s' * (sets != 1)}. Give one share for each --dataset."
         )
     yield from _validate_data(config)
-    yield from _validate_streaming(config)
     yield from _validate_stdin(config)
 
 
 def _validate_task_sections(config: TrainConfig) -> Iterator[str]:
-    smoothing, streaming = config.train.label_smoothing_factor, config.data.streaming
+    smoothing = config.train.label_smoothing_factor
     teacher, batch = config.distillation.teacher, config.train.rows_per_step
     for name, tasks, rules in (
-        (
-            "preference",
-            PREFERENCE_TASKS,
-            validate_preference(config.preference, smoothing, streaming=streaming),
-        ),
+        ("preference", PREFERENCE_TASKS, validate_preference(config.preference, smoothing)),
         (RL_TASK, (RL_TASK,), validate_rl(config)),
         ("embedding", EMBEDDING_TASKS, validate_embedding(config.embedding, batch, teacher)),
         ("reranking", RERANKING_TASKS, validate_reranking(config.reranking, teacher)),
@@ -237,9 +232,7 @@ def _validate_task_sections(config: TrainConfig) -> Iterator[str]:
                 f"{flags}: for --task {name}, and --task is {config.task}. Drop it, or change the "
                 "task."
             )
-    yield from validate_distillation(
-        config.task, config.distillation, smoothing, streaming=streaming
-    )
+    yield from validate_distillation(config.task, config.distillation, smoothing)
 
 
 def _validate_strategies(config: TrainConfig) -> Iterator[str]:
@@ -312,52 +305,6 @@ def _validate_best_model(train: TrainerConfig) -> Iterator[str]:
                     f"--{name} {str(value).lower()} has no effect with "
                     f"--no-load-best-model-at-end. Drop one of them."
                 )
-
-
-def _validate_streaming(config: TrainConfig) -> Iterator[str]:
-    data, train = config.data, config.train
-    if not data.streaming:
-        message = "belongs to --streaming. Drop it, or add --streaming."
-        values = {
-            "data.shuffle_buffer": data.shuffle_buffer != 1_000,
-            "data.validation_rows": data.validation_rows is not None,
-        }
-        yield from (f"{name} {message}" for name, is_given in values.items() if is_given)
-        return
-    if train.max_steps is None:
-        yield (
-            "--streaming does not know how many rows an epoch has, so it cannot count the steps. "
-            "Add --max-steps N."
-        )
-    if config.task not in (*_GENERATION_TASKS, RL_TASK):  # which has its own message
-        yield (
-            f"--streaming cannot be used with --task {config.task}, which needs all rows for its "
-            f"labels, windows or masks. Drop --streaming: rows are memory-mapped in any case."
-        )
-    if train.data_seed is not None:
-        yield ("--data-seed: the rows of a stream are drawn by --seed as they come. Drop it.")
-    if data.also or data.mix:
-        yield "--streaming reads one dataset. Use one --dataset, or drop --streaming."
-    if data.validation_split:
-        yield (
-            "--validation-split is a share of rows that --streaming cannot count. Use --set "
-            "data.validation_rows=N, or a directory with a validation file."
-        )
-    if data.validation_file is not None:
-        yield (
-            "--validation-file cannot be used with --streaming. Use --set data.validation_rows=N, "
-            "or a directory with a validation file."
-        )
-    if data.max_samples:
-        yield (
-            "--max-samples cannot be used with --streaming, which reads only the rows of "
-            "--max-steps. Drop one of them."
-        )
-    if train.train_sampling_strategy != "random":
-        yield (
-            f"train.train_sampling_strategy={train.train_sampling_strategy} sorts rows that "
-            "--streaming has not read yet. Drop it; the fast step packs them without padding."
-        )
 
 
 def _validate_stdin(config: TrainConfig) -> Iterator[str]:

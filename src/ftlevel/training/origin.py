@@ -11,7 +11,7 @@ import hashlib
 import json
 import shlex
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,6 @@ from ftlevel.training.plan.run import PlannedModel, Run
 
 BASE, ROWS, REWARDS = "model.fingerprint", "data.fingerprint", "rl.fingerprint"
 """Fields of a run's origin with fingerprints of sampled bytes."""
-
-_MAX_BYTES = 64 << 30
-"""Maximal bytes of a stream's files that are hashed; later files are compared by samples only. A
-core hashes about 1.7 GB/s (AMD EPYC), so the first checkpoint may wait for about 40 s if the
-disk is as fast."""
 
 
 class FileDigests:
@@ -89,35 +84,15 @@ class FileDigests:
         return {name: file_fingerprint(path) for name, path in self._files.items()}
 
 
-def get_file_digests(run: Run) -> tuple[FileDigests, FileDigests]:
-    """Returns the `FileDigests` of the base model and of a streamed dataset."""
+def get_file_digests(run: Run) -> tuple[FileDigests]:
+    """Returns the `FileDigests` of the base model."""
     source = run.model.source
     base = [] if source.path is None else _weights(source.path)
-    files = _limit_files(_MAX_BYTES, run.data.stream.files) if run.data.stream else []
-    base_file, rows_file = DIGESTS
-    return (
-        FileDigests(BASE, source.label, base_file, {file.name: file for file in base}),
-        FileDigests(
-            ROWS,
-            "the rows",
-            rows_file,
-            {f"file {number} of {len(files)}": file for number, file in enumerate(files, 1)},
-        ),
-    )
+    return (FileDigests(BASE, source.label, DIGESTS, {file.name: file for file in base}),)
 
 
 def _weights(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-
-
-def _limit_files(max_bytes: int, files: Sequence[Path]) -> list[Path]:
-    selected = []
-    for file in files:
-        max_bytes -= file.stat().st_size
-        if max_bytes < 0:
-            break
-        selected.append(file)
-    return selected
 
 
 CONFIG, TOKENIZER, TEMPLATE = "model.config.", "model.tokenizer", "model.chat_template"
