@@ -258,16 +258,6 @@ def test_invalid_arguments_are_rejected(
     assert not (tmp_path / "runs").exists()
 
 
-def test_budget_is_the_number_of_steps_of_a_stream(
-    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    budget = ("--streaming", "--methods", "lora", "--budget-steps", "2", "--json")
-    assert run(build_arguments(rows, tmp_path / "runs", *budget)) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["rows"][0]["steps"] == 2
-    assert "max_steps" not in result["command"]
-
-
 @pytest.mark.slow
 def test_parallel_searches_share_study_and_best_values(rows: Path, tmp_path: Path) -> None:
     optuna = pytest.importorskip("optuna")

@@ -19,7 +19,6 @@ INVALID = [
         "cannot be used with --task preference: it is for te",
     ),
     (["--teacher", "x", "--label-smoothing", "0.1"], "Drop one of them."),
-    (["--teacher", "x", "--streaming", "--max-steps", "2"], "Drop one of them."),
     (
         ["--teacher", "x", "--set", "distillation.jsd_beta=0.3"],
         "no effect with --divergence forward-kl: it is for jsd",

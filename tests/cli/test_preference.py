@@ -68,10 +68,6 @@ INVALID_ARGUMENTS = [
         ["--task", "text-generation", "--loss", "dpo"],
         "--loss has no effect with --task text-generation: it is for --task preference.",
     ),
-    (
-        ["--streaming", "--max-steps", "2"],
-        "--streaming cannot be used with --loss dpo: it needs the",
-    ),
     (["--loss", "reward", "--beta", "1"], "--beta has no effect with --loss reward"),
 ]
 

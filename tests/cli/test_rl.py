@@ -65,7 +65,6 @@ SETTINGS = [
     (["--lr-scheduler", "reduce_lr_on_plateau"], "--task rl: it has no validation loss"),
     (["--train-on-inputs"], "--task rl: it trains on sampled completions only"),
     (["--spike-factor", "3"], "--task rl: its loss is near 0 and may be negative"),
-    (["--streaming", "--max-steps", "2"], "--streaming cannot be used with --task rl. Drop it."),
     (
         ["--max-completion-length", "1024"],
         "--max-completion-length 1,024 leaves no room for a prompt: the model has 1,024 positions",

@@ -134,7 +134,7 @@ def test_recipe_after_list_is_not_a_list_value(tmp_path: Path) -> None:
         ("--max_steps 1.5k", "Did you mean 1536 or 1500?"),
         ("--lora_rnk 8", "No such option: --lora-rnk. Did you mean '--lora-rank'?"),
         ("--max-generate-samples 5", "is a field, not a flag: --set train.max_generate_samples="),
-        ("--streaming perhaps.yaml2 --fast=perhaps", "'perhaps' is neither true nor false"),
+        ("--cache perhaps.yaml2 --fast=perhaps", "'perhaps' is neither true nor false"),
         ("--load_in_4bit --load_in_8bit", "--load-in-4bit and --load-in-8bit both set quant.kind"),
         ("--bf16 false", "Add --dtype float32: auto selects bfloat16 if the device supports it."),
         ("--load_in_4bit false --quant 4bit", "--load-in-4bit false contradicts quant.kind"),

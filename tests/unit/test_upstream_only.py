@@ -29,7 +29,7 @@ ALLOWED_MODULES = ("models/upstream/", "methods/upstream")
 
 OUR_OPERATORS = "ftlevel"
 """Namespace of ftlevel in `torch.ops`, which libraries share."""
-LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "peft", "torch", "torchao", "transformers")
+LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "peft", "torch", "transformers")
 DOCUMENTED = {
     "accelerate.utils",
     "bitsandbytes", "bitsandbytes.functional", "datasets", "peft", "peft.optimizers",
@@ -38,7 +38,7 @@ DOCUMENTED = {
     "torch.distributed.tensor", "torch.nn", "torch.nn.attention",
     "torch.nn.attention.varlen", "torch.utils.data",
     "torch.utils.tensorboard",
-    "torchao.quantization", "transformers", "transformers.activations",
+    "transformers", "transformers.activations",
     "transformers.cache_utils", "transformers.integrations.sdpa_attention",
     "transformers.masking_utils", "transformers.pytorch_utils", "transformers.utils",
 }  # fmt: skip

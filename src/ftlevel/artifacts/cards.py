@@ -83,7 +83,7 @@ def load_card(model_dir: Path) -> AdapterCard:
 
 def library_versions() -> dict[str, str]:
     """Returns the versions of Python and of the libraries that affect the results of a run."""
-    names = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "torchao")
+    names = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
     versions = {"python": platform.python_version(), "ftlevel": __version__}
     return versions | {name: installed for name in names if (installed := _installed_version(name))}
 
@@ -358,10 +358,9 @@ def _format_import_code(module: str) -> list[str]:
 def create_quantized_readme(name: str, summary: Mapping[str, Any], task: str | None = None) -> str:
     """Returns the model card of a quantized model; `summary` is quantization.json."""
     source, quantization = summary["source"]["name"], summary["quantization"]["form"]
-    library = "torchao" if quantization.startswith("torchao") else "bitsandbytes"
     lines = [
         *_format_metadata(
-            summary["source"], "quantized", task, "transformers", [library, "quantized"]
+            summary["source"], "quantized", task, "transformers", ["bitsandbytes", "quantized"]
         ),
         f"# {name}",
         "",

@@ -257,7 +257,7 @@ IDENTITY = "identity.json"
 """File in checkpoints with everything that must be unchanged when a run resumes."""
 _CHANGES, _NOTES = "changes.jsonl", "notes.jsonl"
 DIGESTS = "digests.json"
-"""File in checkpoints with the digests of the base model's files and of a streamed dataset's."""
+"""File in checkpoints with the digests of the base model's files."""
 
 
 def get_run_dir(path: Path) -> Path | None:

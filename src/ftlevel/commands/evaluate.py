@@ -411,7 +411,6 @@ def _get_run_config(config: EvaluateConfig, ref: ModelRef) -> tuple[TrainConfig,
             "input_format": config.input_format,
             "split": None,
             "validation_split": None,
-            "validation_rows": None,
             "max_samples": None,
             "max_eval_samples": None,
         }
@@ -430,7 +429,7 @@ def _is_same_name(dataset: str, name: str) -> bool:
 def _is_moved(dataset: str, run_config: TrainConfig, ref: ModelRef) -> bool:
     """Returns whether `dataset` has the rows of the run's own file, which was moved there."""
     data = run_config.data
-    if ref.run is None or data.streaming or data.also or Path(data.dataset).exists():
+    if ref.run is None or data.also or Path(data.dataset).exists():
         return False
     try:
         data_config = data.model_copy(update={"dataset": dataset})

@@ -53,7 +53,7 @@ class RunPlan:
     """Estimated memory, time and cost of a run.
 
     Attributes:
-        steps: optimizer steps per epoch, or with streamed rows, of the whole run.
+        steps: optimizer steps per epoch.
         tokens: tokens per epoch; 0 with synthetic rows.
         max_length: row length in tokens for which the alternatives in `fits` are estimated.
         checkpoint_bytes: size of one checkpoint, and of all kept at once.

@@ -92,12 +92,6 @@ class Preview:
     choices: list[Choice]
     rollouts: list[Choice]
 
-    @property
-    def extent(self) -> str:
-        """Rows that the counts cover: `an epoch`, or `the first 1,000 rows` of a stream."""
-        is_streamed = "streamed" in self.data_info
-        return f"the first {self.data_info['first_rows']:,} rows" if is_streamed else "an epoch"
-
     def to_dict(self) -> dict[str, Any]:
         """Returns the output of `--json`."""
         return {

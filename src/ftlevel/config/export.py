@@ -139,10 +139,9 @@ class QuantizeConfig(HubSection):
         min_length=1, description="Model: Hub id, local directory, .gguf file, or builtin:NAME."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
-    quant: Literal["4bit", "8bit", "int8-torchao", "float8-torchao"] = Field(
-        description="Quantization: 4bit, 8bit, int8-torchao or float8-torchao. 4bit is NF4 or "
-        "FP4 in blocks of 64; 8bit is LLM.int8(); the torchao types have one scale "
-        "per row and need an extra package."
+    quant: Literal["4bit", "8bit"] = Field(
+        description="Quantization: 4bit or 8bit. 4bit is NF4 or FP4 in blocks of 64; 8bit is "
+        "LLM.int8()."
     )
     quant_type: Literal["nf4", "fp4"] = Field(
         "nf4", description="4-bit data type; nf4 is more accurate (QLoRA, section 3)."
@@ -167,16 +166,11 @@ class QuantizeConfig(HubSection):
     @property
     def form(self) -> str:
         """Short description of the quantization, such as `4-bit nf4`."""
-        section = self.section
-        return (
-            f"torchao {self.quant.partition('-')[0]} weights" if section is None else section.form
-        )
+        return self.section.form
 
     @property
-    def section(self) -> QuantConfig | None:
-        """Equivalent `quant` section of a training run; None for torchao types."""
-        if self.quant != "4bit" and self.quant != "8bit":
-            return None
+    def section(self) -> QuantConfig:
+        """Equivalent `quant` section of a training run."""
         return QuantConfig(
             kind=self.quant, quant_type=self.quant_type, double_quant=self.double_quant
         )

@@ -250,7 +250,7 @@ _RUN_FLAGS: tuple[Flag, ...] = (
              "data.train_on_inputs data.max_length data.max_target_length data.overlong "
              "data.doc_stride data.mlm_probability data.problem_type data.source_language "
              "data.target_language data.validation_split data.max_samples data.max_eval_samples "
-             "data.streaming data.shuffle_buffer data.cache data.num_proc data.on_bad_row"),
+             "data.cache data.num_proc data.on_bad_row"),
     # Training.
     Flag("train.max_steps", "", HOW, _ROWS),
     *_fields(HOW, _TRAIN, "train.head_learning_rate train.lr_scheduler_type"),

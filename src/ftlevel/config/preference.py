@@ -11,7 +11,6 @@ from pydantic import BeforeValidator, Field
 
 from ftlevel.config.constraints import Excludes, Needs, NoEffect
 from ftlevel.config.section import Positive, Section, list_unread
-from ftlevel.errors import excludes
 
 LossName = Literal[
     "dpo",
@@ -146,9 +145,7 @@ class PreferenceConfig(Section):
         return self.effective_beta / 2 if self.simpo_gamma is None else self.simpo_gamma
 
 
-def validate_preference(
-    config: PreferenceConfig, smoothing: float, *, streaming: bool
-) -> Iterator[str]:
+def validate_preference(config: PreferenceConfig, smoothing: float) -> Iterator[str]:
     """Yields an error message for each value that has no effect or contradicts another."""
     loss = config.loss or DEFAULT_LOSS
     parameters = {name: facts.parameters for name, facts in LOSSES.items()}
@@ -158,10 +155,6 @@ def validate_preference(
             f"--label-smoothing-factor {smoothing:g}: --loss robust divides by 1 - 2 times it. "
             "Give less than 0.5."
         )
-    if streaming and config.uses_reference:
-        reason = "it needs the log-probabilities of all answers first"
-        fix = "Use --loss orpo, simpo or cpo, or drop --streaming."
-        yield excludes("--streaming", f"--loss {loss}", reason, fix)
 
 
 def normalize_loss(raw: dict[str, Any]) -> dict[str, Any]:
@@ -318,7 +311,5 @@ DISTILLATION_CONSTRAINTS = (
          when=_WITH_TEACHER),
     Excludes("train.label_smoothing_factor", "distillation.teacher",
          "the teacher defines the target distribution"),
-    Excludes("data.streaming", "distillation.teacher",
-         "it needs all rows before the first step"),
 )  # fmt: skip
 """Rules of distillation."""

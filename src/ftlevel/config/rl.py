@@ -381,7 +381,6 @@ CONSTRAINTS = (
     Excludes(f"train.lr_scheduler_type={PLATEAU}", _RL, "it has no validation loss",
          "Use another."),
     Excludes("data.train_on_inputs", _RL, "it trains on sampled completions only", _DROP),
-    Excludes("data.streaming", _RL, fix=_DROP),
 )  # fmt: skip
 """Rules of `--task rl`, besides those of `validate_rl`."""
 

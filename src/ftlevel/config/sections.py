@@ -169,17 +169,6 @@ class DataConfig(Section):
         description="Proportions of training rows per dataset, in order, e.g. 3,7. Default: all"
         " rows of each dataset. No row is repeated.",
     )
-    streaming: bool = Field(
-        False,
-        description="Whether to stream the rows, for datasets larger than memory. Requires "
-        "--max-steps.",
-    )
-    shuffle_buffer: Positive = Field(
-        1_000, description="Shuffle buffer size of a streamed dataset; 1 keeps the order."
-    )
-    validation_rows: Positive | None = Field(
-        None, description="Number of first streamed rows to hold out for evaluation."
-    )
     input_format: str | None = Field(None, min_length=1, description=INPUT_FORMAT)
     subset: str | None = Field(
         None, description="Configuration (subset) of a Hub dataset, or sheet of a workbook."

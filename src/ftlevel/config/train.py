@@ -186,7 +186,6 @@ _BEST = (
     "it needs evaluations during training",
     "Use --eval-strategy epoch or steps.",
 )
-_NO_ROWS = ("Use --set data.validation_rows=N, or a directory with a validation file.",)
 _TWO_SETS = "both define the validation rows"
 _TO_PROMPTS = ("it is for tasks that write text", "Drop it, or change the task.")
 CONSTRAINTS = (
@@ -231,22 +230,6 @@ CONSTRAINTS = (
              when="train.early_stopping_patience=None & train.save_strategy!=best")
         for name in ("metric_for_best_model", "greater_is_better")
     ],
-    # --streaming
-    Needs("data.shuffle_buffer", "data.streaming"),
-    Needs("data.validation_rows", "data.streaming"),
-    Needs("data.streaming", "train.max_steps N", "the rows of an epoch are not counted"),
-    Excludes("data.streaming", f"task!={_TEXT}",
-         "it needs all rows for its labels, windows or masks",
-         "Drop --streaming: rows are memory-mapped in any case."),
-    NoEffect("train.data_seed", "data.streaming", "rows are drawn by --seed as they come"),
-    Excludes("data.also", "data.streaming", "it reads one dataset"),
-    Excludes("data.mix", "data.streaming", "it reads one dataset"),
-    Excludes("data.validation_split!=None|0.0", "data.streaming",
-         "it is a share of rows that are not counted", *_NO_ROWS),
-    Excludes("data.validation_file", "data.streaming", "", *_NO_ROWS),
-    Excludes("data.max_samples", "data.streaming", "only the rows of --max-steps are read"),
-    Excludes("train.train_sampling_strategy", "data.streaming",
-         "it sorts rows that are not read yet", "Drop it; the fast step packs rows."),
     # tasks
     NoEffect("train.label_smoothing_factor", f"preference.loss!={'|'.join(SMOOTHED)}",
          f"it is for {join_names(SMOOTHED)}", when=f"task={'|'.join(PREFERENCE_TASKS)}"),
@@ -289,14 +272,10 @@ def _validate_sections(config: TrainConfig) -> Iterator[str]:
 
 
 def _validate_task_sections(config: TrainConfig) -> Iterator[str]:
-    smoothing, streaming = config.train.label_smoothing_factor, config.data.streaming
+    smoothing = config.train.label_smoothing_factor
     teacher, batch = config.distillation.teacher, config.train.rows_per_step
     for name, tasks, rules in (
-        (
-            "preference",
-            PREFERENCE_TASKS,
-            validate_preference(config.preference, smoothing, streaming=streaming),
-        ),
+        ("preference", PREFERENCE_TASKS, validate_preference(config.preference, smoothing)),
         (RL_TASK, (RL_TASK,), validate_rl(config)),
         ("embedding", EMBEDDING_TASKS, validate_embedding(config.embedding, batch, teacher)),
         ("reranking", RERANKING_TASKS, validate_reranking(config.reranking, teacher)),

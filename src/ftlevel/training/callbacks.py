@@ -28,7 +28,7 @@ from ftlevel.config.reading import flatten
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.collate import MaskedRows
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.prepare.streaming import DistinctTextSampler, LengthGroupedSampler
+from ftlevel.data.prepare.samplers import DistinctTextSampler, LengthGroupedSampler
 from ftlevel.errors import RunError
 from ftlevel.events import Listener
 from ftlevel.models.upstream.libraries import shared_order

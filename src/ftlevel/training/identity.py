@@ -61,11 +61,6 @@ _UNCHECKED_FIELDS = set(
 _EVAL_FIELDS = {"eval_steps", "eval_strategy", "eval_on_start"}
 """Fields that affect the result if the learning-rate schedule depends on evaluations."""
 
-_MAX_BYTES = 64 << 30
-"""Maximal bytes of a stream's files that are hashed; later files are compared by samples only. A
-core hashes about 1.7 GB/s (AMD EPYC), so the first checkpoint may wait for about 40 s if the
-disk is as fast."""
-
 
 def flatten_config(run: Run, exclude: Mapping[str, Any]) -> dict[str, Any]:
     """Returns dotted name → value of all fields of a run's configuration but `exclude`."""
@@ -212,19 +207,12 @@ class FileDigests:
 
 
 def get_file_digests(run: Run, checkpoints: Path) -> FileDigests:
-    """Returns the `FileDigests` of the base model and of a streamed dataset."""
-    path, files = run.model.source.path, dict[str, Path]()
-    if path is not None:
-        weights = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-        files = {f"{BASE} of {file.name}": file for file in weights}
-    if run.data.stream is not None:
-        size = 0
-        for number, file in enumerate(run.data.stream.files, 1):
-            size += file.stat().st_size
-            if size > _MAX_BYTES:
-                break
-            files[f"{ROWS} of file {number}"] = file
-    return FileDigests(files, checkpoints)
+    """Returns the `FileDigests` of the base model."""
+    path = run.model.source.path
+    if path is None:
+        return FileDigests({}, checkpoints)
+    weights = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    return FileDigests({f"{BASE} of {file.name}": file for file in weights}, checkpoints)
 
 
 CONFIG, TOKENIZER, TEMPLATE = "model.config.", "model.tokenizer", "model.chat_template"

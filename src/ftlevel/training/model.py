@@ -297,7 +297,7 @@ def hash_tensor(tensor: Tensor) -> TensorHash:
 
 
 def _hash(tensor: Tensor) -> Tensor:
-    if parts := inner_tensors(tensor):  # torchao's: several tensors under one name
+    if parts := inner_tensors(tensor):  # of a tensor subclass
         return _hash(torch.stack([_hash(part).cpu() for part in parts]))
     data = tensor.contiguous().view(-1).view(torch.uint8)
     size = _CPU_CHUNK if data.device.type == "cpu" else _GPU_CHUNK

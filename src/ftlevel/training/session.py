@@ -409,9 +409,8 @@ class TrainingSession:
         run, trainer, checkpoint = self.run, self.trainer, self.resumed.checkpoint
         self.listener.stage("training")
         with self.callbacks.interrupt, explain_disk_errors(self.output_dir), matmul_context(run):
-            if checkpoint is None and not run.data.stream:
-                trainer.smaller.check_memory(run.data.train, run.model.dtype)
             if checkpoint is None:
+                trainer.smaller.check_memory(run.data.train, run.model.dtype)
                 check_before(trainer, run.data.train, self.listener)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         interrupt = self.callbacks.interrupt
@@ -424,7 +423,7 @@ class TrainingSession:
         """Evaluate the final model, unless it was already evaluated after the last step."""
         with matmul_context(self.run):
             records = self.processes.from_first(lambda: self.callbacks.report.records)
-            self.run = end_training(self.trainer, self.run, records)
+            end_training(self.trainer, records)
             if not self.is_sharded:
                 step = self.selected.step if self.selected else self.trainer.state.global_step
                 self.callbacks.answers.complete(self.trainer.evaluator, self.trainer.model, step)

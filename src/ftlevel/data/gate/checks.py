@@ -55,13 +55,6 @@ def to_ragged(rows: Iterable[Sequence[int]]) -> Ragged:
     return Ragged(values, offsets)
 
 
-def gather(rows: Sequence[Encoded], at: Integers) -> Ragged:
-    """Returns the token ids of the rows whose indices are `at`."""
-    if isinstance(rows, RowStore):
-        return Ragged(*rows.gather(at))
-    return to_ragged(rows[i].input_ids for i in at.tolist())
-
-
 def get_examples(rows: Sequence[Encoded]) -> Integers:
     """Returns the index of the example of each row."""
     if isinstance(rows, RowStore):

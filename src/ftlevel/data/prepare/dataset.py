@@ -29,7 +29,6 @@ from ftlevel.data.encoding.store import RowStore, rows_to_batches, write_store
 from ftlevel.data.gate import Finding
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, Progress
 from ftlevel.data.prepare.loading import encode_data, load_data
-from ftlevel.data.prepare.streaming import prepare_stream
 from ftlevel.data.sources.beir import retrieval_files
 from ftlevel.data.sources.hub import is_saved_directory
 from ftlevel.data.sources.readers import data_files, is_pattern, match_files
@@ -135,8 +134,6 @@ def prepare_data(config: DataConfig, context: EncodingContext, progress: Progres
     `progress` is called while encoding. Raises `InputError` if the data cannot be read, converted
     or fitted to the length limit.
     """
-    if config.streaming:
-        return prepare_stream(config, context)
     key = _key(config, context) if config.cache else None
     return context.task.finish_data(_prepare(config, context, key, progress), config, context)
 

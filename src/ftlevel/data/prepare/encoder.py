@@ -138,7 +138,7 @@ class PreparedData:
     """Rows ready for the model.
 
     Attributes:
-        train: encoded training rows; for a stream, the first rows only.
+        train: encoded training rows.
         table: training rows as read, indexed by `Encoded.row`.
         info: data section of `summary.json`.
         choices: log lines.
@@ -158,7 +158,6 @@ class PreparedData:
     corpus: Sequence[Encoded] = ()
     sets: Sequence[int] = ()
     workspace: Any = None
-    stream: Any = None
 
 
 T = TypeVar("T")
@@ -243,7 +242,6 @@ class Encoder:
 
     Attributes:
         folder: directory for the rows; None stores them in memory.
-        partly: whether all examples may be dropped, as for a chunk of a stream.
         lenient: whether to drop and report rows that would stop the run.
         split: name of the split and of its files.
         ignore_max_length: whether to ignore the configured length and use `bounds` only.
@@ -258,7 +256,6 @@ class Encoder:
     labels: LabelSet | None = None
     folder: Path | None = None
     progress: Progress = ignore_progress
-    partly: bool = False
     lenient: bool = False
     split: str = "train"
     ignore_max_length: bool = False
@@ -325,8 +322,7 @@ class Encoder:
         fitted, stops = self._relax(
             lambda overlong: fit_rows(rows, length, self.bounds, overlong, table.where)
         )
-        if not self.partly:
-            check_not_empty(fitted, rows)
+        check_not_empty(fitted, rows)
         return replace(fitted, stops=stops)
 
     def _relax(self, function: Callable[[str], T]) -> tuple[T, str]:
@@ -344,7 +340,7 @@ class Encoder:
         (rows, dropped), stops = self._relax(
             lambda overlong: fit_targets(fitted.rows, limit, overlong, table.where)
         )
-        if not len(rows) and not self.partly:
+        if not len(rows):
             raise InputError(f"no target is within {limit:,} tokens.")
         dropped += fitted.dropped
         return replace(fitted, rows=rows, dropped=dropped, stops=fitted.stops or stops)

@@ -225,12 +225,6 @@ def read_splits(config: DataConfig, task: DataTask, seed: int) -> DatasetSplits:
         splits = replace(splits, corpus=load_corpus(config.corpus))
     splits = hold_out(splits, config.validation_split or 0.0, seed)
     train, eval_table = splits.train, splits.validation
-    if config.validation_rows is not None:  # of a streamed run, to evaluate it
-        rows: Sequence[int] = range(len(train))
-        if train.parts:  # the table interleaves files; a stream reads one after the other
-            rows = sorted(rows, key=train.lines.__getitem__)
-        count = config.validation_rows
-        eval_table, train = train.take(rows[:count]), train.take(rows[count:])
     if config.max_samples:
         train = train.head(config.max_samples)
     if eval_table is not None and config.max_eval_samples:

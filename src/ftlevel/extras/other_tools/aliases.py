@@ -208,6 +208,9 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
     *_flags("--cache-dir", "set the environment variable HF_HOME, and drop the flag."),
     *_flags("--dataset-dir --dataset-prepared-path --tokenized-path",
             "name the file itself: --dataset FILE. Encoded rows are cached automatically."),
+    *_flags("--streaming --dataset-streaming --buffer-size --shuffle-buffer-size",
+            "rows are memory-mapped and encoded rows are cached on disk. Drop it.",
+            {"false": NoOpValue("rows are memory-mapped")}),
     *_flags("--dataset-test-split --validation-split-name",
             "validation rows are the split validation, valid, val or dev; --validation-file names "
             "others."),
@@ -590,8 +593,6 @@ ALIASES: dict[str, FlagAliases] = {
     ),
     "data.max_samples": _also("--max-train-samples --num-train-samples --max-train-examples"),
     "data.max_eval_samples": _also("--max-eval-examples --num-eval-samples"),
-    "data.streaming": _also("--dataset-streaming"),
-    "data.shuffle_buffer": _also("--buffer-size --shuffle-buffer-size"),
     "data.cache": _also("--load-from-cache-file", Alias("--overwrite-cache", value="false")),
     "data.num_proc": _also("--preprocessing-num-workers --dataset-num-proc --dataset-processes"),
     "train.max_steps": _also("--max-train-steps", values={"-1": NO_LIMIT, "0": NO_LIMIT}),

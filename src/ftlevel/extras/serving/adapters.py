@@ -153,8 +153,9 @@ class Writer(Protocol):
 
     file: str = ""
 
-    def check(self, adapter: ServedModel) -> None:
+    def check(self, _adapter: ServedModel) -> None:
         """Raise InputError if the format cannot represent the adapter; loads no base weights."""
+        return
 
     def write(self, output: Path, lora: NormalForm, adapter: ServedModel) -> None:
         """Write `lora`, the plain LoRA of `adapter`, into the directory `output`."""

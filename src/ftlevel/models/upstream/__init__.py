@@ -1,6 +1,6 @@
 """Internals of other libraries that ftlevel uses, and the source files where they are defined.
 
-Private names of transformers, torch, accelerate, bitsandbytes, datasets and torchao are used only
+Private names of transformers, torch, accelerate, bitsandbytes and datasets are used only
 in this package; those of PEFT are in `methods/upstream.py`. Each has an entry in `FACTS` and a test
 in tests/unit/models/test_upstream.py. This module imports none of the libraries.
 """
@@ -14,7 +14,6 @@ VERSIONS = {
     "gguf": "0.19.0",
     "peft": "0.21.2",
     "torch": "2.13.0",
-    "torchao": "0.18.0",
     "transformers": "5.24.0",
 }
 """Library -> version on which `FACTS` is based."""
@@ -42,7 +41,7 @@ FACTS = {
         "Tensor._version": "whether a tensor was written to since",
         "Tensor._make_wrapper_subclass": "a tensor without data that reports device cpu"},
     "torch/utils/_python_dispatch.py": {
-        "Tensor.__tensor_flatten__": "the plain tensors that torchao's consist of",
+        "Tensor.__tensor_flatten__": "the plain tensors that a tensor subclass consists of",
         "TorchDispatchMode.__torch_dispatch__": "sees every operation, to count live tensors"},
     "torch/distributed/checkpoint/api.py": {
         "CheckpointException.failures": "errors of each process that could not write"},
@@ -134,10 +133,6 @@ FACTS = {
         "QuantState.state2": "the scales of a 4-bit weight",
         "functional.QuantState": "a 4-bit weight without values",
         "functional.get_4bit_type": "the 16 values of a 4-bit type"},
-    "torchao/prototype/safetensors/safetensors_support.py": {
-        "flatten_tensor_state_dict": "what save_pretrained stores of a packed weight"},
-    "transformers/utils/quantization_config.py": {
-        "TorchAoConfig.get_apply_tensor_subclass": "what torchao packs a weight by"},
     "transformers/training_args.py": {
         "TrainingArguments._n_gpu": "on how many GPUs a process trains"},
     "transformers/trainer.py": {  # overridden in training/trainer.py

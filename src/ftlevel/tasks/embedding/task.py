@@ -213,7 +213,7 @@ class EmbeddingTask(BaseTask):
                 )
         encode, encoder = self._text_encoder(encoder), encoder.within(self.max_tokens)
         fitted = encoder.fit(encoder.collect(encode, examples), table)
-        rows = fitted.rows if encoder.split == "train" and not encoder.partly else ()
+        rows = fitted.rows if encoder.split == "train" else ()
         if len(rows) > 1 and all(row.input_ids == rows[0].input_ids for row in rows):
             raise InputError(
                 f"all {len(rows):,} training rows have the same tokens. Use rows with other texts, "

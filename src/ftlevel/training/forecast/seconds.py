@@ -381,10 +381,7 @@ def measure_time(run: Run) -> TimeForecast:
     repeats = 1 + (run.config.steps_per_rollout - 1) * (1 - sampling / elapsed)
     elapsed, computed = elapsed * repeats, computed * repeats
     tokens_per_s = tokens / elapsed
-    if run.data.stream is None:
-        seconds = run.data.info["tokens"] / tokens_per_s
-    else:
-        seconds = elapsed / (NUM_TIMED_STEPS - 1) * run.schedule.steps
+    seconds = run.data.info["tokens"] / tokens_per_s
     ratio = sampling / elapsed if is_rl else None
     how = f"{NUM_TIMED_STEPS - 1} steps here"
     return TimeForecast(seconds, tokens_per_s, how, tokens / max(computed, 1e-9), ratio)

@@ -175,7 +175,7 @@ def resolve(
         source = "measured with SmolLM2"
     rates = resolve_rates(method, train, info, rate_factor, source)
     check_schedule(train, rates.base.value, steps, len(data.validation))
-    steps_per_epoch = steps if data.stream else count_steps_per_epoch(train, epoch_rows)
+    steps_per_epoch = count_steps_per_epoch(train, epoch_rows)
     best = resolve_best_model(
         method, train, task, objective, len(data.validation), steps, steps_per_epoch
     )

@@ -7,7 +7,7 @@ import pytest
 from torch.utils.data import SequentialSampler
 
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.prepare.streaming import (
+from ftlevel.data.prepare.samplers import (
     LengthGroupedSampler,
     RowsWithPadding,
     StepShardSampler,

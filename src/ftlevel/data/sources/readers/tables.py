@@ -23,7 +23,7 @@ from typing import Any
 from ftlevel.artifacts.files import long_cells
 from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.readers.text import TextLines, TextReader, head_lines
-from ftlevel.data.sources.streams import Chunk, Cursor, Reader
+from ftlevel.data.sources.streams import Chunk, Reader
 from ftlevel.data.sources.table import BadRow, Row, to_float
 from ftlevel.errors import InputError, did_you_mean, join_names, quote
 
@@ -44,14 +44,14 @@ class CsvReader(TextReader):
             self._header, line, self._begin = self._read_header()
         if reason := has_no_header(self._header, self._sample(self.separator)):
             self._header = [str(number) for number in range(1, len(self._header) + 1)]
-            self._begin = TextLines(path).cursor(0)
+            self._begin = (0, 0)
             self.notes.append(
                 f"no header: {reason}; the columns are called {join_names(self._header, 3)}. "
                 "If it is one, give its columns other names"
             )
         check_header(self._header, f"{path}:{line}")
 
-    def _read_header(self) -> tuple[list[str], int, Cursor]:
+    def _read_header(self) -> tuple[list[str], int, tuple[int, int]]:
         text = TextLines(self.path, universal=True)
         cells = csv.reader(text, delimiter=self.separator, strict=True)
         with long_cells():
@@ -59,7 +59,7 @@ class CsvReader(TextReader):
                 header = next((row for row in cells if row), [])
             except csv.Error as error:
                 raise InputError(_describe(error, self.path, 1)) from None
-        return header, cells.line_num, text.cursor(cells.line_num)
+        return header, cells.line_num, (text.offset(cells.line_num), cells.line_num)
 
     def _detect_delimiter(self) -> str:
         """Returns the delimiter that the file seems to use instead of the format's own; or ""."""
@@ -82,11 +82,11 @@ class CsvReader(TextReader):
             rows += csv.reader(head_lines(self.path), delimiter=delimiter)
         return [row for row in rows if row][1:]
 
-    def read(self, state: Cursor | None) -> Iterator[Chunk]:
-        at = state or self._begin
-        text = TextLines(self.path, **at, universal=True)
+    def read(self) -> Iterator[Chunk]:
+        at, before = self._begin
+        text = TextLines(self.path, at, before, universal=True)
         cells = csv.reader(text, delimiter=self.separator, strict=True)
-        header, width, before = self._header, len(self._header), int(at["line"])
+        header, width = self._header, len(self._header)
         begin, more = before + 1, True
         while more:
             rows: list[Row] = []
@@ -107,7 +107,7 @@ class CsvReader(TextReader):
                     raise InputError(_describe(error, self.path, begin)) from None
             more = begin > start
             if rows or errors:
-                yield self.chunk(rows, lines, errors, text.cursor(begin - 1))
+                yield Chunk(rows, lines, errors, text.offset(begin - 1))
 
 
 class TsvReader(CsvReader):
@@ -204,13 +204,12 @@ class ExcelReader(Reader):
         self._header, self._begin = [text for text, _ in cells], number + 1
         check_header(self._header, f"{path} row {self._begin - 1}")
 
-    def read(self, state: Cursor | None) -> Iterator[Chunk]:
+    def read(self) -> Iterator[Chunk]:
         rows: list[Row] = []
         numbers: list[int] = []
         errors: list[BadRow] = []
         width = len(self._header)
-        number = start = int(state["row"]) if state else self._begin
-        for number, cells in self._rows(start):
+        for number, cells in self._rows(self._begin):
             texts = [text for text, _ in cells] + [""] * (width - len(cells))
             invalid = [i for i, (_, is_error) in enumerate(cells) if is_error]
             if len(cells) > width:
@@ -223,10 +222,10 @@ class ExcelReader(Reader):
                 rows.append(dict(zip(self._header, texts, strict=True)))
                 numbers.append(number)
             if len(rows) + len(errors) >= CHUNK_ROWS:
-                yield self.chunk(rows, numbers, errors, {"row": number + 1})
+                yield Chunk(rows, numbers, errors)
                 rows, numbers, errors = [], [], []
         if rows or errors:
-            yield self.chunk(rows, numbers, errors, {"row": number + 1})
+            yield Chunk(rows, numbers, errors)
 
     def _rows(self, start: int) -> Iterator[tuple[int, list[tuple[str, bool]]]]:
         """Yields the number of each non-empty row from `start`, and (text, is_error) per cell."""
