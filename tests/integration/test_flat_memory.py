@@ -13,8 +13,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from ftlevel.config import DataConfig
-from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import LengthBounds
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.gate import gate, near_duplicates, similarity
 from ftlevel.data.prepare import encoder
 from ftlevel.data.prepare.dataset import prepare_data

@@ -12,7 +12,9 @@ import torch
 
 from ftlevel.cli.app import run
 from ftlevel.config import DataConfig
-from ftlevel.data.encoding.encode import IGNORED, PromptFormat, encode_causal, encode_prompt
+from ftlevel.data.encoding.encode import encode_causal
+from ftlevel.data.encoding.prompts import PromptFormat, encode_prompt
+from ftlevel.data.encoding.row import IGNORED
 from ftlevel.data.formats.examples import Conversation, SourceTarget
 from ftlevel.data.formats.turns import Message
 from ftlevel.merging.formats.ollama import format_modelfile

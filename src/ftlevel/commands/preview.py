@@ -11,7 +11,7 @@ import numpy as np
 from ftlevel.config import TrainConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.collate import MaskedRows
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.encoding.store import row_lengths
 from ftlevel.data.gate import Finding
 from ftlevel.data.gate.checks import flat_batches

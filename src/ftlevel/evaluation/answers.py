@@ -17,8 +17,8 @@ import torch
 from ftlevel.artifacts.row_sinks import partial_of
 from ftlevel.config import SPECS
 from ftlevel.data.encoding.collate import Collator
-from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import truncate_row
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.prepare.inference import QueryRow
 from ftlevel.errors import ConfigError, InputError, UnansweredError
 from ftlevel.evaluation.decoding import RowDecoder, open_decoder

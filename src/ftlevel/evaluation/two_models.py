@@ -23,7 +23,8 @@ from torch.nn import functional
 from ftlevel.artifacts.cards import load_card
 from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
 from ftlevel.data.encoding.collate import Collator
-from ftlevel.data.encoding.encode import Encoded, distinct_texts
+from ftlevel.data.encoding.row import Encoded
+from ftlevel.data.encoding.texts import distinct_texts
 from ftlevel.data.sources.docstrings import read_module, stdlib_modules
 from ftlevel.errors import InputError
 from ftlevel.models.hardware import autocast

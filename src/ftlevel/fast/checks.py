@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ftlevel.data.encoding.collate import Collator
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.errors import is_out_of_memory
 from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
 from ftlevel.fast.likelihoods import (

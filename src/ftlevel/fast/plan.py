@@ -17,7 +17,7 @@ import torch
 from ftlevel.config import SPECS, MethodConfig, SpeedConfig, TrainConfig, TrainerConfig
 from ftlevel.config.rl import RlConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.encoding.store import row_lengths
 from ftlevel.fast import packed_attention as attention
 from ftlevel.fast.gpu_attention import activate_fa3

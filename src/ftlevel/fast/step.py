@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.fast import packed_attention as attention
 from ftlevel.fast.checks import PackingCheck, PruningCheck, get_cross_entropy_error
 from ftlevel.fast.cross_entropy import ChunkedCrossEntropy

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ftlevel.data.encoding.collate import Collator
-from ftlevel.data.encoding.encode import IGNORED, Encoded, EncodedText, distinct_texts
+from ftlevel.data.encoding.row import IGNORED, Encoded
+from ftlevel.data.encoding.texts import EncodedText, distinct_texts
 from ftlevel.fast.packing import (
     MicroBatches,
     PackedLayout,

@@ -15,8 +15,8 @@ from ftlevel.config import DataConfig, MergeConfig, QuantConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.chat import set_chat_template
 from ftlevel.data.encoding.collate import ensure_pad_token
-from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import LengthBounds
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, ignore_progress
 from ftlevel.errors import ConfigError, InputError, join_names

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 from ftlevel.config import TASKS as NAMES
 from ftlevel.config import DataConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import IGNORED, Encoded, PromptFormat
+from ftlevel.data.encoding.prompts import PromptFormat
+from ftlevel.data.encoding.row import IGNORED, Encoded
 from ftlevel.data.formats.detect import Format, FormatSpec, NoFormatError, detect_format, fits
 from ftlevel.data.sources.table import BadRow, Row, Table
 from ftlevel.errors import ConfigError, InputError, join_names, with_article

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftlevel.config import DataConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.row import IGNORED, Encoded
 from ftlevel.data.formats.detect import Format
 from ftlevel.data.formats.examples import PLAIN_TEXT, PlainText
 from ftlevel.data.sources.table import Table

@@ -27,7 +27,7 @@ from ftlevel.config import OutputConfig
 from ftlevel.config.reading import flatten
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.collate import MaskedRows
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.prepare.samplers import DistinctTextSampler, LengthGroupedSampler
 from ftlevel.errors import RunError
 from ftlevel.events import Listener

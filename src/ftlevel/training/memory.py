@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.encoding.store import row_lengths
 from ftlevel.errors import RunError, is_out_of_memory
 from ftlevel.fast.fused_lora import skip_unused_outputs

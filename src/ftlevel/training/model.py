@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from ftlevel.config import QuantConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.collate import Collator
-from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.row import IGNORED, Encoded
 from ftlevel.events import Listener
 from ftlevel.fast.likelihoods import base_model
 from ftlevel.fast.plan import uses_fused_layers

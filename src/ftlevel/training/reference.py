@@ -28,7 +28,7 @@ from ftlevel.artifacts.files import Workspace, file_fingerprint, hash_weights
 from ftlevel.config import DataConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.collate import Collator
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.prepare.dataset import cache_root, is_writable
 from ftlevel.evaluation.scoring import compute_likelihoods
 from ftlevel.events import Listener

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.rollouts import compute_token_logps
 from ftlevel.events import Listener

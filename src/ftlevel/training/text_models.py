@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import Encoded, EncodedTexts
+from ftlevel.data.encoding.row import Encoded
+from ftlevel.data.encoding.texts import EncodedTexts
 from ftlevel.data.sources.lines import RowView
 from ftlevel.errors import InputError
 from ftlevel.evaluation import embeddings

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.encoding.store import token_counts
 from ftlevel.data.prepare.samplers import (
     DistinctTextSampler,

@@ -17,7 +17,7 @@ import tiny_models
 from ftlevel.config import SPECS, TrainConfig
 from ftlevel.config.methods.other import AdapterSpec, Placement
 from ftlevel.data.encoding.collate import Collator
-from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.row import IGNORED, Encoded
 from ftlevel.fast import packed_attention as attention
 from ftlevel.fast import plan as fast_plan
 from ftlevel.fast import step_collator

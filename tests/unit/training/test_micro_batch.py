@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from ftlevel.cli.app import run
 from ftlevel.config import TrainConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.errors import ConfigError
 from ftlevel.fast.plan import FastPlan
 from ftlevel.models.hardware import get_free_memory

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from ftlevel.data.encoding.encode import ROW_TYPES, Encoded
+from ftlevel.data.encoding.row import ROW_TYPES, Encoded
 from ftlevel.data.sources.lines import LazySequence, RowView
 
 _BATCH = 1_000  # rows

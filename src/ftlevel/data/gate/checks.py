@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.row import IGNORED, Encoded
 from ftlevel.data.encoding.store import RowStore
 from ftlevel.data.formats.examples import ExampleContent
 from ftlevel.objectives import Checks

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from ftlevel.config import DataConfig, GateConfig
 from ftlevel.config.gate import Action
-from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import FittedRows
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.encoding.store import select_rows
 from ftlevel.data.gate import MAX_SHOWN, Finding, create_finding
 from ftlevel.data.gate.checks import (

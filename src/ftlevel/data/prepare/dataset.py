@@ -24,7 +24,8 @@ from ftlevel.artifacts.files import Workspace, file_fingerprint
 from ftlevel.config import IN_MEMORY, DataConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.chat import render
-from ftlevel.data.encoding.encode import PROMPT_VERSION, Encoded, PromptFormat
+from ftlevel.data.encoding.prompts import PROMPT_VERSION, PromptFormat
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.encoding.store import RowStore, rows_to_batches, write_store
 from ftlevel.data.gate import Finding
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, Progress

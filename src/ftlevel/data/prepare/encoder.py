@@ -15,7 +15,6 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from ftlevel.config import DataConfig, GateConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.chat import list_special_tokens
-from ftlevel.data.encoding.encode import Encoded, PromptFormat, RowError
 from ftlevel.data.encoding.fit import (
     FittedRows,
     LengthBounds,
@@ -23,6 +22,8 @@ from ftlevel.data.encoding.fit import (
     fit_rows,
     fit_targets,
 )
+from ftlevel.data.encoding.prompts import PromptFormat
+from ftlevel.data.encoding.row import Encoded, RowError
 from ftlevel.data.encoding.store import RowStore, to_batch, write_store
 from ftlevel.data.formats.detect import Format
 from ftlevel.data.formats.labels import LabelSet

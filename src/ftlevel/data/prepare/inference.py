@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 from ftlevel.artifacts.cards import AdapterCard
 from ftlevel.artifacts.files import rows_fingerprint
 from ftlevel.config import DataConfig
-from ftlevel.data.encoding.encode import Encoded, load_prompt_format
+from ftlevel.data.encoding.prompts import load_prompt_format
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.formats.columns import columns_exist
 from ftlevel.data.formats.detect import Format, RoleValues
 from ftlevel.data.formats.labels import LabelSet

@@ -12,8 +12,9 @@ import numpy as np
 from ftlevel.artifacts.files import rows_fingerprint
 from ftlevel.config import DataConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import Encoded, PromptFormat
 from ftlevel.data.encoding.fit import FittedRows
+from ftlevel.data.encoding.prompts import PromptFormat
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.formats.detect import Format, explain_columns
 from ftlevel.data.formats.examples import convert_rows, get_missing_columns, to_examples
 from ftlevel.data.formats.labels import (

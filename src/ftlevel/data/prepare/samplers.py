@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 
 POOL = 50
 """Number of steps whose rows are sorted together."""

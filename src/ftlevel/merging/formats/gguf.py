@@ -16,7 +16,7 @@ import torch
 from ftlevel.artifacts.cards import format_difference
 from ftlevel.config import ExportConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.errors import InputError, RunError
 from ftlevel.evaluation.two_models import (
     Agreement,

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ftlevel.data.encoding.encode import Encoded, EncodedText, EncodedTexts, RowError, split_batches
+from ftlevel.data.encoding.encode import split_batches
+from ftlevel.data.encoding.row import Encoded, RowError
+from ftlevel.data.encoding.texts import EncodedText, EncodedTexts
 from ftlevel.tasks.embedding.formats import EmbeddingRow
 
 

@@ -18,7 +18,8 @@ from ftlevel.artifacts.sentence_transformers import (
 )
 from ftlevel.config.embedding import DEFAULT_LOSSES, LOSSES, PARAMETERS, EmbeddingConfig
 from ftlevel.config.section import Choice, list_unread
-from ftlevel.data.encoding.encode import Encoded, EncodedText, EncodedTexts
+from ftlevel.data.encoding.row import Encoded
+from ftlevel.data.encoding.texts import EncodedText, EncodedTexts
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import ConfigError, InputError, join_names
 from ftlevel.models.sources import ModelSource, download_files

@@ -95,7 +95,7 @@ class RankingMeter:
         at = 0
         for row in rows:
             end = at + len(row.sizes)
-            self._add(row.cluster, scores[at:end], own[at:end])
+            self._add(row.group, scores[at:end], own[at:end])
             at = end
 
     def merge(self, other: RankingMeter) -> None:

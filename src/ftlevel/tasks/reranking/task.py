@@ -18,7 +18,7 @@ from ftlevel.artifacts.sentence_transformers import (
 )
 from ftlevel.config.reranking import LOSSES, RerankingConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.formats.detect import Format
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import ConfigError, InputError, has_no_effect

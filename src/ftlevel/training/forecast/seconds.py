@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ftlevel.config.rl import RL_TASK
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.encoding.store import row_lengths
 from ftlevel.errors import ConfigError, did_you_mean, join_names
 from ftlevel.evaluation.decoding import CACHE_GROWTH

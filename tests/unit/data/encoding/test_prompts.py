@@ -10,15 +10,14 @@ import pytest
 import transformers
 
 from ftlevel.artifacts.cards import CARD, AdapterCard, load_card
-from ftlevel.data.encoding.encode import (
-    IGNORED,
+from ftlevel.data.encoding.encode import encode_causal, encode_seq2seq
+from ftlevel.data.encoding.prompts import (
     PromptFormat,
     choose_format,
-    encode_causal,
     encode_prompt,
-    encode_seq2seq,
     load_prompt_format,
 )
+from ftlevel.data.encoding.row import IGNORED
 from ftlevel.data.formats.examples import PlainText, SourceTarget
 from ftlevel.errors import InputError
 from tiny_tokenizers import _unigram_parts, build_tokenizer

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import tiny_models
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.fast.likelihoods import PooledTokens, SupervisedTokens
 from ftlevel.fast.packing import PackedLayout, using_layout
 from ftlevel.fast.plan import FastPlan

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoTokenizer
 
 from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
-from ftlevel.data.encoding.encode import Encoded, EncodedTexts, distinct_texts
+from ftlevel.data.encoding.row import Encoded
+from ftlevel.data.encoding.texts import EncodedTexts, distinct_texts
 from ftlevel.data.prepare.samplers import DistinctTextSampler
 from ftlevel.tasks.embedding.formats import EmbeddingRow
 from ftlevel.tasks.embedding.objective import Embeddings, pool
