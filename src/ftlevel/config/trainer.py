@@ -160,7 +160,8 @@ def validate_optimizer(train: Any) -> Iterator[str]:
     yield from _validate_kwargs("--optim-args", f"--optim {optim}", train.optim_args, kwargs)
     if train.warmup_steps and schedule in _WITHOUT_WARMUP:
         fix = "Use constant_with_warmup, or drop --warmup-steps."
-        yield has_no_effect(f"--warmup-steps {train.warmup_steps:g}", owner, fix=fix)
+        flag, reason = f"--warmup-steps {train.warmup_steps:g}", "it has no warm-up"
+        yield has_no_effect(flag, owner, reason, fix)
     is_adam = "adam" in optim or "ademamix" in optim
     for name, default in _ADAM.items():
         value = getattr(train, name)
