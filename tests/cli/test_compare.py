@@ -246,7 +246,7 @@ def test_incompatible_method_is_skipped_with_reason(
         (("--methods", "ia3", "--lora-r", "4"), "method.r belongs to none of the compared methods"),
         (("--methods", "qlora", "--quant", "none"), "qlora: "),
         (("--methods", "lora", "--search", "lr", "--study", "x.db"), "expected a database URL"),
-        (("--methods", "lora", "--trials", "5"), "--trials 5 is for --search. Add --search lr"),
+        (("--methods", "lora", "--trials", "5"), "--trials 5 needs --search lr. Add --search lr"),
     ],
 )
 def test_invalid_arguments_are_rejected(

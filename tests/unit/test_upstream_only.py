@@ -18,9 +18,7 @@ from torch import nn
 from transformers import Trainer
 
 import ftlevel
-from ftlevel.methods.upstream import FACTS as OF_METHODS
-from ftlevel.models.upstream import FACTS as OF_MODELS
-from upstream_facts import create_facts
+from upstream_facts import OF_METHODS, OF_MODELS, create_facts
 
 if (found := ftlevel.__file__) is None:
     raise RuntimeError("ftlevel has no directory")

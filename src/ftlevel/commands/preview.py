@@ -177,7 +177,7 @@ def _show_row(run: Run, row: Encoded) -> ShownRow:
     decoder = PieceDecoder(run.model.tokenizer)
     texts = decoder.decode_tokens(row.input_ids)
     names = run.data.info["labels"]
-    learned = run.task.decode_targets(row, names, run.model.kind, decoder)
+    learned = run.task.decode_targets(row, names, run.model.kind, decoder.decode_tokens)
     special = decoder.special
     tokens = tuple(
         Token(id_, text, label is not None, id_ in special, label or "")

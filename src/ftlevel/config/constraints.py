@@ -7,7 +7,7 @@ path of a field. A placeholder, as in `output.dir RUN`, is shown where the value
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, TypeAlias
@@ -32,6 +32,8 @@ class Constraint:
     """
 
     message: ClassVar[Any]
+    find_flag: ClassVar[Callable[[str, type[BaseModel] | None], str]]
+    """Implements `flag_name`; set by `config/flags.py`, which imports the configuration."""
     setting: str
     other: str
     reason: str = ""
@@ -81,15 +83,7 @@ def flag_name(path: str, config: type[BaseModel] | None = None) -> str:
 
     The default is `TrainConfig`. In one of its sections, `path` lacks the section.
     """
-    from ftlevel.config.flag import command_of  # which imports the configuration
-    from ftlevel.config.flags import FLAGS
-
-    command = command_of(config) if config else "train"
-    for flag in FLAGS:
-        paths = (flag.path, flag.rest, *flag.by_task.values())
-        if command in flag.on and any(path in (full, full.partition(".")[2]) for full in paths):
-            return flag.name
-    return path
+    return Constraint.find_flag(path, config)
 
 
 def describe_setting(config: BaseModel, condition: str) -> str:

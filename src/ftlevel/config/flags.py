@@ -12,6 +12,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from pydantic import BaseModel
+
+from ftlevel.config.constraints import Constraint
 from ftlevel.config.flag import (
     COMPARE,
     DAILY,
@@ -25,6 +28,7 @@ from ftlevel.config.flag import (
     Flag,
     FlagAliases,
     UnsupportedFlag,
+    command_of,
     option,
 )
 from ftlevel.config.flag import CONFIGS as CONFIGS
@@ -418,6 +422,18 @@ def flags_of(command: str, flags: Sequence[Flag] = FLAGS) -> list[Flag]:
             or (accepts and "train" in flag.on and flag.path and accepts(flag.path))
         )
     ]
+
+
+def _find_flag(path: str, config: type[BaseModel] | None) -> str:
+    command = command_of(config) if config else "train"
+    for flag in FLAGS:
+        paths = (flag.path, flag.rest, *flag.by_task.values())
+        if command in flag.on and any(path in (full, full.partition(".")[2]) for full in paths):
+            return flag.name
+    return path
+
+
+Constraint.find_flag = staticmethod(_find_flag)
 
 
 def recipe_hint(name: str, command: str = "train") -> str:

@@ -157,7 +157,7 @@ class MaskTask(BaseTask):
     ) -> list[str | None]:
         """Returns the original token at each masked position."""
         labels = row.labels if isinstance(row.labels, list) else []
-        spelled = decoder.decode_tokens([max(label, 0) for label in labels])
+        spelled = decoder([max(label, 0) for label in labels])
         return [
             None if label == IGNORED else text for label, text in zip(labels, spelled, strict=True)
         ]

@@ -27,7 +27,6 @@ from ftlevel.config import QuantConfig
 from ftlevel.models.loading import build_task_model, load_config, load_model, load_tokenizer
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.upstream import (
-    FACTS,
     architectures,
     batching,
     conversions,
@@ -40,19 +39,26 @@ from ftlevel.models.upstream import tensors as upstream
 from ftlevel.models.upstream.libraries import leave_sharded
 from ftlevel.models.upstream.shards import LazyWeights
 from tiny_models import build, build_batch
-from upstream_facts import CanaryRegistry, UpstreamFact, check_fact, create_facts, get_parameters
+from upstream_facts import (
+    OF_MODELS,
+    CanaryRegistry,
+    UpstreamFact,
+    check_fact,
+    create_facts,
+    get_parameters,
+)
 
 CANARIES = CanaryRegistry()
 
 
-@pytest.mark.parametrize("fact", create_facts(FACTS), ids=lambda fact: fact.name)
+@pytest.mark.parametrize("fact", create_facts(OF_MODELS), ids=lambda fact: fact.name)
 def test_upstream_fact_holds(fact: UpstreamFact, request: pytest.FixtureRequest) -> None:
     check_fact(fact)
     CANARIES[fact.name](request)
 
 
 def test_each_fact_has_canary() -> None:
-    assert set(CANARIES) == {fact.name for fact in create_facts(FACTS)}
+    assert set(CANARIES) == {fact.name for fact in create_facts(OF_MODELS)}
 
 
 @CANARIES.of("aten._softmax_backward_data")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,22 +137,30 @@ MAX_COMPARED = 1_000_000
 """Maximum number of examples whose words are compared, at about 60 bytes each."""
 
 
-class CheckedTask(Protocol):
-    """Protocol of tasks as the data checks use them; `tasks.base.BaseTask` documents members."""
+class CheckedTask:
+    """Base class of tasks: their own data checks; `checks` are those that apply to all rows."""
 
-    # ruff: disable[D102]
-    @property
-    def checks(self) -> Checks: ...
+    # ruff: disable[ARG002] - for subclasses
+    checks: ClassVar[Checks] = Checks()
 
-    def check_rows(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]: ...
+    def check_rows(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
+        """Returns task-specific data checks of encoded rows: check name -> mask of failing rows."""
+        return {}
 
-    def check_training_set(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]: ...
+    def check_training_set(self, training_set: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
+        """Returns (check name, number of failing examples, description) per failed check."""
+        return ()
 
     def check_eval_set(
-        self, train: Sequence[Any], validation: Sequence[Any], corpus: Sequence[str] | None
-    ) -> Sequence[tuple[str, str, Sequence[int], str]]: ...
+        self, training_set: Sequence[Any], eval_set: Sequence[Any], corpus: Sequence[str] | None
+    ) -> Sequence[tuple[str, str, Sequence[int], str]]:
+        """Returns (check name, split, row indices, example) per failed check of the splits.
 
-    # ruff: enable[D102]
+        `corpus` are the documents searched by validation queries; None if not given.
+        """
+        return ()
+
+    # ruff: enable[ARG002]
 
 
 @dataclass
