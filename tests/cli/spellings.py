@@ -249,7 +249,7 @@ SPELLINGS: list[ForeignFlag] = [
     *_answers(
         PEFT, "sft/run_peft.sh",
         ("--use_reentrant True", "without reentrant autograd"),
-        ("--hub_private_repo True", "Add --push-to-hub NAME, or drop it"),
+        ("--hub_private_repo True", "Add --push-to-hub NAME, or drop --hub-private"),
         ("--bnb_4bit_quant_storage_dtype bfloat16", "always stored as bytes"),
     ),
     *_sets(

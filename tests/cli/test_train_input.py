@@ -71,7 +71,7 @@ def get_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--dataset", "rows.jsonl", "--max-length", "9"], "8 of 8 rows are longer than 9 tokens"),
         (["--output-dir", "x" * 256], f"{'x' * 256}: File name too long. Name a shorter path."),
         (["--warmup-steps", "5", "--lr-scheduler-type", "constant"],
-         "--warmup-steps 5: --lr-scheduler-type constant has no warm-up."),
+         "--lr-scheduler-type constant: it has no warm-up. Use constant_with"),
         (["--output-dir", "rows.jsonl"], "rows.jsonl is the name of a file"),
         (["--output-dir", "."], "--output-dir . exists and is not empty."),
         (["--output-dir", ".", "--overwrite"], "--overwrite .: it is not a run of ftlevel"),

@@ -280,7 +280,7 @@ def create_interrupted_run(path: Path) -> RunDirectory:
         (run.checkpoints / name).mkdir()
         for file in ("adapter_model.safetensors", "trainer_state.json", "rng_state_1.pth"):
             (run.checkpoints / name / file).write_text("old")
-    (run.checkpoints / "origin.json").write_text("{}")
+    (run.checkpoints / "identity.json").write_text("{}")
     return run
 
 
@@ -344,7 +344,7 @@ def test_best_models_without_manifest_are_kept(tmp_path: Path) -> None:
     assert sorted(read_tree(tmp_path)) == ["best-1/mine", "best-3-kept/mine", "best-9/mine"]
 
 
-@pytest.mark.parametrize("name", [".ftlevel.json", "metrics.jsonl", "checkpoints/origin.json"])
+@pytest.mark.parametrize("name", [".ftlevel.json", "metrics.jsonl", "checkpoints/identity.json"])
 def test_pipe_among_run_files_raises(tmp_path: Path, name: str) -> None:
     create_finished_run(tmp_path)
     (tmp_path / name).unlink(missing_ok=True)
