@@ -220,7 +220,7 @@ SPELLINGS: list[ForeignFlag] = [
         ("--deepspeed ds.json", "--num-processes N"),
         ("--fsdp full_shard", "--num-processes N"),
         ("--torch_compile", "torch.compile is not supported"),
-        ("--auto_find_batch_size", "--auto-micro-batch keeps it"),
+        ("--auto_find_batch_size", "micro-batches are halved if they do not fit"),
     ),
     *_sets(
         PEFT, "sft/run_peft.sh",

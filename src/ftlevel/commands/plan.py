@@ -14,12 +14,10 @@ from ftlevel.models.sources import resolve_source
 from ftlevel.training.forecast.alternatives import (
     Alternative,
     AlternativeContext,
-    fit_batch_size,
     get_cheapest,
-    is_sized_by_memory,
     list_alternatives,
 )
-from ftlevel.training.forecast.fits import Device, MemoryRequirement, estimate_requirement
+from ftlevel.training.forecast.fits import Device, MemoryRequirement, estimate_requirement, fit_run
 from ftlevel.training.forecast.meta_model import OPTIMIZER, create_synthetic_batch
 from ftlevel.training.forecast.seconds import (
     TimeForecast,
@@ -154,11 +152,7 @@ def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, Alternati
     synthetic = create_synthetic_batch(config.data, source, gpu.name if gpu else None, rows)
     run = resolve(config, why_task=message, adapter=adapter, synthetic=synthetic)
     device = Device.of(run.model.device, gpu, ranks)
-    if config.speed.memory_gib is not None:
-        memory = min(device.memory, int(config.speed.memory_gib * 2**30))
-        device = replace(device, memory=memory)
-    if is_sized_by_memory(run):
-        run = fit_batch_size(run, device.memory)
+    run = replace(fit_run(run, device), recomputes=False).apply(run)  # `need` has both peaks
     need = estimate_requirement(run, device)
     length = run.data.max_length
     as_long = config if is_synthetic else _replace(config, "data", max_length=length)

@@ -307,7 +307,7 @@ _RUN_FLAGS: tuple[Flag, ...] = (
              "train.shard train.max_restarts"),
     Flag("train.gradient_checkpointing", "", HOW, aliases=FlagAliases(values={"auto": "auto"})),
     *_fields(HOW, _TRAIN, "train.offload_activations train.tf32 speed.fast"),
-    Flag("speed.tokens_per_micro_batch", "", HOW, metavar="N|auto|memory"),
+    Flag("speed.tokens_per_micro_batch", "", HOW, metavar="N|auto"),
     Flag("speed.liger_kernel", "--liger-kernel/--no-liger-kernel", HOW),
     Flag("speed.verify", "--verify-fast/--no-verify-fast", HOW),
     Flag("train.seed", "", HOW),

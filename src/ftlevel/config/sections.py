@@ -327,19 +327,13 @@ class SpeedConfig(Section):
         description="Whether to use liger-kernel on a CUDA GPU, where it is installed and supports "
         "the model. It replaces norms, rotary embedding and activation.",
     )
-    tokens_per_micro_batch: Positive | Literal["auto", "memory"] = Field(
+    tokens_per_micro_batch: Positive | Literal["auto"] = Field(
         "auto",
         description="Maximum number of tokens per micro-batch, which bounds the memory. auto: on "
         "a GPU as many as are estimated to fit, at most 16,384 or the longest row; on a CPU "
         "per_device_train_batch_size rows of max_length, at most 2,048 tokens (an eighth more with "
-        "shared prefixes, with --task rl a group of completions per worker if memory allows); "
-        "memory: as many as are estimated to fit into free memory (--auto-micro-batch). "
+        "shared prefixes, with --task rl a group of completions per worker if memory allows). "
         "Rows per optimizer step do not change.",
-    )
-    memory_gib: Annotated[float, Field(gt=0)] | None = Field(
-        None,
-        description="Peak memory in GiB for tokens_per_micro_batch=memory. Default: the free "
-        "memory.",
     )
     parallel_workers: Positive | Literal["auto"] = Field(
         "auto",

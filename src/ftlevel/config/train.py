@@ -203,7 +203,6 @@ CONSTRAINTS = (
     Excludes("train.on_nonfinite=rollback", "train.save_strategy=no",
          "it goes back to a checkpoint, and none is written",
          "Use --save-steps N, or --on-nonfinite skip."),
-    Needs("speed.memory_gib", "speed.tokens_per_micro_batch=memory"),
     Excludes("train.focal_gamma", "train.label_smoothing_factor"),
     NoEffect("train.eval_steps", "train.eval_strategy=no|epoch|best",
          fix="Drop one of them."),

@@ -258,8 +258,6 @@ def plan_fast(
     )
     parallel += f": {worker_plan.reason}" if worker_plan.reason else ""
     bound = f"up to {tokens // worker_plan.count:,} tokens a micro-batch"
-    if speed.tokens_per_micro_batch == "memory":
-        bound = "as many tokens a micro-batch as fit"
     choices = [Choice("step", ", ".join(labels), f"{bound}, {parallel}"), *sharing_choices]
     liger = uses_liger(speed, config.method, meta, device)
     if device == "cuda" and not padded_message and (message := activate_fa3(meta.config)):

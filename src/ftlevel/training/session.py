@@ -46,8 +46,7 @@ from ftlevel.training.finish import (
     save,
     save_tokenizer_and_card,
 )
-from ftlevel.training.forecast.alternatives import is_sized_by_memory, select_batch_size
-from ftlevel.training.forecast.fits import MemoryEstimate, estimate_memory, select_checkpointing
+from ftlevel.training.forecast.fits import Device, MemoryEstimate, estimate_memory, fit_run
 from ftlevel.training.identity import FileDigests, get_file_digests
 from ftlevel.training.model import PreparedModel, get_speed_info
 from ftlevel.training.plan.adapter import get_adapter_warnings, resolve_adapter
@@ -256,20 +255,17 @@ class TrainingSession:
         run, memory = processes.in_all(resolve_locally)
         if transports := processes.disable_unsupported_transports(run.model.device):
             listener.choices("train", transports)
-        if is_sized_by_memory(run):
-            sized = select_batch_size(run, processes, load_previous_batch_tokens(run.config.output))
-            listener.choices("train", sized.choices[len(run.choices) :])
-            run = sized
         session = cls(inputs, listener, stack, processes, run, memory)
-        session.run = session._with_checkpointing(run)
+        session.run = session._fit(run)
         return session
 
-    def _with_checkpointing(self, run: Run) -> Run:
-        recomputes, choices = self.processes.from_first(
-            lambda: select_checkpointing(run, self.processes.count)
-        )
-        self.listener.choices("train", choices)
-        return replace(run, recomputes=recomputes, choices=[*run.choices, *choices])
+    def _fit(self, run: Run) -> Run:
+        """Returns `run` with the micro-batch and checkpointing that the first process estimates."""
+        device = Device.of_process(run.model.device, self.processes.count)
+        previous = load_previous_batch_tokens(run.config.output)
+        fit = self.processes.from_first(lambda: fit_run(run, device, previous))
+        self.listener.choices("train", fit.choices)
+        return fit.apply(run)
 
     def resolve_resume(self) -> Mapping[str, Any] | None:
         """Find the checkpoint to resume from; returns summary.json of a run that has finished."""
@@ -305,7 +301,7 @@ class TrainingSession:
             f"fast step disabled{when}: {failure}; training with the plain step.{report}"
         )
         plan = replace(plan_plain(self.run.objective, self.run.fast.tokens), failure=failure)
-        return self._prepare(self._with_checkpointing(replace(self.run, fast=plan)), load)
+        return self._prepare(self._fit(replace(self.run, fast=plan)), load)
 
     def _prepare(self, run: Run, load: LoadModel) -> None:
         listener, processes = self.listener, self.processes
@@ -410,7 +406,6 @@ class TrainingSession:
         self.listener.stage("training")
         with self.callbacks.interrupt, explain_disk_errors(self.output_dir), matmul_context(run):
             if checkpoint is None:
-                trainer.smaller.check_memory(run.data.train, run.model.dtype)
                 check_before(trainer, run.data.train, self.listener)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         interrupt = self.callbacks.interrupt

@@ -40,11 +40,11 @@ def test_conditions_name_fields(path: str) -> None:
          "8bit, or drop --optim."),
         (Excludes("train.optim", "data.cache=True", "both"),
          "--optim sgd cannot be used with --cache: both. Drop one of them."),
-        (NoEffect("speed.memory_gib", "train.optim!=lion", fix="Leave it."),
-         "speed.memory_gib=2 has no effect with --optim sgd. Leave it."),
-        (Needs("train.optim=sgd", "speed.memory_gib"), None),
+        (NoEffect("rl.top_p", "train.optim!=lion", fix="Leave it."),
+         "--top-p 0.5 has no effect with --optim sgd. Leave it."),
+        (Needs("train.optim=sgd", "rl.top_p"), None),
         (Excludes("train.optim", "data.mix"), None),
-        (Excludes("train.optim", "speed.memory_gib", when="data.mix & train.optim"), None),
+        (Excludes("train.optim", "rl.top_p", when="data.mix & train.optim"), None),
     ],
 )  # fmt: skip
 def test_messages(constraint: Needs | Excludes, message: str | None) -> None:
@@ -52,7 +52,7 @@ def test_messages(constraint: Needs | Excludes, message: str | None) -> None:
         **{name: getattr(TrainConfig(), name) for name in TrainConfig.model_fields}
         | {
             "train": TrainConfig(train={"optim": "sgd"}).train,
-            "speed": TrainConfig().speed.model_copy(update={"memory_gib": 2.0}),
+            "rl": TrainConfig().rl.model_copy(update={"top_p": 0.5}),
         }
     )
     assert list(list_violations(config, [constraint])) == ([message] if message else [])

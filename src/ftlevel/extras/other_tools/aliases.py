@@ -242,7 +242,7 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
     *_flags("--torch-compile --torch-compile-backend --torch-compile-mode",
             "torch.compile is not supported; the fast step is on. Drop it."),
     *_flags("--auto-find-batch-size",
-            "this would change the batch size. --auto-micro-batch keeps it. Use that."),
+            "micro-batches are halved if they do not fit, and the batch size stays. Drop it."),
     *_flags("--full-determinism", "the same --seed gives the same adapter on a CPU. Drop it."),
     *_flags("--log-level --verbosity", "--quiet prints errors only. Use that.",
             {**dict.fromkeys(("passive", "info", "warning"),
@@ -633,7 +633,6 @@ ALIASES: dict[str, FlagAliases] = {
         Alias("--disable-gradient-checkpointing", value="false"),
         values={"unsloth": "true"},
     ),
-    "speed.tokens_per_micro_batch": _also("", Alias("--auto-micro-batch", value="memory")),
     "speed.liger_kernel": _also("--use-liger-kernel --enable-liger-kernel"),
     "train.seed": _also("--random-state --random-seed"),
     "train.eval_strategy": _also(

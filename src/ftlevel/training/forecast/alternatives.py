@@ -1,30 +1,21 @@
-"""Settings that fit in memory: the size of micro-batches, and alternatives to the run's settings.
+"""Alternatives to the settings of a run, and the memory that they need.
 
-    T' = ⌊T · (M − fixed) / moving⌋
     most rows = (memory − fixed) / (activations and workspace per row)
 
-A micro-batch of T tokens needs `fixed` bytes plus `moving` bytes, which grow with T; T' fit in M
-bytes. Attention's memory grows faster than T, so T' is corrected until it fits. The size changes
-only the summation order in a step. The second formula is for rows of maximum length.
+The formula is for rows of maximum length.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import psutil
-
-from ftlevel.config import SpeedConfig, TrainConfig, TrainerConfig
-from ftlevel.config.section import Choice
-from ftlevel.data.encoding.store import row_lengths
-from ftlevel.errors import ConfigError, FtlevelError, excludes, needs
-from ftlevel.fast.plan import MIN_TOKENS
-from ftlevel.models.hardware import free_memory_bytes
+from ftlevel.config import TrainConfig, TrainerConfig
+from ftlevel.errors import ConfigError, FtlevelError
 from ftlevel.models.sources import ModelSource
-from ftlevel.training.forecast.fits import ALLOCATOR, MEMORY_RATIO, Device
+from ftlevel.training.forecast.fits import ALLOCATOR, Device
 from ftlevel.training.forecast.memory import StepMemory
 from ftlevel.training.forecast.meta_model import (
     ACTIVATIONS,
@@ -32,171 +23,13 @@ from ftlevel.training.forecast.meta_model import (
     BACKWARD,
     FIRST_BLOCK,
     FORWARD,
-    LOGITS,
     OPTIMIZER,
     QUANTIZED,
     WEIGHTS,
     WORKSPACE,
     create_synthetic_batch,
 )
-from ftlevel.training.memory import get_quant_flags
 from ftlevel.training.plan.resolve import resolve
-from ftlevel.training.plan.run import Run
-from ftlevel.training.processes import Processes
-
-_VARIABLE_PARTS = (ACTIVATIONS, LOGITS, WORKSPACE)
-
-CPU_OVERHEAD_BYTES = 600 * 2**20
-"""Resident bytes of a CPU run that are neither tensors nor there before the model: kernel code,
-heap fragmentation, libraries. The runs in docs/plan.md need 350 to 500 MiB."""
-
-MAX_GPU_TOKENS = 16_384
-"""Maximum tokens per micro-batch by default on a GPU; more are no faster."""
-
-_SAFETY_FACTOR = 0.98
-"""Factor on the linear estimate, so that the next estimate is below the memory."""
-
-_MAX_ATTEMPTS = 6
-
-
-def select_batch_size(run: Run, processes: Processes, previous_tokens: int | None) -> Run:
-    """Returns the run with the largest micro-batch that fits, the same in all processes.
-
-    `previous_tokens` is the micro-batch size of a resumed run. Raises as `fit_batch_size` does.
-    """
-    if previous_tokens is not None:
-        choice = Choice("micro-batch", f"{previous_tokens:,} tokens", "as the run was begun")
-        return _with_tokens(run, previous_tokens, 0, choice)
-
-    def select_tokens() -> tuple[int, int, Choice | None]:
-        run_that_fits = fit_batch_size(
-            run, get_available_memory(run.config.speed, run.model.device, processes)
-        )
-        fast = run_that_fits.fast
-        return fast.tokens, fast.memory, fast.choices[-1] if fast.memory else None
-
-    return _with_tokens(run, *processes.from_first(select_tokens))
-
-
-def get_available_memory(speed: SpeedConfig, device: str, processes: Processes) -> int:
-    """Returns the bytes that this process may still allocate for tensors.
-
-    By default, a GPU keeps a share for what is not in the estimate (`MEMORY_RATIO`).
-    """
-    limit = speed.memory_gib
-    free = free_memory_bytes(device)
-    if device != "cpu":
-        if speed.tokens_per_micro_batch == "auto":
-            free = int(MEMORY_RATIO * free)
-        return free if limit is None else min(free, int(limit * 2**30))
-    if limit is not None:
-        free = min(free, int(limit * 2**30) - psutil.Process().memory_info().rss)
-    else:
-        free //= processes.world.local_size
-    return free - CPU_OVERHEAD_BYTES
-
-
-def is_sized_by_memory(run: Run) -> bool:
-    """Returns whether the micro-batches of `run` are as large as fits: the default on a GPU."""
-    setting, can_fit = run.config.speed.tokens_per_micro_batch, run.config.train.shard == "none"
-    is_default = setting == "auto" and run.model.device == "cuda" and run.fast.enabled and can_fit
-    return setting == "memory" or is_default
-
-
-def fit_batch_size(run: Run, memory: int) -> Run:
-    """Returns the run with the largest micro-batch, in tokens, that fits in `memory` bytes.
-
-    By default, that is at most `MAX_GPU_TOKENS` or the longest row; if that row does not fit, the
-    run is unchanged. On a GPU, this may also turn on gradient checkpointing that is set to auto.
-    Raises ConfigError if --auto-micro-batch is used and the model is sharded, the fast step is off,
-    or a single row does not fit.
-    """
-    if run.config.train.shard != "none":
-        fix = "Drop one of them, or set --tokens-per-micro-batch N."
-        raise ConfigError(excludes("--auto-micro-batch", "--shard", fix=fix))
-    if not run.fast.enabled:
-        fix = "Drop it, or the flag that turns it off (--no-fast, --neftune-noise-alpha)."
-        raise ConfigError(needs("--auto-micro-batch", "the fast step", fix=fix))
-    best, default_tokens = _search_tokens(run, memory), run.fast.tokens
-    is_small = best.tokens < min(MIN_TOKENS, default_tokens)
-    train, device = run.config.train, run.model.device
-    if is_small and not train.recomputes and train.may_recompute(device):
-        checkpointed = _search_tokens(
-            run.with_settings("train", gradient_checkpointing=True), memory
-        )
-        best = checkpointed if checkpointed.tokens > best.tokens else best
-    is_default = run.config.speed.tokens_per_micro_batch == "auto"
-    if not best.tokens and is_default:
-        return run  # a step that runs out of memory halves its micro-batches
-    if not best.tokens:
-        raise ConfigError(_too_large_message(run, best.peak, memory))
-    peak, available = (f"{size / 2**30:.2f} GiB" for size in (best.peak, memory))
-    name = "auto" if is_default else "--auto-micro-batch"
-    message = f"{name}: {peak} at the peak of a step, of {available}"
-    choice = Choice("micro-batch", f"{best.tokens:,} tokens", message)
-    return _with_tokens(run, best.tokens, memory, choice)
-
-
-class _FitResult(NamedTuple):
-    """Most `tokens` per micro-batch that fit in memory (0: none); `peak` of the last estimate."""
-
-    tokens: int
-    peak: int
-
-
-def _search_tokens(run: Run, memory: int) -> _FitResult:
-    tokens, max_row_tokens = _max_tokens_to_try(run), int(row_lengths(run.data.train).max())
-    device = Device(run.model.device, run.model.device, memory)
-    for _ in range(_MAX_ATTEMPTS):
-        forecast = device.forecast(_with_tokens(run, tokens, memory))
-        peak = forecast.peak
-        if peak <= memory:
-            return _FitResult(tokens, peak)
-        if forecast.tokens <= max_row_tokens:  # a row alone
-            break
-        tokens = _shrink(forecast, min(tokens, forecast.tokens * run.fast.workers), peak, memory)
-        if tokens < 1:
-            break
-    return _FitResult(0, peak)
-
-
-def _shrink(forecast: StepMemory, tokens: int, peak: int, memory: int) -> int:
-    """Returns fewer tokens per micro-batch to try, as `tokens` need `peak` bytes; 0 if none fit."""
-    variable = sum(forecast.parts.get(part, 0) for part in _VARIABLE_PARTS)
-    available = memory - (peak - variable)
-    return (
-        min(tokens - 1, int(_SAFETY_FACTOR * tokens * available / variable))
-        if available > 0 and variable
-        else 0
-    )
-
-
-def _max_tokens_to_try(run: Run) -> int:
-    if run.model.device == "cpu":
-        return run.fast.tokens
-    tokens = max(run.fast.tokens, run.config.train.rows_per_device_step * run.data.max_length)
-    if run.config.speed.tokens_per_micro_batch == "auto":
-        tokens = min(tokens, max(MAX_GPU_TOKENS, int(row_lengths(run.data.train).max())))
-    return tokens
-
-
-def _too_large_message(run: Run, peak: int, memory: int) -> str:
-    suggestions = [] if run.config.train.recomputes else ["--gradient-checkpointing"]
-    suggestions += ["a smaller --max-length", "--set speed.parallel_workers=1"][: run.fast.workers]
-    suggestions += get_quant_flags(run)
-    return (
-        f"--auto-micro-batch: micro-batches of one row need {peak / 2**30:.2f} GiB, and "
-        f"{max(0, memory) / 2**30:.2f} GiB of the device {run.model.device} are left for tensors. "
-        f"Try {', '.join(suggestions)}; ftlevel plan says what fits."
-    )
-
-
-def _with_tokens(run: Run, tokens: int, memory: int, choice: Choice | None = None) -> Run:
-    new_run = run.with_settings("speed", tokens_per_micro_batch=tokens, memory_gib=None)
-    choices = [] if choice is None else [choice]
-    fast = replace(run.fast, tokens=tokens, memory=memory, choices=[*run.fast.choices, *choices])
-    return replace(new_run, fast=fast, choices=[*run.choices, *choices])
-
 
 _MAX_ROWS = 4096
 _DEFAULT_METHODS: tuple[tuple[str, str], ...] = (

@@ -289,11 +289,7 @@ class LayerSample:
         if len({len(stack) for stack in stacks}) != 1:
             return cls((None,), (), sum(map(len, stacks)))
         layer_types = list(zip(*stacks, strict=True))
-        return (
-            _sample_by_type(run, layer_types)
-            or _sample_by_period(layer_types)
-            or cls((None,), (), len(layer_types))
-        )
+        return _sample_by_type(run, layer_types) or cls((None,), (), len(layer_types))
 
     @property
     def sample(self) -> dict[int, int] | None:
@@ -346,21 +342,6 @@ def _sample_by_type(run: Run, layer_types: Sequence[Any]) -> LayerSample | None:
         ]:
             return None
     return LayerSample(samples, tuple(len(group) for group in between), len(layer_types))
-
-
-def _sample_by_period(layer_types: Sequence[Any]) -> LayerSample | None:
-    """Returns small models with 1 and 2 periods of layer types that repeat; None if none does."""
-    num_layers = len(layer_types)
-    for first in range(3):
-        for period in range(1, 7):
-            low = first + period + 1
-            if low + period < num_layers and all(
-                layer_types[at] == layer_types[at + period]
-                for at in range(first, num_layers - period)
-            ):
-                samples = tuple(range(low)), tuple(range(low + period))
-                return LayerSample(samples, ((num_layers - low) / period,), num_layers)
-    return None
 
 
 @dataclass(frozen=True)
