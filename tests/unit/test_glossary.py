@@ -21,6 +21,7 @@ PACKAGES = tuple(f"src/ftlevel/{room}" for room in ("fast", "merging", "trained"
 EXCLUDED = {
     "docs/glossary.md",
     "tests/unit/test_glossary.py",
+    "src/ftlevel/data/builtin/LICENSE.txt",
 }
 
 
