@@ -1,4 +1,4 @@
-"""Generate the tables of docs/guide from the table of methods: a page each, and one of rare ones."""
+"""Generate the tables of docs/guide from the table of methods: pages, and a table of rare ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RARE = ("oft", "boft", "loha", "lokr", "miss", "shira", "hira", "gralora", "c3a"
 
 
 def guide_pages() -> dict[str, Callable[[], str]]:
-    """Return page name → function that returns its text, the index first."""
+    """Return page name → function that returns its text."""
     return {
         "guide/index": _index,
         **{f"guide/{kind}": partial(_page, kind) for kind in SPECS if kind not in RARE},
@@ -24,10 +24,8 @@ def guide_pages() -> dict[str, Callable[[], str]]:
 
 
 def _index() -> str:
-    rows = [
-        f"| [{kind}]({'rare' if kind in RARE else kind}.md) | {METHOD_INFO[kind].trained} |"
-        for kind in SPECS
-    ]
+    pages = {kind: "rare" if kind in RARE else kind for kind in SPECS}
+    rows = [f"| [{k}]({page}.md) | {METHOD_INFO[k].trained} |" for k, page in pages.items()]
     return fill("guide/index", {"methods": "\n".join(["| method | trains |", "|---|---|", *rows])})
 
 
@@ -67,8 +65,8 @@ def _rare() -> str:
         for kind in RARE
         for row in (METHOD_INFO[kind],)
     ]
-    lines = [header, "|---|---|--:|---|---|---|", *rows, "", *_limits(*RARE)]
-    return fill("guide/rare", {"facts": "\n".join(lines)})
+    facts = "\n".join([header, "|---|---|--:|---|---|---|", *rows, "", *_limits(*RARE)])
+    return fill("guide/rare", {"facts": facts})
 
 
 def _settings(kind: str) -> str:

@@ -29,7 +29,7 @@ from ftlevel.models.loading import load_config
 from ftlevel.objectives import PolicyObjective, TokenObjective
 from ftlevel.tasks.embedding.objective import Embeddings
 from ftlevel.tasks.losses import DistillationRows, outcome_dtype, select_top_k
-from ftlevel.tasks.reranking.objective import Ranking
+from ftlevel.tasks.reranking.losses import Ranking
 from ftlevel.tasks.rl.rows import CompletionRow
 from ftlevel.trained.resolve import ReferenceModel, resolve_reference, resolve_text_model
 from ftlevel.training.model import PreparedModel

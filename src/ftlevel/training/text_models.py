@@ -26,7 +26,7 @@ from ftlevel.evaluation.answers import InferenceModel
 from ftlevel.events import Listener
 from ftlevel.tasks.embedding.formats import EmbeddingRow
 from ftlevel.tasks.embedding.objective import Embeddings
-from ftlevel.tasks.reranking.objective import Ranking
+from ftlevel.tasks.reranking.losses import Ranking
 from ftlevel.tasks.reranking.rows import RankedRow
 from ftlevel.tasks.reranking.task import RerankingTask
 from ftlevel.trained.generation import GenerationOptions, batches

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
+from ftlevel.commands.plan import get_max_rows
 from ftlevel.config import TrainConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.row import Encoded
 from ftlevel.fast.plan import FastPlan
 from ftlevel.models.hardware import get_free_memory
-from ftlevel.training.forecast.alternatives import get_max_rows
 from ftlevel.training.forecast.fits import Device, fit_run
 from ftlevel.training.forecast.memory import StepMemory, get_peak
 from ftlevel.training.forecast.meta_model import ACTIVATIONS, WEIGHTS

@@ -32,7 +32,6 @@ from ftlevel.tasks.base import (
     PromptedModel,
     TokenDecoder,
 )
-from ftlevel.tasks.embedding.checks import check_documents, check_eval_set
 from ftlevel.tasks.embedding.formats import EMBEDDING_SHAPES, QUERY_SHAPES, EmbeddingRow
 from ftlevel.tasks.embedding.objective import (
     EVALUATED_ROWS,
@@ -41,7 +40,14 @@ from ftlevel.tasks.embedding.objective import (
     LabelKind,
     without_first,
 )
-from ftlevel.tasks.embedding.rows import TextEncoder, append_end, keeps_case, lowercase
+from ftlevel.tasks.embedding.rows import (
+    TextEncoder,
+    append_end,
+    check_documents,
+    check_eval_set,
+    keeps_case,
+    lowercase,
+)
 
 if TYPE_CHECKING:
     import torch

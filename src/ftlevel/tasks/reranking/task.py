@@ -32,9 +32,9 @@ from ftlevel.tasks.base import (
     PromptedModel,
     check_options,
 )
-from ftlevel.tasks.embedding.checks import check_documents
 from ftlevel.tasks.embedding.formats import CANDIDATE_SHAPES, RANKING_SHAPES, EmbeddingRow
-from ftlevel.tasks.reranking.objective import Ranking, get_loss_config
+from ftlevel.tasks.embedding.rows import check_documents
+from ftlevel.tasks.reranking.losses import Ranking, get_loss_config
 from ftlevel.tasks.reranking.rows import PairEncoder, RankedRow, prepare_tokenizer
 
 if TYPE_CHECKING:
