@@ -5,11 +5,11 @@
     python scripts/build_data.py docstring-summary
     python scripts/build_data.py docstring-summary chat --out data
     python scripts/build_data.py all
+    python3.11 scripts/build_data.py builtin      # builtin:docstrings, a file of the package
 
-Each set becomes `data/NAME/{train,validation,test}.jsonl`, with `SOURCE.md`: sources and licences.
-The same releases give the same bytes on every machine, and a build is compared with the reference.
-Packages are downloaded once, into `data/.work`, and never installed. Exit code 3: no index
-could be reached.
+Others become `data/NAME/{train,validation,test}.jsonl`, with `SOURCE.md`: sources and licences. The
+same releases give the same bytes on every machine, and a build is compared with the reference.
+Packages are downloaded once, into `data/.work`, and never installed. Exit code 3: no index.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_sets import bible, chat, cldr, docstrings, factbook, pairs, search, wordnet
+from data_sets import bible, builtin, chat, cldr, docstrings, factbook, pairs, search, wordnet
 from data_sets.sources import Sources, deb_licence_text, licence_text
 from data_sets.splits import NAMES, Splits, write_splits
 from wheels import FetchError, Package, put_in_place
@@ -225,7 +225,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.names == ["all"]:
         arguments.names = names
     for name in arguments.names:
-        if name not in names:
+        if name not in (*names, "builtin"):
             parser.error(f"unknown data set {name!r}. There are: {', '.join(names)}.")
     if not arguments.names and not arguments.list:
         parser.error(f"name at least one set, or all. There are: {', '.join(names)}.")
@@ -239,6 +239,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.list:
         print_list(out)
         return 0
+    if "builtin" in arguments.names:
+        print(f"{builtin.FILE}: {builtin.write_rows():,} rows")
     sources = Sources((arguments.work or out / ".work").resolve())
     try:
         for data_set in DATA_SETS:

@@ -54,7 +54,6 @@ class Drawing:
         mark: label of the trained parts.
         added: linear layers with an additive update.
         scaled: linear layers whose output is scaled.
-        rotated: linear layers whose input is rotated.
         inside: linear layers followed by a trained layer.
         keys: whether trained keys and values are prepended.
         tokens: whether trained embeddings are prepended.
@@ -64,7 +63,6 @@ class Drawing:
     mark: str = ""
     added: tuple[str, ...] = ()
     scaled: tuple[str, ...] = ()
-    rotated: tuple[str, ...] = ()
     inside: tuple[str, ...] = ()
     keys: bool = False
     tokens: bool = False
@@ -77,15 +75,6 @@ DRAWINGS = {
     "adalora": Drawing("P Λ Q", added=LINEARS),
     "ia3": Drawing("×", scaled=("k", "v", "up")),
     "vera": Drawing("d b", added=LINEARS),
-    "oft": Drawing("R", rotated=LINEARS),
-    "boft": Drawing("R", rotated=LINEARS),
-    "loha": Drawing("AB∘AB", added=LINEARS),
-    "lokr": Drawing("C⊗AB", added=LINEARS),
-    "miss": Drawing("D", added=LINEARS),
-    "shira": Drawing("S", added=LINEARS),
-    "hira": Drawing("W∘BA", added=LINEARS),
-    "gralora": Drawing("k² A B", added=LINEARS),
-    "c3a": Drawing("⟳", added=LINEARS),
     "adapter": Drawing("adapter", inside=("o", "down")),
     "prefix": Drawing("P", keys=True),
     "prompt": Drawing("P", tokens=True),
@@ -150,9 +139,6 @@ def _trained(drawing: Drawing) -> Iterator[str]:
     for part in drawing.scaled:
         x, y, w, h = PARTS[part]
         yield _round(x + w + 14, y + h // 2, drawing.mark)
-    for part in drawing.rotated:
-        x, y, _, h = PARTS[part]
-        yield _round(x - 14, y + h // 2, drawing.mark)
     for part in drawing.inside:
         x, y, w, _ = PARTS[part]
         yield _box((x + w - 30, y + 52, 60, 22), drawing.mark, is_trained=True, small=True)

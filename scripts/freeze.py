@@ -128,8 +128,6 @@ chat: {CHAT} --set speed.share_prefixes=never | {SAMPLE}
 chat-shared: {CHAT} --set speed.share_prefixes=always | {SCORE}
 chat-template: {CHAT} --model models/gpt2 --chat-template mistral
 mixed: {PROMPTS} --dataset builtin:docstrings --mix 3,7 --validation-split 0.1
-streaming: {PROMPTS} --streaming --set data.shuffle_buffer=8
-streaming-4bit: {PROMPTS}/train.jsonl --streaming --quant 4bit --set data.validation_rows=4
 no-fast: {DOCS} --no-fast
 no-fast-encoder: {CLASSES} {MINILM} --no-fast
 verified: {DOCS} --verify-fast --dtype float32
@@ -142,14 +140,14 @@ adapters: {TINY} | train --output-dir other --json {TINY} --max-steps 3 --lora-r
   | merge run other --out svd --strategy svd --weights 0.7,0.3 --json
   | generate run --adapter second=other --json -p hello | evaluate run --json --against other
 two-processes: {DOCS} --num-processes 2
-two-threads: {DOCS} --set speed.tokens_per_pass=256 | {SCORE}
-two-threads-qlora: {PROMPTS} --method qlora --set speed.tokens_per_pass=64
-two-threads-encoder: {CLASSES} {MINILM} --set speed.tokens_per_pass=16
-two-threads-t5: {PAIRS} --model models/t5 --set speed.tokens_per_pass=32
+two-threads: {DOCS} --set speed.tokens_per_micro_batch=256 | {SCORE}
+two-threads-qlora: {PROMPTS} --method qlora --set speed.tokens_per_micro_batch=64
+two-threads-encoder: {CLASSES} {MINILM} --set speed.tokens_per_micro_batch=16
+two-threads-t5: {PAIRS} --model models/t5 --set speed.tokens_per_micro_batch=32
 preview: preview --json {PROMPTS} | preview {CHAT} --json | preview {SPANS} {MINILM} --json
   | preview {PLAIN} --max-length 150 --overlong split --json | preview {TAGS} {MINILM} --json
   | preview {SUMMARY} --model models/bart --json | preview {PAIRS} | preview {MASKED} {MINILM}
-  | preview {CLASSES} {MINILM} | preview --streaming --max-steps 3 {PROMPTS} --json
+  | preview {CLASSES} {MINILM}
   | preview recipes/demo.yaml --max-samples 40 --json
 list-targets: {" | ".join(f"list-targets {name} --json" for name in TARGETS.split())}
 list-methods: list-methods | list-methods --json | list-methods --model models/gpt2 --quant 8bit

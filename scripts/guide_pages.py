@@ -1,4 +1,4 @@
-"""Generate the tables of docs/guide/METHOD.md from the table of methods."""
+"""Generate the tables of docs/guide from the table of methods: pages, and a table of rare ones."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from ftlevel.methods import METHOD_INFO, METHODS, RULES
 from page_parts import fill
 
 _HIDDEN = {"kind", "target_modules"}
+RARE = ("oft", "boft", "loha", "lokr", "miss", "shira", "hira", "gralora", "c3a")
+"""Methods that are rows of docs/guide/rare.md instead of pages."""
 
 
 def guide_pages() -> dict[str, Callable[[], str]]:
-    """Return page name → function that returns its text, the index first."""
+    """Return page name → function that returns its text."""
     return {
         "guide/index": _index,
-        **{f"guide/{kind}": partial(_page, kind) for kind in SPECS},
+        **{f"guide/{kind}": partial(_page, kind) for kind in SPECS if kind not in RARE},
+        "guide/rare": _rare,
     }
 
 
 def _index() -> str:
-    rows = [f"| [{kind}]({kind}.md) | {METHOD_INFO[kind].trained} |" for kind in SPECS]
+    pages = {kind: "rare" if kind in RARE else kind for kind in SPECS}
+    rows = [f"| [{k}]({page}.md) | {METHOD_INFO[k].trained} |" for k, page in pages.items()]
     return fill("guide/index", {"methods": "\n".join(["| method | trains |", "|---|---|", *rows])})
 
 
@@ -53,6 +57,18 @@ def _page(kind: str) -> str:
     return fill(f"guide/{kind}", {"facts": "\n".join(lines)}, new)
 
 
+def _rare() -> str:
+    header = "| method | trains | on Llama-2-7B | settings | default learning rate | published |"
+    rows = [
+        f"| {kind} | {row.trained} | {row.llama_7b:,} ({_share(row.llama_7b)}) | {_settings(kind)} "
+        f"| {_rates(kind)} | {row.reference} |"
+        for kind in RARE
+        for row in (METHOD_INFO[kind],)
+    ]
+    facts = "\n".join([header, "|---|---|--:|---|---|---|", *rows, "", *_limits(*RARE)])
+    return fill("guide/rare", {"facts": facts})
+
+
 def _settings(kind: str) -> str:
     fields = SPECS[kind]().model_dump(exclude=_HIDDEN)
     shown = [f"`{name}` {value}" for name, value in fields.items() if value not in (None, {}, [])]
@@ -80,8 +96,8 @@ def _variants(kind: str) -> Iterator[str]:
     yield ""
 
 
-def _limits(kind: str) -> Iterator[str]:
-    names = {row.name for row in METHOD_INFO.values() if row.method == kind}
+def _limits(*kinds: str) -> Iterator[str]:
+    names = {row.name for row in METHOD_INFO.values() if row.method in kinds}
     rules = [rule for rule in RULES if rule.rows & names]
     if not rules:
         return

@@ -19,7 +19,7 @@ import transformers
 
 import tiny_models
 from ftlevel.config import SPECS, QuantConfig
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.methods import METHOD_INFO, METHODS, Base, explain_unsupported, get_rule
 from ftlevel.methods.base import InitializationInputs
 from ftlevel.methods.support_table import Cell

@@ -145,3 +145,25 @@ def join_names(names: Iterable[str], maximum: int = 12) -> str:
     items = list(names)
     text = ", ".join(items[:maximum])
     return text if len(items) <= maximum else f"{text} and {len(items) - maximum:,} more"
+
+
+def needs(setting: str, required: str, reason: str = "", fix: str = "") -> str:
+    """Returns the message that `setting` needs `required`; `fix` replaces the last sentence."""
+    add = f"Add {required.partition(' (')[0]}, or drop {_flag_of(setting)}."
+    return f"{setting} needs {required}{reason and f': {reason}'}. {fix or add}"
+
+
+def excludes(setting: str, other: str, reason: str = "", fix: str = "") -> str:
+    """Returns the message that `setting` and `other` exclude each other."""
+    because = reason and f": {reason}"
+    return f"{setting} cannot be used with {other}{because}. {fix or 'Drop one of them.'}"
+
+
+def has_no_effect(setting: str, other: str, reason: str = "", fix: str = "") -> str:
+    """Returns the message that `setting` has no effect with `other`."""
+    because = reason and f": {reason}"
+    return f"{setting} has no effect with {other}{because}. {fix or 'Drop it.'}"
+
+
+def _flag_of(setting: str) -> str:
+    return setting.partition(" ")[0].partition("=")[0]

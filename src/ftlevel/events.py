@@ -14,7 +14,6 @@ from html import escape
 from typing import Any
 
 from ftlevel.config.section import Choice
-from ftlevel.extensions import resolve_renamed
 
 
 class Listener:
@@ -50,8 +49,6 @@ class Listener:
 
 NullListener = Listener
 """Listener that ignores all events."""
-
-__getattr__ = resolve_renamed(__name__, {"Silence": "ftlevel.events:NullListener"})
 
 
 class Summarized:

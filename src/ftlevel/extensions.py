@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,26 +158,6 @@ def load(reference: str) -> Any:
     module, _, name = reference.partition(":")
     imported = importlib.import_module(module)
     return getattr(imported, name) if name else imported
-
-
-def resolve_renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """Returns a `__getattr__` for `module`; `names` maps old names to new "package.module:name".
-
-    An old name works with a DeprecationWarning for one release.
-    """
-
-    def get(name: str) -> Any:
-        if name not in names:
-            raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        warnings.warn(
-            f"{module}.{name} is now {names[name].replace(':', '.')}; the old name will be removed "
-            "in the next release.",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        return load(names[name])
-
-    return get
 
 
 def try_load(reference: str, source: str) -> Any:

@@ -302,8 +302,8 @@ class DistillationObjective(TokenObjective):
 class LikelihoodObjective(TokenObjective):
     """Base class of objectives of whole answers' log-likelihoods, as in preference training.
 
-    A batch contains `preference_labels` `(answers, 3)`; see `Encoded.preference_labels`. The
-    answers of a row are consecutive in one batch.
+    A batch contains `preference_labels` `(answers, 3)`: 1.0 if preferred or desirable, reference
+    log-probability, margin. The answers of a row are consecutive in one batch.
 
     Attributes:
         needs_baseline: whether the loss subtracts, from rewards, the mean reward of mismatched
@@ -334,8 +334,8 @@ class LikelihoodObjective(TokenObjective):
 class PolicyObjective(TokenObjective):
     """Base class of objectives of sampled tokens' log-probabilities, as in reinforcement learning.
 
-    A batch contains `signals` `(targets, n)`; see `Encoded.signals`. They include a weight per
-    target that already normalizes the loss, so `training_count` is 1. `temperature` divides logits.
+    A batch contains `signals` `(targets, n)`. They include a weight per target that already
+    normalizes the loss, so `training_count` is 1. `temperature` divides logits.
     """
 
     temperature: float = 1.0

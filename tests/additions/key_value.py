@@ -7,19 +7,18 @@ from itertools import islice
 
 from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.readers.text import TextLines
-from ftlevel.data.sources.streams import Chunk, Cursor, Reader
+from ftlevel.data.sources.streams import Chunk, Reader
 from ftlevel.data.sources.table import BadRow, Row
 
 
 class KeyValue(Reader):
     """Reads files of `key=value;key=value` lines."""
 
-    def read(self, state: Cursor | None) -> Iterator[Chunk]:
-        """Yield the chunks from `cursor` on."""
-        position = state or {"at": 0, "line": 0}
-        text = TextLines(self.path, **position)
-        lines_after, number = iter(text), int(position["line"])
-        while batch := list(islice(lines_after, CHUNK_ROWS)):
+    def read(self) -> Iterator[Chunk]:
+        """Yield the chunks."""
+        text = TextLines(self.path)
+        all_lines, number = iter(text), 0
+        while batch := list(islice(all_lines, CHUNK_ROWS)):
             rows: list[Row] = []
             lines: list[int] = []
             bad_rows: list[BadRow] = []
@@ -30,4 +29,4 @@ class KeyValue(Reader):
                     lines.append(number)
                 else:
                     bad_rows.append(BadRow(number, "not key=value;key=value"))
-            yield self.chunk(rows, lines, bad_rows, text.cursor(number))
+            yield Chunk(rows, lines, bad_rows, text.offset(number))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.formats.detect import Format, FormatSpec, RoleValues
 from ftlevel.data.sources.table import Table
 from ftlevel.objectives import Meter, Objective

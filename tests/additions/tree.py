@@ -89,7 +89,7 @@ CHECK = Addition(
 )
 
 _SEED = '    Flag("train.seed", "", HOW),'
-_SAMPLES = '    Flag("data.validation_rows", "", HOW),'
+_SAMPLES = '    Flag("train.max_generate_samples", "", HOW),'
 FLAG = Addition({}, [("config/flags.py", _SEED, _SAMPLES)])
 
 _FORMAT_ANCHOR = (

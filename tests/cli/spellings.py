@@ -137,10 +137,9 @@ SPELLINGS: list[ForeignFlag] = [
         ("--overwrite_cache", "data.cache", False),
         ("--trust_remote_code true", "model.trust_remote_code", True),
     ),
-    ForeignFlag(TRANSFORMERS, "run_clm.py", "--streaming", {"data.streaming": True},
-                extra="--max_steps 5"),
     *_answers(
         TRANSFORMERS, "run_clm.py",
+        ("--streaming", "rows are memory-mapped"),
         ("--config_overrides n_embd=1024", "read from the model's config.json. Edit it, "
                                            "and drop the flag."),
         ("--model_type gpt2", "read from the model's config. Drop it."),
@@ -221,7 +220,7 @@ SPELLINGS: list[ForeignFlag] = [
         ("--deepspeed ds.json", "--num-processes N"),
         ("--fsdp full_shard", "--num-processes N"),
         ("--torch_compile", "torch.compile is not supported"),
-        ("--auto_find_batch_size", "--auto-micro-batch keeps it"),
+        ("--auto_find_batch_size", "micro-batches are halved if they do not fit"),
     ),
     *_sets(
         PEFT, "sft/run_peft.sh",
@@ -250,7 +249,7 @@ SPELLINGS: list[ForeignFlag] = [
     *_answers(
         PEFT, "sft/run_peft.sh",
         ("--use_reentrant True", "without reentrant autograd"),
-        ("--hub_private_repo True", "Add --push-to-hub NAME, or drop it"),
+        ("--hub_private_repo True", "Add --push-to-hub NAME, or drop --hub-private"),
         ("--bnb_4bit_quant_storage_dtype bfloat16", "always stored as bytes"),
     ),
     *_sets(
@@ -303,8 +302,7 @@ SPELLINGS: list[ForeignFlag] = [
     ),
     ForeignFlag(TRL, "trl sft", "--use_bnb_nested_quant", {"quant.double_quant": True},
                 extra="--load_in_4bit"),
-    ForeignFlag(TRL, "trl sft", "--dataset_streaming", {"data.streaming": True},
-                extra="--max_steps 5"),
+    *_answers(TRL, "trl sft", ("--dataset_streaming", "rows are memory-mapped")),
     *_agrees(
         TRL, "trl sft",
         ("--use_peft", "an adapter is trained"),
@@ -421,8 +419,7 @@ SPELLINGS: list[ForeignFlag] = [
     ),
     ForeignFlag(LLAMA_FACTORY, "data arguments", "--interleave_probs 0.7,0.3",
                 {"data.mix": (0.7, 0.3)}, extra="--dataset a,b"),
-    ForeignFlag(LLAMA_FACTORY, "data arguments", "--buffer_size 500", {"data.shuffle_buffer": 500},
-                extra="--streaming --max_steps 5"),
+    *_answers(LLAMA_FACTORY, "data arguments", ("--buffer_size 500", "rows are memory-mapped")),
     *_agrees(
         LLAMA_FACTORY, "train_qlora and extras",
         ("--quantization_method bnb", "weights are quantized by bitsandbytes"),

@@ -234,13 +234,19 @@ def test_incompatible_method_is_skipped_with_reason(
     [
         ((), "--methods is missing"),
         (("--methods", "lora,lorra"), "'lorra' is not a method."),
-        (("--methods", "lora", "--budget-steps", "2", "--budget-minutes", "1"), "two budgets"),
-        (("--methods", "lora", "--budget-steps", "2", "--max-steps", "3"), "set the same value"),
+        (
+            ("--methods", "lora", "--budget-steps", "2", "--budget-minutes", "1"),
+            "--budget-steps cannot be used with --budget-minutes",
+        ),
+        (
+            ("--methods", "lora", "--budget-steps", "2", "--max-steps", "3"),
+            "--budget-steps cannot be used with --max-steps",
+        ),
         (("--methods", "lora", "--max-memory", "0"), "--max-memory 0: expected a number above 0"),
         (("--methods", "ia3", "--lora-r", "4"), "method.r belongs to none of the compared methods"),
         (("--methods", "qlora", "--quant", "none"), "qlora: "),
         (("--methods", "lora", "--search", "lr", "--study", "x.db"), "expected a database URL"),
-        (("--methods", "lora", "--trials", "5"), "--trials 5 is for --search. Add --search lr"),
+        (("--methods", "lora", "--trials", "5"), "--trials 5 needs --search lr. Add --search lr"),
     ],
 )
 def test_invalid_arguments_are_rejected(
@@ -250,16 +256,6 @@ def test_invalid_arguments_are_rejected(
     assert run(build_arguments(rows, tmp_path / "runs", *arguments)) == 2
     assert text in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
-
-
-def test_budget_is_the_number_of_steps_of_a_stream(
-    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    budget = ("--streaming", "--methods", "lora", "--budget-steps", "2", "--json")
-    assert run(build_arguments(rows, tmp_path / "runs", *budget)) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["rows"][0]["steps"] == 2
-    assert "max_steps" not in result["command"]
 
 
 @pytest.mark.slow

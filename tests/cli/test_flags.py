@@ -37,7 +37,7 @@ from ftlevel.config.flags import (
 from ftlevel.errors import ConfigError, FtlevelError
 
 TOY = Flag(
-    "data.validation_rows",
+    "train.max_generate_samples",
     panel=HOW,
     aliases=FlagAliases(("--vr", Alias("--how-many", values={"some": "5"}), Alias("--few", "3"))),
 )
@@ -97,8 +97,8 @@ def parse_panels(help_text: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize(
     ("typed", "location", "value"),
     [
-        (["--validation-rows", "7"], "--validation-rows", 7),
-        (["--validation_rows=7"], "--validation-rows", 7),
+        (["--max-generate-samples", "7"], "--max-generate-samples", 7),
+        (["--max_generate_samples=7"], "--max-generate-samples", 7),
         (["--vr", "7"], "--vr", 7),
         (["--how_many", "some"], "--how-many", 5),
         (["--how-many=some"], "--how-many", 5),
@@ -109,10 +109,9 @@ def parse_panels(help_text: str) -> dict[str, list[str]]:
 )
 def test_added_row_accepts_all_its_names(typed: list[str], location: str, value: object) -> None:
     layer = parse_layer(["--model", "x", *typed, "--seed", "3"], (*FLAGS, TOY))
-    assert layer.values["data"] == {"validation_rows": value}
-    assert layer.values["train"] == {"seed": 3}
-    assert layer.locations["data", "validation_rows"] == location
-    unknown = "No such option|is a field, not a flag: --set data.validation_rows=VALUE"
+    assert layer.values["train"] == {"max_generate_samples": value, "seed": 3}
+    assert layer.locations["train", "max_generate_samples"] == location
+    unknown = "No such option|is a field, not a flag: --set train.max_generate_samples=VALUE"
     with pytest.raises((typer.TyperException, ConfigError), match=unknown):
         parse_layer(typed)
 
@@ -120,12 +119,13 @@ def test_added_row_accepts_all_its_names(typed: list[str], location: str, value:
 def test_added_row_appears_in_help_and_docs(capsys: pytest.CaptureFixture[str]) -> None:
     flags = (*FLAGS, TOY, UNSUPPORTED)
     output, page = get_help(capsys, "train", flags), cli_page.command_page("train", flags)
-    assert "--validation-rows" in parse_panels(output)["Training:"]
-    assert "Number of first streamed rows to hold out for evaluation." in normalize_spaces(output)
-    (line,) = [line for line in page.splitlines() if "--validation-rows" in line]
+    assert "--max-generate-samples" in parse_panels(output)["Training:"]
+    help_text = "Number of validation rows to generate text for, for metrics."
+    assert help_text in normalize_spaces(output)
+    (line,) = [line for line in page.splitlines() if "--max-generate-samples" in line]
     assert line == (
-        "| `--validation-rows` | Number of first streamed rows to hold out for evaluation. |  |  "
-        "| `data.validation_rows` | `--vr`, `--how-many` (some: 5), `--few` (3) |"
+        f"| `--max-generate-samples` | {help_text} | 32 |  "
+        "| `train.max_generate_samples` | `--vr`, `--how-many` (some: 5), `--few` (3) |"
     )
     assert "`--wrapping`" in page.rpartition("## Not available")[2]
     assert "--wrapping" not in output
@@ -135,16 +135,16 @@ def test_added_row_appears_in_help_and_docs(capsys: pytest.CaptureFixture[str]) 
 def test_adding_a_flag_touches_one_file(tmp_path: Path) -> None:
     assert FLAG.touched == ["config/flags.py"]
     tree = FLAG.apply(tmp_path)
-    assert "  --validation-rows" in run_in(tree, "train", "--help-all", cwd=tmp_path)
-    output = run_in(tree, "train", "--validation-rows", "0", cwd=tmp_path, code=2)
-    assert output.startswith("ftlevel: --validation-rows: 0 is out of range")
+    assert "  --max-generate-samples" in run_in(tree, "train", "--help-all", cwd=tmp_path)
+    output = run_in(tree, "train", "--max-generate-samples", "0", cwd=tmp_path, code=2)
+    assert output.startswith("ftlevel: --max-generate-samples: 0 is out of range")
 
 
 def test_two_flags_for_one_field_raise() -> None:
     with pytest.raises(
-        ConfigError, match=r"--few and --validation-rows both set data.validation_rows"
+        ConfigError, match=r"--few and --max-generate-samples both set train.max_generate_samples"
     ):
-        parse_layer(["--few", "--validation-rows", "9"], (*FLAGS, TOY))
+        parse_layer(["--few", "--max-generate-samples", "9"], (*FLAGS, TOY))
     with pytest.raises(ConfigError, match=r"--fp16 and --bf16 both set model.dtype\. Use"):
         parse_layer(["--fp16", "--bf16"])
 

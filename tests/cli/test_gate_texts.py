@@ -301,12 +301,3 @@ def test_long_validation_texts_are_split(dry_run: DryRun) -> None:
     code, out = dry_run("--dataset", "set", "--max-length", "64", "--overlong", "drop", "--set",
                         "data.gate.unsupervised=ignore")  # fmt: skip
     assert "no row is left" in out or "1 of validation dropped, beyond the max length" in out
-
-
-def test_streaming_checks_every_row(dry_run: DryRun) -> None:
-    rows = [pair(i) for i in range(1_200)]
-    rows[1_150] = pair(1_150, completion="One<br>two")
-    write("rows.jsonl", rows)
-    arguments = ["--dataset", "rows.jsonl", "--streaming", "--set", "data.gate.html=stop",
-                 "--no-cache", "--quiet", "--max-steps", "400", "--output-dir", "run"]  # fmt: skip
-    assert run(["train", *arguments]) == 2

@@ -133,7 +133,7 @@ def test_job_has_no_words_of_launch(given: list[str], capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--on", "slurm"], "Add --output-dir DIR"),
+        (["--on", "slurm"], "needs --output-dir DIR"),
         (["--on", "pbs", "--output-dir", "x"], "expected one of slurm, k8s, ray"),
         (["--on", "ray", "--output-dir", "x"], "absolute path"),
         (["--on", "ray", "--output-dir", "/x", "--job-option", "CPU=two"], "as CPU=4"),

@@ -75,16 +75,15 @@ def test_plan_for_1024_sharded_gpus(llama_8b_dir: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.slow
-def test_auto_micro_batch_is_largest_that_fits(
+def test_micro_batch_is_largest_that_fits(
     llama_8b_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ("--model", llama_8b_dir, "--gpu", "24GB", "--max-length", 1024, "--batch-size", 8,
                  "--no-gradient-checkpointing", "--brief", "--json")  # fmt: skip
     whole = ("--tokens-per-micro-batch", 8 * 1024)
     assert not json.loads(plan(capsys, *arguments, *whole))["fits_in_memory"]
-    result = json.loads(plan(capsys, *arguments, "--auto-micro-batch"))
+    result = json.loads(plan(capsys, *arguments))
     assert result["fits_in_memory"]
-    assert json.loads(plan(capsys, *arguments))["peak_bytes"] == result["peak_bytes"], "default"
     (choice,) = (c for c in result["choices"] if c["name"] == "micro-batch")
     tokens = int(choice["value"].split()[0].replace(",", ""))
     assert 1024 <= tokens < 8 * 1024
@@ -292,7 +291,7 @@ def test_weights_memory_of_real_models(
         (("--gpu", "h1000"), "--gpu h1000: unknown GPU. Did you mean 'h100'?"),
         (
             ("--gpu", "h100", "--probe"),
-            "--probe runs steps on this machine, and --gpu plans for another GPU. Use one of them.",
+            "--probe cannot be used with --gpu: one runs steps on this machine, the other plans",
         ),
         (("--model", "builtin:tiny-llama", "--probe"), "--probe runs steps on real rows."),
         (

@@ -71,7 +71,7 @@ def get_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--dataset", "rows.jsonl", "--max-length", "9"], "8 of 8 rows are longer than 9 tokens"),
         (["--output-dir", "x" * 256], f"{'x' * 256}: File name too long. Name a shorter path."),
         (["--warmup-steps", "5", "--lr-scheduler-type", "constant"],
-         "--warmup-steps 5: --lr-scheduler-type constant has no warm-up."),
+         "--lr-scheduler-type constant: it has no warm-up. Use constant_with"),
         (["--output-dir", "rows.jsonl"], "rows.jsonl is the name of a file"),
         (["--output-dir", "."], "--output-dir . exists and is not empty."),
         (["--output-dir", ".", "--overwrite"], "--overwrite .: it is not a run of ftlevel"),
@@ -175,16 +175,6 @@ def test_pickled_weights_are_rejected(
     (model / "pytorch_model.bin").write_bytes(b"\x80\x04")
     error = get_error(["--model", "pickled", "--dataset", "rows.jsonl"], capsys)
     assert "only pickled weights (pytorch_model.bin)" in error
-
-
-def test_old_key_name_prints_note(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--dataset", "rows.jsonl", "--dry-run", "--set", "speed.passes_at_once=1",
-                 "--model", "builtin:tiny-llama"]  # fmt: skip
-    assert run(["train", *arguments]) == 0
-    assert capsys.readouterr().err == (
-        "note: --set speed.passes_at_once: speed.passes_at_once is now called "
-        "speed.parallel_workers; the old name is still accepted.\n"
-    )
 
 
 def test_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

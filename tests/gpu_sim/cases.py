@@ -10,7 +10,7 @@ import transformers
 
 from ftlevel.config import SpeedConfig, TrainConfig, TrainerConfig
 from ftlevel.config.methods import LoraSpec
-from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.row import IGNORED, Encoded
 from ftlevel.fast import fused_layers as norm_glu
 from ftlevel.fast.fused_lora import register_fused_layers
 from ftlevel.fast.plan import plan_fast

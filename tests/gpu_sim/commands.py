@@ -203,7 +203,7 @@ def _option_cells() -> Iterator[Cell]:
         "best": "--validation-file {sft_validation} --eval-steps 2 --save-steps 2 --load-best-model-at-end",
         "epochs": "--validation-file {sft_validation} --eval-strategy epoch",
         "adamw-8bit": "--optim adamw_8bit", "neftune": "--set train.neftune_noise_alpha=5",
-        "tokens": "--set speed.tokens_per_micro_batch=64", "auto": "--auto-micro-batch",
+        "tokens": "--set speed.tokens_per_micro_batch=64",
         "shared": "--set speed.share_prefixes=always", "long": "--max-length 64 --overlong truncate-prompt",
         "clip": "--max-grad-norm 0.1", "cosine": "--lr-scheduler-type cosine",
         "group": "--set train.train_sampling_strategy=group_by_length",

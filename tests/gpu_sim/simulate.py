@@ -18,7 +18,7 @@ from accelerate.utils import send_to_device
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 from ftlevel.artifacts.run_directory import RunDirectory
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.events import NullListener
 from ftlevel.fast import gpu_attention as gpu
 from ftlevel.fast.packing import PackedLayout

@@ -268,10 +268,11 @@ def test_save_strategy_best_keeps_best_checkpoints(common: list[str]) -> None:
          "or all were dropped. Name others by --validation-file, or hold some back: "
          "--validation-split 0.05."),
         (["--early-stopping-patience", "2", "--eval-strategy", "no"],
-         "--early-stopping-patience needs evaluations during training, and --eval-strategy no "
-         "turns them off. Use --eval-strategy epoch or steps."),
+         "--early-stopping-patience 2 cannot be used with --eval-strategy no: it needs evaluations "
+         "during training. Use --eval-strategy epoch or steps."),
         (["--early-stopping-threshold", "0.1"],
-         "--early-stopping-threshold 0.1 needs --early-stopping-patience N. Add it."),
+         "--early-stopping-threshold 0.1 needs --early-stopping-patience N. Add "
+         "--early-stopping-patience N, or drop --early-stopping-threshold."),
         (["--metric-for-best-model", "f1", "--no-load-best-model-at-end"],
          "--metric-for-best-model f1 has no effect with --no-load-best-model-at-end. Drop one of "
          "them."),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ftlevel.cli.app import run
-from ftlevel.data.encoding.encode import encode_prompt
+from ftlevel.data.encoding.prompts import encode_prompt
 from ftlevel.trained.resolve import resolve_model
 
 CONVERSATION = [

@@ -81,7 +81,7 @@ def test_class_weights_are_reported_and_do_not_affect_evaluation() -> None:
             "the weight of 'rare' is 0; a number above 0",
         ),
         (["--class-weights", "rare=,often=2"], "'rare=' is not NAME=VALUE"),
-        (["--focal-gamma", "2", "--label-smoothing", "0.1"], "Use one of them"),
+        (["--focal-gamma", "2", "--label-smoothing", "0.1"], "Drop one of them"),
         (["--focal-gamma", "-1"], "--focal-gamma"),
         (["--map", "label=number", "--focal-gamma", "2"], "these rows have none"),
     ],

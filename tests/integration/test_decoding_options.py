@@ -105,17 +105,17 @@ def test_decoding_strategy_replaces_that_of_training() -> None:
     }  # fmt: skip
     greedy = {"num_beams": 1, "temperature": 0.0, "top_p": 1.0}
     assert DecodingAsInTraining(temperature=0.0).decoding(trained) == greedy
-    with pytest.raises(ConfigError, match="needs sampling"):
+    with pytest.raises(ConfigError, match="needs --temperature 1"):
         DecodingAsInTraining(top_p=0.5).decoding(Decoding())
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("generate x --prompt y --num-beams 2 --temperature 1", "Use one of them."),
+        ("generate x --prompt y --num-beams 2 --temperature 1", "Drop one of them."),
         (
             "generate x --prompt y --top-p 0.5",
-            "--top-p 0.5 needs sampling. Add --temperature 1, or drop it.",
+            "--top-p 0.5 needs --temperature 1: it samples. Add --temperature 1, or drop --top-p.",
         ),
         ("generate x --prompt y --do-sample", "Add --temperature 1."),
         ("train --dry-run --do_sample true", "Add --temperature 1."),

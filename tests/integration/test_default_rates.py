@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import random
+import sysconfig
 from pathlib import Path
 
 import pytest
 
+from data_sets.builtin import find_modules, read_module
 from ftlevel import TrainConfig, train
-from ftlevel.data.sources.docstrings import read_module, stdlib_modules
 
 
 def write_rows(folder: Path) -> None:
     """Write 400 first lines of docstrings for training and 400 others: of a class or a function."""
     texts: dict[str, dict[str, None]] = {"class": {}, "function": {}}
-    for _, file in stdlib_modules("train"):
-        for item in read_module(file):
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in (path for split, path in find_modules(library) if split == "train"):
+        for item in read_module((library / path).read_text(encoding="utf-8")):
             line = item.docstring.partition("\n")[0]
             if item.kind in texts and 20 <= len(line) <= 80:
                 texts[item.kind][line] = None

@@ -343,12 +343,12 @@ INVALID_INPUTS: dict[str, tuple[list[dict[str, Any]], list[str], str]] = {
     "margin of other loss": (
         [],
         ["--margin", "1"],
-        "--margin: --loss mnrl does not read it; gist, triplet, contrastive do. Drop it.",
+        "--margin has no effect with --loss mnrl: it is for gist, triplet, contrastive. Drop it.",
     ),
     "settings of other loss": (
         [{"sentence1": f"a cat {i}", "sentence2": "a dog", "score": i} for i in range(4)],
         ["--symmetric"],
-        "--symmetric: --loss cosent does not read it; mnrl does. Drop it.",
+        "--symmetric has no effect with --loss cosent: it is for mnrl. Drop it.",
     ),
     "score out of range": (
         [{"sentence1": f"a cat {i}", "sentence2": "a dog", "score": i} for i in range(4)],

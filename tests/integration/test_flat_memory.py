@@ -13,10 +13,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from ftlevel.config import DataConfig
-from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import LengthBounds
-from ftlevel.data.gate import gate, similarity, wordings
-from ftlevel.data.gate import gate as duplicates
+from ftlevel.data.encoding.row import Encoded
+from ftlevel.data.gate import gate, near_duplicates, similarity
 from ftlevel.data.prepare import encoder
 from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.encoder import EncodingContext
@@ -61,12 +60,12 @@ def test_memory_does_not_grow_with_rows(
     # Small buffers, so that memory that grows is visible with few rows.
     monkeypatch.setattr(encoder, "BATCH", 500)
     monkeypatch.setattr(lines, "_BLOCK", 4_096)
-    monkeypatch.setattr(duplicates, "_PART_KEYS", 1_024)
-    monkeypatch.setattr(duplicates, "_MAX_PARTS", 10**6)
-    monkeypatch.setattr(similarity, "_TOKENS", 4_096)
+    monkeypatch.setattr(gate, "PART_KEYS", 1_024)
+    monkeypatch.setattr(similarity, "PART_KEYS", 1_024)
+    monkeypatch.setattr(similarity, "_MAX_PARTS", 10**6)
     monkeypatch.setattr(gate, "MAX_COMPARED", 1_000)
     monkeypatch.setattr(similarity, "_KNOWN_WORDS", 100)
-    monkeypatch.setattr(wordings, "_GROUP_WORDS", 4_096)
+    monkeypatch.setattr(near_duplicates, "_GROUP_WORDS", 4_096)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir("qwen2"))
     peak_bytes(tmp_path / "warm.jsonl", tokenizer, 1_000)  # imports and caches
     few = peak_bytes(tmp_path / "few.jsonl", tokenizer, FEW)

@@ -23,7 +23,7 @@ from ftlevel.commands.generate import Chat, generate, generate_answers
 from ftlevel.commands.predict import predict
 from ftlevel.commands.train import train
 from ftlevel.config import GenerateConfig, PredictConfig, TrainConfig
-from ftlevel.data.encoding.encode import encode_prompt
+from ftlevel.data.encoding.prompts import encode_prompt
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.extras.serving.entry import ServedModel
 from ftlevel.trained.generation import GenerationOptions, generate_texts

@@ -302,10 +302,9 @@ def peft_config(kind: str, **settings: Any) -> str:
         ({}, ["a", "--onto", "origin"], "Did you mean 'original'?"),
         ({}, ["a", "b", "--weights", "1"], "--weights gives 1 numbers for 2 adapters"),
         ({}, ["a", "b", "--weights", "1,x"], "--weights"),
-        ({}, ["a", "--strategy", "ties"], "--strategy ties needs several adapters and got one. "
-                                          "Drop it."),
-        ({}, ["a", "b", "--density", "0.3"], "--density belongs to --strategy ties"),
-        ({}, ["a", "--calibration-rows", "3"], "--calibration-rows belongs to --quant 4bit or 8b"),
+        ({}, ["a", "--strategy", "ties"], "--strategy ties needs several adapters. Drop it."),
+        ({}, ["a", "b", "--density", "0.3"], "--density 0.3 needs --strategy ties"),
+        ({}, ["a", "--calibration-rows", "3"], "--calibration-rows needs --quant 4bit or 8bit"),
         ({"a/adapter_config.json": peft_config("LORA"), **WEIGHTS,
           "b/adapter_config.json": peft_config("LORA", use_dora=True)}, ["a", "b"],
          "b cannot be mixed: DoRA"),

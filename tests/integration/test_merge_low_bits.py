@@ -231,8 +231,8 @@ def test_corrupted_quantized_weights_raise(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--quant-type", "fp4"], "--quant-type belongs to --quant 4bit, and --quant is none."),
-        (["--quant", "8bit", "--double-quant"], "--double-quant belongs to --quant 4bit"),
+        (["--quant-type", "fp4"], "--quant-type fp4 needs --quant 4bit (it is none)."),
+        (["--quant", "8bit", "--double-quant"], "--double-quant needs --quant 4bit"),
         (["--quant", "4bit", "--onto", "original"], "cannot be used with --quant"),
         (["--onto", "4bit"], "Use --quant 4bit, which chooses the codes by what was trained"),
         (["--quant", "4bit", "--calibration-rows", "-1"], "--calibration-rows"),

@@ -405,7 +405,7 @@ def test_invalid_rows_raise_or_have_no_prediction(
     [
         (["--top-k", "0"], "top_k must be ≥ 1"),
         (["--output", "p.xml"], "cannot write '.xml'"),
-        (["--resume"], "--resume needs --output FILE. Add it."),
+        (["--resume"], "--resume needs --output FILE. Add"),
         (["--map", "text=nothing"], "no column 'nothing'"),
         (["--task", "summarization"], "was trained for text-classification"),
     ],

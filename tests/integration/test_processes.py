@@ -176,9 +176,6 @@ def test_resumed_run_matches_uninterrupted_run(
         "2",
         "--lora-dropout",
         "0.1",
-        "--streaming",  # each process encodes its part
-        "--set",
-        "data.shuffle_buffer=5",
     )
     arguments = train_command(tiny_model_dir("llama"), dataset, out, *options)
     forked.run(*arguments)

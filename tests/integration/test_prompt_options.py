@@ -12,7 +12,9 @@ import torch
 
 from ftlevel.cli.app import run
 from ftlevel.config import DataConfig
-from ftlevel.data.encoding.encode import IGNORED, PromptFormat, encode_causal, encode_prompt
+from ftlevel.data.encoding.encode import encode_causal
+from ftlevel.data.encoding.prompts import PromptFormat, encode_prompt
+from ftlevel.data.encoding.row import IGNORED
 from ftlevel.data.formats.examples import Conversation, SourceTarget
 from ftlevel.data.formats.turns import Message
 from ftlevel.merging.formats.ollama import format_modelfile
@@ -128,12 +130,12 @@ def test_system_prompt_is_stored_only_if_set() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--system", "x", "--task", "token-classification"], "--system is for tasks that write"),
-        (["--train-on-inputs", "--task", "masked-lm"], "--train-on-inputs is for tasks that"),
+        (["--system", "x", "--task", "token-classification"], "it is for tasks that write"),
+        (["--train-on-inputs", "--task", "masked-lm"], "it is for tasks that"),
         (
             ["--train-on-inputs", "--overlong", "truncate-prompt"],
-            "cuts prompts, and --train-on-inputs supervises them. Use --overlong drop, or drop "
-            "one of them.",
+            "one cuts prompts and the other supervises them. Use --overlong drop, or drop one of "
+            "them.",
         ),
         (["--train-on-inputs", "--mask-prompt"], "contradicts data.train_on_inputs"),
         (["--system", "x", "--map", "text=prompt", "--format", "text"], "rows are plain text"),

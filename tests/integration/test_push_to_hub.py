@@ -142,4 +142,4 @@ def test_invalid_repository_or_token_raises(
 
 def test_hub_private_requires_push_to_hub(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", "--hub-private", "--dry-run"]) == 2
-    assert "Add --push-to-hub NAME, or drop it." in capsys.readouterr().err
+    assert "Add --push-to-hub NAME, or drop --hub-private." in capsys.readouterr().err

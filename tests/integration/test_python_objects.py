@@ -108,7 +108,7 @@ def test_resume_requires_same_rows_in_memory(base: Path) -> None:
     Path("run/adapter/adapter_model.safetensors").unlink()
     train(resume_config, ROWS)
     assert weights("run") == before
-    with pytest.raises(ConfigError, match=r"not the same run: data\.fingerprint was"):
+    with pytest.raises(ConfigError, match=r"not the same run: data\.fingerprint \(rows\) was"):
         train(resume_config, ROWS[1:])
 
 

@@ -295,7 +295,7 @@ def test_gguf_source_matches_directory(
         (["--quant", "4bit"], "--out is missing: Output directory; it must not exist."),
         (
             ["--quant", "8bit", "--double-quant", "--out", "x"],
-            "--double-quant belongs to --quant 4bit, and --quant is 8bit.",
+            "--double-quant needs --quant 4bit (it is 8bit).",
         ),
         (["--quant", "4bit", "--out", "."], "--out . exists and is not empty."),
         (

@@ -427,7 +427,7 @@ INVALID_INPUTS = {
     "teacher": (
         create_rows(4),
         ["--loss", "lce", "--teacher", "x"],
-        "--teacher: --loss lce does not read it; margin-mse, mse do",
+        "--teacher has no effect with --loss lce: it is for margin-mse, mse",
     ),
     "no documents": (
         [*create_rows(4), {"query": "a b", "documents": [], "labels": []}],
@@ -436,7 +436,7 @@ INVALID_INPUTS = {
     ),
     "column": ([{"text": "a b"}], [], "no format matches the columns"),
     "weight": (create_rows(4), ["--loss", "lce", "--pos-weight", "2"], "--pos-weight"),
-    "weight of default loss": (create_rows(4), ["--pos-weight", "2"], "--loss lce does not read"),
+    "weight of default loss": (create_rows(4), ["--pos-weight", "2"], "no effect with --loss lce"),
 }
 
 

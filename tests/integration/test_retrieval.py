@@ -277,7 +277,7 @@ INVALID_COMMANDS = {
     ),
     "subset of the run's data": (
         ["evaluate", "{run}", "--subset", "en"],
-        "--subset describes --dataset, which is not given. Add --dataset.",
+        "--subset en needs --dataset FILE. Add --dataset FILE, or drop --subset.",
     ),
     "dims": (
         ["predict", "{run}", "--dataset", "{folder}/corpus.jsonl", "--dims", "65"],

@@ -399,7 +399,10 @@ def test_resumed_run_matches_uninterrupted_run(
     )
     functions = data / "rewards.py"
     functions.write_text(REWARDS + "# changed")
-    with pytest.raises(ConfigError, match="not the same run: a reward function or reward model"):
+    with pytest.raises(
+        ConfigError,
+        match=r"not the same run: rl.fingerprint \(reward functions or reward models\) was",
+    ):
         train(resumed)
     functions.write_text(REWARDS)
     train(resumed)

@@ -52,7 +52,7 @@ from ftlevel.commands.predict import predict
 from ftlevel.commands.train import train
 from ftlevel.config import GenerateConfig, PredictConfig, TrainConfig
 from ftlevel.config.rl import RL_LOSSES
-from ftlevel.data.encoding.encode import encode_prompt
+from ftlevel.data.encoding.prompts import encode_prompt
 from ftlevel.errors import RunError
 from ftlevel.trained.resolve import resolve_model
 from sampling import every

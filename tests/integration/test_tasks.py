@@ -312,18 +312,17 @@ def test_languages_come_from_columns_or_options(
         ),
         (
             ["--task", "masked-lm", "--overlong", "truncate-prompt"],
-            "--overlong truncate-prompt cannot be used with --task masked-lm, whose rows have no "
-            "prompt. Use --overlong drop.",
+            "--overlong truncate-prompt cannot be used with --task masked-lm. Use --overlong drop "
+            "or split.",
         ),
         (
             ["--set", "data.problem_type=regression"],
-            "data.problem_type belongs to --task text-classification, and --task is "
-            "text-generation. Drop it, or change the task.",
+            "--problem-type regression has no effect with --task text-generation: it is for --task "
+            "text-classification. Drop it, or change the task.",
         ),
         (
             ["--task", "token-classification", "--overlong", "split"],
-            "--overlong split cuts plain text into several rows and cannot be used with --task "
-            "token-classification. Use --overlong drop.",
+            "--overlong split cannot be used with --task token-classification. Use --overlong",
         ),
     ],
 )

@@ -23,7 +23,6 @@ import yaml
 import task_data
 from forked import Forked, run_slowly
 from ftlevel.cli.app import run
-from ftlevel.config.reading import RENAMED
 from sampling import sample
 
 SHORT = ["--max-samples", "16", "--set", "data.max_eval_samples=8", "--batch-size", "4"]
@@ -356,7 +355,7 @@ def test_resume_with_changed_thread_count_is_rejected(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     count = torch.get_num_threads()
-    assert json.loads(Path("run/checkpoints/origin.json").read_text())["threads"] == count
+    assert json.loads(Path("run/checkpoints/identity.json").read_text())["threads"] == count
     torch.set_num_threads(count + 1)
     try:
         code = run(["train", "--quiet", "--output-dir", "run", "--resume"])
@@ -368,29 +367,6 @@ def test_resume_with_changed_thread_count_is_rejected(
         f"Restore it (OMP_NUM_THREADS={count}), start a new run in another --output-dir, or pass "
         "--allow-change threads  [resume]\n"
     )
-
-
-@pytest.mark.usefixtures("run_copy")
-def test_run_with_old_option_names_resumes(capsys: pytest.CaptureFixture[str]) -> None:
-    expected = digest("run")
-    Path("run/adapter/adapter_model.safetensors").unlink()
-    for path in (Path("run/config.yaml"), Path("run/checkpoints/origin.json")):
-        text = path.read_text()
-        for old, new in RENAMED.items():
-            names = (old, new) if path.suffix == ".json" else (old[6:] + ":", new[6:] + ":")
-            assert names[1] in text
-            text = text.replace(names[1], names[0])
-        path.write_text(text)
-    origin = json.loads(path.read_text())
-    for name in ("threads", "train.adam_beta1", "data.validation_file", "data.labels",
-                 "train.early_stopping_patience", "model.adapter"):  # fmt: skip
-        del origin[name]  # older runs did not store these
-    path.write_text(json.dumps(origin))
-    capsys.readouterr()
-    assert run(["train", "--quiet", "--output-dir", "run", "--resume"]) == 0
-    notes = [line for line in capsys.readouterr().err.splitlines() if "is now called" in line]
-    assert len(notes) == len(RENAMED)
-    assert digest("run") == expected
 
 
 def test_group_by_length_resumes_within_epoch() -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from ftlevel.config import TrainConfig
-from ftlevel.config.reading import RENAMED
 
 ROOT = Path(__file__).parents[2]
 EVERYWHERE = ("src", "tests", "benchmarks", "scripts", "docs", "recipes", "README.md",
@@ -22,10 +21,8 @@ PACKAGES = tuple(f"src/ftlevel/{room}" for room in ("fast", "merging", "trained"
 EXCLUDED = {
     "docs/glossary.md",
     "tests/unit/test_glossary.py",
-    "src/ftlevel/config/reading.py",
+    "src/ftlevel/data/builtin/LICENSE.txt",
 }
-OLD_KEYS = {"tests/unit/config/test_layers.py", "tests/cli/test_train_input.py"}
-"""Tests of old key names."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +54,6 @@ WORDS = {
     "in parallel": Word(FAST_STEP, r"\bside[ _]by[ _]side\b", ("side by side", '"side_by_side"')),
     "shared prefix": Word(EVERYWHERE, r"(?i)trunk", ("Trunk(7)", "find_trunk", "a trunk"),
                           ("truncate", "truncated")),
-    "last-layer token pruning": Word(
-        EVERYWHERE,
-        r"(?i:unread[ _]?tokens)|\b(?:find|skip)_unread\b|\bAtTargets\b|\bAtEnds\b|\bReadCheck\b"
-        r"|\bplan\.reads\b|\blayout\.read\b|\bfind_token_wise\b|\bis_read\b",
-        ("UnreadTokens", "speed.skip_unread", "fast.find_unread(", "layout.read is None"),
-        ("tokens that nobody reads", "check_unread", "is_ready", "layout.ready"),
-    ),
     "packed layout": Word(
         (*FAST_STEP, "tests/integration"), r"\bLayout\b|\blaid_out\b",
         ("Layout.of_rows", "with laid_out(layout)"), ("PackedLayout", "ChatLayout"),
@@ -144,9 +134,7 @@ def test_old_word_does_not_occur(name: str) -> None:
             continue
         text = read_text(path)
         for match in re.finditer(word.pattern, text):
-            is_key = any(old.endswith(match[0].strip("\"':. =")) for old in RENAMED)
-            if not (file in OLD_KEYS and is_key):
-                uses.append(f"{file}: …{text[max(0, match.start() - 30) : match.end() + 20]}…")
+            uses.append(f"{file}: …{text[max(0, match.start() - 30) : match.end() + 20]}…")
     assert uses == [], f"docs/glossary.md says {name!r}"
 
 
@@ -169,4 +157,3 @@ def test_glossary_lists_every_word() -> None:
     assert missing == []  # fmt: skip
     keys = set(re.findall(r"`speed\.(\w+)`", page))
     assert keys <= set(TrainConfig.model_fields["speed"].annotation.model_fields)
-    assert {new.split(".")[1] for new in RENAMED.values()} - keys <= {"tokens_per_micro_batch"}

@@ -18,9 +18,7 @@ from torch import nn
 from transformers import Trainer
 
 import ftlevel
-from ftlevel.methods.upstream import FACTS as OF_METHODS
-from ftlevel.models.upstream import FACTS as OF_MODELS
-from upstream_facts import create_facts
+from upstream_facts import OF_METHODS, OF_MODELS, create_facts
 
 if (found := ftlevel.__file__) is None:
     raise RuntimeError("ftlevel has no directory")
@@ -29,7 +27,7 @@ ALLOWED_MODULES = ("models/upstream/", "methods/upstream")
 
 OUR_OPERATORS = "ftlevel"
 """Namespace of ftlevel in `torch.ops`, which libraries share."""
-LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "peft", "torch", "torchao", "transformers")
+LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "peft", "torch", "transformers")
 DOCUMENTED = {
     "accelerate.utils",
     "bitsandbytes", "bitsandbytes.functional", "datasets", "peft", "peft.optimizers",
@@ -38,7 +36,7 @@ DOCUMENTED = {
     "torch.distributed.tensor", "torch.nn", "torch.nn.attention",
     "torch.nn.attention.varlen", "torch.utils.data",
     "torch.utils.tensorboard",
-    "torchao.quantization", "transformers", "transformers.activations",
+    "transformers", "transformers.activations",
     "transformers.cache_utils", "transformers.integrations.sdpa_attention",
     "transformers.masking_utils", "transformers.pytorch_utils", "transformers.utils",
 }  # fmt: skip

@@ -8,14 +8,13 @@ import platform
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ftlevel._version import __version__
 from ftlevel.artifacts.files import check_regular, read_json, write_json
-from ftlevel.artifacts.run_directory import RunDirectory, get_run_dir
 from ftlevel.config import QuantConfig
 from ftlevel.config.reading import load_yaml
 from ftlevel.errors import InputError
@@ -75,32 +74,17 @@ def load_card(model_dir: Path) -> AdapterCard:
     if data.pop("format", None) != 1:
         raise InputError(f"{path} was written by a later ftlevel. Install that version.")
     try:
-        return _with_prompt_version(AdapterCard(**data), model_dir)
+        card = AdapterCard(**data)
+        if not isinstance(card.prompt, dict):
+            raise TypeError("its prompt is not an object")
     except TypeError as error:  # an unknown or a missing field
         raise InputError(f"{path} is not the card of an adapter ({error}).") from None
-
-
-def _with_prompt_version(card: AdapterCard, model_dir: Path) -> AdapterCard:
-    """Returns `card`; a prompt without version gets version 1 and the separator of that version.
-
-    Version 1 put a newline between prompt and answer, except with a cue or in plain texts.
-    """
-    if not isinstance(card.prompt, dict):
-        raise TypeError("its prompt is not an object")
-    if card.prompt.get("kind") != "plain" or "version" in card.prompt:
-        return card
-    run = get_run_dir(model_dir)
-    summary = (run and RunDirectory(run).load_summary()) or {}
-    is_text = summary.get("data", {}).get("format", "").startswith("text:")
-    is_text = is_text or set(card.data.get("columns", ())) == {"text"}
-    joined = not card.data or is_text or card.prompt.get("answer_cue")
-    separator = "" if joined else "\n"
-    return replace(card, prompt={**card.prompt, "version": 1, "separator": separator})
+    return card
 
 
 def library_versions() -> dict[str, str]:
     """Returns the versions of Python and of the libraries that affect the results of a run."""
-    names = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "torchao")
+    names = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
     versions = {"python": platform.python_version(), "ftlevel": __version__}
     return versions | {name: installed for name in names if (installed := _installed_version(name))}
 
@@ -271,7 +255,7 @@ def format_selected_model(best: Mapping[str, Any]) -> str:
             f"{best['best']:.4f}"
         )
     if best["stopped_early"]:
-        num_evaluations = best.get("waited", best["patience"])  # missing in older summaries
+        num_evaluations = best["waited"]
         message = (
             f"{num_evaluations:,} evaluation{'s' * (num_evaluations != 1)} without a better one"
         )
@@ -410,10 +394,9 @@ def _format_import_code(module: str) -> list[str]:
 def create_quantized_readme(name: str, summary: Mapping[str, Any], task: str | None = None) -> str:
     """Returns the model card of a quantized model; `summary` is quantization.json."""
     source, quantization = summary["source"]["name"], summary["quantization"]["form"]
-    library = "torchao" if quantization.startswith("torchao") else "bitsandbytes"
     lines = [
         *_format_metadata(
-            summary["source"], "quantized", task, "transformers", [library, "quantized"]
+            summary["source"], "quantized", task, "transformers", ["bitsandbytes", "quantized"]
         ),
         f"# {plain(name)}",
         "",

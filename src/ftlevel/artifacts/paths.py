@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts.files import base_fingerprint, load_json, write_json
-from ftlevel.artifacts.run_directory import CHECKPOINTS, CONFIG, ORIGIN, RunDirectory
+from ftlevel.artifacts.run_directory import CHECKPOINTS, CONFIG, IDENTITY, RunDirectory
 from ftlevel.config import IN_MEMORY, Layer, load_recipe
 from ftlevel.config.preference import NO_REFERENCE, START
 from ftlevel.config.rl import parse_reward
@@ -81,7 +81,7 @@ def load_run_config(run_dir: Path) -> Layer:
     """Load config.yaml of a run; paths of files that were moved with the run are updated."""
     layer = load_recipe(run_dir / CONFIG)
     relative = load_json(run_dir / PLACES)
-    weights = load_json(run_dir / CHECKPOINTS / ORIGIN).get("model.fingerprint")
+    weights = load_json(run_dir / CHECKPOINTS / IDENTITY).get("model.fingerprint")
 
     def get_current_path(field: str, original: str) -> str:
         existing = [path for path in _candidates(original, relative, run_dir) if _exists(path)]

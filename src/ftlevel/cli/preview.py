@@ -60,7 +60,7 @@ def render_page(preview: Preview) -> str:
         _findings(preview),
         "<h2>Lengths in tokens</h2>",
         _lengths(preview),
-        f"<p>{preview.extent}: {preview.tokens:,} tokens, {preview.supervised:,} targets "
+        f"<p>an epoch: {preview.tokens:,} tokens, {preview.supervised:,} targets "
         f"({ratio:.0%}); {preview.steps:,} steps.</p>",
         '<p><span class="l">Supervised tokens</span> are green; '
         '<span class="s">special tokens</span> are colored; a line begins each token.</p>',
@@ -163,7 +163,7 @@ def summary_lines(preview: Preview) -> Iterator[str]:
     yield from (_bar_line(bar, max_count) for bar in preview.lengths)
     ratio = preview.supervised / preview.tokens if preview.tokens else 0
     tokens, targets = f"{preview.tokens:,} tokens", f"{preview.supervised:,} targets"
-    yield f"{preview.extent}: {tokens}, {targets} ({ratio:.0%})"
+    yield f"an epoch: {tokens}, {targets} ({ratio:.0%})"
     yield f"the run: {preview.steps:,} steps"
     if stops := preview.data_info.get("stops"):
         yield f"data check: would stop the run: {stops}"

@@ -25,7 +25,7 @@ TOPICS = {
     "memory": "commands.plan training.forecast training.memory",
     "training": "fast training.callbacks training.finish training.gradients training.proof "
     "training.saving",
-    "resume": "training.origin training.resume",
+    "resume": "training.identity training.resume",
     "processes": "extras.launch training.processes training.sharding world",
     "evaluation": "cli.evaluate cli.generate commands.evaluate commands.generate commands.predict "
     "evaluation training.best",

@@ -152,7 +152,7 @@ def train(
     if schema:
         typer.echo(json.dumps(TrainConfig.model_json_schema(), indent=2))
         return
-    config, origin = read_config(inputs)
+    config, recipe = read_config(inputs)
     processes = config.train.num_processes or 1
     if processes > 1 and not dry_run and not is_launched():
         raise typer.Exit(launch(inputs.args, processes, config.train.max_restarts))
@@ -167,10 +167,8 @@ def train(
         with heavy_imports():
             from ftlevel.commands.train import train as run
             from ftlevel.training.finish import StartTime
-            from ftlevel.training.session import CommandLine
 
-        command_line = CommandLine(origin, StartTime.of_process())
-        listener = NullListener() if follows else screen  # the first process reports
-        result = run(config, listener=listener, dry_run=dry_run, command_line=command_line)
+        listener, start = NullListener() if follows else screen, StartTime.of_process()
+        result = run(config, listener=listener, dry_run=dry_run, recipe=recipe, start=start)
     if as_json and not follows:
         typer.echo(json.dumps(result.summary, default=str))

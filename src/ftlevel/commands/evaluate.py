@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from ftlevel.artifacts.files import check_new_output, rows_fingerprint
 from ftlevel.artifacts.paths import DATA_PATHS, check_paths
 from ftlevel.artifacts.row_files import row_file_type, save_rows
 from ftlevel.config import SPECS, EvaluateConfig, InMemoryDataset, QuantConfig, TrainConfig
+from ftlevel.config.constraints import flag_name
 from ftlevel.config.rl import RlConfig
 from ftlevel.config.section import Choice, check_config
 from ftlevel.config.trust import check_reward_files
-from ftlevel.data.encoding.encode import distinct_texts
 from ftlevel.data.encoding.fit import LengthBounds
+from ftlevel.data.encoding.texts import distinct_texts
 from ftlevel.data.formats.labels import are_default_names
 from ftlevel.data.prepare.encoder import EncodingContext
 from ftlevel.data.prepare.inference import EvaluationRows, load_evaluation_rows
@@ -26,7 +27,7 @@ from ftlevel.data.prepare.loading import read_splits
 from ftlevel.data.sources.beir import load_retrieval_set
 from ftlevel.data.sources.lines import STDIN
 from ftlevel.data.sources.table import describe_dropped
-from ftlevel.errors import ConfigError, InputError
+from ftlevel.errors import ConfigError, InputError, excludes
 from ftlevel.evaluation.embeddings import evaluate_retrieval
 from ftlevel.evaluation.intervals import (
     ExampleRecord,
@@ -75,6 +76,18 @@ class Evaluation(Summarized):
     draws: Mapping[str, np.ndarray]
 
 
+@dataclass(frozen=True)
+class _Score:
+    """Metrics of a model; `resample(count, seed)` returns each on bootstrap resamples.
+
+    Two scores with equal `units`, the examples, can be compared resample by resample.
+    """
+
+    metrics: Mapping[str, float]
+    resample: Callable[[int, int], Mapping[str, np.ndarray]]
+    units: object = None
+
+
 def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Evaluation:
     """Score a run, an adapter or a model with the metrics of its task.
 
@@ -86,178 +99,71 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
     """
     check_config(config, EvaluateConfig)
     listener = listener or NullListener()
-    if config.qrels is not None:
-        return _evaluate_retrieval(config, config.qrels, listener)
-    if config.predictions is not None:
-        row_file_type("--predictions", config.predictions)
-        check_new_output("--predictions", config.predictions)
+    _check_files(config)
     with silence_loggers():
         device = select_device(config.device)
         ref, other = _resolve(config, device.value)
-        config_ref = select_primary(ref, other)
-        run_config, is_own = _get_run_config(config, config_ref)
-        ref.check_head()
         listener.stage("reading the data")
-
-        def encode(model: ModelRef) -> EvaluationRows:
-            return load_evaluation_rows(
-                run_config.data,
-                config_ref.card,
-                config.split,
-                _context(config, model, config_ref, run_config, is_compared=other is not None),
-                is_own=is_own,
-                is_typed=bool(config.columns),
-            )
-
-        eval_rows = encode(ref)
-        ref = _with_options(ref, eval_rows.options)
-        _check_metrics(config, ref, run_config)
-        rl = _get_rl_config(config, ref)
+        data_type = _Rows if config.qrels is None else _RetrievalSet
+        data: _Rows | _RetrievalSet = data_type(config, ref, other)
         listener.stage("loading the model")
-        trained = ref.load(device.value)
-        listener.choices("evaluate", [*_choices(config, trained, eval_rows, device), *_files(rl)])
-        unused = config.unused_decoding(_why_decoding_is_unused(config, trained, run_config))
-        for warning in [*trained.notes, *_find_warnings(config, eval_rows, config_ref), *unused]:
+        trained = data.ref.load(device.value)
+        listener.choices("evaluate", [*data.choices(trained), device])
+        for warning in [*trained.notes, *data.list_warnings(trained)]:
             listener.warn(warning)
-        evaluator = _evaluator(config, trained, eval_rows, run_config, rl)
-        if needs_reference(evaluator):
-            listener.stage("running the reference model")
-            evaluator = with_reference(evaluator, trained)
-        listener.stage("evaluating")
-        record = ExampleRecord(trained.objective)
-        metrics = evaluator(trained.model, record)
-        base, base_record = _evaluate_base(config, trained, evaluator, listener)
-        rollouts = evaluator.rollouts if isinstance(evaluator, RewardEvaluator) else None
-        failures = rollouts.rewards.describe_failures() if rollouts and rollouts.rewards else ()
-        for warning in [*trained.objective.get_warnings(metrics), *failures]:
+        score, base = data.score(trained, listener), None
+        with _base_of(trained, config, listener) as original:
+            if original is not None:
+                base = data.score_base(original, listener)
+        for warning in data.list_results(trained, score.metrics):
             listener.warn(warning)
-        against, other_record = {}, None
+        against, other_score = {}, None
         if other is not None:
             listener.stage(f"evaluating {config.name} and {config.against} on the same rows")
-            inputs = build_comparison_inputs(
-                config.eval_text, config.eval_tokens, trained, record.sampled or evaluator.rows
-            )
-            outputs = inputs.outputs_of(trained)
+            inputs, outputs = data.compute_outputs(trained)
             trained = replace(trained, model=None)  # frees memory for the other model
-            reference = _load_other(config, other, device.value, listener)
-            metrics_of_other, other_record = _evaluate_other(evaluator, reference, encode)
-            against = {"name": config.against, "metrics": metrics_of_other}
-            if have_same_inputs(ref, other):
-                against |= inputs.compare(inputs.outputs_of(reference), outputs)
+            loaded = other.load(device.value)
+            for note in loaded.notes:
+                listener.warn(f"{config.against}: {note}")
+            other_score = data.score_other(loaded, listener)
+            against = {"name": config.against, "metrics": other_score.metrics}
+            if inputs is not None and have_same_inputs(ref, other):
+                against |= inputs.compare(inputs.outputs_of(loaded), outputs)
+        draws: Mapping[str, np.ndarray] = {}
+        intervals: dict[str, Any] = {}
         if config.resamples:
             listener.stage("computing confidence intervals")
-        draws, intervals = _intervals(config, evaluator, record, base_record)
-        if draws and other_record is not None and other_record.units.keys() == record.units.keys():
-            other_draws = other_record.resample(config.resamples, config.seed, None, "")
-            against |= _paired_intervals(draws, other_draws)
+            resampling = config.resamples, config.seed
+            draws = score.resample(*resampling)
+            intervals = _compute_intervals(draws, base.resample(*resampling) if base else None)
+            if other_score is not None and other_score.units == score.units:
+                against |= _paired_intervals(draws, other_score.resample(*resampling))
     summary = {
         "name": config.name,
         "task": trained.task.name,
-        "headline": trained.objective.headline,
-        "data": {
-            "name": eval_rows.source,
-            "split": eval_rows.split,
-            "training_rows": eval_rows.is_training,
-            "examples": len(record.units),
-            "rows": len(eval_rows.rows),
-            "dropped": eval_rows.dropped,
-            "generated_rows": evaluator.generated_rows,
-        },
-        "base_model": ref.base,
-        "quantization": ref.quantization,
+        "headline": data.headline or trained.objective.headline,
+        "data": data.describe(),
+        "base_model": trained.ref.base,
+        "quantization": trained.ref.quantization,
         "dtype": trained.dtype,
-        "metrics": metrics,
-        "base": base,
+        "metrics": score.metrics,
+        "base": base.metrics if base else {},
         **({"against": against} if against else {}),
-        **intervals,
+        **({"resamples": config.resamples, **intervals} if intervals else {}),
     }
     if config.predictions is not None:
-        lines = iterate_results(
-            record, trained.ref.labels, eval_rows.table.where, base=base_record, evaluator=evaluator
-        )
-        _save_predictions(config.predictions, lines, eval_rows)
-    return Evaluation(metrics, base, summary, draws)
+        save_rows(config.predictions, list(data.iterate_predictions(trained)))
+    return Evaluation(score.metrics, summary["base"], summary, draws)
 
 
-def _save_predictions(
-    path: Path, lines: Iterator[dict[str, Any]], eval_rows: EvaluationRows
-) -> None:
-    if path.suffix.lower() == ".conll":  # its words are in the rows
-        lines = ({**eval_rows.table.rows[line["row"]], **line} for line in lines)
-    save_rows(path, list(lines))
-
-
-def _with_options(ref: ModelRef, options: Mapping[str, Any]) -> ModelRef:
-    return ref if options == ref.card.options else ref.with_card(options=options)
-
-
-def _check_metrics(config: EvaluateConfig, ref: ModelRef, run_config: TrainConfig) -> None:
-    metrics, task = config.metrics or run_config.train.metrics, ref.configured_task
-    generates = _generates(config, task, run_config)
-    check_metrics(metrics, task, ref.objective, generates=generates, how="--max-generate-samples N")
-
-
-def _load_other(
-    config: EvaluateConfig, other: ModelRef, device: str, listener: Listener
-) -> LoadedModel:
-    loaded = other.load(device)
-    for note in loaded.notes:
-        listener.warn(f"{config.against}: {note}")
-    return loaded
-
-
-def _find_warnings(
-    config: EvaluateConfig, eval_rows: EvaluationRows, ref: ModelRef
-) -> Iterator[str]:
-    changed = eval_rows.changed if ref.run is not None else ""
-    if eval_rows.is_training:
-        yield f"these are {eval_rows.split}; their metrics say little about new rows."
-    if changed == "train":
-        dataset = config.dataset or ref.run_config.data.dataset
-        yield f"{dataset} changed after training; these rows may include training rows."
-    elif changed and not (config.corpus or config.max_eval_samples):
-        yield "the validation rows or the corpus changed after training, and so did their metrics."
-    yield from describe_dropped(eval_rows.table)
-    if eval_rows.dropped:
-        dropped = "1 row is" if eval_rows.dropped == 1 else f"{eval_rows.dropped:,} rows are"
-        yield (
-            f"{dropped} too long and not scored; the numbers are of the other "
-            f"{len(eval_rows.rows):,}."
-        )
-
-
-def _evaluate_base(
-    config: EvaluateConfig, trained: LoadedModel, evaluator: Evaluator, listener: Listener
-) -> tuple[dict[str, float], ExampleRecord | None]:
-    with _base_of(trained, config, listener) as base:
-        if base is None:
-            return {}, None
-        record = ExampleRecord(trained.objective)
-        return _with_model(evaluator, base)(base.model, record), record
-
-
-def _with_model(evaluator: Evaluator, model: LoadedModel) -> Evaluator:
-    """Returns a copy of `evaluator` for `model`: with its dtype and, in RL, samples from it."""
-    if isinstance(evaluator, RewardEvaluator) and evaluator.rollouts is not None:
-        return replace(evaluator, dtype=model.dtype, rollouts=evaluator.rollouts.with_model(model))
-    return replace(evaluator, dtype=model.dtype)
-
-
-def _evaluate_other(
-    evaluator: Evaluator, other: LoadedModel, encode: Callable[[ModelRef], EvaluationRows]
-) -> tuple[dict[str, float], ExampleRecord]:
-    """Returns metrics and per-row results of `other`; `encode` encodes embedding models' rows."""
-    evaluator = _with_model(evaluator, other)
-    if not isinstance(evaluator, RewardEvaluator):
-        evaluator = replace(evaluator, generated_rows=0)
-    objective = evaluator.objective
-    embedding_format = other.task.embedding_format(other.ref.options)
-    if embedding_format is not None and isinstance(objective, Embeddings):
-        encoded, objective = encode(other.ref), replace(objective, format=embedding_format)
-        rows = {"rows": encoded.rows, "corpus": encoded.corpus, "tokenizer": other.tokenizer}
-        evaluator = replace(evaluator, objective=objective, **rows)
-    record = ExampleRecord(objective)
-    return evaluator(other.model, record), record
+def _check_files(config: EvaluateConfig) -> None:
+    set_names = [name for name in _NOT_WITH_QRELS if getattr(config, name) not in (None, {}, ())]
+    if config.qrels is not None and set_names:
+        flag = flag_name(set_names[0], EvaluateConfig)
+        raise ConfigError(excludes(flag, "--qrels"))
+    if config.predictions is not None:
+        row_file_type("--predictions", config.predictions)
+        check_new_output("--predictions", config.predictions)
 
 
 @contextlib.contextmanager
@@ -277,86 +183,303 @@ def _base_of(
         yield None
 
 
-def _evaluate_retrieval(config: EvaluateConfig, qrels: Path, listener: Listener) -> Evaluation:
-    if names := [name for name in _NOT_WITH_QRELS if getattr(config, name) not in (None, {}, ())]:
-        flag = "--map" if names[0] == "columns" else f"--{names[0].replace('_', '-')}"
-        raise ConfigError(f"{flag} cannot be used with --qrels. Drop one of them.")
-    with silence_loggers():
-        device = select_device(config.device)
-        listener.stage("reading the retrieval dataset")
-        data = load_retrieval_set(qrels, config.corpus)
-        ref, other = _resolve(config, device.value)
+class _RetrievalSet:
+    """Queries and documents of a retrieval set, which embedding models search."""
+
+    headline = "ndcg@10"
+
+    def __init__(self, config: EvaluateConfig, ref: ModelRef, _: ModelRef | None) -> None:
+        self.config, self.ref, self.cut = config, ref, 0
+        self.data = load_retrieval_set(config.qrels or Path(), config.corpus)
         if ref.task != "embedding":
             raise ConfigError(
                 f"--qrels: {config.name} is of --task {ref.task}, and a search needs an "
                 "embedding model. Name one, or add --task embedding."
             )
+
+    def choices(self, trained: LoadedModel) -> list[Choice]:
+        data, dtype = self.data, get_dtype_source(self.ref, self.config.dtype)
         sizes = f"{len(data.queries):,} queries, {len(data.documents):,} documents"
-        listener.choices(
-            "evaluate",
-            [
-                Choice("task", ref.task),
-                Choice("base", ref.base),
-                Choice("retrieval set", str(qrels), sizes),
-                Choice("dtype", ref.card.dtype, get_dtype_source(ref, config.dtype)),
-                device,
-            ],
-        )
-        if data.merged:
-            listener.warn(
-                f"{data.merged:,} documents repeat the text of another document and are counted "
-                f"once."
-            )
-        if data.unjudged:
-            listener.warn(f"{data.unjudged:,} queries without a relevant document are skipped.")
-        listener.stage("loading the model")
-        trained = ref.load(device.value)
-        for note in trained.notes:
-            listener.warn(note)
+        return [
+            Choice("task", self.ref.task),
+            Choice("base", self.ref.base),
+            Choice("retrieval set", str(self.config.qrels), sizes),
+            Choice("dtype", trained.dtype, dtype),
+        ]
+
+    def list_warnings(self, _: LoadedModel) -> Iterator[str]:
+        if merged := self.data.merged:
+            yield f"{merged:,} documents repeat the text of another document and are counted once."
+        if unjudged := self.data.unjudged:
+            yield f"{unjudged:,} queries without a relevant document are skipped."
+
+    def score(self, model: LoadedModel, listener: Listener) -> _Score:
         listener.stage("embedding and searching")
-        scores, cut = evaluate_retrieval(trained, data, config.batch_size, listener.answered)
-        if cut:
-            listener.warn(f"{cut:,} texts exceed the maximum length and are truncated.")
-        base = None
-        with _base_of(trained, config, listener) as original:
-            if original is not None:
-                base, _ = evaluate_retrieval(original, data, config.batch_size, listener.answered)
-        against, other_scores = {}, None
-        if other is not None:
-            listener.stage(f"evaluating {config.against}")
-            reference = _load_other(config, other, device.value, listener)
-            other_scores, _ = evaluate_retrieval(
-                reference, data, config.batch_size, listener.answered
-            )
-            against = {"name": config.against, "metrics": other_scores.means}
-    draws: dict[str, np.ndarray] = {}
-    intervals: dict[str, Any] = {}
-    if config.resamples:
-        resampling = config.resamples, config.seed
-        draws = scores.resample(*resampling)
-        intervals = _compute_intervals(draws, base.resample(*resampling) if base else None)
-        if other_scores is not None:
-            against |= _paired_intervals(draws, other_scores.resample(*resampling))
-    summary = {
-        "name": config.name,
-        "task": ref.task,
-        "headline": "ndcg@10",
-        "data": {
-            "name": str(qrels),
+        batch_size = self.config.batch_size
+        scores, cut = evaluate_retrieval(model, self.data, batch_size, listener.answered)
+        self.cut = self.cut or cut
+        return _Score(scores.means, scores.resample)
+
+    score_base = score_other = score
+
+    def list_results(self, _: LoadedModel, __: Mapping[str, float]) -> Iterator[str]:
+        if self.cut:
+            yield f"{self.cut:,} texts exceed the maximum length and are truncated."
+
+    def compute_outputs(self, _: LoadedModel) -> tuple[None, None]:
+        return None, None
+
+    def describe(self) -> dict[str, Any]:
+        data = self.data
+        return {
+            "name": str(self.config.qrels),
             "split": f"{len(data.documents):,} documents",
             "examples": len(data.queries),
             "merged": data.merged,
             "unjudged": data.unjudged,
-        },
-        "base_model": ref.base,
-        "dtype": trained.dtype,
-        "metrics": scores.means,
-        "base": base.means if base is not None else {},
-        **({"against": against} if against else {}),
-        "resamples": config.resamples,
-        **intervals,
-    }
-    return Evaluation(scores.means, summary["base"], summary, draws)
+        }
+
+    def iterate_predictions(self, _: LoadedModel) -> Iterator[Mapping[str, Any]]:
+        return iter(())  # --predictions is rejected with --qrels
+
+
+class _Rows:
+    """Rows of a task, scored by an `Evaluator`.
+
+    Attributes:
+        primary: the model whose run has the settings for reading rows.
+        record: results of the trained model per example, and `base_record` those of the base.
+    """
+
+    headline = ""
+
+    def __init__(self, config: EvaluateConfig, ref: ModelRef, other: ModelRef | None) -> None:
+        self.config, self.primary = config, select_primary(ref, other)
+        self.run_config, self.is_own = _get_run_config(config, self.primary)
+        self.is_compared = other is not None
+        ref.check_head()
+        self.rows = self.encode(ref)
+        options = self.rows.options
+        self.ref = ref if options == ref.card.options else ref.with_card(options=options)
+        task, how = self.ref.configured_task, "--max-generate-samples N"
+        generates = self.generates(task)
+        check_metrics(self.metrics, task, self.ref.objective, generates=generates, how=how)
+        self.rl = _get_rl_config(config, self.ref)
+        self.evaluator: Any = None
+        self.record: Any = None
+        self.base_record: ExampleRecord | None = None
+
+    @property
+    def metrics(self) -> Sequence[str]:
+        return self.config.metrics or self.run_config.train.metrics
+
+    def encode(self, model: ModelRef) -> EvaluationRows:
+        return load_evaluation_rows(
+            self.run_config.data,
+            self.primary.card,
+            self.config.split,
+            self._context(model),
+            is_own=self.is_own,
+            is_typed=bool(self.config.columns),
+        )
+
+    def _context(self, ref: ModelRef) -> EncodingContext:
+        config, primary, run_config = self.config, self.primary, self.run_config
+        tokenizer, task, kind = ref.tokenizer, ref.configured_task, ref.model_kind
+        positions, name = text_positions(run_config.method, ref.model_config), primary.card.method
+        has_virtual_tokens = (
+            primary.run is None and name in METHODS and METHODS[name].positions(SPECS[name]())
+        )
+        if has_virtual_tokens or self.is_compared:  # these or the other model limit the text
+            positions = primary.card.max_length or positions
+        elif positions and kind == "decoder" and self.generates(task):
+            new = config.max_new_tokens or run_config.train.max_new_tokens
+            positions = max(primary.card.max_length, positions - new)
+        bounds, seed = LengthBounds(positions), run_config.train.seed
+        return EncodingContext(task, kind, tokenizer, len(tokenizer), bounds, seed)
+
+    def generates(self, task: BaseTask) -> bool:
+        generates = should_generate(self.run_config.train.predict_with_generate, task)
+        return generates or (task.generates_text and self.config.max_generate_samples is not None)
+
+    def choices(self, trained: LoadedModel) -> Iterator[Choice]:
+        config, rows, ref = self.config, self.rows, trained.ref
+        if not config.base:
+            base = "not scored"
+        elif get_original_base(ref):
+            base = f"evaluated for comparison: {ref.card.base['name']}"
+        elif not trained.has_adapter:
+            base = "there is no adapter to disable"
+        elif ref.card.heads:
+            heads = ", ".join(dict.fromkeys(ref.card.heads))
+            base = f"not scored: without the adapter its head ({heads}) is random"
+        else:
+            base = "evaluated for comparison, with the adapter disabled"
+        dropped = f"; {rows.dropped:,} dropped, beyond the max length" if rows.dropped else ""
+        yield Choice("task", trained.task.name)
+        yield Choice("base", ref.base, base)
+        if ref.quantization["kind"] != "none":
+            yield Choice("quantization", format_quantization(ref.quantization))
+        yield Choice("rows", f"{rows.source}, {rows.split}", f"{len(rows.rows):,} rows{dropped}")
+        yield Choice("columns", rows.note or rows.columns, "by --map" if config.columns else "")
+        yield from (Choice("note", note) for note in rows.table.notes)
+        yield from self._loss_choices(trained)
+        yield Choice("dtype", trained.dtype, get_dtype_source(ref, config.dtype))
+        for spec in self.rl.rewards if self.rl is not None else ():
+            if spec.kind == "function":
+                yield Choice("reward", spec.text, "runs this Python file")
+
+    def _loss_choices(self, trained: LoadedModel) -> Iterator[Choice]:
+        objective = trained.objective
+        if isinstance(objective, Embeddings) and len(self.rows.rows):
+            loss = objective.for_validation(distinct_texts(self.rows.rows)[1]).config.loss
+            is_own = "step_rows" in trained.ref.card.options.get("embedding", {})
+            note = "the rows per step of training" if is_own else "the default"
+            groups = f"{loss} within groups of {objective.step_rows:,} rows"
+            yield Choice("loss", groups, f"{note}; it depends on the size")
+
+    def list_warnings(self, trained: LoadedModel) -> Iterator[str]:
+        config, rows = self.config, self.rows
+        changed = rows.changed if self.primary.run is not None else ""
+        if rows.is_training:
+            yield f"these are {rows.split}; their metrics say little about new rows."
+        if changed == "train":
+            dataset = config.dataset or self.run_config.data.dataset
+            yield f"{dataset} changed after training; these rows may include training rows."
+        elif changed and not (config.corpus or config.max_eval_samples):
+            yield (
+                "the validation rows or the corpus changed after training, and so did their "
+                "metrics."
+            )
+        yield from describe_dropped(rows.table)
+        if rows.dropped:
+            dropped = "1 row is" if rows.dropped == 1 else f"{rows.dropped:,} rows are"
+            yield (
+                f"{dropped} too long and not scored; the numbers are of the other "
+                f"{len(rows.rows):,}."
+            )
+        yield from config.unused_decoding(self._why_decoding_is_unused(trained))
+
+    def _why_decoding_is_unused(self, trained: LoadedModel) -> str:
+        """Returns why settings of text generation have no effect; "" if they have one."""
+        if isinstance(trained.objective, PolicyGradient):
+            return "completions are sampled as in training"
+        if self.generates(trained.task):
+            return ""
+        if trained.task.generates_text:
+            return "no text is generated without --max-generate-samples N"
+        return f"--task {trained.task.name} generates no text"
+
+    def score(self, trained: LoadedModel, listener: Listener) -> _Score:
+        self.evaluator = self._create_evaluator(trained)
+        if needs_reference(self.evaluator):
+            listener.stage("running the reference model")
+            self.evaluator = with_reference(self.evaluator, trained)
+        listener.stage("evaluating")
+        self.record = ExampleRecord(trained.objective)
+        return self._score(self.evaluator, trained, self.record)
+
+    def score_base(self, model: LoadedModel, _: Listener) -> _Score:
+        self.base_record = ExampleRecord(self.record.objective)
+        return self._score(self._with_model(model), model, self.base_record)
+
+    def score_other(self, model: LoadedModel, _: Listener) -> _Score:
+        """Returns the score of `--against`; rows of embedding models are encoded for it."""
+        evaluator = self._with_model(model)
+        if not isinstance(evaluator, RewardEvaluator):
+            evaluator = replace(evaluator, generated_rows=0, score_texts=None, language="")
+        objective = evaluator.objective
+        embedding_format = model.task.embedding_format(model.ref.options)
+        if embedding_format is not None and isinstance(objective, Embeddings):
+            encoded, objective = self.encode(model.ref), replace(objective, format=embedding_format)
+            rows = {"rows": encoded.rows, "corpus": encoded.corpus, "tokenizer": model.tokenizer}
+            evaluator = replace(evaluator, objective=objective, **rows)
+        return self._score(evaluator, model, ExampleRecord(objective))
+
+    def _with_model(self, model: LoadedModel) -> Evaluator:
+        """Returns the evaluator for `model`: with its dtype and, in RL, samples from it."""
+        evaluator: Evaluator = replace(self.evaluator, dtype=model.dtype)
+        if isinstance(evaluator, RewardEvaluator) and evaluator.rollouts is not None:
+            return replace(evaluator, rollouts=evaluator.rollouts.with_model(model))
+        return evaluator
+
+    def _score(self, evaluator: Evaluator, model: LoadedModel, record: ExampleRecord) -> _Score:
+        def resample(count: int, seed: int) -> Mapping[str, np.ndarray]:
+            if len(record.units) < 2:
+                raise InputError(
+                    "an interval needs two examples. Score more rows, or pass --resamples 0."
+                )
+            draws = record.resample(count, seed, evaluator.score_texts, evaluator.language)
+            return select_metrics(draws, evaluator.metrics)
+
+        return _Score(evaluator(model.model, record), resample, record.units.keys())
+
+    def list_results(self, trained: LoadedModel, metrics: Mapping[str, float]) -> Iterator[str]:
+        yield from trained.objective.get_warnings(metrics)
+        rollouts = getattr(self.evaluator, "rollouts", None)
+        if rollouts is not None and rollouts.rewards is not None:
+            yield from rollouts.rewards.describe_failures()
+
+    def compute_outputs(self, trained: LoadedModel) -> tuple[Any, Any]:
+        config, rows = self.config, self.record.sampled or self.evaluator.rows
+        inputs = build_comparison_inputs(config.eval_text, config.eval_tokens, trained, rows)
+        return inputs, inputs.outputs_of(trained)
+
+    def describe(self) -> dict[str, Any]:
+        rows = self.rows
+        return {
+            "name": rows.source,
+            "split": rows.split,
+            "training_rows": rows.is_training,
+            "examples": len(self.record.units),
+            "rows": len(rows.rows),
+            "dropped": rows.dropped,
+            "generated_rows": self.evaluator.generated_rows,
+        }
+
+    def iterate_predictions(self, trained: LoadedModel) -> Iterator[Mapping[str, Any]]:
+        table, labels = self.rows.table, trained.ref.labels
+        base, evaluator = self.base_record, self.evaluator
+        lines = iterate_results(self.record, labels, table.where, base=base, evaluator=evaluator)
+        if str(self.config.predictions).lower().endswith(".conll"):  # its words are in the rows
+            return ({**table.rows[line["row"]], **line} for line in lines)
+        return lines
+
+    def _create_evaluator(self, trained: LoadedModel) -> Evaluator:
+        config, rows = self.config, self.rows
+        train, speed, task = self.run_config.train, self.run_config.speed, trained.task
+        evaluator, extra = Evaluator, dict[str, Any]()
+        is_seeded = "seed" in config.model_fields_set  # else as in training
+        if isinstance(trained.objective, PolicyGradient) and self.rl is not None:
+            seed = config.seed if is_seeded else train.order_seed
+            rollouts = _rollouts(trained, trained.objective, self.rl, rows, seed)
+            evaluator, extra = RewardEvaluator, {"rollouts": rollouts}
+        num_rows = 0
+        if extra or (self.generates(task) and uses_text_metrics(self.metrics, task)):
+            num_rows = min(
+                config.max_generate_samples or train.max_generate_samples, len(rows.rows)
+            )
+        return evaluator(
+            **extra,
+            rows=rows.rows,
+            tokenizer=trained.tokenizer,
+            kind=trained.kind,
+            objective=trained.objective,
+            device=trained.device,
+            dtype=trained.dtype,
+            batch_size=config.batch_size or eval_batch_size(train),
+            generated_rows=num_rows,
+            writing=GenerationOptions(
+                config.max_new_tokens or train.max_new_tokens,
+                **config.decoding(train),
+                seed=config.seed if is_seeded else train.seed,
+            ),
+            score_texts=task.score_texts,
+            language=rows.language,
+            chunked_cross_entropy=speed.fast and speed.chunked_cross_entropy,
+            metrics=self.metrics,
+            corpus=rows.corpus,
+        )
 
 
 def _resolve(config: EvaluateConfig, device: str) -> tuple[ModelRef, ModelRef | None]:
@@ -424,7 +547,6 @@ def _get_run_config(config: EvaluateConfig, ref: ModelRef) -> tuple[TrainConfig,
             "input_format": config.input_format,
             "split": None,
             "validation_split": None,
-            "validation_rows": None,
             "max_samples": None,
             "max_eval_samples": None,
         }
@@ -443,7 +565,7 @@ def _is_same_name(dataset: str, name: str) -> bool:
 def _is_moved(dataset: str, run_config: TrainConfig, ref: ModelRef) -> bool:
     """Returns whether `dataset` has the rows of the run's own file, which was moved there."""
     data = run_config.data
-    if ref.run is None or data.streaming or data.also or Path(data.dataset).exists():
+    if ref.run is None or data.also or Path(data.dataset).exists():
         return False
     try:
         data_config = data.model_copy(update={"dataset": dataset})
@@ -451,86 +573,6 @@ def _is_moved(dataset: str, run_config: TrainConfig, ref: ModelRef) -> bool:
     except InputError:
         return False
     return rows_fingerprint(splits.train.rows) == ref.card.data.get("fingerprint")
-
-
-def _context(
-    config: EvaluateConfig,
-    ref: ModelRef,
-    config_ref: ModelRef,
-    run_config: TrainConfig,
-    *,
-    is_compared: bool,
-) -> EncodingContext:
-    tokenizer, task, kind = ref.tokenizer, ref.configured_task, ref.model_kind
-    positions = text_positions(run_config.method, ref.model_config)
-    name = config_ref.card.method
-    has_virtual_tokens = (
-        config_ref.run is None and name in METHODS and METHODS[name].positions(SPECS[name]())
-    )
-    if has_virtual_tokens or is_compared:  # these or the other model limit the text
-        positions = config_ref.card.max_length or positions
-    elif positions and kind == "decoder" and _generates(config, task, run_config):
-        new = config.max_new_tokens or run_config.train.max_new_tokens
-        positions = max(config_ref.card.max_length, positions - new)
-    bounds, seed = LengthBounds(positions), run_config.train.seed
-    return EncodingContext(task, kind, tokenizer, len(tokenizer), bounds, seed)
-
-
-def _why_decoding_is_unused(
-    config: EvaluateConfig, trained: LoadedModel, run_config: TrainConfig
-) -> str:
-    """Returns why settings of text generation have no effect; "" if they have one."""
-    if isinstance(trained.objective, PolicyGradient):
-        return "completions are sampled as in training"
-    if _generates(config, trained.task, run_config):
-        return ""
-    if trained.task.generates_text:
-        return "no text is generated without --max-generate-samples N"
-    return f"--task {trained.task.name} generates no text"
-
-
-def _evaluator(
-    config: EvaluateConfig,
-    trained: LoadedModel,
-    eval_rows: EvaluationRows,
-    run_config: TrainConfig,
-    rl: RlConfig | None,
-) -> Evaluator:
-    train, speed = run_config.train, run_config.speed
-    task, metrics = trained.task, config.metrics or train.metrics
-    generates = _generates(config, task, run_config)
-    evaluator, extra = Evaluator, dict[str, Any]()
-    is_seeded = "seed" in config.model_fields_set  # else as in training
-    if isinstance(trained.objective, PolicyGradient) and rl is not None:
-        seed = config.seed if is_seeded else train.order_seed
-        rollouts = _rollouts(trained, trained.objective, rl, eval_rows, seed)
-        evaluator, extra = RewardEvaluator, {"rollouts": rollouts}
-    num_rows = 0
-    if extra or (generates and uses_text_metrics(metrics, task)):
-        num_rows = min(
-            config.max_generate_samples or train.max_generate_samples, len(eval_rows.rows)
-        )
-    return evaluator(
-        **extra,
-        rows=eval_rows.rows,
-        tokenizer=trained.tokenizer,
-        kind=trained.kind,
-        objective=trained.objective,
-        device=trained.device,
-        dtype=trained.dtype,
-        batch_size=config.batch_size or eval_batch_size(train),
-        generated_rows=num_rows,
-        writing=GenerationOptions(
-            config.max_new_tokens or train.max_new_tokens,
-            **config.decoding(train),
-            seed=config.seed if is_seeded else train.seed,
-        ),
-        score_texts=task.score_texts,
-        language=eval_rows.language,
-        chunked_cross_entropy=speed.fast and speed.chunked_cross_entropy,
-        metrics=metrics,
-        corpus=eval_rows.corpus,
-    )
 
 
 def _get_rl_config(config: EvaluateConfig, ref: ModelRef) -> RlConfig | None:
@@ -553,12 +595,6 @@ def _get_rl_config(config: EvaluateConfig, ref: ModelRef) -> RlConfig | None:
     if problems := list(check_reward_files(rl.rewards, config.name)):
         raise ConfigError(problems)
     return rl
-
-
-def _files(rl: RlConfig | None) -> Iterator[Choice]:
-    for spec in rl.rewards if rl is not None else ():
-        if spec.kind == "function":
-            yield Choice("reward", spec.text, "runs this Python file")
 
 
 def _rollouts(
@@ -592,71 +628,6 @@ def _rollouts(
         get_position=eval_rows.table.where,
         teacher=teacher,
     )
-
-
-def _generates(config: EvaluateConfig, task: BaseTask, run_config: TrainConfig) -> bool:
-    generates = should_generate(run_config.train.predict_with_generate, task)
-    return generates or (task.generates_text and config.max_generate_samples is not None)
-
-
-def _choices(
-    config: EvaluateConfig, trained: LoadedModel, eval_rows: EvaluationRows, device: Choice
-) -> list[Choice]:
-    ref = trained.ref
-    if not config.base:
-        base = "not scored"
-    elif get_original_base(ref):
-        base = f"evaluated for comparison: {ref.card.base['name']}"
-    elif not trained.has_adapter:
-        base = "there is no adapter to disable"
-    elif ref.card.heads:
-        heads = ", ".join(dict.fromkeys(ref.card.heads))
-        base = f"not scored: without the adapter its head ({heads}) is random"
-    else:
-        base = "evaluated for comparison, with the adapter disabled"
-    dropped = f"; {eval_rows.dropped:,} dropped, beyond the max length" if eval_rows.dropped else ""
-    quantization = format_quantization(ref.quantization)
-    return [
-        Choice("task", trained.task.name),
-        Choice("base", ref.base, base),
-        *([Choice("quantization", quantization)] if ref.quantization["kind"] != "none" else []),
-        Choice(
-            "rows",
-            f"{eval_rows.source}, {eval_rows.split}",
-            f"{len(eval_rows.rows):,} rows{dropped}",
-        ),
-        Choice(
-            "columns", eval_rows.note or eval_rows.columns, "by --map" if config.columns else ""
-        ),
-        *(Choice("note", note) for note in eval_rows.table.notes),
-        *_loss_choices(trained, eval_rows),
-        Choice("dtype", trained.dtype, get_dtype_source(ref, config.dtype)),
-        device,
-    ]
-
-
-def _loss_choices(trained: LoadedModel, eval_rows: EvaluationRows) -> Iterator[Choice]:
-    objective = trained.objective
-    if isinstance(objective, Embeddings) and len(eval_rows.rows):
-        loss = objective.for_validation(distinct_texts(eval_rows.rows)[1]).config.loss
-        is_own = "step_rows" in trained.ref.card.options.get("embedding", {})
-        note = "the rows per step of training" if is_own else "the default"
-        size = f"{objective.step_rows:,} rows"
-        yield Choice("loss", f"{loss} within groups of {size}", f"{note}; it depends on the size")
-
-
-def _intervals(
-    config: EvaluateConfig, evaluator: Evaluator, record: ExampleRecord, base: ExampleRecord | None
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Returns metric → bootstrap values, and 95 % intervals of metrics and gains over `base`."""
-    if not config.resamples:
-        return {}, {}
-    if len(record.units) < 2:
-        raise InputError("an interval needs two examples. Score more rows, or pass --resamples 0.")
-    resampling = (config.resamples, config.seed, evaluator.score_texts, evaluator.language)
-    draws = select_metrics(record.resample(*resampling), evaluator.metrics)
-    intervals = _compute_intervals(draws, base.resample(*resampling) if base is not None else None)
-    return draws, {"resamples": config.resamples, **intervals}
 
 
 def _compute_intervals(

@@ -13,7 +13,7 @@ from transformers import TextStreamer
 from ftlevel.artifacts.row_sinks import to_cell
 from ftlevel.config import GenerateConfig, build_section
 from ftlevel.data.encoding.chat import Turn
-from ftlevel.data.encoding.encode import encode_chat_prompt, encode_prompt
+from ftlevel.data.encoding.prompts import encode_chat_prompt, encode_prompt
 from ftlevel.data.formats.detect import Format, NoFormatError
 from ftlevel.data.prepare.inference import Prompts, open_rows
 from ftlevel.data.sources.lines import cache_pipe, decompress, is_compressed, is_pipe, plain_name

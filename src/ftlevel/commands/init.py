@@ -116,7 +116,7 @@ def _resolve(layers: list[Layer], defaults: list[Choice]) -> Run:
     """Returns the resolved run; if it lacks validation rows, adds a split to both arguments."""
     config, adapter, _ = resolve_adapter(build_config(layers))
     run = resolve(config, adapter=adapter)
-    is_small = len(run.data.train) < _ENOUGH or config.data.streaming
+    is_small = len(run.data.train) < _ENOUGH
     if is_small or run.data.validation or _is_set(config, "data.validation_split"):
         return run
     layers.append(_layer("data.validation_split", _SPLIT, "--validation-split"))

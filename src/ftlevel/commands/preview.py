@@ -11,7 +11,7 @@ import numpy as np
 from ftlevel.config import TrainConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.collate import MaskedRows
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.encoding.store import row_lengths
 from ftlevel.data.gate import Finding
 from ftlevel.data.gate.checks import flat_batches
@@ -93,12 +93,6 @@ class Preview:
     data_info: dict[str, Any]
     choices: list[Choice]
     rollouts: list[Choice]
-
-    @property
-    def extent(self) -> str:
-        """Rows that the counts cover: `an epoch`, or `the first 1,000 rows` of a stream."""
-        is_streamed = "streamed" in self.data_info
-        return f"the first {self.data_info['first_rows']:,} rows" if is_streamed else "an epoch"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the output of `--json`."""
@@ -194,7 +188,7 @@ def _show_row(run: Run, row: Encoded) -> ShownRow:
     decoder = PieceDecoder(run.model.tokenizer)
     texts = decoder.decode_tokens(row.input_ids)
     names = run.data.info["labels"]
-    learned = run.task.decode_targets(row, names, run.model.kind, decoder)
+    learned = run.task.decode_targets(row, names, run.model.kind, decoder.decode_tokens)
     special = decoder.special
     tokens = tuple(
         Token(id_, text, label is not None, id_ in special, label or "")

@@ -41,7 +41,6 @@ from ftlevel.models.kinds import checkpoint_class, max_positions
 from ftlevel.models.loading import build_task_model, load_config, load_model, silence_loggers
 from ftlevel.models.quantization import (
     build_quantization_config,
-    build_torchao_config,
     get_quantization_config,
     get_quantization_info,
     quantization_name,
@@ -139,10 +138,9 @@ def _resolve(config: QuantizeConfig) -> _Plan:
         config.model, device=device.value, revision=config.revision, require_task=False
     )
     if ref.directory is not None:
-        bits = "4bit" if config.quant == "4bit" else "8bit"
         raise InputError(
             f"{config.model} is an adapter, and only whole models are quantized. Use ftlevel merge "
-            f"{quote(config.model)} --quant {bits} --out DIR."
+            f"{quote(config.model)} --quant {config.quant} --out DIR."
         )
     model_config = load_config(ref.source)
     if (existing := get_quantization_config(model_config)) is not None:
@@ -152,17 +150,11 @@ def _resolve(config: QuantizeConfig) -> _Plan:
         )
     auto_class = checkpoint_class(model_config)
     dtype, reason = _unquantized_dtype(config, model_config)
-    section = config.section
-    quantization = (
-        build_torchao_config(config.quant)
-        if section is None
-        else build_quantization_config(section, dtype, [])
-    )
+    quantization = build_quantization_config(config.section, dtype, [])
     layout = build_layout(model_config, auto_class, quantization, dtype)
     if not layout.linears:
-        library = "bitsandbytes" if section is not None else "torchao"
         raise ConfigError(
-            f"{config.model} ({model_config.model_type}) has no linear layer that {library} can "
+            f"{config.model} ({model_config.model_type}) has no linear layer that bitsandbytes can "
             f"quantize."
         )
     tokenizer = ref.load_tokenizer() if config.measure else None

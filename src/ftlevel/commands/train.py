@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftlevel.artifacts.run_directory import RunDirectory
+from ftlevel.artifacts.run_directory import get_recipe_info
 from ftlevel.config import PredictConfig, TrainConfig, build_section
 from ftlevel.errors import ConfigError
 from ftlevel.events import Listener, Summarized, default_listener
@@ -16,17 +16,8 @@ from ftlevel.models.loading import silence_loggers
 from ftlevel.training.finish import StartTime
 from ftlevel.training.memory import explain_out_of_memory
 from ftlevel.training.model import load_training_model
-from ftlevel.training.resume import resolve_resume
-from ftlevel.training.session import (
-    CommandLine,
-    TrainingJob,
-    TrainInputs,
-    bind_inputs,
-    end_finished,
-    open_session,
-    prepare_run,
-    resolve_job,
-)
+from ftlevel.training.plan.run import Run
+from ftlevel.training.session import TrainingSession, TrainInputs
 from ftlevel.training.summary import resolved_config
 
 if TYPE_CHECKING:  # importing it would print messages before loggers are silenced
@@ -68,7 +59,8 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     dry_run: bool = False,
     listener: Listener | None = None,
-    command_line: CommandLine | None = None,
+    recipe: Path | None = None,
+    start: StartTime | None = None,
 ) -> TrainResult:
     """Fine-tune as `config` specifies, and write a run directory.
 
@@ -86,7 +78,8 @@ def train(
         dry_run: resolve and check everything; train and write nothing.
         listener: receives progress; by default printed in a notebook, elsewhere only warnings are
             logged.
-        command_line: set by the command-line interface.
+        recipe: recipe file of the command line.
+        start: time at which the user started the run; default: now.
 
     Raises:
         ConfigError: a problem that is known before weights load.
@@ -99,43 +92,41 @@ def train(
             f"train() was given {type(config).__name__}. Expected a TrainConfig, as "
             "TrainConfig(task=…), or FineTunePipeLine(args_dir=FILE).config for a recipe."
         )
-    command_line = command_line or CommandLine(None, StartTime.now())
-    listener = listener or default_listener()
-    objects = TrainInputs(dataset, eval_dataset, model, tokenizer, callbacks)
+    listener, start = listener or default_listener(), start or StartTime.now()
+    recipe_info = get_recipe_info(recipe) if recipe else None
+    inputs = TrainInputs(
+        config, dataset, eval_dataset, model, tokenizer, callbacks, recipe_info, start
+    )
     with contextlib.ExitStack() as stack:
         stack.enter_context(silence_loggers())
-        inputs = bind_inputs(config, objects, stack)
-        job = resolve_job(inputs, command_line, listener, dry_run=dry_run)
+        session = TrainingSession.start(inputs, listener, stack, dry_run=dry_run)
         if dry_run:
-            return _end_dry_run(job)
-        stack.enter_context(explain_out_of_memory(job.run))
-        return _train(job, stack)
+            return _end_dry_run(session.run, listener)
+        stack.enter_context(explain_out_of_memory(session.run))
+        return _train(session)
 
 
-def _train(job: TrainingJob, stack: contextlib.ExitStack) -> TrainResult:
+def _train(session: TrainingSession) -> TrainResult:
     """Load, adapt, train, save and verify; the summary is empty in all processes but the first."""
-    tokenizer = job.run.model.tokenizer
-    resumed = resolve_resume(job.run, job.processes, job.listener)
-    if resumed.finished is not None and job.run.config.output.dir is not None:
-        directory = RunDirectory(job.run.config.output.dir)
-        end_finished(job, directory, resumed.finished)
-        return TrainResult(resumed.finished, directory.path, None, tokenizer)
+    tokenizer = session.run.model.tokenizer
+    finished = session.resolve_resume()
+    if finished is not None:
+        return TrainResult(finished, session.run.config.output.dir, None, tokenizer)
 
-    prepared = prepare_run(job, resumed, load_training_model)
-    session = open_session(job, prepared, resumed, stack)
+    session.prepare(load_training_model)
+    session.open()
     session.train()
     session.evaluate()
     summary: Mapping[str, Any] = {}
-    if job.processes.is_first or session.is_sharded:
+    if session.processes.is_first or session.is_sharded:
         session.save()
         proof = session.verify()
-        if job.processes.is_first:
+        if session.processes.is_first:
             summary = session.report(proof)
     return TrainResult(summary, session.output_dir.path, session.model.model, tokenizer)
 
 
-def _end_dry_run(job: TrainingJob) -> TrainResult:
-    run = job.run
+def _end_dry_run(run: Run, listener: Listener) -> TrainResult:
     summary = {
         "dry_run": True,
         "steps": run.schedule.steps,
@@ -144,5 +135,5 @@ def _end_dry_run(job: TrainingJob) -> TrainResult:
         "targets": run.targets.modules,
         "config": resolved_config(run),
     }
-    job.listener.end(summary)
+    listener.end(summary)
     return TrainResult(summary, None, None, run.model.tokenizer)

@@ -28,7 +28,6 @@ from ftlevel.config.sections import InMemoryDataset as InMemoryDataset
 from ftlevel.config.tasks import TASKS, TaskName
 from ftlevel.config.train import TrainConfig
 from ftlevel.config.trainer import TrainerConfig
-from ftlevel.extensions import resolve_renamed
 
 __all__ = [
     "DEFAULT_DATASET",
@@ -62,11 +61,3 @@ __all__ = [
     "parse_overrides",
     "put",
 ]
-
-__getattr__ = resolve_renamed(
-    __name__,
-    {
-        "normal_task": "ftlevel.config:normalize_task",
-        "CheckServedConfig": "ftlevel.extras.serving.config:CheckServedConfig",
-    },
-)

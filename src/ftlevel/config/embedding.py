@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from ftlevel.config.section import Section, list_unread
-from ftlevel.errors import join_names
+from ftlevel.errors import has_no_effect, join_names, needs
 
 EMBEDDING_TASKS = ("embedding",)
 DECODER_RATE, DECODER_RATES = 3.3, {"full": 9.0, "prefix": 1.0, "prompt": 1.0, "p-tuning": 1.0}
@@ -177,10 +177,10 @@ def validate_embedding(config: EmbeddingConfig, batch: int, teacher: str | None)
     names = [name for name in config.changed if config.loss or name != "margin"]
     yield from list_unread("embedding", names, loss, PARAMETERS)
     if loss == "gist" and config.guide is None:
-        yield "--loss gist needs a model that finds false negatives. Add --guide MODEL."
+        yield needs("--loss gist", "--guide MODEL", "it finds false negatives", "Add it.")
     if teacher is not None and not LOSSES[loss].needs_teacher:
-        losses = [name for name, facts in LOSSES.items() if facts.needs_teacher]
-        yield (f"--teacher: --loss {loss} does not read it; {join_names(losses)} do. Drop it.")
+        losses = join_names(name for name, facts in LOSSES.items() if facts.needs_teacher)
+        yield has_no_effect("--teacher", f"--loss {loss}", f"it is for {losses}")
     if LOSSES[loss].contrasts and batch == 1:
         yield (
             f"--per-device-train-batch-size 1: --loss {loss} compares the rows of a step, and a "

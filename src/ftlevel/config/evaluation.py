@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator
 
+from ftlevel.config.constraints import Constraints, Excludes, Needs
 from ftlevel.config.output import Decoding, DecodingAsInTraining
 from ftlevel.config.preference import FewNames
 from ftlevel.config.reading import normalize_task
@@ -39,6 +40,11 @@ UnnamedLabels = Annotated[
 class EvaluateConfig(DecodingAsInTraining):
     """Configuration of `ftlevel evaluate`; by default, model and data are as in training."""
 
+    constraints: ClassVar[Constraints] = (
+        Needs("eval_text", "against MODEL", "it is for comparing two models"),
+        Needs("subset", "dataset FILE"),
+        Needs("input_format", "dataset FILE"),
+    )
     name: str = Field(min_length=1, description="Run directory, adapter or model to evaluate.")
     dataset: DatasetName | None = Field(
         None,
@@ -121,19 +127,6 @@ class EvaluateConfig(DecodingAsInTraining):
     dtype: ComputePrecision = "auto"
     device: RunDevice = "auto"
 
-    @model_validator(mode="after")
-    def _validate_comparison(self) -> EvaluateConfig:
-        if self.eval_text is not None and self.against is None:
-            raise ValueError(
-                f"--eval-text {self.eval_text} is for comparing two models. Add --against MODEL, "
-                f"or use --dataset for rows to evaluate."
-            )
-        for name in ("subset", "input_format"):
-            if getattr(self, name) is not None and self.dataset is None:
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} describes --dataset, which is not given. Add --dataset.")
-        return self
-
 
 class GenerateConfig(Decoding):
     """Configuration of `ftlevel generate`, except for the prompts."""
@@ -170,6 +163,11 @@ class GenerateConfig(Decoding):
 class PredictConfig(DecodingAsInTraining):
     """Configuration of `ftlevel predict`."""
 
+    constraints: ClassVar[Constraints] = (
+        Excludes("resume", "overwrite", "one continues and the other starts again"),
+        Needs("resume", "output FILE"),
+        Needs("overwrite", "output FILE"),
+    )
     name: str = Field(min_length=1, description="Run directory, adapter or model.")
     dataset: str | None = Field(
         None,
@@ -227,12 +225,3 @@ class PredictConfig(DecodingAsInTraining):
     @classmethod
     def _parse_stdout(cls, value: object) -> object:
         return None if str(value) == "-" else value
-
-    @model_validator(mode="after")
-    def _validate_output(self) -> PredictConfig:
-        if self.resume and self.overwrite:
-            raise ValueError("--resume continues and --overwrite starts again. Use one of them.")
-        for flag, is_given in (("--resume", self.resume), ("--overwrite", self.overwrite)):
-            if is_given and self.output is None:
-                raise ValueError(f"{flag} needs --output FILE. Add it.")
-        return self

@@ -6,18 +6,18 @@ Servers were checked at the version in their row (docs/serving.md). Must not imp
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from ftlevel.config.constraints import Constraints, Excludes, Needs
 from ftlevel.config.output import HubSection
 from ftlevel.config.section import NewDirectory, validate_dir_name
 from ftlevel.config.sections import DeviceName, Dtype, MovedBase, Positive, QuantConfig
-from ftlevel.errors import ConfigError
+from ftlevel.errors import ConfigError, has_no_effect, needs
 from ftlevel.extensions import ExportFormat, added_rows
 
 Strategy = Literal["cat", "svd", "linear", "ties", "dare-ties", "dare-linear", "magnitude-prune"]
@@ -28,6 +28,12 @@ _QUANTIZED = ("4bit", "8bit", "quantized", "nf4", "fp4")
 class MergeConfig(HubSection):
     """Configuration of `ftlevel merge`."""
 
+    constraints: ClassVar[Constraints] = (
+        Needs("quant_type", "quant=4bit"),
+        Needs("double_quant", "quant=4bit"),
+        Excludes("onto=original", "quant", "it approximates the trained model", "Drop --onto."),
+        Needs("density", f"strategy={'|'.join(_PRUNING)}"),
+    )
     adapters: list[str] = Field(
         min_length=1, description="Run or adapter to merge; several are combined into one first."
     )
@@ -83,15 +89,6 @@ class MergeConfig(HubSection):
         description="Fraction of entries kept by ties, dare and magnitude-prune; default: 0.5.",
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _accept_old_name(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict) or "base" not in raw or "base_model" in raw:
-            return raw
-        message = "MergeConfig(base) is now base_model; the old name will be removed."
-        warnings.warn(message, DeprecationWarning, stacklevel=2)
-        return {"base_model" if name == "base" else name: raw[name] for name in raw}
-
     @field_validator("adapters", mode="before")
     @classmethod
     def _convert_adapters(cls, value: Any) -> Any:
@@ -114,52 +111,37 @@ class MergeConfig(HubSection):
     def _split_weights(cls, value: object) -> object:
         return value.split(",") if isinstance(value, str) else value
 
-    @model_validator(mode="after")
-    def _validate_mixture(self) -> MergeConfig:
-        if messages := list(self._list_conflicts()):
-            raise ValueError("\n".join(messages))
-        return self
-
-    def _list_conflicts(self) -> Iterator[str]:
-        num_adapters = len(self.adapters)
-        if self.weights is not None and len(self.weights) != num_adapters:
+    def list_conflicts(self) -> Iterator[str]:
+        """Yields an error message per conflict."""
+        yield from super().list_conflicts()
+        num_adapters, weights = len(self.adapters), self.weights
+        if weights is not None and len(weights) != num_adapters:
             yield (
-                f"--weights gives {len(self.weights)} numbers for {num_adapters} adapters. "
+                f"--weights gives {len(weights)} numbers for {num_adapters} adapters. "
                 "Give one each."
             )
-        if self.weights is not None and any(weight == 0 for weight in self.weights):
+        if 0 in (weights or ()):
             yield "--weights has a 0: leave that adapter out."
         if num_adapters == 1 and self.strategy != "cat":
-            yield (f"--strategy {self.strategy} needs several adapters and got one. Drop it.")
-        values = {"--quant-type": self.quant_type, "--double-quant": self.double_quant}
-        low = [flag for flag, value in values.items() if value is not None]
-        if low and self.quant != "4bit":
-            yield (f"{low[0]} belongs to --quant 4bit, and --quant is {self.quant}. Drop it.")
+            yield needs(f"--strategy {self.strategy}", "several adapters", fix="Drop it.")
         if self.quant == "none" and "calibration_rows" in self.model_fields_set:
-            yield "--calibration-rows belongs to --quant 4bit or 8bit, and it is none. Drop it."
-        if self.quant != "none" and self.onto == "original":
-            yield (
-                f"--onto original cannot be used with --quant {self.quant}, which approximates "
-                f"the trained model. Drop --onto."
-            )
-        if self.density is not None and self.strategy not in _PRUNING:
-            yield (
-                f"--density belongs to --strategy {', '.join(_PRUNING)}, and --strategy is "
-                f"{self.strategy}. Drop it."
-            )
+            yield needs("--calibration-rows", "--quant 4bit or 8bit")
 
 
 class QuantizeConfig(HubSection):
     """Configuration of `ftlevel quantize`."""
 
+    constraints: ClassVar[Constraints] = (
+        Needs("double_quant", "quant=4bit"),
+        Needs("quant_type=fp4", "quant=4bit"),
+    )
     model: str = Field(
         min_length=1, description="Model: Hub id, local directory, .gguf file, or builtin:NAME."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
-    quant: Literal["4bit", "8bit", "int8-torchao", "float8-torchao"] = Field(
-        description="Quantization: 4bit, 8bit, int8-torchao or float8-torchao. 4bit is NF4 or "
-        "FP4 in blocks of 64; 8bit is LLM.int8(); the torchao types have one scale "
-        "per row and need an extra package."
+    quant: Literal["4bit", "8bit"] = Field(
+        description="Quantization: 4bit or 8bit. 4bit is NF4 or FP4 in blocks of 64; 8bit is "
+        "LLM.int8()."
     )
     quant_type: Literal["nf4", "fp4"] = Field(
         "nf4", description="4-bit data type; nf4 is more accurate (QLoRA, section 3)."
@@ -181,30 +163,14 @@ class QuantizeConfig(HubSection):
         "auto", description="Device for the comparison; quantization runs on the CPU."
     )
 
-    @model_validator(mode="after")
-    def _validate_four_bit(self) -> QuantizeConfig:
-        values = {"--double-quant": self.double_quant, "--quant-type fp4": self.quant_type != "nf4"}
-        invalid = [flag for flag, is_given in values.items() if is_given and self.quant != "4bit"]
-        if invalid:
-            raise ValueError(
-                f"{invalid[0]} belongs to --quant 4bit, and --quant is {self.quant}. "
-                f"Use --quant 4bit, or drop {invalid[0].split()[0]}."
-            )
-        return self
-
     @property
     def form(self) -> str:
         """Short description of the quantization, such as `4-bit nf4`."""
-        section = self.section
-        return (
-            f"torchao {self.quant.partition('-')[0]} weights" if section is None else section.form
-        )
+        return self.section.form
 
     @property
-    def section(self) -> QuantConfig | None:
-        """Equivalent `quant` section of a training run; None for torchao types."""
-        if self.quant != "4bit" and self.quant != "8bit":
-            return None
+    def section(self) -> QuantConfig:
+        """Equivalent `quant` section of a training run."""
         return QuantConfig(
             kind=self.quant, quant_type=self.quant_type, double_quant=self.double_quant
         )
@@ -442,14 +408,14 @@ class ExportConfig(HubSection):
             )
         return value
 
-    @model_validator(mode="after")
-    def _validate_unused(self) -> ExportConfig:
+    def list_conflicts(self) -> Iterator[str]:
+        """Yields an error message per conflict."""
+        yield from super().list_conflicts()
         given = self.model_fields_set
         if "calibration_rows" in given and self.outtype not in ("q5_0", "q4_0"):
-            raise ValueError(f"--calibration-rows needs q5_0 or q4_0, not {self.outtype}. Drop it.")
+            yield needs("--calibration-rows", f"--outtype q5_0 or q4_0 (it is {self.outtype})")
         if "max_rank" in given and FORMATS[self.format].merges:
-            raise ValueError(f"--max-rank is for adapters, not for {self.format}. Drop it.")
-        return self
+            yield has_no_effect("--max-rank", f"--format {self.format}", "it is for adapters")
 
     def for_embeddings(self) -> ExportConfig:
         """Returns this configuration with the server's format for embedding models.

@@ -12,6 +12,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from pydantic import BaseModel
+
+from ftlevel.config.constraints import Constraint
 from ftlevel.config.flag import (
     COMPARE,
     DAILY,
@@ -25,6 +28,7 @@ from ftlevel.config.flag import (
     Flag,
     FlagAliases,
     UnsupportedFlag,
+    command_of,
     option,
 )
 from ftlevel.config.flag import CONFIGS as CONFIGS
@@ -258,7 +262,7 @@ _RUN_FLAGS: tuple[Flag, ...] = (
              "data.train_on_inputs data.max_length data.max_target_length data.overlong "
              "data.doc_stride data.mlm_probability data.problem_type data.source_language "
              "data.target_language data.validation_split data.max_samples data.max_eval_samples "
-             "data.streaming data.shuffle_buffer data.cache data.num_proc data.on_bad_row"),
+             "data.cache data.num_proc data.on_bad_row"),
     # Training.
     Flag("train.max_steps", "", HOW, _ROWS),
     *_fields(HOW, _TRAIN, "train.head_learning_rate train.lr_scheduler_type"),
@@ -311,7 +315,7 @@ _RUN_FLAGS: tuple[Flag, ...] = (
              "train.shard train.max_restarts"),
     Flag("train.gradient_checkpointing", "", HOW, aliases=FlagAliases(values={"auto": "auto"})),
     *_fields(HOW, _TRAIN, "train.offload_activations train.tf32 speed.fast"),
-    Flag("speed.tokens_per_micro_batch", "", HOW, metavar="N|auto|memory"),
+    Flag("speed.tokens_per_micro_batch", "", HOW, metavar="N|auto"),
     Flag("speed.liger_kernel", "--liger-kernel/--no-liger-kernel", HOW),
     Flag("speed.verify", "--verify-fast/--no-verify-fast", HOW),
     Flag("train.seed", "", HOW),
@@ -428,6 +432,18 @@ def flags_of(command: str, flags: Sequence[Flag] = FLAGS) -> list[Flag]:
             or (accepts and "train" in flag.on and flag.path and accepts(flag.path))
         )
     ]
+
+
+def _find_flag(path: str, config: type[BaseModel] | None) -> str:
+    command = command_of(config) if config else "train"
+    for flag in FLAGS:
+        paths = (flag.path, flag.rest, *flag.by_task.values())
+        if command in flag.on and any(path in (full, full.partition(".")[2]) for full in paths):
+            return flag.name
+    return path
+
+
+Constraint.find_flag = staticmethod(_find_flag)
 
 
 def recipe_hint(name: str, command: str = "train") -> str:

@@ -220,12 +220,12 @@ class GateConfig(Section):
     near_duplicates: Annotated[_Any, Check("nearly the same as an earlier row", "Remove them")] = (
         Field(
             "warn",
-            description="Training row nearly equal to an earlier one. It shares 80 % of its "
-            "token 5-grams, or all but a few words.",
+            description="Training row nearly equal to an earlier one: 80 % of the words of prompt "
+            "and answer are in both.",
         )
     )
     near_leaked: Annotated[_Any, Check("nearly the same as a training row", "Remove them")] = Field(
-        "warn", description="Validation or test row equal to a training row, but for a few words."
+        "warn", description="Validation or test row nearly equal to a training row."
     )
     leaked: Annotated[_Any, Check("also a training row", "Remove them")] = Field(
         "drop", description="Validation or test row that is also a training row."

@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 from ftlevel.config.flag import command_of
 from ftlevel.config.flags import recipe_hint
 from ftlevel.config.methods import SPECS
-from ftlevel.config.reading import RENAMED, YamlError, load_yaml, rename_keys, resolve_aliases
+from ftlevel.config.reading import YamlError, load_yaml, resolve_aliases
 from ftlevel.config.section import Section
 from ftlevel.config.train import SHORTHAND, TrainConfig, expand_shorthand
 from ftlevel.config.trust import COMMAND_LINE_ONLY, check_reward_files, check_values
@@ -145,7 +145,7 @@ def build_config(
 ) -> TrainConfig:
     """Merge `layers`, later ones winning, and validate the merged configuration.
 
-    `note` is called with a message for each outdated key or alias. Raises ConfigError; with `runs`,
+    `note` is called with a message for each alias. Raises ConfigError; with `runs`,
     also for what only the command line may set, because the configuration will be used for a run.
     """
     merged: dict[str, Any] = {}
@@ -155,18 +155,13 @@ def build_config(
     for layer in layers:
         values = {k: expand_shorthand(k, v) for k, v in layer.values.items() if v is not None}
         _validate_sections(values, layer)
-        try:
-            values, lines = rename_keys(values, layer.locations)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
         resolved, notes = resolve_aliases(values)
-        for line in [*lines, *notes]:
+        for line in notes:
             note(line)
         _drop_alias_fields(merged, aliased, values, resolved)
         _merge(merged, resolved)
         for key, location in layer.locations.items():
-            dotted = ".".join(_complete_key(key, layer.values.get(key[0])))
-            locations[tuple(RENAMED.get(dotted, dotted).split("."))] = location
+            locations[_complete_key(key, layer.values.get(key[0]))] = location
         for field_path in (*COMMAND_LINE_ONLY, "rl.reward"):
             section, _, name = field_path.partition(".")
             if name in (resolved.get(section) or {}):
@@ -270,6 +265,12 @@ def format_errors(
         location = _get_location(key, sources, "" if locations is not None else model.__name__)
         if detail["type"] == "value_error" and not key:  # a rule between sections names the flags
             messages += str(detail["ctx"]["error"]).split("\n")
+        elif detail["type"] == "value_error" and isinstance(
+            detail["input"], Mapping
+        ):  # a section's
+            prefix = "" if location == ".".join(key) else f"{location}: "
+            lines = str(detail["ctx"]["error"]).split("\n")
+            messages += [f"{prefix}{line.rstrip('.')}." for line in lines]
         elif detail["type"] == "extra_forbidden":
             messages.append(f"{location}: {_invalid_key(key, kind, model)}")
         else:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from ftlevel.config.constraints import Constraints, Needs
 from ftlevel.config.section import NewDirectory, Positive, Section
-from ftlevel.errors import ConfigError
+from ftlevel.errors import ConfigError, excludes, needs
 
 Beams = Annotated[int, Field(ge=1, le=64)]
 Temperature = Annotated[float, Field(ge=0, le=10)]
@@ -79,12 +80,10 @@ class DecodingAsInTraining(Section):
 def validate_decoding(num_beams: int, temperature: float, top_p: float) -> None:
     """Raise ValueError for beam search with sampling, or top-p without sampling."""
     if num_beams > 1 and temperature > 0:
-        raise ValueError(
-            f"--num-beams {num_beams} searches for the most likely text, and --temperature "
-            f"{temperature:g} samples. Use one of them."
-        )
+        beams, other = f"--num-beams {num_beams}", f"--temperature {temperature:g}"
+        raise ValueError(excludes(beams, other, "one searches for the likeliest text, one samples"))
     if top_p < 1 and not temperature:
-        raise ValueError(f"--top-p {top_p:g} needs sampling. Add --temperature 1, or drop it.")
+        raise ValueError(needs(f"--top-p {top_p:g}", "--temperature 1", "it samples"))
 
 
 def _split_trackers(value: Any) -> Any:
@@ -110,6 +109,7 @@ Trackers = Annotated[
 class OutputConfig(Section):
     """Run directory, trackers and upload of a run."""
 
+    constraints: ClassVar[Constraints] = (Needs("hub_private", "push_to_hub NAME"),)
     dir: NewDirectory | None = Field(
         None, description="Run directory; default: a new one under runs/."
     )
@@ -148,6 +148,7 @@ class OutputConfig(Section):
 class HubSection(Section):
     """Base class of configurations whose command can upload the written model to the Hub."""
 
+    constraints: ClassVar[Constraints] = (Needs("hub_private", "push_to_hub NAME"),)
     push_to_hub: str | None = Field(
         None,
         min_length=1,
@@ -155,11 +156,3 @@ class HubSection(Section):
         "verified.",
     )
     hub_private: bool = Field(False, description="Whether to create a private Hub repository.")
-
-    @model_validator(mode="after")
-    def _validate_repository(self) -> HubSection:
-        if self.hub_private and self.push_to_hub is None:
-            raise ValueError(
-                "--hub-private requires --push-to-hub. Add --push-to-hub NAME, or drop it."
-            )
-        return self

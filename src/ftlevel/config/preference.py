@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from ftlevel.config.section import Positive, Section, flag_of, list_unread
+from ftlevel.config.constraints import Excludes, Needs, NoEffect
+from ftlevel.config.section import Positive, Section, list_unread
 
 LossName = Literal[
     "dpo",
@@ -68,6 +69,7 @@ LOSSES: dict[str, LossProperties] = {
     ),
     "reward": LossProperties(None, ("center",), needs_reference=False, rate=1.0),
 }
+SMOOTHED = [name for name, facts in LOSSES.items() if facts.smoothed]
 DEFAULT_LOSS = "dpo"
 SMOOTHING = 0.1
 """Default fraction of swapped pairs that `cdpo` and `robust` assume."""
@@ -143,27 +145,15 @@ class PreferenceConfig(Section):
         return self.effective_beta / 2 if self.simpo_gamma is None else self.simpo_gamma
 
 
-def validate_preference(
-    config: PreferenceConfig, smoothing: float, *, streaming: bool
-) -> Iterator[str]:
+def validate_preference(config: PreferenceConfig, smoothing: float) -> Iterator[str]:
     """Yields an error message for each value that has no effect or contradicts another."""
     loss = config.loss or DEFAULT_LOSS
     parameters = {name: facts.parameters for name, facts in LOSSES.items()}
     yield from list_unread("preference", config.changed, loss, parameters)
-    if smoothing and not config.loss_properties.smoothed:
-        yield (
-            f"--label-smoothing {smoothing:g}: --loss {loss} does not read it; cdpo and "
-            "robust do. Drop it."
-        )
     if loss == "robust" and smoothing >= 0.5:
         yield (
-            f"--label-smoothing {smoothing:g}: --loss robust divides by 1 - 2 times it. Give less "
-            "than 0.5."
-        )
-    if streaming and config.uses_reference:
-        yield (
-            f"--streaming: --loss {loss} needs the log-probabilities of all answers "
-            "before the first step. Use --loss orpo, simpo or cpo, or drop --streaming."
+            f"--label-smoothing-factor {smoothing:g}: --loss robust divides by 1 - 2 times it. "
+            "Give less than 0.5."
         )
 
 
@@ -302,40 +292,24 @@ class DistillationConfig(Section):
     )
 
 
-def validate_distillation(
-    task: str, config: DistillationConfig, smoothing: float, *, streaming: bool
-) -> Iterator[str]:
-    """Yields an error message for each value that has no effect or contradicts another."""
-    names = [name for name in config.changed if name != "teacher"]
-    flags = [flag_of("distillation", name) for name in names]
-    if config.teacher is None:
-        yield from (f"{flag} needs --teacher MODEL. Add it, or drop the flag." for flag in flags)
-        return
-    if task == "rl":
-        yield from (
-            f"{flag}: --task rl with --teacher minimizes the reverse KL divergence at "
-            "--temperature and has no other loss. Drop it."
-            for flag in flags
+_KD_FIELDS = [name for name in DistillationConfig.model_fields if name != "teacher"]
+_WITH_TEACHER = "distillation.teacher!=None"
+_TEACHER_TASKS = f"{', '.join(DISTILLATION_TASKS)}, rl, {', '.join(_SCORED_TASKS)}"
+DISTILLATION_CONSTRAINTS = (
+    *[Needs(f"distillation.{name}", "distillation.teacher MODEL") for name in _KD_FIELDS],
+    *[
+        NoEffect(f"distillation.{name}", f"task={task}", reason, when=_WITH_TEACHER)
+        for name in _KD_FIELDS
+        for task, reason in (
+            ("rl", "--teacher minimizes the reverse KL divergence at --temperature"),
+            ("|".join(_SCORED_TASKS), "the model learns the scores of --teacher"),
         )
-    elif task in _SCORED_TASKS:
-        yield from (
-            f"{flag}: --task {task} learns the scores of --teacher and does not read it. Drop it."
-            for flag in flags
-        )
-    elif task not in DISTILLATION_TASKS:
-        yield (
-            f"--teacher is for tasks that write text ({', '.join(DISTILLATION_TASKS)}, rl), "
-            f"embedding and reranking, and --task is {task}. Drop it, or change the task."
-        )
-    if "jsd_beta" in names and config.divergence != "jsd":
-        yield (
-            f"distillation.jsd_beta: --divergence {config.divergence} does not read it; jsd "
-            "does. Drop it."
-        )
-    if smoothing:
-        yield (
-            f"--label-smoothing-factor {smoothing:g} cannot be used with --teacher, which "
-            f"defines the target distribution. Drop one of them."
-        )
-    if streaming:
-        yield ("--streaming: a --teacher needs all rows before the first step. Drop one of them.")
+    ],
+    Excludes("distillation.teacher", f"task!={_TEACHER_TASKS.replace(', ', '|')}",
+         f"it is for {_TEACHER_TASKS}", "Drop it, or change the task."),
+    NoEffect("distillation.jsd_beta", "distillation.divergence!=jsd", "it is for jsd",
+         when=_WITH_TEACHER),
+    Excludes("train.label_smoothing_factor", "distillation.teacher",
+         "the teacher defines the target distribution"),
+)  # fmt: skip
+"""Rules of distillation."""

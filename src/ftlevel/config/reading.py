@@ -1,4 +1,4 @@
-"""Safe YAML, aliases of tasks, methods and quantizations, and renamed keys.
+"""Safe YAML, and aliases of tasks, methods and quantizations.
 
 YAML may come from third parties: only plain values of bounded size are accepted; dates stay text.
 """
@@ -164,38 +164,3 @@ def _count(node: Any, sizes: dict[int, int], ancestors: set[int]) -> int:
         raise YamlError(f"its aliases expand to more than {_MAX_VALUES:,} values", position)
     sizes[id(node)] = total
     return total
-
-
-RENAMED = {
-    "speed.target_head": "speed.chunked_cross_entropy",
-    "speed.skip_unread": "speed.prune_last_layer",
-    "speed.low_rank": "speed.fused_lora",
-    "speed.elementwise": "speed.fused_norm_glu",
-    "speed.tokens_per_pass": "speed.tokens_per_micro_batch",
-    "speed.passes_at_once": "speed.parallel_workers",
-}
-"""Old dotted key → new key, in the same section."""
-
-
-def rename_keys(
-    values: Mapping[str, Any], locations: Mapping[tuple[str, ...], str]
-) -> tuple[dict[str, Any], list[str]]:
-    """Returns `values` with outdated keys renamed, and a message for each with its location.
-
-    Raises ValueError if a key is given under both names.
-    """
-    renamed, lines = dict(values), []
-    for old, new in RENAMED.items():
-        section, key = old.split(".")
-        fields, new_key = renamed.get(section), new.split(".")[1]
-        if not isinstance(fields, Mapping) or key not in fields:
-            continue
-        location = locations.get((section, key))
-        prefix = f"{location}: " if location else ""
-        if new_key in fields:
-            raise ValueError(
-                f"{prefix}{old!r} is the old name of {new!r}, and both are given. Use {new} only."
-            )
-        renamed[section] = {new_key if name == key else name: fields[name] for name in fields}
-        lines.append(f"{prefix}{old} is now called {new}; the old name is still accepted.")
-    return renamed, lines

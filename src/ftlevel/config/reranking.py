@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 
 from ftlevel.config.embedding import normalize_loss_name
 from ftlevel.config.section import Section
-from ftlevel.errors import join_names
+from ftlevel.errors import has_no_effect, join_names
 
 RERANKING_TASKS = ("reranking",)
 RerankingLossName = Literal["bce", "lce", "listnet", "ranknet", "lambda", "margin-mse", "mse"]
@@ -82,4 +82,4 @@ def validate_reranking(config: RerankingConfig, teacher: str | None) -> Iterator
     """Yields an error message for a `--teacher` that the loss does not read."""
     if teacher is not None and config.loss and not LOSSES[config.loss].reads_teacher:
         losses = join_names(name for name, facts in LOSSES.items() if facts.reads_teacher)
-        yield f"--teacher: --loss {config.loss} does not read it; {losses} do. Drop one of them."
+        yield has_no_effect("--teacher", f"--loss {config.loss}", f"it is for {losses}")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from ftlevel.config.section import Address, Positive, Section, flag_of, list_unread
+from ftlevel.config.constraints import Excludes, Needs, NoEffect, list_violations
+from ftlevel.config.section import Address, Positive, Section, list_unread
 from ftlevel.config.trainer import PLATEAU
 from ftlevel.errors import did_you_mean, join_names
 
@@ -340,55 +341,67 @@ class RlConfig(Section):
 
 TOKEN_LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo")
 """Losses with one ratio per token, which on-policy distillation can use."""
-_NOT_WITH_TEACHER = {
-    "reward": "completions are compared with the teacher and have no reward",
-    "beta": "the divergence from the teacher replaces that from the initial model",
-    "scale_rewards": "advantages are log-ratios and are not scaled",
-    "dynamic_sampling": "every prompt has a signal",
-}
 _DROPOUT = (
     "the model that samples and the model that is trained would differ, and log-probabilities and "
     "ratios would be noise"
 )
 SAMPLED = "would sample from another distribution than the one that is trained"
+_TEACHER, _RL, _DROP = "distillation.teacher", f"task={RL_TASK}", "Drop it."
+_PLAIN_LORA = (
+    "a vLLM server loads plain LoRA adapters only",
+    "Use plain --method lora, or drop --rollouts.",
+)
+CONSTRAINTS = (
+    Excludes("rl.reward", _TEACHER,
+         "completions are compared with the teacher and have no reward"),
+    Excludes("rl.beta", _TEACHER,
+         "the divergence from the teacher replaces that from the initial model"),
+    Excludes("rl.scale_rewards", _TEACHER, "advantages are log-ratios and are not scaled"),
+    Excludes("rl.dynamic_sampling", _TEACHER, "every prompt has a signal"),
+    Excludes(f"rl.loss!={'|'.join(TOKEN_LOSSES)}", _TEACHER,
+         "each token has an advantage of its own, and this loss has one per completion",
+         f"Use {', '.join(TOKEN_LOSSES)}."),
+    Excludes("rl.num_generations=1", "rl.loss!=reinforce++",
+         "a completion is compared with the others of its prompt", "Use 2 or more.",
+         when=f"{_TEACHER}=None"),
+    NoEffect("rl.dynamic_sampling", "rl.loss=reinforce++",
+         "it compares completions over the whole batch, so every prompt has a signal"),
+    Needs("rl.use_bias_correction_kl", "rl.beta!=0.0 N"),
+    Excludes("rl.rollouts", "method.kind!=lora", *_PLAIN_LORA),
+    Excludes("rl.rollouts", "method.use_dora", *_PLAIN_LORA),
+    Excludes("rl.rollouts", "method.modules_to_save", *_PLAIN_LORA),
+    Excludes("rl.rollouts", "method.trainable_token_indices", *_PLAIN_LORA),
+    Excludes("rl.rollouts", "train.num_processes!=None|1",
+         "each process would load an adapter of its own"),
+    Excludes("rl.top_p", _RL, f"it {SAMPLED}", _DROP),
+    Excludes("train.neftune_noise_alpha", _RL, _DROPOUT, _DROP),
+    Excludes("train.spike_factor", _RL,
+         "its loss is near 0 and may be negative, so multiples of it mean nothing", _DROP),
+    Excludes("train.label_smoothing_factor", _RL, "it has no target tokens", _DROP),
+    Excludes(f"train.lr_scheduler_type={PLATEAU}", _RL, "it has no validation loss",
+         "Use another."),
+    Excludes("data.train_on_inputs", _RL, "it trains on sampled completions only", _DROP),
+)  # fmt: skip
+"""Rules of `--task rl`, besides those of `validate_rl`."""
 
 
 def validate_rl(config: Any) -> Iterator[str]:
     """Yields an error message for each value of a `TrainConfig` that `--task rl` cannot use."""
-    rl, values = config.rl, config.rl.changed
-    is_distilled = config.distillation.teacher is not None
-    if is_distilled:
-        yield from _validate_distillation(rl, values)
-    elif not rl.reward:
+    rl = config.rl
+    dropouts = [name for name in type(config.method).model_fields if name.endswith("dropout")]
+    rules = [Excludes(f"method.{name}", _RL, _DROPOUT, _DROP) for name in dropouts]
+    yield from list_violations(config, (*CONSTRAINTS, *rules))
+    if config.distillation.teacher is not None:
+        return
+    parameters = {name: facts.parameters for name, facts in RL_LOSSES.items()}
+    yield from list_unread("rl", rl.changed, rl.loss, parameters)
+    if not rl.reward:
         yield (
             "--task rl has no reward. Add --reward exact, or another built-in one "
             f"({join_names([n for n in REWARDS if n != 'exact'], 20)}), FILE.py:FUNCTION, or the "
             "run of a reward model; or --teacher MODEL."
         )
-    else:
-        yield from _validate_weights(rl)
-    if rl.num_generations == 1 and rl.loss != "reinforce++" and not is_distilled:
-        yield (
-            "--num-generations 1: a completion is compared with the others of its prompt. Use 2 or "
-            "more."
-        )
-    if not is_distilled:
-        parameters = {name: facts.parameters for name, facts in RL_LOSSES.items()}
-        yield from list_unread("rl", values, rl.loss, parameters)
-    if rl.dynamic_sampling and rl.loss == "reinforce++":
-        yield (
-            f"--dynamic-sampling {rl.dynamic_sampling}: --loss reinforce++ compares "
-            "completions over the whole batch, so every prompt has a signal. Drop it."
-        )
-    if rl.use_bias_correction_kl and not rl.beta:
-        yield "--use-bias-correction-kl needs --beta, which is 0. Drop it."
-    if rl.rollouts is not None:
-        yield from _validate_sampling_server(config)
-    yield from _validate_sections(config)
-
-
-def _validate_weights(rl: RlConfig) -> Iterator[str]:
-    if not any(spec.weight for spec in rl.rewards):
+    elif not any(spec.weight for spec in rl.rewards):
         yield "--reward: all weights are 0, so nothing can be learned. Use another weight."
     names = rl.reward_names
     if doubled := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
@@ -396,65 +409,6 @@ def _validate_weights(rl: RlConfig) -> Iterator[str]:
             f"--reward: {join_names(doubled)} is given twice. Give each reward once, with the sum "
             "of the weights; functions need different names or files."
         )
-
-
-def _validate_sampling_server(config: Any) -> Iterator[str]:
-    method = config.method
-    fields = ("use_dora", "modules_to_save", "trainable_token_indices")
-    others = [name for name in fields if getattr(method, name, None)]
-    if method.kind != "lora" or others:
-        name = f"lora with {join_names(others)}" if method.kind == "lora" else method.kind
-        yield (
-            f"--rollouts: a vLLM server loads plain LoRA adapters only, and --method is {name}. "
-            "Use --method lora, or drop --rollouts."
-        )
-    if (config.train.num_processes or 1) > 1:
-        yield (
-            f"--rollouts with --num-processes {config.train.num_processes}: each process would "
-            "load an adapter of its own. Drop one of them."
-        )
-
-
-def _validate_distillation(rl: RlConfig, names: Sequence[str]) -> Iterator[str]:
-    yield from (
-        f"{flag_of('rl', name)}: with --teacher, {message}. Drop one of them."
-        for name, message in _NOT_WITH_TEACHER.items()
-        if name in names
-    )
-    if rl.loss not in TOKEN_LOSSES:
-        yield (
-            f"--loss {rl.loss}: with --teacher each token has an advantage of its own, and "
-            f"this loss has one per completion. Use {join_names(TOKEN_LOSSES)}."
-        )
-
-
-def _validate_sections(config: Any) -> Iterator[str]:
-    train, data = config.train, config.data
-    for name in type(config.method).model_fields:
-        value = getattr(config.method, name)
-        if name.endswith("dropout") and value:
-            flag = "--lora-dropout" if name == "lora_dropout" else f"method.{name}"
-            yield f"{flag} {value:g}: {_DROPOUT}. Drop it."
-    if config.rl.top_p < 1:
-        yield f"--top-p {config.rl.top_p:g} {SAMPLED}. Drop it."
-    if train.neftune_noise_alpha is not None:
-        yield (f"--neftune-noise-alpha {train.neftune_noise_alpha:g}: {_DROPOUT}. Drop it.")
-    if train.spike_factor is not None:
-        yield (
-            f"--spike-factor {train.spike_factor:g}: the loss of --task rl is near 0 and may be "
-            "negative, so multiples of it mean nothing. Drop it."
-        )
-    if train.label_smoothing_factor:
-        yield "--label-smoothing-factor: --task rl has no target tokens. Drop it."
-    if train.lr_scheduler_type == PLATEAU:
-        yield (
-            f"--lr-scheduler-type {PLATEAU} depends on the validation loss, and --task rl has "
-            "none. Use another."
-        )
-    if data.train_on_inputs:
-        yield "--train-on-inputs: --task rl trains on sampled completions only. Drop it."
-    if data.streaming:
-        yield "--streaming cannot be used with --task rl. Drop it."
 
 
 def unknown_reward(name: str) -> str:

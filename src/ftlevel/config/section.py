@@ -20,7 +20,8 @@ from pydantic import (
     model_validator,
 )
 
-from ftlevel.errors import ConfigError, join_names
+from ftlevel.config.constraints import Constraints, flag_name, list_violations
+from ftlevel.errors import ConfigError, has_no_effect, join_names
 from ftlevel.safe_io import mask_passwords
 
 Positive = Annotated[int, Field(ge=1)]
@@ -70,6 +71,7 @@ class Section(BaseModel):
         defer_build=True,  # --help does not validate
         hide_input_in_errors=True,  # inputs may be rows
     )
+    constraints: ClassVar[Constraints] = ()
     explain_errors: ClassVar[Callable[[ValidationError, type[BaseModel]], list[str]]]
     """Returns messages for a pydantic error; set by `config/layers.py`."""
 
@@ -92,6 +94,18 @@ class Section(BaseModel):
             for name, field in type(self).model_fields.items()
             if getattr(self, name) != field.get_default(call_default_factory=True)
         ]
+
+    def list_conflicts(self) -> Iterator[str]:
+        """Yields an error message per violation of `constraints` of this class and its bases."""
+        for cls in type(self).__mro__:
+            constraints = cls.__dict__.get("constraints", ())
+            yield from list_violations(self, constraints)
+
+    @model_validator(mode="after")
+    def _validate_conflicts(self) -> Section:
+        if messages := list(self.list_conflicts()):
+            raise ValueError("\n".join(messages))
+        return self
 
     @field_validator("*")
     @classmethod
@@ -134,16 +148,6 @@ class Section(BaseModel):
         return {**raw, **invalid}
 
 
-_WITHOUT_FLAG = """
-    nll_mean ld_alpha ipo_ratios center jsd_beta include_prompt matryoshka_weights grad_cache
-""".split()
-
-
-def flag_of(section: str, name: str) -> str:
-    """Returns the flag of the field `name`, or `SECTION.NAME` if the field has no flag."""
-    return f"{section}.{name}" if name in _WITHOUT_FLAG else f"--{name.replace('_', '-')}"
-
-
 def list_unread(
     section: str, names: Iterable[str], loss: str, parameters: Mapping[str, Collection[str]]
 ) -> Iterator[str]:
@@ -151,10 +155,8 @@ def list_unread(
     for name in names:
         losses = [other for other, fields in parameters.items() if name in fields]
         if losses and loss not in losses:
-            yield (
-                f"{flag_of(section, name)}: --loss {loss} does not read it; {join_names(losses)} "
-                f"{'does' if len(losses) == 1 else 'do'}. Drop it."
-            )
+            flag = flag_name(f"{section}.{name}")
+            yield has_no_effect(flag, f"--loss {loss}", f"it is for {join_names(losses)}")
 
 
 def check_config(config: object, expected: type[Section]) -> None:

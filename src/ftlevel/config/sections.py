@@ -169,17 +169,6 @@ class DataConfig(Section):
         description="Proportions of training rows per dataset, in order, e.g. 3,7. Default: all"
         " rows of each dataset. No row is repeated.",
     )
-    streaming: bool = Field(
-        False,
-        description="Whether to stream the rows, for datasets larger than memory. Requires "
-        "--max-steps.",
-    )
-    shuffle_buffer: Positive = Field(
-        1_000, description="Shuffle buffer size of a streamed dataset; 1 keeps the order."
-    )
-    validation_rows: Positive | None = Field(
-        None, description="Number of first streamed rows to hold out for evaluation."
-    )
     input_format: str | None = Field(None, min_length=1, description=INPUT_FORMAT)
     subset: str | None = Field(
         None, description="Configuration (subset) of a Hub dataset, or sheet of a workbook."
@@ -313,11 +302,6 @@ class SpeedConfig(Section):
     chunked_cross_entropy: bool = Field(
         True, description="Whether to compute logits and loss in chunks, at supervised tokens only."
     )
-    prune_last_layer: bool = Field(
-        True,
-        description="Whether to compute the last block only for tokens the head needs. Other "
-        "tokens get only keys and values.",
-    )
     fused_lora: bool = Field(
         True,
         description="Whether to compute base layer and LoRA in one autograd function. It "
@@ -338,19 +322,13 @@ class SpeedConfig(Section):
         description="Whether to use liger-kernel on a CUDA GPU, where it is installed and supports "
         "the model. It replaces norms, rotary embedding and activation.",
     )
-    tokens_per_micro_batch: Positive | Literal["auto", "memory"] = Field(
+    tokens_per_micro_batch: Positive | Literal["auto"] = Field(
         "auto",
         description="Maximum number of tokens per micro-batch, which bounds the memory. auto: on "
         "a GPU as many as are estimated to fit, at most 16,384 or the longest row; on a CPU "
         "per_device_train_batch_size rows of max_length, at most 2,048 tokens (an eighth more with "
-        "shared prefixes, with --task rl a group of completions per worker if memory allows); "
-        "memory: as many as are estimated to fit into free memory (--auto-micro-batch). "
+        "shared prefixes, with --task rl a group of completions per worker if memory allows). "
         "Rows per optimizer step do not change.",
-    )
-    memory_gib: Annotated[float, Field(gt=0)] | None = Field(
-        None,
-        description="Peak memory in GiB for tokens_per_micro_batch=memory. Default: the free "
-        "memory.",
     )
     parallel_workers: Positive | Literal["auto"] = Field(
         "auto",

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
 
+from ftlevel.config.constraints import Excludes, Needs, NoEffect, flag_name, list_violations
 from ftlevel.config.embedding import EMBEDDING_TASKS, EmbeddingConfig, validate_embedding
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig
 from ftlevel.config.output import OutputConfig
 from ftlevel.config.preference import (
+    DISTILLATION_CONSTRAINTS,
     PREFERENCE_TASKS,
+    SMOOTHED,
     DistillationConfig,
     PreferenceConfig,
     normalize_loss,
-    validate_distillation,
     validate_preference,
 )
-from ftlevel.config.reading import rename_keys, resolve_aliases
+from ftlevel.config.reading import resolve_aliases
 from ftlevel.config.reranking import RERANKING_TASKS, RerankingConfig, validate_reranking
 from ftlevel.config.rl import RL_TASK, RlConfig, validate_rl
-from ftlevel.config.section import flag_of
 from ftlevel.config.sections import DataConfig, ModelConfig, QuantConfig, Section, SpeedConfig
 from ftlevel.config.tasks import TASKS, TaskName
 from ftlevel.config.trainer import TrainerConfig, validate_optimizer
-from ftlevel.errors import join_names, with_article
+from ftlevel.errors import excludes, has_no_effect, join_names, with_article
 
 SHORTHAND = {
     "model": "name_or_path",
@@ -109,26 +109,13 @@ class TrainConfig(Section):
             values: BaseModel = getattr(self, section)
             default = type(values).model_fields[name].default
             if getattr(values, name) != default and not {self.task, kind}.intersection(owners):
-                yield (
-                    f"{path} has no effect: it is for {join_names(owners)}, and this is "
-                    f"{self.task} with {with_article(kind)}."
-                )
+                current = f"--task {self.task} and {with_article(kind)}"
+                yield has_no_effect(path, current, f"it is for {join_names(owners)}")
 
     def with_sections(self, **sections: Any) -> TrainConfig:
         """Returns a validated copy with `sections` replaced; raises ConfigError if invalid."""
         values = {name: getattr(self, name) for name in self.model_fields_set}
         return TrainConfig(**{**values, **sections})
-
-    @model_validator(mode="before")
-    @classmethod
-    def _rename_keys(cls, raw: Any) -> Any:
-        """Accept old names of keys, with a FutureWarning."""
-        if not isinstance(raw, dict):
-            return raw
-        values, lines = rename_keys(raw, {})
-        for line in lines:
-            warnings.warn(line, FutureWarning, stacklevel=2)
-        return values
 
     @model_validator(mode="before")
     @classmethod
@@ -160,241 +147,9 @@ class TrainConfig(Section):
             values["method"] = {"kind": "lora", **values["method"]}
         return normalize_loss(values)
 
-    @model_validator(mode="after")
-    def _validate_rules(self) -> TrainConfig:
-        if messages := [*_validate_quantization(self), *_validate_sections(self)]:
-            raise ValueError("\n".join(messages))
-        return self
-
-
-def _validate_quantization(config: TrainConfig) -> Iterator[str]:
-    quant = config.quant
-    yield from config.method.validate_quant(quant)
-    if quant.kind != "4bit":
-        for flag, values in (
-            ("--double-quant", quant.double_quant),
-            ("--quant-type fp4", quant.quant_type != "nf4"),
-        ):
-            if values:
-                yield (
-                    f"{flag} belongs to --quant 4bit, and --quant is {quant.kind}. "
-                    f"Use --quant 4bit, or drop {flag.split()[0]}."
-                )
-
-
-def _validate_sections(config: TrainConfig) -> Iterator[str]:
-    if config.model.dtype == "float16" and config.model.device == "cpu":
-        yield (
-            "--dtype float16 cannot be used on the CPU, which computes it in software and "
-            "overflows in training. Use --dtype bfloat16 or float32."
-        )
-    if config.output.overwrite and config.output.resume:
-        yield "--resume keeps a run and --overwrite replaces it. Use one of them."
-    if config.output.resume and config.output.dir is None:
-        yield "--resume needs the run to resume. Add --output-dir RUN."
-    if config.train.max_restarts and (config.train.num_processes or 1) == 1:
-        yield (
-            "--max-restarts needs several processes (--num-processes N). To continue a single "
-            "process, use --resume."
-        )
-    elif config.train.max_restarts and config.output.dir is None:
-        yield "--max-restarts needs the run to resume. Add --output-dir RUN."
-    if config.train.on_nonfinite == "rollback" and config.train.save_strategy == "no":
-        yield (
-            "--on-nonfinite rollback goes back to a checkpoint, and --save-strategy no writes "
-            "none. Use --save-steps N, or --on-nonfinite skip."
-        )
-    if config.speed.memory_gib is not None and config.speed.tokens_per_micro_batch != "memory":
-        yield (
-            f"speed.memory_gib={config.speed.memory_gib:g} needs --auto-micro-batch, which is off. "
-            "Add it, or drop speed.memory_gib."
-        )
-    yield from validate_optimizer(config.train)
-    if config.train.focal_gamma and config.train.label_smoothing_factor:
-        yield (
-            f"--focal-gamma {config.train.focal_gamma:g} and --label-smoothing-factor cannot be "
-            f"combined. Use one of them."
-        )
-    yield from _validate_task_sections(config)
-    yield from _validate_strategies(config)
-    sets, mix = 1 + len(config.data.also), config.data.mix
-    if mix is not None and len(mix) != sets:
-        yield (
-            f"--mix has {len(mix)} share{'s' * (len(mix) != 1)} for {sets} data "
-            f"set{'s' * (sets != 1)}. Give one share for each --dataset."
-        )
-    yield from _validate_data(config)
-    yield from _validate_streaming(config)
-    yield from _validate_stdin(config)
-
-
-def _validate_task_sections(config: TrainConfig) -> Iterator[str]:
-    smoothing, streaming = config.train.label_smoothing_factor, config.data.streaming
-    teacher, batch = config.distillation.teacher, config.train.rows_per_step
-    for name, tasks, rules in (
-        (
-            "preference",
-            PREFERENCE_TASKS,
-            validate_preference(config.preference, smoothing, streaming=streaming),
-        ),
-        (RL_TASK, (RL_TASK,), validate_rl(config)),
-        ("embedding", EMBEDDING_TASKS, validate_embedding(config.embedding, batch, teacher)),
-        ("reranking", RERANKING_TASKS, validate_reranking(config.reranking, teacher)),
-    ):
-        if config.task in tasks:
-            yield from rules
-        elif fields := getattr(config, name).changed:
-            flags = join_names(flag_of(name, field) for field in fields)
-            yield (
-                f"{flags}: for --task {name}, and --task is {config.task}. Drop it, or change the "
-                "task."
-            )
-    yield from validate_distillation(
-        config.task, config.distillation, smoothing, streaming=streaming
-    )
-
-
-def _validate_strategies(config: TrainConfig) -> Iterator[str]:
-    train, output = config.train, config.output
-    for name, strategy, steps in (
-        ("eval", train.eval_strategy, train.eval_steps),
-        ("save", train.save_strategy, train.save_steps),
-    ):
-        if steps is not None and strategy in ("no", "epoch", "best"):
-            yield (
-                f"--{name}-steps {steps:g} is not used by --{name}-strategy {strategy}. "
-                "Drop one of them."
-            )
-    if output.run_name is not None and output.dir is not None and not output.report_to:
-        yield (
-            f"--run-name {output.run_name} names the directory under runs/ and the run in a "
-            "tracker; --output-dir and --report-to none leave it unused. Drop it."
-        )
-    if output.tracker_project is not None and not output.report_to:
-        yield (
-            f"--tracker-project {output.tracker_project} needs a tracker. Add --report-to wandb "
-            f"(or another), or drop it."
-        )
-    if output.hub_private and output.push_to_hub is None:
-        yield "--hub-private requires --push-to-hub. Add --push-to-hub NAME, or drop it."
-    yield from _validate_retrieval(config)
-    if config.data.validation_file is not None and config.data.validation_split:
-        yield (
-            "--validation-file and --validation-split both define the validation rows. Use one "
-            "of them."
-        )
-    yield from _validate_best_model(train)
-
-
-def _validate_retrieval(config: TrainConfig) -> Iterator[str]:
-    data = config.data
-    files = {"--qrels": data.qrels, "--corpus": data.corpus}
-    names = [f"{flag} {path}" for flag, path in files.items() if path is not None]
-    if names and config.task not in EMBEDDING_TASKS:
-        yield f"{join_names(names)}: for --task embedding, and --task is {config.task}. Drop it."
-    elif data.qrels is not None and (data.validation_file or data.validation_split):
-        other = "--validation-file" if data.validation_file else "--validation-split"
-        yield f"--qrels and {other} both define the validation rows. Use one of them."
-
-
-def _validate_best_model(train: TrainerConfig) -> Iterator[str]:
-    values = {
-        "--early-stopping-patience": train.early_stopping_patience is not None,
-        "--load-best-model-at-end": bool(train.load_best_model_at_end),
-        "--save-strategy best": train.save_strategy == "best",
-    }
-    names = [name for name, is_requested in values.items() if is_requested]
-    if names and train.eval_strategy == "no":
-        yield (
-            f"{names[0]} needs evaluations during training, and --eval-strategy no turns them "
-            f"off. Use --eval-strategy epoch or steps."
-        )
-    if train.early_stopping_threshold and train.early_stopping_patience is None:
-        yield (
-            f"--early-stopping-threshold {train.early_stopping_threshold:g} needs "
-            f"--early-stopping-patience N. Add it."
-        )
-    if train.load_best_model_at_end is False and not names:
-        for name, value in (
-            ("metric-for-best-model", train.metric_for_best_model),
-            ("greater-is-better", train.greater_is_better),
-        ):
-            if value is not None:
-                yield (
-                    f"--{name} {str(value).lower()} has no effect with "
-                    f"--no-load-best-model-at-end. Drop one of them."
-                )
-
-
-def _validate_streaming(config: TrainConfig) -> Iterator[str]:
-    data, train = config.data, config.train
-    if not data.streaming:
-        message = "belongs to --streaming. Drop it, or add --streaming."
-        values = {
-            "data.shuffle_buffer": data.shuffle_buffer != 1_000,
-            "data.validation_rows": data.validation_rows is not None,
-        }
-        yield from (f"{name} {message}" for name, is_given in values.items() if is_given)
-        return
-    if train.max_steps is None:
-        yield (
-            "--streaming does not know how many rows an epoch has, so it cannot count the steps. "
-            "Add --max-steps N."
-        )
-    if config.task not in (*_GENERATION_TASKS, RL_TASK):  # which has its own message
-        yield (
-            f"--streaming cannot be used with --task {config.task}, which needs all rows for its "
-            f"labels, windows or masks. Drop --streaming: rows are memory-mapped in any case."
-        )
-    if train.data_seed is not None:
-        yield ("--data-seed: the rows of a stream are drawn by --seed as they come. Drop it.")
-    if data.also or data.mix:
-        yield "--streaming reads one dataset. Use one --dataset, or drop --streaming."
-    if data.validation_split:
-        yield (
-            "--validation-split is a share of rows that --streaming cannot count. Use --set "
-            "data.validation_rows=N, or a directory with a validation file."
-        )
-    if data.validation_file is not None:
-        yield (
-            "--validation-file cannot be used with --streaming. Use --set data.validation_rows=N, "
-            "or a directory with a validation file."
-        )
-    if data.max_samples:
-        yield (
-            "--max-samples cannot be used with --streaming, which reads only the rows of "
-            "--max-steps. Drop one of them."
-        )
-    if train.train_sampling_strategy != "random":
-        yield (
-            f"train.train_sampling_strategy={train.train_sampling_strategy} sorts rows that "
-            "--streaming has not read yet. Drop it; the fast step packs them without padding."
-        )
-
-
-def _validate_stdin(config: TrainConfig) -> Iterator[str]:
-    data = config.data
-    if (config.train.num_processes or 1) > 1:
-        yield from [
-            f"--num-processes cannot be used with {name}, a pipe, which only one process can "
-            "read. Save the rows to a file."
-            for name in (data.dataset, *data.also, data.validation_file or "")
-            if Path(name).is_fifo()
-        ]
-    if data.validation_file == "-":
-        yield "--validation-file -: stdin is for --dataset. Name a file."
-    if "-" not in (data.dataset, *data.also):
-        return
-    if config.output.resume:
-        yield (
-            "--resume cannot be used with --dataset -: the rows of the run came through a pipe and "
-            "are no longer available. Save them to a file and train on that."
-        )
-    if (config.train.num_processes or 1) > 1:
-        yield (
-            "--num-processes cannot be used with --dataset -, which only one process can read. "
-            "Save the rows to a file."
-        )
+    def list_conflicts(self) -> Iterator[str]:
+        """Yields an error message per conflict between sections."""
+        yield from _validate_sections(self)
 
 
 _GENERATION_TASKS = ("text-generation", "summarization", "translation", "preference")
@@ -416,50 +171,133 @@ _OWNERS: dict[str, tuple[str, ...]] = {
     "data.max_target_length": ("encoder-decoder",),
 }
 """Dotted field → tasks, or kinds of models, that use it."""
-_NO_PROMPT = ("token-classification", "question-answering", "masked-lm")
+_TEXT = "|".join((*_GENERATION_TASKS, RL_TASK))
+_OVERLONG: dict[str, tuple[str, ...]] = {
+    "text-generation": ("drop", "truncate-prompt", "split"),
+    "masked-lm": ("drop", "split"),
+    **dict.fromkeys(("token-classification", "question-answering"), ("drop",)),
+    **dict.fromkeys(EMBEDDING_TASKS, ("drop", "truncate")),
+    **dict.fromkeys(RERANKING_TASKS, ("drop", "truncate", "truncate-prompt")),
+}
+"""Task → values of `--overlong`, besides error; default: drop and truncate-prompt."""
+_RESUME_RUN = ("output.dir RUN", "it is the run to resume")
+_BEST = (
+    "train.eval_strategy=no",
+    "it needs evaluations during training",
+    "Use --eval-strategy epoch or steps.",
+)
+_TWO_SETS = "both define the validation rows"
+_TO_PROMPTS = ("it is for tasks that write text", "Drop it, or change the task.")
+CONSTRAINTS = (
+    Needs("quant.double_quant", "quant.kind=4bit"),
+    Needs("quant.quant_type=fp4", "quant.kind=4bit"),
+    Excludes("model.dtype=float16", "model.device=cpu",
+         "the CPU computes it in software, and it overflows in training",
+         "Use --dtype bfloat16 or float32."),
+    Excludes("output.resume", "output.overwrite",
+         "one keeps the run and the other replaces it"),
+    Needs("output.resume", *_RESUME_RUN),
+    Needs("train.max_restarts", "train.num_processes!=None|1 N",
+         fix="To continue a single process, use --resume."),
+    Needs("train.max_restarts", *_RESUME_RUN),
+    Excludes("train.on_nonfinite=rollback", "train.save_strategy=no",
+         "it goes back to a checkpoint, and none is written",
+         "Use --save-steps N, or --on-nonfinite skip."),
+    Excludes("train.focal_gamma", "train.label_smoothing_factor"),
+    NoEffect("train.eval_steps", "train.eval_strategy=no|epoch|best",
+         fix="Drop one of them."),
+    NoEffect("train.save_steps", "train.save_strategy=no|epoch|best",
+         fix="Drop one of them."),
+    NoEffect("output.run_name", "output.dir", "no tracker shows it",
+         when="output.report_to=()"),
+    Needs("output.tracker_project", "output.report_to wandb", "it is the tracker's"),
+    Excludes("data.validation_file", "data.validation_split!=None|0.0", _TWO_SETS),
+    *[
+        NoEffect(f"data.{name}", f"task!={'|'.join(EMBEDDING_TASKS)}",
+             "it is for --task embedding")
+        for name in ("qrels", "corpus")
+    ],
+    Excludes("data.qrels", "data.validation_file", _TWO_SETS),
+    Excludes("data.qrels", "data.validation_split!=None|0.0", _TWO_SETS),
+    Excludes("train.early_stopping_patience", *_BEST),
+    Excludes("train.load_best_model_at_end=True", *_BEST),
+    Excludes("train.save_strategy=best", *_BEST),
+    Needs("train.early_stopping_threshold", "train.early_stopping_patience N"),
+    *[
+        NoEffect(f"train.{name}", "train.load_best_model_at_end=False",
+             fix="Drop one of them.",
+             when="train.early_stopping_patience=None & train.save_strategy!=best")
+        for name in ("metric_for_best_model", "greater_is_better")
+    ],
+    # tasks
+    NoEffect("train.label_smoothing_factor", f"preference.loss!={'|'.join(SMOOTHED)}",
+         f"it is for {join_names(SMOOTHED)}", when=f"task={'|'.join(PREFERENCE_TASKS)}"),
+    NoEffect("data.system", f"task!={_TEXT}", *_TO_PROMPTS),
+    NoEffect("data.train_on_inputs", f"task!={_TEXT}", *_TO_PROMPTS),
+    Excludes("data.overlong=truncate-prompt", "data.train_on_inputs",
+         "one cuts prompts and the other supervises them",
+         "Use --overlong drop, or drop one of them."),
+    *[
+        NoEffect(f"data.{name}", f"task!={task}", f"it is for --task {task}",
+             "Drop it, or change the task.")
+        for name, task in (
+            ("problem_type", "text-classification"),
+            ("source_language", "translation"),
+            ("target_language", "translation"),
+        )
+    ],
+    *DISTILLATION_CONSTRAINTS,
+)  # fmt: skip
+"""Rules of every task; those of one kind of task are in the module of its section."""
 
 
-def _validate_data(config: TrainConfig) -> Iterator[str]:
-    task, data = config.task, config.data
-    if data.overlong == "split" and task not in ("text-generation", "masked-lm"):
-        allowed = "drop" if task in _NO_PROMPT else "drop or truncate-prompt"
+def _validate_sections(config: TrainConfig) -> Iterator[str]:
+    yield from config.method.validate_quant(config.quant)
+    yield from list_violations(config, CONSTRAINTS)
+    yield from validate_optimizer(config.train)
+    yield from _validate_task_sections(config)
+    data = config.data
+    sets, mix = 1 + len(data.also), data.mix
+    if mix is not None and len(mix) != sets:
         yield (
-            f"--overlong split cuts plain text into several rows and cannot be used with --task "
-            f"{task}. Use --overlong {allowed}."
+            f"--mix has {len(mix)} share{'s' * (len(mix) != 1)} for {sets} data "
+            f"set{'s' * (sets != 1)}. Give one share for each --dataset."
         )
-    if data.overlong == "truncate-prompt" and task in _NO_PROMPT:
-        yield (
-            f"--overlong truncate-prompt cannot be used with --task {task}, whose rows have no "
-            "prompt. Use --overlong drop."
-        )
-    allowed = ""
-    if data.overlong == "truncate" and task not in (*EMBEDDING_TASKS, *RERANKING_TASKS):
-        allowed = "drop" if task in _NO_PROMPT else "drop or truncate-prompt"
-    elif data.overlong == "truncate-prompt" and task in EMBEDDING_TASKS:
-        allowed = "truncate"
-    if allowed:
-        fact = f"cannot be used with --task {task}"
+    allowed = _OVERLONG.get(config.task, ("drop", "truncate-prompt"))
+    if data.overlong not in ("error", *allowed):
+        fix, task = f"Use --overlong {' or '.join(allowed)}", f"--task {config.task}"
         if "task" not in config.model_fields_set:  # it may be inferred later
-            fact = "is for --task embedding and --task reranking"
-        yield f"--overlong {data.overlong} {fact}. Use --overlong {allowed}."
-    for flag, values in (("--system", data.system), ("--train-on-inputs", data.train_on_inputs)):
-        if values and task not in (*_GENERATION_TASKS, RL_TASK):
-            yield (
-                f"{flag} is for tasks that write text, and --task is {task}. Drop it, or change "
-                "the task."
-            )
-    if data.train_on_inputs and data.overlong == "truncate-prompt":
-        yield (
-            "--overlong truncate-prompt cuts prompts, and --train-on-inputs supervises them. Use "
-            "--overlong drop, or drop one of them."
-        )
-    for name, owner, values in (
-        ("problem_type", "text-classification", data.problem_type != "auto"),
-        ("source_language", "translation", data.source_language is not None),
-        ("target_language", "translation", data.target_language is not None),
+            fix, task = f"{fix}, or name the task", f"{task}, the default"
+        yield excludes(f"--overlong {data.overlong}", task, fix=f"{fix}.")
+    yield from _validate_stdin(config)
+
+
+def _validate_task_sections(config: TrainConfig) -> Iterator[str]:
+    smoothing = config.train.label_smoothing_factor
+    teacher, batch = config.distillation.teacher, config.train.rows_per_step
+    for name, tasks, rules in (
+        ("preference", PREFERENCE_TASKS, validate_preference(config.preference, smoothing)),
+        (RL_TASK, (RL_TASK,), validate_rl(config)),
+        ("embedding", EMBEDDING_TASKS, validate_embedding(config.embedding, batch, teacher)),
+        ("reranking", RERANKING_TASKS, validate_reranking(config.reranking, teacher)),
     ):
-        if values and task != owner:
-            yield (
-                f"data.{name} belongs to --task {owner}, and --task is {task}. Drop it, or change "
-                "the task."
-            )
+        if config.task in tasks:
+            yield from rules
+            continue
+        for field in getattr(config, name).changed:
+            reason, fix = f"it is for --task {name}", "Drop it, or change the task."
+            yield has_no_effect(flag_name(f"{name}.{field}"), f"--task {config.task}", reason, fix)
+
+
+def _validate_stdin(config: TrainConfig) -> Iterator[str]:
+    data, is_single = config.data, (config.train.num_processes or 1) == 1
+    names = (data.dataset, *data.also)
+    if data.validation_file == "-":
+        yield "--validation-file -: stdin is for --dataset. Name a file."
+    if "-" in names and config.output.resume:
+        reason = "the rows came through a pipe and are no longer available"
+        yield excludes("--resume", "--dataset -", reason, "Save them to a file and train on that.")
+    for name in (*names, data.validation_file or ""):
+        if not is_single and (name == "-" or Path(name).is_fifo()):
+            reason, fix = "only one process can read a pipe", "Save the rows to a file."
+            yield excludes("--num-processes", f"--dataset {name}", reason, fix)

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field
 from ftlevel.config.output import Decoding
 from ftlevel.config.preference import ClassWeights, FewNames, Scalar, Scalars
 from ftlevel.config.section import Positive, Share
-from ftlevel.errors import join_names
+from ftlevel.errors import has_no_effect, join_names
 
 _NO_PACKAGE = "it needs a package that ftlevel does not install"
 _LOW_RANK = (
@@ -154,26 +154,19 @@ _ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
 def validate_optimizer(train: Any) -> Iterator[str]:
     """Yields a message per setting in section `train` that its optimizer or schedule cannot use."""
     schedule, optim = train.lr_scheduler_type, train.optim
-    yield from _validate_kwargs(
-        "--lr-scheduler-kwargs",
-        f"--lr-scheduler-type {schedule}",
-        train.lr_scheduler_kwargs,
-        SCHEDULES.get(schedule, AllowedKwargs()),
-    )
-    yield from _validate_kwargs(
-        "--optim-args", f"--optim {optim}", train.optim_args, OPTIMIZERS.get(optim, AllowedKwargs())
-    )
+    owner, kwargs = f"--lr-scheduler-type {schedule}", SCHEDULES.get(schedule, AllowedKwargs())
+    yield from _validate_kwargs("--lr-scheduler-kwargs", owner, train.lr_scheduler_kwargs, kwargs)
+    kwargs = OPTIMIZERS.get(optim, AllowedKwargs())
+    yield from _validate_kwargs("--optim-args", f"--optim {optim}", train.optim_args, kwargs)
     if train.warmup_steps and schedule in _WITHOUT_WARMUP:
-        yield (
-            f"--warmup-steps {train.warmup_steps:g}: --lr-scheduler-type {schedule} has no "
-            "warm-up. Use constant_with_warmup, or drop --warmup-steps."
-        )
+        fix = "Use constant_with_warmup, or drop --warmup-steps."
+        flag, reason = f"--warmup-steps {train.warmup_steps:g}", "it has no warm-up"
+        yield has_no_effect(flag, owner, reason, fix)
     is_adam = "adam" in optim or "ademamix" in optim
     for name, default in _ADAM.items():
         value = getattr(train, name)
         if value != default and not (is_adam or ("lion" in optim and name != "adam_epsilon")):
-            flag = f"--{name.replace('_', '-')}"
-            yield f"{flag} {value:g} is not read by --optim {optim}. Drop it."
+            yield has_no_effect(f"--{name.replace('_', '-')} {value:g}", f"--optim {optim}")
 
 
 def _validate_kwargs(

@@ -17,8 +17,8 @@ import torch
 from ftlevel.artifacts.row_sinks import partial_of
 from ftlevel.config import SPECS
 from ftlevel.data.encoding.collate import Collator
-from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import truncate_row
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.prepare.inference import QueryRow
 from ftlevel.errors import ConfigError, InputError, UnansweredError
 from ftlevel.evaluation.decoding import RowDecoder, open_decoder
@@ -104,7 +104,6 @@ class RowScorer:
         args = (rows, self._pad_id, trained.device, trained.dtype)
         fast.check(*args)
         fast.check_cross_entropy(trained.objective, *args)
-        fast.prune_last_layer(trained.objective, *args)
         return fast
 
     @property
@@ -140,8 +139,6 @@ class RowScorer:
         if self._is_packed and self._fast is not None:
             layout = PackedLayout.from_mask(batch["attention_mask"])
             layout = replace(layout, is_for_answers=True).pad_to(self._fast.plan.token_multiple)
-            if self._fast.plan.needed_tokens is not None:
-                layout = layout.with_needed_tokens(self._fast.plan.needed_tokens(batch))
             layout = layout.to(trained.device)
         return {name: value.to(trained.device) for name, value in batch.items()}, layout
 

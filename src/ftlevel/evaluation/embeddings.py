@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from ftlevel.config.embedding import LOSSES
 from ftlevel.data.encoding.collate import Collator
-from ftlevel.data.encoding.encode import Encoded, add_texts, distinct_texts
+from ftlevel.data.encoding.row import Encoded
+from ftlevel.data.encoding.texts import add_texts, distinct_texts
 from ftlevel.data.sources.beir import RetrievalSet
 from ftlevel.evaluation.answers import InferenceModel
 from ftlevel.evaluation.intervals import ExampleRecord

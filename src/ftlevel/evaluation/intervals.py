@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.errors import ConfigError, did_you_mean, join_names
 from ftlevel.objectives import (
     LikelihoodObjective,
@@ -99,9 +99,9 @@ class ExampleRecord:
 
     def _units_of(self, row: Encoded) -> list[ExampleStats]:
         unit = self.units.setdefault(row.row, ExampleStats(self.objective.meter()))
-        if row.cluster is None:
+        if row.group is None:
             return [unit]
-        key = self._cluster_of[row.row] = row.cluster
+        key = self._cluster_of[row.row] = row.group
         return [unit, self._clusters.setdefault(key, ExampleStats(self.objective.meter()))]
 
     def add_targets(
@@ -172,7 +172,7 @@ class ExampleRecord:
 
         The same seed draws the same rows, so values of two models can be subtracted. A metric that
         is undefined for a draw, such as a correlation of constant values, is omitted, as are text
-        metrics without `score_texts`. Clusters have equal `Encoded.cluster`. A loss that rows share
+        metrics without `score_texts`. Clusters have equal `Encoded.group`. A loss that rows share
         is drawn by group, and omitted if there is only one.
         """
         rows = sorted(self.units)  # not in the order of scoring, which depends on the tokenizer

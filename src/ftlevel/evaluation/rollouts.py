@@ -21,7 +21,7 @@ from ftlevel.config.rl import RlConfig, unknown_reward
 from ftlevel.config.section import Choice
 from ftlevel.config.trust import allow_reward_files
 from ftlevel.data.encoding.collate import Collator
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.formats.turns import Message, parse_turns
 from ftlevel.errors import InputError
 from ftlevel.evaluation.answers import InferenceModel, predict_rows

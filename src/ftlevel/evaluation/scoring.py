@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ftlevel.data.encoding.collate import Collator
-from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.row import IGNORED, Encoded
 from ftlevel.evaluation.embeddings import score_embeddings
 from ftlevel.evaluation.intervals import ExampleRecord, ExampleStats, select_metrics
 from ftlevel.fast.cross_entropy import Observe

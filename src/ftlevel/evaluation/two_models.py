@@ -23,8 +23,9 @@ from torch.nn import functional
 from ftlevel.artifacts.cards import load_card
 from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
 from ftlevel.data.encoding.collate import Collator
-from ftlevel.data.encoding.encode import Encoded, distinct_texts
-from ftlevel.data.sources.docstrings import read_module, stdlib_modules
+from ftlevel.data.encoding.row import Encoded
+from ftlevel.data.encoding.texts import distinct_texts
+from ftlevel.data.sources.docstrings import load_documentation
 from ftlevel.errors import InputError
 from ftlevel.models.hardware import autocast
 from ftlevel.models.kinds import max_positions, width_of
@@ -70,14 +71,8 @@ def load_eval_text(path: Path | None, tokens: int) -> Text:
         if not content.strip():
             raise InputError(f"--eval-text {path} is empty. Name a text file.")
         return Text(content, str(path))
-    docstrings, size = [], 0
-    for _, file in stdlib_modules("test"):
-        for item in read_module(file):
-            docstrings.append(item.docstring)
-            size += len(item.docstring)
-        if size > tokens * _MAX_TOKEN_LENGTH:
-            break
-    return Text("\n\n".join(docstrings), _DOCUMENTATION)
+    content = "\n\n".join(load_documentation())
+    return Text(content[: tokens * _MAX_TOKEN_LENGTH], _DOCUMENTATION)
 
 
 def split_into_windows(tokenizer: Any, text: str, tokens: int, length: int) -> list[list[int]]:

@@ -17,11 +17,11 @@ import torch
 from ftlevel.config import SPECS, MethodConfig, SpeedConfig, TrainConfig, TrainerConfig
 from ftlevel.config.rl import RlConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.encoding.store import row_lengths
 from ftlevel.fast import packed_attention as attention
 from ftlevel.fast.gpu_attention import activate_fa3
-from ftlevel.fast.likelihoods import TokenSelector, base_model
+from ftlevel.fast.likelihoods import base_model
 from ftlevel.fast.packing import PackedModel, UnsupportedModelError
 from ftlevel.fast.parallel_workers import MAX_WORKERS
 from ftlevel.fast.prefixes import shared_fraction
@@ -179,7 +179,6 @@ class FastPlan:
         tokens: maximum total tokens of the micro-batches that are computed in parallel.
         prefix_tree: whether prefixes shared in a micro-batch are computed once.
         liger_kernel: whether liger-kernel computes norms, GLUs and rotary embeddings.
-        needed_tokens: selects tokens that the last block computes; None for all or until checked.
         shared_prefix: whether the rows' common prefix may be computed before the micro-batches.
         token_multiple: packed rows are padded to a multiple of this number of tokens.
         memory: device memory in bytes from which `tokens` was computed; 0 if it was not.
@@ -196,8 +195,6 @@ class FastPlan:
     workers: int = 1
     is_random: bool = False
     fused_norm_glu: bool = False
-    prunes_last_layer: bool = False
-    needed_tokens: TokenSelector | None = None
     shared_prefix: bool = False
     memory: int = 0
     liger_kernel: bool = False
@@ -258,8 +255,6 @@ def plan_fast(
     )
     parallel += f": {worker_plan.reason}" if worker_plan.reason else ""
     bound = f"up to {tokens // worker_plan.count:,} tokens a micro-batch"
-    if speed.tokens_per_micro_batch == "memory":
-        bound = "as many tokens a micro-batch as fit"
     choices = [Choice("step", ", ".join(labels), f"{bound}, {parallel}"), *sharing_choices]
     liger = uses_liger(speed, config.method, meta, device)
     if device == "cuda" and not padded_message and (message := activate_fa3(meta.config)):
@@ -277,9 +272,6 @@ def plan_fast(
         worker_plan.count,
         bool(worker_plan.random),
         speed.fused_norm_glu and not liger,
-        prunes_last_layer=speed.prune_last_layer
-        and not padded_message
-        and not METHODS[config.method.kind].step.pruning(config.method),
         # Checkpointing would recompute a micro-batch after the prefix has released its layout.
         shared_prefix=shares_prefixes
         and chunked
@@ -310,7 +302,6 @@ def plan_forward(
         packs,
         chunked,
         tokens,
-        prunes_last_layer=packs,
         token_multiple=get_token_multiple(device),
     )
 

@@ -166,7 +166,7 @@ class CodeSelector:
 
     Attributes:
         target: weights as trained, whose outputs the codes preserve.
-        origin: weights that the codes are first rounded from.
+        source: weights that the codes are first rounded from.
         transposed: linear layer → whether its weight is (in, out), as in Conv1D.
         dtype: precision in which the weights were loaded before they were quantized.
         moments: input moments; None rounds each weight to the nearest code.
@@ -176,7 +176,7 @@ class CodeSelector:
     """
 
     target: Weights
-    origin: Weights
+    source: Weights
     grid: QuantizationGrid
     transposed: dict[str, bool]
     dtype: torch.dtype
@@ -192,16 +192,16 @@ class CodeSelector:
 
     def select(self, linear: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns codes and scales of layer `linear`; its size is a multiple of the block size."""
-        origin = self._to_out_in(self.origin.unrounded(f"{linear}.weight"), linear)
+        source = self._to_out_in(self.source.unrounded(f"{linear}.weight"), linear)
         if not self.target.adapts(f"{linear}.weight"):
-            origin = origin.to(self.dtype).float()  # precision before quantization in training
+            source = source.to(self.dtype).float()  # precision before quantization in training
         moment = self.moments.of(linear) if self.moments else None
         if moment is not None and self.fits_scales:
-            scales = self.grid.fitted_scales(origin, moment)
+            scales = self.grid.fitted_scales(source, moment)
         else:
-            scales = self.grid.scales_of(origin)
+            scales = self.grid.scales_of(source)
         rounded_scales = self.grid.stored(scales)
-        codes = self.grid.nearest(origin, scales)
+        codes = self.grid.nearest(source, scales)
         if moment is not None:
             weight = self._to_out_in(self.target.unrounded(f"{linear}.weight"), linear)
             update = weight - self._to_out_in(self.target.base(f"{linear}.weight"), linear)
@@ -259,13 +259,13 @@ def quantize_merged(
     listener.begin(count_tensors(merged.directory))
     config = load_config(resolve_source(str(merged.directory)))
     layout = _plan_layout(inputs, config, quant, DTYPES[merged.written.dtype])
-    origin = merged.merger
+    source = merged.merger
     # On the grid of training, rounding would undo training; on another grid the trained weights lie
     # between codes and can be rounded directly.
     trained = inputs.quant
     is_same_grid = (quant.kind, quant.quant_type) == (trained.kind, trained.quant_type)
     if merged.onto != "original" and is_same_grid:
-        origin = open_merger(inputs, None, None)
+        source = open_merger(inputs, None, None)
     moments = None
     if rows is not None:
         sizes = {
@@ -275,7 +275,7 @@ def quantize_merged(
         moments = InputMoments(load_merged(merged.directory, inputs), rows, inputs.dtype, sizes)
     grid = bitsandbytes_grid(layout.config)
     selector = CodeSelector(
-        merged.merger, origin, grid, layout.linears, DTYPES[inputs.dtype], moments
+        merged.merger, source, grid, layout.linears, DTYPES[inputs.dtype], moments
     )
     _, written = save_quantized(merged.directory, output_dir, layout, listener.step, selector)
     if not written.quantized:

@@ -15,8 +15,8 @@ from ftlevel.config import DataConfig, MergeConfig, QuantConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.chat import set_chat_template
 from ftlevel.data.encoding.collate import ensure_pad_token
-from ftlevel.data.encoding.encode import PROMPT_VERSION, Encoded, load_prompt_format
 from ftlevel.data.encoding.fit import LengthBounds
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, ignore_progress
 from ftlevel.errors import ConfigError, InputError, join_names
@@ -178,16 +178,8 @@ def _prepare_rows(inputs: MergeInput, data: DataConfig, seed: int) -> PreparedDa
     ensure_pad_token(tokenizer)
     vocab_size = inputs.ref.model_config.get_text_config().vocab_size
     bounds = LengthBounds(max_positions(inputs.ref.model_config))
-    prompt = load_prompt_format(inputs.card)
-    context = EncodingContext(
-        inputs.ref.configured_task,
-        inputs.ref.model_kind,
-        tokenizer,
-        vocab_size,
-        bounds,
-        seed,
-        prompt_version=prompt.version if prompt else PROMPT_VERSION,
-    )
+    task, kind = inputs.ref.configured_task, inputs.ref.model_kind
+    context = EncodingContext(task, kind, tokenizer, vocab_size, bounds, seed)
     return prepare_data(data, context, ignore_progress)
 
 

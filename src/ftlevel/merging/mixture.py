@@ -1,7 +1,7 @@
 """Combine several LoRA adapters of one base into one LoRA, which is then merged like any other.
 
-With `cat`, A and B matrices are concatenated, and B·A = Σ wᵢ sᵢ Bᵢ Aᵢ exactly. Other strategies
-call PEFT's `add_weighted_adapter`, which reads only A and B: the base is not loaded.
+PEFT's `add_weighted_adapter` reads only A and B: the base is not loaded. With `cat`, A and B
+matrices are concatenated, and B·A = Σ wᵢ sᵢ Bᵢ Aᵢ exactly.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts.cards import CARD, load_card
-from ftlevel.artifacts.files import Workspace, write_json
+from ftlevel.artifacts.files import Workspace
 from ftlevel.config import MergeConfig
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.merging.merge_input import MergeInput, get_adapter_dir
 from ftlevel.merging.merged_model import copy_tokenizer
-from ftlevel.methods.lora_conversion import get_scale
-from ftlevel.methods.merging import WEIGHTS, load_peft_config
+from ftlevel.methods.merging import load_peft_config
 from ftlevel.models.loading import build_task_model
 from ftlevel.trained.adapt import get_vocab_mismatch
 from ftlevel.trained.resolve import check_base, check_cached_base
@@ -47,70 +46,21 @@ def get_mixing_conflict(config: dict[str, Any]) -> str | None:
     return None
 
 
-def concatenate_adapters(adapter_dirs: Sequence[Path], weights: Sequence[float], out: Path) -> None:
-    """Save the LoRA with the update Σ wᵢ · sᵢ · Bᵢ · Aᵢ: weights wᵢ, scales sᵢ of the adapters.
-
-    A stacks wᵢ·sᵢ·Aᵢ by rows, B concatenates Bᵢ by columns. The ranks are added; the scale is 1.
-    """
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    mixed: dict[str, Any] = {}
-    for directory, weight in zip(adapter_dirs, weights, strict=True):
-        config = load_peft_config(directory)
-        for name, tensor in load_file(str(directory / WEIGHTS)).items():
-            value = tensor.float()
-            if is_a := _is_a(name):
-                value = value * (weight * get_scale(config, _module_of(name), len(value)))
-            elif ".lora_B." not in name and not name.endswith(".lora_embedding_B"):
-                continue  # PEFT saves the base embedding with its update
-            mixed[name] = (
-                torch.cat([mixed[name], value], 0 if is_a else 1) if name in mixed else value
-            )
-    ranks = {_module_of(name): len(t) for name, t in mixed.items() if _is_a(name)}
-    max_rank = max(ranks.values())
-    rank_pattern = {
-        f"^{name}$".replace(".", r"\."): rank for name, rank in ranks.items() if rank != max_rank
-    }
-    first = load_peft_config(adapter_dirs[0])
-    first |= {
-        "r": max_rank,
-        "lora_alpha": max_rank,
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": dict(rank_pattern),
-        "use_rslora": False,
-        "target_modules": sorted(ranks),
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "exclude_modules": None,
-    }
-    save_file(mixed, str(out / WEIGHTS), metadata={"format": "pt"})
-    write_json(out / "adapter_config.json", first)
-
-
-def _is_a(name: str) -> bool:
-    return ".lora_A." in name or name.endswith(".lora_embedding_A")
-
-
-def _module_of(name: str) -> str:
-    return name.removeprefix("base_model.model.").partition(".lora_")[0]
-
-
-def mix_with_peft(
+def combine_adapters(
     model: Any,
     adapter_dirs: Sequence[Path],
     weights: Sequence[float],
     out: Path,
-    strategy: str,
-    density: float | None,
+    config: MergeConfig,
 ) -> None:
     """Combine the adapters with PEFT's `add_weighted_adapter` and save the result in `out`.
 
-    `model` is modified, but its weights are not read. A `density` of None means 0.5. PEFT raises
-    ValueError for adapters that the strategy cannot combine.
+    `model` is modified, but its weights are not read. PEFT raises ValueError for adapters that the
+    strategy cannot combine.
     """
     import torch
     from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
 
     torch.manual_seed(0)  # dare drops values at random
     names = [f"adapter_{index}" for index in range(len(adapter_dirs))]
@@ -119,11 +69,23 @@ def mix_with_peft(
         peft_model = PeftModel.from_pretrained(model, str(adapter_dirs[0]), adapter_name=names[0])
         for name, directory in zip(names[1:], adapter_dirs[1:], strict=True):
             peft_model.load_adapter(str(directory), adapter_name=name)
+        layers = {
+            path: {*module.lora_A, *module.lora_embedding_A}
+            for path, module in peft_model.get_base_model().named_modules()
+            if isinstance(module, LoraLayer)
+        }
+        for name in names:  # PEFT copies the first one's settings, which the sum does not have
+            own = peft_model.peft_config[name]
+            own.target_modules = {path for path, adapters in layers.items() if name in adapters}
+            own.layers_to_transform = own.layers_pattern = own.exclude_modules = None
+            own.use_rslora = False
+            if isinstance(own.init_lora_weights, str):  # such as pissa, which reads the base
+                own.init_lora_weights = True
         options: dict[str, Any] = {}
-        if strategy not in ("svd", "linear"):
-            options["density"] = 0.5 if density is None else density
+        if config.strategy not in ("cat", "svd", "linear"):
+            options["density"] = 0.5 if config.density is None else config.density
         peft_model.add_weighted_adapter(
-            names, list(weights), _MIXTURE, strategy.replace("-", "_"), **options
+            names, list(weights), _MIXTURE, config.strategy.replace("-", "_"), **options
         )
         peft_model.save_pretrained(
             str(out), selected_adapters=[_MIXTURE], save_embedding_layers=False
@@ -162,17 +124,15 @@ def mix(
         if mismatch := get_vocab_mismatch(base, directory):
             raise InputError(f"{name} cannot be mixed: {mismatch}. Merge it alone.")
     mixed_dir = Path(stack.enter_context(Workspace("mixture")))
-    if config.strategy == "cat":
-        concatenate_adapters(adapter_dirs, weights, mixed_dir)
-    else:
-        model = base.to_empty(device="cpu")
-        try:
-            mix_with_peft(model, adapter_dirs, weights, mixed_dir, config.strategy, config.density)
-        except ValueError as error:
-            raise ConfigError(
-                f"--strategy {config.strategy}: {str(error).splitlines()[0].rstrip('.')}. "
-                "Use --strategy cat, which takes every rank."
-            ) from None
+    try:
+        combine_adapters(
+            base.float().to_empty(device="cpu"), adapter_dirs, weights, mixed_dir, config
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"--strategy {config.strategy}: {str(error).splitlines()[0].rstrip('.')}. "
+            "Use --strategy cat, which takes every rank."
+        ) from None
     terms = ", ".join(f"{w:g} × {n}" for w, n in zip(weights, config.adapters, strict=True))
     exactness = "the weighted sum, exactly" if config.strategy == "cat" else "not the weighted sum"
     copy_tokenizer(mixed_dir, inputs.ref.tokenizer_source)

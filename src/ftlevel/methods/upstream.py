@@ -1,6 +1,6 @@
-"""Internals of PEFT that ftlevel uses, and the source files where they are defined.
+"""Internals of PEFT that ftlevel uses.
 
-As in `models/upstream`, each name has an entry in `FACTS` and a test in
+As in `models/upstream`, each name has an entry in tests/upstream_facts.py and a test in
 tests/unit/methods/test_upstream.py. PEFT is imported inside functions.
 """
 
@@ -8,53 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Any
-
-FACTS = {
-    "peft/utils/peft_types.py": {
-        "PeftType": "a closed enumeration, and register_peft_method takes only its members"
-    },
-    "peft/utils/other.py": {
-        "get_pattern_key": "which pattern of alpha_pattern a module matches",
-        "unload_and_optionally_merge_module": "how merge_and_unload merges, one layer at a time",
-    },
-    "peft/tuners/adalora/layer.py": {
-        "AdaLoraLayer.ranknum": "what AdaLoRA divides by, which is not saved",
-        "RankAllocator.ipt, RankAllocator.exp_avg_ipt, RankAllocator.exp_avg_unc": "its scores",
-    },
-    "peft/tuners/lora/config.py": {
-        "LoraConfig._register_custom_module": "PEFT's experimental registration of custom layers"
-    },
-    "peft/tuners/lora/model.py": {
-        "Linear._hf_tp_plan": "marks a linear layer sharded across devices"
-    },
-    "peft/tuners/lora/layer.py": {  # subclassed in fast/layers/fused_lora
-        "LoraLayer.lora_variant": "whether it is DoRA or another form of LoRA",
-        "LoraLayer.lora_bias": "whether B has a bias",
-    },
-    "peft/tuners/lora/bnb.py": {"lora.Linear4bit, lora.Linear8bitLt": "LoRA of a quantized linear"},
-    "peft/tuners/gralora/layer.py": {
-        "GraloraLayer.get_base_layer": "its output is added to in place"
-    },
-    "peft/tuners/c3a/layer.py": {"C3ALayer.get_base_layer": "its output is added to in place"},
-    "peft/tuners/shira/layer.py": {
-        "ShiraLayer.shira_indices": "the trained positions, in a dict outside of modules"
-    },
-    "peft/tuners/shira/mask_functions.py": {
-        "random_mask": "samples the positions, but not on the meta device"
-    },
-    "peft/tuners/tuners_utils.py": {  # overridden or inherited by our tuners
-        "BaseTuner._prepare_adapter_config": "which modules a tuner adapts",
-        "BaseTuner._create_and_replace": "replaces a module with our layer",
-        "BaseTuner._pre_injection_hook": "rejects modules that cannot have a prefix",
-        "BaseTuner._replace_module": "replaces a module that has no weight",
-        "BaseTuner._check_merge_allowed": "refuses to merge",
-        "BaseTuner._cast_adapter_dtype": "casts an adapter to float32, or leaves it",
-        "BaseTunerLayer._move_adapter_to_device_of_base_layer": "after loading on the meta device",
-        "BaseTunerLayer._disable_adapters": "what disable_adapters returns",
-        "BaseTunerLayer._cast_input_dtype": "the input in the adapter's precision",
-        "BaseTunerLayer._get_available_adapters": "the adapters on a layer",
-    },
-}
 
 
 def add_peft_type(name: str) -> Any:

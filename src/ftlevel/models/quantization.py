@@ -1,13 +1,7 @@
-"""Quantization of base models with bitsandbytes and torchao, and of quantized checkpoints.
-
-torchao's weight-only formats have one scale per row of int8 or float8 (e4m3) weights. Weights are
-packed with its `quantize_` and flattened as in transformers' `save_pretrained`.
-"""
+"""Quantization of base models with bitsandbytes, and of quantized checkpoints."""
 
 from __future__ import annotations
 
-import importlib.util
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ftlevel.config.sections import QuantConfig
-from ftlevel.errors import ConfigError, InputError
+from ftlevel.errors import InputError
 from ftlevel.models.upstream.architectures import packable_experts
 from ftlevel.models.upstream.quantizers import check_environment, replaced_linears
 
@@ -100,46 +94,6 @@ def create_rounding(model: Any, quantization: Any, dtype: torch.dtype) -> Quanti
     )
 
 
-INSTALL = "pip install 'ftlevel[torchao]'"
-_CONFIGS = {"int8-torchao": "Int8WeightOnlyConfig", "float8-torchao": "Float8WeightOnlyConfig"}
-
-
-def build_torchao_config(quant_type: str) -> Any:
-    """Build the `TorchAoConfig` for `quant_type`; raises `ConfigError` without torchao."""
-    if importlib.util.find_spec("torchao") is None:
-        raise ConfigError(
-            f"--quant {quant_type} is torchao's, which is not installed. Install it: {INSTALL}"
-        )
-    import torchao.quantization
-    from transformers import TorchAoConfig
-
-    return TorchAoConfig(quant_type=getattr(torchao.quantization, _CONFIGS[quant_type])())
-
-
-def get_torchao_type(quantization_config: dict[str, Any]) -> str | None:
-    """Returns the `--quant` type of a torchao `quantization_config`; None for other libraries."""
-    quant_type = quantization_config.get("quant_type")
-    if quantization_config.get("quant_method") != "torchao" or not isinstance(quant_type, dict):
-        return None
-    name = quant_type.get("default", {}).get("_type")
-    return next((kind for kind, config in _CONFIGS.items() if config == name), None)
-
-
-def is_torchao(quantization: Any) -> bool:
-    """Returns whether `quantization` is a `TorchAoConfig`."""
-    return type(quantization).__name__ == "TorchAoConfig"
-
-
-PLAIN_NOTE = '{"_type": "Tensor"}'
-"""Metadata of a tensor that is stored unquantized."""
-
-
-def torchao_bytes(shape: tuple[int, ...], quantization: Any) -> int:
-    """Returns the size of a weight `(out, in)` in bytes, with its scales and int8's zero points."""
-    name = type(quantization.quant_type).__name__
-    return math.prod(shape) + shape[0] * (5 if name == _CONFIGS["int8-torchao"] else 4)
-
-
 def get_quantization_config(config: Any) -> dict[str, Any] | None:
     """Returns a model config's `quantization_config` as a dict; None if it has none."""
     result = getattr(config, "quantization_config", None)
@@ -149,7 +103,7 @@ def get_quantization_config(config: Any) -> dict[str, Any] | None:
 
 
 def quantization_name(quantization_config: dict[str, Any]) -> str:
-    """Returns a quantization's name, such as `4bit nf4`, `8bit`, `int8-torchao` or `gptq`."""
+    """Returns a quantization's name, such as `4bit nf4`, `8bit` or `gptq`."""
     if quantization_config.get("load_in_8bit"):
         return "8bit"
     if quantization_config.get("load_in_4bit"):
@@ -159,9 +113,7 @@ def quantization_name(quantization_config: dict[str, Any]) -> str:
             else ""
         )
         return f"4bit {quantization_config.get('bnb_4bit_quant_type', 'fp4')}{suffix}"
-    return get_torchao_type(quantization_config) or str(
-        quantization_config.get("quant_method", "an unknown method")
-    )
+    return str(quantization_config.get("quant_method", "an unknown method"))
 
 
 def as_quant_config(quantization_config: dict[str, Any]) -> QuantConfig | None:
@@ -207,8 +159,6 @@ def check_loadable(quantization_config: dict[str, Any], label: str, device: str)
         check_environment(quantization_config, target)
     except (ImportError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
         message = " ".join(str(error).split())
-        if quantization_config.get("quant_method") == "torchao" and isinstance(error, ImportError):
-            message = f"torchao is not installed ({INSTALL})."
         raise InputError(
             f"{label} is quantized by {method}, which cannot be loaded here: {message} "
             "Install the package it names, or use the original model with --quant 4bit."

@@ -16,20 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Protocol
-
-
-class Spec(Protocol):
-    """Interface of a built-in reward's specification."""
-
-    @property
-    def name(self) -> str:
-        """Name, as in `config.rl.REWARDS`."""
-
-    @property
-    def argument(self) -> str:
-        """Text after the colon, such as a pattern; "" without one."""
-
+from typing import Any
 
 Reward = Callable[[str, Sequence[int], Mapping[str, Any]], float]
 """(completion, its token ids, columns of its row) → score."""
@@ -39,7 +26,7 @@ MAX_CHARACTERS = 200_000
 """Maximum length of a completion that is scored; longer ones score 0."""
 
 
-def create_reward(spec: Spec, *, opens_think: bool = False) -> Reward:
+def create_reward(spec: Any, *, opens_think: bool = False) -> Reward:
     """Returns the function that computes the built-in reward `spec`.
 
     `opens_think`: whether prompts end with `<think>`. Raises `ValueError` for a missing package or
@@ -73,19 +60,19 @@ REFERENCE_REWARDS = ("exact", "contains", "number", "math", "choice", "rouge")
 """Rewards that compare with the answer column."""
 
 
-def get_schema_column(spec: Spec) -> str:
+def get_schema_column(spec: Any) -> str:
     """Returns the column with JSON schemas of the reward `json:COLUMN`; "" for other rewards."""
     is_column = spec.name == "json" and not spec.argument.endswith(".json")
     return spec.argument if is_column else ""
 
 
-def get_columns(spec: Spec) -> list[str]:
+def get_columns(spec: Any) -> list[str]:
     """Returns the columns that the built-in reward `spec` requires."""
     column = get_schema_column(spec)
     return ["answer"] if spec.name in REFERENCE_REWARDS else [column] if column else []
 
 
-def check_row(spec: Spec, row: Mapping[str, Any]) -> str:
+def check_row(spec: Any, row: Mapping[str, Any]) -> str:
     """Returns why the reward `spec` cannot score completions of `row`; "" if it can."""
     if column := get_schema_column(spec):
         try:
@@ -95,7 +82,7 @@ def check_row(spec: Spec, row: Mapping[str, Any]) -> str:
     return check_reference(spec, row.get("answer"))
 
 
-def check_reference(spec: Spec, reference: Any) -> str:
+def check_reference(spec: Any, reference: Any) -> str:
     """Returns why the reward `spec` cannot score against `reference`; "" if it can."""
     if spec.name not in REFERENCE_REWARDS:
         return ""
@@ -270,7 +257,7 @@ def _same(one: Any, two: Any) -> bool:
     return bool(one == two)
 
 
-def _json_reward(spec: Spec) -> Reward:
+def _json_reward(spec: Any) -> Reward:
     """Returns the reward `json`: share of keys with the answer's values; 0 for invalid JSON."""
     column, validator = get_schema_column(spec), None
     if column:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,23 +13,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 from ftlevel.config import TASKS as NAMES
 from ftlevel.config import DataConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import IGNORED, Encoded, PromptFormat
+from ftlevel.data.encoding.prompts import PromptFormat
+from ftlevel.data.encoding.row import IGNORED, Encoded
 from ftlevel.data.formats.detect import Format, FormatSpec, NoFormatError, detect_format, fits
-from ftlevel.data.sources.table import BadRow, Row, Table
+from ftlevel.data.prepare.encoder import DataTask
+from ftlevel.data.sources.table import Row
 from ftlevel.errors import ConfigError, InputError, join_names, with_article
 from ftlevel.extensions import added, warn_skipped
 from ftlevel.models.sources import ModelSource
-from ftlevel.objectives import Checks, Objective, ScoreTexts
+from ftlevel.objectives import Objective, ScoreTexts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
-    from ftlevel.data.encoding.fit import FittedRows
-    from ftlevel.data.formats.labels import LabelSet
-    from ftlevel.data.gate.checks import Mask
-    from ftlevel.data.prepare.encoder import Encoder, EncodingContext, PreparedData
-    from ftlevel.data.prepare.loading import LoadedData
 
 T = TypeVar("T")
 Column = Literal["text", "texts", "number", "numbers", "whole", "ranking", "rankings", "embedding"]
@@ -100,31 +97,23 @@ class PromptedModel(Protocol):
         """
 
 
-class TokenDecoder(Protocol):
-    """Protocol of an object that decodes tokens one by one."""
-
-    def decode_tokens(self, ids: Sequence[int]) -> list[str]:
-        """Returns the text of each token id."""
+TokenDecoder = Callable[[Sequence[int]], list[str]]
+"""Token ids → text of each."""
 
 
-@dataclass(frozen=True)
-class BaseTask(ABC):
-    """Base class of tasks; subclasses override what differs.
+@dataclass(frozen=True, kw_only=True)
+class BaseTask(DataTask):
+    """Base class of tasks; subclasses override what differs. See `DataTask` for rows.
 
     Attributes:
-        name: value of `--task`.
-        shapes: supported column layouts; the first that matches is used.
         query_shapes: column layouts of rows without answers, for `ftlevel predict`.
         auto_classes: type of model -> transformers auto class.
         peft_types: type of model -> PEFT `TaskType`; other types use a plain `PeftModel`.
         headline: name of the main metric, without `eval_`; it is printed first.
-        instruction: text before the source text in prompts; empty for none.
-        answer_cue: end of the prompt for models without a chat template.
         generates: whether generated text is evaluated by default.
         score_texts: function that scores generated texts.
         text_metrics: names of the metrics of `score_texts`.
         refusals: type of model -> hint in the error for an unsupported model.
-        builtin_subset: subset of `builtin:docstrings` to read; empty for all.
         has_new_head: whether the head is newly initialized and fully trained.
         served_as: model type in the list of what a server supports; unused for text generation.
         finds_ends_by_padding: whether the model locates a row's last token by its padding.
@@ -134,25 +123,17 @@ class BaseTask(ABC):
         predicts_training_rows: whether `predict` accepts the layouts of training rows.
         synthetic_info: result of `data_info` assumed for synthetic batches.
         synthetic_labels: class or tag names assumed for synthetic batches.
-        needs_offsets: whether encoding needs the character offsets of tokens.
-        checks: data checks that apply to the encoded rows.
-        split_text: what the log calls the rows that were added by splitting long examples.
         model_description: what the error for an unsupported output calls the model; "": the task.
         prediction_type: type of the only prediction column, unless the task has several.
     """
 
-    name: str
-    shapes: tuple[FormatSpec, ...]
     auto_classes: Mapping[str, str]
     peft_types: Mapping[str, str]
     headline: str
-    instruction: str = ""
-    answer_cue: str = ""
     generates: bool = False
     score_texts: ScoreTexts | None = None
     text_metrics: tuple[str, ...] = ()
     refusals: Mapping[str, str] = field(default_factory=dict)
-    builtin_subset: str = ""
     query_shapes: tuple[FormatSpec, ...] = ()
 
     has_new_head: ClassVar[bool] = False
@@ -167,9 +148,6 @@ class BaseTask(ABC):
     uses_dropout: ClassVar[bool] = True
     synthetic_labels: ClassVar[tuple[str, ...]] = ()
     synthetic_info: ClassVar[Mapping[str, Any]] = {}
-    needs_offsets: ClassVar[bool] = False
-    checks: ClassVar[Checks] = Checks()
-    split_text: ClassVar[str] = "split into several"
     model_description: ClassVar[str] = ""
     prediction_type: ClassVar[Column] = "text"
 
@@ -253,7 +231,7 @@ class BaseTask(ABC):
         """Returns the format of the embeddings; None for tasks without embeddings."""
         return None
 
-    def write_files(  # noqa: B027 - most tasks write none
+    def write_files(
         self, directory: Path, model_config: Any, inference_config: Mapping[str, Any]
     ) -> None:
         """Write the files for loading the adapter or model with sentence-transformers, if any."""
@@ -272,107 +250,18 @@ class BaseTask(ABC):
         """Returns a text that is the same for two models only if their heads are compatible."""
         return f"{self.name} of {', '.join(labels)}" if labels else self.name
 
-    # ---- from columns to encoded rows
-
-    @property
-    def encoding_config(self) -> Mapping[str, Any]:
-        """Options that change encoded rows, besides the config's data section; for cache keys."""
-        return {}
-
     def get_format(
         self, column_names: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format:
         """Returns the format of a table; if none fits, the `InputError` suggests another task."""
-        mapping = {**self.column_mapping(column_names, config, rows), **config.columns}
         try:
-            return detect_format(column_names, self.name, self.shapes, mapping, config.format, rows)
+            return super().get_format(column_names, config, rows)
         except NoFormatError as error:
             others = (task for task in load_tasks().values() if task.name != self.name)
             other = next((task.name for task in others if fits(column_names, task.shapes)), None)
             if other is None:
                 raise
             raise InputError(f"{error} These columns fit --task {other}.") from None
-
-    def column_mapping(
-        self, column_names: Sequence[str], config: DataConfig, rows: Sequence[Row]
-    ) -> Mapping[str, str]:
-        """Returns role -> column (e.g. source -> en) that the task itself finds, not `--map`."""
-        return {}
-
-    def update_format(
-        self, format_: Format, table: Table, config: DataConfig
-    ) -> tuple[Format, list[Choice]]:
-        """Returns `format_` completed by the values of `table` and by `config`, and log lines."""
-        return format_, []
-
-    def options_for_rows(
-        self, options: Mapping[str, Any], examples: Sequence[Any]
-    ) -> Mapping[str, Any]:
-        """Returns the `options` of a model card, updated for the `examples` to evaluate."""
-        return options
-
-    def label_role(self, format_: Format) -> str | None:
-        """Returns the role (column of a layout) whose values are class labels, or None."""
-        return None
-
-    def get_inconsistent_labels(
-        self, examples: Sequence[Any], labels: LabelSet, table: Table
-    ) -> list[BadRow]:
-        """Returns a `BadRow` per row with contradicting labels, such as I-LOC after B-PER."""
-        return []
-
-    def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:
-        """Returns the prompt format for models of `kind`, or None for tasks without prompts."""
-        return None
-
-    @abstractmethod
-    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Encode `examples`, and apply the maximum length; `table` locates rows in messages."""
-
-    def check_rows(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
-        """Returns task-specific data checks of encoded rows: check name -> mask of failing rows."""
-        return {}
-
-    def check_training_set(self, training_set: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        """Returns (check name, number of failing examples, description) per failed check."""
-        return ()
-
-    def check_eval_set(
-        self, training_set: Sequence[Any], eval_set: Sequence[Any], corpus: Sequence[str] | None
-    ) -> Sequence[tuple[str, str, Sequence[int], str]]:
-        """Returns (check name, split, row indices, example) per failed check of the splits.
-
-        `corpus` are the documents searched by validation queries; None if not given.
-        """
-        return ()
-
-    def encode_corpus(
-        self, encoder: Encoder, documents: Sequence[str]
-    ) -> tuple[Sequence[Encoded], Choice]:
-        """Returns the encoded documents to search, and a log line; ConfigError if unsupported."""
-        raise ConfigError(f"--corpus: for --task embedding, and this is {self.name}. Drop it.")
-
-    def data_info(self, loaded: LoadedData) -> Mapping[str, Any]:
-        """Returns the task's entries about the data in summary.json."""
-        return {}
-
-    def describe_rows(self, loaded: LoadedData, data_info: Mapping[str, Any]) -> list[Choice]:
-        """Returns log lines with the number of training targets."""
-        tokens, supervised = data_info["tokens"], data_info["supervised"]
-        share = f"{supervised:,} supervised, {supervised / tokens:.0%}"
-        return [Choice("tokens", f"{tokens:,} an epoch", share)]
-
-    def finish_data(
-        self, prepared: PreparedData, config: DataConfig, context: EncodingContext
-    ) -> PreparedData:
-        """Returns `prepared` with rows completed by the task, e.g. masked anew at each access."""
-        return prepared
-
-    def evaluation_rows(
-        self, rows: Sequence[Encoded], config: DataConfig, context: EncodingContext
-    ) -> Sequence[Encoded]:
-        """Returns `rows` for evaluation, which are equal at each access, e.g. with fixed masks."""
-        return rows
 
     # ---- inference and display
 

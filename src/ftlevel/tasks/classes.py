@@ -13,7 +13,8 @@ import numpy as np
 
 from ftlevel.config import DataConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import Encoded, encode_labeled
+from ftlevel.data.encoding.encode import encode_labeled
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.formats.detect import ExampleBuilder, Format, FormatSpec, RoleValues
 from ftlevel.data.formats.examples import (
     LabeledText,

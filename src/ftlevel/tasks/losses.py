@@ -19,12 +19,12 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ftlevel.config.preference import DistillationConfig
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.sources.lines import RowView
 from ftlevel.objectives import (
     IGNORED,
@@ -345,7 +345,11 @@ def create_distillation_objective(
 
 
 def outcome_dtype(config: DistillationConfig, vocabulary: int) -> Any:
-    """Returns the dtype of `Encoded.teacher`; `vocabulary` is the number of shared tokens."""
+    """Returns the dtype of a teacher's values for one target; `vocabulary`: shared tokens.
+
+    `known` has the log-probabilities of the top tokens `ids`, then of all other tokens together;
+    without `ids`, those of the whole vocabulary.
+    """
     import numpy as np
 
     count = config.kd_top_k
@@ -355,7 +359,7 @@ def outcome_dtype(config: DistillationConfig, vocabulary: int) -> Any:
 
 
 def select_top_k(scores: Tensor, config: DistillationConfig, dtype: Any) -> tuple[Tensor, Tensor]:
-    """Returns log-probabilities and ids as in `Encoded.teacher`; `scores` are teacher logits."""
+    """Returns log-probabilities and ids as in `outcome_dtype`; `scores` are teacher logits."""
     tempered = scores.float() / config.kd_temperature
     count, outcomes = dtype["ids"].shape[0], dtype["known"].shape[0]
     if not count:  # tokens beyond the shared vocabulary are dropped
@@ -376,8 +380,9 @@ class DistillationRow(Encoded):
         return [Encoded(self.input_ids, self.labels, self.row, self.extras)]
 
     @property
-    def teacher(self) -> np.ndarray | None:
-        return self.taught
+    def loss_inputs(self) -> Mapping[str, np.ndarray]:
+        """The teacher's log-probabilities `known`, and the tokens `ids` that they are of."""
+        return {name: self.taught[name] for name in ("known", "ids")}
 
 
 class DistillationRows(RowView[Encoded]):

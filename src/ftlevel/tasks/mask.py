@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftlevel.config import DataConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.row import IGNORED, Encoded
 from ftlevel.data.formats.detect import Format
 from ftlevel.data.formats.examples import PLAIN_TEXT, PlainText
 from ftlevel.data.sources.table import Table
@@ -157,7 +157,7 @@ class MaskTask(BaseTask):
     ) -> list[str | None]:
         """Returns the original token at each masked position."""
         labels = row.labels if isinstance(row.labels, list) else []
-        spelled = decoder.decode_tokens([max(label, 0) for label in labels])
+        spelled = decoder([max(label, 0) for label in labels])
         return [
             None if label == IGNORED else text for label, text in zip(labels, spelled, strict=True)
         ]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftlevel.config import DataConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import Encoded, RowError
+from ftlevel.data.encoding.row import Encoded, RowError
 from ftlevel.data.encoding.spans import DEFAULT_WINDOW_LENGTH, Window, encode_questions
 from ftlevel.data.formats.detect import Format, FormatSpec, RoleValues
 from ftlevel.data.formats.examples import Question, create_question

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.row import IGNORED, Encoded
 from ftlevel.data.encoding.spans import encode_tagged, encode_words, get_invalid_bio_tags
 from ftlevel.data.formats.detect import Format, FormatSpec, RoleValues
 from ftlevel.data.formats.examples import TaggedTokens, create_tagged_tokens

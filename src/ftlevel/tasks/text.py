@@ -13,16 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftlevel.config import DataConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import (
-    IGNORED,
-    Encoded,
+from ftlevel.data.encoding.encode import encode_causal, encode_seq2seq
+from ftlevel.data.encoding.prompts import (
     PromptFormat,
     choose_format,
-    encode_causal,
     encode_chat_prompt,
     encode_prompt,
-    encode_seq2seq,
 )
+from ftlevel.data.encoding.row import IGNORED, Encoded
 from ftlevel.data.formats.columns import (
     format_map_flags,
     get_language,

@@ -19,7 +19,7 @@ from ftlevel.artifacts.run_directory import CHECKPOINTS
 from ftlevel.config import DataConfig, TrainConfig, build_config
 from ftlevel.config.preference import NO_REFERENCE
 from ftlevel.data.encoding.collate import ensure_pad_token, separate_pad_from_eos
-from ftlevel.data.encoding.encode import PromptFormat, load_prompt_format
+from ftlevel.data.encoding.prompts import PromptFormat, load_prompt_format
 from ftlevel.data.formats.labels import are_default_names
 from ftlevel.errors import InputError, join_names
 from ftlevel.models.hardware import DTYPES, evaluating

@@ -13,7 +13,6 @@ from ftlevel.artifacts.checkpoints import step_of
 from ftlevel.artifacts.run_directory import ROLLOUTS, RunDirectory
 from ftlevel.config.trainer import TrainerConfig
 from ftlevel.data.encoding.collate import CollatorWithRows
-from ftlevel.data.prepare.streaming import StreamedRows
 from ftlevel.evaluation.intervals import should_generate, uses_text_metrics
 from ftlevel.evaluation.rollouts import (
     RewardEvaluator,
@@ -46,7 +45,6 @@ from ftlevel.training.saving import (
     SMALL_CHECKPOINT,
     SaveByClock,
     SaveRollout,
-    SaveStreamState,
     WriteManifest,
     checkpoint_bytes,
 )
@@ -255,7 +253,7 @@ def create_trainer(
     # On resume, evaluate first only if the run was interrupted in an evaluation.
     args.eval_on_start &= checkpoint is None
     args.eval_on_start |= resume_state.missed_evaluation(args.eval_strategy, run.schedule)
-    train_dataset, order = get_train_data(run, args, processes)
+    train_dataset, order = get_train_data(run)
     fast, pad_id, method = model.fast, run.model.pad_id, METHODS[run.config.method.kind]
     rate, head_rate = run.schedule.head_learning_rate, None
     if rate is not None and rate != run.schedule.learning_rate:
@@ -295,8 +293,6 @@ def create_trainer(
     )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
-    if isinstance(train_dataset, StreamedRows) and checkpoint:
-        train_dataset.restore(checkpoint)
     if isinstance(trainer, RlTrainer) and checkpoint:
         trainer.restore_rollout(checkpoint)
     return trainer
@@ -366,8 +362,7 @@ def add_callbacks(
     `checkpoint` is the one to resume from or None, `listener` gets progress and warnings.
     `write_files` saves tokenizer and card in a checkpoint.
     """
-    is_first, rows = processes.is_first, trainer.train_dataset
-    is_streamed = isinstance(rows, StreamedRows)
+    is_first = processes.is_first
     report = Report(
         listener,
         output_dir.log if is_first else lambda _: None,
@@ -413,7 +408,6 @@ def add_callbacks(
         *([best] if best else []),
         answers,
         *([SaveByClock(save_interval, processes, last=save_last)] if save_interval else []),
-        *([SaveStreamState(rows, output_dir.checkpoints)] if is_streamed else []),
         *rollout_callbacks(trainer, output_dir, processes, checkpoint),
         WriteManifest(  # last: it lists all files of the checkpoint
             output_dir, run.config.train.save_total_limit, write_files, processes, run_after_save

@@ -27,8 +27,8 @@ from ftlevel.config import OutputConfig
 from ftlevel.config.reading import flatten
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.collate import MaskedRows
-from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.prepare.streaming import DistinctTextSampler, LengthGroupedSampler
+from ftlevel.data.encoding.row import Encoded
+from ftlevel.data.prepare.samplers import DistinctTextSampler, LengthGroupedSampler
 from ftlevel.errors import RunError
 from ftlevel.events import Listener
 from ftlevel.models.upstream.libraries import shared_order
@@ -143,7 +143,7 @@ class Report(TrainerCallback):
 
     def resume(self, checkpoint: Path) -> None:
         """Continue the counts of tokens and seconds from `checkpoint`."""
-        self._before |= load_json(checkpoint / _PROGRESS)  # absent in older versions
+        self._before |= load_json(checkpoint / _PROGRESS)
 
     def _totals(self) -> dict[str, Any]:
         start = self.first_step_at or time.perf_counter()

@@ -17,7 +17,6 @@ from ftlevel.artifacts.hub import push
 from ftlevel.artifacts.paths import relative_path
 from ftlevel.artifacts.run_directory import RunDirectory, delete_adapter, record_files
 from ftlevel.config import IN_MEMORY, MethodConfig, OutputConfig
-from ftlevel.data.prepare.streaming import StreamedRows
 from ftlevel.errors import RunError
 from ftlevel.evaluation.intervals import ExampleRecord, interval, select_metrics
 from ftlevel.evaluation.scoring import KEPT, Evaluator, iterate_results
@@ -42,27 +41,22 @@ from ftlevel.training.summary import (
     create_summary,
     warn_if_not_learned,
     warn_if_worse,
-    with_stream_counts,
 )
 from ftlevel.training.trainer import FtlevelTrainer
 
 _NUM_RESAMPLES = 200  # bootstrap resamples of the validation rows
 
 
-def end_training(trainer: FtlevelTrainer, run: Run, records: Sequence[Mapping[str, Any]]) -> Run:
+def end_training(trainer: FtlevelTrainer, records: Sequence[Mapping[str, Any]]) -> None:
     """Free the fast step and optimizer state of `trainer` (modified), and evaluate the final model.
 
-    The evaluation is skipped if `records` has one at the last step. Returns the run, with the
-    actual row counts if its dataset was streamed.
+    The evaluation is skipped if `records` has one at the last step.
     """
     if trainer.fast:
         trainer.fast.remove()
     trainer.forget_optimizer()
-    if isinstance(trainer.train_dataset, StreamedRows):
-        run = with_stream_counts(run, trainer.train_dataset)
     if trainer.evaluator and not has_evaluation(records, trainer.state.global_step):
         trainer.evaluate()
-    return run
 
 
 def save(

@@ -13,12 +13,9 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.encoding.store import row_lengths
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.errors import RunError, is_out_of_memory
 from ftlevel.fast.fused_lora import skip_unused_outputs
 from ftlevel.fast.likelihoods import base_model
@@ -53,8 +50,8 @@ class StepReducer:
     """Reduces the memory of a trainer's steps after one ran out of memory.
 
     Attributes:
-        done: one record per reduction: `step` (0 before the first), and the new
-            `tokens_per_micro_batch` or `gradient_checkpointing`.
+        done: one record per reduction: `step`, and the new `tokens_per_micro_batch` or
+            `gradient_checkpointing`.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -72,8 +69,8 @@ class StepReducer:
         """Halve micro-batches, else enable checkpointing; returns `rows` collated for a retry."""
         model.zero_grad()
         free_device_memory()
-        trainer, step = self._trainer, self._step()
-        when = f"at step {step}" if step else "before the first step"
+        trainer, step = self._trainer, self._trainer.state.global_step + 1
+        when = f"at step {step}"
         if _can_split(inputs):
             tokens = self._halve()
             self._note({"step": step, "tokens_per_micro_batch": tokens})
@@ -100,40 +97,6 @@ class StepReducer:
             else:
                 continue
             self.done.append(dict(note))
-
-    def check_memory(self, rows: Sequence[Encoded], dtype: str) -> None:
-        """Run forward and backward of the longest rows before training; `reduce` until they fit.
-
-        If nothing is left to reduce, the out-of-memory error is raised. Random state and token
-        counts are restored, and gradients cleared.
-        """
-        trainer = self._trainer
-        if trainer.args.world_size > 1 or trainer.fast is None:
-            return
-        order = np.argsort(-row_lengths(rows), kind="stable")[: trainer.args.train_batch_size]
-        longest_rows = trainer.with_targets([rows[int(at)] for at in order])
-        model, workers = trainer.model, trainer.fast.plan.workers
-        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices=devices), trainer.standalone_steps(dtype):
-            inputs = trainer.on_device(trainer.data_collator(longest_rows))
-            while True:
-                batches = sorted(inputs["micro_batches"], key=lambda p: -p["input_ids"].numel())
-                batch = {**inputs, "micro_batches": [dict(part) for part in batches[:workers]]}
-                batch.pop("rows")
-                batch.pop("texts", None)
-                try:
-                    trainer.compute_batch(model, batch)
-                    break
-                except Exception as error:
-                    if not (is_out_of_memory(error) and self.can_reduce(inputs)):
-                        raise
-                inputs = self.reduce(model, longest_rows, inputs)
-        model.zero_grad()
-        trainer.take_step_loss()
-
-    def _step(self) -> int:
-        trainer = self._trainer
-        return 0 if trainer.is_standalone else trainer.state.global_step + 1
 
     def _note(self, note: dict[str, Any]) -> None:
         self.done.append(note)

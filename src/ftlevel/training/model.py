@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from ftlevel.config import QuantConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.collate import Collator
-from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.row import IGNORED, Encoded
 from ftlevel.events import Listener
 from ftlevel.fast.likelihoods import base_model
 from ftlevel.fast.plan import uses_fused_layers
@@ -215,7 +215,6 @@ def apply_fast_step(model: Any, run: Run, listener: Listener) -> FastStep | None
     args = (run.data.train, run.model.pad_id, run.model.device, run.model.dtype)
     with exact_float32():
         reasons = (*fast.check(*args), fast.check_cross_entropy(run.objective, *args))
-        fast.prune_last_layer(run.objective, *args)
     for reason in filter(None, reasons):
         listener.warn(f"{run.model.family}: {reason}.")
     return fast
@@ -238,7 +237,6 @@ def get_speed_info(trainer: FtlevelTrainer, failure: str, comparison: Any) -> di
         "prefixes_shared": plan.prefix_tree,
         "fused_norms_and_glus": trainer.fast.norm_glu.count if trainer.fast.norm_glu else 0,
         "liger_kernel": plan.liger_kernel,
-        "pruned_linears": trainer.fast.pruned_linears,
         "parallel_workers": plan.workers,
         "tokens_per_micro_batch": plan.tokens // plan.workers,
         "chosen_for_bytes": plan.memory or None,
@@ -297,7 +295,7 @@ def hash_tensor(tensor: Tensor) -> TensorHash:
 
 
 def _hash(tensor: Tensor) -> Tensor:
-    if parts := inner_tensors(tensor):  # torchao's: several tensors under one name
+    if parts := inner_tensors(tensor):  # of a tensor subclass
         return _hash(torch.stack([_hash(part).cpu() for part in parts]))
     data = tensor.contiguous().view(-1).view(torch.uint8)
     size = _CPU_CHUNK if data.device.type == "cpu" else _GPU_CHUNK

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.data.encoding.collate import Collator
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.errors import InputError, RunError, join_names
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import evaluating

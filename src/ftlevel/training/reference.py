@@ -28,7 +28,7 @@ from ftlevel.artifacts.files import Workspace, file_fingerprint, hash_weights
 from ftlevel.config import DataConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.collate import Collator
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.prepare.dataset import cache_root, is_writable
 from ftlevel.evaluation.scoring import compute_likelihoods
 from ftlevel.events import Listener
@@ -44,8 +44,8 @@ from ftlevel.objectives import LikelihoodObjective
 from ftlevel.trained.adapt import save_adapter
 from ftlevel.trained.resolve import ReferenceModel
 from ftlevel.training.build_trainer import create_evaluator
+from ftlevel.training.identity import get_config_values
 from ftlevel.training.model import PreparedModel, apply_fast_step
-from ftlevel.training.origin import get_config_values
 from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
 

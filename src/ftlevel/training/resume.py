@@ -1,4 +1,4 @@
-"""Start a run, or resume it with the same origin from a complete checkpoint."""
+"""Start a run, or resume the same run from a complete checkpoint."""
 
 from __future__ import annotations
 
@@ -15,31 +15,28 @@ from ftlevel.artifacts import checkpoints
 from ftlevel.artifacts.checkpoints import delete_best_after, step_of
 from ftlevel.artifacts.files import flush_all, hash_weights, lock_dir, read_json, write_json
 from ftlevel.artifacts.paths import save_relative_paths
-from ftlevel.artifacts.run_directory import ORIGIN, RunDirectory, mark_resumed, open_run
+from ftlevel.artifacts.run_directory import IDENTITY, RunDirectory, mark_resumed, open_run
 from ftlevel.config import ModelConfig, OutputConfig
 from ftlevel.config.section import Choice
 from ftlevel.config.trainer import TrainerConfig
 from ftlevel.data.encoding.chat import set_chat_template
 from ftlevel.data.encoding.collate import ensure_pad_token
-from ftlevel.errors import ConfigError, Interrupted, did_you_mean, join_names
+from ftlevel.errors import ConfigError, Interrupted, did_you_mean
 from ftlevel.events import Listener
 from ftlevel.methods import METHODS
 from ftlevel.models.loading import load_tokenizer
 from ftlevel.models.sources import resolve_source
 from ftlevel.tasks import TASKS
-from ftlevel.training.origin import (
+from ftlevel.training.identity import (
+    ADAPTER,
     BASE,
-    PROMPT,
-    REWARDS,
-    ROWS,
-    FileDigests,
-    check_same_run,
-    get_all_values,
+    LENGTHS,
+    compare_identities,
+    flatten_config,
     get_file_digests,
-    get_run_origin,
+    get_identity,
     get_tokenizer_values,
-    load_origin,
-    load_origin_file,
+    load_identity,
 )
 from ftlevel.training.plan.run import Run, Schedule
 from ftlevel.training.plan.schedule import count_steps, rows_per_epoch
@@ -78,55 +75,25 @@ def check_same_base(
     model: ModelConfig, output: OutputConfig, chat_template: str | None, task: str | None
 ) -> None:
     """Raise ConfigError if the run to resume was started with another base model or tokenizer."""
-    origin = _load_previous_origin(output)
-    if origin is None or output.dir is None:
+    before = load_identity(output)
+    if before is None:
         return
     source = resolve_source(model.name_or_path, model.revision, model.trust_remote_code)
-    expected, fingerprint = origin.get(BASE), get_base_values(source)["fingerprint"]
-    is_allowed = BASE in output.allow_change
-    if (
-        expected is not None
-        and fingerprint is not None
-        and fingerprint != expected
-        and not is_allowed
-    ):
-        raise ConfigError(
-            f"--resume {output.dir}: it was started on {origin.get('model.name_or_path')} with "
-            f"weights {expected[:12]}…, and {source.label} has other weights "
-            f"({fingerprint[:12]}…). Use the base it was started on, or start a new run in another "
-            "--output-dir."
-        )
-    has_own_tokenizer = task in TASKS and TASKS[task].changes_tokenizer
-    if (
-        "model.adapter_fingerprint" not in origin and not has_own_tokenizer
-    ):  # an adapter has its own
+    fingerprint = get_base_values(source)["fingerprint"]
+    now = {BASE: fingerprint} if None not in (fingerprint, before.get(BASE)) else {}
+    has_own_tokenizer = ADAPTER in before or (task in TASKS and TASKS[task].changes_tokenizer)
+    if not has_own_tokenizer:
         tokenizer = load_tokenizer(source)
         set_chat_template(tokenizer, chat_template)
         ensure_pad_token(tokenizer)
-        current = get_tokenizer_values(tokenizer)
-        previous = {key: origin[key] for key in current if key in origin}
-        current = {key: current[key] for key in previous if key not in output.allow_change}
-        check_same_run(RunDirectory(output.dir), {key: previous[key] for key in current}, current)
+        now |= get_tokenizer_values(tokenizer)
+    compare_identities(output, {key: before.get(key) for key in now}, now)
 
 
 def load_previous_batch_tokens(output: OutputConfig) -> int | None:
     """Returns the tokens per micro-batch of the run to resume; None if new or not stored."""
-    tokens = (_load_previous_origin(output) or {}).get("speed.tokens_per_micro_batch")
+    tokens = (load_identity(output) or {}).get("speed.tokens_per_micro_batch")
     return tokens if isinstance(tokens, int) else None
-
-
-def load_previous_prompt_version(output: OutputConfig) -> int | None:
-    """Returns the version of the plain prompt format in the run to resume; None for a new run."""
-    origin = _load_previous_origin(output)
-    return None if origin is None else int(origin.get(f"data.{PROMPT}", 1))
-
-
-def _load_previous_origin(output: OutputConfig) -> dict[str, Any] | None:
-    if not output.resume or output.dir is None:
-        return None
-    output_dir = RunDirectory(output.dir)
-    is_new = not (output_dir.checkpoints / ORIGIN).exists()
-    return None if is_new else load_origin_file(output_dir)
 
 
 def check_shared(output_dir: RunDirectory, processes: Processes) -> None:
@@ -168,12 +135,6 @@ def check_base_not_overwritten(run: Run) -> None:
 PLAIN_STEP = "plain_step"
 """Key of the event that the fast step was disabled; its value is the reason."""
 
-_LENGTH_FIELDS = ("train.num_train_epochs", "train.max_steps", "train.early_stopping_patience")
-"""Fields that may differ on resume, because a run can be made longer."""
-
-_CHECK_FIELDS = ("rl.check_groups", "rl.reward_timeout", "rl.on_reward_error")
-"""Fields that may differ on resume, because they affect no completion that has a score."""
-
 
 @dataclass(frozen=True)
 class ResumeState:
@@ -184,7 +145,7 @@ class ResumeState:
         past: log records up to the checkpoint.
         has_new_length: whether the planned number of steps has changed.
         finished: summary.json of a run with nothing left to train.
-        origin: all values that must stay the same when the run resumes; see `get_run_origin`.
+        identity: all that must be unchanged when the run resumes; see `get_identity`.
         failure: how the fast step differed from the plain step, which the run has trained since;
             empty if it did not.
     """
@@ -194,7 +155,7 @@ class ResumeState:
     has_new_length: bool = False
     finished: Mapping[str, Any] | None = None
     changes: list[dict[str, Any]] = field(default_factory=list)
-    origin: Mapping[str, Any] = field(default_factory=dict)
+    identity: Mapping[str, Any] = field(default_factory=dict)
     failure: str = ""
 
     def missed_evaluation(self, strategy: str, schedule: Schedule) -> bool:
@@ -216,33 +177,43 @@ def has_evaluation(records: Sequence[Mapping[str, Any]], step: int) -> bool:
 
 def resolve_resume(run: Run, processes: Processes, listener: Listener) -> ResumeState:
     """Returns the state from which the run resumes, before weights load; empty for a new run."""
-    origin = get_run_origin(run, get_base_info(run))
-    processes.check_same(get_all_values(run, origin))
+    identity = get_identity(run, get_base_values(run.model.source)["fingerprint"])
+    everything = {**flatten_config(run, {"output": {"allow_change"}}), **identity}
+    everything.pop("threads", None)  # may differ by machine
+    processes.check_same(everything)
     return processes.from_first(
-        lambda: replace(_resolve_resume(run, origin, listener), origin=origin)
+        lambda: replace(_resolve_resume(run, identity, listener), identity=identity)
     )
 
 
-def _resolve_resume(run: Run, origin: Mapping[str, Any], listener: Listener) -> ResumeState:
-    if not run.config.output.resume or run.config.output.dir is None:
+def _resolve_resume(run: Run, identity: Mapping[str, Any], listener: Listener) -> ResumeState:
+    output, steps = run.config.output, run.schedule.steps
+    if not output.resume or output.dir is None:
         return ResumeState()
-    output_dir, steps = RunDirectory(run.config.output.dir), run.schedule.steps
-    if not (output_dir.checkpoints / ORIGIN).exists():
+    before, output_dir = load_identity(output), RunDirectory(output.dir)
+    if before is None:
         listener.warn(
             f"--resume {output_dir.path}: it has no checkpoint yet, so the run starts from the "
             f"beginning"
         )
         return ResumeState()
-    before = load_origin(output_dir, origin)
-    lengths = {key: before.get(key) for key in _LENGTH_FIELDS if before.get(key) != origin[key]}
-    accepted = {key: origin[key] for key in (*lengths, *_CHECK_FIELDS)}
-    accepted |= {key: origin[key] for key in _CONTENT if _has_same_content(key, before, origin)}
-    changes = _allowed_changes(run.config.output, before, origin)
-    accepted |= {change["field"]: change["is"] for change in changes}
-    check_same_run(output_dir, {**before, **accepted}, origin)
-    for file_digests in get_file_digests(run):
-        changes += _get_modified_files(run.config.output, output_dir, file_digests, listener)
+    known = {**before, **identity}
+    if invalid := [name for name in output.allow_change if name not in known]:
+        raise ConfigError(
+            f"--allow-change {invalid[0]}: no such field.{did_you_mean(invalid[0], known)} "
+            "--resume names the fields that differ."
+        )
+    changes = compare_identities(output, before, identity)
+    digests = get_file_digests(run, output_dir.checkpoints)
+    if (stored := digests.load()) is None:
+        listener.warn(
+            f"--resume {output_dir.path}: the recorded digests of files are missing "
+            f"({digests.path}), so only samples of them are compared"
+        )
+    else:
+        changes += compare_identities(output, stored, digests.compute())
     summary = output_dir.load_summary()
+    lengths = {key: before.get(key) for key in LENGTHS if before.get(key) != identity[key]}
     if summary and not lengths and summary.get("planned_steps", summary["steps"]) == steps:
         return ResumeState(finished=summary)
     checkpoint = get_last_checkpoint(output_dir, listener)
@@ -285,7 +256,7 @@ def _check_length(run: Run, before: Mapping[str, Any], trained: int) -> None:
 
 
 def open_or_resume(run: Run, state: ResumeState, listener: Listener) -> RunDirectory:
-    """Create the run directory, or open it to resume; write config.yaml and `state.origin`."""
+    """Create the run directory, or open it to resume; write config.yaml and `state.identity`."""
     output = run.config.output
     if state.checkpoint is not None and output.dir is not None:
         output_dir = RunDirectory(output.dir)
@@ -302,9 +273,8 @@ def open_or_resume(run: Run, state: ResumeState, listener: Listener) -> RunDirec
                 f"{change['field']} is {change['is']!r} from here on, was {change['was']!r}"
             )
         output_dir.append_changes(step_of(state.checkpoint), state.changes)
-        for file_digests in get_file_digests(run):
-            if any(change["field"].startswith(file_digests.field) for change in state.changes):
-                file_digests.forget(output_dir.checkpoints)
+        if any(" of " in change["field"] for change in state.changes):
+            get_file_digests(run, output_dir.checkpoints).path.unlink(missing_ok=True)
     else:
         output_dir, leftovers = open_run(
             output.dir, run.name, overwrite=output.overwrite, resume=output.resume
@@ -321,68 +291,8 @@ def open_or_resume(run: Run, state: ResumeState, listener: Listener) -> RunDirec
         saved_run = run.with_settings("model", name_or_path=path)
     output_dir.save_config(dump_config(saved_run))
     save_relative_paths(output_dir, resolved_config(saved_run))
-    write_json(output_dir.checkpoints / ORIGIN, state.origin)
+    write_json(output_dir.checkpoints / IDENTITY, state.identity)
     return output_dir
-
-
-def _allowed_changes(
-    output: OutputConfig, before: Mapping[str, Any], origin: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """Returns records of changed fields that `--allow-change` permits; rejects unknown names."""
-    allowed = output.allow_change
-    fields = {**before, **origin}
-    invalid = [name for name in allowed if name not in fields]
-    if invalid:
-        raise ConfigError(
-            f"--allow-change {invalid[0]}: no such field.{did_you_mean(invalid[0], fields)} "
-            "--resume names the fields that differ."
-        )
-    return [
-        {"field": name, "was": before.get(name), "is": origin.get(name)}
-        for name in dict.fromkeys(allowed)
-        if before.get(name) != origin.get(name)
-    ]
-
-
-def _get_modified_files(
-    output: OutputConfig, output_dir: RunDirectory, file_digests: FileDigests, listener: Listener
-) -> list[dict[str, Any]]:
-    modified = file_digests.changes(output_dir.checkpoints)
-    if modified is None:
-        listener.warn(
-            f"--resume {output_dir.path}: the recorded digests of {file_digests.description} are "
-            f"missing (checkpoints/{file_digests.file_name}), so only samples of them are compared"
-        )
-    elif modified and file_digests.field not in output.allow_change:
-        details = join_names(f"{n} was {was} and is {now}" for n, (was, now) in modified.items())
-        raise ConfigError(
-            f"--resume {output_dir.path}: not the same run: the bytes of "
-            f"{file_digests.description} have changed since it started: {details} (SHA-256). "
-            f"Restore them, start a new run in another --output-dir, or pass --allow-change "
-            f"{file_digests.field}"
-        )
-    return [
-        {"field": f"{file_digests.field} of {name}", "was": was, "is": now}
-        for name, (was, now) in (modified or {}).items()
-    ]
-
-
-_CONTENT = {
-    "model.name_or_path": BASE,
-    "model.adapter": "model.adapter_fingerprint",
-    "data.dataset": ROWS,
-    "data.also": ROWS,
-    "data.validation_file": "data.validation_fingerprint",
-    "data.qrels": "data.validation_fingerprint",
-    "data.corpus": "data.validation_fingerprint",
-    "rl.reward": REWARDS,
-}
-"""Fields whose value may change, and the fingerprint that must stay the same."""
-
-
-def _has_same_content(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    content = _CONTENT.get(key, "")
-    return now.get(content) is not None and before.get(content) == now[content]
 
 
 def get_last_checkpoint(output_dir: RunDirectory, listener: Listener) -> Path | None:

@@ -20,7 +20,6 @@ from ftlevel.artifacts import checkpoints
 from ftlevel.artifacts.checkpoints import rotate_best
 from ftlevel.artifacts.run_directory import RunDirectory, delete_backup
 from ftlevel.config import TrainerConfig
-from ftlevel.data.prepare.streaming import StreamedRows
 from ftlevel.errors import ConfigError, RunError
 from ftlevel.training.processes import Processes
 
@@ -237,22 +236,6 @@ class SaveByClock(TrainerCallback):
         """Save if this evaluation stops training early and the last step must be saved."""
         is_early = control.should_training_stop and state.global_step < state.max_steps
         control.should_save |= is_early and self._save_last
-
-
-class SaveStreamState(TrainerCallback):
-    """Callback that writes the position in the streamed dataset into each checkpoint."""
-
-    def __init__(self, rows: StreamedRows, checkpoint_dir: Path) -> None:
-        self.rows = rows
-        self.checkpoint_dir = checkpoint_dir
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Write the position in the dataset, in the first process only."""
-        if not state.is_world_process_zero:  # it is the same in each
-            return
-        self.rows.save(self.checkpoint_dir / f"checkpoint-{state.global_step}", state.global_step)
 
 
 class SaveRollout(TrainerCallback):

@@ -20,7 +20,7 @@ from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
 from ftlevel.artifacts.run_directory import RunDirectory
-from ftlevel.errors import ConfigError
+from ftlevel.errors import ConfigError, excludes
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import free_memory_bytes
 from ftlevel.models.sources import resolve_source
@@ -292,78 +292,45 @@ def compare_weights(model: Any, run: Run, directory: Path) -> float:
 
 def check_can_shard(run: Run, count: int | None) -> None:
     """Raise ConfigError with all reasons against `--shard`; `count` processes, None if unknown."""
-    if run.config.train.shard == "none":
+    config, method = run.config, run.config.method
+    if config.train.shard == "none":
         return
-    flag, method, problems = f"--shard {run.config.train.shard}", run.config.method, []
-    info = METHODS[method.kind]
-    if count == 1:
-        problems.append(
-            f"{flag}: one process has the whole model. Start several: --num-processes N, or a "
-            "launcher such as torchrun."
-        )
-    if info.initialization.rewrites_base(method):
-        problems.append(
-            f"{flag} cannot be used with an initialization that changes the base's weights, which "
-            "are sharded when the adapter is saved. Use the default initialization."
-        )
-    if info.resume_error:
-        problems.append(
-            f"{flag} cannot be used with --method {method.kind} yet: what it saves has other "
-            "shapes than what it trains, and is verified on a full base. Use --method lora."
-        )
-    if run.model.quant.kind not in ("none", "4bit"):
-        problems.append(
-            f"{flag} cannot be used with --quant {run.model.quant.kind}, whose weights cannot be "
-            f"sharded by rows. Use --quant 4bit, or none."
-        )
-    if isinstance(run.objective, LikelihoodObjective):
-        problems.append(
-            f"{flag} cannot be used with --task preference yet: the reference cache is per "
-            f"process. Use --shard none."
-        )
-    if isinstance(run.objective, PolicyObjective):
-        problems.append(
-            f"{flag} cannot be used with --task {run.task.name}: each process samples its own "
-            "completions with all weights, and would hold a part of them. Use --shard none."
-        )
-    if isinstance(run.objective, StepObjective):
-        problems.append(
-            f"{flag} cannot be used with --task {run.task.name} yet, which was never tried on a "
-            "sharded model. Use --shard none."
-        )
-    if run.config.distillation.teacher is not None:
-        problems.append(
-            f"{flag} cannot be used with --teacher yet, which every process would hold whole. Use "
-            "--shard none."
-        )
-    if not info.is_adapter:
-        problems += _get_full_errors(run, flag)
-    if problems:
-        raise ConfigError(problems)
-
-
-def _get_full_errors(run: Run, flag: str) -> list[str]:
-    problems = []
-    if run.model.dtype == "float16":
-        problems.append(
-            f"{flag} cannot be used with --method full and --dtype float16: a scale would be "
-            "halved where one process overflows, and not in the others. Use --dtype bfloat16."
-        )
-    if run.best is not None and run.best.loads:
+    info, quant, without = METHODS[method.kind], run.model.quant.kind, "Use --shard none."
+    task, is_full = f"--task {run.task.name}", not info.is_adapter
+    best = f"--metric-for-best-model {config.train.metric_for_best_model}"
+    if config.train.load_best_model_at_end:
         best = "--load-best-model-at-end"
-        if not run.config.train.load_best_model_at_end:
-            best = f"--metric-for-best-model {run.config.train.metric_for_best_model}"
-        problems.append(
-            f"{flag} cannot be used with --method full and {best}: the trained weights are "
-            f"sharded, and only the last model is kept. Drop {best}, or use --shard none."
-        )
-    if run.config.speed.verify:
-        problems.append(
-            f"{flag} cannot compare the fast step of --method full with the plain one, whose "
-            f"gradients are sharded. Drop --verify-fast, or use --shard none."
-        )
-    if run.config.train.on_nonfinite == "rollback":
-        problems.append(
-            f"{flag} cannot be used with --method full and --on-nonfinite rollback. Use skip."
-        )
-    return problems
+    conflicts = (
+        (count == 1, "one process", "it has the whole model",
+         "Start several: --num-processes N, or a launcher such as torchrun."),
+        (info.initialization.rewrites_base(method), "an initialization that changes the base",
+         "its weights are sharded when the adapter is saved", "Use the default initialization."),
+        (bool(info.resume_error), f"--method {method.kind} yet",
+         "what it saves has other shapes than what it trains, and is verified on a full base",
+         "Use --method lora."),
+        (quant not in ("none", "4bit"), f"--quant {quant}",
+         "its weights cannot be sharded by rows", "Use --quant 4bit, or none."),
+        (isinstance(run.objective, LikelihoodObjective), f"{task} yet",
+         "the reference cache is per process", without),
+        (isinstance(run.objective, PolicyObjective), task,
+         "each process samples its own completions with all weights, and would hold a part of them",
+         without),
+        (isinstance(run.objective, StepObjective), f"{task} yet",
+         "it was never tried on a sharded model", without),
+        (config.distillation.teacher is not None, "--teacher yet",
+         "every process would hold it whole", without),
+        (is_full and run.model.dtype == "float16", "--method full and --dtype float16",
+         "a scale would be halved where one process overflows, and not in the others",
+         "Use --dtype bfloat16."),
+        (is_full and run.best is not None and run.best.loads, f"--method full and {best}",
+         "the trained weights are sharded, and only the last model is kept",
+         f"Drop {best}, or use --shard none."),
+        (is_full and config.speed.verify, "--method full and --verify-fast",
+         "the gradients of the plain step are sharded",
+         "Drop --verify-fast, or use --shard none."),
+        (is_full and config.train.on_nonfinite == "rollback",
+         "--method full and --on-nonfinite rollback", "", "Use skip."),
+    )  # fmt: skip
+    flag = f"--shard {config.train.shard}"
+    if problems := [excludes(flag, *texts) for is_conflict, *texts in conflicts if is_conflict]:
+        raise ConfigError(problems)

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ftlevel.data.encoding.collate import Collator
-from ftlevel.data.encoding.encode import Encoded, distinct_texts
+from ftlevel.data.encoding.row import Encoded
+from ftlevel.data.encoding.texts import distinct_texts
 from ftlevel.errors import RunError, is_out_of_memory
 from ftlevel.fast.fused_layers import FusedGlu, FusedNorm
 from ftlevel.fast.likelihoods import base_model, compute_full_loss, sum_log_ratios, with_baseline

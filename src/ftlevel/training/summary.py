@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from ftlevel._version import __version__
 from ftlevel.artifacts.cards import AdapterCard, library_versions
 from ftlevel.artifacts.files import base_fingerprint
 from ftlevel.artifacts.paths import make_paths_absolute
-from ftlevel.data.prepare.streaming import StreamedRows
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.fast.likelihoods import base_model
 from ftlevel.methods import needs_import
@@ -53,9 +52,8 @@ def resolved_config(run: Run) -> dict[str, Any]:
     """Returns the configuration as JSON values, with `auto` replaced by the resolved values."""
     values = run.config.model_dump(mode="json")
     values["model"] |= {"dtype": run.model.dtype, "device": run.model.device}
-    if run.data.stream is None:  # later rows of a stream may be longer
-        values["data"]["max_length"] = run.data.max_length
-        values["data"]["overlong"] = run.data.info["overlong"]  # auto may have dropped rows
+    values["data"]["max_length"] = run.data.max_length
+    values["data"]["overlong"] = run.data.info["overlong"]  # auto may have dropped rows
     values["train"]["learning_rate"] = run.schedule.learning_rate
     head = run.schedule.head_learning_rate
     has_head_rate = head != run.schedule.learning_rate
@@ -87,18 +85,6 @@ def _cached_snapshot(source: ModelSource) -> Path | None:
         if isinstance(path, str):
             return Path(path).parent
     return None
-
-
-def with_stream_counts(run: Run, rows: StreamedRows) -> Run:
-    """Returns `run` with the actual row counts of a streamed dataset instead of estimates."""
-    num_rows = rows.counts
-    data_info = {
-        **run.data.info,
-        "train_rows": len(rows),
-        **{name: num_rows.get(name, 0) for name in ("dropped", "shortened", "split")},
-        "stream": num_rows,
-    }
-    return replace(run, data=replace(run.data, info=data_info))
 
 
 _CARD_DATA = ("name", "train_rows", "fingerprint", "validation_fingerprint")

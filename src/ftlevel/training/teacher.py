@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.rollouts import compute_token_logps
 from ftlevel.events import Listener
@@ -29,7 +29,7 @@ from ftlevel.models.loading import load_config
 from ftlevel.objectives import PolicyObjective, TokenObjective
 from ftlevel.tasks.embedding.objective import Embeddings
 from ftlevel.tasks.losses import DistillationRows, outcome_dtype, select_top_k
-from ftlevel.tasks.reranking.objective import Ranking
+from ftlevel.tasks.reranking.losses import Ranking
 from ftlevel.tasks.rl.rows import CompletionRow
 from ftlevel.trained.resolve import ReferenceModel, resolve_reference, resolve_text_model
 from ftlevel.training.model import PreparedModel

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import Encoded, EncodedTexts
+from ftlevel.data.encoding.row import Encoded
+from ftlevel.data.encoding.texts import EncodedTexts
 from ftlevel.data.sources.lines import RowView
 from ftlevel.errors import InputError
 from ftlevel.evaluation import embeddings
@@ -25,7 +26,7 @@ from ftlevel.evaluation.answers import InferenceModel
 from ftlevel.events import Listener
 from ftlevel.tasks.embedding.formats import EmbeddingRow
 from ftlevel.tasks.embedding.objective import Embeddings
-from ftlevel.tasks.reranking.objective import Ranking
+from ftlevel.tasks.reranking.losses import Ranking
 from ftlevel.tasks.reranking.rows import RankedRow
 from ftlevel.tasks.reranking.task import RerankingTask
 from ftlevel.trained.generation import GenerationOptions, batches

@@ -10,18 +10,16 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.encoding.store import token_counts
-from ftlevel.data.prepare.row_stream import StreamSharding
-from ftlevel.data.prepare.streaming import (
+from ftlevel.data.prepare.samplers import (
     DistinctTextSampler,
     LengthGroupedSampler,
     RowsWithPadding,
     StepShardSampler,
-    StreamedRows,
 )
 from ftlevel.errors import ConfigError, is_out_of_memory
 from ftlevel.fast.likelihoods import (
@@ -51,19 +49,8 @@ from ftlevel.training.processes import Processes
 from ftlevel.training.whole_step import WholeStep
 
 
-def get_train_data(run: Run, args: Any, processes: Processes) -> tuple[Any, Sampler[int] | None]:
-    """Returns the training rows or stream, and their sampler (None: Trainer's random sampler)."""
-    if run.data.stream is not None:
-        batch_size = args.train_batch_size * args.world_size
-        step, stream = batch_size * args.gradient_accumulation_steps, run.data.stream
-        if processes.count == 1:
-            rows = StreamedRows(stream, step, args.max_steps)
-        else:
-            stream.divide(
-                StreamSharding(processes.count, processes.world.rank, processes.all_gather)
-            )
-            rows = StreamedRows(stream, step, args.max_steps, batch_size)
-        return rows, SequentialSampler(rows)
+def get_train_data(run: Run) -> tuple[Any, Sampler[int] | None]:
+    """Returns the training rows and their sampler (None: Trainer's random sampler)."""
     if run.data.sets:
         return RowsWithPadding(run.data.train), get_sampler(run)
     return run.data.train, get_sampler(run)
@@ -218,10 +205,10 @@ class FtlevelTrainer(Trainer):
         if self.args.world_size == 1:
             return super().get_train_dataloader()
         rows: Any = self.train_dataset
-        # Batches without the fast step are padded, those of one process; lengths of streamed rows
-        # and of completions are not known.
-        is_divided_by_tokens = self.fast is not None and not (
-            isinstance(rows, StreamedRows) or isinstance(self.objective, PolicyObjective)
+        # Batches without the fast step are padded, those of one process; lengths of completions
+        # are not known.
+        is_divided_by_tokens = self.fast is not None and not isinstance(
+            self.objective, PolicyObjective
         )
         lengths = token_counts(getattr(rows, "rows", rows)) if is_divided_by_tokens else None
         return create_dataloader(rows, self.order, self.args, self.data_collator, lengths)

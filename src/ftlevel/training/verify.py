@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.encoding.fit import prompt_length
+from ftlevel.data.encoding.row import IGNORED, Encoded
 from ftlevel.errors import is_out_of_memory
 from ftlevel.events import Listener
 from ftlevel.fast.plan import get_dropout

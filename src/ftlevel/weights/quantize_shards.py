@@ -1,4 +1,4 @@
-"""Quantize a checkpoint with bitsandbytes or torchao, one tensor in memory at a time.
+"""Quantize a checkpoint with bitsandbytes, one tensor in memory at a time.
 
 The tensors equal those that `save_pretrained` writes for a model that transformers quantized,
 before its first forward pass. `ShardWriter` is for tensors that become known one at a time;
@@ -24,10 +24,9 @@ from ftlevel.errors import InputError, join_names
 from ftlevel.models.kinds import TASK_CLASSES, save_legacy_rope
 from ftlevel.models.loading import build_task_model
 from ftlevel.models.module_tree import ModuleTree, get_modules_to_not_convert, linear_size
-from ftlevel.models.quantization import PLAIN_NOTE, is_torchao, torchao_bytes
 from ftlevel.models.upstream.architectures import model_classes, modules_in_float32
 from ftlevel.models.upstream.conversions import KeyMapper
-from ftlevel.models.upstream.quantizers import pack_torchao, replaced_linears, torchao_linears
+from ftlevel.models.upstream.quantizers import replaced_linears
 from ftlevel.safe_io import open_new
 from ftlevel.weights.checkpoint import (
     NAMES,
@@ -98,10 +97,7 @@ def build_layout(
     tree = ModuleTree(meta)
     config_to_skip = _with_modules_to_skip(quantization, get_modules_to_skip(config, auto_class))
     model = build_task_model(config, auto_class)  # modified
-    if is_torchao(quantization):
-        layers = dict.fromkeys(torchao_linears(model, config_to_skip), False)  # none is a Conv1D
-    else:
-        layers = replaced_linears(model, config_to_skip, pre_quantized=True)
+    layers = replaced_linears(model, config_to_skip, pre_quantized=True)
     parameters = {p.name: p for p in _parameters(meta, tree, layers)}
     return QuantizedLayout(
         layers, config_to_skip, dtype, modules_in_float32(meta, dtype), parameters, key_mapper
@@ -138,16 +134,12 @@ def resolve_layout(layout: QuantizedLayout, keys: Iterable[str]) -> QuantizedLay
 
 def get_skipped_modules(quantization: Any) -> list[str]:
     """Returns the names of modules that the config `quantization` leaves unquantized."""
-    attribute = "modules_to_not_convert" if is_torchao(quantization) else "llm_int8_skip_modules"
-    return list(getattr(quantization, attribute) or ())
+    return list(quantization.llm_int8_skip_modules or ())
 
 
 def _with_modules_to_skip(quantization: Any, names: list[str]) -> Any:
     result = copy.copy(quantization)
-    if is_torchao(quantization):
-        result.modules_to_not_convert = names
-    else:
-        result.llm_int8_skip_modules = names
+    result.llm_int8_skip_modules = names
     return result
 
 
@@ -209,8 +201,6 @@ def predict_bytes(layout: QuantizedLayout) -> dict[str, tuple[int, int]]:
 
 def packed_bytes(shape: tuple[int, ...], quantization: Any) -> int:
     """Returns the bytes of a quantized weight (out, in), including scales and settings."""
-    if is_torchao(quantization):
-        return torchao_bytes(shape, quantization)
     num_values = math.prod(shape)
     if quantization.load_in_8bit:
         return num_values + 4 * shape[0] + 1
@@ -244,10 +234,6 @@ class ShardWriter:
             self._pending.append((name, tensor))
         else:
             self._write(name, tensor)
-
-    def note(self, name: str, text: str) -> None:
-        """Set `name` to `text` in the file's metadata."""
-        self._header["__metadata__"][name] = text
 
     def _write(self, name: str, tensor: torch.Tensor) -> None:
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -316,30 +302,23 @@ def save_quantized(
 ) -> tuple[QuantizedLayout, QuantizationSizes]:
     """Quantize the model in `model_dir` and save it in `out`; return resolved layout and sizes.
 
-    `get_codes` returns the codes of a weight, for bitsandbytes only. Raises InputError if a weight
+    `get_codes` returns the codes of a weight. Raises InputError if a weight
     to quantize is missing, or a file is corrupted.
     """
     shards = {shard: load_header(shard)[0] for shard in weight_files(model_dir)}
     layout = resolve_layout(layout, [key for entries in shards.values() for key in entries])
     done, sizes = 0, QuantizationSizes()
     weight_map: dict[str, str] = {}
-    has_metadata = is_torchao(layout.config)
-    # transformers reads one list of names, from any of the files.
-    all_names = json.dumps([key for entries in shards.values() for key in entries])
     for shard, entries in shards.items():
         part_of_key = {key: layout.part_of(layout.key_mapper(key)[0]) for key in entries}
         num_tensors = {
-            key: _MAX_TENSORS if part == QUANTIZED else 1 + 2 * has_metadata
-            for key, part in part_of_key.items()
+            key: _MAX_TENSORS if part == QUANTIZED else 1 for key, part in part_of_key.items()
         }
-        size = header_bound(num_tensors) + 2 * has_metadata * len(all_names)
         file = shard.name if len(shards) > 1 else "model.safetensors"  # may be named as of several
-        writer = ShardWriter(out / file, size)
-        metadata: dict[str, str] = {}
+        writer = ShardWriter(out / file, header_bound(num_tensors))
         for key, stored in sorted(entries.items(), key=lambda item: item[1].offset):
             name, part_bytes = layout.key_mapper(key)[0], sizes.parts[part_of_key[key]]
-            tensors, notes = _convert(key, name, stored.read(), layout, get_codes)
-            metadata |= notes
+            tensors = _convert(key, name, stored.read(), layout, get_codes)
             for piece, value in tensors.items():
                 writer.add(piece, value)
                 weight_map[piece] = file
@@ -348,10 +327,6 @@ def save_quantized(
             sizes.quantized += part_of_key[key] == QUANTIZED
             done += 1
             step(done)
-        if has_metadata:
-            metadata["tensor_names"] = all_names
-        for key, text in metadata.items():
-            writer.note(key, text)
         sizes.bytes += writer.close()
     if len(shards) > 1:
         save_index(out, weight_map, sum(after for _, after in sizes.parts.values()))
@@ -371,12 +346,10 @@ def _convert(
     tensor: torch.Tensor,
     layout: QuantizedLayout,
     get_codes: SelectCodes | None,
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Returns tensors and metadata to save for `tensor`: `key` in the file, `name` in the model."""
-    has_metadata = is_torchao(layout.config)
+) -> dict[str, torch.Tensor]:
+    """Returns the tensors to save for `tensor`: `key` in the file, `name` in the model."""
     if layout.part_of(name) != QUANTIZED:
-        tensors = {key: tensor.to(layout.kept_dtype(name, tensor.dtype))}
-        return tensors, {key: PLAIN_NOTE} if has_metadata else {}
+        return {key: tensor.to(layout.kept_dtype(name, tensor.dtype))}
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         raise InputError(
             f"{key} is stored as {tensor.dtype}: the model is already quantized. Use the "
@@ -386,10 +359,8 @@ def _convert(
     linear = name.removesuffix(".weight")
     if layout.linears[linear]:
         weight = weight.T.contiguous()
-    if has_metadata:
-        return pack_torchao(key, weight, layout.config)
     pack = _pack_8bit if layout.config.load_in_8bit else _pack_4bit
-    return pack(key, weight, layout.config, get_codes and get_codes(linear, weight)), {}
+    return pack(key, weight, layout.config, get_codes and get_codes(linear, weight))
 
 
 def bitsandbytes_grid(config: Any) -> QuantizationGrid:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import published_chat_templates
-from ftlevel.data.encoding.encode import PromptFormat
+from ftlevel.data.encoding.prompts import PromptFormat
 from ftlevel.merging.formats.ollama import (
     chat_template,
     format_modelfile,

@@ -280,7 +280,7 @@ def create_interrupted_run(path: Path) -> RunDirectory:
         (run.checkpoints / name).mkdir()
         for file in ("adapter_model.safetensors", "trainer_state.json", "rng_state_1.pth"):
             (run.checkpoints / name / file).write_text("old")
-    (run.checkpoints / "origin.json").write_text("{}")
+    (run.checkpoints / "identity.json").write_text("{}")
     return run
 
 
@@ -344,7 +344,7 @@ def test_best_models_without_manifest_are_kept(tmp_path: Path) -> None:
     assert sorted(read_tree(tmp_path)) == ["best-1/mine", "best-3-kept/mine", "best-9/mine"]
 
 
-@pytest.mark.parametrize("name", [".ftlevel.json", "metrics.jsonl", "checkpoints/origin.json"])
+@pytest.mark.parametrize("name", [".ftlevel.json", "metrics.jsonl", "checkpoints/identity.json"])
 def test_pipe_among_run_files_raises(tmp_path: Path, name: str) -> None:
     create_finished_run(tmp_path)
     (tmp_path / name).unlink(missing_ok=True)
@@ -370,8 +370,7 @@ def test_digests_of_inputs_belong_to_run_and_are_renewed_when_it_starts_anew(
     tmp_path: Path,
 ) -> None:
     run, _ = open_run(tmp_path, "x", overwrite=False)
-    for name in ("base.json", "rows.json"):
-        (run.checkpoints / name).write_text("{}")
+    (run.checkpoints / "digests.json").write_text("{}")
     assert ownership.move_foreign_files(tmp_path) == []
     open_run(tmp_path, "x", overwrite=False, resume=True)
     assert list_names(run.checkpoints) == []

@@ -124,7 +124,7 @@ def test_model_with_matching_fingerprint_is_used(project: Path, tmp_path: Path) 
     write_run(run, {}, "model")
     (run / "checkpoints").mkdir()
     origin = {"model.fingerprint": base_fingerprint(project / "model")}
-    (run / "checkpoints/origin.json").write_text(json.dumps(origin))
+    (run / "checkpoints/identity.json").write_text(json.dumps(origin))
     shutil.copytree(project, tmp_path / "copy")
     copy = tmp_path / "copy/runs/one"
     assert load_run_config(copy).values["model"]["name_or_path"] == str(tmp_path / "copy/model")

@@ -33,31 +33,33 @@ RULES = [
      "--quant 4bit cannot be used with --method full: 4-bit weights receive no gradients. "
      "Use --method qlora, or drop --quant."),
     (["method=qlora", "quant=none"],
-     "--method qlora needs a quantized base, and --quant is none. Use --quant 4bit or 8bit, or "
+     "--method qlora needs a quantized base (--quant is none). Use --quant 4bit or 8bit, or "
      "--method lora."),
     (["quant.double_quant=true"],
-     "--double-quant belongs to --quant 4bit, and --quant is none. Use --quant 4bit, or drop "
-     "--double-quant."),
+     "--double-quant needs --quant 4bit (it is none). Add --quant 4bit, or drop --double-quant."),
     (["quant=8bit", "quant.quant_type=fp4"],
-     "--quant-type fp4 belongs to --quant 4bit, and --quant is 8bit. Use --quant 4bit, or drop "
-     "--quant-type."),
+     "--quant-type fp4 needs --quant 4bit (it is 8bit). Add --quant 4bit, or drop --quant-type."),
     (["quant=8bit", "method.use_dora=true"],
      "--dora cannot be used with --quant 8bit: PEFT cannot read 8-bit weights for the "
      "magnitude. Use --quant 4bit, or drop --dora."),
     (["model.dtype=float16", "model.device=cpu"],
-     "--dtype float16 cannot be used on the CPU, which computes it in software and overflows in "
-     "training. Use --dtype bfloat16 or float32."),
+     "--dtype float16 cannot be used with --device cpu: the CPU computes it in software, and it "
+     "overflows in training. Use --dtype bfloat16 or float32."),
     (["output.resume=true", "output.overwrite=true", "output.dir=x"],
-     "--resume keeps a run and --overwrite replaces it. Use one of them."),
-    (["output.resume=true"], "--resume needs the run to resume. Add --output-dir RUN."),
+     "--resume cannot be used with --overwrite: one keeps the run and the other replaces it. Drop "
+     "one of them."),
+    (["output.resume=true"],
+     "--resume needs --output-dir RUN: it is the run to resume. Add --output-dir RUN, or drop "
+     "--resume."),
     (["task=summarization", "data.overlong=split"],
-     "--overlong split cuts plain text into several rows and cannot be used with --task "
-     "summarization. Use --overlong drop or truncate-prompt."),
+     "--overlong split cannot be used with --task summarization. Use --overlong drop or "
+     "truncate-prompt."),
     (["task=summarization", "data.overlong=truncate"],
      "--overlong truncate cannot be used with --task summarization. Use --overlong drop or "
      "truncate-prompt."),
     (["task=embedding", "data.overlong=truncate-prompt"],
-     "--overlong truncate-prompt cannot be used with --task embedding. Use --overlong truncate."),
+     "--overlong truncate-prompt cannot be used with --task embedding. Use --overlong drop or "
+     "truncate."),
 ]  # fmt: skip
 
 

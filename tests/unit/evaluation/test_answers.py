@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ftlevel.config import SPECS
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.evaluation.answers import InferenceModel
 from ftlevel.tasks import TASKS
 from ftlevel.trained.generation import GenerationOptions

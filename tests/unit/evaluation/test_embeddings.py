@@ -13,7 +13,7 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from ftlevel.config.embedding import EmbeddingConfig
-from ftlevel.data.encoding.encode import EncodedTexts
+from ftlevel.data.encoding.texts import EncodedTexts
 from ftlevel.evaluation import embeddings
 from ftlevel.evaluation.embeddings import QueryMeter, create_meters, step_losses
 from ftlevel.evaluation.intervals import ExampleRecord

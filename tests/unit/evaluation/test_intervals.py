@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tiny_tokenizers
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.evaluation.intervals import ExampleRecord, interval
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.tasks import TASKS

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from ftlevel.artifacts.cards import format_difference
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.evaluation.two_models import (
     MAX_TARGETS,
     EvalSet,

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.evaluation.two_models import EvalSet
 from ftlevel.merging import low_bits
 from ftlevel.merging.low_bits import InputMoments

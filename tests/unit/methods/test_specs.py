@@ -72,14 +72,14 @@ def test_config_fields_of_each_method(kind, fields, expected):
          "--set method.init_lora_weights: 'corda': it needs statistics of the activations, which "
          "ftlevel does not collect. Use pissa on a float base, or default on a quantized one."),
         (["method.init_lora_weights=loftq", "method.use_dora=true"],
-         "method: use_dora cannot be used with init_lora_weights loftq: DoRA takes its magnitudes "
+         "--dora cannot be used with --init loftq: DoRA takes its magnitudes "
          "from the weights before that start is set. Drop one of them."),
         (["method.kind=gralora", "method.gralora_k=3"],
-         "method: method.gralora_k 3 does not divide method.r 32, which its blocks share. Set "
+         "method.gralora_k 3 does not divide method.r 32, which its blocks share. Set "
          "method.r to a multiple of 3."),
         (["method.target_parameters=experts", "method.lora_dropout=0.1"],
-         "method: target_parameters cannot be used with lora_dropout: PEFT's LoRA of a bare "
-         "tensor does not have it. Drop one of them."),
+         "--target-parameters experts cannot be used with --lora-dropout 0.1: PEFT's LoRA of a "
+         "bare tensor does not have it. Drop one of them."),
         (["method=adalora", "method.target_r=12"],
          "--set method: method.target_r 12 is not below init_r 12, and AdaLoRA only lowers ranks. "
          "Raise init_r, lower target_r, or use --method lora."),

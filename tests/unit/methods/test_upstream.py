@@ -16,21 +16,27 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from ftlevel.methods import upstream
-from ftlevel.methods.upstream import FACTS
 from tiny_models import build
-from upstream_facts import CanaryRegistry, UpstreamFact, check_fact, create_facts, get_parameters
+from upstream_facts import (
+    OF_METHODS,
+    CanaryRegistry,
+    UpstreamFact,
+    check_fact,
+    create_facts,
+    get_parameters,
+)
 
 CANARIES = CanaryRegistry()
 
 
-@pytest.mark.parametrize("fact", create_facts(FACTS), ids=lambda fact: fact.name)
+@pytest.mark.parametrize("fact", create_facts(OF_METHODS), ids=lambda fact: fact.name)
 def test_upstream_fact_holds(fact: UpstreamFact) -> None:
     check_fact(fact)
     CANARIES[fact.name]()
 
 
 def test_each_fact_has_canary() -> None:
-    assert set(CANARIES) == {fact.name for fact in create_facts(FACTS)}
+    assert set(CANARIES) == {fact.name for fact in create_facts(OF_METHODS)}
 
 
 def build_lora_model(**settings: Any) -> Any:

@@ -25,10 +25,8 @@ from transformers.integrations import moe
 from export_cases import export_to, exportable_model
 from ftlevel.config import QuantConfig
 from ftlevel.models.loading import build_task_model, load_config, load_model, load_tokenizer
-from ftlevel.models.quantization import build_torchao_config
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.upstream import (
-    FACTS,
     architectures,
     batching,
     conversions,
@@ -41,19 +39,26 @@ from ftlevel.models.upstream import tensors as upstream
 from ftlevel.models.upstream.libraries import leave_sharded
 from ftlevel.models.upstream.shards import LazyWeights
 from tiny_models import build, build_batch
-from upstream_facts import CanaryRegistry, UpstreamFact, check_fact, create_facts, get_parameters
+from upstream_facts import (
+    OF_MODELS,
+    CanaryRegistry,
+    UpstreamFact,
+    check_fact,
+    create_facts,
+    get_parameters,
+)
 
 CANARIES = CanaryRegistry()
 
 
-@pytest.mark.parametrize("fact", create_facts(FACTS), ids=lambda fact: fact.name)
+@pytest.mark.parametrize("fact", create_facts(OF_MODELS), ids=lambda fact: fact.name)
 def test_upstream_fact_holds(fact: UpstreamFact, request: pytest.FixtureRequest) -> None:
     check_fact(fact)
     CANARIES[fact.name](request)
 
 
 def test_each_fact_has_canary() -> None:
-    assert set(CANARIES) == {fact.name for fact in create_facts(FACTS)}
+    assert set(CANARIES) == {fact.name for fact in create_facts(OF_MODELS)}
 
 
 @CANARIES.of("aten._softmax_backward_data")
@@ -160,16 +165,12 @@ def _(_: Any) -> None:
     assert upstream.version_of(tensor) == before + 1
 
 
-@CANARIES.of("Tensor.__tensor_flatten__", "TorchAoConfig.get_apply_tensor_subclass")
+@CANARIES.of("Tensor.__tensor_flatten__")
 def _(_: Any) -> None:
-    import torchao.quantization
-
-    quantization = build_torchao_config("int8-torchao")
-    linear, plain = nn.Linear(64, 8), torch.zeros(2)
-    torchao.quantization.quantize_(linear, quantization.get_apply_tensor_subclass())
-    parts = upstream.inner_tensors(linear.weight)
-    assert {part.dtype for part in parts} == {torch.int8, torch.float32}
-    assert not any(upstream.inner_tensors(part) for part in [*parts, plain])
+    rows = [torch.zeros(2), torch.ones(3)]
+    parts = upstream.inner_tensors(torch.nested.nested_tensor(rows, layout=torch.jagged))
+    assert {part.dtype for part in parts} == {torch.int64, torch.float32}
+    assert not any(map(upstream.inner_tensors, [*parts, *rows]))
 
 
 @CANARIES.of("Module._parameters", "Module._buffers")
@@ -699,23 +700,6 @@ def _(_: Any) -> None:
         weight = values.repeat(4)  # one block, whose scale is 1
         packed, state = bnb.functional.quantize_4bit(weight, quant_type=kind, blocksize=64)
         assert torch.allclose(bnb.functional.dequantize_4bit(packed, state), weight)
-
-
-@CANARIES.of("flatten_tensor_state_dict")
-def _(_: Any) -> None:
-    import torchao.prototype.safetensors.safetensors_support as support
-
-    weight = torch.randn(8, 64)
-    tensors, metadata = quantizers.pack_torchao(
-        "a.weight", weight, build_torchao_config("int8-torchao")
-    )
-    assert {name for name in tensors if tensors[name].dtype == torch.int8} == {
-        "a._weight_qdata", "a._weight_zero_point"
-    }  # fmt: skip
-    metadata_with_names = {**metadata, "tensor_names": json.dumps(["a.weight"])}
-    restored, rest = support.unflatten_tensor_state_dict(tensors, metadata_with_names)
-    assert not rest
-    assert torch.allclose(restored["a.weight"].dequantize(), weight, atol=0.05)
 
 
 @CANARIES.of("SeedableRandomSampler")

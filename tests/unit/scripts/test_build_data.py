@@ -9,7 +9,7 @@ import zipfile
 import pytest
 
 import build_data
-from data_sets import bible, chat, cldr, docstrings, factbook, search, wordnet
+from data_sets import bible, builtin, chat, cldr, docstrings, factbook, search, wordnet
 from data_sets.sources import Sources
 from data_sets.splits import Splits, balance, split_rows, write_splits
 from wheels import FetchError, Package
@@ -367,3 +367,69 @@ def test_search_rows_with_repeated_text_are_dropped():
     rows = [{"anchor": "a", "positive": "x"}, {"anchor": "b", "positive": "X"},
             {"anchor": "c", "positive": "z"}]  # fmt: skip
     assert search.distinct(rows) == rows[2:]
+
+
+SAMPLE = '''"""The module."""
+try:
+    class Thing:
+        """A thing."""
+
+        @property
+        def size(self):
+            """Return
+            the size."""
+
+            return 1
+
+        def one_line(self): "Joined."; return 2
+
+        def bare(self):
+            """Nothing but this."""
+except Exception:
+    def fallback():
+        """Stand in."""
+        return """
+left of the function
+        """
+'''
+
+
+def test_read_module_separates_docstrings():
+    assert [tuple(item) for item in builtin.read_module(SAMPLE)] == [
+        ("module", "", "The module."),
+        ("class", "", "A thing."),
+        ("function", "@property\ndef size(self):\n    return 1", "Return\nthe size."),
+        ("function", "", "Joined."),
+        ("function", "", "Nothing but this."),
+        ("function", "", "Stand in."),
+    ]
+
+
+def test_form_feed_does_not_shift_lines():
+    (item,) = builtin.read_module('x = 1\n\x0c\ndef f():\n    """Return 1."""\n    return 1\n')
+    assert item.source == "def f():\n    return 1"
+
+
+def test_split_of_a_module_depends_on_its_path(tmp_path):
+    for name in ("argparse.py", "ast.py", "functools.py", "test/test_ast.py", "config-3.x.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('"""Documented."""\n')
+    assert sorted(builtin.find_modules(tmp_path)) == [
+        ("test", "functools.py"), ("train", "argparse.py"), ("validation", "ast.py")
+    ]  # fmt: skip
+
+
+def test_docstrings_are_in_one_split(tmp_path):
+    function = """def {name}(value):
+    \"\"\"Return the value of {text}, as it was given.\"\"\"
+    if value is None:
+        raise ValueError("there is no value")
+    return value
+"""
+    texts = {"argparse.py": ("one", "two"), "ast.py": ("two", "three"), "functools.py": ("three",)}
+    for name, own in texts.items():
+        code = "".join(function.format(name=f"f_{text}", text=text) for text in own)
+        (tmp_path / name).write_text(code)
+    rows = [row for row in builtin.build_rows(tmp_path) if row["kind"] == "generation"]
+    found = [(row["split"], row["completion"].split()[4]) for row in rows]
+    assert sorted(found) == [("train", "one,"), ("validation", "three,"), ("validation", "two,")]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tiny_models
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.formats.detect import fits
 from ftlevel.errors import InputError
 from ftlevel.objectives import Objective, TrainingLoss

@@ -11,8 +11,9 @@ import pytest
 
 from ftlevel.config import DataConfig
 from ftlevel.config.preference import PreferenceConfig
-from ftlevel.data.encoding.encode import IGNORED, Encoded, PromptFormat, RowError
 from ftlevel.data.encoding.fit import LengthBounds, fit_rows
+from ftlevel.data.encoding.prompts import PromptFormat
+from ftlevel.data.encoding.row import IGNORED, Encoded, RowError
 from ftlevel.data.encoding.store import rows_to_batches, write_store
 from ftlevel.data.formats.examples import convert_rows
 from ftlevel.data.sources.table import Table

@@ -21,7 +21,7 @@ from ftlevel.models.loading import silence_loggers
 from ftlevel.models.module_tree import get_stacks
 from ftlevel.training import memory as checkpointing
 from ftlevel.training.forecast import fits
-from ftlevel.training.forecast.fits import Device, select_checkpointing
+from ftlevel.training.forecast.fits import Device, Fit, fit_run
 from ftlevel.training.memory import StepReducer, set_checkpointing
 from ftlevel.training.model import load_training_model
 from ftlevel.training.plan.resolve import resolve
@@ -91,45 +91,35 @@ def test_auto_is_chosen_by_estimate_for_every_task(
     name: str,
     rows_of: dict[str, str],
     tiny_model_dir: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     task, family, rows, sections = TASKS[name]
     chat = True if name == "chat" else None
     run = resolve_run(tiny_model_dir(family, chat=chat), task, rows_of[rows], **sections)
-    assert select_checkpointing(run, 1) == (False, []), "on a CPU"
-    monkeypatch.setattr(fits, "free_memory_bytes", lambda _: 2**40)
-    recomputes, (choice,) = select_checkpointing(on_gpu(run), 1)
-    assert (recomputes, choice.value) == (False, "off")
-    assert "of 819.20 GiB that are free for it" in choice.reason
+    assert fit_run(run, Device.of_process("cpu", 1)) == Fit(), "on a CPU"
+    sized = on_gpu(run.with_settings("speed", tokens_per_micro_batch=run.fast.tokens))
     gpu = Device("cuda", "", 2**40)
-    need = gpu.forecast(on_gpu(run)).peak - fits.CONTEXT_BYTES
-    monkeypatch.setattr(fits, "free_memory_bytes", lambda _: int(0.55 * need / fits.MEMORY_RATIO))
-    recomputes, (choice,) = select_checkpointing(on_gpu(run), 1)
-    assert (recomputes, choice.value) == (True, "all blocks")
-    assert choice.reason.startswith("auto: a step needs ")
-    assert choice.reason.endswith(" GiB with checkpointing")
-    model = load_training_model(replace(run, recomputes=recomputes), NullListener()).model
+    fit = fit_run(sized, gpu)
+    assert (fit.recomputes, fit.choices[0].value) == (False, "off")
+    assert "of 1,024.00 GiB" in fit.choices[0].reason
+    need = gpu.forecast(sized).peak - fits.CONTEXT_BYTES
+    fit = fit_run(sized, replace(gpu, memory=fits.CONTEXT_BYTES + int(0.55 * need)))
+    assert (fit.recomputes, fit.choices[0].value) == (True, "all blocks")
+    assert fit.choices[0].reason.startswith("auto: a step needs ")
+    assert fit.choices[0].reason.endswith(" GiB with it")
+    model = load_training_model(replace(run, recomputes=fit.recomputes), NullListener()).model
     stacks = get_stacks(model.get_base_model())
     assert all(block.gradient_checkpointing for stack in stacks for block in stack)
-
-
-def test_micro_batches_sized_for_the_memory_fill_it(
-    rows_of: dict[str, str], tiny_model_dir: Callable[..., Path]
-) -> None:
-    run = on_gpu(resolve_run(tiny_model_dir("llama"), "text-generation", rows_of["sft"]))
-    need = Device("cuda", "", 2**40).forecast(run).peak - fits.CONTEXT_BYTES
-    for memory, expected in ((need, False), (int(0.55 * need), True)):
-        sized = replace(run, fast=replace(run.fast, memory=memory))
-        assert select_checkpointing(sized, 1)[0] is expected
 
 
 def test_requested_checkpointing_is_not_estimated() -> None:
     run: Any = SimpleNamespace(
         config=TrainConfig(train=create_trainer_config(offload_activations=True)),
         model=SimpleNamespace(device="cuda"),
+        fast=SimpleNamespace(enabled=False),
     )
-    recomputes, (choice,) = select_checkpointing(run, 1)
-    assert not recomputes, "the configuration has it"
+    fit = fit_run(run, Device("cuda", "", 0))
+    (choice,) = fit.choices
+    assert not fit.recomputes, "the configuration has it"
     assert (choice.value, choice.reason) == (
         "all blocks", "as requested; their inputs are in host memory"
     )  # fmt: skip

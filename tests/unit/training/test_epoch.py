@@ -15,8 +15,8 @@ from transformers import TrainingArguments
 
 import tiny_models
 from ftlevel.data.encoding.collate import Collator
-from ftlevel.data.encoding.encode import IGNORED, Encoded
-from ftlevel.data.prepare.streaming import LengthGroupedSampler
+from ftlevel.data.encoding.row import IGNORED, Encoded
+from ftlevel.data.prepare.samplers import LengthGroupedSampler
 from ftlevel.fast.plan import FastPlan
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.tasks.losses import Tokens

@@ -10,7 +10,7 @@ import torch
 from accelerate import skip_first_batches
 from torch.utils.data import SequentialSampler
 
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.fast.plan import FastPlan
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.training.trainer import create_dataloader

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.objectives import TrainingLoss
 from ftlevel.tasks import TASKS
 from ftlevel.training.summary import summarize_losses, warn_if_not_learned

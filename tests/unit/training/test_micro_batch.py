@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import yaml
 from transformers import LlamaConfig
 
-from ftlevel.cli.app import run
+from ftlevel.commands.plan import get_max_rows
 from ftlevel.config import TrainConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import Encoded
-from ftlevel.errors import ConfigError
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.fast.plan import FastPlan
 from ftlevel.models.hardware import get_free_memory
-from ftlevel.training.forecast import alternatives
-from ftlevel.training.forecast.alternatives import (
-    fit_batch_size,
-    get_max_rows,
-    is_sized_by_memory,
-    select_batch_size,
-)
-from ftlevel.training.forecast.fits import Device
+from ftlevel.training.forecast.fits import Device, fit_run
 from ftlevel.training.forecast.memory import StepMemory, get_peak
 from ftlevel.training.forecast.meta_model import ACTIVATIONS, WEIGHTS
 from ftlevel.training.plan.run import Run
-from ftlevel.training.processes import Processes
-from ftlevel.world import World
 
 ROW = 100
 FIXED, BYTES_PER_TOKEN, RECOMPUTED_BYTES = 10_000, 100, 20
@@ -47,23 +34,25 @@ class RunStub:
     model: Any
     data: Any
     choices: list[Choice] = field(default_factory=list)
+    recomputes: bool = False
     with_settings = Run.with_settings
 
 
 def create_run(
-    device: str = "cpu", enabled: bool = True, setting: str = "memory", length: int = ROW,
+    device: str = "cuda", enabled: bool = True, setting: Any = "auto", length: int = ROW,
     **train: Any,
 ) -> Any:  # fmt: skip
     rows = [Encoded([5] * length, [5] * length, index) for index in range(64)]
+    tokens = setting if isinstance(setting, int) else 16 * length
     return RunStub(
         create_config(setting, **train),
-        FastPlan(enabled=enabled, tokens=16 * length),
+        FastPlan(enabled=enabled, tokens=tokens),
         SimpleNamespace(device=device, config=LlamaConfig()),
         SimpleNamespace(train=rows, max_length=length),
     )
 
 
-def create_config(setting: str = "memory", **train: Any) -> TrainConfig:
+def create_config(setting: Any = "auto", **train: Any) -> TrainConfig:
     speed = {"tokens_per_micro_batch": setting}
     train_config = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2, **train}
     return TrainConfig.model_validate({"train": train_config, "speed": speed})
@@ -86,21 +75,10 @@ def requested_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return requests
 
 
-def fit_tokens(memory: int, device: str = "cpu", **train: Any) -> int:
-    run = fit_batch_size(create_run(device, **train), memory)
-    assert run.config.speed.tokens_per_micro_batch == run.fast.tokens
-    assert run.fast.memory == memory
-    return run.fast.tokens
-
-
-def test_cpu_default_is_not_exceeded(requested_tokens: list[int]) -> None:
-    assert fit_tokens(10**9) == 1600
-    assert requested_tokens == [1600]
-
-
-def test_gpu_uses_whole_step_if_it_fits(requested_tokens: list[int]) -> None:
-    assert fit_tokens(10**9, "cuda") == 3200
-    assert requested_tokens == [3200]
+def fit(memory: int, previous: int | None = None, **run: Any) -> Any:
+    """Return the run that fits on a device with `memory` bytes."""
+    run_stub = create_run(**run)
+    return fit_run(run_stub, Device(run_stub.model.device, "", memory), previous).apply(run_stub)
 
 
 @pytest.mark.parametrize(
@@ -110,105 +88,77 @@ def test_gpu_uses_whole_step_if_it_fits(requested_tokens: list[int]) -> None:
 def test_gpu_default_is_what_fits_up_to_a_cap(
     length: int, expected: int, requested_tokens: list[int]
 ) -> None:
-    run = fit_batch_size(create_run("cuda", setting="auto", length=length), 10**9)
+    run = fit(10**9, length=length)
     assert (run.fast.tokens, run.config.speed.tokens_per_micro_batch) == (expected, expected)
     assert (run.fast.memory, requested_tokens) == (10**9, [expected])
     assert "auto: " in run.choices[-1].reason
 
 
-def test_gpu_default_is_as_large_as_free_memory_allows(
-    requested_tokens: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    memory = FIXED + 900 * BYTES_PER_TOKEN  # four fifths of what is free
-    monkeypatch.setattr(alternatives, "free_memory_bytes", lambda device: memory * 5 // 4 + 1)
-    run = create_run("cuda", setting="auto", gradient_checkpointing=False)
-    sized = select_batch_size(run, Processes(), None)
-    assert sized.fast.tokens // ROW == 8
-    resumed = select_batch_size(run, Processes(), sized.fast.tokens)
-    assert resumed.fast.tokens == sized.fast.tokens
-    monkeypatch.setattr(alternatives, "free_memory_bytes", lambda device: FIXED)
-    unfit = select_batch_size(run, Processes(), None)  # no row fits by the estimate
-    assert (unfit.fast, unfit.choices) == (run.fast, [])
-    assert unfit.config.speed.tokens_per_micro_batch == run.fast.tokens, "known on resume"
-    assert requested_tokens
-
-
-@pytest.mark.parametrize(
-    ("device", "setting", "fields", "expected"),
-    [("cuda", "auto", {}, True), ("cpu", "auto", {}, False), ("cpu", "memory", {}, True),
-     ("cuda", "auto", {"enabled": False}, False), ("cuda", "auto", {"shard": "full"}, False),
-     ("cuda", "memory", {"shard": "full"}, True)],
-)  # fmt: skip
-def test_default_is_sized_by_memory_on_a_gpu_only(
-    device: str, setting: str, fields: dict[str, Any], expected: bool
-) -> None:
-    assert is_sized_by_memory(create_run(device, setting=setting, **fields)) is expected
-
-
 @pytest.mark.parametrize("rows", [15, 9, 2, 1])
 def test_largest_fitting_micro_batch_is_found(rows: int, requested_tokens: list[int]) -> None:
     memory = FIXED + int((rows + 0.5) * ROW * BYTES_PER_TOKEN)
-    assert fit_tokens(memory) // ROW == rows
-    assert len(requested_tokens) <= 3
+    run = fit(memory, gradient_checkpointing=False)
+    assert run.fast.tokens // ROW == rows
+    assert run.choices[-1].name == "micro-batch"
+    assert len(requested_tokens) <= 4
 
 
-@pytest.mark.parametrize("memory", [FIXED - 1, FIXED + ROW * BYTES_PER_TOKEN - 1])
-def test_single_row_that_does_not_fit_raises(memory: int, requested_tokens: list[int]) -> None:
-    with pytest.raises(ConfigError, match=r"--auto-micro-batch: .* Try --gradient-checkpointing"):
-        fit_tokens(memory)
+def test_run_that_does_not_fit_is_unchanged(requested_tokens: list[int]) -> None:
+    """A step that runs out of memory halves its micro-batches."""
+    run = fit(FIXED, gradient_checkpointing=False)
+    assert (run.fast, run.choices) == (create_run().fast, [])
     assert requested_tokens
 
 
-def test_gpu_enables_checkpointing_for_small_micro_batches(requested_tokens: list[int]) -> None:
-    memory = FIXED + 500 * BYTES_PER_TOKEN
-    assert fit_tokens(memory, "cuda", gradient_checkpointing=False) // ROW == 4
-    assert fit_tokens(memory, "cuda") // ROW == 500 * BYTES_PER_TOKEN // RECOMPUTED_BYTES // ROW - 1
-    assert requested_tokens
-
-
-def test_auto_micro_batch_without_fast_step_raises() -> None:
-    with pytest.raises(ConfigError, match=r"needs the fast step.*--no-fast"):
-        fit_batch_size(create_run(enabled=False), 10**9)
-
-
-def test_auto_micro_batch_with_sharding_raises() -> None:
-    with pytest.raises(ConfigError, match=r"does not support --shard.*--tokens-per-micro-batch N"):
-        fit_batch_size(create_run(shard="full"), 10**9)
-
-
-def test_resumed_run_keeps_tokens_per_micro_batch(requested_tokens: list[int]) -> None:
-    run = select_batch_size(create_run(), Processes(), 700)
+def test_resumed_run_keeps_its_micro_batch(requested_tokens: list[int]) -> None:
+    run = fit(10**9, previous=700, gradient_checkpointing=False)
     assert (run.fast.tokens, run.config.speed.tokens_per_micro_batch) == (700, 700)
     assert not requested_tokens
 
 
-def test_memory_limit_without_auto_micro_batch_raises() -> None:
-    with pytest.raises(ValueError, match="memory_gib=2 needs --auto-micro-batch"):
-        TrainConfig.model_validate({"speed": {"memory_gib": 2}})
-
-
-def test_available_memory_excludes_overhead_and_other_processes(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    "fields",
+    [{"device": "cpu"}, {"enabled": False}, {"shard": "full"}, {"setting": 800}],
+)
+def test_only_the_default_on_a_gpu_is_sized(
+    fields: dict[str, Any], requested_tokens: list[int]
 ) -> None:
-    config = TrainConfig.model_validate(
-        {"speed": {"tokens_per_micro_batch": "memory", "memory_gib": 64}}
-    )
-    monkeypatch.setattr(alternatives, "free_memory_bytes", lambda _: 8 * 2**30)
-    overhead = alternatives.CPU_OVERHEAD_BYTES
-    assert (
-        alternatives.get_available_memory(config.speed, "cpu", Processes()) == 8 * 2**30 - overhead
-    )
-    assert (
-        alternatives.get_available_memory(
-            create_config().speed, "cpu", Processes(World(size=4, local_size=2))
-        )
-        == 4 * 2**30 - overhead
-    )
-    monkeypatch.setattr(alternatives, "free_memory_bytes", lambda _: 128 * 2**30)
-    assert (
-        alternatives.get_available_memory(config.speed, "cpu", Processes()) < 64 * 2**30 - overhead
-    )
-    assert alternatives.get_available_memory(config.speed, "cuda", Processes()) == 64 * 2**30
+    run = fit(10**9, previous=700, gradient_checkpointing=False, **fields)
+    assert run.fast == create_run(**fields).fast
+    assert not requested_tokens
+
+
+def test_checkpointing_is_used_for_small_micro_batches(requested_tokens: list[int]) -> None:
+    memory = FIXED + 500 * BYTES_PER_TOKEN
+    run = fit(memory)
+    assert run.recomputes
+    assert run.fast.tokens // ROW == 500 * BYTES_PER_TOKEN // RECOMPUTED_BYTES // ROW - 1
+    assert [choice.value for choice in run.choices if "check" in choice.name] == ["all blocks"]
+    assert not fit(10**9).recomputes
+    assert requested_tokens
+
+
+@pytest.mark.parametrize(
+    ("tokens", "recomputes"), [(400, False), (800, True), (10_000, True)]
+)  # with checkpointing, 2,500 fit
+def test_checkpointing_is_used_if_given_micro_batch_does_not_fit(
+    tokens: int, recomputes: bool, requested_tokens: list[int]
+) -> None:
+    run = fit(FIXED + 500 * BYTES_PER_TOKEN, setting=tokens)
+    assert (run.recomputes, run.fast.tokens) == (recomputes, tokens)
+    assert requested_tokens == [tokens] * (1 + recomputes)
+
+
+@pytest.mark.parametrize(("offload", "shown"), [(False, ""), (True, "host memory")])
+def test_requested_checkpointing_is_shown(
+    offload: bool, shown: str, requested_tokens: list[int]
+) -> None:
+    run = fit(10**9, gradient_checkpointing=True, offload_activations=offload)
+    (choice,) = (choice for choice in run.choices if "checkpointing" in choice.name)
+    assert choice.value == "all blocks"
+    assert shown in choice.reason
+    assert not run.recomputes
+    assert len(requested_tokens) == 1
 
 
 def test_free_memory_of_control_groups(tmp_path: Path) -> None:
@@ -224,44 +174,6 @@ def test_free_memory_of_control_groups(tmp_path: Path) -> None:
         for name, text in contents.items():
             (tmp_path / group / name).write_text(text)
     assert list(get_free_memory(tmp_path / group for group in files)) == [450, 0]
-
-
-@pytest.mark.slow
-def test_run_with_less_memory_has_same_losses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    command = ["train", "--max-samples", "24", "--max-length", "128", "--overlong", "drop",
-               "--batch-size", "8", "--max-steps", "4", "--logging-steps", "1", "--save-steps", "2",
-               "--dtype", "float32", "--no-verify-fast",
-               "--set", "data.max_eval_samples=8"]  # fmt: skip
-
-    def load_losses(name: str) -> list[float]:
-        records = map(json.loads, Path(name, "metrics.jsonl").read_text().splitlines())
-        return [record["loss"] for record in records if "loss" in record]
-
-    assert run([*command, "--output-dir", "whole"]) == 0
-    full = json.loads(Path("whole/summary.json").read_text())["speed"]
-    config = yaml.safe_load(Path("whole/config.yaml").read_text())
-    assert config["speed"]["tokens_per_micro_batch"] == "auto"
-    monkeypatch.setattr(alternatives, "get_available_memory", lambda *_: 30 * 2**20)
-    capsys.readouterr()
-    assert run([*command, "--auto-micro-batch", "--output-dir", "parts"]) == 0
-    assert "--auto-micro-batch: 0.0" in capsys.readouterr().out
-    parts = json.loads(Path("parts/summary.json").read_text())["speed"]
-    assert parts["tokens_per_micro_batch"] < full["tokens_per_micro_batch"]
-    assert (full["chosen_for_bytes"], parts["chosen_for_bytes"]) == (None, 30 * 2**20)
-    assert "for 0.03 GiB." in Path("parts/README.md").read_text()
-    config = yaml.safe_load(Path("parts/config.yaml").read_text())
-    assert config["speed"]["tokens_per_micro_batch"] == parts["tokens_per_micro_batch"]
-    assert load_losses("parts") == pytest.approx(load_losses("whole"), rel=1e-4)
-
-    shutil.copytree("parts", "broken")
-    shutil.rmtree("broken/checkpoints/checkpoint-4")
-    Path("broken/summary.json").unlink()
-    monkeypatch.setattr(alternatives, "get_available_memory", lambda *_: 2**33)
-    assert run([*command, "--auto-micro-batch", "--output-dir", "broken", "--resume"]) == 0
-    assert load_losses("broken") == load_losses("parts")
 
 
 def test_most_rows_fit_in_every_phase() -> None:

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 
 import tiny_models
 from ftlevel.artifacts.run_directory import RunDirectory
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.errors import FtlevelError, RunError
 from ftlevel.tasks.classes import Classes
 from ftlevel.tasks.losses import Tokens

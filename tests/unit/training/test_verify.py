@@ -13,7 +13,7 @@ import torch
 
 from ftlevel.config import TrainConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.row import IGNORED, Encoded
 from ftlevel.errors import RunError
 from ftlevel.events import NullListener
 from ftlevel.fast.fused_lora import FusedLoraFunction

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from ftlevel.training import origin
-from ftlevel.training.origin import BASE, FileDigests
+from ftlevel.training import identity
+from ftlevel.training.identity import BASE, FileDigests
 from ftlevel.training.saving import WaitForHashes
 
 
@@ -23,18 +23,16 @@ def test_checkpoint_waits_for_file_digests(
         time.sleep(0.2)
         return f"of {path.name}"
 
-    monkeypatch.setattr(origin, "file_fingerprint", compute_slowly)
+    monkeypatch.setattr(identity, "file_fingerprint", compute_slowly)
     (tmp_path / "model.safetensors").write_text("x")
-    files = {"model.safetensors": tmp_path / "model.safetensors"}
-    digest = FileDigests(BASE, "the base", "base.json", files)
-    digest.keep(tmp_path)
+    name = f"{BASE} of model.safetensors"
+    digest = FileDigests({name: tmp_path / "model.safetensors"}, tmp_path)
+    digest.keep()
     callback, arguments = getattr(WaitForHashes([digest.wait]), event), SimpleNamespace()
     callback(arguments, TrainerState(), TrainerControl(should_save=False))
-    assert not (tmp_path / "base.json").exists()
+    assert not (tmp_path / "digests.json").exists()
     callback(arguments, TrainerState(), TrainerControl(should_save=True))
-    assert json.loads((tmp_path / "base.json").read_text()) == {
-        "model.safetensors": "of model.safetensors"
-    }
-    assert digest.changes(tmp_path) == {}
-    (tmp_path / "base.json").write_text("[" * 100_000)
-    assert digest.changes(tmp_path) is None
+    assert json.loads((tmp_path / "digests.json").read_text()) == {name: "of model.safetensors"}
+    assert digest.load() == digest.compute()
+    (tmp_path / "digests.json").write_text("[" * 100_000)
+    assert digest.load() is None

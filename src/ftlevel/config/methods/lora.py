@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ftlevel.config.constraints import Constraints, Excludes
 from ftlevel.config.methods.base import MethodSpec, TargetModules
 from ftlevel.config.preference import Names, Tokens
 from ftlevel.config.sections import Positive, QuantConfig, Share
+from ftlevel.errors import excludes, needs
 
 LoraInit = Literal[
     "default",
@@ -39,6 +42,14 @@ class LoraSpec(MethodSpec):
     found necessary to match full fine-tuning.
     """
 
+    constraints: ClassVar[Constraints] = (
+        Excludes("use_dora", "init_lora_weights=loftq",
+                 "DoRA takes its magnitudes from the weights before that start is set"),
+        *[
+            Excludes("target_parameters", other, "PEFT's LoRA of a bare tensor does not have it")
+            for other in ("use_dora", "lora_dropout", "init_lora_weights!=default|gaussian")
+        ],
+    )  # fmt: skip
     kind: Literal["lora"] = "lora"
     r: Positive = Field(8, description="Rank of the update.")
     lora_alpha: float = Field(
@@ -111,44 +122,20 @@ class LoraSpec(MethodSpec):
             )
         return value
 
-    @model_validator(mode="after")
-    def _validate_fields(self) -> LoraSpec:
-        if self.ensure_weight_tying and not (
-            self.modules_to_save or isinstance(self.target_modules, list)
-        ):
-            raise ValueError(
-                "ensure_weight_tying needs an embedding in modules_to_save or target_modules; "
-                "trainable_token_indices are tied in any case. Drop it"
-            )
-        if self.use_dora and self.init_lora_weights == "loftq":
-            raise ValueError(
-                "use_dora cannot be used with init_lora_weights loftq: DoRA takes its magnitudes "
-                "from the weights before that start is set. Drop one of them"
-            )
-        if self.target_parameters is not None:
-            for name, values in (
-                ("use_dora", self.use_dora),
-                ("lora_dropout", self.lora_dropout > 0),
-                (
-                    f"init_lora_weights {self.init_lora_weights}",
-                    self.init_lora_weights not in ("default", "gaussian"),
-                ),
-            ):
-                if values:
-                    raise ValueError(
-                        f"target_parameters cannot be used with {name}: PEFT's LoRA of a bare "
-                        "tensor does not have it. Drop one of them"
-                    )
-        return self
+    def list_conflicts(self) -> Iterator[str]:
+        """Yields an error message per conflict."""
+        yield from super().list_conflicts()
+        names_embedding = self.modules_to_save or isinstance(self.target_modules, list)
+        if self.ensure_weight_tying and not names_embedding:
+            required = "an embedding in modules_to_save or target_modules"
+            reason = "trainable_token_indices are tied in any case"
+            yield needs("ensure_weight_tying", required, reason, "Drop it.")
 
     def validate_quant(self, quant: QuantConfig) -> list[str]:
         """Returns an error message for DoRA on 8-bit weights, else []."""
-        if quant.kind != "8bit" or not self.use_dora:
-            return []
-        return [
-            "--dora cannot be used with --quant 8bit: PEFT cannot read 8-bit weights for the "
-            "magnitude. Use --quant 4bit, or drop --dora."
-        ]
+        reason = "PEFT cannot read 8-bit weights for the magnitude"
+        message = excludes("--dora", "--quant 8bit", reason, "Use --quant 4bit, or drop --dora.")
+        return [message] * (quant.kind == "8bit" and self.use_dora)
 
 
 class QloraSpec(LoraSpec):
@@ -161,10 +148,8 @@ class QloraSpec(LoraSpec):
         """Returns an error message if the base is not quantized, else the messages of LoRA."""
         if quant.kind != "none":
             return super().validate_quant(quant)
-        return [
-            "--method qlora needs a quantized base, and --quant is none. "
-            "Use --quant 4bit or 8bit, or --method lora."
-        ]
+        fix = "Use --quant 4bit or 8bit, or --method lora."
+        return [needs("--method qlora", "a quantized base (--quant is none)", fix=fix)]
 
 
 Steps = Annotated[int, Field(ge=0)] | Literal["auto"]

@@ -6,8 +6,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from ftlevel.config.constraints import Constraints, Needs
 from ftlevel.config.methods.base import MethodSpec, TargetModules
 from ftlevel.config.sections import Positive, QuantConfig, Share
+from ftlevel.errors import excludes
 
 REDUCTION_FACTOR = 16.0
 PARALLEL_SCALING = 4.0
@@ -118,6 +120,10 @@ class PromptSpec(MethodSpec):
     More than 20 tokens gain little (§ 3.2). In encoders, the learned embeddings follow [CLS].
     """
 
+    constraints: ClassVar[Constraints] = (
+        Needs("prompt_tuning_init=TEXT", "prompt_tuning_init_text=…"),
+        Needs("prompt_tuning_init_text", "prompt_tuning_init=TEXT"),
+    )
     kind: Literal["prompt"] = "prompt"
     all_linear: ClassVar[bool] = False
     num_virtual_tokens: Positive = Field(20, description="Number of virtual tokens.")
@@ -129,22 +135,6 @@ class PromptSpec(MethodSpec):
     prompt_tuning_init_text: str | None = Field(
         None, min_length=1, description="Text whose embeddings initialize the prompt."
     )
-
-    @model_validator(mode="after")
-    def _validate_text(self) -> PromptSpec:
-        is_text = self.prompt_tuning_init == "TEXT"
-        has_text = self.prompt_tuning_init_text is not None
-        if is_text and not has_text:
-            raise ValueError(
-                "prompt_tuning_init TEXT needs the text. Add prompt_tuning_init_text, or use "
-                "SAMPLE_VOCAB."
-            )
-        if has_text and not is_text:
-            raise ValueError(
-                f"prompt_tuning_init_text is used by prompt_tuning_init TEXT, which is "
-                f"{self.prompt_tuning_init}. Set it to TEXT, or drop the text."
-            )
-        return self
 
 
 class PTuningSpec(MethodSpec):
@@ -176,12 +166,10 @@ class FullSpec(MethodSpec):
 
     def validate_quant(self, quant: QuantConfig) -> list[str]:
         """Returns an error message if the base is quantized: such weights cannot be trained."""
-        if quant.kind == "none":
-            return []
-        return [
-            f"--quant {quant.kind} cannot be used with --method full: {quant.kind[0]}-bit weights "
-            "receive no gradients. Use --method qlora, or drop --quant."
-        ]
+        reason = f"{quant.kind[0]}-bit weights receive no gradients"
+        fix = "Use --method qlora, or drop --quant."
+        message = excludes(f"--quant {quant.kind}", "--method full", reason, fix)
+        return [message] * (quant.kind != "none")
 
 
 class LnTuningSpec(MethodSpec):

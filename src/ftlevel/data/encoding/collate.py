@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import IGNORED, Encoded, extra_inputs, split_batches
+from ftlevel.data.encoding.encode import extra_inputs, split_batches
+from ftlevel.data.encoding.row import IGNORED, Encoded
 from ftlevel.data.formats.examples import PlainText
 from ftlevel.data.sources.lines import RowView
 from ftlevel.errors import InputError
@@ -26,30 +27,26 @@ class Collator:
         """Returns `input_ids` and `attention_mask` `(batch, seq)`, `labels` and optional tensors.
 
         Each sequence of a row is a batch entry. `labels` is `(batch,)`, `(batch, n)` for n values
-        each, or `(batch, target)` for token ids, padded with -100. Optional, per target token:
-        `signals` (of a policy loss), `known` (a teacher's log-probabilities), `ids` (its tokens).
+        each, or `(batch, target)` for token ids, padded with -100. The arrays of `loss_inputs` are
+        concatenated.
         """
-        preference_labels = [label for row in rows for label in row.preference_labels]
-        teachers = [row.teacher for row in rows if row.teacher is not None]
-        signals = [row.signals for row in rows if row.signals is not None]
+        inputs: dict[str, list[torch.Tensor]] = {}
+        for row in rows:
+            for name, values in row.loss_inputs.items():
+                tensor = torch.tensor(values)
+                tensor = tensor.float() if tensor.is_floating_point() else tensor.long()
+                inputs.setdefault(name, []).append(tensor)
         rows = [sequence for row in rows for sequence in row.sequences]
         labels: list[Any] = [r.labels for r in rows]
-        batch = {
+        return {
             "input_ids": pad([r.input_ids for r in rows], self.pad_id),
             "attention_mask": pad([[1] * len(r.input_ids) for r in rows], 0),
             **{name: pad([r.extras[name] for r in rows], 0) for name in rows[0].extras},
             "labels": (
                 pad(labels, IGNORED) if isinstance(labels[0], list) else torch.tensor(labels)
             ),
+            **{name: torch.cat(tensors) for name, tensors in inputs.items()},
         }
-        if preference_labels:
-            batch["preference_labels"] = torch.tensor(preference_labels)
-        if signals:
-            batch["signals"] = torch.cat([torch.tensor(s, dtype=torch.float) for s in signals])
-        for name, dtype in (("known", torch.float32), ("ids", torch.long)) if teachers else ():
-            parts = [torch.tensor(teacher[name], dtype=dtype) for teacher in teachers]
-            batch[name] = torch.cat(parts)
-        return batch
 
 
 class CollatorWithRows(Collator):

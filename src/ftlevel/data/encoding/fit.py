@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.row import IGNORED, Encoded
 from ftlevel.data.encoding.store import map_rows, row_lengths, select_rows
 from ftlevel.errors import InputError
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from ftlevel.data.encoding.encode import IGNORED, Encoded, RowError, extra_inputs, split_batches
+from ftlevel.data.encoding.encode import extra_inputs, split_batches
+from ftlevel.data.encoding.row import IGNORED, Encoded, RowError
 from ftlevel.data.formats.examples import Question, TaggedTokens
 from ftlevel.data.formats.labels import LabelSet
 from ftlevel.data.sources.table import BadRow, Table

@@ -9,7 +9,6 @@ import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from ftlevel.data.encoding.encode import ROW_TYPES, Encoded
+from ftlevel.data.encoding.row import ROW_TYPES, Encoded
 from ftlevel.data.sources.lines import LazySequence, RowView
 
 _BATCH = 1_000  # rows
@@ -132,8 +131,7 @@ class RowStore(LazySequence[Encoded]):
 
     def __init__(self, path: Path, indices: Any = None) -> None:
         self.path = path
-        self._bytes = pa.memory_map(str(path)).read_buffer()
-        self._file = pa.ipc.open_file(self._bytes)
+        self._file = pa.ipc.open_file(pa.memory_map(str(path)).read_buffer())
         metadata = self._file.schema.metadata
         self._label_type = metadata[b"labels"].decode()
         self._row_type = ROW_TYPES[metadata[b"type"].decode()]
@@ -185,29 +183,6 @@ class RowStore(LazySequence[Encoded]):
         """Returns `Encoded.row` of each row as a NumPy array."""
         rows = np.concatenate([batch.column("row").to_numpy() for batch in self._batches])
         return rows if self.indices is None else rows[self.indices]
-
-    def gather(self, at: Any) -> tuple[Any, Any]:
-        """Returns the concatenated `input_ids` of the rows at indices `at`, and row offsets."""
-        content, values, offsets = self._input_ids
-        rows = np.asarray(at) if self.indices is None else self.indices[at]
-        batch = np.searchsorted(self._starts, rows, side="right") - 1
-        offset = offsets[batch] + rows - self._starts[batch]
-        begins = content[offset].astype(np.int64)
-        lengths = content[offset + 1] - begins
-        starts = np.zeros(len(rows) + 1, dtype=np.int64)
-        np.cumsum(lengths, out=starts[1:])
-        positions = np.repeat(values[batch] + begins - starts[:-1], lengths)
-        positions += np.arange(starts[-1])
-        return content[positions], starts
-
-    @cached_property
-    def _input_ids(self) -> tuple[Any, Any, Any]:
-        arrays = [batch.column("input_ids") for batch in self._batches]
-        buffers = ((c.values.buffers()[1], c.buffers()[1]) for c in arrays)
-        base = self._bytes.address
-        indices = np.array([[(b.address - base) // 4 for b in pair] for pair in buffers])
-        content = np.frombuffer(self._bytes, np.int32, self._bytes.size // 4)
-        return content, indices[:, 0], indices[:, 1]
 
     def _view(self, batch: int) -> dict[str, Any]:
         if batch not in self._views:

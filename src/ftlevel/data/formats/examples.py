@@ -37,7 +37,6 @@ class ExampleContent:
         before: everything before the last answer; "" if there is nothing.
         last: the last answer, or the label.
         is_generated: whether the model generates `target_text` after the input.
-        one_class: whether `last` is a class of the whole text.
     """
 
     input_text: str
@@ -46,7 +45,6 @@ class ExampleContent:
     last: str
     is_generated: bool = False
     roles: tuple[str, ...] = ()
-    one_class: bool = False
 
 
 def get_content(example: Any) -> ExampleContent:
@@ -132,7 +130,7 @@ class LabeledText:
     @property
     def content(self) -> ExampleContent:
         text = self.text if self.text_pair is None else f"{self.text}\n{self.text_pair}"
-        return ExampleContent(text, "", text, str(self.label), one_class=True)
+        return ExampleContent(text, "", text, str(self.label))
 
     @property
     def classes(self) -> Sequence[str | int]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.row import IGNORED, Encoded
 from ftlevel.data.encoding.store import RowStore
 from ftlevel.data.formats.examples import ExampleContent
 from ftlevel.objectives import Checks
@@ -53,13 +53,6 @@ def to_ragged(rows: Iterable[Sequence[int]]) -> Ragged:
     offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
     values = np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=int(offsets[-1]))
     return Ragged(values, offsets)
-
-
-def gather(rows: Sequence[Encoded], at: Integers) -> Ragged:
-    """Returns the token ids of the rows whose indices are `at`."""
-    if isinstance(rows, RowStore):
-        return Ragged(*rows.gather(at))
-    return to_ragged(rows[i].input_ids for i in at.tolist())
 
 
 def get_examples(rows: Sequence[Encoded]) -> Integers:

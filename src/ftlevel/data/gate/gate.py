@@ -1,63 +1,47 @@
 """Run the data checks on a split: find duplicate rows, conflicting answers and swapped roles.
 
-Flagged rows are dropped or reported. Exact duplicates are equal up to case and white space. Near
-duplicates use MinHash with banding (Broder, 1997; Leskovec, Rajaraman and Ullman, Mining of Massive
-Datasets, section 3.4) on token 5-grams: 6 bands of 4 minima. Rows of Jaccard similarity J share a
-band with probability `1 − (1 − J⁴)⁶` (0.96 at 0.8, 0.998 at 0.9). Each candidate is compared only
-with the first row of its bucket, so time and memory are linear in the tokens.
+Flagged rows are dropped or reported. Exact duplicates are equal up to case and white space.
 """
 
 from __future__ import annotations
 
-import math
-import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ftlevel.config import DataConfig, GateConfig
 from ftlevel.config.gate import Action
-from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import FittedRows
-from ftlevel.data.encoding.store import RowStore, row_lengths, select_rows
-from ftlevel.data.gate import MAX_SHOWN, Finding, create_finding, wordings
+from ftlevel.data.encoding.row import Encoded
+from ftlevel.data.encoding.store import select_rows
+from ftlevel.data.gate import MAX_SHOWN, Finding, create_finding
 from ftlevel.data.gate.checks import (
     TEXT_CHECKS,
     TOKEN_CHECKS,
     Integers,
     Mask,
-    Ragged,
     TokenCheckContext,
     flat_batches,
     get_example_mask,
     get_examples,
     get_row_mask,
 )
+from ftlevel.data.gate.near_duplicates import WordSets, match_texts, match_training_texts
 from ftlevel.data.gate.similarity import (
-    GRAM,
     NO_ROWS,
+    PART_KEYS,
     Digests,
-    Hashes,
     distinct,
-    hash_grams,
-    is_similar,
     mix,
-    partition_keys,
+    repeated_keys,
     sort_pairs,
 )
-from ftlevel.data.gate.wordings import WordIndex
 from ftlevel.data.sources.table import BadRow, Table, handle_bad_rows
 from ftlevel.errors import InputError
 from ftlevel.objectives import Checks
-
-_BANDS, _DEPTH = 6, 4
-_PART_KEYS = 1 << 17  # keys sorted together
-_MAX_PARTS = 64  # limit: each part scans all keys
 
 
 def get_repeated_keys(
@@ -67,90 +51,15 @@ def get_repeated_keys(
 
     `selected` is a mask of the keys to compare; None compares all.
     """
-    return sort_pairs(_repeated(keys, selected))
+    return sort_pairs(repeated_keys(keys, selected))
 
 
 def get_common_keys(keys: NDArray[Any], others: NDArray[Any]) -> Integers:
     """Returns the indices of `keys` that occur in `others`, which may be on disk."""
     mask = np.zeros(len(keys), dtype=bool)
-    for start in range(0, len(others), _PART_KEYS):
-        mask |= np.isin(keys, others[start : start + _PART_KEYS])
+    for start in range(0, len(others), PART_KEYS):
+        mask |= np.isin(keys, others[start : start + PART_KEYS])
     return np.flatnonzero(mask)
-
-
-def _repeated(keys: NDArray[Any], selected: Mask | None) -> Iterator[tuple[Integers, Integers]]:
-    count = -(-len(keys) // max(_PART_KEYS, len(keys) // _MAX_PARTS))
-    for part in partition_keys(keys, selected, _PART_KEYS, count):
-        _, first, group = np.unique(keys[part], return_index=True, return_inverse=True)
-        original = first[group]
-        again = np.flatnonzero(original != np.arange(len(part)))
-        yield part[again], part[original[again]]
-
-
-def get_near_duplicates(rows: Sequence[Encoded], skip: Mask) -> tuple[Integers, Integers]:
-    """Returns the indices of rows that nearly repeat an earlier row, and those of the earlier rows.
-
-    A prefix common to all rows is ignored. Rows where `skip` is True are not compared.
-    """
-    prefix, lengths = _common_prefix(rows), row_lengths(rows)
-    selected = ~skip
-    pairs: list[tuple[Integers, Integers]] = []
-    with _array_on_disk(rows, (_BANDS, len(rows))) as keys:
-        start = 0
-        for flat in flat_batches(rows):
-            mask = selected[start : start + len(flat.ids)]
-            mask &= flat.ids.lengths - prefix >= GRAM
-            keys[:, start + np.flatnonzero(mask)] = _band_keys(flat.ids, prefix, mask).T
-            start += len(mask)
-        unmatched = selected.copy()
-        for band in keys:
-            for again, first in _repeated(band, selected):
-                again, first = again[unmatched[again]], first[unmatched[again]]
-                matches = is_similar(rows, lengths, again, first, prefix)
-                unmatched[again[matches]] = False
-                pairs.append((again[matches], first[matches]))
-    return sort_pairs(pairs)
-
-
-@contextmanager
-def _array_on_disk(rows: Sequence[Encoded], shape: tuple[int, ...]) -> Iterator[Hashes]:
-    """Yields an array of zeros; for a `RowStore`, it is mapped from a temporary file."""
-    if not isinstance(rows, RowStore) or not len(rows):
-        yield np.zeros(shape, dtype=np.uint32)
-        return
-    with tempfile.TemporaryFile(dir=rows.path.parent) as file:
-        # On a full disk a write to the mapping would kill the process; this raises.
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, math.prod(shape) * 4)
-        yield np.memmap(file, np.uint32, "w+", shape=shape)
-
-
-def _common_prefix(rows: Sequence[Encoded]) -> int:
-    if len(rows) < 2:
-        return 0
-    first = rows[0].input_ids
-    prefix = len(first)
-    for flat in flat_batches(rows):
-        prefix = min(prefix, int(np.min(flat.ids.lengths)))
-        for at in range(prefix):
-            if (flat.ids.values[flat.ids.starts[:-1] + at] != first[at]).any():
-                prefix = at
-                break
-    return prefix
-
-
-def _band_keys(ids: Ragged, prefix: int, selected: Mask) -> Hashes:
-    """Returns MinHash keys `(selected, bands)` of the 5-grams after the first `prefix` tokens."""
-    generator = np.random.default_rng(0)
-    factors = generator.integers(2**31, 2**32, _BANDS * _DEPTH, dtype=np.uint32) | np.uint32(1)
-    offsets = generator.integers(0, 2**32, _BANDS * _DEPTH, dtype=np.uint32)
-    grams, starts, _ = hash_grams(ids, prefix, selected)
-    keys = np.zeros((len(starts), _BANDS), dtype=np.uint32)
-    for number, (factor, offset) in enumerate(zip(factors, offsets, strict=True)):
-        if len(starts):
-            least = np.minimum.reduceat(grams * factor + offset, starts)
-            keys[:, number // _DEPTH] = mix(keys[:, number // _DEPTH] * np.uint32(31) + least)
-    return keys
 
 
 MAJORITY_TARGET_RATIO = 0.95
@@ -190,7 +99,7 @@ def get_swapped(digests: Digests) -> Integers:
     A naive Bayes model compares the words of each example with those of all other prompts and
     answers. Without a median difference of 10 nats between prompts and answers, none is returned.
     """
-    index = WordIndex.of(digests)
+    index = WordSets.of(digests)
     vectors = np.zeros((2, _BUCKETS))
     for start, end in index.spans():
         bucket, side, _ = _sides(index, start, end)
@@ -209,7 +118,7 @@ def get_swapped(digests: Digests) -> Integers:
     return np.flatnonzero((score < -_SWAP_RATIO * median) & (digests.records["before"] != 0))
 
 
-def _sides(index: WordIndex, start: int, end: int) -> tuple[Integers, NDArray[np.int64], Integers]:
+def _sides(index: WordSets, start: int, end: int) -> tuple[Integers, NDArray[np.int64], Integers]:
     """Returns the hash bucket, side (0 prompt, 1 answer) and example of each distinct word."""
     offsets = index.starts[start : end + 1]
     lengths = np.diff(offsets)
@@ -224,26 +133,34 @@ def _sides(index: WordIndex, start: int, end: int) -> tuple[Integers, NDArray[np
     return pairs % _BUCKETS, pairs // _BUCKETS % 2, pairs // (2 * _BUCKETS)
 
 
-MAX_COMPARED = 250_000
-"""Maximum number of examples whose words are compared, at up to 150 bytes each."""
+MAX_COMPARED = 1_000_000
+"""Maximum number of examples whose words are compared, at about 60 bytes each."""
 
 
-class CheckedTask(Protocol):
-    """Protocol of tasks as the data checks use them; `tasks.base.BaseTask` documents members."""
+class CheckedTask:
+    """Base class of tasks: their own data checks; `checks` are those that apply to all rows."""
 
-    # ruff: disable[D102]
-    @property
-    def checks(self) -> Checks: ...
+    # ruff: disable[ARG002] - for subclasses
+    checks: ClassVar[Checks] = Checks()
 
-    def check_rows(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]: ...
+    def check_rows(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
+        """Returns task-specific data checks of encoded rows: check name -> mask of failing rows."""
+        return {}
 
-    def check_training_set(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]: ...
+    def check_training_set(self, training_set: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
+        """Returns (check name, number of failing examples, description) per failed check."""
+        return ()
 
     def check_eval_set(
-        self, train: Sequence[Any], validation: Sequence[Any], corpus: Sequence[str] | None
-    ) -> Sequence[tuple[str, str, Sequence[int], str]]: ...
+        self, training_set: Sequence[Any], eval_set: Sequence[Any], corpus: Sequence[str] | None
+    ) -> Sequence[tuple[str, str, Sequence[int], str]]:
+        """Returns (check name, split, row indices, example) per failed check of the splits.
 
-    # ruff: enable[D102]
+        `corpus` are the documents searched by validation queries; None if not given.
+        """
+        return ()
+
+    # ruff: enable[ARG002]
 
 
 @dataclass
@@ -399,8 +316,9 @@ class Gate:
             repeated, first = _select(active, *get_repeated_keys(digests.keys))
             split.flag("exact_duplicates", repeated, first)
         if self.task.checks.near_duplicates and policy.near_duplicates != "ignore":
-            matches = _get_near_duplicates(split.rows, digests, repeated)
-            split.flag("near_duplicates", *_select(active, *matches))
+            compared = digests.first(MAX_COMPARED)
+            skip = np.isin(np.arange(len(compared)), repeated)
+            split.flag("near_duplicates", *_select(active, *match_texts(compared, skip)))
 
     def _check_answers(self, split: SplitReport, digests: Digests) -> None:
         policy, active = self.policy, split.present()
@@ -430,7 +348,7 @@ class Gate:
             leaked = get_common_keys(digests.keys, training.keys)
             split.report("leaked", leaked)
         if self.task.checks.near_duplicates and policy.near_leaked != "ignore":
-            matches, _ = wordings.match_training_texts(
+            matches, _ = match_training_texts(
                 digests.first(MAX_COMPARED), training.first(MAX_COMPARED)
             )
             matches = matches[~np.isin(matches, leaked)]
@@ -442,22 +360,6 @@ class Gate:
                 replace(f, action="warn") if f.action == "drop" else f for f in split.findings
             ]
         return excluded, split.findings
-
-
-def _get_near_duplicates(
-    rows: Sequence[Encoded], digests: Digests, repeated: Integers
-) -> tuple[Integers, Integers]:
-    """Returns the indices of near duplicates except `repeated`, and of the examples they repeat."""
-    examples = get_examples(rows)
-    repeated_indices, first = get_near_duplicates(rows, np.isin(examples, repeated))
-    compared = digests.first(MAX_COMPARED)
-    skip = np.zeros(len(digests), dtype=bool)
-    skip[repeated] = True
-    matches = wordings.match_texts(compared, skip[: len(compared)])
-    repeated_indices = np.concatenate((examples[repeated_indices], matches[0]))
-    first = np.concatenate((examples[first], matches[1]))
-    repeated_indices, index = np.unique(repeated_indices, return_index=True)
-    return repeated_indices, first[index]
 
 
 def _select(active: Mask, repeated: Integers, first: Integers) -> tuple[Integers, Integers]:

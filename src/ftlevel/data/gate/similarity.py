@@ -1,14 +1,13 @@
-"""Digests of example texts, and the Jaccard similarity of token 5-grams of rows.
+"""Digests of example texts, and arrays of hashes.
 
 Checks read digests instead of texts. A digest has 64-bit hashes of the example, of the prompt and
-of the last answer, one bit per text check, and 32 bits per word. Of these, 15 describe the length
-and the letters, so that typos are recognized without the text.
+of the last answer, one bit per text check, and 32 bits per word.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -18,9 +17,8 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.formats.examples import Example, get_content
-from ftlevel.data.gate.checks import TEXT_CHECKS, Integers, Mask, Ragged, TextCheckContext, gather
+from ftlevel.data.gate.checks import TEXT_CHECKS, Integers, Mask, TextCheckContext
 
 MAX_WORDS = 4_000
 """Maximum number of words stored per prompt and per answer."""
@@ -40,31 +38,17 @@ _WORD = re.compile(r"[^\W\u3040-\u30ff\u3400-\u9fff]+|[\u3040-\u30ff\u3400-\u9ff
 _TO_SPACES = {code: " " for code in range(128) if not _WORD.match(chr(code))}
 _MAX_CHARACTERS = 16 * MAX_WORDS  # characters searched for words
 _KNOWN_WORDS = 50_000
-_HAS_DIGIT = 1 << 15
-ONE_CLASS = np.uint32(1 << 31)
-"""Flag of an example with a class: another class makes it a different example."""
 _FACTOR, _ALL_BITS = 0x9E3779B97F4A7C15, (1 << 64) - 1
 Words = NDArray[np.uint32]
 
 
 class _WordHashes(dict[str, int]):
-    """Word → 32-bit hash, cached: 16 bits of checksum, 15 bits for the length and the letters.
-
-    A word with a digit has only checksum bits, so that 1904 and 1905 are different words.
-    """
+    """Word → 32-bit hash, cached."""
 
     def __missing__(self, word: str) -> int:
         if len(self) >= _KNOWN_WORDS:
             self.clear()
-        check = crc32(word.encode("utf-8", "surrogatepass"))
-        if any(map(str.isdigit, word)):
-            value = check | _HAS_DIGIT
-        else:
-            letters = 0
-            for letter in word:
-                letters |= 1 << ord(letter) % 13
-            value = check & 0xFFFF0000 | (len(word) & 3) << 13 | letters
-        self[word] = value
+        self[word] = value = crc32(word.encode("utf-8", "surrogatepass"))
         return value
 
 
@@ -92,7 +76,6 @@ class Digests:
             source, target = content.input_text.casefold(), content.target_text.casefold()
             prompt_words, answer_words = _words(source), _words(target)
             marks = sum(bit for bit, check in checks if check(content, context))
-            marks |= int(ONE_CLASS) * content.one_class
             before = last = 0
             if content.before:
                 before, last = _key(content.before.casefold()), _key(content.last.casefold())
@@ -154,9 +137,6 @@ def _key(folded: str) -> int:
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "little")
 
 
-SIMILARITY = 0.8
-GRAM = 5  # tokens
-_TOKENS = 1 << 16  # per group of pairs, of fewer than 2^13 pairs
 Hashes = NDArray[np.uint32]
 
 
@@ -167,6 +147,9 @@ def distinct(values: NDArray[Any]) -> NDArray[Any]:
 
 
 NO_ROWS = np.zeros(0, dtype=np.int64)
+PART_KEYS = 1 << 17  # keys sorted together
+_MAX_PARTS = 64  # limit: each part scans all keys
+_Pair = tuple[Integers, Integers]
 
 
 def sort_pairs(pairs: Iterable[tuple[Integers, Integers]]) -> tuple[Integers, Integers]:
@@ -193,23 +176,17 @@ def partition_keys(
         yield np.concatenate(positions)
 
 
-def hash_grams(
-    ids: Ragged, prefix: int, selected: Mask
-) -> tuple[Hashes, Integers, NDArray[np.int32]]:
-    """Returns hashes of the 5-grams of `selected` rows, row offsets, and each 5-gram's first token.
+def repeated_keys(keys: NDArray[Any], selected: Mask | None = None) -> Iterator[_Pair]:
+    """Yields the positions of keys that occurred before, and of their first occurrences.
 
-    The first `prefix` tokens of each row are ignored.
+    `selected` is a mask of the keys to compare; None compares all.
     """
-    values, starts, lengths = ids.values, ids.starts, ids.lengths
-    tokens = mix(np.concatenate((values, np.zeros(GRAM, dtype=np.int32))).astype(np.uint32))
-    grams = np.zeros(len(values), dtype=np.uint32)
-    for k in range(GRAM):
-        grams = grams * np.uint32(0x01000193) + tokens[k : k + len(values)]
-    positions = np.arange(len(values)) - np.repeat(starts[:-1], lengths)
-    left = np.repeat(lengths, lengths) - positions
-    keep = np.repeat(selected, lengths) & (positions >= prefix) & (left >= GRAM)
-    counts = lengths[selected] - prefix - GRAM + 1
-    return mix(grams[keep]), np.cumsum(counts) - counts, values[keep]
+    count = -(-len(keys) // max(PART_KEYS, len(keys) // _MAX_PARTS))
+    for part in partition_keys(keys, selected, PART_KEYS, count):
+        _, first, group = np.unique(keys[part], return_index=True, return_inverse=True)
+        original = first[group]
+        again = np.flatnonzero(original != np.arange(len(part)))
+        yield part[again], part[original[again]]
 
 
 def mix(values: Hashes) -> Hashes:
@@ -219,59 +196,6 @@ def mix(values: Hashes) -> Hashes:
     return values ^ (values >> np.uint32(16))
 
 
-def is_similar(
-    rows: Sequence[Encoded], lengths: Integers, first: Integers, second: Integers, prefix: int
-) -> Mask:
-    """Returns whether rows `first[i]` and `second[i]` are near duplicates, for each i.
-
-    Hashes exclude most pairs; the remaining pairs are compared exactly. The first `prefix` tokens
-    are ignored, and each row of `first` needs a 5-gram after them.
-    """
-    similar = np.zeros(len(first), dtype=bool)
-    sizes = np.stack((lengths[first], lengths[second])) - prefix
-    candidates = np.flatnonzero(_lengths_match(sizes.min(axis=0), sizes.max(axis=0)))
-    tokens = (sizes.sum(axis=0, dtype=np.int64) + 2 * prefix)[candidates]
-    for group in split_by_size(candidates, tokens, _TOKENS):
-        for i in group[_may_match(rows, first[group], second[group], prefix)].tolist():
-            similar[i] = _is_match(rows[int(first[i])], rows[int(second[i])], prefix)
-    return similar
-
-
 def split_by_size(indices: Integers, sizes: Integers, limit: int) -> list[Integers]:
     """Split `indices` into consecutive groups whose `sizes` sum to about `limit`."""
     return np.split(indices, np.flatnonzero(np.diff(np.cumsum(sizes) // limit)) + 1)
-
-
-def _lengths_match(shorter: Any, longer: Any) -> Any:
-    return shorter >= SIMILARITY * longer - GRAM
-
-
-def _may_match(rows: Sequence[Encoded], first: Integers, second: Integers, prefix: int) -> Mask:
-    """Returns for each i whether rows `first[i]` and `second[i]` have similar hashed 5-grams.
-
-    Hashes have 49 bits: in 10^12 pairs of short rows, expect one pair of 5-grams to collide.
-    """
-    count = len(first)
-    ids = gather(rows, np.concatenate((first, second)))
-    grams, starts, tokens = hash_grams(ids, prefix, np.ones(2 * count, dtype=bool))
-    sizes = np.diff(starts, append=len(grams))
-    pair = np.repeat(np.tile(np.arange(count), 2), sizes)
-    side = np.repeat(np.repeat((0, 1), count), sizes)
-    gram = (tokens.astype(np.int64) & 0x1FFFF) << 32 | grams
-    keys = distinct(pair << 50 | gram << 1 | side)
-    pair, gram = keys >> 50, keys >> 1
-    shared = np.bincount(pair[1:][gram[1:] == gram[:-1]], minlength=count)
-    likely: Mask = shared >= SIMILARITY * (np.bincount(pair, minlength=count) - shared)
-    return likely
-
-
-def _is_match(row: Encoded, other: Encoded, prefix: int) -> bool:
-    """Returns whether the 5-grams of two rows reach the Jaccard similarity threshold."""
-    lengths = sorted(len(r.input_ids) - prefix for r in (row, other))
-    if row.row == other.row or not _lengths_match(*lengths):
-        return False
-    grams, others = (
-        set(zip(*(r.input_ids[prefix + k :] for k in range(GRAM)), strict=False))
-        for r in (row, other)
-    )
-    return len(grams & others) >= SIMILARITY * len(grams | others)

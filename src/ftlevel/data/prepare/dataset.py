@@ -24,12 +24,12 @@ from ftlevel.artifacts.files import Workspace, file_fingerprint
 from ftlevel.config import IN_MEMORY, DataConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.chat import render
-from ftlevel.data.encoding.encode import Encoded, PromptFormat
+from ftlevel.data.encoding.prompts import PROMPT_VERSION, PromptFormat
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.encoding.store import RowStore, rows_to_batches, write_store
 from ftlevel.data.gate import Finding
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, Progress
 from ftlevel.data.prepare.loading import encode_data, load_data
-from ftlevel.data.prepare.streaming import prepare_stream
 from ftlevel.data.sources.beir import retrieval_files
 from ftlevel.data.sources.hub import is_saved_directory
 from ftlevel.data.sources.readers import data_files, is_pattern, match_files
@@ -136,8 +136,6 @@ def prepare_data(config: DataConfig, context: EncodingContext, progress: Progres
     `progress` is called while encoding. Raises `InputError` if the data cannot be read, converted
     or fitted to the length limit.
     """
-    if config.streaming:
-        return prepare_stream(config, context)
     key = _key(config, context) if config.cache else None
     return context.task.finish_data(_prepare(config, context, key, progress), config, context)
 
@@ -198,7 +196,7 @@ def _key(config: DataConfig, context: EncodingContext) -> str | None:
             context.task.instruction,
             context.task.answer_cue,
             context.task.encoding_config,
-            context.prompt_version,
+            PROMPT_VERSION,
         ],
         "model": [context.kind, context.vocabulary, asdict(bounds)],
         "seed": context.seed,

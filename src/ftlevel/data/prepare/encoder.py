@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from ftlevel.config import DataConfig, GateConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.chat import list_special_tokens
-from ftlevel.data.encoding.encode import PROMPT_VERSION, Encoded, PromptFormat, RowError
 from ftlevel.data.encoding.fit import (
     FittedRows,
     LengthBounds,
@@ -23,76 +23,121 @@ from ftlevel.data.encoding.fit import (
     fit_rows,
     fit_targets,
 )
+from ftlevel.data.encoding.prompts import PromptFormat
+from ftlevel.data.encoding.row import Encoded, RowError
 from ftlevel.data.encoding.store import RowStore, to_batch, write_store
-from ftlevel.data.formats.detect import Format
+from ftlevel.data.formats.detect import Format, FormatSpec, detect_format
 from ftlevel.data.formats.labels import LabelSet
 from ftlevel.data.gate import Finding
 from ftlevel.data.gate.checks import TextCheckContext, TokenCheckContext, get_empty_think_ids
 from ftlevel.data.gate.gate import CheckedTask, Gate, special_token_ids
 from ftlevel.data.gate.similarity import Digests, words_path
 from ftlevel.data.sources.table import BadRow, Row, Table
-from ftlevel.errors import InputError
+from ftlevel.errors import ConfigError, InputError
 from ftlevel.safe_io import open_new
 
 
-class DataTask(CheckedTask, Protocol):
-    """Protocol of tasks as data preparation uses them; `tasks.base.BaseTask` documents members."""
+@dataclass(frozen=True, kw_only=True)
+class DataTask(CheckedTask, ABC):
+    """Base class of tasks: the part that turns columns into encoded rows.
 
-    # ruff: disable[D102]
+    Attributes:
+        name: value of `--task`.
+        shapes: supported column layouts; the first that matches is used.
+        instruction: text before the source text in prompts; empty for none.
+        answer_cue: end of the prompt for models without a chat template.
+        builtin_subset: subset of `builtin:docstrings` to read; empty for all.
+        needs_offsets: whether encoding needs the character offsets of tokens.
+        split_text: what the log calls the rows that were added by splitting long examples.
+    """
+
+    name: str
+    shapes: tuple[FormatSpec, ...]
+    instruction: str = ""
+    answer_cue: str = ""
+    builtin_subset: str = ""
+
+    needs_offsets: ClassVar[bool] = False
+    split_text: ClassVar[str] = "split into several"
+
+    # ruff: disable[ARG002] - for subclasses
     @property
-    def name(self) -> str: ...
-    @property
-    def instruction(self) -> str: ...
-    @property
-    def answer_cue(self) -> str: ...
-    @property
-    def builtin_subset(self) -> str: ...
-    @property
-    def needs_offsets(self) -> bool: ...
-    @property
-    def split_text(self) -> str: ...
-    @property
-    def encoding_config(self) -> Mapping[str, Any]: ...
+    def encoding_config(self) -> Mapping[str, Any]:
+        """Options that change encoded rows, besides the config's data section; for cache keys."""
+        return {}
 
     def get_format(
         self, column_names: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
-    ) -> Format: ...
+    ) -> Format:
+        """Returns the format of a table; raises `NoFormatError` if none fits."""
+        mapping = {**self.column_mapping(column_names, config, rows), **config.columns}
+        return detect_format(column_names, self.name, self.shapes, mapping, config.format, rows)
+
+    def column_mapping(
+        self, column_names: Sequence[str], config: DataConfig, rows: Sequence[Row]
+    ) -> Mapping[str, str]:
+        """Returns role -> column (e.g. source -> en) that the task itself finds, not `--map`."""
+        return {}
 
     def update_format(
         self, format_: Format, table: Table, config: DataConfig
-    ) -> tuple[Format, list[Choice]]: ...
+    ) -> tuple[Format, list[Choice]]:
+        """Returns `format_` completed by the values of `table` and by `config`, and log lines."""
+        return format_, []
 
     def options_for_rows(
         self, options: Mapping[str, Any], examples: Sequence[Any]
-    ) -> Mapping[str, Any]: ...
+    ) -> Mapping[str, Any]:
+        """Returns the `options` of a model card, updated for the `examples` to evaluate."""
+        return options
 
-    def label_role(self, format_: Format) -> str | None: ...
+    def label_role(self, format_: Format) -> str | None:
+        """Returns the role (column of a layout) whose values are class labels, or None."""
+        return None
 
     def get_inconsistent_labels(
         self, examples: Sequence[Any], labels: LabelSet, table: Table
-    ) -> list[BadRow]: ...
+    ) -> list[BadRow]:
+        """Returns a `BadRow` per row with contradicting labels, such as I-LOC after B-PER."""
+        return []
 
-    def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None: ...
+    def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:
+        """Returns the prompt format for models of `kind`, or None for tasks without prompts."""
+        return None
 
-    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows: ...
+    @abstractmethod
+    def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
+        """Encode `examples`, and apply the maximum length; `table` locates rows in messages."""
 
     def encode_corpus(
         self, encoder: Encoder, documents: Sequence[str]
-    ) -> tuple[Sequence[Encoded], Choice]: ...
+    ) -> tuple[Sequence[Encoded], Choice]:
+        """Returns the encoded documents to search, and a log line; ConfigError if unsupported."""
+        raise ConfigError(f"--corpus: for --task embedding, and this is {self.name}. Drop it.")
 
-    def data_info(self, loaded: Any) -> Mapping[str, Any]: ...
+    def data_info(self, loaded: Any) -> Mapping[str, Any]:
+        """Returns the task's entries about the data in summary.json."""
+        return {}
 
-    def describe_rows(self, loaded: Any, data_info: Mapping[str, Any]) -> list[Choice]: ...
+    def describe_rows(self, loaded: Any, data_info: Mapping[str, Any]) -> list[Choice]:
+        """Returns log lines with the number of training targets."""
+        tokens, supervised = data_info["tokens"], data_info["supervised"]
+        share = f"{supervised:,} supervised, {supervised / tokens:.0%}"
+        return [Choice("tokens", f"{tokens:,} an epoch", share)]
 
     def finish_data(
         self, prepared: PreparedData, config: DataConfig, context: EncodingContext
-    ) -> PreparedData: ...
+    ) -> PreparedData:
+        """Returns `prepared` with rows completed by the task, e.g. masked anew at each access."""
+        return prepared
 
     def evaluation_rows(
         self, rows: Sequence[Encoded], config: DataConfig, context: EncodingContext
-    ) -> Sequence[Encoded]: ...
+    ) -> Sequence[Encoded]:
+        """Returns `rows` for evaluation, which are equal at each access, e.g. with fixed masks."""
+        return rows
 
-    # ruff: enable[D102]
+    # ruff: enable[ARG002]
 
 
 @dataclass(frozen=True)
@@ -112,7 +157,6 @@ class EncodingContext:
     bounds: LengthBounds
     seed: int
     lenient: bool = False
-    prompt_version: int = PROMPT_VERSION
 
     def encoder(
         self, config: DataConfig, prompt_format: PromptFormat | None, **options: Any
@@ -140,7 +184,7 @@ class PreparedData:
     """Rows ready for the model.
 
     Attributes:
-        train: encoded training rows; for a stream, the first rows only.
+        train: encoded training rows.
         table: training rows as read, indexed by `Encoded.row`.
         info: data section of `summary.json`.
         choices: log lines.
@@ -161,7 +205,6 @@ class PreparedData:
     corpus: Sequence[Encoded] = ()
     sets: Sequence[int] = ()
     workspace: Any = None
-    stream: Any = None
     validation_table: Table = field(default_factory=lambda: Table([], [], ""))
 
 
@@ -247,7 +290,6 @@ class Encoder:
 
     Attributes:
         folder: directory for the rows; None stores them in memory.
-        partly: whether all examples may be dropped, as for a chunk of a stream.
         lenient: whether to drop and report rows that would stop the run.
         split: name of the split and of its files.
         ignore_max_length: whether to ignore the configured length and use `bounds` only.
@@ -262,7 +304,6 @@ class Encoder:
     labels: LabelSet | None = None
     folder: Path | None = None
     progress: Progress = ignore_progress
-    partly: bool = False
     lenient: bool = False
     split: str = "train"
     ignore_max_length: bool = False
@@ -329,8 +370,7 @@ class Encoder:
         fitted, stops = self._relax(
             lambda overlong: fit_rows(rows, length, self.bounds, overlong, table.where)
         )
-        if not self.partly:
-            check_not_empty(fitted, rows)
+        check_not_empty(fitted, rows)
         return replace(fitted, stops=stops)
 
     def _relax(self, function: Callable[[str], T]) -> tuple[T, str]:
@@ -348,7 +388,7 @@ class Encoder:
         (rows, dropped), stops = self._relax(
             lambda overlong: fit_targets(fitted.rows, limit, overlong, table.where)
         )
-        if not len(rows) and not self.partly:
+        if not len(rows):
             raise InputError(f"no target is within {limit:,} tokens.")
         dropped += fitted.dropped
         return replace(fitted, rows=rows, dropped=dropped, stops=fitted.stops or stops)

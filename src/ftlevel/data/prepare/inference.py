@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 from ftlevel.artifacts.cards import AdapterCard
 from ftlevel.artifacts.files import rows_fingerprint
 from ftlevel.config import DataConfig
-from ftlevel.data.encoding.encode import Encoded, load_prompt_format
+from ftlevel.data.encoding.prompts import load_prompt_format
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.formats.columns import columns_exist
 from ftlevel.data.formats.detect import Format, RoleValues
 from ftlevel.data.formats.labels import LabelSet
@@ -22,12 +23,11 @@ from ftlevel.data.formats.turns import UnusableRowError
 from ftlevel.data.gate import explain_stop
 from ftlevel.data.prepare.encoder import DataTask, EncodingContext
 from ftlevel.data.prepare.loading import eval_converter, open_converter, read_splits
-from ftlevel.data.prepare.streaming import read_first_rows
 from ftlevel.data.sources.hub import iterate_rows
 from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.readers import ReadOptions, is_pattern, match_files, open_reader
 from ftlevel.data.sources.splits import DatasetSplits
-from ftlevel.data.sources.streams import Chunk, Reader
+from ftlevel.data.sources.streams import Reader
 from ftlevel.data.sources.table import Row, Table, check_same_columns
 from ftlevel.errors import InputError, join_names, quote
 
@@ -111,8 +111,8 @@ def file_rows(reader: Reader, ignored: Sequence[str] = ()) -> RowSource:
     Raises `InputError` if the first chunk of the file has no valid row.
     """
 
-    def place(chunk: Chunk, line: int) -> str:
-        return Table([], [], reader.shown, chunk.unit).location(line)
+    def place(line: int) -> str:
+        return Table([], [], reader.shown, reader.unit).location(line)
 
     def read() -> Iterator[Item]:
         for chunk in reader.chunks():
@@ -122,14 +122,14 @@ def file_rows(reader: Reader, ignored: Sequence[str] = ()) -> RowSource:
                 *((error.line, None, error.message) for error in chunk.errors),
             ]
             for line, row, fault in sorted(items, key=lambda item: item[0]):
-                yield row, place(chunk, line), fault, share
+                yield row, place(line), fault, share
 
     chunk = next(reader.chunks(), None)
     if chunk is None or not (chunk.rows or chunk.errors):
         raise InputError(f"{reader.shown}: has 0 rows. Use a file with rows.")
     if not chunk.rows:
         error = chunk.errors[0]
-        raise InputError(f"{place(chunk, error.line)}: {error.message}. Fix the file.")
+        raise InputError(f"{place(error.line)}: {error.message}. Fix the file.")
     declared = reader.schema.names if reader.schema is not None else []
     column_names = declared or list(dict.fromkeys(name for row in chunk.rows for name in row))
     leading = [name for name in chunk.rows[0] if name not in ignored]
@@ -241,10 +241,7 @@ def load_evaluation_rows(
     task = context.task
     options = {k: v for k, v in card.options.items() if k in DataConfig.model_fields}
     config = config.model_copy(update=options)  # resolved by training
-    as_in_training = is_own and config.streaming and split in (None, "validation")
-    splits = read_first_rows(config) if as_in_training else None
-    if splits is None or splits.validation is None:
-        splits = read_splits(config, task, context.seed)
+    splits = read_splits(config, task, context.seed)
     held_out = bool(card.data.get("validation_fingerprint"))
     table, name = _choose(splits, split, ALL_ROWS if held_out else TRAINING_ROWS, is_own=is_own)
     if name != "validation" and config.qrels is not None:  # only validation queries are judged
@@ -262,7 +259,7 @@ def load_evaluation_rows(
     table, examples = convert.convert_held_out(name, table, labels)
     prompt = load_prompt_format(card)
     if prompt is not None and not card.data:  # not trained by ftlevel: infer the separator
-        prompt = prompt.resolve_separator(examples, prompt.version)
+        prompt = prompt.resolve_separator(examples)
     # The length limit of training applies only to its own validation rows.
     options = {"labels": labels, "ignore_max_length": name != "validation"}
     encoder = context.encoder(config, prompt, **options).for_held_out(name)
@@ -271,7 +268,7 @@ def load_evaluation_rows(
     changed = ""
     if name == "validation":  # same checks as in training
         train_table, training = convert_training("train", splits.train, labels)
-        if is_own and not (is_typed or config.streaming):
+        if is_own and not is_typed:
             changed = _changed_split(card, replace(splits, train=train_table, validation=table))
         rows, findings = context.gate(config.gate).check_held_out(
             name, fitted, examples, table, encoder.digest(training)

@@ -12,8 +12,9 @@ import numpy as np
 from ftlevel.artifacts.files import rows_fingerprint
 from ftlevel.config import DataConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import Encoded, PromptFormat
 from ftlevel.data.encoding.fit import FittedRows
+from ftlevel.data.encoding.prompts import PromptFormat
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.formats.detect import Format, explain_columns
 from ftlevel.data.formats.examples import convert_rows, get_missing_columns, to_examples
 from ftlevel.data.formats.labels import (
@@ -225,12 +226,6 @@ def read_splits(config: DataConfig, task: DataTask, seed: int) -> DatasetSplits:
         splits = replace(splits, corpus=load_corpus(config.corpus))
     splits = hold_out(splits, config.validation_split or 0.0, seed)
     train, eval_table = splits.train, splits.validation
-    if config.validation_rows is not None:  # of a streamed run, to evaluate it
-        rows: Sequence[int] = range(len(train))
-        if train.parts:  # the table interleaves files; a stream reads one after the other
-            rows = sorted(rows, key=train.lines.__getitem__)
-        count = config.validation_rows
-        eval_table, train = train.take(rows[:count]), train.take(rows[count:])
     if config.max_samples:
         train = train.head(config.max_samples)
     if eval_table is not None and config.max_eval_samples:
@@ -296,7 +291,7 @@ def encode_data(
     prompt_format = task.prompt_format(data.format, context.kind, context.tokenizer)
     prompt_format = _with_system(prompt_format, config.system)
     if prompt_format is not None:
-        prompt_format = prompt_format.resolve_separator(data.train, context.prompt_version)
+        prompt_format = prompt_format.resolve_separator(data.train)
     options = {"labels": data.labels, "folder": cache_dir, "progress": progress, "lenient": lenient}
     encoder = context.encoder(config, prompt_format, **options)
     gate, splits = context.gate(config.gate), data.splits

@@ -15,7 +15,6 @@ from typing import Any
 
 from ftlevel.artifacts.hub import first_line
 from ftlevel.config import InMemoryDataset
-from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.readers import ReadOptions
 from ftlevel.data.sources.readers.arrow import (
     arrow_rows,
@@ -25,7 +24,7 @@ from ftlevel.data.sources.readers.arrow import (
     create_arrow_table,
     drop_null_keys,
 )
-from ftlevel.data.sources.streams import Chunk, Cursor, describe_null_keys
+from ftlevel.data.sources.streams import describe_null_keys
 from ftlevel.data.sources.table import OnBadRow, Row, Table, get_inconsistent_rows, handle_bad_rows
 from ftlevel.errors import InputError, did_you_mean, join_names
 from ftlevel.models.upstream.libraries import datasets_offline
@@ -49,13 +48,6 @@ def load_hub_tables(
     return _tables_of(splits, name, options), [message] if reason else []
 
 
-def open_hub_streams(name: str, subset: str | None) -> dict[str, Any]:
-    """Open the splits of a Hub dataset as `datasets.IterableDataset`; requires a connection."""
-    if error := _probe(name):
-        raise InputError(_describe_offline(name, error))
-    return dict(_load_dataset(name, "", subset, streaming=True))
-
-
 def _load_dataset(name: str, offline_reason: str, subset: str | None, **options: Any) -> Any:
     import datasets
 
@@ -67,51 +59,6 @@ def _load_dataset(name: str, offline_reason: str, subset: str | None, **options:
         if offline_reason:
             raise InputError(_describe_offline(name, offline_reason)) from None
         raise InputError(f"--dataset {name}: {first_line(error)}") from error
-
-
-def open_saved_streams(directory: Path) -> dict[str, Any]:
-    """Open the splits of a `save_to_disk` directory as `datasets.IterableDataset` by name."""
-    return {key: data.to_iterable_dataset() for key, data in _load_saved(directory).items()}
-
-
-class IterableStream:
-    """Stream over a `datasets.IterableDataset`, which `make` creates for each call of `chunks`."""
-
-    def __init__(self, make: Callable[[], Any], source: str) -> None:
-        self._make, self.source = make, source
-        self.null_keys: Counter[str] = Counter()
-
-    def chunks(self, state: Cursor | None = None) -> Iterator[Chunk]:
-        """Yields the chunks after the cursor `state`."""
-        data, number = self._make(), 0
-        if state is not None:
-            data.load_state_dict(state["state"])
-            number = int(state["number"])
-        rows: list[Row] = []
-
-        def chunk() -> Chunk:
-            numbers = list(range(number - len(rows) + 1, number + 1))
-            after = {"state": data.state_dict(), "number": number}
-            return Chunk(rows, numbers, [], self.source, "row", after)
-
-        schema = data.features and data.features.arrow_schema
-        for row in data:
-            rows += drop_null_keys([row], schema, self.null_keys)
-            number += 1
-            if len(rows) == CHUNK_ROWS:
-                yield chunk()
-                rows = []
-        if rows:
-            yield chunk()
-
-    def collect(self) -> Table:
-        """Returns all rows as a table; raises `InputError` if there are none."""
-        chunks = list(self.chunks())
-        if not chunks:
-            raise InputError(f"{self.source}: has 0 rows. Use a dataset with rows.")
-        rows = [row for chunk in chunks for row in chunk.rows]
-        notes = tuple(describe_null_keys(self.null_keys, self.source))
-        return Table(rows, range(1, len(rows) + 1), self.source, "row", notes=notes)
 
 
 def load_saved_tables(directory: Path, options: ReadOptions) -> dict[str, Table]:

@@ -225,7 +225,7 @@ class RowView(LazySequence[T]):
 
 Row = dict[str, Any]
 CHUNK_ROWS = 64
-"""Number of rows (or lines) per chunk; a cursor exists after each chunk."""
+"""Number of rows (or lines) per chunk."""
 LARGE_BYTES = 1_000_000
 """File size in bytes from which rows are read on access instead of kept in memory."""
 _BLOCK = 1 << 16  # bytes per read

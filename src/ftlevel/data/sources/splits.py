@@ -1,4 +1,4 @@
-"""Find a dataset (built-in, local, in memory or on the Hub) and open it as tables or as a stream.
+"""Find a dataset (built-in, local, in memory or on the Hub) and load it as tables.
 
 `formats` interprets the columns.
 """
@@ -9,8 +9,8 @@ import math
 import random
 import re
 from array import array
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,30 +20,23 @@ from ftlevel.artifacts.files import rows_fingerprint
 from ftlevel.config import IN_MEMORY, InMemoryDataset
 from ftlevel.data.sources.docstrings import Split, load_docstrings
 from ftlevel.data.sources.hub import (
-    IterableStream,
     is_saved_directory,
     load_hub_tables,
     load_memory_tables,
     load_saved_tables,
-    open_hub_streams,
-    open_saved_streams,
     pick_split,
-    remove_columns,
 )
 from ftlevel.data.sources.lines import STDIN
 from ftlevel.data.sources.readers import (
-    DEFAULT_READ_OPTIONS,
     ReadOptions,
     data_files,
     is_data_file_name,
     is_pattern,
     load_table,
     match_files,
-    open_stream,
     stem_of,
 )
-from ftlevel.data.sources.readers.arrow import refuse_media
-from ftlevel.data.sources.streams import ChainedStream, Stream, describe_missing
+from ftlevel.data.sources.streams import describe_missing
 from ftlevel.data.sources.table import OnBadRow, Table, describe_dropped, join_tables, mix_tables
 from ftlevel.errors import InputError, closest_matches, did_you_mean, join_names
 
@@ -57,9 +50,6 @@ HUB_PREFIX = "hf://datasets/"
 
 # A Hub id: NAME or ORGANIZATION/NAME.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-REMOTE_ROWS = 1_000
-"""Default number of validation rows streamed from a Hub dataset or `save_to_disk` directory."""
 
 
 @dataclass(frozen=True)
@@ -89,20 +79,6 @@ class DatasetSplits:
             return None
         corpus = ({"text": text} for text in self.corpus or ())
         return rows_fingerprint([*self.validation.rows, *corpus])
-
-
-@dataclass(frozen=True)
-class StreamSource:
-    """A streamed dataset with its validation rows in memory.
-
-    `files` is empty for a Hub dataset. `ignored` are the existing columns that are not read.
-    """
-
-    train: Stream
-    validation: Table | None
-    files: tuple[Path, ...] = ()
-    notes: list[str] = field(default_factory=list)
-    ignored: tuple[str, ...] = ()
 
 
 def load_splits(
@@ -166,68 +142,6 @@ def load_splits(
     for table in splits.tables.values():
         splits.notes.extend((*table.notes, *describe_dropped(table)))
     return limit_rows(splits, max_samples)
-
-
-def open_source(
-    dataset: str,
-    *,
-    split: str | None = None,
-    on_bad_row: OnBadRow = "error",
-    options: ReadOptions = DEFAULT_READ_OPTIONS,
-) -> StreamSource:
-    """Open a dataset for streaming; only its validation rows are read, at most `options.limit`.
-
-    Raises `InputError` if the dataset does not exist or cannot be streamed.
-    """
-    if dataset.startswith("builtin:") or dataset == IN_MEMORY:
-        shown = dataset if dataset != IN_MEMORY else "the data set"
-        raise InputError(f"--streaming: {shown} is in memory already. Drop --streaming.")
-    path = Path(dataset).expanduser()
-    source = _source_type(dataset, path)
-    if source == "hub":
-        name = dataset.removeprefix(HUB_PREFIX)
-        return _open_remote(lambda: open_hub_streams(name, options.subset), split, name, options)
-    if source == "saved":
-        saved = _open_remote(lambda: open_saved_streams(path), split, dataset, options)
-        return replace(saved, files=tuple(sorted(path.rglob("*.arrow"))))
-    eval_table: Table | None = None
-    notes: list[str] = []
-    if source == "directory":
-        groups, train, notes = _choose_files(path, dataset, split)
-        files: Sequence[str | Path] = groups[train]
-        if train != "validation" and "validation" in groups:
-            eval_table = load_table(groups["validation"][0], on_bad_row, options)
-            eval_table = eval_table if options.limit is None else eval_table.head(options.limit)
-            notes = [*notes, *eval_table.notes, *describe_dropped(eval_table)]
-    else:
-        files = _match_training_files(dataset, source, split, options)
-    readers = [open_stream(file, options) for file in files]
-    return StreamSource(
-        readers[0] if len(readers) == 1 else ChainedStream(readers),
-        eval_table,
-        (readers[0].path,) if source == "file" else tuple(map(Path, files)),
-        [*notes, *(note for reader in readers for note in reader.notes)],
-        readers[0].ignored,
-    )
-
-
-def _open_remote(
-    load_splits: Callable[[], Mapping[str, Any]], split: str | None, name: str, options: ReadOptions
-) -> StreamSource:
-    splits, ignored = load_splits(), options.ignored
-    train = pick_split(splits, split, name)
-    rows, left_out = remove_columns(splits[train], ignored)
-    if rows.features is not None:
-        refuse_media(rows.features.arrow_schema, f"{name} ({train})")
-    held_out = next((key for key in VALIDATION_NAMES if key in splits and key != train), None)
-    eval_table = None
-    if held_out is not None:
-        first = remove_columns(splits[held_out], ignored)[0].take(options.limit or REMOTE_ROWS)
-        eval_table = IterableStream(lambda: first, f"{name} ({held_out})").collect()
-    stream = IterableStream(
-        lambda: remove_columns(load_splits()[train], ignored)[0], f"{name} ({train})"
-    )
-    return StreamSource(stream, eval_table, ignored=left_out)
 
 
 def join_splits(

@@ -1,8 +1,6 @@
-"""Streams of chunks of rows, the base class of file readers, and errors for unsupported input.
+"""Chunks of rows, the base class of file readers, and errors for unsupported input.
 
-A stream has a cursor to resume from, a dict of plain values: byte and line of a text file, row of a
-Parquet row group, or the state of a `datasets.IterableDataset`. Resuming re-reads nothing except
-the current Parquet row group. Unsupported are images, audio, video and documents.
+Unsupported are images, audio, video and documents.
 """
 
 from __future__ import annotations
@@ -11,12 +9,12 @@ import re
 import shlex
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.table import BadRow, Row, Table, get_inconsistent_rows
@@ -174,43 +172,23 @@ def describe_missing(path: Path) -> str:
     return f"{path}: no such file.{did_you_mean(path.name, names)} {listing}"
 
 
-Cursor = Mapping[str, Any]
-
-
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive rows of a stream with line (or row) numbers; `errors` are the unreadable rows."""
+    """Consecutive rows of a file with line (or row) numbers; `errors` are the unreadable rows.
+
+    `end` is the byte after the chunk; None in files without lines.
+    """
 
     rows: list[Row]
     lines: list[int]
     errors: list[BadRow]
-    source: str
-    unit: Literal["line", "row"]
-    cursor: Cursor
-    text_cells: bool = False
-
-    @property
-    def table(self) -> Table:
-        """The rows as a table."""
-        return Table(self.rows, self.lines, self.source, self.unit, text_cells=self.text_cells)
-
-
-class Stream(Protocol):
-    """Protocol of sources that yield rows in chunks, and can resume after a chunk."""
-
-    @property
-    def null_keys(self) -> Counter[str]:
-        """Number of keys with value null that were dropped so far, by path."""
-
-    def chunks(self, state: Cursor | None = None) -> Iterator[Chunk]:
-        """Yields the chunks after the cursor `state`; None starts at the beginning."""
+    end: int | None = None
 
 
 class Reader(ABC):
     """Base of the readers of file formats. The constructor validates the file and reads no rows.
 
     Attributes:
-        in_parts: whether the file can be read in parts, as `--streaming` requires.
         uniform: whether the format guarantees the same keys and types in all rows.
         text_cells: whether cells are text only, as in CSV; lists and objects are then JSON text.
         shown: file name in messages; `path` may be a decompressed copy.
@@ -219,7 +197,6 @@ class Reader(ABC):
     """
 
     unit: Literal["line", "row"] = "line"
-    in_parts: ClassVar[bool] = True
     uniform: ClassVar[bool] = False
     text_cells: ClassVar[bool] = False
 
@@ -233,24 +210,18 @@ class Reader(ABC):
         self.ignored: tuple[str, ...] = ()
 
     @abstractmethod
-    def read(self, state: Cursor | None) -> Iterator[Chunk]:
-        """Yields the chunks after the cursor `state`; None starts at the beginning."""
+    def read(self) -> Iterator[Chunk]:
+        """Yields the rows in chunks."""
 
-    def chunks(self, state: Cursor | None = None) -> Iterator[Chunk]:
-        """Yields the chunks after cursor `state`; raises `InputError` if the file is corrupted."""
+    def chunks(self) -> Iterator[Chunk]:
+        """Yields the rows in chunks; raises `InputError` if the file is corrupted."""
         with wrap_read_errors(self.path, self.shown):
-            yield from self.read(state)
+            yield from self.read()
 
     def share(self, chunk: Chunk) -> float | None:
         """Returns the fraction of the file read up to the end of `chunk`, or None if unknown."""
         size = self.path.stat().st_size
-        return min(1.0, chunk.cursor["at"] / size) if size and "at" in chunk.cursor else None
-
-    def chunk(
-        self, rows: list[Row], lines: list[int], errors: list[BadRow], state: Cursor
-    ) -> Chunk:
-        """Returns `rows` as a chunk of this file; `state` is the cursor after the last row."""
-        return Chunk(rows, lines, errors, self.shown, self.unit, state, self.text_cells)
+        return min(1.0, chunk.end / size) if size and chunk.end is not None else None
 
     def collect(self) -> tuple[Table, list[BadRow]]:
         """Returns all rows as a table, and a `BadRow` for each invalid or inconsistent row."""
@@ -302,23 +273,3 @@ def describe_null_keys(null_keys: Counter[str], source: str) -> list[str]:
         f"all objects of a list the same keys ({join_names(inner_first, 4)}); JSON Lines keeps "
         "nulls"
     ]
-
-
-class ChainedStream:
-    """Several streams, read one after the other."""
-
-    def __init__(self, streams: Iterable[Stream]) -> None:
-        self._streams = list(streams)
-
-    @property
-    def null_keys(self) -> Counter[str]:
-        """Number of keys with value null that were dropped in all streams, by path."""
-        return sum((stream.null_keys for stream in self._streams), Counter())
-
-    def chunks(self, state: Cursor | None = None) -> Iterator[Chunk]:
-        """Yields the chunks after the cursor `state`."""
-        first, inner = (state["stream"], state["cursor"]) if state else (0, None)
-        for number, stream in enumerate(self._streams[first:], first):
-            for result in stream.chunks(inner):
-                yield replace(result, cursor={"stream": number, "cursor": result.cursor})
-            inner = None

@@ -334,14 +334,10 @@ class RowShapeCounter:
 
 def get_inconsistent_rows(rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
     """Returns a `BadRow` for each row whose keys or types differ from those of most rows."""
-    return _count_shapes(rows).get_inconsistent(rows, lines)
-
-
-def _count_shapes(rows: Sequence[Row]) -> RowShapeCounter:
     shapes = RowShapeCounter()
     for row in rows:
         shapes.add(row)
-    return shapes
+    return shapes.get_inconsistent(rows, lines)
 
 
 def _shape_of(row: Row) -> _Shape:
@@ -350,7 +346,7 @@ def _shape_of(row: Row) -> _Shape:
 
 @dataclass(frozen=True)
 class RowSchema:
-    """Keys that most of the first rows of a stream have, and their types.
+    """Keys that most rows have, and their types.
 
     `types` maps each column to its type and the line of an example. `count` is the number of rows.
     """
@@ -358,11 +354,6 @@ class RowSchema:
     column_names: tuple[str, ...]
     types: dict[str, tuple[str, int]]
     count: int
-
-    @classmethod
-    def of(cls, rows: Sequence[Row], lines: Sequence[int]) -> RowSchema:
-        """Returns the schema of those rows that have the most frequent keys and types."""
-        return _count_shapes(rows).get_schema(lines)
 
     def has(self, shape: _Shape) -> bool:
         """Returns whether rows of these keys and types fit the schema."""

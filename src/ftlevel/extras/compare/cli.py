@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as json_module
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import typer
@@ -98,10 +97,7 @@ def compare(inputs: CommandInput, *, as_json: bool, quiet: bool) -> None:
     Accepts the flags of train except --method. Each method trains in its own process; a method
     setting applies to all methods that have it. --resume skips completed runs.
     """
-    own = dict(inputs.values)
-    if own["max_steps"] is None:  # which --streaming needs
-        own["max_steps"] = own["budget_steps"]
-    config, _ = read_config(replace(inputs, values=own))
+    config, _ = read_config(inputs)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
@@ -110,15 +106,15 @@ def compare(inputs: CommandInput, *, as_json: bool, quiet: bool) -> None:
             from ftlevel.extras.compare.comparison import ComparisonOptions
 
         args = ComparisonOptions(
-            tuple(own["methods"] or ()),
-            own["budget_steps"],
-            own["budget_minutes"],
-            own["seeds"],
-            own["max_memory"],
-            own["max_minutes"],
-            tuple(own["search"] or ()),
-            own["trials"],
-            own["study"],
+            tuple(inputs.values["methods"] or ()),
+            inputs.values["budget_steps"],
+            inputs.values["budget_minutes"],
+            inputs.values["seeds"],
+            inputs.values["max_memory"],
+            inputs.values["max_minutes"],
+            tuple(inputs.values["search"] or ()),
+            inputs.values["trials"],
+            inputs.values["study"],
         )
         result = run(config, args, listener=screen, prepare=prepare)
         if as_json:

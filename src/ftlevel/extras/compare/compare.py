@@ -19,7 +19,16 @@ from ftlevel.commands.train import train
 from ftlevel.config import EvaluateConfig, Layer, TrainConfig, build_config, build_section
 from ftlevel.config.methods import SPECS
 from ftlevel.config.reading import METHOD_ALIASES, resolve_aliases
-from ftlevel.errors import ConfigError, InputError, Interrupted, RunError, did_you_mean, join_names
+from ftlevel.errors import (
+    ConfigError,
+    InputError,
+    Interrupted,
+    RunError,
+    did_you_mean,
+    excludes,
+    join_names,
+    needs,
+)
 from ftlevel.events import Listener, NullListener
 from ftlevel.extras.compare.comparison import (
     SCORES,
@@ -39,8 +48,6 @@ from ftlevel.extras.compare.search import (
     with_values,
 )
 from ftlevel.safe_io import mask_passwords
-from ftlevel.training.finish import StartTime
-from ftlevel.training.session import CommandLine
 
 RESAMPLES = 1000
 """Number of bootstrap resamples, which are equal for runs scored on equally many rows."""
@@ -52,10 +59,7 @@ def train_and_score(config: TrainConfig, scores_path: Path) -> None:
     Predictions are written to the same path with the suffix `.jsonl`. Raises the errors of `train`
     and `evaluate`.
     """
-    command_line = CommandLine(None, StartTime.now())
-    result = train(
-        config, callbacks=[StopWithParent()], listener=NullListener(), command_line=command_line
-    )
+    result = train(config, callbacks=[StopWithParent()], listener=NullListener())
     predictions = scores_path.with_suffix(".jsonl")
     predictions.unlink(missing_ok=True)
     values = {
@@ -146,26 +150,25 @@ def compare(
 
 
 def _check(config: TrainConfig, args: ComparisonOptions) -> None:
-    problems = []
-    if args.steps is not None and args.minutes is not None:
-        problems.append("--budget-steps and --budget-minutes are two budgets. Use one of them.")
-    if args.steps is not None and config.train.max_steps not in (None, args.steps):
-        problems.append("--budget-steps and --max-steps set the same value. Use one of them.")
-    limits = {"budget-minutes": args.minutes, "max-memory": args.max_memory}
+    steps, minutes, max_steps = args.steps, args.minutes, config.train.max_steps
+    one_process, drop = "it trains each run in one process", "Drop it."
+    conflicts = (
+        (steps is not None and minutes is not None, "--budget-steps", "--budget-minutes"),
+        (steps is not None and max_steps not in (None, steps), "--budget-steps", "--max-steps"),
+        (minutes is not None and max_steps is not None, "--budget-minutes", "--max-steps"),
+        (config.model.adapter is not None, "--adapter", "compare",
+         "one continues one method, and the other trains several", drop),
+        ("-" in (config.data.dataset, *config.data.also), "--dataset -", "compare",
+         "every run reads the rows again", "Save them to a file."),
+        ((config.train.num_processes or 1) > 1, "--num-processes", "compare", one_process, drop),
+        (config.train.shard != "none", "--shard", "compare", one_process, drop),
+    )  # fmt: skip
+    problems = [excludes(*texts) for is_conflict, *texts in conflicts if is_conflict]
+    limits = {"budget-minutes": minutes, "max-memory": args.max_memory}
     for name, value in {**limits, "max-minutes": args.max_minutes}.items():
         if value is not None and not 0 < value < math.inf:
             problems.append(f"--{name} {value:g}: expected a number above 0.")
-    if args.minutes is not None and config.train.max_steps is not None:
-        problems.append("--budget-minutes and --max-steps are two budgets. Use one of them.")
     problems += check_search(args.search, args.study)
-    if config.model.adapter is not None:
-        problems.append("--adapter continues one method, and compare trains several. Drop it.")
-    if "-" in (config.data.dataset, *config.data.also):
-        problems.append("--dataset -: every run reads the rows again. Save them to a file.")
-    if (config.train.num_processes or 1) > 1:
-        problems.append("--num-processes: compare trains each run in one process. Drop it.")
-    if config.train.shard != "none":
-        problems.append("--shard: compare trains each run in one process. Drop it.")
     if problems:
         raise ConfigError(problems)
 
@@ -221,16 +224,13 @@ def _start_or_resume(
             raise ConfigError("--methods is missing. Name some: --methods lora,ia3,full")
         for flag, value in (("--trials", args.trials), ("--study", state["study"])):
             if value is not None and not args.search:
-                raise ConfigError(f"{flag} {value} is for --search. Add --search lr, or drop it.")
+                raise ConfigError(needs(f"{flag} {value}", "--search lr"))
         return args, {"asked": state}
     try:
         old = read_json(before)["asked"]
         was, old_budget = old["config"], old["budget"]
         methods, seeds, steps = old["methods"], old["seeds"], old["planned_steps"]
-        search_results = {
-            name: old.get(name, state[name])  # absent in older files
-            for name in ("search", "trials", "study", "searched")
-        }
+        search_results = {name: old[name] for name in ("search", "trials", "study", "searched")}
     except (KeyError, TypeError) as error:
         raise ConfigError(f"--resume: {before} cannot be read ({error!r}).") from None
     if budget not in (old_budget, {"steps": None, "minutes": None}):

@@ -165,7 +165,7 @@ def _command(row: Mapping[str, Any], result: Comparison) -> str:
     # Limit of the comparison, and what a run chooses for it, such as a rate for few steps.
     resets: list[tuple[str, str, tuple[str, ...]]] = []
     is_limited = result.args.steps is not None or result.args.minutes is not None
-    if is_limited and not config.data.streaming:  # which needs max_steps
+    if is_limited:
         resets.append(("train", "max_steps", ("learning_rate", "head_learning_rate")))
     if config.data.max_samples is not None:
         resets.append(("data", "max_samples", ("max_length",)))

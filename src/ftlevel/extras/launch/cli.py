@@ -18,7 +18,7 @@ from ftlevel.cli.flags import CommandInput, read_config
 from ftlevel.cli.spelling import OFF, ON
 from ftlevel.config import TrainConfig
 from ftlevel.config.flags import FLAGS
-from ftlevel.errors import ConfigError, RunError
+from ftlevel.errors import ConfigError, RunError, excludes, needs
 from ftlevel.safe_io import start_process
 
 TEMPLATES = {"slurm": "slurm.sh.jinja", "k8s": "pytorchjob.yaml.jinja", "ray": "ray_train.py.jinja"}
@@ -91,27 +91,25 @@ def build_job(config: TrainConfig, args: Sequence[str], values: Mapping[str, Any
     `values` has its flags by parameter, as in `CommandInput`. Raises ConfigError with all missing
     and conflicting options.
     """
-    output, scheduler, problems = config.output, values["on"], []
-    if output.dir is None:
-        problems.append(
-            "ftlevel launch needs the run to resume when the job is requeued. Add --output-dir "
-            "DIR, on a file system that all machines share."
+    output, scheduler, launch = config.output, values["on"], "ftlevel launch"
+    problems = [
+        message(*texts)
+        for is_conflict, message, *texts in (
+            (output.dir is None, needs, launch, "--output-dir DIR",
+             "the job resumes this run when it is requeued",
+             "Name a directory on a file system that all machines share."),
+            (output.overwrite, excludes, "--overwrite", launch,
+             "a requeued job would delete its own run",
+             "Remove the old run, or choose another --output-dir."),
+            (config.train.num_processes is not None, excludes, "--num-processes", launch,
+             "the scheduler starts the processes",
+             "Use --nodes and --gpus-per-node, or --processes-per-node."),
+            (scheduler == "k8s" and not (values["image"] and values["claim"]), needs, "--on k8s",
+             "--image IMAGE and --claim NAME",
+             "the image contains ftlevel, and --output-dir is in the persistent volume claim"),
         )
-    if output.overwrite:
-        problems.append(
-            "--overwrite cannot be used with ftlevel launch: a requeued job would delete its own "
-            "run. Remove the old run, or choose another --output-dir."
-        )
-    if config.train.num_processes is not None:
-        problems.append(
-            "--num-processes cannot be used with ftlevel launch, whose scheduler starts the "
-            "processes. Use --nodes and --gpus-per-node, or --processes-per-node."
-        )
-    if scheduler == "k8s" and not (values["image"] and values["claim"]):
-        problems.append(
-            "--on k8s needs --image IMAGE that contains ftlevel, and --claim NAME of the "
-            "persistent volume claim for --output-dir."
-        )
+        if is_conflict
+    ]  # fmt: skip
     if output.dir is not None and scheduler != "slurm" and not output.dir.is_absolute():
         problems.append(f"--output-dir {output.dir}: --on {scheduler} needs an absolute path.")
     elif output.dir is not None and scheduler == "k8s" and len(output.dir.parts) < 3:

@@ -359,7 +359,6 @@ def _load_template() -> Any:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
-        undefined=jinja2.ChainableUndefined,  # older runs may lack fields
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -152,10 +152,11 @@ TEMPLATE = "chat_template.jinja"
 class Writer(Protocol):
     """Protocol of file formats of plain LoRA; servers load `file`, or if empty, the directory."""
 
-    file: str
+    file: str = ""
 
-    def check(self, adapter: ServedModel) -> None:
+    def check(self, _adapter: ServedModel) -> None:
         """Raise InputError if the format cannot represent the adapter; loads no base weights."""
+        return
 
     def write(self, output: Path, lora: NormalForm, adapter: ServedModel) -> None:
         """Write `lora`, the plain LoRA of `adapter`, into the directory `output`."""

@@ -15,7 +15,7 @@ import yaml
 from ftlevel.artifacts.cards import code, one_line, plain
 from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
 from ftlevel.config.export import Server
-from ftlevel.data.encoding.encode import PromptFormat, encode_prompt, load_prompt_format
+from ftlevel.data.encoding.prompts import PromptFormat, encode_prompt, load_prompt_format
 from ftlevel.errors import ConfigError, InputError, join_names, with_article
 from ftlevel.merging.normal_form import NormalForm
 from ftlevel.methods.merging import load_peft_config

@@ -17,7 +17,7 @@ import torch
 from gguf import GGUFReader, GGUFWriter
 
 from ftlevel.errors import InputError, join_names
-from ftlevel.extras.serving.adapters import plan_adapters
+from ftlevel.extras.serving.adapters import Writer, plan_adapters
 from ftlevel.extras.serving.entry import ServedModel
 from ftlevel.merging.normal_form import NormalForm
 from ftlevel.methods.lora_conversion import Factors
@@ -27,7 +27,7 @@ from ftlevel.weights.gguf_file import name_map
 _FILE = "adapter.gguf"
 
 
-class GgufWriter:
+class GgufWriter(Writer):
     """Write and read adapter.gguf, whose metadata marks it as an adapter."""
 
     file: str = _FILE

@@ -13,9 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ftlevel.artifacts.files import write_json
-from ftlevel.config.export import SERVERS
-from ftlevel.errors import InputError, join_names
-from ftlevel.extras.serving.adapters import plan_adapters
+from ftlevel.extras.serving.adapters import Writer, plan_adapters
 from ftlevel.extras.serving.entry import ServedModel
 from ftlevel.merging.normal_form import NormalForm
 from ftlevel.methods.lora_conversion import Factors
@@ -24,19 +22,8 @@ _LAYER = re.compile(r"model\.layers\.\d+\.(.+)")
 _WEIGHTS = "adapters.safetensors"
 
 
-class MlxWriter:
+class MlxWriter(Writer):
     """Write and read mlx-lm's adapters.safetensors and adapter_config.json."""
-
-    file: str = ""
-
-    def check(self, adapter: ServedModel) -> None:
-        """Raise InputError for a model type whose module names in mlx-lm are unknown."""
-        supported, family = SERVERS["mlx"].families, adapter.ref.model_config.model_type
-        if family not in supported:
-            raise InputError(
-                f"mlx-lm is not known to name the modules of {family} as transformers does "
-                f"(known: {join_names(supported)}). Merge it"
-            )
 
     def write(self, path: Path, lora: NormalForm, adapter: ServedModel) -> None:
         """Write `lora`, the plain LoRA of `adapter`, into the directory `path`."""

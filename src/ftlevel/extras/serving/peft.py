@@ -5,19 +5,14 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from ftlevel.extras.serving.adapters import plan_adapters
+from ftlevel.extras.serving.adapters import Writer, plan_adapters
 from ftlevel.extras.serving.entry import ServedModel
 from ftlevel.merging.normal_form import NormalForm, load_normal_form, save_normal_form
 from ftlevel.weights.checkpoint import TOKENIZER_FILES, copy_files
 
 
-class PeftWriter:
+class PeftWriter(Writer):
     """Write and read PEFT files; copies the adapter's tokenizer too."""
-
-    file: str = ""
-
-    def check(self, adapter: ServedModel) -> None:
-        """Accept any base: PEFT applies LoRA to any model."""
 
     def write(self, path: Path, lora: NormalForm, adapter: ServedModel) -> None:
         """Write `lora`, the plain LoRA of `adapter`, into the directory `path`."""

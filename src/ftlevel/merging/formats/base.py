@@ -44,40 +44,10 @@ class MergeOutput:
         return {key: self.summary[key] for key in keys} if self.summary else None
 
 
-class ServerSupport(Protocol):
-    """Protocol: what the serving extra provides for `export --for` with a whole model."""
-
-    def start_commands(
-        self, server: str, out: Path, embedding_format: EmbeddingFormat | None
-    ) -> list[str]:
-        """Returns the commands that serve the exported model at `out`."""
-
-    def record(
-        self,
-        path: Path,
-        out: Path,
-        facts: Mapping[str, Any],
-        ref: ModelRef,
-        source: ModelSource,
-        device: str,
-    ) -> None:
-        """Compute outputs with the exported weights in transformers, and save them to `path`.
-
-        `out` is the path of the export; `facts` are its model, server, file_format and dtype.
-        """
-
-    def readme(self, summary: Mapping[str, Any]) -> list[str]:
-        """Returns Markdown text on serving and checking the export; `summary` describes it."""
-
-    def check_command(self, summary: Mapping[str, Any]) -> str:
-        """Returns the command that checks a server of the export described by `summary`."""
-
-
-def server_support() -> ServerSupport:
-    """Returns the `ServerSupport` of the extension that has it; raises ConfigError if none has."""
+def server_support() -> Any:
+    """Returns the `WholeModelServing` of the serving extra; raises ConfigError if not installed."""
     for build in hooks("serve_whole"):
-        result: ServerSupport = build()
-        return result
+        return build()
     raise ConfigError("--for names a server, and no extension for servers is installed. Drop it.")
 
 

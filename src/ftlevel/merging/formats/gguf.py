@@ -17,7 +17,7 @@ from ftlevel.artifacts.cards import format_difference
 from ftlevel.config import ExportConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.chat import get_end_of_turn_id
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.errors import InputError, RunError
 from ftlevel.evaluation.two_models import (
     Agreement,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -61,43 +61,27 @@ class FakeTensor(Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # torch declares what it is without one
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Returns fake results of `func`; shapes are computed on meta tensors, or cached."""
+        """Returns fake results of `func`; shapes are computed on meta tensors."""
         if func in _OF_SPARSE and (result := _OF_SPARSE[func](*args)) is not None:
             return result
-        meta_kwargs = {k: "meta" if k == "device" else v for k, v in (kwargs or {}).items()}
-        tensors: list[Tensor] = []
-        key: Any = None
-        try:
-            key = (func, _signature(args, tensors), _signature(tuple(meta_kwargs.items()), tensors))
-            build = _BUILDERS.get(key)
-        except TypeError:  # an unhashable argument
-            build = key = None
-        if build is not None:
-            return build(tensors)
-        inner = [_inner(value) for value in tensors]
-        meta_tensors = iter(inner)
+        sources: dict[int, Tensor] = {}
 
         def enter(value: Any) -> Any:
-            return next(meta_tensors) if isinstance(value, Tensor) else value
-
-        result = func(*tree_map(enter, args), **tree_map(enter, meta_kwargs))
-        if isinstance(result, Tensor):
-            build_result = _get_builder(result, inner)
-            if key is not None and build_result is not None and func not in _CHANGES_SHAPE:
-                _BUILDERS[key] = build_result
+            if not isinstance(value, Tensor):
+                return value
+            meta = _inner(value)
+            sources[id(meta)] = value
+            return meta
 
         def leave(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            at = _index_of(value, inner)
-            return FakeTensor(value) if at is None else tensors[at]
+            source = sources.get(id(value))  # modified in place: the argument itself
+            return FakeTensor(value) if source is None else source
 
-        return tree_map(leave, result)
-
-
-_Builder = Callable[[Sequence[Tensor]], Tensor]
-_BUILDERS: dict[Any, _Builder] = {}
-"""Cache: operation with shapes, dtypes and other arguments -> function that builds the result."""
+        meta_kwargs = {k: "meta" if k == "device" else v for k, v in (kwargs or {}).items()}
+        meta_args, meta_kwargs = tree_map(enter, args), tree_map(enter, meta_kwargs)
+        return tree_map(leave, func(*meta_args, **meta_kwargs))
 
 
 def _new_sparse(_: int, __: int, size: Any, indices: Any, values: Any, *___: Any) -> FakeTensor:
@@ -138,51 +122,9 @@ _OF_SPARSE: dict[Any, Callable[..., FakeTensor | None]] = {
 }
 """Operations on sparse matrices, which SHiRA uses."""
 
-_CHANGES_SHAPE = {torch.ops.aten.resize_.default, torch.ops.aten.set_.source_Tensor}
-
-
-def _signature(value: Any, tensors: list[Tensor]) -> Any:
-    """Returns a cache key of the argument `value`; appends the tensors in it to `tensors`."""
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return (
-            next(at for at, one in enumerate(tensors) if one is value),
-            value.dtype,
-            value.shape,
-            value.stride(),
-            value.storage_offset(),
-            isinstance(value, FakeTensor),
-        )
-    if isinstance(value, list | tuple):
-        return tuple(_signature(part, tensors) for part in value)
-    return type(value), value  # 1, 1.0 and True are equal but differ in type
-
 
 def _inner(value: Tensor) -> Tensor:
     return value.shape_only if isinstance(value, FakeTensor) else _shape_of(value)
-
-
-def _index_of(value: Tensor, candidates: Sequence[Tensor]) -> int | None:
-    return next((at for at, one in enumerate(candidates) if one is value), None)
-
-
-def _get_builder(result: Tensor, inner: Sequence[Tensor]) -> _Builder | None:
-    """Returns a function from arguments like `inner` to a fake result like `result`, or None."""
-    at = _index_of(result, inner)
-    if at is not None:  # modified in place
-        return lambda given: given[at]
-    size, stride, offset = result.size(), result.stride(), result.storage_offset()
-    storages = [one.untyped_storage()._cdata for one in inner]
-    if result.untyped_storage()._cdata in storages:
-        index = storages.index(result.untyped_storage()._cdata)
-        if result.dtype != inner[index].dtype or storages.count(storages[index]) > 1:
-            return None
-        return lambda given: FakeTensor(_inner(given[index]).as_strided(size, stride, offset))
-    dtype = result.dtype
-    new = torch.empty_strided(size, stride, dtype=dtype, device="meta")
-    if offset or new.untyped_storage().nbytes() != result.untyped_storage().nbytes():
-        return None
-    return lambda _: FakeTensor(torch.empty_strided(size, stride, dtype=dtype, device="meta"))
 
 
 def _shape_of(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Internals of the bitsandbytes and torchao quantization of linear layers.
+"""Internals of the bitsandbytes quantization of linear layers.
 
 bitsandbytes takes a second to import, so it is imported only if used. With `PackedWeight` each
 process quantizes only its own rows: parts aligned to blocks of 64 have the same codes as in the
@@ -74,31 +74,6 @@ def quantize_shape(model: Any, quantization: Any) -> None:
             )
             module.weight = parameter
     model.hf_quantizer = quantizer
-
-
-def torchao_linears(model: Any, quantization: Any) -> list[str]:
-    """Returns the names of the linear layers of `model` (modified) that torchao quantizes."""
-    quantizer = prepare_quantized(model, quantization, pre_quantized=False)
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and quantizer.param_needs_quantization(model, f"{name}.weight")
-    ]
-
-
-def pack_torchao(
-    key: str, weight: Tensor, quantization: Any
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns the quantized `weight` as tensors to store under `key`, and their metadata."""
-    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
-    from torchao.quantization import quantize_
-
-    linear = torch.nn.Linear(1, 1, bias=False, device="meta", dtype=weight.dtype)
-    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-    quantize_(linear, quantization.get_apply_tensor_subclass())
-    tensors, notes = flatten_tensor_state_dict({key: linear.weight})
-    return tensors, {key: notes[key]}
 
 
 def keep_trainable_layout(model: torch.nn.Module) -> int:

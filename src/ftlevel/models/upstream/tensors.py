@@ -138,7 +138,7 @@ def order_of(node: Any) -> int:
 
 
 def inner_tensors(tensor: Tensor) -> list[Tensor]:
-    """Returns the tensors of a torchao tensor subclass; empty for a plain tensor."""
+    """Returns the tensors of a tensor subclass, as in torchao; empty for a plain tensor."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return []
     return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]

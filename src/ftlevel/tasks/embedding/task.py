@@ -18,7 +18,8 @@ from ftlevel.artifacts.sentence_transformers import (
 )
 from ftlevel.config.embedding import DEFAULT_LOSSES, LOSSES, PARAMETERS, EmbeddingConfig
 from ftlevel.config.section import Choice, list_unread
-from ftlevel.data.encoding.encode import Encoded, EncodedText, EncodedTexts
+from ftlevel.data.encoding.row import Encoded
+from ftlevel.data.encoding.texts import EncodedText, EncodedTexts
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import ConfigError, InputError, join_names
 from ftlevel.models.sources import ModelSource, download_files
@@ -31,7 +32,6 @@ from ftlevel.tasks.base import (
     PromptedModel,
     TokenDecoder,
 )
-from ftlevel.tasks.embedding.checks import check_documents, check_eval_set
 from ftlevel.tasks.embedding.formats import EMBEDDING_SHAPES, QUERY_SHAPES, EmbeddingRow
 from ftlevel.tasks.embedding.objective import (
     EVALUATED_ROWS,
@@ -40,7 +40,14 @@ from ftlevel.tasks.embedding.objective import (
     LabelKind,
     without_first,
 )
-from ftlevel.tasks.embedding.rows import TextEncoder, append_end, keeps_case, lowercase
+from ftlevel.tasks.embedding.rows import (
+    TextEncoder,
+    append_end,
+    check_documents,
+    check_eval_set,
+    keeps_case,
+    lowercase,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -213,7 +220,7 @@ class EmbeddingTask(BaseTask):
                 )
         encode, encoder = self._text_encoder(encoder), encoder.within(self.max_tokens)
         fitted = encoder.fit(encoder.collect(encode, examples), table)
-        rows = fitted.rows if encoder.split == "train" and not encoder.partly else ()
+        rows = fitted.rows if encoder.split == "train" else ()
         if len(rows) > 1 and all(row.input_ids == rows[0].input_ids for row in rows):
             raise InputError(
                 f"all {len(rows):,} training rows have the same tokens. Use rows with other texts, "

@@ -12,14 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ftlevel.data.encoding.encode import (
-    IGNORED,
-    Encoded,
-    PromptFormat,
-    RowError,
-    encode_causal,
-    encode_seq2seq,
-)
+from ftlevel.data.encoding.encode import encode_causal, encode_seq2seq
+from ftlevel.data.encoding.prompts import PromptFormat
+from ftlevel.data.encoding.row import IGNORED, Encoded, RowError
 from ftlevel.data.formats.examples import Conversation
 from ftlevel.data.formats.labels import common_prefix_length
 from ftlevel.data.formats.turns import Message
@@ -76,10 +71,10 @@ class PairRow(_PromptedRow):
         ]
 
     @property
-    def preference_labels(self) -> Sequence[PreferenceLabel]:
+    def loss_inputs(self) -> Mapping[str, Sequence[PreferenceLabel]]:
         """Per answer: (1.0 if preferred else 0.0, reference log-likelihood, margin)."""
         first, second = self.reference or (0.0, 0.0)
-        return (1.0, first, self.margin), (0.0, second, self.margin)
+        return {"preference_labels": [(1.0, first, self.margin), (0.0, second, self.margin)]}
 
     @property
     def length(self) -> int:
@@ -115,9 +110,10 @@ class LabeledAnswerRow(_PromptedRow):
         return [Encoded(self.input_ids, self.labels, self.row)]
 
     @property
-    def preference_labels(self) -> Sequence[PreferenceLabel]:
+    def loss_inputs(self) -> Mapping[str, Sequence[PreferenceLabel]]:
         """(1.0 if desirable else 0.0, reference log-likelihood, 0.0 in place of the baseline)."""
-        return ((float(self.desirable), (self.reference or (0.0,))[0], 0.0),)
+        label = float(self.desirable), (self.reference or (0.0,))[0], 0.0
+        return {"preference_labels": [label]}
 
     @property
     def contrasts(self) -> Sequence[Encoded]:
@@ -148,9 +144,9 @@ class ContrastRow(Encoded):
     reference: float = field(default=UNKNOWN, metadata={"column": "json"})
 
     @property
-    def preference_labels(self) -> Sequence[PreferenceLabel]:
+    def loss_inputs(self) -> Mapping[str, Sequence[PreferenceLabel]]:
         """(0, reference log-likelihood, 0); the answer has no label."""
-        return ((0.0, self.reference, 0.0),)
+        return {"preference_labels": [(0.0, self.reference, 0.0)]}
 
 
 class ContrastedRows(RowView[Encoded]):

@@ -12,7 +12,8 @@ import numpy as np
 from ftlevel.config import DataConfig
 from ftlevel.config.preference import LOSSES, SMOOTHING, PreferenceConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import IGNORED, Encoded, PromptFormat, choose_format
+from ftlevel.data.encoding.prompts import PromptFormat, choose_format
+from ftlevel.data.encoding.row import IGNORED, Encoded
 from ftlevel.data.formats.detect import Format, FormatSpec, fits
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import InputError

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import Encoded, split_batches
+from ftlevel.data.encoding.encode import split_batches
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.errors import InputError
 from ftlevel.tasks.embedding.formats import EmbeddingRow
 
@@ -68,7 +69,7 @@ class RankedRow(Encoded):
         return values[: self.query] + values[own]
 
     @property
-    def cluster(self) -> bytes:
+    def group(self) -> bytes:
         """Key of the query, shared by all rows with its documents, for bootstrap intervals."""
         return np.array(self.input_ids[: self.query], dtype=np.int32).tobytes()
 

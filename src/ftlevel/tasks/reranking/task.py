@@ -18,10 +18,10 @@ from ftlevel.artifacts.sentence_transformers import (
 )
 from ftlevel.config.reranking import LOSSES, RerankingConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.formats.detect import Format
 from ftlevel.data.sources.table import Table
-from ftlevel.errors import ConfigError, InputError
+from ftlevel.errors import ConfigError, InputError, has_no_effect
 from ftlevel.models.sources import ModelSource, download_files
 from ftlevel.objectives import Objective
 from ftlevel.tasks.base import (
@@ -32,9 +32,9 @@ from ftlevel.tasks.base import (
     PromptedModel,
     check_options,
 )
-from ftlevel.tasks.embedding.checks import check_documents
 from ftlevel.tasks.embedding.formats import CANDIDATE_SHAPES, RANKING_SHAPES, EmbeddingRow
-from ftlevel.tasks.reranking.objective import Ranking, get_loss_config
+from ftlevel.tasks.embedding.rows import check_documents
+from ftlevel.tasks.reranking.losses import Ranking, get_loss_config
 from ftlevel.tasks.reranking.rows import PairEncoder, RankedRow, prepare_tokenizer
 
 if TYPE_CHECKING:
@@ -280,7 +280,7 @@ def resolve_loss(
     usual = ("margin-mse", "mse") if teacher else ("lce", "bce")
     loss = config.loss or usual[0 if contrasts else 1]
     if config.pos_weight is not None and loss != "bce":
-        raise ConfigError(f"--pos-weight: --loss {loss} does not read it; bce does. Drop it.")
+        raise ConfigError(has_no_effect("--pos-weight", f"--loss {loss}", "it is for bce"))
     if len(labels) == 1 and not (teacher and loss == "mse"):
         relevant = next(iter(labels)) > 0
         advice = "Add negatives with ftlevel mine." if relevant else "Label relevant ones with 1."

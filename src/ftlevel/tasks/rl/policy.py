@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ftlevel.config import DataConfig
 from ftlevel.config.rl import RlConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.row import IGNORED, Encoded
 from ftlevel.data.formats.detect import Format
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import InputError

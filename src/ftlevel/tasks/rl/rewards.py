@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ftlevel.config.rl import RewardSpec, RlConfig
 from ftlevel.errors import ConfigError, RunError, did_you_mean, join_names
@@ -24,19 +24,10 @@ START_SECONDS = 300.0
 """Time limit for starting the worker and importing the files of reward functions."""
 _SECONDS_TO_END = 1.0
 Prompt = str | list[dict[str, Any]]
+OpenModel = Callable[[str], Any]
+"""Returns the reward model of a name (`score`, `fingerprint`) without loading its weights.
 
-
-class RewardModel(Protocol):
-    """Interface of a model that scores completions; `fingerprint` identifies its weights."""
-
-    fingerprint: str
-
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
-        """Returns the score of each completion."""
-
-
-OpenModel = Callable[[str], RewardModel]
-"""Return the reward model of a name without loading weights; raises `InputError`."""
+Raises InputError; see `evaluation.rollouts.TrainedRewardModel`."""
 
 
 class RewardError(RunError):
@@ -68,7 +59,7 @@ class Rewards:
         self._first_errors: dict[str, str] = {}
         self.logged: dict[str, dict[str, Any]] = {"metrics": {}, "extra": {}}
         self._config = config
-        self._models: dict[int, RewardModel] = {}
+        self._models: dict[int, Any] = {}
         self._opens_think = opens_think
         self._worker: subprocess.Popen[str] | None = None
         for at, spec in enumerate(specs):
@@ -288,7 +279,7 @@ def _shown(value: Any) -> str:
     return repr(text if len(text) <= 200 else f"{text[:200]}…")
 
 
-def _fingerprint(specs: Sequence[RewardSpec], models: Mapping[int, RewardModel]) -> str:
+def _fingerprint(specs: Sequence[RewardSpec], models: Mapping[int, Any]) -> str:
     digest = hashlib.sha256()
     for at, spec in enumerate(specs):
         digest.update(spec.map_path(lambda path: Path(path).name).removesuffix("=1").encode())

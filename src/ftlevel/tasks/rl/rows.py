@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ftlevel.data.encoding.encode import IGNORED, Encoded, PromptFormat, RowError
+from ftlevel.data.encoding.prompts import PromptFormat
+from ftlevel.data.encoding.row import IGNORED, Encoded, RowError
 from ftlevel.data.formats.detect import FormatSpec, RoleValues
 from ftlevel.data.formats.examples import Conversation, ExampleContent, create_query_conversation
 from ftlevel.errors import InputError
@@ -40,9 +41,9 @@ class CompletionRow(Encoded):
     values: tuple[Signal, ...] = ()
 
     @property
-    def signals(self) -> Sequence[Signal]:
-        """Loss inputs (advantage, weight, …) of the completion's tokens."""
-        return self.values
+    def loss_inputs(self) -> Mapping[str, Sequence[Signal]]:
+        """A `Signal` (advantage, weight, …) per token of the completion."""
+        return {"signals": self.values}
 
     @property
     def completion(self) -> list[int]:
@@ -139,9 +140,9 @@ class PromptRow(Encoded):
         ]
 
     @property
-    def signals(self) -> Any:
+    def loss_inputs(self) -> Mapping[str, Sequence[Signal]]:
         rows = stand_in_completions(self.input_ids, self.row)
-        return [signal for row in rows for signal in row.values]
+        return {"signals": [signal for row in rows for signal in row.values]}
 
     @property
     def prompt(self) -> str | list[dict[str, Any]]:

@@ -20,11 +20,13 @@ them, 13 settings of three models are within 10 % (docs/plan.md).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ftlevel.config.section import Choice
+from ftlevel.data.encoding.store import row_lengths
 from ftlevel.errors import ConfigError, FtlevelError
+from ftlevel.fast.plan import MIN_TOKENS
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import (
     DTYPES,
@@ -190,6 +192,12 @@ class Device:
         name = "memory of this machine" if kind == "cpu" else format_device(kind)
         return cls(kind, name, device_memory(kind))
 
+    @classmethod
+    def of_process(cls, kind: str, ranks: int) -> Device:
+        """Returns what is free of this machine's device, less a share that is not estimated."""
+        free = int(MEMORY_RATIO * free_memory_bytes(kind)) + CONTEXT_BYTES
+        return cls(kind, format_device(kind), free, ranks)
+
     def forecast(self, run: Run) -> StepMemory:
         """Returns the memory of a run; on a GPU, including CUDA context and allocator overhead.
 
@@ -288,31 +296,109 @@ MEMORY_RATIO = 0.8
 """Share of free memory that a step may need by the estimate without gradient checkpointing."""
 
 
-def select_checkpointing(run: Run, processes: int) -> tuple[bool, list[Choice]]:
-    """Returns whether gradient checkpointing that is set to auto is used, and lines to print.
+MAX_GPU_TOKENS = 16_384
+"""Maximum tokens per micro-batch by default on a GPU; more are no faster."""
 
-    On a GPU, it is used in all blocks if a step needs more than `MEMORY_RATIO` of the free memory,
-    or than the memory that micro-batches were sized for, and it lowers that need.
+_VARIABLE_PARTS = (ACTIVATIONS, LOGITS, WORKSPACE)
+_SAFETY_FACTOR = 0.98
+"""Factor on the linear estimate, so that the next estimate is below the memory."""
+
+_MAX_ATTEMPTS = 6
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Settings with which a step fits by the estimate; `choices` are lines to print.
+
+    Attributes:
+        tokens: maximum tokens per micro-batch; 0 leaves the run's.
+        recomputes: whether gradient checkpointing that is set to auto is used.
+        memory: bytes that `tokens` were chosen for; 0 if they were not.
     """
-    train, name, device = run.config.train, "gradient checkpointing", run.model.device
+
+    tokens: int = 0
+    recomputes: bool = False
+    memory: int = 0
+    choices: list[Choice] = field(default_factory=list)
+
+    def apply(self, run: Run) -> Run:
+        """Returns `run` with these settings."""
+        choices = [*run.choices, *self.choices]
+        run = replace(run, recomputes=self.recomputes, choices=choices)
+        if not self.tokens:
+            return run
+        fast = replace(run.fast, tokens=self.tokens, memory=self.memory)
+        return replace(run.with_settings("speed", tokens_per_micro_batch=self.tokens), fast=fast)
+
+
+def fit_run(run: Run, device: Device, previous_tokens: int | None = None) -> Fit:
+    """Returns the micro-batch and the checkpointing with which a step of `run` fits on `device`.
+
+    On a GPU, micro-batches are as large as fits, at most `MAX_GPU_TOKENS` or the longest row, or as
+    in the run to resume. Checkpointing that is set to auto is used in all blocks if otherwise only
+    micro-batches below `MIN_TOKENS` fit, or the given ones do not, and it lowers the need.
+    """
+    train, name = run.config.train, "gradient checkpointing"
+    choices = []
     if train.recomputes:
         message = "; their inputs are in host memory" * train.offload_activations
-        return False, [Choice(name, "all blocks", f"as requested{message}")]
-    if not train.may_recompute(device):
-        return False, []
-    limit = run.fast.memory or int(MEMORY_RATIO * free_memory_bytes(device))
+        choices.append(Choice(name, "all blocks", f"as requested{message}"))
+    fit = Fit(choices=choices)
+    is_default = run.config.speed.tokens_per_micro_batch == "auto" and device.kind == "cuda"
+    sizes = is_default and run.fast.enabled and train.shard == "none"
+    if sizes and previous_tokens:
+        choices.append(Choice("micro-batch", f"{previous_tokens:,} tokens", "as the run was begun"))
+        fit, sizes = Fit(previous_tokens, choices=choices), False
+        run = replace(run, fast=replace(run.fast, tokens=previous_tokens))
+    can_recompute = not train.recomputes and train.may_recompute(device.kind)
+    if not (sizes or can_recompute):
+        return fit
     try:
-        need = estimate_requirement(run, Device(device, "", limit + CONTEXT_BYTES, processes))
+        tokens, peak = _search_tokens(run, device, sizes=sizes)
+        wanted = min(MIN_TOKENS, run.fast.tokens) if sizes else 1
+        other = (0, peak)
+        if can_recompute and tokens < wanted:
+            recomputed = run.with_settings("train", gradient_checkpointing=True)
+            other = _search_tokens(recomputed, device, sizes=sizes)
     except FtlevelError as error:
-        return False, [Choice(name, "off", f"auto: {error}")]
-    peak, limit_text = (f"{size / 2**30:,.2f} GiB" for size in (need.peak - CONTEXT_BYTES, limit))
-    message = f"auto: a step needs {peak} of {limit_text} that are free for it"
-    if need.recomputed_peak is None:
-        return False, [Choice(name, "off", message)]
-    recomputed = (need.recomputed_peak - CONTEXT_BYTES) / 2**30
-    return True, [
-        Choice(name, "all blocks", f"{message}, {recomputed:,.2f} GiB with checkpointing")
-    ]
+        return replace(fit, choices=[*choices, Choice(name, "off", f"auto: {error}")])
+    recomputes = other[0] > tokens or (other[0] == tokens and other[1] < peak)
+    shown, memory, lower = (f"{b / 2**30:,.2f} GiB" for b in (peak, device.memory, other[1]))
+    if can_recompute:
+        message = f"auto: a step needs {shown} of {memory}" + f", {lower} with it" * recomputes
+        choices = [*choices, Choice(name, "all blocks" if recomputes else "off", message)]
+    if tokens := max(tokens, other[0]) if sizes else 0:
+        message = f"auto: {lower if recomputes else shown} at the peak of a step, of {memory}"
+        choices = [*choices, Choice("micro-batch", f"{tokens:,} tokens", message)]
+        return Fit(tokens, recomputes, device.memory, choices)
+    return replace(fit, recomputes=recomputes, choices=choices)
+
+
+def _search_tokens(run: Run, device: Device, *, sizes: bool) -> tuple[int, int]:
+    """Returns the most tokens per micro-batch that fit (0: none), and the peak of the last try.
+
+    A micro-batch of T tokens needs fixed bytes, and others that grow with T; attention's grow
+    faster, so T is corrected until it fits. Without `sizes`, only the run's own are tried.
+    """
+    longest, tokens = int(row_lengths(run.data.train).max()), run.fast.tokens
+    if sizes:
+        step = max(tokens, run.config.train.rows_per_device_step * run.data.max_length)
+        tokens = min(step, max(MAX_GPU_TOKENS, longest))
+    for _ in range(_MAX_ATTEMPTS if sizes else 1):
+        fast = replace(run.fast, tokens=tokens)
+        forecast = device.forecast(replace(run, fast=fast))
+        peak, memory = forecast.peak, device.memory
+        if peak <= memory:
+            return tokens, peak
+        if not sizes or forecast.tokens <= longest:  # a row alone
+            break
+        variable = sum(forecast.parts.get(part, 0) for part in _VARIABLE_PARTS)
+        available = memory - (peak - variable)
+        if available <= 0 or not variable:
+            break
+        tokens = min(tokens, forecast.tokens * run.fast.workers)
+        tokens = min(tokens - 1, int(_SAFETY_FACTOR * tokens * available / variable))
+    return 0, peak
 
 
 def _validate_quantization(run: Run) -> None:
@@ -379,10 +465,10 @@ class MemoryEstimate:
         }
 
 
-def estimate_memory(run: Run, processes: int) -> MemoryEstimate:
+def estimate_memory(run: Run, world_size: int) -> MemoryEstimate:
     """Returns a run's `MemoryEstimate`; `need` is None if distributed, tiny or slow to compute."""
-    if processes > 1:
-        return MemoryEstimate(None, f"{processes} processes; run `ftlevel plan`")
+    if world_size > 1:
+        return MemoryEstimate(None, f"{world_size} processes; run `ftlevel plan`")
     if run.model.total_parameters < MIN_PARAMETERS:
         return MemoryEstimate(None, "a small model: Python and its libraries take more")
     if count_computed_layers(run) > MAX_BLOCKS:

@@ -23,7 +23,6 @@ from ftlevel.config.rl import RL_RATE, RL_TASK
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.chat import set_chat_template
 from ftlevel.data.encoding.collate import ensure_pad_token, separate_pad_from_eos
-from ftlevel.data.encoding.encode import PROMPT_VERSION, load_prompt_format
 from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, Progress, ignore_progress
 from ftlevel.data.prepare.loading import read_dataset
@@ -114,7 +113,6 @@ def resolve(
     why_task: str = "",
     adapter: StartingAdapter | None = None,
     synthetic: SyntheticBatch | None = None,
-    prompt_version: int | None = None,
 ) -> Run:
     """Returns the run of `config`: model, rows, task, targets and schedule, without weights.
 
@@ -125,8 +123,6 @@ def resolve(
         why_task: reason for an inferred task.
         adapter: adapter to continue from, already applied to `config`.
         synthetic: substitutes used by an estimate.
-        prompt_version: version of the plain prompt format in a resumed run; None uses that of
-            `adapter` or the latest.
 
     Raises:
         ConfigError: the first problem found; nothing was loaded or written.
@@ -142,13 +138,11 @@ def resolve(
     if synthetic.rows is not None:
         data = synthetic.rows(task, base.kind, base.config)
     else:
-        prompt = load_prompt_format(adapter.card) if adapter and adapter.card else None
-        version = prompt_version or (prompt.version if prompt else PROMPT_VERSION)
         memory_device = "cpu" if synthetic.device else device
         bounds = get_length_bounds(method, quant, train, base.config, memory_device, dtype)
         vocab_size = base.config.get_text_config().vocab_size
         context = EncodingContext(
-            task, base.kind, base.tokenizer, vocab_size, bounds, train.seed, lenient, version
+            task, base.kind, base.tokenizer, vocab_size, bounds, train.seed, lenient
         )
         data = prepare_data(config.data, context, progress)
     model_config = _load_task_config(base.source, data.info, base.tokenizer, task)
@@ -181,7 +175,7 @@ def resolve(
         source = "measured with SmolLM2"
     rates = resolve_rates(method, train, info, rate_factor, source)
     check_schedule(train, rates.base.value, steps, len(data.validation))
-    steps_per_epoch = steps if data.stream else count_steps_per_epoch(train, epoch_rows)
+    steps_per_epoch = count_steps_per_epoch(train, epoch_rows)
     best = resolve_best_model(
         method, train, task, objective, len(data.validation), steps, steps_per_epoch
     )

@@ -119,8 +119,8 @@ class StartingAdapter:
     @property
     def choice(self) -> Choice:
         """The line about the adapter that is printed at the start of the run."""
-        origin = "by plain PEFT" if self.card is None else f"for {self.card.task}"
-        return Choice("adapter", self.name, f"trained {origin}; its base and method are used")
+        how = "by plain PEFT" if self.card is None else f"for {self.card.task}"
+        return Choice("adapter", self.name, f"trained {how}; its base and method are used")
 
     def describe(self) -> dict[str, Any]:
         """Returns the adapter's entry in summary.json."""
@@ -210,8 +210,8 @@ def method_choices(
     """Returns the printed lines on method, quantization (`quantized_already`: on disk), batch."""
     choices = [Choice("method", method.kind, METHODS[method.kind].format_spec(method))]
     if quant.kind != "none":
-        origin = "quantized in its checkpoint; " if quantized_already else ""
-        choices.append(Choice("base", quant.form, f"{origin}heads kept in float"))
+        stored = "quantized in its checkpoint; " if quantized_already else ""
+        choices.append(Choice("base", quant.form, f"{stored}heads kept in float"))
     factors = {
         "accumulated": train.gradient_accumulation_steps,
         "processes": train.num_processes or 1,

@@ -11,10 +11,10 @@ from ftlevel.config import DEFAULT_MODEL, DataConfig, MethodConfig, ModelConfig
 from ftlevel.config.preference import DISTILLATION_TASKS, PREFERENCE_TASKS, DistillationConfig
 from ftlevel.config.section import Choice
 from ftlevel.config.trainer import LEARNING_RATE_ADVICE, PLATEAU, TrainerConfig
-from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import LengthBounds
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.prepare.encoder import PreparedData
-from ftlevel.data.prepare.streaming import count_padded_rows
+from ftlevel.data.prepare.samplers import count_padded_rows
 from ftlevel.errors import ConfigError, did_you_mean, join_names
 from ftlevel.methods import METHODS
 from ftlevel.methods.rates import RateInputs, get_head_rate

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import Sampler
 
 from ftlevel.data.encoding.collate import Collator
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.errors import RunError
 from ftlevel.evaluation.rollouts import Group, Rollouts, compute_token_logps
 from ftlevel.evaluation.server import using_weights

@@ -17,7 +17,9 @@ from ftlevel.data.encoding.chat import (
     render_chat,
     set_chat_template,
 )
-from ftlevel.data.encoding.encode import IGNORED, PromptFormat, encode_causal, encode_prompt
+from ftlevel.data.encoding.encode import encode_causal
+from ftlevel.data.encoding.prompts import PromptFormat, encode_prompt
+from ftlevel.data.encoding.row import IGNORED
 from ftlevel.data.formats.examples import Conversation
 from ftlevel.data.formats.turns import Message
 from ftlevel.errors import InputError

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.encoding.fit import (
     FittedRows,
     LengthBounds,
@@ -17,6 +16,7 @@ from ftlevel.data.encoding.fit import (
     fit_rows,
     fit_targets,
 )
+from ftlevel.data.encoding.row import IGNORED, Encoded
 from ftlevel.data.gate.checks import FlatRows, has_missing_eos
 from ftlevel.errors import InputError
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from ftlevel.data.encoding.collate import MaskedRows, encode_masked
-from ftlevel.data.encoding.encode import IGNORED
+from ftlevel.data.encoding.row import IGNORED
 from ftlevel.data.formats.examples import PlainText
 from ftlevel.errors import InputError
 from tiny_tokenizers import build_tokenizer

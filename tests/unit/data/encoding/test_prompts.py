@@ -10,16 +10,14 @@ import pytest
 import transformers
 
 from ftlevel.artifacts.cards import CARD, AdapterCard, load_card
-from ftlevel.artifacts.run_directory import CONFIG, SUMMARY
-from ftlevel.data.encoding.encode import (
-    IGNORED,
+from ftlevel.data.encoding.encode import encode_causal, encode_seq2seq
+from ftlevel.data.encoding.prompts import (
     PromptFormat,
     choose_format,
-    encode_causal,
     encode_prompt,
-    encode_seq2seq,
     load_prompt_format,
 )
+from ftlevel.data.encoding.row import IGNORED
 from ftlevel.data.formats.examples import PlainText, SourceTarget
 from ftlevel.errors import InputError
 from tiny_tokenizers import _unigram_parts, build_tokenizer
@@ -27,10 +25,9 @@ from tiny_tokenizers import _unigram_parts, build_tokenizer
 PROMPT_TEXTS = {"instruction": "Summarize the following text.", "answer_cue": "Summary:"}
 SOURCES = ["the name", "the name: ", "What is it?", "Return it:\n", "a\n\n", "tab\t"]
 ANSWERS = ["configuration of files", " the value", "42 files", "\nnew line", "(é) ünïcode"]
-OLD_CARD: dict[str, Any] = {
+_CARD: dict[str, Any] = {
     "format": 1, "method": "lora", "task": "text-generation", "base": {}, "quantization": {},
     "dtype": "float32", "max_length": 9, "data": {"name": "x", "columns": {}},
-    "prompt": {"kind": "plain", "instruction": "", "answer_cue": ""},
 }  # fmt: skip
 
 
@@ -121,69 +118,29 @@ def test_separator_is_resolved_from_rows() -> None:
         ).separator
         == "\n"
     )
-    assert plain_format.resolve_separator([SourceTarget("a", " b", 0)], version=1).separator == "\n"
-    assert plain_format.resolve_separator([PlainText("a b", 0)], version=1).separator == ""
     chat = PromptFormat("chat-template")
     assert chat.resolve_separator([SourceTarget("a", "b", 0)]) is chat
 
 
-def test_version_1_prompt_ends_in_space() -> None:
-    tokenizer = build_tokenizer("gpt2", chat=False)
-    prompt_format = PromptFormat("plain", **PROMPT_TEXTS, version=1)
-    prompt, answer = encode(tokenizer, prompt_format, "the name", "configuration")
-    text = "Summarize the following text.\n\nthe name\n\nSummary: "
-    assert (
-        prompt == encode_prompt(tokenizer, prompt_format, "the name") == tokenize(tokenizer, text)
-    )
-    assert answer == tokenize(tokenizer, "configuration")
-    assert tokenizer.decode(prompt[-1:]) == " "
-
-
-def write_old_card(folder: Path, **fields: Any) -> AdapterCard:
-    folder.mkdir(exist_ok=True)
-    (folder / CARD).write_text(json.dumps({**OLD_CARD, **fields}))
+def write_card(folder: Path, prompt: Any) -> AdapterCard:
+    (folder / CARD).write_text(json.dumps({**_CARD, "prompt": prompt}))
     return load_card(folder)
-
-
-@pytest.mark.parametrize(
-    ("fields", "description", "separator"),
-    [
-        ({}, "prompt + completion: 'prompt', 'completion'", "\n"),
-        ({"data": {"name": "x", "columns": {"text": "verse"}}}, "", ""),
-        ({}, "text: 'text'", ""),
-        ({"data": {}}, "", ""),
-    ],
-    ids=["pairs", "mapped-text", "text-from-summary", "not-trained-by-ftlevel"],
-)
-def test_card_without_version_uses_version_1(
-    fields: dict[str, Any], description: str, separator: str, tmp_path: Path
-) -> None:
-    if description:
-        (tmp_path / CONFIG).write_text("")
-        (tmp_path / SUMMARY).write_text(json.dumps({"data": {"format": description}}))
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_model.safetensors").touch()
-    prompt_format = load_prompt_format(write_old_card(tmp_path / "adapter", **fields))
-    assert prompt_format == PromptFormat("plain", separator=separator, version=1)
 
 
 @pytest.mark.parametrize("kind", ["plain", "chat-template", "seq2seq"])
 def test_prompt_format_roundtrip(kind: Any, tmp_path: Path) -> None:
     prompt_format = PromptFormat(kind, "Do it.", separator="\n" if kind == "plain" else "")
     assert ("version" in prompt_format.to_dict()) == (kind == "plain")
-    assert (
-        load_prompt_format(write_old_card(tmp_path, prompt=prompt_format.to_dict()))
-        == prompt_format
-    )
+    assert load_prompt_format(write_card(tmp_path, prompt_format.to_dict())) == prompt_format
 
 
-def test_prompt_format_of_later_version_raises(tmp_path: Path) -> None:
-    for changes in ({"version": 3}, {"version": 2, "suffix": "x"}):
-        card = write_old_card(tmp_path, prompt={**OLD_CARD["prompt"], **changes})
-        with pytest.raises(InputError, match=r"a later ftlevel wrote. Install that version"):
+def test_prompt_format_of_another_version_raises(tmp_path: Path) -> None:
+    for changes in ({}, {"version": 3}, {"version": 2, "suffix": "x"}):
+        card = write_card(tmp_path, {"kind": "plain", "instruction": "", **changes})
+        with pytest.raises(InputError, match=r"another version of ftlevel. Install that version"):
             load_prompt_format(card)
     with pytest.raises(InputError, match="is not the card of an adapter"):
-        write_old_card(tmp_path, prompt=["plain"])
+        write_card(tmp_path, ["plain"])
 
 
 def test_empty_prompt_raises() -> None:

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.encoding.spans import Window, encode_questions, get_span
 from ftlevel.data.formats.examples import Question
 from ftlevel.errors import InputError

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.row import IGNORED, Encoded
 from ftlevel.data.encoding.spans import Window
 from ftlevel.data.encoding.store import rows_to_batches, write_store
 from ftlevel.data.gate import Finding, checks, explain_stop

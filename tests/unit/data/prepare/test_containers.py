@@ -16,14 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from ftlevel.artifacts.row_sinks import to_cell
-from ftlevel.config import DataConfig, InMemoryDataset, TrainConfig
+from ftlevel.config import DataConfig, InMemoryDataset
 from ftlevel.data.encoding.chat import set_chat_template
 from ftlevel.data.encoding.fit import LengthBounds
 from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, ignore_progress
 from ftlevel.data.prepare.inference import Prompts, in_memory_rows, open_rows
 from ftlevel.data.sources.readers import ReadOptions
-from ftlevel.errors import ConfigError, InputError
+from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS
 from tiny_tokenizers import build_tokenizer
 
@@ -179,8 +179,6 @@ IN_MEMORY: dict[str, Callable[[Rows, Path], Any]] = {
     "frame_of_arrays": read_with_pandas,
     "frame_of_arrow": read_with_pandas_arrow_types,
 }
-STREAMED = [name for name in FILES if name != "json"]
-"""Excludes JSON arrays, which cannot be read in parts, and rows in memory; both raise."""
 
 
 def build(container: str, rows: Rows, folder: Path) -> Any:
@@ -234,54 +232,6 @@ def test_containers_give_equal_encoded_rows(
     assert to_dicts(prepare(dataset, format_).train) == expected[format_]
 
 
-@pytest.mark.parametrize("format_", ["messages", "preference", "preference_turns"])
-@pytest.mark.parametrize("container", STREAMED)
-def test_streams_give_equal_encoded_rows(
-    container: str, format_: str, expected: dict[str, Any], tmp_path: Path
-) -> None:
-    path = FILES[container](create_rows(format_), tmp_path)
-    prepared = prepare(str(path), format_, streaming=True, max_length=4_000)
-    assert to_dicts(prepared.train) == expected[format_], "the first rows"
-    streamed = sorted((next(prepared.stream) for _ in range(COUNT)), key=lambda row: row.row)
-    assert to_dicts(streamed) == expected[format_]
-
-
-def test_bad_row_among_streamed_files_is_reported_with_its_file(tmp_path: Path) -> None:
-    lines = write_jsonl(create_rows("messages"), tmp_path).read_text().splitlines(keepends=True)
-    (tmp_path / "a.jsonl").write_text("".join([*lines[:2], "{\n", *lines[3:]]))
-    (tmp_path / "b.jsonl").write_text("".join(lines))
-    options = {"streaming": True, "max_length": 4_000}
-    with pytest.raises(InputError, match=r"/a\.jsonl:3: not valid JSON"):
-        prepare(str(tmp_path / "[ab].jsonl"), "messages", **options)
-    prepared = prepare(str(tmp_path / "[ab].jsonl"), "messages", on_bad_row="skip", **options)
-    assert len(prepared.train) == 2 * COUNT - 1
-
-
-@pytest.mark.parametrize("format_", ["answers", "spans", "tags", "several_labels"])
-def test_streaming_of_formats_that_need_all_rows_raises(format_: str) -> None:
-    task, *_ = FORMATS[format_]
-    with pytest.raises(
-        ConfigError,
-        match=(
-            r"which needs all rows for its labels, windows or masks\. Drop --streaming: rows "
-            r"are memory-mapped in any case\."
-        ),
-    ):
-        TrainConfig(
-            task=task, data={"dataset": "x.jsonl", "streaming": True}, train={"max_steps": 1}
-        )
-
-
-def test_streaming_of_containers_read_at_once_raises(tmp_path: Path) -> None:
-    path = write_json(create_rows("messages"), tmp_path)
-    with pytest.raises(InputError, match=r"cannot read '\.json' part by part"):
-        prepare(str(path), "messages", streaming=True)
-    for create in IN_MEMORY.values():
-        rows = InMemoryDataset(create(create_rows("messages"), tmp_path))
-        with pytest.raises(InputError, match="in memory already"):
-            prepare(rows, "messages", streaming=True)
-
-
 def with_null_default(i: int) -> dict[str, Any]:
     row = messages(i)
     units = {"type": "string", "default": None}
@@ -324,13 +274,6 @@ def test_arrow_nulls_are_dropped_and_counted(container: str, tmp_path: Path) -> 
     unified = pa.Table.from_pylist(rows).to_pylist()
     assert f"dropped {count_nulls(unified):,} null keys of objects in lists" in note
     assert "tools.function.parameters.properties" in note
-
-
-def test_streaming_reports_dropped_null_keys(tmp_path: Path) -> None:
-    path = write_parquet(create_rows("messages"), tmp_path)
-    [note] = get_null_notes(prepare(str(path), "messages", streaming=True))
-    assert str(path) in note
-    assert "messages.tool_calls.function.arguments" in note
 
 
 def get_null_notes(prepared: PreparedData) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftlevel.data.prepare.streaming import LengthGroupedSampler
+from ftlevel.data.prepare.samplers import LengthGroupedSampler
 
 LENGTHS = [(7 * i) % 100 + 1 for i in range(400)]
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from torch.utils.data import SequentialSampler
 
-from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.prepare.streaming import (
+from ftlevel.data.encoding.row import Encoded
+from ftlevel.data.prepare.samplers import (
     LengthGroupedSampler,
     RowsWithPadding,
     StepShardSampler,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from additions.tree import DATA_FORMAT
 from additions.tree import run as run_in
 from ftlevel.cli.app import run
 from ftlevel.data.sources.readers import READERS
-from ftlevel.data.sources.splits import load_splits, open_source
+from ftlevel.data.sources.splits import load_splits
 from ftlevel.errors import InputError
 
 ROOT = Path(__file__).parents[4]
@@ -46,17 +45,8 @@ def test_added_format_is_read_from_directory() -> None:
     assert len(load_splits("d").train) == 150
 
 
-def test_added_format_is_read_as_stream() -> None:
-    source = open_source("x.kv")
-    chunks = list(source.train.chunks())
-    assert [len(chunk.rows) for chunk in chunks] == [64, 64, 22]
-    resumed = source.train.chunks(json.loads(json.dumps(chunks[0].cursor)))
-    assert [chunk.lines for chunk in resumed] == [chunk.lines for chunk in chunks[1:]]
-
-
-@pytest.mark.parametrize("options", [[], ["--streaming", "--max-steps", "3"]])
-def test_added_format_is_previewed(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["preview", "--dataset", "x.kv", *options]) == 0
+def test_added_format_is_previewed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["preview", "--dataset", "x.kv"]) == 0
     assert "x.kv:1" in capsys.readouterr().out
 
 
@@ -70,7 +60,7 @@ def test_page_refers_to_existing_files_and_attributes() -> None:
     paths = re.findall(r"`((?:src|tests|docs)/[\w./-]+)`", PAGE)
     assert len(paths) > 5
     assert [path for path in paths if not (ROOT / path).exists()] == []
-    for name in ("in_parts", "uniform", "unit", "read", "path"):
+    for name in ("uniform", "unit", "read", "path"):
         assert f"`{name}`" in PAGE
         assert name in dir(KeyValue(Path("x.kv")))
 

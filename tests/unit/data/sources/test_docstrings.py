@@ -4,26 +4,17 @@ import ast
 import json
 import subprocess
 import sys
-import textwrap
 from itertools import combinations
 from typing import get_args
 
 import pytest
 
-from ftlevel.data.sources import docstrings
-from ftlevel.data.sources.docstrings import (
-    INSTRUCTION,
-    MAX_ROW_CHARACTERS,
-    Kind,
-    Split,
-    load_docstrings,
-    read_module,
-    split_of,
-    stdlib_modules,
-    stdlib_root,
-)
+from ftlevel.data.sources.docstrings import Kind, Split, load_docstrings, load_documentation
 from ftlevel.errors import InputError
 
+INSTRUCTION = "Explain this Python function.\n\n"
+SIGNATURE_INSTRUCTION = "Describe this Python function as JSON.\n\n"
+MAX_ROW_CHARACTERS, MIN_DOCUMENT_CHARACTERS = 1200, 100
 KINDS, SPLITS = get_args(Kind), get_args(Split)
 TARGET = {"signatures": "completion", "generation": "completion", "summarization": "summary"}
 COLUMNS = {
@@ -59,7 +50,7 @@ def test_generation_prompt_is_function_without_docstring(rows):
 
 def test_signature_target_matches_function_header(rows):
     for row in rows["signatures", "train"][:300] + rows["signatures", "validation"]:
-        header = row["prompt"].removeprefix(docstrings.SIGNATURE_INSTRUCTION).splitlines()[0]
+        header = row["prompt"].removeprefix(SIGNATURE_INSTRUCTION).splitlines()[0]
         (function,) = ast.parse(f"{header} pass").body
         signature = json.loads(row["completion"])
         assert signature["name"] == function.name
@@ -72,7 +63,7 @@ def test_summary_is_one_line_and_not_in_document(rows):
     for row in rows["summarization", "train"]:
         assert "\n" not in row["summary"]
         assert row["summary"].rstrip(".") not in row["document"]
-        assert len(row["document"]) >= docstrings.MIN_DOCUMENT_CHARACTERS
+        assert len(row["document"]) >= MIN_DOCUMENT_CHARACTERS
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -88,162 +79,11 @@ def test_splits_have_disjoint_rows_and_unique_targets(rows, kind):
         assert not split_rows[first] & split_rows[second]
 
 
-def test_splits_have_disjoint_modules_and_expected_sizes():
-    modules = {split: {path for path, _ in stdlib_modules(split)} for split in SPLITS}
-    all_modules = {path for path, _ in stdlib_modules()}
-    assert set.union(*modules.values()) == all_modules
-    assert sum(map(len, modules.values())) == len(all_modules)
-    assert 0.80 < len(modules["train"]) / len(all_modules) < 0.92
-    assert not any("test" in path.split("/") or "site-packages" in path for path in all_modules)
-
-
-def test_split_depends_only_on_path():
-    # Constants, which must be equal on every machine and Python version.
-    assert split_of("argparse.py") == "train"
-    assert split_of("ast.py") == "validation"
-    assert split_of("functools.py") == "test"
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("split", SPLITS)
 def test_limit_returns_first_rows(rows, kind, split):
     assert load_docstrings(kind, split, limit=25) == rows[kind, split][:25]
     assert load_docstrings(kind, split, limit=0) == []
-
-
-def test_first_rows_come_from_many_modules():
-    rows = load_docstrings("generation", "train", limit=400)
-    texts = {path: file.read_text() for path, file in stdlib_modules("train")[:150]}
-    first_lines = [row["completion"].splitlines()[0] for row in rows]
-    source_modules = {
-        next((path for path, text in texts.items() if line in text), "") for line in first_lines
-    }
-    assert len(source_modules) >= 25
-
-
-def clear_caches() -> None:
-    docstrings._documented.cache_clear()
-    docstrings._cached_rows.cache_clear()
-
-
-def test_limited_load_parses_few_modules(monkeypatch):
-    clear_caches()
-    parsed = []
-
-    def counting_read(file):
-        parsed.append(file)
-        return read_module(file)
-
-    monkeypatch.setattr(docstrings, "read_module", counting_read)
-    assert len(load_docstrings("generation", "train", limit=400)) == 400
-    # Parsing dominates the time: 0.6 s for this on an idle server core, 1.7 s for all modules.
-    assert len(parsed) == len(set(parsed)) < len(stdlib_modules()) / 2
-
-
-def test_scopes_visit_every_nested_definition():
-    scope_types = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)
-    blocks = ("handlers", "finalbody", "orelse", "body")
-    for _, file in stdlib_modules("validation"):
-        tree = ast.parse(file.read_bytes())
-        expected, pending = [], [tree]
-        while pending:
-            node = pending.pop()
-            expected += [node] if isinstance(node, scope_types) else []
-            for block in blocks:
-                pending.extend(reversed(getattr(node, block, ())))
-        assert list(docstrings._scopes(tree)) == expected
-
-
-def test_cached_rows_are_not_modified_by_callers():
-    clear_caches()
-    first_rows = load_docstrings("signatures", "test", limit=3)
-    more_rows = load_docstrings("signatures", "test", limit=9)
-    first_rows[0]["prompt"] = "changed"
-    assert load_docstrings("signatures", "test", limit=9) == more_rows
-    clear_caches()
-    assert load_docstrings("signatures", "test", limit=9) == more_rows
-
-
-def test_load_succeeds_after_interrupted_load(monkeypatch):
-    clear_caches()
-    expected = load_docstrings("generation", "test", limit=50)
-    clear_caches()
-    with monkeypatch.context() as patch:
-        patch.setattr(docstrings, "_documented", lambda _: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            load_docstrings("generation", "test", limit=50)
-    assert load_docstrings("generation", "test", limit=50) == expected
-
-
-def test_rows_do_not_depend_on_earlier_loads():
-    clear_caches()
-    expected = load_docstrings("summarization", "test", limit=20)
-    clear_caches()
-    for split in SPLITS:
-        actual = load_docstrings("summarization", split, limit=20)
-    assert actual == expected
-    assert split == "test"
-
-
-def test_read_module_separates_docstrings(tmp_path):
-    file = tmp_path / "sample.py"
-    file.write_text(
-        textwrap.dedent(
-            '''\
-            """The module."""
-            try:
-                class Thing:
-                    """A thing."""
-
-                    @property
-                    def size(self):
-                        """Return
-                        the size."""
-
-                        return 1
-
-                    def one_line(self): "Joined."; return 2
-
-                    def bare(self):
-                        """Nothing but this."""
-            except Exception:
-                def fallback():
-                    """Stand in."""
-                    return """
-            left of the function
-                    """
-            '''
-        )
-    )
-    items = [(item.kind, item.source, item.docstring) for item in read_module(file)]
-    assert items == [
-        ("module", "", "The module."),
-        ("class", "", "A thing."),
-        ("function", "@property\ndef size(self):\n    return 1", "Return\nthe size."),
-        ("function", "", "Joined."),
-        ("function", "", "Nothing but this."),
-        ("function", "", "Stand in."),
-    ]
-
-
-def test_form_feed_does_not_shift_lines(tmp_path):
-    file = tmp_path / "paged.py"
-    file.write_text('x = 1\n\x0c\ndef f():\n    """Return 1."""\n    return 1\n')
-    (item,) = read_module(file)
-    assert item.source == "def f():\n    return 1"
-
-
-@pytest.mark.parametrize("content", [b"def f(:\n", b"\xff\xfe", b"x = 1\x00"])
-def test_unparsable_file_is_skipped(tmp_path, content):
-    file = tmp_path / "bad.py"
-    file.write_bytes(content)
-    assert read_module(file) == []
-
-
-def test_python_without_sources_raises(monkeypatch, tmp_path):
-    monkeypatch.setattr(docstrings.sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(InputError, match=r"has none .* --dataset"):
-        stdlib_root()
 
 
 @pytest.mark.parametrize(
@@ -272,3 +112,9 @@ def test_loading_imports_no_heavy_library():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert process.stdout.strip() == "[]"
+
+
+def test_documentation_is_not_in_training_rows(rows):
+    texts = load_documentation()
+    assert sum(map(len, texts)) > 50_000
+    assert not {row["completion"] for row in rows["generation", "train"]} & set(texts)

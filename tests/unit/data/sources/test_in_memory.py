@@ -12,7 +12,7 @@ import pytest
 
 from ftlevel.config import DataConfig, InMemoryDataset, TrainConfig
 from ftlevel.data.prepare.loading import load_data
-from ftlevel.data.sources.splits import DatasetSplits, load_splits, open_source
+from ftlevel.data.sources.splits import DatasetSplits, load_splits
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.tasks import TASKS
 
@@ -100,15 +100,11 @@ def test_invalid_rows_can_be_skipped() -> None:
     assert len(load([*ROWS, {"other": 1}], on_bad_row="skip").train) == 2
 
 
-def test_name_in_memory_cannot_be_loaded_or_streamed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_name_in_memory_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("in memory").write_text('{"text": "a"}\n')  # a file of that name is not used
     with pytest.raises(InputError, match="were passed in Python and are not saved"):
         load_splits("in memory")
-    with pytest.raises(InputError, match=r"is in memory already\. Drop --streaming"):
-        open_source(InMemoryDataset(ROWS))
 
 
 def test_configuration_shows_only_dataset_name() -> None:

@@ -12,8 +12,7 @@ import pytest
 
 from ftlevel.config import DataConfig, InMemoryDataset
 from ftlevel.data.prepare.loading import load_data
-from ftlevel.data.sources.readers import ReadOptions
-from ftlevel.data.sources.splits import load_splits, open_source
+from ftlevel.data.sources.splits import load_splits
 from ftlevel.data.sources.streams import refuse_media_columns
 from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS
@@ -108,7 +107,7 @@ def test_ignored_column_is_not_read(kind: str, image: Any, tmp_path: Path) -> No
         load_data(misspelled, task, 0)
 
 
-def test_media_features_raise_in_memory_on_disk_and_streamed(
+def test_media_features_raise_in_memory_and_on_disk(
     tmp_path: Path,
 ) -> None:
     datasets = pytest.importorskip("datasets")
@@ -128,11 +127,6 @@ def test_media_features_raise_in_memory_on_disk_and_streamed(
         table = load_splits(name, ignored=("photo", "sound", "none")).train
         assert table.column_names == ["text"]
         assert table.ignored == ("photo", "sound")
-    with pytest.raises(InputError, match=message):
-        open_source(str(tmp_path / "saved"))
-    options = ReadOptions(ignored=("photo", "sound"))
-    source = open_source(str(tmp_path / "saved"), options=options)
-    assert next(source.train.chunks()).rows == [{"text": "a"}, {"text": "b"}, {"text": "c"}]
 
 
 @pytest.mark.parametrize(

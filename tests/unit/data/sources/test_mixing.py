@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -136,18 +135,3 @@ def test_rows_dropped_from_the_validation_file_are_noted(
     assert splits.notes[0].startswith("train.jsonl: dropped 1 of 3 rows (line 2: ")
     assert splits.notes[1].startswith("val.jsonl: dropped 1 of 2 rows (line 2: not valid JSON")
     assert splits.train.num_dropped == 1
-
-
-@pytest.mark.parametrize("starts", [(0, 5), (0, 3, 5), (0, 1, 4, 5)])
-def test_validation_rows_of_a_streamed_run(starts: tuple[int, ...], tmp_path: Path) -> None:
-    for part in pairwise(starts):
-        lines = [f'{{"text": "{i}"}}\n' for i in range(*part)]
-        (tmp_path / f"{part[0]}.jsonl").write_text("".join(lines))
-    dataset = str(tmp_path / "*.jsonl")
-    config = DataConfig(dataset=dataset, streaming=True, validation_rows=2)
-    splits = read_splits(config, TASKS["text-generation"], 0)
-    assert splits.validation is not None
-    assert [row["text"] for row in splits.validation.rows] == ["0", "1"]
-    assert [row["text"] for row in splits.train.rows] == ["2", "3", "4"]
-    start = max(start for start in starts if start <= 2)
-    assert splits.train.where(0) == f"{tmp_path / str(start)}.jsonl:{3 - start}"

@@ -21,9 +21,9 @@ import pytest
 
 from ftlevel.data.prepare.dataset import resolve_files
 from ftlevel.data.prepare.inference import file_rows
-from ftlevel.data.sources.readers import ReadOptions, load_table, open_reader, open_stream
+from ftlevel.data.sources.readers import ReadOptions, load_table, open_reader
 from ftlevel.data.sources.readers.text import detect_file_format
-from ftlevel.data.sources.splits import load_splits, open_source
+from ftlevel.data.sources.splits import load_splits
 from ftlevel.errors import InputError
 
 ROWS = [{"id": str(i), "text": f"ä, {i}"} for i in range(150)]
@@ -90,16 +90,12 @@ def test_compressed_plain_and_piped_files_have_equal_rows(
 
 
 @pytest.mark.parametrize("suffix", ["arrow", "feather"])
-def test_arrow_resumes_from_every_cursor(suffix: str, tmp_path: Path) -> None:
+def test_arrow_file_is_read(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"x.{suffix}"
     path.write_bytes(create_content(suffix))
     table = load_table(path)
     assert list(table.rows) == ROWS
     assert table.where(149).endswith(" row 150")
-    chunks = list(open_stream(path).chunks())
-    for index, chunk in enumerate(chunks):
-        resumed = list(open_stream(path).chunks(chunk.cursor))
-        assert [c.rows for c in resumed] == [c.rows for c in chunks[index + 1 :]]
     path.write_bytes(b"ARROW1 and no more")
     with pytest.raises(InputError, match="not a readable Arrow file"):
         load_table(path)
@@ -152,17 +148,6 @@ def test_concatenated_compressed_members_are_all_read(tmp_path: Path) -> None:
             compress(create_content("jsonl")) + compress(create_content("jsonl"))
         )
         assert list(load_table(compressed).rows) == ROWS + ROWS
-
-
-def test_compressed_stream_resumes_from_every_cursor(tmp_path: Path) -> None:
-    compressed = tmp_path / "rows.csv.zst"
-    compressed.write_bytes(COMPRESSORS[".zst"](create_content("csv")))
-    chunks = list(open_stream(compressed).chunks())
-    assert [len(chunk.rows) for chunk in chunks] == [64, 64, 22]
-    assert chunks[0].source == str(compressed)
-    for index, chunk in enumerate(chunks):
-        resumed = list(open_stream(compressed).chunks(chunk.cursor))
-        assert [c.rows for c in resumed] == [c.rows for c in chunks[index + 1 :]]
 
 
 def test_changed_file_is_decompressed_again(tmp_path: Path) -> None:
@@ -250,8 +235,6 @@ def test_broken_links_and_devices_raise(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=message):
             load_splits(str(path))
-        with pytest.raises(InputError, match=message):
-            open_source(str(path))
 
 
 def _write_later(path: Path, content: bytes, wait: float = 0.0) -> threading.Thread:
@@ -277,10 +260,6 @@ def test_named_pipe_is_cached(name: str, end: str, tmp_path: Path) -> None:
     table = load_table(pipe)
     assert list(table.rows) == ROWS
     assert table.where(2) == f"{pipe}:3"
-    chunks = list(open_stream(pipe).chunks())
-    assert [c.rows for c in open_stream(pipe).chunks(chunks[0].cursor)] == [
-        c.rows for c in chunks[1:]
-    ]
 
 
 def test_pipe_without_writer_or_rows_raises(
@@ -319,9 +298,6 @@ def test_glob_pattern_reads_all_matching_files(
         assert sorted(map(str, splits.train.rows)) == sorted(map(str, ROWS))
         assert splits.train.where(0).startswith(name.partition("par")[0] + "parts/a.")
         assert "files: " in splits.notes[0]
-        source = open_source(name)
-        assert [row for chunk in source.train.chunks() for row in chunk.rows] == ROWS
-        assert resolve_files(name) == list(source.files)
 
 
 def test_invalid_glob_pattern_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,9 @@ import torch
 from transformers import AutoTokenizer
 
 from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
-from ftlevel.data.encoding.encode import Encoded, EncodedTexts, distinct_texts
-from ftlevel.data.prepare.streaming import DistinctTextSampler
+from ftlevel.data.encoding.row import Encoded
+from ftlevel.data.encoding.texts import EncodedTexts, distinct_texts
+from ftlevel.data.prepare.samplers import DistinctTextSampler
 from ftlevel.tasks.embedding.formats import EmbeddingRow
 from ftlevel.tasks.embedding.objective import Embeddings, pool
 from ftlevel.tasks.embedding.rows import TextEncoder, append_end, lowercase
@@ -184,8 +185,8 @@ def test_search_for_distinct_rows_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
             read.append(super().popleft())
             return read[-1]
 
-    monkeypatch.setattr("ftlevel.data.prepare.streaming.deque", CountingDeque)
-    monkeypatch.setattr("ftlevel.data.prepare.streaming.LOOKAHEAD", 10)
+    monkeypatch.setattr("ftlevel.data.prepare.samplers.deque", CountingDeque)
+    monkeypatch.setattr("ftlevel.data.prepare.samplers.LOOKAHEAD", 10)
     rows = [_row(i, [0 if i % 50 else i], [1_000 + i]) for i in range(1_000)]
     assert sorted(DistinctTextSampler(rows, 4, 3)) == list(range(1_000))
     assert len(read) <= 250 * (10 + 4)

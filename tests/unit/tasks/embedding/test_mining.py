@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from ftlevel.commands.mine import Corpus, MiningConfig, find_negatives
 from ftlevel.config import build_section
 from ftlevel.config.mining import MineConfig
 from ftlevel.errors import ConfigError
 from ftlevel.tasks.embedding.formats import EmbeddingRow
-from ftlevel.tasks.embedding.mining import Corpus, MiningConfig, mine
 
 
 def row(query, *positives):
@@ -29,7 +29,7 @@ def mine_texts(options, rows=ROWS, **mine_options):
     corpus = Corpus(rows, ["d", "e", "f", "q"])
     documents = create_unit_vectors(*(ANGLES[text] for text in corpus.texts))
     queries = create_unit_vectors(*([0.0] * len(rows)))
-    results = list(mine(rows, corpus, queries, documents, options, **mine_options))
+    results = list(find_negatives(rows, corpus, queries, documents, options, **mine_options))
     return [[corpus.texts[index] for index in result.negatives] for result in results], results
 
 
@@ -68,7 +68,9 @@ def test_random_selection_is_reproducible_by_seed():
     first, second = (
         [
             result.negatives
-            for result in mine(rows, corpus, create_unit_vectors(0, 0, 0), documents, options)
+            for result in find_negatives(
+                rows, corpus, create_unit_vectors(0, 0, 0), documents, options
+            )
         ]
         for _ in range(2)
     )

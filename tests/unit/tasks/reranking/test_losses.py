@@ -9,8 +9,7 @@ from sklearn.metrics import average_precision_score, ndcg_score
 
 from ftlevel.config.reranking import LOSSES, RerankingConfig
 from ftlevel.tasks.embedding.formats import EmbeddingRow
-from ftlevel.tasks.reranking.losses import Lists, count_targets, sum_loss
-from ftlevel.tasks.reranking.objective import CandidateGroup
+from ftlevel.tasks.reranking.losses import CandidateGroup, Lists, count_targets, sum_loss
 from ftlevel.tasks.reranking.task import resolve_loss
 
 

@@ -1,7 +1,7 @@
 """Select the reader of a local file, by suffix or content, and read it as a table or a stream.
 
-There is one class per file format, which yields chunks of rows with lines and a cursor. Readers do
-not convert, fill in or guess values; an invalid file raises `InputError` with `path:line`.
+There is one class per file format, which yields chunks of rows with lines. Readers do not
+convert, fill in or guess values; an invalid file raises `InputError` with `path:line`.
 `READERS` registers the formats. This package must not import `splits` or `hub`.
 """
 
@@ -127,18 +127,6 @@ def open_reader(name: str | Path, options: ReadOptions = DEFAULT_READ_OPTIONS) -
     if options.subset is not None and format_ is not ExcelReader:
         notes.append(f"--subset {options.subset} is not used: it is one table, without sheets")
     reader.notes[:] = [f"{shown}: {each}" for each in [*notes, *reader.notes]]
-    return reader
-
-
-def open_stream(name: str | Path, options: ReadOptions = DEFAULT_READ_OPTIONS) -> Reader:
-    """Open the reader of a file; raise `InputError` if the format cannot be streamed."""
-    reader = open_reader(name, options)
-    if not reader.in_parts:
-        streamed = [suffix for suffix, each in READERS.items() if each.in_parts]
-        raise InputError(
-            f"{reader.shown}: --streaming cannot read {reader.path.suffix.lower()!r} part by part. "
-            f"It reads {join_names(streamed, 20)}. Convert the file, or drop --streaming."
-        )
     return reader
 
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.streams import (
     Chunk,
-    Cursor,
     Reader,
     describe_media,
     describe_null_keys,
@@ -28,15 +26,11 @@ _BATCH = 1 << 10  # rows per Arrow batch
 
 
 class _BatchReader(Reader):
-    """Base of the readers of Parquet and Arrow files, which declare types and class names.
-
-    `Cursor` has the index of a record batch or row group, the row in it, and the row number.
-    """
+    """Base of the readers of Parquet and Arrow files, which declare types and class names."""
 
     unit = "row"
     uniform = True
     format_name: ClassVar[str]
-    group_key: ClassVar[str]
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -50,30 +44,23 @@ class _BatchReader(Reader):
         """Returns the Arrow schema of the file."""
 
     @abstractmethod
-    def groups(self, first: int) -> Iterator[Iterable[Any]]:
-        """Yields the record batches of each group (row group or batch), from number `first`."""
+    def batches(self) -> Iterator[Any]:
+        """Yields the record batches."""
 
-    def read(self, state: Cursor | None) -> Iterator[Chunk]:
-        at = state or {self.group_key: 0, "row": 0, "number": 0}
-        first, skip, number = (int(at[key]) for key in (self.group_key, "row", "number"))
+    def read(self) -> Iterator[Chunk]:
+        number = 0
         with refuse_damaged(self.path, self.format_name):
-            for group, batches in enumerate(self.groups(first), first):
-                row = 0
-                for batch in batches:
-                    for start in range(max(0, skip - row), batch.num_rows, CHUNK_ROWS):
-                        rows = arrow_rows(batch.slice(start, CHUNK_ROWS), self.null_keys)
-                        numbers = list(range(number + 1, number + 1 + len(rows)))
-                        number += len(rows)
-                        position = {"row": row + start + len(rows), "number": number}
-                        yield self.chunk(rows, numbers, [], {self.group_key: group, **position})
-                    row += batch.num_rows
-                skip = 0
+            for batch in self.batches():
+                for start in range(0, batch.num_rows, CHUNK_ROWS):
+                    rows = arrow_rows(batch.slice(start, CHUNK_ROWS), self.null_keys)
+                    yield Chunk(rows, list(range(number + 1, number + 1 + len(rows))), [])
+                    number += len(rows)
 
 
 class ParquetReader(_BatchReader):
     """Reader of Parquet files, by row group."""
 
-    format_name, group_key = "Parquet", "group"
+    format_name = "Parquet"
 
     def read_schema(self) -> Any:
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -84,32 +71,28 @@ class ParquetReader(_BatchReader):
         self._count = self._file.num_row_groups if schema.names else 0
         return schema
 
-    def groups(self, first: int) -> Iterator[Iterable[Any]]:
+    def batches(self) -> Iterator[Any]:
         columns = self.schema.names if self.ignored else None
-        for group in range(first, self._count):
-            yield self._file.iter_batches(_BATCH, row_groups=[group], columns=columns)
+        for group in range(self._count):
+            yield from self._file.iter_batches(_BATCH, row_groups=[group], columns=columns)
 
     def share(self, chunk: Chunk) -> float | None:
-        return chunk.cursor["number"] / max(1, self._file.metadata.num_rows)
+        return chunk.lines[-1] / max(1, self._file.metadata.num_rows)
 
 
 class ArrowReader(_BatchReader):
     """Reader of Arrow IPC files and streams, by record batch."""
 
-    format_name, group_key = "Arrow", "batch"
+    format_name = "Arrow"
 
     def read_schema(self) -> Any:
         return self._open().schema
 
-    def groups(self, first: int) -> Iterator[Iterable[Any]]:
+    def batches(self) -> Iterator[Any]:
         reader = self._open()
-        batches = (
-            (reader.get_batch(i) for i in range(first, reader.num_record_batches))
-            if hasattr(reader, "num_record_batches")
-            else islice(reader, first, None)
-        )
-        for batch in batches:
-            yield [batch.select(self.schema.names)]
+        is_file = hasattr(reader, "num_record_batches")
+        for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
+            yield batch.select(self.schema.names)
 
     def _open(self) -> Any:
         import pyarrow as pa

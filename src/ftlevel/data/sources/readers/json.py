@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from ftlevel.data.sources import lines
 from ftlevel.data.sources.lines import CHUNK_ROWS, LineNumbers, LineRows, as_row
 from ftlevel.data.sources.readers.text import TextLines, TextReader, load_text
-from ftlevel.data.sources.streams import Chunk, Cursor
+from ftlevel.data.sources.streams import Chunk
 from ftlevel.data.sources.table import (
     BadRow,
     Row,
@@ -45,30 +45,29 @@ class JsonLinesReader(TextReader):
         super().__init__(path)
         text = TextLines(path)
         first = next(iter(text), "")
-        self._begin = text.cursor(0)
+        self._begin = text.offset(0)
         if first.strip() == "[" or first.lstrip().startswith("[{"):
             raise InputError(
                 f"{path}:1: looks like one JSON array, where one object a line is expected. "
                 f"Rename it to {path.with_suffix('.json').name}"
             )
 
-    def read(self, state: Cursor | None) -> Iterator[Chunk]:
-        at = state or self._begin
-        text = TextLines(self.path, **at)
-        remaining, before = iter(text), int(at["line"])
+    def read(self) -> Iterator[Chunk]:
+        text = TextLines(self.path)
+        remaining, before = iter(text), 0
         while block := list(islice(remaining, CHUNK_ROWS)):
             elements = load_json_lines(block, before)
             before += len(block)
-            yield self.chunk(elements.rows, elements.lines, elements.errors, text.cursor(before))
+            yield Chunk(elements.rows, elements.lines, elements.errors, text.offset(before))
 
     def collect(self) -> tuple[Table, list[BadRow]]:
         """Returns all rows as a table (of `LineRows` if the file is large), and the `BadRow`s."""
         if self.path.stat().st_size < lines.LARGE_BYTES:
             return super().collect()
-        numbers, offsets, shapes = LineNumbers(), array("q", [self._begin["at"]]), RowShapeCounter()
+        numbers, offsets, shapes = LineNumbers(), array("q", [self._begin]), RowShapeCounter()
         errors: list[BadRow] = []
         for chunk in self.chunks():
-            offsets.append(chunk.cursor["at"])
+            offsets.append(chunk.end or 0)
             errors += chunk.errors
             for row, line in zip(chunk.rows, chunk.lines, strict=True):
                 shapes.add(row)
@@ -273,11 +272,7 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 class JsonReader(TextReader):
     """Reader of JSON files, each of which is read as a whole."""
 
-    in_parts = False
-
-    def read(self, state: Cursor | None) -> Iterator[Chunk]:
-        if state is not None:
-            return
+    def read(self) -> Iterator[Chunk]:
         source, text = str(self.path), load_text(self.path)
         start = text.lstrip()[:1]
         one = open_object(text) if start == "{" else None
@@ -293,8 +288,8 @@ class JsonReader(TextReader):
                 f"where an array of objects is expected. {one.hint}."
             )
         self.unit = "row" if elements.numbered else "line"
-        end = {"at": self.path.stat().st_size}
-        yield self.chunk(elements.rows, elements.lines, elements.errors, end)
+        size = self.path.stat().st_size
+        yield Chunk(elements.rows, elements.lines, elements.errors, size)
 
     def _read_object(self, text: str, one: OneObject) -> Elements:
         note = f"{self.shown}: {one.note}"

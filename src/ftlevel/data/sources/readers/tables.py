@@ -1,7 +1,7 @@
 """Readers of CSV, TSV and Excel's .xlsx. All cells are strings.
 
-Excel cells have the text that Excel displays: decimals and date order follow the cell's number
-format, and dates in the locale's format become ISO dates. Formulas have their saved value.
+Excel cells have the value without its number format; dates are ISO 8601. Formulas have their saved
+value.
 """
 
 from __future__ import annotations
@@ -9,14 +9,12 @@ from __future__ import annotations
 import contextlib
 import csv
 import math
-import re
 import warnings
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import date, datetime, time
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from typing import Any
 from ftlevel.artifacts.files import long_cells
 from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.readers.text import TextLines, TextReader, head_lines
-from ftlevel.data.sources.streams import Chunk, Cursor, Reader
+from ftlevel.data.sources.streams import Chunk, Reader
 from ftlevel.data.sources.table import BadRow, Row, to_float
 from ftlevel.errors import InputError, did_you_mean, join_names, quote
 
@@ -45,14 +43,14 @@ class CsvReader(TextReader):
             self._header, line, self._begin = self._read_header()
         if reason := has_no_header(self._header, self._sample(self.separator)):
             self._header = [str(number) for number in range(1, len(self._header) + 1)]
-            self._begin = TextLines(path).cursor(0)
+            self._begin = (0, 0)
             self.notes.append(
                 f"no header: {reason}; the columns are called {join_names(self._header, 3)}. "
                 "If it is one, give its columns other names"
             )
         check_header(self._header, f"{path}:{line}")
 
-    def _read_header(self) -> tuple[list[str], int, Cursor]:
+    def _read_header(self) -> tuple[list[str], int, tuple[int, int]]:
         text = TextLines(self.path, universal=True)
         cells = csv.reader(text, delimiter=self.separator, strict=True)
         with long_cells():
@@ -60,7 +58,7 @@ class CsvReader(TextReader):
                 header = next((row for row in cells if row), [])
             except csv.Error as error:
                 raise InputError(_describe(error, self.path, 1)) from None
-        return header, cells.line_num, text.cursor(cells.line_num)
+        return header, cells.line_num, (text.offset(cells.line_num), cells.line_num)
 
     def _detect_delimiter(self) -> str:
         """Returns the delimiter that the file seems to use instead of the format's own; or ""."""
@@ -83,11 +81,11 @@ class CsvReader(TextReader):
             rows += csv.reader(head_lines(self.path), delimiter=delimiter)
         return [row for row in rows if row][1:]
 
-    def read(self, state: Cursor | None) -> Iterator[Chunk]:
-        at = state or self._begin
-        text = TextLines(self.path, **at, universal=True)
+    def read(self) -> Iterator[Chunk]:
+        at, before = self._begin
+        text = TextLines(self.path, at, before, universal=True)
         cells = csv.reader(text, delimiter=self.separator, strict=True)
-        header, width, before = self._header, len(self._header), int(at["line"])
+        header, width = self._header, len(self._header)
         begin, more = before + 1, True
         while more:
             rows: list[Row] = []
@@ -108,7 +106,7 @@ class CsvReader(TextReader):
                     raise InputError(_describe(error, self.path, begin)) from None
             more = begin > start
             if rows or errors:
-                yield self.chunk(rows, lines, errors, text.cursor(begin - 1))
+                yield Chunk(rows, lines, errors, text.offset(begin - 1))
 
 
 class TsvReader(CsvReader):
@@ -161,7 +159,7 @@ def _is_number(cell: str) -> bool:
     return math.isfinite(to_float(cell))
 
 
-# Exceptions that openpyxl and its dependencies raise for corrupted files.
+# Exceptions that pandas, openpyxl and their dependencies raise for corrupted files.
 _DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
@@ -175,24 +173,10 @@ _DAMAGE = (
     NotImplementedError,
     RuntimeError,
 )
-_NUMBER = re.compile(r"(?P<grouped>#,##)?0(?:\.(?P<decimals>0+))?(?P<percent>%)?")
-_DATE_PART = re.compile(r"y+|m+|d+|h+|s+|AM/PM|[^ymdhs\\\"\[\];@]", re.IGNORECASE)
-_CODES = {
-    "yy": "%y",
-    "yyyy": "%Y",
-    "m": "{0.month}",
-    "mm": "%m",
-    "mmm": "%b",
-    "mmmm": "%B",
-    "d": "{0.day}",
-    "dd": "%d",
-    "ddd": "%a",
-    "dddd": "%A",
-}
 
 
 class ExcelReader(Reader):
-    """Reader of one sheet of a workbook; default is the first sheet."""
+    """Reader of one sheet of a workbook, by pandas; default is the first sheet."""
 
     unit = "row"
     uniform = True
@@ -200,115 +184,79 @@ class ExcelReader(Reader):
 
     def __init__(self, path: Path, sheet: str | None = None) -> None:
         super().__init__(path)
-        self._sheet = sheet
-        number, cells = next(self._rows(1), (-1, []))
-        self._header, self._begin = [text for text, _ in cells], number + 1
-        check_header(self._header, f"{path} row {self._begin - 1}")
+        rows = enumerate(self._load_cells(sheet), 1)
+        self._rows = [(number, trimmed) for number, row in rows if (trimmed := _trim(row))]
+        number, self._header = self._rows[0] if self._rows else (1, [])
+        check_header(self._header, f"{path} row {number}")
 
-    def read(self, state: Cursor | None) -> Iterator[Chunk]:
-        rows: list[Row] = []
-        numbers: list[int] = []
-        errors: list[BadRow] = []
+    def read(self) -> Iterator[Chunk]:
         width = len(self._header)
-        number = start = int(state["row"]) if state else self._begin
-        for number, cells in self._rows(start):
-            texts = [text for text, _ in cells] + [""] * (width - len(cells))
-            invalid = [i for i, (_, is_error) in enumerate(cells) if is_error]
-            if len(cells) > width:
-                message = f"has {len(cells)} cells, but the header has {width}"
-                errors.append(BadRow(number, message))
-            elif invalid:
-                message = f"column {invalid[0] + 1} is the error {texts[invalid[0]]}"
-                errors.append(BadRow(number, message))
-            else:
-                rows.append(dict(zip(self._header, texts, strict=True)))
-                numbers.append(number)
-            if len(rows) + len(errors) >= CHUNK_ROWS:
-                yield self.chunk(rows, numbers, errors, {"row": number + 1})
-                rows, numbers, errors = [], [], []
-        if rows or errors:
-            yield self.chunk(rows, numbers, errors, {"row": number + 1})
+        for start in range(1, len(self._rows), CHUNK_ROWS):
+            chunk = Chunk([], [], [])
+            for number, cells in self._rows[start : start + CHUNK_ROWS]:
+                if len(cells) > width:
+                    message = f"has {len(cells)} cells, but the header has {width}"
+                    chunk.errors.append(BadRow(number, message))
+                elif _ERROR in cells:
+                    message = f"column {cells.index(_ERROR) + 1} is an error, such as #N/A"
+                    chunk.errors.append(BadRow(number, message))
+                else:
+                    texts = [*cells, *[""] * (width - len(cells))]
+                    chunk.rows.append(dict(zip(self._header, texts, strict=True)))
+                    chunk.lines.append(number)
+            yield chunk
 
-    def _rows(self, start: int) -> Iterator[tuple[int, list[tuple[str, bool]]]]:
-        """Yields the number of each non-empty row from `start`, and (text, is_error) per cell."""
-        with _opened(self.path) as book:
-            sheet = self._select_sheet(book)
-            sheet.reset_dimensions()
-            for number, cells in enumerate(sheet.iter_rows(min_row=start), start):
-                texts = [_format_cell(cell) for cell in cells]
-                while texts and not texts[-1][0]:
-                    texts.pop()
-                if texts:
-                    yield number, texts
+    def _load_cells(self, sheet: str | None) -> list[list[Any]]:
+        import pandas as pd
 
-    def _select_sheet(self, book: Any) -> Any:
-        names = [sheet.title for sheet in book.worksheets]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about styles, which do not affect the text
+                with pd.ExcelFile(self.path, engine="openpyxl") as book:
+                    name = self._select_sheet([str(each) for each in book.sheet_names], sheet)
+                    frame = book.parse(name, header=None, dtype=object, na_filter=False)
+                    cells: list[list[Any]] = frame.to_numpy().tolist()
+                    return cells
+        except ImportError:
+            raise InputError(
+                f"{self.path}: .xlsx needs openpyxl, which is not installed. Install it: "
+                "pip install 'ftlevel[xlsx]'"
+            ) from None
+        except _DAMAGE as error:
+            first = str(error).partition("\n")[0].rstrip(".")
+            raise InputError(
+                f"{self.path}: not a readable .xlsx file ({first}). Is it password protected, or "
+                "of another format? Save it again as .xlsx or .csv."
+            ) from None
+
+    def _select_sheet(self, names: list[str], sheet: str | None) -> str:
         if not names:
             raise InputError(f"{self.path}: has no sheet with cells. Give one with rows.")
-        name = self._sheet if self._sheet is not None else names[0]
-        if name not in names:
+        if sheet is None and len(names) > 1:
+            first = f"sheet {names[0]!r}, the first of {join_names(names)}; --subset another"
+            self.notes.append(first)
+        if sheet is not None and sheet not in names:
             raise InputError(
-                f"--subset {name}: {self.path} has no such sheet.{did_you_mean(name, names)} "
+                f"--subset {sheet}: {self.path} has no such sheet.{did_you_mean(sheet, names)} "
                 f"Sheets: {join_names(names)}."
             )
-        if self._sheet is None and len(names) > 1 and not self.notes:
-            self.notes.append(f"sheet {name!r}, the first of {join_names(names)}; --subset another")
-        return book[name]
+        return names[0] if sheet is None else sheet
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        import openpyxl
-    except ImportError:
-        raise InputError(
-            f"{path}: .xlsx needs openpyxl, which is not installed. Install it: "
-            "pip install 'ftlevel[xlsx]'"
-        ) from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about styles, which do not affect the text
-            book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-        with contextlib.closing(book):
-            yield book
-    except _DAMAGE as error:
-        first = str(error).partition("\n")[0].rstrip(".")
-        raise InputError(
-            f"{path}: not a readable .xlsx file ({first}). Is it password protected, or of another "
-            "format? Save it again as .xlsx or .csv."
-        ) from None
+_ERROR = "\0"  # of a cell, such as #N/A, which pandas reads as NaN
 
 
-def _format_cell(cell: Any) -> tuple[str, bool]:
-    value = cell.value
-    if value is None:
-        return "", False
-    number_format = (getattr(cell, "number_format", None) or "General").partition(";")[0]
-    return format_value(value, number_format), getattr(cell, "data_type", "") == "e"
+def _trim(row: list[Any]) -> list[str]:
+    """Returns the cells as texts, without empty ones at the end."""
+    texts = list(map(_to_text, row))
+    while texts and not texts[-1]:
+        texts.pop()
+    return texts
 
 
-def format_value(value: Any, number_format: str) -> str:
-    """Returns the text of a cell value in the number format."""
+def _to_text(value: Any) -> str:
     if isinstance(value, bool):
-        return "TRUE" if value else "FALSE"
-    if isinstance(value, (datetime, date, time)):
-        return _format_date(value, number_format)
-    match = _NUMBER.fullmatch(number_format)
-    if isinstance(value, (int, float)) and match:
-        decimals, comma = len(match["decimals"] or ""), "," if match["grouped"] else ""
-        scaled = value * 100 if match["percent"] else value
-        return f"{scaled:{comma}.{decimals}f}{match['percent'] or ''}"
-    return f"{value:.15g}" if isinstance(value, float) else str(value)
-
-
-def _format_date(value: date | time, number_format: str) -> str:
-    """Returns a date in the cell's format; ISO 8601 if that has more than day, month and year."""
-    parts = _DATE_PART.findall(number_format)
-    codes = [_CODES.get(part.lower(), part) for part in parts]
-    is_simple = "".join(parts) == number_format != "mm-dd-yy" and isinstance(value, date)
-    if is_simple and not any(re.fullmatch("[hsy]+|AM/PM", code, re.IGNORECASE) for code in codes):
-        return value.strftime("".join(codes)).format(value)
-    if isinstance(value, datetime):
-        midnight = value.time() == time()
-        return value.date().isoformat() if midnight else value.isoformat(" ")
-    return value.isoformat()
+        return str(value).upper()
+    if isinstance(value, float):
+        return _ERROR if math.isnan(value) else f"{value:.15g}"
+    return str(value).removesuffix(" 00:00:00") if isinstance(value, datetime) else str(value)

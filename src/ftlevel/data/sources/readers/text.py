@@ -18,7 +18,7 @@ from pathlib import Path
 from shlex import quote
 
 from ftlevel.data.sources.lines import CHUNK_ROWS
-from ftlevel.data.sources.streams import Chunk, Cursor, Reader
+from ftlevel.data.sources.streams import Chunk, Reader
 from ftlevel.data.sources.table import BadRow, Row
 from ftlevel.errors import InputError
 
@@ -37,9 +37,9 @@ class TextLines:
         self._at, self._line = at, line  # byte and line before the block
         self._block: list[bytes] = []
 
-    def cursor(self, line: int) -> Cursor:
-        """Returns the arguments `at` and `line` of a `TextLines` that continues after `line`."""
-        return {"at": self._at + sum(map(len, self._block[: line - self._line])), "line": line}
+    def offset(self, line: int) -> int:
+        """Returns the byte after `line`, which must be in the current block."""
+        return self._at + sum(map(len, self._block[: line - self._line]))
 
     def __iter__(self) -> Iterator[str]:
         return chain.from_iterable(self._blocks())
@@ -200,20 +200,19 @@ class _BlockReader(TextReader):
     def parse(self, first: int, lines: list[str]) -> list[tuple[int, Row] | BadRow]:
         """Returns (line, row) or a `BadRow` for each row of a block that begins at line `first`."""
 
-    def read(self, state: Cursor | None) -> Iterator[Chunk]:
-        at = state or {"at": 0, "line": 0}
-        text = TextLines(self.path, **at)
+    def read(self) -> Iterator[Chunk]:
+        text = TextLines(self.path)
         block: list[str] = []
         parsed: list[tuple[int, Row] | BadRow] = []
-        before = number = int(at["line"])
+        number = 0
 
         def chunk() -> Chunk:
             rows = [row for row in parsed if not isinstance(row, BadRow)]
             errors = [row for row in parsed if isinstance(row, BadRow)]
             lines = [line for line, _ in rows]
-            return self.chunk([row for _, row in rows], lines, errors, text.cursor(number))
+            return Chunk([row for _, row in rows], lines, errors, text.offset(number))
 
-        for number, line in enumerate(text, before + 1):
+        for number, line in enumerate(text, 1):
             if not line.isspace():
                 block.append(line)
                 continue
