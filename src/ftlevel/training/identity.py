@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from ftlevel.artifacts.cards import library_versions
-from ftlevel.artifacts.files import file_fingerprint, read_plain, write_json
+from ftlevel.artifacts.files import file_fingerprint, read_json, write_json
 from ftlevel.artifacts.run_directory import DIGESTS, IDENTITY, RunDirectory
 from ftlevel.config import OutputConfig
 from ftlevel.config.trainer import PLATEAU
-from ftlevel.errors import ConfigError, join_names
+from ftlevel.errors import ConfigError, InputError, join_names
 from ftlevel.training.plan.run import Run
 
 BASE, ROWS, VALIDATION = "model.fingerprint", "data.fingerprint", "data.validation_fingerprint"
@@ -195,8 +195,8 @@ class FileDigests:
     def load(self) -> dict[str, Any] | None:
         """Load the stored digests; None if they are missing or damaged."""
         try:
-            return _load_object(self.path) if self._files else {}
-        except (OSError, ValueError, TypeError, RecursionError):
+            return read_json(self.path) if self._files else {}
+        except InputError:
             return None
 
 
