@@ -89,7 +89,7 @@ def escape_json(text: str) -> str:
 
 
 _PASSWORDS = re.compile(
-    r"(://[^\s/:@]*:)[^\s/]+(?=@)|([?&][^\s=&]*(?:password|token|secret|key)[^\s=&]*=)[^\s&]+",
+    r"(:/{1,2}[^\s/:@]*:)[^\s/]+(?=@)|([?&][^\s=&]*(?:password|token|secret|key)[^\s=&]*=)[^\s&]+",
     re.IGNORECASE,
 )
 

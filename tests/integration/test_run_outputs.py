@@ -130,6 +130,9 @@ def test_dataset_option_replaces_validation_file(tiny_model_dir: TinyModelDir) -
     assert code == 0
     own = evaluate(EvaluateConfig(name="run", resamples=0)).summary["data"]
     assert (Path(own["name"]).name, own["rows"]) == ("validation.jsonl", 6)
+    lines = Path("run/validation.jsonl").read_text().splitlines()
+    places = [json.loads(line)["where"] for line in lines]
+    assert places == [f"validation.jsonl:{number}" for number in range(1, 7)]
     evaluation = evaluate(EvaluateConfig(name="run", dataset="data/train.jsonl", resamples=0))
     assert evaluation.summary["data"]["rows"] == 16
 

@@ -18,6 +18,7 @@ from ftlevel.training.forecast.fits import (
     MemoryRequirement,
     estimate_requirement,
     fit_run,
+    is_sized_by_memory,
 )
 from ftlevel.training.forecast.memory import StepMemory
 from ftlevel.training.forecast.meta_model import (
@@ -359,7 +360,8 @@ def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, Alternati
     synthetic = create_synthetic_batch(config.data, source, gpu.name if gpu else None, rows)
     run = resolve(config, why_task=message, adapter=adapter, synthetic=synthetic)
     device = Device.of(run.model.device, gpu, ranks)
-    run = replace(fit_run(run, device), recomputes=False).apply(run)  # `need` has both peaks
+    if is_sized_by_memory(run):  # `need` has the peaks with and without checkpointing
+        run = replace(fit_run(run, device), recomputes=False).apply(run)
     need = estimate_requirement(run, device)
     length = run.data.max_length
     as_long = config if is_synthetic else _replace(config, "data", max_length=length)

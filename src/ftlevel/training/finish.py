@@ -148,9 +148,12 @@ def get_predictions(
         return [], {}
     initial = recorder.of(0) if step else None
     labels = run.data.info["labels"] or ()
-    predictions = iterate_results(
-        record, labels, run.data.validation_table.where, base=initial, evaluator=evaluator
-    )
+    where = run.data.validation_table.where
+
+    def get_position(row: int) -> str:  # without the directory, which a resumed run writes whole
+        return where(row).rpartition("/")[2]
+
+    predictions = iterate_results(record, labels, get_position, base=initial, evaluator=evaluator)
     return list(predictions), _intervals(record, evaluator)
 
 

@@ -331,6 +331,12 @@ class Fit:
         return replace(run.with_settings("speed", tokens_per_micro_batch=self.tokens), fast=fast)
 
 
+def is_sized_by_memory(run: Run) -> bool:
+    """Returns whether the micro-batches of `run` are as large as fits: the default on a GPU."""
+    is_default = run.config.speed.tokens_per_micro_batch == "auto" and run.model.device == "cuda"
+    return is_default and run.fast.enabled and run.config.train.shard == "none"
+
+
 def fit_run(run: Run, device: Device, previous_tokens: int | None = None) -> Fit:
     """Returns the micro-batch and the checkpointing with which a step of `run` fits on `device`.
 
@@ -344,8 +350,7 @@ def fit_run(run: Run, device: Device, previous_tokens: int | None = None) -> Fit
         message = "; their inputs are in host memory" * train.offload_activations
         choices.append(Choice(name, "all blocks", f"as requested{message}"))
     fit = Fit(choices=choices)
-    is_default = run.config.speed.tokens_per_micro_batch == "auto" and device.kind == "cuda"
-    sizes = is_default and run.fast.enabled and train.shard == "none"
+    sizes = is_sized_by_memory(run)
     if sizes and previous_tokens:
         choices.append(Choice("micro-batch", f"{previous_tokens:,} tokens", "as the run was begun"))
         fit, sizes = Fit(previous_tokens, choices=choices), False

@@ -13,6 +13,7 @@ For rollouts:
     keys and values = 2 · layers · key heads · head_dim · (prompts · (prompt + room)
                       + 2 · rows · (completion + room))
     prefill         = tokens · (inner · (4 v + 12) + 4 · hidden · v) + tokens · prompt · (2 + v)
+    decoding        = tokens of a completion · (weights + keys and values) / memory bandwidth
 
 A group shares the keys and values of its prompt; those of completions are copied when rows finish
 and others begin, but not on a GPU, where they are stored in pages and as many rows are sampled
@@ -22,8 +23,10 @@ three float32 tensors of a LoRA layer. Completions are assumed to have maximum l
 
 from __future__ import annotations
 
+import math
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -102,12 +105,12 @@ class RolloutSize:
         num_rows = min(num_prompts * group, max_rows)
         return cls(num_prompts, num_rows, max_length, completion)
 
-    def cache_bytes(self, run: Run) -> int:
-        """Returns the bytes of the KV cache; on a CPU, completions are copied.
+    def cache_bytes(self, run: Run, *, copies: int) -> int:
+        """Returns the bytes of the KV cache, with completions counted `copies` times on a CPU.
 
         On a GPU, pages are not copied. In float32, `generate` stores a prompt for each completion.
         """
-        room, prompts, copies = CACHE_GROWTH, self.prompts, 2
+        room, prompts = CACHE_GROWTH, self.prompts
         if run.model.device == "cuda":
             room, copies = PAGE_TOKENS, 1
             prompts = self.rows if run.model.dtype == "float32" else self.prompts
@@ -127,6 +130,11 @@ class RolloutSize:
         return int(mlp_bytes + tokens * self.prompt * (2 + value))
 
 
+def prompt_lengths(run: Run) -> Sequence[int]:
+    """Returns the number of tokens of each prompt."""
+    return [len(row.input_ids) for row in run.data.train]
+
+
 def with_completions(run: Run, rows: list[Encoded]) -> list[Encoded]:
     """Returns `rows`, or for `--task rl` synthetic completions of each, of maximum length."""
     if run.config.task != RL_TASK:
@@ -142,7 +150,7 @@ def with_completions(run: Run, rows: list[Encoded]) -> list[Encoded]:
 def estimate_sampling_parts(run: Run, size: RolloutSize) -> dict[str, int]:
     """Returns category → bytes that a rollout of `size` needs in addition to the weights."""
     parts = {
-        KEYS_AND_VALUES: size.cache_bytes(run),
+        KEYS_AND_VALUES: size.cache_bytes(run, copies=2),
         LOGITS: 4 * LOGITS_COPIES * size.rows * run.model.vocabulary,
         ACTIVATIONS: size.prefill_bytes(run),
     }
@@ -171,31 +179,49 @@ def _weight_bytes(ref: ModelRef, run: Run) -> int:
     return int(num_weights * (weight_bytes or DTYPES[run.model.dtype].itemsize))
 
 
+def estimate_sampling_seconds(
+    run: Run, size: RolloutSize, weights: int, bandwidth: float, flops: float
+) -> float:
+    """Returns the seconds to sample completions for every prompt once, by a roofline model.
+
+    `weights` are bytes; `bandwidth` (bytes/s) and `flops` (FLOP/s) are what the device attains.
+    """
+    lengths = prompt_lengths(run)
+    group, step = run.config.rl.num_generations, run.config.train.rows_per_device_step
+    size = replace(size, prompts=min(size.prompts, step), rows=min(size.rows, step * group))
+    num_batches = math.ceil(len(lengths) * group / size.rows)
+    cache = size.cache_bytes(run, copies=1)
+    decode_seconds = num_batches * size.completion * (weights + cache) / bandwidth
+    prefill = 2 * run.model.total_parameters * sum(lengths) / flops
+    return decode_seconds + prefill
+
+
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU: bytes of memory and dense bfloat16 TFLOP/s; 0 if unknown."""
+    """A GPU: bytes of memory, dense bfloat16 TFLOP/s, GB/s of memory; 0 if unknown."""
 
     name: str
     memory: int
     tflops: float = 0.0
+    bandwidth: float = 0.0
 
 
 GPUS = {
-    "h200": Gpu("H200 SXM", 141 * GIB, 989),
-    "h100": Gpu("H100 SXM", 80 * GIB, 989),
-    "h100-pcie": Gpu("H100 PCIe", 80 * GIB, 756),
-    "a100": Gpu("A100 80 GB SXM", 80 * GIB, 312),
-    "a100-40gb": Gpu("A100 40 GB", 40 * GIB, 312),
-    "l40s": Gpu("L40S", 48 * GIB, 362),
-    "a6000": Gpu("RTX A6000", 48 * GIB, 155),
-    "a10": Gpu("A10", 24 * GIB, 125),
-    "l4": Gpu("L4", 24 * GIB, 121),
-    "rtx4090": Gpu("RTX 4090", 24 * GIB, 165),
-    "rtx3090": Gpu("RTX 3090", 24 * GIB, 71),
-    "t4": Gpu("T4", 16 * GIB, 65),
+    "h200": Gpu("H200 SXM", 141 * GIB, 989, 4800),
+    "h100": Gpu("H100 SXM", 80 * GIB, 989, 3350),
+    "h100-pcie": Gpu("H100 PCIe", 80 * GIB, 756, 2000),
+    "a100": Gpu("A100 80 GB SXM", 80 * GIB, 312, 2039),
+    "a100-40gb": Gpu("A100 40 GB", 40 * GIB, 312, 1555),
+    "l40s": Gpu("L40S", 48 * GIB, 362, 864),
+    "a6000": Gpu("RTX A6000", 48 * GIB, 155, 768),
+    "a10": Gpu("A10", 24 * GIB, 125, 600),
+    "l4": Gpu("L4", 24 * GIB, 121, 300),
+    "rtx4090": Gpu("RTX 4090", 24 * GIB, 165, 1008),
+    "rtx3090": Gpu("RTX 3090", 24 * GIB, 71, 936),
+    "t4": Gpu("T4", 16 * GIB, 65, 320),
 }
 """From data sheets; the T4 has no bfloat16, so its figure is for float16."""
 
@@ -218,6 +244,9 @@ def parse_gpu(text: str) -> Gpu:
 PEAK_FRACTION = 0.4
 """Assumed fraction of the peak FLOP/s that a step reaches: NeMo AutoModel reaches 0.41 with LoRA on
 Llama-3-8B on an H100 (docs/plan.md). ftlevel itself was not measured on a GPU."""
+
+BANDWIDTH_FRACTION = 0.5
+"""Assumed fraction of the memory bandwidth that decoding reaches; not measured."""
 
 NUM_TIMED_STEPS = 5
 """Steps of a probe; the first is a warm-up and is not counted."""
@@ -267,14 +296,37 @@ def count_operations(run: Run) -> float:
 
 
 def estimate_time(run: Run, gpu: Gpu) -> TimeForecast | None:
-    """Returns the training time on `gpu`; None if its speed is unknown, and for `--task rl`."""
-    if not gpu.tflops or run.config.task == RL_TASK:
+    """Returns the training time on `gpu`; None if the speed of `gpu` is unknown."""
+    if not gpu.tflops:
         return None
     tokens = run.data.info["tokens"]
     operations = count_operations(run)
+    weights = run.model.total_parameters * DTYPES[run.model.dtype].itemsize
+    if (size := RolloutSize.of(run, gpu.memory - weights)) is not None:
+        return _estimate_rl_time(run, gpu, size, operations, weights)
     seconds = operations * tokens / (PEAK_FRACTION * gpu.tflops * 1e12)
     how = f"a roofline: {PEAK_FRACTION:.0%} of {gpu.tflops:,g} TFLOP/s, not measured"
     return TimeForecast(seconds, tokens / seconds, how)
+
+
+def _estimate_rl_time(
+    run: Run, gpu: Gpu, size: RolloutSize, operations: float, weights: int
+) -> TimeForecast:
+    flops = PEAK_FRACTION * gpu.tflops * 1e12
+    num_prompts = sum(prompt_lengths(run))
+    num_completions = len(run.data.train) * run.config.rl.num_generations * size.completion
+    width = getattr(run.model.config.get_text_config(), "hidden_size", 0)
+    head = 6 * run.model.vocabulary * width * num_completions
+    training = (operations * (num_prompts + num_completions) + head) / flops
+    training *= run.config.steps_per_rollout
+    bandwidth = BANDWIDTH_FRACTION * gpu.bandwidth * 1e9
+    sampling = estimate_sampling_seconds(run, size, weights, bandwidth, flops)
+    seconds = training + sampling
+    how = (
+        f"a roofline: {PEAK_FRACTION:.0%} of {gpu.tflops:,g} TFLOP/s and {BANDWIDTH_FRACTION:.0%} "
+        f"of {gpu.bandwidth:,g} GB/s, not measured"
+    )
+    return TimeForecast(seconds, num_prompts / seconds, how, sampling_share=sampling / seconds)
 
 
 def measure_time(run: Run) -> TimeForecast:
