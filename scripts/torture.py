@@ -57,7 +57,7 @@ ENTRIES = (
     Entry("cache", "damaged prepared rows", 100, 0, "damage:damage_cache"),
     Entry("disk", "a full disk", 60, 1, "disk:fill_disk"),
     Entry("overwrite", "--overwrite of what is not ours, or is in use", 30, 2, "owning:overwrite"),
-    Entry("strangers", "files of strangers: code, links, servers, bombs", 60, 0,
+    Entry("strangers", "files of strangers: code, links, servers, bombs", 108, 0,
           "strangers:strangers"),
     Entry("secrets", "tokens in the environment", 6, 1, "owning:look_for_secrets"),
 )  # fmt: skip

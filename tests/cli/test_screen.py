@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,11 +14,12 @@ from pathlib import Path
 import pytest
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from forked import Forked
 from ftlevel._version import __version__
 from ftlevel.cli.app import run
-from ftlevel.cli.screen import Screen
+from ftlevel.cli.screen import EscapingConsole, Screen
 from ftlevel.cli.startup import SafeStream
 from ftlevel.config.section import Choice
 
@@ -75,6 +78,33 @@ def test_names_are_not_parsed_as_markup(name: str, terminal: bool) -> None:
     screen.log({"step": 1, f"eval_f1 {name}": 0.5})
     screen.warn(name)
     assert file.getvalue().count(name) == 5
+
+
+EVIL = "a\x1b[2Jb\x9bc\u202ed\re\x7f\udc80"
+SHOWN = r"a\x1b[2Jb\x9bc\u202ed\re\x7f\udc80"
+
+
+def test_console_prints_controls_as_escapes() -> None:
+    file = io.StringIO()
+    console = EscapingConsole(file=file, force_terminal=True, width=90)
+    screen = Screen(console, quiet=False)
+    screen.choices("train", [Choice("data", EVIL, EVIL), Choice(EVIL, 1)])
+    screen.warn(f"{EVIL} at http://user:secret@host/x?token=secret")
+    console.print(Text(EVIL), highlight=False)
+    text = re.sub("\x1b\\[[0-9;]*m", "", file.getvalue())  # rich's styles
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\udc80]|secret", text)
+    assert text.count(SHOWN) == 4
+    assert r"\x1b[2Jb\x9bc\u202ede\x7f" in text  # a Text drops \r itself
+
+
+def test_printed_text_and_json_have_no_controls(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "--model", f"/{EVIL}", "--dataset", "builtin:docstrings", "--json"]) == 2
+    sys.stdout.write(f"{EVIL}\n")
+    out, err = capsys.readouterr()
+    line, _, printed = out.partition("\n")
+    assert printed == f"{SHOWN}\n"
+    assert SHOWN in err
+    assert EVIL in json.loads(line)["error"]
 
 
 @pytest.mark.parametrize("width", [30, 40, 60, 80, 200])

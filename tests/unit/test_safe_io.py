@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import json
 import re
 import subprocess
 from collections.abc import Callable
@@ -12,7 +13,15 @@ from pathlib import Path
 import pytest
 
 import ftlevel
-from ftlevel.safe_io import open_existing, open_new, python_command, script_command, start_process
+from ftlevel.safe_io import (
+    escape_json,
+    mask_passwords,
+    open_existing,
+    open_new,
+    python_command,
+    script_command,
+    start_process,
+)
 
 SOURCES = Path(ftlevel.__file__).parent
 SCRIPTS = dict.fromkeys(
@@ -171,3 +180,24 @@ def test_started_python_imports_nothing_from_its_directory(tmp_path: Path, kind:
     output, _ = process.communicate()
     assert "imported" not in output
     assert kind == "module" or output == "['a']\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("postgresql://me:s/3@h/x", "postgresql://me:s/3@h/x"),  # no password has a slash
+        ("x postgresql://me:s@3@h/x y", "x postgresql://me:***@h/x y"),
+        ("mysql://h/x?user=me&password=s&a=1", "mysql://h/x?user=me&password=***&a=1"),
+        ("https:/me:s@h", "https:/me:***@h"),
+        ("http://h:80/x C:/a me@h", "http://h:80/x C:/a me@h"),
+    ],
+)
+def test_passwords_are_masked(text: str, masked: str) -> None:
+    assert mask_passwords(text) == masked
+
+
+def test_json_without_controls_has_the_same_value() -> None:
+    value = {"\x9b": "\x1b\u202e\n\ud800\x7f"}
+    text = escape_json(json.dumps(value, ensure_ascii=False))
+    assert text.isprintable()
+    assert json.loads(text) == value

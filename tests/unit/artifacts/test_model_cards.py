@@ -9,7 +9,13 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import EvalResult
 
-from ftlevel.artifacts.cards import create_merge_readme, create_quantized_readme, create_readme
+from ftlevel.artifacts.cards import (
+    code,
+    create_merge_readme,
+    create_quantized_readme,
+    create_readme,
+    plain,
+)
 from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS
 
@@ -31,6 +37,11 @@ def summary(**changes: Any) -> dict[str, Any]:
         "loss_window": 0, "versions": {"ftlevel": "0.2.0"},
     }  # fmt: skip
     return {**defaults, **changes}
+
+
+def test_names_are_text_in_cards() -> None:
+    assert plain("<b>[x](y)\n# \x1b") == r"\<b\>\[x\](y)\\n# \\x1b"
+    assert (code("a\nb"), code("`"), code("a``b")) == (r"`a\nb`", "`` ` ``", "``` a``b ```")
 
 
 def test_card_of_run_on_hub_model_and_dataset() -> None:

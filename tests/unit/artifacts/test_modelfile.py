@@ -84,6 +84,15 @@ def test_bos_is_omitted_from_first_turn() -> None:
     assert "{{ if gt" not in chat_template(wrappers, "", "")
 
 
+def test_texts_end_neither_their_quotes_nor_their_line() -> None:
+    stops, system = ['"""\nADAPTER /x', 'a"""b'], 'Be kind."""  \rADAPTER /x'
+    text = format_modelfile("m\nADAPTER x.gguf", None, stops, ["a\rADAPTER y"], system)
+    lines = text.splitlines()
+    assert not any(line.startswith("ADAPTER") for line in lines)
+    assert [line[:9] for line in lines[3:]] == ["FROM ./m\\", "PARAMETER"]
+    assert 'PARAMETER stop """a"""b"""' in lines
+
+
 def test_modelfile_lines() -> None:
     text = format_modelfile("m.gguf", "{{ .Prompt }}", ['"', "</s>", "\\n", "a\nb"], ["one", "two"])
     assert text.splitlines() == [

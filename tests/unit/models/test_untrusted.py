@@ -189,6 +189,10 @@ def test_incomplete_quantization_config_raises(lacking: dict[str, Any]) -> None:
         ("{{ 'a' * 10 ** 11 }}", "MemoryError"),
         ("{{ [1] * 10 ** 10 }}", "MemoryError"),
         ("{{ ('a' * (2 * 10 ** 9)) | length }}", "MemoryError"),  # exceeds the limit
+        ("{{ 9 ** (9 ** 9) }}", "more than"),
+        ("{{ 5 | round(-999999999) }}", "more than"),
+        ("{% set n = namespace(x=9 ** 999) %}{% for _ in range(30) %}{% set n.x = n.x * n.x %}"
+         "{% endfor %}{{ n.x // n.x }}", "more than"),
         ("{{ messages.nothing.at_all }}", "nothing"),
         ("{{ messages[99]['role'] }}", ""),
     ],
@@ -255,7 +259,9 @@ def test_limit_memory_in_forked_process_uses_its_own_size() -> None:
     [({"target_modules": r"(\w+\.?)+x"}, "target_modules"),
      ({"rank_pattern": {r"(\w+\.?)+x": 4}}, "rank_pattern"),
      ({"alpha_pattern": {"(": 4}}, "alpha_pattern"),
-     ({"exclude_modules": "*"}, "exclude_modules")],
+     ({"exclude_modules": "*"}, "exclude_modules"),
+     ({"layers_pattern": "(.+)+!"}, "layers_pattern"),
+     ({"modules_to_save": ["(.+)+!"]}, "modules_to_save")],
 )  # fmt: skip
 def test_slow_or_invalid_adapter_patterns_raise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], field: str
@@ -264,6 +270,28 @@ def test_slow_or_invalid_adapter_patterns_raise(
     with pytest.raises(InputError, match=rf"adapter_config\.json: {field} has "):
         untrusted.check_patterns(tmp_path, settings, build("llama"))
     untrusted.check_patterns(tmp_path, {"target_modules": ["(", "q_proj"]}, build("llama"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lora_alpha", float("nan")), ("alpha_pattern", {"q_proj": float("inf")}),
+     ("init_lora_weights", "pissa_niter_9999"), ("init_lora_weights", "pissa_niter_ 1_0 "),
+     ("layer_replication", [[0, 9999]]), ("layer_replication", 3),
+     ("megatron_config", {"a": 1})],
+)  # fmt: skip
+def test_absurd_values_of_adapters_raise(tmp_path: Path, name: str, value: Any) -> None:
+    usual = {"lora_alpha": 16, "init_lora_weights": "pissa_niter_4", "layer_replication": [[0, 2]]}
+    untrusted.check_peft_config(tmp_path, usual)
+    with pytest.raises(InputError, match=name):
+        untrusted.check_peft_config(tmp_path, {**usual, name: value})
+
+
+def test_auto_map_of_nested_config_is_dropped(model_dir: Path) -> None:
+    edit_config(model_dir, model_type="llava", architectures=None, auto_map={"AutoModel": "x.X"},
+                text_config={"model_type": "llama", "auto_map": {"AutoModel": "x.X"}})  # fmt: skip
+    config = load_config(resolve_source(str(model_dir)))
+    assert not hasattr(config, "auto_map")
+    assert not hasattr(config.text_config, "auto_map")
 
 
 @pytest.mark.parametrize(

@@ -389,7 +389,7 @@ def test_json_schema_per_row(resolve_rewards: Callable[..., Rewards]) -> None:
     columns = {"form": schemas, "answer": [None, None, {"a": 1, "b": 2}]}
     scores = rewards.score(["p"] * 3, ['{"a": 1}'] * 3, [[1]] * 3, columns)
     assert scores == [[1.0], [0.0], [0.5]]
-    for schema in (None, "{", {"type": "no such type"}):
+    for schema in (None, "{", {"$schema": {}}, {"$schema": 1}, {"type": "no such type"}):
         with pytest.raises(ConfigError, match="2: --reward json:form: the column 'form' has"):
             rewards.check_rows([{"form": {}}, {"form": schema}], lambda row: str(row + 1))
     with pytest.raises(ConfigError, match=r"needs a column 'form', .* Add the column\.$"):
