@@ -87,7 +87,9 @@ def test_unusable_rows_stop_or_are_dropped(
     assert (code, out.splitlines()[-1]) == (2, f"ftlevel: rows.jsonl:7: {reason}. {FIX}  [rows]")
     code, out = dry_run(capsys, "--set", f"data.gate.{name}=drop", rows=rows)
     assert code == 0, out
-    assert f"1 of 7 train rows (rows.jsonl:7: {reason}) (dropped; --set data.gate.{name}=stop" in out
+    assert (
+        f"1 of 7 train rows (rows.jsonl:7: {reason}) (dropped; --set data.gate.{name}=stop" in out
+    )
 
 
 def test_duplicates_are_counted_and_dropped_by_policy(capsys: pytest.CaptureFixture[str]) -> None:
