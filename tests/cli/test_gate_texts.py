@@ -232,8 +232,8 @@ def test_labels_differing_by_space_or_case(
     assert "labels: 2 (bad, good)" in out
     assert (
         "labels that differ by surrounding white space: 2 of 22 train rows (rows.jsonl:21: 'good ' "
-        "is 'good', rows.jsonl:22: ' bad' is 'bad') "
-        "(made one; --set data.gate.label_space=stop|warn|ignore)"
+        "is 'good', rows.jsonl:22: ' bad' is 'bad') (made one; --set "
+        "data.gate.label_space=stop|warn|ignore)"
     ) in out
     rows = reviews([*LABELS, "Good", "BAD "])
     code, out = dry_run(*bert, rows=rows)

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from export_cases import exportable_model
 from ftlevel.cli.app import run
+from ftlevel.trained.generation import added_stops
 
 ModelDir = Callable[..., Path]
 END = {
@@ -151,3 +153,11 @@ def test_recorded_answers_stop_at_end_of_turn(
     assert (result["verdict"], result["exit_code"]) == ("something else", 1)
     assert result["adapters"][0]["weights"]["answers"]
     assert "answers neither as trained" in result["error"]
+
+
+@pytest.mark.parametrize(("eos", "added"), [(2, {}), ([2], {}), (None, {"</s>": 2})])
+def test_eos_that_no_file_names_is_added(eos: Any, added: dict[str, int]) -> None:
+    tokenizer = SimpleNamespace(
+        chat_template=None, eos_token_id=2, convert_ids_to_tokens={2: "</s>"}.__getitem__
+    )
+    assert added_stops(eos, tokenizer) == added

@@ -159,7 +159,7 @@ def merge_stop_ids(eos: int | list[int] | None, tokenizer: Any) -> list[int]:
 def added_stops(eos: int | list[int] | None, tokenizer: Any) -> dict[str, int]:
     """Returns token → id of `merge_stop_ids`; empty if generation stops at them by `eos` alone."""
     ids = merge_stop_ids(eos, tokenizer)
-    if ids in (eos, [eos]) or len(ids) < 2:
+    if ids in (eos, [eos]):
         return {}
     return {str(tokenizer.convert_ids_to_tokens(i)): i for i in ids}
 
