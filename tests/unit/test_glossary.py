@@ -54,6 +54,13 @@ WORDS = {
     "in parallel": Word(FAST_STEP, r"\bside[ _]by[ _]side\b", ("side by side", '"side_by_side"')),
     "shared prefix": Word(EVERYWHERE, r"(?i)trunk", ("Trunk(7)", "find_trunk", "a trunk"),
                           ("truncate", "truncated")),
+    "last-layer token pruning": Word(
+        EVERYWHERE,
+        r"(?i:unread[ _]?tokens)|\b(?:find|skip)_unread\b|\bAtTargets\b|\bAtEnds\b|\bReadCheck\b"
+        r"|\bplan\.reads\b|\blayout\.read\b|\bfind_token_wise\b|\bis_read\b",
+        ("UnreadTokens", "speed.skip_unread", "fast.find_unread(", "layout.read is None"),
+        ("tokens that nobody reads", "check_unread", "is_ready", "layout.ready"),
+    ),
     "packed layout": Word(
         (*FAST_STEP, "tests/integration"), r"\bLayout\b|\blaid_out\b",
         ("Layout.of_rows", "with laid_out(layout)"), ("PackedLayout", "ChatLayout"),

@@ -169,7 +169,7 @@ def limit_malloc_arenas() -> bool:
     return results == [1] * len(mallopt_values)
 
 
-NOISY = ("bitsandbytes.backends.cpu.ops", "torch.utils._pytree")
+NOISY = ("bitsandbytes.backends.cpu.ops", "torchao", "torch.utils._pytree")
 """Loggers that report missing optional kernels and deprecations at import."""
 
 

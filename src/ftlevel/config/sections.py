@@ -302,6 +302,11 @@ class SpeedConfig(Section):
     chunked_cross_entropy: bool = Field(
         True, description="Whether to compute logits and loss in chunks, at supervised tokens only."
     )
+    prune_last_layer: bool = Field(
+        True,
+        description="Whether to compute the last block only for tokens the head needs. Other "
+        "tokens get only keys and values.",
+    )
     fused_lora: bool = Field(
         True,
         description="Whether to compute base layer and LoRA in one autograd function. It "

@@ -104,6 +104,7 @@ class RowScorer:
         args = (rows, self._pad_id, trained.device, trained.dtype)
         fast.check(*args)
         fast.check_cross_entropy(trained.objective, *args)
+        fast.prune_last_layer(trained.objective, *args)
         return fast
 
     @property
@@ -139,6 +140,8 @@ class RowScorer:
         if self._is_packed and self._fast is not None:
             layout = PackedLayout.from_mask(batch["attention_mask"])
             layout = replace(layout, is_for_answers=True).pad_to(self._fast.plan.token_multiple)
+            if self._fast.plan.needed_tokens is not None:
+                layout = layout.with_needed_tokens(self._fast.plan.needed_tokens(batch))
             layout = layout.to(trained.device)
         return {name: value.to(trained.device) for name, value in batch.items()}, layout
 

@@ -1,7 +1,7 @@
 """Check on short batches that the parts of the fast step do not change a model's results.
 
-Packed sequences must not affect each other, as by convolutions or recurrent states. The chunked
-head must give the model's logits.
+Packed sequences must not affect each other, as by convolutions or recurrent states. The last block
+may skip only tokens that do not affect the loss. The chunked head must give the model's logits.
 """
 
 from __future__ import annotations
@@ -14,20 +14,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.row import Encoded
 from ftlevel.errors import is_out_of_memory
 from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
-from ftlevel.fast.likelihoods import base_model, supervised_loss
+from ftlevel.fast.likelihoods import (
+    PooledTokens,
+    SupervisedTokens,
+    TokenSelector,
+    base_model,
+    supervised_loss,
+)
 from ftlevel.fast.packing import PackedLayout, UnsupportedModelError, using_layout
 from ftlevel.fast.prefixes import SharedPrefix, create_prefix_tree, using_prefix
+from ftlevel.fast.pruning import get_prunable_linears
 from ftlevel.fast.recompute import using_generator
 from ftlevel.models.hardware import autocast, eval_mode, evaluating, has_forced_tf32
-from ftlevel.models.module_tree import get_blocks
+from ftlevel.models.module_tree import get_blocks, linear_size
 from ftlevel.models.upstream.fake import map_leaves
 from ftlevel.models.upstream.quantizers import with_float_inputs
-from ftlevel.objectives import TokenObjective
+from ftlevel.objectives import Objective, TokenObjective
 
 LENGTHS = 16, 12
 """Tokens of the two test rows."""
@@ -252,6 +260,91 @@ def median_errors(values: Tensor, expected: Tensor, mask: Tensor) -> Tensor:
     """Returns each row's median of ‖value − expected‖ / ‖expected‖ over tokens in `mask`."""
     per_token = (values - expected).norm(dim=-1) / expected.norm(dim=-1)
     return torch.stack([own[at].median() for own, at in zip(per_token, mask, strict=True)])
+
+
+MIN_TOKENS = 6
+"""Minimum tokens of the test rows, so that some lie between the needed ones."""
+
+CallArguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class PruningCheck(StepCheck):
+    """Finds the tokens that the last block must compute, and its layers that can skip others."""
+
+    def __call__(self, objective: Objective) -> tuple[TokenSelector | None, list[nn.Module]]:
+        """Returns a selector of the tokens needed after the last block, and its prunable layers.
+
+        The latter are linear layers of the block that may skip all other tokens. Returns (None, [])
+        if every token may be needed or gradients fail, (selector, []) if the block runs twice.
+        """
+        batch = self.batch_of(self.pair)
+        try:
+            with eval_mode(self.model), autocast(self.device, self.dtype):
+                select = self._select_tokens(objective, batch)
+                return (select, self._select_linears(batch)) if select else (None, [])
+        except RuntimeError:
+            return None, []
+
+    def _select_tokens(
+        self, objective: Objective, batch: dict[str, Tensor]
+    ) -> TokenSelector | None:
+        if isinstance(objective, TokenObjective):
+            return SupervisedTokens(objective)
+        if not objective.per_row:
+            return None
+        outputs: list[Tensor] = []
+
+        def cut(block: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001 - a hook
+            states = output if isinstance(output, Tensor) else output[0]
+            outputs.append(states.detach().requires_grad_())
+            states = outputs[-1].clone()
+            return states if isinstance(output, Tensor) else (states, *output[1:])
+
+        with self.last_block.register_forward_hook(cut):
+            with torch.enable_grad():
+                logits = objective.logits(self.model(**batch))
+            (gradient,) = torch.autograd.grad(logits.float().square().sum(), outputs[-1:])
+        has_gradient = gradient.abs().amax(-1).flatten() != 0
+        indices = has_gradient.nonzero()[:, 0]
+        candidates = [PooledTokens(last, self.pad_id) for last in (False, True)]
+        return next(
+            (end for end in candidates if torch.equal(torch.unique(end(batch)), indices)), None
+        )
+
+    def _select_linears(self, batch: dict[str, Tensor]) -> list[nn.Module]:
+        layout = PackedLayout.from_mask(batch["attention_mask"])
+        if layout.tokens < MIN_TOKENS:
+            return []
+        indices = torch.tensor([0, layout.tokens - 1])
+        layout = replace(layout, needed=indices).to(self.device)
+        with self._calls() as calls, using_layout(layout), torch.no_grad():
+            self.model(**batch)
+        if len(calls) != 1:
+            return []
+        with using_layout(layout):
+            return get_prunable_linears(
+                self.last_block, *calls[0], layout, _get_linears(self.last_block)
+            )
+
+    @contextmanager
+    def _calls(self) -> Iterator[list[CallArguments]]:
+        """Yields a list to which each call of the last block appends its packed arguments."""
+        calls: list[CallArguments] = []
+
+        def collect(block: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ARG001 - a hook
+            positional = [None if isinstance(value, Cache) else value for value in args]
+            keyword_args = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
+            calls.append((tuple(positional), keyword_args))  # a cache would append the tokens twice
+
+        with self.last_block.register_forward_pre_hook(collect, with_kwargs=True):
+            yield calls
+
+
+def _get_linears(module: nn.Module) -> list[nn.Module]:
+    """Returns the linear layers of `module`; a layer with adapters counts as one."""
+    if linear_size(module) is not None:
+        return [module]
+    return [linear for child in module.children() for linear in _get_linears(child)]
 
 
 def get_cross_entropy_error(

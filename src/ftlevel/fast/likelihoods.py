@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -163,3 +164,42 @@ def compute_shared_prefix(
         head.loss_sum(lambda: model(**batch), empty, empty)
     prefix.close()
     return prefix
+
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class SupervisedTokens:
+    """Selects the tokens that predict a target of a language head."""
+
+    objective: TokenObjective
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Returns the flat indices into (batch, seq) of tokens that predict a target, (needed,)."""
+        at, _ = self.objective.locate(batch["labels"])
+        return at
+
+
+@dataclass(frozen=True)
+class PooledTokens:
+    """Selects the first or the last token of each right-padded row, for a classifier.
+
+    With `last`, also the last token other than `pad_id`: classifiers pool it if rows end with that.
+    """
+
+    last: bool
+    pad_id: int
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Returns the flat indices into (batch, seq) of the tokens that may be pooled."""
+        mask = batch["attention_mask"]
+        first = torch.arange(len(mask), device=mask.device) * mask.shape[1]
+        if not self.last:
+            return first
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        unpadded = (columns * (batch["input_ids"] != self.pad_id)).argmax(dim=1)
+        return torch.cat([first + mask.sum(dim=1) - 1, first + unpadded])
+
+
+TokenSelector = SupervisedTokens | PooledTokens

@@ -59,6 +59,7 @@ class PackedLayout:
         source: (tokens,) index of each token in the flattened padded batch.
         restore: (batch * seq,) packed position of each batch position; arbitrary for padding.
         segments: segments of the packed row, in order.
+        needed: (needed,) packed positions of tokens used after the last block; None for all.
         before: tokens of a shared prefix that precede the row in attention only; segments count
             them, `source` and `restore` do not.
         is_for_answers: whether the row is for inference, so that attention may sum in any order.
@@ -71,6 +72,7 @@ class PackedLayout:
     source: Tensor
     restore: Tensor
     segments: tuple[Segment, ...]
+    needed: Tensor | None = None
     before: int = 0
     is_for_answers: bool = False
     padding: int = 0
@@ -96,7 +98,14 @@ class PackedLayout:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> PackedLayout:
-        return replace(self, source=function(self.source), restore=function(self.restore))
+        tensors = {name: getattr(self, name) for name in ("source", "restore", "needed")}
+        mapped: Any = {n: function(t) for n, t in tensors.items() if t is not None}
+        return replace(self, **mapped)
+
+    def with_needed_tokens(self, at: Tensor) -> PackedLayout:
+        """Returns a copy that needs only tokens `at`, indices in the flattened padded batch."""
+        needed = torch.unique(self.restore.index_select(0, at))
+        return replace(self, needed=needed if len(needed) < self.tokens else None)
 
     def pad_to(self, multiple: int) -> PackedLayout:
         """Returns a copy with padding tokens at the end, to a multiple of `multiple` tokens.

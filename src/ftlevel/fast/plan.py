@@ -21,7 +21,7 @@ from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.encoding.store import row_lengths
 from ftlevel.fast import packed_attention as attention
 from ftlevel.fast.gpu_attention import activate_fa3
-from ftlevel.fast.likelihoods import base_model
+from ftlevel.fast.likelihoods import TokenSelector, base_model
 from ftlevel.fast.packing import PackedModel, UnsupportedModelError
 from ftlevel.fast.parallel_workers import MAX_WORKERS
 from ftlevel.fast.prefixes import shared_fraction
@@ -179,6 +179,7 @@ class FastPlan:
         tokens: maximum total tokens of the micro-batches that are computed in parallel.
         prefix_tree: whether prefixes shared in a micro-batch are computed once.
         liger_kernel: whether liger-kernel computes norms, GLUs and rotary embeddings.
+        needed_tokens: selects tokens that the last block computes; None for all or until checked.
         shared_prefix: whether the rows' common prefix may be computed before the micro-batches.
         token_multiple: packed rows are padded to a multiple of this number of tokens.
         memory: device memory in bytes from which `tokens` was computed; 0 if it was not.
@@ -195,6 +196,8 @@ class FastPlan:
     workers: int = 1
     is_random: bool = False
     fused_norm_glu: bool = False
+    prunes_last_layer: bool = False
+    needed_tokens: TokenSelector | None = None
     shared_prefix: bool = False
     memory: int = 0
     liger_kernel: bool = False
@@ -272,6 +275,9 @@ def plan_fast(
         worker_plan.count,
         bool(worker_plan.random),
         speed.fused_norm_glu and not liger,
+        prunes_last_layer=speed.prune_last_layer
+        and not padded_message
+        and not METHODS[config.method.kind].step.pruning(config.method),
         # Checkpointing would recompute a micro-batch after the prefix has released its layout.
         shared_prefix=shares_prefixes
         and chunked
@@ -302,6 +308,7 @@ def plan_forward(
         packs,
         chunked,
         tokens,
+        prunes_last_layer=packs,
         token_multiple=get_token_multiple(device),
     )
 

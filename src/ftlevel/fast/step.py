@@ -11,16 +11,18 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from ftlevel.data.encoding.row import Encoded
 from ftlevel.fast import packed_attention as attention
-from ftlevel.fast.checks import PackingCheck, get_cross_entropy_error
+from ftlevel.fast.checks import PackingCheck, PruningCheck, get_cross_entropy_error
 from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
 from ftlevel.fast.fused_layers import FusedNormGlu
-from ftlevel.fast.likelihoods import base_model
+from ftlevel.fast.likelihoods import TokenSelector, base_model
 from ftlevel.fast.packing import PackedModel
 from ftlevel.fast.parallel_workers import ParallelWorkers
 from ftlevel.fast.plan import FastPlan, has_language_head, set_packed_attention
+from ftlevel.fast.pruning import LastLayerPruning
 from ftlevel.fast.recompute import PerWorkerDropout
 from ftlevel.models.module_tree import get_blocks
 from ftlevel.models.upstream.architectures import attention_of
@@ -31,7 +33,7 @@ class FastStep:
     """The parts of a plan, applied to a model (modified until `remove`).
 
     `plan` is updated to the parts in use; `cross_entropy`, `workers` and `norm_glu` are None if
-    unused.
+    unused. `pruned_linears` is the number of linear layers of the last block that skip tokens.
     """
 
     def __init__(self, model: Any, plan: FastPlan) -> None:
@@ -49,6 +51,8 @@ class FastStep:
         self.cross_entropy = ChunkedCrossEntropy(self._base) if plan.chunked_cross_entropy else None
         self.norm_glu = FusedNormGlu(model) if plan.fused_norm_glu else None
         self.workers: ParallelWorkers | None = None
+        self.pruned_linears = 0
+        self._pruning: LastLayerPruning | None = None
         self._dropout = PerWorkerDropout(model)
         if plan.workers > 1:
             self.workers = ParallelWorkers(plan.workers, torch.get_num_threads(), plan.is_random)
@@ -99,6 +103,22 @@ class FastStep:
         self.cross_entropy = None
         return f"its head is computed on every token: {message}"
 
+    def prune_last_layer(
+        self, objective: Objective, rows: Sequence[Encoded], pad_id: int, device: str, dtype: str
+    ) -> None:
+        """Where possible, make the last block compute only the tokens that the loss needs."""
+        if self._packing is None or not self.plan.prunes_last_layer:
+            return
+        last = get_blocks(self._base)[-1]
+        select, linears = PruningCheck(self._model, last, rows, pad_id, device, dtype)(objective)
+        self.prune(select, linears)
+
+    def prune(self, select: TokenSelector | None, linears: Sequence[nn.Module]) -> None:
+        """Make the last block's `linears`, if any, compute only tokens that `select` returns."""
+        if linears:
+            self.plan = replace(self.plan, needed_tokens=select)
+            self._pruning, self.pruned_linears = LastLayerPruning(linears), len(linears)
+
     def _remove_packing(self) -> None:
         if self._packing is not None:
             self._packing.remove()
@@ -107,7 +127,7 @@ class FastStep:
 
     def remove(self) -> None:
         """Remove all parts of the fast step, so that the model runs as before."""
-        for part in (self.cross_entropy, self.norm_glu, self._dropout):
+        for part in (self.cross_entropy, self.norm_glu, self._pruning, self._dropout):
             if part is not None:
                 part.remove()
         self._close_workers()

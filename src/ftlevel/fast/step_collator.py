@@ -109,6 +109,8 @@ class StepCollator:
         ids = torch.tensor([tokens])
         batch: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         layout = PackedLayout.from_mask(batch["attention_mask"])
+        if self._plan.needed_tokens is not None:  # none is needed, and one is the minimum
+            layout = layout.with_needed_tokens(torch.tensor([len(tokens) - 1]))
         return {**batch, "layout": layout}
 
     def _micro_batch(
@@ -124,6 +126,8 @@ class StepCollator:
             layout = PackedLayout.from_mask(batch["attention_mask"])
         if layout is not None:
             layout = layout.pad_to(self._plan.token_multiple)
+        if layout is not None and self._plan.needed_tokens is not None:
+            layout = layout.with_needed_tokens(self._plan.needed_tokens(batch))
         if isinstance(self._objective, TokenObjective):
             batch["located"] = self._objective.locate(batch["labels"])
         return {**batch, "layout": layout}

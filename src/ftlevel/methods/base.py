@@ -143,11 +143,13 @@ class StepSupport:
         fusing: fused layers; None for methods other than LoRA.
         packing: packed rows.
         workers: micro-batches in parallel threads.
+        pruning: skipping unsupervised tokens in the last layer.
     """
 
     fusing: Callable[[Any], str] | None = None
     packing: Callable[[Any], str] = lambda _: ""
     workers: Callable[[Any], str] = lambda _: ""
+    pruning: Callable[[Any], str] = lambda _: ""
 
 
 @runtime_checkable

@@ -215,6 +215,7 @@ def apply_fast_step(model: Any, run: Run, listener: Listener) -> FastStep | None
     args = (run.data.train, run.model.pad_id, run.model.device, run.model.dtype)
     with exact_float32():
         reasons = (*fast.check(*args), fast.check_cross_entropy(run.objective, *args))
+        fast.prune_last_layer(run.objective, *args)
     for reason in filter(None, reasons):
         listener.warn(f"{run.model.family}: {reason}.")
     return fast
@@ -237,6 +238,7 @@ def get_speed_info(trainer: FtlevelTrainer, failure: str, comparison: Any) -> di
         "prefixes_shared": plan.prefix_tree,
         "fused_norms_and_glus": trainer.fast.norm_glu.count if trainer.fast.norm_glu else 0,
         "liger_kernel": plan.liger_kernel,
+        "pruned_linears": trainer.fast.pruned_linears,
         "parallel_workers": plan.workers,
         "tokens_per_micro_batch": plan.tokens // plan.workers,
         "chosen_for_bytes": plan.memory or None,

@@ -27,7 +27,7 @@ from ftlevel.fast.plan import FUNCTIONAL_DROPOUT, FastPlan, plan_fast
 from ftlevel.fast.recompute import GeneratorDropout, using_generator
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
-from ftlevel.methods import Base
+from ftlevel.methods import METHODS, Base
 from ftlevel.objectives import Objective
 from ftlevel.tasks.classes import Classes
 from ftlevel.tasks.losses import Tokens
@@ -117,7 +117,7 @@ def conversation_rows() -> list[Encoded]:
 def compute_both_steps(
     model: Any, head: str, output_dir: Path, *, packs: bool = True, heads: bool | None = None,
     tokens: int = 40, prefix_tree: bool = False, rows: list[Encoded] | None = None,
-    at_least: int = 3, workers: int = 1, shared_prefix: int = 0,
+    at_least: int = 3, workers: int = 1, shared_prefix: int = 0, prunes: bool = True,
     multiple: int = 1, **arguments: Any,
 ) -> tuple[tuple[float, torch.Tensor], tuple[float, torch.Tensor]]:  # fmt: skip
     """Return loss and gradient of the plain step (micro-batches of 2 rows) and of the fast step."""
@@ -133,10 +133,12 @@ def compute_both_steps(
         tokens,
         prefix_tree,
         workers=workers,
+        prunes_last_layer=prunes,
         shared_prefix=shared_prefix > 0,
         token_multiple=multiple,
     )
     trainer = build_trainer(model, head, output_dir, plan, **arguments)
+    trainer.fast.prune_last_layer(OBJECTIVES[head], rows, pad_id, "cpu", "float32")
     batch = StepCollator(pad_id, trainer.fast.plan)(rows)
     assert len(batch["micro_batches"]) >= at_least
     assert batch["in_parallel"] is (workers > 1)
@@ -296,7 +298,7 @@ def test_parallel_micro_batches_match_plain_step_for_every_method(
 def test_fast_step_matches_plain_step_for_bottleneck_adapters(
     placement: Any, family: str, head: str, tmp_path: Path
 ) -> None:
-    """Packed and shared-prefix inputs keep the adapter's residual input aligned."""
+    """Packed, shared-prefix and pruned inputs keep the adapter's residual input aligned."""
     spec = AdapterSpec(placement=placement, bottleneck_dim=8)
     base = build_without_dropout(family, head)
     targets = resolve_method_targets(spec, base, family)
@@ -306,11 +308,12 @@ def test_fast_step_matches_plain_step_for_bottleneck_adapters(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)
+    prunes = not METHODS["adapter"].step.pruning(spec)
     rows = conversation_rows() if head == "causal" else None
     prefix_options = (
         {"rows": rows, "prefix_tree": True, "tokens": 200, "at_least": 1} if rows else {}
     )
-    assert_same_step(compute_both_steps(model, head, tmp_path, **prefix_options))
+    assert_same_step(compute_both_steps(model, head, tmp_path, prunes=prunes, **prefix_options))
 
 
 @pytest.mark.parametrize(

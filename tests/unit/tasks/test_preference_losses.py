@@ -38,7 +38,7 @@ from preference_figures import (
     pair_rows,
 )
 
-PACKED = FastPlan(True, True, True, 4096, prefix_tree=True)
+PACKED = FastPlan(True, True, True, 4096, prefix_tree=True, prunes_last_layer=True)
 PADDED = FastPlan(True, False, True, 4096)
 
 
@@ -98,6 +98,7 @@ def _step(
         fast = FastStep(model, replace(plan, tokens=tokens))
         fast.check(rows, PAD, "cpu", "float32")
         assert not fast.check_cross_entropy(objective, rows, PAD, "cpu", "float32")
+        fast.prune_last_layer(objective, rows, PAD, "cpu", "float32")
         head = fast.cross_entropy
         step = StepCollator(PAD, fast.plan)(rows)
         micro_batches, contrast_batches = step["micro_batches"], step.get("contrasts", [])

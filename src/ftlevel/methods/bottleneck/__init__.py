@@ -238,6 +238,9 @@ class Bottleneck(Method):
             if spec.placement in ("parallel", *ON_RESIDUAL)
             else ""
         ),
+        pruning=lambda spec: (
+            f"{spec.placement} adapters read the residual" if spec.placement in ON_RESIDUAL else ""
+        ),
     )
     merge_info = MergeInfo(("BOTTLENECK",), into_weights=False, get_error=lambda _: MERGE_ERROR)
     page = PAGE

@@ -4,6 +4,7 @@
 
 Each of the n_k layers of type k adds the same, so small models with one layer per type give the
 peak of all layers, in each phase. Parallel workers are assumed to peak together, an upper bound.
+What can be pruned in the last block depends on values, so one block with random weights is run.
 """
 
 from __future__ import annotations
@@ -22,17 +23,25 @@ from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor
 
 from ftlevel.artifacts.run_directory import RunDirectory
+from ftlevel.config import QuantConfig
 from ftlevel.config.rl import RL_TASK
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.row import Encoded
 from ftlevel.fast.blocked_attention import split_queries
+from ftlevel.fast.checks import PruningCheck
+from ftlevel.fast.likelihoods import TokenSelector, base_model
 from ftlevel.fast.packed_attention import batch_sequences
+from ftlevel.fast.packing import PackedModel
+from ftlevel.fast.plan import set_packed_attention
+from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator, TextCollator
 from ftlevel.methods import METHODS
-from ftlevel.models.module_tree import ModuleTree
+from ftlevel.models.loading import build_task_model
+from ftlevel.models.module_tree import ModuleTree, get_blocks
 from ftlevel.models.upstream.fake import packed_tensors
 from ftlevel.models.upstream.tensors import as_gpu
 from ftlevel.objectives import StepObjective
+from ftlevel.trained.adapt import apply_method
 from ftlevel.training.build_trainer import create_trainer
 from ftlevel.training.forecast.meta_model import (
     ACTIVATIONS,
@@ -52,6 +61,8 @@ from ftlevel.training.forecast.meta_model import (
     LiveMemoryTracker,
     create_fake_model,
     get_block_signatures,
+    targets_in,
+    with_layers,
 )
 from ftlevel.training.forecast.seconds import (
     INITIAL,
@@ -68,6 +79,85 @@ from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
 from ftlevel.training.resume import ResumeState
 from ftlevel.training.whole_step import GRAPH_MEMORY_RATIO
+
+MAX_PARAMETERS = 120_000_000
+"""Largest one-block model built to find pruning, as for models up to 3B parameters. Beyond, all
+tokens of the last block are assumed to be computed."""
+
+_WORDS = 64
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Last-layer pruning: `linears` compute only tokens that `needed` selects (None: all)."""
+
+    needed: TokenSelector | None = None
+    linears: Sequence[str] = ()
+
+    def apply_to(self, fast: FastStep, model: Any) -> None:
+        """Restrict the last block of `model` (modified) to the needed tokens."""
+        if self.linears:
+            last = get_blocks(base_model(model))[-1]
+            fast.prune(self.needed, [last.get_submodule(name) for name in self.linears])
+
+
+def get_pruning(run: Run) -> Pruning:
+    """Returns how the last block of `run` can be pruned; empty if all tokens are computed."""
+    if not (run.fast.enabled and run.fast.packs and run.fast.prunes_last_layer):
+        return Pruning()
+    last = getattr(run.model.config.get_text_config(), "num_hidden_layers", 1) - 1
+    small = _shrink(run.model.config, last)
+    model = build_task_model(small, run.model.auto_class)
+    if sum(parameter.numel() for parameter in model.parameters()) > MAX_PARAMETERS:
+        return Pruning()
+    method = METHODS[run.config.method.kind]
+    base = replace(
+        run, model=replace(run.model, config=small, quant=QuantConfig())
+    ).base  # quantization does not change which tokens reach the loss
+    base = replace(base, targets=targets_in(model, base.targets, [last]))
+    model = apply_method(model, method.initialization.without_weights(run.config.method), base)
+    model = _with_random_weights(model)
+    blocks = get_blocks(base_model(model))
+    if not blocks or not set_packed_attention(base_model(model)):
+        return Pruning()
+    packing = PackedModel(base_model(model))
+    rows = [_with_small_vocabulary(row) for row in run.data.train[:64]]
+    try:
+        check = PruningCheck(model, blocks[-1], rows, 0, "cpu", run.model.dtype)
+        needed, linears = check(run.objective)
+    finally:
+        packing.remove()
+    names = {module: name for name, module in blocks[-1].named_modules()}
+    return Pruning(needed, [names[linear] for linear in linears])
+
+
+def _shrink(config: Any, layer: int) -> Any:
+    """Returns `config` with a small vocabulary and only layer `layer` of encoder and decoder."""
+    config = with_layers(config, [layer])
+    for owner in (config, config.get_text_config()):
+        owner.vocab_size, owner.pad_token_id = _WORDS, 0
+    return config
+
+
+def _with_random_weights(model: Any) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    model = model.to_empty(device="cpu").float()
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.normal_(0.5 if tensor.dim() < 2 else 0.0, 0.05, generator=generator)
+        for name, tensor in model.named_buffers():
+            if tensor.is_floating_point():
+                tensor.uniform_(0.1, 1.0, generator=generator)
+            elif name.endswith("position_ids"):
+                tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape))
+            else:
+                tensor.zero_()  # token type ids
+    return model
+
+
+def _with_small_vocabulary(row: Encoded) -> Encoded:
+    return replace(row, input_ids=[3 + token % (_WORDS - 3) for token in row.input_ids])
+
 
 _WORKER_PARTS = (ACTIVATIONS, LOGITS, WORKSPACE, CASTS)
 """Parts that each parallel worker allocates for itself."""
@@ -109,7 +199,8 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
     `memory` is bytes available to tensors. On a GPU, it limits the chunk size of the logits.
     """
     layers = LayerSample.of(run)
-    batch = _get_largest_batch(run)
+    pruning = get_pruning(run)
+    batch = _get_largest_batch(run, pruning)
     is_full = not METHODS[run.config.method.kind].is_adapter
     with ExitStack() as stack:
         stack.enter_context(as_gpu(run.model.device == "cuda"))
@@ -124,7 +215,7 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
         available = memory - int(sum(weights.values())) if run.model.device == "cuda" else None
         peaks = layers.extend(
             [
-                _simulate_step(run, live, fake, batch, available)
+                _simulate_step(run, live, fake, batch, pruning=pruning, available=available)
                 for fake, live in zip(fake_models, trackers, strict=True)
             ]
         )
@@ -279,11 +370,15 @@ def _simulate_step(
     tracker: LiveMemoryTracker,
     fake_model: FakeModel,
     batch: _Batch,
+    *,
+    pruning: Pruning,
     available: int | None,
 ) -> Peaks:
     cpu_run = replace(run, model=replace(run.model, device="cpu"))
-    if fake_model.fast is not None and fake_model.fast.cross_entropy is not None:
-        fake_model.fast.cross_entropy.fit_chunks(available)
+    if fake_model.fast is not None:
+        pruning.apply_to(fake_model.fast, fake_model.model)
+        if fake_model.fast.cross_entropy is not None:
+            fake_model.fast.cross_entropy.fit_chunks(available)
     with tempfile.TemporaryDirectory() as nowhere:
         model = PreparedModel(fake_model.model, {}, fake_model.fast, {})
         output_dir = RunDirectory(Path(nowhere))
@@ -364,7 +459,7 @@ def _create_optimizer_states(
     tracker.is_counting = True
 
 
-def _get_largest_batch(run: Run) -> _Batch:
+def _get_largest_batch(run: Run, pruning: Pruning) -> _Batch:
     train, fast = run.config.train, run.fast
     rows, size = run.data.train, train.per_device_train_batch_size
     if not fast.enabled:
@@ -378,9 +473,10 @@ def _get_largest_batch(run: Run) -> _Batch:
         has_others = train.gradient_accumulation_steps > 1
         tokens = inputs["input_ids"].numel()
         return _Batch(inputs, tokens, has_others, 1, tokens)
+    needed_tokens = pruning.needed if pruning.linears else None
     has_step_loss = isinstance(run.objective, StepObjective)
     collate = (TextCollator if has_step_loss else StepCollator)(
-        run.model.pad_id, replace(fast, shared_prefix=False)
+        run.model.pad_id, replace(fast, shared_prefix=False, needed_tokens=needed_tokens)
     )
     candidates: list[_Batch] = []
     for step in _steps(run, has_step_loss):
