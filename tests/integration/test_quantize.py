@@ -291,7 +291,7 @@ def test_gguf_source_matches_directory(
     ("arguments", "message"),
     [
         (["--quant", "3bit", "--out", "x"], "--quant: '3bit' is not known. Expected one of 4bit"),
-        (["--out", "x"], "--quant is missing: Quantization: 4bit, 8bit"),
+        (["--out", "x"], "--quant is missing: Quantization: 4bit or 8bit"),
         (["--quant", "4bit"], "--out is missing: Output directory; it must not exist."),
         (
             ["--quant", "8bit", "--double-quant", "--out", "x"],
