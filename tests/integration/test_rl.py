@@ -748,10 +748,19 @@ def test_two_process_and_resumed_distillation_match_one_process(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"rl": {"reward": ["exact"]}}, "--reward: with --teacher, completions are compared"),
-        ({"rl": {"reward": [], "loss": "gspo"}}, "--loss gspo: with --teacher each token"),
-        ({"rl": {"reward": [], "beta": 0.1}}, "--beta: with --teacher"),
-        ({"divergence": "jsd"}, "--divergence: --task rl with --teacher minimizes"),
+        (
+            {"rl": {"reward": ["exact"]}},
+            "--reward exact cannot be used with --teacher .*: completions are compared",
+        ),
+        (
+            {"rl": {"reward": [], "loss": "gspo"}},
+            "--loss gspo cannot be used with --teacher .*: each token",
+        ),
+        ({"rl": {"reward": [], "beta": 0.1}}, "--beta 0.1 cannot be used with --teacher"),
+        (
+            {"divergence": "jsd"},
+            "--divergence jsd has no effect with --task rl: --teacher minimizes",
+        ),
         ({}, "its tokenizer differs from that of the model"),
     ],
 )

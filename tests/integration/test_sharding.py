@@ -700,8 +700,11 @@ def train_with_overrides(folder: Path, out: Path, overrides: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({}, "one process has the whole model"),
-        ({"method": {"kind": "lora", "init_lora_weights": "pissa"}}, "changes the base's weights"),
+        ({}, "one process: it has the whole model"),
+        (
+            {"method": {"kind": "lora", "init_lora_weights": "pissa"}},
+            "an initialization that changes the base",
+        ),
         ({"method": {"kind": "adalora"}}, "other shapes than what it trains"),
         ({"quant": {"kind": "8bit"}}, "--quant 8bit"),
         ({"method": {"kind": "full"}, "speed": {"verify": True}}, "Drop --verify-fast"),

@@ -33,9 +33,9 @@ class Collator:
         inputs: dict[str, list[torch.Tensor]] = {}
         for row in rows:
             for name, values in row.loss_inputs.items():
-                tensor = torch.tensor(values)
-                tensor = tensor.float() if tensor.is_floating_point() else tensor.long()
-                inputs.setdefault(name, []).append(tensor)
+                array = torch.tensor(values)
+                array = array.float() if array.is_floating_point() else array.long()
+                inputs.setdefault(name, []).append(array)
         rows = [sequence for row in rows for sequence in row.sequences]
         labels: list[Any] = [r.labels for r in rows]
         return {
