@@ -31,12 +31,10 @@ from typing import IO, Any, NoReturn
 
 from filelock import FileLock
 
-from ftlevel.safe_io import python_command
-
 ADDRESS = "FTLEVEL_TESTS_FORKS"  # path of the sockets of the forking processes, without suffix
 HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _IMPORTED = ("libraries", "ftlevel")
-_PROGRAMS = ([sys.executable, "-m", "ftlevel"], python_command("ftlevel"))  # torchrun, ftlevel
+_PROGRAM = [sys.executable, "-m", "ftlevel"]
 _FORK_CONTEXT = multiprocessing.get_context("fork")
 _processes: list[subprocess.Popen[bytes]] = []
 _servers: dict[str, socket.socket] = {}
@@ -396,8 +394,10 @@ class _ForkedRank(subprocess.Popen):  # type: ignore[type-arg]
     """A child process of the program; ranks of its run are forks of this process."""
 
     def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, *rest: Any) -> None:
+        from ftlevel.safe_io import python_command  # of the copy that a test may have put first
+
         words = [word for word in args if word != "-u"] if isinstance(args, list | tuple) else []
-        if words[:3] not in _PROGRAMS:
+        if words[:3] not in (_PROGRAM, python_command("ftlevel")):  # torchrun, ftlevel
             super()._execute_child(args, executable, preexec_fn, *rest)  # type: ignore[misc]
             return
         close_fds, env, start_new_session = rest[0], rest[3], rest[18]
