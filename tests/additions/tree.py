@@ -147,6 +147,8 @@ ADDITIONS: dict[str, tuple[int, Addition]] = {
 
 def _run_commands() -> None:
     """Run a command for each line of stdin."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "ftlevel"]:
+        del sys.modules[name]  # of another tree: `forked` imports `safe_io`
     from ftlevel.cli.app import run
 
     output, sys.stdout = sys.stdout, sys.stderr
