@@ -98,7 +98,8 @@ def test_console_prints_controls_as_escapes() -> None:
 
 
 def test_printed_text_and_json_have_no_controls(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["train", "--model", f"/{EVIL[:-1]}", "--dataset", "builtin:docstrings", "--json"]) == 2
+    model = ["--model", f"/{EVIL[:-1]}", "--dataset", "builtin:docstrings"]
+    assert run(["train", *model, "--json"]) == 2
     sys.stdout.write(f"{EVIL}\n")
     out, err = capsys.readouterr()
     line, _, printed = out.partition("\n")

@@ -28,7 +28,7 @@ from ftlevel.cli.startup import (
 from ftlevel.cli.topics import topic_of_error, with_topic
 from ftlevel.errors import FtlevelError, Interrupted, is_out_of_memory
 from ftlevel.extensions import added_rows, load
-from ftlevel.safe_io import escape_json, mask_passwords
+from ftlevel.safe_io import escape_controls, escape_json, mask_passwords
 from ftlevel.world import is_launched, should_print
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def _end(
 ) -> int:
     message = mask_passwords(message)
     for line in with_topic(message, topic).split("\n"):
-        typer.echo(f"ftlevel: {line}", err=True)
+        typer.echo(f"ftlevel: {escape_controls(line)}", err=True)  # else it drops some
     _report_json(args, message, code, summary)
     return code
 
