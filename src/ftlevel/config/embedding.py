@@ -177,9 +177,8 @@ def validate_embedding(config: EmbeddingConfig, batch: int, teacher: str | None)
     names = [name for name in config.changed if config.loss or name != "margin"]
     yield from list_unread("embedding", names, loss, PARAMETERS)
     if loss == "gist" and config.guide is None:
-        yield needs(
-            "--loss gist", "--guide MODEL", "it finds false negatives", "Add --guide MODEL."
-        )
+        reason, fix = "it finds false negatives", "Add --guide MODEL."
+        yield needs("--loss gist", "--guide MODEL", reason, fix)
     if teacher is not None and not LOSSES[loss].needs_teacher:
         losses = join_names(name for name, facts in LOSSES.items() if facts.needs_teacher)
         yield has_no_effect("--teacher", f"--loss {loss}", f"it is for {losses}")
