@@ -95,9 +95,18 @@ SETTINGS = [
         ["--rollouts", "http://127.0.0.1:9", "--set", "method.modules_to_save=[lm_head]"],
         "--modules-to-save lm_head: a vLLM server loads plain LoRA adapters only.",
     ),
-    (["--rollouts", "localhost:8000"], "localhost:8000 is not an address, such as http://"),
-    (["--rollouts", "http:///v1"], "http:///v1 is not an address, such as http://127.0.0.1:8000."),
-    (["--rollouts", "httpx://host"], "httpx://host is not an address, such as http://"),
+    (
+        ["--rollouts", "localhost:8000"],
+        "localhost:8000 is not an address without a password, such as http://",
+    ),
+    (
+        ["--rollouts", "http:///v1"],
+        "http:///v1 is not an address without a password, such as http://127.0.0.1:8000.",
+    ),
+    (
+        ["--rollouts", "httpx://host"],
+        "httpx://host is not an address without a password, such as http://",
+    ),
     (["--sft-weight", "2"], "--sft-weight has no effect with --task rl: it is for --task pref"),
 ]
 

@@ -174,8 +174,8 @@ def test_soft_prompt_adapter_is_compared_on_text(tiny_model_dir: ModelDir, tmp_p
         (["--against", "nothing"], "nothing"),
         (
             ["--eval-text", "x.txt"],
-            "--eval-text x.txt is for comparing two models. Add --against MODEL, or use --dataset "
-            "for rows to evaluate.",
+            "--eval-text x.txt needs --against MODEL: it is for comparing two models. Add "
+            "--against MODEL, or drop --eval-text.",
         ),
         (["--against", "{run}", "--task", "masked-lm"], "was trained for summarization"),
         (["--against", "{run}", "--eval-text", "nothing.txt"], "--eval-text nothing.txt cannot"),

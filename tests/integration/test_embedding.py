@@ -850,7 +850,7 @@ def test_changed_corpus_is_reported_and_stops_resume(
     shutil.rmtree(out / "adapter")
     resume = ["train", str(out / "config.yaml"), "--output-dir", str(out), "--resume"]
     assert run(resume) == 2
-    assert "data.validation_fingerprint was" in capsys.readouterr().err
+    assert "data.validation_fingerprint (validation rows) was" in capsys.readouterr().err
     moved = corpus.with_name("moved.jsonl")
     shutil.copy(beir_dir / "corpus.jsonl", moved)
     assert run([*resume, "--corpus", str(moved)]) == 0

@@ -112,11 +112,11 @@ def test_adapter_unsupported_by_server_is_rejected(
         (["--for", "nowhere"], "nowhere"),
         (
             ["--format", "merged", "--max-rank", "4"],
-            "--max-rank is for adapters, not for merged. Drop it.",
+            "--max-rank has no effect with --format merged: it is for adapters. Drop it.",
         ),
         (
             ["--for", "vllm", "--calibration-rows", "4"],
-            "--calibration-rows needs q5_0 or q4_0, not auto. Drop it.",
+            "--calibration-rows needs --outtype q5_0 or q4_0 (it is auto). Add",
         ),
     ],
 )

@@ -145,8 +145,11 @@ def test_moved_base_needs_model_option(
     other_model = str(tiny_model_dir("llama", chat=True, seed=1))
     assert run([*command, "--model", other_model]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert ("started on base" if command[0] == "train" else f"trained on {project}/base") in line
-    assert f"--model {other_model} has other weights" in line
+    if command[0] == "train":
+        assert "model.fingerprint (weights of the base model, --model) was" in line
+    else:
+        assert f"trained on {project}/base" in line
+        assert f"--model {other_model} has other weights" in line
     assert run([*command, "--model", "moved"]) == 0
     if command[0] == "train":  # the new path is stored
         assert run(["generate", "run", "--prompt", "the file"]) == 0

@@ -799,7 +799,10 @@ def test_rl_turns_off_dropout_of_an_adapter(
     train(create_config(data, tmp_path / "run", model=model), dry_run=True)
     assert "its dropout is off; --task rl has none" in caplog.text
     method = {"lora_dropout": 0.1}
-    with pytest.raises(ConfigError, match=r"--lora-dropout 0\.1: the model that samples"):
+    with pytest.raises(
+        ConfigError,
+        match=r"--lora-dropout 0\.1 cannot be used with --task rl: the model that samples",
+    ):
         train(create_config(data, tmp_path / "run", model=model, method=method), dry_run=True)
 
 

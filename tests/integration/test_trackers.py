@@ -146,7 +146,7 @@ def test_failed_tracker_is_disabled(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (["--report-to", "tensorboard,comet"], "'comet' is not known. Expected one of"),
         (
             ["--tracker-project", "x"],
-            "--tracker-project x needs a tracker. Add --report-to wandb (or another), or drop it.",
+            "--tracker-project x needs --report-to wandb: it is the tracker's. Add",
         ),
         (["--report-to", "wandb"], 'pip install "ftlevel[wandb]", or drop it.'),
     ],

@@ -136,7 +136,8 @@ def _load_json(path: Path, label: str) -> Mapping[str, Any]:
         return cast("Mapping[str, Any]", read_json(path))
     except InputError as error:
         problem = "its weights cannot" if path.match(_INDEX) else "it cannot"
-        raise InputError(f"{label}: {problem} be read: {error}") from None
+        reason = str(error).removeprefix(f"{path} cannot be read (")
+        raise InputError(f"{label}: {problem} be read ({path.name}: {reason}") from None
 
 
 try:

@@ -28,7 +28,7 @@ from ftlevel.training.plan.run import Run
 BASE, ROWS, VALIDATION = "model.fingerprint", "data.fingerprint", "data.validation_fingerprint"
 REWARDS, ADAPTER = "rl.fingerprint", "model.adapter_fingerprint"
 _CONTENTS = {
-    BASE: " (weights of the base model)",
+    BASE: " (weights of the base model, --model)",
     ROWS: " (rows)",
     VALIDATION: " (validation rows)",
     REWARDS: " (reward functions or reward models)",

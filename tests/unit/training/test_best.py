@@ -66,8 +66,6 @@ def test_resumed_run_counts_all_evaluations_without_improvement() -> None:
     assert format_selected_model(selected.describe()).endswith(
         "after 2 evaluations without a better one"
     )
-    legacy = {key: value for key, value in selected.describe().items() if key != "waited"}
-    assert format_selected_model(legacy).endswith("after 1 evaluation without a better one")
 
 
 def test_evaluation_of_the_kept_model_is_not_counted(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ class PromptSpec(MethodSpec):
     """
 
     constraints: ClassVar[Constraints] = (
-        Needs("prompt_tuning_init=TEXT", "prompt_tuning_init_text=…"),
+        Needs("prompt_tuning_init=TEXT", "prompt_tuning_init_text …"),
         Needs("prompt_tuning_init_text", "prompt_tuning_init=TEXT"),
     )
     kind: Literal["prompt"] = "prompt"
