@@ -19,8 +19,8 @@ from ftlevel.artifacts.files import base_fingerprint, load_json, write_json
 from ftlevel.artifacts.run_directory import CHECKPOINTS, CONFIG, ORIGIN, RunDirectory
 from ftlevel.config import IN_MEMORY, Layer, load_recipe
 from ftlevel.config.preference import NO_REFERENCE, START
-from ftlevel.config.rl import parse_reward
 from ftlevel.errors import ConfigError, join_names
+from ftlevel.extras.rl.config import parse_reward
 
 PLACES = "places.json"
 

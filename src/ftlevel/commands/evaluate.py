@@ -14,7 +14,6 @@ from ftlevel.artifacts.files import check_new_output, rows_fingerprint
 from ftlevel.artifacts.paths import DATA_PATHS, check_paths
 from ftlevel.artifacts.row_files import row_file_type, save_rows
 from ftlevel.config import SPECS, EvaluateConfig, InMemoryDataset, QuantConfig, TrainConfig
-from ftlevel.config.rl import RlConfig
 from ftlevel.config.section import Choice, check_config
 from ftlevel.config.trust import check_reward_files
 from ftlevel.data.encoding.fit import LengthBounds
@@ -34,7 +33,6 @@ from ftlevel.evaluation.intervals import (
     should_generate,
     uses_text_metrics,
 )
-from ftlevel.evaluation.rollouts import RewardEvaluator, Rollouts, open_rewards, open_teacher
 from ftlevel.evaluation.scoring import Evaluator, iterate_results, needs_reference, with_reference
 from ftlevel.evaluation.two_models import (
     build_comparison_inputs,
@@ -43,13 +41,15 @@ from ftlevel.evaluation.two_models import (
     select_primary,
 )
 from ftlevel.events import Listener, NullListener
+from ftlevel.extras.rl.config import RlConfig
+from ftlevel.extras.rl.objective import PolicyGradient
+from ftlevel.extras.rl.rollouts import RewardEvaluator, Rollouts, open_rewards, open_teacher
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import select_device
 from ftlevel.models.loading import silence_loggers
 from ftlevel.models.quantization import format_quantization
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.tasks.embedding.objective import Embeddings
-from ftlevel.tasks.rl.objective import PolicyGradient
 from ftlevel.trained.generation import GenerationOptions
 from ftlevel.trained.model_ref import LoadedModel, ModelRef
 from ftlevel.trained.resolve import get_dtype_source, get_original_base, resolve_model

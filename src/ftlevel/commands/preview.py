@@ -16,8 +16,9 @@ from ftlevel.data.encoding.store import row_lengths
 from ftlevel.data.gate import Finding
 from ftlevel.data.gate.checks import flat_batches
 from ftlevel.errors import ConfigError, join_names
-from ftlevel.evaluation.rollouts import open_rewards, open_teacher
 from ftlevel.events import NullListener
+from ftlevel.extras.rl.checks import preview_rollouts
+from ftlevel.extras.rl.rollouts import open_rewards, open_teacher
 from ftlevel.models.loading import silence_loggers
 from ftlevel.objectives import PolicyObjective
 from ftlevel.training.build_trainer import create_rollouts
@@ -25,7 +26,6 @@ from ftlevel.training.model import load_training_model
 from ftlevel.training.plan.adapter import resolve_adapter
 from ftlevel.training.plan.resolve import infer_task, resolve
 from ftlevel.training.plan.run import Run
-from ftlevel.training.rl.checks import preview_rollouts
 
 _BARS = 10  # of the histogram
 

@@ -10,7 +10,6 @@ from pydantic import BeforeValidator, Field, model_validator
 from ftlevel.config.output import Decoding, DecodingAsInTraining
 from ftlevel.config.preference import FewNames
 from ftlevel.config.reading import normalize_task
-from ftlevel.config.rl import Rewards
 from ftlevel.config.sections import (
     INPUT_FORMAT,
     ColumnMap,
@@ -22,6 +21,7 @@ from ftlevel.config.sections import (
     RunDevice,
 )
 from ftlevel.config.tasks import TaskName
+from ftlevel.extras.rl.config import Rewards
 
 UnnamedTask = Annotated[
     TaskName | None,

@@ -21,12 +21,12 @@ from ftlevel.config.preference import (
 )
 from ftlevel.config.reading import resolve_aliases
 from ftlevel.config.reranking import RERANKING_TASKS, RerankingConfig, validate_reranking
-from ftlevel.config.rl import RL_TASK, RlConfig, validate_rl
 from ftlevel.config.section import flag_of
 from ftlevel.config.sections import DataConfig, ModelConfig, QuantConfig, Section, SpeedConfig
 from ftlevel.config.tasks import TASKS, TaskName
 from ftlevel.config.trainer import TrainerConfig, validate_optimizer
 from ftlevel.errors import join_names, with_article
+from ftlevel.extras.rl.config import RL_TASK, RlConfig, validate_rl
 
 SHORTHAND = {
     "model": "name_or_path",

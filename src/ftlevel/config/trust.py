@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ftlevel.config.rl import RewardSpec
+    from ftlevel.extras.rl.config import RewardSpec
 
 COMMAND_LINE_ONLY = {
     "model.trust_remote_code": ("--trust-remote-code", "runs Python code that ships with a model"),

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from ftlevel.config import SPECS, MethodConfig, SpeedConfig, TrainConfig, TrainerConfig
-from ftlevel.config.rl import RlConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.store import row_lengths
+from ftlevel.extras.rl.config import RlConfig
 from ftlevel.fast import packed_attention as attention
 from ftlevel.fast.gpu_attention import activate_fa3
 from ftlevel.fast.likelihoods import TokenSelector, base_model

@@ -14,15 +14,18 @@ from ftlevel.artifacts.run_directory import ROLLOUTS, RunDirectory
 from ftlevel.config.trainer import TrainerConfig
 from ftlevel.data.encoding.collate import CollatorWithRows
 from ftlevel.evaluation.intervals import should_generate, uses_text_metrics
-from ftlevel.evaluation.rollouts import (
+from ftlevel.evaluation.scoring import Evaluator
+from ftlevel.events import Listener
+from ftlevel.extras.rl.rollouts import (
     RewardEvaluator,
     Rollouts,
     get_validation_position,
     score_rows,
 )
-from ftlevel.evaluation.scoring import Evaluator
-from ftlevel.evaluation.server import BOUND, ServerSampler
-from ftlevel.events import Listener
+from ftlevel.extras.rl.rows import TokenLogps
+from ftlevel.extras.rl.server import BOUND, ServerSampler
+from ftlevel.extras.rl.step import RolloutFile, bound_of
+from ftlevel.extras.rl.trainer import RepeatedSteps, RlTrainer
 from ftlevel.fast.plan import LIGER_ARGUMENTS
 from ftlevel.fast.step_collator import StepCollator, TextCollator
 from ftlevel.methods import METHODS
@@ -31,7 +34,6 @@ from ftlevel.methods.rates import HeadRate
 from ftlevel.models.hardware import current_memory_bytes, uses_tf32, using_tf32
 from ftlevel.models.upstream.libraries import use_one_gpu
 from ftlevel.objectives import PolicyObjective, StepObjective
-from ftlevel.tasks.rl.rows import TokenLogps
 from ftlevel.trained.generation import GenerationOptions
 from ftlevel.training.best import MAX_RECORDED_ROWS, BestModelCallback, PredictionRecorder
 from ftlevel.training.callbacks import Interrupt, Report, SetEpoch, UpdateSchedule
@@ -40,8 +42,6 @@ from ftlevel.training.model import PreparedModel, is_sharded
 from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
 from ftlevel.training.resume import ResumeState
-from ftlevel.training.rl.step import RolloutFile, bound_of
-from ftlevel.training.rl.trainer import RepeatedSteps, RlTrainer
 from ftlevel.training.saving import (
     SMALL_CHECKPOINT,
     SaveByClock,

@@ -22,6 +22,7 @@ from ftlevel.evaluation.intervals import ExampleRecord, interval, select_metrics
 from ftlevel.evaluation.scoring import KEPT, Evaluator, iterate_results
 from ftlevel.events import Listener
 from ftlevel.extensions import hooks
+from ftlevel.extras.rl.checks import get_rollout_warnings
 from ftlevel.methods import needs_import
 from ftlevel.models.kinds import save_legacy_rope
 from ftlevel.models.quantization import get_quantization_config
@@ -32,7 +33,6 @@ from ftlevel.training.callbacks import Report
 from ftlevel.training.model import PreparedModel
 from ftlevel.training.plan.run import Run
 from ftlevel.training.resume import has_evaluation
-from ftlevel.training.rl.checks import get_rollout_warnings
 from ftlevel.training.saving import explain_disk_errors
 from ftlevel.training.summary import (
     Outcome,

@@ -26,8 +26,9 @@ from ftlevel.config import DataConfig, InMemoryDataset, QuantConfig, TrainConfig
 from ftlevel.config.section import Choice
 from ftlevel.config.sections import wrap_rows
 from ftlevel.errors import ConfigError, Interrupted
-from ftlevel.evaluation.server import check_server
 from ftlevel.events import Listener
+from ftlevel.extras.rl.checks import check_before, get_no_effect_cause
+from ftlevel.extras.rl.server import check_server
 from ftlevel.fast.plan import plan_plain
 from ftlevel.models.hardware import free_device_memory, resident_bytes, trim_heap
 from ftlevel.models.in_memory import place_model
@@ -77,7 +78,6 @@ from ftlevel.training.resume import (
     open_or_resume,
     store_base,
 )
-from ftlevel.training.rl.checks import check_before, get_no_effect_cause
 from ftlevel.training.saving import (
     WaitForHashes,
     WriteManifest,

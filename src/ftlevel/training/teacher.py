@@ -20,8 +20,9 @@ from torch import Tensor
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import ConfigError, InputError
-from ftlevel.evaluation.rollouts import compute_token_logps
 from ftlevel.events import Listener
+from ftlevel.extras.rl.rollouts import compute_token_logps
+from ftlevel.extras.rl.rows import CompletionRow
 from ftlevel.fast.cross_entropy import Observe
 from ftlevel.fast.likelihoods import prepare_inputs
 from ftlevel.models.hardware import autocast
@@ -30,7 +31,6 @@ from ftlevel.objectives import PolicyObjective, TokenObjective
 from ftlevel.tasks.embedding.objective import Embeddings
 from ftlevel.tasks.losses import DistillationRows, outcome_dtype, select_top_k
 from ftlevel.tasks.reranking.objective import Ranking
-from ftlevel.tasks.rl.rows import CompletionRow
 from ftlevel.trained.resolve import ReferenceModel, resolve_reference, resolve_text_model
 from ftlevel.training.model import PreparedModel
 from ftlevel.training.plan.run import AuxiliaryModels, Run

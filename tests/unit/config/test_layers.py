@@ -12,8 +12,8 @@ import pytest
 from ftlevel.config import Layer, TrainConfig, build_config, load_recipe, parse_overrides, put
 from ftlevel.config.flags import FLAGS, recipe_hint
 from ftlevel.config.preference import PreferenceConfig
-from ftlevel.config.rl import RlConfig
 from ftlevel.errors import ConfigError
+from ftlevel.extras.rl.config import RlConfig
 
 
 def get_problems(*layers: Layer) -> list[str]:

@@ -12,8 +12,8 @@ from typing import Any
 from ftlevel.config.flag import Alias, FlagAliases, NoOpValue, UnsupportedFlag, ValueAliases
 from ftlevel.config.methods import SPECS
 from ftlevel.config.reading import METHOD_ALIASES
-from ftlevel.config.rl import SAMPLED
-from ftlevel.extras.other_tools.rl import parse_reward_funcs
+from ftlevel.extras.rl.config import SAMPLED
+from ftlevel.extras.rl.other_tools import parse_reward_funcs
 
 _ON = ("train", "preview")
 

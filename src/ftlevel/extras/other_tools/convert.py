@@ -25,7 +25,7 @@ from ftlevel.extras.other_tools.aliases import (
     VERL,
     detect_tool,
 )
-from ftlevel.extras.other_tools.rl import convert_verl
+from ftlevel.extras.rl.other_tools import convert_verl
 
 _NO_COUNTERPART = "no equivalent in ftlevel"
 

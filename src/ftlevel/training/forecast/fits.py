@@ -25,6 +25,7 @@ from typing import Any
 
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError, FtlevelError
+from ftlevel.extras.rl.rows import STAND_IN_TOKENS, STAND_INS
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import (
     DTYPES,
@@ -37,7 +38,6 @@ from ftlevel.models.hardware import (
 )
 from ftlevel.models.quantization import as_quant_config, get_quantization_config, quantization_name
 from ftlevel.objectives import TokenObjective
-from ftlevel.tasks.rl.rows import STAND_IN_TOKENS, STAND_INS
 from ftlevel.training.forecast.memory import StepMemory, count_computed_layers, estimate_step_memory
 from ftlevel.training.forecast.meta_model import (
     ACTIVATIONS,

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import QuantConfig
-from ftlevel.config.rl import RL_TASK
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
+from ftlevel.extras.rl.config import RL_TASK
 from ftlevel.fast.blocked_attention import split_queries
 from ftlevel.fast.checks import PruningCheck
 from ftlevel.fast.likelihoods import TokenSelector, base_model

@@ -30,27 +30,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ftlevel.config.rl import RL_TASK
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.store import row_lengths
 from ftlevel.errors import ConfigError, did_you_mean, join_names
 from ftlevel.evaluation.decoding import CACHE_GROWTH
 from ftlevel.evaluation.packed_weights import MAX_SHARE
-from ftlevel.evaluation.paged_sampling import (
+from ftlevel.events import NullListener
+from ftlevel.extras.rl.config import RL_TASK
+from ftlevel.extras.rl.paged_sampling import (
     LOGITS_COPIES,
     PAGE_TOKENS,
     cache_token_bytes,
     count_prefill_tokens,
     count_rows_in_memory,
 )
-from ftlevel.evaluation.rollouts import open_rewards
-from ftlevel.evaluation.sampling import PREFILL_TOKENS, SamplingOptions
-from ftlevel.events import NullListener
+from ftlevel.extras.rl.rollouts import open_rewards
+from ftlevel.extras.rl.rows import stand_in_completions
+from ftlevel.extras.rl.sampling import PREFILL_TOKENS, SamplingOptions
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import DTYPES, device_memory
 from ftlevel.models.loading import build_task_model
 from ftlevel.objectives import PolicyObjective
-from ftlevel.tasks.rl.rows import stand_in_completions
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.trained.resolve import resolve_model
 from ftlevel.training.forecast.meta_model import ACTIVATIONS, LOGITS

@@ -16,8 +16,8 @@ from ftlevel.artifacts.files import file_fingerprint
 from ftlevel.artifacts.run_directory import CONFIG, get_run_dir
 from ftlevel.config import SPECS, Layer, MethodConfig, TrainConfig, build_config, load_recipe
 from ftlevel.config.flags import FLAGS
-from ftlevel.config.rl import RL_TASK
 from ftlevel.errors import ConfigError, join_names
+from ftlevel.extras.rl.config import RL_TASK
 from ftlevel.methods import METHODS
 from ftlevel.methods.merging import WEIGHTS, get_merge_error
 from ftlevel.models.hardware import select_device

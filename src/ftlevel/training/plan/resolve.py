@@ -19,7 +19,6 @@ from ftlevel.config import (
 )
 from ftlevel.config.embedding import DECODER_RATE, DECODER_RATES, EMBEDDING_TASKS
 from ftlevel.config.preference import PREFERENCE_TASKS
-from ftlevel.config.rl import RL_RATE, RL_TASK
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.chat import set_chat_template
 from ftlevel.data.encoding.collate import ensure_pad_token, separate_pad_from_eos
@@ -29,7 +28,8 @@ from ftlevel.data.prepare.loading import read_dataset
 from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.intervals import check_metrics, should_generate
-from ftlevel.evaluation.rollouts import get_validation_position, open_rewards
+from ftlevel.extras.rl.config import RL_RATE, RL_TASK
+from ftlevel.extras.rl.rollouts import get_validation_position, open_rewards
 from ftlevel.fast.plan import fused_lora_choices, plan_fast
 from ftlevel.methods.rates import RateInputs
 from ftlevel.models.hardware import select_device, select_tf32, select_threads

@@ -9,20 +9,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from ftlevel.config.rl import RlConfig
 from ftlevel.config.section import Choice
 from ftlevel.errors import RunError
-from ftlevel.evaluation.rollouts import BEFORE, Group, Rollouts
 from ftlevel.events import Listener
-from ftlevel.models.hardware import trim_heap
-from ftlevel.tasks.rl.losses import GLOBAL, has_spread
-from ftlevel.training.rl.step import (
+from ftlevel.extras.rl.config import RlConfig
+from ftlevel.extras.rl.losses import GLOBAL, has_spread
+from ftlevel.extras.rl.rollouts import BEFORE, Group, Rollouts
+from ftlevel.extras.rl.step import (
     GroupStatistics,
     compute_metrics,
     compute_statistics,
     has_signal,
 )
-from ftlevel.training.rl.trainer import RlTrainer, check_sampler
+from ftlevel.extras.rl.trainer import RlTrainer, check_sampler
+from ftlevel.models.hardware import trim_heap
 from ftlevel.training.trainer import FtlevelTrainer
 
 MAX_TRUNCATED = 0.9

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ftlevel.config.rl import RlConfig
+from ftlevel.extras.rl.config import RlConfig
 from ftlevel.objectives import Meter, PolicyObjective, TokenObjective, TrainingLoss
 from ftlevel.tasks.losses import Tokens, TokenTargets, mean_or_nan
 
 if TYPE_CHECKING:
     import torch
 
-    from ftlevel.tasks.rl.losses import PolicyLoss, PolicyLossParameters
+    from ftlevel.extras.rl.losses import PolicyLoss, PolicyLossParameters
 
 Watch = Callable[["PolicyLoss", Any, Any], None]
 """Receives the loss of a micro-batch, its detached log-probabilities and its signals."""
@@ -31,7 +31,7 @@ def ignore(loss: PolicyLoss, log_probs: torch.Tensor, signals: torch.Tensor) -> 
 
 def loss_parameters(config: RlConfig) -> PolicyLossParameters:
     """Returns the parameters of the policy loss that `config` sets."""
-    from ftlevel.tasks.rl.losses import PolicyLossParameters
+    from ftlevel.extras.rl.losses import PolicyLossParameters
 
     (epsilon, high), length = config.clip, config.max_completion_length
     corrects_kl = config.use_bias_correction_kl
@@ -71,7 +71,7 @@ class PolicyGradient(TokenTargets, PolicyObjective):
         """
         import torch
 
-        from ftlevel.tasks.rl.losses import policy_loss
+        from ftlevel.extras.rl.losses import policy_loss
 
         advantages, weights, old, reference, _ = signals.unbind(1)
         old = torch.where(old.isnan(), log_probs.detach(), old)

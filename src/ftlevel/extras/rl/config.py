@@ -53,7 +53,7 @@ RL_LOSSES: dict[str, RlLossProperties] = {
     ),
     "reinforce++": RlLossProperties("batch", parameters=_CLIPPED),
 }
-"""Loss → properties; papers: see `tasks/rl/losses.py`."""
+"""Loss → properties; papers: see `extras/rl/losses.py`."""
 
 REWARDS: dict[str, str] = {
     "exact": "",

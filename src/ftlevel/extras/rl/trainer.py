@@ -21,14 +21,12 @@ from torch.utils.data import Sampler
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import RunError
-from ftlevel.evaluation.rollouts import Group, Rollouts, compute_token_logps
-from ftlevel.evaluation.server import using_weights
-from ftlevel.fast.step_collator import StepCollator
-from ftlevel.models.hardware import trim_heap
-from ftlevel.tasks.rl.losses import PolicyLoss
-from ftlevel.tasks.rl.objective import PolicyGradient
-from ftlevel.tasks.rl.rows import CompletionRow, create_completion_row, stand_in_completions
-from ftlevel.training.rl.step import (
+from ftlevel.extras.rl.losses import PolicyLoss
+from ftlevel.extras.rl.objective import PolicyGradient
+from ftlevel.extras.rl.rollouts import Group, Rollouts, compute_token_logps
+from ftlevel.extras.rl.rows import CompletionRow, create_completion_row, stand_in_completions
+from ftlevel.extras.rl.server import using_weights
+from ftlevel.extras.rl.step import (
     GroupStatistics,
     Rollout,
     compute_metrics,
@@ -36,6 +34,8 @@ from ftlevel.training.rl.step import (
     create_training_rows,
     has_signal,
 )
+from ftlevel.fast.step_collator import StepCollator
+from ftlevel.models.hardware import trim_heap
 from ftlevel.training.trainer import FtlevelTrainer
 
 _FILE_NAME = "rollout-{rank}.pt"

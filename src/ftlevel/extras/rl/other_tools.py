@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.config.reading import flatten
-from ftlevel.config.rl import REWARDS, RL_LOSSES, RL_TASK, RlConfig
 from ftlevel.errors import ConfigError, join_names
+from ftlevel.extras.rl.config import REWARDS, RL_LOSSES, RL_TASK, RlConfig
 
 _MARKS = {
     "--loss-type": "TRL",

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftlevel.config import DataConfig
-from ftlevel.config.rl import RlConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.formats.detect import Format
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import InputError
+from ftlevel.extras.rl.config import RlConfig
+from ftlevel.extras.rl.objective import PolicyGradient
+from ftlevel.extras.rl.rows import PROMPT_SHAPES, PromptRow, RlPromptEncoder
 from ftlevel.objectives import Checks, Objective
 from ftlevel.tasks.base import BaseTask
-from ftlevel.tasks.rl.objective import PolicyGradient
-from ftlevel.tasks.rl.rows import PROMPT_SHAPES, PromptRow, RlPromptEncoder
 from ftlevel.tasks.text import TEXT_FIELDS, TextTask
 
 if TYPE_CHECKING:

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from transformers import TrainerState
 
-from ftlevel.config.rl import RlConfig, unknown_reward
 from ftlevel.config.section import Choice
 from ftlevel.config.trust import allow_reward_files
 from ftlevel.data.encoding.collate import Collator
@@ -32,22 +31,26 @@ from ftlevel.evaluation.decoding import (
     max_error,
 )
 from ftlevel.evaluation.intervals import ExampleRecord, select_metrics
-from ftlevel.evaluation.paged_sampling import (
+from ftlevel.evaluation.scoring import Evaluator
+from ftlevel.extras.rl.config import RlConfig, unknown_reward
+from ftlevel.extras.rl.losses import combine_rewards
+from ftlevel.extras.rl.paged_sampling import (
     PagedSampler,
     count_rows_in_memory,
     get_paged_error,
     sample_in_memory,
     select_paged_attention,
 )
-from ftlevel.evaluation.sampling import (
+from ftlevel.extras.rl.rewards import Prompt, Rewards
+from ftlevel.extras.rl.rows import UNKNOWN, CompletionRow, TokenLogps, create_completion_row
+from ftlevel.extras.rl.sampling import (
     Completion,
     GenerateSampler,
     GroupSampler,
     Noise,
     SamplingOptions,
 )
-from ftlevel.evaluation.scoring import Evaluator
-from ftlevel.evaluation.server import ServerSampler
+from ftlevel.extras.rl.server import ServerSampler
 from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
 from ftlevel.fast.likelihoods import base_model, compute_token_likelihoods
 from ftlevel.fast.packing import using_layout
@@ -55,9 +58,6 @@ from ftlevel.models.hardware import autocast, evaluating, free_memory_bytes
 from ftlevel.objectives import PolicyObjective
 from ftlevel.tasks.base import OutputOptions
 from ftlevel.tasks.preferences.formats import LabeledCompletion
-from ftlevel.tasks.rl.losses import combine_rewards
-from ftlevel.tasks.rl.rewards import Prompt, Rewards
-from ftlevel.tasks.rl.rows import UNKNOWN, CompletionRow, TokenLogps, create_completion_row
 from ftlevel.trained.generation import GenerationOptions, cut_at_stop, stop_ids
 from ftlevel.trained.model_ref import PLAIN, LoadedModel, ModelRef
 from ftlevel.trained.resolve import compute_fingerprint, resolve_model, resolve_reference
