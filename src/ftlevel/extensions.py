@@ -25,6 +25,7 @@ GROUP = "ftlevel.extras"
 
 HOOKS = (
     "complete_flags",
+    "convert_keys",
     "convert_recipe",
     "detect_tool",
     "finish_run",
@@ -88,6 +89,9 @@ class Extension:
         formats: suffix of a data file → reference to its `Reader`.
         export_formats: value of `--format` → `ExportFormat`.
         hooks: name in `HOOKS` → reference to a function.
+        sections: name → reference to a `config.section.TaskSection`, a section of `TrainConfig`.
+        task_aliases: other value of `--task` → task, and fields that it sets, by section.
+        evaluate_options: references to subclasses of `EvaluateConfig` with further fields.
     """
 
     commands: Mapping[str, Command] = field(default_factory=dict)
@@ -98,6 +102,9 @@ class Extension:
     formats: Mapping[str, str] = field(default_factory=dict)
     export_formats: Mapping[str, ExportFormat] = field(default_factory=dict)
     hooks: Mapping[str, str] = field(default_factory=dict)
+    sections: Mapping[str, str] = field(default_factory=dict)
+    task_aliases: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
+    evaluate_options: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if unknown := set(self.hooks) - set(HOOKS):
@@ -111,6 +118,8 @@ _NOUNS = {
     "methods": "the method",
     "formats": "the data format",
     "export_formats": "the export format",
+    "sections": "the section",
+    "task_aliases": "the task alias",
 }
 
 
@@ -208,6 +217,12 @@ def loaded(table: str, core: Collection[str] = ()) -> dict[str, Any]:
     """Returns name → imported object for each reference in `table`; omits those that fail."""
     objects = {name: try_load(row, source) for name, (source, row) in added(table, core).items()}
     return {name: value for name, value in objects.items() if value is not None}
+
+
+def load_all(table: str) -> list[Any]:
+    """Returns the imported objects of the references in `table`, a list; omits those that fail."""
+    rows = ((s, row) for s, extension in find_extensions() for row in getattr(extension, table))
+    return [value for s, row in rows if (value := try_load(row, s)) is not None]
 
 
 def hooks(name: str) -> list[Callable[..., Any]]:

@@ -15,7 +15,6 @@ from ftlevel.artifacts.paths import DATA_PATHS, check_paths
 from ftlevel.artifacts.row_files import row_file_type, save_rows
 from ftlevel.config import SPECS, EvaluateConfig, InMemoryDataset, QuantConfig, TrainConfig
 from ftlevel.config.section import Choice, check_config
-from ftlevel.config.trust import check_reward_files
 from ftlevel.data.encoding.fit import LengthBounds
 from ftlevel.data.prepare.encoder import EncodingContext
 from ftlevel.data.prepare.inference import EvaluationRows, load_evaluation_rows
@@ -44,6 +43,7 @@ from ftlevel.events import Listener, NullListener
 from ftlevel.extras.rl.config import RlConfig
 from ftlevel.extras.rl.objective import PolicyGradient
 from ftlevel.extras.rl.rollouts import RewardEvaluator, Rollouts, open_rewards, open_teacher
+from ftlevel.extras.rl.trust import check_reward_files
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import select_device
 from ftlevel.models.loading import silence_loggers

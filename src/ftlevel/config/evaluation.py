@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, create_model, model_validator
 
 from ftlevel.config.output import Decoding, DecodingAsInTraining
 from ftlevel.config.preference import FewNames
@@ -21,7 +21,7 @@ from ftlevel.config.sections import (
     RunDevice,
 )
 from ftlevel.config.tasks import TaskName
-from ftlevel.extras.rl.config import Rewards
+from ftlevel.extensions import load_all
 
 UnnamedTask = Annotated[
     TaskName | None,
@@ -100,11 +100,6 @@ class EvaluateConfig(DecodingAsInTraining):
         description="Random seed for bootstrap resampling and token sampling; without it, "
         "tokens are sampled as in training.",
     )
-    reward: Rewards = Field(
-        (),
-        description="Reward in place of those of the run's --task rl; repeatable. Required if the "
-        "run has a FILE.py:FUNCTION that you have not run on this machine.",
-    )
     predictions: Path | None = Field(
         None,
         description="Output file, one row per example: .jsonl, .csv, .tsv or .parquet. It must "
@@ -126,6 +121,18 @@ class EvaluateConfig(DecodingAsInTraining):
                 flag = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{flag} describes --dataset, which is not given. Add --dataset.")
         return self
+
+    def check_task(self, task: str) -> None:
+        """Raise ConfigError if an option that an extension adds is not for a model of `task`."""
+
+
+if not TYPE_CHECKING and (_options := load_all("evaluate_options")):
+    EvaluateConfig = create_model(
+        "EvaluateConfig",
+        __base__=tuple(_options),
+        __module__=__name__,
+        __doc__=EvaluateConfig.__doc__,
+    )
 
 
 class GenerateConfig(Decoding):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ftlevel.config.section import Positive, Section
+from ftlevel.config.section import Positive, Section, parse_range
 from ftlevel.config.sections import (
     INPUT_FORMAT,
     ComputePrecision,
@@ -15,7 +15,6 @@ from ftlevel.config.sections import (
     MovedBase,
     RunDevice,
 )
-from ftlevel.extras.rl.config import parse_range
 
 
 def _parse_range(value: Any) -> Any:

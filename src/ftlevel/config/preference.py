@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -295,27 +295,27 @@ class DistillationConfig(Section):
     )
 
 
-def validate_distillation(task: str, config: DistillationConfig, smoothing: float) -> Iterator[str]:
-    """Yields an error message for each value that has no effect or contradicts another."""
+def validate_distillation(
+    task: str, config: DistillationConfig, smoothing: float, learners: Sequence[str]
+) -> Iterator[str]:
+    """Yields an error message for each value that has no effect or contradicts another.
+
+    `learners` are the tasks of extensions that use the teacher in their own way.
+    """
     names = [name for name in config.changed if name != "teacher"]
     flags = [flag_of("distillation", name) for name in names]
     if config.teacher is None:
         yield from (f"{flag} needs --teacher MODEL. Add it, or drop the flag." for flag in flags)
         return
-    if task == "rl":
-        yield from (
-            f"{flag}: --task rl with --teacher minimizes the reverse KL divergence at "
-            "--temperature and has no other loss. Drop it."
-            for flag in flags
-        )
-    elif task in _SCORED_TASKS:
+    if task in _SCORED_TASKS:
         yield from (
             f"{flag}: --task {task} learns the scores of --teacher and does not read it. Drop it."
             for flag in flags
         )
-    elif task not in DISTILLATION_TASKS:
+    elif task not in (*DISTILLATION_TASKS, *learners):
         yield (
-            f"--teacher is for tasks that write text ({', '.join(DISTILLATION_TASKS)}, rl), "
+            f"--teacher is for tasks that write text "
+            f"({', '.join((*DISTILLATION_TASKS, *learners))}), "
             f"embedding and reranking, and --task is {task}. Drop it, or change the task."
         )
     if "jsd_beta" in names and config.divergence != "jsd":

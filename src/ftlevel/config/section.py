@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,47 @@ class Section(BaseModel):
         return {**raw, **invalid}
 
 
+class TaskSection(Section):
+    """Base class of the sections that extensions add to `TrainConfig`, for tasks of their own.
+
+    Attributes:
+        tasks: tasks that use the section; for others, a changed field is an error.
+        summary: description of the section.
+        shorthand: field that a plain value of the section sets.
+        uses: dotted fields of other sections that these tasks use, and others do not.
+        has_teacher: whether the tasks can learn from `--teacher`.
+        paths: field that may contain local paths → its flag.
+        command_line_only: field → (flag, what it does); a file cannot set it.
+        code_field: field that may name files of code to run; "" if there is none.
+        may_change: fields that may differ on resume.
+        contents: field that may differ on resume → field with the fingerprint of its content.
+    """
+
+    tasks: ClassVar[tuple[str, ...]] = ()
+    summary: ClassVar[str] = ""
+    shorthand: ClassVar[str] = ""
+    uses: ClassVar[tuple[str, ...]] = ()
+    has_teacher: ClassVar[bool] = False
+    paths: ClassVar[Mapping[str, str]] = {}
+    command_line_only: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    code_field: ClassVar[str] = ""
+    may_change: ClassVar[tuple[str, ...]] = ()
+    contents: ClassVar[Mapping[str, str]] = {}
+
+    def validate_run(self, config: Any) -> Iterable[str]:
+        """Yields an error message for each value of a `TrainConfig` that the tasks cannot use."""
+        return ()
+
+    def check_code(self, location: str) -> Iterable[str]:
+        """Yields a message for each file of `code_field`, set at `location`, that may not run."""
+        return ()
+
+    @classmethod
+    def map_path(cls, field: str, value: str, function: Callable[[str], str]) -> str:
+        """Returns `value` of a field of `paths`, with `function` applied to the path in it."""
+        return function(value)
+
+
 _WITHOUT_FLAG = """
     nll_mean ld_alpha ipo_ratios center jsd_beta include_prompt matryoshka_weights grad_cache
 """.split()
@@ -151,6 +193,14 @@ def list_unread(
                 f"{flag_of(section, name)}: --loss {loss} does not read it; {join_names(losses)} "
                 f"{'does' if len(losses) == 1 else 'do'}. Drop it."
             )
+
+
+def parse_range(text: str) -> tuple[int, int] | None:
+    """Returns the bounds of `MIN-MAX`, or None if `text` is no range."""
+    result = re.fullmatch(r"\s*(\d{1,9})\s*-\s*(\d{1,9})\s*", text)
+    if result is None or int(result[1]) > int(result[2]):
+        return None
+    return int(result[1]), int(result[2])
 
 
 def check_config(config: object, expected: type[Section]) -> None:

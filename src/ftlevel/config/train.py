@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, create_model, model_validator
 
 from ftlevel.config.embedding import EMBEDDING_TASKS, EmbeddingConfig, validate_embedding
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig
@@ -21,12 +21,17 @@ from ftlevel.config.preference import (
 )
 from ftlevel.config.reading import resolve_aliases
 from ftlevel.config.reranking import RERANKING_TASKS, RerankingConfig, validate_reranking
-from ftlevel.config.section import flag_of
+from ftlevel.config.section import TaskSection, flag_of
 from ftlevel.config.sections import DataConfig, ModelConfig, QuantConfig, Section, SpeedConfig
 from ftlevel.config.tasks import TASKS, TaskName
 from ftlevel.config.trainer import TrainerConfig, validate_optimizer
 from ftlevel.errors import join_names, with_article
-from ftlevel.extras.rl.config import RL_TASK, RlConfig, validate_rl
+from ftlevel.extensions import loaded
+
+T = TypeVar("T", bound=TaskSection)
+
+SECTIONS: dict[str, type[TaskSection]] = loaded("sections")
+"""Sections that extensions add to `TrainConfig`, by name."""
 
 SHORTHAND = {
     "model": "name_or_path",
@@ -34,11 +39,11 @@ SHORTHAND = {
     "quant": "kind",
     "data": "dataset",
     "preference": "loss",
-    "rl": "reward",
     "embedding": "loss",
     "reranking": "loss",
     "distillation": "teacher",
     "output": "dir",
+    **{name: section.shorthand for name, section in SECTIONS.items() if section.shorthand},
 }
 """Field set by a plain value of a section: `method: lora` means `method: {kind: lora}`."""
 
@@ -64,7 +69,6 @@ class TrainConfig(Section):
     preference: PreferenceConfig = Field(
         default_factory=PreferenceConfig, description="Preference loss."
     )
-    rl: RlConfig = Field(default_factory=RlConfig, description="Rewards and the RL loss.")
     embedding: EmbeddingConfig = Field(
         default_factory=EmbeddingConfig, description="Settings of an embedding model."
     )
@@ -84,26 +88,21 @@ class TrainConfig(Section):
         return {
             "preference": {**self.preference.model_dump(), "smoothing": smoothing},
             "embedding": {**self.embedding.model_dump(mode="json"), "teacher": teacher},
-            "rl": self.rl.model_dump(),
             "teacher": teacher,
             "reranking": {**self.reranking.model_dump(), "teacher": teacher},
+            **{name: getattr(self, name).model_dump() for name in SECTIONS},
         }
 
-    @property
-    def steps_per_rollout(self) -> int:
-        """Number of optimizer steps per batch of sampled completions; 1 except for `--task rl`."""
-        return self.rl.num_iterations if self.task == RL_TASK else 1
-
-    @property
-    def max_new_tokens(self) -> int:
-        """Maximum number of generated tokens; for `--task rl`, that of sampled completions."""
-        return self.rl.max_completion_length if self.task == RL_TASK else self.train.max_new_tokens
+    def get_section(self, section: type[T]) -> T:
+        """Returns the section of the class `section`, which an extension added."""
+        return next(own for n in SECTIONS if isinstance(own := getattr(self, n), section))
 
     def list_unused(self, kind: str) -> Iterator[str]:
         """Yields a message per non-default setting that task and model `kind` do not use."""
         if not TASKS[self.task].startswith("ftlevel."):
             return
-        for path, owners in _OWNERS.items():
+        for path, core_owners in _OWNERS.items():
+            owners = (*core_owners, *_list_added_tasks(path))
             section, _, name = path.partition(".")
             values: BaseModel = getattr(self, section)
             default = type(values).model_fields[name].default
@@ -140,7 +139,7 @@ class TrainConfig(Section):
         if not isinstance(raw, dict):
             return raw
         sections = {key: expand_shorthand(key, value) for key, value in raw.items()}
-        for name in ("preference", "rl"):  # their loss depends on the task, or determines it
+        for name in ("preference", *SECTIONS):  # their loss depends on the task, or determines it
             if isinstance(section := sections.get(name), Section):
                 sections[name] = {n: getattr(section, n) for n in section.model_fields_set}
         values, _ = resolve_aliases(sections)
@@ -220,9 +219,9 @@ def _validate_task_sections(config: TrainConfig) -> Iterator[str]:
     teacher, batch = config.distillation.teacher, config.train.rows_per_step
     for name, tasks, rules in (
         ("preference", PREFERENCE_TASKS, validate_preference(config.preference, smoothing)),
-        (RL_TASK, (RL_TASK,), validate_rl(config)),
         ("embedding", EMBEDDING_TASKS, validate_embedding(config.embedding, batch, teacher)),
         ("reranking", RERANKING_TASKS, validate_reranking(config.reranking, teacher)),
+        *((n, own.tasks, getattr(config, n).validate_run(config)) for n, own in SECTIONS.items()),
     ):
         if config.task in tasks:
             yield from rules
@@ -232,7 +231,8 @@ def _validate_task_sections(config: TrainConfig) -> Iterator[str]:
                 f"{flags}: for --task {name}, and --task is {config.task}. Drop it, or change the "
                 "task."
             )
-    yield from validate_distillation(config.task, config.distillation, smoothing)
+    learners = [t for own in SECTIONS.values() if own.has_teacher for t in own.tasks]
+    yield from validate_distillation(config.task, config.distillation, smoothing, learners)
 
 
 def _validate_strategies(config: TrainConfig) -> Iterator[str]:
@@ -343,7 +343,7 @@ _OWNERS: dict[str, tuple[str, ...]] = {
             "train.max_generate_samples",
             "train.max_new_tokens",
         ),
-        (*_GENERATION_TASKS, RL_TASK),
+        _GENERATION_TASKS,
     ),
     "data.doc_stride": ("question-answering",),
     "data.mlm_probability": ("masked-lm",),
@@ -351,6 +351,13 @@ _OWNERS: dict[str, tuple[str, ...]] = {
     "data.max_target_length": ("encoder-decoder",),
 }
 """Dotted field → tasks, or kinds of models, that use it."""
+
+
+def _list_added_tasks(path: str) -> list[str]:
+    """Returns the tasks of extensions that use the dotted field `path` of another section."""
+    return [task for own in SECTIONS.values() if path in own.uses for task in own.tasks]
+
+
 _NO_PROMPT = ("token-classification", "question-answering", "masked-lm")
 
 
@@ -377,8 +384,9 @@ def _validate_data(config: TrainConfig) -> Iterator[str]:
             f"--overlong {data.overlong} cannot be used with --task {task}. Use --overlong "
             f"{allowed}."
         )
-    for flag, values in (("--system", data.system), ("--train-on-inputs", data.train_on_inputs)):
-        if values and task not in (*_GENERATION_TASKS, RL_TASK):
+    for flag, name in (("--system", "system"), ("--train-on-inputs", "train_on_inputs")):
+        owners = (*_GENERATION_TASKS, *_list_added_tasks(f"data.{name}"))
+        if getattr(data, name) and task not in owners:
             yield (
                 f"{flag} is for tasks that write text, and --task is {task}. Drop it, or change "
                 "the task."
@@ -398,3 +406,16 @@ def _validate_data(config: TrainConfig) -> Iterator[str]:
                 f"data.{name} belongs to --task {owner}, and --task is {task}. Drop it, or change "
                 "the task."
             )
+
+
+if not TYPE_CHECKING and SECTIONS:
+    TrainConfig = create_model(
+        "TrainConfig",
+        __base__=TrainConfig,
+        __module__=__name__,
+        __doc__=TrainConfig.__doc__,
+        **{
+            name: (section, Field(default_factory=section, description=section.summary))
+            for name, section in SECTIONS.items()
+        },
+    )

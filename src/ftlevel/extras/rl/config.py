@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from ftlevel.config.section import Address, Positive, Section, flag_of, list_unread
+from ftlevel.config.evaluation import EvaluateConfig
+from ftlevel.config.section import Address, Positive, TaskSection, flag_of, list_unread, parse_range
 from ftlevel.config.trainer import PLATEAU
-from ftlevel.errors import did_you_mean, join_names
+from ftlevel.errors import ConfigError, did_you_mean, join_names
+from ftlevel.extras.rl.trust import check_reward_files
 
 RL_TASK = "rl"
 RL_RATE = 0.1
@@ -157,14 +159,6 @@ def _validate_argument(name: str, argument: str, *, values: bool) -> None:
         raise ValueError(f"{name}:{argument}: expected {expected}")
 
 
-def parse_range(text: str) -> tuple[int, int] | None:
-    """Returns the bounds of `MIN-MAX`, or None if `text` is no range."""
-    result = re.fullmatch(r"\s*(\d{1,9})\s*-\s*(\d{1,9})\s*", text)
-    if result is None or int(result[1]) > int(result[2]):
-        return None
-    return int(result[1]), int(result[2])
-
-
 def _number(text: str) -> float | None:
     try:
         return float(text)
@@ -204,8 +198,30 @@ Rewards = Annotated[Texts, BeforeValidator(_locate_functions), AfterValidator(_v
 Epsilon = Annotated[float, Field(gt=0, le=100)]
 
 
-class RlConfig(Section):
+class RlConfig(TaskSection):
     """Settings of reinforcement learning."""
+
+    tasks: ClassVar[tuple[str, ...]] = (RL_TASK,)
+    summary: ClassVar[str] = "Rewards and the RL loss."
+    shorthand: ClassVar[str] = "reward"
+    uses: ClassVar[tuple[str, ...]] = (
+        "train.num_beams",
+        "train.temperature",
+        "train.top_p",
+        "train.predict_with_generate",
+        "train.max_generate_samples",
+        "train.max_new_tokens",
+        "data.system",
+        "data.train_on_inputs",
+    )
+    has_teacher: ClassVar[bool] = True
+    paths: ClassVar[Mapping[str, str]] = {"reward": "--reward"}
+    command_line_only: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "rollouts": ("--rollouts {}", "sends the prompts to this server")
+    }
+    code_field: ClassVar[str] = "reward"
+    may_change: ClassVar[tuple[str, ...]] = ("check_groups", "reward_timeout", "on_reward_error")
+    contents: ClassVar[Mapping[str, str]] = {"reward": "fingerprint"}
 
     reward: Rewards = Field(
         (),
@@ -337,6 +353,38 @@ class RlConfig(Section):
             return properties.epsilon, properties.epsilon_high if high is None else high
         return self.epsilon, self.epsilon if high is None else high
 
+    def validate_run(self, config: Any) -> Iterator[str]:
+        """Yields an error message for each value that `--task rl` cannot use."""
+        return validate_rl(config)
+
+    def check_code(self, location: str) -> Iterator[str]:
+        """Yields a message for each Python file of rewards that the user has not run before."""
+        return check_reward_files(self.rewards, location)
+
+    @classmethod
+    def map_path(cls, field: str, value: str, function: Callable[[str], str]) -> str:
+        """Returns the reward `value`, with `function` applied to its file or model."""
+        return parse_reward(value).map_path(function)
+
+
+class RewardOptions(EvaluateConfig):
+    """Options of `ftlevel evaluate` for runs of `--task rl`."""
+
+    reward: Rewards = Field(
+        (),
+        description="Reward in place of those of the run's --task rl; repeatable. Required if the "
+        "run has a FILE.py:FUNCTION that you have not run on this machine.",
+    )
+
+    def check_task(self, task: str) -> None:
+        """Raise ConfigError if rewards are given for a model of another task."""
+        super().check_task(task)
+        if self.reward and task != RL_TASK:
+            raise ConfigError(
+                f"--reward {self.reward[0]}: {self.name} was trained for {task}, and rewards score "
+                "completions of --task rl. Drop it."
+            )
+
 
 TOKEN_LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo")
 """Losses with one ratio per token, which on-policy distillation can use."""
@@ -359,6 +407,12 @@ def validate_rl(config: Any) -> Iterator[str]:
     is_distilled = config.distillation.teacher is not None
     if is_distilled:
         yield from _validate_distillation(rl, values)
+        yield from (
+            f"{flag_of('distillation', name)}: --task rl with --teacher minimizes the reverse KL "
+            "divergence at --temperature and has no other loss. Drop it."
+            for name in config.distillation.changed
+            if name != "teacher"
+        )
     elif not rl.reward:
         yield (
             "--task rl has no reward. Add --reward exact, or another built-in one "

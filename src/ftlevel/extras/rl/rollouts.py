@@ -18,7 +18,6 @@ import torch
 from transformers import TrainerState
 
 from ftlevel.config.section import Choice
-from ftlevel.config.trust import allow_reward_files
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.formats.turns import Message, parse_turns
@@ -51,6 +50,7 @@ from ftlevel.extras.rl.sampling import (
     SamplingOptions,
 )
 from ftlevel.extras.rl.server import ServerSampler
+from ftlevel.extras.rl.trust import allow_reward_files
 from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
 from ftlevel.fast.likelihoods import base_model, compute_token_likelihoods
 from ftlevel.fast.packing import using_layout
@@ -422,7 +422,7 @@ class RewardEvaluator(Evaluator):
 
     def __call__(
         self,
-        model: Any,  # noqa: ARG002 - the rollouts have it
+        model: Any,
         record: ExampleRecord | None = None,
     ) -> dict[str, float]:
         """Returns the metrics of the model in `rollouts`; `model` is not used."""

@@ -283,7 +283,7 @@ class RlTrainer(FtlevelTrainer):
 
     def count_targets(
         self,
-        batches: list[dict[str, Any]],  # noqa: ARG002 - the weights are in the signals
+        batches: list[dict[str, Any]],
         device: torch.device,
     ) -> torch.Tensor:
         """Returns 1, because the rows' weights already normalize the loss over all processes."""
