@@ -33,9 +33,7 @@ _FIELDS = {
     "data.qrels": "--qrels",
     "data.corpus": "--corpus",
     "data.chat_template": "--chat-template",
-    "preference.reference": "--reference",
     "distillation.teacher": "--teacher",
-    "embedding.guide": "--guide",
     **{f"{n}.{field}": flag for n, own in SECTIONS.items() for field, flag in own.paths.items()},
 }
 """Dotted field that may contain a local path → the flag that sets it."""

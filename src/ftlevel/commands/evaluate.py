@@ -40,10 +40,6 @@ from ftlevel.evaluation.two_models import (
     select_primary,
 )
 from ftlevel.events import Listener, NullListener
-from ftlevel.extras.rl.config import RlConfig
-from ftlevel.extras.rl.objective import PolicyGradient
-from ftlevel.extras.rl.rollouts import RewardEvaluator, Rollouts, open_rewards, open_teacher
-from ftlevel.extras.rl.trust import check_reward_files
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import select_device
 from ftlevel.models.loading import silence_loggers
@@ -54,12 +50,12 @@ from ftlevel.trained.generation import GenerationOptions
 from ftlevel.trained.model_ref import LoadedModel, ModelRef
 from ftlevel.trained.resolve import get_dtype_source, get_original_base, resolve_model
 from ftlevel.training.build_trainer import eval_batch_size
+from ftlevel.training.hooks import EvaluationHooks, hooks_of
 from ftlevel.training.plan.schedule import text_positions
 
 _NOT_WITH_QRELS = """
     dataset predictions input_format subset split on_bad_row columns ignore_columns metrics
     max_eval_samples max_generate_samples max_new_tokens num_beams temperature top_p eval_text
-    reward
 """.split()
 
 
@@ -110,14 +106,16 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         eval_rows = encode(ref)
         ref = _with_options(ref, eval_rows.options)
         _check_metrics(config, ref, run_config)
-        rl = _get_rl_config(config, ref)
+        config.check_task(ref.task)
+        own = hooks_of(ref.configured_task).evaluation(config, ref)
         listener.stage("loading the model")
         trained = ref.load(device.value)
-        listener.choices("evaluate", [*_choices(config, trained, eval_rows, device), *_files(rl)])
+        choices = [*_choices(config, trained, eval_rows, device), *(own.choices if own else ())]
+        listener.choices("evaluate", choices)
         unused = config.unused_decoding(_why_decoding_is_unused(config, trained, run_config))
         for warning in [*trained.notes, *_find_warnings(config, eval_rows, config_ref), *unused]:
             listener.warn(warning)
-        evaluator = _evaluator(config, trained, eval_rows, run_config, rl)
+        evaluator = _evaluator(config, trained, eval_rows, run_config, own)
         if needs_reference(evaluator):
             listener.stage("running the reference model")
             evaluator = with_reference(evaluator, trained)
@@ -125,9 +123,7 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         record = ExampleRecord(trained.objective)
         metrics = evaluator(trained.model, record)
         base, base_record = _evaluate_base(config, trained, evaluator, listener)
-        rollouts = evaluator.rollouts if isinstance(evaluator, RewardEvaluator) else None
-        failures = rollouts.rewards.describe_failures() if rollouts and rollouts.rewards else ()
-        for warning in [*trained.objective.get_warnings(metrics), *failures]:
+        for warning in [*trained.objective.get_warnings(metrics), *evaluator.get_warnings()]:
             listener.warn(warning)
         against, other_record = {}, None
         if other is not None:
@@ -222,22 +218,15 @@ def _evaluate_base(
         if base is None:
             return {}, None
         record = ExampleRecord(trained.objective)
-        return _with_model(evaluator, base)(base.model, record), record
-
-
-def _with_model(evaluator: Evaluator, model: LoadedModel) -> Evaluator:
-    """Returns a copy of `evaluator` for `model`: with its dtype and, in RL, samples from it."""
-    if isinstance(evaluator, RewardEvaluator) and evaluator.rollouts is not None:
-        return replace(evaluator, dtype=model.dtype, rollouts=evaluator.rollouts.with_model(model))
-    return replace(evaluator, dtype=model.dtype)
+        return evaluator.with_model(base)(base.model, record), record
 
 
 def _evaluate_other(
     evaluator: Evaluator, other: LoadedModel, encode: Callable[[ModelRef], EvaluationRows]
 ) -> tuple[dict[str, float], ExampleRecord]:
     """Returns metrics and per-row results of `other`; `encode` encodes embedding models' rows."""
-    evaluator = _with_model(evaluator, other)
-    if not isinstance(evaluator, RewardEvaluator):
+    evaluator = evaluator.with_model(other)
+    if not evaluator.objective.samples:
         evaluator = replace(evaluator, generated_rows=0)
     objective = evaluator.objective
     embedding_format = other.task.embedding_format(other.ref.options)
@@ -466,7 +455,7 @@ def _why_decoding_is_unused(
     config: EvaluateConfig, trained: LoadedModel, run_config: TrainConfig
 ) -> str:
     """Returns why settings of text generation have no effect; "" if they have one."""
-    if isinstance(trained.objective, PolicyGradient):
+    if trained.objective.samples:
         return "completions are sampled as in training"
     if _generates(config, trained.task, run_config):
         return ""
@@ -480,104 +469,41 @@ def _evaluator(
     trained: LoadedModel,
     eval_rows: EvaluationRows,
     run_config: TrainConfig,
-    rl: RlConfig | None,
+    own: EvaluationHooks | None,
 ) -> Evaluator:
     train, speed = run_config.train, run_config.speed
     task, metrics = trained.task, config.metrics or train.metrics
     generates = _generates(config, task, run_config)
-    evaluator, extra = Evaluator, dict[str, Any]()
     is_seeded = "seed" in config.model_fields_set  # else as in training
-    if isinstance(trained.objective, PolicyGradient) and rl is not None:
-        seed = config.seed if is_seeded else train.order_seed
-        rollouts = _rollouts(trained, trained.objective, rl, eval_rows, seed)
-        evaluator, extra = RewardEvaluator, {"rollouts": rollouts}
     num_rows = 0
-    if extra or (generates and uses_text_metrics(metrics, task)):
+    if own is not None or (generates and uses_text_metrics(metrics, task)):
         num_rows = min(
             config.max_generate_samples or train.max_generate_samples, len(eval_rows.rows)
         )
-    return evaluator(
-        **extra,
-        rows=eval_rows.rows,
-        tokenizer=trained.tokenizer,
-        kind=trained.kind,
-        objective=trained.objective,
-        device=trained.device,
-        dtype=trained.dtype,
-        batch_size=config.batch_size or eval_batch_size(train),
-        generated_rows=num_rows,
-        writing=GenerationOptions(
+    settings: dict[str, Any] = {
+        "rows": eval_rows.rows,
+        "tokenizer": trained.tokenizer,
+        "kind": trained.kind,
+        "objective": trained.objective,
+        "device": trained.device,
+        "dtype": trained.dtype,
+        "batch_size": config.batch_size or eval_batch_size(train),
+        "generated_rows": num_rows,
+        "writing": GenerationOptions(
             config.max_new_tokens or train.max_new_tokens,
             **config.decoding(train),
             seed=config.seed if is_seeded else train.seed,
         ),
-        score_texts=task.score_texts,
-        language=eval_rows.language,
-        chunked_cross_entropy=speed.fast and speed.chunked_cross_entropy,
-        metrics=metrics,
-        corpus=eval_rows.corpus,
-    )
-
-
-def _get_rl_config(config: EvaluateConfig, ref: ModelRef) -> RlConfig | None:
-    """Returns the configuration of a run's rollouts; None for other tasks.
-
-    Raises ConfigError for a Python file of rewards that only the run names.
-    """
-    if not isinstance(ref.objective, PolicyGradient):
-        if config.reward:
-            raise ConfigError(
-                f"--reward {config.reward[0]}: {config.name} was trained for {ref.task}, and "
-                "rewards score completions of --task rl. Drop it."
-            )
-        return None
-    rl = ref.objective.config
-    if config.reward:
-        return rl.model_copy(update={"reward": config.reward})
-    if ref.run is not None:  # which may have been moved, with its rewards
-        rl = rl.model_copy(update={"reward": ref.run_config.rl.reward})
-    if problems := list(check_reward_files(rl.rewards, config.name)):
-        raise ConfigError(problems)
-    return rl
-
-
-def _files(rl: RlConfig | None) -> Iterator[Choice]:
-    for spec in rl.rewards if rl is not None else ():
-        if spec.kind == "function":
-            yield Choice("reward", spec.text, "runs this Python file")
-
-
-def _rollouts(
-    trained: LoadedModel,
-    objective: PolicyGradient,
-    rl: RlConfig,
-    eval_rows: EvaluationRows,
-    seed: int,
-) -> Rollouts:
-    teacher_name, rewards, teacher = objective.teacher, None, None
-    if trained.ref.run is not None:  # which may have been moved, with its teacher
-        teacher_name = trained.ref.run_config.distillation.teacher
-    if teacher_name is None:
-        rewards = open_rewards(
-            rl, trained.device, trained.tokenizer, eval_rows.rows, eval_rows.table.where
-        )
-    else:
-        teacher = open_teacher(
-            teacher_name, objective, trained.kind, trained.tokenizer, trained.device, trained.dtype
-        )
-    return Rollouts(
-        trained.model,
-        trained.tokenizer,
-        rl,
-        rewards,
-        seed,
-        kind=trained.kind,
-        method=trained.ref.card.method,
-        device=trained.device,
-        dtype=trained.dtype,
-        get_position=eval_rows.table.where,
-        teacher=teacher,
-    )
+        "score_texts": task.score_texts,
+        "language": eval_rows.language,
+        "chunked_cross_entropy": speed.fast and speed.chunked_cross_entropy,
+        "metrics": metrics,
+        "corpus": eval_rows.corpus,
+    }
+    if own is None:
+        return Evaluator(**settings)
+    seed = config.seed if is_seeded else train.order_seed
+    return own.create_evaluator(trained, eval_rows, seed, settings)
 
 
 def _generates(config: EvaluateConfig, task: BaseTask, run_config: TrainConfig) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from ftlevel.config.section import Positive, Section, flag_of, list_unread
+from ftlevel.config.section import Positive, Section, TaskSection, flag_of, list_unread
 
 LossName = Literal[
     "dpo",
@@ -73,8 +73,12 @@ SMOOTHING = 0.1
 """Default fraction of swapped pairs that `cdpo` and `robust` assume."""
 
 
-class PreferenceConfig(Section):
+class PreferenceConfig(TaskSection):
     """Settings of preference training and of reward models."""
+
+    tasks: ClassVar[tuple[str, ...]] = PREFERENCE_TASKS
+    shorthand: ClassVar[str] = "loss"
+    paths: ClassVar[Mapping[str, str]] = {"reference": "--reference"}
 
     loss: LossName | None = Field(
         None, description="Preference loss; default: dpo. reward trains a reward model."
@@ -141,6 +145,18 @@ class PreferenceConfig(Section):
     def margin(self) -> float:
         """Target reward margin (gamma) of simpo: the setting, or half of beta."""
         return self.effective_beta / 2 if self.simpo_gamma is None else self.simpo_gamma
+
+    def get_options(self, config: Any) -> dict[str, Any]:
+        """Returns the settings of the loss, with label smoothing."""
+        return {**self.model_dump(), "smoothing": config.train.label_smoothing_factor}
+
+    def get_rate_factor(self, method: str, kind: str, size: float) -> tuple[float, str]:
+        """Returns the factor of the loss on the default learning rate."""
+        return self.loss_properties.rate, "as in the DPO papers"
+
+    def validate_run(self, config: Any) -> Iterator[str]:
+        """Yields an error message for each value that has no effect or contradicts another."""
+        return validate_preference(self, config.train.label_smoothing_factor)
 
 
 def validate_preference(config: PreferenceConfig, smoothing: float) -> Iterator[str]:

@@ -132,7 +132,7 @@ class Section(BaseModel):
 
 
 class TaskSection(Section):
-    """Base class of the sections that extensions add to `TrainConfig`, for tasks of their own.
+    """Base class of the sections of `TrainConfig` that only some tasks use, as of extensions.
 
     Attributes:
         tasks: tasks that use the section; for others, a changed field is an error.
@@ -144,7 +144,9 @@ class TaskSection(Section):
         command_line_only: field → (flag, what it does); a file cannot set it.
         code_field: field that may name files of code to run; "" if there is none.
         may_change: fields that may differ on resume.
-        contents: field that may differ on resume → field with the fingerprint of its content.
+        contents: field that may differ on resume → field with the fingerprint of its content, and
+            the message if that differs.
+        pipeline_tag: the Hub's tag for models of these tasks; "" if it is the task's name.
     """
 
     tasks: ClassVar[tuple[str, ...]] = ()
@@ -156,7 +158,29 @@ class TaskSection(Section):
     command_line_only: ClassVar[Mapping[str, tuple[str, str]]] = {}
     code_field: ClassVar[str] = ""
     may_change: ClassVar[tuple[str, ...]] = ()
-    contents: ClassVar[Mapping[str, str]] = {}
+    contents: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    pipeline_tag: ClassVar[str] = ""
+
+    @property
+    def steps_per_batch(self) -> int:
+        """Number of optimizer steps that train on the same rows, one after the other."""
+        return 1
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """Maximum number of generated tokens, instead of `train.max_new_tokens`; None if unset."""
+        return None
+
+    def get_options(self, config: Any) -> dict[str, Any]:
+        """Returns what `BaseTask.configured` gets of the section; `config` is the `TrainConfig`."""
+        return self.model_dump()
+
+    def get_rate_factor(self, method: str, kind: str, size: float) -> tuple[float, str]:
+        """Returns the factor of the method's default learning rate, and its origin for the log.
+
+        `kind` is the type of model; `size` is from 0 (small models) to 1 (large ones).
+        """
+        return 1.0, ""
 
     def validate_run(self, config: Any) -> Iterable[str]:
         """Yields an error message for each value of a `TrainConfig` that the tasks cannot use."""

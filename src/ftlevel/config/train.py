@@ -8,19 +8,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, Field, create_model, model_validator
 
-from ftlevel.config.embedding import EMBEDDING_TASKS, EmbeddingConfig, validate_embedding
+from ftlevel.config.embedding import EMBEDDING_TASKS, EmbeddingConfig
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig
 from ftlevel.config.output import OutputConfig
 from ftlevel.config.preference import (
-    PREFERENCE_TASKS,
     DistillationConfig,
     PreferenceConfig,
     normalize_loss,
     validate_distillation,
-    validate_preference,
 )
 from ftlevel.config.reading import resolve_aliases
-from ftlevel.config.reranking import RERANKING_TASKS, RerankingConfig, validate_reranking
+from ftlevel.config.reranking import RERANKING_TASKS, RerankingConfig
 from ftlevel.config.section import TaskSection, flag_of
 from ftlevel.config.sections import DataConfig, ModelConfig, QuantConfig, Section, SpeedConfig
 from ftlevel.config.tasks import TASKS, TaskName
@@ -30,17 +28,20 @@ from ftlevel.extensions import loaded
 
 T = TypeVar("T", bound=TaskSection)
 
-SECTIONS: dict[str, type[TaskSection]] = loaded("sections")
-"""Sections that extensions add to `TrainConfig`, by name."""
+_ADDED: dict[str, type[TaskSection]] = loaded("sections")
+SECTIONS: dict[str, type[TaskSection]] = {
+    "preference": PreferenceConfig,
+    "embedding": EmbeddingConfig,
+    "reranking": RerankingConfig,
+    **_ADDED,
+}
+"""Sections of some tasks; those of extensions are added to the fields of `TrainConfig`."""
 
 SHORTHAND = {
     "model": "name_or_path",
     "method": "kind",
     "quant": "kind",
     "data": "dataset",
-    "preference": "loss",
-    "embedding": "loss",
-    "reranking": "loss",
     "distillation": "teacher",
     "output": "dir",
     **{name: section.shorthand for name, section in SECTIONS.items() if section.shorthand},
@@ -84,18 +85,23 @@ class TrainConfig(Section):
     @property
     def task_options(self) -> dict[str, Any]:
         """Settings that the task needs, by name: the arguments of `BaseTask.configured`."""
-        smoothing, teacher = self.train.label_smoothing_factor, self.distillation.teacher
-        return {
-            "preference": {**self.preference.model_dump(), "smoothing": smoothing},
-            "embedding": {**self.embedding.model_dump(mode="json"), "teacher": teacher},
-            "teacher": teacher,
-            "reranking": {**self.reranking.model_dump(), "teacher": teacher},
-            **{name: getattr(self, name).model_dump() for name in SECTIONS},
-        }
+        options = {name: getattr(self, name).get_options(self) for name in SECTIONS}
+        return {"teacher": self.distillation.teacher, **options}
+
+    @property
+    def task_section(self) -> TaskSection:
+        """Section of the configured task; one without effect for tasks that have none."""
+        names = (name for name, own in SECTIONS.items() if self.task in own.tasks)
+        return next((getattr(self, name) for name in names), TaskSection())
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Maximum number of generated tokens."""
+        return self.task_section.max_new_tokens or self.train.max_new_tokens
 
     def get_section(self, section: type[T]) -> T:
         """Returns the section of the class `section`, which an extension added."""
-        return next(own for n in SECTIONS if isinstance(own := getattr(self, n), section))
+        return next(own for n in _ADDED if isinstance(own := getattr(self, n), section))
 
     def list_unused(self, kind: str) -> Iterator[str]:
         """Yields a message per non-default setting that task and model `kind` do not use."""
@@ -139,7 +145,7 @@ class TrainConfig(Section):
         if not isinstance(raw, dict):
             return raw
         sections = {key: expand_shorthand(key, value) for key, value in raw.items()}
-        for name in ("preference", *SECTIONS):  # their loss depends on the task, or determines it
+        for name in ("preference", *_ADDED):  # their loss depends on the task, or determines it
             if isinstance(section := sections.get(name), Section):
                 sections[name] = {n: getattr(section, n) for n in section.model_fields_set}
         values, _ = resolve_aliases(sections)
@@ -215,23 +221,18 @@ def _validate_sections(config: TrainConfig) -> Iterator[str]:
 
 
 def _validate_task_sections(config: TrainConfig) -> Iterator[str]:
-    smoothing = config.train.label_smoothing_factor
-    teacher, batch = config.distillation.teacher, config.train.rows_per_step
-    for name, tasks, rules in (
-        ("preference", PREFERENCE_TASKS, validate_preference(config.preference, smoothing)),
-        ("embedding", EMBEDDING_TASKS, validate_embedding(config.embedding, batch, teacher)),
-        ("reranking", RERANKING_TASKS, validate_reranking(config.reranking, teacher)),
-        *((n, own.tasks, getattr(config, n).validate_run(config)) for n, own in SECTIONS.items()),
-    ):
-        if config.task in tasks:
-            yield from rules
-        elif fields := getattr(config, name).changed:
+    for name, section in SECTIONS.items():
+        own = getattr(config, name)
+        if config.task in section.tasks:
+            yield from own.validate_run(config)
+        elif fields := own.changed:
             flags = join_names(flag_of(name, field) for field in fields)
             yield (
                 f"{flags}: for --task {name}, and --task is {config.task}. Drop it, or change the "
                 "task."
             )
-    learners = [t for own in SECTIONS.values() if own.has_teacher for t in own.tasks]
+    learners = [task for added in _ADDED.values() if added.has_teacher for task in added.tasks]
+    smoothing = config.train.label_smoothing_factor
     yield from validate_distillation(config.task, config.distillation, smoothing, learners)
 
 
@@ -408,7 +409,7 @@ def _validate_data(config: TrainConfig) -> Iterator[str]:
             )
 
 
-if not TYPE_CHECKING and SECTIONS:
+if not TYPE_CHECKING and _ADDED:
     TrainConfig = create_model(
         "TrainConfig",
         __base__=TrainConfig,
@@ -416,6 +417,6 @@ if not TYPE_CHECKING and SECTIONS:
         __doc__=TrainConfig.__doc__,
         **{
             name: (section, Field(default_factory=section, description=section.summary))
-            for name, section in SECTIONS.items()
+            for name, section in _ADDED.items()
         },
     )

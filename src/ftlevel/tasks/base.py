@@ -139,6 +139,8 @@ class BaseTask(ABC):
         split_text: what the log calls the rows that were added by splitting long examples.
         model_description: what the error for an unsupported output calls the model; "": the task.
         prediction_type: type of the only prediction column, unless the task has several.
+        hooks: reference to the task's `training.hooks.TrainingHooks`.
+        trains_language_head: whether it continues adapters of other tasks that generate text.
     """
 
     name: str
@@ -172,6 +174,8 @@ class BaseTask(ABC):
     split_text: ClassVar[str] = "split into several"
     model_description: ClassVar[str] = ""
     prediction_type: ClassVar[Column] = "text"
+    hooks: ClassVar[str] = "ftlevel.training.hooks:TrainingHooks"
+    trains_language_head: ClassVar[bool] = False
 
     def configured(self, task_config: Mapping[str, Any]) -> BaseTask:
         """Returns the task with the settings `task_config`, from a configuration or model card."""

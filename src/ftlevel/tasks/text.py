@@ -42,8 +42,8 @@ from ftlevel.data.formats.examples import (
 )
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import ConfigError, InputError, UnansweredError
-from ftlevel.extras.rl.builtin_rewards import compute_rouge
 from ftlevel.objectives import Checks, Objective
+from ftlevel.rouge import compute_rouge
 from ftlevel.tasks.base import BaseTask, OutputOptions, Prediction, PromptedModel, TokenDecoder
 from ftlevel.tasks.losses import Tokens
 

@@ -22,11 +22,9 @@ from ftlevel.evaluation.intervals import ExampleRecord, interval, select_metrics
 from ftlevel.evaluation.scoring import KEPT, Evaluator, iterate_results
 from ftlevel.events import Listener
 from ftlevel.extensions import hooks
-from ftlevel.extras.rl.checks import get_rollout_warnings
 from ftlevel.methods import needs_import
 from ftlevel.models.kinds import save_legacy_rope
 from ftlevel.models.quantization import get_quantization_config
-from ftlevel.objectives import PolicyObjective
 from ftlevel.trained.adapt import finalize_method, save_adapter
 from ftlevel.training.best import PredictionRecorder
 from ftlevel.training.callbacks import Report
@@ -160,7 +158,7 @@ def _intervals(record: ExampleRecord, evaluator: Evaluator) -> dict[str, list[fl
 
 def _initial_intervals(run: Run, outcome: Outcome) -> dict[str, Any]:
     record, evaluator = outcome.answers.of(0), outcome.evaluator
-    if record is None or evaluator is None or not isinstance(run.objective, PolicyObjective):
+    if record is None or evaluator is None or not run.objective.samples:
         return {}
     return {"intervals_before": _intervals(record, evaluator)}
 
@@ -209,8 +207,7 @@ def report_results(
         *warn_if_not_learned(summary, run),
         *warn_if_worse(summary),
         *run.objective.get_warnings(summary["metrics"], summary["metrics_before"]),
-        *get_rollout_warnings(run.config.rl, outcome.records),
-        *(run.rewards.describe_failures() if run.rewards is not None else ()),
+        *run.hooks.get_warnings(run, outcome.records),
     ]:
         listener.warn(warning)
     end_run(run.config.output, output_dir, summary, listener)

@@ -20,12 +20,20 @@ import torch
 from ftlevel.artifacts.cards import library_versions
 from ftlevel.artifacts.files import file_fingerprint, read_plain, write_json
 from ftlevel.artifacts.run_directory import DIGESTS, ORIGIN, RunDirectory
+from ftlevel.config.train import SECTIONS
 from ftlevel.config.trainer import PLATEAU
 from ftlevel.errors import ConfigError, join_names
 from ftlevel.training.plan.run import PlannedModel, Run
 
-BASE, ROWS, REWARDS = "model.fingerprint", "data.fingerprint", "rl.fingerprint"
+BASE, ROWS = "model.fingerprint", "data.fingerprint"
 """Fields of a run's origin with fingerprints of sampled bytes."""
+
+_CHANGES = {
+    f"{name}.{fingerprint}": message
+    for name, own in SECTIONS.items()
+    for fingerprint, message in own.contents.values()
+}
+"""Field of the origin with a fingerprint, of a task's section → message if it differs."""
 
 
 class FileDigests:
@@ -184,10 +192,8 @@ def get_run_origin(run: Run, base: Mapping[str, Any]) -> dict[str, Any]:
         values["model"]["adapter_fingerprint"] = run.adapter.fingerprint
     for (section, name), fingerprint in run.auxiliary.fingerprints().items():
         values[section][name] = fingerprint  # independent of the path
-    if values["rl"]["rollouts"] is not None:
-        values["rl"]["rollouts"] = True  # the address may change
-    if run.rewards is not None:
-        values["rl"]["fingerprint"] = run.rewards.fingerprint
+    for section, fields in run.hooks.get_origin(run).items():
+        values[section] |= fields
     values["model"]["digest"] = base.get("digest")
     values["data"]["validation_fingerprint"] = run.data.info.get("validation_fingerprint")
     if template := values["data"]["chat_template"]:
@@ -230,8 +236,8 @@ def check_same_run(
     keys = [key for key in {**before, **origin} if before.get(key) != origin.get(key)]
     if keys:
         message = join_names(
-            "a reward function or reward model has changed"
-            if key == REWARDS and before.get(key) and origin.get(key)
+            _CHANGES[key]
+            if key in _CHANGES and before.get(key) and origin.get(key)
             else f"{key} was {before.get(key)!r} and is {origin.get(key)!r}"
             for key in sorted(keys)
         )

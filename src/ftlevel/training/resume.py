@@ -19,6 +19,7 @@ from ftlevel.artifacts.paths import save_relative_paths
 from ftlevel.artifacts.run_directory import ORIGIN, RunDirectory, mark_resumed, open_run
 from ftlevel.config import ModelConfig, OutputConfig
 from ftlevel.config.section import Choice
+from ftlevel.config.train import SECTIONS
 from ftlevel.config.trainer import TrainerConfig
 from ftlevel.data.encoding.chat import set_chat_template
 from ftlevel.data.encoding.collate import ensure_pad_token
@@ -30,7 +31,6 @@ from ftlevel.models.sources import resolve_source
 from ftlevel.tasks import TASKS
 from ftlevel.training.origin import (
     BASE,
-    REWARDS,
     ROWS,
     FileDigests,
     check_same_run,
@@ -96,7 +96,7 @@ def check_same_base(
             f"({fingerprint[:12]}…). Use the base it was started on, or start a new run in another "
             "--output-dir."
         )
-    has_own_tokenizer = task in TASKS and TASKS[task].changes_tokenizer
+    has_own_tokenizer = task in TASKS and TASKS[str(task)].changes_tokenizer
     if (
         "model.adapter_fingerprint" not in origin and not has_own_tokenizer
     ):  # an adapter has its own
@@ -165,8 +165,8 @@ PLAIN_STEP = "plain_step"
 _LENGTH_FIELDS = ("train.num_train_epochs", "train.max_steps", "train.early_stopping_patience")
 """Fields that may differ on resume, because a run can be made longer."""
 
-_CHECK_FIELDS = ("rl.check_groups", "rl.reward_timeout", "rl.on_reward_error")
-"""Fields that may differ on resume, because they affect no completion that has a score."""
+_FREE_FIELDS = [f"{name}.{field}" for name, own in SECTIONS.items() for field in own.may_change]
+"""Fields of a task's section that may differ on resume."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def _resolve_resume(run: Run, origin: Mapping[str, Any], listener: Listener) -> 
         return ResumeState()
     before = load_origin(output_dir, origin)
     lengths = {key: before.get(key) for key in _LENGTH_FIELDS if before.get(key) != origin[key]}
-    accepted = {key: origin[key] for key in (*lengths, *_CHECK_FIELDS)}
+    accepted = {key: origin[key] for key in (*lengths, *_FREE_FIELDS)}
     accepted |= {key: origin[key] for key in _CONTENT if _has_same_content(key, before, origin)}
     changes = _allowed_changes(run.config.output, before, origin)
     accepted |= {change["field"]: change["is"] for change in changes}
@@ -258,7 +258,7 @@ def _resolve_resume(run: Run, origin: Mapping[str, Any], listener: Listener) -> 
 def _check_length(run: Run, before: Mapping[str, Any], trained: int) -> None:
     flag, train, steps = f"--resume {run.config.output.dir}", run.config.train, run.schedule.steps
     old = {key.rpartition(".")[2]: value for key, value in before.items()}
-    rows = rows_per_epoch(train, run.config.steps_per_rollout, run.data)
+    rows = rows_per_epoch(train, run.config.task_section.steps_per_batch, run.data)
     was = count_steps(train.model_copy(update=old), rows)
     if train.max_steps and was == steps and "num_train_epochs" in old:
         raise ConfigError(
@@ -369,7 +369,11 @@ _CONTENT = {
     "data.validation_file": "data.validation_fingerprint",
     "data.qrels": "data.validation_fingerprint",
     "data.corpus": "data.validation_fingerprint",
-    "rl.reward": REWARDS,
+    **{
+        f"{name}.{field}": f"{name}.{fingerprint}"
+        for name, own in SECTIONS.items()
+        for field, (fingerprint, _) in own.contents.items()
+    },
 }
 """Fields whose value may change, and the fingerprint that must stay the same."""
 

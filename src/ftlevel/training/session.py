@@ -27,8 +27,6 @@ from ftlevel.config.section import Choice
 from ftlevel.config.sections import wrap_rows
 from ftlevel.errors import ConfigError, Interrupted
 from ftlevel.events import Listener
-from ftlevel.extras.rl.checks import check_before, get_no_effect_cause
-from ftlevel.extras.rl.server import check_server
 from ftlevel.fast.plan import plan_plain
 from ftlevel.models.hardware import free_device_memory, resident_bytes, trim_heap
 from ftlevel.models.in_memory import place_model
@@ -94,7 +92,6 @@ from ftlevel.training.step_comparison import FastStepError, StepComparison
 from ftlevel.training.summary import Outcome, resolved_config
 from ftlevel.training.teacher import (
     AuxiliaryOutputs,
-    create_scorer,
     precompute_teacher,
     resolve_auxiliary_models,
 )
@@ -284,7 +281,7 @@ def _resolve(
     run = replace(run, choices=[*inputs.choices, *run.choices], written_base=inputs.written_base)
     check_base_not_overwritten(run)
     run = replace(run, auxiliary=resolve_auxiliary_models(run))
-    check_server(config.rl)
+    run.hooks.check_run(run)
     sizes = size_choices(run, build_modules=try_method)
     memory = estimate_memory(run, processes)
     listener.choices("train", [memory.choice(), *run.choices, *sizes])
@@ -349,8 +346,7 @@ class TrainingSession:
         best, state = self.callbacks.best, self.trainer.state
         if best is not None:
             self.selected = best.finish(self.trainer.model, state.global_step, state.max_steps)
-        if self.run.rewards is not None:
-            self.run.rewards.gather_failures(self.job.processes.all_gather)
+        self.trainer.gather_failures()
         self.trained_at = time.perf_counter()
 
     def _train(self) -> None:
@@ -359,7 +355,7 @@ class TrainingSession:
         with self.callbacks.interrupt, explain_disk_errors(self.output_dir), matmul_context(run):
             if checkpoint is None:
                 trainer.smaller.check_memory(run.data.train, run.model.dtype)
-                check_before(trainer, run.data.train, self.job.listener)
+                trainer.check_before(run.data.train, self.job.listener)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         interrupt = self.callbacks.interrupt
         if interrupt.has_stopped:
@@ -398,7 +394,7 @@ class TrainingSession:
             if self.is_sharded:
                 logits = self.initial_logits
                 return verify_sharded_run(model, run, output_dir, gradients, processes, logits)
-            why_no_effect = get_no_effect_cause(run.config.rl, self.callbacks.report.records)
+            why_no_effect = run.hooks.explain_no_effect(run, self.callbacks.report.records)
             return verify_run(model, run, output_dir, gradients, why_no_effect)
 
     def report(self, proof: Proof) -> Mapping[str, Any]:
@@ -480,7 +476,7 @@ def _prepare(job: TrainingJob, run: Run, load: LoadModel, initial_memory: int) -
         run, reference = compute_initial_reference(run, model, listener, processes)
     if teacher is not None:
         run = replace(run, data=replace(run.data, train=teacher.rows))
-    auxiliary = AuxiliaryOutputs(reference, teacher, create_scorer(run, listener))
+    auxiliary = AuxiliaryOutputs(reference, teacher, run.hooks.create_scorer(run, listener))
     try:
         comparison = check_fast_step(run, model, processes, listener)
     except FastStepError:

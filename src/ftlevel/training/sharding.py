@@ -35,7 +35,6 @@ from ftlevel.models.upstream.shards import (
     split_optimizer_state,
     whole,
 )
-from ftlevel.objectives import LikelihoodObjective, PolicyObjective, StepObjective
 from ftlevel.trained.adapt import finalize_method, load_initial_weights
 from ftlevel.training.gradients import GradientMonitor
 from ftlevel.training.model import PreparedModel, gather, trainable_parameters
@@ -316,20 +315,9 @@ def check_can_shard(run: Run, count: int | None) -> None:
             f"{flag} cannot be used with --quant {run.model.quant.kind}, whose weights cannot be "
             f"sharded by rows. Use --quant 4bit, or none."
         )
-    if isinstance(run.objective, LikelihoodObjective):
+    if reason := run.objective.shard_limitation:
         problems.append(
-            f"{flag} cannot be used with --task preference yet: the reference cache is per "
-            f"process. Use --shard none."
-        )
-    if isinstance(run.objective, PolicyObjective):
-        problems.append(
-            f"{flag} cannot be used with --task {run.task.name}: each process samples its own "
-            "completions with all weights, and would hold a part of them. Use --shard none."
-        )
-    if isinstance(run.objective, StepObjective):
-        problems.append(
-            f"{flag} cannot be used with --task {run.task.name} yet, which was never tried on a "
-            "sharded model. Use --shard none."
+            f"{flag} cannot be used with --task {run.task.name}{reason}. Use --shard none."
         )
     if run.config.distillation.teacher is not None:
         problems.append(

@@ -23,7 +23,6 @@ from ftlevel.extras.rl.step import (
 )
 from ftlevel.extras.rl.trainer import RlTrainer, check_sampler
 from ftlevel.models.hardware import trim_heap
-from ftlevel.training.trainer import FtlevelTrainer
 
 MAX_TRUNCATED = 0.9
 """Share of truncated completions beyond which a run stops."""
@@ -37,13 +36,13 @@ _EQUAL_ADVICE = (
 )
 
 
-def check_before(trainer: FtlevelTrainer, prompts: Sequence[Any], listener: Listener) -> None:
-    """For `RlTrainer` only: sample completions of some `prompts` before training and show them.
+def check_before(trainer: RlTrainer, prompts: Sequence[Any], listener: Listener) -> None:
+    """Sample completions of some `prompts` before training and show them.
 
     Raises RunError if no prompt's completions differ in reward, almost all are truncated, or
     log-probabilities of sampler and trainer differ.
     """
-    if not isinstance(trainer, RlTrainer) or not trainer.rl_config.check_groups:
+    if not trainer.rl_config.check_groups:
         return
     config, processes = trainer.rl_config, trainer.processes
     listener.stage("sampling before training")

@@ -221,7 +221,10 @@ class RlConfig(TaskSection):
     }
     code_field: ClassVar[str] = "reward"
     may_change: ClassVar[tuple[str, ...]] = ("check_groups", "reward_timeout", "on_reward_error")
-    contents: ClassVar[Mapping[str, str]] = {"reward": "fingerprint"}
+    contents: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "reward": ("fingerprint", "a reward function or reward model has changed")
+    }
+    pipeline_tag: ClassVar[str] = "text-generation"
 
     reward: Rewards = Field(
         (),
@@ -352,6 +355,20 @@ class RlConfig(TaskSection):
         if self.epsilon is None:
             return properties.epsilon, properties.epsilon_high if high is None else high
         return self.epsilon, self.epsilon if high is None else high
+
+    @property
+    def steps_per_batch(self) -> int:
+        """Number of optimizer steps per batch of completions: `num_iterations`."""
+        return self.num_iterations
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Maximum number of generated tokens: that of sampled completions."""
+        return self.max_completion_length
+
+    def get_rate_factor(self, method: str, kind: str, size: float) -> tuple[float, str]:
+        """Returns the factor on the default learning rate."""
+        return RL_RATE, "as in the GRPO papers"
 
     def validate_run(self, config: Any) -> Iterator[str]:
         """Yields an error message for each value that `--task rl` cannot use."""

@@ -218,6 +218,12 @@ class Rollouts:
             config.stop,
         )
 
+    def for_validation(self) -> Rollouts:
+        """Returns a copy that samples from the same model, for prompts of validation rows."""
+        rollouts = copy.copy(self)
+        rollouts._get_position = get_validation_position
+        return rollouts
+
     def with_model(self, model: LoadedModel) -> Rollouts:
         """Returns a copy that samples from `model`, with the same rewards and random numbers."""
         rollouts = copy.copy(self)
@@ -420,14 +426,21 @@ class RewardEvaluator(Evaluator):
 
     rollouts: Rollouts | None = None
 
-    def __call__(
-        self,
-        model: Any,
-        record: ExampleRecord | None = None,
-    ) -> dict[str, float]:
+    def with_model(self, model: LoadedModel) -> RewardEvaluator:
+        """Returns a copy that samples from `model`."""
+        if self.rollouts is None:
+            raise TypeError("rewards need rollouts")
+        return replace(self, dtype=model.dtype, rollouts=self.rollouts.with_model(model))
+
+    def get_warnings(self) -> Sequence[str]:
+        """Returns which rewards failed."""
+        rewards = self.rollouts.rewards if self.rollouts is not None else None
+        return list(rewards.describe_failures()) if rewards is not None else []
+
+    def __call__(self, model: Any, record: ExampleRecord | None = None) -> dict[str, float]:
         """Returns the metrics of the model in `rollouts`; `model` is not used."""
         record = record or self.begin_record()
-        if self.rollouts is None or not isinstance(self.objective, PolicyObjective):
+        if self.rollouts is None:
             raise TypeError("rewards need rollouts")
         meter, sample = self.objective.meter(), partial(self.rollouts, EVAL_STEP)
         for group in self.divide(sample, self.rows[: self.generated_rows]):

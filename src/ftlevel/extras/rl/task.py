@@ -36,6 +36,8 @@ class RlTask(TextTask):
     teacher: str | None = None
 
     checks: ClassVar[Checks] = Checks(supervised=False)
+    hooks: ClassVar[str] = "ftlevel.extras.rl.hooks:RlHooks"
+    trains_language_head: ClassVar[bool] = True
     uses_dropout: ClassVar[bool] = False
 
     def configured(self, task_config: Mapping[str, Any]) -> RlTask:

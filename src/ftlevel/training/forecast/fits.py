@@ -25,7 +25,6 @@ from typing import Any
 
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError, FtlevelError
-from ftlevel.extras.rl.rows import STAND_IN_TOKENS, STAND_INS
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import (
     DTYPES,
@@ -46,13 +45,15 @@ from ftlevel.training.forecast.meta_model import (
     CASTS,
     FORWARD,
     GRADIENTS,
+    KEYS_AND_VALUES,
     LOGITS,
     OPTIMIZER,
+    PACKED,
     UPDATE,
     WEIGHTS,
     WORKSPACE,
 )
-from ftlevel.training.forecast.seconds import KEYS_AND_VALUES, PACKED, Gpu
+from ftlevel.training.forecast.seconds import Gpu
 from ftlevel.training.forecast.shares import GATHERED, REDUCED, get_sharded_model
 from ftlevel.training.plan.run import Run
 from ftlevel.training.proof import MAX_TEST_LOGITS
@@ -121,9 +122,8 @@ def _check_bytes(run: Run) -> int:
         return 0
     reference_run = run.with_settings(
         "train", per_device_train_batch_size=len(rows), gradient_accumulation_steps=1
-    ).with_settings(  # its completions are stand-ins, and it samples none
-        "rl", num_generations=STAND_INS, max_completion_length=STAND_IN_TOKENS, rollouts=""
     )
+    reference_run = run.hooks.as_checked(reference_run)
     float32_: Any = replace(
         reference_run,
         model=replace(run.model, dtype="float32"),
