@@ -85,6 +85,9 @@ class TrainingHooks:
         """Returns the evaluator of the validation rows; None for the usual `Evaluator`."""
         return None
 
+    def check_trainer(self, trainer: Any, rows: Sequence[Any], listener: Listener) -> None:
+        """Raise RunError if training `trainer` on `rows` would fail."""
+
     def explain_no_effect(self, run: Run, records: Sequence[Mapping[str, Any]]) -> str:
         """Returns why training changed nothing, and advice; "" if unknown."""
         return ""

@@ -355,7 +355,7 @@ class TrainingSession:
         with self.callbacks.interrupt, explain_disk_errors(self.output_dir), matmul_context(run):
             if checkpoint is None:
                 trainer.smaller.check_memory(run.data.train, run.model.dtype)
-                trainer.check_before(run.data.train, self.job.listener)
+                run.hooks.check_trainer(trainer, run.data.train, self.job.listener)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         interrupt = self.callbacks.interrupt
         if interrupt.has_stopped:

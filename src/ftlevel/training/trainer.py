@@ -23,7 +23,6 @@ from ftlevel.data.prepare.samplers import (
     StepShardSampler,
 )
 from ftlevel.errors import ConfigError, is_out_of_memory
-from ftlevel.events import Listener
 from ftlevel.fast.likelihoods import (
     compute_full_loss,
     compute_shared_prefix,
@@ -417,9 +416,6 @@ class FtlevelTrainer(Trainer):
         """Returns the batch of a step on `rows`, as the data loader yields it."""
         batch: dict[str, Any] = self.data_collator(rows)
         return batch
-
-    def check_before(self, rows: Sequence[Any], listener: Listener) -> None:
-        """Raise RunError if a check of a subclass fails before training on `rows`."""
 
     def restore_batch(self, checkpoint: Path) -> None:
         """Load what a subclass saved in `checkpoint` for further steps on the same rows."""

@@ -61,5 +61,6 @@ EXTENSION = Extension(
     hooks={
         "complete_flags": "ftlevel.extras.rl.other_tools:complete_flags",
         "convert_keys": "ftlevel.extras.rl.other_tools:convert_keys",
+        "summarize_samples": "ftlevel.extras.rl.rollout_file:summarize_rollouts",
     },
 )

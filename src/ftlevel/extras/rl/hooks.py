@@ -12,7 +12,12 @@ from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.events import Listener, NullListener
-from ftlevel.extras.rl.checks import get_no_effect_cause, get_rollout_warnings, preview_rollouts
+from ftlevel.extras.rl.checks import (
+    check_before,
+    get_no_effect_cause,
+    get_rollout_warnings,
+    preview_rollouts,
+)
 from ftlevel.extras.rl.config import RewardOptions, RlConfig
 from ftlevel.extras.rl.forecast import (
     INITIAL,
@@ -131,6 +136,10 @@ class RlHooks(TrainingHooks):
         """Returns the evaluator that scores sampled completions of validation rows."""
         rollouts = sampler.for_validation() if sampler is not None else None
         return RewardEvaluator(**settings, generated_rows=num_generated, rollouts=rollouts)
+
+    def check_trainer(self, trainer: RlTrainer, rows: Sequence[Any], listener: Listener) -> None:
+        """Sample completions of some prompts before training, and show them."""
+        check_before(trainer, rows, listener)
 
     def explain_no_effect(self, run: Run, records: Sequence[Mapping[str, Any]]) -> str:
         """Returns why the rewards gave no gradient, and advice; "" if unknown."""

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from ftlevel.artifacts.files import write_text
-from ftlevel.artifacts.row_sinks import load_rollouts
 from ftlevel.extras.rl.config import RlConfig
 from ftlevel.extras.rl.losses import (
     completion_weights,
@@ -22,6 +21,7 @@ from ftlevel.extras.rl.losses import (
     penalize_rewards,
 )
 from ftlevel.extras.rl.objective import loss_parameters
+from ftlevel.extras.rl.rollout_file import load_rollouts
 from ftlevel.extras.rl.rollouts import Group
 from ftlevel.extras.rl.rows import UNKNOWN, CompletionRow, TokenLogps
 from ftlevel.training.processes import Processes

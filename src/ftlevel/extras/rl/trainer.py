@@ -24,7 +24,6 @@ from ftlevel.artifacts.run_directory import ROLLOUTS, RunDirectory
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import RunError
-from ftlevel.events import Listener
 from ftlevel.extras.rl.losses import PolicyLoss
 from ftlevel.extras.rl.objective import PolicyGradient
 from ftlevel.extras.rl.rollouts import Group, Rollouts, compute_token_logps
@@ -138,12 +137,6 @@ class RlTrainer(FtlevelTrainer):
         self._start_time = 0.0
         trainable = self._trainable() if self.rl_config.beta else []
         self._start = [p.detach().clone() for p in trainable]
-
-    def check_before(self, rows: Sequence[Any], listener: Listener) -> None:
-        """Sample completions of some prompts and show them; raises as `checks.check_before`."""
-        from ftlevel.extras.rl.checks import check_before
-
-        check_before(self, rows, listener)
 
     def gather_failures(self) -> None:
         """Exchange the failures of reward functions between processes."""

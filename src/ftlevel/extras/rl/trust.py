@@ -12,13 +12,26 @@ import os
 import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ftlevel.extras.rl.config import RewardSpec
+from typing import Protocol
 
 
-def check_reward_files(rewards: Iterable[RewardSpec], location: str) -> Iterator[str]:
+class Spec(Protocol):
+    """Interface of a reward's specification, `config.RewardSpec`."""
+
+    @property
+    def text(self) -> str:
+        """Value of `--reward`."""
+
+    @property
+    def kind(self) -> str:
+        """builtin, function or model."""
+
+    @property
+    def name(self) -> str:
+        """Python file of a function."""
+
+
+def check_reward_files(rewards: Iterable[Spec], location: str) -> Iterator[str]:
     """Yields a message for each Python file in `rewards`, named by `location`, that is not allowed.
 
     Allowed are files that `allow_reward_files` has recorded and that have not changed since.
@@ -34,7 +47,7 @@ def check_reward_files(rewards: Iterable[RewardSpec], location: str) -> Iterator
         )
 
 
-def allow_reward_files(rewards: Iterable[RewardSpec]) -> None:
+def allow_reward_files(rewards: Iterable[Spec]) -> None:
     """Record the Python files of `rewards` by path and SHA-256, so that later commands run them."""
     lines = [
         line
