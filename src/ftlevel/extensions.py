@@ -124,9 +124,18 @@ _NOUNS = {
 }
 
 
-@functools.cache
+_EXTRAS = Path(__file__).with_name("extras")
+
+
 def find_extensions() -> tuple[tuple[str, Extension], ...]:
     """Returns (package, extension) of all extensions, ftlevel's own first."""
+    if (_EXTRAS / "__init__.py").is_file():
+        importlib.import_module(GROUP)  # imports the configuration, which calls this function
+    return _find_extensions()
+
+
+@functools.cache
+def _find_extensions() -> tuple[tuple[str, Extension], ...]:
     extensions = []
     for source, reference in (*_own(), *_installed()):
         if (extension := try_load(reference, source)) is None:
@@ -139,8 +148,7 @@ def find_extensions() -> tuple[tuple[str, Extension], ...]:
 
 
 def _own() -> list[tuple[str, str]]:
-    folder = Path(__file__).with_name("extras")
-    names = sorted(path.parent.name for path in folder.glob("*/__init__.py"))
+    names = sorted(path.parent.name for path in _EXTRAS.glob("*/__init__.py"))
     return [(OWN, f"{GROUP}.{name}:EXTENSION") for name in names]
 
 
