@@ -83,6 +83,18 @@ class SortedMeter(Meter, Protocol):
 
 
 @dataclass(frozen=True)
+class Likelihoods:
+    """Functions that compute log-likelihoods of a batch.
+
+    `per_answer` returns `(answers, 2)`, as `LikelihoodObjective.answers`; `per_token(temperature)`
+    the log-probabilities of the targets and the row of each.
+    """
+
+    per_answer: Callable[[], Tensor]
+    per_token: Callable[[float], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
 class Objective(ABC):
     """Base class of objectives: loss and metrics from model outputs and the labels of a batch.
 
@@ -166,17 +178,8 @@ class Objective(ABC):
         total: Tensor = sum(counts[1:], counts[0])
         return total
 
-    def likelihood_loss(
-        self,
-        batch: Mapping[str, Any],
-        per_answer: Callable[[], Tensor],
-        per_token: Callable[[float], tuple[Tensor, Tensor]],
-    ) -> Tensor | None:
-        """Returns the summed loss of a batch from log-likelihoods; None for a loss of logits.
-
-        `per_answer` computes `(answers, 2)`, as `LikelihoodObjective.answers` returns;
-        `per_token(temperature)` the log-probabilities of the targets, and the row of each.
-        """
+    def likelihood_loss(self, batch: Mapping[str, Any], compute: Likelihoods) -> Tensor | None:
+        """Returns the summed loss of a batch from log-likelihoods; None for a loss of logits."""
         return None
 
     def micro_batch_tokens(self, meta: Any, rows: Sequence[Any], device: str, workers: int) -> int:
@@ -348,14 +351,9 @@ class LikelihoodObjective(TokenObjective):
     needs_baseline: bool = False
     shard_limitation: ClassVar[str] = " yet: the reference cache is per process"
 
-    def likelihood_loss(
-        self,
-        batch: Mapping[str, Any],
-        per_answer: Callable[[], Tensor],
-        per_token: Callable[[float], tuple[Tensor, Tensor]],
-    ) -> Tensor | None:
+    def likelihood_loss(self, batch: Mapping[str, Any], compute: Likelihoods) -> Tensor | None:
         """Returns `preference_sum` of the answers in a batch."""
-        return self.preference_sum(per_answer(), batch["preference_labels"], training=True)
+        return self.preference_sum(compute.per_answer(), batch["preference_labels"], training=True)
 
     @abstractmethod
     def answers(self, log_probs: Tensor, owners: Tensor, count: int) -> Tensor:
@@ -393,16 +391,11 @@ class PolicyObjective(TokenObjective):
         """Returns the first count: the weights are those of the whole step already."""
         return counts[0]
 
-    def likelihood_loss(
-        self,
-        batch: Mapping[str, Any],
-        per_answer: Callable[[], Tensor],
-        per_token: Callable[[float], tuple[Tensor, Tensor]],
-    ) -> Tensor | None:
+    def likelihood_loss(self, batch: Mapping[str, Any], compute: Likelihoods) -> Tensor | None:
         """Returns `policy_sum` of the sampled tokens in a batch; None without `signals`."""
         if "signals" not in batch:
             return None
-        likelihoods, owners = per_token(self.temperature)
+        likelihoods, owners = compute.per_token(self.temperature)
         return self.policy_sum(likelihoods, owners, batch["signals"])
 
     @abstractmethod

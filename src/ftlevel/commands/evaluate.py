@@ -107,7 +107,8 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         ref = _with_options(ref, eval_rows.options)
         _check_metrics(config, ref, run_config)
         config.check_task(ref.task)
-        own = hooks_of(ref.configured_task).evaluation(config, ref)
+        options = {"name": config.name, **config.added_options}
+        own = hooks_of(ref.configured_task).evaluation(ref, options)
         listener.stage("loading the model")
         trained = ref.load(device.value)
         choices = [*_choices(config, trained, eval_rows, device), *(own.choices if own else ())]

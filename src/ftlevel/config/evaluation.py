@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, create_model, model_validator
 
@@ -122,9 +122,17 @@ class EvaluateConfig(DecodingAsInTraining):
                 raise ValueError(f"{flag} describes --dataset, which is not given. Add --dataset.")
         return self
 
+    @property
+    def added_options(self) -> dict[str, Any]:
+        """Options that extensions added, by name."""
+        names = type(self).model_fields.keys() - _CORE_FIELDS
+        return {name: getattr(self, name) for name in names}
+
     def check_task(self, task: str) -> None:
         """Raise ConfigError if an option that an extension adds is not for a model of `task`."""
 
+
+_CORE_FIELDS = frozenset(EvaluateConfig.model_fields)
 
 if not TYPE_CHECKING and (_options := load_all("evaluate_options")):
     EvaluateConfig = create_model(

@@ -17,6 +17,7 @@ from ftlevel.models.hardware import eval_mode
 from ftlevel.objectives import (
     DistillationObjective,
     LikelihoodObjective,
+    Likelihoods,
     Objective,
     TokenObjective,
     TrainingLoss,
@@ -66,11 +67,11 @@ def _compute_likelihood_loss(
 ) -> Tensor | None:
     """Returns the summed loss (a scalar) of a preference or policy objective; None for others."""
     own: Any = objective
-    return objective.likelihood_loss(
-        batch,
+    compute = Likelihoods(
         lambda: compute_answer_likelihoods(head, model, own, batch),
         lambda temperature: compute_token_likelihoods(head, model, own, batch, temperature),
     )
+    return objective.likelihood_loss(batch, compute)
 
 
 def compute_full_loss(

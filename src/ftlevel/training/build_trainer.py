@@ -193,7 +193,7 @@ def create_trainer(
     trainer_class, kwargs, order = run.hooks.select_trainer(run, sampler, train_dataset, order)
     if is_sharded(model.model) and processes.count > 1:
         trainer_class = ShardedTrainer
-    trainer: FtlevelTrainer = trainer_class(
+    trainer: FtlevelTrainer = (trainer_class or FtlevelTrainer)(
         objective=run.objective,
         loss=run.loss,
         evaluator=create_evaluator(run, processes, sampler),

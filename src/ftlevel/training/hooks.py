@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ftlevel.extensions import load
 
 if TYPE_CHECKING:
-    from ftlevel.config import EvaluateConfig
     from ftlevel.config.section import Choice
     from ftlevel.evaluation.scoring import Evaluator
     from ftlevel.events import Listener
@@ -74,10 +73,11 @@ class TrainingHooks:
     def select_trainer(
         self, run: Run, sampler: Any, rows: Any, order: Any
     ) -> tuple[Any, dict[str, Any], Any]:
-        """Returns the class of the Trainer, further arguments, and the sampler of its `rows`."""
-        from ftlevel.training.trainer import FtlevelTrainer
+        """Returns the class of the Trainer, further arguments, and the sampler of its `rows`.
 
-        return FtlevelTrainer, {}, order
+        The class is None for `FtlevelTrainer`.
+        """
+        return None, {}, order
 
     def create_evaluator(
         self, run: Run, sampler: Any, num_generated: int, settings: Mapping[str, Any]
@@ -123,8 +123,11 @@ class TrainingHooks:
 
     # ---- evaluate
 
-    def evaluation(self, config: EvaluateConfig, ref: ModelRef) -> EvaluationHooks | None:
-        """Returns what changes in `ftlevel evaluate`; raises ConfigError for invalid options."""
+    def evaluation(self, ref: ModelRef, options: Mapping[str, Any]) -> EvaluationHooks | None:
+        """Returns what changes in `ftlevel evaluate`; raises ConfigError for invalid `options`.
+
+        `options` are those that extensions added, and `name`, the evaluated run or model.
+        """
         return None
 
 

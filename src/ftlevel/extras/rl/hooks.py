@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
-from ftlevel.config import EvaluateConfig
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError
 from ftlevel.evaluation.scoring import Evaluator
@@ -18,7 +17,7 @@ from ftlevel.extras.rl.checks import (
     get_rollout_warnings,
     preview_rollouts,
 )
-from ftlevel.extras.rl.config import RewardOptions, RlConfig
+from ftlevel.extras.rl.config import RlConfig
 from ftlevel.extras.rl.forecast import (
     INITIAL,
     SAMPLING,
@@ -33,25 +32,28 @@ from ftlevel.extras.rl.rewards import Rewards
 from ftlevel.extras.rl.rollouts import (
     RewardEvaluator,
     Rollouts,
+    compute_token_logps,
     get_validation_position,
     open_rewards,
     open_teacher,
     score_rows,
 )
-from ftlevel.extras.rl.rows import STAND_IN_TOKENS, STAND_INS, TokenLogps
+from ftlevel.extras.rl.rows import STAND_IN_TOKENS, STAND_INS, CompletionRow, TokenLogps
 from ftlevel.extras.rl.server import BOUND, ServerSampler, check_server
 from ftlevel.extras.rl.step import bound_of
-from ftlevel.extras.rl.teacher import TeacherScorer
 from ftlevel.extras.rl.trainer import RepeatedSteps, RlTrainer
 from ftlevel.extras.rl.trust import check_reward_files
 from ftlevel.methods import METHODS
+from ftlevel.models.hardware import autocast
 from ftlevel.trained.model_ref import LoadedModel, ModelRef
+from ftlevel.trained.resolve import ReferenceModel
 from ftlevel.training.forecast.memory import PERSISTENT_PARTS
 from ftlevel.training.forecast.meta_model import ADAPTER, FORWARD, WEIGHTS
 from ftlevel.training.forecast.seconds import Gpu, TimeForecast
 from ftlevel.training.hooks import EvaluationHooks, TrainingHooks
 from ftlevel.training.model import PreparedModel, load_training_model
 from ftlevel.training.plan.run import Run
+from ftlevel.training.reference import iterate_batches, load_auxiliary_model
 
 
 class RlHooks(TrainingHooks):
@@ -181,17 +183,16 @@ class RlHooks(TrainingHooks):
         size = RolloutSize.of(run, gpu.memory - weights)
         return estimate_rl_time(run, gpu, size, operations, weights) if size is not None else None
 
-    def evaluation(self, config: EvaluateConfig, ref: ModelRef) -> EvaluationHooks:
+    def evaluation(self, ref: ModelRef, options: Mapping[str, Any]) -> EvaluationHooks:
         """Returns the evaluation by rewards; ConfigError for a file that only the run names."""
         objective: Any = ref.objective
         settings: RlConfig = objective.config
-        reward = config.reward if isinstance(config, RewardOptions) else ()
-        if reward:
-            return RewardEvaluation(settings.model_copy(update={"reward": reward}))
+        if options["reward"]:
+            return RewardEvaluation(settings.model_copy(update={"reward": options["reward"]}))
         if ref.run is not None:  # which may have been moved, with its rewards
             own = ref.run_config.get_section(RlConfig).reward
             settings = settings.model_copy(update={"reward": own})
-        if problems := list(check_reward_files(settings.rewards, config.name)):
+        if problems := list(check_reward_files(settings.rewards, options["name"])):
             raise ConfigError(problems)
         return RewardEvaluation(settings)
 
@@ -266,3 +267,26 @@ class RewardEvaluation(EvaluationHooks):
             teacher=teacher,
         )
         return RewardEvaluator(**settings, rollouts=rollouts)
+
+
+class TeacherScorer:
+    """Computes a teacher's log-probabilities of completions; the first call loads the teacher."""
+
+    def __init__(self, teacher: ReferenceModel, run: Run, listener: Listener) -> None:
+        self.teacher = teacher
+        self._run = run
+        self._context = load_auxiliary_model(teacher, run, listener)
+        self._loaded: tuple[Run, PreparedModel] | None = None
+
+    def __call__(self, rows: Sequence[CompletionRow]) -> list[list[float]]:
+        """Returns the teacher's log-probability of each completion token, in one list per row."""
+        objective: Any = self._run.objective
+        if not rows:
+            return []
+        self._loaded = self._loaded or self._context.__enter__()
+        run, adapted = self._loaded
+        head = adapted.fast.cross_entropy if adapted.fast is not None else None
+        with autocast(run.model.device, run.model.dtype):
+            batches = iterate_batches(run, adapted.fast, rows)
+            logps = compute_token_logps(adapted.model, objective, batches, head)
+        return [logps[index] for index in range(len(rows))]
