@@ -31,10 +31,12 @@ from typing import IO, Any, NoReturn
 
 from filelock import FileLock
 
+from ftlevel.safe_io import python_command
+
 ADDRESS = "FTLEVEL_TESTS_FORKS"  # path of the sockets of the forking processes, without suffix
 HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _IMPORTED = ("libraries", "ftlevel")
-_PROGRAM = [sys.executable, "-m", "ftlevel"]
+_PROGRAMS = ([sys.executable, "-m", "ftlevel"], python_command("ftlevel"))  # torchrun, ftlevel
 _FORK_CONTEXT = multiprocessing.get_context("fork")
 _processes: list[subprocess.Popen[bytes]] = []
 _servers: dict[str, socket.socket] = {}
@@ -395,7 +397,7 @@ class _ForkedRank(subprocess.Popen):  # type: ignore[type-arg]
 
     def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, *rest: Any) -> None:
         words = [word for word in args if word != "-u"] if isinstance(args, list | tuple) else []
-        if words[:3] != _PROGRAM:
+        if words[:3] not in _PROGRAMS:
             super()._execute_child(args, executable, preexec_fn, *rest)  # type: ignore[misc]
             return
         close_fds, env, start_new_session = rest[0], rest[3], rest[18]
