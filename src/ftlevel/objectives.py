@@ -208,6 +208,10 @@ class Objective(ABC):
         """Returns warnings about misleading `metrics`; `before` has those before training."""
         return []
 
+    def get_validation_group(self, rows: Sequence[Any]) -> tuple[str, int] | None:
+        """Returns the loss of `rows` and how many rows it compares; None if it compares none."""
+        return None
+
     def guess_loss(self, rows: Sequence[Any]) -> float | None:
         """Returns the loss of always predicting the label frequencies; None if unknown."""
         return None

@@ -17,7 +17,6 @@ from ftlevel.config import SPECS, EvaluateConfig, InMemoryDataset, QuantConfig, 
 from ftlevel.config.constraints import flag_name
 from ftlevel.config.section import Choice, check_config
 from ftlevel.data.encoding.fit import LengthBounds
-from ftlevel.data.encoding.texts import distinct_texts
 from ftlevel.data.formats.labels import are_default_names
 from ftlevel.data.prepare.encoder import EncodingContext
 from ftlevel.data.prepare.inference import EvaluationRows, load_evaluation_rows
@@ -48,7 +47,6 @@ from ftlevel.models.hardware import select_device
 from ftlevel.models.loading import silence_loggers
 from ftlevel.models.quantization import format_quantization
 from ftlevel.tasks import TASKS, BaseTask
-from ftlevel.tasks.embedding.objective import Embeddings
 from ftlevel.trained.generation import GenerationOptions
 from ftlevel.trained.model_ref import LoadedModel, ModelRef
 from ftlevel.trained.resolve import get_dtype_source, get_original_base, resolve_model
@@ -328,12 +326,10 @@ class _Rows:
         yield from self.hooks.choices if self.hooks is not None else ()
 
     def _loss_choices(self, trained: LoadedModel) -> Iterator[Choice]:
-        objective = trained.objective
-        if isinstance(objective, Embeddings) and len(self.rows.rows):
-            loss = objective.for_validation(distinct_texts(self.rows.rows)[1]).config.loss
+        if (group := trained.objective.get_validation_group(self.rows.rows)) is not None:
             is_own = "step_rows" in trained.ref.card.options.get("embedding", {})
             note = "the rows per step of training" if is_own else "the default"
-            groups = f"{loss} within groups of {objective.step_rows:,} rows"
+            groups = f"{group[0]} within groups of {group[1]:,} rows"
             yield Choice("loss", groups, f"{note}; it depends on the size")
 
     def list_warnings(self, trained: LoadedModel) -> Iterator[str]:
@@ -386,9 +382,9 @@ class _Rows:
         evaluator = self.evaluator.with_model(model)
         if not evaluator.objective.samples:
             evaluator = replace(evaluator, generated_rows=0, score_texts=None, language="")
-        objective = evaluator.objective
+        objective: Any = evaluator.objective
         embedding_format = model.task.embedding_format(model.ref.options)
-        if embedding_format is not None and isinstance(objective, Embeddings):
+        if embedding_format is not None:
             encoded, objective = self.encode(model.ref), replace(objective, format=embedding_format)
             rows = {"rows": encoded.rows, "corpus": encoded.corpus, "tokenizer": model.tokenizer}
             evaluator = replace(evaluator, objective=objective, **rows)
