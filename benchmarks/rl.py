@@ -130,7 +130,7 @@ def _ftlevel(args: argparse.Namespace) -> list[float]:
     from ftlevel.cli.startup import prepare
     from ftlevel.commands.train import train
     from ftlevel.config import TrainConfig
-    from ftlevel.evaluation.rollouts import Rollouts
+    from ftlevel.extras.rl.rollouts import Rollouts
 
     prepare()  # as the command does
     clock, original = _Clock(), Rollouts.__init__

@@ -18,8 +18,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ftlevel.evaluation.paged_sampling import PagedSampler
-from ftlevel.evaluation.sampling import GenerateSampler, GroupSampler, Noise, SamplingOptions
+from ftlevel.extras.rl.paged_sampling import PagedSampler
+from ftlevel.extras.rl.sampling import GenerateSampler, GroupSampler, Noise, SamplingOptions
 from ftlevel.models.hardware import evaluating
 
 GROUP, PROMPT_TOKENS = 8, 300

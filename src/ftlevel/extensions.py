@@ -25,10 +25,12 @@ GROUP = "ftlevel.extras"
 
 HOOKS = (
     "complete_flags",
+    "convert_keys",
     "convert_recipe",
     "detect_tool",
     "finish_run",
     "serve_whole",
+    "summarize_samples",
 )
 """Functions that the core calls where an extension has them; docs/extend.md has the signatures."""
 
@@ -88,6 +90,9 @@ class Extension:
         formats: suffix of a data file → reference to its `Reader`.
         export_formats: value of `--format` → `ExportFormat`.
         hooks: name in `HOOKS` → reference to a function.
+        sections: name → reference to a `config.section.TaskSection`, a section of `TrainConfig`.
+        task_aliases: other value of `--task` → task, and fields that it sets, by section.
+        evaluate_options: references to subclasses of `EvaluateConfig` with further fields.
     """
 
     commands: Mapping[str, Command] = field(default_factory=dict)
@@ -98,6 +103,9 @@ class Extension:
     formats: Mapping[str, str] = field(default_factory=dict)
     export_formats: Mapping[str, ExportFormat] = field(default_factory=dict)
     hooks: Mapping[str, str] = field(default_factory=dict)
+    sections: Mapping[str, str] = field(default_factory=dict)
+    task_aliases: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
+    evaluate_options: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if unknown := set(self.hooks) - set(HOOKS):
@@ -111,12 +119,23 @@ _NOUNS = {
     "methods": "the method",
     "formats": "the data format",
     "export_formats": "the export format",
+    "sections": "the section",
+    "task_aliases": "the task alias",
 }
 
 
-@functools.cache
+_EXTRAS = Path(__file__).with_name("extras")
+
+
 def find_extensions() -> tuple[tuple[str, Extension], ...]:
     """Returns (package, extension) of all extensions, ftlevel's own first."""
+    if (_EXTRAS / "__init__.py").is_file():
+        importlib.import_module(GROUP)  # imports the configuration, which calls this function
+    return _find_extensions()
+
+
+@functools.cache
+def _find_extensions() -> tuple[tuple[str, Extension], ...]:
     extensions = []
     for source, reference in (*_own(), *_installed()):
         if (extension := try_load(reference, source)) is None:
@@ -129,8 +148,7 @@ def find_extensions() -> tuple[tuple[str, Extension], ...]:
 
 
 def _own() -> list[tuple[str, str]]:
-    folder = Path(__file__).with_name("extras")
-    names = sorted(path.parent.name for path in folder.glob("*/__init__.py"))
+    names = sorted(path.parent.name for path in _EXTRAS.glob("*/__init__.py"))
     return [(OWN, f"{GROUP}.{name}:EXTENSION") for name in names]
 
 
@@ -208,6 +226,12 @@ def loaded(table: str, core: Collection[str] = ()) -> dict[str, Any]:
     """Returns name → imported object for each reference in `table`; omits those that fail."""
     objects = {name: try_load(row, source) for name, (source, row) in added(table, core).items()}
     return {name: value for name, value in objects.items() if value is not None}
+
+
+def load_all(table: str) -> list[Any]:
+    """Returns the imported objects of the references in `table`, a list; omits those that fail."""
+    rows = ((s, row) for s, extension in find_extensions() for row in getattr(extension, table))
+    return [value for s, row in rows if (value := try_load(row, s)) is not None]
 
 
 def hooks(name: str) -> list[Callable[..., Any]]:

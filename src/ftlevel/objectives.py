@@ -83,6 +83,18 @@ class SortedMeter(Meter, Protocol):
 
 
 @dataclass(frozen=True)
+class Likelihoods:
+    """Functions that compute log-likelihoods of a batch.
+
+    `per_answer` returns `(answers, 2)`, as `LikelihoodObjective.answers`; `per_token(temperature)`
+    the log-probabilities of the targets and the row of each.
+    """
+
+    per_answer: Callable[[], Tensor]
+    per_token: Callable[[float], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
 class Objective(ABC):
     """Base class of objectives: loss and metrics from model outputs and the labels of a batch.
 
@@ -94,6 +106,10 @@ class Objective(ABC):
         has_choice: whether targets are categorical, so that KL and top-1 are defined.
         one_of_many: whether a target is one of several classes, so that labels can be smoothed.
         has_classes: whether targets are classes, so that these can be weighted.
+        samples: whether training rows are prompts whose completions the model samples; the loss is
+            then no metric.
+        evaluates_first: whether the model is evaluated before the first step by default.
+        shard_limitation: why the model cannot be sharded, as a clause; "" if it can.
         metric_names: default of `metrics`; empty for the headline alone.
     """
 
@@ -104,6 +120,9 @@ class Objective(ABC):
     has_choice: ClassVar[bool] = True
     one_of_many: ClassVar[bool] = False
     has_classes: ClassVar[bool] = False
+    samples: ClassVar[bool] = False
+    evaluates_first: ClassVar[bool] = False
+    shard_limitation: ClassVar[str] = ""
     metric_names: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -154,6 +173,22 @@ class Objective(ABC):
         """Returns the tensor that `training_sum` is divided by; by default, the target count."""
         return self.count(labels)
 
+    def step_count(self, counts: Sequence[Tensor]) -> Tensor:
+        """Returns the count of a step whose micro-batches have `counts` of `training_count`."""
+        total: Tensor = sum(counts[1:], counts[0])
+        return total
+
+    def likelihood_loss(self, batch: Mapping[str, Any], compute: Likelihoods) -> Tensor | None:
+        """Returns the summed loss of a batch from log-likelihoods; None for a loss of logits."""
+        return None
+
+    def micro_batch_tokens(self, meta: Any, rows: Sequence[Any], device: str, workers: int) -> int:
+        """Returns the minimum tokens of a micro-batch that shares prefixes; `meta` has no weights.
+
+        `workers` is the number of parallel workers.
+        """
+        return 0
+
     def balance(self, rows: Sequence[Any], classes: int) -> tuple[float, ...]:
         """Returns class weights inverse to class frequency in `rows`; empty without classes."""
         return ()
@@ -172,6 +207,10 @@ class Objective(ABC):
     ) -> list[str]:
         """Returns warnings about misleading `metrics`; `before` has those before training."""
         return []
+
+    def get_validation_group(self, rows: Sequence[Any]) -> tuple[str, int] | None:
+        """Returns the loss of `rows` and how many rows it compares; None if it compares none."""
+        return None
 
     def guess_loss(self, rows: Sequence[Any]) -> float | None:
         """Returns the loss of always predicting the label frequencies; None if unknown."""
@@ -246,6 +285,8 @@ class StepObjective(Objective):
     """Base class of objectives with a loss of the embeddings of all texts of an optimizer step."""
 
     has_choice: ClassVar[bool] = False
+    evaluates_first: ClassVar[bool] = True
+    shard_limitation: ClassVar[str] = "it was never tried on a sharded model"
 
     @property
     def largest_term(self) -> float:
@@ -312,6 +353,11 @@ class LikelihoodObjective(TokenObjective):
 
     needs_reference: bool = False
     needs_baseline: bool = False
+    shard_limitation: ClassVar[str] = "the reference cache is per process"
+
+    def likelihood_loss(self, batch: Mapping[str, Any], compute: Likelihoods) -> Tensor | None:
+        """Returns `preference_sum` of the answers in a batch."""
+        return self.preference_sum(compute.per_answer(), batch["preference_labels"], training=True)
 
     @abstractmethod
     def answers(self, log_probs: Tensor, owners: Tensor, count: int) -> Tensor:
@@ -339,6 +385,22 @@ class PolicyObjective(TokenObjective):
     """
 
     temperature: float = 1.0
+    samples: ClassVar[bool] = True
+    evaluates_first: ClassVar[bool] = True
+    shard_limitation: ClassVar[str] = (
+        "each process samples its own completions with all weights, and would hold a part of them"
+    )
+
+    def step_count(self, counts: Sequence[Tensor]) -> Tensor:
+        """Returns the first count: the weights are those of the whole step already."""
+        return counts[0]
+
+    def likelihood_loss(self, batch: Mapping[str, Any], compute: Likelihoods) -> Tensor | None:
+        """Returns `policy_sum` of the sampled tokens in a batch; None without `signals`."""
+        if "signals" not in batch:
+            return None
+        likelihoods, owners = compute.per_token(self.temperature)
+        return self.policy_sum(likelihoods, owners, batch["signals"])
 
     @abstractmethod
     def policy_sum(self, log_probs: Tensor, owners: Tensor, signals: Tensor) -> Tensor:

@@ -21,15 +21,15 @@ from ftlevel.commands.export import export
 from ftlevel.commands.merge import merge
 from ftlevel.commands.train import train
 from ftlevel.config import EvaluateConfig, ExportConfig, MergeConfig, TrainConfig
-from ftlevel.config.rl import RlConfig
 from ftlevel.errors import ConfigError, InputError, Interrupted, RunError
-from ftlevel.evaluation import sampling
-from ftlevel.evaluation.rollouts import Rollouts
 from ftlevel.evaluation.two_models import build_comparison_inputs
+from ftlevel.extras.rl import sampling
+from ftlevel.extras.rl.checks import get_rollout_warnings
+from ftlevel.extras.rl.config import RlConfig
+from ftlevel.extras.rl.rollouts import Rollouts
+from ftlevel.extras.rl.trainer import RepeatedSteps, RlTrainer
 from ftlevel.extras.serving.check import check_served
 from ftlevel.extras.serving.config import CheckServedConfig
-from ftlevel.training.rl.checks import get_rollout_warnings
-from ftlevel.training.rl.trainer import RepeatedSteps, RlTrainer
 from tiny_models import save_tiny
 
 NAMES = [

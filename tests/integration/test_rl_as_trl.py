@@ -17,13 +17,13 @@ Mirrored, without `test_train_` in front:
   several rewards; test_warning_raised_all_rewards_none: it stops the check before training
 - different_reward_model, multiple_mixed_reward_funcs, test_single_reward_model_…: a reward model
 - sync_and_async_reward_funcs, reward_func_additional_column, …_accessing_trainer_state,
-  …_with_log_extra, …_with_log_metric: tests/unit/tasks/rl/test_rewards.py
+  …_with_log_extra, …_with_log_metric: tests/unit/extras/rl/test_rewards.py
 - peft_config, peft_model, test_init_minimal: tests/integration/test_rl.py
 - with_generation_kwargs, with_iterable_dataset, test_no_reward_source_raises,
   test_warning_raised_sequence_level_…: refused, tests/cli/test_rl.py
 - vllm_and_peft, vllm_importance_sampling_correction: test_rl_server.py
-- test_rewards.py (accuracy, think format, repetition): tests/unit/tasks/rl/test_builtin_rewards.py
-- losses in numbers: tests/unit/tasks/rl/test_loss_figures.py
+- test_rewards.py (accuracy, think format, repetition): tests/unit/extras/rl/test_builtin_rewards.py
+- losses in numbers: tests/unit/extras/rl/test_loss_figures.py
 
 Left out:
 
@@ -51,9 +51,9 @@ from ftlevel.commands.generate import Chat, generate
 from ftlevel.commands.predict import predict
 from ftlevel.commands.train import train
 from ftlevel.config import GenerateConfig, PredictConfig, TrainConfig
-from ftlevel.config.rl import RL_LOSSES
 from ftlevel.data.encoding.prompts import encode_prompt
 from ftlevel.errors import RunError
+from ftlevel.extras.rl.config import RL_LOSSES
 from ftlevel.trained.resolve import resolve_model
 from sampling import every
 from tiny_models import save_tiny

@@ -15,7 +15,7 @@ from forked import Forked
 from ftlevel.commands.train import train
 from ftlevel.config import TrainConfig
 from ftlevel.errors import ConfigError, RunError
-from ftlevel.evaluation.server import ServerSampler
+from ftlevel.extras.rl.server import ServerSampler
 from tiny_models import save_tiny
 
 REWARDS = """

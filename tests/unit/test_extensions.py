@@ -12,7 +12,7 @@ import pytest
 
 from ftlevel import extensions
 from ftlevel.errors import ConfigError
-from ftlevel.extensions import Extension, added, find_extensions, hooks, loaded
+from ftlevel.extensions import Extension, _find_extensions, added, find_extensions, hooks, loaded
 
 ROOT = Path(__file__).parents[2]
 Install = Callable[..., None]
@@ -23,7 +23,7 @@ HEAD = "from ftlevel.extensions import Command, Extension\n"
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     """Return a function that installs a package with a module and an entry point."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    find_extensions.cache_clear()
+    _find_extensions.cache_clear()
 
     def install_package(name: str, text: str, reference: str | None = None) -> None:
         (tmp_path / f"{name}.py").write_text(HEAD + text, encoding="utf-8")
@@ -34,7 +34,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         (info / "entry_points.txt").write_text(point, encoding="utf-8")
 
     yield install_package
-    find_extensions.cache_clear()
+    _find_extensions.cache_clear()
     for name in [name for name in sys.modules if name.startswith("toy")]:
         del sys.modules[name]
 
@@ -98,7 +98,7 @@ def test_duplicate_name_raises(install: Install) -> None:
     with pytest.raises(ConfigError, match="the task 'rank' is defined by ftlevel and by toyfour"):
         added("tasks", ("rank",))
     install("toyfive", "EXTENSION = Extension(tasks={'rank': 'b'})\n")
-    find_extensions.cache_clear()
+    _find_extensions.cache_clear()
     with pytest.raises(ConfigError, match=r"toyf\w+ 1.0 and by toyf\w+ 1.0\. Uninstall one"):
         added("tasks")
 

@@ -55,7 +55,7 @@ RULES: dict[str, tuple[Rule, dict[str, str]]] = {
     "files are written by open_new, open_existing and save_text": (
         is_written,
         {
-            "rewards/worker.py": "a pipe",
+            "extras/rl/reward_worker.py": "a pipe",
             **SCRIPTS,
         },
     ),
@@ -73,7 +73,7 @@ RULES: dict[str, tuple[Rule, dict[str, str]]] = {
             "extensions.py": "entry points of installed packages",
             "merging/formats/base.py": "the table of export formats",
             "methods/__init__.py": "the table of methods",
-            "rewards/worker.py": "files that config.trust allows",
+            "extras/rl/reward_worker.py": "files that extras.rl.trust allows",
             "tasks/base.py": "the table of tasks",
         },
     ),

@@ -17,6 +17,7 @@ from ftlevel._version import __version__
 from ftlevel.artifacts.files import check_regular, read_json, write_json
 from ftlevel.config import QuantConfig
 from ftlevel.config.reading import load_yaml
+from ftlevel.config.train import SECTIONS
 from ftlevel.errors import InputError
 from ftlevel.safe_io import escape_controls
 
@@ -100,10 +101,15 @@ def _installed_version(name: str) -> str:
 _PIPELINE_TAGS = {
     "masked-lm": "fill-mask",
     "preference": "text-generation",
-    "rl": "text-generation",
     "reward": "text-classification",
     "embedding": "sentence-similarity",
     "reranking": "text-ranking",
+    **{
+        task: own.pipeline_tag
+        for own in SECTIONS.values()
+        if own.pipeline_tag
+        for task in own.tasks
+    },
 }
 _PROMPTS = {
     "question-answering": '--prompt "…?" --context "…"',

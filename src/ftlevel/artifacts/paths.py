@@ -19,7 +19,7 @@ from ftlevel.artifacts.files import base_fingerprint, load_json, write_json
 from ftlevel.artifacts.run_directory import CHECKPOINTS, CONFIG, IDENTITY, RunDirectory
 from ftlevel.config import IN_MEMORY, Layer, load_recipe
 from ftlevel.config.preference import NO_REFERENCE, START
-from ftlevel.config.rl import parse_reward
+from ftlevel.config.train import SECTIONS
 from ftlevel.errors import ConfigError, join_names
 
 PLACES = "places.json"
@@ -33,10 +33,8 @@ _FIELDS = {
     "data.qrels": "--qrels",
     "data.corpus": "--corpus",
     "data.chat_template": "--chat-template",
-    "preference.reference": "--reference",
     "distillation.teacher": "--teacher",
-    "embedding.guide": "--guide",
-    "rl.reward": "--reward",
+    **{f"{n}.{field}": flag for n, own in SECTIONS.items() for field, flag in own.paths.items()},
 }
 """Dotted field that may contain a local path → the flag that sets it."""
 
@@ -137,8 +135,9 @@ def _map_paths(
     def map_value(field: str, value: Any) -> Any:
         if isinstance(value, list | tuple):
             return [map_value(field, item) for item in value]
-        if field == "rl.reward":
-            return parse_reward(value).map_path(partial(map_path, field))
+        section, _, name = field.partition(".")
+        if own := SECTIONS.get(section):
+            return own.map_path(name, value, partial(map_path, field))
         return map_path(field, value)
 
     for field in _FIELDS:

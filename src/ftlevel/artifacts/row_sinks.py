@@ -1,7 +1,4 @@
-"""Write predicted rows to a file, pipe or list; read the rollouts.jsonl of a run.
-
-rollouts.jsonl has one line per sampled prompt, with its completions and their rewards.
-"""
+"""Write predicted rows to a file, pipe or list."""
 
 from __future__ import annotations
 
@@ -9,84 +6,14 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from operator import itemgetter
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import IO, Any, ClassVar, Protocol
 
 from ftlevel.artifacts.files import flush
-from ftlevel.artifacts.run_directory import load_jsonl
 from ftlevel.errors import join_names
 from ftlevel.safe_io import escape_json
-
-NUM_BINS = 5
-"""Number of length bands in `RolloutStats.lengths`."""
-
-
-_get_values = itemgetter("text", "reward", "tokens", "ended")
-
-
-@dataclass(frozen=True)
-class CompletionSample:
-    """A completion to show in the report; `which` says why, e.g. "best, last step"."""
-
-    which: str
-    step: int
-    prompt: str
-    text: str
-    reward: float
-    tokens: int
-    ended: bool
-
-
-@dataclass(frozen=True)
-class RolloutStats:
-    """Best and worst completions of the first and the last step, and the reward by length.
-
-    `lengths` has for each bin of lengths in the last step: minimum and maximum tokens, number of
-    completions, and mean reward.
-    """
-
-    shown: list[CompletionSample]
-    lengths: list[tuple[int, int, int, float]]
-
-
-def load_rollouts(path: Path) -> list[dict[str, Any]]:
-    """Returns the complete lines of a rollouts.jsonl; empty if there is none."""
-    return [record for record in load_jsonl(path) if isinstance(record.get("step"), int)]
-
-
-def summarize_rollouts(path: Path) -> RolloutStats | None:
-    """Returns the statistics of a rollouts.jsonl; None if it has no scored completions."""
-    lines = load_rollouts(path)
-    steps = sorted({line["step"] for line in lines})
-    if not steps:
-        return None
-    first_and_last = dict.fromkeys((steps[0], steps[-1]))
-    of_steps = [
-        [
-            CompletionSample(name, step, _text_of(line["prompt"]), *_get_values(completion))
-            for line in lines
-            if line["step"] == step
-            for completion in line["completions"]
-            if completion["reward"] is not None
-        ]
-        for step, name in zip(first_and_last, ("first step", "last step"), strict=False)
-    ]
-    completions = [
-        completion for of_step in of_steps for completion in _select_best_and_worst(of_step)
-    ]
-    lengths = sorted(((sample.tokens, sample.reward) for sample in of_steps[-1]), key=itemgetter(0))
-    return RolloutStats(completions, bin_lengths(lengths, NUM_BINS)) if completions else None
-
-
-def _select_best_and_worst(completions: Sequence[CompletionSample]) -> list[CompletionSample]:
-    if not completions:
-        return []
-    ordered = sorted(completions, key=lambda completion: completion.reward)
-    selected = (("best", ordered[-1]), ("worst", ordered[0]))
-    return [replace(shown, which=f"{name}, {shown.which}") for name, shown in selected]
 
 
 def bin_lengths(
@@ -102,12 +29,6 @@ def bin_lengths(
     return [
         (band[0][0], band[-1][0], len(band), fmean(value for _, value in band)) for band in bins
     ]
-
-
-def _text_of(prompt: Any) -> str:
-    if isinstance(prompt, list):
-        return str(prompt[-1].get("content", "")) if prompt else ""
-    return str(prompt)
 
 
 def to_json(row: Mapping[str, Any]) -> str:

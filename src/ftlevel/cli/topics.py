@@ -31,7 +31,7 @@ TOPICS = {
     "evaluation training.best",
     "embeddings": "artifacts.sentence_transformers commands.mine tasks.embedding tasks.reranking",
     "preferences": "tasks.preferences training.teacher",
-    "rewards": "evaluation.server rewards tasks.rl training.rl",
+    "rewards": "extras.rl",
     "merge": "commands.merge merging methods.merging methods.updates",
     "export": "commands.export commands.quantize extras.serving merging.formats "
     "merging.normal_form methods.lora_conversion weights",

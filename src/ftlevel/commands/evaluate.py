@@ -15,11 +15,8 @@ from ftlevel.artifacts.paths import DATA_PATHS, check_paths
 from ftlevel.artifacts.row_files import row_file_type, save_rows
 from ftlevel.config import SPECS, EvaluateConfig, InMemoryDataset, QuantConfig, TrainConfig
 from ftlevel.config.constraints import flag_name
-from ftlevel.config.rl import RlConfig
 from ftlevel.config.section import Choice, check_config
-from ftlevel.config.trust import check_reward_files
 from ftlevel.data.encoding.fit import LengthBounds
-from ftlevel.data.encoding.texts import distinct_texts
 from ftlevel.data.formats.labels import are_default_names
 from ftlevel.data.prepare.encoder import EncodingContext
 from ftlevel.data.prepare.inference import EvaluationRows, load_evaluation_rows
@@ -37,7 +34,6 @@ from ftlevel.evaluation.intervals import (
     should_generate,
     uses_text_metrics,
 )
-from ftlevel.evaluation.rollouts import RewardEvaluator, Rollouts, open_rewards, open_teacher
 from ftlevel.evaluation.scoring import Evaluator, iterate_results, needs_reference, with_reference
 from ftlevel.evaluation.two_models import (
     build_comparison_inputs,
@@ -51,18 +47,17 @@ from ftlevel.models.hardware import select_device
 from ftlevel.models.loading import silence_loggers
 from ftlevel.models.quantization import format_quantization
 from ftlevel.tasks import TASKS, BaseTask
-from ftlevel.tasks.embedding.objective import Embeddings
-from ftlevel.tasks.rl.objective import PolicyGradient
 from ftlevel.trained.generation import GenerationOptions
 from ftlevel.trained.model_ref import LoadedModel, ModelRef
 from ftlevel.trained.resolve import get_dtype_source, get_original_base, resolve_model
 from ftlevel.training.build_trainer import eval_batch_size
+from ftlevel.training.hooks import hooks_of
 from ftlevel.training.plan.schedule import text_positions
 
 _NOT_WITH_QRELS = """
     dataset predictions input_format subset split on_bad_row columns ignore_columns metrics
     max_eval_samples max_generate_samples max_new_tokens num_beams temperature top_p eval_text
-    reward labels
+    labels
 """.split()
 
 
@@ -157,7 +152,8 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
 
 
 def _check_files(config: EvaluateConfig) -> None:
-    set_names = [name for name in _NOT_WITH_QRELS if getattr(config, name) not in (None, {}, ())]
+    names = (*_NOT_WITH_QRELS, *config.added_options)
+    set_names = [name for name in names if getattr(config, name) not in (None, {}, ())]
     if config.qrels is not None and set_names:
         flag = flag_name(set_names[0], EvaluateConfig)
         raise ConfigError(excludes(flag, "--qrels"))
@@ -264,7 +260,9 @@ class _Rows:
         task, how = self.ref.configured_task, "--max-generate-samples N"
         generates = self.generates(task)
         check_metrics(self.metrics, task, self.ref.objective, generates=generates, how=how)
-        self.rl = _get_rl_config(config, self.ref)
+        config.check_task(self.ref.task)
+        added = {"name": config.name, **config.added_options}
+        self.hooks = hooks_of(task).evaluation(self.ref, added)
         self.evaluator: Any = None
         self.record: Any = None
         self.base_record: ExampleRecord | None = None
@@ -325,17 +323,13 @@ class _Rows:
         yield from (Choice("note", note) for note in rows.table.notes)
         yield from self._loss_choices(trained)
         yield Choice("dtype", trained.dtype, get_dtype_source(ref, config.dtype))
-        for spec in self.rl.rewards if self.rl is not None else ():
-            if spec.kind == "function":
-                yield Choice("reward", spec.text, "runs this Python file")
+        yield from self.hooks.choices if self.hooks is not None else ()
 
     def _loss_choices(self, trained: LoadedModel) -> Iterator[Choice]:
-        objective = trained.objective
-        if isinstance(objective, Embeddings) and len(self.rows.rows):
-            loss = objective.for_validation(distinct_texts(self.rows.rows)[1]).config.loss
+        if (group := trained.objective.get_validation_group(self.rows.rows)) is not None:
             is_own = "step_rows" in trained.ref.card.options.get("embedding", {})
             note = "the rows per step of training" if is_own else "the default"
-            groups = f"{loss} within groups of {objective.step_rows:,} rows"
+            groups = f"{group[0]} within groups of {group[1]:,} rows"
             yield Choice("loss", groups, f"{note}; it depends on the size")
 
     def list_warnings(self, trained: LoadedModel) -> Iterator[str]:
@@ -362,7 +356,7 @@ class _Rows:
 
     def _why_decoding_is_unused(self, trained: LoadedModel) -> str:
         """Returns why settings of text generation have no effect; "" if they have one."""
-        if isinstance(trained.objective, PolicyGradient):
+        if trained.objective.samples:
             return "completions are sampled as in training"
         if self.generates(trained.task):
             return ""
@@ -381,27 +375,20 @@ class _Rows:
 
     def score_base(self, model: LoadedModel, _: Listener) -> _Score:
         self.base_record = ExampleRecord(self.record.objective)
-        return self._score(self._with_model(model), model, self.base_record)
+        return self._score(self.evaluator.with_model(model), model, self.base_record)
 
     def score_other(self, model: LoadedModel, _: Listener) -> _Score:
         """Returns the score of `--against`; rows of embedding models are encoded for it."""
-        evaluator = self._with_model(model)
-        if not isinstance(evaluator, RewardEvaluator):
+        evaluator = self.evaluator.with_model(model)
+        if not evaluator.objective.samples:
             evaluator = replace(evaluator, generated_rows=0, score_texts=None, language="")
-        objective = evaluator.objective
+        objective: Any = evaluator.objective
         embedding_format = model.task.embedding_format(model.ref.options)
-        if embedding_format is not None and isinstance(objective, Embeddings):
+        if embedding_format is not None:
             encoded, objective = self.encode(model.ref), replace(objective, format=embedding_format)
             rows = {"rows": encoded.rows, "corpus": encoded.corpus, "tokenizer": model.tokenizer}
             evaluator = replace(evaluator, objective=objective, **rows)
         return self._score(evaluator, model, ExampleRecord(objective))
-
-    def _with_model(self, model: LoadedModel) -> Evaluator:
-        """Returns the evaluator for `model`: with its dtype and, in RL, samples from it."""
-        evaluator: Evaluator = replace(self.evaluator, dtype=model.dtype)
-        if isinstance(evaluator, RewardEvaluator) and evaluator.rollouts is not None:
-            return replace(evaluator, rollouts=evaluator.rollouts.with_model(model))
-        return evaluator
 
     def _score(self, evaluator: Evaluator, model: LoadedModel, record: ExampleRecord) -> _Score:
         def resample(count: int, seed: int) -> Mapping[str, np.ndarray]:
@@ -416,9 +403,7 @@ class _Rows:
 
     def list_results(self, trained: LoadedModel, metrics: Mapping[str, float]) -> Iterator[str]:
         yield from trained.objective.get_warnings(metrics)
-        rollouts = getattr(self.evaluator, "rollouts", None)
-        if rollouts is not None and rollouts.rewards is not None:
-            yield from rollouts.rewards.describe_failures()
+        yield from self.evaluator.get_warnings()
 
     def compute_outputs(self, trained: LoadedModel) -> tuple[Any, Any]:
         config, rows = self.config, self.record.sampled or self.evaluator.rows
@@ -448,38 +433,38 @@ class _Rows:
     def _create_evaluator(self, trained: LoadedModel) -> Evaluator:
         config, rows = self.config, self.rows
         train, speed, task = self.run_config.train, self.run_config.speed, trained.task
-        evaluator, extra = Evaluator, dict[str, Any]()
         is_seeded = "seed" in config.model_fields_set  # else as in training
-        if isinstance(trained.objective, PolicyGradient) and self.rl is not None:
-            seed = config.seed if is_seeded else train.order_seed
-            rollouts = _rollouts(trained, trained.objective, self.rl, rows, seed)
-            evaluator, extra = RewardEvaluator, {"rollouts": rollouts}
         num_rows = 0
-        if extra or (self.generates(task) and uses_text_metrics(self.metrics, task)):
+        if self.hooks is not None or (
+            self.generates(task) and uses_text_metrics(self.metrics, task)
+        ):
             num_rows = min(
                 config.max_generate_samples or train.max_generate_samples, len(rows.rows)
             )
-        return evaluator(
-            **extra,
-            rows=rows.rows,
-            tokenizer=trained.tokenizer,
-            kind=trained.kind,
-            objective=trained.objective,
-            device=trained.device,
-            dtype=trained.dtype,
-            batch_size=config.batch_size or eval_batch_size(train),
-            generated_rows=num_rows,
-            writing=GenerationOptions(
+        settings: dict[str, Any] = {
+            "rows": rows.rows,
+            "tokenizer": trained.tokenizer,
+            "kind": trained.kind,
+            "objective": trained.objective,
+            "device": trained.device,
+            "dtype": trained.dtype,
+            "batch_size": config.batch_size or eval_batch_size(train),
+            "generated_rows": num_rows,
+            "writing": GenerationOptions(
                 config.max_new_tokens or train.max_new_tokens,
                 **config.decoding(train),
                 seed=config.seed if is_seeded else train.seed,
             ),
-            score_texts=task.score_texts,
-            language=rows.language,
-            chunked_cross_entropy=speed.fast and speed.chunked_cross_entropy,
-            metrics=self.metrics,
-            corpus=rows.corpus,
-        )
+            "score_texts": task.score_texts,
+            "language": rows.language,
+            "chunked_cross_entropy": speed.fast and speed.chunked_cross_entropy,
+            "metrics": self.metrics,
+            "corpus": rows.corpus,
+        }
+        if self.hooks is None:
+            return Evaluator(**settings)
+        seed = config.seed if is_seeded else train.order_seed
+        return self.hooks.create_evaluator(trained, rows, seed, settings)
 
 
 def _resolve(config: EvaluateConfig, device: str) -> tuple[ModelRef, ModelRef | None]:
@@ -573,61 +558,6 @@ def _is_moved(dataset: str, run_config: TrainConfig, ref: ModelRef) -> bool:
     except InputError:
         return False
     return rows_fingerprint(splits.train.rows) == ref.card.data.get("fingerprint")
-
-
-def _get_rl_config(config: EvaluateConfig, ref: ModelRef) -> RlConfig | None:
-    """Returns the configuration of a run's rollouts; None for other tasks.
-
-    Raises ConfigError for a Python file of rewards that only the run names.
-    """
-    if not isinstance(ref.objective, PolicyGradient):
-        if config.reward:
-            raise ConfigError(
-                f"--reward {config.reward[0]}: {config.name} was trained for {ref.task}, and "
-                "rewards score completions of --task rl. Drop it."
-            )
-        return None
-    rl = ref.objective.config
-    if config.reward:
-        return rl.model_copy(update={"reward": config.reward})
-    if ref.run is not None:  # which may have been moved, with its rewards
-        rl = rl.model_copy(update={"reward": ref.run_config.rl.reward})
-    if problems := list(check_reward_files(rl.rewards, config.name)):
-        raise ConfigError(problems)
-    return rl
-
-
-def _rollouts(
-    trained: LoadedModel,
-    objective: PolicyGradient,
-    rl: RlConfig,
-    eval_rows: EvaluationRows,
-    seed: int,
-) -> Rollouts:
-    teacher_name, rewards, teacher = objective.teacher, None, None
-    if trained.ref.run is not None:  # which may have been moved, with its teacher
-        teacher_name = trained.ref.run_config.distillation.teacher
-    if teacher_name is None:
-        rewards = open_rewards(
-            rl, trained.device, trained.tokenizer, eval_rows.rows, eval_rows.table.where
-        )
-    else:
-        teacher = open_teacher(
-            teacher_name, objective, trained.kind, trained.tokenizer, trained.device, trained.dtype
-        )
-    return Rollouts(
-        trained.model,
-        trained.tokenizer,
-        rl,
-        rewards,
-        seed,
-        kind=trained.kind,
-        method=trained.ref.card.method,
-        device=trained.device,
-        dtype=trained.dtype,
-        get_position=eval_rows.table.where,
-        teacher=teacher,
-    )
 
 
 def _compute_intervals(

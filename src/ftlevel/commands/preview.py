@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -16,16 +16,10 @@ from ftlevel.data.encoding.store import row_lengths
 from ftlevel.data.gate import Finding
 from ftlevel.data.gate.checks import flat_batches
 from ftlevel.errors import ConfigError, join_names
-from ftlevel.evaluation.rollouts import open_rewards, open_teacher
-from ftlevel.events import NullListener
 from ftlevel.models.loading import silence_loggers
-from ftlevel.objectives import PolicyObjective
-from ftlevel.training.build_trainer import create_rollouts
-from ftlevel.training.model import load_training_model
 from ftlevel.training.plan.adapter import resolve_adapter
 from ftlevel.training.plan.resolve import infer_task, resolve
 from ftlevel.training.plan.run import Run
-from ftlevel.training.rl.checks import preview_rollouts
 
 _BARS = 10  # of the histogram
 
@@ -119,7 +113,7 @@ def preview(config: TrainConfig, numbers: Sequence[int] = ()) -> Preview:
         config, message = infer_task(config)
         run = resolve(config, lenient=True, why_task=message, adapter=adapter)
         rows = [_show_row(run, row) for row in _select_rows(run, numbers)]
-        rollouts = _sample(run)
+        rollouts = run.hooks.preview(run)
     data_info = run.data.info
     return Preview(
         rows,
@@ -132,23 +126,6 @@ def preview(config: TrainConfig, numbers: Sequence[int] = ()) -> Preview:
         run.data.choices,
         rollouts,
     )
-
-
-def _sample(run: Run) -> list[Choice]:
-    """Returns entries on completions sampled for `rl.check_groups`; [] without RL or the check."""
-    rl, model = run.config.rl, run.model
-    if not isinstance(run.objective, PolicyObjective) or not rl.check_groups:
-        return []
-    rows, where = run.data.train, run.data.table.where
-    teacher = None
-    if name := run.config.distillation.teacher:
-        teacher = open_teacher(
-            name, run.objective, model.kind, model.tokenizer, model.device, model.dtype
-        )
-    else:
-        run = replace(run, rewards=open_rewards(rl, model.device, model.tokenizer, rows, where))
-    adapted = load_training_model(run, NullListener())
-    return preview_rollouts(create_rollouts(run, adapted.model, teacher), rows)
 
 
 def _select_rows(run: Run, numbers: Sequence[int]) -> list[Encoded]:

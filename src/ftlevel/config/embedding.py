@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from ftlevel.config.section import Section, list_unread
+from ftlevel.config.section import TaskSection, list_unread
 from ftlevel.errors import has_no_effect, join_names, needs
 
 EMBEDDING_TASKS = ("embedding",)
@@ -98,8 +98,12 @@ def _split_dims(value: Any) -> Any:
 Dims = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_split_dims)]
 
 
-class EmbeddingConfig(Section):
+class EmbeddingConfig(TaskSection):
     """Settings of embedding models: loss, pooling, prompts and sampling."""
+
+    tasks: ClassVar[tuple[str, ...]] = EMBEDDING_TASKS
+    shorthand: ClassVar[str] = "loss"
+    paths: ClassVar[Mapping[str, str]] = {"guide": "--guide"}
 
     loss: (
         Annotated[
@@ -167,6 +171,20 @@ class EmbeddingConfig(Section):
         "the activations of one micro-batch only; auto: if the activations of all texts do not "
         "fit. Results are the same.",
     )
+
+    def get_options(self, config: Any) -> dict[str, Any]:
+        """Returns the settings of the embeddings and of the loss, with the teacher."""
+        return {**self.model_dump(mode="json"), "teacher": config.distillation.teacher}
+
+    def get_rate_factor(self, method: str, kind: str, size: float) -> tuple[float, str]:
+        """Returns the factor on the default learning rate, which only decoders have."""
+        if kind != "decoder":
+            return 1.0, ""
+        return DECODER_RATES.get(method, DECODER_RATE) ** (1 - size), "measured with SmolLM2"
+
+    def validate_run(self, config: Any) -> Iterator[str]:
+        """Yields an error message per invalid setting."""
+        return validate_embedding(self, config.train.rows_per_step, config.distillation.teacher)
 
 
 def validate_embedding(config: EmbeddingConfig, batch: int, teacher: str | None) -> Iterator[str]:

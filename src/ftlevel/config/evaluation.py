@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, create_model, field_validator
 
 from ftlevel.config.constraints import Constraints, Excludes, Needs
 from ftlevel.config.output import Decoding, DecodingAsInTraining
 from ftlevel.config.preference import FewNames
 from ftlevel.config.reading import normalize_task
-from ftlevel.config.rl import Rewards
 from ftlevel.config.sections import (
     INPUT_FORMAT,
     ColumnMap,
@@ -23,6 +22,7 @@ from ftlevel.config.sections import (
     RunDevice,
 )
 from ftlevel.config.tasks import TaskName
+from ftlevel.extensions import load_all
 
 UnnamedTask = Annotated[
     TaskName | None,
@@ -113,11 +113,6 @@ class EvaluateConfig(DecodingAsInTraining):
         description="Random seed for bootstrap resampling and token sampling; without it, "
         "tokens are sampled as in training.",
     )
-    reward: Rewards = Field(
-        (),
-        description="Reward in place of those of the run's --task rl; repeatable. Required if the "
-        "run has a FILE.py:FUNCTION that you have not run on this machine.",
-    )
     predictions: Path | None = Field(
         None,
         description="Output file, one row per example: .jsonl, .csv, .tsv or .parquet, or .conll "
@@ -126,6 +121,26 @@ class EvaluateConfig(DecodingAsInTraining):
     base_model: MovedBase = None
     dtype: ComputePrecision = "auto"
     device: RunDevice = "auto"
+
+    @property
+    def added_options(self) -> dict[str, Any]:
+        """Options that extensions added, by name."""
+        names = type(self).model_fields.keys() - _CORE_FIELDS
+        return {name: getattr(self, name) for name in names}
+
+    def check_task(self, task: str) -> None:
+        """Raise ConfigError if an option that an extension adds is not for a model of `task`."""
+
+
+_CORE_FIELDS = frozenset(EvaluateConfig.model_fields)
+
+if not TYPE_CHECKING and (_options := load_all("evaluate_options")):
+    EvaluateConfig = create_model(
+        "EvaluateConfig",
+        __base__=tuple(_options),
+        __module__=__name__,
+        __doc__=EvaluateConfig.__doc__,
+    )
 
 
 class GenerateConfig(Decoding):

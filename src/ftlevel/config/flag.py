@@ -198,11 +198,13 @@ class FlagAliases:
         names: other names of the flag.
         values: value → replacement on the command line, for every name of the flag.
         convert: converts values that are not in `values`, as in `Alias`.
+        by_task: task → dotted path of the field that the flag sets instead.
     """
 
     names: Sequence[str | Alias] = ()
     values: ValueAliases = field(default_factory=dict)
     convert: Callable[[str], str] | None = None
+    by_task: Mapping[str, str] = field(default_factory=dict)
 
     def __or__(self, other: FlagAliases) -> FlagAliases:
         """Returns the aliases of `self` and `other`; where both define a value, `self` wins."""
@@ -210,6 +212,7 @@ class FlagAliases:
             (*self.names, *other.names),
             {**other.values, **self.values},
             self.convert or other.convert,
+            {**other.by_task, **self.by_task},
         )
 
 

@@ -135,7 +135,6 @@ COMMAND_FLAGS: tuple[Flag, ...] = (
     Flag("max_generate_samples", "", INFERENCE, ("evaluate",)),
     *_fields(INFERENCE, ("evaluate", "predict", "generate"),
              "max_new_tokens num_beams temperature top_p"),
-    Flag("reward", "", INFERENCE, ("evaluate",), is_repeatable=True, metavar="NAME[=W]"),
     Flag("resamples", "", COMPARE, ("evaluate",)),
     Flag("seed", "", INFERENCE, ("evaluate", "mine", "generate")),
     Flag("batch_size", "", INFERENCE, ("evaluate", "predict", "mine", "generate")),
@@ -281,26 +280,13 @@ _RUN_FLAGS: tuple[Flag, ...] = (
              "distillation.divergence distillation.kd_ratio distillation.kd_temperature "
              "distillation.kd_top_k"),
     Flag("preference.loss", "", HOW,
-         by_task={"rl": "rl.loss", "embedding": "embedding.loss", "reranking": "reranking.loss"}),
+         by_task={"embedding": "embedding.loss", "reranking": "reranking.loss"}),
     Flag("reranking.pos_weight", "", HOW),
-    Flag("preference.beta", "", HOW, by_task={"rl": "rl.beta"}),
+    Flag("preference.beta", "", HOW),
     Flag("preference.reference", "", HOW, metavar="start|none|RUN"),
     *_fields(HOW, _TRAIN,
              "preference.simpo_gamma preference.sft_weight preference.desirable_weight "
              "preference.undesirable_weight"),
-    Flag("rl.reward", "", HOW, _ROWS, is_repeatable=True, metavar="NAME[=W]"),
-    *_fields(HOW, _ROWS, "rl.num_generations rl.max_completion_length"),
-    Flag("rl.stop", "", HOW, _ROWS, is_repeatable=True, metavar="TEXT"),
-    *_fields(HOW, _TRAIN,
-             "rl.epsilon rl.epsilon_high rl.num_iterations rl.scale_rewards "
-             "rl.importance_sampling_level"),
-    Flag("rl.use_bias_correction_kl", "--use-bias-correction-kl/--no-bias-correction-kl", HOW),
-    Flag("rl.mask_truncated_completions", "--mask-truncated-completions/--no-mask-truncated", HOW),
-    Flag("rl.dynamic_sampling", "", HOW, metavar="N"),
-    Flag("rl.rollouts", "", HOW, metavar="URL"),
-    Flag("rl.check_groups", "", HOW, _ROWS, metavar="N"),
-    Flag("rl.reward_timeout", "", HOW, _ROWS, metavar="SECONDS"),
-    Flag("rl.on_reward_error", "", HOW, _ROWS),
     *_fields(HOW, _TRAIN,
              "embedding.scale embedding.symmetric embedding.margin embedding.guide"),
     Flag("embedding.pooling", "", HOW, _ROWS),
@@ -326,11 +312,11 @@ _RUN_FLAGS: tuple[Flag, ...] = (
              "train.early_stopping_threshold"),
     Flag("train.metrics", "", HOW, multiple=True),
     Flag("train.predict_with_generate", "", HOW),
-    Flag("train.max_new_tokens", "", HOW, by_task={"rl": "rl.max_completion_length"}),
+    Flag("train.max_new_tokens", "", HOW),
     Flag("train.num_beams", "", HOW),
     Flag("train.temperature", "", HOW,
-         by_task={"rl": "rl.temperature", "embedding": "embedding.temperature"}),
-    Flag("train.top_p", "", HOW, by_task={"rl": "rl.top_p"}),
+         by_task={"embedding": "embedding.temperature"}),
+    Flag("train.top_p", "", HOW),
     # Run.
     option("--recipe", "Recipe file; flags override it.", panel=RUN, on=_TRAIN_COMMANDS, type=Path),
     option("--set", "Value of any configuration field; repeatable.",
@@ -400,7 +386,9 @@ def _extended() -> Iterator[Flag]:
                         "Uninstall one of them."
                     )
             for more in aliases.get(row.path, ()) if "train" in row.on else ():
-                row = replace(row, aliases=row.aliases | more)
+                row = replace(
+                    row, aliases=row.aliases | more, by_task={**row.by_task, **more.by_task}
+                )
             yield row
 
 

@@ -18,8 +18,8 @@ from ftlevel.config.flags import recipe_hint
 from ftlevel.config.methods import SPECS
 from ftlevel.config.reading import YamlError, load_yaml, resolve_aliases
 from ftlevel.config.section import Section
-from ftlevel.config.train import SHORTHAND, TrainConfig, expand_shorthand
-from ftlevel.config.trust import COMMAND_LINE_ONLY, check_reward_files, check_values
+from ftlevel.config.train import SECTIONS, SHORTHAND, TrainConfig, expand_shorthand
+from ftlevel.config.trust import COMMAND_LINE_ONLY, check_values
 from ftlevel.errors import ConfigError, closest_matches, did_you_mean, join_names
 from ftlevel.extensions import hooks
 
@@ -28,6 +28,7 @@ S = TypeVar("S", bound=BaseModel)
 
 _UNIONS = {"method"}
 _MAX_LENGTH = 200  # characters, in errors
+_CODE_FIELDS = {f"{n}.{own.code_field}": n for n, own in SECTIONS.items() if own.code_field}
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def build_config(
         _merge(merged, resolved)
         for key, location in layer.locations.items():
             locations[_complete_key(key, layer.values.get(key[0]))] = location
-        for field_path in (*COMMAND_LINE_ONLY, "rl.reward"):
+        for field_path in (*COMMAND_LINE_ONLY, *_CODE_FIELDS):
             section, _, name = field_path.partition(".")
             if name in (resolved.get(section) or {}):
                 untrusted.pop(field_path, None)
@@ -182,8 +183,9 @@ def _check_trust(
     config: TrainConfig, values: Mapping[str, Any], untrusted: Mapping[str, str]
 ) -> None:
     problems = list(check_values(values, untrusted))
-    if location := untrusted.get("rl.reward"):
-        problems += check_reward_files(config.rl.rewards, location)
+    for path, name in _CODE_FIELDS.items():
+        if location := untrusted.get(path):
+            problems += getattr(config, name).check_code(location)
     if problems:
         raise ConfigError(problems)
 

@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ftlevel.config.rl import parse_range
-from ftlevel.config.section import Positive, Section
+from ftlevel.config.section import Positive, Section, parse_range
 from ftlevel.config.sections import (
     INPUT_FORMAT,
     ComputePrecision,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from ftlevel.config.constraints import Excludes, Needs, NoEffect
-from ftlevel.config.section import Positive, Section, list_unread
+from ftlevel.config.constraints import Constraints, Excludes, Needs, NoEffect
+from ftlevel.config.section import Positive, Section, TaskSection, list_unread
 
 LossName = Literal[
     "dpo",
@@ -75,8 +75,12 @@ SMOOTHING = 0.1
 """Default fraction of swapped pairs that `cdpo` and `robust` assume."""
 
 
-class PreferenceConfig(Section):
+class PreferenceConfig(TaskSection):
     """Settings of preference training and of reward models."""
+
+    tasks: ClassVar[tuple[str, ...]] = PREFERENCE_TASKS
+    shorthand: ClassVar[str] = "loss"
+    paths: ClassVar[Mapping[str, str]] = {"reference": "--reference"}
 
     loss: LossName | None = Field(
         None, description="Preference loss; default: dpo. reward trains a reward model."
@@ -143,6 +147,18 @@ class PreferenceConfig(Section):
     def margin(self) -> float:
         """Target reward margin (gamma) of simpo: the setting, or half of beta."""
         return self.effective_beta / 2 if self.simpo_gamma is None else self.simpo_gamma
+
+    def get_options(self, config: Any) -> dict[str, Any]:
+        """Returns the settings of the loss, with label smoothing."""
+        return {**self.model_dump(), "smoothing": config.train.label_smoothing_factor}
+
+    def get_rate_factor(self, method: str, kind: str, size: float) -> tuple[float, str]:
+        """Returns the factor of the loss on the default learning rate."""
+        return self.loss_properties.rate, "as in the DPO papers"
+
+    def validate_run(self, config: Any) -> Iterator[str]:
+        """Yields an error message for each value that has no effect or contradicts another."""
+        return validate_preference(self, config.train.label_smoothing_factor)
 
 
 def validate_preference(config: PreferenceConfig, smoothing: float) -> Iterator[str]:
@@ -294,22 +310,29 @@ class DistillationConfig(Section):
 
 _KD_FIELDS = [name for name in DistillationConfig.model_fields if name != "teacher"]
 _WITH_TEACHER = "distillation.teacher!=None"
-_TEACHER_TASKS = f"{', '.join(DISTILLATION_TASKS)}, rl, {', '.join(_SCORED_TASKS)}"
-DISTILLATION_CONSTRAINTS = (
-    *[Needs(f"distillation.{name}", "distillation.teacher MODEL") for name in _KD_FIELDS],
-    *[
-        NoEffect(f"distillation.{name}", f"task={task}", reason, when=_WITH_TEACHER)
+
+
+def list_unused_fields(tasks: str, reason: str) -> list[NoEffect]:
+    """Returns that only `--teacher` has an effect with `tasks`, such as `A|B`, for `reason`."""
+    return [
+        NoEffect(f"distillation.{name}", f"task={tasks}", reason, when=_WITH_TEACHER)
         for name in _KD_FIELDS
-        for task, reason in (
-            ("rl", "--teacher minimizes the reverse KL divergence at --temperature"),
-            ("|".join(_SCORED_TASKS), "the model learns the scores of --teacher"),
-        )
-    ],
-    Excludes("distillation.teacher", f"task!={_TEACHER_TASKS.replace(', ', '|')}",
-         f"it is for {_TEACHER_TASKS}", "Drop it, or change the task."),
-    NoEffect("distillation.jsd_beta", "distillation.divergence!=jsd", "it is for jsd",
-         when=_WITH_TEACHER),
-    Excludes("train.label_smoothing_factor", "distillation.teacher",
-         "the teacher defines the target distribution"),
-)  # fmt: skip
-"""Rules of distillation."""
+    ]
+
+
+def list_distillation_rules(learners: Sequence[str]) -> Constraints:
+    """Returns the constraints of distillation.
+
+    `learners` are the tasks of extensions that use the teacher in their own way.
+    """
+    tasks = (*DISTILLATION_TASKS, *learners, *_SCORED_TASKS)
+    return (
+        *[Needs(f"distillation.{name}", "distillation.teacher MODEL") for name in _KD_FIELDS],
+        *list_unused_fields("|".join(_SCORED_TASKS), "the model learns the scores of --teacher"),
+        Excludes("distillation.teacher", f"task!={'|'.join(tasks)}",
+             f"it is for {', '.join(tasks)}", "Drop it, or change the task."),
+        NoEffect("distillation.jsd_beta", "distillation.divergence!=jsd", "it is for jsd",
+             when=_WITH_TEACHER),
+        Excludes("train.label_smoothing_factor", "distillation.teacher",
+             "the teacher defines the target distribution"),
+    )  # fmt: skip

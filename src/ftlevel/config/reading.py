@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ftlevel.extensions import added_rows
+
 TASK_ALIASES = dict(
     pair.split("=")
     for pair in """
@@ -19,13 +21,13 @@ TASK_ALIASES = dict(
     question-ans=question-answering qa=question-answering squad=question-answering
     fill-mask=masked-lm mlm=masked-lm summarisation=summarization summary=summarization
     translate=translation mt=translation preferences=preference dpo=preference rlhf=preference
-    reward-model=reward reward-modeling=reward grpo=rl rloo=rl rerank=reranking reranker=reranking
+    reward-model=reward reward-modeling=reward rerank=reranking reranker=reranking
     cross-encoder=reranking crossencoder=reranking
     """.split()
 )
 """Task alias, in lower case with dashes → task."""
-_RL_LOSSES = ("grpo", "rloo")
-"""Task aliases that are losses of `rl`."""
+_ADDED_ALIASES = added_rows("task_aliases", TASK_ALIASES)
+TASK_ALIASES |= {alias: task for alias, (task, _) in _ADDED_ALIASES.items()}
 
 METHOD_ALIASES: dict[str, dict[str, Any]] = {
     **{name: {"kind": "lora", "init_lora_weights": name} for name in ("pissa", "olora", "eva")},
@@ -69,9 +71,10 @@ def resolve_aliases(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
         resolved["task"] = normalize_task(task)
         if resolved["task"] != _normalize_name(task):
             lines.append(f"task {resolved['task']} ({task!r} is an alias)")
-        section = resolved.get("rl") or {}
-        if (loss := _normalize_name(task)) in _RL_LOSSES and isinstance(section, Mapping):
-            resolved["rl"] = {"loss": loss, **section}
+        _, defaults = _ADDED_ALIASES.get(_normalize_name(task), ("", {}))
+        for name, fields in defaults.items():
+            if isinstance(section := resolved.get(name) or {}, Mapping):
+                resolved[name] = {**fields, **section}
     for section, aliases in _SECTIONS.items():
         if not isinstance(fields := resolved.get(section), Mapping):
             continue

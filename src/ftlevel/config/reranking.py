@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
 from ftlevel.config.embedding import normalize_loss_name
-from ftlevel.config.section import Section
+from ftlevel.config.section import TaskSection
 from ftlevel.errors import has_no_effect, join_names
 
 RERANKING_TASKS = ("reranking",)
@@ -58,8 +58,11 @@ _ALIASES = {
 """Other tools' loss name, in lower case without dashes and underscores → ftlevel's name."""
 
 
-class RerankingConfig(Section):
+class RerankingConfig(TaskSection):
     """Settings of rerankers: the loss and its parameters."""
+
+    tasks: ClassVar[tuple[str, ...]] = RERANKING_TASKS
+    shorthand: ClassVar[str] = "loss"
 
     loss: (
         Annotated[
@@ -76,6 +79,14 @@ class RerankingConfig(Section):
         description="Weight of relevant documents in bce; default: number of irrelevant "
         "documents per relevant one.",
     )
+
+    def get_options(self, config: Any) -> dict[str, Any]:
+        """Returns the settings of the loss, with the teacher."""
+        return {**self.model_dump(), "teacher": config.distillation.teacher}
+
+    def validate_run(self, config: Any) -> Iterator[str]:
+        """Yields an error message for a `--teacher` that the loss does not read."""
+        return validate_reranking(self, config.distillation.teacher)
 
 
 def validate_reranking(config: RerankingConfig, teacher: str | None) -> Iterator[str]:

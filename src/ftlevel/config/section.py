@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,6 +149,71 @@ class Section(BaseModel):
         return {**raw, **invalid}
 
 
+class TaskSection(Section):
+    """Base class of the sections of `TrainConfig` that only some tasks use, as of extensions.
+
+    Attributes:
+        tasks: tasks that use the section; for others, a changed field is an error.
+        summary: description of the section.
+        shorthand: field that a plain value of the section sets.
+        uses: dotted fields of other sections that these tasks use, and others do not.
+        has_teacher: whether the tasks can learn from `--teacher`.
+        paths: field that may contain local paths → its flag.
+        command_line_only: field → (flag, what it does); a file cannot set it.
+        code_field: field that may name files of code to run; "" if there is none.
+        may_change: fields that may differ on resume.
+        contents: field that may differ on resume → field with the fingerprint of its content, and
+            the name of the content.
+        pipeline_tag: the Hub's tag for models of these tasks; "" if it is the task's name.
+    """
+
+    tasks: ClassVar[tuple[str, ...]] = ()
+    summary: ClassVar[str] = ""
+    shorthand: ClassVar[str] = ""
+    uses: ClassVar[tuple[str, ...]] = ()
+    has_teacher: ClassVar[bool] = False
+    paths: ClassVar[Mapping[str, str]] = {}
+    command_line_only: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    code_field: ClassVar[str] = ""
+    may_change: ClassVar[tuple[str, ...]] = ()
+    contents: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    pipeline_tag: ClassVar[str] = ""
+
+    @property
+    def steps_per_batch(self) -> int:
+        """Number of optimizer steps that train on the same rows, one after the other."""
+        return 1
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """Maximum number of generated tokens, instead of `train.max_new_tokens`; None if unset."""
+        return None
+
+    def get_options(self, config: Any) -> dict[str, Any]:
+        """Returns what `BaseTask.configured` gets of the section; `config` is the `TrainConfig`."""
+        return self.model_dump()
+
+    def get_rate_factor(self, method: str, kind: str, size: float) -> tuple[float, str]:
+        """Returns the factor of the method's default learning rate, and its origin for the log.
+
+        `kind` is the type of model; `size` is from 0 (small models) to 1 (large ones).
+        """
+        return 1.0, ""
+
+    def validate_run(self, config: Any) -> Iterable[str]:
+        """Yields an error message for each value of a `TrainConfig` that the tasks cannot use."""
+        return ()
+
+    def check_code(self, location: str) -> Iterable[str]:
+        """Yields a message for each file of `code_field`, set at `location`, that may not run."""
+        return ()
+
+    @classmethod
+    def map_path(cls, field: str, value: str, function: Callable[[str], str]) -> str:
+        """Returns `value` of a field of `paths`, with `function` applied to the path in it."""
+        return function(value)
+
+
 def list_unread(
     section: str, names: Iterable[str], loss: str, parameters: Mapping[str, Collection[str]]
 ) -> Iterator[str]:
@@ -157,6 +223,14 @@ def list_unread(
         if losses and loss not in losses:
             flag = flag_name(f"{section}.{name}")
             yield has_no_effect(flag, f"--loss {loss}", f"it is for {join_names(losses)}")
+
+
+def parse_range(text: str) -> tuple[int, int] | None:
+    """Returns the bounds of `MIN-MAX`, or None if `text` is no range."""
+    result = re.fullmatch(r"\s*(\d{1,9})\s*-\s*(\d{1,9})\s*", text)
+    if result is None or int(result[1]) > int(result[2]):
+        return None
+    return int(result[1]), int(result[2])
 
 
 def check_config(config: object, expected: type[Section]) -> None:

@@ -16,7 +16,6 @@ TASKS: dict[str, str] = {
     "masked-lm": "ftlevel.tasks.mask",
     "preference": "ftlevel.tasks.preferences.task",
     "reward": "ftlevel.tasks.preferences.task",
-    "rl": "ftlevel.tasks.rl.policy",
     "embedding": "ftlevel.tasks.embedding.task",
     "reranking": "ftlevel.tasks.reranking.task",
 }

@@ -4,42 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, create_model, model_validator
 
 from ftlevel.config.constraints import Excludes, Needs, NoEffect, flag_name, list_violations
-from ftlevel.config.embedding import EMBEDDING_TASKS, EmbeddingConfig, validate_embedding
+from ftlevel.config.embedding import EMBEDDING_TASKS, EmbeddingConfig
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig
 from ftlevel.config.output import OutputConfig
 from ftlevel.config.preference import (
-    DISTILLATION_CONSTRAINTS,
     PREFERENCE_TASKS,
     SMOOTHED,
     DistillationConfig,
     PreferenceConfig,
+    list_distillation_rules,
     normalize_loss,
-    validate_preference,
 )
 from ftlevel.config.reading import resolve_aliases
-from ftlevel.config.reranking import RERANKING_TASKS, RerankingConfig, validate_reranking
-from ftlevel.config.rl import RL_TASK, RlConfig, validate_rl
+from ftlevel.config.reranking import RERANKING_TASKS, RerankingConfig
+from ftlevel.config.section import TaskSection
 from ftlevel.config.sections import DataConfig, ModelConfig, QuantConfig, Section, SpeedConfig
 from ftlevel.config.tasks import TASKS, TaskName
 from ftlevel.config.trainer import TrainerConfig, validate_optimizer
 from ftlevel.errors import excludes, has_no_effect, join_names, with_article
+from ftlevel.extensions import loaded
+
+T = TypeVar("T", bound=TaskSection)
+
+_ADDED: dict[str, type[TaskSection]] = loaded("sections")
+SECTIONS: dict[str, type[TaskSection]] = {
+    "preference": PreferenceConfig,
+    "embedding": EmbeddingConfig,
+    "reranking": RerankingConfig,
+    **_ADDED,
+}
+"""Sections of some tasks; those of extensions are added to the fields of `TrainConfig`."""
 
 SHORTHAND = {
     "model": "name_or_path",
     "method": "kind",
     "quant": "kind",
     "data": "dataset",
-    "preference": "loss",
-    "rl": "reward",
-    "embedding": "loss",
-    "reranking": "loss",
     "distillation": "teacher",
     "output": "dir",
+    **{name: section.shorthand for name, section in SECTIONS.items() if section.shorthand},
 }
 """Field set by a plain value of a section: `method: lora` means `method: {kind: lora}`."""
 
@@ -65,7 +73,6 @@ class TrainConfig(Section):
     preference: PreferenceConfig = Field(
         default_factory=PreferenceConfig, description="Preference loss."
     )
-    rl: RlConfig = Field(default_factory=RlConfig, description="Rewards and the RL loss.")
     embedding: EmbeddingConfig = Field(
         default_factory=EmbeddingConfig, description="Settings of an embedding model."
     )
@@ -81,30 +88,30 @@ class TrainConfig(Section):
     @property
     def task_options(self) -> dict[str, Any]:
         """Settings that the task needs, by name: the arguments of `BaseTask.configured`."""
-        smoothing, teacher = self.train.label_smoothing_factor, self.distillation.teacher
-        return {
-            "preference": {**self.preference.model_dump(), "smoothing": smoothing},
-            "embedding": {**self.embedding.model_dump(mode="json"), "teacher": teacher},
-            "rl": self.rl.model_dump(),
-            "teacher": teacher,
-            "reranking": {**self.reranking.model_dump(), "teacher": teacher},
-        }
+        options = {name: getattr(self, name).get_options(self) for name in SECTIONS}
+        return {"teacher": self.distillation.teacher, **options}
 
     @property
-    def steps_per_rollout(self) -> int:
-        """Number of optimizer steps per batch of sampled completions; 1 except for `--task rl`."""
-        return self.rl.num_iterations if self.task == RL_TASK else 1
+    def task_section(self) -> TaskSection:
+        """Section of the configured task; one without effect for tasks that have none."""
+        names = (name for name, own in SECTIONS.items() if self.task in own.tasks)
+        return next((getattr(self, name) for name in names), TaskSection())
 
     @property
     def max_new_tokens(self) -> int:
-        """Maximum number of generated tokens; for `--task rl`, that of sampled completions."""
-        return self.rl.max_completion_length if self.task == RL_TASK else self.train.max_new_tokens
+        """Maximum number of generated tokens."""
+        return self.task_section.max_new_tokens or self.train.max_new_tokens
+
+    def get_section(self, section: type[T]) -> T:
+        """Returns the section of the class `section`, which an extension added."""
+        return next(own for n in _ADDED if isinstance(own := getattr(self, n), section))
 
     def list_unused(self, kind: str) -> Iterator[str]:
         """Yields a message per non-default setting that task and model `kind` do not use."""
         if not TASKS[self.task].startswith("ftlevel."):
             return
-        for path, owners in _OWNERS.items():
+        for path, core_owners in _OWNERS.items():
+            owners = (*core_owners, *_list_added_tasks(path))
             section, _, name = path.partition(".")
             values: BaseModel = getattr(self, section)
             default = type(values).model_fields[name].default
@@ -139,7 +146,7 @@ class TrainConfig(Section):
         if not isinstance(raw, dict):
             return raw
         sections = {key: expand_shorthand(key, value) for key, value in raw.items()}
-        for name in ("preference", "rl"):  # their loss depends on the task, or determines it
+        for name in ("preference", *_ADDED):  # their loss depends on the task, or determines it
             if isinstance(section := sections.get(name), Section):
                 sections[name] = {n: getattr(section, n) for n in section.model_fields_set}
         values, _ = resolve_aliases(sections)
@@ -163,7 +170,7 @@ _OWNERS: dict[str, tuple[str, ...]] = {
             "train.max_generate_samples",
             "train.max_new_tokens",
         ),
-        (*_GENERATION_TASKS, RL_TASK),
+        _GENERATION_TASKS,
     ),
     "data.doc_stride": ("question-answering",),
     "data.mlm_probability": ("masked-lm",),
@@ -171,7 +178,13 @@ _OWNERS: dict[str, tuple[str, ...]] = {
     "data.max_target_length": ("encoder-decoder",),
 }
 """Dotted field → tasks, or kinds of models, that use it."""
-_TEXT = "|".join((*_GENERATION_TASKS, RL_TASK))
+
+
+def _list_added_tasks(path: str) -> list[str]:
+    """Returns the tasks of extensions that use the dotted field `path` of another section."""
+    return [task for own in SECTIONS.values() if path in own.uses for task in own.tasks]
+
+
 _OVERLONG: dict[str, tuple[str, ...]] = {
     "text-generation": ("drop", "truncate-prompt", "split"),
     "masked-lm": ("drop", "split"),
@@ -187,7 +200,6 @@ _BEST = (
     "Use --eval-strategy epoch or steps.",
 )
 _TWO_SETS = "both define the validation rows"
-_TO_PROMPTS = ("it is for tasks that write text", "Drop it, or change the task.")
 CONSTRAINTS = (
     Needs("quant.double_quant", "quant.kind=4bit"),
     Needs("quant.quant_type=fp4", "quant.kind=4bit"),
@@ -232,8 +244,11 @@ CONSTRAINTS = (
     # tasks
     NoEffect("train.label_smoothing_factor", f"preference.loss!={'|'.join(SMOOTHED)}",
          f"it is for {join_names(SMOOTHED)}", when=f"task={'|'.join(PREFERENCE_TASKS)}"),
-    NoEffect("data.system", f"task!={_TEXT}", *_TO_PROMPTS),
-    NoEffect("data.train_on_inputs", f"task!={_TEXT}", *_TO_PROMPTS),
+    *[
+        NoEffect(path, f"task!={'|'.join((*_GENERATION_TASKS, *_list_added_tasks(path)))}",
+             "it is for tasks that write text", "Drop it, or change the task.")
+        for path in ("data.system", "data.train_on_inputs")
+    ],
     Excludes("data.overlong=truncate-prompt", "data.train_on_inputs",
          "one cuts prompts and the other supervises them",
          "Use --overlong drop, or drop one of them."),
@@ -246,7 +261,9 @@ CONSTRAINTS = (
             ("target_language", "translation"),
         )
     ],
-    *DISTILLATION_CONSTRAINTS,
+    *list_distillation_rules(
+        [task for own in _ADDED.values() if own.has_teacher for task in own.tasks]
+    ),
 )  # fmt: skip
 """Rules of every task; those of one kind of task are in the module of its section."""
 
@@ -273,18 +290,12 @@ def _validate_sections(config: TrainConfig) -> Iterator[str]:
 
 
 def _validate_task_sections(config: TrainConfig) -> Iterator[str]:
-    smoothing = config.train.label_smoothing_factor
-    teacher, batch = config.distillation.teacher, config.train.rows_per_step
-    for name, tasks, rules in (
-        ("preference", PREFERENCE_TASKS, validate_preference(config.preference, smoothing)),
-        (RL_TASK, (RL_TASK,), validate_rl(config)),
-        ("embedding", EMBEDDING_TASKS, validate_embedding(config.embedding, batch, teacher)),
-        ("reranking", RERANKING_TASKS, validate_reranking(config.reranking, teacher)),
-    ):
-        if config.task in tasks:
-            yield from rules
+    for name, section in SECTIONS.items():
+        own = getattr(config, name)
+        if config.task in section.tasks:
+            yield from own.validate_run(config)
             continue
-        for field in getattr(config, name).changed:
+        for field in own.changed:
             reason, fix = f"it is for --task {name}", "Drop it, or change the task."
             yield has_no_effect(flag_name(f"{name}.{field}"), f"--task {config.task}", reason, fix)
 
@@ -301,3 +312,16 @@ def _validate_stdin(config: TrainConfig) -> Iterator[str]:
         if not is_single and (name == "-" or Path(name).is_fifo()):
             reason, fix = "only one process can read a pipe", "Save the rows to a file."
             yield excludes("--num-processes", f"--dataset {name}", reason, fix)
+
+
+if not TYPE_CHECKING and _ADDED:
+    TrainConfig = create_model(
+        "TrainConfig",
+        __base__=TrainConfig,
+        __module__=__name__,
+        __doc__=TrainConfig.__doc__,
+        **{
+            name: (section, Field(default_factory=section, description=section.summary))
+            for name, section in _ADDED.items()
+        },
+    )

@@ -27,7 +27,6 @@ from ftlevel.objectives import (
     LikelihoodObjective,
     Meter,
     Objective,
-    PolicyObjective,
     ScoreTexts,
     SortedMeter,
 )
@@ -306,8 +305,8 @@ V = TypeVar("V")
 
 
 def list_metrics(task: BaseTask, objective: Objective, *, generates: bool) -> tuple[str, ...]:
-    """Returns the names of an evaluation's metrics, with `loss` except for policy objectives."""
-    loss = () if isinstance(objective, PolicyObjective) else ("loss",)
+    """Returns the names of an evaluation's metrics, with `loss` unless the model samples."""
+    loss = () if objective.samples else ("loss",)
     return (*loss, *objective.metrics, *(task.text_metrics if generates else ()))
 
 

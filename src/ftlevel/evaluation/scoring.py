@@ -29,7 +29,6 @@ from ftlevel.objectives import (
     LikelihoodObjective,
     Meter,
     Objective,
-    PolicyObjective,
     ScoreTexts,
     StepObjective,
     TokenObjective,
@@ -76,6 +75,14 @@ class Evaluator:
     corpus: Sequence[Encoded] = ()
     begin_record: Callable[[], ExampleRecord | None] = lambda: None
     divide: Divide = compute_all
+
+    def with_model(self, model: LoadedModel) -> Evaluator:
+        """Returns a copy for another model than that of training or `evaluate`."""
+        return replace(self, dtype=model.dtype)
+
+    def get_warnings(self) -> Sequence[str]:
+        """Returns warnings about the evaluations so far."""
+        return ()
 
     def __call__(self, model: Any, record: ExampleRecord | None = None) -> dict[str, float]:
         """Evaluate `model` in eval mode; return the metrics and add examples to `record`."""
@@ -393,7 +400,7 @@ def texts_of(evaluator: Evaluator) -> dict[int, dict[str, str]]:
     for row in evaluator.rows:
         if row.row in result or isinstance(row, RankedRow):  # another window of the same row
             continue
-        is_prompt = isinstance(evaluator.objective, PolicyObjective)  # its sequences are made up
+        is_prompt = evaluator.objective.samples  # its sequences are made up
         first, *others = [row] if is_prompt else row.sequences
         if isinstance(evaluator.objective, StepObjective) and others:
             pair = {"query": evaluator.text(first), "document": evaluator.text(others[0])}

@@ -17,8 +17,8 @@ from ftlevel.models.hardware import eval_mode
 from ftlevel.objectives import (
     DistillationObjective,
     LikelihoodObjective,
+    Likelihoods,
     Objective,
-    PolicyObjective,
     TokenObjective,
     TrainingLoss,
 )
@@ -66,15 +66,12 @@ def _compute_likelihood_loss(
     head: ChunkedCrossEntropy | None, model: Any, objective: Objective, batch: Mapping[str, Any]
 ) -> Tensor | None:
     """Returns the summed loss (a scalar) of a preference or policy objective; None for others."""
-    if isinstance(objective, LikelihoodObjective):
-        answers = compute_answer_likelihoods(head, model, objective, batch)
-        return objective.preference_sum(answers, batch["preference_labels"], training=True)
-    if isinstance(objective, PolicyObjective) and "signals" in batch:  # one `Signal` per target
-        likelihoods, owners = compute_token_likelihoods(
-            head, model, objective, batch, objective.temperature
-        )
-        return objective.policy_sum(likelihoods, owners, batch["signals"])
-    return None
+    own: Any = objective
+    compute = Likelihoods(
+        lambda: compute_answer_likelihoods(head, model, own, batch),
+        lambda temperature: compute_token_likelihoods(head, model, own, batch, temperature),
+    )
+    return objective.likelihood_loss(batch, compute)
 
 
 def compute_full_loss(

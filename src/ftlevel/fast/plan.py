@@ -15,10 +15,8 @@ from typing import Any
 import torch
 
 from ftlevel.config import SPECS, MethodConfig, SpeedConfig, TrainConfig, TrainerConfig
-from ftlevel.config.rl import RlConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.row import Encoded
-from ftlevel.data.encoding.store import row_lengths
 from ftlevel.fast import packed_attention as attention
 from ftlevel.fast.gpu_attention import activate_fa3
 from ftlevel.fast.likelihoods import TokenSelector, base_model
@@ -27,10 +25,9 @@ from ftlevel.fast.parallel_workers import MAX_WORKERS
 from ftlevel.fast.prefixes import shared_fraction
 from ftlevel.methods import METHODS
 from ftlevel.models.families import lookup_family
-from ftlevel.models.hardware import device_memory
-from ftlevel.models.module_tree import get_blocks, linear_size
+from ftlevel.models.module_tree import get_blocks
 from ftlevel.models.upstream.architectures import attention_of, is_stateful
-from ftlevel.objectives import Objective, PolicyObjective, StepObjective, TokenObjective
+from ftlevel.objectives import Objective, StepObjective, TokenObjective
 from ftlevel.world import has_peers
 
 FUNCTIONAL_DROPOUT = ("opt",)
@@ -249,8 +246,7 @@ def plan_fast(
         )
     if shares_prefixes and not isinstance(speed.tokens_per_micro_batch, int):
         tokens += tokens // SHARING_DIVISOR
-        if isinstance(objective, PolicyObjective) and device == "cpu":
-            tokens = max(tokens, _tokens_of_groups(config.rl, meta, rows, worker_plan.count))
+        tokens = max(tokens, objective.micro_batch_tokens(meta, rows, device, worker_plan.count))
     parallel = (
         f"{worker_plan.count} parallel workers"
         if worker_plan.count > 1
@@ -357,20 +353,6 @@ def _max_batch_tokens(
         return speed.tokens_per_micro_batch
     tokens = max(train.per_device_train_batch_size * max_length, MIN_TOKENS)
     return min(tokens, max(MAX_CPU_TOKENS, max_length)) if device == "cpu" else tokens
-
-
-def _tokens_of_groups(rl: RlConfig, meta: Any, rows: Sequence[Encoded], workers: int) -> int:
-    """Returns the tokens of a group of completions with its prompt, for each of the workers.
-
-    Of completions, at most `MAX_CPU_TOKENS` count. There are fewer groups if they do not fit into
-    memory. SmolLM2 needs 0.98 MB per token in float32; the sizes of its linear layers give 1.15.
-    """
-    prompt = max(0, int(row_lengths(rows).max()) - rl.max_completion_length)
-    group = prompt + min(rl.num_generations * rl.max_completion_length, MAX_CPU_TOKENS)
-    layers = [layer for block in get_blocks(meta) for layer in block.modules()]
-    width = sum(sum(size[1:]) for size in map(linear_size, layers) if size is not None)
-    available_tokens = device_memory("cpu") // GROUP_DIVISOR // (4 * max(width, 1))
-    return group * min(workers, available_tokens // group)
 
 
 def _get_padded_message(method: MethodConfig, attention: str, meta: Any, model_kind: str) -> str:

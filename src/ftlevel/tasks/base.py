@@ -125,6 +125,8 @@ class BaseTask(DataTask):
         synthetic_labels: class or tag names assumed for synthetic batches.
         model_description: what the error for an unsupported output calls the model; "": the task.
         prediction_type: type of the only prediction column, unless the task has several.
+        hooks: reference to the task's `training.hooks.TrainingHooks`.
+        trains_language_head: whether it continues adapters of other tasks that generate text.
     """
 
     auto_classes: Mapping[str, str]
@@ -150,6 +152,8 @@ class BaseTask(DataTask):
     synthetic_info: ClassVar[Mapping[str, Any]] = {}
     model_description: ClassVar[str] = ""
     prediction_type: ClassVar[Column] = "text"
+    hooks: ClassVar[str] = "ftlevel.training.hooks:TrainingHooks"
+    trains_language_head: ClassVar[bool] = False
 
     def configured(self, task_config: Mapping[str, Any]) -> BaseTask:
         """Returns the task with the settings `task_config`, from a configuration or model card."""

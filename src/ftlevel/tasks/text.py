@@ -41,7 +41,7 @@ from ftlevel.data.formats.examples import (
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import ConfigError, InputError, UnansweredError
 from ftlevel.objectives import Checks, Objective
-from ftlevel.rewards import compute_rouge
+from ftlevel.rouge import compute_rouge
 from ftlevel.tasks.base import BaseTask, OutputOptions, Prediction, PromptedModel, TokenDecoder
 from ftlevel.tasks.losses import Tokens
 

@@ -10,17 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts.checkpoints import step_of
-from ftlevel.artifacts.run_directory import ROLLOUTS, RunDirectory
+from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config.trainer import TrainerConfig
 from ftlevel.data.encoding.collate import CollatorWithRows
 from ftlevel.evaluation.intervals import should_generate, uses_text_metrics
-from ftlevel.evaluation.rollouts import (
-    RewardEvaluator,
-    Rollouts,
-    score_rows,
-)
 from ftlevel.evaluation.scoring import Evaluator
-from ftlevel.evaluation.server import BOUND, ServerSampler
 from ftlevel.events import Listener
 from ftlevel.fast.plan import LIGER_ARGUMENTS
 from ftlevel.fast.step_collator import StepCollator, TextCollator
@@ -29,8 +23,7 @@ from ftlevel.methods.base import HasState
 from ftlevel.methods.rates import HeadRate
 from ftlevel.models.hardware import current_memory_bytes, uses_tf32, using_tf32
 from ftlevel.models.upstream.libraries import use_one_gpu
-from ftlevel.objectives import PolicyObjective, StepObjective
-from ftlevel.tasks.rl.rows import TokenLogps
+from ftlevel.objectives import StepObjective
 from ftlevel.trained.generation import GenerationOptions
 from ftlevel.training.best import MAX_RECORDED_ROWS, BestModelCallback, PredictionRecorder
 from ftlevel.training.callbacks import Interrupt, Report, SetEpoch, UpdateSchedule
@@ -39,12 +32,9 @@ from ftlevel.training.model import PreparedModel, is_sharded
 from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
 from ftlevel.training.resume import ResumeState
-from ftlevel.training.rl.step import RolloutFile, bound_of
-from ftlevel.training.rl.trainer import RepeatedSteps, RlTrainer
 from ftlevel.training.saving import (
     SMALL_CHECKPOINT,
     SaveByClock,
-    SaveRollout,
     WriteManifest,
     checkpoint_bytes,
 )
@@ -117,24 +107,14 @@ def _logging_and_eval_args(train: TrainerConfig, run: Run) -> dict[str, Any]:
     return {
         "logging_strategy": "steps",
         "logging_steps": train.logging_steps
-        or (1 if is_rl(run) else max(1, run.schedule.steps // _NUM_LOGS)),
+        or (1 if run.hooks.logs_each_step else max(1, run.schedule.steps // _NUM_LOGS)),
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # the filter shows a NaN loss as 0.0
         "eval_strategy": strategy if has_eval_data else "no",
         "eval_steps": train.eval_steps,
-        "eval_on_start": has_eval_data and (train.eval_on_start or evaluates_before_training(run)),
+        "eval_on_start": has_eval_data and (train.eval_on_start or run.objective.evaluates_first),
         "per_device_eval_batch_size": eval_batch_size(train),
     }
-
-
-def is_rl(run: Run) -> bool:
-    """Whether the run trains on completions that it samples itself (`--task rl`)."""
-    return isinstance(run.objective, PolicyObjective)
-
-
-def evaluates_before_training(run: Run) -> bool:
-    """Whether the model is evaluated before the first step even without `--eval-on-start`."""
-    return is_rl(run) or isinstance(run.objective, StepObjective)
 
 
 def eval_batch_size(train: TrainerConfig) -> int:
@@ -142,61 +122,11 @@ def eval_batch_size(train: TrainerConfig) -> int:
     return train.per_device_eval_batch_size or train.per_device_train_batch_size
 
 
-def create_rollouts(
-    run: Run,
-    model: Any,
-    teacher: TokenLogps | None,
-    server: ServerSampler | None = None,
-    row_location: Callable[[int], str] | None = None,
-) -> Rollouts:
-    """Create the sampler of completions for reinforcement learning, with the weights of `model`.
-
-    `teacher` scores completions in on-policy distillation; `server` samples instead of `model`.
-    `row_location` returns a row's location for messages, by default that of a training row.
-    """
-    model_info = run.model
-    return Rollouts(
-        model,
-        model_info.tokenizer,
-        run.config.rl,
-        run.rewards,
-        run.config.train.order_seed,
-        kind=model_info.kind,
-        method=run.config.method.kind,
-        device=model_info.device,
-        dtype=model_info.dtype,
-        get_position=row_location or run.data.table.where,
-        teacher=teacher,
-        server=server,
-    )
-
-
-def _create_server_sampler(run: Run, model: PreparedModel) -> ServerSampler | None:
-    if run.config.rl.rollouts is None or not isinstance(run.objective, PolicyObjective):
-        return None
-    score = partial(
-        score_rows,
-        model.model,
-        run.objective,
-        pad_id=run.model.pad_id,
-        device=run.model.device,
-        dtype=run.model.dtype,
-    )
-    method = run.config.method
-    return ServerSampler(run.config.rl.rollouts, model.model, method, model.initial_state, score)
-
-
-def create_evaluator(
-    run: Run,
-    processes: Processes,
-    model: Any = None,
-    teacher: TokenLogps | None = None,
-    server: ServerSampler | None = None,
-) -> Evaluator | None:
+def create_evaluator(run: Run, processes: Processes, sampler: Any = None) -> Evaluator | None:
     """Create the evaluator of the validation rows; None without validation rows.
 
-    Batches are divided among `processes`; all have equally many if the model is sharded. In
-    reinforcement learning, completions are sampled from `model`; see `create_rollouts`.
+    Batches are divided among `processes`; all have equally many if the model is sharded. `sampler`
+    is what `TrainingHooks.create_sampler` returned.
     """
     if not run.data.validation:
         return None
@@ -215,9 +145,8 @@ def create_evaluator(
     }
     if processes.count > 1:
         shared["divide"] = partial(processes.divide, equally=section.shard != "none")
-    if is_rl(run):
-        rollouts = create_rollouts(run, model, teacher, server, run.data.validation_table.where)
-        return RewardEvaluator(**shared, generated_rows=generated, rollouts=rollouts)
+    if (own := run.hooks.create_evaluator(run, sampler, generated, shared)) is not None:
+        return own
     uses_generation = should_generate(section.predict_with_generate, run.task)
     return Evaluator(
         **shared,
@@ -243,9 +172,9 @@ def create_trainer(
     output_dir: RunDirectory,
     resume_state: ResumeState,
     processes: Processes,
-    teacher: TokenLogps | None = None,
+    teacher: Any = None,
 ) -> FtlevelTrainer:
-    """Create the run's Trainer; `teacher` scores completions, only in on-policy distillation."""
+    """Create the run's Trainer; `teacher` is what `TrainingHooks.create_scorer` returned."""
     from transformers import PrinterCallback, ProgressCallback
 
     args = create_training_args(run, output_dir.checkpoints)
@@ -260,23 +189,14 @@ def create_trainer(
         head_rate = HeadRate(run.model.new_heads, rate)
     collator = TextCollator if isinstance(run.objective, StepObjective) else StepCollator
     step_collator = collator(pad_id, fast.plan, run.objective) if fast else None
-    server = _create_server_sampler(run, model)
-    trainer_class: Any = FtlevelTrainer
-    kwargs: dict[str, Any] = {}
+    sampler = run.hooks.create_sampler(run, model, teacher)
+    trainer_class, kwargs, order = run.hooks.select_trainer(run, sampler, train_dataset, order)
     if is_sharded(model.model) and processes.count > 1:
         trainer_class = ShardedTrainer
-    elif is_rl(run):
-        bound = BOUND if server else bound_of(run.model.dtype, run.model.quant.kind)
-        rollouts = create_rollouts(run, model.model, teacher, server)
-        trainer_class = RlTrainer
-        kwargs = {"rollouts": rollouts, "prompts": train_dataset, "bound": bound}
-        if order is not None and run.config.rl.num_iterations > 1:
-            rows_per_step = run.config.train.rows_per_step
-            order = RepeatedSteps(order, rows_per_step, run.config.rl.num_iterations)
-    trainer: FtlevelTrainer = trainer_class(
+    trainer: FtlevelTrainer = (trainer_class or FtlevelTrainer)(
         objective=run.objective,
         loss=run.loss,
-        evaluator=create_evaluator(run, processes, model.model, teacher, server),
+        evaluator=create_evaluator(run, processes, sampler),
         model=model.model,
         args=args,
         optimizers=(method.optimizer(run.config.method, model.model, args), None),
@@ -293,8 +213,8 @@ def create_trainer(
     )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
-    if isinstance(trainer, RlTrainer) and checkpoint:
-        trainer.restore_rollout(checkpoint)
+    if checkpoint:
+        trainer.restore_batch(checkpoint)
     return trainer
 
 
@@ -312,20 +232,6 @@ class RunCallbacks:
     interrupt: Interrupt
     best: BestModelCallback | None
     answers: PredictionRecorder
-
-
-def rollout_callbacks(
-    trainer: FtlevelTrainer, output_dir: RunDirectory, processes: Processes, checkpoint: Path | None
-) -> list[Any]:
-    """Make an `RlTrainer` write rollouts.jsonl; on resume, drop groups sampled after `checkpoint`.
-
-    Returns callbacks that save the current rollout with each checkpoint; [] for other trainers.
-    """
-    if not isinstance(trainer, RlTrainer):
-        return []
-    trainer.keep = file = RolloutFile(output_dir.path / ROLLOUTS, processes)
-    file.rewind(step_of(checkpoint) if checkpoint else 0)
-    return [SaveRollout(trainer.save_rollout, output_dir.checkpoints)]
 
 
 def restore_progress(
@@ -376,8 +282,6 @@ def add_callbacks(
     if run.best is not None:
         best = BestModelCallback(run.best, output_dir.checkpoints, processes, states, listener)
     trainer.warn = listener.warn
-    if isinstance(trainer, RlTrainer):
-        trainer.rollouts.warn = listener.warn
     trainer.replaces_nonfinite = run.config.train.on_nonfinite != "stop"
     if is_first:
         trainer.note = output_dir.note
@@ -408,7 +312,7 @@ def add_callbacks(
         *([best] if best else []),
         answers,
         *([SaveByClock(save_interval, processes, last=save_last)] if save_interval else []),
-        *rollout_callbacks(trainer, output_dir, processes, checkpoint),
+        *trainer.create_callbacks(output_dir, checkpoint),
         WriteManifest(  # last: it lists all files of the checkpoint
             output_dir, run.config.train.save_total_limit, write_files, processes, run_after_save
         ),

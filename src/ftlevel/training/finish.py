@@ -25,7 +25,6 @@ from ftlevel.extensions import hooks
 from ftlevel.methods import needs_import
 from ftlevel.models.kinds import save_legacy_rope
 from ftlevel.models.quantization import get_quantization_config
-from ftlevel.objectives import PolicyObjective
 from ftlevel.trained.adapt import finalize_method, save_adapter
 from ftlevel.trained.generation import save_stop_ids
 from ftlevel.training.best import PredictionRecorder
@@ -33,7 +32,6 @@ from ftlevel.training.callbacks import Report
 from ftlevel.training.model import PreparedModel
 from ftlevel.training.plan.run import Run
 from ftlevel.training.resume import has_evaluation
-from ftlevel.training.rl.checks import get_rollout_warnings
 from ftlevel.training.saving import explain_disk_errors
 from ftlevel.training.summary import (
     Outcome,
@@ -165,7 +163,7 @@ def _intervals(record: ExampleRecord, evaluator: Evaluator) -> dict[str, list[fl
 
 def _initial_intervals(run: Run, outcome: Outcome) -> dict[str, Any]:
     record, evaluator = outcome.answers.of(0), outcome.evaluator
-    if record is None or evaluator is None or not isinstance(run.objective, PolicyObjective):
+    if record is None or evaluator is None or not run.objective.samples:
         return {}
     return {"intervals_before": _intervals(record, evaluator)}
 
@@ -214,8 +212,7 @@ def report_results(
         *warn_if_not_learned(summary, run),
         *warn_if_worse(summary),
         *run.objective.get_warnings(summary["metrics"], summary["metrics_before"]),
-        *get_rollout_warnings(run.config.rl, outcome.records),
-        *(run.rewards.describe_failures() if run.rewards is not None else ()),
+        *run.hooks.get_warnings(run, outcome.records),
     ]:
         listener.warn(warning)
     end_run(run.config.output, output_dir, summary, listener)

@@ -21,18 +21,23 @@ from ftlevel.artifacts.cards import library_versions
 from ftlevel.artifacts.files import file_fingerprint, read_json, write_json
 from ftlevel.artifacts.run_directory import DIGESTS, IDENTITY, RunDirectory
 from ftlevel.config import OutputConfig
+from ftlevel.config.train import SECTIONS
 from ftlevel.config.trainer import PLATEAU
 from ftlevel.errors import ConfigError, InputError, join_names
 from ftlevel.training.plan.run import Run
 
 BASE, ROWS, VALIDATION = "model.fingerprint", "data.fingerprint", "data.validation_fingerprint"
-REWARDS, ADAPTER = "rl.fingerprint", "model.adapter_fingerprint"
+ADAPTER = "model.adapter_fingerprint"
 _CONTENTS = {
     BASE: " (weights of the base model, --model)",
     ROWS: " (rows)",
     VALIDATION: " (validation rows)",
-    REWARDS: " (reward functions or reward models)",
     ADAPTER: " (weights of --adapter)",
+    **{
+        f"{name}.{fingerprint}": f" ({content})"
+        for name, own in SECTIONS.items()
+        for fingerprint, content in own.contents.values()
+    },
 }
 """Fields with the fingerprint of a content, which may have moved."""
 _MOVABLE = {
@@ -41,13 +46,17 @@ _MOVABLE = {
     "data.dataset": ROWS,
     "data.also": ROWS,
     **dict.fromkeys(("data.validation_file", "data.qrels", "data.corpus"), VALIDATION),
-    "rl.reward": REWARDS,
+    **{
+        f"{name}.{field}": f"{name}.{fingerprint}"
+        for name, own in SECTIONS.items()
+        for field, (fingerprint, _) in own.contents.items()
+    },
 }
 """Fields whose value may change while a fingerprint stays the same."""
 LENGTHS = ("train.num_train_epochs", "train.max_steps", "train.early_stopping_patience")
 """Fields that may change, because a run can be made longer."""
-_CHECKS = ("rl.check_groups", "rl.reward_timeout", "rl.on_reward_error")
-"""Fields that may change, because they affect no completion that has a score."""
+_FREE = [f"{name}.{field}" for name, own in SECTIONS.items() for field in own.may_change]
+"""Fields of a task's section that may change."""
 
 # Settings of logging, saving and evaluation, which do not affect the training result.
 _UNCHECKED_FIELDS = set(
@@ -91,7 +100,6 @@ def get_identity(run: Run, fingerprint: str | None) -> dict[str, Any]:
         "data.max_length": data.max_length,
         "data.overlong": data.info["overlong"],
         "data.chat_template": config.data.chat_template and Path(config.data.chat_template).name,
-        "rl.rollouts": config.rl.rollouts is not None or None,  # the address may change
         BASE: fingerprint,
         ROWS: data.info["fingerprint"],
         VALIDATION: data.info.get("validation_fingerprint"),
@@ -101,8 +109,7 @@ def get_identity(run: Run, fingerprint: str | None) -> dict[str, Any]:
         values["data.prompt_version"] = data.prompt_format.version
     if run.adapter is not None:
         values[ADAPTER] = run.adapter.fingerprint
-    if run.rewards is not None:
-        values[REWARDS] = run.rewards.fingerprint
+    values |= run.hooks.get_identity(run)
     if run.model.device == "cpu":  # the thread count changes the order of sums
         values["threads"] = torch.get_num_threads()
     identity: dict[str, Any] = json.loads(json.dumps(values, default=str))  # as read from the file
@@ -134,7 +141,7 @@ def compare_identities(
     Raises ConfigError with all others. Fields with the digest of a file, `FIELD of FILE`, are
     accepted with FIELD. A thread count is compared if both runs are on a CPU.
     """
-    ignored = {*LENGTHS, *_CHECKS, *({"threads"} - before.keys())}
+    ignored = {*LENGTHS, *_FREE, *({"threads"} - before.keys())}
     ignored |= {
         key
         for key, content in _MOVABLE.items()

@@ -81,7 +81,7 @@ def check_same_base(
     source = resolve_source(model.name_or_path, model.revision, model.trust_remote_code)
     fingerprint = get_base_values(source)["fingerprint"]
     now = {BASE: fingerprint} if None not in (fingerprint, before.get(BASE)) else {}
-    has_own_tokenizer = ADAPTER in before or (task in TASKS and TASKS[task].changes_tokenizer)
+    has_own_tokenizer = ADAPTER in before or (task in TASKS and TASKS[str(task)].changes_tokenizer)
     if not has_own_tokenizer:
         tokenizer = load_tokenizer(source)
         set_chat_template(tokenizer, chat_template)
@@ -235,7 +235,7 @@ def _resolve_resume(run: Run, identity: Mapping[str, Any], listener: Listener) -
 def _check_length(run: Run, before: Mapping[str, Any], trained: int) -> None:
     flag, train, steps = f"--resume {run.config.output.dir}", run.config.train, run.schedule.steps
     old = {key.rpartition(".")[2]: value for key, value in before.items()}
-    rows = rows_per_epoch(train, run.config.steps_per_rollout, run.data)
+    rows = rows_per_epoch(train, run.config.task_section.steps_per_batch, run.data)
     was = count_steps(train.model_copy(update=old), rows)
     if train.max_steps and was == steps and "num_train_epochs" in old:
         raise ConfigError(

@@ -238,20 +238,6 @@ class SaveByClock(TrainerCallback):
         control.should_save |= is_early and self._save_last
 
 
-class SaveRollout(TrainerCallback):
-    """Callback that calls `save` with each checkpoint's directory, for rollouts of `--task rl`."""
-
-    def __init__(self, save: Callable[[Path], None], checkpoint_dir: Path) -> None:
-        self._save = save
-        self._output_dir = checkpoint_dir
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Write this process's rollout into the checkpoint."""
-        self._save(self._output_dir / f"checkpoint-{state.global_step}")
-
-
 class WaitForHashes(TrainerCallback):
     """Callback that calls `functions` before each checkpoint, to wait for hashes of input files."""
 

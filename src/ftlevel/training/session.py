@@ -24,7 +24,6 @@ from ftlevel.artifacts.run_directory import (
 from ftlevel.config import DataConfig, InMemoryDataset, QuantConfig, TrainConfig
 from ftlevel.config.sections import wrap_rows
 from ftlevel.errors import ConfigError, Interrupted
-from ftlevel.evaluation.server import check_server
 from ftlevel.events import Listener
 from ftlevel.fast.plan import plan_plain
 from ftlevel.models.hardware import free_device_memory, resident_bytes, trim_heap
@@ -75,7 +74,6 @@ from ftlevel.training.resume import (
     resolve_resume,
     store_base,
 )
-from ftlevel.training.rl.checks import check_before, get_no_effect_cause
 from ftlevel.training.saving import (
     WaitForHashes,
     WriteManifest,
@@ -92,7 +90,6 @@ from ftlevel.training.step_comparison import FastStepError, StepComparison
 from ftlevel.training.summary import Outcome, resolved_config
 from ftlevel.training.teacher import (
     AuxiliaryOutputs,
-    create_scorer,
     precompute_teacher,
     resolve_auxiliary_models,
 )
@@ -314,7 +311,7 @@ class TrainingSession:
             run, reference = compute_initial_reference(run, model, listener, processes)
         if teacher is not None:
             run = replace(run, data=replace(run.data, train=teacher.rows))
-        auxiliary = AuxiliaryOutputs(reference, teacher, create_scorer(run, listener))
+        auxiliary = AuxiliaryOutputs(reference, teacher, run.hooks.create_scorer(run, listener))
         try:
             self.comparison = check_fast_step(run, model, processes, listener)
         except FastStepError:
@@ -397,8 +394,7 @@ class TrainingSession:
         best, state = self.callbacks.best, self.trainer.state
         if best is not None:
             self.selected = best.finish(self.trainer.model, state.global_step, state.max_steps)
-        if self.run.rewards is not None:
-            self.run.rewards.gather_failures(self.processes.all_gather)
+        self.trainer.gather_failures()
         self.trained_at = time.perf_counter()
 
     def _train(self) -> None:
@@ -406,7 +402,7 @@ class TrainingSession:
         self.listener.stage("training")
         with self.callbacks.interrupt, explain_disk_errors(self.output_dir), matmul_context(run):
             if checkpoint is None:
-                check_before(trainer, run.data.train, self.listener)
+                run.hooks.check_trainer(trainer, run.data.train, self.listener)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         interrupt = self.callbacks.interrupt
         if interrupt.has_stopped:
@@ -445,7 +441,7 @@ class TrainingSession:
             if self.is_sharded:
                 logits = self.initial_logits
                 return verify_sharded_run(model, run, output_dir, gradients, processes, logits)
-            why_no_effect = get_no_effect_cause(run.config.rl, self.callbacks.report.records)
+            why_no_effect = run.hooks.explain_no_effect(run, self.callbacks.report.records)
             return verify_run(model, run, output_dir, gradients, why_no_effect)
 
     def report(self, proof: Proof) -> Mapping[str, Any]:
@@ -506,7 +502,7 @@ def _resolve(
         run = replace(run, choices=[placed.choice, *run.choices], written_base=placed.directory)
     check_base_not_overwritten(run)
     run = replace(run, auxiliary=resolve_auxiliary_models(run))
-    check_server(config.rl)
+    run.hooks.check_run(run)
     sizes = size_choices(run, build_modules=try_method)
     memory = estimate_memory(run, world_size)
     listener.choices("train", [memory.choice(), *run.choices, *sizes])

@@ -35,7 +35,6 @@ from ftlevel.models.upstream.shards import (
     split_optimizer_state,
     whole,
 )
-from ftlevel.objectives import LikelihoodObjective, PolicyObjective, StepObjective
 from ftlevel.trained.adapt import finalize_method, load_initial_weights
 from ftlevel.training.gradients import GradientMonitor
 from ftlevel.training.model import PreparedModel, gather, trainable_parameters
@@ -296,7 +295,7 @@ def check_can_shard(run: Run, count: int | None) -> None:
     if config.train.shard == "none":
         return
     info, quant, without = METHODS[method.kind], run.model.quant.kind, "Use --shard none."
-    task, is_full = f"--task {run.task.name}", not info.is_adapter
+    limit, is_full = run.objective.shard_limitation, not info.is_adapter
     best = f"--metric-for-best-model {config.train.metric_for_best_model}"
     if config.train.load_best_model_at_end:
         best = "--load-best-model-at-end"
@@ -310,13 +309,7 @@ def check_can_shard(run: Run, count: int | None) -> None:
          "Use --method lora."),
         (quant not in ("none", "4bit"), f"--quant {quant}",
          "its weights cannot be sharded by rows", "Use --quant 4bit, or none."),
-        (isinstance(run.objective, LikelihoodObjective), f"{task} yet",
-         "the reference cache is per process", without),
-        (isinstance(run.objective, PolicyObjective), task,
-         "each process samples its own completions with all weights, and would hold a part of them",
-         without),
-        (isinstance(run.objective, StepObjective), f"{task} yet",
-         "it was never tried on a sharded model", without),
+        (bool(limit), f"--task {run.task.name}", limit, without),
         (config.distillation.teacher is not None, "--teacher yet",
          "every process would hold it whole", without),
         (is_full and run.model.dtype == "float16", "--method full and --dtype float16",

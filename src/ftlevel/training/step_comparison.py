@@ -26,7 +26,7 @@ from ftlevel.errors import RunError, is_out_of_memory
 from ftlevel.fast.fused_layers import FusedGlu, FusedNorm
 from ftlevel.fast.likelihoods import base_model, compute_full_loss, sum_log_ratios, with_baseline
 from ftlevel.models.module_tree import get_stacks
-from ftlevel.objectives import LikelihoodObjective, PolicyObjective, StepObjective
+from ftlevel.objectives import LikelihoodObjective, StepObjective
 from ftlevel.trained.generation import batches
 from ftlevel.training.trainer import FtlevelTrainer
 
@@ -281,9 +281,7 @@ class Steps:
         num_targets = [
             objective.training_count(batch["labels"], loss_config) for batch in micro_batches
         ]
-        # A policy's weights are those of the whole step already.
-        is_policy = isinstance(objective, PolicyObjective)
-        total = num_targets[0] if is_policy else torch.stack(num_targets).sum(0)
+        total = objective.step_count(num_targets)
         for batch in micro_batches:
             if kl_baseline is not None:
                 batch["preference_labels"] = with_baseline(

@@ -21,7 +21,6 @@ from ftlevel.methods import needs_import
 from ftlevel.models.hardware import peak_memory_bytes
 from ftlevel.models.quantization import get_quantization_config, get_quantization_info
 from ftlevel.models.sources import ModelSource
-from ftlevel.objectives import PolicyObjective
 from ftlevel.trained.generation import added_stops
 from ftlevel.training.best import PredictionRecorder, SelectedModel
 from ftlevel.training.plan.run import Run, count_parameters
@@ -246,7 +245,7 @@ def warn_if_not_learned(summary: Mapping[str, Any], run: Run) -> list[str]:
     The loss on classes, tags and spans must end 2 % below the loss of guessing label frequencies.
     """
     window = summary["loss_window"]
-    if window < _WINDOW or isinstance(run.objective, PolicyObjective):  # its loss measures nothing
+    if window < _WINDOW or run.objective.samples:  # its loss measures nothing
         return []
     first, last = summary["loss_first"], summary["loss_last"]
     rows = itertools.islice(run.data.train, _MAX_ROWS)

@@ -20,17 +20,15 @@ from torch import Tensor
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.row import Encoded
 from ftlevel.errors import ConfigError, InputError
-from ftlevel.evaluation.rollouts import compute_token_logps
 from ftlevel.events import Listener
 from ftlevel.fast.cross_entropy import Observe
 from ftlevel.fast.likelihoods import prepare_inputs
 from ftlevel.models.hardware import autocast
 from ftlevel.models.loading import load_config
-from ftlevel.objectives import PolicyObjective, TokenObjective
+from ftlevel.objectives import TokenObjective
 from ftlevel.tasks.embedding.objective import Embeddings
 from ftlevel.tasks.losses import DistillationRows, outcome_dtype, select_top_k
 from ftlevel.tasks.reranking.losses import Ranking
-from ftlevel.tasks.rl.rows import CompletionRow
 from ftlevel.trained.resolve import ReferenceModel, resolve_reference, resolve_text_model
 from ftlevel.training.model import PreparedModel
 from ftlevel.training.plan.run import AuxiliaryModels, Run
@@ -61,14 +59,11 @@ def precompute_teacher(
 ) -> TeacherPredictions | None:
     """Returns training rows with the teacher's predictions; None if the run needs none."""
     teacher, config = run.auxiliary.teacher, run.config.distillation
-    if (
-        teacher is None
-        or not isinstance(run.objective, TokenObjective)
-        or isinstance(run.objective, PolicyObjective)
-    ):
+    objective = run.objective
+    if teacher is None or not isinstance(objective, TokenObjective) or objective.samples:
         return None
     listener.stage("running the teacher")
-    objective, rows = run.objective, run.data.train
+    rows = run.data.train
     vocab_size = load_config(teacher.ref.source).get_text_config().vocab_size
     dtype = outcome_dtype(config, min(run.model.vocabulary, vocab_size))
     offsets = np.cumsum([0, *(_num_targets(objective, row) for row in rows)]).tolist()
@@ -177,46 +172,16 @@ def _observe_logits(
     observe(objective.logits(model.model(**inputs)).flatten(0, 1).index_select(0, at), targets)
 
 
-class TeacherScorer:
-    """Computes a teacher's log-probabilities of completions; the first call loads the teacher."""
-
-    def __init__(self, teacher: ReferenceModel, run: Run, listener: Listener) -> None:
-        self.teacher = teacher
-        self._run = run
-        self._context = load_auxiliary_model(teacher, run, listener)
-        self._loaded: tuple[Run, PreparedModel] | None = None
-
-    def __call__(self, rows: Sequence[CompletionRow]) -> list[list[float]]:
-        """Returns the teacher's log-probability of each completion token, in one list per row."""
-        objective: Any = self._run.objective
-        if not rows:
-            return []
-        self._loaded = self._loaded or self._context.__enter__()
-        run, adapted = self._loaded
-        head = adapted.fast.cross_entropy if adapted.fast is not None else None
-        with autocast(run.model.device, run.model.dtype):
-            batches = iterate_batches(run, adapted.fast, rows)
-            logps = compute_token_logps(adapted.model, objective, batches, head)
-        return [logps[index] for index in range(len(rows))]
-
-
-def create_scorer(run: Run, listener: Listener) -> TeacherScorer | None:
-    """Returns the scorer of on-policy distillation; None without a teacher or `--task rl`."""
-    if run.auxiliary.teacher is None or not isinstance(run.objective, PolicyObjective):
-        return None
-    return TeacherScorer(run.auxiliary.teacher, run, listener)
-
-
 @dataclass(frozen=True)
 class AuxiliaryOutputs:
     """Outputs of the reference and the teacher model, each None if not needed.
 
-    `scorer` is the teacher in reinforcement learning, which scores completions as they are sampled.
+    `scorer` is what `TrainingHooks.create_scorer` returned, with `teacher`, the teacher model.
     """
 
     reference: Reference | None
     teacher_predictions: TeacherPredictions | None
-    scorer: TeacherScorer | None
+    scorer: Any
 
     @property
     def files(self) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 
+from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.encoding.store import token_counts
 from ftlevel.data.prepare.samplers import (
@@ -39,7 +40,6 @@ from ftlevel.models.upstream.libraries import move_batches, shared_order
 from ftlevel.objectives import (
     LikelihoodObjective,
     Objective,
-    PolicyObjective,
     StepObjective,
     TrainingLoss,
 )
@@ -65,7 +65,7 @@ def get_sampler(run: Run) -> Sampler[int] | None:
         sets = run.data.sets
         return DistinctTextSampler(rows, train.rows_per_step, seed, sets, is_distinct=is_distinct)
     if train.train_sampling_strategy == "random":
-        if not train.num_processes and not isinstance(run.objective, PolicyObjective):
+        if not train.num_processes and not run.hooks.needs_order:
             return None
         return shared_order()(rows, generator=torch.Generator(), data_seed=seed)
     return LengthGroupedSampler(token_counts(rows), train.rows_per_step, seed)
@@ -207,9 +207,7 @@ class FtlevelTrainer(Trainer):
         rows: Any = self.train_dataset
         # Batches without the fast step are padded, those of one process; lengths of completions
         # are not known.
-        is_divided_by_tokens = self.fast is not None and not isinstance(
-            self.objective, PolicyObjective
-        )
+        is_divided_by_tokens = self.fast is not None and not self.objective.samples
         lengths = token_counts(getattr(rows, "rows", rows)) if is_divided_by_tokens else None
         return create_dataloader(rows, self.order, self.args, self.data_collator, lengths)
 
@@ -411,8 +409,23 @@ class FtlevelTrainer(Trainer):
         return bool(self._compute_dtype)
 
     def with_targets(self, rows: Sequence[Encoded]) -> list[Encoded]:
-        """Returns the rows of a step on `rows`: themselves; in `RlTrainer`, their completions."""
+        """Returns the rows of a step on `rows`: themselves, or what subclasses make of them."""
         return list(rows)
+
+    def collate_step(self, rows: list[Any]) -> dict[str, Any]:
+        """Returns the batch of a step on `rows`, as the data loader yields it."""
+        batch: dict[str, Any] = self.data_collator(rows)
+        return batch
+
+    def restore_batch(self, checkpoint: Path) -> None:
+        """Load what a subclass saved in `checkpoint` for further steps on the same rows."""
+
+    def create_callbacks(self, output_dir: RunDirectory, checkpoint: Path | None) -> list[Any]:
+        """Returns callbacks of a subclass; `checkpoint` is the one to resume from, or None."""
+        return []
+
+    def gather_failures(self) -> None:
+        """Exchange between processes what a subclass reports at the end of a run."""
 
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Returns a collated batch with its tensors and layouts moved to the training device."""
@@ -478,8 +491,8 @@ class FtlevelTrainer(Trainer):
 
     def evaluate(
         self,
-        eval_dataset: Any = None,  # noqa: ARG002 - the evaluator has its rows
-        ignore_keys: list[str] | None = None,  # noqa: ARG002 - nothing is returned but metrics
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Returns the evaluator's metrics, and logs them as Trainer does."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ftlevel.artifacts.row_sinks import load_rollouts
 from ftlevel.artifacts.run_directory import RunDirectory, is_run
+from ftlevel.extras.rl.rollout_file import load_rollouts
 
 UP_TO_CHECKPOINT = (
     '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 2, "eval_loss": 1.0}\n'

@@ -6,8 +6,8 @@ import pytest
 
 from ftlevel.config import SPECS, TrainConfig
 from ftlevel.config.constraints import Excludes, Needs, NoEffect, list_violations
-from ftlevel.config.rl import CONSTRAINTS as RL_CONSTRAINTS
 from ftlevel.config.train import CONSTRAINTS
+from ftlevel.extras.rl.config import CONSTRAINTS as RL_CONSTRAINTS
 
 
 def list_conditions() -> list[str]:

@@ -12,8 +12,8 @@ import pytest
 from ftlevel.config import Layer, TrainConfig, build_config, load_recipe, parse_overrides, put
 from ftlevel.config.flags import FLAGS, recipe_hint
 from ftlevel.config.preference import PreferenceConfig
-from ftlevel.config.rl import RlConfig
 from ftlevel.errors import ConfigError
+from ftlevel.extras.rl.config import RlConfig
 
 
 def get_problems(*layers: Layer) -> list[str]:
@@ -256,7 +256,7 @@ def test_boolean_is_not_accepted_as_number(setting: str) -> None:
         ("data.mixx={}", "unknown key 'data.mixx'. Did you mean 'data.mix'?"),
         ("trian={}", "unknown key 'trian'. Did you mean 'train'?"),
         ("foo.bar=4", "unknown key 'foo.bar'. Sections: task, model, quant, method, data, train, "
-         "preference, rl, embedding, reranking, distillation, speed, output."),
+         "preference, embedding, reranking, distillation, speed, output, rl."),
         ("train.optim=adamw", "'adamw' is not known. Expected one of adamw_torch, "
          "adamw_torch_fused, adamw_8bit, paged_adamw_8bit, paged_adamw_32bit, adafactor, ademamix, "
          "ademamix_8bit, paged_ademamix_8bit, paged_ademamix_32bit, lion_8bit, lion_32bit, "

@@ -16,7 +16,7 @@ import tiny_models
 from ftlevel.evaluation import packed_weights
 from ftlevel.evaluation.decoding import get_decoder_error
 from ftlevel.evaluation.packed_weights import MAX_ROWS, PackedWeights
-from ftlevel.evaluation.sampling import GroupSampler
+from ftlevel.extras.rl.sampling import GroupSampler
 from ftlevel.models.upstream.tensors import pack_linear, packed_dtypes
 
 pytestmark = pytest.mark.skipif(

@@ -18,6 +18,8 @@ from ftlevel.config import SPECS, TrainConfig
 from ftlevel.config.methods.other import AdapterSpec, Placement
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.row import IGNORED, Encoded
+from ftlevel.extras.rl.objective import PolicyGradient
+from ftlevel.extras.rl.rows import PromptRow
 from ftlevel.fast import packed_attention as attention
 from ftlevel.fast import plan as fast_plan
 from ftlevel.fast import step_collator
@@ -31,8 +33,6 @@ from ftlevel.methods import METHODS, Base
 from ftlevel.objectives import Objective
 from ftlevel.tasks.classes import Classes
 from ftlevel.tasks.losses import Tokens
-from ftlevel.tasks.rl.objective import PolicyGradient
-from ftlevel.tasks.rl.rows import PromptRow
 from ftlevel.tasks.span import Spans
 from ftlevel.tasks.tags import Tags
 from ftlevel.trained.adapt import apply_method

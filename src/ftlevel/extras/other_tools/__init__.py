@@ -27,7 +27,6 @@ EXTENSION = Extension(
     flags=_flags,
     aliases=_aliases,
     hooks={
-        "complete_flags": "ftlevel.extras.other_tools.rl:complete_flags",
         "detect_tool": "ftlevel.extras.other_tools.aliases:detect_tool",
         "convert_recipe": "ftlevel.extras.other_tools.convert:convert",
     },

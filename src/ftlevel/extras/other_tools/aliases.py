@@ -12,8 +12,6 @@ from typing import Any
 from ftlevel.config.flag import Alias, FlagAliases, NoOpValue, UnsupportedFlag, ValueAliases
 from ftlevel.config.methods import SPECS
 from ftlevel.config.reading import METHOD_ALIASES
-from ftlevel.config.rl import SAMPLED
-from ftlevel.extras.other_tools.rl import parse_reward_funcs
 
 _ON = ("train", "preview")
 
@@ -46,7 +44,7 @@ _ANSWERS_ONLY = NoOpValue(
 )
 _NO_WORKERS = NoOpValue("rows are encoded before the run and batched on demand")
 _NO_REWARDS = "use --task preference, reward or rl. Drop it."
-_SAMPLED = f"it {SAMPLED}. Drop it."
+_SAMPLED = "it would sample from another distribution than the one that is trained. Drop it."
 _STAGES = {
     stage: f"--task preference --loss {loss}"
     for stage, loss in (
@@ -422,7 +420,6 @@ LOSSES = {
     "dr-grpo": "dr_grpo",
     "reinforce_plus_plus": "reinforce++",
 }
-SCALES = {"true": "group", "false": "none"}
 METHODS: ValueAliases = {
     spelling: f"--method {word}"
     for word in (*SPECS, *METHOD_ALIASES)
@@ -613,15 +610,6 @@ ALIASES: dict[str, FlagAliases] = {
     "preference.sft_weight": _also("--rpo-alpha --cpo-alpha --pref-ftx"),
     "preference.desirable_weight": _also("--kto-chosen-weight"),
     "preference.undesirable_weight": _also("--kto-rejected-weight"),
-    "rl.reward": _also(
-        "--reward-model --reward-model-name-or-path",
-        Alias("--reward-funcs", convert=parse_reward_funcs, multiple=True),
-    ),
-    "rl.max_completion_length": _also("--response-length"),
-    "rl.epsilon": _also("--epsilon-low"),
-    "rl.rollouts": _also("--vllm-server-base-url"),
-    "rl.scale_rewards": _also("", values=SCALES),
-    "rl.mask_truncated_completions": _also("--overlong-filter"),
     "embedding.pooling": _also("--pooling-mode"),
     "reranking.pos_weight": _also("--positive-weight"),
     "embedding.similarity": _also("", values={"dot_product": "dot"}),

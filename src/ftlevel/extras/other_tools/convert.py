@@ -17,6 +17,7 @@ from ftlevel.config.flags import FLAGS
 from ftlevel.config.layers import load_yaml_file
 from ftlevel.config.trust import pop_command_line_only
 from ftlevel.errors import ConfigError
+from ftlevel.extensions import hooks
 from ftlevel.extras.other_tools.aliases import (
     AXOLOTL,
     LLAMA_FACTORY,
@@ -25,7 +26,6 @@ from ftlevel.extras.other_tools.aliases import (
     VERL,
     detect_tool,
 )
-from ftlevel.extras.other_tools.rl import convert_verl
 
 _NO_COUNTERPART = "no equivalent in ftlevel"
 
@@ -175,10 +175,12 @@ _AXOLOTL_FLAGS = {"rl": "--stage", "rl_beta": "--beta", "chat_template": "--temp
 
 
 def convert_keys(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """Yields (key, command-line arguments) of another tool's file; no arguments if unsupported."""
-    if "actor_rollout_ref" in values:
-        yield from convert_verl(values)
-        return
+    """Returns (key, command-line arguments) of another tool's file; no arguments if unsupported."""
+    converted = (convert(values) for convert in hooks("convert_keys"))
+    return next((pairs for pairs in converted if pairs is not None), None) or _convert_keys(values)
+
+
+def _convert_keys(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     if values.keys() & {"reward_funcs", "num_generations"} and "rlhf_type" not in values:
         yield "task", ["--task", "rl"]
     for key, value in values.items():

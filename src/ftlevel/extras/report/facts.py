@@ -12,9 +12,10 @@ from shlex import quote
 from typing import Any
 
 from ftlevel.artifacts.files import read_json
-from ftlevel.artifacts.row_sinks import RolloutStats, bin_lengths, summarize_rollouts
-from ftlevel.artifacts.run_directory import ANSWERS, CONFIG, METRICS, ROLLOUTS, SUMMARY
+from ftlevel.artifacts.row_sinks import bin_lengths
+from ftlevel.artifacts.run_directory import ANSWERS, CONFIG, METRICS, SUMMARY
 from ftlevel.errors import InputError
+from ftlevel.extensions import hooks
 
 MULTI_LABEL = "multi_label_classification"
 NUM_BARS = 12
@@ -237,7 +238,7 @@ class ReportedRun:
     summary: Mapping[str, Any]
     records: Sequence[Mapping[str, Any]]
     answers: PredictionStats | None = None
-    rollouts: RolloutStats | None = None
+    rollouts: Any = None
     retrieval: RetrievalStats | None = None
 
 
@@ -275,7 +276,8 @@ def create_reported_run(
     answers = retrieval = None
     if load_rows is not None and (retrieval := compute_retrieval_stats(load_rows())) is None:
         answers = compute_prediction_stats(load_rows(), summary.get("data", {}).get("problem_type"))
-    rollouts = summarize_rollouts(path / ROLLOUTS)
+    summaries = (summarize(path) for summarize in hooks("summarize_samples"))
+    rollouts = next((summary for summary in summaries if summary is not None), None)
     return ReportedRun(path.resolve().name, path, summary, records, answers, rollouts, retrieval)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
 from ftlevel.config.embedding import LOSSES, EmbeddingConfig
+from ftlevel.data.encoding.texts import distinct_texts
 from ftlevel.objectives import StepObjective, StepTexts
 from ftlevel.tasks.embedding.retrieval import METRICS as RETRIEVAL
 
@@ -162,6 +163,12 @@ class Embeddings(StepObjective):
             changes = {"loss": "mnrl", "scale": None, "margin": None}
             return replace(self, config=config.model_copy(update=changes))
         return self
+
+    def get_validation_group(self, rows: Sequence[Any]) -> tuple[str, int] | None:
+        """Returns the name of the validation loss and the rows per group; None without rows."""
+        if not len(rows):
+            return None
+        return self.for_validation(distinct_texts(rows)[1]).config.loss or "", self.step_rows
 
     def group_loss(self, vectors: torch.Tensor, step: StepTexts) -> float | None:
         """Returns the mean loss over rows; None if the loss needs positives and no row has one."""

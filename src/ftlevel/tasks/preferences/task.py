@@ -192,6 +192,8 @@ class PreferenceBaseTask(BaseTask):
 class PreferenceTask(PreferenceBaseTask, TextTask):
     """Task of training a text-generating model on preferences, e.g. with DPO."""
 
+    trains_language_head: ClassVar[bool] = True
+
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:

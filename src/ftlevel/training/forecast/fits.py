@@ -39,7 +39,6 @@ from ftlevel.models.hardware import (
 )
 from ftlevel.models.quantization import as_quant_config, get_quantization_config, quantization_name
 from ftlevel.objectives import TokenObjective
-from ftlevel.tasks.rl.rows import STAND_IN_TOKENS, STAND_INS
 from ftlevel.training.forecast.memory import StepMemory, count_computed_layers, estimate_step_memory
 from ftlevel.training.forecast.meta_model import (
     ACTIVATIONS,
@@ -48,13 +47,15 @@ from ftlevel.training.forecast.meta_model import (
     CASTS,
     FORWARD,
     GRADIENTS,
+    KEYS_AND_VALUES,
     LOGITS,
     OPTIMIZER,
+    PACKED,
     UPDATE,
     WEIGHTS,
     WORKSPACE,
 )
-from ftlevel.training.forecast.seconds import KEYS_AND_VALUES, PACKED, Gpu
+from ftlevel.training.forecast.seconds import Gpu
 from ftlevel.training.forecast.shares import GATHERED, REDUCED, get_sharded_model
 from ftlevel.training.plan.run import Run
 from ftlevel.training.proof import MAX_TEST_LOGITS
@@ -123,9 +124,8 @@ def _check_bytes(run: Run) -> int:
         return 0
     reference_run = run.with_settings(
         "train", per_device_train_batch_size=len(rows), gradient_accumulation_steps=1
-    ).with_settings(  # its completions are stand-ins, and it samples none
-        "rl", num_generations=STAND_INS, max_completion_length=STAND_IN_TOKENS, rollouts=""
     )
+    reference_run = run.hooks.as_checked(reference_run)
     float32_: Any = replace(
         reference_run,
         model=replace(run.model, dtype="float32"),

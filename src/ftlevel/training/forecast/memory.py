@@ -24,7 +24,6 @@ from torch import Tensor
 
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import QuantConfig
-from ftlevel.config.rl import RL_TASK
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.row import Encoded
 from ftlevel.fast.blocked_attention import split_queries
@@ -63,15 +62,6 @@ from ftlevel.training.forecast.meta_model import (
     get_block_signatures,
     targets_in,
     with_layers,
-)
-from ftlevel.training.forecast.seconds import (
-    INITIAL,
-    SAMPLING,
-    SCORING_MODELS,
-    RolloutSize,
-    estimate_sampling_parts,
-    estimate_scoring_bytes,
-    with_completions,
 )
 from ftlevel.training.memory import set_checkpointing
 from ftlevel.training.model import PreparedModel
@@ -161,7 +151,7 @@ def _with_small_vocabulary(row: Encoded) -> Encoded:
 
 _WORKER_PARTS = (ACTIVATIONS, LOGITS, WORKSPACE, CASTS)
 """Parts that each parallel worker allocates for itself."""
-_PERSISTENT_PARTS = (WEIGHTS, QUANTIZED, ADAPTER, OPTIMIZER)
+PERSISTENT_PARTS = (WEIGHTS, QUANTIZED, ADAPTER, OPTIMIZER)
 """Parts that stay between steps."""
 
 _SAMPLED_STEPS = 16
@@ -225,18 +215,7 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
     if graph_bytes := _get_graph_bytes(run, peaks, batch, memory):
         for moment in (FORWARD, BACKWARD, FIRST_BLOCK):
             peaks[moment][ACTIVATIONS] += graph_bytes
-    if (size := RolloutSize.of(run, memory - int(sum(weights.values())))) is not None:
-        persistent = {
-            part: bytes_ for part, bytes_ in peaks[FORWARD].items() if part in _PERSISTENT_PARTS
-        }
-        peaks[SAMPLING] = {**persistent, **estimate_sampling_parts(run, size)}
-    if run.config.task == RL_TASK and run.config.rl.beta:
-        trained = WEIGHTS if is_full else ADAPTER
-        for parts in peaks.values():
-            parts[INITIAL] = peaks[FORWARD].get(trained, 0)
-    if scoring := estimate_scoring_bytes(run):
-        for parts in peaks.values():
-            parts[SCORING_MODELS] = scoring
+    run.hooks.add_memory(run, peaks, memory - int(sum(weights.values())))
     return get_peak(peaks, batch.tokens)
 
 
@@ -249,7 +228,7 @@ def _get_graph_bytes(
     if not isinstance(run.objective, StepObjective) or is_distributed or cache == "always":
         return 0.0
     per_token = peaks[FORWARD].get(ACTIVATIONS, 0) / (batch.tokens * batch.num_workers)
-    weights = sum(size for part, size in peaks[FORWARD].items() if part in _PERSISTENT_PARTS)
+    weights = sum(size for part, size in peaks[FORWARD].items() if part in PERSISTENT_PARTS)
     if cache == "auto" and batch.step_tokens * per_token > GRAPH_MEMORY_RATIO * (memory - weights):
         return 0.0
     return per_token * max(batch.step_tokens - batch.tokens * batch.num_workers, 0)
@@ -468,7 +447,7 @@ def _get_largest_batch(run: Run, pruning: Pruning) -> _Batch:
         shorter = [row for row in by_length[size:] if len(row.input_ids) < longest]
         if size > 1 and shorter:  # rows of one length would need no mask
             batch_rows[-1] = shorter[0]
-        batch_rows = with_completions(run, batch_rows)
+        batch_rows = run.hooks.with_targets(run, batch_rows)
         inputs = Collator(run.model.pad_id)(batch_rows)
         has_others = train.gradient_accumulation_steps > 1
         tokens = inputs["input_ids"].numel()
@@ -480,7 +459,7 @@ def _get_largest_batch(run: Run, pruning: Pruning) -> _Batch:
     )
     candidates: list[_Batch] = []
     for step in _steps(run, has_step_loss):
-        step = with_completions(run, step)
+        step = run.hooks.with_targets(run, step)
         batch = collate(step)
         num_workers = fast.workers if batch["in_parallel"] else 1
         batches = batch["micro_batches"]

@@ -283,6 +283,7 @@ def create_synthetic_batch(
 
 
 ACTIVATIONS, WORKSPACE, LOGITS = "activations", "workspace", "logits"
+KEYS_AND_VALUES, PACKED = "keys and values", "packed weights"
 GRADIENTS, OPTIMIZER = "gradients", "optimizer"
 WEIGHTS, QUANTIZED, ADAPTER = "weights", "quantized weights", "adapter"
 CASTS = "weights in 16 bits"

@@ -1,4 +1,4 @@
-"""Training time, and memory and time of the rollouts of `--task rl` and of the scoring models.
+"""Training time.
 
 The time is estimated by a roofline for a named GPU, or from a few real steps on this machine:
 
@@ -8,193 +8,21 @@ The time is estimated by a roofline for a named GPU, or from a few real steps on
 
 N counts the weights in matrix products: blocks, and the head where it is computed. The second term
 is attention: L layers of hidden size H over T tokens of a row. GPU figures are from data sheets.
-For rollouts:
-
-    keys and values = 2 · layers · key heads · head_dim · (prompts · (prompt + room)
-                      + 2 · rows · (completion + room))
-    prefill         = tokens · (inner · (4 v + 12) + 4 · hidden · v) + tokens · prompt · (2 + v)
-    decoding        = tokens of a completion · (weights + keys and values) / memory bandwidth
-
-A group shares the keys and values of its prompt; those of completions are copied when rows finish
-and others begin, but not on a GPU, where they are stored in pages and as many rows are sampled
-together as fit. v is the bytes of an activation, inner the MLP's width, room spare positions; 12 is
-three float32 tensors of a LoRA layer. Completions are assumed to have maximum length.
 """
 
 from __future__ import annotations
 
-import math
 import re
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from ftlevel.config.rl import RL_TASK
-from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.encoding.store import row_lengths
 from ftlevel.errors import ConfigError, did_you_mean, join_names
-from ftlevel.evaluation.decoding import CACHE_GROWTH
-from ftlevel.evaluation.packed_weights import MAX_SHARE
-from ftlevel.evaluation.paged_sampling import (
-    LOGITS_COPIES,
-    PAGE_TOKENS,
-    cache_token_bytes,
-    count_prefill_tokens,
-    count_rows_in_memory,
-)
-from ftlevel.evaluation.rollouts import open_rewards
-from ftlevel.evaluation.sampling import PREFILL_TOKENS, SamplingOptions
 from ftlevel.events import NullListener
 from ftlevel.methods import METHODS
-from ftlevel.models.hardware import DTYPES, device_memory
-from ftlevel.models.loading import build_task_model
-from ftlevel.objectives import PolicyObjective
-from ftlevel.tasks.rl.rows import stand_in_completions
-from ftlevel.trained.model_ref import ModelRef
-from ftlevel.trained.resolve import resolve_model
-from ftlevel.training.forecast.meta_model import ACTIVATIONS, LOGITS
+from ftlevel.models.hardware import DTYPES
 from ftlevel.training.plan.run import Run
-
-KEYS_AND_VALUES = "keys and values"
-PACKED = "packed weights"
-SCORING_MODELS = "teacher and reward models"
-SAMPLING = "sampling"
-INITIAL = "initial weights"
-"""Copy of the trained tensors of step 0, for the KL penalty."""
-
-_BYTES_PER_WEIGHT = {"4bit": 0.56, "8bit": 1.02}
-"""Bytes per weight of a quantized model, with its scales."""
-
-
-@dataclass(frozen=True)
-class RolloutSize:
-    """Size of the largest rollout.
-
-    Attributes:
-        prompts: number of prompts sampled together.
-        rows: number of completions sampled together.
-        prompt: tokens of the longest prompt.
-        completion: maximum tokens of a completion.
-    """
-
-    prompts: int
-    rows: int
-    prompt: int
-    completion: int
-
-    @classmethod
-    def of(cls, run: Run, memory: int) -> RolloutSize | None:
-        """Returns the largest rollout of `run`; None if this process does not sample.
-
-        On a GPU, as many completions are sampled together as fit in `memory` bytes.
-        """
-        config, train = run.config.rl, run.config.train
-        if run.config.task != RL_TASK or config.rollouts is not None:
-            return None
-        num_eval_samples = min(len(run.data.validation), train.max_generate_samples)
-        num_check_prompts = min(config.check_groups, len(run.data.train))
-        num_prompts = max(train.rows_per_device_step, num_eval_samples, num_check_prompts)
-        max_length = max(len(row.input_ids) for row in (*run.data.train, *run.data.validation))
-        group, completion = config.num_generations, config.max_completion_length
-        max_rows = max(SamplingOptions.most_rows, group)
-        if run.model.device == "cuda":
-            tokens = max_length + completion
-            max_rows = count_rows_in_memory(run.model.config, run.model.dtype, tokens, memory)
-        num_prompts = min(num_prompts, max(1, max_rows // group))
-        num_rows = min(num_prompts * group, max_rows)
-        return cls(num_prompts, num_rows, max_length, completion)
-
-    def cache_bytes(self, run: Run, *, copies: int) -> int:
-        """Returns the bytes of the KV cache, with completions counted `copies` times on a CPU.
-
-        On a GPU, pages are not copied. In float32, `generate` stores a prompt for each completion.
-        """
-        room, prompts = CACHE_GROWTH, self.prompts
-        if run.model.device == "cuda":
-            room, copies = PAGE_TOKENS, 1
-            prompts = self.rows if run.model.dtype == "float32" else self.prompts
-        tokens = prompts * (self.prompt + room) + copies * self.rows * (self.completion + room)
-        return tokens * cache_token_bytes(run.model.config, run.model.dtype)
-
-    def prefill_bytes(self, run: Run) -> int:
-        """Returns the activation bytes of one layer during the prefill of one batch of prompts."""
-        text, value = run.model.config.get_text_config(), DTYPES[run.model.dtype].itemsize
-        hidden = text.hidden_size
-        inner = getattr(text, "intermediate_size", None) or 4 * hidden
-        num_prompts = min(self.prompts, max(1, PREFILL_TOKENS // self.prompt))
-        tokens = num_prompts * self.prompt
-        if run.model.device == "cuda" and run.model.dtype != "float32":
-            tokens = min(tokens, count_prefill_tokens(self.rows))
-        mlp_bytes = tokens * (inner * (4 * value + 12) + 4 * hidden * value)
-        return int(mlp_bytes + tokens * self.prompt * (2 + value))
-
-
-def prompt_lengths(run: Run) -> Sequence[int]:
-    """Returns the number of tokens of each prompt."""
-    return [len(row.input_ids) for row in run.data.train]
-
-
-def with_completions(run: Run, rows: list[Encoded]) -> list[Encoded]:
-    """Returns `rows`, or for `--task rl` synthetic completions of each, of maximum length."""
-    if run.config.task != RL_TASK:
-        return rows
-    num_generations, tokens = run.config.rl.num_generations, run.config.rl.max_completion_length
-    return [
-        completion
-        for row in rows
-        for completion in stand_in_completions(row.input_ids, row.row, num_generations, tokens)
-    ]
-
-
-def estimate_sampling_parts(run: Run, size: RolloutSize) -> dict[str, int]:
-    """Returns category → bytes that a rollout of `size` needs in addition to the weights."""
-    parts = {
-        KEYS_AND_VALUES: size.cache_bytes(run, copies=2),
-        LOGITS: 4 * LOGITS_COPIES * size.rows * run.model.vocabulary,
-        ACTIVATIONS: size.prefill_bytes(run),
-    }
-    packed = run.model.total_parameters * DTYPES[run.model.dtype].itemsize
-    limit = MAX_SHARE * device_memory("cpu")
-    if run.model.device == "cpu" and run.model.quant.kind == "none" and packed <= limit:
-        parts[PACKED] = packed
-    return parts
-
-
-def estimate_scoring_bytes(run: Run) -> int:
-    """Returns the bytes of the weights of teacher and reward models, which stay loaded."""
-    if run.config.task != RL_TASK:
-        return 0
-    device, teacher = run.model.device, run.config.distillation.teacher
-    names = [("--teacher", teacher)] if teacher else []
-    names += [("--reward", spec.name) for spec in run.config.rl.rewards if spec.kind == "model"]
-    refs = (resolve_model(name, device=device, label=f"{flag} {name}") for flag, name in names)
-    return sum(_weight_bytes(ref, run) for ref in refs)
-
-
-def _weight_bytes(ref: ModelRef, run: Run) -> int:
-    model: Any = build_task_model(ref.model_config, ref.auto_class)
-    num_weights = sum(parameter.numel() for parameter in model.parameters())
-    weight_bytes = _BYTES_PER_WEIGHT.get(str(ref.quantization.get("kind")))
-    return int(num_weights * (weight_bytes or DTYPES[run.model.dtype].itemsize))
-
-
-def estimate_sampling_seconds(
-    run: Run, size: RolloutSize, weights: int, bandwidth: float, flops: float
-) -> float:
-    """Returns the seconds to sample completions for every prompt once, by a roofline model.
-
-    `weights` are bytes; `bandwidth` (bytes/s) and `flops` (FLOP/s) are what the device attains.
-    """
-    lengths = prompt_lengths(run)
-    group, step = run.config.rl.num_generations, run.config.train.rows_per_device_step
-    size = replace(size, prompts=min(size.prompts, step), rows=min(size.rows, step * group))
-    num_batches = math.ceil(len(lengths) * group / size.rows)
-    cache = size.cache_bytes(run, copies=1)
-    decode_seconds = num_batches * size.completion * (weights + cache) / bandwidth
-    prefill = 2 * run.model.total_parameters * sum(lengths) / flops
-    return decode_seconds + prefill
-
 
 GIB = 2**30
 
@@ -302,31 +130,11 @@ def estimate_time(run: Run, gpu: Gpu) -> TimeForecast | None:
     tokens = run.data.info["tokens"]
     operations = count_operations(run)
     weights = run.model.total_parameters * DTYPES[run.model.dtype].itemsize
-    if (size := RolloutSize.of(run, gpu.memory - weights)) is not None:
-        return _estimate_rl_time(run, gpu, size, operations, weights)
+    if (own := run.hooks.estimate_time(run, gpu, operations, weights)) is not None:
+        return own
     seconds = operations * tokens / (PEAK_FRACTION * gpu.tflops * 1e12)
     how = f"a roofline: {PEAK_FRACTION:.0%} of {gpu.tflops:,g} TFLOP/s, not measured"
     return TimeForecast(seconds, tokens / seconds, how)
-
-
-def _estimate_rl_time(
-    run: Run, gpu: Gpu, size: RolloutSize, operations: float, weights: int
-) -> TimeForecast:
-    flops = PEAK_FRACTION * gpu.tflops * 1e12
-    num_prompts = sum(prompt_lengths(run))
-    num_completions = len(run.data.train) * run.config.rl.num_generations * size.completion
-    width = getattr(run.model.config.get_text_config(), "hidden_size", 0)
-    head = 6 * run.model.vocabulary * width * num_completions
-    training = (operations * (num_prompts + num_completions) + head) / flops
-    training *= run.config.steps_per_rollout
-    bandwidth = BANDWIDTH_FRACTION * gpu.bandwidth * 1e9
-    sampling = estimate_sampling_seconds(run, size, weights, bandwidth, flops)
-    seconds = training + sampling
-    how = (
-        f"a roofline: {PEAK_FRACTION:.0%} of {gpu.tflops:,g} TFLOP/s and {BANDWIDTH_FRACTION:.0%} "
-        f"of {gpu.bandwidth:,g} GB/s, not measured"
-    )
-    return TimeForecast(seconds, num_prompts / seconds, how, sampling_share=sampling / seconds)
 
 
 def measure_time(run: Run) -> TimeForecast:
@@ -343,11 +151,7 @@ def measure_time(run: Run) -> TimeForecast:
     from ftlevel.training.processes import Processes
     from ftlevel.training.resume import ResumeState
 
-    is_rl = isinstance(run.objective, PolicyObjective)
-    if is_rl and run.config.rl.reward:
-        rows, where, model = run.data.train, run.data.table.where, run.model
-        rewards = open_rewards(run.config.rl, model.device, model.tokenizer, rows, where)
-        run = replace(run, rewards=rewards)
+    run = run.hooks.open_run(run)
     model_state = load_training_model(run, NullListener())
     with tempfile.TemporaryDirectory() as nowhere:
         output_dir = RunDirectory(Path(nowhere))
@@ -361,7 +165,7 @@ def measure_time(run: Run) -> TimeForecast:
         for step in range(NUM_TIMED_STEPS):
             rows = _get_step_rows(run, step, size)
             start, cpu_start = time.perf_counter(), time.process_time()
-            batch = {"prompts": rows} if is_rl else trainer.data_collator(rows)
+            batch = trainer.collate_step(rows)
             trainer.prepare_step([batch], trainer.args.device)
             sampled = time.perf_counter() - start
             num_targets = trainer.count_targets([batch], trainer.args.device)
@@ -377,12 +181,12 @@ def measure_time(run: Run) -> TimeForecast:
                 computed += time.process_time() - cpu_start
                 sampling += sampled
                 tokens += sum(len(row.input_ids) for row in rows)
-    # Each timed step samples, and in training only one of `steps_per_rollout` steps does.
-    repeats = 1 + (run.config.steps_per_rollout - 1) * (1 - sampling / elapsed)
+    # Each timed step samples, and in training only one of `steps_per_batch` steps does.
+    repeats = 1 + (run.config.task_section.steps_per_batch - 1) * (1 - sampling / elapsed)
     elapsed, computed = elapsed * repeats, computed * repeats
     tokens_per_s = tokens / elapsed
     seconds = run.data.info["tokens"] / tokens_per_s
-    ratio = sampling / elapsed if is_rl else None
+    ratio = sampling / elapsed if run.objective.samples else None
     how = f"{NUM_TIMED_STEPS - 1} steps here"
     return TimeForecast(seconds, tokens_per_s, how, tokens / max(computed, 1e-9), ratio)
 

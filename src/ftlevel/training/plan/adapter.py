@@ -16,7 +16,6 @@ from ftlevel.artifacts.files import file_fingerprint
 from ftlevel.artifacts.run_directory import CONFIG, get_run_dir
 from ftlevel.config import SPECS, Layer, MethodConfig, TrainConfig, build_config, load_recipe
 from ftlevel.config.flags import FLAGS
-from ftlevel.config.rl import RL_TASK
 from ftlevel.errors import ConfigError, join_names
 from ftlevel.methods import METHODS
 from ftlevel.methods.merging import WEIGHTS, get_merge_error
@@ -212,8 +211,8 @@ def _check_method_options(
             expected = other if hasattr(spec, name) else "no such field"
             add(flag_by_field.get(f"method.{name}", f"method.{name}"), value, expected)
     if card is not None:
-        # Preferences and reinforcement learning train the same head.
-        same_head = config.task in ("preference", RL_TASK) and TASKS[card.task].generates_text
+        continues = TASKS[config.task].trains_language_head
+        same_head = continues and TASKS[card.task].generates_text
         if "task" in config.model_fields_set and config.task != card.task and not same_head:
             add("--task", config.task, f"the task {card.task}")
         if config.data.labels and list(config.data.labels) != card.labels:

@@ -5,7 +5,7 @@ Every error that can be detected without weights is raised here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -17,9 +17,6 @@ from ftlevel.config import (
     TrainConfig,
     TrainerConfig,
 )
-from ftlevel.config.embedding import DECODER_RATE, DECODER_RATES, EMBEDDING_TASKS
-from ftlevel.config.preference import PREFERENCE_TASKS
-from ftlevel.config.rl import RL_RATE, RL_TASK
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.chat import set_chat_template
 from ftlevel.data.encoding.collate import ensure_pad_token, separate_pad_from_eos
@@ -29,7 +26,6 @@ from ftlevel.data.prepare.loading import read_dataset
 from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.intervals import check_metrics, should_generate
-from ftlevel.evaluation.rollouts import open_rewards
 from ftlevel.fast.plan import fused_lora_choices, plan_fast
 from ftlevel.methods.rates import RateInputs
 from ftlevel.models.hardware import select_device, select_tf32, select_threads
@@ -45,7 +41,7 @@ from ftlevel.models.module_tree import ModuleTree
 from ftlevel.models.quantization import get_quantization_config, quantization_name
 from ftlevel.models.sources import ModelSource, check_revision, resolve_source
 from ftlevel.models.upstream.libraries import get_outdated_libraries
-from ftlevel.objectives import Objective, PolicyObjective
+from ftlevel.objectives import Objective
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.tasks.losses import Tokens, create_distillation_objective
 from ftlevel.training.best import resolve_best_model
@@ -163,29 +159,17 @@ def resolve(
     loss, loss_choices = resolve_training_loss(
         train, config.distillation, config.task, objective, data.info["labels"], data.train
     )
-    epoch_rows = rows_per_epoch(train, config.steps_per_rollout, data)
+    epoch_rows = rows_per_epoch(train, config.task_section.steps_per_batch, data)
     steps = count_steps(train, epoch_rows)
-    rate_factor, source, info = 1.0, "", _get_rate_info(model, meta, objective, steps)
-    if config.task in PREFERENCE_TASKS:
-        rate_factor, source = config.preference.loss_properties.rate, "as in the DPO papers"
-    elif config.task == RL_TASK:
-        rate_factor, source = RL_RATE, "as in the GRPO papers"
-    elif config.task in EMBEDDING_TASKS and base.kind == "decoder":
-        rate_factor = DECODER_RATES.get(method.kind, DECODER_RATE) ** (1 - info.size)
-        source = "measured with SmolLM2"
-    rates = resolve_rates(method, train, info, rate_factor, source)
+    info = _get_rate_info(model, meta, objective, steps)
+    factor, source = config.task_section.get_rate_factor(method.kind, base.kind, info.size)
+    rates = resolve_rates(method, train, info, factor, source)
     check_schedule(train, rates.base.value, steps, len(data.validation))
     steps_per_epoch = count_steps_per_epoch(train, epoch_rows)
     best = resolve_best_model(
         method, train, task, objective, len(data.validation), steps, steps_per_epoch
     )
     fast = plan_fast(config, meta, base.kind, objective, device, data.train, data.max_length)
-    rewards = None
-    if not (lenient or is_estimate) and isinstance(objective, PolicyObjective) and config.rl.reward:
-        rewards = open_rewards(config.rl, device, base.tokenizer, data.train, data.table.where)
-        held_out: Sequence[Any] = data.validation
-        columns = [row.columns for row in held_out]
-        rewards.check_rows(columns, lambda at: data.validation_table.where(held_out[at].row))
     is_quantized = get_quantization_config(base.config) is not None
     run = Run(
         config=config,
@@ -199,7 +183,6 @@ def resolve(
         fast=fast,
         best=best,
         adapter=adapter,
-        rewards=rewards,
         choices=[
             model_choice(config.model, model.family, model.total_parameters, base.source),
             Choice("task", task.name, why_task),
@@ -222,6 +205,8 @@ def resolve(
             *fast.choices,
         ],
     )
+    if not (lenient or is_estimate):
+        run = run.hooks.open_run(run)
     if adapter is not None:
         check_adapter_matches(adapter, run)
     return run

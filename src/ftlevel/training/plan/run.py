@@ -31,6 +31,7 @@ from ftlevel.tasks import BaseTask
 from ftlevel.trained.adapt import apply_method
 from ftlevel.trained.resolve import ReferenceModel
 from ftlevel.training.best import BestModel
+from ftlevel.training.hooks import TrainingHooks, hooks_of
 from ftlevel.training.plan.method import MethodTargets
 
 
@@ -139,6 +140,7 @@ class Run:
         auxiliary: reference, teacher and guide model; resolved when the run starts.
         written_base: directory to which a base passed as an object was written.
         recomputes: whether gradient checkpointing, set to auto, was chosen for the run.
+        resources: what the task opened for the run, such as reward functions; None for most.
     """
 
     config: TrainConfig
@@ -155,8 +157,13 @@ class Run:
     choices: list[Choice]
     auxiliary: AuxiliaryModels = field(default_factory=AuxiliaryModels)
     written_base: Path | None = None
-    rewards: Any = None
+    resources: Any = None
     recomputes: bool = False
+
+    @property
+    def hooks(self) -> TrainingHooks:
+        """What the task changes in training."""
+        return hooks_of(self.task)
 
     def with_settings(self, section: str, **values: Any) -> Run:
         """Returns the run with fields of configuration section `section` replaced, unvalidated."""

@@ -32,18 +32,18 @@ def count_steps_per_epoch(config: TrainerConfig, num_rows: int) -> int:
     return max(math.ceil(num_batches / config.gradient_accumulation_steps), 1)
 
 
-def rows_per_epoch(train: TrainerConfig, steps_per_rollout: int, data: PreparedData) -> int:
+def rows_per_epoch(train: TrainerConfig, steps_per_batch: int, data: PreparedData) -> int:
     """Returns how many rows an epoch trains on, counting repetitions and padding.
 
-    A prompt counts once for each of the `steps_per_rollout` steps that train on its completions. If
+    A row counts once for each of the `steps_per_batch` steps that train on it in a row. If
     these are several, or if rows are in sets, an incomplete last step counts as a full one.
     """
     step, num_rows = train.rows_per_step, len(data.train)
     if data.sets:
         return count_padded_rows(data.sets, step)
-    if steps_per_rollout == 1:
+    if steps_per_batch == 1:
         return num_rows
-    return math.ceil(num_rows / step) * step * steps_per_rollout  # the last step is filled
+    return math.ceil(num_rows / step) * step * steps_per_batch  # the last step is filled
 
 
 def count_steps(config: TrainerConfig, num_rows: int) -> int:

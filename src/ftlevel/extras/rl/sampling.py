@@ -253,7 +253,7 @@ class _SamplingProcessor(LogitsProcessor):
     def __init__(self, group: _Group, numbers: Sequence[int]) -> None:
         self._group, self._numbers = group, numbers
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - the signature is transformers'
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Returns logits of 0 for the drawn token of each row and -inf for all others."""
         tokens = self._group.draw(self._numbers, scores)
         only = torch.full_like(scores, -torch.inf)

@@ -9,21 +9,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from ftlevel.config.rl import RlConfig
 from ftlevel.config.section import Choice
 from ftlevel.errors import RunError
-from ftlevel.evaluation.rollouts import BEFORE, Group, Rollouts
 from ftlevel.events import Listener
-from ftlevel.models.hardware import trim_heap
-from ftlevel.tasks.rl.losses import GLOBAL, has_spread
-from ftlevel.training.rl.step import (
+from ftlevel.extras.rl.config import RlConfig
+from ftlevel.extras.rl.losses import GLOBAL, has_spread
+from ftlevel.extras.rl.rollouts import BEFORE, Group, Rollouts
+from ftlevel.extras.rl.step import (
     GroupStatistics,
     compute_metrics,
     compute_statistics,
     has_signal,
 )
-from ftlevel.training.rl.trainer import RlTrainer, check_sampler
-from ftlevel.training.trainer import FtlevelTrainer
+from ftlevel.extras.rl.trainer import RlTrainer, check_sampler
+from ftlevel.models.hardware import trim_heap
 
 MAX_TRUNCATED = 0.9
 """Share of truncated completions beyond which a run stops."""
@@ -37,13 +36,13 @@ _EQUAL_ADVICE = (
 )
 
 
-def check_before(trainer: FtlevelTrainer, prompts: Sequence[Any], listener: Listener) -> None:
-    """For `RlTrainer` only: sample completions of some `prompts` before training and show them.
+def check_before(trainer: RlTrainer, prompts: Sequence[Any], listener: Listener) -> None:
+    """Sample completions of some `prompts` before training and show them.
 
     Raises RunError if no prompt's completions differ in reward, almost all are truncated, or
     log-probabilities of sampler and trainer differ.
     """
-    if not isinstance(trainer, RlTrainer) or not trainer.rl_config.check_groups:
+    if not trainer.rl_config.check_groups:
         return
     config, processes = trainer.rl_config, trainer.processes
     listener.stage("sampling before training")

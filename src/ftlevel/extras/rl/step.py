@@ -13,18 +13,18 @@ import numpy as np
 import torch
 
 from ftlevel.artifacts.files import write_text
-from ftlevel.artifacts.row_sinks import load_rollouts
-from ftlevel.config.rl import RlConfig
-from ftlevel.evaluation.rollouts import Group
-from ftlevel.safe_io import open_existing
-from ftlevel.tasks.rl.losses import (
+from ftlevel.extras.rl.config import RlConfig
+from ftlevel.extras.rl.losses import (
     completion_weights,
     compute_advantages,
     has_spread,
     penalize_rewards,
 )
-from ftlevel.tasks.rl.objective import loss_parameters
-from ftlevel.tasks.rl.rows import UNKNOWN, CompletionRow, TokenLogps
+from ftlevel.extras.rl.objective import loss_parameters
+from ftlevel.extras.rl.rollout_file import load_rollouts
+from ftlevel.extras.rl.rollouts import Group
+from ftlevel.extras.rl.rows import UNKNOWN, CompletionRow, TokenLogps
+from ftlevel.safe_io import open_existing
 from ftlevel.training.processes import Processes
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ftlevel.config.rl import Scale
+from ftlevel.extras.rl.config import Scale
 
 STD_EPSILON = 1e-4
 """Added to a standard deviation, as in TRL."""

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftlevel.config import DataConfig
-from ftlevel.config.rl import RlConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.row import IGNORED, Encoded
 from ftlevel.data.formats.detect import Format
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import InputError
+from ftlevel.extras.rl.config import RlConfig
+from ftlevel.extras.rl.objective import PolicyGradient
+from ftlevel.extras.rl.rows import PROMPT_SHAPES, PromptRow, RlPromptEncoder
 from ftlevel.objectives import Checks, Objective
 from ftlevel.tasks.base import BaseTask
-from ftlevel.tasks.rl.objective import PolicyGradient
-from ftlevel.tasks.rl.rows import PROMPT_SHAPES, PromptRow, RlPromptEncoder
 from ftlevel.tasks.text import TEXT_FIELDS, TextTask
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class RlTask(TextTask):
     teacher: str | None = None
 
     checks: ClassVar[Checks] = Checks(supervised=False)
+    hooks: ClassVar[str] = "ftlevel.extras.rl.hooks:RlHooks"
+    trains_language_head: ClassVar[bool] = True
     uses_dropout: ClassVar[bool] = False
 
     def configured(self, task_config: Mapping[str, Any]) -> RlTask:

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from ftlevel.config.rl import TOKEN_LOSSES, RlConfig
-from ftlevel.tasks.rl.losses import completion_weights
-from ftlevel.tasks.rl.objective import PolicyGradient, loss_parameters
+from ftlevel.extras.rl.config import TOKEN_LOSSES, RlConfig
+from ftlevel.extras.rl.losses import completion_weights
+from ftlevel.extras.rl.objective import PolicyGradient, loss_parameters
 
 VOCAB_SIZE = 7
 LENGTHS = (3, 1, 5)

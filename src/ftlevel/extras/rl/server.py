@@ -20,11 +20,11 @@ import torch
 
 from ftlevel.artifacts.files import Workspace
 from ftlevel.config import MethodConfig
-from ftlevel.config.rl import RlConfig
 from ftlevel.errors import ConfigError, RunError
-from ftlevel.evaluation.sampling import Completion, Noise, SamplingOptions
+from ftlevel.extras.rl.config import RlConfig
+from ftlevel.extras.rl.rows import TokenLogps, create_completion_row
+from ftlevel.extras.rl.sampling import Completion, Noise, SamplingOptions
 from ftlevel.safe_io import send_request
-from ftlevel.tasks.rl.rows import TokenLogps, create_completion_row
 from ftlevel.trained.adapt import save_adapter
 
 BOUND = 0.15

@@ -10,7 +10,7 @@ import torch
 
 import tiny_models
 from ftlevel.evaluation.attention import SharedPrompts
-from ftlevel.evaluation.sampling import (
+from ftlevel.extras.rl.sampling import (
     Completion,
     GenerateSampler,
     GroupSampler,

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ftlevel.config.rl import RlConfig
+from ftlevel.extras.rl.config import RlConfig
 from ftlevel.objectives import Meter, PolicyObjective, TokenObjective, TrainingLoss
 from ftlevel.tasks.losses import Tokens, TokenTargets, mean_or_nan
 
 if TYPE_CHECKING:
     import torch
 
-    from ftlevel.tasks.rl.losses import PolicyLoss, PolicyLossParameters
+    from ftlevel.extras.rl.losses import PolicyLoss, PolicyLossParameters
 
 Watch = Callable[["PolicyLoss", Any, Any], None]
 """Receives the loss of a micro-batch, its detached log-probabilities and its signals."""
@@ -31,7 +31,7 @@ def ignore(loss: PolicyLoss, log_probs: torch.Tensor, signals: torch.Tensor) -> 
 
 def loss_parameters(config: RlConfig) -> PolicyLossParameters:
     """Returns the parameters of the policy loss that `config` sets."""
-    from ftlevel.tasks.rl.losses import PolicyLossParameters
+    from ftlevel.extras.rl.losses import PolicyLossParameters
 
     (epsilon, high), length = config.clip, config.max_completion_length
     corrects_kl = config.use_bias_correction_kl
@@ -71,7 +71,7 @@ class PolicyGradient(TokenTargets, PolicyObjective):
         """
         import torch
 
-        from ftlevel.tasks.rl.losses import policy_loss
+        from ftlevel.extras.rl.losses import policy_loss
 
         advantages, weights, old, reference, _ = signals.unbind(1)
         old = torch.where(old.isnan(), log_probs.detach(), old)
@@ -89,6 +89,28 @@ class PolicyGradient(TokenTargets, PolicyObjective):
         )
         self.watch(loss, log_probs.detach(), signals)
         return loss.total
+
+    def micro_batch_tokens(self, meta: Any, rows: Sequence[Any], device: str, workers: int) -> int:
+        """Returns the tokens of a group of completions for each worker; 0 on a GPU.
+
+        Of completions, at most `MAX_CPU_TOKENS` count. There are fewer groups if they do not fit
+        into memory. SmolLM2 needs 0.98 MB per token in float32; the sizes of its linear layers give
+        1.15.
+        """
+        from ftlevel.data.encoding.store import row_lengths
+        from ftlevel.fast.plan import GROUP_DIVISOR, MAX_CPU_TOKENS
+        from ftlevel.models.hardware import device_memory
+        from ftlevel.models.module_tree import get_blocks, linear_size
+
+        if device != "cpu":
+            return 0
+        completion = self.config.max_completion_length
+        prompt = max(0, int(row_lengths(rows).max()) - completion)
+        group = prompt + min(self.config.num_generations * completion, MAX_CPU_TOKENS)
+        layers = [layer for block in get_blocks(meta) for layer in block.modules()]
+        width = sum(sum(size[1:]) for size in map(linear_size, layers) if size is not None)
+        available_tokens = device_memory("cpu") // GROUP_DIVISOR // (4 * max(width, 1))
+        return group * min(workers, available_tokens // group)
 
     @property
     def metrics(self) -> tuple[str, ...]:

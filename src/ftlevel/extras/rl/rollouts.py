@@ -17,9 +17,7 @@ import numpy as np
 import torch
 from transformers import TrainerState
 
-from ftlevel.config.rl import RlConfig, unknown_reward
 from ftlevel.config.section import Choice
-from ftlevel.config.trust import allow_reward_files
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.formats.turns import Message, parse_turns
@@ -32,22 +30,27 @@ from ftlevel.evaluation.decoding import (
     max_error,
 )
 from ftlevel.evaluation.intervals import ExampleRecord, select_metrics
-from ftlevel.evaluation.paged_sampling import (
+from ftlevel.evaluation.scoring import Evaluator
+from ftlevel.extras.rl.config import RlConfig, unknown_reward
+from ftlevel.extras.rl.losses import combine_rewards
+from ftlevel.extras.rl.paged_sampling import (
     PagedSampler,
     count_rows_in_memory,
     get_paged_error,
     sample_in_memory,
     select_paged_attention,
 )
-from ftlevel.evaluation.sampling import (
+from ftlevel.extras.rl.rewards import Prompt, Rewards
+from ftlevel.extras.rl.rows import UNKNOWN, CompletionRow, TokenLogps, create_completion_row
+from ftlevel.extras.rl.sampling import (
     Completion,
     GenerateSampler,
     GroupSampler,
     Noise,
     SamplingOptions,
 )
-from ftlevel.evaluation.scoring import Evaluator
-from ftlevel.evaluation.server import ServerSampler
+from ftlevel.extras.rl.server import ServerSampler
+from ftlevel.extras.rl.trust import allow_reward_files
 from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
 from ftlevel.fast.likelihoods import base_model, compute_token_likelihoods
 from ftlevel.fast.packing import using_layout
@@ -55,9 +58,6 @@ from ftlevel.models.hardware import autocast, evaluating, free_memory_bytes
 from ftlevel.objectives import PolicyObjective
 from ftlevel.tasks.base import OutputOptions
 from ftlevel.tasks.preferences.formats import LabeledCompletion
-from ftlevel.tasks.rl.losses import combine_rewards
-from ftlevel.tasks.rl.rewards import Prompt, Rewards
-from ftlevel.tasks.rl.rows import UNKNOWN, CompletionRow, TokenLogps, create_completion_row
 from ftlevel.trained.generation import GenerationOptions, cut_at_stop, stop_ids
 from ftlevel.trained.model_ref import PLAIN, LoadedModel, ModelRef
 from ftlevel.trained.resolve import compute_fingerprint, resolve_model, resolve_reference
@@ -217,6 +217,12 @@ class Rollouts:
             tuple(stop_ids(model, tokenizer)),
             config.stop,
         )
+
+    def for_rows(self, get_position: Callable[[int], str]) -> Rollouts:
+        """Returns a copy with the same model for other rows, located by `get_position`."""
+        rollouts = copy.copy(self)
+        rollouts._get_position = get_position
+        return rollouts
 
     def with_model(self, model: LoadedModel) -> Rollouts:
         """Returns a copy that samples from `model`, with the same rewards and random numbers."""
@@ -415,14 +421,21 @@ class RewardEvaluator(Evaluator):
 
     rollouts: Rollouts | None = None
 
-    def __call__(
-        self,
-        model: Any,  # noqa: ARG002 - the rollouts have it
-        record: ExampleRecord | None = None,
-    ) -> dict[str, float]:
+    def with_model(self, model: LoadedModel) -> RewardEvaluator:
+        """Returns a copy that samples from `model`."""
+        if self.rollouts is None:
+            raise TypeError("rewards need rollouts")
+        return replace(self, dtype=model.dtype, rollouts=self.rollouts.with_model(model))
+
+    def get_warnings(self) -> Sequence[str]:
+        """Returns which rewards failed."""
+        rewards = self.rollouts.rewards if self.rollouts is not None else None
+        return list(rewards.describe_failures()) if rewards is not None else []
+
+    def __call__(self, model: Any, record: ExampleRecord | None = None) -> dict[str, float]:
         """Returns the metrics of the model in `rollouts`; `model` is not used."""
         record = record or self.begin_record()
-        if self.rollouts is None or not isinstance(self.objective, PolicyObjective):
+        if self.rollouts is None:
             raise TypeError("rewards need rollouts")
         meter, sample = self.objective.meter(), partial(self.rollouts, EVAL_STEP)
         for group in self.divide(sample, self.rows[: self.generated_rows]):

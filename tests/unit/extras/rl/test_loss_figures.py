@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rl_figures as given
-from ftlevel.tasks.rl.losses import (
+from ftlevel.extras.rl.losses import (
     PolicyLossParameters,
     completion_weights,
     compute_advantages,

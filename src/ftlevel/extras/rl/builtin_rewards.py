@@ -1,22 +1,21 @@
 """Built-in rewards of `--task rl`, from 0 to 1, computed in a worker process.
 
-Imports nothing of ftlevel, so that the process starts at once. Except for `regex`, `format`,
+Imports little of ftlevel, so that the process starts at once. Except for `regex`, `format`,
 `length` and `repetition`, rewards score the text after `</think>`; with an unclosed `<think>`, this
 text is empty.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import re
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+
+from ftlevel.rouge import compute_rouge, rouge_scorer
 
 Reward = Callable[[str, Sequence[int], Mapping[str, Any]], float]
 """(completion, its token ids, columns of its row) → score."""
@@ -335,33 +334,8 @@ def _validator(schema: Any) -> Any:
 
 
 def _rouge_reward(name: str) -> _AnswerReward:
-    _rouge_scorer(name, is_ascii=True)  # raises if the package is missing
+    rouge_scorer(name, is_ascii=True)  # raises if the package is missing
     return lambda text, _, reference: compute_rouge(_final(reference), _visible(text), [name])[name]
-
-
-def compute_rouge(reference: str, text: str, names: Sequence[str]) -> dict[str, float]:
-    """Returns ROUGE F1 by name, as the package or, if few letters are ASCII, of Unicode words."""
-    letters = [letter.isascii() for letter in reference if letter.isalpha()]
-    scorer = _rouge_scorer(*names, is_ascii=2 * sum(letters) >= len(letters))
-    return {name: score.fmeasure for name, score in scorer.score(reference, text).items()}
-
-
-@functools.cache
-def _rouge_scorer(*names: str, is_ascii: bool) -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    # the package's own tokenizer keeps only a to z and digits
-    tokenizer = None if is_ascii else SimpleNamespace(tokenize=_split_unicode)
-    return RougeScorer(list(names), use_stemmer=True, tokenizer=tokenizer)
-
-
-_UNSPACED = re.compile("([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff])")
-
-
-def _split_unicode(text: str) -> list[str]:
-    """Returns the words of `text`, or its characters in scripts without spaces, in lower case."""
-    spaced = _UNSPACED.sub(r" \1 ", text.lower())
-    return "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in spaced).split()
 
 
 def _length_reward(argument: str) -> _AnswerReward:

@@ -15,9 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ftlevel.config.rl import RewardSpec, RlConfig
 from ftlevel.errors import ConfigError, RunError, did_you_mean, join_names
-from ftlevel.rewards import get_columns
+from ftlevel.extras.rl.builtin_rewards import get_columns
+from ftlevel.extras.rl.config import RewardSpec, RlConfig
 from ftlevel.safe_io import python_command, start_process
 
 START_SECONDS = 300.0
@@ -27,7 +27,7 @@ Prompt = str | list[dict[str, Any]]
 OpenModel = Callable[[str], Any]
 """Returns the reward model of a name (`score`, `fingerprint`) without loading its weights.
 
-Raises InputError; see `evaluation.rollouts.TrainedRewardModel`."""
+Raises InputError; see `extras.rl.rollouts.TrainedRewardModel`."""
 
 
 class RewardError(RunError):
@@ -223,7 +223,7 @@ class Rewards:
     def _start(self) -> list[dict[str, Any]]:
         self._reason = ""
         self._worker = start_process(
-            python_command("ftlevel.rewards.worker"),
+            python_command("ftlevel.extras.rl.reward_worker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",

@@ -1,7 +1,7 @@
 """Worker process for reward functions, so that a function that hangs or crashes can be stopped.
 
 Requests and replies are JSON lines on stdin and stdout; what functions print goes to stderr.
-`tasks/rl/rewards.py` starts it.
+`extras/rl/rewards.py` starts it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any, TextIO
 
-from ftlevel.rewards import MAX_CHARACTERS, check_row, create_reward
+from ftlevel.extras.rl.builtin_rewards import MAX_CHARACTERS, check_row, create_reward
 
 SECONDS = 5.0
 """Maximum time of a built-in reward for one completion, which then scores 0."""

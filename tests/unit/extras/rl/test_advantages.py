@@ -8,7 +8,7 @@ import statistics
 import pytest
 import torch
 
-from ftlevel.tasks.rl.losses import (
+from ftlevel.extras.rl.losses import (
     PolicyLossParameters,
     combine_rewards,
     completion_weights,

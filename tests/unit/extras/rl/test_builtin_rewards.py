@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from ftlevel.config.rl import RewardSpec, parse_reward
-from ftlevel.rewards import check_reference, create_reward, worker
+from ftlevel.extras.rl import reward_worker as worker
+from ftlevel.extras.rl.builtin_rewards import check_reference, create_reward
+from ftlevel.extras.rl.config import RewardSpec, parse_reward
 
 SCORES: list[tuple[str, str, Any, float]] = [
     ("exact", " 42\n", "42", 1),

@@ -15,12 +15,12 @@ import pytest
 
 from forked import Forked
 from ftlevel.config import DataConfig
-from ftlevel.config.rl import RlConfig
 from ftlevel.errors import ConfigError
+from ftlevel.extras.rl.config import RlConfig
+from ftlevel.extras.rl.objective import RewardMeter
+from ftlevel.extras.rl.rewards import RewardError, Rewards
+from ftlevel.extras.rl.step import GroupStatistics, compute_metrics
 from ftlevel.tasks import TASKS
-from ftlevel.tasks.rl.objective import RewardMeter
-from ftlevel.tasks.rl.rewards import RewardError, Rewards
-from ftlevel.training.rl.step import GroupStatistics, compute_metrics
 
 FUNCTIONS = """
 import asyncio, os, subprocess, time
@@ -256,7 +256,9 @@ def test_killed_run_stops_its_reward_worker(tmp_path: Path) -> None:
         "'w').write(str(os.getpid()))\n    time.sleep(60)\n"
     )
     code = (
-        "from ftlevel.config.rl import RlConfig; from ftlevel.tasks.rl.rewards import Rewards\n"
+        "import ftlevel.config\n"
+        "from ftlevel.extras.rl.config import RlConfig\n"
+        "from ftlevel.extras.rl.rewards import Rewards\n"
         f"rewards = Rewards(RlConfig(reward=[{str(tmp_path / 'slow.py:slow')!r}]))\n"
         "rewards.score(['a'], ['b'], [[1]], {})"
     )

@@ -17,25 +17,29 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ftlevel.artifacts.checkpoints import step_of
+from ftlevel.artifacts.run_directory import ROLLOUTS, RunDirectory
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.row import Encoded
 from ftlevel.errors import RunError
-from ftlevel.evaluation.rollouts import Group, Rollouts, compute_token_logps
-from ftlevel.evaluation.server import using_weights
-from ftlevel.fast.step_collator import StepCollator
-from ftlevel.models.hardware import trim_heap
-from ftlevel.tasks.rl.losses import PolicyLoss
-from ftlevel.tasks.rl.objective import PolicyGradient
-from ftlevel.tasks.rl.rows import CompletionRow, create_completion_row, stand_in_completions
-from ftlevel.training.rl.step import (
+from ftlevel.extras.rl.losses import PolicyLoss
+from ftlevel.extras.rl.objective import PolicyGradient
+from ftlevel.extras.rl.rollouts import Group, Rollouts, compute_token_logps
+from ftlevel.extras.rl.rows import CompletionRow, create_completion_row, stand_in_completions
+from ftlevel.extras.rl.server import using_weights
+from ftlevel.extras.rl.step import (
     GroupStatistics,
     Rollout,
+    RolloutFile,
     compute_metrics,
     compute_statistics,
     create_training_rows,
     has_signal,
 )
+from ftlevel.fast.step_collator import StepCollator
+from ftlevel.models.hardware import trim_heap
 from ftlevel.training.trainer import FtlevelTrainer
 
 _FILE_NAME = "rollout-{rank}.pt"
@@ -91,6 +95,20 @@ class _StepStatistics:
         return stacked[:, :4].sum(0).tolist(), float(stacked[:, 4].max())
 
 
+class SaveRollout(TrainerCallback):
+    """Callback that calls `save` with each checkpoint's directory, for rollouts of `--task rl`."""
+
+    def __init__(self, save: Callable[[Path], None], checkpoint_dir: Path) -> None:
+        self._save = save
+        self._output_dir = checkpoint_dir
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Write this process's rollout into the checkpoint."""
+        self._save(self._output_dir / f"checkpoint-{state.global_step}")
+
+
 class RlTrainer(FtlevelTrainer):
     """Trainer that samples completions of `prompts` and trains on them by their rewards.
 
@@ -109,6 +127,7 @@ class RlTrainer(FtlevelTrainer):
         arguments["objective"] = replace(arguments["objective"], watch=self.statistics.watch)
         super().__init__(**arguments)
         self.rollouts, self.bound = rollouts, bound
+        rollouts.warn = lambda message: self.warn(message)
         self.rl_config = rollouts.settings
         self.keep: Callable[[int, Sequence[Group]], None] = lambda _step, _groups: None
         self._prompts = prompts
@@ -119,7 +138,25 @@ class RlTrainer(FtlevelTrainer):
         trainable = self._trainable() if self.rl_config.beta else []
         self._start = [p.detach().clone() for p in trainable]
 
+    def gather_failures(self) -> None:
+        """Exchange the failures of reward functions between processes."""
+        if self.rollouts.rewards is not None:
+            self.rollouts.rewards.gather_failures(self.processes.all_gather)
+
+    def create_callbacks(self, output_dir: RunDirectory, checkpoint: Path | None) -> list[Any]:
+        """Open rollouts.jsonl; returns the callback that saves the rollout with checkpoints.
+
+        On resume, groups sampled after `checkpoint` are dropped.
+        """
+        self.keep = file = RolloutFile(output_dir.path / ROLLOUTS, self.processes)
+        file.rewind(step_of(checkpoint) if checkpoint else 0)
+        return [SaveRollout(self.save_rollout, output_dir.checkpoints)]
+
     # ---- batches of prompts
+
+    def collate_step(self, rows: list[Any]) -> dict[str, Any]:
+        """Returns a batch of prompts only."""
+        return collate_prompts(rows)
 
     def get_train_dataloader(self) -> Any:
         """Returns batches of prompts without completions."""
@@ -283,7 +320,7 @@ class RlTrainer(FtlevelTrainer):
 
     def count_targets(
         self,
-        batches: list[dict[str, Any]],  # noqa: ARG002 - the weights are in the signals
+        batches: list[dict[str, Any]],
         device: torch.device,
     ) -> torch.Tensor:
         """Returns 1, because the rows' weights already normalize the loss over all processes."""
@@ -311,7 +348,7 @@ class RlTrainer(FtlevelTrainer):
         state = {"rows": rows, "metrics": self._block.metrics}
         torch.save(state, checkpoint / _FILE_NAME.format(rank=self.processes.world.rank))
 
-    def restore_rollout(self, checkpoint: Path) -> None:
+    def restore_batch(self, checkpoint: Path) -> None:
         """Load the rollout that `save_rollout` wrote into `checkpoint`, if any."""
         path = checkpoint / _FILE_NAME.format(rank=self.processes.world.rank)
         if not path.exists():

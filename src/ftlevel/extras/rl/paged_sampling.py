@@ -23,7 +23,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from ftlevel.artifacts.hub import first_line
 from ftlevel.errors import is_out_of_memory
-from ftlevel.evaluation.sampling import (
+from ftlevel.extras.rl.sampling import (
     PREFILL_TOKENS,
     Completion,
     Noise,

@@ -18,16 +18,16 @@ from torch.nn.attention import varlen
 from transformers.generation.continuous_batching import PagedAttentionCache
 
 import tiny_models
-from ftlevel.evaluation import paged_sampling
-from ftlevel.evaluation.paged_sampling import (
+from ftlevel.extras.rl import paged_sampling
+from ftlevel.extras.rl.paged_sampling import (
     FLASH,
     PagedSampler,
     get_paged_error,
     sample_in_memory,
     select_paged_attention,
 )
-from ftlevel.evaluation.rollouts import select_sampler
-from ftlevel.evaluation.sampling import (
+from ftlevel.extras.rl.rollouts import select_sampler
+from ftlevel.extras.rl.sampling import (
     Completion,
     GenerateSampler,
     GroupSampler,

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ftlevel.config.flag import Alias, FlagAliases
 from ftlevel.config.reading import flatten
-from ftlevel.config.rl import REWARDS, RL_LOSSES, RL_TASK, RlConfig
 from ftlevel.errors import ConfigError, join_names
+from ftlevel.extras.rl.config import REWARDS, RL_LOSSES, RL_TASK, RlConfig
 
 _MARKS = {
     "--loss-type": "TRL",
@@ -125,6 +126,27 @@ def convert_verl(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
             texts = map(str, value) if isinstance(value, list) else [str(value)]
             yield key, [f"--{flag}", ",".join(texts)]
     yield from ((key, []) for key in keys if key not in _VERL)
+
+
+def convert_keys(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]] | None:
+    """Returns `convert_verl` of a configuration file's `values`; None for another tool's."""
+    return convert_verl(values) if "actor_rollout_ref" in values else None
+
+
+ALIASES = {
+    "rl.reward": FlagAliases(
+        (
+            "--reward-model",
+            "--reward-model-name-or-path",
+            Alias("--reward-funcs", convert=parse_reward_funcs, multiple=True),
+        )
+    ),
+    "rl.max_completion_length": FlagAliases(("--response-length",)),
+    "rl.epsilon": FlagAliases(("--epsilon-low",)),
+    "rl.rollouts": FlagAliases(("--vllm-server-base-url",)),
+    "rl.scale_rewards": FlagAliases(values={"true": "group", "false": "none"}),
+    "rl.mask_truncated_completions": FlagAliases(("--overlong-filter",)),
+}
 
 
 def complete_flags(task: str, values: dict[str, Any], typed: Mapping[str, str]) -> list[str]:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ftlevel.config.constraints import Excludes, Needs, NoEffect, list_violations
-from ftlevel.config.section import Address, Positive, Section, list_unread
+from ftlevel.config.evaluation import EvaluateConfig
+from ftlevel.config.preference import list_unused_fields
+from ftlevel.config.section import Address, Positive, TaskSection, list_unread, parse_range
 from ftlevel.config.trainer import PLATEAU
-from ftlevel.errors import did_you_mean, join_names
+from ftlevel.errors import ConfigError, did_you_mean, join_names
+from ftlevel.extras.rl.trust import check_reward_files
 
 RL_TASK = "rl"
 RL_RATE = 0.1
@@ -54,7 +57,7 @@ RL_LOSSES: dict[str, RlLossProperties] = {
     ),
     "reinforce++": RlLossProperties("batch", parameters=_CLIPPED),
 }
-"""Loss → properties; papers: see `tasks/rl/losses.py`."""
+"""Loss → properties; papers: see `extras/rl/losses.py`."""
 
 REWARDS: dict[str, str] = {
     "exact": "",
@@ -158,14 +161,6 @@ def _validate_argument(name: str, argument: str, *, values: bool) -> None:
         raise ValueError(f"{name}:{argument}: expected {expected}")
 
 
-def parse_range(text: str) -> tuple[int, int] | None:
-    """Returns the bounds of `MIN-MAX`, or None if `text` is no range."""
-    result = re.fullmatch(r"\s*(\d{1,9})\s*-\s*(\d{1,9})\s*", text)
-    if result is None or int(result[1]) > int(result[2]):
-        return None
-    return int(result[1]), int(result[2])
-
-
 def _number(text: str) -> float | None:
     try:
         return float(text)
@@ -205,8 +200,33 @@ Rewards = Annotated[Texts, BeforeValidator(_locate_functions), AfterValidator(_v
 Epsilon = Annotated[float, Field(gt=0, le=100)]
 
 
-class RlConfig(Section):
+class RlConfig(TaskSection):
     """Settings of reinforcement learning."""
+
+    tasks: ClassVar[tuple[str, ...]] = (RL_TASK,)
+    summary: ClassVar[str] = "Rewards and the RL loss."
+    shorthand: ClassVar[str] = "reward"
+    uses: ClassVar[tuple[str, ...]] = (
+        "train.num_beams",
+        "train.temperature",
+        "train.top_p",
+        "train.predict_with_generate",
+        "train.max_generate_samples",
+        "train.max_new_tokens",
+        "data.system",
+        "data.train_on_inputs",
+    )
+    has_teacher: ClassVar[bool] = True
+    paths: ClassVar[Mapping[str, str]] = {"reward": "--reward"}
+    command_line_only: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "rollouts": ("--rollouts {}", "sends the prompts to this server")
+    }
+    code_field: ClassVar[str] = "reward"
+    may_change: ClassVar[tuple[str, ...]] = ("check_groups", "reward_timeout", "on_reward_error")
+    contents: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "reward": ("fingerprint", "reward functions or reward models")
+    }
+    pipeline_tag: ClassVar[str] = "text-generation"
 
     reward: Rewards = Field(
         (),
@@ -338,6 +358,52 @@ class RlConfig(Section):
             return properties.epsilon, properties.epsilon_high if high is None else high
         return self.epsilon, self.epsilon if high is None else high
 
+    @property
+    def steps_per_batch(self) -> int:
+        """Number of optimizer steps per batch of completions: `num_iterations`."""
+        return self.num_iterations
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Maximum number of generated tokens: that of sampled completions."""
+        return self.max_completion_length
+
+    def get_rate_factor(self, method: str, kind: str, size: float) -> tuple[float, str]:
+        """Returns the factor on the default learning rate."""
+        return RL_RATE, "as in the GRPO papers"
+
+    def validate_run(self, config: Any) -> Iterator[str]:
+        """Yields an error message for each value that `--task rl` cannot use."""
+        return validate_rl(config)
+
+    def check_code(self, location: str) -> Iterator[str]:
+        """Yields a message for each Python file of rewards that the user has not run before."""
+        return check_reward_files(self.rewards, location)
+
+    @classmethod
+    def map_path(cls, field: str, value: str, function: Callable[[str], str]) -> str:
+        """Returns the reward `value`, with `function` applied to its file or model."""
+        return parse_reward(value).map_path(function)
+
+
+class RewardOptions(EvaluateConfig):
+    """Options of `ftlevel evaluate` for runs of `--task rl`."""
+
+    reward: Rewards = Field(
+        (),
+        description="Reward in place of those of the run's --task rl; repeatable. Required if the "
+        "run has a FILE.py:FUNCTION that you have not run on this machine.",
+    )
+
+    def check_task(self, task: str) -> None:
+        """Raise ConfigError if rewards are given for a model of another task."""
+        super().check_task(task)
+        if self.reward and task != RL_TASK:
+            raise ConfigError(
+                f"--reward {self.reward[0]}: {self.name} was trained for {task}, and rewards score "
+                "completions of --task rl. Drop it."
+            )
+
 
 TOKEN_LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo")
 """Losses with one ratio per token, which on-policy distillation can use."""
@@ -361,6 +427,7 @@ CONSTRAINTS = (
     Excludes(f"rl.loss!={'|'.join(TOKEN_LOSSES)}", _TEACHER,
          "each token has an advantage of its own, and this loss has one per completion",
          f"Use {', '.join(TOKEN_LOSSES)}."),
+    *list_unused_fields(RL_TASK, "--teacher minimizes the reverse KL divergence at --temperature"),
     Excludes("rl.num_generations=1", "rl.loss!=reinforce++",
          "a completion is compared with the others of its prompt", "Use 2 or more.",
          when=f"{_TEACHER}=None"),

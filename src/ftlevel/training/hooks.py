@@ -1,0 +1,137 @@
+"""`TrainingHooks`: what a task changes in training, estimates and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ftlevel.extensions import load
+
+if TYPE_CHECKING:
+    from ftlevel.config.section import Choice
+    from ftlevel.evaluation.scoring import Evaluator
+    from ftlevel.events import Listener
+    from ftlevel.tasks import BaseTask
+    from ftlevel.trained.model_ref import LoadedModel, ModelRef
+    from ftlevel.training.forecast.seconds import Gpu, TimeForecast
+    from ftlevel.training.model import PreparedModel
+    from ftlevel.training.plan.run import Run
+
+
+class EvaluationHooks:
+    """Base class of what a task changes in `ftlevel evaluate`; `choices` are lines to print."""
+
+    choices: Sequence[Choice] = ()
+
+    def create_evaluator(
+        self, trained: LoadedModel, eval_rows: Any, seed: int, settings: Mapping[str, Any]
+    ) -> Evaluator:
+        """Create the evaluator of `trained` from `settings`, the arguments of `Evaluator`."""
+        raise NotImplementedError
+
+
+class TrainingHooks:
+    """Base class of what a task changes in a run; the defaults change nothing.
+
+    `BaseTask.hooks` names the class of a task.
+
+    Attributes:
+        logs_each_step: whether every step is logged by default.
+        needs_order: whether the Trainer needs the sampler of the rows, even if it is random.
+    """
+
+    logs_each_step: ClassVar[bool] = False
+    needs_order: ClassVar[bool] = False
+
+    # ---- before training
+
+    def open_run(self, run: Run) -> Run:
+        """Returns the run with `Run.resources` set, without loading weights."""
+        return run
+
+    def check_run(self, run: Run) -> None:
+        """Raise ConfigError if the run cannot start, e.g. because a server does not answer."""
+
+    def get_identity(self, run: Run) -> Mapping[str, Any]:
+        """Returns dotted field → value that a resumed run must have, if not the configured."""
+        return {}
+
+    def preview(self, run: Run) -> list[Choice]:
+        """Returns lines that `ftlevel preview` shows after the rows."""
+        return []
+
+    # ---- training
+
+    def create_scorer(self, run: Run, listener: Listener) -> Any:
+        """Returns the teacher of a task that calls it in training, not before; None for others."""
+        return None
+
+    def create_sampler(self, run: Run, model: PreparedModel, teacher: Any) -> Any:
+        """Returns what trainer and evaluator share to sample training rows; None for most tasks."""
+        return None
+
+    def select_trainer(
+        self, run: Run, sampler: Any, rows: Any, order: Any
+    ) -> tuple[Any, dict[str, Any], Any]:
+        """Returns the class of the Trainer, further arguments, and the sampler of its `rows`.
+
+        The class is None for `FtlevelTrainer`.
+        """
+        return None, {}, order
+
+    def create_evaluator(
+        self, run: Run, sampler: Any, num_generated: int, settings: Mapping[str, Any]
+    ) -> Evaluator | None:
+        """Returns the evaluator of the validation rows; None for the usual `Evaluator`."""
+        return None
+
+    def check_trainer(self, trainer: Any, rows: Sequence[Any], listener: Listener) -> None:
+        """Raise RunError if training `trainer` on `rows` would fail."""
+
+    def explain_no_effect(self, run: Run, records: Sequence[Mapping[str, Any]]) -> str:
+        """Returns why training changed nothing, and advice; "" if unknown."""
+        return ""
+
+    def get_warnings(self, run: Run, records: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Returns warnings about a finished run with the log `records`."""
+        return []
+
+    # ---- estimates
+
+    def with_targets(self, run: Run, rows: list[Any]) -> list[Any]:
+        """Returns the rows of a step on `rows`, if they differ."""
+        return rows
+
+    def as_checked(self, run: Run) -> Run:
+        """Returns the run on the rows by which the fast step is checked before training."""
+        return run
+
+    def add_memory(self, run: Run, peaks: dict[str, dict[str, float]], memory: int) -> None:
+        """Add categories and phases to `peaks` (phase → category → bytes; modified).
+
+        `memory` is the number of bytes beside the weights.
+        """
+
+    def estimate_time(
+        self, run: Run, gpu: Gpu, operations: float, weights: int
+    ) -> TimeForecast | None:
+        """Returns the time of a run on `gpu`; None for the usual estimate.
+
+        `operations` are FLOPs per token, `weights` is the number of bytes of the weights.
+        """
+        return None
+
+    # ---- evaluate
+
+    def evaluation(self, ref: ModelRef, options: Mapping[str, Any]) -> EvaluationHooks | None:
+        """Returns what changes in `ftlevel evaluate`; raises ConfigError for invalid `options`.
+
+        `options` are those that extensions added, and `name`, the evaluated run or model.
+        """
+        return None
+
+
+def hooks_of(task: BaseTask) -> TrainingHooks:
+    """Returns the hooks of `task`."""
+    hooks: TrainingHooks = load(task.hooks)()
+    return hooks

@@ -1,0 +1,91 @@
+"""The core does not ask what task, objective or method a run has: it calls their methods."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+SOURCE = Path(__file__).parents[2] / "src/ftlevel"
+OWN = ("tasks/", "extras/", "methods/", "config/methods/", "objectives.py")
+"""Where tasks, objectives and methods are defined."""
+
+ALLOWED: dict[str, int] = {
+    "commands/evaluate.py": 1,
+    "commands/init.py": 1,
+    "commands/plan.py": 1,
+    "config/preference.py": 2,
+    "evaluation/answers.py": 1,
+    "evaluation/intervals.py": 1,
+    "evaluation/scoring.py": 9,
+    "evaluation/two_models.py": 4,
+    "fast/checks.py": 1,
+    "fast/likelihoods.py": 3,
+    "fast/plan.py": 2,
+    "fast/step.py": 2,
+    "fast/step_collator.py": 2,
+    "merging/formats/ollama.py": 1,
+    "models/hardware.py": 1,
+    "trained/model_ref.py": 1,
+    "trained/resolve.py": 3,
+    "training/build_trainer.py": 1,
+    "training/forecast/fits.py": 1,
+    "training/forecast/memory.py": 2,
+    "training/plan/adapter.py": 1,
+    "training/plan/resolve.py": 1,
+    "training/plan/schedule.py": 3,
+    "training/proof.py": 1,
+    "training/reference.py": 1,
+    "training/resume.py": 1,
+    "training/step_comparison.py": 3,
+    "training/teacher.py": 2,
+    "training/text_models.py": 4,
+    "training/trainer.py": 3,
+    "training/verify.py": 1,
+}
+"""File → number of questions that are left. It may only shrink."""
+
+_CLASSES = re.compile(
+    r"\w*Objective|Tokens|Embeddings|Ranking|PolicyGradient|Preferences|EncodedTexts|RankedRow"
+)
+_SUBJECTS = re.compile(r"(\w+\.)*(task|method)(\.name|\.kind)?|(\w+\.)*card\.task")
+_NAMES = re.compile(r"""['"][a-z-]+['"]|_?[A-Z_]*(TASKS?|_PROMPT|ENCODERS)|owner""")
+
+
+def find_questions(tree: ast.AST) -> Iterator[ast.AST]:
+    """Yields `isinstance` of objectives and rows, and comparisons of tasks or methods by name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
+            names = re.findall(r"\w+", ast.unparse(node.args[1]))
+            if any(_CLASSES.fullmatch(name) for name in names):
+                yield node
+        elif isinstance(node, ast.Compare) and len(node.ops) == 1:
+            left, right = ast.unparse(node.left), ast.unparse(node.comparators[0])
+            parts = re.findall(r"""['"][^'"]+['"]|\w+""", right)
+            if _SUBJECTS.fullmatch(left) and any(_NAMES.fullmatch(part) for part in parts):
+                yield node
+
+
+def count_questions(source: Path) -> dict[str, int]:
+    files = {path.relative_to(source).as_posix(): path for path in source.rglob("*.py")}
+    counts = Counter(
+        {
+            name: sum(1 for _ in find_questions(ast.parse(path.read_text(encoding="utf-8"))))
+            for name, path in files.items()
+            if not name.startswith(OWN)
+        }
+    )
+    return dict(sorted((+counts).items()))
+
+
+def test_core_asks_no_more_questions_about_tasks_objectives_and_methods() -> None:
+    assert count_questions(SOURCE) == ALLOWED
+
+
+def test_questions_are_found() -> None:
+    text = (
+        "isinstance(a, Embeddings | Ranking); config.task in TASKS; method.kind == 'qlora'; b == 1"
+    )
+    assert len(list(find_questions(ast.parse(text)))) == 3
