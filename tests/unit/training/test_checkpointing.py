@@ -17,6 +17,7 @@ from ftlevel.config import TrainConfig, TrainerConfig
 from ftlevel.events import NullListener
 from ftlevel.fast.fused_layers import FusedNormGlu
 from ftlevel.fast.fused_lora import register_fused_layers
+from ftlevel.fast.plan import plan_plain
 from ftlevel.models.loading import silence_loggers
 from ftlevel.models.module_tree import get_stacks
 from ftlevel.training import memory as checkpointing
@@ -101,6 +102,8 @@ def test_auto_is_chosen_by_estimate_for_every_task(
     fit = fit_run(sized, gpu)
     assert (fit.recomputes, fit.choices[0].value) == (False, "off")
     assert "of 1,024.00 GiB" in fit.choices[0].reason
+    plain = replace(sized, fast=plan_plain(run.objective, run.fast.tokens))
+    assert not fit_run(plain, gpu).recomputes
     need = gpu.forecast(sized).peak - fits.CONTEXT_BYTES
     fit = fit_run(sized, replace(gpu, memory=fits.CONTEXT_BYTES + int(0.55 * need)))
     assert (fit.recomputes, fit.choices[0].value) == (True, "all blocks")

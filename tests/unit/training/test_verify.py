@@ -192,6 +192,19 @@ def test_vanishing_gradient_is_compared_with_other_tensors() -> None:
         bounds.check_gradients({**queries, key: create_difference(1e-3, 1e-8)})
 
 
+def test_bias_whose_terms_cancel_has_rounding_errors() -> None:
+    """Both gradients of the bias of scores under a softmax are sums of rounding errors."""
+    zero = GradientDifference()
+    differences = {
+        "classifier.bias": GradientDifference(1e-16, 1e-16),
+        "w": create_difference(0, 1e-3),
+    }
+    assert Bounds(dict.fromkeys(differences, zero), 0.0).check_gradients(differences) < 1e-4
+    differences = {"classifier.weight": differences.pop("classifier.bias"), **differences}
+    with pytest.raises(FastStepError, match=r"classifier\.weight"):
+        Bounds(dict.fromkeys(differences, zero), 0.0).check_gradients(differences)
+
+
 def test_gradient_where_there_is_none_is_a_difference() -> None:
     bounds = Bounds({"w": GradientDifference()}, 0.0)
     assert bounds.check_gradients({"w": GradientDifference()}) == 0

@@ -394,7 +394,7 @@ def _search_tokens(run: Run, device: Device, *, sizes: bool) -> tuple[int, int]:
         forecast = device.forecast(replace(run, fast=fast))
         peak, memory = forecast.peak, device.memory
         if peak <= memory:
-            return tokens, peak
+            return max(tokens, 1), peak  # the plain step has 0
         if not sizes or forecast.tokens <= longest:  # a row alone
             break
         variable = sum(forecast.parts.get(part, 0) for part in _VARIABLE_PARTS)
