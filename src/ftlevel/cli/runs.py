@@ -45,7 +45,7 @@ def _clean(directory: Path, *, yes: bool, as_json: bool) -> None:
             typer.echo(f"  {checkpoint}  {size / 1e6:,.1f} MB")
     if old and not yes:
         if as_json or not sys.stdin.isatty():
-            raise ConfigError(f"--yes is missing, and {count} would be removed. Add it to do so.")
+            raise ConfigError(f"{count} would be removed. Add --yes to do so.")
         typer.confirm(f"Remove {count} ({total / 1e6:,.1f} MB)?", abort=True)
     remove_checkpoints(list(old))
     if as_json:
