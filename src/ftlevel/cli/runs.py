@@ -10,8 +10,6 @@ import typer
 
 from ftlevel.errors import ConfigError
 
-_COLUMNS = ("run", "task", "base", "method", "result")
-
 
 def runs(action: str | None, directory: Path | None, *, yes: bool, as_json: bool) -> None:
     """List runs with their results, or remove their old checkpoints.
@@ -30,7 +28,7 @@ def runs(action: str | None, directory: Path | None, *, yes: bool, as_json: bool
     if as_json:
         typer.echo(json.dumps({"runs": rows}, ensure_ascii=False))
         return
-    cells = [_COLUMNS, *(tuple(row.values()) for row in rows)]
+    cells = [tuple(rows[0]), *(tuple(row.values()) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
@@ -41,16 +39,16 @@ def _clean(directory: Path, *, yes: bool, as_json: bool) -> None:
     from ftlevel.commands.runs import list_old_checkpoints, remove_checkpoints
 
     old = list_old_checkpoints(directory)
-    total = sum(old.values())
+    total, count = sum(old.values()), f"{len(old):,} checkpoint{'s' * (len(old) != 1)}"
     if not as_json:
         for checkpoint, size in old.items():
             typer.echo(f"  {checkpoint}  {size / 1e6:,.1f} MB")
     if old and not yes:
         if as_json or not sys.stdin.isatty():
-            raise ConfigError(f"{len(old):,} checkpoints would be removed. Add --yes to do so.")
-        typer.confirm(f"Remove {len(old):,} checkpoints ({total / 1e6:,.1f} MB)?", abort=True)
+            raise ConfigError(f"{count} would be removed. Add --yes to do so.")
+        typer.confirm(f"Remove {count} ({total / 1e6:,.1f} MB)?", abort=True)
     remove_checkpoints(list(old))
     if as_json:
         typer.echo(json.dumps({"removed": list(map(str, old)), "bytes": total}))
     else:
-        typer.echo(f"removed {len(old):,} checkpoints, {total / 1e6:,.1f} MB")
+        typer.echo(f"removed {count}, {total / 1e6:,.1f} MB")
