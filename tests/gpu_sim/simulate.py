@@ -28,6 +28,7 @@ from ftlevel.models.hardware import send
 from ftlevel.objectives import Objective
 from ftlevel.training.build_trainer import create_training_args
 from ftlevel.training.gradients import GradientMonitor, Recovery
+from ftlevel.training.hooks import TrainingHooks
 from ftlevel.training.processes import Processes
 from ftlevel.training.trainer import FtlevelTrainer
 from gpu_sim.recorder import Recorder
@@ -207,6 +208,7 @@ def run_step(
         objective=objective,
         fast=fast.plan,
         schedule=SimpleNamespace(learning_rate=1e-4, steps=100),
+        hooks=TrainingHooks(),
         data=SimpleNamespace(validation=[]),
         model=SimpleNamespace(dtype="bfloat16", device="cuda", family=family),
     )

@@ -822,7 +822,7 @@ def test_a_group_of_completions_is_a_micro_batch_if_it_fits(
     completion_tokens: int, threads: int, gib: float, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(fast_plan, "device_memory", lambda _: int(gib * 2**30))
+    monkeypatch.setattr("ftlevel.models.hardware.device_memory", lambda _: int(gib * 2**30))
     values = {
         "task": "rl",
         "rl": {"reward": "exact", "max_completion_length": completion_tokens},
@@ -837,11 +837,12 @@ def test_a_group_of_completions_is_a_micro_batch_if_it_fits(
 
 
 def test_synthetic_rows_shorter_than_a_completion_count_completions_only() -> None:
-    rl = TrainConfig.model_validate(
+    config = TrainConfig.model_validate(
         {"task": "rl", "rl": {"reward": "exact", "max_completion_length": 4096}}
-    ).rl
+    )
+    objective = PolicyGradient("reward", config=config.rl)
     rows = [Encoded([1] * 512, [], 0)]  # of an estimate without data
-    tokens = fast_plan._tokens_of_groups(rl, tiny_models.build("llama"), rows, 2)
+    tokens = objective.micro_batch_tokens(tiny_models.build("llama"), rows, "cpu", 2)
     assert tokens == 2 * fast_plan.MAX_CPU_TOKENS
 
 

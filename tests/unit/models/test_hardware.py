@@ -22,6 +22,7 @@ from ftlevel.models.sources import resolve_source
 from ftlevel.models.upstream import libraries
 from ftlevel.models.upstream.libraries import use_one_gpu
 from ftlevel.training.build_trainer import create_training_args
+from ftlevel.training.hooks import TrainingHooks
 from ftlevel.training.plan.resolve import check_packages
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -117,6 +118,7 @@ def test_training_arguments_are_limited_to_one_gpu(
         config=TrainConfig(),
         fast=FastPlan(True),
         schedule=SimpleNamespace(learning_rate=1e-4, steps=100),
+        hooks=TrainingHooks(),
         data=SimpleNamespace(validation=[]),
         model=SimpleNamespace(dtype="float32", device="cpu", family="llama"),
         objective=None,
