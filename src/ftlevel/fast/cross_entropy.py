@@ -19,8 +19,8 @@ from torch.nn import functional
 from ftlevel.fast.packing import UnsupportedModelError, current_layout, keep_packed
 from ftlevel.models.hardware import free_memory_bytes
 
-CHUNK_SCORES = 8_000_000
-"""Logits per chunk: 24 MB in float32 and bfloat16, which fits in a CPU's last-level cache."""
+CHUNK_LOGITS = 8_000_000
+"""Logits per chunk: 32 MB in float32, the size of a CPU's last-level cache."""
 
 MIN_TARGETS = 64
 """Minimum targets per chunk; with fewer, reading the head's weights dominates."""
@@ -31,8 +31,8 @@ MAX_GPU_TARGETS = 4096
 GPU_DIVISOR = 16
 """A chunk's logits may use 1 / GPU_DIVISOR of the free GPU memory."""
 
-SCORE_BYTES = 14
-"""Bytes per logit: half precision, float32, probability, and the gradient in both."""
+LOGIT_BYTES = 14
+"""Bytes per logit: 2 (half), 4 (float32), 4 (probability, then gradient), 2 (half); 2 spare."""
 
 
 FLOAT16_SCALE = 1024.0
@@ -42,9 +42,9 @@ FLOAT16_SCALE = 1024.0
 def targets_per_chunk(free_bytes: int | None, vocab_size: int) -> int:
     """Returns the number of targets per chunk, given free GPU memory in bytes (CPU: None)."""
     if free_bytes is None:
-        return max(MIN_TARGETS, CHUNK_SCORES // vocab_size)
+        return max(MIN_TARGETS, CHUNK_LOGITS // vocab_size)
     return max(
-        MIN_TARGETS, min(MAX_GPU_TARGETS, free_bytes // GPU_DIVISOR // (SCORE_BYTES * vocab_size))
+        MIN_TARGETS, min(MAX_GPU_TARGETS, free_bytes // GPU_DIVISOR // (LOGIT_BYTES * vocab_size))
     )
 
 
@@ -54,14 +54,14 @@ LossAndGradient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 
 def losses_and_gradient(
-    scores: Tensor, targets: Tensor, smoothing: float = 0.0
+    logits: Tensor, targets: Tensor, smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Returns the losses (targets,) and the gradient of their sum for `scores`, in float32.
+    """Returns the losses (targets,) and the gradient of their sum for `logits`, in float32.
 
-    `scores` are logits (targets, vocabulary). The largest probability p gives the normalizer
+    `logits` has the shape (targets, vocabulary). The largest probability p gives the normalizer
     cheaply: log Σⱼ exp sⱼ = max s − log max p.
     """
-    x32 = scores.float()
+    x32 = logits.float()
     target_logits = x32.gather(-1, targets[:, None])[:, 0]
     probabilities = torch.softmax(x32, -1)
     normalizer = x32.amax(-1) - probabilities.amax(-1).log()
@@ -78,13 +78,13 @@ def get_logits_transform(model: nn.Module) -> Callable[[Tensor], Tensor]:
     cap = getattr(config, "final_logit_softcapping", None)
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", 0) or 1)
 
-    def transform(scores: Tensor) -> Tensor:
+    def transform(logits: Tensor) -> Tensor:
         if scale != 1:
-            scores = scores * scale
+            logits = logits * scale
         if cap is not None:
-            scores = torch.tanh(scores / cap) * cap
+            logits = torch.tanh(logits / cap) * cap
         bias = getattr(model, "final_logits_bias", None)  # its current value
-        return scores if bias is None else scores + bias.to(scores.device)
+        return logits if bias is None else logits + bias.to(logits.device)
 
     return transform
 
@@ -145,8 +145,8 @@ class ChunkedCrossEntropy:
         """
         if torch.is_grad_enabled():
 
-            def compute(scores: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
-                losses, gradient = losses_and_gradient(scores, targets[chunk], smoothing)
+            def compute(logits: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
+                losses, gradient = losses_and_gradient(logits, targets[chunk], smoothing)
                 return losses.sum(), gradient
 
             return self._compute(forward, at, lambda states: self._sum_loss(states, compute))
@@ -154,7 +154,7 @@ class ChunkedCrossEntropy:
             forward, at, lambda states: self._observe_chunks(states, targets, observe)
         )
 
-    def sum_of_losses(
+    def custom_loss_sum(
         self, forward: Callable[[], Any], at: Tensor, loss_of: Callable[[Tensor, slice], Tensor]
     ) -> Tensor:
         """Returns the sum of `loss_of` over the chunks (a scalar, float32).
@@ -163,9 +163,9 @@ class ChunkedCrossEntropy:
         Other arguments are those of `loss_sum`.
         """
 
-        def compute(scores: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
+        def compute(logits: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
             with torch.enable_grad():
-                leaf = scores.detach().float().requires_grad_()
+                leaf = logits.detach().float().requires_grad_()
                 loss = loss_of(leaf, chunk)
             return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
@@ -179,13 +179,13 @@ class ChunkedCrossEntropy:
         Logits are divided by `temperature`. Other arguments are those of `loss_sum`.
         """
 
-        def scores_of(states: Tensor) -> Tensor:
-            return self._scores(states) / temperature
+        def scale_logits(states: Tensor) -> Tensor:
+            return self._logits(states) / temperature
 
         def compute(states: Tensor) -> Tensor:
-            scores = self._scores if temperature == 1 else scores_of
+            compute_logits = self._logits if temperature == 1 else scale_logits
             return _Likelihoods.apply(  # type: ignore[no-untyped-call]
-                states, targets, scores, self._chunk, *self._trained()
+                states, targets, compute_logits, self._chunk, *self._trained()
             )
 
         return self._compute(forward, at, compute)
@@ -221,20 +221,20 @@ class ChunkedCrossEntropy:
 
     def _sum_loss(self, states: Tensor, compute: LossAndGradient) -> Tensor:
         return _SummedLoss.apply(  # type: ignore[no-untyped-call]
-            states, compute, self._scores, self._chunk, *self._trained()
+            states, compute, self._logits, self._chunk, *self._trained()
         )
 
-    def _scores(self, states: Tensor) -> Tensor:
+    def _logits(self, states: Tensor) -> Tensor:
         # No batch dimension: with one, torch's backward pass copies the head's weight.
         return self._transform(self._head(states))
 
     def _observe_chunks(self, states: Tensor, targets: Tensor, observe: Observe | None) -> Tensor:
         total = torch.zeros((), device=states.device)
         for chunk, labels in _chunks(states, targets, self._chunk):
-            scores = self._scores(chunk)
-            total += functional.cross_entropy(scores.float(), labels, reduction="sum")
+            logits = self._logits(chunk)
+            total += functional.cross_entropy(logits.float(), labels, reduction="sum")
             if observe is not None:
-                observe(scores, labels)
+                observe(logits, labels)
         return total
 
 
@@ -254,43 +254,43 @@ class _SummedLoss(torch.autograd.Function):
         ctx: Any,
         states: Tensor,
         compute: LossAndGradient,
-        scores_of: Callable[[Tensor], Tensor],
+        compute_logits: Callable[[Tensor], Tensor],
         size: int,
         *parameters: Tensor,
     ) -> Tensor:
         total = torch.zeros((), device=states.device)
-        of_states = torch.empty_like(states)
-        of_parameters = [torch.zeros_like(p) for p in parameters]
+        grad_states = torch.empty_like(states)
+        grad_parameters = [torch.zeros_like(p) for p in parameters]
         start = 0
         for chunk in torch.split(states, size):
             positions = slice(start, start + len(chunk))
             with torch.enable_grad():
                 leaf = chunk.detach().requires_grad_()
-                scores = scores_of(leaf)
+                logits = compute_logits(leaf)
             with torch.no_grad():
-                loss, gradient = compute(scores, positions)
+                loss, gradient = compute(logits, positions)
                 total += loss
-            ctx.scale = FLOAT16_SCALE if scores.dtype == torch.float16 else 1.0
+            ctx.scale = FLOAT16_SCALE if logits.dtype == torch.float16 else 1.0
             of_chunk, *of_head = torch.autograd.grad(
-                scores, [leaf, *parameters], _cast_gradient(gradient, scores.dtype)
+                logits, [leaf, *parameters], _cast_gradient(gradient, logits.dtype)
             )
-            of_states[positions] = of_chunk
+            grad_states[positions] = of_chunk
             start = positions.stop
-            for total_gradient, part in zip(of_parameters, of_head, strict=True):
+            for total_gradient, part in zip(grad_parameters, of_head, strict=True):
                 total_gradient += part
-        ctx.save_for_backward(of_states, *of_parameters)
+        ctx.save_for_backward(grad_states, *grad_parameters)
         return total
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        of_states, *of_parameters = ctx.saved_tensors
-        upstream = upstream / ctx.scale  # in float32: the gradient scaler's exceed float16
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        grad_states, *grad_parameters = ctx.saved_tensors
+        grad_output = grad_output / ctx.scale  # in float32: the gradient scaler's exceed float16
         return (
-            of_states * upstream.to(of_states.dtype),
+            grad_states * grad_output.to(grad_states.dtype),
             None,
             None,
             None,
-            *(part * upstream.to(part.dtype) for part in of_parameters),
+            *(part * grad_output.to(part.dtype) for part in grad_parameters),
         )
 
 
@@ -302,31 +302,31 @@ class _Likelihoods(torch.autograd.Function):
         ctx: Any,
         states: Tensor,
         targets: Tensor,
-        scores_of: Callable[[Tensor], Tensor],
+        compute_logits: Callable[[Tensor], Tensor],
         size: int,
         *parameters: Tensor,
     ) -> Tensor:
         likelihoods = torch.empty(len(targets), device=states.device)
         needs_gradient = states.requires_grad and not parameters
-        of_states = torch.empty_like(states) if needs_gradient else states
+        grad_states = torch.empty_like(states) if needs_gradient else states
         start = 0
         for chunk, chunk_targets in _chunks(states, targets, size):
             positions = slice(start, start + len(chunk_targets))
             with torch.set_grad_enabled(needs_gradient):
                 leaf = chunk.detach().requires_grad_(needs_gradient)
-                scores = scores_of(leaf)
+                logits = compute_logits(leaf)
             with torch.no_grad():
-                loss, gradient = losses_and_gradient(scores, chunk_targets)
+                loss, gradient = losses_and_gradient(logits, chunk_targets)
                 likelihoods[positions] = -loss
             if needs_gradient:
-                ctx.scale = FLOAT16_SCALE if scores.dtype == torch.float16 else 1.0
-                (of_states[positions],) = torch.autograd.grad(
-                    scores, leaf, -_cast_gradient(gradient, scores.dtype)
+                ctx.scale = FLOAT16_SCALE if logits.dtype == torch.float16 else 1.0
+                (grad_states[positions],) = torch.autograd.grad(
+                    logits, leaf, -_cast_gradient(gradient, logits.dtype)
                 )
             start += len(chunk_targets)
-        ctx.save_for_backward(of_states, targets, *parameters)
+        ctx.save_for_backward(grad_states, targets, *parameters)
         device = states.device.type
-        ctx.scores_of, ctx.size, ctx.has_gradient = scores_of, size, needs_gradient
+        ctx.compute_logits, ctx.size, ctx.has_gradient = compute_logits, size, needs_gradient
         ctx.precision = (
             device,
             torch.get_autocast_dtype(device),
@@ -335,25 +335,25 @@ class _Likelihoods(torch.autograd.Function):
         return likelihoods
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         states, targets, *parameters = ctx.saved_tensors
         if ctx.has_gradient:
-            upstream = upstream / ctx.scale
-            return states * upstream[:, None].to(states.dtype), None, None, None
-        of_states = torch.empty_like(states)
-        of_parameters = [torch.zeros_like(p) for p in parameters]
+            grad_output = grad_output / ctx.scale
+            return states * grad_output[:, None].to(states.dtype), None, None, None
+        grad_states = torch.empty_like(states)
+        grad_parameters = [torch.zeros_like(p) for p in parameters]
         start = 0
         for chunk, chunk_targets in _chunks(states, targets, ctx.size):
             positions = slice(start, start + len(chunk_targets))
             with torch.enable_grad(), torch.autocast(*ctx.precision):
                 leaf = chunk.detach().requires_grad_()
-                scores = ctx.scores_of(leaf)
-            _, gradient = losses_and_gradient(scores.detach(), chunk_targets)
-            gradient = gradient.float().mul_(-upstream[positions, None])
-            of_states[positions], *of_head = torch.autograd.grad(
-                scores, [leaf, *parameters], gradient.to(scores.dtype)
+                logits = ctx.compute_logits(leaf)
+            _, gradient = losses_and_gradient(logits.detach(), chunk_targets)
+            gradient = gradient.float().mul_(-grad_output[positions, None])
+            grad_states[positions], *of_head = torch.autograd.grad(
+                logits, [leaf, *parameters], gradient.to(logits.dtype)
             )
-            for total, part in zip(of_parameters, of_head, strict=True):
+            for total, part in zip(grad_parameters, of_head, strict=True):
                 total += part
             start += len(chunk_targets)
-        return of_states, None, None, None, *of_parameters
+        return grad_states, None, None, None, *grad_parameters

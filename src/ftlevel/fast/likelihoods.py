@@ -147,7 +147,7 @@ def supervised_loss(
         def compute(scores: Tensor, chunk: slice) -> Tensor:
             return sum_of(scores, targets[chunk], log_probabilities[chunk], ids[chunk])
 
-        return head.sum_of_losses(lambda: model(**inputs), at, compute)
+        return head.custom_loss_sum(lambda: model(**inputs), at, compute)
     return head.loss_sum(lambda: model(**inputs), at, targets, observe, smoothing)
 
 

@@ -71,7 +71,7 @@ def compute_losses(
 )  # fmt: skip
 def test_loss_and_gradients_match_full_head(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_module, "MIN_TARGETS", 4)  # two chunks
-    monkeypatch.setattr(head_module, "CHUNK_SCORES", 1)
+    monkeypatch.setattr(head_module, "CHUNK_LOGITS", 1)
     model = build_model(family)
     if hasattr(model, "final_logits_bias"):
         model.final_logits_bias.normal_()
@@ -86,7 +86,7 @@ def test_loss_and_gradients_match_full_head(family: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_label_smoothing_matches_full_head(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_module, "MIN_TARGETS", 4)  # two chunks
-    monkeypatch.setattr(head_module, "CHUNK_SCORES", 1)
+    monkeypatch.setattr(head_module, "CHUNK_LOGITS", 1)
     (expected, expected_gradients), (actual, actual_gradients) = compute_losses(
         build_model(family), smoothing=0.2
     )
@@ -116,7 +116,7 @@ def test_no_targets_give_zero_loss() -> None:
 
 def test_callback_receives_logits_per_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_module, "MIN_TARGETS", 4)
-    monkeypatch.setattr(head_module, "CHUNK_SCORES", 1)
+    monkeypatch.setattr(head_module, "CHUNK_LOGITS", 1)
     model, chunks = build_model("llama"), []
     ids = torch.randint(10, 490, (2, 10))
     head = ChunkedCrossEntropy(model)
