@@ -59,7 +59,7 @@ def losses_and_gradient(
     """Returns the losses (targets,) and the gradient of their sum for `logits`, in float32.
 
     `logits` has the shape (targets, vocabulary). The largest probability p gives the normalizer
-    cheaply: log Σⱼ exp sⱼ = max s − log max p.
+    cheaply: log Σⱼ exp xⱼ = max x − log max p.
     """
     x32 = logits.float()
     target_logits = x32.gather(-1, targets[:, None])[:, 0]
@@ -271,12 +271,12 @@ class _SummedLoss(torch.autograd.Function):
                 loss, gradient = compute(logits, positions)
                 total += loss
             ctx.scale = FLOAT16_SCALE if logits.dtype == torch.float16 else 1.0
-            of_chunk, *of_head = torch.autograd.grad(
+            grad_chunk, *grad_head = torch.autograd.grad(
                 logits, [leaf, *parameters], _cast_gradient(gradient, logits.dtype)
             )
-            grad_states[positions] = of_chunk
+            grad_states[positions] = grad_chunk
             start = positions.stop
-            for total_gradient, part in zip(grad_parameters, of_head, strict=True):
+            for total_gradient, part in zip(grad_parameters, grad_head, strict=True):
                 total_gradient += part
         ctx.save_for_backward(grad_states, *grad_parameters)
         return total
@@ -350,10 +350,10 @@ class _Likelihoods(torch.autograd.Function):
                 logits = ctx.compute_logits(leaf)
             _, gradient = losses_and_gradient(logits.detach(), chunk_targets)
             gradient = gradient.float().mul_(-grad_output[positions, None])
-            grad_states[positions], *of_head = torch.autograd.grad(
+            grad_states[positions], *grad_head = torch.autograd.grad(
                 logits, [leaf, *parameters], gradient.to(logits.dtype)
             )
-            for total, part in zip(grad_parameters, of_head, strict=True):
+            for total, part in zip(grad_parameters, grad_head, strict=True):
                 total += part
             start += len(chunk_targets)
         return grad_states, None, None, None, *grad_parameters

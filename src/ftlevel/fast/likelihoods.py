@@ -144,8 +144,8 @@ def supervised_loss(
     if isinstance(objective, DistillationObjective) and "known" in batch:
         log_probabilities, ids, sum_of = batch["known"], batch["ids"], objective.distillation_sum
 
-        def compute(scores: Tensor, chunk: slice) -> Tensor:
-            return sum_of(scores, targets[chunk], log_probabilities[chunk], ids[chunk])
+        def compute(logits: Tensor, chunk: slice) -> Tensor:
+            return sum_of(logits, targets[chunk], log_probabilities[chunk], ids[chunk])
 
         return head.custom_loss_sum(lambda: model(**inputs), at, compute)
     return head.loss_sum(lambda: model(**inputs), at, targets, observe, smoothing)

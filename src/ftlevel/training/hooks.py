@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,16 +19,16 @@ if TYPE_CHECKING:
     from ftlevel.training.plan.run import Run
 
 
-class EvaluationHooks:
+class EvaluationHooks(ABC):
     """Base class of what a task changes in `ftlevel evaluate`; `choices` are lines to print."""
 
     choices: Sequence[Choice] = ()
 
+    @abstractmethod
     def create_evaluator(
         self, trained: LoadedModel, eval_rows: Any, seed: int, settings: Mapping[str, Any]
     ) -> Evaluator:
         """Create the evaluator of `trained` from `settings`, the arguments of `Evaluator`."""
-        raise NotImplementedError
 
 
 class TrainingHooks:
