@@ -283,15 +283,9 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        grad_states, *grad_parameters = ctx.saved_tensors
         grad_output = grad_output / ctx.scale  # in float32: the gradient scaler's exceed float16
-        return (
-            grad_states * grad_output.to(grad_states.dtype),
-            None,
-            None,
-            None,
-            *(part * grad_output.to(part.dtype) for part in grad_parameters),
-        )
+        states, *parameters = [part * grad_output.to(part.dtype) for part in ctx.saved_tensors]
+        return states, None, None, None, *parameters
 
 
 class _Likelihoods(torch.autograd.Function):

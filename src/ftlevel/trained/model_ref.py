@@ -129,7 +129,12 @@ class ModelRef:
 
     @cached_property
     def configured_task(self) -> BaseTask:
-        """The task, configured with the options of training."""
+        """The task, configured with the options of training; raises InputError if it is unknown."""
+        if self.task not in TASKS:
+            raise InputError(
+                f"{self.directory or self.base}: its task {self.task!r} is not installed. Expected "
+                f"{join_names(TASKS)}. Install the package that adds it."
+            )
         return TASKS[self.task].configured(self.options)
 
     @cached_property
