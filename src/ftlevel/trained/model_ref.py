@@ -130,12 +130,12 @@ class ModelRef:
     @cached_property
     def configured_task(self) -> BaseTask:
         """The task, configured with the options of training; raises InputError if it is unknown."""
-        if self.task not in TASKS:
+        if (task := TASKS.get(self.task)) is None:
             raise InputError(
                 f"{self.directory or self.base}: its task {self.task!r} is not installed. Expected "
                 f"{join_names(TASKS)}. Install the package that adds it."
             )
-        return TASKS[self.task].configured(self.options)
+        return task.configured(self.options)
 
     @cached_property
     def run_config(self) -> TrainConfig:
