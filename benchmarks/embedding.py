@@ -130,7 +130,7 @@ def encode(parser: argparse.ArgumentParser) -> None:
 
     from ftlevel.evaluation.answers import InferenceModel
     from ftlevel.tasks.base import OutputOptions
-    from ftlevel.tasks.embedding.formats import EmbeddingRow
+    from ftlevel.extras.retrieval.formats import EmbeddingRow
     from ftlevel.trained.generation import GenerationOptions
     from ftlevel.trained.resolve import resolve_model
 

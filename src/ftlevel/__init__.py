@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ftlevel.commands.generate import generate
     from ftlevel.commands.list_targets import list_targets
     from ftlevel.commands.merge import MergeResult, merge
-    from ftlevel.commands.mine import mine
+    from ftlevel.extras.retrieval.mine import mine
     from ftlevel.commands.predict import Predictions, predict
     from ftlevel.commands.quantize import QuantizeResult, quantize
     from ftlevel.commands.train import TrainResult, train
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         QuantizeConfig,
         TrainConfig,
     )
-    from ftlevel.config.mining import MineConfig
+    from ftlevel.extras.retrieval.config import MineConfig
     from ftlevel.pipeline import FineTunePipeLine
 
 for _variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
@@ -41,12 +41,12 @@ for _variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
 
 _MODULES = {
     "ftlevel.config": "EvaluateConfig MergeConfig PredictConfig QuantizeConfig TrainConfig",
-    "ftlevel.config.mining": "MineConfig",
+    "ftlevel.extras.retrieval.config": "MineConfig",
     "ftlevel.commands.evaluate": "Evaluation evaluate",
     "ftlevel.commands.generate": "generate",
     "ftlevel.commands.list_targets": "list_targets",
     "ftlevel.commands.merge": "MergeResult merge",
-    "ftlevel.commands.mine": "mine",
+    "ftlevel.extras.retrieval.mine": "mine",
     "ftlevel.commands.predict": "Predictions predict",
     "ftlevel.commands.quantize": "QuantizeResult quantize",
     "ftlevel.commands.train": "TrainResult train",

@@ -12,7 +12,7 @@ import typer
 from ftlevel.cli.flags import CommandInput
 from ftlevel.cli.startup import heavy_imports
 from ftlevel.config import EvaluateConfig, PredictConfig
-from ftlevel.config.mining import MineConfig
+from ftlevel.extras.retrieval.config import MineConfig
 from ftlevel.errors import ConfigError
 
 
@@ -146,7 +146,7 @@ def mine(inputs: CommandInput, *, as_json: bool, quiet: bool) -> None:
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
         with heavy_imports():
-            from ftlevel.commands.mine import mine as run
+            from ftlevel.extras.retrieval.mine import mine as run
 
         summary = run(config, listener=screen)
     if as_json:

@@ -21,11 +21,11 @@ from ftlevel.data.formats.labels import are_default_names
 from ftlevel.data.prepare.encoder import EncodingContext
 from ftlevel.data.prepare.inference import EvaluationRows, load_evaluation_rows
 from ftlevel.data.prepare.loading import read_splits
-from ftlevel.data.sources.beir import load_retrieval_set
+from ftlevel.extras.retrieval.beir import load_retrieval_set
 from ftlevel.data.sources.lines import STDIN
 from ftlevel.data.sources.table import describe_dropped
 from ftlevel.errors import ConfigError, InputError, excludes
-from ftlevel.evaluation.embeddings import evaluate_retrieval
+from ftlevel.extras.retrieval.evaluation import evaluate_retrieval
 from ftlevel.evaluation.intervals import (
     ExampleRecord,
     check_metrics,

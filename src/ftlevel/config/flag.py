@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from ftlevel.config.evaluation import EvaluateConfig, GenerateConfig, PredictConfig
 from ftlevel.config.export import ExportConfig, MergeConfig, QuantizeConfig
-from ftlevel.config.mining import MineConfig
+from ftlevel.extras.retrieval.config import MineConfig
 from ftlevel.config.section import Section
 from ftlevel.config.train import TrainConfig
 from ftlevel.extensions import added_rows, load

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch
 
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.row import IGNORED, Encoded
-from ftlevel.evaluation.embeddings import score_embeddings
 from ftlevel.evaluation.intervals import ExampleRecord, ExampleStats, select_metrics
 from ftlevel.fast.cross_entropy import Observe
 from ftlevel.fast.likelihoods import (
@@ -30,11 +28,8 @@ from ftlevel.objectives import (
     Meter,
     Objective,
     ScoreTexts,
-    StepObjective,
     TokenObjective,
 )
-from ftlevel.tasks.embedding.objective import Embeddings
-from ftlevel.tasks.reranking.rows import RankedRow
 from ftlevel.trained.generation import (
     Divide,
     GenerationOptions,
@@ -54,7 +49,6 @@ class Evaluator:
         generated_rows: number of rows, from the first, for which texts are generated.
         language: ISO 639-1 code of the texts; "" if unknown.
         metrics: names of the metrics to return besides the loss; empty for all.
-        corpus: documents that queries search; empty for those of the rows.
         begin_record: creates a record if a call has none.
         divide: divides batches among processes, all of which evaluate and get the same metrics.
     """
@@ -72,13 +66,19 @@ class Evaluator:
     language: str = ""
     chunked_cross_entropy: bool = True
     metrics: Sequence[str] = ()
-    corpus: Sequence[Encoded] = ()
     begin_record: Callable[[], ExampleRecord | None] = lambda: None
     divide: Divide = compute_all
 
     def with_model(self, model: LoadedModel) -> Evaluator:
         """Returns a copy for another model than that of training or `evaluate`."""
         return replace(self, dtype=model.dtype)
+
+    def for_other(self, model: LoadedModel, encode: Callable[[], Any]) -> Evaluator:
+        """Returns a copy for a model to compare with; `encode` encodes the rows for its tokenizer.
+
+        It generates no texts.
+        """
+        return replace(self.with_model(model), generated_rows=0, score_texts=None, language="")
 
     def get_warnings(self) -> Sequence[str]:
         """Returns warnings about the evaluations so far."""
@@ -101,19 +101,6 @@ class Evaluator:
         objective = self.objective
         if isinstance(objective, LikelihoodObjective):
             return score_answers(self, model, record)
-        if isinstance(objective, Embeddings):
-            pad_id = self.tokenizer.pad_token_id or 0
-            return score_embeddings(
-                self.rows,
-                objective,
-                model,
-                record,
-                pad_id,
-                self.device,
-                self.text,
-                self.corpus,
-                self.divide,
-            )
         pad_id = self.tokenizer.pad_token_id or 0
         collate = Collator(pad_id)
         by_length = sorted(self.rows, key=lambda row: len(row.input_ids), reverse=True)
@@ -196,6 +183,24 @@ class Evaluator:
     def text(self, row: Encoded) -> str:
         """Returns the decoded input of `row`."""
         return self.decode(row.input_ids)
+
+    def get_texts(self, row: Encoded) -> dict[str, str]:
+        """Returns name, such as `input` → decoded text of `row`."""
+        has_targets = isinstance(self.objective, TokenObjective) and self.kind != "encoder"
+        is_prompt = self.objective.samples  # its sequences are made up
+        first, *others = [row] if is_prompt else row.sequences
+        target = self.answer_text(first) if has_targets or others else ""
+        texts = {"input": self.prompt_text(first) if target else self.text(first)}
+        if len(others) == 1:
+            base_text = self.answer_text(others[0]) or self.text(others[0])
+            return {"chosen": target or texts["input"], "rejected": base_text} | (
+                {"input": texts["input"]} if target else {}
+            )
+        return {**texts, "true": target} if target else texts
+
+    def get_result_texts(self, row: Encoded, line: dict[str, Any]) -> dict[str, str]:
+        """Returns name → decoded text of `row` that depends on its results, `line`."""
+        return {}
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids` without special tokens other than masks."""
@@ -339,7 +344,8 @@ def _map_batches(
     return list(zip(parts, outputs, strict=True))
 
 
-_MAX_TEXT_LENGTH = 2_000  # characters of a text
+MAX_TEXT_LENGTH = 2_000
+"""Characters of a text in the results."""
 
 
 def iterate_results(
@@ -372,50 +378,18 @@ def iterate_results(
             line |= {f"base_{key}": value for key, value in base_metrics.items() if key != "true"}
             if row in base_generated:
                 line["base_predicted"] = base_generated[row].text
-        ranked = by_row.get(row)
-        if evaluator is not None and isinstance(ranked, RankedRow):
-            line |= _ranked_texts(evaluator, ranked, line)
+        if row in by_row:
+            line |= evaluator.get_result_texts(by_row[row], line)
         yield line
-
-
-def _ranked_texts(evaluator: Evaluator, row: RankedRow, line: dict[str, Any]) -> dict[str, str]:
-    """Returns name → text: query, most relevant document, irrelevant one of highest score."""
-    ends = accumulate(row.sizes, initial=row.query)
-    documents = [row.input_ids[start:end] for start, end in pairwise(ends)]
-    irrelevant = [at for at, label in enumerate(row.relevance) if label <= 0]
-    ids = {"query": row.input_ids[: row.query]}
-    if max(row.relevance) > 0:
-        ids["document"] = documents[row.relevance.index(max(row.relevance))]
-    for name in ("base_", ""):
-        scores = line.get(f"{name}scores", [])
-        if irrelevant and len(scores) == len(documents):
-            ids[f"{name}retrieved"] = documents[max(irrelevant, key=scores.__getitem__)]
-    return {name: evaluator.decode(own)[:_MAX_TEXT_LENGTH] for name, own in ids.items()}
 
 
 def texts_of(evaluator: Evaluator) -> dict[int, dict[str, str]]:
     """Returns row index → name, such as `input` → beginning of the decoded text."""
-    has_targets = isinstance(evaluator.objective, TokenObjective) and evaluator.kind != "encoder"
     result: dict[int, dict[str, str]] = {}
     for row in evaluator.rows:
-        if row.row in result or isinstance(row, RankedRow):  # another window of the same row
-            continue
-        is_prompt = evaluator.objective.samples  # its sequences are made up
-        first, *others = [row] if is_prompt else row.sequences
-        if isinstance(evaluator.objective, StepObjective) and others:
-            pair = {"query": evaluator.text(first), "document": evaluator.text(others[0])}
-            result[row.row] = {name: text[:_MAX_TEXT_LENGTH] for name, text in pair.items()}
-            continue
-        target = evaluator.answer_text(first) if has_targets or others else ""
-        texts = {"input": evaluator.prompt_text(first) if target else evaluator.text(first)}
-        if len(others) == 1:
-            base_text = evaluator.answer_text(others[0]) or evaluator.text(others[0])
-            texts = {"chosen": target or texts["input"], "rejected": base_text} | (
-                {"input": texts["input"]} if target else {}
-            )
-        elif target:
-            texts["true"] = target
-        result[row.row] = {name: text[:_MAX_TEXT_LENGTH] for name, text in texts.items()}
+        if row.row not in result:  # else another window of the same row
+            texts = evaluator.get_texts(row)
+            result[row.row] = {name: text[:MAX_TEXT_LENGTH] for name, text in texts.items()}
     return result
 
 

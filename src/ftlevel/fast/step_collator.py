@@ -12,7 +12,7 @@ import torch
 
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.row import IGNORED, Encoded
-from ftlevel.data.encoding.texts import EncodedText, distinct_texts
+from ftlevel.extras.retrieval.rows import EncodedText, distinct_texts
 from ftlevel.fast.packing import (
     MicroBatches,
     PackedLayout,

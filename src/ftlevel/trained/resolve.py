@@ -22,7 +22,7 @@ from ftlevel.artifacts.files import (
 )
 from ftlevel.artifacts.paths import relative_path, resolve_relative
 from ftlevel.artifacts.run_directory import CHECKPOINTS, CONFIG, get_run_dir
-from ftlevel.artifacts.sentence_transformers import get_task_type
+from ftlevel.extras.retrieval.sentence_transformers import get_task_type
 from ftlevel.config.methods.lora import BASE_MODIFYING_INITS
 from ftlevel.data.encoding.collate import ensure_pad_token
 from ftlevel.errors import InputError, join_names, reading, with_article

@@ -93,7 +93,7 @@ from ftlevel.training.teacher import (
     precompute_teacher,
     resolve_auxiliary_models,
 )
-from ftlevel.training.text_models import with_text_models
+from ftlevel.extras.retrieval.auxiliary import with_text_models
 from ftlevel.training.trainer import FtlevelTrainer
 from ftlevel.training.verify import check_fast_step
 

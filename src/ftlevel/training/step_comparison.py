@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.row import Encoded
-from ftlevel.data.encoding.texts import distinct_texts
+from ftlevel.extras.retrieval.rows import distinct_texts
 from ftlevel.errors import RunError, is_out_of_memory
 from ftlevel.fast.fused_layers import FusedGlu, FusedNorm
 from ftlevel.fast.likelihoods import base_model, compute_full_loss, sum_log_ratios, with_baseline

@@ -26,9 +26,9 @@ from ftlevel.fast.likelihoods import prepare_inputs
 from ftlevel.models.hardware import autocast
 from ftlevel.models.loading import load_config
 from ftlevel.objectives import TokenObjective
-from ftlevel.tasks.embedding.objective import Embeddings
+from ftlevel.extras.retrieval.objective import Embeddings
 from ftlevel.tasks.losses import DistillationRows, outcome_dtype, select_top_k
-from ftlevel.tasks.reranking.losses import Ranking
+from ftlevel.extras.retrieval.reranking_losses import Ranking
 from ftlevel.trained.resolve import ReferenceModel, resolve_reference, resolve_text_model
 from ftlevel.training.model import PreparedModel
 from ftlevel.training.plan.run import AuxiliaryModels, Run

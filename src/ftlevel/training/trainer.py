@@ -46,7 +46,7 @@ from ftlevel.objectives import (
 from ftlevel.training.memory import StepReducer
 from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
-from ftlevel.training.whole_step import WholeStep
+from ftlevel.extras.retrieval.whole_step import WholeStep
 
 
 def get_train_data(run: Run) -> tuple[Any, Sampler[int] | None]:

@@ -13,7 +13,7 @@ from ftlevel.data.encoding.row import Encoded
 from ftlevel.evaluation.intervals import ExampleRecord, interval
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.tasks import TASKS
-from ftlevel.tasks.reranking.rows import RankedRow
+from ftlevel.extras.retrieval.pairs import RankedRow
 
 CLASSES = TASKS["text-classification"].create_objective("encoder", {})
 

@@ -30,7 +30,7 @@ from ftlevel.data.encoding.store import RowStore, rows_to_batches, write_store
 from ftlevel.data.gate import Finding
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, Progress
 from ftlevel.data.prepare.loading import encode_data, load_data
-from ftlevel.data.sources.beir import retrieval_files
+from ftlevel.extras.retrieval.beir import retrieval_files
 from ftlevel.data.sources.hub import is_saved_directory
 from ftlevel.data.sources.readers import data_files, is_pattern, match_files
 from ftlevel.data.sources.table import Part, Table

@@ -31,7 +31,7 @@ from ftlevel.data.gate import Finding, create_finding, explain_stop
 from ftlevel.data.gate.checks import flat_batches
 from ftlevel.data.gate.gate import handle_unusable_rows
 from ftlevel.data.prepare.encoder import DataTask, EncodingContext, PreparedData, Progress
-from ftlevel.data.sources.beir import load_corpus, load_retrieval_set
+from ftlevel.extras.retrieval.beir import load_corpus, load_retrieval_set
 from ftlevel.data.sources.lines import CHUNK_ROWS, STDIN
 from ftlevel.data.sources.splits import DatasetSplits, hold_out, join_splits, load_splits
 from ftlevel.data.sources.streams import refuse_media_columns

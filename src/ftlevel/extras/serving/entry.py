@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from ftlevel.artifacts.cards import code, one_line, plain
-from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
+from ftlevel.extras.retrieval.sentence_transformers import EmbeddingFormat
 from ftlevel.config.export import Server
 from ftlevel.data.encoding.prompts import PromptFormat, encode_prompt, load_prompt_format
 from ftlevel.errors import ConfigError, InputError, join_names, with_article

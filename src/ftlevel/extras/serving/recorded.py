@@ -16,7 +16,7 @@ import torch
 
 from ftlevel.artifacts.cards import library_versions
 from ftlevel.artifacts.files import read_json, write_json
-from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
+from ftlevel.extras.retrieval.sentence_transformers import EmbeddingFormat
 from ftlevel.config.export import SERVERS
 from ftlevel.errors import InputError
 from ftlevel.extras.serving.entry import (

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
+from ftlevel.extras.retrieval.sentence_transformers import EmbeddingFormat
 from ftlevel.config import ExportConfig
 from ftlevel.config.export import FORMATS, SERVERS
 from ftlevel.config.section import Choice

@@ -9,14 +9,14 @@ from shlex import quote
 from typing import Any
 
 from ftlevel.artifacts.cards import library_versions
-from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
+from ftlevel.extras.retrieval.sentence_transformers import EmbeddingFormat
 from ftlevel.config import ExportConfig
 from ftlevel.config.export import SERVERS, Server
 from ftlevel.config.section import Choice
 from ftlevel.errors import InputError, join_names, with_article
 from ftlevel.events import Listener
 from ftlevel.merging.formats.base import MergeAdapter, server_support, start_commands, stop_notes
-from ftlevel.merging.formats.embedding import check_server, embed, save_embeddings, save_scores
+from ftlevel.extras.retrieval.export import check_server, embed, save_embeddings, save_scores
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import load_config
 from ftlevel.models.sources import resolve_source

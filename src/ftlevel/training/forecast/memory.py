@@ -68,7 +68,7 @@ from ftlevel.training.model import PreparedModel
 from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
 from ftlevel.training.resume import ResumeState
-from ftlevel.training.whole_step import GRAPH_MEMORY_RATIO
+from ftlevel.extras.retrieval.whole_step import GRAPH_MEMORY_RATIO
 
 MAX_PARAMETERS = 120_000_000
 """Largest one-block model built to find pruning, as for models up to 3B parameters. Beyond, all

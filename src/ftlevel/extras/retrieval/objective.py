@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
-from ftlevel.config.embedding import LOSSES, EmbeddingConfig
-from ftlevel.data.encoding.texts import distinct_texts
-from ftlevel.objectives import StepObjective, StepTexts
-from ftlevel.tasks.embedding.retrieval import METRICS as RETRIEVAL
+from ftlevel.config.section import Choice
+from ftlevel.extras.retrieval.sentence_transformers import EmbeddingFormat
+from ftlevel.extras.retrieval.config import EMBEDDING_LOSSES, EmbeddingConfig
+from ftlevel.extras.retrieval.rows import StepTexts, distinct_texts
+from ftlevel.objectives import Collate, Meter, Objective
+from ftlevel.extras.retrieval.metrics import METRICS as RETRIEVAL
 
 if TYPE_CHECKING:
     import torch
 
-    from ftlevel.tasks.embedding.losses import LossConfig
+    from ftlevel.extras.retrieval.embedding_losses import LossConfig
 
 LabelKind = Literal["ranking", "score", "label", "class"]
 """Meaning of labels: relevance of documents, scores of pairs, 0 or 1 of pairs, or classes."""
@@ -63,7 +64,7 @@ def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
 
 
 @dataclass(frozen=True)
-class Embeddings(StepObjective):
+class Embeddings(Objective):
     """Objective of embedding models: pools token states to vectors; one loss per optimizer step.
 
     Attributes:
@@ -77,6 +78,10 @@ class Embeddings(StepObjective):
     format: EmbeddingFormat = field(default_factory=EmbeddingFormat)
     kind: LabelKind = "ranking"
     step_rows: int = EVALUATED_ROWS
+    has_choice: ClassVar[bool] = False
+    evaluates_first: ClassVar[bool] = True
+    needs_whole_step: ClassVar[bool] = True
+    shard_limitation: ClassVar[str] = "it was never tried on a sharded model"
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -84,8 +89,16 @@ class Embeddings(StepObjective):
         return (*METRICS[self.kind], *(f"{self.headline}_dim_{count}" for count in dims))
 
     def embed(self, outputs: Any, mask: torch.Tensor, unpooled: Sequence[int] = ()) -> torch.Tensor:
-        """Returns embeddings `(texts, dims)`; skips the first `unpooled[i]` tokens of text i."""
+        """Returns float32 embeddings `(texts, dims)`; `mask` is the attention mask `(texts, seq)`.
+
+        Pooling skips the first `unpooled[i]` tokens of text i; an empty `unpooled` skips none.
+        """
         return self.embed_states(self.logits(outputs), without_first(mask, unpooled))
+
+    def logits(self, outputs: Any) -> torch.Tensor:
+        """Returns the hidden states of the last layer, `(texts, seq, width)`."""
+        states: torch.Tensor = outputs.last_hidden_state
+        return states
 
     def embed_states(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Returns embeddings `(texts, dims)` of states `(texts, seq, width)`, as `format` says."""
@@ -102,7 +115,7 @@ class Embeddings(StepObjective):
         """Returns the mean loss over rows; for Matryoshka dimensions, a weighted sum of losses."""
         import torch
 
-        from ftlevel.tasks.embedding.losses import STEP_LOSSES
+        from ftlevel.extras.retrieval.embedding_losses import STEP_LOSSES
 
         compute = STEP_LOSSES[self.config.loss or ""]
         with torch.autocast(vectors.device.type, enabled=False):
@@ -126,7 +139,7 @@ class Embeddings(StepObjective):
     @property
     def has_row_losses(self) -> bool:
         """Whether the loss is a mean of terms of single rows, not of pairs of rows."""
-        from ftlevel.tasks.embedding.losses import LOSS_TERMS
+        from ftlevel.extras.retrieval.embedding_losses import LOSS_TERMS
 
         return self.config.loss in LOSS_TERMS and self.kind != "class"
 
@@ -137,7 +150,7 @@ class Embeddings(StepObjective):
         """
         import torch
 
-        from ftlevel.tasks.embedding.losses import LOSS_TERMS
+        from ftlevel.extras.retrieval.embedding_losses import LOSS_TERMS
 
         compute = LOSS_TERMS[self.config.loss or ""]
         sums, rows = torch.zeros(len(step), device=vectors.device), set[int]()
@@ -153,7 +166,7 @@ class Embeddings(StepObjective):
 
     def for_validation(self, step: StepTexts) -> Embeddings:
         """Returns the objective; its loss is mnrl if `step` lacks negatives or scores for it."""
-        config, properties = self.config, LOSSES[self.config.loss or ""]
+        config, properties = self.config, EMBEDDING_LOSSES[self.config.loss or ""]
         negatives = all(min(labels) <= 0 for labels in step.labels)
         if (
             (properties.needs_negatives and not negatives)
@@ -164,16 +177,58 @@ class Embeddings(StepObjective):
             return replace(self, config=config.model_copy(update=changes))
         return self
 
-    def get_validation_group(self, rows: Sequence[Any]) -> tuple[str, int] | None:
-        """Returns the name of the validation loss and the rows per group; None without rows."""
+    def for_comparison(self, rows: Sequence[Any]) -> Embeddings:
+        return self.for_validation(distinct_texts(rows)[1])
+
+    def compare(
+        self, model: Any, rows: Sequence[Any], collate: Collate
+    ) -> tuple[torch.Tensor, float, int]:
+        """Returns the vectors of the distinct texts of `rows`, and the loss summed over `rows`."""
+        texts, step = distinct_texts(rows)
+        vectors = self._embed_texts(model, texts, collate)
+        mean = self.group_loss(vectors, step)
+        return vectors, (mean or 0.0) * len(step), len(step) if mean is not None else 0
+
+    def compute_whole_step(
+        self, model: Any, rows: Sequence[Any], collate: Collate, batch_size: int
+    ) -> torch.Tensor:
+        """Returns the loss of a step of `rows`; the graphs of all texts are kept."""
+        import torch
+
+        texts, step = distinct_texts(rows)
+        parts = [texts[at : at + batch_size] for at in range(0, len(texts), batch_size)]
+        vectors = [self._embed_texts(model, part, collate) for part in parts]
+        return self.step_loss(torch.cat(vectors), step)
+
+    def _embed_texts(self, model: Any, texts: Sequence[Any], collate: Collate) -> torch.Tensor:
+        batch = collate(texts)
+        del batch["labels"]
+        return self.embed(model(**batch), batch["attention_mask"], [t.unpooled for t in texts])
+
+    def loss_sum(
+        self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Raise `TypeError`: the loss needs all rows of a step, not one batch."""
+        raise TypeError("the loss needs all rows of a step")
+
+    def meter(self) -> Meter:
+        """Raise `TypeError`: metrics need the embeddings of all texts."""
+        raise TypeError("metrics need the vectors of all texts")
+
+    def describe_validation(self, rows: Sequence[Any], options: Mapping[str, Any]) -> list[Choice]:
+        """Returns the loss of `rows` and the size of its groups."""
         if not len(rows):
-            return None
-        return self.for_validation(distinct_texts(rows)[1]).config.loss or "", self.step_rows
+            return []
+        loss = self.for_comparison(rows).config.loss
+        is_own = "step_rows" in options.get("embedding", {})
+        note = "the rows per step of training" if is_own else "the default"
+        groups = f"{loss} within groups of {self.step_rows:,} rows"
+        return [Choice("loss", groups, f"{note}; it depends on the size")]
 
     def group_loss(self, vectors: torch.Tensor, step: StepTexts) -> float | None:
         """Returns the mean loss over rows; None if the loss needs positives and no row has one."""
         needs_positives = (
-            self.kind == "ranking" and not LOSSES[self.config.loss or ""].needs_teacher
+            self.kind == "ranking" and not EMBEDDING_LOSSES[self.config.loss or ""].needs_teacher
         )
         if needs_positives and all(max(labels) <= 0 for labels in step.labels):
             return None
@@ -186,9 +241,9 @@ class Embeddings(StepObjective):
 
     @property
     def _loss_config(self) -> LossConfig:
-        from ftlevel.tasks.embedding.losses import LossConfig
+        from ftlevel.extras.retrieval.embedding_losses import LossConfig
 
-        config, properties = self.config, LOSSES[self.config.loss or ""]
+        config, properties = self.config, EMBEDDING_LOSSES[self.config.loss or ""]
         is_cosine = self.format.similarity == "cosine"
         is_bounded = is_cosine or config.loss == "angle"
         usual = (properties.scale or 1.0) if is_bounded else 1.0

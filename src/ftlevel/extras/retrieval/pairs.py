@@ -18,7 +18,7 @@ from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import split_batches
 from ftlevel.data.encoding.row import Encoded
 from ftlevel.errors import InputError
-from ftlevel.tasks.embedding.formats import EmbeddingRow
+from ftlevel.extras.retrieval.formats import EmbeddingRow
 
 _BATCH = 256
 """Queries whose documents are tokenized together."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ftlevel.artifacts.sentence_transformers import (
+from ftlevel.extras.retrieval.sentence_transformers import (
     FILES,
     CrossEncoderFormat,
     check_cross_encoder,
@@ -16,7 +16,7 @@ from ftlevel.artifacts.sentence_transformers import (
     save_cross_encoder_format,
     scores_by_tokens,
 )
-from ftlevel.config.reranking import LOSSES, RerankingConfig
+from ftlevel.extras.retrieval.config import RERANKING_LOSSES, RerankingConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.formats.detect import Format
@@ -32,10 +32,10 @@ from ftlevel.tasks.base import (
     PromptedModel,
     check_options,
 )
-from ftlevel.tasks.embedding.formats import CANDIDATE_SHAPES, RANKING_SHAPES, EmbeddingRow
-from ftlevel.tasks.embedding.rows import check_documents
-from ftlevel.tasks.reranking.losses import Ranking, get_loss_config
-from ftlevel.tasks.reranking.rows import PairEncoder, RankedRow, prepare_tokenizer
+from ftlevel.extras.retrieval.formats import CANDIDATE_SHAPES, RANKING_SHAPES, EmbeddingRow
+from ftlevel.extras.retrieval.encoding import check_documents
+from ftlevel.extras.retrieval.reranking_losses import Ranking, get_loss_config
+from ftlevel.extras.retrieval.pairs import PairEncoder, RankedRow, prepare_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -288,7 +288,7 @@ def resolve_loss(
             f"all documents have label {next(iter(labels)):g}, and a reranker needs relevant and "
             f"irrelevant documents. {advice}"
         )
-    properties = LOSSES[loss]
+    properties = RERANKING_LOSSES[loss]
     if properties.is_binary:
         without = sum(len({label > 0 for label in e.labels}) < 2 for e in examples)
         if without and contrasts == len(examples):

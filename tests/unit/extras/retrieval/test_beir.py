@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ftlevel.data.sources.beir import RetrievalSet, load_retrieval_set
+from ftlevel.extras.retrieval.beir import RetrievalSet, load_retrieval_set
 from ftlevel.errors import InputError
 
 

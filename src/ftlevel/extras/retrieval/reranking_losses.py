@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ftlevel.objectives import Meter, Objective
-from ftlevel.tasks.embedding.retrieval import (
+from ftlevel.extras.retrieval.metrics import (
     DEEPEST,
     average_precision,
     rank_relevant,

@@ -7,10 +7,10 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, ndcg_score
 
-from ftlevel.config.reranking import LOSSES, RerankingConfig
-from ftlevel.tasks.embedding.formats import EmbeddingRow
-from ftlevel.tasks.reranking.losses import CandidateGroup, Lists, count_targets, sum_loss
-from ftlevel.tasks.reranking.task import resolve_loss
+from ftlevel.extras.retrieval.config import RERANKING_LOSSES, RerankingConfig
+from ftlevel.extras.retrieval.formats import EmbeddingRow
+from ftlevel.extras.retrieval.reranking_losses import CandidateGroup, Lists, count_targets, sum_loss
+from ftlevel.extras.retrieval.reranking import resolve_loss
 
 
 def test_main_metric_is_defined_for_the_labels():
@@ -109,7 +109,7 @@ ROWS = ([1, 0], [0, 2, 1, 0], [1, 0, 0], [0, 1])
 SIZES = [len(row) for row in ROWS]
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", RERANKING_LOSSES)
 def test_gradients_do_not_depend_on_micro_batches(name):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(sum(SIZES), generator=generator, requires_grad=True)
@@ -130,7 +130,7 @@ def test_gradients_do_not_depend_on_micro_batches(name):
     assert expected.abs().max() > 0.01
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", RERANKING_LOSSES)
 def test_list_without_contrast_has_finite_gradient(name):
     logits = torch.tensor([0.3, 0.2, 0.1], requires_grad=True)
     sum_loss(name, logits, create_lists([1, 1], [0]), 1.0).backward()

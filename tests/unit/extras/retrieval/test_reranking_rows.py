@@ -3,7 +3,7 @@
 import pytest
 
 from ftlevel.data.encoding.fit import truncate_row
-from ftlevel.tasks.reranking.rows import RankedRow
+from ftlevel.extras.retrieval.pairs import RankedRow
 
 QUERY = [101, 1, 2, 3, 4, 5, 6, 102]
 DOCUMENTS = ([7, 8, 9, 10, 102], [11, 102])

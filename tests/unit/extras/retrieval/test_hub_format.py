@@ -10,10 +10,10 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from ftlevel.artifacts.sentence_transformers import FILES, EmbeddingFormat, save_embedding_format
-from ftlevel.config.embedding import EmbeddingConfig
+from ftlevel.extras.retrieval.sentence_transformers import FILES, EmbeddingFormat, save_embedding_format
+from ftlevel.extras.retrieval.config import EmbeddingConfig
 from ftlevel.models.sources import ModelSource
-from ftlevel.tasks.embedding.task import TASKS
+from ftlevel.extras.retrieval.embedding import TASKS
 from tiny_tokenizers import build_tokenizer
 
 

@@ -10,16 +10,16 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ftlevel.artifacts.sentence_transformers import (
+from ftlevel.extras.retrieval.sentence_transformers import (
     FILES,
     EmbeddingFormat,
     load_embedding_format,
     save_embedding_format,
 )
-from ftlevel.config.embedding import DEFAULT_LOSSES, LOSSES, PARAMETERS, EmbeddingConfig
+from ftlevel.extras.retrieval.config import DEFAULT_LOSSES, EMBEDDING_LOSSES, PARAMETERS, EmbeddingConfig
 from ftlevel.config.section import Choice, list_unread
 from ftlevel.data.encoding.row import Encoded
-from ftlevel.data.encoding.texts import EncodedText, EncodedTexts
+from ftlevel.extras.retrieval.rows import EncodedText, EncodedTexts
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import ConfigError, InputError, join_names
 from ftlevel.models.sources import ModelSource, download_files
@@ -32,15 +32,15 @@ from ftlevel.tasks.base import (
     PromptedModel,
     TokenDecoder,
 )
-from ftlevel.tasks.embedding.formats import EMBEDDING_SHAPES, QUERY_SHAPES, EmbeddingRow
-from ftlevel.tasks.embedding.objective import (
+from ftlevel.extras.retrieval.formats import EMBEDDING_SHAPES, QUERY_SHAPES, EmbeddingRow
+from ftlevel.extras.retrieval.objective import (
     EVALUATED_ROWS,
     METRICS,
     Embeddings,
     LabelKind,
     without_first,
 )
-from ftlevel.tasks.embedding.rows import (
+from ftlevel.extras.retrieval.encoding import (
     TextEncoder,
     append_end,
     check_documents,
@@ -284,7 +284,7 @@ class EmbeddingTask(BaseTask):
         values = data_info["embedding"]
         details = [
             f"{name.replace('_', ' ')} {values[name]}"
-            for name in LOSSES[values["loss"]].parameters
+            for name in EMBEDDING_LOSSES[values["loss"]].parameters
             if values[name] not in (None, False)
         ]
         reason = "" if self.config.loss else f"default for {_WORDS[values['kind']]}"
@@ -488,10 +488,10 @@ def _check_loss(
     needs_scores: bool,
 ) -> None:
     """Raise `InputError` if `examples` lack what `loss` needs; teacher scores if `needs_scores`."""
-    properties = LOSSES[loss]
+    properties = EMBEDDING_LOSSES[loss]
     wants = "pairs" if kind == "ranking" else "scores"
     if properties.columns != wants:
-        usable = [name for name, other in LOSSES.items() if other.columns == wants]
+        usable = [name for name, other in EMBEDDING_LOSSES.items() if other.columns == wants]
         raise InputError(
             f"--loss {loss} needs {properties.columns}, and these rows have {_WORDS[kind]}. Use "
             f"--loss {join_names(usable, 9)}."

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ftlevel.artifacts.sentence_transformers import (
+from ftlevel.extras.retrieval.sentence_transformers import (
     CrossEncoderFormat,
     EmbeddingFormat,
     check_cross_encoder,

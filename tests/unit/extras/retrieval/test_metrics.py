@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.metrics import ndcg_score
 
-from ftlevel.tasks.embedding.retrieval import (
+from ftlevel.extras.retrieval.metrics import (
     METRICS,
     average_precision,
     iterate_scores,

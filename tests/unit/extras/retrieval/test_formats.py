@@ -5,7 +5,7 @@ import pytest
 from ftlevel.data.formats.detect import NoFormatError, detect_format
 from ftlevel.data.formats.examples import convert_rows
 from ftlevel.data.sources.table import Table
-from ftlevel.tasks.embedding.formats import (
+from ftlevel.extras.retrieval.formats import (
     CANDIDATE_SHAPES,
     EMBEDDING_SHAPES,
     QUERY_SHAPES,

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from ftlevel.tasks.embedding.formats import EmbeddingRow
-from ftlevel.tasks.embedding.rows import check_documents
+from ftlevel.extras.retrieval.formats import EmbeddingRow
+from ftlevel.extras.retrieval.encoding import check_documents
 
 
 def row(index, query, positive, *negatives):

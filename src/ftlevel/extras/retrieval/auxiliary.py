@@ -18,17 +18,17 @@ from torch.nn import functional
 
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.row import Encoded
-from ftlevel.data.encoding.texts import EncodedTexts
+from ftlevel.extras.retrieval.rows import EncodedTexts
 from ftlevel.data.sources.lines import RowView
 from ftlevel.errors import InputError
-from ftlevel.evaluation import embeddings
+from ftlevel.extras.retrieval import evaluation as embeddings
 from ftlevel.evaluation.answers import InferenceModel
 from ftlevel.events import Listener
-from ftlevel.tasks.embedding.formats import EmbeddingRow
-from ftlevel.tasks.embedding.objective import Embeddings
-from ftlevel.tasks.reranking.losses import Ranking
-from ftlevel.tasks.reranking.rows import RankedRow
-from ftlevel.tasks.reranking.task import RerankingTask
+from ftlevel.extras.retrieval.formats import EmbeddingRow
+from ftlevel.extras.retrieval.objective import Embeddings
+from ftlevel.extras.retrieval.reranking_losses import Ranking
+from ftlevel.extras.retrieval.pairs import RankedRow
+from ftlevel.extras.retrieval.reranking import RerankingTask
 from ftlevel.trained.generation import GenerationOptions, batches
 from ftlevel.trained.model_ref import LoadedModel
 from ftlevel.training.plan.run import Run

@@ -8,7 +8,6 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from ftlevel.data.encoding.row import Encoded
-from ftlevel.objectives import StepTexts
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,55 @@ class EncodedTexts(Encoded):
         """Returns the row, each text cut to `limit` tokens; EOS or SEP at its end is kept."""
         ids = [token for text in self.sequences for token in text.truncated(limit).input_ids]
         return replace(self, input_ids=ids, sizes=tuple(min(size, limit) for size in self.sizes))
+
+
+@dataclass(frozen=True)
+class StepTexts:
+    """Indices of the texts of each row of an optimizer step; rows may share texts.
+
+    Attributes:
+        texts: per row, the indices of its texts: the query, then the documents.
+        labels: per row, the labels of its documents or the class of the text.
+        teacher: per row, a teacher's score of each document; empty without a teacher.
+        guide: a guide model's float32 embedding of each distinct text, or None.
+        keys: a key of each distinct text, by which `join` finds texts of several steps.
+    """
+
+    texts: tuple[tuple[int, ...], ...]
+    labels: tuple[tuple[float, ...], ...]
+    teacher: tuple[tuple[float, ...], ...] = ()
+    guide: Sequence[Any] | None = None
+    keys: tuple[Any, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def select(self, rows: slice) -> StepTexts:
+        """Returns only the rows at the indices `rows`; text indices stay the same."""
+        return replace(
+            self, texts=self.texts[rows], labels=self.labels[rows], teacher=self.teacher[rows]
+        )
+
+    @classmethod
+    def join(cls, steps: Sequence[StepTexts]) -> StepTexts:
+        """Returns the rows of all `steps`; their texts, in this order, have consecutive indices.
+
+        A text that occurs several times has the index of its first occurrence.
+        """
+        guides = [vector for step in steps for vector in step.guide or ()]
+        first: dict[Any, int] = {}
+        texts: list[tuple[int, ...]] = []
+        count = 0
+        for step in steps:
+            own = [first.setdefault(key, at) for at, key in enumerate(step.keys, count)]
+            texts += [tuple(own[index] for index in indices) for indices in step.texts]
+            count += len(own)
+        return cls(
+            tuple(texts),
+            tuple(own for step in steps for own in step.labels),
+            tuple(own for step in steps for own in step.teacher),
+            guides or None,
+        )
 
 
 def distinct_texts(rows: Sequence[Any]) -> tuple[list[EncodedText], StepTexts]:

@@ -15,19 +15,19 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ftlevel.config.embedding import LOSSES
+from ftlevel.extras.retrieval.config import EMBEDDING_LOSSES
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.row import Encoded
-from ftlevel.data.encoding.texts import add_texts, distinct_texts
-from ftlevel.data.sources.beir import RetrievalSet
+from ftlevel.extras.retrieval.rows import add_texts, distinct_texts
+from ftlevel.extras.retrieval.beir import RetrievalSet
 from ftlevel.evaluation.answers import InferenceModel
 from ftlevel.evaluation.intervals import ExampleRecord
 from ftlevel.objectives import StepTexts
 from ftlevel.tasks.base import OutputOptions
-from ftlevel.tasks.embedding.formats import EmbeddingRow
-from ftlevel.tasks.embedding.objective import METRICS, Embeddings, LabelKind
-from ftlevel.tasks.embedding.retrieval import METRICS as RETRIEVAL_METRICS
-from ftlevel.tasks.embedding.retrieval import (
+from ftlevel.extras.retrieval.formats import EmbeddingRow
+from ftlevel.extras.retrieval.objective import METRICS, Embeddings, LabelKind
+from ftlevel.extras.retrieval.metrics import METRICS as RETRIEVAL_METRICS
+from ftlevel.extras.retrieval.metrics import (
     RetrievalScores,
     average_precision,
     iterate_scores,
@@ -35,7 +35,7 @@ from ftlevel.tasks.embedding.retrieval import (
     score_retrieval,
     spearman,
 )
-from ftlevel.tasks.embedding.task import EmbeddingTask
+from ftlevel.extras.retrieval.embedding import EmbeddingTask
 from ftlevel.trained.generation import Divide, GenerationOptions, compute_all
 from ftlevel.trained.model_ref import LoadedModel
 
@@ -139,7 +139,7 @@ def _step_groups(objective: Embeddings, step: StepTexts) -> list[slice]:
     """Returns groups of `objective.step_rows` rows, whose losses are computed together."""
     objective, size = objective.for_validation(step), objective.step_rows
     positions = list(range(0, len(step), size))
-    compares_rows = LOSSES[objective.config.loss or ""].contrasts or objective.kind == "class"
+    compares_rows = EMBEDDING_LOSSES[objective.config.loss or ""].contrasts or objective.kind == "class"
     if compares_rows and len(positions) > 1 and len(step) - positions[-1] == 1:
         positions.pop()
     return list(map(slice, positions, [*positions[1:], len(step)]))

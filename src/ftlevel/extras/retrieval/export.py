@@ -19,23 +19,23 @@ from gguf.quants import dequantize
 
 from ftlevel.artifacts.cards import library_versions
 from ftlevel.artifacts.files import write_json
-from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
+from ftlevel.extras.retrieval.sentence_transformers import EmbeddingFormat
 from ftlevel.config.export import SERVERS, ExportConfig, Server
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.fit import truncate_row
 from ftlevel.errors import InputError, RunError, join_names
 from ftlevel.evaluation.answers import InferenceModel
-from ftlevel.evaluation.embeddings import embed_texts
+from ftlevel.extras.retrieval.evaluation import embed_texts
 from ftlevel.events import Listener
 from ftlevel.merging.formats.base import MergeAdapter, merge_first, start_commands
 from ftlevel.models.loading import load_config, load_model
 from ftlevel.models.sources import ModelSource
 from ftlevel.safe_io import save_text
 from ftlevel.tasks import TASKS
-from ftlevel.tasks.embedding.formats import EmbeddingRow
-from ftlevel.tasks.embedding.objective import Embeddings
-from ftlevel.tasks.embedding.rows import TextEncoder
-from ftlevel.tasks.reranking.task import RerankingTask
+from ftlevel.extras.retrieval.formats import EmbeddingRow
+from ftlevel.extras.retrieval.objective import Embeddings
+from ftlevel.extras.retrieval.encoding import TextEncoder
+from ftlevel.extras.retrieval.reranking import RerankingTask
 from ftlevel.trained.generation import GenerationOptions
 from ftlevel.trained.model_ref import LoadedModel, ModelRef
 from ftlevel.weights.checkpoint import open_base

@@ -7,11 +7,11 @@ from math import cos, exp, log, pi, sin, sqrt
 import pytest
 import torch
 
-from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
-from ftlevel.config.embedding import LOSSES, EmbeddingConfig
+from ftlevel.extras.retrieval.sentence_transformers import EmbeddingFormat
+from ftlevel.extras.retrieval.config import EMBEDDING_LOSSES, EmbeddingConfig
 from ftlevel.objectives import StepTexts
-from ftlevel.tasks.embedding.losses import STEP_LOSSES, LossConfig
-from ftlevel.tasks.embedding.objective import Embeddings
+from ftlevel.extras.retrieval.embedding_losses import STEP_LOSSES, LossConfig
+from ftlevel.extras.retrieval.objective import Embeddings
 
 ROWS, DIMS = 5, 6
 
@@ -271,4 +271,4 @@ def test_loss_does_not_depend_on_autocast() -> None:
 
 
 def test_every_loss_is_configured() -> None:
-    assert set(STEP_LOSSES) == set(LOSSES)
+    assert set(STEP_LOSSES) == set(EMBEDDING_LOSSES)
