@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,15 @@ from ftlevel.artifacts.files import check_new_output, rows_fingerprint
 from ftlevel.artifacts.paths import DATA_PATHS, check_paths
 from ftlevel.artifacts.row_files import row_file_type, save_rows
 from ftlevel.config import SPECS, EvaluateConfig, InMemoryDataset, QuantConfig, TrainConfig
-from ftlevel.config.constraints import flag_name
 from ftlevel.config.section import Choice, check_config
 from ftlevel.data.encoding.fit import LengthBounds
 from ftlevel.data.formats.labels import are_default_names
 from ftlevel.data.prepare.encoder import EncodingContext
 from ftlevel.data.prepare.inference import EvaluationRows, load_evaluation_rows
 from ftlevel.data.prepare.loading import read_splits
-from ftlevel.extras.retrieval.beir import load_retrieval_set
 from ftlevel.data.sources.lines import STDIN
 from ftlevel.data.sources.table import describe_dropped
-from ftlevel.errors import ConfigError, InputError, excludes
-from ftlevel.extras.retrieval.evaluation import evaluate_retrieval
+from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.intervals import (
     ExampleRecord,
     check_metrics,
@@ -54,13 +53,6 @@ from ftlevel.training.build_trainer import eval_batch_size
 from ftlevel.training.hooks import hooks_of
 from ftlevel.training.plan.schedule import text_positions
 
-_NOT_WITH_QRELS = """
-    dataset predictions input_format subset split on_bad_row columns ignore_columns metrics
-    max_eval_samples max_generate_samples max_new_tokens num_beams temperature top_p eval_text
-    labels
-""".split()
-
-
 @dataclass(frozen=True, repr=False)
 class Evaluation(Summarized):
     """Metrics of a model and of its base; `draws`: metric → value on each bootstrap resample."""
@@ -72,7 +64,7 @@ class Evaluation(Summarized):
 
 
 @dataclass(frozen=True)
-class _Score:
+class Score:
     """Metrics of a model; `resample(count, seed)` returns each on bootstrap resamples.
 
     Two scores with equal `units`, the examples, can be compared resample by resample.
@@ -99,8 +91,7 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         device = select_device(config.device)
         ref, other = _resolve(config, device.value)
         listener.stage("reading the data")
-        data_type = _Rows if config.qrels is None else _RetrievalSet
-        data: _Rows | _RetrievalSet = data_type(config, ref, other)
+        data: EvaluationData = config.open_data(ref) or _Rows(config, ref, other)
         listener.stage("loading the model")
         trained = data.ref.load(device.value)
         listener.choices("evaluate", [*data.choices(trained), device])
@@ -152,11 +143,6 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
 
 
 def _check_files(config: EvaluateConfig) -> None:
-    names = (*_NOT_WITH_QRELS, *config.added_options)
-    set_names = [name for name in names if getattr(config, name) not in (None, {}, ())]
-    if config.qrels is not None and set_names:
-        flag = flag_name(set_names[0], EvaluateConfig)
-        raise ConfigError(excludes(flag, "--qrels"))
     if config.predictions is not None:
         row_file_type("--predictions", config.predictions)
         check_new_output("--predictions", config.predictions)
@@ -179,75 +165,70 @@ def _base_of(
         yield None
 
 
-class _RetrievalSet:
-    """Queries and documents of a retrieval set, which embedding models search."""
+class EvaluationData(ABC):
+    """What a model is scored on; the defaults are those of data without rows.
 
-    headline = "ndcg@10"
+    Attributes:
+        headline: name of the main metric; "" for that of the task.
+        ref: the model to score.
+    """
 
-    def __init__(self, config: EvaluateConfig, ref: ModelRef, _: ModelRef | None) -> None:
-        self.config, self.ref, self.cut = config, ref, 0
-        self.data = load_retrieval_set(config.qrels or Path(), config.corpus)
-        if ref.task != "embedding":
-            raise ConfigError(
-                f"--qrels: {config.name} is of --task {ref.task}, and a search needs an "
-                "embedding model. Name one, or add --task embedding."
-            )
+    headline = ""
+    config: EvaluateConfig
+    ref: ModelRef
 
-    def choices(self, trained: LoadedModel) -> list[Choice]:
-        data, dtype = self.data, get_dtype_source(self.ref, self.config.dtype)
-        sizes = f"{len(data.queries):,} queries, {len(data.documents):,} documents"
-        return [
-            Choice("task", self.ref.task),
-            Choice("base", self.ref.base),
-            Choice("retrieval set", str(self.config.qrels), sizes),
-            Choice("dtype", trained.dtype, dtype),
-        ]
+    @abstractmethod
+    def choices(self, trained: LoadedModel) -> Iterable[Choice]:
+        """Returns the lines to print before the evaluation."""
 
-    def list_warnings(self, _: LoadedModel) -> Iterator[str]:
-        if merged := self.data.merged:
-            yield f"{merged:,} documents repeat the text of another document and are counted once."
-        if unjudged := self.data.unjudged:
-            yield f"{unjudged:,} queries without a relevant document are skipped."
+    @abstractmethod
+    def score(self, model: LoadedModel, listener: Listener) -> Score:
+        """Score the model."""
 
-    def score(self, model: LoadedModel, listener: Listener) -> _Score:
-        listener.stage("embedding and searching")
-        batch_size = self.config.batch_size
-        scores, cut = evaluate_retrieval(model, self.data, batch_size, listener.answered)
-        self.cut = self.cut or cut
-        return _Score(scores.means, scores.resample)
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Returns the entry `data` of the summary."""
 
-    score_base = score_other = score
+    def dtype_choice(self, trained: LoadedModel) -> Choice:
+        """Returns the line about the compute precision."""
+        return Choice("dtype", trained.dtype, get_dtype_source(trained.ref, self.config.dtype))
 
-    def list_results(self, _: LoadedModel, __: Mapping[str, float]) -> Iterator[str]:
-        if self.cut:
-            yield f"{self.cut:,} texts exceed the maximum length and are truncated."
+    # ruff: disable[ARG002] - for subclasses
+    def score_base(self, model: LoadedModel, listener: Listener) -> Score:
+        """Score the base of the model."""
+        return self.score(model, listener)
 
-    def compute_outputs(self, _: LoadedModel) -> tuple[None, None]:
+    def score_other(self, model: LoadedModel, listener: Listener) -> Score:
+        """Score the model of `--against`."""
+        return self.score(model, listener)
+
+    def list_warnings(self, trained: LoadedModel) -> Iterable[str]:
+        """Returns warnings about the data."""
+        return ()
+
+    def list_results(self, trained: LoadedModel, metrics: Mapping[str, float]) -> Iterable[str]:
+        """Returns warnings about the results."""
+        return ()
+
+    def compute_outputs(self, trained: LoadedModel) -> tuple[Any, Any]:
+        """Returns the inputs on which two models are compared, and the outputs for them, or Nones.
+        """
         return None, None
 
-    def describe(self) -> dict[str, Any]:
-        data = self.data
-        return {
-            "name": str(self.config.qrels),
-            "split": f"{len(data.documents):,} documents",
-            "examples": len(data.queries),
-            "merged": data.merged,
-            "unjudged": data.unjudged,
-        }
+    def iterate_predictions(self, trained: LoadedModel) -> Iterable[Mapping[str, Any]]:
+        """Returns the rows of `--predictions`."""
+        return ()
 
-    def iterate_predictions(self, _: LoadedModel) -> Iterator[Mapping[str, Any]]:
-        return iter(())  # --predictions is rejected with --qrels
+    # ruff: enable[ARG002]
 
 
-class _Rows:
+class _Rows(EvaluationData):
     """Rows of a task, scored by an `Evaluator`.
 
     Attributes:
         primary: the model whose run has the settings for reading rows.
         record: results of the trained model per example, and `base_record` those of the base.
     """
-
-    headline = ""
 
     def __init__(self, config: EvaluateConfig, ref: ModelRef, other: ModelRef | None) -> None:
         self.config, self.primary = config, select_primary(ref, other)
@@ -321,16 +302,9 @@ class _Rows:
         yield Choice("rows", f"{rows.source}, {rows.split}", f"{len(rows.rows):,} rows{dropped}")
         yield Choice("columns", rows.note or rows.columns, "by --map" if config.columns else "")
         yield from (Choice("note", note) for note in rows.table.notes)
-        yield from self._loss_choices(trained)
-        yield Choice("dtype", trained.dtype, get_dtype_source(ref, config.dtype))
+        yield from trained.objective.describe_validation(rows.rows, ref.card.options)
+        yield self.dtype_choice(trained)
         yield from self.hooks.choices if self.hooks is not None else ()
-
-    def _loss_choices(self, trained: LoadedModel) -> Iterator[Choice]:
-        if (group := trained.objective.get_validation_group(self.rows.rows)) is not None:
-            is_own = "step_rows" in trained.ref.card.options.get("embedding", {})
-            note = "the rows per step of training" if is_own else "the default"
-            groups = f"{group[0]} within groups of {group[1]:,} rows"
-            yield Choice("loss", groups, f"{note}; it depends on the size")
 
     def list_warnings(self, trained: LoadedModel) -> Iterator[str]:
         config, rows = self.config, self.rows
@@ -364,7 +338,7 @@ class _Rows:
             return "no text is generated without --max-generate-samples N"
         return f"--task {trained.task.name} generates no text"
 
-    def score(self, trained: LoadedModel, listener: Listener) -> _Score:
+    def score(self, trained: LoadedModel, listener: Listener) -> Score:
         self.evaluator = self._create_evaluator(trained)
         if needs_reference(self.evaluator):
             listener.stage("running the reference model")
@@ -373,24 +347,15 @@ class _Rows:
         self.record = ExampleRecord(trained.objective)
         return self._score(self.evaluator, trained, self.record)
 
-    def score_base(self, model: LoadedModel, _: Listener) -> _Score:
+    def score_base(self, model: LoadedModel, _: Listener) -> Score:
         self.base_record = ExampleRecord(self.record.objective)
         return self._score(self.evaluator.with_model(model), model, self.base_record)
 
-    def score_other(self, model: LoadedModel, _: Listener) -> _Score:
-        """Returns the score of `--against`; rows of embedding models are encoded for it."""
-        evaluator = self.evaluator.with_model(model)
-        if not evaluator.objective.samples:
-            evaluator = replace(evaluator, generated_rows=0, score_texts=None, language="")
-        objective: Any = evaluator.objective
-        embedding_format = model.task.embedding_format(model.ref.options)
-        if embedding_format is not None:
-            encoded, objective = self.encode(model.ref), replace(objective, format=embedding_format)
-            rows = {"rows": encoded.rows, "corpus": encoded.corpus, "tokenizer": model.tokenizer}
-            evaluator = replace(evaluator, objective=objective, **rows)
-        return self._score(evaluator, model, ExampleRecord(objective))
+    def score_other(self, model: LoadedModel, _: Listener) -> Score:
+        evaluator = self.evaluator.for_other(model, partial(self.encode, model.ref))
+        return self._score(evaluator, model, ExampleRecord(evaluator.objective))
 
-    def _score(self, evaluator: Evaluator, model: LoadedModel, record: ExampleRecord) -> _Score:
+    def _score(self, evaluator: Evaluator, model: LoadedModel, record: ExampleRecord) -> Score:
         def resample(count: int, seed: int) -> Mapping[str, np.ndarray]:
             if len(record.units) < 2:
                 raise InputError(
@@ -399,7 +364,7 @@ class _Rows:
             draws = record.resample(count, seed, evaluator.score_texts, evaluator.language)
             return select_metrics(draws, evaluator.metrics)
 
-        return _Score(evaluator(model.model, record), resample, record.units.keys())
+        return Score(evaluator(model.model, record), resample, record.units.keys())
 
     def list_results(self, trained: LoadedModel, metrics: Mapping[str, float]) -> Iterator[str]:
         yield from trained.objective.get_warnings(metrics)
@@ -462,7 +427,7 @@ class _Rows:
             "corpus": rows.corpus,
         }
         if self.hooks is None:
-            return Evaluator(**settings)
+            return hooks_of(task).evaluator(**settings)
         seed = config.seed if is_seeded else train.order_seed
         return self.hooks.create_evaluator(trained, rows, seed, settings)
 

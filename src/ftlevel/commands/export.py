@@ -78,9 +78,8 @@ def export(
             ref = resolve_model(
                 config.model, base=config.base_model, device=device.value, revision=config.revision
             )
-            if ref.configured_task.served_as != "classifiers":
-                config = config.for_embeddings()
-                _check_outputs(config)
+            config = exporter_of(ref).resolve_config(config)
+            _check_outputs(config)
             if ref.directory is not None and FORMATS[config.format].merges:
                 get_adapter_dir(config.model)  # raises if it cannot be merged
                 check_base_precision(ref)

@@ -49,6 +49,7 @@ class Evaluator:
         generated_rows: number of rows, from the first, for which texts are generated.
         language: ISO 639-1 code of the texts; "" if unknown.
         metrics: names of the metrics to return besides the loss; empty for all.
+        corpus: documents that queries search; empty for those of the rows.
         begin_record: creates a record if a call has none.
         divide: divides batches among processes, all of which evaluate and get the same metrics.
     """
@@ -66,6 +67,7 @@ class Evaluator:
     language: str = ""
     chunked_cross_entropy: bool = True
     metrics: Sequence[str] = ()
+    corpus: Sequence[Encoded] = ()
     begin_record: Callable[[], ExampleRecord | None] = lambda: None
     divide: Divide = compute_all
 
@@ -88,7 +90,7 @@ class Evaluator:
         """Evaluate `model` in eval mode; return the metrics and add examples to `record`."""
         record = record or self.begin_record()
         with evaluating(model, self.device, self.dtype):
-            metrics = self._score(model, record)
+            metrics = self.score(model, record)
             if self.generated_rows and self.score_texts is not None:
                 texts = self.generate(model)
                 references = [self.answer_text(row) for row in self._generated()]
@@ -97,7 +99,8 @@ class Evaluator:
                     record.add_texts(self._generated(), texts, references)
         return select_metrics(metrics, self.metrics)
 
-    def _score(self, model: Any, record: ExampleRecord | None) -> dict[str, float]:
+    def score(self, model: Any, record: ExampleRecord | None) -> dict[str, float]:
+        """Returns loss and metrics of `model`, which is in eval mode; adds rows to `record`."""
         objective = self.objective
         if isinstance(objective, LikelihoodObjective):
             return score_answers(self, model, record)

@@ -38,15 +38,37 @@ _WINDOW = 1_000
 """Rows whose documents a reranker encodes together."""
 
 
+GUIDE = ("embedding", "guide")
+
+
+def resolve_text_model(flag: str, name: str, device: str, dtype: str) -> ReferenceModel:
+    """Resolve the guide or teacher `name` of `flag`; it reads texts, so its tokenizer may differ.
+
+    Its fingerprint also covers pooling, normalization and prompts. Raises InputError if it does not
+    exist, or is neither an embedding model nor, as a teacher, a reranker.
+    """
+    label = f"{flag} {name}"
+    ref = resolve_model(name, device=device, dtype=dtype, label=label, require_task=False)
+    task = ref.task or get_task_of_texts(get_model_dir(name), load_config(ref.source))
+    allowed = ("embedding",) if flag == "--guide" else ("embedding", "reranking")
+    if task not in allowed:
+        raise InputError(
+            f"{label} was trained for {task}. Name a model for {' or '.join(allowed)}."
+        )
+    if not ref.task:
+        ref = resolve_model(name, task, device=device, dtype=dtype, label=label)
+    content = json.dumps([compute_fingerprint(ref), ref.card.options], sort_keys=True, default=str)
+    return ReferenceModel(name, ref, hashlib.sha256(content.encode()).hexdigest())
+
+
 def with_text_models(run: Run, listener: Listener, processes: Processes) -> Run:
     """Returns the run, with guide vectors or teacher scores in its rows if these are configured.
 
     Each of several processes computes some texts, in other batches than one process would: vectors
     and scores may differ in rounding.
     """
-    if not isinstance(run.objective, Embeddings | Ranking):
-        return run
-    for flag, model in (("guide", run.auxiliary.guide), ("teacher", run.auxiliary.teacher)):
+    models = {"guide": run.auxiliary.others.get(GUIDE), "teacher": run.auxiliary.teacher}
+    for flag, model in models.items():
         if model is None:
             continue
         listener.stage(f"running the {flag}")
@@ -58,7 +80,7 @@ def with_text_models(run: Run, listener: Listener, processes: Processes) -> Run:
                 score_rows(rows, loaded, processes) for rows in (data.train, data.validation)
             )
             data = replace(data, train=train, validation=validation)
-        num_texts = len({text for row in data.train for text in _words(row)})
+        num_texts = len({text for row in data.train for text in row.words})
         listener.choices(
             "train", [Choice(flag, model.name, f"{num_texts:,} texts, {model.ref.task}")]
         )
@@ -124,10 +146,6 @@ def _compute_similarity(vectors: Tensor, is_cosine: bool) -> tuple[float, ...]:
     return tuple((vectors[1:] @ vectors[0]).tolist())
 
 
-def _words(row: Encoded) -> tuple[str, ...]:
-    return row.words if isinstance(row, EncodedTexts | RankedRow) else ()
-
-
 def _score_with_reranker(
     rows: Sequence[Encoded], loaded: LoadedModel, task: RerankingTask, processes: Processes
 ) -> list[tuple[float, ...]]:
@@ -136,7 +154,7 @@ def _score_with_reranker(
     def score(indices: Sequence[int]) -> list[tuple[float, ...]]:
         scores: list[tuple[float, ...]] = []
         for window in batches(indices, _WINDOW):
-            words = [_words(rows[index]) for index in window]
+            words = [rows[index].words for index in window]
             queries = [
                 EmbeddingRow(query, at, tuple(documents), (0.0,) * len(documents))
                 for at, (query, *documents) in enumerate(words)
@@ -155,7 +173,7 @@ def _embed_words(rows: Sequence[Encoded], model: LoadedModel, processes: Process
     indices = [
         [
             indices_by_text.setdefault((text, not at), len(indices_by_text))
-            for at, text in enumerate(_words(row))
+            for at, text in enumerate(row.words)
         ]
         for row in rows
     ]

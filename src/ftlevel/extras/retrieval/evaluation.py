@@ -39,7 +39,6 @@ from ftlevel.extras.retrieval.embedding import EmbeddingTask
 from ftlevel.trained.generation import Divide, GenerationOptions, compute_all
 from ftlevel.trained.model_ref import LoadedModel
 
-_MAX_TEXT_LENGTH = 2_000  # characters of a recorded text
 MAX_BATCH_TOKENS = 4_096
 """Positions of a forward pass, unless a text is longer."""
 
@@ -80,42 +79,6 @@ def embed_texts(
     return torch.from_numpy(vectors[np.argsort(order)])
 
 
-def score_embeddings(
-    rows: Sequence[Encoded],
-    objective: Embeddings,
-    model: Any,
-    record: ExampleRecord | None,
-    pad_id: int,
-    device: str,
-    decode: Callable[[Encoded], str],
-    corpus: Sequence[Any],
-    divide: Divide = compute_all,
-) -> dict[str, float]:
-    """Returns loss and metrics of `rows`, and adds each row to `record`, if there is one.
-
-    Queries search `corpus`, or if empty the rows' documents. `decode` returns the text of a row.
-    """
-    texts, step = distinct_texts(rows)
-    search_ids = add_texts(texts, corpus)
-    vectors = embed_texts(model, objective, texts, pad_id, device, divide)
-    losses = step_losses(objective, vectors, step)
-    if record is not None and not objective.for_validation(step).has_row_losses:
-        for number, group in enumerate(_step_groups(objective, step)):
-            record.loss_groups |= {row.row: number for row in rows[group]}
-    dims = (None, *objective.config.matryoshka_dims)
-    with torch.autocast("cpu", enabled=False):
-        meters = create_meters(objective, vectors, step, dims, search_ids)
-    if record is not None:
-        for row, loss, meter in zip(rows, losses, meters, strict=True):
-            if "retrieved" in getattr(meter, "details", {}):
-                text = decode(texts[meter.details["retrieved"]])
-                meter.details = {**meter.details, "retrieved": text[:_MAX_TEXT_LENGTH]}
-            record.add_row(row.row, loss or 0.0, int(loss is not None), meter)
-    defined = [loss for loss in losses if loss is not None]
-    loss = float(np.mean(defined)) if defined else math.nan
-    return {"loss": loss, **meters[0].pool(meters).compute(loss)}
-
-
 def step_losses(
     objective: Embeddings, vectors: torch.Tensor, step: StepTexts
 ) -> list[float | None]:
@@ -125,7 +88,7 @@ def step_losses(
     """
     objective = objective.for_validation(step)
     losses: list[float | None] = []
-    for group in _step_groups(objective, step):
+    for group in get_loss_groups(objective, step):
         part = step.select(group)
         mean = objective.group_loss(vectors, part)
         if mean is None or not objective.has_row_losses:
@@ -135,7 +98,7 @@ def step_losses(
     return losses
 
 
-def _step_groups(objective: Embeddings, step: StepTexts) -> list[slice]:
+def get_loss_groups(objective: Embeddings, step: StepTexts) -> list[slice]:
     """Returns groups of `objective.step_rows` rows, whose losses are computed together."""
     objective, size = objective.for_validation(step), objective.step_rows
     positions = list(range(0, len(step), size))
@@ -359,28 +322,3 @@ def embed_rows(
 def as_document(text: str) -> EmbeddingRow:
     """Returns `text` as a row that is embedded with the document prompt."""
     return EmbeddingRow("", 0, (text,), (0.0,))
-
-
-def evaluate_retrieval(
-    trained: LoadedModel, data: RetrievalSet, batch_size: int | None, report: Report
-) -> tuple[RetrievalScores, int]:
-    """Returns the metrics of each query of `data`, and the number of truncated texts."""
-    task = trained.task
-    if not isinstance(task, EmbeddingTask):
-        raise TypeError("only embedding models search")
-    model = InferenceModel(trained, GenerationOptions(1), batch_size, truncate=True)
-    queries = [EmbeddingRow(query, 0) for query in data.queries]
-    with model.inference():
-        vectors = embed_rows(model, [*queries, *map(as_document, data.documents)], report)
-    result: dict[str, np.ndarray] = {}
-    for dims in (None, *task.config.matryoshka_dims):
-        scores = score_retrieval(
-            vectors[: len(queries), :dims],
-            vectors[len(queries) :, :dims],
-            data.relevant,
-            similarity=task.format.similarity,
-        )
-        names = RETRIEVAL_METRICS if dims is None else RETRIEVAL_METRICS[:1]
-        suffix = "" if dims is None else f"_dim_{dims}"
-        result |= {f"{name}{suffix}": scores.values[name] for name in names}
-    return RetrievalScores(result), model.shortened

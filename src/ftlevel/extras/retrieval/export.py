@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
-from ftlevel.artifacts.cards import library_versions
 from ftlevel.artifacts.files import write_json
 from ftlevel.extras.retrieval.sentence_transformers import EmbeddingFormat
 from ftlevel.config.export import SERVERS, ExportConfig, Server
@@ -27,7 +26,8 @@ from ftlevel.errors import InputError, RunError, join_names
 from ftlevel.evaluation.answers import InferenceModel
 from ftlevel.extras.retrieval.evaluation import embed_texts
 from ftlevel.events import Listener
-from ftlevel.merging.formats.base import MergeAdapter, merge_first, start_commands
+from ftlevel.merging.formats.base import Exporter, MergeAdapter, merge_first, start_commands
+from ftlevel.merging.formats.gguf import format_size, load_file_vocab, summarize_file
 from ftlevel.models.loading import load_config, load_model
 from ftlevel.models.sources import ModelSource
 from ftlevel.safe_io import save_text
@@ -35,7 +35,6 @@ from ftlevel.tasks import TASKS
 from ftlevel.extras.retrieval.formats import EmbeddingRow
 from ftlevel.extras.retrieval.objective import Embeddings
 from ftlevel.extras.retrieval.encoding import TextEncoder
-from ftlevel.extras.retrieval.reranking import RerankingTask
 from ftlevel.trained.generation import GenerationOptions
 from ftlevel.trained.model_ref import LoadedModel, ModelRef
 from ftlevel.weights.checkpoint import open_base
@@ -133,46 +132,8 @@ def embed(
         return embed_texts(model, objective, rows, tokenizer.pad_token_id or 0, device)
 
 
-def save_embeddings(
-    path: Path, model: str, server: str | None, vectors: torch.Tensor, dtype: str
-) -> None:
-    """Save the texts `TEXTS` with `vectors`, the embeddings that a server must return for them."""
-    metadata = {"format": 1, "type": "embeddings", "model": model, "server": server}
-    rows = [{"text": t, "vector": v.tolist()} for t, v in zip(TEXTS, vectors, strict=True)]
-    write_json(path, {**metadata, "dtype": dtype, "texts": rows})
-
-
 QUERY = TEXTS[4]
 """Query of the documents `TEXTS` whose scores are compared."""
-
-
-def save_scores(path: Path, name: str, server: str | None, model: LoadedModel, dtype: str) -> None:
-    """Save the logits of a reranker for `QUERY` with `TEXTS` as documents, and its activation."""
-    task = model.task
-    if not isinstance(task, RerankingTask):
-        raise TypeError(f"{task.name} gives no scores")
-    inference = InferenceModel(model, GenerationOptions(1), None, truncate=True)
-    query = EmbeddingRow(QUERY, 0, TEXTS, (0.0,) * len(TEXTS))
-    with inference.inference():
-        (scores,) = task.score_documents(inference, [query])
-    rows = [{"text": text, "score": score} for text, score in zip(TEXTS, scores, strict=True)]
-    metadata = {"format": 1, "type": "scores", "model": name, "server": server}
-    activation = "sigmoid" if task.config.loss == "bce" else "identity"
-    write_json(
-        path, {**metadata, "dtype": dtype, "activation": activation, "query": QUERY, "texts": rows}
-    )
-
-
-def get_reranker_limitation(config: Any) -> str:
-    """Returns why llama.cpp cannot compute a reranker's scores, depending on `config`."""
-    if config.model_type == "bert":
-        return (
-            "llama.cpp gives every token of BERT the segment of the query, so a document would "
-            "have other states"
-        )
-    if config.model_type == "qwen3":
-        return "llama.cpp takes the softmax over the scores of Qwen3, which is 1 for a single one"
-    return f"llama.cpp has no tensor for the head of a {config.model_type} reranker"
 
 
 POOLING_TYPES = {"mean": 1, "cls": 2, "last": 3}
@@ -180,10 +141,90 @@ POOLING_TYPES = {"mean": 1, "cls": 2, "last": 3}
 _CLASS = "AutoModel"
 
 
-def plan_export(
+class EmbeddingExporter(Exporter):
+    """Export of embedding models: the server has to pool and normalize as the model does."""
+
+    records: ClassVar[bool] = True
+
+    def resolve_config(self, config: ExportConfig) -> ExportConfig:
+        return config.for_embeddings()
+
+    def check_server(self, config: ExportConfig, ref: ModelRef, server: Server) -> list[str]:
+        return check_server(config, self.get_format(ref), server)
+
+    def get_format(self, ref: ModelRef) -> EmbeddingFormat:
+        """Returns how the model of `ref` embeds texts."""
+        return EmbeddingFormat(**ref.card.options["embedding"]["form"])
+
+    def plan_gguf(self, config: ExportConfig, ref: ModelRef) -> GgufEmbeddingExport:
+        return _plan_gguf(config, ref, self.get_format(ref))
+
+    def record(self, path: Path, config: ExportConfig, model: LoadedModel, dtype: str) -> None:
+        """Save the texts `TEXTS` with the embeddings that a server must return for them."""
+        end = model.ref.card.options["embedding"]["end"]
+        vectors = embed(model.model, self.get_format(model.ref), model.tokenizer, end, model.device)
+        save_record(path, config, "embeddings", dtype, vectors.tolist())
+
+
+class RerankingExporter(Exporter):
+    """Export of rerankers."""
+
+    records: ClassVar[bool] = True
+
+    def resolve_config(self, config: ExportConfig) -> ExportConfig:
+        return config.for_embeddings()
+
+    def check_server(self, config: ExportConfig, ref: ModelRef, server: Server) -> list[str]:
+        """Returns a note about scores of text-embeddings-inference, besides the usual check."""
+        notes = [*super().check_server(config, ref, server)]
+        if server.name == "tei":
+            returned = "sigmoids of the logits, or the logits with raw_scores"
+            notes = [f"{server.title} returns {returned}"]
+        return notes
+
+    def plan_gguf(self, config: ExportConfig, ref: ModelRef) -> None:
+        """Raise InputError: llama.cpp computes no reranker's scores as transformers does."""
+        family = ref.model_config.model_type
+        message = _GGUF_LIMITATIONS.get(
+            family, f"llama.cpp has no tensor for the head of a {family} reranker"
+        )
+        raise InputError(
+            f"{config.model} is a reranker, and {message}. Use --for vllm or --for tei, which "
+            "serve it merged."
+        )
+
+    def record(self, path: Path, config: ExportConfig, model: LoadedModel, dtype: str) -> None:
+        """Save the logits for `QUERY` with `TEXTS` as documents, and the activation."""
+        task: Any = model.task
+        inference = InferenceModel(model, GenerationOptions(1), None, truncate=True)
+        query = EmbeddingRow(QUERY, 0, TEXTS, (0.0,) * len(TEXTS))
+        with inference.inference():
+            (scores,) = task.score_documents(inference, [query])
+        activation = "sigmoid" if task.config.loss == "bce" else "identity"
+        save_record(path, config, "scores", dtype, scores, activation=activation, query=QUERY)
+
+
+_GGUF_LIMITATIONS = {
+    "bert": "llama.cpp gives every token of BERT the segment of the query, so a document would "
+    "have other states",
+    "qwen3": "llama.cpp takes the softmax over the scores of Qwen3, which is 1 for a single one",
+}
+"""Model type → why llama.cpp cannot compute a reranker's scores."""
+
+
+def save_record(
+    path: Path, config: ExportConfig, kind: str, dtype: str, values: Sequence[Any], **more: str
+) -> None:
+    """Save the texts `TEXTS` with `values`, their embeddings or scores, which `kind` names."""
+    name = "vector" if kind == "embeddings" else "score"
+    rows = [{"text": text, name: value} for text, value in zip(TEXTS, values, strict=True)]
+    metadata = {"format": 1, "type": kind, "model": config.model, "server": config.server}
+    write_json(path, {**metadata, "dtype": dtype, **more, "texts": rows})
+
+
+def _plan_gguf(
     config: ExportConfig, ref: ModelRef, embedding_format: EmbeddingFormat
 ) -> GgufEmbeddingExport:
-    """Plan the export; raise InputError if llama.cpp would compute other embeddings."""
     notes = check_server(config, embedding_format, SERVERS[config.server or "llama.cpp"])
     model_config = load_config(ref.source)
     if problems := get_gguf_limitations(model_config):
@@ -198,38 +239,6 @@ def plan_export(
     return GgufEmbeddingExport(
         config, ref, embedding_format, model_config, tokenizer, vocab, end, notes
     )
-
-
-def load_file_vocab(
-    name: str, ref: ModelRef, model_config: Any, tokenizer: Any, end: int | None = None
-) -> Vocabulary:
-    """Returns the vocabulary for a .gguf file; InputError if GGUF does not support it."""
-    # Merging may add tokens of the adapter's tokenizer; `write` reads the final size.
-    size = max(model_config.vocab_size, len(tokenizer) if ref.directory else 0)
-    try:
-        return load_vocab(tokenizer, size, end)
-    except InputError as error:
-        raise InputError(f"{name} cannot be written as GGUF: {error}") from None
-
-
-def summarize_file(
-    ref: ModelRef, model_config: Any, outtype: str, tensors: Sequence[GGUFTensor]
-) -> dict[str, Any]:
-    """Returns the entries of an export's summary that describe any .gguf file."""
-    return {
-        "method": ref.card.method,
-        "architecture": FAMILIES[model_config.model_type].architecture,
-        "outtype": outtype,
-        "tensors": len(tensors),
-        "tensor_bytes": sum(tensor.nbytes for tensor in tensors),
-        "versions": library_versions(),
-    }
-
-
-def format_size(summary: Mapping[str, Any]) -> str:
-    """Returns the number of tensors, the outtype and the size as text."""
-    size = f"{summary['tensor_bytes'] / 2**20:,.1f} MiB"
-    return f"{summary['tensors']:,} tensors, {summary['outtype']}, {size}"
 
 
 @dataclass(frozen=True)
@@ -303,7 +312,7 @@ class GgufEmbeddingExport:
             check = {"texts": len(vectors), "min_cosine": float(similarities.min())}
             if config.recorded:
                 record_path = output / config.outputs[2].name
-                save_embeddings(record_path, config.model, config.server, vectors, outtype)
+                save_record(record_path, config, "embeddings", outtype, vectors.tolist())
         return self._summary(outtype, tensors) | {
             "size_bytes": path.stat().st_size,
             "merged": merged.facts,

@@ -25,8 +25,9 @@ from ftlevel.fast.packing import PackedLayout, using_layout
 from ftlevel.fast.recompute import using_generator
 from ftlevel.models.hardware import free_memory_bytes, send
 from ftlevel.models.upstream.fake import storage_of
-from ftlevel.objectives import StepTexts
+from ftlevel.extras.retrieval.rows import StepTexts
 from ftlevel.training.memory import without_graph
+from ftlevel.training.trainer import FtlevelTrainer
 
 GRAPH_MEMORY_RATIO = 0.5
 """Share of the free memory that the activations of a step may take."""
@@ -56,7 +57,7 @@ class RandomState:
 
 
 class WholeStep:
-    """Computes optimizer steps for a `StepObjective`, whose loss needs the vectors of all texts.
+    """Computes optimizer steps whose loss needs the vectors of all texts.
 
     `grad_cache`: embed all texts without autograd graphs, then each micro-batch again with one:
     always (also with several processes), never, or auto (if the activations do not fit in memory).
@@ -253,3 +254,18 @@ class _Forward:
         ):
             outputs = self._model(**part)
             return trainer.objective.embed(outputs, part["attention_mask"], unpooled)
+
+
+class EmbeddingTrainer(FtlevelTrainer):
+    """Trainer of embedding models, with the loss of a whole step; `grad_cache` as in `WholeStep`."""
+
+    def __init__(self, *, grad_cache: str, **arguments: Any):
+        super().__init__(**arguments)
+        self._whole_step = WholeStep(self, grad_cache)
+
+    def compute_batch(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Returns the loss of a step and accumulates gradients."""
+        self._is_padding = bool(inputs.pop("is_padding", False))
+        return self._whole_step(model, self.on_device(inputs))

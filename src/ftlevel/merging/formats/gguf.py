@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ftlevel.artifacts.cards import format_difference
+from ftlevel.artifacts.cards import format_difference, library_versions
 from ftlevel.config import ExportConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.chat import get_end_of_turn_id
@@ -29,10 +29,10 @@ from ftlevel.evaluation.two_models import (
     split_into_windows,
 )
 from ftlevel.events import Listener
-from ftlevel.merging.formats import embedding
 from ftlevel.merging.formats.base import (
     Export,
     MergeAdapter,
+    exporter_of,
     merge_first,
     server_support,
     start_commands,
@@ -231,6 +231,38 @@ def check_tokens(tokenizer: Any, original: Any, vocab: Vocabulary) -> int:
     return len(texts)
 
 
+def load_file_vocab(
+    name: str, ref: ModelRef, model_config: Any, tokenizer: Any, end: int | None = None
+) -> Vocabulary:
+    """Returns the vocabulary for a .gguf file; InputError if GGUF does not support it."""
+    # Merging may add tokens of the adapter's tokenizer; `write` reads the final size.
+    size = max(model_config.vocab_size, len(tokenizer) if ref.directory else 0)
+    try:
+        return load_vocab(tokenizer, size, end)
+    except InputError as error:
+        raise InputError(f"{name} cannot be written as GGUF: {error}") from None
+
+
+def summarize_file(
+    ref: ModelRef, model_config: Any, outtype: str, tensors: Sequence[GGUFTensor]
+) -> dict[str, Any]:
+    """Returns the entries of an export's summary that describe any .gguf file."""
+    return {
+        "method": ref.card.method,
+        "architecture": FAMILIES[model_config.model_type].architecture,
+        "outtype": outtype,
+        "tensors": len(tensors),
+        "tensor_bytes": sum(tensor.nbytes for tensor in tensors),
+        "versions": library_versions(),
+    }
+
+
+def format_size(summary: Mapping[str, Any]) -> str:
+    """Returns the number of tensors, the outtype and the size as text."""
+    size = f"{summary['tensor_bytes'] / 2**20:,.1f} MiB"
+    return f"{summary['tensors']:,} tensors, {summary['outtype']}, {size}"
+
+
 def plan_export(config: ExportConfig, ref: ModelRef) -> Export:
     """Plan the export; raise InputError if the model cannot be written as GGUF."""
     source = ref.source
@@ -238,14 +270,8 @@ def plan_export(config: ExportConfig, ref: ModelRef) -> Export:
         raise InputError(
             f"{config.model} is a .gguf file already. llama.cpp's llama-quantize changes its type."
         )
-    if (format_ := TASKS[ref.task].embedding_format(ref.card.options)) is not None:
-        return embedding.plan_export(config, ref, format_)
-    if TASKS[ref.task].served_as == "rerankers":
-        message = embedding.get_reranker_limitation(ref.model_config)
-        raise InputError(
-            f"{config.model} is a reranker, and {message}. Use --for vllm or --for tei, which "
-            "serve it merged."
-        )
+    if (plan := exporter_of(ref).plan_gguf(config, ref)) is not None:
+        return plan
     if not TASKS[ref.task].generates_text:
         raise InputError(
             f"{config.model} was trained for {ref.task}, and a .gguf file is for programs "
@@ -254,7 +280,7 @@ def plan_export(config: ExportConfig, ref: ModelRef) -> Export:
     model_config = load_config(source)
     _check_model(config.model, model_config, has_adapter=ref.directory is not None)
     tokenizer = ref.load_tokenizer()
-    vocab = embedding.load_file_vocab(config.model, ref, model_config, tokenizer)
+    vocab = load_file_vocab(config.model, ref, model_config, tokenizer)
     prompt_template = get_prompt_template(tokenizer, ref, vocab)
     return GgufExport(config, ref, model_config, tokenizer, vocab, prompt_template)
 
@@ -362,7 +388,7 @@ class GgufExport:
         config, vocab = self.config, self.vocab
         return (
             config.entries
-            | embedding.summarize_file(self.ref, self.model_config, outtype, tensors)
+            | summarize_file(self.ref, self.model_config, outtype, tensors)
             | {
                 "tokenizer": {
                     "model": vocab.model,
@@ -379,7 +405,7 @@ class GgufExport:
     @staticmethod
     def describe(summary: Mapping[str, Any]) -> Iterator[str]:
         """Yields the lines to print after the export."""
-        yield f"{summary['architecture']}: {embedding.format_size(summary)}"
+        yield f"{summary['architecture']}: {format_size(summary)}"
         if summary.get("dry_run"):
             yield "dry run: everything was checked, nothing was written."
             return
