@@ -53,6 +53,7 @@ from ftlevel.training.build_trainer import eval_batch_size
 from ftlevel.training.hooks import hooks_of
 from ftlevel.training.plan.schedule import text_positions
 
+
 @dataclass(frozen=True, repr=False)
 class Evaluation(Summarized):
     """Metrics of a model and of its base; `draws`: metric → value on each bootstrap resample."""
@@ -211,8 +212,7 @@ class EvaluationData(ABC):
         return ()
 
     def compute_outputs(self, trained: LoadedModel) -> tuple[Any, Any]:
-        """Returns the inputs on which two models are compared, and the outputs for them, or Nones.
-        """
+        """Returns inputs to compare two models on, and the outputs for them, or two Nones."""
         return None, None
 
     def iterate_predictions(self, trained: LoadedModel) -> Iterable[Mapping[str, Any]]:

@@ -23,7 +23,7 @@ from ftlevel.config.export import FORMATS
 from ftlevel.errors import ConfigError, join_names
 from ftlevel.evaluation.two_models import Agreement, EvalSet, compare_logits
 from ftlevel.events import Listener, NullListener, Summarized
-from ftlevel.merging.formats.base import MergeOutput, plan_export
+from ftlevel.merging.formats.base import MergeOutput, exporter_of, plan_export
 from ftlevel.merging.low_bits import WeightsAsLoaded, select_gguf_codes
 from ftlevel.merging.merge_input import (
     MergeInput,

@@ -75,12 +75,19 @@ class Evaluator:
         """Returns a copy for another model than that of training or `evaluate`."""
         return replace(self, dtype=model.dtype)
 
+    # ruff: disable[ARG002] - for subclasses
     def for_other(self, model: LoadedModel, encode: Callable[[], Any]) -> Evaluator:
         """Returns a copy for a model to compare with; `encode` encodes the rows for its tokenizer.
 
         It generates no texts.
         """
         return replace(self.with_model(model), generated_rows=0, score_texts=None, language="")
+
+    def get_result_texts(self, row: Encoded, line: dict[str, Any]) -> dict[str, str]:
+        """Returns name → decoded text of `row` that depends on its results, `line`."""
+        return {}
+
+    # ruff: enable[ARG002]
 
     def get_warnings(self) -> Sequence[str]:
         """Returns warnings about the evaluations so far."""
@@ -200,10 +207,6 @@ class Evaluator:
                 {"input": texts["input"]} if target else {}
             )
         return {**texts, "true": target} if target else texts
-
-    def get_result_texts(self, row: Encoded, line: dict[str, Any]) -> dict[str, str]:
-        """Returns name → decoded text of `row` that depends on its results, `line`."""
-        return {}
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids` without special tokens other than masks."""

@@ -133,11 +133,17 @@ class TrainingHooks:
         return run
 
     def add_memory(
-        self, run: Run, peaks: dict[str, dict[str, float]], memory: int, batch: StepBatch
+        self,
+        run: Run,
+        peaks: dict[str, dict[str, float]],
+        batch: StepBatch,
+        memory: int,
+        weights: int,
     ) -> None:
         """Add categories and phases to `peaks` (phase → category → bytes; modified).
 
-        `memory` is the number of bytes beside the weights, `batch` the largest micro-batch.
+        `memory` is the number of bytes for tensors, of which the weights take `weights`; `batch` is
+        the largest micro-batch.
         """
 
     def estimate_time(

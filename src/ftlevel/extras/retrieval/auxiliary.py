@@ -7,6 +7,8 @@ embedding model by similarity, a reranker by its logit.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -18,19 +20,26 @@ from torch.nn import functional
 
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.row import Encoded
-from ftlevel.extras.retrieval.rows import EncodedTexts
 from ftlevel.data.sources.lines import RowView
 from ftlevel.errors import InputError
-from ftlevel.extras.retrieval import evaluation as embeddings
 from ftlevel.evaluation.answers import InferenceModel
 from ftlevel.events import Listener
+from ftlevel.extras.retrieval.embedding import get_task_of_texts
+from ftlevel.extras.retrieval.evaluation import as_document
+from ftlevel.extras.retrieval.evaluation import embed_rows as embed_texts
 from ftlevel.extras.retrieval.formats import EmbeddingRow
 from ftlevel.extras.retrieval.objective import Embeddings
-from ftlevel.extras.retrieval.reranking_losses import Ranking
-from ftlevel.extras.retrieval.pairs import RankedRow
 from ftlevel.extras.retrieval.reranking import RerankingTask
+from ftlevel.extras.retrieval.rows import EncodedTexts
+from ftlevel.models.loading import load_config
 from ftlevel.trained.generation import GenerationOptions, batches
 from ftlevel.trained.model_ref import LoadedModel
+from ftlevel.trained.resolve import (
+    ReferenceModel,
+    compute_fingerprint,
+    get_model_dir,
+    resolve_model,
+)
 from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
 
@@ -178,13 +187,13 @@ def _embed_words(rows: Sequence[Encoded], model: LoadedModel, processes: Process
         for row in rows
     ]
     texts = [
-        EmbeddingRow(text, 0) if is_query else embeddings.as_document(text)
+        EmbeddingRow(text, 0) if is_query else as_document(text)
         for text, is_query in indices_by_text
     ]
     embedder = InferenceModel(model, GenerationOptions(1), None, truncate=True)
 
     def embed(texts: Sequence[EmbeddingRow]) -> list[Any]:
-        vectors = embeddings.embed_rows(embedder, texts, lambda *_: None) if texts else Tensor()
+        vectors = embed_texts(embedder, texts, lambda *_: None) if texts else Tensor()
         return [*vectors.numpy()]
 
     with embedder.inference():

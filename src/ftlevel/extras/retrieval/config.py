@@ -290,7 +290,8 @@ class RerankingConfig(TaskSection):
 
     loss: (
         Annotated[
-            RerankingLossName, BeforeValidator(partial(normalize_loss_name, aliases=_RERANKING_ALIASES))
+            RerankingLossName,
+            BeforeValidator(partial(normalize_loss_name, aliases=_RERANKING_ALIASES)),
         ]
         | None
     ) = Field(

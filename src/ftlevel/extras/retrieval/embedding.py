@@ -10,18 +10,41 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ftlevel.config.section import Choice, list_unread
+from ftlevel.data.encoding.row import Encoded
+from ftlevel.data.sources.table import Table
+from ftlevel.errors import ConfigError, InputError, join_names
+from ftlevel.extras.retrieval.beir import load_corpus, load_retrieval_set, retrieval_files
+from ftlevel.extras.retrieval.config import (
+    DEFAULT_LOSSES,
+    EMBEDDING_LOSSES,
+    PARAMETERS,
+    EmbeddingConfig,
+)
+from ftlevel.extras.retrieval.encoding import (
+    TextEncoder,
+    append_end,
+    check_documents,
+    check_eval_set,
+    keeps_case,
+    lowercase,
+)
+from ftlevel.extras.retrieval.formats import EMBEDDING_SHAPES, QUERY_SHAPES, EmbeddingRow
+from ftlevel.extras.retrieval.objective import (
+    EVALUATED_ROWS,
+    METRICS,
+    Embeddings,
+    LabelKind,
+    without_first,
+)
+from ftlevel.extras.retrieval.rows import EncodedText, EncodedTexts
 from ftlevel.extras.retrieval.sentence_transformers import (
     FILES,
     EmbeddingFormat,
+    get_task_type,
     load_embedding_format,
     save_embedding_format,
 )
-from ftlevel.extras.retrieval.config import DEFAULT_LOSSES, EMBEDDING_LOSSES, PARAMETERS, EmbeddingConfig
-from ftlevel.config.section import Choice, list_unread
-from ftlevel.data.encoding.row import Encoded
-from ftlevel.extras.retrieval.rows import EncodedText, EncodedTexts
-from ftlevel.data.sources.table import Table
-from ftlevel.errors import ConfigError, InputError, join_names
 from ftlevel.models.sources import ModelSource, download_files
 from ftlevel.objectives import Objective
 from ftlevel.tasks.base import (
@@ -32,22 +55,6 @@ from ftlevel.tasks.base import (
     PromptedModel,
     TokenDecoder,
 )
-from ftlevel.extras.retrieval.formats import EMBEDDING_SHAPES, QUERY_SHAPES, EmbeddingRow
-from ftlevel.extras.retrieval.objective import (
-    EVALUATED_ROWS,
-    METRICS,
-    Embeddings,
-    LabelKind,
-    without_first,
-)
-from ftlevel.extras.retrieval.encoding import (
-    TextEncoder,
-    append_end,
-    check_documents,
-    check_eval_set,
-    keeps_case,
-    lowercase,
-)
 
 if TYPE_CHECKING:
     import torch
@@ -56,23 +63,53 @@ if TYPE_CHECKING:
     from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.prepare.encoder import Encoder, EncodingContext, PreparedData
     from ftlevel.data.prepare.loading import LoadedData
+    from ftlevel.data.sources.splits import DatasetSplits
 
 _FORM = ("pooling", "normalize", "similarity", "query_prompt", "document_prompt", "include_prompt")
 """Settings that replace those of the model's format."""
 
 
+def get_task_of_texts(directory: Path | None, model_config: Any) -> str:
+    """Returns the task of a model that reads texts: embedding or reranking."""
+    from ftlevel.models.kinds import checkpoint_class
+
+    is_classifier = checkpoint_class(model_config) == "AutoModelForSequenceClassification"
+    own = get_task_type(directory) if directory is not None else None
+    is_reranker = is_classifier and model_config.num_labels == 1
+    return own or ("reranking" if is_reranker else "embedding")
+
+
 @dataclass(frozen=True)
-class EmbeddingTask(BaseTask):
+class RetrievalTask(BaseTask):
+    """Base class of the tasks of embedding models and rerankers.
+
+    Attributes:
+        teacher: name of a model that scores documents; None without one.
+    """
+
+    teacher: str | None = None
+
+    changes_tokenizer: ClassVar[bool] = True
+
+    def recognizes(self, directory: Path) -> bool:
+        return get_task_type(directory) == self.name
+
+    def check_training_set(self, training_set: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
+        return check_documents(training_set)
+
+
+@dataclass(frozen=True)
+class EmbeddingTask(RetrievalTask):
     """Task of a model with one vector per text; `format` is how the model pools and normalizes."""
 
     config: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     format: EmbeddingFormat = field(default_factory=EmbeddingFormat)
     end: int | None = None
     step_rows: int = EVALUATED_ROWS
-    teacher: str | None = None
 
+    hooks: ClassVar[str] = "ftlevel.extras.retrieval.hooks:EmbeddingHooks"
+    exporter: ClassVar[str] = "ftlevel.extras.retrieval.export:EmbeddingExporter"
     served_as: ClassVar[str] = "embedding models"
-    changes_tokenizer: ClassVar[bool] = True
     model_description: ClassVar[str] = "an embedding model"
     prediction_type: ClassVar[Column] = "embedding"
 
@@ -140,15 +177,23 @@ class EmbeddingTask(BaseTask):
         format_ = EmbeddingFormat(**values) if values else load_embedding_format(directory)
         return {"embedding": {name: getattr(format_, name) for name in _FORM}} if format_ else {}
 
-    def embedding_format(self, inference_config: Mapping[str, Any]) -> EmbeddingFormat | None:
-        return EmbeddingFormat(**inference_config["embedding"]["form"])
+    def get_output_format(self, inference_config: Mapping[str, Any], model_config: Any) -> Any:
+        """Returns the format of the embeddings and the hidden size."""
+        from ftlevel.models.kinds import width_of
+
+        return inference_config["embedding"]["form"], width_of(model_config)
+
+    def check_model(self, source: ModelSource, model_config: Any) -> None:
+        """Raise `InputError` for a reranker."""
+        if get_task_of_texts(source.path, model_config) != self.name:
+            raise InputError(f"{source.label} is a reranker. Name an embedding model.")
 
     def write_files(
         self, directory: Path, model_config: Any, inference_config: Mapping[str, Any]
     ) -> None:
         from ftlevel.models.kinds import max_positions, width_of
 
-        format_ = self.embedding_format(inference_config) or EmbeddingFormat()
+        format_ = EmbeddingFormat(**inference_config["embedding"]["form"])
         lengths = [n for n in (format_.max_length, max_positions(model_config)) if n is not None]
         format_ = replace(format_, max_length=min(lengths, default=None))
         save_embedding_format(directory, format_, width_of(model_config))
@@ -232,6 +277,30 @@ class EmbeddingTask(BaseTask):
         prompts = self.format.query_prompt, self.format.document_prompt
         is_pooled = self.format.include_prompt
         return TextEncoder(encoder.tokenizer, *prompts, self.end, self._with_words, is_pooled)
+
+    def list_files(self, config: DataConfig) -> list[Path]:
+        return [] if config.qrels is None else retrieval_files(config.qrels)
+
+    def with_corpus(self, splits: DatasetSplits, config: DataConfig) -> DatasetSplits:
+        if config.qrels is None:
+            return replace(splits, corpus=config.corpus and load_corpus(config.corpus))
+        result = load_retrieval_set(config.qrels, config.corpus)
+        rows = [
+            {
+                "query": query,
+                "documents": [result.documents[at] for at in grades],
+                "labels": [*grades.values()],
+            }
+            for query, grades in zip(result.queries, result.relevant, strict=True)
+        ]
+        counts = {
+            "documents repeat the text of another one and count once": result.merged,
+            "queries without a relevant document are left out": result.unjudged,
+        }
+        notes = [f"{config.qrels}: {count:,} {what}" for what, count in counts.items() if count]
+        table = Table(rows, range(1, len(rows) + 1), str(config.qrels), "row")
+        notes = [*splits.notes, *notes]
+        return replace(splits, validation=table, corpus=result.documents, notes=notes)
 
     def encode_corpus(
         self, encoder: Encoder, documents: Sequence[str]
@@ -338,9 +407,6 @@ class EmbeddingTask(BaseTask):
 
     def dummy_labels(self, ids: Sequence[int], labels: Sequence[str], inference_config: Any) -> Any:
         return 0
-
-    def check_training_set(self, training_set: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        return check_documents(training_set)
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:
         """Returns a synthetic pair: a query with an eighth of `ids`, a document with all."""

@@ -9,8 +9,8 @@ from typing import Any
 
 from ftlevel.data.encoding.encode import split_batches
 from ftlevel.data.encoding.row import Encoded, RowError
-from ftlevel.extras.retrieval.rows import EncodedText, EncodedTexts
 from ftlevel.extras.retrieval.formats import EmbeddingRow
+from ftlevel.extras.retrieval.rows import EncodedText, EncodedTexts
 
 
 @dataclass(frozen=True)

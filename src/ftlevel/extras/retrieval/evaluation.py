@@ -6,7 +6,6 @@ with the same query are relevant to it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,29 +14,22 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ftlevel.extras.retrieval.config import EMBEDDING_LOSSES
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.row import Encoded
-from ftlevel.extras.retrieval.rows import add_texts, distinct_texts
-from ftlevel.extras.retrieval.beir import RetrievalSet
 from ftlevel.evaluation.answers import InferenceModel
-from ftlevel.evaluation.intervals import ExampleRecord
-from ftlevel.objectives import StepTexts
-from ftlevel.tasks.base import OutputOptions
+from ftlevel.extras.retrieval.config import EMBEDDING_LOSSES
 from ftlevel.extras.retrieval.formats import EmbeddingRow
-from ftlevel.extras.retrieval.objective import METRICS, Embeddings, LabelKind
-from ftlevel.extras.retrieval.metrics import METRICS as RETRIEVAL_METRICS
 from ftlevel.extras.retrieval.metrics import (
-    RetrievalScores,
     average_precision,
     iterate_scores,
     resampled_precision,
     score_retrieval,
     spearman,
 )
-from ftlevel.extras.retrieval.embedding import EmbeddingTask
-from ftlevel.trained.generation import Divide, GenerationOptions, compute_all
-from ftlevel.trained.model_ref import LoadedModel
+from ftlevel.extras.retrieval.objective import METRICS, Embeddings, LabelKind
+from ftlevel.objectives import StepTexts
+from ftlevel.tasks.base import OutputOptions
+from ftlevel.trained.generation import Divide, compute_all
 
 MAX_BATCH_TOKENS = 4_096
 """Positions of a forward pass, unless a text is longer."""
@@ -102,7 +94,9 @@ def get_loss_groups(objective: Embeddings, step: StepTexts) -> list[slice]:
     """Returns groups of `objective.step_rows` rows, whose losses are computed together."""
     objective, size = objective.for_validation(step), objective.step_rows
     positions = list(range(0, len(step), size))
-    compares_rows = EMBEDDING_LOSSES[objective.config.loss or ""].contrasts or objective.kind == "class"
+    compares_rows = (
+        EMBEDDING_LOSSES[objective.config.loss or ""].contrasts or objective.kind == "class"
+    )
     if compares_rows and len(positions) > 1 and len(step) - positions[-1] == 1:
         positions.pop()
     return list(map(slice, positions, [*positions[1:], len(step)]))

@@ -18,23 +18,23 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 
 from ftlevel.artifacts.files import write_json
-from ftlevel.extras.retrieval.sentence_transformers import EmbeddingFormat
 from ftlevel.config.export import SERVERS, ExportConfig, Server
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.fit import truncate_row
 from ftlevel.errors import InputError, RunError, join_names
 from ftlevel.evaluation.answers import InferenceModel
-from ftlevel.extras.retrieval.evaluation import embed_texts
 from ftlevel.events import Listener
+from ftlevel.extras.retrieval.encoding import TextEncoder
+from ftlevel.extras.retrieval.evaluation import embed_texts
+from ftlevel.extras.retrieval.formats import EmbeddingRow
+from ftlevel.extras.retrieval.objective import Embeddings
+from ftlevel.extras.retrieval.sentence_transformers import EmbeddingFormat
 from ftlevel.merging.formats.base import Exporter, MergeAdapter, merge_first, start_commands
 from ftlevel.merging.formats.gguf import format_size, load_file_vocab, summarize_file
 from ftlevel.models.loading import load_config, load_model
 from ftlevel.models.sources import ModelSource
 from ftlevel.safe_io import save_text
 from ftlevel.tasks import TASKS
-from ftlevel.extras.retrieval.formats import EmbeddingRow
-from ftlevel.extras.retrieval.objective import Embeddings
-from ftlevel.extras.retrieval.encoding import TextEncoder
 from ftlevel.trained.generation import GenerationOptions
 from ftlevel.trained.model_ref import LoadedModel, ModelRef
 from ftlevel.weights.checkpoint import open_base

@@ -12,19 +12,19 @@ import torch
 
 from ftlevel.artifacts.row_files import check_row_file, row_file_type
 from ftlevel.artifacts.row_sinks import RowColumns
-from ftlevel.extras.retrieval.config import MineConfig
 from ftlevel.config.section import Choice, check_config
 from ftlevel.data.formats.detect import detect_format
 from ftlevel.data.formats.examples import to_examples
 from ftlevel.data.sources.readers import ReadOptions, load_table
 from ftlevel.errors import InputError
 from ftlevel.evaluation.answers import InferenceModel
-from ftlevel.extras.retrieval.evaluation import as_document, embed_rows
 from ftlevel.events import Listener, NullListener
-from ftlevel.models.hardware import select_device, select_threads
-from ftlevel.models.loading import silence_loggers
+from ftlevel.extras.retrieval.config import MineConfig
+from ftlevel.extras.retrieval.evaluation import as_document, embed_rows
 from ftlevel.extras.retrieval.formats import QUERY_SHAPES, RANKING_SHAPES, EmbeddingRow
 from ftlevel.extras.retrieval.metrics import BLOCK_BYTES, iterate_scores
+from ftlevel.models.hardware import select_device, select_threads
+from ftlevel.models.loading import silence_loggers
 from ftlevel.trained.generation import GenerationOptions, batches
 from ftlevel.trained.resolve import get_dtype_source, resolve_model
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftlevel.config.section import Choice
-from ftlevel.extras.retrieval.sentence_transformers import EmbeddingFormat
 from ftlevel.extras.retrieval.config import EMBEDDING_LOSSES, EmbeddingConfig
-from ftlevel.extras.retrieval.rows import StepTexts, distinct_texts
-from ftlevel.objectives import Collate, Meter, Objective
 from ftlevel.extras.retrieval.metrics import METRICS as RETRIEVAL
+from ftlevel.extras.retrieval.rows import StepTexts, distinct_texts
+from ftlevel.extras.retrieval.sentence_transformers import EmbeddingFormat
+from ftlevel.objectives import Collate, Meter, Objective
 
 if TYPE_CHECKING:
     import torch

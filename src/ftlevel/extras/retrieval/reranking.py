@@ -8,6 +8,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ftlevel.config.section import Choice
+from ftlevel.data.encoding.row import Encoded
+from ftlevel.data.formats.detect import Format
+from ftlevel.data.sources.table import Table
+from ftlevel.errors import ConfigError, InputError, has_no_effect
+from ftlevel.extras.retrieval.config import RERANKING_LOSSES, RerankingConfig
+from ftlevel.extras.retrieval.embedding import RetrievalTask
+from ftlevel.extras.retrieval.formats import CANDIDATE_SHAPES, RANKING_SHAPES, EmbeddingRow
+from ftlevel.extras.retrieval.pairs import PairEncoder, RankedRow, prepare_tokenizer
+from ftlevel.extras.retrieval.reranking_losses import Ranking, get_loss_config
 from ftlevel.extras.retrieval.sentence_transformers import (
     FILES,
     CrossEncoderFormat,
@@ -16,12 +26,6 @@ from ftlevel.extras.retrieval.sentence_transformers import (
     save_cross_encoder_format,
     scores_by_tokens,
 )
-from ftlevel.extras.retrieval.config import RERANKING_LOSSES, RerankingConfig
-from ftlevel.config.section import Choice
-from ftlevel.data.encoding.row import Encoded
-from ftlevel.data.formats.detect import Format
-from ftlevel.data.sources.table import Table
-from ftlevel.errors import ConfigError, InputError, has_no_effect
 from ftlevel.models.sources import ModelSource, download_files
 from ftlevel.objectives import Objective
 from ftlevel.tasks.base import (
@@ -32,10 +36,6 @@ from ftlevel.tasks.base import (
     PromptedModel,
     check_options,
 )
-from ftlevel.extras.retrieval.formats import CANDIDATE_SHAPES, RANKING_SHAPES, EmbeddingRow
-from ftlevel.extras.retrieval.encoding import check_documents
-from ftlevel.extras.retrieval.reranking_losses import Ranking, get_loss_config
-from ftlevel.extras.retrieval.pairs import PairEncoder, RankedRow, prepare_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -49,20 +49,20 @@ IDENTITY = "torch.nn.modules.linear.Identity"
 
 
 @dataclass(frozen=True)
-class RerankingTask(BaseTask):
+class RerankingTask(RetrievalTask):
     """Task of a model with one score per pair of query and document."""
 
     config: RerankingConfig = field(default_factory=RerankingConfig)
-    teacher: str | None = None
     max_length: int | None = None  # of truncated training rows
 
     predicts_training_rows: ClassVar[bool] = False
     has_new_head: ClassVar[bool] = True
+    hooks: ClassVar[str] = "ftlevel.extras.retrieval.hooks:RetrievalHooks"
+    exporter: ClassVar[str] = "ftlevel.extras.retrieval.export:RerankingExporter"
     served_as: ClassVar[str] = "rerankers"
     finds_ends_by_padding: ClassVar[bool] = True
     head_like: ClassVar[str] = "text-classification"
     separates_padding: ClassVar[bool] = True
-    changes_tokenizer: ClassVar[bool] = True
     synthetic_info: ClassVar[Mapping[str, Any]] = {
         "problem_type": "regression",
         "reranking": {"loss": "lce", "pos_weight": 1.0, "headline": "ndcg@10"},
@@ -190,9 +190,6 @@ class RerankingTask(BaseTask):
         encode = PairEncoder(encoder.tokenizer, has_teacher=self.teacher is not None)
         encoder = encoder.within(self.max_tokens)
         return encoder.fit(encoder.collect(encode, examples), table)
-
-    def check_training_set(self, training_set: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        return check_documents(training_set)
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:
         """Returns a synthetic row: a quarter of `ids` as query, the rest as two documents."""

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ftlevel.objectives import Meter, Objective
 from ftlevel.extras.retrieval.metrics import (
     DEEPEST,
     average_precision,
@@ -33,6 +32,7 @@ from ftlevel.extras.retrieval.metrics import (
     score_ranks,
     spearman,
 )
+from ftlevel.objectives import Meter, Objective
 
 if TYPE_CHECKING:
     import torch

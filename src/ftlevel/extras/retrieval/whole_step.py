@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ftlevel.extras.retrieval.rows import StepTexts
 from ftlevel.fast.packing import PackedLayout, using_layout
 from ftlevel.fast.recompute import using_generator
 from ftlevel.models.hardware import free_memory_bytes, send
 from ftlevel.models.upstream.fake import storage_of
-from ftlevel.extras.retrieval.rows import StepTexts
 from ftlevel.training.memory import without_graph
 from ftlevel.training.trainer import FtlevelTrainer
 
@@ -257,7 +257,7 @@ class _Forward:
 
 
 class EmbeddingTrainer(FtlevelTrainer):
-    """Trainer of embedding models, with the loss of a whole step; `grad_cache` as in `WholeStep`."""
+    """Trainer of embedding models; `grad_cache` is as in `WholeStep`."""
 
     def __init__(self, *, grad_cache: str, **arguments: Any):
         super().__init__(**arguments)

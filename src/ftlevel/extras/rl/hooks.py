@@ -161,10 +161,15 @@ class RlHooks(TrainingHooks):
         )
 
     def add_memory(
-        self, run: Run, peaks: dict[str, dict[str, float]], memory: int, batch: StepBatch
+        self,
+        run: Run,
+        peaks: dict[str, dict[str, float]],
+        batch: StepBatch,
+        memory: int,
+        weights: int,
     ) -> None:
         """Add sampling, initial weights and scoring models to `peaks` (modified)."""
-        if (size := RolloutSize.of(run, memory)) is not None:
+        if (size := RolloutSize.of(run, memory - weights)) is not None:
             parts = {part: n for part, n in peaks[FORWARD].items() if part in PERSISTENT_PARTS}
             peaks[SAMPLING] = {**parts, **estimate_sampling_parts(run, size)}
         added: dict[str, float] = {}

@@ -209,7 +209,7 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
     for parts in peaks.values():
         for part in _WORKER_PARTS:
             parts[part] = parts.get(part, 0) * batch.num_workers
-    run.hooks.add_memory(run, peaks, memory - int(sum(weights.values())), batch)
+    run.hooks.add_memory(run, peaks, batch, memory, int(sum(weights.values())))
     return get_peak(peaks, batch.tokens)
 
 
@@ -318,6 +318,7 @@ class StepBatch:
     step_tokens: int
 
     def copy_inputs(self) -> dict[str, Any]:
+        """Returns the inputs with a copy of each micro-batch, which a step changes."""
         batches = self.inputs.get("micro_batches")
         copies = {} if batches is None else {"micro_batches": [dict(part) for part in batches]}
         return {**self.inputs, **copies}

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from ftlevel.extras.retrieval.beir import RetrievalSet, load_retrieval_set
 from ftlevel.errors import InputError
+from ftlevel.extras.retrieval.beir import RetrievalSet, load_retrieval_set
 
 
 def write(path, rows):

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from ftlevel.extras.retrieval.formats import EmbeddingRow
 from ftlevel.extras.retrieval.encoding import check_documents
+from ftlevel.extras.retrieval.formats import EmbeddingRow
 
 
 def row(index, query, positive, *negatives):

@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from ftlevel.extras.retrieval.sentence_transformers import EmbeddingFormat
 from ftlevel.data.encoding.row import Encoded
-from ftlevel.extras.retrieval.rows import EncodedTexts, distinct_texts
 from ftlevel.data.prepare.samplers import DistinctTextSampler
+from ftlevel.extras.retrieval.encoding import TextEncoder, append_end, lowercase
 from ftlevel.extras.retrieval.formats import EmbeddingRow
 from ftlevel.extras.retrieval.objective import Embeddings, pool
-from ftlevel.extras.retrieval.encoding import TextEncoder, append_end, lowercase
+from ftlevel.extras.retrieval.rows import EncodedTexts, distinct_texts
+from ftlevel.extras.retrieval.sentence_transformers import EmbeddingFormat
 from tiny_tokenizers import bert_tokenizer, build_tokenizer, llama_tokenizer
 
 

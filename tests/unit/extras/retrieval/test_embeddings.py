@@ -12,15 +12,15 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
-from ftlevel.extras.retrieval.config import EmbeddingConfig
-from ftlevel.extras.retrieval.rows import EncodedTexts
-from ftlevel.extras.retrieval import evaluation as embeddings
-from ftlevel.extras.retrieval.evaluation import QueryMeter, create_meters, step_losses
 from ftlevel.evaluation.intervals import ExampleRecord
 from ftlevel.evaluation.two_models import EvalSet
-from ftlevel.objectives import StepTexts
-from ftlevel.extras.retrieval.objective import Embeddings
+from ftlevel.extras.retrieval import evaluation as embeddings
+from ftlevel.extras.retrieval.config import EmbeddingConfig
+from ftlevel.extras.retrieval.evaluation import QueryMeter, create_meters, step_losses
 from ftlevel.extras.retrieval.metrics import resampled_precision
+from ftlevel.extras.retrieval.objective import Embeddings
+from ftlevel.extras.retrieval.rows import EncodedTexts
+from ftlevel.objectives import StepTexts
 
 
 @pytest.mark.parametrize("loss", ["mnrl", "gist", "triplet", "margin-mse", "kl"])

@@ -10,10 +10,14 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from ftlevel.extras.retrieval.sentence_transformers import FILES, EmbeddingFormat, save_embedding_format
 from ftlevel.extras.retrieval.config import EmbeddingConfig
-from ftlevel.models.sources import ModelSource
 from ftlevel.extras.retrieval.embedding import TASKS
+from ftlevel.extras.retrieval.sentence_transformers import (
+    FILES,
+    EmbeddingFormat,
+    save_embedding_format,
+)
+from ftlevel.models.sources import ModelSource
 from tiny_tokenizers import build_tokenizer
 
 

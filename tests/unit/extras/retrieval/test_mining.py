@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from ftlevel.extras.retrieval.mine import Corpus, MiningConfig, find_negatives
 from ftlevel.config import build_section
-from ftlevel.extras.retrieval.config import MineConfig
 from ftlevel.errors import ConfigError
+from ftlevel.extras.retrieval.config import MineConfig
 from ftlevel.extras.retrieval.formats import EmbeddingRow
+from ftlevel.extras.retrieval.mine import Corpus, MiningConfig, find_negatives
 
 
 def row(query, *positives):

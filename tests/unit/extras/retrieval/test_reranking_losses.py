@@ -9,8 +9,8 @@ from sklearn.metrics import average_precision_score, ndcg_score
 
 from ftlevel.extras.retrieval.config import RERANKING_LOSSES, RerankingConfig
 from ftlevel.extras.retrieval.formats import EmbeddingRow
-from ftlevel.extras.retrieval.reranking_losses import CandidateGroup, Lists, count_targets, sum_loss
 from ftlevel.extras.retrieval.reranking import resolve_loss
+from ftlevel.extras.retrieval.reranking_losses import CandidateGroup, Lists, count_targets, sum_loss
 
 
 def test_main_metric_is_defined_for_the_labels():

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from ftlevel.errors import InputError
 from ftlevel.extras.retrieval.sentence_transformers import (
     CrossEncoderFormat,
     EmbeddingFormat,
@@ -15,7 +16,6 @@ from ftlevel.extras.retrieval.sentence_transformers import (
     save_cross_encoder_format,
     save_embedding_format,
 )
-from ftlevel.errors import InputError
 
 MODULE_PREFIX = "sentence_transformers.models."
 
