@@ -29,8 +29,8 @@ from ftlevel.commands.train import train
 from ftlevel.config import EvaluateConfig, MergeConfig, ModelConfig, PredictConfig, TrainConfig
 from ftlevel.errors import ConfigError, FtlevelError
 from ftlevel.extras.retrieval.embedding_losses import STEP_LOSSES, LossConfig
+from ftlevel.extras.retrieval.rows import StepTexts
 from ftlevel.extras.retrieval.sentence_transformers import EmbeddingFormat, save_embedding_format
-from ftlevel.objectives import StepTexts
 from sampling import every
 
 ModelDir = Callable[..., Path]

@@ -384,7 +384,7 @@ def iterate_results(
             line |= {f"base_{key}": value for key, value in base_metrics.items() if key != "true"}
             if row in base_generated:
                 line["base_predicted"] = base_generated[row].text
-        if row in by_row:
+        if evaluator is not None and row in by_row:
             line |= evaluator.get_result_texts(by_row[row], line)
         yield line
 

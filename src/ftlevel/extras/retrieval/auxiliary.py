@@ -89,7 +89,8 @@ def with_text_models(run: Run, listener: Listener, processes: Processes) -> Run:
                 score_rows(rows, loaded, processes) for rows in (data.train, data.validation)
             )
             data = replace(data, train=train, validation=validation)
-        num_texts = len({text for row in data.train for text in row.words})
+        rows: Sequence[Any] = data.train
+        num_texts = len({text for row in rows for text in row.words})
         listener.choices(
             "train", [Choice(flag, model.name, f"{num_texts:,} texts, {model.ref.task}")]
         )
@@ -156,7 +157,7 @@ def _compute_similarity(vectors: Tensor, is_cosine: bool) -> tuple[float, ...]:
 
 
 def _score_with_reranker(
-    rows: Sequence[Encoded], loaded: LoadedModel, task: RerankingTask, processes: Processes
+    rows: Sequence[Any], loaded: LoadedModel, task: RerankingTask, processes: Processes
 ) -> list[tuple[float, ...]]:
     model = InferenceModel(loaded, GenerationOptions(1), None, truncate=True)
 
@@ -175,7 +176,7 @@ def _score_with_reranker(
         return processes.divide(score, range(len(rows)))
 
 
-def _embed_words(rows: Sequence[Encoded], model: LoadedModel, processes: Processes) -> list[Tensor]:
+def _embed_words(rows: Sequence[Any], model: LoadedModel, processes: Processes) -> list[Tensor]:
     if not isinstance(model.objective, Embeddings):
         raise InputError(f"{model.task.name} is not the task of an embedding model.")
     indices_by_text: dict[tuple[str, bool], int] = {}

@@ -22,6 +22,7 @@ from ftlevel.config.sections import (
     RunDevice,
 )
 from ftlevel.errors import has_no_effect, join_names, needs
+from ftlevel.extensions import load
 
 DECODER_RATE, DECODER_RATES = 3.3, {"full": 9.0, "prefix": 1.0, "prompt": 1.0, "p-tuning": 1.0}
 """Factors on a method's default learning rate for decoders; `DECODER_RATE` is for other methods.
@@ -344,9 +345,7 @@ class RetrievalOptions(EvaluateConfig):
         """Returns the retrieval set of `qrels`; ConfigError if `ref` is no embedding model."""
         if self.qrels is None:
             return super().open_data(ref)
-        from ftlevel.extras.retrieval.evaluate import RetrievalData
-
-        return RetrievalData(self, ref)
+        return load("ftlevel.extras.retrieval.evaluators:RetrievalData")(self, ref)
 
 
 def _parse_range(value: Any) -> Any:

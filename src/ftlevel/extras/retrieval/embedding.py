@@ -283,7 +283,7 @@ class EmbeddingTask(RetrievalTask):
 
     def with_corpus(self, splits: DatasetSplits, config: DataConfig) -> DatasetSplits:
         if config.qrels is None:
-            return replace(splits, corpus=config.corpus and load_corpus(config.corpus))
+            return replace(splits, corpus=load_corpus(config.corpus)) if config.corpus else splits
         result = load_retrieval_set(config.qrels, config.corpus)
         rows = [
             {

@@ -26,8 +26,8 @@ from itertools import combinations
 import torch
 from torch.nn import functional
 
+from ftlevel.extras.retrieval.rows import StepTexts
 from ftlevel.models.hardware import send
-from ftlevel.objectives import StepTexts
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from ftlevel.extras.retrieval.metrics import (
     spearman,
 )
 from ftlevel.extras.retrieval.objective import METRICS, Embeddings, LabelKind
-from ftlevel.objectives import StepTexts
+from ftlevel.extras.retrieval.rows import StepTexts
 from ftlevel.tasks.base import OutputOptions
 from ftlevel.trained.generation import Divide, compute_all
 

@@ -42,7 +42,7 @@ from ftlevel.trained.model_ref import LoadedModel, ModelRef
 class EmbeddingEvaluator(Evaluator):
     """Evaluator by search: queries search `corpus`, or if empty the rows' documents."""
 
-    def for_other(self, model: LoadedModel, encode: Callable[[], Any]) -> EmbeddingEvaluator:
+    def for_other(self, model: LoadedModel, encode: Callable[[], Any]) -> Evaluator:
         """Returns a copy with the rows encoded for `model`, and its format of embeddings."""
         encoded, objective, task = encode(), self.objective, model.task
         return replace(
@@ -55,8 +55,9 @@ class EmbeddingEvaluator(Evaluator):
 
     def score(self, model: Any, record: ExampleRecord | None) -> dict[str, float]:
         objective: Any = self.objective
+        corpus: Any = self.corpus
         texts, step = distinct_texts(self.rows)
-        search_ids = add_texts(texts, self.corpus)
+        search_ids = add_texts(texts, corpus)
         pad_id = self.tokenizer.pad_token_id or 0
         vectors = embed_texts(model, objective, texts, pad_id, self.device, self.divide)
         losses = step_losses(objective, vectors, step)

@@ -95,7 +95,7 @@ class AuxiliaryModels:
 
     reference: ReferenceModel | None = None
     teacher: ReferenceModel | None = None
-    others: Mapping[tuple[str, str], ReferenceModel] = field(default_factory=dict)
+    others: Mapping[tuple[str, str], ReferenceModel | None] = field(default_factory=dict)
 
     def fingerprints(self) -> Mapping[tuple[str, str], str]:
         """Returns (configuration section, field) → fingerprint of the model named there."""

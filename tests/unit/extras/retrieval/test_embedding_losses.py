@@ -10,8 +10,8 @@ import torch
 from ftlevel.extras.retrieval.config import EMBEDDING_LOSSES, EmbeddingConfig
 from ftlevel.extras.retrieval.embedding_losses import STEP_LOSSES, LossConfig
 from ftlevel.extras.retrieval.objective import Embeddings
+from ftlevel.extras.retrieval.rows import StepTexts
 from ftlevel.extras.retrieval.sentence_transformers import EmbeddingFormat
-from ftlevel.objectives import StepTexts
 
 ROWS, DIMS = 5, 6
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from ftlevel.data.encoding.row import Encoded
-from ftlevel.data.prepare.samplers import DistinctTextSampler
+from ftlevel.extras.retrieval.batches import DistinctTextSampler
 from ftlevel.extras.retrieval.encoding import TextEncoder, append_end, lowercase
 from ftlevel.extras.retrieval.formats import EmbeddingRow
 from ftlevel.extras.retrieval.objective import Embeddings, pool
@@ -186,7 +186,7 @@ def test_search_for_distinct_rows_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
             return read[-1]
 
     monkeypatch.setattr("ftlevel.data.prepare.samplers.deque", CountingDeque)
-    monkeypatch.setattr("ftlevel.data.prepare.samplers.LOOKAHEAD", 10)
+    monkeypatch.setattr("ftlevel.extras.retrieval.batches.LOOKAHEAD", 10)
     rows = [_row(i, [0 if i % 50 else i], [1_000 + i]) for i in range(1_000)]
     assert sorted(DistinctTextSampler(rows, 4, 3)) == list(range(1_000))
     assert len(read) <= 250 * (10 + 4)

@@ -19,8 +19,7 @@ from ftlevel.extras.retrieval.config import EmbeddingConfig
 from ftlevel.extras.retrieval.evaluation import QueryMeter, create_meters, step_losses
 from ftlevel.extras.retrieval.metrics import resampled_precision
 from ftlevel.extras.retrieval.objective import Embeddings
-from ftlevel.extras.retrieval.rows import EncodedTexts
-from ftlevel.objectives import StepTexts
+from ftlevel.extras.retrieval.rows import EncodedTexts, StepTexts
 
 
 @pytest.mark.parametrize("loss", ["mnrl", "gist", "triplet", "margin-mse", "kl"])
