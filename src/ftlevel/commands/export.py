@@ -78,7 +78,7 @@ def export(
             ref = resolve_model(
                 config.model, base=config.base_model, device=device.value, revision=config.revision
             )
-            config = exporter_of(ref).resolve_config(config)
+            config = exporter_of(config, ref).resolved_config
             _check_outputs(config)
             if ref.directory is not None and FORMATS[config.format].merges:
                 get_adapter_dir(config.model)  # raises if it cannot be merged

@@ -132,18 +132,10 @@ class TrainingHooks:
         """Returns the run on the rows by which the fast step is checked before training."""
         return run
 
-    def add_memory(
-        self,
-        run: Run,
-        peaks: dict[str, dict[str, float]],
-        batch: StepBatch,
-        memory: int,
-        weights: int,
-    ) -> None:
+    def add_memory(self, run: Run, peaks: dict[str, dict[str, float]], batch: StepBatch) -> None:
         """Add categories and phases to `peaks` (phase → category → bytes; modified).
 
-        `memory` is the number of bytes for tensors, of which the weights take `weights`; `batch` is
-        the largest micro-batch.
+        `batch` is the largest micro-batch.
         """
 
     def estimate_time(

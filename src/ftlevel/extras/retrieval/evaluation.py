@@ -50,7 +50,7 @@ def embed_texts(
     divide: Divide = compute_all,
 ) -> torch.Tensor:
     """Returns float32 vectors `(texts, dims)` on the CPU, in the order of `texts`."""
-    collate = Collator(pad_id)
+    collator = Collator(pad_id)
     order = sorted(range(len(texts)), key=lambda at: -len(texts[at].input_ids))
     batches: list[list[int]] = []
     start = 0
@@ -59,15 +59,15 @@ def embed_texts(
         batches.append(order[start : start + max(1, MAX_BATCH_TOKENS // length)])
         start += len(batches[-1])
 
-    def embed(indices: Sequence[int]) -> np.ndarray:
-        batch = {n: v.to(device) for n, v in collate([texts[at] for at in indices]).items()}
-        del batch["labels"]
-        unpooled = [getattr(texts[at], "unpooled", 0) for at in indices]
-        vectors = objective.embed(model(**batch), batch["attention_mask"], unpooled)
-        result: np.ndarray = vectors.float().cpu().numpy()
-        return result
+    def collate(part: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+        return {name: value.to(device) for name, value in collator(part).items()}
 
-    vectors = np.concatenate(divide(lambda own: [embed(indices) for indices in own], batches))
+    def embed(parts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        chunks = ([texts[at] for at in indices] for indices in parts)
+        vectors = (objective.embed_texts(model, chunk, collate) for chunk in chunks)
+        return [own.float().cpu().numpy() for own in vectors]
+
+    vectors = np.concatenate(divide(embed, batches))
     return torch.from_numpy(vectors[np.argsort(order)])
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from ftlevel.commands.evaluate import EvaluationData, Score
-from ftlevel.config import EvaluateConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.row import Encoded
 from ftlevel.errors import ConfigError
@@ -22,6 +21,7 @@ from ftlevel.evaluation.intervals import ExampleRecord
 from ftlevel.evaluation.scoring import MAX_TEXT_LENGTH, Evaluator
 from ftlevel.events import Listener
 from ftlevel.extras.retrieval.beir import load_retrieval_set
+from ftlevel.extras.retrieval.config import RetrievalOptions
 from ftlevel.extras.retrieval.embedding import EmbeddingTask
 from ftlevel.extras.retrieval.evaluation import (
     as_document,
@@ -111,8 +111,8 @@ class RetrievalData(EvaluationData):
 
     headline = METRICS[0]
 
-    def __init__(self, config: EvaluateConfig, ref: ModelRef) -> None:
-        self.config, self.ref, self.qrels = config, ref, Path(config.added_options["qrels"])
+    def __init__(self, config: RetrievalOptions, ref: ModelRef) -> None:
+        self.config, self.ref, self.qrels = config, ref, config.qrels or Path()
         self.num_truncated = 0
         self.data = load_retrieval_set(self.qrels, config.corpus)
         if not isinstance(ref.configured_task, EmbeddingTask):

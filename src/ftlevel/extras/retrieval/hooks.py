@@ -63,14 +63,7 @@ class EmbeddingHooks(RetrievalHooks):
         grad_cache = run.config.get_section(EmbeddingConfig).grad_cache
         return EmbeddingTrainer, {"grad_cache": grad_cache}, order
 
-    def add_memory(
-        self,
-        run: Run,
-        peaks: dict[str, dict[str, float]],
-        batch: StepBatch,
-        memory: int,
-        weights: int,
-    ) -> None:
+    def add_memory(self, run: Run, peaks: dict[str, dict[str, float]], batch: StepBatch) -> None:
         """Add the autograd graphs of all micro-batches to `peaks` (modified), if they are kept."""
         cache = run.config.get_section(EmbeddingConfig).grad_cache
         if (run.config.train.num_processes or 1) > 1 or cache == "always":
@@ -79,7 +72,7 @@ class EmbeddingHooks(RetrievalHooks):
         per_token = peaks[FORWARD].get(ACTIVATIONS, 0) / tokens
         others = sum(size for part, size in peaks[FORWARD].items() if part in PERSISTENT_PARTS)
         needed = batch.step_tokens * per_token
-        if cache == "auto" and needed > GRAPH_MEMORY_RATIO * (memory - others):
+        if cache == "auto" and needed > GRAPH_MEMORY_RATIO * (batch.memory - others):
             return
         if graph_bytes := per_token * max(batch.step_tokens - tokens, 0):
             for moment in (FORWARD, BACKWARD, FIRST_BLOCK):

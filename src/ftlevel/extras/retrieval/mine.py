@@ -83,17 +83,10 @@ def mine(config: MineConfig, *, listener: Listener | None = None) -> Mapping[str
         if model.shortened:
             listener.warn(f"{model.shortened:,} texts exceed the maximum length and are truncated.")
         listener.stage("searching")
-        options = MiningConfig(
-            config.negatives,
-            config.relative_margin,
-            config.rank_range,
-            config.sampling == "random",
-            config.seed,
-        )
         similarity = trained.task.format.similarity  # type: ignore[attr-defined]  # of EmbeddingTask
         queries, documents = vectors[: len(rows)], vectors[len(rows) :]
         mined = list(
-            find_negatives(rows, corpus, queries, documents, options, similarity=similarity)
+            find_negatives(rows, corpus, queries, documents, config, similarity=similarity)
         )
         lines = list(_build_lines(config, corpus, list(zip(rows, mined, strict=True))))
         if not lines:
@@ -166,17 +159,6 @@ def _build_lines(
 
 
 @dataclass(frozen=True)
-class MiningConfig:
-    """Settings of mining: negatives per row, margin, first and last rank (from 1) of negatives."""
-
-    negatives: int
-    relative_margin: float
-    ranks: tuple[int, int] = (1, 100)
-    at_random: bool = False
-    seed: int = 0
-
-
-@dataclass(frozen=True)
 class MinedRow:
     """Negatives of a row as corpus indices, best first, with scores of positives and negatives.
 
@@ -213,7 +195,7 @@ def find_negatives(
     corpus: Corpus,
     queries: torch.Tensor,
     documents: torch.Tensor,
-    config: MiningConfig,
+    config: MineConfig,
     *,
     similarity: str = "cosine",
     block_bytes: int = BLOCK_BYTES,
@@ -224,7 +206,7 @@ def find_negatives(
     cosine or dot. The scores of a block take `block_bytes` of memory.
     """
     generator = np.random.default_rng(config.seed)
-    first, last = config.ranks
+    first, last = config.rank_range
     for start, block in iterate_scores(queries, documents, similarity, block_bytes):
         for number, scores in enumerate(block):
             row = rows[start + number]
@@ -237,7 +219,7 @@ def find_negatives(
             found = scores.topk(min(last, len(scores)))
             num_finite = int(torch.isfinite(found.values).sum())
             window = np.arange(first - 1, num_finite)
-            if config.at_random and len(window) > config.negatives:
+            if config.sampling == "random" and len(window) > config.negatives:
                 window = np.sort(generator.choice(window, config.negatives, replace=False))
             window = window[: config.negatives]
             yield MinedRow(

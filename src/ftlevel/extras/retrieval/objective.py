@@ -185,7 +185,7 @@ class Embeddings(Objective):
     ) -> tuple[torch.Tensor, float, int]:
         """Returns the vectors of the distinct texts of `rows`, and the loss summed over `rows`."""
         texts, step = distinct_texts(rows)
-        vectors = self._embed_texts(model, texts, collate)
+        vectors = self.embed_texts(model, texts, collate)
         mean = self.group_loss(vectors, step)
         return vectors, (mean or 0.0) * len(step), len(step) if mean is not None else 0
 
@@ -197,13 +197,16 @@ class Embeddings(Objective):
 
         texts, step = distinct_texts(rows)
         parts = [texts[at : at + batch_size] for at in range(0, len(texts), batch_size)]
-        vectors = [self._embed_texts(model, part, collate) for part in parts]
+        vectors = [self.embed_texts(model, part, collate) for part in parts]
         return self.step_loss(torch.cat(vectors), step)
 
-    def _embed_texts(self, model: Any, texts: Sequence[Any], collate: Collate) -> torch.Tensor:
+    def embed_texts(self, model: Any, texts: Sequence[Any], collate: Collate) -> torch.Tensor:
+        """Returns the embeddings of encoded `texts` in one forward pass."""
         batch = collate(texts)
         del batch["labels"]
-        return self.embed(model(**batch), batch["attention_mask"], [t.unpooled for t in texts])
+        return self.embed(
+            model(**batch), batch["attention_mask"], [text.unpooled for text in texts]
+        )
 
     def loss_sum(
         self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor

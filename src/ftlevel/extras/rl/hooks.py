@@ -160,16 +160,9 @@ class RlHooks(TrainingHooks):
             "rl", num_generations=STAND_INS, max_completion_length=STAND_IN_TOKENS, rollouts=""
         )
 
-    def add_memory(
-        self,
-        run: Run,
-        peaks: dict[str, dict[str, float]],
-        batch: StepBatch,
-        memory: int,
-        weights: int,
-    ) -> None:
+    def add_memory(self, run: Run, peaks: dict[str, dict[str, float]], batch: StepBatch) -> None:
         """Add sampling, initial weights and scoring models to `peaks` (modified)."""
-        if (size := RolloutSize.of(run, memory - weights)) is not None:
+        if (size := RolloutSize.of(run, batch.memory - batch.weights)) is not None:
             parts = {part: n for part, n in peaks[FORWARD].items() if part in PERSISTENT_PARTS}
             peaks[SAMPLING] = {**parts, **estimate_sampling_parts(run, size)}
         added: dict[str, float] = {}

@@ -92,22 +92,29 @@ def stop_notes(name: str, ref: ModelRef, server: str | None) -> list[str]:
     ]
 
 
+@dataclass(frozen=True)
 class Exporter:
     """What a task changes in exports of whole models; `BaseTask.exporter` names its class.
 
     Attributes:
         records: whether `record` is called for a merged model, instead of recording answers.
+        format: how an embedding model pools and normalizes; None for other models.
     """
 
+    config: ExportConfig
+    ref: ModelRef
+
     records: ClassVar[bool] = False
+    format: ClassVar[Any] = None
 
-    # ruff: disable[ARG002] - for subclasses
-    def resolve_config(self, config: ExportConfig) -> ExportConfig:
-        """Returns the configuration with the format for models of the task."""
-        return config
+    @property
+    def resolved_config(self) -> ExportConfig:
+        """The configuration with the format for models of the task."""
+        return self.config
 
-    def check_server(self, config: ExportConfig, ref: ModelRef, server: Server) -> Sequence[str]:
+    def check_server(self, server: Server) -> Sequence[str]:
         """Returns notes to print; InputError if `server` does not serve the merged model."""
+        config, ref = self.config, self.ref
         task, kind = ref.configured_task, model_kind(load_config(ref.source))
         if (kind if task.generates_text else task.served_as) not in server.merged:
             raise InputError(
@@ -117,23 +124,17 @@ class Exporter:
             )
         return stop_notes(config.model, ref, config.server)
 
-    def get_format(self, ref: ModelRef) -> Any:
-        """Returns the format of an embedding model; None for other models."""
-        return None
-
-    def plan_gguf(self, config: ExportConfig, ref: ModelRef) -> Export | None:
+    def plan_gguf(self) -> Export | None:
         """Returns the plan of a .gguf export; None for that of models that write text."""
         return None
 
-    def record(self, path: Path, config: ExportConfig, model: LoadedModel, dtype: str) -> None:
-        """Save outputs of the merged model, which a server must return, at `path`."""
-
-    # ruff: enable[ARG002]
+    def record(self, path: Path, model: LoadedModel) -> None:
+        """Save outputs of the merged `model`, which a server must return, at `path`."""
 
 
-def exporter_of(ref: ModelRef) -> Exporter:
+def exporter_of(config: ExportConfig, ref: ModelRef) -> Exporter:
     """Returns the exporter of the task of `ref`."""
-    exporter: Exporter = load(ref.configured_task.exporter)()
+    exporter: Exporter = load(ref.configured_task.exporter)(config, ref)
     return exporter
 
 

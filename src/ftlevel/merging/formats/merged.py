@@ -35,7 +35,7 @@ def plan_export(config: ExportConfig, ref: ModelRef) -> MergedExport:
         )
     if config.server is None:
         return MergedExport(config, ref, stop_notes(config.model, ref, None))
-    notes = exporter_of(ref).check_server(config, ref, SERVERS[config.server])
+    notes = exporter_of(config, ref).check_server(SERVERS[config.server])
     return MergedExport(config, ref, notes)
 
 
@@ -83,7 +83,8 @@ class MergedExport:
                 output / "served.json", self.config.out, metadata, self.ref, source, device
             )
             summary["recorded"] = True
-        if is_recorded and (exporter := exporter_of(self.ref)).records:
+        exporter = exporter_of(self.config, self.ref)
+        if is_recorded and exporter.records:
             listener.stage("recording reference embeddings or scores")
             self._record(exporter, output, device)
             summary["recorded"] = True
@@ -96,9 +97,10 @@ class MergedExport:
         source = resolve_source(str(output))
         ref = self.ref.with_card(method="full", quantization={"kind": "none"}, dtype="float32")
         merged = replace(ref, source=source, directory=None).load(device)
-        exporter.record(output / "served.json", self.config, merged, self.ref.card.dtype)
+        exporter.record(output / "served.json", merged)
 
     def _summary(self, merged: Mapping[str, Any] | None) -> dict[str, Any]:
+        exporter = exporter_of(self.config, self.ref)
         return {
             "model": self.config.model,
             "method": self.ref.card.method,
@@ -106,9 +108,7 @@ class MergedExport:
             "server": self.config.server,
             "merged": merged and {key: merged[key] for key in ("onto", "verified", "agreement")},
             "verified": bool(merged and merged["verified"]),
-            "start": start_commands(
-                self.config.server, self.config.out, exporter_of(self.ref).get_format(self.ref)
-            ),
+            "start": start_commands(self.config.server, self.config.out, exporter.format),
             "recorded": False,
             "out": str(self.config.out),
             "versions": library_versions(),

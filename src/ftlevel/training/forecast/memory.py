@@ -209,7 +209,8 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
     for parts in peaks.values():
         for part in _WORKER_PARTS:
             parts[part] = parts.get(part, 0) * batch.num_workers
-    run.hooks.add_memory(run, peaks, batch, memory, int(sum(weights.values())))
+    batch = replace(batch, memory=memory, weights=int(sum(weights.values())))
+    run.hooks.add_memory(run, peaks, batch)
     return get_peak(peaks, batch.tokens)
 
 
@@ -309,6 +310,7 @@ class StepBatch:
     Attributes:
         has_others: whether the step has other micro-batches.
         step_tokens: positions of all micro-batches of the step.
+        memory: bytes for tensors on the device, of which weights take `weights`.
     """
 
     inputs: dict[str, Any]
@@ -316,6 +318,8 @@ class StepBatch:
     has_others: bool
     num_workers: int
     step_tokens: int
+    memory: int = 0
+    weights: int = 0
 
     def copy_inputs(self) -> dict[str, Any]:
         """Returns the inputs with a copy of each micro-batch, which a step changes."""
