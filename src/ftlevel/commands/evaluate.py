@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -92,7 +91,7 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         device = select_device(config.device)
         ref, other = _resolve(config, device.value)
         listener.stage("reading the data")
-        data: EvaluationData = config.open_data(ref) or _Rows(config, ref, other)
+        data: Any = config.open_data(ref) or _Rows(config, ref, other)
         listener.stage("loading the model")
         trained = data.ref.load(device.value)
         listener.choices("evaluate", [*data.choices(trained), device])
@@ -166,69 +165,15 @@ def _base_of(
         yield None
 
 
-class EvaluationData(ABC):
-    """What a model is scored on; the defaults are those of data without rows.
-
-    Attributes:
-        headline: name of the main metric; "" for that of the task.
-        ref: the model to score.
-    """
-
-    headline = ""
-    config: EvaluateConfig
-    ref: ModelRef
-
-    @abstractmethod
-    def choices(self, trained: LoadedModel) -> Iterable[Choice]:
-        """Returns the lines to print before the evaluation."""
-
-    @abstractmethod
-    def score(self, model: LoadedModel, listener: Listener) -> Score:
-        """Score the model."""
-
-    @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """Returns the entry `data` of the summary."""
-
-    def dtype_choice(self, trained: LoadedModel) -> Choice:
-        """Returns the line about the compute precision."""
-        return Choice("dtype", trained.dtype, get_dtype_source(trained.ref, self.config.dtype))
-
-    # ruff: disable[ARG002] - for subclasses
-    def score_base(self, model: LoadedModel, listener: Listener) -> Score:
-        """Score the base of the model."""
-        return self.score(model, listener)
-
-    def score_other(self, model: LoadedModel, listener: Listener) -> Score:
-        """Score the model of `--against`."""
-        return self.score(model, listener)
-
-    def list_warnings(self, trained: LoadedModel) -> Iterable[str]:
-        """Returns warnings about the data."""
-        return ()
-
-    def list_results(self, trained: LoadedModel, metrics: Mapping[str, float]) -> Iterable[str]:
-        """Returns warnings about the results."""
-        return ()
-
-    def compute_outputs(self, trained: LoadedModel) -> tuple[Any, Any]:
-        """Returns inputs to compare two models on, and the outputs for them, or two Nones."""
-        return None, None
-
-    def iterate_predictions(self, trained: LoadedModel) -> Iterable[Mapping[str, Any]]:
-        """Returns the rows of `--predictions`."""
-        return ()
-
-    # ruff: enable[ARG002]
-
-
-class _Rows(EvaluationData):
+class _Rows:
     """Rows of a task, scored by an `Evaluator`.
 
     Attributes:
         primary: the model whose run has the settings for reading rows.
         record: results of the trained model per example, and `base_record` those of the base.
     """
+
+    headline = ""
 
     def __init__(self, config: EvaluateConfig, ref: ModelRef, other: ModelRef | None) -> None:
         self.config, self.primary = config, select_primary(ref, other)
@@ -303,7 +248,7 @@ class _Rows(EvaluationData):
         yield Choice("columns", rows.note or rows.columns, "by --map" if config.columns else "")
         yield from (Choice("note", note) for note in rows.table.notes)
         yield from trained.objective.describe_validation(rows.rows, ref.card.options)
-        yield self.dtype_choice(trained)
+        yield Choice("dtype", trained.dtype, get_dtype_source(ref, config.dtype))
         yield from self.hooks.choices if self.hooks is not None else ()
 
     def list_warnings(self, trained: LoadedModel) -> Iterator[str]:

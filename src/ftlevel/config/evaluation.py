@@ -124,7 +124,7 @@ class EvaluateConfig(DecodingAsInTraining):
         return {name: getattr(self, name) for name in names}
 
     def open_data(self, ref: Any) -> Any:  # noqa: ARG002 - for extensions
-        """Returns what extensions evaluate instead of rows, an `EvaluationData`; None for rows."""
+        """Returns other data than rows, with the methods that `evaluate` calls; or None."""
         return None
 
     def check_task(self, task: str) -> None:

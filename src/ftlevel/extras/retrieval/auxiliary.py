@@ -7,10 +7,8 @@ embedding model by similarity, a reranker by its logit.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -18,96 +16,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ftlevel.config.section import Choice
 from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.sources.lines import RowView
 from ftlevel.errors import InputError
 from ftlevel.evaluation.answers import InferenceModel
-from ftlevel.events import Listener
-from ftlevel.extras.retrieval.embedding import get_task_of_texts
 from ftlevel.extras.retrieval.evaluation import as_document
 from ftlevel.extras.retrieval.evaluation import embed_rows as embed_texts
 from ftlevel.extras.retrieval.formats import EmbeddingRow
 from ftlevel.extras.retrieval.objective import Embeddings
 from ftlevel.extras.retrieval.reranking import RerankingTask
 from ftlevel.extras.retrieval.rows import EncodedTexts
-from ftlevel.models.loading import load_config
 from ftlevel.trained.generation import GenerationOptions, batches
 from ftlevel.trained.model_ref import LoadedModel
-from ftlevel.trained.resolve import (
-    ReferenceModel,
-    compute_fingerprint,
-    get_model_dir,
-    resolve_model,
-)
-from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
 
 _WINDOW = 1_000
 """Rows whose documents a reranker encodes together."""
 
 
-GUIDE = ("embedding", "guide")
-
-
-def resolve_text_model(flag: str, name: str, device: str, dtype: str) -> ReferenceModel:
-    """Resolve the guide or teacher `name` of `flag`; it reads texts, so its tokenizer may differ.
-
-    Its fingerprint also covers pooling, normalization and prompts. Raises InputError if it does not
-    exist, or is neither an embedding model nor, as a teacher, a reranker.
-    """
-    label = f"{flag} {name}"
-    ref = resolve_model(name, device=device, dtype=dtype, label=label, require_task=False)
-    task = ref.task or get_task_of_texts(get_model_dir(name), load_config(ref.source))
-    allowed = ("embedding",) if flag == "--guide" else ("embedding", "reranking")
-    if task not in allowed:
-        raise InputError(
-            f"{label} was trained for {task}. Name a model for {' or '.join(allowed)}."
-        )
-    if not ref.task:
-        ref = resolve_model(name, task, device=device, dtype=dtype, label=label)
-    content = json.dumps([compute_fingerprint(ref), ref.card.options], sort_keys=True, default=str)
-    return ReferenceModel(name, ref, hashlib.sha256(content.encode()).hexdigest())
-
-
-def with_text_models(run: Run, listener: Listener, processes: Processes) -> Run:
-    """Returns the run, with guide vectors or teacher scores in its rows if these are configured.
-
-    Each of several processes computes some texts, in other batches than one process would: vectors
-    and scores may differ in rounding.
-    """
-    models = {"guide": run.auxiliary.others.get(GUIDE), "teacher": run.auxiliary.teacher}
-    for flag, model in models.items():
-        if model is None:
-            continue
-        listener.stage(f"running the {flag}")
-        loaded, data = model.ref.load(run.model.device), run.data
-        if flag == "guide":
-            data = replace(data, train=embed_rows(data.train, loaded, processes))
-        else:
-            train, validation = (
-                score_rows(rows, loaded, processes) for rows in (data.train, data.validation)
-            )
-            data = replace(data, train=train, validation=validation)
-        rows: Sequence[Any] = data.train
-        num_texts = len({text for row in rows for text in row.words})
-        listener.choices(
-            "train", [Choice(flag, model.name, f"{num_texts:,} texts, {model.ref.task}")]
-        )
-        run = replace(run, data=data)
-    return run
-
-
 @dataclass(frozen=True)
 class GuidedTexts(EncodedTexts):
-    """Row of encoded texts; `vectors` has the guide model's embedding of each text."""
+    """Row of encoded texts; `guide` has the guide model's embedding of each text."""
 
-    vectors: Any = field(default=None, metadata={"column": "json"})
-
-    @property
-    def guide(self) -> Any:
-        """The guide model's vector of each text; None without a guide."""
-        return self.vectors
+    guide: Any = field(default=None, metadata={"column": "json"})  # type: ignore[misc]
 
 
 class RowsWithOutputs(RowView[Encoded]):
@@ -132,7 +63,7 @@ def embed_rows(
 
     def combine(row: EncodedTexts, vectors: Tensor) -> Encoded:
         values = {each.name: getattr(row, each.name) for each in fields(row)}
-        return GuidedTexts(**{**values, "vectors": vectors})
+        return GuidedTexts(**{**values, "guide": vectors})
 
     return RowsWithOutputs(rows, _embed_words(rows, model, processes), combine)
 

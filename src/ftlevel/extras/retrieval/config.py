@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -79,27 +78,25 @@ PARAMETERS = {name: facts.parameters for name, facts in EMBEDDING_LOSSES.items()
 DEFAULT_LOSSES: dict[Columns, str] = {"pairs": "mnrl", "scores": "cosent"}
 LOSS_ALIASES = {
     "infonce": "mnrl",
-    "multiplenegativesrankingloss": "mnrl",
-    "cachedmultiplenegativesrankingloss": "mnrl",
-    "gistembedloss": "gist",
-    "cachedgistembedloss": "gist",
-    "cosentloss": "cosent",
-    "angleloss": "angle",
-    "cosinesimilarityloss": "cosine",
-    "contrastiveloss": "contrastive",
-    "tripletloss": "triplet",
-    "marginmseloss": "margin-mse",
-    "distillkldivloss": "kl",
+    "multiplenegativesranking": "mnrl",
+    "gistembed": "gist",
+    "cosinesimilarity": "cosine",
+    "marginmse": "margin-mse",
+    "distillkldiv": "kl",
+    "binarycrossentropy": "bce",
+    "listwise": "lce",
+    "localizedcontrastive": "lce",
 }
-"""Other tools' loss name, in lower case without dashes and underscores → ftlevel's name."""
+"""Other tools' loss, lower-case without dashes, "cached" and "loss" → ftlevel's name."""
 
 
-def normalize_loss_name(value: Any, aliases: Mapping[str, str]) -> Any:
-    """Returns ftlevel's name of the loss `value` (`aliases`: other tools' names → ftlevel's)."""
+def _normalize_loss(value: Any) -> Any:
     if not isinstance(value, str):
         return value
-    key = value.lower().replace("_", "").replace("-", "")
-    return aliases.get(key, value.lower().replace("_", "-"))
+    name = value.lower().replace("_", "-")
+    key = name.replace("-", "").removeprefix("cached").removesuffix("loss")
+    losses = (*EMBEDDING_LOSSES, *RERANKING_LOSSES)
+    return name if name in losses else LOSS_ALIASES.get(key, key if key in losses else name)
 
 
 _WITH_TEACHER = list_unused_fields(
@@ -114,25 +111,38 @@ def _split_dims(value: Any) -> Any:
 Dims = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_split_dims)]
 
 
-class EmbeddingConfig(TaskSection):
+class RetrievalSection(TaskSection):
+    """Base class of the settings of models that read texts; a teacher scores documents."""
+
+    shorthand: ClassVar[str] = "loss"
+    has_teacher: ClassVar[bool] = True
+    writes_text: ClassVar[bool] = False
+
+    def get_options(self, config: Any) -> dict[str, Any]:
+        return {**self.model_dump(mode="json"), "teacher": config.distillation.teacher}
+
+    def _validate_teacher(
+        self, config: Any, loss: str | None, learners: list[str]
+    ) -> Iterator[str]:
+        yield from list_violations(config, _WITH_TEACHER)
+        if config.distillation.teacher is not None and loss not in (None, *learners):
+            reason = f"it is for {join_names(learners)}"
+            yield has_no_effect("--teacher", f"--loss {loss}", reason)
+
+
+class EmbeddingConfig(RetrievalSection):
     """Settings of embedding models: loss, pooling, prompts and sampling."""
 
     tasks: ClassVar[tuple[str, ...]] = ("embedding",)
     summary: ClassVar[str] = "Settings of an embedding model."
     uses: ClassVar[tuple[str, ...]] = ("data.qrels", "data.corpus")
-    has_teacher: ClassVar[bool] = True
     overlong: ClassVar[tuple[str, ...]] = ("drop", "truncate")
     pipeline_tag: ClassVar[str] = "sentence-similarity"
-    writes_text: ClassVar[bool] = False
-    shorthand: ClassVar[str] = "loss"
     paths: ClassVar[Mapping[str, str]] = {"guide": "--guide"}
 
-    loss: (
-        Annotated[
-            EmbeddingLossName, BeforeValidator(partial(normalize_loss_name, aliases=LOSS_ALIASES))
-        ]
-        | None
-    ) = Field(None, description="Embedding loss; default: mnrl for pairs, cosent for scores.")
+    loss: Annotated[EmbeddingLossName, BeforeValidator(_normalize_loss)] | None = Field(
+        None, description="Embedding loss; default: mnrl for pairs, cosent for scores."
+    )
     scale: Annotated[float, Field(gt=0, le=10_000)] | None = Field(
         None,
         description="Multiplier of similarities in the loss (1 / temperature); default: 20 (1 for"
@@ -194,10 +204,6 @@ class EmbeddingConfig(TaskSection):
         "fit. Results are the same.",
     )
 
-    def get_options(self, config: Any) -> dict[str, Any]:
-        """Returns the settings of the embeddings and of the loss, with the teacher."""
-        return {**self.model_dump(mode="json"), "teacher": config.distillation.teacher}
-
     def get_rate_factor(self, method: str, kind: str, size: float) -> tuple[float, str]:
         """Returns the factor on the default learning rate, which only decoders have."""
         if kind != "decoder":
@@ -205,8 +211,9 @@ class EmbeddingConfig(TaskSection):
         return DECODER_RATES.get(method, DECODER_RATE) ** (1 - size), "measured with SmolLM2"
 
     def validate_run(self, config: Any) -> Iterator[str]:
-        """Yields an error message per invalid setting."""
-        yield from list_violations(config, _WITH_TEACHER)
+        loss = self.loss or DEFAULT_LOSSES["pairs"]
+        learners = [name for name, facts in EMBEDDING_LOSSES.items() if facts.needs_teacher]
+        yield from self._validate_teacher(config, loss, learners)
         dims, weights = self.matryoshka_dims, self.matryoshka_weights
         if len(set(dims)) < len(dims):
             text = ",".join(map(str, dims))
@@ -216,17 +223,12 @@ class EmbeddingConfig(TaskSection):
                 f"embedding.matryoshka_weights has {len(weights)} values for {len(dims)} "
                 "--matryoshka-dims. Give one for each."
             )
-        loss = self.loss or DEFAULT_LOSSES["pairs"]
         # Without --loss, rows with classes are trained by contrastive, which has a margin.
         names = [name for name in self.changed if self.loss or name != "margin"]
         yield from list_unread("embedding", names, loss, PARAMETERS)
         if loss == "gist" and self.guide is None:
             reason, fix = "it finds false negatives", "Add --guide MODEL."
             yield needs("--loss gist", "--guide MODEL", reason, fix)
-        learners = [name for name, facts in EMBEDDING_LOSSES.items() if facts.needs_teacher]
-        if config.distillation.teacher is not None and loss not in learners:
-            reason = f"it is for {join_names(learners)}"
-            yield has_no_effect("--teacher", f"--loss {loss}", reason)
         if EMBEDDING_LOSSES[loss].contrasts and config.train.rows_per_step == 1:
             yield (
                 f"--per-device-train-batch-size 1: --loss {loss} compares the rows of a step, and "
@@ -264,38 +266,17 @@ RERANKING_LOSSES: dict[str, RerankingLoss] = {
     "margin-mse": RerankingLoss(needs_teacher=True, reads_teacher=True, is_binary=True),
     "mse": RerankingLoss(is_listwise=False, reads_teacher=True),
 }
-_RERANKING_ALIASES = {
-    "binarycrossentropyloss": "bce",
-    "binarycrossentropy": "bce",
-    "listwise": "lce",
-    "localizedcontrastive": "lce",
-    "listnetloss": "listnet",
-    "ranknetloss": "ranknet",
-    "lambdaloss": "lambda",
-    "marginmseloss": "margin-mse",
-    "mseloss": "mse",
-}
-"""Other tools' loss name, in lower case without dashes and underscores → ftlevel's name."""
 
 
-class RerankingConfig(TaskSection):
+class RerankingConfig(RetrievalSection):
     """Settings of rerankers: the loss and its parameters."""
 
     tasks: ClassVar[tuple[str, ...]] = ("reranking",)
     summary: ClassVar[str] = "Ranking loss."
-    has_teacher: ClassVar[bool] = True
     overlong: ClassVar[tuple[str, ...]] = ("drop", "truncate", "truncate-prompt")
     pipeline_tag: ClassVar[str] = "text-ranking"
-    writes_text: ClassVar[bool] = False
-    shorthand: ClassVar[str] = "loss"
 
-    loss: (
-        Annotated[
-            RerankingLossName,
-            BeforeValidator(partial(normalize_loss_name, aliases=_RERANKING_ALIASES)),
-        ]
-        | None
-    ) = Field(
+    loss: Annotated[RerankingLossName, BeforeValidator(_normalize_loss)] | None = Field(
         None,
         description="Reranking loss; default: lce for several documents per query, bce for one; "
         "margin-mse and mse with a teacher.",
@@ -306,17 +287,9 @@ class RerankingConfig(TaskSection):
         "documents per relevant one.",
     )
 
-    def get_options(self, config: Any) -> dict[str, Any]:
-        """Returns the settings of the loss, with the teacher."""
-        return {**self.model_dump(), "teacher": config.distillation.teacher}
-
     def validate_run(self, config: Any) -> Iterator[str]:
-        """Yields an error message for a `--teacher` that the loss does not read."""
-        yield from list_violations(config, _WITH_TEACHER)
         learners = [name for name, facts in RERANKING_LOSSES.items() if facts.reads_teacher]
-        if config.distillation.teacher is not None and self.loss not in (None, *learners):
-            reason = f"it is for {join_names(learners)}"
-            yield has_no_effect("--teacher", f"--loss {self.loss}", reason)
+        return self._validate_teacher(config, self.loss, learners)
 
 
 _NOT_WITH_QRELS = """
@@ -342,7 +315,6 @@ class RetrievalOptions(EvaluateConfig):
         yield from list_violations(self, [Excludes(name, "qrels") for name in names])
 
     def open_data(self, ref: Any) -> Any:
-        """Returns the retrieval set of `qrels`; ConfigError if `ref` is no embedding model."""
         if self.qrels is None:
             return super().open_data(ref)
         return load("ftlevel.extras.retrieval.evaluators:RetrievalData")(self, ref)

@@ -172,19 +172,16 @@ class EmbeddingTask(RetrievalTask):
     def inherited_config(
         self, directory: Path, inference_config: Mapping[str, Any]
     ) -> dict[str, dict[str, Any]]:
-        """Returns pooling, normalization, similarity and prompts saved with the adapter."""
         values = inference_config.get("embedding", {}).get("form")
         format_ = EmbeddingFormat(**values) if values else load_embedding_format(directory)
         return {"embedding": {name: getattr(format_, name) for name in _FORM}} if format_ else {}
 
     def get_output_format(self, inference_config: Mapping[str, Any], model_config: Any) -> Any:
-        """Returns the format of the embeddings and the hidden size."""
         from ftlevel.models.kinds import width_of
 
         return inference_config["embedding"]["form"], width_of(model_config)
 
     def check_model(self, source: ModelSource, model_config: Any) -> None:
-        """Raise `InputError` for a reranker."""
         if get_task_of_texts(source.path, model_config) != self.name:
             raise InputError(f"{source.label} is a reranker. Name an embedding model.")
 
@@ -305,7 +302,6 @@ class EmbeddingTask(RetrievalTask):
     def encode_corpus(
         self, encoder: Encoder, documents: Sequence[str]
     ) -> tuple[Sequence[Encoded], Choice]:
-        """Returns the documents encoded and truncated, and a log line with their number."""
         texts = self._text_encoder(encoder).documents(documents)
         limit = encoder.limit(self.format.max_length)
         over = sum(len(text.input_ids) > limit for text in texts) if limit else 0
@@ -349,7 +345,6 @@ class EmbeddingTask(RetrievalTask):
         return {"embedding": values}
 
     def describe_rows(self, loaded: LoadedData, data_info: Mapping[str, Any]) -> list[Choice]:
-        """Returns log lines: the loss, with its reason and settings, and the number of tokens."""
         values = data_info["embedding"]
         details = [
             f"{name.replace('_', ' ')} {values[name]}"
@@ -379,25 +374,21 @@ class EmbeddingTask(RetrievalTask):
         format_ = replace(format_, dims=options.dims or format_.dims, normalize=normalize)
         # The options normalize what is left after truncation; the model's own format does not.
         rescales = normalize and (options.normalize or options.dims)
-        encode = TextEncoder(model.tokenizer, "", "", values.end)
-        prompts = [
-            format_.document_prompt if q.documents else q.prompt or format_.query_prompt
+        end, is_pooled = values.end, format_.include_prompt
+        encode = TextEncoder(model.tokenizer, "", "", end, include_prompt=is_pooled)
+        texts = [
+            replace(q, query=q.documents[0], documents=(), prompt=format_.document_prompt)
+            if q.documents
+            else replace(q, prompt=q.prompt or format_.query_prompt)
             for q in queries
         ]
-        texts = [
-            prompt + (q.documents[0] if q.documents else q.query)
-            for prompt, q in zip(prompts, queries, strict=True)
-        ]
-        encoded = enumerate(encode.ids(texts))
-        rows = [EncodedText(ids, 0, at, ends=encode.ends) for at, ids in encoded]
-        sizes = {prompt: encode.prompt_size(prompt) for prompt in set(prompts)}
+        rows: list[EncodedText] = [text for row in encode(texts) for text in row.sequences]  # type: ignore[misc]
         objective = Embeddings(METRICS["ranking"][0], format=format_)
 
         def read(
-            batch: Sequence[Encoded], states: torch.Tensor, mask: torch.Tensor
+            batch: Sequence[Any], states: torch.Tensor, mask: torch.Tensor
         ) -> list[Prediction]:
-            unpooled = [min(sizes[prompts[row.row]], len(row.input_ids) - 1) for row in batch]
-            unpooled = [] if format_.include_prompt else unpooled
+            unpooled = [row.unpooled for row in batch]
             vectors = objective.embed_states(states, without_first(mask, unpooled))
             if rescales:
                 vectors = functional.normalize(vectors, dim=-1)

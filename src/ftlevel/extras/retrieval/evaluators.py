@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ftlevel.commands.evaluate import EvaluationData, Score
+from ftlevel.commands.evaluate import Score
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.row import Encoded
 from ftlevel.errors import ConfigError
@@ -36,6 +36,7 @@ from ftlevel.extras.retrieval.metrics import METRICS, RetrievalScores, score_ret
 from ftlevel.extras.retrieval.rows import add_texts, distinct_texts
 from ftlevel.trained.generation import GenerationOptions
 from ftlevel.trained.model_ref import LoadedModel, ModelRef
+from ftlevel.trained.resolve import get_dtype_source
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class RerankingEvaluator(Evaluator):
         return {name: self.decode(own)[:MAX_TEXT_LENGTH] for name, own in ids.items()}
 
 
-class RetrievalData(EvaluationData):
+class RetrievalData:
     """Queries and documents of a retrieval set, which embedding models search."""
 
     headline = METRICS[0]
@@ -128,7 +129,7 @@ class RetrievalData(EvaluationData):
             Choice("task", self.ref.task),
             Choice("base", self.ref.base),
             Choice("retrieval set", str(self.qrels), sizes),
-            self.dtype_choice(trained),
+            Choice("dtype", trained.dtype, get_dtype_source(trained.ref, self.config.dtype)),
         ]
 
     def list_warnings(self, trained: LoadedModel) -> Iterator[str]:
@@ -161,6 +162,11 @@ class RetrievalData(EvaluationData):
             values |= {f"{name}{suffix}": scores.values[name] for name in names}
         found = RetrievalScores(values)
         return Score(found.means, found.resample)
+
+    score_base = score_other = score
+
+    def compute_outputs(self, trained: LoadedModel) -> tuple[None, None]:
+        return None, None
 
     def list_results(self, trained: LoadedModel, metrics: Any) -> Iterator[str]:
         if self.num_truncated:

@@ -98,8 +98,7 @@ class EmbeddingExporter(RetrievalExporter):
     """Export of embedding models: the server has to pool and normalize as the model does."""
 
     @property
-    def format(self) -> EmbeddingFormat:  # type: ignore[override]
-        """How the model embeds texts."""
+    def format(self) -> EmbeddingFormat:
         return EmbeddingFormat(**self.ref.card.options["embedding"]["form"])
 
     def check_server(self, server: Server) -> list[str]:
@@ -235,7 +234,6 @@ class GgufEmbeddingExport(GgufFileExport):
     auto_class: ClassVar[str] = "AutoModel"
 
     def choices(self, device: Choice) -> Iterator[Choice]:
-        """Yields the lines to print before the export."""
         yield self.model_choice
         yield Choice("architecture", self.architecture, "an embedding model")
         yield Choice("pooling", self.exporter.format.pooling, "pooling_type in the file")
@@ -248,7 +246,6 @@ class GgufEmbeddingExport(GgufFileExport):
     def write(
         self, output: Path, device: str, listener: Listener, merge: MergeAdapter
     ) -> dict[str, Any]:
-        """Save the .gguf file and its Modelfile in `output`, check them, return the summary."""
         config, file = self.config, self._write_file(output, listener, merge, self.end)
         save_text(output / config.outputs[1].name, f"FROM ./{config.out.name}\n")
         check = None
@@ -293,7 +290,6 @@ class GgufEmbeddingExport(GgufFileExport):
 
     @staticmethod
     def describe(summary: Mapping[str, Any]) -> Iterator[str]:
-        """Yields the lines to print after the export."""
         yield f"{summary['architecture']}, {summary['pooling']} pooling: {format_size(summary)}"
         if summary.get("dry_run"):
             yield "dry run: everything was checked, nothing was written."

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
+from ftlevel.config.section import Choice
+from ftlevel.errors import InputError
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.events import Listener
-from ftlevel.extras.retrieval.auxiliary import GUIDE, resolve_text_model, with_text_models
+from ftlevel.extras.retrieval.auxiliary import embed_rows, score_rows
 from ftlevel.extras.retrieval.batches import DistinctTextSampler, TextCollator
 from ftlevel.extras.retrieval.config import EmbeddingConfig
+from ftlevel.extras.retrieval.embedding import get_task_of_texts
 from ftlevel.extras.retrieval.evaluators import EmbeddingEvaluator, RerankingEvaluator
 from ftlevel.extras.retrieval.whole_step import GRAPH_MEMORY_RATIO, EmbeddingTrainer
 from ftlevel.fast.step_collator import StepCollator
-from ftlevel.trained.resolve import ReferenceModel
+from ftlevel.models.loading import load_config
+from ftlevel.trained.resolve import (
+    ReferenceModel,
+    compute_fingerprint,
+    get_model_dir,
+    resolve_model,
+)
 from ftlevel.training.forecast.memory import PERSISTENT_PARTS, StepBatch
 from ftlevel.training.forecast.meta_model import ACTIVATIONS, BACKWARD, FIRST_BLOCK, FORWARD
 from ftlevel.training.hooks import TrainingHooks
 from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
+
+GUIDE = ("embedding", "guide")
 
 
 class RetrievalHooks(TrainingHooks):
@@ -27,12 +41,52 @@ class RetrievalHooks(TrainingHooks):
     evaluator: ClassVar[type[Evaluator]] = RerankingEvaluator
 
     def resolve_auxiliary(self, run: Run, flag: str, name: str) -> ReferenceModel:
-        """Resolve a guide or teacher, which may have another tokenizer."""
-        return resolve_text_model(flag, name, run.model.device, run.model.dtype)
+        """Resolve a guide or teacher; it reads texts, so its tokenizer may differ.
+
+        Its fingerprint also covers pooling, normalization and prompts. Raises InputError if it does
+        not exist, or is neither an embedding model nor, as a teacher, a reranker.
+        """
+        label, device, dtype = f"{flag} {name}", run.model.device, run.model.dtype
+        ref = resolve_model(name, device=device, dtype=dtype, label=label, require_task=False)
+        task = ref.task or get_task_of_texts(get_model_dir(name), load_config(ref.source))
+        allowed = ("embedding",) if flag == "--guide" else ("embedding", "reranking")
+        if task not in allowed:
+            raise InputError(
+                f"{label} was trained for {task}. Name a model for {' or '.join(allowed)}."
+            )
+        if not ref.task:
+            ref = resolve_model(name, task, device=device, dtype=dtype, label=label)
+        content = json.dumps(
+            [compute_fingerprint(ref), ref.card.options], sort_keys=True, default=str
+        )
+        return ReferenceModel(name, ref, hashlib.sha256(content.encode()).hexdigest())
 
     def with_auxiliary_outputs(self, run: Run, listener: Listener, processes: Processes) -> Run:
-        """Returns the run with vectors of the guide or scores of the teacher in its rows."""
-        return with_text_models(run, listener, processes)
+        """Returns the run with vectors of the guide or scores of the teacher in its rows.
+
+        Each of several processes computes some texts, in other batches than one process would:
+        vectors and scores may differ in rounding.
+        """
+        models = {"guide": run.auxiliary.others.get(GUIDE), "teacher": run.auxiliary.teacher}
+        for flag, model in models.items():
+            if model is None:
+                continue
+            listener.stage(f"running the {flag}")
+            loaded, data = model.ref.load(run.model.device), run.data
+            if flag == "guide":
+                data = replace(data, train=embed_rows(data.train, loaded, processes))
+            else:
+                train, validation = (
+                    score_rows(rows, loaded, processes) for rows in (data.train, data.validation)
+                )
+                data = replace(data, train=train, validation=validation)
+            rows: Sequence[Any] = data.train
+            num_texts = len({text for row in rows for text in row.words})
+            listener.choices(
+                "train", [Choice(flag, model.name, f"{num_texts:,} texts, {model.ref.task}")]
+            )
+            run = replace(run, data=data)
+        return run
 
 
 class EmbeddingHooks(RetrievalHooks):
@@ -42,7 +96,6 @@ class EmbeddingHooks(RetrievalHooks):
     evaluator: ClassVar[type[Evaluator]] = EmbeddingEvaluator
 
     def get_auxiliary_names(self, run: Run) -> Mapping[tuple[str, str], str]:
-        """Returns the name of the guide, if there is one."""
         guide = run.config.get_section(EmbeddingConfig).guide
         return {GUIDE: guide} if guide is not None else {}
 
@@ -59,7 +112,6 @@ class EmbeddingHooks(RetrievalHooks):
     def select_trainer(
         self, run: Run, sampler: Any, rows: Any, order: Any
     ) -> tuple[Any, dict[str, Any], Any]:
-        """Returns `EmbeddingTrainer`."""
         grad_cache = run.config.get_section(EmbeddingConfig).grad_cache
         return EmbeddingTrainer, {"grad_cache": grad_cache}, order
 

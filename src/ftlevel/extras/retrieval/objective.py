@@ -183,7 +183,6 @@ class Embeddings(Objective):
     def compare(
         self, model: Any, rows: Sequence[Any], collate: Collate
     ) -> tuple[torch.Tensor, float, int]:
-        """Returns the vectors of the distinct texts of `rows`, and the loss summed over `rows`."""
         texts, step = distinct_texts(rows)
         vectors = self.embed_texts(model, texts, collate)
         mean = self.group_loss(vectors, step)
@@ -192,7 +191,6 @@ class Embeddings(Objective):
     def compute_whole_step(
         self, model: Any, rows: Sequence[Any], collate: Collate, batch_size: int
     ) -> torch.Tensor:
-        """Returns the loss of a step of `rows`; the graphs of all texts are kept."""
         import torch
 
         texts, step = distinct_texts(rows)
@@ -211,15 +209,12 @@ class Embeddings(Objective):
     def loss_sum(
         self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """Raise `TypeError`: the loss needs all rows of a step, not one batch."""
         raise TypeError("the loss needs all rows of a step")
 
     def meter(self) -> Meter:
-        """Raise `TypeError`: metrics need the embeddings of all texts."""
         raise TypeError("metrics need the vectors of all texts")
 
     def describe_validation(self, rows: Sequence[Any], options: Mapping[str, Any]) -> list[Choice]:
-        """Returns the loss of `rows` and the size of its groups."""
         if not len(rows):
             return []
         loss = self.for_comparison(rows).config.loss

@@ -107,7 +107,6 @@ class RerankingTask(RetrievalTask):
         return Ranking(values["headline"], loss=values["loss"], pos_weight=values["pos_weight"])
 
     def data_info(self, loaded: LoadedData) -> Mapping[str, Any]:
-        """Returns loss settings and problem type; raises `InputError` for unsuitable labels."""
         return {
             "problem_type": "regression",
             "reranking": resolve_loss(self.config, loaded.train, self.teacher),
@@ -228,7 +227,6 @@ class RerankingTask(RetrievalTask):
         inference_config: Mapping[str, Any],
         options: OutputOptions,
     ) -> dict[str, Column]:
-        """Returns the type of the only column: a document's score, or a list of scores."""
         check_options(options, "a reranker", "")
         return {"": "numbers" if "documents" in format_.columns else "number"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 from ftlevel.data.encoding.row import Encoded
 
@@ -48,17 +48,13 @@ class EncodedTexts(Encoded):
     """
 
     has_several_texts = True
+    guide: ClassVar[Any] = None
     sizes: tuple[int, ...] = field(default=(), metadata={"column": "ints"})
     teacher_scores: tuple[float, ...] = field(default=(), metadata={"column": "json"})
     prompts: tuple[int, ...] = field(default=(), metadata={"column": "ints"})
     words: tuple[str, ...] = field(default=(), metadata={"column": "json"})
     unpooled: tuple[int, ...] = field(default=(), metadata={"column": "ints"})
     ends: int = field(default=1, metadata={"column": "int"})
-
-    @property
-    def guide(self) -> Any:
-        """Embedding of each text by a guide model, or None."""
-        return None
 
     def with_teacher(self, scores: tuple[float, ...]) -> EncodedTexts:
         """Returns the row with a teacher's `scores` of its documents."""

@@ -266,6 +266,5 @@ class EmbeddingTrainer(FtlevelTrainer):
     def compute_batch(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Returns the loss of a step and accumulates gradients."""
         self._is_padding = bool(inputs.pop("is_padding", False))
         return self._whole_step(model, self.on_device(inputs))
