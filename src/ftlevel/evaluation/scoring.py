@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -367,15 +367,17 @@ def iterate_results(
     `get_position` returns file and line of a row by its index. `base` adds another model's results
     for the same rows, and `evaluator` the texts of the rows.
     """
-    texts = {} if evaluator is None else texts_of(evaluator)
-    by_row = {} if evaluator is None else {row.row: row for row in evaluator.rows}
+    rows = () if evaluator is None else evaluator.rows
+    by_row = {row.row: row for row in reversed(rows)}  # the first of the windows of a row
     generated = {item.row: item for item in record.written}
     base_generated = {item.row: item for item in base.written} if base else {}
     for row in sorted(record.units):
         unit = record.units[row]
         line: dict[str, Any] = {"row": row, "where": get_position(row)}
         line["loss"] = record.row_loss(row)
-        line |= {**texts.get(row, {}), **unit.meter.describe(labels)}
+        if evaluator is not None and row in by_row:
+            line |= shorten_texts(evaluator.get_texts(by_row[row]))
+        line |= unit.meter.describe(labels)
         if row in generated:
             line |= {"predicted": generated[row].text, "true": generated[row].reference}
         if base is not None and row in base.units:
@@ -385,18 +387,13 @@ def iterate_results(
             if row in base_generated:
                 line["base_predicted"] = base_generated[row].text
         if evaluator is not None and row in by_row:
-            line |= evaluator.get_result_texts(by_row[row], line)
+            line |= shorten_texts(evaluator.get_result_texts(by_row[row], line))
         yield line
 
 
-def texts_of(evaluator: Evaluator) -> dict[int, dict[str, str]]:
-    """Returns row index → name, such as `input` → beginning of the decoded text."""
-    result: dict[int, dict[str, str]] = {}
-    for row in evaluator.rows:
-        if row.row not in result:  # else another window of the same row
-            texts = evaluator.get_texts(row)
-            result[row.row] = {name: text[:MAX_TEXT_LENGTH] for name, text in texts.items()}
-    return result
+def shorten_texts(texts: Mapping[str, str]) -> dict[str, str]:
+    """Returns name → beginning of the text."""
+    return {name: text[:MAX_TEXT_LENGTH] for name, text in texts.items()}
 
 
 KEPT = "reference"

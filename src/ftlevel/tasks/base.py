@@ -232,10 +232,7 @@ class BaseTask(DataTask):
         return {}
 
     def get_output_format(self, inference_config: Mapping[str, Any], model_config: Any) -> Any:
-        """Returns what outputs of two models must have in common to be compared, None for tokens.
-
-        It is not None for models that read texts, whose tokenizers may differ.
-        """
+        """Returns the format of embeddings, which may be compared across tokenizers; else None."""
         return None
 
     def recognizes(self, directory: Path) -> bool:

@@ -121,9 +121,7 @@ class RetrievalSection(TaskSection):
     def get_options(self, config: Any) -> dict[str, Any]:
         return {**self.model_dump(mode="json"), "teacher": config.distillation.teacher}
 
-    def _validate_teacher(
-        self, config: Any, loss: str | None, learners: list[str]
-    ) -> Iterator[str]:
+    def _check_teacher(self, config: Any, loss: str | None, learners: list[str]) -> Iterator[str]:
         yield from list_violations(config, _WITH_TEACHER)
         if config.distillation.teacher is not None and loss not in (None, *learners):
             reason = f"it is for {join_names(learners)}"
@@ -213,7 +211,7 @@ class EmbeddingConfig(RetrievalSection):
     def validate_run(self, config: Any) -> Iterator[str]:
         loss = self.loss or DEFAULT_LOSSES["pairs"]
         learners = [name for name, facts in EMBEDDING_LOSSES.items() if facts.needs_teacher]
-        yield from self._validate_teacher(config, loss, learners)
+        yield from self._check_teacher(config, loss, learners)
         dims, weights = self.matryoshka_dims, self.matryoshka_weights
         if len(set(dims)) < len(dims):
             text = ",".join(map(str, dims))
@@ -289,7 +287,7 @@ class RerankingConfig(RetrievalSection):
 
     def validate_run(self, config: Any) -> Iterator[str]:
         learners = [name for name, facts in RERANKING_LOSSES.items() if facts.reads_teacher]
-        return self._validate_teacher(config, self.loss, learners)
+        return self._check_teacher(config, self.loss, learners)
 
 
 _NOT_WITH_QRELS = """

@@ -104,7 +104,7 @@ class RerankingEvaluator(Evaluator):
             scores = line.get(f"{name}scores", [])
             if irrelevant and len(scores) == len(documents):
                 ids[f"{name}retrieved"] = documents[max(irrelevant, key=scores.__getitem__)]
-        return {name: self.decode(own)[:MAX_TEXT_LENGTH] for name, own in ids.items()}
+        return {name: self.decode(own) for name, own in ids.items()}
 
 
 class RetrievalData:

@@ -30,7 +30,7 @@ from ftlevel.extras.retrieval.formats import EmbeddingRow
 from ftlevel.extras.retrieval.objective import Embeddings
 from ftlevel.extras.retrieval.sentence_transformers import EmbeddingFormat
 from ftlevel.merging.formats.base import Exporter, MergeAdapter, start_commands
-from ftlevel.merging.formats.gguf import GgufFileExport, format_size, load_file_vocab
+from ftlevel.merging.formats.gguf import GgufFileExport, load_file_vocab
 from ftlevel.models.loading import load_config, load_model
 from ftlevel.safe_io import save_text
 from ftlevel.trained.generation import GenerationOptions
@@ -289,11 +289,7 @@ class GgufEmbeddingExport(GgufFileExport):
         }
 
     @staticmethod
-    def describe(summary: Mapping[str, Any]) -> Iterator[str]:
-        yield f"{summary['architecture']}, {summary['pooling']} pooling: {format_size(summary)}"
-        if summary.get("dry_run"):
-            yield "dry run: everything was checked, nothing was written."
-            return
+    def describe_check(summary: Mapping[str, Any]) -> Iterator[str]:
         if (check := summary["check"]) is None:
             yield "not verified (--no-verify)"
         else:
@@ -301,10 +297,6 @@ class GgufEmbeddingExport(GgufFileExport):
                 f"read back: every tensor is the model's; embeddings of {check['texts']} texts "
                 f"have cosine {check['min_cosine']:.6f} or more to the model's"
             )
-        yield f"saved {', '.join(summary['outputs'])}  ({summary['seconds']:.1f} s)"
-        if summary["start"]:
-            yield "serve it:"
-            yield from (f"  {command}" for command in summary["start"])
 
 
 def _check_tensors(path: Path, tensors: Sequence[GGUFTensor], model: Any) -> None:

@@ -41,10 +41,9 @@ class RetrievalHooks(TrainingHooks):
     evaluator: ClassVar[type[Evaluator]] = RerankingEvaluator
 
     def resolve_auxiliary(self, run: Run, flag: str, name: str) -> ReferenceModel:
-        """Resolve a guide or teacher; it reads texts, so its tokenizer may differ.
+        """Resolve a guide or teacher, which reads texts: its tokenizer may differ.
 
-        Its fingerprint also covers pooling, normalization and prompts. Raises InputError if it does
-        not exist, or is neither an embedding model nor, as a teacher, a reranker.
+        Its fingerprint also covers pooling, normalization and prompts.
         """
         label, device, dtype = f"{flag} {name}", run.model.device, run.model.dtype
         ref = resolve_model(name, device=device, dtype=dtype, label=label, require_task=False)
@@ -56,16 +55,14 @@ class RetrievalHooks(TrainingHooks):
             )
         if not ref.task:
             ref = resolve_model(name, task, device=device, dtype=dtype, label=label)
-        content = json.dumps(
-            [compute_fingerprint(ref), ref.card.options], sort_keys=True, default=str
-        )
-        return ReferenceModel(name, ref, hashlib.sha256(content.encode()).hexdigest())
+        content = [compute_fingerprint(ref), ref.card.options]
+        text = json.dumps(content, sort_keys=True, default=str)
+        return ReferenceModel(name, ref, hashlib.sha256(text.encode()).hexdigest())
 
     def with_auxiliary_outputs(self, run: Run, listener: Listener, processes: Processes) -> Run:
         """Returns the run with vectors of the guide or scores of the teacher in its rows.
 
-        Each of several processes computes some texts, in other batches than one process would:
-        vectors and scores may differ in rounding.
+        With several processes, they may differ in rounding from those of one process.
         """
         models = {"guide": run.auxiliary.others.get(GUIDE), "teacher": run.auxiliary.teacher}
         for flag, model in models.items():

@@ -96,9 +96,7 @@ def stop_notes(name: str, ref: ModelRef, server: str | None) -> list[str]:
 class Exporter:
     """What a task changes in exports of whole models; `BaseTask.exporter` names its class.
 
-    Attributes:
-        records: whether `record` is called for a merged model, instead of recording answers.
-        format: how an embedding model pools and normalizes; None for other models.
+    `records` is whether `record` is called for a merged model, and `format` how it embeds texts.
     """
 
     config: ExportConfig

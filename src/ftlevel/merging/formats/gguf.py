@@ -245,12 +245,6 @@ def load_file_vocab(
         raise InputError(f"{name} cannot be written as GGUF: {error}") from None
 
 
-def format_size(summary: Mapping[str, Any]) -> str:
-    """Returns the number of tensors, the outtype and the size as text."""
-    size = f"{summary['tensor_bytes'] / 2**20:,.1f} MiB"
-    return f"{summary['tensors']:,} tensors, {summary['outtype']}, {size}"
-
-
 def plan_export(config: ExportConfig, ref: ModelRef) -> Export:
     """Plan the export; raise InputError if the model cannot be written as GGUF."""
     source = ref.source
@@ -368,6 +362,26 @@ class GgufFileExport:
             "versions": library_versions(),
         }
 
+    def describe(self, summary: Mapping[str, Any]) -> Iterator[str]:
+        """Yields the lines to print after the export."""
+        pooling = f", {summary['pooling']} pooling" if "pooling" in summary else ""
+        size = f"{summary['tensor_bytes'] / 2**20:,.1f} MiB"
+        contents = f"{summary['tensors']:,} tensors, {summary['outtype']}, {size}"
+        yield f"{summary['architecture']}{pooling}: {contents}"
+        if summary.get("dry_run"):
+            yield "dry run: everything was checked, nothing was written."
+            return
+        yield from self.describe_check(summary)
+        yield f"saved {', '.join(summary['outputs'])}  ({summary['seconds']:.1f} s)"
+        if summary["start"]:
+            yield "serve it:"
+            yield from (f"  {command}" for command in summary["start"])
+
+    @staticmethod
+    def describe_check(summary: Mapping[str, Any]) -> Iterator[str]:
+        """Yields the lines about the comparison with the model."""
+        raise NotImplementedError
+
     def _summarize(self, file: WrittenFile, check: Any) -> dict[str, Any]:
         return self._summary(file.outtype, file.tensors) | {
             "size_bytes": file.path.stat().st_size,
@@ -468,12 +482,8 @@ class GgufExport(GgufFileExport):
         }
 
     @staticmethod
-    def describe(summary: Mapping[str, Any]) -> Iterator[str]:
-        """Yields the lines to print after the export."""
-        yield f"{summary['architecture']}: {format_size(summary)}"
-        if summary.get("dry_run"):
-            yield "dry run: everything was checked, nothing was written."
-            return
+    def describe_check(summary: Mapping[str, Any]) -> Iterator[str]:
+        """Yields the lines about the merge and about the comparison with the model."""
         if summary["merged"] is not None:
             check = (
                 "checked as ftlevel merge does" if summary["merged"]["verified"] else "not checked"
@@ -485,10 +495,6 @@ class GgufExport(GgufFileExport):
             yield from _format_check(check, summary)
             if not summary["start"]:
                 yield "no answers are recorded for ftlevel check-served (--for llama.cpp or ollama)"
-        yield f"saved {', '.join(summary['outputs'])}  ({summary['seconds']:.1f} s)"
-        if summary["start"]:
-            yield "serve it:"
-            yield from (f"  {command}" for command in summary["start"])
 
 
 def _check_model(name: str, model_config: Any, *, has_adapter: bool) -> None:
