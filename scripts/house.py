@@ -143,6 +143,7 @@ _WHOLE_CONFIG = re.compile(_CONFIGS)
 _RUN_AND_CONFIG = re.compile(rf"(?=.*\b(?:Run|Plan)\b)(?=.*{_CONFIGS})")
 _COMMANDS = (
     "cli/", "commands/", "config/", "extras/compare/", "extras/launch/", "extras/serving/check.py",
+    "extras/serving/export.py",
 )  # fmt: skip
 
 

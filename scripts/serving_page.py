@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ftlevel.config.export import SERVERS, Server
+from ftlevel.extras.serving.config import SERVERS, Server
 from page_parts import fill, read_csv
 
 _FORMS = {"as PEFT saves it": "as PEFT saves it", "normal form": "plain LoRA"}

@@ -29,7 +29,6 @@ HOOKS = (
     "convert_recipe",
     "detect_tool",
     "finish_run",
-    "serve_whole",
     "summarize_samples",
 )
 """Functions that the core calls where an extension has them; docs/extend.md has the signatures."""

@@ -31,10 +31,9 @@ from export_cases import (
 )
 from ftlevel.cli.app import run
 from ftlevel.errors import FtlevelError, InputError, RunError
-from ftlevel.merging.formats import gguf
+from ftlevel.extras.serving import gguf, gguf_families
 from ftlevel.models.loading import load_tokenizer
 from ftlevel.models.sources import resolve_source
-from ftlevel.weights import gguf_families
 from tiny_tokenizers import build_tokenizer
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from export_cases import ModelDir, exportable_model
 from ftlevel.cli.app import run
-from ftlevel.config.export import SERVERS
+from ftlevel.extras.serving.config import SERVERS
 from served_cases import CASES, write_adapter
 from tiny_models import save_tiny
 
@@ -289,6 +289,6 @@ def test_adapter_tokenizer_is_exported(base: Path) -> None:
 
 
 def test_server_formats_exist() -> None:
-    from ftlevel.config.export import FORMATS
+    from ftlevel.extras.serving.config import FORMATS
 
     assert {name for server in SERVERS.values() for name in server.formats} <= set(FORMATS)

@@ -24,7 +24,7 @@ from export_cases import (
     exportable_model,
     load_model,
 )
-from ftlevel.merging.formats.gguf import TEST_INPUTS
+from ftlevel.extras.serving.gguf import TEST_INPUTS
 
 needs_llama_cpp = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None,

@@ -20,10 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import task_data
 from ftlevel import MergeConfig, merge
 from ftlevel.cli.app import run
-from ftlevel.commands.export import export
 from ftlevel.commands.generate import generate
-from ftlevel.config import ExportConfig
 from ftlevel.events import NullListener
+from ftlevel.extras.serving.config import ExportConfig
+from ftlevel.extras.serving.export import export
 from ftlevel.merging import merged_model
 from ftlevel.merging.merge_input import resolve_merge_input, select_rows
 from ftlevel.methods.merging import Skeleton, build_skeleton

@@ -17,7 +17,7 @@ from ftlevel.data.encoding.prompts import PromptFormat, encode_prompt
 from ftlevel.data.encoding.row import IGNORED
 from ftlevel.data.formats.examples import Conversation, SourceTarget
 from ftlevel.data.formats.turns import Message
-from ftlevel.merging.formats.ollama import format_modelfile
+from ftlevel.extras.serving.ollama import format_modelfile
 from ftlevel.models.loading import load_tokenizer
 from ftlevel.models.sources import resolve_source
 

@@ -24,13 +24,12 @@ from safetensors.torch import load_file, save_file
 from completions_server import server_without_http
 from export_cases import ModelDir, exportable_model
 from ftlevel.cli.app import run
-from ftlevel.commands.export import export
-from ftlevel.config import ExportConfig
 from ftlevel.errors import InputError, RunError
 from ftlevel.extras.serving import check as commands
 from ftlevel.extras.serving.check import check_served, run_library
 from ftlevel.extras.serving.client import ServerOutput, match_output, widen_tolerance
-from ftlevel.extras.serving.config import CheckServedConfig
+from ftlevel.extras.serving.config import CheckServedConfig, ExportConfig
+from ftlevel.extras.serving.export import export
 from ftlevel.extras.serving.recorded import ReferenceOutput
 from ftlevel.trained.resolve import resolve_model
 from served_cases import CASES, write_adapter

@@ -26,7 +26,6 @@ ALLOWED: dict[str, int] = {
     "fast/plan.py": 2,
     "fast/step.py": 2,
     "fast/step_collator.py": 2,
-    "merging/formats/ollama.py": 1,
     "models/hardware.py": 1,
     "trained/model_ref.py": 1,
     "trained/resolve.py": 3,

@@ -71,7 +71,6 @@ RULES: dict[str, tuple[Rule, dict[str, str]]] = {
             "__init__.py": "names of its own table",
             "__main__.py": "exec of an empty text",
             "extensions.py": "entry points of installed packages",
-            "merging/formats/base.py": "the table of export formats",
             "methods/__init__.py": "the table of methods",
             "extras/rl/reward_worker.py": "files that extras.rl.trust allows",
             "tasks/base.py": "the table of tasks",

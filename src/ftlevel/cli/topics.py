@@ -33,7 +33,7 @@ TOPICS = {
     "preferences": "tasks.preferences training.teacher",
     "rewards": "extras.rl",
     "merge": "commands.merge merging methods.merging methods.updates",
-    "export": "commands.export commands.quantize extras.serving merging.formats "
+    "export": "commands.quantize extras.serving "
     "merging.normal_form methods.lora_conversion weights",
     "reports": "extras.compare extras.report",
 }

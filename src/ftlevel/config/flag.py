@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ftlevel.config.evaluation import EvaluateConfig, GenerateConfig, PredictConfig
-from ftlevel.config.export import ExportConfig, MergeConfig, QuantizeConfig
+from ftlevel.config.merge import MergeConfig, QuantizeConfig
 from ftlevel.config.section import Section
 from ftlevel.config.train import TrainConfig
 from ftlevel.extensions import added_rows, load
@@ -114,7 +114,6 @@ CONFIGS: dict[str, type[Section]] = {
     "generate": GenerateConfig,
     "merge": MergeConfig,
     "quantize": QuantizeConfig,
-    "export": ExportConfig,
 }
 """Configuration class that the flags of a command set."""
 

@@ -113,7 +113,7 @@ COMMAND_FLAGS: tuple[Flag, ...] = (
          metavar="COLUMN"),
     Flag("max_eval_samples", "", DATA, ("evaluate",), FlagAliases(("--limit",))),
     Flag("base_model", "--model", MODEL,
-         ("evaluate", "predict", "generate", "merge", "export"), dest="base_model",
+         ("evaluate", "predict", "generate", "merge"), dest="base_model",
          aliases=FlagAliases(("--base",))),
     Flag("task", "", MODEL, ("evaluate", "predict", "generate")),
     Flag("labels", "", MODEL, ("evaluate", "predict"), multiple=True, metavar="NAME,…"),
@@ -132,32 +132,26 @@ COMMAND_FLAGS: tuple[Flag, ...] = (
     Flag("output_dir", "--out -o", WRITE, ("merge",), metavar="DIR", required=True,
          aliases=FlagAliases(("--output", "--output-dir"))),
     *_fields(WRITE, ("merge",), "onto quant quant_type double_quant"),
-    Flag("calibration_rows", "", WRITE, ("merge", "export")),
+    Flag("calibration_rows", "", WRITE, ("merge",)),
     Flag("weights", "", "Mixture", ("merge",)),
     Flag("strategy", "", "Mixture", ("merge",)),
     Flag("density", "", "Mixture", ("merge",)),
-    # quantize, export, and flags shared with them
+    # quantize, and flags shared with it
     *_fields(WRITE, ("quantize",), "quant quant_type"),
     Flag("double_quant", "--double-quant", WRITE, ("quantize",)),
-    Flag("server", "--for", WRITE, ("export",), dest="server"),
-    *_fields(WRITE, ("export",), "format max_rank client_prompts outtype"),
-    Flag("out", "--out -o", WRITE, ("quantize", "export"), metavar="PATH"),
-    Flag("overwrite", "--overwrite", WRITE, ("export",)),
+    Flag("out", "--out -o", WRITE, ("quantize",), metavar="PATH"),
     Flag("dtype", "", WRITE, ("merge", "quantize")),
-    Flag("revision", "", WRITE, ("quantize", "export")),
-    Flag("push_to_hub", "", WRITE, ("merge", "quantize", "export"), metavar="NAME"),
-    Flag("hub_private", "", WRITE, ("merge", "quantize", "export")),
+    Flag("revision", "", WRITE, ("quantize",)),
+    Flag("push_to_hub", "", WRITE, ("merge", "quantize"), metavar="NAME"),
+    Flag("hub_private", "", WRITE, ("merge", "quantize")),
     option("--dry-run", "Whether to only show the sizes, computed from the config.",
            panel=WRITE, on=("quantize",), type=bool),
-    option("--dry-run", "Whether to only check and show the export, without writing it.",
-           panel=WRITE, on=("export",), type=bool),
     Flag("measure", "", COMPARE, ("quantize",)),
-    Flag("verify", "", COMPARE, ("merge", "export")),
+    Flag("verify", "", COMPARE, ("merge",)),
     Flag("rows", "", COMPARE, ("merge",)),
-    Flag("verify_tokens", "", COMPARE, ("export",)),
     *_fields(COMPARE, ("evaluate", "quantize"), "eval_text eval_tokens"),
     Flag("device", "", GENERAL,
-         ("evaluate", "predict", "generate", "merge", "quantize", "export")),
+         ("evaluate", "predict", "generate", "merge", "quantize")),
 )  # fmt: skip
 """Flags of all commands but `train`, in the order of `--help`."""
 
@@ -167,7 +161,7 @@ _TAKES_RECIPES = ("train", "plan", *(n for n, own in _ADDED.items() if own.accep
 _TRAIN_COMMANDS = ("preview", *_TAKES_RECIPES)
 _EVERY = (
     *"""
-    train preview plan doctor init evaluate predict generate merge quantize export
+    train preview plan doctor init evaluate predict generate merge quantize
     list-targets list-methods recipes runs
     """.split(),
     *_ADDED,
@@ -176,7 +170,6 @@ _QUIET = (
     "train",
     "merge",
     "quantize",
-    "export",
     *(n for n, own in _ADDED.items() if own.is_quiet),
 )
 
@@ -190,7 +183,6 @@ _RUN_FLAGS: tuple[Flag, ...] = (
     Flag("name", "RUN|ADAPTER|MODEL", on=("generate",)),
     Flag("adapters", "RUN|ADAPTER...", on=("merge",), required=True, is_repeatable=True),
     Flag("model", "MODEL", on=("quantize",), required=True),
-    Flag("model", "RUN|ADAPTER|MODEL", on=("export",), required=True),
     option("ACTION", "Action: list, show, copy or convert.",
            on=("recipes",), dest="action", required=True),
     option("[FILE]", "Recipe name or path; for convert, the file of another tool.",

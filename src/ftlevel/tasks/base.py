@@ -124,7 +124,7 @@ class BaseTask(DataTask):
         model_description: what the error for an unsupported output calls the model; "": the task.
         prediction_type: type of the only prediction column, unless the task has several.
         hooks: reference to the task's `training.hooks.TrainingHooks`.
-        exporter: reference to the task's `merging.formats.base.Exporter`.
+        exporter: reference to the task's `extras.serving.formats.Exporter`; "": the default.
         trains_language_head: whether it continues adapters of other tasks that generate text.
     """
 
@@ -152,7 +152,7 @@ class BaseTask(DataTask):
     model_description: ClassVar[str] = ""
     prediction_type: ClassVar[Column] = "text"
     hooks: ClassVar[str] = "ftlevel.training.hooks:TrainingHooks"
-    exporter: ClassVar[str] = "ftlevel.merging.formats.base:Exporter"
+    exporter: ClassVar[str] = ""
     trains_language_head: ClassVar[bool] = False
 
     def configured(self, task_config: Mapping[str, Any]) -> BaseTask:

@@ -16,7 +16,6 @@ from pydantic import BaseModel, ValidationError
 from ftlevel.config import (
     SPECS,
     EvaluateConfig,
-    ExportConfig,
     MergeConfig,
     PredictConfig,
     TrainConfig,
@@ -26,7 +25,7 @@ from ftlevel.config import (
 )
 from ftlevel.config.flag import CONFIGS
 from ftlevel.errors import ConfigError
-from ftlevel.extras.serving.config import CheckServedConfig
+from ftlevel.extras.serving.config import CheckServedConfig, ExportConfig
 
 RULES = [
     (["method=full", "quant=4bit"],

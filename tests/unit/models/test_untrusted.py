@@ -18,13 +18,13 @@ from ftlevel.artifacts.cards import load_card
 from ftlevel.config import QuantConfig
 from ftlevel.data.encoding.chat import render
 from ftlevel.errors import InputError
+from ftlevel.extras.serving.gguf_file import save_gguf
 from ftlevel.models import untrusted
 from ftlevel.models.loading import build_task_model, load_config, load_tokenizer
 from ftlevel.models.quantization import match_quantization
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.untrusted import limit_memory, limit_time
 from ftlevel.models.upstream import libraries
-from ftlevel.weights.gguf_file import save_gguf
 from tiny_models import build
 
 ModelDir = Callable[..., Path]

@@ -18,7 +18,6 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 
 from ftlevel.artifacts.files import write_json
-from ftlevel.config.export import SERVERS, ExportConfig, Server
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.fit import truncate_row
 from ftlevel.errors import InputError, RunError, join_names
@@ -29,18 +28,20 @@ from ftlevel.extras.retrieval.evaluation import embed_texts
 from ftlevel.extras.retrieval.formats import EmbeddingRow
 from ftlevel.extras.retrieval.objective import Embeddings
 from ftlevel.extras.retrieval.sentence_transformers import EmbeddingFormat
-from ftlevel.merging.formats.base import Exporter, MergeAdapter, start_commands
-from ftlevel.merging.formats.gguf import GgufFileExport, load_file_vocab
+from ftlevel.extras.serving.config import SERVERS, ExportConfig, Server
+from ftlevel.extras.serving.formats import Exporter, MergeAdapter
+from ftlevel.extras.serving.gguf import GgufFileExport, load_file_vocab
+from ftlevel.extras.serving.gguf_families import get_gguf_limitations
+from ftlevel.extras.serving.gguf_file import (
+    GGUFTensor,
+    iterate_rounded_weights,
+)
+from ftlevel.extras.serving.gguf_vocabulary import Vocabulary
+from ftlevel.extras.serving.recorded import start_commands
 from ftlevel.models.loading import load_config, load_model
 from ftlevel.safe_io import save_text
 from ftlevel.trained.generation import GenerationOptions
 from ftlevel.trained.model_ref import LoadedModel
-from ftlevel.weights.gguf_families import get_gguf_limitations
-from ftlevel.weights.gguf_file import (
-    GGUFTensor,
-    iterate_rounded_weights,
-)
-from ftlevel.weights.gguf_vocabulary import Vocabulary
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog. It's here, they'll see; DON'T!",

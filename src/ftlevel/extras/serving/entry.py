@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 
 from ftlevel.artifacts.cards import code, one_line, plain
-from ftlevel.config.export import Server
 from ftlevel.data.encoding.prompts import PromptFormat, encode_prompt, load_prompt_format
 from ftlevel.errors import ConfigError, InputError, join_names, with_article
+from ftlevel.extras.serving.config import Server
 from ftlevel.merging.normal_form import NormalForm
 from ftlevel.methods.merging import load_peft_config
 from ftlevel.models.loading import load_tokenizer

@@ -9,7 +9,7 @@ import pytest
 
 import published_chat_templates
 from ftlevel.data.encoding.prompts import PromptFormat
-from ftlevel.merging.formats.ollama import (
+from ftlevel.extras.serving.ollama import (
     chat_template,
     format_modelfile,
     get_prompt_template,

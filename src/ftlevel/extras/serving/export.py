@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ftlevel.artifacts.files import (
     atomic_directory,
@@ -18,13 +20,14 @@ from ftlevel.artifacts.files import (
 from ftlevel.artifacts.hub import plan_upload
 from ftlevel.artifacts.run_directory import CONFIG
 from ftlevel.commands.merge import merge, resolve_rounding, score_trained
-from ftlevel.config import ExportConfig, MergeConfig
-from ftlevel.config.export import FORMATS
+from ftlevel.config import MergeConfig
 from ftlevel.errors import ConfigError, join_names
 from ftlevel.evaluation.two_models import Agreement, EvalSet, compare_logits
 from ftlevel.events import Listener, NullListener, Summarized
-from ftlevel.merging.formats.base import MergeOutput, exporter_of, plan_export
-from ftlevel.merging.low_bits import WeightsAsLoaded, select_gguf_codes
+from ftlevel.extras.serving.config import FORMATS, ExportConfig
+from ftlevel.extras.serving.formats import MergeOutput, exporter_of, plan_export
+from ftlevel.extras.serving.gguf_file import GRIDS, SELECTED_TYPES, QuantizedMatrix
+from ftlevel.merging.low_bits import CodeSelector, InputMoments, Weights, WeightsAsLoaded
 from ftlevel.merging.merge_input import (
     MergeInput,
     check_base_precision,
@@ -34,12 +37,11 @@ from ftlevel.merging.merge_input import (
 )
 from ftlevel.merging.merged_model import open_merger
 from ftlevel.merging.verify import load_merged
-from ftlevel.models.hardware import select_device
+from ftlevel.models.hardware import DTYPES, select_device
 from ftlevel.models.loading import silence_loggers
 from ftlevel.trained.adapter_set import scan_adapters
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.trained.resolve import resolve_model
-from ftlevel.weights.gguf_file import GRIDS, SELECTED_TYPES
 
 _ROWS: int = MergeConfig.model_fields["rows"].default
 """Rows on which the exported file is compared, as for a merge."""
@@ -96,9 +98,9 @@ def export(
         open_output = atomic_directory if is_directory else atomic_files
         with open_output(*config.outputs) as output:
             merge_adapter = (
-                partial(_merge, config, ref, listener)
+                functools.partial(_merge, config, ref, listener)
                 if ref.directory is not None
-                else partial(_compare_unmerged, config, ref, device.value)
+                else functools.partial(_compare_unmerged, config, ref, device.value)
             )
             summary = plan.write(output, device.value, listener, merge_adapter)
     summary["seconds"] = round(time.perf_counter() - start_time, 2)
@@ -218,3 +220,30 @@ def _probes(config: ExportConfig, inputs: MergeInput) -> tuple[EvalSet, EvalSet 
     rows = select_rows(inputs, _ROWS, config.calibration_rows if needs_calibration else 0)
     calibration = inputs.eval_set(rows.calibration) if rows.calibration else None
     return inputs.eval_set(rows.compared), calibration
+
+
+def select_gguf_codes(
+    model: Any, weights: Weights, rows: EvalSet, dtype: str, outtype: str
+) -> Callable[[str], QuantizedMatrix]:
+    """Returns a function: weight name → codes in the .gguf type `outtype`, selected on `rows`.
+
+    `weights` are those as trained; `outtype` is a key of `GRIDS`. Rounding starts from the trained
+    weights, because the grid of a quantized run is not that of the file.
+    """
+    transposed, sizes = {}, {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if weight is not None and weight.ndim == 2:
+            transposed[name] = type(module).__name__ == "Conv1D"
+            sizes[name] = weight.shape[0 if transposed[name] else 1]
+    moments = InputMoments(model, rows, dtype, sizes)
+    selector = CodeSelector(
+        weights, weights, GRIDS[outtype], transposed, DTYPES[dtype], moments, fits_scales=True
+    )
+
+    @functools.cache  # read again for the comparison with the saved file
+    def get_codes(name: str) -> QuantizedMatrix:
+        codes, scales = selector.select(name.removesuffix(".weight"))
+        return QuantizedMatrix(codes.to(torch.uint8), scales.view(len(codes), -1))
+
+    return get_codes

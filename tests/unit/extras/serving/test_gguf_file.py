@@ -13,7 +13,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize, quantize
 
 from ftlevel.errors import RunError
-from ftlevel.weights.gguf_file import (
+from ftlevel.extras.serving.gguf_file import (
     GRIDS,
     OUTTYPES,
     SELECTED_TYPES,

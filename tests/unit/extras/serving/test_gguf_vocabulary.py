@@ -8,8 +8,8 @@ import pytest
 from tokenizers import Regex, normalizers, pre_tokenizers
 
 from ftlevel.errors import InputError
-from ftlevel.weights import gguf_vocabulary as gguf
-from ftlevel.weights.gguf_vocabulary import load_vocab
+from ftlevel.extras.serving import gguf_vocabulary as gguf
+from ftlevel.extras.serving.gguf_vocabulary import load_vocab
 from tiny_tokenizers import as_sentencepiece, build_tokenizer
 
 SIZE = 704

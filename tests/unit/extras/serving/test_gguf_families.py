@@ -9,7 +9,7 @@ import torch
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ftlevel.weights.gguf_families import (
+from ftlevel.extras.serving.gguf_families import (
     FAMILIES,
     build_metadata,
     context_limit,

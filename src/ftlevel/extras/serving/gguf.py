@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import torch
 
 from ftlevel.artifacts.cards import format_difference, library_versions
-from ftlevel.config import ExportConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.chat import get_end_of_turn_id
 from ftlevel.data.encoding.row import Encoded
@@ -29,33 +28,23 @@ from ftlevel.evaluation.two_models import (
     split_into_windows,
 )
 from ftlevel.events import Listener
-from ftlevel.merging.formats.base import (
+from ftlevel.extras.serving.config import ExportConfig
+from ftlevel.extras.serving.formats import (
     CodesFunction,
     Export,
     MergeAdapter,
     MergeOutput,
     exporter_of,
     merge_first,
-    server_support,
-    start_commands,
     stop_notes,
 )
-from ftlevel.merging.formats.ollama import PromptTemplate, get_prompt_template, modelfile
-from ftlevel.models.kinds import checkpoint_class, max_positions
-from ftlevel.models.loading import load_config, load_model, load_tokenizer
-from ftlevel.models.quantization import get_quantization_config, quantization_name
-from ftlevel.models.sources import ModelSource, resolve_source
-from ftlevel.safe_io import save_text
-from ftlevel.tasks import TASKS
-from ftlevel.trained.model_ref import ModelRef
-from ftlevel.weights.checkpoint import open_base
-from ftlevel.weights.gguf_families import (
+from ftlevel.extras.serving.gguf_families import (
     FAMILIES,
     build_metadata,
     context_limit,
     get_gguf_limitations,
 )
-from ftlevel.weights.gguf_file import (
+from ftlevel.extras.serving.gguf_file import (
     GRIDS,
     OUTTYPE_OF_DTYPE,
     SELECTED_TYPES,
@@ -66,7 +55,17 @@ from ftlevel.weights.gguf_file import (
     plan_tensors,
     save_gguf,
 )
-from ftlevel.weights.gguf_vocabulary import READ_BY_TRANSFORMERS, Vocabulary, load_vocab
+from ftlevel.extras.serving.gguf_vocabulary import READ_BY_TRANSFORMERS, Vocabulary, load_vocab
+from ftlevel.extras.serving.ollama import PromptTemplate, get_prompt_template, modelfile
+from ftlevel.extras.serving.recorded import record_whole, start_commands
+from ftlevel.models.kinds import checkpoint_class, max_positions
+from ftlevel.models.loading import load_config, load_model, load_tokenizer
+from ftlevel.models.quantization import get_quantization_config, quantization_name
+from ftlevel.models.sources import ModelSource, resolve_source
+from ftlevel.safe_io import save_text
+from ftlevel.tasks import TASKS
+from ftlevel.trained.model_ref import ModelRef
+from ftlevel.weights.checkpoint import open_base
 
 BOUND = 1e-4
 """Allowed difference of logits, as a share of the largest one: float32 sums depend on order."""
@@ -452,7 +451,7 @@ class GgufExport(GgufFileExport):
                 "file_format": config.format,
                 "dtype": file.outtype,
             }
-            server_support().record(
+            record_whole(
                 output / config.outputs[2].name,
                 config.out,
                 record_metadata,

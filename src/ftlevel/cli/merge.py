@@ -1,4 +1,4 @@
-"""`ftlevel merge`, `quantize` and `export`: commands that write a model's files."""
+"""`ftlevel merge` and `quantize`: commands that write a model's files."""
 
 from __future__ import annotations
 
@@ -12,38 +12,8 @@ import typer
 from ftlevel.artifacts.cards import format_difference
 from ftlevel.cli.flags import CommandInput
 from ftlevel.cli.startup import heavy_imports
-from ftlevel.config import ExportConfig, MergeConfig, QuantConfig, QuantizeConfig
-from ftlevel.config.export import DRY_RUN, FORMATS, SERVERS
+from ftlevel.config import MergeConfig, QuantConfig, QuantizeConfig
 from ftlevel.errors import join_names
-
-
-def export(
-    inputs: CommandInput, *, out: str | None, dry_run: bool, as_json: bool, quiet: bool
-) -> None:
-    """Export a run, an adapter or a model for a server.
-
-    --for SERVER selects the format and rejects what that server would load incorrectly. The files
-    are read back and compared with the model before they are moved into place.
-    """
-    server, format_ = SERVERS.get(inputs.values["server"] or ""), inputs.values["format"]
-    if format_ in (None, "auto"):
-        format_ = server.formats[0] if server else "gguf"
-    suffix = FORMATS[format_].suffix if format_ in FORMATS else ""
-    placeholder = {"out": DRY_RUN.with_suffix(suffix)} if dry_run and out is None else {}
-    config = inputs.section(ExportConfig, **placeholder)
-    from ftlevel.cli.screen import open_screen
-
-    with open_screen(as_json=as_json, quiet=quiet) as screen:
-        from ftlevel.commands.export import export as run
-
-        result = run(config, listener=screen, dry_run=dry_run)
-    if as_json:
-        typer.echo(json.dumps(result.summary, default=str))
-    elif not quiet:
-        for line in result.lines:
-            typer.echo(f"  {line}")
-        if "hub" in result.summary:
-            typer.echo(f"  uploaded {result.summary['hub']}")
 
 
 def merge(inputs: CommandInput, *, as_json: bool, quiet: bool) -> None:

@@ -14,8 +14,8 @@ from typing import Any, Literal
 from ftlevel.artifacts.cards import one_line
 from ftlevel.data.encoding.chat import SYSTEM, USER, ChatLayout, get_chat_layout, get_end_of_turn_id
 from ftlevel.data.encoding.prompts import PromptFormat, load_prompt_format
+from ftlevel.extras.serving.gguf_vocabulary import Vocabulary
 from ftlevel.trained.model_ref import ModelRef
-from ftlevel.weights.gguf_vocabulary import Vocabulary
 
 _ROLES = ("system", "user", "assistant")
 _AFTER_SYSTEM = '{{ if and (eq $index 1) (eq (index $.Messages 0).Role "system") }}'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,18 +9,17 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, ClassVar, Protocol
 
-from ftlevel.config import ExportConfig
-from ftlevel.config.export import FORMATS, SERVERS, Server
 from ftlevel.config.section import Choice
-from ftlevel.errors import ConfigError, InputError, join_names, with_article
+from ftlevel.errors import InputError, join_names, with_article
 from ftlevel.evaluation.two_models import Agreement
 from ftlevel.events import Listener
-from ftlevel.extensions import hooks, load
+from ftlevel.extensions import load
+from ftlevel.extras.serving.config import FORMATS, SERVERS, ExportConfig, Server
+from ftlevel.extras.serving.gguf_file import QuantizedMatrix
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import load_config
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.trained.model_ref import LoadedModel, ModelRef
-from ftlevel.weights.gguf_file import QuantizedMatrix
 
 CodesFunction = Callable[[str], QuantizedMatrix]
 """Function: name of a weight of the model → its quantization codes, `(out, in)`."""
@@ -44,21 +42,6 @@ class MergeOutput:
         """Entries of an export's summary about the merge; None if nothing was merged."""
         keys = ("onto", "verified", "agreement")
         return {key: self.summary[key] for key in keys} if self.summary else None
-
-
-def server_support() -> Any:
-    """Returns the `WholeModelServing` of the serving extra; raises ConfigError if not installed."""
-    for build in hooks("serve_whole"):
-        return build()
-    raise ConfigError("--for names a server, and no extension for servers is installed. Drop it.")
-
-
-def start_commands(server: str | None, out: Path, embedding_format: Any = None) -> list[str]:
-    """Returns the commands that serve the whole model at `out`; empty without a server.
-
-    `embedding_format` has pooling, normalization and prompts of an embedding model.
-    """
-    return server_support().start_commands(server, out, embedding_format) if server else []
 
 
 MergeAdapter = Callable[[Path], MergeOutput]
@@ -132,7 +115,7 @@ class Exporter:
 
 def exporter_of(config: ExportConfig, ref: ModelRef) -> Exporter:
     """Returns the exporter of the task of `ref`."""
-    exporter: Exporter = load(ref.configured_task.exporter)(config, ref)
+    exporter: Exporter = load(ref.configured_task.exporter or f"{__name__}:Exporter")(config, ref)
     return exporter
 
 
@@ -170,5 +153,5 @@ class Export(Protocol):
 
 def plan_export(config: ExportConfig, ref: ModelRef | Mapping[str, ModelRef]) -> Export:
     """Plan the export of a model or of named adapters; InputError if the format lacks support."""
-    plan: Export = importlib.import_module(FORMATS[config.format].module).plan_export(config, ref)
+    plan: Export = load(FORMATS[config.format].module).plan_export(config, ref)
     return plan

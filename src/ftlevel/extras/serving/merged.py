@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts.cards import library_versions
-from ftlevel.config import ExportConfig
-from ftlevel.config.export import SERVERS
 from ftlevel.config.section import Choice
 from ftlevel.errors import InputError
 from ftlevel.events import Listener
-from ftlevel.merging.formats.base import (
+from ftlevel.extras.serving.config import SERVERS, ExportConfig
+from ftlevel.extras.serving.entry import check_command, serving_lines
+from ftlevel.extras.serving.formats import (
     Exporter,
     MergeAdapter,
     exporter_of,
-    server_support,
-    start_commands,
     stop_notes,
 )
+from ftlevel.extras.serving.recorded import record_whole, start_commands
 from ftlevel.models.sources import resolve_source
 from ftlevel.safe_io import open_existing
 from ftlevel.tasks import TASKS
@@ -79,7 +78,7 @@ class MergedExport:
                 "file_format": self.config.format,
                 "dtype": merged["written"]["dtype"],
             }
-            server_support().record(
+            record_whole(
                 output / "served.json", self.config.out, metadata, self.ref, source, device
             )
             summary["recorded"] = True
@@ -90,7 +89,7 @@ class MergedExport:
             summary["recorded"] = True
         if self.config.server:
             with open_existing(output / "README.md") as card:
-                card.write("\n" + "\n".join(server_support().readme(summary)))
+                card.write("\n" + "\n".join(serving_lines(summary)))
         return summary
 
     def _record(self, exporter: Exporter, output: Path, device: str) -> None:
@@ -127,4 +126,4 @@ class MergedExport:
             yield "serve it:"
             yield from (f"  {command}" for command in summary["start"])
             if summary["recorded"]:
-                yield f"then: {server_support().check_command(summary)}"
+                yield f"then: {check_command(summary)}"

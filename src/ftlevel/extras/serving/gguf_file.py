@@ -33,9 +33,9 @@ from gguf import (
 from gguf.quants import quantize
 
 from ftlevel.errors import InputError, RunError, join_names
+from ftlevel.extras.serving.gguf_families import FAMILIES, convert, extra_tensors
 from ftlevel.weights.checkpoint import Checkpoint
 from ftlevel.weights.codes import QuantizationGrid
-from ftlevel.weights.gguf_families import FAMILIES, convert, extra_tensors
 
 BLOCK = 32
 
