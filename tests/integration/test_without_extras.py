@@ -20,7 +20,7 @@ ALL = "all"
 COMMANDS = {
     "compare": "compare",
     "launch": "launch",
-    "serving": "check-served",
+    "serving": "export",
 }
 """Extra → command that it adds."""
 
