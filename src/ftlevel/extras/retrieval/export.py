@@ -247,13 +247,8 @@ class GgufEmbeddingExport(GgufFileExport):
         check = None
         if config.verify:
             listener.stage("reloading the file and comparing")
-            model, _ = load_model(
-                file.source,
-                file.model_config,
-                self.auto_class,
-                dtype=torch.float32,
-                device=device,
-            )
+            options: Any = {"dtype": torch.float32, "device": device}
+            model, _ = load_model(file.source, file.model_config, self.auto_class, **options)
             args = (self.exporter.format, self.tokenizer, self.end, device)
             expected = embed(model.eval(), *args)
             with torch.no_grad():
