@@ -376,7 +376,7 @@ def iterate_results(
         line: dict[str, Any] = {"row": row, "where": get_position(row)}
         line["loss"] = record.row_loss(row)
         if evaluator is not None and row in by_row:
-            line |= shorten_texts(evaluator.get_texts(by_row[row]))
+            line |= _shorten(evaluator.get_texts(by_row[row]))
         line |= unit.meter.describe(labels)
         if row in generated:
             line |= {"predicted": generated[row].text, "true": generated[row].reference}
@@ -387,12 +387,11 @@ def iterate_results(
             if row in base_generated:
                 line["base_predicted"] = base_generated[row].text
         if evaluator is not None and row in by_row:
-            line |= shorten_texts(evaluator.get_result_texts(by_row[row], line))
+            line |= _shorten(evaluator.get_result_texts(by_row[row], line))
         yield line
 
 
-def shorten_texts(texts: Mapping[str, str]) -> dict[str, str]:
-    """Returns name → beginning of the text."""
+def _shorten(texts: Mapping[str, str]) -> dict[str, str]:
     return {name: text[:MAX_TEXT_LENGTH] for name, text in texts.items()}
 
 

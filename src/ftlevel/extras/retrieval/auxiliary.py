@@ -18,12 +18,10 @@ from torch.nn import functional
 
 from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.sources.lines import RowView
-from ftlevel.errors import InputError
 from ftlevel.evaluation.answers import InferenceModel
 from ftlevel.extras.retrieval.evaluation import as_document
 from ftlevel.extras.retrieval.evaluation import embed_rows as embed_texts
 from ftlevel.extras.retrieval.formats import EmbeddingRow
-from ftlevel.extras.retrieval.objective import Embeddings
 from ftlevel.extras.retrieval.reranking import RerankingTask
 from ftlevel.extras.retrieval.rows import EncodedTexts
 from ftlevel.trained.generation import GenerationOptions, batches
@@ -75,8 +73,8 @@ def score_rows(
     if isinstance(model.task, RerankingTask):
         scores = _score_with_reranker(rows, model, model.task, processes)
     else:
-        objective = model.objective
-        is_cosine = isinstance(objective, Embeddings) and objective.format.similarity == "cosine"
+        task: Any = model.task
+        is_cosine = task.format.similarity == "cosine"
         vectors = _embed_words(rows, model, processes)
         scores = [_compute_similarity(own, is_cosine) for own in vectors]
     return RowsWithOutputs(rows, scores, lambda row, own: row.with_teacher(own))
@@ -108,8 +106,6 @@ def _score_with_reranker(
 
 
 def _embed_words(rows: Sequence[Any], model: LoadedModel, processes: Processes) -> list[Tensor]:
-    if not isinstance(model.objective, Embeddings):
-        raise InputError(f"{model.task.name} is not the task of an embedding model.")
     indices_by_text: dict[tuple[str, bool], int] = {}
     indices = [
         [

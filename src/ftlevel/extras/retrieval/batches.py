@@ -20,9 +20,8 @@ LOOKAHEAD = 10_000
 class DistinctTextSampler(EpochSampler):
     """Sampler in random order; no text occurs in two rows of an optimizer step.
 
-    The rows of a step are consecutive. Rows that fit into no step are in the last steps; `repeated`
-    counts them. Set `epoch` (from 0) before the first row of an epoch is read. Texts are compared
-    only if `is_distinct`.
+    Rows that fit into no step are in the last steps; `repeated` counts them. Texts are not compared
+    unless `is_distinct`.
 
     If `sets` has the dataset of each row, all rows of a step are from one dataset. Datasets are
     chosen at random, in proportion to their steps. Short steps end with padding rows, whose index

@@ -124,8 +124,7 @@ class RetrievalSection(TaskSection):
     def _check_teacher(self, config: Any, loss: str | None, learners: list[str]) -> Iterator[str]:
         yield from list_violations(config, _WITH_TEACHER)
         if config.distillation.teacher is not None and loss not in (None, *learners):
-            reason = f"it is for {join_names(learners)}"
-            yield has_no_effect("--teacher", f"--loss {loss}", reason)
+            yield has_no_effect("--teacher", f"--loss {loss}", f"it is for {join_names(learners)}")
 
 
 class EmbeddingConfig(RetrievalSection):
@@ -290,10 +289,9 @@ class RerankingConfig(RetrievalSection):
         return self._check_teacher(config, self.loss, learners)
 
 
-_NOT_WITH_QRELS = """
-    dataset predictions input_format subset split on_bad_row columns ignore_columns metrics
-    max_eval_samples max_generate_samples max_new_tokens num_beams temperature top_p eval_text
-    labels
+_WITH_QRELS = """
+    name qrels corpus task quant base against eval_tokens resamples seed batch_size base_model dtype
+    device
 """.split()
 
 
@@ -309,7 +307,7 @@ class RetrievalOptions(EvaluateConfig):
     def list_conflicts(self) -> Iterator[str]:
         """Yields an error message per option for rows that is set with `qrels`."""
         yield from super().list_conflicts()
-        names = (*_NOT_WITH_QRELS, *(name for name in self.added_options if name != "qrels"))
+        names = [name for name in type(self).model_fields if name not in _WITH_QRELS]
         yield from list_violations(self, [Excludes(name, "qrels") for name in names])
 
     def open_data(self, ref: Any) -> Any:

@@ -81,11 +81,7 @@ def get_task_of_texts(directory: Path | None, model_config: Any) -> str:
 
 @dataclass(frozen=True)
 class RetrievalTask(BaseTask):
-    """Base class of the tasks of embedding models and rerankers.
-
-    Attributes:
-        teacher: name of a model that scores documents; None without one.
-    """
+    """Base class of the tasks of embedding models and rerankers; `teacher` scores documents."""
 
     teacher: str | None = None
 
@@ -128,10 +124,7 @@ class EmbeddingTask(RetrievalTask):
     def for_model(
         self, source: ModelSource, kind: str, width: int, tokenizer: Any, step_rows: int
     ) -> tuple[BaseTask, list[Choice]]:
-        """Returns the task with the model's embedding format, and log lines about it.
-
-        Raises `ConfigError` if last-token pooling has no EOS, or there are too few dimensions.
-        """
+        """Returns the task with the model's format; ConfigError if pooling or sizes do not fit."""
         options = {n: v for n in _FORM if (v := getattr(self.config, n)) is not None}
         own, reason = _read_format(source, tokenizer, options), "as in the model's modules.json"
         if own is None:
@@ -295,8 +288,8 @@ class EmbeddingTask(RetrievalTask):
             "queries without a relevant document are left out": result.unjudged,
         }
         notes = [f"{config.qrels}: {count:,} {what}" for what, count in counts.items() if count]
-        table = Table(rows, range(1, len(rows) + 1), str(config.qrels), "row")
         notes = [*splits.notes, *notes]
+        table = Table(rows, range(1, len(rows) + 1), str(config.qrels), "row")
         return replace(splits, validation=table, corpus=result.documents, notes=notes)
 
     def encode_corpus(
@@ -405,14 +398,9 @@ class EmbeddingTask(RetrievalTask):
         return EncodedTexts(query + ids, (1.0,), row, {}, (len(query), len(ids)), (), (0, 0))
 
     def decode_targets(
-        self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
+        self, row: Any, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
-        """Returns "query" or "document N" for the first pooled token of each text.
-
-        Other pooled tokens get "", and tokens that are not pooled None.
-        """
-        if not isinstance(row, EncodedTexts):
-            return [None] * len(row.input_ids)
+        """Returns a text's name for its first pooled token, "" for others, None for unpooled."""
         shown: list[str | None] = []
         for number, (size, prompt) in enumerate(zip(row.sizes, row.prompts, strict=True)):
             first = 0 if self.format.include_prompt else min(prompt, size - 1)
@@ -424,14 +412,12 @@ class EmbeddingTask(RetrievalTask):
             shown += own
         return shown
 
-    def decode_label(self, row: Encoded, names: Sequence[str]) -> str:
-        if not isinstance(row, EncodedTexts):
-            return ""
+    def decode_label(self, row: Any, names: Sequence[str]) -> str:
         ends, begin, parts = [], 0, []
         for size in row.sizes:
             ends.append((begin + 1, begin + size))
             begin += size
-        details = ["query", *(f"document with label {label:g}" for label in row.labels)]  # type: ignore[union-attr]
+        details = ["query", *(f"document with label {label:g}" for label in row.labels)]
         for (first, last), prompt, what in zip(ends, row.prompts, details, strict=False):
             within = f", prompt to {first + prompt - 1}" if prompt else ""
             parts.append(f"{what}: tokens {first}-{last}{within}")

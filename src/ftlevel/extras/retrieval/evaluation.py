@@ -102,8 +102,16 @@ def get_loss_groups(objective: Embeddings, step: StepTexts) -> list[slice]:
     return list(map(slice, positions, [*positions[1:], len(step)]))
 
 
+class _WholeMeter:
+    def update(self, *_: Any) -> None:
+        """Raise `TypeError`: metrics need the vectors of all texts, not one batch."""
+        raise TypeError("metrics need the vectors of all texts")
+
+    merge = update
+
+
 @dataclass
-class QueryMeter:
+class QueryMeter(_WholeMeter):
     """Meter that averages metrics over queries; `values` has metric → value for each query.
 
     For a single query, `details` has the scores of its best positive and best negative document,
@@ -113,12 +121,6 @@ class QueryMeter:
     values: list[Mapping[str, float]]
     details: Mapping[str, Any] = field(default_factory=dict)
     is_repeated: bool = False
-
-    def update(self, *_: Any) -> None:
-        """Raise `TypeError`: the metrics of a query need all documents, not one batch."""
-        raise TypeError("metrics need the vectors of all documents")
-
-    merge = update
 
     def pool(self, meters: Sequence[QueryMeter]) -> QueryMeter:
         return QueryMeter([v for meter in meters if not meter.is_repeated for v in meter.values])
@@ -134,7 +136,7 @@ class QueryMeter:
 
 
 @dataclass
-class PairMeter:
+class PairMeter(_WholeMeter):
     """Meter of pairs of texts: Spearman correlation or average precision of similarities.
 
     `labels` are `(pairs,)`; `scores` maps a suffix, such as `_dim_64`, to similarities `(pairs,)`.
@@ -143,12 +145,6 @@ class PairMeter:
     kind: LabelKind
     labels: np.ndarray
     scores: Mapping[str, np.ndarray]
-
-    def update(self, *_: Any) -> None:
-        """Raise `TypeError`: all pairs are passed to the constructor instead."""
-        raise TypeError("pairs are scored together")
-
-    merge = update
 
     def pool(self, meters: Sequence[PairMeter]) -> PairMeter:
         scores = {name: np.concatenate([m.scores[name] for m in meters]) for name in self.scores}

@@ -141,14 +141,12 @@ class RetrievalData:
     def score(self, model: LoadedModel, listener: Listener) -> Score:
         listener.stage("embedding and searching")
         task: Any = model.task
-        inference = InferenceModel(
-            model, GenerationOptions(1), self.config.batch_size, truncate=True
-        )
+        loaded = InferenceModel(model, GenerationOptions(1), self.config.batch_size, truncate=True)
         queries = [EmbeddingRow(query, 0) for query in self.data.queries]
         texts = [*queries, *map(as_document, self.data.documents)]
-        with inference.inference():
-            vectors = embed_rows(inference, texts, listener.answered)
-        self.num_truncated = self.num_truncated or inference.shortened
+        with loaded.inference():
+            vectors = embed_rows(loaded, texts, listener.answered)
+        self.num_truncated = self.num_truncated or loaded.shortened
         values: dict[str, np.ndarray] = {}
         for dims in (None, *task.config.matryoshka_dims):
             scores = score_retrieval(

@@ -87,7 +87,7 @@ class RetrievalExporter(Exporter):
     def resolved_config(self) -> ExportConfig:
         return self.config.for_embeddings()
 
-    def _save(self, path: Path, kind: str, dtype: str, values: Sequence[Any], **more: str) -> None:
+    def save(self, path: Path, kind: str, dtype: str, values: Sequence[Any], **more: str) -> None:
         """Save the texts `TEXTS` with `values`, their embeddings or scores, which `kind` names."""
         name = "vector" if kind == "embeddings" else "score"
         rows = [{"text": text, name: value} for text, value in zip(TEXTS, values, strict=True)]
@@ -176,11 +176,7 @@ class EmbeddingExporter(RetrievalExporter):
     def record(self, path: Path, model: LoadedModel) -> None:
         end = self.ref.card.options["embedding"]["end"]
         vectors = embed(model.model, self.format, model.tokenizer, end, model.device)
-        self.save_vectors(path, self.ref.card.dtype, vectors)
-
-    def save_vectors(self, path: Path, dtype: str, vectors: torch.Tensor) -> None:
-        """Save the texts `TEXTS` with the embeddings that a server must return for them."""
-        self._save(path, "embeddings", dtype, vectors.tolist())
+        self.save(path, "embeddings", self.ref.card.dtype, vectors.tolist())
 
 
 class RerankingExporter(RetrievalExporter):
@@ -213,7 +209,7 @@ class RerankingExporter(RetrievalExporter):
             (scores,) = task.score_documents(inference, [query])
         dtype = self.ref.card.dtype
         activation = "sigmoid" if task.config.loss == "bce" else "identity"
-        self._save(path, "scores", dtype, scores, activation=activation, query=QUERY)
+        self.save(path, "scores", dtype, scores, activation=activation, query=QUERY)
 
 
 _GGUF_LIMITATIONS = {
@@ -235,10 +231,10 @@ class GgufEmbeddingExport(GgufFileExport):
     auto_class: ClassVar[str] = "AutoModel"
 
     def choices(self, device: Choice) -> Iterator[Choice]:
-        yield self.model_choice
+        yield self._model_choice
         yield Choice("architecture", self.architecture, "an embedding model")
         yield Choice("pooling", self.exporter.format.pooling, "pooling_type in the file")
-        yield self.outtype_choice
+        yield self._outtype_choice
         yield Choice("tokenizer", self.vocab.model)
         yield Choice("out", self.config.out)
         if self.config.verify:
@@ -252,13 +248,8 @@ class GgufEmbeddingExport(GgufFileExport):
         check = None
         if config.verify:
             listener.stage("reloading the file and comparing")
-            model, _ = load_model(
-                file.source,
-                file.model_config,
-                self.auto_class,
-                dtype=torch.float32,
-                device=device,
-            )
+            options: Any = {"dtype": torch.float32, "device": device}
+            model, _ = load_model(file.source, file.model_config, self.auto_class, **options)
             args = (self.exporter.format, self.tokenizer, self.end, device)
             expected = embed(model.eval(), *args)
             with torch.no_grad():
@@ -270,7 +261,7 @@ class GgufEmbeddingExport(GgufFileExport):
             check = {"texts": len(vectors), "min_cosine": float(similarities.min())}
             if config.recorded:
                 record_path = output / config.outputs[2].name
-                self.exporter.save_vectors(record_path, file.outtype, vectors)
+                self.exporter.save(record_path, "embeddings", file.outtype, vectors.tolist())
         return self._summarize(file, check)
 
     def _metadata(self, model_config: Any, vocab: Vocabulary, outtype: str) -> dict[str, Any]:
@@ -290,7 +281,7 @@ class GgufEmbeddingExport(GgufFileExport):
         }
 
     @staticmethod
-    def describe_check(summary: Mapping[str, Any]) -> Iterator[str]:
+    def _describe_check(summary: Mapping[str, Any]) -> Iterator[str]:
         if (check := summary["check"]) is None:
             yield "not verified (--no-verify)"
         else:

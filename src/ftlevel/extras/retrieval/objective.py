@@ -89,10 +89,7 @@ class Embeddings(Objective):
         return (*METRICS[self.kind], *(f"{self.headline}_dim_{count}" for count in dims))
 
     def embed(self, outputs: Any, mask: torch.Tensor, unpooled: Sequence[int] = ()) -> torch.Tensor:
-        """Returns float32 embeddings `(texts, dims)`; `mask` is the attention mask `(texts, seq)`.
-
-        Pooling skips the first `unpooled[i]` tokens of text i; an empty `unpooled` skips none.
-        """
+        """Returns float32 embeddings `(texts, dims)`; skips the first `unpooled[i]` of text i."""
         return self.embed_states(self.logits(outputs), without_first(mask, unpooled))
 
     def logits(self, outputs: Any) -> torch.Tensor:
@@ -119,8 +116,6 @@ class Embeddings(Objective):
 
         compute = STEP_LOSSES[self.config.loss or ""]
         with torch.autocast(vectors.device.type, enabled=False):
-            if not self.config.matryoshka_dims:
-                return compute(vectors.float(), step, self._loss_config)
             losses = [
                 weight * compute(space, step, self._loss_config)
                 for space, weight in self._weighted_spaces(vectors)

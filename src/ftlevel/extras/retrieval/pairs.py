@@ -14,10 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import split_batches
 from ftlevel.data.encoding.row import Encoded
-from ftlevel.errors import InputError
 from ftlevel.extras.retrieval.formats import EmbeddingRow
 
 _BATCH = 256
@@ -109,38 +107,6 @@ def _cut(values: list[int], limit: int, num_last: int) -> list[int]:
         return values
     num_last = min(num_last, limit)
     return values[: limit - num_last] + values[len(values) - num_last :]
-
-
-def prepare_tokenizer(tokenizer: Any, kind: str) -> Choice | None:
-    """Make a decoder's `tokenizer` (modified) encode pairs of texts; returns a log line or None.
-
-    Raises `InputError` if the tokenizer has no EOS token, or is not a fast tokenizer.
-    """
-    if kind != "decoder":
-        return None
-    from tokenizers.processors import TemplateProcessing
-
-    if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"the tokenizer of {tokenizer.name_or_path} has no EOS token, at which a decoder reads "
-            "the score. Set eos_token in its tokenizer_config.json."
-        )
-    if not tokenizer.is_fast:
-        raise InputError(
-            f"the tokenizer of {tokenizer.name_or_path} is not a fast tokenizer and cannot mark "
-            f"where a document begins. Convert it to tokenizer.json."
-        )
-    bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-    newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
-    start = "bos:0 " if bos else ""
-    special_tokens = [("newline", newline), ("eos", tokenizer.eos_token_id)]
-    special_tokens += [("bos", tokenizer.bos_token_id)] if bos else []
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{start}$A:0",
-        pair=f"{start}$A:0 newline:0 $B:1 eos:1",
-        special_tokens=special_tokens,
-    )
-    return Choice("pair", "query, newline, document, EOS", "a decoder's score is read at EOS")
 
 
 @dataclass(frozen=True)

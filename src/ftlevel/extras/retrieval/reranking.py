@@ -16,7 +16,7 @@ from ftlevel.errors import ConfigError, InputError, has_no_effect
 from ftlevel.extras.retrieval.config import RERANKING_LOSSES, RerankingConfig
 from ftlevel.extras.retrieval.embedding import RetrievalTask
 from ftlevel.extras.retrieval.formats import CANDIDATE_SHAPES, RANKING_SHAPES, EmbeddingRow
-from ftlevel.extras.retrieval.pairs import PairEncoder, RankedRow, prepare_tokenizer
+from ftlevel.extras.retrieval.pairs import PairEncoder, RankedRow
 from ftlevel.extras.retrieval.reranking_losses import Ranking, get_loss_config
 from ftlevel.extras.retrieval.sentence_transformers import (
     FILES,
@@ -85,7 +85,6 @@ class RerankingTask(RetrievalTask):
     def for_model(
         self, source: ModelSource, kind: str, width: int, tokenizer: Any, step_rows: int
     ) -> tuple[BaseTask, list[Choice]]:
-        """Returns the task itself; `ConfigError` if the model scores by logits of two tokens."""
         directory = download_files(source, FILES)
         if directory is not None and scores_by_tokens(directory):
             raise ConfigError(
@@ -100,7 +99,32 @@ class RerankingTask(RetrievalTask):
         return {"reranking": {**self.config.model_dump(), "teacher": self.teacher}}
 
     def prepare_tokenizer(self, tokenizer: Any, kind: str) -> Choice | None:
-        return prepare_tokenizer(tokenizer, kind)
+        """Make a decoder's `tokenizer` encode pairs; InputError without EOS, or if it is slow."""
+        if kind != "decoder":
+            return None
+        from tokenizers.processors import TemplateProcessing
+
+        if tokenizer.eos_token_id is None:
+            raise InputError(
+                f"the tokenizer of {tokenizer.name_or_path} has no EOS token, at which a decoder "
+                "reads the score. Set eos_token in its tokenizer_config.json."
+            )
+        if not tokenizer.is_fast:
+            raise InputError(
+                f"the tokenizer of {tokenizer.name_or_path} is not a fast tokenizer and cannot "
+                "mark where a document begins. Convert it to tokenizer.json."
+            )
+        bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+        newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+        start = "bos:0 " if bos else ""
+        special_tokens = [("newline", newline), ("eos", tokenizer.eos_token_id)]
+        special_tokens += [("bos", tokenizer.bos_token_id)] if bos else []
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{start}$A:0",
+            pair=f"{start}$A:0 newline:0 $B:1 eos:1",
+            special_tokens=special_tokens,
+        )
+        return Choice("pair", "query, newline, document, EOS", "a decoder's score is read at EOS")
 
     def create_objective(self, kind: str, data_info: Mapping[str, Any]) -> Objective:
         values = get_loss_config(data_info)
@@ -135,10 +159,7 @@ class RerankingTask(RetrievalTask):
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Returns the options of a cross-encoder that ftlevel did not train.
-
-        Raises `InputError` for another head, several labels or an unsupported activation.
-        """
+        """Returns the options; InputError for another head, several labels or activations."""
         if model_config.num_labels != 1:
             name = (getattr(model_config, "architectures", None) or [""])[0]
             if name and not name.endswith("ForSequenceClassification"):
@@ -196,9 +217,7 @@ class RerankingTask(RetrievalTask):
         size = len(ids) - query
         return RankedRow(ids + ids[query:], 0, row, {}, query, (size, size), (1.0, 0.0), (1.0, 0.0))
 
-    def decode_label(self, row: Encoded, names: Sequence[str]) -> str:
-        if not isinstance(row, RankedRow):
-            return ""
+    def decode_label(self, row: Any, names: Sequence[str]) -> str:
         shown, start = [f"query: tokens 1-{row.query}"], row.query
         for size, label in zip(row.sizes, row.relevance, strict=True):
             shown.append(f"document with label {label:g}: {start + 1}-{start + size}")

@@ -69,10 +69,7 @@ class WholeStep:
         self._bytes_per_token = 0.0
 
     def __call__(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """Returns the mean loss of a step, and accumulates the gradients of the parameters.
-
-        If `inputs` has no `texts`, as in a memory test, the loss is the sum of all vectors.
-        """
+        """Returns the mean loss of a step; the sum of all vectors for `inputs` without `texts`."""
         trainer = self._trainer
         model.train()
         batches: list[MicroBatch] = [

@@ -120,14 +120,9 @@ def exporter_of(config: ExportConfig, ref: ModelRef) -> Exporter:
 
 
 def _format_served_models(server: Server) -> str:
-    names = [_TEXT.get(name, name) for name in server.merged]
+    text = "s that write text"
+    names = [f"{name}{text}" if name.endswith("decoder") else name for name in server.merged]
     return join_names([*names, *["embedding models"] * (server.embeddings is not None)])
-
-
-_TEXT = {
-    "decoder": "decoders that write text",
-    "encoder-decoder": "encoder-decoders that write text",
-}
 
 
 class Export(Protocol):

@@ -297,15 +297,13 @@ class GgufFileExport:
         return FAMILIES[self.model_config.model_type].architecture
 
     @property
-    def model_choice(self) -> Choice:
-        """The line about the model that is printed before the export."""
+    def _model_choice(self) -> Choice:
         merges = self.ref.directory is not None
         how = f"{self.ref.card.method}, merged first" if merges else "as it is"
         return Choice("model", self.config.model, how)
 
     @property
-    def outtype_choice(self) -> Choice:
-        """The line about the type of the weights."""
+    def _outtype_choice(self) -> Choice:
         outtype = self.config.outtype
         return Choice("outtype", outtype, "the model's own" * (outtype == "auto"))
 
@@ -370,15 +368,14 @@ class GgufFileExport:
         if summary.get("dry_run"):
             yield "dry run: everything was checked, nothing was written."
             return
-        yield from self.describe_check(summary)
+        yield from self._describe_check(summary)
         yield f"saved {', '.join(summary['outputs'])}  ({summary['seconds']:.1f} s)"
         if summary["start"]:
             yield "serve it:"
             yield from (f"  {command}" for command in summary["start"])
 
     @staticmethod
-    def describe_check(summary: Mapping[str, Any]) -> Iterator[str]:
-        """Yields the lines about the comparison with the model."""
+    def _describe_check(summary: Mapping[str, Any]) -> Iterator[str]:
         raise NotImplementedError
 
     def _summarize(self, file: WrittenFile, check: Any) -> dict[str, Any]:
@@ -406,11 +403,11 @@ class GgufExport(GgufFileExport):
     def choices(self, device: Choice) -> Iterator[Choice]:
         """Yields the lines to print before the export."""
         config, architecture = self.config, self.architecture
-        yield self.model_choice
+        yield self._model_choice
         yield Choice(
             "architecture", architecture, f"{self.model_config.model_type} in transformers"
         )
-        yield self.outtype_choice
+        yield self._outtype_choice
         positions, window = context_limit(self.model_config)
         limit = f"its sliding window; llama.cpp has none for {architecture}" if window else ""
         yield Choice("context", f"{positions:,} tokens", limit)
@@ -481,8 +478,7 @@ class GgufExport(GgufFileExport):
         }
 
     @staticmethod
-    def describe_check(summary: Mapping[str, Any]) -> Iterator[str]:
-        """Yields the lines about the merge and about the comparison with the model."""
+    def _describe_check(summary: Mapping[str, Any]) -> Iterator[str]:
         if summary["merged"] is not None:
             check = (
                 "checked as ftlevel merge does" if summary["merged"]["verified"] else "not checked"

@@ -14,7 +14,6 @@ from ftlevel.events import Listener
 from ftlevel.extras.serving.config import SERVERS, ExportConfig
 from ftlevel.extras.serving.entry import check_command, serving_lines
 from ftlevel.extras.serving.formats import (
-    Exporter,
     MergeAdapter,
     exporter_of,
     stop_notes,
@@ -85,18 +84,17 @@ class MergedExport:
         exporter = exporter_of(self.config, self.ref)
         if is_recorded and exporter.records:
             listener.stage("recording reference embeddings or scores")
-            self._record(exporter, output, device)
+            source = resolve_source(str(output))
+            plain = self.ref.with_card(
+                method="full", quantization={"kind": "none"}, dtype="float32"
+            )
+            merged_model = replace(plain, source=source, directory=None).load(device)
+            exporter.record(output / "served.json", merged_model)
             summary["recorded"] = True
         if self.config.server:
             with open_existing(output / "README.md") as card:
                 card.write("\n" + "\n".join(serving_lines(summary)))
         return summary
-
-    def _record(self, exporter: Exporter, output: Path, device: str) -> None:
-        source = resolve_source(str(output))
-        ref = self.ref.with_card(method="full", quantization={"kind": "none"}, dtype="float32")
-        merged = replace(ref, source=source, directory=None).load(device)
-        exporter.record(output / "served.json", merged)
 
     def _summary(self, merged: Mapping[str, Any] | None) -> dict[str, Any]:
         exporter = exporter_of(self.config, self.ref)
