@@ -176,7 +176,7 @@ class Ranking(Objective):
     """Objective of rerankers: logits `(documents, 1)`, labels as in `Lists.from_labels`.
 
     Attributes:
-        loss: key of `config.reranking.LOSSES`.
+        loss: key of `config.RERANKING_LOSSES`.
         pos_weight: weight of relevant documents in bce.
     """
 

@@ -8,7 +8,12 @@ from ftlevel.config import build_section
 from ftlevel.errors import ConfigError
 from ftlevel.extras.retrieval.config import MineConfig
 from ftlevel.extras.retrieval.formats import EmbeddingRow
-from ftlevel.extras.retrieval.mine import Corpus, MiningConfig, find_negatives
+from ftlevel.extras.retrieval.mine import Corpus, find_negatives
+
+
+def mining(negatives, relative_margin, ranks=None, **options):
+    values = {"negatives": negatives, "relative_margin": relative_margin, "ranks": ranks}
+    return MineConfig.model_construct(**values, **options)
 
 
 def row(query, *positives):
@@ -34,13 +39,13 @@ def mine_texts(options, rows=ROWS, **mine_options):
 
 
 def test_other_positives_and_query_are_not_mined():
-    texts, _ = mine_texts(MiningConfig(9, 0.0))
+    texts, _ = mine_texts(mining(9, 0.0))
     assert texts[0] == ["d", "e", "f"]  # c scores above the positive a; b is another positive
 
 
 def test_documents_above_the_margin_are_skipped():
     """cos 30 = .866: with a margin of 5 % the limit is .823, and d at cos 31 = .857 is above."""
-    texts, results = mine_texts(MiningConfig(9, 0.05))
+    texts, results = mine_texts(mining(9, 0.05))
     assert texts[0] == ["e", "f"]
     assert results[0].skipped == 2  # c and d
     assert results[0].positive_scores == pytest.approx([np.cos(np.deg2rad(30))])
@@ -48,14 +53,14 @@ def test_documents_above_the_margin_are_skipped():
 
 
 def test_lowest_positive_sets_the_margin():
-    texts, _ = mine_texts(MiningConfig(9, 0.0), [row("q", "c", "e")])
+    texts, _ = mine_texts(mining(9, 0.0), [row("q", "c", "e")])
     assert texts == [["f"]]
 
 
 def test_rank_range_counts_unskipped_documents():
-    assert mine_texts(MiningConfig(1, 0.0, (2, 3)))[0][0] == ["e"]
-    assert mine_texts(MiningConfig(5, 0.0, (2, 9)))[0][0] == ["e", "f"]
-    assert mine_texts(MiningConfig(5, 0.0, (7, 9)))[0][0] == []
+    assert mine_texts(mining(1, 0.0, (2, 3)))[0][0] == ["e"]
+    assert mine_texts(mining(5, 0.0, (2, 9)))[0][0] == ["e", "f"]
+    assert mine_texts(mining(5, 0.0, (7, 9)))[0][0] == []
 
 
 def test_random_selection_is_reproducible_by_seed():
@@ -64,7 +69,7 @@ def test_random_selection_is_reproducible_by_seed():
     rows = [row("q", "a")] * 3
     corpus = Corpus(rows, list(angles))
     documents = create_unit_vectors(*(ANGLES[text] for text in corpus.texts))
-    options = MiningConfig(4, 0.0, (11, 30), at_random=True, seed=3)
+    options = mining(4, 0.0, (11, 30), sampling="random", seed=3)
     first, second = (
         [
             result.negatives
@@ -83,10 +88,7 @@ def test_random_selection_is_reproducible_by_seed():
 
 @pytest.mark.parametrize("block_bytes", [1, 1 << 20])
 def test_block_size_has_no_effect(block_bytes):
-    assert (
-        mine_texts(MiningConfig(9, 0.0), block_bytes=block_bytes)[0]
-        == mine_texts(MiningConfig(9, 0.0))[0]
-    )
+    assert mine_texts(mining(9, 0.0), block_bytes=block_bytes)[0] == mine_texts(mining(9, 0.0))[0]
 
 
 def create_config(**values):
