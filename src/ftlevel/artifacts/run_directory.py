@@ -43,7 +43,7 @@ _BACKUP, _KEPT = ".replaced", "kept"
 _LINKLESS = (*OWN, MARKER, _BACKUP, _KEPT)
 
 _IN_CHECKPOINTS = re.compile(
-    r"(identity|digests)\.json|(changes|notes)\.jsonl|\.seen-.*|\.[^/]*\.partial(/.*)?|"
+    r"identity\.json|(changes|notes)\.jsonl|\.seen-.*|\.[^/]*\.partial(/.*)?|"
     r"((checkpoint|rejected|best)-\d+(-\d+)?/(README\.md|.*config\.json|.*\.safetensors|"
     r".*\.index\.json|(optimizer|scheduler|scaler)\.pt|rng_state\w*\.pth|trainer_state\.json|"
     r"training_args\.bin|(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|spiece)"
@@ -257,8 +257,6 @@ def check_lock(path: Path) -> None:
 IDENTITY = "identity.json"
 """File in checkpoints with everything that must be unchanged when a run resumes."""
 _CHANGES, _NOTES = "changes.jsonl", "notes.jsonl"
-DIGESTS = "digests.json"
-"""File in checkpoints with the digests of the base model's files."""
 
 
 def get_run_dir(path: Path) -> Path | None:
@@ -466,7 +464,6 @@ def open_run(
                 path / ROLLOUTS,
                 run.checkpoints / _CHANGES,
                 run.checkpoints / _NOTES,
-                run.checkpoints / DIGESTS,
             ):  # left by a killed run
                 left.unlink(missing_ok=True)
     except FileExistsError:

@@ -261,7 +261,7 @@ def add_callbacks(
     listener: Listener,
     processes: Processes,
     checkpoint: Path | None,
-    write_files: Callable[[Path], None] | None,
+    write_files: Callable[[Path], None],
 ) -> RunCallbacks:
     """Add all callbacks to `trainer` (modified); returns those that record results.
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,6 @@ from ftlevel.training.finish import (
     save_tokenizer_and_card,
 )
 from ftlevel.training.forecast.fits import Device, MemoryEstimate, estimate_memory, fit_run
-from ftlevel.training.identity import FileDigests, get_file_digests
 from ftlevel.training.model import PreparedModel, get_speed_info
 from ftlevel.training.plan.adapter import get_adapter_warnings, resolve_adapter
 from ftlevel.training.plan.resolve import check_packages, infer_task, resolve
@@ -64,18 +63,17 @@ from ftlevel.training.resume import (
     PLAIN_STEP,
     ResumeState,
     check_base_not_overwritten,
-    check_same_base,
     check_shared,
     convert_interrupt,
     get_finished_message,
     get_interrupt_message,
+    keep_digests,
     load_previous_batch_tokens,
     open_or_resume,
     resolve_resume,
     store_base,
 )
 from ftlevel.training.saving import (
-    WaitForHashes,
     WriteManifest,
     check_disk_space,
     explain_disk_errors,
@@ -334,9 +332,7 @@ class TrainingSession:
         check_shared(output_dir, processes)
         run, base = store_base(self.run, output_dir, is_first=processes.is_first)
         self.run, self.base, self.output_dir = run, base, output_dir
-        digests = get_file_digests(run, output_dir.checkpoints)
-        if processes.is_first:
-            self._lock(digests)
+        hashing = self._lock() if processes.is_first else None
         if processes.is_first and run.fast.failure and not resumed.failure:
             step = step_of(resumed.checkpoint) if resumed.checkpoint else 0
             output_dir.note({"step": step, PLAIN_STEP: run.fast.failure})
@@ -344,9 +340,13 @@ class TrainingSession:
         if self.is_sharded:
             self.initial_logits = compute_initial_logits(model, run)
         self.trainer = create_trainer(run, model, output_dir, resumed, processes, scorer)
-        write_files = partial(
-            save_tokenizer_and_card, run=run, base=base, files=self.auxiliary.files
-        )
+
+        def write_files(checkpoint: Path) -> None:
+            if hashing is not None:
+                hashing.result()
+            if not model.initial_state:
+                save_tokenizer_and_card(checkpoint, run, base, self.auxiliary.files)
+
         self.callbacks = add_callbacks(
             self.trainer,
             run,
@@ -354,23 +354,23 @@ class TrainingSession:
             listener,
             processes,
             resumed.checkpoint,
-            None if model.initial_state else write_files,
+            write_files,
         )
         restore_progress(self.trainer, self.callbacks, output_dir, resumed, processes)
-        self._add_last_callbacks(digests)
+        self._add_last_callbacks()
 
-    def _lock(self, digests: FileDigests) -> None:
-        """Lock the run's directory until `stack` closes, and start to hash the run's inputs."""
+    def _lock(self) -> Future[None]:
+        """Lock the run's directory until `stack` closes, and start to hash the base's files."""
         self.stack.enter_context(lock_dir(self.output_dir.path))
         self.stack.enter_context(replace_run(self.output_dir.path))
-        digests.keep()
-        self.stack.callback(digests.wait)
+        pool = self.stack.enter_context(ThreadPoolExecutor(1))
+        return pool.submit(keep_digests, self.run, self.output_dir, self.resumed.identity)
 
-    def _add_last_callbacks(self, digests: FileDigests) -> None:
+    def _add_last_callbacks(self) -> None:
         watch = self.stack.enter_context(WatchProcesses(self.processes, self.listener.warn))
         # The caller's may write files too.
         manifest = self.trainer.pop_callback(WriteManifest)
-        for callback in (watch, *self.inputs.callbacks, WaitForHashes([digests.wait]), manifest):
+        for callback in (watch, *self.inputs.callbacks, manifest):
             self.trainer.add_callback(callback)
         if self.processes.is_first:
             output, run_info = self.run.config.output, resolved_config(self.run)
@@ -488,7 +488,6 @@ def _resolve(
     if output.push_to_hub is not None:
         hub_output = {"push_to_hub": get_repo_id(output.push_to_hub)}
         config = config.model_copy(update={"output": output.model_copy(update=hub_output)})
-    check_same_base(config.model, output, config.data.chat_template, config.task)
     listener.stage("reading data and model configuration")
     config, adapter, notes = resolve_adapter(config)
     config, task_reason = infer_task(config)
