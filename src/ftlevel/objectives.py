@@ -198,6 +198,11 @@ class Objective(ABC):
         """Returns a new meter, whose `update` takes the result of `targets`."""
 
     @property
+    def largest_term(self) -> float:
+        """Upper bound of the loss's terms; the rounding error of the loss is proportional to it."""
+        return 1.0
+
+    @property
     def first_loss(self) -> float | None:
         """Loss expected at the first step, before anything is learned; None if unknown."""
         return None
@@ -287,11 +292,6 @@ class StepObjective(Objective):
     has_choice: ClassVar[bool] = False
     evaluates_first: ClassVar[bool] = True
     shard_limitation: ClassVar[str] = "it was never tried on a sharded model"
-
-    @property
-    def largest_term(self) -> float:
-        """Upper bound of the loss's terms; the rounding error of the loss is proportional to it."""
-        return 1.0
 
     def logits(self, outputs: Any) -> Tensor:
         """Returns the hidden states of the last layer, `(texts, seq, width)`."""

@@ -40,9 +40,9 @@ from ftlevel.training.build_trainer import create_trainer, matmul_context
 from ftlevel.training.callbacks import (
     Interrupt,
     Report,
+    RunInfo,
     SetEpoch,
     UpdateSchedule,
-    get_run_info,
     tracking,
 )
 from ftlevel.training.forecast.fits import Device, MemoryEstimate, estimate_memory, fit_run
@@ -332,9 +332,11 @@ class TrainingSession:
         model = load(run, listener)
         if reference is None:
             run, reference = compute_initial_reference(run, model, listener, processes)
-        if teacher is not None:
-            run = replace(run, data=replace(run.data, train=teacher.rows))
-        auxiliary = AuxiliaryOutputs(reference, teacher, run.hooks.create_scorer(run, listener))
+        rows, teacher_info = teacher or (run.data.train, None)
+        run = replace(run, data=replace(run.data, train=rows))
+        auxiliary = AuxiliaryOutputs(
+            reference, teacher_info, run.hooks.create_scorer(run, listener)
+        )
         try:
             self.comparison = check_fast_step(run, model, processes, listener)
         except FastStepError:
@@ -442,9 +444,15 @@ class TrainingSession:
         ):
             trainer.add_callback(callback)
         if is_first:
-            output, run_info = run.config.output, resolved_config(run)
-            tracked = get_run_info(output, run_info, output_dir, self.resumed.past)
-            writers = tracking(output.report_to, tracked, listener)
+            output, past = run.config.output, self.resumed.past
+            info = RunInfo(
+                output_dir.path,
+                output.run_name or output_dir.path.name,
+                output.tracker_project,
+                resolved_config(run),
+                past[-1]["step"] if past else 0,
+            )
+            writers = tracking(output.report_to, info, listener)
             self.results.writers += self.stack.enter_context(writers)
 
     def _restore_progress(self) -> None:
