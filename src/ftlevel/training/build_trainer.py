@@ -19,6 +19,7 @@ from ftlevel.methods.rates import HeadRate
 from ftlevel.models.hardware import uses_tf32, using_tf32
 from ftlevel.models.upstream.libraries import use_one_gpu
 from ftlevel.objectives import StepObjective
+from ftlevel.tasks import BaseTask
 from ftlevel.trained.generation import GenerationOptions
 from ftlevel.training.model import PreparedModel, is_sharded
 from ftlevel.training.plan.run import Run
@@ -133,23 +134,25 @@ def create_evaluator(run: Run, processes: Processes, sampler: Any = None) -> Eva
         shared["divide"] = partial(processes.divide, equally=section.shard != "none")
     if (own := run.hooks.create_evaluator(run, sampler, generated, shared)) is not None:
         return own
-    uses_generation = should_generate(section.predict_with_generate, run.task)
     return Evaluator(
         **shared,
-        generated_rows=generated
-        if uses_generation and uses_text_metrics(section.metrics, run.task)
-        else 0,
-        writing=GenerationOptions(
-            section.max_new_tokens,
-            section.num_beams,
-            section.temperature,
-            section.top_p,
-            section.seed,
-        ),
-        score_texts=run.task.score_texts,
+        **get_generation_settings(section, run.task, len(run.data.validation)),
         language=run.data.info["target_language"],
         chunked_cross_entropy=run.fast.chunked_cross_entropy,
     )
+
+
+def get_generation_settings(train: TrainerConfig, task: BaseTask, num_rows: int) -> dict[str, Any]:
+    """Returns the arguments of `Evaluator` about generated texts; `num_rows` are evaluated."""
+    generates = should_generate(train.predict_with_generate, task)
+    uses_texts = generates and uses_text_metrics(train.metrics, task)
+    return {
+        "generated_rows": min(train.max_generate_samples, num_rows) if uses_texts else 0,
+        "writing": GenerationOptions(
+            train.max_new_tokens, train.num_beams, train.temperature, train.top_p, train.seed
+        ),
+        "score_texts": task.score_texts,
+    }
 
 
 def create_trainer(
