@@ -23,6 +23,7 @@ from ftlevel.config.reading import flatten
 from ftlevel.config.train import SECTIONS
 from ftlevel.config.trainer import PLATEAU
 from ftlevel.errors import ConfigError, InputError, join_names
+from ftlevel.models.loading import get_vocabulary
 from ftlevel.training.plan.run import Run
 from ftlevel.training.summary import get_base_values
 
@@ -182,17 +183,9 @@ def get_config_values(config: Any) -> dict[str, Any]:
 
 
 def _get_tokenizer_values(tokenizer: Any) -> dict[str, str]:
-    """Returns digests of a tokenizer and of its chat template.
-
-    Truncation and padding in tokenizer files are ignored: each call of the tokenizer replaces them.
-    """
-    if tokenizer.is_fast:
-        backend = json.loads(tokenizer.backend_tokenizer.to_str())
-        del backend["truncation"], backend["padding"]
-    else:
-        backend = tokenizer.get_vocab()
+    """Returns digests of a tokenizer and of its chat template."""
     values = {
-        TOKENIZER: [backend, tokenizer.special_tokens_map],
+        TOKENIZER: [get_vocabulary(tokenizer), tokenizer.special_tokens_map],
         TEMPLATE: getattr(tokenizer, "chat_template", None),
     }
     return {
