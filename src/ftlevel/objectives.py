@@ -49,11 +49,6 @@ class TrainingLoss:
         """Whether targets have different weights."""
         return bool(self.class_weights or self.focal_gamma)
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the training loss equals the evaluation loss."""
-        return not (self.smoothing or self.is_weighted)
-
 
 class Meter(Protocol):
     """Interface of meters, which accumulate metrics besides the loss batch by batch."""

@@ -72,7 +72,6 @@ class EmbeddingTask(BaseTask):
     teacher: str | None = None
 
     served_as: ClassVar[str] = "embedding models"
-    changes_tokenizer: ClassVar[bool] = True
     model_description: ClassVar[str] = "an embedding model"
     prediction_type: ClassVar[Column] = "embedding"
 

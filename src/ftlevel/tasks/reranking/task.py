@@ -62,7 +62,6 @@ class RerankingTask(BaseTask):
     finds_ends_by_padding: ClassVar[bool] = True
     head_like: ClassVar[str] = "text-classification"
     separates_padding: ClassVar[bool] = True
-    changes_tokenizer: ClassVar[bool] = True
     synthetic_info: ClassVar[Mapping[str, Any]] = {
         "problem_type": "regression",
         "reranking": {"loss": "lce", "pos_weight": 1.0, "headline": "ndcg@10"},
