@@ -147,7 +147,7 @@ def has_evaluation(records: Sequence[Mapping[str, Any]], step: int) -> bool:
 
 
 def resolve_resume(run: Run, processes: Processes, listener: Listener) -> ResumeState:
-    """Returns the state from which the run resumes, before weights load; empty for a new run."""
+    """Returns the state from which the run resumes, before weights load; of a new run, its identity."""
     identity = get_identity(run)
     everything = {**flatten_config(run, {"output": {"allow_change"}}), **identity}
     everything.pop("threads", None)  # may differ by machine
@@ -157,13 +157,12 @@ def resolve_resume(run: Run, processes: Processes, listener: Listener) -> Resume
 
 def _resolve_resume(run: Run, identity: dict[str, Any], listener: Listener) -> ResumeState:
     output, steps = run.config.output, run.schedule.steps
-    before = load_identity(output)
-    if output.dir is None or not output.resume:
-        return ResumeState(identity)
-    if before is None:
-        listener.warn(
-            f"--resume {output.dir}: it has no checkpoint yet, so the run starts from the beginning"
-        )
+    if (before := load_identity(output)) is None or output.dir is None:
+        if output.resume:
+            listener.warn(
+                f"--resume {output.dir}: it has no checkpoint yet, so the run starts from the "
+                "beginning"
+            )
         return ResumeState(identity)
     known = {**before, **identity}
     if invalid := [name for name in output.allow_change if name not in known]:
