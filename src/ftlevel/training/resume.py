@@ -147,7 +147,10 @@ def has_evaluation(records: Sequence[Mapping[str, Any]], step: int) -> bool:
 
 
 def resolve_resume(run: Run, processes: Processes, listener: Listener) -> ResumeState:
-    """Returns the state from which the run resumes, before weights load; of a new run, its identity."""
+    """Returns the state from which the run resumes, before weights load.
+
+    That of a new run has only the identity.
+    """
     identity = get_identity(run)
     everything = {**flatten_config(run, {"output": {"allow_change"}}), **identity}
     everything.pop("threads", None)  # may differ by machine
