@@ -183,7 +183,7 @@ def report(session: TrainingSession, proof: Proof) -> Mapping[str, Any]:
 def _create_summary(session: TrainingSession, proof: Proof) -> dict[str, Any]:
     """Returns the contents of summary.json: times in seconds, memory in bytes, loss in nats."""
     run, model, trainer = session.run, session.model.model, session.trainer
-    records, output_dir = session.results.records, session.output_dir
+    records, events = session.results.records, session.output_dir.load_events()
     trainable, total = count_parameters(model)
     scores = [record for record in records if any(k.startswith("eval_") for k in record)]
     first = scores[0] if scores and scores[0]["step"] == 0 else {}
@@ -192,7 +192,7 @@ def _create_summary(session: TrainingSession, proof: Proof) -> dict[str, Any]:
     best = session.selected
     selected = last if best is None else next(r for r in reversed(scores) if r["step"] == best.step)
     return {
-        "run": str(output_dir.path),
+        "run": str(session.output_dir.path),
         "recipe": session.inputs.recipe,
         "task": run.task.name,
         "headline": run.objective.headline,
@@ -220,8 +220,8 @@ def _create_summary(session: TrainingSession, proof: Proof) -> dict[str, Any]:
             {"name": c.name, "value": str(c.value), "reason": c.reason} for c in run.choices
         ],
         "versions": library_versions(),
-        "changed_on_resume": output_dir.load_changes(),
-        "left_out": [note for note in output_dir.load_events() if "how" in note],
+        "changed_on_resume": [event for event in events if "field" in event],
+        "left_out": [event for event in events if "how" in event],
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 

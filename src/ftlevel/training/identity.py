@@ -135,7 +135,7 @@ def load_identity(output: OutputConfig) -> dict[str, Any] | None:
 def compare_identities(
     output: OutputConfig, before: Mapping[str, Any], now: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Returns the differences that `--allow-change` accepts, as records for changes.jsonl.
+    """Returns the differences that `--allow-change` accepts, as records for notes.jsonl.
 
     Raises ConfigError with all others; of another base or tokenizer, only this is named. Fields of
     `hash_base`, `FIELD of FILE`, are accepted with FIELD, and compared if both records have some.

@@ -239,7 +239,7 @@ def open_or_resume(run: Run, state: ResumeState, listener: Listener) -> RunDirec
             listener.warn(
                 f"{change['field']} is {change['is']!r} from here on, was {change['was']!r}"
             )
-        output_dir.append_changes(step_of(state.checkpoint), state.changes)
+            output_dir.note({"step": step_of(state.checkpoint), **change})
     else:
         output_dir, leftovers = open_run(
             output.dir, run.name, overwrite=output.overwrite, resume=output.resume
