@@ -117,6 +117,7 @@ class ResumeState:
         past: log records up to the checkpoint.
         has_new_length: whether the planned number of steps has changed.
         finished: summary.json of a run with nothing left to train.
+        changes: differing fields that `--allow-change` accepts.
         failure: how the fast step differed from the plain step, which the run has trained since;
             empty if it did not.
     """
