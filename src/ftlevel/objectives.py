@@ -54,11 +54,6 @@ class TrainingLoss:
         """Whether targets have different weights."""
         return bool(self.class_weights or self.focal_gamma)
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the training loss equals the evaluation loss."""
-        return not (self.smoothing or self.is_weighted)
-
 
 class Meter(Protocol):
     """Interface of meters, which accumulate metrics besides the loss batch by batch."""
@@ -205,6 +200,11 @@ class Objective(ABC):
         """Returns a new meter, whose `update` takes the result of `targets`."""
 
     @property
+    def largest_term(self) -> float:
+        """Upper bound of the loss's terms; the rounding error of the loss is proportional to it."""
+        return 1.0
+
+    @property
     def first_loss(self) -> float | None:
         """Loss expected at the first step, before anything is learned; None if unknown."""
         return None
@@ -218,11 +218,6 @@ class Objective(ABC):
     def describe_validation(self, rows: Sequence[Any], options: Mapping[str, Any]) -> list[Choice]:
         """Returns log lines about the loss of validation `rows`; `options` are the model card's."""
         return []
-
-    @property
-    def largest_term(self) -> float:
-        """Upper bound of the loss's terms; the rounding error of the loss is proportional to it."""
-        return 1.0
 
     def compute_whole_step(
         self, model: Any, rows: Sequence[Any], collate: Collate, batch_size: int

@@ -240,7 +240,7 @@ def test_resume_after_early_stopping_trains_no_further(
                "--save-steps", "1"]  # fmt: skip
     train(*options, out="whole")
     with monkeypatch.context() as patch:
-        patch.setattr("ftlevel.training.session.save", lambda *_: 1 / 0)
+        patch.setattr("ftlevel.training.finish.save", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(["train", "--quiet", *options, "--output-dir", "cut", "--traceback"])
     summary = train("--resume", out="cut")

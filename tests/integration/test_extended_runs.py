@@ -193,7 +193,7 @@ def test_checkpoints_are_saved_by_elapsed_time(
         train(*options, "--max-steps", "8", "--save-total-limit", "9")
         patch.setattr("ftlevel.training.saving.time", Clock())
         train(*options, "--max-steps", "8", "--save-strategy", "no", out="none")
-        patch.setattr("ftlevel.training.build_trainer.SMALL_CHECKPOINT", 1000)
+        patch.setattr("ftlevel.training.session.SMALL_CHECKPOINT", 1000)
         train(*options, "--max-steps", "2", out="large")
     train(*options, "--max-steps", "2", out="quick")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,14 @@ import numpy as np
 from ftlevel.artifacts.files import check_new_output, rows_fingerprint
 from ftlevel.artifacts.paths import DATA_PATHS, check_paths
 from ftlevel.artifacts.row_files import row_file_type, save_rows
-from ftlevel.config import SPECS, EvaluateConfig, InMemoryDataset, QuantConfig, TrainConfig
+from ftlevel.config import (
+    SPECS,
+    EvaluateConfig,
+    InMemoryDataset,
+    QuantConfig,
+    TrainConfig,
+    TrainerConfig,
+)
 from ftlevel.config.section import Choice, check_config
 from ftlevel.data.encoding.fit import LengthBounds
 from ftlevel.data.formats.labels import are_default_names
@@ -30,7 +37,6 @@ from ftlevel.evaluation.intervals import (
     interval,
     select_metrics,
     should_generate,
-    uses_text_metrics,
 )
 from ftlevel.evaluation.scoring import Evaluator, iterate_results, needs_reference, with_reference
 from ftlevel.evaluation.two_models import (
@@ -44,11 +50,10 @@ from ftlevel.methods import METHODS
 from ftlevel.models.hardware import select_device
 from ftlevel.models.loading import silence_loggers
 from ftlevel.models.quantization import format_quantization
-from ftlevel.tasks import TASKS, BaseTask
-from ftlevel.trained.generation import GenerationOptions
+from ftlevel.tasks import TASKS
 from ftlevel.trained.model_ref import LoadedModel, ModelRef
 from ftlevel.trained.resolve import get_dtype_source, get_original_base, resolve_model
-from ftlevel.training.build_trainer import eval_batch_size
+from ftlevel.training.build_trainer import eval_batch_size, get_generation_settings
 from ftlevel.training.hooks import hooks_of
 from ftlevel.training.plan.schedule import text_positions
 
@@ -184,18 +189,15 @@ class _Rows:
         options = self.rows.options
         self.ref = ref if options == ref.card.options else ref.with_card(options=options)
         task, how = self.ref.configured_task, "--max-generate-samples N"
-        generates = self.generates(task)
-        check_metrics(self.metrics, task, self.ref.objective, generates=generates, how=how)
+        train = self.run_config.train
+        generates = should_generate(train.predict_with_generate, task)
+        check_metrics(train.metrics, task, self.ref.objective, generates=generates, how=how)
         config.check_task(self.ref.task)
         added = {"name": config.name, **config.added_options}
         self.hooks = hooks_of(task).evaluation(self.ref, added)
         self.evaluator: Any = None
         self.record: Any = None
         self.base_record: ExampleRecord | None = None
-
-    @property
-    def metrics(self) -> Sequence[str]:
-        return self.config.metrics or self.run_config.train.metrics
 
     def encode(self, model: ModelRef) -> EvaluationRows:
         return load_evaluation_rows(
@@ -208,7 +210,8 @@ class _Rows:
         )
 
     def _context(self, ref: ModelRef) -> EncodingContext:
-        config, primary, run_config = self.config, self.primary, self.run_config
+        primary, run_config, train = self.primary, self.run_config, self.run_config.train
+        generates = should_generate(train.predict_with_generate, ref.configured_task)
         tokenizer, task, kind = ref.tokenizer, ref.configured_task, ref.model_kind
         positions, name = text_positions(run_config.method, ref.model_config), primary.card.method
         has_virtual_tokens = (
@@ -216,15 +219,10 @@ class _Rows:
         )
         if has_virtual_tokens or self.is_compared:  # these or the other model limit the text
             positions = primary.card.max_length or positions
-        elif positions and kind == "decoder" and self.generates(task):
-            new = config.max_new_tokens or run_config.train.max_new_tokens
-            positions = max(primary.card.max_length, positions - new)
-        bounds, seed = LengthBounds(positions), run_config.train.seed
+        elif positions and kind == "decoder" and generates:
+            positions = max(primary.card.max_length, positions - train.max_new_tokens)
+        bounds, seed = LengthBounds(positions), train.seed
         return EncodingContext(task, kind, tokenizer, len(tokenizer), bounds, seed)
-
-    def generates(self, task: BaseTask) -> bool:
-        generates = should_generate(self.run_config.train.predict_with_generate, task)
-        return generates or (task.generates_text and self.config.max_generate_samples is not None)
 
     def choices(self, trained: LoadedModel) -> Iterator[Choice]:
         config, rows, ref = self.config, self.rows, trained.ref
@@ -277,7 +275,7 @@ class _Rows:
         """Returns why settings of text generation have no effect; "" if they have one."""
         if trained.objective.samples:
             return "completions are sampled as in training"
-        if self.generates(trained.task):
+        if should_generate(self.run_config.train.predict_with_generate, trained.task):
             return ""
         if trained.task.generates_text:
             return "no text is generated without --max-generate-samples N"
@@ -343,14 +341,13 @@ class _Rows:
     def _create_evaluator(self, trained: LoadedModel) -> Evaluator:
         config, rows = self.config, self.rows
         train, speed, task = self.run_config.train, self.run_config.speed, trained.task
-        is_seeded = "seed" in config.model_fields_set  # else as in training
-        num_rows = 0
-        if self.hooks is not None or (
-            self.generates(task) and uses_text_metrics(self.metrics, task)
-        ):
-            num_rows = min(
-                config.max_generate_samples or train.max_generate_samples, len(rows.rows)
-            )
+        generation = get_generation_settings(train, task, len(rows.rows))
+        if self.hooks is not None:
+            generation["generated_rows"] = min(train.max_generate_samples, len(rows.rows))
+        seed = train.order_seed
+        if "seed" in config.model_fields_set:  # else as in training
+            seed = config.seed
+            generation["writing"] = replace(generation["writing"], seed=seed)
         settings: dict[str, Any] = {
             "rows": rows.rows,
             "tokenizer": trained.tokenizer,
@@ -358,22 +355,15 @@ class _Rows:
             "objective": trained.objective,
             "device": trained.device,
             "dtype": trained.dtype,
-            "batch_size": config.batch_size or eval_batch_size(train),
-            "generated_rows": num_rows,
-            "writing": GenerationOptions(
-                config.max_new_tokens or train.max_new_tokens,
-                **config.decoding(train),
-                seed=config.seed if is_seeded else train.seed,
-            ),
-            "score_texts": task.score_texts,
+            "batch_size": eval_batch_size(train),
             "language": rows.language,
             "chunked_cross_entropy": speed.fast and speed.chunked_cross_entropy,
-            "metrics": self.metrics,
+            "metrics": train.metrics,
             "corpus": rows.corpus,
+            **generation,
         }
         if self.hooks is None:
             return hooks_of(task).evaluator(**settings)
-        seed = config.seed if is_seeded else train.order_seed
         return self.hooks.create_evaluator(trained, rows, seed, settings)
 
 
@@ -448,7 +438,21 @@ def _get_run_config(config: EvaluateConfig, ref: ModelRef) -> tuple[TrainConfig,
     for name in ("corpus", "columns", "ignore_columns", "max_eval_samples", "on_bad_row"):
         if (value := getattr(config, name)) not in (None, {}, ()):
             update[name] = value
-    return run_config.model_copy(update={"data": run_config.data.model_copy(update=update)}), is_own
+    data = run_config.data.model_copy(update=update)
+    train = run_config.train.model_copy(update=_get_train_settings(config, run_config.train))
+    return run_config.model_copy(update={"data": data, "train": train}), is_own
+
+
+def _get_train_settings(config: EvaluateConfig, train: TrainerConfig) -> dict[str, Any]:
+    """Returns the fields of `train` that `config` sets."""
+    values = {
+        "metrics": config.metrics,
+        "per_device_eval_batch_size": config.batch_size,
+        "max_new_tokens": config.max_new_tokens,
+        "max_generate_samples": config.max_generate_samples,
+        "predict_with_generate": config.max_generate_samples is not None,
+    }
+    return {name: value for name, value in values.items() if value} | config.decoding(train)
 
 
 def _is_same_name(dataset: str, name: str) -> bool:

@@ -355,13 +355,14 @@ def _predict_window(
     faults = {i: row.fault for i, row in enumerate(window) if row.fault}
     if faults and config.on_bad_row == "error":
         raise InputError(progress.format_failures(window, faults))
-    answers = predict_rows(model, [window[i].question for i in answerable], output_options)
-    faults |= {answerable[number]: error for number, error in answers.refused.items()}
+    questions = [window[i].question for i in answerable]
+    replies, refused = predict_rows(model, questions, output_options)
+    faults |= {answerable[number]: error for number, error in refused.items()}
     if faults and config.on_bad_row == "error":
         raise InputError(progress.format_failures(window, faults))
     progress.skip(window, faults)
     columns: list[Mapping[str, Any]] = [{} for _ in window]
-    for number, reply in zip(answerable, answers.replies, strict=True):
+    for number, reply in zip(answerable, replies, strict=True):
         if reply is not None:
             columns[number] = reply.columns
     return columns

@@ -119,34 +119,23 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _convert_paths(cls, raw: Any) -> Any:
-        """Convert `os.PathLike` values of text fields to text."""
-        if not isinstance(raw, dict):
-            return raw
-        names = {
-            name: os.fspath(value)
-            for name, value in raw.items()
-            if isinstance(value, os.PathLike)
-            and name in cls.model_fields
-            and Path not in set(_iter_types(cls.model_fields[name].annotation))
-        }
-        return {**raw, **names}
+    def _convert_to_text(cls, raw: Any) -> Any:
+        """Convert `os.PathLike` values of text fields to text, and booleans of numeric fields.
 
-    @model_validator(mode="before")
-    @classmethod
-    def _reject_booleans(cls, raw: Any) -> Any:
-        """Convert booleans in numeric fields (YAML `yes`) to text, which validation rejects."""
+        Validation then rejects the latter, such as YAML's `yes`.
+        """
         if not isinstance(raw, dict):
             return raw
-        invalid = {
-            name: str(value).lower()
-            for name, value in raw.items()
-            if isinstance(value, bool)
-            and name in cls.model_fields
-            and bool not in (parts := set(_iter_types(cls.model_fields[name].annotation)))
-            and parts & {int, float}
-        }
-        return {**raw, **invalid}
+        texts = {}
+        for name, value in raw.items():
+            if name not in cls.model_fields or not isinstance(value, bool | os.PathLike):
+                continue
+            types = set(_iter_types(cls.model_fields[name].annotation))
+            if isinstance(value, os.PathLike) and Path not in types:
+                texts[name] = os.fspath(value)
+            elif isinstance(value, bool) and bool not in types and types & {int, float}:
+                texts[name] = str(value).lower()
+        return {**raw, **texts}
 
 
 class TaskSection(Section):

@@ -302,6 +302,17 @@ def load_tokenizer(source: ModelSource) -> Any:
     return tokenizer
 
 
+def get_vocabulary(tokenizer: Any) -> Any:
+    """Returns the vocabulary of `tokenizer`, with all rules if it is a fast one.
+
+    Truncation and padding in tokenizer files are ignored: each call of the tokenizer replaces them.
+    """
+    if not tokenizer.is_fast:
+        return tokenizer.get_vocab()
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
+
+
 def _check_vocabulary(source: ModelSource, names: Iterable[str] = ()) -> None:
     """Raise `InputError` if the directory `source` has no vocabulary file, usual or in `names`."""
     patterns = ("tokenizer.*", "vocab*", "merges.txt", "*.model", "tekken.json", *names)

@@ -117,7 +117,6 @@ class BaseTask(DataTask):
         finds_ends_by_padding: whether the model locates a row's last token by its padding.
         head_like: task whose models have the same head; "" if the head is specific to this task.
         separates_padding: whether the padding token must differ from EOS.
-        changes_tokenizer: whether the task changes the tokenizer, e.g. to append EOS.
         predicts_training_rows: whether `predict` accepts the layouts of training rows.
         synthetic_info: result of `data_info` assumed for synthetic batches.
         synthetic_labels: class or tag names assumed for synthetic batches.
@@ -143,7 +142,6 @@ class BaseTask(DataTask):
     finds_ends_by_padding: ClassVar[bool] = False
     head_like: ClassVar[str] = ""
     separates_padding: ClassVar[bool] = False
-    changes_tokenizer: ClassVar[bool] = False
     needs_context: ClassVar[bool] = False
     predicts_training_rows: ClassVar[bool] = True
     uses_dropout: ClassVar[bool] = True

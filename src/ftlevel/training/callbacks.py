@@ -22,8 +22,6 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ftlevel.artifacts.files import load_json, write_json
-from ftlevel.artifacts.run_directory import RunDirectory
-from ftlevel.config import OutputConfig
 from ftlevel.config.reading import flatten
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.collate import MaskedRows
@@ -326,17 +324,6 @@ class Tracker:
     location: str
     log: Callable[[dict[str, float], int], Any]
     close: Callable[[], Any]
-
-
-def get_run_info(
-    output: OutputConfig,
-    values: Mapping[str, Any],
-    output_dir: RunDirectory,
-    past: Sequence[Mapping[str, Any]],
-) -> RunInfo:
-    """Returns a run's `RunInfo`: `values` is its configuration, `past` its log before a resume."""
-    name, first = output.run_name or output_dir.path.name, past[-1]["step"] if past else 0
-    return RunInfo(output_dir.path, name, output.tracker_project, values, first)
 
 
 @contextlib.contextmanager

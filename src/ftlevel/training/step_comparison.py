@@ -64,7 +64,7 @@ class GradientDifference:
 def compare_gradients(gradients: Gradients, reference: Gradients) -> dict[str, GradientDifference]:
     """Returns tensor name → comparison with `reference`; a missing gradient counts as zero."""
     differences = {}
-    for name in gradients.keys() | reference.keys():
+    for name in sorted(gradients.keys() | reference.keys()):
         like = reference.get(name, gradients.get(name))
         if like is None:
             raise KeyError(name)

@@ -44,18 +44,13 @@ from ftlevel.training.reference import (
 )
 
 
-@dataclass(frozen=True)
-class TeacherPredictions:
-    """Training rows with the teacher's predictions; `facts` is the entry in summary.json."""
-
-    rows: Sequence[Encoded]
-    facts: Mapping[str, Any]
-
-
 def precompute_teacher(
     run: Run, listener: Listener, processes: Processes
-) -> TeacherPredictions | None:
-    """Returns training rows with the teacher's predictions; None if the run needs none."""
+) -> tuple[Sequence[Encoded], dict[str, Any]] | None:
+    """Returns training rows with the teacher's predictions, and their entry in summary.json.
+
+    None if the run needs none.
+    """
     teacher, config = run.auxiliary.teacher, run.config.distillation
     objective = run.objective
     if teacher is None or not isinstance(objective, TokenObjective) or objective.samples:
@@ -90,7 +85,7 @@ def precompute_teacher(
         "probability_kept": probability,
         "bytes": size,
     }
-    return TeacherPredictions(DistillationRows(rows, predictions, offsets), info)
+    return DistillationRows(rows, predictions, offsets), info
 
 
 def _num_targets(objective: TokenObjective, row: Encoded) -> int:
@@ -172,13 +167,13 @@ def _observe_logits(
 
 @dataclass(frozen=True)
 class AuxiliaryOutputs:
-    """Outputs of the reference and the teacher model, each None if not needed.
+    """Outputs of the reference model, and facts on those of the teacher; None if not needed.
 
     `scorer` is what `TrainingHooks.create_scorer` returned, with `teacher`, the teacher model.
     """
 
     reference: Reference | None
-    teacher_predictions: TeacherPredictions | None
+    teacher_info: Mapping[str, Any] | None
     scorer: Any
 
     @property
@@ -193,8 +188,8 @@ class AuxiliaryOutputs:
         facts, notes = dict[str, Any](), list[str]()
         if self.reference is not None:
             facts["reference"], notes = check_first_loss(self.reference, run, records)
-        if self.teacher_predictions is not None:
-            facts["distillation"] = dict(self.teacher_predictions.facts)
+        if self.teacher_info is not None:
+            facts["distillation"] = dict(self.teacher_info)
         if self.scorer is not None:
             teacher = self.scorer.teacher
             facts["distillation"] = {"teacher": teacher.name, "fingerprint": teacher.fingerprint}

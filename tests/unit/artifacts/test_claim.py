@@ -105,7 +105,7 @@ def test_second_resume_leaves_checkpoints_of_first(tmp_path: Path) -> None:
         config=SimpleNamespace(output=OutputConfig(dir=run.path, resume=True))
     )
     with lock_dir(run.path), pytest.raises(ConfigError, match="another run is writing to it"):
-        open_or_resume(second, ResumeState(resumed), NullListener())
+        open_or_resume(second, ResumeState(checkpoint=resumed), NullListener())
     with pytest.raises(ConfigError, match="another run has replaced checkpoint-2 meanwhile"):
-        open_or_resume(second, ResumeState(resumed), NullListener())
+        open_or_resume(second, ResumeState(checkpoint=resumed), NullListener())
     assert list(run.checkpoints.iterdir()) == [newer]

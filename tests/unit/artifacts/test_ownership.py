@@ -364,13 +364,3 @@ def test_pipe_is_rejected_as_file(tmp_path: Path) -> None:
     (tmp_path / ".ftlevel.json").symlink_to("pipe")
     assert RunDirectory(tmp_path).load_summary() is None
     assert not ownership.is_run(tmp_path)
-
-
-def test_digests_of_inputs_belong_to_run_and_are_renewed_when_it_starts_anew(
-    tmp_path: Path,
-) -> None:
-    run, _ = open_run(tmp_path, "x", overwrite=False)
-    (run.checkpoints / "digests.json").write_text("{}")
-    assert ownership.move_foreign_files(tmp_path) == []
-    open_run(tmp_path, "x", overwrite=False, resume=True)
-    assert list_names(run.checkpoints) == []

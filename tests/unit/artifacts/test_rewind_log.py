@@ -53,10 +53,8 @@ def test_damaged_lines_are_skipped(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     run.checkpoints.mkdir()
     (tmp_path / "metrics.jsonl").write_bytes(DAMAGED)
-    for name in ("notes.jsonl", "changes.jsonl"):
-        (run.checkpoints / name).write_bytes(DAMAGED)
+    (run.checkpoints / "notes.jsonl").write_bytes(DAMAGED)
     assert run.load_log(9) == run.load_events() == [{"step": 1}]
-    assert run.load_changes() == [{"step": 1}, {"step": "x"}]
     for name in ("summary.json", ".ftlevel.json"):
         (tmp_path / name).write_bytes(b"[" * 100_000)
     assert run.load_summary() is None
@@ -69,3 +67,13 @@ def test_empty_predictions_delete_old_file(tmp_path: Path) -> None:
     assert (tmp_path / "validation.jsonl").read_text() == '{"row": 0}\n'
     run.save_predictions([])
     assert not (tmp_path / "validation.jsonl").exists()
+
+
+def test_changed_settings_stay_when_later_events_are_removed(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.checkpoints.mkdir()
+    events = [{"step": 2, "how": "skipped"}, {"step": 4, "field": "threads"}, {"step": 4}]
+    for event in events:
+        run.note(event)
+    run.truncate_events(2)
+    assert run.load_events() == events[:2]

@@ -5,6 +5,7 @@ import re
 import pytest
 from transformers import AutoConfig
 
+from ftlevel.commands.list_targets import inspect_model
 from ftlevel.errors import InputError
 from ftlevel.models.families import (
     FAMILIES,
@@ -17,7 +18,7 @@ from ftlevel.models.families import (
 )
 from ftlevel.models.kinds import checkpoint_class
 from ftlevel.models.module_tree import ModuleTree, linear_size
-from ftlevel.models.targets import inspect_model, resolve_targets
+from ftlevel.models.targets import resolve_targets
 from unit.models.meta_models import AUTO, build, has_model, tiny_config
 from unit.models.tiny_configs import FFN, HEADS, HIDDEN, KV_HEADS, LAYERS, TINY
 
@@ -69,7 +70,7 @@ def test_table_lists_exactly_the_linear_layers_of_blocks(name: str, variant: int
     model = {
         kind.pattern: (kind.type, kind.in_features, kind.out_features)
         for kind in inspection.linears
-        if kind.location == "block"
+        if kind.all_linear
     }
     table = get_table_layers(family)
     assert {pattern: table[pattern][:3] for pattern in model if pattern in table} == model
@@ -106,8 +107,8 @@ def test_table_lists_all_norms_and_embeddings(name: str) -> None:
     family = FAMILIES[name]
     inspection = inspect_model(build(name, lm_task(family)))
     norms = {f"{stack.path}.{norm}" for stack in family.stacks for norm in stack.norms}
-    assert {norm.pattern for norm in inspection.norms} == norms | set(family.outer_norms)
-    assert {part.pattern for part in inspection.embeddings} == set(family.embeddings)
+    assert set(inspection.norms) == norms | set(family.outer_norms)
+    assert set(inspection.embeddings) == set(family.embeddings)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -146,7 +147,7 @@ def test_block_layer_names_do_not_depend_on_head(name: str, task: str) -> None:
     inspection = inspect_model(build(name, task))
     table_suffixes = {pattern.partition("{i}")[2] for pattern in get_table_layers(FAMILIES[name])}
     model_suffixes = {
-        kind.pattern.partition("{i}")[2] for kind in inspection.linears if kind.location == "block"
+        kind.pattern.partition("{i}")[2] for kind in inspection.linears if kind.all_linear
     }
     assert model_suffixes <= table_suffixes
     assert model_suffixes
@@ -203,7 +204,9 @@ def test_example_parameter_counts_match_released_models(name: str) -> None:
     with torch.device("meta"):
         auto = getattr(transformers, AUTO[lm_task(family)])
         model = auto.from_config(AutoConfig.for_model(name))
-    assert inspect_model(model).lora_parameters(8) == example_lora_parameters(family, 8)
+    lora = inspect_model(model).lora
+    assert lora is not None
+    assert lora.trainable_parameters == example_lora_parameters(family, 8)
 
 
 def test_llama_2_7b_example_parameter_count() -> None:

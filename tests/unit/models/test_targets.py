@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, GPT2Config, LlamaConfig
 
+from ftlevel.commands.list_targets import TargetReport, inspect_model
 from ftlevel.errors import InputError
 from ftlevel.methods.base import shortest_names
 from ftlevel.models.families import lora_parameters
@@ -23,7 +24,6 @@ from ftlevel.models.module_tree import (
 )
 from ftlevel.models.targets import (
     build_meta_model,
-    inspect_model,
     parse_targets,
     resolve_targets,
 )
@@ -37,6 +37,11 @@ def build_meta_causal_lm(config: Any) -> nn.Module:
         return AutoModelForCausalLM.from_config(config)
 
 
+def count_lora_parameters(report: TargetReport) -> int:
+    assert report.lora is not None
+    return report.lora.trainable_parameters
+
+
 def count_trainable(model: nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
@@ -44,7 +49,7 @@ def count_trainable(model: nn.Module) -> int:
 def test_llama_2_7b_parameter_counts_are_exact() -> None:
     model = build_meta_causal_lm(LlamaConfig())
     inspection = inspect_model(model)
-    assert inspection.lora_parameters(8) == 19_988_480
+    assert count_lora_parameters(inspection) == 19_988_480
     assert inspection.total_parameters == 6_738_415_616
     assert len(resolve_targets(model, "all-linear")) == 7 * 32
 
@@ -52,7 +57,7 @@ def test_llama_2_7b_parameter_counts_are_exact() -> None:
 def test_gpt2_small_layers_and_counts_are_exact() -> None:
     inspection = inspect_model(build_meta_causal_lm(GPT2Config()))
     assert inspection.total_parameters == 124_439_808  # the tied head is counted once
-    assert inspection.lora_parameters(8) == 1_179_648
+    assert count_lora_parameters(inspection) == 1_179_648
     assert [
         (k.name, k.type, k.in_features, k.out_features, k.count) for k in inspection.linears
     ] == [
@@ -61,7 +66,7 @@ def test_gpt2_small_layers_and_counts_are_exact() -> None:
         ("c_fc", "Conv1D", 768, 3072, 12),
         ("c_proj", "Conv1D", 3072, 768, 12),
     ]
-    assert inspection.heads == ("lm_head",)
+    assert inspection.heads == {"GPT2LMHeadModel": ("lm_head",)}
 
 
 @pytest.mark.parametrize(
@@ -79,7 +84,7 @@ def test_gpt2_small_layers_and_counts_are_exact() -> None:
 )
 def test_lora_parameter_count_matches_peft(family: str, task: str) -> None:
     model = build(family, task, device="cpu")
-    expected = inspect_model(model).lora_parameters(4)
+    expected = count_lora_parameters(inspect_model(model, r=4))
     targets = resolve_targets(model, "all-linear")
     wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=targets))
     assert count_trainable(wrapped) == expected > 0
@@ -87,15 +92,15 @@ def test_lora_parameter_count_matches_peft(family: str, task: str) -> None:
 
 def test_expert_lora_parameter_count_matches_peft() -> None:
     model = build("mixtral", "text-generation", device="cpu")
-    experts = inspect_model(model).experts
-    assert [(kind.name, kind.experts, kind.count) for kind in experts] == [
-        ("gate_up_proj", 4, 2),
-        ("down_proj", 4, 2),
+    experts = inspect_model(model, r=4).experts
+    assert [(row.name, row.shape[:4], row.count) for row in experts] == [
+        ("gate_up_proj", "4 of", 2),
+        ("down_proj", "4 of", 2),
     ]
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     config = LoraConfig(r=4, target_modules=[], target_parameters=names)
     wrapped = get_peft_model(model, config)
-    assert count_trainable(wrapped) == sum(kind.lora_parameters(4) for kind in experts)
+    assert count_trainable(wrapped) == sum(row.lora_parameters or 0 for row in experts)
 
 
 def test_transposed_experts_report_in_and_out_features() -> None:
@@ -144,8 +149,10 @@ def test_all_linear_excludes_linear_router() -> None:
     targets = resolve_targets(model, "all-linear")
     assert not [name for name in targets if name.endswith(("gate", "router"))]
     assert "model.layers.0.mlp.shared_expert.gate_proj" in targets
-    kinds = {kind.name: kind for kind in inspect_model(model).linears}
-    assert kinds["shared_expert_gate"].location == "router"
+    locations = {
+        part.name.rpartition(".")[2]: part.location for part in ModuleTree(model).linears()
+    }
+    assert locations["shared_expert_gate"] == "router"
     assert resolve_targets(model, ["shared_expert_gate"]) == [
         "model.layers.0.mlp.shared_expert_gate"
     ]
@@ -164,8 +171,8 @@ class UnknownNetwork(nn.Module):
 def test_all_linear_works_for_unknown_family() -> None:
     model = UnknownNetwork()
     assert resolve_targets(model, "all-linear") == ["steps.0.mix", "steps.1.mix", "steps.2.mix"]
-    (mix,) = inspect_model(model).linears
-    assert (mix.pattern, mix.count, mix.lora_parameters(2)) == ("steps.{i}.mix", 3, 72)
+    (mix,) = inspect_model(model, r=2).linears
+    assert (mix.pattern, mix.count, mix.lora_parameters) == ("steps.{i}.mix", 3, 72)
     assert get_heads(model) == ["out"]
 
 
@@ -344,11 +351,9 @@ def test_quantized_layers_report_same_sizes() -> None:
             bnb.nn.Linear4bit(old.in_features, old.out_features, bias=False),
         )
     assert resolve_targets(model, "all-linear") == plain
-    kinds = inspect_model(model).linears
-    assert {kind.type for kind in kinds} == {"Linear4bit"}
-    assert sum(kind.lora_parameters(4) for kind in kinds) == inspect_model(
-        build("llama", "text-generation")
-    ).lora_parameters(4)
+    report = inspect_model(model)
+    assert {row.type for row in report.linears} == {"Linear4bit"}
+    assert report.lora == inspect_model(build("llama", "text-generation")).lora
 
 
 @pytest.mark.parametrize(

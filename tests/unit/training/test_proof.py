@@ -24,7 +24,6 @@ from ftlevel.training.processes import Processes
 from ftlevel.training.proof import (
     MAX_TEST_LOGITS,
     NUM_TEST_ROWS,
-    BaseState,
     CheckInputs,
     check_saved,
     collate_check_batch,
@@ -101,7 +100,7 @@ def test_check_saved_does_not_load_base_again(tmp_path: Path) -> None:
     names = [(name, p.requires_grad) for name, p in trained.named_parameters()]
     with LiveTensors() as live:
         frozen, difference, effect = check_saved(
-            trained, tmp_path, BaseState(digests, raise_if_loaded), create_check_inputs()
+            trained, tmp_path, digests, raise_if_loaded, create_check_inputs()
         )
     assert frozen == len(digests)
     assert difference == 0
@@ -117,7 +116,7 @@ def test_saved_adapter_that_differs_raises(tmp_path: Path) -> None:
     with torch.no_grad():
         next(p for n, p in trained.named_parameters() if "lora_B" in n).add_(1.0)
     with pytest.raises(RunError, match="differs from the trained one: its logits differ by"):
-        check_saved(trained, tmp_path, BaseState(digests, raise_if_loaded), create_check_inputs())
+        check_saved(trained, tmp_path, digests, raise_if_loaded, create_check_inputs())
 
 
 def test_lora_with_bias_is_checked_on_fresh_base(tmp_path: Path) -> None:
@@ -129,9 +128,7 @@ def test_lora_with_bias_is_checked_on_fresh_base(tmp_path: Path) -> None:
         bases.append(tiny_models.build("llama", intermediate_size=4096))
         return bases[-1]
 
-    _, difference, _ = check_saved(
-        trained, tmp_path, BaseState(digests, load), create_check_inputs()
-    )
+    _, difference, _ = check_saved(trained, tmp_path, digests, load, create_check_inputs())
     assert difference < 1e-5
     assert len(bases) == 1
     assert list(trained.peft_config) == ["default"]

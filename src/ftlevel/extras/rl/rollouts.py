@@ -481,7 +481,7 @@ class TrainedRewardModel:
         ]
         model = InferenceModel(self._loaded, GenerationOptions(0), None, truncate=True)
         with model.inference():
-            replies = predict_rows(model, questions, OutputOptions()).replies
+            replies, _ = predict_rows(model, questions, OutputOptions())
         return [math.nan if reply is None else float(reply.columns[""]) for reply in replies]
 
 

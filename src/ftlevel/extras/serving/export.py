@@ -217,9 +217,9 @@ def _needs_calibration(config: ExportConfig) -> bool:
 def _probes(config: ExportConfig, inputs: MergeInput) -> tuple[EvalSet, EvalSet | None]:
     """Returns rows to compare logits on, and rows to calibrate quantization on, None if unused."""
     needs_calibration = _needs_calibration(config)
-    rows = select_rows(inputs, _ROWS, config.calibration_rows if needs_calibration else 0)
-    calibration = inputs.eval_set(rows.calibration) if rows.calibration else None
-    return inputs.eval_set(rows.compared), calibration
+    num_rows = config.calibration_rows if needs_calibration else 0
+    compared, calibration, _ = select_rows(inputs, _ROWS, num_rows)
+    return inputs.eval_set(compared), inputs.eval_set(calibration) if calibration else None
 
 
 def select_gguf_codes(
