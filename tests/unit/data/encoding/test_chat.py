@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
@@ -33,25 +32,8 @@ CHAT = (
     Message("user", "and the value"),
     Message("assistant", "an object"),
 )
-# Rendered text of CHAT; supervised parts are in ‹ ›.
-EXPECTED = {
-    "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nthe file<|im_end|>\n"
-    "<|im_start|>assistant\n‹the path<|im_end|>›\n<|im_start|>user\nand the value<|im_end|>\n"
-    "<|im_start|>assistant\n‹an object<|im_end|>›\n",
-    "llama-3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
-    "<|start_header_id|>user<|end_header_id|>\n\nthe file<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n‹the path<|eot_id|>›"
-    "<|start_header_id|>user<|end_header_id|>\n\nand the value<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n‹an object<|eot_id|>›",
-    "qwen-3": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nthe file<|im_end|>\n"
-    "<|im_start|>assistant\n‹the path<|im_end|>›\n<|im_start|>user\nand the value<|im_end|>\n"
-    "<|im_start|>assistant\n‹<think>\n\n</think>\n\nan object<|im_end|>›\n",
-    "gemma-3": "<bos><start_of_turn>user\nBe brief.\n\nthe file<end_of_turn>\n"
-    "<start_of_turn>model\n‹the path<end_of_turn>›\n<start_of_turn>user\nand the value<end_of_turn>"
-    "\n<start_of_turn>model\n‹an object<end_of_turn>›\n",
-    "mistral": "<s>[INST] the file[/INST] ‹the path</s>›[INST] Be brief.\n\nand the value[/INST]"
-    "‹ an object</s>›",
-}
+
+
 END = {"chatml": "<|im_end|>", "llama-3": "<|eot_id|>", "qwen-3": "<|im_end|>",
        "gemma-3": "<end_of_turn>", "mistral": "</s>"}  # fmt: skip
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
@@ -74,14 +56,6 @@ def encode(tokenizer: Any, *messages: Message, tools: tuple[Any, ...] = ()) -> A
     return row
 
 
-def mark_spans(rendered: Any) -> str:
-    """Return the text with ‹ › around supervised spans."""
-    text = rendered.text
-    for start, end in reversed(rendered.spans):
-        text = f"{text[:start]}‹{text[start:end]}›{text[end:]}"
-    return text
-
-
 def supervised_runs(tokenizer: Any, row: Any) -> list[str]:
     """Return the text of each run of consecutive supervised tokens."""
     runs: list[list[int]] = [[]]
@@ -97,18 +71,10 @@ def to_dicts(messages: tuple[Message, ...]) -> list[dict[str, Any]]:
     return [message.to_dict() for message in messages]
 
 
-def test_only_answers_and_end_tokens_are_supervised(family: tuple[str, Any]) -> None:
-    name, tokenizer = family
-    expected = EXPECTED[name]
-    assert mark_spans(render_chat(tokenizer, to_dicts(CHAT))) == expected
-    row = encode(tokenizer, *CHAT)
-    encoded = tokenizer.apply_chat_template(to_dicts(CHAT), tokenize=True, return_dict=True)
-    assert row.input_ids == encoded["input_ids"]
-    runs = [run.strip() for run in re.findall("‹(.*?)›", expected, re.DOTALL)]
-    assert [run.strip() for run in supervised_runs(tokenizer, row)] == runs
-    assert all(run.endswith(END[name]) for run in runs)
-    bos = tokenizer.bos_token_id
-    assert bos is None or row.input_ids.count(bos) <= 1
+BLOCKS = (
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}END"
+    "{% else %}{{ m['content'] }}{% endif %}"
+)
 
 
 def test_generation_prompt_is_prefix_of_training_row(family: tuple[str, Any]) -> None:
@@ -175,27 +141,20 @@ def test_template_that_changes_earlier_turns_raises() -> None:
         encode(tokenizer, *CHAT)
 
 
-def test_generation_blocks_include_end_of_turn() -> None:
-    tokenizer = published.build("chatml")
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
-        "{% generation %}{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}"
-        "{% endif %}<|im_end|>\n{% endfor %}"
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (f"<|im_start|>{{{{ m['role'] }}}}\n{BLOCKS.replace('END', '')}<|im_end|>\n", "<|im_end|>"),
+        (f"{{{{ m['role'] }}}}: {BLOCKS.replace('END', '{{ eos_token }}')}\n", "<|endoftext|>"),
+    ],
+)
+def test_generation_blocks_include_end_of_turn(template, end):
+    tokenizer = (
+        published.build("chatml") if end == "<|im_end|>" else build_tokenizer("gpt2", chat=None)
     )
-    assert supervised_runs(tokenizer, encode(tokenizer, *CHAT)) == [
-        "the path<|im_end|>",
-        "an object<|im_end|>",
-    ]
-    tokenizer = build_tokenizer("gpt2", chat=None)  # BOS is EOS
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'assistant' %}{% generation %}"
-        "{{ m['content'] }}{% endgeneration %}{{ eos_token }}{% else %}{{ m['content'] }}"
-        "{% endif %}\n{% endfor %}"
-    )
-    assert supervised_runs(tokenizer, encode(tokenizer, *CHAT)) == [
-        f" the path{tokenizer.eos_token}",
-        f" an object{tokenizer.eos_token}",
-    ]
+    tokenizer.chat_template = f"{{% for m in messages %}}{template}{{% endfor %}}"
+    runs = [run.strip() for run in supervised_runs(tokenizer, encode(tokenizer, *CHAT))]
+    assert runs == [f"the path{end}", f"an object{end}"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from ftlevel.data.formats.turns import Message, UnusableRowError, parse_tool_list, parse_turns
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+CALL_AS_JSON = {"id": "x", "function": {"name": "add", "arguments": '{"a": 1}'}}
 CONTENT = "'content' of turn 1 of 'messages'"
 END = {"role": "assistant", "content": "2"}
 
@@ -16,9 +17,6 @@ END = {"role": "assistant", "content": "2"}
 @pytest.mark.parametrize(
     ("turn", "message"),
     [
-        ({"role": "developer", "content": "s"}, Message("system", "s")),
-        ({"from": "human", "value": "q"}, Message("user", "q")),
-        ({"from": "gpt", "value": "a"}, Message("assistant", "a")),
         ({"from": "observation", "value": "2"}, Message("tool", "2")),
         (
             {"role": "tool", "content": "2", "tool_call_id": "x", "name": "add", "other": 1},
@@ -29,11 +27,7 @@ END = {"role": "assistant", "content": "2"}
             Message("assistant", "", {"tool_calls": [CALL]}),
         ),
         (
-            {
-                "role": "assistant",
-                "content": "I add.",
-                "tool_calls": [{"id": "x", "function": {"name": "add", "arguments": '{"a": 1}'}}],
-            },
+            {"role": "assistant", "content": "I add.", "tool_calls": [CALL_AS_JSON]},
             Message("assistant", "I add.", {"tool_calls": [{"id": "x", **CALL}]}),
         ),
         (
@@ -42,7 +36,7 @@ END = {"role": "assistant", "content": "2"}
         ),
     ],
 )
-def test_parse_turn(turn: dict[str, Any], message: Message) -> None:
+def test_parse_turn(turn, message):
     assert parse_turns([turn, END], "messages")[0] == message
 
 

@@ -26,13 +26,6 @@ def get_indices(mask: np.ndarray) -> list[int]:
     return np.flatnonzero(mask).tolist()
 
 
-def test_flat_rows_layout() -> None:
-    flat = make_flat_rows(([5, 6], [_, 6]), ([], []), ([7], [7]))
-    assert flat.ids.values.tolist() == [5, 6, 7]
-    assert flat.ids.starts.tolist() == [0, 2, 2, 3]
-    assert flat.supervised().tolist() == [1, 0, 1]
-
-
 def test_example_mask_in_memory_and_from_store(tmp_path: Path) -> None:
     rows = [Encoded([5], [5], example) for example in [0, 0, 2, *range(3, 2_003)]]
     keep = np.ones(len(rows), dtype=bool)
@@ -87,15 +80,9 @@ def test_invalid_token_ids() -> None:
     assert get_indices(checks.has_invalid_ids(flat, 10, token_labels=False)) == [1, 3]
 
 
-def test_answer_outside_all_windows() -> None:
-    answers = (("x", 4),)
-    windows = [
-        Window([1], (0, 0), 0, {}, "", answers),
-        Window([1], (3, 4), 0, {}, "", answers),
-        Window([1], (0, 0), 1, {}, "", answers),
-        Window([1], (0, 0), 1, {}, "", answers),
-        Window([1], (0, 0), 2, {}, "", ()),
-    ]
+def test_answer_outside_all_windows():
+    rows = [((0, 0), 0), ((3, 4), 0), ((0, 0), 1), ((0, 0), 1), ((0, 0), 2)]
+    windows = [Window([1], at, n, {}, "", (("x", 4),) if n < 2 else ()) for at, n in rows]
     assert get_indices(TASKS["question-answering"].check_rows(windows)["answer_cut"]) == [2, 3]
 
 

@@ -25,13 +25,10 @@ def test_exact_duplicates_ignore_case_and_white_space() -> None:
     assert first.tolist() == [0, 0]
 
 
-def test_keys_depend_on_answer_and_field_boundary() -> None:
-    pairs = [
-        SourceTarget("a", "b c", 0),
-        SourceTarget("a b", "c", 1),
-        LabeledText("a", None, "x", 2),
-    ]
-    assert len(set(example_keys([*pairs, LabeledText("a", None, "y", 3)]).tolist())) == 4
+def test_keys_depend_on_answer_and_field_boundary():
+    pairs = [SourceTarget("a", "b c", 0), SourceTarget("a b", "c", 1)]
+    classes = [LabeledText("a", None, "x", 2), LabeledText("a", None, "y", 3)]
+    assert len(set(example_keys([*pairs, *classes]).tolist())) == 4
 
 
 def test_partitioned_search_matches_search_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,11 @@ def create_content(suffix: str) -> bytes:
     return sink.getvalue()
 
 
+@pytest.fixture(autouse=True)
+def _empty_dir(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
 COMPRESSORS = {
     ".gz": gzip.compress,
     ".bz2": bz2.compress,
@@ -79,7 +84,8 @@ def test_compressed_plain_and_piped_files_have_equal_rows(
     assert read_rows(str(uncompressed)) == ROWS
     for end, compress in COMPRESSORS.items():
         compressed = tmp_path / f"y.{suffix}{end}"
-        compressed.write_bytes(compress(content))
+        half = len(content) // 2
+        compressed.write_bytes(compress(content[:half]) + compress(content[half:]))  # two members
         assert read_rows(str(compressed)) == ROWS
         table = load_table(compressed)
         assert list(table.rows) == ROWS
@@ -87,18 +93,6 @@ def test_compressed_plain_and_piped_files_have_equal_rows(
     for stdin_content in (content, *(compress(content) for compress in COMPRESSORS.values())):
         monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(stdin_content)))
         assert read_rows("-") == ROWS
-
-
-@pytest.mark.parametrize("suffix", ["arrow", "feather"])
-def test_arrow_file_is_read(suffix: str, tmp_path: Path) -> None:
-    path = tmp_path / f"x.{suffix}"
-    path.write_bytes(create_content(suffix))
-    table = load_table(path)
-    assert list(table.rows) == ROWS
-    assert table.where(149).endswith(" row 150")
-    path.write_bytes(b"ARROW1 and no more")
-    with pytest.raises(InputError, match="not a readable Arrow file"):
-        load_table(path)
 
 
 def test_errors_use_name_given_by_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,28 +135,13 @@ def test_damaged_compressed_file_raises_one_line(end: str, tmp_path: Path) -> No
         assert str(error.value).startswith(f"{compressed}: ")
 
 
-def test_concatenated_compressed_members_are_all_read(tmp_path: Path) -> None:
-    for end, compress in COMPRESSORS.items():
-        compressed = tmp_path / f"rows.jsonl{end}"
-        compressed.write_bytes(
-            compress(create_content("jsonl")) + compress(create_content("jsonl"))
-        )
-        assert list(load_table(compressed).rows) == ROWS + ROWS
-
-
-def test_changed_file_is_decompressed_again(tmp_path: Path) -> None:
+def test_changed_file_or_deleted_copy_is_decompressed_again(tmp_path):
     compressed = tmp_path / "rows.jsonl.gz"
-    compressed.write_bytes(gzip.compress(b'{"text": "a"}\n'))
-    assert read_rows(str(compressed)) == [{"text": "a"}]
-    compressed.write_bytes(gzip.compress(b'{"text": "other"}\n'))
-    assert read_rows(str(compressed)) == [{"text": "other"}]
-
-
-def test_deleted_decompressed_copy_is_recreated(tmp_path: Path) -> None:
-    compressed = tmp_path / "rows.jsonl.gz"
-    compressed.write_bytes(gzip.compress(create_content("jsonl")))
+    for text in ("a", "other"):
+        compressed.write_bytes(gzip.compress(json.dumps({"text": text}).encode()))
+        assert read_rows(str(compressed)) == [{"text": text}]
     shutil.rmtree(open_reader(compressed).path.parents[1])
-    assert read_rows(str(compressed)) == ROWS
+    assert read_rows(str(compressed)) == [{"text": "other"}]
 
 
 def test_full_disk_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
