@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +28,6 @@ from virtual_tokens import (
     adapt,
     check_checkpointing,
     check_generation,
-    check_quantized,
     check_training_and_reload,
     train_two_steps,
 )
@@ -38,16 +37,15 @@ PROJECTED = PrefixSpec(num_virtual_tokens=4, prefix_projection=True, encoder_hid
 GENERATIVE_FAMILIES = [family for family in FAMILIES if HEADS[family][0] in ("causal", "seq2seq")]
 
 
-@pytest.mark.parametrize(("family", "head"), sample(FAMILY_HEADS))
-def test_prefix_trains_saves_and_reloads(family: str, head: str, tmp_path: Path) -> None:
-    check_training_and_reload(PLAIN, "prefix_kv_", family, head, tmp_path)
+PROJECTED_CELLS = [("llama", "causal"), ("bert", "seqcls"), ("t5", "seq2seq")]
 
 
 @pytest.mark.parametrize(
-    ("family", "head"), [("llama", "causal"), ("bert", "seqcls"), ("t5", "seq2seq")]
+    ("spec", "family", "head"),
+    [*((PLAIN, *c) for c in sample(FAMILY_HEADS)), *((PROJECTED, *c) for c in PROJECTED_CELLS)],
 )
-def test_projected_prefix_trains_saves_and_reloads(family: str, head: str, tmp_path: Path) -> None:
-    check_training_and_reload(PROJECTED, "prefix_kv_", family, head, tmp_path)
+def test_prefix_trains_saves_and_reloads(spec, family, head, tmp_path):
+    check_training_and_reload(spec, "prefix_kv_", family, head, tmp_path)
 
 
 @pytest.mark.parametrize("family", GENERATIVE_FAMILIES)
@@ -60,15 +58,6 @@ def test_generate_matches_manual_greedy_decoding(family: str) -> None:
 @pytest.mark.parametrize("family", CHECKPOINTING_FAMILIES)
 def test_gradients_with_checkpointing_match(family: str) -> None:
     check_checkpointing(PLAIN, family, HEADS[family][0])
-
-
-@pytest.mark.parametrize(
-    ("family", "bits"), [("llama", 4), ("llama", 8), ("gpt2", 4), ("bert", 8), ("t5", 4)]
-)
-def test_prefix_on_quantized_base(
-    family: str, bits: int, tiny_model_dir: Any, tmp_path: Path
-) -> None:
-    check_quantized(PLAIN, tiny_model_dir(family), tmp_path, bits, HEADS[family][0])
 
 
 def test_encoder_decoder_has_prefix_in_self_and_cross_attention() -> None:
@@ -100,66 +89,39 @@ def test_get_attention_modules_finds_attention_names() -> None:
                      "bart": {"self_attn", "encoder_attn"}, "albert": {"attention"}}  # fmt: skip
 
 
-class _Attention(nn.Module):
-    """Attention module with the attributes that `sdpa_attention_forward` reads."""
-
-    def __init__(self, *, is_causal: bool, groups: int) -> None:
-        super().__init__()
-        self.is_causal, self.num_key_value_groups = is_causal, groups
-
-
-def _reference_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    prefix: attention.Prefix,
-    bias: torch.Tensor,
-    scaling: float,
-) -> torch.Tensor:
-    """softmax([q Kₚᵀ, q Kᵀ] · scale + [0, bias]) [Vₚ; V], head by head, row by row."""
-    batch, heads, queries, _ = query.shape
-    groups = heads // key.shape[1]
-    rows = []
-    for row in range(batch):
-        for head in range(heads):
-            keys = torch.cat([prefix[0][0, head // groups], key[row, head // groups]])
-            values = torch.cat([prefix[1][0, head // groups], value[row, head // groups]])
-            scores = query[row, head] @ keys.T * scaling
-            scores[:, prefix[0].shape[2] :] += bias[row, head]
-            rows.append(scores.softmax(-1) @ values)
-    return torch.stack(rows).view(batch, heads, queries, -1).transpose(1, 2)
+def _reference_attention(query, key, value, prefix, bias, scaling):
+    """softmax([q Kₚᵀ, q Kᵀ] · scale + [0, bias]) [Vₚ; V], with key heads repeated."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (
+        torch.cat([own.expand(len(query), -1, -1, -1), states], 2).repeat_interleave(groups, 1)
+        for own, states in zip(prefix, (key, value), strict=True)
+    )
+    scores = query @ key.mT * scaling
+    scores[..., prefix[0].shape[2] :] += bias
+    return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
 @pytest.mark.parametrize("queries", [1, 5])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("kind", ["causal", "all", "bool", "float", "t5", "t5 causal"])
-def test_prefix_attention_matches_formula(kind: str, groups: int, queries: int) -> None:
+def test_prefix_attention_matches_formula(kind, groups, queries):
     batch, heads, keys, width = 2, 4, 5, 8
     query = torch.randn(batch, heads, queries, width)
     key, value = (torch.randn(batch, heads // groups, keys, width) for _ in range(2))
     prefix = tuple(torch.randn(1, heads // groups, 3, width) for _ in range(2))
-    causal_mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
-    with_padding = causal_mask.expand(batch, 1, -1, -1).clone()
-    with_padding[0, :, :, 0] = False  # padding
+    is_causal = kind in ("causal", "t5 causal")
+    visible = torch.ones(batch, 1, queries, keys, dtype=torch.bool)
+    if kind not in ("all", "t5"):
+        visible = visible.tril(keys - queries)
+    if kind in ("bool", "float"):
+        visible[0, :, :, 0] = False  # padding
     position_bias = torch.randn(1, heads, queries, keys) if kind.startswith("t5") else None
-    mask = {"bool": with_padding, "float": torch.where(with_padding, 0.0, torch.finfo().min)}.get(
-        kind
-    )
-    causal = kind in ("causal", "t5 causal")
-    visible = (
-        with_padding
-        if mask is not None
-        else causal_mask
-        if causal
-        else torch.ones_like(causal_mask)
-    )
-    bias = torch.where(visible, 0.0, -torch.inf).expand(batch, heads, queries, keys)
-    if position_bias is not None:
-        bias = bias + position_bias
+    mask = {"bool": visible, "float": torch.where(visible, 0.0, torch.finfo().min)}.get(kind)
+    bias = torch.where(visible, 0.0, -torch.inf) + (0 if position_bias is None else position_bias)
+    module = SimpleNamespace(is_causal=is_causal, num_key_value_groups=groups)
     output, _ = attention.prefix_attention_forward(
-        _Attention(is_causal=causal, groups=groups), query, key, value, mask,
-        prefix=prefix, position_bias=position_bias, scaling=0.3,
-    )  # fmt: skip
+        module, query, key, value, mask, prefix=prefix, position_bias=position_bias, scaling=0.3
+    )
     torch.testing.assert_close(output, _reference_attention(query, key, value, prefix, bias, 0.3))
 
 
@@ -285,8 +247,3 @@ def test_unsupported_family_returns_error(model_type: str, reason: str) -> None:
     )
     assert reason in error
     assert "Use --method" in error
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_table_families_are_supported(family: str) -> None:
-    assert METHODS["prefix"].get_error(PLAIN, build_config(family), "", "", "none") is None

@@ -90,9 +90,8 @@ def test_unknown_kind_or_split_raises():
     message = r"unknown kind 'generate'\. Available: signatures, generation, summarization"
     with pytest.raises(InputError, match=message):
         load_docstrings("generate", "train")
-    with pytest.raises(
-        InputError, match=r"unknown split 'dev'\. Available: train, validation, test"
-    ):
+    message = r"unknown split 'dev'\. Available: train, validation, test"
+    with pytest.raises(InputError, match=message):
         load_docstrings("generation", "dev")
 
 

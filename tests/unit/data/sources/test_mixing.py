@@ -25,7 +25,8 @@ def test_joined_rows_keep_their_locations():
     assert joined.source == "a.jsonl + b.jsonl"
     locations = {row["text"]: joined.where(i) for i, row in enumerate(joined.rows)}
     assert locations == {
-        "a0": "a.jsonl:1", "a1": "a.jsonl:3", "a2": "a.jsonl:5", "b0": "b.jsonl:1", "b1": "b.jsonl:3"
+        "a0": "a.jsonl:1", "a1": "a.jsonl:3", "a2": "a.jsonl:5", "b0": "b.jsonl:1",
+        "b1": "b.jsonl:3",
     }  # fmt: skip
     assert joined.location(joined.dropped[0].line) == "a.jsonl:12"
     selected = joined.take([0, 3])
@@ -40,8 +41,8 @@ def test_first_joined_rows_are_proportional() -> None:
 
 def test_joining_different_columns_raises():
     message = (
-        r"^b\.jsonl: has the columns 'content', and a\.jsonl has 'text'\. Data sets that are trained "
-        r"on together need the same columns\.$"
+        r"^b\.jsonl: has the columns 'content', and a\.jsonl has 'text'\. Data sets that are "
+        r"trained on together need the same columns\.$"
     )
     with pytest.raises(InputError, match=message):
         join_tables([make_table("a", 1), Table([{"content": "x"}], [1], "b.jsonl")])

@@ -80,7 +80,7 @@ BAD_FILES: list[tuple[str, str | bytes, str | list[str]]] = [
         GOOD + '{"text": NaN, "n": 1}\n',
         f":2: not valid JSON (NaN is not a JSON number; write null). {SKIP}",
     ),
-    ("x.jsonl", GOOD + "[" * 100_000, f":2: not usable JSON (nested too deeply). {SKIP}"),
+    ("x.jsonl", GOOD + "[" * 99_999 + "\n", f":2: not usable JSON (nested too deeply). {SKIP}"),
     ("x.jsonl", GOOD + '["a", 1]\n', f":2: a list, {NO_OBJECT}. {SKIP}"),
     ("x.jsonl", GOOD + '"a"\n', f":2: a string, {NO_OBJECT}. {SKIP}"),
     ("x.jsonl", GOOD + "{}\n", f":2: an object without keys. {SKIP}"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -17,10 +18,7 @@ from ftlevel.fast.gpu_attention import (
 )
 from ftlevel.fast.packing import Segment
 
-ROWS = tuple(
-    Segment(start, stop)
-    for start, stop in ((0, 5), (5, 60), (60, 61), (61, 200), (200, 207), (207, 330))
-)
+ROWS = tuple(Segment(a, b) for a, b in pairwise((0, 5, 60, 61, 200, 207, 330)))
 TREE = (
     Segment(0, 10),
     Segment(10, 50, ((0, 10),)),
@@ -36,21 +34,14 @@ CASES = [(ROWS, True, None), (ROWS, False, None), (ROWS, True, 9), (ROWS, False,
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("cap", [None, 0.7])
 @pytest.mark.parametrize(("segments", "causal", "window"), CASES)
-def test_padded_attention_matches_blocked_attention(
-    segments: tuple[Segment, ...], causal: bool, window: int | None, cap: float | None, device: str
-) -> None:
+def test_padded_attention_matches_blocked_attention(segments, causal, window, cap, device):
     torch.manual_seed(0)
-    parts = [
-        torch.randn(
-            heads, segments[-1].stop, 8, dtype=torch.float64, device=device, requires_grad=True
-        )
-        for heads in (4, 2, 2)
-    ]
+    tensor = {"dtype": torch.float64, "device": device, "requires_grad": True}
+    parts = [torch.randn(heads, segments[-1].stop, 8, **tensor) for heads in (4, 2, 2)]
     actual = padded_attention(parts, segments, AttentionOptions(causal, window, 0.3, cap=cap))
     exact = [part.detach().cpu().requires_grad_() for part in parts]
-    expected = BlockedAttention.apply(
-        *exact, split_queries(segments, causal, window), 0.3, 0.0, cap
-    )
+    blocks = split_queries(segments, causal, window)
+    expected = BlockedAttention.apply(*exact, blocks, 0.3, 0.0, cap)
     torch.testing.assert_close(actual.cpu(), expected)
     weights = torch.randn_like(expected)
     gradients = torch.autograd.grad(actual, parts, weights.to(device))

@@ -52,15 +52,14 @@ def test_short_attention_matches_blocked_attention(
     )
 
 
-def test_bfloat16_error_is_close_to_blocked_attention() -> None:
+def test_bfloat16_error_is_close_to_blocked_attention():
     segments = create_segments(20, 19, 12, 5)
-    exact = BlockedAttention.apply(
-        *create_states(56), split_queries(segments, True, None), 0.3, 0.0
-    )
+    blocks, batches = split_queries(segments, True, None), batch_sequences(segments, True, None)
+    exact = BlockedAttention.apply(*create_states(56), blocks, 0.3, 0.0)
     parts = create_states(56, torch.bfloat16)
-    blocks = BlockedAttention.apply(*parts, split_queries(segments, True, None), 0.3, 0.0)
-    short = ShortAttention.apply(*parts, batch_sequences(segments, True, None), 0.3, 0.0)
-    errors = [(part.double() - exact).norm().item() for part in (short, blocks)]
+    blocked = BlockedAttention.apply(*parts, blocks, 0.3, 0.0)
+    short = ShortAttention.apply(*parts, batches, 0.3, 0.0)
+    errors = [(part.double() - exact).norm().item() for part in (short, blocked)]
     assert errors[0] < 1.1 * errors[1]
 
 
@@ -87,13 +86,7 @@ def test_count_long() -> None:
     assert count_long((Segment(0, 5), Segment(5, 8, ((0, 5),)), Segment(8, 9))) == 2
 
 
-PREFIXED = (
-    Segment(0, 9),
-    Segment(9, 12, ((0, 9),)),
-    Segment(12, 80),
-    Segment(80, 99),
-    Segment(99, 116),
-)
+PREFIXED = (Segment(0, 9), Segment(9, 12, ((0, 9),)), Segment(12, 80), Segment(80, 99))
 
 
 @pytest.mark.parametrize("cap", [None, 0.7])
@@ -101,27 +94,18 @@ PREFIXED = (
 @pytest.mark.parametrize(
     "segments", [create_segments(MAX_SHORT + 6, 3, 20, 19, 5), create_segments(70), PREFIXED]
 )
-def test_rows_of_long_and_short_sequences_match_blocked_attention(
-    segments: tuple[Segment, ...], causal: bool, window: int | None, cap: float | None
-) -> None:
+def test_rows_of_long_and_short_sequences_match_blocked_attention(segments, causal, window, cap):
     causal = causal or segments is PREFIXED  # prefixes need causal attention
     tokens = segments[-1].stop
     parts, weights = create_states(tokens), torch.randn(tokens, HEADS, WIDTH, dtype=torch.float64)
     blocks = split_queries(segments, causal, window)
     expected = BlockedAttention.apply(*parts, blocks, 0.3, 0.0, cap)
-    with using_layout(
-        PackedLayout(1, tokens, torch.arange(tokens), torch.arange(tokens), segments)
-    ):
-        output = attend(
-            torch.nn.Module(),
-            *(part[None] for part in parts),
-            None,
-            scaling=0.3,
-            is_causal=causal,
-            sliding_window=window,
-            softcap=cap,
-        )[0][0]
-    torch.testing.assert_close(output, expected)
+    options = {"scaling": 0.3, "is_causal": causal, "sliding_window": window, "softcap": cap}
+    layout = PackedLayout(1, tokens, torch.arange(tokens), torch.arange(tokens), segments)
+    with using_layout(layout):
+        output, _ = attend(torch.nn.Module(), *(part[None] for part in parts), None, **options)
+    torch.testing.assert_close(output[0], expected)
     torch.testing.assert_close(
-        torch.autograd.grad(output, parts, weights), torch.autograd.grad(expected, parts, weights)
+        torch.autograd.grad(output, parts, weights[None]),
+        torch.autograd.grad(expected, parts, weights),
     )
