@@ -20,8 +20,11 @@ from ftlevel.artifacts.files import (
 from ftlevel.errors import ConfigError
 
 
-def test_atomic_directory_appears_after_block(tmp_path: Path) -> None:
+def test_atomic_directory_appears_after_block(tmp_path):
     target = tmp_path / "new" / "out"
+    stale = target.parent / ".out.partial"
+    stale.mkdir(parents=True)
+    (stale / "stale").write_text("x")
     with atomic_directory(target) as partial:
         (partial / "a").write_text("x")
         assert not target.exists()
@@ -40,27 +43,18 @@ def test_atomic_directory_leaves_nothing_after_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_atomic_directory_discards_stale_partial_files(tmp_path: Path) -> None:
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "stale").write_text("x")
-    with atomic_directory(tmp_path / "out") as partial:
-        (partial / "a").write_text("x")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
-
-
-def test_existing_output_is_not_replaced(tmp_path: Path) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine").write_text("x")
-    (tmp_path / "file").write_text("x")
-    (tmp_path / "empty").mkdir()
+def test_existing_output_is_not_replaced(tmp_path):
+    for name in ("full", "empty"):
+        (tmp_path / name).mkdir()
+    for name in ("full/mine", "file"):
+        (tmp_path / name).write_text("x")
     for name, message in (
-        ("full", "exists and is not empty"),
-        ("file", "already exists and is not overwritten. Choose another."),
+        ("full", "full exists and is not empty"),
+        ("file", "file already exists and is not overwritten. Choose another."),
+        ("file/out", "cannot be written"),
     ):
-        with pytest.raises(ConfigError, match=f"--out .*{name} {message}"):
+        with pytest.raises(ConfigError, match=f"--out .*{message}"):
             check_new_output("--out", tmp_path / name)
-    with pytest.raises(ConfigError, match="cannot be written"):
-        check_new_output("--out", tmp_path / "file" / "out")
     check_new_output("--out", tmp_path / "empty")
     with atomic_directory(tmp_path / "empty") as partial:
         (partial / "a").write_text("x")
@@ -120,19 +114,18 @@ def test_interrupt_during_cleanup_leaves_no_partial_files(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of open files")
-def test_atomic_writes_flush_files_and_directories(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flushed: list[Path] = []
-    monkeypatch.setattr(
-        os, "fsync", lambda fd: flushed.append(Path(f"/proc/self/fd/{fd}").readlink())
-    )
+def test_atomic_writes_flush_files_and_directories(tmp_path, monkeypatch):
+    flushed = []
 
-    def names() -> list[str]:
-        flushed_names = [os.path.relpath(path, tmp_path) for path in flushed]
+    def record(fd):
+        flushed.append(os.path.relpath(Path(f"/proc/self/fd/{fd}").readlink(), tmp_path))
+
+    def names():
+        before = flushed.copy()
         flushed.clear()
-        return flushed_names
+        return before
 
+    monkeypatch.setattr(os, "fsync", record)
     write_text(tmp_path / "a", "x")
     assert names() == [".a.partial", "."]
     with atomic_directory(tmp_path / "out") as partial:

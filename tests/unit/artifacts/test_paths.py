@@ -76,8 +76,10 @@ def test_moved_project_uses_relative_paths(project: Path, tmp_path: Path) -> Non
     check_paths(moved / "runs/one", {"data": data})
 
 
-def test_moved_run_uses_absolute_paths(project: Path, tmp_path: Path) -> None:
+def test_moved_run_uses_absolute_paths(project, tmp_path):
     (project / "runs/one").rename(tmp_path / "two")
+    assert load_data_section(tmp_path / "two")["dataset"] == str(project / "rows.jsonl")
+    (tmp_path / "two/places.json").unlink()
     assert load_data_section(tmp_path / "two")["dataset"] == str(project / "rows.jsonl")
 
 
@@ -130,8 +132,3 @@ def test_model_with_matching_fingerprint_is_used(project: Path, tmp_path: Path) 
     assert load_run_config(copy).values["model"]["name_or_path"] == str(tmp_path / "copy/model")
     save_file({"a": torch.zeros(2)}, tmp_path / "copy/model/model.safetensors")
     assert load_run_config(copy).values["model"]["name_or_path"] == str(project / "model")
-
-
-def test_run_without_places_file_uses_absolute_paths(project: Path) -> None:
-    Path("runs/one/places.json").unlink()
-    assert load_data_section(project / "runs/one")["dataset"] == str(project / "rows.jsonl")

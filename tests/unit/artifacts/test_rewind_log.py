@@ -27,16 +27,13 @@ def test_records_after_checkpoint_are_dropped(after: str, tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == [log]
 
 
-def test_foreign_lines_are_kept(tmp_path: Path) -> None:
+def test_foreign_lines_are_kept(tmp_path):
+    assert RunDirectory(tmp_path).truncate_log(2) == []  # without a log
+    assert not list(tmp_path.iterdir())
     log = tmp_path / "metrics.jsonl"
     log.write_text("my note\n" + UP_TO_CHECKPOINT + '["mine"]\n{"step": 9}\n')
     assert len(RunDirectory(tmp_path).truncate_log(2)) == 3
     assert log.read_text() == "my note\n" + UP_TO_CHECKPOINT + '["mine"]\n'
-
-
-def test_missing_log_is_empty(tmp_path: Path) -> None:
-    assert RunDirectory(tmp_path).truncate_log(2) == []
-    assert not list(tmp_path.iterdir())
 
 
 def test_line_separators_in_completions_do_not_end_lines(tmp_path: Path) -> None:

@@ -180,11 +180,10 @@ def create_difference(difference: float, norm: float) -> GradientDifference:
     return GradientDifference(difference=difference**2, reference=norm**2)
 
 
-def test_vanishing_gradient_is_compared_with_other_tensors() -> None:
+def test_vanishing_gradient_is_compared_with_other_tensors():
     """Keys of a saturated attention: their gradient consists of rounding errors only."""
-    queries = {
-        f"layers.{i}.q_proj.lora_A.default.weight": create_difference(1e-6, 1.0) for i in range(8)
-    }
+    names = [f"layers.{i}.q_proj.lora_A.default.weight" for i in range(8)]
+    queries = dict.fromkeys(names, create_difference(1e-6, 1.0))
     key = "layers.0.k_proj.lora_A.default.weight"
     bounds = Bounds({**queries, key: create_difference(1e-8, 1e-8)}, 0.0)
     bounds.check_gradients({**queries, key: create_difference(9e-7, 1e-8)})
@@ -192,17 +191,17 @@ def test_vanishing_gradient_is_compared_with_other_tensors() -> None:
         bounds.check_gradients({**queries, key: create_difference(1e-3, 1e-8)})
 
 
-def test_bias_whose_terms_cancel_has_rounding_errors() -> None:
+def test_bias_whose_terms_cancel_has_rounding_errors():
     """Both gradients of the bias of scores under a softmax are sums of rounding errors."""
-    zero = GradientDifference()
-    differences = {
-        "classifier.bias": GradientDifference(1e-16, 1e-16),
-        "w": create_difference(0, 1e-3),
-    }
-    assert Bounds(dict.fromkeys(differences, zero), 0.0).check_gradients(differences) < 1e-4
-    differences = {"classifier.weight": differences.pop("classifier.bias"), **differences}
+
+    def check(name):
+        differences = {name: GradientDifference(1e-16, 1e-16), "w": create_difference(0, 1e-3)}
+        bounds = Bounds(dict.fromkeys(differences, GradientDifference()), 0.0)
+        return bounds.check_gradients(differences)
+
+    assert check("classifier.bias") < 1e-4
     with pytest.raises(FastStepError, match=r"classifier\.weight"):
-        Bounds(dict.fromkeys(differences, zero), 0.0).check_gradients(differences)
+        check("classifier.weight")
 
 
 def test_gradient_where_there_is_none_is_a_difference() -> None:
@@ -221,33 +220,31 @@ def test_loss_of_zero_is_compared() -> None:
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 100])
-def test_compare_gradients_in_chunks(chunk_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compare_gradients_in_chunks(chunk_size, monkeypatch):
     monkeypatch.setattr("ftlevel.training.step_comparison._CHUNK_SIZE", chunk_size)
-    actual, expected = torch.arange(10.0).reshape(2, 5), torch.full((2, 5), 2.0)
-    differences = compare_gradients({"w": actual, "missing": torch.ones(4)}, {"w": expected})
-    assert differences["w"] == GradientDifference(145.0, 40.0)  # Σ (n − 2)², Σ 4
-    assert differences["missing"] == GradientDifference(4.0, 0.0)
+    actual = {"w": torch.arange(10.0).reshape(2, 5), "extra": torch.ones(4)}
+    expected = {"w": torch.full((2, 5), 2.0), "zero": torch.zeros(2)}
+    assert compare_gradients(actual, expected) == {
+        "w": GradientDifference(145.0, 40.0),  # Σ (n − 2)², Σ 4
+        "extra": GradientDifference(4.0, 0.0),
+        "zero": GradientDifference(0.0, 0.0),
+    }
+    assert create_difference(0.5, 5.0).distance == pytest.approx(0.1)
+    assert GradientDifference(4.0, 0.0).distance == float("inf"), "where there should be none"
 
 
-def test_gradient_distance() -> None:
-    reference = {"w": torch.tensor([3.0, 4.0]), "v": torch.zeros(2)}
-    scaled_differences = compare_gradients({"w": torch.tensor([3.3, 4.4])}, reference)
-    assert scaled_differences["w"].distance == pytest.approx(0.1)
-    assert scaled_differences["v"] == GradientDifference(0.0, 0.0)
-    missing = compare_gradients({"w": torch.ones(2)}, {})
-    assert missing["w"].distance == float("inf"), "a gradient where there should be none"
-
-
-def test_get_tensor_type() -> None:
-    layer = "base_model.model.model.layers.3"
-    assert get_tensor_type(f"{layer}.self_attn.q_proj.lora_A.default.weight") == "lora_A"
-    assert get_tensor_type(f"{layer}.mlp.adapters.default.down.bias") == "down.bias"
-    assert (
-        get_tensor_type("base_model.model.classifier.modules_to_save.default.weight")
-        == "modules_to_save"
-    )
-    assert get_tensor_type("model.layers.11.mlp.up_proj.weight") == "up_proj.weight"
-    assert get_tensor_type("vera_lambda_d.default") == "vera_lambda_d"
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("base_model.model.model.layers.3.self_attn.q_proj.lora_A.default.weight", "lora_A"),
+        ("base_model.model.model.layers.3.mlp.adapters.default.down.bias", "down.bias"),
+        ("base_model.model.classifier.modules_to_save.default.weight", "modules_to_save"),
+        ("model.layers.11.mlp.up_proj.weight", "up_proj.weight"),
+        ("vera_lambda_d.default", "vera_lambda_d"),
+    ],
+)
+def test_get_tensor_type(name, kind):
+    assert get_tensor_type(name) == kind
 
 
 def test_cast_to_float32_restores_dtype_and_memory() -> None:
@@ -282,14 +279,11 @@ def test_select_compared_rows_within_token_limit() -> None:
     )
 
 
-def test_truncate_example_keeps_targets() -> None:
-    labels = [IGNORED] * 300 + [7, 8] + [IGNORED] * 200
-    truncated = truncate_example(row(502, labels), 100)
-    assert truncated is not None
+def test_truncate_example_keeps_targets():
+    truncated = truncate_example(row(502, [IGNORED] * 300 + [7, 8] + [IGNORED] * 200), 100)
     assert truncated.input_ids == list(range(202, 302))
     assert truncated.labels[-2:] == [7, 8]
     classified = truncate_example(row(502, 3), 100)
-    assert classified is not None
     assert (classified.input_ids, classified.labels) == (list(range(100)), 3)
     span = row(502, (400, 410))
     assert truncate_example(span, 100) is span
@@ -329,17 +323,11 @@ def test_float64_accepts_fast_step_if_plain_step_is_inexact(run_with_hidden_roun
 
 @pytest.mark.parametrize(
     ("argument", "factor"),
-    [
-        (2, 1.001),
-        pytest.param(2, 1.02, marks=pytest.mark.sweep),
-        (3, 1.001),
-        pytest.param(3, 0.0, marks=pytest.mark.sweep),
-    ],
-)
-def test_wrong_gradient_raises_in_float64(
-    run_with_hidden_rounding: Any, monkeypatch: pytest.MonkeyPatch, argument: int, factor: float
-) -> None:
-    """The first and third error are as large as the plain step's own in float32."""
+    [(2, 1.001), (3, 1.001),
+     pytest.param(2, 1.02, marks=pytest.mark.sweep), pytest.param(3, 0.0, marks=pytest.mark.sweep)],
+)  # fmt: skip
+def test_wrong_gradient_raises_in_float64(run_with_hidden_rounding, monkeypatch, argument, factor):
+    """Errors of 1.001 are as large as the plain step's own in float32."""
     monkeypatch.setattr(FusedLoraFunction, "backward", scale_gradient(argument, factor))
     with pytest.raises(FastStepError, match=r"gradients of .* .rounding explains 0\.0001"):
         verify_step(*run_with_hidden_rounding, NullListener())
