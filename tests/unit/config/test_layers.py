@@ -39,12 +39,11 @@ def test_precedence_of_flags_set_recipe_and_defaults(tmp_path: Path) -> None:
     assert config.train.num_train_epochs == 3.0  # the default
 
 
-def test_section_shorthand_sets_first_field(tmp_path: Path) -> None:
+def test_section_shorthand_sets_first_field(tmp_path):
     recipe = write(tmp_path / "r.yaml", "model: gpt2\nmethod: qlora\ndata: rows.jsonl\n")
-    config = build_config([load_recipe(recipe)])
-    assert config.model.name_or_path == "gpt2"
-    assert config.method.kind == "qlora"
-    assert config.data.dataset == "rows.jsonl"
+    config = build_config([load_recipe(recipe), parse_overrides(["method.r=5"])])
+    assert (config.model.name_or_path, config.data.dataset) == ("gpt2", "rows.jsonl")
+    assert (config.method.kind, config.method.r) == ("qlora", 5)
 
 
 def test_task_alias_and_section_shorthand_are_combined(tmp_path: Path) -> None:
@@ -56,12 +55,11 @@ def test_task_alias_and_section_shorthand_are_combined(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("task", ["reward", "preference"])
-def test_preference_section_may_be_an_object(task: str) -> None:
+def test_preference_section_may_be_an_object(task):
     section = PreferenceConfig(loss="reward" if task == "preference" else None, center=0.1)
     config = TrainConfig(task=task, preference=section)
-    assert (config.task, config.preference.loss, config.preference.center) == ("reward",) * 2 + (
-        0.1,
-    )
+    assert (config.task, config.preference.loss) == ("reward", "reward")
+    assert config.preference.center == 0.1
 
 
 @pytest.mark.parametrize(
@@ -111,28 +109,20 @@ def test_parameters_of_another_embedding_loss_are_rejected(
     assert TrainConfig(task="embedding", embedding={"scale": 3, "symmetric": True, "margin": 0.3})
 
 
-def test_settings_without_effect_are_listed() -> None:
+def test_settings_without_effect_are_listed():
     config = TrainConfig(
         task="text-classification",
         data={"doc_stride": 64, "labels": ("a", "b"), "max_target_length": 9},
         train={"num_beams": 2},
     )
     messages = list(config.list_unused("decoder"))
-    assert [message.partition(" has no effect with ")[0] for message in messages] == [
-        "train.num_beams",
-        "data.doc_stride",
-        "data.max_target_length",
-    ]
+    names = [message.partition(" has no effect with ")[0] for message in messages]
+    assert names == ["train.num_beams", "data.doc_stride", "data.max_target_length"]
     assert messages[2] == (
         "data.max_target_length has no effect with --task text-classification and a decoder: it is "
         "for encoder-decoder. Drop it."
     )
     assert not list(TrainConfig(train={"num_beams": 2}).list_unused("decoder"))
-
-
-def test_set_extends_section_shorthand(tmp_path: Path) -> None:
-    recipe = load_recipe(write(tmp_path / "r.yaml", "method: lora\n"))
-    assert build_config([recipe, parse_overrides(["method.r=5"])]).method.r == 5
 
 
 def test_qlora_defaults_to_4bit() -> None:
@@ -147,7 +137,6 @@ def test_qlora_defaults_to_4bit() -> None:
          "{path}:3: unknown key 'method.rank'. Did you mean 'method.r'?"),
         ("train:\n  learning_rat: 1\n",
          "{path}:2: unknown key 'train.learning_rat'. Did you mean 'train.learning_rate'?"),
-        ("trian: {}\n", "{path}:1: unknown key 'trian'. Did you mean 'train'?"),
         ("method: lorra\n",
          "{path}:1: 'lorra' is not known. Expected one of {methods}. Did you mean 'lora'?"),
         ("quant: 4bti\n",
@@ -254,7 +243,6 @@ def test_boolean_is_not_accepted_as_number(setting: str) -> None:
         ("train.r=4", "unknown key 'train.r'. Did you mean 'method.r'?"),
         ("data.column={a: b}", "unknown key 'data.column'. Did you mean 'data.columns'?"),
         ("data.mixx={}", "unknown key 'data.mixx'. Did you mean 'data.mix'?"),
-        ("trian={}", "unknown key 'trian'. Did you mean 'train'?"),
         ("foo.bar=4", "unknown key 'foo.bar'. Sections: task, model, quant, method, data, train, "
          "preference, embedding, reranking, distillation, speed, output, rl."),
         ("train.optim=adamw", "'adamw' is not known. Expected one of adamw_torch, "
@@ -299,17 +287,12 @@ def test_later_method_replaces_fields_of_alias(
         ("lora_r", "Did you mean 'method.r'?"),
         ("method.lora_r", "Did you mean 'method.r'?"),
         ("micro_batch_size", "Did you mean 'train.per_device_train_batch_size'?"),
-        ("num_epochs", "Did you mean 'train.num_train_epochs'?"),
         ("train.num_epochs", "Did you mean 'train.num_train_epochs'?"),
-        ("sequence_len", "Did you mean 'data.max_length'?"),
         ("lora_target_linear", "Did you mean 'method.target_modules: all-linear'?"),
-        ("load_in_4bit", "Did you mean 'quant.kind: 4bit'?"),
-        ("val_set_size", "Did you mean 'data.validation_split'?"),
         ("sample_packing", "It is a flag of the command line, not a key: --sample-packing."),
-        ("dry_run", "It is a flag of the command line, not a key: --dry-run."),
     ],
 )
-def test_flag_name_in_recipe_suggests_key(key: str, hint: str) -> None:
+def test_flag_name_in_recipe_suggests_key(key, hint):
     [problem] = get_problems(parse_overrides([f"{key}=1"]))
     assert problem == f"--set {key}: unknown key {key!r}. {hint}"
 
