@@ -32,14 +32,9 @@ BLOCK = 4 * 64 + 2 * 128
         (MemorySettings(2, 2, checkpointing=True), WEIGHTS * 2, (2 * 64 + BLOCK) * 2),
     ],
 )
-def test_max_length_matches_formula(
-    settings: MemorySettings, weight_bytes: int, token_bytes: int
-) -> None:
-    assert max_length_in_memory(LLAMA, settings, weight_bytes + 7 * token_bytes) == 7
-    assert max_length_in_memory(LLAMA, settings, weight_bytes + 7 * token_bytes - 1) == 6
-    assert max_length_in_memory(LLAMA, settings, weight_bytes) is None, (
-        "weights alone: not a matter of length"
-    )
+def test_max_length_matches_formula(settings, weight_bytes, token_bytes):
+    for memory, length in ((7 * token_bytes, 7), (7 * token_bytes - 1, 6), (0, None)):
+        assert max_length_in_memory(LLAMA, settings, weight_bytes + memory) == length
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -32,24 +32,17 @@ NEW_HEADS = {
 
 
 @pytest.mark.parametrize("family", NEW_HEADS)
-def test_get_new_language_head_of_each_family(family: str) -> None:
+def test_get_new_language_head_of_each_family(family):
     model = tiny_models.build(family, "mlm")
-    model.config.architectures = ["SomethingModel"]
-    new, heads = get_new_language_head(model)
-    assert new == NEW_HEADS[family]
-    output = model.get_output_embeddings()
-    assert all(
-        module is not output for name in new for module in model.get_submodule(name).modules()
-    )
+    for architecture in ("SomethingModel", "ElectraForPreTraining"):
+        model.config.architectures = [architecture]
+        new, heads = get_new_language_head(model)
+        assert new == NEW_HEADS[family]
+    modules = [module for name in new for module in model.get_submodule(name).modules()]
+    assert all(module is not model.get_output_embeddings() for module in modules)
     assert all(any(f"{name}.".startswith(f"{head}.") for head in heads) for name in new)
     model.config.architectures = [type(model).__name__]
     assert get_new_language_head(model) == ([], [])
-
-
-def test_electra_discriminator_needs_new_language_head() -> None:
-    model = tiny_models.build("electra", "mlm")
-    model.config.architectures = ["ElectraForPreTraining"]
-    assert get_new_language_head(model)[0] == NEW_HEADS["electra"]
 
 
 @pytest.mark.parametrize("online", [False, True])

@@ -46,10 +46,6 @@ def model_dir(tiny_model_dir: ModelDir, tmp_path: Path) -> Path:
     return copy
 
 
-def test_complete_directory_loads(model_dir: Path) -> None:
-    assert load_config(resolve_source(str(model_dir))).num_hidden_layers > 0
-
-
 @pytest.mark.parametrize(
     "name",
     ["../evil/x.safetensors", "/etc/x.safetensors", "a/../../x.safetensors", "x\0.safetensors", 7],
@@ -157,19 +153,10 @@ def test_gguf_merges_outside_vocabulary_raise(tmp_path: Path) -> None:
         load_tokenizer(resolve_source(str(path)))
 
 
-def test_config_from_hub_is_checked(
-    model_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    fields = json.loads(
-        (edit_config(model_dir, num_hidden_layers=10**9) / "config.json").read_text()
-    )
-
-    def get_config_dict(_: Any, *__: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        return fields, kwargs
-
-    monkeypatch.setattr(
-        transformers.PreTrainedConfig, "get_config_dict", classmethod(get_config_dict)
-    )
+def test_config_from_hub_is_checked(model_dir, monkeypatch):
+    text = (edit_config(model_dir, num_hidden_layers=10**9) / "config.json").read_text()
+    from_hub = classmethod(lambda *_, **kwargs: (json.loads(text), kwargs))
+    monkeypatch.setattr(transformers.PreTrainedConfig, "get_config_dict", from_hub)
     with pytest.raises(InputError, match="num_hidden_layers in its config is 1,000,000,000"):
         load_config(ModelSource("a/b", "hub", "a/b", local_files_only=True))
 
@@ -225,18 +212,14 @@ def test_nested_limit_time_keeps_outer_limit() -> None:
     assert untrusted.signal.getitimer(untrusted.signal.ITIMER_REAL)[0] == 0
 
 
-def test_limit_memory_is_removed_after_block() -> None:
+def test_limit_memory_is_removed_after_block_and_relative_to_usage():
     with pytest.raises(MemoryError), limit_memory(1 << 26):
         bytearray(1 << 28)
-    assert len(bytearray(1 << 28)) == 1 << 28
-
-
-def test_limit_memory_is_relative_to_current_usage() -> None:
-    buffers = []
+    buffers = [bytearray(1 << 28)]
     for _ in range(3):  # in total more than the limit of one block
         with limit_memory(1 << 28):
             buffers.append(bytearray(3 << 26))
-    assert sum(map(len, buffers)) > 2 << 28
+    assert sum(map(len, buffers)) > 3 << 28
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
