@@ -159,31 +159,3 @@ def check_checkpointing(spec: Any, family: str, head: str) -> None:
     for name, gradient in gradients[0].items():
         assert gradient.any(), name
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
-
-
-def check_quantized(spec: Any, directory: Path, tmp_path: Path, bits: int, head: str) -> None:
-    """Check training after an evaluation and exact reload on a quantized base."""
-    import transformers
-    from transformers import BitsAndBytesConfig
-
-    from ftlevel.models.upstream.quantizers import keep_trainable_layout
-    from tiny_models import AUTO_CLASSES
-
-    def load() -> Any:
-        model = getattr(transformers, AUTO_CLASSES[head]).from_pretrained(
-            directory,
-            quantization_config=BitsAndBytesConfig(**{f"load_in_{bits}bit": True}),
-            device_map={"": "cpu"},
-        )
-        keep_trainable_layout(model)
-        return model.eval()
-
-    model = load()
-    family = model.config.model_type
-    inputs = build_batch(family, head)
-    model = adapt(spec, family, head, model)
-    compute_logits(model, inputs)  # an evaluation may change the layout of 4-bit weights
-    assert train_two_steps(model, inputs) == set()
-    logits = compute_logits(model, inputs)
-    model.save_pretrained(str(tmp_path), save_embedding_layers=False)
-    assert torch.equal(compute_logits(load_adapter(load(), tmp_path), inputs), logits)

@@ -51,16 +51,13 @@ def reference_moment(model: Any, name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("max_bytes", [1 << 30, 4 * 64 * 64 * 3])
-def test_moments_match_inputs_without_padding(
-    model: Any, max_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_moments_match_inputs_without_padding(model, max_bytes, monkeypatch):
     monkeypatch.setattr(low_bits, "MAX_BYTES", max_bytes)
     sizes = get_sizes(model)
     moments = compute_moments(model, sizes)
     for name in sizes:
-        torch.testing.assert_close(
-            moments.of(name), reference_moment(model, name), rtol=1e-4, atol=1e-6
-        )
+        expected = reference_moment(model, name)
+        torch.testing.assert_close(moments.of(name), expected, rtol=1e-4, atol=1e-6)
     assert (moments.passes == 1) == (max_bytes == 1 << 30)
 
 

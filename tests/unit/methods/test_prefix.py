@@ -35,15 +35,14 @@ from virtual_tokens import (
 PLAIN = PrefixSpec(num_virtual_tokens=4)
 PROJECTED = PrefixSpec(num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=16)
 GENERATIVE_FAMILIES = [family for family in FAMILIES if HEADS[family][0] in ("causal", "seq2seq")]
-
-
 PROJECTED_CELLS = [("llama", "causal"), ("bert", "seqcls"), ("t5", "seq2seq")]
 
 
 @pytest.mark.parametrize(
     ("spec", "family", "head"),
-    [*((PLAIN, *c) for c in sample(FAMILY_HEADS)), *((PROJECTED, *c) for c in PROJECTED_CELLS)],
-)
+    [*sample([(PLAIN, *cell) for cell in FAMILY_HEADS]),
+     *((PROJECTED, *cell) for cell in PROJECTED_CELLS)],
+)  # fmt: skip
 def test_prefix_trains_saves_and_reloads(spec, family, head, tmp_path):
     check_training_and_reload(spec, "prefix_kv_", family, head, tmp_path)
 

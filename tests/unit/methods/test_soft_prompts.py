@@ -32,8 +32,6 @@ LSTM = PTuningSpec(
     num_virtual_tokens=4, encoder_reparameterization_type="LSTM", encoder_hidden_size=8
 )
 GENERATIVE_FAMILIES = [family for family in FAMILIES if HEADS[family][0] in ("causal", "seq2seq")]
-
-
 P_TUNING_CELLS = (
     ("llama", "causal"), ("gemma3_text", "seqcls"), ("bert", "tokcls"), ("bart", "seq2seq"),
 )  # fmt: skip
@@ -41,8 +39,8 @@ P_TUNING_CELLS = (
 
 @pytest.mark.parametrize(
     ("spec", "family", "head"),
-    [*((PROMPT, *c) for c in sample(FAMILY_HEADS)),
-     *((spec, *c) for spec in (MLP, LSTM) for c in P_TUNING_CELLS)],
+    [*sample([(PROMPT, *cell) for cell in FAMILY_HEADS]),
+     *((spec, *cell) for spec in (MLP, LSTM) for cell in P_TUNING_CELLS)],
 )  # fmt: skip
 def test_prompt_trains_saves_and_reloads(spec, family, head, tmp_path):
     check_training_and_reload(spec, "soft_prompt_", family, head, tmp_path)

@@ -74,12 +74,9 @@ def test_damaged_adapter_raises(
 @pytest.mark.parametrize(
     ("family", "overrides"), [("gpt2", {}), ("llama", {"hidden_size": 128, "head_dim": 32})]
 )
-def test_adapter_of_other_base_raises(
-    adapter_dir: Path, family: str, overrides: dict[str, Any]
-) -> None:
-    base = tiny_models.build(family, **overrides)
+def test_adapter_of_other_base_raises(adapter_dir, family, overrides):
     with pytest.raises(InputError, match=f"does not fit its base model, {family}"):
-        load_adapter(base, adapter_dir)
+        load_adapter(tiny_models.build(family, **overrides), adapter_dir)
 
 
 @pytest.mark.parametrize(

@@ -41,15 +41,11 @@ def create_rows(length: int) -> list[Encoded]:
 
 
 @pytest.mark.parametrize("length", [10, 5000])
-def test_check_batch_length_is_bounded_by_vocabulary(length: int) -> None:
-    batch = collate_check_batch(
-        create_rows(length), 0, "cpu", Tokens("perplexity", shifted=True), VOCABULARY
-    )
-    assert (
-        batch["input_ids"].shape
-        == batch["labels"].shape
-        == (NUM_TEST_ROWS, min(length, MAX_LENGTH))
-    )
+def test_check_batch_length_is_bounded_by_vocabulary(length):
+    objective = Tokens("perplexity", shifted=True)
+    batch = collate_check_batch(create_rows(length), 0, "cpu", objective, VOCABULARY)
+    shape = (NUM_TEST_ROWS, min(length, MAX_LENGTH))
+    assert batch["input_ids"].shape == batch["labels"].shape == shape
 
 
 def test_encoder_input_is_not_truncated_with_labels() -> None:
@@ -120,18 +116,17 @@ def test_saved_adapter_that_differs_raises(tmp_path: Path) -> None:
         check_saved(trained, tmp_path, BaseState(digests, raise_if_loaded), create_check_inputs())
 
 
-def test_lora_with_bias_is_checked_on_fresh_base(tmp_path: Path) -> None:
+def test_lora_with_bias_is_checked_on_fresh_base(tmp_path):
     """PEFT does not support a second LoRA with trained biases in one model."""
     trained, digests = save_trained_adapter(tmp_path, bias="lora_only")
     bases = []
 
-    def load() -> Any:
+    def load():
         bases.append(tiny_models.build("llama", intermediate_size=4096))
         return bases[-1]
 
-    _, difference, _ = check_saved(
-        trained, tmp_path, BaseState(digests, load), create_check_inputs()
-    )
+    state = BaseState(digests, load)
+    _, difference, _ = check_saved(trained, tmp_path, state, create_check_inputs())
     assert difference < 1e-5
     assert len(bases) == 1
     assert list(trained.peft_config) == ["default"]
