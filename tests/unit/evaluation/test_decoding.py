@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,13 +45,10 @@ def test_batched_decoding_matches_generate(family: str) -> None:
         expected = [generate_alone(model, prompt, stops) for prompt in PROMPTS]
         assert len({len(text) for text in expected}) > 1
         assert get_decoder_limitation(model, "decoder", "lora") == ""
-        decoder = RowDecoder(model, stops, 0)
-        try:
+        with closing(RowDecoder(model, stops, 0)) as decoder:
             assert get_decoder_error(decoder, model, PROMPTS[2], 1e-4) == ""
             for size in (1, 3, 16):
                 assert decoder(PROMPTS, MAX_NEW_TOKENS, size) == expected, size
-        finally:
-            decoder.close()
         assert [generate_alone(model, p, stops) for p in PROMPTS[:2]] == expected[:2]
 
 
@@ -70,15 +68,12 @@ def test_shared_prefix_is_computed_once(family: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(RowDecoder, "_forward", counting_forward)
     with torch.no_grad():
         expected = [generate_alone(model, prompt, [703]) for prompt in prompts]
-        decoder = RowDecoder(model, [703], 0)
-        try:
+        with closing(RowDecoder(model, [703], 0)) as decoder:
             assert decoder(prompts, 1, 16) == [text[:1] for text in expected]
             assert num_tokens == [20, 11 * max(map(len, PROMPTS))]
             for size in (1, 3, 16):
                 assert decoder(prompts, MAX_NEW_TOKENS, size) == expected, size
             assert decoder(PROMPTS, MAX_NEW_TOKENS, 4) == decoder(PROMPTS, MAX_NEW_TOKENS, 1)
-        finally:
-            decoder.close()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
@@ -92,11 +87,8 @@ def test_ended_row_at_last_position_does_not_disturb_younger_rows(family: str) -
         expected = [generate_alone(model, prompt, [703]) for prompt in prompts]
         first = expected[1][:4]
         assert all(expected[i][:4] != first for i in (0, -1))
-        decoder = RowDecoder(model, [703], 0, lambda ids: list(ids[:4]) == first)
-        try:
+        with closing(RowDecoder(model, [703], 0, lambda ids: list(ids[:4]) == first)) as decoder:
             outputs = decoder(prompts, MAX_NEW_TOKENS, 8)
-        finally:
-            decoder.close()
     assert outputs == [expected[0], *[first] * 7, *expected[8:]]
 
 
@@ -111,20 +103,15 @@ def test_shared_prefix_leaves_one_token_per_prompt(
     assert get_shared_prefix(prompts) == prefix
 
 
-def test_unsupported_models_report_limitation(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "window" in get_decoder_limitation(
-        tiny_models.build("gemma3_text", "causal"), "decoder", "none"
-    )
-    assert "one stack" in get_decoder_limitation(
-        tiny_models.build("t5", "seq2seq"), "encoder-decoder", "none"
-    )
+def test_unsupported_models_report_limitation() -> None:
+    windows, two_stacks = tiny_models.build("gemma3_text"), tiny_models.build("t5")
+    assert "window" in get_decoder_limitation(windows, "decoder", "none")
+    assert "one stack" in get_decoder_limitation(two_stacks, "encoder-decoder", "none")
     model = tiny_models.build("llama", "causal").eval()
     assert "virtual tokens" in get_decoder_limitation(model, "decoder", "p-tuning")
     model.generation_config = GenerationConfig(repetition_penalty=1.1, eos_token_id=2)
-    assert (
-        get_decoder_limitation(model, "decoder", "lora")
-        == "its generation_config has repetition_penalty"
-    )
+    limitation = get_decoder_limitation(model, "decoder", "lora")
+    assert limitation == "its generation_config has repetition_penalty"
 
 
 def test_wrong_cache_positions_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,17 +46,11 @@ def test_commit_of_hub_model_is_recorded(
     }
 
 
-def test_requested_revision_is_recorded_if_not_cached(snapshots: Path) -> None:
+def test_revision_is_as_requested_if_not_cached_and_none_of_directory(snapshots):
     other = get_base_values(ModelSource("org/other", "hub", "org/other", revision="v1"))
     assert (other["revision"], other["fingerprint"]) == ("v1", None)
-
-
-def test_local_directory_has_no_revision(snapshots: Path) -> None:
-    directory = snapshots / NEW_COMMIT
-    assert (
-        get_base_values(ModelSource(str(directory), "directory", str(directory)))["revision"]
-        is None
-    )
+    directory = str(snapshots / NEW_COMMIT)
+    assert get_base_values(ModelSource(directory, "directory", directory))["revision"] is None
 
 
 @pytest.mark.parametrize(
