@@ -40,7 +40,7 @@ POD = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "c", "MASTER_PORT": "23456
         (POD, World("RANK and WORLD_SIZE", 2, 1, 0, 1, 0, "c", 23456)),
     ],
 )  # fmt: skip
-def test_world_of_each_launcher(environment: dict[str, str], world: World) -> None:
+def test_world_of_each_launcher(environment, world):
     assert get_world(environment) == world
 
 
@@ -61,7 +61,7 @@ def test_world_of_each_launcher(environment: dict[str, str], world: World) -> No
         ({**TORCHRUN, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "accumulation_steps=|_STEPS"),
     ],
 )
-def test_inconsistent_environment_raises(environment: dict[str, str], message: str) -> None:
+def test_inconsistent_environment_raises(environment, message):
     with pytest.raises(ConfigError, match=message):
         get_world(environment)
 
@@ -71,11 +71,11 @@ def test_inconsistent_environment_raises(environment: dict[str, str], message: s
     [("node[07-12,15]", "node07"), ("big", "big"), ("a,b", "a"), ("r[1]n2", "r1n2"),
      ("gpu-a[003,005],c", "gpu-a003"), ("", "")],
 )  # fmt: skip
-def test_first_node(nodes: str, first: str) -> None:
+def test_first_node(nodes, first):
     assert first_node(nodes) == first
 
 
-def test_publish_sets_torchrun_variables() -> None:
+def test_publish_sets_torchrun_variables():
     environment: dict[str, str] = {}
     get_world(SRUN).publish(environment)
     assert environment == {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1",

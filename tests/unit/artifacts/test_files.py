@@ -32,7 +32,7 @@ def test_atomic_directory_appears_after_block(tmp_path):
     assert [path.name for path in target.parent.iterdir()] == ["out"]
 
 
-def test_atomic_directory_leaves_nothing_after_error(tmp_path: Path) -> None:
+def test_atomic_directory_leaves_nothing_after_error(tmp_path):
     def interrupt() -> None:
         with atomic_directory(tmp_path / "out") as partial:
             (partial / "a").write_text("x")
@@ -61,9 +61,7 @@ def test_existing_output_is_not_replaced(tmp_path):
     assert (tmp_path / "empty" / "a").is_file()
 
 
-def test_directory_that_cannot_be_replaced_is_rejected_before_block(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_directory_that_cannot_be_replaced_is_rejected_before_block(tmp_path, monkeypatch):
     (tmp_path / "target").mkdir()
     (tmp_path / "link").symlink_to("target")
     monkeypatch.chdir(tmp_path / "target")
@@ -72,7 +70,7 @@ def test_directory_that_cannot_be_replaced_is_rejected_before_block(
             atomic_directory(path).__enter__()
 
 
-def test_atomic_files_are_replaced_together(tmp_path: Path) -> None:
+def test_atomic_files_are_replaced_together(tmp_path):
     first, second = tmp_path / "new" / "a", tmp_path / "new" / "b"
     with atomic_files(first, second) as partial:
         (partial / "a").write_text("1")
@@ -91,9 +89,7 @@ def test_atomic_files_are_replaced_together(tmp_path: Path) -> None:
     assert sorted(path.name for path in first.parent.iterdir()) == ["a", "b"]
 
 
-def test_interrupt_during_cleanup_leaves_no_partial_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupt_during_cleanup_leaves_no_partial_files(tmp_path, monkeypatch):
     remove, calls = shutil.rmtree, []
     # A command writes one output; this process has written those of other tests.
     monkeypatch.setattr("ftlevel.artifacts.files._outputs", [])

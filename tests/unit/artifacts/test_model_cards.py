@@ -39,7 +39,7 @@ def summary(**changes: Any) -> dict[str, Any]:
     return {**defaults, **changes}
 
 
-def test_names_are_text_in_cards() -> None:
+def test_names_are_text_in_cards():
     assert plain("<b>[x](y)\n# \x1b") == r"\<b\>\[x\](y)\\n# \\x1b"
     assert (code("a\nb"), code("`"), code("a``b")) == (r"`a\nb`", "`` ` ``", "``` a``b ```")
 
@@ -73,7 +73,7 @@ def test_every_task_has_hub_pipeline_tag_and_a_command_it_supports(task):
     assert f"\nftlevel {command}" in text
 
 
-def test_local_names_are_omitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_names_are_omitted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("data/rows").mkdir(parents=True)
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
@@ -89,7 +89,7 @@ def test_local_names_are_omitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert ModelCard(text).data.eval_results[0].dataset_name == name
 
 
-def test_license_is_copied_from_base() -> None:
+def test_license_is_copied_from_base():
     builtin = {"name": "builtin:tiny-llama", "kind": "builtin"}
     data = ModelCard(create_readme(summary(model=builtin))).data
     assert (data.license, data.license_name) == ("other", "psf-2.0")
@@ -97,7 +97,7 @@ def test_license_is_copied_from_base() -> None:
     assert ModelCard(create_readme(summary())).data.license is None  # its card is not on disk
 
 
-def test_cards_of_merged_and_quantized_models() -> None:
+def test_cards_of_merged_and_quantized_models():
     merged = {
         "base": HUB, "out": "out/merged", "adapters": ["runs/first"], "method": "lora",
         "versions": {}, "written": {"dtype": "float32", "untied": False}, "onto": "original",

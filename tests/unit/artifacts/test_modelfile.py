@@ -22,12 +22,12 @@ CHATML = {
 }
 
 
-def test_go_template_actions_in_prompt_are_escaped() -> None:
+def test_go_template_actions_in_prompt_are_escaped():
     assert literal("{{ x }}") == '{{ "{{" }} x }}'
     assert '"""' not in literal('a """ b')
 
 
-def test_chat_template_wraps_each_turn() -> None:
+def test_chat_template_wraps_each_turn():
     template = chat_template(CHATML, "", "<|im_start|>assistant\n")
     assert '{{ if eq $turn.Role "system" }}<|im_start|>system\n{{ $turn.Content }}' in template
     assert '{{ else if eq $turn.Role "user" }}<|im_start|>user\n{{ $turn.Content }}' in template
@@ -37,7 +37,7 @@ def test_chat_template_wraps_each_turn() -> None:
     assert "-}}" not in template
 
 
-def test_default_system_text_is_used_without_system_turn() -> None:
+def test_default_system_text_is_used_without_system_turn():
     template = chat_template(CHATML, "<s>Be kind.", "", start="<s>")
     assert '{{ if eq $index 0 }}{{ if ne $turn.Role "system" }}Be kind.{{ end }}{{ end }}' in (
         template
@@ -72,14 +72,14 @@ def test_system_text_inside_user_turn():
     )
 
 
-def test_bos_is_omitted_from_first_turn() -> None:
+def test_bos_is_omitted_from_first_turn():
     wrappers = {"user": ("<s>[INST] ", " [/INST]"), "assistant": ("", "</s>")}
     template = chat_template(wrappers, "", "", start="<s>")
     assert '"user" }}{{ if gt $index 0 }}<s>{{ end }}[INST] {{ $turn.Content }}' in template
     assert "{{ if gt" not in chat_template(wrappers, "", "")
 
 
-def test_texts_end_neither_their_quotes_nor_their_line() -> None:
+def test_texts_end_neither_their_quotes_nor_their_line():
     stops, system = ['"""\nADAPTER /x', 'a"""b'], 'Be kind."""  \rADAPTER /x'
     text = format_modelfile("m\nADAPTER x.gguf", None, stops, ["a\rADAPTER y"], system)
     lines = text.splitlines()
@@ -88,7 +88,7 @@ def test_texts_end_neither_their_quotes_nor_their_line() -> None:
     assert 'PARAMETER stop """a"""b"""' in lines
 
 
-def test_modelfile_lines() -> None:
+def test_modelfile_lines():
     text = format_modelfile("m.gguf", "{{ .Prompt }}", ['"', "</s>", "\\n", "a\nb"], ["one", "two"])
     assert text.splitlines() == [
         "# one",

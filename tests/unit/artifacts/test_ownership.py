@@ -57,7 +57,7 @@ def write_checkpoint(path: Path, *, certified: bool = True) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "README.md", ".git/config", "adapter/a"])
-def test_overwrite_keeps_directory_without_run(tmp_path: Path, name: str) -> None:
+def test_overwrite_keeps_directory_without_run(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
     with pytest.raises(ConfigError, match=r"so it is not deleted\. Choose another directory\."):
@@ -65,9 +65,7 @@ def test_overwrite_keeps_directory_without_run(tmp_path: Path, name: str) -> Non
     assert read_tree(tmp_path) == {name: "mine"}
 
 
-def test_overwrite_rejects_link_home_and_git_directories(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_overwrite_rejects_link_home_and_git_directories(tmp_path, monkeypatch):
     create_finished_run(tmp_path / "run")
     before = read_tree(tmp_path)
     (tmp_path / "link").symlink_to("run")
@@ -83,7 +81,7 @@ def test_overwrite_rejects_link_home_and_git_directories(
     assert read_tree(tmp_path / "run") == {k.removeprefix("run/"): v for k, v in before.items()}
 
 
-def test_overwrite_keeps_and_reports_other_files(tmp_path: Path) -> None:
+def test_overwrite_keeps_and_reports_other_files(tmp_path):
     create_finished_run(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "adapter" / "notes.txt").write_text("mine too")
@@ -208,7 +206,7 @@ def test_rotation_keeps_checkpoints_without_manifest(tmp_path):
     assert checkpoints.detect_corruption(tmp_path / "checkpoint-4") is None
 
 
-def test_damaged_checkpoints_are_renamed_repeatedly(tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_renamed_repeatedly(tmp_path):
     for _ in range(3):
         (tmp_path / "checkpoint-2").mkdir()
         newest, rejected = checkpoints.get_last_valid_checkpoint(tmp_path)
@@ -218,7 +216,7 @@ def test_damaged_checkpoints_are_renamed_repeatedly(tmp_path: Path) -> None:
     assert list_names(tmp_path) == ["rejected-2", "rejected-2-2", "rejected-2-3"]
 
 
-def test_checkpoint_with_nan_or_infinity_is_damaged(tmp_path: Path) -> None:
+def test_checkpoint_with_nan_or_infinity_is_damaged(tmp_path):
     for step, value in ((1, 0.5), (2, float("nan")), (3, float("inf"))):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
@@ -235,7 +233,7 @@ def test_checkpoint_with_nan_or_infinity_is_damaged(tmp_path: Path) -> None:
      "[" * 100_000, '{"files": {"a": {"size": 1e999, "sha256": "x"}}}',
      '{"files": {"a": {"size": "x", "sha256": 3}}}', '{"files": {}}', '{"files": {"b": {}}}'],
 )  # fmt: skip
-def test_malformed_manifest_is_reported_as_corruption(tmp_path: Path, text: str) -> None:
+def test_malformed_manifest_is_reported_as_corruption(tmp_path, text):
     (tmp_path / "a").write_text("a")
     checkpoints.certify(tmp_path)
     assert checkpoints.detect_corruption(tmp_path) is None
@@ -243,7 +241,7 @@ def test_malformed_manifest_is_reported_as_corruption(tmp_path: Path, text: str)
     assert checkpoints.detect_corruption(tmp_path)
 
 
-def test_files_are_recorded_after_kill_at_end_of_run(tmp_path: Path) -> None:
+def test_files_are_recorded_after_kill_at_end_of_run(tmp_path):
     run, _ = open_run(tmp_path, "x", overwrite=False)
     run.save_summary({"of": "old"})
     (tmp_path / f".{ownership.MARKER}.partial").write_text('{"run":')  # killed in `record_files`
@@ -278,7 +276,7 @@ def test_overwrite_keeps_user_files_among_checkpoints(tmp_path):
     assert len(read_tree(run.path / "kept")) == len(user_files), "what the run wrote goes with it"
 
 
-def test_interrupted_resumed_run_owns_its_checkpoints(tmp_path: Path) -> None:
+def test_interrupted_resumed_run_owns_its_checkpoints(tmp_path):
     run = create_finished_run(tmp_path)
     ownership.mark_resumed(tmp_path)
     (run.checkpoints / "checkpoint-9").mkdir()
@@ -289,7 +287,7 @@ def test_interrupted_resumed_run_owns_its_checkpoints(tmp_path: Path) -> None:
     assert read_tree(tmp_path / "kept") == {"adapter/notes.txt": "mine"}
 
 
-def test_delete_adapter_keeps_user_files(tmp_path: Path) -> None:
+def test_delete_adapter_keeps_user_files(tmp_path):
     run = create_finished_run(tmp_path / "run")
     (run.adapter / "notes.txt").write_text("mine")
     ownership.mark_resumed(run.path)
@@ -298,7 +296,7 @@ def test_delete_adapter_keeps_user_files(tmp_path: Path) -> None:
     assert read_tree(run.path / "kept") == {"adapter/notes.txt": "mine"}
 
 
-def test_targets_of_links_are_not_deleted(tmp_path: Path) -> None:
+def test_targets_of_links_are_not_deleted(tmp_path):
     for name, delete in (("adapter", ownership.delete_adapter), ("checkpoints", restart_run)):
         run, target = create_finished_run(tmp_path / name), tmp_path / f"{name}-there"
         (run.path / name).rename(target)
@@ -311,7 +309,7 @@ def test_targets_of_links_are_not_deleted(tmp_path: Path) -> None:
         assert read_tree(target) == before
 
 
-def test_best_models_without_manifest_are_kept(tmp_path: Path) -> None:
+def test_best_models_without_manifest_are_kept(tmp_path):
     for name in ("best-1", "best-3", "best-9"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine").write_text("mine")
@@ -326,7 +324,7 @@ def test_best_models_without_manifest_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [".ftlevel.json", "metrics.jsonl", "checkpoints/identity.json"])
-def test_pipe_among_run_files_raises(tmp_path: Path, name: str) -> None:
+def test_pipe_among_run_files_raises(tmp_path, name):
     create_finished_run(tmp_path)
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
@@ -335,7 +333,7 @@ def test_pipe_among_run_files_raises(tmp_path: Path, name: str) -> None:
             check_output(tmp_path, overwrite=overwrite, resume=resume)
 
 
-def test_pipe_is_rejected_as_file(tmp_path: Path) -> None:
+def test_pipe_is_rejected_as_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="not a regular file"):
         read_plain(tmp_path / "pipe")
@@ -347,9 +345,7 @@ def test_pipe_is_rejected_as_file(tmp_path: Path) -> None:
     assert not ownership.is_run(tmp_path)
 
 
-def test_digests_of_inputs_belong_to_run_and_are_renewed_when_it_starts_anew(
-    tmp_path: Path,
-) -> None:
+def test_digests_of_inputs_belong_to_run_and_are_renewed_when_it_starts_anew(tmp_path):
     run, _ = open_run(tmp_path, "x", overwrite=False)
     (run.checkpoints / "digests.json").write_text("{}")
     assert ownership.move_foreign_files(tmp_path) == []

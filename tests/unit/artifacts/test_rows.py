@@ -78,7 +78,7 @@ def test_written_rows_are_read_back_and_extended(suffix, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_truncated_file_is_resumed_at_any_size(suffix: str, tmp_path: Path) -> None:
+def test_truncated_file_is_resumed_at_any_size(suffix, tmp_path):
     complete = tmp_path / f"whole{suffix}"
     write(complete, FULL).close()
     content = partial_of(complete).read_bytes()
@@ -98,14 +98,14 @@ def test_truncated_file_is_resumed_at_any_size(suffix: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_missing_column_raises_on_resume(suffix: str, tmp_path: Path) -> None:
+def test_missing_column_raises_on_resume(suffix, tmp_path):
     path = tmp_path / f"p{suffix}"
     save_rows(path, [{"id": "1", "prediction": "x"}])
     with pytest.raises(InputError, match="prediction_score"):
         list(create_file(path).load_previous())
 
 
-def test_json_values_are_written_as_text_in_csv(tmp_path: Path) -> None:
+def test_json_values_are_written_as_text_in_csv(tmp_path):
     row = {"whole": 3, "part": 0.1, "yes": True, "none": None, "list": ["ä", 1], "of": {"a": []},
            "day": datetime.date(2026, 1, 2), "sum": decimal.Decimal("1.10")}  # fmt: skip
     save_rows(tmp_path / "p.csv", [row])
@@ -115,7 +115,7 @@ def test_json_values_are_written_as_text_in_csv(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "p.jsonl").read_text(encoding="utf-8"))["part"] is None
 
 
-def test_parquet_types_are_preserved(tmp_path: Path) -> None:
+def test_parquet_types_are_preserved(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -142,7 +142,7 @@ def test_parquet_types_are_preserved(tmp_path: Path) -> None:
     assert written["prediction"].to_pylist() == [["ä"], ["ä"]]
 
 
-def test_parquet_rejects_mixed_types(tmp_path: Path) -> None:
+def test_parquet_rejects_mixed_types(tmp_path):
     file = create_file(tmp_path / "p.parquet", ["x"])
     file.open(0)
     file.write([{"x": 1}])
@@ -169,7 +169,7 @@ def test_existing_row_file_is_not_overwritten(tmp_path):
     check(overwrite=True)
 
 
-def test_resumed_parquet_matches_row_without_null_keys(tmp_path: Path) -> None:
+def test_resumed_parquet_matches_row_without_null_keys(tmp_path):
     row = {"talk": [{"role": "user", "tags": None}], "facts": {"a": 1}}
     kinds = pa.struct([("role", pa.string()), ("tags", pa.list_(pa.string()))])
     schema = pa.schema([("talk", pa.list_(kinds)), ("facts", pa.map_(pa.string(), pa.int64()))])

@@ -98,7 +98,7 @@ def test_other_names_are_no_models(name):
     assert not is_model(name)
 
 
-def test_directory_named_like_a_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directory_named_like_a_family(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bert").mkdir()
     assert not is_model("bert"), "a directory that is no model does not hide the family"
@@ -109,7 +109,7 @@ def test_directory_named_like_a_family(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("describe", [describe_family, describe_model])
-def test_rank_below_one_raises(describe: Any) -> None:
+def test_rank_below_one_raises(describe):
     with pytest.raises(ConfigError, match=r"^--lora-r 0 is not a rank\. Expected 1 or more"):
         describe("llama", 0)
 
@@ -123,7 +123,7 @@ def test_rank_below_one_raises(describe: Any) -> None:
         ('{"model_type": "llama", "hidden_size": 65, "num_attention_heads": 4}', "hidden"),
     ],
 )
-def test_invalid_configurations_raise(tmp_path: Path, text: str, problem: str) -> None:
+def test_invalid_configurations_raise(tmp_path, text, problem):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(InputError, match=problem) as error:
         describe_model(str(tmp_path))
@@ -131,7 +131,7 @@ def test_invalid_configurations_raise(tmp_path: Path, text: str, problem: str) -
     assert "\n" not in str(error.value)
 
 
-def test_missing_model_raises(tmp_path: Path) -> None:
+def test_missing_model_raises(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         describe_model(str(tmp_path / "missing"))
     with pytest.raises(InputError, match=r"has no config\.json"):

@@ -141,9 +141,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         for wide, dtype in enumerate(("float32", "bfloat16"))
     ],
 )
-def test_merge_is_bit_for_bit_equal_to_peft(
-    form: str, dtype: str, tiny_model_dir: TinyModelDir, tmp_path: Path
-) -> None:
+def test_merge_is_bit_for_bit_equal_to_peft(form, dtype, tiny_model_dir, tmp_path):
     base = tiny_model_dir("llama")
     if dtype == "bfloat16":
         base = save_base(load(base, "causal", torch.bfloat16), base, tmp_path / "base")
@@ -151,9 +149,7 @@ def test_merge_is_bit_for_bit_equal_to_peft(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_merge_to_other_dtype_rounds_once(
-    dtype: str, tiny_model_dir: TinyModelDir, tmp_path: Path
-) -> None:
+def test_merge_to_other_dtype_rounds_once(dtype, tiny_model_dir, tmp_path):
     base = tiny_model_dir("llama")
     if dtype == "float32":
         base = save_base(load(base, "causal", torch.bfloat16), base, tmp_path / "base")
@@ -186,9 +182,7 @@ FAMILIES: dict[str, tuple[str, str, Callable[[], Any]]] = {
 
 
 @pytest.mark.parametrize("case", FAMILIES)
-def test_merge_of_model_families_equals_peft(
-    case: str, tiny_model_dir: TinyModelDir, tmp_path: Path
-) -> None:
+def test_merge_of_model_families_equals_peft(case, tiny_model_dir, tmp_path):
     family, head, config = FAMILIES[case]
     assert_merge_equals_peft(tiny_model_dir(family, HEADS[family][0]), tmp_path, head, config())
 
@@ -206,9 +200,7 @@ SPLIT: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("targets", ["o_proj", "q_proj", "q_proj k_proj v_proj", "all-linear"])
 @pytest.mark.parametrize("model_type", SPLIT)
-def test_stored_tensor_that_is_several_in_the_model(
-    model_type: str, targets: str, tiny_model_dir: TinyModelDir, tmp_path: Path
-) -> None:
+def test_stored_tensor_that_is_several_in_the_model(model_type, targets, tiny_model_dir, tmp_path):
     """transformers joins queries, keys and values of these models when it saves them."""
     head, settings = SPLIT[model_type]
     auto_class = getattr(transformers, AUTO_CLASSES[head])
@@ -246,7 +238,7 @@ def test_tied_weights_are_untied_if_adapter_trains_one(
     assert AutoConfig.from_pretrained(out).tie_word_embeddings is not untied
 
 
-def test_merge_keeps_shards_of_base(tiny_model_dir: TinyModelDir, tmp_path: Path) -> None:
+def test_merge_keeps_shards_of_base(tiny_model_dir, tmp_path):
     source = tiny_model_dir("llama")
     save_base(load(source, "causal"), source, tmp_path / "base", max_shard_size="100KB")
     assert_merge_equals_peft(tmp_path / "base", tmp_path, "causal", lora_config())

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pydantic import BaseModel
@@ -55,7 +54,7 @@ RULES = [
 
 
 @pytest.mark.parametrize(("settings", "message"), RULES)
-def test_contradicting_sections_raise(settings: list[str], message: str) -> None:
+def test_contradicting_sections_raise(settings, message):
     with pytest.raises(ConfigError) as error:
         build_config([parse_overrides(settings)])
     assert message in error.value.problems
@@ -69,7 +68,7 @@ def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
 
 
 @pytest.mark.parametrize("section", [*sections(TrainConfig), *SPECS.values()])
-def test_sections_are_closed_frozen_and_described(section: type[BaseModel]) -> None:
+def test_sections_are_closed_frozen_and_described(section):
     assert section.model_config["extra"] == "forbid"
     assert section.model_config["frozen"]
     for name, field in section.model_fields.items():
@@ -108,16 +107,14 @@ def test_sections_are_closed_frozen_and_described(section: type[BaseModel]) -> N
          "EvaluateConfig(batch_size): 0 is out of range: batch_size must be ≥ 1."),
     ],
 )  # fmt: skip
-def test_invalid_constructor_argument_raises(
-    section: type[BaseModel], values: dict[str, Any], message: str
-) -> None:
+def test_invalid_constructor_argument_raises(section, values, message):
     with pytest.raises(ConfigError) as error:
         section(**values)
     assert error.value.problems == [message]
 
 
 @pytest.mark.parametrize("section", [*CONFIGS.values(), CheckServedConfig, *SPECS.values()])
-def test_unknown_constructor_argument_raises_config_error(section: type[BaseModel]) -> None:
+def test_unknown_constructor_argument_raises_config_error(section):
     with pytest.raises(ConfigError, match=rf"{section.__name__}\(zzz\): unknown key 'zzz'"):
         section(zzz=1)
 
@@ -135,18 +132,18 @@ def test_string_for_section_sets_main_field(section, key, value):
         assert getattr(getattr(config, section), key) == value
 
 
-def test_dump_and_validate_roundtrip() -> None:
+def test_dump_and_validate_roundtrip():
     config = build_config([parse_overrides(["method=qlora", "train.seed=7", "data.max_length=9"])])
     assert TrainConfig.model_validate(config.model_dump(mode="json")) == config
 
 
-def test_schema_lists_methods_and_forbids_extra_keys() -> None:
+def test_schema_lists_methods_and_forbids_extra_keys():
     schema = TrainConfig.model_json_schema()
     assert schema["additionalProperties"] is False
     assert set(schema["properties"]["method"]["discriminator"]["mapping"]) == set(SPECS)
 
 
-def test_config_imports_no_heavy_library() -> None:
+def test_config_imports_no_heavy_library():
     code = (
         "import sys, ftlevel.config, ftlevel.cli.train; print([m for m in ('torch', "
         "'transformers', 'peft', 'datasets', 'numpy') if m in sys.modules])"
@@ -197,9 +194,7 @@ def test_null_byte_in_name_raises(section, values, key):
          "vllm."),
     ],
 )  # fmt: skip
-def test_output_name_must_match_export_format(
-    section: type[BaseModel], values: dict[str, Any], message: str
-) -> None:
+def test_output_name_must_match_export_format(section, values, message):
     with pytest.raises(ConfigError) as error:
         section(**values)
     assert error.value.problems == [message]
@@ -207,11 +202,11 @@ def test_output_name_must_match_export_format(
 
 
 @pytest.mark.parametrize("adapters", ["run", Path("run"), [Path("run")], ("run",)])
-def test_merge_config_accepts_a_path_and_a_single_adapter(adapters: Any) -> None:
+def test_merge_config_accepts_a_path_and_a_single_adapter(adapters):
     assert MergeConfig(adapters=adapters, output_dir="merged").adapters == ["run"]
 
 
-def test_python_function_is_a_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_function_is_a_reward(tmp_path, monkeypatch):
     file = tmp_path / "my_rewards.py"
     file.write_text("def short(completions, **_):\n    return [1.0 for _ in completions]\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -221,14 +216,12 @@ def test_python_function_is_a_reward(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("reward", [lambda **_: [1.0], functools.partial(len), len])
-def test_function_without_importable_name_is_no_reward(reward: Any) -> None:
+def test_function_without_importable_name_is_no_reward(reward):
     with pytest.raises(ConfigError, match="not a function at the top level of an imported module"):
         TrainConfig(task="rl", rl={"reward": reward})
 
 
-def test_home_directory_in_output_paths_is_expanded(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_home_directory_in_output_paths_is_expanded(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert TrainConfig.model_validate({"output": {"dir": "~/run"}}).output.dir == tmp_path / "run"
     assert MergeConfig(adapters=["run"], output_dir=Path("~/m")).output_dir == tmp_path / "m"

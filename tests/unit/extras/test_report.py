@@ -78,7 +78,7 @@ def parse_tags(page: str) -> list[tuple[str, dict[str, str | None]]]:
     return tags
 
 
-def test_user_texts_are_escaped() -> None:
+def test_user_texts_are_escaped():
     page = render_page([make_run(INJECTION, predictions=compute_prediction_stats(iter(ROWS)))])
     start_tags = parse_tags(page)
     assert [tag for tag, _ in start_tags].count("script") == 1
@@ -87,7 +87,7 @@ def test_user_texts_are_escaped() -> None:
     assert page.count("&lt;script&gt;alert") >= 4
 
 
-def test_page_loads_no_resources() -> None:
+def test_page_loads_no_resources():
     page = render_page([make_run()])
     for _, attrs in parse_tags(page):
         assert not attrs.get("src")
@@ -97,7 +97,7 @@ def test_page_loads_no_resources() -> None:
     assert "url(" not in page
 
 
-def test_several_runs_are_compared() -> None:
+def test_several_runs_are_compared():
     page = render_page([make_run("one"), make_run("two")])
     charts = list(draw_charts([make_run("one"), make_run("two")]))
     assert [line.run for line in charts[0].lines] == ["one", "two"]
@@ -109,7 +109,7 @@ def test_several_runs_are_compared() -> None:
         assert f"{chart.title} ({chart.unit}) by step. one: from" in chart.words
 
 
-def test_runs_of_equal_names_are_shown_by_path() -> None:
+def test_runs_of_equal_names_are_shown_by_path():
     page = render_page([make_run(), replace(make_run(), path=Path("other") / "run")])
     assert "runs/run, other/run: training report" in page
     assert "<h3>other/run</h3>" in page
@@ -166,12 +166,12 @@ def test_prediction_stats():
     assert losses == sorted(row["loss"] for row in rows)
 
 
-def test_predictions_without_rows_have_no_section() -> None:
+def test_predictions_without_rows_have_no_section():
     completions = compute_prediction_stats(iter([{"row": 0, "reward": 1.0}]))
     assert 'id="rows"' not in render_page([make_run(predictions=completions)])
 
 
-def test_text_predictions_have_no_confusion_matrix() -> None:
+def test_text_predictions_have_no_confusion_matrix():
     rows = ({"predicted": f"text {i}", "true": "t", "loss": float(i)} for i in range(25_000))
     answers = compute_prediction_stats(rows)
     assert answers.classes == []
@@ -181,7 +181,7 @@ def test_text_predictions_have_no_confusion_matrix() -> None:
     assert compute_prediction_stats(iter(few)).classes == []
 
 
-def test_answers_of_questions_are_plain_text() -> None:
+def test_answers_of_questions_are_plain_text():
     rows = [
         {"where": "row 1", "loss": 0.1, "input": "who?", "predicted": "", "true": []},
         {"where": "row 2", "loss": 0.2, "input": "where?", "predicted": "Ob", "true": ["Ob", "Om"]},
@@ -191,7 +191,7 @@ def test_answers_of_questions_are_plain_text() -> None:
     assert "<pre>Ob, Om</pre>" in page
 
 
-def test_tags_are_counted_per_word() -> None:
+def test_tags_are_counted_per_word():
     from sklearn.metrics import precision_recall_fscore_support
 
     true = [["B-A", "O", "O"], ["B-A", "O"], ["O", "B-C"]]
@@ -211,22 +211,21 @@ def test_tags_are_counted_per_word() -> None:
     assert '<th scope="col">tag</th>' in page
 
 
-def test_command_is_quoted() -> None:
+def test_command_is_quoted():
     page = render_page([make_run("my run")])
     assert "<pre>ftlevel train &#39;runs/my run/config.yaml&#39;</pre>" in page
 
 
-def test_label_sets_are_no_tags() -> None:
+def test_label_sets_are_no_tags():
     rows = [{"true": ["a", "b"], "predicted": ["b", "c"], "loss": 1.0}]
     assert compute_prediction_stats(rows).unit == "words"
     summary = SUMMARY | {"data": {"problem_type": "multi_label_classification"}}
     run = create_reported_run(Path("run"), summary, [], lambda: rows)
-    assert run.answers is not None
     assert run.answers.classes == []
     assert run.answers.worst == rows
 
 
-def test_preference_rows_are_shown() -> None:
+def test_preference_rows_are_shown():
     pair = {"where": "row 1", "loss": 0.5, "base_loss": 0.75, "input": "which?", "chosen": "this",
             "rejected": "that", "reward_margin": 1.25, "tokens_right": 7,
             "base_tokens_right": 7}  # fmt: skip
@@ -239,13 +238,13 @@ def test_preference_rows_are_shown() -> None:
     assert ">prediction<" not in page
 
 
-def test_loss_by_length_uses_first_answer() -> None:
+def test_loss_by_length_uses_first_answer():
     rows = [{"predicted": "x", "true": ["w " * (1 + i), "other"], "loss": float(i)}
             for i in range(10)]  # fmt: skip
     assert compute_prediction_stats(iter(rows)).lengths[4] == (5, 5, 1, 4.0)
 
 
-def test_loss_by_length_of_texts() -> None:
+def test_loss_by_length_of_texts():
     rows = [{"predicted": "x", "true": "w " * (1 + i % 50), "loss": float(i % 50)}
             for i in range(1_000)]  # fmt: skip
     answers = compute_prediction_stats(iter(rows))
@@ -269,7 +268,7 @@ def get_headline(**changes: Any) -> list[str]:
     return list(headline({**SUMMARY, **changes}))
 
 
-def test_headline_sentences() -> None:
+def test_headline_sentences():
     first, meaning, interval, change = get_headline()
     assert first == "accuracy 0.90 on 3 held-out rows, base 0.50; 95 % interval 0.85 to 0.95"
     assert meaning == "accuracy: share of rows with the right answer."
@@ -303,7 +302,7 @@ def test_headline_sentences() -> None:
     )
 
 
-def test_data_findings_and_checks() -> None:
+def test_data_findings_and_checks():
     assert list(data_findings(SUMMARY)) == [
         "HTML in a text: 2 of 9 train rows (rows.csv:4); action: warn"
     ]
@@ -333,9 +332,7 @@ def test_regions_have_aria_labels():
     assert all(attrs.get("tabindex") == "0" for attrs in regions)
 
 
-def test_directory_without_run_is_rejected(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_directory_without_run_is_rejected(tmp_path, capsys):
     with pytest.raises(InputError, match="no such directory"):
         load_run(tmp_path / "none")
     assert run(["report", str(tmp_path)]) == 2
@@ -347,7 +344,7 @@ def test_directory_without_run_is_rejected(
     assert f"--output-dir {tmp_path} --resume" in " ".join(message.split())
 
 
-def test_report_command_writes_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_command_writes_page(tmp_path, capsys):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "summary.json").write_text(json.dumps(SUMMARY))
@@ -369,7 +366,7 @@ def test_report_command_writes_page(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "<polyline" in (tmp_path / "both.html").read_text()
 
 
-def test_retrieval_stats() -> None:
+def test_retrieval_stats():
     rows = [
         {"row": i, "where": f"row {i}", "query": f"query {i}", "document": "right",
          "retrieved": f"wrong {i}", "ndcg@10": float(i != 3), "positive_score": 0.1 * i,
@@ -377,7 +374,6 @@ def test_retrieval_stats() -> None:
         for i in range(10)
     ]  # fmt: skip
     stats = compute_retrieval_stats(rows)
-    assert stats is not None
     assert stats.series == [
         "positives before", "positives", "best negatives before", "best negatives"
     ]  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,9 +76,7 @@ def test_unknown_logit_change_disables_chunked_cross_entropy():
     [("llama", "causal"), ("gemma3_text", "causal"), ("bert", "mlm"), ("bart", "seq2seq")],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_chunked_cross_entropy_is_enabled_for_known_heads(
-    family: str, head: str, dtype: str
-) -> None:
+def test_chunked_cross_entropy_is_enabled_for_known_heads(family, head, dtype):
     model = tiny_models.build(family, head)
     fast = FastStep(model, FastPlan(True, False, True, 100, False))
     assert fast.check_cross_entropy(OBJECTIVES[head], create_rows(head), 0, "cpu", dtype) == ""
@@ -87,7 +84,7 @@ def test_chunked_cross_entropy_is_enabled_for_known_heads(
     fast.remove()
 
 
-def test_recurrent_model_is_not_packed() -> None:
+def test_recurrent_model_is_not_packed():
     plan = plan_fast(
         TrainConfig(), build("recurrent_gemma"), "decoder", OBJECTIVES["causal"], "cpu",
         create_rows("causal"), 64,
@@ -96,7 +93,7 @@ def test_recurrent_model_is_not_packed() -> None:
     assert "carries a state" in str(plan.choices[0])
 
 
-def test_all_linear_excludes_layers_read_by_mamba_scan() -> None:
+def test_all_linear_excludes_layers_read_by_mamba_scan():
     model = build("mamba")
     names = {name.rpartition(".")[2] for name in resolve_targets(model, "all-linear")}
     assert names == {"in_proj"}
@@ -105,7 +102,7 @@ def test_all_linear_excludes_layers_read_by_mamba_scan() -> None:
             resolve_targets(model, target_modules)
 
 
-def test_all_linear_with_unsupported_experts_raises() -> None:
+def test_all_linear_with_unsupported_experts_raises():
     with pytest.raises(ConfigError, match="gate_proj, up_proj for the experts") as error:
         adapt(build("deepseek_v3"))
     names = str(error.value).rpartition("--target-modules ")[2].rstrip(".")
@@ -119,12 +116,12 @@ def test_packing_with_different_value_and_key_widths():
     fast.remove()
 
 
-def test_rename_prefix_of_funnel_is_empty() -> None:
+def test_rename_prefix_of_funnel_is_empty():
     config = AutoConfig.for_model("funnel", vocab_size=VOCAB)
     assert rename_prefix(config, "AutoModelForSequenceClassification") == {}
 
 
-def test_fused_lora_output_can_be_scaled_in_place() -> None:
+def test_fused_lora_output_can_be_scaled_in_place():
     """Longformer, LED and DeBERTa scale their queries in place."""
     x = torch.randn(2, 3, 8, requires_grad=True)
     a = torch.randn(4, 8, requires_grad=True)
@@ -146,9 +143,7 @@ def test_fused_lora_output_can_be_scaled_in_place() -> None:
         ("luke", {"entity_vocab_size": 9}, {"w2e_query", "e2w_query", "e2e_query"}),
     ],
 )
-def test_all_linear_excludes_layers_unused_by_task(
-    family: str, fields: dict[str, Any], unused: set[str]
-) -> None:
+def test_all_linear_excludes_layers_unused_by_task(family, fields, unused):
     config = AutoConfig.for_model(family, **{**_DECODER, **fields})
     with torch.device("meta"):
         model = AutoModelForMaskedLM.from_config(config)
@@ -161,7 +156,7 @@ def test_all_linear_excludes_layers_unused_by_task(
 
 
 @pytest.mark.parametrize("family", ["mamba", "rwkv", "switch_transformers"])
-def test_incompatible_linear_layers_are_not_quantized(family: str, tmp_path: Path) -> None:
+def test_incompatible_linear_layers_are_not_quantized(family, tmp_path):
     sizes = {"vocab_size": VOCAB, "num_hidden_layers": 2, "hidden_size": 64, "d_model": 64,
              "num_layers": 2, "num_decoder_layers": 2}  # fmt: skip
     kind = "Seq2SeqLM" if family == "switch_transformers" else "CausalLM"
@@ -175,16 +170,14 @@ def test_incompatible_linear_layers_are_not_quantized(family: str, tmp_path: Pat
         assert any(name.endswith(f".{suffixes[family]}") for name in names)
 
 
-def test_deberta_supports_only_float32() -> None:
+def test_deberta_supports_only_float32():
     assert select_dtype("auto", "cpu", "lora", "deberta").value == "float32"
     with pytest.raises(ConfigError, match="--dtype bfloat16 cannot be used with deberta"):
         select_dtype("bfloat16", "cpu", "lora", "deberta")
 
 
 @pytest.mark.parametrize("lengths", [(5, 30, 12, 12, 3, 21, 8, 17), (90, 150, 300)])
-def test_packed_soft_capped_attention_matches_eager(
-    lengths: tuple[int, ...], tmp_path: Path
-) -> None:
+def test_packed_soft_capped_attention_matches_eager(lengths, tmp_path):
     config = AutoConfig.for_model(
         "gemma2", **{**_DECODER, "num_key_value_heads": 2}, head_dim=16, sliding_window=8,
         attn_logit_softcapping=0.5, query_pre_attn_scalar=16, eos_token_id=1, bos_token_id=2,

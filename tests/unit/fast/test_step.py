@@ -195,7 +195,7 @@ def test_padding_tokens_of_packed_rows_change_nothing(family, head, workers, tmp
 
 
 @pytest.mark.parametrize("lengths", [(32,), (20, 12), (5, 64, 59), (64,), (100, 1)])
-def test_padding_tokens_are_a_sequence_of_their_own(lengths: tuple[int, ...]) -> None:
+def test_padding_tokens_are_a_sequence_of_their_own(lengths):
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     layout = PackedLayout.from_mask(mask.long())
     padded = layout.pad_to(64)
@@ -294,9 +294,7 @@ def test_dropout_of_parallel_micro_batches_depends_on_seed_only(family, head, tm
     assert all(type(m) is not GeneratorDropout for m in model.modules())
 
 
-def test_step_sets_all_modules_to_training_mode(
-    tmp_path: Path,
-) -> None:
+def test_step_sets_all_modules_to_training_mode(tmp_path):
     """`PeftModel.training` can be True while the base model is in eval mode."""
     model = build_lora_model("llama", "causal", lora_dropout=0.5)
     plan = FastPlan(True, True, True, 80, workers=2, is_random=True)
@@ -315,9 +313,7 @@ def test_step_sets_all_modules_to_training_mode(
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused"])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_weights_after_fast_step_match_plain_step(
-    optimizer: str, workers: int, tmp_path: Path
-) -> None:
+def test_weights_after_fast_step_match_plain_step(optimizer, workers, tmp_path):
     """Fused optimizers need gradients with the strides of their weights."""
     updates = []
     rows = create_rows("causal")
@@ -576,9 +572,7 @@ TINY: dict[str, Any] = {}
         ("t5", {}, "padded by length (t5 has not one stack of blocks), cross-entropy on"),
     ],
 )  # fmt: skip
-def test_plan_reports_packing_and_reason(
-    family: str, settings: dict[str, Any], message: str
-) -> None:
+def test_plan_reports_packing_and_reason(family, settings, message):
     model = tiny_models.build(family)
     kind = "encoder-decoder" if model.config.is_encoder_decoder else "decoder"
     objective = OBJECTIVES["seq2seq" if family == "t5" else "causal"]
@@ -612,9 +606,7 @@ def test_plan_reports_packing_and_reason(
         ("unknown", {}, ": not tried with some_model"),
     ],
 )  # fmt: skip
-def test_plan_reports_number_of_workers(
-    family: str, settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plan_reports_number_of_workers(family, settings, message, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     model = tiny_models.build({"longrope": "phi3", "unknown": "llama"}.get(family, family))
     if family == "longrope":
@@ -644,9 +636,7 @@ SHARING = [[1] * 60 + [i] * 20 for i in range(8)]
                    "speed": {"share_prefixes": "always"}}, True, "shares lora_dropout 0.1"),
     ],
 )  # fmt: skip
-def test_plan_shares_prefixes_only_if_useful_and_exact(
-    family: str, settings: dict[str, Any], prefix_tree: bool, message: str | None
-) -> None:
+def test_plan_shares_prefixes_only_if_useful_and_exact(family, settings, prefix_tree, message):
     rows = [Encoded(ids, ids, i) for i, ids in enumerate(SHARING)]
     config, model = TrainConfig.model_validate(settings), tiny_models.build(family)
     plan = plan_fast(config, model, "decoder", OBJECTIVES["causal"], "cpu", rows, 100)
@@ -681,8 +671,8 @@ def test_plan_sets_tokens_per_micro_batch(device, batch, max_length, tokens):
     ],
 )
 def test_a_group_of_completions_is_a_micro_batch_if_it_fits(
-    completion_tokens: int, threads: int, gib: float, tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    completion_tokens, threads, gib, tokens, monkeypatch
+):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr("ftlevel.models.hardware.device_memory", lambda _: int(gib * 2**30))
     values = {
@@ -698,7 +688,7 @@ def test_a_group_of_completions_is_a_micro_batch_if_it_fits(
     assert plan.tokens == tokens
 
 
-def test_synthetic_rows_shorter_than_a_completion_count_completions_only() -> None:
+def test_synthetic_rows_shorter_than_a_completion_count_completions_only():
     config = TrainConfig.model_validate(
         {"task": "rl", "rl": {"reward": "exact", "max_completion_length": 4096}}
     )
@@ -719,7 +709,7 @@ class NeighborMixingLayer(torch.nn.Module):
         return self.inner(states) + states.roll(1, dims=1)
 
 
-def test_packing_is_disabled_if_rows_affect_each_other() -> None:
+def test_packing_is_disabled_if_rows_affect_each_other():
     rows = create_rows("causal")
     model = tiny_models.build("llama")
     fast = FastStep(model, FastPlan(True, True, True, 100, True))
@@ -757,9 +747,7 @@ class InaccurateLayer(torch.nn.Module):
         (slice(16, None), False, False),  # most states of a row: a kernel error
     ],
 )
-def test_packing_check_tolerates_rounding_of_one_large_state(
-    tokens: slice, everywhere: bool, packs: bool
-) -> None:
+def test_packing_check_tolerates_rounding_of_one_large_state(tokens, everywhere, packs):
     """SmolLM2's first hidden state has norm 24,000, then 5,000: bfloat16 rounds it by a tenth."""
     model = tiny_models.build("llama").to(torch.bfloat16)
     weights = {name: value.clone() for name, value in model.state_dict().items()}

@@ -105,21 +105,21 @@ def test_tuners_work_on_model_without_head(tuner, family, tmp_path):
     torch.testing.assert_close(compute(model.unload()), before, atol=1e-5, rtol=1e-5)
 
 
-def test_soft_prompt_on_linear_layer_raises() -> None:
+def test_soft_prompt_on_linear_layer_raises():
     config = SoftPromptConfig(target_modules=["q_proj"])
     with pytest.raises(ValueError, match="takes no tokens"):
         get_peft_model(build("llama"), config)
 
 
 @every_tuner
-def test_inject_adapter_from_state_dict_keys(tuner: str) -> None:
+def test_inject_adapter_from_state_dict_keys(tuner):
     injected = inject_adapter_in_model(CONFIGS[tuner](), build("llama"))
     state = get_peft_model_state_dict(injected)
     reinjected = inject_adapter_in_model(CONFIGS[tuner](), build("llama"), state_dict=state)
     assert get_peft_model_state_dict(reinjected).keys() == state.keys() != set()
 
 
-def test_fused_layer_repr_equals_peft_repr() -> None:
+def test_fused_layer_repr_equals_peft_repr():
     plain, fused = (LoraConfig(target_modules=["first", "last"], r=2) for _ in range(2))
     register_fused_layers(fused)
     expected, model = (get_peft_model(Feedforward(), config) for config in (plain, fused))
@@ -137,7 +137,7 @@ def test_fused_layer_repr_equals_peft_repr() -> None:
         ("gpt_oss", "more than scaled_dot_product"),
     ],
 )
-def test_prefix_on_unsupported_attention_raises(auto: Any, model_type: str, reason: str) -> None:
+def test_prefix_on_unsupported_attention_raises(auto, model_type, reason):
     if model_type == "mpnet":
         auto = AutoModelForMaskedLM
     config = AutoConfig.for_model(
@@ -169,7 +169,7 @@ def test_prefix_with_linear_target_module_raises():
 
 
 @pytest.mark.parametrize("placement", ["houlsby", "parallel"])
-def test_bottleneck_works_on_model_without_config(placement: str) -> None:
+def test_bottleneck_works_on_model_without_config(placement):
     config = BottleneckConfig(target_modules=["last"], placement=placement, init_weights=False)
     plain, x = Feedforward(), torch.randn(3, 6)
     before = plain(x)
@@ -183,7 +183,7 @@ def test_bottleneck_works_on_model_without_config(placement: str) -> None:
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])
-def test_deleting_last_prefix_restores_attention(family: str, implementation: str) -> None:
+def test_deleting_last_prefix_restores_attention(family, implementation):
     batch, base = build_batch(family), build(family)
     base.set_attn_implementation(implementation)
     before, attention = compute_logits(base, batch), attention_of(base)
@@ -200,7 +200,7 @@ ATTENTIONS = ("attentions", "encoder_attentions", "decoder_attentions", "cross_a
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "t5", "bart", "gpt_neo", "deberta-v2"])
-def test_output_attentions_include_prefix_first(family: str) -> None:
+def test_output_attentions_include_prefix_first(family):
     batch, base = build_batch(family), build(family)
     if attention_of(base) == "sdpa":
         base.set_attn_implementation("eager")
@@ -223,7 +223,7 @@ def test_output_attentions_include_prefix_first(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
-def test_prompt_attentions_match_peft_prompt_tuning(family: str) -> None:
+def test_prompt_attentions_match_peft_prompt_tuning(family):
     batch, task = build_batch(family), "CAUSAL_LM" if family == "llama" else "SEQ_2_SEQ_LM"
     models = []
     for config in (SoftPromptConfig, PromptTuningConfig):
@@ -245,7 +245,7 @@ def test_prompt_attentions_match_peft_prompt_tuning(family: str) -> None:
 
 
 @pytest.mark.parametrize("tuner", ["parallel", "prefix"])
-def test_tuners_compile_to_one_graph(tuner: str) -> None:
+def test_tuners_compile_to_one_graph(tuner):
     torch.compiler.reset()
     model, batch = get_peft_model(build("llama"), CONFIGS[tuner]()).eval(), build_batch("llama")
     compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -223,7 +222,7 @@ def test_adapter_trains_on_families_without_tiny_model(family, placement):
     assert not torch.equal(compute_logits(model, batch), before)
 
 
-def test_moe_with_dense_layers_has_adapter_in_each_layer() -> None:
+def test_moe_with_dense_layers_has_adapter_in_each_layer():
     base = build("qwen3_moe", mlp_only_layers=[0])
     assert hasattr(base.model.layers[0].mlp, "down_proj")
     before = compute_logits(base, build_batch("qwen3_moe"))
@@ -354,12 +353,12 @@ def test_residual_placement_on_unsupported_family_returns_error(placement):
     assert "opt with do_layer_norm_before False" in get_error(opt)
 
 
-def test_residual_placement_with_target_modules_raises() -> None:
+def test_residual_placement_with_target_modules_raises():
     with pytest.raises(ConfigError, match=r"seq_bn reads the residual.*drop target_modules"):
         AdapterSpec(placement="seq_bn", target_modules=["o_proj"])
 
 
-def test_adapters_with_different_placements_share_one_model(tmp_path: Path) -> None:
+def test_adapters_with_different_placements_share_one_model(tmp_path):
     batch = build_batch("bert")
     expected = {}
     for placement in PLACEMENTS:
@@ -385,7 +384,7 @@ def test_adapters_with_different_placements_share_one_model(tmp_path: Path) -> N
     assert torch.equal(compute_logits(model, batch), expected["houlsby"])
 
 
-def test_deepcopy_hooks_its_own_modules() -> None:
+def test_deepcopy_hooks_its_own_modules():
     batch = build_batch("bert")
     model = adapt(build("bert"), "mlm", placement="parallel")
     train(model, batch)
@@ -398,7 +397,7 @@ def test_deepcopy_hooks_its_own_modules() -> None:
     assert not torch.equal(compute_logits(model, batch), before)
 
 
-def test_adapter_dropout_is_active_only_in_training() -> None:
+def test_adapter_dropout_is_active_only_in_training():
     model = adapt(build("llama"), "causal", placement="pfeiffer", adapter_dropout=0.5)
     train(model, build_batch("llama"))
     layer, hidden = get_bottleneck_layers(model)[0], torch.randn(1, 3, HIDDEN * 2)
@@ -409,7 +408,7 @@ def test_adapter_dropout_is_active_only_in_training() -> None:
         assert not torch.equal(layer(hidden), layer(hidden))
 
 
-def test_reentrant_checkpointing_keeps_gradients() -> None:
+def test_reentrant_checkpointing_keeps_gradients():
     model, batch = adapt(build("llama"), "causal", placement="parallel"), build_batch("llama")
     train(model, batch)
     plain = backward(model, batch)
@@ -422,7 +421,7 @@ def test_reentrant_checkpointing_keeps_gradients() -> None:
 # Errors and registration with PEFT.
 
 
-def test_merge_raises_with_reason_and_alternative() -> None:
+def test_merge_raises_with_reason_and_alternative():
     model = adapt(build("llama"), "causal")
     with pytest.raises(NotImplementedError, match=r"not linear.*cannot be merged.*--method lora"):
         model.merge_and_unload()
@@ -432,7 +431,7 @@ def test_merge_raises_with_reason_and_alternative() -> None:
         model.base_model._check_merge_allowed()
 
 
-def test_unknown_family_raises_and_lists_supported_families() -> None:
+def test_unknown_family_raises_and_lists_supported_families():
     class Unknown:
         config = transformers.PretrainedConfig(model_type="perceptron")
 
@@ -457,7 +456,7 @@ def test_input_layer_is_in_the_same_block():
     assert get_input_layer(sites, "encoder.layer.11.attention.output.dense", names) is None
 
 
-def test_peft_type_behaves_like_enum_member() -> None:
+def test_peft_type_behaves_like_enum_member():
     adapt(build("bert"), "mlm")
     member = PeftType("BOTTLENECK")
     assert member is PeftType.BOTTLENECK is PeftType["BOTTLENECK"]
@@ -466,7 +465,7 @@ def test_peft_type_behaves_like_enum_member() -> None:
     assert copy.deepcopy(member) is member
 
 
-def test_saved_config_has_all_fields(tmp_path: Path) -> None:
+def test_saved_config_has_all_fields(tmp_path):
     model = adapt(
         build("llama"), "causal", placement="parallel", bottleneck_dim=None, reduction_factor=4,
         non_linearity="gelu", adapter_dropout=0.1,
@@ -478,7 +477,7 @@ def test_saved_config_has_all_fields(tmp_path: Path) -> None:
     assert (config.non_linearity, config.adapter_dropout) == ("gelu", 0.1)
 
 
-def test_get_peft_model_finds_adapter_positions() -> None:
+def test_get_peft_model_finds_adapter_positions():
     from peft import get_peft_model
 
     import ftlevel.adapters  # noqa: F401 - registers the tuners

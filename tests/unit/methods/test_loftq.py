@@ -12,7 +12,7 @@ from ftlevel.methods.lora.initialization import factor, start_from_residual
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
-def test_factor_returns_truncated_svd(shape: tuple[int, int]) -> None:
+def test_factor_returns_truncated_svd(shape):
     matrix = torch.randn(shape)
     a, b = factor(matrix, 5)
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -48,18 +47,18 @@ def test_prefix_trains_saves_and_reloads(spec, family, head, tmp_path):
 
 
 @pytest.mark.parametrize("family", GENERATIVE_FAMILIES)
-def test_generate_matches_manual_greedy_decoding(family: str) -> None:
+def test_generate_matches_manual_greedy_decoding(family):
     model = adapt(PLAIN, family, HEADS[family][0])
     train_two_steps(model, build_batch(family))
     check_generation(model, family)
 
 
 @pytest.mark.parametrize("family", CHECKPOINTING_FAMILIES)
-def test_gradients_with_checkpointing_match(family: str) -> None:
+def test_gradients_with_checkpointing_match(family):
     check_checkpointing(PLAIN, family, HEADS[family][0])
 
 
-def test_encoder_decoder_has_prefix_in_self_and_cross_attention() -> None:
+def test_encoder_decoder_has_prefix_in_self_and_cross_attention():
     model = adapt(PLAIN, "t5", "seq2seq")
     names = {
         n.rpartition(".prefix_kv_")[0] for n, _ in model.named_parameters() if "prefix_kv_" in n
@@ -71,7 +70,7 @@ def test_encoder_decoder_has_prefix_in_self_and_cross_attention() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prefix_trainable_parameter_count(family: str) -> None:
+def test_prefix_trainable_parameter_count(family):
     model = adapt(PLAIN, family, HEADS[family][0])
     config = build_config(family)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -81,7 +80,7 @@ def test_prefix_trainable_parameter_count(family: str) -> None:
     assert trainable == 2 * 4 * heads * width * attention_count
 
 
-def test_get_attention_modules_finds_attention_names() -> None:
+def test_get_attention_modules_finds_attention_names():
     names = {family: {n.rpartition(".")[2] for n in get_attention_modules(build(family))}
              for family in ("bert", "gpt_neo", "bart", "albert")}  # fmt: skip
     assert names == {"bert": {"self"}, "gpt_neo": {"attention"},
@@ -125,7 +124,7 @@ def test_prefix_attention_matches_formula(kind, groups, queries):
 
 
 @pytest.mark.parametrize("family", ["gpt_neo", "deberta-v2"])
-def test_empty_prefix_matches_base_logits(family: str) -> None:
+def test_empty_prefix_matches_base_logits(family):
     """With an empty prefix: detects a change of the attention in transformers."""
     base, inputs = build(family), build_batch(family)
     model = adapt(PLAIN, family, HEADS[family][0])
@@ -136,7 +135,7 @@ def test_empty_prefix_matches_base_logits(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_logits_match_peft_prefix_tuning_with_same_vectors(family: str) -> None:
+def test_logits_match_peft_prefix_tuning_with_same_vectors(family):
     from peft import PrefixTuningConfig, get_peft_model
 
     model = adapt(PLAIN, family, "causal")
@@ -154,7 +153,7 @@ def test_logits_match_peft_prefix_tuning_with_same_vectors(family: str) -> None:
     )
 
 
-def test_prefix_is_visible_beyond_sliding_window() -> None:
+def test_prefix_is_visible_beyond_sliding_window():
     inputs = build_batch("mistral", length=12)
     base = build("mistral", sliding_window=4)
     with torch.no_grad():
@@ -168,9 +167,7 @@ def test_prefix_is_visible_beyond_sliding_window() -> None:
     assert (change > 1e-4).all()
 
 
-def test_two_active_prefixes_and_unload_restores_model(
-    tmp_path: Path,
-) -> None:
+def test_two_active_prefixes_and_unload_restores_model(tmp_path):
     inputs = build_batch("llama")
     base = build("llama")
     before, implementation = compute_logits(base, inputs), base.config._attn_implementation
@@ -189,7 +186,7 @@ def test_two_active_prefixes_and_unload_restores_model(
     assert torch.equal(compute_logits(plain, inputs), before)
 
 
-def test_projection_mlp_is_shared_and_removed_by_finish() -> None:
+def test_projection_mlp_is_shared_and_removed_by_finish():
     model = adapt(PROJECTED, "llama", "causal")
     shared = [n for n, _ in model.named_parameters() if "embedding" in n and "prefix_kv" in n]
     assert len(shared) == 1
@@ -199,7 +196,7 @@ def test_projection_mlp_is_shared_and_removed_by_finish() -> None:
     assert model.peft_config["default"].prefix_projection is False
 
 
-def test_projected_prefix_matches_formula() -> None:
+def test_projected_prefix_matches_formula():
     model = adapt(PROJECTED, "llama", "causal")
     layers = [m for m in model.modules() if isinstance(m, attention.PrefixLayer)]
     first = layers[0]
@@ -211,18 +208,18 @@ def test_projected_prefix_matches_formula() -> None:
         torch.testing.assert_close(torch.cat(layer.compute("default"), 1), expected)
 
 
-def test_projected_prefix_has_lower_learning_rate() -> None:
+def test_projected_prefix_has_lower_learning_rate():
     projected, plain = map(METHODS["prefix"].rates, (PROJECTED, PLAIN))
     assert projected.small < plain.small
     assert projected.large < plain.large == 1e-2
 
 
-def test_merge_raises() -> None:
+def test_merge_raises():
     with pytest.raises(NotImplementedError, match="cannot be merged"):
         adapt(PLAIN, "llama", "causal").merge_and_unload()
 
 
-def test_unsupported_attn_implementation_raises() -> None:
+def test_unsupported_attn_implementation_raises():
     model = build("llama")
     model.set_attn_implementation("flex_attention")
     with pytest.raises(ValueError, match="flex_attention"):
@@ -238,7 +235,7 @@ def test_unsupported_attn_implementation_raises() -> None:
         ("gpt_oss", "more than scaled_dot_product"),
     ],
 )
-def test_unsupported_family_returns_error(model_type: str, reason: str) -> None:
+def test_unsupported_family_returns_error(model_type, reason):
     from transformers import AutoConfig
 
     error = METHODS["prefix"].get_error(

@@ -29,7 +29,7 @@ def get_rates(kind: str, fields: dict[str, Any]) -> Rates:
 
 
 @pytest.mark.parametrize(("kind", "fields"), METHOD_VARIANTS)
-def test_every_method_has_rate_within_bounds(kind: str, fields: dict[str, Any]) -> None:
+def test_every_method_has_rate_within_bounds(kind, fields):
     rates = get_rates(kind, fields)
     for model, width, head, steps in itertools.product(KINDS, WIDTHS, (True, False), STEPS):
         assert 1e-6 <= rates.rate(RateInputs(model, width, head, steps)) <= 1
@@ -39,7 +39,7 @@ HEADS = [pytest.param(rates, id=name) for name, rates in (("head", HEAD), ("deep
 
 
 @pytest.mark.parametrize("rates", [*(get_rates(*form) for form in METHOD_VARIANTS), *HEADS])
-def test_rate_decreases_with_steps_and_width(rates: Rates) -> None:
+def test_rate_decreases_with_steps_and_width(rates):
     for model in KINDS:
         table = [[rates.rate(RateInputs(model, w, True, s)) for s in STEPS] for w in WIDTHS]
         assert all(row == sorted(row, reverse=True) for row in table)
@@ -48,7 +48,7 @@ def test_rate_decreases_with_steps_and_width(rates: Rates) -> None:
 
 
 @pytest.mark.parametrize(("kind", "fields"), METHOD_VARIANTS)
-def test_wide_model_and_long_run_get_published_rate(kind: str, fields: dict[str, Any]) -> None:
+def test_wide_model_and_long_run_get_published_rate(kind, fields):
     rates = get_rates(kind, fields)
     for model in KINDS:
         choice = rates.get_choice(kind, RateInputs(model, 8192, False, 100_000))
@@ -77,7 +77,7 @@ def test_rate_by_architecture_overrides_small_rate():
     assert [rates.rate(RateInputs("encoder-decoder", *run)) for run in runs] == [1e-1, 1e-2, 1e-4]
 
 
-def test_full_fine_tuning_of_bert_gets_paper_rate() -> None:
+def test_full_fine_tuning_of_bert_gets_paper_rate():
     assert get_rates("full", {}).rate(RateInputs("encoder", 768, True, 3000)) == 2e-5
 
 
@@ -87,13 +87,13 @@ def test_deep_head_has_lower_rate_than_linear_head():
         assert get_head_rate(run).value == rate
 
 
-def test_lora_plus_gets_lower_rate_than_other_variants() -> None:
+def test_lora_plus_gets_lower_rate_than_other_variants():
     inputs = RateInputs("encoder", 384, False, 100)
     forms = ({}, {"use_dora": True}, {"use_rslora": True}, {"lora_plus_ratio": 16})
     assert [get_rates("lora", form).rate(inputs) for form in forms] == [1e-3, 1e-3, 1e-3, 3e-4]
 
 
-def test_token_head_gets_higher_rate() -> None:
+def test_token_head_gets_higher_rate():
     row = RateInputs("encoder", 384, True, 60)
     tokens = RateInputs("encoder", 384, True, 60, token_head=True)
     assert str(tokens) == "an encoder of hidden size 384 with a new head for tokens and 60 steps"

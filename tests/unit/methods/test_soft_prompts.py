@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -47,14 +46,14 @@ def test_prompt_trains_saves_and_reloads(spec, family, head, tmp_path):
 
 
 @pytest.mark.parametrize("family", GENERATIVE_FAMILIES)
-def test_generate_matches_manual_greedy_decoding(family: str) -> None:
+def test_generate_matches_manual_greedy_decoding(family):
     model = adapt(PROMPT, family, HEADS[family][0])
     train_two_steps(model, build_batch(family))
     check_generation(model, family)
 
 
 @pytest.mark.parametrize("family", CHECKPOINTING_FAMILIES)
-def test_gradients_with_checkpointing_match(family: str) -> None:
+def test_gradients_with_checkpointing_match(family):
     check_checkpointing(PROMPT, family, HEADS[family][0])
 
 
@@ -70,9 +69,7 @@ def test_gradients_with_checkpointing_match(family: str) -> None:
         ("bart", "seqcls", ["model.encoder", "model.decoder"]),
     ],
 )
-def test_get_layer_stacks_finds_stacks_with_token_input(
-    family: str, head: str, stacks: list[str]
-) -> None:
+def test_get_layer_stacks_finds_stacks_with_token_input(family, head, stacks):
     assert get_layer_stacks(build(family, head)) == stacks
 
 
@@ -99,7 +96,7 @@ def test_prompt_of_token_embeddings_equals_those_tokens(family):
     torch.testing.assert_close(compute_logits(model, inputs), expected)
 
 
-def test_prompt_is_inserted_after_cls_in_encoder() -> None:
+def test_prompt_is_inserted_after_cls_in_encoder():
     """BERT's pooler reads the first position, which must not be the prompt."""
     base = build("bert", "seqcls")
     model = adapt(PROMPT, "bert", "seqcls", base)
@@ -113,7 +110,7 @@ def test_prompt_is_inserted_after_cls_in_encoder() -> None:
     assert torch.equal(hidden_states[0][:, 0], hidden_states[1][:, 0])
 
 
-def test_prompt_position_with_left_and_right_padding() -> None:
+def test_prompt_position_with_left_and_right_padding():
     mask = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1]])
     layout = PromptPosition.compute(mask, mask, 2, 0)
     states = torch.tensor([[1, 2, 3, 0], [0, 0, 1, 2]])
@@ -126,7 +123,7 @@ def test_prompt_position_with_left_and_right_padding() -> None:
     assert layout.extend_positions(positions).tolist() == [[0, 1, 2, 3, 4, 4], [0, 0, 0, 1, 2, 3]]
 
 
-def test_prompt_position_after_leading_tokens() -> None:
+def test_prompt_position_after_leading_tokens():
     mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]])
     layout = PromptPosition.compute(mask, mask, 2, 1)
     rows = layout.insert(torch.tensor([[1, 2, 3]] * 3), torch.tensor([[8, 9]] * 3))
@@ -135,7 +132,7 @@ def test_prompt_position_after_leading_tokens() -> None:
     assert positions.tolist() == [[0, 1, 2, 3, 4]] * 3
 
 
-def test_four_dimensional_attention_mask_raises() -> None:
+def test_four_dimensional_attention_mask_raises():
     model = adapt(PROMPT, "llama", "causal")
     with pytest.raises(ValueError, match="4 dimensions"):
         model(input_ids=torch.ones(1, 3, dtype=torch.long), attention_mask=torch.ones(1, 1, 3, 3))
@@ -154,7 +151,7 @@ def test_prompt_is_initialized_from_text():
             PromptSpec(**{name: value})
 
 
-def test_finish_keeps_only_prompt_of_p_tuning() -> None:
+def test_finish_keeps_only_prompt_of_p_tuning():
     model = adapt(LSTM, "llama", "causal")
     METHODS["p-tuning"].finish(model)
     trainable = [n for n, p in model.named_parameters() if p.requires_grad]
@@ -162,7 +159,7 @@ def test_finish_keeps_only_prompt_of_p_tuning() -> None:
     assert model.peft_config["default"].encoder == "none"
 
 
-def test_two_active_prompts_and_unload_restores_model(tmp_path: Path) -> None:
+def test_two_active_prompts_and_unload_restores_model(tmp_path):
     inputs, base = build_batch("llama"), build("llama")
     before = compute_logits(base, inputs)
     model = adapt(PROMPT, "llama", "causal", base)
@@ -176,7 +173,7 @@ def test_two_active_prompts_and_unload_restores_model(tmp_path: Path) -> None:
     assert torch.equal(compute_logits(model.unload(), inputs), before)
 
 
-def test_model_reading_input_ids_in_every_layer_is_unsupported() -> None:
+def test_model_reading_input_ids_in_every_layer_is_unsupported():
     from transformers import AutoConfig
 
     config = AutoConfig.for_model("gemma3n_text")

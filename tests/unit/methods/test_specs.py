@@ -217,6 +217,6 @@ def test_quantized_conv1d_has_no_fan_in_fan_out():
     assert not resolve_method_targets(spec, model, "gpt2", "4bit").fan_in_fan_out
 
 
-def test_method_without_build_or_unfreeze_raises() -> None:
+def test_method_without_build_or_unfreeze_raises():
     with pytest.raises(TypeError, match="Idle defines neither build nor unfreeze"):
         type("Idle", (Method,), {})()

@@ -54,7 +54,7 @@ def get_table_layers(family: Family) -> dict[str, tuple[str, int, int, str]]:
     }  # fmt: skip
 
 
-def test_every_family_has_tiny_config() -> None:
+def test_every_family_has_tiny_config():
     assert set(TINY) == set(FAMILIES)
 
 
@@ -88,7 +88,7 @@ def test_layer_count_matches_stack_role(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_table_lists_all_norms_and_embeddings(name: str) -> None:
+def test_table_lists_all_norms_and_embeddings(name):
     family = FAMILIES[name]
     inspection = inspect_model(build(name, lm_task(family)))
     norms = {f"{stack.path}.{norm}" for stack in family.stacks for norm in stack.norms}
@@ -97,7 +97,7 @@ def test_table_lists_all_norms_and_embeddings(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_table_lists_all_experts(name: str) -> None:
+def test_table_lists_all_experts(name):
     family = FAMILIES[name]
     inspection = inspect_model(build(name, lm_task(family)))
     table = {
@@ -121,7 +121,7 @@ def test_table_lists_heads_of_every_task(name):
 
 
 @pytest.mark.parametrize(("name", "task"), CLASSIFIERS)
-def test_block_layer_names_do_not_depend_on_head(name: str, task: str) -> None:
+def test_block_layer_names_do_not_depend_on_head(name, task):
     inspection = inspect_model(build(name, task))
     table_suffixes = {pattern.partition("{i}")[2] for pattern in get_table_layers(FAMILIES[name])}
     model_suffixes = {
@@ -164,7 +164,7 @@ DEFAULT_IS_EXAMPLE = (
 
 
 @pytest.mark.parametrize("name", DEFAULT_IS_EXAMPLE)
-def test_example_parameter_counts_match_released_models(name: str) -> None:
+def test_example_parameter_counts_match_released_models(name):
     import torch
     import transformers
 
@@ -175,12 +175,12 @@ def test_example_parameter_counts_match_released_models(name: str) -> None:
     assert inspect_model(model).lora_parameters(8) == example_lora_parameters(family, 8)
 
 
-def test_llama_2_7b_example_parameter_count() -> None:
+def test_llama_2_7b_example_parameter_count():
     assert example_lora_parameters(FAMILIES["llama"], 8) == 19_988_480
     assert example_lora_parameters(FAMILIES["llama"], 16) == 2 * 19_988_480
 
 
-def test_family_without_example_raises_value_error() -> None:
+def test_family_without_example_raises_value_error():
     with pytest.raises(ValueError, match="granite has no example"):
         example_lora_parameters(FAMILIES["granite"], 8)
 
@@ -198,7 +198,7 @@ def test_get_family_accepts_spelling_variants(spelling):
     assert get_family(spelling).name == SPELLINGS[spelling]
 
 
-def test_family_names_and_aliases_are_unique() -> None:
+def test_family_names_and_aliases_are_unique():
     spellings = [
         re.sub("_", "-", spelling.lower())
         for family in FAMILIES.values()
@@ -223,9 +223,7 @@ def test_unknown_family_suggests_nearest_and_lists_all():
     ("family", "architecture"),
     [("bart", "Bart"), ("mbart", "MBart"), ("mvp", "Mvp"), ("t5", "T5")],
 )
-def test_encoder_decoder_checkpoints_are_sequence_to_sequence(
-    family: str, architecture: str
-) -> None:
+def test_encoder_decoder_checkpoints_are_sequence_to_sequence(family, architecture):
     """BART's class is also that of its masked LM, as which its quantization was measured."""
     config = AutoConfig.for_model(family, architectures=[f"{architecture}ForConditionalGeneration"])
     assert checkpoint_class(config) == "AutoModelForSeq2SeqLM"

@@ -60,7 +60,7 @@ def test_dtype_is_the_fast_one_of_the_gpu(fake_gpu):
         assert f"and {family} overflows float16" in choice.reason
 
 
-def test_tf32_is_used_for_float32_on_ampere_only(fake_gpu: Callable[..., None]) -> None:
+def test_tf32_is_used_for_float32_on_ampere_only(fake_gpu):
     fake_gpu((8, 6))
     (choice,) = select_tf32(None, "cuda", "float32")
     assert "Ampere" in choice.reason
@@ -75,7 +75,7 @@ def test_tf32_is_used_for_float32_on_ampere_only(fake_gpu: Callable[..., None]) 
         select_tf32(True, "cuda", "float32")
 
 
-def test_using_tf32_restores_setting() -> None:
+def test_using_tf32_restores_setting():
     with using_tf32(True):
         assert torch.backends.cuda.matmul.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
@@ -83,9 +83,7 @@ def test_using_tf32_restores_setting() -> None:
         assert not torch.backends.cuda.matmul.allow_tf32
 
 
-def test_one_of_several_gpus_is_used_and_reported(
-    fake_gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_of_several_gpus_is_used_and_reported(fake_gpu, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     fake_gpu((8, 0), count=4)
     choice = select_device("auto")
@@ -94,7 +92,7 @@ def test_one_of_several_gpus_is_used_and_reported(
     assert select_device("auto").reason == "auto: a card"
 
 
-def test_use_one_gpu_disables_data_parallel(tmp_path: Path) -> None:
+def test_use_one_gpu_disables_data_parallel(tmp_path):
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=8
     )
@@ -105,9 +103,7 @@ def test_use_one_gpu_disables_data_parallel(tmp_path: Path) -> None:
     assert (arguments.n_gpu, arguments.train_batch_size) == (1, 8)
 
 
-def test_training_arguments_are_limited_to_one_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_arguments_are_limited_to_one_gpu(tmp_path, monkeypatch):
     calls: list[Any] = []
     monkeypatch.setattr("ftlevel.training.build_trainer.use_one_gpu", calls.append)
     run: Any = SimpleNamespace(
@@ -140,7 +136,7 @@ def test_device_map_is_set_on_gpu_only(device, expected, fake_gpu, tiny_model_di
     assert load_arguments.get("device_map") == expected
 
 
-def test_min_versions_match_pyproject() -> None:
+def test_min_versions_match_pyproject():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     required = dict(re.findall(r'^  "([a-z-]+)>=([\d.]+)"', text, re.MULTILINE))
     assert {name: required[name] for name in libraries.MIN_VERSIONS} == libraries.MIN_VERSIONS
@@ -160,9 +156,7 @@ def test_outdated_library_raises_before_run(monkeypatch):
 
 
 @pytest.mark.parametrize("quant", ["4bit", "8bit"])
-def test_quantized_base_on_mps_is_rejected(
-    quant: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_quantized_base_on_mps_is_rejected(quant, monkeypatch, capsys):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     arguments = ["train", "--device", "mps", "--quant", quant, "--dry-run"]

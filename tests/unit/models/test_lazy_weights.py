@@ -59,7 +59,7 @@ def test_lazy_weights_equal_eager_weights(tiny_model_dir, family, stored, head, 
     assert not model.can_generate() or model.generation_config == expected.generation_config
 
 
-def test_converted_experts_are_loaded_eagerly(tiny_model_dir: ModelDir) -> None:
+def test_converted_experts_are_loaded_eagerly(tiny_model_dir):
     source = resolve_source(str(tiny_model_dir("mixtral")))
     load_args = (source, load_config(source), AUTO_CLASSES["causal"])
     expected, _ = load_model(*load_args, dtype=torch.bfloat16, device="cpu")
@@ -73,7 +73,7 @@ def test_converted_experts_are_loaded_eagerly(tiny_model_dir: ModelDir) -> None:
     assert model.get_parameter("model.layers.0.self_attn.q_proj.weight") in slices.weights
 
 
-def test_fill_reports_buffers_computed_from_unread_weights(tiny_model_dir: ModelDir) -> None:
+def test_fill_reports_buffers_computed_from_unread_weights(tiny_model_dir):
     source = resolve_source(str(tiny_model_dir("llama")))
     slices = LazyWeights()
     model, _ = load_model(source, load_config(source), AUTO_CLASSES["causal"],
@@ -86,7 +86,7 @@ def test_fill_reports_buffers_computed_from_unread_weights(tiny_model_dir: Model
     assert slices.fill(model, str) == ["model.layers.0.mlp.norms"]
 
 
-def test_lazy_weights_of_sharded_checkpoint(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+def test_lazy_weights_of_sharded_checkpoint(tiny_model_dir, tmp_path):
     source = resolve_source(str(tiny_model_dir("llama")))
     load_args = (load_config(source), AUTO_CLASSES["causal"])
     expected, _ = load_model(source, *load_args, dtype=torch.float32, device="cpu")

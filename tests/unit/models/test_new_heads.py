@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
@@ -46,9 +44,7 @@ def test_get_new_language_head_of_each_family(family):
 
 
 @pytest.mark.parametrize("online", [False, True])
-def test_new_modules_of_hub_model_are_those_its_files_lack(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, online: bool
-) -> None:
+def test_new_modules_of_hub_model_are_those_its_files_lack(tmp_path, monkeypatch, online):
     """Without network, the files are in the cache; otherwise their headers are read."""
     model = tiny_models.build("bert", "mlm")  # has no pooler
     model.save_pretrained(tmp_path)
@@ -69,7 +65,7 @@ def test_new_modules_of_hub_model_are_those_its_files_lack(
     ("family", "head"),
     [(f, h) for f, h in tiny_models.FAMILY_HEADS if h in ("qa", "tokcls", "seqcls")],
 )
-def test_base_weights_load_into_task_model(family: str, head: str, tmp_path: Path) -> None:
+def test_base_weights_load_into_task_model(family, head, tmp_path):
     """Question answering classes of Llama and Qwen use another base model prefix."""
     base = tiny_models.build(family)
     base.save_pretrained(tmp_path)

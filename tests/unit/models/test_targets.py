@@ -48,7 +48,7 @@ def count_trainable(model: nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
 
-def test_llama_2_7b_parameter_counts_are_exact() -> None:
+def test_llama_2_7b_parameter_counts_are_exact():
     model = build_meta_causal_lm(LlamaConfig())
     inspection = inspect_model(model)
     assert inspection.lora_parameters(8) == 19_988_480
@@ -98,7 +98,7 @@ def test_transposed_experts_report_in_and_out_features():
 
 @pytest.mark.parametrize("task", ["text-classification", "token-classification", "masked-lm"])
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "modernbert", "deberta-v2"])
-def test_all_linear_excludes_heads_and_poolers(family: str, task: str) -> None:
+def test_all_linear_excludes_heads_and_poolers(family, task):
     model = build(family, task)
     targets = resolve_targets(model, "all-linear")
     excluded = ("pooler", "classifier", "cls.", "lm_head", "head.", "vocab_", "decoder")
@@ -106,7 +106,7 @@ def test_all_linear_excludes_heads_and_poolers(family: str, task: str) -> None:
     assert len({name.rpartition(".")[2] for name in targets}) >= 3
 
 
-def test_all_linear_of_encoder_decoder_covers_both_stacks() -> None:
+def test_all_linear_of_encoder_decoder_covers_both_stacks():
     targets = resolve_targets(build("t5", "text-classification"), "all-linear")
     assert {name.split(".")[1] for name in targets} == {"encoder", "decoder"}
     assert len(targets) == 2 * 6 + 3 * 10
@@ -135,7 +135,7 @@ class UnknownNetwork(nn.Module):
         self.out = nn.Linear(4, 10)
 
 
-def test_all_linear_works_for_unknown_family() -> None:
+def test_all_linear_works_for_unknown_family():
     model = UnknownNetwork()
     assert resolve_targets(model, "all-linear") == ["steps.0.mix", "steps.1.mix", "steps.2.mix"]
     (mix,) = inspect_model(model).linears
@@ -143,7 +143,7 @@ def test_all_linear_works_for_unknown_family() -> None:
     assert get_heads(model) == ["out"]
 
 
-def test_model_without_blocks_raises() -> None:
+def test_model_without_blocks_raises():
     with pytest.raises(InputError, match=r"--target-modules: Linear has no linear in its blocks\."):
         resolve_targets(nn.Linear(2, 2), "all-linear")
 
@@ -164,8 +164,8 @@ def test_model_without_blocks_raises() -> None:
     ],
 )
 def test_resolve_targets_of_names_suffixes_and_patterns(
-    family: str, task: str, target_modules: Any, count: int, expected: str
-) -> None:
+    family, task, target_modules, count, expected
+):
     targets = resolve_targets(build(family, task), target_modules)
     assert len(targets) == count
     assert expected in targets
@@ -247,7 +247,7 @@ def test_unmatched_target_modules_raise(family, target_modules, problems):
     ]
 
 
-def test_error_uses_model_name() -> None:
+def test_error_uses_model_name():
     with pytest.raises(InputError, match=r"of gpt2-xl\..*list-targets gpt2-xl$"):
         resolve_targets(build("gpt2", "text-generation"), ["x"], model_name="gpt2-xl")
 
@@ -263,11 +263,11 @@ def test_error_uses_model_name() -> None:
         (r".*\.(q|v)_proj", r".*\.(q|v)_proj"),
     ],
 )
-def test_parse_targets(text: str, expected: Any) -> None:
+def test_parse_targets(text, expected):
     assert parse_targets(text) == expected
 
 
-def test_peft_targets_exactly_the_resolved_modules() -> None:
+def test_peft_targets_exactly_the_resolved_modules():
     """PEFT shortens long lists to suffixes, which must match the same modules."""
     for family, task in [("bert", "masked-lm"), ("t5", "summarization"), ("roberta", "masked-lm")]:
         model = build(family, task, device="cpu")
@@ -304,7 +304,7 @@ def test_meta_model_has_saved_architecture(family, architectures, class_name):
     assert all(weight.is_meta for weight in model.parameters())
 
 
-def test_short_target_names_match_no_other_module() -> None:
+def test_short_target_names_match_no_other_module():
     names = ["blocks.0.q_proj", "blocks.1.q_proj", "head.q_proj"]
     assert shortest_names(names, names) == {"q_proj"}
     assert shortest_names(names[:2], names) == {"0.q_proj", "1.q_proj"}
@@ -324,9 +324,7 @@ def find_scans() -> dict[str, set[str]]:
 @pytest.mark.parametrize(
     ("family", "read"), [(f, names) for f, names in find_scans().items() if names]
 )
-def test_layers_read_by_scans_are_neither_adapted_nor_quantized(
-    family: str, read: set[str]
-) -> None:
+def test_layers_read_by_scans_are_neither_adapted_nor_quantized(family, read):
     """With mamba-ssm installed, training reads these weights past their modules."""
     linears = {name: nn.Linear(2, 2) for name in (*read, "in_proj")}
     model = nn.Module()
@@ -348,7 +346,7 @@ TINY = {
 }
 
 
-def test_layers_of_a_vision_tower_are_not_adapted() -> None:
+def test_layers_of_a_vision_tower_are_not_adapted():
     text = {**TINY, "head_dim": 8, "num_key_value_heads": 1}
     config = Gemma3Config(text_config=text, vision_config={**TINY, "image_size": 28})
     model = build_meta_causal_lm(config)
@@ -364,7 +362,7 @@ def test_layers_of_a_vision_tower_are_not_adapted() -> None:
 
 
 @pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
-def test_layers_without_gradient_and_routers_are_not_adapted(family: str) -> None:
+def test_layers_without_gradient_and_routers_are_not_adapted(family):
     """An indexer only ranks tokens, and its scores have no gradient."""
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
     heads = {"n_group": 1, "topk_group": 1, "num_key_value_heads": 2}
@@ -382,7 +380,7 @@ _DECODER = {"vocab_size": 60, "d_model": 32, "decoder_layers": 2, "decoder_atten
 @pytest.mark.parametrize(
     "family", ["bart", "mbart", "pegasus", "blenderbot", "blenderbot-small", "marian", "plbart"]
 )
-def test_decoder_without_encoder_has_no_cross_attention(family: str) -> None:
+def test_decoder_without_encoder_has_no_cross_attention(family):
     config = AutoConfig.for_model(family, **_DECODER, decoder_vocab_size=60)
     pair = ModuleTree(transformers.AutoModelForSeq2SeqLM.from_config(config))
     assert any(part.location == "block" and "encoder_attn" in part.name for part in pair.linears())
@@ -402,7 +400,7 @@ def test_decoder_without_encoder_has_no_cross_attention(family: str) -> None:
     assert set(filter(tree.is_called, trainable)) == with_gradient
 
 
-def test_adapters_that_peft_loses_are_no_default(tmp_path: Path) -> None:
+def test_adapters_that_peft_loses_are_no_default(tmp_path):
     """PEFT renames `shared_experts` while it loads; else remove the exception."""
     config = AutoConfig.for_model(
         "laguna", vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -420,7 +418,7 @@ def test_adapters_that_peft_loses_are_no_default(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("family", "router"), [("hunyuan_v1_moe", "wg"), ("doge", "router_gate")])
-def test_all_linear_excludes_routers_of_any_name(family: str, router: str) -> None:
+def test_all_linear_excludes_routers_of_any_name(family, router):
     fields = {"head_dim": 8, "num_experts": 4, "is_moe": True, "num_key_value_heads": 2}
     model = build_meta_causal_lm(AutoConfig.for_model(family, **TINY, **fields))
     assert any(part.name.endswith(f".{router}") for part in ModuleTree(model).linears())

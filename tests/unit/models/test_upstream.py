@@ -42,7 +42,6 @@ from tiny_models import build, build_batch
 from upstream_facts import (
     OF_MODELS,
     CanaryRegistry,
-    UpstreamFact,
     check_fact,
     create_facts,
     get_parameters,
@@ -52,12 +51,12 @@ CANARIES = CanaryRegistry()
 
 
 @pytest.mark.parametrize("fact", create_facts(OF_MODELS), ids=lambda fact: fact.name)
-def test_upstream_fact_holds(fact: UpstreamFact, request: pytest.FixtureRequest) -> None:
+def test_upstream_fact_holds(fact, request):
     check_fact(fact)
     CANARIES[fact.name](request)
 
 
-def test_each_fact_has_canary() -> None:
+def test_each_fact_has_canary():
     assert set(CANARIES) == {fact.name for fact in create_facts(OF_MODELS)}
 
 
@@ -152,7 +151,6 @@ def _(_: Any) -> None:
     assert upstream.order_of(leaf.sum().grad_fn) > upstream.order_of(second.grad_fn)
     assert upstream.order_of(second.grad_fn) > upstream.order_of(first.grad_fn)
     added = (second + first).grad_fn
-    assert added is not None
     assert added.name() == "AddBackward0"
     assert [node.name() for node, _ in added.next_functions] == ["MulBackward0"] * 2
 

@@ -46,7 +46,7 @@ def best_steps(values: list[float], **overrides: Any) -> list[int]:
     return [step for step, value in steps if evaluations.add(step, {"eval_accuracy": value})]
 
 
-def test_first_of_equal_values_is_best_and_nan_never() -> None:
+def test_first_of_equal_values_is_best_and_nan_never():
     assert best_steps([math.nan, 0.5, 0.5, 0.4, math.nan, 0.6]) == [2, 6]
     assert best_steps([0.5, 0.4, 0.4, 0.3], greater_is_better=False) == [1, 2, 4]
     evaluations = Evaluations(BestModel(**BEST_MODEL))
@@ -65,7 +65,7 @@ def test_resumed_run_counts_all_evaluations_without_improvement():
     assert line.endswith("after 2 evaluations without a better one")
 
 
-def test_evaluation_of_the_kept_model_is_not_counted(tmp_path: Path) -> None:
+def test_evaluation_of_the_kept_model_is_not_counted(tmp_path):
     """A run whose last step was not evaluated evaluates the model that it keeps."""
     plan = BestModel(**BEST_MODEL | {"loads": False, "patience": 3})
     callback = BestModelCallback(plan, tmp_path, Processes(), (), NullListener())
@@ -73,12 +73,11 @@ def test_evaluation_of_the_kept_model_is_not_counted(tmp_path: Path) -> None:
         callback.evaluations.add(step, {"eval_accuracy": value})
     selected = callback.finish(None, step=5, max_steps=5)
     callback.evaluations.add(5, {"eval_accuracy": 0.4})
-    assert selected is not None
     values = selected.describe()
     assert (values["evaluations"], values["waited"], values["last_step"]) == (2, 1, 4)
 
 
-def test_tie_is_described_without_a_loss() -> None:
+def test_tie_is_described_without_a_loss():
     """A run of `--task rl` has no evaluation loss."""
     first, last = (EvalResult(step, 0.2) for step in (1, 3))
     evaluations = Evaluations(BestModel(**BEST_MODEL | {"metric": "eval_reward"}))
@@ -99,7 +98,7 @@ def test_lower_loss_breaks_ties():
     assert evaluations.waited == 3
 
 
-def test_patience_counts_improvements_below_threshold() -> None:
+def test_patience_counts_improvements_below_threshold():
     evaluations = Evaluations(BestModel(**BEST_MODEL | {"patience": 2, "threshold": 0.1}))
     waited = []
     for step, value in enumerate([0.5, 0.55, 0.7, 0.75, 0.8], 1):
@@ -115,7 +114,7 @@ def test_patience_stops_run_with_nan_metric():
     assert evaluations.best is None
 
 
-def test_replaying_log_matches_evaluations() -> None:
+def test_replaying_log_matches_evaluations():
     log = [{"step": 0, "eval_loss": 1.0, "eval_accuracy": 0.9}, {"step": 2, "loss": 1.0},
            {"step": 2, "eval_loss": 1.0, "eval_accuracy": 0.5},
            {"step": 4, "eval_loss": 1.0, "eval_accuracy": 0.25}]  # fmt: skip
@@ -126,15 +125,14 @@ def test_replaying_log_matches_evaluations() -> None:
     )  # fmt: skip
 
 
-def test_replaying_log_needs_no_validation_loss() -> None:
+def test_replaying_log_needs_no_validation_loss():
     """Evaluations by rewards have none: a resumed run forgot its best model."""
     evaluations = Evaluations(BestModel(**BEST_MODEL | {"metric": "eval_reward"}))
     evaluations.replay([{"step": 2, "eval_reward": 0.5}, {"step": 4, "eval_reward": 0.25}])
-    assert evaluations.best is not None
     assert (evaluations.best.step, evaluations.num_evals, evaluations.waited) == (2, 2, 1)
 
 
-def test_evaluation_of_rewards_has_no_loss() -> None:
+def test_evaluation_of_rewards_has_no_loss():
     with pytest.raises(ConfigError, match=r"does not report this metric\. There are: reward,"):
         resolve_best("rl", {}, "decoder", {"reward": ["exact"]}, metric_for_best_model="loss")
 
@@ -187,12 +185,12 @@ def test_metric_for_best_model_by_name():
      ({"load_best_model_at_end": False, "early_stopping_patience": 1}, False),
      ({"eval_strategy": "no", "save_strategy": "epoch"}, None)],
 )  # fmt: skip
-def test_best_model_is_loaded_if_evaluated_several_times(train: dict[str, Any], loads: Any) -> None:
+def test_best_model_is_loaded_if_evaluated_several_times(train, loads):
     best = resolve_best("text-generation", {}, "decoder", **train)
     assert (best and best.loads) == loads
 
 
-def test_rotation_keeps_best_model_of_each_checkpoint(tmp_path: Path) -> None:
+def test_rotation_keeps_best_model_of_each_checkpoint(tmp_path):
     def write_file(path: Path) -> None:
         (path / "x").write_text("x")
 

@@ -86,19 +86,19 @@ def test_other_write_errors_are_reported_unchanged(run, write):
         write()
 
 
-def test_non_write_errors_are_not_changed(run: RunDirectory) -> None:
+def test_non_write_errors_are_not_changed(run):
     with pytest.raises(RuntimeError, match="shapes differ"), explain_disk_errors(run):
         raise RuntimeError("shapes differ")
 
 
-def test_errors_of_other_files_are_not_changed(run: RunDirectory, tmp_path: Path) -> None:
+def test_errors_of_other_files_are_not_changed(run, tmp_path):
     with pytest.raises(PermissionError), explain_disk_errors(run):
         raise PermissionError(13, "Permission denied", str(tmp_path / "rows.jsonl"))
     with pytest.raises(RunError, match="cannot be written: Permission"), explain_disk_errors(run):
         raise PermissionError(13, "Permission denied", str(run.path / "metrics.jsonl"))
 
 
-def test_errors_of_linked_checkpoints_are_explained(run: RunDirectory, tmp_path: Path) -> None:
+def test_errors_of_linked_checkpoints_are_explained(run, tmp_path):
     run.checkpoints.rmdir()
     run.checkpoints.symlink_to(tmp_path, target_is_directory=True)
     path = run.checkpoints / "checkpoint-2"
@@ -134,7 +134,7 @@ def test_run_without_space_for_checkpoints_raises(tmp_path, set_free, settings, 
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no procfs")
-def test_file_system_without_space_is_not_writable() -> None:
+def test_file_system_without_space_is_not_writable():
     with pytest.raises(ConfigError, match="--output-dir: /proc cannot be written"):
         check_writable("--output-dir", Path("/proc/x"))
 
@@ -143,7 +143,7 @@ def test_file_system_without_space_is_not_writable() -> None:
     ("optim", "states"),
     [("adamw_torch", 2), ("ademamix", 3), ("lion_32bit", 1), ("adagrad", 1), ("sgd", 0)],
 )
-def test_checkpoint_size_includes_optimizer_states(optim: str, states: int) -> None:
+def test_checkpoint_size_includes_optimizer_states(optim, states):
     assert checkpoint_bytes(torch.nn.Linear(99, 10), optim) == 1000 * 4 * (1 + states)
 
 

@@ -93,7 +93,7 @@ def train_with_grad_scaler(loss_factor: float, steps: int) -> tuple[Any, list[st
     return monitor, warnings, weights
 
 
-def test_skipped_float16_steps_are_counted_and_warned() -> None:
+def test_skipped_float16_steps_are_counted_and_warned():
     monitor, warnings, weights = train_with_grad_scaler(64.0, 12)
     assert 0 < monitor.skipped < 11
     assert len(warnings) == 1
@@ -103,7 +103,7 @@ def test_skipped_float16_steps_are_counted_and_warned() -> None:
     assert monitor.checked == 2
 
 
-def test_repeated_float16_overflow_raises() -> None:
+def test_repeated_float16_overflow_raises():
     with pytest.raises(RunError, match=f"the last {MAX_SKIPPED} steps up to step {MAX_SKIPPED}"):
         train_with_grad_scaler(2.0**60, 30)
 

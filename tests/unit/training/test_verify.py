@@ -88,9 +88,7 @@ def scale_gradient(argument: int, factor: float) -> Callable[..., Any]:
     ("argument", "factor"),
     [(2, -1.0), (2, 0.0), (2, 1.02), (2, 1.04), (3, 1.02), (3, 1.04)],
 )
-def test_wrong_lora_gradient_raises(
-    small_run: Any, monkeypatch: pytest.MonkeyPatch, argument: int, factor: float
-) -> None:
+def test_wrong_lora_gradient_raises(small_run, monkeypatch, argument, factor):
     monkeypatch.setattr(FusedLoraFunction, "backward", scale_gradient(argument, factor))
     tensor = r"model\.layers\.\d\.[a-z_.]+\.lora_" + "xxAB"[argument]
     with pytest.raises(FastStepError, match=rf"gradients of {tensor} differ by .* in float32"):
@@ -98,9 +96,7 @@ def test_wrong_lora_gradient_raises(
 
 
 @pytest.mark.parametrize("factor", [1.01, 2.0])
-def test_wrong_lora_update_raises(
-    small_run: Any, monkeypatch: pytest.MonkeyPatch, factor: float
-) -> None:
+def test_wrong_lora_update_raises(small_run, monkeypatch, factor):
     original = FusedLoraFunction.forward
 
     def wrong_forward(ctx: Any, x: torch.Tensor, dropped: Any, a: Any, b: Any, *others: Any) -> Any:
@@ -113,19 +109,18 @@ def test_wrong_lora_update_raises(
         verify_step(*small_run, NullListener())
 
 
-def test_wrong_target_count_raises(small_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_target_count_raises(small_run, monkeypatch):
     original = FtlevelTrainer.count_targets
     monkeypatch.setattr(FtlevelTrainer, "count_targets", lambda *args: original(*args) + 1)
     with pytest.raises(RunError, match="losses differ by"):
         verify_step(*small_run, NullListener())
 
 
-def test_correct_step_passes_without_side_effects(small_run: Any) -> None:
+def test_correct_step_passes_without_side_effects(small_run):
     run, adapted = small_run
     before = {name: value.clone() for name, value in adapted.model.state_dict().items()}
     pointers = {name: p.data_ptr() for name, p in adapted.model.named_parameters()}
     result = verify_step(set_verify(run, True), adapted, NullListener())
-    assert result is not None
     assert result.steps == 3
     assert result.rows == 24
     assert 0 < result.gradient < 1e-4
@@ -137,12 +132,9 @@ def test_correct_step_passes_without_side_effects(small_run: Any) -> None:
     assert verify_step(set_verify(run, False), adapted, NullListener()) is None
 
 
-def test_error_under_dropout_is_detected_by_full_verification(
-    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path]
-) -> None:
+def test_error_under_dropout_is_detected_by_full_verification(monkeypatch, tiny_model_dir):
     run, adapted = build_run(tiny_model_dir("llama", chat=True), "float32", lora_dropout=0.2)
     clean = verify_step(set_verify(run, True), adapted, NullListener())
-    assert clean is not None
     assert clean.dropout is not None
     assert clean.dropout < 1e-4
     original = FusedLoraFunction.forward
@@ -157,7 +149,7 @@ def test_error_under_dropout_is_detected_by_full_verification(
         verify_step(set_verify(run, True), adapted, NullListener())
 
 
-def test_rounding_of_equal_length_pairs_is_accepted(tmp_path: Path) -> None:
+def test_rounding_of_equal_length_pairs_is_accepted(tmp_path):
     """Shared parts of two answers cancel, so the difference has a larger relative error.
 
     The fast step is nearer to float64 than the plain one here. Another order of rows changes the
@@ -172,7 +164,6 @@ def test_rounding_of_equal_length_pairs_is_accepted(tmp_path: Path) -> None:
     data.write_text("\n".join(map(json.dumps, rows)))
     run, adapted = build_run("builtin:tiny-llama", "float32", data=data, task="reward")
     verified = verify_step(run, adapted, NullListener())
-    assert verified is not None
     assert verified.gradient > 2e-5  # more than another order of rows explains
 
 
@@ -204,14 +195,14 @@ def test_bias_whose_terms_cancel_has_rounding_errors():
         check("classifier.weight")
 
 
-def test_gradient_where_there_is_none_is_a_difference() -> None:
+def test_gradient_where_there_is_none_is_a_difference():
     bounds = Bounds({"w": GradientDifference()}, 0.0)
     assert bounds.check_gradients({"w": GradientDifference()}) == 0
     with pytest.raises(FastStepError, match="gradients of w differ by inf"):
         bounds.check_gradients({"w": create_difference(1e-3, 0.0)})
 
 
-def test_loss_of_zero_is_compared() -> None:
+def test_loss_of_zero_is_compared():
     """The first loss of reinforcement learning is 0; its terms cancel."""
     bounds = Bounds({}, 1e-7)
     assert bounds.check_loss(2e-8, 0.0) == pytest.approx(2e-5)
@@ -247,7 +238,7 @@ def test_get_tensor_type(name, kind):
     assert get_tensor_type(name) == kind
 
 
-def test_cast_to_float32_restores_dtype_and_memory() -> None:
+def test_cast_to_float32_restores_dtype_and_memory():
     model = torch.nn.Linear(3, 2, dtype=torch.bfloat16)
     weight, pointer = model.weight, model.weight.data_ptr()
     with cast_to_float32(model):
@@ -257,7 +248,7 @@ def test_cast_to_float32_restores_dtype_and_memory() -> None:
     assert weight.data_ptr() == pointer
 
 
-def test_perturb_weights_changes_and_restores_zeros() -> None:
+def test_perturb_weights_changes_and_restores_zeros():
     model = torch.nn.Linear(16, 8, bias=False)
     torch.nn.init.zeros_(model.weight)
     with perturb_weights(model):
@@ -269,7 +260,7 @@ def row(length: int, labels: Any) -> Encoded:
     return Encoded(list(range(length)), labels, 0)
 
 
-def test_select_compared_rows_within_token_limit() -> None:
+def test_select_compared_rows_within_token_limit():
     rows = [row(length, [IGNORED] * (length - 1) + [1]) for length in (90, 30, 500, 60, 80, 70)]
     selected = select_compared_rows(rows)
     assert [len(r.input_ids) for r in selected] == [30, 60, 70, 80]
@@ -314,9 +305,8 @@ def run_with_hidden_rounding(small_run: Any, monkeypatch: pytest.MonkeyPatch) ->
     return small_run
 
 
-def test_float64_accepts_fast_step_if_plain_step_is_inexact(run_with_hidden_rounding: Any) -> None:
+def test_float64_accepts_fast_step_if_plain_step_is_inexact(run_with_hidden_rounding):
     result = verify_step(*run_with_hidden_rounding, NullListener())
-    assert result is not None
     assert result.exact == pytest.approx(1e-3, rel=0.1)
     assert result.gradient < 1e-4
 
@@ -349,34 +339,29 @@ def scale_in_float32(gradient: float, loss: float) -> Any:
 
 @pytest.mark.parametrize(("gradient", "loss"), [(0.97, 1.0), (0.0, 1.0), (0.994, 1.001)])
 def test_error_larger_than_kinks_explain_raises(
-    run_with_hidden_rounding: Any, monkeypatch: pytest.MonkeyPatch, gradient: float, loss: float
-) -> None:
+    run_with_hidden_rounding, monkeypatch, gradient, loss
+):
     monkeypatch.setattr(Steps, "fast", scale_in_float32(gradient, loss))
     with pytest.raises(RunError, match="the fast step is not the plain one"):
         verify_step(*run_with_hidden_rounding, NullListener())
 
 
-def test_step_correct_in_float64_only_is_accepted(
-    run_with_hidden_rounding: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_step_correct_in_float64_only_is_accepted(run_with_hidden_rounding, monkeypatch):
     """As where rounding moves an activation across ReLU's kink: 6e-3 on a tiny T5."""
     monkeypatch.setattr(Steps, "fast", scale_in_float32(0.994, 1.0))
     result = verify_step(*run_with_hidden_rounding, NullListener())
-    assert result is not None
     assert result.kinks
     assert result.gradient < 1e-5
 
 
 @pytest.mark.parametrize("small_run", ["float32"], indirect=True)
-def test_difference_raises_without_memory_for_float64(
-    run_with_hidden_rounding: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_difference_raises_without_memory_for_float64(run_with_hidden_rounding, monkeypatch):
     monkeypatch.setattr(proof, "fits_in_float64", lambda *_: False)
     with pytest.raises(RunError, match=r"differ by 0\.001"):
         verify_step(*run_with_hidden_rounding, NullListener())
 
 
-def test_cast_to_float64_restores_dtype_and_memory() -> None:
+def test_cast_to_float64_restores_dtype_and_memory():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).requires_grad_(False))
     before = {name: p.clone() for name, p in model.named_parameters()}
     pointers = [p.data_ptr() for p in model.parameters()]
@@ -414,14 +399,7 @@ def raise_out_of_memory(*_: Any) -> None:
          "NVIDIA_TF32_OVERRIDE rounds float32 products to TF32"),
     ],
 )  # fmt: skip
-def test_comparison_is_skipped_with_a_note(
-    small_run: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    owner: Any,
-    name: str,
-    value: Any,
-    reason: str,
-) -> None:
+def test_comparison_is_skipped_with_a_note(small_run, monkeypatch, owner, name, value, reason):
     monkeypatch.setattr(owner, name, value)
     listener = Choices()
     assert verify_step(*small_run, listener) is None
@@ -429,9 +407,7 @@ def test_comparison_is_skipped_with_a_note(
 
 
 @pytest.mark.parametrize("small_run", ["bfloat16"], indirect=True)
-def test_settings_of_the_run_do_not_change_the_comparison(
-    small_run: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_settings_of_the_run_do_not_change_the_comparison(small_run, monkeypatch):
     """Products are exact although TF32 is on, and losses are not scaled as float16 needs."""
     settings, scaler = [], torch.amp.GradScaler("cpu", init_scale=65_536.0)  # type: ignore[attr-defined]
     original, trainers = Steps.fast, []
@@ -450,13 +426,12 @@ def test_settings_of_the_run_do_not_change_the_comparison(
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert result is not None
     assert result.gradient < 1e-4
     assert settings == ["ieee"]
     assert trainers[0].accelerator.scaler is scaler
 
 
-def test_error_in_another_process_is_raised(small_run: Any) -> None:
+def test_error_in_another_process_is_raised(small_run):
     class Others(Processes):
         def all_gather(self, value: Any) -> Any:
             return [value, "gradients of w differ by 2"]

@@ -16,9 +16,7 @@ from ftlevel.training.saving import WaitForHashes
 
 
 @pytest.mark.parametrize("event", ["on_step_end", "on_epoch_end", "on_evaluate"])
-def test_checkpoint_waits_for_file_digests(
-    event: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checkpoint_waits_for_file_digests(event, tmp_path, monkeypatch):
     def compute_slowly(path: Path) -> str:
         time.sleep(0.2)
         return f"of {path.name}"

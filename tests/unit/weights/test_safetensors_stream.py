@@ -30,7 +30,7 @@ def write(path: Path) -> int:
     return writer.close()
 
 
-def test_safetensors_loads_written_file(tmp_path: Path) -> None:
+def test_safetensors_loads_written_file(tmp_path):
     path = tmp_path / "a.safetensors"
     assert write(path) == path.stat().st_size
     loaded = load_file(str(path))
@@ -40,7 +40,7 @@ def test_safetensors_loads_written_file(tmp_path: Path) -> None:
         assert torch.equal(loaded[name], tensor)
 
 
-def test_tensors_are_aligned_to_their_dtype(tmp_path: Path) -> None:
+def test_tensors_are_aligned_to_their_dtype(tmp_path):
     path = tmp_path / "a.safetensors"
     write(path)
     for name, stored in load_header(path)[0].items():
@@ -48,7 +48,7 @@ def test_tensors_are_aligned_to_their_dtype(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 5, 60, -1])
-def test_truncated_file_raises(size: int, tmp_path: Path) -> None:
+def test_truncated_file_raises(size, tmp_path):
     path = tmp_path / "a.safetensors"
     write(path)
     path.write_bytes(path.read_bytes()[:size])

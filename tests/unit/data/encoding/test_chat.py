@@ -77,7 +77,7 @@ BLOCKS = (
 )
 
 
-def test_generation_prompt_is_prefix_of_training_row(family: tuple[str, Any]) -> None:
+def test_generation_prompt_is_prefix_of_training_row(family):
     """The generation prompt equals the unsupervised beginning of the training row."""
     _, tokenizer = family
     row = encode(tokenizer, Message("user", "the file"), Message("assistant", "the path"))
@@ -88,7 +88,7 @@ def test_generation_prompt_is_prefix_of_training_row(family: tuple[str, Any]) ->
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3_text"])
-def test_template_ending_in_space(family: str) -> None:
+def test_template_ending_in_space(family):
     """The space belongs to the answer, in training and in generation."""
     tokenizer = build_tokenizer(family, chat=False)
     tokenizer.chat_template = (
@@ -103,12 +103,12 @@ def test_template_ending_in_space(family: str) -> None:
         assert row.labels == [IGNORED] * len(prompt) + row.input_ids[len(prompt) :]
 
 
-def test_end_of_turn_id(family: tuple[str, Any]) -> None:
+def test_end_of_turn_id(family):
     name, tokenizer = family
     assert get_end_of_turn_id(tokenizer) == tokenizer.convert_tokens_to_ids(END[name])
 
 
-def test_tool_calls_are_supervised_but_not_tool_results() -> None:
+def test_tool_calls_are_supervised_but_not_tool_results():
     tokenizer = published.build("qwen-3")
     call = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
     row = encode(tokenizer, *WITH_TOOL, tools=(TOOL,))
@@ -117,14 +117,14 @@ def test_tool_calls_are_supervised_but_not_tool_results() -> None:
     assert '"name": "add", "parameters"' in tokenizer.decode(row.input_ids)
 
 
-def test_template_without_tools_raises() -> None:
+def test_template_without_tools_raises():
     tokenizer = published.build("chatml")
     chat = (Message("user", "a"), Message("assistant", "b"))
     with pytest.raises(InputError, match="does not show tools to the model"):
         encode(tokenizer, *chat, tools=(TOOL,))
 
 
-def test_template_that_omits_a_turn_raises() -> None:
+def test_template_that_omits_a_turn_raises():
     """Mistral 7B v0.3 omits the system text unless a user turn comes last."""
     tokenizer = published.build("mistral")
     tokenizer.chat_template = published.MISTRAL.replace("message == users[-1]", "loop.last")
@@ -132,7 +132,7 @@ def test_template_that_omits_a_turn_raises() -> None:
         encode(tokenizer, *CHAT)
 
 
-def test_template_that_changes_earlier_turns_raises() -> None:
+def test_template_that_changes_earlier_turns_raises():
     tokenizer = published.build("chatml")
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['content'] }}{{ messages[-1]['content'] }}{% endfor %}"
@@ -162,7 +162,7 @@ def test_generation_blocks_include_end_of_turn(template, end):
     [("chatml", "chatml"), ("qwen", "qwen-3"), ("llama-3", "llama-3"), ("gemma", "gemma-3"),
      ("mistral", "mistral")],
 )  # fmt: skip
-def test_named_templates_match_published_templates(name: str, published_name: str) -> None:
+def test_named_templates_match_published_templates(name, published_name):
     tokenizer = published.build(published_name)
     chat = to_dicts(CHAT)
     published_text = render(tokenizer, chat[1:])
@@ -178,7 +178,7 @@ def test_named_templates_match_published_templates(name: str, published_name: st
     assert runs == [f"the path{END[published_name]}", f"an object{END[published_name]}"]
 
 
-def test_qwen_template_with_tools() -> None:
+def test_qwen_template_with_tools():
     tokenizer = published.build("qwen-3")
     set_chat_template(tokenizer, "qwen")
     row = encode(tokenizer, Message("system", "s"), *WITH_TOOL, tools=(TOOL,))
@@ -186,7 +186,7 @@ def test_qwen_template_with_tools() -> None:
     assert supervised_runs(tokenizer, row) == [call, "It is two.<|im_end|>"]
 
 
-def test_template_with_unknown_tokens_raises() -> None:
+def test_template_with_unknown_tokens_raises():
     tokenizer = published.build("mistral")
     with pytest.raises(InputError) as error:
         set_chat_template(tokenizer, "chatml")
@@ -199,7 +199,7 @@ def test_template_with_unknown_tokens_raises() -> None:
 @pytest.mark.parametrize(
     ("published_name", "name"), [("gemma-3", "gemma"), ("llama-3", "llama-3"), ("qwen-3", "chatml")]
 )
-def test_advised_template_fits_the_tokens(published_name: str, name: str) -> None:
+def test_advised_template_fits_the_tokens(published_name, name):
     tokenizer = published.build(published_name)
     tokenizer.chat_template = None
     with pytest.raises(InputError, match=f"Add --chat-template {name}, or use a model"):
@@ -207,11 +207,10 @@ def test_advised_template_fits_the_tokens(published_name: str, name: str) -> Non
     set_chat_template(tokenizer, name)
 
 
-def test_template_from_file(tmp_path: Any) -> None:
+def test_template_from_file(tmp_path):
     tokenizer = published.build("mistral")
     (tmp_path / "own.jinja").write_text("{{ messages[0]['content'] }}", encoding="utf-8")
     choice = set_chat_template(tokenizer, str(tmp_path / "own.jinja"))
-    assert choice is not None
     assert choice.reason == "in place of the model's own"
     assert render(tokenizer, [{"role": "user", "content": "x"}]) == "x"
     (tmp_path / "bad.jinja").write_text("x\n{% for %}", encoding="utf-8")
@@ -221,7 +220,7 @@ def test_template_from_file(tmp_path: Any) -> None:
         set_chat_template(tokenizer, "chatlm")
 
 
-def test_every_named_template_is_packaged() -> None:
+def test_every_named_template_is_packaged():
     from ftlevel.data.encoding import chat
 
     assert {path.stem for path in chat._FOLDER.glob("*.jinja")} == set(MARKERS)
@@ -237,9 +236,7 @@ PAIRS = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4)
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(system=st.none() | TEXT, pairs=PAIRS)
 @example(system=None, pairs=[("a", "b\xa0"), ("c", "d ")])
-def test_rendered_text_and_spans_of_random_conversations(
-    name: str, system: str | None, pairs: list[tuple[str, str]]
-) -> None:
+def test_rendered_text_and_spans_of_random_conversations(name, system, pairs):
     """The text equals the template's; the spans are the assistant texts with end tokens."""
     tokenizer = _TOKENIZERS.setdefault(name, published.build(name))
     messages = [Message("system", system)] if system else []

@@ -25,14 +25,14 @@ def make_examples(*rows: Sequence[str | int]) -> tuple[list[TaggedTokens], Table
     return examples, table
 
 
-def test_first_token_of_each_word() -> None:
+def test_first_token_of_each_word():
     # text: "New York ​ 5"; the space before a word may belong to its token
     offsets = [(0, 0), (0, 1), (1, 3), (3, 8), (8, 9), (10, 12), (0, 0)]
     assert first_tokens(("New", "York", "​", "5"), offsets) == (1, 3, None, 5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_words_are_tokenized_as_in_text(family: str) -> None:
+def test_words_are_tokenized_as_in_text(family):
     tokenizer = build_tokenizer(family, None)
     words = ("The", "value", "of", "New", "York", "parser", ",", "object", "-5")
     labels = LabelSet(tuple("abcdefghi"))
@@ -71,7 +71,7 @@ def test_invalid_bio_tags_are_reported(names):
         (["NOUN", "I-LOC"],),
     ],
 )
-def test_other_tagging_schemes_are_accepted(rows: tuple[list[str], ...]) -> None:
+def test_other_tagging_schemes_are_accepted(rows):
     examples, table = make_examples(*rows)
     names = sorted({tag for row in rows for tag in row})
     assert get_invalid_bio_tags(examples, names, table) == []

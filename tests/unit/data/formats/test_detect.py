@@ -185,9 +185,7 @@ def test_mapping_overrides_known_names(task, columns, mapping, expected, unused)
         ),
     ],
 )
-def test_unknown_columns_raise(
-    task: str, columns: str, mapping: dict[str, str], message: str
-) -> None:
+def test_unknown_columns_raise(task, columns, mapping, message):
     with pytest.raises(InputError) as error:
         detect(columns.split(), task, mapping)
     assert str(error.value) == message
@@ -205,7 +203,7 @@ def test_unknown_columns_raise(
          "prompt + completion"),
     ],
 )  # fmt: skip
-def test_format_by_name(task: str, columns: str, name: str, shape: str) -> None:
+def test_format_by_name(task, columns, name, shape):
     assert detect(columns.split(), task, {}, name).name == shape
 
 
@@ -220,7 +218,7 @@ def test_format_by_name(task: str, columns: str, name: str, shape: str) -> None:
          "--map instruction=text --map output=COLUMN."),
     ],
 )  # fmt: skip
-def test_format_that_does_not_fit_raises(columns: str, name: str, message: str) -> None:
+def test_format_that_does_not_fit_raises(columns, name, message):
     with pytest.raises(InputError) as error:
         detect(columns.split(), "text-generation", {}, name)
     assert str(error.value) == message
@@ -253,9 +251,7 @@ THREADS = [{"thread": [{"who": "a", "said": "b"}], "ref": 7}]
          "--map text=note --map spans=marks."),
     ],
 )  # fmt: skip
-def test_suggested_mapping_uses_row_contents(
-    task: str, rows: list[dict[str, object]], flags: str
-) -> None:
+def test_suggested_mapping_uses_row_contents(task, rows, flags):
     with pytest.raises(InputError) as error:
         TASKS[task].get_format(list(rows[0]), DataConfig(), rows)
     assert flags in str(error.value)
@@ -267,7 +263,7 @@ def test_suggested_mapping_uses_row_contents(
     [("2", "Subject"), ("body", "Body"), ("subject + BODY", "Subject+Body"),
      ("3+2", "Body+Subject")],
 )  # fmt: skip
-def test_mapping_by_number_case_or_joined_columns(mapping: str, column: str) -> None:
+def test_mapping_by_number_case_or_joined_columns(mapping, column):
     columns = ["id", "Subject", "Body", "label"]
     detected = detect(columns, "text-classification", {"text": mapping})
     assert detected.columns == {"text": column, "label": "label"}
@@ -280,7 +276,7 @@ def test_exact_name_is_preferred_over_number_and_join():
         assert detected.columns["text"] == name
 
 
-def test_invalid_joined_columns_raise() -> None:
+def test_invalid_joined_columns_raise():
     columns = ["text", "a", "b"]
     with pytest.raises(InputError, match=r"--map label=a\+b: only texts can be joined"):
         detect(columns, "text-classification", {"label": "a+b"})
@@ -305,9 +301,7 @@ LANGUAGES = [{"translation": {"en": "a", "es": "b"}}]
          ("fr", "de")),
     ],
 )  # fmt: skip
-def test_translation_languages_select_columns(
-    rows: list[dict[str, object]], settings: dict[str, object], columns: tuple[str, str]
-) -> None:
+def test_translation_languages_select_columns(rows, settings, columns):
     detected = TASKS["translation"].get_format(list(rows[0]), DataConfig(**settings), rows)
     assert (detected.columns["source"], detected.columns["target"]) == columns
 
@@ -322,9 +316,7 @@ def test_translation_languages_select_columns(
         (["en", "es"], {"target_language": "fr"}, "--target-language fr: there is no such column"),
     ],
 )  # fmt: skip
-def test_missing_languages_raise(
-    columns: list[str], settings: dict[str, object], message: str
-) -> None:
+def test_missing_languages_raise(columns, settings, message):
     with pytest.raises(InputError) as error:
         TASKS["translation"].get_format(columns, DataConfig(**settings))
     assert message in str(error.value)
@@ -340,7 +332,7 @@ def test_missing_languages_raise(
         ({"chosen": "a", "rejected": "b"}, "--map text=chosen."),
     ],
 )  # fmt: skip
-def test_preference_rows_suggest_training_on_chosen(row: dict[str, object], flags: str) -> None:
+def test_preference_rows_suggest_training_on_chosen(row, flags):
     with pytest.raises(InputError) as error:
         TASKS["text-generation"].get_format(list(row), DataConfig(), [row])
     assert str(error.value).endswith(f"or train on the chosen answers only: {flags}")

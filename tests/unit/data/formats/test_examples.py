@@ -185,13 +185,13 @@ INVALID_MESSAGES: list[tuple[Any, str]] = [
         ),
     ],
 )
-def test_unusable_row_raises(task: str, row: dict[str, Any], reason: str) -> None:
+def test_unusable_row_raises(task, row, reason):
     with pytest.raises(InputError) as error:
         convert(task, row)
     assert str(error.value) == f"x.jsonl:1: {reason}. {FIX}"
 
 
-def test_unusable_rows_are_reported_together_or_dropped() -> None:
+def test_unusable_rows_are_reported_together_or_dropped():
     texts = ["a", None, "", "b", *([""] * 5)]
     table = make_table(*({"text": text} for text in texts))
     detected = TASKS[GEN].get_format(["text"], DataConfig())
@@ -215,9 +215,7 @@ def test_unusable_rows_are_reported_together_or_dropped() -> None:
     [(1.0, False, 1), (-1.0, False, -1), ("1.0", True, "1"), ("1.0", False, "1.0"),
      ("v1.0", True, "v1.0")],
 )  # fmt: skip
-def test_whole_numbers_written_as_floats_are_classes(
-    label: Any, text_cells: bool, expected: Any
-) -> None:
+def test_whole_numbers_written_as_floats_are_classes(label, text_cells, expected):
     """pandas writes them in a column with an empty cell."""
     table = replace(make_table({"text": "a", "label": label}), text_cells=text_cells)
     detected = TASKS[CLS].get_format(["text", "label"], DataConfig())
@@ -239,13 +237,13 @@ def test_whole_numbers_written_as_floats_are_classes(
         ),
     ],
 )
-def test_labels_of_another_problem_type_raise(label: Any, message: str) -> None:
+def test_labels_of_another_problem_type_raise(label, message):
     with pytest.raises(InputError) as error:
         convert(CLS, {"text": "t", "label": label})
     assert str(error.value) == message
 
 
-def test_split_without_column_raises() -> None:
+def test_split_without_column_raises():
     detected = TASKS[CLS].get_format(["text", "label"], DataConfig())
     with pytest.raises(InputError) as error:
         to_examples(make_table({"text": "t", "class": 1}), detected)

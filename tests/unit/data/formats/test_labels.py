@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 
@@ -39,21 +38,21 @@ def make_examples(labels: Labels, names: tuple[str, ...] = ()) -> tuple[list[Lab
         (["b", "c"], ("c", "b"), ("c", "b")),
     ],
 )
-def test_label_names(labels: Labels, declared: tuple[str, ...], names: tuple[str, ...]) -> None:
+def test_label_names(labels, declared, names):
     label_set = create_label_set(*make_examples(labels, declared), "label")
     assert label_set == LabelSet(names)
     assert len(label_set) == len(names)
 
 
 @pytest.mark.parametrize("labels", [["3", "1", "2", 1, 2, 3], ["x", 1, "x", 1], [7, "2", "10"]])
-def test_integer_labels_among_strings_are_names(labels: Labels) -> None:
+def test_integer_labels_among_strings_are_names(labels):
     label_set = create_label_set(*make_examples(labels), "label")
     assert [label_set.names[label_set.id_of(label)] for label in labels] == list(map(str, labels))
     assert all(label in label_set for label in labels)
     assert 0 not in label_set
 
 
-def test_label_ids() -> None:
+def test_label_ids():
     labels = LabelSet(("neg", "pos"))
     assert [labels.id_of(label) for label in ("neg", "pos", 0, 1)] == [0, 1, 0, 1]
     for unknown in ("x", 2, -1):
@@ -111,13 +110,13 @@ def test_label_ids() -> None:
         ),
     ],
 )
-def test_invalid_labels_raise(labels: Labels, declared: tuple[str, ...], message: str) -> None:
+def test_invalid_labels_raise(labels, declared, message):
     with pytest.raises(InputError) as error:
         create_label_set(*make_examples(labels, declared), "label")
     assert str(error.value) == message
 
 
-def test_label_missing_in_training_raises() -> None:
+def test_label_missing_in_training_raises():
     labels = LabelSet(("a", "b"))
     check_labels(labels, *make_examples(["a", "a"]))
     with pytest.raises(InputError) as error:
@@ -138,9 +137,7 @@ def test_label_missing_in_training_raises() -> None:
         ("token-classification", "tags", [0, 1], ("neg", "pos")),
     ],
 )
-def test_declared_class_numbers_become_names(
-    task: str, role: str, numbers: Any, names: Any
-) -> None:
+def test_declared_class_numbers_become_names(task, role, numbers, names):
     rows = [{"text": "a b", "tokens": ["a", "b"], role: numbers}]
     table = Table(rows, [1], "x.csv", label_names={role: ("neg", "pos")})
     config = DataConfig()

@@ -48,13 +48,13 @@ def test_decimals_are_regression_and_lists_are_multi_labels():
     assert detect([["a"], []]) == MULTI
 
 
-def test_explicit_problem_type_and_declared_names_take_precedence() -> None:
+def test_explicit_problem_type_and_declared_names_take_precedence():
     assert choose_problem_type(make_table(1, 2), "label", "regression") == (REGRESSION, "")
     declared = Table([{"label": 0.5}], [1], "x", label_names={"label": ("a", "b")})
     assert choose_problem_type(declared, "label")[0] == SINGLE
 
 
-def test_regression_labels() -> None:
+def test_regression_labels():
     assert convert(REGRESSION, 1, -2.5, "3.25") == [1.0, -2.5, 3.25]
     for invalid, reason in (
         ("x", "'label' is 'x', not a number"),
@@ -67,7 +67,7 @@ def test_regression_labels() -> None:
             convert(REGRESSION, invalid)
 
 
-def test_multi_labels() -> None:
+def test_multi_labels():
     assert convert(MULTI, ["b", "a"], [], ["c"]) == [("b", "a"), (), ("c",)]
     for invalid, reason in (
         ("a", "'label' is a string, not a list of labels"),
@@ -78,7 +78,7 @@ def test_multi_labels() -> None:
             convert(MULTI, invalid)
 
 
-def test_label_set_of_multi_labels() -> None:
+def test_label_set_of_multi_labels():
     rows = make_table(["b", "a"], [], ["c"])
     examples = [LabeledText("t", None, tuple(row["label"]), i) for i, row in enumerate(rows.rows)]
     labels = create_label_set(examples, rows, "label")

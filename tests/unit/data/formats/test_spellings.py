@@ -39,12 +39,12 @@ def test_typo_in_rare_label_is_found(typo, name):
         ("Austria", "Australia"), ("2023-01", "2023-02"), ("covid19", "covid20"),
     ],
 )  # fmt: skip
-def test_similar_labels_are_not_typos(labels: tuple[str, str]) -> None:
+def test_similar_labels_are_not_typos(labels):
     for rare, often in (labels, labels[::-1]):
         assert not get_label_typos(make_examples(*[often] * 40, rare))
 
 
-def test_typos_in_multi_labels_and_tags() -> None:
+def test_typos_in_multi_labels_and_tags():
     examples = make_examples(*[("positive", "angry")] * 6, ("postive", "angry"))
     assert [(v.label, v.rows) for v in get_label_typos(examples)] == [("postive", (6,))]
     words = [TaggedTokens(("Ada", "x"), ("B-PERSON", "O"), i) for i in range(8)]

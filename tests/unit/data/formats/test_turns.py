@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from ftlevel.data.formats.turns import Message, UnusableRowError, parse_tool_list, parse_turns
@@ -59,13 +57,13 @@ def test_parse_turn(turn, message):
         ),
     ],
 )
-def test_invalid_turn_raises(turn: dict[str, Any], reason: str, finding: str) -> None:
+def test_invalid_turn_raises(turn, reason, finding):
     with pytest.raises(UnusableRowError) as error:
         parse_turns([turn, END], "messages")
     assert (str(error.value), error.value.finding) == (reason, finding)
 
 
-def test_tools_as_list_or_json() -> None:
+def test_tools_as_list_or_json():
     assert parse_tool_list([CALL], "tools") == (CALL,)
     assert parse_tool_list('[{"name": "add"}]', "tools") == ({"name": "add"},)
     assert parse_tool_list(None, "tools") == parse_tool_list("", "tools") == ()

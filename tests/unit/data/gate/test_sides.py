@@ -23,7 +23,7 @@ def test_conflicting_answers():
     assert get_conflicts(digests)[0].tolist() == [2]
 
 
-def test_majority_answer() -> None:
+def test_majority_answer():
     rows = [SourceTarget(f"q {i}", "Yes." if i else "No.", i) for i in range(40)]
     assert get_majority_target(make_digests(rows)).tolist() == list(range(1, 40))
     rows[7] = SourceTarget("q", "Never.", 7)
@@ -46,7 +46,7 @@ def make_pairs(count: int) -> list[SourceTarget]:
     return rows
 
 
-def test_swapped_prompts_and_answers() -> None:
+def test_swapped_prompts_and_answers():
     rows = make_pairs(300)
     assert get_swapped(make_digests(rows)).tolist() == []
     swapped = list(range(5, 300, 20))
@@ -55,7 +55,7 @@ def test_swapped_prompts_and_answers() -> None:
     assert get_swapped(make_digests(rows)).tolist() == swapped
 
 
-def test_pairs_with_shared_vocabulary_are_not_swapped() -> None:
+def test_pairs_with_shared_vocabulary_are_not_swapped():
     generator = random.Random(4)
     texts = [" ".join(generator.choices(TOPICS, k=6)) for _ in range(600)]
     rows = [SourceTarget(texts[i], texts[300 + i], i) for i in range(300)]

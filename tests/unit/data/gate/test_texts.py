@@ -45,7 +45,7 @@ QUESTION, ANSWER = ("user", "What is it?"), ("assistant", "It is a parser.")
         ("answer_is_prompt", SourceTarget("Tell me a joke", "tell me  a joke\n", 0)),
     ],
 )
-def test_only_expected_check_fails(check: str, example: SourceTarget) -> None:
+def test_only_expected_check_fails(check, example):
     failed_checks = [
         name for name, find in TEXT_CHECKS.items() if find(get_content(example), CONTEXT)
     ]
@@ -65,7 +65,7 @@ def test_only_expected_check_fails(check: str, example: SourceTarget) -> None:
         SourceTarget("a\x85b", "c", 0),
     ],
 )
-def test_valid_examples_pass_all_checks(example: SourceTarget) -> None:
+def test_valid_examples_pass_all_checks(example):
     assert [name for name, find in TEXT_CHECKS.items() if find(get_content(example), CONTEXT)] == []
 
 
@@ -76,11 +76,11 @@ def test_digests_record_failed_checks():
         assert digests.marked(name).tolist() == rows
 
 
-def test_plain_text_has_target_only() -> None:
+def test_plain_text_has_target_only():
     assert get_content(PlainText("a b", 0)) == ExampleContent("", "a b", "", "")
 
 
-def test_content_of_conversation() -> None:
+def test_content_of_conversation():
     parts = make_conversation(
         ("system", "s"), QUESTION, ANSWER, ("user", "And this?"), ("assistant", "A lexer.")
     ).content

@@ -225,9 +225,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
 
 @pytest.mark.parametrize("format_", FORMATS)
 @pytest.mark.parametrize("container", [*FILES, *IN_MEMORY])
-def test_containers_give_equal_encoded_rows(
-    container: str, format_: str, expected: dict[str, Any], tmp_path: Path
-) -> None:
+def test_containers_give_equal_encoded_rows(container, format_, expected, tmp_path):
     dataset = build(container, create_rows(format_), tmp_path)
     assert to_dicts(prepare(dataset, format_).train) == expected[format_]
 
@@ -244,7 +242,7 @@ def decode_rows(prepared: PreparedData) -> str:
 
 
 @pytest.mark.parametrize("container", ["jsonl", "json", "csv", "list", "generator", "frame"])
-def test_json_nulls_are_kept(container: str, tmp_path: Path) -> None:
+def test_json_nulls_are_kept(container, tmp_path):
     rows = create_rows("messages", with_null_default)
     prepared = prepare(build(container, rows, tmp_path), "messages")
     assert decode_rows(prepared).count('"default": null') == COUNT
@@ -252,7 +250,7 @@ def test_json_nulls_are_kept(container: str, tmp_path: Path) -> None:
     assert '"city": null' not in decode_rows(prepared)
 
 
-def test_nulls_of_arrow_json_column_are_kept(tmp_path: Path) -> None:
+def test_nulls_of_arrow_json_column_are_kept(tmp_path):
     rows = create_rows("messages", with_null_default)
     features = datasets.Features({n: datasets.List(datasets.Json()) for n in rows[0]})
     path = tmp_path / "x.parquet"
@@ -266,7 +264,7 @@ def test_nulls_of_arrow_json_column_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "container", ["parquet", "arrow", "saved", "arrow_table", "dataset", "frame_of_arrays"]
 )
-def test_arrow_nulls_are_dropped_and_counted(container: str, tmp_path: Path) -> None:
+def test_arrow_nulls_are_dropped_and_counted(container, tmp_path):
     rows = create_rows("messages", with_null_default)
     prepared = prepare(build(container, rows, tmp_path), "messages")
     assert "null" not in decode_rows(prepared)
@@ -289,14 +287,14 @@ def count_nulls(value: Any) -> int:
     return sum(map(count_nulls, value)) if isinstance(value, list) else 0
 
 
-def test_joined_files_keep_their_nulls(tmp_path: Path) -> None:
+def test_joined_files_keep_their_nulls(tmp_path):
     rows = create_rows("messages", with_null_default)
     files = [str(FILES[name](rows, tmp_path)) for name in ("jsonl", "parquet", "csv")]
     prepared = prepare(files[0], "messages", also=files[1:])
     assert decode_rows(prepared).count('"default": null') == 2 * COUNT
 
 
-def test_python_repr_in_csv_cell_raises(tmp_path: Path) -> None:
+def test_python_repr_in_csv_cell_raises(tmp_path):
     path = tmp_path / "x.csv"
     pd.DataFrame(create_rows("messages")).to_csv(path, index=False)
     with pytest.raises(InputError, match="'tools' is not valid JSON") as caught:
@@ -304,7 +302,7 @@ def test_python_repr_in_csv_cell_raises(tmp_path: Path) -> None:
     assert "Write lists and objects as JSON" in str(caught.value)
 
 
-def test_json_like_text_is_not_parsed(tmp_path: Path) -> None:
+def test_json_like_text_is_not_parsed(tmp_path):
     rows = [{**preference(i), "chosen": '[{"a": 1}]', "rejected": "[1"} for i in range(COUNT)]
     prepared = [
         prepare(str(write(rows, tmp_path)), "preference") for write in (write_csv, write_jsonl)
@@ -314,9 +312,7 @@ def test_json_like_text_is_not_parsed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format_", ["messages", "preference_turns"])
 @pytest.mark.parametrize("container", ["csv", "json", "parquet"])
-def test_containers_give_equal_rows_to_predict(
-    container: str, format_: str, tmp_path: Path
-) -> None:
+def test_containers_give_equal_rows_to_predict(container, format_, tmp_path):
     rows = create_rows(format_)
     paths = [write_jsonl(rows, tmp_path), FILES[container](rows, tmp_path)]
     sources = [open_rows(str(path), ReadOptions())[0] for path in paths]
@@ -326,13 +322,13 @@ def test_containers_give_equal_rows_to_predict(
 
 
 @pytest.mark.parametrize("container", IN_MEMORY)
-def test_in_memory_rows_are_equal_in_every_container(container: str, tmp_path: Path) -> None:
+def test_in_memory_rows_are_equal_in_every_container(container, tmp_path):
     rows = create_rows("messages")
     dataset = IN_MEMORY[container](rows, tmp_path)
     assert [row for row, *_ in in_memory_rows(dataset).read()] == rows
 
 
-def test_in_memory_rows_reject_dataset_dict_and_no_rows() -> None:
+def test_in_memory_rows_reject_dataset_dict_and_no_rows():
     rows = datasets.DatasetDict(test=datasets.Dataset.from_list(create_rows("tags")))
     with pytest.raises(InputError, match=r"a dict of 'test'.*rows\['test'\]"):
         in_memory_rows(rows)
@@ -340,7 +336,7 @@ def test_in_memory_rows_reject_dataset_dict_and_no_rows() -> None:
         in_memory_rows(pd.DataFrame({"text": []}))
 
 
-def test_leaked_test_row_is_reported_with_its_line(tmp_path: Path) -> None:
+def test_leaked_test_row_is_reported_with_its_line(tmp_path):
     rows = [{"prompt": f"question {i} of all", "completion": f"answer {i}"} for i in range(20)]
     write = (tmp_path / "train.jsonl").write_text
     write("".join(json.dumps(row) + "\n" for row in rows))
@@ -354,7 +350,7 @@ def test_leaked_test_row_is_reported_with_its_line(tmp_path: Path) -> None:
     ]
 
 
-def test_unusable_validation_rows_are_counted(tmp_path: Path) -> None:
+def test_unusable_validation_rows_are_counted(tmp_path):
     rows = create_rows("messages")
     held_out = tmp_path / "held_out.jsonl"
     unusable = [{**rows[0], "messages": "none"}, {**rows[0], "messages": []}]

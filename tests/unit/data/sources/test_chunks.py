@@ -83,7 +83,7 @@ def flatten(chunks: list[Chunk]) -> list[tuple[int, Any]]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_rows_of_chunks_equal_table_rows(name: str, tmp_path: Path) -> None:
+def test_rows_of_chunks_equal_table_rows(name, tmp_path):
     path = FILES[name](tmp_path / name)
     reader, table = open_reader(path), load_table(path)
     chunks = list(reader.chunks())
@@ -96,7 +96,7 @@ def test_rows_of_chunks_equal_table_rows(name: str, tmp_path: Path) -> None:
     assert not is_known or sorted(set(shares)) == shares
 
 
-def test_line_numbers_of_errors_after_the_first_chunk(tmp_path: Path) -> None:
+def test_line_numbers_of_errors_after_the_first_chunk(tmp_path):
     lines = [json.dumps({"text": str(i)}) for i in range(200)]
     lines[149] = '{"text" 5}'
     path = tmp_path / "x.jsonl"
@@ -181,7 +181,7 @@ def read_chunks(path: Path) -> Any:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_chunks_are_accepted_and_rejected_like_tables(name: str, tmp_path: Path) -> None:
+def test_chunks_are_accepted_and_rejected_like_tables(name, tmp_path):
     file, content, expected = CASES[name]
     path = tmp_path / file
     path.write_bytes(content)
@@ -189,7 +189,7 @@ def test_chunks_are_accepted_and_rejected_like_tables(name: str, tmp_path: Path)
         assert rows[-1] == (f"{path}{expected}" if isinstance(expected, str) else expected)
 
 
-def test_chunks_and_tables_reject_the_same_parquet_files(tmp_path: Path) -> None:
+def test_chunks_and_tables_reject_the_same_parquet_files(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -206,7 +206,7 @@ def test_chunks_and_tables_reject_the_same_parquet_files(tmp_path: Path) -> None
     assert read_table(path) == [message]
 
 
-def test_deleted_file_raises(tmp_path: Path) -> None:
+def test_deleted_file_raises(tmp_path):
     path = write_txt(tmp_path / "x.txt")
     reader = open_reader(path)
     path.unlink()

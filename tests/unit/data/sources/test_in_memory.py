@@ -39,12 +39,11 @@ def test_data_frame_values_are_python_values_with_none():
     assert [type(first[name]) for name in ("count", "share", "7")] == [int, float, int]
 
 
-def test_dataset_dict_splits_and_label_names() -> None:
+def test_dataset_dict_splits_and_label_names():
     data = datasets.Dataset.from_list(ROWS)
     data = data.cast_column("label", datasets.ClassLabel(names=["n", "p"]))
     splits = load(datasets.DatasetDict(train=data, validation=data, test=data))
     assert splits.train.label_names == {"label": ("n", "p")}
-    assert splits.validation is not None
     assert splits.validation.where(1) == "dataset (validation) row 2"
     assert list(load(datasets.DatasetDict(a=data, b=data), split="b").train.rows) == ROWS
 
@@ -68,21 +67,21 @@ def test_generator_is_consumed_once_and_cached():
     ],
     ids=["none", "no-rows", "text", "columns", "inconsistent", "duplicate"],
 )
-def test_invalid_rows_raise_without_showing_values(rows: Any, message: str) -> None:
+def test_invalid_rows_raise_without_showing_values(rows, message):
     with pytest.raises(InputError) as error:
         load(rows)
     assert message in str(error.value)
     assert "SECRET" not in str(error.value)
 
 
-def test_name_in_memory_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_name_in_memory_cannot_be_loaded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("in memory").write_text('{"text": "a"}\n')  # a file of that name is not used
     with pytest.raises(InputError, match="were passed in Python and are not saved"):
         load_splits("in memory")
 
 
-def test_configuration_shows_only_dataset_name() -> None:
+def test_configuration_shows_only_dataset_name():
     frame = pd.DataFrame({"text": ["SECRET"]})
     config = TrainConfig(data={"dataset": frame}, method="ia3", quant="4bit", model=Path("x"))
     assert (config.method.kind, config.quant.kind) == ("ia3", "4bit")
@@ -103,26 +102,26 @@ def test_configuration_shows_only_dataset_name() -> None:
         {"data": {"datset": pd.DataFrame({"text": ["SECRET"]})}},
     ],
 )
-def test_configuration_errors_show_no_row(arguments: dict[str, Any]) -> None:
+def test_configuration_errors_show_no_row(arguments):
     values = {"data": {"dataset": pd.DataFrame({"text": ["SECRET"]})}, **arguments}
     with pytest.raises(ConfigError) as error:
         TrainConfig(**values)
     assert "SECRET" not in str(error.value) + repr(error.value)
 
 
-def test_section_can_be_an_object() -> None:
+def test_section_can_be_an_object():
     from ftlevel.config.methods import SPECS
 
     config = TrainConfig(method=SPECS["ia3"]()).with_sections(task="masked-lm")
     assert (config.method.kind, config.task) == ("ia3", "masked-lm")
 
 
-def test_mapping_without_splits_raises() -> None:
+def test_mapping_without_splits_raises():
     with pytest.raises(InputError, match="has no splits"):
         load_splits(InMemoryDataset({}))
 
 
-def test_lone_surrogates_are_bad_rows() -> None:
+def test_lone_surrogates_are_bad_rows():
     rows = [{"prompt": "a", "completion": text} for text in ("b", "c\ud83d", "\U0001f600")]
     config = DataConfig(dataset=InMemoryDataset(rows))
     with pytest.raises(InputError, match=r"row 2: 'completion' has half of a surrogate pair"):

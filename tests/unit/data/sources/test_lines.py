@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -39,9 +38,7 @@ BAD_CONTENTS = [
 
 
 @pytest.mark.parametrize("content", GOOD_CONTENTS)
-def test_large_file_has_same_rows_as_small_file(
-    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_file_has_same_rows_as_small_file(content, tmp_path, monkeypatch):
     path = tmp_path / "x.jsonl"
     path.write_bytes(content)
     small = load_table(path)
@@ -61,9 +58,7 @@ def test_large_file_has_same_rows_as_small_file(
 
 @pytest.mark.parametrize("content", BAD_CONTENTS)
 @pytest.mark.parametrize("on_bad_row", ["error", "skip"])
-def test_large_file_has_same_errors_as_small_file(
-    content: bytes, on_bad_row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_file_has_same_errors_as_small_file(content, on_bad_row, tmp_path, monkeypatch):
     path = tmp_path / "x.jsonl"
     path.write_bytes(content)
     outcomes = []
@@ -90,7 +85,7 @@ def test_random_access_to_rows(tmp_path, monkeypatch):
 
 
 @given(st.sets(st.integers(1, 60), min_size=1))
-def test_line_numbers_roundtrip(added: set[int]) -> None:
+def test_line_numbers_roundtrip(added):
     numbers = LineNumbers()
     for line in sorted(added):
         numbers.append(line)
@@ -101,9 +96,7 @@ def test_line_numbers_roundtrip(added: set[int]) -> None:
         numbers[len(added)]
 
 
-def test_file_truncated_while_reading_raises(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_truncated_while_reading_raises(tmp_path, monkeypatch):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b"".join(ROW % i for i in range(5_000)))
     monkeypatch.setattr(lines, "LARGE_BYTES", 0)
@@ -115,7 +108,7 @@ def test_file_truncated_while_reading_raises(
         table.rows[4_000]
 
 
-def test_lines_longer_than_read_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_longer_than_read_buffer(tmp_path, monkeypatch):
     path = tmp_path / "x.jsonl"
     texts = ["a" * size for size in (3, 65_536, 200_000, 5, 65_525, 65_526, 400_000)]
     rows = [{"prompt": text, "completion": "x"} for text in texts]

@@ -56,7 +56,7 @@ TEXT = [
 
 
 @pytest.mark.parametrize(("column", "value", "kind"), MEDIA)
-def test_media_columns_are_detected_by_name_or_value(column: str, value: Any, kind: str) -> None:
+def test_media_columns_are_detected_by_name_or_value(column, value, kind):
     rows = [{"text": "a cat", column: None}] * 70 + [{"text": "a cat", column: value}]
     if kind == "files" or column in ("scan", "file_name", "raw", "struct", "clip"):
         rows = rows[-2:]  # values are checked in the first rows only
@@ -69,7 +69,7 @@ def test_media_columns_are_detected_by_name_or_value(column: str, value: Any, ki
 
 
 @pytest.mark.parametrize(("column", "value"), TEXT)
-def test_unused_text_columns_are_accepted(column: str, value: Any) -> None:
+def test_unused_text_columns_are_accepted(column, value):
     rows = [{column: value}]
     refuse_media_columns([column], rows, "rows.jsonl")
     assert rows == [{column: value}]
@@ -91,7 +91,7 @@ def _write(folder: Path, kind: str, rows: list[dict[str, Any]]) -> str:
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow"])
 @pytest.mark.parametrize("image", ["a.png", STRUCT, [STRUCT]], ids=["name", "struct", "list"])
-def test_ignored_column_is_not_read(kind: str, image: Any, tmp_path: Path) -> None:
+def test_ignored_column_is_not_read(kind, image, tmp_path):
     name = _write(tmp_path, kind, [{"image": image, "text": f"cat {i}"} for i in range(3)])
     task = TASKS["text-generation"]
     with pytest.raises(InputError, match=r"column 'image' holds images.*--ignore-columns image\."):
@@ -107,9 +107,7 @@ def test_ignored_column_is_not_read(kind: str, image: Any, tmp_path: Path) -> No
         load_data(misspelled, task, 0)
 
 
-def test_media_features_raise_in_memory_and_on_disk(
-    tmp_path: Path,
-) -> None:
+def test_media_features_raise_in_memory_and_on_disk(tmp_path):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(
         {"photo": datasets.Image(decode=False), "sound": datasets.Audio(decode=False),
@@ -139,9 +137,7 @@ def test_media_features_raise_in_memory_and_on_disk(
         ({"type": "text", "text": "and more"}, "is a list of parts, not a string; join"),
     ],
 )
-def test_messages_with_media_parts_are_bad_rows(
-    part: dict[str, Any], reason: str, tmp_path: Path
-) -> None:
+def test_messages_with_media_parts_are_bad_rows(part, reason, tmp_path):
     question = {"role": "user", "content": [{"type": "text", "text": "what is it?"}, part]}
     rows = [{"messages": [question, {"role": "assistant", "content": "a cat"}]}] * 2
     name = _write(tmp_path, "jsonl", rows)
@@ -150,7 +146,7 @@ def test_messages_with_media_parts_are_bad_rows(
     assert f"rows.jsonl:1: 'content' of turn 1 of 'messages' {reason}" in error.value.problems[0]
 
 
-def test_ignored_column_of_rows_in_memory_is_removed() -> None:
+def test_ignored_column_of_rows_in_memory_is_removed():
     rows = [{"image": object(), "text": f"cat {i}"} for i in range(3)]
     table = load_splits(InMemoryDataset(rows), ignored=("image",)).train
     assert table.rows == [{"text": "cat 0"}, {"text": "cat 1"}, {"text": "cat 2"}]

@@ -33,7 +33,7 @@ def test_joined_rows_keep_their_locations():
     assert [selected.where(0), selected.where(1)] == [joined.where(0), joined.where(3)]
 
 
-def test_first_joined_rows_are_proportional() -> None:
+def test_first_joined_rows_are_proportional():
     joined = join_tables([make_table("a", 90), make_table("b", 30)])
     first = Counter(row["text"][0] for row in joined.rows[:40])
     assert first == {"a": 30, "b": 10}
@@ -52,7 +52,7 @@ def test_joining_different_columns_raises():
     st.lists(st.tuples(st.integers(1, 40), st.floats(0.1, 10)), min_size=2, max_size=4),
     st.integers(0, 9),
 )
-def test_mixing_shares_without_repeated_rows(sets: list[tuple[int, float]], seed: int) -> None:
+def test_mixing_shares_without_repeated_rows(sets, seed):
     tables = [make_table("abcd"[i], count) for i, (count, _) in enumerate(sets)]
     shares = [share for _, share in sets]
     total = min(len(t) * sum(shares) / s for t, s in zip(tables, shares, strict=True))

@@ -75,9 +75,7 @@ def read_rows(name: str, input_format: str | None = None) -> list[dict]:
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_compressed_plain_and_piped_files_have_equal_rows(
-    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compressed_plain_and_piped_files_have_equal_rows(suffix, tmp_path, monkeypatch):
     content = create_content(suffix)
     uncompressed = tmp_path / f"x.{suffix}"
     uncompressed.write_bytes(content)
@@ -95,7 +93,7 @@ def test_compressed_plain_and_piped_files_have_equal_rows(
         assert read_rows("-") == ROWS
 
 
-def test_errors_use_name_given_by_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_use_name_given_by_user(tmp_path, monkeypatch):
     compressed = tmp_path / "rows.csv.gz"
     compressed.write_bytes(gzip.compress(b'text\n"open'))
     with pytest.raises(InputError) as error:
@@ -119,7 +117,7 @@ def test_errors_use_name_given_by_user(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("end", COMPRESSORS)
-def test_damaged_compressed_file_raises_one_line(end: str, tmp_path: Path) -> None:
+def test_damaged_compressed_file_raises_one_line(end, tmp_path):
     compressed = tmp_path / f"rows.jsonl{end}"
     content_compressed = COMPRESSORS[end](create_content("jsonl") * 50)
     for content, message in (
@@ -144,7 +142,7 @@ def test_changed_file_or_deleted_copy_is_decompressed_again(tmp_path):
     assert read_rows(str(compressed)) == [{"text": "other"}]
 
 
-def test_full_disk_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_raises(tmp_path, monkeypatch):
     compressed = tmp_path / "rows.jsonl.gz"
     compressed.write_bytes(gzip.compress(create_content("jsonl")))
 
@@ -156,7 +154,7 @@ def test_full_disk_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         load_table(compressed)
 
 
-def test_stdin_is_cached_and_terminal_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stdin_is_cached_and_terminal_raises(monkeypatch):
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(create_content("jsonl"))))
     assert list(load_table("-").rows) == list(load_table("-").rows) == ROWS
     assert load_table("-").where(2) == "stdin:3"
@@ -175,7 +173,7 @@ CONTENT_FORMATS = {
 
 
 @pytest.mark.parametrize("content", CONTENT_FORMATS)
-def test_format_is_detected_by_content(content: bytes, tmp_path: Path) -> None:
+def test_format_is_detected_by_content(content, tmp_path):
     path = tmp_path / "stdin"
     path.write_bytes(content)
     detected = detect_file_format(path, ())
@@ -194,7 +192,7 @@ REJECTED = {
 
 
 @pytest.mark.parametrize("name", REJECTED)
-def test_media_and_document_files_raise(name: str, tmp_path: Path) -> None:
+def test_media_and_document_files_raise(name, tmp_path):
     path = tmp_path / name
     path.write_bytes(gzip.compress(b"x") if name.endswith(".gz") else b"x")
     with pytest.raises(InputError, match=REJECTED[name]) as error:
@@ -202,7 +200,7 @@ def test_media_and_document_files_raise(name: str, tmp_path: Path) -> None:
     assert str(error.value).startswith(str(path))
 
 
-def test_broken_links_and_devices_raise(tmp_path: Path) -> None:
+def test_broken_links_and_devices_raise(tmp_path):
     loop, other, dangling = (tmp_path / n for n in ("a.csv", "b.csv", "c.csv"))
     loop.symlink_to(other)
     other.symlink_to(loop)
@@ -229,7 +227,7 @@ def _write_later(path: Path, content: bytes, wait: float = 0.0) -> threading.Thr
 
 @pytest.mark.parametrize("name", ["rows", "rows.jsonl", "rows.jsonl.gz"])
 @pytest.mark.parametrize("end", ["", *COMPRESSORS])
-def test_named_pipe_is_cached(name: str, end: str, tmp_path: Path) -> None:
+def test_named_pipe_is_cached(name, end, tmp_path):
     pipe = tmp_path / name
     os.mkfifo(pipe)
     content = create_content("jsonl")
@@ -241,9 +239,7 @@ def test_named_pipe_is_cached(name: str, end: str, tmp_path: Path) -> None:
     assert table.where(2) == f"{pipe}:3"
 
 
-def test_pipe_without_writer_or_rows_raises(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pipe_without_writer_or_rows_raises(tmp_path, monkeypatch):
     monkeypatch.setattr("ftlevel.data.sources.lines.WRITER_SECONDS", 0.2)
     pipe = tmp_path / "rows"
     os.mkfifo(pipe)
@@ -260,9 +256,7 @@ def test_pipe_without_writer_or_rows_raises(
 
 
 @pytest.mark.parametrize("pattern", ["parts/*.jsonl*", "parts/**/*", "par*/[ab].*", "parts/?.csv"])
-def test_glob_pattern_reads_all_matching_files(
-    pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_glob_pattern_reads_all_matching_files(pattern, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("parts/deep").mkdir(parents=True)
     json_lines = [json.dumps(row) + "\n" for row in ROWS]
@@ -279,7 +273,7 @@ def test_glob_pattern_reads_all_matching_files(
         assert "files: " in splits.notes[0]
 
 
-def test_invalid_glob_pattern_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_glob_pattern_raises(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("parts").mkdir()
     with pytest.raises(InputError, match=r"parts/\*\.jsonl: this pattern matches no file\."):
@@ -304,7 +298,7 @@ def test_invalid_glob_pattern_raises(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert load_splits("parts/[x]*.jsonl").train.rows == [{"text": "b"}]
 
 
-def test_files_that_determine_cached_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_determine_cached_rows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("set/train.csv", "set/README.md", "set/runs/a.csv", "logs/a.log", "logs/b.log"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,7 +24,7 @@ def write(folder: Path, name: str, content: str | bytes) -> Path:
     return path
 
 
-def test_every_bad_row_is_skipped_and_counted(tmp_path: Path) -> None:
+def test_every_bad_row_is_skipped_and_counted(tmp_path):
     content = GOOD * 3 + '{"txt": "a", "n": 1}\n' + '{"text": 5, "n": 1}\n' + "oops\n" + GOOD
     table = load_table(write(tmp_path, "x.jsonl", content), "skip")
     assert table.lines == [1, 2, 3, 7]
@@ -36,7 +35,7 @@ def test_every_bad_row_is_skipped_and_counted(tmp_path: Path) -> None:
     assert note.startswith(f"{table.source}: dropped 3 of 7 rows (line 4: lacks 'text' and has")
 
 
-def test_two_faults_in_one_row_count_once(tmp_path: Path) -> None:
+def test_two_faults_in_one_row_count_once(tmp_path):
     path = write(tmp_path, "x.jsonl", GOOD * 2 + '{"text": 5, "n": "a"}\n')
     table = load_table(path, "skip")
     assert describe_dropped(table)[0].startswith(f"{path}: dropped 1 of 3 rows")
@@ -44,7 +43,7 @@ def test_two_faults_in_one_row_count_once(tmp_path: Path) -> None:
         load_table(path)
 
 
-def test_skipping_all_rows_raises(tmp_path: Path) -> None:
+def test_skipping_all_rows_raises(tmp_path):
     path = write(tmp_path, "x.jsonl", "a\nb\n")
     with pytest.raises(InputError) as error:
         load_table(path, "skip")
@@ -74,16 +73,14 @@ def test_skipping_all_rows_raises(tmp_path: Path) -> None:
         ("x.csv", "a\n" + "x" * 200_000 + "\n", [{"a": "x" * 200_000}], [2]),
     ],
 )  # fmt: skip
-def test_valid_files(
-    tmp_path: Path, name: str, content: str | bytes, rows: list[Any], lines: list[int]
-) -> None:
+def test_valid_files(tmp_path, name, content, rows, lines):
     table = load_table(write(tmp_path, name, content))
     assert table.rows == rows
     assert table.lines == lines
     assert table.where(0) == f"{tmp_path / name}:{lines[0]}"
 
 
-def test_parquet_has_row_numbers_and_class_names(tmp_path: Path) -> None:
+def test_parquet_has_row_numbers_and_class_names(tmp_path):
     feature = {"names": ["neg", "pos"], "_type": "ClassLabel"}
     several = {"feature": feature, "_type": "List"}
     features = {"label": feature, "text": {"_type": "Value"}, "tags": several}

@@ -36,7 +36,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("cache").absolute())
 
 
-def test_file_has_only_training_rows() -> None:
+def test_file_has_only_training_rows():
     save_rows(Path("a.jsonl"), ["x", "y"])
     splits = load_splits("a.jsonl")
     assert get_texts(splits.train) == ["x", "y"]
@@ -104,7 +104,7 @@ def test_errors_of_all_files_are_reported_together():
     assert places == ["d/val.jsonl:1", "d/test.jsonl"]
 
 
-def test_dropped_rows_are_reported() -> None:
+def test_dropped_rows_are_reported():
     save_rows(Path("a.jsonl"), ["x", "y"])
     with Path("a.jsonl").open("a") as stream:
         stream.write("oops\n")
@@ -226,7 +226,7 @@ def fake_hub(monkeypatch, result, on_call=lambda: None):
     return calls
 
 
-def test_hub_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_splits(monkeypatch):
     rows = datasets.Dataset.from_dict({"text": ["a", "b"]})
     dataset = datasets.DatasetDict({"train": rows, "dev": rows.select([1]), "unlabelled": rows})
     calls = fake_hub(monkeypatch, dataset)
@@ -253,7 +253,7 @@ def load(count: int) -> DatasetSplits:
     return load_splits("a.jsonl")
 
 
-def test_hold_out_is_a_seeded_partition() -> None:
+def test_hold_out_is_a_seeded_partition():
     splits = load(100)
     first, repeated, other_seed = (hold_out(splits, 0.1, seed) for seed in (1, 1, 2))
     assert first == repeated
@@ -266,7 +266,7 @@ def test_hold_out_is_a_seeded_partition() -> None:
     assert hold_out(splits, 0, 1) is splits
 
 
-def test_hold_out_keeps_existing_validation() -> None:
+def test_hold_out_keeps_existing_validation():
     splits = hold_out(load(10), 0.2, 1)
     repeated = hold_out(splits, 0.5, 1)
     assert (repeated.train, repeated.validation) == (splits.train, splits.validation)
@@ -288,7 +288,7 @@ def test_suggested_shares_leave_rows_in_both_parts():
         hold_out(load(1), 0.5, 1)
 
 
-def test_limit_rows() -> None:
+def test_limit_rows():
     splits = load(5)
     assert limit_rows(splits, None) is splits
     assert limit_rows(splits, 9) == splits

@@ -113,9 +113,7 @@ def test_pad_token_inside_a_text_keeps_its_position(family):
     ("opt", "model.decoder.embed_positions", "model.decoder.final_layer_norm"),
     ("bert", "bert.embeddings.LayerNorm", "cls.predictions.transform.LayerNorm"),
 ])  # fmt: skip
-def test_embeddings_and_final_norm_compute_no_padding(
-    family: str, embedding: str, norm: str
-) -> None:
+def test_embeddings_and_final_norm_compute_no_padding(family, embedding, norm):
     model = build(family, tiny_models.HEADS[family][0])
     base, batch = model.get_base_model(), create_batch(model)
     shapes = {}

@@ -49,7 +49,7 @@ def test_padded_attention_matches_blocked_attention(segments, causal, window, ca
         torch.testing.assert_close(a.cpu(), b)
 
 
-def test_equal_sequences_need_one_sdpa_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_sequences_need_one_sdpa_call(monkeypatch):
     calls: list[dict[str, Any]] = []
     original = functional.scaled_dot_product_attention
 
@@ -66,7 +66,7 @@ def test_equal_sequences_need_one_sdpa_call(monkeypatch: pytest.MonkeyPatch) -> 
     assert calls[0]["is_causal"]
 
 
-def test_padding_at_most_doubles_tokens() -> None:
+def test_padding_at_most_doubles_tokens():
     generator, stop, segments = torch.Generator().manual_seed(0), 0, []
     for length in torch.randint(1, 700, (60,), generator=generator).tolist():
         segments.append(Segment(stop, stop + length))
@@ -77,7 +77,7 @@ def test_padding_at_most_doubles_tokens() -> None:
 
 
 @pytest.mark.parametrize("queries", [1, 7])
-def test_softcapped_attention_is_accurate_under_autocast(queries: int) -> None:
+def test_softcapped_attention_is_accurate_under_autocast(queries):
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, heads, count, 8) for heads, count in
                          ((4, queries), (2, 7), (2, 7)))  # fmt: skip

@@ -37,9 +37,7 @@ def create_states(tokens: int, dtype: torch.dtype = torch.float64) -> list[torch
 @pytest.mark.parametrize("cap", [None, 0.7])
 @pytest.mark.parametrize("lengths", [(7, 7, 7), (20, 19, 17, 12, 5, 5, 1), (1,), (MAX_SHORT, 3)])
 @pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 4), (False, 4)])
-def test_short_attention_matches_blocked_attention(
-    lengths: tuple[int, ...], causal: bool, window: int | None, cap: float | None
-) -> None:
+def test_short_attention_matches_blocked_attention(lengths, causal, window, cap):
     segments = create_segments(*lengths)
     parts = create_states(segments[-1].stop)
     weights = torch.randn(segments[-1].stop, HEADS, WIDTH, dtype=torch.float64)
@@ -63,13 +61,13 @@ def test_bfloat16_error_is_close_to_blocked_attention():
     assert errors[0] < 1.1 * errors[1]
 
 
-def test_sequences_of_similar_length_are_batched() -> None:
+def test_sequences_of_similar_length_are_batched():
     batches = batch_sequences(create_segments(20, 19, 18, 6, 6, 5), True, None)
     assert [(b.count, b.longest) for b in batches] == [(3, 20), (3, 6)]
     assert all(b.count * b.longest <= MAX_PADDING * (b.stop - b.start) for b in batches)
 
 
-def test_dropout_mask_is_same_in_backward() -> None:
+def test_dropout_mask_is_same_in_backward():
     segments = create_segments(9, 8, 3)
     parts = create_states(20)
     batches = batch_sequences(segments, False, None)
@@ -80,7 +78,7 @@ def test_dropout_mask_is_same_in_backward() -> None:
     assert (dropped_output - ShortAttention.apply(*parts, batches, 0.3, 0.0)).abs().max() > 0.01
 
 
-def test_count_long() -> None:
+def test_count_long():
     assert count_long(create_segments(5, MAX_SHORT)) == 0
     assert count_long(create_segments(MAX_SHORT + 1, 5, MAX_SHORT + 2, 5, 5)) == 3
     assert count_long((Segment(0, 5), Segment(5, 8, ((0, 5),)), Segment(8, 9))) == 2

@@ -97,7 +97,7 @@ def test_head_with_adapter_and_trained_head():
         check_losses(get_peft_model(build_model("llama"), config))
 
 
-def test_no_targets_give_zero_loss() -> None:
+def test_no_targets_give_zero_loss():
     empty = torch.zeros(0, dtype=torch.long)
     _, (actual, actual_gradients) = compute_losses(build_model("llama"), empty, empty)
     assert actual == 0
@@ -120,7 +120,7 @@ def test_callback_receives_logits_per_chunk():
     torch.testing.assert_close(total, functional.cross_entropy(logits, TARGETS, reduction="sum"))
 
 
-def test_head_computes_only_supervised_positions() -> None:
+def test_head_computes_only_supervised_positions():
     model, widths = build_model("llama"), []
     model.lm_head.register_forward_hook(lambda m, a, out: widths.append(out.shape[:-1].numel()))
     head = ChunkedCrossEntropy(model)
@@ -129,7 +129,7 @@ def test_head_computes_only_supervised_positions() -> None:
 
 
 @pytest.mark.parametrize("kind", ["loss", "likelihoods"])
-def test_float16_keeps_gradients_of_small_probabilities(kind: str) -> None:
+def test_float16_keeps_gradients_of_small_probabilities(kind):
     """The gradient scaler multiplies a loss of one target by 65,536, more than float16 has."""
     torch.manual_seed(0)
     weight, states = torch.randn(4000, 16) * 0.1, torch.zeros(1, 16)

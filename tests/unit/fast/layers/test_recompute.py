@@ -19,14 +19,14 @@ def double(x: torch.Tensor) -> torch.Tensor:
     return with_recomputation(x * 2, lambda saved: saved * 2, x)
 
 
-def test_modified_tensor_is_not_recomputed() -> None:
+def test_modified_tensor_is_not_recomputed():
     tensor = double(torch.ones(3))
     assert recomputation_of(tensor) is not None
     tensor.mul_(2)
     assert recomputation_of(tensor) is None
 
 
-def test_views_and_copies_are_not_recomputed() -> None:
+def test_views_and_copies_are_not_recomputed():
     tensor = double(torch.ones(3, 2))
     assert [
         recomputation_of(other)
@@ -34,7 +34,7 @@ def test_views_and_copies_are_not_recomputed() -> None:
     ] == [None] * 4
 
 
-def test_tensor_is_recomputed_once_for_all_users() -> None:
+def test_tensor_is_recomputed_once_for_all_users():
     computed = []
 
     def compute(value: torch.Tensor) -> torch.Tensor:
@@ -107,7 +107,7 @@ def test_training_mode_layer_works_without_grad(no_grad_mode):
         fused.remove()
 
 
-def test_checkpointing_stores_only_block_inputs() -> None:
+def test_checkpointing_stores_only_block_inputs():
     """Inputs of recomputations are saved through autograd, where checkpointing controls them."""
     model, _ = build_fused("llama")
     model.enable_input_require_grads()
