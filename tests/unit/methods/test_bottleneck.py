@@ -14,11 +14,10 @@ from peft.utils.peft_types import PeftType
 
 from ftlevel.config.methods.other import ON_RESIDUAL, AdapterSpec
 from ftlevel.errors import ConfigError, InputError
-from ftlevel.methods import METHODS, Base
+from ftlevel.methods import METHODS
 from ftlevel.methods.bottleneck import ADAPTER_POSITIONS, get_input_layer
 from ftlevel.methods.bottleneck.layer import BottleneckLayer
 from ftlevel.models.families import FAMILIES as KNOWN
-from ftlevel.models.module_tree import get_heads
 from ftlevel.trained.adapt import apply_method, load_adapter
 from sampling import sample
 from tiny_models import (
@@ -31,17 +30,11 @@ from tiny_models import (
     compute_logits,
 )
 from unit.models.meta_models import AUTO, has_model, tiny_config
+from virtual_tokens import describe_base
 
 PLACEMENTS = ("houlsby", "pfeiffer", "seq_bn", "parallel", "par_bn", "adapter_plus")
 FEWER_PLACEMENTS = PLACEMENTS[:4]  # one of the placements on the residual is enough
 DIM = 8
-TASK_TYPES = {
-    "causal": "CAUSAL_LM",
-    "seq2seq": "SEQ_2_SEQ_LM",
-    "seqcls": "SEQ_CLS",
-    "tokcls": "TOKEN_CLS",
-    "qa": "QUESTION_ANS",
-}
 # Number of adapters in a tiny model: on attentions (Houlsby) and on feed-forwards.
 ATTENTIONS = {"albert": 1, "t5": 3 * LAYERS, "mt5": 3 * LAYERS, "bart": 3 * LAYERS}
 FEED_FORWARDS = {"albert": 1, "t5": 2 * LAYERS, "mt5": 2 * LAYERS, "bart": 2 * LAYERS}
@@ -64,10 +57,7 @@ HEAD_CASES = [
 def adapt(model: Any, head: str, **fields: Any) -> Any:
     """Add a bottleneck adapter to a tiny model, as `ftlevel train` does."""
     spec = AdapterSpec(**{"bottleneck_dim": DIM, **fields})
-    heads = get_heads(model) if head in ("seqcls", "tokcls", "qa") else []
-    targets = METHODS["adapter"].default_target_modules(spec, model)
-    base = Base(model.config, "", TASK_TYPES.get(head), targets, heads, False, 10)
-    return apply_method(model, spec, base)
+    return apply_method(model, spec, describe_base(spec, model, head))
 
 
 def backward(
@@ -214,7 +204,7 @@ def test_adapter_trains_on_families_without_tiny_model(family, placement):
     ids = torch.randint(10, 190, (2, 9))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     before = compute_logits(base, batch)
-    model = adapt(base, "", placement=placement)
+    model = adapt(base, "mlm", placement=placement)
     layers = get_bottleneck_layers(model)
     assert all(set(layer._hooks) == expected_hooks(family, placement) for layer in layers)
     assert torch.equal(compute_logits(model, batch), before)
@@ -323,7 +313,7 @@ def test_two_blocks_match_formulas_of_papers(family, placement, source):
         return states
 
     scaling = None if placement in ("par_bn", "adapter_plus") else 4.0
-    model = adapt(build(family, HEADS[family][0]), "", placement=placement, scaling=scaling)
+    model = adapt(build(family, HEADS[family][0]), "mlm", placement=placement, scaling=scaling)
     base = model.base_model.model.base_model
     blocks = base.h if family == "gpt2" else base.encoder.layer
     with torch.no_grad():

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -155,16 +154,3 @@ def test_generated_pages_are_up_to_date(capsys):
     import write_docs
 
     assert write_docs.main(["--check"]) == 0, capsys.readouterr().out
-
-
-def test_methods_import_no_heavy_library():
-    import subprocess
-
-    code = (
-        "import sys, ftlevel.methods, ftlevel.commands.list_methods\n"
-        "print([m for m in ('torch', 'transformers', 'peft', 'datasets') if m in sys.modules])"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == "[]"
