@@ -45,8 +45,6 @@ def read(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".jsonl":
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
         return pq.read_table(path).to_pylist()
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
@@ -116,9 +114,6 @@ def test_json_values_are_written_as_text_in_csv(tmp_path):
 
 
 def test_parquet_types_are_preserved(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     table = pa.table({
         "small": pa.array([1, None], pa.int8()),
         "half": pa.array([0.5, float("nan")], pa.float32()),

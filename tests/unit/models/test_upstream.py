@@ -575,7 +575,6 @@ def _(_: Any) -> None:
     "Bnb4BitHfQuantizer._process_model_after_weight_loading",
 )  # fmt: skip
 def _(request: pytest.FixtureRequest) -> None:
-    from ftlevel.models.loading import load_model
     from ftlevel.models.quantization import build_quantization_config
 
     model_dir = request.getfixturevalue("tiny_model_dir")("mixtral")
