@@ -102,8 +102,12 @@ def test_lora_like_methods_are_always_supported():
             assert expected_error(cell) is None
 
 
+OWN_TUNERS = ("adapter", "prefix", "prompt", "p-tuning")
+"""Methods whose layers are not PEFT's, so that each quantization is tried."""
+
+
 def choose_sample() -> list[TinyCell]:
-    """Return supported cells that cover each row with each quantization, each family and head.
+    """Return supported cells that cover each row and quantization, each family and head.
 
     Each head is covered for every kind of model.
     """
@@ -119,7 +123,10 @@ def choose_sample() -> list[TinyCell]:
     sample = []
     for cell in supported:
         missing = uncovered & keys_of(cell)
-        if len(missing) >= 2 or missing & {("row", cell.row), ("family", cell.family)}:
+        required = {("row", cell.row), ("family", cell.family)}
+        if cell.row in OWN_TUNERS:
+            required.add(("row", cell.row, cell.quant))
+        if len(missing) >= 2 or missing & required:
             sample.append(cell)
             uncovered -= missing
     return sample

@@ -340,7 +340,7 @@ def test_preference_rows_suggest_training_on_chosen(row, flags):
 
 def test_long_column_names_are_shortened_in_messages():
     columns = ["I ordered it a week ago and it is still there", "billing and it " * 9]
-    shown = [f"'{column[:40]}…'" for column in columns]
+    shown = [f"'{column[:36]}…'" for column in columns]
     for mapping in ({}, {"text": "none"}):
         with pytest.raises(InputError) as error:
             detect(columns, "text-classification", mapping)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -12,10 +10,8 @@ from typing import Any
 import datasets
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from ftlevel.artifacts.row_sinks import to_cell
 from ftlevel.config import DataConfig, InMemoryDataset
 from ftlevel.data.encoding.chat import set_chat_template
 from ftlevel.data.encoding.fit import LengthBounds
@@ -25,6 +21,7 @@ from ftlevel.data.prepare.inference import Prompts, in_memory_rows, open_rows
 from ftlevel.data.sources.readers import ReadOptions
 from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS
+from row_files import write_rows
 from tiny_tokenizers import build_tokenizer
 
 Rows = list[dict[str, Any]]
@@ -105,52 +102,13 @@ FORMATS: dict[str, tuple[str, str, str, Callable[[int], dict[str, Any]]]] = {
 """Format name → (task, model kind, model family, function that creates a row)."""
 
 
-def write_jsonl(rows: Rows, folder: Path) -> Path:
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def write_json(rows: Rows, folder: Path) -> Path:
-    path = folder / "rows.json"
-    path.write_text(json.dumps(rows))
-    return path
-
-
-def write_csv(rows: Rows, folder: Path) -> Path:
-    """Write lists and objects as JSON text, as CSV cells require."""
-    path = folder / "rows.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(rows[0])
-        writer.writerows([to_cell(value) for value in row.values()] for row in rows)
-    return path
-
-
-def write_parquet(rows: Rows, folder: Path) -> Path:
-    pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet", row_group_size=4)
-    return folder / "rows.parquet"
-
-
-def write_arrow(rows: Rows, folder: Path) -> Path:
-    table, path = pa.Table.from_pylist(rows), folder / "rows.arrow"
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table, max_chunksize=4)
-    return path
-
-
-def save_dataset(rows: Rows, folder: Path) -> Path:
-    datasets.Dataset.from_list(rows).save_to_disk(folder / "saved")
-    return folder / "saved"
-
-
 def read_with_pandas(rows: Rows, folder: Path) -> pd.DataFrame:
     """Return a frame whose lists are arrays and whose integers next to nulls are floats."""
-    return pd.read_parquet(write_parquet(rows, folder))
+    return pd.read_parquet(write_rows(folder / "rows.parquet", rows))
 
 
 def read_with_pandas_arrow_types(rows: Rows, folder: Path) -> pd.DataFrame:
-    return pd.read_parquet(write_parquet(rows, folder), dtype_backend="pyarrow")
+    return pd.read_parquet(write_rows(folder / "rows.parquet", rows), dtype_backend="pyarrow")
 
 
 def json_dataset(rows: Rows, _: Path) -> datasets.Dataset:
@@ -164,10 +122,7 @@ def is_turns(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
-FILES = {
-    "jsonl": write_jsonl, "json": write_json, "csv": write_csv, "parquet": write_parquet,
-    "arrow": write_arrow, "saved": save_dataset,
-}  # fmt: skip
+FILES = ("jsonl", "json", "csv", "parquet", "arrow", "saved")
 IN_MEMORY: dict[str, Callable[[Rows, Path], Any]] = {
     "list": lambda rows, _: rows,
     "generator": lambda rows, _: iter(rows),
@@ -183,8 +138,11 @@ IN_MEMORY: dict[str, Callable[[Rows, Path], Any]] = {
 
 def build(container: str, rows: Rows, folder: Path) -> Any:
     """Return a dataset of `rows` in a container of `FILES` or `IN_MEMORY`."""
+    if container == "saved":
+        datasets.Dataset.from_list(rows).save_to_disk(folder / "saved")
+        return str(folder / "saved")
     if container in FILES:
-        return str(FILES[container](rows, folder))
+        return str(write_rows(folder / f"rows.{container}", rows))
     return InMemoryDataset(IN_MEMORY[container](rows, folder))
 
 
@@ -218,7 +176,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
     """Return the encoded rows from JSON Lines, which preserves all values."""
     folder = tmp_path_factory.mktemp("expected")
     return {
-        name: to_dicts(prepare(str(write_jsonl(create_rows(name), folder)), name).train)
+        name: to_dicts(prepare(build("jsonl", create_rows(name), folder), name).train)
         for name in FORMATS
     }
 
@@ -289,7 +247,7 @@ def count_nulls(value: Any) -> int:
 
 def test_joined_files_keep_their_nulls(tmp_path):
     rows = create_rows("messages", with_null_default)
-    files = [str(FILES[name](rows, tmp_path)) for name in ("jsonl", "parquet", "csv")]
+    files = [build(name, rows, tmp_path) for name in ("jsonl", "parquet", "csv")]
     prepared = prepare(files[0], "messages", also=files[1:])
     assert decode_rows(prepared).count('"default": null') == 2 * COUNT
 
@@ -304,9 +262,7 @@ def test_python_repr_in_csv_cell_raises(tmp_path):
 
 def test_json_like_text_is_not_parsed(tmp_path):
     rows = [{**preference(i), "chosen": '[{"a": 1}]', "rejected": "[1"} for i in range(COUNT)]
-    prepared = [
-        prepare(str(write(rows, tmp_path)), "preference") for write in (write_csv, write_jsonl)
-    ]
+    prepared = [prepare(build(name, rows, tmp_path), "preference") for name in ("csv", "jsonl")]
     assert to_dicts(prepared[0].train) == to_dicts(prepared[1].train)
 
 
@@ -314,8 +270,8 @@ def test_json_like_text_is_not_parsed(tmp_path):
 @pytest.mark.parametrize("container", ["csv", "json", "parquet"])
 def test_containers_give_equal_rows_to_predict(container, format_, tmp_path):
     rows = create_rows(format_)
-    paths = [write_jsonl(rows, tmp_path), FILES[container](rows, tmp_path)]
-    sources = [open_rows(str(path), ReadOptions())[0] for path in paths]
+    paths = [build(name, rows, tmp_path) for name in ("jsonl", container)]
+    sources = [open_rows(path, ReadOptions())[0] for path in paths]
     shape = TASKS["text-generation"].get_query_format(sources[0].leading, {})
     expected, questions = ([row.question for row in Prompts(s, shape)] for s in sources)
     assert questions == expected
@@ -338,12 +294,10 @@ def test_in_memory_rows_reject_dataset_dict_and_no_rows():
 
 def test_leaked_test_row_is_reported_with_its_line(tmp_path):
     rows = [{"prompt": f"question {i} of all", "completion": f"answer {i}"} for i in range(20)]
-    write = (tmp_path / "train.jsonl").write_text
-    write("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "train.jsonl", rows)
     unusable = {"prompt": "another", "completion": None}
     unrelated = {"prompt": "something else entirely", "completion": "yes"}
-    lines = "".join(json.dumps(row) + "\n" for row in (unusable, unrelated, rows[3]))
-    (tmp_path / "test.jsonl").write_text(lines)
+    write_rows(tmp_path / "test.jsonl", [unusable, unrelated, rows[3]])
     leaks = [f for f in prepare(str(tmp_path), "messages").findings if f.name == "leaked"]
     assert [(f.split, f.count, f.places) for f in leaks] == [
         ("test", 1, (f"{tmp_path / 'test.jsonl'}:3",))
@@ -354,9 +308,8 @@ def test_unusable_validation_rows_are_counted(tmp_path):
     rows = create_rows("messages")
     held_out = tmp_path / "held_out.jsonl"
     unusable = [{**rows[0], "messages": "none"}, {**rows[0], "messages": []}]
-    held_out.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *unusable]))
-    prepared = prepare(
-        str(write_jsonl(rows, tmp_path)), "messages", validation_file=held_out, on_bad_row="skip"
-    )
+    write_rows(held_out, [*rows, *unusable])
+    train = build("jsonl", rows, tmp_path)
+    prepared = prepare(train, "messages", validation_file=held_out, on_bad_row="skip")
     changed = [choice.value for choice in prepared.choices if choice.name == "rows changed"]
     assert changed == ["2 of validation dropped, unusable"]

@@ -2,56 +2,31 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ftlevel.data.sources.readers import load_table, open_reader
 from ftlevel.data.sources.streams import Chunk
 from ftlevel.errors import InputError
+from row_files import write_rows
 
 COUNT = 150
 ROWS = [{"text": f'row {i}\nof two lines, "quoted" é', "n": str(i)} for i in range(COUNT)]
 
 
-def write_jsonl(path: Path, rows: list[Any] = ROWS) -> Path:
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+def write_jsonl(path: Path) -> Path:
+    lines = [json.dumps(row, ensure_ascii=False) for row in ROWS]
     path.write_text("\ufeff" + "\n\n".join(lines), encoding="utf-8")
-    return path
-
-
-def write_csv(path: Path) -> Path:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        delimiter = "\t" if path.suffix == ".tsv" else ","
-        writer = csv.DictWriter(file, ROWS[0], delimiter=delimiter)
-        writer.writeheader()
-        writer.writerows(ROWS)
     return path
 
 
 def write_txt(path: Path) -> Path:
     path.write_text("\n\n\n".join(row["text"] for row in ROWS), encoding="utf-8")
-    return path
-
-
-def write_parquet(path: Path) -> Path:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=70)
-    return path
-
-
-def write_arrow(path: Path) -> Path:
-    import pyarrow as pa
-
-    table = pa.Table.from_pylist(ROWS)
-    with path.open("wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table, max_chunksize=70)
     return path
 
 
@@ -62,36 +37,25 @@ def write_conll(path: Path) -> Path:
     return path
 
 
-def write_xlsx(path: Path) -> Path:
-    openpyxl = pytest.importorskip("openpyxl")
-    book = openpyxl.Workbook()
-    for row in [list(ROWS[0]), *(list(row.values()) for row in ROWS)]:
-        book.active.append(row)
-    book.save(path)
-    return path
-
-
-FILES: dict[str, Callable[[Path], Path]] = {
-    "x.jsonl": write_jsonl, "x.csv": write_csv, "x.tsv": write_csv, "x.txt": write_txt,
-    "x.parquet": write_parquet, "x.arrow": write_arrow, "x.conll": write_conll,
-    "x.xlsx": write_xlsx,
-}  # fmt: skip
+SPECIAL = {".jsonl": write_jsonl, ".txt": write_txt, ".conll": write_conll}
+FORMATS = (*SPECIAL, ".csv", ".tsv", ".parquet", ".arrow", ".xlsx")
 
 
 def flatten(chunks: list[Chunk]) -> list[tuple[int, Any]]:
     return [pair for c in chunks for pair in zip(c.lines, c.rows, strict=True)]
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_rows_of_chunks_equal_table_rows(name, tmp_path):
-    path = FILES[name](tmp_path / name)
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_rows_of_chunks_equal_table_rows(suffix, tmp_path):
+    path = tmp_path / f"x{suffix}"
+    SPECIAL.get(suffix, lambda path: write_rows(path, ROWS))(path)
     reader, table = open_reader(path), load_table(path)
     chunks = list(reader.chunks())
     rows = flatten(chunks)
     assert [row for _, row in rows] == list(table.rows)
     assert [line for line, _ in rows] == list(table.lines)
     shares = [reader.share(chunk) for chunk in chunks]
-    is_known = name not in ("x.arrow", "x.xlsx")
+    is_known = suffix not in (".arrow", ".xlsx")
     assert shares[-1] == (1.0 if is_known else None)
     assert not is_known or sorted(set(shares)) == shares
 
@@ -190,16 +154,13 @@ def test_chunks_are_accepted_and_rejected_like_tables(name, tmp_path):
 
 
 def test_chunks_and_tables_reject_the_same_parquet_files(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
     message = f"{path}: has the column 'text' twice. Rename one."
     assert read_chunks(path) == read_table(path) == [message]
     pq.write_table(pa.table({}), path)
     assert read_chunks(path) == read_table(path) == [f"{path}: has 0 rows. Use a file with rows."]
-    content = write_parquet(path).read_bytes()
+    content = write_rows(path, ROWS).read_bytes()
     path.write_bytes(content[:4] + b"\xff" * 200 + content[204:])  # data pages, not the footer
     [message] = read_chunks(path)
     assert message.startswith(f"{path}: ")

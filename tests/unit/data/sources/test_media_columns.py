@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from ftlevel.config import DataConfig, InMemoryDataset
@@ -16,6 +11,7 @@ from ftlevel.data.sources.splits import load_splits
 from ftlevel.data.sources.streams import refuse_media_columns
 from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS
+from row_files import write_rows
 
 PNG = b"\x89PNG\r\n"
 STRUCT = {"bytes": PNG, "path": "a.png"}
@@ -77,22 +73,11 @@ def test_unused_text_columns_are_accepted(column, value):
         refuse_media_columns([column, "image"], [{**rows[0], "image": "a.png"}], "rows.jsonl")
 
 
-def _write(folder: Path, kind: str, rows: list[dict[str, Any]]) -> str:
-    path = folder / f"rows.{kind}"
-    if kind == "jsonl":
-        path.write_text("".join(json.dumps(row, default=str) + "\n" for row in rows))
-    elif kind == "parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    else:
-        with pa.ipc.new_file(path, pa.Table.from_pylist(rows).schema) as file:
-            file.write(pa.Table.from_pylist(rows))
-    return str(path)
-
-
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow"])
 @pytest.mark.parametrize("image", ["a.png", STRUCT, [STRUCT]], ids=["name", "struct", "list"])
 def test_ignored_column_is_not_read(kind, image, tmp_path):
-    name = _write(tmp_path, kind, [{"image": image, "text": f"cat {i}"} for i in range(3)])
+    rows = [{"image": image, "text": f"cat {i}"} for i in range(3)]
+    name = str(write_rows(tmp_path / f"rows.{kind}", rows))
     task = TASKS["text-generation"]
     with pytest.raises(InputError, match=r"column 'image' holds images.*--ignore-columns image\."):
         load_data(DataConfig(dataset=name), task, 0)
@@ -140,7 +125,7 @@ def test_media_features_raise_in_memory_and_on_disk(tmp_path):
 def test_messages_with_media_parts_are_bad_rows(part, reason, tmp_path):
     question = {"role": "user", "content": [{"type": "text", "text": "what is it?"}, part]}
     rows = [{"messages": [question, {"role": "assistant", "content": "a cat"}]}] * 2
-    name = _write(tmp_path, "jsonl", rows)
+    name = str(write_rows(tmp_path / "rows.jsonl", rows))
     with pytest.raises(InputError) as error:
         load_data(DataConfig(dataset=name), TASKS["text-generation"], 0)
     assert f"rows.jsonl:1: 'content' of turn 1 of 'messages' {reason}" in error.value.problems[0]
