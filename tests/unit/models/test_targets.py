@@ -182,59 +182,24 @@ LINEARS = {
 @pytest.mark.parametrize(
     ("family", "target_modules", "problems"),
     [
-        ("gpt2", ["q_projj"], ["'q_projj' matches no module of gpt2. …. Did you mean 'c_proj'?"]),
-        (
-            "llama",
-            ["q_proj", "v_porj", "xyz"],
-            [
-                "'v_porj' matches no module of llama. …. Did you mean 'v_proj'?",
-                "'xyz' matches no module of llama. ….",
-            ],
-        ),
-        (
-            "gpt2",
-            ["wte"],
-            [
-                "'wte' matches no linear of gpt2, only Embedding. --modules-to-save trains it in "
-                "full. …."
-            ],
-        ),
-        (
-            "gpt2",
-            ["lm_head"],
-            [
-                "'lm_head' is the output head of gpt2: adapters are added to the blocks. Drop it; "
-                "--modules-to-save trains it in full. …."
-            ],
-        ),
-        (
-            "gpt2",
-            ["c_attn", "score"],
-            [
-                "'score' is a task head of gpt2 (score): heads are trained in full and saved with "
-                "the adapter. Drop it. …."
-            ],
-        ),
-        (
-            "mixtral",
-            ["experts.gate_up_proj"],
-            [
-                "'experts.gate_up_proj' is a tensor of experts in mixtral, not a module: PEFT "
-                "reaches it by target_parameters. …."
-            ],
-        ),
-        ("gpt2", r".*\.q_proj$", ["'.*\\\\.q_proj$' matches no module of gpt2. …."]),
-        (
-            "gpt2",
-            "(c_attn",
-            [
-                "'(c_attn' is not a regular expression (missing ), unterminated subpattern at "
-                "position 0). …."
-            ],
-        ),
-        ("gpt2", [], ["no names given. …."]),
+        ("gpt2", ["q_projj"], "'q_projj' matches no module of gpt2. …. Did you mean 'c_proj'?"),
+        ("llama", ["q_proj", "v_porj", "xyz"],
+         "'v_porj' matches no module of llama. …. Did you mean 'v_proj'?\n"
+         "'xyz' matches no module of llama. …."),
+        ("gpt2", ["wte"], "'wte' matches no linear of gpt2, only Embedding. --modules-to-save "
+         "trains it in full. …."),
+        ("gpt2", ["lm_head"], "'lm_head' is the output head of gpt2: adapters are added to the "
+         "blocks. Drop it; --modules-to-save trains it in full. …."),
+        ("gpt2", ["c_attn", "score"], "'score' is a task head of gpt2 (score): heads are trained "
+         "in full and saved with the adapter. Drop it. …."),
+        ("mixtral", ["experts.gate_up_proj"], "'experts.gate_up_proj' is a tensor of experts in "
+         "mixtral, not a module: PEFT reaches it by target_parameters. …."),
+        ("gpt2", r".*\.q_proj$", r"'.*\\.q_proj$' matches no module of gpt2. …."),
+        ("gpt2", "(c_attn", "'(c_attn' is not a regular expression (missing ), unterminated "
+         "subpattern at position 0). …."),
+        ("gpt2", [], "no names given. …."),
     ],
-)
+)  # fmt: skip
 def test_unmatched_target_modules_raise(family, target_modules, problems):
     task = "text-classification" if "score" in target_modules else "text-generation"
     with pytest.raises(InputError) as caught:
@@ -243,7 +208,7 @@ def test_unmatched_target_modules_raise(family, target_modules, problems):
         f"--target-modules: {problem} Try: ftlevel list-targets {family}".replace(
             "…", f"Linear modules here: {LINEARS[family]}"
         )
-        for problem in problems
+        for problem in problems.splitlines()
     ]
 
 
