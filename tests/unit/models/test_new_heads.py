@@ -29,13 +29,15 @@ NEW_HEADS = {
 }
 
 
-@pytest.mark.parametrize("family", NEW_HEADS)
-def test_get_new_language_head_of_each_family(family):
+@pytest.mark.parametrize(
+    ("family", "saved"),
+    [*((family, "SomethingModel") for family in NEW_HEADS), ("electra", "ElectraForPreTraining")],
+)
+def test_get_new_language_head_of_each_family(family, saved):
     model = tiny_models.build(family, "mlm")
-    for architecture in ("SomethingModel", "ElectraForPreTraining"):
-        model.config.architectures = [architecture]
-        new, heads = get_new_language_head(model)
-        assert new == NEW_HEADS[family]
+    model.config.architectures = [saved]
+    new, heads = get_new_language_head(model)
+    assert new == NEW_HEADS[family]
     modules = [module for name in new for module in model.get_submodule(name).modules()]
     assert all(module is not model.get_output_embeddings() for module in modules)
     assert all(any(f"{name}.".startswith(f"{head}.") for head in heads) for name in new)
