@@ -73,11 +73,11 @@ def count_questions(source: Path) -> dict[str, int]:
     return dict(sorted((+counts).items()))
 
 
-def test_core_asks_no_more_questions_about_tasks_objectives_and_methods() -> None:
+def test_core_asks_no_more_questions_about_tasks_objectives_and_methods():
     assert count_questions(SOURCE) == ALLOWED
 
 
-def test_questions_are_found() -> None:
+def test_questions_are_found():
     text = (
         "isinstance(a, Embeddings | Ranking); config.task in TASKS; method.kind == 'qlora'; b == 1"
     )

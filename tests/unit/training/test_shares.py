@@ -53,9 +53,7 @@ def configure(tmp_path: Path, model: Path, method: str, dtype: str = "float32") 
 
 
 @pytest.mark.parametrize(("method", "ranks"), [("lora", 3), ("full", 1024), ("prefix", 2)])
-def test_stored_bytes_match_fsdp(
-    method: str, ranks: int, tmp_path: Path, tiny_model_dir: ModelDir
-) -> None:
+def test_stored_bytes_match_fsdp(method, ranks, tmp_path, tiny_model_dir):
     config = configure(tmp_path, tiny_model_dir("llama", num_hidden_layers=7), method)
     run = resolve(config)
     assert LayerSample.of(run).sample == {0: 1, 1: 5, 6: 1}
@@ -80,7 +78,7 @@ def test_stored_bytes_match_fsdp(
     assert sum(sharded.saved_bytes(ranks).values()) == size - local_bytes
 
 
-def test_estimated_memory_per_rank() -> None:
+def test_estimated_memory_per_rank():
     block, root = (
         ShardGroup((ShardedTensor(1, WEIGHTS, 8, 800, 800),)),
         ShardGroup((ShardedTensor(1, WEIGHTS, 6, 600, 600),)),
@@ -112,9 +110,7 @@ def test_estimated_memory_per_rank() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_autocast_copies_of_sharded_model_are_only_of_head(
-    dtype: str, tmp_path: Path, tiny_model_dir: ModelDir
-) -> None:
+def test_autocast_copies_of_sharded_model_are_only_of_head(dtype, tmp_path, tiny_model_dir):
     config = configure(tmp_path, tiny_model_dir("llama", num_hidden_layers=7), "full", dtype)
     run = resolve(config)
     model: Any = build_task_model(run.model.config, run.model.auto_class)
@@ -136,9 +132,7 @@ def test_autocast_copies_of_sharded_model_are_only_of_head(
     assert sharded.blocks.gathered_bytes(1) == sharded.blocks.reduced_bytes(1) - 2 * num_16_bit
 
 
-def test_quantized_codes_are_sharded_but_not_scales(
-    tmp_path: Path, tiny_model_dir: ModelDir
-) -> None:
+def test_quantized_codes_are_sharded_but_not_scales(tmp_path, tiny_model_dir):
     config = configure(tmp_path, tiny_model_dir("llama"), "qlora")
     run = resolve(config)
     model: Any = build_task_model(run.model.config, run.model.auto_class)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
@@ -34,7 +32,7 @@ GEMMA = {"num_hidden_layers": 6, "layer_types": None}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_default_model_of_family_has_no_limitations(family: str) -> None:
+def test_default_model_of_family_has_no_limitations(family):
     overrides = GEMMA if family == "gemma3_text" else {}
     assert get_gguf_limitations(build_config(family, **overrides)) == []
 
@@ -55,17 +53,13 @@ def test_default_model_of_family_has_no_limitations(family: str) -> None:
         ("gemma3_text", {**GEMMA, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50"),
     ],
 )
-def test_unsupported_config_is_reported(
-    family: str, overrides: dict[str, Any], message: str
-) -> None:
+def test_unsupported_config_is_reported(family, overrides, message):
     problems = get_gguf_limitations(build_config(family, **overrides))
     assert any(message in problem for problem in problems), problems
 
 
 @pytest.mark.parametrize(("heads", "shape"), [(4, (64, 48)), (2, (32, 48)), (4, (64,))])
-def test_interleave_is_inverse_of_transformers_permutation(
-    heads: int, shape: tuple[int, ...]
-) -> None:
+def test_interleave_is_inverse_of_transformers_permutation(heads, shape):
     weight = torch.randn(shape)
     interleaved = interleave(weight, heads)
     assert not torch.equal(interleaved, weight)
@@ -73,7 +67,7 @@ def test_interleave_is_inverse_of_transformers_permutation(
     assert torch.equal(torch.from_numpy(restored.copy()), weight)
 
 
-def test_gemma_norm_weights_are_increased_by_one() -> None:
+def test_gemma_norm_weights_are_increased_by_one():
     config = build_config("gemma3_text", **GEMMA)
     weight = torch.tensor([0.5, -0.25], dtype=torch.bfloat16)
     converted = convert(config, "blk.0.attn_q_norm.weight", weight, is_conv1d=False)
@@ -82,7 +76,7 @@ def test_gemma_norm_weights_are_increased_by_one() -> None:
     assert torch.equal(converted, weight)
 
 
-def test_rope_divisors_give_scaled_frequencies() -> None:
+def test_rope_divisors_give_scaled_frequencies():
     config = build_config("llama", rope_parameters=LLAMA_3)
     divisors = extra_tensors(config)["rope_freqs.weight"]
     plain = 1 / 10000 ** (torch.arange(0, 16, 2) / 16)
@@ -93,7 +87,7 @@ def test_rope_divisors_give_scaled_frequencies() -> None:
     assert extra_tensors(build_config("llama")) == {}
 
 
-def test_sliding_window_limits_stated_context() -> None:
+def test_sliding_window_limits_stated_context():
     assert context_limit(build_config("mistral")) == (512, None)
     assert context_limit(build_config("mistral", sliding_window=128)) == (128, 128)
     assert context_limit(build_config("mistral", sliding_window=4096)) == (512, None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +25,7 @@ from ftlevel.extras.serving.gguf_file import (
 
 @pytest.mark.parametrize("outtype", OUTTYPES)
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 0.0])
-def test_rounding_matches_gguf_package(outtype: str, scale: float) -> None:
+def test_rounding_matches_gguf_package(outtype, scale):
     # bfloat16 values are often halfway between two levels, where formulas differ.
     weight = (torch.randn(64, 96) * scale).bfloat16().float()
     kind = OUTTYPES[outtype][0]
@@ -39,7 +38,7 @@ def create_tensor(value: torch.Tensor, outtype: str) -> GGUFTensor:
 
 
 @pytest.mark.parametrize("outtype", OUTTYPES)
-def test_gguf_reader_reads_keys_and_tensors(tmp_path: Path, outtype: str) -> None:
+def test_gguf_reader_reads_keys_and_tensors(tmp_path, outtype):
     weight = torch.randn(3, 64)
     keys: dict[str, Any] = {
         "general.architecture": "llama",
@@ -65,7 +64,7 @@ def test_gguf_reader_reads_keys_and_tensors(tmp_path: Path, outtype: str) -> Non
 
 
 @pytest.mark.parametrize("outtype", GRIDS)
-def test_gguf_package_dequantizes_selected_codes(tmp_path: Path, outtype: str) -> None:
+def test_gguf_package_dequantizes_selected_codes(tmp_path, outtype):
     """Rows of the file are in another order than rows of the model."""
     grid, weight = GRIDS[outtype], torch.randn(4, 64)
     scales = grid.scales_of(weight)
@@ -84,7 +83,7 @@ def test_gguf_package_dequantizes_selected_codes(tmp_path: Path, outtype: str) -
 
 
 @pytest.mark.parametrize("outtype", GRIDS)
-def test_fitted_scales_reduce_weighted_error(outtype: str) -> None:
+def test_fitted_scales_reduce_weighted_error(outtype):
     torch.manual_seed(0)
     grid, weight = GRIDS[outtype], torch.randn(16, 64)
     inputs = torch.randn(200, 64) * torch.linspace(0.1, 3, 64)
@@ -106,14 +105,14 @@ def test_fitted_scales_reduce_weighted_error(outtype: str) -> None:
     assert not zero_scales.any()
 
 
-def test_value_above_float16_raises(tmp_path: Path) -> None:
+def test_value_above_float16_raises(tmp_path):
     tensor = create_tensor(torch.tensor([[1e5, 0.0]]), "f16")
     with pytest.raises(RunError, match=r"up has values above float16.*--outtype bf16"):
         save_gguf(tmp_path / "x.gguf", {"general.architecture": "llama"}, [tensor], print)
     assert not (tmp_path / "x.gguf").exists()
 
 
-def test_full_disk_is_reported_with_the_file(tmp_path: Path) -> None:
+def test_full_disk_is_reported_with_the_file(tmp_path):
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     path, tensor = tmp_path / "x.gguf", create_tensor(torch.zeros(256, 64), "f32")

@@ -46,7 +46,7 @@ def create_llama_3_tokenizer() -> Any:
         (create_llama_3_tokenizer(), "llama-bpe"),
     ],
 )
-def test_pre_tokenizer_is_recognized_by_its_steps(tokenizer: Any, name: str) -> None:
+def test_pre_tokenizer_is_recognized_by_its_steps(tokenizer, name):
     vocabulary = load_vocab(tokenizer, SIZE)
     assert (vocabulary.model, vocabulary.pre) == ("gpt2", name)
     assert vocabulary.scores is None
@@ -56,7 +56,7 @@ def test_pre_tokenizer_is_recognized_by_its_steps(tokenizer: Any, name: str) -> 
     assert len(keys["tokenizer.ggml.tokens"]) == len(keys["tokenizer.ggml.token_type"]) == SIZE
 
 
-def test_wordpiece_tokens_mark_word_starts() -> None:
+def test_wordpiece_tokens_mark_word_starts():
     tokenizer = build_tokenizer("bert")
     vocabulary = load_vocab(tokenizer, SIZE)
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
@@ -97,24 +97,24 @@ def test_wordpiece_tokens_mark_word_starts() -> None:
         (build_tokenizer("llama"), "not those of a SentencePiece model"),
     ],
 )
-def test_unsupported_tokenizer_raises(tokenizer: Any, message: str) -> None:
+def test_unsupported_tokenizer_raises(tokenizer, message):
     with pytest.raises(InputError, match=message.replace("{", r"\{").replace("'", '"')):
         load_vocab(tokenizer, SIZE)
 
 
-def test_unsupported_normalizer_raises() -> None:
+def test_unsupported_normalizer_raises():
     tokenizer = build_tokenizer("gpt2")
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     with pytest.raises(InputError, match="normalizer Lowercase"):
         load_vocab(tokenizer, SIZE)
 
 
-def test_tokenizer_larger_than_embedding_raises() -> None:
+def test_tokenizer_larger_than_embedding_raises():
     with pytest.raises(InputError, match="a token of id 500, and the model's embedding has 500"):
         load_vocab(build_tokenizer("gpt2"), 500)
 
 
-def test_token_types_and_special_tokens() -> None:
+def test_token_types_and_special_tokens():
     tokenizer = as_sentencepiece(build_tokenizer("gemma3_text"))
     tokenizer.add_tokens(["\u2581\u2581x"])  # not special: matched before spaces are replaced
     vocabulary = load_vocab(tokenizer, SIZE)
@@ -134,7 +134,7 @@ def test_token_types_and_special_tokens() -> None:
     }
 
 
-def test_scores_decrease_in_merge_order() -> None:
+def test_scores_decrease_in_merge_order():
     tokenizer = as_sentencepiece(build_tokenizer("llama"))
     vocabulary = load_vocab(tokenizer, SIZE)
     assert vocabulary.scores is not None
@@ -146,7 +146,7 @@ def test_scores_decrease_in_merge_order() -> None:
     assert len(vocabulary.notes) == 2, "Metaspace prepends at the beginning only"
 
 
-def test_separated_merges_of_a_token_raise() -> None:
+def test_separated_merges_of_a_token_raise():
     tokenizer = as_sentencepiece(build_tokenizer("llama"))
     serialized = gguf.json.loads(tokenizer.backend_tokenizer.to_str())
     merges = serialized["model"]["merges"]
