@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ftlevel.cli.app import run
+from command_line import Cli
 
 FIX = "Fix the line, or drop bad rows with --on-bad-row skip."
 UNLABELLED = "Such numbers mark rows without a label: remove these rows."
@@ -146,14 +146,11 @@ def folder(
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_bad_data_error_names_file_and_line(
-    name: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_data_error_names_file_and_line(name: str, folder: Path, cli: Cli) -> None:
     content, arguments, messages = BAD_FILES[name]
     Path("rows.jsonl").write_bytes(content)
     before = sorted(folder.iterdir())
-    assert run(["train", "--quiet", "--dataset", "rows.jsonl", *arguments]) == 2
-    captured = capsys.readouterr()
+    captured = cli.run("train --quiet --dataset rows.jsonl", *arguments, code=2)
     errors, _, topic = captured.err.rpartition("  ")
     assert errors.splitlines() == [f"ftlevel: {message}" for message in messages]
     assert topic in ("[files]\n", "[rows]\n", "[columns]\n", "[encoding]\n")
@@ -161,7 +158,7 @@ def test_bad_data_error_names_file_and_line(
     assert sorted(folder.iterdir()) == before
 
 
-def test_byte_order_mark_is_accepted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_byte_order_mark_is_accepted(folder: Path, cli: Cli) -> None:
     Path("rows.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl(*pairs(3)))
-    assert run(["train", "--dry-run", "--dataset", "rows.jsonl"]) == 0
-    assert "columns: prompt + completion: 'prompt', 'completion'" in capsys.readouterr().out
+    output = cli("train --dry-run --dataset rows.jsonl")
+    assert "columns: prompt + completion: 'prompt', 'completion'" in output

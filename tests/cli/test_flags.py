@@ -17,8 +17,9 @@ import cli_page
 import write_docs
 from additions.tree import FLAG
 from additions.tree import run as run_in
+from command_line import Cli
 from ftlevel.artifacts.run_directory import open_run
-from ftlevel.cli.app import build_app, commands, run
+from ftlevel.cli.app import build_app, commands
 from ftlevel.cli.flags import CommandInput, _get_adapter_task, add_command
 from ftlevel.cli.spelling import FlagSpec, build_flag_specs, resolve_flag_aliases
 from ftlevel.config import EvaluateConfig, Layer, TrainConfig
@@ -213,11 +214,8 @@ def test_alias_values_are_translated_for_their_flag_only() -> None:
         (["merge", "x"], "Missing option '--out' / '-o'."),
     ],
 )
-def test_errors_name_argument_as_typed(
-    arguments: list[str], start: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(arguments) == 2
-    assert capsys.readouterr().err.startswith(f"ftlevel: {start}")
+def test_errors_name_argument_as_typed(arguments: list[str], start: str, cli: Cli) -> None:
+    assert cli.fails(*arguments).startswith(f"ftlevel: {start}")
 
 
 # Help.

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import pytest
 
+from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.config import GateConfig
 
@@ -266,10 +267,9 @@ def test_auto_max_length_drops_up_to_one_percent(
     assert run(["train", "--quiet", "--output-dir", "run", "--resume"]) == 0
 
 
-def test_findings_appear_in_json_summary(capsys: pytest.CaptureFixture[str]) -> None:
+def test_findings_appear_in_json_summary(cli: Cli) -> None:
     write(Path("rows.jsonl"), [*GOOD, GOOD[0]])
-    assert run(["train", "--dry-run", "--json", "--dataset", "rows.jsonl"]) == 0
-    [finding] = json.loads(capsys.readouterr().out)["data"]["gate"]
+    [finding] = cli.json("train --dry-run --json --dataset rows.jsonl")["data"]["gate"]
     assert finding == {
         "name": "exact_duplicates", "split": "train", "count": 1, "total": 7, "action": "warn",
         "places": ["rows.jsonl:7 as rows.jsonl:1"], "title": "the same as an earlier row",

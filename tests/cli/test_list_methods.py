@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.config import SPECS
 
@@ -64,15 +65,13 @@ def test_model_directory_uses_its_model_type(capsys, tiny_model_dir):
         (["--model", "lama"], "Did you mean"),
     ],
 )  # fmt: skip
-def test_unknown_values_are_rejected_with_suggestion(capsys, flags, text):
-    assert run(["list-methods", *flags]) == 2
-    assert text in capsys.readouterr().err
+def test_unknown_values_are_rejected_with_suggestion(cli: Cli, flags, text):
+    assert text in cli.fails("list-methods", *flags)
 
 
-def test_text_output_fits_80_columns(capsys, monkeypatch):
+def test_text_output_fits_80_columns(cli: Cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    assert run(["list-methods", "--model", "gpt2", "--quant", "none"]) == 0
-    out = capsys.readouterr().out
+    out = cli("list-methods --model gpt2 --quant none")
     assert out.startswith("gpt2, --quant none\n\nlora          yes      two low-rank matrices")
     assert "oft           no       --method oft cannot be used with gpt2:" in out
     assert max(map(len, out.splitlines())) <= 80
@@ -99,9 +98,8 @@ def test_list_methods_is_fast_and_imports_no_torch():
     assert min(ratios) < 10, f"{ratios}: 3 million additions take 0.1 s on an idle core, this 0.25"
 
 
-def test_unknown_family_names_no_other_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["list-methods", "--model", "lama"]) == 2
-    message = capsys.readouterr().err
+def test_unknown_family_names_no_other_command(cli: Cli) -> None:
+    message = cli.fails("list-methods --model lama")
     assert "Did you mean 'llama'" in message
     assert "use its directory or full id, OWNER/NAME." in message
     assert "list-targets" not in message

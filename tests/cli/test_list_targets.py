@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.models.families import FAMILIES
 from unit.models.meta_models import tiny_config
@@ -56,15 +57,13 @@ def model(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def test_llama_output(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["list-targets", "llama"]) == 0
-    assert capsys.readouterr().out == LLAMA
+def test_llama_output(cli: Cli) -> None:
+    assert cli("list-targets llama") == LLAMA
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_fits_80_columns(family: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["list-targets", family]) == 0
-    out = capsys.readouterr().out
+def test_every_family_fits_80_columns(family: str, cli: Cli) -> None:
+    out = cli(f"list-targets {family}")
     assert max(len(line) for line in out.splitlines()) <= 80
     assert out.isascii()
     for stack in FAMILIES[family].stacks:
@@ -96,9 +95,8 @@ def test_arguments_exit_code_and_output(
     assert not (captured.out if code else captured.err)
 
 
-def test_model_output(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["list-targets", model, "--lora-r", "4"]) == 0
-    out = capsys.readouterr().out
+def test_model_output(model: str, cli: Cli) -> None:
+    out = cli(f"list-targets {model} --lora-r 4")
     assert out.startswith(f"{model}, gpt2, GPT2LMHeadModel, decoder, 96,320 parameters\n")
     assert (
         "Linear         Type    in -> out  Count  LoRA r=4  "
@@ -108,9 +106,8 @@ def test_model_output(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "6,656 trainable, 6.91% of the model" in " ".join(out.split())
 
 
-def test_json_output_is_one_object(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["list-targets", model, "--json", "--lora-r", "4"]) == 0
-    captured = capsys.readouterr()
+def test_json_output_is_one_object(model: str, cli: Cli) -> None:
+    captured = cli.run(f"list-targets {model} --json --lora-r 4")
     report = json.loads(captured.out)
     assert report["source"] == "model"
     assert report["total_parameters"] == 96_320

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.config import TrainConfig, build_config, load_recipe
 
@@ -205,12 +205,10 @@ eval_steps: 50
 
 
 @pytest.mark.parametrize(("text", "tool"), [(AXOLOTL, "Axolotl"), (LLAMA_FACTORY, "LLaMA-Factory")])
-def test_unconverted_configuration_is_rejected(
-    text: str, tool: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unconverted_configuration_is_rejected(text: str, tool: str, cli: Cli) -> None:
     Path("theirs.yml").write_text(text)
-    assert run(["train", "--recipe", "theirs.yml"]) == 2
-    assert capsys.readouterr().err == (
+    error = cli.fails("train --recipe theirs.yml")
+    assert error == (
         f"ftlevel: theirs.yml is a configuration of {tool}. Write it as a recipe first: "
         "ftlevel recipes convert theirs.yml > recipe.yaml  [settings]\n"
     )
@@ -264,10 +262,9 @@ def test_convert_trl_grpo_and_verl(capsys: pytest.CaptureFixture[str]) -> None:
     assert unconverted.keys() == {"trl.reward_weights"}
 
 
-def test_reward_without_counterpart_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_reward_without_counterpart_is_named(cli: Cli) -> None:
     Path("theirs.yml").write_text(MS_SWIFT_GRPO.replace("[accuracy, format]", "[cosine]"))
-    assert run(["recipes", "convert", "theirs.yml"]) == 2
-    assert "reward_funcs: 'cosine' has no counterpart" in capsys.readouterr().err
+    assert "reward_funcs: 'cosine' has no counterpart" in cli.fails("recipes convert theirs.yml")
 
 
 def test_reward_function_in_a_script_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,27 +278,22 @@ def test_reward_function_in_a_script_must_be_named(capsys: pytest.CaptureFixture
     assert config.rl.reward == ("scores.py:short",)
 
 
-def test_list_show_and_copy(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_show_and_copy(cli: Cli) -> None:
     Path("recipes").mkdir()
     Path("recipes/mine.yaml").write_text("# What I do.\nmethod: lora\n")
-    assert run(["recipes", "list"]) == 0
-    first, *shipped = capsys.readouterr().out.splitlines()
+    first, *shipped = cli("recipes list").splitlines()
     assert first.split(maxsplit=1) == ["recipes/mine.yaml", "What I do."]
     assert [line.split()[0] for line in shipped] == [path.stem for path in RECIPES]
-    assert run(["recipes", "show", "mine"]) == 0
-    assert yaml.safe_load(capsys.readouterr().out) == {"method": "lora"}
-    assert run(["recipes", "copy", "demo"]) == 0
-    assert capsys.readouterr().out == "wrote demo.yaml. Then: ftlevel train demo.yaml\n"
+    assert yaml.safe_load(cli("recipes show mine")) == {"method": "lora"}
+    assert cli("recipes copy demo") == "wrote demo.yaml. Then: ftlevel train demo.yaml\n"
     assert Path("demo.yaml").read_bytes() == (RECIPES[0].parent / "demo.yaml").read_bytes()
     Path("demo.yaml").write_text("method: ia3\n")
-    assert run(["recipes", "copy", "recipes/mine.yaml", "demo.yaml"]) == 2
-    assert "Choose another: ftlevel recipes copy mine demo-2.yaml" in capsys.readouterr().err
+    error = cli.fails("recipes copy recipes/mine.yaml demo.yaml")
+    assert "Choose another: ftlevel recipes copy mine demo-2.yaml" in error
     assert Path("demo.yaml").read_text() == "method: ia3\n"
     Path("folder").mkdir()
-    assert run(["recipes", "copy", "mine", "folder", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["copied_to"] == "folder/mine.yaml"
-    assert run(["recipes", "list", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["recipes"]
+    assert cli.json("recipes copy mine folder --json")["copied_to"] == "folder/mine.yaml"
+    rows = cli.json("recipes list --json")["recipes"]
     assert {"name": "demo.yaml", "path": "demo.yaml", "about": ""} in rows
 
 
@@ -316,13 +308,10 @@ def test_list_show_and_copy(capsys: pytest.CaptureFixture[str]) -> None:
         ("copy demo no/new.yaml", "no does not exist"),
     ],
 )
-def test_invalid_arguments_are_rejected(
-    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_invalid_arguments_are_rejected(arguments: str, message: str, cli: Cli) -> None:
     Path("recipes").mkdir()
     Path("recipes/mine.yaml").write_text("method: lora\n")
-    assert run(["recipes", *arguments.split()]) == 2
-    assert message in capsys.readouterr().err
+    assert message in cli.fails("recipes", *arguments.split())
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from command_line import Cli
 from ftlevel.cli.app import run
 
 
@@ -62,9 +63,7 @@ def test_runs_are_listed_and_old_checkpoints_removed(capsys: pytest.CaptureFixtu
     assert "nothing has no run" in capsys.readouterr().err
 
 
-def test_clean_asks_first(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_clean_asks_first(monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
     train("runs/one", "--max-steps", "3", "--save-steps", "1", "--save-total-limit", "9")
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("typer.confirm", lambda *_, **__: False)
@@ -75,9 +74,8 @@ def test_clean_asks_first(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("typer.confirm", refuse)
-    assert run(["runs", "clean"]) == 130
+    cli.fails("runs clean", code=130)
     assert {"checkpoint-1", "checkpoint-2", "checkpoint-3"} <= checkpoints("runs/one")
-    capsys.readouterr()
 
 
 def test_unfinished_and_damaged_runs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

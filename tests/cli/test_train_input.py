@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from command_line import Cli
 from ftlevel.cli.app import run
 
 ROWS = [{"prompt": f"say {i}", "completion": f"it is {i}"} for i in range(8)]
@@ -141,14 +142,11 @@ def test_gradient_checkpointing_of_albert_is_rejected(
     assert message.startswith("--gradient-checkpointing cannot be used with albert: ")
 
 
-def test_layerdrop_is_disabled(
-    folder: Path, capsys: pytest.CaptureFixture[str], tiny_model_dir: Callable[..., Path]
-) -> None:
+def test_layerdrop_is_disabled(folder: Path, cli: Cli, tiny_model_dir: Callable[..., Path]) -> None:
     model = tiny_model_dir("bart", encoder_layerdrop=0.5)
     arguments = ["--model", str(model), "--task", "summarization", "--dataset", "rows.jsonl"]
     arguments += ["--map", "document=prompt", "--map", "summary=completion", "--dry-run"]
-    assert run(["train", *arguments]) == 0
-    captured = capsys.readouterr()
+    captured = cli.run("train", *arguments)
     assert (
         "layers: none is skipped (the model has encoder_layerdrop 0.5)"
         in captured.out + captured.err

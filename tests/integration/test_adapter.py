@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from command_line import Cli
 from forked import Forked
-from ftlevel.cli.app import run
 
 SHORT = [
     *("--model", "tiny", "--overlong", "drop", "--batch-size", "4"),
@@ -54,12 +54,9 @@ def working_dir(
         pytest.param(["--set", "method.placement=parallel"], marks=pytest.mark.sweep),
     ],
 )
-def test_adapter_run_passes_checks_and_generates(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_adapter_run_passes_checks_and_generates(arguments: list[str], cli: Cli) -> None:
     command = ["train", "--method", "adapter", "--output-dir", "run", *SHORT, *arguments]
-    assert run(command) == 0
-    output = capsys.readouterr().out
+    output = cli(*command)
     summary = json.loads(Path("run/summary.json").read_text())
     assert f"{summary['trainable_parameters']:,} of" in output, "counted before, as it came out"
     proof = summary["proof"]
@@ -67,13 +64,15 @@ def test_adapter_run_passes_checks_and_generates(
     assert proof["adapter_effect"] > 0
     assert proof["idle_tensors"] == 0
     assert proof["frozen_tensors"] == 21
-    assert run(["generate", "run", "--prompt", "def f(x):", "--compare-base", "--json",
-                "--max-new-tokens", "4"]) == 0  # fmt: skip
-    assert set(json.loads(capsys.readouterr().out)["answers"][0]) >= {"text", "base"}
+    assert set(
+        cli.json("generate run --prompt 'def f(x):' --compare-base --json --max-new-tokens 4")[
+            "answers"
+        ][0]
+    ) >= {"text", "base"}
 
 
-def test_plain_peft_loads_adapter_after_documented_import() -> None:
-    assert run(["train", "--quiet", "--method", "adapter", "--output-dir", "run", *SHORT]) == 0
+def test_plain_peft_loads_adapter_after_documented_import(cli: Cli) -> None:
+    cli("train --quiet --method adapter --output-dir run", *SHORT)
     card = json.loads(Path("run/adapter/ftlevel.json").read_text())
     line = f"import {card['needs_import']}"
     assert line in Path("run/adapter/README.md").read_text()
@@ -88,9 +87,9 @@ def test_plain_peft_loads_adapter_after_documented_import() -> None:
 
 
 def test_reduction_factor_and_bottleneck_dim_are_mutually_exclusive(
-    capsys: pytest.CaptureFixture[str],
+    cli: Cli,
 ) -> None:
-    code = run(["train", "--method", "adapter", "--set", "method.reduction_factor=8",
-                "--set", "method.bottleneck_dim=8"])  # fmt: skip
-    assert code == 2
-    assert "reduction_factor 8 and bottleneck_dim 8" in capsys.readouterr().err
+    error = cli.fails(
+        "train --method adapter --set method.reduction_factor=8 --set method.bottleneck_dim=8"
+    )
+    assert "reduction_factor 8 and bottleneck_dim 8" in error

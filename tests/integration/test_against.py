@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 import transformers
 
 import task_data
-from ftlevel.cli.app import run
+from command_line import Cli
 from ftlevel.commands.evaluate import Evaluation, evaluate
 from ftlevel.commands.train import train
 from ftlevel.config import EvaluateConfig, TrainConfig
@@ -183,7 +182,7 @@ def test_soft_prompt_adapter_is_compared_on_text(tiny_model_dir: ModelDir, tmp_p
 )
 def test_incompatible_comparison_is_rejected(
     arguments: list[str], expected: str, summarization_run: Path, tiny_model_dir: ModelDir,
-    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, cli: Cli,
 ) -> None:  # fmt: skip
     paths = {"run": str(summarization_run), "gpt2": str(tiny_model_dir("gpt2"))}
     if "{classifier}" in arguments:
@@ -192,20 +191,15 @@ def test_incompatible_comparison_is_rejected(
             tiny_model_dir("llama"), data, tmp_path / "run", "text-classification"
         ))  # fmt: skip
     formatted = [argument.format(**paths) for argument in arguments]
-    assert run(["evaluate", str(summarization_run), "--resamples", "0", *formatted]) == 2
-    message = capsys.readouterr().err
+    message = cli.fails(f"evaluate {summarization_run} --resamples 0", *formatted)
     assert expected in message
     assert "Traceback" not in message
 
 
-def test_against_command_prints_text_and_json(
-    summarization_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_against_command_prints_text_and_json(summarization_run: Path, cli: Cli) -> None:
     command = ["evaluate", str(summarization_run), "--against", str(summarization_run), "--no-base",
                "--resamples", "0", "--eval-tokens", "100"]  # fmt: skip
-    assert run(command) == 0
-    output = capsys.readouterr().out
+    output = cli(*command)
     assert "targets of these rows: KL 0.0000 nats, top-1 agreement 100.0%" in output
     assert "positions of documentation of Python's standard library: KL 0.0000 ± 0.0000" in output
-    assert run([*command, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["against"]["rows"]["top1"] == 1
+    assert cli.json(*command, "--json")["against"]["rows"]["top1"] == 1

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import task_data
+from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.commands.evaluate import evaluate
 from ftlevel.config import EvaluateConfig
@@ -201,9 +202,7 @@ def test_damaged_best_model_is_ignored(
 
 
 @pytest.mark.slow
-def test_early_stopped_run_resumes_only_with_more_patience(
-    common: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_early_stopped_run_resumes_only_with_more_patience(common: list[str], cli: Cli) -> None:
     options = [
         *common,
         *FIRST_IS_BEST,
@@ -217,14 +216,11 @@ def test_early_stopped_run_resumes_only_with_more_patience(
     assert summary["best"]["stopped_early"]
     assert summary["best"]["kept_step"] == 2
     files = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
-    capsys.readouterr()
-    assert run(["train", "--output-dir", "run", "--resume"]) == 0
-    output = capsys.readouterr().out
+    output = cli("train --output-dir run --resume")
     assert "run is finished: 6 of 20 steps (it stopped early), so no steps remain." in output
     assert "loading the model" not in output
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == files
-    assert run(["train", "--output-dir", "run", "--resume", "--early-stopping-patience", "3"]) == 0
-    output = " ".join(capsys.readouterr().out.split())
+    output = " ".join(cli("train --output-dir run --resume --early-stopping-patience 3").split())
     assert "run/checkpoints/checkpoint-6 (step 6 of 20)" in output
     assert "stopped early, after 3 evaluations without a better one" in output
     patient = json.loads(Path("run/summary.json").read_text())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ftlevel.cli.app import run
+from command_line import Cli
 from ftlevel.data.encoding.prompts import encode_prompt
 from ftlevel.trained.resolve import resolve_model
 
@@ -23,7 +23,7 @@ CONVERSATION = [
 
 @pytest.mark.slow
 def test_chat_template_is_saved_and_used_for_generation(
-    tmp_path: Path, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], cli: Cli
 ) -> None:
     data = tmp_path / "talk.jsonl"
     rows = [
@@ -32,19 +32,18 @@ def test_chat_template_is_saved_and_used_for_generation(
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     model = ["--model", str(tiny_model_dir("llama", chat=False)), "--dataset", str(data)]
-    assert run(["train", "--dry-run", *model]) == 2
+    error = cli.fails("train --dry-run", *model)
     assert (
         f"{data}:1: is a conversation of 5 messages, and the model has no chat template. "
         "Add --chat-template mistral, or"
-    ) in capsys.readouterr().err
+    ) in error
     out = tmp_path / "run"
     arguments = [*model, "--chat-template", "mistral", "--max-steps", "2", "--learning-rate",
                  "0.01", "--output-dir", str(out), "--validation-split", "0.2"]  # fmt: skip
-    assert run(["train", *arguments]) == 0
-    assert "chat template: mistral (the model has none)" in capsys.readouterr().out
+    assert "chat template: mistral (the model has none)" in cli("train", *arguments)
     assert "[INST]" in (out / "adapter/chat_template.jinja").read_text(encoding="utf-8")
     trained = resolve_model(str(out), device="cpu").load("cpu")
     assert trained.ref.prompt_format is not None
     ids = encode_prompt(trained.tokenizer, trained.ref.prompt_format, "the value")
     assert trained.tokenizer.decode(ids) == "<s>[INST] the value [/INST]"
-    assert run(["generate", str(out), "--prompt", "the value", "--device", "cpu"]) == 0
+    cli(f"generate {out} --prompt 'the value' --device cpu")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from command_line import Cli
 from ftlevel.cli.app import run
 
 pytestmark = pytest.mark.slow
@@ -90,15 +91,14 @@ def test_last_checkpoint_has_metrics_of_run(
     assert earlier["metrics"]["loss"] != run_result["metrics"]["loss"]
 
 
-def test_checkpoint_keeps_task_of_run(train_run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoint_keeps_task_of_run(train_run: Any, cli: Cli) -> None:
     train_run(data="labels.jsonl", task="text-classification")
     command = ("predict", "--dataset", "labels.jsonl", "--limit", "4", "--quiet", "--output")
     for name, out in (("run", "a.jsonl"), ("run/checkpoints/checkpoint-4", "b.jsonl")):
-        assert run([command[0], name, *command[1:], out]) == 0
+        cli(command[0], name, *command[1:], out)
     assert Path("a.jsonl").read_text() == Path("b.jsonl").read_text()
-    capsys.readouterr()
-    assert run(["evaluate", "run/checkpoints/checkpoint-4", "--task", "text-generation"]) == 2
-    assert "was trained for text-classification" in capsys.readouterr().err
+    error = cli.fails("evaluate run/checkpoints/checkpoint-4 --task text-generation")
+    assert "was trained for text-classification" in error
 
 
 def test_preference_reference_is_start_of_run(
@@ -151,30 +151,22 @@ def test_merged_checkpoint_equals_merged_run(
     run_json(capsys, "export", "run/checkpoints/checkpoint-4", "--out", "last.gguf", "--no-verify")
 
 
-def test_unfinished_pissa_checkpoint_is_rejected(
-    train_run: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unfinished_pissa_checkpoint_is_rejected(train_run: Any, cli: Cli) -> None:
     """PEFT would compute another PiSSA initialization from the base, and so another model."""
     train_run("--init", "pissa_niter_4")
     for command in (["evaluate"], ["merge", "--out", "whole"], ["generate", "--prompt", "the"]):
-        capsys.readouterr()
         name = "run/checkpoints/checkpoint-2"
-        assert run([command[0], name, *command[1:]]) == 2
-        message = capsys.readouterr().err
+        message = cli.fails(command[0], name, *command[1:])
         assert "began with init_lora_weights='pissa_niter_4'" in message
         assert "ftlevel train --output-dir run --resume" in message
 
 
-def test_damaged_checkpoint_is_reported_in_one_line(
-    train_run: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_checkpoint_is_reported_in_one_line(train_run: Any, cli: Cli) -> None:
     checkpoint = train_run() / "checkpoints/checkpoint-2"
     (checkpoint / "ftlevel.json").unlink()  # as 0.1.0 left it
     (checkpoint / "adapter_config.json").write_text('{"peft')
     for command in (["evaluate"], ["merge", "--out", "whole"]):
-        capsys.readouterr()
-        assert run([command[0], str(checkpoint), *command[1:]]) == 2
-        message = capsys.readouterr().err
+        message = cli.fails(command[0], checkpoint, *command[1:])
         assert "adapter_config.json" in message
         assert "is a bug in ftlevel" not in message
 

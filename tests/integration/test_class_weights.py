@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from command_line import Cli
 from ftlevel.cli.app import run
 
 SHORT = ["--max-steps", "3", "--batch-size", "6", "--dtype", "float32", "--lr", "1e-3",
@@ -86,17 +87,14 @@ def test_class_weights_are_reported_and_do_not_affect_evaluation() -> None:
         (["--map", "label=number", "--focal-gamma", "2"], "these rows have none"),
     ],
 )
-def test_invalid_class_weights_are_rejected(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_invalid_class_weights_are_rejected(arguments: list[str], message: str, cli: Cli) -> None:
     rows = [{"text": f"a {i}", "label": "rare" if i % 3 else "often", "number": i / 7}
             for i in range(9)]  # fmt: skip
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["train", "--model", "./model", "--dry-run", "--dataset", "rows.jsonl", *arguments]
-    assert run(command) == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    assert message in " ".join(cli.fails(*command).split())
 
 
-def test_class_weights_for_text_generation_are_rejected(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["train", "--class-weights", "balanced", "--dry-run", "--max-samples", "4"]) == 2
-    assert "and these rows have none. Drop it." in capsys.readouterr().err
+def test_class_weights_for_text_generation_are_rejected(cli: Cli) -> None:
+    error = cli.fails("train --class-weights balanced --dry-run --max-samples 4")
+    assert "and these rows have none. Drop it." in error

@@ -15,6 +15,7 @@ from peft import AdaLoraConfig, IA3Config, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import task_data
+from command_line import Cli
 from ftlevel.cli.app import run
 
 ModelDir = Callable[..., Path]
@@ -181,9 +182,7 @@ def write_turns(directory: Path) -> None:
         (directory / f"{split}.jsonl").write_text(text)
 
 
-def test_continued_classifier_keeps_its_head(
-    tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_continued_classifier_keeps_its_head(tiny_model_dir: ModelDir, cli: Cli) -> None:
     task_data.write(Path("data"), "class")
     short = ["--batch-size", "4", "--dtype", "float32", "--max-steps", "3"]
     before = train("--model", str(tiny_model_dir("bert")), "--dataset", "data", *short)
@@ -196,9 +195,7 @@ def test_continued_classifier_keeps_its_head(
     one_class = train(*one_class_data, "--adapter", "run", *short, out="some")
     assert one_class["data"]["labels"] == ["a", "b"], "the head has two, though the rows have one"
     Path("other.jsonl").write_text("".join(json.dumps({**r, "label": "c"}) + "\n" for r in rows))
-    capsys.readouterr()
-    assert run(["train", "--dataset", "other.jsonl", "--adapter", "run"]) == 2
-    message = capsys.readouterr().err
+    message = cli.fails("train --dataset other.jsonl --adapter run")
     assert "other.jsonl:1: label 'c' (8 rows) is not one of the 2 classes that" in message
 
 
@@ -209,7 +206,7 @@ def base_with_run(base: Path) -> Path:
 
 
 def test_options_that_contradict_adapter_are_rejected(
-    base_with_run: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+    base_with_run: Path, tiny_model_dir: ModelDir, cli: Cli
 ) -> None:
     other = tiny_model_dir("gpt2")
     for options, message in (
@@ -221,47 +218,40 @@ def test_options_that_contradict_adapter_are_rejected(
         (["--model", str(other)], "run/adapter was trained on"),
         (["--output-dir", "run", "--overwrite"], "--output-dir run contains --adapter run, which"),
     ):
-        assert run(["train", "--adapter", "run", *SHORT, *options]) == 2
-        captured = capsys.readouterr()
+        captured = cli.run("train --adapter run", *SHORT, *options, code=2)
         assert message in captured.err
         assert "loading the model" not in captured.out
-    assert run(["train", "--adapter", "nowhere/x"]) == 2
-    assert "--adapter nowhere/x does not exist. Name a run" in capsys.readouterr().err
+    error = cli.fails("train --adapter nowhere/x")
+    assert "--adapter nowhere/x does not exist. Name a run" in error
     train(*SHORT, "--adapter", "run", "--lora-r", "4", "--lora-dropout", "0.1", "--max-steps", "1",
           "--model", str(base_with_run), out="on")  # fmt: skip
 
 
-def test_unsupported_adapter_cannot_be_continued(
-    base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unsupported_adapter_cannot_be_continued(base: Path, cli: Cli) -> None:
     model = AutoModelForCausalLM.from_pretrained(base)
     config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj"])
     get_peft_model(model, config).save_pretrained("ada")
-    assert run(["train", "--adapter", "ada"]) == 2
-    assert "by --method adalora, which cannot be continued: its ranks" in capsys.readouterr().err
+    error = cli.fails("train --adapter ada")
+    assert "by --method adalora, which cannot be continued: its ranks" in error
     model = AutoModelForCausalLM.from_pretrained(base)
     config = LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True)
     get_peft_model(model, config).save_pretrained("biased")
-    assert run(["train", "--adapter", "biased", *SHORT]) == 2
-    assert (
-        "--adapter biased: its lora_bias is true, and in training it would be false"
-        in capsys.readouterr().err
-    )
+    error = cli.fails("train --adapter biased", *SHORT)
+    assert "--adapter biased: its lora_bias is true, and in training it would be false" in error
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_initialization_outside_the_file_is_exported_before_it_is_continued(
-    base: Path, init: str, capsys: pytest.CaptureFixture[str]
+    base: Path, init: str, cli: Cli
 ) -> None:
     """PEFT repeats the initialization when it loads the adapter, which changes the base."""
     model = AutoModelForCausalLM.from_pretrained(base)
     config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=init)
     get_peft_model(model, config).save_pretrained("moved")
-    assert run(["train", "--adapter", "moved", *SHORT]) == 2
-    message = capsys.readouterr().err
+    message = cli.fails("train --adapter moved", *SHORT)
     assert f"--adapter moved cannot be continued. init_lora_weights is {init}: its" in message
     assert "ftlevel export ADAPTER --format peft --out DIR" in message
-    assert run(["export", "moved", "--format", "peft", "--out", "plain", "--quiet"]) == 0
+    cli("export moved --format peft --out plain --quiet")
     assert train(*SHORT, "--adapter", "plain", "--max-steps", "1", out="on")["method"] == "lora"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.commands.generate import generate
 from ftlevel.config.output import Decoding, DecodingAsInTraining
@@ -70,7 +71,7 @@ def greedy(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     "decoding", [["--num-beams", "3"], ["--temperature", "1", "--top-p", "0.9"]]
 )
 def test_decoding_options_do_not_change_training_loss(
-    decoding: list[str], greedy: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+    decoding: list[str], greedy: list[dict[str, Any]], cli: Cli
 ) -> None:
     records = train(*STEPS, *decoding, out="other")
     assert [r["loss"] for r in greedy if "loss" in r] == [r["loss"] for r in records if "loss" in r]
@@ -79,9 +80,9 @@ def test_decoding_options_do_not_change_training_loss(
         for run_records in (greedy, records)
     ]
     assert scores[0] != scores[1]
-    capsys.readouterr()
-    assert run(["evaluate", "other", "--resamples", "0", "--no-base", "--json"]) == 0
-    evaluated = json.loads(capsys.readouterr().out)["metrics"]["rouge1"]  # as in training
+    evaluated = cli.json("evaluate other --resamples 0 --no-base --json")["metrics"][
+        "rouge1"
+    ]  # as in training
     assert evaluated == pytest.approx(scores[1][-1])
 
 

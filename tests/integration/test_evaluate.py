@@ -15,6 +15,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 import task_data
+from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.commands.evaluate import Evaluation, evaluate
 from ftlevel.commands.train import train
@@ -153,7 +154,7 @@ def assert_predictions_match_metrics(
 
 
 def test_evaluation_on_training_rows_warns(
-    tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model_dir: ModelDir, tmp_path: Path, cli: Cli
 ) -> None:
     data = task_data.write(tmp_path / "data", "class") / "train.jsonl"
     train(
@@ -161,24 +162,21 @@ def test_evaluation_on_training_rows_warns(
     )
     description = "the training rows: no validation split was held out"
     command = ["evaluate", str(tmp_path / "run"), "--resamples", "0", "--device", "cpu"]
-    assert run([*command, "--quiet", "--predictions", str(tmp_path / "p.csv")]) == 0
-    captured = capsys.readouterr()
+    captured = cli.run(*command, f"--quiet --predictions {tmp_path / 'p.csv'}")
     assert description in captured.out.splitlines()[0]
     assert f"warning: these are {description}" in captured.err
     with (tmp_path / "p.csv").open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["where"] for line in lines] == [f"{data}:{i}" for i in range(1, 17)]
     assert {line["predicted"] for line in lines} <= {"a", "b"}
-    assert run([*command, "--json"]) == 0
-    data_summary = json.loads(capsys.readouterr().out)["data"]
+    data_summary = cli.json(*command, "--json")["data"]
     assert (data_summary["split"], data_summary["training_rows"]) == (description, True)
     other_rows = task_data.write(tmp_path / "other", "class") / "train.jsonl"
-    assert run([*command, "--dataset", str(other_rows)]) == 0
-    assert "(all rows)" in capsys.readouterr().out
+    assert "(all rows)" in cli(*command, f"--dataset {other_rows}")
 
 
 def test_evaluation_on_training_file_says_that_it_includes_training_rows(
-    tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model_dir: ModelDir, tmp_path: Path, cli: Cli
 ) -> None:
     data = task_data.write(tmp_path / "data", "class") / "train.jsonl"
     config = create_config(
@@ -187,8 +185,7 @@ def test_evaluation_on_training_file_says_that_it_includes_training_rows(
     held_out = config.data.model_copy(update={"validation_split": 0.25})
     train(config.model_copy(update={"data": held_out}))
     command = ["evaluate", str(tmp_path / "run"), "--resamples", "0", "--device", "cpu"]
-    assert run([*command, "--dataset", str(data)]) == 0
-    captured = capsys.readouterr()
+    captured = cli.run(*command, f"--dataset {data}")
     assert "(all rows, including those of training)" in captured.out
     assert "warning: these are all rows, including those of training" in captured.err
 
@@ -283,7 +280,7 @@ def test_plain_peft_adapter_loss_matches_reference(
 
 
 def test_classes_of_plain_peft_adapter_are_named(
-    tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model_dir: ModelDir, tmp_path: Path, cli: Cli
 ) -> None:
     """A classifier of plain PEFT whose base has no class names."""
     base = tiny_model_dir("gpt2")
@@ -296,19 +293,17 @@ def test_classes_of_plain_peft_adapter_are_named(
     data = tmp_path / "rows.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
     command = ["evaluate", str(tmp_path / "plain"), "--model", str(base), "--dataset", str(data)]
-    assert run(command) == 2
-    assert "pass them by --labels, in its order" in capsys.readouterr().err
-    assert run([*command, "--labels", "a,b"]) == 2
-    assert "plain has 3 classes. Name all in order." in capsys.readouterr().err
+    assert "pass them by --labels, in its order" in cli.fails(*command)
+    assert "plain has 3 classes. Name all in order." in cli.fails(*command, "--labels a,b")
     predictions = tmp_path / "predicted.jsonl"
     options = ["--labels", "c,a,b", "--predictions", str(predictions)]
-    assert run([*command, *options, "--limit", "6"]) == 0
+    cli(*command, *options, "--limit 6")
     lines = list(map(json.loads, predictions.read_text().splitlines()))
     assert [line["true"] for line in lines] == list("abcabc")
     assert {line["predicted"] for line in lines} <= set("abc")
     output = tmp_path / "out.jsonl"
     predict = ["predict", *command[1:], "--labels", "c,a,b", "--output", str(output)]
-    assert run([*predict, "--limit", "6"]) == 0
+    cli(*predict, "--limit 6")
     predicted = [json.loads(line)["prediction"] for line in output.read_text().splitlines()]
     assert predicted == [line["predicted"] for line in lines]
 
@@ -328,32 +323,23 @@ def test_plain_model_needs_head_and_dataset(tiny_model_dir: ModelDir, tmp_path: 
         run_evaluation(tiny_model_dir("bert", "mlm"), task="masked-lm")
 
 
-def test_evaluate_command_output_and_errors(
-    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_command_output_and_errors(classifier: Path, tmp_path: Path, cli: Cli) -> None:
     name = str(classifier / "run")
-    assert run(["evaluate", name, "--resamples", "20", "--device", "cpu"]) == 0
-    output = capsys.readouterr().out
+    output = cli(f"evaluate {name} --resamples 20 --device cpu")
     assert "accuracy" in output
     heads = json.loads((classifier / "run/adapter/ftlevel.json").read_text())["heads"]
     assert heads == ["bert.pooler", "classifier"]
     assert f"without the adapter its head ({', '.join(heads)}) is random" in output
-    assert run(["evaluate", name, "--json", "--resamples", "20", "--device", "cpu"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    result = cli.json(f"evaluate {name} --json --resamples 20 --device cpu")
     assert set(result["metrics"]) == {"loss", "accuracy", "f1", "mcc"}
     existing_file = tmp_path / "mine.jsonl"
     existing_file.write_text("mine")
-    assert run(["evaluate", name, "--predictions", str(existing_file)]) == 2
-    assert "--predictions" in capsys.readouterr().err
+    assert "--predictions" in cli.fails(f"evaluate {name} --predictions {existing_file}")
     assert existing_file.read_text() == "mine"
-    assert run(["evaluate", name, "--task", "token_classification"]) == 2
-    assert "was trained for text-classification, not for token-classification" in (
-        capsys.readouterr().err
-    )
-    assert run(["evaluate", name, "--split", "dev"]) == 2
-    assert "--split: 'dev' is not known. Expected one of train, validation, test." in (
-        capsys.readouterr().err
-    )
+    error = cli.fails(f"evaluate {name} --task token_classification")
+    assert "was trained for text-classification, not for token-classification" in (error)
+    error = cli.fails(f"evaluate {name} --split dev")
+    assert "--split: 'dev' is not known. Expected one of train, validation, test." in (error)
 
 
 @pytest.mark.parametrize(
@@ -377,7 +363,7 @@ def test_evaluate_finds_errors_before_weights_load(
 
 
 def test_rows_longer_than_training_rows_are_evaluated(
-    tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model_dir: ModelDir, tmp_path: Path, cli: Cli
 ) -> None:
     data, base = task_data.write(tmp_path / "data", "mask"), tiny_model_dir("llama")
     train(create_config(base, data, tmp_path / "run", "text-generation"))
@@ -387,10 +373,8 @@ def test_rows_longer_than_training_rows_are_evaluated(
     rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     result = run_evaluation(tmp_path / "run", dataset=str(rows))
     assert (result.summary["data"]["rows"], result.summary["data"]["dropped"]) == (2, 1)
-    capsys.readouterr()
     command = ["evaluate", str(tmp_path / "run"), "--dataset", str(rows), "--device", "cpu"]
-    assert run([*command, "--resamples", "0"]) == 0
-    message = capsys.readouterr().err
+    message = cli.run(*command, "--resamples 0").err
     assert "1 row is too long and not scored; the numbers are of the other 2." in message
 
 
@@ -414,14 +398,11 @@ def test_dataset_option_replaces_all_datasets_of_run(
     assert result.summary["data"]["examples"] == 6
 
 
-def test_validation_rows_all_in_training_raise(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_validation_rows_all_in_training_raise(tmp_path: Path, cli: Cli) -> None:
     text = "".join(json.dumps({"text": f"{i} is a number like {i + 1}"}) + "\n" for i in range(8))
     for name in ("train", "validation"):
         (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    assert run(["evaluate", "builtin:tiny-llama", "--dataset", str(tmp_path)]) == 2
-    message = capsys.readouterr().err
+    message = cli.fails(f"evaluate builtin:tiny-llama --dataset {tmp_path}")
     assert "row of" in message
     assert "is left to score: also a training row: 8 of 8 validation rows" in message
     assert "--split train" in message

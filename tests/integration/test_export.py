@@ -19,6 +19,7 @@ import transformers
 from gguf import GGUFReader
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
+from command_line import Cli
 from export_cases import (
     CASES,
     NAMES,
@@ -29,7 +30,6 @@ from export_cases import (
     exportable_model,
     load_model,
 )
-from ftlevel.cli.app import run
 from ftlevel.errors import FtlevelError, InputError, RunError
 from ftlevel.merging.formats import gguf
 from ftlevel.models.loading import load_tokenizer
@@ -122,14 +122,14 @@ def test_wrong_tokenizer_in_file_raises(
 
 
 @pytest.mark.slow
-def test_exported_run_generates_same_text(capsys: pytest.CaptureFixture[str]) -> None:
+def test_exported_run_generates_same_text(cli: Cli) -> None:
     rows = [{"prompt": f"Say {i}.", "completion": f"It is {i} + {i}."} for i in range(24)]
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert run(["train", "--method", "lora", "--dataset", "rows.jsonl", "--max-steps", "4",
-                "--learning-rate", "2e-2", "--output-dir", "run", "--quiet"]) == 0  # fmt: skip
-    capsys.readouterr()
-    assert run(["export", "run", "--out", "run.gguf", "--outtype", "f32", "--json"]) == 0
-    summary = json.loads(capsys.readouterr().out)
+    cli(
+        "train --method lora --dataset rows.jsonl --max-steps 4 --learning-rate 2e-2 "
+        "--output-dir run --quiet"
+    )
+    summary = cli.json("export run --out run.gguf --outtype f32 --json")
     assert summary["merged"]["verified"]
     assert summary["method"] == "lora"
     assert summary["tokenizer"]["pre"] == "qwen2"
@@ -142,9 +142,9 @@ def test_exported_run_generates_same_text(capsys: pytest.CaptureFixture[str]) ->
     assert "<|im_start|>user" in "\n".join(lines)
     texts = []
     for name in ("run", "run.gguf"):
-        assert run(["generate", name, "--prompt", "def add(a, b): return a + b",
-                    "--max-new-tokens", "12", "--json"]) == 0  # fmt: skip
-        (answer,) = json.loads(capsys.readouterr().out)["answers"]
+        (answer,) = cli.json(
+            f"generate {name} --prompt 'def add(a, b): return a + b' --max-new-tokens 12 --json"
+        )["answers"]
         texts.append(answer["text"])
     assert texts[0] == texts[1] != ""
 
@@ -188,15 +188,14 @@ REJECTED = [
 @pytest.mark.parametrize(("family", "overrides", "arguments", "message"), REJECTED)
 def test_unsupported_export_is_rejected_before_writing(
     tiny_model_dir: ModelDir,
-    capsys: pytest.CaptureFixture[str],
+    cli: Cli,
     family: str,
     overrides: dict[str, Any],
     arguments: list[str],
     message: str,
 ) -> None:
     model = tiny_model_dir(family, **overrides)
-    assert run(["export", str(model), "--out", "x.gguf", *arguments]) == 2
-    assert message in capsys.readouterr().err
+    assert message in cli.fails(f"export {model} --out x.gguf", *arguments)
     assert list(Path().iterdir()) == []
 
 
@@ -212,28 +211,22 @@ def test_export_of_classifier_or_gguf_file_raises(
         export_to("y.gguf", "x.gguf")
 
 
-def test_unmergeable_adapter_is_rejected(
-    tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unmergeable_adapter_is_rejected(tiny_model_dir: ModelDir, cli: Cli) -> None:
     settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     get_peft_model(load_model(tiny_model_dir("qwen2")), settings).save_pretrained("prompts")
     for options in ([], ["--dry-run"]):
-        assert run(["export", "prompts", "--out", "x.gguf", *options]) == 2
-        assert "prompts cannot be merged" in capsys.readouterr().err
+        assert "prompts cannot be merged" in cli.fails("export prompts --out x.gguf", *options)
     assert [path.name for path in Path().iterdir()] == ["prompts"]
 
 
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])
 def test_adapter_of_quantized_base_is_rejected(
-    options: list[str], tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+    options: list[str], tiny_model_dir: ModelDir, cli: Cli
 ) -> None:
-    assert run(["quantize", str(tiny_model_dir("gpt2")), "--out", "base", "--quant", "8bit",
-                "--no-measure"]) == 0  # fmt: skip
+    cli(f"quantize {tiny_model_dir('gpt2')} --out base --quant 8bit --no-measure")
     model = load_model(Path("base"))
     get_peft_model(model, LoraConfig(task_type="CAUSAL_LM")).save_pretrained("adapter")
-    capsys.readouterr()
-    assert run(["export", "adapter", "--out", "x.gguf", *options]) == 2
-    assert "base is stored quantized" in capsys.readouterr().err
+    assert "base is stored quantized" in cli.fails("export adapter --out x.gguf", *options)
 
 
 def test_name_of_gguf_file_is_no_setting_of_the_model(tiny_model_dir: ModelDir) -> None:
@@ -242,34 +235,28 @@ def test_name_of_gguf_file_is_no_setting_of_the_model(tiny_model_dir: ModelDir) 
     assert gguf.readable_config(one, other)[1] == []
 
 
-def test_existing_file_needs_overwrite(
-    model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_existing_file_needs_overwrite(model_dir: ModelDir, cli: Cli) -> None:
     model = str(model_dir("qwen2"))
     for name in ("x.gguf", "x.Modelfile"):
         Path(name).write_text("mine")
-        assert run(["export", model, "--out", "x.gguf"]) == 2
-        assert f"{name} exists" in capsys.readouterr().err
+        assert f"{name} exists" in cli.fails(f"export {model} --out x.gguf")
         assert Path(name).read_text() == "mine"
         if name == "x.gguf":
             Path(name).unlink()
-    assert run(["export", model, "--out", "x.gguf", "--overwrite", "--no-verify"]) == 0
-    assert "not verified (--no-verify)" in capsys.readouterr().out
+    output = cli(f"export {model} --out x.gguf --overwrite --no-verify")
+    assert "not verified (--no-verify)" in output
     assert Path("x.gguf").read_bytes()[:4] == b"GGUF"
     assert Path("x.Modelfile").read_text() != "mine"
 
 
-def test_dry_run_writes_nothing(model_dir: ModelDir, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_writes_nothing(model_dir: ModelDir, cli: Cli) -> None:
     model = str(model_dir("gpt2"))
-    assert run(["export", model, "--dry-run", "--outtype", "q8_0", "--json"]) == 0
-    summary = json.loads(capsys.readouterr().out)
+    summary = cli.json(f"export {model} --dry-run --outtype q8_0 --json")
     assert summary["dry_run"]
     assert list(Path().iterdir()) == []
-    assert run(["export", model, "--out", "x.gguf", "--outtype", "q8_0", "--json"]) == 0
-    written = json.loads(capsys.readouterr().out)
+    written = cli.json(f"export {model} --out x.gguf --outtype q8_0 --json")
     assert summary["tensor_bytes"] == written["tensor_bytes"] < written["size_bytes"]
-    assert run(["export", model, "--out", "y.gguf", "--outtype", "q8_0", "--quiet"]) == 0
-    assert capsys.readouterr().out == ""
+    assert cli(f"export {model} --out y.gguf --outtype q8_0 --quiet") == ""
 
 
 @pytest.mark.slow

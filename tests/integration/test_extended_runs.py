@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import task_data
+from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.training.trainer import FtlevelTrainer
 
@@ -121,34 +122,28 @@ def test_resume_with_plateau_scheduler(
 
 
 @pytest.mark.slow
-def test_invalid_extension_is_rejected(
-    common: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_invalid_extension_is_rejected(common: list[str], cli: Cli) -> None:
     train(*common, "--max-steps", "3")
-    capsys.readouterr()
     for options, message in (
         (["--max-steps", "2"], "2 steps are fewer than the 3 already trained"),
         (["--num-train-epochs", "9"], "--num-train-epochs 9 has no effect: --max-steps 3 sets"),
         (["--max-steps", "9", "--lora-r", "2"], "not the same run: method.r was 8 and is 2"),
     ):
-        assert run(["train", "--output-dir", "run", "--resume", *options]) == 2
-        captured = capsys.readouterr()
+        captured = cli.run("train --output-dir run --resume", *options, code=2)
         assert message in captured.err
         assert "loading the model" not in captured.out
     adalora = ["--method", "adalora", "--set", "method.init_r=4", "--set", "method.target_r=2"]
     without_dropout = [a for a in common if a not in ("--lora-dropout", "0.1")]
     train(*without_dropout, *adalora, "--max-steps", "6", out="ada")
-    assert run(["train", "--output-dir", "ada", "--resume", "--max-steps", "9"]) == 2
-    assert "its ranks are pruned by a schedule over all steps" in capsys.readouterr().err
+    error = cli.fails("train --output-dir ada --resume --max-steps 9")
+    assert "its ranks are pruned by a schedule over all steps" in error
     train(*common, "--max-steps", "2", "--save-strategy", "no", out="bare")
-    assert run(["train", "--output-dir", "bare", "--resume", "--max-steps", "9"]) == 2
+    error = cli.fails("train --output-dir bare --resume --max-steps 9")
     assert (
         "it is finished and has no valid checkpoint. Continue from its adapter: --adapter bare"
-    ) in capsys.readouterr().err
-    assert run(["train", "--output-dir", "bare", "--resume"]) == 0
-    assert "so no steps remain. To continue from its adapter: --adapter bare" in (
-        capsys.readouterr().out
-    )
+    ) in error
+    output = cli("train --output-dir bare --resume")
+    assert "so no steps remain. To continue from its adapter: --adapter bare" in (output)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.training.trainer import FtlevelTrainer
 
@@ -61,9 +62,7 @@ def test_repeated_micro_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) 
         assert [r.get(name) for r in records] == [r.get(name) for r in expected], name
 
 
-def test_verify_fast_detects_wrong_fast_step(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_fast_detects_wrong_fast_step(monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
     from ftlevel.fast.fused_lora import FusedLoraFunction
 
     original = FusedLoraFunction.backward
@@ -73,6 +72,6 @@ def test_verify_fast_detects_wrong_fast_step(
         return of_x, of_dropped, None if of_a is None else of_a * 1.04, *others
 
     monkeypatch.setattr(FusedLoraFunction, "backward", staticmethod(backward))
-    assert run(["train", "--quiet", "--output-dir", "wrong", *SHORT, "--verify-fast"]) == 1
-    assert "--verify-fast: the fast step is not the plain one" in capsys.readouterr().err
+    error = cli.fails("train --quiet --output-dir wrong", *SHORT, "--verify-fast", code=1)
+    assert "--verify-fast: the fast step is not the plain one" in error
     assert not Path("wrong").exists()

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import task_data
+from command_line import Cli
 from ftlevel import MergeConfig, merge
 from ftlevel.cli.app import run
 from ftlevel.commands.export import export
@@ -129,12 +130,11 @@ def test_bfloat16_merge_differs_by_rounding_only(
 
 
 def test_saved_config_has_rope_theta_for_transformers_4(
-    train_run: Callable[..., Path], tmp_path: Path
+    train_run: Callable[..., Path], tmp_path: Path, cli: Cli
 ) -> None:
     source = train_run("llama", "text-generation", "mask", None, "--dtype", "float32")
-    assert run(["merge", str(source), "--out", "merged", "--no-verify", "--quiet"]) == 0
-    assert run(["quantize", str(source.parent / "base"), "--quant", "8bit", "--out", "packed",
-                "--no-measure", "--quiet"]) == 0  # fmt: skip
+    cli(f"merge {source} --out merged --no-verify --quiet")
+    cli(f"quantize {source.parent / 'base'} --quant 8bit --out packed --no-measure --quiet")
     for name in ("merged", "packed"):
         config = json.loads((tmp_path / name / "config.json").read_text())
         assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
@@ -165,7 +165,7 @@ def test_faulty_merge_of_one_layer_is_rejected(
     dtype: str,
     train_run: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    cli: Cli,
 ) -> None:
     """Rounding to bfloat16 is larger than such a fault and would hide it."""
     source = train_run("llama", "text-generation", "mask", None, "--dtype", dtype,
@@ -180,15 +180,15 @@ def test_faulty_merge_of_one_layer_is_rejected(
         return {name: faulty(bases[name], merged[name] - bases[name]) for name in merged}
 
     monkeypatch.setattr(Skeleton, "merge", merge_with_fault)
-    assert run(["merge", str(source), "--out", "merged"]) == 1
-    assert "the merged model is not the base with the adapter" in capsys.readouterr().err
+    error = cli.fails(f"merge {source} --out merged", code=1)
+    assert "the merged model is not the base with the adapter" in error
     assert list(Path().iterdir()) == []
 
 
 def test_corrupted_merged_file_is_rejected(
     train_run: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    cli: Cli,
 ) -> None:
     source = train_run("llama", "text-generation", "mask", None, "--dtype", "bfloat16")
     original = checkpoint.write_files
@@ -202,17 +202,14 @@ def test_corrupted_merged_file_is_rejected(
         return size
 
     monkeypatch.setattr(merged_model, "write_files", write_and_corrupt)
-    assert run(["merge", str(source), "--out", "merged"]) == 1
-    assert (
-        "model.norm.weight, reloaded, is a different tensor. Nothing was saved."
-        in capsys.readouterr().err
-    )
+    error = cli.fails(f"merge {source} --out merged", code=1)
+    assert "model.norm.weight, reloaded, is a different tensor. Nothing was saved." in error
     assert list(Path().iterdir()) == []
 
 
-def test_unverified_merge_is_marked_in_card(train_run: Callable[..., Path]) -> None:
+def test_unverified_merge_is_marked_in_card(train_run: Callable[..., Path], cli: Cli) -> None:
     source = train_run("llama", "text-generation", "mask", None, "--dtype", "float32")
-    assert run(["merge", str(source), "--out", "merged", "--no-verify", "--quiet"]) == 0
+    cli(f"merge {source} --out merged --no-verify --quiet")
     assert "**Not verified**" in Path("merged/README.md").read_text()
     assert json.loads(Path("merged/ftlevel.json").read_text())["merge"]["verified"] is False
 
@@ -318,14 +315,13 @@ def test_unmergeable_input_is_rejected_in_one_line(
     files: dict[str, str],
     arguments: list[str],
     message: str,
-    capsys: pytest.CaptureFixture[str],
+    cli: Cli,
 ) -> None:
     for name, text in files.items():
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(text)
     out = [] if "--out" in arguments else ["--out", "merged"]
-    assert run(["merge", *arguments, *out]) == 2
-    error = capsys.readouterr().err
+    error = cli.fails("merge", *arguments, *out)
     assert message.lower() in error.lower()
     assert error.startswith("ftlevel: ")
     assert len(error.splitlines()) == 1
@@ -335,14 +331,13 @@ def test_unmergeable_input_is_rejected_in_one_line(
 def test_merge_onto_other_base_is_rejected(
     train_run: Callable[..., Path],
     tiny_model_dir: TinyModelDir,
-    capsys: pytest.CaptureFixture[str],
+    cli: Cli,
 ) -> None:
     source = train_run("llama", "text-generation", "mask", None, "--dtype", "float32")
     other_base = tiny_model_dir("llama", seed=1)
-    assert run(["merge", str(source), "--out", "merged", "--base", str(other_base)]) == 2
-    assert "has other weights" in capsys.readouterr().err
+    assert "has other weights" in cli.fails(f"merge {source} --out merged --base {other_base}")
     moved = shutil.copytree(source.parent / "base", "moved")
-    assert run(["merge", str(source), "--out", "merged", "--base", str(moved), "--quiet"]) == 0
+    cli(f"merge {source} --out merged --base {moved} --quiet")
 
 
 def save_lora(base: Path, folder: Path, rank: int, targets: list[str], **settings: Any) -> Path:
@@ -383,28 +378,26 @@ def test_cat_strategy_equals_weighted_sum(tiny_model_dir: TinyModelDir) -> None:
 
 
 def test_adapters_of_different_bases_do_not_mix(
-    train_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train_run: Callable[..., Path], tmp_path: Path, cli: Cli
 ) -> None:
     source = train_run("llama", "text-generation", "mask", None, "--dtype", "float32")
     other = shutil.copytree(source / "adapter", tmp_path / "other")
     card = json.loads((other / "ftlevel.json").read_text())
     card["base"]["fingerprint"] = "0" * 64
     (other / "ftlevel.json").write_text(json.dumps(card))
-    assert run(["merge", str(source), str(other), "--out", str(tmp_path / "merged")]) == 2
-    assert "Combine adapters of one base." in capsys.readouterr().err
+    error = cli.fails(f"merge {source} {other} --out {tmp_path / 'merged'}")
+    assert "Combine adapters of one base." in error
 
 
 def test_mixture_names_its_adapters_and_their_different_quantization(
-    train_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train_run: Callable[..., Path], tmp_path: Path, cli: Cli
 ) -> None:
     source = train_run("llama", "text-generation", "mask", None, "--dtype", "float32")
     other = shutil.copytree(source / "adapter", tmp_path / "other")
     card = json.loads((other / "ftlevel.json").read_text())
     card["quantization"] = {"kind": "4bit"}
     (other / "ftlevel.json").write_text(json.dumps(card))
-    capsys.readouterr()
-    assert run(["merge", str(source), str(other), "--out", "merged", "--no-verify"]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = " ".join(cli(f"merge {source} {other} --out merged --no-verify").split())
     assert f"adapter: {source}, {other} (lora" in shown
     assert f"base as in: {source}: --quant none ({other} was trained with --quant 4bit)" in shown
 
@@ -439,19 +432,16 @@ def test_changed_tensors_and_progress_are_counted(
     assert len(progress.totals) == 2, "of the merge, and of the file"
 
 
-def test_values_too_large_for_float16_are_rejected(
-    tiny_model_dir: TinyModelDir, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_values_too_large_for_float16_are_rejected(tiny_model_dir: TinyModelDir, cli: Cli) -> None:
     base = shutil.copytree(tiny_model_dir("llama"), Path("base"))
     tensors = load_file(base / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e5
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     adapter = save_lora(base, Path("a"), 4, ["q_proj"])
     arguments = ["merge", str(adapter), "--out", "merged", "--no-verify", "--dtype"]
-    assert run([*arguments, "float16"]) == 2
-    assert "model.layers.0.mlp.up_proj.weight has values above" in capsys.readouterr().err
+    assert "model.layers.0.mlp.up_proj.weight has values above" in cli.fails(*arguments, "float16")
     assert not Path("merged").exists()
-    assert run([*arguments, "bfloat16"]) == 0
+    cli(*arguments, "bfloat16")
 
 
 def test_random_values_on_the_meta_device_are_not_merged() -> None:
@@ -522,14 +512,11 @@ def test_merge_strategies_match_peft(strategy: str, tiny_model_dir: TinyModelDir
         torch.testing.assert_close(tensor, expected[name])
 
 
-def test_linear_strategy_rejects_different_ranks(
-    tiny_model_dir: TinyModelDir, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_linear_strategy_rejects_different_ranks(tiny_model_dir: TinyModelDir, cli: Cli) -> None:
     base = tiny_model_dir("llama")
     save_lora(base, Path("a"), 4, ["q_proj"])
     save_lora(base, Path("b"), 8, ["q_proj"])
-    assert run(["merge", "a", "b", "--strategy", "linear", "--out", "merged"]) == 2
-    error = capsys.readouterr().err
+    error = cli.fails("merge a b --strategy linear --out merged")
     assert error.startswith("ftlevel: --strategy linear: ")
     assert "Use --strategy cat" in error
 

@@ -12,6 +12,7 @@ import torch
 import transformers
 from peft import PeftModel
 
+from command_line import Cli
 from export_cases import export_to
 from ftlevel import MergeConfig, merge
 from ftlevel.artifacts.cards import load_card
@@ -191,23 +192,20 @@ def test_quantized_merge_is_closer_than_peft_merge(runs: Runs, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_commands_accept_quantized_merged_model(
-    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_commands_accept_quantized_merged_model(runs: Runs, tmp_path: Path, cli: Cli) -> None:
     source, out = runs("4-bit", "lora"), str(tmp_path / "m")
     flags = ["--quant", "4bit", "--quant-type", "fp4", "--no-double-quant", "--calibration-rows"]
-    assert run(["merge", str(source), "--out", out, *flags, "8"]) == 0
-    output = capsys.readouterr().out
+    output = cli(f"merge {source} --out {out}", *flags, "8")
     assert "in 4-bit fp4, compared with the run: " in output
     rows = source.parent / "rows.jsonl"
-    assert run(["evaluate", out, "--dataset", str(rows), "--against", str(source), "--no-base",
-                "--json", "-q"]) == 0  # fmt: skip
-    result = json.loads(capsys.readouterr().out)
+    result = cli.json(f"evaluate {out} --dataset {rows} --against {source} --no-base --json -q")
     assert result["against"]["rows"]["kl"] < 0.01
-    assert run(["generate", out, "--prompt", "the", "--max-new-tokens", "2"]) == 0
+    cli(f"generate {out} --prompt the --max-new-tokens 2")
     (tmp_path / "new.jsonl").write_text('{"text": "the module"}\n')
-    assert run(["predict", out, "--dataset", str(tmp_path / "new.jsonl"), "--max-new-tokens", "2",
-                "--output", str(tmp_path / "answers.jsonl")]) == 0  # fmt: skip
+    cli(
+        f"predict {out} --dataset {tmp_path / 'new.jsonl'} --max-new-tokens 2 --output "
+        f"{tmp_path / 'answers.jsonl'}"
+    )
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
 
 
@@ -239,7 +237,6 @@ def test_corrupted_quantized_weights_raise(
     ],
 )
 def test_invalid_quantization_options_are_rejected(
-    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    flags: list[str], message: str, cli: Cli
 ) -> None:
-    assert run(["merge", "absent", "--out", "out", *flags]) == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    assert message in " ".join(cli.fails("merge absent --out out", *flags).split())

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.config import TrainConfig
 from ftlevel.errors import RunError
@@ -99,18 +100,18 @@ def test_smaller_micro_batches_give_same_losses(
 
 
 def test_resumed_run_keeps_smaller_micro_batches(
-    limit_memory: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+    limit_memory: Callable[[int], None], cli: Cli
 ) -> None:
     limit_memory(300)
     command = [*TRAIN, "--save-steps", "1"]
-    assert run([*command, "--output-dir", "whole"]) == 0
+    cli(*command, "--output-dir whole")
     shutil.copytree("whole", "broken")
     for name in ("adapter", "checkpoints/checkpoint-3"):
         shutil.rmtree(Path("broken", name))
     Path("broken/summary.json").unlink()
-    capsys.readouterr()
-    assert run([*command, "--output-dir", "broken", "--resume"]) == 0
-    assert "out of memory" not in capsys.readouterr().err, "it does not fail again"
+    assert "out of memory" not in cli.run(*command, "--output-dir broken --resume").err, (
+        "it does not fail again"
+    )
     expected, actual = (Path(n, "adapter/adapter_model.safetensors") for n in ("whole", "broken"))
     assert expected.read_bytes() == actual.read_bytes()
     summaries = [json.loads(Path(n, "summary.json").read_text()) for n in ("whole", "broken")]
@@ -120,9 +121,8 @@ def test_resumed_run_keeps_smaller_micro_batches(
 
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.sweep)])
 def test_single_row_falls_back_to_gradient_checkpointing(
-    reference_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str], workers: str,
-) -> None:  # fmt: skip
+    reference_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, cli: Cli, workers: str
+) -> None:
     options = ["--set", f"speed.parallel_workers={workers}", "--dtype", "float32"]
     reference = reference_run(*options)
     original = FtlevelTrainer.compute_loss
@@ -133,9 +133,10 @@ def test_single_row_falls_back_to_gradient_checkpointing(
         return original(self, model, inputs, *args, **settings)
 
     monkeypatch.setattr(FtlevelTrainer, "compute_loss", compute_or_fail)
-    capsys.readouterr()
-    assert run([*TRAIN, *options, "--output-dir", "parts"]) == 0
-    assert "with a single row: activations are recomputed from now on" in capsys.readouterr().err
+    assert (
+        "with a single row: activations are recomputed from now on"
+        in cli.run(*TRAIN, *options, "--output-dir parts").err
+    )
     assert losses("parts") == pytest.approx(losses(reference), rel=1e-4)
     summary = json.loads(Path("parts/summary.json").read_text())
     reductions = summary["speed"]["made_smaller_for_memory"]
@@ -144,9 +145,8 @@ def test_single_row_falls_back_to_gradient_checkpointing(
 
 @pytest.mark.parametrize("failing_step", [1, pytest.param(2, marks=pytest.mark.sweep)])
 def test_out_of_memory_in_later_step_is_retried(
-    reference_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str], failing_step: int,
-) -> None:  # fmt: skip
+    reference_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, cli: Cli, failing_step: int
+) -> None:
     options = ["--dtype", "float32", "--gradient-checkpointing"]
     reference = reference_run(*options)
     original, failed = FtlevelTrainer.compute_loss, []
@@ -158,20 +158,19 @@ def test_out_of_memory_in_later_step_is_retried(
         return original(self, model, *args, **settings)
 
     monkeypatch.setattr(FtlevelTrainer, "compute_loss", compute_or_fail)
-    assert run([*TRAIN, *options, "--output-dir", "parts"]) == 0
     assert (
-        f"out of memory at step {failing_step + 1}: micro-batches have" in capsys.readouterr().err
+        f"out of memory at step {failing_step + 1}: micro-batches have"
+        in cli.run(*TRAIN, *options, "--output-dir parts").err
     )
     assert losses("parts") == pytest.approx(losses(reference), rel=1e-4)
 
 
 @pytest.mark.parametrize("fast", ["--fast", "--no-fast"])
 def test_row_that_does_not_fit_is_reported(
-    limit_memory: Callable[[int], None], capsys: pytest.CaptureFixture[str], fast: str
+    limit_memory: Callable[[int], None], cli: Cli, fast: str
 ) -> None:
     limit_memory(10)
-    assert run([*TRAIN, fast, "--output-dir", "run"]) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
+    error = cli.fails(*TRAIN, fast, "--output-dir run", code=1).splitlines()[-1]
     assert error.startswith(
         f"ftlevel: out of memory: {ALLOCATION_ERROR}. To use less memory: --per-device-train"
     )

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
+from command_line import Cli
 from ftlevel.cli.app import run
 
 ModelDir = Callable[..., Path]
@@ -36,7 +37,7 @@ def weights(out: str) -> bytes:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [pytest.param("mixtral", marks=pytest.mark.sweep), "qwen3_moe"])
 def test_packed_experts_train_resume_evaluate_and_merge(
-    family: str, tiny_model_dir: ModelDir, capfd: pytest.CaptureFixture[str]
+    family: str, tiny_model_dir: ModelDir, capfd: pytest.CaptureFixture[str], cli: Cli
 ) -> None:
     options = ["--model", str(tiny_model_dir(family, chat=True)), *SHORT, "--method", "qlora",
                "--double-quant", "--rslora"]  # fmt: skip
@@ -50,13 +51,13 @@ def test_packed_experts_train_resume_evaluate_and_merge(
     train("--resume", "--num-train-epochs", "2")
     capfd.readouterr()
     assert weights("run") == weights("whole")
-    assert run(["evaluate", "whole", "--json"]) == 0
+    cli("evaluate whole --json")
     metrics = json.loads(capfd.readouterr().out)["metrics"]
     assert metrics["loss"] == pytest.approx(uninterrupted["metrics"]["loss"], rel=1e-5)
-    assert run(["merge", "whole", "--out", "merged", "--onto", "dequantized", "--json"]) == 0
+    cli("merge whole --out merged --onto dequantized --json")
     merged = json.loads(capfd.readouterr().out)
     assert merged["candidates"]["dequantized"]["kl"] < 1e-6
-    assert run(["merge", "whole", "--out", "served", "--quant", "4bit", "--json"]) == 0
+    cli("merge whole --out served --quant 4bit --json")
     quantized = json.loads(capfd.readouterr().out)
     assert quantized["served"]["kl"] < 0.1 * quantized["effect"]["kl"]
     # transformers loads it without ftlevel: checkpoints do not have packed experts.
@@ -89,9 +90,9 @@ def test_reason_for_unpacked_experts_is_reported(
 
 
 def test_packed_experts_on_dense_model_are_rejected(
-    tiny_model_dir: ModelDir, capfd: pytest.CaptureFixture[str]
+    tiny_model_dir: ModelDir, capfd: pytest.CaptureFixture[str], cli: Cli
 ) -> None:
     flags = ["--quant", "4bit", "--set", "quant.experts=true", "--max-steps", "1", "--dry-run"]
     llama = str(tiny_model_dir("llama", chat=True))
-    assert run(["train", "--output-dir", "run", "--model", llama, *SHORT, *flags]) == 2
+    cli.fails(f"train --output-dir run --model {llama}", *SHORT, *flags)
     assert "the model has no experts in one tensor" in " ".join(capfd.readouterr().err.split())

@@ -16,6 +16,7 @@ import transformers
 from peft import PeftModel
 
 import task_data
+from command_line import Cli
 from ftlevel import predict
 from ftlevel.cli.app import run
 from ftlevel.commands import predict as command
@@ -181,22 +182,18 @@ CELLS: dict[str, tuple[str, str, str, str | None, dict[str, Any], Reference, dic
 TARGETS = ("label", "tags", "answers", "de")
 
 
-def test_tags_are_written_as_conll(
-    tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tags_are_written_as_conll(tiny_model_dir: ModelDir, tmp_path: Path, cli: Cli) -> None:
     data = task_data.write(tmp_path / "data", "tags")
     out = train_run(tiny_model_dir("bert", "mlm"), data, tmp_path / "run", "token-classification")
     rows = [json.loads(line) for line in (data / "validation.jsonl").read_text().splitlines()]
     command = ["predict", str(out), "--dataset", str(data / "validation.jsonl"), "--device", "cpu"]
-    assert run([*command, "--output", str(tmp_path / "p.conll")]) == 0
-    capsys.readouterr()
-    assert run([*command, "--output", "-"]) == 0
-    tags = [json.loads(line)["prediction"] for line in capsys.readouterr().out.splitlines()]
+    cli(*command, f"--output {tmp_path / 'p.conll'}")
+    tags = [json.loads(line)["prediction"] for line in cli(*command, "--output -").splitlines()]
     expected = [list(map(list, zip(row["tokens"], row["tags"], own, strict=True)))
                 for row, own in zip(rows, tags, strict=True)]  # fmt: skip
     command = ["evaluate", str(out), "--dataset", str(data / "validation.jsonl"), "--no-base",
                "--predictions", str(tmp_path / "e.conll")]  # fmt: skip
-    assert run(command) == 0
+    cli(*command)
     for name in ("p", "e"):
         blocks = (tmp_path / f"{name}.conll").read_text().strip().split("\n\n")
         assert [[line.split() for line in block.splitlines()] for block in blocks] == expected

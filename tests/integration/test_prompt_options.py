@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.config import DataConfig
 from ftlevel.data.encoding.encode import encode_causal
@@ -146,9 +147,9 @@ def test_system_prompt_is_stored_only_if_set() -> None:
 def test_invalid_prompt_options_are_rejected(
     arguments: list[str],
     message: str,
-    capsys: pytest.CaptureFixture[str],
+    cli: Cli,
     tiny_model_dir: Callable[..., Path],
 ) -> None:
     Path("t5").symlink_to(tiny_model_dir("t5"))
-    assert run(["train", "--dry-run", "--dataset", "rows.jsonl", *arguments]) == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    error = cli.fails("train --dry-run --dataset rows.jsonl", *arguments)
+    assert message in " ".join(error.split())

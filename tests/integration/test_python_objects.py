@@ -24,9 +24,9 @@ from transformers import (
     TrainerCallback,
 )
 
+from command_line import Cli
 from ftlevel import EvaluateConfig, PredictConfig, TrainConfig, evaluate, generate, predict, train
 from ftlevel.artifacts.checkpoints import get_last_valid_checkpoint, listed
-from ftlevel.cli.app import run
 from ftlevel.errors import ConfigError, Interrupted
 from ftlevel.training import resume
 
@@ -72,14 +72,12 @@ def test_rows_in_memory_match_rows_of_file(base: Path) -> None:
     assert stored["data"]["dataset"] == "in memory"
 
 
-def test_run_on_rows_in_memory_needs_dataset_again(
-    base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_on_rows_in_memory_needs_dataset_again(base: Path, cli: Cli) -> None:
     result = train(create_config(base), ROWS, eval_dataset=pd.DataFrame(VALIDATION_ROWS))
     assert result.summary["data"]["validation_rows"] == 3
     for command in (["evaluate", "run"], ["train", "run/config.yaml"], ["preview", "run"]):
-        assert run(command) == 2
-        assert capsys.readouterr().err == (
+        error = cli.fails(*command)
+        assert error == (
             "ftlevel: run was trained on rows in memory, which are not saved. Pass --dataset "
             "FILE, or the same rows in Python.  [adapters]\n"
         )

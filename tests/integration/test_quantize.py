@@ -18,7 +18,7 @@ import transformers
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from ftlevel.cli.app import run
+from command_line import Cli
 from ftlevel.commands.quantize import quantize
 from ftlevel.config import QuantizeConfig
 from ftlevel.errors import ConfigError, InputError
@@ -310,12 +310,11 @@ def test_invalid_options_are_rejected(
     tiny_model_dir: ModelDir,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    cli: Cli,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.txt").write_text("mine")
-    assert run(["quantize", str(tiny_model_dir("llama")), *arguments]) == 2
-    assert message in capsys.readouterr().err
+    assert message in cli.fails(f"quantize {tiny_model_dir('llama')}", *arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import task_data
+from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.commands.generate import generate
 from ftlevel.commands.merge import merge
@@ -155,7 +156,7 @@ def test_unavailable_quantization_is_rejected_before_loading(
     message: str,
     tiny_model_dir: ModelDir,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    cli: Cli,
 ) -> None:
     base = quantize_model(tiny_model_dir("llama"), tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
@@ -166,12 +167,12 @@ def test_unavailable_quantization_is_rejected_before_loading(
         ["train", "--method", "lora", "--model", str(base), "--dry-run"],
         ["generate", str(base), "--prompt", "x"],
     ):
-        assert run(command) == 2
-        error = capsys.readouterr().err
+        error = cli.fails(*command)
         assert message in error
         assert len(error.splitlines()) == 1
-    assert run(["quantize", str(base), "--quant", "4bit", "--out", str(tmp_path / "x")]) == 2
-    assert "is already quantized" in capsys.readouterr().err
+    assert "is already quantized" in cli.fails(
+        f"quantize {base} --quant 4bit --out {tmp_path / 'x'}"
+    )
 
 
 CELLS = [
@@ -193,7 +194,7 @@ def test_quantized_model_keeps_task_labels_and_prompt(
     head: str | None,
     tiny_model_dir: ModelDir,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    cli: Cli,
 ) -> None:
     """The card keeps task, labels and prompt, and records the quantization."""
     data = task_data.write(tmp_path / "data", name)
@@ -224,18 +225,14 @@ def test_quantized_model_keeps_task_labels_and_prompt(
     assert (loaded.task, loaded.ref.labels) == (reference.task, reference.ref.labels)
     rows = ["--dataset", str(data), "--split", "validation", "--resamples", "0", "--json"]
     rows += ["--map", "document=en", "--map", "summary=de"] if columns else []
-    capsys.readouterr()
-    assert run(["evaluate", str(quantized), *rows]) == 0
-    stored_result = json.loads(capsys.readouterr().out)
+    stored_result = cli.json(f"evaluate {quantized}", *rows)
     assert stored_result["task"] == task
     assert stored_result["quantization"] == quantization
-    assert run(["evaluate", str(float_dir), "--quant", "4bit", *rows]) == 0
-    quantized_while_loading = json.loads(capsys.readouterr().out)
+    quantized_while_loading = cli.json(f"evaluate {float_dir} --quant 4bit", *rows)
     assert stored_result["metrics"]["loss"] == pytest.approx(
         quantized_while_loading["metrics"]["loss"], rel=0.05
     )
-    assert run(["generate", str(quantized), "--prompt", "the parser", "--json"]) == 0
-    answer = json.loads(capsys.readouterr().out)["answers"][0]
+    answer = cli.json(f"generate {quantized} --prompt 'the parser' --json")["answers"][0]
     assert bool(answer["text"]) or task == "summarization"
 
 
@@ -247,7 +244,7 @@ def test_evaluate_rejects_other_quantization_than_stored(
     other_kinds: tuple[str, str],
     tiny_model_dir: ModelDir,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    cli: Cli,
 ) -> None:
     base = quantize_model(tiny_model_dir("llama"), tmp_path / "base", quant=kind, dtype="float32")
     data = task_data.write(tmp_path / "data", "mask")
@@ -255,12 +252,9 @@ def test_evaluate_rejects_other_quantization_than_stored(
     for name in (base, tmp_path / "run"):
         command = ["evaluate", str(name), "--dataset", str(data), "--resamples", "0", "--no-base"]
         for options in ([], ["--quant", kind]):
-            capsys.readouterr()
-            assert run([*command, *options, "--json"]) == 0
-            assert json.loads(capsys.readouterr().out)["quantization"]["kind"] == kind
+            assert cli.json(*command, *options, "--json")["quantization"]["kind"] == kind
         for other_kind in other_kinds:
-            assert run([*command, "--quant", other_kind]) == 2
-            error = capsys.readouterr().err
+            error = cli.fails(*command, f"--quant {other_kind}")
             assert f"--quant {other_kind}: {base}" in error
             assert f"is stored quantized ({QuantConfig(kind=kind).form})" in error
             assert len(error.splitlines()) == 1

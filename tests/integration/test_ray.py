@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ftlevel.cli.app import run
+from command_line import Cli
 from tiny_models import save_tiny
 
 # Ray is not imported here: importing it changes rounding in other tests of the process.
@@ -40,7 +40,7 @@ def kill_worker(name: str) -> bool:
 
 
 @pytest.mark.sweep  # Ray alone takes half a minute to start and stop
-def test_ray_run_with_killed_worker_matches_one_process(tmp_path: Path) -> None:
+def test_ray_run_with_killed_worker_matches_one_process(tmp_path: Path, cli: Cli) -> None:
     model = save_tiny(tmp_path / "model", "llama")
     rows = tmp_path / "rows.jsonl"
     texts = [{"prompt": f"say {n}", "completion": f"{n}!"} for n in range(48)]
@@ -56,11 +56,11 @@ def test_ray_run_with_killed_worker_matches_one_process(tmp_path: Path) -> None:
         str(one_process),
         "--quiet",
     ]
-    assert run(["train", *common, *accumulation]) == 0
+    cli("train", *common, *accumulation)
     job = tmp_path / "job.py"
     launch_options = ["--on", "ray", "--processes-per-node", "2", "--job-file", str(job)]
     run_options = ["--save-steps", "2", "--output-dir", str(ray_run)]
-    assert run(["launch", *launch_options, *common, *run_options]) == 0
+    cli("launch", *launch_options, *common, *run_options)
     with (tmp_path / "said").open("w") as log:
         ray = subprocess.Popen(
             [sys.executable, str(job)], stdout=log, stderr=log, start_new_session=True,

@@ -21,6 +21,7 @@ import xllamacpp
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
+from command_line import Cli
 from completions_server import server_without_http
 from export_cases import ModelDir, exportable_model
 from ftlevel.cli.app import run
@@ -257,7 +258,7 @@ def test_unapplied_or_rescaled_adapter_raises(export_dir: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_exported_run_is_served_as_trained(
-    tiny_model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
     monkeypatch.chdir(tmp_path)
     base = exportable_model(tiny_model_dir, tmp_path, "llama")
@@ -270,9 +271,9 @@ def test_exported_run_is_served_as_trained(
     train = ["train", "--model", str(base), "--dataset", "rows.jsonl", "--output-dir", "run",
              "--rslora", "--lora-r", "4", "--learning-rate", "0.05", "--max-steps", "4",
              "--set", 'method.rank_pattern={"q_proj": 2}', "--quiet"]  # fmt: skip
-    assert run(train) == 0
-    assert run(["export", "run", "--for", "llama.cpp", "--out", "out", "--quiet"]) == 0
-    assert run(["check-served", "out", "--in", "llama.cpp", "--quiet"]) == 0
+    cli(*train)
+    cli("export run --for llama.cpp --out out --quiet")
+    cli("check-served out --in llama.cpp --quiet")
 
 
 def test_stop_text_of_training_is_exported_and_sent(
@@ -429,12 +430,10 @@ def test_texts_are_compared_without_logprobs(export_dir: Path, tmp_path: Path) -
     ],
 )
 def test_invalid_check_served_options_are_rejected(
-    export_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    arguments: list[str], error: str,
-) -> None:  # fmt: skip
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli, arguments: list[str], error: str
+) -> None:
     monkeypatch.chdir(export_dir)
-    assert run(["check-served", *arguments]) == 2
-    assert error in capsys.readouterr().err
+    assert error in cli.fails("check-served", *arguments)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from command_line import Cli
 from ftlevel.cli.app import run
 
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -49,13 +50,12 @@ def test_mapped_columns_or_task_option_determine_task(
     assert plan["config"]["task"] == "masked-lm"
 
 
-def test_unknown_columns_are_rejected(tmp_path: Path, tiny_model_dir: Any, capsys: Any) -> None:
+def test_unknown_columns_are_rejected(tmp_path: Path, tiny_model_dir: Any, cli: Cli) -> None:
     (tmp_path / "rows.tsv").write_text("a word\tx\nanother\ty\n")  # without a header
     command = ["train", "--model", str(tiny_model_dir("bert")), "--dry-run", "--dataset"]
-    assert run([*command, str(tmp_path / "rows.tsv")]) == 2
-    message = capsys.readouterr().err
+    message = cli.fails(*command, tmp_path / "rows.tsv")
     assert "is an encoder, and the columns match none of its tasks. --task text-clas" in message
     assert "Columns: 'a word', 'x'" in message
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 8)
-    assert run([*command, str(tmp_path / "pairs.jsonl")]) == 2
-    assert "--task text-generation cannot be used with bert" in capsys.readouterr().err
+    error = cli.fails(*command, tmp_path / "pairs.jsonl")
+    assert "--task text-generation cannot be used with bert" in error

@@ -21,6 +21,7 @@ import torch
 import yaml
 
 import task_data
+from command_line import Cli
 from forked import Forked, run_slowly
 from ftlevel.cli.app import run
 from sampling import sample
@@ -174,7 +175,7 @@ def write_rows(name: str, rows: list[dict[str, Any]]) -> str:
     "family", ["t5", "llama", *(pytest.param(f, marks=pytest.mark.sweep) for f in ("bart", "gpt2"))]
 )
 def test_summarization_trains_and_generates(
-    family: str, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    family: str, tiny_model_dir: Callable[..., Path], cli: Cli
 ) -> None:
     rows = [{"document": f"the {w} is a long thing of many words", "summary": f"a {w}"}
             for w in "abcdefgh"]  # fmt: skip
@@ -185,10 +186,9 @@ def test_summarization_trains_and_generates(
     )  # fmt: skip
     assert set(summary["metrics"]) >= {"loss", "perplexity", "rouge1", "rouge2", "rougeL"}
     assert summary["proof"]["reload_difference"] == 0
-    capsys.readouterr()
-    assert run(["generate", "run", "--prompt", "the b is a long", "--compare-base",
-                "--max-new-tokens", "4", "--json"]) == 0  # fmt: skip
-    answer = json.loads(capsys.readouterr().out)["answers"][0]
+    answer = cli.json(
+        "generate run --prompt 'the b is a long' --compare-base --max-new-tokens 4 --json"
+    )["answers"][0]
     assert set(answer) == {"adapter", "prompt", "text", "base", "scores", "tags", "dtype"}
 
 
@@ -203,7 +203,7 @@ def test_summarization_trains_and_generates(
     ),
 )
 def test_classification_head_is_saved_and_reloaded(
-    family: str, quant: str, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    family: str, quant: str, tiny_model_dir: Callable[..., Path], cli: Cli
 ) -> None:
     rows = [{"text": f"{w} {w} x{i}", "label": w} for i in range(6) for w in ("up", "down", "left")]
     summary = train(
@@ -216,15 +216,13 @@ def test_classification_head_is_saved_and_reloaded(
     assert summary["data"]["labels"] == ["down", "left", "up"]
     card = json.loads(Path("run/adapter/ftlevel.json").read_text())
     assert card["heads"]
-    capsys.readouterr()
-    assert run(["generate", "run", "--prompt", "up up", "--json"]) == 0
-    answer = json.loads(capsys.readouterr().out)["answers"][0]
+    answer = cli.json("generate run --prompt 'up up' --json")["answers"][0]
     assert answer["text"] in ("down", "left", "up")
     assert sum(answer["scores"].values()) == pytest.approx(1, abs=1e-3)
 
 
-def test_json_option_prints_one_object(capfd: pytest.CaptureFixture[str]) -> None:
-    assert run(["train", "--json", *TINY_OPTIONS, "--max-steps", "1", "--output-dir", "run"]) == 0
+def test_json_option_prints_one_object(capfd: pytest.CaptureFixture[str], cli: Cli) -> None:
+    cli("train --json", *TINY_OPTIONS, "--max-steps 1 --output-dir run")
     captured = capfd.readouterr()
     assert json.loads(captured.out)["steps"] == 1
     assert captured.err == ""
@@ -257,7 +255,7 @@ def test_libraries_print_nothing_and_no_metric_is_imported(
         assert line.startswith(("·", "ftlevel", "  ")), line
 
 
-def test_interrupted_run_resumes_like_uninterrupted_run(tmp_path: Path) -> None:
+def test_interrupted_run_resumes_like_uninterrupted_run(tmp_path: Path, cli: Cli) -> None:
     arguments = [*TINY_OPTIONS, "--epochs", "6", "--lora-dropout", "0.1", "--logging-steps", "1"]
     train(*arguments, out="whole")
     command = ["train", *arguments, "--output-dir", "broken"]
@@ -274,12 +272,12 @@ def test_interrupted_run_resumes_like_uninterrupted_run(tmp_path: Path) -> None:
     assert "interrupted after step" in message
     assert "--output-dir broken --resume" in message
     assert not Path("broken/adapter").exists()
-    assert run(["generate", "broken", "--prompt", "x"]) == 2
+    cli.fails("generate broken --prompt x")
     with metrics.open("a") as file:  # as if killed while writing a line
         last = json.loads(metrics.read_text().splitlines()[-1])
         file.write(json.dumps({"step": 24, "loss": 99.0}) + '\n{"step": 24, "lo')
     assert last["step"] < 24
-    assert run(["train", "--quiet", "--output-dir", "broken", "--resume"]) == 0
+    cli("train --quiet --output-dir broken --resume")
     assert digest("broken") == digest("whole")
     measured = {"elapsed_s", "train_s", "memory_bytes"}
     expected, resumed = ([{k: v for k, v in json.loads(line).items() if k not in measured}
@@ -340,10 +338,8 @@ def fail_after(steps: int, step: int) -> None:
 
 
 @pytest.mark.usefixtures("run_copy")
-def test_resume_with_changed_setting_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
-    code = run(["train", "--quiet", "--output-dir", "run", "--resume", "--lora-r", "4"])
-    assert code == 2
-    message = capsys.readouterr().err
+def test_resume_with_changed_setting_is_rejected(cli: Cli) -> None:
+    message = cli.fails("train --quiet --output-dir run --resume --lora-r 4")
     assert message == (  # the flag differs from the run's config
         "ftlevel: --resume run: not the same run: method.r was 8 and is 4. Restore it, start a "
         "new run in another --output-dir, or pass --allow-change method.r  [resume]\n"
@@ -397,7 +393,7 @@ def test_damaged_checkpoint_is_rejected(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_nonfinite_loss_stops_run_without_saving(
-    capsys: pytest.CaptureFixture[str], tiny_model_dir: Callable[..., Path], tmp_path: Path
+    cli: Cli, tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -410,31 +406,27 @@ def test_nonfinite_loss_stops_run_without_saving(
         weights[f"model.layers.1.mlp.{part}_proj.weight"][:] = 9e9
     weights["model.layers.1.post_attention_layernorm.weight"][:] = 9e9
     save_file(weights, model_dir / "model.safetensors", metadata={"format": "pt"})
-    code = run(
-        ["train", "--quiet", "--model", "broken", *SHORT, "--overlong", "drop",
-         "--output-dir", "run"]
-    )  # fmt: skip
-    assert code == 1
-    error = capsys.readouterr().err
+    error = cli.fails(
+        "train --quiet --model broken", *SHORT, "--overlong drop --output-dir run", code=1
+    )
     assert re.search(r"(loss is (nan|inf) at|not finite at) step 1\b", error)
     assert "Training stopped before the weights were updated." in error
     assert not Path("run/adapter").exists()
 
 
 def test_adapter_on_changed_base_is_rejected(
-    capsys: pytest.CaptureFixture[str], tiny_model_dir: Callable[..., Path], tmp_path: Path
+    cli: Cli, tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny_model_dir("llama", chat=True), base)
     train("--model", "base", *SHORT, "--overlong", "drop", "--max-steps", "1")
     shutil.rmtree(base)
     shutil.copytree(tiny_model_dir("llama", chat=True, seed=1), base)
-    assert run(["generate", "run", "--prompt", "x"]) == 2
-    assert "has other weights" in capsys.readouterr().err
+    assert "has other weights" in cli.fails("generate run --prompt x")
 
 
 def test_model_with_missing_weights_is_rejected(
-    capsys: pytest.CaptureFixture[str], tiny_model_dir: Callable[..., Path], tmp_path: Path
+    cli: Cli, tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -443,8 +435,8 @@ def test_model_with_missing_weights_is_rejected(
     weights = load_file(base / "model.safetensors")
     del weights["model.layers.0.self_attn.q_proj.weight"]
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    assert run(["train", "--quiet", "--model", "base", *SHORT, "--overlong", "drop"]) == 2
-    assert "lacks 1 weights of its architecture" in capsys.readouterr().err
+    error = cli.fails("train --quiet --model base", *SHORT, "--overlong drop")
+    assert "lacks 1 weights of its architecture" in error
     assert not Path("runs").exists()
 
 

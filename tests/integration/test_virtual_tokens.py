@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from command_line import Cli
 from ftlevel.cli.app import run
 
 SHORT = ["--max-samples", "16", "--set", "data.max_eval_samples=8", "--batch-size", "4"]
@@ -50,7 +51,7 @@ def test_virtual_token_run_passes_checks_and_generates(
     arguments: list[str],
     tensors: int,
     tiny_model_dir: Callable[..., Path],
-    capsys: pytest.CaptureFixture[str],
+    cli: Cli,
 ) -> None:
     model = ("--model", str(tiny_model_dir("llama", chat=True)), "--overlong", "drop")
     summary = train(*arguments, *model, *SHORT, "--max-steps", "2")
@@ -62,11 +63,9 @@ def test_virtual_token_run_passes_checks_and_generates(
     assert len(load_adapter("run")) == tensors  # no MLP, no LSTM
     card = json.loads(Path("run/adapter/ftlevel.json").read_text())
     assert card["needs_import"] == "ftlevel.adapters"
-    capsys.readouterr()
     prompts = ["--prompt", "def f(): return 1", "--prompt", "x"]
     command = ["generate", "run", *prompts, "--compare-base", "--max-new-tokens", "4", "--json"]
-    assert run(command) == 0
-    answers = json.loads(capsys.readouterr().out)["answers"]
+    answers = cli.json(*command)["answers"]
     assert [answer["prompt"] for answer in answers] == prompts[1::2]
     assert all(isinstance(answer[key], str) for answer in answers for key in ("text", "base"))
 
@@ -115,25 +114,21 @@ def test_resumed_prompt_encoder_matches_uninterrupted_run(arguments: list[str]) 
 
 
 @pytest.mark.parametrize("arguments", [PROJECTED_PREFIX, LSTM], ids=["prefix", "p-tuning"])
-def test_saved_prompt_is_that_of_the_last_evaluation(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_saved_prompt_is_that_of_the_last_evaluation(arguments: list[str], cli: Cli) -> None:
     """The MLP or LSTM computes in bfloat16 while training; so does what it is replaced by."""
     summary = train(*arguments, *SHORT, "--max-steps", "2", "--dtype", "bfloat16")
-    assert run(["evaluate", "run", "--json", "--no-base", "--resamples", "0"]) == 0
-    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    metrics = cli.json("evaluate run --json --no-base --resamples 0")["metrics"]
     assert metrics == {name: summary["metrics"][name] for name in metrics}
 
 
 def test_prefix_on_unsupported_family_is_rejected(
-    capsys: pytest.CaptureFixture[str],
+    cli: Cli,
 ) -> None:
     from transformers import BloomConfig, BloomForCausalLM
 
     config = BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)
     BloomForCausalLM(config).save_pretrained("bloom")
-    assert run(["train", "--method", "prefix", "--model", "bloom", "--output-dir", "run"]) == 2
-    message = " ".join(capsys.readouterr().err.split())
+    message = " ".join(cli.fails("train --method prefix --model bloom --output-dir run").split())
     assert "--method prefix" in message
     assert "bloom" in message
     assert "computes attention without transformers' AttentionInterface" in message
@@ -142,9 +137,9 @@ def test_prefix_on_unsupported_family_is_rejected(
 
 
 def test_too_many_virtual_tokens_are_rejected(
-    tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    tiny_model_dir: Callable[..., Path], cli: Cli
 ) -> None:
     model = str(tiny_model_dir("gpt2"))
     command = ["train", "--method", "prompt", "--model", model, "--output-dir", "run"]
-    assert run([*command, "--set", "method.num_virtual_tokens=5000"]) == 2
-    assert "leaves no positions for text" in " ".join(capsys.readouterr().err.split())
+    error = cli.fails(*command, "--set method.num_virtual_tokens=5000")
+    assert "leaves no positions for text" in " ".join(error.split())
