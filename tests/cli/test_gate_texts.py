@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ftlevel.cli.app import run
-from published_chat_templates import QWEN_3
+from published_chat_templates import TEMPLATES
 
 SUBJECTS = [
     "parser",
@@ -170,7 +170,7 @@ def test_constant_answer_is_reported(dry_run: DryRun) -> None:
 def test_supervised_empty_think_block_is_reported(
     tiny_model_dir: Callable[..., Path], dry_run: DryRun
 ) -> None:
-    Path("qwen3.jinja").write_text(QWEN_3, encoding="utf-8")
+    Path("qwen3.jinja").write_text(TEMPLATES["qwen-3"], encoding="utf-8")
     model = ["--model", str(tiny_model_dir("qwen2")), "--chat-template"]
     code, out = dry_run(*model, "qwen3.jinja", rows=GOOD)
     assert code == 0, out

@@ -16,88 +16,10 @@ from ftlevel.cli.app import run
 from ftlevel.config import TrainConfig, build_config, load_recipe
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
-AXOLOTL = """
-base_model: some/model
-load_in_4bit: true
-load_in_8bit: false
-datasets:
-  - path: a.jsonl
-    type: alpaca
-    shards: 4
-val_set_size: 0.1
-output_dir: ./out
-adapter: qlora
-sequence_len: 1024
-sample_packing: true
-lora_r: 32
-lora_target_modules: [q_proj, v_proj]
-wandb_project:
-optimizer: galore_adamw
-num_epochs: 2
-evals_per_epoch: 4
-saves_per_epoch: 1
-bf16: auto
-tf32: false
-special_tokens: {pad_token: x}
-made_up_key: 5.0
-"""
-LLAMA_FACTORY = """
-model_name_or_path: some/model
-stage: sft
-do_train: true
-finetuning_type: lora
-lora_target: all
-quantization_bit: 4
-dataset: identity,alpaca_en_demo
-template: qwen3_nothink
-cutoff_len: 2048
-ddp_timeout: 180000000
-bf16: true
-resume_from_checkpoint: null
-"""
-
-TRL_GRPO = """
-model_name_or_path: some/model
-dataset_name: some/prompts
-reward_funcs: [accuracy_reward, think_format_reward]
-loss_type: dr_grpo
-per_device_train_batch_size: 16
-num_generations: 8
-use_peft: true
-"""
-MS_SWIFT_GRPO = """
-model: some/model
-dataset: some/prompts
-rlhf_type: grpo
-reward_funcs: [accuracy, format]
-per_device_train_batch_size: 8
-max_length: 128
-max_completion_length: 64
-"""
-AXOLOTL_GRPO = """
-base_model: some/model
-datasets: [{path: some/prompts}]
-adapter: lora
-rl: grpo
-trl:
-  num_generations: 4
-  reward_funcs: [scores.short]
-  reward_weights: [1.0]
-micro_batch_size: 8
-"""
-VERL = """
-actor_rollout_ref:
-  model: {path: some/model, lora_rank: 16}
-  actor:
-    clip_ratio: 0.2
-    clip_ratio_high: 0.28
-    use_kl_loss: true
-    kl_loss_coef: 0.001
-    ppo_mini_batch_size: 16
-  rollout: {n: 4, temperature: 0.8}
-algorithm: {adv_estimator: grpo, norm_adv_by_std_in_grpo: false}
-data: {train_files: [a.parquet], train_batch_size: 64, max_response_length: 256}
-"""
+AXOLOTL, LLAMA_FACTORY, TRL_GRPO, MS_SWIFT_GRPO, AXOLOTL_GRPO, VERL = (
+    (Path(__file__).parent / f"other_tools/{name}.yml").read_text()
+    for name in ("axolotl", "llama_factory", "trl_grpo", "ms_swift_grpo", "axolotl_grpo", "verl")
+)
 
 
 @pytest.fixture(autouse=True)

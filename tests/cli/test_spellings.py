@@ -50,7 +50,9 @@ def get_field(config: TrainConfig, path: str) -> Any:
     value: Any = config
     for part in path.split("."):
         value = getattr(value, part, None)  # the field may belong to another method
-    return value if path != "output.dir" else str(value)
+    if path == "output.dir":
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 ACCEPTED = [row for row in SPELLINGS if row.sets]
