@@ -11,25 +11,7 @@ from typing import Any
 
 from ftlevel.methods import METHOD_INFO
 from task_data import ROWS, WORDS
-
-NO_DROPOUT = {
-    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    "roberta": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    "electra": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    "albert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-               "classifier_dropout_prob": 0.0},
-    "distilbert": {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0,
-                   "qa_dropout": 0.0},
-    "deberta-v2": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    "modernbert": {},
-    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-    "gpt_neo": {"resid_dropout": 0.0, "embed_dropout": 0.0, "attention_dropout": 0.0},
-    "gpt_neox": {}, "opt": {"dropout": 0.0}, "llama": {}, "mistral": {}, "qwen2": {}, "qwen3": {},
-    "gemma3_text": {}, "phi3": {}, "mixtral": {}, "qwen3_moe": {},
-    "t5": {"dropout_rate": 0.0}, "mt5": {"dropout_rate": 0.0},
-    "bart": {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0},
-}  # fmt: skip
-"""Overrides of the tiny models: both devices draw other dropout masks, so that losses would differ."""
+from tiny_models import build_config
 
 DECODERS = ("gpt2", "gpt_neo", "gpt_neox", "opt", "mistral", "qwen2", "qwen3", "gemma3_text",
             "phi3", "mixtral", "qwen3_moe")  # fmt: skip
@@ -40,6 +22,12 @@ MEDIUM = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6,
 
 OWN_ATTENTION = ("gpt_neo", "deberta-v2")
 """Families whose attention in transformers creates tensors on the host."""
+
+
+def without_dropout(family: str) -> dict[str, float]:
+    """Return overrides of a tiny model: the devices draw other masks, so that losses would differ."""
+    values = build_config(family).to_dict()
+    return {key: 0.0 for key in values if "drop" in key and isinstance(values[key], float)}
 
 
 @dataclass(frozen=True)
