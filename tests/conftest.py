@@ -117,6 +117,13 @@ def _has_gpu() -> bool:
 
 
 @pytest.fixture
+def work_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Run the test in an empty directory, and return it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
     """Run commands in this process: `cli("train --max-steps 1", ...)`."""
     from command_line import Cli

@@ -24,6 +24,7 @@ from command_line import Cli
 from forked import Forked
 from ftlevel.cli.app import run
 from ftlevel.extras.compare.cli import table_lines
+from run_files import read_json, read_summary, write_rows
 
 METHODS = ("lora", "ia3")
 WAIT = 240  # seconds, on a busy machine
@@ -46,7 +47,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Callable[...,
     (path.parent / "model").symlink_to(tiny_model_dir("llama"))
     for name, these in (("train", range(24)), ("validation", range(100, 116))):
         lines = [{"text": f"what holds of item {at} is {at % 7} of {at % 5}"} for at in these]
-        path.joinpath(f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        write_rows(path.joinpath(f"{name}.jsonl"), lines)
     return path
 
 
@@ -81,7 +82,7 @@ def killed_comparison(
     assert process.stdout is not None
     process.stdout.read()  # until the process of the second run, which inherited it, has ended
     forked.run("compare", "--resume", "--output-dir", str(path), "--quiet")
-    return KilledComparison(path, first_run_mtime, json.loads((path / "compare.json").read_text()))
+    return KilledComparison(path, first_run_mtime, read_json(path / "compare.json"))
 
 
 @pytest.mark.slow
@@ -93,9 +94,7 @@ def test_killed_comparison_resumes_without_repeating_runs(
     ).stat().st_mtime == killed_comparison.first_run_mtime
     for method in METHODS:
         for seed in (1, 2):
-            summary = json.loads(
-                (killed_comparison.path / f"{method}-seed{seed}" / "summary.json").read_text()
-            )
+            summary = read_summary(killed_comparison.path / f"{method}-seed{seed}")
             assert summary["method"] == method
             assert summary["steps"] == 3
 
@@ -122,12 +121,7 @@ def test_table_matches_run_summaries(killed_comparison: KilledComparison, cli: C
     assert result["best"] == result["rows"][0]["method"]
     for row in result["rows"]:
         summaries = [
-            json.loads(
-                (
-                    killed_comparison.path / f"{row['method']}-seed{seed}" / "summary.json"
-                ).read_text()
-            )
-            for seed in (1, 2)
+            read_summary(killed_comparison.path / f"{row['method']}-seed{seed}") for seed in (1, 2)
         ]
         scores = [summary["metrics"]["perplexity"] for summary in summaries]
         assert row["metric"] == pytest.approx(statistics.fmean(scores), rel=1e-5)
@@ -170,7 +164,7 @@ def test_ranking_metric_can_change_on_resume(tmp_path: Path, rows: Path, cli: Cl
     model = str(rows.parent / "model")
     rows = tmp_path / "rows.jsonl"
     lines = [{"document": f"item {at} of {at % 7}", "summary": f"{at % 5}"} for at in range(24)]
-    rows.write_text("\n".join(map(json.dumps, lines)))
+    write_rows(rows, lines)
     out = tmp_path / "runs"
     arguments = ["compare", "--dataset", str(rows), "--task", "summarization", "--validation-split",
                  "0.25", "--no-predict-with-generate", "--methods", "lora", "--budget-steps", "2",

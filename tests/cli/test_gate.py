@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -12,6 +11,9 @@ import pytest
 from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.config import GateConfig
+from run_files import read_summary, write_rows
+
+pytestmark = pytest.mark.usefixtures("work_dir")
 
 WORDS = (
     "argument",
@@ -44,7 +46,7 @@ GOOD = [pair(i) for i in range(6)]
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_rows(path, rows)
 
 
 def dry_run(
@@ -57,11 +59,6 @@ def dry_run(
     code = run(["train", "--dry-run", *arguments])
     captured = capsys.readouterr()
     return code, captured.out + captured.err
-
-
-@pytest.fixture(autouse=True)
-def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 CHAT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -263,7 +260,7 @@ def test_auto_max_length_drops_up_to_one_percent(
     assert "(rows.jsonl:150). Pass --overlong drop or truncate-prompt." in out
     assert run(["train", "--quiet", *model, "--dataset", "rows.jsonl", "--max-steps", "2",
                 "--save-steps", "1", "--output-dir", "run"]) == 0  # fmt: skip
-    assert json.loads(Path("run/summary.json").read_text())["data"]["dropped"] == 1
+    assert read_summary()["data"]["dropped"] == 1
     assert run(["train", "--quiet", "--output-dir", "run", "--resume"]) == 0
 
 

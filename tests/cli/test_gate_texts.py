@@ -12,6 +12,8 @@ import pytest
 from ftlevel.cli.app import run
 from published_chat_templates import TEMPLATES
 
+pytestmark = pytest.mark.usefixtures("work_dir")
+
 SUBJECTS = [
     "parser",
     "reader",
@@ -83,11 +85,6 @@ CHATS = [
     make_chat(("user", f"What does item{i} do?"), ("assistant", make_sentence(i)))
     for i in range(12)
 ]
-
-
-@pytest.fixture(autouse=True)
-def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 def write(path: str, rows: list[dict[str, Any]]) -> None:

@@ -18,6 +18,7 @@ import yaml
 
 from command_line import Cli
 from ftlevel.cli.app import run
+from run_files import write_rows
 
 TESTS = str(Path(__file__).parents[1])
 TRAIN = ["--method", "lora", "--max-steps", "6", "--output-dir"]
@@ -167,8 +168,7 @@ def test_interrupted_job_saves_checkpoint_and_requeues(
     tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
     rows, out, job_file = tmp_path / "rows.jsonl", tmp_path / "run", tmp_path / "job"
-    rows.write_text("".join(json.dumps({"prompt": "a dog", "completion": f"sees {n}"}) + "\n"
-                            for n in range(8)))  # fmt: skip
+    write_rows(rows, ({"prompt": "a dog", "completion": f"sees {n}"} for n in range(8)))
     assert run(["launch", "--on", "slurm", "--nodes", "2", "--job-file", str(job_file), "--model",
                 str(tiny_model_dir("llama")), "--dataset", str(rows), "--max-steps", "3000",
                 "--logging-steps", "1", "--set", "data.gate.near_duplicates=ignore",

@@ -15,17 +15,13 @@ from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.config import TrainConfig, build_config, load_recipe
 
+pytestmark = pytest.mark.usefixtures("work_dir")
+
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
 AXOLOTL, LLAMA_FACTORY, TRL_GRPO, MS_SWIFT_GRPO, AXOLOTL_GRPO, VERL = (
     (Path(__file__).parent / f"other_tools/{name}.yml").read_text()
     for name in ("axolotl", "llama_factory", "trl_grpo", "ms_swift_grpo", "axolotl_grpo", "verl")
 )
-
-
-@pytest.fixture(autouse=True)
-def empty_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def convert(text: str, capsys: pytest.CaptureFixture[str]) -> tuple[TrainConfig, dict[str, str]]:

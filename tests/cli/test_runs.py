@@ -10,11 +10,9 @@ import pytest
 
 from command_line import Cli
 from ftlevel.cli.app import run
+from run_files import read_summary
 
-
-@pytest.fixture(autouse=True)
-def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("work_dir")
 
 
 def train(out: str, *options: str) -> None:
@@ -36,7 +34,7 @@ def test_runs_are_listed_and_old_checkpoints_removed(capsys: pytest.CaptureFixtu
     best = ["--validation-split", "0.2", "--eval-steps", "1", "--metric-for-best-model", "loss",
             "--greater-is-better"]  # fmt: skip
     train("runs/one", "--max-steps", "4", "--save-steps", "1", "--save-total-limit", "9", *best)
-    summary = json.loads(Path("runs/one/summary.json").read_text())
+    summary = read_summary("runs/one")
     assert summary["best"]["best_step"] == 1
     Path("runs/notes").mkdir()
     Path("elsewhere").mkdir()

@@ -10,6 +10,7 @@ import pytest
 
 from command_line import Cli
 from ftlevel.cli.app import run
+from run_files import read_summary, write_rows
 
 SHORT = ["--max-steps", "3", "--batch-size", "6", "--dtype", "float32", "--lr", "1e-3",
          "--logging-steps", "1", "--quiet"]  # fmt: skip
@@ -28,7 +29,7 @@ def data_dir(
     multi = [{"text": f"say {i}", "labels": ["even"] * (i % 2 == 0) + ["third"] * (i % 3 == 0)}
              for i in range(18)]  # fmt: skip
     for name, dataset in (("classes", rows), ("several", multi), ("ner", NER)):
-        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dataset))
+        write_rows(f"{name}.jsonl", dataset)
 
 
 def train(*arguments: str, out: str) -> list[float]:
@@ -60,9 +61,7 @@ def test_class_weights_are_reported_and_do_not_affect_evaluation() -> None:
             "data.gate.leaked=ignore"]  # fmt: skip
     train(*rows, "--class-weights", "balanced", out="run")
     train(*rows, out="plain")
-    summary, plain_summary = (
-        json.loads(Path(o, "summary.json").read_text()) for o in ("run", "plain")
-    )
+    summary, plain_summary = (read_summary(o) for o in ("run", "plain"))
     assert summary["class_weights"] == {"often": 18 / 30, "rare": 18 / 6}
     assert plain_summary["class_weights"] == {}
     lines = {choice["name"]: choice["value"] for choice in summary["choices"]}
@@ -90,7 +89,7 @@ def test_class_weights_are_reported_and_do_not_affect_evaluation() -> None:
 def test_invalid_class_weights_are_rejected(arguments: list[str], message: str, cli: Cli) -> None:
     rows = [{"text": f"a {i}", "label": "rare" if i % 3 else "often", "number": i / 7}
             for i in range(9)]  # fmt: skip
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows("rows.jsonl", rows)
     command = ["train", "--model", "./model", "--dry-run", "--dataset", "rows.jsonl", *arguments]
     assert message in " ".join(cli.fails(*command).split())
 

@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import task_data
 from command_line import Cli
 from ftlevel.cli.app import run
+from run_files import read_json, train, write_rows
 
 ModelDir = Callable[..., Path]
 SHORT = ["--dataset", "turns", "--set", "data.max_eval_samples=4", "--batch-size", "4",
@@ -33,13 +33,6 @@ def working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def base(tiny_model_dir: ModelDir) -> Path:
     return tiny_model_dir("llama", chat=True)
-
-
-def train(*arguments: str, out: str = "run") -> dict[str, Any]:
-    """Run `ftlevel train` and return its summary."""
-    assert run(["train", "--quiet", "--output-dir", out, *arguments]) == 0
-    summary: dict[str, Any] = json.loads(Path(out, "summary.json").read_text())
-    return summary
 
 
 METHODS = {
@@ -108,7 +101,7 @@ def test_continued_run_starts_with_adapter_metrics(base: Path, name: str) -> Non
     assert after["metrics"] != before["metrics"]
     if name != "full":
         assert after["method"] == ("prompt" if name == "p-tuning" else before["method"])
-        card = json.loads(Path("on/adapter/ftlevel.json").read_text())
+        card = read_json("on/adapter/ftlevel.json")
         assert card["adapter"] == after["adapter"] != {}
         adapter = yaml.safe_load(Path("on/config.yaml").read_text())["model"]["adapter"]
         assert adapter == str(Path("run").resolve())  # also valid from another directory
@@ -190,11 +183,11 @@ def test_continued_classifier_keeps_its_head(tiny_model_dir: ModelDir, cli: Cli)
     assert after["metrics_before"] == before["metrics"]
     assert "head learning rate" not in {choice["name"] for choice in after["choices"]}
     rows = [{"text": f"the word {i}", "label": "b"} for i in range(8)]
-    Path("some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows("some.jsonl", rows)
     one_class_data = ["--dataset", "some.jsonl", "--set", "data.gate.one_class=ignore"]
     one_class = train(*one_class_data, "--adapter", "run", *short, out="some")
     assert one_class["data"]["labels"] == ["a", "b"], "the head has two, though the rows have one"
-    Path("other.jsonl").write_text("".join(json.dumps({**r, "label": "c"}) + "\n" for r in rows))
+    write_rows("other.jsonl", ({**r, "label": "c"} for r in rows))
     message = cli.fails("train --dataset other.jsonl --adapter run")
     assert "other.jsonl:1: label 'c' (8 rows) is not one of the 2 classes that" in message
 
@@ -262,7 +255,7 @@ def test_loftq_of_peft_is_neither_continued_nor_merged(
     model = AutoModelForCausalLM.from_pretrained(base)
     get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained("moved")
     path = Path("moved/adapter_config.json")
-    fields = json.loads(path.read_text())
+    fields = read_json(path)
     path.write_text(json.dumps({**fields, "init_lora_weights": "loftq"}))
     for command in (["train", "--adapter", "moved", *SHORT], ["merge", "moved", "--out", "out"]):
         assert run(command) == 2

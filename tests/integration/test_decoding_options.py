@@ -16,6 +16,9 @@ from ftlevel.config.output import Decoding, DecodingAsInTraining
 from ftlevel.errors import ConfigError
 from ftlevel.models.loading import load_tokenizer
 from ftlevel.models.sources import resolve_source
+from run_files import read_rows
+
+pytestmark = pytest.mark.usefixtures("work_dir")
 
 SHORT = ["--max-samples", "16", "--max-length", "96", "--overlong", "drop", "--batch-size", "4",
          "--dtype", "float32", "--lr", "1e-3", "--quiet", "--max-steps", "4", "--logging-steps",
@@ -24,15 +27,10 @@ SHORT = ["--max-samples", "16", "--max-length", "96", "--overlong", "drop", "--b
 BUILTIN = "builtin:tiny-llama"
 
 
-@pytest.fixture(autouse=True)
-def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
 def train(*arguments: str, out: str) -> list[dict[str, Any]]:
     command = ["train", "--output-dir", out, *SHORT, "--predict-with-generate", *arguments]
     assert run(command) == 0
-    return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+    return read_rows(Path(out, "metrics.jsonl"))
 
 
 def test_beam_search_matches_transformers() -> None:

@@ -18,6 +18,9 @@ from command_line import Cli
 from export_cases import exportable_model
 from ftlevel.cli.app import run
 from ftlevel.trained.generation import added_stops
+from run_files import read_json
+
+pytestmark = pytest.mark.usefixtures("work_dir")
 
 ModelDir = Callable[..., Path]
 END = {
@@ -28,11 +31,6 @@ END = {
 }
 _SLIDING = ["sliding_attention"] * 2  # llama.cpp's Gemma has a full layer after five
 QUESTION = [{"role": "user", "content": "the file"}]
-
-
-@pytest.fixture(autouse=True)
-def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 def base_of(tiny_model_dir: ModelDir, folder: Path, family: str) -> Path:
@@ -51,9 +49,7 @@ def base_of(tiny_model_dir: ModelDir, folder: Path, family: str) -> Path:
     tokenizer.chat_template = None
     tokenizer.save_pretrained(base)
     path = base / "generation_config.json"
-    path.write_text(
-        json.dumps({**json.loads(path.read_text()), "eos_token_id": tokenizer.eos_token_id})
-    )
+    path.write_text(json.dumps({**read_json(path), "eos_token_id": tokenizer.eos_token_id}))
     return base
 
 
@@ -94,7 +90,7 @@ def test_merged_model_stops_at_end_of_turn(
     ids = generate("merged")
     assert ids[-1] == end
     assert tokenizer.decode(ids, skip_special_tokens=True).strip() == "is here"
-    config = json.loads(Path("merged/generation_config.json").read_text())
+    config = read_json("merged/generation_config.json")
     assert config["eos_token_id"] == [tokenizer.eos_token_id, end]
     assert f"`{END[family]}`" in Path("merged/README.md").read_text()
     text = Path("run/README.md").read_text()
@@ -112,7 +108,7 @@ def test_full_fine_tuning_and_its_quantized_model_stop_at_end_of_turn(
     assert generate("run/adapter")[-1] == end
     assert "`<end_of_turn>`" in Path("run/README.md").read_text()
     for path in ("run/adapter", "run/checkpoints/checkpoint-20", "small"):
-        config = json.loads(Path(path, "generation_config.json").read_text())
+        config = read_json(Path(path, "generation_config.json"))
         assert config["eos_token_id"] == [1, end], path
 
 
@@ -137,7 +133,7 @@ def test_recorded_answers_stop_at_end_of_turn(
     train(base, "llama", "--learning-rate", "0.02")
     command = ["export", "run", "--for", "llama.cpp", "--format", "gguf", "--out", "mine.gguf"]
     cli(*command, "--outtype f32 --quiet")
-    served = json.loads(Path("mine.served.json").read_text())
+    served = read_json("mine.served.json")
     end = AutoTokenizer.from_pretrained("run/adapter").convert_tokens_to_ids("<|eot_id|>")
     answers = [prompt["trained"] for prompt in served["adapters"][0]["prompts"]]
     assert all(end not in answer["ids"][:-1] for answer in answers)

@@ -21,6 +21,7 @@ from ftlevel.commands.evaluate import Evaluation, evaluate
 from ftlevel.commands.train import train
 from ftlevel.config import EvaluateConfig, TrainConfig
 from ftlevel.errors import ConfigError, InputError
+from run_files import read_json, read_rows, write_rows
 
 ModelDir = Callable[..., Path]
 
@@ -87,8 +88,7 @@ def test_evaluation_matches_metrics_of_training(
     assert result.metrics == summary["metrics"]
     assert_intervals_contain_metrics(result)
     lines, run_lines = (
-        [json.loads(line) for line in path.read_text().splitlines()]
-        for path in (tmp_path / "p.jsonl", tmp_path / "run" / "validation.jsonl")
+        read_rows(path) for path in (tmp_path / "p.jsonl", tmp_path / "run" / "validation.jsonl")
     )
     assert run_lines == [  # predictions of the run, which have no base predictions
         {name: value for name, value in line.items() if not name.startswith("base_")}
@@ -291,14 +291,14 @@ def test_classes_of_plain_peft_adapter_are_named(
     )
     rows = [{"text": f"the word {i}", "label": "abc"[i % 3]} for i in range(12)]
     data = tmp_path / "rows.jsonl"
-    data.write_text("\n".join(map(json.dumps, rows)))
+    write_rows(data, rows)
     command = ["evaluate", str(tmp_path / "plain"), "--model", str(base), "--dataset", str(data)]
     assert "pass them by --labels, in its order" in cli.fails(*command)
     assert "plain has 3 classes. Name all in order." in cli.fails(*command, "--labels a,b")
     predictions = tmp_path / "predicted.jsonl"
     options = ["--labels", "c,a,b", "--predictions", str(predictions)]
     cli(*command, *options, "--limit 6")
-    lines = list(map(json.loads, predictions.read_text().splitlines()))
+    lines = read_rows(predictions)
     assert [line["true"] for line in lines] == list("abcabc")
     assert {line["predicted"] for line in lines} <= set("abc")
     output = tmp_path / "out.jsonl"
@@ -327,7 +327,7 @@ def test_evaluate_command_output_and_errors(classifier: Path, tmp_path: Path, cl
     name = str(classifier / "run")
     output = cli(f"evaluate {name} --resamples 20 --device cpu")
     assert "accuracy" in output
-    heads = json.loads((classifier / "run/adapter/ftlevel.json").read_text())["heads"]
+    heads = read_json(classifier / "run/adapter/ftlevel.json")["heads"]
     assert heads == ["bert.pooler", "classifier"]
     assert f"without the adapter its head ({', '.join(heads)}) is random" in output
     result = cli.json(f"evaluate {name} --json --resamples 20 --device cpu")
@@ -370,7 +370,7 @@ def test_rows_longer_than_training_rows_are_evaluated(
     positions = transformers.AutoConfig.from_pretrained(base).max_position_embeddings
     rows = tmp_path / "long.jsonl"
     texts = ["a b", "a b " * (positions // 8), "a b c d " * positions]
-    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_rows(rows, ({"text": text} for text in texts))
     result = run_evaluation(tmp_path / "run", dataset=str(rows))
     assert (result.summary["data"]["rows"], result.summary["data"]["dropped"]) == (2, 1)
     command = ["evaluate", str(tmp_path / "run"), "--dataset", str(rows), "--device", "cpu"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import multiprocessing
 import random
 import shutil
@@ -35,13 +34,10 @@ from ftlevel.merging.formats import gguf
 from ftlevel.models.loading import load_tokenizer
 from ftlevel.models.sources import resolve_source
 from ftlevel.weights import gguf_families
+from run_files import write_rows
 from tiny_tokenizers import build_tokenizer
 
-
-@pytest.fixture(autouse=True)
-def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("work_dir")
 
 
 @pytest.fixture
@@ -124,7 +120,7 @@ def test_wrong_tokenizer_in_file_raises(
 @pytest.mark.slow
 def test_exported_run_generates_same_text(cli: Cli) -> None:
     rows = [{"prompt": f"Say {i}.", "completion": f"It is {i} + {i}."} for i in range(24)]
-    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_rows("rows.jsonl", rows)
     cli(
         "train --method lora --dataset rows.jsonl --max-steps 4 --learning-rate 2e-2 "
         "--output-dir run --quiet"

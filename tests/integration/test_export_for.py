@@ -16,18 +16,16 @@ from command_line import Cli
 from export_cases import ModelDir, exportable_model
 from ftlevel.cli.app import run
 from ftlevel.config.export import SERVERS
+from run_files import read_json
 from served_cases import CASES, write_adapter
 from tiny_models import save_tiny
+
+pytestmark = pytest.mark.usefixtures("work_dir")
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("base"), "llama", tie_word_embeddings=True)
-
-
-@pytest.fixture(autouse=True)
-def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 def save_adapter(base: Path, name: str) -> str:
@@ -150,7 +148,7 @@ def test_mlx_export_transposes_matrices_and_folds_scale(base: Path, cli: Cli) ->
     a, b = (original[f"base_model.model.{key}.lora_{x}.weight"] for x in "AB")
     torch.testing.assert_close(exported[f"{key}.lora_a"], a.T)
     torch.testing.assert_close(exported[f"{key}.lora_b"], b.T * 16 / 8**0.5)
-    config = json.loads(Path("out/adapter_config.json").read_text())
+    config = read_json("out/adapter_config.json")
     assert config["num_layers"] == 2
     assert config["lora_parameters"]["scale"] == 1.0
     assert config["lora_parameters"]["keys"] == sorted(
@@ -223,7 +221,7 @@ def test_ollama_export_is_merged_and_checked(
     output = cli(f"export {name} --for ollama --out mine.gguf")
     assert "saved mine.gguf, mine.Modelfile, mine.served.json  (" in output
     assert "ADAPTER" not in Path("mine.Modelfile").read_text()
-    served = json.loads(Path("mine.served.json").read_text())
+    served = read_json("mine.served.json")
     assert served["start"] == ["ollama create mine -f mine.Modelfile", "ollama run mine"]
     prompt = served["adapters"][0]["prompts"][0]
     assert prompt["trained"]["logprobs"] != prompt["base"]["logprobs"]
@@ -253,7 +251,7 @@ def test_merged_format_writes_model_and_start_command(base: Path, cli: Cli) -> N
     cli(*command)
     for command_line in ("vllm serve out", "ftlevel check-served out --url"):
         assert command_line in Path("out/README.md").read_text()
-    assert json.loads(Path("out/served.json").read_text())["adapters"][0]["rank"] is None
+    assert read_json("out/served.json")["adapters"][0]["rank"] is None
     assert {"config.json", "model.safetensors"} <= {path.name for path in Path("out").iterdir()}
 
 

@@ -5,7 +5,6 @@ With a constant learning rate, an extended run equals one that was as long from 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,9 @@ import task_data
 from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.training.trainer import FtlevelTrainer
+from run_files import read_rows, read_summary, read_weights, train
+
+pytestmark = pytest.mark.usefixtures("work_dir")
 
 ModelDir = Callable[..., Path]
 SHORT = ["--max-samples", "12", "--set", "data.max_eval_samples=4", "--batch-size", "4",
@@ -24,30 +26,14 @@ SHORT = ["--max-samples", "12", "--set", "data.max_eval_samples=4", "--batch-siz
 CONSTANT = ["--lr-scheduler", "constant", "--learning-rate", "1e-3"]
 
 
-@pytest.fixture(autouse=True)
-def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.fixture
 def common(tiny_model_dir: ModelDir) -> list[str]:
     data = task_data.write(Path("data"), "mask")
     return ["--model", str(tiny_model_dir("llama", chat=True)), "--dataset", str(data), *SHORT]
 
 
-def train(*arguments: str, out: str = "run") -> dict[str, Any]:
-    """Run `ftlevel train` and return its summary."""
-    assert run(["train", "--quiet", "--output-dir", out, *arguments]) == 0
-    summary: dict[str, Any] = json.loads(Path(out, "summary.json").read_text())
-    return summary
-
-
-def weights(out: str) -> bytes:
-    return Path(out, "adapter/adapter_model.safetensors").read_bytes()
-
-
 def learning_rates(out: str) -> dict[int, float]:
-    records = map(json.loads, Path(out, "metrics.jsonl").read_text().splitlines())
+    records = read_rows(Path(out, "metrics.jsonl"))
     return {r["step"]: r["learning_rate"] for r in records if "learning_rate" in r}
 
 
@@ -57,14 +43,14 @@ def test_extended_run_matches_long_run(common: list[str]) -> None:
     train(*common, *CONSTANT, "--epochs", "2")
     summary = train("--resume", "--num-train-epochs", "4")
     assert (summary["steps"], summary["planned_steps"]) == (12, 12)
-    assert weights("run") == weights("long")
+    assert read_weights("run") == read_weights("long")
     assert "num_train_epochs: 4" in Path("run/config.yaml").read_text()
-    best, expected = (json.loads(Path(out, "summary.json").read_text())["best"]
+    best, expected = (read_summary(out)["best"]
                       for out in ("run", "long"))  # fmt: skip
     assert best == expected
-    before = weights("run")
+    before = read_weights("run")
     train("--resume")
-    assert weights("run") == before, "it is finished at its new length"
+    assert read_weights("run") == before, "it is finished at its new length"
 
 
 @pytest.mark.slow
@@ -113,7 +99,7 @@ def test_resume_with_plateau_scheduler(
     rates = learning_rates("whole")
     assert [rates[step] for step in (3, 6, 9)] == [1e-3, 5e-4, 2.5e-4]
     assert learning_rates("run") == rates
-    assert weights("run") == weights("whole")
+    assert read_weights("run") == read_weights("whole")
 
     change = ["--learning-rate", "4e-3", "--allow-change", "train.learning_rate"]
     train("--resume", "--num-train-epochs", "4", *change)
@@ -161,11 +147,11 @@ def test_summary_counts_steps_that_were_not_logged(common: list[str]) -> None:
 
 def test_resume_without_adapter_file_trains_no_further(common: list[str]) -> None:
     train(*common, *CONSTANT, "--max-steps", "4", "--save-strategy", "steps", "--save-steps", "4")
-    before = weights("run")
+    before = read_weights("run")
     Path("run/adapter/adapter_model.safetensors").unlink()
     summary = train("--resume")
     assert summary["steps"] == 4
-    assert weights("run") == before
+    assert read_weights("run") == before
     assert summary["proof"]["gradient_tensors"] == 0, "none was looked at: no step was left"
 
 

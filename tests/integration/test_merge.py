@@ -30,16 +30,13 @@ from ftlevel.merging.merge_input import resolve_merge_input, select_rows
 from ftlevel.methods.merging import Skeleton, build_skeleton
 from ftlevel.models.loading import build_task_model
 from ftlevel.weights import checkpoint
+from run_files import read_json, read_summary, write_rows
+
+pytestmark = pytest.mark.usefixtures("work_dir")
 
 TinyModelDir = Callable[..., Path]
 TRAIN_OPTIONS = ["--max-samples", "16", "--set", "data.max_eval_samples=8", "--max-steps", "3",
        "--learning-rate", "2e-3", "--quiet"]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +118,7 @@ def test_bfloat16_merge_differs_by_rounding_only(
     )
     assert exact < rounding / 100
     assert rounding / 4 < difference < 4 * rounding
-    card = json.loads(Path("merged/ftlevel.json").read_text())
+    card = read_json("merged/ftlevel.json")
     assert card["merge"]["verified"]
     assert card["method"] == "full"
     assert "Loaded again and compared" in Path("merged/README.md").read_text()
@@ -136,7 +133,7 @@ def test_saved_config_has_rope_theta_for_transformers_4(
     cli(f"merge {source} --out merged --no-verify --quiet")
     cli(f"quantize {source.parent / 'base'} --quant 8bit --out packed --no-measure --quiet")
     for name in ("merged", "packed"):
-        config = json.loads((tmp_path / name / "config.json").read_text())
+        config = read_json(tmp_path / name / "config.json")
         assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
 
 
@@ -211,7 +208,7 @@ def test_unverified_merge_is_marked_in_card(train_run: Callable[..., Path], cli:
     source = train_run("llama", "text-generation", "mask", None, "--dtype", "float32")
     cli(f"merge {source} --out merged --no-verify --quiet")
     assert "**Not verified**" in Path("merged/README.md").read_text()
-    assert json.loads(Path("merged/ftlevel.json").read_text())["merge"]["verified"] is False
+    assert read_json("merged/ftlevel.json")["merge"]["verified"] is False
 
 
 @pytest.mark.slow
@@ -372,9 +369,9 @@ def test_cat_strategy_equals_weighted_sum(tiny_model_dir: TinyModelDir) -> None:
         module = name.removesuffix(".weight")
         update = 0.7 * lora_update(first, module, 6 / 4) - 0.3 * lora_update(second, module, 6 / 3)
         torch.testing.assert_close(merged[name], weight + update, rtol=0, atol=1e-6)
-    assert json.loads(Path("merged/ftlevel.json").read_text())["merge"]["weights"] == [0.7, -0.3]
+    assert read_json("merged/ftlevel.json")["merge"]["weights"] == [0.7, -0.3]
     merge(MergeConfig(adapters=names[0], weights=[0.5], output_dir=Path("half")))
-    assert json.loads(Path("half/ftlevel.json").read_text())["merge"]["weights"] == [0.5]
+    assert read_json("half/ftlevel.json")["merge"]["weights"] == [0.5]
 
 
 def test_adapters_of_different_bases_do_not_mix(
@@ -382,7 +379,7 @@ def test_adapters_of_different_bases_do_not_mix(
 ) -> None:
     source = train_run("llama", "text-generation", "mask", None, "--dtype", "float32")
     other = shutil.copytree(source / "adapter", tmp_path / "other")
-    card = json.loads((other / "ftlevel.json").read_text())
+    card = read_json(other / "ftlevel.json")
     card["base"]["fingerprint"] = "0" * 64
     (other / "ftlevel.json").write_text(json.dumps(card))
     error = cli.fails(f"merge {source} {other} --out {tmp_path / 'merged'}")
@@ -394,7 +391,7 @@ def test_mixture_names_its_adapters_and_their_different_quantization(
 ) -> None:
     source = train_run("llama", "text-generation", "mask", None, "--dtype", "float32")
     other = shutil.copytree(source / "adapter", tmp_path / "other")
-    card = json.loads((other / "ftlevel.json").read_text())
+    card = read_json(other / "ftlevel.json")
     card["quantization"] = {"kind": "4bit"}
     (other / "ftlevel.json").write_text(json.dumps(card))
     shown = " ".join(cli(f"merge {source} {other} --out merged --no-verify").split())
@@ -419,7 +416,7 @@ def test_changed_tensors_and_progress_are_counted(
             self.steps.append(step)
 
     source, listener = train_run("gpt2", "text-generation", "mask", None), Steps()
-    base = load_file(Path(json.loads((source / "summary.json").read_text())["model"]["name"])
+    base = load_file(Path(read_summary(source)["model"]["name"])
                      / "model.safetensors")  # fmt: skip
     config = MergeConfig(adapters=[str(source)], output_dir=Path("merged"))
     written = merge(config, listener=listener).summary["written"]
@@ -460,7 +457,7 @@ def test_random_values_on_the_meta_device_are_not_merged() -> None:
 
 def test_codes_are_chosen_on_other_rows_than_those_compared(tiny_model_dir: TinyModelDir) -> None:
     rows = [{"text": f"The number {i} is {i * i} squared."} for i in range(8)]
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows("rows.jsonl", rows)
     flags = ["--dataset", "rows.jsonl", "--set", "data.validation_split=0", *TRAIN_OPTIONS]
     model = str(tiny_model_dir("llama"))
     assert run(["train", "--model", model, *flags, "--output-dir", "run"]) == 0
@@ -480,9 +477,9 @@ def test_plain_peft_adapter_mixes_with_run(train_run: Callable[..., Path]) -> No
     settings: Any = {"weights": [0.5, 0.5], "verify": False}
     merge(MergeConfig(adapters=[str(source), "a"], output_dir=Path("one"), **settings))
     merge(MergeConfig(adapters=[str(first), str(source)], output_dir=Path("other"), **settings))
-    assert json.loads(Path("one/ftlevel.json").read_text())["merge"]["weights"] == [0.5, 0.5]
+    assert read_json("one/ftlevel.json")["merge"]["weights"] == [0.5, 0.5]
     merge(MergeConfig(adapters=["a"], output_dir=Path("half"), weights=[0.5], verify=False))
-    assert json.loads(Path("half/ftlevel.json").read_text())["merge"]["weights"] == [0.5]
+    assert read_json("half/ftlevel.json")["merge"]["weights"] == [0.5]
     other = load_file("other/model.safetensors")
     for name, tensor in load_file("one/model.safetensors").items():
         torch.testing.assert_close(tensor, other[name])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from ftlevel.config import TrainConfig
 from ftlevel.errors import RunError
 from ftlevel.training.memory import explain_out_of_memory
 from ftlevel.training.trainer import FtlevelTrainer
+from run_files import read_losses, read_summary
 
 ALLOCATION_ERROR = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
 TRAIN = ["train", "--quiet", "--model", "tiny", "--max-samples", "24", "--max-length", "128",
@@ -32,11 +32,6 @@ def working_dir(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("tiny").symlink_to(tiny_model_dir("llama", chat=True))
-
-
-def losses(name: str | Path) -> list[float]:
-    records = map(json.loads, Path(name, "metrics.jsonl").read_text().splitlines())
-    return [record["loss"] for record in records if "loss" in record]
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +81,8 @@ def test_smaller_micro_batches_give_same_losses(
     limit_memory(300)
     assert run([*TRAIN, *options, "--output-dir", "parts"]) == 0
     assert "out of memory at step 1: micro-batches have" in capsys.readouterr().err
-    assert losses("parts") == pytest.approx(losses(reference), rel=1e-4)
-    summaries = [json.loads(Path(n, "summary.json").read_text()) for n in (reference, "parts")]
+    assert read_losses("parts") == pytest.approx(read_losses(reference), rel=1e-4)
+    summaries = [read_summary(n) for n in (reference, "parts")]
     assert summaries[0]["speed"]["made_smaller_for_memory"] == []
     reductions = summaries[1]["speed"]["made_smaller_for_memory"]
     assert reductions[0]["step"] == 1
@@ -114,7 +109,7 @@ def test_resumed_run_keeps_smaller_micro_batches(
     )
     expected, actual = (Path(n, "adapter/adapter_model.safetensors") for n in ("whole", "broken"))
     assert expected.read_bytes() == actual.read_bytes()
-    summaries = [json.loads(Path(n, "summary.json").read_text()) for n in ("whole", "broken")]
+    summaries = [read_summary(n) for n in ("whole", "broken")]
     reductions = [summary["speed"]["made_smaller_for_memory"] for summary in summaries]
     assert reductions[0] == reductions[1] != []
 
@@ -137,8 +132,8 @@ def test_single_row_falls_back_to_gradient_checkpointing(
         "with a single row: activations are recomputed from now on"
         in cli.run(*TRAIN, *options, "--output-dir parts").err
     )
-    assert losses("parts") == pytest.approx(losses(reference), rel=1e-4)
-    summary = json.loads(Path("parts/summary.json").read_text())
+    assert read_losses("parts") == pytest.approx(read_losses(reference), rel=1e-4)
+    summary = read_summary("parts")
     reductions = summary["speed"]["made_smaller_for_memory"]
     assert reductions[-1] == {"step": 1, "gradient_checkpointing": True}
 
@@ -162,7 +157,7 @@ def test_out_of_memory_in_later_step_is_retried(
         f"out of memory at step {failing_step + 1}: micro-batches have"
         in cli.run(*TRAIN, *options, "--output-dir parts").err
     )
-    assert losses("parts") == pytest.approx(losses(reference), rel=1e-4)
+    assert read_losses("parts") == pytest.approx(read_losses(reference), rel=1e-4)
 
 
 @pytest.mark.parametrize("fast", ["--fast", "--no-fast"])

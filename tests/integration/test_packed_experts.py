@@ -5,33 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
 
 from command_line import Cli
 from ftlevel.cli.app import run
+from run_files import read_json, read_weights, train
+
+pytestmark = pytest.mark.usefixtures("work_dir")
 
 ModelDir = Callable[..., Path]
 SHORT = ["--max-samples", "12", "--set", "data.max_eval_samples=4", "--batch-size", "4",
          "--dtype", "float32", "--overlong", "drop", "--lr-scheduler", "constant",
          "--save-strategy", "epoch"]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-def train(*arguments: str, out: str = "run") -> dict[str, Any]:
-    assert run(["train", "--output-dir", out, *arguments]) == 0
-    summary: dict[str, Any] = json.loads(Path(out, "summary.json").read_text())
-    return summary
-
-
-def weights(out: str) -> bytes:
-    return Path(out, "adapter/adapter_model.safetensors").read_bytes()
 
 
 @pytest.mark.slow
@@ -45,12 +32,12 @@ def test_packed_experts_train_resume_evaluate_and_merge(
     captured = capfd.readouterr()
     assert "experts: 4 bits, as the linear layers" in captured.out + captured.err
     assert "fast step verified on" in captured.out + captured.err
-    card = json.loads(Path("whole/adapter/ftlevel.json").read_text())
+    card = read_json("whole/adapter/ftlevel.json")
     assert card["quantization"]["experts"] is True
     train(*options, "--epochs", "1")
     train("--resume", "--num-train-epochs", "2")
     capfd.readouterr()
-    assert weights("run") == weights("whole")
+    assert read_weights("run") == read_weights("whole")
     cli("evaluate whole --json")
     metrics = json.loads(capfd.readouterr().out)["metrics"]
     assert metrics["loss"] == pytest.approx(uninterrupted["metrics"]["loss"], rel=1e-5)
@@ -61,7 +48,7 @@ def test_packed_experts_train_resume_evaluate_and_merge(
     quantized = json.loads(capfd.readouterr().out)
     assert quantized["served"]["kl"] < 0.1 * quantized["effect"]["kl"]
     # transformers loads it without ftlevel: checkpoints do not have packed experts.
-    stored = json.loads(Path("served/config.json").read_text())["quantization_config"]
+    stored = read_json("served/config.json")["quantization_config"]
     assert stored["quant_method"] == "bitsandbytes"
     AutoModelForCausalLM.from_pretrained("served")
 

@@ -29,6 +29,7 @@ from ftlevel.errors import ConfigError
 from ftlevel.events import NullListener
 from ftlevel.training import processes as watch_processes
 from ftlevel.training.trainer import FtlevelTrainer
+from run_files import read_losses, read_summary, write_rows
 
 pytestmark = pytest.mark.slow
 PROGRAM = [sys.executable, "-m", "ftlevel"]
@@ -43,7 +44,7 @@ def dataset(tmp_path: Path) -> Path:
         {"prompt": " ".join(TEXT[: 2 + n % 5]), "completion": " ".join(TEXT[n % 6 : 8])}
         for n in range(ROWS)
     ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_rows(path, lines)
     return path
 
 
@@ -70,11 +71,6 @@ def train_in_one_process(
     }  # fmt: skip
     values["output"] |= {"dir": out}
     train(TrainConfig.model_validate(values))
-
-
-def losses(out: Path) -> list[float]:
-    records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    return [record["loss"] for record in records if "loss" in record]
 
 
 def test_two_processes_match_doubled_accumulation(
@@ -160,7 +156,7 @@ def test_interrupt_saves_checkpoint_of_all_processes(
     # The fast step packs other micro-batches in one process than in two, so rounding differs.
     # The second loss is computed after one update.
     train_in_one_process(model, dataset, tmp_path / "one", 2, fast=True, **schedule)
-    assert losses(tmp_path / "one") == pytest.approx(losses(out)[:2], rel=1e-6)
+    assert read_losses(tmp_path / "one") == pytest.approx(read_losses(out)[:2], rel=1e-6)
 
 
 def test_resumed_run_matches_uninterrupted_run(
@@ -210,7 +206,7 @@ def test_all_processes_skip_step_with_nan_in_one(
     arguments = (tiny_model_dir("llama"), dataset, tmp_path / "run", action)
     both = ranks.start(train_with_nan_loss, [(rank, *arguments) for rank in (0, 1)])
     assert ranks.end(both, 120) == [0, 0]
-    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    summary = read_summary(tmp_path / "run")
     (note,) = summary["left_out"]
     assert note["step"] == 6
     assert note["how"] == {"skip": "skipped", "rollback": "rolled back to checkpoint-3"}[action]
@@ -222,7 +218,7 @@ def test_two_processes_count_pairs_and_tokens(
     """One of the processes has no pair in the last step, whose loss has two counts."""
     rows = [{"prompt": "a", "chosen": " ".join(TEXT[:n]), "rejected": "b"} for n in range(1, 6)]
     dataset = tmp_path / "pairs.jsonl"
-    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(dataset, rows)
     options = ["--task", "preference", "--loss", "cpo", "--set", "preference.nll_mean=token",
                "--logging-steps", "1", "--warmup-steps", "9", "--num-train-epochs", "1",
                "--num-processes", "2"]  # fmt: skip
@@ -231,7 +227,7 @@ def test_two_processes_count_pairs_and_tokens(
     command[command.index("4")] = "2"
     process = forked.run(*command)
     assert process.stderr.count("--warmup-steps 9 is longer") == 1, "the first process warns"
-    assert len(losses(out)) == 2
+    assert len(read_losses(out)) == 2
 
 
 def test_num_processes_without_launcher_raises() -> None:
@@ -345,8 +341,8 @@ def suspend_and_resume(rank: int, model: Path, dataset: Path, folder: Path) -> s
         ]
         assert line.startswith(f"warning: rank {rank} ({socket.gethostname()}) has not responded")
         suspended.resume()
-        before = len(losses(folder / "run"))
-        while len(losses(folder / "run")) < before + 3:
+        before = len(read_losses(folder / "run"))
+        while len(read_losses(folder / "run")) < before + 3:
             assert time.monotonic() - start < 60
             time.sleep(0.1)
     finally:

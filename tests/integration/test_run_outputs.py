@@ -16,13 +16,11 @@ from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.commands.evaluate import evaluate
 from ftlevel.config import EvaluateConfig
+from run_files import read_summary, write_rows
+
+pytestmark = pytest.mark.usefixtures("work_dir")
 
 TinyModelDir = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -31,7 +29,7 @@ def classifier_run(tiny_model_dir: TinyModelDir, capsys: pytest.CaptureFixture[s
     pytest.importorskip("tensorboard")
     rows = [{"Message": f"the {word} {i}", "Kind": "xyz"[i % 3]} for i, word in
             enumerate(task_data.WORDS * 3)]  # fmt: skip
-    Path("my rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_rows("my rows.jsonl", rows)
     code = run(["train", "--model", str(tiny_model_dir("bert")), "--dataset", "my rows.jsonl",
                 "--task", "text-classification", "--map", "text=Message", "--map", "label=Kind",
                 "--validation-split", "0.25", "--max-steps", "2", "--output-dir", "my run",
@@ -64,7 +62,7 @@ def test_tensorboard_files_are_in_run_directory(classifier_run: Path) -> None:
 
 def test_next_commands_run_as_printed(classifier_run: Path) -> None:
     output = Path("said.txt").read_text()
-    commands = json.loads((classifier_run / "summary.json").read_text())["next"]
+    commands = read_summary(classifier_run)["next"]
     assert commands == [
         "ftlevel evaluate 'my run'",
         "ftlevel predict 'my run' --dataset 'my rows.jsonl' --limit 5",
@@ -149,7 +147,7 @@ def test_missing_model_option_warns_for_own_dataset(
 def test_preview_reports_merged_labels(tiny_model_dir: TinyModelDir, cli: Cli) -> None:
     rows = [{"text": f"the {w}", "label": "x" if i else " x"} for i, w in
             enumerate(task_data.WORDS)]  # fmt: skip
-    Path("rows.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"text": "a", "label": "y"}])))
+    write_rows("rows.jsonl", [*rows, {"text": "a", "label": "y"}])
     command = ["preview", "--model", str(tiny_model_dir("bert")), "--dataset", "rows.jsonl"]
     output = cli(*command, "--task text-classification")
     assert ": made one; --set data.gate.label_space=stop|warn|ignore" in output

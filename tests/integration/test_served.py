@@ -34,6 +34,7 @@ from ftlevel.extras.serving.client import ServerOutput, match_output, widen_tole
 from ftlevel.extras.serving.config import CheckServedConfig
 from ftlevel.extras.serving.recorded import ReferenceOutput
 from ftlevel.trained.resolve import resolve_model
+from run_files import read_json, write_rows
 from served_cases import CASES, write_adapter
 from tiny_models import save_tiny
 
@@ -81,7 +82,7 @@ def llama_server(
 
 
 def adapter_files(out: Path) -> list[Path]:
-    served = json.loads((out / "served.json").read_text())
+    served = read_json(out / "served.json")
     return [out / adapter["place"] for adapter in served["adapters"]]
 
 
@@ -126,7 +127,7 @@ def quantized_base_export(
     settings = CASES["lora"].settings | {"lora_alpha": 128}  # changes logits by more than rounding
     write_adapter(first_blocks, export_dir / "lora", settings)
     path = export_dir / "lora" / "adapter_config.json"
-    config = json.loads(path.read_text()) | {"base_model_name_or_path": str(first_blocks_gguf)}
+    config = read_json(path) | {"base_model_name_or_path": str(first_blocks_gguf)}
     path.write_text(json.dumps(config))
     export(ExportConfig(model=str(export_dir / "lora"), out=export_dir / "out", format="gguf-lora"))
     return export_dir / "out"
@@ -265,9 +266,7 @@ def test_exported_run_is_served_as_trained(
     weights = load_file(base / "model.safetensors")
     weights["lm_head.weight"][:270] = 0
     save_file(weights, base / "model.safetensors", {"format": "pt"})
-    Path("rows.jsonl").write_text(
-        "".join(json.dumps({"prompt": f"say {n}", "completion": "a b c"}) + "\n" for n in range(8))
-    )
+    write_rows("rows.jsonl", ({"prompt": f"say {n}", "completion": "a b c"} for n in range(8)))
     train = ["train", "--model", str(base), "--dataset", "rows.jsonl", "--output-dir", "run",
              "--rslora", "--lora-r", "4", "--learning-rate", "0.05", "--max-steps", "4",
              "--set", 'method.rank_pattern={"q_proj": 2}', "--quiet"]  # fmt: skip
@@ -279,7 +278,7 @@ def test_exported_run_is_served_as_trained(
 def test_stop_text_of_training_is_exported_and_sent(
     export_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    served = json.loads((export_dir / "out" / "served.json").read_text())
+    served = read_json(export_dir / "out" / "served.json")
     row = next(adapter for adapter in served["adapters"] if adapter["name"] == "rslora")
     texts = [prompt["trained"]["text"] for prompt in row["prompts"]]
     stop = texts[0][6:9]
@@ -292,7 +291,7 @@ def test_stop_text_of_training_is_exported_and_sent(
     assert run(["export", str(adapter), "--for", "llama.cpp", "--out", str(out)]) == 0
     message = f'which llama.cpp does not read from a model. Send "stop": {json.dumps([stop])} with'
     assert message in " ".join(capsys.readouterr().err.split())
-    served = json.loads((out / "served.json").read_text())
+    served = read_json(out / "served.json")
     answers = [prompt["trained"]["text"] for prompt in served["adapters"][0]["prompts"]]
     assert answers == [text.split(stop)[0] for text in texts]
     with llama_server(export_dir / "base.gguf", adapter_files(out), apply=True) as url:
@@ -399,7 +398,7 @@ def test_texts_are_compared_without_logprobs(export_dir: Path, tmp_path: Path) -
     """The server returns no logprobs or tokens; requests use the only model name that it lists."""
     out = tmp_path / "out"
     shutil.copytree(export_dir / "out" / "rslora", out)
-    served = json.loads((export_dir / "out" / "served.json").read_text())
+    served = read_json(export_dir / "out" / "served.json")
     row = next(adapter for adapter in served["adapters"] if adapter["name"] == "rslora")
     row |= {"place": "adapter.gguf", "prompts": row["prompts"][:1]}
     (out / "served.json").write_text(json.dumps({**served, "adapters": [row]}))

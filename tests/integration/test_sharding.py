@@ -23,6 +23,7 @@ from ftlevel.errors import ConfigError, InputError
 from ftlevel.models.upstream.shards import local_shard, part_of
 from ftlevel.models.upstream.shards import whole as full_tensor
 from ftlevel.trained.resolve import resolve_model
+from run_files import read_json, read_rows
 from tiny_models import save_tiny
 
 pytestmark = pytest.mark.slow
@@ -65,7 +66,7 @@ def assert_equal_evaluations(first_run: Path, second_run: Path) -> None:
     """Assert that two runs have equal evaluation metrics."""
     evaluations = []
     for run in (first_run, second_run):
-        records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        records = read_rows(run / "metrics.jsonl")
         evaluations.append([
             {name: value for name, value in record.items() if name == "step" or
              (name.startswith("eval_") and isinstance(value, int | float))}
@@ -103,7 +104,7 @@ def test_two_sharded_processes_match_one_process(
     for case in CASES:
         assert difference(one_process_runs / case, two_process_runs / case) <= BOUND
         assert_equal_evaluations(one_process_runs / case, two_process_runs / case)
-        memory_share = json.loads((two_process_runs / case / "share.json").read_text())
+        memory_share = read_json(two_process_runs / case / "share.json")
         assert memory_share < (
             0.55 if case.endswith("full") else 0.85
         )  # a third of this model is the adapter
@@ -247,7 +248,7 @@ def test_peak_memory_of_loading_is_bounded_by_shard(tmp_path: Path) -> None:
     model_dir.mkdir()
     assert ranks.end(ranks.start(load_large_model, [(model_dir, tmp_path)] * 2)) == [0, 0]
     for rank in range(2):
-        memory = json.loads((tmp_path / f"{rank}.json").read_text())
+        memory = read_json(tmp_path / f"{rank}.json")
         assert memory["same"]
         overhead = 16 << 20  # modules, meshes, the allocator
         assert memory["peak"] < memory["whole"] / 2 + memory["largest"] + overhead, memory
@@ -409,9 +410,7 @@ def test_no_bfloat16_weights_are_kept_for_backward(prepared_dir: Path, tmp_path:
         torch.allclose(one_process[name], two_processes[name], rtol=1e-2, atol=1e-4)
         for name in one_process
     )
-    kept_weights = [
-        json.loads((tmp_path / f"{count}.json").read_text())["held"] for count in (1, 2)
-    ]
+    kept_weights = [read_json(tmp_path / f"{count}.json")["held"] for count in (1, 2)]
     assert kept_weights[0] > 100_000  # the check detects kept copies
     assert kept_weights[1] == 0
 

@@ -15,20 +15,18 @@ from safetensors.torch import load_file
 from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.training.trainer import FtlevelTrainer
+from run_files import read_rows, write_rows
+
+pytestmark = pytest.mark.usefixtures("work_dir")
 
 ModelDir = Callable[..., Path]
 STEPS = 12
 
 
-@pytest.fixture(autouse=True)
-def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.fixture
 def command(tiny_model_dir: ModelDir, tmp_path: Path) -> list[str]:
     rows = [{"prompt": f"number {i} of many", "completion": f"it is {i}"} for i in range(64)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "rows.jsonl", rows)
     return ["train", "--quiet", "--model", str(tiny_model_dir("llama")), "--dataset", "rows.jsonl",
             "--task", "text-generation", "--batch-size", "4", "--max-steps", str(STEPS),
             "--logging-steps", "1", "--no-verify-fast", "--output-dir", "run"]  # fmt: skip
@@ -66,11 +64,11 @@ def scale_loss(
 
 
 def read_summary(name: str = "run") -> Any:
-    return json.loads(Path(name, "summary.json").read_text())
+    return read_summary(name)
 
 
 def losses() -> list[float]:
-    records = map(json.loads, Path("run/metrics.jsonl").read_text().splitlines())
+    records = read_rows("run/metrics.jsonl")
     return [record["loss"] for record in records if "loss" in record]
 
 

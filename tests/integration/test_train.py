@@ -24,6 +24,7 @@ import task_data
 from command_line import Cli
 from forked import Forked, run_slowly
 from ftlevel.cli.app import run
+from run_files import read_json, read_rows, read_summary, train
 from sampling import sample
 
 SHORT = ["--max-samples", "16", "--set", "data.max_eval_samples=8", "--batch-size", "4"]
@@ -44,7 +45,7 @@ def write_tiny_inputs(folder: Path, tiny_model_dir: Callable[..., Path]) -> Path
         }
         for i in range(1, 21)
     ]
-    (folder / "tiny.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "tiny.jsonl", rows)
     return folder
 
 
@@ -54,13 +55,6 @@ def working_dir(
 ) -> Path:
     monkeypatch.chdir(tmp_path)
     return write_tiny_inputs(tmp_path, tiny_model_dir)
-
-
-def train(*arguments: str, out: str = "run") -> dict[str, Any]:
-    """Run `ftlevel train` and return its summary."""
-    assert run(["train", "--quiet", "--output-dir", out, *arguments]) == 0
-    summary: dict[str, Any] = json.loads(Path(out, "summary.json").read_text())
-    return summary
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +108,7 @@ def test_run_passes_checks_and_writes_files(arguments: list[str], frozen: int) -
     assert files == {".ftlevel.json", "README.md", "adapter", "checkpoints", "config.yaml",
                      "metrics.jsonl", "places.json", "report.html", "summary.json",
                      "validation.jsonl"}  # fmt: skip
-    card = json.loads(Path("run/adapter/ftlevel.json").read_text())
+    card = read_json("run/adapter/ftlevel.json")
     assert card["base"]["name"] == str(Path("tiny").resolve())
     assert card["prompt"]["kind"] == "chat-template"
 
@@ -123,7 +117,7 @@ def test_readme_command_lowers_validation_loss() -> None:
     """`ftlevel train --method lora`: validation loss falls at every evaluation."""
     eval_options = ["--set", "data.max_eval_samples=40"]  # of 109
     summary = train("--method", "lora", "--eval-on-start", *eval_options)
-    records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    records = read_rows("run/metrics.jsonl")
     losses = [record["eval_loss"] for record in records if "eval_loss" in record]
     assert len(losses) >= 4
     assert losses == sorted(losses, reverse=True)
@@ -145,13 +139,13 @@ def test_same_command_or_config_gives_same_adapter() -> None:
 
 def test_metrics_file_has_documented_fields() -> None:
     train(*TINY_OPTIONS, "--epochs", "1")
-    records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    records = read_rows("run/metrics.jsonl")
     steps = [r for r in records if "loss" in r]
     assert set(steps[0]) >= {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens",
                              "elapsed_s", "train_s", "memory_bytes"}  # fmt: skip
     assert steps[-1]["step"] == 4
     # All 16 rows, counted without padding.
-    assert steps[-1]["tokens"] == json.loads(Path("run/summary.json").read_text())["data"]["tokens"]
+    assert steps[-1]["tokens"] == read_summary()["data"]["tokens"]
     assert any("eval_perplexity" in r for r in records)
 
 
@@ -167,7 +161,7 @@ def test_gradient_accumulation_gives_same_losses() -> None:
 
 
 def write_rows(name: str, rows: list[dict[str, Any]]) -> str:
-    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_rows(name, rows)
     return name
 
 
@@ -214,7 +208,7 @@ def test_classification_head_is_saved_and_reloaded(
     assert set(summary["metrics"]) >= {"loss", "accuracy", "f1"}
     assert summary["proof"]["reload_difference"] == 0
     assert summary["data"]["labels"] == ["down", "left", "up"]
-    card = json.loads(Path("run/adapter/ftlevel.json").read_text())
+    card = read_json("run/adapter/ftlevel.json")
     assert card["heads"]
     answer = cli.json("generate run --prompt 'up up' --json")["answers"][0]
     assert answer["text"] in ("down", "left", "up")
@@ -286,9 +280,7 @@ def test_interrupted_run_resumes_like_uninterrupted_run(tmp_path: Path, cli: Cli
     assert resumed == expected, "a line a step, each that of the unbroken run"
     seconds = [json.loads(line)["train_s"] for line in metrics.read_text().splitlines()]
     assert seconds == sorted(seconds)
-    expected, resumed = (
-        json.loads(Path(out, "summary.json").read_text()) for out in ("whole", "broken")
-    )
+    expected, resumed = (read_summary(out) for out in ("whole", "broken"))
     fields = ("steps", "loss_first", "loss_last", "loss_window", "metrics")
     assert [resumed[name] for name in fields] == [expected[name] for name in fields]
 
@@ -351,7 +343,7 @@ def test_resume_with_changed_thread_count_is_rejected(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     count = torch.get_num_threads()
-    assert json.loads(Path("run/checkpoints/identity.json").read_text())["threads"] == count
+    assert read_json("run/checkpoints/identity.json")["threads"] == count
     torch.set_num_threads(count + 1)
     try:
         code = run(["train", "--quiet", "--output-dir", "run", "--resume"])
@@ -387,7 +379,7 @@ def test_damaged_checkpoint_is_rejected(capsys: pytest.CaptureFixture[str]) -> N
     assert run(["train", "--quiet", "--output-dir", "run", "--resume"]) == 0
     assert "checkpoint-3: optimizer.pt has changed" in capsys.readouterr().err
     assert Path("run/checkpoints/rejected-3").is_dir()
-    proof = json.loads(Path("run/summary.json").read_text())["proof"]
+    proof = read_summary()["proof"]
     assert proof["gradient_tensors"] == 28, "a resumed run proves its gradients too"
     assert digest("run") == digest("whole")
 
@@ -459,5 +451,5 @@ def test_gguf_base_trains_and_full_run_is_plain_model(first_blocks_gguf: Path) -
 
 def test_full_run_config_has_rope_theta() -> None:
     train(*TINY_OPTIONS, "--method", "full", "--max-steps", "1")
-    config = json.loads(Path("run/adapter/config.json").read_text())
+    config = read_json("run/adapter/config.json")
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 
 import task_data
 from ftlevel.cli.app import run
+from run_files import read_rows, read_summary, write_rows
 
 SHORT = ["--model", "tiny", "--batch-size", "4", "--dtype", "float32", "--learning-rate", "1e-3",
          "--logging-steps", "1",
@@ -30,7 +30,7 @@ def train(*arguments: str, out: str) -> list[dict[str, Any]]:
     """Run `ftlevel train`; return its records."""
     rows = [] if "--train_file" in arguments else ["--dataset", "data"]
     assert run(["train", "--quiet", "--output-dir", out, *SHORT, *rows, *arguments]) == 0
-    return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+    return read_rows(Path(out, "metrics.jsonl"))
 
 
 def losses(records: list[dict[str, Any]]) -> list[float]:
@@ -72,14 +72,12 @@ def test_neftune_uses_plain_step() -> None:
     assert noisy == pytest.approx(plain, rel=1e-4)
     without_noise = losses(train(*options, "--no-fast", out="quiet"))
     assert abs(noisy[0] - without_noise[0]) > 1e-3
-    assert json.loads(Path("noisy/summary.json").read_text())["speed"] == {"fast": False}
+    assert read_summary("noisy")["speed"] == {"fast": False}
 
 
 def test_fractional_eval_steps_and_epoch_checkpoints() -> None:
     Path("held.jsonl").write_text('{"prompt": "Say one.", "completion": "one"}\n' * 3)
-    Path("some.jsonl").write_text(
-        "".join(json.dumps({"prompt": f"Say {n}.", "completion": str(n)}) + "\n" for n in range(8))
-    )
+    write_rows("some.jsonl", ({"prompt": f"Say {n}.", "completion": str(n)} for n in range(8)))
     records = train(
         "--train_file", "some.jsonl", "--validation_file", "held.jsonl", "--epochs", "2",
         "--eval-steps", "0.5", "--save-strategy", "epoch", "--set", "data.gate.leaked=ignore",
@@ -88,5 +86,5 @@ def test_fractional_eval_steps_and_epoch_checkpoints() -> None:
     assert [record["step"] for record in records if "eval_loss" in record] == [2, 4]
     checkpoints = sorted(path.name for path in Path("run/checkpoints").glob("checkpoint-*"))
     assert checkpoints == ["checkpoint-2", "checkpoint-4"]
-    data = json.loads(Path("run/summary.json").read_text())["data"]
+    data = read_summary()["data"]
     assert (data["train_rows"], data["validation_rows"]) == (8, 3)

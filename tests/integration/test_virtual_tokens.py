@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,25 +10,14 @@ import pytest
 from safetensors.torch import load_file
 
 from command_line import Cli
-from ftlevel.cli.app import run
+from run_files import read_json, train, write_rows
+
+pytestmark = pytest.mark.usefixtures("work_dir")
 
 SHORT = ["--max-samples", "16", "--set", "data.max_eval_samples=8", "--batch-size", "4"]
 PROJECTED_PREFIX = ["--method", "prefix", "--set", "method.prefix_projection=true"]
 LSTM = ["--method", "p-tuning", "--set", "method.encoder_reparameterization_type=LSTM",
         "--set", "method.encoder_hidden_size=16"]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def train(*arguments: str, out: str = "run") -> dict[str, Any]:
-    """Run `ftlevel train` and return its summary."""
-    assert run(["train", "--quiet", "--output-dir", out, *arguments]) == 0
-    summary: dict[str, Any] = json.loads(Path(out, "summary.json").read_text())
-    return summary
 
 
 def load_adapter(out: str) -> dict[str, Any]:
@@ -61,7 +49,7 @@ def test_virtual_token_run_passes_checks_and_generates(
     assert proof["idle_tensors"] == 0
     assert proof["frozen_tensors"] == 21
     assert len(load_adapter("run")) == tensors  # no MLP, no LSTM
-    card = json.loads(Path("run/adapter/ftlevel.json").read_text())
+    card = read_json("run/adapter/ftlevel.json")
     assert card["needs_import"] == "ftlevel.adapters"
     prompts = ["--prompt", "def f(): return 1", "--prompt", "x"]
     command = ["generate", "run", *prompts, "--compare-base", "--max-new-tokens", "4", "--json"]
@@ -82,7 +70,7 @@ def test_classification_head_is_trained_and_saved(
         for n in range(6)
         for word in ("good", "bad")
     ]
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows("rows.jsonl", rows)
     summary = train(
         "--method", method, "--task", "text-classification", "--model",
         str(tiny_model_dir(family)), "--dataset", "rows.jsonl", "--validation-split", "0.25",
