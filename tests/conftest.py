@@ -124,11 +124,11 @@ def work_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
+def cli(request: pytest.FixtureRequest) -> Cli:
     """Run commands in this process: `cli("train --max-steps 1", ...)`."""
     from command_line import Cli
 
-    return Cli(capsys)
+    return Cli(request.getfixturevalue("capfd" if "capfd" in request.fixturenames else "capsys"))
 
 
 @pytest.fixture(scope="session", autouse=True)

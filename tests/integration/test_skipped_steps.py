@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.training.trainer import FtlevelTrainer
-from run_files import read_rows, write_rows
+from run_files import read_losses, read_summary, write_rows
 
 pytestmark = pytest.mark.usefixtures("work_dir")
 
@@ -63,15 +63,6 @@ def scale_loss(
     monkeypatch.setattr(FtlevelTrainer, "compute_loss", compute_scaled_loss)
 
 
-def read_summary(name: str = "run") -> Any:
-    return read_summary(name)
-
-
-def losses() -> list[float]:
-    records = read_rows("run/metrics.jsonl")
-    return [record["loss"] for record in records if "loss" in record]
-
-
 def are_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(first[name], second[name]) for name in first)
 
@@ -103,7 +94,7 @@ def test_skipped_step_does_not_change_weights(
     assert unchanged == [at == 5 for at in range(STEPS - 1)], "only that step changes nothing"
     notes = read_summary()["left_out"]
     assert [(note["step"], note["how"], len(note["rows"])) for note in notes] == [(6, "skipped", 4)]
-    assert all(loss == loss for loss in losses())
+    assert all(loss == loss for loss in read_losses())
     card = Path("run/README.md").read_text()
     assert "Skipped steps (loss not finite, or a spike): 1." in card
 
