@@ -58,15 +58,7 @@ def test_adapter_determines_model_and_method(
     tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = str(tiny_model_dir("bert"))
-    command = [
-        "train",
-        "--task",
-        "text-classification",
-        "--dataset",
-        "rows.csv",
-        "--max-steps",
-        "1",
-    ]
+    command = "train --task text-classification --dataset rows.csv --max-steps 1".split()
     assert run([*command, "--model", model, "--lora-r", "2", "--output-dir", "first"]) == 0
     capsys.readouterr()
     result = init(capsys, "--adapter", "first", "--task", "text-classification")

@@ -12,8 +12,7 @@ from command_line import Cli
 from ftlevel.cli.app import run
 from run_files import read_summary, write_rows
 
-SHORT = ["--max-steps", "3", "--batch-size", "6", "--dtype", "float32", "--lr", "1e-3",
-         "--logging-steps", "1", "--quiet"]  # fmt: skip
+SHORT = "--max-steps 3 --batch-size 6 --dtype float32 --lr 1e-3 --logging-steps 1 --quiet".split()
 NER = [{"tokens": ["a", str(i)], "tags": ["O", "PER" if i % 4 else "LOC"]} for i in range(20)]
 
 

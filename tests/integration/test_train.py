@@ -28,8 +28,7 @@ from run_files import read_json, read_rows, read_summary, train
 from sampling import sample
 
 SHORT = ["--max-samples", "16", "--set", "data.max_eval_samples=8", "--batch-size", "4"]
-TINY_OPTIONS = ["--model", "tiny", "--dataset", "tiny.jsonl", "--validation-split", "0.2",
-        "--batch-size", "4"]  # fmt: skip
+TINY_OPTIONS = "--model tiny --dataset tiny.jsonl --validation-split 0.2 --batch-size 4".split()
 """A tiny model and 16 training rows in the working directory."""
 WORDS = ("house river stone tree bird fish cloud table horse paper glass iron salt wood wind fire "
          "light water earth metal snow sand leaf root seed").split()  # fmt: skip
