@@ -18,7 +18,7 @@ def train(*words: object, out: str | Path = "run") -> dict[str, Any]:
 
 
 def short_config(
-    model: object, data: object, out: object, task: str = "text-generation", **sections: Any
+    model: object, data: object, out: object, task: str = "text-generation", /, **sections: Any
 ) -> TrainConfig:
     """Return the configuration of a run of 3 steps in float32 on the CPU.
 
@@ -27,7 +27,7 @@ def short_config(
         data: dataset.
         out: output directory.
         task: its name.
-        sections: further sections, or values for those above: `data={"columns": …}`.
+        sections: further values: `train={"save_steps": 1}`, `method={"kind": "full"}`.
     """
     values: dict[str, Any] = {
         "task": task,
