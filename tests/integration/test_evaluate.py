@@ -19,15 +19,16 @@ from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.commands.evaluate import Evaluation, evaluate
 from ftlevel.commands.train import train
-from ftlevel.config import EvaluateConfig, TrainConfig
+from ftlevel.config import EvaluateConfig
 from ftlevel.errors import ConfigError, InputError
-from run_files import read_json, read_rows, write_rows
+from run_files import read_json, read_rows, short_config, write_rows
 
 ModelDir = Callable[..., Path]
 
 SPAN = {"max_length": 48, "doc_stride": 12}
 PAIR = {"columns": {"source": "en", "target": "de"}}
 SUMMARY = {"columns": {"document": "en", "summary": "de"}}
+GENERATION = {"max_new_tokens": 6, "per_device_eval_batch_size": 4, "max_generate_samples": 5}
 CELLS: list[tuple[str, str, str, str | None, dict[str, Any]]] = [
     ("class", "text-classification", "bert", "mlm", {}),
     ("multi", "text-classification", "bert", "mlm", {}),
@@ -42,26 +43,6 @@ CELLS: list[tuple[str, str, str, str | None, dict[str, Any]]] = [
     ("pair", "summarization", "llama", None, SUMMARY),
     ("pair", "translation", "bart", None, PAIR),
 ]
-
-
-def create_config(model: Path, data: Path, out: Path, task: str, **overrides: Any) -> TrainConfig:
-    options = overrides.pop("options", {})
-    return TrainConfig.model_validate(
-        {
-            "task": task,
-            "model": {"name_or_path": str(model), "dtype": "float32", "device": "cpu"},
-            "data": {"dataset": str(data), **options},
-            "train": {
-                "max_steps": 3,
-                "learning_rate": 0.01,
-                "max_new_tokens": 6,
-                "per_device_eval_batch_size": 4,
-                "max_generate_samples": 5,
-            },
-            "output": {"dir": str(out)},
-            **overrides,
-        }
-    )
 
 
 def run_evaluation(name: Path, **overrides: Any) -> Evaluation:
@@ -80,9 +61,7 @@ def test_evaluation_matches_metrics_of_training(
     tmp_path: Path,
 ) -> None:
     data = task_data.write(tmp_path / "data", name)
-    config = create_config(
-        tiny_model_dir(family, head), data, tmp_path / "run", task, options=options
-    )
+    config = short_config(tiny_model_dir(family, head), data, tmp_path / "run", task, data=options)
     summary = train(config).summary
     result = run_evaluation(tmp_path / "run", predictions=tmp_path / "p.jsonl", resamples=200)
     assert result.metrics == summary["metrics"]
@@ -158,7 +137,7 @@ def test_evaluation_on_training_rows_warns(
 ) -> None:
     data = task_data.write(tmp_path / "data", "class") / "train.jsonl"
     train(
-        create_config(tiny_model_dir("bert", "mlm"), data, tmp_path / "run", "text-classification")
+        short_config(tiny_model_dir("bert", "mlm"), data, tmp_path / "run", "text-classification")
     )
     description = "the training rows: no validation split was held out"
     command = ["evaluate", str(tmp_path / "run"), "--resamples", "0", "--device", "cpu"]
@@ -179,11 +158,8 @@ def test_evaluation_on_training_file_says_that_it_includes_training_rows(
     tiny_model_dir: ModelDir, tmp_path: Path, cli: Cli
 ) -> None:
     data = task_data.write(tmp_path / "data", "class") / "train.jsonl"
-    config = create_config(
-        tiny_model_dir("bert", "mlm"), data, tmp_path / "run", "text-classification"
-    )
-    held_out = config.data.model_copy(update={"validation_split": 0.25})
-    train(config.model_copy(update={"data": held_out}))
+    train(short_config(tiny_model_dir("bert", "mlm"), data, tmp_path / "run",
+                       "text-classification", data={"validation_split": 0.25}))  # fmt: skip
     command = ["evaluate", str(tmp_path / "run"), "--resamples", "0", "--device", "cpu"]
     captured = cli.run(*command, f"--dataset {data}")
     assert "(all rows, including those of training)" in captured.out
@@ -196,9 +172,7 @@ def test_evaluation_supports_other_methods(
 ) -> None:
     data = task_data.write(tmp_path / "data", "mask")
     method = {"kind": kind} if kind != "prefix" else {"kind": kind, "num_virtual_tokens": 4}
-    config = create_config(
-        tiny_model_dir("llama"), data, tmp_path / "run", "text-generation", method=method
-    )
+    config = short_config(tiny_model_dir("llama"), data, tmp_path / "run", method=method)
     expected = train(config).summary["metrics"]
     result = run_evaluation(tmp_path / "run")
     assert result.metrics == expected
@@ -213,7 +187,7 @@ def test_evaluation_supports_other_methods(
 def classifier(tiny_model_dir: ModelDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("classifier")
     data = task_data.write(folder / "data", "class")
-    train(create_config(tiny_model_dir("bert", "mlm"), data, folder / "run", "text-classification"))
+    train(short_config(tiny_model_dir("bert", "mlm"), data, folder / "run", "text-classification"))
     return folder
 
 
@@ -240,7 +214,7 @@ def test_other_splits_and_files_are_evaluated(classifier: Path, tmp_path: Path) 
 
 def test_resampling_is_seeded(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     data = task_data.write(tmp_path / "data", "mask")
-    train(create_config(tiny_model_dir("llama"), data, tmp_path / "run", "text-generation"))
+    train(short_config(tiny_model_dir("llama"), data, tmp_path / "run"))
     first, second = (run_evaluation(tmp_path / "run", seed=3).summary for _ in range(2))
     assert first == second
     other = run_evaluation(tmp_path / "run", seed=4).summary
@@ -366,7 +340,7 @@ def test_rows_longer_than_training_rows_are_evaluated(
     tiny_model_dir: ModelDir, tmp_path: Path, cli: Cli
 ) -> None:
     data, base = task_data.write(tmp_path / "data", "mask"), tiny_model_dir("llama")
-    train(create_config(base, data, tmp_path / "run", "text-generation"))
+    train(short_config(base, data, tmp_path / "run"))
     positions = transformers.AutoConfig.from_pretrained(base).max_position_embeddings
     rows = tmp_path / "long.jsonl"
     texts = ["a b", "a b " * (positions // 8), "a b c d " * positions]
@@ -389,11 +363,7 @@ def test_dataset_option_replaces_all_datasets_of_run(
     second_dataset.write_bytes((first_dataset / "train.jsonl").read_bytes())
     model = tiny_model_dir("bert", "mlm")
     options = {"also": [str(second_dataset)], "mix": [1, 1]}
-    train(
-        create_config(
-            model, first_dataset, tmp_path / "run", "text-classification", options=options
-        )
-    )
+    train(short_config(model, first_dataset, tmp_path / "run", "text-classification", data=options))
     result = run_evaluation(tmp_path / "run", dataset=str(first_dataset / "validation.jsonl"))
     assert result.summary["data"]["examples"] == 6
 

@@ -23,12 +23,13 @@ from ftlevel.cli.app import run
 from ftlevel.commands.generate import Chat, generate, generate_answers
 from ftlevel.commands.predict import predict
 from ftlevel.commands.train import train
-from ftlevel.config import GenerateConfig, PredictConfig, TrainConfig
+from ftlevel.config import GenerateConfig, PredictConfig
 from ftlevel.data.encoding.prompts import encode_prompt
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.extras.serving.entry import ServedModel
 from ftlevel.trained.generation import GenerationOptions, generate_texts
 from ftlevel.trained.resolve import resolve_model
+from run_files import short_config
 from sampling import sample
 
 ModelDir = Callable[..., Path]
@@ -42,37 +43,18 @@ PROMPTS = [
 ]
 
 
+COLUMNS = {"summarization": {"document": "en", "summary": "de"},
+           "translation": {"source": "en", "target": "de"}}  # fmt: skip
+
+
 def train_adapter(
-    model: Path,
-    data: Path,
-    out: Path,
-    task: str = "text-generation",
-    columns: dict[str, str] | None = None,
-    learning_rate: float = 0.004,
-    **method: Any,
-) -> Path:
-    text_columns = {"summarization": ("document", "summary"), "translation": ("source", "target")}
-    columns = (
-        dict(zip(text_columns[task], ("en", "de"), strict=True))
-        if task in text_columns
-        else columns or {}
-    )
-    train(
-        TrainConfig.model_validate(
-            {
-                "task": task,
-                "model": {"name_or_path": str(model), "dtype": "float32", "device": "cpu"},
-                "method": method or {"kind": "lora"},
-                "data": {"dataset": str(data), "columns": columns, "max_eval_samples": 1},
-                "train": {
-                    "max_steps": 3,
-                    "learning_rate": learning_rate,
-                    "predict_with_generate": False,
-                },
-                "output": {"dir": str(out)},
-            }
-        )
-    )
+    model: Path, rows: Path, out: Path, task: str = "text-generation", learning_rate: float = 0.004,
+    columns: dict[str, str] | None = None, **method: Any,
+) -> Path:  # fmt: skip
+    data = {"columns": columns or COLUMNS.get(task, {}), "max_eval_samples": 1}
+    steps = {"learning_rate": learning_rate, "predict_with_generate": False}
+    train(short_config(model, rows, out, task, data=data, train=steps,
+                       method=method or {"kind": "lora"}))  # fmt: skip
     return out
 
 

@@ -21,11 +21,12 @@ from ftlevel import predict
 from ftlevel.cli.app import run
 from ftlevel.commands import predict as command
 from ftlevel.commands.train import train
-from ftlevel.config import PredictConfig, TrainConfig
+from ftlevel.config import PredictConfig
 from ftlevel.data.prepare import inference
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation import answers as row_scores
 from ftlevel.trained.model_ref import ModelRef
+from run_files import short_config
 
 ModelDir = Callable[..., Path]
 
@@ -34,19 +35,10 @@ PAIR = {"columns": {"source": "en", "target": "de"}}
 ROWS = 21
 
 
-def train_run(model: Path, data: Path, out: Path, task: str, **options: Any) -> Path:
-    train(
-        TrainConfig.model_validate(
-            {
-                "task": task,
-                "model": {"name_or_path": str(model), "dtype": "float32", "device": "cpu"},
-                "data": {"dataset": str(data), "max_eval_samples": 1, **options},
-                "train": {"max_steps": 3, "learning_rate": 0.01, "max_new_tokens": 6,
-                          "predict_with_generate": False},
-                "output": {"dir": str(out)},
-            }
-        )
-    )  # fmt: skip
+def train_run(model: Path, rows: Path, out: Path, task: str, **options: Any) -> Path:
+    generation = {"max_new_tokens": 6, "predict_with_generate": False}
+    train(short_config(model, rows, out, task, data={"max_eval_samples": 1, **options},
+                       train=generation))  # fmt: skip
     return out
 
 

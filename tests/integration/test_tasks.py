@@ -24,6 +24,7 @@ from ftlevel.commands.generate import generate
 from ftlevel.commands.train import train
 from ftlevel.config import TrainConfig
 from ftlevel.trained.generation import GenerationOptions
+from run_files import read_rows, short_config
 from sampling import sample
 
 ModelDir = Callable[..., Path]
@@ -80,24 +81,10 @@ CELLS = [
 ]
 
 
-def create_config(
-    model: Path, data: Path, name: str, out: Path, **train_overrides: Any
-) -> TrainConfig:
+def create_config(model: Path, rows: Path, name: str, out: Path, **settings: Any) -> TrainConfig:
     task, options = TASKS[name]
-    return TrainConfig.model_validate(
-        {
-            "task": task,
-            "model": {"name_or_path": str(model), "dtype": "float32", "device": "cpu"},
-            "data": {"dataset": str(data), **options},
-            "train": {
-                "max_steps": 3,
-                "learning_rate": 0.01,
-                "logging_steps": 1,
-                "max_new_tokens": 8,
-                **train_overrides,
-            },
-            "output": {"dir": str(out)},
-        }
+    return short_config(
+        model, rows, out, task, data=options, train={"max_new_tokens": 8, **settings}
     )
 
 
@@ -179,7 +166,7 @@ def test_gradient_accumulation_gives_same_losses(
             predict_with_generate=False,
         )  # fmt: skip
         train(config)
-        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        records = read_rows(out / "metrics.jsonl")
         loss_curves.append([(r["loss"], r["grad_norm"]) for r in records if "loss" in r])
     assert len(loss_curves[0]) == 3
     for one_batch, accumulated in zip(*loss_curves, strict=True):
@@ -191,11 +178,8 @@ def test_resumed_masked_lm_matches_uninterrupted_run(
 ) -> None:
     """The run is resumed in its second epoch; losses and weights are equal."""
     data = task_data.write(tmp_path / "data", "mask")
-    model, uninterrupted, resumed = (
-        tiny_model_dir("bert", "mlm"),
-        tmp_path / "whole",
-        tmp_path / "broken",
-    )
+    model = tiny_model_dir("bert", "mlm")
+    uninterrupted, resumed = tmp_path / "whole", tmp_path / "broken"
     settings = {"max_steps": 7, "save_steps": 5, "per_device_train_batch_size": 4}
     expected = train(
         create_config(model, data, "mask", uninterrupted, **settings)
@@ -216,8 +200,7 @@ def test_resumed_masked_lm_matches_uninterrupted_run(
 
 
 def losses(run_directory: Path) -> dict[int, float]:
-    lines = (run_directory / "metrics.jsonl").read_text().splitlines()
-    return {r["step"]: r["loss"] for r in map(json.loads, lines) if "loss" in r}
+    return {r["step"]: r["loss"] for r in read_rows(run_directory / "metrics.jsonl") if "loss" in r}
 
 
 def test_new_head_is_saved_in_float32(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
