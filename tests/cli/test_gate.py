@@ -15,18 +15,7 @@ from run_files import read_summary, write_rows
 
 pytestmark = pytest.mark.usefixtures("work_dir")
 
-WORDS = (
-    "argument",
-    "parser",
-    "module",
-    "string",
-    "value",
-    "object",
-    "file",
-    "name",
-    "path",
-    "line",
-)
+WORDS = "argument parser module string value object file name path line".split()
 TEMPLATE_WITHOUT_END = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"

@@ -14,54 +14,10 @@ from published_chat_templates import TEMPLATES
 
 pytestmark = pytest.mark.usefixtures("work_dir")
 
-SUBJECTS = [
-    "parser",
-    "reader",
-    "writer",
-    "buffer",
-    "cursor",
-    "socket",
-    "thread",
-    "signal",
-    "window",
-    "palette",
-]
-VERBS = [
-    "returns",
-    "closes",
-    "opens",
-    "flushes",
-    "copies",
-    "rotates",
-    "compares",
-    "paints",
-    "locks",
-    "sorts",
-]
-OBJECTS = [
-    "archive",
-    "token",
-    "header",
-    "packet",
-    "matrix",
-    "ledger",
-    "column",
-    "ribbon",
-    "lantern",
-    "bridge",
-]
-LOCATIONS = [
-    "memory",
-    "storage",
-    "kernel",
-    "garden",
-    "office",
-    "harbour",
-    "village",
-    "station",
-    "library",
-    "museum",
-]
+SUBJECTS = "parser reader writer buffer cursor socket thread signal window palette".split()
+VERBS = "returns closes opens flushes copies rotates compares paints locks sorts".split()
+OBJECTS = "archive token header packet matrix ledger column ribbon lantern bridge".split()
+LOCATIONS = "memory storage kernel garden office harbour village station library museum".split()
 
 
 def make_sentence(i: int) -> str:

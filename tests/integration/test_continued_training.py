@@ -264,19 +264,3 @@ def test_loftq_of_peft_is_neither_continued_nor_merged(
     assert run(["evaluate", "moved", "--dataset", "turns", "--device", "cpu"]) == 2
     message = "moved: init_lora_weights is loftq, and PEFT then rounds the base weights"
     assert message in capsys.readouterr().err
-
-
-def test_adapter_flag_accepts_method_name(base: Path) -> None:
-    summary = train("--model", str(base), *SHORT, "--adapter", "ia3", "--max-steps", "1")
-    assert summary["method"] == "ia3"
-    assert summary["adapter"] is None
-
-
-@pytest.mark.sweep
-def test_continued_run_on_real_weights_starts_with_adapter_metrics(minilm: Path) -> None:
-    task_data.write(Path("data"), "class")
-    short = ["--dataset", "data", "--batch-size", "4", "--dtype", "float32", "--max-steps", "4"]
-    before = train("--model", str(minilm), *short, "--eval-steps", "2")
-    assert before["best"]["metric"] == "eval_accuracy"
-    after = train("--adapter", "run", "--eval-on-start", *short, out="on")
-    assert after["metrics_before"] == before["metrics"]

@@ -122,19 +122,10 @@ def test_bfloat16_merge_differs_by_rounding_only(
     assert card["merge"]["verified"]
     assert card["method"] == "full"
     assert "Loaded again and compared" in Path("merged/README.md").read_text()
+    config = read_json("merged/config.json")  # transformers 4 reads rope_theta
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
     files = {path.name for path in Path("merged").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= files
-
-
-def test_saved_config_has_rope_theta_for_transformers_4(
-    train_run: Callable[..., Path], tmp_path: Path, cli: Cli
-) -> None:
-    source = train_run("llama", "text-generation", "mask", None, "--dtype", "float32")
-    cli(f"merge {source} --out merged --no-verify --quiet")
-    cli(f"quantize {source.parent / 'base'} --quant 8bit --out packed --no-measure --quiet")
-    for name in ("merged", "packed"):
-        config = read_json(tmp_path / name / "config.json")
-        assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
 
 
 def faulty_merge(fault: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

@@ -163,16 +163,7 @@ def test_resumed_run_matches_uninterrupted_run(
     tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    options = (
-        "--max-steps",
-        "8",
-        "--save-steps",
-        "5",
-        "--num-processes",
-        "2",
-        "--lora-dropout",
-        "0.1",
-    )
+    options = "--max-steps 8 --save-steps 5 --num-processes 2 --lora-dropout 0.1".split()
     arguments = train_command(tiny_model_dir("llama"), dataset, out, *options)
     forked.run(*arguments)
     weights = out / "adapter/adapter_model.safetensors"

@@ -10,6 +10,7 @@ import pytest
 
 import task_data
 from ftlevel.cli.app import run
+from ftlevel.training.trainer import FtlevelTrainer
 from run_files import read_rows, read_summary, write_rows
 
 SHORT = ["--model", "tiny", "--batch-size", "4", "--dtype", "float32", "--learning-rate", "1e-3",
@@ -41,19 +42,23 @@ ADAM = ["--adam-beta1", "0.5", "--adam-beta2", "0.9", "--adam-epsilon", "1e-4"]
 
 
 def test_label_smoothing_and_adam_fast_step_matches_plain_step() -> None:
-    options = [
-        "--max-steps",
-        "3",
-        "--eval-strategy",
-        "no",
-        "--label-smoothing-factor",
-        "0.2",
-        *ADAM,
-    ]
-    fast = losses(train(*options, out="fast"))
-    plain = losses(train(*options, "--no-fast", out="plain"))
-    assert len(fast) == 3
-    assert fast == pytest.approx(plain, rel=1e-4)
+    options = ["--max-steps", "3", "--label-smoothing-factor", "0.2", *ADAM]
+    fast, plain = train(*options, out="fast"), train(*options, "--no-fast", out="plain")
+    assert len(losses(fast)) == 3
+    for record, plain_record in zip(fast, plain, strict=True):
+        assert record["tokens"] == plain_record["tokens"]
+        for name in {"loss", "grad_norm", "eval_loss"} & record.keys():
+            assert record[name] == pytest.approx(plain_record[name], rel=1e-4), name
+
+
+def test_repeated_micro_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of a sharded model repeats micro-batches if another process has more."""
+    options = ["--max-steps", "3", "--gradient-accumulation-steps", "2"]
+    expected = train(*options, out="alone")
+    monkeypatch.setattr(FtlevelTrainer, "num_forward_passes", lambda _, count: count + 1)
+    records = train(*options, out="repeated")
+    for name in ("tokens", "loss", "eval_loss"):
+        assert [r.get(name) for r in records] == [r.get(name) for r in expected], name
 
 
 def test_data_seed_determines_row_order() -> None:
