@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
 from ftlevel.cli.app import run
+from run_files import write_rows
 
 
 class Cli:
@@ -28,6 +30,17 @@ class Cli:
     def fails(self, *words: object, code: int = 2) -> str:
         """Run a command that must end with `code`; return its stderr."""
         return self.run(*words, code=code).err
+
+    def dry_run(self, *words: object, rows: Iterable[object] | None = None) -> tuple[int, str]:
+        """Run `train --dry-run`; return its exit code and all that it prints.
+
+        Args:
+            words: further words.
+            rows: the dataset, written to rows.jsonl.
+        """
+        data = [] if rows is None else ["--dataset", write_rows("rows.jsonl", rows)]
+        code = run(["train", "--dry-run", *map(str, [*data, *words])])
+        return code, "".join(self._capsys.readouterr())
 
     def run(self, *words: object, code: int = 0) -> Any:
         """Run a command that must end with `code`; return its `out` and `err`.

@@ -156,9 +156,7 @@ def test_quantized_model_logits_match_transformers(
     )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    config = json.loads(
-        (tmp_path / "out/config.json").read_text()
-    )  # transformers 4 reads rope_theta
+    config = json.loads((tmp_path / "out/config.json").read_text())  # for transformers 4
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
     ids = torch.arange(5, 25)[None]
     for model in (expected, actual):  # disable the CPU's packed format
