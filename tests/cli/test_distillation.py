@@ -27,12 +27,12 @@ INVALID = [
 ]
 
 
+@pytest.mark.usefixtures("capfd")
 @pytest.mark.parametrize(("arguments", "message"), INVALID)
 def test_invalid_teacher_arguments_are_rejected(
-    arguments: list[str], message: str, capfd: pytest.CaptureFixture[str], cli: Cli
+    arguments: list[str], message: str, cli: Cli
 ) -> None:
-    cli.fails("train", *arguments, "--dry-run")
-    output = capfd.readouterr()
+    output = cli.run("train", *arguments, "--dry-run", code=2)
     lines = [line for line in (output.out + output.err).splitlines() if line.startswith("ftlevel")]
     assert len(lines) == 1
     assert message in lines[0]

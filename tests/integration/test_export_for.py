@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -14,7 +15,6 @@ from safetensors.torch import load_file
 
 from command_line import Cli
 from export_cases import ModelDir, exportable_model
-from ftlevel.cli.app import run
 from ftlevel.config.export import SERVERS
 from run_files import read_json
 from served_cases import CASES, write_adapter
@@ -32,9 +32,8 @@ def save_adapter(base: Path, name: str) -> str:
     return str(write_adapter(base, Path(name).absolute(), CASES[name].settings))
 
 
-def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object]:
-    assert run(["export", *arguments, "--dry-run", "--json"]) == 0
-    summary: dict[str, object] = json.loads(capsys.readouterr().out)
+def dry_run(cli: Cli, *arguments: str) -> dict[str, Any]:
+    summary: dict[str, Any] = cli.json("export", *arguments, "--dry-run --json")
     assert not Path("out").exists()
     return summary
 
@@ -52,25 +51,23 @@ def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, ob
     ],
 )  # fmt: skip
 def test_server_determines_format_and_start_command(
-    base: Path, capsys: pytest.CaptureFixture[str], server: str, format_: str, start: str
+    base: Path, cli: Cli, server: str, format_: str, start: str
 ) -> None:
-    summary = dry_run(capsys, save_adapter(base, "patterns"), "--for", server, "--out", "out")
+    summary = dry_run(cli, save_adapter(base, "patterns"), "--for", server, "--out", "out")
     assert summary["format"] == format_
-    assert summary["start"][-1] == start.format(base=base.resolve(), name=base.name)  # type: ignore[index]
+    assert summary["start"][-1] == start.format(base=base.resolve(), name=base.name)
     Path("model").mkdir()  # the name of a directory that users have
     Path("model/x").touch()
-    assert dry_run(capsys, "patterns", "--for", server)["format"] == format_
-    assert summary["adapters"][0]["rank"] == 12  # type: ignore[index]
+    assert dry_run(cli, "patterns", "--for", server)["format"] == format_
+    assert summary["adapters"][0]["rank"] == 12
 
 
-def test_openvino_start_commands_convert_base_and_load_adapters(
-    base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_openvino_start_commands_convert_base_and_load_adapters(base: Path, cli: Cli) -> None:
     Path("all").mkdir()
     for name in ("lora", "rslora"):
         Path(save_adapter(base, name)).rename(Path("all", name))
-    summary = dry_run(capsys, "all", "--for", "openvino", "--out", "out")
-    convert, generate = (shlex.split(command) for command in summary["start"])  # type: ignore[attr-defined]
+    summary = dry_run(cli, "all", "--for", "openvino", "--out", "out")
+    convert, generate = (shlex.split(command) for command in summary["start"])
     # optimum-cli needs --task for a directory; above 1B weights its default format is int8.
     assert convert[:4] == ["optimum-cli", "export", "openvino", "--model"]
     assert convert[4:] == [
@@ -168,19 +165,17 @@ def test_mlx_rejects_several_adapters(base: Path, cli: Cli) -> None:
     )
 
 
-def test_separator_characters_are_escaped_or_rejected(
-    base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_separator_characters_are_escaped_or_rejected(base: Path, cli: Cli) -> None:
     adapter_dir = write_adapter(base, Path("a=b,c").absolute(), CASES["lora"].settings)
-    summary = dry_run(capsys, str(adapter_dir), "--for", "vllm", "--out", "out")
-    module = shlex.split(summary["start"][0])[-1]  # type: ignore[index]
+    summary = dry_run(cli, str(adapter_dir), "--for", "vllm", "--out", "out")
+    module = shlex.split(summary["start"][0])[-1]
     assert json.loads(module) == {"name": "a=b,c", "path": "out"}
     plain_dir = write_adapter(base, Path("plain").absolute(), CASES["lora"].settings)
-    summary = dry_run(capsys, str(plain_dir), "--for", "vllm", "--out", "o,t")
-    assert json.loads(shlex.split(summary["start"][0])[-1])["path"] == "o,t"  # type: ignore[index]
+    summary = dry_run(cli, str(plain_dir), "--for", "vllm", "--out", "o,t")
+    assert json.loads(shlex.split(summary["start"][0])[-1])["path"] == "o,t"
     for server, out in (("tgi", "out"), ("llama.cpp", "out,1")):
-        assert run(["export", str(adapter_dir), "--for", server, "--out", out, "--dry-run"]) == 2
-        assert "uses as a separator on its command line. Choose another." in capsys.readouterr().err
+        error = cli.fails("export", adapter_dir, f"--for {server} --out {out} --dry-run")
+        assert "uses as a separator on its command line. Choose another." in error
 
 
 def test_classifier_export_for_text_server_is_rejected(cli: Cli) -> None:
@@ -229,20 +224,17 @@ def test_ollama_export_is_merged_and_checked(
 
 
 def test_gguf_base_is_supported_only_by_llama_cpp(
-    tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model_dir: ModelDir, tmp_path: Path, cli: Cli
 ) -> None:
     base_dir = exportable_model(tiny_model_dir, tmp_path, "llama")
     name = save_adapter(base_dir, "lora")
-    assert run(["export", str(base_dir), "--out", "x.gguf", "--no-verify", "-q"]) == 0
+    cli(f"export {base_dir} --out x.gguf --no-verify -q")
     options = [name, "--model", "x.gguf", "--out", "out"]
-    assert dry_run(capsys, *options, "--for", "llama.cpp")["start"] == [
+    assert dry_run(cli, *options, "--for", "llama.cpp")["start"] == [
         f"llama-server -m {tmp_path / 'x.gguf'} --lora out/adapter.gguf"
     ]
-    assert run(["export", *options, "--for", "mlx", "--dry-run"]) == 2
-    assert (
-        "x.gguf, and mlx-lm serves adapters only on bases in transformers format. Merge it: "
-        in (capsys.readouterr().err)
-    )
+    error = cli.fails("export", *options, "--for mlx --dry-run")
+    assert "x.gguf, and mlx-lm serves adapters only on bases in transformers format." in error
 
 
 def test_merged_format_writes_model_and_start_command(base: Path, cli: Cli) -> None:

@@ -64,14 +64,6 @@ def train_run(
     return train
 
 
-def merge_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    """Run `ftlevel merge --json` and return what it prints."""
-    capsys.readouterr()
-    assert run(["merge", *arguments, "--json"]) == 0
-    summary: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return summary
-
-
 CELLS = [
     ("bert", "token-classification", "tags", "mlm"),
     ("llama", "question-answering", "span", None),  # its class has another prefix
@@ -91,10 +83,10 @@ def test_merged_model_matches_run_for_every_task(
     data: str,
     head: str | None,
     train_run: Callable[..., Path],
-    capsys: pytest.CaptureFixture[str],
+    cli: Cli,
 ) -> None:
     source = train_run(family, task, data, head, "--dtype", "float32")
-    summary = merge_json(capsys, str(source), "--out", "merged")
+    summary = cli.json("merge", str(source), "--out", "merged", "--json")
     agreement = summary["agreement"]
     assert agreement["max_difference"] <= 1e-4 * agreement["scale"]
     assert agreement["top1"] == (None if data == "regression" else 1)  # regression has no top-1
@@ -108,11 +100,9 @@ def test_merged_model_matches_run_for_every_task(
     assert answers[0] == answers[1]
 
 
-def test_bfloat16_merge_differs_by_rounding_only(
-    train_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bfloat16_merge_differs_by_rounding_only(train_run: Callable[..., Path], cli: Cli) -> None:
     source = train_run("llama", "text-generation", "mask", None, "--dtype", "bfloat16")
-    summary = merge_json(capsys, str(source), "--out", "merged")
+    summary = cli.json("merge", str(source), "--out", "merged", "--json")
     difference, rounding, exact = (
         summary[name]["mean_difference"] for name in ("agreement", "rounding", "before_rounding")
     )
@@ -212,37 +202,35 @@ def test_unverified_merge_is_marked_in_card(train_run: Callable[..., Path], cli:
     ],
 )
 def test_quantized_run_is_merged_onto_dequantized_base(
-    flags: list[str], train_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    flags: list[str], train_run: Callable[..., Path], cli: Cli
 ) -> None:
     source = train_run("llama", "text-generation", "mask", None, "--method", "qlora",
                        "--dtype", "float32", *flags)  # fmt: skip
-    summary = merge_json(capsys, str(source), "--out", "merged")
+    summary = cli.json("merge", str(source), "--out", "merged", "--json")
     assert summary["onto"] == "dequantized"
     assert "closer to the trained model" in summary["reason"]
     candidates = summary["candidates"]
     max_ratio = 1.0 if "8bit" in flags else 0.1  # 8 bits round activations as well
     assert candidates["dequantized"]["kl"] < max_ratio * candidates["original"]["kl"]
     assert sorted(p.name for p in Path().iterdir()) == ["merged"]
-    original_summary = merge_json(capsys, str(source), "--out", "other", "--onto", "original")
+    original_summary = cli.json(f"merge {source} --out other --onto original --json")
     assert original_summary["onto"] == "original"
     assert (
         original_summary["agreement"]["max_difference"]
         <= 1e-4 * original_summary["agreement"]["scale"]
     )
-    capsys.readouterr()
-    assert run(["merge", str(source), "--out", "third", "--no-verify"]) == 2
     assert (
         "measures both options on a quantized run, and --no-verify skips measuring. Use --onto "
-        "dequantized (the model as trained) or --onto original." in capsys.readouterr().err
-    )
+        "dequantized (the model as trained) or --onto original."
+    ) in cli.fails(f"merge {source} --out third --no-verify")
 
 
 def test_quantized_run_with_trained_head_of_tied_model_is_merged(
-    train_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    train_run: Callable[..., Path], cli: Cli
 ) -> None:
     source = train_run("gpt2", "text-generation", "mask", None, "--method", "qlora",
                        "--set", "method.modules_to_save=lm_head")  # fmt: skip
-    assert merge_json(capsys, str(source), "--out", "merged")["written"]["untied"]
+    assert cli.json("merge", str(source), "--out", "merged", "--json")["written"]["untied"]
     merged = load_file("merged/model.safetensors")
     trained = load_file(source / "adapter" / "adapter_model.safetensors")
     head = trained["base_model.model.lm_head.weight"]
@@ -390,9 +378,7 @@ def test_mixture_names_its_adapters_and_their_different_quantization(
     assert f"base as in: {source}: --quant none ({other} was trained with --quant 4bit)" in shown
 
 
-def test_changed_tensors_and_progress_are_counted(
-    train_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_changed_tensors_and_progress_are_counted(train_run: Callable[..., Path], cli: Cli) -> None:
     """The biases of adapted layers stay as they are."""
 
     class Steps(NullListener):
