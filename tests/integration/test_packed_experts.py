@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from command_line import Cli
 from ftlevel.cli.app import run
-from run_files import read_json, read_weights, train
+from run_files import read_json, read_summary, read_weights, train
 
 pytestmark = pytest.mark.usefixtures("work_dir")
 
@@ -22,30 +21,26 @@ SHORT = ["--max-samples", "12", "--set", "data.max_eval_samples=4", "--batch-siz
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("capfd")
 @pytest.mark.parametrize("family", [pytest.param("mixtral", marks=pytest.mark.sweep), "qwen3_moe"])
 def test_packed_experts_train_resume_evaluate_and_merge(
-    family: str, tiny_model_dir: ModelDir, capfd: pytest.CaptureFixture[str], cli: Cli
+    family: str, tiny_model_dir: ModelDir, cli: Cli
 ) -> None:
     options = ["--model", str(tiny_model_dir(family, chat=True)), *SHORT, "--method", "qlora",
                "--double-quant", "--rslora"]  # fmt: skip
-    uninterrupted = train(*options, "--epochs", "2", "--verify-fast", out="whole")
-    captured = capfd.readouterr()
+    captured = cli.run("train --output-dir whole", *options, "--epochs 2 --verify-fast")
     assert "experts: 4 bits, as the linear layers" in captured.out + captured.err
     assert "fast step verified on" in captured.out + captured.err
     card = read_json("whole/adapter/ftlevel.json")
     assert card["quantization"]["experts"] is True
     train(*options, "--epochs", "1")
     train("--resume", "--num-train-epochs", "2")
-    capfd.readouterr()
     assert read_weights("run") == read_weights("whole")
-    cli("evaluate whole --json")
-    metrics = json.loads(capfd.readouterr().out)["metrics"]
-    assert metrics["loss"] == pytest.approx(uninterrupted["metrics"]["loss"], rel=1e-5)
-    cli("merge whole --out merged --onto dequantized --json")
-    merged = json.loads(capfd.readouterr().out)
+    loss = pytest.approx(read_summary("whole")["metrics"]["loss"], rel=1e-5)
+    assert cli.json("evaluate whole --json")["metrics"]["loss"] == loss
+    merged = cli.json("merge whole --out merged --onto dequantized --json")
     assert merged["candidates"]["dequantized"]["kl"] < 1e-6
-    cli("merge whole --out served --quant 4bit --json")
-    quantized = json.loads(capfd.readouterr().out)
+    quantized = cli.json("merge whole --out served --quant 4bit --json")
     assert quantized["served"]["kl"] < 0.1 * quantized["effect"]["kl"]
     # transformers loads it without ftlevel: checkpoints do not have packed experts.
     stored = read_json("served/config.json")["quantization_config"]
