@@ -214,9 +214,9 @@ def test_classification_head_is_saved_and_reloaded(
     assert sum(answer["scores"].values()) == pytest.approx(1, abs=1e-3)
 
 
-def test_json_option_prints_one_object(capfd: pytest.CaptureFixture[str], cli: Cli) -> None:
-    cli("train --json", *TINY_OPTIONS, "--max-steps 1 --output-dir run")
-    captured = capfd.readouterr()
+@pytest.mark.usefixtures("capfd")
+def test_json_option_prints_one_object(cli: Cli) -> None:
+    captured = cli.run("train --json", *TINY_OPTIONS, "--max-steps 1 --output-dir run")
     assert json.loads(captured.out)["steps"] == 1
     assert captured.err == ""
 
