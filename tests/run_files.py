@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import multiprocessing
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +78,36 @@ def read_weights(run_dir: str | Path = "run") -> bytes:
     """Return the bytes of the trained weights of a run."""
     files = sorted(Path(run_dir, "adapter").glob("*.safetensors"))
     return b"".join(path.read_bytes() for path in files)
+
+
+def kill_repeatedly(
+    write: Callable[[], object], out: Path, kills: int, assert_complete: Callable[[], None]
+) -> None:
+    """Kill `write` at random times; `out` is then absent or complete, and each occurs.
+
+    Args:
+        write: writes `out`; called in this process first, then in forks.
+        out: file or directory, removed after each call.
+        kills: number of kills between the start and a third after the end.
+        assert_complete: raises if `out` is not what `write` writes.
+    """
+
+    def remove() -> None:
+        shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
+
+    started = time.perf_counter()
+    write()
+    seconds = time.perf_counter() - started
+    remove()
+    fork, rng, exists = multiprocessing.get_context("fork"), random.Random(0), []
+    for delay in [0.0, *(rng.uniform(0, 1.3 * seconds) for _ in range(kills)), None]:
+        process = fork.Process(target=write)
+        process.start()
+        process.join(delay)  # None: not killed
+        process.kill()
+        process.join()
+        exists.append(out.exists())
+        if exists[-1]:
+            assert_complete()
+        remove()
+    assert {True, False} == set(exists), "kills both before and after the end"

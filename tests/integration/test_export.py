@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import functools
-import multiprocessing
-import random
-import shutil
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +30,7 @@ from ftlevel.merging.formats import gguf
 from ftlevel.models.loading import load_tokenizer
 from ftlevel.models.sources import resolve_source
 from ftlevel.weights import gguf_families
-from run_files import write_rows
+from run_files import kill_repeatedly, write_rows
 from tiny_tokenizers import build_tokenizer
 
 pytestmark = pytest.mark.usefixtures("work_dir")
@@ -258,33 +254,19 @@ def test_dry_run_writes_nothing(model_dir: ModelDir, cli: Cli) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [4, pytest.param(14, marks=pytest.mark.sweep)])
 def test_killed_export_leaves_no_partial_file(model_dir: ModelDir, kills: int) -> None:
-    model = model_dir("qwen2", num_hidden_layers=6)
+    model, out = model_dir("qwen2", num_hidden_layers=6), Path("x.gguf")
 
-    def write(name: str) -> None:
-        export_to(name, model, verify=False)
+    def write() -> None:
+        Path("x.Modelfile").unlink(missing_ok=True)
+        export_to("x.gguf", model, verify=False)
 
-    started = time.perf_counter()
-    write("whole.gguf")
-    seconds = time.perf_counter() - started
-    shutil.move("whole.gguf", "kept")
-    write("x.gguf")
-    complete = Path("x.gguf").read_bytes()
-    fork, rng, exists = multiprocessing.get_context("fork"), random.Random(0), []
-    for delay in [0.0, *(rng.uniform(0, 1.3 * seconds) for _ in range(kills)), None]:
-        for path in (Path("x.gguf"), Path("x.Modelfile")):
-            path.unlink(missing_ok=True)
-        process = fork.Process(target=write, args=("x.gguf",))
-        process.start()
-        if delay is None:
-            process.join()
-        else:
-            time.sleep(delay)
-        process.kill()
-        process.join()
-        exists.append(Path("x.gguf").exists())
-        if exists[-1]:
-            assert Path("x.gguf").read_bytes() == complete
-    assert {True, False} == set(exists), "kills both before and after the end"
+    def assert_complete() -> None:
+        assert out.read_bytes() == expected
+
+    write()
+    expected = out.read_bytes()
+    out.unlink()
+    kill_repeatedly(write, out, kills, assert_complete)
 
 
 @pytest.mark.slow

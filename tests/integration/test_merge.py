@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import random
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +27,7 @@ from ftlevel.merging.merge_input import resolve_merge_input, select_rows
 from ftlevel.methods.merging import Skeleton, build_skeleton
 from ftlevel.models.loading import build_task_model
 from ftlevel.weights import checkpoint
-from run_files import read_json, read_summary, write_rows
+from run_files import kill_repeatedly, read_json, read_summary, write_rows
 
 pytestmark = pytest.mark.usefixtures("work_dir")
 
@@ -500,31 +497,19 @@ def test_linear_strategy_rejects_different_ranks(tiny_model_dir: TinyModelDir, c
 def test_killed_merge_leaves_no_partial_model(tiny_model_dir: TinyModelDir, kills: int) -> None:
     base = tiny_model_dir("llama", num_hidden_layers=6)
     adapter = save_lora(base, Path("a"), 4, ["q_proj", "v_proj", "up_proj", "down_proj"])
+    out = Path("killed")
 
-    def merge_to(name: str) -> None:
-        merge(MergeConfig(adapters=[str(adapter)], output_dir=Path(name), verify=False))
+    def write() -> None:
+        merge(MergeConfig(adapters=[str(adapter)], output_dir=out, verify=False))
 
-    started = time.perf_counter()
-    merge_to("whole")
-    seconds = time.perf_counter() - started
-    weights = {p.name: p.read_bytes() for p in Path("whole").glob("*.safetensors")}
-    files = {p.name for p in Path("whole").iterdir()}
-    fork, rng, exists = multiprocessing.get_context("fork"), random.Random(0), []
-    random_delays = (rng.uniform(0, 1.3 * seconds) for _ in range(kills))
-    delays = [0.0, *random_delays, None]  # None: not killed
-    for delay in delays:
-        process = fork.Process(target=merge_to, args=("killed",))
-        process.start()
-        if delay is None:
-            process.join()
-        else:
-            time.sleep(delay)
-        process.kill()
-        process.join()
-        exists.append(Path("killed").exists())
-        if exists[-1]:
-            assert {p.name for p in Path("killed").iterdir()} == files
-            for name, data in weights.items():
-                assert Path("killed", name).read_bytes() == data
-            shutil.rmtree("killed")
-    assert {True, False} == set(exists), "kills both before and after the end"
+    def read() -> tuple[set[str], dict[str, bytes]]:
+        return ({path.name for path in out.iterdir()},
+                {path.name: path.read_bytes() for path in out.glob("*.safetensors")})  # fmt: skip
+
+    def assert_complete() -> None:
+        assert read() == expected
+
+    write()
+    expected = read()
+    shutil.rmtree(out)
+    kill_repeatedly(write, out, kills, assert_complete)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import PeftModel
 
 from command_line import Cli
 from export_cases import export_to
@@ -163,32 +162,6 @@ def test_calibrated_export_of_full_model_is_closer_than_rounding(
         for name in ("20.gguf", "0.gguf")
     )
     assert kl(reference.eval(), calibrated, model_dir) < 0.7 * kl(reference, rounded, model_dir)
-
-
-@pytest.mark.slow
-def test_quantized_merge_is_closer_than_peft_merge(runs: Runs, tmp_path: Path) -> None:
-    """The reference is PEFT's model on a bitsandbytes base, without ftlevel."""
-    source = runs("4-bit", "lora")
-    merge_to(source, tmp_path / "m", "4bit")
-
-    def load_run() -> Any:
-        quantization = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=["lm_head"],
-        )  # fmt: skip
-        base = transformers.AutoModelForCausalLM.from_pretrained(
-            source.parent / "st", quantization_config=quantization, dtype=torch.float32
-        )
-        return PeftModel.from_pretrained(base, source / "adapter").eval()
-
-    with pytest.warns(UserWarning, match="rounding errors"):
-        load_run().merge_and_unload().save_pretrained(tmp_path / "peft")
-    ours, theirs = (
-        transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-        for model_dir in (tmp_path / "m", tmp_path / "peft")
-    )
-    model_dir = source / "adapter"
-    assert kl(load_run(), ours, model_dir) < 0.5 * kl(load_run(), theirs, model_dir)
 
 
 @pytest.mark.slow

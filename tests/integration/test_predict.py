@@ -442,18 +442,3 @@ def test_interrupt_keeps_written_predictions(
     assert not Path("p.tsv").exists()
     assert run_predict(classifier, "--output", "p.tsv", "--resume") == 0
     assert len(Path("p.tsv").read_text(encoding="utf-8").split("\tprediction\n")) == 2
-
-
-@pytest.mark.slow
-def test_real_classifier_predictions_match_reference(minilm: Path, work_dir: Path) -> None:
-    data = task_data.write(work_dir / "data", "class", 32)
-    run_dir = train_run(minilm, data, work_dir / "run", "text-classification")
-    assert run_predict(run_dir, "--output", "told.csv", "--probabilities") == 0
-    predictions, rows = read_csv("told.csv"), read_csv("rows.csv")
-    assert [{k: row[k] for k in rows[0]} for row in predictions] == rows
-    with torch.no_grad():
-        expected = list(reference_classes(run_dir, rows))
-    for original, reference_answer in zip(predictions, expected, strict=True):
-        assert original["prediction"] == reference_answer["prediction"]
-        probability = float(original["prediction_probability_a"])
-        assert probability == pytest.approx(reference_answer["prediction_probability_a"], abs=1e-5)

@@ -56,6 +56,21 @@ def train_command(model: Path, dataset: Path, out: Path, *options: str) -> list[
     ]  # fmt: skip
 
 
+Command = Callable[..., list[str]]
+LONG_RUN = "--max-steps 4000 --num-processes 2 --logging-steps 1"
+
+
+@pytest.fixture
+def command(tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path) -> Command:
+    """Return a function of further options that returns the arguments of a run in `tmp_path`."""
+
+    def build(*options: str, out: str = "run", family: str = "llama") -> list[str]:
+        words = " ".join(options).split()
+        return train_command(tiny_model_dir(family), dataset, tmp_path / out, *words)
+
+    return build
+
+
 def train_in_one_process(
     model: Path, dataset: Path, out: Path, steps: int, *, fast: bool, **settings: Any
 ) -> None:
@@ -74,12 +89,11 @@ def train_in_one_process(
 
 
 def test_two_processes_match_doubled_accumulation(
-    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
+    command: Command, tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
 ) -> None:
     model = tiny_model_dir("llama")
     process = subprocess.run(
-        [*PROGRAM, *train_command(model, dataset, tmp_path / "two", "--max-steps", "6",
-                                  "--no-fast", "--num-processes", "2", "--json")],
+        [*PROGRAM, *command("--max-steps 6 --no-fast --num-processes 2 --json", out="two")],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
@@ -100,29 +114,24 @@ def test_two_processes_match_doubled_accumulation(
     assert all(one_process[name].equal(two_processes[name]) for name in one_process)
 
 
-def test_sharded_run_evaluates_and_saves(
-    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
-) -> None:
+def test_sharded_run_evaluates_and_saves(command: Command) -> None:
     """The exit code is that of all processes; each verifies its shard of the base."""
-    process = forked.run(
-        *train_command(tiny_model_dir("llama"), dataset, tmp_path / "run", "--max-steps", "4",
-                       "--shard", "full", "--validation-split", "0.3", "--eval-steps", "2",
-                       "--save-steps", "2", "--num-processes", "2", "--json"),
-    )  # fmt: skip
+    process = forked.run(*command(
+        "--max-steps 4 --shard full --validation-split 0.3 --eval-steps 2 --save-steps 2",
+        "--num-processes 2 --json",
+    ))  # fmt: skip
     summary = json.loads(process.stdout)
     assert summary["steps"] == 4
     assert summary["best"]["evaluations"] == 2
     assert summary["metrics"]["loss"] > 0
 
 
-def test_sharded_experts_are_verified(
-    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
-) -> None:
+def test_sharded_experts_are_verified(command: Command, tmp_path: Path) -> None:
     """The saved files have a tensor for each expert, the model one for all."""
-    command = train_command(tiny_model_dir("mixtral"), dataset, tmp_path / "run", "--max-steps",
-                            "2", "--shard", "full", "--num-processes", "2", "--json")  # fmt: skip
-    command[command.index("lora")] = "full"
-    assert json.loads(forked.run(*command).stdout)["proof"]["reload_difference"] == 0
+    options = "--max-steps 2 --shard full --num-processes 2 --json"
+    arguments = command(options, family="mixtral")
+    arguments[arguments.index("lora")] = "full"
+    assert json.loads(forked.run(*arguments).stdout)["proof"]["reload_difference"] == 0
     names = load_file(tmp_path / "run/adapter/model.safetensors")
     assert any(".experts.1." in name for name in names)
 
@@ -159,12 +168,10 @@ def test_interrupt_saves_checkpoint_of_all_processes(
     assert read_losses(tmp_path / "one") == pytest.approx(read_losses(out)[:2], rel=1e-6)
 
 
-def test_resumed_run_matches_uninterrupted_run(
-    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
-) -> None:
+def test_resumed_run_matches_uninterrupted_run(command: Command, tmp_path: Path) -> None:
     out = tmp_path / "run"
     options = "--max-steps 8 --save-steps 5 --num-processes 2 --lora-dropout 0.1".split()
-    arguments = train_command(tiny_model_dir("llama"), dataset, out, *options)
+    arguments = command(*options)
     forked.run(*arguments)
     weights = out / "adapter/adapter_model.safetensors"
     expected = weights.read_bytes()
@@ -273,12 +280,9 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_killed_process_ends_run_with_message(
-    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path, rank: int
-) -> None:
-    options = ("--max-steps", "4000", "--num-processes", "2", "--logging-steps", "1")
+def test_killed_process_ends_run_with_message(command: Command, tmp_path: Path, rank: int) -> None:
     launcher = Forked(
-        train_command(tiny_model_dir("llama"), dataset, tmp_path / "run", *options),
+        command(LONG_RUN),
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     wait_for_processes(launcher, tmp_path / "run/metrics.jsonl")[rank].kill()
@@ -311,8 +315,7 @@ def watch_closely(arguments: Sequence[str]) -> None:
 
 def suspend_and_resume(rank: int, model: Path, dataset: Path, folder: Path) -> str:
     """Suspend a process of a run until the run reports it; returns what the run has reported."""
-    options = ("--max-steps", "4000", "--num-processes", "2", "--logging-steps", "1")
-    arguments = train_command(model, dataset, folder / "run", *options)
+    arguments = train_command(model, dataset, folder / "run", *LONG_RUN.split())
     folder.mkdir()
     stderr_file = folder / "says"
     with stderr_file.open("w") as file:
@@ -360,17 +363,11 @@ def test_suspended_process_is_reported(
     ("SIGINT", 130, "interrupted"), ("kill rank 1", 1, "the process of rank 1 was killed"),
 ])  # fmt: skip
 def test_signal_during_startup_ends_run_with_message(
-    tiny_model_dir: Callable[..., Path],
-    dataset: Path,
-    tmp_path: Path,
-    event: str,
-    code: int,
-    message: str,
+    command: Command, event: str, code: int, message: str
 ) -> None:
     """Processes handle signals while they still import torch."""
     launcher = subprocess.Popen(
-        [*PROGRAM, *train_command(tiny_model_dir("llama"), dataset, tmp_path / "run",
-                                  "--num-processes", "2")],
+        [*PROGRAM, *command("--num-processes", "2")],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # `&` ignores SIGINT
     )  # fmt: skip
@@ -390,12 +387,9 @@ def test_signal_during_startup_ends_run_with_message(
     assert not any(is_alive(process) for process in processes_of_run)
 
 
-def test_processes_end_with_their_launcher(
-    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
-) -> None:
-    options = ("--max-steps", "4000", "--num-processes", "2", "--logging-steps", "1")
+def test_processes_end_with_their_launcher(command: Command, tmp_path: Path) -> None:
     launcher = Forked(
-        train_command(tiny_model_dir("llama"), dataset, tmp_path / "run", *options),
+        command(LONG_RUN),
         stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     ranks = wait_for_processes(launcher, tmp_path / "run/metrics.jsonl")
@@ -416,7 +410,7 @@ def test_processes_end_with_their_launcher(
     ],
 )
 def test_lost_node_ends_other_nodes_with_message(
-    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path, killed: str, message: str
+    command: Command, tmp_path: Path, killed: str, message: str
 ) -> None:
     """If only its agent is killed, the process ends too, and all save a checkpoint."""
     with socket.socket() as free:
@@ -426,7 +420,7 @@ def test_lost_node_ends_other_nodes_with_message(
     run = [
         "-m",
         "ftlevel",
-        *train_command(tiny_model_dir("llama"), dataset, tmp_path / "run", *options),
+        *command(*options),
     ]
     nodes = []
     for node in "01":
@@ -454,12 +448,12 @@ def test_lost_node_ends_other_nodes_with_message(
 
 
 def test_run_is_restarted_after_killed_process(
-    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
+    command: Command, tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
 ) -> None:
     options = ("--max-steps", "10", "--num-processes", "2", "--logging-steps", "1", "--save-steps",
                "2", "--lora-dropout", "0.1")  # fmt: skip
     model, out = tiny_model_dir("llama"), tmp_path / "run"
-    forked.run(*train_command(model, dataset, tmp_path / "whole", *options))
+    forked.run(*command(*options, out="whole"))
     restarted = train_command(model, dataset, out, *options, "--max-restarts", "1", "--overwrite")
     launcher = Forked(
         call=(forked.run_slowly, (restarted, 0.25)),

@@ -142,31 +142,6 @@ def test_parts_of_a_stored_tensor_are_not_quantized(
     assert len(packed) == summary["quantized_linears"] > 0
 
 
-def test_quantized_model_logits_match_transformers(
-    tiny_model_dir: ModelDir, tmp_path: Path
-) -> None:
-    source = tiny_model_dir("llama")
-    quantize_model(source, tmp_path / "out", dtype="float32")
-    quantization = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    expected = transformers.AutoModelForCausalLM.from_pretrained(
-        source, quantization_config=quantization
-    )
-    actual, info = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", output_loading_info=True
-    )
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    config = json.loads((tmp_path / "out/config.json").read_text())  # for transformers 4
-    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
-    ids = torch.arange(5, 25)[None]
-    for model in (expected, actual):  # disable the CPU's packed format
-        for module in model.modules():
-            if type(module).__name__ == "Linear4bit":
-                module.support_avx512bf16_for_cpu = False
-    with torch.no_grad():
-        assert torch.equal(expected(ids).logits, actual(ids).logits)
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_sharded_model_quantizes_to_same_weights(
     family: str, tiny_model_dir: ModelDir, tmp_path: Path
@@ -198,6 +173,8 @@ def test_all_files_of_a_single_shard_with_index_are_saved(
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.get_chat_template("rag") == "{{ messages }}"
+    config = json.loads((tmp_path / "out/config.json").read_text())  # for transformers 4
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from command_line import Cli
 from completions_server import server_without_http
-from export_cases import ModelDir, exportable_model
+from export_cases import exportable_model
 from ftlevel.cli.app import run
 from ftlevel.commands.export import export
 from ftlevel.config import ExportConfig
@@ -34,7 +34,7 @@ from ftlevel.extras.serving.client import ServerOutput, match_output, widen_tole
 from ftlevel.extras.serving.config import CheckServedConfig
 from ftlevel.extras.serving.recorded import ReferenceOutput
 from ftlevel.trained.resolve import resolve_model
-from run_files import read_json, write_rows
+from run_files import read_json
 from served_cases import CASES, write_adapter
 from tiny_models import save_tiny
 
@@ -142,20 +142,6 @@ def test_tolerance_on_quantized_base_covers_rounding(
     assert 0.02 < adapter["weights"]["difference"] <= adapter["tolerance"] < 1
 
 
-@pytest.mark.sweep
-def test_llama_server_with_quantized_base_detects_wrong_scale(
-    quantized_base_export: Path, first_blocks_gguf: Path, smollm2: Path
-) -> None:
-    out = quantized_base_export
-    with llama_server(first_blocks_gguf, [out / "adapter.gguf"], apply=True, ram=512) as url:
-        assert check_served(CheckServedConfig(out=out, url=url)).summary["verdict"] == "as trained"
-    with (
-        llama_server(first_blocks_gguf, [out / "adapter.gguf"], scale=2.0, apply=True) as url,
-        pytest.raises(RunError, match="answers neither as trained nor as the base"),
-    ):
-        check_served(CheckServedConfig(out=out, url=url))
-
-
 def shuffle_rows(b: Any) -> Any:
     return np.random.default_rng(0).permutation(b, axis=0)
 
@@ -255,24 +241,6 @@ def test_unapplied_or_rescaled_adapter_raises(export_dir: Path, tmp_path: Path) 
         check_served(CheckServedConfig(out=out, url=url))
     with llama_server(export_dir / "base.gguf", [out / "adapter.gguf"], apply=True) as url:
         assert check_served(CheckServedConfig(out=out, url=url)).summary["verdict"] == "as trained"
-
-
-@pytest.mark.slow
-def test_exported_run_is_served_as_trained(
-    tiny_model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    base = exportable_model(tiny_model_dir, tmp_path, "llama")
-    weights = load_file(base / "model.safetensors")
-    weights["lm_head.weight"][:270] = 0
-    save_file(weights, base / "model.safetensors", {"format": "pt"})
-    write_rows("rows.jsonl", ({"prompt": f"say {n}", "completion": "a b c"} for n in range(8)))
-    train = ["train", "--model", str(base), "--dataset", "rows.jsonl", "--output-dir", "run",
-             "--rslora", "--lora-r", "4", "--learning-rate", "0.05", "--max-steps", "4",
-             "--set", 'method.rank_pattern={"q_proj": 2}', "--quiet"]  # fmt: skip
-    cli(*train)
-    cli("export run --for llama.cpp --out out --quiet")
-    cli("check-served out --in llama.cpp --quiet")
 
 
 def test_stop_text_of_training_is_exported_and_sent(
