@@ -103,7 +103,7 @@ def test_cached_values_equal_those_of_one_process(
         cache = tmp_path / f"cache{count}"
         output = {"dir": str(tmp_path / f"{count}")}
         config = TrainConfig.model_validate({**values, "output": output})
-        assert ranks.end(ranks.start(_train_rank, [(config, cache)] * count)) == [0] * count
+        ranks.run(_train_rank, config, cache, count=count)
         files = sorted(cache.rglob("*.npy"))
         stored.append({path.name: path.read_bytes() for path in files})
     assert len(stored[0]) == (1 if kind == "teacher" else 2), "validation rows have no teacher"
