@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 from command_line import Cli
-from ftlevel.cli.app import run
 from ftlevel.config import TrainConfig, build_config, load_recipe
 
 pytestmark = pytest.mark.usefixtures("work_dir")
@@ -24,11 +23,10 @@ AXOLOTL, LLAMA_FACTORY, TRL_GRPO, MS_SWIFT_GRPO, AXOLOTL_GRPO, VERL = (
 )
 
 
-def convert(text: str, capsys: pytest.CaptureFixture[str]) -> tuple[TrainConfig, dict[str, str]]:
+def convert(text: str, cli: Cli) -> tuple[TrainConfig, dict[str, str]]:
     """Convert `text`; return the loaded recipe and the keys that were not converted."""
     Path("theirs.yml").write_text(text)
-    assert run(["recipes", "convert", "theirs.yml"]) == 0
-    captured = capsys.readouterr()
+    captured = cli.run("recipes convert theirs.yml")
     Path("ours.yaml").write_text(captured.out)
     unconverted = [line.removeprefix("# Not converted: ") for line in captured.out.splitlines()
                    if line.startswith("# Not converted: ")]  # fmt: skip
@@ -38,8 +36,8 @@ def convert(text: str, capsys: pytest.CaptureFixture[str]) -> tuple[TrainConfig,
     return recipe, {key: reason for key, _, reason in pairs}
 
 
-def test_convert_axolotl(capsys: pytest.CaptureFixture[str]) -> None:
-    config, unconverted = convert(AXOLOTL, capsys)
+def test_convert_axolotl(cli: Cli) -> None:
+    config, unconverted = convert(AXOLOTL, cli)
     assert config.model.name_or_path == "some/model"
     assert (config.method.kind, config.quant.kind) == ("qlora", "4bit")
     assert config.method.model_dump()["target_modules"] == ["q_proj", "v_proj"]
@@ -53,8 +51,8 @@ def test_convert_axolotl(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'galore_adamw': it projects gradients of full weights" in unconverted["optimizer"]
 
 
-def test_convert_llama_factory(capsys: pytest.CaptureFixture[str]) -> None:
-    config, unconverted = convert(LLAMA_FACTORY, capsys)
+def test_convert_llama_factory(cli: Cli) -> None:
+    config, unconverted = convert(LLAMA_FACTORY, cli)
     assert (config.method.kind, config.quant.kind) == ("lora", "4bit")
     assert config.method.model_dump()["target_modules"] == "all-linear"
     assert (config.data.dataset, config.data.also) == ("identity", ("alpaca_en_demo",))
@@ -75,15 +73,15 @@ def test_convert_llama_factory(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_convert_keeps_the_defaults_of_the_method(
-    text: str, kind: str, alpha: float | None, capsys: pytest.CaptureFixture[str]
+    text: str, kind: str, alpha: float | None, cli: Cli
 ) -> None:
-    config, unconverted = convert(text, capsys)
+    config, unconverted = convert(text, cli)
     method = config.method.model_dump()
     assert (method["kind"], method.get("lora_alpha")) == (kind, alpha)
     assert unconverted.keys() <= {"lora_r", "lora_rank"}, "no dataset was named"
 
 
-def test_scheduler_arguments_and_several_invalid_keys(capsys: pytest.CaptureFixture[str]) -> None:
+def test_scheduler_arguments_and_several_invalid_keys(cli: Cli) -> None:
     """A rule between fields is checked only once each field is valid."""
     text = """
 model_name_or_path: some/model
@@ -92,20 +90,20 @@ save_steps: 0
 learning_rate: 1.0e-4
 lr_scheduler_type: cosine_with_min_lr
 """
-    _, unconverted = convert(text, capsys)
+    _, unconverted = convert(text, cli)
     assert unconverted.keys() == {"save_steps", "lr_scheduler_type"}
     assert "needs one of min_lr or min_lr_rate" in unconverted["lr_scheduler_type"]
-    config, unconverted = convert(f"{text}lr_scheduler_kwargs: {{min_lr_rate: 0.1}}", capsys)
+    config, unconverted = convert(f"{text}lr_scheduler_kwargs: {{min_lr_rate: 0.1}}", cli)
     assert unconverted.keys() == {"save_steps"}
     assert config.train.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
     text = "base_model: some/model\nadapter: lora\nchat_template: "
-    assert convert(f"{text}llama3", capsys)[0].data.chat_template == "llama-3"
-    config, unconverted = convert(f"{text}tokenizer_default", capsys)
+    assert convert(f"{text}llama3", cli)[0].data.chat_template == "llama-3"
+    config, unconverted = convert(f"{text}tokenizer_default", cli)
     assert config.data.chat_template is None
     assert "the model's chat template is used" in unconverted["chat_template"]
 
 
-def test_each_key_is_not_converted_for_its_own_reason(capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_key_is_not_converted_for_its_own_reason(cli: Cli) -> None:
     _, unconverted = convert(
         """
 base_model: some/model
@@ -115,7 +113,7 @@ excess_length_strategy: truncate
 evals_per_epoch: 1
 eval_steps: 50
 """,
-        capsys,
+        cli,
     )
     assert {"datasets[1].type", "excess_length_strategy", "evals_per_epoch"} == set(unconverted)
     assert "--overlong truncate" in unconverted["excess_length_strategy"]
@@ -132,13 +130,13 @@ def test_unconverted_configuration_is_rejected(text: str, tool: str, cli: Cli) -
     )
 
 
-def test_convert_trl_grpo_and_verl(capsys: pytest.CaptureFixture[str]) -> None:
-    config, unconverted = convert(TRL_GRPO, capsys)
+def test_convert_trl_grpo_and_verl(cli: Cli) -> None:
+    config, unconverted = convert(TRL_GRPO, cli)
     assert (config.task, config.rl.reward) == ("rl", ("math", "format:think"))
     assert (config.rl.loss, config.rl.scale) == ("dr_grpo", "group")
     assert config.train.per_device_train_batch_size == 2  # prompts, of 16 completions
     assert not unconverted
-    config, unconverted = convert(VERL, capsys)
+    config, unconverted = convert(VERL, cli)
     assert (config.task, config.rl.reward, config.rl.loss) == ("rl", ("number",), "dapo")
     assert (config.rl.clip, config.rl.scale, config.rl.beta) == ((0.2, 0.28), "none", 0.001)
     assert (config.rl.num_generations, config.rl.temperature) == (4, 0.8)
@@ -147,24 +145,24 @@ def test_convert_trl_grpo_and_verl(capsys: pytest.CaptureFixture[str]) -> None:
     assert (config.method.kind, config.train.learning_rate) == ("lora", 1e-6)
     assert "verl chooses a function by data_source" in unconverted["reward_model"]
     assert unconverted.keys() == {"reward_model", "actor_rollout_ref.actor.ppo_mini_batch_size"}
-    full, unconverted = convert(VERL.replace(", lora_rank: 16", "").replace("16", "64"), capsys)
+    full, unconverted = convert(VERL.replace(", lora_rank: 16", "").replace("16", "64"), cli)
     assert full.method.kind == "full"
     assert unconverted.keys() == {"reward_model"}
     ppo = VERL.replace("adv_estimator: grpo, ", "").replace(
         "actor:", "actor:\n    policy_loss: {loss_mode: clip_cov}"
     )
-    _, unconverted = convert(ppo.replace("16", "64"), capsys)
+    _, unconverted = convert(ppo.replace("16", "64"), cli)
     assert {
         "algorithm.adv_estimator",
         "actor_rollout_ref.actor.policy_loss.loss_mode",
     } < unconverted.keys()
     other = VERL.replace("ppo_mini_batch_size: 16", "loss_agg_mode: seq-mean-token-sum")
-    _, unconverted = convert(other, capsys)
+    _, unconverted = convert(other, cli)
     assert {  # verl's default is 256 prompts
         "actor_rollout_ref.actor.loss_agg_mode",
         "actor_rollout_ref.actor.ppo_mini_batch_size",
     } < unconverted.keys()
-    config, unconverted = convert(MS_SWIFT_GRPO, capsys)
+    config, unconverted = convert(MS_SWIFT_GRPO, cli)
     assert (config.rl.loss, config.rl.beta, config.rl.temperature) == ("grpo", 0.04, 0.9)
     assert config.data.max_length == 128 + 64
     batch = config.train.per_device_train_batch_size, config.train.gradient_accumulation_steps
@@ -174,7 +172,7 @@ def test_convert_trl_grpo_and_verl(capsys: pytest.CaptureFixture[str]) -> None:
     assert score("<think>a\nb</think>\n<answer>c\nd</answer>")
     assert not score("<think>a</think><answer>b</answer> c")
     Path("scores.py").write_text("def short(completions, **_): ...\n")
-    config, unconverted = convert(AXOLOTL_GRPO, capsys)
+    config, unconverted = convert(AXOLOTL_GRPO, cli)
     assert (config.task, config.rl.reward) == ("rl", ("scores.py:short",))
     assert config.train.per_device_train_batch_size == 2  # prompts, of 4 completions
     assert unconverted.keys() == {"trl.reward_weights"}
@@ -185,13 +183,12 @@ def test_reward_without_counterpart_is_named(cli: Cli) -> None:
     assert "reward_funcs: 'cosine' has no counterpart" in cli.fails("recipes convert theirs.yml")
 
 
-def test_reward_function_in_a_script_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_reward_function_in_a_script_must_be_named(cli: Cli) -> None:
     without = TRL_GRPO.replace("reward_funcs: [accuracy_reward, think_format_reward]\n", "")
     Path("theirs.yml").write_text(without)
-    assert run(["recipes", "convert", "theirs.yml"]) == 2
-    assert "reward_funcs: [MODULE.FUNCTION]" in capsys.readouterr().err
+    assert "reward_funcs: [MODULE.FUNCTION]" in cli.fails("recipes convert theirs.yml")
     Path("scores.py").write_text("def short(completions, **_): ...\n")
-    config, _ = convert(f"{without}reward_funcs: [scores.short]\n", capsys)
+    config, _ = convert(f"{without}reward_funcs: [scores.short]\n", cli)
     assert (config.task, config.rl.loss) == ("rl", "dr_grpo")
     assert config.rl.reward == ("scores.py:short",)
 

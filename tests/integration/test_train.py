@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ import task_data
 from command_line import Cli
 from forked import Forked, run_slowly
 from ftlevel.cli.app import run
-from run_files import read_json, read_rows, read_summary, train
+from run_files import read_json, read_rows, read_summary, train, write_rows
 from sampling import sample
 
 SHORT = ["--max-samples", "16", "--set", "data.max_eval_samples=8", "--batch-size", "4"]
@@ -157,11 +156,6 @@ def test_gradient_accumulation_gives_same_losses() -> None:
         return [r["loss"] for r in map(json.loads, lines) if "loss" in r]
 
     assert losses("8", "1", "a") == pytest.approx(losses("2", "4", "b"), rel=1e-5)
-
-
-def write_rows(name: str, rows: list[dict[str, Any]]) -> str:
-    write_rows(name, rows)
-    return name
 
 
 @pytest.mark.parametrize(
