@@ -86,9 +86,7 @@ def test_duplicates_are_counted_and_dropped_by_policy(cli: Cli) -> None:
     )
 
 
-def test_leaked_validation_rows_are_dropped(
-    cli: Cli,
-) -> None:
+def test_leaked_validation_rows_are_dropped(cli: Cli) -> None:
     Path("set").mkdir()
     write_rows("set/train.jsonl", GOOD)
     write_rows("set/validation.jsonl", [GOOD[2], pair(30), pair(31)])

@@ -116,9 +116,7 @@ def test_builtin_dataset_is_proposed_without_data_files(
     assert config["model"]["name_or_path"] == "builtin:tiny-llama"
 
 
-def test_builtin_model_is_proposed_offline(
-    cli: Cli,
-) -> None:
+def test_builtin_model_is_proposed_offline(cli: Cli) -> None:
     proposed = {setting["name"]: setting for setting in cli.json("init --json")["proposed"]}
     assert proposed["model"]["value"] == "builtin:tiny-llama"
     assert "all-MiniLM-L6-v2 is not available here" in proposed["model"]["reason"]

@@ -65,11 +65,7 @@ def test_setting_that_a_task_rejects_is_no_fault_of_rows() -> None:
     ],
 )
 def test_error_ends_with_topic(
-    arguments: list[str],
-    topic: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    cli: Cli,
+    arguments: list[str], topic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mail.csv").write_text("subject,queue\nhello,delivery\nhi,payment\n")

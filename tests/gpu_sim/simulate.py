@@ -158,11 +158,7 @@ class _Trainer(FtlevelTrainer):
 
 
 def run_step(
-    model: Any,
-    config: Any,
-    objective: Objective,
-    fast: FastStep,
-    rows: Sequence[Encoded],
+    model: Any, config: Any, objective: Objective, fast: FastStep, rows: Sequence[Encoded]
 ) -> StepMetrics:
     """Return the metrics of one step over `rows`, including the optimizer.
 

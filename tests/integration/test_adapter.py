@@ -86,9 +86,7 @@ def test_plain_peft_loads_adapter_after_documented_import(cli: Cli) -> None:
     assert float(effect) > 0
 
 
-def test_reduction_factor_and_bottleneck_dim_are_mutually_exclusive(
-    cli: Cli,
-) -> None:
+def test_reduction_factor_and_bottleneck_dim_are_mutually_exclusive(cli: Cli) -> None:
     error = cli.fails(
         "train --method adapter --set method.reduction_factor=8 --set method.bottleneck_dim=8"
     )

@@ -151,9 +151,7 @@ def write_adapter(base: Path, out: Path, **settings: Any) -> Path:
     return out
 
 
-def test_adapter_on_tied_embedding_exports_separate_head(
-    model_dir: ModelDir,
-) -> None:
+def test_adapter_on_tied_embedding_exports_separate_head(model_dir: ModelDir) -> None:
     base = model_dir("qwen2", tie_word_embeddings=True)
     adapter = write_adapter(base, Path("adapter"), r=4, target_modules=["embed_tokens", "q_proj"])
     summary = export_to("x.gguf", adapter, outtype="f32").summary

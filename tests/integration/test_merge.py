@@ -75,12 +75,7 @@ CELLS = [
 
 @pytest.mark.parametrize(("family", "task", "data", "head"), CELLS)
 def test_merged_model_matches_run_for_every_task(
-    family: str,
-    task: str,
-    data: str,
-    head: str | None,
-    train_run: Callable[..., Path],
-    cli: Cli,
+    family: str, task: str, data: str, head: str | None, train_run: Callable[..., Path], cli: Cli
 ) -> None:
     source = train_run(family, task, data, head, "--dtype", "float32")
     summary = cli.json("merge", str(source), "--out", "merged", "--json")
@@ -161,9 +156,7 @@ def test_faulty_merge_of_one_layer_is_rejected(
 
 
 def test_corrupted_merged_file_is_rejected(
-    train_run: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-    cli: Cli,
+    train_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
     source = train_run("llama", "text-generation", "mask", None, "--dtype", "bfloat16")
     original = checkpoint.write_files
@@ -285,10 +278,7 @@ def peft_config(kind: str, **settings: Any) -> str:
     ],
 )  # fmt: skip
 def test_unmergeable_input_is_rejected_in_one_line(
-    files: dict[str, str],
-    arguments: list[str],
-    message: str,
-    cli: Cli,
+    files: dict[str, str], arguments: list[str], message: str, cli: Cli
 ) -> None:
     for name, text in files.items():
         Path(name).parent.mkdir(exist_ok=True)
@@ -302,9 +292,7 @@ def test_unmergeable_input_is_rejected_in_one_line(
 
 
 def test_merge_onto_other_base_is_rejected(
-    train_run: Callable[..., Path],
-    tiny_model_dir: TinyModelDir,
-    cli: Cli,
+    train_run: Callable[..., Path], tiny_model_dir: TinyModelDir, cli: Cli
 ) -> None:
     source = train_run("llama", "text-generation", "mask", None, "--dtype", "float32")
     other_base = tiny_model_dir("llama", seed=1)

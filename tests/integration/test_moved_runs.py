@@ -125,10 +125,7 @@ def test_data_that_changed_after_training_is_reported(project: Path, cli: Cli) -
     ids=lambda command: command[0],
 )
 def test_moved_base_needs_model_option(
-    command: list[str],
-    project: Path,
-    tiny_model_dir: TinyModelDir,
-    cli: Cli,
+    command: list[str], project: Path, tiny_model_dir: TinyModelDir, cli: Cli
 ) -> None:
     Path("base").rename("moved")
     if command[0] == "train":  # as if it had been killed after its first checkpoint

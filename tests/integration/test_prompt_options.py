@@ -145,10 +145,7 @@ def test_system_prompt_is_stored_only_if_set() -> None:
     ],
 )
 def test_invalid_prompt_options_are_rejected(
-    arguments: list[str],
-    message: str,
-    cli: Cli,
-    tiny_model_dir: Callable[..., Path],
+    arguments: list[str], message: str, cli: Cli, tiny_model_dir: Callable[..., Path]
 ) -> None:
     Path("t5").symlink_to(tiny_model_dir("t5"))
     error = cli.fails("train --dry-run --dataset rows.jsonl", *arguments)

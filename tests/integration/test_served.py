@@ -133,9 +133,7 @@ def quantized_base_export(
     return export_dir / "out"
 
 
-def test_tolerance_on_quantized_base_covers_rounding(
-    quantized_base_export: Path,
-) -> None:
+def test_tolerance_on_quantized_base_covers_rounding(quantized_base_export: Path) -> None:
     summary = check_served(CheckServedConfig(out=quantized_base_export, inside="llama.cpp")).summary
     assert summary["verdict"] == "as trained"
     [adapter] = summary["adapters"]

@@ -152,10 +152,7 @@ def test_failed_tracker_is_disabled(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_invalid_tracker_options_are_rejected(
-    arguments: list[str],
-    message: str,
-    cli: Cli,
-    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str], message: str, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ftlevel.training.plan.resolve.find_spec", lambda _: None)
     assert message in cli.fails("train --dry-run", *arguments)

@@ -332,9 +332,7 @@ def test_resume_with_changed_setting_is_rejected(cli: Cli) -> None:
 
 
 @pytest.mark.usefixtures("run_copy")
-def test_resume_with_changed_thread_count_is_rejected(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_resume_with_changed_thread_count_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
     count = torch.get_num_threads()
     assert read_json("run/checkpoints/identity.json")["threads"] == count
     torch.set_num_threads(count + 1)

@@ -36,10 +36,7 @@ def load_adapter(out: str) -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_virtual_token_run_passes_checks_and_generates(
-    arguments: list[str],
-    tensors: int,
-    tiny_model_dir: Callable[..., Path],
-    cli: Cli,
+    arguments: list[str], tensors: int, tiny_model_dir: Callable[..., Path], cli: Cli
 ) -> None:
     model = ("--model", str(tiny_model_dir("llama", chat=True)), "--overlong", "drop")
     summary = train(*arguments, *model, *SHORT, "--max-steps", "2")
@@ -109,9 +106,7 @@ def test_saved_prompt_is_that_of_the_last_evaluation(arguments: list[str], cli: 
     assert metrics == {name: summary["metrics"][name] for name in metrics}
 
 
-def test_prefix_on_unsupported_family_is_rejected(
-    cli: Cli,
-) -> None:
+def test_prefix_on_unsupported_family_is_rejected(cli: Cli) -> None:
     from transformers import BloomConfig, BloomForCausalLM
 
     config = BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)
