@@ -14,6 +14,9 @@ from typing import Any
 from ftlevel.cli.app import run
 from ftlevel.config import TrainConfig
 
+ModelDir = Callable[..., Path]
+"""Type of the fixture `tiny_model_dir`."""
+
 
 def train(*words: object, out: str | Path = "run") -> dict[str, Any]:
     """Run `ftlevel train` without output in `out` and return its summary."""

@@ -6,13 +6,13 @@ Other tools train on each of these inputs silently, or fail with a traceback.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from command_line import Cli
+from run_files import ModelDir
 
 FIX = "Fix the line, or drop bad rows with --on-bad-row skip."
 UNLABELLED = "Such numbers mark rows without a label: remove these rows."
@@ -129,9 +129,7 @@ BAD_FILES: dict[str, tuple[bytes, list[str], list[str]]] = {
 
 
 @pytest.fixture
-def folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path]
-) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: ModelDir) -> Path:
     """Return the working directory with two models whose weights cannot be loaded."""
     import ftlevel.training.model as engine
 

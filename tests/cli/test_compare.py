@@ -11,7 +11,7 @@ import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from command_line import Cli
 from forked import Forked
 from ftlevel.cli.app import run
 from ftlevel.extras.compare.cli import table_lines
-from run_files import read_json, read_summary, write_rows
+from run_files import ModelDir, read_json, read_summary, write_rows
 
 METHODS = ("lora", "ia3")
 WAIT = 240  # seconds, on a busy machine
@@ -40,7 +40,7 @@ class KilledComparison:
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Callable[..., Path]) -> Path:
+def rows(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: ModelDir) -> Path:
     """Return a folder of rows with a tiny model next to it."""
     path = tmp_path_factory.mktemp("data") / "rows"
     path.mkdir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,7 +10,7 @@ import pytest
 from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.config import GateConfig
-from run_files import read_summary, write_rows
+from run_files import ModelDir, read_summary, write_rows
 
 pytestmark = pytest.mark.usefixtures("work_dir")
 
@@ -104,9 +103,7 @@ def test_leaked_validation_rows_are_dropped(cli: Cli) -> None:
     assert "data: set (6 rows; every validation row was dropped)" in out
 
 
-def test_template_without_end_of_turn_is_rejected(
-    tiny_model_dir: Callable[..., Path], cli: Cli
-) -> None:
+def test_template_without_end_of_turn_is_rejected(tiny_model_dir: ModelDir, cli: Cli) -> None:
     import shutil
 
     shutil.copytree(tiny_model_dir("llama"), "model")
@@ -128,7 +125,7 @@ PARTIAL_GENERATION_TEMPLATE = (
 
 @pytest.mark.parametrize("num_supervised", [0, 2])
 def test_unsupervised_rows_are_dropped_or_stop(
-    num_supervised: int, tiny_model_dir: Callable[..., Path], cli: Cli
+    num_supervised: int, tiny_model_dir: ModelDir, cli: Cli
 ) -> None:
     Path("own.jinja").write_text(PARTIAL_GENERATION_TEMPLATE, encoding="utf-8")
     rows = [pair(i, completion="it " * (i < num_supervised) + sentence(i + 50)) for i in range(6)]
@@ -148,14 +145,14 @@ def test_unsupervised_rows_are_dropped_or_stop(
     assert code == 2
 
 
-def test_text_with_bos_gets_no_second_bos(tiny_model_dir: Callable[..., Path], cli: Cli) -> None:
+def test_text_with_bos_gets_no_second_bos(tiny_model_dir: ModelDir, cli: Cli) -> None:
     rows = [{"text": f"<s>{sentence(i)}"} for i in range(4)]
     code, out = cli.dry_run("--model", str(tiny_model_dir("llama")), rows=rows)
     assert code == 0
     assert "two BOS" not in out
 
 
-def test_class_imbalance_is_reported(tiny_model_dir: Callable[..., Path], cli: Cli) -> None:
+def test_class_imbalance_is_reported(tiny_model_dir: ModelDir, cli: Cli) -> None:
     rows = [{"text": sentence(i), "label": "b" if i == 5 else "a"} for i in range(40)]
     code, out = cli.dry_run(
         "--task", "text-classification", "--model", str(tiny_model_dir("bert")), rows=rows
@@ -165,9 +162,7 @@ def test_class_imbalance_is_reported(tiny_model_dir: Callable[..., Path], cli: C
     assert "one class has nearly all rows: 39 of 40 train rows (label 'a')" in out
 
 
-def test_token_ids_beyond_embedding_are_rejected(
-    tiny_model_dir: Callable[..., Path], cli: Cli
-) -> None:
+def test_token_ids_beyond_embedding_are_rejected(tiny_model_dir: ModelDir, cli: Cli) -> None:
     model = tiny_model_dir("llama", vocab_size=300)
     code, out = cli.dry_run("--model", str(model), rows=GOOD)
     assert code == 2
@@ -208,9 +203,7 @@ def test_truncated_answer_is_dropped_by_every_policy(policy: str, cli: Cli) -> N
     )
 
 
-def test_auto_max_length_drops_up_to_one_percent(
-    tiny_model_dir: Callable[..., Path], cli: Cli
-) -> None:
+def test_auto_max_length_drops_up_to_one_percent(tiny_model_dir: ModelDir, cli: Cli) -> None:
     model = ["--model", str(tiny_model_dir("llama", max_position_embeddings=400))]
     rows = [pair(i) for i in range(149)] + [pair(200, prompt=sentence(3, 200))]
     code, out = cli.dry_run(*model, rows=rows)
@@ -283,9 +276,7 @@ def test_docs_list_every_check_with_default() -> None:
         assert line in page, name
 
 
-def test_test_split_without_label_is_not_compared(
-    tiny_model_dir: Callable[..., Path], cli: Cli
-) -> None:
+def test_test_split_without_label_is_not_compared(tiny_model_dir: ModelDir, cli: Cli) -> None:
     rows = [{"text": sentence(i), "label": "ab"[i % 2]} for i in range(8)]
     Path("set").mkdir()
     write_rows("set/train.jsonl", rows)

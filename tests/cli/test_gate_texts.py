@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 
 from command_line import Cli
 from published_chat_templates import TEMPLATES
-from run_files import write_rows
+from run_files import ModelDir, write_rows
 
 pytestmark = pytest.mark.usefixtures("work_dir")
 
@@ -100,9 +99,7 @@ def test_constant_answer_is_reported(cli: Cli) -> None:
     assert "one answer for nearly all rows: 12 of 12 train rows (that of rows.jsonl:1) (kept" in out
 
 
-def test_supervised_empty_think_block_is_reported(
-    tiny_model_dir: Callable[..., Path], cli: Cli
-) -> None:
+def test_supervised_empty_think_block_is_reported(tiny_model_dir: ModelDir, cli: Cli) -> None:
     Path("qwen3.jinja").write_text(TEMPLATES["qwen-3"], encoding="utf-8")
     model = ["--model", str(tiny_model_dir("qwen2")), "--chat-template"]
     code, out = cli.dry_run(*model, "qwen3.jinja", rows=GOOD)
@@ -156,7 +153,7 @@ def reviews(labels: list[str]) -> list[dict[str, Any]]:
     return [{"text": make_sentence(i), "label": label} for i, label in enumerate(labels)]
 
 
-def test_labels_differing_by_space_or_case(tiny_model_dir: Callable[..., Path], cli: Cli) -> None:
+def test_labels_differing_by_space_or_case(tiny_model_dir: ModelDir, cli: Cli) -> None:
     bert = ["--task", "text-classification", "--model", str(tiny_model_dir("bert"))]
     code, out = cli.dry_run(*bert, rows=reviews([*LABELS, "good ", " bad"]))
     assert code == 0, out
@@ -180,7 +177,7 @@ def test_labels_differing_by_space_or_case(tiny_model_dir: Callable[..., Path], 
     assert (code, "labels: 4 (" in out) == (0, True)
 
 
-def test_misspelled_label_is_reported(tiny_model_dir: Callable[..., Path], cli: Cli) -> None:
+def test_misspelled_label_is_reported(tiny_model_dir: ModelDir, cli: Cli) -> None:
     bert = ["--task", "text-classification", "--model", str(tiny_model_dir("bert"))]
     rows = reviews([*["positive", "negative", "neutral"] * 10, "postive"])
     code, out = cli.dry_run(*bert, rows=rows)
@@ -197,7 +194,7 @@ def test_misspelled_label_is_reported(tiny_model_dir: Callable[..., Path], cli: 
 
 
 def test_validation_labels_are_folded_to_training_labels(
-    tiny_model_dir: Callable[..., Path], cli: Cli
+    tiny_model_dir: ModelDir, cli: Cli
 ) -> None:
     bert = ["--task", "text-classification", "--model", str(tiny_model_dir("bert"))]
     Path("set").mkdir()

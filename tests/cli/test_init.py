@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pty
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,8 @@ import pytest
 from command_line import Cli
 from forked import Forked
 from ftlevel.config import build_config, load_recipe
+from run_files import ModelDir
 
-ModelDir = Callable[..., Path]
 WORDS = ("the red fox", "a blue whale", "some green frog", "this old oak")
 
 

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +15,8 @@ import pytest
 
 from command_line import Cli
 from ftlevel.data.formats.turns import MAX_CHARACTERS
+from run_files import ModelDir
 
-ModelDir = Callable[..., Path]
 CATEGORIES = ("billing", "technical", "delivery")
 TICKETS = "Ticket ID,Subject,Body,Category\n" + "".join(
     f"T-{i},late parcel {i},it came {i} days late,{CATEGORIES[i % 3]}\n" for i in range(12)

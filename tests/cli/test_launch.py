@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ import yaml
 
 from command_line import Cli
 from ftlevel.cli.app import run
-from run_files import write_rows
+from run_files import ModelDir, write_rows
 
 TESTS = str(Path(__file__).parents[1])
 TRAIN = ["--method", "lora", "--max-steps", "6", "--output-dir"]
@@ -165,7 +164,7 @@ def test_job_is_submitted_only_with_submit_flag(
 
 @pytest.mark.slow
 def test_interrupted_job_saves_checkpoint_and_requeues(
-    tiny_model_dir: Callable[..., Path], tmp_path: Path
+    tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
     rows, out, job_file = tmp_path / "rows.jsonl", tmp_path / "run", tmp_path / "job"
     write_rows(rows, ({"prompt": "a dog", "completion": f"sees {n}"} for n in range(8)))

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,8 @@ import pytest
 import task_data
 from command_line import Cli
 from ftlevel.config import TrainConfig
-from run_files import write_rows
+from run_files import ModelDir, write_rows
 
-ModelDir = Callable[..., Path]
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "the argument"},

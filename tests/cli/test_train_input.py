@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from command_line import Cli
-from run_files import write_rows
+from run_files import ModelDir, write_rows
 
 ROWS = [{"prompt": f"say {i}", "completion": f"it is {i}"} for i in range(8)]
 
@@ -106,9 +105,7 @@ def test_invalid_file_error_names_line(
     assert message in get_error(["--dataset", "bad.jsonl"], cli)
 
 
-def test_single_label_is_rejected(
-    folder: Path, tiny_model_dir: Callable[..., Path], cli: Cli
-) -> None:
+def test_single_label_is_rejected(folder: Path, tiny_model_dir: ModelDir, cli: Cli) -> None:
     write_rows(folder / "one.jsonl", [{"text": "a b", "label": "x"}, {"text": "c", "label": "x"}])
     error = get_error(
         ["--dataset", "one.jsonl", "--task", "text-classification", "--model",
@@ -120,14 +117,14 @@ def test_single_label_is_rejected(
 
 
 def test_encoder_is_rejected_for_text_generation(
-    folder: Path, tiny_model_dir: Callable[..., Path], cli: Cli
+    folder: Path, tiny_model_dir: ModelDir, cli: Cli
 ) -> None:
     error = get_error(["--dataset", "rows.jsonl", "--model", str(tiny_model_dir("bert"))], cli)
     assert error.startswith("--task text-generation cannot be used with bert, which is an encoder")
 
 
 def test_gradient_checkpointing_of_albert_is_rejected(
-    folder: Path, cli: Cli, tiny_model_dir: Callable[..., Path]
+    folder: Path, cli: Cli, tiny_model_dir: ModelDir
 ) -> None:
     model = tiny_model_dir("albert", "mlm")
     arguments = ["--model", str(model), "--task", "masked-lm", "--dataset", "rows.txt"]
@@ -136,7 +133,7 @@ def test_gradient_checkpointing_of_albert_is_rejected(
     assert message.startswith("--gradient-checkpointing cannot be used with albert: ")
 
 
-def test_layerdrop_is_disabled(folder: Path, cli: Cli, tiny_model_dir: Callable[..., Path]) -> None:
+def test_layerdrop_is_disabled(folder: Path, cli: Cli, tiny_model_dir: ModelDir) -> None:
     model = tiny_model_dir("bart", encoder_layerdrop=0.5)
     arguments = ["--model", str(model), "--task", "summarization", "--dataset", "rows.jsonl"]
     arguments += ["--map", "document=prompt", "--map", "summary=completion", "--dry-run"]
@@ -148,7 +145,7 @@ def test_layerdrop_is_disabled(folder: Path, cli: Cli, tiny_model_dir: Callable[
 
 
 def test_rows_beyond_positions_are_rejected_with_remedy(
-    folder: Path, tiny_model_dir: Callable[..., Path], cli: Cli
+    folder: Path, tiny_model_dir: ModelDir, cli: Cli
 ) -> None:
     write_rows(folder / "long.jsonl", [{"text": "word " * 2000}])
     error = get_error(["--dataset", "long.jsonl", "--model", str(tiny_model_dir("gpt2"))], cli)
@@ -156,9 +153,7 @@ def test_rows_beyond_positions_are_rejected_with_remedy(
     assert "--overlong drop" in error
 
 
-def test_pickled_weights_are_rejected(
-    folder: Path, tiny_model_dir: Callable[..., Path], cli: Cli
-) -> None:
+def test_pickled_weights_are_rejected(folder: Path, tiny_model_dir: ModelDir, cli: Cli) -> None:
     source = tiny_model_dir("llama")
     model = folder / "pickled"
     model.mkdir()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from command_line import Cli
 from forked import Forked
+from run_files import ModelDir
 
 SHORT = [
     *("--model", "tiny", "--overlong", "drop", "--batch-size", "4"),
@@ -37,9 +37,7 @@ with torch.no_grad():
 
 
 @pytest.fixture(autouse=True)
-def working_dir(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path]
-) -> None:
+def working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: ModelDir) -> None:
     monkeypatch.chdir(tmp_path)
     Path("tiny").symlink_to(tiny_model_dir("llama", chat=True))
 

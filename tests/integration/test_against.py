@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,7 @@ from command_line import Cli
 from ftlevel.commands.evaluate import Evaluation, evaluate
 from ftlevel.commands.train import train
 from ftlevel.config import EvaluateConfig
-from run_files import short_config
-
-ModelDir = Callable[..., Path]
+from run_files import ModelDir, short_config
 
 
 def train_run(model: Path, rows: Path, out: Path, task: str, **sections: Any) -> Path:

@@ -7,7 +7,6 @@ The learning rate is low and constant. The loss falls with each evaluation, so t
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,10 @@ from ftlevel.commands.evaluate import evaluate
 from ftlevel.config import EvaluateConfig
 from ftlevel.training.callbacks import Report
 from ftlevel.training.trainer import FtlevelTrainer
-from run_files import read_json, read_summary, read_weights
+from run_files import ModelDir, read_json, read_summary, read_weights
 
 pytestmark = pytest.mark.usefixtures("work_dir")
 
-ModelDir = Callable[..., Path]
 SHORT = ["--max-samples", "16", "--set", "data.max_eval_samples=6", "--batch-size", "4",
          "--dtype", "float32", "--overlong", "drop", "--lr-scheduler", "constant"]  # fmt: skip
 FIRST_IS_BEST = ["--metric-for-best-model", "loss", "--greater-is-better", "--eval-steps", "2"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 
 from command_line import Cli
 from ftlevel.cli.app import run
+from run_files import ModelDir
 
 pytestmark = pytest.mark.slow
 TEXTS = [f"the module number {i} of the list is {i * 7}" for i in range(24)]
@@ -26,9 +26,7 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def train_run(
-    runs_dir: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path]
-) -> Any:
+def train_run(runs_dir: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: ModelDir) -> Any:
     """Return a function that trains `run` for four steps, or copies the shared run."""
     work_dir = runs_dir / "now"
     shutil.rmtree(work_dir, ignore_errors=True)

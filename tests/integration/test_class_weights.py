@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from command_line import Cli
 from ftlevel.cli.app import run
-from run_files import read_summary, write_rows
+from run_files import ModelDir, read_summary, write_rows
 
 SHORT = "--max-steps 3 --batch-size 6 --dtype float32 --lr 1e-3 --logging-steps 1 --quiet".split()
 NER = [{"tokens": ["a", str(i)], "tags": ["O", "PER" if i % 4 else "LOC"]} for i in range(20)]
 
 
 @pytest.fixture(autouse=True)
-def data_dir(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path]
-) -> None:
+def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: ModelDir) -> None:
     monkeypatch.chdir(tmp_path)
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     Path("model").symlink_to(tiny_model_dir("bert", **no_dropout))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import task_data
 from command_line import Cli
 from ftlevel.cli.app import run
-from run_files import read_json, train, write_rows
+from run_files import ModelDir, read_json, train, write_rows
 
-ModelDir = Callable[..., Path]
 SHORT = ["--dataset", "turns", "--set", "data.max_eval_samples=4", "--batch-size", "4",
          "--dtype", "float32", "--overlong", "drop"]  # fmt: skip
 CONTINUE = ["--adapter", "run", "--eval-on-start", "--max-steps", "2"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from ftlevel.commands.train import train
 from ftlevel.config import TrainConfig
 from ftlevel.training import reference, teacher
 from ftlevel.training.processes import started_processes
+from run_files import ModelDir
 
-ModelDir = Callable[..., Path]
 ITEMS = 10
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +17,10 @@ from command_line import Cli
 from export_cases import exportable_model
 from ftlevel.cli.app import run
 from ftlevel.trained.generation import added_stops
-from run_files import read_json
+from run_files import ModelDir, read_json
 
 pytestmark = pytest.mark.usefixtures("work_dir")
 
-ModelDir = Callable[..., Path]
 END = {
     "gemma3_text": "<end_of_turn>",
     "phi3": "<|end|>",

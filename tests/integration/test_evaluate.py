@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,7 @@ from ftlevel.commands.evaluate import Evaluation, evaluate
 from ftlevel.commands.train import train
 from ftlevel.config import EvaluateConfig
 from ftlevel.errors import ConfigError, InputError
-from run_files import read_json, read_rows, short_config, write_rows
-
-ModelDir = Callable[..., Path]
+from run_files import ModelDir, read_json, read_rows, short_config, write_rows
 
 SPAN = {"max_length": 48, "doc_stride": 12}
 PAIR = {"columns": {"source": "en", "target": "de"}}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from command_line import Cli
+from run_files import ModelDir
 
 Rows = list[dict[str, Any]]
 WORDS = ("argument", "parser", "module", "string", "value", "object", "file", "path")
@@ -152,7 +153,7 @@ def train(data: Path, task: str, model: Path, out: Path, cli: Cli, *options: str
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_column_format_trains(
-    name: str, tmp_path: Path, tiny_model_dir: Callable[..., Path], cli: Cli
+    name: str, tmp_path: Path, tiny_model_dir: ModelDir, cli: Cli
 ) -> None:
     task, family, row = FORMATS[name]
     data = write_jsonl(tmp_path / "rows", [row(i) for i in range(12)])
@@ -165,9 +166,8 @@ def test_every_column_format_trains(
 
 @pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__.removeprefix("write_"))
 def test_every_file_format_trains(
-    write: Callable[[Path, Rows], Path], tmp_path: Path, tiny_model_dir: Callable[..., Path],
-    cli: Cli,
-) -> None:  # fmt: skip
+    write: Callable[[Path, Rows], Path], tmp_path: Path, tiny_model_dir: ModelDir, cli: Cli
+) -> None:
     rows = [{"prompt": phrase(i), "completion": phrase(i + 1)} for i in range(12)]
     data = write(tmp_path / "rows", rows)
     out = train(data, "text-generation", tiny_model_dir("llama"), tmp_path / "run", cli)
@@ -177,9 +177,7 @@ def test_every_file_format_trains(
     assert f"columns: {columns}" in out
 
 
-def test_mapped_columns_train(
-    tmp_path: Path, tiny_model_dir: Callable[..., Path], cli: Cli
-) -> None:
+def test_mapped_columns_train(tmp_path: Path, tiny_model_dir: ModelDir, cli: Cli) -> None:
     rows = [{"frage": phrase(i), "antwort": phrase(i + 1)} for i in range(12)]
     data, model = write_jsonl(tmp_path / "rows", rows), tiny_model_dir("llama")
     assert (

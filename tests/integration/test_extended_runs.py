@@ -5,7 +5,6 @@ With a constant learning rate, an extended run equals one that was as long from 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,10 @@ import task_data
 from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.training.trainer import FtlevelTrainer
-from run_files import read_rows, read_summary, read_weights, train
+from run_files import ModelDir, read_rows, read_summary, read_weights, train
 
 pytestmark = pytest.mark.usefixtures("work_dir")
 
-ModelDir = Callable[..., Path]
 SHORT = ["--max-samples", "12", "--set", "data.max_eval_samples=4", "--batch-size", "4",
          "--dtype", "float32", "--overlong", "drop", "--logging-steps", "1",
          "--lora-dropout", "0.1", "--save-strategy", "epoch"]  # fmt: skip

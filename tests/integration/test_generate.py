@@ -6,7 +6,6 @@ import builtins
 import csv
 import json
 import shutil
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,8 @@ from ftlevel.errors import ConfigError, InputError
 from ftlevel.extras.serving.entry import ServedModel
 from ftlevel.trained.generation import GenerationOptions, generate_texts
 from ftlevel.trained.resolve import resolve_model
-from run_files import short_config
+from run_files import ModelDir, short_config
 from sampling import sample
-
-ModelDir = Callable[..., Path]
 
 PROMPTS = [
     "parser",

@@ -27,18 +27,17 @@ from ftlevel.merging.merge_input import resolve_merge_input, select_rows
 from ftlevel.methods.merging import Skeleton, build_skeleton
 from ftlevel.models.loading import build_task_model
 from ftlevel.weights import checkpoint
-from run_files import kill_repeatedly, read_json, read_summary, write_rows
+from run_files import ModelDir, kill_repeatedly, read_json, read_summary, write_rows
 
 pytestmark = pytest.mark.usefixtures("work_dir")
 
-TinyModelDir = Callable[..., Path]
 TRAIN_OPTIONS = ["--max-samples", "16", "--set", "data.max_eval_samples=8", "--max-steps", "3",
        "--learning-rate", "2e-3", "--quiet"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def train_run(
-    tiny_model_dir: TinyModelDir, tmp_path_factory: pytest.TempPathFactory
+    tiny_model_dir: ModelDir, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
     """Return a function that trains a short run on a tiny model, once per set of arguments."""
     runs: dict[tuple[str, ...], Path] = {}
@@ -292,7 +291,7 @@ def test_unmergeable_input_is_rejected_in_one_line(
 
 
 def test_merge_onto_other_base_is_rejected(
-    train_run: Callable[..., Path], tiny_model_dir: TinyModelDir, cli: Cli
+    train_run: Callable[..., Path], tiny_model_dir: ModelDir, cli: Cli
 ) -> None:
     source = train_run("llama", "text-generation", "mask", None, "--dtype", "float32")
     other_base = tiny_model_dir("llama", seed=1)
@@ -321,7 +320,7 @@ def lora_update(adapter: Path, module: str, scale: float) -> torch.Tensor | floa
     return saved[name.format("B")] @ saved[name.format("A")] * scale
 
 
-def test_cat_strategy_equals_weighted_sum(tiny_model_dir: TinyModelDir) -> None:
+def test_cat_strategy_equals_weighted_sum(tiny_model_dir: ModelDir) -> None:
     base = tiny_model_dir("llama")
     first = save_lora(base, Path("a"), 4, ["q_proj", "up_proj"])
     second = save_lora(base, Path("b"), 9, ["q_proj", "v_proj"], use_rslora=True)
@@ -391,7 +390,7 @@ def test_changed_tensors_and_progress_are_counted(train_run: Callable[..., Path]
     assert len(progress.totals) == 2, "of the merge, and of the file"
 
 
-def test_values_too_large_for_float16_are_rejected(tiny_model_dir: TinyModelDir, cli: Cli) -> None:
+def test_values_too_large_for_float16_are_rejected(tiny_model_dir: ModelDir, cli: Cli) -> None:
     base = shutil.copytree(tiny_model_dir("llama"), Path("base"))
     tensors = load_file(base / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e5
@@ -417,7 +416,7 @@ def test_random_values_on_the_meta_device_are_not_merged() -> None:
     assert sorted(skeleton.units) == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
 
 
-def test_codes_are_chosen_on_other_rows_than_those_compared(tiny_model_dir: TinyModelDir) -> None:
+def test_codes_are_chosen_on_other_rows_than_those_compared(tiny_model_dir: ModelDir) -> None:
     rows = [{"text": f"The number {i} is {i * i} squared."} for i in range(8)]
     write_rows("rows.jsonl", rows)
     flags = ["--dataset", "rows.jsonl", "--set", "data.validation_split=0", *TRAIN_OPTIONS]
@@ -450,7 +449,7 @@ def test_plain_peft_adapter_mixes_with_run(train_run: Callable[..., Path]) -> No
 @pytest.mark.parametrize(
     "strategy", ["svd", "linear", "ties", "dare-ties", "dare-linear", "magnitude-prune"]
 )
-def test_merge_strategies_match_peft(strategy: str, tiny_model_dir: TinyModelDir) -> None:
+def test_merge_strategies_match_peft(strategy: str, tiny_model_dir: ModelDir) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -471,7 +470,7 @@ def test_merge_strategies_match_peft(strategy: str, tiny_model_dir: TinyModelDir
         torch.testing.assert_close(tensor, expected[name])
 
 
-def test_linear_strategy_rejects_different_ranks(tiny_model_dir: TinyModelDir, cli: Cli) -> None:
+def test_linear_strategy_rejects_different_ranks(tiny_model_dir: ModelDir, cli: Cli) -> None:
     base = tiny_model_dir("llama")
     save_lora(base, Path("a"), 4, ["q_proj"])
     save_lora(base, Path("b"), 8, ["q_proj"])
@@ -482,7 +481,7 @@ def test_linear_strategy_rejects_different_ranks(tiny_model_dir: TinyModelDir, c
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [6, pytest.param(28, marks=pytest.mark.sweep)])
-def test_killed_merge_leaves_no_partial_model(tiny_model_dir: TinyModelDir, kills: int) -> None:
+def test_killed_merge_leaves_no_partial_model(tiny_model_dir: ModelDir, kills: int) -> None:
     base = tiny_model_dir("llama", num_hidden_layers=6)
     adapter = save_lora(base, Path("a"), 4, ["q_proj", "v_proj", "up_proj", "down_proj"])
     out = Path("killed")

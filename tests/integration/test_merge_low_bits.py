@@ -18,9 +18,9 @@ from ftlevel.artifacts.cards import load_card
 from ftlevel.cli.app import run
 from ftlevel.errors import RunError
 from ftlevel.weights import quantize_shards
+from run_files import ModelDir
 from sampling import sample
 
-TinyModelDir = Callable[..., Path]
 Runs = Callable[[str, str], Path]
 BASES = {
     "float": ("st", []),
@@ -48,7 +48,7 @@ TEXTS = [f"the module number {i} of the list is {i * 7}" for i in range(24)]
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_model_dir: TinyModelDir, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(tiny_model_dir: ModelDir, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Return a function that trains a run, once per base and method; all bases are one model."""
     folder = tmp_path_factory.mktemp("low-bits")
     (folder / "rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))

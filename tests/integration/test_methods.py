@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 import task_data
 from command_line import Cli
 from ftlevel.cli.app import run
+from run_files import ModelDir
 
 SHORT = [
     *("--max-samples", "16", "--set", "data.max_eval_samples=8", "--batch-size", "4"),
@@ -47,7 +47,7 @@ def digest(folder: Path) -> str:
     ids=lambda flags: flags[1],
 )
 def test_resumed_run_matches_uninterrupted_run(
-    flags: list[str], tmp_path: Path, tiny_model_dir: Callable[..., Path], cli: Cli
+    flags: list[str], tmp_path: Path, tiny_model_dir: ModelDir, cli: Cli
 ) -> None:
     model = str(tiny_model_dir("llama", chat=True))
     data = ("--dataset", str(task_data.write(tmp_path / "data", "mask")))
@@ -77,7 +77,7 @@ def test_pissa_requires_float32(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_unsupported_method_is_rejected_before_loading(
-    cli: Cli, tmp_path: Path, tiny_model_dir: Callable[..., Path]
+    cli: Cli, tmp_path: Path, tiny_model_dir: ModelDir
 ) -> None:
     model = tiny_model_dir("gpt2")
     flags = ["--model", str(model), "--method", "oft", "--output-dir", str(tmp_path / "run")]
@@ -88,7 +88,7 @@ def test_unsupported_method_is_rejected_before_loading(
 
 @pytest.mark.parametrize("method", ["oft", "boft", "miss", "shira", "c3a"])
 def test_advice_to_quantize_gpt2_is_right(
-    method: str, tmp_path: Path, tiny_model_dir: Callable[..., Path]
+    method: str, tmp_path: Path, tiny_model_dir: ModelDir
 ) -> None:
     """Quantization replaces Conv1D by linear layers, which these methods support."""
     arguments = ["--model", str(tiny_model_dir("gpt2")), "--method", method]

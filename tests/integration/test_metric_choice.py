@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from command_line import Cli
+from run_files import ModelDir
 
 ROWS = [{"text": f"say {i} more", "label": "odd" if i % 2 else "even"} for i in range(12)]
 
 
 @pytest.fixture(autouse=True)
-def data_dir(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path]
-) -> None:
+def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: ModelDir) -> None:
     monkeypatch.chdir(tmp_path)
     Path("model").symlink_to(tiny_model_dir("bert"))
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))

@@ -20,6 +20,7 @@ from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.trained.resolve import resolve_model
 from model_ref_cases import LABELS, REF_KINDS, TYPES, create_refs, load_peft_model
+from run_files import ModelDir
 from tiny_models import save_tiny
 
 CreateRefs = Callable[[str], dict[str, Path]]
@@ -50,9 +51,7 @@ def cells() -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def refs(
-    tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> CreateRefs:
+def refs(tiny_model_dir: ModelDir, tmp_path_factory: pytest.TempPathFactory) -> CreateRefs:
     """Return a function that creates the references of a task type, once."""
 
     def base(kind: str) -> Path:
@@ -153,9 +152,7 @@ def test_plain_peft_adapter_logits_match_peft(kind: str, refs: CreateRefs) -> No
             assert not torch.equal(ours(**inputs)[names[0]], expected[names[0]])
 
 
-def test_task_of_model_is_inferred_from_head(
-    tiny_model_dir: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_task_of_model_is_inferred_from_head(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     heads = {("bert", "seqcls"): "text-classification", ("bert", "tokcls"): "token-classification",
              ("bert", "qa"): "question-answering", ("bert", "mlm"): "masked-lm",
              ("qwen2", None): "text-generation", ("t5", None): "text-generation"}  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,13 @@ from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.commands.evaluate import evaluate
 from ftlevel.config import EvaluateConfig
+from run_files import ModelDir
 
-TinyModelDir = Callable[..., Path]
 WORDS = ("argument", "parser", "module", "string", "value", "object", "default", "file")
 
 
 @pytest.fixture(scope="module")
-def original(tiny_model_dir: TinyModelDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(tiny_model_dir: ModelDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a copy of a directory with a model, rows and a run that uses relative paths."""
     folder = tmp_path_factory.mktemp("moved") / "here" / "project"
     folder.mkdir(parents=True)
@@ -125,7 +124,7 @@ def test_data_that_changed_after_training_is_reported(project: Path, cli: Cli) -
     ids=lambda command: command[0],
 )
 def test_moved_base_needs_model_option(
-    command: list[str], project: Path, tiny_model_dir: TinyModelDir, cli: Cli
+    command: list[str], project: Path, tiny_model_dir: ModelDir, cli: Cli
 ) -> None:
     Path("base").rename("moved")
     if command[0] == "train":  # as if it had been killed after its first checkpoint
@@ -199,7 +198,7 @@ def test_changed_setting_on_resume_is_rejected_before_loading(
 
 
 def test_base_with_the_recorded_weights_is_preferred(
-    project: Path, tiny_model_dir: TinyModelDir
+    project: Path, tiny_model_dir: ModelDir
 ) -> None:
     shutil.copytree("run", "other/run")
     shutil.copytree(tiny_model_dir("llama", chat=True, seed=1), "other/base")

@@ -18,7 +18,7 @@ from ftlevel.config import TrainConfig
 from ftlevel.errors import RunError
 from ftlevel.training.memory import explain_out_of_memory
 from ftlevel.training.trainer import FtlevelTrainer
-from run_files import read_losses, read_summary
+from run_files import ModelDir, read_losses, read_summary
 
 ALLOCATION_ERROR = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
 TRAIN = ["train", "--quiet", "--model", "tiny", "--max-samples", "24", "--max-length", "128",
@@ -27,9 +27,7 @@ TRAIN = ["train", "--quiet", "--model", "tiny", "--max-samples", "24", "--max-le
 
 
 @pytest.fixture(autouse=True)
-def working_dir(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path]
-) -> None:
+def working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: ModelDir) -> None:
     monkeypatch.chdir(tmp_path)
     Path("tiny").symlink_to(tiny_model_dir("llama", chat=True))
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 from transformers import AutoModelForCausalLM
 
 from command_line import Cli
 from ftlevel.cli.app import run
-from run_files import read_json, read_summary, read_weights, train
+from run_files import ModelDir, read_json, read_summary, read_weights, train
 
 pytestmark = pytest.mark.usefixtures("work_dir")
 
-ModelDir = Callable[..., Path]
 SHORT = ["--max-samples", "12", "--set", "data.max_eval_samples=4", "--batch-size", "4",
          "--dtype", "float32", "--overlong", "drop", "--lr-scheduler", "constant",
          "--save-strategy", "epoch"]  # fmt: skip

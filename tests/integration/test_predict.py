@@ -26,9 +26,7 @@ from ftlevel.data.prepare import inference
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation import answers as row_scores
 from ftlevel.trained.model_ref import ModelRef
-from run_files import short_config
-
-ModelDir = Callable[..., Path]
+from run_files import ModelDir, short_config
 
 SPAN = {"max_length": 192, "doc_stride": 12}
 PAIR = {"columns": {"source": "en", "target": "de"}}

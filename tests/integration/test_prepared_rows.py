@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ from ftlevel.data.prepare import dataset, encoder
 from ftlevel.data.sources import lines
 from ftlevel.errors import InputError
 from ftlevel.training.plan.resolve import resolve
+from run_files import ModelDir
 
-ModelDir = Callable[..., Path]
 ROWS = 120
 TASKS = {
     "tags": ("token-classification", "bert", "mlm", {}),

@@ -29,7 +29,7 @@ from ftlevel.errors import ConfigError
 from ftlevel.events import NullListener
 from ftlevel.training import processes as watch_processes
 from ftlevel.training.trainer import FtlevelTrainer
-from run_files import read_losses, read_summary, write_rows
+from run_files import ModelDir, read_losses, read_summary, write_rows
 
 pytestmark = pytest.mark.slow
 PROGRAM = [sys.executable, "-m", "ftlevel"]
@@ -61,7 +61,7 @@ LONG_RUN = "--max-steps 4000 --num-processes 2 --logging-steps 1"
 
 
 @pytest.fixture
-def command(tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path) -> Command:
+def command(tiny_model_dir: ModelDir, dataset: Path, tmp_path: Path) -> Command:
     """Return a function of further options that returns the arguments of a run in `tmp_path`."""
 
     def build(*options: str, out: str = "run", family: str = "llama") -> list[str]:
@@ -89,7 +89,7 @@ def train_in_one_process(
 
 
 def test_two_processes_match_doubled_accumulation(
-    command: Command, tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
+    command: Command, tiny_model_dir: ModelDir, dataset: Path, tmp_path: Path
 ) -> None:
     model = tiny_model_dir("llama")
     process = subprocess.run(
@@ -137,7 +137,7 @@ def test_sharded_experts_are_verified(command: Command, tmp_path: Path) -> None:
 
 
 def test_interrupt_saves_checkpoint_of_all_processes(
-    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
+    tiny_model_dir: ModelDir, dataset: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     model = tiny_model_dir("llama")
@@ -199,7 +199,7 @@ def train_with_nan_loss(rank: int, model: Path, dataset: Path, out: Path, action
 
 @pytest.mark.parametrize("action", ["skip", "rollback"])
 def test_all_processes_skip_step_with_nan_in_one(
-    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path, action: str
+    tiny_model_dir: ModelDir, dataset: Path, tmp_path: Path, action: str
 ) -> None:
     arguments = (tiny_model_dir("llama"), dataset, tmp_path / "run", action)
     both = ranks.start(train_with_nan_loss, [(rank, *arguments) for rank in (0, 1)])
@@ -210,9 +210,7 @@ def test_all_processes_skip_step_with_nan_in_one(
     assert note["how"] == {"skip": "skipped", "rollback": "rolled back to checkpoint-3"}[action]
 
 
-def test_two_processes_count_pairs_and_tokens(
-    tiny_model_dir: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_two_processes_count_pairs_and_tokens(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     """One of the processes has no pair in the last step, whose loss has two counts."""
     rows = [{"prompt": "a", "chosen": " ".join(TEXT[:n]), "rejected": "b"} for n in range(1, 6)]
     dataset = tmp_path / "pairs.jsonl"
@@ -234,7 +232,7 @@ def test_num_processes_without_launcher_raises() -> None:
 
 
 def test_two_processes_keep_best_model_and_stop_early(
-    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
+    tiny_model_dir: ModelDir, dataset: Path, tmp_path: Path
 ) -> None:
     eval_file = tmp_path / "held.jsonl"
     eval_file.write_text("".join(dataset.read_text().splitlines(keepends=True)[:4]))
@@ -347,7 +345,7 @@ def suspend_and_resume(rank: int, model: Path, dataset: Path, folder: Path) -> s
 
 
 def test_suspended_process_is_reported(
-    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
+    tiny_model_dir: ModelDir, dataset: Path, tmp_path: Path
 ) -> None:
     """Rank 0 reports it, or rank 1 if rank 0 is suspended; two runs wait at the same time."""
     model = tiny_model_dir("llama")
@@ -448,7 +446,7 @@ def test_lost_node_ends_other_nodes_with_message(
 
 
 def test_run_is_restarted_after_killed_process(
-    command: Command, tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
+    command: Command, tiny_model_dir: ModelDir, dataset: Path, tmp_path: Path
 ) -> None:
     options = ("--max-steps", "10", "--num-processes", "2", "--logging-steps", "1", "--save-steps",
                "2", "--lora-dropout", "0.1")  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from ftlevel.data.formats.turns import Message
 from ftlevel.merging.formats.ollama import format_modelfile
 from ftlevel.models.loading import load_tokenizer
 from ftlevel.models.sources import resolve_source
+from run_files import ModelDir
 
 SYSTEM = "Be brief."
 LONG = " ".join(f"Rule {n} of this house is to say the number alone." for n in range(12))
@@ -145,7 +145,7 @@ def test_system_prompt_is_stored_only_if_set() -> None:
     ],
 )
 def test_invalid_prompt_options_are_rejected(
-    arguments: list[str], message: str, cli: Cli, tiny_model_dir: Callable[..., Path]
+    arguments: list[str], message: str, cli: Cli, tiny_model_dir: ModelDir
 ) -> None:
     Path("t5").symlink_to(tiny_model_dir("t5"))
     error = cli.fails("train --dry-run --dataset rows.jsonl", *arguments)

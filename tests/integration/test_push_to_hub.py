@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from command_line import Cli
 from export_cases import exportable_model
 from ftlevel.artifacts.hub import get_repo_id
 from ftlevel.errors import ConfigError
+from run_files import ModelDir
 
 ACCOUNT = {"name": "me", "orgs": [{"name": "us"}], "auth": {"accessToken": {"role": "write"}}}
 SHORT = ["--max-samples", "8", "--max-length", "96", "--overlong", "drop", "--quiet",
@@ -83,7 +83,7 @@ def test_failed_upload_keeps_run(
 
 @pytest.mark.slow
 def test_quantize_and_export_upload_their_outputs(
-    hub_calls: list[Any], tiny_model_dir: Callable[..., Path], tmp_path: Path, cli: Cli
+    hub_calls: list[Any], tiny_model_dir: ModelDir, tmp_path: Path, cli: Cli
 ) -> None:
     """`quantize` uploads a directory, `export` only its own files."""
     model = str(exportable_model(tiny_model_dir, tmp_path, "llama"))

@@ -28,11 +28,10 @@ from ftlevel import EvaluateConfig, PredictConfig, TrainConfig, evaluate, genera
 from ftlevel.artifacts.checkpoints import get_last_valid_checkpoint, listed
 from ftlevel.errors import ConfigError, Interrupted
 from ftlevel.training import resume
-from run_files import read_json, read_weights, write_rows
+from run_files import ModelDir, read_json, read_weights, write_rows
 
 pytestmark = pytest.mark.usefixtures("work_dir")
 
-TinyModelDir = Callable[..., Path]
 WORDS = ("argument", "parser", "module", "string", "value", "object", "default", "file")
 VALIDATION_ROWS = [{"prompt": f"say {word}", "completion": f"{word}!"} for word in WORDS[:3]]
 ROWS = [{"prompt": f"name the {word}", "completion": f"the {word}"} for word in WORDS]
@@ -41,7 +40,7 @@ SHORT = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 4}
 
 
 @pytest.fixture
-def base(tiny_model_dir: TinyModelDir) -> Path:
+def base(tiny_model_dir: ModelDir) -> Path:
     return tiny_model_dir("llama", chat=True)
 
 

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,7 @@ from ftlevel.errors import ConfigError, InputError
 from ftlevel.events import NullListener
 from ftlevel.models.kinds import checkpoint_class
 from ftlevel.weights.quantize_shards import ShardWriter, get_modules_to_skip
-
-ModelDir = Callable[..., Path]
+from run_files import ModelDir
 
 FORMATS: dict[str, dict[str, Any]] = {
     "nf4": {"quant": "4bit"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +19,8 @@ from ftlevel.commands.train import train
 from ftlevel.config import MergeConfig, QuantConfig, QuantizeConfig
 from ftlevel.errors import ConfigError
 from ftlevel.trained.resolve import resolve_model
-from run_files import read_json, read_losses, short_config
+from run_files import ModelDir, read_json, read_losses, short_config
 from sampling import sample
-
-ModelDir = Callable[..., Path]
 
 
 def quantize_model(source: Path, out: Path, **overrides: Any) -> Path:

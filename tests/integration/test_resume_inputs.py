@@ -13,6 +13,7 @@ import torch
 
 from command_line import Cli
 from ftlevel.cli.app import run
+from run_files import ModelDir
 
 ROWS = [{"prompt": f"the value {i}", "completion": f"it is {i} {i * i}"} for i in range(24)]
 
@@ -42,9 +43,7 @@ def interrupted_run(original_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 @pytest.fixture(scope="module")
-def original_dir(
-    tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def original_dir(tiny_model_dir: ModelDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a directory with a four-step run that was interrupted after step 2."""
     folder = tmp_path_factory.mktemp("same-run") / "begun"
     folder.mkdir()
@@ -55,7 +54,7 @@ def original_dir(
     return folder.with_name("pristine")
 
 
-def train_and_interrupt(tiny_model_dir: Callable[..., Path]) -> None:
+def train_and_interrupt(tiny_model_dir: ModelDir) -> None:
     shutil.copytree(tiny_model_dir("llama", chat=True), "model")
     store_truncation_and_padding()
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))

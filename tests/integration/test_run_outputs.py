@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,13 @@ from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.commands.evaluate import evaluate
 from ftlevel.config import EvaluateConfig
-from run_files import read_summary, write_rows
+from run_files import ModelDir, read_summary, write_rows
 
 pytestmark = pytest.mark.usefixtures("work_dir")
 
-TinyModelDir = Callable[..., Path]
-
 
 @pytest.fixture
-def classifier_run(tiny_model_dir: TinyModelDir, capsys: pytest.CaptureFixture[str]) -> Path:
+def classifier_run(tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]) -> Path:
     """Return a run on three classes, in a directory with a space in its name."""
     pytest.importorskip("tensorboard")
     rows = [{"Message": f"the {word} {i}", "Kind": "xyz"[i % 3]} for i, word in
@@ -112,7 +109,7 @@ def test_evaluate_skips_bad_rows_as_its_error_advises(classifier_run: Path, cli:
     assert "dropped 1 of 3 rows (line 2: 'Message' is empty)" in output.out + output.err
 
 
-def test_dataset_option_replaces_validation_file(tiny_model_dir: TinyModelDir) -> None:
+def test_dataset_option_replaces_validation_file(tiny_model_dir: ModelDir) -> None:
     task_data.write(Path("data"), "class")
     code = run(["train", "--model", str(tiny_model_dir("bert")), "--dataset", "data/train.jsonl",
                 "--validation-file", "data/validation.jsonl", "--task", "text-classification",
@@ -144,7 +141,7 @@ def test_missing_model_option_warns_for_own_dataset(
     assert "no --model given" not in out
 
 
-def test_preview_reports_merged_labels(tiny_model_dir: TinyModelDir, cli: Cli) -> None:
+def test_preview_reports_merged_labels(tiny_model_dir: ModelDir, cli: Cli) -> None:
     rows = [{"text": f"the {w}", "label": "x" if i else " x"} for i, w in
             enumerate(task_data.WORDS)]  # fmt: skip
     write_rows("rows.jsonl", [*rows, {"text": "a", "label": "y"}])

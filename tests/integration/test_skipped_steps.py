@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,10 @@ from safetensors.torch import load_file
 from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.training.trainer import FtlevelTrainer
-from run_files import read_losses, read_summary, write_rows
+from run_files import ModelDir, read_losses, read_summary, write_rows
 
 pytestmark = pytest.mark.usefixtures("work_dir")
 
-ModelDir = Callable[..., Path]
 STEPS = 12
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,8 @@ from ftlevel.commands.generate import generate
 from ftlevel.commands.train import train
 from ftlevel.config import TrainConfig
 from ftlevel.trained.generation import GenerationOptions
-from run_files import read_rows, short_config
+from run_files import ModelDir, read_rows, short_config
 from sampling import sample
-
-ModelDir = Callable[..., Path]
 
 TASKS = {
     "tags": ("token-classification", {}),

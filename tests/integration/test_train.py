@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import task_data
 from command_line import Cli
 from forked import Forked, run_slowly
 from ftlevel.cli.app import run
-from run_files import read_json, read_rows, read_summary, train, write_rows
+from run_files import ModelDir, read_json, read_rows, read_summary, train, write_rows
 from sampling import sample
 
 SHORT = ["--max-samples", "16", "--set", "data.max_eval_samples=8", "--batch-size", "4"]
@@ -33,7 +32,7 @@ WORDS = ("house river stone tree bird fish cloud table horse paper glass iron sa
          "light water earth metal snow sand leaf root seed").split()  # fmt: skip
 
 
-def write_tiny_inputs(folder: Path, tiny_model_dir: Callable[..., Path]) -> Path:
+def write_tiny_inputs(folder: Path, tiny_model_dir: ModelDir) -> Path:
     """Write the model and the rows of `TINY_OPTIONS` to `folder`."""
     (folder / "tiny").symlink_to(tiny_model_dir("llama", chat=True))
     rows = [
@@ -48,17 +47,13 @@ def write_tiny_inputs(folder: Path, tiny_model_dir: Callable[..., Path]) -> Path
 
 
 @pytest.fixture(autouse=True)
-def working_dir(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path]
-) -> Path:
+def working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: ModelDir) -> Path:
     monkeypatch.chdir(tmp_path)
     return write_tiny_inputs(tmp_path, tiny_model_dir)
 
 
 @pytest.fixture(scope="module")
-def two_step_run(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Callable[..., Path]
-) -> Path:
+def two_step_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: ModelDir) -> Path:
     """Return the directory of a two-step run with a checkpoint of each step."""
     folder = write_tiny_inputs(tmp_path_factory.mktemp("two-steps"), tiny_model_dir)
     with pytest.MonkeyPatch.context() as patch:
@@ -162,7 +157,7 @@ def test_gradient_accumulation_gives_same_losses() -> None:
     "family", ["t5", "llama", *(pytest.param(f, marks=pytest.mark.sweep) for f in ("bart", "gpt2"))]
 )
 def test_summarization_trains_and_generates(
-    family: str, tiny_model_dir: Callable[..., Path], cli: Cli
+    family: str, tiny_model_dir: ModelDir, cli: Cli
 ) -> None:
     rows = [{"document": f"the {w} is a long thing of many words", "summary": f"a {w}"}
             for w in "abcdefgh"]  # fmt: skip
@@ -190,7 +185,7 @@ def test_summarization_trains_and_generates(
     ),
 )
 def test_classification_head_is_saved_and_reloaded(
-    family: str, quant: str, tiny_model_dir: Callable[..., Path], cli: Cli
+    family: str, quant: str, tiny_model_dir: ModelDir, cli: Cli
 ) -> None:
     rows = [{"text": f"{w} {w} x{i}", "label": w} for i in range(6) for w in ("up", "down", "left")]
     summary = train(
@@ -297,7 +292,7 @@ def test_interrupt_during_checks_reports_checkpoint(
 
 
 def test_resumed_head_keeps_its_learning_rate(
-    tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tiny_model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task_data.write(Path("data"), "class")
     options = ["--model", str(tiny_model_dir("bert")), "--dataset", "data", "--quiet",
@@ -376,7 +371,7 @@ def test_damaged_checkpoint_is_rejected(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_nonfinite_loss_stops_run_without_saving(
-    cli: Cli, tiny_model_dir: Callable[..., Path], tmp_path: Path
+    cli: Cli, tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -398,7 +393,7 @@ def test_nonfinite_loss_stops_run_without_saving(
 
 
 def test_adapter_on_changed_base_is_rejected(
-    cli: Cli, tiny_model_dir: Callable[..., Path], tmp_path: Path
+    cli: Cli, tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny_model_dir("llama", chat=True), base)
@@ -409,7 +404,7 @@ def test_adapter_on_changed_base_is_rejected(
 
 
 def test_model_with_missing_weights_is_rejected(
-    cli: Cli, tiny_model_dir: Callable[..., Path], tmp_path: Path
+    cli: Cli, tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import task_data
 from ftlevel.cli.app import run
 from ftlevel.training.trainer import FtlevelTrainer
-from run_files import read_rows, read_summary, write_rows
+from run_files import ModelDir, read_rows, read_summary, write_rows
 
 SHORT = ["--model", "tiny", "--batch-size", "4", "--dtype", "float32", "--learning-rate", "1e-3",
          "--logging-steps", "1",
@@ -19,9 +18,7 @@ SHORT = ["--model", "tiny", "--batch-size", "4", "--dtype", "float32", "--learni
 
 
 @pytest.fixture(autouse=True)
-def working_dir(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path]
-) -> None:
+def working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: ModelDir) -> None:
     monkeypatch.chdir(tmp_path)
     Path("tiny").symlink_to(tiny_model_dir("llama", chat=True))
     task_data.write(Path("data"), "mask")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from command_line import Cli
-from run_files import read_json, train, write_rows
+from run_files import ModelDir, read_json, train, write_rows
 
 pytestmark = pytest.mark.usefixtures("work_dir")
 
@@ -36,7 +35,7 @@ def load_adapter(out: str) -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_virtual_token_run_passes_checks_and_generates(
-    arguments: list[str], tensors: int, tiny_model_dir: Callable[..., Path], cli: Cli
+    arguments: list[str], tensors: int, tiny_model_dir: ModelDir, cli: Cli
 ) -> None:
     model = ("--model", str(tiny_model_dir("llama", chat=True)), "--overlong", "drop")
     summary = train(*arguments, *model, *SHORT, "--max-steps", "2")
@@ -60,7 +59,7 @@ def test_virtual_token_run_passes_checks_and_generates(
     [("bert", "prefix"), ("bart", "prefix"), ("bert", "p-tuning"), ("llama", "prompt")],
 )
 def test_classification_head_is_trained_and_saved(
-    family: str, method: str, tiny_model_dir: Callable[..., Path]
+    family: str, method: str, tiny_model_dir: ModelDir
 ) -> None:
     rows = [
         {"text": f"the {word} thing of {n}", "label": word}
@@ -119,9 +118,7 @@ def test_prefix_on_unsupported_family_is_rejected(cli: Cli) -> None:
     assert not Path("run").exists()
 
 
-def test_too_many_virtual_tokens_are_rejected(
-    tiny_model_dir: Callable[..., Path], cli: Cli
-) -> None:
+def test_too_many_virtual_tokens_are_rejected(tiny_model_dir: ModelDir, cli: Cli) -> None:
     model = str(tiny_model_dir("gpt2"))
     command = ["train", "--method", "prompt", "--model", model, "--output-dir", "run"]
     error = cli.fails(*command, "--set method.num_virtual_tokens=5000")
