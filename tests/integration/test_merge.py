@@ -362,7 +362,7 @@ def test_mixture_names_its_adapters_and_their_different_quantization(
     assert f"base as in: {source}: --quant none ({other} was trained with --quant 4bit)" in shown
 
 
-def test_changed_tensors_and_progress_are_counted(train_run: Callable[..., Path], cli: Cli) -> None:
+def test_changed_tensors_and_progress_are_counted(train_run: Callable[..., Path]) -> None:
     """The biases of adapted layers stay as they are."""
 
     class Steps(NullListener):
