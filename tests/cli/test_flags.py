@@ -17,8 +17,9 @@ import cli_page
 import write_docs
 from additions.tree import FLAG
 from additions.tree import run as run_in
+from command_line import Cli
 from ftlevel.artifacts.run_directory import open_run
-from ftlevel.cli.app import build_app, commands, run
+from ftlevel.cli.app import build_app, commands
 from ftlevel.cli.flags import CommandInput, _get_adapter_task, add_command
 from ftlevel.cli.spelling import FlagSpec, build_flag_specs, resolve_flag_aliases
 from ftlevel.config import EvaluateConfig, Layer, TrainConfig
@@ -213,11 +214,8 @@ def test_alias_values_are_translated_for_their_flag_only() -> None:
         (["merge", "x"], "Missing option '--out' / '-o'."),
     ],
 )
-def test_errors_name_argument_as_typed(
-    arguments: list[str], start: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(arguments) == 2
-    assert capsys.readouterr().err.startswith(f"ftlevel: {start}")
+def test_errors_name_argument_as_typed(arguments: list[str], start: str, cli: Cli) -> None:
+    assert cli.fails(*arguments).startswith(f"ftlevel: {start}")
 
 
 # Help.
@@ -231,9 +229,7 @@ def test_train_help_panels(capsys: pytest.CaptureFixture[str]) -> None:
         "--model", "--dataset", "--task", "--method", "--quant", "--lora-r", "--num-train-epochs",
         "--learning-rate", "--per-device-train-batch-size", "-o,",
     ]  # fmt: skip
-    assert panels[f"{GENERAL}:"] == [
-        "--json", "-q,", "--help-all", "--schema", "--traceback", "-h,",
-    ]  # fmt: skip
+    assert panels[f"{GENERAL}:"] == "--json -q, --help-all --schema --traceback -h,".split()
     assert sum(map(len, panels.values())) == sum(
         not row.is_argument for row in flags_of("train")
     ) + len(["--help"])

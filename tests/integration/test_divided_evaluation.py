@@ -26,6 +26,7 @@ from ftlevel.training.model import load_training_model
 from ftlevel.training.plan.resolve import resolve
 from ftlevel.training.processes import Processes, started_processes
 from preference_runs import create_labeled_answer, create_pair
+from run_files import ModelDir
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 WORDS = task_data.WORDS
@@ -68,7 +69,7 @@ CASES: dict[str, tuple[str, tuple[str, dict[str, Any]], str, dict[str, Any]]] = 
 
 
 def build_config(
-    case: str, tiny_model_dir: Callable[..., Path], folder: Path, **sections: dict[str, Any]
+    case: str, tiny_model_dir: ModelDir, folder: Path, **sections: dict[str, Any]
 ) -> TrainConfig:
     task, (family, overrides), name, own = CASES[case]
     for split, rows in (("train", range(16)), ("validation", range(16, 27))):
@@ -101,7 +102,7 @@ def describe(record: ExampleRecord, labels: Sequence[str]) -> dict[int, Any]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_divided_evaluation_equals_that_of_one_process(
-    case: str, tiny_model_dir: Callable[..., Path], tmp_path: Path
+    case: str, tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
     with silence_loggers():
         run = resolve(build_config(case, tiny_model_dir, tmp_path))
@@ -146,7 +147,7 @@ def _train_rank(config: TrainConfig, calls: Path) -> None:
     ("text", "none"), ("text", "full"), ("text", "grads"), ("kto", "none"), ("embedding", "none"),
 ])  # fmt: skip
 def test_two_processes_report_metrics_of_one(
-    case: str, shard: str, tiny_model_dir: Callable[..., Path], tmp_path: Path
+    case: str, shard: str, tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
     """Metrics before the first step are equal; after it, weights differ in rounding."""
     size = 3 if shard == "none" else 4  # of 3 batches, sharded processes compute the last one twice

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from ftlevel.commands.train import train
 from ftlevel.config import TrainConfig
 from ftlevel.training import reference, teacher
 from ftlevel.training.processes import started_processes
+from run_files import ModelDir
 
-ModelDir = Callable[..., Path]
 ITEMS = 10
 
 
@@ -103,7 +102,7 @@ def test_cached_values_equal_those_of_one_process(
         cache = tmp_path / f"cache{count}"
         output = {"dir": str(tmp_path / f"{count}")}
         config = TrainConfig.model_validate({**values, "output": output})
-        assert ranks.end(ranks.start(_train_rank, [(config, cache)] * count)) == [0] * count
+        ranks.run(_train_rank, config, cache, count=count)
         files = sorted(cache.rglob("*.npy"))
         stored.append({path.name: path.read_bytes() for path in files})
     assert len(stored[0]) == (1 if kind == "teacher" else 2), "validation rows have no teacher"

@@ -18,10 +18,9 @@ from ftlevel.errors import RunError
 from ftlevel.events import NullListener
 from ftlevel.fast.fused_lora import FusedLoraFunction
 from gpu_sim.commands import write_files
+from run_files import ModelDir
 
 pytestmark = pytest.mark.slow
-
-ModelDir = Callable[..., Path]
 
 
 class Warnings(NullListener):

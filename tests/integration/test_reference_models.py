@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,8 @@ from ftlevel.config import EvaluateConfig
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.training import reference as reference_module
 from preference_runs import create_pair, losses, run, write_rows
+from run_files import ModelDir
 
-ModelDir = Callable[..., Path]
 COLUMNS = {"columns": {"prompt": "prompt", "completion": "chosen"}}
 
 

@@ -7,12 +7,13 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from forked import Forked
+from run_files import ModelDir
 
 SOURCE = Path(__file__).parents[2] / "src"
 EXTRAS = sorted(path.parent.name for path in (SOURCE / "ftlevel/extras").glob("*/__init__.py"))
@@ -49,7 +50,7 @@ def removed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[st
 
 @pytest.mark.slow
 def test_core_works_without_extra(
-    removed: tuple[str, Path], tiny_model_dir: Callable[..., Path], tmp_path: Path
+    removed: tuple[str, Path], tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
     name, source = removed
     rows = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(8)]

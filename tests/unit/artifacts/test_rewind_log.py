@@ -65,7 +65,7 @@ def test_empty_predictions_delete_old_file(tmp_path):
     assert not (tmp_path / "validation.jsonl").exists()
 
 
-def test_changed_settings_stay_when_later_events_are_removed(tmp_path: Path) -> None:
+def test_changed_settings_stay_when_later_events_are_removed(tmp_path):
     run = RunDirectory(tmp_path)
     run.checkpoints.mkdir()
     events = [{"step": 2, "how": "skipped"}, {"step": 4, "field": "threads"}, {"step": 4}]

@@ -127,7 +127,8 @@ def test_template_without_tools_raises():
 def test_template_that_omits_a_turn_raises():
     """Mistral 7B v0.3 omits the system text unless a user turn comes last."""
     tokenizer = published.build("mistral")
-    tokenizer.chat_template = published.MISTRAL.replace("message == users[-1]", "loop.last")
+    mistral = published.TEMPLATES["mistral"]
+    tokenizer.chat_template = mistral.replace("message == users[-1]", "loop.last")
     with pytest.raises(InputError, match="leaves out message 1, of role 'system'"):
         encode(tokenizer, *CHAT)
 
