@@ -32,7 +32,7 @@ def mine(inputs: CommandInput, *, as_json: bool, quiet: bool) -> None:
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
         with heavy_imports():
-            from ftlevel.extras.retrieval.mine import mine as run
+            from ftlevel.extras.retrieval.mining import mine as run
 
         summary = run(config, listener=screen)
     if as_json:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ftlevel.config.constraints import Excludes, list_violations
+from ftlevel.config.constraints import flag_name, list_violations
 from ftlevel.config.evaluation import EvaluateConfig
 from ftlevel.config.preference import list_unused_fields
 from ftlevel.config.section import Positive, Section, TaskSection, list_unread, parse_range
@@ -20,7 +20,7 @@ from ftlevel.config.sections import (
     MovedBase,
     RunDevice,
 )
-from ftlevel.errors import has_no_effect, join_names, needs
+from ftlevel.errors import excludes, has_no_effect, join_names, needs
 from ftlevel.extensions import load
 
 DECODER_RATE, DECODER_RATES = 3.3, {"full": 9.0, "prefix": 1.0, "prompt": 1.0, "p-tuning": 1.0}
@@ -308,7 +308,9 @@ class RetrievalOptions(EvaluateConfig):
         """Yields an error message per option for rows that is set with `qrels`."""
         yield from super().list_conflicts()
         names = [name for name in type(self).model_fields if name not in _WITH_QRELS]
-        yield from list_violations(self, [Excludes(name, "qrels") for name in names])
+        given = [name for name in names if getattr(self, name) not in (None, {}, ())]
+        if self.qrels is not None and given:
+            yield excludes(flag_name(given[0], type(self)), "--qrels")
 
     def open_data(self, ref: Any) -> Any:
         if self.qrels is None:

@@ -32,8 +32,6 @@ from ftlevel.training.hooks import TrainingHooks
 from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
 
-GUIDE = ("embedding", "guide")
-
 
 class RetrievalHooks(TrainingHooks):
     """Hooks of rerankers: a teacher model scores documents."""
@@ -64,8 +62,8 @@ class RetrievalHooks(TrainingHooks):
 
         With several processes, they may differ in rounding from those of one process.
         """
-        models = {"guide": run.auxiliary.others.get(GUIDE), "teacher": run.auxiliary.teacher}
-        for flag, model in models.items():
+        guides = {field: model for (_, field), model in run.auxiliary.others.items()}
+        for flag, model in {**guides, "teacher": run.auxiliary.teacher}.items():
             if model is None:
                 continue
             listener.stage(f"running the {flag}")
@@ -79,9 +77,8 @@ class RetrievalHooks(TrainingHooks):
                 data = replace(data, train=train, validation=validation)
             rows: Sequence[Any] = data.train
             num_texts = len({text for row in rows for text in row.words})
-            listener.choices(
-                "train", [Choice(flag, model.name, f"{num_texts:,} texts, {model.ref.task}")]
-            )
+            choice = Choice(flag, model.name, f"{num_texts:,} texts, {model.ref.task}")
+            listener.choices("train", [choice])
             run = replace(run, data=data)
         return run
 
@@ -94,7 +91,7 @@ class EmbeddingHooks(RetrievalHooks):
 
     def get_auxiliary_names(self, run: Run) -> Mapping[tuple[str, str], str]:
         guide = run.config.get_section(EmbeddingConfig).guide
-        return {GUIDE: guide} if guide is not None else {}
+        return {("embedding", "guide"): guide} if guide is not None else {}
 
     def create_order(self, run: Run) -> DistinctTextSampler | None:
         """Returns a sampler by which no text occurs twice in a step, or each has one dataset."""

@@ -185,7 +185,7 @@ def test_search_for_distinct_rows_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
             read.append(super().popleft())
             return read[-1]
 
-    monkeypatch.setattr("ftlevel.data.prepare.samplers.deque", CountingDeque)
+    monkeypatch.setattr("ftlevel.extras.retrieval.batches.deque", CountingDeque)
     monkeypatch.setattr("ftlevel.extras.retrieval.batches.LOOKAHEAD", 10)
     rows = [_row(i, [0 if i % 50 else i], [1_000 + i]) for i in range(1_000)]
     assert sorted(DistinctTextSampler(rows, 4, 3)) == list(range(1_000))

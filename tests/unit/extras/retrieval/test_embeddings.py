@@ -14,7 +14,7 @@ from sklearn.metrics import average_precision_score
 
 from ftlevel.evaluation.intervals import ExampleRecord
 from ftlevel.evaluation.two_models import EvalSet
-from ftlevel.extras.retrieval import evaluation as embeddings
+from ftlevel.extras.retrieval import evaluators
 from ftlevel.extras.retrieval.config import EmbeddingConfig
 from ftlevel.extras.retrieval.evaluation import QueryMeter, create_meters, step_losses
 from ftlevel.extras.retrieval.metrics import resampled_precision
@@ -64,20 +64,14 @@ def test_interval_of_loss_covers_as_many_rows_as_it_claims(loss: str, kind: Any)
     )  # fmt: skip
     vectors = torch.randn(128, 4, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embeddings, "distinct_texts", lambda _: ([None] * 128, step))
-        patch.setattr(embeddings, "add_texts", lambda *_: ())
-        patch.setattr(embeddings, "embed_texts", lambda *_: vectors)
-        record = ExampleRecord(objective)
-        metrics = embeddings.score_embeddings(
-            rows,
-            objective,
-            None,
-            record,
-            0,
-            "cpu",
-            lambda _: "",
-            (),  # type: ignore[arg-type]
+        patch.setattr(evaluators, "distinct_texts", lambda _: ([None] * 128, step))
+        patch.setattr(evaluators, "add_texts", lambda *_: ())
+        patch.setattr(evaluators, "embed_texts", lambda *_: vectors)
+        record, tokenizer = ExampleRecord(objective), SimpleNamespace(pad_token_id=0)
+        evaluator = evaluators.EmbeddingEvaluator(
+            rows, tokenizer, "encoder", objective, "cpu", "float32", 8
         )
+        metrics = evaluator.score(None, record)
     draws = record.resample(400, 0, None, "")["loss"]
     losses = np.array(step_losses(objective, vectors, step), dtype=float)
     units = losses if loss == "mnrl" else losses[::8]

@@ -8,7 +8,7 @@ from ftlevel.config import build_section
 from ftlevel.errors import ConfigError
 from ftlevel.extras.retrieval.config import MineConfig
 from ftlevel.extras.retrieval.formats import EmbeddingRow
-from ftlevel.extras.retrieval.mine import Corpus, find_negatives
+from ftlevel.extras.retrieval.mining import Corpus, find_negatives
 
 
 def mining(negatives, relative_margin, ranks=None, **options):
