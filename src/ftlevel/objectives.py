@@ -9,14 +9,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ftlevel.config.section import Choice
+
 IGNORED = -100
 """Label of a token without loss."""
+
+Collate = Callable[[Sequence[Any]], dict[str, Any]]
+"""Rows → batch on the device of the model."""
 
 ScoreTexts = Callable[[Sequence[str], Sequence[str], str], dict[str, float]]
 """(predictions, references, ISO 639-1 language or "") -> metrics of generated texts."""
@@ -109,6 +114,7 @@ class Objective(ABC):
         samples: whether training rows are prompts whose completions the model samples; the loss is
             then no metric.
         evaluates_first: whether the model is evaluated before the first step by default.
+        needs_whole_step: whether the loss of a step is no sum over its rows.
         shard_limitation: why the model cannot be sharded, as a clause; "" if it can.
         metric_names: default of `metrics`; empty for the headline alone.
     """
@@ -122,6 +128,7 @@ class Objective(ABC):
     has_classes: ClassVar[bool] = False
     samples: ClassVar[bool] = False
     evaluates_first: ClassVar[bool] = False
+    needs_whole_step: ClassVar[bool] = False
     shard_limitation: ClassVar[str] = ""
     metric_names: ClassVar[tuple[str, ...]] = ()
 
@@ -208,9 +215,34 @@ class Objective(ABC):
         """Returns warnings about misleading `metrics`; `before` has those before training."""
         return []
 
-    def get_validation_group(self, rows: Sequence[Any]) -> tuple[str, int] | None:
-        """Returns the loss of `rows` and how many rows it compares; None if it compares none."""
+    def describe_validation(self, rows: Sequence[Any], options: Mapping[str, Any]) -> list[Choice]:
+        """Returns log lines about the loss of validation `rows`; `options` are the model card's."""
+        return []
+
+    @property
+    def largest_term(self) -> float:
+        """Upper bound of the loss's terms; the rounding error of the loss is proportional to it."""
+        return 1.0
+
+    def compute_whole_step(
+        self, model: Any, rows: Sequence[Any], collate: Collate, batch_size: int
+    ) -> Tensor | None:
+        """Returns the loss of a step by the plain step, if `needs_whole_step`; else None."""
         return None
+
+    def for_comparison(self, rows: Sequence[Any]) -> Objective:
+        """Returns the objective by which models are compared on `rows`."""
+        return self
+
+    def compare(
+        self, model: Any, rows: Sequence[Any], collate: Collate
+    ) -> tuple[Tensor, float, int]:
+        """Returns the outputs of `model` for `rows`, the loss summed over targets, their count."""
+        batch = collate(rows)
+        (inputs, labels), mask = self.split(batch), batch["attention_mask"]
+        logits = self.logits(model(**inputs))
+        loss = self.loss_sum(logits, labels, mask).item()
+        return self.choices(logits, labels, mask), loss, int(self.count(labels))
 
     def guess_loss(self, rows: Sequence[Any]) -> float | None:
         """Returns the loss of always predicting the label frequencies; None if unknown."""
@@ -231,91 +263,9 @@ class TokenObjective(Objective):
         """Objective with the cross entropy of each token; by default, the objective itself."""
         return self
 
-
-@dataclass(frozen=True)
-class StepTexts:
-    """Indices of the texts of each row of an optimizer step; rows may share texts.
-
-    Attributes:
-        texts: per row, the indices of its texts: the query, then the documents.
-        labels: per row, the labels of its documents or the class of the text.
-        teacher: per row, a teacher's score of each document; empty without a teacher.
-        guide: a guide model's float32 embedding of each distinct text, or None.
-        keys: a key of each distinct text, by which `join` finds texts of several steps.
-    """
-
-    texts: tuple[tuple[int, ...], ...]
-    labels: tuple[tuple[float, ...], ...]
-    teacher: tuple[tuple[float, ...], ...] = ()
-    guide: Sequence[Any] | None = None
-    keys: tuple[Any, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def select(self, rows: slice) -> StepTexts:
-        """Returns only the rows at the indices `rows`; text indices stay the same."""
-        return replace(
-            self, texts=self.texts[rows], labels=self.labels[rows], teacher=self.teacher[rows]
-        )
-
-    @classmethod
-    def join(cls, steps: Sequence[StepTexts]) -> StepTexts:
-        """Returns the rows of all `steps`; their texts, in this order, have consecutive indices.
-
-        A text that occurs several times has the index of its first occurrence.
-        """
-        guides = [vector for step in steps for vector in step.guide or ()]
-        first: dict[Any, int] = {}
-        texts: list[tuple[int, ...]] = []
-        count = 0
-        for step in steps:
-            own = [first.setdefault(key, at) for at, key in enumerate(step.keys, count)]
-            texts += [tuple(own[index] for index in indices) for indices in step.texts]
-            count += len(own)
-        return cls(
-            tuple(texts),
-            tuple(own for step in steps for own in step.labels),
-            tuple(own for step in steps for own in step.teacher),
-            guides or None,
-        )
-
-
-class StepObjective(Objective):
-    """Base class of objectives with a loss of the embeddings of all texts of an optimizer step."""
-
-    has_choice: ClassVar[bool] = False
-    evaluates_first: ClassVar[bool] = True
-    shard_limitation: ClassVar[str] = "it was never tried on a sharded model"
-
-    @property
-    def largest_term(self) -> float:
-        """Upper bound of the loss's terms; the rounding error of the loss is proportional to it."""
-        return 1.0
-
-    def logits(self, outputs: Any) -> Tensor:
-        """Returns the hidden states of the last layer, `(texts, seq, width)`."""
-        states: Tensor = outputs.last_hidden_state
-        return states
-
-    @abstractmethod
-    def embed(self, outputs: Any, mask: Tensor, unpooled: Sequence[int] = ()) -> Tensor:
-        """Returns float32 embeddings `(texts, dims)`; `mask` is the attention mask `(texts, seq)`.
-
-        Pooling skips the first `unpooled[i]` tokens of text i; an empty `unpooled` skips none.
-        """
-
-    @abstractmethod
-    def step_loss(self, vectors: Tensor, step: StepTexts) -> Tensor:
-        """Returns the mean loss of a step's rows (a scalar) from embeddings `(texts, dims)`."""
-
-    def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Raise `TypeError`: the loss needs all rows of a step, not one batch."""
-        raise TypeError("the loss needs all rows of a step")
-
-    def meter(self) -> Meter:
-        """Raise `TypeError`: metrics need the embeddings of all texts."""
-        raise TypeError("metrics need the vectors of all texts")
+    def for_comparison(self, rows: Sequence[Any]) -> Objective:
+        """Returns the objective of tokens, whose logits need no reference."""
+        return self.of_tokens
 
 
 class DistillationObjective(TokenObjective):

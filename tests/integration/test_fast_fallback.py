@@ -175,7 +175,7 @@ def test_plain_objective_that_fails_again_stops_the_run(
     files: dict[str, str], tiny_model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The plain step of embedding models is the Trainer's own: there is no plainer one."""
-    from ftlevel.training.whole_step import WholeStep
+    from ftlevel.extras.retrieval.whole_step import WholeStep
 
     original = WholeStep._loss
 

@@ -20,6 +20,7 @@ ALL = "all"
 COMMANDS = {
     "compare": "compare",
     "launch": "launch",
+    "retrieval": "mine",
     "serving": "check-served",
 }
 """Extra → command that it adds."""
@@ -62,7 +63,7 @@ def test_core_works_without_extra(
         ["train", "--method", "lora", *data, "--output-dir", "lora"],
         ["evaluate", "lora", "--dataset", "rows.jsonl", "--no-base", "-q"],
     ]
-    if name in ("rl", ALL):
+    if name in ("retrieval", "rl", ALL):
         commands.append(["train", "--method", "qlora", *data, "--output-dir", "qlora"])
     process = Forked(
         call=(run_without, (str(source), commands)), imported="libraries", cwd=tmp_path,
@@ -76,3 +77,4 @@ def test_core_works_without_extra(
         is_listed = re.search(rf"^\W*{command} ", output, re.M) is not None
         assert is_listed == (name not in (extra, ALL)), command
     assert ("--num-generations" in output) == (name not in ("rl", ALL))
+    assert ("--pooling" in output) == (name not in ("retrieval", ALL))

@@ -102,8 +102,6 @@ _PIPELINE_TAGS = {
     "masked-lm": "fill-mask",
     "preference": "text-generation",
     "reward": "text-classification",
-    "embedding": "sentence-similarity",
-    "reranking": "text-ranking",
     **{
         task: own.pipeline_tag
         for own in SECTIONS.values()
@@ -114,7 +112,8 @@ _PIPELINE_TAGS = {
 _PROMPTS = {
     "question-answering": '--prompt "…?" --context "…"',
     "masked-lm": '--prompt "… [MASK] …"',
-    **dict.fromkeys(("embedding", "reranking", "reward"), ""),
+    "reward": "",
+    **{task: "" for own in SECTIONS.values() if not own.writes_text for task in own.tasks},
 }
 
 

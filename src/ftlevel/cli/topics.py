@@ -29,7 +29,7 @@ TOPICS = {
     "processes": "extras.launch training.processes training.sharding world",
     "evaluation": "cli.evaluate cli.generate commands.evaluate commands.generate commands.predict "
     "evaluation training.best",
-    "embeddings": "artifacts.sentence_transformers commands.mine tasks.embedding tasks.reranking",
+    "embeddings": "extras.retrieval",
     "preferences": "tasks.preferences training.teacher",
     "rewards": "extras.rl",
     "merge": "commands.merge merging methods.merging methods.updates",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,15 @@ from ftlevel.artifacts.files import check_new_output, rows_fingerprint
 from ftlevel.artifacts.paths import DATA_PATHS, check_paths
 from ftlevel.artifacts.row_files import row_file_type, save_rows
 from ftlevel.config import SPECS, EvaluateConfig, InMemoryDataset, QuantConfig, TrainConfig
-from ftlevel.config.constraints import flag_name
 from ftlevel.config.section import Choice, check_config
 from ftlevel.data.encoding.fit import LengthBounds
 from ftlevel.data.formats.labels import are_default_names
 from ftlevel.data.prepare.encoder import EncodingContext
 from ftlevel.data.prepare.inference import EvaluationRows, load_evaluation_rows
 from ftlevel.data.prepare.loading import read_splits
-from ftlevel.data.sources.beir import load_retrieval_set
 from ftlevel.data.sources.lines import STDIN
 from ftlevel.data.sources.table import describe_dropped
-from ftlevel.errors import ConfigError, InputError, excludes
-from ftlevel.evaluation.embeddings import evaluate_retrieval
+from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.intervals import (
     ExampleRecord,
     check_metrics,
@@ -54,12 +52,6 @@ from ftlevel.training.build_trainer import eval_batch_size
 from ftlevel.training.hooks import hooks_of
 from ftlevel.training.plan.schedule import text_positions
 
-_NOT_WITH_QRELS = """
-    dataset predictions input_format subset split on_bad_row columns ignore_columns metrics
-    max_eval_samples max_generate_samples max_new_tokens num_beams temperature top_p eval_text
-    labels
-""".split()
-
 
 @dataclass(frozen=True, repr=False)
 class Evaluation(Summarized):
@@ -72,7 +64,7 @@ class Evaluation(Summarized):
 
 
 @dataclass(frozen=True)
-class _Score:
+class Score:
     """Metrics of a model; `resample(count, seed)` returns each on bootstrap resamples.
 
     Two scores with equal `units`, the examples, can be compared resample by resample.
@@ -99,8 +91,7 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         device = select_device(config.device)
         ref, other = _resolve(config, device.value)
         listener.stage("reading the data")
-        data_type = _Rows if config.qrels is None else _RetrievalSet
-        data: _Rows | _RetrievalSet = data_type(config, ref, other)
+        data: Any = config.open_data(ref) or _Rows(config, ref, other)
         listener.stage("loading the model")
         trained = data.ref.load(device.value)
         listener.choices("evaluate", [*data.choices(trained), device])
@@ -152,11 +143,6 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
 
 
 def _check_files(config: EvaluateConfig) -> None:
-    names = (*_NOT_WITH_QRELS, *config.added_options)
-    set_names = [name for name in names if getattr(config, name) not in (None, {}, ())]
-    if config.qrels is not None and set_names:
-        flag = flag_name(set_names[0], EvaluateConfig)
-        raise ConfigError(excludes(flag, "--qrels"))
     if config.predictions is not None:
         row_file_type("--predictions", config.predictions)
         check_new_output("--predictions", config.predictions)
@@ -177,66 +163,6 @@ def _base_of(
         yield full_base.load(trained.device)
     else:
         yield None
-
-
-class _RetrievalSet:
-    """Queries and documents of a retrieval set, which embedding models search."""
-
-    headline = "ndcg@10"
-
-    def __init__(self, config: EvaluateConfig, ref: ModelRef, _: ModelRef | None) -> None:
-        self.config, self.ref, self.cut = config, ref, 0
-        self.data = load_retrieval_set(config.qrels or Path(), config.corpus)
-        if ref.task != "embedding":
-            raise ConfigError(
-                f"--qrels: {config.name} is of --task {ref.task}, and a search needs an "
-                "embedding model. Name one, or add --task embedding."
-            )
-
-    def choices(self, trained: LoadedModel) -> list[Choice]:
-        data, dtype = self.data, get_dtype_source(self.ref, self.config.dtype)
-        sizes = f"{len(data.queries):,} queries, {len(data.documents):,} documents"
-        return [
-            Choice("task", self.ref.task),
-            Choice("base", self.ref.base),
-            Choice("retrieval set", str(self.config.qrels), sizes),
-            Choice("dtype", trained.dtype, dtype),
-        ]
-
-    def list_warnings(self, _: LoadedModel) -> Iterator[str]:
-        if merged := self.data.merged:
-            yield f"{merged:,} documents repeat the text of another document and are counted once."
-        if unjudged := self.data.unjudged:
-            yield f"{unjudged:,} queries without a relevant document are skipped."
-
-    def score(self, model: LoadedModel, listener: Listener) -> _Score:
-        listener.stage("embedding and searching")
-        batch_size = self.config.batch_size
-        scores, cut = evaluate_retrieval(model, self.data, batch_size, listener.answered)
-        self.cut = self.cut or cut
-        return _Score(scores.means, scores.resample)
-
-    score_base = score_other = score
-
-    def list_results(self, _: LoadedModel, __: Mapping[str, float]) -> Iterator[str]:
-        if self.cut:
-            yield f"{self.cut:,} texts exceed the maximum length and are truncated."
-
-    def compute_outputs(self, _: LoadedModel) -> tuple[None, None]:
-        return None, None
-
-    def describe(self) -> dict[str, Any]:
-        data = self.data
-        return {
-            "name": str(self.config.qrels),
-            "split": f"{len(data.documents):,} documents",
-            "examples": len(data.queries),
-            "merged": data.merged,
-            "unjudged": data.unjudged,
-        }
-
-    def iterate_predictions(self, _: LoadedModel) -> Iterator[Mapping[str, Any]]:
-        return iter(())  # --predictions is rejected with --qrels
 
 
 class _Rows:
@@ -321,16 +247,9 @@ class _Rows:
         yield Choice("rows", f"{rows.source}, {rows.split}", f"{len(rows.rows):,} rows{dropped}")
         yield Choice("columns", rows.note or rows.columns, "by --map" if config.columns else "")
         yield from (Choice("note", note) for note in rows.table.notes)
-        yield from self._loss_choices(trained)
+        yield from trained.objective.describe_validation(rows.rows, ref.card.options)
         yield Choice("dtype", trained.dtype, get_dtype_source(ref, config.dtype))
         yield from self.hooks.choices if self.hooks is not None else ()
-
-    def _loss_choices(self, trained: LoadedModel) -> Iterator[Choice]:
-        if (group := trained.objective.get_validation_group(self.rows.rows)) is not None:
-            is_own = "step_rows" in trained.ref.card.options.get("embedding", {})
-            note = "the rows per step of training" if is_own else "the default"
-            groups = f"{group[0]} within groups of {group[1]:,} rows"
-            yield Choice("loss", groups, f"{note}; it depends on the size")
 
     def list_warnings(self, trained: LoadedModel) -> Iterator[str]:
         config, rows = self.config, self.rows
@@ -364,7 +283,7 @@ class _Rows:
             return "no text is generated without --max-generate-samples N"
         return f"--task {trained.task.name} generates no text"
 
-    def score(self, trained: LoadedModel, listener: Listener) -> _Score:
+    def score(self, trained: LoadedModel, listener: Listener) -> Score:
         self.evaluator = self._create_evaluator(trained)
         if needs_reference(self.evaluator):
             listener.stage("running the reference model")
@@ -373,24 +292,15 @@ class _Rows:
         self.record = ExampleRecord(trained.objective)
         return self._score(self.evaluator, trained, self.record)
 
-    def score_base(self, model: LoadedModel, _: Listener) -> _Score:
+    def score_base(self, model: LoadedModel, _: Listener) -> Score:
         self.base_record = ExampleRecord(self.record.objective)
         return self._score(self.evaluator.with_model(model), model, self.base_record)
 
-    def score_other(self, model: LoadedModel, _: Listener) -> _Score:
-        """Returns the score of `--against`; rows of embedding models are encoded for it."""
-        evaluator = self.evaluator.with_model(model)
-        if not evaluator.objective.samples:
-            evaluator = replace(evaluator, generated_rows=0, score_texts=None, language="")
-        objective: Any = evaluator.objective
-        embedding_format = model.task.embedding_format(model.ref.options)
-        if embedding_format is not None:
-            encoded, objective = self.encode(model.ref), replace(objective, format=embedding_format)
-            rows = {"rows": encoded.rows, "corpus": encoded.corpus, "tokenizer": model.tokenizer}
-            evaluator = replace(evaluator, objective=objective, **rows)
-        return self._score(evaluator, model, ExampleRecord(objective))
+    def score_other(self, model: LoadedModel, _: Listener) -> Score:
+        evaluator = self.evaluator.for_other(model, partial(self.encode, model.ref))
+        return self._score(evaluator, model, ExampleRecord(evaluator.objective))
 
-    def _score(self, evaluator: Evaluator, model: LoadedModel, record: ExampleRecord) -> _Score:
+    def _score(self, evaluator: Evaluator, model: LoadedModel, record: ExampleRecord) -> Score:
         def resample(count: int, seed: int) -> Mapping[str, np.ndarray]:
             if len(record.units) < 2:
                 raise InputError(
@@ -399,7 +309,7 @@ class _Rows:
             draws = record.resample(count, seed, evaluator.score_texts, evaluator.language)
             return select_metrics(draws, evaluator.metrics)
 
-        return _Score(evaluator(model.model, record), resample, record.units.keys())
+        return Score(evaluator(model.model, record), resample, record.units.keys())
 
     def list_results(self, trained: LoadedModel, metrics: Mapping[str, float]) -> Iterator[str]:
         yield from trained.objective.get_warnings(metrics)
@@ -462,7 +372,7 @@ class _Rows:
             "corpus": rows.corpus,
         }
         if self.hooks is None:
-            return Evaluator(**settings)
+            return hooks_of(task).evaluator(**settings)
         seed = config.seed if is_seeded else train.order_seed
         return self.hooks.create_evaluator(trained, rows, seed, settings)
 

@@ -23,7 +23,7 @@ from ftlevel.config.export import FORMATS
 from ftlevel.errors import ConfigError, join_names
 from ftlevel.evaluation.two_models import Agreement, EvalSet, compare_logits
 from ftlevel.events import Listener, NullListener, Summarized
-from ftlevel.merging.formats.base import MergeOutput, plan_export
+from ftlevel.merging.formats.base import MergeOutput, exporter_of, plan_export
 from ftlevel.merging.low_bits import WeightsAsLoaded, select_gguf_codes
 from ftlevel.merging.merge_input import (
     MergeInput,
@@ -78,9 +78,8 @@ def export(
             ref = resolve_model(
                 config.model, base=config.base_model, device=device.value, revision=config.revision
             )
-            if ref.configured_task.served_as != "classifiers":
-                config = config.for_embeddings()
-                _check_outputs(config)
+            config = exporter_of(config, ref).resolved_config
+            _check_outputs(config)
             if ref.directory is not None and FORMATS[config.format].merges:
                 get_adapter_dir(config.model)  # raises if it cannot be merged
                 check_base_precision(ref)

@@ -221,14 +221,10 @@ def _validate_column_names(
 def _validate_embedding(
     config: PredictConfig, task: BaseTask, types: Iterable[str], ref: ModelRef
 ) -> None:
-    if "embedding" not in types:
-        for flag, is_given in (
-            ("--normalize", config.normalize is not None),
-            ("--dims", config.dims is not None),
-        ):
-            if is_given:
-                raise ConfigError(f"{flag}: --task {task.name} gives no embeddings. Drop it.")
-    elif config.dims is not None and config.dims > (width := width_of(load_config(ref.source))):
+    given = [name for name in ("normalize", "dims") if getattr(config, name) is not None]
+    if given and "embedding" not in types:
+        raise ConfigError(f"--{given[0]}: --task {task.name} gives no embeddings. Drop it.")
+    if config.dims is not None and config.dims > (width := width_of(load_config(ref.source))):
         raise ConfigError(
             f"--dims {config.dims}: the embeddings of {config.name} have {width} dimensions. Use "
             "at most that many."

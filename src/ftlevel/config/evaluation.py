@@ -51,11 +51,6 @@ class EvaluateConfig(DecodingAsInTraining):
         description="Data to evaluate on; default: the run's own data. A file, directory, glob "
         "pattern, Hub id, or - for stdin.",
     )
-    qrels: Path | None = Field(
-        None,
-        description="Relevance judgments (.tsv) of a retrieval set in BEIR's layout, in place of "
-        "--dataset. Queries and corpus are read from its directory.",
-    )
     corpus: Path | None = Field(
         None,
         description="Documents to search: .jsonl or another table with a column text. Default: "
@@ -127,6 +122,10 @@ class EvaluateConfig(DecodingAsInTraining):
         """Options that extensions added, by name."""
         names = type(self).model_fields.keys() - _CORE_FIELDS
         return {name: getattr(self, name) for name in names}
+
+    def open_data(self, ref: Any) -> Any:  # noqa: ARG002 - for extensions
+        """Returns other data than rows, with the methods that `evaluate` calls; or None."""
+        return None
 
     def check_task(self, task: str) -> None:
         """Raise ConfigError if an option that an extension adds is not for a model of `task`."""

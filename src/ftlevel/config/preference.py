@@ -272,10 +272,6 @@ DISTILLATION_TASKS = ("text-generation", "summarization", "translation")
 Divergence = Literal["forward-kl", "reverse-kl", "jsd"]
 
 
-_SCORED_TASKS = ("embedding", "reranking")
-"""Tasks whose teacher scores documents."""
-
-
 class DistillationConfig(Section):
     """Token-level distillation from a teacher model."""
 
@@ -325,10 +321,9 @@ def list_distillation_rules(learners: Sequence[str]) -> Constraints:
 
     `learners` are the tasks of extensions that use the teacher in their own way.
     """
-    tasks = (*DISTILLATION_TASKS, *learners, *_SCORED_TASKS)
+    tasks = (*DISTILLATION_TASKS, *learners)
     return (
         *[Needs(f"distillation.{name}", "distillation.teacher MODEL") for name in _KD_FIELDS],
-        *list_unused_fields("|".join(_SCORED_TASKS), "the model learns the scores of --teacher"),
         Excludes("distillation.teacher", f"task!={'|'.join(tasks)}",
              f"it is for {', '.join(tasks)}", "Drop it, or change the task."),
         NoEffect("distillation.jsd_beta", "distillation.divergence!=jsd", "it is for jsd",

@@ -165,6 +165,8 @@ class TaskSection(Section):
         contents: field that may differ on resume → field with the fingerprint of its content, and
             the name of the content.
         pipeline_tag: the Hub's tag for models of these tasks; "" if it is the task's name.
+        overlong: values of `--overlong` besides error, if not those of most tasks.
+        writes_text: whether models of these tasks generate text.
     """
 
     tasks: ClassVar[tuple[str, ...]] = ()
@@ -178,6 +180,8 @@ class TaskSection(Section):
     may_change: ClassVar[tuple[str, ...]] = ()
     contents: ClassVar[Mapping[str, tuple[str, str]]] = {}
     pipeline_tag: ClassVar[str] = ""
+    overlong: ClassVar[tuple[str, ...]] = ()
+    writes_text: ClassVar[bool] = True
 
     @property
     def steps_per_batch(self) -> int:

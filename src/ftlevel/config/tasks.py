@@ -16,8 +16,6 @@ TASKS: dict[str, str] = {
     "masked-lm": "ftlevel.tasks.mask",
     "preference": "ftlevel.tasks.preferences.task",
     "reward": "ftlevel.tasks.preferences.task",
-    "embedding": "ftlevel.tasks.embedding.task",
-    "reranking": "ftlevel.tasks.reranking.task",
 }
 TASKS |= added_rows("tasks", TASKS)
 

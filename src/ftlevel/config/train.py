@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, Field, create_model, model_validator
 
 from ftlevel.config.constraints import Excludes, Needs, NoEffect, flag_name, list_violations
-from ftlevel.config.embedding import EMBEDDING_TASKS, EmbeddingConfig
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig
 from ftlevel.config.output import OutputConfig
 from ftlevel.config.preference import (
@@ -21,7 +20,6 @@ from ftlevel.config.preference import (
     normalize_loss,
 )
 from ftlevel.config.reading import resolve_aliases
-from ftlevel.config.reranking import RERANKING_TASKS, RerankingConfig
 from ftlevel.config.section import TaskSection
 from ftlevel.config.sections import DataConfig, ModelConfig, QuantConfig, Section, SpeedConfig
 from ftlevel.config.tasks import TASKS, TaskName
@@ -34,8 +32,6 @@ T = TypeVar("T", bound=TaskSection)
 _ADDED: dict[str, type[TaskSection]] = loaded("sections")
 SECTIONS: dict[str, type[TaskSection]] = {
     "preference": PreferenceConfig,
-    "embedding": EmbeddingConfig,
-    "reranking": RerankingConfig,
     **_ADDED,
 }
 """Sections of some tasks; those of extensions are added to the fields of `TrainConfig`."""
@@ -73,10 +69,6 @@ class TrainConfig(Section):
     preference: PreferenceConfig = Field(
         default_factory=PreferenceConfig, description="Preference loss."
     )
-    embedding: EmbeddingConfig = Field(
-        default_factory=EmbeddingConfig, description="Settings of an embedding model."
-    )
-    reranking: RerankingConfig = Field(default_factory=RerankingConfig, description="Ranking loss.")
     distillation: DistillationConfig = Field(
         default_factory=DistillationConfig, description="Distillation from a teacher model."
     )
@@ -189,8 +181,7 @@ _OVERLONG: dict[str, tuple[str, ...]] = {
     "text-generation": ("drop", "truncate-prompt", "split"),
     "masked-lm": ("drop", "split"),
     **dict.fromkeys(("token-classification", "question-answering"), ("drop",)),
-    **dict.fromkeys(EMBEDDING_TASKS, ("drop", "truncate")),
-    **dict.fromkeys(RERANKING_TASKS, ("drop", "truncate", "truncate-prompt")),
+    **{task: own.overlong for own in SECTIONS.values() if own.overlong for task in own.tasks},
 }
 """Task → values of `--overlong`, besides error; default: drop and truncate-prompt."""
 _RESUME_RUN = ("output.dir RUN", "it is the run to resume")
@@ -225,9 +216,9 @@ CONSTRAINTS = (
     Needs("output.tracker_project", "output.report_to wandb", "it is the tracker's"),
     Excludes("data.validation_file", "data.validation_split!=None|0.0", _TWO_SETS),
     *[
-        NoEffect(f"data.{name}", f"task!={'|'.join(EMBEDDING_TASKS)}",
-             "it is for --task embedding")
-        for name in ("qrels", "corpus")
+        NoEffect(path, f"task!={'|'.join(tasks)}", f"it is for --task {join_names(tasks)}")
+        for path in ("data.qrels", "data.corpus")
+        if (tasks := _list_added_tasks(path))
     ],
     Excludes("data.qrels", "data.validation_file", _TWO_SETS),
     Excludes("data.qrels", "data.validation_split!=None|0.0", _TWO_SETS),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch
 
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.row import IGNORED, Encoded
-from ftlevel.evaluation.embeddings import score_embeddings
 from ftlevel.evaluation.intervals import ExampleRecord, ExampleStats, select_metrics
 from ftlevel.fast.cross_entropy import Observe
 from ftlevel.fast.likelihoods import (
@@ -30,11 +28,8 @@ from ftlevel.objectives import (
     Meter,
     Objective,
     ScoreTexts,
-    StepObjective,
     TokenObjective,
 )
-from ftlevel.tasks.embedding.objective import Embeddings
-from ftlevel.tasks.reranking.rows import RankedRow
 from ftlevel.trained.generation import (
     Divide,
     GenerationOptions,
@@ -80,6 +75,20 @@ class Evaluator:
         """Returns a copy for another model than that of training or `evaluate`."""
         return replace(self, dtype=model.dtype)
 
+    # ruff: disable[ARG002] - for subclasses
+    def for_other(self, model: LoadedModel, encode: Callable[[], Any]) -> Evaluator:
+        """Returns a copy for a model to compare with; `encode` encodes the rows for its tokenizer.
+
+        It generates no texts.
+        """
+        return replace(self.with_model(model), generated_rows=0, score_texts=None, language="")
+
+    def get_result_texts(self, row: Encoded, line: dict[str, Any]) -> dict[str, str]:
+        """Returns name → decoded text of `row` that depends on its results, `line`."""
+        return {}
+
+    # ruff: enable[ARG002]
+
     def get_warnings(self) -> Sequence[str]:
         """Returns warnings about the evaluations so far."""
         return ()
@@ -88,7 +97,7 @@ class Evaluator:
         """Evaluate `model` in eval mode; return the metrics and add examples to `record`."""
         record = record or self.begin_record()
         with evaluating(model, self.device, self.dtype):
-            metrics = self._score(model, record)
+            metrics = self.score(model, record)
             if self.generated_rows and self.score_texts is not None:
                 texts = self.generate(model)
                 references = [self.answer_text(row) for row in self._generated()]
@@ -97,23 +106,11 @@ class Evaluator:
                     record.add_texts(self._generated(), texts, references)
         return select_metrics(metrics, self.metrics)
 
-    def _score(self, model: Any, record: ExampleRecord | None) -> dict[str, float]:
+    def score(self, model: Any, record: ExampleRecord | None) -> dict[str, float]:
+        """Returns loss and metrics of `model`, which is in eval mode; adds rows to `record`."""
         objective = self.objective
         if isinstance(objective, LikelihoodObjective):
             return score_answers(self, model, record)
-        if isinstance(objective, Embeddings):
-            pad_id = self.tokenizer.pad_token_id or 0
-            return score_embeddings(
-                self.rows,
-                objective,
-                model,
-                record,
-                pad_id,
-                self.device,
-                self.text,
-                self.corpus,
-                self.divide,
-            )
         pad_id = self.tokenizer.pad_token_id or 0
         collate = Collator(pad_id)
         by_length = sorted(self.rows, key=lambda row: len(row.input_ids), reverse=True)
@@ -196,6 +193,20 @@ class Evaluator:
     def text(self, row: Encoded) -> str:
         """Returns the decoded input of `row`."""
         return self.decode(row.input_ids)
+
+    def get_texts(self, row: Encoded) -> dict[str, str]:
+        """Returns name, such as `input` → decoded text of `row`."""
+        has_targets = isinstance(self.objective, TokenObjective) and self.kind != "encoder"
+        is_prompt = self.objective.samples  # its sequences are made up
+        first, *others = [row] if is_prompt else row.sequences
+        target = self.answer_text(first) if has_targets or others else ""
+        texts = {"input": self.prompt_text(first) if target else self.text(first)}
+        if len(others) == 1:
+            base_text = self.answer_text(others[0]) or self.text(others[0])
+            return {"chosen": target or texts["input"], "rejected": base_text} | (
+                {"input": texts["input"]} if target else {}
+            )
+        return {**texts, "true": target} if target else texts
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids` without special tokens other than masks."""
@@ -339,7 +350,8 @@ def _map_batches(
     return list(zip(parts, outputs, strict=True))
 
 
-_MAX_TEXT_LENGTH = 2_000  # characters of a text
+MAX_TEXT_LENGTH = 2_000
+"""Characters of a text in the results."""
 
 
 def iterate_results(
@@ -355,15 +367,17 @@ def iterate_results(
     `get_position` returns file and line of a row by its index. `base` adds another model's results
     for the same rows, and `evaluator` the texts of the rows.
     """
-    texts = {} if evaluator is None else texts_of(evaluator)
-    by_row = {} if evaluator is None else {row.row: row for row in evaluator.rows}
+    rows = () if evaluator is None else evaluator.rows
+    by_row = {row.row: row for row in reversed(rows)}  # the first of the windows of a row
     generated = {item.row: item for item in record.written}
     base_generated = {item.row: item for item in base.written} if base else {}
     for row in sorted(record.units):
         unit = record.units[row]
         line: dict[str, Any] = {"row": row, "where": get_position(row)}
         line["loss"] = record.row_loss(row)
-        line |= {**texts.get(row, {}), **unit.meter.describe(labels)}
+        if evaluator is not None and row in by_row:
+            line |= _shorten(evaluator.get_texts(by_row[row]))
+        line |= unit.meter.describe(labels)
         if row in generated:
             line |= {"predicted": generated[row].text, "true": generated[row].reference}
         if base is not None and row in base.units:
@@ -372,51 +386,13 @@ def iterate_results(
             line |= {f"base_{key}": value for key, value in base_metrics.items() if key != "true"}
             if row in base_generated:
                 line["base_predicted"] = base_generated[row].text
-        ranked = by_row.get(row)
-        if evaluator is not None and isinstance(ranked, RankedRow):
-            line |= _ranked_texts(evaluator, ranked, line)
+        if evaluator is not None and row in by_row:
+            line |= _shorten(evaluator.get_result_texts(by_row[row], line))
         yield line
 
 
-def _ranked_texts(evaluator: Evaluator, row: RankedRow, line: dict[str, Any]) -> dict[str, str]:
-    """Returns name → text: query, most relevant document, irrelevant one of highest score."""
-    ends = accumulate(row.sizes, initial=row.query)
-    documents = [row.input_ids[start:end] for start, end in pairwise(ends)]
-    irrelevant = [at for at, label in enumerate(row.relevance) if label <= 0]
-    ids = {"query": row.input_ids[: row.query]}
-    if max(row.relevance) > 0:
-        ids["document"] = documents[row.relevance.index(max(row.relevance))]
-    for name in ("base_", ""):
-        scores = line.get(f"{name}scores", [])
-        if irrelevant and len(scores) == len(documents):
-            ids[f"{name}retrieved"] = documents[max(irrelevant, key=scores.__getitem__)]
-    return {name: evaluator.decode(own)[:_MAX_TEXT_LENGTH] for name, own in ids.items()}
-
-
-def texts_of(evaluator: Evaluator) -> dict[int, dict[str, str]]:
-    """Returns row index → name, such as `input` → beginning of the decoded text."""
-    has_targets = isinstance(evaluator.objective, TokenObjective) and evaluator.kind != "encoder"
-    result: dict[int, dict[str, str]] = {}
-    for row in evaluator.rows:
-        if row.row in result or isinstance(row, RankedRow):  # another window of the same row
-            continue
-        is_prompt = evaluator.objective.samples  # its sequences are made up
-        first, *others = [row] if is_prompt else row.sequences
-        if isinstance(evaluator.objective, StepObjective) and others:
-            pair = {"query": evaluator.text(first), "document": evaluator.text(others[0])}
-            result[row.row] = {name: text[:_MAX_TEXT_LENGTH] for name, text in pair.items()}
-            continue
-        target = evaluator.answer_text(first) if has_targets or others else ""
-        texts = {"input": evaluator.prompt_text(first) if target else evaluator.text(first)}
-        if len(others) == 1:
-            base_text = evaluator.answer_text(others[0]) or evaluator.text(others[0])
-            texts = {"chosen": target or texts["input"], "rejected": base_text} | (
-                {"input": texts["input"]} if target else {}
-            )
-        elif target:
-            texts["true"] = target
-        result[row.row] = {name: text[:_MAX_TEXT_LENGTH] for name, text in texts.items()}
-    return result
+def _shorten(texts: Mapping[str, str]) -> dict[str, str]:
+    return {name: text[:MAX_TEXT_LENGTH] for name, text in texts.items()}
 
 
 KEPT = "reference"

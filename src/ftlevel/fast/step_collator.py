@@ -12,7 +12,6 @@ import torch
 
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.row import IGNORED, Encoded
-from ftlevel.data.encoding.texts import EncodedText, distinct_texts
 from ftlevel.fast.packing import (
     MicroBatches,
     PackedLayout,
@@ -216,18 +215,3 @@ def _first_target(row: Encoded) -> int:
         return 0
     positions = range(1, len(labels))
     return next((at - 1 for at in positions if labels[at] != IGNORED), len(labels) - 1)
-
-
-class TextCollator(StepCollator):
-    """Collates rows of texts to embed; each distinct text of a step is collated once."""
-
-    def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Returns `StepCollator`'s dict for the distinct texts of `rows`, with key `texts`."""
-        texts, step = distinct_texts(rows)
-        return {**super().__call__(texts), "rows": rows, "texts": step}
-
-    def _micro_batch(
-        self, rows: Sequence[Encoded], indices: Sequence[int], partition: _Partition
-    ) -> dict[str, Any]:
-        unpooled = [row.unpooled for i in indices if isinstance(row := rows[i], EncodedText)]
-        return {**super()._micro_batch(rows, indices, partition), "unpooled": unpooled}

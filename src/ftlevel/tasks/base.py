@@ -26,8 +26,6 @@ from ftlevel.objectives import Objective, ScoreTexts
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
-
 T = TypeVar("T")
 Column = Literal["text", "texts", "number", "numbers", "whole", "ranking", "rankings", "embedding"]
 """Type of a prediction column; an embedding is a float32 array (dims,).
@@ -126,6 +124,7 @@ class BaseTask(DataTask):
         model_description: what the error for an unsupported output calls the model; "": the task.
         prediction_type: type of the only prediction column, unless the task has several.
         hooks: reference to the task's `training.hooks.TrainingHooks`.
+        exporter: reference to the task's `merging.formats.base.Exporter`.
         trains_language_head: whether it continues adapters of other tasks that generate text.
     """
 
@@ -153,6 +152,7 @@ class BaseTask(DataTask):
     model_description: ClassVar[str] = ""
     prediction_type: ClassVar[Column] = "text"
     hooks: ClassVar[str] = "ftlevel.training.hooks:TrainingHooks"
+    exporter: ClassVar[str] = "ftlevel.merging.formats.base:Exporter"
     trains_language_head: ClassVar[bool] = False
 
     def configured(self, task_config: Mapping[str, Any]) -> BaseTask:
@@ -231,9 +231,16 @@ class BaseTask(DataTask):
         """
         return {}
 
-    def embedding_format(self, inference_config: Mapping[str, Any]) -> EmbeddingFormat | None:
-        """Returns the format of the embeddings; None for tasks without embeddings."""
+    def get_output_format(self, inference_config: Mapping[str, Any], model_config: Any) -> Any:
+        """Returns the format of embeddings, which may be compared across tokenizers; else None."""
         return None
+
+    def recognizes(self, directory: Path) -> bool:
+        """Whether files in `directory` say that its model is for this task."""
+        return False
+
+    def check_model(self, source: ModelSource, model_config: Any) -> None:
+        """Raise `InputError` if a full model without a card was trained for another task."""
 
     def write_files(
         self, directory: Path, model_config: Any, inference_config: Mapping[str, Any]

@@ -22,7 +22,6 @@ from ftlevel.artifacts.files import (
 )
 from ftlevel.artifacts.paths import relative_path, resolve_relative
 from ftlevel.artifacts.run_directory import CHECKPOINTS, CONFIG, get_run_dir
-from ftlevel.artifacts.sentence_transformers import get_task_type
 from ftlevel.config.methods.lora import BASE_MODIFYING_INITS
 from ftlevel.data.encoding.collate import ensure_pad_token
 from ftlevel.errors import InputError, join_names, reading, with_article
@@ -160,11 +159,9 @@ def _resolve_model(
     config = load_config(source)
     base_task = None
     if require_task:
-        own = get_task_type(get_model_dir(name))
-        if task == "embedding" and (own or _task_of_texts(config)) == "reranking":
-            raise InputError(f"{label} is a reranker. Name an embedding model.")
-        task = task or own or _task_of_model(config, label)
-        base_task = TASKS[task]
+        own = (task for task, one in TASKS.items() if one.recognizes(get_model_dir(name)))
+        base_task = TASKS[task or next(own, "") or _task_of_model(config, label)]
+        base_task.check_model(source, config)
     card = create_default_card(source, config, base_task, device)
     return ModelRef(source, None, card, is_ours=False)
 
@@ -485,31 +482,6 @@ def resolve_reference(
             "be used on the same tokens. Choose a model with the same tokenizer."
         )
     return ReferenceModel(name, ref, compute_fingerprint(ref))
-
-
-def resolve_text_model(flag: str, name: str, device: str, dtype: str) -> ReferenceModel:
-    """Resolve the guide or teacher `name` of `flag`; it reads texts, so its tokenizer may differ.
-
-    Its fingerprint also covers pooling, normalization and prompts. Raises InputError if it does not
-    exist, or is neither an embedding model nor, as a teacher, a reranker.
-    """
-    label = f"{flag} {name}"
-    ref = resolve_model(name, device=device, dtype=dtype, label=label, require_task=False)
-    task = ref.task or get_task_type(get_model_dir(name)) or _task_of_texts(load_config(ref.source))
-    allowed = ("embedding",) if flag == "--guide" else ("embedding", "reranking")
-    if task not in allowed:
-        raise InputError(
-            f"{label} was trained for {task}. Name a model for {' or '.join(allowed)}."
-        )
-    if not ref.task:
-        ref = resolve_model(name, task, device=device, dtype=dtype, label=label)
-    content = json.dumps([compute_fingerprint(ref), ref.card.options], sort_keys=True, default=str)
-    return ReferenceModel(name, ref, hashlib.sha256(content.encode()).hexdigest())
-
-
-def _task_of_texts(config: Any) -> str:
-    is_classifier = checkpoint_class(config) == "AutoModelForSequenceClassification"
-    return "reranking" if is_classifier and config.num_labels == 1 else "embedding"
 
 
 def load_reference(record_dir: Path, base_dir: Path, device: str) -> ReferenceModel:

@@ -17,13 +17,11 @@ from ftlevel.evaluation.intervals import should_generate, uses_text_metrics
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.events import Listener
 from ftlevel.fast.plan import LIGER_ARGUMENTS
-from ftlevel.fast.step_collator import StepCollator, TextCollator
 from ftlevel.methods import METHODS
 from ftlevel.methods.base import HasState
 from ftlevel.methods.rates import HeadRate
 from ftlevel.models.hardware import current_memory_bytes, uses_tf32, using_tf32
 from ftlevel.models.upstream.libraries import use_one_gpu
-from ftlevel.objectives import StepObjective
 from ftlevel.trained.generation import GenerationOptions
 from ftlevel.training.best import MAX_RECORDED_ROWS, BestModelCallback, PredictionRecorder
 from ftlevel.training.callbacks import Interrupt, Report, SetEpoch, UpdateSchedule
@@ -148,7 +146,7 @@ def create_evaluator(run: Run, processes: Processes, sampler: Any = None) -> Eva
     if (own := run.hooks.create_evaluator(run, sampler, generated, shared)) is not None:
         return own
     uses_generation = should_generate(section.predict_with_generate, run.task)
-    return Evaluator(
+    return run.hooks.evaluator(
         **shared,
         generated_rows=generated
         if uses_generation and uses_text_metrics(section.metrics, run.task)
@@ -187,8 +185,7 @@ def create_trainer(
     rate, head_rate = run.schedule.head_learning_rate, None
     if rate is not None and rate != run.schedule.learning_rate:
         head_rate = HeadRate(run.model.new_heads, rate)
-    collator = TextCollator if isinstance(run.objective, StepObjective) else StepCollator
-    step_collator = collator(pad_id, fast.plan, run.objective) if fast else None
+    step_collator = run.hooks.collator(pad_id, fast.plan, run.objective) if fast else None
     sampler = run.hooks.create_sampler(run, model, teacher)
     trainer_class, kwargs, order = run.hooks.select_trainer(run, sampler, train_dataset, order)
     if is_sharded(model.model) and processes.count > 1:
@@ -208,7 +205,6 @@ def create_trainer(
         order=order,
         head_rate=head_rate,
         processes=processes,
-        grad_cache=run.config.embedding.grad_cache,
         **kwargs,
     )
     for printing in (PrinterCallback, ProgressCallback):

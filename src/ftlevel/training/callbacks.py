@@ -28,7 +28,7 @@ from ftlevel.config.reading import flatten
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.collate import MaskedRows
 from ftlevel.data.encoding.row import Encoded
-from ftlevel.data.prepare.samplers import DistinctTextSampler, LengthGroupedSampler
+from ftlevel.data.prepare.samplers import EpochSampler
 from ftlevel.errors import RunError
 from ftlevel.events import Listener
 from ftlevel.models.upstream.libraries import shared_order
@@ -288,7 +288,7 @@ class SetEpoch(TrainerCallback):
         """Set the epoch of rows and sampler before Trainer reads the first row."""
         if isinstance(self.rows, MaskedRows):
             self.rows.epoch = int(state.epoch or 0)
-        if isinstance(self.order, LengthGroupedSampler | DistinctTextSampler):
+        if isinstance(self.order, EpochSampler):
             self.order.epoch = int(state.epoch or 0)
         elif isinstance(self.order, shared_order()):
             self.order.set_epoch(int(state.epoch or 0))

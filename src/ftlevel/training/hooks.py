@@ -6,17 +6,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.extensions import load
+from ftlevel.fast.step_collator import StepCollator
+from ftlevel.trained.resolve import ReferenceModel, resolve_reference
 
 if TYPE_CHECKING:
     from ftlevel.config.section import Choice
-    from ftlevel.evaluation.scoring import Evaluator
     from ftlevel.events import Listener
     from ftlevel.tasks import BaseTask
     from ftlevel.trained.model_ref import LoadedModel, ModelRef
+    from ftlevel.training.forecast.memory import StepBatch
     from ftlevel.training.forecast.seconds import Gpu, TimeForecast
     from ftlevel.training.model import PreparedModel
     from ftlevel.training.plan.run import Run
+    from ftlevel.training.processes import Processes
 
 
 class EvaluationHooks(ABC):
@@ -39,10 +43,14 @@ class TrainingHooks:
     Attributes:
         logs_each_step: whether every step is logged by default.
         needs_order: whether the Trainer needs the sampler of the rows, even if it is random.
+        collator: class that collates the rows of a step into micro-batches.
+        evaluator: class that scores rows, unless `create_evaluator` returns another.
     """
 
     logs_each_step: ClassVar[bool] = False
     needs_order: ClassVar[bool] = False
+    collator: ClassVar[type[StepCollator]] = StepCollator
+    evaluator: ClassVar[type[Evaluator]] = Evaluator
 
     # ---- before training
 
@@ -53,6 +61,15 @@ class TrainingHooks:
     def check_run(self, run: Run) -> None:
         """Raise ConfigError if the run cannot start, e.g. because a server does not answer."""
 
+    def get_auxiliary_names(self, run: Run) -> Mapping[tuple[str, str], str]:
+        """Returns (section, field) → name of a model that the task uses and does not train."""
+        return {}
+
+    def resolve_auxiliary(self, run: Run, flag: str, name: str) -> ReferenceModel:
+        """Resolve the model `name` of `flag`, such as `--teacher`; loads no weights."""
+        model = run.model
+        return resolve_reference(flag, name, model.kind, model.tokenizer, model.device)
+
     def get_identity(self, run: Run) -> Mapping[str, Any]:
         """Returns dotted field → value that a resumed run must have, if not the configured."""
         return {}
@@ -62,6 +79,14 @@ class TrainingHooks:
         return []
 
     # ---- training
+
+    def with_auxiliary_outputs(self, run: Run, listener: Listener, processes: Processes) -> Run:
+        """Returns the run with outputs of the auxiliary models in its rows."""
+        return run
+
+    def create_order(self, run: Run) -> Any:
+        """Returns the sampler of the training rows; None for the configured one."""
+        return None
 
     def create_scorer(self, run: Run, listener: Listener) -> Any:
         """Returns the teacher of a task that calls it in training, not before; None for others."""
@@ -107,10 +132,10 @@ class TrainingHooks:
         """Returns the run on the rows by which the fast step is checked before training."""
         return run
 
-    def add_memory(self, run: Run, peaks: dict[str, dict[str, float]], memory: int) -> None:
+    def add_memory(self, run: Run, peaks: dict[str, dict[str, float]], batch: StepBatch) -> None:
         """Add categories and phases to `peaks` (phase → category → bytes; modified).
 
-        `memory` is the number of bytes beside the weights.
+        `batch` is the largest micro-batch.
         """
 
     def estimate_time(

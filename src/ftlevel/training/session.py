@@ -93,7 +93,6 @@ from ftlevel.training.teacher import (
     precompute_teacher,
     resolve_auxiliary_models,
 )
-from ftlevel.training.text_models import with_text_models
 from ftlevel.training.trainer import FtlevelTrainer
 from ftlevel.training.verify import check_fast_step
 
@@ -302,7 +301,7 @@ class TrainingSession:
 
     def _prepare(self, run: Run, load: LoadModel) -> None:
         listener, processes = self.listener, self.processes
-        run = with_text_models(run, listener, processes)
+        run = run.hooks.with_auxiliary_outputs(run, listener, processes)
         run, reference = precompute_reference(run, listener, processes)
         teacher = precompute_teacher(run, listener, processes)
         listener.stage("loading the model")

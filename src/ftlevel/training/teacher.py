@@ -1,7 +1,7 @@
 """Precompute teacher predictions before the trained model loads.
 
 Predictions for the top tokens, or for all, are cached on disk; a training step reads those of its
-rows. `text_models` runs auxiliary models that read texts.
+rows.
 """
 
 from __future__ import annotations
@@ -26,10 +26,8 @@ from ftlevel.fast.likelihoods import prepare_inputs
 from ftlevel.models.hardware import autocast
 from ftlevel.models.loading import load_config
 from ftlevel.objectives import TokenObjective
-from ftlevel.tasks.embedding.objective import Embeddings
 from ftlevel.tasks.losses import DistillationRows, outcome_dtype, select_top_k
-from ftlevel.tasks.reranking.losses import Ranking
-from ftlevel.trained.resolve import ReferenceModel, resolve_reference, resolve_text_model
+from ftlevel.trained.resolve import ReferenceModel
 from ftlevel.training.model import PreparedModel
 from ftlevel.training.plan.run import AuxiliaryModels, Run
 from ftlevel.training.processes import Processes
@@ -204,11 +202,14 @@ class AuxiliaryOutputs:
 
 
 def resolve_auxiliary_models(run: Run) -> AuxiliaryModels:
-    """Resolve the configured names of reference, teacher and guide models; loads no weights."""
+    """Resolve the configured names of auxiliary models; loads no weights."""
     return AuxiliaryModels(
         reference=_resolve(run, "--reference", run.config.preference.other_reference),
         teacher=_resolve(run, "--teacher", run.config.distillation.teacher),
-        guide=_resolve(run, "--guide", run.config.embedding.guide),
+        others={
+            path: _resolve(run, f"--{path[1]}", name)
+            for path, name in run.hooks.get_auxiliary_names(run).items()
+        },
     )
 
 
@@ -225,7 +226,4 @@ def _resolve(run: Run, flag: str, name: str | None) -> ReferenceModel | None:
             f"--output-dir {output_dir} contains {flag} {name}, which is not changed. Choose "
             "another directory."
         )
-    model = run.model
-    if isinstance(run.objective, Embeddings | Ranking):
-        return resolve_text_model(flag, name, model.device, model.dtype)
-    return resolve_reference(flag, name, model.kind, model.tokenizer, model.device)
+    return run.hooks.resolve_auxiliary(run, flag, name)

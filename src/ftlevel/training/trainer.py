@@ -17,7 +17,6 @@ from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.encoding.store import token_counts
 from ftlevel.data.prepare.samplers import (
-    DistinctTextSampler,
     LengthGroupedSampler,
     RowsWithPadding,
     StepShardSampler,
@@ -40,35 +39,26 @@ from ftlevel.models.upstream.libraries import move_batches, shared_order
 from ftlevel.objectives import (
     LikelihoodObjective,
     Objective,
-    StepObjective,
     TrainingLoss,
 )
 from ftlevel.training.memory import StepReducer
 from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
-from ftlevel.training.whole_step import WholeStep
 
 
 def get_train_data(run: Run) -> tuple[Any, Sampler[int] | None]:
-    """Returns the training rows and their sampler (None: Trainer's random sampler)."""
-    if run.data.sets:
-        return RowsWithPadding(run.data.train), get_sampler(run)
-    return run.data.train, get_sampler(run)
+    """Returns the training rows and their sampler, the same in all processes.
 
-
-def get_sampler(run: Run) -> Sampler[int] | None:
-    """Returns the row sampler, the same in all processes; None for Trainer's random sampler."""
+    The sampler is None for Trainer's random sampler.
+    """
     train, rows, seed = run.config.train, run.data.train, run.config.train.order_seed
-    is_step_objective = isinstance(run.objective, StepObjective)
-    is_distinct = run.config.embedding.batch_sampler == "no_duplicates"
-    if run.data.sets or (is_step_objective and is_distinct):
-        sets = run.data.sets
-        return DistinctTextSampler(rows, train.rows_per_step, seed, sets, is_distinct=is_distinct)
+    if (order := run.hooks.create_order(run)) is not None:
+        return RowsWithPadding(rows) if run.data.sets else rows, order
     if train.train_sampling_strategy == "random":
         if not train.num_processes and not run.hooks.needs_order:
-            return None
-        return shared_order()(rows, generator=torch.Generator(), data_seed=seed)
-    return LengthGroupedSampler(token_counts(rows), train.rows_per_step, seed)
+            return rows, None
+        return rows, shared_order()(rows, generator=torch.Generator(), data_seed=seed)
+    return rows, LengthGroupedSampler(token_counts(rows), train.rows_per_step, seed)
 
 
 def create_dataloader(
@@ -151,7 +141,6 @@ class FtlevelTrainer(Trainer):
         order: Sampler[int] | None = None,
         head_rate: HeadRate | None = None,
         processes: Processes = Processes(),  # noqa: B008 - frozen
-        grad_cache: str = "auto",
         **arguments: Any,
     ):
         super().__init__(**arguments)
@@ -166,7 +155,6 @@ class FtlevelTrainer(Trainer):
         self.tokens_seen = torch.zeros((), dtype=torch.long, device=self.args.device)
         self.tokens_computed = 0
         self.smaller = StepReducer(self)
-        self._whole_step = WholeStep(self, grad_cache)
         self.warn: Callable[[str], None] = lambda _: None
         self.note: Callable[[dict[str, Any]], None] = lambda _: None
         self.step_rows: list[int] = []
@@ -280,8 +268,6 @@ class FtlevelTrainer(Trainer):
         """Returns the loss of a batch and accumulates gradients; does not change `tokens_seen`."""
         self._is_padding = bool(inputs.pop("is_padding", False))
         inputs = self.on_device(inputs)
-        if isinstance(self.objective, StepObjective):
-            return self._whole_step(model, inputs)
         if "micro_batches" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
         micro_batches = [(part.pop("layout"), part) for part in inputs["micro_batches"]]

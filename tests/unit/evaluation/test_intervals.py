@@ -12,8 +12,8 @@ import tiny_tokenizers
 from ftlevel.data.encoding.row import Encoded
 from ftlevel.evaluation.intervals import ExampleRecord, interval
 from ftlevel.evaluation.scoring import Evaluator
+from ftlevel.extras.retrieval.pairs import RankedRow
 from ftlevel.tasks import TASKS
-from ftlevel.tasks.reranking.rows import RankedRow
 
 CLASSES = TASKS["text-classification"].create_objective("encoder", {})
 

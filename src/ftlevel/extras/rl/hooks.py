@@ -46,7 +46,7 @@ from ftlevel.methods import METHODS
 from ftlevel.models.hardware import autocast
 from ftlevel.trained.model_ref import LoadedModel, ModelRef
 from ftlevel.trained.resolve import ReferenceModel
-from ftlevel.training.forecast.memory import PERSISTENT_PARTS
+from ftlevel.training.forecast.memory import PERSISTENT_PARTS, StepBatch
 from ftlevel.training.forecast.meta_model import ADAPTER, FORWARD, WEIGHTS
 from ftlevel.training.forecast.seconds import Gpu, TimeForecast
 from ftlevel.training.hooks import EvaluationHooks, TrainingHooks
@@ -160,9 +160,9 @@ class RlHooks(TrainingHooks):
             "rl", num_generations=STAND_INS, max_completion_length=STAND_IN_TOKENS, rollouts=""
         )
 
-    def add_memory(self, run: Run, peaks: dict[str, dict[str, float]], memory: int) -> None:
+    def add_memory(self, run: Run, peaks: dict[str, dict[str, float]], batch: StepBatch) -> None:
         """Add sampling, initial weights and scoring models to `peaks` (modified)."""
-        if (size := RolloutSize.of(run, memory)) is not None:
+        if (size := RolloutSize.of(run, batch.memory - batch.weights)) is not None:
             parts = {part: n for part, n in peaks[FORWARD].items() if part in PERSISTENT_PARTS}
             peaks[SAMPLING] = {**parts, **estimate_sampling_parts(run, size)}
         added: dict[str, float] = {}

@@ -427,6 +427,10 @@ class RewardEvaluator(Evaluator):
             raise TypeError("rewards need rollouts")
         return replace(self, dtype=model.dtype, rollouts=self.rollouts.with_model(model))
 
+    def for_other(self, model: LoadedModel, encode: Callable[[], Any]) -> RewardEvaluator:
+        """Returns a copy that samples from `model`, as for the evaluated model."""
+        return self.with_model(model)
+
     def get_warnings(self) -> Sequence[str]:
         """Returns which rewards failed."""
         rewards = self.rollouts.rewards if self.rollouts is not None else None

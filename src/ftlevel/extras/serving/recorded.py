@@ -16,7 +16,6 @@ import torch
 
 from ftlevel.artifacts.cards import library_versions
 from ftlevel.artifacts.files import read_json, write_json
-from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
 from ftlevel.config.export import SERVERS
 from ftlevel.errors import InputError
 from ftlevel.extras.serving.entry import (
@@ -247,7 +246,7 @@ def parse_record(path: Path, metadata: dict[str, Any]) -> ServingRecord:
     return ServingRecord(metadata, adapters)
 
 
-def start_of(server: str, out: Path, format_: EmbeddingFormat | None = None) -> list[str]:
+def start_of(server: str, out: Path, format_: Any = None) -> list[str]:
     """Returns commands that serve the full model at `out`; `format_` is for embedding models."""
     if format_ is not None:
         return build_embedding_commands(SERVERS[server], out, out.stem, format_)

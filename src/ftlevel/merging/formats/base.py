@@ -7,18 +7,20 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from shlex import quote
+from typing import Any, ClassVar, Protocol
 
-from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
 from ftlevel.config import ExportConfig
-from ftlevel.config.export import FORMATS, SERVERS
+from ftlevel.config.export import FORMATS, SERVERS, Server
 from ftlevel.config.section import Choice
-from ftlevel.errors import ConfigError
+from ftlevel.errors import ConfigError, InputError, join_names, with_article
 from ftlevel.evaluation.two_models import Agreement
 from ftlevel.events import Listener
-from ftlevel.extensions import hooks
+from ftlevel.extensions import hooks, load
+from ftlevel.models.kinds import model_kind
+from ftlevel.models.loading import load_config
 from ftlevel.models.sources import ModelSource, resolve_source
-from ftlevel.trained.model_ref import ModelRef
+from ftlevel.trained.model_ref import LoadedModel, ModelRef
 from ftlevel.weights.gguf_file import QuantizedMatrix
 
 CodesFunction = Callable[[str], QuantizedMatrix]
@@ -51,10 +53,11 @@ def server_support() -> Any:
     raise ConfigError("--for names a server, and no extension for servers is installed. Drop it.")
 
 
-def start_commands(
-    server: str | None, out: Path, embedding_format: EmbeddingFormat | None = None
-) -> list[str]:
-    """Returns the commands that serve the whole model at `out`; empty without a server."""
+def start_commands(server: str | None, out: Path, embedding_format: Any = None) -> list[str]:
+    """Returns the commands that serve the whole model at `out`; empty without a server.
+
+    `embedding_format` has pooling, normalization and prompts of an embedding model.
+    """
     return server_support().start_commands(server, out, embedding_format) if server else []
 
 
@@ -87,6 +90,56 @@ def stop_notes(name: str, ref: ModelRef, server: str | None) -> list[str]:
         f"{name} was trained with --stop, which {reader} from a model. Send "
         f'"stop": {json.dumps(list(stop_texts))} with each request'
     ]
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """What a task changes in exports of whole models; `BaseTask.exporter` names its class.
+
+    `records` is whether `record` is called for a merged model, and `format` how it embeds texts.
+    """
+
+    config: ExportConfig
+    ref: ModelRef
+
+    records: ClassVar[bool] = False
+    format: ClassVar[Any] = None
+
+    @property
+    def resolved_config(self) -> ExportConfig:
+        """The configuration with the format for models of the task."""
+        return self.config
+
+    def check_server(self, server: Server) -> Sequence[str]:
+        """Returns notes to print; InputError if `server` does not serve the merged model."""
+        config, ref = self.config, self.ref
+        task, kind = ref.configured_task, model_kind(load_config(ref.source))
+        if (kind if task.generates_text else task.served_as) not in server.merged:
+            raise InputError(
+                f"{config.model} was trained for {task.name} on {with_article(kind)}, and "
+                f"{server.title} serves {_format_served_models(server)}. Keep it with "
+                f"transformers: ftlevel merge {quote(config.model)} --out DIR."
+            )
+        return stop_notes(config.model, ref, config.server)
+
+    def plan_gguf(self) -> Export | None:
+        """Returns the plan of a .gguf export; None for that of models that write text."""
+        return None
+
+    def record(self, path: Path, model: LoadedModel) -> None:
+        """Save outputs of the merged `model`, which a server must return, at `path`."""
+
+
+def exporter_of(config: ExportConfig, ref: ModelRef) -> Exporter:
+    """Returns the exporter of the task of `ref`."""
+    exporter: Exporter = load(ref.configured_task.exporter)(config, ref)
+    return exporter
+
+
+def _format_served_models(server: Server) -> str:
+    text = "s that write text"
+    names = [f"{name}{text}" if name.endswith("decoder") else name for name in server.merged]
+    return join_names([*names, *["embedding models"] * (server.embeddings is not None)])
 
 
 class Export(Protocol):

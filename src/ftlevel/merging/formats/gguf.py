@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from ftlevel.artifacts.cards import format_difference
+from ftlevel.artifacts.cards import format_difference, library_versions
 from ftlevel.config import ExportConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.chat import get_end_of_turn_id
@@ -29,10 +29,12 @@ from ftlevel.evaluation.two_models import (
     split_into_windows,
 )
 from ftlevel.events import Listener
-from ftlevel.merging.formats import embedding
 from ftlevel.merging.formats.base import (
+    CodesFunction,
     Export,
     MergeAdapter,
+    MergeOutput,
+    exporter_of,
     merge_first,
     server_support,
     start_commands,
@@ -231,6 +233,18 @@ def check_tokens(tokenizer: Any, original: Any, vocab: Vocabulary) -> int:
     return len(texts)
 
 
+def load_file_vocab(
+    name: str, ref: ModelRef, model_config: Any, tokenizer: Any, end: int | None = None
+) -> Vocabulary:
+    """Returns the vocabulary for a .gguf file; InputError if GGUF does not support it."""
+    # Merging may add tokens of the adapter's tokenizer; `write` reads the final size.
+    size = max(model_config.vocab_size, len(tokenizer) if ref.directory else 0)
+    try:
+        return load_vocab(tokenizer, size, end)
+    except InputError as error:
+        raise InputError(f"{name} cannot be written as GGUF: {error}") from None
+
+
 def plan_export(config: ExportConfig, ref: ModelRef) -> Export:
     """Plan the export; raise InputError if the model cannot be written as GGUF."""
     source = ref.source
@@ -238,14 +252,8 @@ def plan_export(config: ExportConfig, ref: ModelRef) -> Export:
         raise InputError(
             f"{config.model} is a .gguf file already. llama.cpp's llama-quantize changes its type."
         )
-    if (format_ := TASKS[ref.task].embedding_format(ref.card.options)) is not None:
-        return embedding.plan_export(config, ref, format_)
-    if TASKS[ref.task].served_as == "rerankers":
-        message = embedding.get_reranker_limitation(ref.model_config)
-        raise InputError(
-            f"{config.model} is a reranker, and {message}. Use --for vllm or --for tei, which "
-            "serve it merged."
-        )
+    if (plan := exporter_of(config, ref).plan_gguf()) is not None:
+        return plan
     if not TASKS[ref.task].generates_text:
         raise InputError(
             f"{config.model} was trained for {ref.task}, and a .gguf file is for programs "
@@ -254,21 +262,139 @@ def plan_export(config: ExportConfig, ref: ModelRef) -> Export:
     model_config = load_config(source)
     _check_model(config.model, model_config, has_adapter=ref.directory is not None)
     tokenizer = ref.load_tokenizer()
-    vocab = embedding.load_file_vocab(config.model, ref, model_config, tokenizer)
+    vocab = load_file_vocab(config.model, ref, model_config, tokenizer)
     prompt_template = get_prompt_template(tokenizer, ref, vocab)
     return GgufExport(config, ref, model_config, tokenizer, vocab, prompt_template)
 
 
 @dataclass(frozen=True)
-class GgufExport:
-    """Planned .gguf export, before any weights are read."""
+class WrittenFile:
+    """A .gguf file, and what it was written from: the model at `source`, its `tensors`."""
+
+    path: Path
+    source: ModelSource
+    model_config: Any
+    vocab: Vocabulary
+    outtype: str
+    tensors: Sequence[GGUFTensor]
+    merged: MergeOutput
+
+
+@dataclass(frozen=True)
+class GgufFileExport:
+    """Base class of planned .gguf exports, before any weights are read."""
 
     config: ExportConfig
     ref: ModelRef
     model_config: Any
     tokenizer: Any
     vocab: Vocabulary
+
+    auto_class: ClassVar[str]
+
+    @property
+    def architecture(self) -> str:
+        """Name of the architecture in llama.cpp."""
+        return FAMILIES[self.model_config.model_type].architecture
+
+    @property
+    def _model_choice(self) -> Choice:
+        merges = self.ref.directory is not None
+        how = f"{self.ref.card.method}, merged first" if merges else "as it is"
+        return Choice("model", self.config.model, how)
+
+    @property
+    def _outtype_choice(self) -> Choice:
+        outtype = self.config.outtype
+        return Choice("outtype", outtype, "the model's own" * (outtype == "auto"))
+
+    def dry_run(self) -> dict[str, Any]:
+        """Returns the summary of the planned export; sizes are computed from the base's shapes."""
+        if self.ref.source.kind == "gguf":  # it has no shapes before it is loaded
+            return self._summary(self.config.outtype, [])
+        tensors, outtype = self._plan_tensors(self.ref.source, self.model_config)
+        return self._summary(outtype, tensors)
+
+    def _plan_tensors(
+        self, source: ModelSource, model_config: Any, choose: CodesFunction | None = None
+    ) -> tuple[list[GGUFTensor], str]:
+        checkpoint = open_base(source, model_config, self.auto_class)
+        outtype: str = self.config.outtype
+        outtype = get_outtype(checkpoint) if outtype == "auto" else outtype
+        unused = TASKS[self.ref.task].get_unused_modules(checkpoint.model)
+        return plan_tensors(checkpoint, model_config, outtype, choose, unused), outtype
+
+    def _write_file(
+        self, output: Path, listener: Listener, merge: MergeAdapter, end: int | None = None
+    ) -> WrittenFile:
+        """Save the .gguf file in `output`; `end` is the token appended to texts, if any."""
+        model_config, vocab = self.model_config, self.vocab
+        merged, source = merge_first(self.ref, output, listener, merge)
+        if self.ref.directory is not None:
+            model_config = load_config(source)
+            vocab = load_vocab(self.tokenizer, model_config.vocab_size, end)
+        tensors, outtype = self._plan_tensors(source, model_config, merged.choose)
+        listener.stage(f"writing {len(tensors):,} tensors")
+        listener.begin(len(tensors))
+        path = output / self.config.out.name
+        save_gguf(path, self._metadata(model_config, vocab, outtype), tensors, listener.step)
+        return WrittenFile(path, source, model_config, vocab, outtype, tensors, merged)
+
+    def _metadata(self, model_config: Any, vocab: Vocabulary, outtype: str) -> dict[str, Any]:
+        # transformers maps the name "mistral" to an architecture that GGUF does not have.
+        stem = self.config.out.stem
+        names = {
+            "architecture": self.architecture,
+            "name": "Mistral" if stem == "mistral" else stem,
+        }
+        general = {f"general.{key}": name for key, name in names.items()}
+        return general | file_keys(outtype) | build_metadata(model_config) | vocab.metadata()
+
+    def _summary(self, outtype: str, tensors: Sequence[GGUFTensor]) -> dict[str, Any]:
+        return self.config.entries | {
+            "method": self.ref.card.method,
+            "architecture": self.architecture,
+            "outtype": outtype,
+            "tensors": len(tensors),
+            "tensor_bytes": sum(tensor.nbytes for tensor in tensors),
+            "versions": library_versions(),
+        }
+
+    def describe(self, summary: Mapping[str, Any]) -> Iterator[str]:
+        """Yields the lines to print after the export."""
+        pooling = f", {summary['pooling']} pooling" if "pooling" in summary else ""
+        size = f"{summary['tensor_bytes'] / 2**20:,.1f} MiB"
+        contents = f"{summary['tensors']:,} tensors, {summary['outtype']}, {size}"
+        yield f"{summary['architecture']}{pooling}: {contents}"
+        if summary.get("dry_run"):
+            yield "dry run: everything was checked, nothing was written."
+            return
+        yield from self._describe_check(summary)
+        yield f"saved {', '.join(summary['outputs'])}  ({summary['seconds']:.1f} s)"
+        if summary["start"]:
+            yield "serve it:"
+            yield from (f"  {command}" for command in summary["start"])
+
+    @staticmethod
+    def _describe_check(summary: Mapping[str, Any]) -> Iterator[str]:
+        raise NotImplementedError
+
+    def _summarize(self, file: WrittenFile, check: Any) -> dict[str, Any]:
+        return self._summary(file.outtype, file.tensors) | {
+            "size_bytes": file.path.stat().st_size,
+            "merged": file.merged.facts,
+            "verified": check is not None,
+            "check": check,
+        }
+
+
+@dataclass(frozen=True)
+class GgufExport(GgufFileExport):
+    """Planned .gguf export of a model that writes text."""
+
     prompt_template: PromptTemplate
+
+    auto_class: ClassVar[str] = _CLASS
 
     @property
     def notes(self) -> list[str]:
@@ -277,17 +403,12 @@ class GgufExport:
 
     def choices(self, device: Choice) -> Iterator[Choice]:
         """Yields the lines to print before the export."""
-        config, ref = self.config, self.ref
-        architecture = FAMILIES[self.model_config.model_type].architecture
-        merges = ref.directory is not None
-        yield Choice(
-            "model", config.model, f"{ref.card.method}, merged first" if merges else "as it is"
-        )
+        config, architecture = self.config, self.architecture
+        yield self._model_choice
         yield Choice(
             "architecture", architecture, f"{self.model_config.model_type} in transformers"
         )
-        note = "the model's own" if config.outtype == "auto" else ""
-        yield Choice("outtype", config.outtype, note)
+        yield self._outtype_choice
         positions, window = context_limit(self.model_config)
         limit = f"its sliding window; llama.cpp has none for {architecture}" if window else ""
         yield Choice("context", f"{positions:,} tokens", limit)
@@ -297,51 +418,36 @@ class GgufExport:
         if config.verify:
             yield device
 
-    def dry_run(self) -> dict[str, Any]:
-        """Returns the summary of the planned export; sizes are computed from the base's shapes."""
-        outtype: str = self.config.outtype
-        tensors: list[GGUFTensor] = []
-        if self.ref.source.kind != "gguf":  # a .gguf base has no shapes before it is loaded
-            checkpoint = open_base(self.ref.source, self.model_config, _CLASS)
-            outtype = get_outtype(checkpoint) if outtype == "auto" else outtype
-            tensors = plan_tensors(checkpoint, self.model_config, outtype)
-        return self._summary(outtype, tensors)
-
     def write(
         self, output: Path, device: str, listener: Listener, merge: MergeAdapter
     ) -> dict[str, Any]:
         """Save the .gguf file and its Modelfile in `output`, check them, return the summary."""
-        config, model_config, vocab = self.config, self.model_config, self.vocab
-        merged, source = merge_first(self.ref, output, listener, merge)
-        if self.ref.directory is not None:
-            model_config = load_config(source)
-            vocab = load_vocab(self.tokenizer, model_config.vocab_size)
-        checkpoint = open_base(source, model_config, _CLASS)
-        outtype = get_outtype(checkpoint) if config.outtype == "auto" else config.outtype
-        tensors = plan_tensors(checkpoint, model_config, outtype, merged.choose)
-        listener.stage(f"writing {len(tensors):,} tensors")
-        listener.begin(len(tensors))
-        path = output / config.out.name
-        metadata = _metadata(config.out.stem, model_config, vocab, outtype)
-        if (end := get_end_of_turn_id(self.tokenizer)) is not None:
-            metadata["tokenizer.ggml.eot_token_id"] = end
-        save_gguf(path, metadata, tensors, listener.step)
+        config, file = self.config, self._write_file(output, listener, merge)
         check = None
         if config.verify:
             listener.stage("reloading the file and comparing")
-            original = Original(source, model_config, self.tokenizer, device, config.verify_tokens)
-            check = check_file(path, outtype, tensors, vocab, original, merged.beside_run)
+            check = check_file(
+                file.path,
+                file.outtype,
+                file.tensors,
+                file.vocab,
+                Original(
+                    file.source, file.model_config, self.tokenizer, device, config.verify_tokens
+                ),
+                file.merged.beside_run,
+            )
         text = modelfile(config.out.name, self.prompt_template)
         save_text(output / config.outputs[1].name, text)
         if config.recorded:
             listener.stage("recording reference outputs")
             # Quantized files are recorded from the file itself; `check_file` measured its distance.
-            recorded_model = resolve_source(str(path)) if outtype in SELECTED_TYPES else source
+            is_lossy = file.outtype in SELECTED_TYPES
+            recorded_model = resolve_source(str(file.path)) if is_lossy else file.source
             record_metadata = {
                 "model": config.model,
                 "server": config.server,
                 "file_format": config.format,
-                "dtype": outtype,
+                "dtype": file.outtype,
             }
             server_support().record(
                 output / config.outputs[2].name,
@@ -351,38 +457,29 @@ class GgufExport:
                 recorded_model,
                 device,
             )
-        return self._summary(outtype, tensors) | {
-            "size_bytes": path.stat().st_size,
-            "merged": merged.facts,
-            "verified": check is not None,
-            "check": check,
+        return self._summarize(file, check)
+
+    def _metadata(self, model_config: Any, vocab: Vocabulary, outtype: str) -> dict[str, Any]:
+        end = get_end_of_turn_id(self.tokenizer)
+        own = {} if end is None else {"tokenizer.ggml.eot_token_id": end}
+        return super()._metadata(model_config, vocab, outtype) | own
+
+    def _summary(self, outtype: str, tensors: Sequence[GGUFTensor]) -> dict[str, Any]:
+        vocab = self.vocab
+        return super()._summary(outtype, tensors) | {
+            "tokenizer": {
+                "model": vocab.model,
+                "pre": vocab.pre,
+                "tokens": len(vocab.tokens),
+                "notes": vocab.notes,
+            },
+            "template": self.prompt_template.kind,
+            "stops": self.prompt_template.stop_strings,
+            "start": start_commands(self.config.server, self.config.out),
         }
 
-    def _summary(self, outtype: str, tensors: list[GGUFTensor]) -> dict[str, Any]:
-        config, vocab = self.config, self.vocab
-        return (
-            config.entries
-            | embedding.summarize_file(self.ref, self.model_config, outtype, tensors)
-            | {
-                "tokenizer": {
-                    "model": vocab.model,
-                    "pre": vocab.pre,
-                    "tokens": len(vocab.tokens),
-                    "notes": vocab.notes,
-                },
-                "template": self.prompt_template.kind,
-                "stops": self.prompt_template.stop_strings,
-                "start": start_commands(config.server, config.out),
-            }
-        )
-
     @staticmethod
-    def describe(summary: Mapping[str, Any]) -> Iterator[str]:
-        """Yields the lines to print after the export."""
-        yield f"{summary['architecture']}: {embedding.format_size(summary)}"
-        if summary.get("dry_run"):
-            yield "dry run: everything was checked, nothing was written."
-            return
+    def _describe_check(summary: Mapping[str, Any]) -> Iterator[str]:
         if summary["merged"] is not None:
             check = (
                 "checked as ftlevel merge does" if summary["merged"]["verified"] else "not checked"
@@ -394,10 +491,6 @@ class GgufExport:
             yield from _format_check(check, summary)
             if not summary["start"]:
                 yield "no answers are recorded for ftlevel check-served (--for llama.cpp or ollama)"
-        yield f"saved {', '.join(summary['outputs'])}  ({summary['seconds']:.1f} s)"
-        if summary["start"]:
-            yield "serve it:"
-            yield from (f"  {command}" for command in summary["start"])
 
 
 def _check_model(name: str, model_config: Any, *, has_adapter: bool) -> None:
@@ -412,16 +505,6 @@ def _check_model(name: str, model_config: Any, *, has_adapter: bool) -> None:
         limitations = [f"it is a {architecture}, which does not write text."]
     if limitations:
         raise InputError([f"{name} cannot be written as GGUF: {error}" for error in limitations])
-
-
-def _metadata(stem: str, model_config: Any, vocab: Vocabulary, outtype: str) -> dict[str, Any]:
-    # transformers maps the name "mistral" to an architecture that GGUF does not have.
-    name = "Mistral" if stem == "mistral" else stem
-    general = {
-        "general.architecture": FAMILIES[model_config.model_type].architecture,
-        "general.name": name,
-    }
-    return general | file_keys(outtype) | build_metadata(model_config) | vocab.metadata()
 
 
 def _format_check(check: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterator[str]:

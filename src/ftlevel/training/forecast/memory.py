@@ -33,13 +33,11 @@ from ftlevel.fast.packed_attention import batch_sequences
 from ftlevel.fast.packing import PackedModel
 from ftlevel.fast.plan import set_packed_attention
 from ftlevel.fast.step import FastStep
-from ftlevel.fast.step_collator import StepCollator, TextCollator
 from ftlevel.methods import METHODS
 from ftlevel.models.loading import build_task_model
 from ftlevel.models.module_tree import ModuleTree, get_blocks
 from ftlevel.models.upstream.fake import packed_tensors
 from ftlevel.models.upstream.tensors import as_gpu
-from ftlevel.objectives import StepObjective
 from ftlevel.trained.adapt import apply_method
 from ftlevel.training.build_trainer import create_trainer
 from ftlevel.training.forecast.meta_model import (
@@ -68,7 +66,6 @@ from ftlevel.training.model import PreparedModel
 from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
 from ftlevel.training.resume import ResumeState
-from ftlevel.training.whole_step import GRAPH_MEMORY_RATIO
 
 MAX_PARAMETERS = 120_000_000
 """Largest one-block model built to find pruning, as for models up to 3B parameters. Beyond, all
@@ -212,26 +209,9 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
     for parts in peaks.values():
         for part in _WORKER_PARTS:
             parts[part] = parts.get(part, 0) * batch.num_workers
-    if graph_bytes := _get_graph_bytes(run, peaks, batch, memory):
-        for moment in (FORWARD, BACKWARD, FIRST_BLOCK):
-            peaks[moment][ACTIVATIONS] += graph_bytes
-    run.hooks.add_memory(run, peaks, memory - int(sum(weights.values())))
+    batch = replace(batch, memory=memory, weights=int(sum(weights.values())))
+    run.hooks.add_memory(run, peaks, batch)
     return get_peak(peaks, batch.tokens)
-
-
-def _get_graph_bytes(
-    run: Run, peaks: Mapping[str, Mapping[str, float]], batch: _Batch, memory: int
-) -> float:
-    """Returns the bytes of autograd graphs that a loss over the whole step keeps; 0 for others."""
-    cache = run.config.embedding.grad_cache
-    is_distributed = (run.config.train.num_processes or 1) > 1
-    if not isinstance(run.objective, StepObjective) or is_distributed or cache == "always":
-        return 0.0
-    per_token = peaks[FORWARD].get(ACTIVATIONS, 0) / (batch.tokens * batch.num_workers)
-    weights = sum(size for part, size in peaks[FORWARD].items() if part in PERSISTENT_PARTS)
-    if cache == "auto" and batch.step_tokens * per_token > GRAPH_MEMORY_RATIO * (memory - weights):
-        return 0.0
-    return per_token * max(batch.step_tokens - batch.tokens * batch.num_workers, 0)
 
 
 def get_peak(peaks: Peaks, tokens: int) -> StepMemory:
@@ -324,12 +304,13 @@ def _sample_by_type(run: Run, layer_types: Sequence[Any]) -> LayerSample | None:
 
 
 @dataclass(frozen=True)
-class _Batch:
+class StepBatch:
     """Inputs of one micro-batch.
 
     Attributes:
         has_others: whether the step has other micro-batches.
         step_tokens: positions of all micro-batches of the step.
+        memory: bytes for tensors on the device, of which weights take `weights`.
     """
 
     inputs: dict[str, Any]
@@ -337,8 +318,11 @@ class _Batch:
     has_others: bool
     num_workers: int
     step_tokens: int
+    memory: int = 0
+    weights: int = 0
 
     def copy_inputs(self) -> dict[str, Any]:
+        """Returns the inputs with a copy of each micro-batch, which a step changes."""
         batches = self.inputs.get("micro_batches")
         copies = {} if batches is None else {"micro_batches": [dict(part) for part in batches]}
         return {**self.inputs, **copies}
@@ -348,7 +332,7 @@ def _simulate_step(
     run: Run,
     tracker: LiveMemoryTracker,
     fake_model: FakeModel,
-    batch: _Batch,
+    batch: StepBatch,
     *,
     pruning: Pruning,
     available: int | None,
@@ -438,7 +422,7 @@ def _create_optimizer_states(
     tracker.is_counting = True
 
 
-def _get_largest_batch(run: Run, pruning: Pruning) -> _Batch:
+def _get_largest_batch(run: Run, pruning: Pruning) -> StepBatch:
     train, fast = run.config.train, run.fast
     rows, size = run.data.train, train.per_device_train_batch_size
     if not fast.enabled:
@@ -451,13 +435,13 @@ def _get_largest_batch(run: Run, pruning: Pruning) -> _Batch:
         inputs = Collator(run.model.pad_id)(batch_rows)
         has_others = train.gradient_accumulation_steps > 1
         tokens = inputs["input_ids"].numel()
-        return _Batch(inputs, tokens, has_others, 1, tokens)
+        return StepBatch(inputs, tokens, has_others, 1, tokens)
     needed_tokens = pruning.needed if pruning.linears else None
-    has_step_loss = isinstance(run.objective, StepObjective)
-    collate = (TextCollator if has_step_loss else StepCollator)(
+    has_step_loss = run.objective.needs_whole_step
+    collate = run.hooks.collator(
         run.model.pad_id, replace(fast, shared_prefix=False, needed_tokens=needed_tokens)
     )
-    candidates: list[_Batch] = []
+    candidates: list[StepBatch] = []
     for step in _steps(run, has_step_loss):
         step = run.hooks.with_targets(run, step)
         batch = collate(step)
@@ -467,7 +451,7 @@ def _get_largest_batch(run: Run, pruning: Pruning) -> _Batch:
         largest = batches[sizes.index(max(sizes))]
         micro_batch = {"rows": step, "micro_batches": [largest], "in_parallel": False}
         has_others = len(batches) > num_workers
-        candidates.append(_Batch(micro_batch, max(sizes), has_others, num_workers, sum(sizes)))
+        candidates.append(StepBatch(micro_batch, max(sizes), has_others, num_workers, sum(sizes)))
     if has_step_loss:
         return max(candidates, key=lambda batch: batch.step_tokens)
     return max(candidates, key=lambda batch: (batch.tokens * batch.num_workers, batch.has_others))

@@ -91,20 +91,20 @@ class Schedule:
 
 @dataclass(frozen=True)
 class AuxiliaryModels:
-    """Models that are used but not trained: preference reference, teacher, guide."""
+    """Models that are used but not trained; `others`: (section, field) → model of the task."""
 
     reference: ReferenceModel | None = None
     teacher: ReferenceModel | None = None
-    guide: ReferenceModel | None = None
+    others: Mapping[tuple[str, str], ReferenceModel | None] = field(default_factory=dict)
 
     def fingerprints(self) -> Mapping[tuple[str, str], str]:
         """Returns (configuration section, field) → fingerprint of the model named there."""
         models = {
             ("preference", "reference"): self.reference,
             ("distillation", "teacher"): self.teacher,
-            ("embedding", "guide"): self.guide,
+            **self.others,
         }
-        return {field: model.fingerprint for field, model in models.items() if model is not None}
+        return {path: model.fingerprint for path, model in models.items() if model is not None}
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Run:
             `config.quant` does not.
         best: how the best model is selected; None if it is not.
         adapter: adapter to continue from; None for a new adapter.
-        auxiliary: reference, teacher and guide model; resolved when the run starts.
+        auxiliary: models that are not trained; resolved when the run starts.
         written_base: directory to which a base passed as an object was written.
         recomputes: whether gradient checkpointing, set to auto, was chosen for the run.
         resources: what the task opened for the run, such as reward functions; None for most.
