@@ -34,7 +34,7 @@ from ftlevel.evaluation.intervals import (
     should_generate,
     uses_text_metrics,
 )
-from ftlevel.evaluation.scoring import Evaluator, iterate_results, needs_reference, with_reference
+from ftlevel.evaluation.scoring import Evaluator, iterate_results
 from ftlevel.evaluation.two_models import (
     build_comparison_inputs,
     have_same_inputs,
@@ -323,7 +323,7 @@ class _Rows:
         yield from (Choice("note", note) for note in rows.table.notes)
         yield from self._loss_choices(trained)
         yield Choice("dtype", trained.dtype, get_dtype_source(ref, config.dtype))
-        yield from self.hooks.choices if self.hooks is not None else ()
+        yield from self.hooks.choices
 
     def _loss_choices(self, trained: LoadedModel) -> Iterator[Choice]:
         if (group := trained.objective.get_validation_group(self.rows.rows)) is not None:
@@ -365,10 +365,7 @@ class _Rows:
         return f"--task {trained.task.name} generates no text"
 
     def score(self, trained: LoadedModel, listener: Listener) -> _Score:
-        self.evaluator = self._create_evaluator(trained)
-        if needs_reference(self.evaluator):
-            listener.stage("running the reference model")
-            self.evaluator = with_reference(self.evaluator, trained)
+        self.evaluator = self._create_evaluator(trained, listener)
         listener.stage("evaluating")
         self.record = ExampleRecord(trained.objective)
         return self._score(self.evaluator, trained, self.record)
@@ -430,14 +427,13 @@ class _Rows:
             return ({**table.rows[line["row"]], **line} for line in lines)
         return lines
 
-    def _create_evaluator(self, trained: LoadedModel) -> Evaluator:
+    def _create_evaluator(self, trained: LoadedModel, listener: Listener) -> Evaluator:
         config, rows = self.config, self.rows
         train, speed, task = self.run_config.train, self.run_config.speed, trained.task
         is_seeded = "seed" in config.model_fields_set  # else as in training
         num_rows = 0
-        if self.hooks is not None or (
-            self.generates(task) and uses_text_metrics(self.metrics, task)
-        ):
+        uses_text = self.generates(task) and uses_text_metrics(self.metrics, task)
+        if uses_text or trained.objective.samples:
             num_rows = min(
                 config.max_generate_samples or train.max_generate_samples, len(rows.rows)
             )
@@ -461,10 +457,8 @@ class _Rows:
             "metrics": self.metrics,
             "corpus": rows.corpus,
         }
-        if self.hooks is None:
-            return Evaluator(**settings)
         seed = config.seed if is_seeded else train.order_seed
-        return self.hooks.create_evaluator(trained, rows, seed, settings)
+        return self.hooks.create_evaluator(trained, rows, seed, settings, listener)
 
 
 def _resolve(config: EvaluateConfig, device: str) -> tuple[ModelRef, ModelRef | None]:

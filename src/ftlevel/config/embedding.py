@@ -104,6 +104,7 @@ class EmbeddingConfig(TaskSection):
     tasks: ClassVar[tuple[str, ...]] = EMBEDDING_TASKS
     shorthand: ClassVar[str] = "loss"
     paths: ClassVar[Mapping[str, str]] = {"guide": "--guide"}
+    pipeline_tags: ClassVar[Mapping[str, str]] = {"embedding": "sentence-similarity"}
 
     loss: (
         Annotated[
@@ -181,6 +182,11 @@ class EmbeddingConfig(TaskSection):
         if kind != "decoder":
             return 1.0, ""
         return DECODER_RATES.get(method, DECODER_RATE) ** (1 - size), "measured with SmolLM2"
+
+    @property
+    def auxiliary_models(self) -> Mapping[str, str | None]:
+        """The guide, if there is one."""
+        return {"guide": self.guide}
 
     def validate_run(self, config: Any) -> Iterator[str]:
         """Yields an error message per invalid setting."""

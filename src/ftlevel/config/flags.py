@@ -279,14 +279,7 @@ _RUN_FLAGS: tuple[Flag, ...] = (
              "train.focal_gamma train.neftune_noise_alpha distillation.teacher "
              "distillation.divergence distillation.kd_ratio distillation.kd_temperature "
              "distillation.kd_top_k"),
-    Flag("preference.loss", "", HOW,
-         by_task={"embedding": "embedding.loss", "reranking": "reranking.loss"}),
     Flag("reranking.pos_weight", "", HOW),
-    Flag("preference.beta", "", HOW),
-    Flag("preference.reference", "", HOW, metavar="start|none|RUN"),
-    *_fields(HOW, _TRAIN,
-             "preference.simpo_gamma preference.sft_weight preference.desirable_weight "
-             "preference.undesirable_weight"),
     *_fields(HOW, _TRAIN,
              "embedding.scale embedding.symmetric embedding.margin embedding.guide"),
     Flag("embedding.pooling", "", HOW, _ROWS),

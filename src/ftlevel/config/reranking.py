@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
@@ -62,6 +62,7 @@ class RerankingConfig(TaskSection):
     """Settings of rerankers: the loss and its parameters."""
 
     tasks: ClassVar[tuple[str, ...]] = RERANKING_TASKS
+    pipeline_tags: ClassVar[Mapping[str, str]] = {"reranking": "text-ranking"}
     shorthand: ClassVar[str] = "loss"
 
     loss: (

@@ -149,6 +149,19 @@ class Section(BaseModel):
         return {**raw, **invalid}
 
 
+TEXT_FIELDS = (
+    "train.num_beams",
+    "train.temperature",
+    "train.top_p",
+    "train.predict_with_generate",
+    "train.max_generate_samples",
+    "train.max_new_tokens",
+    "data.system",
+    "data.train_on_inputs",
+)
+"""Dotted fields that tasks use which generate text."""
+
+
 class TaskSection(Section):
     """Base class of the sections of `TrainConfig` that only some tasks use, as of extensions.
 
@@ -156,7 +169,7 @@ class TaskSection(Section):
         tasks: tasks that use the section; for others, a changed field is an error.
         summary: description of the section.
         shorthand: field that a plain value of the section sets.
-        uses: dotted fields of other sections that these tasks use, and others do not.
+        uses: task → dotted fields of other sections that it uses, and others do not.
         has_teacher: whether the tasks can learn from `--teacher`.
         paths: field that may contain local paths → its flag.
         command_line_only: field → (flag, what it does); a file cannot set it.
@@ -164,20 +177,25 @@ class TaskSection(Section):
         may_change: fields that may differ on resume.
         contents: field that may differ on resume → field with the fingerprint of its content, and
             the name of the content.
-        pipeline_tag: the Hub's tag for models of these tasks; "" if it is the task's name.
+        pipeline_tags: task → the Hub's tag for its models, if that is not the task's name.
     """
 
     tasks: ClassVar[tuple[str, ...]] = ()
     summary: ClassVar[str] = ""
     shorthand: ClassVar[str] = ""
-    uses: ClassVar[tuple[str, ...]] = ()
+    uses: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     has_teacher: ClassVar[bool] = False
     paths: ClassVar[Mapping[str, str]] = {}
     command_line_only: ClassVar[Mapping[str, tuple[str, str]]] = {}
     code_field: ClassVar[str] = ""
     may_change: ClassVar[tuple[str, ...]] = ()
     contents: ClassVar[Mapping[str, tuple[str, str]]] = {}
-    pipeline_tag: ClassVar[str] = ""
+    pipeline_tags: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    def auxiliary_models(self) -> Mapping[str, str | None]:
+        """Field → name of a model that is used but not trained; None if it is not needed."""
+        return {}
 
     @property
     def steps_per_batch(self) -> int:
@@ -203,6 +221,11 @@ class TaskSection(Section):
     def validate_run(self, config: Any) -> Iterable[str]:
         """Yields an error message for each value of a `TrainConfig` that the tasks cannot use."""
         return ()
+
+    @classmethod
+    def complete_run(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """Returns the configuration `raw`, not validated, with values that its others determine."""
+        return raw
 
     def check_code(self, location: str) -> Iterable[str]:
         """Yields a message for each file of `code_field`, set at `location`, that may not run."""

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, WrapValidator, field_validator
 
+from ftlevel.config.distillation import FewNames
 from ftlevel.config.gate import GateConfig
-from ftlevel.config.preference import FewNames
 from ftlevel.config.section import Positive as Positive
 from ftlevel.config.section import Section as Section
 from ftlevel.config.section import Share as Share

@@ -9,20 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, Field, create_model, model_validator
 
 from ftlevel.config.constraints import Excludes, Needs, NoEffect, flag_name, list_violations
+from ftlevel.config.distillation import DistillationConfig, list_distillation_rules
 from ftlevel.config.embedding import EMBEDDING_TASKS, EmbeddingConfig
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig
 from ftlevel.config.output import OutputConfig
-from ftlevel.config.preference import (
-    PREFERENCE_TASKS,
-    SMOOTHED,
-    DistillationConfig,
-    PreferenceConfig,
-    list_distillation_rules,
-    normalize_loss,
-)
 from ftlevel.config.reading import resolve_aliases
 from ftlevel.config.reranking import RERANKING_TASKS, RerankingConfig
-from ftlevel.config.section import TaskSection
+from ftlevel.config.section import TEXT_FIELDS, TaskSection
 from ftlevel.config.sections import DataConfig, ModelConfig, QuantConfig, Section, SpeedConfig
 from ftlevel.config.tasks import TASKS, TaskName
 from ftlevel.config.trainer import TrainerConfig, validate_optimizer
@@ -33,7 +26,6 @@ T = TypeVar("T", bound=TaskSection)
 
 _ADDED: dict[str, type[TaskSection]] = loaded("sections")
 SECTIONS: dict[str, type[TaskSection]] = {
-    "preference": PreferenceConfig,
     "embedding": EmbeddingConfig,
     "reranking": RerankingConfig,
     **_ADDED,
@@ -70,9 +62,6 @@ class TrainConfig(Section):
     train: TrainerConfig = Field(
         default_factory=TrainerConfig, description="Optimizer and schedule."
     )
-    preference: PreferenceConfig = Field(
-        default_factory=PreferenceConfig, description="Preference loss."
-    )
     embedding: EmbeddingConfig = Field(
         default_factory=EmbeddingConfig, description="Settings of an embedding model."
     )
@@ -96,6 +85,12 @@ class TrainConfig(Section):
         """Section of the configured task; one without effect for tasks that have none."""
         names = (name for name, own in SECTIONS.items() if self.task in own.tasks)
         return next((getattr(self, name) for name in names), TaskSection())
+
+    @property
+    def auxiliary_models(self) -> dict[str, str | None]:
+        """Dotted field → name of a model of the task's section that is used but not trained."""
+        models = ((n, getattr(self, n).auxiliary_models) for n in SECTIONS)
+        return {f"{n}.{field}": name for n, own in models for field, name in own.items()}
 
     @property
     def max_new_tokens(self) -> int:
@@ -146,32 +141,24 @@ class TrainConfig(Section):
         if not isinstance(raw, dict):
             return raw
         sections = {key: expand_shorthand(key, value) for key, value in raw.items()}
-        for name in ("preference", *_ADDED):  # their loss depends on the task, or determines it
+        for name in _ADDED:  # their loss depends on the task, or determines it
             if isinstance(section := sections.get(name), Section):
                 sections[name] = {n: getattr(section, n) for n in section.model_fields_set}
         values, _ = resolve_aliases(sections)
         if isinstance(values.get("method"), dict):
             values["method"] = {"kind": "lora", **values["method"]}
-        return normalize_loss(values)
+        for own in _ADDED.values():
+            values = own.complete_run(values)
+        return values
 
     def list_conflicts(self) -> Iterator[str]:
         """Yields an error message per conflict between sections."""
         yield from _validate_sections(self)
 
 
-_GENERATION_TASKS = ("text-generation", "summarization", "translation", "preference")
+_GENERATION_TASKS = ("text-generation", "summarization", "translation")
 _OWNERS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(
-        (
-            "train.num_beams",
-            "train.temperature",
-            "train.top_p",
-            "train.predict_with_generate",
-            "train.max_generate_samples",
-            "train.max_new_tokens",
-        ),
-        _GENERATION_TASKS,
-    ),
+    **{path: _GENERATION_TASKS for path in TEXT_FIELDS if path.startswith("train.")},
     "data.doc_stride": ("question-answering",),
     "data.mlm_probability": ("masked-lm",),
     "data.labels": ("text-classification", "token-classification"),
@@ -182,7 +169,7 @@ _OWNERS: dict[str, tuple[str, ...]] = {
 
 def _list_added_tasks(path: str) -> list[str]:
     """Returns the tasks of extensions that use the dotted field `path` of another section."""
-    return [task for own in SECTIONS.values() if path in own.uses for task in own.tasks]
+    return [task for own in SECTIONS.values() for task, paths in own.uses.items() if path in paths]
 
 
 _OVERLONG: dict[str, tuple[str, ...]] = {
@@ -242,8 +229,6 @@ CONSTRAINTS = (
         for name in ("metric_for_best_model", "greater_is_better")
     ],
     # tasks
-    NoEffect("train.label_smoothing_factor", f"preference.loss!={'|'.join(SMOOTHED)}",
-         f"it is for {join_names(SMOOTHED)}", when=f"task={'|'.join(PREFERENCE_TASKS)}"),
     *[
         NoEffect(path, f"task!={'|'.join((*_GENERATION_TASKS, *_list_added_tasks(path)))}",
              "it is for tasks that write text", "Drop it, or change the task.")

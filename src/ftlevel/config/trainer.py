@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from ftlevel.config.distillation import ClassWeights, FewNames, Scalar, Scalars
 from ftlevel.config.output import Decoding
-from ftlevel.config.preference import ClassWeights, FewNames, Scalar, Scalars
 from ftlevel.config.section import Positive, Share
 from ftlevel.errors import has_no_effect, join_names
 

@@ -17,10 +17,8 @@ from ftlevel.artifacts.files import (
     check_regular,
     file_fingerprint,
     hash_weights,
-    read_json,
-    write_json,
 )
-from ftlevel.artifacts.paths import relative_path, resolve_relative
+from ftlevel.artifacts.paths import resolve_relative
 from ftlevel.artifacts.run_directory import CHECKPOINTS, CONFIG, get_run_dir
 from ftlevel.artifacts.sentence_transformers import get_task_type
 from ftlevel.config.methods.lora import BASE_MODIFYING_INITS
@@ -440,10 +438,6 @@ def check_cached_base(ref: ModelRef) -> None:
         check_base(source, ref.card, ref.adapter_path)
 
 
-NAMED = "model.json"
-"""File with the name and fingerprint of a reference model."""
-
-
 @dataclass(frozen=True)
 class ReferenceModel:
     """Resolved reference, teacher or guide; `fingerprint` identifies weights and quantization."""
@@ -451,13 +445,6 @@ class ReferenceModel:
     name: str
     ref: ModelRef
     fingerprint: str
-
-    def write(self, record_dir: Path, base_dir: Path) -> None:
-        """Save name and fingerprint in `record_dir`; a local path also relative to `base_dir`."""
-        path = Path(self.name).expanduser()
-        local = {"path": relative_path(path, base_dir)} if path.exists() else {}
-        name = str(path.absolute()) if local else self.name
-        write_json(record_dir / NAMED, {"name": name, **local, "fingerprint": self.fingerprint})
 
 
 def resolve_reference(
@@ -510,22 +497,6 @@ def resolve_text_model(flag: str, name: str, device: str, dtype: str) -> Referen
 def _task_of_texts(config: Any) -> str:
     is_classifier = checkpoint_class(config) == "AutoModelForSequenceClassification"
     return "reranking" if is_classifier and config.num_labels == 1 else "embedding"
-
-
-def load_reference(record_dir: Path, base_dir: Path, device: str) -> ReferenceModel:
-    """Resolve the model that `ReferenceModel.write` saved; InputError if its weights changed."""
-    record = read_json(record_dir / NAMED)
-    name = record["name"]
-    if record.get("path") and (path := resolve_relative(record["path"], base_dir)).exists():
-        name = str(path)
-    label = f"{name} (the reference of {base_dir})"
-    ref = resolve_model(name, device=device, label=label)
-    if compute_fingerprint(ref) != record["fingerprint"]:
-        raise InputError(
-            f"{label} has other weights than in training, so rewards would change. Restore the "
-            "weights, or train again."
-        )
-    return ReferenceModel(name, ref, record["fingerprint"])
 
 
 def compute_fingerprint(ref: ModelRef) -> str:

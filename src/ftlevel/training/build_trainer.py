@@ -132,7 +132,10 @@ def create_evaluator(run: Run, processes: Processes, sampler: Any = None) -> Eva
         return None
     section = run.config.train
     generated = min(section.max_generate_samples, len(run.data.validation))
-    shared: dict[str, Any] = {
+    uses_text = should_generate(section.predict_with_generate, run.task) and uses_text_metrics(
+        section.metrics, run.task
+    )
+    settings: dict[str, Any] = {
         "rows": run.data.validation,
         "tokenizer": run.model.tokenizer,
         "kind": run.model.kind,
@@ -142,28 +145,21 @@ def create_evaluator(run: Run, processes: Processes, sampler: Any = None) -> Eva
         "batch_size": eval_batch_size(section),
         "metrics": section.metrics,
         "corpus": run.data.corpus,
-    }
-    if processes.count > 1:
-        shared["divide"] = partial(processes.divide, equally=section.shard != "none")
-    if (own := run.hooks.create_evaluator(run, sampler, generated, shared)) is not None:
-        return own
-    uses_generation = should_generate(section.predict_with_generate, run.task)
-    return Evaluator(
-        **shared,
-        generated_rows=generated
-        if uses_generation and uses_text_metrics(section.metrics, run.task)
-        else 0,
-        writing=GenerationOptions(
+        "generated_rows": generated if uses_text or run.objective.samples else 0,
+        "writing": GenerationOptions(
             section.max_new_tokens,
             section.num_beams,
             section.temperature,
             section.top_p,
             section.seed,
         ),
-        score_texts=run.task.score_texts,
-        language=run.data.info["target_language"],
-        chunked_cross_entropy=run.fast.chunked_cross_entropy,
-    )
+        "score_texts": run.task.score_texts,
+        "language": run.data.info["target_language"],
+        "chunked_cross_entropy": run.fast.chunked_cross_entropy,
+    }
+    if processes.count > 1:
+        settings["divide"] = partial(processes.divide, equally=section.shard != "none")
+    return run.hooks.create_evaluator(run, sampler, settings)
 
 
 def create_trainer(

@@ -19,7 +19,7 @@ from ftlevel.artifacts.run_directory import RunDirectory, delete_adapter, record
 from ftlevel.config import IN_MEMORY, MethodConfig, OutputConfig
 from ftlevel.errors import RunError
 from ftlevel.evaluation.intervals import ExampleRecord, interval, select_metrics
-from ftlevel.evaluation.scoring import KEPT, Evaluator, iterate_results
+from ftlevel.evaluation.scoring import Evaluator, iterate_results
 from ftlevel.events import Listener
 from ftlevel.extensions import hooks
 from ftlevel.methods import needs_import
@@ -62,14 +62,12 @@ def save(
     run: Run,
     output_dir: RunDirectory,
     base: Mapping[str, Any],
-    files: Any = None,
     weights: Mapping[str, Any] | None = None,
 ) -> None:
     """Save the adapter or full model, its tokenizer and card, atomically.
 
     Training-only modules of `model` (modified) are removed. `base` describes the base model.
-    `files` is a temporary directory with files of the reference model of preference training, or
-    None. `weights` is the gathered state dict of a sharded full model.
+    `weights` is the gathered state dict of a sharded full model.
     """
     module, partial = model.model, output_dir.adapter.with_name(".adapter.partial")
     finalize_method(module, run.config.method, run.model.device, run.model.dtype)
@@ -81,7 +79,7 @@ def save(
     else:
         module.save_pretrained(str(partial), state_dict=weights)
         save_legacy_rope(partial)
-    save_tokenizer_and_card(partial, run, base, files, output_dir.adapter)
+    save_tokenizer_and_card(partial, run, base, output_dir.adapter)
     flush_all(partial)
     delete_adapter(output_dir.path)
     partial.rename(output_dir.adapter)
@@ -90,19 +88,13 @@ def save(
 
 
 def save_tokenizer_and_card(
-    save_dir: Path,
-    run: Run,
-    base: Mapping[str, Any],
-    files: Any = None,
-    final_dir: Path | None = None,
+    save_dir: Path, run: Run, base: Mapping[str, Any], final_dir: Path | None = None
 ) -> None:
-    """Save tokenizer, card and `files` next to the weights in `save_dir`.
+    """Save tokenizer, card and the task's files next to the weights in `save_dir`.
 
-    `files` is a temporary directory with files of the reference model, or None. A local base path
-    is stored relative to `final_dir`, to which `save_dir` is moved later.
+    A local base path is stored relative to `final_dir`, to which `save_dir` is moved later.
     """
-    if files is not None:
-        shutil.copytree(files.name, save_dir / KEPT, dirs_exist_ok=True)
+    run.hooks.save_files(run, save_dir)
     run.model.tokenizer.save_pretrained(str(save_dir))
     save_stop_ids(save_dir, run.model.tokenizer)
     is_local = base["kind"] in ("directory", "gguf")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftlevel.extensions import load
@@ -17,18 +17,26 @@ if TYPE_CHECKING:
     from ftlevel.training.forecast.seconds import Gpu, TimeForecast
     from ftlevel.training.model import PreparedModel
     from ftlevel.training.plan.run import Run
+    from ftlevel.training.processes import Processes
 
 
-class EvaluationHooks(ABC):
+class EvaluationHooks:
     """Base class of what a task changes in `ftlevel evaluate`; `choices` are lines to print."""
 
     choices: Sequence[Choice] = ()
 
-    @abstractmethod
     def create_evaluator(
-        self, trained: LoadedModel, eval_rows: Any, seed: int, settings: Mapping[str, Any]
+        self,
+        trained: LoadedModel,
+        eval_rows: Any,
+        seed: int,
+        settings: Mapping[str, Any],
+        listener: Listener,
     ) -> Evaluator:
         """Create the evaluator of `trained` from `settings`, the arguments of `Evaluator`."""
+        from ftlevel.evaluation.scoring import Evaluator
+
+        return Evaluator(**settings)
 
 
 class TrainingHooks:
@@ -63,6 +71,16 @@ class TrainingHooks:
 
     # ---- training
 
+    def precompute(self, run: Run, listener: Listener, processes: Processes) -> Run:
+        """Returns the run with outputs of other models in its rows, before its model is loaded."""
+        return run
+
+    def precompute_initial(
+        self, run: Run, model: PreparedModel, listener: Listener, processes: Processes
+    ) -> Run:
+        """Returns the run with outputs of its own untrained `model` in its rows."""
+        return run
+
     def create_scorer(self, run: Run, listener: Listener) -> Any:
         """Returns the teacher of a task that calls it in training, not before; None for others."""
         return None
@@ -80,11 +98,11 @@ class TrainingHooks:
         """
         return None, {}, order
 
-    def create_evaluator(
-        self, run: Run, sampler: Any, num_generated: int, settings: Mapping[str, Any]
-    ) -> Evaluator | None:
-        """Returns the evaluator of the validation rows; None for the usual `Evaluator`."""
-        return None
+    def create_evaluator(self, run: Run, sampler: Any, settings: Mapping[str, Any]) -> Evaluator:
+        """Create the evaluator of the validation rows from the arguments of `Evaluator`."""
+        from ftlevel.evaluation.scoring import Evaluator
+
+        return Evaluator(**settings)
 
     def check_trainer(self, trainer: Any, rows: Sequence[Any], listener: Listener) -> None:
         """Raise RunError if training `trainer` on `rows` would fail."""
@@ -92,6 +110,15 @@ class TrainingHooks:
     def explain_no_effect(self, run: Run, records: Sequence[Mapping[str, Any]]) -> str:
         """Returns why training changed nothing, and advice; "" if unknown."""
         return ""
+
+    def save_files(self, run: Run, directory: Path) -> None:
+        """Save further files next to the weights in `directory`."""
+
+    def describe(
+        self, run: Run, records: Sequence[Mapping[str, Any]]
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Returns sections of summary.json, and notes for the user; `records` is the log."""
+        return {}, []
 
     def get_warnings(self, run: Run, records: Sequence[Mapping[str, Any]]) -> list[str]:
         """Returns warnings about a finished run with the log `records`."""
@@ -124,12 +151,12 @@ class TrainingHooks:
 
     # ---- evaluate
 
-    def evaluation(self, ref: ModelRef, options: Mapping[str, Any]) -> EvaluationHooks | None:
+    def evaluation(self, ref: ModelRef, options: Mapping[str, Any]) -> EvaluationHooks:
         """Returns what changes in `ftlevel evaluate`; raises ConfigError for invalid `options`.
 
         `options` are those that extensions added, and `name`, the evaluated run or model.
         """
-        return None
+        return EvaluationHooks()
 
 
 def hooks_of(task: BaseTask) -> TrainingHooks:

@@ -103,7 +103,7 @@ def get_identity(run: Run, fingerprint: str | None) -> dict[str, Any]:
         BASE: fingerprint,
         ROWS: data.info["fingerprint"],
         VALIDATION: data.info.get("validation_fingerprint"),
-        **{".".join(field): value for field, value in run.auxiliary.fingerprints().items()},
+        **{field: model.fingerprint for field, model in run.auxiliary.items()},
     }
     if data.prompt_format is not None and data.prompt_format.kind == "plain":
         values["data.prompt_version"] = data.prompt_format.version

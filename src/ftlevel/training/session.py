@@ -59,7 +59,6 @@ from ftlevel.training.processes import (
     started_processes,
 )
 from ftlevel.training.proof import Proof, verify_run
-from ftlevel.training.reference import compute_initial_reference, precompute_reference
 from ftlevel.training.resume import (
     PLAIN_STEP,
     ResumeState,
@@ -303,15 +302,14 @@ class TrainingSession:
     def _prepare(self, run: Run, load: LoadModel) -> None:
         listener, processes = self.listener, self.processes
         run = with_text_models(run, listener, processes)
-        run, reference = precompute_reference(run, listener, processes)
+        run = run.hooks.precompute(run, listener, processes)
         teacher = precompute_teacher(run, listener, processes)
         listener.stage("loading the model")
         model = load(run, listener)
-        if reference is None:
-            run, reference = compute_initial_reference(run, model, listener, processes)
+        run = run.hooks.precompute_initial(run, model, listener, processes)
         if teacher is not None:
             run = replace(run, data=replace(run.data, train=teacher.rows))
-        auxiliary = AuxiliaryOutputs(reference, teacher, run.hooks.create_scorer(run, listener))
+        auxiliary = AuxiliaryOutputs(teacher, run.hooks.create_scorer(run, listener))
         try:
             self.comparison = check_fast_step(run, model, processes, listener)
         except FastStepError:
@@ -344,9 +342,7 @@ class TrainingSession:
         if self.is_sharded:
             self.initial_logits = compute_initial_logits(model, run)
         self.trainer = create_trainer(run, model, output_dir, resumed, processes, scorer)
-        write_files = partial(
-            save_tokenizer_and_card, run=run, base=base, files=self.auxiliary.files
-        )
+        write_files = partial(save_tokenizer_and_card, run=run, base=base)
         self.callbacks = add_callbacks(
             self.trainer,
             run,
@@ -425,7 +421,7 @@ class TrainingSession:
         self.listener.stage("saving and verifying")
 
         def write(weights: Mapping[str, Any] | None = None) -> None:
-            save(self.model, self.run, self.output_dir, self.base, self.auxiliary.files, weights)
+            save(self.model, self.run, self.output_dir, self.base, weights)
 
         with explain_disk_errors(self.output_dir):
             if self.is_sharded:

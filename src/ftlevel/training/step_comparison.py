@@ -24,9 +24,9 @@ from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.encoding.texts import distinct_texts
 from ftlevel.errors import RunError, is_out_of_memory
 from ftlevel.fast.fused_layers import FusedGlu, FusedNorm
-from ftlevel.fast.likelihoods import base_model, compute_full_loss, sum_log_ratios, with_baseline
+from ftlevel.fast.likelihoods import base_model, compute_full_loss
 from ftlevel.models.module_tree import get_stacks
-from ftlevel.objectives import LikelihoodObjective, StepObjective
+from ftlevel.objectives import StepObjective
 from ftlevel.trained.generation import batches
 from ftlevel.training.trainer import FtlevelTrainer
 
@@ -272,23 +272,20 @@ class Steps:
         return self._reference(self.model, rows, batch_size)
 
     def _reference(self, model: Any, rows: Sequence[Encoded], batch_size: int) -> StepResult:
-        objective, device = self.trainer.objective, self.trainer.args.device
+        objective = self.trainer.objective
         if isinstance(objective, StepObjective):
             return self._reference_whole_step(objective, rows, batch_size)
         loss_config = self.trainer.loss
         self.model.eval()
         self.model.zero_grad()
-        loss, kl_baseline = 0.0, self._baseline(rows, batch_size)
-        micro_batches = self._batches(rows, batch_size)
+        micro_batches, loss = self._batches(rows, batch_size), 0.0
+        contrasts = self._batches([other for row in rows for other in row.contrasts], batch_size)
+        self.trainer.prepare_plain(micro_batches, contrasts)
         num_targets = [
             objective.training_count(batch["labels"], loss_config) for batch in micro_batches
         ]
         total = objective.step_count(num_targets)
         for batch in micro_batches:
-            if kl_baseline is not None:
-                batch["preference_labels"] = with_baseline(
-                    batch["preference_labels"], kl_baseline.to(device)
-                )
             mask = batch["attention_mask"]
             summed, _, _ = compute_full_loss(model, objective, batch, mask, loss_config)
             batch_loss = (summed / total).sum()
@@ -311,16 +308,6 @@ class Steps:
         loss = objective.step_loss(torch.cat(vectors), step)
         torch.autograd.backward(loss)
         return StepResult(loss.item(), self._pop_gradients())
-
-    def _baseline(self, rows: Sequence[Encoded], batch_size: int) -> Tensor | None:
-        """Returns the KTO baseline of a step (a scalar ≥ 0); None for other objectives."""
-        objective = self.trainer.objective
-        contrasts = [other for row in rows for other in row.contrasts]
-        if not (isinstance(objective, LikelihoodObjective) and contrasts):
-            return None
-        batches = self._batches(contrasts, batch_size)
-        total = sum_log_ratios(None, self.model, objective, batches)
-        return (total[0] / total[1]).clamp(min=0)
 
     def _batches(self, rows: Sequence[Encoded], batch_size: int) -> list[dict[str, Tensor]]:
         collate = Collator(self.pad_id)

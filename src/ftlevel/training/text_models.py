@@ -46,9 +46,8 @@ def with_text_models(run: Run, listener: Listener, processes: Processes) -> Run:
     """
     if not isinstance(run.objective, Embeddings | Ranking):
         return run
-    for flag, model in (("guide", run.auxiliary.guide), ("teacher", run.auxiliary.teacher)):
-        if model is None:
-            continue
+    for path, model in run.auxiliary.items():
+        flag = path.rpartition(".")[2]
         listener.stage(f"running the {flag}")
         loaded, data = model.ref.load(run.model.device), run.data
         if flag == "guide":

@@ -8,10 +8,10 @@ from collections import OrderedDict
 from pathlib import Path
 
 import pytest
+from ftlevel.config.preference import PreferenceConfig
 
 from ftlevel.config import Layer, TrainConfig, build_config, load_recipe, parse_overrides, put
 from ftlevel.config.flags import FLAGS, recipe_hint
-from ftlevel.config.preference import PreferenceConfig
 from ftlevel.errors import ConfigError
 from ftlevel.extras.rl.config import RlConfig
 

@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ftlevel.config.preference import LOSSES, SMOOTHING, PreferenceConfig
 from torch.nn.functional import log_softmax
 
-from ftlevel.config.preference import LOSSES, SMOOTHING, PreferenceConfig
 from ftlevel.data.encoding.collate import Collator
+from ftlevel.extras.preference.objective import Preferences, create_preferences, log_odds
+from ftlevel.extras.preference.rows import ContrastedRows, ReferencedRows
+from ftlevel.extras.preference.task import RewardObjective
 from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
 from ftlevel.fast.likelihoods import compute_answer_likelihoods, sum_log_ratios, with_baseline
 from ftlevel.fast.packing import using_layout
@@ -19,9 +22,6 @@ from ftlevel.fast.plan import FastPlan
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.objectives import TrainingLoss
-from ftlevel.tasks.preferences.objective import Preferences, create_preferences, log_odds
-from ftlevel.tasks.preferences.rows import ContrastedRows, ReferencedRows
-from ftlevel.tasks.preferences.task import RewardObjective
 from preference_figures import (
     BASELINE,
     LENGTHS,

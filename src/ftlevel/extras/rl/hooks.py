@@ -52,7 +52,7 @@ from ftlevel.training.forecast.seconds import Gpu, TimeForecast
 from ftlevel.training.hooks import EvaluationHooks, TrainingHooks
 from ftlevel.training.model import PreparedModel, load_training_model
 from ftlevel.training.plan.run import Run
-from ftlevel.training.reference import iterate_batches, load_auxiliary_model
+from ftlevel.training.teacher import TEACHER, iterate_batches, load_auxiliary_model
 
 
 class RlHooks(TrainingHooks):
@@ -99,7 +99,7 @@ class RlHooks(TrainingHooks):
 
     def create_scorer(self, run: Run, listener: Listener) -> TeacherScorer | None:
         """Returns the scorer of on-policy distillation; None without a teacher."""
-        teacher = run.auxiliary.teacher
+        teacher = run.auxiliary.get(TEACHER)
         return TeacherScorer(teacher, run, listener) if teacher is not None else None
 
     def create_sampler(self, run: Run, model: PreparedModel, teacher: Any) -> Rollouts:
@@ -130,12 +130,12 @@ class RlHooks(TrainingHooks):
         return RlTrainer, {"rollouts": sampler, "prompts": rows, "bound": bound}, order
 
     def create_evaluator(
-        self, run: Run, sampler: Rollouts, num_generated: int, settings: Mapping[str, Any]
+        self, run: Run, sampler: Rollouts, settings: Mapping[str, Any]
     ) -> Evaluator:
         """Returns the evaluator that scores sampled completions of validation rows."""
         where = run.data.validation_table.where
         rollouts = sampler.for_rows(where) if sampler is not None else None
-        return RewardEvaluator(**settings, generated_rows=num_generated, rollouts=rollouts)
+        return RewardEvaluator(**settings, rollouts=rollouts)
 
     def check_trainer(self, trainer: RlTrainer, rows: Sequence[Any], listener: Listener) -> None:
         """Sample completions of some prompts before training, and show them."""
@@ -237,7 +237,12 @@ class RewardEvaluation(EvaluationHooks):
         ]
 
     def create_evaluator(
-        self, trained: LoadedModel, eval_rows: Any, seed: int, settings: Mapping[str, Any]
+        self,
+        trained: LoadedModel,
+        eval_rows: Any,
+        seed: int,
+        settings: Mapping[str, Any],
+        listener: Listener,
     ) -> Evaluator:
         """Create the evaluator that samples completions from `trained`."""
         objective: Any = trained.objective

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ftlevel.config import DEFAULT_MODEL, DataConfig, MethodConfig, ModelConfig
-from ftlevel.config.preference import DISTILLATION_TASKS, PREFERENCE_TASKS, DistillationConfig
+from ftlevel.config.distillation import DISTILLATION_TASKS, DistillationConfig
 from ftlevel.config.section import Choice
 from ftlevel.config.trainer import LEARNING_RATE_ADVICE, PLATEAU, TrainerConfig
 from ftlevel.data.encoding.fit import LengthBounds
@@ -190,7 +190,7 @@ def resolve_training_loss(
     `rows` are the training rows, used to balance classes. Raises ConfigError if the loss is not
     available for this objective.
     """
-    _check_loss(train, task, objective)
+    _check_loss(train, objective)
     class_weights, choices = train.class_weights, list[Choice]()
     weights: tuple[float, ...] = ()
     if class_weights == "balanced":
@@ -214,14 +214,13 @@ def resolve_training_loss(
         if distillation.kd_ratio < 1:
             description = f"{1 - distillation.kd_ratio:g} cross entropy + {description}"
         choices.append(Choice("loss", description, f"temperature {distillation.kd_temperature:g}"))
-    smoothing = 0.0 if task in PREFERENCE_TASKS else train.label_smoothing_factor
+    smoothing = 0.0 if objective.has_own_smoothing else train.label_smoothing_factor
     return TrainingLoss(smoothing, weights, train.focal_gamma), choices
 
 
-def _check_loss(train: TrainerConfig, task: str, objective: Objective) -> None:
+def _check_loss(train: TrainerConfig, objective: Objective) -> None:
     errors = []
-    is_preference = task in PREFERENCE_TASKS  # preference losses have their own smoothing
-    if train.label_smoothing_factor and not (objective.one_of_many or is_preference):
+    if train.label_smoothing_factor and not objective.one_of_many:
         errors.append(
             f"--label-smoothing-factor {train.label_smoothing_factor:g} needs labels of a single "
             f"token, tag or class. Drop it."

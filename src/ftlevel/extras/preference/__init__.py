@@ -1,0 +1,38 @@
+"""Preference training and reward models: configuration, tasks, losses and reference models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ftlevel.extensions import Extension
+
+if TYPE_CHECKING:
+    from ftlevel.config.flag import Flag
+
+_ALIASES = {
+    "preference": ("preferences", "dpo", "rlhf"),
+    "reward": ("reward-model", "reward-modeling"),
+}
+
+
+def _flags() -> list[Flag]:
+    from ftlevel.config.flag import HOW, Flag
+
+    return [
+        Flag("preference.loss", "", HOW,
+             by_task={"embedding": "embedding.loss", "reranking": "reranking.loss"}),
+        Flag("preference.beta", "", HOW),
+        Flag("preference.reference", "", HOW, metavar="start|none|RUN"),
+        Flag("preference.simpo_gamma", "", HOW),
+        Flag("preference.sft_weight", "", HOW),
+        Flag("preference.desirable_weight", "", HOW),
+        Flag("preference.undesirable_weight", "", HOW),
+    ]  # fmt: skip
+
+
+EXTENSION = Extension(
+    tasks=dict.fromkeys(("preference", "reward"), "ftlevel.extras.preference.task"),
+    task_aliases={alias: (task, {}) for task, names in _ALIASES.items() for alias in names},
+    sections={"preference": "ftlevel.extras.preference.config:PreferenceConfig"},
+    flags=_flags,
+)
