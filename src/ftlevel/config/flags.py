@@ -32,6 +32,7 @@ from ftlevel.config.flag import (
     option,
 )
 from ftlevel.config.flag import CONFIGS as CONFIGS
+from ftlevel.config.train import SECTIONS
 from ftlevel.errors import ConfigError
 from ftlevel.extensions import OWN, Command, added_rows, find_extensions, warn_skipped
 
@@ -356,12 +357,26 @@ _GENERAL_FLAGS: tuple[Flag, ...] = (
 
 
 def _extended() -> Iterator[Flag]:
-    """Yields all flags; raises ConfigError if two packages define the same flag of a command."""
+    """Yields all flags; raises ConfigError if two packages define the same flag of a command.
+
+    Rows of ftlevel's own extensions with the same name, such as `--loss`, are one flag. It sets the
+    first row's field, or that of the section that the task uses.
+    """
     flags: list[tuple[str, Sequence[Flag]]] = []
+    by_task: dict[str, dict[str, str]] = {}
     aliases: dict[str, list[FlagAliases]] = {}
     for source, extension in find_extensions():
         try:
-            flags.append((source, extension.flags()))
+            rows = []
+            for row in extension.flags():
+                section = SECTIONS.get(row.path.partition(".")[0]) if source == OWN else None
+                if section is not None and row.name in by_task:
+                    by_task[row.name] |= dict.fromkeys(section.tasks, row.path)
+                    continue
+                if section is not None:
+                    by_task[row.name] = {}
+                rows.append(row)
+            flags.append((source, rows))
             for path, more in extension.aliases().items():
                 aliases.setdefault(path, []).append(more)
         except Exception as error:
@@ -382,6 +397,8 @@ def _extended() -> Iterator[Flag]:
                 row = replace(
                     row, aliases=row.aliases | more, by_task={**row.by_task, **more.by_task}
                 )
+            if own := by_task.get(row.name) if source == OWN and "train" in row.on else None:
+                row = replace(row, by_task={**row.by_task, **own})
             yield row
 
 
