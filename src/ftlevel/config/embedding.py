@@ -183,11 +183,6 @@ class EmbeddingConfig(TaskSection):
             return 1.0, ""
         return DECODER_RATES.get(method, DECODER_RATE) ** (1 - size), "measured with SmolLM2"
 
-    @property
-    def auxiliary_models(self) -> Mapping[str, str | None]:
-        """The guide, if there is one."""
-        return {"guide": self.guide}
-
     def validate_run(self, config: Any) -> Iterator[str]:
         """Yields an error message per invalid setting."""
         return validate_embedding(self, config.train.rows_per_step, config.distillation.teacher)

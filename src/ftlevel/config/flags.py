@@ -7,7 +7,7 @@ Extensions can add flags, and aliases for the flags of train.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -356,33 +356,43 @@ _GENERAL_FLAGS: tuple[Flag, ...] = (
 )  # fmt: skip
 
 
-def _extended() -> Iterator[Flag]:
-    """Yields all flags; raises ConfigError if two packages define the same flag of a command.
+def _merge_rows(rows: Iterable[Flag]) -> list[Flag]:
+    """Returns the rows; those of task sections with one name, such as `--loss`, are one flag.
 
-    Rows of ftlevel's own extensions with the same name, such as `--loss`, are one flag. It sets the
-    first row's field, or that of the section that the task uses.
+    It sets the first row's field, or that of the section that the task uses.
     """
-    flags: list[tuple[str, Sequence[Flag]]] = []
-    by_task: dict[str, dict[str, str]] = {}
+    merged: list[Flag] = []
+    shared: dict[str, dict[str, str]] = {}  # name → task → field
+    for row in rows:
+        section = SECTIONS.get(row.path.partition(".")[0])
+        if section is not None and row.name in shared:
+            shared[row.name] |= dict.fromkeys(section.tasks, row.path)
+            continue
+        if section is not None:
+            shared[row.name] = dict(row.by_task)
+        merged.append(row)
+    return [replace(row, by_task=shared.get(row.name, row.by_task)) for row in merged]
+
+
+def _extended() -> Iterator[Flag]:
+    """Yields all flags; raises ConfigError if two packages define the same flag of a command."""
+    own: list[Flag] = []
+    flags: list[tuple[str, Sequence[Flag]]] = [(OWN, own)]
     aliases: dict[str, list[FlagAliases]] = {}
     for source, extension in find_extensions():
         try:
-            rows = []
-            for row in extension.flags():
-                section = SECTIONS.get(row.path.partition(".")[0]) if source == OWN else None
-                if section is not None and row.name in by_task:
-                    by_task[row.name] |= dict.fromkeys(section.tasks, row.path)
-                    continue
-                if section is not None:
-                    by_task[row.name] = {}
-                rows.append(row)
-            flags.append((source, rows))
+            rows = extension.flags()
+            if source == OWN:
+                own += rows
+            else:
+                flags.append((source, rows))
             for path, more in extension.aliases().items():
                 aliases.setdefault(path, []).append(more)
         except Exception as error:
             if source == OWN:
                 raise
             warn_skipped(source, error)
+    own[:] = _merge_rows(own)
     names: dict[tuple[str, str], str] = {}
     for source, rows in ((OWN, (*_RUN_FLAGS, *COMMAND_FLAGS)), *flags, (OWN, _GENERAL_FLAGS)):
         for row in rows:
@@ -397,8 +407,6 @@ def _extended() -> Iterator[Flag]:
                 row = replace(
                     row, aliases=row.aliases | more, by_task={**row.by_task, **more.by_task}
                 )
-            if own := by_task.get(row.name) if source == OWN and "train" in row.on else None:
-                row = replace(row, by_task={**row.by_task, **own})
             yield row
 
 

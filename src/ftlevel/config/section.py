@@ -193,11 +193,6 @@ class TaskSection(Section):
     pipeline_tags: ClassVar[Mapping[str, str]] = {}
 
     @property
-    def auxiliary_models(self) -> Mapping[str, str | None]:
-        """Field → name of a model that is used but not trained; None if it is not needed."""
-        return {}
-
-    @property
     def steps_per_batch(self) -> int:
         """Number of optimizer steps that train on the same rows, one after the other."""
         return 1

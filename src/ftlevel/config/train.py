@@ -87,12 +87,6 @@ class TrainConfig(Section):
         return next((getattr(self, name) for name in names), TaskSection())
 
     @property
-    def auxiliary_models(self) -> dict[str, str | None]:
-        """Dotted field → name of a model of the task's section that is used but not trained."""
-        models = ((n, getattr(self, n).auxiliary_models) for n in SECTIONS)
-        return {f"{n}.{field}": name for n, own in models for field, name in own.items()}
-
-    @property
     def max_new_tokens(self) -> int:
         """Maximum number of generated tokens."""
         return self.task_section.max_new_tokens or self.train.max_new_tokens

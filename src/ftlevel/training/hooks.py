@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.extensions import load
 
 if TYPE_CHECKING:
     from ftlevel.config.section import Choice
-    from ftlevel.evaluation.scoring import Evaluator
     from ftlevel.events import Listener
     from ftlevel.tasks import BaseTask
     from ftlevel.trained.model_ref import LoadedModel, ModelRef
@@ -34,8 +34,6 @@ class EvaluationHooks:
         listener: Listener,
     ) -> Evaluator:
         """Create the evaluator of `trained` from `settings`, the arguments of `Evaluator`."""
-        from ftlevel.evaluation.scoring import Evaluator
-
         return Evaluator(**settings)
 
 
@@ -47,10 +45,12 @@ class TrainingHooks:
     Attributes:
         logs_each_step: whether every step is logged by default.
         needs_order: whether the Trainer needs the sampler of the rows, even if it is random.
+        evaluator: class that scores the validation rows.
     """
 
     logs_each_step: ClassVar[bool] = False
     needs_order: ClassVar[bool] = False
+    evaluator: ClassVar[type[Evaluator]] = Evaluator
 
     # ---- before training
 
@@ -60,6 +60,10 @@ class TrainingHooks:
 
     def check_run(self, run: Run) -> None:
         """Raise ConfigError if the run cannot start, e.g. because a server does not answer."""
+
+    def get_auxiliary_names(self, run: Run) -> Mapping[str, str | None]:
+        """Returns dotted field → name of a model that is used but not trained; None if unset."""
+        return {}
 
     def get_identity(self, run: Run) -> Mapping[str, Any]:
         """Returns dotted field → value that a resumed run must have, if not the configured."""
@@ -71,11 +75,11 @@ class TrainingHooks:
 
     # ---- training
 
-    def precompute(self, run: Run, listener: Listener, processes: Processes) -> Run:
-        """Returns the run with outputs of other models in its rows, before its model is loaded."""
+    def with_auxiliary_outputs(self, run: Run, listener: Listener, processes: Processes) -> Run:
+        """Returns the run with outputs of the auxiliary models in its rows."""
         return run
 
-    def precompute_initial(
+    def with_initial_outputs(
         self, run: Run, model: PreparedModel, listener: Listener, processes: Processes
     ) -> Run:
         """Returns the run with outputs of its own untrained `model` in its rows."""
@@ -100,9 +104,7 @@ class TrainingHooks:
 
     def create_evaluator(self, run: Run, sampler: Any, settings: Mapping[str, Any]) -> Evaluator:
         """Create the evaluator of the validation rows from the arguments of `Evaluator`."""
-        from ftlevel.evaluation.scoring import Evaluator
-
-        return Evaluator(**settings)
+        return self.evaluator(**settings)
 
     def check_trainer(self, trainer: Any, rows: Sequence[Any], listener: Listener) -> None:
         """Raise RunError if training `trainer` on `rows` would fail."""

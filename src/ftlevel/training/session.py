@@ -302,11 +302,11 @@ class TrainingSession:
     def _prepare(self, run: Run, load: LoadModel) -> None:
         listener, processes = self.listener, self.processes
         run = with_text_models(run, listener, processes)
-        run = run.hooks.precompute(run, listener, processes)
+        run = run.hooks.with_auxiliary_outputs(run, listener, processes)
         teacher = precompute_teacher(run, listener, processes)
         listener.stage("loading the model")
         model = load(run, listener)
-        run = run.hooks.precompute_initial(run, model, listener, processes)
+        run = run.hooks.with_initial_outputs(run, model, listener, processes)
         if teacher is not None:
             run = replace(run, data=replace(run.data, train=teacher.rows))
         auxiliary = AuxiliaryOutputs(teacher, run.hooks.create_scorer(run, listener))

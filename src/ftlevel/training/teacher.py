@@ -57,7 +57,11 @@ Fill = Callable[[np.ndarray, int, int], None]
 
 def resolve_auxiliary_models(run: Run) -> dict[str, ReferenceModel]:
     """Returns dotted field → model named there, without loading weights."""
-    names = {**run.config.auxiliary_models, TEACHER: run.config.distillation.teacher}
+    names = {
+        **run.hooks.get_auxiliary_names(run),
+        "embedding.guide": run.config.embedding.guide,
+        TEACHER: run.config.distillation.teacher,
+    }
     return {
         field: _resolve(run, flag_name(field), name)
         for field, name in names.items()

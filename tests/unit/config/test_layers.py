@@ -8,11 +8,11 @@ from collections import OrderedDict
 from pathlib import Path
 
 import pytest
-from ftlevel.config.preference import PreferenceConfig
 
 from ftlevel.config import Layer, TrainConfig, build_config, load_recipe, parse_overrides, put
 from ftlevel.config.flags import FLAGS, recipe_hint
 from ftlevel.errors import ConfigError
+from ftlevel.extras.preference.config import PreferenceConfig
 from ftlevel.extras.rl.config import RlConfig
 
 

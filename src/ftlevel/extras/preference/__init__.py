@@ -34,5 +34,6 @@ EXTENSION = Extension(
     tasks=dict.fromkeys(("preference", "reward"), "ftlevel.extras.preference.task"),
     task_aliases={alias: (task, {}) for task, names in _ALIASES.items() for alias in names},
     sections={"preference": "ftlevel.extras.preference.config:PreferenceConfig"},
+    data_checks=("ftlevel.extras.preference.config:PreferenceChecks",),
     flags=_flags,
 )

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from ftlevel.config.constraints import NoEffect, list_violations
+from ftlevel.config.gate import Check, GateConfig, OnData, OnRow
 from ftlevel.config.section import TEXT_FIELDS, TaskSection, list_unread
 from ftlevel.errors import join_names
 
@@ -145,11 +146,6 @@ class PreferenceConfig(TaskSection):
         return self.loss_properties.needs_reference and self.reference != NO_REFERENCE
 
     @property
-    def auxiliary_models(self) -> Mapping[str, str | None]:
-        """The reference model, if it is not the initial one."""
-        return {"reference": self.other_reference}
-
-    @property
     def other_reference(self) -> str | None:
         """Reference model; None if it is the initial model, or none is needed."""
         is_other = self.uses_reference and self.reference != START
@@ -200,3 +196,41 @@ class PreferenceConfig(TaskSection):
     def map_path(cls, field: str, value: str, function: Callable[[str], str]) -> str:
         """Returns the reference, with `function` applied if it names a model."""
         return value if value in (START, NO_REFERENCE) else function(value)
+
+
+class PreferenceChecks(GateConfig):
+    """Action per problem of preference data."""
+
+    equal_answers: Annotated[
+        OnRow,
+        Check("a pair of equal answers", "Pairs without a difference teach nothing: remove them"),
+    ] = Field("drop", description="Pair whose chosen and rejected answers are equal.")
+    contradicting_pairs: Annotated[
+        OnRow, Check("an earlier pair with the answers swapped", "Keep the right one")
+    ] = Field("warn", description="Pair equal to an earlier one with the answers swapped.")
+    scores_disagree: Annotated[
+        OnData,
+        Check(
+            "pairs whose rejected answer has the same score or a better one",
+            "Check whether chosen and rejected are swapped",
+        ),
+    ] = Field(
+        "warn", description="Pairs whose rejected answer scores at least as high as the chosen one."
+    )
+    length_bias: Annotated[
+        OnData,
+        Check(
+            "length alone predicts the preferred answer",
+            "The model may learn length: balance the pairs, or use --loss simpo or dpo-norm",
+        ),
+    ] = Field(
+        "warn",
+        description="Pairs in which length alone predicts the chosen answer in 80 % or more.",
+    )
+    prompt_in_answer: Annotated[
+        OnData,
+        Check("answers that begin with their prompt", "Check whether the prompt leaked"),
+    ] = Field("warn", description="Pairs with an answer that begins with the whole last question.")
+    one_verdict: Annotated[
+        OnData, Check("all answers have the same label", "Add answers of the other kind")
+    ] = Field("stop", description="Judged answers that are all desirable, or all undesirable.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import send_to_device
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.events import Listener
+from ftlevel.extras.preference.config import PreferenceConfig
 from ftlevel.extras.preference.evaluation import (
     LABELS,
     PreferenceEvaluator,
@@ -33,21 +34,29 @@ from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
 from ftlevel.training.trainer import FtlevelTrainer
 
+_REFERENCE = "preference.reference"
+
 
 class PreferenceHooks(TrainingHooks):
     """Hooks of `--task preference`; `Run.resources` is the `Reference`, None without one."""
 
-    def precompute(self, run: Run, listener: Listener, processes: Processes) -> Run:
+    evaluator: ClassVar[type[Evaluator]] = PreferenceEvaluator
+
+    def get_auxiliary_names(self, run: Run) -> Mapping[str, str | None]:
+        """Returns the reference model, if it is not the initial one."""
+        return {_REFERENCE: run.config.get_section(PreferenceConfig).other_reference}
+
+    def with_auxiliary_outputs(self, run: Run, listener: Listener, processes: Processes) -> Run:
         """Returns the run with log-probabilities of the `--reference` model in its rows, if any."""
-        reference = run.auxiliary.get("preference.reference")
+        reference = run.auxiliary.get(_REFERENCE)
         return precompute_reference(run, reference, listener, processes) if reference else run
 
-    def precompute_initial(
+    def with_initial_outputs(
         self, run: Run, model: PreparedModel, listener: Listener, processes: Processes
     ) -> Run:
         """Returns the run with log-probabilities of the initial model in its rows, if needed."""
         objective: Any = run.objective
-        if run.auxiliary.get("preference.reference") or not objective.needs_reference:
+        if _REFERENCE in run.auxiliary or not objective.needs_reference:
             return run
         return compute_initial_reference(run, model, listener, processes)
 
@@ -57,10 +66,6 @@ class PreferenceHooks(TrainingHooks):
         """Returns `KtoTrainer` if the loss needs a baseline."""
         objective: Any = run.objective
         return KtoTrainer if objective.needs_baseline else None, {}, order
-
-    def create_evaluator(self, run: Run, sampler: Any, settings: Mapping[str, Any]) -> Evaluator:
-        """Create the evaluator that scores the answers' log-likelihoods."""
-        return PreferenceEvaluator(**settings)
 
     def save_files(self, run: Run, directory: Path) -> None:
         """Save the initial adapter, or the name of the reference model, if it is not the base."""

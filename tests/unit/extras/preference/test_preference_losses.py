@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ftlevel.config.preference import LOSSES, SMOOTHING, PreferenceConfig
 from torch.nn.functional import log_softmax
 
 from ftlevel.data.encoding.collate import Collator
+from ftlevel.extras.preference.config import LOSSES, SMOOTHING, PreferenceConfig
+from ftlevel.extras.preference.evaluation import compute_answers, sum_log_ratios, with_baseline
 from ftlevel.extras.preference.objective import Preferences, create_preferences, log_odds
 from ftlevel.extras.preference.rows import ContrastedRows, ReferencedRows
 from ftlevel.extras.preference.task import RewardObjective
 from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
-from ftlevel.fast.likelihoods import compute_answer_likelihoods, sum_log_ratios, with_baseline
 from ftlevel.fast.packing import using_layout
 from ftlevel.fast.plan import FastPlan
 from ftlevel.fast.step import FastStep
@@ -58,7 +58,7 @@ def _measure(model: Any, objective: Preferences, rows: Any, plan: FastPlan | Non
     """Return the summed log-probabilities (rows, answers) of `model`, without gradients."""
     with torch.no_grad():
         batch = Collator(PAD)(rows)
-        answers = compute_answer_likelihoods(None, model, objective, batch)
+        answers = compute_answers(None, model, objective, batch)
     return answers[:, 0].numpy().reshape(len(rows), -1)
 
 
@@ -114,10 +114,9 @@ def _step(
             inputs = dict(micro_batch)
             layout = inputs.pop("layout", None)
             if contrast_batches:
-                baseline = (total[0] / total[1]).clamp(min=0)
-                inputs["preference_labels"] = with_baseline(inputs["preference_labels"], baseline)
+                inputs["preference_labels"] = with_baseline(inputs["preference_labels"], total)
             with using_layout(layout):
-                answers = compute_answer_likelihoods(head, model, objective, inputs)
+                answers = compute_answers(head, model, objective, inputs)
                 share = (
                     objective.preference_sum(answers, inputs["preference_labels"], training=True)
                     / count

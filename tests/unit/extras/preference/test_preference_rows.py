@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ftlevel.config.preference import PreferenceConfig
 
 from ftlevel.config import DataConfig
 from ftlevel.data.encoding.fit import LengthBounds, fit_rows
@@ -18,6 +17,7 @@ from ftlevel.data.encoding.store import rows_to_batches, write_store
 from ftlevel.data.formats.examples import convert_rows
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
+from ftlevel.extras.preference.config import PreferenceConfig
 from ftlevel.extras.preference.formats import LabeledCompletion, PairExample
 from ftlevel.extras.preference.rows import (
     ContrastedRows,
