@@ -256,7 +256,7 @@ def test_boolean_is_not_accepted_as_number(setting: str) -> None:
         ("data.mixx={}", "unknown key 'data.mixx'. Did you mean 'data.mix'?"),
         ("trian={}", "unknown key 'trian'. Did you mean 'train'?"),
         ("foo.bar=4", "unknown key 'foo.bar'. Sections: task, model, quant, method, data, train, "
-         "preference, embedding, reranking, distillation, speed, output, rl."),
+         "embedding, reranking, distillation, speed, output, preference, rl."),
         ("train.optim=adamw", "'adamw' is not known. Expected one of adamw_torch, "
          "adamw_torch_fused, adamw_8bit, paged_adamw_8bit, paged_adamw_32bit, adafactor, ademamix, "
          "ademamix_8bit, paged_ademamix_8bit, paged_ademamix_32bit, lion_8bit, lion_32bit, "
