@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ftlevel.config.distillation import DistillationConfig
+    from ftlevel.config.section import Choice
+
 IGNORED = -100
 """Label of a token without loss."""
 
@@ -82,6 +85,9 @@ class SortedMeter(Meter, Protocol):
         """Returns a function from the draws of each meter, `(meters,)`, to the metrics; or None."""
 
 
+TargetLoss = Callable[["Tensor", "Tensor", slice], "Tensor"]
+"""(logits (targets, vocabulary), token ids (targets,), slice of all targets) -> summed loss."""
+
 TokenLogps = Callable[[float], "tuple[Tensor, Tensor]"]
 """temperature -> log-probability of each target, float32 (targets,), and the row of each."""
 
@@ -100,6 +106,7 @@ class Objective(ABC):
         per_token: whether every token or word has a class label.
         has_choice: whether targets are categorical, so that KL and top-1 are defined.
         one_of_many: whether a target is one of several classes, so that labels can be smoothed.
+        predicts_tokens: whether targets are tokens of a language head.
         has_own_smoothing: whether the loss smooths labels itself.
         has_classes: whether targets are classes, so that these can be weighted.
         samples: whether training rows are prompts whose completions the model samples; the loss is
@@ -115,6 +122,7 @@ class Objective(ABC):
     per_token: ClassVar[bool] = False
     has_choice: ClassVar[bool] = True
     one_of_many: ClassVar[bool] = False
+    predicts_tokens: ClassVar[bool] = False
     has_own_smoothing: ClassVar[bool] = False
     has_classes: ClassVar[bool] = False
     samples: ClassVar[bool] = False
@@ -175,6 +183,25 @@ class Objective(ABC):
         total: Tensor = sum(counts[1:], counts[0])
         return total
 
+    def locate(self, labels: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Returns flat (batch, seq) indices of positions that predict targets, and target ids.
+
+        None if the targets are not tokens.
+        """
+        return None
+
+    def target_loss(self, batch: Mapping[str, Any]) -> TargetLoss | None:
+        """Returns the loss of the batch's targets; None if it is their cross entropy."""
+        return None
+
+    def with_teacher(self, config: DistillationConfig) -> Objective:
+        """Returns the objective that also learns from the teacher's logits, if it can."""
+        return self
+
+    def describe_loss(self) -> list[Choice]:
+        """Returns log lines about the training loss."""
+        return []
+
     def likelihood_loss(self, batch: Mapping[str, Any], compute: TokenLogps) -> Tensor | None:
         """Returns the summed loss of a batch from log-likelihoods; None for a loss of logits."""
         return None
@@ -218,6 +245,7 @@ class TokenObjective(Objective):
     """Base class of objectives of language heads; logits are computed at targets only."""
 
     one_of_many: ClassVar[bool] = True
+    predicts_tokens: ClassVar[bool] = True
 
     @abstractmethod
     def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -313,24 +341,3 @@ class StepObjective(Objective):
     def meter(self) -> Meter:
         """Raise `TypeError`: metrics need the embeddings of all texts."""
         raise TypeError("metrics need the vectors of all texts")
-
-
-class DistillationObjective(TokenObjective):
-    """Base class of token objectives with a distillation loss.
-
-    A batch has the teacher's log-probabilities `known` and token `ids` per target, in the order of
-    `locate`. Without them, as in evaluation, the loss is the token loss.
-    """
-
-    @abstractmethod
-    def distillation_sum(
-        self, scores: Tensor, targets: Tensor, known: Tensor, ids: Tensor
-    ) -> Tensor:
-        """Returns the loss summed over targets (a scalar).
-
-        Args:
-            scores: `(targets, vocabulary)` logits of the student.
-            targets: `(targets,)` token ids.
-            known: `(targets, outcomes)` float32 log-probabilities by the teacher.
-            ids: `(targets, k)` ids of the teacher's top k tokens; the last outcome is all others.
-        """

@@ -141,9 +141,8 @@ class Evaluator:
         labels: torch.Tensor,
     ) -> Observe:
         """Returns a callback that adds chunks of logits and targets to `meter` and `record`."""
-        row_indices = None
-        if record is not None and isinstance(self.objective, TokenObjective):
-            row_indices = self.objective.locate(labels)[0] // labels.shape[1]
+        located = self.objective.locate(labels) if record is not None else None
+        row_indices = located[0] // labels.shape[1] if located is not None else None
         seen = 0
 
         def observe(scores: torch.Tensor, targets: torch.Tensor) -> None:

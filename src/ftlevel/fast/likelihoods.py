@@ -15,7 +15,6 @@ from ftlevel.fast.packing import PackedLayout, using_layout
 from ftlevel.fast.prefixes import SharedPrefix, using_prefix
 from ftlevel.objectives import (
     LOSS_INPUTS,
-    DistillationObjective,
     Objective,
     TokenObjective,
     TrainingLoss,
@@ -68,11 +67,10 @@ def compute_full_loss(
     if (total := _compute_likelihood_loss(None, model, objective, batch)) is not None:
         return total, batch["labels"], None
     fed, labels = objective.split(batch)
-    if isinstance(objective, DistillationObjective) and "known" in batch:
-        scores, targets = objective.targets(objective.logits(model(**fed)), labels)
-        total = objective.distillation_sum(scores, targets, batch["known"], batch["ids"])
-        return total, labels, None
     outputs = model(**fed)
+    if (compute := objective.target_loss(batch)) is not None:
+        logits, targets = objective.targets(objective.logits(outputs), labels)
+        return compute(logits, targets, slice(None)), labels, None
     return objective.training_sum(objective.logits(outputs), labels, mask, loss), labels, outputs
 
 
@@ -93,7 +91,7 @@ def prepare_inputs(
 def supervised_loss(
     head: ChunkedCrossEntropy,
     model: Any,
-    objective: Objective,
+    objective: Any,
     batch: Mapping[str, Any],
     observe: Observe | None = None,
     smoothing: float = 0.0,
@@ -101,17 +99,14 @@ def supervised_loss(
     """Returns a batch's summed loss with `head` run at targets only; `observe` gets the logits."""
     if (total := _compute_likelihood_loss(head, model, objective, batch)) is not None:
         return total
-    if not isinstance(objective, TokenObjective):
-        raise TypeError("a language head predicts tokens")
     inputs, labels = prepare_inputs(model, objective, batch)
     at, targets = batch.get("located") or objective.locate(labels)
-    if isinstance(objective, DistillationObjective) and "known" in batch:
-        log_probabilities, ids, sum_of = batch["known"], batch["ids"], objective.distillation_sum
-
-        def compute(logits: Tensor, chunk: slice) -> Tensor:
-            return sum_of(logits, targets[chunk], log_probabilities[chunk], ids[chunk])
-
-        return head.custom_loss_sum(lambda: model(**inputs), at, compute)
+    if (compute := objective.target_loss(batch)) is not None:
+        return head.custom_loss_sum(
+            lambda: model(**inputs),
+            at,
+            lambda logits, chunk: compute(logits, targets[chunk], chunk),
+        )
     return head.loss_sum(lambda: model(**inputs), at, targets, observe, smoothing)
 
 
@@ -134,7 +129,7 @@ Batch = Mapping[str, Tensor]
 class SupervisedTokens:
     """Selects the tokens that predict a target of a language head."""
 
-    objective: TokenObjective
+    objective: Any
 
     def __call__(self, batch: Batch) -> Tensor:
         """Returns the flat indices into (batch, seq) of tokens that predict a target, (needed,)."""

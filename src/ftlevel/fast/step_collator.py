@@ -29,7 +29,7 @@ from ftlevel.fast.prefixes import (
     create_prefix_tree,
     sort_by_prefix,
 )
-from ftlevel.objectives import Objective, TokenObjective
+from ftlevel.objectives import Objective
 
 PREFIX_COST = 120
 """Cost of a shared prefix's own micro-batch beyond the tokens. With 302 tokens and 1,536 after it,
@@ -48,8 +48,7 @@ class StepCollator:
         self._collate = Collator(pad_id)
         self._plan = plan
         # Located here: on a GPU the loss would have to wait for their number.
-        locates = plan.chunked_cross_entropy and isinstance(objective, TokenObjective)
-        self._objective = objective if locates else None
+        self._objective = objective if plan.chunked_cross_entropy else None
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
         """Returns a dict of `rows`, `micro_batches`, `parts`, `in_parallel` and `has_parts`.
@@ -128,7 +127,7 @@ class StepCollator:
             layout = layout.pad_to(self._plan.token_multiple)
         if layout is not None and self._plan.needed_tokens is not None:
             layout = layout.with_needed_tokens(self._plan.needed_tokens(batch))
-        if isinstance(self._objective, TokenObjective):
+        if self._objective is not None:
             batch["located"] = self._objective.locate(batch["labels"])
         return {**batch, "layout": layout}
 

@@ -37,7 +37,7 @@ from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.models.hardware import autocast
 from ftlevel.models.loading import load_config
-from ftlevel.objectives import TokenObjective
+from ftlevel.objectives import Objective
 from ftlevel.tasks.embedding.objective import Embeddings
 from ftlevel.tasks.losses import DistillationRows, outcome_dtype, select_top_k
 from ftlevel.tasks.reranking.losses import Ranking
@@ -236,7 +236,7 @@ def precompute_teacher(
     """Returns training rows with the teacher's predictions; None if the run needs none."""
     teacher, config = run.auxiliary.get(TEACHER), run.config.distillation
     objective = run.objective
-    if teacher is None or not isinstance(objective, TokenObjective) or objective.samples:
+    if teacher is None or not objective.predicts_tokens or objective.samples:
         return None
     listener.stage("running the teacher")
     rows = run.data.train
@@ -271,7 +271,7 @@ def precompute_teacher(
     return TeacherPredictions(DistillationRows(rows, predictions, offsets), info)
 
 
-def _num_targets(objective: TokenObjective, row: Encoded) -> int:
+def _num_targets(objective: Objective, row: Encoded) -> int:
     return int(objective.count(torch.tensor([row.labels])))
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ftlevel.config import DEFAULT_MODEL, DataConfig, MethodConfig, ModelConfig
-from ftlevel.config.distillation import DISTILLATION_TASKS, DistillationConfig
 from ftlevel.config.section import Choice
 from ftlevel.config.trainer import LEARNING_RATE_ADVICE, PLATEAU, TrainerConfig
 from ftlevel.data.encoding.fit import LengthBounds
@@ -179,8 +178,6 @@ _MAX_WEIGHTS_SHOWN = 8  # most class weights on a line
 
 def resolve_training_loss(
     train: TrainerConfig,
-    distillation: DistillationConfig,
-    task: str,
     objective: Objective,
     names: Sequence[str],
     rows: Sequence[Encoded],
@@ -207,13 +204,7 @@ def resolve_training_loss(
         choices.append(
             Choice("class weights", _format_weights(dict(zip(names, weights, strict=True))), note)
         )
-    if distillation.teacher is not None and task in DISTILLATION_TASKS:
-        description = (
-            f"{distillation.kd_ratio:g} {distillation.divergence} of {distillation.teacher}"
-        )
-        if distillation.kd_ratio < 1:
-            description = f"{1 - distillation.kd_ratio:g} cross entropy + {description}"
-        choices.append(Choice("loss", description, f"temperature {distillation.kd_temperature:g}"))
+    choices += objective.describe_loss()
     smoothing = 0.0 if objective.has_own_smoothing else train.label_smoothing_factor
     return TrainingLoss(smoothing, weights, train.focal_gamma), choices
 
