@@ -365,7 +365,9 @@ class _Rows:
         return f"--task {trained.task.name} generates no text"
 
     def score(self, trained: LoadedModel, listener: Listener) -> _Score:
-        self.evaluator = self._create_evaluator(trained, listener)
+        if self.hooks.stage:
+            listener.stage(self.hooks.stage)
+        self.evaluator = self._create_evaluator(trained)
         listener.stage("evaluating")
         self.record = ExampleRecord(trained.objective)
         return self._score(self.evaluator, trained, self.record)
@@ -427,7 +429,7 @@ class _Rows:
             return ({**table.rows[line["row"]], **line} for line in lines)
         return lines
 
-    def _create_evaluator(self, trained: LoadedModel, listener: Listener) -> Evaluator:
+    def _create_evaluator(self, trained: LoadedModel) -> Evaluator:
         config, rows = self.config, self.rows
         train, speed, task = self.run_config.train, self.run_config.speed, trained.task
         is_seeded = "seed" in config.model_fields_set  # else as in training
@@ -458,7 +460,7 @@ class _Rows:
             "corpus": rows.corpus,
         }
         seed = config.seed if is_seeded else train.order_seed
-        return self.hooks.create_evaluator(trained, rows, seed, settings, listener)
+        return self.hooks.create_evaluator(trained, rows, seed, settings)
 
 
 def _resolve(config: EvaluateConfig, device: str) -> tuple[ModelRef, ModelRef | None]:

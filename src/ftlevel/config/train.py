@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -291,6 +291,44 @@ def _validate_stdin(config: TrainConfig) -> Iterator[str]:
         if not is_single and (name == "-" or Path(name).is_fifo()):
             reason, fix = "only one process can read a pipe", "Save the rows to a file."
             yield excludes("--num-processes", f"--dataset {name}", reason, fix)
+
+
+# Files may be a stranger's: some settings only the command line or Python code may make.
+COMMAND_LINE_ONLY = {
+    "model.trust_remote_code": ("--trust-remote-code", "runs Python code that ships with a model"),
+    "output.overwrite": ("--overwrite", "deletes an existing run"),
+    "output.push_to_hub": ("--push-to-hub {}", "uploads the trained model"),
+    **{
+        f"{name}.{field}": row
+        for name, section in SECTIONS.items()
+        for field, row in section.command_line_only.items()
+    },
+}
+"""Dotted field → (flag, what it does); a file cannot set it."""
+
+
+def check_values(values: Mapping[str, Any], locations: Mapping[str, str]) -> Iterator[str]:
+    """Yields a message for each value of a file that only the command line may set.
+
+    `locations` has the dotted fields that a file set → file:line; `values` is the configuration.
+    """
+    for field, (flag, effect) in COMMAND_LINE_ONLY.items():
+        section, _, name = field.partition(".")
+        value = (values.get(section) or {}).get(name)
+        if field in locations and value not in (None, False):
+            yield (
+                f"{locations[field]}: {field} is {value!r}, which {effect}; a file cannot decide "
+                f"this. If you want it, pass {flag.format(value)}; otherwise delete the line."
+            )
+
+
+def pop_command_line_only(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Remove the fields that a file cannot set from `values`; yields (dotted field, flag)."""
+    for field, (flag, _) in COMMAND_LINE_ONLY.items():
+        section, _, name = field.partition(".")
+        value = values.get(section, {}).pop(name, None)
+        if value not in (None, False):
+            yield field, flag.format(value)
 
 
 if not TYPE_CHECKING and _ADDED:

@@ -88,7 +88,7 @@ from ftlevel.training.sharding import (
 from ftlevel.training.step_comparison import FastStepError, StepComparison
 from ftlevel.training.summary import Outcome, resolved_config
 from ftlevel.training.teacher import (
-    AuxiliaryOutputs,
+    TeacherPredictions,
     precompute_teacher,
     resolve_auxiliary_models,
 )
@@ -199,8 +199,9 @@ class TrainingSession:
         stack: closes what the session opens.
         memory: the estimate printed at the start.
         resumed: checkpoint, log and changes of the run to resume; set by `resolve_resume`.
-        model: the loaded model; set, with `auxiliary`, by `prepare`, which also adds the outputs of
-            auxiliary models to the rows of `run`.
+        model: the loaded model; set by `prepare`, which also adds the outputs of auxiliary models
+            to the rows of `run`, with `teacher`, the teacher's predictions, or None, and `scorer`,
+            what `TrainingHooks.create_scorer` returned.
         comparison: result of verifying the fast step; None if it was not verified.
         initial_memory: bytes of the process before the model was loaded.
         base: name, kind and fingerprint of the base model, for card and summary; set, with
@@ -218,7 +219,8 @@ class TrainingSession:
     memory: MemoryEstimate
     resumed: ResumeState = field(default_factory=ResumeState)
     model: PreparedModel = field(init=False)
-    auxiliary: AuxiliaryOutputs = field(init=False)
+    teacher: TeacherPredictions | None = None
+    scorer: Any = None
     comparison: StepComparison | None = None
     initial_memory: int = 0
     output_dir: RunDirectory = field(init=False)
@@ -309,20 +311,20 @@ class TrainingSession:
         run = run.hooks.with_initial_outputs(run, model, listener, processes)
         if teacher is not None:
             run = replace(run, data=replace(run.data, train=teacher.rows))
-        auxiliary = AuxiliaryOutputs(teacher, run.hooks.create_scorer(run, listener))
+        scorer = run.hooks.create_scorer(run, listener)
         try:
             self.comparison = check_fast_step(run, model, processes, listener)
         except FastStepError:
             if model.fast is not None:
                 model.fast.remove()
             raise
-        self.run, self.model, self.auxiliary = run, model, auxiliary
+        self.run, self.model, self.teacher, self.scorer = run, model, teacher, scorer
 
     def open(self) -> None:
         """Open and lock the run directory, and create the Trainer with its callbacks."""
         model, resumed = self.model, self.resumed
         listener, processes = self.listener, self.processes
-        config, scorer = self.run.config, self.auxiliary.scorer
+        config = self.run.config
         processes.from_first(
             lambda: check_disk_space(
                 config.output.dir, config.train, model.model, self.run.schedule.steps
@@ -341,7 +343,7 @@ class TrainingSession:
         self.stack.enter_context(convert_interrupt(output_dir))
         if self.is_sharded:
             self.initial_logits = compute_initial_logits(model, run)
-        self.trainer = create_trainer(run, model, output_dir, resumed, processes, scorer)
+        self.trainer = create_trainer(run, model, output_dir, resumed, processes, self.scorer)
         write_files = partial(save_tokenizer_and_card, run=run, base=base)
         self.callbacks = add_callbacks(
             self.trainer,
@@ -461,7 +463,9 @@ class TrainingSession:
             skipped_steps=[note for note in self.output_dir.load_events() if "how" in note],
             plan=self.memory.compare(self.initial_memory),
         )
-        facts, notes = self.auxiliary.describe(self.run, records)
+        facts, notes = self.run.hooks.describe(self.run, records)
+        if self.teacher is not None:
+            facts["distillation"] = dict(self.teacher.facts)
         for note in notes:
             self.listener.warn(note)
         return report_results(self.run, outcome, self.output_dir, self.listener, facts)

@@ -346,26 +346,3 @@ def _observe_logits(
         model.fast.cross_entropy.loss_sum(lambda: model.model(**inputs), at, targets, observe)
         return
     observe(objective.logits(model.model(**inputs)).flatten(0, 1).index_select(0, at), targets)
-
-
-@dataclass(frozen=True)
-class AuxiliaryOutputs:
-    """Outputs of the teacher model, None if not needed.
-
-    `scorer` is what `TrainingHooks.create_scorer` returned, with `teacher`, the teacher model.
-    """
-
-    teacher_predictions: TeacherPredictions | None
-    scorer: Any
-
-    def describe(
-        self, run: Run, records: Sequence[Mapping[str, Any]]
-    ) -> tuple[dict[str, Any], list[str]]:
-        """Returns sections of summary.json, and notes that explain an unexpected first loss."""
-        facts, notes = run.hooks.describe(run, records)
-        if self.teacher_predictions is not None:
-            facts["distillation"] = dict(self.teacher_predictions.facts)
-        if self.scorer is not None:
-            teacher = self.scorer.teacher
-            facts["distillation"] = {"teacher": teacher.name, "fingerprint": teacher.fingerprint}
-        return facts, notes

@@ -14,17 +14,15 @@ from torch import Tensor
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.events import Listener
 from ftlevel.extras.preference.config import PreferenceConfig
-from ftlevel.extras.preference.evaluation import (
+from ftlevel.extras.preference.likelihoods import (
+    FOLDER,
     LABELS,
     PreferenceEvaluator,
-    sum_log_ratios,
-    with_baseline,
-)
-from ftlevel.extras.preference.reference import (
-    FOLDER,
     check_first_loss,
     compute_initial_reference,
     precompute_reference,
+    sum_log_ratios,
+    with_baseline,
     with_reference,
 )
 from ftlevel.trained.model_ref import LoadedModel, ModelRef
@@ -82,24 +80,22 @@ class PreferenceHooks(TrainingHooks):
         return {"reference": info}, notes
 
     def evaluation(self, ref: ModelRef, options: Mapping[str, Any]) -> EvaluationHooks:
-        """Returns the evaluation with log-probabilities of the reference."""
-        return _PreferenceEvaluation()
+        """Returns the evaluation with log-probabilities of the reference, if it is needed."""
+        objective: Any = ref.objective
+        return _ReferenceEvaluation() if objective.needs_reference else _Evaluation()
 
 
-class _PreferenceEvaluation(EvaluationHooks):
+class _Evaluation(EvaluationHooks):
+    evaluator = PreferenceEvaluator
+
+
+class _ReferenceEvaluation(EvaluationHooks):
+    stage = "running the reference model"
+
     def create_evaluator(
-        self,
-        trained: LoadedModel,
-        eval_rows: Any,
-        seed: int,
-        settings: Mapping[str, Any],
-        listener: Listener,
+        self, trained: LoadedModel, eval_rows: Any, seed: int, settings: Mapping[str, Any]
     ) -> Evaluator:
-        evaluator = PreferenceEvaluator(**settings)
-        if not evaluator.objective.needs_reference:
-            return evaluator
-        listener.stage("running the reference model")
-        return with_reference(evaluator, trained)
+        return with_reference(PreferenceEvaluator(**settings), trained)
 
 
 class KtoTrainer(FtlevelTrainer):

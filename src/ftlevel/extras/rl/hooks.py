@@ -145,6 +145,15 @@ class RlHooks(TrainingHooks):
         """Returns why the rewards gave no gradient, and advice; "" if unknown."""
         return get_no_effect_cause(run.config.get_section(RlConfig), records)
 
+    def describe(
+        self, run: Run, records: Sequence[Mapping[str, Any]]
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Returns the teacher, if there is one."""
+        if (teacher := run.auxiliary.get(TEACHER)) is None:
+            return {}, []
+        info = {"teacher": teacher.name, "fingerprint": teacher.fingerprint}
+        return {"distillation": info}, []
+
     def get_warnings(self, run: Run, records: Sequence[Mapping[str, Any]]) -> list[str]:
         """Returns warnings about rewards, lengths and entropy, and about failed rewards."""
         failures = run.resources.describe_failures() if run.resources is not None else ()
@@ -237,12 +246,7 @@ class RewardEvaluation(EvaluationHooks):
         ]
 
     def create_evaluator(
-        self,
-        trained: LoadedModel,
-        eval_rows: Any,
-        seed: int,
-        settings: Mapping[str, Any],
-        listener: Listener,
+        self, trained: LoadedModel, eval_rows: Any, seed: int, settings: Mapping[str, Any]
     ) -> Evaluator:
         """Create the evaluator that samples completions from `trained`."""
         objective: Any = trained.objective

@@ -385,7 +385,7 @@ def open_rewards(
 ) -> Rewards:
     """Create the rewards of `config` for the prompts `rows`; loads no weights.
 
-    The caller has checked the files of reward functions (`config.trust`), which are imported here.
+    The caller has checked the files of reward functions (`trust`), which are imported here.
     `get_position` returns file and line of a table row. Raises ConfigError if a reward does not
     exist, or the rows lack a column or a reference answer for it.
     """

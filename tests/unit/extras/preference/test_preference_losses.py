@@ -12,7 +12,7 @@ from torch.nn.functional import log_softmax
 
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.extras.preference.config import LOSSES, SMOOTHING, PreferenceConfig
-from ftlevel.extras.preference.evaluation import compute_answers, sum_log_ratios, with_baseline
+from ftlevel.extras.preference.likelihoods import compute_answers, sum_log_ratios, with_baseline
 from ftlevel.extras.preference.objective import Preferences, create_preferences, log_odds
 from ftlevel.extras.preference.rows import ContrastedRows, ReferencedRows
 from ftlevel.extras.preference.task import RewardObjective
