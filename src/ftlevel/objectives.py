@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ftlevel.config.distillation import DistillationConfig
     from ftlevel.config.section import Choice
+    from ftlevel.config.sections import DistillationConfig
 
 IGNORED = -100
 """Label of a token without loss."""

@@ -1,18 +1,20 @@
-"""`Section`, the base class of all configuration sections, and `Choice`, a resolved setting."""
+"""`Section`, the base class of all configuration sections, `Choice`, and types of fields."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -275,3 +277,86 @@ class Choice:
 
     def __str__(self) -> str:
         return f"{self.value} ({self.reason})" if self.reason else str(self.value)
+
+
+def split_pairs(value: Any) -> Any:
+    """Parse `a=1,b=2` as a mapping; return any other value unchanged."""
+    if not isinstance(value, str) or "=" not in value:
+        return value
+    pairs: dict[str, str] = {}
+    for pair in filter(None, map(str.strip, value.split(","))):
+        name, _, text = (part.strip() for part in pair.rpartition("="))
+        if not (name and text):
+            raise ValueError(f"{pair!r} is not NAME=VALUE; separate several by commas")
+        pairs[name] = text
+    return pairs
+
+
+Scalar = bool | int | float | str
+
+
+def _parse_scalars(value: Any) -> Any:
+    if not isinstance(value := split_pairs(value), dict):
+        return value
+    return {name: _scalar(v) if isinstance(v, str) else v for name, v in value.items()}
+
+
+def _scalar(text: str) -> Scalar:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+Scalars = Annotated[dict[str, Scalar], BeforeValidator(_parse_scalars)]
+"""Arguments of an optimizer or schedule, under their names in the library."""
+
+
+def _split_names(value: Any) -> Any:
+    if isinstance(value, str):
+        return [name.strip() for name in value.split(",") if name.strip()]
+    return value
+
+
+def _parse_tokens(value: Any) -> Any:
+    """Parse `12,<tool>` as [12, "<tool>"]; tokens that contain commas must be given as a list."""
+    names = _split_names(value)
+    if isinstance(value, str):
+        return [int(name) if name.isdecimal() else name for name in names]
+    return names
+
+
+Names = Annotated[list[str], BeforeValidator(_split_names)]
+FewNames = Annotated[tuple[str, ...], BeforeValidator(_split_names)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0)] | str], BeforeValidator(_parse_tokens)]
+
+
+def _parse_weights(value: Any) -> Any:
+    value = split_pairs(value)
+    if value is None or value == "balanced":
+        return value
+    if not isinstance(value, dict) or not value:
+        raise ValueError("expected balanced, or NAME=WEIGHT,NAME=WEIGHT")
+    for name, weight in value.items():
+        if isinstance(weight, bool) or not _is_positive(weight):
+            raise ValueError(f"the weight of {name!r} is {weight}; a number above 0 is expected")
+    return {str(name): float(weight) for name, weight in value.items()}
+
+
+def _is_positive(weight: Any) -> bool:
+    try:
+        return 0 < float(weight) < math.inf
+    except (TypeError, ValueError):
+        return False
+
+
+ClassWeights = Annotated[
+    Literal["balanced"] | dict[str, float] | None,
+    BeforeValidator(_parse_weights),
+    Field(
+        description="Class or tag weights in the training loss: balanced, or NAME=WEIGHT,…. "
+        "Classes that are not named have weight 1."
+    ),
+]

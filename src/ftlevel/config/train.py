@@ -9,14 +9,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, Field, create_model, model_validator
 
 from ftlevel.config.constraints import Excludes, Needs, NoEffect, flag_name, list_violations
-from ftlevel.config.distillation import DistillationConfig, list_distillation_rules
 from ftlevel.config.embedding import EMBEDDING_TASKS, EmbeddingConfig
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig
 from ftlevel.config.output import OutputConfig
 from ftlevel.config.reading import resolve_aliases
 from ftlevel.config.reranking import RERANKING_TASKS, RerankingConfig
 from ftlevel.config.section import TEXT_FIELDS, TaskSection
-from ftlevel.config.sections import DataConfig, ModelConfig, QuantConfig, Section, SpeedConfig
+from ftlevel.config.sections import (
+    DataConfig,
+    DistillationConfig,
+    ModelConfig,
+    QuantConfig,
+    Section,
+    SpeedConfig,
+    list_distillation_rules,
+)
 from ftlevel.config.tasks import TASKS, TaskName
 from ftlevel.config.trainer import TrainerConfig, validate_optimizer
 from ftlevel.errors import excludes, has_no_effect, join_names, with_article

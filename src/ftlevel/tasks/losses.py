@@ -23,8 +23,8 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from ftlevel.config.distillation import DistillationConfig
 from ftlevel.config.section import Choice
+from ftlevel.config.sections import DistillationConfig
 from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.sources.lines import RowView
 from ftlevel.objectives import (

@@ -168,9 +168,9 @@ def create_trainer(
     output_dir: RunDirectory,
     resume_state: ResumeState,
     processes: Processes,
-    teacher: Any = None,
+    listener: Listener | None = None,
 ) -> FtlevelTrainer:
-    """Create the run's Trainer; `teacher` is what `TrainingHooks.create_scorer` returned."""
+    """Create the run's Trainer; without `listener`, to compute single steps only."""
     from transformers import PrinterCallback, ProgressCallback
 
     args = create_training_args(run, output_dir.checkpoints)
@@ -185,7 +185,7 @@ def create_trainer(
         head_rate = HeadRate(run.model.new_heads, rate)
     collator = TextCollator if isinstance(run.objective, StepObjective) else StepCollator
     step_collator = collator(pad_id, fast.plan, run.objective) if fast else None
-    sampler = run.hooks.create_sampler(run, model, teacher)
+    sampler = run.hooks.create_sampler(run, model, listener)
     trainer_class, kwargs, order = run.hooks.select_trainer(run, sampler, train_dataset, order)
     if is_sharded(model.model) and processes.count > 1:
         trainer_class = ShardedTrainer

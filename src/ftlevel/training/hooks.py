@@ -88,12 +88,11 @@ class TrainingHooks:
         """Returns the run with outputs of its own untrained `model` in its rows."""
         return run
 
-    def create_scorer(self, run: Run, listener: Listener) -> Any:
-        """Returns the teacher of a task that calls it in training, not before; None for others."""
-        return None
+    def create_sampler(self, run: Run, model: PreparedModel, listener: Listener | None) -> Any:
+        """Returns what trainer and evaluator share to sample training rows; None for most tasks.
 
-    def create_sampler(self, run: Run, model: PreparedModel, teacher: Any) -> Any:
-        """Returns what trainer and evaluator share to sample training rows; None for most tasks."""
+        Without `listener`, it is for single steps, and calls no teacher.
+        """
         return None
 
     def select_trainer(

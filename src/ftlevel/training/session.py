@@ -200,8 +200,7 @@ class TrainingSession:
         memory: the estimate printed at the start.
         resumed: checkpoint, log and changes of the run to resume; set by `resolve_resume`.
         model: the loaded model; set by `prepare`, which also adds the outputs of auxiliary models
-            to the rows of `run`, with `teacher`, the teacher's predictions, or None, and `scorer`,
-            what `TrainingHooks.create_scorer` returned.
+            to the rows of `run`, with `teacher`, the teacher's predictions, or None.
         comparison: result of verifying the fast step; None if it was not verified.
         initial_memory: bytes of the process before the model was loaded.
         base: name, kind and fingerprint of the base model, for card and summary; set, with
@@ -220,7 +219,6 @@ class TrainingSession:
     resumed: ResumeState = field(default_factory=ResumeState)
     model: PreparedModel = field(init=False)
     teacher: TeacherPredictions | None = None
-    scorer: Any = None
     comparison: StepComparison | None = None
     initial_memory: int = 0
     output_dir: RunDirectory = field(init=False)
@@ -311,14 +309,13 @@ class TrainingSession:
         run = run.hooks.with_initial_outputs(run, model, listener, processes)
         if teacher is not None:
             run = replace(run, data=replace(run.data, train=teacher.rows))
-        scorer = run.hooks.create_scorer(run, listener)
         try:
             self.comparison = check_fast_step(run, model, processes, listener)
         except FastStepError:
             if model.fast is not None:
                 model.fast.remove()
             raise
-        self.run, self.model, self.teacher, self.scorer = run, model, teacher, scorer
+        self.run, self.model, self.teacher = run, model, teacher
 
     def open(self) -> None:
         """Open and lock the run directory, and create the Trainer with its callbacks."""
@@ -343,7 +340,7 @@ class TrainingSession:
         self.stack.enter_context(convert_interrupt(output_dir))
         if self.is_sharded:
             self.initial_logits = compute_initial_logits(model, run)
-        self.trainer = create_trainer(run, model, output_dir, resumed, processes, self.scorer)
+        self.trainer = create_trainer(run, model, output_dir, resumed, processes, listener)
         write_files = partial(save_tokenizer_and_card, run=run, base=base)
         self.callbacks = add_callbacks(
             self.trainer,

@@ -8,8 +8,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ftlevel.config.constraints import Constraints, Excludes
-from ftlevel.config.distillation import Names, Tokens
 from ftlevel.config.methods.base import MethodSpec, TargetModules
+from ftlevel.config.section import Names, Tokens
 from ftlevel.config.sections import Positive, QuantConfig, Share
 from ftlevel.errors import excludes, needs
 

@@ -13,21 +13,19 @@ _ALIASES = {
     "preference": ("preferences", "dpo", "rlhf"),
     "reward": ("reward-model", "reward-modeling"),
 }
+_LOSSES = {"embedding": "embedding.loss", "reranking": "reranking.loss"}
+_WEIGHTS = ("simpo_gamma", "sft_weight", "desirable_weight", "undesirable_weight")
 
 
 def _flags() -> list[Flag]:
     from ftlevel.config.flag import HOW, Flag
 
     return [
-        Flag("preference.loss", "", HOW,
-             by_task={"embedding": "embedding.loss", "reranking": "reranking.loss"}),
+        Flag("preference.loss", "", HOW, by_task=_LOSSES),
         Flag("preference.beta", "", HOW),
         Flag("preference.reference", "", HOW, metavar="start|none|RUN"),
-        Flag("preference.simpo_gamma", "", HOW),
-        Flag("preference.sft_weight", "", HOW),
-        Flag("preference.desirable_weight", "", HOW),
-        Flag("preference.undesirable_weight", "", HOW),
-    ]  # fmt: skip
+        *[Flag(f"preference.{name}", "", HOW) for name in _WEIGHTS],
+    ]
 
 
 EXTENSION = Extension(

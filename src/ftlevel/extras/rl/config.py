@@ -13,7 +13,6 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ftlevel.config.constraints import Excludes, Needs, NoEffect, list_violations
-from ftlevel.config.distillation import list_unused_fields
 from ftlevel.config.evaluation import EvaluateConfig
 from ftlevel.config.section import (
     TEXT_FIELDS,
@@ -23,6 +22,7 @@ from ftlevel.config.section import (
     list_unread,
     parse_range,
 )
+from ftlevel.config.sections import list_unused_fields
 from ftlevel.config.trainer import PLATEAU
 from ftlevel.errors import ConfigError, did_you_mean, join_names
 from ftlevel.extras.rl.trust import check_reward_files

@@ -97,13 +97,11 @@ class RlHooks(TrainingHooks):
         adapted = load_training_model(run, NullListener())
         return preview_rollouts(_create_rollouts(run, adapted.model, teacher), run.data.train)
 
-    def create_scorer(self, run: Run, listener: Listener) -> TeacherScorer | None:
-        """Returns the scorer of on-policy distillation; None without a teacher."""
-        teacher = run.auxiliary.get(TEACHER)
-        return TeacherScorer(teacher, run, listener) if teacher is not None else None
-
-    def create_sampler(self, run: Run, model: PreparedModel, teacher: Any) -> Rollouts:
+    def create_sampler(self, run: Run, model: PreparedModel, listener: Listener | None) -> Rollouts:
         """Returns the sampler of completions, with the weights of `model` or by a server."""
+        teacher = None
+        if listener is not None and TEACHER in run.auxiliary:
+            teacher = TeacherScorer(run.auxiliary[TEACHER], run, listener)
         url, server = run.config.get_section(RlConfig).rollouts, None
         if url is not None:
             objective: Any = run.objective
