@@ -55,9 +55,8 @@ class StepCollator:
 
         `parts` are the row indices of each micro-batch; `has_parts` is whether some micro-batch has
         several rows. `shared_prefix`, if any, has batch and layout of the rows' common prefix;
-        `contrasts`, if any, are micro-batches of KTO's mismatched pairs. A micro-batch is the
-        output of `Collator` with its `layout` (None if padded) and, for a language head, its
-        `located` targets.
+        A micro-batch is the output of `Collator` with its `layout` (None if padded) and, for a
+        language head, its `located` targets.
         """
         schedule = self._select_schedule(rows)
         partition = schedule.partition
@@ -72,8 +71,6 @@ class StepCollator:
         }
         if partition.prefix:
             step["shared_prefix"] = self._shared_prefix(rows[0].input_ids[: partition.prefix])
-        if contrasts := [other for row in rows for other in row.contrasts]:
-            step["contrasts"] = [batch for _, batch in self.split(contrasts)]
         return step
 
     def split(self, rows: Sequence[Encoded]) -> list[tuple[list[int], dict[str, Any]]]:

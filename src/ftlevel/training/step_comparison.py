@@ -11,6 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any
@@ -279,8 +280,7 @@ class Steps:
         self.model.eval()
         self.model.zero_grad()
         micro_batches, loss = self._batches(rows, batch_size), 0.0
-        contrasts = self._batches([other for row in rows for other in row.contrasts], batch_size)
-        self.trainer.prepare_plain(micro_batches, contrasts)
+        self.trainer.prepare_plain(micro_batches, rows, partial(self._batches, size=batch_size))
         num_targets = [
             objective.training_count(batch["labels"], loss_config) for batch in micro_batches
         ]
@@ -309,9 +309,9 @@ class Steps:
         torch.autograd.backward(loss)
         return StepResult(loss.item(), self._pop_gradients())
 
-    def _batches(self, rows: Sequence[Encoded], batch_size: int) -> list[dict[str, Tensor]]:
+    def _batches(self, rows: Sequence[Encoded], size: int) -> list[dict[str, Tensor]]:
         collate = Collator(self.pad_id)
-        return [self.trainer.on_device(collate(part)) for part in batches(rows, batch_size)]
+        return [self.trainer.on_device(collate(part)) for part in batches(rows, size)]
 
     def fast(self, rows: Sequence[Encoded]) -> StepResult:
         """Returns the result of the Trainer's step, with fused layers and without dropout."""

@@ -138,15 +138,16 @@ def is_missing(array: np.ndarray) -> np.ndarray:
     return result
 
 
-def cache_path(data: DataConfig, prefix: str, key: str, rows: Sequence[Encoded]) -> Path | None:
-    """Returns the file PREFIX-DIGEST.npy for `rows` and the model `key`; None if caching is off."""
+def cache_path(
+    data: DataConfig, prefix: str, key: str, sequences: Iterable[Encoded]
+) -> Path | None:
+    """Returns the file PREFIX-DIGEST.npy for the model `key`; None if caching is off."""
     if not data.cache or not is_writable():
         return None
     hasher = hashlib.sha256(key.encode())
-    for row in rows:
-        for part in (*row.sequences, *row.contrasts):
-            hasher.update(np.array(part.input_ids, np.int32).tobytes() + b"|")
-            hasher.update(np.array(part.labels, np.int32).tobytes() + b";")
+    for part in sequences:
+        hasher.update(np.array(part.input_ids, np.int32).tobytes() + b"|")
+        hasher.update(np.array(part.labels, np.int32).tobytes() + b";")
     return cache_root() / f"{prefix}-{hasher.hexdigest()[:40]}.npy"
 
 
@@ -244,7 +245,9 @@ def precompute_teacher(
     dtype = outcome_dtype(config, min(run.model.vocabulary, vocab_size))
     offsets = np.cumsum([0, *(_num_targets(objective, row) for row in rows)]).tolist()
     key = json.dumps([get_model_key(teacher, run), config.kd_temperature, str(dtype)])
-    path, size = cache_path(run.config.data, "teacher", key, rows), offsets[-1] * dtype.itemsize
+    sequences = (sequence for row in rows for sequence in row.sequences)
+    path = cache_path(run.config.data, "teacher", key, sequences)
+    size = offsets[-1] * dtype.itemsize
     _check_disk_space(path, size)
 
     def fill(into: np.ndarray, index: int, count: int) -> None:

@@ -434,12 +434,10 @@ class FtlevelTrainer(Trainer):
     def prepare_step(self, batches: list[dict[str, Any]], device: torch.device) -> None:
         """Compute what the losses of a step need before its micro-batches; by default, nothing."""
 
-    def prepare_plain(
-        self, micro_batches: Sequence[dict[str, Tensor]], contrasts: Sequence[dict[str, Tensor]]
-    ) -> None:
-        """Modify the micro-batches of a plain step as `prepare_step` and `compute_loss` do.
+    def prepare_plain(self, batches: Sequence[Any], rows: Sequence[Any], collate: Any) -> None:
+        """Modify the `batches` of a plain step on `rows`, as `prepare_step` and `compute_loss` do.
 
-        `contrasts` are the batches of `Encoded.contrasts`.
+        `collate` returns a list of batches of further rows.
         """
 
     def count_targets(self, batches: list[dict[str, Any]], device: torch.device) -> Tensor:

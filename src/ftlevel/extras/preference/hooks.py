@@ -20,6 +20,7 @@ from ftlevel.extras.preference.likelihoods import (
     PreferenceEvaluator,
     check_first_loss,
     compute_initial_reference,
+    get_contrasts,
     precompute_reference,
     sum_log_ratios,
     with_baseline,
@@ -104,12 +105,12 @@ class KtoTrainer(FtlevelTrainer):
     _log_ratios: Tensor | None = None  # sum and number of the step's mismatched pairs
 
     def prepare_step(self, batches: list[dict[str, Any]], device: torch.device) -> None:
-        """Sum the log-ratios of the mismatched pairs of all processes (`batches` are modified)."""
+        """Sum the log-ratios of the mismatched pairs of all processes."""
         contrasts = [
             send_to_device(part, device)
             for batch in batches
-            for part in batch.pop("contrasts")
             if not batch.get("is_padding")
+            for _, part in self.data_collator.split(get_contrasts(batch["rows"]))
         ]
         objective: Any = self.objective
         head = self.fast.cross_entropy if self.fast is not None else None
@@ -120,13 +121,11 @@ class KtoTrainer(FtlevelTrainer):
         self._log_ratios = total
         self._in_training = False
 
-    def prepare_plain(
-        self, micro_batches: Sequence[dict[str, Tensor]], contrasts: Sequence[dict[str, Tensor]]
-    ) -> None:
-        """Set the baseline in the labels of `micro_batches` (modified)."""
+    def prepare_plain(self, batches: Sequence[Any], rows: Sequence[Any], collate: Any) -> None:
+        """Set the baseline in the labels of `batches` (modified)."""
         objective: Any = self.objective
-        total = sum_log_ratios(None, self.model, objective, contrasts)
-        for batch in micro_batches:
+        total = sum_log_ratios(None, self.model, objective, collate(get_contrasts(rows)))
+        for batch in batches:
             batch[LABELS] = with_baseline(batch[LABELS], total)
 
     def compute_loss(

@@ -33,7 +33,7 @@ from ftlevel.evaluation.scoring import BatchScores, Evaluator, merge_scores
 from ftlevel.events import Listener
 from ftlevel.extras.preference.config import PreferenceConfig
 from ftlevel.extras.preference.objective import Preferences
-from ftlevel.extras.preference.rows import ReferencedRows
+from ftlevel.extras.preference.rows import LabeledAnswerRow, ReferencedRows
 from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
 from ftlevel.fast.likelihoods import compute_token_likelihoods
 from ftlevel.fast.packing import using_layout
@@ -107,7 +107,8 @@ def with_baseline(labels: Tensor, total: Tensor) -> Tensor:
 
 def get_contrasts(rows: Sequence[Encoded]) -> list[Encoded]:
     """Returns the mismatched prompt-answer pairs of `rows`; empty except for KTO."""
-    return [other for row in rows for other in row.contrasts]
+    labeled = (row for row in rows if isinstance(row, LabeledAnswerRow))
+    return [other for row in labeled for other in row.contrasts]
 
 
 @dataclass(frozen=True)
@@ -300,7 +301,8 @@ def _add_logps(
     def load_or_compute(
         key: str, rows: Sequence[Encoded], fill: Callable[[np.ndarray, int, int], None]
     ) -> tuple[Sequence[Encoded], bool]:
-        path = cache_path(run.config.data, "reference", key, rows)
+        sequences = (part for row in rows for part in (*row.sequences, *get_contrasts([row])))
+        path = cache_path(run.config.data, "reference", key, sequences)
         shape, dtype = (len(rows), 2), np.dtype(np.float32)
         array, is_cached = open_or_compute(path, shape, dtype, fill, processes)
         return ReferencedRows(rows, np.array(array)), is_cached
@@ -389,7 +391,7 @@ def _compute_logps(run: Run, model: PreparedModel, rows: Sequence[Encoded]) -> n
     values = np.full((len(rows), 2), np.nan, dtype=np.float32)
     objective: Any = run.objective
     head = model.fast.cross_entropy if model.fast is not None else None
-    for column, sequences in ((0, rows), (1, [other for row in rows for other in row.contrasts])):
+    for column, sequences in ((0, rows), (1, get_contrasts(rows))):
         if not sequences:
             continue
         for indices, inputs in iterate_batches(run, model.fast, sequences):

@@ -12,7 +12,12 @@ from torch.nn.functional import log_softmax
 
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.extras.preference.config import LOSSES, SMOOTHING, PreferenceConfig
-from ftlevel.extras.preference.likelihoods import compute_answers, sum_log_ratios, with_baseline
+from ftlevel.extras.preference.likelihoods import (
+    compute_answers,
+    get_contrasts,
+    sum_log_ratios,
+    with_baseline,
+)
 from ftlevel.extras.preference.objective import Preferences, create_preferences, log_odds
 from ftlevel.extras.preference.rows import ContrastedRows, ReferencedRows
 from ftlevel.extras.preference.task import RewardObjective
@@ -69,7 +74,7 @@ def _rows(model: Any, objective: Preferences) -> Any:
         return list(ReferencedRows(rows, None))
     with model.disable_adapter():
         reference = _measure(model, objective, list(rows), None)
-        contrast_rows = [contrast for row in rows for contrast in row.contrasts]
+        contrast_rows = get_contrasts(rows)
         if contrast_rows:
             reference = np.hstack([reference, _measure(model, objective, contrast_rows, None)])
     return list(ReferencedRows(rows, reference.astype(np.float32)))
@@ -88,11 +93,10 @@ def _step(
     Checks that KTO's baseline is correct within the relative `bound`.
     """
     model.zero_grad()
-    loss = TrainingLoss()
+    loss, contrasts = TrainingLoss(), get_contrasts(rows)
     if plan is None:
         micro_batches: list[dict[str, Any]] = [Collator(PAD)(rows)]
-        contrast_batches = [Collator(PAD)([o for row in rows for o in row.contrasts])] if (
-            rows[0].contrasts) else []  # fmt: skip
+        contrast_batches = [Collator(PAD)(contrasts)] if contrasts else []
         head = fast = None
     else:
         fast = FastStep(model, replace(plan, tokens=tokens))
@@ -101,7 +105,11 @@ def _step(
         fast.prune_last_layer(objective, rows, PAD, "cpu", "float32")
         head = fast.cross_entropy
         step = StepCollator(PAD, fast.plan)(rows)
-        micro_batches, contrast_batches = step["micro_batches"], step.get("contrasts", [])
+        micro_batches = step["micro_batches"]
+        contrast_batches = [
+            batch
+            for _, batch in (StepCollator(PAD, fast.plan).split(contrasts) if contrasts else ())
+        ]
     try:
         count = torch.stack(
             [objective.training_count(p["labels"], loss) for p in micro_batches]
