@@ -106,10 +106,8 @@ def _step(
         head = fast.cross_entropy
         step = StepCollator(PAD, fast.plan)(rows)
         micro_batches = step["micro_batches"]
-        contrast_batches = [
-            batch
-            for _, batch in (StepCollator(PAD, fast.plan).split(contrasts) if contrasts else ())
-        ]
+        parts = StepCollator(PAD, fast.plan).split(contrasts) if contrasts else []
+        contrast_batches = [batch for _, batch in parts]
     try:
         count = torch.stack(
             [objective.training_count(p["labels"], loss) for p in micro_batches]
