@@ -21,7 +21,7 @@ from ftlevel.commands.evaluate import evaluate
 from ftlevel.commands.merge import merge
 from ftlevel.commands.predict import predict
 from ftlevel.config import EvaluateConfig, MergeConfig, PredictConfig, TrainConfig
-from ftlevel.training import reference
+from ftlevel.extras.preference import likelihoods
 from preference_runs import create_labeled_answer, create_pair, losses, run, write_rows
 
 ModelDir = Callable[..., Path]
@@ -195,7 +195,7 @@ def test_reference_is_cached_and_completed(
     data, model = write_rows(tmp_path / "data"), tiny_model_dir("llama")
     first_summary = run(model, data, tmp_path / "1").summary
     assert not first_summary["reference"]["cached"]
-    monkeypatch.setattr(reference, "_fill", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(likelihoods, "_fill", lambda *_: pytest.fail("computed again"))
     second_summary = run(model, data, tmp_path / "2", method={"kind": "lora", "r": 8}).summary
     assert second_summary["reference"]["cached"]
     assert losses(tmp_path / "2") == losses(tmp_path / "1")
