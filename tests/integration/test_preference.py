@@ -231,8 +231,8 @@ def test_first_loss_note_names_dropout_of_the_model() -> None:
         model=SimpleNamespace(config=GPT2Config(), dtype="float32"),
         objective=SimpleNamespace(first_loss=math.log(2)),
     )
-    start = reference.Reference({}, None)
-    _, (note,) = reference.check_first_loss(start, planned, [{"step": 1, "loss": 0.7}])
+    start = likelihoods.Reference({}, None)
+    _, (note,) = likelihoods.check_first_loss(start, planned, [{"step": 1, "loss": 0.7}])
     assert "pdrop 0.1, which the reference does not use" in note
 
 
