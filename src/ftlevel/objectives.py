@@ -85,7 +85,7 @@ class SortedMeter(Meter, Protocol):
         """Returns a function from the draws of each meter, `(meters,)`, to the metrics; or None."""
 
 
-TargetLoss = Callable[["Tensor", "Tensor", slice], "Tensor"]
+ChunkLoss = Callable[["Tensor", "Tensor", slice], "Tensor"]
 """(logits (targets, vocabulary), token ids (targets,), slice of all targets) -> summed loss."""
 
 TokenLogps = Callable[[float], "tuple[Tensor, Tensor]"]
@@ -190,7 +190,7 @@ class Objective(ABC):
         """
         return None
 
-    def target_loss(self, batch: Mapping[str, Any]) -> TargetLoss | None:
+    def get_chunk_loss(self, batch: Mapping[str, Any]) -> ChunkLoss | None:
         """Returns the loss of the batch's targets; None if it is their cross entropy."""
         return None
 

@@ -356,7 +356,7 @@ Divergence = Literal["forward-kl", "reverse-kl", "jsd"]
 
 
 _SCORED_TASKS = ("embedding", "reranking")
-"""Tasks whose teacher scores documents."""
+"""Tasks whose teacher scores texts."""
 
 
 class DistillationConfig(Section):

@@ -68,7 +68,7 @@ def compute_full_loss(
         return total, batch["labels"], None
     fed, labels = objective.split(batch)
     outputs = model(**fed)
-    if (compute := objective.target_loss(batch)) is not None:
+    if (compute := objective.get_chunk_loss(batch)) is not None:
         logits, targets = objective.targets(objective.logits(outputs), labels)
         return compute(logits, targets, slice(None)), labels, None
     return objective.training_sum(objective.logits(outputs), labels, mask, loss), labels, outputs
@@ -101,7 +101,7 @@ def supervised_loss(
         return total
     inputs, labels = prepare_inputs(model, objective, batch)
     at, targets = batch.get("located") or objective.locate(labels)
-    if (compute := objective.target_loss(batch)) is not None:
+    if (compute := objective.get_chunk_loss(batch)) is not None:
         return head.custom_loss_sum(
             lambda: model(**inputs),
             at,

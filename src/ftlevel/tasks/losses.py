@@ -29,9 +29,9 @@ from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.sources.lines import RowView
 from ftlevel.objectives import (
     IGNORED,
+    ChunkLoss,
     Meter,
     Objective,
-    TargetLoss,
     TokenObjective,
     TrainingLoss,
 )
@@ -301,7 +301,7 @@ class DistillationTokens(Tokens):
 
     config: DistillationConfig = field(default_factory=DistillationConfig)
 
-    def target_loss(self, batch: Mapping[str, Any]) -> TargetLoss | None:
+    def get_chunk_loss(self, batch: Mapping[str, Any]) -> ChunkLoss | None:
         from torch.nn import functional
 
         config, temperature = self.config, self.config.kd_temperature
