@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ftlevel.config.section import Choice
+    from ftlevel.config.sections import DistillationConfig
 
 IGNORED = -100
 """Label of a token without loss."""
@@ -82,16 +83,14 @@ class SortedMeter(Meter, Protocol):
         """Returns a function from the draws of each meter, `(meters,)`, to the metrics; or None."""
 
 
-@dataclass(frozen=True)
-class Likelihoods:
-    """Functions that compute log-likelihoods of a batch.
+ChunkLoss = Callable[["Tensor", "Tensor", slice], "Tensor"]
+"""(logits (targets, vocabulary), token ids (targets,), slice of all targets) -> summed loss."""
 
-    `per_answer` returns `(answers, 2)`, as `LikelihoodObjective.answers`; `per_token(temperature)`
-    the log-probabilities of the targets and the row of each.
-    """
+TokenLogps = Callable[[float], "tuple[Tensor, Tensor]"]
+"""temperature -> log-probability of each target, float32 (targets,), and the row of each."""
 
-    per_answer: Callable[[], Tensor]
-    per_token: Callable[[float], tuple[Tensor, Tensor]]
+LOSS_INPUTS = ("preference_labels", "known", "ids", "signals")
+"""Tensors of a batch that the loss uses and the model does not: see `Encoded.loss_inputs`."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,8 @@ class Objective(ABC):
         per_token: whether every token or word has a class label.
         has_choice: whether targets are categorical, so that KL and top-1 are defined.
         one_of_many: whether a target is one of several classes, so that labels can be smoothed.
+        predicts_tokens: whether targets are tokens of a language head.
+        has_own_smoothing: whether the loss smooths labels itself.
         has_classes: whether targets are classes, so that these can be weighted.
         samples: whether training rows are prompts whose completions the model samples; the loss is
             then no metric.
@@ -120,6 +121,8 @@ class Objective(ABC):
     per_token: ClassVar[bool] = False
     has_choice: ClassVar[bool] = True
     one_of_many: ClassVar[bool] = False
+    predicts_tokens: ClassVar[bool] = False
+    has_own_smoothing: ClassVar[bool] = False
     has_classes: ClassVar[bool] = False
     samples: ClassVar[bool] = False
     evaluates_first: ClassVar[bool] = False
@@ -135,7 +138,7 @@ class Objective(ABC):
     def split(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
         """Returns the model inputs and the labels of a batch."""
         inputs = dict(batch)
-        for name in ("preference_labels", "known", "ids", "signals"):
+        for name in LOSS_INPUTS:
             inputs.pop(name, None)
         labels = inputs["labels"] if self.feeds_labels else inputs.pop("labels")
         return inputs, labels
@@ -180,7 +183,26 @@ class Objective(ABC):
         total: Tensor = sum(counts[1:], counts[0])
         return total
 
-    def likelihood_loss(self, batch: Mapping[str, Any], compute: Likelihoods) -> Tensor | None:
+    def locate(self, labels: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Returns flat (batch, seq) indices of positions that predict targets, and target ids.
+
+        None if the targets are not tokens.
+        """
+        return None
+
+    def get_chunk_loss(self, batch: Mapping[str, Any]) -> ChunkLoss | None:
+        """Returns the loss of the batch's targets; None if it is their cross entropy."""
+        return None
+
+    def with_teacher(self, config: DistillationConfig) -> Objective:
+        """Returns the objective that also learns from the teacher's logits, if it can."""
+        return self
+
+    def describe_loss(self) -> list[Choice]:
+        """Returns log lines about the training loss."""
+        return []
+
+    def likelihood_loss(self, batch: Mapping[str, Any], compute: TokenLogps) -> Tensor | None:
         """Returns the summed loss of a batch from log-likelihoods; None for a loss of logits."""
         return None
 
@@ -248,6 +270,7 @@ class TokenObjective(Objective):
     """Base class of objectives of language heads; logits are computed at targets only."""
 
     one_of_many: ClassVar[bool] = True
+    predicts_tokens: ClassVar[bool] = True
 
     @abstractmethod
     def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,100 +280,3 @@ class TokenObjective(Objective):
     def of_tokens(self) -> TokenObjective:
         """Objective with the cross entropy of each token; by default, the objective itself."""
         return self
-
-    def for_comparison(self, rows: Sequence[Any]) -> Objective:
-        """Returns the objective of tokens, whose logits need no reference."""
-        return self.of_tokens
-
-
-class DistillationObjective(TokenObjective):
-    """Base class of token objectives with a distillation loss.
-
-    A batch has the teacher's log-probabilities `known` and token `ids` per target, in the order of
-    `locate`. Without them, as in evaluation, the loss is the token loss.
-    """
-
-    @abstractmethod
-    def distillation_sum(
-        self, scores: Tensor, targets: Tensor, known: Tensor, ids: Tensor
-    ) -> Tensor:
-        """Returns the loss summed over targets (a scalar).
-
-        Args:
-            scores: `(targets, vocabulary)` logits of the student.
-            targets: `(targets,)` token ids.
-            known: `(targets, outcomes)` float32 log-probabilities by the teacher.
-            ids: `(targets, k)` ids of the teacher's top k tokens; the last outcome is all others.
-        """
-
-
-@dataclass(frozen=True)
-class LikelihoodObjective(TokenObjective):
-    """Base class of objectives of whole answers' log-likelihoods, as in preference training.
-
-    A batch contains `preference_labels` `(answers, 3)`: 1.0 if preferred or desirable, reference
-    log-probability, margin. The answers of a row are consecutive in one batch.
-
-    Attributes:
-        needs_baseline: whether the loss subtracts, from rewards, the mean reward of mismatched
-            prompt-answer pairs (KTO), which must be known before the step.
-    """
-
-    needs_reference: bool = False
-    needs_baseline: bool = False
-    shard_limitation: ClassVar[str] = "the reference cache is per process"
-
-    def likelihood_loss(self, batch: Mapping[str, Any], compute: Likelihoods) -> Tensor | None:
-        """Returns `preference_sum` of the answers in a batch."""
-        return self.preference_sum(compute.per_answer(), batch["preference_labels"], training=True)
-
-    @abstractmethod
-    def answers(self, log_probs: Tensor, owners: Tensor, count: int) -> Tensor:
-        """Returns `(count, 2)`: log-likelihood and number of tokens of each answer.
-
-        `log_probs` are float32 `(targets,)`; `owners` `(targets,)` is the answer of each.
-        """
-
-    @abstractmethod
-    def preference_sum(
-        self, answers: Tensor, preference_labels: Tensor, *, training: bool
-    ) -> Tensor:
-        """Returns the loss sum; in `training`, one sum per count that `training_count` returns.
-
-        `answers` `(answers, 2)` is what `self.answers` returns; labels are those of `Encoded`.
-        """
-
-
-@dataclass(frozen=True)
-class PolicyObjective(TokenObjective):
-    """Base class of objectives of sampled tokens' log-probabilities, as in reinforcement learning.
-
-    A batch contains `signals` `(targets, n)`. They include a weight per target that already
-    normalizes the loss, so `training_count` is 1. `temperature` divides logits.
-    """
-
-    temperature: float = 1.0
-    samples: ClassVar[bool] = True
-    evaluates_first: ClassVar[bool] = True
-    shard_limitation: ClassVar[str] = (
-        "each process samples its own completions with all weights, and would hold a part of them"
-    )
-
-    def step_count(self, counts: Sequence[Tensor]) -> Tensor:
-        """Returns the first count: the weights are those of the whole step already."""
-        return counts[0]
-
-    def likelihood_loss(self, batch: Mapping[str, Any], compute: Likelihoods) -> Tensor | None:
-        """Returns `policy_sum` of the sampled tokens in a batch; None without `signals`."""
-        if "signals" not in batch:
-            return None
-        likelihoods, owners = compute.per_token(self.temperature)
-        return self.policy_sum(likelihoods, owners, batch["signals"])
-
-    @abstractmethod
-    def policy_sum(self, log_probs: Tensor, owners: Tensor, signals: Tensor) -> Tensor:
-        """Returns the policy loss, a weighted sum over the targets (a scalar).
-
-        `log_probs` are float32 `(targets,)`, in the order of `locate`; `owners` `(targets,)` are
-        the batch indices of the targets' sequences; `signals` are `(targets, n)`.
-        """

@@ -18,8 +18,8 @@ from ftlevel.commands.train import train
 from ftlevel.config import TrainConfig
 from ftlevel.evaluation import scoring
 from ftlevel.evaluation.intervals import ExampleRecord
-from ftlevel.evaluation.scoring import compute_likelihoods
 from ftlevel.events import NullListener
+from ftlevel.extras.preference.rows import ReferencedRows
 from ftlevel.models.loading import silence_loggers
 from ftlevel.training.build_trainer import create_evaluator
 from ftlevel.training.model import load_training_model
@@ -109,11 +109,10 @@ def test_divided_evaluation_equals_that_of_one_process(
         model = load_training_model(run, NullListener()).model
     evaluator: Any = create_evaluator(run, Processes())
     if case in ("dpo", "kto"):
-        values = compute_likelihoods(evaluator, model)
-        divided = compute_likelihoods(replace(evaluator, divide=divide), model)
+        values = evaluator.compute_likelihoods(model)
+        divided = replace(evaluator, divide=divide).compute_likelihoods(model)
         assert np.array_equal(values, divided)
-        task: Any = run.task
-        evaluator = replace(evaluator, rows=task.with_reference(evaluator.rows, values + 0.1))
+        evaluator = replace(evaluator, rows=ReferencedRows(evaluator.rows, values + 0.1))
     records = [ExampleRecord(run.objective) for _ in range(2)]
     expected = evaluator(model, records[0])
     assert len(expected) > 1

@@ -12,7 +12,8 @@ import pytest
 import ranks
 from ftlevel.commands.train import train
 from ftlevel.config import TrainConfig
-from ftlevel.training import reference, teacher
+from ftlevel.extras.preference import likelihoods
+from ftlevel.training import teacher
 from ftlevel.training.processes import started_processes
 from run_files import ModelDir
 
@@ -34,7 +35,7 @@ def _fill_file(folder: Path, name: str | None) -> None:
 
     path = folder / name if name else None
     results = [
-        reference.open_or_compute(path, (ITEMS, 2), np.dtype(np.float32), fill, processes)
+        teacher.open_or_compute(path, (ITEMS, 2), np.dtype(np.float32), fill, processes)
         for _ in range(2)
     ]
     content = [(array.tolist(), was_cached) for array, was_cached in results]
@@ -69,7 +70,7 @@ def _row(i: int) -> dict[str, Any]:
 def _train_rank(config: TrainConfig, cache: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
-        for module in (reference, teacher):
+        for module in (likelihoods, teacher):
             patch.setattr(module, "CHUNK_SIZE", 4)
         train(config)
 

@@ -25,6 +25,8 @@ COMMANDS = {
     "serving": "export",
 }
 """Extra → command that it adds."""
+FLAGS = {"preference": "--reference", "rl": "--num-generations"}
+"""Extra → flag of train that it adds."""
 
 
 def run_without(source: str, commands: list[list[str]]) -> None:
@@ -64,7 +66,7 @@ def test_core_works_without_extra(
         ["train", "--method", "lora", *data, "--output-dir", "lora"],
         ["evaluate", "lora", "--dataset", "rows.jsonl", "--no-base", "-q"],
     ]
-    if name in ("retrieval", "rl", ALL):
+    if name in (*FLAGS, ALL):
         commands.append(["train", "--method", "qlora", *data, "--output-dir", "qlora"])
     process = Forked(
         call=(run_without, (str(source), commands)), imported="libraries", cwd=tmp_path,
@@ -77,5 +79,5 @@ def test_core_works_without_extra(
     for extra, command in COMMANDS.items():
         is_listed = re.search(rf"^\W*{command} ", output, re.M) is not None
         assert is_listed == (name not in (extra, ALL)), command
-    assert ("--num-generations" in output) == (name not in ("rl", ALL))
-    assert ("--pooling" in output) == (name not in ("retrieval", ALL))
+    for extra, flag in FLAGS.items():
+        assert (f"  {flag} " in output) == (name not in (extra, ALL)), flag

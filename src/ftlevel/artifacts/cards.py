@@ -100,20 +100,17 @@ def _installed_version(name: str) -> str:
 
 _PIPELINE_TAGS = {
     "masked-lm": "fill-mask",
-    "preference": "text-generation",
-    "reward": "text-classification",
-    **{
-        task: own.pipeline_tag
-        for own in SECTIONS.values()
-        if own.pipeline_tag
-        for task in own.tasks
-    },
+    **{task: tag for own in SECTIONS.values() for task, tag in own.pipeline_tags.items()},
 }
 _PROMPTS = {
     "question-answering": '--prompt "…?" --context "…"',
     "masked-lm": '--prompt "… [MASK] …"',
-    "reward": "",
-    **{task: "" for own in SECTIONS.values() if not own.writes_text for task in own.tasks},
+    **{
+        task: ""
+        for own in SECTIONS.values()
+        for task, tag in own.pipeline_tags.items()
+        if tag != "text-generation"
+    },
 }
 
 

@@ -30,7 +30,7 @@ TOPICS = {
     "evaluation": "cli.evaluate cli.generate commands.evaluate commands.generate commands.predict "
     "evaluation training.best",
     "embeddings": "extras.retrieval",
-    "preferences": "tasks.preferences training.teacher",
+    "preferences": "extras.preference training.teacher",
     "rewards": "extras.rl",
     "merge": "commands.merge merging methods.merging methods.updates",
     "export": "commands.quantize extras.serving "

@@ -38,7 +38,7 @@ from ftlevel.evaluation.intervals import (
     select_metrics,
     should_generate,
 )
-from ftlevel.evaluation.scoring import Evaluator, iterate_results, needs_reference, with_reference
+from ftlevel.evaluation.scoring import Evaluator, iterate_results
 from ftlevel.evaluation.two_models import (
     build_comparison_inputs,
     have_same_inputs,
@@ -247,7 +247,7 @@ class _Rows:
         yield from (Choice("note", note) for note in rows.table.notes)
         yield from trained.objective.describe_validation(rows.rows, ref.card.options)
         yield Choice("dtype", trained.dtype, get_dtype_source(ref, config.dtype))
-        yield from self.hooks.choices if self.hooks is not None else ()
+        yield from self.hooks.choices
 
     def list_warnings(self, trained: LoadedModel) -> Iterator[str]:
         config, rows = self.config, self.rows
@@ -282,10 +282,9 @@ class _Rows:
         return f"--task {trained.task.name} generates no text"
 
     def score(self, trained: LoadedModel, listener: Listener) -> Score:
+        if self.hooks.stage:
+            listener.stage(self.hooks.stage)
         self.evaluator = self._create_evaluator(trained)
-        if needs_reference(self.evaluator):
-            listener.stage("running the reference model")
-            self.evaluator = with_reference(self.evaluator, trained)
         listener.stage("evaluating")
         self.record = ExampleRecord(trained.objective)
         return self._score(self.evaluator, trained, self.record)
@@ -342,7 +341,7 @@ class _Rows:
         config, rows = self.config, self.rows
         train, speed, task = self.run_config.train, self.run_config.speed, trained.task
         generation = get_generation_settings(train, task, len(rows.rows))
-        if self.hooks is not None:
+        if trained.objective.samples:
             generation["generated_rows"] = min(train.max_generate_samples, len(rows.rows))
         seed = train.order_seed
         if "seed" in config.model_fields_set:  # else as in training
@@ -362,8 +361,6 @@ class _Rows:
             "corpus": rows.corpus,
             **generation,
         }
-        if self.hooks is None:
-            return hooks_of(task).evaluator(**settings)
         return self.hooks.create_evaluator(trained, rows, seed, settings)
 
 

@@ -9,8 +9,8 @@ from pydantic import BeforeValidator, Field, create_model, field_validator
 
 from ftlevel.config.constraints import Constraints, Excludes, Needs
 from ftlevel.config.output import Decoding, DecodingAsInTraining
-from ftlevel.config.preference import FewNames
 from ftlevel.config.reading import normalize_task
+from ftlevel.config.section import FewNames
 from ftlevel.config.sections import (
     INPUT_FORMAT,
     ColumnMap,

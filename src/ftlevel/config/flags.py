@@ -7,7 +7,7 @@ Extensions can add flags, and aliases for the flags of train.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from ftlevel.config.flag import (
     option,
 )
 from ftlevel.config.flag import CONFIGS as CONFIGS
+from ftlevel.config.train import SECTIONS
 from ftlevel.errors import ConfigError
 from ftlevel.extensions import OWN, Command, added_rows, find_extensions, warn_skipped
 
@@ -257,12 +258,6 @@ _RUN_FLAGS: tuple[Flag, ...] = (
              "train.focal_gamma train.neftune_noise_alpha distillation.teacher "
              "distillation.divergence distillation.kd_ratio distillation.kd_temperature "
              "distillation.kd_top_k"),
-    Flag("preference.loss", "", HOW),
-    Flag("preference.beta", "", HOW),
-    Flag("preference.reference", "", HOW, metavar="start|none|RUN"),
-    *_fields(HOW, _TRAIN,
-             "preference.simpo_gamma preference.sft_weight preference.desirable_weight "
-             "preference.undesirable_weight"),
     Flag("train.gradient_accumulation_steps", "", HOW, _ROWS),
     *_fields(HOW, _TRAIN,
              "train.per_device_eval_batch_size train.train_sampling_strategy train.num_processes "
@@ -329,19 +324,43 @@ _GENERAL_FLAGS: tuple[Flag, ...] = (
 )  # fmt: skip
 
 
+def _merge_rows(rows: Iterable[Flag]) -> list[Flag]:
+    """Returns the rows; those of task sections with one name, such as `--loss`, are one flag.
+
+    It sets the first row's field, or that of the section that the task uses.
+    """
+    merged: list[Flag] = []
+    shared: dict[str, dict[str, str]] = {}  # name → task → field
+    for row in rows:
+        section = SECTIONS.get(row.path.partition(".")[0])
+        if section is not None and row.name in shared:
+            shared[row.name] |= dict.fromkeys(section.tasks, row.path)
+            continue
+        if section is not None:
+            shared[row.name] = dict(row.by_task)
+        merged.append(row)
+    return [replace(row, by_task=shared.get(row.name, row.by_task)) for row in merged]
+
+
 def _extended() -> Iterator[Flag]:
     """Yields all flags; raises ConfigError if two packages define the same flag of a command."""
-    flags: list[tuple[str, Sequence[Flag]]] = []
+    own: list[Flag] = []
+    flags: list[tuple[str, Sequence[Flag]]] = [(OWN, own)]
     aliases: dict[str, list[FlagAliases]] = {}
     for source, extension in find_extensions():
         try:
-            flags.append((source, extension.flags()))
+            rows = extension.flags()
+            if source == OWN:
+                own += rows
+            else:
+                flags.append((source, rows))
             for path, more in extension.aliases().items():
                 aliases.setdefault(path, []).append(more)
         except Exception as error:
             if source == OWN:
                 raise
             warn_skipped(source, error)
+    own[:] = _merge_rows(own)
     names: dict[tuple[str, str], str] = {}
     for source, rows in ((OWN, (*_RUN_FLAGS, *COMMAND_FLAGS)), *flags, (OWN, _GENERAL_FLAGS)):
         for row in rows:

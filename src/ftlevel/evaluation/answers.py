@@ -28,7 +28,6 @@ from ftlevel.fast.plan import plan_forward
 from ftlevel.fast.step import FastStep
 from ftlevel.methods import METHODS
 from ftlevel.models.kinds import max_positions
-from ftlevel.objectives import TokenObjective
 from ftlevel.tasks.base import OutputOptions, Prediction
 from ftlevel.trained.generation import GenerationOptions, cut_at_stop
 from ftlevel.trained.model_ref import LoadedModel
@@ -149,7 +148,7 @@ class RowScorer:
         trained, objective = self._trained, self._trained.objective
         batch, layout = self._batch(rows)
         with using_layout(layout):
-            if isinstance(objective, TokenObjective):
+            if objective.predicts_tokens:
                 yield from self._token_logits(batch, rows)
                 return
             logits = trained.logits(batch)

@@ -288,7 +288,7 @@ class PruningCheck(StepCheck):
     def _select_tokens(
         self, objective: Objective, batch: dict[str, Tensor]
     ) -> TokenSelector | None:
-        if isinstance(objective, TokenObjective):
+        if objective.predicts_tokens:
             return SupervisedTokens(objective)
         if not objective.per_row:
             return None
@@ -350,7 +350,7 @@ def _get_linears(module: nn.Module) -> list[nn.Module]:
 def get_cross_entropy_error(
     head: ChunkedCrossEntropy,
     model: Any,
-    objective: TokenObjective,
+    objective: Any,
     rows: Sequence[Encoded],
     pad_id: int,
     device: str,

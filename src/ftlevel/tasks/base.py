@@ -220,6 +220,10 @@ class BaseTask(DataTask):
         """Returns the settings that inference needs, stored as `options` in the model card."""
         return {}
 
+    def merged_options(self, options: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+        """Returns the model card's `options` for a merged model, and a note on what it lacks."""
+        return options, ""
+
     def inherited_config(
         self, directory: Path, inference_config: Mapping[str, Any]
     ) -> dict[str, dict[str, Any]]:

@@ -17,10 +17,8 @@ from ftlevel.artifacts.files import (
     check_regular,
     file_fingerprint,
     hash_weights,
-    read_json,
-    write_json,
 )
-from ftlevel.artifacts.paths import relative_path, resolve_relative
+from ftlevel.artifacts.paths import resolve_relative
 from ftlevel.artifacts.run_directory import CHECKPOINTS, CONFIG, get_run_dir
 from ftlevel.config.methods.lora import BASE_MODIFYING_INITS
 from ftlevel.data.encoding.collate import ensure_pad_token
@@ -437,10 +435,6 @@ def check_cached_base(ref: ModelRef) -> None:
         check_base(source, ref.card, ref.adapter_path)
 
 
-NAMED = "model.json"
-"""File with the name and fingerprint of a reference model."""
-
-
 @dataclass(frozen=True)
 class ReferenceModel:
     """Resolved reference, teacher or guide; `fingerprint` identifies weights and quantization."""
@@ -448,13 +442,6 @@ class ReferenceModel:
     name: str
     ref: ModelRef
     fingerprint: str
-
-    def write(self, record_dir: Path, base_dir: Path) -> None:
-        """Save name and fingerprint in `record_dir`; a local path also relative to `base_dir`."""
-        path = Path(self.name).expanduser()
-        local = {"path": relative_path(path, base_dir)} if path.exists() else {}
-        name = str(path.absolute()) if local else self.name
-        write_json(record_dir / NAMED, {"name": name, **local, "fingerprint": self.fingerprint})
 
 
 def resolve_reference(
@@ -482,22 +469,6 @@ def resolve_reference(
             "be used on the same tokens. Choose a model with the same tokenizer."
         )
     return ReferenceModel(name, ref, compute_fingerprint(ref))
-
-
-def load_reference(record_dir: Path, base_dir: Path, device: str) -> ReferenceModel:
-    """Resolve the model that `ReferenceModel.write` saved; InputError if its weights changed."""
-    record = read_json(record_dir / NAMED)
-    name = record["name"]
-    if record.get("path") and (path := resolve_relative(record["path"], base_dir)).exists():
-        name = str(path)
-    label = f"{name} (the reference of {base_dir})"
-    ref = resolve_model(name, device=device, label=label)
-    if compute_fingerprint(ref) != record["fingerprint"]:
-        raise InputError(
-            f"{label} has other weights than in training, so rewards would change. Restore the "
-            "weights, or train again."
-        )
-    return ReferenceModel(name, ref, record["fingerprint"])
 
 
 def compute_fingerprint(ref: ModelRef) -> str:

@@ -12,6 +12,7 @@ from ftlevel.config.trainer import TrainerConfig
 from ftlevel.data.encoding.collate import CollatorWithRows
 from ftlevel.evaluation.intervals import should_generate, uses_text_metrics
 from ftlevel.evaluation.scoring import Evaluator
+from ftlevel.events import Listener
 from ftlevel.fast.plan import LIGER_ARGUMENTS
 from ftlevel.methods import METHODS
 from ftlevel.methods.rates import HeadRate
@@ -116,8 +117,7 @@ def create_evaluator(run: Run, processes: Processes, sampler: Any = None) -> Eva
     if not run.data.validation:
         return None
     section = run.config.train
-    generated = min(section.max_generate_samples, len(run.data.validation))
-    shared: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "rows": run.data.validation,
         "tokenizer": run.model.tokenizer,
         "kind": run.model.kind,
@@ -127,17 +127,15 @@ def create_evaluator(run: Run, processes: Processes, sampler: Any = None) -> Eva
         "batch_size": eval_batch_size(section),
         "metrics": section.metrics,
         "corpus": run.data.corpus,
-    }
-    if processes.count > 1:
-        shared["divide"] = partial(processes.divide, equally=section.shard != "none")
-    if (own := run.hooks.create_evaluator(run, sampler, generated, shared)) is not None:
-        return own
-    return run.hooks.evaluator(
-        **shared,
+        "language": run.data.info["target_language"],
+        "chunked_cross_entropy": run.fast.chunked_cross_entropy,
         **get_generation_settings(section, run.task, len(run.data.validation)),
-        language=run.data.info["target_language"],
-        chunked_cross_entropy=run.fast.chunked_cross_entropy,
-    )
+    }
+    if run.objective.samples:
+        settings["generated_rows"] = min(section.max_generate_samples, len(run.data.validation))
+    if processes.count > 1:
+        settings["divide"] = partial(processes.divide, equally=section.shard != "none")
+    return run.hooks.create_evaluator(run, sampler, settings)
 
 
 def get_generation_settings(train: TrainerConfig, task: BaseTask, num_rows: int) -> dict[str, Any]:
@@ -159,9 +157,9 @@ def create_trainer(
     output_dir: RunDirectory,
     resume_state: ResumeState,
     processes: Processes,
-    teacher: Any = None,
+    listener: Listener | None = None,
 ) -> FtlevelTrainer:
-    """Create the run's Trainer; `teacher` is what `TrainingHooks.create_scorer` returned."""
+    """Create the run's Trainer; without `listener`, to compute single steps only."""
     from transformers import PrinterCallback, ProgressCallback
 
     args = create_training_args(run, output_dir.checkpoints)
@@ -175,7 +173,7 @@ def create_trainer(
     if rate is not None and rate != run.schedule.learning_rate:
         head_rate = HeadRate(run.model.new_heads, rate)
     step_collator = run.hooks.collator(pad_id, fast.plan, run.objective) if fast else None
-    sampler = run.hooks.create_sampler(run, model, teacher)
+    sampler = run.hooks.create_sampler(run, model, listener)
     trainer_class, kwargs, order = run.hooks.select_trainer(run, sampler, train_dataset, order)
     if is_sharded(model.model) and processes.count > 1:
         trainer_class = ShardedTrainer

@@ -93,9 +93,7 @@ def _save(session: TrainingSession, weights: Mapping[str, Any] | None = None) ->
     else:
         module.save_pretrained(str(partial_dir), state_dict=weights)
         save_legacy_rope(partial_dir)
-    save_tokenizer_and_card(
-        partial_dir, run, session.base, session.auxiliary.files, output_dir.adapter
-    )
+    save_tokenizer_and_card(partial_dir, run, session.base, output_dir.adapter)
     flush_all(partial_dir)
     delete_adapter(output_dir.path)
     partial_dir.rename(output_dir.adapter)
@@ -143,7 +141,9 @@ def report(session: TrainingSession, proof: Proof) -> Mapping[str, Any]:
     evaluator, answers = session.trainer.evaluator, session.answers
     records = session.results.records
     summary = _create_summary(session, proof)
-    auxiliary_info, notes = session.auxiliary.describe(run, records)
+    facts, notes = run.hooks.describe(run, records)
+    if session.teacher_info is not None:
+        facts["distillation"] = session.teacher_info
     for note in notes:
         listener.warn(note)
     step = session.selected.step if session.selected else summary["steps"]
@@ -162,7 +162,7 @@ def report(session: TrainingSession, proof: Proof) -> Mapping[str, Any]:
     summary["intervals"] = _intervals(final, evaluator)
     if initial is not None and evaluator is not None and run.objective.samples:
         summary["intervals_before"] = _intervals(initial, evaluator)
-    summary |= {**auxiliary_info, "next": next_commands(run, output_dir)}
+    summary |= {**facts, "next": next_commands(run, output_dir)}
     with explain_disk_errors(output_dir):
         _save_results(output_dir, run.config.method, summary, predictions)
     if predictions and summary["metrics_before"] and initial is None:

@@ -93,7 +93,7 @@ def get_identity(run: Run) -> dict[str, Any]:
         BASE: get_base_values(run.model.source)["fingerprint"],
         "data.fingerprint": data.info["fingerprint"],
         "data.validation_fingerprint": data.info.get("validation_fingerprint"),
-        **{".".join(field): value for field, value in run.auxiliary.fingerprints().items()},
+        **{field: model.fingerprint for field, model in run.auxiliary.items()},
     }
     if data.prompt_format is not None and data.prompt_format.kind == "plain":
         values["data.prompt_version"] = data.prompt_format.version

@@ -23,7 +23,7 @@ from ftlevel.errors import InputError, RunError, join_names
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import evaluating
 from ftlevel.models.upstream.shards import local_shard
-from ftlevel.objectives import Objective, TokenObjective
+from ftlevel.objectives import Objective
 from ftlevel.trained.adapt import add_adapter, load_adapter
 from ftlevel.training.gradients import GradientMonitor
 from ftlevel.training.model import (
@@ -122,13 +122,13 @@ def collate_check_batch(
     ordered = sorted(sequences, key=lambda sequence: len(sequence.input_ids))
     middle = len(ordered) // 2
     selected = ordered[max(0, middle - NUM_TEST_ROWS // 2) :][:NUM_TEST_ROWS]
-    if isinstance(objective, TokenObjective):
+    if objective.predicts_tokens:
         max_positions = max(1, MAX_TEST_LOGITS // (vocab_size * len(selected)))
         selected = [_truncate(row, max_positions, objective) for row in selected]
     return {name: value.to(device) for name, value in Collator(pad_id)(selected).items()}
 
 
-def _truncate(row: Encoded, max_positions: int, objective: TokenObjective) -> Encoded:
+def _truncate(row: Encoded, max_positions: int, objective: Objective) -> Encoded:
     labels = row.labels[:max_positions] if isinstance(row.labels, list) else row.labels
     if objective.feeds_labels:  # the decoder has one position per label
         return replace(row, labels=labels)

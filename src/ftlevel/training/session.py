@@ -58,7 +58,6 @@ from ftlevel.training.processes import (
     resolve_processes,
     started_processes,
 )
-from ftlevel.training.reference import compute_initial_reference, precompute_reference
 from ftlevel.training.resume import (
     PLAIN_STEP,
     ResumeState,
@@ -84,11 +83,7 @@ from ftlevel.training.saving import (
 from ftlevel.training.sharding import ShardedTrainer, check_can_shard, compute_initial_logits
 from ftlevel.training.step_comparison import FastStepError, StepComparison
 from ftlevel.training.summary import resolved_config, save_tokenizer_and_card
-from ftlevel.training.teacher import (
-    AuxiliaryOutputs,
-    precompute_teacher,
-    resolve_auxiliary_models,
-)
+from ftlevel.training.teacher import precompute_teacher, resolve_auxiliary_models
 from ftlevel.training.trainer import FtlevelTrainer
 from ftlevel.training.verify import check_fast_step
 
@@ -216,8 +211,9 @@ class TrainingSession:
         stack: closes what the session opens.
         memory: the estimate printed at the start.
         resumed: checkpoint, log and changes of the run to resume; set by `resolve_resume`.
-        model: the loaded model; set, with `auxiliary`, by `prepare`, which also adds the outputs of
-            auxiliary models to the rows of `run`.
+        model: the loaded model; set by `prepare`, which also adds the outputs of auxiliary models
+            to the rows of `run`.
+        teacher_info: entry of the teacher in summary.json; None without a teacher.
         comparison: result of verifying the fast step; None if it was not verified.
         initial_memory: bytes of the process before the model was loaded.
         base: name, kind and fingerprint of the base model, for card and summary; set, with
@@ -237,7 +233,7 @@ class TrainingSession:
     memory: MemoryEstimate
     resumed: ResumeState = field(default_factory=ResumeState)
     model: PreparedModel = field(init=False)
-    auxiliary: AuxiliaryOutputs = field(init=False)
+    teacher_info: dict[str, Any] | None = None
     comparison: StepComparison | None = None
     initial_memory: int = 0
     output_dir: RunDirectory = field(init=False)
@@ -325,30 +321,25 @@ class TrainingSession:
     def _prepare(self, run: Run, load: LoadModel) -> None:
         listener, processes = self.listener, self.processes
         run = run.hooks.with_auxiliary_outputs(run, listener, processes)
-        run, reference = precompute_reference(run, listener, processes)
         teacher = precompute_teacher(run, listener, processes)
         listener.stage("loading the model")
         model = load(run, listener)
-        if reference is None:
-            run, reference = compute_initial_reference(run, model, listener, processes)
-        rows, teacher_info = teacher or (run.data.train, None)
+        run = run.hooks.with_initial_outputs(run, model, listener, processes)
+        rows, self.teacher_info = teacher or (run.data.train, None)
         run = replace(run, data=replace(run.data, train=rows))
-        auxiliary = AuxiliaryOutputs(
-            reference, teacher_info, run.hooks.create_scorer(run, listener)
-        )
         try:
             self.comparison = check_fast_step(run, model, processes, listener)
         except FastStepError:
             if model.fast is not None:
                 model.fast.remove()
             raise
-        self.run, self.model, self.auxiliary = run, model, auxiliary
+        self.run, self.model = run, model
 
     def open(self) -> None:
         """Open and lock the run directory, and create the Trainer with its callbacks."""
         model, resumed = self.model, self.resumed
         listener, processes = self.listener, self.processes
-        config, scorer = self.run.config, self.auxiliary.scorer
+        config = self.run.config
         processes.from_first(
             lambda: check_disk_space(
                 config.output.dir, config.train, model.model, self.run.schedule.steps
@@ -365,13 +356,13 @@ class TrainingSession:
         self.stack.enter_context(convert_interrupt(output_dir))
         if self.is_sharded:
             self.initial_logits = compute_initial_logits(model, run)
-        self.trainer = create_trainer(run, model, output_dir, resumed, processes, scorer)
+        self.trainer = create_trainer(run, model, output_dir, resumed, processes, listener)
 
         def write_files(checkpoint: Path) -> None:
             if hashing is not None:
                 hashing.result()
             if not model.initial_state:
-                save_tokenizer_and_card(checkpoint, run, base, self.auxiliary.files)
+                save_tokenizer_and_card(checkpoint, run, base)
 
         self._add_callbacks(write_files)
         self._restore_progress()

@@ -11,6 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any
@@ -23,9 +24,8 @@ from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.row import Encoded
 from ftlevel.errors import RunError, is_out_of_memory
 from ftlevel.fast.fused_layers import FusedGlu, FusedNorm
-from ftlevel.fast.likelihoods import base_model, compute_full_loss, sum_log_ratios, with_baseline
+from ftlevel.fast.likelihoods import base_model, compute_full_loss
 from ftlevel.models.module_tree import get_stacks
-from ftlevel.objectives import LikelihoodObjective
 from ftlevel.trained.generation import batches
 from ftlevel.training.trainer import FtlevelTrainer
 
@@ -269,41 +269,28 @@ class Steps:
         return self._reference(self.model, rows, batch_size)
 
     def _reference(self, model: Any, rows: Sequence[Encoded], batch_size: int) -> StepResult:
-        objective, device = self.trainer.objective, self.trainer.args.device
-        loss_config = self.trainer.loss
+        objective, loss_config = self.trainer.objective, self.trainer.loss
         self.model.eval()
         self.model.zero_grad()
         whole = objective.compute_whole_step(model, rows, self._collate, batch_size)
         if whole is not None:
             torch.autograd.backward(whole)
             return StepResult(whole.item(), self._pop_gradients())
-        loss, kl_baseline = 0.0, self._baseline(rows, batch_size)
-        micro_batches = self._batches(rows, batch_size)
+        micro_batches, loss = self._batches(rows, batch_size), 0.0
+        self.trainer.prepare_plain(
+            micro_batches, rows, partial(self._batches, batch_size=batch_size)
+        )
         num_targets = [
             objective.training_count(batch["labels"], loss_config) for batch in micro_batches
         ]
         total = objective.step_count(num_targets)
         for batch in micro_batches:
-            if kl_baseline is not None:
-                batch["preference_labels"] = with_baseline(
-                    batch["preference_labels"], kl_baseline.to(device)
-                )
             mask = batch["attention_mask"]
             summed, _, _ = compute_full_loss(model, objective, batch, mask, loss_config)
             batch_loss = (summed / total).sum()
             torch.autograd.backward(batch_loss)
             loss += batch_loss.item()
         return StepResult(loss, self._pop_gradients())
-
-    def _baseline(self, rows: Sequence[Encoded], batch_size: int) -> Tensor | None:
-        """Returns the KTO baseline of a step (a scalar ≥ 0); None for other objectives."""
-        objective = self.trainer.objective
-        contrasts = [other for row in rows for other in row.contrasts]
-        if not (isinstance(objective, LikelihoodObjective) and contrasts):
-            return None
-        batches = self._batches(contrasts, batch_size)
-        total = sum_log_ratios(None, self.model, objective, batches)
-        return (total[0] / total[1]).clamp(min=0)
 
     def _batches(self, rows: Sequence[Encoded], batch_size: int) -> list[dict[str, Tensor]]:
         return [self._collate(part) for part in batches(rows, batch_size)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,6 @@ from ftlevel._version import __version__
 from ftlevel.artifacts.cards import AdapterCard, library_versions
 from ftlevel.artifacts.files import base_fingerprint
 from ftlevel.artifacts.paths import make_paths_absolute, relative_path
-from ftlevel.evaluation.scoring import KEPT
 from ftlevel.methods import needs_import
 from ftlevel.models.quantization import get_quantization_config, get_quantization_info
 from ftlevel.models.sources import ModelSource
@@ -115,16 +113,14 @@ def save_tokenizer_and_card(
     save_dir: Path,
     run: Run,
     base: Mapping[str, Any],
-    files: Any = None,
     final_dir: Path | None = None,
 ) -> None:
-    """Save tokenizer, card and `files` next to the weights in `save_dir`.
+    """Save tokenizer, card and the task's files next to the weights in `save_dir`.
 
-    `files` is a temporary directory with files of the reference model, or None. A local base path
+    A local base path
     is stored relative to `final_dir`, to which `save_dir` is moved later.
     """
-    if files is not None:
-        shutil.copytree(files.name, save_dir / KEPT, dirs_exist_ok=True)
+    run.hooks.save_files(run, save_dir)
     run.model.tokenizer.save_pretrained(str(save_dir))
     save_stop_ids(save_dir, run.model.tokenizer)
     is_local = base["kind"] in ("directory", "gguf")

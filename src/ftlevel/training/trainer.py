@@ -22,13 +22,7 @@ from ftlevel.data.prepare.samplers import (
     StepShardSampler,
 )
 from ftlevel.errors import ConfigError, is_out_of_memory
-from ftlevel.fast.likelihoods import (
-    compute_full_loss,
-    compute_shared_prefix,
-    sum_log_ratios,
-    supervised_loss,
-    with_baseline,
-)
+from ftlevel.fast.likelihoods import compute_full_loss, compute_shared_prefix, supervised_loss
 from ftlevel.fast.packing import PackedLayout, using_layout
 from ftlevel.fast.parallel_workers import ParallelWorkers
 from ftlevel.fast.prefixes import SharedPrefix
@@ -36,11 +30,7 @@ from ftlevel.fast.step import FastStep
 from ftlevel.methods.rates import HeadRate, set_head_rate
 from ftlevel.models.hardware import autocast
 from ftlevel.models.upstream.libraries import move_batches, shared_order
-from ftlevel.objectives import (
-    LikelihoodObjective,
-    Objective,
-    TrainingLoss,
-)
+from ftlevel.objectives import Objective, TrainingLoss
 from ftlevel.training.memory import StepReducer
 from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
@@ -127,8 +117,6 @@ class FtlevelTrainer(Trainer):
         step_rows: indices of the training rows in the current optimizer step.
         replaces_nonfinite: whether the log has the previous step's loss in place of NaN or inf.
     """
-
-    _baseline: Tensor | None = None  # KTO's z for the optimizer step
 
     def __init__(
         self,
@@ -337,11 +325,6 @@ class FtlevelTrainer(Trainer):
     ) -> Any:
         """Returns the micro-batch's summed loss / the optimizer step's target count (a scalar)."""
         mask, labels = inputs["attention_mask"], inputs["labels"]
-        if self._baseline is not None:
-            inputs = {
-                **inputs,
-                "preference_labels": with_baseline(inputs["preference_labels"], self._baseline),
-            }
         outputs = None
         if self.fast is not None and self.fast.cross_entropy is not None and not return_outputs:
             total = supervised_loss(
@@ -436,27 +419,13 @@ class FtlevelTrainer(Trainer):
         return gathered.sum(0).reshape(value.shape)
 
     def prepare_step(self, batches: list[dict[str, Any]], device: torch.device) -> None:
-        """Compute the KTO baseline of a step before its micro-batches (`batches` are modified).
+        """Compute what the losses of a step need before its micro-batches; by default, nothing."""
 
-        The baseline is the mean reward of the mismatched prompt-answer pairs of all processes, or 0
-        if that is negative.
+    def prepare_plain(self, batches: Sequence[Any], rows: Sequence[Any], collate: Any) -> None:
+        """Modify the `batches` of a plain step on `rows`, as `prepare_step` and `compute_loss` do.
+
+        `collate` returns a list of batches of further rows.
         """
-        if not (isinstance(self.objective, LikelihoodObjective) and self.objective.needs_baseline):
-            return
-        contrasts = [
-            send_to_device(part, device)
-            for batch in batches
-            for part in batch.pop("contrasts")
-            if not batch.get("is_padding")
-        ]
-        head = self.fast.cross_entropy if self.fast is not None else None
-        with self.compute_loss_context_manager():
-            total = sum_log_ratios(head, self.model, self.objective, contrasts)
-        total = total.to(device)
-        if self.args.world_size > 1 and not self.is_standalone:
-            total = self._sum_over_processes(total)
-        self._baseline = (total[0] / total[1]).clamp(min=0)
-        self._in_training = False
 
     def count_targets(self, batches: list[dict[str, Any]], device: torch.device) -> Tensor:
         """Returns the number or weight of this process's targets in `batches`; padding has none."""

@@ -11,8 +11,8 @@ import pytest
 
 from ftlevel.config import Layer, TrainConfig, build_config, load_recipe, parse_overrides, put
 from ftlevel.config.flags import FLAGS, recipe_hint
-from ftlevel.config.preference import PreferenceConfig
 from ftlevel.errors import ConfigError
+from ftlevel.extras.preference.config import PreferenceConfig
 from ftlevel.extras.rl.config import RlConfig
 
 
@@ -242,7 +242,7 @@ def test_boolean_is_not_accepted_as_number(setting):
         ("data.column={a: b}", "unknown key 'data.column'. Did you mean 'data.columns'?"),
         ("data.mixx={}", "unknown key 'data.mixx'. Did you mean 'data.mix'?"),
         ("foo.bar=4", "unknown key 'foo.bar'. Sections: task, model, quant, method, data, train, "
-         "preference, distillation, speed, output, embedding, reranking, rl."),
+         "distillation, speed, output, embedding, preference, reranking, rl."),
         ("train.optim=adamw", "'adamw' is not known. Expected one of adamw_torch, "
          "adamw_torch_fused, adamw_8bit, paged_adamw_8bit, paged_adamw_32bit, adafactor, ademamix, "
          "ademamix_8bit, paged_ademamix_8bit, paged_ademamix_32bit, lion_8bit, lion_32bit, "

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ftlevel.config.preference import DistillationConfig
+from ftlevel.config.sections import DistillationConfig
 from ftlevel.tasks.losses import divergence, log_outcomes, outcome_dtype, select_top_k
 
 DIVERGENCES = ("forward-kl", "reverse-kl", "jsd")

@@ -11,7 +11,6 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ftlevel.config.constraints import flag_name, list_violations
 from ftlevel.config.evaluation import EvaluateConfig
-from ftlevel.config.preference import list_unused_fields
 from ftlevel.config.section import Positive, Section, TaskSection, list_unread, parse_range
 from ftlevel.config.sections import (
     INPUT_FORMAT,
@@ -19,6 +18,7 @@ from ftlevel.config.sections import (
     IgnoredColumns,
     MovedBase,
     RunDevice,
+    list_unused_fields,
 )
 from ftlevel.errors import excludes, has_no_effect, join_names, needs
 from ftlevel.extensions import load
@@ -116,7 +116,6 @@ class RetrievalSection(TaskSection):
 
     shorthand: ClassVar[str] = "loss"
     has_teacher: ClassVar[bool] = True
-    writes_text: ClassVar[bool] = False
 
     def get_options(self, config: Any) -> dict[str, Any]:
         return {**self.model_dump(mode="json"), "teacher": config.distillation.teacher}
@@ -132,9 +131,9 @@ class EmbeddingConfig(RetrievalSection):
 
     tasks: ClassVar[tuple[str, ...]] = ("embedding",)
     summary: ClassVar[str] = "Settings of an embedding model."
-    uses: ClassVar[tuple[str, ...]] = ("data.qrels", "data.corpus")
+    uses: ClassVar[Mapping[str, tuple[str, ...]]] = {"embedding": ("data.qrels", "data.corpus")}
     overlong: ClassVar[tuple[str, ...]] = ("drop", "truncate")
-    pipeline_tag: ClassVar[str] = "sentence-similarity"
+    pipeline_tags: ClassVar[Mapping[str, str]] = {"embedding": "sentence-similarity"}
     paths: ClassVar[Mapping[str, str]] = {"guide": "--guide"}
 
     loss: Annotated[EmbeddingLossName, BeforeValidator(_normalize_loss)] | None = Field(
@@ -271,7 +270,7 @@ class RerankingConfig(RetrievalSection):
     tasks: ClassVar[tuple[str, ...]] = ("reranking",)
     summary: ClassVar[str] = "Ranking loss."
     overlong: ClassVar[tuple[str, ...]] = ("drop", "truncate", "truncate-prompt")
-    pipeline_tag: ClassVar[str] = "text-ranking"
+    pipeline_tags: ClassVar[Mapping[str, str]] = {"reranking": "text-ranking"}
 
     loss: Annotated[RerankingLossName, BeforeValidator(_normalize_loss)] | None = Field(
         None,

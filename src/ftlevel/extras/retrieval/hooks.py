@@ -62,10 +62,8 @@ class RetrievalHooks(TrainingHooks):
 
         With several processes, they may differ in rounding from those of one process.
         """
-        guides = {field: model for (_, field), model in run.auxiliary.others.items()}
-        for flag, model in {**guides, "teacher": run.auxiliary.teacher}.items():
-            if model is None:
-                continue
+        for path, model in run.auxiliary.items():
+            flag = path.rpartition(".")[2]
             listener.stage(f"running the {flag}")
             loaded, data = model.ref.load(run.model.device), run.data
             if flag == "guide":
@@ -89,9 +87,8 @@ class EmbeddingHooks(RetrievalHooks):
     collator: ClassVar[type[StepCollator]] = TextCollator
     evaluator: ClassVar[type[Evaluator]] = EmbeddingEvaluator
 
-    def get_auxiliary_names(self, run: Run) -> Mapping[tuple[str, str], str]:
-        guide = run.config.get_section(EmbeddingConfig).guide
-        return {("embedding", "guide"): guide} if guide is not None else {}
+    def get_auxiliary_names(self, run: Run) -> Mapping[str, str | None]:
+        return {"embedding.guide": run.config.get_section(EmbeddingConfig).guide}
 
     def create_order(self, run: Run) -> DistinctTextSampler | None:
         """Returns a sampler by which no text occurs twice in a step, or each has one dataset."""

@@ -38,7 +38,6 @@ from ftlevel.models.hardware import (
     resident_bytes,
 )
 from ftlevel.models.quantization import as_quant_config, get_quantization_config, quantization_name
-from ftlevel.objectives import TokenObjective
 from ftlevel.training.forecast.memory import StepMemory, count_computed_layers, estimate_step_memory
 from ftlevel.training.forecast.meta_model import (
     ACTIVATIONS,
@@ -98,7 +97,7 @@ def _mapped_bytes(run: Run, step: StepMemory) -> int:
 
 
 def _head_copy_bytes(run: Run) -> int:
-    if not isinstance(run.objective, TokenObjective):
+    if not run.objective.predicts_tokens:
         return 0
     hidden = getattr(run.model.config.get_text_config(), "hidden_size", 0)
     return 2 * DTYPES[run.model.dtype].itemsize * run.model.vocabulary * hidden

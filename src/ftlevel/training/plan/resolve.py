@@ -43,7 +43,6 @@ from ftlevel.models.sources import ModelSource, check_revision, resolve_source
 from ftlevel.models.upstream.libraries import get_outdated_libraries
 from ftlevel.objectives import Objective
 from ftlevel.tasks import TASKS, BaseTask
-from ftlevel.tasks.losses import Tokens, create_distillation_objective
 from ftlevel.training.best import resolve_best_model
 from ftlevel.training.plan.adapter import check_adapter_matches
 from ftlevel.training.plan.method import (
@@ -150,15 +149,13 @@ def resolve(
     model = _plan_model(base, model_config, meta, task, has_adapter=adapter is not None)
     targets = resolve_method_targets(method, meta, base.source.name, quant)
     objective = task.create_objective(base.kind, data.info)
-    if config.distillation.teacher is not None and isinstance(objective, Tokens):
-        objective = create_distillation_objective(objective, config.distillation)
+    if config.distillation.teacher is not None:
+        objective = objective.with_teacher(config.distillation)
     uses_generation = should_generate(train.predict_with_generate, task)
     check_metrics(
         train.metrics, task, objective, generates=uses_generation, how="--predict-with-generate"
     )
-    loss, loss_choices = resolve_training_loss(
-        train, config.distillation, config.task, objective, data.info["labels"], data.train
-    )
+    loss, loss_choices = resolve_training_loss(train, objective, data.info["labels"], data.train)
     epoch_rows = rows_per_epoch(train, config.task_section.steps_per_batch, data)
     steps = count_steps(train, epoch_rows)
     info = _get_rate_info(model, meta, objective, steps)

@@ -28,12 +28,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ftlevel.config.preference import PreferenceConfig
-from ftlevel.objectives import IGNORED, LikelihoodObjective, Meter, TokenObjective, TrainingLoss
+from ftlevel.extras.preference.config import PreferenceConfig
+from ftlevel.objectives import IGNORED, Meter, TokenLogps, TokenObjective, TrainingLoss
 from ftlevel.tasks.losses import Tokens, TokenTargets, mean_or_nan
 
 if TYPE_CHECKING:
@@ -255,12 +255,23 @@ WITH_SFT = ("rpo", "cpo", "orpo")
 
 
 @dataclass(frozen=True)
-class Preferences(TokenTargets, LikelihoodObjective):
+class Preferences(TokenTargets, TokenObjective):
     """Objective of preference losses: of pairs, preferred answer first, or labeled answers.
 
-    `smoothing` is ε, the assumed share of swapped pairs; `shifted` is as in `Tokens`.
+    A batch contains `preference_labels` `(answers, 3)`: 1.0 if preferred or desirable, reference
+    log-probability, margin. The answers of a row are consecutive in one batch.
+
+    Attributes:
+        needs_baseline: whether the loss subtracts, from rewards, the mean reward of mismatched
+            prompt-answer pairs (KTO), which must be known before the step.
+        smoothing: ε, the assumed share of swapped pairs.
+        shifted: as in `Tokens`.
     """
 
+    needs_reference: bool = False
+    needs_baseline: bool = False
+    shard_limitation: ClassVar[str] = "the reference cache is per process"
+    has_own_smoothing: ClassVar[bool] = True
     config: PreferenceConfig = field(default_factory=PreferenceConfig)
     smoothing: float = 0.0
     shifted: bool = True
@@ -277,8 +288,16 @@ class Preferences(TokenTargets, LikelihoodObjective):
     def of_tokens(self) -> TokenObjective:
         return Tokens("perplexity", self.feeds_labels, self.shifted)
 
+    def likelihood_loss(self, batch: Mapping[str, Any], compute: TokenLogps) -> Tensor | None:
+        """Returns `preference_sum` of the answers in a batch."""
+        answers = self.answers(*compute(1.0), len(batch["labels"]))
+        return self.preference_sum(answers, batch["preference_labels"], training=True)
+
     def answers(self, log_probs: Tensor, owners: Tensor, count: int) -> Tensor:
-        """Returns `(count, 2)`: log-likelihood (weighted for ld-dpo) and number of tokens."""
+        """Returns `(count, 2)`: log-likelihood (weighted for ld-dpo) and number of tokens.
+
+        `log_probs` are float32 `(targets,)`; `owners` `(targets,)` is the answer of each.
+        """
         import torch
 
         zeros = torch.zeros(count, device=log_probs.device)
@@ -295,7 +314,7 @@ class Preferences(TokenTargets, LikelihoodObjective):
     def preference_sum(
         self, answers: Tensor, preference_labels: Tensor, *, training: bool
     ) -> Tensor:
-        """Returns the loss summed over pairs or answers (a scalar).
+        """Returns the loss summed over pairs or answers (a scalar), from the result of `answers`.
 
         In training with `nll_mean: token`, returns `(2,)`: the pair loss and the token loss of the
         preferred answers; the two losses have different divisors.

@@ -19,7 +19,7 @@ from ftlevel.data.formats.examples import Conversation
 from ftlevel.data.formats.labels import common_prefix_length
 from ftlevel.data.formats.turns import Message
 from ftlevel.data.sources.lines import RowView
-from ftlevel.tasks.preferences.formats import LabeledCompletion, PairExample, join_turns
+from ftlevel.extras.preference.formats import LabeledCompletion, PairExample, join_turns
 
 if TYPE_CHECKING:
     from ftlevel.data.gate.checks import Mask

@@ -10,13 +10,24 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ftlevel.config import DataConfig
-from ftlevel.config.preference import LOSSES, SMOOTHING, PreferenceConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.prompts import PromptFormat, choose_format
 from ftlevel.data.encoding.row import IGNORED, Encoded
 from ftlevel.data.formats.detect import Format, FormatSpec, fits
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import InputError
+from ftlevel.extras.preference.config import LOSSES, NO_REFERENCE, SMOOTHING, PreferenceConfig
+from ftlevel.extras.preference.formats import JUDGED_SHAPES, PAIR_SHAPES, create_scored
+from ftlevel.extras.preference.objective import bradley_terry, create_preferences
+from ftlevel.extras.preference.rows import (
+    ContrastedRows,
+    LabeledAnswerRow,
+    PairRow,
+    PreferenceEncoder,
+    check_answers,
+    check_pairs,
+    create_pair_row,
+)
 from ftlevel.objectives import Checks, Meter, Objective
 from ftlevel.tasks.base import (
     BaseTask,
@@ -25,18 +36,6 @@ from ftlevel.tasks.base import (
     Prediction,
     PromptedModel,
     TokenDecoder,
-)
-from ftlevel.tasks.preferences.formats import JUDGED_SHAPES, PAIR_SHAPES, create_scored
-from ftlevel.tasks.preferences.objective import bradley_terry, create_preferences
-from ftlevel.tasks.preferences.rows import (
-    ContrastedRows,
-    LabeledAnswerRow,
-    PairRow,
-    PreferenceEncoder,
-    ReferencedRows,
-    check_answers,
-    check_pairs,
-    create_pair_row,
 )
 from ftlevel.tasks.text import TEXT_FIELDS, TextTask
 
@@ -193,6 +192,15 @@ class PreferenceTask(PreferenceBaseTask, TextTask):
     """Task of training a text-generating model on preferences, e.g. with DPO."""
 
     trains_language_head: ClassVar[bool] = True
+    hooks: ClassVar[str] = "ftlevel.extras.preference.hooks:PreferenceHooks"
+
+    def merged_options(self, options: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+        """Returns `options` without the reference model, which is lost in a merged model."""
+        own = options.get("preference", {})
+        if own.get("reference", NO_REFERENCE) == NO_REFERENCE:
+            return options, ""
+        note = "the reference model is not available: no rewards are computed, and the loss has "
+        return {**options, "preference": {**own, "reference": NO_REFERENCE}}, f"{note}no reference"
 
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
@@ -223,10 +231,6 @@ class PreferenceTask(PreferenceBaseTask, TextTask):
         if self.config.loss != "kto":
             return rows
         return ContrastedRows(rows, max(row.length for row in rows))
-
-    def with_reference(self, rows: Sequence[Encoded], reference: Any) -> Sequence[Encoded]:
-        """Returns `rows` with the log-likelihoods `reference` `(rows, 2)`; None: without any."""
-        return ReferencedRows(rows, reference)
 
     def decode_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder

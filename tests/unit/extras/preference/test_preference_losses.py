@@ -10,18 +10,23 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
-from ftlevel.config.preference import LOSSES, SMOOTHING, PreferenceConfig
 from ftlevel.data.encoding.collate import Collator
+from ftlevel.extras.preference.config import LOSSES, SMOOTHING, PreferenceConfig
+from ftlevel.extras.preference.likelihoods import (
+    compute_answers,
+    get_contrasts,
+    sum_log_ratios,
+    with_baseline,
+)
+from ftlevel.extras.preference.objective import Preferences, create_preferences, log_odds
+from ftlevel.extras.preference.rows import ContrastedRows, ReferencedRows
+from ftlevel.extras.preference.task import RewardObjective
 from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
-from ftlevel.fast.likelihoods import compute_answer_likelihoods, sum_log_ratios, with_baseline
 from ftlevel.fast.packing import using_layout
 from ftlevel.fast.plan import FastPlan
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.objectives import TrainingLoss
-from ftlevel.tasks.preferences.objective import Preferences, create_preferences, log_odds
-from ftlevel.tasks.preferences.rows import ContrastedRows, ReferencedRows
-from ftlevel.tasks.preferences.task import RewardObjective
 from preference_figures import (
     BASELINE,
     LENGTHS,
@@ -58,7 +63,7 @@ def _measure(model: Any, objective: Preferences, rows: Any, plan: FastPlan | Non
     """Return the summed log-probabilities (rows, answers) of `model`, without gradients."""
     with torch.no_grad():
         batch = Collator(PAD)(rows)
-        answers = compute_answer_likelihoods(None, model, objective, batch)
+        answers = compute_answers(None, model, objective, batch)
     return answers[:, 0].numpy().reshape(len(rows), -1)
 
 
@@ -69,7 +74,7 @@ def _rows(model: Any, objective: Preferences) -> Any:
         return list(ReferencedRows(rows, None))
     with model.disable_adapter():
         reference = _measure(model, objective, list(rows), None)
-        contrast_rows = [contrast for row in rows for contrast in row.contrasts]
+        contrast_rows = get_contrasts(rows)
         if contrast_rows:
             reference = np.hstack([reference, _measure(model, objective, contrast_rows, None)])
     return list(ReferencedRows(rows, reference.astype(np.float32)))
@@ -88,11 +93,10 @@ def _step(
     Checks that KTO's baseline is correct within the relative `bound`.
     """
     model.zero_grad()
-    loss = TrainingLoss()
+    loss, contrasts = TrainingLoss(), get_contrasts(rows)
     if plan is None:
         micro_batches: list[dict[str, Any]] = [Collator(PAD)(rows)]
-        contrast_batches = [Collator(PAD)([o for row in rows for o in row.contrasts])] if (
-            rows[0].contrasts) else []  # fmt: skip
+        contrast_batches = [Collator(PAD)(contrasts)] if contrasts else []
         head = fast = None
     else:
         fast = FastStep(model, replace(plan, tokens=tokens))
@@ -101,7 +105,9 @@ def _step(
         fast.prune_last_layer(objective, rows, PAD, "cpu", "float32")
         head = fast.cross_entropy
         step = StepCollator(PAD, fast.plan)(rows)
-        micro_batches, contrast_batches = step["micro_batches"], step.get("contrasts", [])
+        micro_batches = step["micro_batches"]
+        parts = StepCollator(PAD, fast.plan).split(contrasts) if contrasts else []
+        contrast_batches = [batch for _, batch in parts]
     try:
         count = torch.stack(
             [objective.training_count(p["labels"], loss) for p in micro_batches]
@@ -114,10 +120,9 @@ def _step(
             inputs = dict(micro_batch)
             layout = inputs.pop("layout", None)
             if contrast_batches:
-                baseline = (total[0] / total[1]).clamp(min=0)
-                inputs["preference_labels"] = with_baseline(inputs["preference_labels"], baseline)
+                inputs["preference_labels"] = with_baseline(inputs["preference_labels"], total)
             with using_layout(layout):
-                answers = compute_answer_likelihoods(head, model, objective, inputs)
+                answers = compute_answers(head, model, objective, inputs)
                 share = (
                     objective.preference_sum(answers, inputs["preference_labels"], training=True)
                     / count

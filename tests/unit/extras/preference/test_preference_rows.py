@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from ftlevel.config import DataConfig
-from ftlevel.config.preference import PreferenceConfig
 from ftlevel.data.encoding.fit import LengthBounds, fit_rows
 from ftlevel.data.encoding.prompts import PromptFormat
 from ftlevel.data.encoding.row import IGNORED, Encoded, RowError
@@ -18,9 +17,9 @@ from ftlevel.data.encoding.store import rows_to_batches, write_store
 from ftlevel.data.formats.examples import convert_rows
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
-from ftlevel.tasks import TASKS
-from ftlevel.tasks.preferences.formats import LabeledCompletion, PairExample
-from ftlevel.tasks.preferences.rows import (
+from ftlevel.extras.preference.config import PreferenceConfig
+from ftlevel.extras.preference.formats import LabeledCompletion, PairExample
+from ftlevel.extras.preference.rows import (
     ContrastedRows,
     LabeledAnswerRow,
     PairRow,
@@ -29,6 +28,7 @@ from ftlevel.tasks.preferences.rows import (
     check_pairs,
     create_pair_row,
 )
+from ftlevel.tasks import TASKS
 
 ModelDir = Callable[..., Path]
 
