@@ -67,6 +67,7 @@ def test_interval_of_loss_covers_as_many_rows_as_it_claims(loss: str, kind: Any)
         patch.setattr(evaluators, "distinct_texts", lambda _: ([None] * 128, step))
         patch.setattr(evaluators, "add_texts", lambda *_: ())
         patch.setattr(evaluators, "embed_texts", lambda *_: vectors)
+        patch.setattr(evaluators.EmbeddingEvaluator, "text", lambda *_: "")
         record, tokenizer = ExampleRecord(objective), SimpleNamespace(pad_token_id=0)
         evaluator = evaluators.EmbeddingEvaluator(
             rows, tokenizer, "encoder", objective, "cpu", "float32", 8
