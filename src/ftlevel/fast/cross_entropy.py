@@ -100,7 +100,7 @@ class ChunkedCrossEntropy:
     """Computes a model's head and loss at given positions, inside its forward pass.
 
     A hook on the head of `model` (modified) computes the result from the head's input; afterwards
-    the head runs on one position only. Precision, adapters and head weights are the model's own.
+    the head runs on no position. Precision, adapters and head weights are the model's own.
     Raises UnsupportedModelError if the model has no language head.
     """
 
@@ -214,7 +214,7 @@ class ChunkedCrossEntropy:
         if layout is not None and not layout.is_single_row:  # `keep_packed`
             at = layout.restore.index_select(0, at)
         self._call.result = compute(states.flatten(0, -2).index_select(0, at))
-        return (states[:1, :1],)
+        return (states[:1, :0],)
 
     def _trained(self) -> list[Tensor]:
         return [p for p in self._head.parameters() if p.requires_grad]

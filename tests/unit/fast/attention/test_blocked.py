@@ -43,7 +43,7 @@ def compute_with_sdpa(
     for segment in segments:
         seen = [i for a, b in (*segment.past, (segment.start, segment.stop)) for i in range(a, b)]
         mask = create_visibility_mask(
-            segment.position, segment.stop - segment.start, 0, len(seen), causal, window
+            segment.position, segment.stop - segment.start, len(seen), causal, window
         )
         if cap:  # SDPA has no soft cap
             own_query = query[:, segment.start : segment.stop].unflatten(0, (GROUPS, -1))
