@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ftlevel.config.section import Choice
+
 IGNORED = -100
 """Label of a token without loss."""
 
@@ -106,6 +108,7 @@ class Objective(ABC):
         has_choice: whether targets are categorical, so that KL and top-1 are defined.
         one_of_many: whether a target is one of several classes, so that labels can be smoothed.
         has_classes: whether targets are classes, so that these can be weighted.
+        has_language_head: whether logits are those of a language head.
         samples: whether training rows are prompts whose completions the model samples; the loss is
             then no metric.
         evaluates_first: whether the model is evaluated before the first step by default.
@@ -120,6 +123,7 @@ class Objective(ABC):
     has_choice: ClassVar[bool] = True
     one_of_many: ClassVar[bool] = False
     has_classes: ClassVar[bool] = False
+    has_language_head: ClassVar[bool] = False
     samples: ClassVar[bool] = False
     evaluates_first: ClassVar[bool] = False
     shard_limitation: ClassVar[str] = ""
@@ -193,6 +197,15 @@ class Objective(ABC):
         """Returns class weights inverse to class frequency in `rows`; empty without classes."""
         return ()
 
+    def with_distillation(self, config: Any) -> Objective:
+        """Returns the objective with the loss of `config`, `DistillationConfig`, if it has one."""
+        return self
+
+    @property
+    def loss_choices(self) -> list[Choice]:
+        """Log lines about the training loss."""
+        return []
+
     @abstractmethod
     def meter(self) -> Meter:
         """Returns a new meter, whose `update` takes the result of `targets`."""
@@ -221,6 +234,7 @@ class TokenObjective(Objective):
     """Base class of objectives of language heads; logits are computed at targets only."""
 
     one_of_many: ClassVar[bool] = True
+    has_language_head: ClassVar[bool] = True
 
     @abstractmethod
     def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ftlevel.config.preference import DistillationConfig
+from ftlevel.config.section import Choice
 from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.sources.lines import RowView
 from ftlevel.objectives import (
@@ -228,6 +229,10 @@ class Tokens(TokenObjective):
     def metrics(self) -> tuple[str, ...]:
         return self.perplexity, self.accuracy
 
+    def with_distillation(self, config: DistillationConfig) -> DistillationTokens:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return DistillationTokens(**values, config=config)
+
     def meter(self) -> Meter:
         return TokenMeter(self.perplexity, self.accuracy)
 
@@ -291,6 +296,13 @@ class DistillationTokens(Tokens, DistillationObjective):
 
     config: DistillationConfig = field(default_factory=DistillationConfig)
 
+    @property
+    def loss_choices(self) -> list[Choice]:
+        config, ratio = self.config, self.config.kd_ratio
+        text = f"{ratio:g} {config.divergence} of {config.teacher}"
+        text = f"{1 - ratio:g} cross entropy + {text}" if ratio < 1 else text
+        return [Choice("loss", text, f"temperature {config.kd_temperature:g}")]
+
     def distillation_sum(
         self, scores: Tensor, targets: Tensor, known: Tensor, ids: Tensor
     ) -> Tensor:
@@ -334,14 +346,6 @@ def divergence(teacher: Tensor, student: Tensor, config: DistillationConfig) -> 
     mixed = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
     of_teacher = (teacher.exp() * (teacher - mixed)).sum(-1)
     return beta * of_teacher + (1 - beta) * (student.exp() * (student - mixed)).sum(-1)
-
-
-def create_distillation_objective(
-    objective: Tokens, config: DistillationConfig
-) -> DistillationTokens:
-    """Returns `objective` with a distillation loss added."""
-    values = {f.name: getattr(objective, f.name) for f in fields(objective)}
-    return DistillationTokens(**values, config=config)
 
 
 def outcome_dtype(config: DistillationConfig, vocabulary: int) -> Any:

@@ -48,20 +48,22 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def test_gpu_without_bfloat16_uses_float16(fake_gpu: Callable[..., None]) -> None:
     fake_gpu((7, 5))
-    choice = select_dtype("auto", "cuda", "lora", "llama")
+    choice = select_dtype("auto", "cuda", "llama")
     assert (choice.value, choice.reason) == (
         "float16", "auto: the GPU has no bfloat16: its fast type is float16"
     )  # fmt: skip
-    assert select_dtype("auto", "cuda", "full", "llama").reason.endswith("; weights in float32")
+    assert select_dtype("auto", "cuda", "llama", float32_weights=True).reason.endswith(
+        "; weights in float32"
+    )
     for family in ("t5", "mt5"):
-        choice = select_dtype("auto", "cuda", "lora", family)
+        choice = select_dtype("auto", "cuda", family)
         assert choice.value == "float32"
         assert f"and {family} overflows float16" in choice.reason
 
 
 def test_gpu_with_bfloat16_uses_bfloat16(fake_gpu: Callable[..., None]) -> None:
     fake_gpu((8, 0))
-    assert select_dtype("auto", "cuda", "lora", "llama").value == "bfloat16"
+    assert select_dtype("auto", "cuda", "llama").value == "bfloat16"
 
 
 def test_tf32_is_used_for_float32_on_ampere_only(fake_gpu: Callable[..., None]) -> None:

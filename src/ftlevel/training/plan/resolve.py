@@ -5,7 +5,7 @@ Every error that can be detected without weights is raised here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -21,7 +21,7 @@ from ftlevel.config.section import Choice
 from ftlevel.data.encoding.chat import set_chat_template
 from ftlevel.data.encoding.collate import ensure_pad_token, separate_pad_from_eos
 from ftlevel.data.prepare.dataset import prepare_data
-from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, Progress, ignore_progress
+from ftlevel.data.prepare.encoder import EncodingContext, Progress, ignore_progress
 from ftlevel.data.prepare.loading import read_dataset
 from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.errors import ConfigError, InputError
@@ -43,7 +43,6 @@ from ftlevel.models.sources import ModelSource, check_revision, resolve_source
 from ftlevel.models.upstream.libraries import get_outdated_libraries
 from ftlevel.objectives import Objective
 from ftlevel.tasks import TASKS, BaseTask
-from ftlevel.tasks.losses import Tokens, create_distillation_objective
 from ftlevel.training.best import resolve_best_model
 from ftlevel.training.plan.adapter import check_adapter_matches
 from ftlevel.training.plan.method import (
@@ -69,6 +68,7 @@ from ftlevel.training.plan.schedule import (
     resolve_training_loss,
     rows_per_epoch,
 )
+from ftlevel.training.plan.synthetic import SyntheticBatch
 
 
 @dataclass(frozen=True)
@@ -84,21 +84,6 @@ class _BaseModel:
     quant: QuantConfig
     tokenizer: Any
     choices: list[Choice]
-
-
-@dataclass(frozen=True)
-class SyntheticBatch:
-    """Substitutes for parts of a run in a memory estimate; None for a part means the real one.
-
-    `source` is the model; its weights are not read and may be missing. `tokenizer` needs
-    `eos_token_id`, `pad_token_id` and `chat_template`. `rows` is a function that creates rows for a
-    task, a model kind and a model config. `device` need not exist: nothing is placed on it.
-    """
-
-    source: ModelSource | None = None
-    device: Choice | None = None
-    tokenizer: Any = None
-    rows: Callable[[BaseTask, str, Any], PreparedData] | None = None
 
 
 def resolve(
@@ -131,8 +116,8 @@ def resolve(
     task, task_choices = task.for_model(
         base.source, base.kind, width_of(base.config), base.tokenizer, train.rows_per_step
     )
-    if synthetic.rows is not None:
-        data = synthetic.rows(task, base.kind, base.config)
+    if synthetic.num_rows:
+        data = synthetic.create_data(task, config.data, base.config)
     else:
         memory_device = "cpu" if synthetic.device else device
         bounds = get_length_bounds(method, quant, train, base.config, memory_device, dtype)
@@ -150,14 +135,14 @@ def resolve(
     model = _plan_model(base, model_config, meta, task, has_adapter=adapter is not None)
     targets = resolve_method_targets(method, meta, base.source.name, quant)
     objective = task.create_objective(base.kind, data.info)
-    if config.distillation.teacher is not None and isinstance(objective, Tokens):
-        objective = create_distillation_objective(objective, config.distillation)
+    if config.distillation.teacher is not None:
+        objective = objective.with_distillation(config.distillation)
     uses_generation = should_generate(train.predict_with_generate, task)
     check_metrics(
         train.metrics, task, objective, generates=uses_generation, how="--predict-with-generate"
     )
     loss, loss_choices = resolve_training_loss(
-        train, config.distillation, config.task, objective, data.info["labels"], data.train
+        train, config.task, objective, data.info["labels"], data.train
     )
     epoch_rows = rows_per_epoch(train, config.task_section.steps_per_batch, data)
     steps = count_steps(train, epoch_rows)

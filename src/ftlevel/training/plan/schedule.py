@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ftlevel.config import DEFAULT_MODEL, DataConfig, MethodConfig, ModelConfig
-from ftlevel.config.preference import DISTILLATION_TASKS, PREFERENCE_TASKS, DistillationConfig
+from ftlevel.config.preference import PREFERENCE_TASKS
 from ftlevel.config.section import Choice
 from ftlevel.config.trainer import LEARNING_RATE_ADVICE, PLATEAU, TrainerConfig
 from ftlevel.data.encoding.fit import LengthBounds
@@ -179,7 +179,6 @@ _MAX_WEIGHTS_SHOWN = 8  # most class weights on a line
 
 def resolve_training_loss(
     train: TrainerConfig,
-    distillation: DistillationConfig,
     task: str,
     objective: Objective,
     names: Sequence[str],
@@ -207,13 +206,7 @@ def resolve_training_loss(
         choices.append(
             Choice("class weights", _format_weights(dict(zip(names, weights, strict=True))), note)
         )
-    if distillation.teacher is not None and task in DISTILLATION_TASKS:
-        description = (
-            f"{distillation.kd_ratio:g} {distillation.divergence} of {distillation.teacher}"
-        )
-        if distillation.kd_ratio < 1:
-            description = f"{1 - distillation.kd_ratio:g} cross entropy + {description}"
-        choices.append(Choice("loss", description, f"temperature {distillation.kd_temperature:g}"))
+    choices += objective.loss_choices
     smoothing = 0.0 if task in PREFERENCE_TASKS else train.label_smoothing_factor
     return TrainingLoss(smoothing, weights, train.focal_gamma), choices
 
