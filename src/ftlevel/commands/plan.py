@@ -29,9 +29,8 @@ from ftlevel.training.forecast.seconds import (
     parse_gpu,
 )
 from ftlevel.training.plan.adapter import resolve_adapter
-from ftlevel.training.plan.resolve import infer_task, resolve
+from ftlevel.training.plan.resolve import SyntheticBatch, infer_task, resolve
 from ftlevel.training.plan.run import PlannedModel, Run, count_trainable
-from ftlevel.training.plan.synthetic import SyntheticBatch
 from ftlevel.training.saving import max_num_checkpoints
 
 _DEFAULT_METHODS = (("lora", "none"), ("qlora", "4bit"), ("full", "none"))
