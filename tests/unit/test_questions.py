@@ -19,7 +19,6 @@ ALLOWED: dict[str, int] = {
     "evaluation/two_models.py": 4,
     "fast/plan.py": 1,
     "merging/formats/ollama.py": 1,
-    "models/hardware.py": 1,
     "trained/model_ref.py": 1,
     "trained/resolve.py": 3,
     "training/build_trainer.py": 1,

@@ -323,7 +323,7 @@ class PruningCheck(StepCheck):
             return []
         with using_layout(layout):
             return get_prunable_linears(
-                self.last_block, *calls[0], layout, _get_linears(self.last_block)
+                self.last_block, *calls[0], layout, get_linears(self.last_block)
             )
 
     @contextmanager
@@ -340,11 +340,11 @@ class PruningCheck(StepCheck):
             yield calls
 
 
-def _get_linears(module: nn.Module) -> list[nn.Module]:
+def get_linears(module: nn.Module) -> list[nn.Module]:
     """Returns the linear layers of `module`; a layer with adapters counts as one."""
     if linear_size(module) is not None:
         return [module]
-    return [linear for child in module.children() for linear in _get_linears(child)]
+    return [linear for child in module.children() for linear in get_linears(child)]
 
 
 def get_cross_entropy_error(

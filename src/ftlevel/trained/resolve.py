@@ -122,7 +122,7 @@ def _with_dtype(ref: ModelRef, dtype: str, device: str) -> ModelRef:
             f"({quantization_name(config_dict)}), and its kernels compute in the type that it was "
             f"saved with ({config.dtype}). Drop --dtype, or name the original model."
         )
-    compute_dtype = select_dtype(dtype, device, ref.card.method, config.model_type).value
+    compute_dtype = select_dtype(dtype, device, config.model_type).value
     return ref.with_card(dtype=compute_dtype)
 
 
@@ -329,7 +329,7 @@ def create_default_card(
         task=task.name if task is not None else "",
         base={"name": source.name, "kind": source.kind, "revision": source.revision},
         quantization={"kind": "none"},
-        dtype=select_dtype("auto", device, "lora", config.model_type).value,
+        dtype=select_dtype("auto", device, config.model_type).value,
         max_length=max_positions(config) or 0,
         **defaults,
         heads=list((peft_config or {}).get("modules_to_save") or ()),

@@ -171,9 +171,9 @@ def test_incompatible_linear_layers_are_not_quantized(family, tmp_path):
 
 
 def test_deberta_supports_only_float32():
-    assert select_dtype("auto", "cpu", "lora", "deberta").value == "float32"
+    assert select_dtype("auto", "cpu", "deberta").value == "float32"
     with pytest.raises(ConfigError, match="--dtype bfloat16 cannot be used with deberta"):
-        select_dtype("bfloat16", "cpu", "lora", "deberta")
+        select_dtype("bfloat16", "cpu", "deberta")
 
 
 @pytest.mark.parametrize("lengths", [(5, 30, 12, 12, 3, 21, 8, 17), (90, 150, 300)])

@@ -48,14 +48,16 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def test_dtype_is_the_fast_one_of_the_gpu(fake_gpu):
     fake_gpu((8, 0))
-    assert select_dtype("auto", "cuda", "lora", "llama").value == "bfloat16"
+    assert select_dtype("auto", "cuda", "llama").value == "bfloat16"
     fake_gpu((7, 5))
-    choice = select_dtype("auto", "cuda", "lora", "llama")
+    choice = select_dtype("auto", "cuda", "llama")
     reason = "auto: the GPU has no bfloat16: its fast type is float16"
     assert (choice.value, choice.reason) == ("float16", reason)
-    assert select_dtype("auto", "cuda", "full", "llama").reason.endswith("; weights in float32")
+    assert select_dtype("auto", "cuda", "llama", float32_weights=True).reason.endswith(
+        "; weights in float32"
+    )
     for family in ("t5", "mt5"):
-        choice = select_dtype("auto", "cuda", "lora", family)
+        choice = select_dtype("auto", "cuda", family)
         assert choice.value == "float32"
         assert f"and {family} overflows float16" in choice.reason
 

@@ -26,8 +26,14 @@ from ftlevel.trained.resolve import (
     get_model_dir,
     resolve_model,
 )
-from ftlevel.training.forecast.memory import PERSISTENT_PARTS, StepBatch
-from ftlevel.training.forecast.meta_model import ACTIVATIONS, BACKWARD, FIRST_BLOCK, FORWARD
+from ftlevel.training.forecast.memory import StepBatch
+from ftlevel.training.forecast.meta_model import (
+    ACTIVATIONS,
+    BACKWARD,
+    FIRST_BLOCK,
+    FORWARD,
+    PERSISTENT_PARTS,
+)
 from ftlevel.training.hooks import TrainingHooks
 from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes

@@ -46,8 +46,8 @@ from ftlevel.methods import METHODS
 from ftlevel.models.hardware import autocast
 from ftlevel.trained.model_ref import LoadedModel, ModelRef
 from ftlevel.trained.resolve import ReferenceModel
-from ftlevel.training.forecast.memory import PERSISTENT_PARTS, StepBatch
-from ftlevel.training.forecast.meta_model import ADAPTER, FORWARD, WEIGHTS
+from ftlevel.training.forecast.memory import StepBatch
+from ftlevel.training.forecast.meta_model import ADAPTER, FORWARD, PERSISTENT_PARTS, WEIGHTS
 from ftlevel.training.forecast.seconds import Gpu, TimeForecast
 from ftlevel.training.hooks import EvaluationHooks, TrainingHooks
 from ftlevel.training.model import PreparedModel, load_training_model
