@@ -67,13 +67,12 @@ def _command(name: str, flags: Sequence[Flag]) -> Iterator[str]:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Yield the lines of a table without its empty columns."""
-    head = ("flag", "meaning", "default", "choices", "field", "aliases")
-    columns = [column for column in range(len(head)) if any(row[column] for row in rows)]
-    yield f"| {' | '.join(head[column] for column in columns)} |"
-    yield "|---" * len(columns) + "|"
+    """Yield the lines of a table, without the column of fields if it is empty."""
+    head = ("flag", "meaning", "field")[: 3 if any(row[2] for row in rows) else 2]
+    yield f"| {' | '.join(head)} |"
+    yield "|---" * len(head) + "|"
     for row in rows:
-        yield f"| {' | '.join(row[column].replace('|', chr(92) + '|') for column in columns)} |"
+        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row[: len(head)])} |"
 
 
 def _cells(
@@ -81,14 +80,20 @@ def _cells(
 ) -> list[str]:
     """Returns the columns of a flag, without aliases in `excluded`."""
     metadata = row.metadata(command)
-    is_required = row.required or metadata.required
+    meaning, default = metadata.description, metadata.default
+    names = [alias for alias in _names(row, aliases) if alias not in excluded]
+    if not all(choice in meaning for choice in metadata.choices):
+        meaning += f" One of {', '.join(metadata.choices)}."
+    if row.required or metadata.required:
+        meaning += " Required."
+    elif default is not None and "efault" not in meaning:
+        meaning += f" Default: {default}."
+    if names:
+        meaning += f" Also {', '.join(names)}."
     return [
         ", ".join(_code(name) for name in row.typer_names(metadata.type is bool)),
-        metadata.description,
-        "required" if is_required else "" if metadata.default is None else str(metadata.default),
-        ", ".join(metadata.choices),
+        meaning,
         ", ".join(_code(path) for path in (row.path, *row.by_task.values())),
-        ", ".join(alias for alias in _names(row, aliases) if alias not in excluded),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import house
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGES = sorted({*(ROOT / "docs").glob("add-a*.md"), ROOT / "docs/architecture.md"})
-FILE_PATTERN = re.compile(r"`((?:src|tests|scripts|docs|recipes|benchmarks)/[\w./-]+\.\w+)`")
+FILE_PATTERN = re.compile(
+    r"`((?:src|tests|scripts|docs|recipes|benchmarks)/[\w./-]+\.\w+)(?::([\w.]+))?`"
+)
 EXAMPLE_FILES = {
     "src/ftlevel/config/methods/scale.py",
     "src/ftlevel/methods/scale.py",
@@ -40,9 +43,35 @@ def test_figures_are_measured() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_named_in_page_exist(page: Path) -> None:
-    files = set(FILE_PATTERN.findall(page.read_text(encoding="utf-8"))) - EXAMPLE_FILES
+    files = {name for name, _ in FILE_PATTERN.findall(page.read_text(encoding="utf-8"))}
     assert files
-    assert [name for name in sorted(files) if not (ROOT / name).is_file()] == []
+    assert [name for name in files - EXAMPLE_FILES if not (ROOT / name).is_file()] == []
+
+
+def test_functions_named_in_architecture_exist() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    named = {(file, name) for file, name in FILE_PATTERN.findall(page) if name}
+    assert len(named) > 100
+    missing = [
+        f"{file}:{name}"
+        for file, name in sorted(named)
+        if name not in list_names(ast.parse((ROOT / file).read_text(encoding="utf-8")))
+    ]
+    assert missing == []
+
+
+def list_names(scope: ast.Module | ast.ClassDef) -> list[str]:
+    """Returns functions, classes and constants of a module, methods as `Class.method`."""
+    names = []
+    for node in scope.body:
+        if isinstance(node, ast.ClassDef):
+            names += [node.name, *(f"{node.name}.{name}" for name in list_names(node))]
+        elif isinstance(node, ast.FunctionDef):
+            names.append(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names += [target.id for target in targets if isinstance(target, ast.Name)]
+    return names
 
 
 def test_index_links_every_page() -> None:
