@@ -52,15 +52,19 @@ def _method_line(row: MethodInfo) -> str:
 
 
 def _family_table(rows: list[MethodInfo]) -> list[str]:
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for family in FAMILIES.values():
-        answers = tuple(_quants(row, family) for row in rows)
-        groups.setdefault(answers, []).append(family.name)
+    """Return the lines of a table: methods with the same answers, by families with the same."""
+    answers = {row.name: tuple(_quants(row, family) for family in FAMILIES.values()) for row in rows}
+    families: dict[tuple[str, ...], list[str]] = {}
+    for index, family in enumerate(FAMILIES.values()):
+        families.setdefault(tuple(a[index] for a in answers.values()), []).append(family.name)
+    methods: dict[tuple[str, ...], list[str]] = {}
+    for index, name in enumerate(answers):
+        methods.setdefault(tuple(column[index] for column in families), []).append(name)
     lines = [
-        "| families | " + " | ".join(row.name for row in rows) + " |",
-        "|---|" + "---|" * len(rows),
+        "| methods | " + " | ".join(", ".join(names) for names in families.values()) + " |",
+        "|---|" + "---|" * len(families),
     ]
-    return lines + [f"| {', '.join(f)} | {' | '.join(answers)} |" for answers, f in groups.items()]
+    return lines + [f"| {', '.join(m)} | {' | '.join(cells)} |" for cells, m in methods.items()]
 
 
 def _quants(row: MethodInfo, family: Family) -> str:
