@@ -86,14 +86,19 @@ def _cells(
         meaning += f" One of {', '.join(metadata.choices)}."
     if row.required or metadata.required:
         meaning += " Required."
-    elif default is not None and "efault" not in meaning:
+    elif default not in (None, "") and "efault" not in meaning:
         meaning += f" Default: {default}."
     if names:
         meaning += f" Also {', '.join(names)}."
+    fields = ", ".join(_code(path) for path in (row.path, *row.by_task.values()))
+    if command != "train":  # named like the flag, unless the meaning says otherwise
+        if row.path and row.path.isidentifier() and row.name != f"--{row.path.replace('_', '-')}":
+            meaning += f" Field {fields}."
+        fields = ""
     return [
         ", ".join(_code(name) for name in row.typer_names(metadata.type is bool)),
         meaning,
-        ", ".join(_code(path) for path in (row.path, *row.by_task.values())),
+        fields,
     ]
 
 
