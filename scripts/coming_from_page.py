@@ -24,7 +24,7 @@ without an effect, ftlevel prints the reason and what to use instead.
 Configuration files of Axolotl, LLaMA-Factory, ms-swift, TRL and verl are converted, with a note on
 each key without a counterpart:
 
-<!-- not run: see tests/cli/test_recipes.py -->
+<!-- not run: tests/cli/test_recipes.py -->
 
     ftlevel recipes convert FILE > recipe.yaml"""
 

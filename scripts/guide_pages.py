@@ -35,19 +35,10 @@ def _share(parameters: int) -> str:
 def _page(kind: str) -> str:
     row = METHOD_INFO[kind]
     lines = [
-        "<!-- not run: see tests/integration/test_methods.py -->",
-        "```sh",
-        f"ftlevel train --method {kind} --model MODEL --dataset ROWS",
-        "```",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| trains | {row.trained} |",
-        f"| parameters on Llama-2-7B | {row.llama_7b:,} ({_share(row.llama_7b)}) |",
-        f"| merges into the base | {row.merges or 'no'} |",
-        f"| published | {row.reference} |",
-        f"| settings | {_settings(kind)} |",
-        f"| [default learning rate](../defaults.md), short to long runs | {_rates(kind)} |",
+        f"- Parameters on Llama-2-7B: {row.llama_7b:,}",
+        f"- Published: {row.reference}",
+        f"- Settings: {_settings(kind)}",
+        f"- [Learning rate](../defaults.md), short to long runs: {_rates(kind)}",
         "",
         *_variants(kind),
         *_limits(kind),
