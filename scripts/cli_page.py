@@ -57,7 +57,9 @@ def _command(name: str, flags: Sequence[Flag]) -> Iterator[str]:
     shared = [n for n in cells if name != "train" and tuple(cells[n]) in _shared_rows()]
     for panel in dict.fromkeys(row.panel for row in rows if row.name not in shared):
         yield from ("", f"## {panel or 'Arguments'}", "")
-        yield from _table([cells[r.name] for r in rows if r.panel == panel and r.name not in shared])
+        yield from _table(
+            [cells[r.name] for r in rows if r.panel == panel and r.name not in shared]
+        )
     if shared:
         names = ", ".join(map(_code, shared))
         yield from ("", f"[As in other commands](../cli.md#flags-of-several-commands): {names}.")

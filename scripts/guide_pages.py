@@ -48,7 +48,9 @@ def _page(kind: str) -> str:
 
 
 def _rare() -> str:
-    header = "| method | settings | [default rate](../defaults.md), short to long runs | published |"
+    header = (
+        "| method | settings | [default rate](../defaults.md), short to long runs | published |"
+    )
     rows = [
         f"| {kind} | {_settings(kind)} | {_rates(kind)} | {METHOD_INFO[kind].reference} |"
         for kind in RARE
@@ -75,7 +77,12 @@ def _variants(kind: str) -> Iterator[str]:
     forms = [row for row in METHOD_INFO.values() if row.method == kind and row.name != kind]
     if not forms:
         return
-    yield from ("## Variants", "", "[What each trains](../methods.md#what-each-trains), and papers:", "")
+    yield from (
+        "## Variants",
+        "",
+        "[What each trains](../methods.md#what-each-trains), and papers:",
+        "",
+    )
     yield "; ".join(f"{row.name}: {row.reference}" for row in forms) + "."
     yield ""
 

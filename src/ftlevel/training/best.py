@@ -245,7 +245,7 @@ class Evaluations:
 
 @dataclass(frozen=True, kw_only=True)
 class SelectedModel:
-    """The model that a run keeps, from optimizer step `step`, and the evaluations that chose it."""
+    """The best model, of optimizer step `step`, and the evaluations that chose it."""
 
     evaluations: Evaluations
     best: EvalResult
@@ -399,7 +399,7 @@ class BestModelCallback(TrainerCallback):
                     state.load_state(path, model)
                 selected = history.best.step
         return SelectedModel(
-            evaluations=copy(history),  # the kept model may be evaluated, too
+            evaluations=copy(history),  # the best model may be evaluated, too
             best=history.best,
             last=history.last,
             step=selected,

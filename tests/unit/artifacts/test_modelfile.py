@@ -13,7 +13,7 @@ from ftlevel.merging.formats.ollama import (
     chat_template,
     format_modelfile,
     get_prompt_template,
-    literal,
+    escape_template,
     modelfile,
 )
 
@@ -25,8 +25,8 @@ CHATML = {
 
 
 def test_go_template_actions_in_prompt_are_escaped() -> None:
-    assert literal("{{ x }}") == '{{ "{{" }} x }}'
-    assert '"""' not in literal('a """ b')
+    assert escape_template("{{ x }}") == '{{ "{{" }} x }}'
+    assert '"""' not in escape_template('a """ b')
 
 
 def test_chat_template_wraps_each_turn() -> None:
