@@ -299,9 +299,9 @@ def load_trained_weights(model: Any, path: Path) -> None:
 class BestModelCallback(TrainerCallback):
     """Callback that saves the trainable tensors at each evaluation that is the best so far.
 
-    Trainer's `load_best_model_at_end` needs a full checkpoint, with optimizer state, at each
-    evaluation, and its save strategy `best` saves no other checkpoints to resume from.
-    `EarlyStoppingCallback` loses its count on resume; this callback rebuilds it from the log.
+    Trainer's `load_best_model_at_end` needs a checkpoint at each evaluation, and its save strategy
+    `best` saves no other checkpoints to resume from. On resume, the evaluations that early stopping
+    counts are read from the log.
     """
 
     def __init__(

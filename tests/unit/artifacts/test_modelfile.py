@@ -11,9 +11,9 @@ import published_chat_templates
 from ftlevel.data.encoding.prompts import PromptFormat
 from ftlevel.merging.formats.ollama import (
     chat_template,
+    escape_template,
     format_modelfile,
     get_prompt_template,
-    escape_template,
     modelfile,
 )
 
