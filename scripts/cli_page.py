@@ -44,22 +44,17 @@ def _command(name: str, flags: Sequence[Flag]) -> Iterator[str]:
     module, _, attribute = COMMANDS[name][0].partition(":")
     function = getattr(importlib.import_module(module), attribute)
     yield from (f"# ftlevel {name}", "", inspect.getdoc(function) or "")
-    rows = _own_rows(name, flags)
-    flags_of_train = flags_of("train", flags)
-    of_train = _flags_of_train(name, flags)
-    if name != "train" and len(of_train) > MAX_SHARED_FLAGS:
-        yield from (
-            "",
-            f"`ftlevel {name}` accepts {len(of_train)} of the {len(flags_of_train)} flags of "
-            "[ftlevel train](train.md) (`--help-all` lists them), and these:",
-        )
+    rows, count = _own_rows(name, flags), len(_flags_of_train(name, flags))
+    if name != "train" and count > MAX_SHARED_FLAGS:
+        total = len(flags_of("train", flags))
+        yield f"\n`ftlevel {name}` accepts {count} of the {total} flags of"
+        yield "[ftlevel train](train.md) (`--help-all` lists them), and these:"
     cells = {row.name: _cells(row, name, flags) for row in rows}
     shared = [n for n in cells if name != "train" and tuple(cells[n]) in _shared_rows()]
-    for panel in dict.fromkeys(row.panel for row in rows if row.name not in shared):
+    rows = [row for row in rows if row.name not in shared]
+    for panel in dict.fromkeys(row.panel for row in rows):
         yield from ("", f"## {panel or 'Arguments'}", "")
-        yield from _table(
-            [cells[r.name] for r in rows if r.panel == panel and r.name not in shared]
-        )
+        yield from _table([cells[row.name] for row in rows if row.panel == panel])
     if shared:
         names = ", ".join(map(_code, shared))
         yield from ("", f"[As in other commands](../cli.md#flags-of-several-commands): {names}.")

@@ -17,9 +17,9 @@ This page is for users of other tools. It lists flags from those tools' examples
 `ftlevel train` does with each. `--lora_r` and `--lora-r` are the same flag.
 `python scripts/write_docs.py coming-from` generates this page.
 
-Of {count} pairs of flag and value, {accepted} are accepted. {same} set one field to the value as typed, like
-`--lora_rank 16`; [ftlevel train](commands/train.md) lists these flags. For refused flags, and those
-without an effect, ftlevel prints the reason and what to use instead.
+Of {count} pairs of flag and value, {accepted} are accepted. {same} set one field to the value as
+typed, like `--lora_rank 16`; [ftlevel train](commands/train.md) lists these flags. For refused
+flags, and those without an effect, ftlevel prints the reason and what to use instead.
 
 Configuration files of Axolotl, LLaMA-Factory, ms-swift, TRL and verl are converted, with a note on
 each key without a counterpart:

@@ -19,10 +19,7 @@ from ftlevel.safe_io import escape_json
 def bin_lengths(
     ordered: Sequence[tuple[int, float]], num_bins: int
 ) -> list[tuple[int, int, int, float]]:
-    """Returns (minimum, maximum, count, mean value) of equally many sorted (length, value) pairs.
-
-    The list is empty if there are fewer distinct lengths than bins.
-    """
+    """Returns (minimum, maximum, count, mean value) per bin; [] for fewer lengths than bins."""
     if len({length for length, _ in ordered}) < num_bins:
         return []
     bins = [

@@ -172,11 +172,7 @@ class EvalSet:
     device: str
 
     def score(self, model: Any, dtype: str) -> RowLogits:
-        """Returns the logits of `model`, computed in `dtype`, and their mean loss.
-
-        Rows are computed until they have `MAX_TARGETS` targets; an embedding model gives the
-        vectors of their texts. The model must be in eval mode.
-        """
+        """Returns logits (or vectors) of at most `MAX_TARGETS` targets; `model` is in eval mode."""
         all_scores, count, loss, total = [], 0, 0.0, 0
         collate, objective = Collator(self.pad_id), self.objective
         if isinstance(objective, TokenObjective):  # logits that need no reference

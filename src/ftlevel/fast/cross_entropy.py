@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -149,12 +150,9 @@ class ChunkedCrossEntropy:
                 losses, gradient = losses_and_gradient(logits, targets[chunk], smoothing)
                 return losses.sum(), gradient
 
-            return self._compute(
-                forward, at, lambda hidden_states: self._sum_loss(hidden_states, compute)
-            )
-        return self._compute(
-            forward, at, lambda hidden_states: self._observe_chunks(hidden_states, targets, observe)
-        )
+            return self._compute(forward, at, partial(self._sum_loss, compute=compute))
+        observe_chunks = partial(self._observe_chunks, targets=targets, observe=observe)
+        return self._compute(forward, at, observe_chunks)
 
     def custom_loss_sum(
         self, forward: Callable[[], Any], at: Tensor, loss_of: Callable[[Tensor, slice], Tensor]
@@ -171,9 +169,7 @@ class ChunkedCrossEntropy:
                 loss = loss_of(leaf, chunk)
             return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
-        return self._compute(
-            forward, at, lambda hidden_states: self._sum_loss(hidden_states, compute)
-        )
+        return self._compute(forward, at, partial(self._sum_loss, compute=compute))
 
     def likelihoods(
         self, forward: Callable[[], Any], at: Tensor, targets: Tensor, temperature: float = 1.0
@@ -197,7 +193,7 @@ class ChunkedCrossEntropy:
     def _compute(
         self, forward: Callable[[], Any], at: Tensor, compute: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """Run `forward`; returns `compute` of the head's input `hidden_states` (targets, hidden)."""
+        """Run `forward`; returns `compute` of the head's input hidden states (targets, hidden)."""
         self._call.request, self._call.result = (at, compute), None
         try:
             with keep_packed():
@@ -290,10 +286,9 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grad_output = grad_output / ctx.scale  # in float32: the gradient scaler's exceed float16
-        hidden_states, *parameters = [
-            part * grad_output.to(part.dtype) for part in ctx.saved_tensors
-        ]
-        return hidden_states, None, None, None, *parameters
+        gradients = (part * grad_output.to(part.dtype) for part in ctx.saved_tensors)
+        grad_hidden_states, *grad_parameters = gradients
+        return grad_hidden_states, None, None, None, *grad_parameters
 
 
 class _Likelihoods(torch.autograd.Function):

@@ -530,7 +530,6 @@ def _load_tensor_types(source: ModelSource) -> dict[str, str]:
 
 @functools.cache
 def _load_hub_tensor_types(name: str, revision: str | None) -> dict[str, str]:
-    """Returns tensor name → dtype of a Hub model; empty if its metadata cannot be read."""
     try:
         metadata = huggingface_hub.get_safetensors_metadata(name, revision=revision)
     except Exception:  # noqa: BLE001 - if weights cannot be read either, loading them reports it

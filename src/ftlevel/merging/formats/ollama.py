@@ -46,14 +46,14 @@ def chat_template(
             else escape_template(before)
         )
         if role == "user" and after_system is not None:
-            head = (
-                f"{_AFTER_SYSTEM}{escape_template(after_system)}{{{{ else }}}}{head}{{{{ end }}}}"
-            )
+            after_system = escape_template(after_system)
+            head = f"{_AFTER_SYSTEM}{after_system}{{{{ else }}}}{head}{{{{ end }}}}"
         tail = escape_template(after)
         if role == "assistant":  # a last answer is continued
             tail = f"{{{{ if not $last }}}}{tail}{{{{ end }}}}"
         branches.append(f'if eq $turn.Role "{role}" }}}}{head}{{{{ $turn.Content }}}}{tail}')
     opening = escape_template(opening.removeprefix(start))
+    generation = escape_template(generation)
     if "system" in turns and opening:
         opening = f'{{{{ if ne $turn.Role "system" }}}}{opening}{{{{ end }}}}'
     first = f"{{{{ if eq $index 0 }}}}{opening}{{{{ end }}}}" if opening else ""
@@ -62,9 +62,8 @@ def chat_template(
         + first
         + "{{ "
         + "{{ else ".join(branches)
-        + "{{ end }}"
-        + f'{{{{ if and $last (ne $turn.Role "assistant") }}}}{escape_template(generation)}{{{{ end }}}}'
-        + "{{ end }}"
+        + '{{ end }}{{ if and $last (ne $turn.Role "assistant") }}'
+        + f"{generation}{{{{ end }}}}{{{{ end }}}}"
     )
 
 
