@@ -151,8 +151,7 @@ class ChunkedCrossEntropy:
                 return losses.sum(), gradient
 
             return self._compute(forward, at, partial(self._sum_loss, compute=compute))
-        observe_chunks = partial(self._observe_chunks, targets=targets, observe=observe)
-        return self._compute(forward, at, observe_chunks)
+        return self._compute(forward, at, partial(self._observe, targets=targets, observe=observe))
 
     def custom_loss_sum(
         self, forward: Callable[[], Any], at: Tensor, loss_of: Callable[[Tensor, slice], Tensor]
@@ -228,9 +227,7 @@ class ChunkedCrossEntropy:
         # No batch dimension: with one, torch's backward pass copies the head's weight.
         return self._transform(self._head(hidden_states))
 
-    def _observe_chunks(
-        self, hidden_states: Tensor, targets: Tensor, observe: Observe | None
-    ) -> Tensor:
+    def _observe(self, hidden_states: Tensor, targets: Tensor, observe: Observe | None) -> Tensor:
         total = torch.zeros((), device=hidden_states.device)
         for chunk, labels in _chunks(hidden_states, targets, self._chunk):
             logits = self._logits(chunk)
