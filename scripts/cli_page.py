@@ -25,8 +25,7 @@ COMMANDS = commands()
 def cli_page() -> str:
     """Return docs/cli.md with a line per command."""
     rows = [f"| [ftlevel {name}](commands/{name}.md) | {COMMANDS[name][1]} |" for name in COMMANDS]
-    shared = _table(sorted(map(list, _shared_rows())))
-    parts = {"commands": ["| command | |", "|---|---|", *rows], "shared": shared}
+    parts = {"commands": ["| command | |", "|---|---|", *rows], "shared": sorted(_shared_lines())}
     return fill("cli", {name: "\n".join(lines) for name, lines in parts.items()})
 
 
@@ -49,12 +48,12 @@ def _command(name: str, flags: Sequence[Flag]) -> Iterator[str]:
         total = len(flags_of("train", flags))
         yield f"\n`ftlevel {name}` accepts {count} of the {total} flags of"
         yield "[ftlevel train](train.md) (`--help-all` lists them), and these:"
-    cells = {row.name: _cells(row, name, flags) for row in rows}
-    shared = [n for n in cells if name != "train" and tuple(cells[n]) in _shared_rows()]
+    lines = {row.name: _line(row, name, flags) for row in rows}
+    shared = [n for n in lines if name != "train" and lines[n] in _shared_lines()]
     rows = [row for row in rows if row.name not in shared]
     for panel in dict.fromkeys(row.panel for row in rows):
         yield from ("", f"## {panel or 'Arguments'}", "")
-        yield from _table([cells[row.name] for row in rows if row.panel == panel])
+        yield from (lines[row.name] for row in rows if row.panel == panel)
     if shared:
         names = ", ".join(map(_code, shared))
         yield from ("", f"[As in other commands](../cli.md#flags-of-several-commands): {names}.")
@@ -81,31 +80,22 @@ def _own_rows(name: str, flags: Sequence[Flag]) -> list[Flag]:
 
 
 @cache
-def _shared_rows() -> frozenset[tuple[str, ...]]:
-    """Return the rows that are equal in three commands or more."""
-    rows = Counter(
-        tuple(_cells(row, name, FLAGS))
+def _shared_lines() -> frozenset[str]:
+    """Return the lines that are equal in three commands or more."""
+    lines = Counter(
+        _line(row, name, FLAGS)
         for name in COMMANDS
         if name != "train"
         for row in _own_rows(name, FLAGS)
     )
-    return frozenset(row for row, count in rows.items() if count > 2)
+    return frozenset(line for line, count in lines.items() if count > 2)
 
 
-def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Yield the lines of a table, without the column of fields if it is empty."""
-    head = ("flag", "meaning", "field")[: 3 if any(row[2] for row in rows) else 2]
-    yield f"| {' | '.join(head)} |"
-    yield "|---" * len(head) + "|"
-    for row in rows:
-        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row[: len(head)])} |"
-
-
-def _cells(row: Flag, command: str, flags: Sequence[Flag]) -> list[str]:
-    """Returns the columns of a flag, without aliases of `train` on other pages."""
+def _line(row: Flag, command: str, flags: Sequence[Flag]) -> str:
+    """Returns a line on a flag, without aliases of `train` on other pages."""
     metadata, aliases = row.metadata(command), _aliases(flags)
-    rows = [] if command == "train" else flags_of("train", flags)
-    excluded = {name for other in rows for name in _names(other, aliases)}
+    others = [] if command == "train" else flags_of("train", flags)
+    excluded = {name for other in others for name in _names(other, aliases)}
     meaning, default = metadata.description, metadata.default
     names = [alias for alias in _names(row, aliases) if alias not in excluded]
     if not all(choice in meaning for choice in metadata.choices):
@@ -117,15 +107,10 @@ def _cells(row: Flag, command: str, flags: Sequence[Flag]) -> list[str]:
     if names:
         meaning += f" Also {', '.join(names)}."
     fields = ", ".join(_code(path) for path in (row.path, *row.by_task.values()))
-    if command != "train":  # named like the flag, unless the meaning says otherwise
-        if row.path and row.path.isidentifier() and row.name != f"--{row.path.replace('_', '-')}":
-            meaning += f" Field {fields}."
+    if command != "train" and row.name == f"--{row.path.replace('_', '-')}":
         fields = ""
-    return [
-        ", ".join(_code(name) for name in row.typer_names(metadata.type is bool)),
-        meaning,
-        fields,
-    ]
+    flag = ", ".join(_code(name) for name in row.typer_names(metadata.type is bool))
+    return f"- {flag}{f' ({fields})' if fields.strip('`') else ''}: {meaning}"
 
 
 def _aliases(flags: Sequence[Flag]) -> dict[str, list[Alias]]:
