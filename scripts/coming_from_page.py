@@ -7,6 +7,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ftlevel.config.flag import UnsupportedFlag
+from ftlevel.config.flags import FLAGS
+
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from cli.spellings import SPELLINGS, ForeignFlag
 
@@ -19,7 +22,8 @@ This page is for users of other tools. It lists flags from those tools' examples
 
 Of {count} pairs of flag and value, {accepted} are accepted. {same} set one field to the value as
 typed, like `--lora_rank 16`; [ftlevel train](commands/train.md) lists these flags. For refused
-flags, and those without an effect, ftlevel prints the reason and what to use instead.
+flags, and those without an effect, ftlevel prints the reason and what to use instead;
+[more of them](commands/train.md#not-available).
 
 Configuration files of Axolotl, LLaMA-Factory, ms-swift, TRL and verl are converted, with a note on
 each key without a counterpart:
@@ -52,7 +56,9 @@ def _tables() -> Iterator[str]:
 
 
 def _list_flags(label: str, rows: Iterable[ForeignFlag]) -> Iterator[str]:
-    if typed := dict.fromkeys(f"`{row.typed}`" for row in rows):
+    names = {flag.name for flag in FLAGS if isinstance(flag, UnsupportedFlag)}
+    typed = dict.fromkeys(row.typed for row in rows)
+    if typed := [f"`{text}`" for text in typed if text.split()[0].replace("_", "-") not in names]:
         yield from ("", f"{label}: {', '.join(typed)}.")
 
 
