@@ -146,8 +146,10 @@ def last_number(text: str) -> Decimal | None:
 
 def _number_reward(tolerance: Decimal) -> _AnswerReward:
     def score(text: str, _: Sequence[int], reference: Any) -> float:
-        got, expected = last_number(_visible(text)), last_number(_final(reference))
-        return float(got is not None and expected is not None and abs(got - expected) <= tolerance)
+        value, expected = last_number(_visible(text)), last_number(_final(reference))
+        return float(
+            value is not None and expected is not None and abs(value - expected) <= tolerance
+        )
 
     return score
 
@@ -180,8 +182,8 @@ def _math_reward() -> _AnswerReward:
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timer is off
 
     def score(text: str, _: Sequence[int], reference: Any) -> float:
-        gold, got = _parse_math(_final(reference), gold=True), _parse_math(_visible(text))
-        return float(bool(got) and verify(gold, got, timeout_seconds=None))
+        gold, value = _parse_math(_final(reference), gold=True), _parse_math(_visible(text))
+        return float(bool(value) and verify(gold, value, timeout_seconds=None))
 
     return score
 
@@ -279,12 +281,12 @@ def _json_reward(spec: Any) -> Reward:
 
 def _score_json(text: str, reference: Any, validator: Any) -> float:
     try:
-        got = parse_strict_json(_visible(text))
+        value = parse_strict_json(_visible(text))
     except ValueError:
         return 0.0
-    if validator is not None and not _is_valid(got, validator):
+    if validator is not None and not _is_valid(value, validator):
         return 0.0
-    return 1.0 if reference is None else _compute_match_ratio(got, reference)
+    return 1.0 if reference is None else _compute_match_ratio(value, reference)
 
 
 def _is_valid(value: Any, validator: Any) -> bool:
@@ -297,16 +299,18 @@ def _is_valid(value: Any, validator: Any) -> bool:
         return False
 
 
-def _compute_match_ratio(got: Any, reference: Any) -> float:
+def _compute_match_ratio(value: Any, reference: Any) -> float:
     if isinstance(reference, str):
         try:
             reference = parse_strict_json(reference)
         except ValueError:
-            return float(got == reference)
-    if not isinstance(reference, dict) or not isinstance(got, dict):
-        return float(_same(got, reference))
-    keys = got.keys() | reference.keys()
-    equal = [key in got and key in reference and _same(got[key], reference[key]) for key in keys]
+            return float(value == reference)
+    if not isinstance(reference, dict) or not isinstance(value, dict):
+        return float(_same(value, reference))
+    keys = value.keys() | reference.keys()
+    equal = [
+        key in value and key in reference and _same(value[key], reference[key]) for key in keys
+    ]
     return sum(equal) / len(equal) if equal else 1.0
 
 
