@@ -130,7 +130,8 @@ def resolve_tiny_targets(
          "model.layers.0.self_attn.k_proj. Set method.r to 21 or less."),
         ("gralora", {"r": 9, "gralora_k": 3},
          "method.gralora_k 3 does not divide the inputs or outputs of 14 of 14 linear layers, "
-         "such as model.layers.0.mlp.down_proj (64 wide). Set method.gralora_k to one of 2, 4, 8, 16, 32."),
+         "such as model.layers.0.mlp.down_proj (64 wide). "
+         "Set method.gralora_k to one of 2, 4, 8, 16, 32."),
         ("c3a", {},
          "method.block_size 64 does not divide the inputs or outputs of 10 of 14 linear layers, "
          "such as model.layers.0.mlp.down_proj (160 wide). "
