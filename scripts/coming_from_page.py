@@ -57,9 +57,9 @@ def _tables() -> Iterator[str]:
 
 def _list_flags(label: str, rows: Iterable[ForeignFlag]) -> Iterator[str]:
     names = {flag.name for flag in FLAGS if isinstance(flag, UnsupportedFlag)}
-    typed = dict.fromkeys(row.typed for row in rows)
-    if typed := [f"`{text}`" for text in typed if text.split()[0].replace("_", "-") not in names]:
-        yield from ("", f"{label}: {', '.join(typed)}.")
+    typed = (row.typed for row in rows if row.typed.split()[0].replace("_", "-") not in names)
+    if shown := list(dict.fromkeys(f"`{text}`" for text in typed)):
+        yield from ("", f"{label}: {', '.join(shown)}.")
 
 
 def _is_rename(row: ForeignFlag) -> bool:
