@@ -26,7 +26,7 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING  # noqa: E402
 from export_cases import create_ids  # noqa: E402
 from ftlevel.errors import FtlevelError  # noqa: E402
 from ftlevel.extras.serving.config import ExportConfig  # noqa: E402
-from ftlevel.extras.serving.export import export  # noqa: E402
+from ftlevel.extras.serving.exporting import export  # noqa: E402
 from ftlevel.merging.normal_form import PLAIN_FORMS  # noqa: E402
 from ftlevel.methods import METHODS  # noqa: E402
 from ftlevel.methods.lora_conversion import LoraConversion  # noqa: E402

@@ -53,7 +53,7 @@ from ftlevel.extras.serving.entry import (  # noqa: E402
     ServedModel,
     rank_limit,
 )
-from ftlevel.extras.serving.export import export  # noqa: E402
+from ftlevel.extras.serving.exporting import export  # noqa: E402
 from ftlevel.extras.serving.recorded import ReferenceOutput, run_prompts  # noqa: E402
 from ftlevel.models.kinds import save_legacy_rope  # noqa: E402
 from ftlevel.trained.resolve import resolve_model  # noqa: E402

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from ftlevel.extras.serving.config import ExportConfig
-from ftlevel.extras.serving.export import ExportResult, export
+from ftlevel.extras.serving.exporting import ExportResult, export
 from tiny_tokenizers import as_sentencepiece, build_tokenizer
 
 ModelDir = Callable[..., Path]

@@ -125,8 +125,8 @@ def test_added_row_appears_in_help_and_docs(capsys: pytest.CaptureFixture[str]) 
     assert help_text in normalize_spaces(output)
     (line,) = [line for line in page.splitlines() if "--max-generate-samples" in line]
     assert line == (
-        f"| `--max-generate-samples` | {help_text} | 32 |  "
-        "| `train.max_generate_samples` | `--vr`, `--how-many` (some: 5), `--few` (3) |"
+        f"- `--max-generate-samples` (`train.max_generate_samples`): {help_text} Default: 32. "
+        "Also `--vr`, `--how-many` (some: 5), `--few` (3)."
     )
     assert "`--wrapping`" in page.rpartition("## Not available")[2]
     assert "--wrapping" not in output

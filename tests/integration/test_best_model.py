@@ -132,7 +132,7 @@ def test_default_best_metric_is_first_task_metric(
     assert f"{message} (the task's first metric" in output
     best = read_summary()["best"]
     assert best["metric"] == "eval_accuracy"
-    assert f"kept step {best['kept_step']}" in output
+    assert f"best model step {best['kept_step']}" in output
     assert f"Selected model: step {best['kept_step']}" in Path("run/adapter/README.md").read_text()
     assert run(["train", *options, "--output-dir", "once", "--epochs", "1"]) == 0
     assert read_summary("once")["best"] is None, "of one, none is best"
@@ -175,7 +175,7 @@ def test_resumed_run_keeps_same_best_model(
     assert resumed["metrics"] == uninterrupted["metrics"]
     assert resumed["intervals"] == uninterrupted["intervals"] != {}
     predictions = [Path(out, "validation.jsonl").read_bytes() for out in ("cut", "whole")]
-    assert predictions[0] == predictions[1], "those of the kept model"
+    assert predictions[0] == predictions[1], "those of the best model"
     assert read_json("cut/adapter/ftlevel.json")
 
 

@@ -22,7 +22,7 @@ from ftlevel.extras.retrieval.encoding import append_end
 from ftlevel.extras.retrieval.sentence_transformers import EmbeddingFormat, save_embedding_format
 from ftlevel.extras.serving.check import check_served
 from ftlevel.extras.serving.config import CheckServedConfig, ExportConfig
-from ftlevel.extras.serving.export import export
+from ftlevel.extras.serving.exporting import export
 
 ModelDir = Callable[..., Path]
 

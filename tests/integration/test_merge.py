@@ -21,7 +21,7 @@ from ftlevel.cli.app import run
 from ftlevel.commands.generate import generate
 from ftlevel.events import NullListener
 from ftlevel.extras.serving.config import ExportConfig
-from ftlevel.extras.serving.export import export
+from ftlevel.extras.serving.exporting import export
 from ftlevel.merging import merged_model
 from ftlevel.merging.merge_input import resolve_merge_input, select_rows
 from ftlevel.methods.merging import Skeleton, build_skeleton

@@ -26,7 +26,7 @@ from ftlevel.config import EvaluateConfig, MergeConfig, PredictConfig, TrainConf
 from ftlevel.errors import ConfigError, FtlevelError, InputError, RunError
 from ftlevel.extras.serving.check import check_served
 from ftlevel.extras.serving.config import CheckServedConfig, ExportConfig
-from ftlevel.extras.serving.export import export
+from ftlevel.extras.serving.exporting import export
 from sampling import sample
 
 ModelDir = Callable[..., Path]

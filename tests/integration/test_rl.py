@@ -29,7 +29,7 @@ from ftlevel.extras.rl.rollouts import Rollouts
 from ftlevel.extras.rl.trainer import RepeatedSteps, RlTrainer
 from ftlevel.extras.serving.check import check_served
 from ftlevel.extras.serving.config import CheckServedConfig, ExportConfig
-from ftlevel.extras.serving.export import export
+from ftlevel.extras.serving.exporting import export
 from tiny_models import save_tiny
 
 NAMES = [

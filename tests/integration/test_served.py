@@ -30,7 +30,7 @@ from ftlevel.extras.serving import check as commands
 from ftlevel.extras.serving.check import check_served, run_library
 from ftlevel.extras.serving.client import ServerOutput, match_output, widen_tolerance
 from ftlevel.extras.serving.config import CheckServedConfig, ExportConfig
-from ftlevel.extras.serving.export import export
+from ftlevel.extras.serving.exporting import export
 from ftlevel.extras.serving.recorded import ReferenceOutput
 from ftlevel.trained.resolve import resolve_model
 from run_files import read_json

@@ -19,7 +19,7 @@ from ftlevel.safe_io import escape_json
 def bin_lengths(
     ordered: Sequence[tuple[int, float]], num_bins: int
 ) -> list[tuple[int, int, int, float]]:
-    """Returns (minimum, maximum, count, mean value) per bin of sorted (length, value)."""
+    """Returns (minimum, maximum, count, mean value) per bin; [] for fewer lengths than bins."""
     if len({length for length, _ in ordered}) < num_bins:
         return []
     bins = [

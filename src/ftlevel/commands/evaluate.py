@@ -112,7 +112,7 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         if other is not None:
             listener.stage(f"evaluating {config.name} and {config.against} on the same rows")
             inputs, outputs = data.compute_outputs(trained)
-            trained = replace(trained, model=None)  # frees memory for the other model
+            trained, original = replace(trained, model=None), None  # frees memory for the other
             loaded = other.load(device.value)
             for note in loaded.notes:
                 listener.warn(f"{config.against}: {note}")

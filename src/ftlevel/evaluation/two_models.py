@@ -169,7 +169,7 @@ class EvalSet:
     device: str
 
     def score(self, model: Any, dtype: str) -> RowLogits:
-        """Returns the logits of `model`, which must be in eval mode, computed in `dtype`."""
+        """Returns logits (or vectors) of at most `MAX_TARGETS` targets; `model` is in eval mode."""
         all_scores, count, loss, total = [], 0, 0.0, 0
         collator, objective = Collator(self.pad_id), self.objective.for_comparison(self.rows)
 

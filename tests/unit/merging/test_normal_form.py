@@ -16,7 +16,7 @@ import ftlevel.extras.serving.adapters as adapters_module
 from export_cases import create_ids
 from ftlevel.errors import InputError, RunError
 from ftlevel.extras.serving.config import ExportConfig
-from ftlevel.extras.serving.export import export
+from ftlevel.extras.serving.exporting import export
 from ftlevel.merging.normal_form import PLAIN_FORMS
 from ftlevel.methods.lora_conversion import LoraConversion
 from ftlevel.methods.merging import get_merge_error

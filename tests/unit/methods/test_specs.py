@@ -115,25 +115,26 @@ def resolve_tiny_targets(
     ("kind", "fields", "message"),
     [
         ("oft", {"oft_block_size": 48},
-         "method.oft_block_size 48 does not divide the inputs of 14 of 14 linears, such as "
+         "method.oft_block_size 48 does not divide the inputs of 14 of 14 linear layers, such as "
          "model.layers.0.mlp.down_proj (160 wide). "
          "Set method.oft_block_size to one of 2, 4, 8, 16, 32."),
         ("boft", {"boft_block_size": 5},
-         "method.boft_block_size 5 does not divide the inputs of 12 of 14 linears, such as "
+         "method.boft_block_size 5 does not divide the inputs of 12 of 14 linear layers, such as "
          "model.layers.0.mlp.gate_proj (64 wide). "
          "Set method.boft_block_size to one of 2, 4, 8, 16, 32."),
         ("miss", {"r": 100},
-         "method.r 100 is more than the inputs of 12 of 14 linears, such as "
+         "method.r 100 is more than the inputs of 12 of 14 linear layers, such as "
          "model.layers.0.mlp.gate_proj (64 wide). Set method.r to 64 or less."),
         ("shira", {},
          "method.r 32 is larger than 4 of 14 linear layers allow, such as "
          "model.layers.0.self_attn.k_proj. Set method.r to 21 or less."),
         ("gralora", {"r": 9, "gralora_k": 3},
-         "method.gralora_k 3 does not divide the inputs or outputs of 14 of 14 linears, such as "
-         "model.layers.0.mlp.down_proj (64 wide). Set method.gralora_k to one of 2, 4, 8, 16, 32."),
+         "method.gralora_k 3 does not divide the inputs or outputs of 14 of 14 linear layers, "
+         "such as model.layers.0.mlp.down_proj (64 wide). "
+         "Set method.gralora_k to one of 2, 4, 8, 16, 32."),
         ("c3a", {},
-         "method.block_size 64 does not divide the inputs or outputs of 10 of 14 linears, such as "
-         "model.layers.0.mlp.down_proj (160 wide). "
+         "method.block_size 64 does not divide the inputs or outputs of 10 of 14 linear layers, "
+         "such as model.layers.0.mlp.down_proj (160 wide). "
          "Set method.block_size to one of 2, 4, 8, 16, 32."),
         ("lora", {"rank_pattern": {"q_porj": 4}},
          "method.rank_pattern: 'q_porj' matches none of the 14 adapted modules (down_proj, "

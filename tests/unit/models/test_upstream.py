@@ -604,7 +604,7 @@ def _(_: Any) -> None:
             name for name, module in model.named_modules()
             if type(module).__name__ in ("Linear", "Conv1D") and name != "lm_head"
         }  # fmt: skip
-        replaced = quantizers.replaced_linears(model, quantization, pre_quantized=False)
+        replaced = quantizers.replaced_layers(model, quantization, pre_quantized=False)
         assert replaced == dict.fromkeys(expected, is_conv1d)
         assert all(isinstance(model.get_submodule(name), bnb.nn.Linear4bit) for name in replaced)
     quantizers.check_environment(quantization.to_dict(), "cpu")

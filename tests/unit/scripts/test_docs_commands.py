@@ -185,5 +185,5 @@ def test_parse_and_run_blocks_of_page(tmp_path, monkeypatch):
 
 def test_long_output_is_shortened():
     lines = shorten("\n".join(map(str, range(100)))).splitlines()
-    assert (lines[0], lines[8], lines[-1], len(lines)) == ("0", "…", "99", 18)
+    assert (lines[0], lines[3], lines[-1], len(lines)) == ("0", "…", "99", 13)
     assert shorten("· loading\nx" * 1 + "\n 10%|#  | 1/10\ny") == "x\ny"

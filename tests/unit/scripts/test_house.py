@@ -11,7 +11,9 @@ import house
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGES = sorted({*(ROOT / "docs").glob("add-a*.md"), ROOT / "docs/architecture.md"})
-FILE_PATTERN = re.compile(r"`((?:src|tests|scripts|docs|recipes|benchmarks)/[\w./-]+\.\w+)`")
+FILE_PATTERN = re.compile(
+    r"`((?:src|tests|scripts|docs|recipes|benchmarks)/[\w./-]+\.\w+)(?::([\w.]+))?`"
+)
 EXAMPLE_FILES = {
     "src/ftlevel/config/methods/scale.py",
     "src/ftlevel/methods/scale.py",
@@ -40,9 +42,19 @@ def test_figures_are_measured():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_named_in_page_exist(page):
-    files = set(FILE_PATTERN.findall(page.read_text(encoding="utf-8"))) - EXAMPLE_FILES
+    files = {name for name, _ in FILE_PATTERN.findall(page.read_text(encoding="utf-8"))}
     assert files
-    assert [name for name in sorted(files) if not (ROOT / name).is_file()] == []
+    assert [name for name in files - EXAMPLE_FILES if not (ROOT / name).is_file()] == []
+
+
+def test_functions_named_in_architecture_exist() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    named = [(file, name) for file, name in FILE_PATTERN.findall(page) if name]
+    assert len(named) > 100
+    for file, name in named:
+        text, (first, _, method) = (ROOT / file).read_text(encoding="utf-8"), name.partition(".")
+        assert re.search(rf"^(class |def |){first}\b[(:\[ ]", text, re.M), f"{file}:{name}"
+        assert not method or re.search(rf"^    def {method}\b", text, re.M), f"{file}:{name}"
 
 
 def test_index_links_every_page():

@@ -34,7 +34,7 @@ def export(
     placeholder = {"out": DRY_RUN.with_suffix(suffix)} if dry_run and out is None else {}
     config = inputs.section(ExportConfig, **placeholder)
     with open_screen(as_json=as_json, quiet=quiet) as screen:
-        from ftlevel.extras.serving.export import export as run
+        from ftlevel.extras.serving.exporting import export as run
 
         result = run(config, listener=screen, dry_run=dry_run)
     if as_json:

@@ -425,7 +425,7 @@ class AdaptersExport:
                     "rank": lora and lora.rank,
                     "modules": lora and len(lora.factors),
                     "whole_modules": lora and lora.whole_modules,
-                    "way": lora and lora.way,
+                    "way": lora and lora.computed_from,
                     "changes": lora.notes if lora else [],
                     "chat_template": template and str(template),
                     "check": checks.get(adapter.name),

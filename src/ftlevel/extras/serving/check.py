@@ -37,7 +37,7 @@ from ftlevel.extras.serving.client import (
 )
 from ftlevel.extras.serving.config import SERVERS, CheckServedConfig, ExportConfig
 from ftlevel.extras.serving.entry import rank_limit
-from ftlevel.extras.serving.export import export
+from ftlevel.extras.serving.exporting import export
 from ftlevel.extras.serving.recorded import (
     TOKENS,
     AdapterRecord,

@@ -43,15 +43,17 @@ def chat_template(
         head = (
             _except_first_turn(before, start)
             if not opening or role == "system"
-            else literal(before)
+            else escape_template(before)
         )
         if role == "user" and after_system is not None:
-            head = f"{_AFTER_SYSTEM}{literal(after_system)}{{{{ else }}}}{head}{{{{ end }}}}"
-        tail = literal(after)
+            after_system = escape_template(after_system)
+            head = f"{_AFTER_SYSTEM}{after_system}{{{{ else }}}}{head}{{{{ end }}}}"
+        tail = escape_template(after)
         if role == "assistant":  # a last answer is continued
             tail = f"{{{{ if not $last }}}}{tail}{{{{ end }}}}"
         branches.append(f'if eq $turn.Role "{role}" }}}}{head}{{{{ $turn.Content }}}}{tail}')
-    opening = literal(opening.removeprefix(start))
+    opening = escape_template(opening.removeprefix(start))
+    generation = escape_template(generation)
     if "system" in turns and opening:
         opening = f'{{{{ if ne $turn.Role "system" }}}}{opening}{{{{ end }}}}'
     first = f"{{{{ if eq $index 0 }}}}{opening}{{{{ end }}}}" if opening else ""
@@ -60,21 +62,20 @@ def chat_template(
         + first
         + "{{ "
         + "{{ else ".join(branches)
-        + "{{ end }}"
-        + f'{{{{ if and $last (ne $turn.Role "assistant") }}}}{literal(generation)}{{{{ end }}}}'
-        + "{{ end }}"
+        + '{{ end }}{{ if and $last (ne $turn.Role "assistant") }}'
+        + f"{generation}{{{{ end }}}}{{{{ end }}}}"
     )
 
 
 def _except_first_turn(text: str, start: str) -> str:
     """Returns a template for `text` that leaves out its prefix `start` in the first turn."""
     if not start or not text.startswith(start):
-        return literal(text)
-    remainder = literal(text.removeprefix(start))
-    return f"{{{{ if gt $index 0 }}}}{literal(start)}{{{{ end }}}}{remainder}"
+        return escape_template(text)
+    remainder = escape_template(text.removeprefix(start))
+    return f"{{{{ if gt $index 0 }}}}{escape_template(start)}{{{{ end }}}}{remainder}"
 
 
-def literal(text: str) -> str:
+def escape_template(text: str) -> str:
     """Returns `text` escaped for a Go template inside a Modelfile."""
     return text.replace("{{", '{{ "{{" }}').replace('"""', '{{ "\\"\\"\\"" }}')
 
@@ -137,7 +138,7 @@ def get_prompt_template(tokenizer: Any, ref: ModelRef, vocab: Vocabulary) -> Pro
     if ref.card.method == "none":  # not trained by ftlevel: prompts are unknown
         return PromptTemplate("plain", "no chat template", "{{ .Prompt }}", stop_strings)
     before, after = prompt.plain_prompt(_PLACEHOLDER).split(_PLACEHOLDER)
-    template = f"{literal(before)}{{{{ .Prompt }}}}{literal(after)}"
+    template = f"{escape_template(before)}{{{{ .Prompt }}}}{escape_template(after)}"
     return PromptTemplate("prompt of training", "", template, stop_strings)
 
 

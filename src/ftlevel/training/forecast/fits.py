@@ -15,7 +15,7 @@ is the resident memory of a CPU run:
 - with quantized weights: pages of the unquantized checkpoint, which stay mapped.
 
 The two copies and the 128 MiB of `MAX_FREE_HEAP_BYTES` are assumed, not traced to a cause. With
-them, 13 settings of three models are within 10 % (docs/plan.md).
+them, 21 settings of three models are within 10 % (docs/plan.md).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from ftlevel.fast.checks import get_linears
+from ftlevel.fast.checks import get_linear_layers
 from ftlevel.fast.likelihoods import PooledTokens, SupervisedTokens, TokenSelector, base_model
 from ftlevel.fast.plan import uses_fused_layers
 from ftlevel.fast.step import FastStep
@@ -88,7 +88,7 @@ def create_fake_model(run: Run, blocks: Collection[str]) -> FakeModel:
     if fast is not None and (select := select_needed_tokens(run)):
         last = get_blocks(base_model(model))[-1]
         names = {module: name for name, module in last.named_modules()}
-        fast.prune(select, [m for m in get_linears(last) if not _ATTENDED.search(names[m])])
+        fast.prune(select, [m for m in get_linear_layers(last) if not _ATTENDED.search(names[m])])
     quantized: list[Tensor] = []
     if quantization is not None:
         quantized = pack_fake(model, dtype, quantization if packs_experts(quantization) else None)

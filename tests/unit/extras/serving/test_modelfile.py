@@ -11,9 +11,9 @@ import published_chat_templates
 from ftlevel.data.encoding.prompts import PromptFormat
 from ftlevel.extras.serving.ollama import (
     chat_template,
+    escape_template,
     format_modelfile,
     get_prompt_template,
-    literal,
     modelfile,
 )
 
@@ -23,8 +23,8 @@ CHATML = {
 
 
 def test_go_template_actions_in_prompt_are_escaped():
-    assert literal("{{ x }}") == '{{ "{{" }} x }}'
-    assert '"""' not in literal('a """ b')
+    assert escape_template("{{ x }}") == '{{ "{{" }} x }}'
+    assert '"""' not in escape_template('a """ b')
 
 
 def test_chat_template_wraps_each_turn():

@@ -13,7 +13,7 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.fast.likelihoods import PooledTokens, SupervisedTokens
 from ftlevel.fast.packing import PackedLayout, using_layout
 from ftlevel.fast.plan import FastPlan
-from ftlevel.fast.pruning import LastLayerPruning, get_prunable_linears
+from ftlevel.fast.pruning import LastLayerPruning, get_prunable_layers
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.models.module_tree import get_blocks
@@ -179,7 +179,7 @@ def test_layer_affecting_other_tokens_is_not_pruned():
     block, states = MixingBlock(), torch.randn(1, 6, 8)
     layout = PackedLayout.from_mask(torch.ones(1, 6)).with_needed_tokens(torch.tensor([1, 4]))
     linears = [block.own, block.next]
-    assert get_prunable_linears(block, (states,), {}, layout, linears) == [block.own]
+    assert get_prunable_layers(block, (states,), {}, layout, linears) == [block.own]
     expected = block(states)[:, [1, 4]]
     for pruned, is_equal in ((linears[:1], True), (linears[1:], False)):
         hooks = LastLayerPruning(pruned)
