@@ -95,7 +95,10 @@ def test_continued_run_starts_with_adapter_metrics(base: Path, name: str) -> Non
     before = train("--model", str(base), *SHORT, *METHODS[name], "--max-steps", "3")
     step_options = [flag for flag in METHODS[name] if flag == "--no-fast"]
     after = train(*SHORT, *CONTINUE, *step_options, out="on")
-    assert after["metrics_before"] == before["metrics"]
+    expected = before["metrics"]
+    if name == "pissa":  # saved as plain LoRA, which is added to other base weights
+        expected = pytest.approx(expected, rel=1e-6)
+    assert after["metrics_before"] == expected
     assert after["metrics"] != before["metrics"]
     if name != "full":
         assert after["method"] == ("prompt" if name == "p-tuning" else before["method"])
@@ -107,7 +110,7 @@ def test_continued_run_starts_with_adapter_metrics(base: Path, name: str) -> Non
     if name in USED_WITHOUT_RUN:
         shutil.copytree("run/adapter", "alone")
         alone = train(*SHORT, "--adapter", "alone", *CONTINUE[2:], out="on-alone")
-        assert alone["metrics_before"] == before["metrics"]
+        assert alone["metrics_before"] == expected
 
 
 @pytest.mark.slow

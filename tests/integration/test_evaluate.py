@@ -57,7 +57,8 @@ def test_evaluation_matches_metrics_of_training(
     tmp_path: Path,
 ) -> None:
     data = task_data.write(tmp_path / "data", name)
-    config = short_config(tiny_model_dir(family, head), data, tmp_path / "run", task, data=options)
+    config = short_config(tiny_model_dir(family, head), data, tmp_path / "run", task, data=options,
+                          train=GENERATION)  # fmt: skip
     summary = train(config).summary
     result = run_evaluation(tmp_path / "run", predictions=tmp_path / "p.jsonl", resamples=200)
     assert result.metrics == summary["metrics"]

@@ -34,7 +34,9 @@ class EvaluationHooks:
 
     choices: Sequence[Choice] = ()
     stage: str = ""
-    evaluator: type[Evaluator] = Evaluator
+
+    def __init__(self, evaluator: type[Evaluator] = Evaluator) -> None:
+        self.evaluator = evaluator
 
     def create_evaluator(
         self, trained: LoadedModel, eval_rows: Any, seed: int, settings: Mapping[str, Any]
@@ -174,7 +176,7 @@ class TrainingHooks:
 
         `options` are those that extensions added, and `name`, the evaluated run or model.
         """
-        return EvaluationHooks()
+        return EvaluationHooks(self.evaluator)
 
 
 def hooks_of(task: BaseTask) -> TrainingHooks:

@@ -242,7 +242,7 @@ def test_boolean_is_not_accepted_as_number(setting):
         ("data.column={a: b}", "unknown key 'data.column'. Did you mean 'data.columns'?"),
         ("data.mixx={}", "unknown key 'data.mixx'. Did you mean 'data.mix'?"),
         ("foo.bar=4", "unknown key 'foo.bar'. Sections: task, model, quant, method, data, train, "
-         "distillation, speed, output, embedding, preference, reranking, rl."),
+         "distillation, speed, output, preference, embedding, reranking, rl."),
         ("train.optim=adamw", "'adamw' is not known. Expected one of adamw_torch, "
          "adamw_torch_fused, adamw_8bit, paged_adamw_8bit, paged_adamw_32bit, adafactor, ademamix, "
          "ademamix_8bit, paged_ademamix_8bit, paged_ademamix_32bit, lion_8bit, lion_32bit, "

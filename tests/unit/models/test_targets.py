@@ -145,7 +145,7 @@ def test_all_linear_excludes_linear_router():
     }
     assert locations["shared_expert_gate"] == "router"
     assert resolve_targets(model, ["shared_expert_gate"]) == [
-        "model.layers.0.mlp.shared_expert_gate"
+        f"model.layers.{block}.mlp.shared_expert_gate" for block in range(2)
     ]
 
 

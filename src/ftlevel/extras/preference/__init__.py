@@ -13,7 +13,6 @@ _ALIASES = {
     "preference": ("preferences", "dpo", "rlhf"),
     "reward": ("reward-model", "reward-modeling"),
 }
-_LOSSES = {"embedding": "embedding.loss", "reranking": "reranking.loss"}
 _WEIGHTS = ("simpo_gamma", "sft_weight", "desirable_weight", "undesirable_weight")
 
 
@@ -21,7 +20,7 @@ def _flags() -> list[Flag]:
     from ftlevel.config.flag import HOW, Flag
 
     return [
-        Flag("preference.loss", "", HOW, by_task=_LOSSES),
+        Flag("preference.loss", "", HOW),
         Flag("preference.beta", "", HOW),
         Flag("preference.reference", "", HOW, metavar="start|none|RUN"),
         *[Flag(f"preference.{name}", "", HOW) for name in _WEIGHTS],

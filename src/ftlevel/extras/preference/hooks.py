@@ -83,11 +83,8 @@ class PreferenceHooks(TrainingHooks):
     def evaluation(self, ref: ModelRef, options: Mapping[str, Any]) -> EvaluationHooks:
         """Returns the evaluation with log-probabilities of the reference, if it is needed."""
         objective: Any = ref.objective
-        return _ReferenceEvaluation() if objective.needs_reference else _Evaluation()
-
-
-class _Evaluation(EvaluationHooks):
-    evaluator = PreferenceEvaluator
+        kind = _ReferenceEvaluation if objective.needs_reference else EvaluationHooks
+        return kind(self.evaluator)
 
 
 class _ReferenceEvaluation(EvaluationHooks):

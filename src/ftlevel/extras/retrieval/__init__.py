@@ -54,6 +54,7 @@ def _flags() -> list[Flag]:
         Flag("data.qrels", "", DATA, rows, metavar="FILE"),
         Flag("data.corpus", "", DATA, rows, metavar="FILE"),
         Flag("qrels", "", DATA, ("evaluate",), metavar="FILE"),
+        *[Flag(f"{task}.loss", "", HOW) for task in ("embedding", "reranking")],
         Flag("reranking.pos_weight", "", HOW),
         *[Flag(f"embedding.{name}", "", HOW) for name in ("scale", "symmetric", "margin", "guide")],
         Flag("embedding.pooling", "", HOW, rows),
@@ -85,11 +86,7 @@ def _flags() -> list[Flag]:
 def _aliases() -> Mapping[str, FlagAliases]:
     from ftlevel.config.flag import FlagAliases
 
-    losses = {"embedding": "embedding.loss", "reranking": "reranking.loss"}
-    return {
-        "preference.loss": FlagAliases(by_task=losses),
-        "train.temperature": FlagAliases(by_task={"embedding": "embedding.temperature"}),
-    }
+    return {"train.temperature": FlagAliases(by_task={"embedding": "embedding.temperature"})}
 
 
 EXTENSION = Extension(
