@@ -68,10 +68,7 @@ class Evaluator:
 
     # ruff: disable[ARG002] - for subclasses
     def for_other(self, model: LoadedModel, encode: Callable[[], Any]) -> Evaluator:
-        """Returns a copy for a model to compare with; `encode` encodes the rows for its tokenizer.
-
-        It generates no texts.
-        """
+        """Returns a copy for another model that generates no texts; `encode` encodes its rows."""
         return replace(self.with_model(model), generated_rows=0, score_texts=None, language="")
 
     def get_result_texts(self, row: Encoded, line: dict[str, Any]) -> dict[str, str]:
