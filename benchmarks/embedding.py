@@ -129,8 +129,8 @@ def encode(parser: argparse.ArgumentParser) -> None:
     from sentence_transformers import SentenceTransformer
 
     from ftlevel.evaluation.answers import InferenceModel
+    from ftlevel.extras.retrieval.formats import EmbeddingRow
     from ftlevel.tasks.base import OutputOptions
-    from ftlevel.tasks.embedding.formats import EmbeddingRow
     from ftlevel.trained.generation import GenerationOptions
     from ftlevel.trained.resolve import resolve_model
 

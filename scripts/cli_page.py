@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import partial
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 
 from ftlevel.cli.app import commands
 from ftlevel.config.flag import Alias, Flag, NoOpValue, UnsupportedFlag, ValueAliases
@@ -24,7 +25,8 @@ COMMANDS = commands()
 def cli_page() -> str:
     """Return docs/cli.md with a line per command."""
     rows = [f"| [ftlevel {name}](commands/{name}.md) | {COMMANDS[name][1]} |" for name in COMMANDS]
-    return fill("cli", {"commands": "\n".join(["| command | |", "|---|---|", *rows])})
+    parts = {"commands": ["| command | |", "|---|---|", *rows], "shared": sorted(_shared_lines())}
+    return fill("cli", {name: "\n".join(lines) for name, lines in parts.items()})
 
 
 def command_pages() -> dict[str, Callable[[], str]]:
@@ -41,24 +43,20 @@ def _command(name: str, flags: Sequence[Flag]) -> Iterator[str]:
     module, _, attribute = COMMANDS[name][0].partition(":")
     function = getattr(importlib.import_module(module), attribute)
     yield from (f"# ftlevel {name}", "", inspect.getdoc(function) or "")
-    rows = [row for row in flags_of(name, flags) if row.name not in COMMON]
-    flags_of_train = flags_of("train", flags)
-    of_train = [row for row in rows if row in flags_of_train and row.path]
-    aliases = _aliases(flags)
-    excluded = (
-        () if name == "train" else {n for row in flags_of_train for n in _names(row, aliases)}
-    )
-    if name != "train" and len(of_train) > MAX_SHARED_FLAGS:
-        rows = [row for row in rows if row not in of_train]
-        yield from (
-            "",
-            f"`ftlevel {name}` accepts {len(of_train)} of the {len(flags_of_train)} flags of "
-            "[ftlevel train](train.md) (`--help-all` lists them), and these:",
-        )
+    rows, count = _own_rows(name, flags), len(_flags_of_train(name, flags))
+    if name != "train" and count > MAX_SHARED_FLAGS:
+        total = len(flags_of("train", flags))
+        yield f"\n`ftlevel {name}` accepts {count} of the {total} flags of"
+        yield "[ftlevel train](train.md) (`--help-all` lists them), and these:"
+    lines = {row.name: _line(row, name, flags) for row in rows}
+    shared = [n for n in lines if name != "train" and lines[n] in _shared_lines()]
+    rows = [row for row in rows if row.name not in shared]
     for panel in dict.fromkeys(row.panel for row in rows):
         yield from ("", f"## {panel or 'Arguments'}", "")
-        cells = [_cells(row, name, aliases, excluded) for row in rows if row.panel == panel]
-        yield from _table(cells)
+        yield from (lines[row.name] for row in rows if row.panel == panel)
+    if shared:
+        names = ", ".join(map(_code, shared))
+        yield from ("", f"[As in other commands](../cli.md#flags-of-several-commands): {names}.")
     unsupported = [row for row in flags if isinstance(row, UnsupportedFlag) and name in row.on]
     if unsupported and name == "train":
         yield from ("", "## Not available", "")
@@ -66,30 +64,53 @@ def _command(name: str, flags: Sequence[Flag]) -> Iterator[str]:
         yield from ("", ", ".join(sorted({_code(row.name) for row in unsupported})) + ".")
 
 
-def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Yield the lines of a table without its empty columns."""
-    head = ("flag", "meaning", "default", "choices", "field", "aliases")
-    columns = [column for column in range(len(head)) if any(row[column] for row in rows)]
-    yield f"| {' | '.join(head[column] for column in columns)} |"
-    yield "|---" * len(columns) + "|"
-    for row in rows:
-        yield f"| {' | '.join(row[column].replace('|', chr(92) + '|') for column in columns)} |"
+def _flags_of_train(name: str, flags: Sequence[Flag]) -> list[Flag]:
+    """Return the flags of `name` that set the same fields as those of `train`."""
+    flags_of_train = flags_of("train", flags)
+    return [row for row in flags_of(name, flags) if row in flags_of_train and row.path]
 
 
-def _cells(
-    row: Flag, command: str, aliases: Mapping[str, Sequence[Alias]], excluded: Collection[str]
-) -> list[str]:
-    """Returns the columns of a flag, without aliases in `excluded`."""
-    metadata = row.metadata(command)
-    is_required = row.required or metadata.required
-    return [
-        ", ".join(_code(name) for name in row.typer_names(metadata.type is bool)),
-        metadata.description,
-        "required" if is_required else "" if metadata.default is None else str(metadata.default),
-        ", ".join(metadata.choices),
-        ", ".join(_code(path) for path in (row.path, *row.by_task.values())),
-        ", ".join(alias for alias in _names(row, aliases) if alias not in excluded),
-    ]
+def _own_rows(name: str, flags: Sequence[Flag]) -> list[Flag]:
+    """Return the flags on the page of `name`, without those of `train` if they are many."""
+    rows = [row for row in flags_of(name, flags) if row.name not in COMMON]
+    of_train = _flags_of_train(name, flags)
+    if name == "train" or len(of_train) <= MAX_SHARED_FLAGS:
+        return rows
+    return [row for row in rows if row not in of_train]
+
+
+@cache
+def _shared_lines() -> frozenset[str]:
+    """Return the lines that are equal in three commands or more."""
+    lines = Counter(
+        _line(row, name, FLAGS)
+        for name in COMMANDS
+        if name != "train"
+        for row in _own_rows(name, FLAGS)
+    )
+    return frozenset(line for line, count in lines.items() if count > 2)
+
+
+def _line(row: Flag, command: str, flags: Sequence[Flag]) -> str:
+    """Returns a line on a flag, without aliases of `train` on other pages."""
+    metadata, aliases = row.metadata(command), _aliases(flags)
+    others = [] if command == "train" else flags_of("train", flags)
+    excluded = {name for other in others for name in _names(other, aliases)}
+    meaning, default = metadata.description, metadata.default
+    names = [alias for alias in _names(row, aliases) if alias not in excluded]
+    if not all(choice in meaning for choice in metadata.choices):
+        meaning += f" One of {', '.join(metadata.choices)}."
+    if row.required or metadata.required:
+        meaning += " Required."
+    elif default is not None and str(default).strip() and "efault" not in meaning:
+        meaning += f" Default: {default}."
+    if names:
+        meaning += f" Also {', '.join(names)}."
+    fields = ", ".join(_code(path) for path in (row.path, *row.by_task.values()))
+    if command != "train" and row.name == f"--{row.path.replace('_', '-')}":
+        fields = ""
+    flag = ", ".join(_code(name) for name in row.typer_names(metadata.type is bool))
+    return f"- {flag}{f' ({fields})' if fields.strip('`') else ''}: {meaning}"
 
 
 def _aliases(flags: Sequence[Flag]) -> dict[str, list[Alias]]:

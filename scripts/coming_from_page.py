@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import typer
-
-from ftlevel.cli.app import build_app
-from ftlevel.errors import ConfigError
+from ftlevel.config.flag import UnsupportedFlag
+from ftlevel.config.flags import FLAGS
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from cli.spellings import SPELLINGS, ForeignFlag
@@ -23,14 +20,15 @@ This page is for users of other tools. It lists flags from those tools' examples
 `ftlevel train` does with each. `--lora_r` and `--lora-r` are the same flag.
 `python scripts/write_docs.py coming-from` generates this page.
 
-Of {count} pairs of flag and value, {accepted} are accepted; the others are refused with a reason.
-{same} set one field to the value as typed, like `--lora_rank 16`;
-[ftlevel train](commands/train.md) lists these flags.
+Of {count} pairs of flag and value, {accepted} are accepted. {same} set one field to the value as
+typed, like `--lora_rank 16`; [ftlevel train](commands/train.md) lists these flags. For refused
+flags, and those without an effect, ftlevel prints the reason and what to use instead;
+[more of them](commands/train.md#not-available).
 
 Configuration files of Axolotl, LLaMA-Factory, ms-swift, TRL and verl are converted, with a note on
 each key without a counterpart:
 
-<!-- not run: see tests/cli/test_recipes.py -->
+<!-- not run: tests/cli/test_recipes.py -->
 
     ftlevel recipes convert FILE > recipe.yaml"""
 
@@ -46,18 +44,22 @@ def coming_from_page() -> str:
 def _tables() -> Iterator[str]:
     shown: set[tuple[str, str]] = set()
     for tool in dict.fromkeys(row.tool for row in SPELLINGS):
+        rows = [row for row in SPELLINGS if row.tool == tool and not _is_rename(row)]
         yield from ("", f"## {tool}", "", "| flag | in ftlevel |", "|---|---|")
-        for row in SPELLINGS:
-            if row.tool != tool or _is_rename(row) or row.agrees:
-                continue
+        for row in rows:
             cells = (f"`{row.typed}`", _effect(row))
-            if cells not in shown:  # not listed for an earlier tool
+            if row.sets and not row.agrees and cells not in shown:  # not of an earlier tool
                 shown.add(cells)
                 yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-        agreeing = dict.fromkeys(row.typed for row in SPELLINGS if row.tool == tool and row.agrees)
-        if agreeing:
-            names = ", ".join(f"`{typed}`" for typed in agreeing)
-            yield from ("", f"These have no effect; ftlevel prints why: {names}.")
+        yield from _list_flags("No effect", (row for row in rows if row.agrees))
+        yield from _list_flags("Refused", (row for row in rows if not (row.sets or row.agrees)))
+
+
+def _list_flags(label: str, rows: Iterable[ForeignFlag]) -> Iterator[str]:
+    names = {flag.name for flag in FLAGS if isinstance(flag, UnsupportedFlag)}
+    typed = (row.typed for row in rows if row.typed.split()[0].replace("_", "-") not in names)
+    if shown := list(dict.fromkeys(f"`{text}`" for text in typed)):
+        yield from ("", f"{label}: {', '.join(shown)}.")
 
 
 def _is_rename(row: ForeignFlag) -> bool:
@@ -72,25 +74,9 @@ def _is_rename(row: ForeignFlag) -> bool:
 
 
 def _effect(row: ForeignFlag) -> str:
-    """Return the effect of a flag, or the reason of its rejection."""
-    if row.sets:
-        fields = ", ".join(f"`{path}: {_format_value(value)}`" for path, value in row.sets.items())
-        return fields + (f" (with `{row.extra}`)" if row.extra else "")
-    try:
-        _program()(args=["train", *shlex.split(row.typed), "--dry-run"], standalone_mode=False)
-    except ConfigError as error:
-        line = str(error)
-        flag, _, reason = line.partition(": ")
-        if ". " in flag:  # of two sentences, the second says what to do
-            reason = line.partition(". ")[2]
-            reason = reason[:1].lower() + reason[1:]
-        return f"refused: {(reason or line).partition('. ')[0].rstrip('.')}"
-    raise ValueError(f"{row.typed} is not refused")
-
-
-@cache
-def _program() -> typer.Typer:
-    return build_app(["train"])
+    """Return the fields that a flag sets."""
+    fields = ", ".join(f"`{path}: {_format_value(value)}`" for path, value in row.sets.items())
+    return fields + (f" (with `{row.extra}`)" if row.extra else "")
 
 
 def _format_value(value: object) -> str:

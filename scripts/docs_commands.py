@@ -33,7 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 _MARK = re.compile(r"<!-- (run in CI|run, fails|run|not run: .+) -->")
-_MAX_LINES, _LAST_LINES = 17, 9  # shown lines of an output: at most, and of these the last ones
+_MAX_LINES, _LAST_LINES = 12, 9  # shown lines of an output: at most, and of these the last ones
 _WIDTH = 130
 _VARYING = re.compile(
     r"\s*(\S*\d+%\||· |rows: (kept|prepared)|(speed|plan) \d|(next |     )ftlevel )"

@@ -24,9 +24,8 @@ def guide_pages() -> dict[str, Callable[[], str]]:
 
 
 def _index() -> str:
-    pages = {kind: "rare" if kind in RARE else kind for kind in SPECS}
-    rows = [f"| [{k}]({page}.md) | {METHOD_INFO[k].trained} |" for k, page in pages.items()]
-    return fill("guide/index", {"methods": "\n".join(["| method | trains |", "|---|---|", *rows])})
+    pages = [f"[{kind}]({kind}.md)" for kind in SPECS if kind not in RARE]
+    return fill("guide/index", {"methods": f"{', '.join(pages)}; [rare ones](rare.md)"})
 
 
 def _share(parameters: int) -> str:
@@ -36,19 +35,10 @@ def _share(parameters: int) -> str:
 def _page(kind: str) -> str:
     row = METHOD_INFO[kind]
     lines = [
-        "<!-- not run: see tests/integration/test_methods.py -->",
-        "```sh",
-        f"ftlevel train --method {kind} --model MODEL --dataset ROWS",
-        "```",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| trains | {row.trained} |",
-        f"| parameters on Llama-2-7B | {row.llama_7b:,} ({_share(row.llama_7b)}) |",
-        f"| merges into the base | {row.merges or 'no'} |",
-        f"| published | {row.reference} |",
-        f"| settings | {_settings(kind)} |",
-        f"| [default learning rate](../defaults.md) | {_rates(kind)} |",
+        f"- Parameters on Llama-2-7B: {row.llama_7b:,}",
+        f"- Published: {row.reference}",
+        f"- Settings: {_settings(kind)}",
+        f"- [Learning rate](../defaults.md), short to long runs: {_rates(kind)}",
         "",
         *_variants(kind),
         *_limits(kind),
@@ -58,14 +48,14 @@ def _page(kind: str) -> str:
 
 
 def _rare() -> str:
-    header = "| method | trains | on Llama-2-7B | settings | default learning rate | published |"
+    header = (
+        "| method | settings | [default rate](../defaults.md), short to long runs | published |"
+    )
     rows = [
-        f"| {kind} | {row.trained} | {row.llama_7b:,} ({_share(row.llama_7b)}) | {_settings(kind)} "
-        f"| {_rates(kind)} | {row.reference} |"
+        f"| {kind} | {_settings(kind)} | {_rates(kind)} | {METHOD_INFO[kind].reference} |"
         for kind in RARE
-        for row in (METHOD_INFO[kind],)
     ]
-    facts = "\n".join([header, "|---|---|--:|---|---|---|", *rows, "", *_limits(*RARE)])
+    facts = "\n".join([header, "|---|---|---|---|", *rows, "", *_limits(*RARE)])
     return fill("guide/rare", {"facts": facts})
 
 
@@ -80,19 +70,20 @@ def _rates(kind: str) -> str:
     kinds = ", ".join(
         f"{name}s {rate:g}" for name, rate in rates.by_architecture.items() if rate != rates.small
     )
-    return (
-        f"{rates.small:g}{f' ({kinds})' if kinds else ''} for small models and short runs; "
-        f"{rates.large:g} for large models and long runs ({rates.source})"
-    )
+    return f"{rates.small:g}{f' ({kinds})' if kinds else ''} to {rates.large:g} ({rates.source})"
 
 
 def _variants(kind: str) -> Iterator[str]:
     forms = [row for row in METHOD_INFO.values() if row.method == kind and row.name != kind]
     if not forms:
         return
-    yield from ("## Variants", "", "| | flags | trains | published |", "|---|---|---|---|")
-    for row in forms:
-        yield f"| {row.name} | `{row.flags}` | {row.trained} | {row.reference} |"
+    yield from (
+        "## Variants",
+        "",
+        "[What each trains](../methods.md#what-each-trains), and papers:",
+        "",
+    )
+    yield "; ".join(f"{row.name}: {row.reference}" for row in forms) + "."
     yield ""
 
 

@@ -143,6 +143,7 @@ _WHOLE_CONFIG = re.compile(_CONFIGS)
 _RUN_AND_CONFIG = re.compile(rf"(?=.*\b(?:Run|Plan)\b)(?=.*{_CONFIGS})")
 _COMMANDS = (
     "cli/", "commands/", "config/", "extras/compare/", "extras/launch/", "extras/serving/check.py",
+    "extras/serving/exporting.py",
 )  # fmt: skip
 
 
@@ -163,17 +164,17 @@ def sizes() -> list[Figure]:
         for path in (ROOT / folder).rglob("*.py")
     )
     return [
-        Figure("Python files", 322, len(texts)),
-        Figure("code lines", 53_439, sum(code for code, _ in counts)),
-        Figure("docstring lines", 9_052, sum(lines for _, lines in counts)),
+        Figure("Python files", 321, len(texts)),
+        Figure("code lines", 52_750, sum(code for code, _ in counts)),
+        Figure("docstring lines", 8_999, sum(lines for _, lines in counts)),
         Figure("`# fmt: skip`", 21, sum(t.count("# fmt: skip") for t in texts.values())),
-        Figure("lines of benchmarks and scripts", 8_900, tool_lines),
+        Figure("lines of benchmarks and scripts", 8_882, tool_lines),
         Figure(
             "functions that take a Run and a whole configuration", 0,
             sum(count_functions(text, _RUN_AND_CONFIG) for text in texts.values()),
         ),
         Figure(
-            "functions below commands that take a whole configuration", 20,
+            "functions below commands that take a whole configuration", 18,
             sum(count_functions(text, _WHOLE_CONFIG) for text in below),
         ),
         Figure(

@@ -24,9 +24,9 @@ import peft  # noqa: E402 - the tests' modules are found first
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING  # noqa: E402
 
 from export_cases import create_ids  # noqa: E402
-from ftlevel.commands.export import export  # noqa: E402
-from ftlevel.config import ExportConfig  # noqa: E402
 from ftlevel.errors import FtlevelError  # noqa: E402
+from ftlevel.extras.serving.config import ExportConfig  # noqa: E402
+from ftlevel.extras.serving.exporting import export  # noqa: E402
 from ftlevel.merging.normal_form import PLAIN_FORMS  # noqa: E402
 from ftlevel.methods import METHODS  # noqa: E402
 from ftlevel.methods.lora_conversion import LoraConversion  # noqa: E402

@@ -38,9 +38,6 @@ sys.path.insert(0, str(ROOT / "tests"))
 import torch  # noqa: E402 - the tests' modules are found first
 import transformers  # noqa: E402
 
-from ftlevel.commands.export import export  # noqa: E402
-from ftlevel.config import ExportConfig  # noqa: E402
-from ftlevel.config.export import SERVERS  # noqa: E402
 from ftlevel.errors import FtlevelError  # noqa: E402
 from ftlevel.extras.serving.check import run_library  # noqa: E402
 from ftlevel.extras.serving.client import (  # noqa: E402
@@ -50,11 +47,13 @@ from ftlevel.extras.serving.client import (  # noqa: E402
     ServerOutput,
     match_output,
 )
+from ftlevel.extras.serving.config import SERVERS, ExportConfig  # noqa: E402
 from ftlevel.extras.serving.entry import (  # noqa: E402
     Prompt,
     ServedModel,
     rank_limit,
 )
+from ftlevel.extras.serving.exporting import export  # noqa: E402
 from ftlevel.extras.serving.recorded import ReferenceOutput, run_prompts  # noqa: E402
 from ftlevel.models.kinds import save_legacy_rope  # noqa: E402
 from ftlevel.trained.resolve import resolve_model  # noqa: E402

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ftlevel.config.export import SERVERS, Server
+from ftlevel.extras.serving.config import SERVERS, Server
 from page_parts import fill, read_csv
 
 _FORMS = {"as PEFT saves it": "as PEFT saves it", "normal form": "plain LoRA"}
@@ -34,7 +34,6 @@ def serving_page() -> str:
         "versions": [f"{versions}; {', '.join(sorted({row['date'] for row in measured}))}."],
         "in-servers": _served_table(measured),
         "plain-LoRA": _table(forms, _form_rows()),
-        "refused": _refused_lines(),
     }
     return fill("serving", {name: "\n".join(lines) for name, lines in parts.items()})
 
@@ -73,24 +72,6 @@ def _form_rows() -> list[list[str]]:
          f"{max(float(row['difference']) for row in rows):.1e}"]
         for (way, merges), rows in groups.items()
     ]  # fmt: skip
-
-
-_KINDS = {
-    "no change of weights": "not a change of weights, so no LoRA",
-    "rank": "the update has a higher rank than `--max-rank`, or full rank",
-    "router": "a router selects matrices by the input",
-}
-"""Part of a reason → general reason."""
-
-
-def _refused_lines() -> list[str]:
-    """Return the refused adapters by reason."""
-    groups: dict[str, list[str]] = {}
-    for row in read_csv("normal_forms.csv"):
-        if not row["rank"]:
-            kinds = (text for phrase, text in _KINDS.items() if phrase in row["why"])
-            groups.setdefault(next(kinds, "other reasons"), []).append(row["method"])
-    return [f"- {reason}: {', '.join(methods)}" for reason, methods in groups.items()]
 
 
 def _served_table(rows: list[dict[str, str]]) -> list[str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from cli_page import cli_page, command_pages
 from coming_from_page import coming_from_page
@@ -34,33 +34,45 @@ _LETTERS = {"none": "f", "4bit": "4", "8bit": "8"}
 def methods_page() -> str:
     """Return docs/methods.md."""
     rows = list(METHOD_INFO.values())
-    head = ["| method | flags | trains | 7B Llama | mergeable |", "|---|---|---|---:|---|"]
+    head = ["| method | trains | 7B Llama |", "|---|---|---:|"]
+    separate = ", ".join(row.name for row in rows if not row.merges)
     pages = {kind: METHODS[kind].page for kind in SPECS if METHODS[kind].page}
     parts = {
-        "methods": [*head, *map(_method_line, rows)],
+        "methods": [*head, *map(_method_line, rows), "", f"Not mergeable: {separate}."],
         "notes": [line for kind, page in pages.items() for line in (f"## {kind}", "", page, "")],
-        "bases": _family_table(rows),
-        "tasks": _task_table(),
+        "bases": _grouped_table(
+            "methods", {row.name: [_quants(row, f) for f in FAMILIES.values()] for row in rows}
+        ),
+        "tasks": _grouped_table(
+            "tasks",
+            {
+                task: ["no" if get_task_error(f, task) else "yes" for f in FAMILIES.values()]
+                for task in TASKS
+            },
+        ),
     }
     return fill("methods", {name: "\n".join(lines) for name, lines in parts.items()})
 
 
 def _method_line(row: MethodInfo) -> str:
     share = f"{row.llama_7b / METHOD_INFO['full'].llama_7b:.3%}" if row.llama_7b else "–"
-    merges = row.merges or "no"
-    return f"| {row.name} | `{row.flags}` | {row.trained} | {share} | {merges} |"
+    name = row.name if row.flags == f"--method {row.name}" else f"{row.name}: `{row.flags}`"
+    return f"| {name} | {row.trained} | {share} |"
 
 
-def _family_table(rows: list[MethodInfo]) -> list[str]:
+def _grouped_table(label: str, answers: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return a table of name → answer per family; equal rows and equal columns are merged."""
+    families: dict[tuple[str, ...], list[str]] = {}
+    for family, column in zip(FAMILIES, zip(*answers.values(), strict=True), strict=True):
+        families.setdefault(column, []).append(family)
     groups: dict[tuple[str, ...], list[str]] = {}
-    for family in FAMILIES.values():
-        answers = tuple(_quants(row, family) for row in rows)
-        groups.setdefault(answers, []).append(family.name)
+    for name, cells in zip(answers, zip(*families, strict=True), strict=True):
+        groups.setdefault(cells, []).append(name)
     lines = [
-        "| families | " + " | ".join(row.name for row in rows) + " |",
-        "|---|" + "---|" * len(rows),
+        f"| {label} | {' | '.join(map(', '.join, families.values()))} |",
+        "|---|" + "---|" * len(families),
     ]
-    return lines + [f"| {', '.join(f)} | {' | '.join(answers)} |" for answers, f in groups.items()]
+    return lines + [f"| {', '.join(g)} | {' | '.join(cells)} |" for cells, g in groups.items()]
 
 
 def _quants(row: MethodInfo, family: Family) -> str:
@@ -74,15 +86,6 @@ def _quants(row: MethodInfo, family: Family) -> str:
         is None
     ]
     return "yes" if len(works) == len(QUANTS) else "".join(_LETTERS[q] for q in works) or "no"
-
-
-def _task_table() -> list[str]:
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for family in FAMILIES.values():
-        answers = tuple("no" if get_task_error(family, task) else "yes" for task in TASKS)
-        groups.setdefault(answers, []).append(family.name)
-    lines = ["| families | " + " | ".join(TASKS) + " |", "|---|" + "---|" * len(TASKS)]
-    return lines + [f"| {', '.join(f)} | {' | '.join(answers)} |" for answers, f in groups.items()]
 
 
 PAGES: dict[str, Callable[[], str]] = {

@@ -16,13 +16,16 @@ from collections.abc import Callable, Collection, Iterator
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 from filelock import FileLock
 
 from forked import ADDRESS
+
+if TYPE_CHECKING:
+    from command_line import Cli
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_NETWORK = 3  # exit code of scripts/fetch_models.py
@@ -111,6 +114,21 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+@pytest.fixture
+def work_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Run the test in an empty directory, and return it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def cli(request: pytest.FixtureRequest) -> Cli:
+    """Run commands in this process: `cli("train --max-steps 1", ...)`."""
+    from command_line import Cli
+
+    return Cli(request.getfixturevalue("capfd" if "capfd" in request.fixturenames else "capsys"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import transformers
 
-from ftlevel.commands.export import ExportResult, export
-from ftlevel.config import ExportConfig
+from ftlevel.extras.serving.config import ExportConfig
+from ftlevel.extras.serving.exporting import ExportResult, export
 from tiny_tokenizers import as_sentencepiece, build_tokenizer
 
 ModelDir = Callable[..., Path]

@@ -33,7 +33,7 @@ from ftlevel.tasks import TASKS
 from ftlevel.trained.adapt import apply_method, copy_initial_state, finalize_method, save_adapter
 from ftlevel.training.model import ShuffledBatches, hash_tensors
 from ftlevel.training.plan.method import resolve_method_targets
-from ftlevel.training.proof import BaseState, CheckInputs, check_saved
+from ftlevel.training.proof import CheckInputs, check_saved
 
 QUANTS = ("none", "4bit", "8bit")
 STEPS = 4
@@ -265,7 +265,7 @@ def run_cell(cell: TinyCell) -> float:
         else:
             model.save_pretrained(directory)
         _, _, effect = check_saved(
-            model, directory, BaseState(digests, lambda: copy_with_new_head(cell)),
+            model, directory, digests, lambda: copy_with_new_head(cell),
             CheckInputs(_probe(batch), objective, "cpu", cell.dtype),
             is_base_modified=method.initialization.rewrites_base(spec),
         )  # fmt: skip

@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from ftlevel.data.encoding.row import IGNORED, Encoded
-from ftlevel.tasks.preferences.rows import LabeledAnswerRow, PairRow, create_pair_row
+from ftlevel.extras.preference.rows import LabeledAnswerRow, PairRow, create_pair_row
 
 EOS, PAD = 0, 1
 PAIRS = [

@@ -50,6 +50,11 @@ def end(ranks: Sequence[Forked], seconds: float = 400) -> list[int | None]:
     return codes
 
 
+def run(work: Callable[..., Any], *arguments: Any, count: int = 2) -> None:
+    """Call `work(*arguments)` in `count` processes, which must succeed."""
+    assert end(start(work, [arguments] * count)) == [0] * count
+
+
 def _run_rank(work: Callable[..., Any], arguments: Sequence[Any], error_file: Path | None) -> None:
     import torch
 

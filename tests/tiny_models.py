@@ -11,163 +11,17 @@ from typing import Any
 
 import torch
 import transformers
+import yaml
 from transformers import AutoConfig
 
-from tiny_tokenizers import MAX_LENGTH, build_tokenizer
+from tiny_tokenizers import build_tokenizer
 
 VOCAB = 704  # at least what every tokenizer of tiny_tokenizers uses
-HIDDEN, INNER, LAYERS, HEADS_COUNT, KV_HEADS = 64, 128, 2, 4, 2
+HIDDEN, INNER, LAYERS = 64, 128, 2
 LABELS = 3
 
-_ENCODER = {
-    "vocab_size": VOCAB,
-    "hidden_size": HIDDEN,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS_COUNT,
-    "intermediate_size": INNER,
-    "max_position_embeddings": MAX_LENGTH,
-    "pad_token_id": 0,
-}
-_DECODER = {
-    **_ENCODER,
-    "num_key_value_heads": KV_HEADS,
-    "pad_token_id": None,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_QWEN = {**_DECODER, "bos_token_id": 500, "eos_token_id": 502, "pad_token_id": 500}
-_T5 = {
-    "vocab_size": VOCAB,
-    "d_model": HIDDEN,
-    "d_kv": HIDDEN // HEADS_COUNT,
-    "d_ff": INNER,
-    "num_layers": LAYERS,
-    "num_heads": HEADS_COUNT,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "decoder_start_token_id": 0,
-}
-
-CONFIGS: dict[str, dict[str, Any]] = {
-    "bert": _ENCODER,
-    # RoBERTa counts positions from pad_token_id + 1.
-    "roberta": {
-        **_ENCODER,
-        "max_position_embeddings": MAX_LENGTH + 2,
-        "type_vocab_size": 1,
-        "bos_token_id": 0,
-        "pad_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "distilbert": {
-        "vocab_size": VOCAB,
-        "dim": HIDDEN,
-        "hidden_dim": INNER,
-        "n_layers": LAYERS,
-        "n_heads": HEADS_COUNT,
-        "max_position_embeddings": MAX_LENGTH,
-        "pad_token_id": 0,
-    },
-    # A narrower embedding than the hidden size, so that the projection between them exists.
-    "electra": {**_ENCODER, "embedding_size": 32},
-    "albert": {**_ENCODER, "embedding_size": 32, "bos_token_id": 2, "eos_token_id": 3},
-    "deberta-v2": {
-        **_ENCODER,
-        "type_vocab_size": 0,
-        "relative_attention": True,
-        "position_biased_input": False,
-        "pos_att_type": ["p2c", "c2p"],
-        "position_buckets": 32,
-        "norm_rel_ebd": "layer_norm",
-        "share_att_key": True,
-    },
-    "modernbert": {
-        **_ENCODER,
-        "bos_token_id": 2,
-        "eos_token_id": 3,
-        "cls_token_id": 2,
-        "sep_token_id": 3,
-        "local_attention": 32,
-        "global_attn_every_n_layers": 2,
-        "reference_compile": False,
-    },
-    "gpt2": {
-        "vocab_size": VOCAB,
-        "n_embd": HIDDEN,
-        "n_layer": LAYERS,
-        "n_head": HEADS_COUNT,
-        "n_positions": MAX_LENGTH,
-        "bos_token_id": 500,
-        "eos_token_id": 500,
-    },
-    "gpt_neo": {
-        "vocab_size": VOCAB,
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "num_layers": LAYERS,
-        "num_heads": HEADS_COUNT,
-        "attention_types": [[["global", "local"], 1]],
-        "window_size": 32,
-        "max_position_embeddings": MAX_LENGTH,
-        "bos_token_id": 500,
-        "eos_token_id": 500,
-    },
-    "gpt_neox": {**_ENCODER, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None},
-    "opt": {
-        "vocab_size": VOCAB,
-        "hidden_size": HIDDEN,
-        "word_embed_proj_dim": HIDDEN,
-        "ffn_dim": INNER,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS_COUNT,
-        "max_position_embeddings": MAX_LENGTH,
-        "pad_token_id": 1,
-        "bos_token_id": 2,
-        "eos_token_id": 2,
-    },
-    "llama": _DECODER,
-    "mistral": {**_DECODER, "sliding_window": None},
-    "qwen2": _QWEN,
-    "qwen3": {**_QWEN, "head_dim": 16},
-    "gemma3_text": {
-        **_DECODER,
-        "head_dim": 16,
-        "query_pre_attn_scalar": 16,
-        "sliding_window": 64,
-        "layer_types": ["sliding_attention", "full_attention"],
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": 2,
-    },
-    "phi3": {**_DECODER, "bos_token_id": 1, "eos_token_id": 659, "pad_token_id": 659},
-    "mixtral": {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_moe": {
-        **_QWEN,
-        "head_dim": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 64,
-        "decoder_sparse_step": 1,
-    },
-    "t5": _T5,
-    "mt5": {**_T5, "feed_forward_proj": "gated-gelu"},
-    "bart": {
-        "vocab_size": VOCAB,
-        "d_model": HIDDEN,
-        "encoder_layers": LAYERS,
-        "decoder_layers": LAYERS,
-        "encoder_attention_heads": HEADS_COUNT,
-        "decoder_attention_heads": HEADS_COUNT,
-        "encoder_ffn_dim": INNER,
-        "decoder_ffn_dim": INNER,
-        "max_position_embeddings": MAX_LENGTH,
-        "bos_token_id": 0,
-        "pad_token_id": 1,
-        "eos_token_id": 2,
-        "decoder_start_token_id": 2,
-        "forced_eos_token_id": None,
-    },
-}
+_ROWS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+CONFIGS: dict[str, dict[str, Any]] = {name: _ROWS[name] for name in _ROWS if name[0] != "_"}
 
 FAMILIES = tuple(CONFIGS)
 

@@ -24,25 +24,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 BASE_VOCAB = 400  # pieces from training, without special tokens and byte tokens
 MAX_LENGTH = 512
 
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-GEMMA_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{{ "
-    "raise_exception('no system role') }}{% endif %}{% set role = 'model' if message['role'] == "
-    "'assistant' else message['role'] %}<start_of_turn>{{ role }}\n{{ message['content'] | trim "
-    "}}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
-PHI3_TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
-)
-LLAMA_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}"
-    "{{ bos_token }}[INST] {{ message['content'] }} [/INST]"
-    "{% elif message['role'] == 'system' %}{{ '<<SYS>>' + message['content'] + '<</SYS>>' }}"
-    "{% else %} {{ message['content'] }} {{ eos_token }}{% endif %}{% endfor %}"
+CHATML, GEMMA_TEMPLATE, PHI3_TEMPLATE, LLAMA_TEMPLATE = (
+    (pathlib.Path(__file__).parent / f"chat_templates/tiny-{name}.jinja").read_text("utf-8")[:-1]
+    for name in ("chatml", "gemma", "phi3", "llama")
 )
 
 

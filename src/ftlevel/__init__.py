@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ftlevel.commands.generate import generate
     from ftlevel.commands.list_targets import list_targets
     from ftlevel.commands.merge import MergeResult, merge
-    from ftlevel.commands.mine import mine
     from ftlevel.commands.predict import Predictions, predict
     from ftlevel.commands.quantize import QuantizeResult, quantize
     from ftlevel.commands.train import TrainResult, train
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
         QuantizeConfig,
         TrainConfig,
     )
-    from ftlevel.config.mining import MineConfig
     from ftlevel.pipeline import FineTunePipeLine
 
 for _variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
@@ -41,12 +39,10 @@ for _variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
 
 _MODULES = {
     "ftlevel.config": "EvaluateConfig MergeConfig PredictConfig QuantizeConfig TrainConfig",
-    "ftlevel.config.mining": "MineConfig",
     "ftlevel.commands.evaluate": "Evaluation evaluate",
     "ftlevel.commands.generate": "generate",
     "ftlevel.commands.list_targets": "list_targets",
     "ftlevel.commands.merge": "MergeResult merge",
-    "ftlevel.commands.mine": "mine",
     "ftlevel.commands.predict": "Predictions predict",
     "ftlevel.commands.quantize": "QuantizeResult quantize",
     "ftlevel.commands.train": "TrainResult train",
@@ -60,7 +56,6 @@ __all__ = [
     "FineTunePipeLine",
     "MergeConfig",
     "MergeResult",
-    "MineConfig",
     "PredictConfig",
     "Predictions",
     "QuantizeConfig",
@@ -71,7 +66,6 @@ __all__ = [
     "generate",
     "list_targets",
     "merge",
-    "mine",
     "predict",
     "quantize",
     "train",

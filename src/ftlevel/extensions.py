@@ -29,7 +29,6 @@ HOOKS = (
     "convert_recipe",
     "detect_tool",
     "finish_run",
-    "serve_whole",
     "summarize_samples",
 )
 """Functions that the core calls where an extension has them; docs/extend.md has the signatures."""
@@ -93,6 +92,7 @@ class Extension:
         sections: name → reference to a `config.section.TaskSection`, a section of `TrainConfig`.
         task_aliases: other value of `--task` → task, and fields that it sets, by section.
         evaluate_options: references to subclasses of `EvaluateConfig` with further fields.
+        data_checks: references to subclasses of `GateConfig` with further checks.
     """
 
     commands: Mapping[str, Command] = field(default_factory=dict)
@@ -106,6 +106,7 @@ class Extension:
     sections: Mapping[str, str] = field(default_factory=dict)
     task_aliases: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
     evaluate_options: Sequence[str] = ()
+    data_checks: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if unknown := set(self.hooks) - set(HOOKS):

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ftlevel.config.section import Choice
+    from ftlevel.config.sections import DistillationConfig
+
 IGNORED = -100
 """Label of a token without loss."""
+
+Collate = Callable[[Sequence[Any]], dict[str, Any]]
+"""Rows → batch on the device of the model."""
 
 ScoreTexts = Callable[[Sequence[str], Sequence[str], str], dict[str, float]]
 """(predictions, references, ISO 639-1 language or "") -> metrics of generated texts."""
@@ -49,11 +55,6 @@ class TrainingLoss:
         """Whether targets have different weights."""
         return bool(self.class_weights or self.focal_gamma)
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the training loss equals the evaluation loss."""
-        return not (self.smoothing or self.is_weighted)
-
 
 class Meter(Protocol):
     """Interface of meters, which accumulate metrics besides the loss batch by batch."""
@@ -82,16 +83,14 @@ class SortedMeter(Meter, Protocol):
         """Returns a function from the draws of each meter, `(meters,)`, to the metrics; or None."""
 
 
-@dataclass(frozen=True)
-class Likelihoods:
-    """Functions that compute log-likelihoods of a batch.
+ChunkLoss = Callable[["Tensor", "Tensor", slice], "Tensor"]
+"""(logits (targets, vocabulary), token ids (targets,), slice of all targets) -> summed loss."""
 
-    `per_answer` returns `(answers, 2)`, as `LikelihoodObjective.answers`; `per_token(temperature)`
-    the log-probabilities of the targets and the row of each.
-    """
+TokenLogps = Callable[[float], "tuple[Tensor, Tensor]"]
+"""temperature -> log-probability of each target, float32 (targets,), and the row of each."""
 
-    per_answer: Callable[[], Tensor]
-    per_token: Callable[[float], tuple[Tensor, Tensor]]
+LOSS_INPUTS = ("preference_labels", "known", "ids", "signals")
+"""Tensors of a batch that the loss uses and the model does not: see `Encoded.loss_inputs`."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +104,13 @@ class Objective(ABC):
         per_token: whether every token or word has a class label.
         has_choice: whether targets are categorical, so that KL and top-1 are defined.
         one_of_many: whether a target is one of several classes, so that labels can be smoothed.
+        predicts_tokens: whether targets are tokens of a language head.
+        has_own_smoothing: whether the loss smooths labels itself.
         has_classes: whether targets are classes, so that these can be weighted.
         samples: whether training rows are prompts whose completions the model samples; the loss is
             then no metric.
         evaluates_first: whether the model is evaluated before the first step by default.
+        needs_whole_step: whether the loss of a step is no sum over its rows.
         shard_limitation: why the model cannot be sharded, as a clause; "" if it can.
         metric_names: default of `metrics`; empty for the headline alone.
     """
@@ -119,9 +121,12 @@ class Objective(ABC):
     per_token: ClassVar[bool] = False
     has_choice: ClassVar[bool] = True
     one_of_many: ClassVar[bool] = False
+    predicts_tokens: ClassVar[bool] = False
+    has_own_smoothing: ClassVar[bool] = False
     has_classes: ClassVar[bool] = False
     samples: ClassVar[bool] = False
     evaluates_first: ClassVar[bool] = False
+    needs_whole_step: ClassVar[bool] = False
     shard_limitation: ClassVar[str] = ""
     metric_names: ClassVar[tuple[str, ...]] = ()
 
@@ -133,7 +138,7 @@ class Objective(ABC):
     def split(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
         """Returns the model inputs and the labels of a batch."""
         inputs = dict(batch)
-        for name in ("preference_labels", "known", "ids", "signals"):
+        for name in LOSS_INPUTS:
             inputs.pop(name, None)
         labels = inputs["labels"] if self.feeds_labels else inputs.pop("labels")
         return inputs, labels
@@ -178,7 +183,26 @@ class Objective(ABC):
         total: Tensor = sum(counts[1:], counts[0])
         return total
 
-    def likelihood_loss(self, batch: Mapping[str, Any], compute: Likelihoods) -> Tensor | None:
+    def locate(self, labels: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Returns flat (batch, seq) indices of positions that predict targets, and target ids.
+
+        None if the targets are not tokens.
+        """
+        return None
+
+    def get_chunk_loss(self, batch: Mapping[str, Any]) -> ChunkLoss | None:
+        """Returns the loss of the batch's targets; None if it is their cross entropy."""
+        return None
+
+    def with_teacher(self, config: DistillationConfig) -> Objective:
+        """Returns the objective that also learns from the teacher's logits, if it can."""
+        return self
+
+    def describe_loss(self) -> list[Choice]:
+        """Returns log lines about the training loss."""
+        return []
+
+    def likelihood_loss(self, batch: Mapping[str, Any], compute: TokenLogps) -> Tensor | None:
         """Returns the summed loss of a batch from log-likelihoods; None for a loss of logits."""
         return None
 
@@ -198,6 +222,11 @@ class Objective(ABC):
         """Returns a new meter, whose `update` takes the result of `targets`."""
 
     @property
+    def largest_term(self) -> float:
+        """Upper bound of the loss's terms; the rounding error of the loss is proportional to it."""
+        return 1.0
+
+    @property
     def first_loss(self) -> float | None:
         """Loss expected at the first step, before anything is learned; None if unknown."""
         return None
@@ -208,9 +237,29 @@ class Objective(ABC):
         """Returns warnings about misleading `metrics`; `before` has those before training."""
         return []
 
-    def get_validation_group(self, rows: Sequence[Any]) -> tuple[str, int] | None:
-        """Returns the loss of `rows` and how many rows it compares; None if it compares none."""
+    def describe_validation(self, rows: Sequence[Any], options: Mapping[str, Any]) -> list[Choice]:
+        """Returns log lines about the loss of validation `rows`; `options` are the model card's."""
+        return []
+
+    def compute_whole_step(
+        self, model: Any, rows: Sequence[Any], collate: Collate, batch_size: int
+    ) -> Tensor | None:
+        """Returns the loss of a step by the plain step, if `needs_whole_step`; else None."""
         return None
+
+    def for_comparison(self, rows: Sequence[Any]) -> Objective:
+        """Returns the objective by which models are compared on `rows`."""
+        return self
+
+    def compare(
+        self, model: Any, rows: Sequence[Any], collate: Collate
+    ) -> tuple[Tensor, float, int]:
+        """Returns the outputs of `model` for `rows`, the loss summed over targets, their count."""
+        batch = collate(rows)
+        (inputs, labels), mask = self.split(batch), batch["attention_mask"]
+        logits = self.logits(model(**inputs))
+        loss = self.loss_sum(logits, labels, mask).item()
+        return self.choices(logits, labels, mask), loss, int(self.count(labels))
 
     def guess_loss(self, rows: Sequence[Any]) -> float | None:
         """Returns the loss of always predicting the label frequencies; None if unknown."""
@@ -221,6 +270,7 @@ class TokenObjective(Objective):
     """Base class of objectives of language heads; logits are computed at targets only."""
 
     one_of_many: ClassVar[bool] = True
+    predicts_tokens: ClassVar[bool] = True
 
     @abstractmethod
     def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,181 +281,6 @@ class TokenObjective(Objective):
         """Objective with the cross entropy of each token; by default, the objective itself."""
         return self
 
-
-@dataclass(frozen=True)
-class StepTexts:
-    """Indices of the texts of each row of an optimizer step; rows may share texts.
-
-    Attributes:
-        texts: per row, the indices of its texts: the query, then the documents.
-        labels: per row, the labels of its documents or the class of the text.
-        teacher: per row, a teacher's score of each document; empty without a teacher.
-        guide: a guide model's float32 embedding of each distinct text, or None.
-        keys: a key of each distinct text, by which `join` finds texts of several steps.
-    """
-
-    texts: tuple[tuple[int, ...], ...]
-    labels: tuple[tuple[float, ...], ...]
-    teacher: tuple[tuple[float, ...], ...] = ()
-    guide: Sequence[Any] | None = None
-    keys: tuple[Any, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def select(self, rows: slice) -> StepTexts:
-        """Returns only the rows at the indices `rows`; text indices stay the same."""
-        return replace(
-            self, texts=self.texts[rows], labels=self.labels[rows], teacher=self.teacher[rows]
-        )
-
-    @classmethod
-    def join(cls, steps: Sequence[StepTexts]) -> StepTexts:
-        """Returns the rows of all `steps`; their texts, in this order, have consecutive indices.
-
-        A text that occurs several times has the index of its first occurrence.
-        """
-        guides = [vector for step in steps for vector in step.guide or ()]
-        first: dict[Any, int] = {}
-        texts: list[tuple[int, ...]] = []
-        count = 0
-        for step in steps:
-            own = [first.setdefault(key, at) for at, key in enumerate(step.keys, count)]
-            texts += [tuple(own[index] for index in indices) for indices in step.texts]
-            count += len(own)
-        return cls(
-            tuple(texts),
-            tuple(own for step in steps for own in step.labels),
-            tuple(own for step in steps for own in step.teacher),
-            guides or None,
-        )
-
-
-class StepObjective(Objective):
-    """Base class of objectives with a loss of the embeddings of all texts of an optimizer step."""
-
-    has_choice: ClassVar[bool] = False
-    evaluates_first: ClassVar[bool] = True
-    shard_limitation: ClassVar[str] = "it was never tried on a sharded model"
-
-    @property
-    def largest_term(self) -> float:
-        """Upper bound of the loss's terms; the rounding error of the loss is proportional to it."""
-        return 1.0
-
-    def logits(self, outputs: Any) -> Tensor:
-        """Returns the hidden states of the last layer, `(texts, seq, width)`."""
-        states: Tensor = outputs.last_hidden_state
-        return states
-
-    @abstractmethod
-    def embed(self, outputs: Any, mask: Tensor, unpooled: Sequence[int] = ()) -> Tensor:
-        """Returns float32 embeddings `(texts, dims)`; `mask` is the attention mask `(texts, seq)`.
-
-        Pooling skips the first `unpooled[i]` tokens of text i; an empty `unpooled` skips none.
-        """
-
-    @abstractmethod
-    def step_loss(self, vectors: Tensor, step: StepTexts) -> Tensor:
-        """Returns the mean loss of a step's rows (a scalar) from embeddings `(texts, dims)`."""
-
-    def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Raise `TypeError`: the loss needs all rows of a step, not one batch."""
-        raise TypeError("the loss needs all rows of a step")
-
-    def meter(self) -> Meter:
-        """Raise `TypeError`: metrics need the embeddings of all texts."""
-        raise TypeError("metrics need the vectors of all texts")
-
-
-class DistillationObjective(TokenObjective):
-    """Base class of token objectives with a distillation loss.
-
-    A batch has the teacher's log-probabilities `known` and token `ids` per target, in the order of
-    `locate`. Without them, as in evaluation, the loss is the token loss.
-    """
-
-    @abstractmethod
-    def distillation_sum(
-        self, scores: Tensor, targets: Tensor, known: Tensor, ids: Tensor
-    ) -> Tensor:
-        """Returns the loss summed over targets (a scalar).
-
-        Args:
-            scores: `(targets, vocabulary)` logits of the student.
-            targets: `(targets,)` token ids.
-            known: `(targets, outcomes)` float32 log-probabilities by the teacher.
-            ids: `(targets, k)` ids of the teacher's top k tokens; the last outcome is all others.
-        """
-
-
-@dataclass(frozen=True)
-class LikelihoodObjective(TokenObjective):
-    """Base class of objectives of whole answers' log-likelihoods, as in preference training.
-
-    A batch contains `preference_labels` `(answers, 3)`: 1.0 if preferred or desirable, reference
-    log-probability, margin. The answers of a row are consecutive in one batch.
-
-    Attributes:
-        needs_baseline: whether the loss subtracts, from rewards, the mean reward of mismatched
-            prompt-answer pairs (KTO), which must be known before the step.
-    """
-
-    needs_reference: bool = False
-    needs_baseline: bool = False
-    shard_limitation: ClassVar[str] = "the reference cache is per process"
-
-    def likelihood_loss(self, batch: Mapping[str, Any], compute: Likelihoods) -> Tensor | None:
-        """Returns `preference_sum` of the answers in a batch."""
-        return self.preference_sum(compute.per_answer(), batch["preference_labels"], training=True)
-
-    @abstractmethod
-    def answers(self, log_probs: Tensor, owners: Tensor, count: int) -> Tensor:
-        """Returns `(count, 2)`: log-likelihood and number of tokens of each answer.
-
-        `log_probs` are float32 `(targets,)`; `owners` `(targets,)` is the answer of each.
-        """
-
-    @abstractmethod
-    def preference_sum(
-        self, answers: Tensor, preference_labels: Tensor, *, training: bool
-    ) -> Tensor:
-        """Returns the loss sum; in `training`, one sum per count that `training_count` returns.
-
-        `answers` `(answers, 2)` is what `self.answers` returns; labels are those of `Encoded`.
-        """
-
-
-@dataclass(frozen=True)
-class PolicyObjective(TokenObjective):
-    """Base class of objectives of sampled tokens' log-probabilities, as in reinforcement learning.
-
-    A batch contains `signals` `(targets, n)`. They include a weight per target that already
-    normalizes the loss, so `training_count` is 1. `temperature` divides logits.
-    """
-
-    temperature: float = 1.0
-    samples: ClassVar[bool] = True
-    evaluates_first: ClassVar[bool] = True
-    shard_limitation: ClassVar[str] = (
-        "each process samples its own completions with all weights, and would hold a part of them"
-    )
-
-    def step_count(self, counts: Sequence[Tensor]) -> Tensor:
-        """Returns the first count: the weights are those of the whole step already."""
-        return counts[0]
-
-    def likelihood_loss(self, batch: Mapping[str, Any], compute: Likelihoods) -> Tensor | None:
-        """Returns `policy_sum` of the sampled tokens in a batch; None without `signals`."""
-        if "signals" not in batch:
-            return None
-        likelihoods, owners = compute.per_token(self.temperature)
-        return self.policy_sum(likelihoods, owners, batch["signals"])
-
-    @abstractmethod
-    def policy_sum(self, log_probs: Tensor, owners: Tensor, signals: Tensor) -> Tensor:
-        """Returns the policy loss, a weighted sum over the targets (a scalar).
-
-        `log_probs` are float32 `(targets,)`, in the order of `locate`; `owners` `(targets,)` are
-        the batch indices of the targets' sequences; `signals` are `(targets, n)`.
-        """
+    def for_comparison(self, _: Sequence[Any]) -> Objective:
+        """Returns `of_tokens`, which needs no reference model."""
+        return self.of_tokens

@@ -8,7 +8,6 @@ from itertools import islice
 from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.readers.text import TextLines
 from ftlevel.data.sources.streams import Chunk, Reader
-from ftlevel.data.sources.table import BadRow, Row
 
 
 class KeyValue(Reader):
@@ -19,14 +18,12 @@ class KeyValue(Reader):
         text = TextLines(self.path)
         all_lines, number = iter(text), 0
         while batch := list(islice(all_lines, CHUNK_ROWS)):
-            rows: list[Row] = []
-            lines: list[int] = []
-            bad_rows: list[BadRow] = []
+            chunk = Chunk()
             for number, line in enumerate(batch, number + 1):  # noqa: B020
                 pairs = [pair.split("=") for pair in line.strip().split(";")]
                 if all(len(pair) == 2 for pair in pairs):
-                    rows.append(dict(pairs))
-                    lines.append(number)
+                    chunk.add(number, dict(pairs))
                 else:
-                    bad_rows.append(BadRow(number, "not key=value;key=value"))
-            yield Chunk(rows, lines, bad_rows, text.offset(number))
+                    chunk.add(number, None, "not key=value;key=value")
+            chunk.end = text.offset(number)
+            yield chunk

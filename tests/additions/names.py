@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ftlevel.config import ExportConfig
 from ftlevel.config.section import Choice
 from ftlevel.events import Listener
-from ftlevel.merging.formats.base import MergeAdapter
+from ftlevel.extras.serving.config import ExportConfig
+from ftlevel.extras.serving.formats import MergeAdapter
 from ftlevel.models.loading import build_task_model, load_config
 from ftlevel.tasks import TASKS
 from ftlevel.trained.model_ref import ModelRef

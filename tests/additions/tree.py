@@ -93,15 +93,15 @@ _SAMPLES = '    Flag("train.max_generate_samples", "", HOW),'
 FLAG = Addition({}, [("config/flags.py", _SEED, _SAMPLES)])
 
 _FORMAT_ANCHOR = (
-    '    "gguf": ExportFormat("ftlevel.merging.formats.gguf", ".gguf", (".Modelfile",)),'
+    '        "gguf": ExportFormat("ftlevel.extras.serving.gguf", ".gguf", (".Modelfile",)),'
 )
 EXPORT = Addition(
-    {"merging/formats/names.py": _read("names.py")},
+    {"extras/serving/names.py": _read("names.py")},
     [
         (
-            "config/export.py",
+            "extras/serving/__init__.py",
             _FORMAT_ANCHOR,
-            '    "names": ExportFormat("ftlevel.merging.formats.names", ".names"),',
+            '        "names": ExportFormat("ftlevel.extras.serving.names", ".names"),',
         )
     ],
 )

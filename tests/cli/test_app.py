@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from command_line import Cli
 from ftlevel.artifacts.run_directory import create_marker
 from ftlevel.cli.app import commands, main, run
 from ftlevel.config import SPECS, TrainConfig
@@ -31,17 +32,15 @@ def test_command_summary_is_first_docstring_line(name: str) -> None:
     assert (function.__doc__ or "").strip().splitlines()[0] == summary
 
 
-def test_no_arguments_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run([]) == 0
-    output = capsys.readouterr()
+def test_no_arguments_prints_help(cli: Cli) -> None:
+    output = cli.run()
     assert output.out.startswith("Usage: ftlevel [OPTIONS] COMMAND")
     assert output.err == ""
 
 
 @pytest.mark.parametrize("name", commands())
-def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run([name, "--help"]) == 0
-    assert capsys.readouterr().out.startswith(f"Usage: ftlevel {name} ")
+def test_every_command_has_help(name: str, cli: Cli) -> None:
+    assert cli(name, "--help").startswith(f"Usage: ftlevel {name} ")
 
 
 @pytest.mark.parametrize(
@@ -93,9 +92,8 @@ def test_python_dash_m_prints_version() -> None:
     assert process.stdout.startswith("ftlevel ")
 
 
-def test_short_version_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["-V"]) == 0
-    assert capsys.readouterr().out.startswith("ftlevel ")
+def test_short_version_flag(cli: Cli) -> None:
+    assert cli("-V").startswith("ftlevel ")
 
 
 @pytest.mark.parametrize(
@@ -135,12 +133,9 @@ def test_shell_completion(
     assert capsys.readouterr().out.split() == completions
 
 
-def test_long_flag_help_starts_on_next_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_long_flag_help_starts_on_next_line(monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    assert run(["train", "--help-all"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = cli("train --help-all").splitlines()
     (row,) = [i for i, line in enumerate(lines) if "--eval-strategy" in line]
     assert lines[row].strip() == "--eval-strategy no|steps|epoch"
     assert lines[row + 1].strip().startswith("Evaluation schedule: ")
@@ -223,10 +218,9 @@ def test_every_config_field_is_used() -> None:
     ],
 )
 def test_usage_error_prints_one_line_and_exits_2(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, cli: Cli
 ) -> None:
-    assert run(arguments) == 2
-    captured = capsys.readouterr()
+    captured = cli.run(*arguments, code=2)
     assert captured.out == ""
     assert len(captured.err.strip().splitlines()) == 1
     assert captured.err.startswith("ftlevel: ")
@@ -251,14 +245,13 @@ def test_process_that_does_not_print_an_error_exits_last(
     assert ("'lorra'" in capsys.readouterr().err) == (not waits)
 
 
-def test_schema_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["train", "--schema"]) == 0
-    assert json.loads(capsys.readouterr().out)["title"] == "TrainConfig"
+def test_schema_prints_json(cli: Cli) -> None:
+    assert cli.json("train --schema")["title"] == "TrainConfig"
 
 
 @pytest.mark.parametrize("as_json", [True, False])
 def test_ctrl_c_while_resolving_is_reported(
-    as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    as_json: bool, monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
     import ftlevel.training.session as engine
 
@@ -267,8 +260,7 @@ def test_ctrl_c_while_resolving_is_reported(
 
     monkeypatch.setattr(engine, "resolve", interrupt)
     monkeypatch.setattr("ftlevel.artifacts.files._outputs", [])  # what other tests wrote
-    assert run(["train", *(["--json"] if as_json else [])]) == 130
-    output = capsys.readouterr()
+    output = cli.run("train", *(["--json"] if as_json else []), code=130)
     assert output.err == "ftlevel: interrupted; nothing was saved.\n"
     if as_json:
         assert json.loads(output.out) == {"error": "interrupted; nothing was saved.",
@@ -276,7 +268,7 @@ def test_ctrl_c_while_resolving_is_reported(
 
 
 def test_ctrl_c_while_parsing_arguments_is_reported(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
     """Typer alone would return 130 without a message."""
 
@@ -286,8 +278,7 @@ def test_ctrl_c_while_parsing_arguments_is_reported(
     monkeypatch.setattr("ftlevel.cli.flags.FtlevelCommand.parse_args", interrupt)
     monkeypatch.setattr("ftlevel.cli.app.received_signal", lambda: signal.SIGINT)
     monkeypatch.setattr("ftlevel.artifacts.files._outputs", [])  # what other tests wrote
-    assert run(["train"]) == 130
-    assert capsys.readouterr().err == "ftlevel: interrupted; nothing was saved.\n"
+    assert cli.fails("train", code=130) == "ftlevel: interrupted; nothing was saved.\n"
 
 
 def test_ctrl_c_while_importing_is_reported(
@@ -307,14 +298,14 @@ def test_ctrl_c_while_importing_is_reported(
 
 
 def test_unexpected_error_names_file_being_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise IndexError("pop from empty list")
 
     monkeypatch.setattr("ftlevel.trained.resolve.get_model_dir", fail)
-    assert run(["evaluate", str(tmp_path)]) == 1
-    assert capsys.readouterr().err == (
+    error = cli.fails(f"evaluate {tmp_path}", code=1)
+    assert error == (
         f"ftlevel: IndexError: pop from empty list (while reading {tmp_path}). Unless that file is "
         "damaged, this is a bug in ftlevel: please report it with the output of --traceback.\n"
     )

@@ -6,13 +6,13 @@ Other tools train on each of these inputs silently, or fail with a traceback.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ftlevel.cli.app import run
+from command_line import Cli
+from run_files import ModelDir
 
 FIX = "Fix the line, or drop bad rows with --on-bad-row skip."
 UNLABELLED = "Such numbers mark rows without a label: remove these rows."
@@ -129,9 +129,7 @@ BAD_FILES: dict[str, tuple[bytes, list[str], list[str]]] = {
 
 
 @pytest.fixture
-def folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path]
-) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: ModelDir) -> Path:
     """Return the working directory with two models whose weights cannot be loaded."""
     import ftlevel.training.model as engine
 
@@ -146,14 +144,11 @@ def folder(
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_bad_data_error_names_file_and_line(
-    name: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_data_error_names_file_and_line(name: str, folder: Path, cli: Cli) -> None:
     content, arguments, messages = BAD_FILES[name]
     Path("rows.jsonl").write_bytes(content)
     before = sorted(folder.iterdir())
-    assert run(["train", "--quiet", "--dataset", "rows.jsonl", *arguments]) == 2
-    captured = capsys.readouterr()
+    captured = cli.run("train --quiet --dataset rows.jsonl", *arguments, code=2)
     errors, _, topic = captured.err.rpartition("  ")
     assert errors.splitlines() == [f"ftlevel: {message}" for message in messages]
     assert topic in ("[files]\n", "[rows]\n", "[columns]\n", "[encoding]\n")
@@ -161,7 +156,7 @@ def test_bad_data_error_names_file_and_line(
     assert sorted(folder.iterdir()) == before
 
 
-def test_byte_order_mark_is_accepted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_byte_order_mark_is_accepted(folder: Path, cli: Cli) -> None:
     Path("rows.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl(*pairs(3)))
-    assert run(["train", "--dry-run", "--dataset", "rows.jsonl"]) == 0
-    assert "columns: prompt + completion: 'prompt', 'completion'" in capsys.readouterr().out
+    output = cli("train --dry-run --dataset rows.jsonl")
+    assert "columns: prompt + completion: 'prompt', 'completion'" in output

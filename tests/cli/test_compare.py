@@ -11,7 +11,7 @@ import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ import pytest
 import yaml
 
 import forked
+from command_line import Cli
 from forked import Forked
 from ftlevel.cli.app import run
 from ftlevel.extras.compare.cli import table_lines
+from run_files import ModelDir, read_json, read_summary, write_rows
 
 METHODS = ("lora", "ia3")
 WAIT = 240  # seconds, on a busy machine
@@ -38,14 +40,14 @@ class KilledComparison:
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Callable[..., Path]) -> Path:
+def rows(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: ModelDir) -> Path:
     """Return a folder of rows with a tiny model next to it."""
     path = tmp_path_factory.mktemp("data") / "rows"
     path.mkdir()
     (path.parent / "model").symlink_to(tiny_model_dir("llama"))
     for name, these in (("train", range(24)), ("validation", range(100, 116))):
         lines = [{"text": f"what holds of item {at} is {at % 7} of {at % 5}"} for at in these]
-        path.joinpath(f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        write_rows(path.joinpath(f"{name}.jsonl"), lines)
     return path
 
 
@@ -80,7 +82,7 @@ def killed_comparison(
     assert process.stdout is not None
     process.stdout.read()  # until the process of the second run, which inherited it, has ended
     forked.run("compare", "--resume", "--output-dir", str(path), "--quiet")
-    return KilledComparison(path, first_run_mtime, json.loads((path / "compare.json").read_text()))
+    return KilledComparison(path, first_run_mtime, read_json(path / "compare.json"))
 
 
 @pytest.mark.slow
@@ -92,9 +94,7 @@ def test_killed_comparison_resumes_without_repeating_runs(
     ).stat().st_mtime == killed_comparison.first_run_mtime
     for method in METHODS:
         for seed in (1, 2):
-            summary = json.loads(
-                (killed_comparison.path / f"{method}-seed{seed}" / "summary.json").read_text()
-            )
+            summary = read_summary(killed_comparison.path / f"{method}-seed{seed}")
             assert summary["method"] == method
             assert summary["steps"] == 3
 
@@ -112,9 +112,7 @@ def test_methods_keep_settings_of_the_recipe_that_they_have(
 
 
 @pytest.mark.slow
-def test_table_matches_run_summaries(
-    killed_comparison: KilledComparison, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_table_matches_run_summaries(killed_comparison: KilledComparison, cli: Cli) -> None:
     result = killed_comparison.result
     assert {row["method"] for row in result["rows"]} == set(METHODS)
     assert result["headline"] == "perplexity"
@@ -123,12 +121,7 @@ def test_table_matches_run_summaries(
     assert result["best"] == result["rows"][0]["method"]
     for row in result["rows"]:
         summaries = [
-            json.loads(
-                (
-                    killed_comparison.path / f"{row['method']}-seed{seed}" / "summary.json"
-                ).read_text()
-            )
-            for seed in (1, 2)
+            read_summary(killed_comparison.path / f"{row['method']}-seed{seed}") for seed in (1, 2)
         ]
         scores = [summary["metrics"]["perplexity"] for summary in summaries]
         assert row["metric"] == pytest.approx(statistics.fmean(scores), rel=1e-5)
@@ -145,8 +138,7 @@ def test_table_matches_run_summaries(
 
     command = result["command"].split()
     assert command[:2] == ["ftlevel", "train"]
-    assert run([*command[1:], "--dry-run", "--json"]) == 0
-    dry_run = json.loads(capsys.readouterr().out)
+    dry_run = cli.json(*command[1:], "--dry-run --json")
     assert dry_run["config"]["train"]["max_steps"] is None
     assert command[3:] == ["--set", "train.max_steps=null", "--set", "train.learning_rate=null"]
     assert dry_run["config"]["method"]["kind"] == result["best"]
@@ -154,47 +146,31 @@ def test_table_matches_run_summaries(
 
 @pytest.mark.slow
 def test_resume_with_other_settings_is_rejected(
-    killed_comparison: KilledComparison, rows: Path, capsys: pytest.CaptureFixture[str]
+    killed_comparison: KilledComparison, rows: Path, cli: Cli
 ) -> None:
     changed = build_arguments(
         rows, killed_comparison.path, "--methods", "lora", "--lora-r", "4", "--resume"
     )
-    assert run(changed) == 2
-    assert "not the same comparison: " in capsys.readouterr().err
-    assert (
-        run(
-            [
-                "compare",
-                "--resume",
-                "--output-dir",
-                str(killed_comparison.path),
-                "--budget-steps",
-                "4",
-            ]
-        )
-        == 2
-    )
-    assert "the budget was" in capsys.readouterr().err
+    assert "not the same comparison: " in cli.fails(*changed)
+    error = cli.fails(f"compare --resume --output-dir {killed_comparison.path} --budget-steps 4")
+    assert "the budget was" in error
     resume = ["compare", "--resume", "--output-dir", str(killed_comparison.path)]
     for name, value in (("search", "lr"), ("trials", "3"), ("study", "sqlite:///x.db")):
-        assert run([*resume, f"--{name}", value]) == 2
-        assert f"--{name} was not given. Drop it" in capsys.readouterr().err
+        assert f"--{name} was not given. Drop it" in cli.fails(*resume, f"--{name}", value)
 
 
 @pytest.mark.slow
-def test_ranking_metric_can_change_on_resume(
-    tmp_path: Path, rows: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ranking_metric_can_change_on_resume(tmp_path: Path, rows: Path, cli: Cli) -> None:
     model = str(rows.parent / "model")
     rows = tmp_path / "rows.jsonl"
     lines = [{"document": f"item {at} of {at % 7}", "summary": f"{at % 5}"} for at in range(24)]
-    rows.write_text("\n".join(map(json.dumps, lines)))
+    write_rows(rows, lines)
     out = tmp_path / "runs"
     arguments = ["compare", "--dataset", str(rows), "--task", "summarization", "--validation-split",
                  "0.25", "--no-predict-with-generate", "--methods", "lora", "--budget-steps", "2",
                  "--model", model, "--output-dir", str(out), "--json"]  # fmt: skip
-    assert run([*arguments, "--metric-for-best-model", "rougeL"]) == 2
-    assert "It is scored with --predict-with-generate" in capsys.readouterr().err
+    error = cli.fails(*arguments, "--metric-for-best-model rougeL")
+    assert "It is scored with --predict-with-generate" in error
     assert not out.exists()
     result = json.loads(forked.run(*arguments).stdout)
     assert result["headline"] == "loss"
@@ -211,15 +187,14 @@ def test_ranking_metric_can_change_on_resume(
 
 @pytest.mark.slow
 def test_incompatible_method_is_skipped_with_reason(
-    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    rows: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "compared-1").mkdir(parents=True)
     arguments = build_arguments(rows, tmp_path, "--methods", "qlora,ln-tuning", "--quant", "none",
                                 "--budget-steps", "2", "--json")  # fmt: skip
     index = arguments.index("--output-dir")
-    assert run([*arguments[:index], *arguments[index + 2 :]]) == 0
-    result = json.loads(capsys.readouterr().out)
+    result = cli.json(*arguments[:index], *arguments[index + 2 :])
     assert result["path"] == "runs/compared-2"
     assert [row["method"] for row in result["rows"]] == ["ln-tuning"]
     (skipped,) = result["left_out"]
@@ -298,13 +273,11 @@ def test_parallel_searches_share_study_and_best_values(rows: Path, tmp_path: Pat
 
 
 def test_search_names_unknown_setting_and_missing_package(
-    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    rows: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("ftlevel.extras.compare.search.find_spec", lambda _: None)
     arguments = build_arguments(rows, tmp_path / "runs", "--methods", "lora", "--search", "lr,rr")
-    assert run(arguments) == 2
-    errors = capsys.readouterr().err
+    errors = cli.fails(*arguments)
     assert "--search: 'rr' is not a setting that can be searched." in errors
     assert "optuna, which is not installed." in errors
     assert 'pip install "ftlevel[search]"' in errors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ftlevel.cli.app import run
+from command_line import Cli
 
 INVALID = [
     (["--kd-ratio", "0.2"], "--kd-ratio 0.2 needs --teacher MODEL. Add"),
@@ -27,12 +27,12 @@ INVALID = [
 ]
 
 
+@pytest.mark.usefixtures("capfd")
 @pytest.mark.parametrize(("arguments", "message"), INVALID)
 def test_invalid_teacher_arguments_are_rejected(
-    arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, cli: Cli
 ) -> None:
-    assert run(["train", *arguments, "--dry-run"]) == 2
-    output = capfd.readouterr()
+    output = cli.run("train", *arguments, "--dry-run", code=2)
     lines = [line for line in (output.out + output.err).splitlines() if line.startswith("ftlevel")]
     assert len(lines) == 1
     assert message in lines[0]

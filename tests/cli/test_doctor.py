@@ -7,6 +7,7 @@ from importlib import metadata
 
 import pytest
 
+from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.commands import doctor as command
 
@@ -39,10 +40,7 @@ def test_library_with_import_error_is_reported(monkeypatch: pytest.MonkeyPatch) 
     assert "libcuda.so" in finding.value
 
 
-def test_failed_check_prints_advice_and_exits_1(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_failed_check_prints_advice_and_exits_1(monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
     bad = command.CheckResult("peft", "bad", "0.1", "pip install peft")
     monkeypatch.setattr(command, "run_checks", lambda: [bad])
-    assert run(["doctor"]) == 1
-    assert capsys.readouterr().out == "!! peft  0.1\n         → pip install peft\n"
+    assert cli.run("doctor", code=1).out == "!! peft  0.1\n         → pip install peft\n"

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
+from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.config import GateConfig
+from run_files import ModelDir, read_summary, write_rows
 
-WORDS = (
-    "argument",
-    "parser",
-    "module",
-    "string",
-    "value",
-    "object",
-    "file",
-    "name",
-    "path",
-    "line",
-)
+pytestmark = pytest.mark.usefixtures("work_dir")
+
+WORDS = "argument parser module string value object file name path line".split()
 TEMPLATE_WITHOUT_END = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -41,28 +32,6 @@ def pair(i: int, **changes: Any) -> dict[str, Any]:
 GOOD = [pair(i) for i in range(6)]
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def dry_run(
-    capsys: pytest.CaptureFixture[str], *arguments: str, rows: list[dict[str, Any]] | None = None
-) -> tuple[int, str]:
-    """Run `train --dry-run` on rows in the current directory; return exit code and output."""
-    if rows is not None:
-        write(Path("rows.jsonl"), rows)
-        arguments = ("--dataset", "rows.jsonl", *arguments)
-    code = run(["train", "--dry-run", *arguments])
-    captured = capsys.readouterr()
-    return code, captured.out + captured.err
-
-
-@pytest.fixture(autouse=True)
-def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
 CHAT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 FIX = "Fix the line, or drop bad rows with --on-bad-row skip."
 
@@ -76,28 +45,26 @@ FIX = "Fix the line, or drop bad rows with --on-bad-row skip."
          "(did you mean 'user'?; or map it: --map user=userr, or assistant=…)"),
     ],
 )  # fmt: skip
-def test_unusable_rows_stop_or_are_dropped(
-    name: str, row: Any, reason: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unusable_rows_stop_or_are_dropped(name: str, row: Any, reason: str, cli: Cli) -> None:
     rows = [*GOOD, row]
     if name == "unknown_role":
         bad = {"messages": [{**CHAT[0], "role": "userr"}, CHAT[1]]}
         rows = [{"messages": [{**CHAT[0], "content": f"q{i}"}, CHAT[1]]} for i in range(6)] + [bad]
-    code, out = dry_run(capsys, rows=rows)
+    code, out = cli.dry_run(rows=rows)
     assert (code, out.splitlines()[-1]) == (2, f"ftlevel: rows.jsonl:7: {reason}. {FIX}  [rows]")
-    code, out = dry_run(capsys, "--set", f"data.gate.{name}=drop", rows=rows)
+    code, out = cli.dry_run("--set", f"data.gate.{name}=drop", rows=rows)
     assert code == 0, out
     assert (
         f"1 of 7 train rows (rows.jsonl:7: {reason}) (dropped; --set data.gate.{name}=stop" in out
     )
 
 
-def test_duplicates_are_counted_and_dropped_by_policy(capsys: pytest.CaptureFixture[str]) -> None:
+def test_duplicates_are_counted_and_dropped_by_policy(cli: Cli) -> None:
     longer = pair(20, completion=sentence(90, 60))
     near_duplicate = {**longer, "completion": longer["completion"] + " end"}
     rows = [*GOOD, {"prompt": GOOD[1]["prompt"].upper(), "completion": GOOD[1]["completion"]},
             longer, near_duplicate]  # fmt: skip
-    code, out = dry_run(capsys, rows=rows)
+    code, out = cli.dry_run(rows=rows)
     assert code == 0
     assert (
         "data check: the same as an earlier row: 1 of 9 train rows (rows.jsonl:7 as rows.jsonl:2) "
@@ -108,9 +75,9 @@ def test_duplicates_are_counted_and_dropped_by_policy(capsys: pytest.CaptureFixt
         "(rows.jsonl:9 as rows.jsonl:8)"
     ) in out
     settings = ["data.gate.exact_duplicates=drop", "data.gate.near_duplicates=drop"]
-    code, out = dry_run(capsys, *(x for s in settings for x in ("--set", s)), rows=rows)
+    code, out = cli.dry_run(*(x for s in settings for x in ("--set", s)), rows=rows)
     assert "data: rows.jsonl (7 rows" in out
-    code, out = dry_run(capsys, "--set", "data.gate.exact_duplicates=stop", rows=rows)
+    code, out = cli.dry_run("--set", "data.gate.exact_duplicates=stop", rows=rows)
     assert (code, out.splitlines()[-1]) == (
         2,
         "ftlevel: the same as an earlier row: 1 of 9 train rows (rows.jsonl:7 as rows.jsonl:2). "
@@ -118,33 +85,30 @@ def test_duplicates_are_counted_and_dropped_by_policy(capsys: pytest.CaptureFixt
     )
 
 
-def test_leaked_validation_rows_are_dropped(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    write(Path("set/train.jsonl"), GOOD)
-    write(Path("set/validation.jsonl"), [GOOD[2], pair(30), pair(31)])
-    write(Path("set/test.jsonl"), [pair(40), GOOD[0]])
-    code, out = dry_run(capsys, "--dataset", "set")
+def test_leaked_validation_rows_are_dropped(cli: Cli) -> None:
+    Path("set").mkdir()
+    write_rows("set/train.jsonl", GOOD)
+    write_rows("set/validation.jsonl", [GOOD[2], pair(30), pair(31)])
+    write_rows("set/test.jsonl", [pair(40), GOOD[0]])
+    code, out = cli.dry_run("--dataset", "set")
     assert code == 0
     assert "data: set (6 rows; 2 for validation)" in out
     assert "also a training row: 1 of 3 validation rows (set/validation.jsonl:1) (dropped;" in out
     assert "also a training row: 1 of 2 test rows (set/test.jsonl:2) (kept;" in out
-    code, out = dry_run(capsys, "--dataset", "set", "--set", "data.gate.leaked=stop")
+    code, out = cli.dry_run("--dataset", "set", "--set", "data.gate.leaked=stop")
     assert code == 2
     assert out.count("also a training row") == 2
-    write(Path("set/validation.jsonl"), [GOOD[2]])
-    code, out = dry_run(capsys, "--dataset", "set")
+    write_rows("set/validation.jsonl", [GOOD[2]])
+    code, out = cli.dry_run("--dataset", "set")
     assert "data: set (6 rows; every validation row was dropped)" in out
 
 
-def test_template_without_end_of_turn_is_rejected(
-    tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_template_without_end_of_turn_is_rejected(tiny_model_dir: ModelDir, cli: Cli) -> None:
     import shutil
 
     shutil.copytree(tiny_model_dir("llama"), "model")
     Path("model/chat_template.jinja").write_text(TEMPLATE_WITHOUT_END, encoding="utf-8")
-    code, out = dry_run(capsys, "--model", "model", rows=GOOD)
+    code, out = cli.dry_run("--model", "model", rows=GOOD)
     assert code == 2
     assert (
         "ftlevel: an answer without EOS or an end of turn among its labels: 6 of 6 train rows "
@@ -161,12 +125,12 @@ PARTIAL_GENERATION_TEMPLATE = (
 
 @pytest.mark.parametrize("num_supervised", [0, 2])
 def test_unsupervised_rows_are_dropped_or_stop(
-    num_supervised: int, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    num_supervised: int, tiny_model_dir: ModelDir, cli: Cli
 ) -> None:
     Path("own.jinja").write_text(PARTIAL_GENERATION_TEMPLATE, encoding="utf-8")
     rows = [pair(i, completion="it " * (i < num_supervised) + sentence(i + 50)) for i in range(6)]
     model = ["--model", str(tiny_model_dir("qwen2")), "--chat-template", "own.jinja"]
-    code, out = dry_run(capsys, *model, rows=rows)
+    code, out = cli.dry_run(*model, rows=rows)
     if not num_supervised:
         assert (code, out.splitlines()[-1]) == (
             2,
@@ -177,53 +141,47 @@ def test_unsupervised_rows_are_dropped_or_stop(
     assert code == 0, out
     assert "no supervised token: 4 of 6 train rows (rows.jsonl:3, rows.jsonl:4, rows.jsonl:5" in out
     assert "data: rows.jsonl (2 rows" in out
-    code, out = dry_run(capsys, *model, "--set", "data.gate.unsupervised=stop", rows=rows)
+    code, out = cli.dry_run(*model, "--set", "data.gate.unsupervised=stop", rows=rows)
     assert code == 2
 
 
-def test_text_with_bos_gets_no_second_bos(
-    tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_text_with_bos_gets_no_second_bos(tiny_model_dir: ModelDir, cli: Cli) -> None:
     rows = [{"text": f"<s>{sentence(i)}"} for i in range(4)]
-    code, out = dry_run(capsys, "--model", str(tiny_model_dir("llama")), rows=rows)
+    code, out = cli.dry_run("--model", str(tiny_model_dir("llama")), rows=rows)
     assert code == 0
     assert "two BOS" not in out
 
 
-def test_class_imbalance_is_reported(
-    tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_class_imbalance_is_reported(tiny_model_dir: ModelDir, cli: Cli) -> None:
     rows = [{"text": sentence(i), "label": "b" if i == 5 else "a"} for i in range(40)]
-    code, out = dry_run(
-        capsys, "--task", "text-classification", "--model", str(tiny_model_dir("bert")), rows=rows
+    code, out = cli.dry_run(
+        "--task", "text-classification", "--model", str(tiny_model_dir("bert")), rows=rows
     )
     assert code == 0
     assert "one class has nearly all rows: 39 of 40 train rows (label 'a' and 38 more)" not in out
     assert "one class has nearly all rows: 39 of 40 train rows (label 'a')" in out
 
 
-def test_token_ids_beyond_embedding_are_rejected(
-    tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_token_ids_beyond_embedding_are_rejected(tiny_model_dir: ModelDir, cli: Cli) -> None:
     model = tiny_model_dir("llama", vocab_size=300)
-    code, out = dry_run(capsys, "--model", str(model), rows=GOOD)
+    code, out = cli.dry_run("--model", str(model), rows=GOOD)
     assert code == 2
     assert "a token id beyond the model's embedding: 6 of 6 train rows (rows.jsonl:1" in out
     assert "The tokenizer is not this model's: use its own, or pass" in out
 
 
-def test_long_prompts_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_prompts_are_reported(cli: Cli) -> None:
     rows = [*GOOD, pair(9, prompt=sentence(3, 200))]
-    code, out = dry_run(capsys, "--max-length", "300", "--overlong", "truncate-prompt", rows=rows)
+    code, out = cli.dry_run("--max-length", "300", "--overlong", "truncate-prompt", rows=rows)
     assert code == 0, out
     assert "a prompt that alone exceeds the max length: 1 of 7 train rows (rows.jsonl:7)" in out
     assert "rows changed: 1 shortened at the beginning of the prompt" in out
 
 
-def test_dropped_row_is_not_reported_as_kept(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dropped_row_is_not_reported_as_kept(cli: Cli) -> None:
     long = pair(9, prompt=sentence(3, 200), completion="one<br>two")
     rows = [*GOOD, long, long]
-    code, out = dry_run(capsys, "--max-length", "300", "--overlong", "drop", rows=rows)
+    code, out = cli.dry_run("--max-length", "300", "--overlong", "drop", rows=rows)
     assert code == 0, out
     assert "rows changed: 2 dropped" in out
     checks = [line.partition("data check: ")[2] for line in out.splitlines()]
@@ -234,12 +192,10 @@ def test_dropped_row_is_not_reported_as_kept(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("policy", ["warn", "drop"])
-def test_truncated_answer_is_dropped_by_every_policy(
-    policy: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_truncated_answer_is_dropped_by_every_policy(policy: str, cli: Cli) -> None:
     rows = [*GOOD, pair(9, completion=sentence(3, 200)), pair(10, prompt=sentence(3, 200))]
     truncation = ("--max-length", "300", "--overlong", "truncate-prompt")
-    code, out = dry_run(capsys, *truncation, "--set", f"data.gate.answer_cut={policy}", rows=rows)
+    code, out = cli.dry_run(*truncation, "--set", f"data.gate.answer_cut={policy}", rows=rows)
     assert code == 0, out
     assert "an answer that does not fit whole: 1 of 8 train rows (rows.jsonl:7) (dropped;" in out
     assert (
@@ -247,40 +203,37 @@ def test_truncated_answer_is_dropped_by_every_policy(
     )
 
 
-def test_auto_max_length_drops_up_to_one_percent(
-    tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_auto_max_length_drops_up_to_one_percent(tiny_model_dir: ModelDir, cli: Cli) -> None:
     model = ["--model", str(tiny_model_dir("llama", max_position_embeddings=400))]
     rows = [pair(i) for i in range(149)] + [pair(200, prompt=sentence(3, 200))]
-    code, out = dry_run(capsys, *model, rows=rows)
+    code, out = cli.dry_run(*model, rows=rows)
     assert code == 0, out
     assert "max length: 400 tokens (auto: the model's positions; 1 row is longer, up to " in out
     assert "rows changed: 1 dropped" in out
-    code, out = dry_run(capsys, *model, "--max-length", "400", rows=rows)
+    code, out = cli.dry_run(*model, "--max-length", "400", rows=rows)
     assert code == 2
     assert "1 of 150 rows are longer than 400 tokens; the longest has " in out
     assert "(rows.jsonl:150). Pass --overlong drop or truncate-prompt." in out
     assert run(["train", "--quiet", *model, "--dataset", "rows.jsonl", "--max-steps", "2",
                 "--save-steps", "1", "--output-dir", "run"]) == 0  # fmt: skip
-    assert json.loads(Path("run/summary.json").read_text())["data"]["dropped"] == 1
+    assert read_summary()["data"]["dropped"] == 1
     assert run(["train", "--quiet", "--output-dir", "run", "--resume"]) == 0
 
 
-def test_findings_appear_in_json_summary(capsys: pytest.CaptureFixture[str]) -> None:
-    write(Path("rows.jsonl"), [*GOOD, GOOD[0]])
-    assert run(["train", "--dry-run", "--json", "--dataset", "rows.jsonl"]) == 0
-    [finding] = json.loads(capsys.readouterr().out)["data"]["gate"]
+def test_findings_appear_in_json_summary(cli: Cli) -> None:
+    write_rows("rows.jsonl", [*GOOD, GOOD[0]])
+    [finding] = cli.json("train --dry-run --json --dataset rows.jsonl")["data"]["gate"]
     assert finding == {
         "name": "exact_duplicates", "split": "train", "count": 1, "total": 7, "action": "warn",
         "places": ["rows.jsonl:7 as rows.jsonl:1"], "title": "the same as an earlier row",
     }  # fmt: skip
 
 
-def test_invalid_check_action_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out = dry_run(capsys, "--set", "data.gate.null_content=warn")
+def test_invalid_check_action_is_rejected(cli: Cli) -> None:
+    code, out = cli.dry_run("--set", "data.gate.null_content=warn")
     assert code == 2
     assert "--set data.gate.null_content: 'warn' is not known. Expected one of stop, drop." in out
-    code, out = dry_run(capsys, "--set", "data.gate.dups=warn")
+    code, out = cli.dry_run("--set", "data.gate.dups=warn")
     assert "unknown key 'data.gate.dups'" in out
 
 
@@ -295,23 +248,23 @@ def test_every_check_has_title_and_stop_suggests_fix() -> None:
         assert "drop" in message or "warn" in message
 
 
-def test_mixing_several_datasets(capsys: pytest.CaptureFixture[str]) -> None:
-    write(Path("a.jsonl"), GOOD)
-    write(Path("b.jsonl"), [pair(60 + i) for i in range(20)])
+def test_mixing_several_datasets(cli: Cli) -> None:
+    write_rows("a.jsonl", GOOD)
+    write_rows("b.jsonl", [pair(60 + i) for i in range(20)])
     datasets = ["--dataset", "a.jsonl", "--dataset", "b.jsonl"]
-    code, out = dry_run(capsys, *datasets)
+    code, out = cli.dry_run(*datasets)
     assert (code, "data: a.jsonl + b.jsonl (26 rows" in out) == (0, True)
-    code, out = dry_run(capsys, *datasets, "--mix", "1,2")
+    code, out = cli.dry_run(*datasets, "--mix", "1,2")
     assert "data: a.jsonl + b.jsonl (18 rows" in out
     assert "note: mixed 1 : 2: 6 of 6 rows of a.jsonl, 12 of 20 rows of b.jsonl" in out
-    code, out = dry_run(capsys, *datasets, "--mix", "1")
+    code, out = cli.dry_run(*datasets, "--mix", "1")
     assert (code, out.splitlines()[-1]) == (
         2,
         "ftlevel: --mix has 1 share for 2 data sets. Give one share for each --dataset.  "
         "[settings]",
     )
-    write(Path("b.jsonl"), [pair(60), pair(61, completion=None)])
-    code, out = dry_run(capsys, *datasets)
+    write_rows("b.jsonl", [pair(60), pair(61, completion=None)])
+    code, out = cli.dry_run(*datasets)
     assert "b.jsonl:2: 'completion' is null" in out
 
 
@@ -323,18 +276,13 @@ def test_docs_list_every_check_with_default() -> None:
         assert line in page, name
 
 
-def test_test_split_without_label_is_not_compared(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    tiny_model_dir: Callable[..., Path],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_test_split_without_label_is_not_compared(tiny_model_dir: ModelDir, cli: Cli) -> None:
     rows = [{"text": sentence(i), "label": "ab"[i % 2]} for i in range(8)]
-    write(Path("set/train.jsonl"), rows)
-    write(Path("set/test.jsonl"), [{"text": row["text"]} for row in rows])
-    code, output = dry_run(
-        capsys, "--model", str(tiny_model_dir("bert")), "--dataset", "set", "--method", "lora",
+    Path("set").mkdir()
+    write_rows("set/train.jsonl", rows)
+    write_rows("set/test.jsonl", [{"text": row["text"]} for row in rows])
+    code, output = cli.dry_run(
+        "--model", str(tiny_model_dir("bert")), "--dataset", "set", "--method", "lora",
         "--task", "text-classification",
     )  # fmt: skip
     assert code == 0, output

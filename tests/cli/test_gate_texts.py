@@ -2,64 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ftlevel.cli.app import run
-from published_chat_templates import QWEN_3
+from command_line import Cli
+from published_chat_templates import TEMPLATES
+from run_files import ModelDir, write_rows
 
-SUBJECTS = [
-    "parser",
-    "reader",
-    "writer",
-    "buffer",
-    "cursor",
-    "socket",
-    "thread",
-    "signal",
-    "window",
-    "palette",
-]
-VERBS = [
-    "returns",
-    "closes",
-    "opens",
-    "flushes",
-    "copies",
-    "rotates",
-    "compares",
-    "paints",
-    "locks",
-    "sorts",
-]
-OBJECTS = [
-    "archive",
-    "token",
-    "header",
-    "packet",
-    "matrix",
-    "ledger",
-    "column",
-    "ribbon",
-    "lantern",
-    "bridge",
-]
-LOCATIONS = [
-    "memory",
-    "storage",
-    "kernel",
-    "garden",
-    "office",
-    "harbour",
-    "village",
-    "station",
-    "library",
-    "museum",
-]
+pytestmark = pytest.mark.usefixtures("work_dir")
+
+SUBJECTS = "parser reader writer buffer cursor socket thread signal window palette".split()
+VERBS = "returns closes opens flushes copies rotates compares paints locks sorts".split()
+OBJECTS = "archive token header packet matrix ledger column ribbon lantern bridge".split()
+LOCATIONS = "memory storage kernel garden office harbour village station library museum".split()
 
 
 def make_sentence(i: int) -> str:
@@ -85,33 +42,6 @@ CHATS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-def write(path: str, rows: list[dict[str, Any]]) -> None:
-    Path(path).parent.mkdir(exist_ok=True)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    Path(path).write_text(text, encoding="utf-8")
-
-
-DryRun = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def dry_run(capsys: pytest.CaptureFixture[str]) -> DryRun:
-    def run_train(*arguments: str, rows: list[dict[str, Any]] | None = None) -> tuple[int, str]:
-        if rows is not None:
-            write("rows.jsonl", rows)
-            arguments = ("--dataset", "rows.jsonl", *arguments)
-        code = run(["train", "--dry-run", *arguments])
-        captured = capsys.readouterr()
-        return code, captured.out + captured.err
-
-    return run_train
-
-
 @pytest.mark.parametrize(
     ("check", "title", "row"),
     [
@@ -129,9 +59,9 @@ def dry_run(capsys: pytest.CaptureFixture[str]) -> DryRun:
          make_chat(("assistant", make_sentence(20)), ("user", "What does item20 do?"))),
     ],
 )  # fmt: skip
-def test_each_check_reports_its_row(check: str, title: str, row: Any, dry_run: DryRun) -> None:
+def test_each_check_reports_its_row(check: str, title: str, row: Any, cli: Cli) -> None:
     good = CHATS if "messages" in row else GOOD
-    code, out = dry_run(rows=[*good, row])
+    code, out = cli.dry_run(rows=[*good, row])
     assert code == 0, out
     duplicate_of = " as rows.jsonl:4" if check in ("near_duplicates", "conflicting_answers") else ""
     assert (
@@ -139,48 +69,47 @@ def test_each_check_reports_its_row(check: str, title: str, row: Any, dry_run: D
         f"(kept; --set data.gate.{check}=stop|drop|ignore)"
     ) in out
     assert out.count("data check:") == 1
-    code, out = dry_run("--set", f"data.gate.{check}=drop", rows=[*good, row])
+    code, out = cli.dry_run("--set", f"data.gate.{check}=drop", rows=[*good, row])
     assert "data: rows.jsonl (12 rows" in out
-    code, out = dry_run("--set", f"data.gate.{check}=stop", rows=[*good, row])
+    code, out = cli.dry_run("--set", f"data.gate.{check}=stop", rows=[*good, row])
     assert code == 2
 
 
-def test_near_duplicates_of_training_rows_are_dropped_from_validation(dry_run: DryRun) -> None:
-    write("set/train.jsonl", GOOD)
+def test_near_duplicates_of_training_rows_are_dropped_from_validation(cli: Cli) -> None:
+    Path("set").mkdir()
+    write_rows("set/train.jsonl", GOOD)
     near_duplicate = pair(3, completion=make_sentence(3).replace("before", "until"))
-    write(
+    write_rows(
         "set/validation.jsonl", [pair(40), near_duplicate, pair(41), GOOD[5]]
     )  # the last is an exact copy
-    write("set/test.jsonl", [near_duplicate])
-    code, out = dry_run("--dataset", "set")
+    write_rows("set/test.jsonl", [near_duplicate])
+    code, out = cli.dry_run("--dataset", "set")
     assert code == 0, out
     assert (
         "nearly the same as a training row: 1 of 4 validation rows (set/validation.jsonl:2)" in out
     )
     assert "nearly the same as a training row: 1 of 1 test rows (set/test.jsonl:1) (kept" in out
-    code, out = dry_run("--dataset", "set", "--set", "data.gate.near_leaked=drop")
+    code, out = cli.dry_run("--dataset", "set", "--set", "data.gate.near_leaked=drop")
     assert "data: set (12 rows; 2 for validation)" in out
 
 
-def test_constant_answer_is_reported(dry_run: DryRun) -> None:
-    _, out = dry_run(rows=[pair(i, completion="Yes.") for i in range(12)])
+def test_constant_answer_is_reported(cli: Cli) -> None:
+    _, out = cli.dry_run(rows=[pair(i, completion="Yes.") for i in range(12)])
     assert "one answer for nearly all rows: 12 of 12 train rows (that of rows.jsonl:1) (kept" in out
 
 
-def test_supervised_empty_think_block_is_reported(
-    tiny_model_dir: Callable[..., Path], dry_run: DryRun
-) -> None:
-    Path("qwen3.jinja").write_text(QWEN_3, encoding="utf-8")
+def test_supervised_empty_think_block_is_reported(tiny_model_dir: ModelDir, cli: Cli) -> None:
+    Path("qwen3.jinja").write_text(TEMPLATES["qwen-3"], encoding="utf-8")
     model = ["--model", str(tiny_model_dir("qwen2")), "--chat-template"]
-    code, out = dry_run(*model, "qwen3.jinja", rows=GOOD)
+    code, out = cli.dry_run(*model, "qwen3.jinja", rows=GOOD)
     assert code == 0, out
     assert "a supervised empty <think></think>: 12 of 12 train rows (rows.jsonl:1" in out
-    _, out = dry_run(*model, "qwen", rows=GOOD)
+    _, out = cli.dry_run(*model, "qwen", rows=GOOD)
     assert "<think>" not in out
     reasoning_rows = [
         pair(i, completion=f"<think>\nhm\n</think>\n\n{make_sentence(i)}") for i in range(12)
     ]
-    _, out = dry_run(*model, "qwen3.jinja", rows=reasoning_rows)
+    _, out = cli.dry_run(*model, "qwen3.jinja", rows=reasoning_rows)
     assert "<think>" not in out
 
 
@@ -205,15 +134,15 @@ DPO = [
     ],
 )  # fmt: skip
 def test_rejected_answers_are_not_trained_as_targets(
-    rows: list[Any], message: str, fix: list[str], dry_run: DryRun
+    rows: list[Any], message: str, fix: list[str], cli: Cli
 ) -> None:
-    code, out = dry_run(rows=rows)
+    code, out = cli.dry_run(rows=rows)
     assert (code, out.splitlines()[-1]) == (2, f"ftlevel: {message}  [rows]")
-    assert dry_run(*fix, rows=rows)[0] == 0
+    assert cli.dry_run(*fix, rows=rows)[0] == 0
 
 
-def test_all_true_labels_are_accepted(dry_run: DryRun) -> None:
-    assert dry_run(rows=[{**row, "label": True} for row in KTO])[0] == 0
+def test_all_true_labels_are_accepted(cli: Cli) -> None:
+    assert cli.dry_run(rows=[{**row, "label": True} for row in KTO])[0] == 0
 
 
 LABELS = ["good", "bad"] * 10
@@ -223,11 +152,9 @@ def reviews(labels: list[str]) -> list[dict[str, Any]]:
     return [{"text": make_sentence(i), "label": label} for i, label in enumerate(labels)]
 
 
-def test_labels_differing_by_space_or_case(
-    tiny_model_dir: Callable[..., Path], dry_run: DryRun
-) -> None:
+def test_labels_differing_by_space_or_case(tiny_model_dir: ModelDir, cli: Cli) -> None:
     bert = ["--task", "text-classification", "--model", str(tiny_model_dir("bert"))]
-    code, out = dry_run(*bert, rows=reviews([*LABELS, "good ", " bad"]))
+    code, out = cli.dry_run(*bert, rows=reviews([*LABELS, "good ", " bad"]))
     assert code == 0, out
     assert "labels: 2 (bad, good)" in out
     assert (
@@ -236,68 +163,72 @@ def test_labels_differing_by_space_or_case(
         "data.gate.label_space=stop|warn|ignore)"
     ) in out
     rows = reviews([*LABELS, "Good", "BAD "])
-    code, out = dry_run(*bert, rows=rows)
+    code, out = cli.dry_run(*bert, rows=rows)
     assert (code, out.splitlines()[-1]) == (
         2,
         "ftlevel: labels that differ by case: 2 of 22 train rows (rows.jsonl:21: 'Good' is 'good', "
         "rows.jsonl:22: 'BAD ' is 'bad'). Write them alike, or pass --set "
         "data.gate.label_case=fold or warn.  [rows]",
     )
-    code, out = dry_run(*bert, "--set", "data.gate.label_case=fold", rows=rows)
+    code, out = cli.dry_run(*bert, "--set", "data.gate.label_case=fold", rows=rows)
     assert (code, "labels: 2 (bad, good)" in out) == (0, True)
-    code, out = dry_run(*bert, "--set", "data.gate.label_case=warn", rows=rows)
+    code, out = cli.dry_run(*bert, "--set", "data.gate.label_case=warn", rows=rows)
     assert (code, "labels: 4 (" in out) == (0, True)
 
 
-def test_misspelled_label_is_reported(tiny_model_dir: Callable[..., Path], dry_run: DryRun) -> None:
+def test_misspelled_label_is_reported(tiny_model_dir: ModelDir, cli: Cli) -> None:
     bert = ["--task", "text-classification", "--model", str(tiny_model_dir("bert"))]
     rows = reviews([*["positive", "negative", "neutral"] * 10, "postive"])
-    code, out = dry_run(*bert, rows=rows)
+    code, out = cli.dry_run(*bert, rows=rows)
     assert code == 0, out
     assert (
         "a rare label that looks like a misspelled frequent one: 1 of 31 train rows (rows.jsonl:31:"
         " 'postive' is 'positive') (kept; --set data.gate.label_typo=stop|fold|ignore)"
     ) in out
     assert "labels: 4 (" in out
-    code, out = dry_run(*bert, "--set", "data.gate.label_typo=fold", rows=rows)
+    code, out = cli.dry_run(*bert, "--set", "data.gate.label_typo=fold", rows=rows)
     assert (code, "labels: 3 (" in out) == (0, True)
-    code, out = dry_run(*bert, "--set", "data.gate.label_typo=stop", rows=rows)
+    code, out = cli.dry_run(*bert, "--set", "data.gate.label_typo=stop", rows=rows)
     assert (code, "pass --set data.gate.label_typo=fold or warn." in out) == (2, True)
 
 
 def test_validation_labels_are_folded_to_training_labels(
-    tiny_model_dir: Callable[..., Path], dry_run: DryRun
+    tiny_model_dir: ModelDir, cli: Cli
 ) -> None:
     bert = ["--task", "text-classification", "--model", str(tiny_model_dir("bert"))]
-    write("set/train.jsonl", reviews(LABELS))
+    Path("set").mkdir()
+    write_rows("set/train.jsonl", reviews(LABELS))
     validation_rows = [
         {"text": make_sentence(i), "label": label} for i, label in enumerate(["bad", "good\n"], 50)
     ]
-    write("set/validation.jsonl", validation_rows)
-    code, out = dry_run(*bert, "--dataset", "set")
+    write_rows("set/validation.jsonl", validation_rows)
+    code, out = cli.dry_run(*bert, "--dataset", "set")
     assert code == 0, out
     assert (
         "surrounding white space: 1 of 2 validation rows (set/validation.jsonl:2: 'good\\n'" in out
     )
-    write("set/validation.jsonl", [*validation_rows, {"text": make_sentence(60), "label": "Good"}])
-    code, out = dry_run(*bert, "--dataset", "set")
+    write_rows(
+        "set/validation.jsonl", [*validation_rows, {"text": make_sentence(60), "label": "Good"}]
+    )
+    code, out = cli.dry_run(*bert, "--dataset", "set")
     assert code == 2
     assert "They differ by case only: train with --set data.gate.label_case=fold." in out
-    code, out = dry_run(*bert, "--dataset", "set", "--set", "data.gate.label_case=fold")
+    code, out = cli.dry_run(*bert, "--dataset", "set", "--set", "data.gate.label_case=fold")
     assert (code, "20 rows; 3 for validation" in out) == (0, True)
 
 
-def test_long_validation_texts_are_split(dry_run: DryRun) -> None:
+def test_long_validation_texts_are_split(cli: Cli) -> None:
     texts = [{"text": " ".join(make_sentence(k) for k in range(i, i + 5))} for i in range(0, 60, 5)]
-    write("set/train.jsonl", texts)
-    write(
+    Path("set").mkdir()
+    write_rows("set/train.jsonl", texts)
+    write_rows(
         "set/validation.jsonl",
         [{"text": make_sentence(90)}, {"text": f"{make_sentence(91)} {make_sentence(95)} " * 4}],
     )
-    code, out = dry_run("--dataset", "set", "--max-length", "64", "--overlong", "split")
+    code, out = cli.dry_run("--dataset", "set", "--max-length", "64", "--overlong", "split")
     assert code == 0, out
     assert "of validation dropped" not in out
     assert "rows changed: 1 of validation split into several" in out
-    code, out = dry_run("--dataset", "set", "--max-length", "64", "--overlong", "drop", "--set",
+    code, out = cli.dry_run("--dataset", "set", "--max-length", "64", "--overlong", "drop", "--set",
                         "data.gate.unsupervised=ignore")  # fmt: skip
     assert "no row is left" in out or "1 of validation dropped, beyond the max length" in out

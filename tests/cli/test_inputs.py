@@ -7,17 +7,16 @@ import io
 import json
 import os
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from ftlevel.cli.app import run
+from command_line import Cli
 from ftlevel.data.formats.turns import MAX_CHARACTERS
+from run_files import ModelDir
 
-ModelDir = Callable[..., Path]
 CATEGORIES = ("billing", "technical", "delivery")
 TICKETS = "Ticket ID,Subject,Body,Category\n" + "".join(
     f"T-{i},late parcel {i},it came {i} days late,{CATEGORIES[i % 3]}\n" for i in range(12)
@@ -79,17 +78,17 @@ def jsonl(rows: list[Any]) -> str:
     ],
 )  # fmt: skip
 def test_detected_columns_are_reported(
-    folder: Path, name: str, content: str, arguments: list[str], message: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    folder: Path, name: str, content: str, arguments: list[str], message: str, cli: Cli
+) -> None:
     Path(name).write_text(content, encoding="utf-8")
-    assert run(["preview", "--dataset", name, *arguments]) == 0
-    output = capsys.readouterr().out
+    output = cli(f"preview --dataset {name}", *arguments)
     assert message in output
     compressed = Path(f"{name}.gz")
     compressed.write_bytes(gzip.compress(content.encode()))
-    assert run(["preview", "--dataset", compressed.name, *arguments]) == 0
-    assert capsys.readouterr().out.replace(compressed.name, name) == output
+    assert (
+        cli(f"preview --dataset {compressed.name}", *arguments).replace(compressed.name, name)
+        == output
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,54 +123,46 @@ def test_detected_columns_are_reported(
     ],
 )  # fmt: skip
 def test_invalid_input_is_rejected_and_nothing_is_written(
-    folder: Path, name: str, content: str, arguments: list[str], message: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    folder: Path, name: str, content: str, arguments: list[str], message: str, cli: Cli
+) -> None:
     if name != "-":
         Path(name).write_text(content, encoding="utf-8")
     before = sorted(folder.iterdir())
-    assert run(["train", "--quiet", "--dataset", name, *arguments]) == 2
-    captured = capsys.readouterr()
+    captured = cli.run(f"train --quiet --dataset {name}", *arguments, code=2)
     assert message in captured.err
     assert captured.out == ""
     assert sorted(folder.iterdir()) == before
 
 
-def test_rows_with_null_labels_are_reported(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_with_null_labels_are_reported(folder: Path, cli: Cli) -> None:
     rows = [{"text": f"the value {i}", "label": None if i % 10 == 9 else i % 2} for i in range(60)]
     Path("rows.json").write_text(json.dumps(rows))
-    assert run(["train", "--quiet", "--dataset", "rows.json", *CLASSES]) == 2
-    lines = capsys.readouterr().err.splitlines()
+    lines = cli.fails("train --quiet --dataset rows.json", *CLASSES).splitlines()
     assert lines[0] == "ftlevel: rows.json row 10: 'label' is null."
     assert lines[-1].startswith("ftlevel: rows.json: 6 of 60 rows are bad (the first 5 are above).")
 
 
-def test_preview_reads_stdin(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_preview_reads_stdin(folder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     content = jsonl([{"prompt": f"say {i}", "completion": f"it is {i}"} for i in range(6)])
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(content.encode())))
-    assert run(["preview", "--dataset", "-"]) == 0
-    out = capsys.readouterr().out
+    out = cli("preview --dataset -")
     assert "stdin:1" in out
     assert "stdin: read as jsonl: its first line is an object" in out
 
 
 def test_joined_columns_in_train_evaluate_and_predict(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("tickets.csv.gz").write_bytes(gzip.compress(TICKETS.encode()))
-    assert run(["train", "--quiet", "--dataset", "tickets.csv.gz", *CLASSES, "--map",
-                "text=Subject+Body", "--max-steps", "1", "--output-dir", "run"]) == 0  # fmt: skip
-    capsys.readouterr()
-    assert run(["evaluate", "run", "--split", "train", "--resamples", "0"]) == 0
-    assert "text from 'Subject+Body'" in capsys.readouterr().out
+    cli(
+        "train --quiet --dataset tickets.csv.gz",
+        *CLASSES,
+        "--map text=Subject+Body --max-steps 1 --output-dir run",
+    )
+    assert "text from 'Subject+Body'" in cli("evaluate run --split train --resamples 0")
     piped = SimpleNamespace(buffer=io.BytesIO(TICKETS.replace(",Category", ",Kind").encode()))
     monkeypatch.setattr("sys.stdin", piped)
-    assert run(["predict", "run", "--dataset", "-", "--output", "told.jsonl"]) == 0
-    captured = capsys.readouterr()
+    captured = cli.run("predict run --dataset - --output told.jsonl")
     assert "text from 'Subject+Body'; not used: 'Ticket ID', 'Kind' (as in training)" in (
         captured.out + captured.err
     )
@@ -187,71 +178,60 @@ def test_joined_columns_in_train_evaluate_and_predict(
 )
 def test_predict_uses_training_column_map(
     folder: Path, tiny_model_dir: ModelDir, rows: list[Any], arguments: list[str],
-    queries: list[Any], message: str, capsys: pytest.CaptureFixture[str],
+    queries: list[Any], message: str, cli: Cli,
 ) -> None:  # fmt: skip
     Path("rows.jsonl").write_text(jsonl(rows))
     Path("asked.jsonl").write_text(jsonl(queries))
     model = ["--model", str(tiny_model_dir("llama"))]
-    assert run(["train", "--quiet", "--dataset", "rows.jsonl", *model, *arguments, "--max-steps",
-                "1", "--output-dir", "run"]) == 0  # fmt: skip
-    capsys.readouterr()
-    assert run(["predict", "run", "--dataset", "asked.jsonl", "--max-new-tokens", "2",
-                "--output", "told.jsonl"]) == 0  # fmt: skip
-    captured = capsys.readouterr()
+    cli("train --quiet --dataset rows.jsonl", *model, *arguments, "--max-steps 1 --output-dir run")
+    captured = cli.run("predict run --dataset asked.jsonl --max-new-tokens 2 --output told.jsonl")
     assert message in captured.out + captured.err
     assert "prediction" in json.loads(Path("told.jsonl").read_text().splitlines()[0])
 
 
-def test_columns_ignored_in_training_are_ignored_later(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_columns_ignored_in_training_are_ignored_later(folder: Path, cli: Cli) -> None:
     Path("pictures.jsonl").write_text(jsonl(PICTURES))
     Path("texts.jsonl").write_text(jsonl([{k: r[k] for k in ("text", "label")} for r in PICTURES]))
     train = ["train", "--quiet", *CLASSES, "--max-steps", "1"]
-    assert run([*train, "--dataset", "pictures.jsonl", "--ignore-columns", "image",
-                "--output-dir", "run"]) == 0  # fmt: skip
-    assert run([*train, "--dataset", "texts.jsonl", "--output-dir", "other"]) == 0
+    cli(*train, "--dataset pictures.jsonl --ignore-columns image --output-dir run")
+    cli(*train, "--dataset texts.jsonl --output-dir other")
     arguments = ["--dataset", "pictures.jsonl", "--output"]
-    assert run(["predict", "run", *arguments, "told.jsonl"]) == 0
+    cli("predict run", *arguments, "told.jsonl")
     assert json.loads(Path("told.jsonl").read_text().splitlines()[0])["image"] == "0.png"
-    assert run(["evaluate", "run", "--split", "train", "--resamples", "0"]) == 0
-    assert run(["evaluate", "run", "--dataset", "texts.jsonl", "--resamples", "0"]) == 0
-    capsys.readouterr()
+    cli("evaluate run --split train --resamples 0")
+    cli("evaluate run --dataset texts.jsonl --resamples 0")
     for command in (["predict", "other", *arguments, "more.jsonl"],
                     ["evaluate", "other", "--dataset", "pictures.jsonl"]):  # fmt: skip
-        assert run(command) == 2
-        assert "pictures.jsonl: column 'image' holds images" in capsys.readouterr().err
-    assert run(["predict", "other", "--ignore-columns", "image", *arguments, "more.jsonl"]) == 0
-    assert run(["evaluate", "other", "--dataset", "pictures.jsonl", "--resamples", "0",
-                "--ignore-columns", "image"]) == 0  # fmt: skip
+        assert "pictures.jsonl: column 'image' holds images" in cli.fails(*command)
+    cli("predict other --ignore-columns image", *arguments, "more.jsonl")
+    cli("evaluate other --dataset pictures.jsonl --resamples 0 --ignore-columns image")
 
 
-def test_glob_pattern_in_train_evaluate_and_predict(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_glob_pattern_in_train_evaluate_and_predict(folder: Path, cli: Cli) -> None:
     head, *lines = TICKETS.splitlines()
     for name, part in (("a", lines[:6]), ("b", lines[6:])):
         Path(f"{name}.csv").write_text("\n".join([head, *part]) + "\n")
     arguments = [*CLASSES, "--map", "text=Body", "--validation-file", "?.csv"]
-    assert run(["train", "--quiet", "--dataset", "*.csv", *arguments, "--max-steps", "1",
-                "--set", "data.gate.leaked=warn", "--output-dir", "run"]) == 0  # fmt: skip
+    cli(
+        "train --quiet --dataset *.csv",
+        *arguments,
+        "--max-steps 1 --set data.gate.leaked=warn --output-dir run",
+    )
     assert json.loads(Path("run/summary.json").read_text())["data"]["train_rows"] == 12
-    assert run(["evaluate", "run", "--resamples", "0"]) == 0
-    assert run(["predict", "run", "--dataset", "*.csv", "--output", "told.jsonl"]) == 0
+    cli("evaluate run --resamples 0")
+    cli("predict run --dataset *.csv --output told.jsonl")
     ticket_ids = [
         json.loads(line)["Ticket ID"] for line in Path("told.jsonl").read_text().splitlines()
     ]
     assert ticket_ids == [f"T-{i}" for i in range(12)]
     Path("c.csv").write_text("text\nhello\n")
-    capsys.readouterr()
-    assert run(["predict", "run", "--dataset", "*.csv"]) == 2
-    assert "c.csv: has the columns 'text', and a.csv has 'Ticket ID'" in capsys.readouterr().err
+    error = cli.fails("predict run --dataset *.csv")
+    assert "c.csv: has the columns 'text', and a.csv has 'Ticket ID'" in error
 
 
 def test_run_from_pipe_resumes_only_with_same_rows(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    folder: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("ftlevel.data.sources.lines.WRITER_SECONDS", 0.2)
 
     def pipe(name: str, content: str) -> str:
@@ -261,18 +241,17 @@ def test_run_from_pipe_resumes_only_with_same_rows(
 
     train = ["train", "--quiet", *CLASSES, "--map", "text=Body", "--save-steps", "1",
              "--output-dir", "run", "--max-steps"]  # fmt: skip
-    assert run([*train, "1", "--dataset", pipe("rows", TICKETS)]) == 0
-    assert run([*train, "2", "--resume", "--dataset", pipe("again", TICKETS)]) == 0
-    capsys.readouterr()
+    cli(*train, "1", "--dataset", pipe("rows", TICKETS))
+    cli(*train, "2", "--resume --dataset", pipe("again", TICKETS))
     changed = pipe("other", TICKETS.replace("late", "soon"))
-    assert run([*train, "3", "--resume", "--dataset", changed]) == 2
-    assert "not the same run: data.dataset was" in capsys.readouterr().err
+    error = cli.fails(*train, "3", f"--resume --dataset {changed}")
+    assert "not the same run: data.dataset was" in error
     Path("again").unlink()
     os.mkfifo("again")  # nobody writes to it
-    assert run([*train, "3", "--resume", "--dataset", "again"]) == 2
-    assert "is a pipe to which no program has written" in capsys.readouterr().err
-    assert run([*train, "3", "--num-processes", "2", "--dataset", "again"]) == 2
+    error = cli.fails(*train, "3", "--resume --dataset again")
+    assert "is a pipe to which no program has written" in error
+    error = cli.fails(*train, "3", "--num-processes 2 --dataset again")
     assert (
         "--num-processes cannot be used with --dataset again: only one process can read a pipe"
-        in capsys.readouterr().err
+        in error
     )

@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
+from command_line import Cli
 from ftlevel.cli.app import run
+from run_files import ModelDir, write_rows
 
 TESTS = str(Path(__file__).parents[1])
 TRAIN = ["--method", "lora", "--max-steps", "6", "--output-dir"]
@@ -38,12 +39,11 @@ sys.exit(max(task.wait() for task in tasks))
 """
 
 
-def test_slurm_job_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_slurm_job_file(tmp_path: Path, cli: Cli) -> None:
     job_file, out = tmp_path / "job.sbatch", tmp_path / "My run"
     arguments = ["launch", "--on", "slurm", "--nodes", "2", "--gpus-per-node=8", "--job-option",
                  "partition=gpu", "--job-file", str(job_file), *TRAIN, str(out)]  # fmt: skip
-    assert run(arguments) == 0
-    assert f"submit it: sbatch {job_file}" in capsys.readouterr().out
+    assert f"submit it: sbatch {job_file}" in cli(*arguments)
     text = job_file.read_text()
     for line in ("--job-name=ftlevel-my-run", "--nodes=2", "--ntasks-per-node=8",
                  "--gpus-per-node=8", "--partition=gpu", "--requeue"):  # fmt: skip
@@ -51,7 +51,7 @@ def test_slurm_job_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     command = f"ftlevel train --method lora --max-steps 6 --output-dir '{out}'"
     assert f" {command} --dataset builtin:docstrings --resume &" in text  # data starts a new run
     assert subprocess.run(["bash", "-n", job_file], check=False).returncode == 0
-    assert run(arguments) == 2  # the file exists
+    cli.fails(*arguments)  # the file exists
 
 
 def test_kubernetes_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,12 +71,11 @@ def test_kubernetes_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "c"
 
 
-def test_ray_train_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ray_train_script(tmp_path: Path, cli: Cli) -> None:
     out = tmp_path / 'my "run"'
     arguments = ["launch", "--on", "ray", "--nodes", "2", "--gpus-per-node", "4", "--job-option",
                  "CPU=6", "--dry-run", *TRAIN, str(out)]  # fmt: skip
-    assert run(arguments) == 0
-    script = ast.parse(capsys.readouterr().out)
+    script = ast.parse(cli(*arguments))
     values = {
         keyword.arg: ast.literal_eval(keyword.value)
         for call in ast.walk(script) if isinstance(call, ast.Call)
@@ -94,39 +93,36 @@ def test_ray_train_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
             "MASTER_PORT"} <= constants  # fmt: skip
 
 
-def test_job_that_continues_an_adapter_names_no_model(capsys: pytest.CaptureFixture[str]) -> None:
+def test_job_that_continues_an_adapter_names_no_model(cli: Cli) -> None:
     """The base is the adapter's; --model with it would be another one."""
     train = ["--adapter", "runs/a", "--output-dir", "runs/b"]
-    assert run(["launch", "--on", "slurm", "--dry-run", *train]) == 0
-    text = capsys.readouterr().out
+    text = cli("launch --on slurm --dry-run", *train)
     assert f"ftlevel train {' '.join([*train, *START])} &" in text
 
 
-def test_values_are_quoted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_values_are_quoted(cli: Cli) -> None:
     out, model = "/data/all: #1/run", "builtin:m😀"
     train = ["--output-dir", out, "--model", model]
-    assert run(["launch", "--on", "k8s", "--image", "a", "--claim", "c", "--dry-run", *train]) == 0
-    spec = yaml.safe_load(capsys.readouterr().out)["spec"]["pytorchReplicaSpecs"]
+    spec = yaml.safe_load(cli("launch --on k8s --image a --claim c --dry-run", *train))["spec"][
+        "pytorchReplicaSpecs"
+    ]
     (container,) = spec["Master"]["template"]["spec"]["containers"]
     assert container["args"] == ["train", *train, "--resume"]
     assert container["volumeMounts"][0]["mountPath"] == "/data/all: #1"
     comment = ["--job-option", 'comment=it\'s "b" # c', "--job-option", "exclusive"]
-    assert run(["launch", "--on", "slurm", "--dry-run", *comment, *train]) == 0
-    text = capsys.readouterr().out  # as SLURM 24.11 reads it
+    text = cli("launch --on slurm --dry-run", *comment, *train)  # as SLURM 24.11 reads it
     assert "\n#SBATCH --comment='it'\"'\"'s \"b\" # c'\n#SBATCH --exclusive\n" in text
     resource = ["--job-option", "accelerator_type:A100=0.01"]
-    assert run(["launch", "--on", "ray", "--dry-run", *resource, *train]) == 0
-    assert "{'accelerator_type:A100': 0.01}" in capsys.readouterr().out
+    assert "{'accelerator_type:A100': 0.01}" in cli("launch --on ray --dry-run", *resource, *train)
 
 
 @pytest.mark.parametrize(
     "given",
     [["--dry-run", "true"], ["--submit", "False", "--dry_run=yes"], ["--dry-run", "--json"]],
 )
-def test_job_has_no_words_of_launch(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_job_has_no_words_of_launch(given: list[str], cli: Cli) -> None:
     train = ["--model", "builtin:tiny-llama", "--output-dir", "runs/x"]
-    assert run(["launch", "--on", "slurm", *given, "--nodes=2", *train]) == 0
-    text = capsys.readouterr().out
+    text = cli("launch --on slurm", *given, "--nodes=2", *train)
     assert f"ftlevel train {' '.join(train)} --resume &" in text
 
 
@@ -146,38 +142,32 @@ def test_job_has_no_words_of_launch(given: list[str], capsys: pytest.CaptureFixt
         (["--on", "slurm", "--output-dir", "x", "--lora-r", "0"], "method.r must be"),
     ],
 )
-def test_unsupported_job_options_are_rejected(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(["launch", *arguments]) == 2
-    assert message in capsys.readouterr().err
+def test_unsupported_job_options_are_rejected(arguments: list[str], message: str, cli: Cli) -> None:
+    assert message in cli.fails("launch", *arguments)
 
 
 def test_job_is_submitted_only_with_submit_flag(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
     sbatch = tmp_path / "sbatch"
     sbatch.write_text('#!/bin/bash\necho "Submitted $1"; echo "$1" >> "$0.log"\n')
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     arguments = ["launch", "--on", "slurm", *TRAIN, str(tmp_path / "run"), "--job-file"]
-    assert run([*arguments, str(tmp_path / "a")]) == 0
+    cli(*arguments, tmp_path / "a")
     assert not (tmp_path / "sbatch.log").exists()
-    assert run([*arguments, str(tmp_path / "b"), "--submit", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    result = json.loads(cli(*arguments, tmp_path / "b", "--submit --json").splitlines()[-1])
     assert result["submitted"] == f"Submitted {tmp_path / 'b'}"
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    assert run([*arguments, str(tmp_path / "c"), "--submit"]) == 2
-    assert "there is no sbatch here" in capsys.readouterr().err
+    assert "there is no sbatch here" in cli.fails(*arguments, tmp_path / "c", "--submit")
 
 
 @pytest.mark.slow
 def test_interrupted_job_saves_checkpoint_and_requeues(
-    tiny_model_dir: Callable[..., Path], tmp_path: Path
+    tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
     rows, out, job_file = tmp_path / "rows.jsonl", tmp_path / "run", tmp_path / "job"
-    rows.write_text("".join(json.dumps({"prompt": "a dog", "completion": f"sees {n}"}) + "\n"
-                            for n in range(8)))  # fmt: skip
+    write_rows(rows, ({"prompt": "a dog", "completion": f"sees {n}"} for n in range(8)))
     assert run(["launch", "--on", "slurm", "--nodes", "2", "--job-file", str(job_file), "--model",
                 str(tiny_model_dir("llama")), "--dataset", str(rows), "--max-steps", "3000",
                 "--logging-steps", "1", "--set", "data.gate.near_duplicates=ignore",

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -8,18 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from ftlevel.cli.app import run
+from command_line import Cli
 from ftlevel.config import SPECS
 
 
-def list_methods(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, dict]:
-    assert run(["list-methods", *flags, "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
+def list_methods(cli: Cli, *flags: str) -> dict[str, dict]:
+    report = cli.json("list-methods", *flags, "--json")
     return {row["name"]: row for row in report["methods"]}
 
 
-def test_all_methods_are_listed(capsys):
-    rows = list_methods(capsys)
+def test_all_methods_are_listed(cli: Cli):
+    rows = list_methods(cli)
     assert {row["method"] for row in rows.values()} == set(SPECS)
     assert rows["lora"]["works"] == "yes"
     assert rows["dora"]["works"] == "in part"
@@ -42,12 +40,12 @@ def test_all_methods_are_listed(capsys):
         (["--model", "builtin:tiny-llama"], "experts", "no"),
     ],
 )
-def test_support_by_model_quantization_and_task(capsys, flags, row, works):
-    assert list_methods(capsys, *flags)[row]["works"] == works
+def test_support_by_model_quantization_and_task(cli: Cli, flags, row, works):
+    assert list_methods(cli, *flags)[row]["works"] == works
 
 
-def test_model_directory_uses_its_model_type(capsys, tiny_model_dir):
-    assert list_methods(capsys, "--model", str(tiny_model_dir("gpt2")), "--quant", "none")["lokr"][
+def test_model_directory_uses_its_model_type(cli: Cli, tiny_model_dir):
+    assert list_methods(cli, "--model", str(tiny_model_dir("gpt2")), "--quant", "none")["lokr"][
         "reasons"
     ] == [
         "--method lokr cannot be used with gpt2: PEFT does not support its Conv1D layers. "
@@ -61,18 +59,19 @@ def test_model_directory_uses_its_model_type(capsys, tiny_model_dir):
         (["--quant", "3bit"],
          "--quant '3bit' is not known. Expected one of none, 4bit, 8bit. Did you mean '8bit'?"),
         (["--task", "summarisaton"], "Did you mean 'summarization'?"),
-        (["--model", "lama"], "Did you mean"),
+        (["--model", "lama"], "Did you mean 'llama'"),
+        (["--model", "lama"], "use its directory or full id, OWNER/NAME."),
     ],
 )  # fmt: skip
-def test_unknown_values_are_rejected_with_suggestion(capsys, flags, text):
-    assert run(["list-methods", *flags]) == 2
-    assert text in capsys.readouterr().err
+def test_unknown_values_are_rejected_with_suggestion(cli: Cli, flags, text):
+    message = cli.fails("list-methods", *flags)
+    assert text in message
+    assert "list-targets" not in message
 
 
-def test_text_output_fits_80_columns(capsys, monkeypatch):
+def test_text_output_fits_80_columns(cli: Cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    assert run(["list-methods", "--model", "gpt2", "--quant", "none"]) == 0
-    out = capsys.readouterr().out
+    out = cli("list-methods --model gpt2 --quant none")
     assert out.startswith("gpt2, --quant none\n\nlora          yes      two low-rank matrices")
     assert "oft           no       --method oft cannot be used with gpt2:" in out
     assert max(map(len, out.splitlines())) <= 80
@@ -97,11 +96,3 @@ def test_list_methods_is_fast_and_imports_no_torch():
         own, additions = map(float, times.split())
         ratios.append(own / additions)
     assert min(ratios) < 10, f"{ratios}: 3 million additions take 0.1 s on an idle core, this 0.25"
-
-
-def test_unknown_family_names_no_other_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["list-methods", "--model", "lama"]) == 2
-    message = capsys.readouterr().err
-    assert "Did you mean 'llama'" in message
-    assert "use its directory or full id, OWNER/NAME." in message
-    assert "list-targets" not in message

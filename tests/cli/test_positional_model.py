@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ftlevel.cli.app import run
+from command_line import Cli
 
 COMMANDS = {
     "generate": ["--prompt", "x"],
@@ -24,19 +24,16 @@ def empty_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def get_error(capsys: pytest.CaptureFixture[str], *command: str) -> str:
+def get_error(cli: Cli, *command: str) -> str:
     """Run `command`, which must fail, and return its one-line error."""
-    assert run(list(command)) == 2
-    lines = capsys.readouterr().err.splitlines()
+    lines = cli.fails(*command).splitlines()
     assert len(lines) == 1
     return lines[0].removeprefix("ftlevel: ")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_missing_model_is_named_without_flag(
-    command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    error = get_error(capsys, command, "./gone", *COMMANDS[command])
+def test_missing_model_is_named_without_flag(command: str, cli: Cli) -> None:
+    error = get_error(cli, command, "./gone", *COMMANDS[command])
     assert error.startswith("./gone does not exist.")
     assert "--model" not in error
 
@@ -51,25 +48,25 @@ def test_missing_model_is_named_without_flag(
     ],
 )
 def test_invalid_model_directory_is_named_without_flag(
-    command: str, files: dict[str, str], message: str, capsys: pytest.CaptureFixture[str]
+    command: str, files: dict[str, str], message: str, cli: Cli
 ) -> None:
     Path("broken").mkdir()
     for name, text in files.items():
         Path("broken", name).write_text(text, encoding="utf-8")
-    error = get_error(capsys, command, "broken", *COMMANDS[command])
+    error = get_error(cli, command, "broken", *COMMANDS[command])
     assert error.startswith(message)
     assert "--model" not in error
 
 
-def test_missing_base_of_adapter_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_base_of_adapter_is_named(cli: Cli) -> None:
     settings = {"peft_type": "LORA", "base_model_name_or_path": "./gone"}
     Path("mine").mkdir()
     Path("mine/adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
     Path("mine/adapter_model.safetensors").touch()
-    error = get_error(capsys, "generate", "mine", "--prompt", "x")
+    error = get_error(cli, "generate", "mine", "--prompt", "x")
     assert error.startswith("./gone (the base of mine) does not exist.")
 
 
-def test_missing_against_model_is_named_with_flag(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_against_model_is_named_with_flag(cli: Cli) -> None:
     command = ["evaluate", "builtin:tiny-llama", "--dataset", "rows.jsonl", "--against", "./gone"]
-    assert get_error(capsys, *command).startswith("--against ./gone does not exist.")
+    assert get_error(cli, *command).startswith("--against ./gone does not exist.")

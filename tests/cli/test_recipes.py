@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -12,105 +11,22 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ftlevel.cli.app import run
+from command_line import Cli
 from ftlevel.config import TrainConfig, build_config, load_recipe
 
+pytestmark = pytest.mark.usefixtures("work_dir")
+
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
-AXOLOTL = """
-base_model: some/model
-load_in_4bit: true
-load_in_8bit: false
-datasets:
-  - path: a.jsonl
-    type: alpaca
-    shards: 4
-val_set_size: 0.1
-output_dir: ./out
-adapter: qlora
-sequence_len: 1024
-sample_packing: true
-lora_r: 32
-lora_target_modules: [q_proj, v_proj]
-wandb_project:
-optimizer: galore_adamw
-num_epochs: 2
-evals_per_epoch: 4
-saves_per_epoch: 1
-bf16: auto
-tf32: false
-special_tokens: {pad_token: x}
-made_up_key: 5.0
-"""
-LLAMA_FACTORY = """
-model_name_or_path: some/model
-stage: sft
-do_train: true
-finetuning_type: lora
-lora_target: all
-quantization_bit: 4
-dataset: identity,alpaca_en_demo
-template: qwen3_nothink
-cutoff_len: 2048
-ddp_timeout: 180000000
-bf16: true
-resume_from_checkpoint: null
-"""
-
-TRL_GRPO = """
-model_name_or_path: some/model
-dataset_name: some/prompts
-reward_funcs: [accuracy_reward, think_format_reward]
-loss_type: dr_grpo
-per_device_train_batch_size: 16
-num_generations: 8
-use_peft: true
-"""
-MS_SWIFT_GRPO = """
-model: some/model
-dataset: some/prompts
-rlhf_type: grpo
-reward_funcs: [accuracy, format]
-per_device_train_batch_size: 8
-max_length: 128
-max_completion_length: 64
-"""
-AXOLOTL_GRPO = """
-base_model: some/model
-datasets: [{path: some/prompts}]
-adapter: lora
-rl: grpo
-trl:
-  num_generations: 4
-  reward_funcs: [scores.short]
-  reward_weights: [1.0]
-micro_batch_size: 8
-"""
-VERL = """
-actor_rollout_ref:
-  model: {path: some/model, lora_rank: 16}
-  actor:
-    clip_ratio: 0.2
-    clip_ratio_high: 0.28
-    use_kl_loss: true
-    kl_loss_coef: 0.001
-    ppo_mini_batch_size: 16
-  rollout: {n: 4, temperature: 0.8}
-algorithm: {adv_estimator: grpo, norm_adv_by_std_in_grpo: false}
-data: {train_files: [a.parquet], train_batch_size: 64, max_response_length: 256}
-"""
+AXOLOTL, LLAMA_FACTORY, TRL_GRPO, MS_SWIFT_GRPO, AXOLOTL_GRPO, VERL = (
+    (Path(__file__).parent / f"other_tools/{name}.yml").read_text()
+    for name in ("axolotl", "llama_factory", "trl_grpo", "ms_swift_grpo", "axolotl_grpo", "verl")
+)
 
 
-@pytest.fixture(autouse=True)
-def empty_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def convert(text: str, capsys: pytest.CaptureFixture[str]) -> tuple[TrainConfig, dict[str, str]]:
+def convert(text: str, cli: Cli) -> tuple[TrainConfig, dict[str, str]]:
     """Convert `text`; return the loaded recipe and the keys that were not converted."""
     Path("theirs.yml").write_text(text)
-    assert run(["recipes", "convert", "theirs.yml"]) == 0
-    captured = capsys.readouterr()
+    captured = cli.run("recipes convert theirs.yml")
     Path("ours.yaml").write_text(captured.out)
     unconverted = [line.removeprefix("# Not converted: ") for line in captured.out.splitlines()
                    if line.startswith("# Not converted: ")]  # fmt: skip
@@ -120,8 +36,8 @@ def convert(text: str, capsys: pytest.CaptureFixture[str]) -> tuple[TrainConfig,
     return recipe, {key: reason for key, _, reason in pairs}
 
 
-def test_convert_axolotl(capsys: pytest.CaptureFixture[str]) -> None:
-    config, unconverted = convert(AXOLOTL, capsys)
+def test_convert_axolotl(cli: Cli) -> None:
+    config, unconverted = convert(AXOLOTL, cli)
     assert config.model.name_or_path == "some/model"
     assert (config.method.kind, config.quant.kind) == ("qlora", "4bit")
     assert config.method.model_dump()["target_modules"] == ["q_proj", "v_proj"]
@@ -135,8 +51,8 @@ def test_convert_axolotl(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'galore_adamw': it projects gradients of full weights" in unconverted["optimizer"]
 
 
-def test_convert_llama_factory(capsys: pytest.CaptureFixture[str]) -> None:
-    config, unconverted = convert(LLAMA_FACTORY, capsys)
+def test_convert_llama_factory(cli: Cli) -> None:
+    config, unconverted = convert(LLAMA_FACTORY, cli)
     assert (config.method.kind, config.quant.kind) == ("lora", "4bit")
     assert config.method.model_dump()["target_modules"] == "all-linear"
     assert (config.data.dataset, config.data.also) == ("identity", ("alpaca_en_demo",))
@@ -157,15 +73,15 @@ def test_convert_llama_factory(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_convert_keeps_the_defaults_of_the_method(
-    text: str, kind: str, alpha: float | None, capsys: pytest.CaptureFixture[str]
+    text: str, kind: str, alpha: float | None, cli: Cli
 ) -> None:
-    config, unconverted = convert(text, capsys)
+    config, unconverted = convert(text, cli)
     method = config.method.model_dump()
     assert (method["kind"], method.get("lora_alpha")) == (kind, alpha)
     assert unconverted.keys() <= {"lora_r", "lora_rank"}, "no dataset was named"
 
 
-def test_scheduler_arguments_and_several_invalid_keys(capsys: pytest.CaptureFixture[str]) -> None:
+def test_scheduler_arguments_and_several_invalid_keys(cli: Cli) -> None:
     """A rule between fields is checked only once each field is valid."""
     text = """
 model_name_or_path: some/model
@@ -174,20 +90,20 @@ save_steps: 0
 learning_rate: 1.0e-4
 lr_scheduler_type: cosine_with_min_lr
 """
-    _, unconverted = convert(text, capsys)
+    _, unconverted = convert(text, cli)
     assert unconverted.keys() == {"save_steps", "lr_scheduler_type"}
     assert "needs one of min_lr or min_lr_rate" in unconverted["lr_scheduler_type"]
-    config, unconverted = convert(f"{text}lr_scheduler_kwargs: {{min_lr_rate: 0.1}}", capsys)
+    config, unconverted = convert(f"{text}lr_scheduler_kwargs: {{min_lr_rate: 0.1}}", cli)
     assert unconverted.keys() == {"save_steps"}
     assert config.train.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
     text = "base_model: some/model\nadapter: lora\nchat_template: "
-    assert convert(f"{text}llama3", capsys)[0].data.chat_template == "llama-3"
-    config, unconverted = convert(f"{text}tokenizer_default", capsys)
+    assert convert(f"{text}llama3", cli)[0].data.chat_template == "llama-3"
+    config, unconverted = convert(f"{text}tokenizer_default", cli)
     assert config.data.chat_template is None
     assert "the model's chat template is used" in unconverted["chat_template"]
 
 
-def test_each_key_is_not_converted_for_its_own_reason(capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_key_is_not_converted_for_its_own_reason(cli: Cli) -> None:
     _, unconverted = convert(
         """
 base_model: some/model
@@ -197,7 +113,7 @@ excess_length_strategy: truncate
 evals_per_epoch: 1
 eval_steps: 50
 """,
-        capsys,
+        cli,
     )
     assert {"datasets[1].type", "excess_length_strategy", "evals_per_epoch"} == set(unconverted)
     assert "--overlong truncate" in unconverted["excess_length_strategy"]
@@ -205,24 +121,22 @@ eval_steps: 50
 
 
 @pytest.mark.parametrize(("text", "tool"), [(AXOLOTL, "Axolotl"), (LLAMA_FACTORY, "LLaMA-Factory")])
-def test_unconverted_configuration_is_rejected(
-    text: str, tool: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unconverted_configuration_is_rejected(text: str, tool: str, cli: Cli) -> None:
     Path("theirs.yml").write_text(text)
-    assert run(["train", "--recipe", "theirs.yml"]) == 2
-    assert capsys.readouterr().err == (
+    error = cli.fails("train --recipe theirs.yml")
+    assert error == (
         f"ftlevel: theirs.yml is a configuration of {tool}. Write it as a recipe first: "
         "ftlevel recipes convert theirs.yml > recipe.yaml  [settings]\n"
     )
 
 
-def test_convert_trl_grpo_and_verl(capsys: pytest.CaptureFixture[str]) -> None:
-    config, unconverted = convert(TRL_GRPO, capsys)
+def test_convert_trl_grpo_and_verl(cli: Cli) -> None:
+    config, unconverted = convert(TRL_GRPO, cli)
     assert (config.task, config.rl.reward) == ("rl", ("math", "format:think"))
     assert (config.rl.loss, config.rl.scale) == ("dr_grpo", "group")
     assert config.train.per_device_train_batch_size == 2  # prompts, of 16 completions
     assert not unconverted
-    config, unconverted = convert(VERL, capsys)
+    config, unconverted = convert(VERL, cli)
     assert (config.task, config.rl.reward, config.rl.loss) == ("rl", ("number",), "dapo")
     assert (config.rl.clip, config.rl.scale, config.rl.beta) == ((0.2, 0.28), "none", 0.001)
     assert (config.rl.num_generations, config.rl.temperature) == (4, 0.8)
@@ -231,24 +145,24 @@ def test_convert_trl_grpo_and_verl(capsys: pytest.CaptureFixture[str]) -> None:
     assert (config.method.kind, config.train.learning_rate) == ("lora", 1e-6)
     assert "verl chooses a function by data_source" in unconverted["reward_model"]
     assert unconverted.keys() == {"reward_model", "actor_rollout_ref.actor.ppo_mini_batch_size"}
-    full, unconverted = convert(VERL.replace(", lora_rank: 16", "").replace("16", "64"), capsys)
+    full, unconverted = convert(VERL.replace(", lora_rank: 16", "").replace("16", "64"), cli)
     assert full.method.kind == "full"
     assert unconverted.keys() == {"reward_model"}
     ppo = VERL.replace("adv_estimator: grpo, ", "").replace(
         "actor:", "actor:\n    policy_loss: {loss_mode: clip_cov}"
     )
-    _, unconverted = convert(ppo.replace("16", "64"), capsys)
+    _, unconverted = convert(ppo.replace("16", "64"), cli)
     assert {
         "algorithm.adv_estimator",
         "actor_rollout_ref.actor.policy_loss.loss_mode",
     } < unconverted.keys()
     other = VERL.replace("ppo_mini_batch_size: 16", "loss_agg_mode: seq-mean-token-sum")
-    _, unconverted = convert(other, capsys)
+    _, unconverted = convert(other, cli)
     assert {  # verl's default is 256 prompts
         "actor_rollout_ref.actor.loss_agg_mode",
         "actor_rollout_ref.actor.ppo_mini_batch_size",
     } < unconverted.keys()
-    config, unconverted = convert(MS_SWIFT_GRPO, capsys)
+    config, unconverted = convert(MS_SWIFT_GRPO, cli)
     assert (config.rl.loss, config.rl.beta, config.rl.temperature) == ("grpo", 0.04, 0.9)
     assert config.data.max_length == 128 + 64
     batch = config.train.per_device_train_batch_size, config.train.gradient_accumulation_steps
@@ -258,50 +172,43 @@ def test_convert_trl_grpo_and_verl(capsys: pytest.CaptureFixture[str]) -> None:
     assert score("<think>a\nb</think>\n<answer>c\nd</answer>")
     assert not score("<think>a</think><answer>b</answer> c")
     Path("scores.py").write_text("def short(completions, **_): ...\n")
-    config, unconverted = convert(AXOLOTL_GRPO, capsys)
+    config, unconverted = convert(AXOLOTL_GRPO, cli)
     assert (config.task, config.rl.reward) == ("rl", ("scores.py:short",))
     assert config.train.per_device_train_batch_size == 2  # prompts, of 4 completions
     assert unconverted.keys() == {"trl.reward_weights"}
 
 
-def test_reward_without_counterpart_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_reward_without_counterpart_is_named(cli: Cli) -> None:
     Path("theirs.yml").write_text(MS_SWIFT_GRPO.replace("[accuracy, format]", "[cosine]"))
-    assert run(["recipes", "convert", "theirs.yml"]) == 2
-    assert "reward_funcs: 'cosine' has no counterpart" in capsys.readouterr().err
+    assert "reward_funcs: 'cosine' has no counterpart" in cli.fails("recipes convert theirs.yml")
 
 
-def test_reward_function_in_a_script_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_reward_function_in_a_script_must_be_named(cli: Cli) -> None:
     without = TRL_GRPO.replace("reward_funcs: [accuracy_reward, think_format_reward]\n", "")
     Path("theirs.yml").write_text(without)
-    assert run(["recipes", "convert", "theirs.yml"]) == 2
-    assert "reward_funcs: [MODULE.FUNCTION]" in capsys.readouterr().err
+    assert "reward_funcs: [MODULE.FUNCTION]" in cli.fails("recipes convert theirs.yml")
     Path("scores.py").write_text("def short(completions, **_): ...\n")
-    config, _ = convert(f"{without}reward_funcs: [scores.short]\n", capsys)
+    config, _ = convert(f"{without}reward_funcs: [scores.short]\n", cli)
     assert (config.task, config.rl.loss) == ("rl", "dr_grpo")
     assert config.rl.reward == ("scores.py:short",)
 
 
-def test_list_show_and_copy(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_show_and_copy(cli: Cli) -> None:
     Path("recipes").mkdir()
     Path("recipes/mine.yaml").write_text("# What I do.\nmethod: lora\n")
-    assert run(["recipes", "list"]) == 0
-    first, *shipped = capsys.readouterr().out.splitlines()
+    first, *shipped = cli("recipes list").splitlines()
     assert first.split(maxsplit=1) == ["recipes/mine.yaml", "What I do."]
     assert [line.split()[0] for line in shipped] == [path.stem for path in RECIPES]
-    assert run(["recipes", "show", "mine"]) == 0
-    assert yaml.safe_load(capsys.readouterr().out) == {"method": "lora"}
-    assert run(["recipes", "copy", "demo"]) == 0
-    assert capsys.readouterr().out == "wrote demo.yaml. Then: ftlevel train demo.yaml\n"
+    assert yaml.safe_load(cli("recipes show mine")) == {"method": "lora"}
+    assert cli("recipes copy demo") == "wrote demo.yaml. Then: ftlevel train demo.yaml\n"
     assert Path("demo.yaml").read_bytes() == (RECIPES[0].parent / "demo.yaml").read_bytes()
     Path("demo.yaml").write_text("method: ia3\n")
-    assert run(["recipes", "copy", "recipes/mine.yaml", "demo.yaml"]) == 2
-    assert "Choose another: ftlevel recipes copy mine demo-2.yaml" in capsys.readouterr().err
+    error = cli.fails("recipes copy recipes/mine.yaml demo.yaml")
+    assert "Choose another: ftlevel recipes copy mine demo-2.yaml" in error
     assert Path("demo.yaml").read_text() == "method: ia3\n"
     Path("folder").mkdir()
-    assert run(["recipes", "copy", "mine", "folder", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["copied_to"] == "folder/mine.yaml"
-    assert run(["recipes", "list", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["recipes"]
+    assert cli.json("recipes copy mine folder --json")["copied_to"] == "folder/mine.yaml"
+    rows = cli.json("recipes list --json")["recipes"]
     assert {"name": "demo.yaml", "path": "demo.yaml", "about": ""} in rows
 
 
@@ -316,13 +223,10 @@ def test_list_show_and_copy(capsys: pytest.CaptureFixture[str]) -> None:
         ("copy demo no/new.yaml", "no does not exist"),
     ],
 )
-def test_invalid_arguments_are_rejected(
-    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_invalid_arguments_are_rejected(arguments: str, message: str, cli: Cli) -> None:
     Path("recipes").mkdir()
     Path("recipes/mine.yaml").write_text("method: lora\n")
-    assert run(["recipes", *arguments.split()]) == 2
-    assert message in capsys.readouterr().err
+    assert message in cli.fails("recipes", *arguments.split())
 
 
 @pytest.mark.slow

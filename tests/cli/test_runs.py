@@ -2,69 +2,53 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from command_line import Cli
 from ftlevel.cli.app import run
+from run_files import read_summary
 
-
-@pytest.fixture(autouse=True)
-def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("work_dir")
 
 
 def train(out: str, *options: str) -> None:
     assert run(["train", "--max-samples", "32", "--output-dir", out, "--quiet", *options]) == 0
 
 
-def list_runs(capsys: pytest.CaptureFixture[str], *options: str) -> list[dict[str, Any]]:
-    capsys.readouterr()
-    assert run(["runs", *options, "--json"]) == 0
-    rows: list[dict[str, Any]] = json.loads(capsys.readouterr().out)["runs"]
-    return rows
-
-
 def checkpoints(out: str) -> set[str]:
     return {path.name for path in Path(out, "checkpoints").iterdir() if path.is_dir()}
 
 
-def test_runs_are_listed_and_old_checkpoints_removed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_are_listed_and_old_checkpoints_removed(cli: Cli) -> None:
     best = ["--validation-split", "0.2", "--eval-steps", "1", "--metric-for-best-model", "loss",
             "--greater-is-better"]  # fmt: skip
     train("runs/one", "--max-steps", "4", "--save-steps", "1", "--save-total-limit", "9", *best)
-    summary = json.loads(Path("runs/one/summary.json").read_text())
+    summary = read_summary("runs/one")
     assert summary["best"]["best_step"] == 1
     Path("runs/notes").mkdir()
     Path("elsewhere").mkdir()
     Path("runs/link").symlink_to(Path("elsewhere"))
-    [row] = list_runs(capsys)
+    [row] = cli.json("runs --json")["runs"]
     assert row == {
         "run": "runs/one", "task": "text-generation", "base": "builtin:tiny-llama",
         "method": "lora", "result": f"perplexity {summary['metrics']['perplexity']:.4f}",
     }  # fmt: skip
-    assert list_runs(capsys, "runs/one") == [row]
-    assert run(["runs"]) == 0
-    head, line = capsys.readouterr().out.splitlines()
+    assert cli.json("runs runs/one --json")["runs"] == [row]
+    head, line = cli("runs").splitlines()
     assert head.split() == ["run", "task", "base", "method", "result"]
     assert line.split()[:5] == [*list(row.values())[:4], "perplexity"]
     before = checkpoints("runs/one")
-    assert run(["runs", "clean"]) == 2
-    assert "Add --yes" in capsys.readouterr().err
+    assert "Add --yes" in cli.fails("runs clean")
     assert checkpoints("runs/one") == before
-    assert run(["runs", "clean", "--yes"]) == 0
-    assert "removed 2 checkpoints" in capsys.readouterr().out
+    assert "removed 2 checkpoints" in cli("runs clean --yes")
     assert before - checkpoints("runs/one") == {"checkpoint-2", "checkpoint-3"}
-    assert run(["train", "--resume", "--output-dir", "runs/one", "--quiet"]) == 0
-    assert run(["runs", "nothing"]) == 2
-    assert "nothing has no run" in capsys.readouterr().err
+    cli("train --resume --output-dir runs/one --quiet")
+    assert "nothing has no run" in cli.fails("runs nothing")
 
 
-def test_clean_asks_first(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_clean_asks_first(monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
     train("runs/one", "--max-steps", "3", "--save-steps", "1", "--save-total-limit", "9")
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("typer.confirm", lambda *_, **__: False)
@@ -75,28 +59,29 @@ def test_clean_asks_first(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("typer.confirm", refuse)
-    assert run(["runs", "clean"]) == 130
+    cli.fails("runs clean", code=130)
     assert {"checkpoint-1", "checkpoint-2", "checkpoint-3"} <= checkpoints("runs/one")
-    capsys.readouterr()
 
 
-def test_unfinished_and_damaged_runs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unfinished_and_damaged_runs_are_listed(cli: Cli) -> None:
     train("runs/one", "--max-steps", "2", "--save-steps", "1")
     Path("runs/one/summary.json").unlink()
-    assert list_runs(capsys)[0]["result"] == "unfinished, checkpoint of step 2"
+    assert cli.json("runs --json")["runs"][0]["result"] == "unfinished, checkpoint of step 2"
     Path("runs/one/config.yaml").write_text("task: [")
-    assert list_runs(capsys)[0]["result"] == "config.yaml or summary.json cannot be read"
+    assert (
+        cli.json("runs --json")["runs"][0]["result"] == "config.yaml or summary.json cannot be read"
+    )
 
 
-def test_log_file_has_the_output_and_the_error(capsys: pytest.CaptureFixture[str]) -> None:
-    train("run", "--max-steps", "2", "--log-file", "train.log")
+def test_log_file_has_the_output_and_the_error(cli: Cli) -> None:
+    command = "train --output-dir run --log-file"
+    output = cli(command, "train.log", "--max-samples 32 --quiet --max-steps 2")
+    assert output == "", "--quiet is for the screen"
     text = Path("train.log").read_text()
     assert "step 2/2" in text
     assert "saved run: adapter" in text
-    assert capsys.readouterr().out == "", "--quiet is for the screen"
-    command = ["train", "--output-dir", "run", "--log-file", "train.log"]
-    assert run(command) == 2
+    cli.fails(command, "train.log")
     added = Path("train.log").read_text().removeprefix(text)
     assert "ftlevel: --output-dir run" in added
-    assert run([*command[:-1], "missing/train.log"]) == 2
-    assert "--log-file missing/train.log: No such file or directory" in capsys.readouterr().err
+    error = cli.fails(command, "missing/train.log")
+    assert "--log-file missing/train.log: No such file or directory" in error

@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from ftlevel.cli.app import run
 from ftlevel.cli.screen import EscapingConsole, Screen
 from ftlevel.cli.startup import SafeStream
 from ftlevel.config.section import Choice
+from run_files import ModelDir
 
 RECORD = {"step": 7, "loss": 2.3456, "learning_rate": 1e-4, "grad_norm": 0.123, "epoch": 0.12,
           "tokens": 900, "elapsed_s": 1.0, "train_s": 1.0}  # fmt: skip
@@ -142,9 +142,7 @@ def test_tensors_without_gradient_are_not_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
-def test_run_completes_with_full_stdout(
-    tmp_path: Path, tiny_model_dir: Callable[..., Path]
-) -> None:
+def test_run_completes_with_full_stdout(tmp_path: Path, tiny_model_dir: ModelDir) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text('{"prompt": "a b", "completion": "c d"}\n' * 3)
     with Path("/dev/full").open("w") as full:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from typer.main import get_command
 
 import write_docs
 from cli.spellings import SPELLINGS, ForeignFlag
-from ftlevel.cli.app import run
+from command_line import Cli
 from ftlevel.cli.flags import CommandInput, add_command, read_config
 from ftlevel.config import TrainConfig
 from ftlevel.config.flags import FLAGS
@@ -51,7 +50,9 @@ def get_field(config: TrainConfig, path: str) -> Any:
     value: Any = config
     for part in path.split("."):
         value = getattr(value, part, None)  # the field may belong to another method
-    return value if path != "output.dir" else str(value)
+    if path == "output.dir":
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 ACCEPTED = [row for row in SPELLINGS if row.sets]
@@ -157,17 +158,14 @@ def test_recipe_after_list_is_not_a_list_value(tmp_path: Path) -> None:
         ("runs/nothing", "is neither a recipe nor the directory of a run."),
     ],
 )
-def test_invalid_flags_print_one_line(
-    typed: str, line: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(["train", *shlex.split(typed), "--dry-run"]) == 2
-    (error,) = capsys.readouterr().err.splitlines()
+def test_invalid_flags_print_one_line(typed: str, line: str, cli: Cli) -> None:
+    (error,) = cli.fails("train", *shlex.split(typed), "--dry-run").splitlines()
     assert line in error
 
 
-def test_all_problems_are_reported_together(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["train", "--deepspeed", "ds.json", "--use_galore", "--max-length", "2k"]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 3
+def test_all_problems_are_reported_together(cli: Cli) -> None:
+    error = cli.fails("train --deepspeed ds.json --use_galore --max-length 2k")
+    assert len(error.splitlines()) == 3
 
 
 def test_unsupported_switch_may_be_off(capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,11 +208,9 @@ def test_explicit_flag_overrides_method_alias() -> None:
     assert get_field(config, "method.use_dora") is False
 
 
-def test_dry_run_prints_full_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_prints_full_configuration(cli: Cli) -> None:
     typed = ["--lora_rank", "4", "--lr", "1e-3", "--weight_decay", "0.1", "--max_samples", "8"]
-    assert run(["train", *typed, "--max_length", "64", "--overlong", "drop", "--json",
-                "--dry-run"]) == 0  # fmt: skip
-    result = json.loads(capsys.readouterr().out)
+    result = cli.json("train", *typed, "--max_length 64 --overlong drop --json --dry-run")
     assert {"dry_run", "steps", "data", "targets"} < set(result)
     config = result["config"]
     assert config["method"]["r"] == 4

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ftlevel.cli.app import run
+from command_line import Cli
 from ftlevel.cli.topics import TOPICS, topic_of_error, topic_of_module
 from ftlevel.errors import ConfigError
 from ftlevel.tasks.base import OutputOptions, check_options
@@ -65,14 +65,9 @@ def test_setting_that_a_task_rejects_is_no_fault_of_rows() -> None:
     ],
 )
 def test_error_ends_with_topic(
-    arguments: list[str],
-    topic: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], topic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mail.csv").write_text("subject,queue\nhello,delivery\nhi,payment\n")
-    assert run(arguments) == 2
-    *_, last = capsys.readouterr().err.splitlines()
+    *_, last = cli.fails(*arguments).splitlines()
     assert last.endswith(f"  [{topic}]")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from ftlevel.cli.app import run
+from command_line import Cli
+from run_files import ModelDir, write_rows
 
 ROWS = [{"prompt": f"say {i}", "completion": f"it is {i}"} for i in range(8)]
 
@@ -17,7 +16,7 @@ ROWS = [{"prompt": f"say {i}", "completion": f"it is {i}"} for i in range(8)]
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a working directory with only a data file, where loading weights fails."""
     monkeypatch.chdir(tmp_path)
-    save_rows(tmp_path / "rows.jsonl", ROWS)
+    write_rows(tmp_path / "rows.jsonl", ROWS)
     import ftlevel.training.model as engine
 
     def fail(*_: object, **__: object) -> None:
@@ -27,16 +26,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def save_rows(path: Path, rows: list[dict[str, object]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def get_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+def get_error(arguments: list[str], cli: Cli) -> str:
     """Run `train`, which must fail, and return its one-line error."""
     before = {p: p.stat().st_mtime_ns for p in Path().rglob("*")}
-    assert run(["train", "--quiet", *arguments]) == 2
+    captured = cli.run("train --quiet", *arguments, code=2)
     assert {p: p.stat().st_mtime_ns for p in Path().rglob("*")} == before
-    captured = capsys.readouterr()
     assert captured.out == ""
     lines = captured.err.strip().splitlines()
     assert len(lines) == 1, lines
@@ -87,9 +81,9 @@ def get_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     ],
 )  # fmt: skip
 def test_invalid_arguments_are_rejected(
-    folder: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    folder: Path, arguments: list[str], message: str, cli: Cli
 ) -> None:
-    assert message in get_error(arguments, capsys)
+    assert message in get_error(arguments, cli)
 
 
 @pytest.mark.parametrize(
@@ -105,50 +99,45 @@ def test_invalid_arguments_are_rejected(
     ],
 )
 def test_invalid_file_error_names_line(
-    folder: Path, content: bytes, message: str, capsys: pytest.CaptureFixture[str]
+    folder: Path, content: bytes, message: str, cli: Cli
 ) -> None:
     (folder / "bad.jsonl").write_bytes(content)
-    assert message in get_error(["--dataset", "bad.jsonl"], capsys)
+    assert message in get_error(["--dataset", "bad.jsonl"], cli)
 
 
-def test_single_label_is_rejected(
-    folder: Path, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    save_rows(folder / "one.jsonl", [{"text": "a b", "label": "x"}, {"text": "c", "label": "x"}])
+def test_single_label_is_rejected(folder: Path, tiny_model_dir: ModelDir, cli: Cli) -> None:
+    write_rows(folder / "one.jsonl", [{"text": "a b", "label": "x"}, {"text": "c", "label": "x"}])
     error = get_error(
         ["--dataset", "one.jsonl", "--task", "text-classification", "--model",
          str(tiny_model_dir("bert"))],
-        capsys,
+        cli,
     )  # fmt: skip
     assert "'label'" in error
     assert "two" in error or "2" in error
 
 
 def test_encoder_is_rejected_for_text_generation(
-    folder: Path, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    folder: Path, tiny_model_dir: ModelDir, cli: Cli
 ) -> None:
-    error = get_error(["--dataset", "rows.jsonl", "--model", str(tiny_model_dir("bert"))], capsys)
+    error = get_error(["--dataset", "rows.jsonl", "--model", str(tiny_model_dir("bert"))], cli)
     assert error.startswith("--task text-generation cannot be used with bert, which is an encoder")
 
 
 def test_gradient_checkpointing_of_albert_is_rejected(
-    folder: Path, capsys: pytest.CaptureFixture[str], tiny_model_dir: Callable[..., Path]
+    folder: Path, cli: Cli, tiny_model_dir: ModelDir
 ) -> None:
     model = tiny_model_dir("albert", "mlm")
     arguments = ["--model", str(model), "--task", "masked-lm", "--dataset", "rows.txt"]
     (folder / "rows.txt").write_text("one line\nanother line\n")
-    message = get_error([*arguments, "--gradient-checkpointing"], capsys)
+    message = get_error([*arguments, "--gradient-checkpointing"], cli)
     assert message.startswith("--gradient-checkpointing cannot be used with albert: ")
 
 
-def test_layerdrop_is_disabled(
-    folder: Path, capsys: pytest.CaptureFixture[str], tiny_model_dir: Callable[..., Path]
-) -> None:
+def test_layerdrop_is_disabled(folder: Path, cli: Cli, tiny_model_dir: ModelDir) -> None:
     model = tiny_model_dir("bart", encoder_layerdrop=0.5)
     arguments = ["--model", str(model), "--task", "summarization", "--dataset", "rows.jsonl"]
     arguments += ["--map", "document=prompt", "--map", "summary=completion", "--dry-run"]
-    assert run(["train", *arguments]) == 0
-    captured = capsys.readouterr()
+    captured = cli.run("train", *arguments)
     assert (
         "layers: none is skipped (the model has encoder_layerdrop 0.5)"
         in captured.out + captured.err
@@ -156,30 +145,27 @@ def test_layerdrop_is_disabled(
 
 
 def test_rows_beyond_positions_are_rejected_with_remedy(
-    folder: Path, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    folder: Path, tiny_model_dir: ModelDir, cli: Cli
 ) -> None:
-    save_rows(folder / "long.jsonl", [{"text": "word " * 2000}])
-    error = get_error(["--dataset", "long.jsonl", "--model", str(tiny_model_dir("gpt2"))], capsys)
+    write_rows(folder / "long.jsonl", [{"text": "word " * 2000}])
+    error = get_error(["--dataset", "long.jsonl", "--model", str(tiny_model_dir("gpt2"))], cli)
     assert "1 of 1 rows are longer than" in error
     assert "--overlong drop" in error
 
 
-def test_pickled_weights_are_rejected(
-    folder: Path, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pickled_weights_are_rejected(folder: Path, tiny_model_dir: ModelDir, cli: Cli) -> None:
     source = tiny_model_dir("llama")
     model = folder / "pickled"
     model.mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (model / name).write_bytes((source / name).read_bytes())
     (model / "pytorch_model.bin").write_bytes(b"\x80\x04")
-    error = get_error(["--model", "pickled", "--dataset", "rows.jsonl"], capsys)
+    error = get_error(["--model", "pickled", "--dataset", "rows.jsonl"], cli)
     assert "only pickled weights (pytorch_model.bin)" in error
 
 
-def test_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["train", "--dataset", "rows.jsonl", "--dry-run"]) == 0
+def test_dry_run_writes_nothing(folder: Path, cli: Cli) -> None:
+    out = cli("train --dataset rows.jsonl --dry-run")
     assert sorted(p.name for p in folder.iterdir()) == ["rows.jsonl"]
-    out = capsys.readouterr().out
     assert "trainable: 135,680 of" in out
     assert "nothing was trained or written" in out

@@ -3,7 +3,7 @@
     python -m gpu_sim [--only TEXT …] [--sample] [--jobs 2] [--json FILE]
     python -m gpu_sim figures
 
-Nothing is measured: the device computes on the CPU, and the figures come from a roofline model.
+Nothing is measured: the device computes on the CPU, and the figures come from fake tensors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from gpu_sim import device
-from gpu_sim.commands import MEDIUM, NO_DROPOUT, SAMPLE, Cell, build_cells, write_files
+from gpu_sim.commands import MEDIUM, SAMPLE, Cell, build_cells, without_dropout, write_files
 from gpu_sim.compare import Result, Worker, compare
 
 
@@ -84,12 +84,12 @@ def build_inputs(folder: Path) -> dict[str, str]:
     """Write models and rows that the cells use; return name → path."""
     import transformers
 
-    from tiny_models import save_tiny
+    from tiny_models import FAMILIES, save_tiny
 
     transformers.utils.logging.disable_progress_bar()
     names = write_files(folder / "data")
-    for family, overrides in NO_DROPOUT.items():
-        names[family] = str(save_tiny(folder / family, family, **overrides))
+    for family in FAMILIES:
+        names[family] = str(save_tiny(folder / family, family, **without_dropout(family)))
     names["medium"] = str(save_tiny(folder / "medium", "llama", **MEDIUM))
     names["llama2"] = str(save_tiny(folder / "llama2", "llama", seed=2))
     return names

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from ftlevel.config import SpeedConfig, TrainConfig, TrainerConfig
+from ftlevel.config import TrainConfig, TrainerConfig
 from ftlevel.config.methods import LoraSpec
 from ftlevel.data.encoding.row import IGNORED, Encoded
 from ftlevel.fast import fused_layers as norm_glu
@@ -38,8 +38,6 @@ class LargeCase:
         length: tokens per row.
         supervised: share of tokens that are targets.
         train: settings of `TrainerConfig`.
-        speed: settings of `SpeedConfig`.
-        four_bits: whether the linear layers of its blocks are nf4 with double quantization.
     """
 
     layers: int = 32
@@ -47,8 +45,6 @@ class LargeCase:
     length: int = 2048
     supervised: float = 0.5
     train: tuple[tuple[str, Any], ...] = ()
-    speed: tuple[tuple[str, Any], ...] = ()
-    four_bits: bool = False
 
     @property
     def tokens(self) -> int:
@@ -63,13 +59,10 @@ def run_large_case(case: LargeCase) -> StepMetrics:
         base = transformers.AutoModelForCausalLM.from_config(
             model_config, dtype=torch.bfloat16, attn_implementation="sdpa"
         )
-    if case.four_bits:
-        _quantize(base)
     model = _with_lora(base)
     config = TrainConfig(
         method=LoraSpec(),
         train=TrainerConfig(per_device_train_batch_size=case.sequences, **dict(case.train)),
-        speed=SpeedConfig(**dict(case.speed)),
     )
     objective = Tokens("perplexity", shifted=True)
     ids = list(range(5, 5 + case.length))
@@ -83,35 +76,7 @@ def run_large_case(case: LargeCase) -> StepMetrics:
     fast = FastStep(model, plan)
     if config.train.recomputes:
         enable_checkpointing(base)
-    return run_step(model, config, objective, fast, rows, "llama")
-
-
-def _quantize(base: Any) -> None:
-    """Replace linear layers of the blocks of `base` (mutated) by 4-bit ones on the meta device."""
-    import bitsandbytes as bnb
-    from bitsandbytes.functional import QuantState
-
-    base.is_loaded_in_4bit = True
-    linears = [(n, m) for n, m in base.model.named_modules() if isinstance(m, torch.nn.Linear)]
-    with torch.device("meta"):
-        for name, plain in linears:
-            blocks = plain.weight.numel() // 64
-            scales = QuantState(torch.empty(-(-blocks // 256)), code=torch.empty(256),
-                                blocksize=256, dtype=torch.float32)  # fmt: skip
-            state = QuantState(
-                torch.empty(blocks, dtype=torch.uint8), shape=plain.weight.shape,
-                code=torch.empty(16), blocksize=64, quant_type="nf4", dtype=torch.bfloat16,
-                offset=torch.empty(()), state2=scales,
-            )  # fmt: skip
-            codes = torch.empty(plain.weight.numel() // 2, 1, dtype=torch.uint8)
-            linear = bnb.nn.Linear4bit(
-                plain.in_features, plain.out_features, bias=False, compute_dtype=torch.bfloat16,
-                quant_type="nf4",
-            )  # fmt: skip
-            linear.weight = bnb.nn.Params4bit(
-                codes, requires_grad=False, quant_state=state, bnb_quantized=True, module=linear
-            )
-            base.model.set_submodule(name, linear)
+    return run_step(model, config, objective, fast, rows)
 
 
 def _with_lora(base: Any) -> Any:

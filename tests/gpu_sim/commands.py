@@ -4,42 +4,27 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ftlevel.methods import METHOD_INFO
 from task_data import ROWS, WORDS
+from tiny_models import build_config
 
-NO_DROPOUT = {
-    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    "roberta": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    "electra": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    "albert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-               "classifier_dropout_prob": 0.0},
-    "distilbert": {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0,
-                   "qa_dropout": 0.0},
-    "deberta-v2": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    "modernbert": {},
-    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-    "gpt_neo": {"resid_dropout": 0.0, "embed_dropout": 0.0, "attention_dropout": 0.0},
-    "gpt_neox": {}, "opt": {"dropout": 0.0}, "llama": {}, "mistral": {}, "qwen2": {}, "qwen3": {},
-    "gemma3_text": {}, "phi3": {}, "mixtral": {}, "qwen3_moe": {},
-    "t5": {"dropout_rate": 0.0}, "mt5": {"dropout_rate": 0.0},
-    "bart": {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0},
-}  # fmt: skip
-"""Overrides of the tiny models: both devices draw other dropout masks, so that losses would differ."""
-
-DECODERS = ("gpt2", "gpt_neo", "gpt_neox", "opt", "mistral", "qwen2", "qwen3", "gemma3_text",
-            "phi3", "mixtral", "qwen3_moe")  # fmt: skip
-ENCODERS = ("roberta", "electra", "albert", "distilbert", "deberta-v2", "modernbert")
 MEDIUM = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6,
           "num_attention_heads": 8, "num_key_value_heads": 4}  # fmt: skip
 """Overrides of the model whose memory is compared with the estimate of `plan`."""
 
-OWN_ATTENTION = ("gpt_neo", "deberta-v2")
-"""Families whose attention in transformers creates tensors on the host."""
+
+def without_dropout(family: str) -> dict[str, float]:
+    """Return overrides of a tiny model: the devices draw other masks, so that losses would differ."""
+    values = build_config(family).to_dict()
+    return {key: 0.0 for key in values if "drop" in key and isinstance(values[key], float)}
 
 
 @dataclass(frozen=True)
@@ -74,30 +59,19 @@ KILLED = "killed"
 SAMPLED = float("inf")
 """Tolerance of runs that sample completions: other rounding leads to other tokens."""
 
-STEP = "--max-steps 5 --per-device-train-batch-size 4 --logging-steps 1 --seed 1 --output-dir run"
-SHORT = f"{STEP} --dtype bfloat16"
-TASKS = {
-    "text": "--model {llama} --dataset {sft}",
-    "chat": "--model {llama} --dataset {chat}",
-    "summarization-t5": "--task summarization --model {t5} --dataset {summary}",
-    "summarization-llama": "--task summarization --model {llama} --dataset {summary}",
-    "translation-bart": "--task translation --model {bart} --dataset {pair} --source-language en "
-                        "--target-language de",
-    "class": "--task text-classification --model {bert} --dataset {class}",
-    "class-llama": "--task text-classification --model {llama} --dataset {class}",
-    "multi": "--task text-classification --model {bert} --dataset {multi}",
-    "regression": "--task text-classification --model {bert} --dataset {regression}",
-    "tags": "--task token-classification --model {bert} --dataset {tags}",
-    "span": "--task question-answering --model {bert} --dataset {span}",
-    "mask": "--task masked-lm --model {bert} --dataset {mask}",
-    "preference": "--task preference --model {llama} --dataset {preference}",
-    "reward": "--task preference --loss reward --model {llama} --dataset {preference}",
-    "rl": "--task rl --model {llama} --dataset {rl} --reward {rewards}:length --set rl.num_generations=4 "
-          "--set rl.max_completion_length=8 --check-groups 0",
-    "embedding": "--task embedding --model {bert} --dataset {pairs}",
-    "embedding-llama": "--task embedding --model {llama} --dataset {pairs}",
-    "reranking": "--task reranking --model {bert} --dataset {ranked}",
-}  # fmt: skip
+_TABLE = yaml.safe_load(Path(__file__).with_name("cells.yaml").read_text("utf-8"))
+TASKS: dict[str, str] = _TABLE["tasks"]
+
+
+def _fill(line: str) -> str:
+    """Replace `<name>` by the flags of that name."""
+    names = _TABLE["common"] | TASKS
+    while (filled := re.sub(r"<([\w-]+)>", lambda match: names[match[1]], line)) != line:
+        line = filled
+    return line
+
+
+STEP, SHORT = _fill("<step>"), _fill("<short>")
 METHODS = {"lora": "--method lora", "qlora": "--method qlora --quant 4bit", "full": "--method full"}
 
 
@@ -105,11 +79,16 @@ def build_cells() -> Iterator[Cell]:
     """Yield all cells."""
     yield from _task_cells()
     yield from _method_cells()
-    yield from _objective_cells()
-    yield from _option_cells()
-    yield from _family_cells()
-    yield from _card_cells()
-    yield from _command_cells()
+    for group, cells in _TABLE["cells"].items():
+        for name, values in cells.items():
+            settings = dict(values) if isinstance(values, dict) else {"lines": values}
+            lines = settings.pop("lines")
+            otherwise = tuple(map(tuple, settings.pop("otherwise", ())))
+            yield Cell(
+                f"{group}/{name}",
+                tuple(map(_fill, [lines] if isinstance(lines, str) else lines)),
+                otherwise=otherwise, **settings,
+            )  # fmt: skip
     yield from _memory_cells()
 
 
@@ -156,156 +135,6 @@ def _method_cells() -> Iterator[Cell]:
     yield Cell(
         "method/dora-4bit", (f"train --method lora --dora --quant 4bit {TASKS['text']} {SHORT}",)
     )
-
-
-def _objective_cells() -> Iterator[Cell]:
-    lora = "train --method lora"
-    for loss in ("ipo", "simpo", "orpo", "hinge", "cpo"):
-        yield Cell(f"preference/{loss}", (f"{lora} {TASKS['preference']} --loss {loss} {SHORT}",))
-    yield Cell("preference/kto", (
-        f"{lora} --task preference --loss kto --model {{llama}} --dataset {{kto}} {SHORT}",
-    ))  # fmt: skip
-    yield Cell("preference/bert-reward", (
-        f"{lora} --task preference --loss reward --model {{bert}} --dataset {{preference}} {SHORT}",
-    ))  # fmt: skip
-    rl = TASKS["rl"]
-    for loss in ("grpo", "dr_grpo"):
-        yield Cell(f"rl/{loss}", (f"{lora} {rl} --loss {loss} {SHORT}",), tolerance=SAMPLED)
-    # With equal rewards there is no gradient; the check of gradients ends two updates later.
-    yield Cell("rl/built-in", (
-        f"{lora} {rl.replace('{rewards}:length', 'regex:[aeiou]')} {SHORT}",
-    ), tolerance=SAMPLED, waits=True)  # fmt: skip
-    yield Cell("rl/iterations", (f"{lora} {rl} --num-iterations 2 {SHORT}",), tolerance=SAMPLED)
-    yield Cell("rl/beta", (f"{lora} {rl} --beta 0.1 {SHORT}",), tolerance=SAMPLED)
-    for cache in ("always", "never"):
-        yield Cell(f"embedding/cache-{cache}", (
-            f"{lora} {TASKS['embedding']} --set embedding.grad_cache={cache} {SHORT}",
-        ))  # fmt: skip
-    yield Cell("embedding/matryoshka", (
-        f"{lora} {TASKS['embedding']} --set embedding.matryoshka_dims=[16,8] {SHORT}",
-    ))  # fmt: skip
-    for loss in ("bce", "listnet", "ranknet", "lambda"):
-        yield Cell(f"reranking/{loss}", (f"{lora} {TASKS['reranking']} --loss {loss} {SHORT}",))
-    yield Cell("distillation/text", (f"{lora} {TASKS['text']} --teacher {{llama2}} {SHORT}",))
-    yield Cell(
-        "class/weights", (f"{lora} {TASKS['class']} --set train.class_weights=balanced {SHORT}",)
-    )
-    yield Cell("class/focal", (f"{lora} {TASKS['class']} --set train.focal_gamma=2 {SHORT}",))
-    yield Cell("text/smoothing", (f"{lora} {TASKS['text']} --label-smoothing-factor 0.1 {SHORT}",))
-
-
-def _option_cells() -> Iterator[Cell]:
-    lora, text = "train --method lora", TASKS["text"]
-    for name, flags in {
-        "no-fast": "--no-fast", "checkpointing": "--gradient-checkpointing",
-        "accumulation": "--gradient-accumulation-steps 2", "rest": "--num-train-epochs 1",
-        "verify-fast": "--verify-fast", "no-verify-fast": "--no-verify-fast",
-        "best": "--validation-file {sft_validation} --eval-steps 2 --save-steps 2 --load-best-model-at-end",
-        "epochs": "--validation-file {sft_validation} --eval-strategy epoch",
-        "adamw-8bit": "--optim adamw_8bit", "neftune": "--set train.neftune_noise_alpha=5",
-        "tokens": "--set speed.tokens_per_micro_batch=64",
-        "shared": "--set speed.share_prefixes=always", "long": "--max-length 64 --overlong truncate-prompt",
-        "clip": "--max-grad-norm 0.1", "cosine": "--lr-scheduler-type cosine",
-        "group": "--set train.train_sampling_strategy=group_by_length",
-        "eager": "--set model.attn_implementation=eager",
-    }.items():  # fmt: skip
-        # Plain transformers reads whether a mask hides anything; bitsandbytes synchronizes.
-        waits = name in ("no-fast", "neftune", "adamw-8bit", "eager")
-        yield Cell(f"option/{name}", (f"{lora} {text} {SHORT} {flags}",), waits=waits)
-    offload = f"{lora} {text} {SHORT} --gradient-checkpointing --offload-activations"
-    yield Cell("option/offload", (offload,), otherwise=((" --offload-activations", ""),))
-    for task in ("class", "preference", "embedding", "rl", "reranking", "tags", "span"):
-        yield Cell(f"option/no-fast-{task}", (f"{lora} {TASKS[task]} {SHORT} --no-fast",), waits=True,
-                   tolerance=SAMPLED if task == "rl" else 2e-2)  # fmt: skip
-    for task in ("preference", "embedding", "class", "reranking"):
-        yield Cell(f"option/checkpointing-{task}", (
-            f"{lora} {TASKS[task]} {SHORT} --gradient-checkpointing",
-        ))  # fmt: skip
-    saving = f"{lora} {text} {SHORT} --save-steps 2"
-    yield Cell("option/resume", (
-        f"{KILLED} {saving.replace('--max-steps 5', '--max-steps 8')}",
-        "train --resume --output-dir run",
-    ))  # fmt: skip
-    two = "--num-processes 2 --per-device-train-batch-size 2"
-    for name, flags in {
-        "two": two, "two-shard": f"{two} --shard grads", "two-full": f"{two} --shard full",
-    }.items():  # fmt: skip
-        method = "train --method full" if name == "two-full" else lora
-        yield Cell(f"processes/{name}", (f"{method} {text} {SHORT} {flags}",), {"cards": 2})
-    for task in ("preference", "class", "embedding", "rl", "reranking"):
-        tolerance = SAMPLED if task == "rl" else 2e-2
-        line = f"{lora} {TASKS[task]} {SHORT} {two}"
-        yield Cell(f"processes/{task}", (line,), {"cards": 2}, tolerance=tolerance)
-
-
-def _family_cells() -> Iterator[Cell]:
-    for family in DECODERS:
-        line = f"train --method lora --model {{{family}}} --dataset {{sft}} {SHORT}"
-        yield Cell(f"family/{family}", (line,), waits=family in OWN_ATTENTION)
-    for family in ENCODERS:
-        yield Cell(f"family/{family}", (
-            f"train --method lora --task text-classification --model {{{family}}} --dataset {{class}} {SHORT}",
-        ), waits=family in OWN_ATTENTION)  # fmt: skip
-    yield Cell("family/mt5", (
-        f"train --method lora --task summarization --model {{mt5}} --dataset {{summary}} {SHORT}",
-    ))  # fmt: skip
-
-
-def _card_cells() -> Iterator[Cell]:
-    old = {"capability": "7.5", "bytes": 16 * 10**9}
-    exact = (("--dtype auto", "--dtype float32"),)
-    for task in ("text", "class", "preference", "embedding", "tags", "span", "rl", "reranking",
-                 "summarization-t5", "mask"):  # fmt: skip
-        # The gradient scaler reads whether gradients are finite, and skips the first steps.
-        tolerance = SAMPLED if task == "rl" else 5e-2
-        line = f"train --method lora {TASKS[task]} {STEP} --dtype auto"
-        yield Cell(f"t4/{task}", (line,), old, tolerance, exact, waits=True)
-    line = f"train --method qlora --quant 4bit {TASKS['text']} {STEP} --dtype auto"
-    yield Cell("t4/qlora", (line,), old, 5e-2, exact, waits=True)
-    for size in (16, 24):
-        card = {"capability": "8.9", "bytes": size * 10**9}
-        line = f"train --method qlora --quant 4bit {TASKS['text']} {SHORT}"
-        yield Cell(f"ada/{size}", (line,), card)
-
-
-def _command_cells() -> Iterator[Cell]:
-    lora = "train --method lora"
-    run = f"{lora} {TASKS['text']} {SHORT}"
-    after = {
-        "evaluate": "evaluate run --dataset {sft_validation}",
-        "evaluate-no-base": "evaluate run --dataset {sft_validation} --no-base",
-        "predict": "predict run --dataset {sft_validation} --output out.jsonl",
-        "generate": "generate run --prompt value --max-new-tokens 8",
-        "merge": "merge run --out merged", "export-mlx": "export run --for mlx --out out",
-        "export-peft": "export run --for vllm --out out",
-        "report": "report run",
-    }  # fmt: skip
-    for name, line in after.items():
-        yield Cell(f"command/{name}", (run, line))
-    for task in ("class", "tags", "span", "preference", "embedding", "reranking", "mask",
-                 "summarization-t5"):  # fmt: skip
-        file = TASKS[task].rpartition("{")[2].rstrip("}")
-        yield Cell(f"command/evaluate-{task}", (
-            f"{lora} {TASKS[task]} {SHORT}", f"evaluate run --dataset {{{file}_validation}}",
-        ))  # fmt: skip
-    for task in ("class", "tags", "span", "embedding"):
-        file = TASKS[task].rpartition("{")[2].rstrip("}")
-        yield Cell(f"command/predict-{task}", (
-            f"{lora} {TASKS[task]} {SHORT}",
-            f"predict run --dataset {{{file}_validation}} --output out.jsonl",
-        ))  # fmt: skip
-    qlora = f"train --method qlora --quant 4bit {TASKS['text']} {SHORT}"
-    yield Cell("command/merge-qlora", (qlora, "merge run --out merged"))
-    yield Cell("command/quantize", ("quantize {llama} --quant 4bit --out small",))
-    yield Cell("command/mine", ("mine {bert} --dataset {pairs} --output mined.jsonl",))
-    yield Cell("command/compare", (
-        f"compare --methods lora,ia3 {TASKS['text']} --max-steps 3 --per-device-train-batch-size 4 "
-        "--dtype bfloat16 --validation-file {sft_validation} --out compared",
-    ))  # fmt: skip
-    yield Cell("command/plan", (f"plan --method lora {TASKS['text']} --gpu 24GB",))
-    yield Cell("command/doctor", ("doctor",))
-    yield Cell("readme/lora", ("train --method lora --output-dir run",))
-    yield Cell("readme/qlora", ("train --method qlora --quant 4bit --output-dir run",))
 
 
 def _memory_cells() -> Iterator[Cell]:

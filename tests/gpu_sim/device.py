@@ -391,6 +391,11 @@ class Card:
         path.write_text(json.dumps(report), encoding="utf-8")
 
 
+def _returns(value: Any) -> Any:
+    """Return a function that returns `value` for any arguments."""
+    return lambda *_, **__: value
+
+
 class Stream:
     """A stream: everything is finished when it is asked for."""
 
@@ -402,22 +407,8 @@ class Stream:
 
         self.device = torch.device("cuda", torch.cuda.current_device())
 
-    def synchronize(self) -> None:
-        """Do nothing."""
-
-    def query(self) -> bool:
-        """Return True."""
-        return True
-
-    def is_capturing(self) -> bool:
-        """Return False."""
-        return False
-
-    def wait_stream(self, _: Any) -> None:
-        """Do nothing."""
-
-    def wait_event(self, _: Any) -> None:
-        """Do nothing."""
+    synchronize = wait_stream = wait_event = __exit__ = _returns(None)
+    query, is_capturing = _returns(True), _returns(False)
 
     def record_event(self, event: Any = None) -> Any:
         """Return an event."""
@@ -426,30 +417,12 @@ class Stream:
     def __enter__(self) -> Stream:
         return self
 
-    def __exit__(self, *_: Any) -> None: ...
-
 
 class Event:
     """An event: it has always happened."""
 
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-    def record(self, *_: Any) -> None:
-        """Do nothing."""
-
-    def wait(self, *_: Any) -> None:
-        """Do nothing."""
-
-    def synchronize(self) -> None:
-        """Do nothing."""
-
-    def query(self) -> bool:
-        """Return True."""
-        return True
-
-    def elapsed_time(self, _: Any) -> float:
-        """Return one millisecond."""
-        return 1.0
+    __init__ = record = wait = synchronize = _returns(None)
+    query, elapsed_time = _returns(True), _returns(1.0)  # in milliseconds
 
 
 def _frames(frame: Any) -> Any:

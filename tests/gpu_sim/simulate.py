@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import tempfile
@@ -51,8 +50,6 @@ class StepMetrics:
         weights: bytes on the GPU before the step.
         kept: additional bytes after the forward pass of the last micro-batch.
         peak: additional bytes at the maximum.
-        seconds: roofline time by kind of operation.
-        operations: floating-point operations of products and attention.
     """
 
     waits: dict[str, int]
@@ -60,12 +57,6 @@ class StepMetrics:
     weights: int
     kept: int
     peak: int
-    seconds: dict[str, float]
-    operations: float
-
-
-class Params4bit(FakeTensor):
-    """A 4-bit weight; libraries check the name of its class."""
 
 
 def _computed_on_host(function: Any) -> Any:
@@ -108,10 +99,6 @@ def move_to_gpu(model: torch.nn.Module) -> None:
             fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE)
             if isinstance(tensor, torch.nn.Parameter):
                 fake = torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
-                if (state := getattr(tensor, "quant_state", None)) is not None:
-                    fake.__class__ = Params4bit
-                    fake.quant_state = _move_state_to_gpu(state, convert)  # type: ignore[attr-defined]
-                    fake.bnb_quantized = True  # type: ignore[attr-defined]
             known[id(tensor)] = (tensor, fake)  # keeps a reference, so that no id is reused
         return known[id(tensor)][1]
 
@@ -120,19 +107,6 @@ def move_to_gpu(model: torch.nn.Module) -> None:
             for tensors in (module._parameters, module._buffers):
                 for name, tensor in list(tensors.items()):
                     tensors[name] = convert(tensor)
-            if (state := getattr(module, "quant_state", None)) is not None:
-                module.quant_state = _move_state_to_gpu(state, convert)  # type: ignore[assignment]
-
-
-def _move_state_to_gpu(state: Any, convert: Any) -> Any:
-    """Return a copy of bitsandbytes' `QuantState` with its tensors on the GPU."""
-    copied = copy.copy(state)
-    for name, value in vars(state).items():
-        if isinstance(value, torch.Tensor):
-            setattr(copied, name, convert(value))
-        elif type(value) is type(state):
-            setattr(copied, name, _move_state_to_gpu(value, convert))
-    return copied
 
 
 def _as_fake(value: Any) -> Any:
@@ -184,13 +158,7 @@ class _Trainer(FtlevelTrainer):
 
 
 def run_step(
-    model: Any,
-    config: Any,
-    objective: Objective,
-    fast: FastStep,
-    rows: Sequence[Encoded],
-    family: str,
-    optimize: bool = True,
+    model: Any, config: Any, objective: Objective, fast: FastStep, rows: Sequence[Encoded]
 ) -> StepMetrics:
     """Return the metrics of one step over `rows`, including the optimizer.
 
@@ -200,8 +168,6 @@ def run_step(
         objective: training objective.
         fast: fast step of the model.
         rows: rows of the step.
-        family: `model_type`.
-        optimize: whether the optimizer makes its step.
     """
     run = SimpleNamespace(
         config=config,
@@ -210,7 +176,7 @@ def run_step(
         schedule=SimpleNamespace(learning_rate=1e-4, steps=100),
         hooks=TrainingHooks(),
         data=SimpleNamespace(validation=[]),
-        model=SimpleNamespace(dtype="bfloat16", device="cuda", family=family),
+        model=SimpleNamespace(dtype="bfloat16", device="cuda", family="llama"),
     )
     with tempfile.TemporaryDirectory() as output_dir:
         arguments = create_training_args(run, Path(output_dir))  # type: ignore[arg-type]
@@ -233,7 +199,7 @@ def run_step(
             )
             monitor.checked, monitor._is_finished = 1, True
             monitor._trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-            optimizer = trainer.create_optimizer() if optimize else None
+            optimizer = trainer.create_optimizer()
             weights = recorder.live
             recorder.reset()
             standalone = trainer.standalone_steps("bfloat16")
@@ -244,9 +210,8 @@ def run_step(
             ):
                 launches = _step(trainer, batch, monitor, optimizer, recorder)
         return StepMetrics(
-            dict(recorder.waits), launches, weights, kept[-1] - weights,
-            recorder.peak - weights, dict(recorder.seconds), recorder.operations,
-        )  # fmt: skip
+            dict(recorder.waits), launches, weights, kept[-1] - weights, recorder.peak - weights
+        )
 
 
 def _step(
@@ -261,8 +226,7 @@ def _step(
     state: Any = SimpleNamespace(global_step=4)
     torch.nn.utils.clip_grad_norm_([p for _, p in monitor._trainable], args.max_grad_norm)
     monitor.on_pre_optimizer_step(args, state, _NO_CONTROL, model=model, optimizer=optimizer)
-    if optimizer is not None:
-        optimizer.step()
+    optimizer.step()
     monitor.on_optimizer_step(args, state, _NO_CONTROL)
     monitor.on_step_end(args, SimpleNamespace(global_step=5), _NO_CONTROL)  # type: ignore[arg-type]
     model.zero_grad()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from command_line import Cli
 from forked import Forked
-from ftlevel.cli.app import run
+from run_files import ModelDir
 
 SHORT = [
     *("--model", "tiny", "--overlong", "drop", "--batch-size", "4"),
@@ -37,9 +37,7 @@ with torch.no_grad():
 
 
 @pytest.fixture(autouse=True)
-def working_dir(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path]
-) -> None:
+def working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: ModelDir) -> None:
     monkeypatch.chdir(tmp_path)
     Path("tiny").symlink_to(tiny_model_dir("llama", chat=True))
 
@@ -54,12 +52,9 @@ def working_dir(
         pytest.param(["--set", "method.placement=parallel"], marks=pytest.mark.sweep),
     ],
 )
-def test_adapter_run_passes_checks_and_generates(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_adapter_run_passes_checks_and_generates(arguments: list[str], cli: Cli) -> None:
     command = ["train", "--method", "adapter", "--output-dir", "run", *SHORT, *arguments]
-    assert run(command) == 0
-    output = capsys.readouterr().out
+    output = cli(*command)
     summary = json.loads(Path("run/summary.json").read_text())
     assert f"{summary['trainable_parameters']:,} of" in output, "counted before, as it came out"
     proof = summary["proof"]
@@ -67,13 +62,15 @@ def test_adapter_run_passes_checks_and_generates(
     assert proof["adapter_effect"] > 0
     assert proof["idle_tensors"] == 0
     assert proof["frozen_tensors"] == 21
-    assert run(["generate", "run", "--prompt", "def f(x):", "--compare-base", "--json",
-                "--max-new-tokens", "4"]) == 0  # fmt: skip
-    assert set(json.loads(capsys.readouterr().out)["answers"][0]) >= {"text", "base"}
+    assert set(
+        cli.json("generate run --prompt 'def f(x):' --compare-base --json --max-new-tokens 4")[
+            "answers"
+        ][0]
+    ) >= {"text", "base"}
 
 
-def test_plain_peft_loads_adapter_after_documented_import() -> None:
-    assert run(["train", "--quiet", "--method", "adapter", "--output-dir", "run", *SHORT]) == 0
+def test_plain_peft_loads_adapter_after_documented_import(cli: Cli) -> None:
+    cli("train --quiet --method adapter --output-dir run", *SHORT)
     card = json.loads(Path("run/adapter/ftlevel.json").read_text())
     line = f"import {card['needs_import']}"
     assert line in Path("run/adapter/README.md").read_text()
@@ -87,10 +84,8 @@ def test_plain_peft_loads_adapter_after_documented_import() -> None:
     assert float(effect) > 0
 
 
-def test_reduction_factor_and_bottleneck_dim_are_mutually_exclusive(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    code = run(["train", "--method", "adapter", "--set", "method.reduction_factor=8",
-                "--set", "method.bottleneck_dim=8"])  # fmt: skip
-    assert code == 2
-    assert "reduction_factor 8 and bottleneck_dim 8" in capsys.readouterr().err
+def test_reduction_factor_and_bottleneck_dim_are_mutually_exclusive(cli: Cli) -> None:
+    error = cli.fails(
+        "train --method adapter --set method.reduction_factor=8 --set method.bottleneck_dim=8"
+    )
+    assert "reduction_factor 8 and bottleneck_dim 8" in error

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +11,16 @@ import torch
 import transformers
 
 import task_data
-from ftlevel.cli.app import run
+from command_line import Cli
 from ftlevel.commands.evaluate import Evaluation, evaluate
 from ftlevel.commands.train import train
-from ftlevel.config import EvaluateConfig, TrainConfig
+from ftlevel.config import EvaluateConfig
+from run_files import ModelDir, short_config
 
-ModelDir = Callable[..., Path]
 
-
-def train_run(model: Path, data: Path, out: Path, task: str, **overrides: Any) -> Path:
-    fields = {
-        "task": task,
-        "model": {"name_or_path": str(model), "dtype": "float32", "device": "cpu"},
-        "data": {"dataset": str(data), **overrides.pop("options", {})},
-        "train": {"max_steps": 3, "learning_rate": 0.01, "max_new_tokens": 4,
-                  "max_generate_samples": 2},
-        "output": {"dir": str(out)},
-        **overrides,
-    }  # fmt: skip
-    train(TrainConfig.model_validate(fields))
+def train_run(model: Path, rows: Path, out: Path, task: str, **sections: Any) -> Path:
+    generation = {"max_new_tokens": 4, "max_generate_samples": 2}
+    train(short_config(model, rows, out, task, train=generation, **sections))
     return out
 
 
@@ -45,27 +34,7 @@ def summarization_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: 
     folder = tmp_path_factory.mktemp("summarizer")
     data = task_data.write(folder / "data", "pair")
     columns = {"columns": {"document": "en", "summary": "de"}}
-    return train_run(
-        tiny_model_dir("llama"), data, folder / "run", "summarization", options=columns
-    )
-
-
-def test_run_against_itself_has_no_difference(summarization_run: Path) -> None:
-    result = run_evaluation(
-        summarization_run, against=str(summarization_run), base=False, resamples=20
-    )
-    comparison = result.summary["against"]
-    assert comparison["difference_intervals"]["loss"] == [0, 0]
-    assert comparison["intervals"]["loss"] == result.summary["intervals"]["loss"]
-    assert (
-        comparison["rows"]["kl"]
-        == comparison["rows"]["max_difference"]
-        == comparison["text"]["kl"]
-        == 0
-    )
-    assert comparison["rows"]["top1"] == comparison["text"]["top1_agreement"] == 1
-    for name in ("loss", "perplexity", "token_accuracy"):
-        assert comparison["metrics"][name] == result.metrics[name]
+    return train_run(tiny_model_dir("llama"), data, folder / "run", "summarization", data=columns)
 
 
 def test_plain_model_is_evaluated_with_rows_and_prompts_of_run(
@@ -147,7 +116,7 @@ def test_against_supports_other_families_and_tasks(
     data = task_data.write(tmp_path / "data", name)
     model = tiny_model_dir(family, head)
     runs = [
-        train_run(model, data, tmp_path / str(seed), task, options=options,
+        train_run(model, data, tmp_path / str(seed), task, data=options,
                   method={"kind": "lora", "r": seed})
         for seed in (2, 4)
     ]  # fmt: skip
@@ -183,7 +152,7 @@ def test_soft_prompt_adapter_is_compared_on_text(tiny_model_dir: ModelDir, tmp_p
 )
 def test_incompatible_comparison_is_rejected(
     arguments: list[str], expected: str, summarization_run: Path, tiny_model_dir: ModelDir,
-    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, cli: Cli,
 ) -> None:  # fmt: skip
     paths = {"run": str(summarization_run), "gpt2": str(tiny_model_dir("gpt2"))}
     if "{classifier}" in arguments:
@@ -192,20 +161,21 @@ def test_incompatible_comparison_is_rejected(
             tiny_model_dir("llama"), data, tmp_path / "run", "text-classification"
         ))  # fmt: skip
     formatted = [argument.format(**paths) for argument in arguments]
-    assert run(["evaluate", str(summarization_run), "--resamples", "0", *formatted]) == 2
-    message = capsys.readouterr().err
+    message = cli.fails(f"evaluate {summarization_run} --resamples 0", *formatted)
     assert expected in message
     assert "Traceback" not in message
 
 
-def test_against_command_prints_text_and_json(
-    summarization_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["evaluate", str(summarization_run), "--against", str(summarization_run), "--no-base",
-               "--resamples", "0", "--eval-tokens", "100"]  # fmt: skip
-    assert run(command) == 0
-    output = capsys.readouterr().out
+def test_run_against_itself_has_no_difference(summarization_run: Path, cli: Cli) -> None:
+    command = f"evaluate {summarization_run} --against {summarization_run} --no-base"
+    command += " --resamples 20 --eval-tokens 100"
+    output = cli(command)
     assert "targets of these rows: KL 0.0000 nats, top-1 agreement 100.0%" in output
     assert "positions of documentation of Python's standard library: KL 0.0000 ± 0.0000" in output
-    assert run([*command, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["against"]["rows"]["top1"] == 1
+    result = cli.json(command, "--json")
+    comparison = result["against"]
+    assert comparison["difference_intervals"]["loss"] == [0, 0]
+    assert comparison["intervals"]["loss"] == result["intervals"]["loss"]
+    assert comparison["rows"]["max_difference"] == 0
+    assert comparison["rows"]["top1"] == comparison["text"]["top1_agreement"] == 1
+    assert comparison["metrics"].items() <= result["metrics"].items()

@@ -6,30 +6,26 @@ The learning rate is low and constant. The loss falls with each evaluation, so t
 
 from __future__ import annotations
 
-import json
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import task_data
+from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.commands.evaluate import evaluate
 from ftlevel.config import EvaluateConfig
 from ftlevel.training.callbacks import Report
 from ftlevel.training.trainer import FtlevelTrainer
+from run_files import ModelDir, read_json, read_summary, read_weights
 
-ModelDir = Callable[..., Path]
+pytestmark = pytest.mark.usefixtures("work_dir")
+
 SHORT = ["--max-samples", "16", "--set", "data.max_eval_samples=6", "--batch-size", "4",
          "--dtype", "float32", "--overlong", "drop", "--lr-scheduler", "constant"]  # fmt: skip
 FIRST_IS_BEST = ["--metric-for-best-model", "loss", "--greater-is-better", "--eval-steps", "2"]
-
-
-@pytest.fixture(autouse=True)
-def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -42,11 +38,7 @@ def train(*arguments: str, out: str = "run", code: int = 0) -> dict[str, Any]:
     """Run `ftlevel train` and return its summary."""
     assert run(["train", "--quiet", "--output-dir", out, *arguments]) == code
     path = Path(out, "summary.json")
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def weights(out: str) -> bytes:
-    return b"".join(p.read_bytes() for p in sorted(Path(out, "adapter").glob("*.safetensors")))
+    return read_json(path) if path.exists() else {}
 
 
 def checkpoints(out: str) -> set[str]:
@@ -98,7 +90,7 @@ def test_best_adapter_matches_run_that_stops_there(common: list[str], name: str)
     assert best["best"] == summary["metrics"]["loss"] > summary["metrics_last"]["loss"]
     shorter = train(*options, "--max-steps", "2", out="shorter")
     assert shorter["metrics"]["loss"] == best["best"]
-    assert weights("run") == weights("shorter")
+    assert read_weights("run") == read_weights("shorter")
     assert summary["proof"]["reload_difference"] < 1e-6
     assert checkpoints("run") == set(), "nothing could go on from the best model alone"
 
@@ -110,7 +102,7 @@ def test_adalora_best_model_keeps_its_ranks(common: list[str]) -> None:
     summary = train(*common, *adalora, *FIRST_IS_BEST, "--max-steps", "8")
     best, last = summary["best"], summary["metrics_last"]["loss"]
     assert best["kept_step"] == 2
-    config = json.loads(Path("run/adapter/adapter_config.json").read_text())
+    config = read_json("run/adapter/adapter_config.json")
     rank_counts = [sum(alive) for alive in config["rank_pattern"].values()]
     assert sum(rank_counts) > 2 * len(rank_counts), "the budget falls to 2 a linear later"
     evaluated = evaluate(EvaluateConfig(name="run")).metrics["loss"]
@@ -126,7 +118,7 @@ def test_best_classifier_keeps_its_head(tiny_model_dir: ModelDir) -> None:
     best_step = summary["best"]["kept_step"]
     assert best_step < 6
     train(*options, "--max-steps", str(best_step), out="shorter")
-    assert weights("run") == weights("shorter")
+    assert read_weights("run") == read_weights("shorter")
 
 
 def test_default_best_metric_is_first_task_metric(
@@ -138,12 +130,12 @@ def test_default_best_metric_is_first_task_metric(
     output = capsys.readouterr().out
     message = "best model: keeping the checkpoint with the highest eval_accuracy"
     assert f"{message} (the task's first metric" in output
-    best = json.loads(Path("run/summary.json").read_text())["best"]
+    best = read_summary()["best"]
     assert best["metric"] == "eval_accuracy"
-    assert f"kept step {best['kept_step']}" in output
+    assert f"best model step {best['kept_step']}" in output
     assert f"Selected model: step {best['kept_step']}" in Path("run/adapter/README.md").read_text()
     assert run(["train", *options, "--output-dir", "once", "--epochs", "1"]) == 0
-    assert json.loads(Path("once/summary.json").read_text())["best"] is None, "of one, none is best"
+    assert read_summary("once")["best"] is None, "of one, none is best"
     assert "best model" not in capsys.readouterr().out
 
 
@@ -152,7 +144,7 @@ def test_load_best_model_at_end_can_be_disabled(common: list[str]) -> None:
     options = [*common, "--eval-steps", "2", "--max-steps", "4"]
     train(*options, "--no-load-best-model-at-end")
     train(*common, "--eval-strategy", "no", "--max-steps", "4", out="plain")
-    assert weights("run") == weights("plain")
+    assert read_weights("run") == read_weights("plain")
 
 
 @pytest.mark.slow
@@ -178,13 +170,13 @@ def test_resumed_run_keeps_same_best_model(
         {"best-2"} if is_first_best else {"best-4"} | ({"best-2"} if save_steps == "3" else set())
     )  # the best model at the time of the checkpoint stays
     resumed = train("--resume", out="cut")
-    assert weights("cut") == weights("whole")
+    assert read_weights("cut") == read_weights("whole")
     assert resumed["best"] == uninterrupted["best"]
     assert resumed["metrics"] == uninterrupted["metrics"]
     assert resumed["intervals"] == uninterrupted["intervals"] != {}
     predictions = [Path(out, "validation.jsonl").read_bytes() for out in ("cut", "whole")]
-    assert predictions[0] == predictions[1], "those of the kept model"
-    assert json.loads(Path("cut/adapter/ftlevel.json").read_text())
+    assert predictions[0] == predictions[1], "those of the best model"
+    assert read_json("cut/adapter/ftlevel.json")
 
 
 @pytest.mark.slow
@@ -201,9 +193,7 @@ def test_damaged_best_model_is_ignored(
 
 
 @pytest.mark.slow
-def test_early_stopped_run_resumes_only_with_more_patience(
-    common: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_early_stopped_run_resumes_only_with_more_patience(common: list[str], cli: Cli) -> None:
     options = [
         *common,
         *FIRST_IS_BEST,
@@ -217,17 +207,14 @@ def test_early_stopped_run_resumes_only_with_more_patience(
     assert summary["best"]["stopped_early"]
     assert summary["best"]["kept_step"] == 2
     files = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
-    capsys.readouterr()
-    assert run(["train", "--output-dir", "run", "--resume"]) == 0
-    output = capsys.readouterr().out
+    output = cli("train --output-dir run --resume")
     assert "run is finished: 6 of 20 steps (it stopped early), so no steps remain." in output
     assert "loading the model" not in output
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == files
-    assert run(["train", "--output-dir", "run", "--resume", "--early-stopping-patience", "3"]) == 0
-    output = " ".join(capsys.readouterr().out.split())
+    output = " ".join(cli("train --output-dir run --resume --early-stopping-patience 3").split())
     assert "run/checkpoints/checkpoint-6 (step 6 of 20)" in output
     assert "stopped early, after 3 evaluations without a better one" in output
-    patient = json.loads(Path("run/summary.json").read_text())
+    patient = read_summary()
     assert patient["steps"] == 8
     assert patient["best"]["kept_step"] == 2
 
@@ -240,12 +227,12 @@ def test_resume_after_early_stopping_trains_no_further(
                "--save-steps", "1"]  # fmt: skip
     train(*options, out="whole")
     with monkeypatch.context() as patch:
-        patch.setattr("ftlevel.training.session.save", lambda *_: 1 / 0)
+        patch.setattr("ftlevel.training.finish.save", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(["train", "--quiet", *options, "--output-dir", "cut", "--traceback"])
     summary = train("--resume", out="cut")
     assert summary["steps"] == 6
-    assert weights("cut") == weights("whole")
+    assert read_weights("cut") == read_weights("whole")
 
 
 @pytest.mark.slow
@@ -306,7 +293,7 @@ def test_interrupted_evaluation_is_repeated_on_resume(
     assert checkpoints("cut") == {"checkpoint-3"}
     resumed = train("--resume", out="cut")
     assert resumed["best"] == uninterrupted["best"]
-    assert weights("cut") == weights("whole")
+    assert read_weights("cut") == read_weights("whole")
 
 
 @pytest.mark.parametrize(
@@ -338,7 +325,7 @@ def test_interrupt_within_epoch_does_not_change_best_model(
     resumed = train("--resume", out="cut")
     assert resumed["best"] == uninterrupted["best"]
     assert resumed["metrics"] == uninterrupted["metrics"]
-    assert weights("cut") == weights("whole")
+    assert read_weights("cut") == read_weights("whole")
 
 
 @pytest.mark.slow

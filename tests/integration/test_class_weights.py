@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from command_line import Cli
 from ftlevel.cli.app import run
+from run_files import ModelDir, read_summary, write_rows
 
-SHORT = ["--max-steps", "3", "--batch-size", "6", "--dtype", "float32", "--lr", "1e-3",
-         "--logging-steps", "1", "--quiet"]  # fmt: skip
+SHORT = "--max-steps 3 --batch-size 6 --dtype float32 --lr 1e-3 --logging-steps 1 --quiet".split()
 NER = [{"tokens": ["a", str(i)], "tags": ["O", "PER" if i % 4 else "LOC"]} for i in range(20)]
 
 
 @pytest.fixture(autouse=True)
-def data_dir(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path]
-) -> None:
+def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: ModelDir) -> None:
     monkeypatch.chdir(tmp_path)
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     Path("model").symlink_to(tiny_model_dir("bert", **no_dropout))
@@ -27,7 +25,7 @@ def data_dir(
     multi = [{"text": f"say {i}", "labels": ["even"] * (i % 2 == 0) + ["third"] * (i % 3 == 0)}
              for i in range(18)]  # fmt: skip
     for name, dataset in (("classes", rows), ("several", multi), ("ner", NER)):
-        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dataset))
+        write_rows(f"{name}.jsonl", dataset)
 
 
 def train(*arguments: str, out: str) -> list[float]:
@@ -59,9 +57,7 @@ def test_class_weights_are_reported_and_do_not_affect_evaluation() -> None:
             "data.gate.leaked=ignore"]  # fmt: skip
     train(*rows, "--class-weights", "balanced", out="run")
     train(*rows, out="plain")
-    summary, plain_summary = (
-        json.loads(Path(o, "summary.json").read_text()) for o in ("run", "plain")
-    )
+    summary, plain_summary = (read_summary(o) for o in ("run", "plain"))
     assert summary["class_weights"] == {"often": 18 / 30, "rare": 18 / 6}
     assert plain_summary["class_weights"] == {}
     lines = {choice["name"]: choice["value"] for choice in summary["choices"]}
@@ -86,17 +82,14 @@ def test_class_weights_are_reported_and_do_not_affect_evaluation() -> None:
         (["--map", "label=number", "--focal-gamma", "2"], "these rows have none"),
     ],
 )
-def test_invalid_class_weights_are_rejected(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_invalid_class_weights_are_rejected(arguments: list[str], message: str, cli: Cli) -> None:
     rows = [{"text": f"a {i}", "label": "rare" if i % 3 else "often", "number": i / 7}
             for i in range(9)]  # fmt: skip
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows("rows.jsonl", rows)
     command = ["train", "--model", "./model", "--dry-run", "--dataset", "rows.jsonl", *arguments]
-    assert run(command) == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    assert message in " ".join(cli.fails(*command).split())
 
 
-def test_class_weights_for_text_generation_are_rejected(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["train", "--class-weights", "balanced", "--dry-run", "--max-samples", "4"]) == 2
-    assert "and these rows have none. Drop it." in capsys.readouterr().err
+def test_class_weights_for_text_generation_are_rejected(cli: Cli) -> None:
+    error = cli.fails("train --class-weights balanced --dry-run --max-samples 4")
+    assert "and these rows have none. Drop it." in error

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,9 +13,10 @@ from peft import AdaLoraConfig, IA3Config, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import task_data
+from command_line import Cli
 from ftlevel.cli.app import run
+from run_files import ModelDir, read_json, train, write_rows
 
-ModelDir = Callable[..., Path]
 SHORT = ["--dataset", "turns", "--set", "data.max_eval_samples=4", "--batch-size", "4",
          "--dtype", "float32", "--overlong", "drop"]  # fmt: skip
 CONTINUE = ["--adapter", "run", "--eval-on-start", "--max-steps", "2"]
@@ -32,13 +31,6 @@ def working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def base(tiny_model_dir: ModelDir) -> Path:
     return tiny_model_dir("llama", chat=True)
-
-
-def train(*arguments: str, out: str = "run") -> dict[str, Any]:
-    """Run `ftlevel train` and return its summary."""
-    assert run(["train", "--quiet", "--output-dir", out, *arguments]) == 0
-    summary: dict[str, Any] = json.loads(Path(out, "summary.json").read_text())
-    return summary
 
 
 METHODS = {
@@ -103,11 +95,14 @@ def test_continued_run_starts_with_adapter_metrics(base: Path, name: str) -> Non
     before = train("--model", str(base), *SHORT, *METHODS[name], "--max-steps", "3")
     step_options = [flag for flag in METHODS[name] if flag == "--no-fast"]
     after = train(*SHORT, *CONTINUE, *step_options, out="on")
-    assert after["metrics_before"] == before["metrics"]
+    expected = before["metrics"]
+    if name == "pissa":  # saved as plain LoRA, which is added to other base weights
+        expected = pytest.approx(expected, rel=1e-6)
+    assert after["metrics_before"] == expected
     assert after["metrics"] != before["metrics"]
     if name != "full":
         assert after["method"] == ("prompt" if name == "p-tuning" else before["method"])
-        card = json.loads(Path("on/adapter/ftlevel.json").read_text())
+        card = read_json("on/adapter/ftlevel.json")
         assert card["adapter"] == after["adapter"] != {}
         adapter = yaml.safe_load(Path("on/config.yaml").read_text())["model"]["adapter"]
         assert adapter == str(Path("run").resolve())  # also valid from another directory
@@ -115,7 +110,7 @@ def test_continued_run_starts_with_adapter_metrics(base: Path, name: str) -> Non
     if name in USED_WITHOUT_RUN:
         shutil.copytree("run/adapter", "alone")
         alone = train(*SHORT, "--adapter", "alone", *CONTINUE[2:], out="on-alone")
-        assert alone["metrics_before"] == before["metrics"]
+        assert alone["metrics_before"] == expected
 
 
 @pytest.mark.slow
@@ -181,9 +176,7 @@ def write_turns(directory: Path) -> None:
         (directory / f"{split}.jsonl").write_text(text)
 
 
-def test_continued_classifier_keeps_its_head(
-    tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_continued_classifier_keeps_its_head(tiny_model_dir: ModelDir, cli: Cli) -> None:
     task_data.write(Path("data"), "class")
     short = ["--batch-size", "4", "--dtype", "float32", "--max-steps", "3"]
     before = train("--model", str(tiny_model_dir("bert")), "--dataset", "data", *short)
@@ -191,14 +184,12 @@ def test_continued_classifier_keeps_its_head(
     assert after["metrics_before"] == before["metrics"]
     assert "head learning rate" not in {choice["name"] for choice in after["choices"]}
     rows = [{"text": f"the word {i}", "label": "b"} for i in range(8)]
-    Path("some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows("some.jsonl", rows)
     one_class_data = ["--dataset", "some.jsonl", "--set", "data.gate.one_class=ignore"]
     one_class = train(*one_class_data, "--adapter", "run", *short, out="some")
     assert one_class["data"]["labels"] == ["a", "b"], "the head has two, though the rows have one"
-    Path("other.jsonl").write_text("".join(json.dumps({**r, "label": "c"}) + "\n" for r in rows))
-    capsys.readouterr()
-    assert run(["train", "--dataset", "other.jsonl", "--adapter", "run"]) == 2
-    message = capsys.readouterr().err
+    write_rows("other.jsonl", ({**r, "label": "c"} for r in rows))
+    message = cli.fails("train --dataset other.jsonl --adapter run")
     assert "other.jsonl:1: label 'c' (8 rows) is not one of the 2 classes that" in message
 
 
@@ -209,7 +200,7 @@ def base_with_run(base: Path) -> Path:
 
 
 def test_options_that_contradict_adapter_are_rejected(
-    base_with_run: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+    base_with_run: Path, tiny_model_dir: ModelDir, cli: Cli
 ) -> None:
     other = tiny_model_dir("gpt2")
     for options, message in (
@@ -221,47 +212,40 @@ def test_options_that_contradict_adapter_are_rejected(
         (["--model", str(other)], "run/adapter was trained on"),
         (["--output-dir", "run", "--overwrite"], "--output-dir run contains --adapter run, which"),
     ):
-        assert run(["train", "--adapter", "run", *SHORT, *options]) == 2
-        captured = capsys.readouterr()
+        captured = cli.run("train --adapter run", *SHORT, *options, code=2)
         assert message in captured.err
         assert "loading the model" not in captured.out
-    assert run(["train", "--adapter", "nowhere/x"]) == 2
-    assert "--adapter nowhere/x does not exist. Name a run" in capsys.readouterr().err
+    error = cli.fails("train --adapter nowhere/x")
+    assert "--adapter nowhere/x does not exist. Name a run" in error
     train(*SHORT, "--adapter", "run", "--lora-r", "4", "--lora-dropout", "0.1", "--max-steps", "1",
           "--model", str(base_with_run), out="on")  # fmt: skip
 
 
-def test_unsupported_adapter_cannot_be_continued(
-    base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unsupported_adapter_cannot_be_continued(base: Path, cli: Cli) -> None:
     model = AutoModelForCausalLM.from_pretrained(base)
     config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj"])
     get_peft_model(model, config).save_pretrained("ada")
-    assert run(["train", "--adapter", "ada"]) == 2
-    assert "by --method adalora, which cannot be continued: its ranks" in capsys.readouterr().err
+    error = cli.fails("train --adapter ada")
+    assert "by --method adalora, which cannot be continued: its ranks" in error
     model = AutoModelForCausalLM.from_pretrained(base)
     config = LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True)
     get_peft_model(model, config).save_pretrained("biased")
-    assert run(["train", "--adapter", "biased", *SHORT]) == 2
-    assert (
-        "--adapter biased: its lora_bias is true, and in training it would be false"
-        in capsys.readouterr().err
-    )
+    error = cli.fails("train --adapter biased", *SHORT)
+    assert "--adapter biased: its lora_bias is true, and in training it would be false" in error
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_initialization_outside_the_file_is_exported_before_it_is_continued(
-    base: Path, init: str, capsys: pytest.CaptureFixture[str]
+    base: Path, init: str, cli: Cli
 ) -> None:
     """PEFT repeats the initialization when it loads the adapter, which changes the base."""
     model = AutoModelForCausalLM.from_pretrained(base)
     config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=init)
     get_peft_model(model, config).save_pretrained("moved")
-    assert run(["train", "--adapter", "moved", *SHORT]) == 2
-    message = capsys.readouterr().err
+    message = cli.fails("train --adapter moved", *SHORT)
     assert f"--adapter moved cannot be continued. init_lora_weights is {init}: its" in message
     assert "ftlevel export ADAPTER --format peft --out DIR" in message
-    assert run(["export", "moved", "--format", "peft", "--out", "plain", "--quiet"]) == 0
+    cli("export moved --format peft --out plain --quiet")
     assert train(*SHORT, "--adapter", "plain", "--max-steps", "1", out="on")["method"] == "lora"
 
 
@@ -272,7 +256,7 @@ def test_loftq_of_peft_is_neither_continued_nor_merged(
     model = AutoModelForCausalLM.from_pretrained(base)
     get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained("moved")
     path = Path("moved/adapter_config.json")
-    fields = json.loads(path.read_text())
+    fields = read_json(path)
     path.write_text(json.dumps({**fields, "init_lora_weights": "loftq"}))
     for command in (["train", "--adapter", "moved", *SHORT], ["merge", "moved", "--out", "out"]):
         assert run(command) == 2
@@ -281,19 +265,3 @@ def test_loftq_of_peft_is_neither_continued_nor_merged(
     assert run(["evaluate", "moved", "--dataset", "turns", "--device", "cpu"]) == 2
     message = "moved: init_lora_weights is loftq, and PEFT then rounds the base weights"
     assert message in capsys.readouterr().err
-
-
-def test_adapter_flag_accepts_method_name(base: Path) -> None:
-    summary = train("--model", str(base), *SHORT, "--adapter", "ia3", "--max-steps", "1")
-    assert summary["method"] == "ia3"
-    assert summary["adapter"] is None
-
-
-@pytest.mark.sweep
-def test_continued_run_on_real_weights_starts_with_adapter_metrics(minilm: Path) -> None:
-    task_data.write(Path("data"), "class")
-    short = ["--dataset", "data", "--batch-size", "4", "--dtype", "float32", "--max-steps", "4"]
-    before = train("--model", str(minilm), *short, "--eval-steps", "2")
-    assert before["best"]["metric"] == "eval_accuracy"
-    after = train("--adapter", "run", "--eval-on-start", *short, out="on")
-    assert after["metrics_before"] == before["metrics"]

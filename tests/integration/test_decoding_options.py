@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.commands.generate import generate
 from ftlevel.config.output import Decoding, DecodingAsInTraining
 from ftlevel.errors import ConfigError
 from ftlevel.models.loading import load_tokenizer
 from ftlevel.models.sources import resolve_source
+from run_files import read_rows
+
+pytestmark = pytest.mark.usefixtures("work_dir")
 
 SHORT = ["--max-samples", "16", "--max-length", "96", "--overlong", "drop", "--batch-size", "4",
          "--dtype", "float32", "--lr", "1e-3", "--quiet", "--max-steps", "4", "--logging-steps",
@@ -23,15 +27,10 @@ SHORT = ["--max-samples", "16", "--max-length", "96", "--overlong", "drop", "--b
 BUILTIN = "builtin:tiny-llama"
 
 
-@pytest.fixture(autouse=True)
-def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
 def train(*arguments: str, out: str) -> list[dict[str, Any]]:
     command = ["train", "--output-dir", out, *SHORT, "--predict-with-generate", *arguments]
     assert run(command) == 0
-    return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+    return read_rows(Path(out, "metrics.jsonl"))
 
 
 def test_beam_search_matches_transformers() -> None:
@@ -70,7 +69,7 @@ def greedy(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     "decoding", [["--num-beams", "3"], ["--temperature", "1", "--top-p", "0.9"]]
 )
 def test_decoding_options_do_not_change_training_loss(
-    decoding: list[str], greedy: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+    decoding: list[str], greedy: list[dict[str, Any]], cli: Cli
 ) -> None:
     records = train(*STEPS, *decoding, out="other")
     assert [r["loss"] for r in greedy if "loss" in r] == [r["loss"] for r in records if "loss" in r]
@@ -79,9 +78,9 @@ def test_decoding_options_do_not_change_training_loss(
         for run_records in (greedy, records)
     ]
     assert scores[0] != scores[1]
-    capsys.readouterr()
-    assert run(["evaluate", "other", "--resamples", "0", "--no-base", "--json"]) == 0
-    evaluated = json.loads(capsys.readouterr().out)["metrics"]["rouge1"]  # as in training
+    evaluated = cli.json("evaluate other --resamples 0 --no-base --json")["metrics"][
+        "rouge1"
+    ]  # as in training
     assert evaluated == pytest.approx(scores[1][-1])
 
 

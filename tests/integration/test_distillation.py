@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +18,8 @@ from ftlevel.config import EvaluateConfig, MergeConfig
 from ftlevel.errors import InputError
 from ftlevel.training import teacher as teacher_module
 from preference_runs import create_pair, losses, run, write_rows
+from run_files import ModelDir
 
-ModelDir = Callable[..., Path]
 ROWS = 8
 COLUMNS = {"columns": {"prompt": "prompt", "completion": "chosen"}}
 

@@ -18,14 +18,15 @@ from ftlevel.commands.train import train
 from ftlevel.config import TrainConfig
 from ftlevel.evaluation import scoring
 from ftlevel.evaluation.intervals import ExampleRecord
-from ftlevel.evaluation.scoring import compute_likelihoods
 from ftlevel.events import NullListener
+from ftlevel.extras.preference.rows import ReferencedRows
 from ftlevel.models.loading import silence_loggers
 from ftlevel.training.build_trainer import create_evaluator
 from ftlevel.training.model import load_training_model
 from ftlevel.training.plan.resolve import resolve
 from ftlevel.training.processes import Processes, started_processes
 from preference_runs import create_labeled_answer, create_pair
+from run_files import ModelDir
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 WORDS = task_data.WORDS
@@ -68,7 +69,7 @@ CASES: dict[str, tuple[str, tuple[str, dict[str, Any]], str, dict[str, Any]]] = 
 
 
 def build_config(
-    case: str, tiny_model_dir: Callable[..., Path], folder: Path, **sections: dict[str, Any]
+    case: str, tiny_model_dir: ModelDir, folder: Path, **sections: dict[str, Any]
 ) -> TrainConfig:
     task, (family, overrides), name, own = CASES[case]
     for split, rows in (("train", range(16)), ("validation", range(16, 27))):
@@ -101,18 +102,17 @@ def describe(record: ExampleRecord, labels: Sequence[str]) -> dict[int, Any]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_divided_evaluation_equals_that_of_one_process(
-    case: str, tiny_model_dir: Callable[..., Path], tmp_path: Path
+    case: str, tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
     with silence_loggers():
         run = resolve(build_config(case, tiny_model_dir, tmp_path))
         model = load_training_model(run, NullListener()).model
     evaluator: Any = create_evaluator(run, Processes())
     if case in ("dpo", "kto"):
-        values = compute_likelihoods(evaluator, model)
-        divided = compute_likelihoods(replace(evaluator, divide=divide), model)
+        values = evaluator.compute_likelihoods(model)
+        divided = replace(evaluator, divide=divide).compute_likelihoods(model)
         assert np.array_equal(values, divided)
-        task: Any = run.task
-        evaluator = replace(evaluator, rows=task.with_reference(evaluator.rows, values + 0.1))
+        evaluator = replace(evaluator, rows=ReferencedRows(evaluator.rows, values + 0.1))
     records = [ExampleRecord(run.objective) for _ in range(2)]
     expected = evaluator(model, records[0])
     assert len(expected) > 1
@@ -146,7 +146,7 @@ def _train_rank(config: TrainConfig, calls: Path) -> None:
     ("text", "none"), ("text", "full"), ("text", "grads"), ("kto", "none"), ("embedding", "none"),
 ])  # fmt: skip
 def test_two_processes_report_metrics_of_one(
-    case: str, shard: str, tiny_model_dir: Callable[..., Path], tmp_path: Path
+    case: str, shard: str, tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
     """Metrics before the first step are equal; after it, weights differ in rounding."""
     size = 3 if shard == "none" else 4  # of 3 batches, sharded processes compute the last one twice

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ import pytest
 import ranks
 from ftlevel.commands.train import train
 from ftlevel.config import TrainConfig
-from ftlevel.training import reference, teacher
+from ftlevel.extras.preference import likelihoods
+from ftlevel.training import teacher
 from ftlevel.training.processes import started_processes
+from run_files import ModelDir
 
-ModelDir = Callable[..., Path]
 ITEMS = 10
 
 
@@ -35,7 +35,7 @@ def _fill_file(folder: Path, name: str | None) -> None:
 
     path = folder / name if name else None
     results = [
-        reference.open_or_compute(path, (ITEMS, 2), np.dtype(np.float32), fill, processes)
+        teacher.open_or_compute(path, (ITEMS, 2), np.dtype(np.float32), fill, processes)
         for _ in range(2)
     ]
     content = [(array.tolist(), was_cached) for array, was_cached in results]
@@ -70,7 +70,7 @@ def _row(i: int) -> dict[str, Any]:
 def _train_rank(config: TrainConfig, cache: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
-        for module in (reference, teacher):
+        for module in (likelihoods, teacher):
             patch.setattr(module, "CHUNK_SIZE", 4)
         train(config)
 
@@ -103,7 +103,7 @@ def test_cached_values_equal_those_of_one_process(
         cache = tmp_path / f"cache{count}"
         output = {"dir": str(tmp_path / f"{count}")}
         config = TrainConfig.model_validate({**values, "output": output})
-        assert ranks.end(ranks.start(_train_rank, [(config, cache)] * count)) == [0] * count
+        ranks.run(_train_rank, config, cache, count=count)
         files = sorted(cache.rglob("*.npy"))
         stored.append({path.name: path.read_bytes() for path in files})
     assert len(stored[0]) == (1 if kind == "teacher" else 2), "validation rows have no teacher"

@@ -20,7 +20,6 @@ from scipy.stats import bootstrap
 from transformers import AutoModel, AutoTokenizer
 
 import ranks
-from ftlevel.artifacts.sentence_transformers import EmbeddingFormat, save_embedding_format
 from ftlevel.cli.app import run
 from ftlevel.commands.evaluate import evaluate
 from ftlevel.commands.merge import merge
@@ -29,8 +28,9 @@ from ftlevel.commands.preview import preview
 from ftlevel.commands.train import train
 from ftlevel.config import EvaluateConfig, MergeConfig, ModelConfig, PredictConfig, TrainConfig
 from ftlevel.errors import ConfigError, FtlevelError
-from ftlevel.objectives import StepTexts
-from ftlevel.tasks.embedding.losses import STEP_LOSSES, LossConfig
+from ftlevel.extras.retrieval.embedding_losses import STEP_LOSSES, LossConfig
+from ftlevel.extras.retrieval.rows import StepTexts
+from ftlevel.extras.retrieval.sentence_transformers import EmbeddingFormat, save_embedding_format
 from sampling import every
 
 ModelDir = Callable[..., Path]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +13,14 @@ import torch
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from command_line import Cli
 from export_cases import exportable_model
 from ftlevel.cli.app import run
 from ftlevel.trained.generation import added_stops
+from run_files import ModelDir, read_json
 
-ModelDir = Callable[..., Path]
+pytestmark = pytest.mark.usefixtures("work_dir")
+
 END = {
     "gemma3_text": "<end_of_turn>",
     "phi3": "<|end|>",
@@ -27,11 +29,6 @@ END = {
 }
 _SLIDING = ["sliding_attention"] * 2  # llama.cpp's Gemma has a full layer after five
 QUESTION = [{"role": "user", "content": "the file"}]
-
-
-@pytest.fixture(autouse=True)
-def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 def base_of(tiny_model_dir: ModelDir, folder: Path, family: str) -> Path:
@@ -50,9 +47,7 @@ def base_of(tiny_model_dir: ModelDir, folder: Path, family: str) -> Path:
     tokenizer.chat_template = None
     tokenizer.save_pretrained(base)
     path = base / "generation_config.json"
-    path.write_text(
-        json.dumps({**json.loads(path.read_text()), "eos_token_id": tokenizer.eos_token_id})
-    )
+    path.write_text(json.dumps({**read_json(path), "eos_token_id": tokenizer.eos_token_id}))
     return base
 
 
@@ -83,17 +78,17 @@ def generate(model: Path | str) -> list[int]:
 
 @pytest.mark.parametrize("family", END)
 def test_merged_model_stops_at_end_of_turn(
-    family: str, tiny_model_dir: ModelDir, tmp_path: Path
+    family: str, tiny_model_dir: ModelDir, tmp_path: Path, cli: Cli
 ) -> None:
     base = base_of(tiny_model_dir, tmp_path, family)
     train(base, family, "--learning-rate", "0.02")
-    assert run(["merge", "run", "--out", "merged", "--quiet"]) == 0
+    cli("merge run --out merged --quiet")
     tokenizer = AutoTokenizer.from_pretrained("merged")
     end = tokenizer.convert_tokens_to_ids(END[family])
     ids = generate("merged")
     assert ids[-1] == end
     assert tokenizer.decode(ids, skip_special_tokens=True).strip() == "is here"
-    config = json.loads(Path("merged/generation_config.json").read_text())
+    config = read_json("merged/generation_config.json")
     assert config["eos_token_id"] == [tokenizer.eos_token_id, end]
     assert f"`{END[family]}`" in Path("merged/README.md").read_text()
     text = Path("run/README.md").read_text()
@@ -101,17 +96,17 @@ def test_merged_model_stops_at_end_of_turn(
 
 
 def test_full_fine_tuning_and_its_quantized_model_stop_at_end_of_turn(
-    tiny_model_dir: ModelDir, tmp_path: Path
+    tiny_model_dir: ModelDir, tmp_path: Path, cli: Cli
 ) -> None:
     base = base_of(tiny_model_dir, tmp_path, "gemma3_text")
     train(base, "gemma3_text", "--method", "full", "--learning-rate", "0.005", "--save-steps", "20")
     command = ["quantize", "run/adapter", "--quant", "8bit", "--no-measure", "--out", "small", "-q"]
-    assert run(command) == 0
+    cli(*command)
     end = AutoTokenizer.from_pretrained("run/adapter").convert_tokens_to_ids("<end_of_turn>")
     assert generate("run/adapter")[-1] == end
     assert "`<end_of_turn>`" in Path("run/README.md").read_text()
     for path in ("run/adapter", "run/checkpoints/checkpoint-20", "small"):
-        config = json.loads(Path(path, "generation_config.json").read_text())
+        config = read_json(Path(path, "generation_config.json"))
         assert config["eos_token_id"] == [1, end], path
 
 
@@ -128,28 +123,25 @@ def test_gguf_file_names_end_of_turn(family: str, tiny_model_dir: ModelDir, tmp_
 
 
 def test_recorded_answers_stop_at_end_of_turn(
-    tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model_dir: ModelDir, tmp_path: Path, cli: Cli
 ) -> None:
     """llama.cpp, which stops there, returns them; a wrong answer is in the output of --json."""
     pytest.importorskip("xllamacpp")
     base = base_of(tiny_model_dir, tmp_path, "llama")
     train(base, "llama", "--learning-rate", "0.02")
     command = ["export", "run", "--for", "llama.cpp", "--format", "gguf", "--out", "mine.gguf"]
-    assert run([*command, "--outtype", "f32", "--quiet"]) == 0
-    served = json.loads(Path("mine.served.json").read_text())
+    cli(*command, "--outtype f32 --quiet")
+    served = read_json("mine.served.json")
     end = AutoTokenizer.from_pretrained("run/adapter").convert_tokens_to_ids("<|eot_id|>")
     answers = [prompt["trained"] for prompt in served["adapters"][0]["prompts"]]
     assert all(end not in answer["ids"][:-1] for answer in answers)
     assert any(answer["ids"][-1] == end for answer in answers)
     check = ["check-served", "mine.gguf", "--in", "llama.cpp", "--json"]
-    capsys.readouterr()
-    assert run(check) == 0
-    assert json.loads(capsys.readouterr().out)["verdict"] == "as trained"
+    assert cli.json(*check)["verdict"] == "as trained"
     for answer in answers:
         answer["ids"] = [7 + index for index in answer["ids"]]
     Path("mine.served.json").write_text(json.dumps(served))
-    assert run(check) == 1
-    result = json.loads(capsys.readouterr().out)
+    result = json.loads(cli.run(*check, code=1).out)
     assert (result["verdict"], result["exit_code"]) == ("something else", 1)
     assert result["adapters"][0]["weights"]["answers"]
     assert "answers neither as trained" in result["error"]

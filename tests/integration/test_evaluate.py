@@ -5,27 +5,26 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
 import task_data
+from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.commands.evaluate import Evaluation, evaluate
 from ftlevel.commands.train import train
-from ftlevel.config import EvaluateConfig, TrainConfig
+from ftlevel.config import EvaluateConfig
 from ftlevel.errors import ConfigError, InputError
-
-ModelDir = Callable[..., Path]
+from run_files import ModelDir, read_json, read_rows, short_config, write_rows
 
 SPAN = {"max_length": 48, "doc_stride": 12}
 PAIR = {"columns": {"source": "en", "target": "de"}}
 SUMMARY = {"columns": {"document": "en", "summary": "de"}}
+GENERATION = {"max_new_tokens": 6, "per_device_eval_batch_size": 4, "max_generate_samples": 5}
 CELLS: list[tuple[str, str, str, str | None, dict[str, Any]]] = [
     ("class", "text-classification", "bert", "mlm", {}),
     ("multi", "text-classification", "bert", "mlm", {}),
@@ -40,26 +39,6 @@ CELLS: list[tuple[str, str, str, str | None, dict[str, Any]]] = [
     ("pair", "summarization", "llama", None, SUMMARY),
     ("pair", "translation", "bart", None, PAIR),
 ]
-
-
-def create_config(model: Path, data: Path, out: Path, task: str, **overrides: Any) -> TrainConfig:
-    options = overrides.pop("options", {})
-    return TrainConfig.model_validate(
-        {
-            "task": task,
-            "model": {"name_or_path": str(model), "dtype": "float32", "device": "cpu"},
-            "data": {"dataset": str(data), **options},
-            "train": {
-                "max_steps": 3,
-                "learning_rate": 0.01,
-                "max_new_tokens": 6,
-                "per_device_eval_batch_size": 4,
-                "max_generate_samples": 5,
-            },
-            "output": {"dir": str(out)},
-            **overrides,
-        }
-    )
 
 
 def run_evaluation(name: Path, **overrides: Any) -> Evaluation:
@@ -78,16 +57,14 @@ def test_evaluation_matches_metrics_of_training(
     tmp_path: Path,
 ) -> None:
     data = task_data.write(tmp_path / "data", name)
-    config = create_config(
-        tiny_model_dir(family, head), data, tmp_path / "run", task, options=options
-    )
+    config = short_config(tiny_model_dir(family, head), data, tmp_path / "run", task, data=options,
+                          train=GENERATION)  # fmt: skip
     summary = train(config).summary
     result = run_evaluation(tmp_path / "run", predictions=tmp_path / "p.jsonl", resamples=200)
     assert result.metrics == summary["metrics"]
     assert_intervals_contain_metrics(result)
     lines, run_lines = (
-        [json.loads(line) for line in path.read_text().splitlines()]
-        for path in (tmp_path / "p.jsonl", tmp_path / "run" / "validation.jsonl")
+        read_rows(path) for path in (tmp_path / "p.jsonl", tmp_path / "run" / "validation.jsonl")
     )
     assert run_lines == [  # predictions of the run, which have no base predictions
         {name: value for name, value in line.items() if not name.startswith("base_")}
@@ -153,42 +130,35 @@ def assert_predictions_match_metrics(
 
 
 def test_evaluation_on_training_rows_warns(
-    tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model_dir: ModelDir, tmp_path: Path, cli: Cli
 ) -> None:
     data = task_data.write(tmp_path / "data", "class") / "train.jsonl"
     train(
-        create_config(tiny_model_dir("bert", "mlm"), data, tmp_path / "run", "text-classification")
+        short_config(tiny_model_dir("bert", "mlm"), data, tmp_path / "run", "text-classification")
     )
     description = "the training rows: no validation split was held out"
     command = ["evaluate", str(tmp_path / "run"), "--resamples", "0", "--device", "cpu"]
-    assert run([*command, "--quiet", "--predictions", str(tmp_path / "p.csv")]) == 0
-    captured = capsys.readouterr()
+    captured = cli.run(*command, f"--quiet --predictions {tmp_path / 'p.csv'}")
     assert description in captured.out.splitlines()[0]
     assert f"warning: these are {description}" in captured.err
     with (tmp_path / "p.csv").open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["where"] for line in lines] == [f"{data}:{i}" for i in range(1, 17)]
     assert {line["predicted"] for line in lines} <= {"a", "b"}
-    assert run([*command, "--json"]) == 0
-    data_summary = json.loads(capsys.readouterr().out)["data"]
+    data_summary = cli.json(*command, "--json")["data"]
     assert (data_summary["split"], data_summary["training_rows"]) == (description, True)
     other_rows = task_data.write(tmp_path / "other", "class") / "train.jsonl"
-    assert run([*command, "--dataset", str(other_rows)]) == 0
-    assert "(all rows)" in capsys.readouterr().out
+    assert "(all rows)" in cli(*command, f"--dataset {other_rows}")
 
 
 def test_evaluation_on_training_file_says_that_it_includes_training_rows(
-    tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model_dir: ModelDir, tmp_path: Path, cli: Cli
 ) -> None:
     data = task_data.write(tmp_path / "data", "class") / "train.jsonl"
-    config = create_config(
-        tiny_model_dir("bert", "mlm"), data, tmp_path / "run", "text-classification"
-    )
-    held_out = config.data.model_copy(update={"validation_split": 0.25})
-    train(config.model_copy(update={"data": held_out}))
+    train(short_config(tiny_model_dir("bert", "mlm"), data, tmp_path / "run",
+                       "text-classification", data={"validation_split": 0.25}))  # fmt: skip
     command = ["evaluate", str(tmp_path / "run"), "--resamples", "0", "--device", "cpu"]
-    assert run([*command, "--dataset", str(data)]) == 0
-    captured = capsys.readouterr()
+    captured = cli.run(*command, f"--dataset {data}")
     assert "(all rows, including those of training)" in captured.out
     assert "warning: these are all rows, including those of training" in captured.err
 
@@ -199,9 +169,7 @@ def test_evaluation_supports_other_methods(
 ) -> None:
     data = task_data.write(tmp_path / "data", "mask")
     method = {"kind": kind} if kind != "prefix" else {"kind": kind, "num_virtual_tokens": 4}
-    config = create_config(
-        tiny_model_dir("llama"), data, tmp_path / "run", "text-generation", method=method
-    )
+    config = short_config(tiny_model_dir("llama"), data, tmp_path / "run", method=method)
     expected = train(config).summary["metrics"]
     result = run_evaluation(tmp_path / "run")
     assert result.metrics == expected
@@ -216,7 +184,7 @@ def test_evaluation_supports_other_methods(
 def classifier(tiny_model_dir: ModelDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("classifier")
     data = task_data.write(folder / "data", "class")
-    train(create_config(tiny_model_dir("bert", "mlm"), data, folder / "run", "text-classification"))
+    train(short_config(tiny_model_dir("bert", "mlm"), data, folder / "run", "text-classification"))
     return folder
 
 
@@ -243,7 +211,7 @@ def test_other_splits_and_files_are_evaluated(classifier: Path, tmp_path: Path) 
 
 def test_resampling_is_seeded(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     data = task_data.write(tmp_path / "data", "mask")
-    train(create_config(tiny_model_dir("llama"), data, tmp_path / "run", "text-generation"))
+    train(short_config(tiny_model_dir("llama"), data, tmp_path / "run"))
     first, second = (run_evaluation(tmp_path / "run", seed=3).summary for _ in range(2))
     assert first == second
     other = run_evaluation(tmp_path / "run", seed=4).summary
@@ -254,36 +222,8 @@ def test_resampling_is_seeded(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     assert low <= change <= high
 
 
-def test_plain_peft_adapter_loss_matches_reference(
-    tiny_model_dir: ModelDir, tmp_path: Path
-) -> None:
-    """The reference is the loss of the model in memory."""
-    base = tiny_model_dir("llama")
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    peft_config = LoraConfig(
-        r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
-    )
-    adapted = get_peft_model(model, peft_config).eval()
-    adapted.save_pretrained(tmp_path / "adapter")
-    data = task_data.write(tmp_path / "data", "mask")
-    rows = str(data / "validation.jsonl")
-    result = run_evaluation(tmp_path / "adapter", task="text-generation", dataset=rows)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    total = count = 0.0
-    for line in Path(rows).read_text().splitlines():
-        ids = tokenizer(json.loads(line)["text"])["input_ids"]
-        ids += [] if ids[-1] == tokenizer.eos_token_id else [tokenizer.eos_token_id]
-        batch = torch.tensor([ids])
-        with torch.no_grad():
-            total += float(adapted(batch, labels=batch).loss) * (len(ids) - 1)
-        count += len(ids) - 1
-    tolerance = 1e-4 if result.summary["dtype"] == "float32" else 1e-2
-    assert result.metrics["loss"] == pytest.approx(total / count, rel=tolerance)
-    assert result.base["loss"] != result.metrics["loss"]
-
-
 def test_classes_of_plain_peft_adapter_are_named(
-    tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model_dir: ModelDir, tmp_path: Path, cli: Cli
 ) -> None:
     """A classifier of plain PEFT whose base has no class names."""
     base = tiny_model_dir("gpt2")
@@ -294,21 +234,19 @@ def test_classes_of_plain_peft_adapter_are_named(
     )
     rows = [{"text": f"the word {i}", "label": "abc"[i % 3]} for i in range(12)]
     data = tmp_path / "rows.jsonl"
-    data.write_text("\n".join(map(json.dumps, rows)))
+    write_rows(data, rows)
     command = ["evaluate", str(tmp_path / "plain"), "--model", str(base), "--dataset", str(data)]
-    assert run(command) == 2
-    assert "pass them by --labels, in its order" in capsys.readouterr().err
-    assert run([*command, "--labels", "a,b"]) == 2
-    assert "plain has 3 classes. Name all in order." in capsys.readouterr().err
+    assert "pass them by --labels, in its order" in cli.fails(*command)
+    assert "plain has 3 classes. Name all in order." in cli.fails(*command, "--labels a,b")
     predictions = tmp_path / "predicted.jsonl"
     options = ["--labels", "c,a,b", "--predictions", str(predictions)]
-    assert run([*command, *options, "--limit", "6"]) == 0
-    lines = list(map(json.loads, predictions.read_text().splitlines()))
+    cli(*command, *options, "--limit 6")
+    lines = read_rows(predictions)
     assert [line["true"] for line in lines] == list("abcabc")
     assert {line["predicted"] for line in lines} <= set("abc")
     output = tmp_path / "out.jsonl"
     predict = ["predict", *command[1:], "--labels", "c,a,b", "--output", str(output)]
-    assert run([*predict, "--limit", "6"]) == 0
+    cli(*predict, "--limit 6")
     predicted = [json.loads(line)["prediction"] for line in output.read_text().splitlines()]
     assert predicted == [line["predicted"] for line in lines]
 
@@ -328,32 +266,23 @@ def test_plain_model_needs_head_and_dataset(tiny_model_dir: ModelDir, tmp_path: 
         run_evaluation(tiny_model_dir("bert", "mlm"), task="masked-lm")
 
 
-def test_evaluate_command_output_and_errors(
-    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_command_output_and_errors(classifier: Path, tmp_path: Path, cli: Cli) -> None:
     name = str(classifier / "run")
-    assert run(["evaluate", name, "--resamples", "20", "--device", "cpu"]) == 0
-    output = capsys.readouterr().out
+    output = cli(f"evaluate {name} --resamples 20 --device cpu")
     assert "accuracy" in output
-    heads = json.loads((classifier / "run/adapter/ftlevel.json").read_text())["heads"]
+    heads = read_json(classifier / "run/adapter/ftlevel.json")["heads"]
     assert heads == ["bert.pooler", "classifier"]
     assert f"without the adapter its head ({', '.join(heads)}) is random" in output
-    assert run(["evaluate", name, "--json", "--resamples", "20", "--device", "cpu"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    result = cli.json(f"evaluate {name} --json --resamples 20 --device cpu")
     assert set(result["metrics"]) == {"loss", "accuracy", "f1", "mcc"}
     existing_file = tmp_path / "mine.jsonl"
     existing_file.write_text("mine")
-    assert run(["evaluate", name, "--predictions", str(existing_file)]) == 2
-    assert "--predictions" in capsys.readouterr().err
+    assert "--predictions" in cli.fails(f"evaluate {name} --predictions {existing_file}")
     assert existing_file.read_text() == "mine"
-    assert run(["evaluate", name, "--task", "token_classification"]) == 2
-    assert "was trained for text-classification, not for token-classification" in (
-        capsys.readouterr().err
-    )
-    assert run(["evaluate", name, "--split", "dev"]) == 2
-    assert "--split: 'dev' is not known. Expected one of train, validation, test." in (
-        capsys.readouterr().err
-    )
+    error = cli.fails(f"evaluate {name} --task token_classification")
+    assert "was trained for text-classification, not for token-classification" in (error)
+    error = cli.fails(f"evaluate {name} --split dev")
+    assert "--split: 'dev' is not known. Expected one of train, validation, test." in (error)
 
 
 @pytest.mark.parametrize(
@@ -377,20 +306,18 @@ def test_evaluate_finds_errors_before_weights_load(
 
 
 def test_rows_longer_than_training_rows_are_evaluated(
-    tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model_dir: ModelDir, tmp_path: Path, cli: Cli
 ) -> None:
     data, base = task_data.write(tmp_path / "data", "mask"), tiny_model_dir("llama")
-    train(create_config(base, data, tmp_path / "run", "text-generation"))
+    train(short_config(base, data, tmp_path / "run"))
     positions = transformers.AutoConfig.from_pretrained(base).max_position_embeddings
     rows = tmp_path / "long.jsonl"
     texts = ["a b", "a b " * (positions // 8), "a b c d " * positions]
-    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_rows(rows, ({"text": text} for text in texts))
     result = run_evaluation(tmp_path / "run", dataset=str(rows))
     assert (result.summary["data"]["rows"], result.summary["data"]["dropped"]) == (2, 1)
-    capsys.readouterr()
     command = ["evaluate", str(tmp_path / "run"), "--dataset", str(rows), "--device", "cpu"]
-    assert run([*command, "--resamples", "0"]) == 0
-    message = capsys.readouterr().err
+    message = cli.run(*command, "--resamples 0").err
     assert "1 row is too long and not scored; the numbers are of the other 2." in message
 
 
@@ -405,23 +332,16 @@ def test_dataset_option_replaces_all_datasets_of_run(
     second_dataset.write_bytes((first_dataset / "train.jsonl").read_bytes())
     model = tiny_model_dir("bert", "mlm")
     options = {"also": [str(second_dataset)], "mix": [1, 1]}
-    train(
-        create_config(
-            model, first_dataset, tmp_path / "run", "text-classification", options=options
-        )
-    )
+    train(short_config(model, first_dataset, tmp_path / "run", "text-classification", data=options))
     result = run_evaluation(tmp_path / "run", dataset=str(first_dataset / "validation.jsonl"))
     assert result.summary["data"]["examples"] == 6
 
 
-def test_validation_rows_all_in_training_raise(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_validation_rows_all_in_training_raise(tmp_path: Path, cli: Cli) -> None:
     text = "".join(json.dumps({"text": f"{i} is a number like {i + 1}"}) + "\n" for i in range(8))
     for name in ("train", "validation"):
         (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    assert run(["evaluate", "builtin:tiny-llama", "--dataset", str(tmp_path)]) == 2
-    message = capsys.readouterr().err
+    message = cli.fails(f"evaluate builtin:tiny-llama --dataset {tmp_path}")
     assert "row of" in message
     assert "is left to score: also a training row: 8 of 8 validation rows" in message
     assert "--split train" in message

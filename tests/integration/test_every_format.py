@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from ftlevel.cli.app import run
+from command_line import Cli
+from run_files import ModelDir
 
 Rows = list[dict[str, Any]]
 WORDS = ("argument", "parser", "module", "string", "value", "object", "file", "path")
@@ -127,65 +128,63 @@ def write_directory(path: Path, rows: Rows) -> Path:
     return path
 
 
-WRITERS = (write_jsonl, write_json, write_csv, write_parquet, write_saved, write_directory)
+def write_text(path: Path, rows: Rows) -> Path:
+    path = path.with_suffix(".txt")
+    path.write_text("\n\n".join(row["prompt"] for row in rows), encoding="utf-8")
+    return path
 
 
-def train(
-    data: Path, task: str, model: Path, out: Path, capsys: pytest.CaptureFixture[str], *options: str
-) -> str:
+WRITERS = (
+    write_text,
+    write_jsonl,
+    write_json,
+    write_csv,
+    write_parquet,
+    write_saved,
+    write_directory,
+)
+
+
+def train(data: Path, task: str, model: Path, out: Path, cli: Cli, *options: str) -> str:
     arguments = ["--dataset", data, "--task", task, "--model", model, "--output-dir", out,
                  "--max-steps", "2", "--learning-rate", "0.01", "--device", "cpu"]  # fmt: skip
-    code = run(["train", *map(str, arguments), *options])
-    captured = capsys.readouterr()
-    assert code == 0, captured.err
-    return captured.out
+    return cli("train", *arguments, *options)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_column_format_trains(
-    name: str, tmp_path: Path, tiny_model_dir: Callable[..., Path],
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    name: str, tmp_path: Path, tiny_model_dir: ModelDir, cli: Cli
+) -> None:
     task, family, row = FORMATS[name]
     data = write_jsonl(tmp_path / "rows", [row(i) for i in range(12)])
     head = "mlm" if family == "bert" else None
     options = ["--chat-template", "qwen"] if "tools" in name else []
-    out = train(data, task, tiny_model_dir(family, head), tmp_path / "run", capsys, *options)
+    out = train(data, task, tiny_model_dir(family, head), tmp_path / "run", cli, *options)
     columns = name.partition(" as ")[0].partition(" with ")[0].replace("several labels", "label")
     assert f"columns: {columns}: " in out
 
 
 @pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__.removeprefix("write_"))
 def test_every_file_format_trains(
-    write: Callable[[Path, Rows], Path], tmp_path: Path, tiny_model_dir: Callable[..., Path],
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    write: Callable[[Path, Rows], Path], tmp_path: Path, tiny_model_dir: ModelDir, cli: Cli
+) -> None:
     rows = [{"prompt": phrase(i), "completion": phrase(i + 1)} for i in range(12)]
     data = write(tmp_path / "rows", rows)
-    out = train(data, "text-generation", tiny_model_dir("llama"), tmp_path / "run", capsys)
-    assert "columns: prompt + completion: 'prompt', 'completion'" in out
+    out = train(data, "text-generation", tiny_model_dir("llama"), tmp_path / "run", cli)
+    columns = (
+        "text: 'text'" if write is write_text else "prompt + completion: 'prompt', 'completion'"
+    )
+    assert f"columns: {columns}" in out
 
 
-def test_text_file_trains(
-    tmp_path: Path, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = tmp_path / "rows.txt"
-    data.write_text("\n\n".join(phrase(i) for i in range(12)), encoding="utf-8")
-    out = train(data, "text-generation", tiny_model_dir("llama"), tmp_path / "run", capsys)
-    assert "columns: text: 'text'" in out
-
-
-def test_mapped_columns_train(
-    tmp_path: Path, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mapped_columns_train(tmp_path: Path, tiny_model_dir: ModelDir, cli: Cli) -> None:
     rows = [{"frage": phrase(i), "antwort": phrase(i + 1)} for i in range(12)]
     data, model = write_jsonl(tmp_path / "rows", rows), tiny_model_dir("llama")
-    assert run(["train", "--dry-run", "--dataset", str(data), "--model", str(model)]) == 2
     assert (
         "Columns: 'frage', 'antwort'. Expected one of: messages, conversations, prompt + "
         "completion, instruction + output, text. Map the columns: --map prompt=frage "
         "--map completion=antwort."
-    ) in capsys.readouterr().err
-    out = train(data, "text-generation", model, tmp_path / "run", capsys,
+    ) in cli.fails(f"train --dry-run --dataset {data} --model {model}")
+    out = train(data, "text-generation", model, tmp_path / "run", cli,
                 "--map", "prompt=frage", "--map", "completion=antwort")  # fmt: skip
     assert "columns: prompt + completion: prompt from 'frage', completion from 'antwort'" in out

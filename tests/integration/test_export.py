@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-import multiprocessing
-import random
-import shutil
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +14,7 @@ import transformers
 from gguf import GGUFReader
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
+from command_line import Cli
 from export_cases import (
     CASES,
     NAMES,
@@ -29,19 +25,14 @@ from export_cases import (
     exportable_model,
     load_model,
 )
-from ftlevel.cli.app import run
 from ftlevel.errors import FtlevelError, InputError, RunError
-from ftlevel.merging.formats import gguf
+from ftlevel.extras.serving import gguf, gguf_families
 from ftlevel.models.loading import load_tokenizer
 from ftlevel.models.sources import resolve_source
-from ftlevel.weights import gguf_families
+from run_files import kill_repeatedly, write_rows
 from tiny_tokenizers import build_tokenizer
 
-
-@pytest.fixture(autouse=True)
-def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("work_dir")
 
 
 @pytest.fixture
@@ -122,14 +113,14 @@ def test_wrong_tokenizer_in_file_raises(
 
 
 @pytest.mark.slow
-def test_exported_run_generates_same_text(capsys: pytest.CaptureFixture[str]) -> None:
+def test_exported_run_generates_same_text(cli: Cli) -> None:
     rows = [{"prompt": f"Say {i}.", "completion": f"It is {i} + {i}."} for i in range(24)]
-    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert run(["train", "--method", "lora", "--dataset", "rows.jsonl", "--max-steps", "4",
-                "--learning-rate", "2e-2", "--output-dir", "run", "--quiet"]) == 0  # fmt: skip
-    capsys.readouterr()
-    assert run(["export", "run", "--out", "run.gguf", "--outtype", "f32", "--json"]) == 0
-    summary = json.loads(capsys.readouterr().out)
+    write_rows("rows.jsonl", rows)
+    cli(
+        "train --method lora --dataset rows.jsonl --max-steps 4 --learning-rate 2e-2 "
+        "--output-dir run --quiet"
+    )
+    summary = cli.json("export run --out run.gguf --outtype f32 --json")
     assert summary["merged"]["verified"]
     assert summary["method"] == "lora"
     assert summary["tokenizer"]["pre"] == "qwen2"
@@ -142,9 +133,9 @@ def test_exported_run_generates_same_text(capsys: pytest.CaptureFixture[str]) ->
     assert "<|im_start|>user" in "\n".join(lines)
     texts = []
     for name in ("run", "run.gguf"):
-        assert run(["generate", name, "--prompt", "def add(a, b): return a + b",
-                    "--max-new-tokens", "12", "--json"]) == 0  # fmt: skip
-        (answer,) = json.loads(capsys.readouterr().out)["answers"]
+        (answer,) = cli.json(
+            f"generate {name} --prompt 'def add(a, b): return a + b' --max-new-tokens 12 --json"
+        )["answers"]
         texts.append(answer["text"])
     assert texts[0] == texts[1] != ""
 
@@ -159,9 +150,7 @@ def write_adapter(base: Path, out: Path, **settings: Any) -> Path:
     return out
 
 
-def test_adapter_on_tied_embedding_exports_separate_head(
-    model_dir: ModelDir,
-) -> None:
+def test_adapter_on_tied_embedding_exports_separate_head(model_dir: ModelDir) -> None:
     base = model_dir("qwen2", tie_word_embeddings=True)
     adapter = write_adapter(base, Path("adapter"), r=4, target_modules=["embed_tokens", "q_proj"])
     summary = export_to("x.gguf", adapter, outtype="f32").summary
@@ -188,15 +177,14 @@ REJECTED = [
 @pytest.mark.parametrize(("family", "overrides", "arguments", "message"), REJECTED)
 def test_unsupported_export_is_rejected_before_writing(
     tiny_model_dir: ModelDir,
-    capsys: pytest.CaptureFixture[str],
+    cli: Cli,
     family: str,
     overrides: dict[str, Any],
     arguments: list[str],
     message: str,
 ) -> None:
     model = tiny_model_dir(family, **overrides)
-    assert run(["export", str(model), "--out", "x.gguf", *arguments]) == 2
-    assert message in capsys.readouterr().err
+    assert message in cli.fails(f"export {model} --out x.gguf", *arguments)
     assert list(Path().iterdir()) == []
 
 
@@ -212,28 +200,22 @@ def test_export_of_classifier_or_gguf_file_raises(
         export_to("y.gguf", "x.gguf")
 
 
-def test_unmergeable_adapter_is_rejected(
-    tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unmergeable_adapter_is_rejected(tiny_model_dir: ModelDir, cli: Cli) -> None:
     settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     get_peft_model(load_model(tiny_model_dir("qwen2")), settings).save_pretrained("prompts")
     for options in ([], ["--dry-run"]):
-        assert run(["export", "prompts", "--out", "x.gguf", *options]) == 2
-        assert "prompts cannot be merged" in capsys.readouterr().err
+        assert "prompts cannot be merged" in cli.fails("export prompts --out x.gguf", *options)
     assert [path.name for path in Path().iterdir()] == ["prompts"]
 
 
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])
 def test_adapter_of_quantized_base_is_rejected(
-    options: list[str], tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+    options: list[str], tiny_model_dir: ModelDir, cli: Cli
 ) -> None:
-    assert run(["quantize", str(tiny_model_dir("gpt2")), "--out", "base", "--quant", "8bit",
-                "--no-measure"]) == 0  # fmt: skip
+    cli(f"quantize {tiny_model_dir('gpt2')} --out base --quant 8bit --no-measure")
     model = load_model(Path("base"))
     get_peft_model(model, LoraConfig(task_type="CAUSAL_LM")).save_pretrained("adapter")
-    capsys.readouterr()
-    assert run(["export", "adapter", "--out", "x.gguf", *options]) == 2
-    assert "base is stored quantized" in capsys.readouterr().err
+    assert "base is stored quantized" in cli.fails("export adapter --out x.gguf", *options)
 
 
 def test_name_of_gguf_file_is_no_setting_of_the_model(tiny_model_dir: ModelDir) -> None:
@@ -242,66 +224,46 @@ def test_name_of_gguf_file_is_no_setting_of_the_model(tiny_model_dir: ModelDir) 
     assert gguf.readable_config(one, other)[1] == []
 
 
-def test_existing_file_needs_overwrite(
-    model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_existing_file_needs_overwrite(model_dir: ModelDir, cli: Cli) -> None:
     model = str(model_dir("qwen2"))
     for name in ("x.gguf", "x.Modelfile"):
         Path(name).write_text("mine")
-        assert run(["export", model, "--out", "x.gguf"]) == 2
-        assert f"{name} exists" in capsys.readouterr().err
+        assert f"{name} exists" in cli.fails(f"export {model} --out x.gguf")
         assert Path(name).read_text() == "mine"
         if name == "x.gguf":
             Path(name).unlink()
-    assert run(["export", model, "--out", "x.gguf", "--overwrite", "--no-verify"]) == 0
-    assert "not verified (--no-verify)" in capsys.readouterr().out
+    output = cli(f"export {model} --out x.gguf --overwrite --no-verify")
+    assert "not verified (--no-verify)" in output
     assert Path("x.gguf").read_bytes()[:4] == b"GGUF"
     assert Path("x.Modelfile").read_text() != "mine"
 
 
-def test_dry_run_writes_nothing(model_dir: ModelDir, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_writes_nothing(model_dir: ModelDir, cli: Cli) -> None:
     model = str(model_dir("gpt2"))
-    assert run(["export", model, "--dry-run", "--outtype", "q8_0", "--json"]) == 0
-    summary = json.loads(capsys.readouterr().out)
+    summary = cli.json(f"export {model} --dry-run --outtype q8_0 --json")
     assert summary["dry_run"]
     assert list(Path().iterdir()) == []
-    assert run(["export", model, "--out", "x.gguf", "--outtype", "q8_0", "--json"]) == 0
-    written = json.loads(capsys.readouterr().out)
+    written = cli.json(f"export {model} --out x.gguf --outtype q8_0 --json")
     assert summary["tensor_bytes"] == written["tensor_bytes"] < written["size_bytes"]
-    assert run(["export", model, "--out", "y.gguf", "--outtype", "q8_0", "--quiet"]) == 0
-    assert capsys.readouterr().out == ""
+    assert cli(f"export {model} --out y.gguf --outtype q8_0 --quiet") == ""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [4, pytest.param(14, marks=pytest.mark.sweep)])
 def test_killed_export_leaves_no_partial_file(model_dir: ModelDir, kills: int) -> None:
-    model = model_dir("qwen2", num_hidden_layers=6)
+    model, out = model_dir("qwen2", num_hidden_layers=6), Path("x.gguf")
 
-    def write(name: str) -> None:
-        export_to(name, model, verify=False)
+    def write() -> None:
+        Path("x.Modelfile").unlink(missing_ok=True)
+        export_to("x.gguf", model, verify=False)
 
-    started = time.perf_counter()
-    write("whole.gguf")
-    seconds = time.perf_counter() - started
-    shutil.move("whole.gguf", "kept")
-    write("x.gguf")
-    complete = Path("x.gguf").read_bytes()
-    fork, rng, exists = multiprocessing.get_context("fork"), random.Random(0), []
-    for delay in [0.0, *(rng.uniform(0, 1.3 * seconds) for _ in range(kills)), None]:
-        for path in (Path("x.gguf"), Path("x.Modelfile")):
-            path.unlink(missing_ok=True)
-        process = fork.Process(target=write, args=("x.gguf",))
-        process.start()
-        if delay is None:
-            process.join()
-        else:
-            time.sleep(delay)
-        process.kill()
-        process.join()
-        exists.append(Path("x.gguf").exists())
-        if exists[-1]:
-            assert Path("x.gguf").read_bytes() == complete
-    assert {True, False} == set(exists), "kills both before and after the end"
+    def assert_complete() -> None:
+        assert out.read_bytes() == expected
+
+    write()
+    expected = out.read_bytes()
+    out.unlink()
+    kill_repeatedly(write, out, kills, assert_complete)
 
 
 @pytest.mark.slow

@@ -16,14 +16,13 @@ import xllamacpp
 from torch.nn import functional
 
 from export_cases import exportable_model
-from ftlevel.artifacts.sentence_transformers import EmbeddingFormat, save_embedding_format
 from ftlevel.cli.app import run
-from ftlevel.commands.export import export
-from ftlevel.config import ExportConfig
 from ftlevel.errors import FtlevelError, InputError, RunError
+from ftlevel.extras.retrieval.encoding import append_end
+from ftlevel.extras.retrieval.sentence_transformers import EmbeddingFormat, save_embedding_format
 from ftlevel.extras.serving.check import check_served
-from ftlevel.extras.serving.config import CheckServedConfig
-from ftlevel.tasks.embedding.rows import append_end
+from ftlevel.extras.serving.config import CheckServedConfig, ExportConfig
+from ftlevel.extras.serving.exporting import export
 
 ModelDir = Callable[..., Path]
 

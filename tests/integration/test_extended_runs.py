@@ -5,27 +5,23 @@ With a constant learning rate, an extended run equals one that was as long from 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import task_data
+from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.training.trainer import FtlevelTrainer
+from run_files import ModelDir, read_rows, read_summary, read_weights, train
 
-ModelDir = Callable[..., Path]
+pytestmark = pytest.mark.usefixtures("work_dir")
+
 SHORT = ["--max-samples", "12", "--set", "data.max_eval_samples=4", "--batch-size", "4",
          "--dtype", "float32", "--overlong", "drop", "--logging-steps", "1",
          "--lora-dropout", "0.1", "--save-strategy", "epoch"]  # fmt: skip
 CONSTANT = ["--lr-scheduler", "constant", "--learning-rate", "1e-3"]
-
-
-@pytest.fixture(autouse=True)
-def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -34,19 +30,8 @@ def common(tiny_model_dir: ModelDir) -> list[str]:
     return ["--model", str(tiny_model_dir("llama", chat=True)), "--dataset", str(data), *SHORT]
 
 
-def train(*arguments: str, out: str = "run") -> dict[str, Any]:
-    """Run `ftlevel train` and return its summary."""
-    assert run(["train", "--quiet", "--output-dir", out, *arguments]) == 0
-    summary: dict[str, Any] = json.loads(Path(out, "summary.json").read_text())
-    return summary
-
-
-def weights(out: str) -> bytes:
-    return Path(out, "adapter/adapter_model.safetensors").read_bytes()
-
-
 def learning_rates(out: str) -> dict[int, float]:
-    records = map(json.loads, Path(out, "metrics.jsonl").read_text().splitlines())
+    records = read_rows(Path(out, "metrics.jsonl"))
     return {r["step"]: r["learning_rate"] for r in records if "learning_rate" in r}
 
 
@@ -56,14 +41,14 @@ def test_extended_run_matches_long_run(common: list[str]) -> None:
     train(*common, *CONSTANT, "--epochs", "2")
     summary = train("--resume", "--num-train-epochs", "4")
     assert (summary["steps"], summary["planned_steps"]) == (12, 12)
-    assert weights("run") == weights("long")
+    assert read_weights("run") == read_weights("long")
     assert "num_train_epochs: 4" in Path("run/config.yaml").read_text()
-    best, expected = (json.loads(Path(out, "summary.json").read_text())["best"]
+    best, expected = (read_summary(out)["best"]
                       for out in ("run", "long"))  # fmt: skip
     assert best == expected
-    before = weights("run")
+    before = read_weights("run")
     train("--resume")
-    assert weights("run") == before, "it is finished at its new length"
+    assert read_weights("run") == before, "it is finished at its new length"
 
 
 @pytest.mark.slow
@@ -112,7 +97,7 @@ def test_resume_with_plateau_scheduler(
     rates = learning_rates("whole")
     assert [rates[step] for step in (3, 6, 9)] == [1e-3, 5e-4, 2.5e-4]
     assert learning_rates("run") == rates
-    assert weights("run") == weights("whole")
+    assert read_weights("run") == read_weights("whole")
 
     change = ["--learning-rate", "4e-3", "--allow-change", "train.learning_rate"]
     train("--resume", "--num-train-epochs", "4", *change)
@@ -121,34 +106,28 @@ def test_resume_with_plateau_scheduler(
 
 
 @pytest.mark.slow
-def test_invalid_extension_is_rejected(
-    common: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_invalid_extension_is_rejected(common: list[str], cli: Cli) -> None:
     train(*common, "--max-steps", "3")
-    capsys.readouterr()
     for options, message in (
         (["--max-steps", "2"], "2 steps are fewer than the 3 already trained"),
         (["--num-train-epochs", "9"], "--num-train-epochs 9 has no effect: --max-steps 3 sets"),
         (["--max-steps", "9", "--lora-r", "2"], "not the same run: method.r was 8 and is 2"),
     ):
-        assert run(["train", "--output-dir", "run", "--resume", *options]) == 2
-        captured = capsys.readouterr()
+        captured = cli.run("train --output-dir run --resume", *options, code=2)
         assert message in captured.err
         assert "loading the model" not in captured.out
     adalora = ["--method", "adalora", "--set", "method.init_r=4", "--set", "method.target_r=2"]
     without_dropout = [a for a in common if a not in ("--lora-dropout", "0.1")]
     train(*without_dropout, *adalora, "--max-steps", "6", out="ada")
-    assert run(["train", "--output-dir", "ada", "--resume", "--max-steps", "9"]) == 2
-    assert "its ranks are pruned by a schedule over all steps" in capsys.readouterr().err
+    error = cli.fails("train --output-dir ada --resume --max-steps 9")
+    assert "its ranks are pruned by a schedule over all steps" in error
     train(*common, "--max-steps", "2", "--save-strategy", "no", out="bare")
-    assert run(["train", "--output-dir", "bare", "--resume", "--max-steps", "9"]) == 2
+    error = cli.fails("train --output-dir bare --resume --max-steps 9")
     assert (
         "it is finished and has no valid checkpoint. Continue from its adapter: --adapter bare"
-    ) in capsys.readouterr().err
-    assert run(["train", "--output-dir", "bare", "--resume"]) == 0
-    assert "so no steps remain. To continue from its adapter: --adapter bare" in (
-        capsys.readouterr().out
-    )
+    ) in error
+    output = cli("train --output-dir bare --resume")
+    assert "so no steps remain. To continue from its adapter: --adapter bare" in (output)
 
 
 @pytest.mark.slow
@@ -166,11 +145,11 @@ def test_summary_counts_steps_that_were_not_logged(common: list[str]) -> None:
 
 def test_resume_without_adapter_file_trains_no_further(common: list[str]) -> None:
     train(*common, *CONSTANT, "--max-steps", "4", "--save-strategy", "steps", "--save-steps", "4")
-    before = weights("run")
+    before = read_weights("run")
     Path("run/adapter/adapter_model.safetensors").unlink()
     summary = train("--resume")
     assert summary["steps"] == 4
-    assert weights("run") == before
+    assert read_weights("run") == before
     assert summary["proof"]["gradient_tensors"] == 0, "none was looked at: no step was left"
 
 
@@ -193,7 +172,7 @@ def test_checkpoints_are_saved_by_elapsed_time(
         train(*options, "--max-steps", "8", "--save-total-limit", "9")
         patch.setattr("ftlevel.training.saving.time", Clock())
         train(*options, "--max-steps", "8", "--save-strategy", "no", out="none")
-        patch.setattr("ftlevel.training.build_trainer.SMALL_CHECKPOINT", 1000)
+        patch.setattr("ftlevel.training.session.SMALL_CHECKPOINT", 1000)
         train(*options, "--max-steps", "2", out="large")
     train(*options, "--max-steps", "2", out="quick")
 

@@ -18,10 +18,9 @@ from ftlevel.errors import RunError
 from ftlevel.events import NullListener
 from ftlevel.fast.fused_lora import FusedLoraFunction
 from gpu_sim.commands import write_files
+from run_files import ModelDir
 
 pytestmark = pytest.mark.slow
-
-ModelDir = Callable[..., Path]
 
 
 class Warnings(NullListener):
@@ -175,7 +174,7 @@ def test_plain_objective_that_fails_again_stops_the_run(
     files: dict[str, str], tiny_model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The plain step of embedding models is the Trainer's own: there is no plainer one."""
-    from ftlevel.training.whole_step import WholeStep
+    from ftlevel.extras.retrieval.whole_step import WholeStep
 
     original = WholeStep._loss
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.encoder import EncodingContext
 from ftlevel.data.sources import lines
 from ftlevel.tasks import TASKS, text
+from run_files import ModelDir
 
 MAX_BYTES_PER_ROW = 10
 FEW, MANY = 3_000, 13_000
@@ -53,7 +54,7 @@ def peak_bytes(path: Path, tokenizer: Any, rows: int) -> int:
 
 
 def test_memory_does_not_grow_with_rows(
-    tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text, "encode_causal", encode_without_tokenizer)
     monkeypatch.setattr(lines, "LARGE_BYTES", 0)

@@ -6,7 +6,6 @@ import builtins
 import csv
 import json
 import shutil
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,19 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import task_data
+from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.commands.generate import Chat, generate, generate_answers
 from ftlevel.commands.predict import predict
 from ftlevel.commands.train import train
-from ftlevel.config import GenerateConfig, PredictConfig, TrainConfig
+from ftlevel.config import GenerateConfig, PredictConfig
 from ftlevel.data.encoding.prompts import encode_prompt
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.extras.serving.entry import ServedModel
 from ftlevel.trained.generation import GenerationOptions, generate_texts
 from ftlevel.trained.resolve import resolve_model
+from run_files import ModelDir, short_config
 from sampling import sample
-
-ModelDir = Callable[..., Path]
 
 PROMPTS = [
     "parser",
@@ -41,37 +40,18 @@ PROMPTS = [
 ]
 
 
+COLUMNS = {"summarization": {"document": "en", "summary": "de"},
+           "translation": {"source": "en", "target": "de"}}  # fmt: skip
+
+
 def train_adapter(
-    model: Path,
-    data: Path,
-    out: Path,
-    task: str = "text-generation",
-    columns: dict[str, str] | None = None,
-    learning_rate: float = 0.004,
-    **method: Any,
-) -> Path:
-    text_columns = {"summarization": ("document", "summary"), "translation": ("source", "target")}
-    columns = (
-        dict(zip(text_columns[task], ("en", "de"), strict=True))
-        if task in text_columns
-        else columns or {}
-    )
-    train(
-        TrainConfig.model_validate(
-            {
-                "task": task,
-                "model": {"name_or_path": str(model), "dtype": "float32", "device": "cpu"},
-                "method": method or {"kind": "lora"},
-                "data": {"dataset": str(data), "columns": columns, "max_eval_samples": 1},
-                "train": {
-                    "max_steps": 3,
-                    "learning_rate": learning_rate,
-                    "predict_with_generate": False,
-                },
-                "output": {"dir": str(out)},
-            }
-        )
-    )
+    model: Path, rows: Path, out: Path, task: str = "text-generation", learning_rate: float = 0.004,
+    columns: dict[str, str] | None = None, **method: Any,
+) -> Path:  # fmt: skip
+    data = {"columns": columns or COLUMNS.get(task, {}), "max_eval_samples": 1}
+    steps = {"learning_rate": learning_rate, "predict_with_generate": False}
+    train(short_config(model, rows, out, task, data=data, train=steps,
+                       method=method or {"kind": "lora"}))  # fmt: skip
     return out
 
 
@@ -217,7 +197,7 @@ def test_plain_peft_adapter_generates(tiny_model_dir: ModelDir, tmp_path: Path) 
 
 @pytest.mark.parametrize("model_class", ["BartForCausalLM", "MBartForCausalLM"])
 def test_decoder_without_position_ids_generates_as_alone(
-    model_class: str, tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_class: str, tiny_model_dir: ModelDir, tmp_path: Path, cli: Cli
 ) -> None:
     """transformers' decoder of BART ignores padding, so that it would shift the positions."""
     torch.manual_seed(0)
@@ -242,14 +222,14 @@ def test_decoder_without_position_ids_generates_as_alone(
         expected.append(tokenizer.decode(new_ids, skip_special_tokens=True).strip())
     prompts = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
     options = ["--max-new-tokens", "6", "--dtype", "float32", "--device", "cpu", "--json"]
-    assert run(["generate", str(tmp_path / "decoder"), *prompts, *options]) == 0
-    answers = json.loads(capsys.readouterr().out.splitlines()[-1])["answers"]
+    answers = json.loads(
+        cli(f"generate {tmp_path / 'decoder'}", *prompts, *options).splitlines()[-1]
+    )["answers"]
     assert [answer["text"] for answer in answers] == expected
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a file", "completion": "the list"}\n' * 4)
     data = ["--dataset", str(tmp_path / "rows.jsonl"), "--max-steps", "1", "--dtype", "float32"]
     paths = ["--model", str(tmp_path / "decoder"), "--output-dir", str(tmp_path / "run")]
-    assert run(["train", *data, *paths]) == 0
-    assert "fast step verified on" in capsys.readouterr().out
+    assert "fast step verified on" in cli("train", *data, *paths)
 
 
 def test_run_in_directory_called_base_uses_its_adapter(adapters_dir: Path, tmp_path: Path) -> None:
@@ -329,7 +309,7 @@ def test_sampling_is_seeded(adapters_dir: Path) -> None:
 
 
 def test_prompt_files_give_same_answers_as_prompts(
-    adapters_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    adapters_dir: Path, tmp_path: Path, cli: Cli
 ) -> None:
     prompts = [*PROMPTS, "a form feed\fis part of a line"]
     (tmp_path / "p.txt").write_text("\n".join(prompts) + "\n\n")
@@ -338,16 +318,17 @@ def test_prompt_files_give_same_answers_as_prompts(
     name, expected = str(adapters_dir / "short"), answer_texts(adapters_dir / "short", prompts)
     for number, file in enumerate(("p.txt", "p.jsonl")):
         out = tmp_path / f"{number}.jsonl"
-        code = run(["generate", name, "--prompts", str(tmp_path / file), "--out", str(out),
-                    "--max-new-tokens", "8", "--device", "cpu"])  # fmt: skip
-        assert code == 0
+        cli(
+            f"generate {name} --prompts {tmp_path / file} --out {out} --max-new-tokens 8 "
+            "--device cpu"
+        )
         lines = [json.loads(line) for line in out.read_text().splitlines()]
         assert [line["text"] for line in lines] == expected
         assert [line["prompt"] for line in lines] == prompts
     text = "\ufefffirst\u2028line\x0c\r\nsecond\n\n"
     (tmp_path / "p.txt").write_bytes(text.encode())
     out = tmp_path / "lines.jsonl"
-    assert run(["generate", name, "--prompts", str(tmp_path / "p.txt"), "--out", str(out)]) == 0
+    cli(f"generate {name} --prompts {tmp_path / 'p.txt'} --out {out}")
     shown = [json.loads(line)["prompt"] for line in out.open()]
     assert shown == ["first\u2028line\x0c", "second"]
     answers, _ = generate(name, "one", max_new_tokens=1)  # not a letter at a time
@@ -357,22 +338,19 @@ def test_prompt_files_give_same_answers_as_prompts(
         with pytest.raises(ConfigError, match=r"^a prompt is of type \w+\. Pass texts: a list"):
             generate(name, invalid)  # type: ignore[arg-type]
     (tmp_path / "p.txt").write_text("\n \n")
-    assert run(["generate", name, "--prompts", str(tmp_path / "p.txt")]) == 2
-    assert "p.txt has no line with text. Use a file of prompts." in capsys.readouterr().err
-    assert run(["generate", name, "--prompt", "a", "--out", str(out)]) == 2
-    assert "already exists and is not overwritten. Choose another." in capsys.readouterr().err
+    error = cli.fails(f"generate {name} --prompts {tmp_path / 'p.txt'}")
+    assert "p.txt has no line with text. Use a file of prompts." in error
+    error = cli.fails(f"generate {name} --prompt a --out {out}")
+    assert "already exists and is not overwritten. Choose another." in error
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}')
-    assert run(["generate", name, "--prompts", str(tmp_path / "bad.jsonl")]) == 2
-    assert "bad.jsonl:2: has no 'prompt'." in capsys.readouterr().err
-    assert run(["generate", name]) == 2
-    assert "no prompt. Add --prompt TEXT, --prompts FILE or --chat." in capsys.readouterr().err
-    assert run(["generate", name, "--chat", "--prompt", "a"]) == 2
-    assert "--chat reads from the terminal" in capsys.readouterr().err
+    error = cli.fails(f"generate {name} --prompts {tmp_path / 'bad.jsonl'}")
+    assert "bad.jsonl:2: has no 'prompt'." in error
+    error = cli.fails(f"generate {name}")
+    assert "no prompt. Add --prompt TEXT, --prompts FILE or --chat." in error
+    assert "--chat reads from the terminal" in cli.fails(f"generate {name} --chat --prompt a")
 
 
-def test_csv_prompts_are_answered_per_row(
-    adapters_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_csv_prompts_are_answered_per_row(adapters_dir: Path, tmp_path: Path, cli: Cli) -> None:
     prompts = [*PROMPTS[:2], 'two\nlines, "quoted"']
     name, expected = (
         str(adapters_dir / "short"),
@@ -382,42 +360,35 @@ def test_csv_prompts_are_answered_per_row(
     for column, mapping in (("document", []), ("words", ["--map", "document=words"])):
         with (tmp_path / "p.csv").open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([["id", column], *enumerate(prompts)])
-        code = run(["generate", name, "--prompts", str(tmp_path / "p.csv"), *mapping, *options])
-        answers = json.loads(capsys.readouterr().out)["answers"]
-        assert code == 0
+        answers = cli.json(f"generate {name} --prompts {tmp_path / 'p.csv'}", *mapping, *options)[
+            "answers"
+        ]
         assert [answer["prompt"] for answer in answers] == prompts
         assert [answer["text"] for answer in answers] == expected
-    assert run(["generate", name, "--prompts", str(tmp_path / "p.csv"), *options]) == 2
-    assert "no format matches the columns" in capsys.readouterr().err
+    error = cli.fails(f"generate {name} --prompts {tmp_path / 'p.csv'}", *options)
+    assert "no format matches the columns" in error
 
 
-def test_answers_are_labeled_by_adapter(
-    adapters_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_answers_are_labeled_by_adapter(adapters_dir: Path, cli: Cli) -> None:
     arguments = ["generate", "--adapter", f"g={adapters_dir / 'german-1.0'}", "--adapter",
                  f"s={adapters_dir / 'short'}", "--compare-base", "--prompt", "a file",
                  "--max-new-tokens", "4", "--device", "cpu"]  # fmt: skip
-    assert run(arguments) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = cli(*arguments).splitlines()
     assert [line.partition(":")[0] for line in lines] == ["base", "g", "s"]
 
 
-def test_two_models_answer_each_prompt(
-    adapters_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_models_answer_each_prompt(adapters_dir: Path, cli: Cli) -> None:
     names = [str(adapters_dir / name) for name in ("german-1.0", "short")]
     prompts = [option for prompt in PROMPTS[:2] for option in ("--prompt", prompt)]
     command = ["generate", names[0], "--against", names[1], *prompts, "--max-new-tokens", "8",
                "--device", "cpu"]  # fmt: skip
-    assert run([*command, "--json"]) == 0
-    answers = json.loads(capsys.readouterr().out)["answers"]
+    answers = cli.json(*command, "--json")["answers"]
     assert [(a["prompt"], a["adapter"]) for a in answers] == [
         (prompt, name) for prompt in PROMPTS[:2] for name in names
     ]
     expected = [answer_texts(Path(name), PROMPTS[:2]) for name in names]
     assert [a["text"] for a in answers] == [expected[k][i] for i in range(2) for k in range(2)]
-    assert run(command) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = cli(*command).splitlines()
     assert [line.partition(": ")[0] for line in lines if not line.startswith("»")] == names * 2
 
 

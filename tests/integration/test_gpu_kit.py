@@ -5,7 +5,6 @@ To run all of it on a CPU in minutes: `make gpu-kit`, and then each of its comma
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -79,54 +78,6 @@ def test_finished_measurements_are_not_repeated(
     assert "- plain: out of memory" in table
 
 
-def test_run_ended_by_time_limit_is_not_recorded(
-    measurements: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from training.runs import FailedRunError
-
-    from gpu import measure
-
-    def run(*_: Any) -> Any:
-        time.sleep(0.3)
-        raise FailedRunError("ended with -9")
-
-    monkeypatch.setattr(measure, "measure_tool", run)
-    tiny_work = build_work(tmp_path)
-    deadline = time.time() + measure.SPARE_SECONDS + 0.2
-    assert not measure.measure_shape("2k", tiny_work, measurements, tmp_path, deadline)
-    assert measurements.results["shapes"]["2k"]["refused"] == {}
-
-
-def test_time_limit_prevents_measurements_and_peak_is_measured_once(
-    measurements: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from gpu import measure
-
-    peaks: list[Any] = []
-    monkeypatch.setattr(measure, "measure_peak", lambda work: peaks.append(work) or 1e9)
-    monkeypatch.setattr(measure, "measure_tool", lambda *_: create_reading())
-    works = {shape: build_work(tmp_path, shape) for shape in ("2k", "prefix")}
-    measurements.path.parent.mkdir()
-    for shape, shape_work in works.items():
-        assert not measure.measure_shape(shape, shape_work, measurements, tmp_path, time.time())
-    assert measurements.results["shapes"] == {}
-    assert not peaks
-    for shape, shape_work in works.items():
-        assert measure.measure_shape(shape, shape_work, measurements, tmp_path, time.time() + 60)
-    assert len(peaks) == 1
-
-
-def test_rows_have_requested_shape(tmp_path: Path) -> None:
-    from gpu.rows import TINY_LENGTH, TINY_STEPS
-
-    full, shared = build_work(tmp_path), build_work(tmp_path, "prefix")
-    assert full.tokens > 0.6 * TINY_LENGTH * full.steps * full.batch * full.accumulate
-    assert full.steps == shared.steps == TINY_STEPS
-    lines = Path(shared.rows).read_text(encoding="utf-8").splitlines()
-    assert len(lines) == shared.steps * shared.batch * shared.accumulate
-    assert len({json.loads(line)["messages"][0]["content"] for line in lines}) == 1
-
-
 def test_wheel_keeps_one_cuda_library(tmp_path: Path) -> None:
     from gpu.pack import reduce_bitsandbytes
 
@@ -145,21 +96,6 @@ def test_wheel_keeps_one_cuda_library(tmp_path: Path) -> None:
     assert [Path(name).stem.split("_")[1] for name in libraries] == ["cpu", "cuda130"]
     assert "cuda118" not in record
     assert record.count("sha256=") == 2
-
-
-def test_passed_tests_are_deselected(tmp_path: Path) -> None:
-    from gpu.prove import OutcomeRecorder
-
-    path = tmp_path / "tests.json"
-    path.write_text(json.dumps({"a": {"outcome": "passed"}, "b": {"outcome": "failed"}}))
-
-    class Item:
-        def __init__(self, nodeid: str) -> None:
-            self.nodeid = nodeid
-
-    items: Any = [Item("a"), Item("b"), Item("c")]
-    OutcomeRecorder(path, None, time.time()).pytest_collection_modifyitems(items)
-    assert [item.nodeid for item in items] == ["b", "c"]
 
 
 def test_missing_packages_are_reported(tmp_path: Path) -> None:

@@ -24,18 +24,14 @@ from export_cases import (
     exportable_model,
     load_model,
 )
-from ftlevel.merging.formats.gguf import TEST_INPUTS
+from ftlevel.extras.serving.gguf import TEST_INPUTS
+
+pytestmark = pytest.mark.usefixtures("work_dir")
 
 needs_llama_cpp = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None,
     reason="llama_cpp cannot be imported: pip install llama-cpp-python builds it",
 )
-
-
-@pytest.fixture(autouse=True)
-def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture

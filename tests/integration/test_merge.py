@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import random
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,32 +15,29 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import task_data
+from command_line import Cli
 from ftlevel import MergeConfig, merge
 from ftlevel.cli.app import run
-from ftlevel.commands.export import export
 from ftlevel.commands.generate import generate
-from ftlevel.config import ExportConfig
 from ftlevel.events import NullListener
+from ftlevel.extras.serving.config import ExportConfig
+from ftlevel.extras.serving.exporting import export
 from ftlevel.merging import merged_model
 from ftlevel.merging.merge_input import resolve_merge_input, select_rows
 from ftlevel.methods.merging import Skeleton, build_skeleton
 from ftlevel.models.loading import build_task_model
 from ftlevel.weights import checkpoint
+from run_files import ModelDir, kill_repeatedly, read_json, read_summary, write_rows
 
-TinyModelDir = Callable[..., Path]
+pytestmark = pytest.mark.usefixtures("work_dir")
+
 TRAIN_OPTIONS = ["--max-samples", "16", "--set", "data.max_eval_samples=8", "--max-steps", "3",
        "--learning-rate", "2e-3", "--quiet"]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 @pytest.fixture(scope="module")
 def train_run(
-    tiny_model_dir: TinyModelDir, tmp_path_factory: pytest.TempPathFactory
+    tiny_model_dir: ModelDir, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
     """Return a function that trains a short run on a tiny model, once per set of arguments."""
     runs: dict[tuple[str, ...], Path] = {}
@@ -66,14 +60,6 @@ def train_run(
     return train
 
 
-def merge_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    """Run `ftlevel merge --json` and return what it prints."""
-    capsys.readouterr()
-    assert run(["merge", *arguments, "--json"]) == 0
-    summary: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return summary
-
-
 CELLS = [
     ("bert", "token-classification", "tags", "mlm"),
     ("llama", "question-answering", "span", None),  # its class has another prefix
@@ -88,15 +74,10 @@ CELLS = [
 
 @pytest.mark.parametrize(("family", "task", "data", "head"), CELLS)
 def test_merged_model_matches_run_for_every_task(
-    family: str,
-    task: str,
-    data: str,
-    head: str | None,
-    train_run: Callable[..., Path],
-    capsys: pytest.CaptureFixture[str],
+    family: str, task: str, data: str, head: str | None, train_run: Callable[..., Path], cli: Cli
 ) -> None:
     source = train_run(family, task, data, head, "--dtype", "float32")
-    summary = merge_json(capsys, str(source), "--out", "merged")
+    summary = cli.json("merge", str(source), "--out", "merged", "--json")
     agreement = summary["agreement"]
     assert agreement["max_difference"] <= 1e-4 * agreement["scale"]
     assert agreement["top1"] == (None if data == "regression" else 1)  # regression has no top-1
@@ -110,34 +91,22 @@ def test_merged_model_matches_run_for_every_task(
     assert answers[0] == answers[1]
 
 
-def test_bfloat16_merge_differs_by_rounding_only(
-    train_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bfloat16_merge_differs_by_rounding_only(train_run: Callable[..., Path], cli: Cli) -> None:
     source = train_run("llama", "text-generation", "mask", None, "--dtype", "bfloat16")
-    summary = merge_json(capsys, str(source), "--out", "merged")
+    summary = cli.json("merge", str(source), "--out", "merged", "--json")
     difference, rounding, exact = (
         summary[name]["mean_difference"] for name in ("agreement", "rounding", "before_rounding")
     )
     assert exact < rounding / 100
     assert rounding / 4 < difference < 4 * rounding
-    card = json.loads(Path("merged/ftlevel.json").read_text())
+    card = read_json("merged/ftlevel.json")
     assert card["merge"]["verified"]
     assert card["method"] == "full"
     assert "Loaded again and compared" in Path("merged/README.md").read_text()
+    config = read_json("merged/config.json")  # transformers 4 reads rope_theta
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
     files = {path.name for path in Path("merged").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= files
-
-
-def test_saved_config_has_rope_theta_for_transformers_4(
-    train_run: Callable[..., Path], tmp_path: Path
-) -> None:
-    source = train_run("llama", "text-generation", "mask", None, "--dtype", "float32")
-    assert run(["merge", str(source), "--out", "merged", "--no-verify", "--quiet"]) == 0
-    assert run(["quantize", str(source.parent / "base"), "--quant", "8bit", "--out", "packed",
-                "--no-measure", "--quiet"]) == 0  # fmt: skip
-    for name in ("merged", "packed"):
-        config = json.loads((tmp_path / name / "config.json").read_text())
-        assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
 
 
 def faulty_merge(fault: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -165,7 +134,7 @@ def test_faulty_merge_of_one_layer_is_rejected(
     dtype: str,
     train_run: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    cli: Cli,
 ) -> None:
     """Rounding to bfloat16 is larger than such a fault and would hide it."""
     source = train_run("llama", "text-generation", "mask", None, "--dtype", dtype,
@@ -180,15 +149,13 @@ def test_faulty_merge_of_one_layer_is_rejected(
         return {name: faulty(bases[name], merged[name] - bases[name]) for name in merged}
 
     monkeypatch.setattr(Skeleton, "merge", merge_with_fault)
-    assert run(["merge", str(source), "--out", "merged"]) == 1
-    assert "the merged model is not the base with the adapter" in capsys.readouterr().err
+    error = cli.fails(f"merge {source} --out merged", code=1)
+    assert "the merged model is not the base with the adapter" in error
     assert list(Path().iterdir()) == []
 
 
 def test_corrupted_merged_file_is_rejected(
-    train_run: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    train_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
     source = train_run("llama", "text-generation", "mask", None, "--dtype", "bfloat16")
     original = checkpoint.write_files
@@ -202,19 +169,16 @@ def test_corrupted_merged_file_is_rejected(
         return size
 
     monkeypatch.setattr(merged_model, "write_files", write_and_corrupt)
-    assert run(["merge", str(source), "--out", "merged"]) == 1
-    assert (
-        "model.norm.weight, reloaded, is a different tensor. Nothing was saved."
-        in capsys.readouterr().err
-    )
+    error = cli.fails(f"merge {source} --out merged", code=1)
+    assert "model.norm.weight, reloaded, is a different tensor. Nothing was saved." in error
     assert list(Path().iterdir()) == []
 
 
-def test_unverified_merge_is_marked_in_card(train_run: Callable[..., Path]) -> None:
+def test_unverified_merge_is_marked_in_card(train_run: Callable[..., Path], cli: Cli) -> None:
     source = train_run("llama", "text-generation", "mask", None, "--dtype", "float32")
-    assert run(["merge", str(source), "--out", "merged", "--no-verify", "--quiet"]) == 0
+    cli(f"merge {source} --out merged --no-verify --quiet")
     assert "**Not verified**" in Path("merged/README.md").read_text()
-    assert json.loads(Path("merged/ftlevel.json").read_text())["merge"]["verified"] is False
+    assert read_json("merged/ftlevel.json")["merge"]["verified"] is False
 
 
 @pytest.mark.slow
@@ -227,37 +191,35 @@ def test_unverified_merge_is_marked_in_card(train_run: Callable[..., Path]) -> N
     ],
 )
 def test_quantized_run_is_merged_onto_dequantized_base(
-    flags: list[str], train_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    flags: list[str], train_run: Callable[..., Path], cli: Cli
 ) -> None:
     source = train_run("llama", "text-generation", "mask", None, "--method", "qlora",
                        "--dtype", "float32", *flags)  # fmt: skip
-    summary = merge_json(capsys, str(source), "--out", "merged")
+    summary = cli.json("merge", str(source), "--out", "merged", "--json")
     assert summary["onto"] == "dequantized"
     assert "closer to the trained model" in summary["reason"]
     candidates = summary["candidates"]
     max_ratio = 1.0 if "8bit" in flags else 0.1  # 8 bits round activations as well
     assert candidates["dequantized"]["kl"] < max_ratio * candidates["original"]["kl"]
     assert sorted(p.name for p in Path().iterdir()) == ["merged"]
-    original_summary = merge_json(capsys, str(source), "--out", "other", "--onto", "original")
+    original_summary = cli.json(f"merge {source} --out other --onto original --json")
     assert original_summary["onto"] == "original"
     assert (
         original_summary["agreement"]["max_difference"]
         <= 1e-4 * original_summary["agreement"]["scale"]
     )
-    capsys.readouterr()
-    assert run(["merge", str(source), "--out", "third", "--no-verify"]) == 2
     assert (
         "measures both options on a quantized run, and --no-verify skips measuring. Use --onto "
-        "dequantized (the model as trained) or --onto original." in capsys.readouterr().err
-    )
+        "dequantized (the model as trained) or --onto original."
+    ) in cli.fails(f"merge {source} --out third --no-verify")
 
 
 def test_quantized_run_with_trained_head_of_tied_model_is_merged(
-    train_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    train_run: Callable[..., Path], cli: Cli
 ) -> None:
     source = train_run("gpt2", "text-generation", "mask", None, "--method", "qlora",
                        "--set", "method.modules_to_save=lm_head")  # fmt: skip
-    assert merge_json(capsys, str(source), "--out", "merged")["written"]["untied"]
+    assert cli.json("merge", str(source), "--out", "merged", "--json")["written"]["untied"]
     merged = load_file("merged/model.safetensors")
     trained = load_file(source / "adapter" / "adapter_model.safetensors")
     head = trained["base_model.model.lm_head.weight"]
@@ -315,17 +277,13 @@ def peft_config(kind: str, **settings: Any) -> str:
     ],
 )  # fmt: skip
 def test_unmergeable_input_is_rejected_in_one_line(
-    files: dict[str, str],
-    arguments: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
+    files: dict[str, str], arguments: list[str], message: str, cli: Cli
 ) -> None:
     for name, text in files.items():
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(text)
     out = [] if "--out" in arguments else ["--out", "merged"]
-    assert run(["merge", *arguments, *out]) == 2
-    error = capsys.readouterr().err
+    error = cli.fails("merge", *arguments, *out)
     assert message.lower() in error.lower()
     assert error.startswith("ftlevel: ")
     assert len(error.splitlines()) == 1
@@ -333,16 +291,13 @@ def test_unmergeable_input_is_rejected_in_one_line(
 
 
 def test_merge_onto_other_base_is_rejected(
-    train_run: Callable[..., Path],
-    tiny_model_dir: TinyModelDir,
-    capsys: pytest.CaptureFixture[str],
+    train_run: Callable[..., Path], tiny_model_dir: ModelDir, cli: Cli
 ) -> None:
     source = train_run("llama", "text-generation", "mask", None, "--dtype", "float32")
     other_base = tiny_model_dir("llama", seed=1)
-    assert run(["merge", str(source), "--out", "merged", "--base", str(other_base)]) == 2
-    assert "has other weights" in capsys.readouterr().err
+    assert "has other weights" in cli.fails(f"merge {source} --out merged --base {other_base}")
     moved = shutil.copytree(source.parent / "base", "moved")
-    assert run(["merge", str(source), "--out", "merged", "--base", str(moved), "--quiet"]) == 0
+    cli(f"merge {source} --out merged --base {moved} --quiet")
 
 
 def save_lora(base: Path, folder: Path, rank: int, targets: list[str], **settings: Any) -> Path:
@@ -365,7 +320,7 @@ def lora_update(adapter: Path, module: str, scale: float) -> torch.Tensor | floa
     return saved[name.format("B")] @ saved[name.format("A")] * scale
 
 
-def test_cat_strategy_equals_weighted_sum(tiny_model_dir: TinyModelDir) -> None:
+def test_cat_strategy_equals_weighted_sum(tiny_model_dir: ModelDir) -> None:
     base = tiny_model_dir("llama")
     first = save_lora(base, Path("a"), 4, ["q_proj", "up_proj"])
     second = save_lora(base, Path("b"), 9, ["q_proj", "v_proj"], use_rslora=True)
@@ -377,41 +332,37 @@ def test_cat_strategy_equals_weighted_sum(tiny_model_dir: TinyModelDir) -> None:
         module = name.removesuffix(".weight")
         update = 0.7 * lora_update(first, module, 6 / 4) - 0.3 * lora_update(second, module, 6 / 3)
         torch.testing.assert_close(merged[name], weight + update, rtol=0, atol=1e-6)
-    assert json.loads(Path("merged/ftlevel.json").read_text())["merge"]["weights"] == [0.7, -0.3]
+    assert read_json("merged/ftlevel.json")["merge"]["weights"] == [0.7, -0.3]
     merge(MergeConfig(adapters=names[0], weights=[0.5], output_dir=Path("half")))
-    assert json.loads(Path("half/ftlevel.json").read_text())["merge"]["weights"] == [0.5]
+    assert read_json("half/ftlevel.json")["merge"]["weights"] == [0.5]
 
 
 def test_adapters_of_different_bases_do_not_mix(
-    train_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train_run: Callable[..., Path], tmp_path: Path, cli: Cli
 ) -> None:
     source = train_run("llama", "text-generation", "mask", None, "--dtype", "float32")
     other = shutil.copytree(source / "adapter", tmp_path / "other")
-    card = json.loads((other / "ftlevel.json").read_text())
+    card = read_json(other / "ftlevel.json")
     card["base"]["fingerprint"] = "0" * 64
     (other / "ftlevel.json").write_text(json.dumps(card))
-    assert run(["merge", str(source), str(other), "--out", str(tmp_path / "merged")]) == 2
-    assert "Combine adapters of one base." in capsys.readouterr().err
+    error = cli.fails(f"merge {source} {other} --out {tmp_path / 'merged'}")
+    assert "Combine adapters of one base." in error
 
 
 def test_mixture_names_its_adapters_and_their_different_quantization(
-    train_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train_run: Callable[..., Path], tmp_path: Path, cli: Cli
 ) -> None:
     source = train_run("llama", "text-generation", "mask", None, "--dtype", "float32")
     other = shutil.copytree(source / "adapter", tmp_path / "other")
-    card = json.loads((other / "ftlevel.json").read_text())
+    card = read_json(other / "ftlevel.json")
     card["quantization"] = {"kind": "4bit"}
     (other / "ftlevel.json").write_text(json.dumps(card))
-    capsys.readouterr()
-    assert run(["merge", str(source), str(other), "--out", "merged", "--no-verify"]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = " ".join(cli(f"merge {source} {other} --out merged --no-verify").split())
     assert f"adapter: {source}, {other} (lora" in shown
     assert f"base as in: {source}: --quant none ({other} was trained with --quant 4bit)" in shown
 
 
-def test_changed_tensors_and_progress_are_counted(
-    train_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_changed_tensors_and_progress_are_counted(train_run: Callable[..., Path]) -> None:
     """The biases of adapted layers stay as they are."""
 
     class Steps(NullListener):
@@ -426,7 +377,7 @@ def test_changed_tensors_and_progress_are_counted(
             self.steps.append(step)
 
     source, listener = train_run("gpt2", "text-generation", "mask", None), Steps()
-    base = load_file(Path(json.loads((source / "summary.json").read_text())["model"]["name"])
+    base = load_file(Path(read_summary(source)["model"]["name"])
                      / "model.safetensors")  # fmt: skip
     config = MergeConfig(adapters=[str(source)], output_dir=Path("merged"))
     written = merge(config, listener=listener).summary["written"]
@@ -439,19 +390,16 @@ def test_changed_tensors_and_progress_are_counted(
     assert len(progress.totals) == 2, "of the merge, and of the file"
 
 
-def test_values_too_large_for_float16_are_rejected(
-    tiny_model_dir: TinyModelDir, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_values_too_large_for_float16_are_rejected(tiny_model_dir: ModelDir, cli: Cli) -> None:
     base = shutil.copytree(tiny_model_dir("llama"), Path("base"))
     tensors = load_file(base / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e5
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     adapter = save_lora(base, Path("a"), 4, ["q_proj"])
     arguments = ["merge", str(adapter), "--out", "merged", "--no-verify", "--dtype"]
-    assert run([*arguments, "float16"]) == 2
-    assert "model.layers.0.mlp.up_proj.weight has values above" in capsys.readouterr().err
+    assert "model.layers.0.mlp.up_proj.weight has values above" in cli.fails(*arguments, "float16")
     assert not Path("merged").exists()
-    assert run([*arguments, "bfloat16"]) == 0
+    cli(*arguments, "bfloat16")
 
 
 def test_random_values_on_the_meta_device_are_not_merged() -> None:
@@ -468,18 +416,16 @@ def test_random_values_on_the_meta_device_are_not_merged() -> None:
     assert sorted(skeleton.units) == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
 
 
-def test_codes_are_chosen_on_other_rows_than_those_compared(tiny_model_dir: TinyModelDir) -> None:
+def test_codes_are_chosen_on_other_rows_than_those_compared(tiny_model_dir: ModelDir) -> None:
     rows = [{"text": f"The number {i} is {i * i} squared."} for i in range(8)]
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows("rows.jsonl", rows)
     flags = ["--dataset", "rows.jsonl", "--set", "data.validation_split=0", *TRAIN_OPTIONS]
     model = str(tiny_model_dir("llama"))
     assert run(["train", "--model", model, *flags, "--output-dir", "run"]) == 0
     inputs = resolve_merge_input(MergeConfig(adapters=["run"], output_dir=Path("merged")))
     for count, calibration, sizes in ((32, 128, (1, 7)), (32, 0, (8, 0)), (0, 128, (0, 8))):
-        selected = select_rows(inputs, count, calibration)
-        compared, chosen = (
-            [row.input_ids for row in part] for part in (selected.compared, selected.calibration)
-        )
+        selected = select_rows(inputs, count, calibration)[:2]
+        compared, chosen = ([row.input_ids for row in part] for part in selected)
         assert (len(compared), len(chosen)) == sizes
         assert not [ids for ids in compared if ids in chosen]
 
@@ -490,9 +436,9 @@ def test_plain_peft_adapter_mixes_with_run(train_run: Callable[..., Path]) -> No
     settings: Any = {"weights": [0.5, 0.5], "verify": False}
     merge(MergeConfig(adapters=[str(source), "a"], output_dir=Path("one"), **settings))
     merge(MergeConfig(adapters=[str(first), str(source)], output_dir=Path("other"), **settings))
-    assert json.loads(Path("one/ftlevel.json").read_text())["merge"]["weights"] == [0.5, 0.5]
+    assert read_json("one/ftlevel.json")["merge"]["weights"] == [0.5, 0.5]
     merge(MergeConfig(adapters=["a"], output_dir=Path("half"), weights=[0.5], verify=False))
-    assert json.loads(Path("half/ftlevel.json").read_text())["merge"]["weights"] == [0.5]
+    assert read_json("half/ftlevel.json")["merge"]["weights"] == [0.5]
     other = load_file("other/model.safetensors")
     for name, tensor in load_file("one/model.safetensors").items():
         torch.testing.assert_close(tensor, other[name])
@@ -501,7 +447,7 @@ def test_plain_peft_adapter_mixes_with_run(train_run: Callable[..., Path]) -> No
 @pytest.mark.parametrize(
     "strategy", ["svd", "linear", "ties", "dare-ties", "dare-linear", "magnitude-prune"]
 )
-def test_merge_strategies_match_peft(strategy: str, tiny_model_dir: TinyModelDir) -> None:
+def test_merge_strategies_match_peft(strategy: str, tiny_model_dir: ModelDir) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -522,48 +468,33 @@ def test_merge_strategies_match_peft(strategy: str, tiny_model_dir: TinyModelDir
         torch.testing.assert_close(tensor, expected[name])
 
 
-def test_linear_strategy_rejects_different_ranks(
-    tiny_model_dir: TinyModelDir, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_linear_strategy_rejects_different_ranks(tiny_model_dir: ModelDir, cli: Cli) -> None:
     base = tiny_model_dir("llama")
     save_lora(base, Path("a"), 4, ["q_proj"])
     save_lora(base, Path("b"), 8, ["q_proj"])
-    assert run(["merge", "a", "b", "--strategy", "linear", "--out", "merged"]) == 2
-    error = capsys.readouterr().err
+    error = cli.fails("merge a b --strategy linear --out merged")
     assert error.startswith("ftlevel: --strategy linear: ")
     assert "Use --strategy cat" in error
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [6, pytest.param(28, marks=pytest.mark.sweep)])
-def test_killed_merge_leaves_no_partial_model(tiny_model_dir: TinyModelDir, kills: int) -> None:
+def test_killed_merge_leaves_no_partial_model(tiny_model_dir: ModelDir, kills: int) -> None:
     base = tiny_model_dir("llama", num_hidden_layers=6)
     adapter = save_lora(base, Path("a"), 4, ["q_proj", "v_proj", "up_proj", "down_proj"])
+    out = Path("killed")
 
-    def merge_to(name: str) -> None:
-        merge(MergeConfig(adapters=[str(adapter)], output_dir=Path(name), verify=False))
+    def write() -> None:
+        merge(MergeConfig(adapters=[str(adapter)], output_dir=out, verify=False))
 
-    started = time.perf_counter()
-    merge_to("whole")
-    seconds = time.perf_counter() - started
-    weights = {p.name: p.read_bytes() for p in Path("whole").glob("*.safetensors")}
-    files = {p.name for p in Path("whole").iterdir()}
-    fork, rng, exists = multiprocessing.get_context("fork"), random.Random(0), []
-    random_delays = (rng.uniform(0, 1.3 * seconds) for _ in range(kills))
-    delays = [0.0, *random_delays, None]  # None: not killed
-    for delay in delays:
-        process = fork.Process(target=merge_to, args=("killed",))
-        process.start()
-        if delay is None:
-            process.join()
-        else:
-            time.sleep(delay)
-        process.kill()
-        process.join()
-        exists.append(Path("killed").exists())
-        if exists[-1]:
-            assert {p.name for p in Path("killed").iterdir()} == files
-            for name, data in weights.items():
-                assert Path("killed", name).read_bytes() == data
-            shutil.rmtree("killed")
-    assert {True, False} == set(exists), "kills both before and after the end"
+    def read() -> tuple[set[str], dict[str, bytes]]:
+        return ({path.name for path in out.iterdir()},
+                {path.name: path.read_bytes() for path in out.glob("*.safetensors")})  # fmt: skip
+
+    def assert_complete() -> None:
+        assert read() == expected
+
+    write()
+    expected = read()
+    shutil.rmtree(out)
+    kill_repeatedly(write, out, kills, assert_complete)

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import PeftModel
 
+from command_line import Cli
 from export_cases import export_to
 from ftlevel import MergeConfig, merge
 from ftlevel.artifacts.cards import load_card
 from ftlevel.cli.app import run
 from ftlevel.errors import RunError
 from ftlevel.weights import quantize_shards
+from run_files import ModelDir
 from sampling import sample
 
-TinyModelDir = Callable[..., Path]
 Runs = Callable[[str, str], Path]
 BASES = {
     "float": ("st", []),
@@ -48,7 +48,7 @@ TEXTS = [f"the module number {i} of the list is {i * 7}" for i in range(24)]
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_model_dir: TinyModelDir, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(tiny_model_dir: ModelDir, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Return a function that trains a run, once per base and method; all bases are one model."""
     folder = tmp_path_factory.mktemp("low-bits")
     (folder / "rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
@@ -165,49 +165,20 @@ def test_calibrated_export_of_full_model_is_closer_than_rounding(
 
 
 @pytest.mark.slow
-def test_quantized_merge_is_closer_than_peft_merge(runs: Runs, tmp_path: Path) -> None:
-    """The reference is PEFT's model on a bitsandbytes base, without ftlevel."""
-    source = runs("4-bit", "lora")
-    merge_to(source, tmp_path / "m", "4bit")
-
-    def load_run() -> Any:
-        quantization = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=["lm_head"],
-        )  # fmt: skip
-        base = transformers.AutoModelForCausalLM.from_pretrained(
-            source.parent / "st", quantization_config=quantization, dtype=torch.float32
-        )
-        return PeftModel.from_pretrained(base, source / "adapter").eval()
-
-    with pytest.warns(UserWarning, match="rounding errors"):
-        load_run().merge_and_unload().save_pretrained(tmp_path / "peft")
-    ours, theirs = (
-        transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-        for model_dir in (tmp_path / "m", tmp_path / "peft")
-    )
-    model_dir = source / "adapter"
-    assert kl(load_run(), ours, model_dir) < 0.5 * kl(load_run(), theirs, model_dir)
-
-
-@pytest.mark.slow
-def test_commands_accept_quantized_merged_model(
-    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_commands_accept_quantized_merged_model(runs: Runs, tmp_path: Path, cli: Cli) -> None:
     source, out = runs("4-bit", "lora"), str(tmp_path / "m")
     flags = ["--quant", "4bit", "--quant-type", "fp4", "--no-double-quant", "--calibration-rows"]
-    assert run(["merge", str(source), "--out", out, *flags, "8"]) == 0
-    output = capsys.readouterr().out
+    output = cli(f"merge {source} --out {out}", *flags, "8")
     assert "in 4-bit fp4, compared with the run: " in output
     rows = source.parent / "rows.jsonl"
-    assert run(["evaluate", out, "--dataset", str(rows), "--against", str(source), "--no-base",
-                "--json", "-q"]) == 0  # fmt: skip
-    result = json.loads(capsys.readouterr().out)
+    result = cli.json(f"evaluate {out} --dataset {rows} --against {source} --no-base --json -q")
     assert result["against"]["rows"]["kl"] < 0.01
-    assert run(["generate", out, "--prompt", "the", "--max-new-tokens", "2"]) == 0
+    cli(f"generate {out} --prompt the --max-new-tokens 2")
     (tmp_path / "new.jsonl").write_text('{"text": "the module"}\n')
-    assert run(["predict", out, "--dataset", str(tmp_path / "new.jsonl"), "--max-new-tokens", "2",
-                "--output", str(tmp_path / "answers.jsonl")]) == 0  # fmt: skip
+    cli(
+        f"predict {out} --dataset {tmp_path / 'new.jsonl'} --max-new-tokens 2 --output "
+        f"{tmp_path / 'answers.jsonl'}"
+    )
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
 
 
@@ -239,7 +210,6 @@ def test_corrupted_quantized_weights_raise(
     ],
 )
 def test_invalid_quantization_options_are_rejected(
-    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    flags: list[str], message: str, cli: Cli
 ) -> None:
-    assert run(["merge", "absent", "--out", "out", *flags]) == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    assert message in " ".join(cli.fails("merge absent --out out", *flags).split())

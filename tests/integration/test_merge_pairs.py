@@ -15,8 +15,8 @@ from ftlevel.artifacts.cards import load_card
 from ftlevel.cli.app import run
 from ftlevel.commands.quantize import quantize
 from ftlevel.config import QuantizeConfig
+from run_files import ModelDir
 
-TinyModelDir = Callable[..., Path]
 BASES = {
     "float": ("st", []),
     "4-bit": ("st", ["--method", "qlora"]),
@@ -30,7 +30,7 @@ OTHER_DTYPE = {"bfloat16": "float32", "float32": "bfloat16"}
 
 @pytest.fixture(scope="module")
 def runs(
-    tiny_model_dir: TinyModelDir, tmp_path_factory: pytest.TempPathFactory
+    tiny_model_dir: ModelDir, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str], Path]:
     """Return a function that trains a run, once per base and precision; all bases are one model."""
     folder = tmp_path_factory.mktemp("pairs")

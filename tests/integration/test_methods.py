@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import task_data
+from command_line import Cli
 from ftlevel.cli.app import run
+from run_files import ModelDir
 
 SHORT = [
     *("--max-samples", "16", "--set", "data.max_eval_samples=8", "--batch-size", "4"),
@@ -46,7 +47,7 @@ def digest(folder: Path) -> str:
     ids=lambda flags: flags[1],
 )
 def test_resumed_run_matches_uninterrupted_run(
-    flags: list[str], tmp_path: Path, tiny_model_dir: Callable[..., Path]
+    flags: list[str], tmp_path: Path, tiny_model_dir: ModelDir, cli: Cli
 ) -> None:
     model = str(tiny_model_dir("llama", chat=True))
     data = ("--dataset", str(task_data.write(tmp_path / "data", "mask")))
@@ -61,14 +62,14 @@ def test_resumed_run_matches_uninterrupted_run(
         assert set(manifest["files"]) == files  # nothing was written after the manifest
     shutil.rmtree(interrupted / "adapter")
     shutil.rmtree(interrupted / "checkpoints/checkpoint-4")
-    assert run(["train", "--quiet", "--output-dir", str(interrupted), "--resume"]) == 0
+    cli(f"train --quiet --output-dir {interrupted} --resume")
     assert digest(interrupted) == digest(uninterrupted)
 
 
-def test_pissa_requires_float32(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_pissa_requires_float32(cli: Cli, tmp_path: Path) -> None:
     flags = ["--init", "pissa", "--dtype", "bfloat16", "--output-dir", str(tmp_path / "run")]
-    assert run(["train", "--quiet", *flags]) == 2
-    assert capsys.readouterr().err == (
+    error = cli.fails("train --quiet", *flags)
+    assert error == (
         "ftlevel: --init pissa cannot be used with --dtype bfloat16: it subtracts its "
         "initialization from the base's weights; rounding the rest would change the trained model. "
         "Use --dtype float32, or --init default.  [methods]\n"
@@ -76,18 +77,18 @@ def test_pissa_requires_float32(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 
 
 def test_unsupported_method_is_rejected_before_loading(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model_dir: Callable[..., Path]
+    cli: Cli, tmp_path: Path, tiny_model_dir: ModelDir
 ) -> None:
     model = tiny_model_dir("gpt2")
     flags = ["--model", str(model), "--method", "oft", "--output-dir", str(tmp_path / "run")]
-    assert run(["train", "--quiet", *flags]) == 2
-    assert capsys.readouterr().err.startswith("ftlevel: --method oft cannot be used with gpt2: ")
+    error = cli.fails("train --quiet", *flags)
+    assert error.startswith("ftlevel: --method oft cannot be used with gpt2: ")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("method", ["oft", "boft", "miss", "shira", "c3a"])
 def test_advice_to_quantize_gpt2_is_right(
-    method: str, tmp_path: Path, tiny_model_dir: Callable[..., Path]
+    method: str, tmp_path: Path, tiny_model_dir: ModelDir
 ) -> None:
     """Quantization replaces Conv1D by linear layers, which these methods support."""
     arguments = ["--model", str(tiny_model_dir("gpt2")), "--method", method]

@@ -3,39 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from ftlevel.cli.app import run
+from command_line import Cli
+from run_files import ModelDir
 
 ROWS = [{"text": f"say {i} more", "label": "odd" if i % 2 else "even"} for i in range(12)]
 
 
 @pytest.fixture(autouse=True)
-def data_dir(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path]
-) -> None:
+def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: ModelDir) -> None:
     monkeypatch.chdir(tmp_path)
     Path("model").symlink_to(tiny_model_dir("bert"))
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
 
 
-def test_only_selected_metrics_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_selected_metrics_are_reported(cli: Cli) -> None:
     args = ["train", "--model", "./model", "--dataset", "rows.jsonl", "--validation-split", "0.4",
             "--max-steps", "1", "--output-dir", "run", "-q", "--metrics", "f1,mcc"]  # fmt: skip
-    assert run(args) == 0
+    cli(*args)
     assert json.loads(Path("run/summary.json").read_text())["metrics"].keys() == {
         "loss", "f1", "mcc",
     }  # fmt: skip
-    capsys.readouterr()
     for options, names in (
         ([], {"loss", "f1", "mcc"}),
         (["--metrics", "accuracy"], {"loss", "accuracy"}),
     ):
-        assert run(["evaluate", "run", "--json", "--resamples", "5", *options]) == 0
-        result = json.loads(capsys.readouterr().out)
+        result = cli.json("evaluate run --json --resamples 5", *options)
         assert result["metrics"].keys() == names
         assert result["intervals"].keys() == names
 
@@ -49,8 +45,5 @@ def test_only_selected_metrics_are_reported(capsys: pytest.CaptureFixture[str]) 
         ("--metrics rougeL", "--metrics rougeL needs generated text. Add --predict-with-generate"),
     ],
 )  # fmt: skip
-def test_unavailable_metric_is_rejected(
-    line: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(["train", "--dry-run", *line.split()]) == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+def test_unavailable_metric_is_rejected(line: str, message: str, cli: Cli) -> None:
+    assert message in " ".join(cli.fails("train --dry-run", *line.split()).split())

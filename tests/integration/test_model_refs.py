@@ -16,9 +16,11 @@ import pytest
 import torch
 import transformers
 
+from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.trained.resolve import resolve_model
 from model_ref_cases import LABELS, REF_KINDS, TYPES, create_refs, load_peft_model
+from run_files import ModelDir
 from tiny_models import save_tiny
 
 CreateRefs = Callable[[str], dict[str, Path]]
@@ -49,9 +51,7 @@ def cells() -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def refs(
-    tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> CreateRefs:
+def refs(tiny_model_dir: ModelDir, tmp_path_factory: pytest.TempPathFactory) -> CreateRefs:
     """Return a function that creates the references of a task type, once."""
 
     def base(kind: str) -> Path:
@@ -152,9 +152,7 @@ def test_plain_peft_adapter_logits_match_peft(kind: str, refs: CreateRefs) -> No
             assert not torch.equal(ours(**inputs)[names[0]], expected[names[0]])
 
 
-def test_task_of_model_is_inferred_from_head(
-    tiny_model_dir: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_task_of_model_is_inferred_from_head(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     heads = {("bert", "seqcls"): "text-classification", ("bert", "tokcls"): "token-classification",
              ("bert", "qa"): "question-answering", ("bert", "mlm"): "masked-lm",
              ("qwen2", None): "text-generation", ("t5", None): "text-generation"}  # fmt: skip
@@ -172,7 +170,7 @@ def test_task_of_model_is_inferred_from_head(
               "quantized"],
 )  # fmt: skip
 def test_dtype_option_sets_precision(
-    ref_kind: str, refs: CreateRefs, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ref_kind: str, refs: CreateRefs, cli: Cli, tmp_path: Path
 ) -> None:
     """Applies to floating-point and bitsandbytes weights; the run was trained in float32."""
     paths, losses = refs("CAUSAL_LM"), {}
@@ -181,17 +179,14 @@ def test_dtype_option_sets_precision(
             out = tmp_path / f"{command}-{dtype}"
             out.mkdir()
             line = command_line("CAUSAL_LM", command, paths[ref_kind], paths["run"].parent, out)
-            capsys.readouterr()
-            assert run([*line, "--dtype", dtype]) == 0
-            result = json.loads(capsys.readouterr().out)
+            result = cli.json(*line, f"--dtype {dtype}")
             assert (result["answers"][0] if command == "generate" else result)["dtype"] == dtype
             if command == "evaluate":
                 losses[dtype] = result["metrics"]["loss"]
     assert losses["float32"] != losses["bfloat16"]
     assert losses["float32"] == pytest.approx(losses["bfloat16"], rel=1e-2)
-    assert run(["generate", str(paths[ref_kind]), "--prompt", "a", "--dtype", "float16",
-                "--device", "cpu"]) == 2  # fmt: skip
-    assert "--dtype float16 cannot be used on the CPU" in capsys.readouterr().err
+    error = cli.fails(f"generate {paths[ref_kind]} --prompt a --dtype float16 --device cpu")
+    assert "--dtype float16 cannot be used on the CPU" in error
 
 
 @pytest.mark.parametrize(

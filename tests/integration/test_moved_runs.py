@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.commands.evaluate import evaluate
 from ftlevel.config import EvaluateConfig
+from run_files import ModelDir
 
-TinyModelDir = Callable[..., Path]
 WORDS = ("argument", "parser", "module", "string", "value", "object", "default", "file")
 
 
 @pytest.fixture(scope="module")
-def original(tiny_model_dir: TinyModelDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(tiny_model_dir: ModelDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a copy of a directory with a model, rows and a run that uses relative paths."""
     folder = tmp_path_factory.mktemp("moved") / "here" / "project"
     folder.mkdir(parents=True)
@@ -51,26 +51,26 @@ def weights(directory: Path) -> bytes:
 
 
 def test_commands_work_from_other_directory_and_after_move(
-    project: Path, monkeypatch: pytest.MonkeyPatch
+    project: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
     before, adapter = evaluate_loss("run"), weights(Path("run"))
     monkeypatch.chdir(project.parent)
     assert evaluate_loss("project/run") == before
     project.rename("elsewhere")
     assert evaluate_loss("elsewhere/run") == before
-    assert run(["generate", "elsewhere/run", "--prompt", "the file"]) == 0
-    assert run(["merge", "elsewhere/run", "--out", "merged", "--quiet"]) == 0
+    cli("generate elsewhere/run --prompt 'the file'")
+    cli("merge elsewhere/run --out merged --quiet")
     assert evaluate_loss("merged", dataset="elsewhere/rows.jsonl") > 0
-    assert run(["train", "elsewhere/run/config.yaml", "--output-dir", "new", "--quiet"]) == 0
+    cli("train elsewhere/run/config.yaml --output-dir new --quiet")
     assert weights(Path("new")) == adapter
     Path("elsewhere/run/adapter/adapter_model.safetensors").unlink()
-    assert run(["train", "--output-dir", "elsewhere/run", "--resume", "--quiet"]) == 0
+    cli("train --output-dir elsewhere/run --resume --quiet")
     assert weights(Path("elsewhere/run")) == adapter
-    assert run(["preview", "elsewhere/run", "--json"]) == 0
+    cli("preview elsewhere/run --json")
 
 
 def test_moved_rl_run_finds_its_adapter_and_reward(
-    project: Path, monkeypatch: pytest.MonkeyPatch
+    project: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
     Path("rewards.py").write_text(
         "def length(completions, **_): return list(map(len, completions))"
@@ -79,30 +79,27 @@ def test_moved_rl_run_finds_its_adapter_and_reward(
     data = ["--adapter", "run", "--dataset", "rows.jsonl", "--validation-split", "0.25"]
     steps = ["--max-steps", "2", "--save-steps", "1", "--quiet", "--output-dir", "rl"]
     reward = ["--reward", "rewards.py:length", "--reward", "length:1-4=0.5"]
-    assert run(["train", "--task", "rl", *reward, *options, *data, *steps]) == 0
+    cli("train --task rl", *reward, *options, *data, *steps)
     before = evaluate(EvaluateConfig(name="rl", resamples=0, base=False)).metrics
     adapter = weights(Path("rl"))
     monkeypatch.chdir(project.parent)
-    assert run(["train", "project/rl/config.yaml", "--output-dir", "new", "--quiet"]) == 0
+    cli("train project/rl/config.yaml --output-dir new --quiet")
     assert weights(Path("new")) == adapter
     shutil.rmtree("project/rl/checkpoints/checkpoint-2")
     project.rename("elsewhere")
     resume = ["train", "--output-dir", "elsewhere/rl", "--resume", "--quiet"]
-    assert run(resume) == 2  # a file that was not run at this place
-    assert run([*resume, "--reward", "elsewhere/rewards.py:length", *reward[2:]]) == 0
+    cli.fails(*resume)  # a file that was not run at this place
+    cli(*resume, "--reward elsewhere/rewards.py:length", *reward[2:])
     assert weights(Path("elsewhere/rl")) == adapter
     after = evaluate(EvaluateConfig(name="elsewhere/rl", resamples=0, base=False))
     assert after.metrics == before
 
 
-def test_data_that_changed_after_training_is_reported(
-    project: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_that_changed_after_training_is_reported(project: Path, cli: Cli) -> None:
     """Another row moves the split, so that training rows are validation rows."""
 
     def is_reported() -> bool:
-        assert run(["evaluate", "run", "--resamples", "0"]) == 0
-        return "rows.jsonl changed after training" in capsys.readouterr().err
+        return "rows.jsonl changed after training" in cli.run("evaluate run --resamples 0").err
 
     assert not is_reported()
     with Path("rows.jsonl").open("a") as file:
@@ -127,44 +124,36 @@ def test_data_that_changed_after_training_is_reported(
     ids=lambda command: command[0],
 )
 def test_moved_base_needs_model_option(
-    command: list[str],
-    project: Path,
-    tiny_model_dir: TinyModelDir,
-    capsys: pytest.CaptureFixture[str],
+    command: list[str], project: Path, tiny_model_dir: ModelDir, cli: Cli
 ) -> None:
     Path("base").rename("moved")
     if command[0] == "train":  # as if it had been killed after its first checkpoint
         shutil.rmtree("run/adapter")
         shutil.rmtree("run/checkpoints/checkpoint-2")
         Path("run/summary.json").unlink()
-    capsys.readouterr()
-    assert run(command) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
+    line = cli.fails(*command).splitlines()[-1]
     assert f"looked for at {project}/base" in line
     assert line.endswith("Pass its path: --model PATH.  [adapters]")
     other_model = str(tiny_model_dir("llama", chat=True, seed=1))
-    assert run([*command, "--model", other_model]) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
+    line = cli.fails(*command, f"--model {other_model}").splitlines()[-1]
     if command[0] == "train":
         assert "model.fingerprint (weights of the base model, --model) was" in line
     else:
         assert f"trained on {project}/base" in line
         assert f"--model {other_model} has other weights" in line
-    assert run([*command, "--model", "moved"]) == 0
+    cli(*command, "--model moved")
     if command[0] == "train":  # the new path is stored
-        assert run(["generate", "run", "--prompt", "the file"]) == 0
+        cli("generate run --prompt 'the file'")
 
 
-def test_model_option_for_full_model_is_rejected(
-    project: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(["generate", "base", "--prompt", "x", "--model", "base"]) == 2
-    assert "names the base of an adapter, and base is a whole model" in capsys.readouterr().err
+def test_model_option_for_full_model_is_rejected(project: Path, cli: Cli) -> None:
+    error = cli.fails("generate base --prompt x --model base")
+    assert "names the base of an adapter, and base is a whole model" in error
 
 
-def test_moved_base_can_be_first_argument(project: Path) -> None:
+def test_moved_base_can_be_first_argument(project: Path, cli: Cli) -> None:
     Path("base").rename("moved")
-    assert run(["generate", "moved", "--adapter", "mine=run", "--prompt", "the file"]) == 0
+    cli("generate moved --adapter mine=run --prompt 'the file'")
 
 
 def test_base_model_option_applies_to_both_compared_runs(project: Path) -> None:
@@ -176,13 +165,11 @@ def test_base_model_option_applies_to_both_compared_runs(project: Path) -> None:
     assert evaluate(config).summary["against"]["rows"]["kl"] == 0
 
 
-def test_renamed_dataset_keeps_validation_split(
-    project: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_renamed_dataset_keeps_validation_split(project: Path, cli: Cli) -> None:
     before = evaluate(EvaluateConfig(name="run", resamples=0))
     Path("rows.jsonl").rename("moved.jsonl")
-    assert run(["evaluate", "run"]) == 2
-    assert capsys.readouterr().err == (
+    error = cli.fails("evaluate run")
+    assert error == (
         f"ftlevel: run: data.dataset is not where it was, and was looked for at "
         f"{project}/rows.jsonl. Pass its path: --dataset PATH.  [adapters]\n"
     )
@@ -191,13 +178,11 @@ def test_renamed_dataset_keeps_validation_split(
     assert after.metrics == before.metrics
 
 
-def test_overwrite_of_directory_with_base_is_rejected(
-    project: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_overwrite_of_directory_with_base_is_rejected(project: Path, cli: Cli) -> None:
     Path("base").rename("run/base")
     command = ["train", "--model", "run/base", "--dataset", "rows.jsonl", "--max-steps", "1"]
-    assert run([*command, "--output-dir", "run", "--overwrite", "--quiet"]) == 2
-    assert "it contains the base model" in capsys.readouterr().err
+    error = cli.fails(*command, "--output-dir run --overwrite --quiet")
+    assert "it contains the base model" in error
     assert Path("run/base/config.json").is_file()
 
 
@@ -213,7 +198,7 @@ def test_changed_setting_on_resume_is_rejected_before_loading(
 
 
 def test_base_with_the_recorded_weights_is_preferred(
-    project: Path, tiny_model_dir: TinyModelDir
+    project: Path, tiny_model_dir: ModelDir
 ) -> None:
     shutil.copytree("run", "other/run")
     shutil.copytree(tiny_model_dir("llama", chat=True, seed=1), "other/base")

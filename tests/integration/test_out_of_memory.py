@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +12,13 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.config import TrainConfig
 from ftlevel.errors import RunError
 from ftlevel.training.memory import explain_out_of_memory
 from ftlevel.training.trainer import FtlevelTrainer
+from run_files import ModelDir, read_losses, read_summary
 
 ALLOCATION_ERROR = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
 TRAIN = ["train", "--quiet", "--model", "tiny", "--max-samples", "24", "--max-length", "128",
@@ -26,16 +27,9 @@ TRAIN = ["train", "--quiet", "--model", "tiny", "--max-samples", "24", "--max-le
 
 
 @pytest.fixture(autouse=True)
-def working_dir(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path]
-) -> None:
+def working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: ModelDir) -> None:
     monkeypatch.chdir(tmp_path)
     Path("tiny").symlink_to(tiny_model_dir("llama", chat=True))
-
-
-def losses(name: str | Path) -> list[float]:
-    records = map(json.loads, Path(name, "metrics.jsonl").read_text().splitlines())
-    return [record["loss"] for record in records if "loss" in record]
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +79,8 @@ def test_smaller_micro_batches_give_same_losses(
     limit_memory(300)
     assert run([*TRAIN, *options, "--output-dir", "parts"]) == 0
     assert "out of memory at step 1: micro-batches have" in capsys.readouterr().err
-    assert losses("parts") == pytest.approx(losses(reference), rel=1e-4)
-    summaries = [json.loads(Path(n, "summary.json").read_text()) for n in (reference, "parts")]
+    assert read_losses("parts") == pytest.approx(read_losses(reference), rel=1e-4)
+    summaries = [read_summary(n) for n in (reference, "parts")]
     assert summaries[0]["speed"]["made_smaller_for_memory"] == []
     reductions = summaries[1]["speed"]["made_smaller_for_memory"]
     assert reductions[0]["step"] == 1
@@ -99,30 +93,29 @@ def test_smaller_micro_batches_give_same_losses(
 
 
 def test_resumed_run_keeps_smaller_micro_batches(
-    limit_memory: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+    limit_memory: Callable[[int], None], cli: Cli
 ) -> None:
     limit_memory(300)
     command = [*TRAIN, "--save-steps", "1"]
-    assert run([*command, "--output-dir", "whole"]) == 0
+    cli(*command, "--output-dir whole")
     shutil.copytree("whole", "broken")
     for name in ("adapter", "checkpoints/checkpoint-3"):
         shutil.rmtree(Path("broken", name))
     Path("broken/summary.json").unlink()
-    capsys.readouterr()
-    assert run([*command, "--output-dir", "broken", "--resume"]) == 0
-    assert "out of memory" not in capsys.readouterr().err, "it does not fail again"
+    assert "out of memory" not in cli.run(*command, "--output-dir broken --resume").err, (
+        "it does not fail again"
+    )
     expected, actual = (Path(n, "adapter/adapter_model.safetensors") for n in ("whole", "broken"))
     assert expected.read_bytes() == actual.read_bytes()
-    summaries = [json.loads(Path(n, "summary.json").read_text()) for n in ("whole", "broken")]
+    summaries = [read_summary(n) for n in ("whole", "broken")]
     reductions = [summary["speed"]["made_smaller_for_memory"] for summary in summaries]
     assert reductions[0] == reductions[1] != []
 
 
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.sweep)])
 def test_single_row_falls_back_to_gradient_checkpointing(
-    reference_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str], workers: str,
-) -> None:  # fmt: skip
+    reference_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, cli: Cli, workers: str
+) -> None:
     options = ["--set", f"speed.parallel_workers={workers}", "--dtype", "float32"]
     reference = reference_run(*options)
     original = FtlevelTrainer.compute_loss
@@ -133,20 +126,20 @@ def test_single_row_falls_back_to_gradient_checkpointing(
         return original(self, model, inputs, *args, **settings)
 
     monkeypatch.setattr(FtlevelTrainer, "compute_loss", compute_or_fail)
-    capsys.readouterr()
-    assert run([*TRAIN, *options, "--output-dir", "parts"]) == 0
-    assert "with a single row: activations are recomputed from now on" in capsys.readouterr().err
-    assert losses("parts") == pytest.approx(losses(reference), rel=1e-4)
-    summary = json.loads(Path("parts/summary.json").read_text())
+    assert (
+        "with a single row: activations are recomputed from now on"
+        in cli.run(*TRAIN, *options, "--output-dir parts").err
+    )
+    assert read_losses("parts") == pytest.approx(read_losses(reference), rel=1e-4)
+    summary = read_summary("parts")
     reductions = summary["speed"]["made_smaller_for_memory"]
     assert reductions[-1] == {"step": 1, "gradient_checkpointing": True}
 
 
 @pytest.mark.parametrize("failing_step", [1, pytest.param(2, marks=pytest.mark.sweep)])
 def test_out_of_memory_in_later_step_is_retried(
-    reference_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str], failing_step: int,
-) -> None:  # fmt: skip
+    reference_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, cli: Cli, failing_step: int
+) -> None:
     options = ["--dtype", "float32", "--gradient-checkpointing"]
     reference = reference_run(*options)
     original, failed = FtlevelTrainer.compute_loss, []
@@ -158,20 +151,19 @@ def test_out_of_memory_in_later_step_is_retried(
         return original(self, model, *args, **settings)
 
     monkeypatch.setattr(FtlevelTrainer, "compute_loss", compute_or_fail)
-    assert run([*TRAIN, *options, "--output-dir", "parts"]) == 0
     assert (
-        f"out of memory at step {failing_step + 1}: micro-batches have" in capsys.readouterr().err
+        f"out of memory at step {failing_step + 1}: micro-batches have"
+        in cli.run(*TRAIN, *options, "--output-dir parts").err
     )
-    assert losses("parts") == pytest.approx(losses(reference), rel=1e-4)
+    assert read_losses("parts") == pytest.approx(read_losses(reference), rel=1e-4)
 
 
 @pytest.mark.parametrize("fast", ["--fast", "--no-fast"])
 def test_row_that_does_not_fit_is_reported(
-    limit_memory: Callable[[int], None], capsys: pytest.CaptureFixture[str], fast: str
+    limit_memory: Callable[[int], None], cli: Cli, fast: str
 ) -> None:
     limit_memory(10)
-    assert run([*TRAIN, fast, "--output-dir", "run"]) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
+    error = cli.fails(*TRAIN, fast, "--output-dir run", code=1).splitlines()[-1]
     assert error.startswith(
         f"ftlevel: out of memory: {ALLOCATION_ERROR}. To use less memory: --per-device-train"
     )

@@ -2,65 +2,44 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 from transformers import AutoModelForCausalLM
 
+from command_line import Cli
 from ftlevel.cli.app import run
+from run_files import ModelDir, read_json, read_summary, read_weights, train
 
-ModelDir = Callable[..., Path]
+pytestmark = pytest.mark.usefixtures("work_dir")
+
 SHORT = ["--max-samples", "12", "--set", "data.max_eval_samples=4", "--batch-size", "4",
          "--dtype", "float32", "--overlong", "drop", "--lr-scheduler", "constant",
          "--save-strategy", "epoch"]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-def train(*arguments: str, out: str = "run") -> dict[str, Any]:
-    assert run(["train", "--output-dir", out, *arguments]) == 0
-    summary: dict[str, Any] = json.loads(Path(out, "summary.json").read_text())
-    return summary
-
-
-def weights(out: str) -> bytes:
-    return Path(out, "adapter/adapter_model.safetensors").read_bytes()
-
-
 @pytest.mark.slow
+@pytest.mark.usefixtures("capfd")
 @pytest.mark.parametrize("family", [pytest.param("mixtral", marks=pytest.mark.sweep), "qwen3_moe"])
 def test_packed_experts_train_resume_evaluate_and_merge(
-    family: str, tiny_model_dir: ModelDir, capfd: pytest.CaptureFixture[str]
+    family: str, tiny_model_dir: ModelDir, cli: Cli
 ) -> None:
     options = ["--model", str(tiny_model_dir(family, chat=True)), *SHORT, "--method", "qlora",
                "--double-quant", "--rslora"]  # fmt: skip
-    uninterrupted = train(*options, "--epochs", "2", "--verify-fast", out="whole")
-    captured = capfd.readouterr()
+    captured = cli.run("train --output-dir whole", *options, "--epochs 2 --verify-fast")
     assert "experts: 4 bits, as the linear layers" in captured.out + captured.err
     assert "fast step verified on" in captured.out + captured.err
-    card = json.loads(Path("whole/adapter/ftlevel.json").read_text())
+    card = read_json("whole/adapter/ftlevel.json")
     assert card["quantization"]["experts"] is True
     train(*options, "--epochs", "1")
     train("--resume", "--num-train-epochs", "2")
-    capfd.readouterr()
-    assert weights("run") == weights("whole")
-    assert run(["evaluate", "whole", "--json"]) == 0
-    metrics = json.loads(capfd.readouterr().out)["metrics"]
-    assert metrics["loss"] == pytest.approx(uninterrupted["metrics"]["loss"], rel=1e-5)
-    assert run(["merge", "whole", "--out", "merged", "--onto", "dequantized", "--json"]) == 0
-    merged = json.loads(capfd.readouterr().out)
+    assert read_weights("run") == read_weights("whole")
+    loss = pytest.approx(read_summary("whole")["metrics"]["loss"], rel=1e-5)
+    assert cli.json("evaluate whole --json")["metrics"]["loss"] == loss
+    merged = cli.json("merge whole --out merged --onto dequantized --json")
     assert merged["candidates"]["dequantized"]["kl"] < 1e-6
-    assert run(["merge", "whole", "--out", "served", "--quant", "4bit", "--json"]) == 0
-    quantized = json.loads(capfd.readouterr().out)
+    quantized = cli.json("merge whole --out served --quant 4bit --json")
     assert quantized["served"]["kl"] < 0.1 * quantized["effect"]["kl"]
     # transformers loads it without ftlevel: checkpoints do not have packed experts.
-    stored = json.loads(Path("served/config.json").read_text())["quantization_config"]
+    stored = read_json("served/config.json")["quantization_config"]
     assert stored["quant_method"] == "bitsandbytes"
     AutoModelForCausalLM.from_pretrained("served")
 
@@ -88,10 +67,8 @@ def test_reason_for_unpacked_experts_is_reported(
     assert text in " ".join((captured.out + captured.err).split())
 
 
-def test_packed_experts_on_dense_model_are_rejected(
-    tiny_model_dir: ModelDir, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_packed_experts_on_dense_model_are_rejected(tiny_model_dir: ModelDir, cli: Cli) -> None:
     flags = ["--quant", "4bit", "--set", "quant.experts=true", "--max-steps", "1", "--dry-run"]
     llama = str(tiny_model_dir("llama", chat=True))
-    assert run(["train", "--output-dir", "run", "--model", llama, *SHORT, *flags]) == 2
-    assert "the model has no experts in one tensor" in " ".join(capfd.readouterr().err.split())
+    error = cli.fails(f"train --output-dir run --model {llama}", *SHORT, *flags)
+    assert "the model has no experts in one tensor" in error

@@ -16,36 +16,27 @@ import transformers
 from peft import PeftModel
 
 import task_data
+from command_line import Cli
 from ftlevel import predict
 from ftlevel.cli.app import run
 from ftlevel.commands import predict as command
 from ftlevel.commands.train import train
-from ftlevel.config import PredictConfig, TrainConfig
+from ftlevel.config import PredictConfig
 from ftlevel.data.prepare import inference
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation import answers as row_scores
 from ftlevel.trained.model_ref import ModelRef
-
-ModelDir = Callable[..., Path]
+from run_files import ModelDir, short_config
 
 SPAN = {"max_length": 192, "doc_stride": 12}
 PAIR = {"columns": {"source": "en", "target": "de"}}
 ROWS = 21
 
 
-def train_run(model: Path, data: Path, out: Path, task: str, **options: Any) -> Path:
-    train(
-        TrainConfig.model_validate(
-            {
-                "task": task,
-                "model": {"name_or_path": str(model), "dtype": "float32", "device": "cpu"},
-                "data": {"dataset": str(data), "max_eval_samples": 1, **options},
-                "train": {"max_steps": 3, "learning_rate": 0.01, "max_new_tokens": 6,
-                          "predict_with_generate": False},
-                "output": {"dir": str(out)},
-            }
-        )
-    )  # fmt: skip
+def train_run(model: Path, rows: Path, out: Path, task: str, **options: Any) -> Path:
+    generation = {"max_new_tokens": 6, "predict_with_generate": False}
+    train(short_config(model, rows, out, task, data={"max_eval_samples": 1, **options},
+                       train=generation))  # fmt: skip
     return out
 
 
@@ -181,22 +172,18 @@ CELLS: dict[str, tuple[str, str, str, str | None, dict[str, Any], Reference, dic
 TARGETS = ("label", "tags", "answers", "de")
 
 
-def test_tags_are_written_as_conll(
-    tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tags_are_written_as_conll(tiny_model_dir: ModelDir, tmp_path: Path, cli: Cli) -> None:
     data = task_data.write(tmp_path / "data", "tags")
     out = train_run(tiny_model_dir("bert", "mlm"), data, tmp_path / "run", "token-classification")
     rows = [json.loads(line) for line in (data / "validation.jsonl").read_text().splitlines()]
     command = ["predict", str(out), "--dataset", str(data / "validation.jsonl"), "--device", "cpu"]
-    assert run([*command, "--output", str(tmp_path / "p.conll")]) == 0
-    capsys.readouterr()
-    assert run([*command, "--output", "-"]) == 0
-    tags = [json.loads(line)["prediction"] for line in capsys.readouterr().out.splitlines()]
+    cli(*command, f"--output {tmp_path / 'p.conll'}")
+    tags = [json.loads(line)["prediction"] for line in cli(*command, "--output -").splitlines()]
     expected = [list(map(list, zip(row["tokens"], row["tags"], own, strict=True)))
                 for row, own in zip(rows, tags, strict=True)]  # fmt: skip
     command = ["evaluate", str(out), "--dataset", str(data / "validation.jsonl"), "--no-base",
                "--predictions", str(tmp_path / "e.conll")]  # fmt: skip
-    assert run(command) == 0
+    cli(*command)
     for name in ("p", "e"):
         blocks = (tmp_path / f"{name}.conll").read_text().strip().split("\n\n")
         assert [[line.split() for line in block.splitlines()] for block in blocks] == expected
@@ -453,18 +440,3 @@ def test_interrupt_keeps_written_predictions(
     assert not Path("p.tsv").exists()
     assert run_predict(classifier, "--output", "p.tsv", "--resume") == 0
     assert len(Path("p.tsv").read_text(encoding="utf-8").split("\tprediction\n")) == 2
-
-
-@pytest.mark.slow
-def test_real_classifier_predictions_match_reference(minilm: Path, work_dir: Path) -> None:
-    data = task_data.write(work_dir / "data", "class", 32)
-    run_dir = train_run(minilm, data, work_dir / "run", "text-classification")
-    assert run_predict(run_dir, "--output", "told.csv", "--probabilities") == 0
-    predictions, rows = read_csv("told.csv"), read_csv("rows.csv")
-    assert [{k: row[k] for k in rows[0]} for row in predictions] == rows
-    with torch.no_grad():
-        expected = list(reference_classes(run_dir, rows))
-    for original, reference_answer in zip(predictions, expected, strict=True):
-        assert original["prediction"] == reference_answer["prediction"]
-        probability = float(original["prediction_probability_a"])
-        assert probability == pytest.approx(reference_answer["prediction_probability_a"], abs=1e-5)

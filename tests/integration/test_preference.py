@@ -21,7 +21,7 @@ from ftlevel.commands.evaluate import evaluate
 from ftlevel.commands.merge import merge
 from ftlevel.commands.predict import predict
 from ftlevel.config import EvaluateConfig, MergeConfig, PredictConfig, TrainConfig
-from ftlevel.training import reference
+from ftlevel.extras.preference import likelihoods
 from preference_runs import create_labeled_answer, create_pair, losses, run, write_rows
 
 ModelDir = Callable[..., Path]
@@ -195,7 +195,7 @@ def test_reference_is_cached_and_completed(
     data, model = write_rows(tmp_path / "data"), tiny_model_dir("llama")
     first_summary = run(model, data, tmp_path / "1").summary
     assert not first_summary["reference"]["cached"]
-    monkeypatch.setattr(reference, "_fill", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(likelihoods, "_fill", lambda *_: pytest.fail("computed again"))
     second_summary = run(model, data, tmp_path / "2", method={"kind": "lora", "r": 8}).summary
     assert second_summary["reference"]["cached"]
     assert losses(tmp_path / "2") == losses(tmp_path / "1")
@@ -231,8 +231,8 @@ def test_first_loss_note_names_dropout_of_the_model() -> None:
         model=SimpleNamespace(config=GPT2Config(), dtype="float32"),
         objective=SimpleNamespace(first_loss=math.log(2)),
     )
-    start = reference.Reference({}, None)
-    _, (note,) = reference.check_first_loss(start, planned, [{"step": 1, "loss": 0.7}])
+    start = likelihoods.Reference({}, None)
+    _, (note,) = likelihoods.check_first_loss(start, planned, [{"step": 1, "loss": 0.7}])
     assert "pdrop 0.1, which the reference does not use" in note
 
 

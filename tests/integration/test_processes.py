@@ -29,6 +29,7 @@ from ftlevel.errors import ConfigError
 from ftlevel.events import NullListener
 from ftlevel.training import processes as watch_processes
 from ftlevel.training.trainer import FtlevelTrainer
+from run_files import ModelDir, read_losses, read_summary, write_rows
 
 pytestmark = pytest.mark.slow
 PROGRAM = [sys.executable, "-m", "ftlevel"]
@@ -43,7 +44,7 @@ def dataset(tmp_path: Path) -> Path:
         {"prompt": " ".join(TEXT[: 2 + n % 5]), "completion": " ".join(TEXT[n % 6 : 8])}
         for n in range(ROWS)
     ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_rows(path, lines)
     return path
 
 
@@ -53,6 +54,21 @@ def train_command(model: Path, dataset: Path, out: Path, *options: str) -> list[
         "--dataset", str(dataset), "--dtype", "float32", "--per-device-train-batch-size", "4",
         "--output-dir", str(out), *options,
     ]  # fmt: skip
+
+
+Command = Callable[..., list[str]]
+LONG_RUN = "--max-steps 4000 --num-processes 2 --logging-steps 1"
+
+
+@pytest.fixture
+def command(tiny_model_dir: ModelDir, dataset: Path, tmp_path: Path) -> Command:
+    """Return a function of further options that returns the arguments of a run in `tmp_path`."""
+
+    def build(*options: str, out: str = "run", family: str = "llama") -> list[str]:
+        words = " ".join(options).split()
+        return train_command(tiny_model_dir(family), dataset, tmp_path / out, *words)
+
+    return build
 
 
 def train_in_one_process(
@@ -72,18 +88,12 @@ def train_in_one_process(
     train(TrainConfig.model_validate(values))
 
 
-def losses(out: Path) -> list[float]:
-    records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    return [record["loss"] for record in records if "loss" in record]
-
-
 def test_two_processes_match_doubled_accumulation(
-    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
+    command: Command, tiny_model_dir: ModelDir, dataset: Path, tmp_path: Path
 ) -> None:
     model = tiny_model_dir("llama")
     process = subprocess.run(
-        [*PROGRAM, *train_command(model, dataset, tmp_path / "two", "--max-steps", "6",
-                                  "--no-fast", "--num-processes", "2", "--json")],
+        [*PROGRAM, *command("--max-steps 6 --no-fast --num-processes 2 --json", out="two")],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
@@ -104,35 +114,30 @@ def test_two_processes_match_doubled_accumulation(
     assert all(one_process[name].equal(two_processes[name]) for name in one_process)
 
 
-def test_sharded_run_evaluates_and_saves(
-    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
-) -> None:
+def test_sharded_run_evaluates_and_saves(command: Command) -> None:
     """The exit code is that of all processes; each verifies its shard of the base."""
-    process = forked.run(
-        *train_command(tiny_model_dir("llama"), dataset, tmp_path / "run", "--max-steps", "4",
-                       "--shard", "full", "--validation-split", "0.3", "--eval-steps", "2",
-                       "--save-steps", "2", "--num-processes", "2", "--json"),
-    )  # fmt: skip
+    process = forked.run(*command(
+        "--max-steps 4 --shard full --validation-split 0.3 --eval-steps 2 --save-steps 2",
+        "--num-processes 2 --json",
+    ))  # fmt: skip
     summary = json.loads(process.stdout)
     assert summary["steps"] == 4
     assert summary["best"]["evaluations"] == 2
     assert summary["metrics"]["loss"] > 0
 
 
-def test_sharded_experts_are_verified(
-    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
-) -> None:
+def test_sharded_experts_are_verified(command: Command, tmp_path: Path) -> None:
     """The saved files have a tensor for each expert, the model one for all."""
-    command = train_command(tiny_model_dir("mixtral"), dataset, tmp_path / "run", "--max-steps",
-                            "2", "--shard", "full", "--num-processes", "2", "--json")  # fmt: skip
-    command[command.index("lora")] = "full"
-    assert json.loads(forked.run(*command).stdout)["proof"]["reload_difference"] == 0
+    options = "--max-steps 2 --shard full --num-processes 2 --json"
+    arguments = command(options, family="mixtral")
+    arguments[arguments.index("lora")] = "full"
+    assert json.loads(forked.run(*arguments).stdout)["proof"]["reload_difference"] == 0
     names = load_file(tmp_path / "run/adapter/model.safetensors")
     assert any(".experts.1." in name for name in names)
 
 
 def test_interrupt_saves_checkpoint_of_all_processes(
-    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
+    tiny_model_dir: ModelDir, dataset: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     model = tiny_model_dir("llama")
@@ -160,24 +165,13 @@ def test_interrupt_saves_checkpoint_of_all_processes(
     # The fast step packs other micro-batches in one process than in two, so rounding differs.
     # The second loss is computed after one update.
     train_in_one_process(model, dataset, tmp_path / "one", 2, fast=True, **schedule)
-    assert losses(tmp_path / "one") == pytest.approx(losses(out)[:2], rel=1e-6)
+    assert read_losses(tmp_path / "one") == pytest.approx(read_losses(out)[:2], rel=1e-6)
 
 
-def test_resumed_run_matches_uninterrupted_run(
-    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
-) -> None:
+def test_resumed_run_matches_uninterrupted_run(command: Command, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    options = (
-        "--max-steps",
-        "8",
-        "--save-steps",
-        "5",
-        "--num-processes",
-        "2",
-        "--lora-dropout",
-        "0.1",
-    )
-    arguments = train_command(tiny_model_dir("llama"), dataset, out, *options)
+    options = "--max-steps 8 --save-steps 5 --num-processes 2 --lora-dropout 0.1".split()
+    arguments = command(*options)
     forked.run(*arguments)
     weights = out / "adapter/adapter_model.safetensors"
     expected = weights.read_bytes()
@@ -205,24 +199,22 @@ def train_with_nan_loss(rank: int, model: Path, dataset: Path, out: Path, action
 
 @pytest.mark.parametrize("action", ["skip", "rollback"])
 def test_all_processes_skip_step_with_nan_in_one(
-    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path, action: str
+    tiny_model_dir: ModelDir, dataset: Path, tmp_path: Path, action: str
 ) -> None:
     arguments = (tiny_model_dir("llama"), dataset, tmp_path / "run", action)
     both = ranks.start(train_with_nan_loss, [(rank, *arguments) for rank in (0, 1)])
     assert ranks.end(both, 120) == [0, 0]
-    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    summary = read_summary(tmp_path / "run")
     (note,) = summary["left_out"]
     assert note["step"] == 6
     assert note["how"] == {"skip": "skipped", "rollback": "rolled back to checkpoint-3"}[action]
 
 
-def test_two_processes_count_pairs_and_tokens(
-    tiny_model_dir: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_two_processes_count_pairs_and_tokens(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     """One of the processes has no pair in the last step, whose loss has two counts."""
     rows = [{"prompt": "a", "chosen": " ".join(TEXT[:n]), "rejected": "b"} for n in range(1, 6)]
     dataset = tmp_path / "pairs.jsonl"
-    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(dataset, rows)
     options = ["--task", "preference", "--loss", "cpo", "--set", "preference.nll_mean=token",
                "--logging-steps", "1", "--warmup-steps", "9", "--num-train-epochs", "1",
                "--num-processes", "2"]  # fmt: skip
@@ -231,7 +223,7 @@ def test_two_processes_count_pairs_and_tokens(
     command[command.index("4")] = "2"
     process = forked.run(*command)
     assert process.stderr.count("--warmup-steps 9 is longer") == 1, "the first process warns"
-    assert len(losses(out)) == 2
+    assert len(read_losses(out)) == 2
 
 
 def test_num_processes_without_launcher_raises() -> None:
@@ -240,7 +232,7 @@ def test_num_processes_without_launcher_raises() -> None:
 
 
 def test_two_processes_keep_best_model_and_stop_early(
-    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
+    tiny_model_dir: ModelDir, dataset: Path, tmp_path: Path
 ) -> None:
     eval_file = tmp_path / "held.jsonl"
     eval_file.write_text("".join(dataset.read_text().splitlines(keepends=True)[:4]))
@@ -286,12 +278,9 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_killed_process_ends_run_with_message(
-    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path, rank: int
-) -> None:
-    options = ("--max-steps", "4000", "--num-processes", "2", "--logging-steps", "1")
+def test_killed_process_ends_run_with_message(command: Command, tmp_path: Path, rank: int) -> None:
     launcher = Forked(
-        train_command(tiny_model_dir("llama"), dataset, tmp_path / "run", *options),
+        command(LONG_RUN),
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     wait_for_processes(launcher, tmp_path / "run/metrics.jsonl")[rank].kill()
@@ -324,8 +313,7 @@ def watch_closely(arguments: Sequence[str]) -> None:
 
 def suspend_and_resume(rank: int, model: Path, dataset: Path, folder: Path) -> str:
     """Suspend a process of a run until the run reports it; returns what the run has reported."""
-    options = ("--max-steps", "4000", "--num-processes", "2", "--logging-steps", "1")
-    arguments = train_command(model, dataset, folder / "run", *options)
+    arguments = train_command(model, dataset, folder / "run", *LONG_RUN.split())
     folder.mkdir()
     stderr_file = folder / "says"
     with stderr_file.open("w") as file:
@@ -345,8 +333,8 @@ def suspend_and_resume(rank: int, model: Path, dataset: Path, folder: Path) -> s
         ]
         assert line.startswith(f"warning: rank {rank} ({socket.gethostname()}) has not responded")
         suspended.resume()
-        before = len(losses(folder / "run"))
-        while len(losses(folder / "run")) < before + 3:
+        before = len(read_losses(folder / "run"))
+        while len(read_losses(folder / "run")) < before + 3:
             assert time.monotonic() - start < 60
             time.sleep(0.1)
     finally:
@@ -357,7 +345,7 @@ def suspend_and_resume(rank: int, model: Path, dataset: Path, folder: Path) -> s
 
 
 def test_suspended_process_is_reported(
-    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
+    tiny_model_dir: ModelDir, dataset: Path, tmp_path: Path
 ) -> None:
     """Rank 0 reports it, or rank 1 if rank 0 is suspended; two runs wait at the same time."""
     model = tiny_model_dir("llama")
@@ -373,17 +361,11 @@ def test_suspended_process_is_reported(
     ("SIGINT", 130, "interrupted"), ("kill rank 1", 1, "the process of rank 1 was killed"),
 ])  # fmt: skip
 def test_signal_during_startup_ends_run_with_message(
-    tiny_model_dir: Callable[..., Path],
-    dataset: Path,
-    tmp_path: Path,
-    event: str,
-    code: int,
-    message: str,
+    command: Command, event: str, code: int, message: str
 ) -> None:
     """Processes handle signals while they still import torch."""
     launcher = subprocess.Popen(
-        [*PROGRAM, *train_command(tiny_model_dir("llama"), dataset, tmp_path / "run",
-                                  "--num-processes", "2")],
+        [*PROGRAM, *command("--num-processes", "2")],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # `&` ignores SIGINT
     )  # fmt: skip
@@ -403,12 +385,9 @@ def test_signal_during_startup_ends_run_with_message(
     assert not any(is_alive(process) for process in processes_of_run)
 
 
-def test_processes_end_with_their_launcher(
-    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
-) -> None:
-    options = ("--max-steps", "4000", "--num-processes", "2", "--logging-steps", "1")
+def test_processes_end_with_their_launcher(command: Command, tmp_path: Path) -> None:
     launcher = Forked(
-        train_command(tiny_model_dir("llama"), dataset, tmp_path / "run", *options),
+        command(LONG_RUN),
         stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     ranks = wait_for_processes(launcher, tmp_path / "run/metrics.jsonl")
@@ -429,7 +408,7 @@ def test_processes_end_with_their_launcher(
     ],
 )
 def test_lost_node_ends_other_nodes_with_message(
-    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path, killed: str, message: str
+    command: Command, tmp_path: Path, killed: str, message: str
 ) -> None:
     """If only its agent is killed, the process ends too, and all save a checkpoint."""
     with socket.socket() as free:
@@ -439,7 +418,7 @@ def test_lost_node_ends_other_nodes_with_message(
     run = [
         "-m",
         "ftlevel",
-        *train_command(tiny_model_dir("llama"), dataset, tmp_path / "run", *options),
+        *command(*options),
     ]
     nodes = []
     for node in "01":
@@ -467,12 +446,12 @@ def test_lost_node_ends_other_nodes_with_message(
 
 
 def test_run_is_restarted_after_killed_process(
-    tiny_model_dir: Callable[..., Path], dataset: Path, tmp_path: Path
+    command: Command, tiny_model_dir: ModelDir, dataset: Path, tmp_path: Path
 ) -> None:
     options = ("--max-steps", "10", "--num-processes", "2", "--logging-steps", "1", "--save-steps",
                "2", "--lora-dropout", "0.1")  # fmt: skip
     model, out = tiny_model_dir("llama"), tmp_path / "run"
-    forked.run(*train_command(model, dataset, tmp_path / "whole", *options))
+    forked.run(*command(*options, out="whole"))
     restarted = train_command(model, dataset, out, *options, "--max-restarts", "1", "--overwrite")
     launcher = Forked(
         call=(forked.run_slowly, (restarted, 0.25)),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.config import DataConfig
 from ftlevel.data.encoding.encode import encode_causal
@@ -17,9 +17,10 @@ from ftlevel.data.encoding.prompts import PromptFormat, encode_prompt
 from ftlevel.data.encoding.row import IGNORED
 from ftlevel.data.formats.examples import Conversation, SourceTarget
 from ftlevel.data.formats.turns import Message
-from ftlevel.merging.formats.ollama import format_modelfile
+from ftlevel.extras.serving.ollama import format_modelfile
 from ftlevel.models.loading import load_tokenizer
 from ftlevel.models.sources import resolve_source
+from run_files import ModelDir
 
 SYSTEM = "Be brief."
 LONG = " ".join(f"Rule {n} of this house is to say the number alone." for n in range(12))
@@ -144,11 +145,8 @@ def test_system_prompt_is_stored_only_if_set() -> None:
     ],
 )
 def test_invalid_prompt_options_are_rejected(
-    arguments: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-    tiny_model_dir: Callable[..., Path],
+    arguments: list[str], message: str, cli: Cli, tiny_model_dir: ModelDir
 ) -> None:
     Path("t5").symlink_to(tiny_model_dir("t5"))
-    assert run(["train", "--dry-run", "--dataset", "rows.jsonl", *arguments]) == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    error = cli.fails("train --dry-run --dataset rows.jsonl", *arguments)
+    assert message in " ".join(error.split())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,11 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError
 
+from command_line import Cli
 from export_cases import exportable_model
 from ftlevel.artifacts.hub import get_repo_id
-from ftlevel.cli.app import run
 from ftlevel.errors import ConfigError
+from run_files import ModelDir
 
 ACCOUNT = {"name": "me", "orgs": [{"name": "us"}], "auth": {"accessToken": {"role": "write"}}}
 SHORT = ["--max-samples", "8", "--max-length", "96", "--overlong", "drop", "--quiet",
@@ -53,8 +53,8 @@ def hub_calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
 
 
 @pytest.mark.slow
-def test_trained_adapter_is_uploaded(hub_calls: list[Any]) -> None:
-    assert run(["train", *SHORT, "--push-to-hub", "mine", "--hub-private"]) == 0
+def test_trained_adapter_is_uploaded(hub_calls: list[Any], cli: Cli) -> None:
+    cli("train", *SHORT, "--push-to-hub mine --hub-private")
     names = [call[0] for call in hub_calls]
     assert names == ["whoami", "create_repo", "upload_folder"]
     assert hub_calls[1][1:] == ("me/mine", {"private": True, "exist_ok": True})
@@ -67,11 +67,10 @@ def test_trained_adapter_is_uploaded(hub_calls: list[Any]) -> None:
 
 @pytest.mark.slow
 def test_failed_upload_keeps_run(
-    hub_calls: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    hub_calls: list[Any], monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
     mock_hub_call(monkeypatch, "upload_folder", OSError("no route to host\nmore"), hub_calls)
-    assert run(["train", *SHORT, "--push-to-hub", "us/mine"]) == 1
-    message = capsys.readouterr().err
+    message = cli.fails("train", *SHORT, "--push-to-hub us/mine", code=1)
     assert (
         "the upload failed (no route to host). The result is complete on this disk. Upload it with:"
         in message
@@ -84,19 +83,16 @@ def test_failed_upload_keeps_run(
 
 @pytest.mark.slow
 def test_quantize_and_export_upload_their_outputs(
-    hub_calls: list[Any], tiny_model_dir: Callable[..., Path], tmp_path: Path
+    hub_calls: list[Any], tiny_model_dir: ModelDir, tmp_path: Path, cli: Cli
 ) -> None:
     """`quantize` uploads a directory, `export` only its own files."""
     model = str(exportable_model(tiny_model_dir, tmp_path, "llama"))
     push_options = ["--push-to-hub", "mine", "--quiet"]
-    assert (
-        run(["quantize", model, "--quant", "8bit", "--no-measure", "--out", "q", *push_options])
-        == 0
-    )
+    cli(f"quantize {model} --quant 8bit --no-measure --out q", *push_options)
     assert hub_calls[2][1]["folder_path"] == Path("q")
     assert hub_calls[2][1]["allow_patterns"] is None
     Path("beside").write_text("not ours", encoding="utf-8")
-    assert run(["export", model, "--no-verify", "--out", "m.gguf", *push_options]) == 0
+    cli(f"export {model} --no-verify --out m.gguf", *push_options)
     assert hub_calls[5][1]["folder_path"] == Path()
     assert hub_calls[5][1]["allow_patterns"] == ["m.gguf", "m.Modelfile"]
     assert [call[0] for call in hub_calls] == ["whoami", "create_repo", "upload_folder"] * 2
@@ -104,13 +100,13 @@ def test_quantize_and_export_upload_their_outputs(
 
 @pytest.mark.parametrize("command", ["merge", "quantize", "export"])
 def test_missing_login_is_reported_before_work(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
     mock_hub_call(monkeypatch, "whoami", LocalTokenNotFoundError("x"), [])
     quant = ["--quant", "4bit"] if command == "quantize" else []
     out = "absent.gguf" if command == "export" else "new"
-    assert run([command, "absent", *quant, "--out", out, "--push-to-hub", "mine"]) == 2
-    assert "not logged in" in capsys.readouterr().err
+    error = cli.fails(command, "absent", *quant, f"--out {out} --push-to-hub mine")
+    assert "not logged in" in error
 
 
 @pytest.mark.parametrize(
@@ -140,6 +136,6 @@ def test_invalid_repository_or_token_raises(
     assert message in str(error.value)
 
 
-def test_hub_private_requires_push_to_hub(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["train", "--hub-private", "--dry-run"]) == 2
-    assert "Add --push-to-hub NAME, or drop --hub-private." in capsys.readouterr().err
+def test_hub_private_requires_push_to_hub(cli: Cli) -> None:
+    error = cli.fails("train --hub-private --dry-run")
+    assert "Add --push-to-hub NAME, or drop --hub-private." in error

@@ -92,7 +92,7 @@ def test_invalid_arguments_raise_config_error(tmp_path: Path) -> None:
         FineTunePipeLine(peft_config=[1])  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"train\(\) was given dict"):
         train({"task": "text-generation"})  # type: ignore[arg-type]
-    for name in ("evaluate", "merge", "mine", "predict", "quantize"):
+    for name in ("evaluate", "merge", "predict", "quantize"):
         with pytest.raises(ConfigError, match=rf"is of type str. Pass {name.title()}Config\(…\)"):
             getattr(ftlevel, name)("run")
     config = FineTunePipeLine(checkpoint=tmp_path, dataset_name=tmp_path / "x").config  # type: ignore[arg-type]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 import time
@@ -24,13 +23,15 @@ from transformers import (
     TrainerCallback,
 )
 
+from command_line import Cli
 from ftlevel import EvaluateConfig, PredictConfig, TrainConfig, evaluate, generate, predict, train
 from ftlevel.artifacts.checkpoints import get_last_valid_checkpoint, listed
-from ftlevel.cli.app import run
 from ftlevel.errors import ConfigError, Interrupted
 from ftlevel.training import resume
+from run_files import ModelDir, read_json, read_weights, write_rows
 
-TinyModelDir = Callable[..., Path]
+pytestmark = pytest.mark.usefixtures("work_dir")
+
 WORDS = ("argument", "parser", "module", "string", "value", "object", "default", "file")
 VALIDATION_ROWS = [{"prompt": f"say {word}", "completion": f"{word}!"} for word in WORDS[:3]]
 ROWS = [{"prompt": f"name the {word}", "completion": f"the {word}"} for word in WORDS]
@@ -38,13 +39,8 @@ WORKERS = {"parallel_workers": 2, "tokens_per_micro_batch": 64}
 SHORT = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 4}
 
 
-@pytest.fixture(autouse=True)
-def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.fixture
-def base(tiny_model_dir: TinyModelDir) -> Path:
+def base(tiny_model_dir: ModelDir) -> Path:
     return tiny_model_dir("llama", chat=True)
 
 
@@ -54,32 +50,26 @@ def create_config(base: Path | None, out: str = "run", **overrides: Any) -> Trai
 
 
 def load_card(out: str = "run") -> dict[str, Any]:
-    fields: dict[str, Any] = json.loads(Path(out, "adapter/ftlevel.json").read_text())
+    fields: dict[str, Any] = read_json(Path(out, "adapter/ftlevel.json"))
     return fields
 
 
-def weights(out: str) -> bytes:
-    return Path(out, "adapter/adapter_model.safetensors").read_bytes()
-
-
 def test_rows_in_memory_match_rows_of_file(base: Path) -> None:
-    Path("rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
+    write_rows("rows.jsonl", ROWS)
     train(create_config(base, "file", data="rows.jsonl"))
     train(create_config(base, "frame", data=pd.DataFrame(ROWS)))
     train(create_config(base, "list"), ROWS)
-    assert weights("file") == weights("frame") == weights("list")
+    assert read_weights("file") == read_weights("frame") == read_weights("list")
     stored = yaml.safe_load(Path("frame/config.yaml").read_text())
     assert stored["data"]["dataset"] == "in memory"
 
 
-def test_run_on_rows_in_memory_needs_dataset_again(
-    base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_on_rows_in_memory_needs_dataset_again(base: Path, cli: Cli) -> None:
     result = train(create_config(base), ROWS, eval_dataset=pd.DataFrame(VALIDATION_ROWS))
     assert result.summary["data"]["validation_rows"] == 3
     for command in (["evaluate", "run"], ["train", "run/config.yaml"], ["preview", "run"]):
-        assert run(command) == 2
-        assert capsys.readouterr().err == (
+        error = cli.fails(*command)
+        assert error == (
             "ftlevel: run was trained on rows in memory, which are not saved. Pass --dataset "
             "FILE, or the same rows in Python.  [adapters]\n"
         )
@@ -101,13 +91,13 @@ def test_run_on_rows_in_memory_needs_dataset_again(
 
 def test_resume_requires_same_rows_in_memory(base: Path) -> None:
     train(create_config(base), ROWS)
-    before = weights("run")
+    before = read_weights("run")
     resume_config = create_config(base).model_copy(
         update={"output": create_config(base).output.model_copy(update={"resume": True})}
     )
     Path("run/adapter/adapter_model.safetensors").unlink()
     train(resume_config, ROWS)
-    assert weights("run") == before
+    assert read_weights("run") == before
     with pytest.raises(ConfigError, match=r"not the same run: data\.fingerprint \(rows\) was"):
         train(resume_config, ROWS[1:])
 
@@ -120,7 +110,7 @@ def test_model_in_memory_matches_files_and_is_not_modified(base: Path) -> None:
     before = {name: current.clone() for name, current in model.state_dict().items()}
     train(create_config(None, "given"), ROWS, model=model, tokenizer=tokenizer)
     train(create_config(base, "named"), ROWS)
-    assert weights("given") == weights("named")
+    assert read_weights("given") == read_weights("named")
     assert load_card("given")["base"]["name"] == str(base)
     assert not Path("given/base").exists()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

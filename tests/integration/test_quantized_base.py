@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,37 +10,23 @@ import pytest
 import torch
 
 import task_data
+from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.commands.generate import generate
 from ftlevel.commands.merge import merge
 from ftlevel.commands.quantize import quantize
 from ftlevel.commands.train import train
-from ftlevel.config import MergeConfig, QuantConfig, QuantizeConfig, TrainConfig
+from ftlevel.config import MergeConfig, QuantConfig, QuantizeConfig
 from ftlevel.errors import ConfigError
 from ftlevel.trained.resolve import resolve_model
+from run_files import ModelDir, read_json, read_losses, short_config
 from sampling import sample
-
-ModelDir = Callable[..., Path]
 
 
 def quantize_model(source: Path, out: Path, **overrides: Any) -> Path:
     fields = {"model": str(source), "out": out, "measure": False, "quant": "4bit", **overrides}
     quantize(QuantizeConfig.model_validate(fields))
     return out
-
-
-def create_config(model: Path, data: Path, out: Path, task: str, **overrides: Any) -> TrainConfig:
-    options = overrides.pop("options", {})
-    return TrainConfig.model_validate(
-        {
-            "task": task,
-            "model": {"name_or_path": str(model), "dtype": "float32", "device": "cpu"},
-            "data": {"dataset": str(data), **options},
-            "train": {"max_steps": 3, "learning_rate": 0.01, "logging_steps": 1},
-            "output": {"dir": str(out)},
-            **overrides,
-        }
-    )
 
 
 @pytest.mark.parametrize("quant", ["4bit", "8bit"])
@@ -55,21 +40,15 @@ def test_quantized_base_matches_quantization_while_loading(
     losses = []
     for model, overrides in ((base, {}), (source, {"quant": {"kind": quant}})):
         out = tmp_path / f"run-{len(losses)}"
-        config = create_config(model, data, out, "text-generation", **overrides)
-        summary = train(config).summary
+        summary = train(short_config(model, data, out, **overrides)).summary
         assert summary["proof"]["reload_difference"] <= 1e-4
-        card = json.loads((out / "adapter/ftlevel.json").read_text())
-        assert card["quantization"]["kind"] == quant
-        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        losses.append([record["loss"] for record in records if "loss" in record])
+        assert read_json(out / "adapter/ftlevel.json")["quantization"]["kind"] == quant
+        losses.append(read_losses(out))
         answers, _ = generate(str(out), ["the parser"], max_new_tokens=4, device="cpu")
         assert len(answers) == 1
     assert losses[0] == losses[1]
-    config_with_quant = TrainConfig.model_validate(
-        {**config.model_dump(), "model": {"name_or_path": str(base), "dtype": "float32"},
-         "quant": {"kind": quant}, "output": {"dir": str(tmp_path / "again")}}
-    )  # fmt: skip
-    train(config_with_quant, dry_run=True)  # repeating the stored quantization is allowed
+    config = short_config(base, data, tmp_path / "again", quant={"kind": quant})
+    train(config, dry_run=True)  # repeating the stored quantization is allowed
 
 
 @pytest.mark.parametrize(("family", "head"), [("bert", "mlm"), ("llama", None), ("t5", None)])
@@ -78,12 +57,9 @@ def test_new_head_is_not_quantized(
 ) -> None:
     base = quantize_model(tiny_model_dir(family, head), tmp_path / "base", dtype="float32")
     data = task_data.write(tmp_path / "data", "class")
-    result = train(create_config(base, data, tmp_path / "run", "text-classification"))
-    heads = [
-        part
-        for name, part in result.model.named_modules()
-        if name.endswith(("classifier", "score", "out_proj")) and hasattr(part, "weight")
-    ]
+    result = train(short_config(base, data, tmp_path / "run", "text-classification"))
+    heads = [part for name, part in result.model.named_modules() if hasattr(part, "weight")
+             and name.endswith(("classifier", "score", "out_proj"))]  # fmt: skip
     assert heads
     assert all(part.weight.dtype == torch.float32 for part in heads)
     quantized = [p for p in result.model.modules() if type(p).__name__ == "Linear4bit"]
@@ -109,9 +85,8 @@ def test_float32_quantized_base_trains_in_bfloat16(
     dtypes = []
     for model, overrides in ((base, {}), (source, {"quant": {"kind": quant}})):
         out = tmp_path / f"run-{len(dtypes)}"
-        config = create_config(model, data, out, "text-classification", **overrides)
-        bfloat16 = config.model.model_copy(update={"dtype": "bfloat16"})
-        result = train(config.model_copy(update={"model": bfloat16}))
+        overrides["model"] = {"dtype": "bfloat16"}
+        result = train(short_config(model, data, out, "text-classification", **overrides))
         assert result.summary["proof"]["reload_difference"] <= 1e-4
         dtypes.append({name: p.dtype for name, p in result.model.named_parameters()})
     assert dtypes[0] == dtypes[1]
@@ -137,41 +112,34 @@ def test_options_unsupported_on_quantized_base_raise(
     base = quantize_model(tiny_model_dir("llama"), tmp_path / "base")
     data = task_data.write(tmp_path / "data", "class")
     with pytest.raises(ConfigError, match=message):
-        train(create_config(base, data, tmp_path / "run", "text-classification", **overrides))
+        train(short_config(base, data, tmp_path / "run", "text-classification", **overrides))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("quantization", "message"),
-    [
-        ({"quant_method": "hqq"}, "is quantized by hqq, which cannot be loaded here"),
-        ({"quant_method": "gptq", "bits": 4}, "is quantized by gptq, which cannot be loaded here"),
-        ({"quant_method": "awq", "bits": 4}, "is quantized by awq, which cannot be loaded here"),
-        ({"quant_method": "new"}, "is quantized by new, which cannot be loaded here"),
-    ],
-)
+    "quantization",
+    [{"quant_method": "hqq"}, {"quant_method": "gptq", "bits": 4},
+     {"quant_method": "awq", "bits": 4}, {"quant_method": "new"}],
+)  # fmt: skip
 def test_unavailable_quantization_is_rejected_before_loading(
-    quantization: dict[str, Any],
-    message: str,
-    tiny_model_dir: ModelDir,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    quantization: dict[str, Any], tiny_model_dir: ModelDir, tmp_path: Path, cli: Cli
 ) -> None:
     base = quantize_model(tiny_model_dir("llama"), tmp_path / "base")
-    config = json.loads((base / "config.json").read_text())
-    config["quantization_config"] = quantization
+    config = {**read_json(base / "config.json"), "quantization_config": quantization}
     (base / "config.json").write_text(json.dumps(config))
     (base / "model.safetensors").write_bytes(b"not read")
     for command in (
         ["train", "--method", "lora", "--model", str(base), "--dry-run"],
         ["generate", str(base), "--prompt", "x"],
     ):
-        assert run(command) == 2
-        error = capsys.readouterr().err
-        assert message in error
+        error = cli.fails(*command)
+        assert (
+            f"is quantized by {quantization['quant_method']}, which cannot be loaded here" in error
+        )
         assert len(error.splitlines()) == 1
-    assert run(["quantize", str(base), "--quant", "4bit", "--out", str(tmp_path / "x")]) == 2
-    assert "is already quantized" in capsys.readouterr().err
+    assert "is already quantized" in cli.fails(
+        f"quantize {base} --quant 4bit --out {tmp_path / 'x'}"
+    )
 
 
 CELLS = [
@@ -193,15 +161,15 @@ def test_quantized_model_keeps_task_labels_and_prompt(
     head: str | None,
     tiny_model_dir: ModelDir,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    cli: Cli,
 ) -> None:
     """The card keeps task, labels and prompt, and records the quantization."""
     data = task_data.write(tmp_path / "data", name)
     columns = {"columns": {"document": "en", "summary": "de"}} if name == "pair" else {}
     train(
-        create_config(
+        short_config(
             tiny_model_dir(family, head), data, tmp_path / "run", task,
-            method={"kind": method}, options=columns,
+            method={"kind": method}, data=columns,
         )
     )  # fmt: skip
     float_dir = tmp_path / "run/adapter"
@@ -209,7 +177,7 @@ def test_quantized_model_keeps_task_labels_and_prompt(
         float_dir = tmp_path / "merged"
         merge(MergeConfig(adapters=[str(tmp_path / "run")], output_dir=float_dir, verify=False))
     quantized = quantize_model(float_dir, tmp_path / "packed", double_quant=True)
-    before, after = (json.loads((p / "ftlevel.json").read_text()) for p in (float_dir, quantized))
+    before, after = (read_json(path / "ftlevel.json") for path in (float_dir, quantized))
     quantization = {"kind": "4bit", "quant_type": "nf4", "double_quant": True}
     assert after["quantization"] == quantization
     assert after["quantized"]["source"]["name"] == str(float_dir)
@@ -224,18 +192,14 @@ def test_quantized_model_keeps_task_labels_and_prompt(
     assert (loaded.task, loaded.ref.labels) == (reference.task, reference.ref.labels)
     rows = ["--dataset", str(data), "--split", "validation", "--resamples", "0", "--json"]
     rows += ["--map", "document=en", "--map", "summary=de"] if columns else []
-    capsys.readouterr()
-    assert run(["evaluate", str(quantized), *rows]) == 0
-    stored_result = json.loads(capsys.readouterr().out)
+    stored_result = cli.json(f"evaluate {quantized}", *rows)
     assert stored_result["task"] == task
     assert stored_result["quantization"] == quantization
-    assert run(["evaluate", str(float_dir), "--quant", "4bit", *rows]) == 0
-    quantized_while_loading = json.loads(capsys.readouterr().out)
+    quantized_while_loading = cli.json(f"evaluate {float_dir} --quant 4bit", *rows)
     assert stored_result["metrics"]["loss"] == pytest.approx(
         quantized_while_loading["metrics"]["loss"], rel=0.05
     )
-    assert run(["generate", str(quantized), "--prompt", "the parser", "--json"]) == 0
-    answer = json.loads(capsys.readouterr().out)["answers"][0]
+    answer = cli.json(f"generate {quantized} --prompt 'the parser' --json")["answers"][0]
     assert bool(answer["text"]) or task == "summarization"
 
 
@@ -247,20 +211,17 @@ def test_evaluate_rejects_other_quantization_than_stored(
     other_kinds: tuple[str, str],
     tiny_model_dir: ModelDir,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    cli: Cli,
 ) -> None:
     base = quantize_model(tiny_model_dir("llama"), tmp_path / "base", quant=kind, dtype="float32")
     data = task_data.write(tmp_path / "data", "mask")
-    train(create_config(base, data, tmp_path / "run", "text-generation"))
+    train(short_config(base, data, tmp_path / "run", "text-generation"))
     for name in (base, tmp_path / "run"):
         command = ["evaluate", str(name), "--dataset", str(data), "--resamples", "0", "--no-base"]
         for options in ([], ["--quant", kind]):
-            capsys.readouterr()
-            assert run([*command, *options, "--json"]) == 0
-            assert json.loads(capsys.readouterr().out)["quantization"]["kind"] == kind
+            assert cli.json(*command, *options, "--json")["quantization"]["kind"] == kind
         for other_kind in other_kinds:
-            assert run([*command, "--quant", other_kind]) == 2
-            error = capsys.readouterr().err
+            error = cli.fails(*command, f"--quant {other_kind}")
             assert f"--quant {other_kind}: {base}" in error
             assert f"is stored quantized ({QuantConfig(kind=kind).form})" in error
             assert len(error.splitlines()) == 1
@@ -277,13 +238,5 @@ def test_gguf_base_in_4_bits_matches_directory(
               "--logging-steps", "1", "--dtype", "bfloat16", "--dataset", "data"]  # fmt: skip
     for name, model in (("gguf", first_blocks_gguf), ("plain", first_blocks)):
         assert run(["train", "--model", str(model), *common, "--output-dir", name]) == 0
-    losses = {
-        name: [
-            json.loads(line)["loss"]
-            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-            if '"loss"' in line
-        ]
-        for name in ("gguf", "plain")
-    }
-    assert losses["gguf"] == losses["plain"]
+    assert read_losses("gguf") == read_losses("plain")
     assert run(["evaluate", "gguf", "--split", "train", "--resamples", "0"]) == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import signal
 import subprocess
@@ -14,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ftlevel.cli.app import run
+from command_line import Cli
+from run_files import read_losses, write_rows
 from tiny_models import save_tiny
 
 # Ray is not imported here: importing it changes rounding in other tests of the process.
@@ -22,11 +22,6 @@ HAS_RAY = importlib.util.find_spec("ray") is not None
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not HAS_RAY, reason="pip install 'ray[train]'")]
 STEPS = 12
 TOLERANCE = 1e-6
-
-
-def losses(run_dir: Path) -> list[float]:
-    rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [row["loss"] for row in rows if "loss" in row]
 
 
 def kill_worker(name: str) -> bool:
@@ -40,11 +35,11 @@ def kill_worker(name: str) -> bool:
 
 
 @pytest.mark.sweep  # Ray alone takes half a minute to start and stop
-def test_ray_run_with_killed_worker_matches_one_process(tmp_path: Path) -> None:
+def test_ray_run_with_killed_worker_matches_one_process(tmp_path: Path, cli: Cli) -> None:
     model = save_tiny(tmp_path / "model", "llama")
     rows = tmp_path / "rows.jsonl"
     texts = [{"prompt": f"say {n}", "completion": f"{n}!"} for n in range(48)]
-    rows.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    write_rows(rows, texts)
     common = ["--method", "lora", "--model", str(model), "--dataset", str(rows),
               "--dtype", "float32", "--max-steps", str(STEPS), "--logging-steps", "1",
               "--batch-size", "2"]  # fmt: skip
@@ -56,11 +51,11 @@ def test_ray_run_with_killed_worker_matches_one_process(tmp_path: Path) -> None:
         str(one_process),
         "--quiet",
     ]
-    assert run(["train", *common, *accumulation]) == 0
+    cli("train", *common, *accumulation)
     job = tmp_path / "job.py"
     launch_options = ["--on", "ray", "--processes-per-node", "2", "--job-file", str(job)]
     run_options = ["--save-steps", "2", "--output-dir", str(ray_run)]
-    assert run(["launch", *launch_options, *common, *run_options]) == 0
+    cli("launch", *launch_options, *common, *run_options)
     with (tmp_path / "said").open("w") as log:
         ray = subprocess.Popen(
             [sys.executable, str(job)], stdout=log, stderr=log, start_new_session=True,
@@ -76,6 +71,6 @@ def test_ray_run_with_killed_worker_matches_one_process(tmp_path: Path) -> None:
     finally:
         if ray.poll() is None:
             os.killpg(ray.pid, signal.SIGTERM)
-    expected, actual = losses(one_process), losses(ray_run)
+    expected, actual = read_losses(one_process), read_losses(ray_run)
     assert len(actual) == len(expected) == STEPS
     assert max(abs(a - b) / a for a, b in zip(expected, actual, strict=True)) < TOLERANCE

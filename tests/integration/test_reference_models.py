@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +15,10 @@ from torch.nn.functional import log_softmax
 from ftlevel.commands.evaluate import evaluate
 from ftlevel.config import EvaluateConfig
 from ftlevel.errors import ConfigError, InputError
-from ftlevel.training import reference as reference_module
+from ftlevel.extras.preference import likelihoods
 from preference_runs import create_pair, losses, run, write_rows
+from run_files import ModelDir
 
-ModelDir = Callable[..., Path]
 COLUMNS = {"columns": {"prompt": "prompt", "completion": "chosen"}}
 
 
@@ -87,7 +86,7 @@ def test_reference_run_is_used_in_training_and_evaluation(
     assert "first_loss" not in summary["reference"]
     evaluation = evaluate(EvaluateConfig(name=str(out), resamples=0, device="cpu"))
     assert evaluation.metrics == pytest.approx(metrics, abs=1e-4)
-    monkeypatch.setattr(reference_module, "_fill", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(likelihoods, "_fill", lambda *_: pytest.fail("computed again"))
     second_run = run(
         model, data, tmp_path / "2", preference={"reference": str(reference)}, train=one_batch
     )

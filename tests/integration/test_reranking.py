@@ -19,14 +19,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ftlevel.cli.app import run
 from ftlevel.commands.evaluate import evaluate
-from ftlevel.commands.export import export
 from ftlevel.commands.merge import merge
 from ftlevel.commands.predict import predict
 from ftlevel.commands.train import train
-from ftlevel.config import EvaluateConfig, ExportConfig, MergeConfig, PredictConfig, TrainConfig
+from ftlevel.config import EvaluateConfig, MergeConfig, PredictConfig, TrainConfig
 from ftlevel.errors import ConfigError, FtlevelError, InputError, RunError
 from ftlevel.extras.serving.check import check_served
-from ftlevel.extras.serving.config import CheckServedConfig
+from ftlevel.extras.serving.config import CheckServedConfig, ExportConfig
+from ftlevel.extras.serving.exporting import export
 from sampling import sample
 
 ModelDir = Callable[..., Path]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from command_line import Cli
 from ftlevel.cli.app import run
+from run_files import ModelDir
 
 ROWS = [{"prompt": f"the value {i}", "completion": f"it is {i} {i * i}"} for i in range(24)]
 
@@ -41,9 +44,7 @@ def interrupted_run(original_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 @pytest.fixture(scope="module")
-def original_dir(
-    tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def original_dir(tiny_model_dir: ModelDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a directory with a four-step run that was interrupted after step 2."""
     folder = tmp_path_factory.mktemp("same-run") / "begun"
     folder.mkdir()
@@ -54,7 +55,7 @@ def original_dir(
     return folder.with_name("pristine")
 
 
-def train_and_interrupt(tiny_model_dir: Callable[..., Path]) -> None:
+def train_and_interrupt(tiny_model_dir: ModelDir) -> None:
     shutil.copytree(tiny_model_dir("llama", chat=True), "model")
     store_truncation_and_padding()
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
@@ -111,38 +112,35 @@ CHANGES: dict[str, tuple[Callable[[], None], str]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_resume_with_changed_input_is_rejected(
-    interrupted_run: Path, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
+def test_resume_with_changed_input_is_rejected(interrupted_run: Path, cli: Cli, name: str) -> None:
     change, message = CHANGES[name]
     change()
-    assert run(["train", "--quiet", "--output-dir", "run", "--resume"]) == 2
-    error = capsys.readouterr().err
+    error = cli.fails("train --quiet --output-dir run --resume")
     assert "not the same run" in error
     assert message in error
     assert not (interrupted_run / "run/adapter").exists()
 
 
-def test_allow_change_accepts_config_change(
-    interrupted_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_allow_change_accepts_config_change(interrupted_run: Path, cli: Cli) -> None:
     change_config(rms_norm_eps=1e-3)
     command = ["train", "--quiet", "--output-dir", "run", "--resume", "--allow-change"]
-    assert run([*command, "model.config.rms_norm_epsilon"]) == 2
-    assert "no such field. Did you mean 'model.config.rms_norm_eps'?" in capsys.readouterr().err
-    assert run([*command, "model.config.rms_norm_eps"]) == 0
-    assert "model.config.rms_norm_eps is 0.001 from here on" in capsys.readouterr().err
+    error = cli.fails(*command, "model.config.rms_norm_epsilon")
+    assert "no such field. Did you mean 'model.config.rms_norm_eps'?" in error
+    assert (
+        "model.config.rms_norm_eps is 0.001 from here on"
+        in cli.run(*command, "model.config.rms_norm_eps").err
+    )
     summary = json.loads((interrupted_run / "run/summary.json").read_text())
     (change,) = summary["changed_on_resume"]
     assert (change["step"], change["field"]) == (2, "model.config.rms_norm_eps")
     assert change["is"] == 1e-3
 
 
-def test_allowed_optimizer_settings_are_used(interrupted_run: Path) -> None:
+def test_allowed_optimizer_settings_are_used(interrupted_run: Path, cli: Cli) -> None:
     command = ["train", "--quiet", "--output-dir", "run", "--resume", "--learning-rate", "0.5",
                "--weight-decay", "0.25", "--set", "train.adam_beta1=0.75"]  # fmt: skip
     names = ("learning_rate", "weight_decay", "adam_beta1")
-    assert run([*command, *(f"--allow-change=train.{name}" for name in names)]) == 0
+    cli(*command, *(f"--allow-change=train.{name}" for name in names))
     state = torch.load("run/checkpoints/checkpoint-4/optimizer.pt", weights_only=True)
     settings = [(g["weight_decay"], g["betas"][0], g["initial_lr"]) for g in state["param_groups"]]
     assert settings == [(0.25, 0.75, 0.5), (0.0, 0.75, 0.5)], "the last group has biases and norms"
@@ -154,9 +152,7 @@ def load_log() -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
 
 
-def test_lost_predictions_before_training_are_named(
-    interrupted_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_lost_predictions_before_training_are_named(interrupted_run: Path, cli: Cli) -> None:
     command = [
         "train", "--model", "model", "--dataset", "rows.jsonl", "--batch-size", "4",
         "--max-steps", "4", "--save-steps", "2", "--no-verify-fast", "--validation-split", "0.2",
@@ -165,8 +161,7 @@ def test_lost_predictions_before_training_are_named(
     message = "predictions before training are lost by --resume"
     columns = []
     for resume in ([], ["--resume"]):
-        assert run([*command, *resume]) == 0
-        assert (message in capsys.readouterr().err) == bool(resume)
+        assert (message in cli.run(*command, *resume).err) == bool(resume)
         text = Path("evaluated/validation.jsonl").read_text()
         columns.append(json.loads(text.splitlines()[0]).keys())
         shutil.rmtree("evaluated/checkpoints/checkpoint-4")  # as if killed after step 2
@@ -177,23 +172,39 @@ def test_lost_predictions_before_training_are_named(
     assert json.loads(log[0])["step"] == 0
 
 
-def test_allow_change_accepts_changed_weights(
-    interrupted_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_allow_change_accepts_changed_weights(interrupted_run: Path, cli: Cli) -> None:
     flip_weight_bit()
-    digests = interrupted_run / "run/checkpoints/digests.json"
-    before = json.loads(digests.read_text())["model.fingerprint of model.safetensors"]
+    identity = interrupted_run / "run/checkpoints/identity.json"
+    before = json.loads(identity.read_text())["model.fingerprint of model.safetensors"]
     command = ["train", "--quiet", "--output-dir", "run", "--resume"]
-    assert run([*command, "--allow-change", "model.fingerprint"]) == 0
-    assert "model.fingerprint of model.safetensors is " in capsys.readouterr().err
+    assert (
+        "model.fingerprint of model.safetensors is "
+        in cli.run(*command, "--allow-change model.fingerprint").err
+    )
     (change,) = json.loads((interrupted_run / "run/summary.json").read_text())["changed_on_resume"]
     assert change["was"] == before != change["is"]
-    assert change["is"] in digests.read_text()
-    digests.unlink()
-    assert run(command) == 0
-    assert "so only samples of them are compared" in capsys.readouterr().err
+    assert change["is"] in identity.read_text()
 
 
-def test_irrelevant_config_fields_may_change(interrupted_run: Path) -> None:
+def test_irrelevant_config_fields_may_change(interrupted_run: Path, cli: Cli) -> None:
     change_config(transformers_version="4.0.0", _name_or_path="elsewhere")
-    assert run(["train", "--quiet", "--output-dir", "run", "--resume"]) == 0
+    cli("train --quiet --output-dir run --resume")
+
+
+def test_checkpoint_waits_for_digests_of_base(
+    interrupted_run: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identities = []
+
+    def hash_slowly(_: Any) -> dict[str, str]:
+        time.sleep(1)
+        return {"model.fingerprint of model.safetensors": "abc"}
+
+    monkeypatch.setattr("ftlevel.training.resume.hash_base", hash_slowly)
+    monkeypatch.setattr(
+        "ftlevel.artifacts.checkpoints.certify",
+        lambda path: identities.append((path.parent / "identity.json").read_text()),
+    )
+    cli("train --quiet run/config.yaml --output-dir new")
+    assert all('"abc"' in text for text in identities)
+    assert len(identities) == 2

@@ -17,10 +17,9 @@ from transformers import TrainerCallback
 import ranks
 from ftlevel.commands import evaluate as evaluate_command
 from ftlevel.commands.evaluate import evaluate
-from ftlevel.commands.export import export
 from ftlevel.commands.merge import merge
 from ftlevel.commands.train import train
-from ftlevel.config import EvaluateConfig, ExportConfig, MergeConfig, TrainConfig
+from ftlevel.config import EvaluateConfig, MergeConfig, TrainConfig
 from ftlevel.errors import ConfigError, InputError, Interrupted, RunError
 from ftlevel.evaluation.two_models import build_comparison_inputs
 from ftlevel.extras.rl import sampling
@@ -29,7 +28,8 @@ from ftlevel.extras.rl.config import RlConfig
 from ftlevel.extras.rl.rollouts import Rollouts
 from ftlevel.extras.rl.trainer import RepeatedSteps, RlTrainer
 from ftlevel.extras.serving.check import check_served
-from ftlevel.extras.serving.config import CheckServedConfig
+from ftlevel.extras.serving.config import CheckServedConfig, ExportConfig
+from ftlevel.extras.serving.exporting import export
 from tiny_models import save_tiny
 
 NAMES = [

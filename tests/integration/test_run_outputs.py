@@ -5,32 +5,28 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import task_data
+from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.commands.evaluate import evaluate
 from ftlevel.config import EvaluateConfig
+from run_files import ModelDir, read_summary, write_rows
 
-TinyModelDir = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("work_dir")
 
 
 @pytest.fixture
-def classifier_run(tiny_model_dir: TinyModelDir, capsys: pytest.CaptureFixture[str]) -> Path:
+def classifier_run(tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]) -> Path:
     """Return a run on three classes, in a directory with a space in its name."""
     pytest.importorskip("tensorboard")
     rows = [{"Message": f"the {word} {i}", "Kind": "xyz"[i % 3]} for i, word in
             enumerate(task_data.WORDS * 3)]  # fmt: skip
-    Path("my rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_rows("my rows.jsonl", rows)
     code = run(["train", "--model", str(tiny_model_dir("bert")), "--dataset", "my rows.jsonl",
                 "--task", "text-classification", "--map", "text=Message", "--map", "label=Kind",
                 "--validation-split", "0.25", "--max-steps", "2", "--output-dir", "my run",
@@ -63,7 +59,7 @@ def test_tensorboard_files_are_in_run_directory(classifier_run: Path) -> None:
 
 def test_next_commands_run_as_printed(classifier_run: Path) -> None:
     output = Path("said.txt").read_text()
-    commands = json.loads((classifier_run / "summary.json").read_text())["next"]
+    commands = read_summary(classifier_run)["next"]
     assert commands == [
         "ftlevel evaluate 'my run'",
         "ftlevel predict 'my run' --dataset 'my rows.jsonl' --limit 5",
@@ -85,44 +81,35 @@ def test_next_commands_run_as_printed(classifier_run: Path) -> None:
     ],
 )
 def test_training_column_mapping_is_dropped_if_rows_do_not_fit(
-    rows: dict[str, str], note: str, classifier_run: Path, capsys: pytest.CaptureFixture[str]
+    rows: dict[str, str], note: str, classifier_run: Path, cli: Cli
 ) -> None:
     Path("other.jsonl").write_text("\n".join([json.dumps(rows)] * 2))
-    capsys.readouterr()
     command = ["evaluate", "my run", "--dataset", "other.jsonl", "--resamples", "0"]
-    assert run(command) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "columns:" in line]
+    lines = [line for line in cli(*command).splitlines() if "columns:" in line]
     assert len(lines) == 1
     assert note in lines[0]
     assert ("do not fit these" in lines[0]) == ("Kind" not in rows)
-    assert run([*command, "--map", "text=Gone"]) == 2  # explicit option
+    cli.fails(*command, "--map text=Gone")  # explicit option
 
 
-def test_unknown_columns_error_ignores_training_mapping(
-    classifier_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unknown_columns_error_ignores_training_mapping(classifier_run: Path, cli: Cli) -> None:
     Path("other.jsonl").write_text('{"Betreff": "the file", "Art": "x"}')
-    assert run(["evaluate", "my run", "--dataset", "other.jsonl"]) == 2
-    message = capsys.readouterr().err
+    message = cli.fails("evaluate 'my run' --dataset other.jsonl")
     assert "no format matches the columns" in message
     assert "Message" not in message
 
 
-def test_evaluate_skips_bad_rows_as_its_error_advises(
-    classifier_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_skips_bad_rows_as_its_error_advises(classifier_run: Path, cli: Cli) -> None:
     texts = ("the file", "", "the list")
     rows = [json.dumps({"Message": text, "Kind": "x"}) for text in texts]
     Path("other.jsonl").write_text("\n".join(rows))
     command = ["evaluate", "my run", "--dataset", "other.jsonl", "--resamples", "0"]
-    assert run(command) == 2
-    assert "or drop bad rows with --on-bad-row skip" in capsys.readouterr().err
-    assert run([*command, "--on-bad-row", "skip"]) == 0
-    output = capsys.readouterr()
+    assert "or drop bad rows with --on-bad-row skip" in cli.fails(*command)
+    output = cli.run(*command, "--on-bad-row skip")
     assert "dropped 1 of 3 rows (line 2: 'Message' is empty)" in output.out + output.err
 
 
-def test_dataset_option_replaces_validation_file(tiny_model_dir: TinyModelDir) -> None:
+def test_dataset_option_replaces_validation_file(tiny_model_dir: ModelDir) -> None:
     task_data.write(Path("data"), "class")
     code = run(["train", "--model", str(tiny_model_dir("bert")), "--dataset", "data/train.jsonl",
                 "--validation-file", "data/validation.jsonl", "--task", "text-classification",
@@ -146,21 +133,18 @@ def test_dataset_option_replaces_validation_file(tiny_model_dir: TinyModelDir) -
     ],
 )
 def test_missing_model_option_warns_for_own_dataset(
-    arguments: list[str], is_warned: bool, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], is_warned: bool, cli: Cli
 ) -> None:
     Path("rows.jsonl").write_text('{"prompt": "the file", "completion": "the default"}\n')
-    assert run(["train", *arguments, "--dry-run"]) == 0
-    out, err = capsys.readouterr()
+    out, err = cli.run("train", *arguments, "--dry-run")
     assert ("warning: no --model given" in err) is is_warned
     assert "no --model given" not in out
 
 
-def test_preview_reports_merged_labels(
-    tiny_model_dir: TinyModelDir, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_preview_reports_merged_labels(tiny_model_dir: ModelDir, cli: Cli) -> None:
     rows = [{"text": f"the {w}", "label": "x" if i else " x"} for i, w in
             enumerate(task_data.WORDS)]  # fmt: skip
-    Path("rows.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"text": "a", "label": "y"}])))
+    write_rows("rows.jsonl", [*rows, {"text": "a", "label": "y"}])
     command = ["preview", "--model", str(tiny_model_dir("bert")), "--dataset", "rows.jsonl"]
-    assert run([*command, "--task", "text-classification"]) == 0
-    assert ": made one; --set data.gate.label_space=stop|warn|ignore" in capsys.readouterr().out
+    output = cli(*command, "--task text-classification")
+    assert ": made one; --set data.gate.label_space=stop|warn|ignore" in output

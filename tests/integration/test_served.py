@@ -21,18 +21,19 @@ import xllamacpp
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
+from command_line import Cli
 from completions_server import server_without_http
-from export_cases import ModelDir, exportable_model
+from export_cases import exportable_model
 from ftlevel.cli.app import run
-from ftlevel.commands.export import export
-from ftlevel.config import ExportConfig
 from ftlevel.errors import InputError, RunError
 from ftlevel.extras.serving import check as commands
 from ftlevel.extras.serving.check import check_served, run_library
 from ftlevel.extras.serving.client import ServerOutput, match_output, widen_tolerance
-from ftlevel.extras.serving.config import CheckServedConfig
+from ftlevel.extras.serving.config import CheckServedConfig, ExportConfig
+from ftlevel.extras.serving.exporting import export
 from ftlevel.extras.serving.recorded import ReferenceOutput
 from ftlevel.trained.resolve import resolve_model
+from run_files import read_json
 from served_cases import CASES, write_adapter
 from tiny_models import save_tiny
 
@@ -80,7 +81,7 @@ def llama_server(
 
 
 def adapter_files(out: Path) -> list[Path]:
-    served = json.loads((out / "served.json").read_text())
+    served = read_json(out / "served.json")
     return [out / adapter["place"] for adapter in served["adapters"]]
 
 
@@ -125,33 +126,17 @@ def quantized_base_export(
     settings = CASES["lora"].settings | {"lora_alpha": 128}  # changes logits by more than rounding
     write_adapter(first_blocks, export_dir / "lora", settings)
     path = export_dir / "lora" / "adapter_config.json"
-    config = json.loads(path.read_text()) | {"base_model_name_or_path": str(first_blocks_gguf)}
+    config = read_json(path) | {"base_model_name_or_path": str(first_blocks_gguf)}
     path.write_text(json.dumps(config))
     export(ExportConfig(model=str(export_dir / "lora"), out=export_dir / "out", format="gguf-lora"))
     return export_dir / "out"
 
 
-def test_tolerance_on_quantized_base_covers_rounding(
-    quantized_base_export: Path,
-) -> None:
+def test_tolerance_on_quantized_base_covers_rounding(quantized_base_export: Path) -> None:
     summary = check_served(CheckServedConfig(out=quantized_base_export, inside="llama.cpp")).summary
     assert summary["verdict"] == "as trained"
     [adapter] = summary["adapters"]
     assert 0.02 < adapter["weights"]["difference"] <= adapter["tolerance"] < 1
-
-
-@pytest.mark.sweep
-def test_llama_server_with_quantized_base_detects_wrong_scale(
-    quantized_base_export: Path, first_blocks_gguf: Path, smollm2: Path
-) -> None:
-    out = quantized_base_export
-    with llama_server(first_blocks_gguf, [out / "adapter.gguf"], apply=True, ram=512) as url:
-        assert check_served(CheckServedConfig(out=out, url=url)).summary["verdict"] == "as trained"
-    with (
-        llama_server(first_blocks_gguf, [out / "adapter.gguf"], scale=2.0, apply=True) as url,
-        pytest.raises(RunError, match="answers neither as trained nor as the base"),
-    ):
-        check_served(CheckServedConfig(out=out, url=url))
 
 
 def shuffle_rows(b: Any) -> Any:
@@ -255,30 +240,10 @@ def test_unapplied_or_rescaled_adapter_raises(export_dir: Path, tmp_path: Path) 
         assert check_served(CheckServedConfig(out=out, url=url)).summary["verdict"] == "as trained"
 
 
-@pytest.mark.slow
-def test_exported_run_is_served_as_trained(
-    tiny_model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    base = exportable_model(tiny_model_dir, tmp_path, "llama")
-    weights = load_file(base / "model.safetensors")
-    weights["lm_head.weight"][:270] = 0
-    save_file(weights, base / "model.safetensors", {"format": "pt"})
-    Path("rows.jsonl").write_text(
-        "".join(json.dumps({"prompt": f"say {n}", "completion": "a b c"}) + "\n" for n in range(8))
-    )
-    train = ["train", "--model", str(base), "--dataset", "rows.jsonl", "--output-dir", "run",
-             "--rslora", "--lora-r", "4", "--learning-rate", "0.05", "--max-steps", "4",
-             "--set", 'method.rank_pattern={"q_proj": 2}', "--quiet"]  # fmt: skip
-    assert run(train) == 0
-    assert run(["export", "run", "--for", "llama.cpp", "--out", "out", "--quiet"]) == 0
-    assert run(["check-served", "out", "--in", "llama.cpp", "--quiet"]) == 0
-
-
 def test_stop_text_of_training_is_exported_and_sent(
     export_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    served = json.loads((export_dir / "out" / "served.json").read_text())
+    served = read_json(export_dir / "out" / "served.json")
     row = next(adapter for adapter in served["adapters"] if adapter["name"] == "rslora")
     texts = [prompt["trained"]["text"] for prompt in row["prompts"]]
     stop = texts[0][6:9]
@@ -291,7 +256,7 @@ def test_stop_text_of_training_is_exported_and_sent(
     assert run(["export", str(adapter), "--for", "llama.cpp", "--out", str(out)]) == 0
     message = f'which llama.cpp does not read from a model. Send "stop": {json.dumps([stop])} with'
     assert message in " ".join(capsys.readouterr().err.split())
-    served = json.loads((out / "served.json").read_text())
+    served = read_json(out / "served.json")
     answers = [prompt["trained"]["text"] for prompt in served["adapters"][0]["prompts"]]
     assert answers == [text.split(stop)[0] for text in texts]
     with llama_server(export_dir / "base.gguf", adapter_files(out), apply=True) as url:
@@ -398,7 +363,7 @@ def test_texts_are_compared_without_logprobs(export_dir: Path, tmp_path: Path) -
     """The server returns no logprobs or tokens; requests use the only model name that it lists."""
     out = tmp_path / "out"
     shutil.copytree(export_dir / "out" / "rslora", out)
-    served = json.loads((export_dir / "out" / "served.json").read_text())
+    served = read_json(export_dir / "out" / "served.json")
     row = next(adapter for adapter in served["adapters"] if adapter["name"] == "rslora")
     row |= {"place": "adapter.gguf", "prompts": row["prompts"][:1]}
     (out / "served.json").write_text(json.dumps({**served, "adapters": [row]}))
@@ -429,12 +394,10 @@ def test_texts_are_compared_without_logprobs(export_dir: Path, tmp_path: Path) -
     ],
 )
 def test_invalid_check_served_options_are_rejected(
-    export_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    arguments: list[str], error: str,
-) -> None:  # fmt: skip
+    export_dir: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli, arguments: list[str], error: str
+) -> None:
     monkeypatch.chdir(export_dir)
-    assert run(["check-served", *arguments]) == 2
-    assert error in capsys.readouterr().err
+    assert error in cli.fails("check-served", *arguments)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from ftlevel.errors import ConfigError, InputError
 from ftlevel.models.upstream.shards import local_shard, part_of
 from ftlevel.models.upstream.shards import whole as full_tensor
 from ftlevel.trained.resolve import resolve_model
+from run_files import read_json, read_rows
 from tiny_models import save_tiny
 
 pytestmark = pytest.mark.slow
@@ -65,7 +66,7 @@ def assert_equal_evaluations(first_run: Path, second_run: Path) -> None:
     """Assert that two runs have equal evaluation metrics."""
     evaluations = []
     for run in (first_run, second_run):
-        records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        records = read_rows(run / "metrics.jsonl")
         evaluations.append([
             {name: value for name, value in record.items() if name == "step" or
              (name.startswith("eval_") and isinstance(value, int | float))}
@@ -98,12 +99,11 @@ def test_two_sharded_processes_match_one_process(
     from distributed import BOUND, STEPS, difference
 
     two_process_runs = prepared_dir / "two"
-    arguments = (prepared_dir, list(CASES), two_process_runs, "full")
-    assert ranks.end(ranks.start(train_cases, [arguments, arguments])) == [0, 0]
+    ranks.run(train_cases, prepared_dir, list(CASES), two_process_runs, "full")
     for case in CASES:
         assert difference(one_process_runs / case, two_process_runs / case) <= BOUND
         assert_equal_evaluations(one_process_runs / case, two_process_runs / case)
-        memory_share = json.loads((two_process_runs / case / "share.json").read_text())
+        memory_share = read_json(two_process_runs / case / "share.json")
         assert memory_share < (
             0.55 if case.endswith("full") else 0.85
         )  # a third of this model is the adapter
@@ -143,8 +143,7 @@ def test_shard_grads_evaluates_like_one_process(
     from distributed import BOUND, difference
 
     two_process_runs = prepared_dir / "held"
-    arguments = (prepared_dir, [case], two_process_runs, "grads")
-    assert ranks.end(ranks.start(train_cases, [arguments, arguments])) == [0, 0]
+    ranks.run(train_cases, prepared_dir, [case], two_process_runs, "grads")
     assert difference(one_process_runs / case, two_process_runs / case) <= BOUND
     assert_equal_evaluations(one_process_runs / case, two_process_runs / case)
 
@@ -186,7 +185,7 @@ def run_inference(folder: Path, keeps_unsharded: bool) -> None:
 def test_parameters_are_sharded_after_a_forward_pass_without_gradients(
     prepared_dir: Path, keeps_unsharded: bool
 ) -> None:
-    assert ranks.end(ranks.start(run_inference, [(prepared_dir, keeps_unsharded)] * 2)) == [0, 0]
+    ranks.run(run_inference, prepared_dir, keeps_unsharded)
 
 
 def load_sharded_model(directory: str) -> tuple[Any, dict[str, int]]:
@@ -245,9 +244,9 @@ def load_large_model(folder: Path, out: Path) -> None:
 def test_peak_memory_of_loading_is_bounded_by_shard(tmp_path: Path) -> None:
     model_dir = tmp_path / "wide"
     model_dir.mkdir()
-    assert ranks.end(ranks.start(load_large_model, [(model_dir, tmp_path)] * 2)) == [0, 0]
+    ranks.run(load_large_model, model_dir, tmp_path)
     for rank in range(2):
-        memory = json.loads((tmp_path / f"{rank}.json").read_text())
+        memory = read_json(tmp_path / f"{rank}.json")
         assert memory["same"]
         overhead = 16 << 20  # modules, meshes, the allocator
         assert memory["peak"] < memory["whole"] / 2 + memory["largest"] + overhead, memory
@@ -275,8 +274,7 @@ def test_bfloat16_sharded_run_matches_one_process(
 
     one_process, sharded = tmp_path / "one", tmp_path / "two"
     train_in_bfloat16(prepared_dir, one_process, "none", method)
-    arguments = [(prepared_dir, sharded, "full", method)] * 2
-    assert ranks.end(ranks.start(train_in_bfloat16, arguments)) == [0, 0]
+    ranks.run(train_in_bfloat16, prepared_dir, sharded, "full", method)
     assert difference(one_process, sharded) < 2e-3  # of bfloat16's 8 bits
 
 
@@ -335,8 +333,7 @@ def test_sharded_quantization_matches_transformers(
 ) -> None:
     """Bit for bit, also where shards end inside a block of 64 values, and for Conv1D."""
     folder = save_tiny(tmp_path / "base", family)
-    arguments = [(folder, kind, double)] * count
-    assert ranks.end(ranks.start(compare_sharded_4bit_model, arguments)) == [0] * count
+    ranks.run(compare_sharded_4bit_model, folder, kind, double, count=count)
 
 
 def train_in_4bit(folder: Path, out: Path, shard: str, method: dict[str, Any]) -> None:
@@ -362,8 +359,7 @@ def test_dora_and_hira_on_sharded_4bit_base_match_one_process(
 
     one_process, sharded = tmp_path / "one", tmp_path / "two"
     train_in_4bit(prepared_dir, one_process, "none", method)
-    arguments = [(prepared_dir, sharded, "full", method)] * 2
-    assert ranks.end(ranks.start(train_in_4bit, arguments)) == [0, 0]
+    ranks.run(train_in_4bit, prepared_dir, sharded, "full", method)
     assert difference(one_process, sharded) <= BOUND
 
 
@@ -402,16 +398,13 @@ def save_tensors_of_bfloat16_step(folder: Path, out: Path) -> None:
 def test_no_bfloat16_weights_are_kept_for_backward(prepared_dir: Path, tmp_path: Path) -> None:
     """Gradients match autocast in one process, which does keep bfloat16 copies."""
     save_tensors_of_bfloat16_step(prepared_dir, tmp_path)
-    arguments = [(prepared_dir, tmp_path)] * 2
-    assert ranks.end(ranks.start(save_tensors_of_bfloat16_step, arguments)) == [0, 0]
+    ranks.run(save_tensors_of_bfloat16_step, prepared_dir, tmp_path)
     one_process, two_processes = (load_file(tmp_path / f"{count}.safetensors") for count in (1, 2))
     assert all(
         torch.allclose(one_process[name], two_processes[name], rtol=1e-2, atol=1e-4)
         for name in one_process
     )
-    kept_weights = [
-        json.loads((tmp_path / f"{count}.json").read_text())["held"] for count in (1, 2)
-    ]
+    kept_weights = [read_json(tmp_path / f"{count}.json")["held"] for count in (1, 2)]
     assert kept_weights[0] > 100_000  # the check detects kept copies
     assert kept_weights[1] == 0
 
@@ -442,10 +435,7 @@ def test_killed_sharded_run_resumes_like_uninterrupted_run(
     prepared_dir: Path, tmp_path: Path
 ) -> None:
     uninterrupted, run = tmp_path / "whole", tmp_path / "run"
-    arguments = [
-        (prepared_dir, uninterrupted, False, 1 << 20)
-    ] * 2  # writes synchronously; the others in background
-    assert ranks.end(ranks.start(train_or_resume, arguments)) == [0, 0]
+    ranks.run(train_or_resume, prepared_dir, uninterrupted, False, 1 << 20)  # not in background
     processes = ranks.start(train_or_resume, [(prepared_dir, run, False)] * 2)
     deadline = time.monotonic() + 300
     while not list(run.glob("checkpoints/checkpoint-2/manifest.json")):
@@ -460,7 +450,7 @@ def test_killed_sharded_run_resumes_like_uninterrupted_run(
     assert 0 not in ranks.end(processes)
     assert time.monotonic() - start < 30
     assert not (run / "summary.json").exists()
-    assert ranks.end(ranks.start(train_or_resume, [(prepared_dir, run, True)] * 2)) == [0, 0]
+    ranks.run(train_or_resume, prepared_dir, run, True)
     saved = [load_file(path / "adapter/model.safetensors") for path in (uninterrupted, run)]
     assert saved[0].keys() == saved[1].keys()
     assert all(saved[0][key].equal(saved[1][key]) for key in saved[0])
@@ -549,11 +539,11 @@ def write_checkpoint_slowly(folder: Path) -> None:
 
 def test_async_checkpoint_has_values_at_copy_time(tmp_path: Path) -> None:
     """The callback runs only after all processes have finished writing."""
-    assert ranks.end(ranks.start(write_checkpoint_slowly, [(tmp_path,)] * 2)) == [0, 0]
-    assert ranks.end(ranks.start(read_checkpoint, [(tmp_path,)] * 2)) == [0, 0]
+    ranks.run(write_checkpoint_slowly, tmp_path)
+    ranks.run(read_checkpoint, tmp_path)
     shutil.rmtree(tmp_path / "parts")
     (tmp_path / "others").rename(tmp_path / "parts")
-    assert ranks.end(ranks.start(read_checkpoint, [(tmp_path,)] * 2)) == [0, 0]
+    ranks.run(read_checkpoint, tmp_path)
 
 
 def read_checkpoint(folder: Path) -> None:
@@ -569,9 +559,9 @@ def read_checkpoint(folder: Path) -> None:
 
 
 def test_checkpoint_loads_in_other_number_of_processes(tmp_path: Path) -> None:
-    assert ranks.end(ranks.start(write_checkpoint, [(tmp_path, None)] * 2)) == [0, 0]
+    ranks.run(write_checkpoint, tmp_path, None)
     for count in (2, 3):
-        assert ranks.end(ranks.start(read_checkpoint, [(tmp_path,)] * count)) == [0] * count
+        ranks.run(read_checkpoint, tmp_path, count=count)
 
 
 @pytest.mark.parametrize("in_background", [False, True], ids=["synchronous", "background"])
@@ -661,7 +651,7 @@ def train_with_late_process(folder: Path, out: Path) -> None:
 
 
 def test_late_process_is_reported_once(prepared_dir: Path, tmp_path: Path) -> None:
-    assert ranks.end(ranks.start(train_with_late_process, [(prepared_dir, tmp_path)] * 2)) == [0, 0]
+    ranks.run(train_with_late_process, prepared_dir, tmp_path)
     (line,) = [
         line for line in (tmp_path / "warnings").read_text().splitlines() if "rank 1" in line
     ]

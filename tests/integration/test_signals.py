@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from forked import Forked, run_slowly
+from run_files import ModelDir
 
 pytestmark = pytest.mark.slow
-ModelDir = Callable[..., Path]
 DATA_OPTIONS = ["--dataset", "rows.jsonl", "--batch-size", "4", "--logging-steps", "1"]
 
 

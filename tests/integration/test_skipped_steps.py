@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from command_line import Cli
 from ftlevel.cli.app import run
 from ftlevel.training.trainer import FtlevelTrainer
+from run_files import ModelDir, read_losses, read_summary, write_rows
 
-ModelDir = Callable[..., Path]
+pytestmark = pytest.mark.usefixtures("work_dir")
+
 STEPS = 12
-
-
-@pytest.fixture(autouse=True)
-def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def command(tiny_model_dir: ModelDir, tmp_path: Path) -> list[str]:
     rows = [{"prompt": f"number {i} of many", "completion": f"it is {i}"} for i in range(64)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "rows.jsonl", rows)
     return ["train", "--quiet", "--model", str(tiny_model_dir("llama")), "--dataset", "rows.jsonl",
             "--task", "text-generation", "--batch-size", "4", "--max-steps", str(STEPS),
             "--logging-steps", "1", "--no-verify-fast", "--output-dir", "run"]  # fmt: skip
@@ -64,25 +61,15 @@ def scale_loss(
     monkeypatch.setattr(FtlevelTrainer, "compute_loss", compute_scaled_loss)
 
 
-def read_summary(name: str = "run") -> Any:
-    return json.loads(Path(name, "summary.json").read_text())
-
-
-def losses() -> list[float]:
-    records = map(json.loads, Path("run/metrics.jsonl").read_text().splitlines())
-    return [record["loss"] for record in records if "loss" in record]
-
-
 def are_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_nonfinite_loss_error_names_rows_and_checkpoint(
-    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: list[str], monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
     scale_loss(monkeypatch, 5, float("nan"))
-    assert run([*command, "--save-steps", "2"]) == 1
-    error = capsys.readouterr().err
+    error = cli.fails(*command, "--save-steps 2", code=1)
     assert "the loss is nan at step 6. It had the rows " in error
     assert "checkpoint-4 is whole" in error
     rows = error.partition("It had the rows ")[2].partition(".")[0].split(", ")
@@ -105,7 +92,7 @@ def test_skipped_step_does_not_change_weights(
     assert unchanged == [at == 5 for at in range(STEPS - 1)], "only that step changes nothing"
     notes = read_summary()["left_out"]
     assert [(note["step"], note["how"], len(note["rows"])) for note in notes] == [(6, "skipped", 4)]
-    assert all(loss == loss for loss in losses())
+    assert all(loss == loss for loss in read_losses())
     card = Path("run/README.md").read_text()
     assert "Skipped steps (loss not finite, or a spike): 1." in card
 
@@ -130,7 +117,7 @@ def test_nonfinite_weights_can_be_rolled_back_but_not_skipped(
     command: list[str],
     weights_by_step: list[dict[str, torch.Tensor]],
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    cli: Cli,
 ) -> None:
     create = FtlevelTrainer.create_optimizer
 
@@ -145,31 +132,31 @@ def test_nonfinite_weights_can_be_rolled_back_but_not_skipped(
         return optimizer
 
     monkeypatch.setattr(FtlevelTrainer, "create_optimizer", create_and_hook)
-    assert run([*command, "--on-nonfinite", "skip"]) == 1
-    assert "trained tensors are not finite after step 6" in capsys.readouterr().err
+    error = cli.fails(*command, "--on-nonfinite skip", code=1)
+    assert "trained tensors are not finite after step 6" in error
     weights_by_step.clear()
     options = ["--on-nonfinite", "rollback", "--save-steps", "5", "--overwrite"]
-    assert run([*command, *options]) == 0
+    cli(*command, *options)
     assert are_equal(weights_by_step[6], weights_by_step[5]), "the weights of checkpoint-5"
     saved = load_file("run/adapter/adapter_model.safetensors")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in saved.values())
 
 
 def test_rollback_without_checkpoint_is_rejected(
-    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: list[str], monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
     scale_loss(monkeypatch, 2, float("nan"))
-    assert run([*command, "--on-nonfinite", "rollback", "--save-steps", "9"]) == 1
-    assert "has no checkpoint to go back to yet" in capsys.readouterr().err
-    assert run([*command, "--on-nonfinite", "rollback", "--save-strategy", "no"]) == 2
+    error = cli.fails(*command, "--on-nonfinite rollback --save-steps 9", code=1)
+    assert "has no checkpoint to go back to yet" in error
+    error = cli.fails(*command, "--on-nonfinite rollback --save-strategy no")
     assert (
         "cannot be used with --save-strategy no: it goes back to a checkpoint, and none is written"
-        in capsys.readouterr().err
+        in error
     )
-    assert run([*command, "--spike-factor", "3", "--method", "adalora", "--overwrite"]) == 2
+    error = cli.fails(*command, "--spike-factor 3 --method adalora --overwrite")
     assert (
         "changes its shape during a run and cannot roll back to a checkpoint. Use --on-nonfinite "
-        "skip, without --spike-factor." in capsys.readouterr().err
+        "skip, without --spike-factor." in error
     )
 
 
@@ -197,16 +184,16 @@ def test_loss_spike_rolls_back_also_after_resume(
     assert [note["step"] for note in read_summary()["left_out"]] == [10]
 
 
-def test_spike_factor_can_be_added_on_resume(command: list[str]) -> None:
-    assert run([*command, "--save-steps", "4"]) == 0
+def test_spike_factor_can_be_added_on_resume(command: list[str], cli: Cli) -> None:
+    cli(*command, "--save-steps 4")
     Path("run/summary.json").unlink()
     Path("run/checkpoints/checkpoint-12").rename("other-12")
-    assert run([*command, "--save-steps", "4", "--spike-factor", "3", "--resume"]) == 0
+    cli(*command, "--save-steps 4 --spike-factor 3 --resume")
     assert read_summary()["left_out"] == []
 
 
 def test_ten_skipped_steps_in_a_row_raise(
-    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: list[str], monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
     original = FtlevelTrainer.compute_loss
 
@@ -214,5 +201,4 @@ def test_ten_skipped_steps_in_a_row_raise(
         return original(self, model, *arguments, **settings) * float("nan")
 
     monkeypatch.setattr(FtlevelTrainer, "compute_loss", compute_scaled_loss)
-    assert run([*command, "--on-nonfinite", "skip"]) == 1
-    assert "as in the 10 steps before" in capsys.readouterr().err
+    assert "as in the 10 steps before" in cli.fails(*command, "--on-nonfinite skip", code=1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,13 @@ import transformers
 
 import task_data
 import tiny_tokenizers
-from ftlevel.cli.app import run
+from command_line import Cli
 from ftlevel.commands.generate import generate
 from ftlevel.commands.train import train
 from ftlevel.config import TrainConfig
 from ftlevel.trained.generation import GenerationOptions
+from run_files import ModelDir, read_rows, short_config
 from sampling import sample
-
-ModelDir = Callable[..., Path]
 
 TASKS = {
     "tags": ("token-classification", {}),
@@ -80,24 +78,10 @@ CELLS = [
 ]
 
 
-def create_config(
-    model: Path, data: Path, name: str, out: Path, **train_overrides: Any
-) -> TrainConfig:
+def create_config(model: Path, rows: Path, name: str, out: Path, **settings: Any) -> TrainConfig:
     task, options = TASKS[name]
-    return TrainConfig.model_validate(
-        {
-            "task": task,
-            "model": {"name_or_path": str(model), "dtype": "float32", "device": "cpu"},
-            "data": {"dataset": str(data), **options},
-            "train": {
-                "max_steps": 3,
-                "learning_rate": 0.01,
-                "logging_steps": 1,
-                "max_new_tokens": 8,
-                **train_overrides,
-            },
-            "output": {"dir": str(out)},
-        }
+    return short_config(
+        model, rows, out, task, data=options, train={"max_new_tokens": 8, **settings}
     )
 
 
@@ -179,7 +163,7 @@ def test_gradient_accumulation_gives_same_losses(
             predict_with_generate=False,
         )  # fmt: skip
         train(config)
-        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        records = read_rows(out / "metrics.jsonl")
         loss_curves.append([(r["loss"], r["grad_norm"]) for r in records if "loss" in r])
     assert len(loss_curves[0]) == 3
     for one_batch, accumulated in zip(*loss_curves, strict=True):
@@ -191,11 +175,8 @@ def test_resumed_masked_lm_matches_uninterrupted_run(
 ) -> None:
     """The run is resumed in its second epoch; losses and weights are equal."""
     data = task_data.write(tmp_path / "data", "mask")
-    model, uninterrupted, resumed = (
-        tiny_model_dir("bert", "mlm"),
-        tmp_path / "whole",
-        tmp_path / "broken",
-    )
+    model = tiny_model_dir("bert", "mlm")
+    uninterrupted, resumed = tmp_path / "whole", tmp_path / "broken"
     settings = {"max_steps": 7, "save_steps": 5, "per_device_train_batch_size": 4}
     expected = train(
         create_config(model, data, "mask", uninterrupted, **settings)
@@ -216,8 +197,7 @@ def test_resumed_masked_lm_matches_uninterrupted_run(
 
 
 def losses(run_directory: Path) -> dict[int, float]:
-    lines = (run_directory / "metrics.jsonl").read_text().splitlines()
-    return {r["step"]: r["loss"] for r in map(json.loads, lines) if "loss" in r}
+    return {r["step"]: r["loss"] for r in read_rows(run_directory / "metrics.jsonl") if "loss" in r}
 
 
 def test_new_head_is_saved_in_float32(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
@@ -233,44 +213,39 @@ def test_new_head_is_saved_in_float32(tiny_model_dir: ModelDir, tmp_path: Path) 
 
 
 def test_question_answering_train_and_generate_commands(
-    tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model_dir: ModelDir, tmp_path: Path, cli: Cli
 ) -> None:
     data, out = task_data.write(tmp_path / "data", "span"), str(tmp_path / "run")
     arguments = ["--model", str(tiny_model_dir("bert", "mlm")), "--dataset", str(data),
                  "--task", "question_answering", "--max-length", "48", "--set",
                  "data.doc_stride=12", "--max-steps", "2", "--output-dir", out]  # fmt: skip
-    assert run(["train", *arguments]) == 0
-    output = capsys.readouterr().out
+    output = cli("train", *arguments)
     assert "questions: 16 (each has an answer)" in output
     assert "more windows than questions" in output
     assert f"next ftlevel evaluate {out}" in output
     assert f"ftlevel predict {out} --dataset FILE" in output
     generate_command = ["generate", out, "--prompt", "What is the name?"]
-    assert run(generate_command) == 2
-    assert "question-answering looks for an answer in a text. Add --context TEXT." in (
-        capsys.readouterr().err
-    )
-    assert run([*generate_command, "--context", "The name is value 3.", "--json"]) == 0
-    [answer] = json.loads(capsys.readouterr().out)["answers"]
+    error = cli.fails(*generate_command)
+    assert "question-answering looks for an answer in a text. Add --context TEXT." in (error)
+    [answer] = cli.json(*generate_command, "--context 'The name is value 3.' --json")["answers"]
     assert answer["text"] in "The name is value 3."
 
 
-def test_wrong_answer_start_is_reported(
-    tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_answer_start_is_reported(tiny_model_dir: ModelDir, tmp_path: Path, cli: Cli) -> None:
     data = task_data.write(tmp_path / "data", "span")
     path = data / "train.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[2]["answers"]["answer_start"][0] += 1
     path.write_text("\n".join(map(json.dumps, rows)))
-    code = run(["train", "--model", str(tiny_model_dir("bert", "mlm")), "--dataset", str(data),
-                "--task", "question-answering", "--output-dir", str(tmp_path / "run")])  # fmt: skip
-    assert code == 2
-    assert f"{path}:3: the answer " in capsys.readouterr().err
+    error = cli.fails(
+        f"train --model {tiny_model_dir('bert', 'mlm')} --dataset {data} --task "
+        f"question-answering --output-dir {tmp_path / 'run'}"
+    )
+    assert f"{path}:3: the answer " in error
 
 
 def test_invalid_bio_tags_are_rejected_or_dropped(
-    tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model_dir: ModelDir, tmp_path: Path, cli: Cli
 ) -> None:
     data = task_data.write(tmp_path / "data", "tags")
     path = data / "train.jsonl"
@@ -279,27 +254,24 @@ def test_invalid_bio_tags_are_rejected_or_dropped(
     path.write_text("\n".join(map(json.dumps, rows)))
     arguments = ["train", "--model", str(tiny_model_dir("bert", "mlm")), "--dataset", str(data),
                  "--task", "token-classification", "--dry-run"]  # fmt: skip
-    assert run(arguments) == 2
-    assert f"{path}:5: tag 1, 'I-LOC', begins the row" in capsys.readouterr().err
-    assert run([*arguments, "--on-bad-row", "skip"]) == 0
-    assert "15 rows" in capsys.readouterr().out
+    assert f"{path}:5: tag 1, 'I-LOC', begins the row" in cli.fails(*arguments)
+    assert "15 rows" in cli(*arguments, "--on-bad-row skip")
 
 
 def test_languages_come_from_columns_or_options(
-    tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model_dir: ModelDir, tmp_path: Path, cli: Cli
 ) -> None:
     data = task_data.write(tmp_path / "data", "pair")
     command = ["train", "--dataset", str(data), "--task", "translation", "--dry-run"]
     mapping = ["--set", "data.columns.source=en", "--set", "data.columns.target=de"]
     llama, t5 = (["--model", str(tiny_model_dir(family))] for family in ("llama", "t5"))
-    assert run([*command, *llama, *mapping]) == 0
-    output = capsys.readouterr().out
+    output = cli(*command, *llama, *mapping)
     assert "languages: English to German" in output
     assert "prompt: plain (Translate from English to German.)" in output
-    assert run([*command, *t5, *mapping, "--set", "data.target_language=Swiss German"]) == 0
-    assert "prompt: seq2seq (translate English to Swiss German:)" in capsys.readouterr().out
-    assert run([*command, *llama]) == 2
-    assert "), and the source language is not given. Add" in capsys.readouterr().err
+    assert "prompt: seq2seq (translate English to Swiss German:)" in cli(
+        *command, *t5, *mapping, "--set 'data.target_language=Swiss German'"
+    )
+    assert "), and the source language is not given. Add" in cli.fails(*command, *llama)
 
 
 @pytest.mark.parametrize(
@@ -326,11 +298,8 @@ def test_languages_come_from_columns_or_options(
         ),
     ],
 )
-def test_invalid_task_options_are_rejected(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(["train", "--dry-run", *arguments]) == 2
-    assert message in capsys.readouterr().err
+def test_invalid_task_options_are_rejected(arguments: list[str], message: str, cli: Cli) -> None:
+    assert message in cli.fails("train --dry-run", *arguments)
 
 
 def test_full_model_keeps_its_parameter_names(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
@@ -344,7 +313,7 @@ def test_full_model_keeps_its_parameter_names(tiny_model_dir: ModelDir, tmp_path
 
 
 def test_multilingual_translation_uses_the_languages_of_the_tokenizer(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, cli: Cli
 ) -> None:
     """NLLB's source begins with its language, and so does the target; generation forces it."""
     parts = tiny_tokenizers._metaspace_parts(["<s>", "<pad>", "</s>", "<unk>"])
@@ -363,12 +332,11 @@ def test_multilingual_translation_uses_the_languages_of_the_tokenizer(
     data = task_data.write(tmp_path / "data", "pair")
     command = ["--task", "translation", "--source-language", "en", "--dataset", str(data)]
     command += ["--output-dir", str(tmp_path / "run"), "--max-steps", "1", "--device", "cpu"]
-    assert run(["train", "--model", str(tmp_path / "unset"), *command]) == 2
-    assert "src_lang is 'eng_Latn' and tgt_lang is None" in capsys.readouterr().err
-    assert run(["train", "--model", str(tmp_path / "set"), *command]) == 0
-    assert "language tokens: eng_Latn to deu_Latn" in capsys.readouterr().out
-    assert run(["preview", str(tmp_path / "run"), "--json"]) == 0
-    row = json.loads(capsys.readouterr().out)["rows"][0]
+    error = cli.fails(f"train --model {tmp_path / 'unset'}", *command)
+    assert "src_lang is 'eng_Latn' and tgt_lang is None" in error
+    output = cli(f"train --model {tmp_path / 'set'}", *command)
+    assert "language tokens: eng_Latn to deu_Latn" in output
+    row = cli.json(f"preview {tmp_path / 'run'} --json")["rows"][0]
     example = task_data.ROWS["pair"](row["number"] - 1)
     trained = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/adapter")
     expected = trained(example["en"], text_target=example["de"])  # as NLLB was trained

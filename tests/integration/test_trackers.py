@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ftlevel.cli.app import run
+from command_line import Cli
 from ftlevel.events import NullListener
 from ftlevel.training import callbacks as trackers
 from ftlevel.training.callbacks import RunInfo, Tracker, name_metrics, tracking
@@ -69,13 +69,13 @@ def test_metric_names_match_transformers() -> None:
 
 
 @pytest.mark.slow
-def test_run_logs_to_tensorboard(tmp_path: Path) -> None:
+def test_run_logs_to_tensorboard(tmp_path: Path, cli: Cli) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     arguments = ["--report-to", "tensorboard", "--max-steps", "2", "--logging-steps", "1",
                  "--max-samples", "8", "--max-length", "96", "--overlong", "drop", "--quiet",
                  "--set", "train.predict_with_generate=false",
                  "--set", "data.max_eval_samples=4", "--output-dir", "run"]  # fmt: skip
-    assert run(["train", *arguments]) == 0
+    cli("train", *arguments)
     files = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     scalars = {(e.step, round(e.value, 5)) for e in files.Scalars("train/loss")}
     logged = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
@@ -152,11 +152,7 @@ def test_failed_tracker_is_disabled(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_invalid_tracker_options_are_rejected(
-    arguments: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str], message: str, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ftlevel.training.plan.resolve.find_spec", lambda _: None)
-    assert run(["train", "--dry-run", *arguments]) == 2
-    assert message in capsys.readouterr().err
+    assert message in cli.fails("train --dry-run", *arguments)

@@ -11,29 +11,28 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
 
 import task_data
+from command_line import Cli
 from forked import Forked, run_slowly
 from ftlevel.cli.app import run
+from run_files import ModelDir, read_json, read_rows, read_summary, train, write_rows
 from sampling import sample
 
 SHORT = ["--max-samples", "16", "--set", "data.max_eval_samples=8", "--batch-size", "4"]
-TINY_OPTIONS = ["--model", "tiny", "--dataset", "tiny.jsonl", "--validation-split", "0.2",
-        "--batch-size", "4"]  # fmt: skip
+TINY_OPTIONS = "--model tiny --dataset tiny.jsonl --validation-split 0.2 --batch-size 4".split()
 """A tiny model and 16 training rows in the working directory."""
 WORDS = ("house river stone tree bird fish cloud table horse paper glass iron salt wood wind fire "
          "light water earth metal snow sand leaf root seed").split()  # fmt: skip
 
 
-def write_tiny_inputs(folder: Path, tiny_model_dir: Callable[..., Path]) -> Path:
+def write_tiny_inputs(folder: Path, tiny_model_dir: ModelDir) -> Path:
     """Write the model and the rows of `TINY_OPTIONS` to `folder`."""
     (folder / "tiny").symlink_to(tiny_model_dir("llama", chat=True))
     rows = [
@@ -43,29 +42,18 @@ def write_tiny_inputs(folder: Path, tiny_model_dir: Callable[..., Path]) -> Path
         }
         for i in range(1, 21)
     ]
-    (folder / "tiny.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "tiny.jsonl", rows)
     return folder
 
 
 @pytest.fixture(autouse=True)
-def working_dir(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path]
-) -> Path:
+def working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: ModelDir) -> Path:
     monkeypatch.chdir(tmp_path)
     return write_tiny_inputs(tmp_path, tiny_model_dir)
 
 
-def train(*arguments: str, out: str = "run") -> dict[str, Any]:
-    """Run `ftlevel train` and return its summary."""
-    assert run(["train", "--quiet", "--output-dir", out, *arguments]) == 0
-    summary: dict[str, Any] = json.loads(Path(out, "summary.json").read_text())
-    return summary
-
-
 @pytest.fixture(scope="module")
-def two_step_run(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Callable[..., Path]
-) -> Path:
+def two_step_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: ModelDir) -> Path:
     """Return the directory of a two-step run with a checkpoint of each step."""
     folder = write_tiny_inputs(tmp_path_factory.mktemp("two-steps"), tiny_model_dir)
     with pytest.MonkeyPatch.context() as patch:
@@ -113,7 +101,7 @@ def test_run_passes_checks_and_writes_files(arguments: list[str], frozen: int) -
     assert files == {".ftlevel.json", "README.md", "adapter", "checkpoints", "config.yaml",
                      "metrics.jsonl", "places.json", "report.html", "summary.json",
                      "validation.jsonl"}  # fmt: skip
-    card = json.loads(Path("run/adapter/ftlevel.json").read_text())
+    card = read_json("run/adapter/ftlevel.json")
     assert card["base"]["name"] == str(Path("tiny").resolve())
     assert card["prompt"]["kind"] == "chat-template"
 
@@ -122,7 +110,7 @@ def test_readme_command_lowers_validation_loss() -> None:
     """`ftlevel train --method lora`: validation loss falls at every evaluation."""
     eval_options = ["--set", "data.max_eval_samples=40"]  # of 109
     summary = train("--method", "lora", "--eval-on-start", *eval_options)
-    records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    records = read_rows("run/metrics.jsonl")
     losses = [record["eval_loss"] for record in records if "eval_loss" in record]
     assert len(losses) >= 4
     assert losses == sorted(losses, reverse=True)
@@ -144,13 +132,13 @@ def test_same_command_or_config_gives_same_adapter() -> None:
 
 def test_metrics_file_has_documented_fields() -> None:
     train(*TINY_OPTIONS, "--epochs", "1")
-    records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    records = read_rows("run/metrics.jsonl")
     steps = [r for r in records if "loss" in r]
     assert set(steps[0]) >= {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens",
                              "elapsed_s", "train_s", "memory_bytes"}  # fmt: skip
     assert steps[-1]["step"] == 4
     # All 16 rows, counted without padding.
-    assert steps[-1]["tokens"] == json.loads(Path("run/summary.json").read_text())["data"]["tokens"]
+    assert steps[-1]["tokens"] == read_summary()["data"]["tokens"]
     assert any("eval_perplexity" in r for r in records)
 
 
@@ -165,16 +153,11 @@ def test_gradient_accumulation_gives_same_losses() -> None:
     assert losses("8", "1", "a") == pytest.approx(losses("2", "4", "b"), rel=1e-5)
 
 
-def write_rows(name: str, rows: list[dict[str, Any]]) -> str:
-    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return name
-
-
 @pytest.mark.parametrize(
     "family", ["t5", "llama", *(pytest.param(f, marks=pytest.mark.sweep) for f in ("bart", "gpt2"))]
 )
 def test_summarization_trains_and_generates(
-    family: str, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    family: str, tiny_model_dir: ModelDir, cli: Cli
 ) -> None:
     rows = [{"document": f"the {w} is a long thing of many words", "summary": f"a {w}"}
             for w in "abcdefgh"]  # fmt: skip
@@ -185,10 +168,9 @@ def test_summarization_trains_and_generates(
     )  # fmt: skip
     assert set(summary["metrics"]) >= {"loss", "perplexity", "rouge1", "rouge2", "rougeL"}
     assert summary["proof"]["reload_difference"] == 0
-    capsys.readouterr()
-    assert run(["generate", "run", "--prompt", "the b is a long", "--compare-base",
-                "--max-new-tokens", "4", "--json"]) == 0  # fmt: skip
-    answer = json.loads(capsys.readouterr().out)["answers"][0]
+    answer = cli.json(
+        "generate run --prompt 'the b is a long' --compare-base --max-new-tokens 4 --json"
+    )["answers"][0]
     assert set(answer) == {"adapter", "prompt", "text", "base", "scores", "tags", "dtype"}
 
 
@@ -203,7 +185,7 @@ def test_summarization_trains_and_generates(
     ),
 )
 def test_classification_head_is_saved_and_reloaded(
-    family: str, quant: str, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    family: str, quant: str, tiny_model_dir: ModelDir, cli: Cli
 ) -> None:
     rows = [{"text": f"{w} {w} x{i}", "label": w} for i in range(6) for w in ("up", "down", "left")]
     summary = train(
@@ -214,18 +196,16 @@ def test_classification_head_is_saved_and_reloaded(
     assert set(summary["metrics"]) >= {"loss", "accuracy", "f1"}
     assert summary["proof"]["reload_difference"] == 0
     assert summary["data"]["labels"] == ["down", "left", "up"]
-    card = json.loads(Path("run/adapter/ftlevel.json").read_text())
+    card = read_json("run/adapter/ftlevel.json")
     assert card["heads"]
-    capsys.readouterr()
-    assert run(["generate", "run", "--prompt", "up up", "--json"]) == 0
-    answer = json.loads(capsys.readouterr().out)["answers"][0]
+    answer = cli.json("generate run --prompt 'up up' --json")["answers"][0]
     assert answer["text"] in ("down", "left", "up")
     assert sum(answer["scores"].values()) == pytest.approx(1, abs=1e-3)
 
 
-def test_json_option_prints_one_object(capfd: pytest.CaptureFixture[str]) -> None:
-    assert run(["train", "--json", *TINY_OPTIONS, "--max-steps", "1", "--output-dir", "run"]) == 0
-    captured = capfd.readouterr()
+@pytest.mark.usefixtures("capfd")
+def test_json_option_prints_one_object(cli: Cli) -> None:
+    captured = cli.run("train --json", *TINY_OPTIONS, "--max-steps 1 --output-dir run")
     assert json.loads(captured.out)["steps"] == 1
     assert captured.err == ""
 
@@ -257,7 +237,7 @@ def test_libraries_print_nothing_and_no_metric_is_imported(
         assert line.startswith(("·", "ftlevel", "  ")), line
 
 
-def test_interrupted_run_resumes_like_uninterrupted_run(tmp_path: Path) -> None:
+def test_interrupted_run_resumes_like_uninterrupted_run(tmp_path: Path, cli: Cli) -> None:
     arguments = [*TINY_OPTIONS, "--epochs", "6", "--lora-dropout", "0.1", "--logging-steps", "1"]
     train(*arguments, out="whole")
     command = ["train", *arguments, "--output-dir", "broken"]
@@ -274,12 +254,12 @@ def test_interrupted_run_resumes_like_uninterrupted_run(tmp_path: Path) -> None:
     assert "interrupted after step" in message
     assert "--output-dir broken --resume" in message
     assert not Path("broken/adapter").exists()
-    assert run(["generate", "broken", "--prompt", "x"]) == 2
+    cli.fails("generate broken --prompt x")
     with metrics.open("a") as file:  # as if killed while writing a line
         last = json.loads(metrics.read_text().splitlines()[-1])
         file.write(json.dumps({"step": 24, "loss": 99.0}) + '\n{"step": 24, "lo')
     assert last["step"] < 24
-    assert run(["train", "--quiet", "--output-dir", "broken", "--resume"]) == 0
+    cli("train --quiet --output-dir broken --resume")
     assert digest("broken") == digest("whole")
     measured = {"elapsed_s", "train_s", "memory_bytes"}
     expected, resumed = ([{k: v for k, v in json.loads(line).items() if k not in measured}
@@ -288,9 +268,7 @@ def test_interrupted_run_resumes_like_uninterrupted_run(tmp_path: Path) -> None:
     assert resumed == expected, "a line a step, each that of the unbroken run"
     seconds = [json.loads(line)["train_s"] for line in metrics.read_text().splitlines()]
     assert seconds == sorted(seconds)
-    expected, resumed = (
-        json.loads(Path(out, "summary.json").read_text()) for out in ("whole", "broken")
-    )
+    expected, resumed = (read_summary(out) for out in ("whole", "broken"))
     fields = ("steps", "loss_first", "loss_last", "loss_window", "metrics")
     assert [resumed[name] for name in fields] == [expected[name] for name in fields]
 
@@ -314,7 +292,7 @@ def test_interrupt_during_checks_reports_checkpoint(
 
 
 def test_resumed_head_keeps_its_learning_rate(
-    tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tiny_model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task_data.write(Path("data"), "class")
     options = ["--model", str(tiny_model_dir("bert")), "--dataset", "data", "--quiet",
@@ -340,10 +318,8 @@ def fail_after(steps: int, step: int) -> None:
 
 
 @pytest.mark.usefixtures("run_copy")
-def test_resume_with_changed_setting_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
-    code = run(["train", "--quiet", "--output-dir", "run", "--resume", "--lora-r", "4"])
-    assert code == 2
-    message = capsys.readouterr().err
+def test_resume_with_changed_setting_is_rejected(cli: Cli) -> None:
+    message = cli.fails("train --quiet --output-dir run --resume --lora-r 4")
     assert message == (  # the flag differs from the run's config
         "ftlevel: --resume run: not the same run: method.r was 8 and is 4. Restore it, start a "
         "new run in another --output-dir, or pass --allow-change method.r  [resume]\n"
@@ -351,11 +327,9 @@ def test_resume_with_changed_setting_is_rejected(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.usefixtures("run_copy")
-def test_resume_with_changed_thread_count_is_rejected(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_resume_with_changed_thread_count_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
     count = torch.get_num_threads()
-    assert json.loads(Path("run/checkpoints/identity.json").read_text())["threads"] == count
+    assert read_json("run/checkpoints/identity.json")["threads"] == count
     torch.set_num_threads(count + 1)
     try:
         code = run(["train", "--quiet", "--output-dir", "run", "--resume"])
@@ -391,13 +365,13 @@ def test_damaged_checkpoint_is_rejected(capsys: pytest.CaptureFixture[str]) -> N
     assert run(["train", "--quiet", "--output-dir", "run", "--resume"]) == 0
     assert "checkpoint-3: optimizer.pt has changed" in capsys.readouterr().err
     assert Path("run/checkpoints/rejected-3").is_dir()
-    proof = json.loads(Path("run/summary.json").read_text())["proof"]
+    proof = read_summary()["proof"]
     assert proof["gradient_tensors"] == 28, "a resumed run proves its gradients too"
     assert digest("run") == digest("whole")
 
 
 def test_nonfinite_loss_stops_run_without_saving(
-    capsys: pytest.CaptureFixture[str], tiny_model_dir: Callable[..., Path], tmp_path: Path
+    cli: Cli, tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -410,31 +384,27 @@ def test_nonfinite_loss_stops_run_without_saving(
         weights[f"model.layers.1.mlp.{part}_proj.weight"][:] = 9e9
     weights["model.layers.1.post_attention_layernorm.weight"][:] = 9e9
     save_file(weights, model_dir / "model.safetensors", metadata={"format": "pt"})
-    code = run(
-        ["train", "--quiet", "--model", "broken", *SHORT, "--overlong", "drop",
-         "--output-dir", "run"]
-    )  # fmt: skip
-    assert code == 1
-    error = capsys.readouterr().err
+    error = cli.fails(
+        "train --quiet --model broken", *SHORT, "--overlong drop --output-dir run", code=1
+    )
     assert re.search(r"(loss is (nan|inf) at|not finite at) step 1\b", error)
     assert "Training stopped before the weights were updated." in error
     assert not Path("run/adapter").exists()
 
 
 def test_adapter_on_changed_base_is_rejected(
-    capsys: pytest.CaptureFixture[str], tiny_model_dir: Callable[..., Path], tmp_path: Path
+    cli: Cli, tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny_model_dir("llama", chat=True), base)
     train("--model", "base", *SHORT, "--overlong", "drop", "--max-steps", "1")
     shutil.rmtree(base)
     shutil.copytree(tiny_model_dir("llama", chat=True, seed=1), base)
-    assert run(["generate", "run", "--prompt", "x"]) == 2
-    assert "has other weights" in capsys.readouterr().err
+    assert "has other weights" in cli.fails("generate run --prompt x")
 
 
 def test_model_with_missing_weights_is_rejected(
-    capsys: pytest.CaptureFixture[str], tiny_model_dir: Callable[..., Path], tmp_path: Path
+    cli: Cli, tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -443,8 +413,8 @@ def test_model_with_missing_weights_is_rejected(
     weights = load_file(base / "model.safetensors")
     del weights["model.layers.0.self_attn.q_proj.weight"]
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    assert run(["train", "--quiet", "--model", "base", *SHORT, "--overlong", "drop"]) == 2
-    assert "lacks 1 weights of its architecture" in capsys.readouterr().err
+    error = cli.fails("train --quiet --model base", *SHORT, "--overlong drop")
+    assert "lacks 1 weights of its architecture" in error
     assert not Path("runs").exists()
 
 
@@ -467,5 +437,5 @@ def test_gguf_base_trains_and_full_run_is_plain_model(first_blocks_gguf: Path) -
 
 def test_full_run_config_has_rope_theta() -> None:
     train(*TINY_OPTIONS, "--method", "full", "--max-steps", "1")
-    config = json.loads(Path("run/adapter/config.json").read_text())
+    config = read_json("run/adapter/config.json")
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from ftlevel.cli.app import run
+from command_line import Cli
+from run_files import ModelDir, read_json, train, write_rows
+
+pytestmark = pytest.mark.usefixtures("work_dir")
 
 SHORT = ["--max-samples", "16", "--set", "data.max_eval_samples=8", "--batch-size", "4"]
 PROJECTED_PREFIX = ["--method", "prefix", "--set", "method.prefix_projection=true"]
 LSTM = ["--method", "p-tuning", "--set", "method.encoder_reparameterization_type=LSTM",
         "--set", "method.encoder_hidden_size=16"]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def train(*arguments: str, out: str = "run") -> dict[str, Any]:
-    """Run `ftlevel train` and return its summary."""
-    assert run(["train", "--quiet", "--output-dir", out, *arguments]) == 0
-    summary: dict[str, Any] = json.loads(Path(out, "summary.json").read_text())
-    return summary
 
 
 def load_adapter(out: str) -> dict[str, Any]:
@@ -47,10 +35,7 @@ def load_adapter(out: str) -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_virtual_token_run_passes_checks_and_generates(
-    arguments: list[str],
-    tensors: int,
-    tiny_model_dir: Callable[..., Path],
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], tensors: int, tiny_model_dir: ModelDir, cli: Cli
 ) -> None:
     model = ("--model", str(tiny_model_dir("llama", chat=True)), "--overlong", "drop")
     summary = train(*arguments, *model, *SHORT, "--max-steps", "2")
@@ -60,13 +45,11 @@ def test_virtual_token_run_passes_checks_and_generates(
     assert proof["idle_tensors"] == 0
     assert proof["frozen_tensors"] == 21
     assert len(load_adapter("run")) == tensors  # no MLP, no LSTM
-    card = json.loads(Path("run/adapter/ftlevel.json").read_text())
+    card = read_json("run/adapter/ftlevel.json")
     assert card["needs_import"] == "ftlevel.adapters"
-    capsys.readouterr()
     prompts = ["--prompt", "def f(): return 1", "--prompt", "x"]
     command = ["generate", "run", *prompts, "--compare-base", "--max-new-tokens", "4", "--json"]
-    assert run(command) == 0
-    answers = json.loads(capsys.readouterr().out)["answers"]
+    answers = cli.json(*command)["answers"]
     assert [answer["prompt"] for answer in answers] == prompts[1::2]
     assert all(isinstance(answer[key], str) for answer in answers for key in ("text", "base"))
 
@@ -76,14 +59,14 @@ def test_virtual_token_run_passes_checks_and_generates(
     [("bert", "prefix"), ("bart", "prefix"), ("bert", "p-tuning"), ("llama", "prompt")],
 )
 def test_classification_head_is_trained_and_saved(
-    family: str, method: str, tiny_model_dir: Callable[..., Path]
+    family: str, method: str, tiny_model_dir: ModelDir
 ) -> None:
     rows = [
         {"text": f"the {word} thing of {n}", "label": word}
         for n in range(6)
         for word in ("good", "bad")
     ]
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows("rows.jsonl", rows)
     summary = train(
         "--method", method, "--task", "text-classification", "--model",
         str(tiny_model_dir(family)), "--dataset", "rows.jsonl", "--validation-split", "0.25",
@@ -115,25 +98,19 @@ def test_resumed_prompt_encoder_matches_uninterrupted_run(arguments: list[str]) 
 
 
 @pytest.mark.parametrize("arguments", [PROJECTED_PREFIX, LSTM], ids=["prefix", "p-tuning"])
-def test_saved_prompt_is_that_of_the_last_evaluation(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_saved_prompt_is_that_of_the_last_evaluation(arguments: list[str], cli: Cli) -> None:
     """The MLP or LSTM computes in bfloat16 while training; so does what it is replaced by."""
     summary = train(*arguments, *SHORT, "--max-steps", "2", "--dtype", "bfloat16")
-    assert run(["evaluate", "run", "--json", "--no-base", "--resamples", "0"]) == 0
-    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    metrics = cli.json("evaluate run --json --no-base --resamples 0")["metrics"]
     assert metrics == {name: summary["metrics"][name] for name in metrics}
 
 
-def test_prefix_on_unsupported_family_is_rejected(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_prefix_on_unsupported_family_is_rejected(cli: Cli) -> None:
     from transformers import BloomConfig, BloomForCausalLM
 
     config = BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)
     BloomForCausalLM(config).save_pretrained("bloom")
-    assert run(["train", "--method", "prefix", "--model", "bloom", "--output-dir", "run"]) == 2
-    message = " ".join(capsys.readouterr().err.split())
+    message = " ".join(cli.fails("train --method prefix --model bloom --output-dir run").split())
     assert "--method prefix" in message
     assert "bloom" in message
     assert "computes attention without transformers' AttentionInterface" in message
@@ -141,10 +118,8 @@ def test_prefix_on_unsupported_family_is_rejected(
     assert not Path("run").exists()
 
 
-def test_too_many_virtual_tokens_are_rejected(
-    tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_too_many_virtual_tokens_are_rejected(tiny_model_dir: ModelDir, cli: Cli) -> None:
     model = str(tiny_model_dir("gpt2"))
     command = ["train", "--method", "prompt", "--model", model, "--output-dir", "run"]
-    assert run([*command, "--set", "method.num_virtual_tokens=5000"]) == 2
-    assert "leaves no positions for text" in " ".join(capsys.readouterr().err.split())
+    error = cli.fails(*command, "--set method.num_virtual_tokens=5000")
+    assert "leaves no positions for text" in " ".join(error.split())

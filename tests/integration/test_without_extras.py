@@ -7,12 +7,13 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from forked import Forked
+from run_files import ModelDir
 
 SOURCE = Path(__file__).parents[2] / "src"
 EXTRAS = sorted(path.parent.name for path in (SOURCE / "ftlevel/extras").glob("*/__init__.py"))
@@ -20,9 +21,12 @@ ALL = "all"
 COMMANDS = {
     "compare": "compare",
     "launch": "launch",
-    "serving": "check-served",
+    "retrieval": "mine",
+    "serving": "export",
 }
 """Extra → command that it adds."""
+FLAGS = {"preference": "--reference", "rl": "--num-generations"}
+"""Extra → flag of train that it adds."""
 
 
 def run_without(source: str, commands: list[list[str]]) -> None:
@@ -48,7 +52,7 @@ def removed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[st
 
 @pytest.mark.slow
 def test_core_works_without_extra(
-    removed: tuple[str, Path], tiny_model_dir: Callable[..., Path], tmp_path: Path
+    removed: tuple[str, Path], tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
     name, source = removed
     rows = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(8)]
@@ -62,7 +66,7 @@ def test_core_works_without_extra(
         ["train", "--method", "lora", *data, "--output-dir", "lora"],
         ["evaluate", "lora", "--dataset", "rows.jsonl", "--no-base", "-q"],
     ]
-    if name in ("rl", ALL):
+    if name in (*FLAGS, ALL):
         commands.append(["train", "--method", "qlora", *data, "--output-dir", "qlora"])
     process = Forked(
         call=(run_without, (str(source), commands)), imported="libraries", cwd=tmp_path,
@@ -75,4 +79,5 @@ def test_core_works_without_extra(
     for extra, command in COMMANDS.items():
         is_listed = re.search(rf"^\W*{command} ", output, re.M) is not None
         assert is_listed == (name not in (extra, ALL)), command
-    assert ("--num-generations" in output) == (name not in ("rl", ALL))
+    for extra, flag in FLAGS.items():
+        assert (f"  {flag} " in output) == (name not in (extra, ALL)), flag

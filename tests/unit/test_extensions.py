@@ -39,7 +39,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         del sys.modules[name]
 
 
-def test_builtin_extras_are_listed_in_pyproject() -> None:
+def test_builtin_extras_are_listed_in_pyproject():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     table = text.split('[project.entry-points."ftlevel.extras"]\n')[1].split("\n\n")[0]
     listed = re.findall(r'^(\w+) = "([\w.]+):EXTENSION"$', table, re.M)
@@ -47,7 +47,7 @@ def test_builtin_extras_are_listed_in_pyproject() -> None:
     assert listed == [(name, f"ftlevel.extras.{name}") for name in folders]
 
 
-def test_installed_extension_is_found(install: Install) -> None:
+def test_installed_extension_is_found(install):
     install("toyone", 'EXTENSION = Extension(formats={".toy": "toyone:EXTENSION"})\n')
     assert added("formats") == {".toy": ("toyone 1.0", "toyone:EXTENSION")}
     assert isinstance(loaded("formats")[".toy"], Extension)
@@ -64,13 +64,7 @@ def test_installed_extension_is_found(install: Install) -> None:
         ("raise SystemError('no')\n", None, "SystemError: no"),
     ],
 )
-def test_broken_extension_is_skipped_with_warning(
-    text: str,
-    reference: str | None,
-    reason: str,
-    install: Install,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_broken_extension_is_skipped_with_warning(text, reference, reason, install, capsys):
     install("toytwo", text, reference)
     sources = {source for source, _ in find_extensions()}
     warning = capsys.readouterr().err
@@ -80,9 +74,7 @@ def test_broken_extension_is_skipped_with_warning(
     assert warning.count("\n") == 1
 
 
-def test_broken_part_of_extension_is_skipped(
-    install: Install, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_broken_part_of_extension_is_skipped(install, capsys):
     install(
         "toythree",
         "EXTENSION = Extension(formats={'.toy': 'toythree:Gone'},"
@@ -93,7 +85,7 @@ def test_broken_part_of_extension_is_skipped(
     assert capsys.readouterr().err.count("toythree 1.0 cannot be used") == 2
 
 
-def test_duplicate_name_raises(install: Install) -> None:
+def test_duplicate_name_raises(install):
     install("toyfour", "EXTENSION = Extension(tasks={'rank': 'a'})\n")
     with pytest.raises(ConfigError, match="the task 'rank' is defined by ftlevel and by toyfour"):
         added("tasks", ("rank",))
@@ -109,7 +101,7 @@ def run_launch_help(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=paths, capture_output=True, text=True, check=False)
 
 
-def test_duplicate_flag_error_names_both_packages(install: Install, tmp_path: Path) -> None:
+def test_duplicate_flag_error_names_both_packages(install, tmp_path):
     install(
         "toysix",
         "def flags():\n    from ftlevel.config.flag import option\n    return [option('--nodes', "
@@ -121,7 +113,7 @@ def test_duplicate_flag_error_names_both_packages(install: Install, tmp_path: Pa
     assert process.stderr.startswith(message)
 
 
-def test_command_line_works_with_broken_extension(install: Install, tmp_path: Path) -> None:
+def test_command_line_works_with_broken_extension(install, tmp_path):
     install("toyseven", "1 / 0\n")
     process = run_launch_help(tmp_path)
     assert process.returncode == 0
@@ -130,7 +122,7 @@ def test_command_line_works_with_broken_extension(install: Install, tmp_path: Pa
     assert process.stderr.count("\n") == 1
 
 
-def test_method_that_cannot_be_imported_raises(install: Install, tmp_path: Path) -> None:
+def test_method_that_cannot_be_imported_raises(install, tmp_path):
     (tmp_path / "toyspec.py").write_text(
         "from typing import Literal\nfrom ftlevel.config.methods.base import MethodSpec\nclass "
         "Spec(MethodSpec):\n    kind: Literal['toyeight'] = 'toyeight'\n"

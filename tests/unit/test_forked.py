@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -19,7 +18,7 @@ import forked
         (["train", "--lora-r", "0"], 2),
     ],
 )
-def test_forked_process_matches_subprocess(arguments: list[str], code: int, tmp_path: Path) -> None:
+def test_forked_process_matches_subprocess(arguments, code, tmp_path):
     results = []
     for name, run in (
         ("real", lambda cwd: subprocess.run(

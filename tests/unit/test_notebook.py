@@ -13,7 +13,7 @@ from ftlevel.config.section import Choice
 from ftlevel.events import Notebook, default_listener
 
 
-def test_result_is_one_line() -> None:
+def test_result_is_one_line():
     metrics = {"accuracy": 0.9125, "loss": 0.25}
     summary = {"run": "runs/one", "metrics": metrics, "config": {"a": ["b"] * 999}}
     result = TrainResult(summary, Path("runs/one"), object(), object())
@@ -51,7 +51,7 @@ def cell(monkeypatch: pytest.MonkeyPatch) -> Cell:
     return result
 
 
-def test_run_updates_one_output(cell: Cell) -> None:
+def test_run_updates_one_output(cell):
     listener = default_listener()
     assert isinstance(listener, Notebook)
     listener.stage("read <the> data")
@@ -72,7 +72,7 @@ def test_run_updates_one_output(cell: Cell) -> None:
     assert "progress" not in last
 
 
-def test_updates_are_throttled(cell: Cell) -> None:
+def test_updates_are_throttled(cell):
     listener = default_listener()
     listener.begin(1_000)
     for step in range(1_000):
@@ -80,11 +80,7 @@ def test_updates_are_throttled(cell: Cell) -> None:
     assert len(cell.outputs) < 100
 
 
-def test_outside_notebooks_only_warnings_are_logged(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_outside_notebooks_only_warnings_are_logged(monkeypatch, caplog, capfd):
     monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
     listener = default_listener()
     listener.stage("train")

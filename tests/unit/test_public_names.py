@@ -12,12 +12,12 @@ import ftlevel
 
 
 @pytest.mark.parametrize("module", ["ftlevel"])
-def test_unknown_name_raises_attribute_error(module: str) -> None:
+def test_unknown_name_raises_attribute_error(module):
     with pytest.raises(AttributeError, match=f"module '{module}' has no attribute 'gone'"):
         importlib.import_module(module).gone  # noqa: B018 - raises
 
 
-def test_names_of_0_1_0_are_public() -> None:
+def test_names_of_0_1_0_are_public():
     names = """EvaluateConfig Evaluation FineTunePipeLine MergeConfig MergeResult PredictConfig
         Predictions QuantizeConfig QuantizeResult TrainConfig TrainResult evaluate generate
         list_targets merge predict quantize train"""
@@ -26,7 +26,7 @@ def test_names_of_0_1_0_are_public() -> None:
         assert getattr(ftlevel, name).__module__.startswith("ftlevel.")
 
 
-def test_import_ftlevel_is_lightweight() -> None:
+def test_import_ftlevel_is_lightweight():
     code = "import sys, ftlevel; print([m for m in ('pydantic', 'torch') if m in sys.modules])"
     process = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

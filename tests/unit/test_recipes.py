@@ -15,7 +15,7 @@ RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe_loads_and_header_has_measured_result(path: Path) -> None:
+def test_recipe_loads_and_header_has_measured_result(path):
     config = build_config([load_recipe(path)])
     assert config.output.dir is None, "a run goes where the user says"
     header = path.read_text(encoding="utf-8").partition("\ntask:")[0]
@@ -27,7 +27,7 @@ def test_recipe_loads_and_header_has_measured_result(path: Path) -> None:
     assert re.search(r"\d\.\d", header.partition("# Result")[2]), "a figure that was measured"
 
 
-def test_every_method_and_task_has_a_recipe() -> None:
+def test_every_method_and_task_has_a_recipe():
     """Rare methods have none: they are rows of docs/guide/rare.md."""
     configs = [build_config([load_recipe(path)]) for path in RECIPES]
     assert {config.method.kind for config in configs} == set(SPECS) - set(RARE)

@@ -121,7 +121,7 @@ def find_uses(code: str) -> Iterator[tuple[int, str]]:
             )
 
 
-def test_private_names_are_used_only_in_upstream_modules() -> None:
+def test_private_names_are_used_only_in_upstream_modules():
     uses = [
         f"{path}:{line}: {name}"
         for file in sorted(SOURCE.rglob("*.py"))
@@ -148,7 +148,7 @@ def test_private_names_are_used_only_in_upstream_modules() -> None:
         ),
     ],
 )
-def test_private_name_is_detected(code: str, name: str) -> None:
+def test_private_name_is_detected(code, name):
     assert [use for _, use in find_uses(code) if name in use]
 
 
@@ -162,5 +162,5 @@ def test_private_name_is_detected(code: str, name: str) -> None:
         "os._exit(1)",
     ],
 )
-def test_documented_and_own_names_are_allowed(code: str) -> None:
+def test_documented_and_own_names_are_allowed(code):
     assert not list(find_uses(code))

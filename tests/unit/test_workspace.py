@@ -28,7 +28,7 @@ def set_old_mtime(workspace: Path) -> None:
     os.utime(workspace.parent / ".ftlevel-workspace", (timestamp, timestamp))
 
 
-def test_workspace_of_killed_process_is_deleted_later(folder: Path) -> None:
+def test_workspace_of_killed_process_is_deleted_later(folder):
     script = (
         "import os, tempfile, time\nfrom ftlevel.artifacts.files import Workspace\n"
         f"tempfile.tempdir = {str(folder)!r}\nkept = Workspace('rows')\n"
@@ -37,7 +37,6 @@ def test_workspace_of_killed_process_is_deleted_later(folder: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdout is not None
         workspace = Path(process.stdout.readline().strip())
         set_old_mtime(workspace)
         with Workspace("rows"):
@@ -49,7 +48,7 @@ def test_workspace_of_killed_process_is_deleted_later(folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
-def test_new_and_foreign_directories_are_kept(folder: Path) -> None:
+def test_new_and_foreign_directories_are_kept(folder):
     new, users, link = (folder / f"ftlevel-rows-{name}" for name in ("new", "users", "link"))
     for path in (new / "rows", users):
         path.mkdir(parents=True)
@@ -62,7 +61,7 @@ def test_new_and_foreign_directories_are_kept(folder: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_deleted_workspace_frees_files_and_descriptors(folder: Path) -> None:
+def test_deleted_workspace_frees_files_and_descriptors(folder):
     descriptors = Path("/proc/self/fd")
     before = len(list(descriptors.iterdir())) if descriptors.exists() else None
     for _ in range(5):

@@ -100,21 +100,17 @@ def _installed_version(name: str) -> str:
 
 _PIPELINE_TAGS = {
     "masked-lm": "fill-mask",
-    "preference": "text-generation",
-    "reward": "text-classification",
-    "embedding": "sentence-similarity",
-    "reranking": "text-ranking",
-    **{
-        task: own.pipeline_tag
-        for own in SECTIONS.values()
-        if own.pipeline_tag
-        for task in own.tasks
-    },
+    **{task: tag for own in SECTIONS.values() for task, tag in own.pipeline_tags.items()},
 }
 _PROMPTS = {
     "question-answering": '--prompt "…?" --context "…"',
     "masked-lm": '--prompt "… [MASK] …"',
-    **dict.fromkeys(("embedding", "reranking", "reward"), ""),
+    **{
+        task: ""
+        for own in SECTIONS.values()
+        for task, tag in own.pipeline_tags.items()
+        if tag != "text-generation"
+    },
 }
 
 
@@ -233,13 +229,13 @@ def format_memory(summary: Mapping[str, Any]) -> str:
     plan = summary.get("plan", {})
     if not plan.get("peak_bytes"):
         return ""
-    planned, measured, what = plan["peak_bytes"], plan["measured_bytes"], plan["measured"]
+    planned, measured, scope = plan["peak_bytes"], plan["measured_bytes"], plan["measured"]
     if plan.get("process_bytes"):
         planned, measured = plan["process_bytes"], plan["measured_process_bytes"]
-        what = "whole process; evaluation is not planned"
+        scope = "whole process; evaluation is not planned"
     text = f"{planned / 2**30:,.2f} GiB planned, {measured / 2**30:,.2f} GiB measured"
     off = f"{plan['off']:+.1%}; " if plan["off"] is not None else ""
-    return f"{text} ({off}{what})"
+    return f"{text} ({off}{scope})"
 
 
 def format_selected_model(best: Mapping[str, Any]) -> str:

@@ -88,8 +88,11 @@ def load_json(path: Path, json_type: type = dict) -> Any:
 _MAX_JSON_BYTES = 1 << 27  # bytes; an index of 100,000 tensors has 10 MB
 
 
-def read_json(path: Path, json_type: type = dict) -> Any:
-    """Returns the JSON value in a file, an instance of `json_type`; raises InputError otherwise."""
+def read_json(path: Path, json_type: type = dict, problem: str = "") -> Any:
+    """Returns the JSON value in a file, an instance of `json_type`; raises InputError otherwise.
+
+    `problem` is the beginning of its message, instead of "PATH cannot be read (".
+    """
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise ValueError(f"it has {path.stat().st_size:,} bytes")
@@ -97,7 +100,8 @@ def read_json(path: Path, json_type: type = dict) -> Any:
         if not isinstance(content, json_type):
             raise ValueError(f"it is not {'an object' if json_type is dict else 'a list'}")
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read ({error}). Is the copy incomplete?") from None
+        problem = problem or f"{path} cannot be read ("
+        raise InputError(f"{problem}{error}). Is the copy incomplete?") from None
     return content
 
 

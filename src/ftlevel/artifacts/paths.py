@@ -18,7 +18,6 @@ from typing import Any
 from ftlevel.artifacts.files import base_fingerprint, load_json, write_json
 from ftlevel.artifacts.run_directory import CHECKPOINTS, CONFIG, IDENTITY, RunDirectory
 from ftlevel.config import IN_MEMORY, Layer, load_recipe
-from ftlevel.config.preference import NO_REFERENCE, START
 from ftlevel.config.train import SECTIONS
 from ftlevel.errors import ConfigError, join_names
 
@@ -156,8 +155,6 @@ def _is_path(field: str, value: str) -> bool:
         return False
     if field == "data.chat_template" and path.name == value and not path.suffix:
         return False  # name of a built-in template
-    if field == "preference.reference" and value in (START, NO_REFERENCE):
-        return False
     return path.is_absolute() or _exists(path)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import IO, Any, ClassVar, Protocol
+from typing import IO, Any, ClassVar
 
 from ftlevel.artifacts.files import flush
 from ftlevel.errors import join_names
@@ -19,7 +19,7 @@ from ftlevel.safe_io import escape_json
 def bin_lengths(
     ordered: Sequence[tuple[int, float]], num_bins: int
 ) -> list[tuple[int, int, int, float]]:
-    """Returns (minimum, maximum, count, mean value) per bin of sorted (length, value)."""
+    """Returns (minimum, maximum, count, mean value) per bin; [] for fewer lengths than bins."""
     if len({length for length, _ in ordered}) < num_bins:
         return []
     bins = [
@@ -86,25 +86,24 @@ class RowColumns:
     schema: Any = None
 
 
-class RowSink(Protocol):
-    """Protocol of row outputs; `is_table` is true if all rows must have the same columns."""
+class RowSink(ABC):
+    """Base class of row outputs; `is_table` is true if all rows must have the same columns."""
 
-    is_table: ClassVar[bool]
+    is_table: ClassVar[bool] = False
 
+    @abstractmethod
     def write(self, rows: Sequence[Row]) -> None:
         """Write rows, each with its predicted columns."""
 
-    def finalize(self) -> None:
+    def finalize(self) -> None:  # noqa: B027 - the default has no resources
         """Complete the output."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - the default has no resources
         """Release resources."""
 
 
-class LineStream:
-    """`RowSink` that writes rows as lines of JSON to a stream, such as a pipe."""
-
-    is_table: ClassVar[bool] = False
+class LineStream(RowSink):
+    """Writes rows as lines of JSON to a stream, such as a pipe, which the caller owns."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -114,16 +113,9 @@ class LineStream:
         self._stream.write("".join(escape_json(to_json(row)) + "\n" for row in rows))
         self._stream.flush()
 
-    def finalize(self) -> None:
-        """Do nothing; the caller owns the stream."""
 
-    close = finalize
-
-
-class RowList:
-    """`RowSink` that collects rows in memory."""
-
-    is_table: ClassVar[bool] = False
+class RowList(RowSink):
+    """Collects rows in memory."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -132,13 +124,8 @@ class RowList:
         """Append copies of the rows."""
         self.rows += [dict(row) for row in rows]
 
-    def finalize(self) -> None:
-        """Do nothing."""
 
-    close = finalize
-
-
-class RowFile(ABC):
+class RowFile(RowSink):
     """Base class of row files; rows are in a partial file until it is complete."""
 
     is_table: ClassVar[bool] = True
@@ -169,10 +156,6 @@ class RowFile(ABC):
     @abstractmethod
     def open(self, keep: int) -> None:
         """Open the file for appending; the first `keep` rows from `load_previous` stay."""
-
-    @abstractmethod
-    def write(self, rows: Sequence[Row]) -> None:
-        """Write rows with their predicted columns to disk."""
 
     def close(self) -> None:
         """Close the partial file, which can be resumed."""

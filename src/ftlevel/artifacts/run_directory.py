@@ -43,7 +43,7 @@ _BACKUP, _KEPT = ".replaced", "kept"
 _LINKLESS = (*OWN, MARKER, _BACKUP, _KEPT)
 
 _IN_CHECKPOINTS = re.compile(
-    r"(identity|digests)\.json|(changes|notes)\.jsonl|\.seen-.*|\.[^/]*\.partial(/.*)?|"
+    r"identity\.json|notes\.jsonl|\.seen-.*|\.[^/]*\.partial(/.*)?|"
     r"((checkpoint|rejected|best)-\d+(-\d+)?/(README\.md|.*config\.json|.*\.safetensors|"
     r".*\.index\.json|(optimizer|scheduler|scaler)\.pt|rng_state\w*\.pth|trainer_state\.json|"
     r"training_args\.bin|(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|spiece)"
@@ -256,9 +256,7 @@ def check_lock(path: Path) -> None:
 
 IDENTITY = "identity.json"
 """File in checkpoints with everything that must be unchanged when a run resumes."""
-_CHANGES, _NOTES = "changes.jsonl", "notes.jsonl"
-DIGESTS = "digests.json"
-"""File in checkpoints with the digests of the base model's files."""
+_NOTES = "notes.jsonl"
 
 
 def get_run_dir(path: Path) -> Path | None:
@@ -309,27 +307,23 @@ class RunDirectory:
         """Save README.md."""
         write_text(self.path / README, text)
 
-    def append_changes(self, step: int, changes: Sequence[Mapping[str, Any]]) -> None:
-        """Append settings that changed when the run resumed at `step` to changes.jsonl."""
-        with open_existing(self.checkpoints / _CHANGES) as file:
-            for change in changes:
-                file.write(json.dumps({"step": step, **change}, default=str) + "\n")
-
-    def load_changes(self) -> list[dict[str, Any]]:
-        """Load the settings that changed when the run was resumed."""
-        return load_jsonl(self.checkpoints / _CHANGES)
-
     def note(self, note: Mapping[str, Any]) -> None:
-        """Append an event to notes.jsonl, such as a skipped step; it must have `step`."""
+        """Append an event to notes.jsonl, such as a skipped step or a setting changed on resume.
+
+        It must have `step`.
+        """
         with open_existing(self.checkpoints / _NOTES) as file:
             file.write(json.dumps(note, default=str) + "\n")
 
     def truncate_events(self, step: int) -> None:
-        """Remove events after `step` from notes.jsonl, because these steps are repeated."""
+        """Remove events after `step` from notes.jsonl, because these steps are repeated.
+
+        Changed settings (`field`) stay changed, so their events are kept.
+        """
         path = self.checkpoints / _NOTES
         if path.is_file():
-            lines = [json.dumps(note) + "\n" for note in self.load_events() if note["step"] <= step]
-            write_text(path, "".join(lines))
+            notes = [n for n in self.load_events() if n["step"] <= step or "field" in n]
+            write_text(path, "".join(json.dumps(note) + "\n" for note in notes))
 
     def load_events(self) -> list[dict[str, Any]]:
         """Load the events of the run, without incomplete lines."""
@@ -464,9 +458,7 @@ def open_run(
             for left in (
                 path / METRICS,
                 path / ROLLOUTS,
-                run.checkpoints / _CHANGES,
                 run.checkpoints / _NOTES,
-                run.checkpoints / DIGESTS,
             ):  # left by a killed run
                 left.unlink(missing_ok=True)
     except FileExistsError:

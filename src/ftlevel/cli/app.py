@@ -45,11 +45,9 @@ _CORE: dict[str, tuple[str, str]] = {
         ("plan", "preview:plan", "Estimate memory and time of a run before it starts."),
         ("evaluate", "evaluate:evaluate", "Evaluate a run, an adapter or a model."),
         ("predict", "evaluate:predict", "Add predictions to the rows of a file."),
-        ("mine", "evaluate:mine", "Add hard negatives to queries with positives."),
         ("generate", "generate:generate", "Generate answers to prompts, or chat in the terminal."),
-        ("merge", "export:merge", "Merge an adapter into the base model and write a full model."),
-        ("quantize", "export:quantize", "Quantize a model to 4 or 8 bits and measure the quality."),
-        ("export", "export:export", "Export a run, an adapter or a model for a server."),
+        ("merge", "merge:merge", "Merge an adapter into the base model and write a full model."),
+        ("quantize", "merge:quantize", "Quantize a model to 4 or 8 bits and measure the quality."),
         ("runs", "runs:runs", "List runs with their results, or remove their old checkpoints."),
         ("recipes", "recipes:recipes", "List, show, copy or convert recipes."),
         (

@@ -1,4 +1,4 @@
-"""`ftlevel evaluate`, `predict` and `mine`: score a model, predict rows, find hard negatives."""
+"""`ftlevel evaluate` and `predict`: score a model, predict rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import typer
 from ftlevel.cli.flags import CommandInput
 from ftlevel.cli.startup import heavy_imports
 from ftlevel.config import EvaluateConfig, PredictConfig
-from ftlevel.config.mining import MineConfig
 from ftlevel.errors import ConfigError
 
 
@@ -132,28 +131,3 @@ def _result_lines(summary: Mapping[str, Any]) -> list[str]:
     speed = f", {summary['rows_per_s']:,.1f} rows/s" if summary["rows_per_s"] else ""
     lines = [f"  {summary['rows']:,} rows{kept}{skipped}{speed}"]
     return [*lines, f"  saved {summary['output']}"] if summary["output"] else lines
-
-
-def mine(inputs: CommandInput, *, as_json: bool, quiet: bool) -> None:
-    """Add hard negatives to queries with positives.
-
-    An embedding model searches the documents of all rows, and of --corpus, for those nearest to
-    each query. The output has columns query, pos and neg, for --task embedding and --task
-    reranking.
-    """
-    config = inputs.section(MineConfig)
-    from ftlevel.cli.screen import open_screen
-
-    with open_screen(as_json=as_json, quiet=quiet) as screen:
-        with heavy_imports():
-            from ftlevel.commands.mine import mine as run
-
-        summary = run(config, listener=screen)
-    if as_json:
-        typer.echo(json.dumps(summary, default=str))
-        return
-    mean = summary["negatives"] / summary["rows"]
-    typer.echo(f"  {summary['rows']:,} rows with {mean:.1f} negatives each")
-    if summary["left_out"]:
-        typer.echo(f"  {summary['left_out']:,} rows without a negative are skipped")
-    typer.echo(f"  saved {summary['output']}, with columns query, pos and neg (lists of texts)")

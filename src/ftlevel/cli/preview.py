@@ -286,15 +286,14 @@ def _show_plan(plan: RunPlan, console: Console) -> None:
 
 def _show_fits(plan: RunPlan, console: Console) -> None:
     if plan.fits:
-        title = f"what fits (rows of {plan.max_length:,} tokens, all supervised):"
+        title = f"what fits (rows of {plan.run.data.max_length:,} tokens, all supervised):"
         console.print(title, markup=False, highlight=False)
         table = Table(box=None, padding=(0, 2, 0, 2))
         table.add_column("flags", overflow="fold")
-        for name in ("peak", "fits", "most rows"):
+        for name in ("peak", "fits"):
             table.add_column(name, justify="right")
         for fit in plan.fits:
-            most = "any" if fit.most_rows is None else f"{fit.most_rows:,}"
-            table.add_row(fit.flags, format_size(fit.peak), "yes" if fit.fits else "no", most)
+            table.add_row(fit.flags, format_size(fit.peak), "yes" if fit.fits else "no")
         console.print(table, highlight=False)
 
 
@@ -319,7 +318,8 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
     if plan.is_synthetic:
         yield "  rows are synthetic, all of --max-length tokens; pass --dataset to use your own"
     if not plan.is_synthetic:
-        yield f"an epoch: {plan.steps:,} steps, {plan.tokens:,} tokens{_time(plan)}"
+        steps, tokens = plan.run.schedule.steps_per_epoch, plan.run.data.info["tokens"]
+        yield f"an epoch: {steps:,} steps, {tokens:,} tokens{_time(plan)}"
     one, total = plan.checkpoint_bytes
     yield f"disk: {format_size(one)} a checkpoint, {format_size(total)} for all that are kept"
 

@@ -253,7 +253,7 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     if summary["loss_first"] is not None:
         yield f"  [bold]loss[/bold] {describe_losses(summary)}"
     if summary.get("best"):
-        yield f"  [bold]kept[/bold] {format_selected_model(summary['best'])}"
+        yield f"  [bold]best model[/bold] {format_selected_model(summary['best'])}"
     before = summary["metrics_before"]
     for name, value in summary["metrics"].items():
         text = f"{value:.4f}{_range(summary, name, 'intervals')}"

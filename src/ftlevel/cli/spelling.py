@@ -322,8 +322,8 @@ def _validate_unique(
     before, first_value = values.setdefault(flag, (name, value))
     is_edit = {before, name} <= {flag, option.off} or before == name
     if not is_edit and first_value != value:
-        what = option.path or flag
-        raise ConfigError(f"{before} and {name} both set {what}. Use one of them.")
+        target = option.path or flag
+        raise ConfigError(f"{before} and {name} both set {target}. Use one of them.")
     values[flag] = (name, value)
 
 

@@ -2,7 +2,7 @@
 
 The cycle collector is disabled for imports: scanning half a million permanent objects takes a fifth
 of the time to the first step. glibc gives every thread its own heap: with two shared heaps,
-SmolLM2 needs a sixth less memory; with one, threads wait for its lock (docs/performance.md).
+runs need 15 to 35 % less memory (docs/performance.md); with one, threads wait for its lock.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def protect_exit(code: int) -> None:
 def _resend_signal(unraisable: Any) -> None:
     """Send the last signal again if Python dropped its KeyboardInterrupt, as in `__del__`."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt) and _received_signal is not None:
-        import threading  # lazy: takes 3 ms
+        import threading  # lazy: takes milliseconds
 
         timer = threading.Timer(_SOON, os.kill, (os.getpid(), _received_signal))
         timer.daemon = True

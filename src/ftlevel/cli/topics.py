@@ -29,11 +29,11 @@ TOPICS = {
     "processes": "extras.launch training.processes training.sharding world",
     "evaluation": "cli.evaluate cli.generate commands.evaluate commands.generate commands.predict "
     "evaluation training.best",
-    "embeddings": "artifacts.sentence_transformers commands.mine tasks.embedding tasks.reranking",
-    "preferences": "tasks.preferences training.teacher",
+    "embeddings": "extras.retrieval",
+    "preferences": "extras.preference training.teacher",
     "rewards": "extras.rl",
     "merge": "commands.merge merging methods.merging methods.updates",
-    "export": "commands.export commands.quantize extras.serving merging.formats "
+    "export": "commands.quantize extras.serving "
     "merging.normal_form methods.lora_conversion weights",
     "reports": "extras.compare extras.report",
 }

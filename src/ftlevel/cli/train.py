@@ -166,7 +166,7 @@ def train(
         limit_malloc_arenas()
         with heavy_imports():
             from ftlevel.commands.train import train as run
-            from ftlevel.training.finish import StartTime
+            from ftlevel.training.session import StartTime
 
         listener, start = NullListener() if follows else screen, StartTime.of_process()
         result = run(config, listener=listener, dry_run=dry_run, recipe=recipe, start=start)

@@ -112,7 +112,7 @@ def _device() -> Iterator[CheckResult]:
 def _precision() -> Iterator[CheckResult]:
     from ftlevel.models.hardware import select_device, select_dtype
 
-    choice = select_dtype("auto", str(select_device("auto").value), "lora", "llama")
+    choice = select_dtype("auto", str(select_device("auto").value), "llama")
     fix = "" if choice.value == "bfloat16" else "bfloat16 would need half the memory."
     status: Status = "good" if choice.value == "bfloat16" else "note"
     yield CheckResult("precision", status, f"{choice.value} ({choice.reason})", fix)

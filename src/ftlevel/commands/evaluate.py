@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +14,31 @@ import numpy as np
 from ftlevel.artifacts.files import check_new_output, rows_fingerprint
 from ftlevel.artifacts.paths import DATA_PATHS, check_paths
 from ftlevel.artifacts.row_files import row_file_type, save_rows
-from ftlevel.config import SPECS, EvaluateConfig, InMemoryDataset, QuantConfig, TrainConfig
-from ftlevel.config.constraints import flag_name
+from ftlevel.config import (
+    SPECS,
+    EvaluateConfig,
+    InMemoryDataset,
+    QuantConfig,
+    TrainConfig,
+    TrainerConfig,
+)
 from ftlevel.config.section import Choice, check_config
 from ftlevel.data.encoding.fit import LengthBounds
 from ftlevel.data.formats.labels import are_default_names
 from ftlevel.data.prepare.encoder import EncodingContext
 from ftlevel.data.prepare.inference import EvaluationRows, load_evaluation_rows
 from ftlevel.data.prepare.loading import read_splits
-from ftlevel.data.sources.beir import load_retrieval_set
 from ftlevel.data.sources.lines import STDIN
 from ftlevel.data.sources.table import describe_dropped
-from ftlevel.errors import ConfigError, InputError, excludes
-from ftlevel.evaluation.embeddings import evaluate_retrieval
+from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.intervals import (
     ExampleRecord,
     check_metrics,
     interval,
     select_metrics,
     should_generate,
-    uses_text_metrics,
 )
-from ftlevel.evaluation.scoring import Evaluator, iterate_results, needs_reference, with_reference
+from ftlevel.evaluation.scoring import Evaluator, iterate_results
 from ftlevel.evaluation.two_models import (
     build_comparison_inputs,
     have_same_inputs,
@@ -46,19 +50,12 @@ from ftlevel.methods import METHODS
 from ftlevel.models.hardware import select_device
 from ftlevel.models.loading import silence_loggers
 from ftlevel.models.quantization import format_quantization
-from ftlevel.tasks import TASKS, BaseTask
-from ftlevel.trained.generation import GenerationOptions
+from ftlevel.tasks import TASKS
 from ftlevel.trained.model_ref import LoadedModel, ModelRef
 from ftlevel.trained.resolve import get_dtype_source, get_original_base, resolve_model
-from ftlevel.training.build_trainer import eval_batch_size
+from ftlevel.training.build_trainer import eval_batch_size, get_generation_settings
 from ftlevel.training.hooks import hooks_of
 from ftlevel.training.plan.schedule import text_positions
-
-_NOT_WITH_QRELS = """
-    dataset predictions input_format subset split on_bad_row columns ignore_columns metrics
-    max_eval_samples max_generate_samples max_new_tokens num_beams temperature top_p eval_text
-    labels
-""".split()
 
 
 @dataclass(frozen=True, repr=False)
@@ -72,7 +69,7 @@ class Evaluation(Summarized):
 
 
 @dataclass(frozen=True)
-class _Score:
+class Score:
     """Metrics of a model; `resample(count, seed)` returns each on bootstrap resamples.
 
     Two scores with equal `units`, the examples, can be compared resample by resample.
@@ -99,8 +96,7 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         device = select_device(config.device)
         ref, other = _resolve(config, device.value)
         listener.stage("reading the data")
-        data_type = _Rows if config.qrels is None else _RetrievalSet
-        data: _Rows | _RetrievalSet = data_type(config, ref, other)
+        data: Any = config.open_data(ref) or _Rows(config, ref, other)
         listener.stage("loading the model")
         trained = data.ref.load(device.value)
         listener.choices("evaluate", [*data.choices(trained), device])
@@ -116,7 +112,7 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         if other is not None:
             listener.stage(f"evaluating {config.name} and {config.against} on the same rows")
             inputs, outputs = data.compute_outputs(trained)
-            trained = replace(trained, model=None)  # frees memory for the other model
+            trained, original = replace(trained, model=None), None  # frees memory for the other
             loaded = other.load(device.value)
             for note in loaded.notes:
                 listener.warn(f"{config.against}: {note}")
@@ -152,11 +148,6 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
 
 
 def _check_files(config: EvaluateConfig) -> None:
-    names = (*_NOT_WITH_QRELS, *config.added_options)
-    set_names = [name for name in names if getattr(config, name) not in (None, {}, ())]
-    if config.qrels is not None and set_names:
-        flag = flag_name(set_names[0], EvaluateConfig)
-        raise ConfigError(excludes(flag, "--qrels"))
     if config.predictions is not None:
         row_file_type("--predictions", config.predictions)
         check_new_output("--predictions", config.predictions)
@@ -179,66 +170,6 @@ def _base_of(
         yield None
 
 
-class _RetrievalSet:
-    """Queries and documents of a retrieval set, which embedding models search."""
-
-    headline = "ndcg@10"
-
-    def __init__(self, config: EvaluateConfig, ref: ModelRef, _: ModelRef | None) -> None:
-        self.config, self.ref, self.cut = config, ref, 0
-        self.data = load_retrieval_set(config.qrels or Path(), config.corpus)
-        if ref.task != "embedding":
-            raise ConfigError(
-                f"--qrels: {config.name} is of --task {ref.task}, and a search needs an "
-                "embedding model. Name one, or add --task embedding."
-            )
-
-    def choices(self, trained: LoadedModel) -> list[Choice]:
-        data, dtype = self.data, get_dtype_source(self.ref, self.config.dtype)
-        sizes = f"{len(data.queries):,} queries, {len(data.documents):,} documents"
-        return [
-            Choice("task", self.ref.task),
-            Choice("base", self.ref.base),
-            Choice("retrieval set", str(self.config.qrels), sizes),
-            Choice("dtype", trained.dtype, dtype),
-        ]
-
-    def list_warnings(self, _: LoadedModel) -> Iterator[str]:
-        if merged := self.data.merged:
-            yield f"{merged:,} documents repeat the text of another document and are counted once."
-        if unjudged := self.data.unjudged:
-            yield f"{unjudged:,} queries without a relevant document are skipped."
-
-    def score(self, model: LoadedModel, listener: Listener) -> _Score:
-        listener.stage("embedding and searching")
-        batch_size = self.config.batch_size
-        scores, cut = evaluate_retrieval(model, self.data, batch_size, listener.answered)
-        self.cut = self.cut or cut
-        return _Score(scores.means, scores.resample)
-
-    score_base = score_other = score
-
-    def list_results(self, _: LoadedModel, __: Mapping[str, float]) -> Iterator[str]:
-        if self.cut:
-            yield f"{self.cut:,} texts exceed the maximum length and are truncated."
-
-    def compute_outputs(self, _: LoadedModel) -> tuple[None, None]:
-        return None, None
-
-    def describe(self) -> dict[str, Any]:
-        data = self.data
-        return {
-            "name": str(self.config.qrels),
-            "split": f"{len(data.documents):,} documents",
-            "examples": len(data.queries),
-            "merged": data.merged,
-            "unjudged": data.unjudged,
-        }
-
-    def iterate_predictions(self, _: LoadedModel) -> Iterator[Mapping[str, Any]]:
-        return iter(())  # --predictions is rejected with --qrels
-
-
 class _Rows:
     """Rows of a task, scored by an `Evaluator`.
 
@@ -258,18 +189,15 @@ class _Rows:
         options = self.rows.options
         self.ref = ref if options == ref.card.options else ref.with_card(options=options)
         task, how = self.ref.configured_task, "--max-generate-samples N"
-        generates = self.generates(task)
-        check_metrics(self.metrics, task, self.ref.objective, generates=generates, how=how)
+        train = self.run_config.train
+        generates = should_generate(train.predict_with_generate, task)
+        check_metrics(train.metrics, task, self.ref.objective, generates=generates, how=how)
         config.check_task(self.ref.task)
         added = {"name": config.name, **config.added_options}
         self.hooks = hooks_of(task).evaluation(self.ref, added)
         self.evaluator: Any = None
         self.record: Any = None
         self.base_record: ExampleRecord | None = None
-
-    @property
-    def metrics(self) -> Sequence[str]:
-        return self.config.metrics or self.run_config.train.metrics
 
     def encode(self, model: ModelRef) -> EvaluationRows:
         return load_evaluation_rows(
@@ -282,7 +210,8 @@ class _Rows:
         )
 
     def _context(self, ref: ModelRef) -> EncodingContext:
-        config, primary, run_config = self.config, self.primary, self.run_config
+        primary, run_config, train = self.primary, self.run_config, self.run_config.train
+        generates = should_generate(train.predict_with_generate, ref.configured_task)
         tokenizer, task, kind = ref.tokenizer, ref.configured_task, ref.model_kind
         positions, name = text_positions(run_config.method, ref.model_config), primary.card.method
         has_virtual_tokens = (
@@ -290,15 +219,10 @@ class _Rows:
         )
         if has_virtual_tokens or self.is_compared:  # these or the other model limit the text
             positions = primary.card.max_length or positions
-        elif positions and kind == "decoder" and self.generates(task):
-            new = config.max_new_tokens or run_config.train.max_new_tokens
-            positions = max(primary.card.max_length, positions - new)
-        bounds, seed = LengthBounds(positions), run_config.train.seed
+        elif positions and kind == "decoder" and generates:
+            positions = max(primary.card.max_length, positions - train.max_new_tokens)
+        bounds, seed = LengthBounds(positions), train.seed
         return EncodingContext(task, kind, tokenizer, len(tokenizer), bounds, seed)
-
-    def generates(self, task: BaseTask) -> bool:
-        generates = should_generate(self.run_config.train.predict_with_generate, task)
-        return generates or (task.generates_text and self.config.max_generate_samples is not None)
 
     def choices(self, trained: LoadedModel) -> Iterator[Choice]:
         config, rows, ref = self.config, self.rows, trained.ref
@@ -321,16 +245,9 @@ class _Rows:
         yield Choice("rows", f"{rows.source}, {rows.split}", f"{len(rows.rows):,} rows{dropped}")
         yield Choice("columns", rows.note or rows.columns, "by --map" if config.columns else "")
         yield from (Choice("note", note) for note in rows.table.notes)
-        yield from self._loss_choices(trained)
+        yield from trained.objective.describe_validation(rows.rows, ref.card.options)
         yield Choice("dtype", trained.dtype, get_dtype_source(ref, config.dtype))
-        yield from self.hooks.choices if self.hooks is not None else ()
-
-    def _loss_choices(self, trained: LoadedModel) -> Iterator[Choice]:
-        if (group := trained.objective.get_validation_group(self.rows.rows)) is not None:
-            is_own = "step_rows" in trained.ref.card.options.get("embedding", {})
-            note = "the rows per step of training" if is_own else "the default"
-            groups = f"{group[0]} within groups of {group[1]:,} rows"
-            yield Choice("loss", groups, f"{note}; it depends on the size")
+        yield from self.hooks.choices
 
     def list_warnings(self, trained: LoadedModel) -> Iterator[str]:
         config, rows = self.config, self.rows
@@ -358,39 +275,29 @@ class _Rows:
         """Returns why settings of text generation have no effect; "" if they have one."""
         if trained.objective.samples:
             return "completions are sampled as in training"
-        if self.generates(trained.task):
+        if should_generate(self.run_config.train.predict_with_generate, trained.task):
             return ""
         if trained.task.generates_text:
             return "no text is generated without --max-generate-samples N"
         return f"--task {trained.task.name} generates no text"
 
-    def score(self, trained: LoadedModel, listener: Listener) -> _Score:
+    def score(self, trained: LoadedModel, listener: Listener) -> Score:
+        if self.hooks.stage:
+            listener.stage(self.hooks.stage)
         self.evaluator = self._create_evaluator(trained)
-        if needs_reference(self.evaluator):
-            listener.stage("running the reference model")
-            self.evaluator = with_reference(self.evaluator, trained)
         listener.stage("evaluating")
         self.record = ExampleRecord(trained.objective)
         return self._score(self.evaluator, trained, self.record)
 
-    def score_base(self, model: LoadedModel, _: Listener) -> _Score:
+    def score_base(self, model: LoadedModel, _: Listener) -> Score:
         self.base_record = ExampleRecord(self.record.objective)
         return self._score(self.evaluator.with_model(model), model, self.base_record)
 
-    def score_other(self, model: LoadedModel, _: Listener) -> _Score:
-        """Returns the score of `--against`; rows of embedding models are encoded for it."""
-        evaluator = self.evaluator.with_model(model)
-        if not evaluator.objective.samples:
-            evaluator = replace(evaluator, generated_rows=0, score_texts=None, language="")
-        objective: Any = evaluator.objective
-        embedding_format = model.task.embedding_format(model.ref.options)
-        if embedding_format is not None:
-            encoded, objective = self.encode(model.ref), replace(objective, format=embedding_format)
-            rows = {"rows": encoded.rows, "corpus": encoded.corpus, "tokenizer": model.tokenizer}
-            evaluator = replace(evaluator, objective=objective, **rows)
-        return self._score(evaluator, model, ExampleRecord(objective))
+    def score_other(self, model: LoadedModel, _: Listener) -> Score:
+        evaluator = self.evaluator.for_other(model, partial(self.encode, model.ref))
+        return self._score(evaluator, model, ExampleRecord(evaluator.objective))
 
-    def _score(self, evaluator: Evaluator, model: LoadedModel, record: ExampleRecord) -> _Score:
+    def _score(self, evaluator: Evaluator, model: LoadedModel, record: ExampleRecord) -> Score:
         def resample(count: int, seed: int) -> Mapping[str, np.ndarray]:
             if len(record.units) < 2:
                 raise InputError(
@@ -399,7 +306,7 @@ class _Rows:
             draws = record.resample(count, seed, evaluator.score_texts, evaluator.language)
             return select_metrics(draws, evaluator.metrics)
 
-        return _Score(evaluator(model.model, record), resample, record.units.keys())
+        return Score(evaluator(model.model, record), resample, record.units.keys())
 
     def list_results(self, trained: LoadedModel, metrics: Mapping[str, float]) -> Iterator[str]:
         yield from trained.objective.get_warnings(metrics)
@@ -433,14 +340,13 @@ class _Rows:
     def _create_evaluator(self, trained: LoadedModel) -> Evaluator:
         config, rows = self.config, self.rows
         train, speed, task = self.run_config.train, self.run_config.speed, trained.task
-        is_seeded = "seed" in config.model_fields_set  # else as in training
-        num_rows = 0
-        if self.hooks is not None or (
-            self.generates(task) and uses_text_metrics(self.metrics, task)
-        ):
-            num_rows = min(
-                config.max_generate_samples or train.max_generate_samples, len(rows.rows)
-            )
+        generation = get_generation_settings(train, task, len(rows.rows))
+        if trained.objective.samples:
+            generation["generated_rows"] = min(train.max_generate_samples, len(rows.rows))
+        seed = train.order_seed
+        if "seed" in config.model_fields_set:  # else as in training
+            seed = config.seed
+            generation["writing"] = replace(generation["writing"], seed=seed)
         settings: dict[str, Any] = {
             "rows": rows.rows,
             "tokenizer": trained.tokenizer,
@@ -448,22 +354,13 @@ class _Rows:
             "objective": trained.objective,
             "device": trained.device,
             "dtype": trained.dtype,
-            "batch_size": config.batch_size or eval_batch_size(train),
-            "generated_rows": num_rows,
-            "writing": GenerationOptions(
-                config.max_new_tokens or train.max_new_tokens,
-                **config.decoding(train),
-                seed=config.seed if is_seeded else train.seed,
-            ),
-            "score_texts": task.score_texts,
+            "batch_size": eval_batch_size(train),
             "language": rows.language,
             "chunked_cross_entropy": speed.fast and speed.chunked_cross_entropy,
-            "metrics": self.metrics,
+            "metrics": train.metrics,
             "corpus": rows.corpus,
+            **generation,
         }
-        if self.hooks is None:
-            return Evaluator(**settings)
-        seed = config.seed if is_seeded else train.order_seed
         return self.hooks.create_evaluator(trained, rows, seed, settings)
 
 
@@ -538,7 +435,21 @@ def _get_run_config(config: EvaluateConfig, ref: ModelRef) -> tuple[TrainConfig,
     for name in ("corpus", "columns", "ignore_columns", "max_eval_samples", "on_bad_row"):
         if (value := getattr(config, name)) not in (None, {}, ()):
             update[name] = value
-    return run_config.model_copy(update={"data": run_config.data.model_copy(update=update)}), is_own
+    data = run_config.data.model_copy(update=update)
+    train = run_config.train.model_copy(update=_get_train_settings(config, run_config.train))
+    return run_config.model_copy(update={"data": data, "train": train}), is_own
+
+
+def _get_train_settings(config: EvaluateConfig, train: TrainerConfig) -> dict[str, Any]:
+    """Returns the fields of `train` that `config` sets."""
+    values = {
+        "metrics": config.metrics,
+        "per_device_eval_batch_size": config.batch_size,
+        "max_new_tokens": config.max_new_tokens,
+        "max_generate_samples": config.max_generate_samples,
+        "predict_with_generate": config.max_generate_samples is not None,
+    }
+    return {name: value for name, value in values.items() if value} | config.decoding(train)
 
 
 def _is_same_name(dataset: str, name: str) -> bool:

@@ -142,7 +142,7 @@ def _default_task(config: TrainConfig) -> Choice:
         return Choice("task", "summarization", "docstrings have a first line")
     table = _table(config)
     columns = {column.lower() for column in table.column_names}
-    for name in _INFERRED:
+    for name in filter(TASKS.get, _INFERRED):
         try:
             format_ = TASKS[name].get_format(table.column_names, data, table.rows[:CHUNK_ROWS])
         except InputError:

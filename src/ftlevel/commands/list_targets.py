@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.models.families import (
@@ -20,10 +21,8 @@ from ftlevel.models.families import (
     example_lora_parameters,
     get_family,
     lookup_family,
+    lora_parameters,
 )
-
-if TYPE_CHECKING:
-    from ftlevel.models.targets import ExpertGroup, LinearGroup, ModelTargets
 
 _BLOCK = re.compile(r"(.*\{\w\})\.(.+)")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -160,38 +159,63 @@ def describe_model(name: str, r: int = 8) -> TargetReport:
     from huggingface_hub.errors import StrictDataclassError
 
     from ftlevel.models.kinds import model_kind
-    from ftlevel.models.targets import build_meta_model, inspect_model
+    from ftlevel.models.targets import build_meta_model
     from ftlevel.models.untrusted import FROM_READERS
 
     config = _load_config(name)
     try:
-        targets = inspect_model(build_meta_model(config))
+        model = build_meta_model(config)
     except (*FROM_READERS, StrictDataclassError) as error:
         message = " ".join(str(error).split())
         raise InputError(
             f"{name}: transformers cannot build a model from its configuration: {message} "
             "Expected the config.json of a transformers model."
         ) from error
-    family = lookup_family(targets.model_type)
-    selected = [kind for kind in targets.linears if kind.all_linear]
+    return inspect_model(model, name, r, model_kind(config))
+
+
+def inspect_model(model: Any, name: str = "", r: int = 8, kind: str = "") -> TargetReport:
+    """Describe the adaptable modules of `model` (usually on the meta device), named `name`."""
+    from ftlevel.models.module_tree import ModuleTree
+
+    tree, config = ModuleTree(model), getattr(model, "config", None)
+    model_type = str(getattr(config, "model_type", type(model).__name__))
+    family, total = lookup_family(model_type), sum(part.numel() for part in model.parameters())
+    linears = Counter(
+        (part.pattern, part.type, part.in_features, part.out_features, part.location)
+        for part in tree.linears()
+        if part.location != "head"
+    )
+    rows = [
+        _model_row(count, r, pattern, type_, fan_in, fan_out, is_default=location == "block")
+        for (pattern, type_, fan_in, fan_out, location), count in sorted(
+            linears.items(), key=lambda item: item[0][-1] == "other"
+        )
+    ]
+    experts = Counter(
+        (part.pattern, part.experts, part.in_features, part.out_features) for part in tree.experts()
+    )
+    selected = [row for row in rows if row.all_linear]
+    parameters = sum(row.lora_parameters or 0 for row in selected)
     return TargetReport(
         source="model",
         name=name,
-        family=targets.model_type,
-        kind=model_kind(config),
-        linears=tuple(_model_linear(kind, r) for kind in targets.linears),
+        family=model_type,
+        kind=kind,
+        linears=tuple(rows),
         experts=tuple(
-            _model_row(kind, r, "experts", f"{kind.experts} of ") for kind in targets.experts
+            _model_row(count, r, pattern, "experts", fan_in, fan_out, experts=number)
+            for (pattern, number, fan_in, fan_out), count in experts.items()
         ),
-        heads={targets.class_name: targets.heads},
-        norms=tuple(norm.pattern for norm in targets.norms),
-        embeddings=tuple(part.pattern for part in targets.embeddings),
-        all_linear=tuple(dict.fromkeys(kind.name for kind in selected)),
+        heads={type(model).__name__: tuple(tree.heads)},
+        norms=tuple(pattern for pattern, *_ in dict.fromkeys(tree.norms())),
+        embeddings=tuple(pattern for pattern, *_ in dict.fromkeys(tree.embeddings())),
+        all_linear=tuple(dict.fromkeys(row.name for row in selected)),
         attention_only=family.attention_only if family else (),
-        target_parameters=tuple(split_pattern(kind.pattern)[1] for kind in targets.experts),
-        lora=_model_size(name, targets, r),
+        target_parameters=tuple(split_pattern(pattern)[1] for pattern, *_ in experts),
+        lora=LoraSize(r, name, parameters, parameters * FLOAT32_BYTES, parameters / total),
         aliases=family.aliases if family else (),
-        total_parameters=targets.total_parameters,
+        total_parameters=total,
     )
 
 
@@ -239,24 +263,32 @@ def _family_expert(stack: Stack, expert: BlockLinear) -> TargetRow:
     return TargetRow(name, f"{stack.path}.{expert.path}", stack.path, "experts", shape)
 
 
-def _model_row(kind: LinearGroup | ExpertGroup, r: int, type_: str, count: str = "") -> TargetRow:
+def _model_row(
+    count: int,
+    r: int,
+    pattern: str,
+    type_: str,
+    fan_in: int,
+    fan_out: int,
+    *,
+    is_default: bool = False,
+    experts: int = 0,
+) -> TargetRow:
+    block, path = split_pattern(pattern)
     return TargetRow(
-        kind.name,
-        kind.pattern,
-        split_pattern(kind.pattern)[0],
+        pattern.rpartition(".")[2],
+        pattern,
+        block,
         type_,
-        f"{count}{kind.in_features} -> {kind.out_features}",
-        in_features=kind.in_features,
-        out_features=kind.out_features,
-        count=kind.count,
-        lora_parameters=kind.lora_parameters(r),
+        f"{f'{experts} of ' if experts else ''}{fan_in} -> {fan_out}",
+        attention=is_default and _ATTENTION.search(path) is not None,
+        all_linear=is_default,
+        default=is_default,
+        in_features=fan_in,
+        out_features=fan_out,
+        count=count,
+        lora_parameters=count * (experts or 1) * lora_parameters(fan_in, fan_out, r),
     )
-
-
-def _model_linear(kind: LinearGroup, r: int) -> TargetRow:
-    row, path = _model_row(kind, r, kind.type), split_pattern(kind.pattern)[1]
-    is_attention = bool(kind.all_linear and _ATTENTION.search(path))
-    return replace(row, attention=is_attention, all_linear=kind.all_linear, default=kind.all_linear)
 
 
 def _example_size(family: Family, r: int) -> LoraSize | None:
@@ -264,9 +296,3 @@ def _example_size(family: Family, r: int) -> LoraSize | None:
         return None
     parameters = example_lora_parameters(family, r)
     return LoraSize(r, family.example.name, parameters, parameters * FLOAT32_BYTES)
-
-
-def _model_size(name: str, targets: ModelTargets, r: int) -> LoraSize:
-    parameters = targets.lora_parameters(r)
-    share = parameters / targets.total_parameters
-    return LoraSize(r, name, parameters, parameters * FLOAT32_BYTES, share)

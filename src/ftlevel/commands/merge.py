@@ -85,10 +85,10 @@ def merge(config: MergeConfig, *, listener: Listener | None = None) -> MergeResu
         num_calibration = config.calibration_rows if low else 0
         probe = calibration = None
         if num_rows or num_calibration:
-            rows = select_rows(inputs, num_rows, num_calibration)
-            probe = inputs.eval_set(rows.compared) if rows.compared else None
-            calibration = inputs.eval_set(rows.calibration) if rows.calibration else None
-            choices += rows.choices
+            compared, calibrated, lines = select_rows(inputs, num_rows, num_calibration)
+            probe = inputs.eval_set(compared) if compared else None
+            calibration = inputs.eval_set(calibrated) if calibrated else None
+            choices += lines
         prepared = _PreparedMerge(config, inputs, onto, low, probe, calibration)
         listener.choices("merge", [*_list_choices(prepared), *choices])
         output = stack.enter_context(atomic_directory(config.output_dir))

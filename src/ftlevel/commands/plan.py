@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
 from ftlevel.config import TrainConfig, TrainerConfig
-from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError, FtlevelError, excludes, needs
 from ftlevel.models.loading import silence_loggers
-from ftlevel.models.sources import ModelSource, resolve_source
+from ftlevel.models.sources import resolve_source
 from ftlevel.training.forecast.fits import (
-    ALLOCATOR,
     Device,
     MemoryRequirement,
     estimate_requirement,
     fit_run,
     is_sized_by_memory,
 )
-from ftlevel.training.forecast.memory import StepMemory
 from ftlevel.training.forecast.meta_model import (
-    ACTIVATIONS,
-    ADAPTER,
-    BACKWARD,
-    FIRST_BLOCK,
-    FORWARD,
     OPTIMIZER,
-    QUANTIZED,
-    WEIGHTS,
-    WORKSPACE,
-    create_synthetic_batch,
 )
 from ftlevel.training.forecast.seconds import (
     TimeForecast,
@@ -40,35 +29,21 @@ from ftlevel.training.forecast.seconds import (
     parse_gpu,
 )
 from ftlevel.training.plan.adapter import resolve_adapter
-from ftlevel.training.plan.resolve import infer_task, resolve
-from ftlevel.training.plan.run import Run, count_trainable
+from ftlevel.training.plan.resolve import SyntheticBatch, infer_task, resolve
+from ftlevel.training.plan.run import PlannedModel, Run, count_trainable
 from ftlevel.training.saving import max_num_checkpoints
 
-_MAX_ROWS = 4096
-_DEFAULT_METHODS: tuple[tuple[str, str], ...] = (
-    ("lora", "none"),
-    ("qlora", "4bit"),
-    ("full", "none"),
-)
+_DEFAULT_METHODS = (("lora", "none"), ("qlora", "4bit"), ("full", "none"))
+_MIN_LENGTH = 64  # tokens; the cheapest change has no shorter rows
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """Alternative settings of a run, and the memory that they need.
-
-    Attributes:
-        peak: bytes at the peak with the micro-batch size in `flags`.
-        fits: whether `peak` is within the memory.
-        most_rows: largest micro-batch that fits, in rows; 0 if none does, None on a CPU, where
-            memory does not depend on it.
-        least: bytes needed regardless of the number and length of rows.
-    """
+    """Alternative settings of a run, the bytes at the peak, and whether these fit in memory."""
 
     flags: str
     peak: int
     fits: bool
-    most_rows: int | None
-    least: int
 
 
 class _Settings(NamedTuple):
@@ -79,10 +54,48 @@ class _Settings(NamedTuple):
     batch_size: int
     length: int | None = None
 
+    def apply(self, config: TrainConfig) -> TrainConfig:
+        """Returns `config` with these settings; ConfigError or ValidationError if invalid."""
+        (method, quant), values = self.setup, config.model_dump(exclude_unset=True)
+        changes: dict[str, dict[str, Any]] = {
+            "train": {
+                "gradient_checkpointing": self.checkpointing,
+                "per_device_train_batch_size": self.batch_size,
+                # With accumulation, gradients exist in the forward pass.
+                "gradient_accumulation_steps": max(2, config.train.gradient_accumulation_steps),
+            },
+            "data": {} if self.length is None else {"max_length": self.length},
+        }
+        if self.setup != _get_setup(config):
+            changes["quant"] = {"kind": quant}
+        if method != config.method.kind:
+            values["method"] = {"kind": method}
+        sections = {name: {**values.get(name, {}), **changes[name]} for name in changes}
+        return TrainConfig.model_validate({**values, **sections})
+
+    def flags(self, train: TrainerConfig) -> str:
+        """Returns the flags of these settings for a run of `train`."""
+        method, quant = self.setup
+        words = [f"--method {method}"]
+        if quant != "none" and self.setup not in _DEFAULT_METHODS:
+            words.append(f"--quant {quant}")
+        words.append(f"--{'no-' * (not self.checkpointing)}gradient-checkpointing")
+        words.append(f"--per-device-train-batch-size {self.batch_size}")
+        if self.batch_size < (size := train.per_device_train_batch_size):
+            count = train.gradient_accumulation_steps * -(-size // self.batch_size)
+            words.append(f"--gradient-accumulation-steps {count}")
+        if self.length is not None:
+            words.append(f"--max-length {self.length}")
+        return " ".join(words)
+
+
+def _get_setup(config: TrainConfig) -> tuple[str, str]:
+    return config.method.kind, config.quant.kind
+
 
 @dataclass(frozen=True)
-class AlternativeContext:
-    """A run's configuration, device and model, for which alternative settings are estimated.
+class Alternatives:
+    """Estimates of a run with other settings.
 
     `card` names a GPU that this machine lacks; None for this machine. `cache` (modified) has the
     estimates so far. `check` is called before each estimate and may raise.
@@ -91,151 +104,66 @@ class AlternativeContext:
     config: TrainConfig
     device: Device
     card: str | None
-    source: ModelSource
-    tokenizer: Any
+    model: PlannedModel
     cache: dict[_Settings, Alternative | None] = field(default_factory=dict)
     check: Callable[[], object] = bool
 
+    def estimate_all(self) -> list[Alternative]:
+        """Returns estimates for the run's method, LoRA, QLoRA and full, ± checkpointing.
 
-def list_alternatives(context: AlternativeContext) -> list[Alternative]:
-    """Returns estimates for the run's method, LoRA, QLoRA and full, with and without checkpointing.
+        The last two are for the run's method with half and with twice the maximum length.
+        """
+        current, train = _get_setup(self.config), self.config.train
+        own = ("qlora", "4bit") if current == ("lora", "4bit") else current
+        setups = [current, *(setup for setup in _DEFAULT_METHODS if setup != own)]
+        rows, length = train.per_device_train_batch_size, self.config.data.max_length
+        candidates = [_Settings(setup, ckpt, rows) for setup in setups for ckpt in (False, True)]
+        if isinstance(length, int):
+            lengths = length // 2, length * 2
+            candidates += [_Settings(current, train.recomputes, rows, other) for other in lengths]
+        return [fit for settings in candidates if (fit := self._estimate(settings))]
 
-    The last two are for the run's method with half and with twice the maximum length.
-    """
-    config = context.config
-    current = config.method.kind, config.quant.kind
-    other_setups = (setup for setup in _DEFAULT_METHODS if setup != _name_setup(current))
-    setups = [current, *other_setups]
-    batch_size = config.train.per_device_train_batch_size
-    alternatives = [
-        _get_alternative(_Settings(setup, ckpt, batch_size), context)
-        for setup, ckpt in itertools.product(setups, (False, True))
-    ]
-    length = config.data.max_length
-    if isinstance(length, int):
-        for other in (length // 2, length * 2):
-            settings = _Settings(current, config.train.recomputes, batch_size, other)
-            alternatives.append(_get_alternative(settings, context))
-    return [fit for fit in alternatives if fit is not None]
+    def get_cheapest(self) -> Alternative | None:
+        """Returns the least costly change with which the run fits in memory; None if none does.
 
+        In this order: fewer rows per micro-batch, checkpointing (a third of the speed is lost),
+        4-bit weights (less precise), shorter rows (lost data).
+        """
+        current, train = _get_setup(self.config), self.config.train
+        size, length = train.per_device_train_batch_size, self.config.data.max_length
+        in_4bit = ("qlora" if current[0] == "lora" else current[0], "4bit")
+        in_4bit = current if current[1] == "4bit" else in_4bit
+        candidates: list[_Settings] = []
+        for setup in dict.fromkeys((current, in_4bit)):
+            least = self._estimate(_Settings(setup, True, 1))
+            if least and least.fits:
+                candidates += [
+                    _Settings(setup, checkpointing, rows)
+                    for checkpointing in (train.recomputes, True)
+                    for rows in (size, max(1, size // 2), 1)
+                ]
+        if isinstance(length, int):
+            lengths = (length // part for part in (2, 4, 8))
+            candidates += [_Settings(in_4bit, True, 1, n) for n in lengths if n >= _MIN_LENGTH]
+        fits = (self._estimate(settings) for settings in candidates)
+        return next((fit for fit in fits if fit and fit.fits), None)
 
-def _name_setup(setup: tuple[str, str]) -> tuple[str, str]:
-    return ("qlora", "4bit") if setup == ("lora", "4bit") else setup
+    def _estimate(self, settings: _Settings) -> Alternative | None:
+        self.check()
+        if settings not in self.cache:
+            self.cache[settings] = self._compute(settings)
+        return self.cache[settings]
 
-
-def get_cheapest(context: AlternativeContext) -> Alternative | None:
-    """Returns the least costly change with which the run fits in memory; None if none does.
-
-    In this order: fewer rows per micro-batch, checkpointing (a third of the speed is lost), 4-bit
-    weights (less precise), shorter rows (lost data).
-    """
-    config = context.config
-    train, current = config.train, (config.method.kind, config.quant.kind)
-    batch_size, ckpt = train.per_device_train_batch_size, train.recomputes
-    setup_4bit = current if current[1] == "4bit" else _name_setup((current[0], "4bit"))
-    length = config.data.max_length
-    candidates = [
-        _Settings(setup, checkpointing, micro_batch)
-        for setup in (current, setup_4bit)
-        for checkpointing in (ckpt, True)
-        for micro_batch in (batch_size, max(1, batch_size // 2), 1)
-    ]
-    if isinstance(length, int):
-        candidates += [
-            _Settings(setup_4bit, True, 1, length // part)
-            for part in (2, 4, 8)
-            if length // part >= 64
-        ]
-    rejected = set()
-    for settings in dict.fromkeys(candidates):
-        if settings.setup in rejected:
-            continue
-        fit = _get_alternative(settings, context)
-        if fit is not None and fit.fits:
-            return fit
-        if fit is not None and fit.least > context.device.memory:
-            rejected.add(settings.setup)
-    return None
-
-
-def _get_alternative(settings: _Settings, context: AlternativeContext) -> Alternative | None:
-    context.check()
-    if settings not in context.cache:
-        context.cache[settings] = _compute(settings, context)
-    return context.cache[settings]
-
-
-def _compute(settings: _Settings, context: AlternativeContext) -> Alternative | None:
-    config = _build_config(settings, context.config)
-    if config is None:
-        return None
-    num_rows = config.train.rows_per_device_step
-    synthetic = create_synthetic_batch(
-        config.data, context.source, context.card, num_rows, context.tokenizer
-    )
-    try:
-        forecast = context.device.forecast(resolve(config, synthetic=synthetic))
-    except FtlevelError:  # method and model do not match, or the row is too long
-        return None
-    memory, max_rows = context.device.memory, None
-    if context.device.kind != "cpu":  # a CPU computes micro-batches of fixed size in turn
-        max_rows = get_max_rows(forecast, memory, settings.batch_size)
-    minimum = sum(forecast.parts.get(part, 0) for part in (WEIGHTS, QUANTIZED, ADAPTER, OPTIMIZER))
-    options = " ".join(_format_options(context.config.train, settings))
-    return Alternative(options, forecast.peak, forecast.peak <= memory, max_rows, minimum)
-
-
-def get_max_rows(forecast: StepMemory, memory: int, batch_size: int) -> int:
-    """Returns the most rows that fit in `memory` bytes, by a `forecast` for `batch_size` rows."""
-    limits = [_MAX_ROWS]
-    for moment, parts in forecast.moments.items():
-        available = memory - forecast.parts.get(ALLOCATOR, 0) - sum(parts.values())
-        per_batch = sum(parts.get(part, 0) for part in (ACTIVATIONS, WORKSPACE))
-        if moment in (FORWARD, BACKWARD, FIRST_BLOCK) and per_batch:
-            limits.append(batch_size + int(available // (per_batch / batch_size)))
-        elif available < 0:  # whatever the rows
-            limits.append(0)
-    return max(0, min(limits))
-
-
-def _build_config(settings: _Settings, config: TrainConfig) -> TrainConfig | None:
-    method, quant = settings.setup
-    accumulation_steps = max(2, config.train.gradient_accumulation_steps)  # gradients exist
-    changes: dict[str, dict[str, Any]] = {
-        "train": {
-            "gradient_checkpointing": settings.checkpointing,
-            "per_device_train_batch_size": settings.batch_size,
-            "gradient_accumulation_steps": accumulation_steps,
-        }
-    }
-    if settings.length is not None:
-        changes["data"] = {"max_length": settings.length}
-    values: dict[str, Any] = config.model_dump(exclude_unset=True)
-    if settings.setup != (config.method.kind, config.quant.kind):
-        changes["quant"] = {"kind": quant}
-        if method != config.method.kind:
-            values["method"] = {"kind": method}
-    for section, fields in changes.items():
-        values[section] = {**values.get(section, {}), **fields}
-    try:
-        return TrainConfig.model_validate(values)
-    except (ConfigError, ValueError):
-        return None
-
-
-def _format_options(train: TrainerConfig, settings: _Settings) -> Iterator[str]:
-    (method, quant), checkpointing, batch_size, length = settings
-    yield f"--method {method}"
-    if quant != "none" and method != "qlora":
-        yield f"--quant {quant}"
-    yield "--gradient-checkpointing" if checkpointing else "--no-gradient-checkpointing"
-    default_size = train.per_device_train_batch_size
-    yield f"--per-device-train-batch-size {batch_size}"
-    if batch_size < default_size:
-        accumulation_steps = train.gradient_accumulation_steps * -(-default_size // batch_size)
-        yield f"--gradient-accumulation-steps {accumulation_steps}"
-    if length is not None:
-        yield f"--max-length {length}"
+    def _compute(self, settings: _Settings) -> Alternative | None:
+        try:
+            config = settings.apply(self.config)
+            rows = config.train.rows_per_device_step
+            source, tokenizer = self.model.source, self.model.tokenizer
+            synthetic = SyntheticBatch.of(source, self.card, rows, tokenizer)
+            peak = self.device.forecast(resolve(config, synthetic=synthetic)).peak
+        except (FtlevelError, ValidationError):  # not supported, or a row is too long
+            return None
+        return Alternative(settings.flags(self.config.train), peak, peak <= self.device.memory)
 
 
 _SYNTHETIC_STEPS = 2
@@ -259,55 +187,43 @@ class RunPlan:
     """Estimated memory, time and cost of a run.
 
     Attributes:
-        steps: optimizer steps per epoch.
-        tokens: tokens per epoch; 0 with synthetic rows.
-        max_length: row length in tokens for which the alternatives in `fits` are estimated.
         checkpoint_bytes: size of one checkpoint, and of all kept at once.
         time: time per epoch; None if unknown, as for several GPUs.
         cost: cost of the run, in the currency of the price.
         cheapest: smallest change with which the run fits; None if it fits, or nothing helps.
     """
 
-    need: MemoryRequirement
-    steps: int
-    tokens: int
+    run: Run
     is_synthetic: bool
-    max_length: int
+    need: MemoryRequirement
     checkpoint_bytes: tuple[int, int]
     time: TimeForecast | None
     cost: float | None
-    fits: list[Alternative]
     cheapest: Alternative | None
-    choices: list[Choice]
+    fits: Sequence[Alternative] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the output of `--json`."""
-        first, kept = self.checkpoint_bytes
-        need = self.need
+        need, run, (first, kept) = self.need, self.run, self.checkpoint_bytes
+        tokens = None if self.is_synthetic else int(run.data.info["tokens"])
         return {
-            "peak_bytes": need.peak,
-            "process_bytes": need.process,
-            "parts": need.parts,
-            "at": need.at,
-            "memory_bytes": need.device.memory,
-            "fits_in_memory": need.does_fit,
+            **need.to_dict(),
             "recomputed_peak_bytes": need.recomputed_peak,
             "device": need.device.name,
             "imagined_rows": self.is_synthetic,
             "fits": [
-                {"flags": f.flags, "peak_bytes": f.peak, "fits": f.fits, "most_rows": f.most_rows}
-                for f in self.fits
+                {"flags": fit.flags, "peak_bytes": fit.peak, "fits": fit.fits} for fit in self.fits
             ],
             "cheapest_change": self.cheapest.flags if self.cheapest else None,
-            "steps_per_epoch": None if self.is_synthetic else self.steps,
-            "tokens_per_epoch": self.tokens or None,
+            "steps_per_epoch": None if self.is_synthetic else run.schedule.steps_per_epoch,
+            "tokens_per_epoch": tokens,
             "seconds_per_epoch": self.time.seconds_per_epoch if self.time else None,
             "time": asdict(self.time) if self.time else None,
             "cost": self.cost,
             "checkpoint_bytes": first,
             "checkpoints_bytes": kept,
             "choices": [
-                {"name": c.name, "value": str(c.value), "reason": c.reason} for c in self.choices
+                {"name": c.name, "value": str(c.value), "reason": c.reason} for c in run.choices
             ],
         }
 
@@ -326,14 +242,14 @@ def plan(
     run on meta tensors.
     """
     with silence_loggers():
-        result, limits = _plan(config, options)
+        result, alternatives = _plan(config, options)
         show(result)
         if not options.alternatives:
             return result
-        return replace(result, fits=list_alternatives(replace(limits, check=check)))
+        return replace(result, fits=replace(alternatives, check=check).estimate_all())
 
 
-def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, AlternativeContext]:
+def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, Alternatives]:
     gpu = parse_gpu(options.gpu) if options.gpu else None
     if gpu and options.probe:
         reason = "one runs steps on this machine, the other plans for another GPU"
@@ -357,56 +273,37 @@ def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, Alternati
         model.name_or_path, model.revision, model.trust_remote_code, require_weights=options.probe
     )
     rows = config.train.rows_per_device_step * _SYNTHETIC_STEPS if is_synthetic else 0
-    synthetic = create_synthetic_batch(config.data, source, gpu.name if gpu else None, rows)
+    card = gpu.name if gpu else None
+    synthetic = SyntheticBatch.of(source, card, rows)
     run = resolve(config, why_task=message, adapter=adapter, synthetic=synthetic)
     device = Device.of(run.model.device, gpu, ranks)
     if is_sized_by_memory(run):  # `need` has the peaks with and without checkpointing
         run = replace(fit_run(run, device), recomputes=False).apply(run)
     need = estimate_requirement(run, device)
-    length = run.data.max_length
-    as_long = config if is_synthetic else _replace(config, "data", max_length=length)
-    limits = AlternativeContext(
-        as_long, need.device, gpu.name if gpu else None, source, run.model.tokenizer
-    )
-    time: TimeForecast | None = None
-    if options.probe:
-        time = measure_time(run)
-    elif gpu and ranks == 1 and not is_synthetic:
+    length = {} if is_synthetic else {"max_length": run.data.max_length}
+    as_long = _replace(config, "data", **length)
+    alternatives = Alternatives(as_long, device, card, run.model)
+    time = measure_time(run) if options.probe else None
+    if gpu and ranks == 1 and not is_synthetic:
         time = estimate_time(run, gpu)
-    if time is None and options.price_per_hour is not None:
-        flag = f"--price-per-hour {options.price_per_hour:g}"
-        fix = "Add --dataset FILE with --probe or the --gpu NAME of one GPU, or drop it."
-        raise ConfigError(needs(flag, "an estimate of the time", fix=fix))
-    steps = run.schedule.steps_per_epoch
-    result = RunPlan(
-        need=need,
-        steps=steps,
-        tokens=0 if is_synthetic else int(run.data.info["tokens"]),
-        is_synthetic=is_synthetic,
-        max_length=run.data.max_length,
-        checkpoint_bytes=_checkpoints(run, need.parts),
-        time=time,
-        cost=_cost(config, time, steps, options.price_per_hour),
-        fits=[],
-        cheapest=get_cheapest(limits) if not need.does_fit else None,
-        choices=run.choices,
-    )
-    return result, limits
+    cost: float | None = None
+    if (price := options.price_per_hour) is not None:
+        if time is None:
+            fix = "Add --dataset FILE with --probe or the --gpu NAME of one GPU, or drop it."
+            raise ConfigError(
+                needs(f"--price-per-hour {price:g}", "an estimate of the time", fix=fix)
+            )
+        train, steps = config.train, run.schedule.steps_per_epoch
+        epochs = train.max_steps / steps if train.max_steps else train.num_train_epochs
+        cost = time.seconds_per_epoch * epochs / 3600 * price
+    cheapest = None if need.does_fit else alternatives.get_cheapest()
+    disk = _checkpoints(run, need.parts)
+    return RunPlan(run, is_synthetic, need, disk, time, cost, cheapest), alternatives
 
 
 def _replace(config: TrainConfig, section: str, **fields: Any) -> TrainConfig:
     values = getattr(config, section).model_copy(update=fields)
     return config.model_copy(update={section: values})
-
-
-def _cost(
-    config: TrainConfig, time: TimeForecast | None, steps: int, price_per_hour: float | None
-) -> float | None:
-    if price_per_hour is None or time is None:
-        return None
-    train = config.train
-    epochs = train.max_steps / steps if train.max_steps else train.num_train_epochs
-    return time.seconds_per_epoch * epochs / 3600 * price_per_hour
 
 
 def _checkpoints(run: Run, parts: Mapping[str, int]) -> tuple[int, int]:

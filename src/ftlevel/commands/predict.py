@@ -221,14 +221,10 @@ def _validate_column_names(
 def _validate_embedding(
     config: PredictConfig, task: BaseTask, types: Iterable[str], ref: ModelRef
 ) -> None:
-    if "embedding" not in types:
-        for flag, is_given in (
-            ("--normalize", config.normalize is not None),
-            ("--dims", config.dims is not None),
-        ):
-            if is_given:
-                raise ConfigError(f"{flag}: --task {task.name} gives no embeddings. Drop it.")
-    elif config.dims is not None and config.dims > (width := width_of(load_config(ref.source))):
+    given = [name for name in ("normalize", "dims") if getattr(config, name) is not None]
+    if given and "embedding" not in types:
+        raise ConfigError(f"--{given[0]}: --task {task.name} gives no embeddings. Drop it.")
+    if config.dims is not None and config.dims > (width := width_of(load_config(ref.source))):
         raise ConfigError(
             f"--dims {config.dims}: the embeddings of {config.name} have {width} dimensions. Use "
             "at most that many."
@@ -359,13 +355,14 @@ def _predict_window(
     faults = {i: row.fault for i, row in enumerate(window) if row.fault}
     if faults and config.on_bad_row == "error":
         raise InputError(progress.format_failures(window, faults))
-    answers = predict_rows(model, [window[i].question for i in answerable], output_options)
-    faults |= {answerable[number]: error for number, error in answers.refused.items()}
+    questions = [window[i].question for i in answerable]
+    replies, refused = predict_rows(model, questions, output_options)
+    faults |= {answerable[number]: error for number, error in refused.items()}
     if faults and config.on_bad_row == "error":
         raise InputError(progress.format_failures(window, faults))
     progress.skip(window, faults)
     columns: list[Mapping[str, Any]] = [{} for _ in window]
-    for number, reply in zip(answerable, answers.replies, strict=True):
+    for number, reply in zip(answerable, replies, strict=True):
         if reply is not None:
             columns[number] = reply.columns
     return columns

@@ -13,11 +13,11 @@ from ftlevel.config import PredictConfig, TrainConfig, build_section
 from ftlevel.errors import ConfigError
 from ftlevel.events import Listener, Summarized, default_listener
 from ftlevel.models.loading import silence_loggers
-from ftlevel.training.finish import StartTime
+from ftlevel.training import finish
 from ftlevel.training.memory import explain_out_of_memory
 from ftlevel.training.model import load_training_model
 from ftlevel.training.plan.run import Run
-from ftlevel.training.session import TrainingSession, TrainInputs
+from ftlevel.training.session import StartTime, TrainingSession, TrainInputs
 from ftlevel.training.summary import resolved_config
 
 if TYPE_CHECKING:  # importing it would print messages before loggers are silenced
@@ -116,13 +116,13 @@ def _train(session: TrainingSession) -> TrainResult:
     session.prepare(load_training_model)
     session.open()
     session.train()
-    session.evaluate()
+    finish.evaluate(session)
     summary: Mapping[str, Any] = {}
     if session.processes.is_first or session.is_sharded:
-        session.save()
-        proof = session.verify()
+        finish.save(session)
+        proof = finish.verify(session)
         if session.processes.is_first:
-            summary = session.report(proof)
+            summary = finish.report(session, proof)
     return TrainResult(summary, session.output_dir.path, session.model.model, tokenizer)
 
 

@@ -1,7 +1,6 @@
 """Frozen pydantic configuration sections, built from recipe and flags. Does not import torch."""
 
 from ftlevel.config.evaluation import EvaluateConfig, GenerateConfig, PredictConfig
-from ftlevel.config.export import ExportConfig, MergeConfig, QuantizeConfig
 from ftlevel.config.gate import GateConfig
 from ftlevel.config.layers import (
     Layer,
@@ -11,6 +10,7 @@ from ftlevel.config.layers import (
     parse_overrides,
     put,
 )
+from ftlevel.config.merge import MergeConfig, QuantizeConfig
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig, MethodSpec
 from ftlevel.config.output import OutputConfig
 from ftlevel.config.reading import normalize_task
@@ -36,7 +36,6 @@ __all__ = [
     "TASKS",
     "DataConfig",
     "EvaluateConfig",
-    "ExportConfig",
     "GateConfig",
     "GenerateConfig",
     "Layer",

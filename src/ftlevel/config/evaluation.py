@@ -9,8 +9,8 @@ from pydantic import BeforeValidator, Field, create_model, field_validator
 
 from ftlevel.config.constraints import Constraints, Excludes, Needs
 from ftlevel.config.output import Decoding, DecodingAsInTraining
-from ftlevel.config.preference import FewNames
 from ftlevel.config.reading import normalize_task
+from ftlevel.config.section import FewNames
 from ftlevel.config.sections import (
     INPUT_FORMAT,
     ColumnMap,
@@ -50,11 +50,6 @@ class EvaluateConfig(DecodingAsInTraining):
         None,
         description="Data to evaluate on; default: the run's own data. A file, directory, glob "
         "pattern, Hub id, or - for stdin.",
-    )
-    qrels: Path | None = Field(
-        None,
-        description="Relevance judgments (.tsv) of a retrieval set in BEIR's layout, in place of "
-        "--dataset. Queries and corpus are read from its directory.",
     )
     corpus: Path | None = Field(
         None,
@@ -127,6 +122,10 @@ class EvaluateConfig(DecodingAsInTraining):
         """Options that extensions added, by name."""
         names = type(self).model_fields.keys() - _CORE_FIELDS
         return {name: getattr(self, name) for name in names}
+
+    def open_data(self, ref: Any) -> Any:  # noqa: ARG002 - for extensions
+        """Returns other data than rows, with the methods that `evaluate` calls; or None."""
+        return None
 
     def check_task(self, task: str) -> None:
         """Raise ConfigError if an option that an extension adds is not for a model of `task`."""

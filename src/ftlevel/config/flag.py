@@ -11,8 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ftlevel.config.evaluation import EvaluateConfig, GenerateConfig, PredictConfig
-from ftlevel.config.export import ExportConfig, MergeConfig, QuantizeConfig
-from ftlevel.config.mining import MineConfig
+from ftlevel.config.merge import MergeConfig, QuantizeConfig
 from ftlevel.config.section import Section
 from ftlevel.config.train import TrainConfig
 from ftlevel.extensions import added_rows, load
@@ -112,11 +111,9 @@ CONFIGS: dict[str, type[Section]] = {
     "init": TrainConfig,
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
-    "mine": MineConfig,
     "generate": GenerateConfig,
     "merge": MergeConfig,
     "quantize": QuantizeConfig,
-    "export": ExportConfig,
 }
 """Configuration class that the flags of a command set."""
 

@@ -7,7 +7,7 @@ Extensions can add flags, and aliases for the flags of train.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from ftlevel.config.flag import (
     option,
 )
 from ftlevel.config.flag import CONFIGS as CONFIGS
+from ftlevel.config.train import SECTIONS
 from ftlevel.errors import ConfigError
 from ftlevel.extensions import OWN, Command, added_rows, find_extensions, warn_skipped
 
@@ -88,17 +89,6 @@ COMMAND_FLAGS: tuple[Flag, ...] = (
     Flag("dims", "", WRITE, ("predict",)),
     Flag("resume", "--resume", WRITE, ("predict",)),
     Flag("overwrite", "--overwrite", WRITE, ("predict",)),
-    # mine
-    Flag("dataset", "--dataset", DATA, ("mine",), metavar="FILE", required=True),
-    Flag("corpus", "", DATA, ("evaluate", "mine"), metavar="FILE"),
-    *_fields(DATA, ("mine",), "input_format format"),
-    Flag("output", "--out -o", WRITE, ("mine",), metavar="FILE", required=True),
-    Flag("overwrite", "--overwrite", WRITE, ("mine",)),
-    Flag("negatives", "", WRITE, ("mine",), FlagAliases(("--num-negatives", "--negative-number"))),
-    Flag("relative_margin", "", WRITE, ("mine",)),
-    Flag("ranks", "", WRITE, ("mine",), FlagAliases(("--range-for-sampling",)), "FIRST-LAST"),
-    Flag("sampling", "", WRITE, ("mine",), FlagAliases(("--sampling-strategy",))),
-    Flag("scores", "--scores", WRITE, ("mine",), FlagAliases(("--output-scores",))),
     # generate
     option("--prompt -p", "Prompt; repeatable.", panel=INFERENCE, on=("generate",), type=list[str]),
     option("--prompts", "File of prompts: one per line, or rows with columns (CSV, JSONL, …).",
@@ -114,61 +104,55 @@ COMMAND_FLAGS: tuple[Flag, ...] = (
     Flag("compare_base", "--compare-base", MODEL, ("generate",)),
     Flag("against", "", MODEL, ("generate",)),
     # evaluate, and flags shared with it
+    Flag("corpus", "", DATA, ("evaluate",), metavar="FILE"),
     Flag("dataset", "", DATA, ("evaluate",)),
-    Flag("qrels", "", DATA, ("evaluate",), metavar="FILE"),
     Flag("split", "", DATA, ("evaluate",)),
     Flag("subset", "", DATA, ("evaluate", "predict")),
-    Flag("columns", "--map", DATA, ("evaluate", "predict", "mine", "generate"),
+    Flag("columns", "--map", DATA, ("evaluate", "predict", "generate"),
          metavar="NAME=COLUMN"),
-    Flag("ignore_columns", "", DATA, ("evaluate", "predict", "mine", "generate"), multiple=True,
+    Flag("ignore_columns", "", DATA, ("evaluate", "predict", "generate"), multiple=True,
          metavar="COLUMN"),
     Flag("max_eval_samples", "", DATA, ("evaluate",), FlagAliases(("--limit",))),
     Flag("base_model", "--model", MODEL,
-         ("evaluate", "predict", "mine", "generate", "merge", "export"), dest="base_model",
+         ("evaluate", "predict", "generate", "merge"), dest="base_model",
          aliases=FlagAliases(("--base",))),
     Flag("task", "", MODEL, ("evaluate", "predict", "generate")),
     Flag("labels", "", MODEL, ("evaluate", "predict"), multiple=True, metavar="NAME,…"),
     Flag("quant", "", MODEL, ("evaluate",)),
-    Flag("dtype", "", MODEL, ("evaluate", "predict", "mine", "generate")),
+    Flag("dtype", "", MODEL, ("evaluate", "predict", "generate")),
     *_fields(COMPARE, ("evaluate",), "base against"),
     Flag("metrics", "", INFERENCE, ("evaluate",), multiple=True),
     Flag("max_generate_samples", "", INFERENCE, ("evaluate",)),
     *_fields(INFERENCE, ("evaluate", "predict", "generate"),
              "max_new_tokens num_beams temperature top_p"),
     Flag("resamples", "", COMPARE, ("evaluate",)),
-    Flag("seed", "", INFERENCE, ("evaluate", "mine", "generate")),
-    Flag("batch_size", "", INFERENCE, ("evaluate", "predict", "mine", "generate")),
+    Flag("seed", "", INFERENCE, ("evaluate", "generate")),
+    Flag("batch_size", "", INFERENCE, ("evaluate", "predict", "generate")),
     Flag("predictions", "", WRITE, ("evaluate",)),
     # merge
     Flag("output_dir", "--out -o", WRITE, ("merge",), metavar="DIR", required=True,
          aliases=FlagAliases(("--output", "--output-dir"))),
     *_fields(WRITE, ("merge",), "onto quant quant_type double_quant"),
-    Flag("calibration_rows", "", WRITE, ("merge", "export")),
+    Flag("calibration_rows", "", WRITE, ("merge",)),
     Flag("weights", "", "Mixture", ("merge",)),
     Flag("strategy", "", "Mixture", ("merge",)),
     Flag("density", "", "Mixture", ("merge",)),
-    # quantize, export, and flags shared with them
+    # quantize, and flags shared with it
     *_fields(WRITE, ("quantize",), "quant quant_type"),
     Flag("double_quant", "--double-quant", WRITE, ("quantize",)),
-    Flag("server", "--for", WRITE, ("export",), dest="server"),
-    *_fields(WRITE, ("export",), "format max_rank client_prompts outtype"),
-    Flag("out", "--out -o", WRITE, ("quantize", "export"), metavar="PATH"),
-    Flag("overwrite", "--overwrite", WRITE, ("export",)),
+    Flag("out", "--out -o", WRITE, ("quantize",), metavar="PATH"),
     Flag("dtype", "", WRITE, ("merge", "quantize")),
-    Flag("revision", "", WRITE, ("quantize", "export")),
-    Flag("push_to_hub", "", WRITE, ("merge", "quantize", "export"), metavar="NAME"),
-    Flag("hub_private", "", WRITE, ("merge", "quantize", "export")),
+    Flag("revision", "", WRITE, ("quantize",)),
+    Flag("push_to_hub", "", WRITE, ("merge", "quantize"), metavar="NAME"),
+    Flag("hub_private", "", WRITE, ("merge", "quantize")),
     option("--dry-run", "Whether to only show the sizes, computed from the config.",
            panel=WRITE, on=("quantize",), type=bool),
-    option("--dry-run", "Whether to only check and show the export, without writing it.",
-           panel=WRITE, on=("export",), type=bool),
     Flag("measure", "", COMPARE, ("quantize",)),
-    Flag("verify", "", COMPARE, ("merge", "export")),
+    Flag("verify", "", COMPARE, ("merge",)),
     Flag("rows", "", COMPARE, ("merge",)),
-    Flag("verify_tokens", "", COMPARE, ("export",)),
     *_fields(COMPARE, ("evaluate", "quantize"), "eval_text eval_tokens"),
     Flag("device", "", GENERAL,
-         ("evaluate", "predict", "mine", "generate", "merge", "quantize", "export")),
+         ("evaluate", "predict", "generate", "merge", "quantize")),
 )  # fmt: skip
 """Flags of all commands but `train`, in the order of `--help`."""
 
@@ -178,17 +162,15 @@ _TAKES_RECIPES = ("train", "plan", *(n for n, own in _ADDED.items() if own.accep
 _TRAIN_COMMANDS = ("preview", *_TAKES_RECIPES)
 _EVERY = (
     *"""
-    train preview plan doctor init evaluate predict mine generate merge quantize export
+    train preview plan doctor init evaluate predict generate merge quantize
     list-targets list-methods recipes runs
     """.split(),
     *_ADDED,
 )
 _QUIET = (
     "train",
-    "mine",
     "merge",
     "quantize",
-    "export",
     *(n for n, own in _ADDED.items() if own.is_quiet),
 )
 
@@ -198,11 +180,10 @@ _RUN_FLAGS: tuple[Flag, ...] = (
            on=_TAKES_RECIPES, dest="recipe_file", type=Path),
     option("[RECIPE|RUN]", "Recipe file, or run directory.",
            on=("preview",), dest="recipe_file", type=Path),
-    Flag("name", "RUN|ADAPTER|MODEL", on=("evaluate", "predict", "mine"), required=True),
+    Flag("name", "RUN|ADAPTER|MODEL", on=("evaluate", "predict"), required=True),
     Flag("name", "RUN|ADAPTER|MODEL", on=("generate",)),
     Flag("adapters", "RUN|ADAPTER...", on=("merge",), required=True, is_repeatable=True),
     Flag("model", "MODEL", on=("quantize",), required=True),
-    Flag("model", "RUN|ADAPTER|MODEL", on=("export",), required=True),
     option("ACTION", "Action: list, show, copy or convert.",
            on=("recipes",), dest="action", required=True),
     option("[FILE]", "Recipe name or path; for convert, the file of another tool.",
@@ -249,8 +230,6 @@ _RUN_FLAGS: tuple[Flag, ...] = (
     Flag("method.lora_plus_ratio", "", MODEL),
     # Data.
     Flag("data.validation_file", "", DATA, _ROWS),
-    Flag("data.qrels", "", DATA, _ROWS, metavar="FILE"),
-    Flag("data.corpus", "", DATA, _ROWS, metavar="FILE"),
     Flag("data.mix", "", DATA, _ROWS, multiple=True),
     *_fields(DATA, _ROWS, "data.input_format data.subset data.split data.format"),
     Flag("data.columns", "--map", DATA, _ROWS, metavar="NAME=COLUMN"),
@@ -279,22 +258,6 @@ _RUN_FLAGS: tuple[Flag, ...] = (
              "train.focal_gamma train.neftune_noise_alpha distillation.teacher "
              "distillation.divergence distillation.kd_ratio distillation.kd_temperature "
              "distillation.kd_top_k"),
-    Flag("preference.loss", "", HOW,
-         by_task={"embedding": "embedding.loss", "reranking": "reranking.loss"}),
-    Flag("reranking.pos_weight", "", HOW),
-    Flag("preference.beta", "", HOW),
-    Flag("preference.reference", "", HOW, metavar="start|none|RUN"),
-    *_fields(HOW, _TRAIN,
-             "preference.simpo_gamma preference.sft_weight preference.desirable_weight "
-             "preference.undesirable_weight"),
-    *_fields(HOW, _TRAIN,
-             "embedding.scale embedding.symmetric embedding.margin embedding.guide"),
-    Flag("embedding.pooling", "", HOW, _ROWS),
-    Flag("embedding.normalize", "--normalize/--no-normalize", HOW),
-    Flag("embedding.similarity", "", HOW),
-    *_fields(HOW, _ROWS, "embedding.query_prompt embedding.document_prompt"),
-    Flag("embedding.matryoshka_dims", "", HOW, metavar="N,…"),
-    Flag("embedding.batch_sampler", "", HOW),
     Flag("train.gradient_accumulation_steps", "", HOW, _ROWS),
     *_fields(HOW, _TRAIN,
              "train.per_device_eval_batch_size train.train_sampling_strategy train.num_processes "
@@ -314,8 +277,7 @@ _RUN_FLAGS: tuple[Flag, ...] = (
     Flag("train.predict_with_generate", "", HOW),
     Flag("train.max_new_tokens", "", HOW),
     Flag("train.num_beams", "", HOW),
-    Flag("train.temperature", "", HOW,
-         by_task={"embedding": "embedding.temperature"}),
+    Flag("train.temperature", "", HOW),
     Flag("train.top_p", "", HOW),
     # Run.
     option("--recipe", "Recipe file; flags override it.", panel=RUN, on=_TRAIN_COMMANDS, type=Path),
@@ -362,19 +324,43 @@ _GENERAL_FLAGS: tuple[Flag, ...] = (
 )  # fmt: skip
 
 
+def _merge_rows(rows: Iterable[Flag]) -> list[Flag]:
+    """Returns the rows; those of task sections with one name, such as `--loss`, are one flag.
+
+    It sets the first row's field, or that of the section that the task uses.
+    """
+    merged: list[Flag] = []
+    shared: dict[str, dict[str, str]] = {}  # name → task → field
+    for row in rows:
+        section = SECTIONS.get(row.path.partition(".")[0])
+        if section is not None and row.name in shared:
+            shared[row.name] |= dict.fromkeys(section.tasks, row.path)
+            continue
+        if section is not None:
+            shared[row.name] = dict(row.by_task)
+        merged.append(row)
+    return [replace(row, by_task=shared.get(row.name, row.by_task)) for row in merged]
+
+
 def _extended() -> Iterator[Flag]:
     """Yields all flags; raises ConfigError if two packages define the same flag of a command."""
-    flags: list[tuple[str, Sequence[Flag]]] = []
+    own: list[Flag] = []
+    flags: list[tuple[str, Sequence[Flag]]] = [(OWN, own)]
     aliases: dict[str, list[FlagAliases]] = {}
     for source, extension in find_extensions():
         try:
-            flags.append((source, extension.flags()))
+            rows = extension.flags()
+            if source == OWN:
+                own += rows
+            else:
+                flags.append((source, rows))
             for path, more in extension.aliases().items():
                 aliases.setdefault(path, []).append(more)
         except Exception as error:
             if source == OWN:
                 raise
             warn_skipped(source, error)
+    own[:] = _merge_rows(own)
     names: dict[tuple[str, str], str] = {}
     for source, rows in ((OWN, (*_RUN_FLAGS, *COMMAND_FLAGS)), *flags, (OWN, _GENERAL_FLAGS)):
         for row in rows:

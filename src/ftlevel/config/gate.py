@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, create_model
 
 from ftlevel.config.section import Section
+from ftlevel.extensions import load_all
 
 Action = Literal["stop", "drop", "fold", "warn", "ignore"]
-_Any = Literal["stop", "drop", "warn", "ignore"]
+OnRow = Literal["stop", "drop", "warn", "ignore"]
+"""Action of a check of single rows."""
 _Unreadable = Literal["stop", "drop"]
-_Whole = Literal["stop", "warn", "ignore"]
+OnData = Literal["stop", "warn", "ignore"]
+"""Action of a check of the whole dataset."""
 _Spelling = Literal["stop", "fold", "warn", "ignore"]
 
 
@@ -43,17 +46,18 @@ class GateConfig(Section):
     unknown_label: Annotated[_Unreadable, Check("a label that is not a class")] = Field(
         "stop", description="Label that is not a class: -1, -100, or absent from the training data."
     )
-    unsupervised: Annotated[_Any, Check("no supervised token", "Give these rows an answer")] = (
+    unsupervised: Annotated[OnRow, Check("no supervised token", "Give these rows an answer")] = (
         Field("drop", description="Row without a supervised token, for example after truncation.")
     )
     answer_cut: Annotated[
-        _Any, Check("an answer that does not fit whole", "Raise --max-length (or data.doc_stride)")
+        OnRow,
+        Check("an answer that does not fit whole", "Raise --max-length (or data.doc_stride)"),
     ] = Field("drop", description="Answer that is longer than the maximum length.")
     long_prompt: Annotated[
-        _Any, Check("a prompt that alone exceeds the max length", "Raise --max-length")
+        OnRow, Check("a prompt that alone exceeds the max length", "Raise --max-length")
     ] = Field("warn", description="Prompt longer than max_length by itself; see --overlong.")
     missing_eos: Annotated[
-        _Any,
+        OnRow,
         Check(
             "an answer without EOS or an end of turn among its labels",
             "The model would not learn to stop: use a --chat-template that ends each turn with a "
@@ -61,7 +65,7 @@ class GateConfig(Section):
         ),
     ] = Field("stop", description="Answer without EOS or end-of-turn token among its labels.")
     double_bos: Annotated[
-        _Any,
+        OnRow,
         Check(
             "two BOS tokens at the beginning",
             "Remove the BOS token from the texts or from the chat template",
@@ -77,7 +81,7 @@ class GateConfig(Section):
         "stop", description="Token id beyond the embedding, as from another model's tokenizer."
     )
     empty_think: Annotated[
-        _Any,
+        OnRow,
         Check(
             "a supervised empty <think></think>",
             "The model would learn not to reason: add the reasoning, or use a --chat-template "
@@ -87,7 +91,7 @@ class GateConfig(Section):
         "warn", description="Empty <think></think> among the labels, as from some chat templates."
     )
     turn_order: Annotated[
-        _Any,
+        OnRow,
         Check(
             "a conversation that begins with the assistant or does not end with it",
             "Check whether the roles are swapped",
@@ -96,19 +100,19 @@ class GateConfig(Section):
         "warn", description="Conversation that begins with the assistant, or does not end with it."
     )
     swapped_roles: Annotated[
-        _Any, Check("prompt and answer look swapped", "Check the column mapping")
+        OnRow, Check("prompt and answer look swapped", "Check the column mapping")
     ] = Field(
         "warn",
         description="Prompt and answer that look swapped, judging by the words of other rows.",
     )
     lost_characters: Annotated[
-        _Any, Check("NUL or U+FFFD in a text", "Read the source in its own encoding")
+        OnRow, Check("NUL or U+FFFD in a text", "Read the source in its own encoding")
     ] = Field("warn", description="NUL or U+FFFD (replacement character) in a text.")
-    html: Annotated[_Any, Check("HTML in a text", "Remove the HTML tags and entities")] = Field(
+    html: Annotated[OnRow, Check("HTML in a text", "Remove the HTML tags and entities")] = Field(
         "warn", description="HTML tags or entities outside of code in backticks."
     )
     special_token_text: Annotated[
-        _Any,
+        OnRow,
         Check(
             "the text of a special token in a prompt or an answer",
             "It is encoded as a special token, in training and in serving: remove it",
@@ -119,19 +123,19 @@ class GateConfig(Section):
         "it into that token.",
     )
     answer_is_prompt: Annotated[
-        _Any, Check("an answer that is the prompt", "Check whether a column is mapped twice")
+        OnRow, Check("an answer that is the prompt", "Check whether a column is mapped twice")
     ] = Field(
         "warn",
         description="Answer equal to its prompt, up to case and whitespace. Only answers of "
         "three words or more.",
     )
     conflicting_answers: Annotated[
-        _Any, Check("an earlier row's prompt with another answer", "Keep the right one")
+        OnRow, Check("an earlier row's prompt with another answer", "Keep the right one")
     ] = Field(
         "warn",
         description="Training row with an earlier row's prompt, but another answer or class.",
     )
-    one_answer: Annotated[_Whole, Check("one answer for nearly all rows", "See --map")] = Field(
+    one_answer: Annotated[OnData, Check("one answer for nearly all rows", "See --map")] = Field(
         "warn", description="Same answer in 95 % of the rows or more."
     )
     label_space: Annotated[
@@ -149,64 +153,32 @@ class GateConfig(Section):
         description="Rare label that looks like a misspelled frequent one; fold merges them. They "
         "differ by one letter, or by the separators between words.",
     )
-    one_class: Annotated[_Whole, Check("one class has nearly all rows", "Balance the rows")] = (
+    one_class: Annotated[OnData, Check("one class has nearly all rows", "Balance the rows")] = (
         Field("warn", description="One class in 95 % of the rows or more.")
     )
-    equal_answers: Annotated[
-        _Any,
-        Check("a pair of equal answers", "Pairs without a difference teach nothing: remove them"),
-    ] = Field("drop", description="Pair whose chosen and rejected answers are equal.")
-    contradicting_pairs: Annotated[
-        _Any, Check("an earlier pair with the answers swapped", "Keep the right one")
-    ] = Field("warn", description="Pair equal to an earlier one with the answers swapped.")
-    scores_disagree: Annotated[
-        _Whole,
-        Check(
-            "pairs whose rejected answer has the same score or a better one",
-            "Check whether chosen and rejected are swapped",
-        ),
-    ] = Field(
-        "warn", description="Pairs whose rejected answer scores at least as high as the chosen one."
-    )
-    length_bias: Annotated[
-        _Whole,
-        Check(
-            "length alone predicts the preferred answer",
-            "The model may learn length: balance the pairs, or use --loss simpo or dpo-norm",
-        ),
-    ] = Field(
-        "warn",
-        description="Pairs in which length alone predicts the chosen answer in 80 % or more.",
-    )
-    prompt_in_answer: Annotated[
-        _Whole, Check("answers that begin with their prompt", "Check whether the prompt leaked")
-    ] = Field("warn", description="Pairs with an answer that begins with the whole last question.")
-    one_verdict: Annotated[
-        _Whole, Check("all answers have the same label", "Add answers of the other kind")
-    ] = Field("stop", description="Judged answers that are all desirable, or all undesirable.")
     contradicting_labels: Annotated[
-        _Whole,
+        OnData,
         Check("documents that are relevant and irrelevant to one query", "Keep the right label"),
     ] = Field(
         "warn",
         description="Document that is relevant to its query in one row and irrelevant in another.",
     )
     document_variants: Annotated[
-        _Whole, Check("documents that differ by case or white space", "Write them alike")
+        OnData, Check("documents that differ by case or white space", "Write them alike")
     ] = Field(
         "warn",
         description="Documents equal up to case and whitespace; one is a false negative of the "
         "other.",
     )
     missing_positives: Annotated[
-        _Whole,
+        OnData,
         Check(
             "relevant documents that are not in the corpus",
             "Name the corpus that has them with --corpus",
         ),
     ] = Field("stop", description="Validation query with a relevant document outside of --corpus.")
     trained_documents: Annotated[
-        _Whole,
+        OnData,
         Check(
             "a positive that is also a document of the validation corpus",
             "Check whether documents are in two splits",
@@ -214,23 +186,28 @@ class GateConfig(Section):
     ] = Field(
         "warn", description="Training row whose positive is in the corpus of validation queries."
     )
-    exact_duplicates: Annotated[_Any, Check("the same as an earlier row", "Remove them")] = Field(
+    exact_duplicates: Annotated[OnRow, Check("the same as an earlier row", "Remove them")] = Field(
         "warn", description="Training row equal to an earlier one, up to case and whitespace."
     )
-    near_duplicates: Annotated[_Any, Check("nearly the same as an earlier row", "Remove them")] = (
+    near_duplicates: Annotated[OnRow, Check("nearly the same as an earlier row", "Remove them")] = (
         Field(
             "warn",
             description="Training row nearly equal to an earlier one: 80 % of the words of prompt "
             "and answer are in both.",
         )
     )
-    near_leaked: Annotated[_Any, Check("nearly the same as a training row", "Remove them")] = Field(
-        "warn", description="Validation or test row nearly equal to a training row."
+    near_leaked: Annotated[OnRow, Check("nearly the same as a training row", "Remove them")] = (
+        Field("warn", description="Validation or test row nearly equal to a training row.")
     )
-    leaked: Annotated[_Any, Check("also a training row", "Remove them")] = Field(
+    leaked: Annotated[OnRow, Check("also a training row", "Remove them")] = Field(
         "drop", description="Validation or test row that is also a training row."
     )
 
+
+if not TYPE_CHECKING and (_added := load_all("data_checks")):
+    GateConfig = create_model(
+        "GateConfig", __base__=tuple(_added), __module__=__name__, __doc__=GateConfig.__doc__
+    )
 
 CHECKS: dict[str, Check] = {
     name: next(part for part in field.metadata if isinstance(part, Check))

@@ -18,8 +18,14 @@ from ftlevel.config.flags import recipe_hint
 from ftlevel.config.methods import SPECS
 from ftlevel.config.reading import YamlError, load_yaml, resolve_aliases
 from ftlevel.config.section import Section
-from ftlevel.config.train import SECTIONS, SHORTHAND, TrainConfig, expand_shorthand
-from ftlevel.config.trust import COMMAND_LINE_ONLY, check_values
+from ftlevel.config.train import (
+    COMMAND_LINE_ONLY,
+    SECTIONS,
+    SHORTHAND,
+    TrainConfig,
+    check_values,
+    expand_shorthand,
+)
 from ftlevel.errors import ConfigError, closest_matches, did_you_mean, join_names
 from ftlevel.extensions import hooks
 
@@ -35,7 +41,7 @@ _CODE_FIELDS = {f"{n}.{own.code_field}": n for n, own in SECTIONS.items() if own
 class Layer:
     """Unvalidated values of one source (recipe, flags, …); `locations`: key → flag or file:line.
 
-    A file may be a stranger's, so its values are `is_untrusted`: see `config.trust`.
+    A file may be a stranger's, so its values are `is_untrusted`: see `COMMAND_LINE_ONLY`.
     """
 
     values: dict[str, Any] = field(default_factory=dict)

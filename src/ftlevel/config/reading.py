@@ -20,9 +20,7 @@ TASK_ALIASES = dict(
     ner=token-classification pos=token-classification tagging=token-classification
     question-ans=question-answering qa=question-answering squad=question-answering
     fill-mask=masked-lm mlm=masked-lm summarisation=summarization summary=summarization
-    translate=translation mt=translation preferences=preference dpo=preference rlhf=preference
-    reward-model=reward reward-modeling=reward rerank=reranking reranker=reranking
-    cross-encoder=reranking crossencoder=reranking
+    translate=translation mt=translation
     """.split()
 )
 """Task alias, in lower case with dashes → task."""

@@ -1,18 +1,20 @@
-"""`Section`, the base class of all configuration sections, and `Choice`, a resolved setting."""
+"""`Section`, the base class of all configuration sections, `Choice`, and types of fields."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -119,34 +121,36 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _convert_paths(cls, raw: Any) -> Any:
-        """Convert `os.PathLike` values of text fields to text."""
-        if not isinstance(raw, dict):
-            return raw
-        names = {
-            name: os.fspath(value)
-            for name, value in raw.items()
-            if isinstance(value, os.PathLike)
-            and name in cls.model_fields
-            and Path not in set(_iter_types(cls.model_fields[name].annotation))
-        }
-        return {**raw, **names}
+    def _convert_to_text(cls, raw: Any) -> Any:
+        """Convert `os.PathLike` values of text fields to text, and booleans of numeric fields.
 
-    @model_validator(mode="before")
-    @classmethod
-    def _reject_booleans(cls, raw: Any) -> Any:
-        """Convert booleans in numeric fields (YAML `yes`) to text, which validation rejects."""
+        Validation then rejects the latter, such as YAML's `yes`.
+        """
         if not isinstance(raw, dict):
             return raw
-        invalid = {
-            name: str(value).lower()
-            for name, value in raw.items()
-            if isinstance(value, bool)
-            and name in cls.model_fields
-            and bool not in (parts := set(_iter_types(cls.model_fields[name].annotation)))
-            and parts & {int, float}
-        }
-        return {**raw, **invalid}
+        texts = {}
+        for name, value in raw.items():
+            if name not in cls.model_fields or not isinstance(value, bool | os.PathLike):
+                continue
+            types = set(_iter_types(cls.model_fields[name].annotation))
+            if isinstance(value, os.PathLike) and Path not in types:
+                texts[name] = os.fspath(value)
+            elif isinstance(value, bool) and bool not in types and types & {int, float}:
+                texts[name] = str(value).lower()
+        return {**raw, **texts}
+
+
+TEXT_FIELDS = (
+    "train.num_beams",
+    "train.temperature",
+    "train.top_p",
+    "train.predict_with_generate",
+    "train.max_generate_samples",
+    "train.max_new_tokens",
+    "data.system",
+    "data.train_on_inputs",
+)
+"""Dotted fields that tasks use which generate text."""
 
 
 class TaskSection(Section):
@@ -156,7 +160,7 @@ class TaskSection(Section):
         tasks: tasks that use the section; for others, a changed field is an error.
         summary: description of the section.
         shorthand: field that a plain value of the section sets.
-        uses: dotted fields of other sections that these tasks use, and others do not.
+        uses: task → dotted fields of other sections that it uses, and others do not.
         has_teacher: whether the tasks can learn from `--teacher`.
         paths: field that may contain local paths → its flag.
         command_line_only: field → (flag, what it does); a file cannot set it.
@@ -164,20 +168,22 @@ class TaskSection(Section):
         may_change: fields that may differ on resume.
         contents: field that may differ on resume → field with the fingerprint of its content, and
             the name of the content.
-        pipeline_tag: the Hub's tag for models of these tasks; "" if it is the task's name.
+        pipeline_tags: task → the Hub's tag for its models, if that is not the task's name.
+        overlong: values of `--overlong` besides error, if not those of most tasks.
     """
 
     tasks: ClassVar[tuple[str, ...]] = ()
     summary: ClassVar[str] = ""
     shorthand: ClassVar[str] = ""
-    uses: ClassVar[tuple[str, ...]] = ()
+    uses: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     has_teacher: ClassVar[bool] = False
     paths: ClassVar[Mapping[str, str]] = {}
     command_line_only: ClassVar[Mapping[str, tuple[str, str]]] = {}
     code_field: ClassVar[str] = ""
     may_change: ClassVar[tuple[str, ...]] = ()
     contents: ClassVar[Mapping[str, tuple[str, str]]] = {}
-    pipeline_tag: ClassVar[str] = ""
+    pipeline_tags: ClassVar[Mapping[str, str]] = {}
+    overlong: ClassVar[tuple[str, ...]] = ()
 
     @property
     def steps_per_batch(self) -> int:
@@ -203,6 +209,11 @@ class TaskSection(Section):
     def validate_run(self, config: Any) -> Iterable[str]:
         """Yields an error message for each value of a `TrainConfig` that the tasks cannot use."""
         return ()
+
+    @classmethod
+    def complete_run(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """Returns the configuration `raw`, not validated, with values that its others determine."""
+        return raw
 
     def check_code(self, location: str) -> Iterable[str]:
         """Yields a message for each file of `code_field`, set at `location`, that may not run."""
@@ -257,3 +268,86 @@ class Choice:
 
     def __str__(self) -> str:
         return f"{self.value} ({self.reason})" if self.reason else str(self.value)
+
+
+def split_pairs(value: Any) -> Any:
+    """Parse `a=1,b=2` as a mapping; return any other value unchanged."""
+    if not isinstance(value, str) or "=" not in value:
+        return value
+    pairs: dict[str, str] = {}
+    for pair in filter(None, map(str.strip, value.split(","))):
+        name, _, text = (part.strip() for part in pair.rpartition("="))
+        if not (name and text):
+            raise ValueError(f"{pair!r} is not NAME=VALUE; separate several by commas")
+        pairs[name] = text
+    return pairs
+
+
+Scalar = bool | int | float | str
+
+
+def _parse_scalars(value: Any) -> Any:
+    if not isinstance(value := split_pairs(value), dict):
+        return value
+    return {name: _scalar(v) if isinstance(v, str) else v for name, v in value.items()}
+
+
+def _scalar(text: str) -> Scalar:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+Scalars = Annotated[dict[str, Scalar], BeforeValidator(_parse_scalars)]
+"""Arguments of an optimizer or schedule, under their names in the library."""
+
+
+def _split_names(value: Any) -> Any:
+    if isinstance(value, str):
+        return [name.strip() for name in value.split(",") if name.strip()]
+    return value
+
+
+def _parse_tokens(value: Any) -> Any:
+    """Parse `12,<tool>` as [12, "<tool>"]; tokens that contain commas must be given as a list."""
+    names = _split_names(value)
+    if isinstance(value, str):
+        return [int(name) if name.isdecimal() else name for name in names]
+    return names
+
+
+Names = Annotated[list[str], BeforeValidator(_split_names)]
+FewNames = Annotated[tuple[str, ...], BeforeValidator(_split_names)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0)] | str], BeforeValidator(_parse_tokens)]
+
+
+def _parse_weights(value: Any) -> Any:
+    value = split_pairs(value)
+    if value is None or value == "balanced":
+        return value
+    if not isinstance(value, dict) or not value:
+        raise ValueError("expected balanced, or NAME=WEIGHT,NAME=WEIGHT")
+    for name, weight in value.items():
+        if isinstance(weight, bool) or not _is_positive(weight):
+            raise ValueError(f"the weight of {name!r} is {weight}; a number above 0 is expected")
+    return {str(name): float(weight) for name, weight in value.items()}
+
+
+def _is_positive(weight: Any) -> bool:
+    try:
+        return 0 < float(weight) < math.inf
+    except (TypeError, ValueError):
+        return False
+
+
+ClassWeights = Annotated[
+    Literal["balanced"] | dict[str, float] | None,
+    BeforeValidator(_parse_weights),
+    Field(
+        description="Class or tag weights in the training loss: balanced, or NAME=WEIGHT,…. "
+        "Classes that are not named have weight 1."
+    ),
+]

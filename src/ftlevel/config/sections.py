@@ -6,13 +6,15 @@ Field names are those of transformers, PEFT and bitsandbytes.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, WrapValidator, field_validator
 
+from ftlevel.config.constraints import Constraints, Excludes, Needs, NoEffect
 from ftlevel.config.gate import GateConfig
-from ftlevel.config.preference import FewNames
+from ftlevel.config.section import FewNames
 from ftlevel.config.section import Positive as Positive
 from ftlevel.config.section import Section as Section
 from ftlevel.config.section import Share as Share
@@ -347,3 +349,68 @@ class SpeedConfig(Section):
         "compare only a few rows, and train without the fast step if they differ; off: no "
         "comparison.",
     )
+
+
+DISTILLATION_TASKS = ("text-generation", "summarization", "translation")
+Divergence = Literal["forward-kl", "reverse-kl", "jsd"]
+
+
+class DistillationConfig(Section):
+    """Token-level distillation from a teacher model."""
+
+    teacher: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="Teacher model for distillation: a run, adapter or model with the same "
+        "tokenizer; for embedding and reranking, any embedding model or reranker.",
+    )
+    divergence: Divergence = Field(
+        "forward-kl",
+        description="Divergence to minimize. forward-kl: KL(teacher, model); reverse-kl: "
+        "KL(model, teacher); jsd: generalized Jensen–Shannon divergence.",
+    )
+    jsd_beta: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5, description="Weight of the teacher in the mixture distribution of jsd."
+    )
+    kd_ratio: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5,
+        description="Weight of the divergence in the loss; cross-entropy has weight 1 - kd_ratio.",
+    )
+    kd_temperature: Annotated[float, Field(ge=0.01, le=100)] = Field(
+        1.0,
+        description="Temperature for the logits of teacher and model. The divergence is "
+        "multiplied by its square.",
+    )
+    kd_top_k: Positive | Literal["all"] = Field(
+        64,
+        description="Number of top teacher tokens stored per position; the rest of the "
+        "probability mass is stored as one value. all stores the whole vocabulary.",
+    )
+
+
+_KD_FIELDS = [name for name in DistillationConfig.model_fields if name != "teacher"]
+_WITH_TEACHER = "distillation.teacher!=None"
+
+
+def list_unused_fields(tasks: str, reason: str) -> list[NoEffect]:
+    """Returns that only `--teacher` has an effect with `tasks`, such as `A|B`, for `reason`."""
+    return [
+        NoEffect(f"distillation.{name}", f"task={tasks}", reason, when=_WITH_TEACHER)
+        for name in _KD_FIELDS
+    ]
+
+
+def list_distillation_rules(learners: Sequence[str]) -> Constraints:
+    """Returns the constraints of distillation.
+
+    `learners` are the tasks of extensions that use the teacher in their own way.
+    """
+    tasks = (*DISTILLATION_TASKS, *learners)
+    return (
+        *[Needs(f"distillation.{name}", "distillation.teacher MODEL") for name in _KD_FIELDS],
+        Excludes("distillation.teacher", f"task!={'|'.join(tasks)}",
+             f"it is for {', '.join(tasks)}", "Drop it, or change the task."),
+        NoEffect("distillation.jsd_beta", "distillation.divergence!=jsd", "it is for jsd",
+             when=_WITH_TEACHER),
+        Excludes("train.label_smoothing_factor", "distillation.teacher",
+             "the teacher defines the target distribution"),
+    )  # fmt: skip

@@ -14,10 +14,6 @@ TASKS: dict[str, str] = {
     "token-classification": "ftlevel.tasks.tags",
     "question-answering": "ftlevel.tasks.span",
     "masked-lm": "ftlevel.tasks.mask",
-    "preference": "ftlevel.tasks.preferences.task",
-    "reward": "ftlevel.tasks.preferences.task",
-    "embedding": "ftlevel.tasks.embedding.task",
-    "reranking": "ftlevel.tasks.reranking.task",
 }
 TASKS |= added_rows("tasks", TASKS)
 

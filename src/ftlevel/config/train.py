@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, Field, create_model, model_validator
 
 from ftlevel.config.constraints import Excludes, Needs, NoEffect, flag_name, list_violations
-from ftlevel.config.embedding import EMBEDDING_TASKS, EmbeddingConfig
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig
 from ftlevel.config.output import OutputConfig
-from ftlevel.config.preference import (
-    PREFERENCE_TASKS,
-    SMOOTHED,
-    DistillationConfig,
-    PreferenceConfig,
-    list_distillation_rules,
-    normalize_loss,
-)
 from ftlevel.config.reading import resolve_aliases
-from ftlevel.config.reranking import RERANKING_TASKS, RerankingConfig
-from ftlevel.config.section import TaskSection
-from ftlevel.config.sections import DataConfig, ModelConfig, QuantConfig, Section, SpeedConfig
+from ftlevel.config.section import TEXT_FIELDS, TaskSection
+from ftlevel.config.sections import (
+    DataConfig,
+    DistillationConfig,
+    ModelConfig,
+    QuantConfig,
+    Section,
+    SpeedConfig,
+    list_distillation_rules,
+)
 from ftlevel.config.tasks import TASKS, TaskName
 from ftlevel.config.trainer import TrainerConfig, validate_optimizer
 from ftlevel.errors import excludes, has_no_effect, join_names, with_article
@@ -33,9 +31,6 @@ T = TypeVar("T", bound=TaskSection)
 
 _ADDED: dict[str, type[TaskSection]] = loaded("sections")
 SECTIONS: dict[str, type[TaskSection]] = {
-    "preference": PreferenceConfig,
-    "embedding": EmbeddingConfig,
-    "reranking": RerankingConfig,
     **_ADDED,
 }
 """Sections of some tasks; those of extensions are added to the fields of `TrainConfig`."""
@@ -70,13 +65,6 @@ class TrainConfig(Section):
     train: TrainerConfig = Field(
         default_factory=TrainerConfig, description="Optimizer and schedule."
     )
-    preference: PreferenceConfig = Field(
-        default_factory=PreferenceConfig, description="Preference loss."
-    )
-    embedding: EmbeddingConfig = Field(
-        default_factory=EmbeddingConfig, description="Settings of an embedding model."
-    )
-    reranking: RerankingConfig = Field(default_factory=RerankingConfig, description="Ranking loss.")
     distillation: DistillationConfig = Field(
         default_factory=DistillationConfig, description="Distillation from a teacher model."
     )
@@ -146,32 +134,24 @@ class TrainConfig(Section):
         if not isinstance(raw, dict):
             return raw
         sections = {key: expand_shorthand(key, value) for key, value in raw.items()}
-        for name in ("preference", *_ADDED):  # their loss depends on the task, or determines it
+        for name in _ADDED:  # their loss depends on the task, or determines it
             if isinstance(section := sections.get(name), Section):
                 sections[name] = {n: getattr(section, n) for n in section.model_fields_set}
         values, _ = resolve_aliases(sections)
         if isinstance(values.get("method"), dict):
             values["method"] = {"kind": "lora", **values["method"]}
-        return normalize_loss(values)
+        for own in _ADDED.values():
+            values = own.complete_run(values)
+        return values
 
     def list_conflicts(self) -> Iterator[str]:
         """Yields an error message per conflict between sections."""
         yield from _validate_sections(self)
 
 
-_GENERATION_TASKS = ("text-generation", "summarization", "translation", "preference")
+_GENERATION_TASKS = ("text-generation", "summarization", "translation")
 _OWNERS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(
-        (
-            "train.num_beams",
-            "train.temperature",
-            "train.top_p",
-            "train.predict_with_generate",
-            "train.max_generate_samples",
-            "train.max_new_tokens",
-        ),
-        _GENERATION_TASKS,
-    ),
+    **{path: _GENERATION_TASKS for path in TEXT_FIELDS if path.startswith("train.")},
     "data.doc_stride": ("question-answering",),
     "data.mlm_probability": ("masked-lm",),
     "data.labels": ("text-classification", "token-classification"),
@@ -182,15 +162,14 @@ _OWNERS: dict[str, tuple[str, ...]] = {
 
 def _list_added_tasks(path: str) -> list[str]:
     """Returns the tasks of extensions that use the dotted field `path` of another section."""
-    return [task for own in SECTIONS.values() if path in own.uses for task in own.tasks]
+    return [task for own in SECTIONS.values() for task, paths in own.uses.items() if path in paths]
 
 
 _OVERLONG: dict[str, tuple[str, ...]] = {
     "text-generation": ("drop", "truncate-prompt", "split"),
     "masked-lm": ("drop", "split"),
     **dict.fromkeys(("token-classification", "question-answering"), ("drop",)),
-    **dict.fromkeys(EMBEDDING_TASKS, ("drop", "truncate")),
-    **dict.fromkeys(RERANKING_TASKS, ("drop", "truncate", "truncate-prompt")),
+    **{task: own.overlong for own in SECTIONS.values() if own.overlong for task in own.tasks},
 }
 """Task → values of `--overlong`, besides error; default: drop and truncate-prompt."""
 _RESUME_RUN = ("output.dir RUN", "it is the run to resume")
@@ -225,9 +204,9 @@ CONSTRAINTS = (
     Needs("output.tracker_project", "output.report_to wandb", "it is the tracker's"),
     Excludes("data.validation_file", "data.validation_split!=None|0.0", _TWO_SETS),
     *[
-        NoEffect(f"data.{name}", f"task!={'|'.join(EMBEDDING_TASKS)}",
-             "it is for --task embedding")
-        for name in ("qrels", "corpus")
+        NoEffect(path, f"task!={'|'.join(tasks)}", f"it is for --task {join_names(tasks)}")
+        for path in ("data.qrels", "data.corpus")
+        if (tasks := _list_added_tasks(path))
     ],
     Excludes("data.qrels", "data.validation_file", _TWO_SETS),
     Excludes("data.qrels", "data.validation_split!=None|0.0", _TWO_SETS),
@@ -242,8 +221,6 @@ CONSTRAINTS = (
         for name in ("metric_for_best_model", "greater_is_better")
     ],
     # tasks
-    NoEffect("train.label_smoothing_factor", f"preference.loss!={'|'.join(SMOOTHED)}",
-         f"it is for {join_names(SMOOTHED)}", when=f"task={'|'.join(PREFERENCE_TASKS)}"),
     *[
         NoEffect(path, f"task!={'|'.join((*_GENERATION_TASKS, *_list_added_tasks(path)))}",
              "it is for tasks that write text", "Drop it, or change the task.")
@@ -312,6 +289,44 @@ def _validate_stdin(config: TrainConfig) -> Iterator[str]:
         if not is_single and (name == "-" or Path(name).is_fifo()):
             reason, fix = "only one process can read a pipe", "Save the rows to a file."
             yield excludes("--num-processes", f"--dataset {name}", reason, fix)
+
+
+# Files may be a stranger's: some settings only the command line or Python code may make.
+COMMAND_LINE_ONLY = {
+    "model.trust_remote_code": ("--trust-remote-code", "runs Python code that ships with a model"),
+    "output.overwrite": ("--overwrite", "deletes an existing run"),
+    "output.push_to_hub": ("--push-to-hub {}", "uploads the trained model"),
+    **{
+        f"{name}.{field}": row
+        for name, section in SECTIONS.items()
+        for field, row in section.command_line_only.items()
+    },
+}
+"""Dotted field → (flag, what it does); a file cannot set it."""
+
+
+def check_values(values: Mapping[str, Any], locations: Mapping[str, str]) -> Iterator[str]:
+    """Yields a message for each value of a file that only the command line may set.
+
+    `locations` has the dotted fields that a file set → file:line; `values` is the configuration.
+    """
+    for field, (flag, effect) in COMMAND_LINE_ONLY.items():
+        section, _, name = field.partition(".")
+        value = (values.get(section) or {}).get(name)
+        if field in locations and value not in (None, False):
+            yield (
+                f"{locations[field]}: {field} is {value!r}, which {effect}; a file cannot decide "
+                f"this. If you want it, pass {flag.format(value)}; otherwise delete the line."
+            )
+
+
+def pop_command_line_only(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Remove the fields that a file cannot set from `values`; yields (dotted field, flag)."""
+    for field, (flag, _) in COMMAND_LINE_ONLY.items():
+        section, _, name = field.partition(".")
+        value = values.get(section, {}).pop(name, None)
+        if value not in (None, False):
+            yield field, flag.format(value)
 
 
 if not TYPE_CHECKING and _ADDED:

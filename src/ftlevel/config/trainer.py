@@ -12,8 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from ftlevel.config.output import Decoding
-from ftlevel.config.preference import ClassWeights, FewNames, Scalar, Scalars
-from ftlevel.config.section import Positive, Share
+from ftlevel.config.section import ClassWeights, FewNames, Positive, Scalar, Scalars, Share
 from ftlevel.errors import has_no_effect, join_names
 
 _NO_PACKAGE = "it needs a package that ftlevel does not install"

@@ -28,7 +28,6 @@ from ftlevel.fast.plan import plan_forward
 from ftlevel.fast.step import FastStep
 from ftlevel.methods import METHODS
 from ftlevel.models.kinds import max_positions
-from ftlevel.objectives import TokenObjective
 from ftlevel.tasks.base import OutputOptions, Prediction
 from ftlevel.trained.generation import GenerationOptions, cut_at_stop
 from ftlevel.trained.model_ref import LoadedModel
@@ -149,7 +148,7 @@ class RowScorer:
         trained, objective = self._trained, self._trained.objective
         batch, layout = self._batch(rows)
         with using_layout(layout):
-            if isinstance(objective, TokenObjective):
+            if objective.predicts_tokens:
                 yield from self._token_logits(batch, rows)
                 return
             logits = trained.logits(batch)
@@ -210,12 +209,12 @@ def predict_inputs(trained: LoadedModel, request: AnswerRequest) -> list[Predict
         replies = (
             task.predict_prompts(model, request.prompts, request.context) if request.prompts else []
         )
-        rows = predict_rows(model, request.questions, OutputOptions())
-        if rows.refused:
+        answers, refused = predict_rows(model, request.questions, OutputOptions())
+        if refused:
             raise InputError(
-                [f"{request.locations[i]}: {message}." for i, message in rows.refused.items()]
+                [f"{request.locations[i]}: {message}." for i, message in refused.items()]
             )
-        return [*replies, *(reply for reply in rows.replies if reply is not None)]
+        return [*replies, *(reply for reply in answers if reply is not None)]
     except UnansweredError as error:
         raise InputError(
             [f"--prompt {i + 1}: {reason}." for i, reason in error.reasons.items()]
@@ -224,18 +223,10 @@ def predict_inputs(trained: LoadedModel, request: AnswerRequest) -> list[Predict
         model.close()
 
 
-@dataclass(frozen=True)
-class PredictionBatch:
-    """Prediction of each row, or None; `refused` maps indices of rows without one to reasons."""
-
-    replies: list[Prediction | None]
-    refused: Mapping[int, str]
-
-
 def predict_rows(
     model: InferenceModel, questions: Sequence[Any], output_options: OutputOptions
-) -> PredictionBatch:
-    """Returns the predictions of `questions`; reports rows without one instead of raising."""
+) -> tuple[list[Prediction | None], dict[int, str]]:
+    """Returns each row's prediction, or None; and the indices of rows without one with reasons."""
     replies: list[Prediction | None] = [None] * len(questions)
     refused: dict[int, str] = {}
     remaining = list(range(len(questions)))
@@ -250,7 +241,7 @@ def predict_rows(
         for i, reply in zip(remaining, answers, strict=True):
             replies[i] = reply
         break
-    return PredictionBatch(replies, refused)
+    return replies, refused
 
 
 class InferenceModel:

@@ -23,13 +23,7 @@ from torch.nn import functional
 
 from ftlevel.data.encoding.row import Encoded
 from ftlevel.errors import ConfigError, did_you_mean, join_names
-from ftlevel.objectives import (
-    LikelihoodObjective,
-    Meter,
-    Objective,
-    ScoreTexts,
-    SortedMeter,
-)
+from ftlevel.objectives import Meter, Objective, ScoreTexts, SortedMeter
 from ftlevel.tasks.base import BaseTask
 
 PERCENTILES = (2.5, 97.5)
@@ -118,22 +112,6 @@ class ExampleRecord:
             unit.loss += losses[is_of_row].sum().item()
             unit.targets += int(is_of_row.sum())
             unit.meter.update(scores[is_of_row], targets[is_of_row], [row])
-
-    def add_answers(
-        self, rows: Sequence[Encoded], log_probs: torch.Tensor, preference_labels: torch.Tensor
-    ) -> None:
-        """Add `rows`; `log_probs` `(answers, 2)`: log-likelihood and number of tokens."""
-        objective, width = self.objective, len(log_probs) // len(rows)
-        if not isinstance(objective, LikelihoodObjective):
-            raise TypeError("only answers have a log-likelihood")
-        for index, row in enumerate(rows):
-            of_row = slice(index * width, (index + 1) * width)
-            unit = self.units.setdefault(row.row, ExampleStats(objective.meter()))
-            unit.loss += objective.preference_sum(
-                log_probs[of_row], preference_labels[of_row], training=False
-            ).item()
-            unit.targets += 1
-            unit.meter.update(log_probs[of_row], preference_labels[of_row], [row])
 
     def merge(self, other: ExampleRecord) -> None:
         """Add the statistics of the rows of `other`; generated texts are not added."""

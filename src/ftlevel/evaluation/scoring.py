@@ -3,38 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.row import IGNORED, Encoded
-from ftlevel.evaluation.embeddings import score_embeddings
 from ftlevel.evaluation.intervals import ExampleRecord, ExampleStats, select_metrics
 from ftlevel.fast.cross_entropy import Observe
-from ftlevel.fast.likelihoods import (
-    compute_answer_likelihoods,
-    sum_log_ratios,
-    supervised_loss,
-    with_baseline,
-)
+from ftlevel.fast.likelihoods import supervised_loss
 from ftlevel.fast.step import chunked_cross_entropy
 from ftlevel.models.hardware import evaluating
-from ftlevel.objectives import (
-    LikelihoodObjective,
-    Meter,
-    Objective,
-    ScoreTexts,
-    StepObjective,
-    TokenObjective,
-)
-from ftlevel.tasks.embedding.objective import Embeddings
-from ftlevel.tasks.reranking.rows import RankedRow
+from ftlevel.objectives import Meter, Objective, ScoreTexts, TokenObjective
 from ftlevel.trained.generation import (
     Divide,
     GenerationOptions,
@@ -43,7 +25,6 @@ from ftlevel.trained.generation import (
     generate_texts,
 )
 from ftlevel.trained.model_ref import LoadedModel
-from ftlevel.trained.resolve import NAMED, get_card_dir, load_reference, resolve_base
 
 
 @dataclass(frozen=True)
@@ -76,9 +57,25 @@ class Evaluator:
     begin_record: Callable[[], ExampleRecord | None] = lambda: None
     divide: Divide = compute_all
 
+    @property
+    def pad_id(self) -> int:
+        """Padding token of batches."""
+        return self.tokenizer.pad_token_id or 0
+
     def with_model(self, model: LoadedModel) -> Evaluator:
         """Returns a copy for another model than that of training or `evaluate`."""
         return replace(self, dtype=model.dtype)
+
+    # ruff: disable[ARG002] - for subclasses
+    def for_other(self, model: LoadedModel, encode: Callable[[], Any]) -> Evaluator:
+        """Returns a copy for another model that generates no texts; `encode` encodes its rows."""
+        return replace(self.with_model(model), generated_rows=0, score_texts=None, language="")
+
+    def get_result_texts(self, row: Encoded, line: dict[str, Any]) -> dict[str, str]:
+        """Returns name → decoded text of `row` that depends on its results, `line`."""
+        return {}
+
+    # ruff: enable[ARG002]
 
     def get_warnings(self) -> Sequence[str]:
         """Returns warnings about the evaluations so far."""
@@ -88,7 +85,7 @@ class Evaluator:
         """Evaluate `model` in eval mode; return the metrics and add examples to `record`."""
         record = record or self.begin_record()
         with evaluating(model, self.device, self.dtype):
-            metrics = self._score(model, record)
+            metrics = self.score(model, record)
             if self.generated_rows and self.score_texts is not None:
                 texts = self.generate(model)
                 references = [self.answer_text(row) for row in self._generated()]
@@ -97,24 +94,10 @@ class Evaluator:
                     record.add_texts(self._generated(), texts, references)
         return select_metrics(metrics, self.metrics)
 
-    def _score(self, model: Any, record: ExampleRecord | None) -> dict[str, float]:
+    def score(self, model: Any, record: ExampleRecord | None) -> dict[str, float]:
+        """Returns loss and metrics of `model`, which is in eval mode; adds rows to `record`."""
         objective = self.objective
-        if isinstance(objective, LikelihoodObjective):
-            return score_answers(self, model, record)
-        if isinstance(objective, Embeddings):
-            pad_id = self.tokenizer.pad_token_id or 0
-            return score_embeddings(
-                self.rows,
-                objective,
-                model,
-                record,
-                pad_id,
-                self.device,
-                self.text,
-                self.corpus,
-                self.divide,
-            )
-        pad_id = self.tokenizer.pad_token_id or 0
+        pad_id = self.pad_id
         collate = Collator(pad_id)
         by_length = sorted(self.rows, key=lambda row: len(row.input_ids), reverse=True)
         chunked = objective if self.chunked_cross_entropy else None
@@ -122,9 +105,9 @@ class Evaluator:
             model, chunked, by_length, pad_id, self.device, self.dtype
         ) as head:
 
-            def score(rows: Sequence[Encoded]) -> _BatchScores:
+            def score(rows: Sequence[Encoded]) -> BatchScores:
                 batch = {k: v.to(self.device) for k, v in collate(rows).items()}
-                scores = _BatchScores(objective, record)
+                scores = BatchScores(objective, record)
                 stats = scores.stats
                 stats.targets = int(objective.count(batch["labels"]))
                 if head is not None:
@@ -143,7 +126,7 @@ class Evaluator:
                 lambda own: [score(rows) for rows in own],
                 list(batches(by_length, self.batch_size)),
             )
-        return _merge(objective, parts, record)
+        return merge_scores(objective, parts, record)
 
     def _observer(
         self,
@@ -153,9 +136,8 @@ class Evaluator:
         labels: torch.Tensor,
     ) -> Observe:
         """Returns a callback that adds chunks of logits and targets to `meter` and `record`."""
-        row_indices = None
-        if record is not None and isinstance(self.objective, TokenObjective):
-            row_indices = self.objective.locate(labels)[0] // labels.shape[1]
+        located = self.objective.locate(labels) if record is not None else None
+        row_indices = located[0] // labels.shape[1] if located is not None else None
         seen = 0
 
         def observe(scores: torch.Tensor, targets: torch.Tensor) -> None:
@@ -197,6 +179,20 @@ class Evaluator:
         """Returns the decoded input of `row`."""
         return self.decode(row.input_ids)
 
+    def get_texts(self, row: Encoded) -> dict[str, str]:
+        """Returns name, such as `input` → decoded text of `row`."""
+        has_targets = isinstance(self.objective, TokenObjective) and self.kind != "encoder"
+        is_prompt = self.objective.samples  # its sequences are made up
+        first, *others = [row] if is_prompt else row.sequences
+        target = self.answer_text(first) if has_targets or others else ""
+        texts = {"input": self.prompt_text(first) if target else self.text(first)}
+        if len(others) == 1:
+            base_text = self.answer_text(others[0]) or self.text(others[0])
+            return {"chosen": target or texts["input"], "rejected": base_text} | (
+                {"input": texts["input"]} if target else {}
+            )
+        return {**texts, "true": target} if target else texts
+
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids` without special tokens other than masks."""
         mask = getattr(self.tokenizer, "mask_token_id", None)
@@ -223,7 +219,7 @@ class Evaluator:
         return start
 
 
-class _BatchScores:
+class BatchScores:
     """Statistics of a batch; with `record`, that of the evaluation, also a record of its rows."""
 
     def __init__(self, objective: Objective, record: ExampleRecord | None) -> None:
@@ -231,8 +227,8 @@ class _BatchScores:
         self.record = ExampleRecord(objective) if record is not None else None
 
 
-def _merge(
-    objective: Objective, parts: Sequence[_BatchScores], record: ExampleRecord | None
+def merge_scores(
+    objective: Objective, parts: Sequence[BatchScores], record: ExampleRecord | None
 ) -> dict[str, float]:
     """Returns loss and metrics of the batches `parts`; adds their rows to `record`, if any."""
     total = ExampleStats(objective.meter())
@@ -244,102 +240,8 @@ def _merge(
     return {"loss": loss, **total.meter.compute(loss)}
 
 
-def score_answers(
-    evaluator: Evaluator, model: Any, record: ExampleRecord | None
-) -> dict[str, float]:
-    """Returns loss and metrics from the answers' likelihoods; adds the rows to `record`, if any."""
-    objective = _objective_of(evaluator)
-    with _head(evaluator, model) as head:
-        baseline: torch.Tensor | None = None
-        if objective.needs_baseline:  # KTO's: mean log-ratio of mismatched pairs, at least 0
-            ratios = _map_batches(
-                evaluator,
-                _contrasts(evaluator.rows),
-                lambda _, batch: sum_log_ratios(head, model, objective, [batch]),
-            )
-            total = sum((part for _, part in ratios), torch.zeros(2))
-            baseline = (total[0] / total[1]).clamp(min=0)
-
-        def score(rows: Sequence[Encoded], batch: dict[str, torch.Tensor]) -> _BatchScores:
-            log_probs = compute_answer_likelihoods(head, model, objective, batch)
-            preference_labels = batch["preference_labels"]
-            if baseline is not None:
-                preference_labels = with_baseline(
-                    preference_labels, baseline.to(preference_labels.device)
-                )
-            scores = _BatchScores(objective, record)
-            loss = objective.preference_sum(log_probs, preference_labels, training=False)
-            scores.stats.loss = loss.item()
-            scores.stats.targets = int(objective.count(batch["labels"]))
-            scores.stats.meter.update(log_probs, preference_labels, rows)
-            if scores.record is not None:
-                scores.record.add_answers(rows, log_probs, preference_labels)
-            return scores
-
-        parts = [part for _, part in _map_batches(evaluator, evaluator.rows, score)]
-    return _merge(objective, parts, record)
-
-
-def compute_likelihoods(evaluator: Evaluator, model: Any) -> np.ndarray:
-    """Returns log-likelihoods `(rows, 2)`: of both answers, or of answer and mismatched one."""
-    rows, objective = evaluator.rows, _objective_of(evaluator)
-    result = np.zeros((len(rows), 2), dtype=np.float32)
-    with evaluating(model, evaluator.device, evaluator.dtype), _head(evaluator, model) as head:
-
-        def score(rows: Sequence[Encoded], batch: dict[str, torch.Tensor]) -> np.ndarray:
-            log_probs = compute_answer_likelihoods(head, model, objective, batch)
-            values: np.ndarray = log_probs[:, 0].float().cpu().numpy()
-            return values.reshape(len(rows), -1)
-
-        for indices, values in _map_batches(evaluator, rows, score):
-            result[indices, : values.shape[1]] = values
-        for indices, values in _map_batches(evaluator, _contrasts(rows), score):
-            result[indices, 1:] = values
-    return result
-
-
-def _objective_of(evaluator: Evaluator) -> LikelihoodObjective:
-    if not isinstance(evaluator.objective, LikelihoodObjective):
-        raise TypeError("only answers have a log-likelihood")
-    return evaluator.objective
-
-
-def _head(evaluator: Evaluator, model: Any) -> Any:
-    objective = evaluator.objective if evaluator.chunked_cross_entropy else None
-    pad_id = evaluator.tokenizer.pad_token_id or 0
-    longest_rows = sorted(evaluator.rows, key=lambda row: -row.length)[:2]
-    return chunked_cross_entropy(
-        model, objective, longest_rows, pad_id, evaluator.device, evaluator.dtype
-    )
-
-
-def _contrasts(rows: Sequence[Encoded]) -> list[Encoded]:
-    return [other for row in rows for other in row.contrasts]
-
-
-def _map_batches(
-    evaluator: Evaluator,
-    rows: Sequence[Encoded],
-    compute: Callable[[Sequence[Encoded], dict[str, torch.Tensor]], Any],
-) -> list[tuple[Sequence[int], Any]]:
-    """Returns row indices and `compute(rows, batch)` of batches of rows of similar length.
-
-    Batches are padded, and divided among processes.
-    """
-    collate = Collator(evaluator.tokenizer.pad_token_id or 0)
-    order = sorted(range(len(rows)), key=lambda i: rows[i].length, reverse=True)
-    parts = list(batches(order, evaluator.batch_size))
-
-    def compute_batch(indices: Sequence[int]) -> Any:
-        own = [rows[i] for i in indices]
-        batch = collate(own)
-        return compute(own, {name: value.to(evaluator.device) for name, value in batch.items()})
-
-    outputs = evaluator.divide(lambda own: [compute_batch(indices) for indices in own], parts)
-    return list(zip(parts, outputs, strict=True))
-
-
-_MAX_TEXT_LENGTH = 2_000  # characters of a text
+MAX_TEXT_LENGTH = 2_000
+"""Characters of a text in the results."""
 
 
 def iterate_results(
@@ -355,15 +257,17 @@ def iterate_results(
     `get_position` returns file and line of a row by its index. `base` adds another model's results
     for the same rows, and `evaluator` the texts of the rows.
     """
-    texts = {} if evaluator is None else texts_of(evaluator)
-    by_row = {} if evaluator is None else {row.row: row for row in evaluator.rows}
+    rows = () if evaluator is None else evaluator.rows
+    by_row = {row.row: row for row in reversed(rows)}  # the first of the windows of a row
     generated = {item.row: item for item in record.written}
     base_generated = {item.row: item for item in base.written} if base else {}
     for row in sorted(record.units):
         unit = record.units[row]
         line: dict[str, Any] = {"row": row, "where": get_position(row)}
         line["loss"] = record.row_loss(row)
-        line |= {**texts.get(row, {}), **unit.meter.describe(labels)}
+        if evaluator is not None and row in by_row:
+            line |= _shorten(evaluator.get_texts(by_row[row]))
+        line |= unit.meter.describe(labels)
         if row in generated:
             line |= {"predicted": generated[row].text, "true": generated[row].reference}
         if base is not None and row in base.units:
@@ -372,82 +276,10 @@ def iterate_results(
             line |= {f"base_{key}": value for key, value in base_metrics.items() if key != "true"}
             if row in base_generated:
                 line["base_predicted"] = base_generated[row].text
-        ranked = by_row.get(row)
-        if evaluator is not None and isinstance(ranked, RankedRow):
-            line |= _ranked_texts(evaluator, ranked, line)
+        if evaluator is not None and row in by_row:
+            line |= _shorten(evaluator.get_result_texts(by_row[row], line))
         yield line
 
 
-def _ranked_texts(evaluator: Evaluator, row: RankedRow, line: dict[str, Any]) -> dict[str, str]:
-    """Returns name → text: query, most relevant document, irrelevant one of highest score."""
-    ends = accumulate(row.sizes, initial=row.query)
-    documents = [row.input_ids[start:end] for start, end in pairwise(ends)]
-    irrelevant = [at for at, label in enumerate(row.relevance) if label <= 0]
-    ids = {"query": row.input_ids[: row.query]}
-    if max(row.relevance) > 0:
-        ids["document"] = documents[row.relevance.index(max(row.relevance))]
-    for name in ("base_", ""):
-        scores = line.get(f"{name}scores", [])
-        if irrelevant and len(scores) == len(documents):
-            ids[f"{name}retrieved"] = documents[max(irrelevant, key=scores.__getitem__)]
-    return {name: evaluator.decode(own)[:_MAX_TEXT_LENGTH] for name, own in ids.items()}
-
-
-def texts_of(evaluator: Evaluator) -> dict[int, dict[str, str]]:
-    """Returns row index → name, such as `input` → beginning of the decoded text."""
-    has_targets = isinstance(evaluator.objective, TokenObjective) and evaluator.kind != "encoder"
-    result: dict[int, dict[str, str]] = {}
-    for row in evaluator.rows:
-        if row.row in result or isinstance(row, RankedRow):  # another window of the same row
-            continue
-        is_prompt = evaluator.objective.samples  # its sequences are made up
-        first, *others = [row] if is_prompt else row.sequences
-        if isinstance(evaluator.objective, StepObjective) and others:
-            pair = {"query": evaluator.text(first), "document": evaluator.text(others[0])}
-            result[row.row] = {name: text[:_MAX_TEXT_LENGTH] for name, text in pair.items()}
-            continue
-        target = evaluator.answer_text(first) if has_targets or others else ""
-        texts = {"input": evaluator.prompt_text(first) if target else evaluator.text(first)}
-        if len(others) == 1:
-            base_text = evaluator.answer_text(others[0]) or evaluator.text(others[0])
-            texts = {"chosen": target or texts["input"], "rejected": base_text} | (
-                {"input": texts["input"]} if target else {}
-            )
-        elif target:
-            texts["true"] = target
-        result[row.row] = {name: text[:_MAX_TEXT_LENGTH] for name, text in texts.items()}
-    return result
-
-
-KEPT = "reference"
-"""Folder next to an adapter, with the initial adapter or the name of the reference model."""
-
-
-def needs_reference(evaluator: Evaluator) -> bool:
-    """Returns whether the objective needs log-probabilities of a reference model."""
-    objective = evaluator.objective
-    return isinstance(objective, LikelihoodObjective) and objective.needs_reference
-
-
-def with_reference(evaluator: Evaluator, trained: LoadedModel) -> Evaluator:
-    """Returns `evaluator`, with reference log-probabilities in its rows if the loss needs them."""
-    if not needs_reference(evaluator):
-        return evaluator
-    task: Any = trained.task
-    log_probs = _reference_log_probs(evaluator, trained)
-    return replace(evaluator, rows=task.with_reference(evaluator.rows, log_probs))
-
-
-def _reference_log_probs(evaluator: Evaluator, trained: LoadedModel) -> np.ndarray:
-    ref = trained.ref
-    path = ref.directory or Path(ref.source.location)
-    if (path / KEPT / NAMED).is_file():
-        ref = load_reference(path / KEPT, path, evaluator.device).ref
-    elif ref.directory is not None and (path / KEPT).is_dir():
-        ref = replace(ref, directory=path / KEPT)
-    elif trained.has_adapter:
-        with trained.without_adapter():
-            return compute_likelihoods(evaluator, trained.model)
-    else:
-        ref = replace(ref, source=resolve_base(ref.card, get_card_dir(path) or path))
-    return compute_likelihoods(evaluator, ref.load(evaluator.device, evaluator.dtype).model)
+def _shorten(texts: Mapping[str, str]) -> dict[str, str]:
+    return {name: text[:MAX_TEXT_LENGTH] for name, text in texts.items()}

@@ -21,17 +21,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn import functional
 
 from ftlevel.artifacts.cards import load_card
-from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.row import Encoded
-from ftlevel.data.encoding.texts import distinct_texts
 from ftlevel.data.sources.docstrings import load_documentation
 from ftlevel.errors import InputError
 from ftlevel.models.hardware import autocast
-from ftlevel.models.kinds import max_positions, width_of
+from ftlevel.models.kinds import max_positions
 from ftlevel.models.upstream.tensors import direct_tensors
-from ftlevel.objectives import Objective, TokenObjective
-from ftlevel.tasks.embedding.objective import Embeddings
+from ftlevel.objectives import Objective
 from ftlevel.trained.generation import batches
 from ftlevel.trained.model_ref import PLAIN, LoadedModel, ModelRef
 from ftlevel.trained.resolve import get_card_dir, resolve_model
@@ -172,31 +169,17 @@ class EvalSet:
     device: str
 
     def score(self, model: Any, dtype: str) -> RowLogits:
-        """Returns the logits of `model`, which must be in eval mode, computed in `dtype`."""
+        """Returns logits (or vectors) of at most `MAX_TARGETS` targets; `model` is in eval mode."""
         all_scores, count, loss, total = [], 0, 0.0, 0
-        collate, objective = Collator(self.pad_id), self.objective
-        if isinstance(objective, TokenObjective):  # logits that need no reference
-            objective = objective.of_tokens
-        elif isinstance(objective, Embeddings):
-            objective = objective.for_validation(distinct_texts(self.rows)[1])
+        collator, objective = Collator(self.pad_id), self.objective.for_comparison(self.rows)
+
+        def collate(rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+            return {name: value.to(self.device) for name, value in collator(rows).items()}
+
         with torch.no_grad(), autocast(self.device, dtype):
             for rows in batches(self.rows, _BATCH):
-                is_step = isinstance(objective, Embeddings)
-                texts, step = distinct_texts(rows) if is_step else (rows, None)
-                batch = {name: value.to(self.device) for name, value in collate(texts).items()}
-                (inputs, labels), mask = objective.split(batch), batch["attention_mask"]
-                outputs = model(**inputs)
-                if isinstance(objective, Embeddings) and step is not None:
-                    unpooled = [getattr(text, "unpooled", 0) for text in texts]
-                    scores = objective.embed(outputs, mask, unpooled)
-                    mean = objective.group_loss(scores, step)
-                    loss += (mean or 0.0) * len(step)
-                    total += len(step) if mean is not None else 0
-                else:
-                    logits = objective.logits(outputs)
-                    loss += objective.loss_sum(logits, labels, mask).item()
-                    total += int(objective.count(labels))
-                    scores = objective.choices(logits, labels, mask)
+                scores, loss_sum, num_targets = objective.compare(model, rows, collate)
+                loss, total = loss + loss_sum, total + num_targets
                 scores = scores[: MAX_TARGETS - count].float().cpu()
                 count += len(scores)
                 all_scores.append(scores)
@@ -338,7 +321,7 @@ def resolve_pair(
             f"--against {other_name} is for {other.task}, and {name} for {ref.task}. Choose a "
             "model for the same task."
         )
-    if _embedding_format(ref) is None and not _have_equal_vocabs(ref, other):
+    if _get_output_format(ref) is None and not _have_equal_vocabs(ref, other):
         raise InputError(
             f"--against {other_name}: its tokenizer differs from that of {name}, "
             "so their predictions cannot be compared token by token. Name a relative of it."
@@ -352,14 +335,13 @@ def resolve_pair(
 
 
 def have_same_inputs(ref: ModelRef, other: ModelRef) -> bool:
-    """Returns whether both models have equal vocabularies (embeddings: also format and size)."""
-    forms = _embedding_format(ref), _embedding_format(other)
-    same_width = forms[0] is None or width_of(ref.model_config) == width_of(other.model_config)
-    return forms[0] == forms[1] and same_width and _have_equal_vocabs(ref, other)
+    """Returns whether both models have equal vocabularies and formats of outputs."""
+    is_same = _get_output_format(ref) == _get_output_format(other)
+    return is_same and _have_equal_vocabs(ref, other)
 
 
-def _embedding_format(ref: ModelRef) -> EmbeddingFormat | None:
-    return ref.configured_task.embedding_format(ref.options)
+def _get_output_format(ref: ModelRef) -> Any:
+    return ref.configured_task.get_output_format(ref.options, ref.model_config)
 
 
 def _have_equal_vocabs(ref: ModelRef, other: ModelRef) -> bool:

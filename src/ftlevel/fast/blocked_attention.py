@@ -24,6 +24,8 @@ from ftlevel.fast.packing import Range, Segment
 from ftlevel.fast.recompute import dropout_mask
 from ftlevel.models.upstream.tensors import softmax_backward
 
+Pair = tuple[Tensor, Tensor]
+
 QUERIES = 128
 """Queries per block; the fastest of 64, 128 and 256 in bfloat16."""
 
@@ -37,33 +39,47 @@ class QueryBlock:
 
     Attributes:
         start, stop: range of the queries in the packed row.
-        keys: ranges of the keys in the packed row, in sequence order.
+        first, last: range of the keys in the key row.
         mask: added to the scores of the last keys (-inf hides a key); None if all are visible.
     """
 
     start: int
     stop: int
-    keys: tuple[Range, ...]
+    first: int
+    last: int
     mask: Tensor | None
 
     @property
     def width(self) -> int:
-        """Total number of keys in the ranges `keys`."""
-        return sum(stop - start for start, stop in self.keys)
+        """Number of keys."""
+        return self.last - self.first
+
+
+class QueryBlocks(tuple[QueryBlock, ...]):
+    """Query blocks of a packed row, whose key row has `Segment.past` before each segment."""
+
+    source: Tensor | None = None  # packed indices of the key row; None if it is the packed row
+
+    def gather(self, states: Tensor) -> Tensor:
+        """Returns keys or values (key heads, tokens, dim) in the order of the key row."""
+        return states if self.source is None else states.index_select(1, self.source)
+
+    def scatter(self, gradient: Tensor, states: Tensor) -> Tensor:
+        """Returns the gradient of `states` from that of `gather(states)`."""
+        if self.source is None:
+            return gradient
+        return torch.zeros_like(states).index_add_(1, self.source, gradient)
 
 
 @lru_cache(maxsize=512)
 def create_visibility_mask(
-    position: int, num_queries: int, first_key: int, num_keys: int, causal: bool, window: int | None
+    position: int, num_queries: int, num_keys: int, causal: bool, window: int | None
 ) -> Tensor | None:
     """Returns a boolean mask (queries, keys), True for visible keys; None if all are visible.
 
-    `position` and `first_key` are sequence indices of the first query and key; keys at a distance
-    of `window` or more are hidden.
+    `position` is the first query's, counted from the first key; keys `window` away are hidden.
     """
-    distance = (position + torch.arange(num_queries))[:, None] - (
-        first_key + torch.arange(num_keys)
-    )
+    distance = (position + torch.arange(num_queries))[:, None] - torch.arange(num_keys)
     visible = torch.ones(num_queries, num_keys, dtype=torch.bool)
     if causal:
         visible &= distance >= 0
@@ -73,14 +89,23 @@ def create_visibility_mask(
 
 
 @lru_cache(maxsize=8)
-def split_queries(
-    segments: tuple[Segment, ...], causal: bool, window: int | None
-) -> tuple[QueryBlock, ...]:
-    """Returns, in order, the query blocks of a packed row that consists of `segments`."""
-    return tuple(block for segment in segments for block in _split_segment(segment, causal, window))
+def split_queries(segments: tuple[Segment, ...], causal: bool, window: int | None) -> QueryBlocks:
+    """Returns the query blocks of a packed row that consists of `segments`."""
+    if not any(segment.past for segment in segments):
+        return QueryBlocks(b for s in segments for b in _split_segment(s, s.start, causal, window))
+    blocks, spans, offset = list[QueryBlock](), list[Range](), 0
+    for segment in segments:
+        blocks += _split_segment(segment, offset, causal, window)
+        spans += [*segment.past, (segment.start, segment.stop)]
+        offset += segment.position + segment.stop - segment.start
+    result = QueryBlocks(blocks)
+    result.source = torch.cat([torch.arange(*span) for span in spans])
+    return result
 
 
-def _split_segment(segment: Segment, causal: bool, window: int | None) -> Sequence[QueryBlock]:
+def _split_segment(
+    segment: Segment, first_key: int, causal: bool, window: int | None
+) -> Sequence[QueryBlock]:
     blocks = []
     num_tokens = segment.stop - segment.start
     length = segment.position + num_tokens
@@ -91,37 +116,25 @@ def _split_segment(segment: Segment, causal: bool, window: int | None) -> Sequen
         last = position + num_queries
         if not causal:
             last = length if window is None else min(length, last + window - 1)
-        if causal and window is None:  # only the last keys follow some query
-            visible = create_visibility_mask(0, num_queries, 0, num_queries, causal, None)
-        else:
-            visible = create_visibility_mask(
-                position, num_queries, first, last - first, causal, window
-            )
-        mask = (
-            None if visible is None else torch.zeros(visible.shape).masked_fill(~visible, -math.inf)
-        )
-        keys = _clip((*segment.past, (segment.start, segment.stop)), first, last)
+        # Without a window, only the last keys follow some query.
+        masked = position if causal and window is None else first
+        at, num_keys = position - masked, last - masked
+        visible = create_visibility_mask(at, num_queries, num_keys, causal, window)
+        mask = None
+        if visible is not None:
+            mask = torch.zeros(visible.shape).masked_fill(~visible, -math.inf)[:, None]
         start = segment.start + offset
-        blocks.append(QueryBlock(start, start + num_queries, keys, mask))
+        keys = first_key + first, first_key + last
+        blocks.append(QueryBlock(start, start + num_queries, *keys, mask))
     return blocks
-
-
-def _clip(spans: Sequence[Range], first: int, last: int) -> tuple[Range, ...]:
-    """Returns the packed ranges of tokens [`first`, `last`) of a sequence at ranges `spans`."""
-    clipped, position = [], 0
-    for start, stop in spans:
-        low, high = max(first - position, 0), min(last - position, stop - start)
-        if low < high:
-            clipped.append((start + low, start + high))
-        position += stop - start
-    return tuple(clipped)
 
 
 class BlockedAttention(torch.autograd.Function):
     """Attention of a packed row, one block of queries at a time.
 
     Queries are (heads, tokens, head_dim), keys (key heads, tokens, head_dim), values (key heads,
-    tokens, value_dim); the output is (tokens, heads, value_dim).
+    tokens, value_dim); the output is (tokens, heads, value_dim). Inside, the rows of a block are
+    consecutive: (key heads, tokens * heads per key head, head_dim).
     """
 
     @staticmethod
@@ -130,79 +143,82 @@ class BlockedAttention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        blocks: Sequence[QueryBlock],
+        blocks: QueryBlocks,
         scale: float,
         dropout: float,
         cap: float | None = None,
     ) -> Tensor:
         """Returns the attention output (tokens, heads, value_dim); `cap` is the softcap."""
-        heads, tokens, _ = query.shape
-        groups = len(key)
-        output = query.new_empty(tokens, heads, value.shape[-1])
+        groups, ratio = len(key), len(query) // len(key)
+        queries = _group_heads(query.transpose(0, 1), groups)
+        exact = _exact(queries, blocks.gather(key), scale)
+        values = blocks.gather(value)
+        outputs = queries.new_empty(*queries.shape[:2], value.shape[-1])
         saved: list[Tensor] = []
         for block in blocks:
-            scores = _scores(query, key, block, scale, cap)
-            seen = probabilities = _probabilities(scores, block, query.dtype)
+            seen = p = _probabilities(_scores(exact, block, ratio, cap), block, query.dtype)
             if dropout:
-                keep = dropout_mask(seen, dropout)
-                seen = probabilities * keep
+                keep = dropout_mask(p, dropout)
+                seen = p * keep
                 saved.append(keep)
             if dropout or block.width <= MAX_SAVED_KEYS:
-                saved.append(probabilities)
-            block_output = torch.bmm(seen, _rows(value, block.keys))
-            _ungroup_heads(output[block.start : block.stop], block_output, groups)
-        ctx.save_for_backward(query, key, value, *saved)
+                saved.append(p)
+            torch.bmm(seen, _keys(values, block), out=_rows(outputs, block, ratio))
+        ctx.save_for_backward(queries, key, value, *saved)
         ctx.blocks, ctx.scale, ctx.dropout, ctx.cap = blocks, scale, dropout, cap
-        return output
+        return _ungroup_heads(outputs, len(query))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Returns the gradients of queries, keys and values."""
-        query, key, value, *rest = ctx.saved_tensors
-        saved = iter(rest)
-        heads, tokens, width = query.shape
-        groups = len(key)
-        of_query = query.new_empty(tokens, heads, width)
-        of_key, of_value = key.new_zeros(key.shape), value.new_zeros(value.shape)
-        for block in ctx.blocks:
+        queries, key, value, *rest = ctx.saved_tensors
+        blocks, saved = ctx.blocks, iter(rest)
+        heads = gradient.shape[1]
+        ratio = heads // len(key)
+        keys, values = blocks.gather(key), blocks.gather(value)
+        grad_outputs = _group_heads(gradient, len(key))
+        grad_queries = queries.new_empty(queries.shape)
+        grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
+        exact: Pair | None = None
+        for block in blocks:
             keep = next(saved) if ctx.dropout else None
             is_saved = ctx.dropout or block.width <= MAX_SAVED_KEYS
             slope = None
             if ctx.cap or not is_saved:
-                scores = _scores(query, key, block, ctx.scale, ctx.cap)
-                slope = slope_of_cap(scores, ctx.cap, query.dtype) if ctx.cap else None
-            p = next(saved) if is_saved else _probabilities(scores, block, query.dtype)
-            of_output = _group_heads(gradient[block.start : block.stop], groups)
+                exact = exact or _exact(queries, keys, ctx.scale)
+                scores = _scores(exact, block, ratio, ctx.cap)
+                slope = slope_of_cap(scores, ctx.cap, queries.dtype) if ctx.cap else None
+            p = next(saved) if is_saved else _probabilities(scores, block, queries.dtype)
+            grad_output = _rows(grad_outputs, block, ratio)
             seen = p if keep is None else p * keep
-            _add(of_value, block.keys, seen.transpose(1, 2), of_output)
-            grad_probs = torch.bmm(of_output, _rows(value, block.keys).transpose(1, 2))
-            of_p = grad_probs if keep is None else grad_probs.mul_(keep)
-            of_scores = softmax_backward(of_p, p, -1, p.dtype)
-            of_scores = of_scores.mul_(ctx.scale)
+            _keys(grad_values, block).baddbmm_(seen.transpose(1, 2), grad_output)
+            grad_probs = torch.bmm(grad_output, _keys(values, block).transpose(1, 2))
+            grad_p = grad_probs if keep is None else grad_probs.mul_(keep)
+            grad_scores = softmax_backward(grad_p, p, -1, p.dtype).mul_(ctx.scale)
             if slope is not None:
-                of_scores.mul_(slope)
-            of_block = torch.bmm(of_scores, _rows(key, block.keys))
-            _ungroup_heads(of_query[block.start : block.stop], of_block, groups)
-            _add(of_key, block.keys, of_scores.transpose(1, 2), _queries(query, block, groups))
-        return of_query.transpose(0, 1), of_key, of_value, None, None, None, None
+                grad_scores.mul_(slope)
+            torch.bmm(grad_scores, _keys(keys, block), out=_rows(grad_queries, block, ratio))
+            rows = _rows(queries, block, ratio)
+            _keys(grad_keys, block).baddbmm_(grad_scores.transpose(1, 2), rows)
+        grad_query = _ungroup_heads(grad_queries, heads).transpose(0, 1)
+        grad_key, grad_value = blocks.scatter(grad_keys, key), blocks.scatter(grad_values, value)
+        return grad_query, grad_key, grad_value, None, None, None, None
 
 
-def _scores(
-    query: Tensor, key: Tensor, block: QueryBlock, scale: float, cap: float | None
-) -> Tensor:
-    """Returns unmasked scores (key heads, heads per key head * queries, keys), float32 or wider."""
-    compute_dtype = torch.promote_types(query.dtype, torch.float32)
-    queries = _queries(query, block, len(key)).to(compute_dtype)
-    keys = _rows(key, block.keys).to(compute_dtype)
-    return cap_scores(torch.bmm(queries, keys.transpose(1, 2)).mul_(scale), cap)
+def _exact(queries: Tensor, keys: Tensor, scale: float) -> Pair:
+    dtype = torch.promote_types(queries.dtype, torch.float32)
+    return queries.to(dtype) * scale, keys.to(dtype)
+
+
+def _scores(exact: Pair, block: QueryBlock, ratio: int, cap: float | None) -> Tensor:
+    queries, keys = _rows(exact[0], block, ratio), _keys(exact[1], block)
+    return cap_scores(torch.bmm(queries, keys.transpose(1, 2)), cap)
 
 
 def _probabilities(scores: Tensor, block: QueryBlock, dtype: torch.dtype) -> Tensor:
-    """Returns the softmax of `scores` in `dtype`, after adding the mask of `block` in place."""
     if block.mask is not None:
-        num_queries = block.stop - block.start
-        last = scores.view(len(scores), -1, num_queries, block.width)[..., -block.mask.shape[1] :]
-        last.add_(block.mask)
+        by_query = scores.view(len(scores), block.stop - block.start, -1, block.width)
+        by_query[..., -block.mask.shape[-1] :].add_(block.mask)
     return scores.softmax(-1).to(dtype)
 
 
@@ -216,40 +232,22 @@ def slope_of_cap(capped: Tensor, cap: float, dtype: torch.dtype) -> Tensor:
     return 1 - (capped / cap).square_().to(dtype)
 
 
-def _queries(query: Tensor, block: QueryBlock, groups: int) -> Tensor:
-    """Returns the queries of a block, (key heads, heads per key head * queries, head_dim)."""
-    return query[:, block.start : block.stop].reshape(groups, -1, query.shape[-1])
+def _rows(states: Tensor, block: QueryBlock, ratio: int) -> Tensor:
+    return states[:, block.start * ratio : block.stop * ratio]
 
 
-def _rows(states: Tensor, spans: Sequence[Range]) -> Tensor:
-    """Returns the keys or values of a block, (key heads, keys, head_dim)."""
-    if len(spans) == 1:
-        return states[:, spans[0][0] : spans[0][1]]
-    return torch.cat([states[:, start:stop] for start, stop in spans], dim=1)
-
-
-def _add(total: Tensor, spans: Sequence[Range], left: Tensor, right: Tensor) -> None:
-    if len(spans) == 1:
-        total[:, spans[0][0] : spans[0][1]].baddbmm_(left, right)
-        return
-    product, offset = torch.bmm(left, right), 0
-    for start, stop in spans:
-        total[:, start:stop] += product[:, offset : offset + stop - start]
-        offset += stop - start
+def _keys(states: Tensor, block: QueryBlock) -> Tensor:
+    return states[:, block.first : block.last]
 
 
 def _group_heads(states: Tensor, groups: int) -> Tensor:
-    """Reshape (queries, heads, dim) to (`groups` key heads, heads per key head * queries, dim)."""
-    count, heads, width = states.shape
-    return (
-        states.reshape(count, groups, heads // groups, width)
-        .permute(1, 2, 0, 3)
-        .reshape(groups, -1, width)
-    )
+    """Reshape (tokens, heads, dim) to (`groups` key heads, tokens * heads per key head, dim)."""
+    tokens, _, width = states.shape
+    return states.reshape(tokens, groups, -1, width).transpose(0, 1).reshape(groups, -1, width)
 
 
-def _ungroup_heads(target: Tensor, states: Tensor, groups: int) -> None:
-    """Write `states`, shaped as by `_group_heads`, to `target` (queries, heads, dim)."""
-    count, heads, width = target.shape
-    ungrouped = states.view(groups, heads // groups, count, width).permute(2, 0, 1, 3)
-    target.view(count, groups, heads // groups, width).copy_(ungrouped)
+def _ungroup_heads(states: Tensor, heads: int) -> Tensor:
+    """Reshape the result of `_group_heads` to (tokens, `heads`, dim)."""
+    groups, _, width = states.shape
+    by_token = states.view(groups, -1, heads // groups, width).transpose(0, 1)
+    return by_token.reshape(-1, heads, width)

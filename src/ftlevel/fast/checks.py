@@ -29,7 +29,7 @@ from ftlevel.fast.likelihoods import (
 )
 from ftlevel.fast.packing import PackedLayout, UnsupportedModelError, using_layout
 from ftlevel.fast.prefixes import SharedPrefix, create_prefix_tree, using_prefix
-from ftlevel.fast.pruning import get_prunable_linears
+from ftlevel.fast.pruning import get_prunable_layers
 from ftlevel.fast.recompute import using_generator
 from ftlevel.models.hardware import autocast, eval_mode, evaluating, has_forced_tf32
 from ftlevel.models.module_tree import get_blocks, linear_size
@@ -281,14 +281,14 @@ class PruningCheck(StepCheck):
         try:
             with eval_mode(self.model), autocast(self.device, self.dtype):
                 select = self._select_tokens(objective, batch)
-                return (select, self._select_linears(batch)) if select else (None, [])
+                return (select, self._select_layers(batch)) if select else (None, [])
         except RuntimeError:
             return None, []
 
     def _select_tokens(
         self, objective: Objective, batch: dict[str, Tensor]
     ) -> TokenSelector | None:
-        if isinstance(objective, TokenObjective):
+        if objective.predicts_tokens:
             return SupervisedTokens(objective)
         if not objective.per_row:
             return None
@@ -311,7 +311,7 @@ class PruningCheck(StepCheck):
             (end for end in candidates if torch.equal(torch.unique(end(batch)), indices)), None
         )
 
-    def _select_linears(self, batch: dict[str, Tensor]) -> list[nn.Module]:
+    def _select_layers(self, batch: dict[str, Tensor]) -> list[nn.Module]:
         layout = PackedLayout.from_mask(batch["attention_mask"])
         if layout.tokens < MIN_TOKENS:
             return []
@@ -322,8 +322,8 @@ class PruningCheck(StepCheck):
         if len(calls) != 1:
             return []
         with using_layout(layout):
-            return get_prunable_linears(
-                self.last_block, *calls[0], layout, _get_linears(self.last_block)
+            return get_prunable_layers(
+                self.last_block, *calls[0], layout, get_linear_layers(self.last_block)
             )
 
     @contextmanager
@@ -340,17 +340,17 @@ class PruningCheck(StepCheck):
             yield calls
 
 
-def _get_linears(module: nn.Module) -> list[nn.Module]:
+def get_linear_layers(module: nn.Module) -> list[nn.Module]:
     """Returns the linear layers of `module`; a layer with adapters counts as one."""
     if linear_size(module) is not None:
         return [module]
-    return [linear for child in module.children() for linear in _get_linears(child)]
+    return [linear for child in module.children() for linear in get_linear_layers(child)]
 
 
 def get_cross_entropy_error(
     head: ChunkedCrossEntropy,
     model: Any,
-    objective: TokenObjective,
+    objective: Any,
     rows: Sequence[Encoded],
     pad_id: int,
     device: str,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ class ChunkedCrossEntropy:
     """Computes a model's head and loss at given positions, inside its forward pass.
 
     A hook on the head of `model` (modified) computes the result from the head's input; afterwards
-    the head runs on one position only. Precision, adapters and head weights are the model's own.
+    the head runs on no position. Precision, adapters and head weights are the model's own.
     Raises UnsupportedModelError if the model has no language head.
     """
 
@@ -149,10 +150,8 @@ class ChunkedCrossEntropy:
                 losses, gradient = losses_and_gradient(logits, targets[chunk], smoothing)
                 return losses.sum(), gradient
 
-            return self._compute(forward, at, lambda states: self._sum_loss(states, compute))
-        return self._compute(
-            forward, at, lambda states: self._observe_chunks(states, targets, observe)
-        )
+            return self._compute(forward, at, partial(self._sum_loss, compute=compute))
+        return self._compute(forward, at, partial(self._observe, targets=targets, observe=observe))
 
     def custom_loss_sum(
         self, forward: Callable[[], Any], at: Tensor, loss_of: Callable[[Tensor, slice], Tensor]
@@ -169,7 +168,7 @@ class ChunkedCrossEntropy:
                 loss = loss_of(leaf, chunk)
             return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
-        return self._compute(forward, at, lambda states: self._sum_loss(states, compute))
+        return self._compute(forward, at, partial(self._sum_loss, compute=compute))
 
     def likelihoods(
         self, forward: Callable[[], Any], at: Tensor, targets: Tensor, temperature: float = 1.0
@@ -179,13 +178,13 @@ class ChunkedCrossEntropy:
         Logits are divided by `temperature`. Other arguments are those of `loss_sum`.
         """
 
-        def scale_logits(states: Tensor) -> Tensor:
-            return self._logits(states) / temperature
+        def scale_logits(hidden_states: Tensor) -> Tensor:
+            return self._logits(hidden_states) / temperature
 
-        def compute(states: Tensor) -> Tensor:
+        def compute(hidden_states: Tensor) -> Tensor:
             compute_logits = self._logits if temperature == 1 else scale_logits
             return _Likelihoods.apply(  # type: ignore[no-untyped-call]
-                states, targets, compute_logits, self._chunk, *self._trained()
+                hidden_states, targets, compute_logits, self._chunk, *self._trained()
             )
 
         return self._compute(forward, at, compute)
@@ -193,7 +192,7 @@ class ChunkedCrossEntropy:
     def _compute(
         self, forward: Callable[[], Any], at: Tensor, compute: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """Run `forward`; returns `compute(states)` of the head's input states (targets, hidden)."""
+        """Run `forward`; returns `compute` of the head's input hidden states (targets, hidden)."""
         self._call.request, self._call.result = (at, compute), None
         try:
             with keep_packed():
@@ -210,27 +209,27 @@ class ChunkedCrossEntropy:
             return None
         at, compute = self._call.request
         self._call.request = None  # the head is called again below
-        states, layout = args[0], current_layout()
+        hidden_states, layout = args[0], current_layout()
         if layout is not None and not layout.is_single_row:  # `keep_packed`
             at = layout.restore.index_select(0, at)
-        self._call.result = compute(states.flatten(0, -2).index_select(0, at))
-        return (states[:1, :1],)
+        self._call.result = compute(hidden_states.flatten(0, -2).index_select(0, at))
+        return (hidden_states[:1, :0],)
 
     def _trained(self) -> list[Tensor]:
         return [p for p in self._head.parameters() if p.requires_grad]
 
-    def _sum_loss(self, states: Tensor, compute: LossAndGradient) -> Tensor:
+    def _sum_loss(self, hidden_states: Tensor, compute: LossAndGradient) -> Tensor:
         return _SummedLoss.apply(  # type: ignore[no-untyped-call]
-            states, compute, self._logits, self._chunk, *self._trained()
+            hidden_states, compute, self._logits, self._chunk, *self._trained()
         )
 
-    def _logits(self, states: Tensor) -> Tensor:
+    def _logits(self, hidden_states: Tensor) -> Tensor:
         # No batch dimension: with one, torch's backward pass copies the head's weight.
-        return self._transform(self._head(states))
+        return self._transform(self._head(hidden_states))
 
-    def _observe_chunks(self, states: Tensor, targets: Tensor, observe: Observe | None) -> Tensor:
-        total = torch.zeros((), device=states.device)
-        for chunk, labels in _chunks(states, targets, self._chunk):
+    def _observe(self, hidden_states: Tensor, targets: Tensor, observe: Observe | None) -> Tensor:
+        total = torch.zeros((), device=hidden_states.device)
+        for chunk, labels in _chunks(hidden_states, targets, self._chunk):
             logits = self._logits(chunk)
             total += functional.cross_entropy(logits.float(), labels, reduction="sum")
             if observe is not None:
@@ -238,8 +237,8 @@ class ChunkedCrossEntropy:
         return total
 
 
-def _chunks(states: Tensor, targets: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(torch.split(states, size), torch.split(targets, size), strict=True)
+def _chunks(hidden_states: Tensor, targets: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(torch.split(hidden_states, size), torch.split(targets, size), strict=True)
 
 
 def _cast_gradient(gradient: Tensor, dtype: torch.dtype) -> Tensor:
@@ -252,17 +251,17 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        states: Tensor,
+        hidden_states: Tensor,
         compute: LossAndGradient,
         compute_logits: Callable[[Tensor], Tensor],
         size: int,
         *parameters: Tensor,
     ) -> Tensor:
-        total = torch.zeros((), device=states.device)
-        grad_states = torch.empty_like(states)
+        total = torch.zeros((), device=hidden_states.device)
+        grad_hidden_states = torch.empty_like(hidden_states)
         grad_parameters = [torch.zeros_like(p) for p in parameters]
         start = 0
-        for chunk in torch.split(states, size):
+        for chunk in torch.split(hidden_states, size):
             positions = slice(start, start + len(chunk))
             with torch.enable_grad():
                 leaf = chunk.detach().requires_grad_()
@@ -274,37 +273,38 @@ class _SummedLoss(torch.autograd.Function):
             grad_chunk, *grad_head = torch.autograd.grad(
                 logits, [leaf, *parameters], _cast_gradient(gradient, logits.dtype)
             )
-            grad_states[positions] = grad_chunk
+            grad_hidden_states[positions] = grad_chunk
             start = positions.stop
             for total_gradient, part in zip(grad_parameters, grad_head, strict=True):
                 total_gradient += part
-        ctx.save_for_backward(grad_states, *grad_parameters)
+        ctx.save_for_backward(grad_hidden_states, *grad_parameters)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grad_output = grad_output / ctx.scale  # in float32: the gradient scaler's exceed float16
-        states, *parameters = [part * grad_output.to(part.dtype) for part in ctx.saved_tensors]
-        return states, None, None, None, *parameters
+        gradients = (part * grad_output.to(part.dtype) for part in ctx.saved_tensors)
+        grad_hidden_states, *grad_parameters = gradients
+        return grad_hidden_states, None, None, None, *grad_parameters
 
 
 class _Likelihoods(torch.autograd.Function):
-    """Log-likelihoods of targets; with a frozen head, forward computes the gradient of `states`."""
+    """Log-likelihoods of targets; if the head is frozen, forward computes the gradient."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        states: Tensor,
+        hidden_states: Tensor,
         targets: Tensor,
         compute_logits: Callable[[Tensor], Tensor],
         size: int,
         *parameters: Tensor,
     ) -> Tensor:
-        likelihoods = torch.empty(len(targets), device=states.device)
-        needs_gradient = states.requires_grad and not parameters
-        grad_states = torch.empty_like(states) if needs_gradient else states
+        likelihoods = torch.empty(len(targets), device=hidden_states.device)
+        needs_gradient = hidden_states.requires_grad and not parameters
+        grad_hidden_states = torch.empty_like(hidden_states) if needs_gradient else hidden_states
         start = 0
-        for chunk, chunk_targets in _chunks(states, targets, size):
+        for chunk, chunk_targets in _chunks(hidden_states, targets, size):
             positions = slice(start, start + len(chunk_targets))
             with torch.set_grad_enabled(needs_gradient):
                 leaf = chunk.detach().requires_grad_(needs_gradient)
@@ -314,12 +314,12 @@ class _Likelihoods(torch.autograd.Function):
                 likelihoods[positions] = -loss
             if needs_gradient:
                 ctx.scale = FLOAT16_SCALE if logits.dtype == torch.float16 else 1.0
-                (grad_states[positions],) = torch.autograd.grad(
+                (grad_hidden_states[positions],) = torch.autograd.grad(
                     logits, leaf, -_cast_gradient(gradient, logits.dtype)
                 )
             start += len(chunk_targets)
-        ctx.save_for_backward(grad_states, targets, *parameters)
-        device = states.device.type
+        ctx.save_for_backward(grad_hidden_states, targets, *parameters)
+        device = hidden_states.device.type
         ctx.compute_logits, ctx.size, ctx.has_gradient = compute_logits, size, needs_gradient
         ctx.precision = (
             device,
@@ -330,24 +330,24 @@ class _Likelihoods(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        states, targets, *parameters = ctx.saved_tensors
+        hidden_states, targets, *parameters = ctx.saved_tensors
         if ctx.has_gradient:
             grad_output = grad_output / ctx.scale
-            return states * grad_output[:, None].to(states.dtype), None, None, None
-        grad_states = torch.empty_like(states)
+            return hidden_states * grad_output[:, None].to(hidden_states.dtype), None, None, None
+        grad_hidden_states = torch.empty_like(hidden_states)
         grad_parameters = [torch.zeros_like(p) for p in parameters]
         start = 0
-        for chunk, chunk_targets in _chunks(states, targets, ctx.size):
+        for chunk, chunk_targets in _chunks(hidden_states, targets, ctx.size):
             positions = slice(start, start + len(chunk_targets))
             with torch.enable_grad(), torch.autocast(*ctx.precision):
                 leaf = chunk.detach().requires_grad_()
                 logits = ctx.compute_logits(leaf)
             _, gradient = losses_and_gradient(logits.detach(), chunk_targets)
             gradient = gradient.float().mul_(-grad_output[positions, None])
-            grad_states[positions], *grad_head = torch.autograd.grad(
+            grad_hidden_states[positions], *grad_head = torch.autograd.grad(
                 logits, [leaf, *parameters], gradient.to(logits.dtype)
             )
             for total, part in zip(grad_parameters, grad_head, strict=True):
                 total += part
             start += len(chunk_targets)
-        return grad_states, None, None, None, *grad_parameters
+        return grad_hidden_states, None, None, None, *grad_parameters

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -50,10 +49,10 @@ def renorm(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 def norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """Returns ∂L/∂x of RMSNorm; `gradient` is ∂L/∂y, `scale` is ρ = 1 / RMS(x)."""
-    normed = x.to(scale.dtype) * scale
+    x = x.to(scale.dtype)
     of_normed = gradient.to(scale.dtype) * weight.to(scale.dtype)
-    along = (of_normed * normed).mean(-1, keepdim=True)
-    return of_normed.sub_(normed.mul_(along)).mul_(scale).to(x.dtype)
+    along = (of_normed * x).mean(-1, keepdim=True).mul_(scale**3)
+    return of_normed.mul_(scale).addcmul_(x, along, value=-1).to(gradient.dtype)
 
 
 def _normalize(x: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -63,15 +62,18 @@ def _normalize(x: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> 
     return normed.to(dtype).mul_(weight)
 
 
-def glu(activation: str, gate: Tensor, up: Tensor) -> Tensor:
-    """Returns the GLU output a(gate) ∘ up; `activation` a is a key of `ACTIVATIONS`."""
-    return ACTIVATIONS[activation][0](gate).mul_(up)
+class GluRecomputation:
+    """Recomputes a(gate) ∘ up, and keeps a(gate) for the gradient; a is in `ACTIVATIONS`."""
 
+    activated: Tensor | None = None
 
-def glu_backward(activation: str, gradient: Tensor, gate: Tensor, up: Tensor) -> Pair:
-    """Returns ∂L/∂gate and ∂L/∂up; `gradient` is ∂L/∂y of the GLU output y."""
-    activate, of_gate = ACTIVATIONS[activation]
-    return of_gate(gradient * up, gate), activate(gate).mul_(gradient)
+    def __init__(self, activation: str) -> None:
+        self.activate, self.grad_gate = ACTIVATIONS[activation]
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Returns the GLU output, bit for bit."""
+        self.activated = self.activate(gate)
+        return self.activated * up
 
 
 class _Norm(torch.autograd.Function):
@@ -130,15 +132,18 @@ class _Glu(torch.autograd.Function):
     """Gated linear unit: the activated gate times the up projection."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, recompute: GluRecomputation) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.activation = activation
-        return glu(activation, gate, up)
+        ctx.recompute = recompute
+        return recompute.activate(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return *glu_backward(ctx.activation, gradient, *ctx.saved_tensors), None
+        (gate, up), of = ctx.saved_tensors, ctx.recompute
+        activated = of.activate(gate) if of.activated is None else of.activated
+        of.activated = None
+        return of.grad_gate(gradient * up, gate), activated.mul_(gradient), None
 
 
 class FusedGlu(nn.Module):
@@ -156,9 +161,9 @@ class FusedGlu(nn.Module):
         if not (self.training and torch.is_grad_enabled()):
             return self.original[0](x)
         gate, up = self.get_submodule("gate_proj")(x), self.get_submodule("up_proj")(x)
-        gated = _Glu.apply(gate, up, self._activation)  # type: ignore[no-untyped-call]
-        gated = with_recomputation(gated, partial(glu, self._activation), gate, up)
-        return self.get_submodule("down_proj")(gated)
+        recompute = GluRecomputation(self._activation)
+        gated = _Glu.apply(gate, up, recompute)  # type: ignore[no-untyped-call]
+        return self.get_submodule("down_proj")(with_recomputation(gated, recompute, gate, up))
 
 
 def get_original(module: nn.Module) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,8 @@ from torch.nn import functional
 from ftlevel.fast.cross_entropy import ChunkedCrossEntropy, Observe
 from ftlevel.fast.packing import PackedLayout, using_layout
 from ftlevel.fast.prefixes import SharedPrefix, using_prefix
-from ftlevel.models.hardware import eval_mode
 from ftlevel.objectives import (
-    DistillationObjective,
-    LikelihoodObjective,
-    Likelihoods,
+    LOSS_INPUTS,
     Objective,
     TokenObjective,
     TrainingLoss,
@@ -27,17 +24,6 @@ from ftlevel.objectives import (
 def base_model(model: Any) -> Any:
     """Returns the transformers model inside a PEFT model; another model itself."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
-
-
-def compute_answer_likelihoods(
-    head: ChunkedCrossEntropy | None,
-    model: Any,
-    objective: LikelihoodObjective,
-    batch: Mapping[str, Any],
-) -> Tensor:
-    """Returns each answer's log-likelihood and length, (answers, 2); `head` None: all logits."""
-    likelihoods, owners = compute_token_likelihoods(head, model, objective, batch)
-    return objective.answers(likelihoods, owners, len(batch["labels"]))
 
 
 def compute_token_likelihoods(
@@ -65,12 +51,12 @@ def compute_token_likelihoods(
 def _compute_likelihood_loss(
     head: ChunkedCrossEntropy | None, model: Any, objective: Objective, batch: Mapping[str, Any]
 ) -> Tensor | None:
-    """Returns the summed loss (a scalar) of a preference or policy objective; None for others."""
+    """Returns the summed loss (a scalar) of log-likelihoods; None for other losses."""
     own: Any = objective
-    compute = Likelihoods(
-        lambda: compute_answer_likelihoods(head, model, own, batch),
-        lambda temperature: compute_token_likelihoods(head, model, own, batch, temperature),
-    )
+
+    def compute(temperature: float) -> tuple[Tensor, Tensor]:
+        return compute_token_likelihoods(head, model, own, batch, temperature)
+
     return objective.likelihood_loss(batch, compute)
 
 
@@ -81,35 +67,11 @@ def compute_full_loss(
     if (total := _compute_likelihood_loss(None, model, objective, batch)) is not None:
         return total, batch["labels"], None
     fed, labels = objective.split(batch)
-    if isinstance(objective, DistillationObjective) and "known" in batch:
-        scores, targets = objective.targets(objective.logits(model(**fed)), labels)
-        total = objective.distillation_sum(scores, targets, batch["known"], batch["ids"])
-        return total, labels, None
     outputs = model(**fed)
+    if (compute := objective.get_chunk_loss(batch)) is not None:
+        logits, targets = objective.targets(objective.logits(outputs), labels)
+        return compute(logits, targets, slice(None)), labels, None
     return objective.training_sum(objective.logits(outputs), labels, mask, loss), labels, outputs
-
-
-def with_baseline(preference_labels: Tensor, baseline: Tensor) -> Tensor:
-    """Returns `preference_labels` (answers, 3), the last column replaced by the KTO `baseline`."""
-    return torch.cat([preference_labels[:, :2], baseline.expand(len(preference_labels), 1)], dim=1)
-
-
-def sum_log_ratios(
-    head: ChunkedCrossEntropy | None,
-    model: Any,
-    objective: LikelihoodObjective,
-    batches: Sequence[dict[str, Any]],
-) -> Tensor:
-    """Returns the sum and the number of the answers' log-ratios (policy / reference), (2,)."""
-    total = torch.zeros(2, device=next(model.parameters()).device)
-    with eval_mode(model), torch.no_grad():
-        for batch in batches:
-            inputs = {name: value for name, value in batch.items() if name != "layout"}
-            with using_layout(batch.get("layout")):
-                answers = compute_answer_likelihoods(head, model, objective, inputs)
-            ratios = answers[:, 0] - inputs["preference_labels"][:, 1]
-            total += torch.stack([ratios.sum(), torch.ones_like(ratios).sum()])
-    return total
 
 
 def prepare_inputs(
@@ -117,7 +79,7 @@ def prepare_inputs(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Returns inputs for `model` without labels, so that it computes no loss, and the labels."""
     inputs: dict[str, Any] = dict(batch)
-    for name in ("preference_labels", "located", "known", "ids", "signals"):
+    for name in (*LOSS_INPUTS, "located"):
         inputs.pop(name, None)
     labels = inputs.pop("labels")
     if objective.feeds_labels:
@@ -129,7 +91,7 @@ def prepare_inputs(
 def supervised_loss(
     head: ChunkedCrossEntropy,
     model: Any,
-    objective: Objective,
+    objective: Any,
     batch: Mapping[str, Any],
     observe: Observe | None = None,
     smoothing: float = 0.0,
@@ -137,17 +99,14 @@ def supervised_loss(
     """Returns a batch's summed loss with `head` run at targets only; `observe` gets the logits."""
     if (total := _compute_likelihood_loss(head, model, objective, batch)) is not None:
         return total
-    if not isinstance(objective, TokenObjective):
-        raise TypeError("a language head predicts tokens")
     inputs, labels = prepare_inputs(model, objective, batch)
     at, targets = batch.get("located") or objective.locate(labels)
-    if isinstance(objective, DistillationObjective) and "known" in batch:
-        log_probabilities, ids, sum_of = batch["known"], batch["ids"], objective.distillation_sum
-
-        def compute(logits: Tensor, chunk: slice) -> Tensor:
-            return sum_of(logits, targets[chunk], log_probabilities[chunk], ids[chunk])
-
-        return head.custom_loss_sum(lambda: model(**inputs), at, compute)
+    if (compute := objective.get_chunk_loss(batch)) is not None:
+        return head.custom_loss_sum(
+            lambda: model(**inputs),
+            at,
+            lambda logits, chunk: compute(logits, targets[chunk], chunk),
+        )
     return head.loss_sum(lambda: model(**inputs), at, targets, observe, smoothing)
 
 
@@ -170,7 +129,7 @@ Batch = Mapping[str, Tensor]
 class SupervisedTokens:
     """Selects the tokens that predict a target of a language head."""
 
-    objective: TokenObjective
+    objective: Any
 
     def __call__(self, batch: Batch) -> Tensor:
         """Returns the flat indices into (batch, seq) of tokens that predict a target, (needed,)."""

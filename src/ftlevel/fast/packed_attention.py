@@ -103,7 +103,7 @@ def _pad(group: Sequence[Segment], first: int, causal: bool, window: int | None)
     is_token = torch.arange(longest) < lengths[:, None]
     positions = is_token.flatten().nonzero()[:, 0]
     source = (is_token.flatten().cumsum(0) - 1).clamp(min=0)
-    seen = create_visibility_mask(0, longest, 0, longest, causal, window)
+    seen = create_visibility_mask(0, longest, longest, causal, window)
     mask = None
     if not bool(is_token.all()) or seen is not None:
         visible = torch.ones(longest, longest, dtype=torch.bool) if seen is None else seen
@@ -377,7 +377,7 @@ def _by_sdpa(segment: Segment, states: list[Tensor], options: AttentionOptions) 
     mask = (
         None
         if is_unmasked
-        else create_visibility_mask(0, length, 0, length, options.causal, options.window)
+        else create_visibility_mask(0, length, length, options.causal, options.window)
     )
     output = functional.scaled_dot_product_attention(
         query[None],

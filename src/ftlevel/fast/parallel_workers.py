@@ -26,7 +26,7 @@ MAX_WORKERS = 4
 
 GAIN = 1.1
 """Throughput relative to all threads on one micro-batch: 1.03 to 1.16 on two idle Zen 4 cores,
-1.3 to 1.5 on busy ones (docs/performance.md).
+1.3 to 1.5 on busy ones.
 """
 
 

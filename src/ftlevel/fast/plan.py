@@ -27,7 +27,7 @@ from ftlevel.methods import METHODS
 from ftlevel.models.families import lookup_family
 from ftlevel.models.module_tree import get_blocks
 from ftlevel.models.upstream.architectures import attention_of, is_stateful
-from ftlevel.objectives import Objective, StepObjective, TokenObjective
+from ftlevel.objectives import Objective
 from ftlevel.world import has_peers
 
 FUNCTIONAL_DROPOUT = ("opt",)
@@ -207,7 +207,7 @@ def plan_plain(objective: Objective, tokens: int) -> FastPlan:
 
     A loss over a whole step needs the rows together, and no other part of the fast step.
     """
-    return FastPlan(True, tokens=tokens) if isinstance(objective, StepObjective) else FastPlan()
+    return FastPlan(True, tokens=tokens) if objective.needs_whole_step else FastPlan()
 
 
 def plan_fast(
@@ -407,7 +407,7 @@ def set_packed_attention(model: Any) -> bool:
 
 def has_language_head(model: Any, objective: Objective | None) -> bool:
     """Returns whether the head of `model` can run on supervised tokens only."""
-    if not isinstance(objective, TokenObjective) or model.get_output_embeddings() is None:
+    if objective is None or not objective.predicts_tokens or model.get_output_embeddings() is None:
         return False
     return not objective.feeds_labels or hasattr(model, "prepare_decoder_input_ids_from_labels")
 

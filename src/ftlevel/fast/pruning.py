@@ -55,7 +55,7 @@ def _restore_positions(
     return zeros.index_copy(-2, layout.needed, output)
 
 
-def get_prunable_linears(
+def get_prunable_layers(
     block: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],

@@ -26,7 +26,7 @@ from ftlevel.fast.pruning import LastLayerPruning
 from ftlevel.fast.recompute import PerWorkerDropout
 from ftlevel.models.module_tree import get_blocks
 from ftlevel.models.upstream.architectures import attention_of
-from ftlevel.objectives import Objective, TokenObjective
+from ftlevel.objectives import Objective
 
 
 class FastStep:
@@ -91,7 +91,7 @@ class FastStep:
         self, objective: Objective, rows: Sequence[Encoded], pad_id: int, device: str, dtype: str
     ) -> str:
         """Disable chunked cross-entropy if its check fails; returns the error, empty for none."""
-        if self.cross_entropy is None or not isinstance(objective, TokenObjective):
+        if self.cross_entropy is None:
             return ""
         message = get_cross_entropy_error(
             self.cross_entropy, self._model, objective, rows, pad_id, device, dtype
@@ -147,10 +147,8 @@ def chunked_cross_entropy(
     base = base_model(model)
     head = ChunkedCrossEntropy(base) if has_language_head(base, objective) else None
     try:
-        if (
-            head is not None
-            and isinstance(objective, TokenObjective)
-            and get_cross_entropy_error(head, model, objective, rows, pad_id, device, dtype)
+        if head is not None and get_cross_entropy_error(
+            head, model, objective, rows, pad_id, device, dtype
         ):
             head.remove()
             head = None

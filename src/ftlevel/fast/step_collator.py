@@ -12,7 +12,6 @@ import torch
 
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.row import IGNORED, Encoded
-from ftlevel.data.encoding.texts import EncodedText, distinct_texts
 from ftlevel.fast.packing import (
     MicroBatches,
     PackedLayout,
@@ -29,7 +28,7 @@ from ftlevel.fast.prefixes import (
     create_prefix_tree,
     sort_by_prefix,
 )
-from ftlevel.objectives import Objective, TokenObjective
+from ftlevel.objectives import Objective
 
 PREFIX_COST = 120
 """Cost of a shared prefix's own micro-batch beyond the tokens. With 302 tokens and 1,536 after it,
@@ -48,17 +47,15 @@ class StepCollator:
         self._collate = Collator(pad_id)
         self._plan = plan
         # Located here: on a GPU the loss would have to wait for their number.
-        locates = plan.chunked_cross_entropy and isinstance(objective, TokenObjective)
-        self._objective = objective if locates else None
+        self._objective = objective if plan.chunked_cross_entropy else None
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
         """Returns a dict of `rows`, `micro_batches`, `parts`, `in_parallel` and `has_parts`.
 
         `parts` are the row indices of each micro-batch; `has_parts` is whether some micro-batch has
         several rows. `shared_prefix`, if any, has batch and layout of the rows' common prefix;
-        `contrasts`, if any, are micro-batches of KTO's mismatched pairs. A micro-batch is the
-        output of `Collator` with its `layout` (None if padded) and, for a language head, its
-        `located` targets.
+        A micro-batch is the output of `Collator` with its `layout` (None if padded) and, for a
+        language head, its `located` targets.
         """
         schedule = self._select_schedule(rows)
         partition = schedule.partition
@@ -73,8 +70,6 @@ class StepCollator:
         }
         if partition.prefix:
             step["shared_prefix"] = self._shared_prefix(rows[0].input_ids[: partition.prefix])
-        if contrasts := [other for row in rows for other in row.contrasts]:
-            step["contrasts"] = [batch for _, batch in self.split(contrasts)]
         return step
 
     def split(self, rows: Sequence[Encoded]) -> list[tuple[list[int], dict[str, Any]]]:
@@ -128,7 +123,7 @@ class StepCollator:
             layout = layout.pad_to(self._plan.token_multiple)
         if layout is not None and self._plan.needed_tokens is not None:
             layout = layout.with_needed_tokens(self._plan.needed_tokens(batch))
-        if isinstance(self._objective, TokenObjective):
+        if self._objective is not None:
             batch["located"] = self._objective.locate(batch["labels"])
         return {**batch, "layout": layout}
 
@@ -216,18 +211,3 @@ def _first_target(row: Encoded) -> int:
         return 0
     positions = range(1, len(labels))
     return next((at - 1 for at in positions if labels[at] != IGNORED), len(labels) - 1)
-
-
-class TextCollator(StepCollator):
-    """Collates rows of texts to embed; each distinct text of a step is collated once."""
-
-    def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Returns `StepCollator`'s dict for the distinct texts of `rows`, with key `texts`."""
-        texts, step = distinct_texts(rows)
-        return {**super().__call__(texts), "rows": rows, "texts": step}
-
-    def _micro_batch(
-        self, rows: Sequence[Encoded], indices: Sequence[int], partition: _Partition
-    ) -> dict[str, Any]:
-        unpooled = [row.unpooled for i in indices if isinstance(row := rows[i], EncodedText)]
-        return {**super()._micro_batch(rows, indices, partition), "unpooled": unpooled}

@@ -8,9 +8,8 @@ are first rounded from the update merged into the base's weights before quantiza
 
 from __future__ import annotations
 
-import functools
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,7 +30,6 @@ from ftlevel.models.sources import resolve_source
 from ftlevel.models.upstream.quantizers import dequantized
 from ftlevel.trained.generation import batches
 from ftlevel.weights.codes import QuantizationGrid, select_codes
-from ftlevel.weights.gguf_file import GRIDS, QuantizedMatrix
 from ftlevel.weights.quantize_shards import (
     QuantizedLayout,
     bitsandbytes_grid,
@@ -320,30 +318,3 @@ def _check_reloaded(model: Any, checksums: Mapping[str, torch.Tensor]) -> None:
 def _signs(count: int) -> torch.Tensor:
     """Returns `count` fixed random signs, with which a matrix is multiplied for its checksum."""
     return torch.randint(0, 2, (count,), generator=torch.Generator().manual_seed(0)).float() * 2 - 1
-
-
-def select_gguf_codes(
-    model: Any, weights: Weights, rows: EvalSet, dtype: str, outtype: str
-) -> Callable[[str], QuantizedMatrix]:
-    """Returns a function: weight name → codes in the .gguf type `outtype`, selected on `rows`.
-
-    `weights` are those as trained; `outtype` is a key of `GRIDS`. Rounding starts from the trained
-    weights, because the grid of a quantized run is not that of the file.
-    """
-    transposed, sizes = {}, {}
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if weight is not None and weight.ndim == 2:
-            transposed[name] = type(module).__name__ == "Conv1D"
-            sizes[name] = weight.shape[0 if transposed[name] else 1]
-    moments = InputMoments(model, rows, dtype, sizes)
-    selector = CodeSelector(
-        weights, weights, GRIDS[outtype], transposed, DTYPES[dtype], moments, fits_scales=True
-    )
-
-    @functools.cache  # read again for the comparison with the saved file
-    def get_codes(name: str) -> QuantizedMatrix:
-        codes, scales = selector.select(name.removesuffix(".weight"))
-        return QuantizedMatrix(codes.to(torch.uint8), scales.view(len(codes), -1))
-
-    return get_codes

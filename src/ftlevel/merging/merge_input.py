@@ -130,16 +130,11 @@ def check_base_precision(ref: ModelRef) -> None:
         )
 
 
-@dataclass(frozen=True)
-class CheckRows:
-    """Rows to compare logits on, rows to select quantization codes on, and lines to print."""
-
-    compared: list[Encoded]
-    calibration: list[Encoded]
-    choices: list[Choice]
+SelectedRows = tuple[list[Encoded], list[Encoded], list[Choice]]
+"""Rows to compare logits on, rows to select quantization codes on, and lines to print."""
 
 
-def select_rows(inputs: MergeInput, count: int, calibration: int = 0) -> CheckRows:
+def select_rows(inputs: MergeInput, count: int, calibration: int = 0) -> SelectedRows:
     """Select up to `count` rows to compare logits on, and `calibration` rows for quantization."""
     if inputs.ref.run is None:
         return _create_rows(inputs, count, calibration, "the adapter has no run")
@@ -162,7 +157,7 @@ def select_rows(inputs: MergeInput, count: int, calibration: int = 0) -> CheckRo
     choices = [Choice("compared on", f"{len(rows)} {split} rows", name)] if rows else []
     if calibration_rows:
         choices.append(Choice("calibrated on", f"{len(calibration_rows)} training rows", name))
-    return CheckRows(rows, calibration_rows, choices)
+    return rows, calibration_rows, choices
 
 
 def _drop_token_types(rows: Sequence[Encoded]) -> list[Encoded]:
@@ -183,7 +178,7 @@ def _prepare_rows(inputs: MergeInput, data: DataConfig, seed: int) -> PreparedDa
     return prepare_data(data, context, ignore_progress)
 
 
-def _create_rows(inputs: MergeInput, count: int, calibration: int, message: str) -> CheckRows:
+def _create_rows(inputs: MergeInput, count: int, calibration: int, message: str) -> SelectedRows:
     """Returns rows of random tokens; with `calibration`, of docstrings. `message` is displayed."""
     if calibration:
         tokens = (count + calibration) * _ROW_LENGTH
@@ -192,16 +187,13 @@ def _create_rows(inputs: MergeInput, count: int, calibration: int, message: str)
         rows = _to_encoded(inputs, windows)
         compared = len(rows) * count // max(count + calibration, 1)
         description = f"{compared} and {len(rows) - compared} rows of {text.name}"
-        return CheckRows(
-            rows[:compared],
-            rows[compared:],
-            [Choice("compared, and calibrated, on", description, message)],
-        )
+        choice = Choice("compared, and calibrated, on", description, message)
+        return rows[:compared], rows[compared:], [choice]
     rng = random.Random(0)
     size = min(len(inputs.tokenizer), inputs.ref.model_config.get_text_config().vocab_size)
     ids = [[rng.randrange(size) for _ in range(_ROW_LENGTH)] for _ in range(count)]
     choice = Choice("compared on", f"{count} rows of random tokens", message)
-    return CheckRows(_to_encoded(inputs, ids), [], [choice])
+    return _to_encoded(inputs, ids), [], [choice]
 
 
 def _to_encoded(inputs: MergeInput, rows: Sequence[list[int]]) -> list[Encoded]:

@@ -86,13 +86,13 @@ class NormalForm:
     Attributes:
         factors: module → LoRA matrices A and B of its update, float64; all have the same rank.
         kept: tensor name → tensor of a module that was trained in full.
-        way: what the factors were computed from, such as `its file`.
+        computed_from: what the factors were computed from, such as `its file`.
     """
 
     factors: dict[str, Factors]
     kept: dict[str, Any]
     notes: list[str]
-    way: str = "its file"
+    computed_from: str = "its file"
 
     @property
     def rank(self) -> int:
@@ -194,7 +194,7 @@ def is_whole(name: str, config: Mapping[str, Any]) -> bool:
 
 
 def build_normal_form(
-    factors: dict[str, Factors], file: AdapterFile, limit: int, way: str
+    factors: dict[str, Factors], file: AdapterFile, limit: int, computed_from: str
 ) -> NormalForm:
     """Returns the plain LoRA with `factors` and the fully trained modules that remain in `file`.
 
@@ -222,7 +222,7 @@ def build_normal_form(
         {name: update.padded(rank) for name, update in sorted(factors.items())},
         dict(file.tensors),
         notes,
-        way,
+        computed_from,
     )
 
 

@@ -119,7 +119,7 @@ def check_block_size(
     dims = "inputs or outputs" if outputs else "inputs"
     raise ConfigError(
         f"method.{field} {size} does not divide the {dims} of {len(invalid):,} of {len(sizes):,} "
-        f"linears, such as {name} ({width:,} wide). {fix}"
+        f"linear layers, such as {name} ({width:,} wide). {fix}"
     )
 
 
@@ -287,7 +287,7 @@ class Miss(LinearUpdate):
             name, width = min(small.items(), key=lambda item: item[1])
             raise ConfigError(
                 f"method.r {spec.r} is more than the inputs of {len(small):,} of {len(sizes):,} "
-                f"linears, such as {name} ({width:,} wide). Set method.r to {width} or less."
+                f"linear layers, such as {name} ({width:,} wide). Set method.r to {width} or less."
             )
 
 

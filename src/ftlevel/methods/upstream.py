@@ -1,6 +1,6 @@
 """Internals of PEFT that ftlevel uses.
 
-As in `models/upstream`, each name has an entry in tests/upstream_facts.py and a test in
+As in `models/upstream`, each name has an entry in tests/upstream_facts.yaml and a test in
 tests/unit/methods/test_upstream.py. PEFT is imported inside functions.
 """
 

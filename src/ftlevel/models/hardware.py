@@ -222,8 +222,13 @@ def format_device(device: str) -> str:
     return "no GPU here"
 
 
-def select_dtype(dtype: str, device: str, method: str, model_type: str) -> Choice:
-    """Returns the name of the compute dtype; `ConfigError` if device or model do not support it."""
+def select_dtype(
+    dtype: str, device: str, model_type: str, *, float32_weights: bool = False
+) -> Choice:
+    """Returns the name of the compute dtype; `ConfigError` if device or model do not support it.
+
+    `float32_weights` is whether trained base weights stay in float32.
+    """
     if model_type == "deberta":  # transformers 5.24 masks with float32's minimum
         if dtype in ("auto", "float32"):
             why = "auto: DeBERTa's mask overflows anything shorter" if dtype == "auto" else ""
@@ -242,8 +247,9 @@ def select_dtype(dtype: str, device: str, method: str, model_type: str) -> Choic
                 f"--dtype float16 cannot be used with {model_type}: its activations overflow "
                 "float16 and the loss becomes NaN. Use --dtype bfloat16 or float32."
             )
+    weights = "weights in float32" if float32_weights else ""
     if dtype != "auto":
-        return Choice("dtype", dtype, _float32_note(method, dtype))
+        return Choice("dtype", dtype, weights if dtype != "float32" else "")
     fast, why = _has_fast_bfloat16(device)
     name = "bfloat16" if fast else "float32"
     if device == "cuda" and not fast:
@@ -252,17 +258,13 @@ def select_dtype(dtype: str, device: str, method: str, model_type: str) -> Choic
         why += (
             f", and {model_type} overflows float16" if overflows else ": its fast type is float16"
         )
-    message = _float32_note(method, name)
-    return Choice("dtype", name, f"auto: {why}" + (f"; {message}" if message else ""))
+    note = f"; {weights}" if weights and name != "float32" else ""
+    return Choice("dtype", name, f"auto: {why}{note}")
 
 
 def _overflows_float16(model_type: str) -> bool:
     """Returns whether activations exceed 65,504: in T5's feed-forward layers, and in Gemma 3."""
     return "t5" in model_type or model_type.startswith("gemma3")
-
-
-def _float32_note(method: str, dtype: str) -> str:
-    return "weights in float32" if method == "full" and dtype != "float32" else ""
 
 
 def _has_fast_bfloat16(device: str) -> tuple[bool, str]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ftlevel.config import ModelConfig, QuantConfig
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError, InputError
-from ftlevel.models.loading import load_config, load_tokenizer, silence_loggers
+from ftlevel.models.loading import get_vocabulary, load_config, load_tokenizer, silence_loggers
 from ftlevel.models.quantization import as_quant_config, get_quantization_config, quantization_name
 from ftlevel.models.sources import ModelSource, resolve_source, snapshot
 
@@ -175,12 +175,8 @@ def _short_name(name: str) -> str:
 
 def _get_tokenizer_state(tokenizer: Any) -> tuple[Any, ...]:
     """Returns everything that affects tokenization except padding, for comparison."""
-    vocab: Any = tokenizer.get_vocab()
-    if tokenizer.is_fast:
-        vocab = json.loads(tokenizer.backend_tokenizer.to_str())
-        vocab = {k: v for k, v in vocab.items() if k not in ("padding", "truncation")}
     special = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if k != "pad_token"}
-    return vocab, special, getattr(tokenizer, "chat_template", None)
+    return get_vocabulary(tokenizer), special, getattr(tokenizer, "chat_template", None)
 
 
 def _has_same_weights(model: Any, source: ModelSource, quant: QuantConfig | None) -> bool:

@@ -138,8 +138,8 @@ def check_finite(tensors: Iterable[tuple[str, Any]], label: str) -> None:
     weights = [(name, part) for name, tensor in tensors for part in _floats(tensor)]
     if not weights:
         return
-    # One pass over each tensor; large or non-finite values make the sum large or non-finite.
-    # A sum may also overflow by itself, so suspects are checked again.
+    # One pass over each tensor: NaN and infinity show in the sum, and so do large values that do
+    # not cancel. A sum may also overflow by itself, so suspects are checked again.
     sums = torch.stack([part.sum().float().cpu() for _, part in weights])
     is_valid = sums.abs() <= _MAX_WEIGHT  # False for NaN
     flagged = [pair for pair, ok in zip(weights, is_valid.tolist(), strict=True) if not ok]
@@ -300,6 +300,17 @@ def load_tokenizer(source: ModelSource) -> Any:
     if source.kind in ("builtin", "gguf"):
         tokenizer.name_or_path = source.name  # for messages
     return tokenizer
+
+
+def get_vocabulary(tokenizer: Any) -> Any:
+    """Returns the vocabulary of `tokenizer`, with all rules if it is a fast one.
+
+    Truncation and padding in tokenizer files are ignored: each call of the tokenizer replaces them.
+    """
+    if not tokenizer.is_fast:
+        return tokenizer.get_vocab()
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
 
 
 def _check_vocabulary(source: ModelSource, names: Iterable[str] = ()) -> None:
@@ -532,7 +543,7 @@ def _load_tensor_types(source: ModelSource) -> dict[str, str]:
 def _load_hub_tensor_types(name: str, revision: str | None) -> dict[str, str]:
     try:
         metadata = huggingface_hub.get_safetensors_metadata(name, revision=revision)
-    except Exception:  # noqa: BLE001 - loading the weights will report it
+    except Exception:  # noqa: BLE001 - if weights cannot be read either, loading them reports it
         return {}
     files = metadata.files_metadata.values()
     return {key: tensor.dtype for file in files for key, tensor in file.tensors.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 from ftlevel.config.sections import QuantConfig
 from ftlevel.errors import InputError
 from ftlevel.models.upstream.architectures import packable_experts
-from ftlevel.models.upstream.quantizers import check_environment, replaced_linears
+from ftlevel.models.upstream.quantizers import check_environment, replaced_layers
 
 
 def build_quantization_config(quant: QuantConfig, dtype: torch.dtype, heads: list[str]) -> Any:
@@ -82,7 +82,7 @@ class QuantizationRounding:
 
 def create_rounding(model: Any, quantization: Any, dtype: torch.dtype) -> QuantizationRounding:
     """Returns the rounding that quantizing the meta `model` (modified) by `quantization` causes."""
-    layers = replaced_linears(model, quantization, pre_quantized=False)
+    layers = replaced_layers(model, quantization, pre_quantized=False)
     experts: frozenset[str] = frozenset()
     if packs_experts(quantization):
         experts = frozenset(packable_experts(model))

@@ -7,16 +7,13 @@ would include task heads and poolers, so names are resolved before PEFT sees the
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from ftlevel.errors import InputError, did_you_mean, join_names
-from ftlevel.models.families import lora_parameters
 from ftlevel.models.module_tree import LinearModule, ModuleTree
 from ftlevel.models.untrusted import limit_time
 
@@ -24,72 +21,6 @@ ALL_LINEAR = "all-linear"
 AUTO = "auto"
 _SECONDS = 10.0  # timeout; matching usually takes milliseconds
 _PLAIN_NAME = re.compile(r"[\w.\-]+(,[\w.\-]+)*")
-
-
-@dataclass(frozen=True)
-class LinearGroup:
-    """Linear layers of a model that differ only in their layer index; `count` is their number."""
-
-    name: str
-    pattern: str
-    type: str
-    in_features: int
-    out_features: int
-    count: int
-    location: str
-
-    @property
-    def all_linear(self) -> bool:
-        """Whether `all-linear`, the default `--target-modules` of LoRA, includes these layers."""
-        return self.location == "block"
-
-    def lora_parameters(self, r: int) -> int:
-        """Returns the number of parameters of LoRA of rank `r` on all layers of the group."""
-        return self.count * lora_parameters(self.in_features, self.out_features, r)
-
-
-@dataclass(frozen=True)
-class ExpertGroup:
-    """Expert tensors that differ only in their layer index; `count` is their number."""
-
-    name: str
-    pattern: str
-    experts: int
-    in_features: int
-    out_features: int
-    count: int
-
-    def lora_parameters(self, r: int) -> int:
-        """Returns the number of parameters if LoRA of rank `r` adapts all experts of the group."""
-        return self.count * self.experts * lora_parameters(self.in_features, self.out_features, r)
-
-
-@dataclass(frozen=True)
-class ModuleGroup:
-    """Embeddings or norms that differ only in their layer index; `shape` is that of the weight."""
-
-    pattern: str
-    type: str
-    shape: tuple[int, ...]
-    count: int
-
-
-@dataclass(frozen=True)
-class ModelTargets:
-    """Modules of one model that can be adapted; `linears` has those in blocks first."""
-
-    model_type: str
-    class_name: str
-    linears: tuple[LinearGroup, ...]
-    experts: tuple[ExpertGroup, ...]
-    heads: tuple[str, ...]
-    norms: tuple[ModuleGroup, ...]
-    embeddings: tuple[ModuleGroup, ...]
-    total_parameters: int
-
-    def lora_parameters(self, r: int) -> int:
-        """Returns the number of parameters of LoRA of rank `r` on all linear layers in blocks."""
-        return sum(kind.lora_parameters(r) for kind in self.linears if kind.all_linear)
 
 
 def build_meta_model(config: Any) -> nn.Module:
@@ -117,50 +48,6 @@ def build_meta_model(config: Any) -> nn.Module:
             with torch.device("meta"):
                 return getattr(transformers, auto).from_config(config, trust_remote_code=False)
     raise InputError(f"transformers has no model for model_type {config.model_type!r}.")
-
-
-def inspect_model(model: nn.Module) -> ModelTargets:
-    """Returns the adaptable modules of `model`, usually on the meta device."""
-    tree = ModuleTree(model)
-    counts = Counter(
-        (part.pattern, part.type, part.in_features, part.out_features, part.location)
-        for part in tree.linears()
-        if part.location != "head"
-    )
-    groups = [
-        LinearGroup(
-            name=pattern.rpartition(".")[2],
-            pattern=pattern,
-            type=kind,
-            in_features=fan_in,
-            out_features=fan_out,
-            count=count,
-            location=location,
-        )
-        for (pattern, kind, fan_in, fan_out, location), count in counts.items()
-    ]
-    experts = Counter(
-        (part.pattern, part.experts, part.in_features, part.out_features) for part in tree.experts()
-    )
-    return ModelTargets(
-        model_type=_model_type(model),
-        class_name=type(model).__name__,
-        linears=tuple(sorted(groups, key=lambda kind: kind.location == "other")),
-        experts=tuple(
-            ExpertGroup(pattern.rpartition(".")[2], pattern, number, fan_in, fan_out, count)
-            for (pattern, number, fan_in, fan_out), count in experts.items()
-        ),
-        heads=tuple(tree.heads),
-        norms=tuple(
-            ModuleGroup(pattern, kind, (width,), count)
-            for (pattern, kind, width), count in Counter(tree.norms()).items()
-        ),
-        embeddings=tuple(
-            ModuleGroup(pattern, kind, (rows, width), count)
-            for (pattern, kind, rows, width), count in Counter(tree.embeddings()).items()
-        ),
-        total_parameters=sum(weight.numel() for weight in model.parameters()),
-    )
 
 
 def parse_targets(text: str) -> str | list[str]:

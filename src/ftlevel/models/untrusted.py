@@ -69,9 +69,10 @@ def check_directory(path: Path, label: str) -> None:
     check_regular(path.iterdir(), label)
     for index in path.glob(_INDEX):
         _check_index(index, label)
-    check_config(_load_json(path / "config.json", label), label)
-    if (path / "generation_config.json").is_file():
-        _load_json(path / "generation_config.json", label)
+    problem = f"{label}: it cannot be read ("
+    check_config(read_json(path / "config.json", problem=f"{problem}config.json: "), label)
+    if (generation := path / "generation_config.json").is_file():
+        read_json(generation, problem=f"{problem}{generation.name}: ")
 
 
 def check_config(config: Mapping[str, Any], label: str) -> None:
@@ -114,7 +115,8 @@ def check_sizes(config: Mapping[str, Any], label: str) -> None:
 
 
 def _check_index(index: Path, label: str) -> None:
-    weight_map = _load_json(index, label).get("weight_map")
+    problem = f"{label}: its weights cannot be read ({index.name}: "
+    weight_map = read_json(index, problem=problem).get("weight_map")
     if not isinstance(weight_map, Mapping):
         raise InputError(f"{label}: {index.name} has no weight_map. Is the copy incomplete?")
     for name in weight_map.values():
@@ -129,15 +131,6 @@ def _check_index(index: Path, label: str) -> None:
                 f"{label}: {index.name} names {name!r}, which is not a file in the model's "
                 "directory. Files outside it are not read."
             )
-
-
-def _load_json(path: Path, label: str) -> Mapping[str, Any]:
-    try:
-        return cast("Mapping[str, Any]", read_json(path))
-    except InputError as error:
-        problem = "its weights cannot" if path.match(_INDEX) else "it cannot"
-        reason = str(error).removeprefix(f"{path} cannot be read (")
-        raise InputError(f"{label}: {problem} be read ({path.name}: {reason}") from None
 
 
 try:

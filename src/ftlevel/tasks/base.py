@@ -26,8 +26,6 @@ from ftlevel.objectives import Objective, ScoreTexts
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
-
 T = TypeVar("T")
 Column = Literal["text", "texts", "number", "numbers", "whole", "ranking", "rankings", "embedding"]
 """Type of a prediction column; an embedding is a float32 array (dims,).
@@ -119,13 +117,13 @@ class BaseTask(DataTask):
         finds_ends_by_padding: whether the model locates a row's last token by its padding.
         head_like: task whose models have the same head; "" if the head is specific to this task.
         separates_padding: whether the padding token must differ from EOS.
-        changes_tokenizer: whether the task changes the tokenizer, e.g. to append EOS.
         predicts_training_rows: whether `predict` accepts the layouts of training rows.
         synthetic_info: result of `data_info` assumed for synthetic batches.
         synthetic_labels: class or tag names assumed for synthetic batches.
         model_description: what the error for an unsupported output calls the model; "": the task.
         prediction_type: type of the only prediction column, unless the task has several.
         hooks: reference to the task's `training.hooks.TrainingHooks`.
+        exporter: reference to the task's `extras.serving.formats.Exporter`; "": the default.
         trains_language_head: whether it continues adapters of other tasks that generate text.
     """
 
@@ -144,7 +142,6 @@ class BaseTask(DataTask):
     finds_ends_by_padding: ClassVar[bool] = False
     head_like: ClassVar[str] = ""
     separates_padding: ClassVar[bool] = False
-    changes_tokenizer: ClassVar[bool] = False
     needs_context: ClassVar[bool] = False
     predicts_training_rows: ClassVar[bool] = True
     uses_dropout: ClassVar[bool] = True
@@ -153,6 +150,7 @@ class BaseTask(DataTask):
     model_description: ClassVar[str] = ""
     prediction_type: ClassVar[Column] = "text"
     hooks: ClassVar[str] = "ftlevel.training.hooks:TrainingHooks"
+    exporter: ClassVar[str] = ""
     trains_language_head: ClassVar[bool] = False
 
     def configured(self, task_config: Mapping[str, Any]) -> BaseTask:
@@ -222,6 +220,10 @@ class BaseTask(DataTask):
         """Returns the settings that inference needs, stored as `options` in the model card."""
         return {}
 
+    def merged_options(self, options: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+        """Returns the model card's `options` for a merged model, and a note on what it lacks."""
+        return options, ""
+
     def inherited_config(
         self, directory: Path, inference_config: Mapping[str, Any]
     ) -> dict[str, dict[str, Any]]:
@@ -231,9 +233,16 @@ class BaseTask(DataTask):
         """
         return {}
 
-    def embedding_format(self, inference_config: Mapping[str, Any]) -> EmbeddingFormat | None:
-        """Returns the format of the embeddings; None for tasks without embeddings."""
+    def get_output_format(self, inference_config: Mapping[str, Any], model_config: Any) -> Any:
+        """Returns the format of embeddings, which may be compared across tokenizers; else None."""
         return None
+
+    def recognizes(self, directory: Path) -> bool:
+        """Whether files in `directory` say that its model is for this task."""
+        return False
+
+    def check_model(self, source: ModelSource, model_config: Any) -> None:
+        """Raise `InputError` if a full model without a card was trained for another task."""
 
     def write_files(
         self, directory: Path, model_config: Any, inference_config: Mapping[str, Any]

@@ -23,12 +23,13 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from ftlevel.config.preference import DistillationConfig
+from ftlevel.config.section import Choice
+from ftlevel.config.sections import DistillationConfig
 from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.sources.lines import RowView
 from ftlevel.objectives import (
     IGNORED,
-    DistillationObjective,
+    ChunkLoss,
     Meter,
     Objective,
     TokenObjective,
@@ -224,6 +225,10 @@ class Tokens(TokenObjective):
         scores, targets = self.targets(logits, labels)
         return functional.cross_entropy(scores.float(), targets, reduction="sum")
 
+    def with_teacher(self, config: DistillationConfig) -> DistillationTokens:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return DistillationTokens(**values, config=config)
+
     @property
     def metrics(self) -> tuple[str, ...]:
         return self.perplexity, self.accuracy
@@ -286,23 +291,38 @@ MIN_LOG_PROBABILITY = -1e4
 
 
 @dataclass(frozen=True)
-class DistillationTokens(Tokens, DistillationObjective):
-    """Objective: token cross entropy and the divergence from a teacher, weighted by `config`."""
+class DistillationTokens(Tokens):
+    """Objective: token cross entropy and the divergence from a teacher, weighted by `config`.
+
+    A batch has the teacher's float32 log-probabilities `known` `(targets, outcomes)` and ids of its
+    top k tokens `ids` `(targets, k)`, in the order of `locate`; the last outcome is all other
+    tokens. Without them, as in evaluation, the loss is the token loss.
+    """
 
     config: DistillationConfig = field(default_factory=DistillationConfig)
 
-    def distillation_sum(
-        self, scores: Tensor, targets: Tensor, known: Tensor, ids: Tensor
-    ) -> Tensor:
+    def get_chunk_loss(self, batch: Mapping[str, Any]) -> ChunkLoss | None:
         from torch.nn import functional
 
         config, temperature = self.config, self.config.kd_temperature
-        student = log_outcomes(scores.float() / temperature, ids, known.shape[-1])
-        total = temperature**2 * divergence(known, student, config).sum()
-        if config.kd_ratio == 1:
-            return total
-        loss = functional.cross_entropy(scores.float(), targets, reduction="sum")
-        return (1 - config.kd_ratio) * loss + config.kd_ratio * total
+
+        def compute(logits: Tensor, targets: Tensor, chunk: slice) -> Tensor:
+            known, ids = batch["known"][chunk], batch["ids"][chunk]
+            student = log_outcomes(logits.float() / temperature, ids, known.shape[-1])
+            total = temperature**2 * divergence(known, student, config).sum()
+            if config.kd_ratio == 1:
+                return total
+            loss = functional.cross_entropy(logits.float(), targets, reduction="sum")
+            return (1 - config.kd_ratio) * loss + config.kd_ratio * total
+
+        return compute if "known" in batch else None
+
+    def describe_loss(self) -> list[Choice]:
+        config = self.config
+        description = f"{config.kd_ratio:g} {config.divergence} of {config.teacher}"
+        if config.kd_ratio < 1:
+            description = f"{1 - config.kd_ratio:g} cross entropy + {description}"
+        return [Choice("loss", description, f"temperature {config.kd_temperature:g}")]
 
 
 def log_outcomes(scores: Tensor, ids: Tensor, outcomes: int) -> Tensor:
@@ -334,14 +354,6 @@ def divergence(teacher: Tensor, student: Tensor, config: DistillationConfig) -> 
     mixed = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
     of_teacher = (teacher.exp() * (teacher - mixed)).sum(-1)
     return beta * of_teacher + (1 - beta) * (student.exp() * (student - mixed)).sum(-1)
-
-
-def create_distillation_objective(
-    objective: Tokens, config: DistillationConfig
-) -> DistillationTokens:
-    """Returns `objective` with a distillation loss added."""
-    values = {f.name: getattr(objective, f.name) for f in fields(objective)}
-    return DistillationTokens(**values, config=config)
 
 
 def outcome_dtype(config: DistillationConfig, vocabulary: int) -> Any:

@@ -17,7 +17,6 @@ from ftlevel.artifacts.cards import AdapterCard
 from ftlevel.artifacts.paths import load_run_config
 from ftlevel.artifacts.run_directory import CHECKPOINTS
 from ftlevel.config import DataConfig, TrainConfig, build_config
-from ftlevel.config.preference import NO_REFERENCE
 from ftlevel.data.encoding.collate import ensure_pad_token, separate_pad_from_eos
 from ftlevel.data.encoding.prompts import PromptFormat, load_prompt_format
 from ftlevel.data.formats.labels import are_default_names
@@ -116,16 +115,13 @@ class ModelRef:
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """Task options of the card; of a merged preference model, without a reference model."""
-        preference = self.card.options.get("preference")
-        if not self._has_no_reference or preference is None:
-            return self.card.options
-        return {**self.card.options, "preference": {**preference, "reference": NO_REFERENCE}}
+        """Task options of the card; of a merged model, without those that need its base."""
+        return self._options[0]
 
     @property
-    def _has_no_reference(self) -> bool:
-        preference = self.card.options.get("preference") or {}
-        return bool(self.card.merge) and preference.get("reference", NO_REFERENCE) != NO_REFERENCE
+    def _options(self) -> tuple[Mapping[str, Any], str]:
+        task, options = TASKS.get(self.task), self.card.options
+        return task.merged_options(options) if task and self.card.merge else (options, "")
 
     @cached_property
     def configured_task(self) -> BaseTask:
@@ -244,11 +240,7 @@ class ModelRef:
         """
         card, task, source = self.card, self.configured_task, self.source
         config, notes = copy.deepcopy(self.model_config), list(self.notes)
-        if self._has_no_reference:
-            notes.append(
-                "the reference model is not available: no rewards are computed, and the loss has "
-                "no reference"
-            )
+        notes += filter(None, [self._options[1]])
         if (stored := get_quantization_config(config)) is not None:
             check_loadable(stored, source.label, device)
         if self.directory is not None and device == "cpu":

@@ -17,12 +17,9 @@ from ftlevel.artifacts.files import (
     check_regular,
     file_fingerprint,
     hash_weights,
-    read_json,
-    write_json,
 )
-from ftlevel.artifacts.paths import relative_path, resolve_relative
+from ftlevel.artifacts.paths import resolve_relative
 from ftlevel.artifacts.run_directory import CHECKPOINTS, CONFIG, get_run_dir
-from ftlevel.artifacts.sentence_transformers import get_task_type
 from ftlevel.config.methods.lora import BASE_MODIFYING_INITS
 from ftlevel.data.encoding.collate import ensure_pad_token
 from ftlevel.errors import InputError, join_names, reading, with_article
@@ -125,7 +122,7 @@ def _with_dtype(ref: ModelRef, dtype: str, device: str) -> ModelRef:
             f"({quantization_name(config_dict)}), and its kernels compute in the type that it was "
             f"saved with ({config.dtype}). Drop --dtype, or name the original model."
         )
-    compute_dtype = select_dtype(dtype, device, ref.card.method, config.model_type).value
+    compute_dtype = select_dtype(dtype, device, config.model_type).value
     return ref.with_card(dtype=compute_dtype)
 
 
@@ -160,11 +157,9 @@ def _resolve_model(
     config = load_config(source)
     base_task = None
     if require_task:
-        own = get_task_type(get_model_dir(name))
-        if task == "embedding" and (own or _task_of_texts(config)) == "reranking":
-            raise InputError(f"{label} is a reranker. Name an embedding model.")
-        task = task or own or _task_of_model(config, label)
-        base_task = TASKS[task]
+        own = (task for task, one in TASKS.items() if one.recognizes(get_model_dir(name)))
+        base_task = TASKS[task or next(own, "") or _task_of_model(config, label)]
+        base_task.check_model(source, config)
     card = create_default_card(source, config, base_task, device)
     return ModelRef(source, None, card, is_ours=False)
 
@@ -334,7 +329,7 @@ def create_default_card(
         task=task.name if task is not None else "",
         base={"name": source.name, "kind": source.kind, "revision": source.revision},
         quantization={"kind": "none"},
-        dtype=select_dtype("auto", device, "lora", config.model_type).value,
+        dtype=select_dtype("auto", device, config.model_type).value,
         max_length=max_positions(config) or 0,
         **defaults,
         heads=list((peft_config or {}).get("modules_to_save") or ()),
@@ -440,10 +435,6 @@ def check_cached_base(ref: ModelRef) -> None:
         check_base(source, ref.card, ref.adapter_path)
 
 
-NAMED = "model.json"
-"""File with the name and fingerprint of a reference model."""
-
-
 @dataclass(frozen=True)
 class ReferenceModel:
     """Resolved reference, teacher or guide; `fingerprint` identifies weights and quantization."""
@@ -451,13 +442,6 @@ class ReferenceModel:
     name: str
     ref: ModelRef
     fingerprint: str
-
-    def write(self, record_dir: Path, base_dir: Path) -> None:
-        """Save name and fingerprint in `record_dir`; a local path also relative to `base_dir`."""
-        path = Path(self.name).expanduser()
-        local = {"path": relative_path(path, base_dir)} if path.exists() else {}
-        name = str(path.absolute()) if local else self.name
-        write_json(record_dir / NAMED, {"name": name, **local, "fingerprint": self.fingerprint})
 
 
 def resolve_reference(
@@ -485,47 +469,6 @@ def resolve_reference(
             "be used on the same tokens. Choose a model with the same tokenizer."
         )
     return ReferenceModel(name, ref, compute_fingerprint(ref))
-
-
-def resolve_text_model(flag: str, name: str, device: str, dtype: str) -> ReferenceModel:
-    """Resolve the guide or teacher `name` of `flag`; it reads texts, so its tokenizer may differ.
-
-    Its fingerprint also covers pooling, normalization and prompts. Raises InputError if it does not
-    exist, or is neither an embedding model nor, as a teacher, a reranker.
-    """
-    label = f"{flag} {name}"
-    ref = resolve_model(name, device=device, dtype=dtype, label=label, require_task=False)
-    task = ref.task or get_task_type(get_model_dir(name)) or _task_of_texts(load_config(ref.source))
-    allowed = ("embedding",) if flag == "--guide" else ("embedding", "reranking")
-    if task not in allowed:
-        raise InputError(
-            f"{label} was trained for {task}. Name a model for {' or '.join(allowed)}."
-        )
-    if not ref.task:
-        ref = resolve_model(name, task, device=device, dtype=dtype, label=label)
-    content = json.dumps([compute_fingerprint(ref), ref.card.options], sort_keys=True, default=str)
-    return ReferenceModel(name, ref, hashlib.sha256(content.encode()).hexdigest())
-
-
-def _task_of_texts(config: Any) -> str:
-    is_classifier = checkpoint_class(config) == "AutoModelForSequenceClassification"
-    return "reranking" if is_classifier and config.num_labels == 1 else "embedding"
-
-
-def load_reference(record_dir: Path, base_dir: Path, device: str) -> ReferenceModel:
-    """Resolve the model that `ReferenceModel.write` saved; InputError if its weights changed."""
-    record = read_json(record_dir / NAMED)
-    name = record["name"]
-    if record.get("path") and (path := resolve_relative(record["path"], base_dir)).exists():
-        name = str(path)
-    label = f"{name} (the reference of {base_dir})"
-    ref = resolve_model(name, device=device, label=label)
-    if compute_fingerprint(ref) != record["fingerprint"]:
-        raise InputError(
-            f"{label} has other weights than in training, so rewards would change. Restore the "
-            "weights, or train again."
-        )
-    return ReferenceModel(name, ref, record["fingerprint"])
 
 
 def compute_fingerprint(ref: ModelRef) -> str:

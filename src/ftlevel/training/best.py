@@ -245,7 +245,7 @@ class Evaluations:
 
 @dataclass(frozen=True, kw_only=True)
 class SelectedModel:
-    """The model that a run keeps, from optimizer step `step`, and the evaluations that chose it."""
+    """The best model, of optimizer step `step`, and the evaluations that chose it."""
 
     evaluations: Evaluations
     best: EvalResult
@@ -299,9 +299,9 @@ def load_trained_weights(model: Any, path: Path) -> None:
 class BestModelCallback(TrainerCallback):
     """Callback that saves the trainable tensors at each evaluation that is the best so far.
 
-    Trainer's `load_best_model_at_end` needs a full checkpoint, with optimizer state, at each
-    evaluation, and its save strategy `best` saves no other checkpoints to resume from.
-    `EarlyStoppingCallback` loses its count on resume; this callback rebuilds it from the log.
+    Trainer's `load_best_model_at_end` needs a checkpoint at each evaluation, and its save strategy
+    `best` saves no other checkpoints to resume from. On resume, the evaluations that early stopping
+    counts are read from the log.
     """
 
     def __init__(
@@ -399,7 +399,7 @@ class BestModelCallback(TrainerCallback):
                     state.load_state(path, model)
                 selected = history.best.step
         return SelectedModel(
-            evaluations=copy(history),  # the kept model may be evaluated, too
+            evaluations=copy(history),  # the best model may be evaluated, too
             best=history.best,
             last=history.last,
             step=selected,

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ftlevel.artifacts.checkpoints import step_of
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config.trainer import TrainerConfig
 from ftlevel.data.encoding.collate import CollatorWithRows
@@ -17,27 +14,16 @@ from ftlevel.evaluation.intervals import should_generate, uses_text_metrics
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.events import Listener
 from ftlevel.fast.plan import LIGER_ARGUMENTS
-from ftlevel.fast.step_collator import StepCollator, TextCollator
 from ftlevel.methods import METHODS
-from ftlevel.methods.base import HasState
 from ftlevel.methods.rates import HeadRate
-from ftlevel.models.hardware import current_memory_bytes, uses_tf32, using_tf32
+from ftlevel.models.hardware import uses_tf32, using_tf32
 from ftlevel.models.upstream.libraries import use_one_gpu
-from ftlevel.objectives import StepObjective
+from ftlevel.tasks import BaseTask
 from ftlevel.trained.generation import GenerationOptions
-from ftlevel.training.best import MAX_RECORDED_ROWS, BestModelCallback, PredictionRecorder
-from ftlevel.training.callbacks import Interrupt, Report, SetEpoch, UpdateSchedule
-from ftlevel.training.gradients import GradientMonitor, Recovery
 from ftlevel.training.model import PreparedModel, is_sharded
 from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
 from ftlevel.training.resume import ResumeState
-from ftlevel.training.saving import (
-    SMALL_CHECKPOINT,
-    SaveByClock,
-    WriteManifest,
-    checkpoint_bytes,
-)
 from ftlevel.training.sharding import ShardedTrainer
 from ftlevel.training.trainer import FtlevelTrainer, get_train_data
 
@@ -131,8 +117,7 @@ def create_evaluator(run: Run, processes: Processes, sampler: Any = None) -> Eva
     if not run.data.validation:
         return None
     section = run.config.train
-    generated = min(section.max_generate_samples, len(run.data.validation))
-    shared: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "rows": run.data.validation,
         "tokenizer": run.model.tokenizer,
         "kind": run.model.kind,
@@ -142,28 +127,28 @@ def create_evaluator(run: Run, processes: Processes, sampler: Any = None) -> Eva
         "batch_size": eval_batch_size(section),
         "metrics": section.metrics,
         "corpus": run.data.corpus,
+        "language": run.data.info["target_language"],
+        "chunked_cross_entropy": run.fast.chunked_cross_entropy,
+        **get_generation_settings(section, run.task, len(run.data.validation)),
     }
+    if run.objective.samples:
+        settings["generated_rows"] = min(section.max_generate_samples, len(run.data.validation))
     if processes.count > 1:
-        shared["divide"] = partial(processes.divide, equally=section.shard != "none")
-    if (own := run.hooks.create_evaluator(run, sampler, generated, shared)) is not None:
-        return own
-    uses_generation = should_generate(section.predict_with_generate, run.task)
-    return Evaluator(
-        **shared,
-        generated_rows=generated
-        if uses_generation and uses_text_metrics(section.metrics, run.task)
-        else 0,
-        writing=GenerationOptions(
-            section.max_new_tokens,
-            section.num_beams,
-            section.temperature,
-            section.top_p,
-            section.seed,
+        settings["divide"] = partial(processes.divide, equally=section.shard != "none")
+    return run.hooks.create_evaluator(run, sampler, settings)
+
+
+def get_generation_settings(train: TrainerConfig, task: BaseTask, num_rows: int) -> dict[str, Any]:
+    """Returns the arguments of `Evaluator` about generated texts; `num_rows` are evaluated."""
+    generates = should_generate(train.predict_with_generate, task)
+    uses_texts = generates and uses_text_metrics(train.metrics, task)
+    return {
+        "generated_rows": min(train.max_generate_samples, num_rows) if uses_texts else 0,
+        "writing": GenerationOptions(
+            train.max_new_tokens, train.num_beams, train.temperature, train.top_p, train.seed
         ),
-        score_texts=run.task.score_texts,
-        language=run.data.info["target_language"],
-        chunked_cross_entropy=run.fast.chunked_cross_entropy,
-    )
+        "score_texts": task.score_texts,
+    }
 
 
 def create_trainer(
@@ -172,9 +157,9 @@ def create_trainer(
     output_dir: RunDirectory,
     resume_state: ResumeState,
     processes: Processes,
-    teacher: Any = None,
+    listener: Listener | None = None,
 ) -> FtlevelTrainer:
-    """Create the run's Trainer; `teacher` is what `TrainingHooks.create_scorer` returned."""
+    """Create the run's Trainer; without `listener`, to compute single steps only."""
     from transformers import PrinterCallback, ProgressCallback
 
     args = create_training_args(run, output_dir.checkpoints)
@@ -187,9 +172,8 @@ def create_trainer(
     rate, head_rate = run.schedule.head_learning_rate, None
     if rate is not None and rate != run.schedule.learning_rate:
         head_rate = HeadRate(run.model.new_heads, rate)
-    collator = TextCollator if isinstance(run.objective, StepObjective) else StepCollator
-    step_collator = collator(pad_id, fast.plan, run.objective) if fast else None
-    sampler = run.hooks.create_sampler(run, model, teacher)
+    step_collator = run.hooks.collator(pad_id, fast.plan, run.objective) if fast else None
+    sampler = run.hooks.create_sampler(run, model, listener)
     trainer_class, kwargs, order = run.hooks.select_trainer(run, sampler, train_dataset, order)
     if is_sharded(model.model) and processes.count > 1:
         trainer_class = ShardedTrainer
@@ -208,7 +192,6 @@ def create_trainer(
         order=order,
         head_rate=head_rate,
         processes=processes,
-        grad_cache=run.config.embedding.grad_cache,
         **kwargs,
     )
     for printing in (PrinterCallback, ProgressCallback):
@@ -221,101 +204,3 @@ def create_trainer(
 def matmul_context(run: Run) -> AbstractContextManager[None]:
     """Returns a context that enables TF32 matrix products if configured and supported."""
     return using_tf32(uses_tf32(run.config.train.tf32, run.model.device, run.model.dtype))
-
-
-@dataclass(frozen=True)
-class RunCallbacks:
-    """Those callbacks of a run that record results, which are read after training."""
-
-    report: Report
-    gradients: GradientMonitor
-    interrupt: Interrupt
-    best: BestModelCallback | None
-    answers: PredictionRecorder
-
-
-def restore_progress(
-    trainer: FtlevelTrainer,
-    callbacks: RunCallbacks,
-    output_dir: RunDirectory,
-    resume_state: ResumeState,
-    processes: Processes,
-) -> None:
-    """On resume, restore the log, best model, and settings reduced after out-of-memory errors."""
-    if resume_state.checkpoint is None:
-        return
-    step = step_of(resume_state.checkpoint)
-    callbacks.report.resume(resume_state.checkpoint)
-    if processes.is_first:
-        callbacks.report.records += output_dir.truncate_log(step)
-        output_dir.truncate_events(step)
-    trainer.smaller.resume([note for note in output_dir.load_events() if note["step"] <= step])
-    if callbacks.best is not None:
-        callbacks.best.resume(step, resume_state.past, has_new_length=resume_state.has_new_length)
-
-
-def add_callbacks(
-    trainer: FtlevelTrainer,
-    run: Run,
-    output_dir: RunDirectory,
-    listener: Listener,
-    processes: Processes,
-    checkpoint: Path | None,
-    write_files: Callable[[Path], None] | None,
-) -> RunCallbacks:
-    """Add all callbacks to `trainer` (modified); returns those that record results.
-
-    `checkpoint` is the one to resume from or None, `listener` gets progress and warnings.
-    `write_files` saves tokenizer and card in a checkpoint.
-    """
-    is_first = processes.is_first
-    report = Report(
-        listener,
-        output_dir.log if is_first else lambda _: None,
-        lambda: int(processes.sum(int(trainer.tokens_seen))),
-        lambda: current_memory_bytes(run.model.device),
-    )
-    method = run.config.method
-    method_callbacks = METHODS[method.kind].callbacks(method, output_dir.checkpoints, is_first)
-    states = [callback for callback in method_callbacks if isinstance(callback, HasState)]
-    best = None
-    if run.best is not None:
-        best = BestModelCallback(run.best, output_dir.checkpoints, processes, states, listener)
-    trainer.warn = listener.warn
-    trainer.replaces_nonfinite = run.config.train.on_nonfinite != "stop"
-    if is_first:
-        trainer.note = output_dir.note
-    recovery = Recovery(trainer, run.config.train, output_dir, processes, listener, checkpoint)
-    gradients = GradientMonitor(
-        listener,
-        trainer.take_step_loss,
-        recovery,
-        uses_scaler=trainer.accelerator.scaler is not None,
-        delays_checks=run.model.device == "cuda" and recovery.is_always_fatal,
-    )
-    answers = PredictionRecorder(run.objective, best)
-    if trainer.evaluator and len(trainer.evaluator.rows) <= MAX_RECORDED_ROWS:
-        trainer.evaluator = replace(trainer.evaluator, begin_record=answers.begin)
-    callbacks = RunCallbacks(report, gradients, Interrupt(processes), best, answers)
-    run_after_save = trainer.run_after_save if isinstance(trainer, ShardedTrainer) else None
-    save_interval = run.config.train.save_minutes if run.config.train.save_strategy != "no" else 0.0
-    size = checkpoint_bytes(trainer.model, run.config.train.optim)
-    save_last = run.config.train.save_strategy is None and size <= SMALL_CHECKPOINT
-    for callback in (
-        callbacks.report,
-        callbacks.gradients,
-        recovery,
-        callbacks.interrupt,
-        UpdateSchedule(output_dir.load_log(step_of(checkpoint)) if checkpoint else ()),
-        SetEpoch(run.data.train, getattr(trainer.order, "base", trainer.order)),
-        *method_callbacks,
-        *([best] if best else []),
-        answers,
-        *([SaveByClock(save_interval, processes, last=save_last)] if save_interval else []),
-        *trainer.create_callbacks(output_dir, checkpoint),
-        WriteManifest(  # last: it lists all files of the checkpoint
-            output_dir, run.config.train.save_total_limit, write_files, processes, run_after_save
-        ),
-    ):
-        trainer.add_callback(callback)
-    return callbacks

@@ -22,13 +22,11 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ftlevel.artifacts.files import load_json, write_json
-from ftlevel.artifacts.run_directory import RunDirectory
-from ftlevel.config import OutputConfig
 from ftlevel.config.reading import flatten
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.collate import MaskedRows
 from ftlevel.data.encoding.row import Encoded
-from ftlevel.data.prepare.samplers import DistinctTextSampler, LengthGroupedSampler
+from ftlevel.data.prepare.samplers import EpochSampler
 from ftlevel.errors import RunError
 from ftlevel.events import Listener
 from ftlevel.models.upstream.libraries import shared_order
@@ -288,7 +286,7 @@ class SetEpoch(TrainerCallback):
         """Set the epoch of rows and sampler before Trainer reads the first row."""
         if isinstance(self.rows, MaskedRows):
             self.rows.epoch = int(state.epoch or 0)
-        if isinstance(self.order, LengthGroupedSampler | DistinctTextSampler):
+        if isinstance(self.order, EpochSampler):
             self.order.epoch = int(state.epoch or 0)
         elif isinstance(self.order, shared_order()):
             self.order.set_epoch(int(state.epoch or 0))
@@ -326,17 +324,6 @@ class Tracker:
     location: str
     log: Callable[[dict[str, float], int], Any]
     close: Callable[[], Any]
-
-
-def get_run_info(
-    output: OutputConfig,
-    values: Mapping[str, Any],
-    output_dir: RunDirectory,
-    past: Sequence[Mapping[str, Any]],
-) -> RunInfo:
-    """Returns a run's `RunInfo`: `values` is its configuration, `past` its log before a resume."""
-    name, first = output.run_name or output_dir.path.name, past[-1]["step"] if past else 0
-    return RunInfo(output_dir.path, name, output.tracker_project, values, first)
 
 
 @contextlib.contextmanager

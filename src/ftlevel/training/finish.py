@@ -1,115 +1,116 @@
-"""End of a run: final evaluation, saved files, summary and timings."""
+"""End of a run: final evaluation, saved files, verification, summary and timings."""
 
 from __future__ import annotations
 
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from ftlevel.artifacts.cards import create_readme, predict_command
+from ftlevel.artifacts.cards import create_readme, library_versions, predict_command
 from ftlevel.artifacts.checkpoints import delete_unreachable_best
 from ftlevel.artifacts.files import flush, flush_all
 from ftlevel.artifacts.hub import push
-from ftlevel.artifacts.paths import relative_path
 from ftlevel.artifacts.run_directory import RunDirectory, delete_adapter, record_files
 from ftlevel.config import IN_MEMORY, MethodConfig, OutputConfig
 from ftlevel.errors import RunError
 from ftlevel.evaluation.intervals import ExampleRecord, interval, select_metrics
-from ftlevel.evaluation.scoring import KEPT, Evaluator, iterate_results
+from ftlevel.evaluation.scoring import Evaluator, iterate_results
 from ftlevel.events import Listener
 from ftlevel.extensions import hooks
+from ftlevel.fast.likelihoods import base_model
 from ftlevel.methods import needs_import
+from ftlevel.models.hardware import peak_memory_bytes, trim_heap
 from ftlevel.models.kinds import save_legacy_rope
 from ftlevel.models.quantization import get_quantization_config
 from ftlevel.trained.adapt import finalize_method, save_adapter
-from ftlevel.trained.generation import save_stop_ids
-from ftlevel.training.best import PredictionRecorder
-from ftlevel.training.callbacks import Report
-from ftlevel.training.model import PreparedModel
-from ftlevel.training.plan.run import Run
+from ftlevel.trained.generation import added_stops
+from ftlevel.training.build_trainer import matmul_context
+from ftlevel.training.model import get_speed_info
+from ftlevel.training.plan.run import Run, count_parameters
+from ftlevel.training.proof import Proof, verify_run
 from ftlevel.training.resume import has_evaluation
 from ftlevel.training.saving import explain_disk_errors
+from ftlevel.training.session import TrainingSession
+from ftlevel.training.sharding import save_sharded, verify_sharded_run
 from ftlevel.training.summary import (
-    Outcome,
-    create_card,
-    create_summary,
+    save_tokenizer_and_card,
+    summarize_losses,
     warn_if_not_learned,
     warn_if_worse,
 )
-from ftlevel.training.trainer import FtlevelTrainer
 
 _NUM_RESAMPLES = 200  # bootstrap resamples of the validation rows
 
 
-def end_training(trainer: FtlevelTrainer, records: Sequence[Mapping[str, Any]]) -> None:
-    """Free the fast step and optimizer state of `trainer` (modified), and evaluate the final model.
+def evaluate(session: TrainingSession) -> None:
+    """Evaluate the final model, unless it was already evaluated after the last step.
 
-    The evaluation is skipped if `records` has one at the last step.
+    The fast step and the optimizer state are freed.
     """
-    if trainer.fast:
-        trainer.fast.remove()
-    trainer.forget_optimizer()
-    if trainer.evaluator and not has_evaluation(records, trainer.state.global_step):
-        trainer.evaluate()
+    trainer, results = session.trainer, session.results
+    with matmul_context(session.run):
+        records = session.processes.from_first(lambda: results.records)
+        if trainer.fast:
+            trainer.fast.remove()
+        trainer.forget_optimizer()
+        if trainer.evaluator and not has_evaluation(records, trainer.state.global_step):
+            trainer.evaluate()
+        if not session.is_sharded:
+            step = session.selected.step if session.selected else trainer.state.global_step
+            session.answers.complete(trainer.evaluator, trainer.model, step)
+    trim_heap()
 
 
-def save(
-    model: PreparedModel,
-    run: Run,
-    output_dir: RunDirectory,
-    base: Mapping[str, Any],
-    files: Any = None,
-    weights: Mapping[str, Any] | None = None,
-) -> None:
+def save(session: TrainingSession) -> None:
     """Save the adapter or full model, its tokenizer and card, atomically.
 
-    Training-only modules of `model` (modified) are removed. `base` describes the base model.
-    `files` is a temporary directory with files of the reference model of preference training, or
-    None. `weights` is the gathered state dict of a sharded full model.
+    Training-only modules of the model (modified) are removed.
     """
-    module, partial = model.model, output_dir.adapter.with_name(".adapter.partial")
+    session.listener.stage("saving and verifying")
+    write = partial(_save, session)
+    with explain_disk_errors(session.output_dir):
+        if session.is_sharded:
+            save_sharded(session.model, session.run, session.processes, write)
+        else:
+            write()
+
+
+def _save(session: TrainingSession, weights: Mapping[str, Any] | None = None) -> None:
+    """Save all files; `weights` is the gathered state dict of a sharded full model."""
+    run, output_dir, module = session.run, session.output_dir, session.model.model
+    partial_dir = output_dir.adapter.with_name(".adapter.partial")
     finalize_method(module, run.config.method, run.model.device, run.model.dtype)
-    if partial.exists():
-        shutil.rmtree(partial)
+    if partial_dir.exists():
+        shutil.rmtree(partial_dir)
     if hasattr(module, "peft_config"):
-        module.peft_config["default"].base_model_name_or_path = base["name"]
-        save_adapter(module, run.config.method, partial, model.initial_state)
+        module.peft_config["default"].base_model_name_or_path = session.base["name"]
+        save_adapter(module, run.config.method, partial_dir, session.model.initial_state)
     else:
-        module.save_pretrained(str(partial), state_dict=weights)
-        save_legacy_rope(partial)
-    save_tokenizer_and_card(partial, run, base, files, output_dir.adapter)
-    flush_all(partial)
+        module.save_pretrained(str(partial_dir), state_dict=weights)
+        save_legacy_rope(partial_dir)
+    save_tokenizer_and_card(partial_dir, run, session.base, output_dir.adapter)
+    flush_all(partial_dir)
     delete_adapter(output_dir.path)
-    partial.rename(output_dir.adapter)
+    partial_dir.rename(output_dir.adapter)
     flush(output_dir.path)
     delete_unreachable_best(output_dir.checkpoints)
 
 
-def save_tokenizer_and_card(
-    save_dir: Path,
-    run: Run,
-    base: Mapping[str, Any],
-    files: Any = None,
-    final_dir: Path | None = None,
-) -> None:
-    """Save tokenizer, card and `files` next to the weights in `save_dir`.
-
-    `files` is a temporary directory with files of the reference model, or None. A local base path
-    is stored relative to `final_dir`, to which `save_dir` is moved later.
-    """
-    if files is not None:
-        shutil.copytree(files.name, save_dir / KEPT, dirs_exist_ok=True)
-    run.model.tokenizer.save_pretrained(str(save_dir))
-    save_stop_ids(save_dir, run.model.tokenizer)
-    is_local = base["kind"] in ("directory", "gguf")
-    path = relative_path(Path(base["name"]), final_dir or save_dir) if is_local else ""
-    card = create_card(run, {**base, "path": path} if path else base)
-    card.write(save_dir)
-    run.task.write_files(save_dir, run.model.config, card.options)
+def verify(session: TrainingSession) -> Proof:
+    """Compare the saved files with the trained model; raise RunError if they differ."""
+    model, run, output_dir = session.model, session.run, session.output_dir
+    gradients, processes = session.gradients, session.processes
+    with explain_disk_errors(output_dir):
+        if session.is_sharded:
+            logits = session.initial_logits
+            return verify_sharded_run(model, run, output_dir, gradients, processes, logits)
+        why_no_effect = run.hooks.explain_no_effect(run, session.results.records)
+        return verify_run(model, run, output_dir, gradients, why_no_effect)
 
 
 def next_commands(run: Run, output_dir: RunDirectory) -> list[str]:
@@ -134,41 +135,137 @@ def _is_mergeable(run: Run, output_dir: RunDirectory) -> bool:
     return is_adapter and get_merge_error(load_peft_config(output_dir.adapter)) is None
 
 
-def get_predictions(
-    run: Run, evaluator: Evaluator | None, recorder: PredictionRecorder, step: int
-) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
-    """Returns the predictions at `step`, one per validation row, and metric → 95 % interval.
+def report(session: TrainingSession, proof: Proof) -> Mapping[str, Any]:
+    """Save, show and, if set, upload the results; returns the contents of summary.json."""
+    run, output_dir, listener = session.run, session.output_dir, session.listener
+    evaluator, answers = session.trainer.evaluator, session.answers
+    records = session.results.records
+    summary = _create_summary(session, proof)
+    facts, notes = run.hooks.describe(run, records)
+    if session.teacher_info is not None:
+        facts["distillation"] = session.teacher_info
+    for note in notes:
+        listener.warn(note)
+    step = session.selected.step if session.selected else summary["steps"]
+    initial, final = answers.of(0), answers.of(step)
+    predictions: list[dict[str, Any]] = []
+    if final is not None and evaluator is not None:
+        where = run.data.validation_table.where
+        predictions += iterate_results(
+            final,
+            run.data.info["labels"] or (),
+            # without the directory, which a resumed run writes whole
+            lambda row: where(row).rpartition("/")[2],
+            base=initial if step else None,
+            evaluator=evaluator,
+        )
+    summary["intervals"] = _intervals(final, evaluator)
+    if initial is not None and evaluator is not None and run.objective.samples:
+        summary["intervals_before"] = _intervals(initial, evaluator)
+    summary |= {**facts, "next": next_commands(run, output_dir)}
+    with explain_disk_errors(output_dir):
+        _save_results(output_dir, run.config.method, summary, predictions)
+    if predictions and summary["metrics_before"] and initial is None:
+        listener.warn(
+            "predictions before training are lost by --resume: use evaluate RUN --predictions FILE"
+        )
+    for warning in [
+        *warn_if_not_learned(summary, run),
+        *warn_if_worse(summary),
+        *run.objective.get_warnings(summary["metrics"], summary["metrics_before"]),
+        *run.hooks.get_warnings(run, records),
+    ]:
+        listener.warn(warning)
+    _end_run(run.config.output, output_dir, summary, listener)
+    return summary
 
-    Both are empty if this evaluation was not recorded. Metrics of generated text get no interval.
+
+def _create_summary(session: TrainingSession, proof: Proof) -> dict[str, Any]:
+    """Returns the contents of summary.json: times in seconds, memory in bytes, loss in nats."""
+    run, model, trainer = session.run, session.model.model, session.trainer
+    records, events = session.results.records, session.output_dir.load_events()
+    trainable, total = count_parameters(model)
+    scores = [record for record in records if any(k.startswith("eval_") for k in record)]
+    first = scores[0] if scores and scores[0]["step"] == 0 else {}
+    last = scores[-1] if scores and scores[-1]["step"] > 0 else {}
+    generated = trainer.evaluator.generated_rows if trainer.evaluator else 0
+    best = session.selected
+    selected = last if best is None else next(r for r in reversed(scores) if r["step"] == best.step)
+    return {
+        "run": str(session.output_dir.path),
+        "recipe": session.inputs.recipe,
+        "task": run.task.name,
+        "headline": run.objective.headline,
+        "method": run.config.method.kind,
+        "model": {**session.base, "type": run.model.family},
+        "adapter": run.adapter.describe() if run.adapter else None,
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "class_weights": _class_weights(run),
+        "data": {**run.data.info, "generated_rows": generated},
+        "stops": _added_stops(run, model),
+        "steps": trainer.state.global_step,
+        "planned_steps": run.schedule.steps,
+        **summarize_losses([record["loss"] for record in records if "loss" in record]),
+        "metrics_before": _scores(first),
+        "metrics": _scores(selected),
+        "metrics_last": _scores(last),
+        "best": None if best is None else best.describe(),
+        "proof": asdict(proof),
+        "timings": _measure_times(session),
+        "speed": get_speed_info(trainer, run.fast.failure, session.comparison),
+        "memory": {"peak_bytes": peak_memory_bytes(run.model.device)},
+        "plan": session.memory.compare(session.initial_memory),
+        "choices": [
+            {"name": c.name, "value": str(c.value), "reason": c.reason} for c in run.choices
+        ],
+        "versions": library_versions(),
+        "changed_on_resume": [event for event in events if "field" in event],
+        "left_out": [event for event in events if "how" in event],
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _measure_times(session: TrainingSession) -> dict[str, float]:
+    """Returns seconds (to the first step, in training, in total) and tokens/s, for summary.json.
+
+    Without a first step, the end of training takes its place.
     """
-    record = recorder.of(step)
-    if record is None or evaluator is None:
-        return [], {}
-    initial = recorder.of(0) if step else None
-    labels = run.data.info["labels"] or ()
-    where = run.data.validation_table.where
-
-    def get_position(row: int) -> str:  # without the directory, which a resumed run writes whole
-        return where(row).rpartition("/")[2]
-
-    predictions = iterate_results(record, labels, get_position, base=initial, evaluator=evaluator)
-    return list(predictions), _intervals(record, evaluator)
+    report, start = session.results, session.inputs.start
+    tokens = report.tokens or 0
+    return {
+        "to_first_step_s": round((report.first_step_at or session.trained_at) - start.at, 3),
+        "to_first_step_cpu_s": round(report.first_step_cpu_s - start.cpu_s, 3),
+        "train_s": round(report.train_s, 3),
+        "total_s": round(time.perf_counter() - start.at, 3),
+        "tokens_per_s": round(tokens / report.train_s, 1) if report.train_s else 0.0,
+    }
 
 
-def _intervals(record: ExampleRecord, evaluator: Evaluator) -> dict[str, list[float]]:
-    resampled = record.resample(_NUM_RESAMPLES, 0, None, "") if len(record.units) > 1 else {}
-    selected = select_metrics(resampled, evaluator.metrics)
+def _added_stops(run: Run, model: Any) -> dict[str, int]:
+    if not run.task.generates_text:
+        return {}
+    return added_stops(base_model(model).generation_config.eos_token_id, run.model.tokenizer)
+
+
+def _class_weights(run: Run) -> dict[str, float]:
+    weights = run.loss.class_weights
+    return dict(zip(run.data.info["labels"], weights, strict=True)) if weights else {}
+
+
+def _scores(record: Mapping[str, Any]) -> dict[str, float]:
+    return {k.removeprefix("eval_"): v for k, v in record.items() if k.startswith("eval_")}
+
+
+def _intervals(record: ExampleRecord | None, evaluator: Evaluator | None) -> dict[str, list[float]]:
+    """Returns metric → 95 % interval; metrics of generated text get none."""
+    if record is None or evaluator is None or len(record.units) < 2:
+        return {}
+    selected = select_metrics(record.resample(_NUM_RESAMPLES, 0, None, ""), evaluator.metrics)
     return {name: interval(selected[name]) for name in sorted(selected)}
 
 
-def _initial_intervals(run: Run, outcome: Outcome) -> dict[str, Any]:
-    record, evaluator = outcome.answers.of(0), outcome.evaluator
-    if record is None or evaluator is None or not run.objective.samples:
-        return {}
-    return {"intervals_before": _intervals(record, evaluator)}
-
-
-def save_results(
+def _save_results(
     output_dir: RunDirectory,
     method: MethodConfig,
     summary: Mapping[str, Any],
@@ -184,42 +281,7 @@ def save_results(
     record_files(output_dir.path)
 
 
-def report_results(
-    run: Run,
-    outcome: Outcome,
-    output_dir: RunDirectory,
-    listener: Listener,
-    auxiliary_info: Mapping[str, Any],
-) -> Mapping[str, Any]:
-    """Save, show and, if set, upload results; returns the summary, with `auxiliary_info` added."""
-    summary = create_summary(run, outcome)
-    step = outcome.selected.step if outcome.selected else summary["steps"]
-    lines, intervals = get_predictions(run, outcome.evaluator, outcome.answers, step)
-    summary = {
-        **summary,
-        "intervals": intervals,
-        **_initial_intervals(run, outcome),
-        **auxiliary_info,
-        "next": next_commands(run, output_dir),
-    }
-    with explain_disk_errors(output_dir):
-        save_results(output_dir, run.config.method, summary, lines)
-    if lines and summary["metrics_before"] and outcome.answers.of(0) is None:
-        listener.warn(
-            "predictions before training are lost by --resume: use evaluate RUN --predictions FILE"
-        )
-    for warning in [
-        *warn_if_not_learned(summary, run),
-        *warn_if_worse(summary),
-        *run.objective.get_warnings(summary["metrics"], summary["metrics_before"]),
-        *run.hooks.get_warnings(run, outcome.records),
-    ]:
-        listener.warn(warning)
-    end_run(run.config.output, output_dir, summary, listener)
-    return summary
-
-
-def end_run(
+def _end_run(
     output: OutputConfig, output_dir: RunDirectory, summary: Mapping[str, Any], listener: Listener
 ) -> None:
     """Upload the adapter if configured and report the run's end; raises if the upload failed."""
@@ -236,40 +298,3 @@ def end_run(
     listener.end(summary)
     if upload_error is not None:
         raise upload_error
-
-
-@dataclass(frozen=True)
-class StartTime:
-    """Time at which the user started the run, and CPU seconds of all threads up to that time."""
-
-    at: float
-    cpu_s: float
-
-    @classmethod
-    def now(cls) -> StartTime:
-        """Returns the current time: the start of a run called from Python."""
-        return cls(time.perf_counter(), time.process_time())
-
-    @classmethod
-    def of_process(cls) -> StartTime:
-        """Returns the creation time of the process: the start of a run from the command line."""
-        import psutil
-
-        age = time.time() - psutil.Process().create_time()
-        return cls(time.perf_counter() - age, 0.0)
-
-
-def measure_times(
-    report: Report, start: StartTime, trained_at: float, tokens: int
-) -> dict[str, float]:
-    """Returns seconds (to the first step, in training, in total) and tokens/s, for summary.json.
-
-    Without a first step, `trained_at`, the end of training, takes its place.
-    """
-    return {
-        "to_first_step_s": round((report.first_step_at or trained_at) - start.at, 3),
-        "to_first_step_cpu_s": round(report.first_step_cpu_s - start.cpu_s, 3),
-        "train_s": round(report.train_s, 3),
-        "total_s": round(time.perf_counter() - start.at, 3),
-        "tokens_per_s": round(tokens / report.train_s, 1) if report.train_s else 0.0,
-    }

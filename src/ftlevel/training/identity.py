@@ -1,16 +1,14 @@
 """Identity of a run: one flat record of all that must be unchanged when it resumes.
 
 It is stored with the checkpoints and compared field by field. Its fingerprints cover samples of
-files; `FileDigests` hashes all bytes, in the background of a new run and before a resumed one.
+files; `hash_base` covers all bytes, in the background of a new run and before a resumed one.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shlex
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,41 +16,33 @@ from typing import Any
 import torch
 
 from ftlevel.artifacts.cards import library_versions
-from ftlevel.artifacts.files import file_fingerprint, read_json, write_json
-from ftlevel.artifacts.run_directory import DIGESTS, IDENTITY, RunDirectory
+from ftlevel.artifacts.files import file_fingerprint, read_json
+from ftlevel.artifacts.run_directory import IDENTITY, RunDirectory
 from ftlevel.config import OutputConfig
+from ftlevel.config.reading import flatten
 from ftlevel.config.train import SECTIONS
 from ftlevel.config.trainer import PLATEAU
 from ftlevel.errors import ConfigError, InputError, join_names
+from ftlevel.models.loading import get_vocabulary
 from ftlevel.training.plan.run import Run
+from ftlevel.training.summary import get_base_values
 
-BASE, ROWS, VALIDATION = "model.fingerprint", "data.fingerprint", "data.validation_fingerprint"
-ADAPTER = "model.adapter_fingerprint"
+BASE, TOKENIZER, TEMPLATE = "model.fingerprint", "model.tokenizer", "model.chat_template"
 _CONTENTS = {
-    BASE: " (weights of the base model, --model)",
-    ROWS: " (rows)",
-    VALIDATION: " (validation rows)",
-    ADAPTER: " (weights of --adapter)",
+    BASE: ("weights of the base model, --model", ["model.name_or_path"]),
+    "data.fingerprint": ("rows", ["data.dataset", "data.also"]),
+    "data.validation_fingerprint": (
+        "validation rows",
+        ["data.validation_file", "data.qrels", "data.corpus"],
+    ),
+    "model.adapter_fingerprint": ("weights of --adapter", ["model.adapter"]),
     **{
-        f"{name}.{fingerprint}": f" ({content})"
+        f"{name}.{fingerprint}": (content, [f"{name}.{field}"])
         for name, own in SECTIONS.items()
-        for fingerprint, content in own.contents.values()
+        for field, (fingerprint, content) in own.contents.items()
     },
 }
-"""Fields with the fingerprint of a content, which may have moved."""
-_MOVABLE = {
-    "model.name_or_path": BASE,
-    "model.adapter": ADAPTER,
-    "data.dataset": ROWS,
-    "data.also": ROWS,
-    **dict.fromkeys(("data.validation_file", "data.qrels", "data.corpus"), VALIDATION),
-    **{
-        f"{name}.{field}": f"{name}.{fingerprint}"
-        for name, own in SECTIONS.items()
-        for field, (fingerprint, _) in own.contents.items()
-    },
-}
-"""Fields whose value may change while a fingerprint stays the same."""
+"""Fingerprint → its content, and fields that may change while the fingerprint stays the same."""
 LENGTHS = ("train.num_train_epochs", "train.max_steps", "train.early_stopping_patience")
 """Fields that may change, because a run can be made longer."""
 _FREE = [f"{name}.{field}" for name, own in SECTIONS.items() for field in own.may_change]
@@ -78,8 +68,8 @@ def flatten_config(run: Run, exclude: Mapping[str, Any]) -> dict[str, Any]:
     return flat | {f"{section}.{k}": v for section, part in values.items() for k, v in part.items()}
 
 
-def get_identity(run: Run, fingerprint: str | None) -> dict[str, Any]:
-    """Returns dotted name → value of all that must be unchanged; `fingerprint` is of the base."""
+def get_identity(run: Run) -> dict[str, Any]:
+    """Returns dotted name → value of all that must be unchanged."""
     config, data, schedule = run.config, run.data, run.schedule
     evaluates = config.train.lr_scheduler_type == PLATEAU
     unchecked = {
@@ -91,7 +81,7 @@ def get_identity(run: Run, fingerprint: str | None) -> dict[str, Any]:
     values = flatten_config(run, unchecked)
     values |= {
         **get_config_values(run.model.config),
-        **get_tokenizer_values(run.model.tokenizer),
+        **_get_tokenizer_values(run.model.tokenizer),
         **{f"versions.{name}": version for name, version in library_versions().items()},
         "train.learning_rate": schedule.learning_rate,
         "train.head_learning_rate": schedule.head_learning_rate,
@@ -100,20 +90,29 @@ def get_identity(run: Run, fingerprint: str | None) -> dict[str, Any]:
         "data.max_length": data.max_length,
         "data.overlong": data.info["overlong"],
         "data.chat_template": config.data.chat_template and Path(config.data.chat_template).name,
-        BASE: fingerprint,
-        ROWS: data.info["fingerprint"],
-        VALIDATION: data.info.get("validation_fingerprint"),
-        **{".".join(field): value for field, value in run.auxiliary.fingerprints().items()},
+        BASE: get_base_values(run.model.source)["fingerprint"],
+        "data.fingerprint": data.info["fingerprint"],
+        "data.validation_fingerprint": data.info.get("validation_fingerprint"),
+        **{field: model.fingerprint for field, model in run.auxiliary.items()},
     }
     if data.prompt_format is not None and data.prompt_format.kind == "plain":
         values["data.prompt_version"] = data.prompt_format.version
     if run.adapter is not None:
-        values[ADAPTER] = run.adapter.fingerprint
+        values["model.adapter_fingerprint"] = run.adapter.fingerprint
     values |= run.hooks.get_identity(run)
     if run.model.device == "cpu":  # the thread count changes the order of sums
         values["threads"] = torch.get_num_threads()
     identity: dict[str, Any] = json.loads(json.dumps(values, default=str))  # as read from the file
     return identity
+
+
+def hash_base(run: Run) -> dict[str, str]:
+    """Returns fields of the identity: `model.fingerprint of FILE` → SHA-256 of a local base."""
+    path = run.model.source.path
+    if path is None:
+        return {}
+    weights = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    return {f"{BASE} of {file.name}": file_fingerprint(file) for file in weights}
 
 
 def load_identity(output: OutputConfig) -> dict[str, Any] | None:
@@ -136,25 +135,28 @@ def load_identity(output: OutputConfig) -> dict[str, Any] | None:
 def compare_identities(
     output: OutputConfig, before: Mapping[str, Any], now: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Returns the differences that `--allow-change` accepts, as records for changes.jsonl.
+    """Returns the differences that `--allow-change` accepts, as records for notes.jsonl.
 
-    Raises ConfigError with all others. Fields with the digest of a file, `FIELD of FILE`, are
-    accepted with FIELD. A thread count is compared if both runs are on a CPU.
+    Raises ConfigError with all others; of another base or tokenizer, only this is named. Fields of
+    `hash_base`, `FIELD of FILE`, are accepted with FIELD, and compared if both records have some.
+    A thread count is compared if both runs are on a CPU.
     """
+    digests = [{key for key in record if " of " in key} for record in (before, now)]
     ignored = {*LENGTHS, *_FREE, *({"threads"} - before.keys())}
-    ignored |= {
-        key
-        for key, content in _MOVABLE.items()
-        if now.get(content) is not None and before.get(content) == now[content]
-    }
+    ignored |= set.union(*digests) if not all(digests) else set()
+    for fingerprint, (_, fields) in _CONTENTS.items():
+        if now.get(fingerprint) is not None and before.get(fingerprint) == now[fingerprint]:
+            ignored |= {*fields}
     keys = [
         key
         for key in sorted({**before, **now})
         if key not in ignored and before.get(key) != now.get(key)
     ]
-    if refused := [key for key in keys if key.partition(" of ")[0] not in output.allow_change]:
+    refused = [key for key in keys if key.partition(" of ")[0] not in output.allow_change]
+    if refused := [key for key in refused if key in (BASE, TOKENIZER, TEMPLATE)] or refused:
+        contents = {key: f" ({content})" for key, (content, _) in _CONTENTS.items()}
         message = join_names(
-            f"{key}{_CONTENTS.get(key, '')} was {before.get(key)!r} and is {now.get(key)!r}"
+            f"{key}{contents.get(key, '')} was {before.get(key)!r} and is {now.get(key)!r}"
             for key in refused
         )
         note = f" (OMP_NUM_THREADS={before.get('threads')})" if "threads" in refused else ""
@@ -166,59 +168,6 @@ def compare_identities(
     return [{"field": key, "was": before.get(key), "is": now.get(key)} for key in keys]
 
 
-class FileDigests:
-    """SHA-256 of whole files, computed in a background thread and stored with the checkpoints.
-
-    `files` maps fields of the identity, such as "model.fingerprint of model.safetensors", to paths.
-    """
-
-    def __init__(self, files: Mapping[str, Path], checkpoints: Path) -> None:
-        self._files, self.path = files, checkpoints / DIGESTS
-        self._thread: threading.Thread | None = None
-
-    def keep(self) -> None:
-        """Write the files' digests in the background, if not there yet."""
-        if not self._files or self.path.exists():
-            return
-
-        def compute_and_save() -> None:
-            with contextlib.suppress(MemoryError, OSError):  # reported by the run itself
-                digests = self.compute()
-                if self.path.parent.is_dir():
-                    write_json(self.path, digests)
-
-        self._thread = threading.Thread(target=compute_and_save, daemon=True)
-        self._thread.start()
-
-    def wait(self) -> None:
-        """Wait until the background thread has written the digests."""
-        if self._thread is not None:
-            self._thread.join()
-
-    def compute(self) -> dict[str, str]:
-        """Returns field → SHA-256 of the file now."""
-        return {name: file_fingerprint(path) for name, path in self._files.items()}
-
-    def load(self) -> dict[str, Any] | None:
-        """Load the stored digests; None if they are missing or damaged."""
-        try:
-            return read_json(self.path) if self._files else {}
-        except InputError:
-            return None
-
-
-def get_file_digests(run: Run, checkpoints: Path) -> FileDigests:
-    """Returns the `FileDigests` of the base model."""
-    path = run.model.source.path
-    if path is None:
-        return FileDigests({}, checkpoints)
-    weights = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    return FileDigests({f"{BASE} of {file.name}": file for file in weights}, checkpoints)
-
-
-CONFIG, TOKENIZER, TEMPLATE = "model.config.", "model.tokenizer", "model.chat_template"
-"""Names in an identity: prefix of config fields, tokenizer, chat template."""
-
 _IGNORED_FIELDS = set(
     """
     _name_or_path transformers_version torch_dtype dtype architectures _attn_implementation
@@ -229,35 +178,17 @@ _IGNORED_FIELDS = set(
 
 def get_config_values(config: Any) -> dict[str, Any]:
     """Returns dotted name → value of all fields of `config` that affect a model's outputs."""
-    return dict(_flatten(CONFIG.rstrip("."), json.loads(config.to_json_string(use_diff=False))))
+    values = flatten(json.loads(config.to_json_string(use_diff=False)), "model.config.")
+    return {key: value for key, value in values if not _IGNORED_FIELDS.intersection(key.split("."))}
 
 
-def get_tokenizer_values(tokenizer: Any) -> dict[str, str]:
-    """Returns digests of a tokenizer and of its chat template.
-
-    Truncation and padding in tokenizer files are ignored: each call of the tokenizer replaces them.
-    """
-    if tokenizer.is_fast:
-        backend = json.loads(tokenizer.backend_tokenizer.to_str())
-        del backend["truncation"], backend["padding"]
-    else:
-        backend = tokenizer.get_vocab()
-    return {
-        TOKENIZER: _digest([backend, tokenizer.special_tokens_map]),
-        TEMPLATE: _digest(getattr(tokenizer, "chat_template", None)),
+def _get_tokenizer_values(tokenizer: Any) -> dict[str, str]:
+    """Returns digests of a tokenizer and of its chat template."""
+    values = {
+        TOKENIZER: [get_vocabulary(tokenizer), tokenizer.special_tokens_map],
+        TEMPLATE: getattr(tokenizer, "chat_template", None),
     }
-
-
-def _flatten(name: str, value: Any) -> list[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        return [
-            pair
-            for key, inner in value.items()
-            if key not in _IGNORED_FIELDS
-            for pair in _flatten(f"{name}.{key}", inner)
-        ]
-    return [(name, value)]
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
+    return {
+        key: hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
+        for key, value in values.items()
+    }

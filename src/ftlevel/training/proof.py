@@ -23,7 +23,7 @@ from ftlevel.errors import InputError, RunError, join_names
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import evaluating
 from ftlevel.models.upstream.shards import local_shard
-from ftlevel.objectives import Objective, TokenObjective
+from ftlevel.objectives import Objective
 from ftlevel.trained.adapt import add_adapter, load_adapter
 from ftlevel.training.gradients import GradientMonitor
 from ftlevel.training.model import (
@@ -64,14 +64,6 @@ class Proof:
     skipped_steps: int = 0
 
 
-@dataclass(frozen=True)
-class BaseState:
-    """The base as first loaded: tensor name → hash, and a function that loads the base again."""
-
-    digests: Mapping[str, TensorHash]
-    load: Callable[[], Any]
-
-
 def verify_run(
     model: PreparedModel,
     run: Run,
@@ -88,7 +80,8 @@ def verify_run(
     result = check_saved(
         model.model,
         output_dir.adapter,
-        BaseState(model.digests, lambda: load_base(run)),
+        model.digests,
+        lambda: load_base(run),
         inputs,
         is_base_modified=METHODS[run.config.method.kind].initialization.rewrites_base(
             run.config.method
@@ -129,13 +122,13 @@ def collate_check_batch(
     ordered = sorted(sequences, key=lambda sequence: len(sequence.input_ids))
     middle = len(ordered) // 2
     selected = ordered[max(0, middle - NUM_TEST_ROWS // 2) :][:NUM_TEST_ROWS]
-    if isinstance(objective, TokenObjective):
+    if objective.predicts_tokens:
         max_positions = max(1, MAX_TEST_LOGITS // (vocab_size * len(selected)))
         selected = [_truncate(row, max_positions, objective) for row in selected]
     return {name: value.to(device) for name, value in Collator(pad_id)(selected).items()}
 
 
-def _truncate(row: Encoded, max_positions: int, objective: TokenObjective) -> Encoded:
+def _truncate(row: Encoded, max_positions: int, objective: Objective) -> Encoded:
     labels = row.labels[:max_positions] if isinstance(row.labels, list) else row.labels
     if objective.feeds_labels:  # the decoder has one position per label
         return replace(row, labels=labels)
@@ -167,7 +160,8 @@ training."""
 def check_saved(
     trained: Any,
     path: Path,
-    base: BaseState,
+    digests: Mapping[str, TensorHash],
+    load_base: Callable[[], Any],
     inputs: CheckInputs,
     *,
     is_base_modified: bool = False,
@@ -175,16 +169,17 @@ def check_saved(
 ) -> CheckResult:
     """Load the files at `path` onto the base and compare the logits with those of `trained`.
 
+    `digests` are hashes of the base's tensors by name, `load_base` loads the base again.
     `is_base_modified` means that the method's initialization changed the base weights. Raises
     RunError if frozen weights or the reloaded logits differ, or training changed nothing.
     """
-    frozen = compare_frozen(trained, base.digests, is_base_modified=is_base_modified)
+    frozen = compare_frozen(trained, digests, is_base_modified=is_base_modified)
     after = inputs.logits(trained)
     logits = None
     if hasattr(trained, "peft_config") and not is_base_modified:
         logits = _compute_on_same_base(trained, path, inputs)
     if logits is None:
-        logits = _compute_on_new_base(trained, path, base.load, inputs)
+        logits = _compute_on_new_base(trained, path, load_base, inputs)
     before, saved_logits = logits
     max_diff = (saved_logits - after).abs().max().item()
     effect = (after - before).abs().max().item()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import quote
+from tempfile import mkdtemp
 from typing import Any
 
 from ftlevel.artifacts import checkpoints
@@ -16,26 +16,18 @@ from ftlevel.artifacts.checkpoints import delete_best_after, step_of
 from ftlevel.artifacts.files import flush_all, hash_weights, lock_dir, read_json, write_json
 from ftlevel.artifacts.paths import save_relative_paths
 from ftlevel.artifacts.run_directory import IDENTITY, RunDirectory, mark_resumed, open_run
-from ftlevel.config import ModelConfig, OutputConfig
+from ftlevel.config import OutputConfig
 from ftlevel.config.section import Choice
 from ftlevel.config.trainer import TrainerConfig
-from ftlevel.data.encoding.chat import set_chat_template
-from ftlevel.data.encoding.collate import ensure_pad_token
 from ftlevel.errors import ConfigError, Interrupted, did_you_mean
 from ftlevel.events import Listener
 from ftlevel.methods import METHODS
-from ftlevel.models.loading import load_tokenizer
-from ftlevel.models.sources import resolve_source
-from ftlevel.tasks import TASKS
 from ftlevel.training.identity import (
-    ADAPTER,
-    BASE,
     LENGTHS,
     compare_identities,
     flatten_config,
-    get_file_digests,
     get_identity,
-    get_tokenizer_values,
+    hash_base,
     load_identity,
 )
 from ftlevel.training.plan.run import Run, Schedule
@@ -48,46 +40,30 @@ BASE_DIR = "base"
 
 
 def store_base(run: Run, output_dir: RunDirectory, *, is_first: bool) -> tuple[Run, dict[str, Any]]:
-    """Move a base passed as an object into `output_dir`; returns the run and `get_base_info`."""
-    if run.written_base is not None:
-        path = output_dir.path.resolve() / BASE_DIR
-        if is_first and not path.exists():
-            partial = path.with_name(f".{BASE_DIR}.partial")
-            if partial.exists():  # left by a process that was killed while copying
-                shutil.rmtree(partial)
-            shutil.move(run.written_base, partial)  # copies from another disk
-            flush_all(partial)
-            partial.rename(path)
-        source = replace(run.model.source, name=str(path), location=str(path))
-        run = replace(run, model=replace(run.model, source=source))
-    return run, get_base_info(run)
+    """Move a base passed as an object into `output_dir`; returns the run and its base's values.
+
+    These are its name, kind, revision and fingerprint, and its digest if it was an object.
+    """
+    if run.written_base is None:
+        return run, get_base_values(run.model.source)
+    path = output_dir.path.resolve() / BASE_DIR
+    if is_first and not path.exists():
+        partial = path.with_name(f".{BASE_DIR}.partial")
+        if partial.exists():  # left by a process that was killed while copying
+            shutil.rmtree(partial)
+        shutil.move(run.written_base, partial)  # copies from another disk
+        flush_all(partial)
+        partial.rename(path)
+    source = replace(run.model.source, name=str(path), location=str(path))
+    run = replace(run, model=replace(run.model, source=source))
+    return run, {**get_base_values(source), "digest": hash_weights(path)}
 
 
-def get_base_info(run: Run) -> dict[str, Any]:
-    """Returns the base's name, kind, revision, fingerprint; and digest if passed as an object."""
-    info, path = get_base_values(run.model.source), run.model.source.path
-    if run.written_base is None or path is None:
-        return info
-    return {**info, "digest": hash_weights(path)}
-
-
-def check_same_base(
-    model: ModelConfig, output: OutputConfig, chat_template: str | None, task: str | None
-) -> None:
-    """Raise ConfigError if the run to resume was started with another base model or tokenizer."""
-    before = load_identity(output)
-    if before is None:
-        return
-    source = resolve_source(model.name_or_path, model.revision, model.trust_remote_code)
-    fingerprint = get_base_values(source)["fingerprint"]
-    now = {BASE: fingerprint} if None not in (fingerprint, before.get(BASE)) else {}
-    has_own_tokenizer = ADAPTER in before or (task in TASKS and TASKS[str(task)].changes_tokenizer)
-    if not has_own_tokenizer:
-        tokenizer = load_tokenizer(source)
-        set_chat_template(tokenizer, chat_template)
-        ensure_pad_token(tokenizer)
-        now |= get_tokenizer_values(tokenizer)
-    compare_identities(output, {key: before.get(key) for key in now}, now)
+def keep_digests(run: Run, output_dir: RunDirectory, identity: Mapping[str, Any]) -> None:
+    """Add the digests of the base's files to the stored identity of a new run."""
+    with contextlib.suppress(MemoryError, OSError):  # reported by the run itself
+        if not any(" of " in key for key in identity):  # else, the run is resumed
+            write_json(output_dir.checkpoints / IDENTITY, {**identity, **hash_base(run)})
 
 
 def load_previous_batch_tokens(output: OutputConfig) -> int | None:
@@ -101,23 +77,18 @@ def check_shared(output_dir: RunDirectory, processes: Processes) -> None:
     if processes.count == 1:
         return
 
-    def mark() -> str:
-        with tempfile.NamedTemporaryFile(
-            prefix=".seen-", dir=output_dir.checkpoints, delete=False
-        ) as file:
-            return Path(file.name).name
-
     def look() -> None:
-        if not (output_dir.checkpoints / name).exists():
+        if not (checkpoint_dir / name).exists():
             raise ConfigError(
                 f"--output-dir {output_dir.path}: files of rank 0 are not visible here. Choose a "
                 f"directory that all machines share."
             )
 
-    name = processes.from_first(mark)
+    checkpoint_dir = output_dir.checkpoints
+    name = processes.from_first(lambda: Path(mkdtemp(prefix=".seen-", dir=checkpoint_dir)).name)
     processes.in_all(look)
     if processes.is_first:
-        (output_dir.checkpoints / name).unlink()
+        (checkpoint_dir / name).rmdir()
 
 
 def check_base_not_overwritten(run: Run) -> None:
@@ -141,21 +112,22 @@ class ResumeState:
     """State from which a run resumes.
 
     Attributes:
+        identity: all that must be unchanged when the run resumes; see `get_identity`.
         checkpoint: latest complete checkpoint; None for a new or finished run.
         past: log records up to the checkpoint.
         has_new_length: whether the planned number of steps has changed.
         finished: summary.json of a run with nothing left to train.
-        identity: all that must be unchanged when the run resumes; see `get_identity`.
+        changes: differing fields that `--allow-change` accepts.
         failure: how the fast step differed from the plain step, which the run has trained since;
             empty if it did not.
     """
 
+    identity: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: Path | None = None
     past: list[dict[str, Any]] = field(default_factory=list)
     has_new_length: bool = False
     finished: Mapping[str, Any] | None = None
     changes: list[dict[str, Any]] = field(default_factory=list)
-    identity: Mapping[str, Any] = field(default_factory=dict)
     failure: str = ""
 
     def missed_evaluation(self, strategy: str, schedule: Schedule) -> bool:
@@ -176,60 +148,56 @@ def has_evaluation(records: Sequence[Mapping[str, Any]], step: int) -> bool:
 
 
 def resolve_resume(run: Run, processes: Processes, listener: Listener) -> ResumeState:
-    """Returns the state from which the run resumes, before weights load; empty for a new run."""
-    identity = get_identity(run, get_base_values(run.model.source)["fingerprint"])
+    """Returns the state from which the run resumes, before weights load.
+
+    That of a new run has only the identity.
+    """
+    identity = get_identity(run)
     everything = {**flatten_config(run, {"output": {"allow_change"}}), **identity}
     everything.pop("threads", None)  # may differ by machine
     processes.check_same(everything)
-    return processes.from_first(
-        lambda: replace(_resolve_resume(run, identity, listener), identity=identity)
-    )
+    return processes.from_first(lambda: _resolve_resume(run, identity, listener))
 
 
-def _resolve_resume(run: Run, identity: Mapping[str, Any], listener: Listener) -> ResumeState:
+def _resolve_resume(run: Run, identity: dict[str, Any], listener: Listener) -> ResumeState:
     output, steps = run.config.output, run.schedule.steps
-    if not output.resume or output.dir is None:
-        return ResumeState()
-    before, output_dir = load_identity(output), RunDirectory(output.dir)
-    if before is None:
-        listener.warn(
-            f"--resume {output_dir.path}: it has no checkpoint yet, so the run starts from the "
-            f"beginning"
-        )
-        return ResumeState()
+    if (before := load_identity(output)) is None or output.dir is None:
+        if output.resume:
+            listener.warn(
+                f"--resume {output.dir}: it has no checkpoint yet, so the run starts from the "
+                "beginning"
+            )
+        return ResumeState(identity)
     known = {**before, **identity}
     if invalid := [name for name in output.allow_change if name not in known]:
         raise ConfigError(
             f"--allow-change {invalid[0]}: no such field.{did_you_mean(invalid[0], known)} "
             "--resume names the fields that differ."
         )
+    identity |= hash_base(run)
     changes = compare_identities(output, before, identity)
-    digests = get_file_digests(run, output_dir.checkpoints)
-    if (stored := digests.load()) is None:
-        listener.warn(
-            f"--resume {output_dir.path}: the recorded digests of files are missing "
-            f"({digests.path}), so only samples of them are compared"
-        )
-    else:
-        changes += compare_identities(output, stored, digests.compute())
+    output_dir = RunDirectory(output.dir)
     summary = output_dir.load_summary()
     lengths = {key: before.get(key) for key in LENGTHS if before.get(key) != identity[key]}
     if summary and not lengths and summary.get("planned_steps", summary["steps"]) == steps:
-        return ResumeState(finished=summary)
+        return ResumeState(identity, finished=summary)
     checkpoint = get_last_checkpoint(output_dir, listener)
     if checkpoint is None:
-        return ResumeState()
+        return ResumeState(identity)
     if lengths:
         trained = max(step_of(checkpoint), summary["steps"] if summary else 0)
         _check_length(run, lengths, trained)
-    state = read_json(checkpoint / "trainer_state.json")
-    past = output_dir.load_log(step_of(checkpoint))
-    has_new_length = state["max_steps"] != steps
     choice = Choice("checkpoint", checkpoint, f"step {step_of(checkpoint):,} of {steps:,}")
     listener.choices("resume", [choice])
     events = output_dir.load_events()
-    failure = next((event[PLAIN_STEP] for event in events if PLAIN_STEP in event), "")
-    return ResumeState(checkpoint, past, has_new_length, changes=changes, failure=failure)
+    return ResumeState(
+        identity,
+        checkpoint,
+        past=output_dir.load_log(step_of(checkpoint)),
+        has_new_length=read_json(checkpoint / "trainer_state.json")["max_steps"] != steps,
+        changes=changes,
+        failure=next((event[PLAIN_STEP] for event in events if PLAIN_STEP in event), ""),
+    )
 
 
 def _check_length(run: Run, before: Mapping[str, Any], trained: int) -> None:
@@ -272,9 +240,7 @@ def open_or_resume(run: Run, state: ResumeState, listener: Listener) -> RunDirec
             listener.warn(
                 f"{change['field']} is {change['is']!r} from here on, was {change['was']!r}"
             )
-        output_dir.append_changes(step_of(state.checkpoint), state.changes)
-        if any(" of " in change["field"] for change in state.changes):
-            get_file_digests(run, output_dir.checkpoints).path.unlink(missing_ok=True)
+            output_dir.note({"step": step_of(state.checkpoint), **change})
     else:
         output_dir, leftovers = open_run(
             output.dir, run.name, overwrite=output.overwrite, resume=output.resume

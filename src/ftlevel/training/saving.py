@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -143,7 +143,7 @@ class WriteManifest(TrainerCallback):
     It also deletes a run that this one overwrites.
 
     Args:
-        write_files: adds tokenizer and card to a checkpoint directory; None if unsupported.
+        write_files: adds tokenizer and card to a checkpoint directory.
         run_after_save: calls a function once the checkpoint is written in the background; None if
             checkpoints are written at once.
     """
@@ -152,7 +152,7 @@ class WriteManifest(TrainerCallback):
         self,
         output_dir: RunDirectory,
         keep: int,
-        write_files: Callable[[Path], None] | None,
+        write_files: Callable[[Path], None],
         processes: Processes,
         run_after_save: Callable[[Callable[[], None]], None] | None = None,
     ) -> None:
@@ -180,8 +180,7 @@ class WriteManifest(TrainerCallback):
         if not self._processes.is_first:
             return
         checkpoint = self.checkpoint_dir / f"checkpoint-{state.global_step}"
-        if self._save_files is not None:
-            self._save_files(checkpoint)
+        self._save_files(checkpoint)
         if self._run_after_save is None:
             self._write_manifest(checkpoint)
         else:
@@ -236,20 +235,3 @@ class SaveByClock(TrainerCallback):
         """Save if this evaluation stops training early and the last step must be saved."""
         is_early = control.should_training_stop and state.global_step < state.max_steps
         control.should_save |= is_early and self._save_last
-
-
-class WaitForHashes(TrainerCallback):
-    """Callback that calls `functions` before each checkpoint, to wait for hashes of input files."""
-
-    def __init__(self, functions: Iterable[Callable[[], None]]) -> None:
-        self._functions = list(functions)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Wait for the hashes of the run's input files before a checkpoint is saved."""
-        if control.should_save:
-            for wait in self._functions:
-                wait()
-
-    on_epoch_end = on_evaluate = on_step_end

@@ -1,12 +1,12 @@
-"""Resolve a training job, load and adapt its model, train, save, and verify what was saved."""
+"""Resolve a training job, load and adapt its model, and train it; `finish.py` saves it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,28 +26,28 @@ from ftlevel.config.sections import wrap_rows
 from ftlevel.errors import ConfigError, Interrupted
 from ftlevel.events import Listener
 from ftlevel.fast.plan import plan_plain
-from ftlevel.models.hardware import free_device_memory, resident_bytes, trim_heap
+from ftlevel.methods import METHODS
+from ftlevel.methods.base import HasState
+from ftlevel.models.hardware import current_memory_bytes, free_device_memory, resident_bytes
 from ftlevel.models.in_memory import PlacedModel, place_model
-from ftlevel.training.best import SelectedModel
-from ftlevel.training.build_trainer import (
-    RunCallbacks,
-    add_callbacks,
-    create_trainer,
-    matmul_context,
-    restore_progress,
+from ftlevel.training.best import (
+    MAX_RECORDED_ROWS,
+    BestModelCallback,
+    PredictionRecorder,
+    SelectedModel,
 )
-from ftlevel.training.callbacks import get_run_info, tracking
-from ftlevel.training.finish import (
-    StartTime,
-    end_training,
-    measure_times,
-    report_results,
-    save,
-    save_tokenizer_and_card,
+from ftlevel.training.build_trainer import create_trainer, matmul_context
+from ftlevel.training.callbacks import (
+    Interrupt,
+    Report,
+    RunInfo,
+    SetEpoch,
+    UpdateSchedule,
+    tracking,
 )
 from ftlevel.training.forecast.fits import Device, MemoryEstimate, estimate_memory, fit_run
-from ftlevel.training.identity import FileDigests, get_file_digests
-from ftlevel.training.model import PreparedModel, get_speed_info
+from ftlevel.training.gradients import GradientMonitor, Recovery
+from ftlevel.training.model import PreparedModel
 from ftlevel.training.plan.adapter import get_adapter_warnings, resolve_adapter
 from ftlevel.training.plan.resolve import check_packages, infer_task, resolve
 from ftlevel.training.plan.run import Run, size_choices
@@ -58,47 +58,58 @@ from ftlevel.training.processes import (
     resolve_processes,
     started_processes,
 )
-from ftlevel.training.proof import Proof, verify_run
-from ftlevel.training.reference import compute_initial_reference, precompute_reference
 from ftlevel.training.resume import (
     PLAIN_STEP,
     ResumeState,
     check_base_not_overwritten,
-    check_same_base,
     check_shared,
     convert_interrupt,
     get_finished_message,
     get_interrupt_message,
+    keep_digests,
     load_previous_batch_tokens,
     open_or_resume,
     resolve_resume,
     store_base,
 )
 from ftlevel.training.saving import (
-    WaitForHashes,
+    SMALL_CHECKPOINT,
+    SaveByClock,
     WriteManifest,
     check_disk_space,
+    checkpoint_bytes,
     explain_disk_errors,
 )
-from ftlevel.training.sharding import (
-    check_can_shard,
-    compute_initial_logits,
-    save_sharded,
-    verify_sharded_run,
-)
+from ftlevel.training.sharding import ShardedTrainer, check_can_shard, compute_initial_logits
 from ftlevel.training.step_comparison import FastStepError, StepComparison
-from ftlevel.training.summary import Outcome, resolved_config
-from ftlevel.training.teacher import (
-    AuxiliaryOutputs,
-    precompute_teacher,
-    resolve_auxiliary_models,
-)
-from ftlevel.training.text_models import with_text_models
+from ftlevel.training.summary import resolved_config, save_tokenizer_and_card
+from ftlevel.training.teacher import precompute_teacher, resolve_auxiliary_models
 from ftlevel.training.trainer import FtlevelTrainer
 from ftlevel.training.verify import check_fast_step
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
+
+
+@dataclass(frozen=True)
+class StartTime:
+    """Time at which the user started the run, and CPU seconds of all threads up to that time."""
+
+    at: float
+    cpu_s: float
+
+    @classmethod
+    def now(cls) -> StartTime:
+        """Returns the current time: the start of a run called from Python."""
+        return cls(time.perf_counter(), time.process_time())
+
+    @classmethod
+    def of_process(cls) -> StartTime:
+        """Returns the creation time of the process: the start of a run from the command line."""
+        import psutil
+
+        age = time.time() - psutil.Process().create_time()
+        return cls(time.perf_counter() - age, 0.0)
 
 
 @dataclass(frozen=True)
@@ -200,12 +211,15 @@ class TrainingSession:
         stack: closes what the session opens.
         memory: the estimate printed at the start.
         resumed: checkpoint, log and changes of the run to resume; set by `resolve_resume`.
-        model: the loaded model; set, with `auxiliary`, by `prepare`, which also adds the outputs of
-            auxiliary models to the rows of `run`.
+        model: the loaded model; set by `prepare`, which also adds the outputs of auxiliary models
+            to the rows of `run`.
+        teacher_info: entry of the teacher in summary.json; None without a teacher.
         comparison: result of verifying the fast step; None if it was not verified.
         initial_memory: bytes of the process before the model was loaded.
         base: name, kind and fingerprint of the base model, for card and summary; set, with
-            `output_dir`, `trainer` and `callbacks`, by `open`.
+            `output_dir`, `trainer` and its callbacks, by `open`.
+        results: log of the run.
+        best: keeps the best model; None if none is selected.
         initial_logits: logits before training; None unless `--method full` is sharded.
         selected: the selected model; None before training, or if none is selected.
         trained_at: end of training, by `time.perf_counter`.
@@ -219,13 +233,17 @@ class TrainingSession:
     memory: MemoryEstimate
     resumed: ResumeState = field(default_factory=ResumeState)
     model: PreparedModel = field(init=False)
-    auxiliary: AuxiliaryOutputs = field(init=False)
+    teacher_info: dict[str, Any] | None = None
     comparison: StepComparison | None = None
     initial_memory: int = 0
     output_dir: RunDirectory = field(init=False)
     base: Mapping[str, Any] = field(init=False)
     trainer: FtlevelTrainer = field(init=False)
-    callbacks: RunCallbacks = field(init=False)
+    results: Report = field(init=False)
+    gradients: GradientMonitor = field(init=False)
+    interrupt: Interrupt = field(init=False)
+    answers: PredictionRecorder = field(init=False)
+    best: BestModelCallback | None = None
     initial_logits: Tensor | None = None
     selected: SelectedModel | None = None
     trained_at: float = 0.0
@@ -302,29 +320,26 @@ class TrainingSession:
 
     def _prepare(self, run: Run, load: LoadModel) -> None:
         listener, processes = self.listener, self.processes
-        run = with_text_models(run, listener, processes)
-        run, reference = precompute_reference(run, listener, processes)
+        run = run.hooks.with_auxiliary_outputs(run, listener, processes)
         teacher = precompute_teacher(run, listener, processes)
         listener.stage("loading the model")
         model = load(run, listener)
-        if reference is None:
-            run, reference = compute_initial_reference(run, model, listener, processes)
-        if teacher is not None:
-            run = replace(run, data=replace(run.data, train=teacher.rows))
-        auxiliary = AuxiliaryOutputs(reference, teacher, run.hooks.create_scorer(run, listener))
+        run = run.hooks.with_initial_outputs(run, model, listener, processes)
+        rows, self.teacher_info = teacher or (run.data.train, None)
+        run = replace(run, data=replace(run.data, train=rows))
         try:
             self.comparison = check_fast_step(run, model, processes, listener)
         except FastStepError:
             if model.fast is not None:
                 model.fast.remove()
             raise
-        self.run, self.model, self.auxiliary = run, model, auxiliary
+        self.run, self.model = run, model
 
     def open(self) -> None:
         """Open and lock the run directory, and create the Trainer with its callbacks."""
         model, resumed = self.model, self.resumed
         listener, processes = self.listener, self.processes
-        config, scorer = self.run.config, self.auxiliary.scorer
+        config = self.run.config
         processes.from_first(
             lambda: check_disk_space(
                 config.output.dir, config.train, model.model, self.run.schedule.steps
@@ -334,49 +349,116 @@ class TrainingSession:
         check_shared(output_dir, processes)
         run, base = store_base(self.run, output_dir, is_first=processes.is_first)
         self.run, self.base, self.output_dir = run, base, output_dir
-        digests = get_file_digests(run, output_dir.checkpoints)
-        if processes.is_first:
-            self._lock(digests)
+        hashing = self._lock() if processes.is_first else None
         if processes.is_first and run.fast.failure and not resumed.failure:
             step = step_of(resumed.checkpoint) if resumed.checkpoint else 0
             output_dir.note({"step": step, PLAIN_STEP: run.fast.failure})
         self.stack.enter_context(convert_interrupt(output_dir))
         if self.is_sharded:
             self.initial_logits = compute_initial_logits(model, run)
-        self.trainer = create_trainer(run, model, output_dir, resumed, processes, scorer)
-        write_files = partial(
-            save_tokenizer_and_card, run=run, base=base, files=self.auxiliary.files
-        )
-        self.callbacks = add_callbacks(
-            self.trainer,
-            run,
-            output_dir,
-            listener,
-            processes,
-            resumed.checkpoint,
-            None if model.initial_state else write_files,
-        )
-        restore_progress(self.trainer, self.callbacks, output_dir, resumed, processes)
-        self._add_last_callbacks(digests)
+        self.trainer = create_trainer(run, model, output_dir, resumed, processes, listener)
 
-    def _lock(self, digests: FileDigests) -> None:
-        """Lock the run's directory until `stack` closes, and start to hash the run's inputs."""
+        def write_files(checkpoint: Path) -> None:
+            if hashing is not None:
+                hashing.result()
+            if not model.initial_state:
+                save_tokenizer_and_card(checkpoint, run, base)
+
+        self._add_callbacks(write_files)
+        self._restore_progress()
+
+    def _lock(self) -> Future[None]:
+        """Lock the run's directory until `stack` closes, and start to hash the base's files."""
         self.stack.enter_context(lock_dir(self.output_dir.path))
         self.stack.enter_context(replace_run(self.output_dir.path))
-        digests.keep()
-        self.stack.callback(digests.wait)
+        pool = self.stack.enter_context(ThreadPoolExecutor(1))
+        return pool.submit(keep_digests, self.run, self.output_dir, self.resumed.identity)
 
-    def _add_last_callbacks(self, digests: FileDigests) -> None:
-        watch = self.stack.enter_context(WatchProcesses(self.processes, self.listener.warn))
-        # The caller's may write files too.
-        manifest = self.trainer.pop_callback(WriteManifest)
-        for callback in (watch, *self.inputs.callbacks, WaitForHashes([digests.wait]), manifest):
-            self.trainer.add_callback(callback)
+    def _add_callbacks(self, write_files: Callable[[Path], None]) -> None:
+        """Add all callbacks to the Trainer; `write_files` saves tokenizer and card in a checkpoint.
+
+        The caller's are the last but that of the manifest, which lists all files of a checkpoint.
+        """
+        run, trainer, listener = self.run, self.trainer, self.listener
+        processes, output_dir, checkpoint = self.processes, self.output_dir, self.resumed.checkpoint
+        section, method, is_first = run.config.train, run.config.method, self.processes.is_first
+        self.results = Report(
+            listener,
+            output_dir.log if is_first else lambda _: None,
+            lambda: int(processes.sum(int(trainer.tokens_seen))),
+            lambda: current_memory_bytes(run.model.device),
+        )
+        method_callbacks = METHODS[method.kind].callbacks(method, output_dir.checkpoints, is_first)
+        states = [callback for callback in method_callbacks if isinstance(callback, HasState)]
+        if run.best is not None:
+            self.best = BestModelCallback(
+                run.best, output_dir.checkpoints, processes, states, listener
+            )
+        trainer.warn = listener.warn
+        trainer.replaces_nonfinite = section.on_nonfinite != "stop"
+        if is_first:
+            trainer.note = output_dir.note
+        recovery = Recovery(trainer, section, output_dir, processes, listener, checkpoint)
+        self.gradients = GradientMonitor(
+            listener,
+            trainer.take_step_loss,
+            recovery,
+            uses_scaler=trainer.accelerator.scaler is not None,
+            delays_checks=run.model.device == "cuda" and recovery.is_always_fatal,
+        )
+        self.interrupt = Interrupt(processes)
+        self.answers = PredictionRecorder(run.objective, self.best)
+        if trainer.evaluator and len(trainer.evaluator.rows) <= MAX_RECORDED_ROWS:
+            trainer.evaluator = replace(trainer.evaluator, begin_record=self.answers.begin)
+        size = checkpoint_bytes(trainer.model, section.optim)
+        save_last = section.save_strategy is None and size <= SMALL_CHECKPOINT
+        by_clock = section.save_minutes and section.save_strategy != "no"
+        run_after_save = trainer.run_after_save if isinstance(trainer, ShardedTrainer) else None
+        for callback in (
+            self.results,
+            self.gradients,
+            recovery,
+            self.interrupt,
+            UpdateSchedule(output_dir.load_log(step_of(checkpoint)) if checkpoint else ()),
+            SetEpoch(run.data.train, getattr(trainer.order, "base", trainer.order)),
+            *method_callbacks,
+            *([self.best] if self.best else []),
+            self.answers,
+            *([SaveByClock(section.save_minutes, processes, last=save_last)] if by_clock else []),
+            *trainer.create_callbacks(output_dir, checkpoint),
+            self.stack.enter_context(WatchProcesses(processes, listener.warn)),
+            *self.inputs.callbacks,
+            WriteManifest(
+                output_dir, section.save_total_limit, write_files, processes, run_after_save
+            ),
+        ):
+            trainer.add_callback(callback)
+        if is_first:
+            output, past = run.config.output, self.resumed.past
+            info = RunInfo(
+                output_dir.path,
+                output.run_name or output_dir.path.name,
+                output.tracker_project,
+                resolved_config(run),
+                past[-1]["step"] if past else 0,
+            )
+            writers = tracking(output.report_to, info, listener)
+            self.results.writers += self.stack.enter_context(writers)
+
+    def _restore_progress(self) -> None:
+        """On resume, restore log, best model, and settings reduced after out-of-memory errors."""
+        resumed, output_dir = self.resumed, self.output_dir
+        if resumed.checkpoint is None:
+            return
+        step = step_of(resumed.checkpoint)
+        self.results.resume(resumed.checkpoint)
         if self.processes.is_first:
-            output, run_info = self.run.config.output, resolved_config(self.run)
-            tracked = get_run_info(output, run_info, self.output_dir, self.resumed.past)
-            writers = tracking(output.report_to, tracked, self.listener)
-            self.callbacks.report.writers += self.stack.enter_context(writers)
+            self.results.records += output_dir.truncate_log(step)
+            output_dir.truncate_events(step)
+        notes = [note for note in output_dir.load_events() if note["step"] <= step]
+        self.trainer.smaller.resume(notes)
+        if self.best is not None:
+            self.best.resume(step, resumed.past, has_new_length=resumed.has_new_length)
 
     @property
     def is_sharded(self) -> bool:
@@ -391,84 +473,24 @@ class TrainingSession:
             if self.trainer.fast is not None:
                 self.trainer.fast.remove()
             raise
-        best, state = self.callbacks.best, self.trainer.state
-        if best is not None:
-            self.selected = best.finish(self.trainer.model, state.global_step, state.max_steps)
+        state = self.trainer.state
+        if self.best is not None:
+            self.selected = self.best.finish(self.trainer.model, state.global_step, state.max_steps)
         self.trainer.gather_failures()
         self.trained_at = time.perf_counter()
 
     def _train(self) -> None:
         run, trainer, checkpoint = self.run, self.trainer, self.resumed.checkpoint
         self.listener.stage("training")
-        with self.callbacks.interrupt, explain_disk_errors(self.output_dir), matmul_context(run):
+        with self.interrupt, explain_disk_errors(self.output_dir), matmul_context(run):
             if checkpoint is None:
                 run.hooks.check_trainer(trainer, run.data.train, self.listener)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        interrupt = self.callbacks.interrupt
+        interrupt = self.interrupt
         if interrupt.has_stopped:
             raise Interrupted(
                 get_interrupt_message(self.output_dir, trainer.state), interrupt.exit_code
             )
-
-    def evaluate(self) -> None:
-        """Evaluate the final model, unless it was already evaluated after the last step."""
-        with matmul_context(self.run):
-            records = self.processes.from_first(lambda: self.callbacks.report.records)
-            end_training(self.trainer, records)
-            if not self.is_sharded:
-                step = self.selected.step if self.selected else self.trainer.state.global_step
-                self.callbacks.answers.complete(self.trainer.evaluator, self.trainer.model, step)
-        trim_heap()
-
-    def save(self) -> None:
-        """Write the adapter or the full model with the tokenizer and card."""
-        self.listener.stage("saving and verifying")
-
-        def write(weights: Mapping[str, Any] | None = None) -> None:
-            save(self.model, self.run, self.output_dir, self.base, self.auxiliary.files, weights)
-
-        with explain_disk_errors(self.output_dir):
-            if self.is_sharded:
-                save_sharded(self.model, self.run, self.processes, write)
-            else:
-                write()
-
-    def verify(self) -> Proof:
-        """Compare the saved files with the trained model; raise RunError if they differ."""
-        model, run, output_dir = self.model, self.run, self.output_dir
-        gradients, processes = self.callbacks.gradients, self.processes
-        with explain_disk_errors(output_dir):
-            if self.is_sharded:
-                logits = self.initial_logits
-                return verify_sharded_run(model, run, output_dir, gradients, processes, logits)
-            why_no_effect = run.hooks.explain_no_effect(run, self.callbacks.report.records)
-            return verify_run(model, run, output_dir, gradients, why_no_effect)
-
-    def report(self, proof: Proof) -> Mapping[str, Any]:
-        """Write and show the results of the run; returns the contents of summary.json."""
-        callbacks, trainer = self.callbacks, self.trainer
-        tokens, records = callbacks.report.tokens or 0, callbacks.report.records
-        outcome = Outcome(
-            run=self.output_dir.path,
-            recipe=self.inputs.recipe,
-            base=self.base,
-            model=self.model.model,
-            records=records,
-            proof=proof,
-            steps=trainer.state.global_step,
-            timings=measure_times(callbacks.report, self.inputs.start, self.trained_at, tokens),
-            evaluator=trainer.evaluator,
-            answers=callbacks.answers,
-            speed=get_speed_info(trainer, self.run.fast.failure, self.comparison),
-            selected=self.selected,
-            changes=self.output_dir.load_changes(),
-            skipped_steps=[note for note in self.output_dir.load_events() if "how" in note],
-            plan=self.memory.compare(self.initial_memory),
-        )
-        facts, notes = self.auxiliary.describe(self.run, records)
-        for note in notes:
-            self.listener.warn(note)
-        return report_results(self.run, outcome, self.output_dir, self.listener, facts)
 
 
 LoadModel = Callable[[Run, Listener], PreparedModel]
@@ -488,7 +510,6 @@ def _resolve(
     if output.push_to_hub is not None:
         hub_output = {"push_to_hub": get_repo_id(output.push_to_hub)}
         config = config.model_copy(update={"output": output.model_copy(update=hub_output)})
-    check_same_base(config.model, output, config.data.chat_template, config.task)
     listener.stage("reading data and model configuration")
     config, adapter, notes = resolve_adapter(config)
     config, task_reason = infer_task(config)

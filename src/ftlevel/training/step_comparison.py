@@ -11,6 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any
@@ -21,12 +22,10 @@ from torch.nn import functional
 
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.row import Encoded
-from ftlevel.data.encoding.texts import distinct_texts
 from ftlevel.errors import RunError, is_out_of_memory
 from ftlevel.fast.fused_layers import FusedGlu, FusedNorm
-from ftlevel.fast.likelihoods import base_model, compute_full_loss, sum_log_ratios, with_baseline
+from ftlevel.fast.likelihoods import base_model, compute_full_loss
 from ftlevel.models.module_tree import get_stacks
-from ftlevel.objectives import LikelihoodObjective, StepObjective
 from ftlevel.trained.generation import batches
 from ftlevel.training.trainer import FtlevelTrainer
 
@@ -65,7 +64,7 @@ class GradientDifference:
 def compare_gradients(gradients: Gradients, reference: Gradients) -> dict[str, GradientDifference]:
     """Returns tensor name → comparison with `reference`; a missing gradient counts as zero."""
     differences = {}
-    for name in gradients.keys() | reference.keys():
+    for name in sorted(gradients.keys() | reference.keys()):
         like = reference.get(name, gradients.get(name))
         if like is None:
             raise KeyError(name)
@@ -260,9 +259,7 @@ class Steps:
         perturbed by a random rounding error, since rows of equal length round alike in any order,
         and errors shared by two answers cancel in the gradient.
         """
-        is_paired = len(rows[0].sequences) > 1 and not isinstance(
-            self.trainer.objective, StepObjective
-        )
+        is_paired = len(rows[0].sequences) > 1 and not self.trainer.objective.needs_whole_step
         model = _OneByOne(self.model) if is_paired else self.model
         with _perturbed_inputs(self.model):
             return self._reference(model, rows[::-1], 1)
@@ -272,23 +269,22 @@ class Steps:
         return self._reference(self.model, rows, batch_size)
 
     def _reference(self, model: Any, rows: Sequence[Encoded], batch_size: int) -> StepResult:
-        objective, device = self.trainer.objective, self.trainer.args.device
-        if isinstance(objective, StepObjective):
-            return self._reference_whole_step(objective, rows, batch_size)
-        loss_config = self.trainer.loss
+        objective, loss_config = self.trainer.objective, self.trainer.loss
         self.model.eval()
         self.model.zero_grad()
-        loss, kl_baseline = 0.0, self._baseline(rows, batch_size)
-        micro_batches = self._batches(rows, batch_size)
+        whole = objective.compute_whole_step(model, rows, self._collate, batch_size)
+        if whole is not None:
+            torch.autograd.backward(whole)
+            return StepResult(whole.item(), self._pop_gradients())
+        micro_batches, loss = self._batches(rows, batch_size), 0.0
+        self.trainer.prepare_plain(
+            micro_batches, rows, partial(self._batches, batch_size=batch_size)
+        )
         num_targets = [
             objective.training_count(batch["labels"], loss_config) for batch in micro_batches
         ]
         total = objective.step_count(num_targets)
         for batch in micro_batches:
-            if kl_baseline is not None:
-                batch["preference_labels"] = with_baseline(
-                    batch["preference_labels"], kl_baseline.to(device)
-                )
             mask = batch["attention_mask"]
             summed, _, _ = compute_full_loss(model, objective, batch, mask, loss_config)
             batch_loss = (summed / total).sum()
@@ -296,35 +292,11 @@ class Steps:
             loss += batch_loss.item()
         return StepResult(loss, self._pop_gradients())
 
-    def _reference_whole_step(
-        self, objective: StepObjective, rows: Sequence[Encoded], batch_size: int
-    ) -> StepResult:
-        """Returns the plain step's result for a loss that needs all texts; all graphs are kept."""
-        self.model.eval()
-        self.model.zero_grad()
-        texts, step = distinct_texts(rows)
-        vectors, chunks = [], batches(texts, batch_size)
-        for part, batch in zip(chunks, self._batches(texts, batch_size), strict=True):
-            del batch["labels"]
-            outputs, unpooled = self.model(**batch), [text.unpooled for text in part]
-            vectors.append(objective.embed(outputs, batch["attention_mask"], unpooled))
-        loss = objective.step_loss(torch.cat(vectors), step)
-        torch.autograd.backward(loss)
-        return StepResult(loss.item(), self._pop_gradients())
-
-    def _baseline(self, rows: Sequence[Encoded], batch_size: int) -> Tensor | None:
-        """Returns the KTO baseline of a step (a scalar ≥ 0); None for other objectives."""
-        objective = self.trainer.objective
-        contrasts = [other for row in rows for other in row.contrasts]
-        if not (isinstance(objective, LikelihoodObjective) and contrasts):
-            return None
-        batches = self._batches(contrasts, batch_size)
-        total = sum_log_ratios(None, self.model, objective, batches)
-        return (total[0] / total[1]).clamp(min=0)
-
     def _batches(self, rows: Sequence[Encoded], batch_size: int) -> list[dict[str, Tensor]]:
-        collate = Collator(self.pad_id)
-        return [self.trainer.on_device(collate(part)) for part in batches(rows, batch_size)]
+        return [self._collate(part) for part in batches(rows, batch_size)]
+
+    def _collate(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        return self.trainer.on_device(Collator(self.pad_id)(rows))
 
     def fast(self, rows: Sequence[Encoded]) -> StepResult:
         """Returns the result of the Trainer's step, with fused layers and without dropout."""

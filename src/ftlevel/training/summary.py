@@ -1,30 +1,23 @@
-"""Contents of a run's config.yaml, summary.json and adapter card."""
+"""A run's config.yaml and adapter card, and warnings about its results."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import statistics
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ftlevel._version import __version__
 from ftlevel.artifacts.cards import AdapterCard, library_versions
 from ftlevel.artifacts.files import base_fingerprint
-from ftlevel.artifacts.paths import make_paths_absolute
-from ftlevel.evaluation.scoring import Evaluator
-from ftlevel.fast.likelihoods import base_model
+from ftlevel.artifacts.paths import make_paths_absolute, relative_path
 from ftlevel.methods import needs_import
-from ftlevel.models.hardware import peak_memory_bytes
 from ftlevel.models.quantization import get_quantization_config, get_quantization_info
 from ftlevel.models.sources import ModelSource
-from ftlevel.trained.generation import added_stops
-from ftlevel.training.best import PredictionRecorder, SelectedModel
-from ftlevel.training.plan.run import Run, count_parameters
-from ftlevel.training.proof import Proof
+from ftlevel.trained.generation import save_stop_ids
+from ftlevel.training.plan.run import Run
 
 _MAX_ROWS = 10_000  # training rows used for label frequencies
 _WINDOW = 3  # minimal number of logged losses in a mean
@@ -116,94 +109,25 @@ def create_card(run: Run, base: Mapping[str, Any]) -> AdapterCard:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """Results of training for summary.json, which `Run` does not contain.
+def save_tokenizer_and_card(
+    save_dir: Path,
+    run: Run,
+    base: Mapping[str, Any],
+    final_dir: Path | None = None,
+) -> None:
+    """Save tokenizer, card and the task's files next to the weights in `save_dir`.
 
-    Attributes:
-        steps: optimizer steps that were trained.
-        timings: durations in seconds.
-        evaluator: evaluator of the validation rows; None if there are none.
-        changes: settings that changed when the run resumed.
-        skipped_steps: records of steps that were skipped or rolled back.
-        plan: the memory estimate compared with the measured memory.
+    A local base path
+    is stored relative to `final_dir`, to which `save_dir` is moved later.
     """
-
-    run: Path
-    recipe: Mapping[str, Any] | None
-    base: Mapping[str, Any]
-    model: Any
-    records: Sequence[Mapping[str, Any]]
-    proof: Proof
-    steps: int
-    timings: Mapping[str, float]
-    evaluator: Evaluator | None
-    answers: PredictionRecorder
-    speed: Mapping[str, Any]
-    selected: SelectedModel | None
-    changes: Sequence[Mapping[str, Any]]
-    skipped_steps: Sequence[Mapping[str, Any]]
-    plan: Mapping[str, Any]
-
-
-def create_summary(run: Run, outcome: Outcome) -> dict[str, Any]:
-    """Returns the contents of summary.json: times in seconds, memory in bytes, loss in nats."""
-    model, records = outcome.model, outcome.records
-    trainable, total = count_parameters(model)
-    scores = [record for record in records if any(k.startswith("eval_") for k in record)]
-    first = scores[0] if scores and scores[0]["step"] == 0 else {}
-    last = scores[-1] if scores and scores[-1]["step"] > 0 else {}
-    generated = outcome.evaluator.generated_rows if outcome.evaluator else 0
-    best = outcome.selected
-    selected = last if best is None else next(r for r in reversed(scores) if r["step"] == best.step)
-    return {
-        "run": str(outcome.run),
-        "recipe": outcome.recipe,
-        "task": run.task.name,
-        "headline": run.objective.headline,
-        "method": run.config.method.kind,
-        "model": {**outcome.base, "type": run.model.family},
-        "adapter": run.adapter.describe() if run.adapter else None,
-        "trainable_parameters": trainable,
-        "total_parameters": total,
-        "class_weights": _class_weights(run),
-        "data": {**run.data.info, "generated_rows": generated},
-        "stops": _added_stops(run, model),
-        "steps": outcome.steps,
-        "planned_steps": run.schedule.steps,
-        **summarize_losses([record["loss"] for record in records if "loss" in record]),
-        "metrics_before": _scores(first),
-        "metrics": _scores(selected),
-        "metrics_last": _scores(last),
-        "best": None if best is None else best.describe(),
-        "proof": asdict(outcome.proof),
-        "timings": dict(outcome.timings),
-        "speed": dict(outcome.speed),
-        "memory": {"peak_bytes": peak_memory_bytes(run.model.device)},
-        "plan": dict(outcome.plan),
-        "choices": [
-            {"name": c.name, "value": str(c.value), "reason": c.reason} for c in run.choices
-        ],
-        "versions": library_versions(),
-        "changed_on_resume": list(outcome.changes),
-        "left_out": list(outcome.skipped_steps),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def _added_stops(run: Run, model: Any) -> dict[str, int]:
-    if not run.task.generates_text:
-        return {}
-    return added_stops(base_model(model).generation_config.eos_token_id, run.model.tokenizer)
-
-
-def _class_weights(run: Run) -> dict[str, float]:
-    weights = run.loss.class_weights
-    return dict(zip(run.data.info["labels"], weights, strict=True)) if weights else {}
-
-
-def _scores(record: Mapping[str, Any]) -> dict[str, float]:
-    return {k.removeprefix("eval_"): v for k, v in record.items() if k.startswith("eval_")}
+    run.hooks.save_files(run, save_dir)
+    run.model.tokenizer.save_pretrained(str(save_dir))
+    save_stop_ids(save_dir, run.model.tokenizer)
+    is_local = base["kind"] in ("directory", "gguf")
+    path = relative_path(Path(base["name"]), final_dir or save_dir) if is_local else ""
+    card = create_card(run, {**base, "path": path} if path else base)
+    card.write(save_dir)
+    run.task.write_files(save_dir, run.model.config, card.options)
 
 
 def summarize_losses(losses: Sequence[float]) -> dict[str, Any]:

@@ -1,15 +1,19 @@
-"""Precompute teacher predictions before the trained model loads.
+"""Auxiliary models, which are used but not trained, and the outputs that they precompute.
 
-Predictions for the top tokens, or for all, are cached on disk; a training step reads those of its
-rows. `text_models` runs auxiliary models that read texts.
+Outputs are cached on disk under a digest of all inputs. Several processes of a machine compute some
+rows each, in the same micro-batches as one process. Of a teacher, the predictions for the top
+tokens, or for all, are stored; a training step reads those of its rows.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,50 +21,212 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ftlevel.config import DataConfig
+from ftlevel.config.constraints import flag_name
 from ftlevel.config.section import Choice
+from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.row import Encoded
+from ftlevel.data.prepare.dataset import cache_root, is_writable
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.events import Listener
 from ftlevel.fast.cross_entropy import Observe
 from ftlevel.fast.likelihoods import prepare_inputs
+from ftlevel.fast.packing import using_layout
+from ftlevel.fast.plan import plan_forward
+from ftlevel.fast.step import FastStep
+from ftlevel.fast.step_collator import StepCollator
 from ftlevel.models.hardware import autocast
 from ftlevel.models.loading import load_config
-from ftlevel.objectives import TokenObjective
-from ftlevel.tasks.embedding.objective import Embeddings
+from ftlevel.objectives import Objective
 from ftlevel.tasks.losses import DistillationRows, outcome_dtype, select_top_k
-from ftlevel.tasks.reranking.losses import Ranking
-from ftlevel.trained.resolve import ReferenceModel, resolve_reference, resolve_text_model
-from ftlevel.training.model import PreparedModel
-from ftlevel.training.plan.run import AuxiliaryModels, Run
+from ftlevel.trained.resolve import ReferenceModel
+from ftlevel.training.identity import get_config_values
+from ftlevel.training.model import PreparedModel, apply_fast_step
+from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
-from ftlevel.training.reference import (
-    CHUNK_SIZE,
-    Reference,
-    cache_path,
-    check_first_loss,
-    get_model_key,
-    is_missing,
-    iterate_batches,
-    load_auxiliary_model,
-    open_or_compute,
-)
+
+TEACHER = "distillation.teacher"
+"""Field that names the teacher."""
+CHUNK_SIZE = 64
+"""Rows that are split into micro-batches together."""
+Fill = Callable[[np.ndarray, int, int], None]
+"""Function (array, index, count) that computes the missing values of part `index` of `count`."""
 
 
-@dataclass(frozen=True)
-class TeacherPredictions:
-    """Training rows with the teacher's predictions; `facts` is the entry in summary.json."""
+def resolve_auxiliary_models(run: Run) -> dict[str, ReferenceModel]:
+    """Returns dotted field → model named there, without loading weights."""
+    names = {
+        **run.hooks.get_auxiliary_names(run),
+        TEACHER: run.config.distillation.teacher,
+    }
+    return {
+        field: _resolve(run, flag_name(field), name)
+        for field, name in names.items()
+        if name is not None
+    }
 
-    rows: Sequence[Encoded]
-    facts: Mapping[str, Any]
+
+def _resolve(run: Run, flag: str, name: str) -> ReferenceModel:
+    path, output_dir = Path(name).expanduser(), run.config.output.dir
+    if (
+        output_dir is not None
+        and path.exists()
+        and path.resolve().is_relative_to(output_dir.resolve())
+    ):
+        raise ConfigError(
+            f"--output-dir {output_dir} contains {flag} {name}, which is not changed. Choose "
+            "another directory."
+        )
+    return run.hooks.resolve_auxiliary(run, flag, name)
+
+
+def open_or_compute(
+    path: Path | None, shape: tuple[int, ...], dtype: Any, fill: Fill, processes: Processes
+) -> tuple[np.ndarray, bool]:
+    """Returns the array stored at `path`, completed by `fill`, and whether the file was complete.
+
+    `fill` replaces missing values, which are NaN. In a structured dtype, the first field marks an
+    item as filled, so `fill` must write it last. If `path` is None, the array is in memory.
+
+    Call it in all processes. Those of a machine write their parts into one memory-mapped file. Each
+    machine has a file of its own, which the others may not see. One run at a time writes a file.
+    """
+    from filelock import FileLock
+
+    if processes.any(path is None) or path is None:
+        array = np.empty(shape, dtype=dtype)
+        get_nan_values(array)[:] = np.nan
+        processes.in_all(lambda: fill(array, processes.world.rank, processes.count))
+        is_filled = ~is_missing(array)
+        for is_theirs, values in processes.all_gather((is_filled, array[is_filled])):
+            array[is_theirs] = values
+        return array, False
+    ranks = processes.ranks_on_machine()
+    index = ranks.index(processes.world.rank)
+    if ranks[0]:
+        path = path.with_stem(f"{path.stem}-{ranks[0]}")
+    lock = FileLock(path.with_suffix(".lock")) if index == 0 else contextlib.nullcontext()
+    with lock:
+        stored = _open(path, shape, dtype) if index == 0 else None
+        processes.wait()
+        if stored is None:
+            stored = _open(path, shape, dtype)
+        is_incomplete = processes.any(bool(is_missing(stored).any()))
+        if is_incomplete:
+            processes.in_all(lambda: fill(stored, index, len(ranks)))
+            stored.flush()
+        return stored, not is_incomplete
+
+
+def get_nan_values(array: np.ndarray) -> np.ndarray:
+    """Returns the values that are NaN until filled: `array`, or a view of its first field."""
+    names = array.dtype.names
+    result: np.ndarray = array[names[0]] if names else array
+    return result
+
+
+def is_missing(array: np.ndarray) -> np.ndarray:
+    """Returns a boolean mask of the items of `array` that are not filled yet."""
+    values = get_nan_values(array)
+    result: np.ndarray = np.isnan(values if array.dtype.names is None else values[..., 0])
+    return result
+
+
+def cache_path(
+    data: DataConfig, prefix: str, key: str, sequences: Iterable[Encoded]
+) -> Path | None:
+    """Returns the file PREFIX-DIGEST.npy for the model `key`; None if caching is off."""
+    if not data.cache or not is_writable():
+        return None
+    hasher = hashlib.sha256(key.encode())
+    for part in sequences:
+        hasher.update(np.array(part.input_ids, np.int32).tobytes() + b"|")
+        hasher.update(np.array(part.labels, np.int32).tobytes() + b";")
+    return cache_root() / f"{prefix}-{hasher.hexdigest()[:40]}.npy"
+
+
+def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
+    if path.exists():
+        with contextlib.suppress(ValueError, OSError):
+            array = np.lib.format.open_memmap(path, mode="r+")
+            if array.shape == shape and array.dtype == dtype:
+                path.touch()
+                return array
+    fresh = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    get_nan_values(fresh)[:] = np.nan
+    fresh.flush()
+    return fresh
+
+
+def iterate_batches(
+    run: Run, fast: FastStep | None, rows: Sequence[Encoded]
+) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """Yields the row indices and inputs of each micro-batch, split and packed as in training."""
+    pad_id, device = run.model.pad_id, run.model.device
+    collate = Collator(pad_id)
+    split_batches: Iterable[tuple[list[int], dict[str, Any]]] = (
+        StepCollator(pad_id, fast.plan).split(rows)
+        if fast is not None
+        else (([index], collate([row])) for index, row in enumerate(rows))
+    )
+    for indices, batch in split_batches:
+        layout = batch.pop("layout", None)
+        with using_layout(layout.to(device) if layout is not None else None):
+            yield indices, {name: value.to(device) for name, value in batch.items()}
+
+
+def get_model_key(model: ReferenceModel, run: Run) -> dict[str, object]:
+    """Returns name → value of all that determines the outputs of `model`, for a cache key."""
+    fast = run.fast
+    return {
+        "model": model.fingerprint,
+        "config": get_config_values(model.ref.model_config),
+        "precision": [run.model.device, run.model.dtype],
+        "packs": fast.enabled and fast.packs,
+        "versions": torch.__version__,
+    }
+
+
+@contextlib.contextmanager
+def load_auxiliary_model(
+    reference: ReferenceModel, run: Run, listener: Listener
+) -> Iterator[tuple[Run, PreparedModel]]:
+    """Load `reference` in a `with` block; yields `run` with settings for it, and the model."""
+    trained = reference.ref.load(run.model.device, run.model.dtype)
+    forward = plan_forward(
+        trained.model,
+        trained.kind,
+        trained.ref.card.method,
+        run.objective,
+        run.model.device,
+        run.fast.tokens,
+    )
+    forward = replace(
+        forward, enabled=run.fast.enabled, prefix_tree=forward.packs and run.fast.prefix_tree
+    )
+    reference_run = replace(run, fast=forward, model=replace(run.model, dtype=trained.dtype))
+    fast = apply_fast_step(trained.model, reference_run, listener)
+    try:
+        yield reference_run, PreparedModel(trained.model, {}, fast, {})
+    finally:
+        if fast is not None:
+            fast.remove()
+        del trained, fast
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def precompute_teacher(
     run: Run, listener: Listener, processes: Processes
-) -> TeacherPredictions | None:
-    """Returns training rows with the teacher's predictions; None if the run needs none."""
-    teacher, config = run.auxiliary.teacher, run.config.distillation
+) -> tuple[Sequence[Encoded], dict[str, Any]] | None:
+    """Returns training rows with the teacher's predictions, and their entry in summary.json.
+
+    None if the run needs none.
+    """
+    teacher, config = run.auxiliary.get(TEACHER), run.config.distillation
     objective = run.objective
-    if teacher is None or not isinstance(objective, TokenObjective) or objective.samples:
+    if teacher is None or not objective.predicts_tokens or objective.samples:
         return None
     listener.stage("running the teacher")
     rows = run.data.train
@@ -68,7 +234,9 @@ def precompute_teacher(
     dtype = outcome_dtype(config, min(run.model.vocabulary, vocab_size))
     offsets = np.cumsum([0, *(_num_targets(objective, row) for row in rows)]).tolist()
     key = json.dumps([get_model_key(teacher, run), config.kd_temperature, str(dtype)])
-    path, size = cache_path(run.config.data, "teacher", key, rows), offsets[-1] * dtype.itemsize
+    sequences = (sequence for row in rows for sequence in row.sequences)
+    path = cache_path(run.config.data, "teacher", key, sequences)
+    size = offsets[-1] * dtype.itemsize
     _check_disk_space(path, size)
 
     def fill(into: np.ndarray, index: int, count: int) -> None:
@@ -92,10 +260,10 @@ def precompute_teacher(
         "probability_kept": probability,
         "bytes": size,
     }
-    return TeacherPredictions(DistillationRows(rows, predictions, offsets), info)
+    return DistillationRows(rows, predictions, offsets), info
 
 
-def _num_targets(objective: TokenObjective, row: Encoded) -> int:
+def _num_targets(objective: Objective, row: Encoded) -> int:
     return int(objective.count(torch.tensor([row.labels])))
 
 
@@ -170,62 +338,3 @@ def _observe_logits(
         model.fast.cross_entropy.loss_sum(lambda: model.model(**inputs), at, targets, observe)
         return
     observe(objective.logits(model.model(**inputs)).flatten(0, 1).index_select(0, at), targets)
-
-
-@dataclass(frozen=True)
-class AuxiliaryOutputs:
-    """Outputs of the reference and the teacher model, each None if not needed.
-
-    `scorer` is what `TrainingHooks.create_scorer` returned, with `teacher`, the teacher model.
-    """
-
-    reference: Reference | None
-    teacher_predictions: TeacherPredictions | None
-    scorer: Any
-
-    @property
-    def files(self) -> Any:
-        """Temporary directory with the reference's files to save; None if there are none."""
-        return self.reference.files if self.reference is not None else None
-
-    def describe(
-        self, run: Run, records: Sequence[Mapping[str, Any]]
-    ) -> tuple[dict[str, Any], list[str]]:
-        """Returns sections of summary.json, and notes that explain an unexpected first loss."""
-        facts, notes = dict[str, Any](), list[str]()
-        if self.reference is not None:
-            facts["reference"], notes = check_first_loss(self.reference, run, records)
-        if self.teacher_predictions is not None:
-            facts["distillation"] = dict(self.teacher_predictions.facts)
-        if self.scorer is not None:
-            teacher = self.scorer.teacher
-            facts["distillation"] = {"teacher": teacher.name, "fingerprint": teacher.fingerprint}
-        return facts, notes
-
-
-def resolve_auxiliary_models(run: Run) -> AuxiliaryModels:
-    """Resolve the configured names of reference, teacher and guide models; loads no weights."""
-    return AuxiliaryModels(
-        reference=_resolve(run, "--reference", run.config.preference.other_reference),
-        teacher=_resolve(run, "--teacher", run.config.distillation.teacher),
-        guide=_resolve(run, "--guide", run.config.embedding.guide),
-    )
-
-
-def _resolve(run: Run, flag: str, name: str | None) -> ReferenceModel | None:
-    if name is None:
-        return None
-    path, output_dir = Path(name).expanduser(), run.config.output.dir
-    if (
-        output_dir is not None
-        and path.exists()
-        and path.resolve().is_relative_to(output_dir.resolve())
-    ):
-        raise ConfigError(
-            f"--output-dir {output_dir} contains {flag} {name}, which is not changed. Choose "
-            "another directory."
-        )
-    model = run.model
-    if isinstance(run.objective, Embeddings | Ranking):
-        return resolve_text_model(flag, name, model.device, model.dtype)
-    return resolve_reference(flag, name, model.kind, model.tokenizer, model.device)

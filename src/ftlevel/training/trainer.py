@@ -17,19 +17,12 @@ from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.data.encoding.row import Encoded
 from ftlevel.data.encoding.store import token_counts
 from ftlevel.data.prepare.samplers import (
-    DistinctTextSampler,
     LengthGroupedSampler,
     RowsWithPadding,
     StepShardSampler,
 )
 from ftlevel.errors import ConfigError, is_out_of_memory
-from ftlevel.fast.likelihoods import (
-    compute_full_loss,
-    compute_shared_prefix,
-    sum_log_ratios,
-    supervised_loss,
-    with_baseline,
-)
+from ftlevel.fast.likelihoods import compute_full_loss, compute_shared_prefix, supervised_loss
 from ftlevel.fast.packing import PackedLayout, using_layout
 from ftlevel.fast.parallel_workers import ParallelWorkers
 from ftlevel.fast.prefixes import SharedPrefix
@@ -37,38 +30,25 @@ from ftlevel.fast.step import FastStep
 from ftlevel.methods.rates import HeadRate, set_head_rate
 from ftlevel.models.hardware import autocast
 from ftlevel.models.upstream.libraries import move_batches, shared_order
-from ftlevel.objectives import (
-    LikelihoodObjective,
-    Objective,
-    StepObjective,
-    TrainingLoss,
-)
+from ftlevel.objectives import Objective, TrainingLoss
 from ftlevel.training.memory import StepReducer
 from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
-from ftlevel.training.whole_step import WholeStep
 
 
 def get_train_data(run: Run) -> tuple[Any, Sampler[int] | None]:
-    """Returns the training rows and their sampler (None: Trainer's random sampler)."""
-    if run.data.sets:
-        return RowsWithPadding(run.data.train), get_sampler(run)
-    return run.data.train, get_sampler(run)
+    """Returns the training rows and their sampler, the same in all processes.
 
-
-def get_sampler(run: Run) -> Sampler[int] | None:
-    """Returns the row sampler, the same in all processes; None for Trainer's random sampler."""
+    The sampler is None for Trainer's random sampler.
+    """
     train, rows, seed = run.config.train, run.data.train, run.config.train.order_seed
-    is_step_objective = isinstance(run.objective, StepObjective)
-    is_distinct = run.config.embedding.batch_sampler == "no_duplicates"
-    if run.data.sets or (is_step_objective and is_distinct):
-        sets = run.data.sets
-        return DistinctTextSampler(rows, train.rows_per_step, seed, sets, is_distinct=is_distinct)
+    if (order := run.hooks.create_order(run)) is not None:
+        return RowsWithPadding(rows) if run.data.sets else rows, order
     if train.train_sampling_strategy == "random":
         if not train.num_processes and not run.hooks.needs_order:
-            return None
-        return shared_order()(rows, generator=torch.Generator(), data_seed=seed)
-    return LengthGroupedSampler(token_counts(rows), train.rows_per_step, seed)
+            return rows, None
+        return rows, shared_order()(rows, generator=torch.Generator(), data_seed=seed)
+    return rows, LengthGroupedSampler(token_counts(rows), train.rows_per_step, seed)
 
 
 def create_dataloader(
@@ -138,8 +118,6 @@ class FtlevelTrainer(Trainer):
         replaces_nonfinite: whether the log has the previous step's loss in place of NaN or inf.
     """
 
-    _baseline: Tensor | None = None  # KTO's z for the optimizer step
-
     def __init__(
         self,
         *,
@@ -151,7 +129,6 @@ class FtlevelTrainer(Trainer):
         order: Sampler[int] | None = None,
         head_rate: HeadRate | None = None,
         processes: Processes = Processes(),  # noqa: B008 - frozen
-        grad_cache: str = "auto",
         **arguments: Any,
     ):
         super().__init__(**arguments)
@@ -166,7 +143,6 @@ class FtlevelTrainer(Trainer):
         self.tokens_seen = torch.zeros((), dtype=torch.long, device=self.args.device)
         self.tokens_computed = 0
         self.smaller = StepReducer(self)
-        self._whole_step = WholeStep(self, grad_cache)
         self.warn: Callable[[str], None] = lambda _: None
         self.note: Callable[[dict[str, Any]], None] = lambda _: None
         self.step_rows: list[int] = []
@@ -280,8 +256,6 @@ class FtlevelTrainer(Trainer):
         """Returns the loss of a batch and accumulates gradients; does not change `tokens_seen`."""
         self._is_padding = bool(inputs.pop("is_padding", False))
         inputs = self.on_device(inputs)
-        if isinstance(self.objective, StepObjective):
-            return self._whole_step(model, inputs)
         if "micro_batches" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
         micro_batches = [(part.pop("layout"), part) for part in inputs["micro_batches"]]
@@ -351,11 +325,6 @@ class FtlevelTrainer(Trainer):
     ) -> Any:
         """Returns the micro-batch's summed loss / the optimizer step's target count (a scalar)."""
         mask, labels = inputs["attention_mask"], inputs["labels"]
-        if self._baseline is not None:
-            inputs = {
-                **inputs,
-                "preference_labels": with_baseline(inputs["preference_labels"], self._baseline),
-            }
         outputs = None
         if self.fast is not None and self.fast.cross_entropy is not None and not return_outputs:
             total = supervised_loss(
@@ -450,27 +419,13 @@ class FtlevelTrainer(Trainer):
         return gathered.sum(0).reshape(value.shape)
 
     def prepare_step(self, batches: list[dict[str, Any]], device: torch.device) -> None:
-        """Compute the KTO baseline of a step before its micro-batches (`batches` are modified).
+        """Compute what the losses of a step need before its micro-batches; by default, nothing."""
 
-        The baseline is the mean reward of the mismatched prompt-answer pairs of all processes, or 0
-        if that is negative.
+    def prepare_plain(self, batches: Sequence[Any], rows: Sequence[Any], collate: Any) -> None:
+        """Modify the `batches` of a plain step on `rows`, as `prepare_step` and `compute_loss` do.
+
+        `collate` returns a list of batches of further rows.
         """
-        if not (isinstance(self.objective, LikelihoodObjective) and self.objective.needs_baseline):
-            return
-        contrasts = [
-            send_to_device(part, device)
-            for batch in batches
-            for part in batch.pop("contrasts")
-            if not batch.get("is_padding")
-        ]
-        head = self.fast.cross_entropy if self.fast is not None else None
-        with self.compute_loss_context_manager():
-            total = sum_log_ratios(head, self.model, self.objective, contrasts)
-        total = total.to(device)
-        if self.args.world_size > 1 and not self.is_standalone:
-            total = self._sum_over_processes(total)
-        self._baseline = (total[0] / total[1]).clamp(min=0)
-        self._in_training = False
 
     def count_targets(self, batches: list[dict[str, Any]], device: torch.device) -> Tensor:
         """Returns the number or weight of this process's targets in `batches`; padding has none."""

@@ -34,7 +34,6 @@ from ftlevel.models.hardware import (
 )
 from ftlevel.models.upstream.quantizers import with_float_inputs
 from ftlevel.models.upstream.tensors import direct_tensors, inner_tensors
-from ftlevel.objectives import StepObjective
 from ftlevel.trained.generation import batches
 from ftlevel.training.build_trainer import create_trainer
 from ftlevel.training.model import PreparedModel, is_sharded
@@ -338,10 +337,8 @@ class _Verifier:
             raise _NotFiniteError
         other = steps.perturbed_reference(rows)
         noise = compare_gradients(other.gradients, reference.gradients)
-        objective = steps.trainer.objective
-        # The terms of a policy's loss cancel.
-        term = objective.largest_term if isinstance(objective, StepObjective) else 1.0
-        bounds = Bounds(noise, max(abs(other.loss - reference.loss), FLOAT32_EPSILON * term))
+        term = FLOAT32_EPSILON * steps.trainer.objective.largest_term
+        bounds = Bounds(noise, max(abs(other.loss - reference.loss), term))
         del other
         fast = steps.fast(rows)
         try:

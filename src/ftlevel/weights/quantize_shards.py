@@ -26,7 +26,7 @@ from ftlevel.models.loading import build_task_model
 from ftlevel.models.module_tree import ModuleTree, get_modules_to_not_convert, linear_size
 from ftlevel.models.upstream.architectures import model_classes, modules_in_float32
 from ftlevel.models.upstream.conversions import KeyMapper
-from ftlevel.models.upstream.quantizers import replaced_linears
+from ftlevel.models.upstream.quantizers import replaced_layers
 from ftlevel.safe_io import open_new
 from ftlevel.weights.checkpoint import (
     NAMES,
@@ -97,7 +97,7 @@ def build_layout(
     tree = ModuleTree(meta)
     config_to_skip = _with_modules_to_skip(quantization, get_modules_to_skip(config, auto_class))
     model = build_task_model(config, auto_class)  # modified
-    layers = replaced_linears(model, config_to_skip, pre_quantized=True)
+    layers = replaced_layers(model, config_to_skip, pre_quantized=True)
     parameters = {p.name: p for p in _parameters(meta, tree, layers)}
     return QuantizedLayout(
         layers, config_to_skip, dtype, modules_in_float32(meta, dtype), parameters, key_mapper

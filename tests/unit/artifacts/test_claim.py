@@ -28,7 +28,7 @@ with lock_dir(Path(sys.argv[1])):
 """
 
 
-def test_directory_is_locked_until_process_is_killed(tmp_path: Path) -> None:
+def test_directory_is_locked_until_process_is_killed(tmp_path):
     run, _ = open_run(tmp_path / "run", "x", overwrite=False)
     run.save_config("task: text-generation\n")
     process = subprocess.Popen(
@@ -37,7 +37,6 @@ def test_directory_is_locked_until_process_is_killed(tmp_path: Path) -> None:
     owner = f" (process {process.pid})" if sys.platform == "linux" else ""
     message = re.escape(f"another run is writing to it{owner}. Wait")
     try:
-        assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         for overwrite, resume in ((True, False), (False, True)):
             with pytest.raises(ConfigError, match=message):
@@ -50,34 +49,26 @@ def test_directory_is_locked_until_process_is_killed(tmp_path: Path) -> None:
         process.wait()
         process.stdout.close()
     check_output(run.path, overwrite=False, resume=True)
-    assert sorted(path.name for path in run.path.iterdir()) == [
-        ".ftlevel.json",
-        "checkpoints",
-        "config.yaml",
-    ]
+    names = sorted(path.name for path in run.path.iterdir())
+    assert names == [".ftlevel.json", "checkpoints", "config.yaml"]
 
 
-def test_directory_of_started_run_is_rejected(tmp_path: Path) -> None:
+def test_directory_of_started_run_is_rejected(tmp_path):
     check_output(tmp_path / "run", overwrite=False, resume=False)
     open_run(tmp_path / "run", "x", overwrite=False)
-    with pytest.raises(
-        ConfigError, match=r"another run has started in it\. Choose another directory\."
-    ):
+    message = r"another run has started in it\. Choose another directory\."
+    with pytest.raises(ConfigError, match=message):
         open_run(tmp_path / "run", "x", overwrite=False)
 
 
-def test_directory_that_cannot_be_created_raises() -> None:
+def test_directory_that_cannot_be_created_raises():
     with pytest.raises(ConfigError, match="--output-dir /proc/run cannot be created"):
         open_run(Path("/proc/run"), "x", overwrite=False)
 
 
-def test_lock_is_released_after_block(tmp_path: Path) -> None:
+def test_shared_lock_allows_checks_but_not_exclusive_lock(tmp_path):
     with lock_dir(tmp_path), pytest.raises(ConfigError):
         check_lock(tmp_path)
-    check_lock(tmp_path)
-
-
-def test_shared_lock_allows_checks_but_not_exclusive_lock(tmp_path: Path) -> None:
     with lock_dir(tmp_path, shared=True):  # as another process of the run does
         check_lock(tmp_path)
         with pytest.raises(ConfigError, match="another run is writing"), lock_dir(tmp_path):
@@ -85,7 +76,7 @@ def test_shared_lock_allows_checks_but_not_exclusive_lock(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("write", [atomic_directory, atomic_files])
-def test_two_commands_do_not_share_an_output(tmp_path: Path, write: Any) -> None:
+def test_two_commands_do_not_share_an_output(tmp_path, write):
     out = tmp_path / "out"
     (tmp_path / ".out.partial").mkdir()  # left by a killed process
     with write(out) as partial:
@@ -96,16 +87,15 @@ def test_two_commands_do_not_share_an_output(tmp_path: Path, write: Any) -> None
     assert (out if out.is_file() else out / "out").read_text() == "first"
 
 
-def test_second_resume_leaves_checkpoints_of_first(tmp_path: Path) -> None:
+def test_second_resume_leaves_checkpoints_of_first(tmp_path):
     """Both found checkpoint-2; the first has saved checkpoint-4 while the second loaded weights."""
     run, _ = open_run(tmp_path / "run", "x", overwrite=False)
     newer, resumed = (run.checkpoints / f"checkpoint-{step}" for step in (4, 2))
     newer.mkdir()
-    second: Any = SimpleNamespace(
-        config=SimpleNamespace(output=OutputConfig(dir=run.path, resume=True))
-    )
+    output = OutputConfig(dir=run.path, resume=True)
+    second: Any = SimpleNamespace(config=SimpleNamespace(output=output))
     with lock_dir(run.path), pytest.raises(ConfigError, match="another run is writing to it"):
-        open_or_resume(second, ResumeState(resumed), NullListener())
+        open_or_resume(second, ResumeState(checkpoint=resumed), NullListener())
     with pytest.raises(ConfigError, match="another run has replaced checkpoint-2 meanwhile"):
-        open_or_resume(second, ResumeState(resumed), NullListener())
+        open_or_resume(second, ResumeState(checkpoint=resumed), NullListener())
     assert list(run.checkpoints.iterdir()) == [newer]

@@ -20,8 +20,11 @@ from ftlevel.artifacts.files import (
 from ftlevel.errors import ConfigError
 
 
-def test_atomic_directory_appears_after_block(tmp_path: Path) -> None:
+def test_atomic_directory_appears_after_block(tmp_path):
     target = tmp_path / "new" / "out"
+    stale = target.parent / ".out.partial"
+    stale.mkdir(parents=True)
+    (stale / "stale").write_text("x")
     with atomic_directory(target) as partial:
         (partial / "a").write_text("x")
         assert not target.exists()
@@ -29,7 +32,7 @@ def test_atomic_directory_appears_after_block(tmp_path: Path) -> None:
     assert [path.name for path in target.parent.iterdir()] == ["out"]
 
 
-def test_atomic_directory_leaves_nothing_after_error(tmp_path: Path) -> None:
+def test_atomic_directory_leaves_nothing_after_error(tmp_path):
     def interrupt() -> None:
         with atomic_directory(tmp_path / "out") as partial:
             (partial / "a").write_text("x")
@@ -40,36 +43,25 @@ def test_atomic_directory_leaves_nothing_after_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_atomic_directory_discards_stale_partial_files(tmp_path: Path) -> None:
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "stale").write_text("x")
-    with atomic_directory(tmp_path / "out") as partial:
-        (partial / "a").write_text("x")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
-
-
-def test_existing_output_is_not_replaced(tmp_path: Path) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine").write_text("x")
-    (tmp_path / "file").write_text("x")
-    (tmp_path / "empty").mkdir()
+def test_existing_output_is_not_replaced(tmp_path):
+    for name in ("full", "empty"):
+        (tmp_path / name).mkdir()
+    for name in ("full/mine", "file"):
+        (tmp_path / name).write_text("x")
     for name, message in (
-        ("full", "exists and is not empty"),
-        ("file", "already exists and is not overwritten. Choose another."),
+        ("full", "full exists and is not empty"),
+        ("file", "file already exists and is not overwritten. Choose another."),
+        ("file/out", "cannot be written"),
     ):
-        with pytest.raises(ConfigError, match=f"--out .*{name} {message}"):
+        with pytest.raises(ConfigError, match=f"--out .*{message}"):
             check_new_output("--out", tmp_path / name)
-    with pytest.raises(ConfigError, match="cannot be written"):
-        check_new_output("--out", tmp_path / "file" / "out")
     check_new_output("--out", tmp_path / "empty")
     with atomic_directory(tmp_path / "empty") as partial:
         (partial / "a").write_text("x")
     assert (tmp_path / "empty" / "a").is_file()
 
 
-def test_directory_that_cannot_be_replaced_is_rejected_before_block(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_directory_that_cannot_be_replaced_is_rejected_before_block(tmp_path, monkeypatch):
     (tmp_path / "target").mkdir()
     (tmp_path / "link").symlink_to("target")
     monkeypatch.chdir(tmp_path / "target")
@@ -78,7 +70,7 @@ def test_directory_that_cannot_be_replaced_is_rejected_before_block(
             atomic_directory(path).__enter__()
 
 
-def test_atomic_files_are_replaced_together(tmp_path: Path) -> None:
+def test_atomic_files_are_replaced_together(tmp_path):
     first, second = tmp_path / "new" / "a", tmp_path / "new" / "b"
     with atomic_files(first, second) as partial:
         (partial / "a").write_text("1")
@@ -97,9 +89,7 @@ def test_atomic_files_are_replaced_together(tmp_path: Path) -> None:
     assert sorted(path.name for path in first.parent.iterdir()) == ["a", "b"]
 
 
-def test_interrupt_during_cleanup_leaves_no_partial_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupt_during_cleanup_leaves_no_partial_files(tmp_path, monkeypatch):
     remove, calls = shutil.rmtree, []
     # A command writes one output; this process has written those of other tests.
     monkeypatch.setattr("ftlevel.artifacts.files._outputs", [])
@@ -120,19 +110,18 @@ def test_interrupt_during_cleanup_leaves_no_partial_files(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of open files")
-def test_atomic_writes_flush_files_and_directories(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flushed: list[Path] = []
-    monkeypatch.setattr(
-        os, "fsync", lambda fd: flushed.append(Path(f"/proc/self/fd/{fd}").readlink())
-    )
+def test_atomic_writes_flush_files_and_directories(tmp_path, monkeypatch):
+    flushed = []
 
-    def names() -> list[str]:
-        flushed_names = [os.path.relpath(path, tmp_path) for path in flushed]
+    def record(fd):
+        flushed.append(os.path.relpath(Path(f"/proc/self/fd/{fd}").readlink(), tmp_path))
+
+    def names():
+        before = flushed.copy()
         flushed.clear()
-        return flushed_names
+        return before
 
+    monkeypatch.setattr(os, "fsync", record)
     write_text(tmp_path / "a", "x")
     assert names() == [".a.partial", "."]
     with atomic_directory(tmp_path / "out") as partial:

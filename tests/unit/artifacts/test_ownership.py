@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,12 +45,19 @@ def restart_run(path: Path) -> tuple[RunDirectory, list[str]]:
 
 
 def fail_run(path: Path) -> None:
-    with ownership.replace_run(path):
+    with pytest.raises(RuntimeError), ownership.replace_run(path):
         raise RuntimeError
 
 
+def write_checkpoint(path: Path, *, certified: bool = True) -> None:
+    path.mkdir(exist_ok=True)
+    (path / "a").write_text("whole")
+    if certified:
+        checkpoints.certify(path)
+
+
 @pytest.mark.parametrize("name", ["config.yaml", "README.md", ".git/config", "adapter/a"])
-def test_overwrite_keeps_directory_without_run(tmp_path: Path, name: str) -> None:
+def test_overwrite_keeps_directory_without_run(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
     with pytest.raises(ConfigError, match=r"so it is not deleted\. Choose another directory\."):
@@ -58,9 +65,7 @@ def test_overwrite_keeps_directory_without_run(tmp_path: Path, name: str) -> Non
     assert read_tree(tmp_path) == {name: "mine"}
 
 
-def test_overwrite_rejects_link_home_and_git_directories(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_overwrite_rejects_link_home_and_git_directories(tmp_path, monkeypatch):
     create_finished_run(tmp_path / "run")
     before = read_tree(tmp_path)
     (tmp_path / "link").symlink_to("run")
@@ -76,7 +81,7 @@ def test_overwrite_rejects_link_home_and_git_directories(
     assert read_tree(tmp_path / "run") == {k.removeprefix("run/"): v for k, v in before.items()}
 
 
-def test_overwrite_keeps_and_reports_other_files(tmp_path: Path) -> None:
+def test_overwrite_keeps_and_reports_other_files(tmp_path):
     create_finished_run(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "adapter" / "notes.txt").write_text("mine too")
@@ -96,121 +101,112 @@ def test_overwrite_keeps_and_reports_other_files(tmp_path: Path) -> None:
     assert not (tmp_path / ".replaced").exists()
 
 
-def test_old_run_is_restored_if_new_run_fails(tmp_path: Path) -> None:
+def test_old_run_is_restored_if_new_run_fails(tmp_path):
     create_finished_run(tmp_path)
     before = read_tree(tmp_path)
     run, _ = restart_run(tmp_path)
     assert run.adapter.exists() is False
-    with pytest.raises(RuntimeError), ownership.replace_run(tmp_path):
-        raise RuntimeError
+    fail_run(tmp_path)
     assert read_tree(tmp_path) == before
 
 
-def test_old_run_is_not_restored_after_first_checkpoint(tmp_path: Path) -> None:
+def test_old_run_is_not_restored_after_first_checkpoint(tmp_path):
     create_finished_run(tmp_path)
     run, _ = restart_run(tmp_path)
-    (run.checkpoints / "checkpoint-1").mkdir()
-    (run.checkpoints / "checkpoint-1" / "a").write_text("whole")
-    checkpoints.certify(run.checkpoints / "checkpoint-1")
-    with pytest.raises(RuntimeError), ownership.replace_run(tmp_path):
-        raise RuntimeError
+    write_checkpoint(run.checkpoints / "checkpoint-1")
+    fail_run(tmp_path)
     assert (tmp_path / "config.yaml").read_text() == "new"
     restart_run(tmp_path)
     assert (tmp_path / ".replaced" / "checkpoints" / "checkpoint-1" / "a").is_file()
 
 
-def test_old_run_is_deleted_if_failure_follows_summary(tmp_path: Path) -> None:
+def test_old_run_is_deleted_if_failure_follows_summary(tmp_path):
     create_finished_run(tmp_path)
     run, _ = restart_run(tmp_path)
     run.save_summary({})
-    with pytest.raises(RuntimeError), ownership.replace_run(tmp_path):
-        raise RuntimeError  # such as a failed upload
+    fail_run(tmp_path)  # such as a failed upload
     assert (tmp_path / "config.yaml").read_text() == "new"
     assert not (tmp_path / ".replaced").exists()
 
 
-def test_old_run_survives_repeated_kills_of_new_runs(tmp_path: Path) -> None:
+def test_old_run_survives_repeated_kills_of_new_runs(tmp_path):
     create_finished_run(tmp_path)
     for _ in range(3):
         run, _ = restart_run(tmp_path)  # killed before it saves a checkpoint
         run.save_config("broken")
     assert (tmp_path / ".replaced" / "summary.json").is_file()
-    with pytest.raises(RuntimeError), ownership.replace_run(tmp_path):
-        raise RuntimeError
+    fail_run(tmp_path)
     assert (tmp_path / "config.yaml").read_text() == "old"
 
 
 @pytest.mark.parametrize("is_reverse", [False, True])
 @pytest.mark.parametrize("phase", ["backup", "restore"])
 @pytest.mark.parametrize("calls", range(6))
-def test_kill_while_moving_old_run_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int, phase: str, is_reverse: bool
-) -> None:
+def test_kill_while_moving_old_run_loses_nothing(tmp_path, monkeypatch, calls, phase, is_reverse):
     create_finished_run(tmp_path)
     before = read_tree(tmp_path)
-    rename, iterdir, count = Path.rename, Path.iterdir, 0
+    rename, iterdir, count = Path.rename, Path.iterdir, itertools.count()
     if phase == "restore":
         restart_run(tmp_path)
 
-    def sorted_iterdir(path: Path) -> Iterator[Path]:
+    def sorted_iterdir(path):
         return iter(sorted(iterdir(path), reverse=is_reverse))
 
-    def interrupted_rename(path: Path, to: Path) -> Path:
-        nonlocal count
-        count += 1
-        if count > calls:
+    def interrupted_rename(path, to):
+        if next(count) >= calls:
             raise KeyboardInterrupt
         return rename(path, to)
 
     monkeypatch.setattr(Path, "iterdir", sorted_iterdir)
     monkeypatch.setattr(Path, "rename", interrupted_rename)
-    if phase == "restore":
-        with pytest.raises(KeyboardInterrupt if calls < 4 else RuntimeError):
-            fail_run(tmp_path)
-    elif calls < 4:  # config.yaml, summary.json, adapter and checkpoints
+    move = fail_run if phase == "restore" else restart_run
+    if calls < 4:  # config.yaml, summary.json, adapter and checkpoints
         with pytest.raises(KeyboardInterrupt):
-            restart_run(tmp_path)
+            move(tmp_path)
+    elif phase == "restore":
+        move(tmp_path)
     monkeypatch.undo()
     restart_run(tmp_path)
-    with pytest.raises(RuntimeError), ownership.replace_run(tmp_path):
-        raise RuntimeError
+    fail_run(tmp_path)
     assert read_tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("state", ["nothing", "marker", "config"])
+@pytest.mark.parametrize("state", ["nothing", "marker", "partial marker", "config"])
 @pytest.mark.parametrize("mode", ["plain", "overwrite", "resume"])
-def test_run_can_start_from_every_interrupted_state(tmp_path: Path, state: str, mode: str) -> None:
+def test_run_can_start_from_every_interrupted_state(tmp_path, state, mode):
     path = tmp_path / "run"
     path.mkdir()
-    if state != "nothing":
+    if state in ("marker", "config"):
         ownership.create_marker(path)
+    if state == "partial marker":
+        (path / f".{ownership.MARKER}.partial").write_text('{"run":')
     if state == "config":
         (path / "checkpoints").mkdir()
         (path / "config.yaml").write_text("cut short")
-    if mode == "plain" and state != "nothing":
+    options = {"overwrite": mode == "overwrite", "resume": mode == "resume"}
+    if mode == "plain" and state in ("marker", "config"):
         with pytest.raises(ConfigError, match=r"--overwrite to replace it or --resume"):
-            check_output(path, overwrite=False, resume=False)
+            check_output(path, **options)
         return
-    check_output(path, overwrite=mode == "overwrite", resume=mode == "resume")
-    run, _ = open_run(path, "x", overwrite=mode == "overwrite", resume=mode == "resume")
+    check_output(path, **options)
+    run, _ = open_run(path, "x", **options)
+    assert ownership.is_run(path)
     run.save_config("new")
     with ownership.replace_run(path):
         run.save_summary({})
-    assert list_names(path) == [".ftlevel.json", "checkpoints", "config.yaml",
-                                        "summary.json"]  # fmt: skip
+    assert list_names(path) == [".ftlevel.json", "checkpoints", "config.yaml", "summary.json"]
 
 
-def test_rotation_keeps_checkpoints_without_manifest(tmp_path: Path) -> None:
+def test_rotation_keeps_checkpoints_without_manifest(tmp_path):
     for step in (1, 2, 3, 4):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "a").write_text("a")
-        if step > 1:
-            checkpoints.certify(tmp_path / f"checkpoint-{step}")
+        write_checkpoint(tmp_path / f"checkpoint-{step}", certified=step > 1)
+    write_checkpoint(tmp_path / "checkpoint-4")  # a checkpoint saved twice is valid
     checkpoints.rotate(tmp_path, 2)
     assert list_names(tmp_path) == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
+    assert checkpoints.detect_corruption(tmp_path / "checkpoint-4") is None
 
 
-def test_damaged_checkpoints_are_renamed_repeatedly(tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_renamed_repeatedly(tmp_path):
     for _ in range(3):
         (tmp_path / "checkpoint-2").mkdir()
         newest, rejected = checkpoints.get_last_valid_checkpoint(tmp_path)
@@ -220,7 +216,7 @@ def test_damaged_checkpoints_are_renamed_repeatedly(tmp_path: Path) -> None:
     assert list_names(tmp_path) == ["rejected-2", "rejected-2-2", "rejected-2-3"]
 
 
-def test_checkpoint_with_nan_or_infinity_is_damaged(tmp_path: Path) -> None:
+def test_checkpoint_with_nan_or_infinity_is_damaged(tmp_path):
     for step, value in ((1, 0.5), (2, float("nan")), (3, float("inf"))):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
@@ -237,7 +233,7 @@ def test_checkpoint_with_nan_or_infinity_is_damaged(tmp_path: Path) -> None:
      "[" * 100_000, '{"files": {"a": {"size": 1e999, "sha256": "x"}}}',
      '{"files": {"a": {"size": "x", "sha256": 3}}}', '{"files": {}}', '{"files": {"b": {}}}'],
 )  # fmt: skip
-def test_malformed_manifest_is_reported_as_corruption(tmp_path: Path, text: str) -> None:
+def test_malformed_manifest_is_reported_as_corruption(tmp_path, text):
     (tmp_path / "a").write_text("a")
     checkpoints.certify(tmp_path)
     assert checkpoints.detect_corruption(tmp_path) is None
@@ -245,14 +241,7 @@ def test_malformed_manifest_is_reported_as_corruption(tmp_path: Path, text: str)
     assert checkpoints.detect_corruption(tmp_path)
 
 
-def test_checkpoint_saved_twice_is_valid(tmp_path: Path) -> None:
-    for text in ("a", "ab"):
-        (tmp_path / "a").write_text(text)
-        checkpoints.certify(tmp_path)
-    assert checkpoints.detect_corruption(tmp_path) is None
-
-
-def test_files_are_recorded_after_kill_at_end_of_run(tmp_path: Path) -> None:
+def test_files_are_recorded_after_kill_at_end_of_run(tmp_path):
     run, _ = open_run(tmp_path, "x", overwrite=False)
     run.save_summary({"of": "old"})
     (tmp_path / f".{ownership.MARKER}.partial").write_text('{"run":')  # killed in `record_files`
@@ -265,15 +254,6 @@ def test_files_are_recorded_after_kill_at_end_of_run(tmp_path: Path) -> None:
     assert (tmp_path / "kept/checkpoints/notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}, {}])
-def test_partial_marker_is_rewritten(tmp_path: Path, options: dict[str, bool]) -> None:
-    (tmp_path / f".{ownership.MARKER}.partial").write_text('{"run":')
-    arguments = {"resume": False, "overwrite": False, **options}
-    check_output(tmp_path, **arguments)
-    open_run(tmp_path, "x", **arguments)
-    assert ownership.is_run(tmp_path)
-
-
 def create_interrupted_run(path: Path) -> RunDirectory:
     run, _ = open_run(path, "x", overwrite=False)
     for name in ("checkpoint-1", "checkpoint-2", "rejected-1-2", "best-1"):
@@ -284,20 +264,19 @@ def create_interrupted_run(path: Path) -> RunDirectory:
     return run
 
 
-def test_overwrite_keeps_user_files_among_checkpoints(tmp_path: Path) -> None:
+def test_overwrite_keeps_user_files_among_checkpoints(tmp_path):
     run = create_interrupted_run(tmp_path / "run")
     user_files = ("notes.txt", "data/rows.jsonl", "checkpoint-2/mine.txt")
     for name in user_files:
         (run.checkpoints / name).parent.mkdir(exist_ok=True)
         (run.checkpoints / name).write_text("mine")
     restart_run(run.path)
-    assert {name for name, text in read_tree(run.path).items() if text == "mine"} == {
-        f"kept/checkpoints/{name}" for name in user_files
-    }
+    kept = {name for name, text in read_tree(run.path).items() if text == "mine"}
+    assert kept == {f"kept/checkpoints/{name}" for name in user_files}
     assert len(read_tree(run.path / "kept")) == len(user_files), "what the run wrote goes with it"
 
 
-def test_interrupted_resumed_run_owns_its_checkpoints(tmp_path: Path) -> None:
+def test_interrupted_resumed_run_owns_its_checkpoints(tmp_path):
     run = create_finished_run(tmp_path)
     ownership.mark_resumed(tmp_path)
     (run.checkpoints / "checkpoint-9").mkdir()
@@ -308,7 +287,7 @@ def test_interrupted_resumed_run_owns_its_checkpoints(tmp_path: Path) -> None:
     assert read_tree(tmp_path / "kept") == {"adapter/notes.txt": "mine"}
 
 
-def test_delete_adapter_keeps_user_files(tmp_path: Path) -> None:
+def test_delete_adapter_keeps_user_files(tmp_path):
     run = create_finished_run(tmp_path / "run")
     (run.adapter / "notes.txt").write_text("mine")
     ownership.mark_resumed(run.path)
@@ -317,7 +296,7 @@ def test_delete_adapter_keeps_user_files(tmp_path: Path) -> None:
     assert read_tree(run.path / "kept") == {"adapter/notes.txt": "mine"}
 
 
-def test_targets_of_links_are_not_deleted(tmp_path: Path) -> None:
+def test_targets_of_links_are_not_deleted(tmp_path):
     for name, delete in (("adapter", ownership.delete_adapter), ("checkpoints", restart_run)):
         run, target = create_finished_run(tmp_path / name), tmp_path / f"{name}-there"
         (run.path / name).rename(target)
@@ -330,7 +309,7 @@ def test_targets_of_links_are_not_deleted(tmp_path: Path) -> None:
         assert read_tree(target) == before
 
 
-def test_best_models_without_manifest_are_kept(tmp_path: Path) -> None:
+def test_best_models_without_manifest_are_kept(tmp_path):
     for name in ("best-1", "best-3", "best-9"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine").write_text("mine")
@@ -345,7 +324,7 @@ def test_best_models_without_manifest_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [".ftlevel.json", "metrics.jsonl", "checkpoints/identity.json"])
-def test_pipe_among_run_files_raises(tmp_path: Path, name: str) -> None:
+def test_pipe_among_run_files_raises(tmp_path, name):
     create_finished_run(tmp_path)
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
@@ -354,7 +333,7 @@ def test_pipe_among_run_files_raises(tmp_path: Path, name: str) -> None:
             check_output(tmp_path, overwrite=overwrite, resume=resume)
 
 
-def test_pipe_is_rejected_as_file(tmp_path: Path) -> None:
+def test_pipe_is_rejected_as_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="not a regular file"):
         read_plain(tmp_path / "pipe")
@@ -364,13 +343,3 @@ def test_pipe_is_rejected_as_file(tmp_path: Path) -> None:
     (tmp_path / ".ftlevel.json").symlink_to("pipe")
     assert RunDirectory(tmp_path).load_summary() is None
     assert not ownership.is_run(tmp_path)
-
-
-def test_digests_of_inputs_belong_to_run_and_are_renewed_when_it_starts_anew(
-    tmp_path: Path,
-) -> None:
-    run, _ = open_run(tmp_path, "x", overwrite=False)
-    (run.checkpoints / "digests.json").write_text("{}")
-    assert ownership.move_foreign_files(tmp_path) == []
-    open_run(tmp_path, "x", overwrite=False, resume=True)
-    assert list_names(run.checkpoints) == []

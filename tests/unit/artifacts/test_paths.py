@@ -43,7 +43,7 @@ def load_data_section(run: Path) -> dict[str, Any]:
     return data
 
 
-def test_run_stores_absolute_and_relative_paths(project: Path) -> None:
+def test_run_stores_absolute_and_relative_paths(project):
     stored = yaml.safe_load(Path("runs/one/config.yaml").read_text())
     assert stored["data"]["dataset"] == str(project / "rows.jsonl")
     assert stored["model"]["name_or_path"] == "builtin:tiny-llama"
@@ -54,7 +54,7 @@ def test_run_stores_absolute_and_relative_paths(project: Path) -> None:
     }
 
 
-def test_paths_of_models_and_rewards_are_absolute(project: Path) -> None:
+def test_paths_of_models_and_rewards_are_absolute(project):
     rewards = ["rows.jsonl=0.5", "more.jsonl", "json:rows.jsonl", "org/rm=0.1", "exact"]
     values = {"embedding": {"guide": "more.jsonl"}, "model": {"adapter": "rows.jsonl"},
               "rl": {"reward": rewards}}  # fmt: skip
@@ -65,7 +65,7 @@ def test_paths_of_models_and_rewards_are_absolute(project: Path) -> None:
     assert absolute["rl"]["reward"] == [*paths, *rewards[2:]]
 
 
-def test_moved_project_uses_relative_paths(project: Path, tmp_path: Path) -> None:
+def test_moved_project_uses_relative_paths(project, tmp_path):
     moved = tmp_path / "elsewhere/else"
     moved.parent.mkdir()
     project.rename(moved)
@@ -76,12 +76,14 @@ def test_moved_project_uses_relative_paths(project: Path, tmp_path: Path) -> Non
     check_paths(moved / "runs/one", {"data": data})
 
 
-def test_moved_run_uses_absolute_paths(project: Path, tmp_path: Path) -> None:
+def test_moved_run_uses_absolute_paths(project, tmp_path):
     (project / "runs/one").rename(tmp_path / "two")
+    assert load_data_section(tmp_path / "two")["dataset"] == str(project / "rows.jsonl")
+    (tmp_path / "two/places.json").unlink()
     assert load_data_section(tmp_path / "two")["dataset"] == str(project / "rows.jsonl")
 
 
-def test_missing_file_error_names_paths_and_flag(project: Path) -> None:
+def test_missing_file_error_names_paths_and_flag(project):
     run = project / "runs/one"
     (project / "rows.jsonl").unlink()
     values = load_run_config(run).values
@@ -96,7 +98,7 @@ def test_missing_file_error_names_paths_and_flag(project: Path) -> None:
     check_paths(run, values)
 
 
-def test_rows_in_memory_raise(project: Path) -> None:
+def test_rows_in_memory_raise(project):
     Path("in memory").write_text("")
     write_run(project / "runs/one", {"dataset": "in memory", "validation_file": "in memory"})
     assert load_data_section(project / "runs/one")["dataset"] == "in memory"
@@ -104,13 +106,13 @@ def test_rows_in_memory_raise(project: Path) -> None:
         check_paths(project / "runs/one", load_run_config(project / "runs/one").values)
 
 
-def test_template_name_is_not_a_path(project: Path) -> None:
+def test_template_name_is_not_a_path(project):
     Path("chatml").write_text("")
     write_run(project / "runs/one", {"dataset": "rows.jsonl", "chat_template": "chatml"})
     assert load_data_section(project / "runs/one")["chat_template"] == "chatml"
 
 
-def test_model_with_matching_fingerprint_is_used(project: Path, tmp_path: Path) -> None:
+def test_model_with_matching_fingerprint_is_used(project, tmp_path):
     import shutil
 
     import torch
@@ -130,8 +132,3 @@ def test_model_with_matching_fingerprint_is_used(project: Path, tmp_path: Path) 
     assert load_run_config(copy).values["model"]["name_or_path"] == str(tmp_path / "copy/model")
     save_file({"a": torch.zeros(2)}, tmp_path / "copy/model/model.safetensors")
     assert load_run_config(copy).values["model"]["name_or_path"] == str(project / "model")
-
-
-def test_run_without_places_file_uses_absolute_paths(project: Path) -> None:
-    Path("runs/one/places.json").unlink()
-    assert load_data_section(project / "runs/one")["dataset"] == str(project / "rows.jsonl")

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 from ftlevel.artifacts.run_directory import get_recipe_info
 
 
-def test_recipe_info_has_path_and_digest(tmp_path: Path) -> None:
+def test_recipe_info_has_path_and_digest(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("task: summarization\n")
     assert get_recipe_info(recipe) == {

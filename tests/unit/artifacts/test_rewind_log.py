@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -18,7 +17,7 @@ UP_TO_CHECKPOINT = (
 @pytest.mark.parametrize(
     "after", ["", "cut", '{"step": 3, "loss": 1.0}\n', '{"step": 3, "loss": 1.0}\n{"step": 4, "lo']
 )
-def test_records_after_checkpoint_are_dropped(after: str, tmp_path: Path) -> None:
+def test_records_after_checkpoint_are_dropped(after, tmp_path):
     log = tmp_path / "metrics.jsonl"
     log.write_text(UP_TO_CHECKPOINT[:-1] if after == "cut" else UP_TO_CHECKPOINT + after)
     records = RunDirectory(tmp_path).truncate_log(2)
@@ -27,19 +26,16 @@ def test_records_after_checkpoint_are_dropped(after: str, tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == [log]
 
 
-def test_foreign_lines_are_kept(tmp_path: Path) -> None:
+def test_foreign_lines_are_kept(tmp_path):
+    assert RunDirectory(tmp_path).truncate_log(2) == []  # without a log
+    assert not list(tmp_path.iterdir())
     log = tmp_path / "metrics.jsonl"
     log.write_text("my note\n" + UP_TO_CHECKPOINT + '["mine"]\n{"step": 9}\n')
     assert len(RunDirectory(tmp_path).truncate_log(2)) == 3
     assert log.read_text() == "my note\n" + UP_TO_CHECKPOINT + '["mine"]\n'
 
 
-def test_missing_log_is_empty(tmp_path: Path) -> None:
-    assert RunDirectory(tmp_path).truncate_log(2) == []
-    assert not list(tmp_path.iterdir())
-
-
-def test_line_separators_in_completions_do_not_end_lines(tmp_path: Path) -> None:
+def test_line_separators_in_completions_do_not_end_lines(tmp_path):
     record = {"step": 1, "prompt": "a\u2028b\x85c", "completions": []}
     text = json.dumps(record, ensure_ascii=False) + "\n"
     (tmp_path / "rollouts.jsonl").write_text(text, encoding="utf-8")
@@ -49,23 +45,31 @@ def test_line_separators_in_completions_do_not_end_lines(tmp_path: Path) -> None
 DAMAGED = b'{"step": 1}\n\xff\xfe\n' + b"[" * 100_000 + b'\n{"step": "x"}\n[]\n{"step": 2'
 
 
-def test_damaged_lines_are_skipped(tmp_path: Path) -> None:
+def test_damaged_lines_are_skipped(tmp_path):
     run = RunDirectory(tmp_path)
     run.checkpoints.mkdir()
     (tmp_path / "metrics.jsonl").write_bytes(DAMAGED)
-    for name in ("notes.jsonl", "changes.jsonl"):
-        (run.checkpoints / name).write_bytes(DAMAGED)
+    (run.checkpoints / "notes.jsonl").write_bytes(DAMAGED)
     assert run.load_log(9) == run.load_events() == [{"step": 1}]
-    assert run.load_changes() == [{"step": 1}, {"step": "x"}]
     for name in ("summary.json", ".ftlevel.json"):
         (tmp_path / name).write_bytes(b"[" * 100_000)
     assert run.load_summary() is None
     assert not is_run(tmp_path)
 
 
-def test_empty_predictions_delete_old_file(tmp_path: Path) -> None:
+def test_empty_predictions_delete_old_file(tmp_path):
     run = RunDirectory(tmp_path)
     run.save_predictions([{"row": 0}])
     assert (tmp_path / "validation.jsonl").read_text() == '{"row": 0}\n'
     run.save_predictions([])
     assert not (tmp_path / "validation.jsonl").exists()
+
+
+def test_changed_settings_stay_when_later_events_are_removed(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.checkpoints.mkdir()
+    events = [{"step": 2, "how": "skipped"}, {"step": 4, "field": "threads"}, {"step": 4}]
+    for event in events:
+        run.note(event)
+    run.truncate_events(2)
+    assert run.load_events() == events[:2]

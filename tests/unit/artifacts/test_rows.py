@@ -45,8 +45,6 @@ def read(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".jsonl":
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
         return pq.read_table(path).to_pylist()
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
@@ -62,17 +60,23 @@ def write(path: Path, rows: list[dict[str, Any]], keep: int = 0) -> RowFile:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_written_rows_are_read_back(suffix: str, tmp_path: Path) -> None:
+def test_written_rows_are_read_back_and_extended(suffix, tmp_path):
     path = tmp_path / "deep" / f"p{suffix}"
-    file = write(path, FULL)
+    file = write(path, FULL[:2])
     assert not path.exists()
+    file.finalize()
+    assert read(path) == FULL[:2]
+    file = create_file(path)
+    assert len(list(file.load_previous())) == 2
+    file.open(2)
+    file.write(FULL[2:])
     file.finalize()
     assert read(path) == FULL
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_truncated_file_is_resumed_at_any_size(suffix: str, tmp_path: Path) -> None:
+def test_truncated_file_is_resumed_at_any_size(suffix, tmp_path):
     complete = tmp_path / f"whole{suffix}"
     write(complete, FULL).close()
     content = partial_of(complete).read_bytes()
@@ -92,26 +96,14 @@ def test_truncated_file_is_resumed_at_any_size(suffix: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_complete_file_is_extended(suffix: str, tmp_path: Path) -> None:
-    path = tmp_path / f"p{suffix}"
-    write(path, FULL[:2]).finalize()
-    file = create_file(path)
-    assert len(list(file.load_previous())) == 2
-    file.open(2)
-    file.write(FULL[2:])
-    file.finalize()
-    assert read(path) == FULL
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_missing_column_raises_on_resume(suffix: str, tmp_path: Path) -> None:
+def test_missing_column_raises_on_resume(suffix, tmp_path):
     path = tmp_path / f"p{suffix}"
     save_rows(path, [{"id": "1", "prediction": "x"}])
     with pytest.raises(InputError, match="prediction_score"):
         list(create_file(path).load_previous())
 
 
-def test_json_values_are_written_as_text_in_csv(tmp_path: Path) -> None:
+def test_json_values_are_written_as_text_in_csv(tmp_path):
     row = {"whole": 3, "part": 0.1, "yes": True, "none": None, "list": ["ä", 1], "of": {"a": []},
            "day": datetime.date(2026, 1, 2), "sum": decimal.Decimal("1.10")}  # fmt: skip
     save_rows(tmp_path / "p.csv", [row])
@@ -121,10 +113,7 @@ def test_json_values_are_written_as_text_in_csv(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "p.jsonl").read_text(encoding="utf-8"))["part"] is None
 
 
-def test_parquet_types_are_preserved(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def test_parquet_types_are_preserved(tmp_path):
     table = pa.table({
         "small": pa.array([1, None], pa.int8()),
         "half": pa.array([0.5, float("nan")], pa.float32()),
@@ -148,7 +137,7 @@ def test_parquet_types_are_preserved(tmp_path: Path) -> None:
     assert written["prediction"].to_pylist() == [["ä"], ["ä"]]
 
 
-def test_parquet_rejects_mixed_types(tmp_path: Path) -> None:
+def test_parquet_rejects_mixed_types(tmp_path):
     file = create_file(tmp_path / "p.parquet", ["x"])
     file.open(0)
     file.write([{"x": 1}])
@@ -157,25 +146,25 @@ def test_parquet_rejects_mixed_types(tmp_path: Path) -> None:
     file.close()
 
 
-def test_existing_row_file_is_not_overwritten(tmp_path: Path) -> None:
-    path = tmp_path / "p.csv"
+def test_existing_row_file_is_not_overwritten(tmp_path):
+    def check(name="p.csv", *, resume=False, overwrite=False):
+        check_row_file("--output", tmp_path / name, resume=resume, overwrite=overwrite)
+
     with pytest.raises(ConfigError, match=r"cannot write '.xlsx'. Formats: .csv, .tsv, .jsonl"):
-        check_row_file("--output", tmp_path / "p.xlsx", resume=False, overwrite=False)
-    check_row_file("--output", path, resume=False, overwrite=False)
-    partial_of(path).write_text("x")
-    with pytest.raises(
-        ConfigError,
-        match=r"has rows of an interrupted command\. Resume it with --resume, or delete it\.",
-    ):
-        check_row_file("--output", path, resume=False, overwrite=False)
-    check_row_file("--output", path, resume=True, overwrite=False)
-    path.write_text("x")
+        check("p.xlsx")
+    check()
+    partial_of(tmp_path / "p.csv").write_text("x")
+    message = r"has rows of an interrupted command\. Resume it with --resume, or delete it\."
+    with pytest.raises(ConfigError, match=message):
+        check()
+    check(resume=True)
+    (tmp_path / "p.csv").write_text("x")
     with pytest.raises(ConfigError, match=r"p\.csv exists"):
-        check_row_file("--output", path, resume=False, overwrite=False)
-    check_row_file("--output", path, resume=False, overwrite=True)
+        check()
+    check(overwrite=True)
 
 
-def test_resumed_parquet_matches_row_without_null_keys(tmp_path: Path) -> None:
+def test_resumed_parquet_matches_row_without_null_keys(tmp_path):
     row = {"talk": [{"role": "user", "tags": None}], "facts": {"a": 1}}
     kinds = pa.struct([("role", pa.string()), ("tags", pa.list_(pa.string()))])
     schema = pa.schema([("talk", pa.list_(kinds)), ("facts", pa.map_(pa.string(), pa.int64()))])
@@ -220,25 +209,25 @@ def test_embeddings_in_every_file_format(tmp_path):
     assert cells[1].startswith('t0,"[0.0, 0.142857149, 0.285714298]"')
 
 
+def interrupt(path, numbers):
+    file = ROW_FILES[path.suffix](path, EMBEDDED)
+    file.open(0)
+    file.write(embedded_rows(numbers))
+    file.close()  # as after a kill
+    return ROW_FILES[path.suffix](path, EMBEDDED)
+
+
 @pytest.mark.parametrize("suffix", [".npy", ".parquet"])
 def test_embeddings_are_resumed(tmp_path, suffix):
-    path = tmp_path / f"a{suffix}"
-    first = ROW_FILES[suffix](path, EMBEDDED)
-    first.open(0)
-    first.write(embedded_rows([0, 1, 2]))
-    first.close()  # as after a kill
-    second = ROW_FILES[suffix](path, EMBEDDED)
-    rows = embedded_rows(range(4))
-    assert list(second.load_previous()) == [second.normalize(row) for row in rows[:3]]
-    second.open(3)
-    second.write(embedded_rows([3]))
-    second.finalize()
-    vectors = (
-        np.load(path)
-        if suffix == ".npy"
-        else np.array(pq.read_table(path)["vector"].to_pylist(), dtype=np.float32)
-    )
-    assert np.array_equal(vectors, VECTORS)
+    path, rows = tmp_path / f"a{suffix}", embedded_rows(range(4))
+    file = interrupt(path, [0, 1, 2])
+    assert list(file.load_previous()) == [file.normalize(row) for row in rows[:3]]
+    file.open(3)
+    file.write(rows[3:])
+    file.finalize()
+    is_npy = suffix == ".npy"
+    vectors = np.load(path) if is_npy else pq.read_table(path)["vector"].to_pylist()
+    assert np.array_equal(np.array(vectors, dtype=np.float32), VECTORS)
 
 
 def test_conll_file_has_a_word_and_its_tags_per_line(tmp_path):
@@ -256,14 +245,10 @@ def test_npy_rejects_other_columns(tmp_path):
 
 
 def test_embeddings_of_other_width_are_not_appended(tmp_path):
-    first = ROW_FILES[".npy"](tmp_path / "a.npy", EMBEDDED)
-    first.open(0)
-    first.write(embedded_rows([0, 1]))
-    first.close()
-    second = ROW_FILES[".npy"](tmp_path / "a.npy", EMBEDDED)
-    second.open(len(list(second.load_previous())))
+    file = interrupt(tmp_path / "a.npy", [0, 1])
+    file.open(len(list(file.load_previous())))
     with pytest.raises(InputError, match="has embeddings of 3 dimensions, and these have 2"):
-        second.write([{"text": "t2", "vector": VECTORS[2][:2]}])
+        file.write([{"text": "t2", "vector": VECTORS[2][:2]}])
 
 
 def test_npy_without_embeddings_is_resumed(tmp_path):

@@ -23,7 +23,7 @@ def list_conditions() -> list[str]:
 @pytest.mark.parametrize(
     "path", sorted({c.split("!=")[0].split("=")[0] for c in list_conditions()})
 )
-def test_conditions_name_fields(path: str) -> None:
+def test_conditions_name_fields(path):
     section, _, name = path.partition(" ")[0].partition(".")
     sections = SPECS.values() if section == "method" else [type(getattr(TrainConfig(), section))]
     assert not name or any(name in model.model_fields for model in sections)
@@ -47,7 +47,7 @@ def test_conditions_name_fields(path: str) -> None:
         (Excludes("train.optim", "rl.top_p", when="data.mix & train.optim"), None),
     ],
 )  # fmt: skip
-def test_messages(constraint: Needs | Excludes, message: str | None) -> None:
+def test_messages(constraint, message):
     config = TrainConfig.model_construct(
         **{name: getattr(TrainConfig(), name) for name in TrainConfig.model_fields}
         | {
@@ -58,6 +58,6 @@ def test_messages(constraint: Needs | Excludes, message: str | None) -> None:
     assert list(list_violations(config, [constraint])) == ([message] if message else [])
 
 
-def test_invalid_condition_raises() -> None:
+def test_invalid_condition_raises():
     with pytest.raises(ValueError, match="is not a condition"):
         list(list_violations(TrainConfig(), [Needs("train=", "data.mix")]))

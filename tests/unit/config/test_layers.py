@@ -11,8 +11,8 @@ import pytest
 
 from ftlevel.config import Layer, TrainConfig, build_config, load_recipe, parse_overrides, put
 from ftlevel.config.flags import FLAGS, recipe_hint
-from ftlevel.config.preference import PreferenceConfig
 from ftlevel.errors import ConfigError
+from ftlevel.extras.preference.config import PreferenceConfig
 from ftlevel.extras.rl.config import RlConfig
 
 
@@ -27,7 +27,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_precedence_of_flags_set_recipe_and_defaults(tmp_path: Path) -> None:
+def test_precedence_of_flags_set_recipe_and_defaults(tmp_path):
     recipe = load_recipe(
         write(tmp_path / "r.yaml", "method: {kind: lora, r: 2, lora_alpha: 3}\ntrain: {seed: 1}\n")
     )
@@ -39,15 +39,14 @@ def test_precedence_of_flags_set_recipe_and_defaults(tmp_path: Path) -> None:
     assert config.train.num_train_epochs == 3.0  # the default
 
 
-def test_section_shorthand_sets_first_field(tmp_path: Path) -> None:
+def test_section_shorthand_sets_first_field(tmp_path):
     recipe = write(tmp_path / "r.yaml", "model: gpt2\nmethod: qlora\ndata: rows.jsonl\n")
-    config = build_config([load_recipe(recipe)])
-    assert config.model.name_or_path == "gpt2"
-    assert config.method.kind == "qlora"
-    assert config.data.dataset == "rows.jsonl"
+    config = build_config([load_recipe(recipe), parse_overrides(["method.r=5"])])
+    assert (config.model.name_or_path, config.data.dataset) == ("gpt2", "rows.jsonl")
+    assert (config.method.kind, config.method.r) == ("qlora", 5)
 
 
-def test_task_alias_and_section_shorthand_are_combined(tmp_path: Path) -> None:
+def test_task_alias_and_section_shorthand_are_combined(tmp_path):
     recipe = load_recipe(write(tmp_path / "r.yaml", "task: grpo\nrl: exact\n"))
     config = build_config([recipe])
     assert (config.task, config.rl.loss, config.rl.reward) == ("rl", "grpo", ("exact",))
@@ -56,12 +55,11 @@ def test_task_alias_and_section_shorthand_are_combined(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("task", ["reward", "preference"])
-def test_preference_section_may_be_an_object(task: str) -> None:
+def test_preference_section_may_be_an_object(task):
     section = PreferenceConfig(loss="reward" if task == "preference" else None, center=0.1)
     config = TrainConfig(task=task, preference=section)
-    assert (config.task, config.preference.loss, config.preference.center) == ("reward",) * 2 + (
-        0.1,
-    )
+    assert (config.task, config.preference.loss) == ("reward", "reward")
+    assert config.preference.center == 0.1
 
 
 @pytest.mark.parametrize(
@@ -72,18 +70,18 @@ def test_preference_section_may_be_an_object(task: str) -> None:
         ["method={kind: lora, r: 4}", "method={lora_alpha: 3}"],
     ],
 )
-def test_settings_of_a_section_are_merged_in_any_order(settings: list[str]) -> None:
+def test_settings_of_a_section_are_merged_in_any_order(settings):
     method = build_config([parse_overrides(settings)]).method
     assert (method.kind, method.r, method.lora_alpha) == ("lora", 4, 3.0)
 
 
-def test_error_in_a_mapping_names_its_set_flag() -> None:
+def test_error_in_a_mapping_names_its_set_flag():
     recipe = Layer({"method": {"r": 2}}, {("method", "r"): "r.yaml:1"})
     problems = get_problems(recipe, parse_overrides(["method={r: 0}"]))
     assert problems == ["--set method: 0 is out of range: method.r must be ≥ 1."]
 
 
-def test_rows_of_a_dataset_dict_stay_one_object(tmp_path: Path) -> None:
+def test_rows_of_a_dataset_dict_stay_one_object(tmp_path):
     rows = OrderedDict(train=[{"text": "a"}])  # a dict subclass, as DatasetDict
     layer = Layer()
     put(layer, ("data", "dataset"), rows, "dataset")
@@ -102,27 +100,22 @@ def test_rows_of_a_dataset_dict_stay_one_object(tmp_path: Path) -> None:
          "--teacher has no effect with --loss mnrl: it is for margin-mse, kl."),
     ],
 )  # fmt: skip
-def test_parameters_of_another_embedding_loss_are_rejected(
-    fields: dict[str, object], message: str
-) -> None:
+def test_parameters_of_another_embedding_loss_are_rejected(fields, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         TrainConfig(task="embedding", **fields)
     # All default losses: mnrl, cosent, and contrastive for classes.
     assert TrainConfig(task="embedding", embedding={"scale": 3, "symmetric": True, "margin": 0.3})
 
 
-def test_settings_without_effect_are_listed() -> None:
+def test_settings_without_effect_are_listed():
     config = TrainConfig(
         task="text-classification",
         data={"doc_stride": 64, "labels": ("a", "b"), "max_target_length": 9},
         train={"num_beams": 2},
     )
     messages = list(config.list_unused("decoder"))
-    assert [message.partition(" has no effect with ")[0] for message in messages] == [
-        "train.num_beams",
-        "data.doc_stride",
-        "data.max_target_length",
-    ]
+    names = [message.partition(" has no effect with ")[0] for message in messages]
+    assert names == ["train.num_beams", "data.doc_stride", "data.max_target_length"]
     assert messages[2] == (
         "data.max_target_length has no effect with --task text-classification and a decoder: it is "
         "for encoder-decoder. Drop it."
@@ -130,12 +123,7 @@ def test_settings_without_effect_are_listed() -> None:
     assert not list(TrainConfig(train={"num_beams": 2}).list_unused("decoder"))
 
 
-def test_set_extends_section_shorthand(tmp_path: Path) -> None:
-    recipe = load_recipe(write(tmp_path / "r.yaml", "method: lora\n"))
-    assert build_config([recipe, parse_overrides(["method.r=5"])]).method.r == 5
-
-
-def test_qlora_defaults_to_4bit() -> None:
+def test_qlora_defaults_to_4bit():
     assert build_config([parse_overrides(["method=qlora"])]).quant.kind == "4bit"
     assert build_config([parse_overrides(["method=qlora", "quant=8bit"])]).quant.kind == "8bit"
 
@@ -147,7 +135,6 @@ def test_qlora_defaults_to_4bit() -> None:
          "{path}:3: unknown key 'method.rank'. Did you mean 'method.r'?"),
         ("train:\n  learning_rat: 1\n",
          "{path}:2: unknown key 'train.learning_rat'. Did you mean 'train.learning_rate'?"),
-        ("trian: {}\n", "{path}:1: unknown key 'trian'. Did you mean 'train'?"),
         ("method: lorra\n",
          "{path}:1: 'lorra' is not known. Expected one of {methods}. Did you mean 'lora'?"),
         ("quant: 4bti\n",
@@ -160,7 +147,7 @@ def test_qlora_defaults_to_4bit() -> None:
          "{path}:2: 'long' cannot be used for data.max_length. Expected an integer."),
     ],
 )  # fmt: skip
-def test_recipe_error_names_line_and_suggests_key(tmp_path: Path, text: str, message: str) -> None:
+def test_recipe_error_names_line_and_suggests_key(tmp_path, text, message):
     from ftlevel.config import SPECS
 
     path = write(tmp_path / "r.yaml", text)
@@ -186,27 +173,27 @@ def test_recipe_error_names_line_and_suggests_key(tmp_path: Path, text: str, mes
          "are not allowed). A recipe contains plain values: text, numbers, lists and mappings."),
     ],
 )  # fmt: skip
-def test_invalid_recipe_raises(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_recipe_raises(tmp_path, text, message):
     path = write(tmp_path / "r.yaml", text)
     with pytest.raises(ConfigError) as error:
         load_recipe(path)
     assert str(error.value) == message.format(path=path)
 
 
-def test_missing_recipe_suggests_similar_name(tmp_path: Path) -> None:
+def test_missing_recipe_suggests_similar_name(tmp_path):
     write(tmp_path / "demo.yaml", "method: lora\n")
     with pytest.raises(ConfigError, match=r"demmo.yaml does not exist. Did you mean '.*demo.yaml'"):
         load_recipe(tmp_path / "demmo.yaml")
 
 
 @pytest.mark.parametrize("setting", ["train.seed", "=3", "train.seed=[1"])
-def test_malformed_set_value_raises(setting: str) -> None:
+def test_malformed_set_value_raises(setting):
     with pytest.raises(ConfigError, match=f"--set {setting.split('=')[0]}") as error:
         parse_overrides([setting])
     assert "[1" not in str(error.value), "a value may be a secret"
 
 
-def test_all_problems_are_reported_together() -> None:
+def test_all_problems_are_reported_together():
     errors = get_problems(parse_overrides(["method.r=0", "train.learning_rate=2", "quant=3bit"]))
     assert errors == [
         "--set quant: '3bit' is not known. Expected one of none, 4bit, 8bit. Did you mean '8bit'?",
@@ -227,7 +214,7 @@ def test_all_problems_are_reported_together() -> None:
         "data.max_samples=0", "model.name_or_path=''", "data.dataset=''",
     ],
 )  # fmt: skip
-def test_out_of_range_values_raise(setting: str) -> None:
+def test_out_of_range_values_raise(setting):
     key = setting.partition("=")[0]
     assert get_problems(parse_overrides([setting]))[0].startswith(f"--set {key}: ")
 
@@ -238,7 +225,7 @@ def test_out_of_range_values_raise(setting: str) -> None:
      "data.max_length=true", "data.mix=yes", "train.save_steps=on", "model.name_or_path=no",
      "output.dir=true", "method.target_modules=yes"],
 )  # fmt: skip
-def test_boolean_is_not_accepted_as_number(setting: str) -> None:
+def test_boolean_is_not_accepted_as_number(setting):
     """YAML reads `yes` as true, which equals 1 in Python."""
     (errors,) = get_problems(parse_overrides([setting]))
     assert errors.startswith(f"--set {setting.partition('=')[0]}: ")
@@ -254,21 +241,20 @@ def test_boolean_is_not_accepted_as_number(setting: str) -> None:
         ("train.r=4", "unknown key 'train.r'. Did you mean 'method.r'?"),
         ("data.column={a: b}", "unknown key 'data.column'. Did you mean 'data.columns'?"),
         ("data.mixx={}", "unknown key 'data.mixx'. Did you mean 'data.mix'?"),
-        ("trian={}", "unknown key 'trian'. Did you mean 'train'?"),
         ("foo.bar=4", "unknown key 'foo.bar'. Sections: task, model, quant, method, data, train, "
-         "preference, embedding, reranking, distillation, speed, output, rl."),
+         "distillation, speed, output, preference, embedding, reranking, rl."),
         ("train.optim=adamw", "'adamw' is not known. Expected one of adamw_torch, "
          "adamw_torch_fused, adamw_8bit, paged_adamw_8bit, paged_adamw_32bit, adafactor, ademamix, "
          "ademamix_8bit, paged_ademamix_8bit, paged_ademamix_32bit, lion_8bit, lion_32bit, "
          "paged_lion_8bit, paged_lion_32bit, rmsprop, adagrad, sgd. Did you mean 'adamw_torch'?"),
     ],
 )  # fmt: skip
-def test_unknown_key_error_suggests_similar_key(setting: str, message: str) -> None:
+def test_unknown_key_error_suggests_similar_key(setting, message):
     key = setting.partition("=")[0]
     assert get_problems(parse_overrides([setting])) == [f"--set {key}: {message}"]
 
 
-def test_empty_mapping_keeps_earlier_values() -> None:
+def test_empty_mapping_keeps_earlier_values():
     config = build_config([parse_overrides(["train.seed=3", "train={}", "data.columns={}"])])
     assert config.train.seed == 3
     assert config.data.columns == {}
@@ -286,9 +272,7 @@ def test_empty_mapping_keeps_earlier_values() -> None:
          {"kind": "lora", "use_dora": True}),
     ],
 )  # fmt: skip
-def test_later_method_replaces_fields_of_alias(
-    recipe: list[str], override: list[str], expected: dict[str, object]
-) -> None:
+def test_later_method_replaces_fields_of_alias(recipe, override, expected):
     config = build_config([parse_overrides(recipe), parse_overrides(override)])
     assert config.method.model_dump(exclude_unset=True) == expected
 
@@ -299,22 +283,17 @@ def test_later_method_replaces_fields_of_alias(
         ("lora_r", "Did you mean 'method.r'?"),
         ("method.lora_r", "Did you mean 'method.r'?"),
         ("micro_batch_size", "Did you mean 'train.per_device_train_batch_size'?"),
-        ("num_epochs", "Did you mean 'train.num_train_epochs'?"),
         ("train.num_epochs", "Did you mean 'train.num_train_epochs'?"),
-        ("sequence_len", "Did you mean 'data.max_length'?"),
         ("lora_target_linear", "Did you mean 'method.target_modules: all-linear'?"),
-        ("load_in_4bit", "Did you mean 'quant.kind: 4bit'?"),
-        ("val_set_size", "Did you mean 'data.validation_split'?"),
         ("sample_packing", "It is a flag of the command line, not a key: --sample-packing."),
-        ("dry_run", "It is a flag of the command line, not a key: --dry-run."),
     ],
 )
-def test_flag_name_in_recipe_suggests_key(key: str, hint: str) -> None:
+def test_flag_name_in_recipe_suggests_key(key, hint):
     [problem] = get_problems(parse_overrides([f"{key}=1"]))
     assert problem == f"--set {key}: unknown key {key!r}. {hint}"
 
 
-def test_every_flag_name_has_recipe_hint() -> None:
+def test_every_flag_name_has_recipe_hint():
     rows = [row for row in FLAGS if "train" in row.on and row.path and not row.is_argument]
     names = [name for row in rows for name in (row.name, *(o.name for o in row.alias_names))]
     unknown = [name for name in names if "Did you mean" not in recipe_hint(name.lstrip("-"))]
@@ -322,13 +301,13 @@ def test_every_flag_name_has_recipe_hint() -> None:
     assert unknown == []
 
 
-def test_invalid_section_value_raises_despite_flag() -> None:
+def test_invalid_section_value_raises_despite_flag():
     flags = parse_overrides(["train.max_steps=3"])
     with pytest.raises(ConfigError, match=r"--set train: train is a section and got 4"):
         build_config([parse_overrides(["train=4"]), flags])
 
 
-def test_target_modules_accept_names_or_pattern() -> None:
+def test_target_modules_accept_names_or_pattern():
     def parse(value: str) -> object:
         return build_config([parse_overrides([f"method.target_modules={value}"])]).method
 
@@ -349,14 +328,14 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
      f"task: {'9' * 6000}", "[" * 5_000, "a: " + "{b: " * 3_000, "? [a]\n: 1", "!!binary x: 1",
      r'task: "\ud800"'],
 )  # fmt: skip
-def test_malicious_yaml_raises_one_line_error(tmp_path: Path, text: str) -> None:
+def test_malicious_yaml_raises_one_line_error(tmp_path, text):
     with pytest.raises(ConfigError) as error:
         load_recipe(write(tmp_path / "r.yaml", text))
     assert "r.yaml" in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_yaml_dates_are_strings_and_anchors_are_accepted(tmp_path: Path) -> None:
+def test_yaml_dates_are_strings_and_anchors_are_accepted(tmp_path):
     text = "data: &d\n  dataset: 2024-13-45\nmodel: {name_or_path: 2024-01-02}\ntrain: {seed: 3}\n"
     assert load_recipe(write(tmp_path / "r.yaml", text)).values == {
         "data": {"dataset": "2024-13-45"}, "model": {"name_or_path": "2024-01-02"},
@@ -364,7 +343,7 @@ def test_yaml_dates_are_strings_and_anchors_are_accepted(tmp_path: Path) -> None
     }  # fmt: skip
 
 
-def test_recipe_that_is_a_pipe_raises(tmp_path: Path) -> None:
+def test_recipe_that_is_a_pipe_raises(tmp_path):
     os.mkfifo(tmp_path / "r.yaml")
     with pytest.raises(ConfigError, match=r"is not a file"):
         load_recipe(tmp_path / "r.yaml")

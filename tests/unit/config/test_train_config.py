@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from ftlevel.config import (
     SPECS,
     EvaluateConfig,
-    ExportConfig,
     MergeConfig,
     PredictConfig,
     TrainConfig,
@@ -26,7 +22,7 @@ from ftlevel.config import (
 )
 from ftlevel.config.flag import CONFIGS
 from ftlevel.errors import ConfigError
-from ftlevel.extras.serving.config import CheckServedConfig
+from ftlevel.extras.serving.config import CheckServedConfig, ExportConfig
 
 RULES = [
     (["method=full", "quant=4bit"],
@@ -39,9 +35,6 @@ RULES = [
      "--double-quant needs --quant 4bit (it is none). Add --quant 4bit, or drop --double-quant."),
     (["quant=8bit", "quant.quant_type=fp4"],
      "--quant-type fp4 needs --quant 4bit (it is 8bit). Add --quant 4bit, or drop --quant-type."),
-    (["quant=8bit", "method.use_dora=true"],
-     "--dora cannot be used with --quant 8bit: PEFT cannot read 8-bit weights for the "
-     "magnitude. Use --quant 4bit, or drop --dora."),
     (["model.dtype=float16", "model.device=cpu"],
      "--dtype float16 cannot be used with --device cpu: the CPU computes it in software, and it "
      "overflows in training. Use --dtype bfloat16 or float32."),
@@ -51,20 +44,14 @@ RULES = [
     (["output.resume=true"],
      "--resume needs --output-dir RUN: it is the run to resume. Add --output-dir RUN, or drop "
      "--resume."),
-    (["task=summarization", "data.overlong=split"],
-     "--overlong split cannot be used with --task summarization. Use --overlong drop or "
-     "truncate-prompt."),
     (["task=summarization", "data.overlong=truncate"],
      "--overlong truncate cannot be used with --task summarization. Use --overlong drop or "
      "truncate-prompt."),
-    (["task=embedding", "data.overlong=truncate-prompt"],
-     "--overlong truncate-prompt cannot be used with --task embedding. Use --overlong drop or "
-     "truncate."),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("settings", "message"), RULES)
-def test_contradicting_sections_raise(settings: list[str], message: str) -> None:
+def test_contradicting_sections_raise(settings, message):
     with pytest.raises(ConfigError) as error:
         build_config([parse_overrides(settings)])
     assert message in error.value.problems
@@ -78,18 +65,12 @@ def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
 
 
 @pytest.mark.parametrize("section", [*sections(TrainConfig), *SPECS.values()])
-def test_sections_are_closed_frozen_and_described(section: type[BaseModel]) -> None:
+def test_sections_are_closed_frozen_and_described(section):
     assert section.model_config["extra"] == "forbid"
     assert section.model_config["frozen"]
     for name, field in section.model_fields.items():
         assert field.description or name == "kind", f"{section.__name__}.{name}"
     assert section.__doc__
-
-
-def test_config_is_frozen() -> None:
-    config = TrainConfig()
-    with pytest.raises(ValidationError, match="frozen"):
-        config.train.seed = 1  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
@@ -123,16 +104,14 @@ def test_config_is_frozen() -> None:
          "EvaluateConfig(batch_size): 0 is out of range: batch_size must be ≥ 1."),
     ],
 )  # fmt: skip
-def test_invalid_constructor_argument_raises(
-    section: type[BaseModel], values: dict[str, Any], message: str
-) -> None:
+def test_invalid_constructor_argument_raises(section, values, message):
     with pytest.raises(ConfigError) as error:
         section(**values)
     assert error.value.problems == [message]
 
 
 @pytest.mark.parametrize("section", [*CONFIGS.values(), CheckServedConfig, *SPECS.values()])
-def test_unknown_constructor_argument_raises_config_error(section: type[BaseModel]) -> None:
+def test_unknown_constructor_argument_raises_config_error(section):
     with pytest.raises(ConfigError, match=rf"{section.__name__}\(zzz\): unknown key 'zzz'"):
         section(zzz=1)
 
@@ -140,61 +119,41 @@ def test_unknown_constructor_argument_raises_config_error(section: type[BaseMode
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [("model", "name_or_path", "x"), ("data", "dataset", "x"), ("method", "kind", "ia3"),
-     ("quant", "kind", "4bit"), ("output", "dir", Path("x")), ("distillation", "teacher", "x")],
+     ("quant", "kind", "4bit"), ("output", "dir", Path("x")), ("distillation", "teacher", "x"),
+     ("preference", "loss", "orpo")],
 )  # fmt: skip
-def test_string_for_section_sets_main_field(section: str, key: str, value: Any) -> None:
-    assert getattr(getattr(TrainConfig(**{section: value}), section), key) == value
-    layers = [parse_overrides([f"{section}={value}"])]
-    assert getattr(getattr(build_config(layers), section), key) == value
+def test_string_for_section_sets_main_field(section, key, value):
+    task = "preference" if section == "preference" else "text-generation"
+    layers = [parse_overrides([f"task={task}", f"{section}={value}"])]
+    for config in (TrainConfig(task=task, **{section: value}), build_config(layers)):
+        assert getattr(getattr(config, section), key) == value
 
 
-def test_string_for_preference_sets_loss() -> None:
-    assert TrainConfig(task="preference", preference="orpo").preference.loss == "orpo"
-
-
-def test_dump_and_validate_roundtrip() -> None:
+def test_dump_and_validate_roundtrip():
     config = build_config([parse_overrides(["method=qlora", "train.seed=7", "data.max_length=9"])])
     assert TrainConfig.model_validate(config.model_dump(mode="json")) == config
 
 
-def test_schema_lists_methods_and_forbids_extra_keys() -> None:
+def test_schema_lists_methods_and_forbids_extra_keys():
     schema = TrainConfig.model_json_schema()
     assert schema["additionalProperties"] is False
     assert set(schema["properties"]["method"]["discriminator"]["mapping"]) == set(SPECS)
-
-
-def test_config_imports_no_heavy_library() -> None:
-    code = (
-        "import sys, ftlevel.config, ftlevel.cli.train; print([m for m in ('torch', "
-        "'transformers', 'peft', 'datasets', 'numpy') if m in sys.modules])"
-    )
-    process = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert process.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(
     ("section", "values", "key"),
     [
         (TrainConfig, {"model": "a\0b"}, "model.name_or_path"),
-        (TrainConfig, {"data": "a\0b"}, "data.dataset"),
         (TrainConfig, {"data": {"dataset": "x", "also": ["a\0b"]}}, "data.also"),
         (TrainConfig, {"data": {"chat_template": "a\0b"}}, "data.chat_template"),
         (TrainConfig, {"output": Path("a\0b")}, "output.dir"),
         (EvaluateConfig, {"name": "a\0b"}, "name"),
         (MergeConfig, {"adapters": ["a\0b"], "output_dir": "x"}, "adapters"),
-        (MergeConfig, {"adapters": ["run"], "output_dir": "a\0b"}, "output_dir"),
     ],
 )
-def test_null_byte_in_name_raises(
-    section: type[BaseModel], values: dict[str, Any], key: str
-) -> None:
+def test_null_byte_in_name_raises(section, values, key):
     with pytest.raises(ConfigError, match=rf"\({key}\): .*a name cannot contain a null byte"):
         section(**values)
-
-
-def test_null_byte_in_system_text_is_accepted() -> None:
     assert TrainConfig(data={"system": "a\0b"}).data.system == "a\0b"
 
 
@@ -221,9 +180,7 @@ def test_null_byte_in_system_text_is_accepted() -> None:
          "vllm."),
     ],
 )  # fmt: skip
-def test_output_name_must_match_export_format(
-    section: type[BaseModel], values: dict[str, Any], message: str
-) -> None:
+def test_output_name_must_match_export_format(section, values, message):
     with pytest.raises(ConfigError) as error:
         section(**values)
     assert error.value.problems == [message]
@@ -231,11 +188,11 @@ def test_output_name_must_match_export_format(
 
 
 @pytest.mark.parametrize("adapters", ["run", Path("run"), [Path("run")], ("run",)])
-def test_merge_config_accepts_a_path_and_a_single_adapter(adapters: Any) -> None:
+def test_merge_config_accepts_a_path_and_a_single_adapter(adapters):
     assert MergeConfig(adapters=adapters, output_dir="merged").adapters == ["run"]
 
 
-def test_python_function_is_a_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_function_is_a_reward(tmp_path, monkeypatch):
     file = tmp_path / "my_rewards.py"
     file.write_text("def short(completions, **_):\n    return [1.0 for _ in completions]\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -245,14 +202,12 @@ def test_python_function_is_a_reward(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("reward", [lambda **_: [1.0], functools.partial(len), len])
-def test_function_without_importable_name_is_no_reward(reward: Any) -> None:
+def test_function_without_importable_name_is_no_reward(reward):
     with pytest.raises(ConfigError, match="not a function at the top level of an imported module"):
         TrainConfig(task="rl", rl={"reward": reward})
 
 
-def test_home_directory_in_output_paths_is_expanded(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_home_directory_in_output_paths_is_expanded(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert TrainConfig.model_validate({"output": {"dir": "~/run"}}).output.dir == tmp_path / "run"
     assert MergeConfig(adapters=["run"], output_dir=Path("~/m")).output_dir == tmp_path / "m"

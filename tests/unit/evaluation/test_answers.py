@@ -19,7 +19,7 @@ from virtual_tokens import adapt
 @pytest.mark.parametrize(
     ("method", "length"), [("prompt", 492), ("p-tuning", 492), ("prefix", 512)]
 )
-def test_texts_are_truncated_to_what_virtual_tokens_leave(method: str, length: int) -> None:
+def test_texts_are_truncated_to_what_virtual_tokens_leave(method, length):
     trained: Any = SimpleNamespace(
         model=adapt(SPECS[method](), "bert", "seqcls"),
         tokenizer=build_tokenizer("bert"),

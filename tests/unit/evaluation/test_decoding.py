@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +34,7 @@ def generate_alone(model: Any, prompt: list[int], stops: list[int]) -> list[int]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "opt"])
-def test_batched_decoding_matches_generate(family: str) -> None:
+def test_batched_decoding_matches_generate(family):
     model = tiny_models.build(family, "causal").eval()
     with torch.no_grad():
         unstopped = [generate_alone(model, prompt, [703]) for prompt in PROMPTS]
@@ -44,18 +45,15 @@ def test_batched_decoding_matches_generate(family: str) -> None:
         expected = [generate_alone(model, prompt, stops) for prompt in PROMPTS]
         assert len({len(text) for text in expected}) > 1
         assert get_decoder_limitation(model, "decoder", "lora") == ""
-        decoder = RowDecoder(model, stops, 0)
-        try:
+        with closing(RowDecoder(model, stops, 0)) as decoder:
             assert get_decoder_error(decoder, model, PROMPTS[2], 1e-4) == ""
             for size in (1, 3, 16):
                 assert decoder(PROMPTS, MAX_NEW_TOKENS, size) == expected, size
-        finally:
-            decoder.close()
         assert [generate_alone(model, p, stops) for p in PROMPTS[:2]] == expected[:2]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "opt"])
-def test_shared_prefix_is_computed_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_prefix_is_computed_once(family, monkeypatch):
     model = tiny_models.build(family, "causal").eval()
     prefix = [9 + (k * 13) % 300 for k in range(20)]
     prompts = [[*prefix, *prompt] for prompt in PROMPTS]
@@ -70,19 +68,16 @@ def test_shared_prefix_is_computed_once(family: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(RowDecoder, "_forward", counting_forward)
     with torch.no_grad():
         expected = [generate_alone(model, prompt, [703]) for prompt in prompts]
-        decoder = RowDecoder(model, [703], 0)
-        try:
+        with closing(RowDecoder(model, [703], 0)) as decoder:
             assert decoder(prompts, 1, 16) == [text[:1] for text in expected]
             assert num_tokens == [20, 11 * max(map(len, PROMPTS))]
             for size in (1, 3, 16):
                 assert decoder(prompts, MAX_NEW_TOKENS, size) == expected, size
             assert decoder(PROMPTS, MAX_NEW_TOKENS, 4) == decoder(PROMPTS, MAX_NEW_TOKENS, 1)
-        finally:
-            decoder.close()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
-def test_ended_row_at_last_position_does_not_disturb_younger_rows(family: str) -> None:
+def test_ended_row_at_last_position_does_not_disturb_younger_rows(family):
     old, short, young = list(range(5, 25)), [40, 41, 42, 43, 44, 45], [50, 51, 52, 53, 54]
     size = {"gpt2": "n_positions", "opt": "max_position_embeddings"}[family]
     overrides = {size: len(old) + MAX_NEW_TOKENS}
@@ -92,11 +87,8 @@ def test_ended_row_at_last_position_does_not_disturb_younger_rows(family: str) -
         expected = [generate_alone(model, prompt, [703]) for prompt in prompts]
         first = expected[1][:4]
         assert all(expected[i][:4] != first for i in (0, -1))
-        decoder = RowDecoder(model, [703], 0, lambda ids: list(ids[:4]) == first)
-        try:
+        with closing(RowDecoder(model, [703], 0, lambda ids: list(ids[:4]) == first)) as decoder:
             outputs = decoder(prompts, MAX_NEW_TOKENS, 8)
-        finally:
-            decoder.close()
     assert outputs == [expected[0], *[first] * 7, *expected[8:]]
 
 
@@ -105,29 +97,22 @@ def test_ended_row_at_last_position_does_not_disturb_younger_rows(family: str) -
     [([], []), ([[1, 2, 3]], [1, 2]), ([[1, 2], [1, 2]], [1]), ([[1, 2, 3], [1, 2]], [1]),
      ([[1, 2, 3], [1, 4]], [1]), ([[2], [1, 2]], [])],
 )  # fmt: skip
-def test_shared_prefix_leaves_one_token_per_prompt(
-    prompts: list[list[int]], prefix: list[int]
-) -> None:
+def test_shared_prefix_leaves_one_token_per_prompt(prompts, prefix):
     assert get_shared_prefix(prompts) == prefix
 
 
-def test_unsupported_models_report_limitation(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "window" in get_decoder_limitation(
-        tiny_models.build("gemma3_text", "causal"), "decoder", "none"
-    )
-    assert "one stack" in get_decoder_limitation(
-        tiny_models.build("t5", "seq2seq"), "encoder-decoder", "none"
-    )
+def test_unsupported_models_report_limitation():
+    windows, two_stacks = tiny_models.build("gemma3_text"), tiny_models.build("t5")
+    assert "window" in get_decoder_limitation(windows, "decoder", "none")
+    assert "one stack" in get_decoder_limitation(two_stacks, "encoder-decoder", "none")
     model = tiny_models.build("llama", "causal").eval()
     assert "virtual tokens" in get_decoder_limitation(model, "decoder", "p-tuning")
     model.generation_config = GenerationConfig(repetition_penalty=1.1, eos_token_id=2)
-    assert (
-        get_decoder_limitation(model, "decoder", "lora")
-        == "its generation_config has repetition_penalty"
-    )
+    limitation = get_decoder_limitation(model, "decoder", "lora")
+    assert limitation == "its generation_config has repetition_penalty"
 
 
-def test_wrong_cache_positions_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_cache_positions_are_detected(monkeypatch):
     model = tiny_models.build("llama", "causal").eval()
     original_join = decoding.join
     decoder = RowDecoder(model, [2], 0)
@@ -144,7 +129,7 @@ def test_wrong_cache_positions_are_detected(monkeypatch: pytest.MonkeyPatch) -> 
     decoder.close()
 
 
-def test_generation_ends_at_ids_of_generation_config() -> None:
+def test_generation_ends_at_ids_of_generation_config():
     """transformers' `generate` does so by default; the tokenizer's EOS may be another id."""
     model = tiny_models.build("llama", "causal").eval()
     prompt = torch.tensor([PROMPTS[0]])
@@ -160,7 +145,7 @@ def test_generation_ends_at_ids_of_generation_config() -> None:
 
 @pytest.mark.parametrize("num_rows", [1, 2])
 @pytest.mark.parametrize("decode", [True, False])
-def test_language_head_gets_contiguous_input(num_rows: int, decode: bool) -> None:
+def test_language_head_gets_contiguous_input(num_rows, decode):
     """Also for one row: `is_contiguous` ignores the strides of dimensions of size 1."""
     model = tiny_models.build("llama", "causal").eval()
     strides = []

@@ -99,14 +99,14 @@ def get_error(model: Any, result: list[tuple[list[int], torch.Tensor]]) -> float
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj", "up_proj"], []])
-def test_logits_are_those_of_the_model(family: str, targets: Any, calls: list[int]) -> None:
+def test_logits_are_those_of_the_model(family, targets, calls):
     model = build(family, targets)
     result = decode(model)
     assert calls == [4, 5, 5]
     assert get_error(model, result) < 1e-5
 
 
-def test_fused_modules_of_training_are_known(calls: list[int]) -> None:
+def test_fused_modules_of_training_are_known(calls):
     model = build("llama").requires_grad_(False)
     fused = FusedNormGlu(model)
     assert fused.count > 4
@@ -118,7 +118,7 @@ def test_fused_modules_of_training_are_known(calls: list[int]) -> None:
 
 @pytest.mark.skipif(torch.bfloat16 not in packed_dtypes(), reason="no bfloat16 units")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_rounds_as_little_as_the_model(dtype: torch.dtype, calls: list[int]) -> None:
+def test_autocast_rounds_as_little_as_the_model(dtype, calls):
     model = build("qwen3")
     exact = decode(model)
     for name, parameter in model.named_parameters():
@@ -135,7 +135,7 @@ def test_autocast_rounds_as_little_as_the_model(dtype: torch.dtype, calls: list[
 
 
 @pytest.mark.parametrize("method", ["ln_tuning", "gemma3_text", "hook", "many", "disabled"])
-def test_other_models_use_their_own_forward(method: str, calls: list[int]) -> None:
+def test_other_models_use_their_own_forward(method, calls):
     copies = 2
     if method == "gemma3_text":
         model = build("gemma3_text")
@@ -159,7 +159,7 @@ def test_other_models_use_their_own_forward(method: str, calls: list[int]) -> No
     assert not calls
 
 
-def test_a_wrong_step_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_step_is_found(monkeypatch):
     model = build("llama")
     decoder = RowDecoder(model, (), 0)
     assert not get_decoder_error(decoder, model, PROMPTS[0], 1e-4, forks=True)
@@ -168,7 +168,7 @@ def test_a_wrong_step_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder.close()
 
 
-def test_check_ignores_a_constant_that_bfloat16_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_ignores_a_constant_that_bfloat16_rounds(monkeypatch):
     model = build("llama")
     original = RowDecoder.step
 

@@ -23,7 +23,7 @@ def make_runs(*seeds: np.ndarray) -> MetricRuns:
     )
 
 
-def test_rows_are_paired() -> None:
+def test_rows_are_paired():
     generator = np.random.default_rng(1)
     difficulty = generator.normal(0, 10, 400)  # the difficulty of a row is equal for both models
     better, worse = difficulty + 0.5, difficulty + generator.normal(0, 1, 400)
@@ -34,7 +34,7 @@ def test_rows_are_paired() -> None:
     assert difference.is_noise is False
 
 
-def test_seed_variance_adds_to_error() -> None:
+def test_seed_variance_adds_to_error():
     base = np.random.default_rng(2).normal(0, 1, 100)
     runs, best = make_runs(base, base + 1, base + 2), make_runs(base + 2, base + 2, base + 2)
     difference = compute_difference(runs, best, 1)
@@ -45,7 +45,7 @@ def test_seed_variance_adds_to_error() -> None:
     )
 
 
-def test_false_positive_rate() -> None:
+def test_false_positive_rate():
     generator = np.random.default_rng(3)
     false_positives = 0
     for _ in range(200):
@@ -59,7 +59,7 @@ def test_false_positive_rate() -> None:
     assert 1 <= false_positives <= 22  # 5 % of 200 is 10, with a standard deviation of 3.1
 
 
-def test_multiple_comparisons_raise_threshold() -> None:
+def test_multiple_comparisons_raise_threshold():
     rows = np.random.default_rng(4).normal(0, 1, 100)
     rows -= rows.mean()
     shift = 2.2 / math.sqrt(100)
@@ -68,7 +68,7 @@ def test_multiple_comparisons_raise_threshold() -> None:
     assert compute_difference(runs, best, 10).is_noise is True
 
 
-def test_no_resamples_give_no_interval() -> None:
+def test_no_resamples_give_no_interval():
     none = MetricRuns([1.0], np.empty((1, 0)))
     difference = compute_difference(none, MetricRuns([2.0], np.empty((1, 0))), 1)
     assert (difference.value, difference.interval, difference.is_noise) == (-1.0, None, None)

@@ -12,8 +12,8 @@ import tiny_tokenizers
 from ftlevel.data.encoding.row import Encoded
 from ftlevel.evaluation.intervals import ExampleRecord, interval
 from ftlevel.evaluation.scoring import Evaluator
+from ftlevel.extras.retrieval.pairs import RankedRow
 from ftlevel.tasks import TASKS
-from ftlevel.tasks.reranking.rows import RankedRow
 
 CLASSES = TASKS["text-classification"].create_objective("encoder", {})
 
@@ -28,7 +28,7 @@ def make_record(is_correct: list[bool], confidence: float = 2.0) -> ExampleRecor
     return result
 
 
-def test_interval_matches_binomial_interval() -> None:
+def test_interval_matches_binomial_interval():
     is_correct = [index % 4 != 0 for index in range(400)]  # 75 %
     draws = make_record(is_correct).resample(300, 0, None, "")
     low, high = interval(draws["accuracy"])
@@ -38,7 +38,7 @@ def test_interval_matches_binomial_interval() -> None:
     assert draws["accuracy"].mean() == pytest.approx(0.75, abs=0.005)
 
 
-def test_resamples_are_paired_between_models() -> None:
+def test_resamples_are_paired_between_models():
     is_correct = [index % 3 != 0 for index in range(60)]
     worse = [ok and index % 5 != 1 for index, ok in enumerate(is_correct)]
     first, second = (make_record(r).resample(40, 7, None, "") for r in (is_correct, worse))
@@ -50,7 +50,7 @@ def test_resamples_are_paired_between_models() -> None:
     )
 
 
-def test_draws_of_queries_do_not_depend_on_the_order_of_scoring() -> None:
+def test_draws_of_queries_do_not_depend_on_the_order_of_scoring():
     objective = TASKS["reranking"].create_objective("encoder", TASKS["reranking"].synthetic_info)
     rows = [RankedRow([i, 9, 8], 0, i, {}, 1, (1, 1), (1.0, 0.0), (1.0, 0.0)) for i in range(6)]
 
@@ -65,7 +65,7 @@ def test_draws_of_queries_do_not_depend_on_the_order_of_scoring() -> None:
     assert np.array_equal(draw([0, 1, 2, 3, 4, 5]), draw([5, 2, 0, 4, 1, 3]))
 
 
-def test_metrics_of_all_rows_match_meter() -> None:
+def test_metrics_of_all_rows_match_meter():
     per_row = make_record([True, True, False, True])
     units = [per_row.units[row] for row in sorted(per_row.units)]
     metrics = ExampleRecord._metrics(units, np.arange(4))
@@ -76,7 +76,7 @@ def test_metrics_of_all_rows_match_meter() -> None:
     assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_text_keeps_masks_but_no_other_special_tokens() -> None:
+def test_text_keeps_masks_but_no_other_special_tokens():
     tokenizer = tiny_tokenizers.bert_tokenizer()
     objective = TASKS["masked-lm"].create_objective("encoder", {})
     evaluator = Evaluator([], tokenizer, "encoder", objective, "cpu", "float32", 2)
@@ -85,7 +85,7 @@ def test_text_keeps_masks_but_no_other_special_tokens() -> None:
     assert "[SEP]" not in evaluator.text(Encoded(ids, ids, 0))
 
 
-def test_chunked_tokens_are_assigned_to_rows() -> None:
+def test_chunked_tokens_are_assigned_to_rows():
     objective = TASKS["text-generation"].create_objective("decoder", {})
     rows = [Encoded([1, 2, 3], [1, 2, 3], 5), Encoded([4, 5], [4, 5], 6)]
     labels = torch.tensor([[1, 2, 3], [4, 5, -100]])

@@ -79,7 +79,7 @@ def no_gradients() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("rows", [(1, 1), (8, 1), (MAX_ROWS,), (MAX_ROWS + 1,), (3, 50), (0, 4)])
-def test_outputs_are_those_of_peft(lora: Any, rows: tuple[int, ...]) -> None:
+def test_outputs_are_those_of_peft(lora, rows):
     x = torch.randn(*rows, 256)
     expected = lora(x)
     packed = PackedWeights(lora)
@@ -97,9 +97,7 @@ def test_outputs_are_those_of_peft(lora: Any, rows: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("is_mixed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layers_with_one_input_are_one_product(
-    targets: Any, bias: bool, is_mixed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_with_one_input_are_one_product(targets, bias, is_mixed, dtype, monkeypatch):
     if dtype not in packed_dtypes():
         pytest.skip("no bfloat16 units")
     model: Any = Gated(bias, is_mixed).eval()
@@ -129,7 +127,7 @@ def test_layers_with_one_input_are_one_product(
     assert torch.equal(model(x.to(dtype)), expected)
 
 
-def test_few_rows_use_the_packed_copies(lora: Any) -> None:
+def test_few_rows_use_the_packed_copies(lora):
     x = torch.randn(4, 256)
     packed = PackedWeights(lora)
     before = lora(x)
@@ -140,7 +138,7 @@ def test_few_rows_use_the_packed_copies(lora: Any) -> None:
     assert not torch.allclose(lora(x), before)
 
 
-def test_autocast_and_gradients_and_training_behave_as_without(lora: Any) -> None:
+def test_autocast_and_gradients_and_training_behave_as_without(lora):
     x = torch.randn(4, 256)
     expected = lora(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -162,7 +160,7 @@ def test_autocast_and_gradients_and_training_behave_as_without(lora: Any) -> Non
     assert not torch.allclose(plain, expected, rtol=1e-2)
 
 
-def test_an_error_without_the_copies_puts_them_back(lora: Any) -> None:
+def test_an_error_without_the_copies_puts_them_back(lora):
     packed = PackedWeights(lora)
     with pytest.raises(RuntimeError, match="shapes"), packed.disabled():
         lora(torch.zeros(1, 3))
@@ -171,9 +169,7 @@ def test_an_error_without_the_copies_puts_them_back(lora: Any) -> None:
     assert not any("forward" in vars(module) for module in lora.modules())
 
 
-def test_nothing_is_packed_beyond_the_share_of_memory(
-    lora: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_packed_beyond_the_share_of_memory(lora, monkeypatch):
     size = 4 * (256 * 320 + 320 * 288 + 288 * 512)
     for memory, count in ((4 * size, 3), (4 * size - 4, 0)):
         monkeypatch.setattr(packed_weights, "device_memory", lambda _, memory=memory: memory)
@@ -183,7 +179,7 @@ def test_nothing_is_packed_beyond_the_share_of_memory(
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}])
-def test_variants_of_lora_keep_their_own_forward(options: dict[str, bool]) -> None:
+def test_variants_of_lora_keep_their_own_forward(options):
     config = peft.LoraConfig(r=4, target_modules=["first"], **options)
     model: Any = peft.get_peft_model(Layers(), config).eval()
     model.base_model.model.first.lora_B.default.weight.normal_()
@@ -195,9 +191,7 @@ def test_variants_of_lora_keep_their_own_forward(options: dict[str, bool]) -> No
     packed.close()
 
 
-def test_wrongly_packed_weights_are_found_by_the_check_of_the_decoder(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_wrongly_packed_weights_are_found_by_the_check_of_the_decoder(monkeypatch):
     model = tiny_models.build("llama", "causal", hidden_size=256, intermediate_size=512).eval()
     prompt = list(range(5, 20))
 

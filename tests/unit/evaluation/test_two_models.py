@@ -25,7 +25,7 @@ from ftlevel.tasks.tags import Tags
 from tiny_models import build, build_batch, compute_logits
 
 
-def test_comparison_values_match_definitions() -> None:
+def test_comparison_values_match_definitions():
     first, second = torch.tensor([[1.0, 2.0, 0.0], [4.0, 0.0, 1.0]]), torch.zeros(2, 3)
     second[0, 1] = 2.0
     comparison = compare_logits(RowLogits([first], 1.5, 2), RowLogits([second], 1.25, 2))
@@ -42,7 +42,7 @@ def test_comparison_values_match_definitions() -> None:
     )
 
 
-def test_scores_without_classes_are_compared_by_difference() -> None:
+def test_scores_without_classes_are_compared_by_difference():
     first, second = torch.tensor([[0.5], [1.0]]), torch.tensor([[0.0], [2.0]])
     comparison = compare_logits(
         RowLogits([first], 1.0, 2, has_choice=False), RowLogits([second], 1.0, 2)
@@ -51,7 +51,7 @@ def test_scores_without_classes_are_compared_by_difference() -> None:
     assert format_difference(asdict(comparison)) == "0.75 on average"
 
 
-def test_choices_are_supervised_positions() -> None:
+def test_choices_are_supervised_positions():
     logits, mask = torch.rand(2, 4, 5), torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
     labels = torch.tensor([[-100, 3, -100, -100], [-100, 1, 2, -100]])
     shifted = Tokens("x", shifted=True).choices(logits, labels, mask)
@@ -65,7 +65,7 @@ def test_choices_are_supervised_positions() -> None:
     assert spans[0, 3] == spans[1, 3] == -1e4, "padding is no candidate"
 
 
-def test_number_of_targets_is_limited() -> None:
+def test_number_of_targets_is_limited():
     rows = [Encoded(list(range(10, 110)), list(range(10, 110)), i) for i in range(8)]
     probe = EvalSet(rows, Tokens("x", shifted=True), 0, "cpu")
     scores = probe.score(build("llama"), "float32")
@@ -73,7 +73,7 @@ def test_number_of_targets_is_limited() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5", "mixtral"])
-def test_in_float32_on_bfloat16_weights_matches_float32_model(family: str) -> None:
+def test_in_float32_on_bfloat16_weights_matches_float32_model(family):
     model, batch = build(family).to(torch.bfloat16), build_batch(family)
     with in_float32(model):
         actual = compute_logits(model, batch)
@@ -88,7 +88,7 @@ def test_in_float32_on_bfloat16_weights_matches_float32_model(family: str) -> No
 
 
 @pytest.mark.parametrize("disabled", [False, True])
-def test_trainable_tokens_of_tied_model_are_computed_in_float32(disabled: bool) -> None:
+def test_trainable_tokens_of_tied_model_are_computed_in_float32(disabled):
     """PEFT's token layer uses the weight of the wrapped layer without calling that layer."""
     base = build("llama", tie_word_embeddings=True).to(torch.bfloat16)
     settings = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5, 9])

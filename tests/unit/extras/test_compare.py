@@ -35,7 +35,7 @@ def set_steps(config: TrainConfig, tmp_path: Path, steps: int) -> Comparison:
     return found
 
 
-def test_command_resets_what_was_chosen_for_budget_and_rows(tmp_path: Path) -> None:
+def test_command_resets_what_was_chosen_for_budget_and_rows(tmp_path):
     found = set_steps(build(), tmp_path, 5)
     command = _command({"run": "a", "method": "lora"}, found)
     changes = command.partition(" --set ")[2].split(" --set ")
@@ -50,7 +50,7 @@ def test_command_resets_what_was_chosen_for_budget_and_rows(tmp_path: Path) -> N
     assert "learning_rate" not in _command({"run": "a", "method": "lora"}, found)
 
 
-def test_tie_is_named() -> None:
+def test_tie_is_named():
     rows = [{"method": name, "metric": value, "search": None}
             for name, value in (("lora", 0.9), ("ia3", 0.9), ("full", 0.8))]  # fmt: skip
     result = {"rows": rows, "best": "lora", "command": "ftlevel train", "notes": [], "left_out": [],
@@ -60,7 +60,7 @@ def test_tie_is_named() -> None:
     assert command == "  ftlevel train"
 
 
-def test_search_is_around_the_rate_for_the_steps_of_the_budget(tmp_path: Path) -> None:
+def test_search_is_around_the_rate_for_the_steps_of_the_budget(tmp_path):
     state = {"search": ["lr"], "config": {}, "budget": {}, "study": None, "trials": 2}
     rates = []
     for steps in (5, 3000):
@@ -68,12 +68,11 @@ def test_search_is_around_the_rate_for_the_steps_of_the_budget(tmp_path: Path) -
         study = search.plan_study(
             "lora", found.configs["lora"], state, found.dry_runs["lora"], tmp_path
         )
-        assert study is not None
         rates.append(study.rate)
     assert rates[0] > rates[1]
 
 
-def test_search_samples_rates_that_train_accepts(tmp_path: Path) -> None:
+def test_search_samples_rates_that_train_accepts(tmp_path):
     bounds: dict[str, Any] = {}
 
     class Trial:
@@ -86,7 +85,7 @@ def test_search_samples_rates_that_train_accepts(tmp_path: Path) -> None:
     assert bounds["low"] == pytest.approx(0.03)
 
 
-def test_limits_of_the_winner_are_kept_on_resume(tmp_path: Path) -> None:
+def test_limits_of_the_winner_are_kept_on_resume(tmp_path):
     config = build()
     first = ComparisonOptions(("lora",), 2, None, 1, 8.0, 30.0, (), None, None)
     _, state = compare._start_or_resume(config, first, tmp_path / "runs")
@@ -102,7 +101,7 @@ def test_limits_of_the_winner_are_kept_on_resume(tmp_path: Path) -> None:
     assert (args.max_memory, args.max_minutes) == (4.0, 30.0)
 
 
-def test_resume_with_changed_rows_is_rejected(tmp_path: Path) -> None:
+def test_resume_with_changed_rows_is_rejected(tmp_path):
     config = build()
     data = dict(compare.get_run_info(config)["data"])
     run = tmp_path / "lora-seed42"
@@ -119,9 +118,7 @@ def test_resume_with_changed_rows_is_rejected(tmp_path: Path) -> None:
             assert list(found.configs) == ["lora"]
 
 
-def test_trial_whose_values_do_not_fit_is_pruned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trial_whose_values_do_not_fit_is_pruned(tmp_path, monkeypatch):
     def train(*_: Any, **__: Any) -> None:
         raise ConfigError("method.gralora_k 4 does not divide method.r 2")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-from pathlib import Path
 from typing import Any
 
 import alembic.command
@@ -26,7 +25,7 @@ def load_study(url: str, barrier: Any, results: Any) -> None:
         results.put(repr(error))
 
 
-def test_processes_that_create_one_database_all_load_it(tmp_path: Path) -> None:
+def test_processes_that_create_one_database_all_load_it(tmp_path):
     context = multiprocessing.get_context("fork")
     for attempt in range(3):
         barrier, results = context.Barrier(PROCESSES), context.Queue()

@@ -22,7 +22,7 @@ def layout_of(rows: int) -> PackedLayout:
     return PackedLayout.from_mask(torch.ones(rows, 3, dtype=torch.long))
 
 
-def test_gradients_are_accumulated_in_micro_batch_order(workers: ParallelWorkers) -> None:
+def test_gradients_are_accumulated_in_micro_batch_order(workers):
     weight = torch.nn.Parameter(torch.ones(3))
     unused = torch.nn.Parameter(torch.ones(3))
     started = threading.Event()
@@ -44,16 +44,14 @@ def test_gradients_are_accumulated_in_micro_batch_order(workers: ParallelWorkers
     assert unused.grad is None
 
 
-def test_backward_accumulates_into_existing_gradient(workers: ParallelWorkers) -> None:
+def test_backward_accumulates_into_existing_gradient(workers):
     weight = torch.nn.Parameter(torch.ones(2))
     weight.grad = torch.full((2,), 5.0)
     workers.backward(lambda n: (weight * n).sum(), [(None, 2.0)], [weight])
     assert weight.grad.tolist() == [7.0, 7.0]
 
 
-def test_each_micro_batch_uses_own_layout_in_backward(
-    workers: ParallelWorkers,
-) -> None:
+def test_each_micro_batch_uses_own_layout_in_backward(workers):
     weight = torch.nn.Parameter(torch.ones(()))
     barrier = threading.Barrier(2, timeout=10)
     batch_sizes: dict[int, list[int]] = {1: [], 2: []}
@@ -82,7 +80,7 @@ def test_each_micro_batch_uses_own_layout_in_backward(
     assert current_layout() is None
 
 
-def test_exception_in_micro_batch_is_propagated(workers: ParallelWorkers) -> None:
+def test_exception_in_micro_batch_is_propagated(workers):
     weight = torch.nn.Parameter(torch.ones(()))
 
     def compute(number: int) -> torch.Tensor:
@@ -94,7 +92,7 @@ def test_exception_in_micro_batch_is_propagated(workers: ParallelWorkers) -> Non
         workers.backward(compute, [(None, n) for n in range(5)], [weight])
 
 
-def test_threads_are_split_among_workers_and_restored() -> None:
+def test_threads_are_split_among_workers_and_restored():
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
@@ -118,7 +116,7 @@ def test_threads_are_split_among_workers_and_restored() -> None:
         torch.set_num_threads(before)
 
 
-def test_makespan_assigns_next_micro_batch_to_free_worker() -> None:
+def test_makespan_assigns_next_micro_batch_to_free_worker():
     assert makespan([10, 4, 4, 4], 2) == 12
     assert makespan([10], 2) == 10
 
@@ -129,7 +127,5 @@ def test_makespan_assigns_next_micro_batch_to_free_worker() -> None:
      ([90, 90], [100], False), ([40, 40, 40], [120], False),
      ([40] * 4, [160], True)],
 )  # fmt: skip
-def test_unbalanced_step_is_not_run_in_parallel(
-    costs: list[int], sequential_costs: list[int], is_parallel_faster: bool
-) -> None:
+def test_unbalanced_step_is_not_run_in_parallel(costs, sequential_costs, is_parallel_faster):
     assert (duration(costs, 2) < duration(sequential_costs, 1)) is is_parallel_faster

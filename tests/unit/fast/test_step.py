@@ -24,7 +24,7 @@ from ftlevel.fast import packed_attention as attention
 from ftlevel.fast import plan as fast_plan
 from ftlevel.fast import step_collator
 from ftlevel.fast.fused_lora import register_fused_layers
-from ftlevel.fast.packing import PackedLayout
+from ftlevel.fast.packing import PackedLayout, using_layout
 from ftlevel.fast.plan import FUNCTIONAL_DROPOUT, FastPlan, plan_fast
 from ftlevel.fast.recompute import GeneratorDropout, using_generator
 from ftlevel.fast.step import FastStep
@@ -47,14 +47,8 @@ OBJECTIVES: dict[str, Objective] = {
     "tokcls": Tags("f1"),
     "qa": Spans("f1"),
 }
-NO_DROPOUT: dict[str, dict[str, float]] = {
-    "opt": {"dropout": 0.0, "attention_dropout": 0.0},
-    "bart": {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0},
-    "t5": {"dropout_rate": 0.0},
-    "mt5": {"dropout_rate": 0.0},
-    "bert": {"attention_probs_dropout_prob": 0.0},
-    "roberta": {"attention_probs_dropout_prob": 0.0},
-}
+
+
 LENGTHS = (5, 30, 12, 12, 3, 21, 8, 17)
 
 
@@ -127,16 +121,9 @@ def compute_both_steps(
     micro_batches = [Collator(pad_id)(rows[i : i + 2]) for i in range(0, len(rows), 2)]
     expected = run_step(plain, micro_batches)
     plan = FastPlan(
-        True,
-        packs,
-        heads,
-        tokens,
-        prefix_tree,
-        workers=workers,
-        prunes_last_layer=prunes,
-        shared_prefix=shared_prefix > 0,
-        token_multiple=multiple,
-    )
+        True, packs, heads, tokens, prefix_tree, workers=workers, prunes_last_layer=prunes,
+        shared_prefix=shared_prefix > 0, token_multiple=multiple,
+    )  # fmt: skip
     trainer = build_trainer(model, head, output_dir, plan, **arguments)
     trainer.fast.prune_last_layer(OBJECTIVES[head], rows, pad_id, "cpu", "float32")
     batch = StepCollator(pad_id, trainer.fast.plan)(rows)
@@ -147,16 +134,20 @@ def compute_both_steps(
     assert ("shared_prefix" in batch) is (shared_prefix > 0)
     if shared_prefix:
         assert batch["shared_prefix"]["layout"].tokens == shared_prefix
-        assert all(
-            micro_batch["layout"].before == shared_prefix for micro_batch in batch["micro_batches"]
-        )
+        assert all(layout.before == shared_prefix for layout in layouts)
     actual = run_step(trainer, [batch])
     trainer.fast.remove()
     return expected, actual
 
 
+def dropout_names(family: str) -> list[str]:
+    config = tiny_models.build_config(family).to_dict()
+    return [name for name, value in config.items() if "drop" in name and isinstance(value, float)]
+
+
 def build_without_dropout(family: str, head: str, **config: Any) -> Any:
-    base = tiny_models.build(family, head, **NO_DROPOUT.get(family, {}), **config)
+    zeros = dict.fromkeys(dropout_names(family), 0.0)
+    base = tiny_models.build(family, head, **{**zeros, **config})
     for module in base.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -164,12 +155,24 @@ def build_without_dropout(family: str, head: str, **config: Any) -> Any:
 
 
 def build_lora_model(
-    family: str, head: str, *, config: dict[str, Any] | None = None, **settings: Any
+    family: str, head: str = "causal", *, config: dict[str, Any] | None = None, **settings: Any
 ) -> Any:
     torch.manual_seed(0)
     settings = {"target_modules": "all-linear", "r": 4, **settings}
     base = build_without_dropout(family, head, **(config or {}))
     return get_peft_model(base, LoraConfig(init_lora_weights=False, **settings))
+
+
+def build_adapted_model(base: Any, spec: Any, family: str, **options: Any) -> Any:
+    """Return the model with an adapter of nonzero weights, as `ftlevel train` adds it."""
+    targets = resolve_method_targets(spec, base, family)
+    method_base = Base(base.config, "decoder", None, targets.modules, [], False, 10, [])
+    torch.manual_seed(0)
+    model = apply_method(base, spec, method_base, **options)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    return model
 
 
 def assert_same_step(pair: Any, bound: float = 1e-5) -> None:
@@ -179,53 +182,20 @@ def assert_same_step(pair: Any, bound: float = 1e-5) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "head", "packs"),
-    [("llama", "causal", True), ("gemma3_text", "causal", True), ("opt", "causal", True),
-     ("qwen3_moe", "causal", True), ("gpt_neo", "causal", False), ("t5", "seq2seq", False),
-     ("bart", "seq2seq", False), ("bert", "mlm", True), ("bert", "seqcls", True),
-     ("roberta", "tokcls", True), ("modernbert", "qa", True), ("llama", "seqcls", True),
-     ("deberta-v2", "seqcls", False)],
-)  # fmt: skip
-def test_fast_step_matches_plain_step_for_every_task(
-    family: str, head: str, packs: bool, tmp_path: Path
-) -> None:
-    assert_same_step(
-        compute_both_steps(build_lora_model(family, head), head, tmp_path, packs=packs)
-    )
-
-
-@pytest.mark.parametrize(
     ("family", "head"),
     [("llama", "causal"), ("gemma3_text", "causal"), ("opt", "causal"), ("gpt2", "causal"),
      ("qwen3_moe", "causal"), ("bert", "mlm"), ("bert", "seqcls"), ("roberta", "tokcls"),
      ("modernbert", "qa"), ("llama", "seqcls")],
 )  # fmt: skip
 @pytest.mark.parametrize("workers", [1, 2])
-def test_padding_tokens_of_packed_rows_change_nothing(
-    family: str, head: str, workers: int, tmp_path: Path
-) -> None:
+def test_padding_tokens_of_packed_rows_change_nothing(family, head, workers, tmp_path):
     """On a GPU packed rows are padded to a multiple of 64 tokens; embeddings are trained here."""
-    model = build_without_dropout(family, head)
-    pair = compute_both_steps(
-        model, head, tmp_path, multiple=64, tokens=80, at_least=2, workers=workers
-    )
-    assert_same_step(pair)
-
-
-def test_padding_tokens_with_shared_prefixes_change_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(step_collator, "PREFIX_COST", 0)
-    arguments: dict[str, Any] = {"tokens": 200, "workers": 2, "at_least": 2, "prefix_tree": True}
-    pair = compute_both_steps(
-        build_lora_model("llama", "causal"), "causal", tmp_path,
-        rows=prefix_rows(), multiple=64, shared_prefix=55, **arguments,
-    )  # fmt: skip
-    assert_same_step(pair)
+    model, step = build_without_dropout(family, head), {**PARALLEL, "workers": workers}
+    assert_same_step(compute_both_steps(model, head, tmp_path, multiple=64, **step))
 
 
 @pytest.mark.parametrize("lengths", [(32,), (20, 12), (5, 64, 59), (64,), (100, 1)])
-def test_padding_tokens_are_a_sequence_of_their_own(lengths: tuple[int, ...]) -> None:
+def test_padding_tokens_are_a_sequence_of_their_own(lengths):
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     layout = PackedLayout.from_mask(mask.long())
     padded = layout.pad_to(64)
@@ -251,22 +221,11 @@ def test_padding_tokens_are_a_sequence_of_their_own(lengths: tuple[int, ...]) ->
      ("bart", "seq2seq", False), ("llama", "seqcls", True), ("roberta", "tokcls", True),
      ("bert", "qa", True)],
 )  # fmt: skip
-def test_parallel_micro_batches_match_plain_step(
-    family: str, head: str, packs: bool, tmp_path: Path
-) -> None:
+def test_step_matches_plain_step_for_every_family_and_task(family, head, packs, tmp_path):
     model = build_lora_model(family, head)
-    arguments: dict[str, Any] = {"packs": packs, "tokens": 80, "workers": 2, "at_least": 2}
-    first, second = (compute_both_steps(model, head, tmp_path, **arguments) for _ in range(2))
-    assert_same_step(first)
-    assert torch.equal(first[1][1], second[1][1])
-
-
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_parallel_micro_batches_of_moe_match_plain_step(family: str, tmp_path: Path) -> None:
-    model = build_lora_model(family, "causal", target_modules=["q_proj", "v_proj"])
-    assert_same_step(
-        compute_both_steps(model, "causal", tmp_path, tokens=80, workers=2, at_least=2)
-    )
+    assert_same_step(compute_both_steps(model, head, tmp_path, packs=packs))
+    parallel = {"packs": packs, "tokens": 80, "workers": 2, "at_least": 2}
+    assert_same_step(compute_both_steps(model, head, tmp_path, **parallel))
 
 
 @pytest.mark.parametrize(
@@ -277,43 +236,21 @@ def test_parallel_micro_batches_of_moe_match_plain_step(family: str, tmp_path: P
      ("c3a", {"block_size": 8}),
      ("adapter", {"placement": "houlsby"}), ("adapter", {"placement": "pfeiffer"})],
 )  # fmt: skip
-def test_parallel_micro_batches_match_plain_step_for_every_method(
-    kind: str, fields: dict[str, Any], tmp_path: Path
-) -> None:
+def test_parallel_micro_batches_match_plain_step_for_every_method(kind, fields, tmp_path):
     spec, base = SPECS[kind](**fields), tiny_models.build("llama")
-    targets = resolve_method_targets(spec, base, "llama")
-    method_base = Base(base.config, "decoder", "CAUSAL_LM", targets.modules, [], False, 10, [])
-    torch.manual_seed(0)
-    model = apply_method(base, spec, method_base, fused=kind == "lora")
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.05 * torch.randn_like(parameter)
-    assert_same_step(
-        compute_both_steps(model, "causal", tmp_path, tokens=80, workers=2, at_least=2)
-    )
+    model = build_adapted_model(base, spec, "llama", fused=kind == "lora")
+    assert_same_step(compute_both_steps(model, "causal", tmp_path, **PARALLEL))
 
 
 @pytest.mark.parametrize("placement", get_args(Placement))
 @pytest.mark.parametrize(("family", "head"), [("llama", "causal"), ("bert", "seqcls")])
-def test_fast_step_matches_plain_step_for_bottleneck_adapters(
-    placement: Any, family: str, head: str, tmp_path: Path
-) -> None:
+def test_fast_step_matches_plain_step_for_bottleneck_adapters(placement, family, head, tmp_path):
     """Packed, shared-prefix and pruned inputs keep the adapter's residual input aligned."""
     spec = AdapterSpec(placement=placement, bottleneck_dim=8)
-    base = build_without_dropout(family, head)
-    targets = resolve_method_targets(spec, base, family)
-    method_base = Base(base.config, "", None, targets.modules, [], False, 10, [])
-    torch.manual_seed(0)
-    model = apply_method(base, spec, method_base)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.05 * torch.randn_like(parameter)
+    model = build_adapted_model(build_without_dropout(family, head), spec, family)
     prunes = not METHODS["adapter"].step.pruning(spec)
-    rows = conversation_rows() if head == "causal" else None
-    prefix_options = (
-        {"rows": rows, "prefix_tree": True, "tokens": 200, "at_least": 1} if rows else {}
-    )
-    assert_same_step(compute_both_steps(model, head, tmp_path, prunes=prunes, **prefix_options))
+    shared = {**TREE, "tokens": 200, "rows": conversation_rows()} if head == "causal" else {}
+    assert_same_step(compute_both_steps(model, head, tmp_path, prunes=prunes, **shared))
 
 
 @pytest.mark.parametrize(
@@ -322,13 +259,10 @@ def test_fast_step_matches_plain_step_for_bottleneck_adapters(
      ("bert", "seqcls"), ("roberta", "tokcls"), ("distilbert", "qa"), ("electra", "seqcls"),
      ("albert", "seqcls"), ("modernbert", "mlm"), ("opt", "causal")],
 )  # fmt: skip
-def test_dropout_of_parallel_micro_batches_depends_on_seed_only(
-    family: str, head: str, tmp_path: Path
-) -> None:
+def test_dropout_of_parallel_micro_batches_depends_on_seed_only(family, head, tmp_path):
     """Dropout depends on the seed alone, not on the order of workers."""
-    names = [n for n, v in tiny_models.build_config(family).to_dict().items()
-             if "drop" in n and isinstance(v, float)]  # fmt: skip
-    base = tiny_models.build(family, head, **{n: 0.2 for n in names if "layer" not in n})
+    names = [name for name in dropout_names(family) if "layer" not in name]
+    base = tiny_models.build(family, head, **dict.fromkeys(names, 0.2))
     settings: dict[str, Any] = {"target_modules": "all-linear", "r": 4, "lora_dropout": 0.2}
     torch.manual_seed(0)
     model = get_peft_model(base, LoraConfig(init_lora_weights=False, **settings))
@@ -360,9 +294,7 @@ def test_dropout_of_parallel_micro_batches_depends_on_seed_only(
     assert all(type(m) is not GeneratorDropout for m in model.modules())
 
 
-def test_step_sets_all_modules_to_training_mode(
-    tmp_path: Path,
-) -> None:
+def test_step_sets_all_modules_to_training_mode(tmp_path):
     """`PeftModel.training` can be True while the base model is in eval mode."""
     model = build_lora_model("llama", "causal", lora_dropout=0.5)
     plan = FastPlan(True, True, True, 80, workers=2, is_random=True)
@@ -381,9 +313,7 @@ def test_step_sets_all_modules_to_training_mode(
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused"])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_weights_after_fast_step_match_plain_step(
-    optimizer: str, workers: int, tmp_path: Path
-) -> None:
+def test_weights_after_fast_step_match_plain_step(optimizer, workers, tmp_path):
     """Fused optimizers need gradients with the strides of their weights."""
     updates = []
     rows = create_rows("causal")
@@ -403,34 +333,6 @@ def test_weights_after_fast_step_match_plain_step(
         trainer.create_optimizer().step()
         updates.append(torch.cat([p.detach().flatten() for p in trained]) - before)
     assert (updates[1] - updates[0]).norm() < 1e-2 * updates[0].norm()
-
-
-def test_parallel_micro_batches_with_checkpointing_match_plain_step(tmp_path: Path) -> None:
-    model = build_lora_model(
-        "llama", "causal", target_modules=["q_proj"], modules_to_save=["lm_head"]
-    )
-    model.enable_input_require_grads()
-    expected, _ = compute_both_steps(model, "causal", tmp_path)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    _, actual = compute_both_steps(model, "causal", tmp_path, at_least=2, tokens=80, workers=2)
-    assert_same_step((expected, actual))
-
-
-def test_parallel_micro_batches_with_prefix_tree_match_plain_step(tmp_path: Path) -> None:
-    rows = [
-        Encoded([1] * 33 + row.input_ids, [IGNORED] * 30 + [1] * 3 + row.labels, row.row)
-        for row in create_rows("causal", (90, 80, 70, 60))
-    ]
-    arguments: dict[str, Any] = {
-        "rows": rows,
-        "prefix_tree": True,
-        "tokens": 600,
-        "at_least": 2,
-    }
-    pair = compute_both_steps(
-        build_lora_model("llama", "causal"), "causal", tmp_path, workers=2, **arguments
-    )
-    assert_same_step(pair)
 
 
 def prefix_rows() -> list[Encoded]:
@@ -454,24 +356,14 @@ DECODERS = ("llama", "gpt2", "gpt_neox", "opt", "mistral", "qwen2", "qwen3", "ge
 
 
 @pytest.mark.parametrize("family", DECODERS)
-def test_shared_prefix_with_parallel_micro_batches_matches_plain_step(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shared_prefix_in_parallel_micro_batches_matches_plain_step(family, tmp_path, monkeypatch):
     monkeypatch.setattr(step_collator, "PREFIX_COST", 0)
-    has_experts = family in (
-        "mixtral",
-        "qwen3_moe",
-    )  # parallel workers do not support LoRA on experts
-    targets = {"target_modules": ["q_proj", "v_proj"]} if has_experts else {}
-    model = build_lora_model(family, "causal", **targets)
-    arguments: dict[str, Any] = {
-        "rows": prefix_rows(),
-        "prefix_tree": True,
-        "tokens": 200,
-        "at_least": 2,
-    }
+    has_experts = family in ("mixtral", "qwen3_moe")  # parallel workers: no LoRA on experts
+    model = build_lora_model(
+        family, **({"target_modules": ["q_proj", "v_proj"]} if has_experts else {})
+    )
     first, second = (
-        compute_both_steps(model, "causal", tmp_path, workers=2, shared_prefix=55, **arguments)
+        compute_both_steps(model, "causal", tmp_path, rows=prefix_rows(), **SHARED)
         for _ in range(2)
     )
     assert_same_step(first)
@@ -486,162 +378,143 @@ def test_shared_prefix_with_parallel_micro_batches_matches_plain_step(
      {"target_modules": ["k_proj"], "use_dora": True},
      {"target_modules": ["q_proj", "embed_tokens"]}],
 )  # fmt: skip
-def test_shared_prefix_matches_plain_step_for_any_trained_layers(
-    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shared_prefix_matches_plain_step_for_any_trained_layers(settings, tmp_path, monkeypatch):
     """Also where no gradient reaches the prefix, or only from its last blocks."""
     monkeypatch.setattr(step_collator, "PREFIX_COST", 0)
-    rows = prefix_rows()
-    pair = compute_both_steps(
-        build_lora_model("llama", "causal", **settings), "causal", tmp_path,
-        rows=rows, prefix_tree=True, tokens=200, at_least=2, workers=2, shared_prefix=55,
-    )  # fmt: skip
-    assert_same_step(pair)
+    model = build_lora_model("llama", **settings)
+    assert_same_step(compute_both_steps(model, "causal", tmp_path, rows=prefix_rows(), **SHARED))
 
 
-def test_shared_prefix_longer_than_sliding_window_matches_plain_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(step_collator, "PREFIX_COST", 0)
-    model = build_lora_model("mistral", "causal", config={"sliding_window": 30})
-    arguments: dict[str, Any] = {"rows": prefix_rows(), "prefix_tree": True, "at_least": 8}
-    assert_same_step(
-        compute_both_steps(
-            model, "causal", tmp_path, tokens=60, workers=2, shared_prefix=55, **arguments
-        )
-    )
-
-
-def test_shared_prefix_is_used_only_if_long_and_unsupervised() -> None:
-    def build_rows(prefix_length: int) -> list[Encoded]:
+def test_shared_prefix_is_used_only_if_long_and_unsupervised():
+    def build_rows(prefix_length):
         texts = [[7] * prefix_length + [8 + i] * 12 for i in range(40)]
-        return [
-            Encoded(ids, [IGNORED] * prefix_length + ids[prefix_length:], i)
-            for i, ids in enumerate(texts)
-        ]
+        ignored = [IGNORED] * prefix_length
+        return [Encoded(ids, ignored + ids[prefix_length:], i) for i, ids in enumerate(texts)]
 
     plan = FastPlan(True, True, True, 400, True, workers=2, shared_prefix=True)
-    step = StepCollator(0, plan)(build_rows(200))
+    rows = build_rows(200)
+    step = StepCollator(0, plan)(rows)
     assert step["shared_prefix"]["layout"].tokens == 199  # the last one predicts a target
     assert len(step["micro_batches"]) == 6
     assert sum(part["layout"].tokens for part in step["micro_batches"]) == 40 * 13
-    assert "shared_prefix" not in StepCollator(0, replace(plan, shared_prefix=False))(
-        build_rows(200)
-    )
+    assert "shared_prefix" not in StepCollator(0, replace(plan, shared_prefix=False))(rows)
     assert "shared_prefix" not in StepCollator(0, plan)(build_rows(50)), "short"
-    supervised = [replace(row, labels=list(row.input_ids)) for row in build_rows(200)]
+    supervised = [replace(row, labels=list(row.input_ids)) for row in rows]
     assert "shared_prefix" not in StepCollator(0, plan)(supervised), "the second token is a target"
 
 
-def test_shared_prefix_is_disabled_if_it_changes_outputs(tmp_path: Path) -> None:
-    model = build_lora_model("llama", "causal")
-    plan = FastPlan(True, True, True, 600, True, workers=2, shared_prefix=True)
-    fast = FastStep(model, plan)
+def test_shared_prefix_is_disabled_if_it_changes_outputs():
+    model = build_lora_model("llama")
+    fast = FastStep(model, FastPlan(True, True, True, 600, True, workers=2, shared_prefix=True))
     assert fast.check(prefix_rows(), 0, "cpu", "float32") == []
     assert fast.plan.shared_prefix
-    rotary = model.get_base_model().model.rotary_emb
-    hook = (
-        model.get_base_model()
-        .model.layers[0]
-        .register_forward_hook(
-            lambda block, args, output: output + rotary.inv_freq.sum() * (output.shape[1] == 9)
-        )
+    decoder = model.get_base_model().model
+    hook = decoder.layers[0].register_forward_hook(
+        lambda _, args, output: output + decoder.rotary_emb.inv_freq.sum() * (output.shape[1] == 9)
     )
     (reason,) = fast.check(prefix_rows(), 0, "cpu", "float32")
     assert reason.startswith(
         "micro-batches do not share their prefix: outputs change after a shared prefix of an "
         "earlier micro-batch"
     )
-    assert not fast.plan.shared_prefix
-    assert fast.plan.prefix_tree
+    assert (fast.plan.shared_prefix, fast.plan.prefix_tree) == (False, True)
     hook.remove()
     fast.remove()
 
 
 @pytest.mark.parametrize("family", DECODERS)
-@pytest.mark.parametrize("tokens", [100, 1000])
-def test_prefix_tree_matches_plain_step(family: str, tokens: int, tmp_path: Path) -> None:
-    rows = conversation_rows()
-    model = build_lora_model(family, "causal")
-    at_least = 1 if tokens == 1000 else 2
-    assert_same_step(
-        compute_both_steps(
-            model,
-            "causal",
-            tmp_path,
-            rows=rows,
-            prefix_tree=True,
-            tokens=tokens,
-            at_least=at_least,
-        )
-    )
+@pytest.mark.parametrize(("tokens", "at_least"), [(100, 2), (1000, 1)])
+def test_prefix_tree_matches_plain_step(family, tokens, at_least, tmp_path):
+    rows, sizes = conversation_rows(), {"tokens": tokens, "at_least": at_least}
+    model = build_lora_model(family)
+    pair = compute_both_steps(model, "causal", tmp_path, rows=rows, prefix_tree=True, **sizes)
+    assert_same_step(pair)
     batch = StepCollator(0, FastPlan(True, True, True, 1000, True))(rows)
     computed = sum(part["layout"].tokens for part in batch["micro_batches"])
-    assert (
-        computed == 40 + 36 + 9 + 5 + 14 + 20 + 3 + 5 + 9 < sum(len(r.input_ids) for r in rows) / 2
-    )
+    assert computed == 40 + 36 + 9 + 5 + 14 + 20 + 3 + 5 + 9
+    assert computed < sum(len(r.input_ids) for r in rows) / 2
 
 
-def test_prefix_tree_with_checkpointing_and_sliding_window(tmp_path: Path) -> None:
-    model = build_lora_model("mistral", "causal", config={"sliding_window": 30})
-    model.enable_input_require_grads()
-    arguments: dict[str, Any] = {"rows": conversation_rows(), "prefix_tree": True, "tokens": 1000}
-    expected, _ = compute_both_steps(model, "causal", tmp_path, at_least=1, **arguments)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    _, actual = compute_both_steps(model, "causal", tmp_path, at_least=1, **arguments)
-    assert_same_step((expected, actual))
-
-
-def test_prefix_tree_for_sequence_classification(tmp_path: Path) -> None:
+def test_prefix_tree_for_sequence_classification(tmp_path):
     rows = [replace(row, labels=row.row % 3) for row in conversation_rows()]
     model = build_lora_model("llama", "seqcls")
-    assert_same_step(
-        compute_both_steps(
-            model, "seqcls", tmp_path, rows=rows, prefix_tree=True, tokens=1000, at_least=1
-        )
-    )
+    assert_same_step(compute_both_steps(model, "seqcls", tmp_path, rows=rows, **TREE))
 
 
-def test_fast_step_with_checkpointing_matches_plain_step(tmp_path: Path) -> None:
-    model = build_lora_model("llama", "causal")
-    model.enable_input_require_grads()
-    expected, _ = compute_both_steps(model, "causal", tmp_path)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    _, actual = compute_both_steps(model, "causal", tmp_path)
-    assert_same_step((expected, actual))
+PARALLEL: dict[str, Any] = {"tokens": 80, "workers": 2, "at_least": 2}
+TREE: dict[str, Any] = {"prefix_tree": True, "tokens": 1000, "at_least": 1}
+SHARED: dict[str, Any] = {
+    "prefix_tree": True, "tokens": 200, "workers": 2, "at_least": 2, "shared_prefix": 55,
+}  # fmt: skip
+WINDOW = {"sliding_window": 30}
 
 
-def test_fast_step_with_two_adapters_and_trained_head(tmp_path: Path) -> None:
+def rows_with_long_prefix() -> list[Encoded]:
+    return [
+        Encoded([1] * 33 + row.input_ids, [IGNORED] * 30 + [1] * 3 + row.labels, row.row)
+        for row in create_rows("causal", (90, 80, 70, 60))
+    ]
+
+
+def build_with_two_adapters() -> Any:
     model = build_lora_model(
         "llama", "causal", target_modules=["q_proj"], modules_to_save=["lm_head"]
     )
     model.add_adapter("second", LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
     model.base_model.set_adapter(["default", "second"])
-    assert_same_step(compute_both_steps(model, "causal", tmp_path))
+    return model
 
 
-def test_fast_step_matches_plain_step_for_full_fine_tuning(tmp_path: Path) -> None:
-    assert_same_step(
-        compute_both_steps(tiny_models.build("llama").requires_grad_(True), "causal", tmp_path)
-    )
+@pytest.mark.parametrize(
+    ("model", "step"),
+    [
+        ({}, {"tokens": 10}),
+        ({}, {"bf16": True}),
+        (build_with_two_adapters, {}),
+        (lambda: tiny_models.build("llama").requires_grad_(True), {}),
+        ({"family": "mixtral", "target_modules": ["q_proj", "v_proj"]}, PARALLEL),
+        ({"family": "qwen3_moe", "target_modules": ["q_proj", "v_proj"]}, PARALLEL),
+        ({}, {**PARALLEL, "prefix_tree": True, "tokens": 600, "rows": rows_with_long_prefix()}),
+        ({}, {**SHARED, "rows": prefix_rows(), "multiple": 64}),
+        (
+            {"family": "mistral", "config": WINDOW},
+            {**SHARED, "rows": prefix_rows(), "tokens": 60, "at_least": 8},
+        ),
+    ],
+    ids=[
+        "rows longer than a micro-batch", "bfloat16", "two adapters and a trained head", "full",
+        "mixtral", "qwen3_moe", "prefix tree in parallel micro-batches",
+        "shared prefix and padding tokens", "shared prefix longer than the sliding window",
+    ],
+)  # fmt: skip
+def test_step_matches_plain_step(model, step, tmp_path, monkeypatch):
+    monkeypatch.setattr(step_collator, "PREFIX_COST", 0)
+    model = model() if callable(model) else build_lora_model(**{"family": "llama", **model})
+    bound = 2e-2 if "bf16" in step else 1e-5
+    assert_same_step(compute_both_steps(model, "causal", tmp_path, **step), bound)
 
 
-def test_fast_step_in_bfloat16_matches_within_rounding(tmp_path: Path) -> None:
-    model = build_lora_model("llama", "causal")
-    assert_same_step(compute_both_steps(model, "causal", tmp_path, bf16=True), bound=2e-2)
-
-
-def test_rows_longer_than_micro_batch_match_plain_step(tmp_path: Path) -> None:
-    assert_same_step(
-        compute_both_steps(build_lora_model("llama", "causal"), "causal", tmp_path, tokens=10)
-    )
+@pytest.mark.parametrize(
+    ("model", "step"),
+    [
+        ({}, {}),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, PARALLEL),
+        ({"family": "mistral", "config": WINDOW}, {**TREE, "rows": conversation_rows()}),
+    ],
+    ids=["packed", "parallel micro-batches", "prefix tree and sliding window"],
+)
+def test_checkpointed_step_matches_plain_step(model, step, tmp_path):
+    model = build_lora_model(**{"family": "llama", **model})
+    model.enable_input_require_grads()
+    expected, _ = compute_both_steps(model, "causal", tmp_path, **step)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    _, actual = compute_both_steps(model, "causal", tmp_path, **step)
+    assert_same_step((expected, actual))
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 80), st.booleans())
-def test_micro_batches_contain_each_row_once_in_order(
-    lengths: list[int], budget: int, packs: bool
-) -> None:
+def test_micro_batches_contain_each_row_once_in_order(lengths, budget, packs):
     rows = create_rows("causal", tuple(lengths))
     micro_batches = StepCollator(0, FastPlan(True, packs, True, budget))(rows)["micro_batches"]
     sequences = []
@@ -649,24 +522,20 @@ def test_micro_batches_contain_each_row_once_in_order(
         ids, labels = part["input_ids"], part["labels"]
         if packs:
             layout = part["layout"]
-            ids, labels = (
-                layout.pack(ids[..., None])[0, :, 0],
-                layout.pack(labels[..., None])[0, :, 0],
-            )
+            ids, labels = (layout.pack(values[..., None])[0, :, 0] for values in (ids, labels))
             spans = [(s.start, s.stop) for s in layout.segments]
             assert [a for a, _ in spans] == [0, *(b for _, b in spans[:-1])]
             sequences += [(ids[a:b].tolist(), labels[a:b].tolist()) for a, b in spans]
         else:
             sizes = part["attention_mask"].sum(1).tolist()
-            sequences += [
-                (i[:n].tolist(), y[:n].tolist()) for i, y, n in zip(ids, labels, sizes, strict=True)
-            ]
+            padded = zip(ids, labels, sizes, strict=True)
+            sequences += [(i[:n].tolist(), y[:n].tolist()) for i, y, n in padded]
     assert sorted(sequences) == sorted((row.input_ids, row.labels) for row in rows)
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.data())
-def test_packed_rows_do_not_attend_to_each_other(data: st.DataObject) -> None:
+def test_packed_rows_do_not_attend_to_each_other(data):
     """A row's logits do not depend on the other rows of its packed batch."""
     model = TINY.setdefault("model", tiny_models.build("llama"))
     row = create_rows("causal", (data.draw(st.integers(2, 20)),))[0]
@@ -676,10 +545,9 @@ def test_packed_rows_do_not_attend_to_each_other(data: st.DataObject) -> None:
         row_logits = []
         for _ in range(2):
             lengths = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=4))
-            part = StepCollator(0, plan)([row, *create_rows("causal", tuple(lengths))])[
-                "micro_batches"
-            ][0]
-            with torch.no_grad(), layout_context(part):
+            rows = [row, *create_rows("causal", tuple(lengths))]
+            (part,) = StepCollator(0, plan)(rows)["micro_batches"]
+            with torch.no_grad(), using_layout(part["layout"]):
                 logits = model(input_ids=part["input_ids"]).logits
             index = next(i for i, ids in enumerate(part["input_ids"].tolist())
                       if ids[: len(row.input_ids)] == row.input_ids)  # fmt: skip
@@ -690,12 +558,6 @@ def test_packed_rows_do_not_attend_to_each_other(data: st.DataObject) -> None:
 
 
 TINY: dict[str, Any] = {}
-
-
-def layout_context(micro_batch: dict[str, Any]) -> Any:
-    from ftlevel.fast.packing import using_layout
-
-    return using_layout(micro_batch["layout"])
 
 
 @pytest.mark.parametrize(
@@ -710,9 +572,7 @@ def layout_context(micro_batch: dict[str, Any]) -> Any:
         ("t5", {}, "padded by length (t5 has not one stack of blocks), cross-entropy on"),
     ],
 )  # fmt: skip
-def test_plan_reports_packing_and_reason(
-    family: str, settings: dict[str, Any], message: str
-) -> None:
+def test_plan_reports_packing_and_reason(family, settings, message):
     model = tiny_models.build(family)
     kind = "encoder-decoder" if model.config.is_encoder_decoder else "decoder"
     objective = OBJECTIVES["seq2seq" if family == "t5" else "causal"]
@@ -746,9 +606,7 @@ def test_plan_reports_packing_and_reason(
         ("unknown", {}, ": not tried with some_model"),
     ],
 )  # fmt: skip
-def test_plan_reports_number_of_workers(
-    family: str, settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plan_reports_number_of_workers(family, settings, message, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     model = tiny_models.build({"longrope": "phi3", "unknown": "llama"}.get(family, family))
     if family == "longrope":
@@ -778,9 +636,7 @@ SHARING = [[1] * 60 + [i] * 20 for i in range(8)]
                    "speed": {"share_prefixes": "always"}}, True, "shares lora_dropout 0.1"),
     ],
 )  # fmt: skip
-def test_plan_shares_prefixes_only_if_useful_and_exact(
-    family: str, settings: dict[str, Any], prefix_tree: bool, message: str | None
-) -> None:
+def test_plan_shares_prefixes_only_if_useful_and_exact(family, settings, prefix_tree, message):
     rows = [Encoded(ids, ids, i) for i, ids in enumerate(SHARING)]
     config, model = TrainConfig.model_validate(settings), tiny_models.build(family)
     plan = plan_fast(config, model, "decoder", OBJECTIVES["causal"], "cpu", rows, 100)
@@ -795,14 +651,10 @@ def test_plan_shares_prefixes_only_if_useful_and_exact(
     [("cpu", 8, 100, 1024), ("cpu", 8, 200, 1600), ("cpu", 64, 512, 2048), ("cpu", 4, 4096, 4096),
      ("cuda", 64, 512, 32768)],
 )  # fmt: skip
-def test_plan_sets_tokens_per_micro_batch(
-    device: str, batch: int, max_length: int, tokens: int
-) -> None:
+def test_plan_sets_tokens_per_micro_batch(device, batch, max_length, tokens):
     config = TrainConfig.model_validate({"train": {"per_device_train_batch_size": batch}})
-    model = tiny_models.build("llama")
-    plan = plan_fast(
-        config, model, "decoder", OBJECTIVES["causal"], device, create_rows("causal"), max_length
-    )
+    model, rows = tiny_models.build("llama"), create_rows("causal")
+    plan = plan_fast(config, model, "decoder", OBJECTIVES["causal"], device, rows, max_length)
     assert plan.tokens == tokens
 
 
@@ -819,8 +671,8 @@ def test_plan_sets_tokens_per_micro_batch(
     ],
 )
 def test_a_group_of_completions_is_a_micro_batch_if_it_fits(
-    completion_tokens: int, threads: int, gib: float, tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    completion_tokens, threads, gib, tokens, monkeypatch
+):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr("ftlevel.models.hardware.device_memory", lambda _: int(gib * 2**30))
     values = {
@@ -836,7 +688,7 @@ def test_a_group_of_completions_is_a_micro_batch_if_it_fits(
     assert plan.tokens == tokens
 
 
-def test_synthetic_rows_shorter_than_a_completion_count_completions_only() -> None:
+def test_synthetic_rows_shorter_than_a_completion_count_completions_only():
     config = TrainConfig.model_validate(
         {"task": "rl", "rl": {"reward": "exact", "max_completion_length": 4096}}
     )
@@ -857,7 +709,7 @@ class NeighborMixingLayer(torch.nn.Module):
         return self.inner(states) + states.roll(1, dims=1)
 
 
-def test_packing_is_disabled_if_rows_affect_each_other() -> None:
+def test_packing_is_disabled_if_rows_affect_each_other():
     rows = create_rows("causal")
     model = tiny_models.build("llama")
     fast = FastStep(model, FastPlan(True, True, True, 100, True))
@@ -895,9 +747,7 @@ class InaccurateLayer(torch.nn.Module):
         (slice(16, None), False, False),  # most states of a row: a kernel error
     ],
 )
-def test_packing_check_tolerates_rounding_of_one_large_state(
-    tokens: slice, everywhere: bool, packs: bool
-) -> None:
+def test_packing_check_tolerates_rounding_of_one_large_state(tokens, everywhere, packs):
     """SmolLM2's first hidden state has norm 24,000, then 5,000: bfloat16 rounds it by a tenth."""
     model = tiny_models.build("llama").to(torch.bfloat16)
     weights = {name: value.clone() for name, value in model.state_dict().items()}

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import ftlevel.extras.serving.adapters as adapters_module
 from export_cases import create_ids
-from ftlevel.commands.export import export
-from ftlevel.config import ExportConfig
 from ftlevel.errors import InputError, RunError
+from ftlevel.extras.serving.config import ExportConfig
+from ftlevel.extras.serving.exporting import export
 from ftlevel.merging.normal_form import PLAIN_FORMS
 from ftlevel.methods.lora_conversion import LoraConversion
 from ftlevel.methods.merging import get_merge_error
@@ -37,7 +37,7 @@ def write(model: Path, out: Path, **settings: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
-def test_peft_logits_of_normal_form_match_adapter(base: Path, tmp_path: Path, name: str) -> None:
+def test_peft_logits_of_normal_form_match_adapter(base, tmp_path, name):
     case = CASES[name]
     adapter = write_adapter(base, tmp_path / "adapter", case.settings)
     expected, ids = peft_logits(base, adapter, create_ids()), create_ids()
@@ -54,7 +54,7 @@ def test_peft_logits_of_normal_form_match_adapter(base: Path, tmp_path: Path, na
 
 
 @pytest.mark.parametrize("name", [name for name in SUPPORTED if CASES[name].needs_conversion])
-def test_naive_reader_of_normal_form_is_correct(base: Path, tmp_path: Path, name: str) -> None:
+def test_naive_reader_of_normal_form_is_correct(base, tmp_path, name):
     """Compare W + alpha / r · B · A of the file's tensors with PEFT's logits of the run."""
     adapter = write_adapter(base, tmp_path / "adapter", CASES[name].settings)
     write(adapter, tmp_path / "out", format="peft", verify=False)
@@ -83,23 +83,14 @@ def _read_naively(base: Path, adapter: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
-def test_unsupported_adapter_raises_and_writes_nothing(
-    base: Path, tmp_path: Path, name: str
-) -> None:
+def test_unsupported_adapter_raises_and_writes_nothing(base, tmp_path, name):
     adapter = write_adapter(base, tmp_path / "adapter", CASES[name].settings)
     with pytest.raises(InputError, match=CASES[name].error):
         write(adapter, tmp_path / "out", format="peft")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_plain_forms_lists_only_known_peft_types() -> None:
-    unknown = set(PLAIN_FORMS) - {member.value for member in peft.PeftType}
-    assert unknown <= {"BOTTLENECK", "PREFIX_KV", "SOFT_PROMPT"}  # ftlevel's own types
-
-
-def test_wrong_output_is_detected_and_deleted(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_output_is_detected_and_deleted(base, tmp_path, monkeypatch):
     adapter = write_adapter(base, tmp_path / "adapter", CASES["rslora"].settings)
     original_save = adapters_module.save_normal_form
 
@@ -116,7 +107,7 @@ def test_wrong_output_is_detected_and_deleted(
     assert not (tmp_path / "out").exists()
 
 
-def test_resized_vocabulary_raises(base: Path, tmp_path: Path) -> None:
+def test_resized_vocabulary_raises(base, tmp_path):
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
@@ -142,9 +133,7 @@ def test_resized_vocabulary_raises(base: Path, tmp_path: Path) -> None:
          "SEQ_2_SEQ_LM"),
     ],
 )  # fmt: skip
-def test_normal_form_of_other_model_families(
-    tmp_path: Path, family: str, head: str, settings: dict[str, Any], task: str
-) -> None:
+def test_normal_form_of_other_model_families(tmp_path, family, head, settings, task):
     import transformers
 
     from tiny_models import AUTO_CLASSES
@@ -168,16 +157,13 @@ def test_normal_form_of_other_model_families(
     [
         ("OLoRA", "Export it as plain LoRA first"),  # PEFT ignores case here
         ("corda", "Save it again with path_initial_model_for_weight_conversion"),
-        ("lora_ga", "Save it again with path_initial_model_for_weight_conversion"),
     ],
 )
-def test_adapters_whose_initialization_changed_base_are_not_merged(init: str, message: str) -> None:
-    error = get_merge_error({"peft_type": "LORA", "init_lora_weights": init})
-    assert error is not None
-    assert message in error
+def test_adapters_whose_initialization_changed_base_are_not_merged(init, message):
+    assert message in get_merge_error({"peft_type": "LORA", "init_lora_weights": init})
 
 
-def test_normal_forms_csv_lists_every_peft_type() -> None:
+def test_normal_forms_csv_lists_every_peft_type():
     """docs/normal_forms.csv, measured by scripts/normal_forms.py, has a row for every type."""
     table = Path(__file__).parents[3] / "docs" / "normal_forms.csv"
     with table.open(encoding="utf-8", newline="") as file:

@@ -29,7 +29,7 @@ def ftlevel(package_dir: Path) -> Callable[..., Any]:
     return lambda *arguments: json.loads(run(package_dir, *arguments, "--json", cwd=package_dir))
 
 
-def test_page_names_only_existing_files() -> None:
+def test_page_names_only_existing_files():
     paths = set(re.findall(r"`((?:src|tests|scripts|docs)/[\w/.]+)`", PAGE)) - {
         f"src/ftlevel/{path}" for path in METHOD.files
     }
@@ -37,7 +37,7 @@ def test_page_names_only_existing_files() -> None:
     assert [path for path in sorted(paths) if not (ROOT / path).is_file()] == []
 
 
-def test_source_has_no_isinstance_checks_of_method_specs() -> None:
+def test_source_has_no_isinstance_checks_of_method_specs():
     class_names = {spec.__name__ for spec in SPECS.values()}
     pattern = re.compile(rf"isinstance\([^)]*\b(?:{'|'.join(class_names)})\b")
     sources = (ROOT / "src").rglob("*.py")
@@ -45,9 +45,7 @@ def test_source_has_no_isinstance_checks_of_method_specs() -> None:
 
 
 @pytest.mark.slow
-def test_example_method_is_listed_and_rejects_unknown_field(
-    ftlevel: Callable[..., Any], package_dir: Path
-) -> None:
+def test_example_method_is_listed_and_rejects_unknown_field(ftlevel, package_dir):
     rows = {row["name"]: row for row in ftlevel("list-methods", "--model", "gpt2")["methods"]}
     assert (rows["scale"]["works"], rows["ia3"]["works"]) == ("in part", "yes")
     arguments = ("train", "--method", "scale", "--set", "method.r=4")
@@ -56,7 +54,7 @@ def test_example_method_is_listed_and_rejects_unknown_field(
 
 
 @pytest.mark.slow
-def test_example_method_trains_and_merges(ftlevel: Callable[..., Any]) -> None:
+def test_example_method_trains_and_merges(ftlevel):
     summary = ftlevel("train", "--method", "scale", "--max-steps", "2", "--max-samples", "16",
                       "--output-dir", "run")  # fmt: skip
     choices = {choice["name"]: choice for choice in summary["choices"]}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,28 +50,24 @@ def get_adapter_dtypes(model: Any, name: str) -> set[torch.dtype]:
         [*product(CONFIGS, ("llama", "bert", "t5", "mixtral"), (torch.bfloat16, torch.float16))]
     ),
 )
-def test_autocast_adapter_dtype_sets_dtype_after_load(
-    tuner: str, family: str, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_autocast_adapter_dtype_sets_dtype_after_load(tuner, family, dtype, tmp_path):
+    def get_base():
+        return build(family).to(dtype)
+
+    def get_dtypes(model):
+        return [get_adapter_dtypes(model, name) for name in ("default", "other")]
+
     for autocast, expected in ((True, torch.float32), (False, dtype)):
         options = {"autocast_adapter_dtype": autocast}
-        model = get_peft_model(build(family).to(dtype), CONFIGS[tuner](), **options)
+        model = get_peft_model(get_base(), CONFIGS[tuner](), **options)
         model.add_adapter("other", CONFIGS[tuner](), **options)
-        assert (
-            get_adapter_dtypes(model, "default") == get_adapter_dtypes(model, "other") == {expected}
-        )
+        assert get_dtypes(model) == [{expected}] * 2
         assert torch.isfinite(compute_logits(model.eval(), build_batch(family))).all()
         model.save_pretrained(str(tmp_path))
         for load_options in (options, {**options, "low_cpu_mem_usage": True}):
-            loaded = PeftModel.from_pretrained(
-                build(family).to(dtype), str(tmp_path), **load_options
-            )
+            loaded = PeftModel.from_pretrained(get_base(), str(tmp_path), **load_options)
             loaded.load_adapter(str(tmp_path / "other"), "other", **load_options)
-            assert (
-                get_adapter_dtypes(loaded, "default")
-                == get_adapter_dtypes(loaded, "other")
-                == {expected}
-            )
+            assert get_dtypes(loaded) == [{expected}] * 2
             for name in ("default", "other"):
                 loaded.set_adapter(name)
                 model.set_adapter(name)
@@ -84,22 +79,18 @@ def test_autocast_adapter_dtype_sets_dtype_after_load(
     ("tuner", "family"),
     sample([*product(CONFIGS, ("llama", "gpt2", "bert", "distilbert", "opt", "t5", "bart"))]),
 )
-def test_tuners_work_on_model_without_head(tuner: str, family: str, tmp_path: Path) -> None:
+def test_tuners_work_on_model_without_head(tuner, family, tmp_path):
     stack = AutoModel.from_config(build_config(family)).eval()
 
-    def build_stack() -> Any:
-        return copy.deepcopy(stack)
-
-    def compute(model: Any) -> torch.Tensor:
-        states: torch.Tensor = model(**inputs).last_hidden_state
-        return states
+    def compute(model):
+        return model(**inputs).last_hidden_state
 
     inputs = build_batch(family, "seqcls")
     del inputs["labels"]
     if family == "t5":
         inputs["decoder_input_ids"] = inputs["input_ids"]
-    model = get_peft_model(build_stack(), CONFIGS[tuner]()).eval()
-    states, before = compute(model), compute(build_stack())
+    model = get_peft_model(copy.deepcopy(stack), CONFIGS[tuner]()).eval()
+    states, before = compute(model), compute(stack)
     assert states.shape == before.shape
     assert not torch.allclose(states, before, atol=1e-4)
     states.square().sum().backward()
@@ -109,26 +100,26 @@ def test_tuners_work_on_model_without_head(tuner: str, family: str, tmp_path: Pa
     model.save_pretrained(str(tmp_path))
     keys = load_file(tmp_path / "adapter_model.safetensors")
     assert all(f".{model.prefix}" in key for key in keys)  # no base weights
-    loaded = PeftModel.from_pretrained(build_stack(), str(tmp_path))
+    loaded = PeftModel.from_pretrained(copy.deepcopy(stack), str(tmp_path))
     torch.testing.assert_close(compute(loaded), states, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(compute(model.unload()), before, atol=1e-5, rtol=1e-5)
 
 
-def test_soft_prompt_on_linear_layer_raises() -> None:
+def test_soft_prompt_on_linear_layer_raises():
     config = SoftPromptConfig(target_modules=["q_proj"])
     with pytest.raises(ValueError, match="takes no tokens"):
         get_peft_model(build("llama"), config)
 
 
 @every_tuner
-def test_inject_adapter_from_state_dict_keys(tuner: str) -> None:
+def test_inject_adapter_from_state_dict_keys(tuner):
     injected = inject_adapter_in_model(CONFIGS[tuner](), build("llama"))
     state = get_peft_model_state_dict(injected)
     reinjected = inject_adapter_in_model(CONFIGS[tuner](), build("llama"), state_dict=state)
     assert get_peft_model_state_dict(reinjected).keys() == state.keys() != set()
 
 
-def test_fused_layer_repr_equals_peft_repr() -> None:
+def test_fused_layer_repr_equals_peft_repr():
     plain, fused = (LoraConfig(target_modules=["first", "last"], r=2) for _ in range(2))
     register_fused_layers(fused)
     expected, model = (get_peft_model(Feedforward(), config) for config in (plain, fused))
@@ -146,7 +137,7 @@ def test_fused_layer_repr_equals_peft_repr() -> None:
         ("gpt_oss", "more than scaled_dot_product"),
     ],
 )
-def test_prefix_on_unsupported_attention_raises(auto: Any, model_type: str, reason: str) -> None:
+def test_prefix_on_unsupported_attention_raises(auto, model_type, reason):
     if model_type == "mpnet":
         auto = AutoModelForMaskedLM
     config = AutoConfig.for_model(
@@ -170,16 +161,15 @@ class Feedforward(nn.Module):
         return states
 
 
-def test_prefix_with_linear_target_module_raises() -> None:
+def test_prefix_with_linear_target_module_raises():
     config = PrefixKvConfig(task_type="CAUSAL_LM", target_modules=["down_proj"])
-    with pytest.raises(
-        ValueError, match=r"Linear does not expose its number of heads.*Name attention modules in"
-    ):
+    message = r"Linear does not expose its number of heads.*Name attention modules in"
+    with pytest.raises(ValueError, match=message):
         get_peft_model(build("llama"), config)
 
 
 @pytest.mark.parametrize("placement", ["houlsby", "parallel"])
-def test_bottleneck_works_on_model_without_config(placement: str) -> None:
+def test_bottleneck_works_on_model_without_config(placement):
     config = BottleneckConfig(target_modules=["last"], placement=placement, init_weights=False)
     plain, x = Feedforward(), torch.randn(3, 6)
     before = plain(x)
@@ -193,7 +183,7 @@ def test_bottleneck_works_on_model_without_config(placement: str) -> None:
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])
-def test_deleting_last_prefix_restores_attention(family: str, implementation: str) -> None:
+def test_deleting_last_prefix_restores_attention(family, implementation):
     batch, base = build_batch(family), build(family)
     base.set_attn_implementation(implementation)
     before, attention = compute_logits(base, batch), attention_of(base)
@@ -210,7 +200,7 @@ ATTENTIONS = ("attentions", "encoder_attentions", "decoder_attentions", "cross_a
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "t5", "bart", "gpt_neo", "deberta-v2"])
-def test_output_attentions_include_prefix_first(family: str) -> None:
+def test_output_attentions_include_prefix_first(family):
     batch, base = build_batch(family), build(family)
     if attention_of(base) == "sdpa":
         base.set_attn_implementation("eager")
@@ -233,7 +223,7 @@ def test_output_attentions_include_prefix_first(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
-def test_prompt_attentions_match_peft_prompt_tuning(family: str) -> None:
+def test_prompt_attentions_match_peft_prompt_tuning(family):
     batch, task = build_batch(family), "CAUSAL_LM" if family == "llama" else "SEQ_2_SEQ_LM"
     models = []
     for config in (SoftPromptConfig, PromptTuningConfig):
@@ -255,7 +245,7 @@ def test_prompt_attentions_match_peft_prompt_tuning(family: str) -> None:
 
 
 @pytest.mark.parametrize("tuner", ["parallel", "prefix"])
-def test_tuners_compile_to_one_graph(tuner: str) -> None:
+def test_tuners_compile_to_one_graph(tuner):
     torch.compiler.reset()
     model, batch = get_peft_model(build("llama"), CONFIGS[tuner]()).eval(), build_batch("llama")
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -265,27 +255,21 @@ def test_tuners_compile_to_one_graph(tuner: str) -> None:
 
 @every_tuner
 @pytest.mark.parametrize("family", ["llama", "t5", "electra"])
-def test_tuner_layers_expose_in_and_out_features(tuner: str, family: str) -> None:
+def test_tuner_layers_expose_in_and_out_features(tuner, family):
     model = get_peft_model(build(family), CONFIGS[tuner]())
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     assert layers
     for layer in layers:
-        width = getattr(layer.get_base_layer(), "out_features", HIDDEN)
-        if isinstance(layer.get_base_layer(), nn.Embedding):
-            width = layer.get_base_layer().embedding_dim
-        assert (layer.out_features, layer.in_features) == (
-            width,
-            getattr(layer.get_base_layer(), "in_features", width),
-        )
+        base = layer.get_base_layer()
+        width = getattr(base, "out_features", getattr(base, "embedding_dim", HIDDEN))
+        assert layer.out_features == width
+        assert layer.in_features == getattr(base, "in_features", width)
 
 
-def test_bottleneck_on_layer_without_known_width_raises() -> None:
-    config = BottleneckConfig(target_modules=["0"])
-    with pytest.raises(
-        ValueError,
-        match=(
-            r"Embedding does not expose its input and output size, and the model has no "
-            r"config\. Name linear layers in target_modules\."
-        ),
-    ):
-        get_peft_model(nn.Sequential(nn.Embedding(4, 6)), config)
+def test_bottleneck_on_layer_without_known_width_raises():
+    message = (
+        r"Embedding does not expose its input and output size, and the model has no config\. Name "
+        r"linear layers in target_modules\."
+    )
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(nn.Sequential(nn.Embedding(4, 6)), BottleneckConfig(target_modules=["0"]))

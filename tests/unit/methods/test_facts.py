@@ -44,11 +44,8 @@ COUNTED_METHODS = [name for name in METHOD_INFO if name != "linear-probe"]
     [pytest.param(r, marks=pytest.mark.sweep if r == "boft" else []) for r in COUNTED_METHODS],
 )
 def test_trainable_parameters_of_llama_7b_match_table(row):
-    one_layer, two_layers = (
-        count_parameters(row, 1),
-        count_parameters(row, 2),
-    )  # every layer adds the same
-    assert METHOD_INFO[row].llama_7b == one_layer + (LAYERS - 1) * (two_layers - one_layer)
+    one, two = count_parameters(row, 1), count_parameters(row, 2)  # every layer adds the same
+    assert METHOD_INFO[row].llama_7b == one + (LAYERS - 1) * (two - one)
 
 
 @pytest.mark.parametrize("kind", SPECS)

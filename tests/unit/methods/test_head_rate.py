@@ -20,7 +20,7 @@ def build_lora_model() -> Any:
 
 
 @pytest.mark.parametrize("build", [build_lora_model, lambda: tiny_models.build("bert", "seqcls")])
-def test_only_head_parameters_get_head_rate(build: Any) -> None:
+def test_only_head_parameters_get_head_rate(build):
     model = build()
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = [p for p in trainable.values() if p.dim() > 1]
@@ -40,7 +40,7 @@ def test_only_head_parameters_get_head_rate(build: Any) -> None:
             assert rates[id(parameter)] == (rate, 0.1 if parameter.dim() > 1 else 0.0), name
 
 
-def test_scheduler_scales_both_rates() -> None:
+def test_scheduler_scales_both_rates():
     model = build_lora_model()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     set_head_rate(optimizer, model, HEAD_RATE)

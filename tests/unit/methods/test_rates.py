@@ -29,7 +29,7 @@ def get_rates(kind: str, fields: dict[str, Any]) -> Rates:
 
 
 @pytest.mark.parametrize(("kind", "fields"), METHOD_VARIANTS)
-def test_every_method_has_rate_within_bounds(kind: str, fields: dict[str, Any]) -> None:
+def test_every_method_has_rate_within_bounds(kind, fields):
     rates = get_rates(kind, fields)
     for model, width, head, steps in itertools.product(KINDS, WIDTHS, (True, False), STEPS):
         assert 1e-6 <= rates.rate(RateInputs(model, width, head, steps)) <= 1
@@ -39,7 +39,7 @@ HEADS = [pytest.param(rates, id=name) for name, rates in (("head", HEAD), ("deep
 
 
 @pytest.mark.parametrize("rates", [*(get_rates(*form) for form in METHOD_VARIANTS), *HEADS])
-def test_rate_decreases_with_steps_and_width(rates: Rates) -> None:
+def test_rate_decreases_with_steps_and_width(rates):
     for model in KINDS:
         table = [[rates.rate(RateInputs(model, w, True, s)) for s in STEPS] for w in WIDTHS]
         assert all(row == sorted(row, reverse=True) for row in table)
@@ -48,7 +48,7 @@ def test_rate_decreases_with_steps_and_width(rates: Rates) -> None:
 
 
 @pytest.mark.parametrize(("kind", "fields"), METHOD_VARIANTS)
-def test_wide_model_and_long_run_get_published_rate(kind: str, fields: dict[str, Any]) -> None:
+def test_wide_model_and_long_run_get_published_rate(kind, fields):
     rates = get_rates(kind, fields)
     for model in KINDS:
         choice = rates.get_choice(kind, RateInputs(model, 8192, False, 100_000))
@@ -56,16 +56,14 @@ def test_wide_model_and_long_run_get_published_rate(kind: str, fields: dict[str,
         assert choice.reason.endswith(f"of hidden size 8,192 and 100,000 steps; {rates.source}")
 
 
-def test_rate_is_interpolated_in_log_space() -> None:
+def test_rate_is_interpolated_in_log_space():
     rates = Rates(small=1e-2, large=1e-4, source="a paper")
-    ends = [
-        rates.rate(RateInputs("decoder", *run)) for run in ((384, False, 100), (4096, False, 3000))
-    ]
-    assert ends == [1e-2, 1e-4]
-    halfway = round((384 * 4096) ** 0.5), round((100 * 3000) ** 0.5)
-    assert rates.rate(RateInputs("decoder", halfway[0], False, halfway[1])) == 1e-3
-    assert rates.rate(RateInputs("decoder", 4096, False, 100)) == 1e-3
-    assert rates.rate(RateInputs("decoder", 384, False, 3000)) == 1e-3
+    width, steps = round((384 * 4096) ** 0.5), round((100 * 3000) ** 0.5)
+    for run, rate in (
+        ((384, 100), 1e-2), ((4096, 3000), 1e-4), ((width, steps), 1e-3), ((4096, 100), 1e-3),
+        ((384, 3000), 1e-3),
+    ):  # fmt: skip
+        assert rates.rate(RateInputs("decoder", run[0], False, run[1])) == rate
     choice = rates.get_choice("x", RateInputs("decoder", 4096, False, 100))
     assert str(choice) == (
         "0.001 (default for x on a decoder of hidden size 4,096 and 100 steps; 0.01 on short runs, "
@@ -73,34 +71,29 @@ def test_rate_is_interpolated_in_log_space() -> None:
     )
 
 
-def test_rate_by_architecture_overrides_small_rate() -> None:
-    rates = Rates(
-        small=1e-2, large=1e-4, source="a paper", by_architecture={"encoder-decoder": 1e-1}
-    )
-    assert rates.rate(RateInputs("encoder-decoder", 128, False, 100)) == 1e-1
-    assert rates.rate(RateInputs("encoder-decoder", 128, True, 100)) == 1e-2
-    assert rates.rate(RateInputs("encoder-decoder", 4096, False, 3000)) == 1e-4
+def test_rate_by_architecture_overrides_small_rate():
+    rates = Rates(small=1e-2, large=1e-4, source="a", by_architecture={"encoder-decoder": 1e-1})
+    runs = ((128, False, 100), (128, True, 100), (4096, False, 3000))
+    assert [rates.rate(RateInputs("encoder-decoder", *run)) for run in runs] == [1e-1, 1e-2, 1e-4]
 
 
-def test_full_fine_tuning_of_bert_gets_paper_rate() -> None:
+def test_full_fine_tuning_of_bert_gets_paper_rate():
     assert get_rates("full", {}).rate(RateInputs("encoder", 768, True, 3000)) == 2e-5
 
 
-def test_deep_head_has_lower_rate_than_linear_head() -> None:
-    runs = (
-        RateInputs("encoder", 384, True, 100),
-        RateInputs("encoder", 384, True, 100, deep_head=True),
-    )
-    assert [get_head_rate(run).value for run in runs] == [2e-2, 5e-3]
+def test_deep_head_has_lower_rate_than_linear_head():
+    for deep_head, rate in ((False, 2e-2), (True, 5e-3)):
+        run = RateInputs("encoder", 384, True, 100, deep_head=deep_head)
+        assert get_head_rate(run).value == rate
 
 
-def test_lora_plus_gets_lower_rate_than_other_variants() -> None:
+def test_lora_plus_gets_lower_rate_than_other_variants():
     inputs = RateInputs("encoder", 384, False, 100)
     forms = ({}, {"use_dora": True}, {"use_rslora": True}, {"lora_plus_ratio": 16})
     assert [get_rates("lora", form).rate(inputs) for form in forms] == [1e-3, 1e-3, 1e-3, 3e-4]
 
 
-def test_token_head_gets_higher_rate() -> None:
+def test_token_head_gets_higher_rate():
     row = RateInputs("encoder", 384, True, 60)
     tokens = RateInputs("encoder", 384, True, 60, token_head=True)
     assert str(tokens) == "an encoder of hidden size 384 with a new head for tokens and 60 steps"

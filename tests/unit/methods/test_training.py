@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import tiny_models
-from ftlevel.config import SPECS, TrainConfig
+from ftlevel.config import SPECS
 from ftlevel.errors import ConfigError
 from ftlevel.methods import METHODS, Base
 from ftlevel.methods.adalora.callback import RankPruningCallback
@@ -98,19 +98,25 @@ def test_adalora_penalty_matches_peft():
     torch.testing.assert_close(METHODS["adalora"].penalty(model), with_penalty - plain)
 
 
+ARGUMENTS = {"output_dir": "unused", "learning_rate": 1e-4, "use_cpu": True, "optim": "adamw_torch"}
+
+
+def get_lora_plus_rates(model, weight_decay):
+    """Return id of a parameter → learning rate, from the optimizer of LoRA+ with ratio 16."""
+    arguments = transformers.TrainingArguments(**ARGUMENTS, weight_decay=weight_decay)
+    assert METHODS["lora"].optimizer(SPECS["lora"](), model, arguments) is None
+    optimizer = METHODS["lora"].optimizer(SPECS["lora"](lora_plus_ratio=16), model, arguments)
+    groups = [group for group in optimizer.param_groups if group["params"]]
+    assert {group["weight_decay"] for group in groups} == {weight_decay}
+    return {id(p): group["lr"] for group in groups for p in group["params"]}
+
+
 def test_lora_plus_scales_learning_rate_of_b():
     _, model = build_adapted_models("lora")
-    config = TrainConfig(method=SPECS["lora"](lora_plus_ratio=16))
-    arguments = transformers.TrainingArguments(
-        output_dir="unused", learning_rate=1e-4, weight_decay=0.1, use_cpu=True, optim="adamw_torch"
-    )
-    optimizer = METHODS[config.method.kind].optimizer(config.method, model, arguments)
-    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    rates = get_lora_plus_rates(model, weight_decay=0.1)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert rates[id(parameter)] == pytest.approx(1.6e-3 if "lora_B" in name else 1e-4)
-    assert {group["weight_decay"] for group in optimizer.param_groups if group["params"]} == {0.1}
-    assert METHODS["lora"].optimizer(TrainConfig().method, model, arguments) is None
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -137,15 +143,9 @@ def test_eva_without_a_large_enough_batch_raises(processes, monkeypatch):
 
 def test_lora_plus_trains_embeddings_at_the_rate_of_a():
     """PEFT's default for them is 1e-6, whatever the learning rate is."""
-    model = peft.get_peft_model(
-        tiny_models.build("llama"), peft.LoraConfig(target_modules=["q_proj", "embed_tokens"])
-    )
-    arguments = transformers.TrainingArguments(
-        output_dir="unused", learning_rate=1e-4, use_cpu=True, optim="adamw_torch"
-    )
-    method = SPECS["lora"](lora_plus_ratio=16)
-    optimizer = METHODS[method.kind].optimizer(method, model, arguments)
-    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    config = peft.LoraConfig(target_modules=["q_proj", "embed_tokens"])
+    model = peft.get_peft_model(tiny_models.build("llama"), config)
+    rates = get_lora_plus_rates(model, weight_decay=0.0)
     embeddings = [p for name, p in model.named_parameters() if "lora_embedding_" in name]
     assert [rates[id(parameter)] for parameter in embeddings] == [1e-4, 1e-4]
 

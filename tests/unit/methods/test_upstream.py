@@ -20,7 +20,6 @@ from tiny_models import build
 from upstream_facts import (
     OF_METHODS,
     CanaryRegistry,
-    UpstreamFact,
     check_fact,
     create_facts,
     get_parameters,
@@ -30,12 +29,12 @@ CANARIES = CanaryRegistry()
 
 
 @pytest.mark.parametrize("fact", create_facts(OF_METHODS), ids=lambda fact: fact.name)
-def test_upstream_fact_holds(fact: UpstreamFact) -> None:
+def test_upstream_fact_holds(fact):
     check_fact(fact)
     CANARIES[fact.name]()
 
 
-def test_each_fact_has_canary() -> None:
+def test_each_fact_has_canary():
     assert set(CANARIES) == {fact.name for fact in create_facts(OF_METHODS)}
 
 

@@ -17,24 +17,24 @@ def other_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._C._accelerator_setAllocatorSettings(OTHERS)
 
 
-def test_setting_acts_after_initialization() -> None:
+def test_setting_acts_after_initialization():
     use_expandable_segments("cuda")
     assert torch._C._accelerator_getAllocatorSettings() == "expandable_segments:True"
 
 
 @pytest.mark.parametrize("name", ALLOCATOR_VARIABLES)
-def test_user_setting_is_not_overridden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_setting_is_not_overridden(name, monkeypatch):
     monkeypatch.setenv(name, OTHERS)
     use_expandable_segments("cuda")
     assert torch._C._accelerator_getAllocatorSettings() == OTHERS
 
 
-def test_settings_are_unchanged_on_cpu() -> None:
+def test_settings_are_unchanged_on_cpu():
     use_expandable_segments("cpu")
     assert torch._C._accelerator_getAllocatorSettings() == OTHERS
 
 
-def test_cache_of_torch_is_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_of_torch_is_free_memory(monkeypatch):
     """Of 80 bytes, 30 are allocated, and torch's cache has 40."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10, 80))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 70)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +43,15 @@ def compute_gradients(directory: Path, *, evaluate: bool) -> dict[str, torch.Ten
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def get_differing_names(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> list[str]:
+def get_differing_names(directory: Path) -> list[str]:
+    """Return the tensors whose gradients change if an evaluation comes before the step."""
+    left, right = (compute_gradients(directory, evaluate=evaluate) for evaluate in (False, True))
     assert left.keys() == right.keys()
     return [name for name, value in left.items() if not torch.equal(value, right[name])]
 
 
-def test_evaluation_does_not_change_gradients(tiny_model_dir: Callable[..., Path]) -> None:
-    directory = tiny_model_dir("llama")
-    assert not get_differing_names(
-        compute_gradients(directory, evaluate=False), compute_gradients(directory, evaluate=True)
-    )
+def test_evaluation_does_not_change_gradients(tiny_model_dir):
+    assert not get_differing_names(tiny_model_dir("llama"))
 
 
 def cpu_repacks_4bit_weights() -> bool:
@@ -62,12 +60,7 @@ def cpu_repacks_4bit_weights() -> bool:
 
 
 @pytest.mark.skipif(not cpu_repacks_4bit_weights(), reason="only CPUs with AVX512-BF16 repack")
-def test_evaluation_changes_gradients_without_keep_trainable_layout(
-    tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluation_changes_gradients_without_keep_trainable_layout(tiny_model_dir, monkeypatch):
     """Fails when bitsandbytes no longer needs `keep_trainable_layout`."""
     monkeypatch.setattr(loading, "keep_trainable_layout", lambda model: 0)
-    directory = tiny_model_dir("llama")
-    assert get_differing_names(
-        compute_gradients(directory, evaluate=False), compute_gradients(directory, evaluate=True)
-    )
+    assert get_differing_names(tiny_model_dir("llama"))

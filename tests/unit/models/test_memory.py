@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import AutoConfig
@@ -32,18 +30,13 @@ BLOCK = 4 * 64 + 2 * 128
         (MemorySettings(2, 2, checkpointing=True), WEIGHTS * 2, (2 * 64 + BLOCK) * 2),
     ],
 )
-def test_max_length_matches_formula(
-    settings: MemorySettings, weight_bytes: int, token_bytes: int
-) -> None:
-    assert max_length_in_memory(LLAMA, settings, weight_bytes + 7 * token_bytes) == 7
-    assert max_length_in_memory(LLAMA, settings, weight_bytes + 7 * token_bytes - 1) == 6
-    assert max_length_in_memory(LLAMA, settings, weight_bytes) is None, (
-        "weights alone: not a matter of length"
-    )
+def test_max_length_matches_formula(settings, weight_bytes, token_bytes):
+    for memory, length in ((7 * token_bytes, 7), (7 * token_bytes - 1, 6), (0, None)):
+        assert max_length_in_memory(LLAMA, settings, weight_bytes + memory) == length
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_max_length_is_bounded_for_every_family(family: str) -> None:
+def test_max_length_is_bounded_for_every_family(family):
     config = AutoConfig.for_model(family, **CONFIGS[family])
     memory, inner = 10_000_000, HIDDEN if family == "gpt2" else INNER
     max_length = max_length_in_memory(config, MemorySettings(4, 4), memory)
@@ -52,7 +45,7 @@ def test_max_length_is_bounded_for_every_family(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
-def test_autograd_saves_more_than_bound_counts(family: str) -> None:
+def test_autograd_saves_more_than_bound_counts(family):
     """Compare bytes that autograd saves per token with the bytes that the bound counts."""
     model = build(family)
     for name, parameter in model.named_parameters():
@@ -78,7 +71,7 @@ def test_autograd_saves_more_than_bound_counts(family: str) -> None:
     assert (get_saved_bytes(40) - get_saved_bytes(24)) / 16 > bound
 
 
-def test_container_memory_limits_are_read(tmp_path: Path) -> None:
+def test_container_memory_limits_are_read(tmp_path):
     for name, text in (("a", "max"), ("b", "1000"), ("c", "")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "memory.max").write_text(text)

@@ -54,9 +54,7 @@ def add_lora(model: Any) -> Any:
 
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_experts_match_dequantized_loss_and_gradients(
-    family: str, double: bool, tiny_model_dir: ModelDir
-) -> None:
+def test_packed_experts_match_dequantized_loss_and_gradients(family, double, tiny_model_dir):
     directory = tiny_model_dir(family)
     packed = load_packed(directory, family, torch.float32, double_quant=double)
     plain = load_plain(directory, torch.float32)
@@ -100,9 +98,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_experts_use_less_memory_and_save_no_weights(
-    family: str, tiny_model_dir: ModelDir
-) -> None:
+def test_packed_experts_use_less_memory_and_save_no_weights(family, tiny_model_dir):
     directory = tiny_model_dir(family, **SIZES[family])
     model = load_packed(directory, family, torch.bfloat16)
     assert count_bytes(model) <= 0.35 * count_bytes(load_plain(directory, torch.bfloat16))
@@ -127,19 +123,19 @@ def test_packed_experts_use_less_memory_and_save_no_weights(
     assert len(tree_leaves(saved)) > 0
 
 
-def test_save_pretrained_of_packed_experts_raises(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+def test_save_pretrained_of_packed_experts_raises(tiny_model_dir, tmp_path):
     model = load_packed(tiny_model_dir("mixtral"), "mixtral", torch.bfloat16)
     with pytest.raises(ValueError, match="not serializable"):
         model.save_pretrained(tmp_path)
 
 
-def test_quant_facts_include_experts_only_for_4bit() -> None:
+def test_quant_facts_include_experts_only_for_4bit():
     assert "experts" not in QuantConfig(kind="4bit", experts=False).facts
     assert QuantConfig(kind="4bit", experts=True).facts["experts"] is True
     assert QuantConfig(kind="8bit").facts == {"kind": "8bit"}
 
 
-def test_can_pack_rejects_unsupported_modules() -> None:
+def test_can_pack_rejects_unsupported_modules():
     model = tiny_models.build("mixtral")
     experts = model.model.layers[0].mlp.experts
     assert can_pack(experts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,36 +35,28 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("family", "rope", "legacy"), CASES)
-def test_save_legacy_rope_adds_fields_and_keeps_config(
-    family: str, rope: dict[str, Any], legacy: dict[str, Any], tmp_path: Path
-) -> None:
-    fields: dict[str, Any] = {"rope_parameters": rope} if rope else {}
+def test_save_legacy_rope_adds_fields_and_keeps_config(family, rope, legacy, tmp_path):
+    def load_fields():
+        config = transformers.AutoConfig.from_pretrained(tmp_path)
+        return json.loads(path.read_text()), json.loads(config.to_json_string())
+
+    fields = {"rope_parameters": rope} if rope else {}
     if rope is LONG_ROPE:
         fields["original_max_position_embeddings"] = 256
     model = build(family, **fields)
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
-    before, config_before = (
-        json.loads(path.read_text()),
-        transformers.AutoConfig.from_pretrained(tmp_path),
-    )
+    stored, loaded = load_fields()
     save_legacy_rope(tmp_path)
-    after = json.loads(path.read_text())
-    added = {key: value for key, value in after.items() if key not in before}
-    assert {key: value for key, value in after.items() if key in before} == before
+    stored_after, loaded_after = load_fields()
+    added = {key: value for key, value in stored_after.items() if key not in stored}
+    assert stored_after == {**stored, **added}
     assert legacy.items() <= added.items()
     assert bool(legacy) == bool(added)
-    config_after = transformers.AutoConfig.from_pretrained(tmp_path)
-    after_fields = json.loads(
-        config_after.to_json_string()
-    )  # Phi-3 also keeps the legacy partial_rotary_factor
-    before_fields = json.loads(config_before.to_json_string())
-    assert {
-        key: value
-        for key, value in after_fields.items()
-        if key in before_fields or key not in added
-    } == before_fields
-    loaded = type(model).from_pretrained(tmp_path).eval()
+    # Phi-3 also keeps the legacy partial_rotary_factor
+    extra = {key: value for key, value in loaded_after.items() if key in added.keys() - loaded}
+    assert loaded_after == {**loaded, **extra}
     ids = torch.arange(10, 42)[None]
     with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        reloaded = type(model).from_pretrained(tmp_path).eval()
+        assert torch.equal(reloaded(ids).logits, model(ids).logits)

@@ -64,7 +64,7 @@ def test_cpu_quota_is_minimum_of_cgroups(membership, files, quota, tmp_path):
     ],
 )
 def test_select_threads_respects_user_setting_and_quota(
-    omp, set_before, quota, expected, reason, monkeypatch: pytest.MonkeyPatch
+    omp, set_before, quota, expected, reason, monkeypatch
 ):
     thread_count = [set_before]
     monkeypatch.setenv("OMP_NUM_THREADS", omp)

@@ -42,7 +42,6 @@ from tiny_models import build, build_batch
 from upstream_facts import (
     OF_MODELS,
     CanaryRegistry,
-    UpstreamFact,
     check_fact,
     create_facts,
     get_parameters,
@@ -52,12 +51,12 @@ CANARIES = CanaryRegistry()
 
 
 @pytest.mark.parametrize("fact", create_facts(OF_MODELS), ids=lambda fact: fact.name)
-def test_upstream_fact_holds(fact: UpstreamFact, request: pytest.FixtureRequest) -> None:
+def test_upstream_fact_holds(fact, request):
     check_fact(fact)
     CANARIES[fact.name](request)
 
 
-def test_each_fact_has_canary() -> None:
+def test_each_fact_has_canary():
     assert set(CANARIES) == {fact.name for fact in create_facts(OF_MODELS)}
 
 
@@ -152,7 +151,6 @@ def _(_: Any) -> None:
     assert upstream.order_of(leaf.sum().grad_fn) > upstream.order_of(second.grad_fn)
     assert upstream.order_of(second.grad_fn) > upstream.order_of(first.grad_fn)
     added = (second + first).grad_fn
-    assert added is not None
     assert added.name() == "AddBackward0"
     assert [node.name() for node, _ in added.next_functions] == ["MulBackward0"] * 2
 
@@ -577,7 +575,6 @@ def _(_: Any) -> None:
     "Bnb4BitHfQuantizer._process_model_after_weight_loading",
 )  # fmt: skip
 def _(request: pytest.FixtureRequest) -> None:
-    from ftlevel.models.loading import load_model
     from ftlevel.models.quantization import build_quantization_config
 
     model_dir = request.getfixturevalue("tiny_model_dir")("mixtral")
@@ -607,7 +604,7 @@ def _(_: Any) -> None:
             name for name, module in model.named_modules()
             if type(module).__name__ in ("Linear", "Conv1D") and name != "lm_head"
         }  # fmt: skip
-        replaced = quantizers.replaced_linears(model, quantization, pre_quantized=False)
+        replaced = quantizers.replaced_layers(model, quantization, pre_quantized=False)
         assert replaced == dict.fromkeys(expected, is_conv1d)
         assert all(isinstance(model.get_submodule(name), bnb.nn.Linear4bit) for name in replaced)
     quantizers.check_environment(quantization.to_dict(), "cpu")
@@ -618,6 +615,13 @@ def _(_: Any) -> None:
 def _four_bit(double: bool = False) -> Any:
     linear: Any = bnb.nn.Linear4bit(64, 64, bias=False, compress_statistics=double)
     return linear.to("cpu")
+
+
+def check_trainer(**parameters: str) -> None:
+    """Assert the parameters of methods of `Trainer`."""
+    for name, expected in parameters.items():
+        actual = get_parameters(getattr(transformers.Trainer, name))
+        assert actual == ["self", *expected.split()], name
 
 
 @CANARIES.of("Linear4bit.support_avx512bf16_for_cpu", "QuantState.packing_format_for_cpu")
@@ -733,13 +737,12 @@ def _(request: pytest.FixtureRequest) -> None:
     "Trainer.current_gradient_accumulation_steps",
 )
 def _(request: pytest.FixtureRequest) -> None:
-    assert get_parameters(transformers.Trainer._get_train_sampler) == ["self", "train_dataset"]
-    eval_parameters = ["self", "trial", "ignore_keys_for_eval", "skip_scheduler"]
-    assert get_parameters(transformers.Trainer._evaluate) == eval_parameters
-    load_parameters = ["self", "resume_from_checkpoint", "model"]
-    assert get_parameters(transformers.Trainer._load_from_checkpoint) == load_parameters
-    count_parameters = ["self", "batch_samples", "device"]
-    assert get_parameters(transformers.Trainer._get_num_items_in_batch) == count_parameters
+    check_trainer(
+        _get_train_sampler="train_dataset",
+        _evaluate="trial ignore_keys_for_eval skip_scheduler",
+        _load_from_checkpoint="resume_from_checkpoint model",
+        _get_num_items_in_batch="batch_samples device",
+    )
     trainer = _ReversedTrainer(
         model=build("llama"),
         args=transformers.TrainingArguments(
@@ -847,13 +850,14 @@ def _(_: Any) -> None:
     "Trainer.is_distributed_loading_by_transformers",
 )
 def _(request: pytest.FixtureRequest) -> None:
-    trainer_class = transformers.Trainer
-    assert get_parameters(trainer_class._save) == ["self", "output_dir", "state_dict"]
-    assert get_parameters(trainer_class._save_optimizer_and_scheduler) == ["self", "output_dir"]
-    assert get_parameters(trainer_class._load_optimizer_and_scheduler) == ["self", "checkpoint"]
-    assert get_parameters(trainer_class._clip_grad_norm) == ["self", "model"]
-    assert get_parameters(trainer_class._get_grad_norm) == ["self", "model", "grad_norm"]
-    assert get_parameters(trainer_class._defer_fsdp_gradient_reduction) == ["self"]
+    check_trainer(
+        _save="output_dir state_dict",
+        _save_optimizer_and_scheduler="output_dir",
+        _load_optimizer_and_scheduler="checkpoint",
+        _clip_grad_norm="model",
+        _get_grad_norm="model grad_norm",
+        _defer_fsdp_gradient_reduction="",
+    )
     trainer = _RecordingTrainer(
         model=build("llama"),
         args=transformers.TrainingArguments(
@@ -865,30 +869,32 @@ def _(request: pytest.FixtureRequest) -> None:
     assert trainer.is_distributed_loading_by_transformers is False
     leave_sharded(trainer)
     trainer.train()
-    assert trainer.called == ["sync", "clip", "norm", "save", "save optimizer"]
+    assert trainer.called == [
+        "_sync_replicated_trainable_parameters", "_clip_grad_norm", "_get_grad_norm", "_save",
+        "_save_optimizer_and_scheduler",
+    ]  # fmt: skip
 
 
-class _RecordingTrainer(transformers.Trainer):
+def _recorded(name: str) -> Any:
+    def call(self: Any, *arguments: Any, **settings: Any) -> Any:
+        self.called.append(name)
+        if name in ("_clip_grad_norm", "_get_grad_norm"):
+            return getattr(transformers.Trainer, name)(self, *arguments, **settings)
+        return None
+
+    return call
+
+
+class _RecordingTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers is Any
     def __init__(self, **settings: Any):
         self.called: list[str] = []
         super().__init__(**settings)
 
-    def _sync_replicated_trainable_parameters(self, model: Any) -> None:
-        self.called.append("sync")
-
-    def _clip_grad_norm(self, model: Any) -> Any:
-        self.called.append("clip")
-        return super()._clip_grad_norm(model)
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        self.called.append("norm")
-        return super()._get_grad_norm(model, grad_norm)
-
-    def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
-        self.called.append("save")
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        self.called.append("save optimizer")
+    _sync_replicated_trainable_parameters = _recorded("_sync_replicated_trainable_parameters")
+    _clip_grad_norm = _recorded("_clip_grad_norm")
+    _get_grad_norm = _recorded("_get_grad_norm")
+    _save = _recorded("_save")
+    _save_optimizer_and_scheduler = _recorded("_save_optimizer_and_scheduler")
 
 
 @CANARIES.of("TrainingArguments._n_gpu")

@@ -10,5 +10,5 @@ from unit.models.tiny_configs import HIDDEN, TINY
 
 
 @pytest.mark.parametrize("family", TINY)
-def test_width_of_every_family(family: str) -> None:
+def test_width_of_every_family(family):
     assert width_of(tiny_config(family)) == HIDDEN

@@ -9,7 +9,7 @@ import zipfile
 import pytest
 
 import build_data
-from data_sets import bible, builtin, chat, cldr, docstrings, factbook, search, wordnet
+from data_sets import builtin
 from data_sets.sources import Sources
 from data_sets.splits import Splits, balance, split_rows, write_splits
 from wheels import FetchError, Package
@@ -30,14 +30,10 @@ def test_splits_have_given_sizes_and_are_disjoint():
     assert len(set(all_ids)) == 390
 
 
-def test_splits_do_not_depend_on_row_order():
-    rows = make_rows(200)
-    assert split_rows("s", rows, (100, 20, 20)) == split_rows("s", rows[::-1], (100, 20, 20))
-
-
-def test_splits_depend_on_dataset_name():
-    rows = make_rows(200)
-    assert split_rows("a", rows, (100, 20, 20)) != split_rows("b", rows, (100, 20, 20))
+def test_splits_depend_on_dataset_name_and_not_on_row_order():
+    rows, sizes = make_rows(200), (100, 20, 20)
+    assert split_rows("s", rows, sizes) == split_rows("s", rows[::-1], sizes)
+    assert split_rows("s", rows, sizes) != split_rows("other", rows, sizes)
 
 
 def test_small_datasets_are_split_by_tenths():
@@ -53,11 +49,9 @@ def test_repeated_key_keeps_first_row():
 
 def test_groups_are_not_shared_between_splits():
     splits = split_rows("s", make_rows(500), (400, 50, 50), group=lambda row: row["group"])
-    groups = [{row["group"] for row in rows} for _, rows in splits.parts()]
-    assert all(groups)
-    assert not groups[0] & groups[1]
-    assert not groups[0] & groups[2]
-    assert not groups[1] & groups[2]
+    train, validation, test = ({row["group"] for row in rows} for _, rows in splits.parts())
+    assert len(train) + len(validation) + len(test) == len(train | validation | test) == 17
+    assert min(len(train), len(validation), len(test)) > 0
 
 
 def test_balance_limits_labels_to_rarest():
@@ -75,205 +69,6 @@ def test_written_files_are_utf8_json_lines(tmp_path):
     assert "größer".encode() in data
     assert json.loads(data.split(b"\n")[0]) == row
     assert (tmp_path / "validation.jsonl").read_bytes() == b""
-
-
-CODE = '''
-class Outer:
-    """Outer."""
-    def inner(self):
-        """Inner."""
-    def _hidden(self):
-        """Hidden."""
-
-def bare(): ...
-'''
-
-
-def test_documented_finds_public_functions_and_classes():
-    documented = [(item.name, item.text) for item in docstrings.documented("lib", "f.py", CODE)]
-    assert documented == [("Outer", "Outer."), ("inner", "Inner.")]
-    assert list(docstrings.documented("lib", "f.py", "def broken(:")) == []
-
-
-DOCSTRING = """Compute the widgets of
-a :class:`~lib.Frame`.
-
-This paragraph explains at length what widgets are.
-
-- a list item that is not prose at all
-
-Parameters
-----------
-x : int
-    A parameter, which is left out of the text.
-
-Notes
------
-The notes stay, since they are prose and :func:`explain <lib.explain>` more.
-
->>> code()
-"""
-
-
-def test_divide_keeps_only_prose():
-    summary, document = docstrings.divide(DOCSTRING)
-    assert summary == "Compute the widgets of a `lib.Frame`."
-    assert document == (
-        "This paragraph explains at length what widgets are. "
-        "The notes stay, since they are prose and `explain` more."
-    )
-
-
-def test_unsuitable_docstrings_are_dropped():
-    body = "Words that go on and on. " * 10
-    texts = ["Compute something useful\n\n" + body, "Short.\n\n" + body, "Compute something\n\nNo."]
-    rows = docstrings.build_rows(docstrings.Docstring("l", "f.py", "n", text) for text in texts)
-    assert [row["summary"] for row in rows] == ["Compute something useful."]
-
-
-def test_rows_with_repeated_document_or_summary_are_dropped():
-    rows = [
-        {"document": "one", "summary": "a"},
-        {"document": "two", "summary": "a"},
-        {"document": "one", "summary": "b"},
-        {"document": "three", "summary": "c"},
-    ]
-    assert docstrings.drop_templated(rows) == [rows[0], rows[3]]
-
-
-@pytest.mark.parametrize(
-    ("path", "excluded"),
-    [
-        ("numpy/tests/a.py", True),
-        ("numpy/conftest.py", True),
-        ("scipy/_lib/a.py", True),
-        ("numpy/testing/a.py", False),
-        ("numpy/lib/a.py", False),
-    ],
-)
-def test_undocumented_paths_are_excluded(path, excluded):
-    assert bool(docstrings.NOT_DOCUMENTATION.search(path)) is excluded
-
-
-WORDNET = [
-    "  1 a line of the licence\n",
-    "00001 05 n 02 house_cat 0 tabby 1 001 @ 0 n 0 | a small animal that lives with people; "
-    '"a house cat sat there"; "the tabby slept"\n',
-    "00002 26 n 01 calm 0 000 | a state that nobody asked about here\n",
-]
-
-
-def test_parse_synsets():
-    cat, calm = wordnet.parse_synsets(WORDNET)
-    assert cat.words == ["house cat", "tabby"]
-    assert cat.gloss == "a small animal that lives with people"
-    assert cat.examples == ["a house cat sat there", "the tabby slept"]
-    assert (calm.category, calm.examples) == (26, [])
-
-
-def test_wordnet_rows():
-    synsets = list(wordnet.parse_synsets(WORDNET))
-    assert list(wordnet.define_rows(synsets, "noun")) == [
-        {
-            "instruction": 'Define the noun "house cat" as it is used in the sentence.',
-            "input": "a house cat sat there",
-            "output": "a small animal that lives with people",
-        }
-    ]
-    assert [row["label"] for row in wordnet.supersense_rows(synsets)] == ["animal"]
-
-
-def test_conversations_alternate_and_end_with_assistant():
-    text = "conversations:\n- [Hello, 'Good  morning', Bye]\n- [Hi, Hi]\n- [alone]\n"
-    (row,) = chat.conversation_rows(text, "greetings")
-    assert row == {
-        "messages": [
-            {"role": "user", "content": "Hello"},
-            {"role": "assistant", "content": "Good morning"},
-        ],
-        "topic": "greetings",
-    }
-
-
-def test_missing_or_inherited_names_are_dropped():
-    xml = '<annotation cp="a" type="tts">salt &amp; pepper</annotation>'
-    xml += '<annotation cp="a">condiments</annotation>'
-    assert cldr.parse_names(xml) == {"a": "salt & pepper"}
-    names_of_en = {"a": "salt", "b": "waving hand: light skin tone", "c": "house", "d": "tree"}
-    names = {
-        "en": names_of_en,
-        "de": {**names_of_en, "c": "↑↑↑"},
-        "fr": names_of_en,
-        "es": {"a": "sal", "c": "casa"},
-    }
-    assert list(cldr.name_rows(names)) == [{"en": "salt", "de": "salt", "fr": "salt", "es": "sal"}]
-
-
-def test_verses_are_stripped_of_notes_headings_and_tags():
-    markup = '<title>Heading</title>He said<note n="a">a note</note> , <w lemma="x">go</w> .'
-    assert bible.plain_verse(markup) == "He said, go."
-    chapters = [("Mark", 1, ["One. ", "", "Two."]), ("Mark", 2, ["<note>only</note>"])]
-    assert list(bible.chapter_rows(chapters)) == [{"ref": "Mark 1", "text": "One. Two."}]
-
-
-def country(**government) -> factbook.Country:
-    facts = {
-        "Government": {
-            "Country name": {"conventional short form": {"text": "Atlantis (sunken)"}},
-            "Capital": {"name": {"text": "Poseidonis; note - flooded"}},
-            "Suffrage": {"text": "18 years of age"},
-            **government,
-        },
-        "Geography": {
-            "Location": {"text": "<p>Atlantic&nbsp;Ocean</p>"},
-            "Coastline": {"text": "0 km note: none"},
-            "Terrain": {"text": "none"},
-        },
-        "People and Society": {
-            "Nationality": {"noun": {"text": "Atlantean(s)"}, "adjective": {"text": "Atlantean"}}
-        },
-    }
-    return factbook.Country(factbook.country_name(facts), facts)
-
-
-def test_country_names():
-    assert country().name == "Atlantis"
-    long_form = {"conventional short form": {"text": "none"}}
-    long_form["conventional long form"] = {"text": "Kingdom of Atlantis"}
-    assert country(**{"Country name": long_form}).name == "Kingdom of Atlantis"
-    assert factbook.country_name({}) == ""
-
-
-def test_answer_starts_match_context():
-    rows = list(factbook.question_rows(country()))
-    assert {row["question"] for row in rows} == {
-        "Where is Atlantis located?",
-        "How long is the coastline of Atlantis?",
-        "Who may vote in Atlantis?",
-    }
-    for row in rows:
-        (text,), (start,) = row["answers"]["text"], row["answers"]["answer_start"]
-        assert row["context"][start : start + len(text)] == text
-    assert "0 km" in {row["answers"]["text"][0] for row in rows}
-
-
-def test_tag_sentence():
-    names = factbook.collect_names([country()])
-    assert names["Atlantis"] == "COUNTRY"
-    assert names["Atlanteans"] == "NATIONALITY"
-    assert "Poseidonis" not in names
-    pattern = factbook.name_pattern(names)
-    sentence = "Atlanteans left Atlantis on 3 May 1905 with 1,905 Dutch ships."
-    tokens, tags = factbook.tag_sentence(sentence, pattern, names)
-    tagged = [(token, tag) for token, tag in zip(tokens, tags, strict=True) if tag != "O"]
-    assert tagged == [
-        ("Atlanteans", "B-NATIONALITY"),
-        ("Atlantis", "B-COUNTRY"),
-        ("3", "B-DATE"),
-        ("May", "I-DATE"),
-        ("1905", "I-DATE"),
-        ("Dutch", "B-NATIONALITY"),
-    ]
 
 
 @pytest.fixture
@@ -338,35 +133,6 @@ def test_list_shows_names_and_licences(tmp_path, capsys):
         assert data_set.name in output
         assert data_set.licence in output
         assert len(data_set.reference) == 64
-
-
-def test_search_rows_pair_query_with_document():
-    (row,) = search.sense_rows([
-        {"instruction": 'Define the noun "bank" as it is used in the sentence.',
-         "input": "He sat on the bank", "output": "sloping land"},
-    ])  # fmt: skip
-    assert row == {"anchor": "bank: He sat on the bank", "positive": "sloping land"}
-    body = "    total = sum(values)\n    count = len(values)\n    if not count:\n"
-    body += "        return 0.0\n    return total / count\n"
-    code = f'def mean(values):\n    """Return the mean of the values.\n\n    More.\n    """\n{body}'
-    (row,) = search.code_rows("lib/a.py", code + "\ndef bare():\n    return 1\n")
-    assert row["anchor"] == "Return the mean of the values."
-    assert row["positive"].startswith("total = sum(values)\ncount")
-    text = (
-        "Package: python3-thing\nDescription-md5: 1\nDescription-en: a library of useful things\n"
-        " The first paragraph says at some length what the package has in it, and goes on\n"
-        " in another line.\n .\n The second is left out.\n\n"
-        "Package: short\nDescription-md5: 2\nDescription-en: too short\n Nothing.\n"
-    )
-    (row,) = search.package_rows(text)
-    assert (row["anchor"], row["package"]) == ("a library of useful things", "python3")
-    assert row["positive"].endswith("and goes on in another line.")
-
-
-def test_search_rows_with_repeated_text_are_dropped():
-    rows = [{"anchor": "a", "positive": "x"}, {"anchor": "b", "positive": "X"},
-            {"anchor": "c", "positive": "z"}]  # fmt: skip
-    assert search.distinct(rows) == rows[2:]
 
 
 SAMPLE = '''"""The module."""

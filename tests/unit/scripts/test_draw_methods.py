@@ -19,7 +19,7 @@ def count_trained_parts(name: str) -> int:
     return sum(part.get("class") == "on" for part in tree.iter()) - 1
 
 
-def test_diagrams_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+def test_diagrams_are_up_to_date(capsys):
     assert draw_methods.main(["--check"]) == 0, capsys.readouterr().out
     assert set(DRAWINGS) <= set(SPECS)
 
@@ -29,12 +29,12 @@ def test_diagrams_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
     [("lora", len(LINEARS)), ("ia3", 3), ("adapter", 2), ("prefix", 2), ("prompt", 1),
      ("ln-tuning", 2), ("full", len(LINEARS) + 4)],
 )  # fmt: skip
-def test_trained_parts_are_highlighted(name: str, parts: int) -> None:
+def test_trained_parts_are_highlighted(name, parts):
     assert count_trained_parts(name) == parts
 
 
 @pytest.mark.parametrize("name", DRAWINGS)
-def test_diagram_has_title_and_fits_view_box(name: str) -> None:
+def test_diagram_has_title_and_fits_view_box(name):
     text = draw_methods.draw(name, DRAWINGS[name])
     tree = ElementTree.fromstring(text)
     assert name in (tree.findtext(f"{SVG}title") or "")

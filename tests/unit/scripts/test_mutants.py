@@ -24,7 +24,7 @@ def is_valid(mutant: mutants.Mutant, sources: dict[Path, str]) -> bool:
     return mutant.old != mutant.new
 
 
-def test_every_mutant_is_valid() -> None:
+def test_every_mutant_is_valid():
     sources = mutants.read_sources(mutants.ROOT / "src")
     all_mutants = mutants.read_mutants()
     assert [mutant for mutant in all_mutants if not is_valid(mutant, sources)] == []

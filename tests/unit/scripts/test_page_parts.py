@@ -15,7 +15,7 @@ def docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_only_named_part_of_page_is_replaced(docs: Path) -> None:
+def test_only_named_part_of_page_is_replaced(docs):
     part = "<!--generated:{}-->\n\n{}\n\n<!--/generated-->\n"
     text = "# Title\n\n" + part.format("a", "old\nlines") + "\nBetween.\n\n" + part.format("b", "x")
     (docs / "page.md").write_text(text)
@@ -25,7 +25,7 @@ def test_only_named_part_of_page_is_replaced(docs: Path) -> None:
         page_parts.fill("page", {"c": ""})
 
 
-def test_csv_rows_with_same_keys_are_replaced_in_place(docs: Path) -> None:
+def test_csv_rows_with_same_keys_are_replaced_in_place(docs):
     (docs / "table.csv").write_text("name,form,value\na,x,1\nb,x,2\na,y,3\n")
     rows = [{"name": "c", "form": "x", "value": "5"}, {"name": "a", "form": "x", "value": "4"}]
     page_parts.update_csv("table.csv", rows, ("name", "form"))

@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 from types import SimpleNamespace
 
-import pytest
-
 import site_hooks
 
 
-def test_directory_in_navigation_is_expanded() -> None:
+def test_directory_in_navigation_is_expanded():
     nav = [{"Home": "index.md"}, {"Methods": [{"Each": "guide/"}]}]
     [home, methods] = site_hooks.on_config({"nav": nav})["nav"]
     pages = methods["Methods"][0]["Each"]
@@ -19,7 +17,7 @@ def test_directory_in_navigation_is_expanded() -> None:
     assert {"guide/lora.md", "guide/full.md"} <= set(pages)
 
 
-def test_link_out_of_docs_becomes_code_and_must_exist(caplog: pytest.LogCaptureFixture) -> None:
+def test_link_out_of_docs_becomes_code_and_must_exist(caplog):
     path = str(site_hooks.DOCS / "tutorials/page.md")
     page = SimpleNamespace(file=SimpleNamespace(abs_src_path=path, src_uri="tutorials/page.md"))
     markdown = site_hooks.on_page_markdown(

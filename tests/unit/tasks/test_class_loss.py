@@ -48,7 +48,7 @@ def build_token_inputs() -> tuple[Objective, torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("build_inputs", [build_sequence_inputs, build_token_inputs])
-def test_class_weights_match_torch(build_inputs: Any, smoothing: float) -> None:
+def test_class_weights_match_torch(build_inputs, smoothing):
     objective, logits, labels = build_inputs()
     reference = nn.CrossEntropyLoss(torch.tensor(WEIGHTS), label_smoothing=smoothing)
     expected = reference(logits.reshape(-1, 3), labels.flatten())
@@ -62,9 +62,7 @@ def test_class_weights_match_torch(build_inputs: Any, smoothing: float) -> None:
 @pytest.mark.parametrize("weights", [(), WEIGHTS])
 @pytest.mark.parametrize("gamma", [0.5, 2.0])
 @pytest.mark.parametrize("build_inputs", [build_sequence_inputs, build_token_inputs])
-def test_focal_loss_matches_formula(
-    build_inputs: Any, gamma: float, weights: tuple[float, ...]
-) -> None:
+def test_focal_loss_matches_formula(build_inputs, gamma, weights):
     objective, logits, labels = build_inputs()
     losses, total = [], 0.0
     for row_logits, label in zip(logits.reshape(-1, 3), labels.flatten().tolist(), strict=True):
@@ -79,7 +77,7 @@ def test_focal_loss_matches_formula(
 
 @pytest.mark.parametrize("weights", [(), WEIGHTS])
 @pytest.mark.parametrize("gamma", [0.0, 2.0])
-def test_multi_label_focal_loss_matches_formula(gamma: float, weights: tuple[float, ...]) -> None:
+def test_multi_label_focal_loss_matches_formula(gamma, weights):
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(6, 3, generator=generator)
     labels = torch.randint(0, 2, (6, 3), generator=generator).float()
@@ -96,16 +94,15 @@ def test_multi_label_focal_loss_matches_formula(gamma: float, weights: tuple[flo
     assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_focal_loss_gradient_is_finite_at_certainty() -> None:
+def test_focal_loss_gradient_is_finite_at_certainty():
     objective, _, _ = build_sequence_inputs()
     logits = torch.tensor([[200.0, 0.0, 0.0]], requires_grad=True)
     loss = TrainingLoss(focal_gamma=0.5)
     objective.training_sum(logits, torch.tensor([0]), torch.ones(1, 1), loss).backward()
-    assert logits.grad is not None
     assert logits.grad.isfinite().all()
 
 
-def test_balanced_weights_match_scikit_learn() -> None:
+def test_balanced_weights_match_scikit_learn():
     classes, _, labels = build_sequence_inputs()
     rows = [Encoded([5], label, 0) for label in labels.tolist()]
     expected = compute_class_weight("balanced", classes=np.arange(3), y=labels.numpy())
@@ -120,7 +117,7 @@ def test_balanced_weights_match_scikit_learn() -> None:
     assert tags.balance(rows, 3) == pytest.approx(tuple(expected))
 
 
-def test_balanced_weights_of_multi_label() -> None:
+def test_balanced_weights_of_multi_label():
     objective = TASKS["text-classification"].create_objective("encoder", MULTI_LABEL)
     labels = [(1.0, 0.0, 1.0), (0.0, 0.0, 1.0), (0.0, 0.0, 1.0), (0.0, 0.0, 1.0)]
     rows = [Encoded([5], label, 0) for label in labels]

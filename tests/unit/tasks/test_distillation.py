@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ftlevel.config.preference import DistillationConfig
+from ftlevel.config.sections import DistillationConfig
 from ftlevel.tasks.losses import divergence, log_outcomes, outcome_dtype, select_top_k
 
 DIVERGENCES = ("forward-kl", "reverse-kl", "jsd")
@@ -24,7 +24,7 @@ def compute_divergence(
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_divergence_grows_with_top_k(name: str) -> None:
+def test_divergence_grows_with_top_k(name):
     torch.manual_seed(0)
     teacher, student = torch.randn(2, 6, 50) * 3
     distances = [
@@ -37,20 +37,19 @@ def test_divergence_grows_with_top_k(name: str) -> None:
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("top_k", [3, "all"])
-def test_divergence_and_gradient_are_zero_for_equal_models(name: str, top_k: int | str) -> None:
+def test_divergence_and_gradient_are_zero_for_equal_models(name, top_k):
     torch.manual_seed(0)
     teacher = torch.randn(4, 30)
     student = (teacher + 7).requires_grad_()  # the same probabilities
     divergence_values = compute_divergence(name, top_k, teacher, student)
     divergence_values.sum().backward()
     assert divergence_values.abs().max() < 1e-6
-    assert student.grad is not None
     assert student.grad.abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("top_k", [1, "all"])
-def test_gradient_is_finite_for_certain_teacher(name: str, top_k: int | str) -> None:
+def test_gradient_is_finite_for_certain_teacher(name, top_k):
     teacher = torch.full((2, 20), -300.0)
     teacher[:, 4] = 300.0
     student = torch.randn(2, 20).requires_grad_()
@@ -59,7 +58,7 @@ def test_gradient_is_finite_for_certain_teacher(name: str, top_k: int | str) -> 
     assert torch.isfinite(student.grad).all()
 
 
-def test_tokens_outside_shared_vocabulary_are_ignored() -> None:
+def test_tokens_outside_shared_vocabulary_are_ignored():
     torch.manual_seed(0)
     teacher, student = torch.randn(3, 20), torch.randn(3, 24)
     actual = compute_divergence("forward-kl", "all", teacher, student)

@@ -18,7 +18,7 @@ from ftlevel.tasks.tags import TASKS, TagMeter
 from tiny_tokenizers import build_tokenizer
 
 
-def test_token_meter() -> None:
+def test_token_meter():
     meter = TokenMeter("pseudo_perplexity", "masked_accuracy")
     meter.update(torch.eye(3)[[0, 1, 2]], torch.tensor([0, 1, 0]), [])
     assert meter.compute(math.log(8)) == pytest.approx(
@@ -26,29 +26,22 @@ def test_token_meter() -> None:
     )
 
 
-def test_class_meter() -> None:
-    meter = ClassMeter()
-    meter.update(torch.eye(2)[[1, 1, 0, 0]], torch.tensor([1, 0, 0, 0]), [])
-    # TP 1, FP 1, FN 0, TN 2: MCC = (1·2 − 1·0) / √(2·1·3·2)
-    expected = {"accuracy": 0.75, "f1": (2 / 3 + 4 / 5) / 2, "mcc": 2 / math.sqrt(12)}
-    assert meter.compute(0.0) == pytest.approx(expected)
-
-
 @pytest.mark.parametrize("classes", [1, 2, 9])
-def test_class_meter_matches_sklearn(classes: int) -> None:
+def test_class_meter_matches_sklearn(classes):
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     draw = random.Random(classes)
     meter = ClassMeter()
-    meter.true, meter.predicted = ([draw.randrange(classes) for _ in range(12)] for _ in range(2))
+    true, predicted = ([draw.randrange(classes) for _ in range(12)] for _ in range(2))
+    meter.update(torch.eye(classes)[predicted], torch.tensor(true), [])
     assert meter.compute(0.0) == pytest.approx({
-        "accuracy": accuracy_score(meter.true, meter.predicted),
-        "f1": f1_score(meter.true, meter.predicted, average="macro", zero_division=0),
-        "mcc": matthews_corrcoef(meter.true, meter.predicted),
+        "accuracy": accuracy_score(true, predicted),
+        "f1": f1_score(true, predicted, average="macro", zero_division=0),
+        "mcc": matthews_corrcoef(true, predicted),
     })  # fmt: skip
 
 
-def test_multi_label_meter() -> None:
+def test_multi_label_meter():
     meter = MultiLabelMeter()
     meter.update(
         torch.tensor([[1.0, -1, 1], [-1, -1, -1]]), torch.tensor([[1.0, 0, 0], [0, 0, 0]]), []
@@ -58,7 +51,7 @@ def test_multi_label_meter() -> None:
     assert meter.compute(0.0) == pytest.approx(expected)
 
 
-def test_multi_label_meter_of_one_label_ignores_rows_without_it() -> None:
+def test_multi_label_meter_of_one_label_ignores_rows_without_it():
     meter = MultiLabelMeter()
     meter.update(torch.tensor([[1.0], [1], [-1], [-1]]), torch.tensor([[1.0], [0], [0], [0]]), [])
     assert meter.compute(0.0) == pytest.approx(
@@ -66,7 +59,7 @@ def test_multi_label_meter_of_one_label_ignores_rows_without_it() -> None:
     )
 
 
-def test_regression_meter() -> None:
+def test_regression_meter():
     meter = RegressionMeter()
     meter.update(torch.tensor([[1.0], [2.0], [9.0]]), torch.tensor([1.0, 2.0, 3.0]), [])
     scores = meter.compute(12.0)
@@ -76,13 +69,13 @@ def test_regression_meter() -> None:
     assert scores["pearson"] == pytest.approx(8 / math.sqrt(76))
 
 
-def test_regression_meter_of_constant_has_no_correlation() -> None:
+def test_regression_meter_of_constant_has_no_correlation():
     meter = RegressionMeter()
     meter.update(torch.tensor([[1.0], [1.0]]), torch.tensor([1.0, 2.0]), [])
     assert meter.compute(0.5) == pytest.approx({"rmse": math.sqrt(0.5)})
 
 
-def test_tag_meter_counts_words_without_token() -> None:
+def test_tag_meter_counts_words_without_token():
     names = ["B-X", "O"]
     row = TaggedRow([5, 6, 7], [-100, 0, -100], 0, {}, (0, 0, 1), (1, None, 2))
     meter = TagMeter(names)
@@ -94,14 +87,14 @@ def test_tag_meter_counts_words_without_token() -> None:
     )
 
 
-def test_tag_meter_without_entity_tags_reports_macro_f1() -> None:
+def test_tag_meter_without_entity_tags_reports_macro_f1():
     row = TaggedRow([5, 6], [0, 1], 0, {}, (0, 1), (0, 1))
     meter = TagMeter(["NOUN", "VERB"])
     meter.update(torch.eye(2)[[0, 0]][None], torch.tensor([row.labels]), [row])
     assert meter.compute(0.0) == pytest.approx({"f1": (2 / 3 + 0) / 2, "accuracy": 0.5})
 
 
-def test_macro_f1_has_no_class_for_words_without_token() -> None:
+def test_macro_f1_has_no_class_for_words_without_token():
     from sklearn.metrics import f1_score
 
     row = TaggedRow([5, 6], [0, 1], 0, {}, (0, 1, 1), (0, 1, None))
@@ -115,9 +108,7 @@ def test_macro_f1_has_no_class_for_words_without_token() -> None:
     ("labels", "missing"),
     [(["NOUN", "VERB"], None), (["NOUN", "O"], "O"), (["B-X", "I-X"], "O")],
 )
-def test_word_without_token_gets_no_tag_unless_there_is_o(
-    labels: list[str], missing: str | None
-) -> None:
+def test_word_without_token_gets_no_tag_unless_there_is_o(labels, missing):
     (task,) = TASKS
     tokenizer = build_tokenizer("bert", None)
     logits = torch.tensor([[1.0, 0.0]])
@@ -132,7 +123,7 @@ def test_word_without_token_gets_no_tag_unless_there_is_o(
     assert prediction.text == f"object/{labels[0]} \u200b"
 
 
-def test_span_meter_scores_each_question_once() -> None:
+def test_span_meter_scores_each_question_once():
     offsets = ((0, 3), (4, 7))
     rows = [
         Window([0] * 3, (1, 1), index, {}, "red sky", answers, 1, offsets)

@@ -14,7 +14,6 @@ from ftlevel.data.formats.detect import fits
 from ftlevel.errors import InputError
 from ftlevel.objectives import Objective, TrainingLoss
 from ftlevel.tasks import TASKS
-from ftlevel.tasks.base import BaseTask
 from ftlevel.tasks.span import Spans
 
 CELLS = [
@@ -48,9 +47,7 @@ def mean_loss(objective: Objective, model: Any, batch: dict[str, torch.Tensor]) 
 
 
 @pytest.mark.parametrize(("task", "kind", "family", "head", "config"), CELLS)
-def test_mean_loss_matches_model_loss(
-    task: str, kind: str, family: str, head: str, config: dict[str, Any]
-) -> None:
+def test_mean_loss_matches_model_loss(task, kind, family, head, config):
     model = tiny_models.build(family, head, **config)
     batch = full_batch(family, head)
     objective = TASKS[task].create_objective(kind, {})
@@ -69,9 +66,7 @@ def test_mean_loss_matches_model_loss(
         ("regression", 1, torch.tensor([0.5, -100.0, 3.0])),
     ],
 )
-def test_loss_of_multi_label_and_regression_matches_model(
-    problem: str, classes: int, labels: torch.Tensor
-) -> None:
+def test_loss_of_multi_label_and_regression_matches_model(problem, classes, labels):
     model = tiny_models.build("bert", "seqcls", problem_type=problem, num_labels=classes)
     batch = {**full_batch("bert", "seqcls"), "labels": labels}
     objective = TASKS["text-classification"].create_objective("encoder", {"problem_type": problem})
@@ -81,7 +76,7 @@ def test_loss_of_multi_label_and_regression_matches_model(
     assert int(objective.count(labels)) == labels.numel()
 
 
-def test_span_loss_ignores_padding() -> None:
+def test_span_loss_ignores_padding():
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(1, 6, 2, generator=generator), torch.tensor([[1, 3]])
     spans = Spans("f1")
@@ -95,9 +90,7 @@ SMOOTHED_CELLS = [cell for cell in CELLS if cell[0] not in ("question-answering"
 
 
 @pytest.mark.parametrize(("task", "kind", "family", "head", "config"), SMOOTHED_CELLS)
-def test_label_smoothing_matches_transformers(
-    task: str, kind: str, family: str, head: str, config: dict[str, Any]
-) -> None:
+def test_label_smoothing_matches_transformers(task, kind, family, head, config):
     from transformers.trainer_pt_utils import LabelSmoother
 
     model = tiny_models.build(family, head, **config)
@@ -115,7 +108,7 @@ def test_label_smoothing_matches_transformers(
     assert actual != plain
 
 
-def test_span_and_regression_have_no_label_smoothing() -> None:
+def test_span_and_regression_have_no_label_smoothing():
     span = TASKS["question-answering"].create_objective("encoder", {})
     regression = TASKS["text-classification"].create_objective(
         "encoder", {"problem_type": "regression"}
@@ -144,16 +137,14 @@ def _row(labels: Any, length: int = 4) -> Encoded:
         ("text-generation", {}, [_row([-100, 4, 5])], None),
     ],
 )  # fmt: skip
-def test_guess_loss_of_each_task(
-    task: str, properties: dict[str, Any], rows: list[Encoded], expected: float | None
-) -> None:
+def test_guess_loss_of_each_task(task, properties, rows, expected):
     kind = "decoder" if task == "text-generation" else "encoder"
     objective = TASKS[task].create_objective(kind, properties)
     actual = objective.guess_loss(rows)
     assert actual == (expected and pytest.approx(expected))
 
 
-def test_guess_loss_equals_loss_of_label_frequencies() -> None:
+def test_guess_loss_equals_loss_of_label_frequencies():
     labels = torch.tensor([0, 0, 1, 2, 2, 2])
     objective = TASKS["text-classification"].create_objective("encoder", {})
     logits = (labels.bincount() / len(labels)).log().expand(len(labels), 3)
@@ -164,13 +155,13 @@ def test_guess_loss_equals_loss_of_label_frequencies() -> None:
 
 
 @pytest.mark.parametrize("task", ["embedding", "reranking"])
-def test_tasks_without_text_refuse_generate(task: str) -> None:
+def test_tasks_without_text_refuse_generate(task):
     with pytest.raises(InputError, match="Use ftlevel predict"):
         TASKS[task].create_query("a prompt", None, 0)
 
 
 @pytest.mark.parametrize("task", [task for task in TASKS.values() if task.predicts_training_rows])
-def test_predict_accepts_layouts_of_training_rows(task: BaseTask) -> None:
+def test_predict_accepts_layouts_of_training_rows(task):
     """The command that a run prints at its end predicts the first rows of the training file."""
     for shape in task.shapes:
         if not shape.inner:

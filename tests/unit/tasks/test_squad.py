@@ -32,7 +32,7 @@ from tiny_tokenizers import build_tokenizer
         ("The", ""),
     ],
 )
-def test_normalize_answer(text: str, expected: str) -> None:
+def test_normalize_answer(text, expected):
     assert normalize_answer(text) == expected
 
 
@@ -49,7 +49,7 @@ def test_normalize_answer(text: str, expected: str) -> None:
         ("", ["something"], 0.0, 0.0),
     ],
 )
-def test_exact_match_and_f1(prediction: str, answers: list[str], em: float, overlap: float) -> None:
+def test_exact_match_and_f1(prediction, answers, em, overlap):
     assert exact_match(prediction, answers) == em
     assert f1(prediction, answers) == pytest.approx(overlap)
 
@@ -62,7 +62,7 @@ def build_logits(starts: list[float], ends: list[float]) -> torch.Tensor:
     return torch.tensor([starts, ends]).T
 
 
-def test_only_a_question_whose_context_has_no_tokens_is_refused() -> None:
+def test_only_a_question_whose_context_has_no_tokens_is_refused():
     model: Any = SimpleNamespace(
         tokenizer=build_tokenizer("bert"), kind="encoder", max_length=0, options={"doc_stride": 4}
     )
@@ -72,7 +72,7 @@ def test_only_a_question_whose_context_has_no_tokens_is_refused() -> None:
     assert caught.value.reasons == {1: "has a context without tokens. Remove the row"}
 
 
-def test_best_span_over_several_windows() -> None:
+def test_best_span_over_several_windows():
     first = build_window(((0, 2), (3, 5)), 5)  # special, question, "ab", "cd", special
     second = build_window(((3, 5), (6, 8), (9, 11)), 6)
     best = BestSpan()
@@ -89,7 +89,7 @@ def test_best_span_over_several_windows() -> None:
     assert best.answer(unanswerable=False) == "ef gh"
 
 
-def test_merge_spans_keeps_best_span_and_lowest_null_score() -> None:
+def test_merge_spans_keeps_best_span_and_lowest_null_score():
     best = BestSpan(score=1.0, text="ab", start=0, end=2, null=-2.0)
     merge_spans(best, BestSpan(score=3.0, text="cd", start=3, end=5, null=4.0))
     assert best == BestSpan(score=3.0, text="cd", start=3, end=5, null=-2.0)
@@ -97,7 +97,7 @@ def test_merge_spans_keeps_best_span_and_lowest_null_score() -> None:
     assert best == BestSpan(score=3.0, text="cd", start=3, end=5, null=-5.0)
 
 
-def test_span_has_at_most_thirty_tokens() -> None:
+def test_span_has_at_most_thirty_tokens():
     offsets = tuple((i, i + 1) for i in range(40))
     long = Window([0] * 41, (0, 0), 0, {}, "x" * 40, (), 1, offsets)
     span_logits = torch.zeros(41, 2)

@@ -51,18 +51,14 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
 ]  # fmt: skip
 
 
-def test_adapter_config_without_type_raises(
-    adapter_dir: Path, tiny_model_dir: Callable[..., Path]
-) -> None:
+def test_adapter_config_without_type_raises(adapter_dir, tiny_model_dir):
     edit_config(adapter_dir, peft_type=None)
     with pytest.raises(InputError, match="names no peft_type"):
         resolve_model(str(adapter_dir), base=str(tiny_model_dir("llama")), device="cpu")
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES)
-def test_damaged_adapter_raises(
-    adapter_dir: Path, damage: Callable[[Path], Any], message: str
-) -> None:
+def test_damaged_adapter_raises(adapter_dir, damage, message):
     loaded = load_adapter(tiny_models.build("llama"), adapter_dir)
     damage(adapter_dir)
     with pytest.raises(InputError, match=message):
@@ -74,26 +70,21 @@ def test_damaged_adapter_raises(
 @pytest.mark.parametrize(
     ("family", "overrides"), [("gpt2", {}), ("llama", {"hidden_size": 128, "head_dim": 32})]
 )
-def test_adapter_of_other_base_raises(
-    adapter_dir: Path, family: str, overrides: dict[str, Any]
-) -> None:
-    base = tiny_models.build(family, **overrides)
+def test_adapter_of_other_base_raises(adapter_dir, family, overrides):
     with pytest.raises(InputError, match=f"does not fit its base model, {family}"):
-        load_adapter(base, adapter_dir)
+        load_adapter(tiny_models.build(family, **overrides), adapter_dir)
 
 
 @pytest.mark.parametrize(
     "text", ["null", "3", "[]", "{}", "[" * 100_000, '{"peft_type": ["LORA"]}']
 )
-def test_malformed_adapter_config_raises(adapter_dir: Path, text: str) -> None:
+def test_malformed_adapter_config_raises(adapter_dir, text):
     (adapter_dir / CONFIG).write_text(text)
     with pytest.raises(InputError, match=r"adapter_config\.json"):
         load_adapter(tiny_models.build("llama"), adapter_dir)
 
 
-def test_slow_target_modules_pattern_raises(
-    adapter_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slow_target_modules_pattern_raises(adapter_dir, monkeypatch):
     monkeypatch.setattr(untrusted, "_TIMEOUT", 0.2)
     edit_config(adapter_dir, target_modules=r"(\w+\.?)+x")
     with pytest.raises(InputError, match="takes too long to match"):

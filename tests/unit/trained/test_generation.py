@@ -41,7 +41,7 @@ class Rows:
         return chosen
 
 
-def test_stop_criteria_read_only_new_tokens_that_may_end_in_a_stop_text() -> None:
+def test_stop_criteria_read_only_new_tokens_that_may_end_in_a_stop_text():
     class Model:
         generation_config = type("Config", (), {"eos_token_id": None})()
 
@@ -58,7 +58,7 @@ def test_stop_criteria_read_only_new_tokens_that_may_end_in_a_stop_text() -> Non
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_beams_of_generation_config_are_not_used(temperature: float) -> None:
+def test_beams_of_generation_config_are_not_used(temperature):
     model = tiny_models.build("bart")
     options = GenerationOptions(6, temperature=temperature)
     texts = []
@@ -77,7 +77,7 @@ def test_beams_of_generation_config_are_not_used(temperature: float) -> None:
         (["END"], []),
     ],
 )
-def test_streamed_text_ends_before_stop_text(pieces: list[str], shown: list[str]) -> None:
+def test_streamed_text_ends_before_stop_text(pieces, shown):
     received: list[str] = []
     task = SimpleNamespace(stop_texts=("END", "\n\n"))
     trained: Any = SimpleNamespace(tokenizer=Letters(), kind="decoder", task=task)

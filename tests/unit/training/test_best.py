@@ -31,17 +31,22 @@ BEST_MODEL: dict[str, Any] = {
 }  # fmt: skip
 
 
+def evaluate(values: list[float], **overrides: Any) -> Evaluations:
+    """Return evaluations with these accuracies at steps 1, 2, …"""
+    evaluations = Evaluations(BestModel(**BEST_MODEL | overrides))
+    for step, value in enumerate(values, 1):
+        evaluations.add(step, {"eval_accuracy": value})
+    return evaluations
+
+
 def best_steps(values: list[float], **overrides: Any) -> list[int]:
     """Return the steps that were the best when they were evaluated."""
     evaluations = Evaluations(BestModel(**BEST_MODEL | overrides))
-    return [
-        step
-        for step, value in enumerate(values, 1)
-        if evaluations.add(step, {"eval_accuracy": value})
-    ]
+    steps = enumerate(values, 1)
+    return [step for step, value in steps if evaluations.add(step, {"eval_accuracy": value})]
 
 
-def test_first_of_equal_values_is_best_and_nan_never() -> None:
+def test_first_of_equal_values_is_best_and_nan_never():
     assert best_steps([math.nan, 0.5, 0.5, 0.4, math.nan, 0.6]) == [2, 6]
     assert best_steps([0.5, 0.4, 0.4, 0.3], greater_is_better=False) == [1, 2, 4]
     evaluations = Evaluations(BestModel(**BEST_MODEL))
@@ -49,26 +54,18 @@ def test_first_of_equal_values_is_best_and_nan_never() -> None:
     assert evaluations.best is None
 
 
-def test_resumed_run_counts_all_evaluations_without_improvement() -> None:
+def test_resumed_run_counts_all_evaluations_without_improvement():
     """A run resumed with more steps after early stopping waits longer than its patience."""
-    evaluations = Evaluations(BestModel(**BEST_MODEL | {"patience": 1}))
-    for step, value in enumerate((0.5, 0.4, 0.3), 1):
-        evaluations.add(step, {"eval_accuracy": value})
-    assert evaluations.best is not None
-    assert evaluations.last is not None
+    evaluations = evaluate([0.5, 0.4, 0.3], patience=1)
     selected = SelectedModel(
-        evaluations=evaluations,
-        best=evaluations.best,
-        last=evaluations.last,
-        step=1,
+        evaluations=evaluations, best=evaluations.best, last=evaluations.last, step=1,
         stopped_early=True,
-    )
-    assert format_selected_model(selected.describe()).endswith(
-        "after 2 evaluations without a better one"
-    )
+    )  # fmt: skip
+    line = format_selected_model(selected.describe())
+    assert line.endswith("after 2 evaluations without a better one")
 
 
-def test_evaluation_of_the_kept_model_is_not_counted(tmp_path: Path) -> None:
+def test_evaluation_of_the_kept_model_is_not_counted(tmp_path):
     """A run whose last step was not evaluated evaluates the model that it keeps."""
     plan = BestModel(**BEST_MODEL | {"loads": False, "patience": 3})
     callback = BestModelCallback(plan, tmp_path, Processes(), (), NullListener())
@@ -76,12 +73,11 @@ def test_evaluation_of_the_kept_model_is_not_counted(tmp_path: Path) -> None:
         callback.evaluations.add(step, {"eval_accuracy": value})
     selected = callback.finish(None, step=5, max_steps=5)
     callback.evaluations.add(5, {"eval_accuracy": 0.4})
-    assert selected is not None
     values = selected.describe()
     assert (values["evaluations"], values["waited"], values["last_step"]) == (2, 1, 4)
 
 
-def test_tie_is_described_without_a_loss() -> None:
+def test_tie_is_described_without_a_loss():
     """A run of `--task rl` has no evaluation loss."""
     first, last = (EvalResult(step, 0.2) for step in (1, 3))
     evaluations = Evaluations(BestModel(**BEST_MODEL | {"metric": "eval_reward"}))
@@ -94,20 +90,15 @@ def test_tie_is_described_without_a_loss() -> None:
     )
 
 
-def test_lower_loss_breaks_ties() -> None:
+def test_lower_loss_breaks_ties():
     evaluations = Evaluations(BestModel(**BEST_MODEL | {"patience": 9}))
-    losses = [0.5, 0.4, 0.45, 0.3]
-    scores = [{"eval_accuracy": 1.0, "eval_loss": loss} for loss in losses]
-    assert [evaluations.add(step, metrics) for step, metrics in enumerate(scores)] == [
-        True,
-        True,
-        False,
-        True,
-    ]
+    scores = [{"eval_accuracy": 1.0, "eval_loss": loss} for loss in (0.5, 0.4, 0.45, 0.3)]
+    better = [evaluations.add(step, metrics) for step, metrics in enumerate(scores)]
+    assert better == [True, True, False, True]
     assert evaluations.waited == 3
 
 
-def test_patience_counts_improvements_below_threshold() -> None:
+def test_patience_counts_improvements_below_threshold():
     evaluations = Evaluations(BestModel(**BEST_MODEL | {"patience": 2, "threshold": 0.1}))
     waited = []
     for step, value in enumerate([0.5, 0.55, 0.7, 0.75, 0.8], 1):
@@ -117,15 +108,13 @@ def test_patience_counts_improvements_below_threshold() -> None:
     assert evaluations.best == EvalResult(5, 0.8), "the best is the best, by however little"
 
 
-def test_patience_stops_run_with_nan_metric() -> None:
-    evaluations = Evaluations(BestModel(**BEST_MODEL | {"patience": 2}))
-    for step in (1, 2):
-        evaluations.add(step, {"eval_accuracy": math.nan})
+def test_patience_stops_run_with_nan_metric():
+    evaluations = evaluate([math.nan, math.nan], patience=2)
     assert evaluations.is_over
     assert evaluations.best is None
 
 
-def test_replaying_log_matches_evaluations() -> None:
+def test_replaying_log_matches_evaluations():
     log = [{"step": 0, "eval_loss": 1.0, "eval_accuracy": 0.9}, {"step": 2, "loss": 1.0},
            {"step": 2, "eval_loss": 1.0, "eval_accuracy": 0.5},
            {"step": 4, "eval_loss": 1.0, "eval_accuracy": 0.25}]  # fmt: skip
@@ -136,15 +125,14 @@ def test_replaying_log_matches_evaluations() -> None:
     )  # fmt: skip
 
 
-def test_replaying_log_needs_no_validation_loss() -> None:
+def test_replaying_log_needs_no_validation_loss():
     """Evaluations by rewards have none: a resumed run forgot its best model."""
     evaluations = Evaluations(BestModel(**BEST_MODEL | {"metric": "eval_reward"}))
     evaluations.replay([{"step": 2, "eval_reward": 0.5}, {"step": 4, "eval_reward": 0.25}])
-    assert evaluations.best is not None
     assert (evaluations.best.step, evaluations.num_evals, evaluations.waited) == (2, 2, 1)
 
 
-def test_evaluation_of_rewards_has_no_loss() -> None:
+def test_evaluation_of_rewards_has_no_loss():
     with pytest.raises(ConfigError, match=r"does not report this metric\. There are: reward,"):
         resolve_best("rl", {}, "decoder", {"reward": ["exact"]}, metric_for_best_model="loss")
 
@@ -159,39 +147,35 @@ def resolve_best(
 
 
 @pytest.mark.parametrize(
-    ("name", "properties", "kind", "metric", "greater_is_better"),
+    ("name", "properties", "kind", "metric"),
     [
-        ("text-classification", {}, "encoder", "eval_accuracy", True),
-        ("text-classification", {"problem_type": "regression"}, "encoder", "eval_pearson", True),
+        ("text-classification", {}, "encoder", "eval_accuracy"),
+        ("text-classification", {"problem_type": "regression"}, "encoder", "eval_pearson"),
         ("text-classification", {"problem_type": "multi_label_classification"}, "encoder",
-         "eval_micro_f1", True),
-        ("token-classification", {"labels": ["O", "B-X"]}, "encoder", "eval_f1", True),
-        ("question-answering", {}, "encoder", "eval_f1", True),
-        ("masked-lm", {}, "encoder", "eval_loss", False),
-        ("text-generation", {}, "decoder", "eval_loss", False),
-        ("summarization", {}, "encoder-decoder", "eval_loss", False),
-        ("translation", {}, "decoder", "eval_loss", False),
+         "eval_micro_f1"),
+        ("token-classification", {"labels": ["O", "B-X"]}, "encoder", "eval_f1"),
+        ("question-answering", {}, "encoder", "eval_f1"),
+        ("masked-lm", {}, "encoder", "eval_loss"),
+        ("text-generation", {}, "decoder", "eval_loss"),
+        ("summarization", {}, "encoder-decoder", "eval_loss"),
     ],
 )  # fmt: skip
-def test_default_metric_of_each_task(
-    name: str, properties: dict[str, Any], kind: str, metric: str, greater_is_better: bool
-) -> None:
+def test_default_metric_of_each_task(name, properties, kind, metric):
     best = resolve_best(name, properties, kind)
-    assert best is not None
-    assert (best.metric, best.greater_is_better, best.loads) == (metric, greater_is_better, True)
+    assert (best.metric, best.greater_is_better) == (metric, metric != "eval_loss")
+    assert best.loads is True
 
 
-def test_metric_for_best_model_by_name() -> None:
-    best = resolve_best("summarization", {}, "decoder", metric_for_best_model="rouge2")
-    assert best is not None
-    assert best.greater_is_better
-    best = resolve_best("text-generation", {}, "decoder", metric_for_best_model="eval_perplexity")
-    assert best is not None
-    assert not best.greater_is_better
+def test_metric_for_best_model_by_name():
+    def resolve(task, metric):
+        return resolve_best(task, {}, "decoder", metric_for_best_model=metric)
+
+    assert resolve("summarization", "rouge2").greater_is_better
+    assert not resolve("text-generation", "eval_perplexity").greater_is_better
     for name in ("eval_ece", "truncated"):  # calibration error, and share of completions
         assert not is_greater_better(TrainConfig().train, name)
     with pytest.raises(ConfigError, match="It is scored with --predict-with-generate"):
-        resolve_best("text-generation", {}, "decoder", metric_for_best_model="rougeL")
+        resolve("text-generation", "rougeL")
 
 
 @pytest.mark.parametrize(
@@ -201,12 +185,12 @@ def test_metric_for_best_model_by_name() -> None:
      ({"load_best_model_at_end": False, "early_stopping_patience": 1}, False),
      ({"eval_strategy": "no", "save_strategy": "epoch"}, None)],
 )  # fmt: skip
-def test_best_model_is_loaded_if_evaluated_several_times(train: dict[str, Any], loads: Any) -> None:
+def test_best_model_is_loaded_if_evaluated_several_times(train, loads):
     best = resolve_best("text-generation", {}, "decoder", **train)
     assert (best and best.loads) == loads
 
 
-def test_rotation_keeps_best_model_of_each_checkpoint(tmp_path: Path) -> None:
+def test_rotation_keeps_best_model_of_each_checkpoint(tmp_path):
     def write_file(path: Path) -> None:
         (path / "x").write_text("x")
 

@@ -41,7 +41,7 @@ def _exchange(folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(values))
 
 
-def test_processes_divide_items_and_gather_rows(tmp_path: Path) -> None:
+def test_processes_divide_items_and_gather_rows(tmp_path):
     """All processes get all results in order; an error in one is raised in all."""
     assert ranks.end(ranks.start(_exchange, [(tmp_path,)] * 3), 60) == [0, 0, 0]
     squares = [[n * n, n % 3] for n in range(5)]
@@ -52,7 +52,7 @@ def test_processes_divide_items_and_gather_rows(tmp_path: Path) -> None:
         assert content == [squares, rows, [0, 1, 2], True, [0, 1, 2, 3], own]
 
 
-def test_single_process_computes_all_items() -> None:
+def test_single_process_computes_all_items():
     assert Processes().divide(lambda own: [n + 1 for n in own], [1, 2]) == [2, 3]
 
 
@@ -62,9 +62,8 @@ def test_single_process_computes_all_items() -> None:
     (True, "cuda", 2, {}, {}), (False, "cpu", 2, {}, {}), (False, "cuda", 1, {}, {}),
 ])  # fmt: skip
 def test_unsupported_transports_are_disabled(
-    monkeypatch: pytest.MonkeyPatch, is_supported: bool, device: str, count: int,
-    preset: dict[str, str], expected: dict[str, str],
-) -> None:  # fmt: skip
+    monkeypatch, is_supported, device, count, preset, expected
+):  # fmt: skip
     monkeypatch.setattr(module, "check_cuda_p2p_ib_support", lambda: is_supported)
     environment = dict(preset)
     processes = Processes(World("torchrun", count))

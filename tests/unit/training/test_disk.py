@@ -49,18 +49,22 @@ def run(tmp_path: Path) -> RunDirectory:
     return directory
 
 
-def test_full_disk_error_of_python_is_explained(run: RunDirectory) -> None:
-    with (
-        pytest.raises(RunError, match=r"disk is full.*no valid checkpoint"),
-        explain_disk_errors(run),
-    ):
+@pytest.fixture
+def set_free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Return a function that sets the free bytes of every disk."""
+    return lambda free: monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: SimpleNamespace(free=free)
+    )
+
+
+def test_full_disk_error_of_python_is_explained(run):
+    message = r"disk is full.*no valid checkpoint"
+    with pytest.raises(RunError, match=message), explain_disk_errors(run):
         write_with_python()
 
 
-def test_torch_error_without_free_space_is_explained_as_full_disk(
-    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
+def test_torch_error_without_free_space_is_explained_as_full_disk(run, set_free):
+    set_free(4096)
     complete = run.checkpoints / "checkpoint-2"
     complete.mkdir()
     (complete / "weights").write_text("2")
@@ -76,29 +80,25 @@ def test_torch_error_without_free_space_is_explained_as_full_disk(
 
 
 @pytest.mark.parametrize("write", [write_with_torch, write_with_safetensors])
-def test_other_write_errors_are_reported_unchanged(
-    run: RunDirectory, write: Callable[[], None]
-) -> None:
-    with (
-        pytest.raises(RunError, match=r"cannot be written: (?!its disk)"),
-        explain_disk_errors(run),
-    ):
+def test_other_write_errors_are_reported_unchanged(run, write):
+    message = r"cannot be written: (?!its disk)"
+    with pytest.raises(RunError, match=message), explain_disk_errors(run):
         write()
 
 
-def test_non_write_errors_are_not_changed(run: RunDirectory) -> None:
+def test_non_write_errors_are_not_changed(run):
     with pytest.raises(RuntimeError, match="shapes differ"), explain_disk_errors(run):
         raise RuntimeError("shapes differ")
 
 
-def test_errors_of_other_files_are_not_changed(run: RunDirectory, tmp_path: Path) -> None:
+def test_errors_of_other_files_are_not_changed(run, tmp_path):
     with pytest.raises(PermissionError), explain_disk_errors(run):
         raise PermissionError(13, "Permission denied", str(tmp_path / "rows.jsonl"))
     with pytest.raises(RunError, match="cannot be written: Permission"), explain_disk_errors(run):
         raise PermissionError(13, "Permission denied", str(run.path / "metrics.jsonl"))
 
 
-def test_errors_of_linked_checkpoints_are_explained(run: RunDirectory, tmp_path: Path) -> None:
+def test_errors_of_linked_checkpoints_are_explained(run, tmp_path):
     run.checkpoints.rmdir()
     run.checkpoints.symlink_to(tmp_path, target_is_directory=True)
     path = run.checkpoints / "checkpoint-2"
@@ -113,22 +113,19 @@ def test_errors_of_linked_checkpoints_are_explained(run: RunDirectory, tmp_path:
         ({"save_steps": 9}, 1),
         ({"save_strategy": "epoch", "num_train_epochs": 2, "save_total_limit": 4}, 2),
         ({"save_strategy": "best"}, 3),
+        ({"save_strategy": "no"}, 0),
         ({}, 1),  # saved by time
     ],
 )
-def test_run_without_space_for_checkpoints_raises(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, object], count: int
-) -> None:
+def test_run_without_space_for_checkpoints_raises(tmp_path, set_free, settings, count):
     model, train = torch.nn.Linear(99, 10), TrainerConfig.model_validate(settings)
     checkpoint_size = 1000 * (4 + 8)  # a weight and its two AdamW states
     output_dir = tmp_path / "runs" / "new"
-    monkeypatch.setattr(
-        shutil, "disk_usage", lambda _: SimpleNamespace(free=count * checkpoint_size)
-    )
+    set_free(count * checkpoint_size)
     check_disk_space(output_dir, train, model, 9)
-    monkeypatch.setattr(
-        shutil, "disk_usage", lambda _: SimpleNamespace(free=count * checkpoint_size - 1)
-    )
+    if count == 0:
+        return
+    set_free(count * checkpoint_size - 1)
     with pytest.raises(ConfigError, match=rf"{output_dir}: its disk has .* {count} x 12\.0 kB"):
         check_disk_space(output_dir, train, model, 9)
     output_dir.mkdir(parents=True)
@@ -137,7 +134,7 @@ def test_run_without_space_for_checkpoints_raises(
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no procfs")
-def test_file_system_without_space_is_not_writable() -> None:
+def test_file_system_without_space_is_not_writable():
     with pytest.raises(ConfigError, match="--output-dir: /proc cannot be written"):
         check_writable("--output-dir", Path("/proc/x"))
 
@@ -146,28 +143,17 @@ def test_file_system_without_space_is_not_writable() -> None:
     ("optim", "states"),
     [("adamw_torch", 2), ("ademamix", 3), ("lion_32bit", 1), ("adagrad", 1), ("sgd", 0)],
 )
-def test_checkpoint_size_includes_optimizer_states(optim: str, states: int) -> None:
+def test_checkpoint_size_includes_optimizer_states(optim, states):
     assert checkpoint_bytes(torch.nn.Linear(99, 10), optim) == 1000 * 4 * (1 + states)
 
 
-def test_run_without_checkpoints_needs_no_space(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
-    check_disk_space(
-        tmp_path / "new", TrainerConfig(save_strategy="no"), torch.nn.Linear(99, 10), 9
-    )
-
-
-def test_checkpoint_without_space_raises(
-    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checkpoint_without_space_raises(run, set_free):
     model = torch.nn.Linear(99, 10)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.zeros(99)).sum().backward()
     optimizer.step()
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=12_008))
+    set_free(12_008)
     check_checkpoint_space(run, model, optimizer)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=12_007))
+    set_free(12_007)
     with pytest.raises(RunError, match=r"needs about 12\.0 kB.*no valid checkpoint"):
         check_checkpoint_space(run, model, optimizer)

@@ -39,30 +39,19 @@ def get_batches(rows: list[Encoded], collate: Any, size: int, *, by_length: bool
         output_dir(), use_cpu=True, report_to="none", per_device_train_batch_size=size,
         remove_unused_columns=False, dataloader_pin_memory=False,
     )  # fmt: skip
+    order = LengthGroupedSampler([len(r.input_ids) for r in rows], size, 1) if by_length else None
     trainer = FtlevelTrainer(
-        objective=Tokens("perplexity"),
-        model=model(),
-        args=arguments,
-        train_dataset=rows,
-        data_collator=collate,
-        order=LengthGroupedSampler([len(r.input_ids) for r in rows], size, 1)
-        if by_length
-        else None,
-    )
-    return [
-        micro_batch
-        for batch in trainer.get_train_dataloader()
-        for micro_batch in batch.get("micro_batches", [batch])
-    ]
+        objective=Tokens("perplexity"), model=model(), args=arguments, train_dataset=rows,
+        data_collator=collate, order=order,
+    )  # fmt: skip
+    batches = trainer.get_train_dataloader()
+    return [part for batch in batches for part in batch.get("micro_batches", [batch])]
 
 
 def get_token_label_pairs(micro_batch: dict[str, Any]) -> list[tuple[int, int]]:
     """Return each token with its label, as passed to the model and the loss."""
-    ids, labels, mask = (
-        micro_batch["input_ids"],
-        micro_batch["labels"],
-        micro_batch["attention_mask"].bool(),
-    )
+    ids, labels = micro_batch["input_ids"], micro_batch["labels"]
+    mask = micro_batch["attention_mask"].bool()
     if layout := micro_batch.get("layout"):
         ids = layout.unpack(layout.pack(ids[..., None]))[..., 0]
     assert (labels[~mask] == IGNORED).all()
@@ -76,9 +65,7 @@ def get_token_label_pairs(micro_batch: dict[str, Any]) -> list[tuple[int, int]]:
     lengths=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 40)), min_size=1, max_size=30),
     size=st.integers(1, 7),
 )
-def test_epoch_contains_every_token_once(
-    name: str, by_length: bool, lengths: list[tuple[int, int]], size: int
-) -> None:
+def test_epoch_contains_every_token_once(name, by_length, lengths, size):
     rows = []
     for index, (start, length) in enumerate(lengths):
         # Rows with the same `start` share a prefix, followed by tokens unique to the row.
@@ -86,21 +73,9 @@ def test_epoch_contains_every_token_once(
         unique = [1_000 * (index + 1) + i for i in range(length)]
         rows.append(Encoded(ids + unique, [IGNORED] * len(ids) + unique, index))
     micro_batches = get_batches(rows, COLLATORS[name], size, by_length=by_length)
-    expected = Counter(
-        pair
-        for row in rows
-        for pair in zip(row.input_ids, row.labels, strict=True)  # type: ignore[arg-type]
-    )
-    assert (
-        Counter(
-            pair for micro_batch in micro_batches for pair in get_token_label_pairs(micro_batch)
-        )
-        == expected
-    )
-    assert (
-        sum(int(micro_batch["attention_mask"].sum()) for micro_batch in micro_batches)
-        == expected.total()
-    )
+    expected = Counter(p for row in rows for p in zip(row.input_ids, row.labels, strict=True))
+    assert Counter(p for part in micro_batches for p in get_token_label_pairs(part)) == expected
+    assert sum(int(part["attention_mask"].sum()) for part in micro_batches) == expected.total()
     if name == "shared":
         layouts = [micro_batch["layout"] for micro_batch in micro_batches]
         assert all(torch.unique(layout.source).numel() == layout.tokens for layout in layouts)

@@ -20,6 +20,8 @@ from ftlevel.commands.train import train
 from ftlevel.config import TrainConfig
 from ftlevel.events import NullListener
 from ftlevel.fast.cross_entropy import MIN_TARGETS, targets_per_chunk
+from ftlevel.models.loading import build_task_model
+from ftlevel.models.module_tree import ModuleTree
 from ftlevel.models.upstream.fake import FakeTensor, OperationWatch, new_fake, storage_of
 from ftlevel.training.forecast import memory
 from ftlevel.training.forecast.fits import MAX_BLOCKS
@@ -184,31 +186,42 @@ def test_plan_estimates_memory_from_config(
 
 
 @pytest.mark.parametrize(
-    ("family", "layers", "sample"),
+    ("family", "layers", "times"),
     [
-        ("llama", {"num_hidden_layers": 7}, {0: 1, 1: 5, 6: 1}),
+        ("llama", {"num_hidden_layers": 7}, {"model.layers.1": 5}),
         ("gemma3_text", {"num_hidden_layers": 18, "sliding_window": 32,
                          "layer_types": [*["sliding_attention"] * 5, "full_attention"] * 3},
-         {0: 1, 1: 14, 5: 2, 17: 1}),
+         {"model.layers.1": 14, "model.layers.5": 2}),
         ("gpt_neo", {"num_layers": 10, "attention_types": [[["global", "local"], 5]]},
-         {0: 1, 1: 4, 2: 4, 9: 1}),
+         {"transformer.h.1": 4, "transformer.h.2": 4}),
         ("qwen3_moe", {"num_hidden_layers": 10, "mlp_only_layers": [0, 1, 2]},
-         {0: 1, 1: 2, 3: 6, 9: 1}),
+         {"model.layers.1": 2, "model.layers.3": 6}),
+        ("t5", {"num_layers": 9, "num_decoder_layers": 8},
+         {"encoder.block.1": 7, "decoder.block.1": 6}),
     ],
 )  # fmt: skip
 def test_estimate_from_sampled_layers_matches_all_layers(
     tmp_path: Path, tiny_model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch,
-    family: str, layers: dict[str, Any], sample: dict[int, int],
+    family: str, layers: dict[str, Any], times: dict[str, int],
 ) -> None:  # fmt: skip
     config = configure(tmp_path, tiny_model_dir(family, **layers), "lora", classes=False)
     if family == "qwen3_moe":
         attention = config.method.model_copy(update={"target_modules": ["q_proj", "v_proj"]})
         config = config.model_copy(update={"method": attention})
+    if family == "t5":
+        rows = '{"document": "the value of an object", "summary": "a value"}\n' * 8
+        (tmp_path / "rows.jsonl").write_text(rows)
+        config = config.with_sections(task="summarization")
     run = resolve(config)
-    assert memory.LayerSample.of(run).sample == sample
-    assert memory.count_computed_layers(run) <= MAX_BLOCKS
+    sample = memory.BlockSample.of(run)
+    assert sample.times == times
+    assert sample.count <= MAX_BLOCKS
     extended = estimate_step_memory(run, MEMORY)
-    monkeypatch.setattr(memory.LayerSample, "of", lambda _: memory.LayerSample((None,), (), 7))
+    tree = ModuleTree(build_task_model(run.model.config, run.model.auto_class))
+    names = [
+        f"{s}.{at}" for s in tree.blocks for at in range(len(list(tree.modules[s].children())))
+    ]
+    monkeypatch.setattr(memory.BlockSample, "of", lambda _: memory.BlockSample(tuple(names), {}))
     assert extended.peak == pytest.approx(estimate_step_memory(run, MEMORY).peak, rel=0.005)
 
 
@@ -268,11 +281,7 @@ class TestFakeTensor:
             )  # fmt: skip
 
     def test_indexing_with_real_mask_selects_rows(self) -> None:
-        class PassiveWatch(OperationWatch):
-            def on_result(self, tensor: torch.Tensor) -> None:
-                pass
-
-        with PassiveWatch():
+        with OperationWatch():
             selected = new_fake((4, 3), torch.float32)[torch.tensor([True, False, True, True])]
         assert selected.shape == (3, 3)
 

@@ -38,9 +38,7 @@ def build_lora_model(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # the checkpoint is float32
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_lazy_model_loads_heads_and_reports_computed_tensors(
-    tiny_model_dir: ModelDir, use_dora: bool, dtype: torch.dtype
-) -> None:
+def test_lazy_model_loads_heads_and_reports_computed_tensors(tiny_model_dir, use_dora, dtype):
     directory, slices = tiny_model_dir("bert", "seqcls"), LazyWeights()
     spec = LoraSpec(use_dora=use_dora)
     expected = build_lora_model(directory, spec, dtype, None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 from accelerate import skip_first_batches
 from torch.utils.data import SequentialSampler
@@ -36,14 +35,14 @@ def get_tensors(batch: dict[str, Any]) -> list[torch.Tensor]:
     return [*tensors, *(tensor for each in layouts for tensor in (each.source, each.restore))]
 
 
-def test_batches_are_on_device_of_process() -> None:
+def test_batches_are_on_device_of_process():
     """Also the layouts of micro-batches, and after batches are skipped, as on resume."""
     loader = build_loader("meta")
     for batch in (*loader, *skip_first_batches(loader, 1)):
         assert {tensor.device.type for tensor in get_tensors(batch)} == {"meta"}
 
 
-def test_batches_are_pinned_and_copied_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_are_pinned_and_copied_without_waiting(monkeypatch):
     pinned: set[int] = set()
     copies = []
 
@@ -66,7 +65,7 @@ def test_batches_are_pinned_and_copied_without_waiting(monkeypatch: pytest.Monke
     assert set(copies) == {(True, True)}
 
 
-def test_skipped_batches_are_those_of_an_uninterrupted_epoch() -> None:
+def test_skipped_batches_are_those_of_an_uninterrupted_epoch():
     for rank in (0, 1):
         loader = build_loader("cpu", rank)
         all_rows = [[row.row for row in batch["rows"]] for batch in loader]

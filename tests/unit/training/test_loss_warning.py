@@ -37,9 +37,7 @@ def get_warnings(
         ([0.9, 0.9, 0.9, 0.9, 0.9], []),
     ],
 )
-def test_classification_loss_is_compared_with_guessing(
-    losses: list[float], expected: list[str]
-) -> None:
+def test_classification_loss_is_compared_with_guessing(losses, expected):
     warnings = get_warnings("text-classification", "encoder", CLASSES, losses)
     assert len(warnings) == len(expected)
     for line, end in zip(warnings, expected, strict=True):
@@ -50,7 +48,7 @@ def test_classification_loss_is_compared_with_guessing(
         assert end in line
 
 
-def test_lower_learning_rate_is_suggested_far_above_default() -> None:
+def test_lower_learning_rate_is_suggested_far_above_default():
     (line,) = get_warnings("text-generation", "decoder", TEXT, [3.0, 3.1, 3.0] * 2, 2e-2)
     assert "Try a lower --learning-rate than 0.02 (0.0002 is the default here), or" in line
 
@@ -59,7 +57,7 @@ def test_lower_learning_rate_is_suggested_far_above_default() -> None:
     ("losses", "count"),
     [([3.0, 3.1, 3.2] * 2, 1), ([3.1, 3.1, 3.2, 3.1, 3.0, 2.9], 0), ([3.0], 0)],
 )
-def test_text_loss_is_compared_with_first_loss(losses: list[float], count: int) -> None:
+def test_text_loss_is_compared_with_first_loss(losses, count):
     warnings = get_warnings("text-generation", "decoder", TEXT, losses)
     assert len(warnings) == count
     for line in warnings:

@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from ftlevel.commands.plan import get_max_rows
 from ftlevel.config import TrainConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.row import Encoded
 from ftlevel.fast.plan import FastPlan
 from ftlevel.models.hardware import get_free_memory
 from ftlevel.training.forecast.fits import Device, fit_run
-from ftlevel.training.forecast.memory import StepMemory, get_peak
+from ftlevel.training.forecast.memory import StepMemory
 from ftlevel.training.forecast.meta_model import ACTIVATIONS, WEIGHTS
 from ftlevel.training.plan.run import Run
 
@@ -174,16 +173,3 @@ def test_free_memory_of_control_groups(tmp_path: Path) -> None:
         for name, text in contents.items():
             (tmp_path / group / name).write_text(text)
     assert list(get_free_memory(tmp_path / group for group in files)) == [450, 0]
-
-
-def test_most_rows_fit_in_every_phase() -> None:
-    """The peak in the optimizer step has no activations, and does not depend on the rows."""
-    moments = {
-        "forward": {WEIGHTS: 100, ACTIVATIONS: 40},
-        "backward": {WEIGHTS: 100, ACTIVATIONS: 80},
-        "optimizer step": {WEIGHTS: 300},
-    }
-    step = get_peak(moments, 64)
-    assert step.at == "optimizer step"
-    assert get_max_rows(step, 500, batch_size=4) == 4 + (500 - 180) // 20
-    assert get_max_rows(step, 299, batch_size=4) == 0

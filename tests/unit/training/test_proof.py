@@ -24,7 +24,6 @@ from ftlevel.training.processes import Processes
 from ftlevel.training.proof import (
     MAX_TEST_LOGITS,
     NUM_TEST_ROWS,
-    BaseState,
     CheckInputs,
     check_saved,
     collate_check_batch,
@@ -41,31 +40,27 @@ def create_rows(length: int) -> list[Encoded]:
 
 
 @pytest.mark.parametrize("length", [10, 5000])
-def test_check_batch_length_is_bounded_by_vocabulary(length: int) -> None:
-    batch = collate_check_batch(
-        create_rows(length), 0, "cpu", Tokens("perplexity", shifted=True), VOCABULARY
-    )
-    assert (
-        batch["input_ids"].shape
-        == batch["labels"].shape
-        == (NUM_TEST_ROWS, min(length, MAX_LENGTH))
-    )
+def test_check_batch_length_is_bounded_by_vocabulary(length):
+    objective = Tokens("perplexity", shifted=True)
+    batch = collate_check_batch(create_rows(length), 0, "cpu", objective, VOCABULARY)
+    shape = (NUM_TEST_ROWS, min(length, MAX_LENGTH))
+    assert batch["input_ids"].shape == batch["labels"].shape == shape
 
 
-def test_encoder_input_is_not_truncated_with_labels() -> None:
+def test_encoder_input_is_not_truncated_with_labels():
     objective = Tokens("perplexity", feeds_labels=True)
     batch = collate_check_batch(create_rows(5000), 0, "cpu", objective, VOCABULARY)
     assert batch["input_ids"].shape == (NUM_TEST_ROWS, 5000)
     assert batch["labels"].shape == (NUM_TEST_ROWS, MAX_LENGTH)
 
 
-def test_classification_row_is_not_truncated() -> None:
+def test_classification_row_is_not_truncated():
     texts = [Encoded([1] * 5000, 2, i) for i in range(2)]
     batch = collate_check_batch(texts, 0, "cpu", Classes("accuracy"), VOCABULARY)
     assert batch["input_ids"].shape == (2, 5000)
 
 
-def test_cast_frozen_weight_counts_as_unchanged() -> None:
+def test_cast_frozen_weight_counts_as_unchanged():
     """Switch Transformers keeps its router in float32, whatever dtype it is loaded in."""
     trained = tiny_models.build("llama").bfloat16().requires_grad_(False)
     digests = hash_tensors(trained.named_parameters())
@@ -96,12 +91,12 @@ def raise_if_loaded() -> Any:
     raise AssertionError("the base was loaded a second time")
 
 
-def test_check_saved_does_not_load_base_again(tmp_path: Path) -> None:
+def test_check_saved_does_not_load_base_again(tmp_path):
     trained, digests = save_trained_adapter(tmp_path)
     names = [(name, p.requires_grad) for name, p in trained.named_parameters()]
     with LiveTensors() as live:
         frozen, difference, effect = check_saved(
-            trained, tmp_path, BaseState(digests, raise_if_loaded), create_check_inputs()
+            trained, tmp_path, digests, raise_if_loaded, create_check_inputs()
         )
     assert frozen == len(digests)
     assert difference == 0
@@ -112,26 +107,24 @@ def test_check_saved_does_not_load_base_again(tmp_path: Path) -> None:
     assert trained.active_adapters == ["default"]
 
 
-def test_saved_adapter_that_differs_raises(tmp_path: Path) -> None:
+def test_saved_adapter_that_differs_raises(tmp_path):
     trained, digests = save_trained_adapter(tmp_path)
     with torch.no_grad():
         next(p for n, p in trained.named_parameters() if "lora_B" in n).add_(1.0)
     with pytest.raises(RunError, match="differs from the trained one: its logits differ by"):
-        check_saved(trained, tmp_path, BaseState(digests, raise_if_loaded), create_check_inputs())
+        check_saved(trained, tmp_path, digests, raise_if_loaded, create_check_inputs())
 
 
-def test_lora_with_bias_is_checked_on_fresh_base(tmp_path: Path) -> None:
+def test_lora_with_bias_is_checked_on_fresh_base(tmp_path):
     """PEFT does not support a second LoRA with trained biases in one model."""
     trained, digests = save_trained_adapter(tmp_path, bias="lora_only")
     bases = []
 
-    def load() -> Any:
+    def load():
         bases.append(tiny_models.build("llama", intermediate_size=4096))
         return bases[-1]
 
-    _, difference, _ = check_saved(
-        trained, tmp_path, BaseState(digests, load), create_check_inputs()
-    )
+    _, difference, _ = check_saved(trained, tmp_path, digests, load, create_check_inputs())
     assert difference < 1e-5
     assert len(bases) == 1
     assert list(trained.peft_config) == ["default"]
@@ -139,9 +132,7 @@ def test_lora_with_bias_is_checked_on_fresh_base(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
 @pytest.mark.parametrize("size", [1, 7, 8, 100_001])
-def test_digest_changes_with_every_bit(
-    dtype: torch.dtype, size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_digest_changes_with_every_bit(dtype, size, monkeypatch):
     storage = torch.randint(0, 255, (size + 3,)).to(dtype)
     tensor = storage[3:].clone()
     digest = hash_tensor(tensor)
@@ -157,9 +148,7 @@ def test_digest_changes_with_every_bit(
         assert hash_tensor(bits) != digest
 
 
-def test_missing_files_of_a_sharded_run_end_all_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_files_of_a_sharded_run_end_all_processes(tmp_path, monkeypatch):
     """A process that does not see the files must not leave the others waiting for it."""
     shared = list[FtlevelError]()
 

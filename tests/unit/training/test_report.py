@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ftlevel.events import NullListener
@@ -22,9 +21,7 @@ class FakeClock:
         return self.now
 
 
-def test_training_time_excludes_evaluations_and_checkpoints(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
+def test_training_time_excludes_evaluations_and_checkpoints(monkeypatch, tmp_path):
     """Steps take 2 s, of which 0.5 s pass before the loss is read, as on a GPU."""
     clock = FakeClock()
     monkeypatch.setattr(module, "time", clock)

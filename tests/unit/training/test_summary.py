@@ -35,9 +35,7 @@ def snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("revision", "commit"),
     [(None, NEW_COMMIT), ("main", NEW_COMMIT), ("v1", OLD_COMMIT), (OLD_COMMIT, OLD_COMMIT)],
 )
-def test_commit_of_hub_model_is_recorded(
-    snapshots: Path, revision: str | None, commit: str
-) -> None:
+def test_commit_of_hub_model_is_recorded(snapshots, revision, commit):
     assert get_base_values(ModelSource("org/model", "hub", "org/model", revision=revision)) == {
         "name": "org/model",
         "kind": "hub",
@@ -46,24 +44,18 @@ def test_commit_of_hub_model_is_recorded(
     }
 
 
-def test_requested_revision_is_recorded_if_not_cached(snapshots: Path) -> None:
+def test_revision_is_as_requested_if_not_cached_and_none_of_directory(snapshots):
     other = get_base_values(ModelSource("org/other", "hub", "org/other", revision="v1"))
     assert (other["revision"], other["fingerprint"]) == ("v1", None)
-
-
-def test_local_directory_has_no_revision(snapshots: Path) -> None:
-    directory = snapshots / NEW_COMMIT
-    assert (
-        get_base_values(ModelSource(str(directory), "directory", str(directory)))["revision"]
-        is None
-    )
+    directory = str(snapshots / NEW_COMMIT)
+    assert get_base_values(ModelSource(directory, "directory", directory))["revision"] is None
 
 
 @pytest.mark.parametrize(
     ("count", "window"),
     [(1, 1), (2, 1), (3, 1), (4, 2), (9, 4), (10, 5), (50, 5), (51, 6), (100, 10)],
 )
-def test_first_and_last_loss_are_window_means(count: int, window: int) -> None:
+def test_first_and_last_loss_are_window_means(count, window):
     losses = [float(count - index) for index in range(count)]
     summary = summarize_losses(losses)
     assert summary["loss_window"] == window
@@ -74,11 +66,11 @@ def test_first_and_last_loss_are_window_means(count: int, window: int) -> None:
     assert (summary["loss_last_spread"] is None) == (window == 1)
 
 
-def test_empty_losses_have_no_mean() -> None:
+def test_empty_losses_have_no_mean():
     assert summarize_losses([]) == {"loss_first": None, "loss_last": None, "loss_window": 0}
 
 
-def test_trained_head_is_counted_once() -> None:
+def test_trained_head_is_counted_once():
     from peft import LoraConfig, get_peft_model
     from transformers import BertConfig, BertForSequenceClassification
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -11,7 +9,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from ftlevel.training.callbacks import UpdateSchedule
 
 
-def test_resume_with_plateau_scheduler_keeps_learning_rate(tmp_path: Path) -> None:
+def test_resume_with_plateau_scheduler_keeps_learning_rate(tmp_path):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.25)
     args = TrainingArguments(output_dir=str(tmp_path), save_steps=3, use_cpu=True)
     state = TrainerState(global_step=2, max_steps=9, save_steps=5)

@@ -36,7 +36,6 @@ from ftlevel.training.step_comparison import (
 from ftlevel.training.trainer import FtlevelTrainer
 from ftlevel.training.verify import (
     MAX_TOKENS,
-    cast_to_float32,
     cast_to_float64,
     check_fast_step,
     fits_in_float64,
@@ -88,9 +87,7 @@ def scale_gradient(argument: int, factor: float) -> Callable[..., Any]:
     ("argument", "factor"),
     [(2, -1.0), (2, 0.0), (2, 1.02), (2, 1.04), (3, 1.02), (3, 1.04)],
 )
-def test_wrong_lora_gradient_raises(
-    small_run: Any, monkeypatch: pytest.MonkeyPatch, argument: int, factor: float
-) -> None:
+def test_wrong_lora_gradient_raises(small_run, monkeypatch, argument, factor):
     monkeypatch.setattr(FusedLoraFunction, "backward", scale_gradient(argument, factor))
     tensor = r"model\.layers\.\d\.[a-z_.]+\.lora_" + "xxAB"[argument]
     with pytest.raises(FastStepError, match=rf"gradients of {tensor} differ by .* in float32"):
@@ -98,9 +95,7 @@ def test_wrong_lora_gradient_raises(
 
 
 @pytest.mark.parametrize("factor", [1.01, 2.0])
-def test_wrong_lora_update_raises(
-    small_run: Any, monkeypatch: pytest.MonkeyPatch, factor: float
-) -> None:
+def test_wrong_lora_update_raises(small_run, monkeypatch, factor):
     original = FusedLoraFunction.forward
 
     def wrong_forward(ctx: Any, x: torch.Tensor, dropped: Any, a: Any, b: Any, *others: Any) -> Any:
@@ -113,19 +108,18 @@ def test_wrong_lora_update_raises(
         verify_step(*small_run, NullListener())
 
 
-def test_wrong_target_count_raises(small_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_target_count_raises(small_run, monkeypatch):
     original = FtlevelTrainer.count_targets
     monkeypatch.setattr(FtlevelTrainer, "count_targets", lambda *args: original(*args) + 1)
     with pytest.raises(RunError, match="losses differ by"):
         verify_step(*small_run, NullListener())
 
 
-def test_correct_step_passes_without_side_effects(small_run: Any) -> None:
+def test_correct_step_passes_without_side_effects(small_run):
     run, adapted = small_run
     before = {name: value.clone() for name, value in adapted.model.state_dict().items()}
     pointers = {name: p.data_ptr() for name, p in adapted.model.named_parameters()}
     result = verify_step(set_verify(run, True), adapted, NullListener())
-    assert result is not None
     assert result.steps == 3
     assert result.rows == 24
     assert 0 < result.gradient < 1e-4
@@ -137,12 +131,9 @@ def test_correct_step_passes_without_side_effects(small_run: Any) -> None:
     assert verify_step(set_verify(run, False), adapted, NullListener()) is None
 
 
-def test_error_under_dropout_is_detected_by_full_verification(
-    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path]
-) -> None:
+def test_error_under_dropout_is_detected_by_full_verification(monkeypatch, tiny_model_dir):
     run, adapted = build_run(tiny_model_dir("llama", chat=True), "float32", lora_dropout=0.2)
     clean = verify_step(set_verify(run, True), adapted, NullListener())
-    assert clean is not None
     assert clean.dropout is not None
     assert clean.dropout < 1e-4
     original = FusedLoraFunction.forward
@@ -157,7 +148,7 @@ def test_error_under_dropout_is_detected_by_full_verification(
         verify_step(set_verify(run, True), adapted, NullListener())
 
 
-def test_rounding_of_equal_length_pairs_is_accepted(tmp_path: Path) -> None:
+def test_rounding_of_equal_length_pairs_is_accepted(tmp_path):
     """Shared parts of two answers cancel, so the difference has a larger relative error.
 
     The fast step is nearer to float64 than the plain one here. Another order of rows changes the
@@ -172,7 +163,6 @@ def test_rounding_of_equal_length_pairs_is_accepted(tmp_path: Path) -> None:
     data.write_text("\n".join(map(json.dumps, rows)))
     run, adapted = build_run("builtin:tiny-llama", "float32", data=data, task="reward")
     verified = verify_step(run, adapted, NullListener())
-    assert verified is not None
     assert verified.gradient > 2e-5  # more than another order of rows explains
 
 
@@ -180,11 +170,10 @@ def create_difference(difference: float, norm: float) -> GradientDifference:
     return GradientDifference(difference=difference**2, reference=norm**2)
 
 
-def test_vanishing_gradient_is_compared_with_other_tensors() -> None:
+def test_vanishing_gradient_is_compared_with_other_tensors():
     """Keys of a saturated attention: their gradient consists of rounding errors only."""
-    queries = {
-        f"layers.{i}.q_proj.lora_A.default.weight": create_difference(1e-6, 1.0) for i in range(8)
-    }
+    names = [f"layers.{i}.q_proj.lora_A.default.weight" for i in range(8)]
+    queries = dict.fromkeys(names, create_difference(1e-6, 1.0))
     key = "layers.0.k_proj.lora_A.default.weight"
     bounds = Bounds({**queries, key: create_difference(1e-8, 1e-8)}, 0.0)
     bounds.check_gradients({**queries, key: create_difference(9e-7, 1e-8)})
@@ -192,27 +181,27 @@ def test_vanishing_gradient_is_compared_with_other_tensors() -> None:
         bounds.check_gradients({**queries, key: create_difference(1e-3, 1e-8)})
 
 
-def test_bias_whose_terms_cancel_has_rounding_errors() -> None:
+def test_bias_whose_terms_cancel_has_rounding_errors():
     """Both gradients of the bias of scores under a softmax are sums of rounding errors."""
-    zero = GradientDifference()
-    differences = {
-        "classifier.bias": GradientDifference(1e-16, 1e-16),
-        "w": create_difference(0, 1e-3),
-    }
-    assert Bounds(dict.fromkeys(differences, zero), 0.0).check_gradients(differences) < 1e-4
-    differences = {"classifier.weight": differences.pop("classifier.bias"), **differences}
+
+    def check(name):
+        differences = {name: GradientDifference(1e-16, 1e-16), "w": create_difference(0, 1e-3)}
+        bounds = Bounds(dict.fromkeys(differences, GradientDifference()), 0.0)
+        return bounds.check_gradients(differences)
+
+    assert check("classifier.bias") < 1e-4
     with pytest.raises(FastStepError, match=r"classifier\.weight"):
-        Bounds(dict.fromkeys(differences, zero), 0.0).check_gradients(differences)
+        check("classifier.weight")
 
 
-def test_gradient_where_there_is_none_is_a_difference() -> None:
+def test_gradient_where_there_is_none_is_a_difference():
     bounds = Bounds({"w": GradientDifference()}, 0.0)
     assert bounds.check_gradients({"w": GradientDifference()}) == 0
     with pytest.raises(FastStepError, match="gradients of w differ by inf"):
         bounds.check_gradients({"w": create_difference(1e-3, 0.0)})
 
 
-def test_loss_of_zero_is_compared() -> None:
+def test_loss_of_zero_is_compared():
     """The first loss of reinforcement learning is 0; its terms cancel."""
     bounds = Bounds({}, 1e-7)
     assert bounds.check_loss(2e-8, 0.0) == pytest.approx(2e-5)
@@ -221,46 +210,34 @@ def test_loss_of_zero_is_compared() -> None:
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 100])
-def test_compare_gradients_in_chunks(chunk_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compare_gradients_in_chunks(chunk_size, monkeypatch):
     monkeypatch.setattr("ftlevel.training.step_comparison._CHUNK_SIZE", chunk_size)
-    actual, expected = torch.arange(10.0).reshape(2, 5), torch.full((2, 5), 2.0)
-    differences = compare_gradients({"w": actual, "missing": torch.ones(4)}, {"w": expected})
-    assert differences["w"] == GradientDifference(145.0, 40.0)  # Σ (n − 2)², Σ 4
-    assert differences["missing"] == GradientDifference(4.0, 0.0)
+    actual = {"w": torch.arange(10.0).reshape(2, 5), "extra": torch.ones(4)}
+    expected = {"w": torch.full((2, 5), 2.0), "zero": torch.zeros(2)}
+    assert compare_gradients(actual, expected) == {
+        "w": GradientDifference(145.0, 40.0),  # Σ (n − 2)², Σ 4
+        "extra": GradientDifference(4.0, 0.0),
+        "zero": GradientDifference(0.0, 0.0),
+    }
+    assert create_difference(0.5, 5.0).distance == pytest.approx(0.1)
+    assert GradientDifference(4.0, 0.0).distance == float("inf"), "where there should be none"
 
 
-def test_gradient_distance() -> None:
-    reference = {"w": torch.tensor([3.0, 4.0]), "v": torch.zeros(2)}
-    scaled_differences = compare_gradients({"w": torch.tensor([3.3, 4.4])}, reference)
-    assert scaled_differences["w"].distance == pytest.approx(0.1)
-    assert scaled_differences["v"] == GradientDifference(0.0, 0.0)
-    missing = compare_gradients({"w": torch.ones(2)}, {})
-    assert missing["w"].distance == float("inf"), "a gradient where there should be none"
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("base_model.model.model.layers.3.self_attn.q_proj.lora_A.default.weight", "lora_A"),
+        ("base_model.model.model.layers.3.mlp.adapters.default.down.bias", "down.bias"),
+        ("base_model.model.classifier.modules_to_save.default.weight", "modules_to_save"),
+        ("model.layers.11.mlp.up_proj.weight", "up_proj.weight"),
+        ("vera_lambda_d.default", "vera_lambda_d"),
+    ],
+)
+def test_get_tensor_type(name, kind):
+    assert get_tensor_type(name) == kind
 
 
-def test_get_tensor_type() -> None:
-    layer = "base_model.model.model.layers.3"
-    assert get_tensor_type(f"{layer}.self_attn.q_proj.lora_A.default.weight") == "lora_A"
-    assert get_tensor_type(f"{layer}.mlp.adapters.default.down.bias") == "down.bias"
-    assert (
-        get_tensor_type("base_model.model.classifier.modules_to_save.default.weight")
-        == "modules_to_save"
-    )
-    assert get_tensor_type("model.layers.11.mlp.up_proj.weight") == "up_proj.weight"
-    assert get_tensor_type("vera_lambda_d.default") == "vera_lambda_d"
-
-
-def test_cast_to_float32_restores_dtype_and_memory() -> None:
-    model = torch.nn.Linear(3, 2, dtype=torch.bfloat16)
-    weight, pointer = model.weight, model.weight.data_ptr()
-    with cast_to_float32(model):
-        assert model.weight is weight
-        assert weight.dtype == torch.float32
-    assert weight.dtype == torch.bfloat16
-    assert weight.data_ptr() == pointer
-
-
-def test_perturb_weights_changes_and_restores_zeros() -> None:
+def test_perturb_weights_changes_and_restores_zeros():
     model = torch.nn.Linear(16, 8, bias=False)
     torch.nn.init.zeros_(model.weight)
     with perturb_weights(model):
@@ -272,7 +249,7 @@ def row(length: int, labels: Any) -> Encoded:
     return Encoded(list(range(length)), labels, 0)
 
 
-def test_select_compared_rows_within_token_limit() -> None:
+def test_select_compared_rows_within_token_limit():
     rows = [row(length, [IGNORED] * (length - 1) + [1]) for length in (90, 30, 500, 60, 80, 70)]
     selected = select_compared_rows(rows)
     assert [len(r.input_ids) for r in selected] == [30, 60, 70, 80]
@@ -282,14 +259,11 @@ def test_select_compared_rows_within_token_limit() -> None:
     )
 
 
-def test_truncate_example_keeps_targets() -> None:
-    labels = [IGNORED] * 300 + [7, 8] + [IGNORED] * 200
-    truncated = truncate_example(row(502, labels), 100)
-    assert truncated is not None
+def test_truncate_example_keeps_targets():
+    truncated = truncate_example(row(502, [IGNORED] * 300 + [7, 8] + [IGNORED] * 200), 100)
     assert truncated.input_ids == list(range(202, 302))
     assert truncated.labels[-2:] == [7, 8]
     classified = truncate_example(row(502, 3), 100)
-    assert classified is not None
     assert (classified.input_ids, classified.labels) == (list(range(100)), 3)
     span = row(502, (400, 410))
     assert truncate_example(span, 100) is span
@@ -320,26 +294,19 @@ def run_with_hidden_rounding(small_run: Any, monkeypatch: pytest.MonkeyPatch) ->
     return small_run
 
 
-def test_float64_accepts_fast_step_if_plain_step_is_inexact(run_with_hidden_rounding: Any) -> None:
+def test_float64_accepts_fast_step_if_plain_step_is_inexact(run_with_hidden_rounding):
     result = verify_step(*run_with_hidden_rounding, NullListener())
-    assert result is not None
     assert result.exact == pytest.approx(1e-3, rel=0.1)
     assert result.gradient < 1e-4
 
 
 @pytest.mark.parametrize(
     ("argument", "factor"),
-    [
-        (2, 1.001),
-        pytest.param(2, 1.02, marks=pytest.mark.sweep),
-        (3, 1.001),
-        pytest.param(3, 0.0, marks=pytest.mark.sweep),
-    ],
-)
-def test_wrong_gradient_raises_in_float64(
-    run_with_hidden_rounding: Any, monkeypatch: pytest.MonkeyPatch, argument: int, factor: float
-) -> None:
-    """The first and third error are as large as the plain step's own in float32."""
+    [(2, 1.001), (3, 1.001),
+     pytest.param(2, 1.02, marks=pytest.mark.sweep), pytest.param(3, 0.0, marks=pytest.mark.sweep)],
+)  # fmt: skip
+def test_wrong_gradient_raises_in_float64(run_with_hidden_rounding, monkeypatch, argument, factor):
+    """Errors of 1.001 are as large as the plain step's own in float32."""
     monkeypatch.setattr(FusedLoraFunction, "backward", scale_gradient(argument, factor))
     with pytest.raises(FastStepError, match=r"gradients of .* .rounding explains 0\.0001"):
         verify_step(*run_with_hidden_rounding, NullListener())
@@ -361,34 +328,29 @@ def scale_in_float32(gradient: float, loss: float) -> Any:
 
 @pytest.mark.parametrize(("gradient", "loss"), [(0.97, 1.0), (0.0, 1.0), (0.994, 1.001)])
 def test_error_larger_than_kinks_explain_raises(
-    run_with_hidden_rounding: Any, monkeypatch: pytest.MonkeyPatch, gradient: float, loss: float
-) -> None:
+    run_with_hidden_rounding, monkeypatch, gradient, loss
+):
     monkeypatch.setattr(Steps, "fast", scale_in_float32(gradient, loss))
     with pytest.raises(RunError, match="the fast step is not the plain one"):
         verify_step(*run_with_hidden_rounding, NullListener())
 
 
-def test_step_correct_in_float64_only_is_accepted(
-    run_with_hidden_rounding: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_step_correct_in_float64_only_is_accepted(run_with_hidden_rounding, monkeypatch):
     """As where rounding moves an activation across ReLU's kink: 6e-3 on a tiny T5."""
     monkeypatch.setattr(Steps, "fast", scale_in_float32(0.994, 1.0))
     result = verify_step(*run_with_hidden_rounding, NullListener())
-    assert result is not None
     assert result.kinks
     assert result.gradient < 1e-5
 
 
 @pytest.mark.parametrize("small_run", ["float32"], indirect=True)
-def test_difference_raises_without_memory_for_float64(
-    run_with_hidden_rounding: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_difference_raises_without_memory_for_float64(run_with_hidden_rounding, monkeypatch):
     monkeypatch.setattr(proof, "fits_in_float64", lambda *_: False)
     with pytest.raises(RunError, match=r"differ by 0\.001"):
         verify_step(*run_with_hidden_rounding, NullListener())
 
 
-def test_cast_to_float64_restores_dtype_and_memory() -> None:
+def test_cast_to_float64_restores_dtype_and_memory():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).requires_grad_(False))
     before = {name: p.clone() for name, p in model.named_parameters()}
     pointers = [p.data_ptr() for p in model.parameters()]
@@ -426,14 +388,7 @@ def raise_out_of_memory(*_: Any) -> None:
          "NVIDIA_TF32_OVERRIDE rounds float32 products to TF32"),
     ],
 )  # fmt: skip
-def test_comparison_is_skipped_with_a_note(
-    small_run: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    owner: Any,
-    name: str,
-    value: Any,
-    reason: str,
-) -> None:
+def test_comparison_is_skipped_with_a_note(small_run, monkeypatch, owner, name, value, reason):
     monkeypatch.setattr(owner, name, value)
     listener = Choices()
     assert verify_step(*small_run, listener) is None
@@ -441,9 +396,7 @@ def test_comparison_is_skipped_with_a_note(
 
 
 @pytest.mark.parametrize("small_run", ["bfloat16"], indirect=True)
-def test_settings_of_the_run_do_not_change_the_comparison(
-    small_run: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_settings_of_the_run_do_not_change_the_comparison(small_run, monkeypatch):
     """Products are exact although TF32 is on, and losses are not scaled as float16 needs."""
     settings, scaler = [], torch.amp.GradScaler("cpu", init_scale=65_536.0)  # type: ignore[attr-defined]
     original, trainers = Steps.fast, []
@@ -462,13 +415,12 @@ def test_settings_of_the_run_do_not_change_the_comparison(
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert result is not None
     assert result.gradient < 1e-4
     assert settings == ["ieee"]
     assert trainers[0].accelerator.scaler is scaler
 
 
-def test_error_in_another_process_is_raised(small_run: Any) -> None:
+def test_error_in_another_process_is_raised(small_run):
     class Others(Processes):
         def all_gather(self, value: Any) -> Any:
             return [value, "gradients of w differ by 2"]

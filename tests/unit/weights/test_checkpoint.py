@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,9 +24,7 @@ from tiny_models import AUTO_CLASSES, FAMILY_HEADS, HEADS
 
 
 @pytest.mark.parametrize(("family", "head"), FAMILY_HEADS)
-def test_names_and_values_match_loaded_model(
-    family: str, head: str, tiny_model_dir: Callable[..., Path]
-) -> None:
+def test_names_and_values_match_loaded_model(family, head, tiny_model_dir):
     # The checkpoint has the family's first head; the model has `head`.
     directory = tiny_model_dir(family, HEADS[family][0])
     source, auto_class = resolve_source(str(directory)), AUTO_CLASSES[head]
@@ -44,9 +41,7 @@ def test_names_and_values_match_loaded_model(
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "mixtral", "qwen3_moe", "t5"])
-def test_convert_for_saving_restores_checkpoint_names(
-    family: str, tiny_model_dir: Callable[..., Path]
-) -> None:
+def test_convert_for_saving_restores_checkpoint_names(family, tiny_model_dir):
     directory = tiny_model_dir(family)
     source, auto_class = resolve_source(str(directory)), AUTO_CLASSES[HEADS[family][0]]
     meta = build_task_model(load_config(source), auto_class)
@@ -60,9 +55,7 @@ def test_convert_for_saving_restores_checkpoint_names(
     assert checkpoint.unused == []
 
 
-def test_shards_are_merged_again_after_they_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shards_are_merged_again_after_they_changed(tmp_path, monkeypatch):
     def copy_shard(path: Path, out: Path) -> None:
         shutil.copyfile(path / "shard-0.safetensors", out / "model.safetensors")
 

@@ -42,7 +42,7 @@ def compute_error(
 
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_bitsandbytes_dequantizes_packed_codes(kind: str, double: bool) -> None:
+def test_bitsandbytes_dequantizes_packed_codes(kind, double):
     grid, weight = four_bit_grid(kind, double), create_matrix(96, 128)
     codes = torch.randint(0, len(grid.values), weight.shape)
     scales = grid.scales_of(weight)
@@ -52,7 +52,7 @@ def test_bitsandbytes_dequantizes_packed_codes(kind: str, double: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_nearest_codes_match_bitsandbytes(kind: str) -> None:
+def test_nearest_codes_match_bitsandbytes(kind):
     grid, weight = four_bit_grid(kind, True), create_matrix(64, 64)
     scales = grid.scales_of(weight)
     packed = pack_4bit(grid.nearest(weight, scales), scales, weight, kind, True)
@@ -61,7 +61,7 @@ def test_nearest_codes_match_bitsandbytes(kind: str) -> None:
     assert torch.equal(values[0], values[1])  # fp4 has two codes for zero
 
 
-def test_int8_scales_and_codes_match_bitsandbytes() -> None:
+def test_int8_scales_and_codes_match_bitsandbytes():
     class Config:
         load_in_8bit = True
 
@@ -75,7 +75,7 @@ def test_int8_scales_and_codes_match_bitsandbytes() -> None:
 
 
 @pytest.mark.parametrize("columns", [64, 160])  # one block of columns, and two and a half
-def test_no_single_code_change_improves_after_sweeps(columns: int) -> None:
+def test_no_single_code_change_improves_after_sweeps(columns):
     grid, weight, moment = (
         four_bit_grid("nf4", False),
         create_matrix(3, columns),
@@ -99,7 +99,7 @@ def test_no_single_code_change_improves_after_sweeps(columns: int) -> None:
     assert (best < 0.5 * compute_error(weight, grid.value(nearest, scales), moment + damping)).all()
 
 
-def test_each_sweep_reduces_error() -> None:
+def test_each_sweep_reduces_error():
     grid, weight, moment = four_bit_grid("nf4", True), create_matrix(32, 256), create_moment(256)
     scales = grid.scales_of(weight)
     stored = grid.stored(scales)
@@ -111,7 +111,7 @@ def test_each_sweep_reduces_error() -> None:
         before, codes = current, improve_codes(weight, codes, stored, moment, grid)
 
 
-def test_uncorrelated_inputs_keep_nearest_codes() -> None:
+def test_uncorrelated_inputs_keep_nearest_codes():
     grid, weight = four_bit_grid("nf4", False), create_matrix(16, 128)
     scales = grid.scales_of(weight)
     nearest = grid.nearest(weight, scales)
@@ -119,7 +119,7 @@ def test_uncorrelated_inputs_keep_nearest_codes() -> None:
     assert torch.equal(improved, nearest)
 
 
-def test_weight_on_grid_keeps_codes() -> None:
+def test_weight_on_grid_keeps_codes():
     grid = four_bit_grid("nf4", True)
     scales = grid.scales_of(create_matrix(16, 128))
     codes = torch.randint(0, 16, (16, 128), generator=torch.Generator().manual_seed(4))
@@ -128,7 +128,7 @@ def test_weight_on_grid_keeps_codes() -> None:
     assert torch.equal(improved, codes)
 
 
-def test_select_codes_preserves_rank_4_change() -> None:
+def test_select_codes_preserves_rank_4_change():
     """Sweeps alone trade the change for less noise; these inputs are nearly uncorrelated."""
     grid, moment = four_bit_grid("nf4", False), 0.1 * create_moment(256) + torch.eye(256)
     origin = create_matrix(192, 256)
@@ -161,7 +161,7 @@ def test_select_codes_preserves_rank_4_change() -> None:
     assert noise[0] < 0.5 * noise[1]
 
 
-def test_directions_span_the_change() -> None:
+def test_directions_span_the_change():
     change, moment = create_matrix(60, 3) @ create_matrix(3, 40, 1), create_moment(40)
     directions = compute_directions(change, moment)
     projected = directions @ (directions.T @ change)
@@ -169,7 +169,7 @@ def test_directions_span_the_change() -> None:
     assert compute_directions(0 * change, moment).abs().sum() == 0
 
 
-def test_shrinkage_generalizes_to_other_inputs() -> None:
+def test_shrinkage_generalizes_to_other_inputs():
     """The moment of 100 rows is noisy off the diagonal; without shrinkage codes overfit."""
     torch.manual_seed(0)
     grid, weight = four_bit_grid("nf4", False), create_matrix(64, 256)

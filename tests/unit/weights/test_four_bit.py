@@ -40,9 +40,7 @@ def create_edge_cases() -> torch.Tensor:
         create_edge_cases(),
     ],
 )
-def test_packed_bytes_match_bitsandbytes(
-    quant_type: str, double: bool, weight: torch.Tensor
-) -> None:
+def test_packed_bytes_match_bitsandbytes(quant_type, double, weight):
     weight = weight.contiguous()
     expected, state = bnb.quantize_4bit(
         weight, quant_type=quant_type, compress_statistics=double, blocksize=64

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ftlevel.errors import InputError
 from ftlevel.weights.checkpoint import load_header
@@ -30,7 +30,7 @@ def write(path: Path) -> int:
     return writer.close()
 
 
-def test_safetensors_loads_written_file(tmp_path: Path) -> None:
+def test_safetensors_loads_written_file(tmp_path):
     path = tmp_path / "a.safetensors"
     assert write(path) == path.stat().st_size
     loaded = load_file(str(path))
@@ -40,15 +40,7 @@ def test_safetensors_loads_written_file(tmp_path: Path) -> None:
         assert torch.equal(loaded[name], tensor)
 
 
-def test_safetensors_file_is_loaded(tmp_path: Path) -> None:
-    path = tmp_path / "a.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in TENSORS.items()}, str(path))
-    stored, _ = load_header(path)
-    for name, tensor in TENSORS.items():
-        assert torch.equal(stored[name].read(), tensor)
-
-
-def test_tensors_are_aligned_to_their_dtype(tmp_path: Path) -> None:
+def test_tensors_are_aligned_to_their_dtype(tmp_path):
     path = tmp_path / "a.safetensors"
     write(path)
     for name, stored in load_header(path)[0].items():
@@ -56,7 +48,7 @@ def test_tensors_are_aligned_to_their_dtype(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 5, 60, -1])
-def test_truncated_file_raises(size: int, tmp_path: Path) -> None:
+def test_truncated_file_raises(size, tmp_path):
     path = tmp_path / "a.safetensors"
     write(path)
     path.write_bytes(path.read_bytes()[:size])

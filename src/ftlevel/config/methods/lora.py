@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ftlevel.config.constraints import Constraints, Excludes
 from ftlevel.config.methods.base import MethodSpec, TargetModules
-from ftlevel.config.preference import Names, Tokens
+from ftlevel.config.section import Names, Tokens
 from ftlevel.config.sections import Positive, QuantConfig, Share
 from ftlevel.errors import excludes, needs
 

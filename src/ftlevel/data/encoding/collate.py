@@ -53,10 +53,12 @@ class CollatorWithRows(Collator):
     """A `Collator` whose batches include their rows, so that an error can name the failing row."""
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Returns the batch plus `rows` and, if any, `contrasts`: a list with a batch of these."""
-        contrasts = [other for row in rows for other in row.contrasts]
-        batch: dict[str, Any] = {**super().__call__(rows), "rows": list(rows)}
-        return {**batch, "contrasts": [super().__call__(contrasts)]} if contrasts else batch
+        """Returns the batch plus `rows`."""
+        return {**super().__call__(rows), "rows": list(rows)}
+
+    def split(self, rows: Sequence[Encoded]) -> list[tuple[list[int], dict[str, Any]]]:
+        """Returns row indices and a batch, of all rows."""
+        return [(list(range(len(rows))), super().__call__(rows))]
 
 
 def pad(rows: Sequence[list[int]], value: int, *, left: bool = False) -> torch.Tensor:

@@ -64,11 +64,6 @@ class Encoded:
         return {}
 
     @property
-    def contrasts(self) -> Sequence[Encoded]:
-        """Sequences that the loss compares with the row, evaluated without gradient."""
-        return ()
-
-    @property
     def group(self) -> bytes | None:
         """Key of the group of rows that belong together, such as those of a query; or None."""
         return None

@@ -332,7 +332,7 @@ def _quantity(values: RoleValues) -> float:
     return number
 
 
-def _name(label: object, what: str, values: RoleValues, role: str = "label") -> str | int:
+def _name(label: object, column: str, values: RoleValues, role: str = "label") -> str | int:
     """Returns the class name of `label`; an integer stays if no name is declared for it."""
     label = _whole(label)
     if type(label) is bool:
@@ -340,7 +340,7 @@ def _name(label: object, what: str, values: RoleValues, role: str = "label") -> 
     if type(label) is int:
         names = values.table.label_names.get(values.columns[role], ())
         return names[label] if 0 <= label < len(names) else label
-    return check_text(label, what)
+    return check_text(label, column)
 
 
 def create_tagged_tokens(values: RoleValues) -> TaggedTokens:

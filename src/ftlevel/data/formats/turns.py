@@ -64,19 +64,19 @@ class UnusableRowError(Exception):
         self.finding = finding
 
 
-def check_text(value: object, what: str) -> str:
-    """Returns `value`; `UnusableRowError`, naming `what`, if it is no string, blank or too long."""
+def check_text(value: object, label: str) -> str:
+    """Returns `value`; `UnusableRowError` with `label` if it is no string, blank or too long."""
     if value is None:
-        raise UnusableRowError(f"{what} is null", "null_content")
+        raise UnusableRowError(f"{label} is null", "null_content")
     if type(value) is not str:
-        raise UnusableRowError(f"{what} is {json_type_name(value)}, not a string")
+        raise UnusableRowError(f"{label} is {json_type_name(value)}, not a string")
     if not value.strip():
-        raise UnusableRowError(f"{what} is empty", "empty_text")
+        raise UnusableRowError(f"{label} is empty", "empty_text")
     if not value.isascii() and not is_encodable(value):
-        raise UnusableRowError(f"{what} has half of a surrogate pair, as of an emoji cut in two")
+        raise UnusableRowError(f"{label} has half of a surrogate pair, as of an emoji cut in two")
     if len(value) > MAX_CHARACTERS:
         raise UnusableRowError(
-            f"{what} has {len(value):,} characters in one text, and at most {MAX_CHARACTERS:,} "
+            f"{label} has {len(value):,} characters in one text, and at most {MAX_CHARACTERS:,} "
             "are encoded at once: break it into paragraphs or rows"
         )
     return value
@@ -135,10 +135,10 @@ def _get_role(name: object, names: Mapping[str, str]) -> str | None:
     return renamed or _ROLES.get(name) or _ROLES.get(name.lower())
 
 
-def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | None:
+def _parse_turn(item: object, label: str, names: Mapping[str, str]) -> Message | None:
     if type(item) is not dict:
         raise UnusableRowError(
-            f"{what} is {json_type_name(item)}, not an object with role and content"
+            f"{label} is {json_type_name(item)}, not an object with role and content"
         )
     role_key, text_key = _get_keys(item, names)
     calls = item.get("tool_calls")
@@ -151,10 +151,10 @@ def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | 
                 guess = format_map_flags({part: others[0 if part == "role" else -1]})
                 hint, finding = f"; name it: {guess}", ""
             raise UnusableRowError(
-                f"{what} has no {key!r} (keys: {join_names(item)}{hint})", finding
+                f"{label} has no {key!r} (keys: {join_names(item)}{hint})", finding
             )
     if item.get("weight") == 0:
-        raise UnusableRowError(f"{what} has weight 0; per-turn weights are not supported")
+        raise UnusableRowError(f"{label} has weight 0; per-turn weights are not supported")
     name, text = item[role_key], item.get(text_key)
     role = _get_role(name, names)
     if role is None:
@@ -162,12 +162,12 @@ def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | 
         hint = hint or "known: system, user, assistant, tool, human, gpt"
         flag = format_map_flags({"user": str(name)})
         raise UnusableRowError(
-            f"{what} has the unknown role {name!r} ({hint}; or map it: {flag}, or assistant=…)",
+            f"{label} has the unknown role {name!r} ({hint}; or map it: {flag}, or assistant=…)",
             "unknown_role",
         )
     if role == "system" and isinstance(text, str) and not text.strip():
         return None
-    content = f"{text_key!r} of {what}"
+    content = f"{text_key!r} of {label}"
     if type(text) is list:
         _refuse_parts(text, content)
     if name == "function_call":
@@ -177,37 +177,37 @@ def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | 
     if not calls and (call := item.get("function_call")):
         calls = [call]
     if calls:
-        extra["tool_calls"] = [_parse_call(call, what) for call in calls]
+        extra["tool_calls"] = [_parse_call(call, label) for call in calls]
     return Message(role, check_text(text, content) if text or not calls else "", extra)
 
 
-def _refuse_parts(parts: Sequence[Any], what: str) -> NoReturn:
+def _refuse_parts(parts: Sequence[Any], label: str) -> NoReturn:
     types = [part.get("type", next(iter(part), "")) for part in parts if isinstance(part, dict)]
     type_name = next((type_ for type_ in types if type_ != "text"), None)
     if type_name is None:
-        raise UnusableRowError(f"{what} is a list of parts, not a string; join their texts")
+        raise UnusableRowError(f"{label} is a list of parts, not a string; join their texts")
     raise UnusableRowError(
-        f"{what} has a part of type {type_name!r}, and ftlevel trains on text only"
+        f"{label} has a part of type {type_name!r}, and ftlevel trains on text only"
     )
 
 
-def _parse_call(call: object, what: str) -> dict[str, Any]:
+def _parse_call(call: object, label: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or "name" not in function:
-        raise UnusableRowError(f"{what} has a tool call without a function and its name")
+        raise UnusableRowError(f"{label} has a tool call without a function and its name")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
-        arguments = parse_json(arguments, f"'arguments' of {what}")
+        arguments = parse_json(arguments, f"'arguments' of {label}")
     parsed = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return {"id": call["id"], **parsed} if isinstance(call, dict) and call.get("id") else parsed
 
 
-def parse_json(text: str, what: str) -> Any:
-    """Returns the value of the JSON `text`; `UnusableRowError`, naming `what`, if it is invalid."""
+def parse_json(text: str, label: str) -> Any:
+    """Returns the value of the JSON `text`; `UnusableRowError` with `label` if it is invalid."""
     try:
         return json.loads(text)
     except ValueError as error:
-        raise UnusableRowError(f"{what} is not valid JSON ({error})") from None
+        raise UnusableRowError(f"{label} is not valid JSON ({error})") from None
 
 
 def parse_turn_list(text: str) -> Any:

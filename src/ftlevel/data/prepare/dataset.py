@@ -30,7 +30,6 @@ from ftlevel.data.encoding.store import RowStore, rows_to_batches, write_store
 from ftlevel.data.gate import Finding
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, Progress
 from ftlevel.data.prepare.loading import encode_data, load_data
-from ftlevel.data.sources.beir import retrieval_files
 from ftlevel.data.sources.hub import is_saved_directory
 from ftlevel.data.sources.readers import data_files, is_pattern, match_files
 from ftlevel.data.sources.table import Part, Table
@@ -174,8 +173,7 @@ def _key(config: DataConfig, context: EncodingContext) -> str | None:
     """Returns the cache key, a digest of all that affects the rows; None if they are not cached."""
     files: list[Path] = []
     names = [config.dataset, *config.also, config.validation_file, config.qrels, config.corpus]
-    if config.qrels is not None:
-        names += retrieval_files(config.qrels)
+    names += context.task.list_files(config)
     for name in filter(None, names):
         paths = resolve_files(str(name), config.input_format)
         if paths is None:

@@ -32,6 +32,7 @@ from ftlevel.data.gate import Finding
 from ftlevel.data.gate.checks import TextCheckContext, TokenCheckContext, get_empty_think_ids
 from ftlevel.data.gate.gate import CheckedTask, Gate, special_token_ids
 from ftlevel.data.gate.similarity import Digests, words_path
+from ftlevel.data.sources.splits import DatasetSplits
 from ftlevel.data.sources.table import BadRow, Row, Table
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.safe_io import open_new
@@ -109,11 +110,19 @@ class DataTask(CheckedTask, ABC):
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
         """Encode `examples`, and apply the maximum length; `table` locates rows in messages."""
 
+    def list_files(self, config: DataConfig) -> list[Path]:
+        """Returns the files that `with_corpus` reads and the configuration does not name."""
+        return []
+
+    def with_corpus(self, splits: DatasetSplits, config: DataConfig) -> DatasetSplits:
+        """Returns `splits` with the validation rows of `qrels` and with the documents to search."""
+        raise ConfigError(f"--corpus: not for --task {self.name}. Drop it.")
+
     def encode_corpus(
         self, encoder: Encoder, documents: Sequence[str]
     ) -> tuple[Sequence[Encoded], Choice]:
         """Returns the encoded documents to search, and a log line; ConfigError if unsupported."""
-        raise ConfigError(f"--corpus: for --task embedding, and this is {self.name}. Drop it.")
+        raise ConfigError(f"--corpus: not for --task {self.name}. Drop it.")
 
     def data_info(self, loaded: Any) -> Mapping[str, Any]:
         """Returns the task's entries about the data in summary.json."""

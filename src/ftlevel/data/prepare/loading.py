@@ -31,7 +31,6 @@ from ftlevel.data.gate import Finding, create_finding, explain_stop
 from ftlevel.data.gate.checks import flat_batches
 from ftlevel.data.gate.gate import handle_unusable_rows
 from ftlevel.data.prepare.encoder import DataTask, EncodingContext, PreparedData, Progress
-from ftlevel.data.sources.beir import load_corpus, load_retrieval_set
 from ftlevel.data.sources.lines import CHUNK_ROWS, STDIN
 from ftlevel.data.sources.splits import DatasetSplits, hold_out, join_splits, load_splits
 from ftlevel.data.sources.streams import refuse_media_columns
@@ -220,10 +219,8 @@ def read_splits(config: DataConfig, task: DataTask, seed: int) -> DatasetSplits:
         table = _read_one(config.validation_file, config, task, None).train
         notes = [*splits.notes, *table.notes, *describe_dropped(table)]
         splits = replace(splits, validation=table, notes=notes)
-    if config.qrels is not None:
-        splits = _with_judgments(splits, config.qrels, config.corpus)
-    elif config.corpus is not None:
-        splits = replace(splits, corpus=load_corpus(config.corpus))
+    if config.qrels is not None or config.corpus is not None:
+        splits = task.with_corpus(splits, config)
     splits = hold_out(splits, config.validation_split or 0.0, seed)
     train, eval_table = splits.train, splits.validation
     if config.max_samples:
@@ -231,26 +228,6 @@ def read_splits(config: DataConfig, task: DataTask, seed: int) -> DatasetSplits:
     if eval_table is not None and config.max_eval_samples:
         eval_table = eval_table.head(config.max_eval_samples)
     return replace(splits, train=train, validation=eval_table)
-
-
-def _with_judgments(splits: DatasetSplits, qrels: Path, corpus: Path | None) -> DatasetSplits:
-    result = load_retrieval_set(qrels, corpus)
-    rows = [
-        {
-            "query": query,
-            "documents": [result.documents[at] for at in grades],
-            "labels": [*grades.values()],
-        }
-        for query, grades in zip(result.queries, result.relevant, strict=True)
-    ]
-    counts = {
-        "documents repeat the text of another one and count once": result.merged,
-        "queries without a relevant document are left out": result.unjudged,
-    }
-    notes = [f"{qrels}: {count:,} {what}" for what, count in counts.items() if count]
-    table = Table(rows, range(1, len(rows) + 1), str(qrels), "row")
-    notes = [*splits.notes, *notes]
-    return replace(splits, validation=table, corpus=result.documents, notes=notes)
 
 
 def read_dataset(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -21,19 +21,20 @@ from ftlevel.data.encoding.row import Encoded
 POOL = 50
 """Number of steps whose rows are sorted together."""
 
-LOOKAHEAD = 10_000
-"""Maximum number of rows with repeated texts to skip while filling a step."""
+
+class EpochSampler(Sampler[int]):
+    """Base class of samplers with an order per epoch; set `epoch` (from 0) before its first row."""
+
+    epoch: int = 0
 
 
-class LengthGroupedSampler(Sampler[int]):
+class LengthGroupedSampler(EpochSampler):
     """Sampler that groups rows of similar length into optimizer steps, in random order.
 
-    `lengths` are in tokens; `step` is the number of rows per step. Set `epoch` (from 0) before the
-    first row of an epoch is read.
+    `lengths` are in tokens; `step` is the number of rows per step.
     """
 
     def __init__(self, lengths: Sequence[int], step: int, seed: int) -> None:
-        self.epoch = 0
         self._lengths = lengths
         self._step = step
         self._seed = seed
@@ -54,82 +55,6 @@ class LengthGroupedSampler(Sampler[int]):
             yield from whole[index]
         for step in rest:
             yield from step
-
-
-class DistinctTextSampler(Sampler[int]):
-    """Sampler in random order; no text occurs in two rows of an optimizer step.
-
-    The rows of a step are consecutive. Rows that fit into no step are in the last steps; `repeated`
-    counts them. Set `epoch` (from 0) before the first row of an epoch is read. Texts are compared
-    only if `is_distinct`.
-
-    If `sets` has the dataset of each row, all rows of a step are from one dataset. Datasets are
-    chosen at random, in proportion to their steps. Short steps end with padding rows, whose index
-    is the number of rows.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[Encoded],
-        step: int,
-        seed: int,
-        sets: Sequence[int] = (),
-        *,
-        is_distinct: bool = True,
-    ) -> None:
-        self.epoch = 0
-        self.repeated = 0
-        self._step, self._seed, self._sets = step, seed, sets
-        text_ids: dict[tuple[int, ...], int] = {}
-        self._texts = [
-            {text_ids.setdefault(tuple(text.input_ids), len(text_ids)) for text in row.sequences}
-            if is_distinct
-            else set()
-            for row in rows
-        ]
-
-    def __len__(self) -> int:
-        return count_padded_rows(self._sets, self._step) if self._sets else len(self._texts)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed + self.epoch)
-        order = torch.randperm(len(self._texts), generator=generator).tolist()
-        self.repeated = 0
-        if not self._sets:
-            for step in self._split(order):
-                yield from step
-            return
-        left: dict[int, list[int]] = {}
-        for row in order:
-            left.setdefault(self._sets[row], []).append(row)
-        steps = {number: list(self._split(rows)) for number, rows in sorted(left.items())}
-        turns = [number for number, own in steps.items() for _ in own]
-        for at in torch.randperm(len(turns), generator=generator).tolist():
-            step = steps[turns[at]].pop(0)
-            yield from step
-            yield from [len(self._texts)] * (self._step - len(step))
-
-    def _split(self, order: list[int]) -> Iterator[list[int]]:
-        """Yields the rows of each step, chosen in order from the rows `order`."""
-        left, limit = deque(order), max(LOOKAHEAD, self._step)
-        while left:
-            used: set[int] = set()
-            chosen: list[int] = []
-            later: list[int] = []
-            while left and len(chosen) < self._step and len(later) < limit:
-                row = left.popleft()
-                if used.isdisjoint(self._texts[row]):
-                    used |= self._texts[row]
-                    chosen.append(row)
-                else:
-                    later.append(row)
-            if len(chosen) < self._step:  # only rows with repeated texts are left or near
-                more = later[: self._step - len(chosen)]
-                later = later[len(more) :]
-                self.repeated += len(more)
-                chosen += more
-            yield chosen
-            left.extendleft(reversed(later))
 
 
 def count_padded_rows(sets: Sequence[int], step: int) -> int:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -172,17 +172,25 @@ def describe_missing(path: Path) -> str:
     return f"{path}: no such file.{did_you_mean(path.name, names)} {listing}"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Chunk:
     """Consecutive rows of a file with line (or row) numbers; `errors` are the unreadable rows.
 
     `end` is the byte after the chunk; None in files without lines.
     """
 
-    rows: list[Row]
-    lines: list[int]
-    errors: list[BadRow]
+    rows: list[Row] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
+    errors: list[BadRow] = field(default_factory=list)
     end: int | None = None
+
+    def add(self, line: int, row: Any, fault: str = "") -> None:
+        """Add `row`, or a `BadRow` with the message `fault` if that is not ""."""
+        if fault:
+            self.errors.append(BadRow(line, fault))
+        else:
+            self.rows.append(row)
+            self.lines.append(line)
 
 
 class Reader(ABC):

@@ -90,7 +90,7 @@ def seconds_per_step(config: TrainConfig) -> float:
     result = plan(config, PlanOptions(probe=True, alternatives=False))
     if result.time is None:
         raise ConfigError("its steps could not be timed")
-    return result.time.seconds_per_epoch / result.steps
+    return result.time.seconds_per_epoch / result.run.schedule.steps_per_epoch
 
 
 def get_run_info(config: TrainConfig) -> dict[str, Any]:

@@ -221,8 +221,8 @@ _SIZE, _DOTS = (6.4, 4.0), 150
 _KINDS = ("png", "svg")
 
 
-def draw_pictures(found: Comparison, result: Mapping[str, Any]) -> list[str]:
-    """Draw plots of comparison `found`, whose `--json` output is `result`; returns their paths."""
+def draw_pictures(comparison: Comparison, result: Mapping[str, Any]) -> list[str]:
+    """Draw plots of `comparison`, whose `--json` output is `result`; returns their paths."""
     if not find_spec("matplotlib"):
         return []
     from matplotlib.figure import Figure
@@ -235,11 +235,11 @@ def draw_pictures(found: Comparison, result: Mapping[str, Any]) -> list[str]:
         "metric-against-time": lambda axes: _scatter(
             axes, rows, [row["seconds"] for row in rows], "time of a run, seconds", metric
         ),
-        "loss": lambda axes: _losses(axes, found),
+        "loss": lambda axes: _losses(axes, comparison),
     }
-    if found.search_results:
-        pictures["search"] = lambda axes: _history(axes, found, metric)
-    folder = found.path / FOLDER
+    if comparison.search_results:
+        pictures["search"] = lambda axes: _history(axes, comparison, metric)
+    folder = comparison.path / FOLDER
     folder.mkdir(exist_ok=True)
     paths = []
     for name, draw in pictures.items():

@@ -76,7 +76,7 @@ def _drawn(path: str) -> NoOpValue:
     )
 
 
-def _taken(path: str) -> NoOpValue:
+def _no_op_if_greedy(path: str) -> NoOpValue:
     return NoOpValue("decoding is greedy", path, (0.0, None), fix="Drop --temperature")
 
 
@@ -93,9 +93,9 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
                              "prompt", "p-tuning", "adapter", "ln-tuning")),
              "false": "--set method.kind=full"}),
     *_flags("--do-sample", "expected true or false.",
-            {"true": _drawn("train.temperature"), "false": _taken("train.temperature")}),
+            {"true": _drawn("train.temperature"), "false": _no_op_if_greedy("train.temperature")}),
     *_flags("--do-sample", "expected true or false.",
-            {"true": _drawn("temperature"), "false": _taken("temperature")},
+            {"true": _drawn("temperature"), "false": _no_op_if_greedy("temperature")},
             on=("generate", "evaluate", "predict")),
     *_flags("--stage --rlhf-type", _NO_REWARDS,
             {**_STAGES,

@@ -15,7 +15,7 @@ from ftlevel.cli.spelling import build_flag_specs, resolve_flag_aliases
 from ftlevel.config import TrainConfig
 from ftlevel.config.flags import FLAGS
 from ftlevel.config.layers import load_yaml_file
-from ftlevel.config.trust import pop_command_line_only
+from ftlevel.config.train import pop_command_line_only
 from ftlevel.errors import ConfigError
 from ftlevel.extensions import hooks
 from ftlevel.extras.other_tools.aliases import (

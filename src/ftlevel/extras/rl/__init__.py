@@ -17,6 +17,8 @@ def _flags() -> list[Flag]:
     rows = ("train", "preview")
     return [
         Flag("rl.reward", "", HOW, rows, is_repeatable=True, metavar="NAME[=W]"),
+        Flag("rl.loss", "", HOW),
+        Flag("rl.beta", "", HOW),
         Flag("rl.num_generations", "", HOW, rows),
         Flag("rl.max_completion_length", "", HOW, rows),
         Flag("rl.stop", "", HOW, rows, is_repeatable=True, metavar="TEXT"),
@@ -43,8 +45,6 @@ def _aliases() -> Mapping[str, FlagAliases]:
     from ftlevel.extras.rl.other_tools import ALIASES
 
     return ALIASES | {
-        "preference.loss": FlagAliases(by_task={"rl": "rl.loss"}),
-        "preference.beta": FlagAliases(by_task={"rl": "rl.beta"}),
         "train.max_new_tokens": FlagAliases(by_task={"rl": "rl.max_completion_length"}),
         "train.temperature": FlagAliases(by_task={"rl": "rl.temperature"}),
         "train.top_p": FlagAliases(by_task={"rl": "rl.top_p"}),

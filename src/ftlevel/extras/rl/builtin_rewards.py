@@ -146,8 +146,10 @@ def last_number(text: str) -> Decimal | None:
 
 def _number_reward(tolerance: Decimal) -> _AnswerReward:
     def score(text: str, _: Sequence[int], reference: Any) -> float:
-        got, expected = last_number(_visible(text)), last_number(_final(reference))
-        return float(got is not None and expected is not None and abs(got - expected) <= tolerance)
+        pred, expected = last_number(_visible(text)), last_number(_final(reference))
+        return float(
+            pred is not None and expected is not None and abs(pred - expected) <= tolerance
+        )
 
     return score
 
@@ -180,8 +182,8 @@ def _math_reward() -> _AnswerReward:
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timer is off
 
     def score(text: str, _: Sequence[int], reference: Any) -> float:
-        gold, got = _parse_math(_final(reference), gold=True), _parse_math(_visible(text))
-        return float(bool(got) and verify(gold, got, timeout_seconds=None))
+        gold, pred = _parse_math(_final(reference), gold=True), _parse_math(_visible(text))
+        return float(bool(pred) and verify(gold, pred, timeout_seconds=None))
 
     return score
 
@@ -279,12 +281,12 @@ def _json_reward(spec: Any) -> Reward:
 
 def _score_json(text: str, reference: Any, validator: Any) -> float:
     try:
-        got = parse_strict_json(_visible(text))
+        pred = parse_strict_json(_visible(text))
     except ValueError:
         return 0.0
-    if validator is not None and not _is_valid(got, validator):
+    if validator is not None and not _is_valid(pred, validator):
         return 0.0
-    return 1.0 if reference is None else _compute_match_ratio(got, reference)
+    return 1.0 if reference is None else _compute_match_ratio(pred, reference)
 
 
 def _is_valid(value: Any, validator: Any) -> bool:
@@ -297,16 +299,16 @@ def _is_valid(value: Any, validator: Any) -> bool:
         return False
 
 
-def _compute_match_ratio(got: Any, reference: Any) -> float:
+def _compute_match_ratio(pred: Any, reference: Any) -> float:
     if isinstance(reference, str):
         try:
             reference = parse_strict_json(reference)
         except ValueError:
-            return float(got == reference)
-    if not isinstance(reference, dict) or not isinstance(got, dict):
-        return float(_same(got, reference))
-    keys = got.keys() | reference.keys()
-    equal = [key in got and key in reference and _same(got[key], reference[key]) for key in keys]
+            return float(pred == reference)
+    if not isinstance(reference, dict) or not isinstance(pred, dict):
+        return float(_same(pred, reference))
+    keys = pred.keys() | reference.keys()
+    equal = [key in pred and key in reference and _same(pred[key], reference[key]) for key in keys]
     return sum(equal) / len(equal) if equal else 1.0
 
 

@@ -14,8 +14,15 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ftlevel.config.constraints import Excludes, Needs, NoEffect, list_violations
 from ftlevel.config.evaluation import EvaluateConfig
-from ftlevel.config.preference import list_unused_fields
-from ftlevel.config.section import Address, Positive, TaskSection, list_unread, parse_range
+from ftlevel.config.section import (
+    TEXT_FIELDS,
+    Address,
+    Positive,
+    TaskSection,
+    list_unread,
+    parse_range,
+)
+from ftlevel.config.sections import list_unused_fields
 from ftlevel.config.trainer import PLATEAU
 from ftlevel.errors import ConfigError, did_you_mean, join_names
 from ftlevel.extras.rl.trust import check_reward_files
@@ -206,16 +213,7 @@ class RlConfig(TaskSection):
     tasks: ClassVar[tuple[str, ...]] = (RL_TASK,)
     summary: ClassVar[str] = "Rewards and the RL loss."
     shorthand: ClassVar[str] = "reward"
-    uses: ClassVar[tuple[str, ...]] = (
-        "train.num_beams",
-        "train.temperature",
-        "train.top_p",
-        "train.predict_with_generate",
-        "train.max_generate_samples",
-        "train.max_new_tokens",
-        "data.system",
-        "data.train_on_inputs",
-    )
+    uses: ClassVar[Mapping[str, tuple[str, ...]]] = {RL_TASK: TEXT_FIELDS}
     has_teacher: ClassVar[bool] = True
     paths: ClassVar[Mapping[str, str]] = {"reward": "--reward"}
     command_line_only: ClassVar[Mapping[str, tuple[str, str]]] = {
@@ -226,7 +224,7 @@ class RlConfig(TaskSection):
     contents: ClassVar[Mapping[str, tuple[str, str]]] = {
         "reward": ("fingerprint", "reward functions or reward models")
     }
-    pipeline_tag: ClassVar[str] = "text-generation"
+    pipeline_tags: ClassVar[Mapping[str, str]] = {RL_TASK: "text-generation"}
 
     reward: Rewards = Field(
         (),

@@ -35,12 +35,13 @@ from ftlevel.models.hardware import DTYPES, device_memory
 from ftlevel.models.loading import build_task_model
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.trained.resolve import resolve_model
-from ftlevel.training.forecast.meta_model import ACTIVATIONS, KEYS_AND_VALUES, LOGITS, PACKED
+from ftlevel.training.forecast.meta_model import ACTIVATIONS, LOGITS
 from ftlevel.training.forecast.seconds import BANDWIDTH_FRACTION, PEAK_FRACTION, Gpu, TimeForecast
 from ftlevel.training.plan.run import Run
 
 SCORING_MODELS = "teacher and reward models"
 SAMPLING = "sampling"
+KEYS_AND_VALUES, PACKED = "keys and values", "packed weights"
 INITIAL = "initial weights"
 """Copy of the trained tensors of step 0, for the KL penalty."""
 

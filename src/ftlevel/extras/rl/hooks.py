@@ -46,13 +46,13 @@ from ftlevel.methods import METHODS
 from ftlevel.models.hardware import autocast
 from ftlevel.trained.model_ref import LoadedModel, ModelRef
 from ftlevel.trained.resolve import ReferenceModel
-from ftlevel.training.forecast.memory import PERSISTENT_PARTS
-from ftlevel.training.forecast.meta_model import ADAPTER, FORWARD, WEIGHTS
+from ftlevel.training.forecast.memory import StepBatch
+from ftlevel.training.forecast.meta_model import ADAPTER, FORWARD, PERSISTENT_PARTS, WEIGHTS
 from ftlevel.training.forecast.seconds import Gpu, TimeForecast
 from ftlevel.training.hooks import EvaluationHooks, TrainingHooks
 from ftlevel.training.model import PreparedModel, load_training_model
 from ftlevel.training.plan.run import Run
-from ftlevel.training.reference import iterate_batches, load_auxiliary_model
+from ftlevel.training.teacher import TEACHER, iterate_batches, load_auxiliary_model
 
 
 class RlHooks(TrainingHooks):
@@ -97,13 +97,11 @@ class RlHooks(TrainingHooks):
         adapted = load_training_model(run, NullListener())
         return preview_rollouts(_create_rollouts(run, adapted.model, teacher), run.data.train)
 
-    def create_scorer(self, run: Run, listener: Listener) -> TeacherScorer | None:
-        """Returns the scorer of on-policy distillation; None without a teacher."""
-        teacher = run.auxiliary.teacher
-        return TeacherScorer(teacher, run, listener) if teacher is not None else None
-
-    def create_sampler(self, run: Run, model: PreparedModel, teacher: Any) -> Rollouts:
+    def create_sampler(self, run: Run, model: PreparedModel, listener: Listener | None) -> Rollouts:
         """Returns the sampler of completions, with the weights of `model` or by a server."""
+        teacher = None
+        if listener is not None and TEACHER in run.auxiliary:
+            teacher = TeacherScorer(run.auxiliary[TEACHER], run, listener)
         url, server = run.config.get_section(RlConfig).rollouts, None
         if url is not None:
             objective: Any = run.objective
@@ -130,12 +128,12 @@ class RlHooks(TrainingHooks):
         return RlTrainer, {"rollouts": sampler, "prompts": rows, "bound": bound}, order
 
     def create_evaluator(
-        self, run: Run, sampler: Rollouts, num_generated: int, settings: Mapping[str, Any]
+        self, run: Run, sampler: Rollouts, settings: Mapping[str, Any]
     ) -> Evaluator:
         """Returns the evaluator that scores sampled completions of validation rows."""
         where = run.data.validation_table.where
         rollouts = sampler.for_rows(where) if sampler is not None else None
-        return RewardEvaluator(**settings, generated_rows=num_generated, rollouts=rollouts)
+        return RewardEvaluator(**settings, rollouts=rollouts)
 
     def check_trainer(self, trainer: RlTrainer, rows: Sequence[Any], listener: Listener) -> None:
         """Sample completions of some prompts before training, and show them."""
@@ -144,6 +142,15 @@ class RlHooks(TrainingHooks):
     def explain_no_effect(self, run: Run, records: Sequence[Mapping[str, Any]]) -> str:
         """Returns why the rewards gave no gradient, and advice; "" if unknown."""
         return get_no_effect_cause(run.config.get_section(RlConfig), records)
+
+    def describe(
+        self, run: Run, records: Sequence[Mapping[str, Any]]
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Returns the teacher, if there is one."""
+        if (teacher := run.auxiliary.get(TEACHER)) is None:
+            return {}, []
+        info = {"teacher": teacher.name, "fingerprint": teacher.fingerprint}
+        return {"distillation": info}, []
 
     def get_warnings(self, run: Run, records: Sequence[Mapping[str, Any]]) -> list[str]:
         """Returns warnings about rewards, lengths and entropy, and about failed rewards."""
@@ -160,9 +167,9 @@ class RlHooks(TrainingHooks):
             "rl", num_generations=STAND_INS, max_completion_length=STAND_IN_TOKENS, rollouts=""
         )
 
-    def add_memory(self, run: Run, peaks: dict[str, dict[str, float]], memory: int) -> None:
+    def add_memory(self, run: Run, peaks: dict[str, dict[str, float]], batch: StepBatch) -> None:
         """Add sampling, initial weights and scoring models to `peaks` (modified)."""
-        if (size := RolloutSize.of(run, memory)) is not None:
+        if (size := RolloutSize.of(run, batch.memory - batch.weights)) is not None:
             parts = {part: n for part, n in peaks[FORWARD].items() if part in PERSISTENT_PARTS}
             peaks[SAMPLING] = {**parts, **estimate_sampling_parts(run, size)}
         added: dict[str, float] = {}

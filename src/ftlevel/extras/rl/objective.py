@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from ftlevel.extras.rl.config import RlConfig
-from ftlevel.objectives import Meter, PolicyObjective, TokenObjective, TrainingLoss
+from ftlevel.objectives import Meter, TokenLogps, TokenObjective, TrainingLoss
 from ftlevel.tasks.losses import Tokens, TokenTargets, mean_or_nan
 
 if TYPE_CHECKING:
@@ -39,11 +39,20 @@ def loss_parameters(config: RlConfig) -> PolicyLossParameters:
 
 
 @dataclass(frozen=True)
-class PolicyGradient(TokenTargets, PolicyObjective):
+class PolicyGradient(TokenTargets, TokenObjective):
     """Objective of policy losses; `watch` is called with each micro-batch's `PolicyLoss`.
 
-    `teacher` is the name of the model to distill from; None if rewards are used.
+    A batch contains `signals` `(targets, n)`. They include a weight per target that already
+    normalizes the loss, so `training_count` is 1. `temperature` divides logits. `teacher` is the
+    name of the model to distill from; None if rewards are used.
     """
+
+    temperature: float = 1.0
+    samples: ClassVar[bool] = True
+    evaluates_first: ClassVar[bool] = True
+    shard_limitation: ClassVar[str] = (
+        "each process samples its own completions with all weights, and would hold a part of them"
+    )
 
     config: RlConfig = field(default_factory=RlConfig)
     teacher: str | None = None
@@ -58,6 +67,17 @@ class PolicyGradient(TokenTargets, PolicyObjective):
         import torch
 
         return torch.ones((), device=labels.device)
+
+    def step_count(self, counts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Returns the first count: the weights are those of the whole step already."""
+        return counts[0]
+
+    def likelihood_loss(self, batch: Mapping[str, Any], compute: TokenLogps) -> torch.Tensor | None:
+        """Returns `policy_sum` of the sampled tokens in a batch; None without `signals`."""
+        if "signals" not in batch:
+            return None
+        log_probs, owners = compute(self.temperature)
+        return self.policy_sum(log_probs, owners, batch["signals"])
 
     def policy_sum(
         self, log_probs: torch.Tensor, owners: torch.Tensor, signals: torch.Tensor

@@ -33,6 +33,7 @@ from ftlevel.evaluation.intervals import ExampleRecord, select_metrics
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.extras.rl.config import RlConfig, unknown_reward
 from ftlevel.extras.rl.losses import combine_rewards
+from ftlevel.extras.rl.objective import PolicyGradient
 from ftlevel.extras.rl.paged_sampling import (
     PagedSampler,
     count_rows_in_memory,
@@ -55,9 +56,7 @@ from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
 from ftlevel.fast.likelihoods import base_model, compute_token_likelihoods
 from ftlevel.fast.packing import using_layout
 from ftlevel.models.hardware import autocast, evaluating, free_memory_bytes
-from ftlevel.objectives import PolicyObjective
 from ftlevel.tasks.base import OutputOptions
-from ftlevel.tasks.preferences.formats import LabeledCompletion
 from ftlevel.trained.generation import GenerationOptions, cut_at_stop, stop_ids
 from ftlevel.trained.model_ref import PLAIN, LoadedModel, ModelRef
 from ftlevel.trained.resolve import compute_fingerprint, resolve_model, resolve_reference
@@ -326,7 +325,7 @@ class Rollouts:
 
 def compute_token_logps(
     model: Any,
-    objective: PolicyObjective,
+    objective: PolicyGradient,
     batches: Iterable[tuple[Sequence[int], Mapping[str, Any]]],
     head: ChunkedCrossEntropy | None = None,
 ) -> dict[int, list[float]]:
@@ -357,7 +356,7 @@ def compute_token_logps(
 
 def score_rows(
     model: Any,
-    objective: PolicyObjective,
+    objective: PolicyGradient,
     rows: Sequence[CompletionRow],
     pad_id: int,
     device: str,
@@ -386,7 +385,7 @@ def open_rewards(
 ) -> Rewards:
     """Create the rewards of `config` for the prompts `rows`; loads no weights.
 
-    The caller has checked the files of reward functions (`config.trust`), which are imported here.
+    The caller has checked the files of reward functions (`trust`), which are imported here.
     `get_position` returns file and line of a table row. Raises ConfigError if a reward does not
     exist, or the rows lack a column or a reference answer for it.
     """
@@ -401,7 +400,7 @@ def open_rewards(
 
 
 def open_teacher(
-    name: str, objective: PolicyObjective, kind: str, tokenizer: Any, device: str, dtype: str
+    name: str, objective: PolicyGradient, kind: str, tokenizer: Any, device: str, dtype: str
 ) -> TokenLogps:
     """Returns a function from completions to their log-probabilities by the teacher `name`.
 
@@ -426,6 +425,10 @@ class RewardEvaluator(Evaluator):
         if self.rollouts is None:
             raise TypeError("rewards need rollouts")
         return replace(self, dtype=model.dtype, rollouts=self.rollouts.with_model(model))
+
+    def for_other(self, model: LoadedModel, encode: Callable[[], Any]) -> RewardEvaluator:
+        """Returns a copy that samples from `model`, as for the evaluated model."""
+        return self.with_model(model)
 
     def get_warnings(self) -> Sequence[str]:
         """Returns which rewards failed."""
@@ -469,6 +472,8 @@ class TrainedRewardModel:
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
         """Returns the score of each completion; NaN for one that the model cannot score."""
+        from ftlevel.extras.preference.formats import LabeledCompletion  # has reward models
+
         if self._loaded is None:
             self._loaded = self.ref.load(self.device)
         questions = [
@@ -477,7 +482,7 @@ class TrainedRewardModel:
         ]
         model = InferenceModel(self._loaded, GenerationOptions(0), None, truncate=True)
         with model.inference():
-            replies = predict_rows(model, questions, OutputOptions()).replies
+            replies, _ = predict_rows(model, questions, OutputOptions())
         return [math.nan if reply is None else float(reply.columns[""]) for reply in replies]
 
 

@@ -18,12 +18,11 @@ import torch
 
 from ftlevel.artifacts.cards import library_versions
 from ftlevel.artifacts.files import Workspace
-from ftlevel.config import ExportConfig
-from ftlevel.config.export import SERVERS, Server
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError, InputError, RunError, join_names
 from ftlevel.events import Listener
 from ftlevel.extras.serving import recorded as answers
+from ftlevel.extras.serving.config import SERVERS, ExportConfig, Server
 from ftlevel.extras.serving.entry import (
     Prompt,
     ServedAdapter,
@@ -38,6 +37,7 @@ from ftlevel.extras.serving.entry import (
     merged_format,
     save_readme,
 )
+from ftlevel.extras.serving.formats import stop_notes
 from ftlevel.extras.serving.recorded import (
     BOUND,
     FILE,
@@ -47,7 +47,6 @@ from ftlevel.extras.serving.recorded import (
     run_prompts,
     save_record,
 )
-from ftlevel.merging.formats.base import stop_notes
 from ftlevel.merging.normal_form import (
     NormalForm,
     build_normal_form,
@@ -426,7 +425,7 @@ class AdaptersExport:
                     "rank": lora and lora.rank,
                     "modules": lora and len(lora.factors),
                     "whole_modules": lora and lora.whole_modules,
-                    "way": lora and lora.way,
+                    "way": lora and lora.computed_from,
                     "changes": lora.notes if lora else [],
                     "chat_template": template and str(template),
                     "check": checks.get(adapter.name),

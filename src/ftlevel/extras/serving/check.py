@@ -20,9 +20,6 @@ from typing import Any
 import numpy as np
 
 from ftlevel.artifacts.files import Workspace
-from ftlevel.commands.export import export
-from ftlevel.config import ExportConfig
-from ftlevel.config.export import SERVERS
 from ftlevel.errors import InputError, RunError, join_names
 from ftlevel.events import Listener, NullListener
 from ftlevel.extras.serving.client import (
@@ -38,8 +35,9 @@ from ftlevel.extras.serving.client import (
     tolerance_of,
     widen_tolerance,
 )
-from ftlevel.extras.serving.config import CheckServedConfig
+from ftlevel.extras.serving.config import SERVERS, CheckServedConfig, ExportConfig
 from ftlevel.extras.serving.entry import rank_limit
+from ftlevel.extras.serving.exporting import export
 from ftlevel.extras.serving.recorded import (
     TOKENS,
     AdapterRecord,

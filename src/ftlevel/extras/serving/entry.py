@@ -13,10 +13,9 @@ from typing import Any
 import yaml
 
 from ftlevel.artifacts.cards import code, one_line, plain
-from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
-from ftlevel.config.export import Server
 from ftlevel.data.encoding.prompts import PromptFormat, encode_prompt, load_prompt_format
 from ftlevel.errors import ConfigError, InputError, join_names, with_article
+from ftlevel.extras.serving.config import Server
 from ftlevel.merging.normal_form import NormalForm
 from ftlevel.methods.merging import load_peft_config
 from ftlevel.models.loading import load_tokenizer
@@ -132,7 +131,7 @@ def _convert_and_run(model: str, task: list[str], path: str, code: list[str]) ->
 
 
 def build_embedding_commands(
-    server: Server, model_path: Path, name: str, format_: EmbeddingFormat
+    server: Server, model_path: Path, name: str, format_: Any
 ) -> list[str]:
     """Returns the commands that serve the embedding model at `model_path` as `name`."""
     path = str(model_path)

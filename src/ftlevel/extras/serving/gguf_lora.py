@@ -19,10 +19,10 @@ from gguf import GGUFReader, GGUFWriter
 from ftlevel.errors import InputError, join_names
 from ftlevel.extras.serving.adapters import Writer, plan_adapters
 from ftlevel.extras.serving.entry import ServedModel
+from ftlevel.extras.serving.gguf_families import FAMILIES, convert, get_gguf_limitations
+from ftlevel.extras.serving.gguf_file import name_map
 from ftlevel.merging.normal_form import NormalForm
 from ftlevel.methods.lora_conversion import Factors
-from ftlevel.weights.gguf_families import FAMILIES, convert, get_gguf_limitations
-from ftlevel.weights.gguf_file import name_map
 
 _FILE = "adapter.gguf"
 

@@ -16,16 +16,13 @@ import torch
 
 from ftlevel.artifacts.cards import library_versions
 from ftlevel.artifacts.files import read_json, write_json
-from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
-from ftlevel.config.export import SERVERS
 from ftlevel.errors import InputError
+from ftlevel.extras.serving.config import SERVERS
 from ftlevel.extras.serving.entry import (
     Prompt,
     ServedModel,
     build_embedding_commands,
     build_model_commands,
-    check_command,
-    serving_lines,
 )
 from ftlevel.models.sources import ModelSource
 from ftlevel.trained.generation import cut_at_stop, has_stop_text, stop_ids
@@ -247,8 +244,13 @@ def parse_record(path: Path, metadata: dict[str, Any]) -> ServingRecord:
     return ServingRecord(metadata, adapters)
 
 
-def start_of(server: str, out: Path, format_: EmbeddingFormat | None = None) -> list[str]:
-    """Returns commands that serve the full model at `out`; `format_` is for embedding models."""
+def start_commands(server: str | None, out: Path, format_: Any = None) -> list[str]:
+    """Returns commands that serve the full model at `out`; empty without a server.
+
+    `format_` has pooling, normalization and prompts of an embedding model.
+    """
+    if server is None:
+        return []
     if format_ is not None:
         return build_embedding_commands(SERVERS[server], out, out.stem, format_)
     return build_model_commands(SERVERS[server], out, out.stem)
@@ -281,15 +283,6 @@ def record_whole(
     record_ = record(
         name, out.name if out.suffix else ".", None, prompts, {"trained": trained, "base": base}
     )
-    start = start_of(metadata["server"], out)
+    start = start_commands(metadata["server"], out)
     head = {"model": metadata["model"], "server": metadata["server"], "base": None, "start": start}
     save_record(path, {**head, **metadata}, [record_])
-
-
-class ServedWhole:
-    """Serving of an exported full model; implements the protocol `ServerSupport`."""
-
-    start_commands = staticmethod(start_of)
-    record = staticmethod(record_whole)
-    readme = staticmethod(serving_lines)
-    check_command = staticmethod(check_command)

@@ -275,7 +275,7 @@ class Bottleneck(Method):
         if positions is None:
             raise InputError(
                 f"--method adapter: no positions are known for {model.config.model_type!r}. "
-                f"Families: {', '.join(ADAPTER_POSITIONS)}. Name the last linears of its "
+                f"Families: {', '.join(ADAPTER_POSITIONS)}. Name the last linear layers of its "
                 "sub-layers with --target-modules, or use --method lora."
             )
         pattern = re.compile(target_pattern(positions, spec.placement))

@@ -277,7 +277,7 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
                 raise ValueError(
                     "no positions for bottleneck adapters are known for model_type "
                     f"{model_config.get('model_type')!r}, only for {', '.join(ADAPTER_POSITIONS)}. "
-                    "Set target_modules to the last linears of its sub-layers."
+                    "Set target_modules to the last linear layers of its sub-layers."
                 )
             peft_config.target_modules = target_pattern(positions, peft_config.placement)
         return peft_config

@@ -7,9 +7,7 @@ the meta device. Operations on ordinary tensors are executed, so masks and label
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,19 +17,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ftlevel.models.upstream.architectures import NAMES, can_pack
 
-_AT_INDEX = (
-    torch.ops.aten.index.Tensor,
-    torch.ops.aten.index_put.default,
-    torch.ops.aten.index_put_.default,
-)
-
-
-_IDENTITIES = (torch.ops.aten.eye.default, torch.ops.aten.eye.m)
-
 
 def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     """Apply `function` to the leaves of nested tuples, lists and dicts; returns a new tree."""
     return tree_map(function, tree)
+
+
+_MATRIX = 2  # dimensions
 
 
 class FakeTensor(Tensor):
@@ -62,14 +54,17 @@ class FakeTensor(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Returns fake results of `func`; shapes are computed on meta tensors."""
-        if func in _OF_SPARSE and (result := _OF_SPARSE[func](*args)) is not None:
+        if func in _SPARSE:
+            result = FakeTensor(_SPARSE[func](*tree_map(_as_meta, args)))
+            if func is _NEW_SPARSE:
+                result.sparse_indices = args[3]
+            elif func is not _VALUES:
+                result.sparse_indices = getattr(args[-1], "sparse_indices", None)
             return result
         sources: dict[int, Tensor] = {}
 
         def enter(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            meta = _inner(value)
+            meta = _as_meta(value)
             sources[id(meta)] = value
             return meta
 
@@ -80,55 +75,35 @@ class FakeTensor(Tensor):
             return FakeTensor(value) if source is None else source
 
         meta_kwargs = {k: "meta" if k == "device" else v for k, v in (kwargs or {}).items()}
-        meta_args, meta_kwargs = tree_map(enter, args), tree_map(enter, meta_kwargs)
+        meta_args, meta_kwargs = tree_map(enter, (args, meta_kwargs))
         return tree_map(leave, func(*meta_args, **meta_kwargs))
 
 
-def _new_sparse(_: int, __: int, size: Any, indices: Any, values: Any, *___: Any) -> FakeTensor:
-    return _sparse_of(_inner(values), size, indices)
+def _as_meta(value: Any) -> Any:
+    if isinstance(value, FakeTensor) or not isinstance(value, Tensor):
+        return getattr(value, "shape_only", value)
+    return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="meta")
 
 
-def _sparse_of(values: Tensor, size: Any, indices: Tensor | None) -> FakeTensor:
-    sparse = FakeTensor(values.as_strided(size, (0,) * len(size)))
-    sparse.sparse_indices = indices
-    return sparse
+def _num_stored(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
 
 
-def _masked(dense: FakeTensor, mask: FakeTensor) -> FakeTensor:
-    return _sparse_of(
-        _inner(dense).new_empty(_inner(mask).untyped_storage().nbytes() // mask.dtype.itemsize),
-        mask.size(),
-        mask.sparse_indices,
-    )
+def _as_sparse(values: Tensor, size: Any) -> Tensor:
+    return values.as_strided(size, (0,) * len(size))
 
 
-def _values_of(sparse: FakeTensor) -> FakeTensor:
-    meta = sparse.shape_only
-    count = meta.untyped_storage().nbytes() // meta.dtype.itemsize
-    return FakeTensor(meta.as_strided((count,), (1,)))
-
-
-def _detached(tensor: FakeTensor) -> FakeTensor | None:
-    """Returns `tensor` detached if it is sparse (with its indices); else None."""
-    indices = getattr(tensor, "sparse_indices", None)
-    return None if indices is None else _sparse_of(tensor.shape_only, tensor.size(), indices)
-
-
-_OF_SPARSE: dict[Any, Callable[..., FakeTensor | None]] = {
-    torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors.default: _new_sparse,
-    torch.ops.aten.sparse_mask.default: _masked,
-    torch.ops.aten._values.default: _values_of,
-    torch.ops.aten.detach.default: _detached,
+_NEW_SPARSE = torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors.default
+_VALUES = torch.ops.aten._values.default
+_SPARSE: dict[Any, Callable[..., Tensor]] = {
+    _NEW_SPARSE: lambda _, __, size, ___, values, *____: _as_sparse(values, size),
+    _VALUES: lambda tensor: tensor.as_strided((_num_stored(tensor),), (1,)),
+    torch.ops.aten.sparse_mask.default: (
+        lambda dense, mask: _as_sparse(dense.new_empty(_num_stored(mask)), mask.size())
+    ),
+    torch.ops.aten.detach.default: Tensor.detach,
 }
-"""Operations on sparse matrices, which SHiRA uses."""
-
-
-def _inner(value: Tensor) -> Tensor:
-    return value.shape_only if isinstance(value, FakeTensor) else _shape_of(value)
-
-
-def _shape_of(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+"""Operations on sparse matrices, which SHiRA uses: meta tensors that store only the values."""
 
 
 def storage_of(tensor: Tensor) -> Any:
@@ -141,10 +116,9 @@ class Params4bit(FakeTensor):
     """Fake 4-bit weights; named like bitsandbytes' class because PEFT checks the class name."""
 
 
-class OperationWatch(TorchDispatchMode, ABC):  # type: ignore[no-untyped-call]  # torch's
+class OperationWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     """Base class of dispatch modes that observe the results of this thread's tensor operations."""
 
-    @abstractmethod
     def on_result(self, tensor: Tensor) -> None:
         """Observe a result of an operation: a new tensor, a view, or a modified tensor."""
 
@@ -168,31 +142,43 @@ class OperationWatch(TorchDispatchMode, ABC):  # type: ignore[no-untyped-call]  
         return result
 
 
+_AT_INDEX = (
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.index_put_.default,
+)
+_IDENTITIES = (torch.ops.aten.eye.default, torch.ops.aten.eye.m)
+
+
 def _as_positions(indices: Any) -> Iterator[Tensor | None]:
     """Yields `indices`, with each boolean mask replaced by the positions where it is True."""
     for index in indices:
-        if index is not None and index.dtype == torch.bool:
-            yield from index.nonzero(as_tuple=True)
-        else:
-            yield index
+        is_mask = index is not None and index.dtype == torch.bool
+        yield from index.nonzero(as_tuple=True) if is_mask else (index,)
+
+
+def fill_vectors(model: torch.nn.Module) -> None:
+    """Replace biases and norms of a meta `model` (modified) by ones; the fast step reads them."""
+    vectors: dict[Any, Any] = {}  # tied ones stay tied
+    for module in model.modules():
+        for name, tensor in module._parameters.items():
+            if tensor is not None and tensor.dim() < _MATRIX:
+                ones = torch.ones(tensor.shape, dtype=tensor.dtype)
+                vector = torch.nn.Parameter(ones, tensor.requires_grad)
+                module._parameters[name] = vectors.setdefault(tensor, vector)
 
 
 def fake_parameters(model: torch.nn.Module) -> None:
     """Replace parameters and buffers of `model` (modified) by fakes; tied ones stay tied."""
-    fakes: dict[int, tuple[Any, Any]] = {}
+    fakes: dict[Any, Any] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in fakes:  # kept alive, so that its id is not reused
-                    fakes[id(tensor)] = (tensor, _fake(tensor))
-                tensors[name] = fakes[id(tensor)][1]
+                if tensor is not None and not isinstance(tensor, FakeTensor):
+                    tensors[name] = fakes.setdefault(tensor, _fake(tensor))
 
 
 def _fake(tensor: Tensor) -> Tensor:
-    if isinstance(tensor, FakeTensor):
-        return tensor
     fake_tensor = new_fake(tensor.shape, tensor.dtype)
     if not isinstance(tensor, torch.nn.Parameter):
         return fake_tensor
@@ -204,95 +190,69 @@ def new_fake(shape: Any, dtype: torch.dtype) -> Tensor:
     return FakeTensor(torch.empty(tuple(shape), dtype=dtype, device="meta"))
 
 
-def pack_fake(model: torch.nn.Module, dtype: torch.dtype, experts: Any = None) -> set[str]:
-    """Replace bitsandbytes weights in `model` (modified) by fakes; returns the modules' names."""
+def pack_fake(model: torch.nn.Module, dtype: torch.dtype, experts: Any = None) -> list[Tensor]:
+    """Replace bitsandbytes weights in `model` (modified) by fakes; returns all their tensors.
+
+    `experts` is the quantization config if experts are quantized, too.
+    """
     import bitsandbytes as bnb
 
-    packed = set()
-    for name, module in list(model.named_modules()):
+    tensors: list[Tensor] = []
+    for module in list(model.modules()):
         if experts is not None and can_pack(module):
-            _pack_experts(module, dtype, experts)
+            tensors += _pack_experts(module, dtype, experts)
         elif isinstance(module, bnb.nn.Linear4bit):
-            weight = module.weight
-            state = _fake_state(
-                (module.out_features, module.in_features),
-                weight.quant_type,
-                weight.compress_statistics,
-                dtype,
-            )
-            module._parameters["weight"], module.quant_state = _fake_codes(state), state
+            args = module.weight.quant_type, module.weight.compress_statistics
+            shape = module.out_features, module.in_features
+            weight, packed = _quantize(shape, dtype, *args)
+            module._parameters["weight"], module.quant_state = weight, weight.quant_state
             module.compute_dtype, module.compute_type_is_set = dtype, True
             module.support_avx512bf16_for_cpu = False
+            tensors += packed
         elif isinstance(module, bnb.nn.Linear8bitLt):
-            _pack_8bit(module)
-        else:
-            continue
-        packed.add(name)
-    return packed
+            tensors += _pack_8bit(module)
+    return tensors
 
 
-def _fake_state(shape: tuple[int, ...], quant_type: str, double: bool, dtype: torch.dtype) -> Any:
-    """Returns a fake `QuantState` with blocks of 64; `double`: the scales are quantized, too."""
-    from bitsandbytes.functional import QuantState
+def _quantize(
+    shape: Sequence[int], dtype: torch.dtype, quant_type: str, double: bool
+) -> tuple[Any, list[Tensor]]:
+    """Returns fake 4-bit weights and all their tensors; `double`: the scales are quantized, too."""
+    from bitsandbytes.functional import quantize_4bit
 
-    blocks = -(-math.prod(shape) // 64)
-    state2 = offset = None
-    if double:
-        offset = new_fake((), torch.float32)
-        scales = new_fake((-(-blocks // 256),), torch.float32)
-        code = new_fake((256,), torch.float32)
-        state2 = QuantState(scales, code=code, blocksize=256, dtype=torch.float32)
-    absmax = new_fake((blocks,), torch.float32 if state2 is None else torch.uint8)
-    codes = new_fake((16,), torch.float32)
-    return QuantState(absmax, torch.Size(shape), codes, 64, quant_type, dtype, offset, state2)
-
-
-def _fake_codes(state: Any) -> Any:
-    shape = (-(-math.prod(state.shape) // 2), 1)
-    weight: Any = Params4bit(torch.empty(shape, dtype=torch.uint8, device="meta"))
+    codes, state = quantize_4bit(
+        new_fake(shape, dtype), compress_statistics=double, quant_type=quant_type
+    )
+    weight: Any = Params4bit(codes.shape_only)
     weight.quant_state, weight._is_param = state, True
-    return weight
+    states = [state] if state.state2 is None else [state, state.state2]
+    tensors = (value for each in states for value in vars(each).values())
+    return weight, [weight, *(value for value in tensors if isinstance(value, Tensor))]
 
 
-def _pack_experts(module: Any, dtype: torch.dtype, config: Any) -> None:
+def _pack_experts(module: Any, dtype: torch.dtype, config: Any) -> list[Tensor]:
     from bitsandbytes.nn.parametrize import Bnb4bitParametrization
     from torch.nn.utils.parametrize import register_parametrization
 
     from ftlevel.models.upstream.experts import assume_even_experts
 
+    tensors: list[Tensor] = []
     for name in NAMES:
-        state = _fake_state(
-            tuple(module._parameters[name].shape),
-            config.bnb_4bit_quant_type,
-            config.bnb_4bit_use_double_quant,
-            dtype,
-        )
-        module._parameters[name] = _fake_codes(state)
+        shape = module._parameters[name].shape
+        args = config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant
+        module._parameters[name], packed = _quantize(shape, dtype, *args)
+        state = module._parameters[name].quant_state
         register_parametrization(module, name, Bnb4bitParametrization(state), unsafe=True)
+        tensors += packed
     assume_even_experts(module.config)
+    return tensors
 
 
-def _pack_8bit(module: Any) -> None:
+def _pack_8bit(module: Any) -> list[Tensor]:
     shape = (module.out_features, module.in_features)
     weight = torch.nn.Parameter(new_fake(shape, torch.int8), requires_grad=False)
     weight.CB = weight.SCB = None  # type: ignore[attr-defined]
     module._parameters["weight"] = weight
     module.state.CB, module.state.has_fp16_weights = weight.data, False
     module.state.SCB = new_fake(shape[:1], torch.float32)
-
-
-def packed_tensors(module: Any) -> Iterator[Tensor]:
-    """Yields all tensors of a module's fake packed weights."""
-    if hasattr(module, "parametrizations"):
-        weights = [module.parametrizations[name].original for name in NAMES]
-    else:
-        weights = [module.weight]
-    for weight in weights:
-        yield weight
-        state = getattr(weight, "quant_state", None)
-        if state is None:
-            yield module.state.SCB
-        while state is not None:
-            parts = (state.absmax, state.code, state.offset)
-            yield from (part for part in parts if part is not None)
-            state = state.state2
+    return [weight, module.state.SCB]

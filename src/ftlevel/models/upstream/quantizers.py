@@ -40,7 +40,7 @@ def prepare_quantized(model: Any, quantization: Any, *, pre_quantized: bool) -> 
     return quantizer
 
 
-def replaced_linears(model: Any, quantization: Any, *, pre_quantized: bool) -> dict[str, bool]:
+def replaced_layers(model: Any, quantization: Any, *, pre_quantized: bool) -> dict[str, bool]:
     """Replace layers of `model` (modified) by bitsandbytes'; returns name -> if it was Conv1D."""
     prepare_quantized(model, quantization, pre_quantized=pre_quantized)
     return {

@@ -15,11 +15,12 @@ is the resident memory of a CPU run:
 - with quantized weights: pages of the unquantized checkpoint, which stay mapped.
 
 The two copies and the 128 MiB of `MAX_FREE_HEAP_BYTES` are assumed, not traced to a cause. With
-them, 13 settings of three models are within 10 % (docs/plan.md).
+them, 21 settings of three models are within 10 % (docs/plan.md).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,25 +39,24 @@ from ftlevel.models.hardware import (
     resident_bytes,
 )
 from ftlevel.models.quantization import as_quant_config, get_quantization_config, quantization_name
-from ftlevel.objectives import TokenObjective
-from ftlevel.training.forecast.memory import StepMemory, count_computed_layers, estimate_step_memory
+from ftlevel.training.forecast.memory import BlockSample, StepMemory, estimate_step_memory
 from ftlevel.training.forecast.meta_model import (
     ACTIVATIONS,
     ADAPTER,
     BACKWARD,
-    CASTS,
     FORWARD,
     GRADIENTS,
-    KEYS_AND_VALUES,
     LOGITS,
     OPTIMIZER,
-    PACKED,
+    PERSISTENT_PARTS,
+    QUANTIZED,
+    TEMPORARY_PARTS,
     UPDATE,
     WEIGHTS,
     WORKSPACE,
 )
 from ftlevel.training.forecast.seconds import Gpu
-from ftlevel.training.forecast.shares import GATHERED, REDUCED, get_sharded_model
+from ftlevel.training.forecast.shares import get_sharded_model
 from ftlevel.training.plan.run import Run
 from ftlevel.training.proof import MAX_TEST_LOGITS
 from ftlevel.training.verify import select_compared_rows
@@ -71,42 +71,16 @@ MAX_FREE_HEAP_BYTES = 128 * 2**20
 """Assumed cap of free heap blocks: `TRIM_BYTES` of cli/startup.py, above which glibc trims it.
 It fits the settings of docs/plan.md and is not proven."""
 
-_TEMPORARY = (ACTIVATIONS, LOGITS, WORKSPACE, CASTS)
-_HALF_BYTES = {"bfloat16": 2, "float16": 2}
-
 
 def estimate_process(run: Run, step: StepMemory) -> int:
     """Returns the peak resident memory of a CPU run in bytes; `step` estimates its tensors."""
-    libraries = resident_bytes() + LAZY_IMPORT_BYTES
-    mapped = _mapped_bytes(run, step)
-    return libraries + max(
-        _loading_bytes(run, step),
-        mapped + _check_bytes(run),
-        mapped + _add_fragmentation(step.parts) + _head_copy_bytes(run),
-        mapped + _proof_bytes(step),
+    loaded = sum(step.parts.get(part, 0) for part in (WEIGHTS, QUANTIZED, ADAPTER))
+    moments = (_check_bytes(run), _training_bytes(run, step), loaded + 16 * MAX_TEST_LOGITS)
+    return (
+        resident_bytes()
+        + LAZY_IMPORT_BYTES
+        + max(_loading_bytes(run, step), _mapped_bytes(run, step) + max(moments))
     )
-
-
-def _mapped_bytes(run: Run, step: StepMemory) -> int:
-    """Returns the bytes of checkpoint pages that stay mapped after quantization."""
-    model = run.model
-    dtype = DTYPES[model.dtype]
-    is_converted = model.source.gguf_file is None and model.config.dtype != dtype
-    if model.quant.kind == "none" or is_converted:
-        return 0
-    return max(0, model.total_parameters * dtype.itemsize - step.parts.get(WEIGHTS, 0))
-
-
-def _head_copy_bytes(run: Run) -> int:
-    if not isinstance(run.objective, TokenObjective):
-        return 0
-    hidden = getattr(run.model.config.get_text_config(), "hidden_size", 0)
-    return 2 * DTYPES[run.model.dtype].itemsize * run.model.vocabulary * hidden
-
-
-def _add_fragmentation(parts: dict[str, int]) -> int:
-    temporary = sum(parts.get(part, 0) for part in _TEMPORARY)
-    return sum(parts.values()) + min(MAX_FREE_HEAP_BYTES, int(HOLES * temporary))
 
 
 def _loading_bytes(run: Run, step: StepMemory) -> int:
@@ -117,62 +91,56 @@ def _loading_bytes(run: Run, step: StepMemory) -> int:
     return weights + sum(file.stat().st_size for file in files)
 
 
+def _mapped_bytes(run: Run, step: StepMemory) -> int:
+    """Returns the bytes of checkpoint pages that stay mapped after quantization."""
+    model, dtype = run.model, DTYPES[run.model.dtype]
+    is_converted = model.source.gguf_file is None and model.config.dtype != dtype
+    if model.quant.kind == "none" or is_converted:
+        return 0
+    return max(0, model.total_parameters * dtype.itemsize - step.parts.get(WEIGHTS, 0))
+
+
+def _training_bytes(run: Run, step: StepMemory) -> int:
+    model, hidden = run.model, getattr(run.model.config.get_text_config(), "hidden_size", 0)
+    head = DTYPES[model.dtype].itemsize * model.vocabulary * hidden
+    return _add_free_heap(step.parts) + 2 * head * run.objective.predicts_tokens
+
+
+def _add_free_heap(parts: Mapping[str, int]) -> int:
+    temporary = sum(parts.get(part, 0) for part in TEMPORARY_PARTS)
+    return sum(parts.values()) + min(MAX_FREE_HEAP_BYTES, int(HOLES * temporary))
+
+
 def _check_bytes(run: Run) -> int:
     """Returns the peak bytes of verifying the fast step before training; 0 if disabled."""
     rows = select_compared_rows(run.data.train) if run.fast.enabled else []
     if run.config.speed.verify is False or not rows:
         return 0
-    reference_run = run.with_settings(
-        "train", per_device_train_batch_size=len(rows), gradient_accumulation_steps=1
-    )
-    reference_run = run.hooks.as_checked(reference_run)
-    float32_: Any = replace(
-        reference_run,
+    settings = {"per_device_train_batch_size": len(rows), "gradient_accumulation_steps": 1}
+    plain = replace(
+        run.hooks.as_checked(run.with_settings("train", **settings)),
         model=replace(run.model, dtype="float32"),
         fast=replace(run.fast, enabled=False),
         data=replace(run.data, train=rows),
     )
-    estimate = estimate_step_memory(float32_, 0)
-    moments = [dict(parts) for moment, parts in estimate.moments.items() if moment != UPDATE]
-    for moment_parts in moments:
-        moment_parts.pop(OPTIMIZER, None)
-    parts = max(moments, key=lambda moment_parts: sum(moment_parts.values()))
+    peaks = estimate_step_memory(plain, 0).moments
+    moments = [
+        {part: int(size) for part, size in peaks[moment].items() if part != OPTIMIZER}
+        for moment in peaks.keys() - {UPDATE}
+    ]
+    parts = max(moments, key=lambda parts: sum(parts.values()))
     weights, trained = parts.get(WEIGHTS, 0), parts.get(ADAPTER, 0)
     is_full = not METHODS[run.config.method.kind].is_adapter  # full: weights are always float32
-    half_bytes = 0 if is_full else weights * _HALF_BYTES.get(run.model.dtype, 0) // 4
-    grad_bytes = max(parts.get(GRADIENTS, 0), weights if is_full else trained)
-    parts[GRADIENTS] = grad_bytes  # fast and plain step, and the initial values
-    return _add_fragmentation({part: int(size) for part, size in parts.items()}) + int(
-        half_bytes + 2 * grad_bytes
-    )
-
-
-def _proof_bytes(step: StepMemory) -> int:
-    persistent = sum(
-        step.parts.get(part, 0)
-        for part in step.parts
-        if part not in (*_TEMPORARY, OPTIMIZER, GRADIENTS)
-    )
-    return persistent + 4 * 4 * MAX_TEST_LOGITS
+    copies = 0 if is_full or run.model.dtype == "float32" else weights // 2
+    gradients = max(parts.get(GRADIENTS, 0), weights if is_full else trained)
+    # Those of the fast and of the plain step, and the initial values.
+    return _add_free_heap({**parts, GRADIENTS: 3 * gradients}) + copies
 
 
 ALLOCATOR = "allocator and context"
-
 CONTEXT_BYTES, SLACK = 600 * 2**20, 0.05
 """Bytes of a CUDA context, and overhead of torch's allocator as a fraction of temporary tensors.
 Assumed allowances: neither was measured on a GPU."""
-
-TEMPORARY_PARTS = (
-    ACTIVATIONS,
-    LOGITS,
-    WORKSPACE,
-    CASTS,
-    GRADIENTS,
-    GATHERED,
-    REDUCED,
-    KEYS_AND_VALUES,
-    PACKED,
-)
 
 
 @dataclass(frozen=True)
@@ -205,8 +173,12 @@ class Device:
         if the step cannot run on meta tensors.
         """
         context = CONTEXT_BYTES if self.kind == "cuda" else 0
+        memory, sharded = self.memory - context, None
         try:
-            memory = self._tensors(run, self.memory - context)
+            if self.ranks > 1:
+                sharded = get_sharded_model(run, self.ranks)
+                memory += int(sum(sharded.saved_bytes.values()))
+            step = estimate_step_memory(run, memory)
         except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
             message = " ".join(str(error).split())[:160]
             raise ConfigError(
@@ -214,44 +186,26 @@ class Device:
                 f"computed without its weights ({message}), so its memory is not known. Train with "
                 "--max-steps 2: summary.json has the peak."
             ) from error
+        step = step if sharded is None else sharded.estimate_rank(step)
         if context:
-            moving = sum(memory.parts.get(part, 0) for part in TEMPORARY_PARTS)
-            memory.parts[ALLOCATOR] = context + int(SLACK * moving)
-        return memory
-
-    def _tensors(self, run: Run, memory: int) -> StepMemory:
-        if self.ranks == 1:
-            return estimate_step_memory(run, memory)
-        shard = run.config.train.shard
-        sharded = get_sharded_model(run)
-        saved_bytes = 0 if shard == "none" else int(sum(sharded.saved_bytes(self.ranks).values()))
-        return sharded.estimate_rank(
-            estimate_step_memory(run, memory + saved_bytes), self.ranks, shard
-        )
+            temporary = step.peak - sum(step.parts.get(part, 0) for part in PERSISTENT_PARTS)
+            step.parts[ALLOCATOR] = context + int(SLACK * temporary)
+        return step
 
 
-@dataclass(frozen=True)
-class MemoryRequirement:
-    """Memory requirement of a run on a device.
+@dataclass(frozen=True, kw_only=True)
+class MemoryRequirement(StepMemory):
+    """Memory requirement of a run on a device; see `StepMemory` for the tensors of a step.
 
     Attributes:
-        parts, at, tokens: as in `StepMemory`.
         recomputed_peak: peak with gradient checkpointing in all blocks, if checkpointing is
             automatic and the run does not fit without; None otherwise.
         process: bytes of the whole process, tensors included; None except for a single CPU process.
     """
 
-    parts: dict[str, int]
-    at: str
     device: Device
-    tokens: int
     recomputed_peak: int | None = None
     process: int | None = None
-
-    @property
-    def peak(self) -> int:
-        """Bytes at the peak."""
-        return sum(self.parts.values())
 
     @property
     def does_fit(self) -> bool:
@@ -265,14 +219,23 @@ class MemoryRequirement:
         if self.recomputed_peak is not None:
             recomputed = f"{self.recomputed_peak / 2**30:,.2f} GiB"
             word += f" with gradient checkpointing, as auto does ({recomputed} with all blocks)"
-        process = (
-            "" if self.process is None else f" ({self.process / 2**30:,.2f} GiB whole process)"
-        )
+        process = f" ({self.process / 2**30:,.2f} GiB whole process)" if self.process else ""
         at = f"{self.at} pass" if self.at in (FORWARD, BACKWARD) else self.at
         return (
             f"{word}: peak {self.peak / 2**30:,.2f} GiB{process}, in the {at}; "
             f"{self.device.memory / 2**30:,.2f} GiB available ({self.device.name})"
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the values for JSON."""
+        return {
+            "peak_bytes": self.peak,
+            "process_bytes": self.process,
+            "parts": self.parts,
+            "at": self.at,
+            "memory_bytes": self.device.memory,
+            "fits_in_memory": self.does_fit,
+        }
 
 
 def estimate_requirement(run: Run, device: Device) -> MemoryRequirement:
@@ -280,11 +243,15 @@ def estimate_requirement(run: Run, device: Device) -> MemoryRequirement:
 
     ConfigError if the step fails on meta tensors, or for quantization other than bitsandbytes.
     """
-    _validate_quantization(run)
-    memory = device.forecast(run)
-    is_host = device.kind == "cpu" and device.ranks == 1
-    process = estimate_process(run, memory) if is_host else None
-    need = MemoryRequirement(memory.parts, memory.at, device, memory.tokens, process=process)
+    quantization = get_quantization_config(run.model.config)
+    if quantization is not None and as_quant_config(quantization) is None:
+        raise ConfigError(
+            f"--model {run.model.source.name} is quantized by {quantization_name(quantization)}, "
+            "whose memory cannot be estimated. Plan for the original model with --quant."
+        )
+    step = device.forecast(run)
+    process = estimate_process(run, step) if device.kind == "cpu" and device.ranks == 1 else None
+    need = MemoryRequirement(**vars(step), device=device, process=process)
     is_automatic = run.config.train.gradient_checkpointing is None and device.kind == "cuda"
     if need.does_fit or not is_automatic:
         return need
@@ -358,25 +325,24 @@ def fit_run(run: Run, device: Device, previous_tokens: int | None = None) -> Fit
     can_recompute = not train.recomputes and train.may_recompute(device.kind)
     if not (sizes or can_recompute):
         return fit
+    wanted = min(MIN_TOKENS, run.fast.tokens) if sizes else 1
     try:
-        tokens, peak = _search_tokens(run, device, sizes=sizes)
-        wanted = min(MIN_TOKENS, run.fast.tokens) if sizes else 1
-        other = (0, peak)
-        if can_recompute and tokens < wanted:
+        tries = [(*_search_tokens(run, device, sizes=sizes), False)]
+        if can_recompute and tries[0][0] < wanted:
             recomputed = run.with_settings("train", gradient_checkpointing=True)
-            other = _search_tokens(recomputed, device, sizes=sizes)
+            tries.append((*_search_tokens(recomputed, device, sizes=sizes), True))
     except FtlevelError as error:
         return replace(fit, choices=[*choices, Choice(name, "off", f"auto: {error}")])
-    recomputes = other[0] > tokens or (other[0] == tokens and other[1] < peak)
-    shown, memory, lower = (f"{b / 2**30:,.2f} GiB" for b in (peak, device.memory, other[1]))
+    tokens, peak, recomputes = max(tries, key=lambda result: (result[0], -result[1]))
+    first, lower, memory = (f"{b / 2**30:,.2f} GiB" for b in (tries[0][1], peak, device.memory))
     if can_recompute:
-        message = f"auto: a step needs {shown} of {memory}" + f", {lower} with it" * recomputes
+        message = f"auto: a step needs {first} of {memory}" + f", {lower} with it" * recomputes
         choices = [*choices, Choice(name, "all blocks" if recomputes else "off", message)]
-    if tokens := max(tokens, other[0]) if sizes else 0:
-        message = f"auto: {lower if recomputes else shown} at the peak of a step, of {memory}"
-        choices = [*choices, Choice("micro-batch", f"{tokens:,} tokens", message)]
-        return Fit(tokens, recomputes, device.memory, choices)
-    return replace(fit, recomputes=recomputes, choices=choices)
+    if not (sizes and tokens):
+        return replace(fit, recomputes=recomputes, choices=choices)
+    message = f"auto: {lower} at the peak of a step, of {memory}"
+    choices = [*choices, Choice("micro-batch", f"{tokens:,} tokens", message)]
+    return Fit(tokens, recomputes, device.memory, choices)
 
 
 def _search_tokens(run: Run, device: Device, *, sizes: bool) -> tuple[int, int]:
@@ -390,30 +356,16 @@ def _search_tokens(run: Run, device: Device, *, sizes: bool) -> tuple[int, int]:
         step = max(tokens, run.config.train.rows_per_device_step * run.data.max_length)
         tokens = min(step, max(MAX_GPU_TOKENS, longest))
     for _ in range(_MAX_ATTEMPTS if sizes else 1):
-        fast = replace(run.fast, tokens=tokens)
-        forecast = device.forecast(replace(run, fast=fast))
-        peak, memory = forecast.peak, device.memory
-        if peak <= memory:
-            return max(tokens, 1), peak  # the plain step has 0
-        if not sizes or forecast.tokens <= longest:  # a row alone
-            break
+        forecast = device.forecast(replace(run, fast=replace(run.fast, tokens=tokens)))
+        if forecast.peak <= device.memory:
+            return max(tokens, 1), forecast.peak  # the plain step has 0
         variable = sum(forecast.parts.get(part, 0) for part in _VARIABLE_PARTS)
-        available = memory - (peak - variable)
-        if available <= 0 or not variable:
+        available = device.memory - (forecast.peak - variable)
+        if not sizes or forecast.tokens <= longest or available <= 0:  # even a row alone
             break
         tokens = min(tokens, forecast.tokens * run.fast.workers)
         tokens = min(tokens - 1, int(_SAFETY_FACTOR * tokens * available / variable))
-    return 0, peak
-
-
-def _validate_quantization(run: Run) -> None:
-    quantization_config = get_quantization_config(run.model.config)
-    if quantization_config is not None and as_quant_config(quantization_config) is None:
-        raise ConfigError(
-            f"--model {run.model.source.name} is quantized by "
-            f"{quantization_name(quantization_config)}, whose memory cannot be "
-            "estimated. Plan for the original model with --quant."
-        )
+    return 0, forecast.peak
 
 
 MAX_BLOCKS = 16
@@ -448,25 +400,18 @@ class MemoryEstimate:
         """Returns estimated and measured bytes; `before` is the RSS before the model was loaded."""
         if self.need is None:
             return {"peak_bytes": None, "reason": self.reason}
-        need, device = self.need, self.need.device.kind
-        if device == "cuda":
-            planned, measured = need.peak - CONTEXT_BYTES, reserved_memory_bytes()
-        else:
-            planned, measured = need.peak, peak_memory_bytes(device) - before
+        need, device, off = self.need, self.need.device.kind, None
+        values, measured = need.to_dict(), peak_memory_bytes(device) - before
+        if device == "cuda":  # elsewhere the measurement covers more than the estimate
+            values["peak_bytes"], measured = need.peak - CONTEXT_BYTES, reserved_memory_bytes()
+            off = values["peak_bytes"] / max(1, measured) - 1
         return {
-            "peak_bytes": planned,
-            "process_bytes": need.process,
-            "parts": need.parts,
-            "at": need.at,
-            "memory_bytes": need.device.memory,
-            "fits_in_memory": need.does_fit,
+            **values,
             "verdict": need.verdict(),
             "measured_bytes": measured,
             "measured_process_bytes": None if need.process is None else peak_memory_bytes(device),
-            "measured": _MEASUREMENT_BY_DEVICE.get(device, _MEASUREMENT_BY_DEVICE["mps"]),
-            "off": planned / max(1, measured) - 1
-            if device == "cuda"
-            else None,  # elsewhere the measurement covers more than the estimate
+            "measured": _MEASUREMENT_BY_DEVICE[device],
+            "off": off,
         }
 
 
@@ -476,7 +421,7 @@ def estimate_memory(run: Run, world_size: int) -> MemoryEstimate:
         return MemoryEstimate(None, f"{world_size} processes; run `ftlevel plan`")
     if run.model.total_parameters < MIN_PARAMETERS:
         return MemoryEstimate(None, "a small model: Python and its libraries take more")
-    if count_computed_layers(run) > MAX_BLOCKS:
+    if BlockSample.of(run).count > MAX_BLOCKS:
         return MemoryEstimate(None)
     try:
         return MemoryEstimate(estimate_requirement(run, Device.of(run.model.device)))

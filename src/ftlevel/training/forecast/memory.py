@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,139 +23,38 @@ from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor
 
 from ftlevel.artifacts.run_directory import RunDirectory
-from ftlevel.config import QuantConfig
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.row import Encoded
+from ftlevel.data.encoding.store import token_counts
 from ftlevel.fast.blocked_attention import split_queries
-from ftlevel.fast.checks import PruningCheck
-from ftlevel.fast.likelihoods import TokenSelector, base_model
 from ftlevel.fast.packed_attention import batch_sequences
-from ftlevel.fast.packing import PackedModel
-from ftlevel.fast.plan import set_packed_attention
-from ftlevel.fast.step import FastStep
-from ftlevel.fast.step_collator import StepCollator, TextCollator
 from ftlevel.methods import METHODS
 from ftlevel.models.loading import build_task_model
-from ftlevel.models.module_tree import ModuleTree, get_blocks
-from ftlevel.models.upstream.fake import packed_tensors
+from ftlevel.models.module_tree import ModuleTree, get_stacks
 from ftlevel.models.upstream.tensors import as_gpu
-from ftlevel.objectives import StepObjective
-from ftlevel.trained.adapt import apply_method
 from ftlevel.training.build_trainer import create_trainer
 from ftlevel.training.forecast.meta_model import (
-    ACTIVATIONS,
     ADAPTER,
     BACKWARD,
-    CASTS,
     FIRST_BLOCK,
     FORWARD,
     GRADIENTS,
-    LOGITS,
-    OPTIMIZER,
     QUANTIZED,
+    TEMPORARY_PARTS,
     UPDATE,
     WEIGHTS,
-    WORKSPACE,
     FakeModel,
     LiveMemoryTracker,
     create_fake_model,
-    get_block_signatures,
-    targets_in,
-    with_layers,
+    select_needed_tokens,
 )
 from ftlevel.training.memory import set_checkpointing
-from ftlevel.training.model import PreparedModel
+from ftlevel.training.model import PreparedModel, trainable_parameters
 from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
 from ftlevel.training.resume import ResumeState
-from ftlevel.training.whole_step import GRAPH_MEMORY_RATIO
-
-MAX_PARAMETERS = 120_000_000
-"""Largest one-block model built to find pruning, as for models up to 3B parameters. Beyond, all
-tokens of the last block are assumed to be computed."""
-
-_WORDS = 64
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """Last-layer pruning: `linears` compute only tokens that `needed` selects (None: all)."""
-
-    needed: TokenSelector | None = None
-    linears: Sequence[str] = ()
-
-    def apply_to(self, fast: FastStep, model: Any) -> None:
-        """Restrict the last block of `model` (modified) to the needed tokens."""
-        if self.linears:
-            last = get_blocks(base_model(model))[-1]
-            fast.prune(self.needed, [last.get_submodule(name) for name in self.linears])
-
-
-def get_pruning(run: Run) -> Pruning:
-    """Returns how the last block of `run` can be pruned; empty if all tokens are computed."""
-    if not (run.fast.enabled and run.fast.packs and run.fast.prunes_last_layer):
-        return Pruning()
-    last = getattr(run.model.config.get_text_config(), "num_hidden_layers", 1) - 1
-    small = _shrink(run.model.config, last)
-    model = build_task_model(small, run.model.auto_class)
-    if sum(parameter.numel() for parameter in model.parameters()) > MAX_PARAMETERS:
-        return Pruning()
-    method = METHODS[run.config.method.kind]
-    base = replace(
-        run, model=replace(run.model, config=small, quant=QuantConfig())
-    ).base  # quantization does not change which tokens reach the loss
-    base = replace(base, targets=targets_in(model, base.targets, [last]))
-    model = apply_method(model, method.initialization.without_weights(run.config.method), base)
-    model = _with_random_weights(model)
-    blocks = get_blocks(base_model(model))
-    if not blocks or not set_packed_attention(base_model(model)):
-        return Pruning()
-    packing = PackedModel(base_model(model))
-    rows = [_with_small_vocabulary(row) for row in run.data.train[:64]]
-    try:
-        check = PruningCheck(model, blocks[-1], rows, 0, "cpu", run.model.dtype)
-        needed, linears = check(run.objective)
-    finally:
-        packing.remove()
-    names = {module: name for name, module in blocks[-1].named_modules()}
-    return Pruning(needed, [names[linear] for linear in linears])
-
-
-def _shrink(config: Any, layer: int) -> Any:
-    """Returns `config` with a small vocabulary and only layer `layer` of encoder and decoder."""
-    config = with_layers(config, [layer])
-    for owner in (config, config.get_text_config()):
-        owner.vocab_size, owner.pad_token_id = _WORDS, 0
-    return config
-
-
-def _with_random_weights(model: Any) -> Any:
-    generator = torch.Generator().manual_seed(0)
-    model = model.to_empty(device="cpu").float()
-    with torch.no_grad():
-        for tensor in model.parameters():
-            tensor.normal_(0.5 if tensor.dim() < 2 else 0.0, 0.05, generator=generator)
-        for name, tensor in model.named_buffers():
-            if tensor.is_floating_point():
-                tensor.uniform_(0.1, 1.0, generator=generator)
-            elif name.endswith("position_ids"):
-                tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape))
-            else:
-                tensor.zero_()  # token type ids
-    return model
-
-
-def _with_small_vocabulary(row: Encoded) -> Encoded:
-    return replace(row, input_ids=[3 + token % (_WORDS - 3) for token in row.input_ids])
-
-
-_WORKER_PARTS = (ACTIVATIONS, LOGITS, WORKSPACE, CASTS)
-"""Parts that each parallel worker allocates for itself."""
-PERSISTENT_PARTS = (WEIGHTS, QUANTIZED, ADAPTER, OPTIMIZER)
-"""Parts that stay between steps."""
 
 _SAMPLED_STEPS = 16
-_MAX_ROWS = 20_000  # rows whose lengths are read
 
 Peaks = Mapping[str, Mapping[str, float]]
 """Moment → part → bytes at the peak of that moment."""
@@ -188,50 +87,23 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
 
     `memory` is bytes available to tensors. On a GPU, it limits the chunk size of the logits.
     """
-    layers = LayerSample.of(run)
-    pruning = get_pruning(run)
-    batch = _get_largest_batch(run, pruning)
-    is_full = not METHODS[run.config.method.kind].is_adapter
+    sample, batch = BlockSample.of(run), _get_largest_batch(run)
     with ExitStack() as stack:
         stack.enter_context(as_gpu(run.model.device == "cuda"))
-        fake_models = [
-            stack.enter_context(closing(create_fake_model(run, some))) for some in layers.samples
-        ]
-        trackers = [
-            _track_weights(LiveMemoryTracker(run.model.vocabulary), fake, is_full=is_full)
-            for fake in fake_models
-        ]
-        weights = layers.extend([live.peaks for live in trackers])[FORWARD]
-        available = memory - int(sum(weights.values())) if run.model.device == "cuda" else None
-        peaks = layers.extend(
-            [
-                _simulate_step(run, live, fake, batch, pruning=pruning, available=available)
-                for fake, live in zip(fake_models, trackers, strict=True)
-            ]
+        models = [stack.enter_context(closing(create_fake_model(run, b))) for b in sample.models]
+        trackers = [_track_weights(run, model) for model in models]
+        weights = sum(sample.extend([live.peaks for live in trackers])[FORWARD].values())
+        available = memory - int(weights) if run.model.device == "cuda" else None
+        pairs = zip(models, trackers, strict=True)
+        peaks = sample.extend(
+            [_simulate_step(run, live, model, batch, available) for model, live in pairs]
         )
     for parts in peaks.values():
-        for part in _WORKER_PARTS:
+        for part in TEMPORARY_PARTS:
             parts[part] = parts.get(part, 0) * batch.num_workers
-    if graph_bytes := _get_graph_bytes(run, peaks, batch, memory):
-        for moment in (FORWARD, BACKWARD, FIRST_BLOCK):
-            peaks[moment][ACTIVATIONS] += graph_bytes
-    run.hooks.add_memory(run, peaks, memory - int(sum(weights.values())))
+    batch = replace(batch, memory=memory, weights=int(weights))
+    run.hooks.add_memory(run, peaks, batch)
     return get_peak(peaks, batch.tokens)
-
-
-def _get_graph_bytes(
-    run: Run, peaks: Mapping[str, Mapping[str, float]], batch: _Batch, memory: int
-) -> float:
-    """Returns the bytes of autograd graphs that a loss over the whole step keeps; 0 for others."""
-    cache = run.config.embedding.grad_cache
-    is_distributed = (run.config.train.num_processes or 1) > 1
-    if not isinstance(run.objective, StepObjective) or is_distributed or cache == "always":
-        return 0.0
-    per_token = peaks[FORWARD].get(ACTIVATIONS, 0) / (batch.tokens * batch.num_workers)
-    weights = sum(size for part, size in peaks[FORWARD].items() if part in PERSISTENT_PARTS)
-    if cache == "auto" and batch.step_tokens * per_token > GRAPH_MEMORY_RATIO * (memory - weights):
-        return 0.0
-    return per_token * max(batch.step_tokens - batch.tokens * batch.num_workers, 0)
 
 
 def get_peak(peaks: Peaks, tokens: int) -> StepMemory:
@@ -241,95 +113,83 @@ def get_peak(peaks: Peaks, tokens: int) -> StepMemory:
     return StepMemory(dict(sorted(sizes.items(), key=lambda item: -item[1])), at, tokens, peaks)
 
 
-def count_computed_layers(run: Run) -> int:
-    """Returns how many layers the memory estimate of `run` must simulate."""
-    layers = LayerSample.of(run)
-    return sum(layers.count if sample is None else len(sample) for sample in layers.samples)
-
-
 @dataclass(frozen=True)
-class LayerSample:
-    """Small models whose memory is simulated, to extrapolate the memory of the whole model.
+class BlockSample:
+    """Names of blocks whose memory is simulated, to extrapolate the memory of the whole model.
 
     Attributes:
-        samples: layer indices of each small model; None is the whole model.
-        times: factor f of each model but the first: whole = first + Σ f · (model − first).
-        count: layers of the whole model; per stack if encoder and decoder have equally many.
+        ends: first and last block of each stack; all blocks if sampling would not be faster.
+        times: each sampled block between them → number n of blocks like it:
+            whole = ends + Σ n · (ends and this block − ends).
     """
 
-    samples: tuple[tuple[int, ...] | None, ...]
-    times: tuple[float, ...]
-    count: int
+    ends: tuple[str, ...]
+    times: Mapping[str, int]
 
     @classmethod
-    def of(cls, run: Run) -> LayerSample:
-        """Returns the small models to simulate for `run`; the whole model if none represent it."""
-        stacks = get_block_signatures(run)
-        if len({len(stack) for stack in stacks}) != 1:
-            return cls((None,), (), sum(map(len, stacks)))
-        layer_types = list(zip(*stacks, strict=True))
-        return _sample_by_type(run, layer_types) or cls((None,), (), len(layer_types))
+    def of(cls, run: Run) -> BlockSample:
+        """Returns the blocks to simulate for `run`, one of each kind between the ends.
+
+        Blocks are of one kind, and need equal memory, if parameter shapes, per-layer settings and
+        adapted modules are equal.
+        """
+        model = build_task_model(run.model.config, run.model.auto_class)
+        tree, targets = ModuleTree(model), set(run.base.targets)
+        settings = [v for v in model.config.get_text_config().to_dict().values() if _is_list(v)]
+        ends: list[str] = []
+        kinds: dict[str, list[str]] = {}
+        names: list[str] = []
+        for stack in tree.blocks:
+            blocks = list(tree.modules[stack].children())
+            names += (own := [f"{stack}.{at}" for at in range(len(blocks))])
+            ends += dict.fromkeys((own[0], own[-1]))
+            for at, block in enumerate(blocks[1:-1], 1):
+                shapes = [(name, parameter.shape) for name, parameter in block.named_parameters()]
+                own_settings = [value[at] for value in settings if len(value) == len(blocks)]
+                adapted = [n for n, _ in block.named_modules() if f"{own[at]}.{n}" in targets]
+                kind = repr((stack, shapes, own_settings, adapted))
+                kinds.setdefault(kind, []).append(own[at])
+        sample = cls(tuple(ends), {alike[0]: len(alike) for alike in kinds.values()})
+        return sample if kinds and sample.count < len(names) else cls(tuple(names), {})
 
     @property
-    def sample(self) -> dict[int, int] | None:
-        """Index of each simulated layer → number of layers it stands for; None: whole model."""
-        first = self.samples[0]
-        if first is None:
-            return None
-        num_layers = dict.fromkeys(first, 1)
-        for some, times in zip(self.samples[1:], self.times, strict=True):
-            new_layers = [at for at in some or () if at not in first]
-            total = round(times * len(new_layers))
-            num_layers |= {
-                at: len(range(turn, total, len(new_layers))) for turn, at in enumerate(new_layers)
-            }
-        return dict(sorted(num_layers.items()))
+    def count(self) -> int:
+        """Number of blocks to simulate."""
+        return len(self.ends) + len(self.times) * (len(self.ends) + 1)
+
+    @property
+    def models(self) -> list[set[str]]:
+        """Names of the blocks of each model to simulate."""
+        return [set(self.ends), *({*self.ends, name} for name in self.times)]
 
     def extend(self, computed: Sequence[Peaks]) -> dict[str, dict[str, float]]:
-        """Returns the whole model's peaks (phase → category → bytes), given the small models'."""
+        """Returns the whole model's peaks (phase → category → bytes), given those of `models`."""
         first, *others = computed
-        shared = [moment for moment in first if all(moment in other for other in others)]
         return {
             moment: {
                 part: first[moment].get(part, 0)
                 + sum(
                     times * (other[moment].get(part, 0) - first[moment].get(part, 0))
-                    for times, other in zip(self.times, others, strict=True)
+                    for times, other in zip(self.times.values(), others, strict=True)
                 )
-                for part in dict.fromkeys(p for peaks in computed for p in peaks[moment])
+                for part in dict.fromkeys(part for peaks in computed for part in peaks[moment])
             }
-            for moment in shared
+            for moment in first
         }
 
 
-def _sample_by_type(run: Run, layer_types: Sequence[Any]) -> LayerSample | None:
-    """Returns small models: first, last and one layer per type; None if slower or impossible."""
-    last = len(layer_types) - 1
-    between: list[list[int]] = []
-    for at in range(1, last):
-        alike = next((group for group in between if layer_types[group[0]] == layer_types[at]), None)
-        if alike is None:
-            between.append([at])
-        else:
-            alike.append(at)
-    if not between or 2 + 3 * len(between) > len(layer_types):
-        return None
-    samples = ((0, last), *((0, group[0], last) for group in between))
-    for some in samples:
-        if list(zip(*get_block_signatures(run, some), strict=True)) != [
-            layer_types[at] for at in some
-        ]:
-            return None
-    return LayerSample(samples, tuple(len(group) for group in between), len(layer_types))
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
 
 
 @dataclass(frozen=True)
-class _Batch:
+class StepBatch:
     """Inputs of one micro-batch.
 
     Attributes:
         has_others: whether the step has other micro-batches.
         step_tokens: positions of all micro-batches of the step.
+        memory: bytes for tensors on the device, of which weights take `weights`.
     """
 
     inputs: dict[str, Any]
@@ -337,8 +197,11 @@ class _Batch:
     has_others: bool
     num_workers: int
     step_tokens: int
+    memory: int = 0
+    weights: int = 0
 
     def copy_inputs(self) -> dict[str, Any]:
+        """Returns the inputs with a copy of each micro-batch, which a step changes."""
         batches = self.inputs.get("micro_batches")
         copies = {} if batches is None else {"micro_batches": [dict(part) for part in batches]}
         return {**self.inputs, **copies}
@@ -348,53 +211,44 @@ def _simulate_step(
     run: Run,
     tracker: LiveMemoryTracker,
     fake_model: FakeModel,
-    batch: _Batch,
-    *,
-    pruning: Pruning,
+    batch: StepBatch,
     available: int | None,
 ) -> Peaks:
-    cpu_run = replace(run, model=replace(run.model, device="cpu"))
-    if fake_model.fast is not None:
-        pruning.apply_to(fake_model.fast, fake_model.model)
-        if fake_model.fast.cross_entropy is not None:
-            fake_model.fast.cross_entropy.fit_chunks(available)
+    run = replace(run, model=replace(run.model, device="cpu"))
+    model, fast = fake_model.model, fake_model.fast
+    if fast is not None and fast.cross_entropy is not None:
+        fast.cross_entropy.fit_chunks(available)
     with tempfile.TemporaryDirectory() as nowhere:
-        model = PreparedModel(fake_model.model, {}, fake_model.fast, {})
-        output_dir = RunDirectory(Path(nowhere))
-        trainer = create_trainer(cpu_run, model, output_dir, ResumeState(), Processes())
+        prepared, output_dir = PreparedModel(model, {}, fast, {}), RunDirectory(Path(nowhere))
+        trainer = create_trainer(run, prepared, output_dir, ResumeState(), Processes())
     split_queries.cache_clear()  # tensors cached for a different depth would not be counted
     batch_sequences.cache_clear()
-    hooks = _install_hooks(tracker, trainer)
-    model.model.train()
+    _install_hooks(tracker, trainer)
+    model.train()
     if run.model.dtype != "float32":  # as accelerate does when training begins
-        model.model.forward = convert_outputs_to_fp32(model.model.forward)
-    set_checkpointing(fake_model.model, cpu_run)  # auto checkpointing is decided later
-    try:
-        with trainer.standalone_steps(run.model.dtype), tracker:
-            _create_optimizer_states(tracker, trainer, has_gradients=batch.has_others)
-            tracker.moment = FORWARD
-            trainer.training_step(fake_model.model, batch.copy_inputs(), 1)  # any number of targets
-            tracker.moment = UPDATE
-            trainer.optimizer.step()
-    finally:
-        for hook in hooks:
-            hook.remove()
+        model.forward = convert_outputs_to_fp32(model.forward)
+    set_checkpointing(model, run)  # auto checkpointing is decided later
+    with trainer.standalone_steps(run.model.dtype), tracker:
+        _create_optimizer_states(tracker, trainer, has_gradients=batch.has_others)
+        tracker.moment = FORWARD
+        trainer.training_step(model, batch.copy_inputs(), 1)  # any number of targets
+        tracker.moment = UPDATE
+        trainer.optimizer.step()
     return tracker.peaks
 
 
-def _track_weights(
-    tracker: LiveMemoryTracker, fake_model: FakeModel, *, is_full: bool
-) -> LiveMemoryTracker:
-    for module in (fake_model.model.get_submodule(name) for name in fake_model.packed):
-        for tensor in packed_tensors(module):
-            tracker.add(tensor, QUANTIZED)
+def _track_weights(run: Run, fake_model: FakeModel) -> LiveMemoryTracker:
+    tracker = LiveMemoryTracker(run.model.vocabulary)
+    is_full = not METHODS[run.config.method.kind].is_adapter
+    for tensor in fake_model.quantized:
+        tracker.add(tensor, QUANTIZED)
     for tensor in (*fake_model.model.parameters(), *fake_model.model.buffers()):
         if not tracker.has_tensor(tensor):
             tracker.add(tensor, ADAPTER if tensor.requires_grad and not is_full else WEIGHTS)
     return tracker
 
 
-def _install_hooks(tracker: LiveMemoryTracker, trainer: Any) -> list[Any]:
+def _install_hooks(tracker: LiveMemoryTracker, trainer: Any) -> None:
     model, backward = trainer.model, trainer.accelerator.backward
 
     def begin(*args: Any, **kwargs: Any) -> None:
@@ -411,16 +265,10 @@ def _install_hooks(tracker: LiveMemoryTracker, trainer: Any) -> list[Any]:
             tracker.add(parameter.grad, GRADIENTS)
 
     trainer.accelerator.backward = begin
-    tree = ModuleTree(model)
-    stacks = [list(tree.modules[stack].children()) for stack in tree.blocks]
-    return [
-        *(stack[0].register_forward_hook(on_first_block) for stack in stacks[:1]),
-        *(
-            p.register_post_accumulate_grad_hook(track)
-            for p in model.parameters()
-            if p.requires_grad
-        ),
-    ]
+    for stack in get_stacks(model)[:1]:
+        stack[0].register_forward_hook(on_first_block)
+    for parameter in cast("list[Any]", trainable_parameters(model)):
+        parameter.register_post_accumulate_grad_hook(track)
 
 
 def _create_optimizer_states(
@@ -438,26 +286,23 @@ def _create_optimizer_states(
     tracker.is_counting = True
 
 
-def _get_largest_batch(run: Run, pruning: Pruning) -> _Batch:
-    train, fast = run.config.train, run.fast
-    rows, size = run.data.train, train.per_device_train_batch_size
+def _get_largest_batch(run: Run) -> StepBatch:
+    train, fast, rows = run.config.train, run.fast, run.data.train
     if not fast.enabled:
-        by_length = sorted(_sample_rows(rows), key=lambda row: -len(row.input_ids))
-        batch_rows, longest = by_length[:size], len(by_length[0].input_ids)
-        shorter = [row for row in by_length[size:] if len(row.input_ids) < longest]
-        if size > 1 and shorter:  # rows of one length would need no mask
-            batch_rows[-1] = shorter[0]
-        batch_rows = run.hooks.with_targets(run, batch_rows)
+        size, lengths = train.per_device_train_batch_size, token_counts(rows)
+        longest = np.argsort(-lengths, kind="stable")
+        selected, others = longest[:size], longest[size:]
+        shorter = others[lengths[others] < lengths.max()]
+        if size > 1 and len(shorter):  # rows of one length would need no mask
+            selected[-1] = shorter[0]
+        batch_rows = run.hooks.with_targets(run, [rows[int(at)] for at in selected])
         inputs = Collator(run.model.pad_id)(batch_rows)
-        has_others = train.gradient_accumulation_steps > 1
         tokens = inputs["input_ids"].numel()
-        return _Batch(inputs, tokens, has_others, 1, tokens)
-    needed_tokens = pruning.needed if pruning.linears else None
-    has_step_loss = isinstance(run.objective, StepObjective)
-    collate = (TextCollator if has_step_loss else StepCollator)(
-        run.model.pad_id, replace(fast, shared_prefix=False, needed_tokens=needed_tokens)
-    )
-    candidates: list[_Batch] = []
+        return StepBatch(inputs, tokens, train.gradient_accumulation_steps > 1, 1, tokens)
+    has_step_loss = run.objective.needs_whole_step
+    fast = replace(fast, shared_prefix=False, needed_tokens=select_needed_tokens(run))
+    collate = run.hooks.collator(run.model.pad_id, fast)
+    candidates: list[StepBatch] = []
     for step in _steps(run, has_step_loss):
         step = run.hooks.with_targets(run, step)
         batch = collate(step)
@@ -467,7 +312,7 @@ def _get_largest_batch(run: Run, pruning: Pruning) -> _Batch:
         largest = batches[sizes.index(max(sizes))]
         micro_batch = {"rows": step, "micro_batches": [largest], "in_parallel": False}
         has_others = len(batches) > num_workers
-        candidates.append(_Batch(micro_batch, max(sizes), has_others, num_workers, sum(sizes)))
+        candidates.append(StepBatch(micro_batch, max(sizes), has_others, num_workers, sum(sizes)))
     if has_step_loss:
         return max(candidates, key=lambda batch: batch.step_tokens)
     return max(candidates, key=lambda batch: (batch.tokens * batch.num_workers, batch.has_others))
@@ -480,24 +325,12 @@ def _num_positions(batch: Mapping[str, Any]) -> int:
 
 def _steps(run: Run, has_step_loss: bool) -> list[list[Encoded]]:
     """Returns rows of random steps; unless `has_step_loss`, a step of the longest rows is first."""
-    rows, train = run.data.train, run.config.train
-    draw, sample = random.Random(train.seed), _sample_rows(rows)
-    sample.sort(key=lambda row: -len(row.input_ids))
-    longest_rows = sample[: train.rows_per_device_step]
-    if len(longest_rows[0].input_ids) == len(sample[-1].input_ids):
-        return [longest_rows]
-    sets = np.array(run.data.sets or [0] * len(rows))
-    groups = [np.flatnonzero(sets == index).tolist() for index in np.unique(sets)]
-    steps = [
-        [rows[at] for at in draw.sample(own, min(train.rows_per_device_step, len(own)))]
-        for own in groups
-        for _ in range(_SAMPLED_STEPS)
-    ]
-    return steps if has_step_loss else [longest_rows, *steps]
-
-
-def _sample_rows(rows: Sequence[Encoded]) -> list[Encoded]:
-    if len(rows) <= _MAX_ROWS:
-        return list(rows)
-    stride = len(rows) / _MAX_ROWS
-    return [rows[int(at * stride)] for at in range(_MAX_ROWS)]
+    rows, size = run.data.train, run.config.train.rows_per_device_step
+    draw, lengths = random.Random(run.config.train.seed), token_counts(rows)
+    longest = np.argsort(-lengths, kind="stable")[:size].tolist()
+    steps = [] if has_step_loss else [longest]
+    if lengths.min() < lengths.max():
+        sets = np.array(run.data.sets or [0] * len(rows))
+        groups = [np.flatnonzero(sets == index).tolist() for index in np.unique(sets)]
+        steps += [draw.sample(own, min(size, len(own))) for own in groups * _SAMPLED_STEPS]
+    return [[rows[at] for at in step] for step in steps or [longest]]

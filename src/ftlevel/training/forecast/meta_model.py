@@ -7,74 +7,49 @@ Workspace that a kernel allocates and frees internally is not counted.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import random
+import re
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from ftlevel.config import DataConfig
-from ftlevel.config.section import Choice
-from ftlevel.data.prepare.encoder import PreparedData
-from ftlevel.data.sources.table import Table
-from ftlevel.errors import InputError
+from ftlevel.fast.checks import get_linear_layers
+from ftlevel.fast.likelihoods import PooledTokens, SupervisedTokens, TokenSelector, base_model
 from ftlevel.fast.plan import uses_fused_layers
 from ftlevel.fast.step import FastStep
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import DTYPES
-from ftlevel.models.kinds import max_positions
-from ftlevel.models.loading import build_task_model, keep_heads, load_tokenizer
-from ftlevel.models.module_tree import ModuleTree
+from ftlevel.models.loading import build_task_model, keep_heads
+from ftlevel.models.module_tree import ModuleTree, get_blocks
 from ftlevel.models.quantization import build_quantization_config, packs_experts
-from ftlevel.models.sources import ModelSource
 from ftlevel.models.upstream.architectures import can_pack
-from ftlevel.models.upstream.fake import OperationWatch, fake_parameters, pack_fake, storage_of
+from ftlevel.models.upstream.fake import (
+    OperationWatch,
+    fake_parameters,
+    fill_vectors,
+    pack_fake,
+    storage_of,
+)
 from ftlevel.models.upstream.quantizers import quantize_shape
-from ftlevel.models.upstream.tensors import direct_tensors
-from ftlevel.tasks import BaseTask
 from ftlevel.trained.adapt import apply_method
-from ftlevel.training.plan.resolve import SyntheticBatch
 from ftlevel.training.plan.run import Run
 
-_DEPTHS = (
-    "num_hidden_layers",
-    "num_layers",
-    "num_decoder_layers",
-    "encoder_layers",
-    "decoder_layers",
-)
-_PER_LAYER = (
-    "layer_types",
-    "mlp_layer_types",
-    "attention_layers",
-    "no_rope_layers",
-    "layers_block_type",
-    "moe_layer_freq",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "activation_sparsity_pattern",
-)
-"""Config fields that may be lists with one entry per layer."""
-
-_LAYER_INDICES = ("mlp_only_layers", "moe_layers", "full_attn_idxs")
-"""Config fields that list the indices of layers of one kind."""
+if TYPE_CHECKING:
+    from ftlevel.objectives import TokenObjective
 
 
 @dataclass(frozen=True)
 class FakeModel:
-    """Model of fake tensors and its fast step; `packed` has names of quantized linear layers."""
+    """Model of fake tensors, its fast step, and all tensors of its quantized weights."""
 
     model: Any
     fast: FastStep | None
-    packed: set[str]
+    quantized: list[Tensor]
 
     def close(self) -> None:
         """Remove the fast step, which replaces functions in modules of transformers."""
@@ -82,212 +57,75 @@ class FakeModel:
             self.fast.remove()
 
 
-def create_fake_model(run: Run, layers: Sequence[int] | None) -> FakeModel:
-    """Returns the run's model on fake CPU tensors, with `layers` of each stack (None: all)."""
+def create_fake_model(run: Run, blocks: Collection[str]) -> FakeModel:
+    """Returns the run's model on fake CPU tensors, with only the `blocks` of these names."""
     model_info, method = run.model, METHODS[run.config.method.kind]
-    compute_dtype = DTYPES[model_info.dtype]
-    model_config = with_layers(model_info.config, layers)
-    meta = build_task_model(model_config, model_info.auto_class)
-    meta.to(compute_dtype if method.is_adapter else DTYPES["float32"])
+    dtype = DTYPES[model_info.dtype]
+    # The fast step sets the attention in the config.
+    meta: Any = build_task_model(copy.deepcopy(model_info.config), model_info.auto_class)
+    tree = ModuleTree(meta)
+    for stack in tree.blocks:
+        for name, _ in list(tree.modules[stack].named_children()):
+            if f"{stack}.{name}" not in blocks:
+                delattr(tree.modules[stack], name)
+    meta.to(dtype if method.is_adapter else DTYPES["float32"])
     meta.tie_weights()
-    quantization = build_quantization_config(model_info.quant, compute_dtype, model_info.heads)
+    quantization = build_quantization_config(model_info.quant, dtype, model_info.heads)
     if quantization is not None:
-        args = model_config, model_info.auto_class, model_info.source
+        args = model_info.config, model_info.auto_class, model_info.source
         quantization = keep_heads(quantization, *args)
         quantize_shape(meta, quantization)
-    base = replace(run.base, targets=targets_in(meta, run.base.targets, layers))
+    modules = dict(meta.named_modules())
+    base = replace(run.base, targets=[name for name in run.base.targets if name in modules])
     spec = method.initialization.without_weights(run.config.method)
     fused = uses_fused_layers(
         run.config.method, run.config.speed, model_info.quant.kind, model_info.device
     )
     model = apply_method(meta, spec, base, fused=fused)
-    _fill_vectors(model)
+    fill_vectors(model)
     # One worker is simulated; the others allocate the same.
     fast = FastStep(model, replace(run.fast, workers=1)) if run.fast.enabled else None
-    packed = _pack_weights(model, compute_dtype, quantization)
-    fake_parameters(model)
-    model.to = lambda *_, **__: model  # fake tensors cannot be moved
-    return FakeModel(model, fast, packed)
-
-
-def targets_in(
-    model: torch.nn.Module, targets: Sequence[str], layers: Sequence[int] | None
-) -> list[str]:
-    """Returns the new names of `targets` in `model`, which has only `layers` of the original."""
-    tree = ModuleTree(model)
-    names = []
-    for name in targets:
-        stack = next((stack for stack in tree.blocks if name.startswith(f"{stack}.")), None)
-        if stack is None or layers is None:
-            names.append(name)
-            continue
-        number, _, rest = name.removeprefix(f"{stack}.").partition(".")
-        if int(number) in layers:
-            names.append(f"{stack}.{layers.index(int(number))}.{rest}")
-    return [name for name in names if name in tree.modules]
-
-
-def _pack_weights(model: Any, compute: Any, quantization: Any) -> set[str]:
-    packed: set[str] = set()
+    if fast is not None and (select := select_needed_tokens(run)):
+        last = get_blocks(base_model(model))[-1]
+        names = {module: name for name, module in last.named_modules()}
+        fast.prune(select, [m for m in get_linear_layers(last) if not _ATTENDED.search(names[m])])
+    quantized: list[Tensor] = []
     if quantization is not None:
-        packed = pack_fake(model, compute, quantization if packs_experts(quantization) else None)
+        quantized = pack_fake(model, dtype, quantization if packs_experts(quantization) else None)
     for module in filter(can_pack, model.modules()):
         if any(weight.dtype == torch.float32 for weight in module.parameters()):
             from ftlevel.models.upstream.experts import assume_even_experts
 
             assume_even_experts(module.config)
-    return packed
+    fake_parameters(model)
+    model.to = lambda *_, **__: model  # fake tensors cannot be moved
+    return FakeModel(model, fast, quantized)
 
 
-def with_layers(config: Any, layers: Sequence[int] | None) -> Any:
-    """Returns a copy of `config` reduced to the given `layers` of each stack; None keeps all."""
-    config = copy.deepcopy(config)  # the fast step sets the attention in it
-    if layers is None:
-        return config
-    for owner in {id(part): part for part in (config, config.get_text_config())}.values():
-        for name in _PER_LAYER:
-            if isinstance(kinds := getattr(owner, name, None), list | tuple):
-                _set(owner, name, [kinds[at] for at in layers if at < len(kinds)])
-        for name in _LAYER_INDICES:
-            if isinstance(numbers := getattr(owner, name, None), list | tuple):
-                _set(owner, name, [new for new, old in enumerate(layers) if old in numbers])
-        if isinstance(dense := getattr(owner, "first_k_dense_replace", None), int):
-            owner.first_k_dense_replace = sum(at < dense for at in layers)
-        for name in _DEPTHS:
-            if isinstance(getattr(owner, name, None), int):
-                _set(owner, name, len(layers))
-    return config
+_ATTENDED = re.compile(r"key|value|kv|c_attn|\b[kv]_(proj|lin)$")
+"""Names of linear layers that compute keys and values, which the last block needs of all tokens."""
 
 
-def _set(config: Any, name: str, value: Any) -> None:
-    with contextlib.suppress(AttributeError):  # a property, as Jamba's layers_block_type
-        setattr(config, name, value)
-
-
-def _fill_vectors(model: torch.nn.Module) -> None:
-    new_parameters: dict[int, tuple[Any, Any]] = {}
-    for module in model.modules():
-        parameters, _ = direct_tensors(module)
-        for name, tensor in parameters.items():
-            if tensor is not None and tensor.dim() < 2:
-                if id(tensor) not in new_parameters:
-                    ones = torch.ones(tensor.shape, dtype=tensor.dtype)
-                    new_parameters[id(tensor)] = (
-                        tensor,
-                        torch.nn.Parameter(ones, requires_grad=tensor.requires_grad),
-                    )
-                parameters[name] = new_parameters[id(tensor)][1]
-
-
-def get_block_signatures(run: Run, layers: Sequence[int] | None = None) -> list[list[Any]]:
-    """Returns the signature of each block, in one list per stack of blocks (encoder, decoder).
-
-    A signature has parameter shapes, per-layer config values and adapted modules. Blocks with equal
-    signatures need equal memory.
-    """
-    config = with_layers(run.model.config, layers)
-    model = build_task_model(config, run.model.auto_class)
-    tree, targets = ModuleTree(model), set(targets_in(model, run.base.targets, layers))
-    text = config.get_text_config()
-    values = [getattr(text, name, None) for name in _PER_LAYER]
-    return [
-        [
-            (
-                [(name, tuple(p.shape)) for name, p in block.named_parameters()],
-                [k[at] for k in values if isinstance(k, list | tuple) and at < len(k)],
-                [name for name, _ in block.named_modules() if f"{stack}.{at}.{name}" in targets],
-            )
-            for at, block in enumerate(tree.modules[stack].children())
-        ]
-        for stack in tree.blocks
-    ]
-
-
-SYNTHETIC_ROWS = "synthetic rows"  # source of rows if no dataset is named
-MAX_LENGTH = 1024
-"""Tokens per synthetic row, if neither --max-length nor the model sets a lower limit."""
-
-_PAD = 0
-
-
-def create_synthetic_rows(
-    data: DataConfig, num_rows: int
-) -> Callable[[BaseTask, str, Any], PreparedData]:
-    """Returns a function that creates `num_rows` (≥ 1) random rows of maximum length."""
-
-    def make(task: BaseTask, kind: str, model_config: Any) -> PreparedData:  # noqa: ARG001
-        positions = max_positions(model_config) or MAX_LENGTH
-        max_length = data.max_length
-        length = max_length if isinstance(max_length, int) else min(MAX_LENGTH, positions)
-        vocab_size, draw = model_config.get_text_config().vocab_size, random.Random(0)
-        rows = [
-            task.synthetic_row([draw.randrange(3, vocab_size) for _ in range(length)], row)
-            for row in range(num_rows)
-        ]
-        info = {
-            "name": SYNTHETIC_ROWS,
-            "train_rows": num_rows,
-            "labels": list(task.synthetic_labels),
-            "problem_type": None,
-            "overlong": data.overlong,
-            "fingerprint": "",
-            "target_language": None,
-            "tokens": num_rows * length,
-            "supervised": sum(row.supervised for row in rows),
-            **task.synthetic_info,
-        }
-        table = Table(rows=[], lines=[], source=SYNTHETIC_ROWS, unit="row")
-        message = "no --dataset: all as long as --max-length"
-        return PreparedData(
-            rows,
-            [],
-            None,
-            length,
-            table,
-            info,
-            [Choice("rows", f"synthetic, {length:,} tokens each", message)],
-        )
-
-    return make
-
-
-def load_tokenizer_or_default(source: ModelSource) -> Any:
-    """Load the tokenizer of `source`; if it has none, returns an object with padding id 0."""
-    try:
-        return load_tokenizer(source)
-    except InputError:
-        return SimpleNamespace(
-            pad_token_id=_PAD,
-            pad_token="",
-            eos_token_id=_PAD,
-            eos_token="",
-            bos_token_id=None,
-            chat_template=None,
-            name_or_path=source.name,
-        )
-
-
-def create_synthetic_batch(
-    data: DataConfig, source: ModelSource, card: str | None, num_rows: int, tokenizer: Any = None
-) -> SyntheticBatch:
-    """Returns substitutes for an estimate: a GPU named `card` and `num_rows` random rows.
-
-    With `card` None, this machine's device is used; with `num_rows` = 0, the real data.
-    """
-    return SyntheticBatch(
-        source=source,
-        device=None if card is None else Choice("device", "cuda", f"planned for {card}"),
-        tokenizer=tokenizer or (load_tokenizer_or_default(source) if num_rows else None),
-        rows=create_synthetic_rows(data, num_rows) if num_rows else None,
-    )
+def select_needed_tokens(run: Run) -> TokenSelector | None:
+    """Returns the selector of the tokens that the last block of `run` computes; None for all."""
+    objective, fast = run.objective, run.fast
+    is_pruned = fast.enabled and fast.packs and fast.prunes_last_layer
+    if is_pruned and objective.predicts_tokens:
+        return SupervisedTokens(cast("TokenObjective", objective))
+    is_last = run.model.kind == "decoder"
+    return PooledTokens(is_last, run.model.pad_id) if is_pruned and objective.per_row else None
 
 
 ACTIVATIONS, WORKSPACE, LOGITS = "activations", "workspace", "logits"
-KEYS_AND_VALUES, PACKED = "keys and values", "packed weights"
 GRADIENTS, OPTIMIZER = "gradients", "optimizer"
 WEIGHTS, QUANTIZED, ADAPTER = "weights", "quantized weights", "adapter"
 CASTS = "weights in 16 bits"
 """16-bit copies of trained weights that autocast keeps for the backward pass."""
+
+TEMPORARY_PARTS = (ACTIVATIONS, LOGITS, WORKSPACE, CASTS)
+"""Parts that a step allocates and frees; each parallel worker has its own."""
+PERSISTENT_PARTS = (WEIGHTS, QUANTIZED, ADAPTER, OPTIMIZER)
+"""Parts that stay between steps."""
 
 FORWARD, BACKWARD, FIRST_BLOCK, UPDATE = "forward", "backward", "end of backward", "optimizer step"
 

@@ -13,15 +13,15 @@ is gathered while the previous one computes, so a rank stores
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
+from ftlevel.fast.likelihoods import base_model
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import DTYPES
-from ftlevel.training.forecast.memory import LayerSample, StepMemory, get_peak
+from ftlevel.training.forecast.memory import BlockSample, StepMemory, get_peak
 from ftlevel.training.forecast.meta_model import (
     ADAPTER,
     BACKWARD,
@@ -34,12 +34,11 @@ from ftlevel.training.forecast.meta_model import (
     WEIGHTS,
     create_fake_model,
 )
-from ftlevel.training.model import blocks_of, get_cast_layers, replicated_parameters
+from ftlevel.training.model import get_cast_layers, replicated_parameters
 from ftlevel.training.plan.run import Run
 
 GATHERED, REDUCED = "gathered", "reduction"
 
-_CODES = (torch.uint8, torch.int8)
 _FLOAT = 4  # bytes: gradients are averaged in float32
 
 
@@ -60,29 +59,22 @@ class ShardedTensor:
     size: int
     sent: int
 
+    def stored(self, ranks: int) -> float:
+        """Returns the bytes in the process that stores the most."""
+        return self.times * self.size * -(-self.rows // ranks) / self.rows
 
-@dataclass(frozen=True)
-class ShardGroup:
-    """Sizes of tensors that FSDP2 shards and gathers together."""
+    def gathered(self, ranks: int) -> float:
+        """Returns the bytes of the gathered tensor, including padding."""
+        return self.times * self.sent * ranks * -(-self.rows // ranks) / self.rows
 
-    tensors: tuple[ShardedTensor, ...]
 
-    def stored_bytes(self, world_size: int) -> dict[str, float]:
-        """Returns memory category → bytes in the process that stores the most."""
-        sizes: dict[str, float] = {}
-        for tensor in self.tensors:
-            ratio = -(-tensor.rows // world_size) / tensor.rows
-            sizes[tensor.part] = sizes.get(tensor.part, 0) + tensor.times * tensor.size * ratio
-        return sizes
+Tensors = Sequence[ShardedTensor]
+"""Tensors that FSDP2 shards and gathers together."""
 
-    def gathered_bytes(self, world_size: int) -> float:
-        """Returns the bytes of the gathered tensors, including padding."""
-        rows = ((tensor, world_size * -(-tensor.rows // world_size)) for tensor in self.tensors)
-        return sum(tensor.times * tensor.sent * count / tensor.rows for tensor, count in rows)
 
-    def reduced_bytes(self, world_size: int) -> float:
-        """Returns the bytes of a rank's gradients before they are reduced, including padding."""
-        return world_size * sum(self.stored_bytes(world_size).values())
+def gathered_bytes(tensors: Tensors, ranks: int) -> float:
+    """Returns the bytes of gathered `tensors`, including padding."""
+    return sum(tensor.gathered(ranks) for tensor in tensors)
 
 
 @dataclass(frozen=True)
@@ -90,6 +82,7 @@ class ShardedModel:
     """Sizes of the tensors that FSDP2 shards in a model.
 
     Attributes:
+        shard: value of `--shard`.
         block: tensors in the largest block.
         blocks: tensors in all blocks.
         root: tensors outside the blocks: embeddings, head and others.
@@ -98,31 +91,26 @@ class ShardedModel:
         trains_base: whether the sharded tensors are trained.
     """
 
-    block: ShardGroup
-    blocks: ShardGroup
-    root: ShardGroup
+    ranks: int
+    shard: str
+    block: Tensors
+    blocks: Tensors
+    root: Tensors
     root_casts: int
     trained: int
     trains_base: bool
 
-    def estimate_rank(self, memory: StepMemory, world_size: int, shard: str) -> StepMemory:
+    def estimate_rank(self, memory: StepMemory) -> StepMemory:
         """Returns an estimate for the rank that needs most; `memory` is the unsharded model's."""
-        return get_peak(
-            {
-                moment: self._at(moment, parts, world_size, shard)
-                for moment, parts in memory.moments.items()
-            },
-            memory.tokens,
-        )
+        peaks = {moment: self._at(moment, parts) for moment, parts in memory.moments.items()}
+        return get_peak(peaks, memory.tokens)
 
-    def _at(
-        self, moment: str, parts: Mapping[str, float], world_size: int, shard: str
-    ) -> dict[str, float]:
-        parts = dict(parts)
-        if shard == "none":  # DDP's buckets are a second copy of the gradients
+    def _at(self, moment: str, parts: Mapping[str, float]) -> dict[str, float]:
+        parts, ranks = dict(parts), self.ranks
+        if self.shard == "none":  # DDP's buckets are a second copy of the gradients
             parts[REDUCED] = parts.get(GRADIENTS, 0) or parts.get(ADAPTER, 0)
             return parts
-        for part, saved in self.saved_bytes(world_size).items():
+        for part, saved in self.saved_bytes.items():
             ratio = 1 - saved / parts[part] if parts.get(part) else 1.0
             parts[part] = parts.get(part, 0) - saved
             if part == WEIGHTS and self.trains_base:
@@ -130,94 +118,74 @@ class ShardedModel:
                     parts[other] = parts.get(other, 0) * ratio
         if CASTS in parts:
             parts[CASTS] = min(parts[CASTS], self.root_casts)
-        is_update = moment == UPDATE
-        if not is_update:
-            root, block = (
-                self.root.gathered_bytes(world_size),
-                self.block.gathered_bytes(world_size),
-            )
-            gathered = (
-                self.blocks.gathered_bytes(world_size) + block if shard == "grads" else 3 * block
-            )
-            parts[GATHERED] = root + gathered
+        if moment != UPDATE:
+            block, blocks = (gathered_bytes(group, ranks) for group in (self.block, self.blocks))
+            blocks = blocks + block if self.shard == "grads" else 3 * block
+            parts[GATHERED] = gathered_bytes(self.root, ranks) + blocks
             if self.trains_base and moment in (BACKWARD, FIRST_BLOCK):
-                parts[REDUCED] = self.root.reduced_bytes(world_size) + 2 * self.block.reduced_bytes(
-                    world_size
-                )
+                tensors = (*self.root, *self.block, *self.block)
+                parts[REDUCED] = ranks * sum(tensor.stored(ranks) for tensor in tensors)
         elif not self.trains_base:
             parts[REDUCED] = self.trained
         return parts
 
-    def saved_bytes(self, world_size: int) -> dict[str, float]:
-        """Returns memory category → bytes by which sharding reduces the memory of a rank."""
+    @property
+    def saved_bytes(self) -> dict[str, float]:
+        """Memory category → bytes by which sharding reduces the memory of a rank."""
         sizes: dict[str, float] = {}
-        for group in (self.blocks, self.root):
-            total, stored = group.stored_bytes(1), group.stored_bytes(world_size)
-            for part, size in total.items():
-                sizes[part] = sizes.get(part, 0) + size - stored[part]
+        for tensor in (*self.blocks, *self.root) if self.shard != "none" else ():
+            saved = tensor.stored(1) - tensor.stored(self.ranks)
+            sizes[tensor.part] = sizes.get(tensor.part, 0) + saved
         return sizes
 
 
-def get_sharded_model(run: Run) -> ShardedModel:
-    """Returns the sizes of the tensors that `--shard` shards, without loading the model."""
-    sample = LayerSample.of(run).sample
-    fake_model = create_fake_model(run, None if sample is None else list(sample))
+def get_sharded_model(run: Run, ranks: int) -> ShardedModel:
+    """Returns the tensors that `ranks` GPUs shard by `--shard`, without loading the model."""
+    sample, dtype = BlockSample.of(run), DTYPES[run.model.dtype]
+    times = {**dict.fromkeys(sample.ends, 1), **sample.times}
+    fake_model = create_fake_model(run, times)
     fake_model.close()
     model = fake_model.model
-    replicated, blocks = replicated_parameters(model), blocks_of(model)
-    dtype = DTYPES[run.model.dtype]
-    cast_weights = {
+    replicated, base = replicated_parameters(model), base_model(model)
+    blocks = {base.get_submodule(name): count for name, count in times.items()}
+    casts = {
         linear.weight for block in blocks for linear in get_cast_layers(block, dtype, replicated)
     }
-    groups = [
-        _create_group(block.parameters(), replicated, cast_weights, dtype) for block in blocks
-    ]
-    block_parameters = {parameter for block in blocks for parameter in block.parameters()}
-    tensors = [tensor for cut in groups for tensor in cut.tensors]
-    trained = _num_trained(model)
-    if sample is not None:  # each sampled layer represents similar ones
-        for at, times in zip(range(len(blocks)), itertools.cycle(sample.values()), strict=False):
-            if extra := round(times) - 1:
-                tensors += [replace(tensor, times=extra) for tensor in groups[at].tensors]
-                trained += extra * _num_trained(blocks[at])
+
+    def sizes(parameters: Iterable[torch.nn.Parameter], times: int = 1) -> list[ShardedTensor]:
+        """Returns sizes of the sharded ones of `parameters`; `casts` are gathered in 16 bits."""
+        return [
+            ShardedTensor(
+                times,
+                WEIGHTS if p.is_floating_point() else QUANTIZED,
+                p.shape[0],
+                p.nbytes,
+                p.numel() * dtype.itemsize if p in casts else p.nbytes,
+            )
+            for p in parameters
+            if p not in replicated
+        ]
+
+    in_blocks = {parameter for block in blocks for parameter in block.parameters()}
+    outside = [parameter for parameter in model.parameters() if parameter not in in_blocks]
+    all_casts = {linear.weight for linear in get_cast_layers(model, dtype, replicated)}
+    trained = sum(map(_num_trained, outside)) + sum(
+        count * sum(map(_num_trained, block.parameters())) for block, count in blocks.items()
+    )
+    groups = [sizes(block.parameters()) for block in blocks]
     return ShardedModel(
-        block=max(groups, key=lambda cut: cut.gathered_bytes(1)),
-        blocks=ShardGroup(tuple(tensors)),
-        root=_create_group(
-            (p for p in model.parameters() if p not in block_parameters), replicated, set(), dtype
-        ),
-        root_casts=dtype.itemsize
-        * sum(
-            linear.weight.numel()
-            for linear in get_cast_layers(model, dtype, replicated)
-            if linear.weight not in cast_weights
-        ),
+        ranks=ranks,
+        shard=run.config.train.shard,
+        block=max(groups, key=lambda group: gathered_bytes(group, 1)),
+        blocks=[
+            tensor for block, count in blocks.items() for tensor in sizes(block.parameters(), count)
+        ],
+        root=sizes(outside),
+        root_casts=dtype.itemsize * sum(weight.numel() for weight in all_casts - casts),
         trained=_FLOAT * trained,
         trains_base=METHODS[run.config.method.kind].trains_base(run.config.method),
     )
 
 
-def _num_trained(module: torch.nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
-def _create_group(
-    parameters: Iterable[torch.nn.Parameter],
-    replicated: set[torch.nn.Parameter],
-    cast_weights: set[torch.nn.Parameter],
-    dtype: torch.dtype,
-) -> ShardGroup:
-    """Returns sizes of `parameters` not in `replicated`; `cast_weights` are gathered in `dtype`."""
-    return ShardGroup(
-        tuple(
-            ShardedTensor(
-                1,
-                QUANTIZED if p.dtype in _CODES else WEIGHTS,
-                p.shape[0],
-                p.nbytes,
-                p.numel() * dtype.itemsize if p in cast_weights else p.nbytes,
-            )
-            for p in parameters
-            if p not in replicated
-        )
-    )
+def _num_trained(parameter: torch.nn.Parameter) -> int:
+    return parameter.numel() if parameter.requires_grad else 0

@@ -131,14 +131,12 @@ def _load_method_config(
     adapter: StartingAdapter, requested: MethodConfig, *, uses_dropout: bool
 ) -> MethodConfig:
     peft_config, card = adapter.settings, adapter.card
-    method = card.method if card else _get_method(adapter)
+    method = card.method if card else _get_method(adapter, requested.kind)
     run_path = get_run_dir(adapter.directory)
     values: dict[str, Any] = {}
     if card is not None and run_path is not None:
         recipe = load_recipe(run_path / CONFIG).values.get("method") or {}
         values = dict(recipe) if isinstance(recipe, Mapping) else {}
-    if card is None and method == "lora" and requested.kind == "qlora":
-        method = "qlora"
     method = METHODS[method].resume_method or method
     fields = SPECS[method].model_fields
     values = {name: value for name, value in values.items() if name in fields}
@@ -162,9 +160,11 @@ def _load_method_config(
     return METHODS[method].initialization.without_weights(spec)
 
 
-def _get_method(adapter: StartingAdapter) -> str:
+def _get_method(adapter: StartingAdapter, requested: str) -> str:
+    """Returns the method that continues `adapter`: `requested` if it can, as QLoRA can for LoRA."""
     peft_type = str(adapter.settings.get("peft_type"))
-    for kind, method in METHODS.items():
+    for kind in (requested, *METHODS):
+        method = METHODS[kind]
         if method.merge_info.peft_types[:1] == (peft_type,) and not method.tuner:
             return kind
     raise ConfigError(

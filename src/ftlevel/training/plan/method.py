@@ -267,5 +267,8 @@ def check_method(
 
 def resolve_precision(method: MethodConfig, requested: str, device: str, model_type: str) -> Choice:
     """Returns the compute dtype for `requested` (`--dtype`); ConfigError if it is not supported."""
-    required = METHODS[method.kind].initialization.required_dtype(method, requested)
-    return required or select_dtype(requested, device, method.kind, model_type)
+    info = METHODS[method.kind]
+    required = info.initialization.required_dtype(method, requested)
+    return required or select_dtype(
+        requested, device, model_type, float32_weights=not info.is_adapter
+    )

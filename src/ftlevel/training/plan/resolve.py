@@ -5,12 +5,15 @@ Every error that can be detected without weights is raised here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 from ftlevel.config import (
+    DataConfig,
     ModelConfig,
     OutputConfig,
     QuantConfig,
@@ -24,12 +27,13 @@ from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, Progress, ignore_progress
 from ftlevel.data.prepare.loading import read_dataset
 from ftlevel.data.sources.lines import CHUNK_ROWS
+from ftlevel.data.sources.table import Table
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.intervals import check_metrics, should_generate
 from ftlevel.fast.plan import fused_lora_choices, plan_fast
 from ftlevel.methods.rates import RateInputs
 from ftlevel.models.hardware import select_device, select_tf32, select_threads
-from ftlevel.models.kinds import model_kind, width_of
+from ftlevel.models.kinds import max_positions, model_kind, width_of
 from ftlevel.models.loading import (
     build_task_model,
     get_new_heads,
@@ -43,7 +47,6 @@ from ftlevel.models.sources import ModelSource, check_revision, resolve_source
 from ftlevel.models.upstream.libraries import get_outdated_libraries
 from ftlevel.objectives import Objective
 from ftlevel.tasks import TASKS, BaseTask
-from ftlevel.tasks.losses import Tokens, create_distillation_objective
 from ftlevel.training.best import resolve_best_model
 from ftlevel.training.plan.adapter import check_adapter_matches
 from ftlevel.training.plan.method import (
@@ -86,19 +89,71 @@ class _BaseModel:
     choices: list[Choice]
 
 
+_SYNTHETIC = "synthetic rows"
+_MAX_LENGTH = 1024
+"""Tokens per row, if neither --max-length nor the model sets a lower limit."""
+
+_NO_TOKENIZER = {
+    **dict.fromkeys(("pad_token_id", "eos_token_id"), 0),
+    **dict.fromkeys(("pad_token", "eos_token"), ""),
+    **dict.fromkeys(("bos_token_id", "chat_template")),
+}
+
+
 @dataclass(frozen=True)
 class SyntheticBatch:
-    """Substitutes for parts of a run in a memory estimate; None for a part means the real one.
+    """Substitutes for parts of a run; None for a part means the real one.
 
-    `source` is the model; its weights are not read and may be missing. `tokenizer` needs
-    `eos_token_id`, `pad_token_id` and `chat_template`. `rows` is a function that creates rows for a
-    task, a model kind and a model config. `device` need not exist: nothing is placed on it.
+    Attributes:
+        source: the model; its weights are not read and may be missing.
+        device: it need not exist, as nothing is placed on it.
+        tokenizer: has padding id 0 if the model has none.
+        num_rows: number of random rows of maximum length; 0 for the real data.
     """
 
     source: ModelSource | None = None
     device: Choice | None = None
     tokenizer: Any = None
-    rows: Callable[[BaseTask, str, Any], PreparedData] | None = None
+    num_rows: int = 0
+
+    @classmethod
+    def of(
+        cls, source: ModelSource, card: str | None, num_rows: int, tokenizer: Any = None
+    ) -> SyntheticBatch:
+        """Returns substitutes for a GPU named `card`; None for this machine's device."""
+        device = None if card is None else Choice("device", "cuda", f"planned for {card}")
+        if num_rows and tokenizer is None:
+            try:
+                tokenizer = load_tokenizer(source)
+            except InputError:
+                tokenizer = SimpleNamespace(**_NO_TOKENIZER, name_or_path=source.name)
+        return cls(source, device, tokenizer, num_rows)
+
+    def create_data(self, task: BaseTask, data: DataConfig, model_config: Any) -> PreparedData:
+        """Returns the random rows as the data of a run."""
+        positions, count = max_positions(model_config) or _MAX_LENGTH, self.num_rows
+        default = min(_MAX_LENGTH, positions)
+        length = data.max_length if isinstance(data.max_length, int) else default
+        vocab_size, draw = model_config.get_text_config().vocab_size, random.Random(0)
+        rows = [
+            task.synthetic_row([draw.randrange(3, vocab_size) for _ in range(length)], row)
+            for row in range(count)
+        ]
+        info = {
+            "name": _SYNTHETIC,
+            "train_rows": count,
+            "labels": list(task.synthetic_labels),
+            "problem_type": None,
+            "overlong": data.overlong,
+            "fingerprint": "",
+            "target_language": None,
+            "tokens": count * length,
+            "supervised": sum(row.supervised for row in rows),
+            **task.synthetic_info,
+        }
+        text = f"synthetic, {length:,} tokens each"
+        choices = [Choice("rows", text, "no --dataset: all as long as --max-length")]
+        return PreparedData(rows, [], None, length, Table([], [], _SYNTHETIC, "row"), info, choices)
 
 
 def resolve(
@@ -131,8 +186,8 @@ def resolve(
     task, task_choices = task.for_model(
         base.source, base.kind, width_of(base.config), base.tokenizer, train.rows_per_step
     )
-    if synthetic.rows is not None:
-        data = synthetic.rows(task, base.kind, base.config)
+    if synthetic.num_rows:
+        data = synthetic.create_data(task, config.data, base.config)
     else:
         memory_device = "cpu" if synthetic.device else device
         bounds = get_length_bounds(method, quant, train, base.config, memory_device, dtype)
@@ -150,15 +205,13 @@ def resolve(
     model = _plan_model(base, model_config, meta, task, has_adapter=adapter is not None)
     targets = resolve_method_targets(method, meta, base.source.name, quant)
     objective = task.create_objective(base.kind, data.info)
-    if config.distillation.teacher is not None and isinstance(objective, Tokens):
-        objective = create_distillation_objective(objective, config.distillation)
+    if config.distillation.teacher is not None:
+        objective = objective.with_teacher(config.distillation)
     uses_generation = should_generate(train.predict_with_generate, task)
     check_metrics(
         train.metrics, task, objective, generates=uses_generation, how="--predict-with-generate"
     )
-    loss, loss_choices = resolve_training_loss(
-        train, config.distillation, config.task, objective, data.info["labels"], data.train
-    )
+    loss, loss_choices = resolve_training_loss(train, objective, data.info["labels"], data.train)
     epoch_rows = rows_per_epoch(train, config.task_section.steps_per_batch, data)
     steps = count_steps(train, epoch_rows)
     info = _get_rate_info(model, meta, objective, steps)

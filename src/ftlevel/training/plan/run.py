@@ -90,24 +90,6 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class AuxiliaryModels:
-    """Models that are used but not trained: preference reference, teacher, guide."""
-
-    reference: ReferenceModel | None = None
-    teacher: ReferenceModel | None = None
-    guide: ReferenceModel | None = None
-
-    def fingerprints(self) -> Mapping[tuple[str, str], str]:
-        """Returns (configuration section, field) → fingerprint of the model named there."""
-        models = {
-            ("preference", "reference"): self.reference,
-            ("distillation", "teacher"): self.teacher,
-            ("embedding", "guide"): self.guide,
-        }
-        return {field: model.fingerprint for field, model in models.items() if model is not None}
-
-
-@dataclass(frozen=True)
 class StartingAdapter:
     """Adapter to continue from; `card` (ftlevel.json) is None if plain PEFT wrote it."""
 
@@ -137,7 +119,8 @@ class Run:
             `config.quant` does not.
         best: how the best model is selected; None if it is not.
         adapter: adapter to continue from; None for a new adapter.
-        auxiliary: reference, teacher and guide model; resolved when the run starts.
+        auxiliary: dotted field, such as `distillation.teacher` → model named there, which is used
+            but not trained; resolved when the run starts.
         written_base: directory to which a base passed as an object was written.
         recomputes: whether gradient checkpointing, set to auto, was chosen for the run.
         resources: what the task opened for the run, such as reward functions; None for most.
@@ -155,7 +138,7 @@ class Run:
     best: BestModel | None
     adapter: StartingAdapter | None
     choices: list[Choice]
-    auxiliary: AuxiliaryModels = field(default_factory=AuxiliaryModels)
+    auxiliary: Mapping[str, ReferenceModel] = field(default_factory=dict)
     written_base: Path | None = None
     resources: Any = None
     recomputes: bool = False

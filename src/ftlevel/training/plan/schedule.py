@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ftlevel.config import DEFAULT_MODEL, DataConfig, MethodConfig, ModelConfig
-from ftlevel.config.preference import DISTILLATION_TASKS, PREFERENCE_TASKS, DistillationConfig
 from ftlevel.config.section import Choice
 from ftlevel.config.trainer import LEARNING_RATE_ADVICE, PLATEAU, TrainerConfig
 from ftlevel.data.encoding.fit import LengthBounds
@@ -179,8 +178,6 @@ _MAX_WEIGHTS_SHOWN = 8  # most class weights on a line
 
 def resolve_training_loss(
     train: TrainerConfig,
-    distillation: DistillationConfig,
-    task: str,
     objective: Objective,
     names: Sequence[str],
     rows: Sequence[Encoded],
@@ -190,7 +187,7 @@ def resolve_training_loss(
     `rows` are the training rows, used to balance classes. Raises ConfigError if the loss is not
     available for this objective.
     """
-    _check_loss(train, task, objective)
+    _check_loss(train, objective)
     class_weights, choices = train.class_weights, list[Choice]()
     weights: tuple[float, ...] = ()
     if class_weights == "balanced":
@@ -207,21 +204,14 @@ def resolve_training_loss(
         choices.append(
             Choice("class weights", _format_weights(dict(zip(names, weights, strict=True))), note)
         )
-    if distillation.teacher is not None and task in DISTILLATION_TASKS:
-        description = (
-            f"{distillation.kd_ratio:g} {distillation.divergence} of {distillation.teacher}"
-        )
-        if distillation.kd_ratio < 1:
-            description = f"{1 - distillation.kd_ratio:g} cross entropy + {description}"
-        choices.append(Choice("loss", description, f"temperature {distillation.kd_temperature:g}"))
-    smoothing = 0.0 if task in PREFERENCE_TASKS else train.label_smoothing_factor
+    choices += objective.describe_loss()
+    smoothing = 0.0 if objective.has_own_smoothing else train.label_smoothing_factor
     return TrainingLoss(smoothing, weights, train.focal_gamma), choices
 
 
-def _check_loss(train: TrainerConfig, task: str, objective: Objective) -> None:
+def _check_loss(train: TrainerConfig, objective: Objective) -> None:
     errors = []
-    is_preference = task in PREFERENCE_TASKS  # preference losses have their own smoothing
-    if train.label_smoothing_factor and not (objective.one_of_many or is_preference):
+    if train.label_smoothing_factor and not objective.one_of_many:
         errors.append(
             f"--label-smoothing-factor {train.label_smoothing_factor:g} needs labels of a single "
             f"token, tag or class. Drop it."

@@ -22,7 +22,7 @@ _RUN_PARAMETERS = {"optimizer", "num_warmup_steps", "num_training_steps", "last_
 
 
 @pytest.mark.parametrize("name", get_args(Schedule))
-def test_schedule_settings_match_transformers(name: str) -> None:
+def test_schedule_settings_match_transformers(name):
     schedule: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
     if name == "reduce_lr_on_plateau":
         schedule = torch.optim.lr_scheduler.ReduceLROnPlateau
@@ -33,7 +33,7 @@ def test_schedule_settings_match_transformers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", get_args(get_args(Optimizer)[0]))
-def test_optimizer_trains_and_restores_state(name: str) -> None:
+def test_optimizer_trains_and_restores_state(name):
     values = {"momentum": 0.5, "beta3": 0.99, "lr_decay": 0.1}
     optimizer_settings = {
         k: v for k, v in values.items() if k in getattr(OPTIMIZERS.get(name), "names", ())
@@ -82,7 +82,7 @@ def _flat(values: Any) -> list[Any]:
         ({"lr_scheduler_type": "reduce_lr_on_plateau", "warmup_steps": 3}, "has no warm-up"),
     ],
 )  # fmt: skip
-def test_invalid_settings_raise(train: dict[str, Any], message: str) -> None:
+def test_invalid_settings_raise(train, message):
     with pytest.raises(ConfigError) as error:
         build_config([Layer({"train": train})])
     assert message in str(error.value)
@@ -97,7 +97,7 @@ def test_invalid_settings_raise(train: dict[str, Any], message: str) -> None:
          "nesterov=True"],
     ],
 )  # fmt: skip
-def test_optim_args_formats(arguments: list[str]) -> None:
+def test_optim_args_formats(arguments):
     row = next(flag for flag in FLAGS if flag.path == "train.optim_args")
     line = resolve_flag_aliases(["--optim-args", *arguments], build_flag_specs("train", [row])).args
     pairs = dict(pair.split("=") for pair in line if "=" in pair)

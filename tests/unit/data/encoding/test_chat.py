@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
@@ -33,25 +32,8 @@ CHAT = (
     Message("user", "and the value"),
     Message("assistant", "an object"),
 )
-# Rendered text of CHAT; supervised parts are in ‹ ›.
-EXPECTED = {
-    "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nthe file<|im_end|>\n"
-    "<|im_start|>assistant\n‹the path<|im_end|>›\n<|im_start|>user\nand the value<|im_end|>\n"
-    "<|im_start|>assistant\n‹an object<|im_end|>›\n",
-    "llama-3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
-    "<|start_header_id|>user<|end_header_id|>\n\nthe file<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n‹the path<|eot_id|>›"
-    "<|start_header_id|>user<|end_header_id|>\n\nand the value<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n‹an object<|eot_id|>›",
-    "qwen-3": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nthe file<|im_end|>\n"
-    "<|im_start|>assistant\n‹the path<|im_end|>›\n<|im_start|>user\nand the value<|im_end|>\n"
-    "<|im_start|>assistant\n‹<think>\n\n</think>\n\nan object<|im_end|>›\n",
-    "gemma-3": "<bos><start_of_turn>user\nBe brief.\n\nthe file<end_of_turn>\n"
-    "<start_of_turn>model\n‹the path<end_of_turn>›\n<start_of_turn>user\nand the value<end_of_turn>"
-    "\n<start_of_turn>model\n‹an object<end_of_turn>›\n",
-    "mistral": "<s>[INST] the file[/INST] ‹the path</s>›[INST] Be brief.\n\nand the value[/INST]"
-    "‹ an object</s>›",
-}
+
+
 END = {"chatml": "<|im_end|>", "llama-3": "<|eot_id|>", "qwen-3": "<|im_end|>",
        "gemma-3": "<end_of_turn>", "mistral": "</s>"}  # fmt: skip
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
@@ -74,14 +56,6 @@ def encode(tokenizer: Any, *messages: Message, tools: tuple[Any, ...] = ()) -> A
     return row
 
 
-def mark_spans(rendered: Any) -> str:
-    """Return the text with ‹ › around supervised spans."""
-    text = rendered.text
-    for start, end in reversed(rendered.spans):
-        text = f"{text[:start]}‹{text[start:end]}›{text[end:]}"
-    return text
-
-
 def supervised_runs(tokenizer: Any, row: Any) -> list[str]:
     """Return the text of each run of consecutive supervised tokens."""
     runs: list[list[int]] = [[]]
@@ -97,21 +71,13 @@ def to_dicts(messages: tuple[Message, ...]) -> list[dict[str, Any]]:
     return [message.to_dict() for message in messages]
 
 
-def test_only_answers_and_end_tokens_are_supervised(family: tuple[str, Any]) -> None:
-    name, tokenizer = family
-    expected = EXPECTED[name]
-    assert mark_spans(render_chat(tokenizer, to_dicts(CHAT))) == expected
-    row = encode(tokenizer, *CHAT)
-    encoded = tokenizer.apply_chat_template(to_dicts(CHAT), tokenize=True, return_dict=True)
-    assert row.input_ids == encoded["input_ids"]
-    runs = [run.strip() for run in re.findall("‹(.*?)›", expected, re.DOTALL)]
-    assert [run.strip() for run in supervised_runs(tokenizer, row)] == runs
-    assert all(run.endswith(END[name]) for run in runs)
-    bos = tokenizer.bos_token_id
-    assert bos is None or row.input_ids.count(bos) <= 1
+BLOCKS = (
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}END"
+    "{% else %}{{ m['content'] }}{% endif %}"
+)
 
 
-def test_generation_prompt_is_prefix_of_training_row(family: tuple[str, Any]) -> None:
+def test_generation_prompt_is_prefix_of_training_row(family):
     """The generation prompt equals the unsupervised beginning of the training row."""
     _, tokenizer = family
     row = encode(tokenizer, Message("user", "the file"), Message("assistant", "the path"))
@@ -122,7 +88,7 @@ def test_generation_prompt_is_prefix_of_training_row(family: tuple[str, Any]) ->
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3_text"])
-def test_template_ending_in_space(family: str) -> None:
+def test_template_ending_in_space(family):
     """The space belongs to the answer, in training and in generation."""
     tokenizer = build_tokenizer(family, chat=False)
     tokenizer.chat_template = (
@@ -137,12 +103,12 @@ def test_template_ending_in_space(family: str) -> None:
         assert row.labels == [IGNORED] * len(prompt) + row.input_ids[len(prompt) :]
 
 
-def test_end_of_turn_id(family: tuple[str, Any]) -> None:
+def test_end_of_turn_id(family):
     name, tokenizer = family
     assert get_end_of_turn_id(tokenizer) == tokenizer.convert_tokens_to_ids(END[name])
 
 
-def test_tool_calls_are_supervised_but_not_tool_results() -> None:
+def test_tool_calls_are_supervised_but_not_tool_results():
     tokenizer = published.build("qwen-3")
     call = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
     row = encode(tokenizer, *WITH_TOOL, tools=(TOOL,))
@@ -151,22 +117,23 @@ def test_tool_calls_are_supervised_but_not_tool_results() -> None:
     assert '"name": "add", "parameters"' in tokenizer.decode(row.input_ids)
 
 
-def test_template_without_tools_raises() -> None:
+def test_template_without_tools_raises():
     tokenizer = published.build("chatml")
     chat = (Message("user", "a"), Message("assistant", "b"))
     with pytest.raises(InputError, match="does not show tools to the model"):
         encode(tokenizer, *chat, tools=(TOOL,))
 
 
-def test_template_that_omits_a_turn_raises() -> None:
+def test_template_that_omits_a_turn_raises():
     """Mistral 7B v0.3 omits the system text unless a user turn comes last."""
     tokenizer = published.build("mistral")
-    tokenizer.chat_template = published.MISTRAL.replace("message == users[-1]", "loop.last")
+    mistral = published.TEMPLATES["mistral"]
+    tokenizer.chat_template = mistral.replace("message == users[-1]", "loop.last")
     with pytest.raises(InputError, match="leaves out message 1, of role 'system'"):
         encode(tokenizer, *CHAT)
 
 
-def test_template_that_changes_earlier_turns_raises() -> None:
+def test_template_that_changes_earlier_turns_raises():
     tokenizer = published.build("chatml")
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['content'] }}{{ messages[-1]['content'] }}{% endfor %}"
@@ -175,27 +142,20 @@ def test_template_that_changes_earlier_turns_raises() -> None:
         encode(tokenizer, *CHAT)
 
 
-def test_generation_blocks_include_end_of_turn() -> None:
-    tokenizer = published.build("chatml")
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
-        "{% generation %}{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}"
-        "{% endif %}<|im_end|>\n{% endfor %}"
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (f"<|im_start|>{{{{ m['role'] }}}}\n{BLOCKS.replace('END', '')}<|im_end|>\n", "<|im_end|>"),
+        (f"{{{{ m['role'] }}}}: {BLOCKS.replace('END', '{{ eos_token }}')}\n", "<|endoftext|>"),
+    ],
+)
+def test_generation_blocks_include_end_of_turn(template, end):
+    tokenizer = (
+        published.build("chatml") if end == "<|im_end|>" else build_tokenizer("gpt2", chat=None)
     )
-    assert supervised_runs(tokenizer, encode(tokenizer, *CHAT)) == [
-        "the path<|im_end|>",
-        "an object<|im_end|>",
-    ]
-    tokenizer = build_tokenizer("gpt2", chat=None)  # BOS is EOS
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'assistant' %}{% generation %}"
-        "{{ m['content'] }}{% endgeneration %}{{ eos_token }}{% else %}{{ m['content'] }}"
-        "{% endif %}\n{% endfor %}"
-    )
-    assert supervised_runs(tokenizer, encode(tokenizer, *CHAT)) == [
-        f" the path{tokenizer.eos_token}",
-        f" an object{tokenizer.eos_token}",
-    ]
+    tokenizer.chat_template = f"{{% for m in messages %}}{template}{{% endfor %}}"
+    runs = [run.strip() for run in supervised_runs(tokenizer, encode(tokenizer, *CHAT))]
+    assert runs == [f"the path{end}", f"an object{end}"]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +163,7 @@ def test_generation_blocks_include_end_of_turn() -> None:
     [("chatml", "chatml"), ("qwen", "qwen-3"), ("llama-3", "llama-3"), ("gemma", "gemma-3"),
      ("mistral", "mistral")],
 )  # fmt: skip
-def test_named_templates_match_published_templates(name: str, published_name: str) -> None:
+def test_named_templates_match_published_templates(name, published_name):
     tokenizer = published.build(published_name)
     chat = to_dicts(CHAT)
     published_text = render(tokenizer, chat[1:])
@@ -219,7 +179,7 @@ def test_named_templates_match_published_templates(name: str, published_name: st
     assert runs == [f"the path{END[published_name]}", f"an object{END[published_name]}"]
 
 
-def test_qwen_template_with_tools() -> None:
+def test_qwen_template_with_tools():
     tokenizer = published.build("qwen-3")
     set_chat_template(tokenizer, "qwen")
     row = encode(tokenizer, Message("system", "s"), *WITH_TOOL, tools=(TOOL,))
@@ -227,7 +187,7 @@ def test_qwen_template_with_tools() -> None:
     assert supervised_runs(tokenizer, row) == [call, "It is two.<|im_end|>"]
 
 
-def test_template_with_unknown_tokens_raises() -> None:
+def test_template_with_unknown_tokens_raises():
     tokenizer = published.build("mistral")
     with pytest.raises(InputError) as error:
         set_chat_template(tokenizer, "chatml")
@@ -240,7 +200,7 @@ def test_template_with_unknown_tokens_raises() -> None:
 @pytest.mark.parametrize(
     ("published_name", "name"), [("gemma-3", "gemma"), ("llama-3", "llama-3"), ("qwen-3", "chatml")]
 )
-def test_advised_template_fits_the_tokens(published_name: str, name: str) -> None:
+def test_advised_template_fits_the_tokens(published_name, name):
     tokenizer = published.build(published_name)
     tokenizer.chat_template = None
     with pytest.raises(InputError, match=f"Add --chat-template {name}, or use a model"):
@@ -248,11 +208,10 @@ def test_advised_template_fits_the_tokens(published_name: str, name: str) -> Non
     set_chat_template(tokenizer, name)
 
 
-def test_template_from_file(tmp_path: Any) -> None:
+def test_template_from_file(tmp_path):
     tokenizer = published.build("mistral")
     (tmp_path / "own.jinja").write_text("{{ messages[0]['content'] }}", encoding="utf-8")
     choice = set_chat_template(tokenizer, str(tmp_path / "own.jinja"))
-    assert choice is not None
     assert choice.reason == "in place of the model's own"
     assert render(tokenizer, [{"role": "user", "content": "x"}]) == "x"
     (tmp_path / "bad.jinja").write_text("x\n{% for %}", encoding="utf-8")
@@ -262,7 +221,7 @@ def test_template_from_file(tmp_path: Any) -> None:
         set_chat_template(tokenizer, "chatlm")
 
 
-def test_every_named_template_is_packaged() -> None:
+def test_every_named_template_is_packaged():
     from ftlevel.data.encoding import chat
 
     assert {path.stem for path in chat._FOLDER.glob("*.jinja")} == set(MARKERS)
@@ -278,9 +237,7 @@ PAIRS = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4)
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(system=st.none() | TEXT, pairs=PAIRS)
 @example(system=None, pairs=[("a", "b\xa0"), ("c", "d ")])
-def test_rendered_text_and_spans_of_random_conversations(
-    name: str, system: str | None, pairs: list[tuple[str, str]]
-) -> None:
+def test_rendered_text_and_spans_of_random_conversations(name, system, pairs):
     """The text equals the template's; the spans are the assistant texts with end tokens."""
     tokenizer = _TOKENIZERS.setdefault(name, published.build(name))
     messages = [Message("system", system)] if system else []

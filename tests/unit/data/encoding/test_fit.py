@@ -48,7 +48,7 @@ def lengths(fitted: FittedRows) -> list[int]:
     return [len(row.input_ids) for row in fitted.rows]
 
 
-def test_auto_length_keeps_all_rows_within_bounds() -> None:
+def test_auto_length_keeps_all_rows_within_bounds():
     rows = [pair(3, 4, 0), pair(30, 20, 1)]
     for bounds in ({}, {"positions": 50}, {"positions": 50, "memory": 50}, {"memory": 64}):
         fitted = fit(rows, "auto", **bounds)
@@ -64,7 +64,7 @@ def test_auto_length_keeps_all_rows_within_bounds() -> None:
         ({"memory": 40}, "this machine's memory"),
     ],
 )
-def test_auto_length_drops_and_reports_up_to_one_percent(bounds: dict[str, int], name: str) -> None:
+def test_auto_length_drops_and_reports_up_to_one_percent(bounds, name):
     rows = [pair(3, 4, i) for i in range(99)] + [pair(30, 20, 99)]
     fitted = fit(rows, "auto", **bounds)
     assert (fitted.max_length, fitted.dropped, len(fitted.rows)) == (40, 1, 99)
@@ -76,7 +76,7 @@ def test_auto_length_drops_and_reports_up_to_one_percent(bounds: dict[str, int],
     assert len(fit([pair(3, 4, 0)] * 400 + larger[-4:], "auto", **bounds).rows) == 400
 
 
-def test_explicit_length_raises_for_longer_rows() -> None:
+def test_explicit_length_raises_for_longer_rows():
     rows = [pair(3, 4, i) for i in range(199)] + [pair(30, 20, 199)]
     with pytest.raises(InputError) as error:
         fit(rows, 40, positions=64)
@@ -101,7 +101,7 @@ def test_explicit_length_raises_for_longer_rows() -> None:
         fit(rows, 65, positions=64)
 
 
-def test_drop_removes_only_overlong_rows() -> None:
+def test_drop_removes_only_overlong_rows():
     rows = [pair(3, 4, 0), pair(30, 3, 1), pair(4, 6, 2)]
     fitted = fit(rows, 10, "drop")
     assert [row.row for row in fitted.rows] == [0, 2]
@@ -114,7 +114,7 @@ def test_drop_removes_only_overlong_rows() -> None:
     )
 
 
-def test_truncate_prompt_keeps_answers_whole() -> None:
+def test_truncate_prompt_keeps_answers_whole():
     rows = [pair(3, 4, 0), pair(12, 4, 1), pair(12, 9, 2), pair(1, 12, 3)]
     fitted = fit(rows, 10, "truncate-prompt")
     assert [row.row for row in fitted.rows] == [0, 1, 2]
@@ -126,7 +126,7 @@ def test_truncate_prompt_keeps_answers_whole() -> None:
         assert row.input_ids[1:] == rows[row.row].input_ids[-len(row.input_ids) + 1 :]
 
 
-def test_truncation_before_turn_leaves_one_bos() -> None:
+def test_truncation_before_turn_leaves_one_bos():
     """SmolLM2's BOS token begins every turn: <|im_start|>system … <|im_start|>user …"""
     ids = [1, 20, 21, 1, 30, 31, 40, 41]
     row = Encoded(ids, [IGNORED] * 6 + [40, 41], 0)
@@ -137,7 +137,7 @@ def test_truncation_before_turn_leaves_one_bos() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 30)), min_size=1, max_size=20))
-def test_answers_are_whole_or_counted_as_dropped(sizes: list[tuple[int, int]]) -> None:
+def test_answers_are_whole_or_counted_as_dropped(sizes):
     rows = [pair(prompt, answer, i) for i, (prompt, answer) in enumerate(sizes)]
     rows.append(pair(1, 2, len(rows)))
     for policy in ("drop", "truncate-prompt"):
@@ -148,7 +148,7 @@ def test_answers_are_whole_or_counted_as_dropped(sizes: list[tuple[int, int]]) -
 
 
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=20), st.integers(2, 16))
-def test_split_supervises_every_token_once(sizes: list[int], limit: int) -> None:
+def test_split_supervises_every_token_once(sizes, limit):
     rows = [text(size, i) for i, size in enumerate(sizes)]
     fitted = fit(rows, limit, "split")
     for row in rows:
@@ -161,7 +161,7 @@ def test_split_supervises_every_token_once(sizes: list[int], limit: int) -> None
     assert fitted.split == sum(size > limit for size in sizes)
 
 
-def test_split_supervises_final_eos() -> None:
+def test_split_supervises_final_eos():
     fitted = fit([text(9)], 4, "split")
     assert [row.input_ids for row in fitted.rows] == [
         [10, 11, 12, 13], [14, 15, 16, 17], [17, EOS]]  # fmt: skip
@@ -169,12 +169,12 @@ def test_split_supervises_final_eos() -> None:
     assert not has_missing_eos(FlatRows.of(fitted.rows), {EOS}).any()
 
 
-def test_pairs_are_not_split() -> None:
+def test_pairs_are_not_split():
     fitted = fit([pair(3, 4, 0), pair(12, 4, 1)], 10, "split")
     assert ([row.row for row in fitted.rows], fitted.lost) == ([0], (1,))
 
 
-def test_classified_text_keeps_special_tokens_at_both_ends() -> None:
+def test_classified_text_keeps_special_tokens_at_both_ends():
     row = Encoded(list(range(20)), 1, 0, {"token_type_ids": [0] * 20})
     fitted = fit([row], 8, "truncate-prompt")
     assert fitted.rows[0].input_ids == [0, 1, 2, 3, 4, 5, 6, 19]
@@ -182,7 +182,7 @@ def test_classified_text_keeps_special_tokens_at_both_ends() -> None:
     assert fitted.shortened_at == "the end of the text"
 
 
-def test_overlong_targets_raise_or_are_dropped() -> None:
+def test_overlong_targets_raise_or_are_dropped():
     rows = [Encoded([5, 6], list(range(n)), i) for i, n in enumerate((4, 9))]
     with pytest.raises(InputError) as error:
         fit_targets(rows, 8, "truncate-prompt", lambda i: f"x.jsonl:{i + 1}")

@@ -19,7 +19,7 @@ def mask_rows(share: float = 0.15, seed: int = 1, texts: int = 40) -> tuple[Mask
     return MaskedRows(rows, tokenizer, ratio=share, seed=seed), tokenizer
 
 
-def test_long_texts_are_split_into_blocks() -> None:
+def test_long_texts_are_split_into_blocks():
     tokenizer = build_tokenizer("bert", None)
     rows = encode_masked(tokenizer, [PlainText(TEXT, 0), PlainText("the value", 1)], 32)
     assert all(len(row.input_ids) <= 32 for row in rows)
@@ -30,7 +30,7 @@ def test_long_texts_are_split_into_blocks() -> None:
     assert [row.row for row in rows][-1] == 1
 
 
-def test_masking_depends_only_on_seed_epoch_and_row() -> None:
+def test_masking_depends_only_on_seed_epoch_and_row():
     first, _ = mask_rows()
     second, _ = mask_rows()
     assert [second[i] for i in (3, 0, 3)] == [first[3], first[0], first[3]]
@@ -46,7 +46,7 @@ def test_masking_depends_only_on_seed_epoch_and_row() -> None:
     assert list(first)[:2] == first[:2]
 
 
-def test_masking_ratios_match_bert() -> None:
+def test_masking_ratios_match_bert():
     rows, tokenizer = mask_rows(texts=200)
     counts = {"mask": 0, "same": 0, "random": 0}
     total = 0
@@ -69,7 +69,7 @@ def test_masking_ratios_match_bert() -> None:
     assert counts["random"] / total == pytest.approx(0.1, abs=0.02)
 
 
-def test_short_text_has_one_masked_token() -> None:
+def test_short_text_has_one_masked_token():
     tokenizer = build_tokenizer("bert", None)
     rows = MaskedRows(
         encode_masked(tokenizer, [PlainText("a", 0)], None), tokenizer, ratio=0.15, seed=0
@@ -77,6 +77,6 @@ def test_short_text_has_one_masked_token() -> None:
     assert rows[0].supervised == 1
 
 
-def test_tokenizer_without_mask_token_raises() -> None:
+def test_tokenizer_without_mask_token_raises():
     with pytest.raises(InputError, match="no mask token"):
         encode_masked(build_tokenizer("gpt2", None), [PlainText("a", 0)], None)

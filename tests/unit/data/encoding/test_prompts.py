@@ -60,7 +60,7 @@ def tokenize(tokenizer: Any, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("separator", ["cue", "\n", ""])
-def test_row_tokens_equal_tokens_of_joined_text(tokenizer: Any, separator: str) -> None:
+def test_row_tokens_equal_tokens_of_joined_text(tokenizer, separator):
     prompt_format = choose_format(
         tokenizer, "decoder", *(PROMPT_TEXTS.values() if separator == "cue" else ("", ""))
     )
@@ -79,7 +79,7 @@ def test_row_tokens_equal_tokens_of_joined_text(tokenizer: Any, separator: str) 
             assert prompt + target == tokenize(tokenizer, joined + answer)
 
 
-def test_prompt_does_not_end_in_space_token(tokenizer: Any) -> None:
+def test_prompt_does_not_end_in_space_token(tokenizer):
     cue = choose_format(tokenizer, "decoder", *PROMPT_TEXTS.values())
     for prompt_format, source in ((cue, "the name"), (PromptFormat("plain"), "the name: ")):
         ids = encode_prompt(tokenizer, prompt_format, source)
@@ -88,7 +88,7 @@ def test_prompt_does_not_end_in_space_token(tokenizer: Any) -> None:
         assert answer == tokenize(tokenizer, "x name")[len(tokenize(tokenizer, "x")) :]
 
 
-def test_answer_that_continues_last_word_of_prompt() -> None:
+def test_answer_that_continues_last_word_of_prompt():
     """The prompt is tokenized as in generation, even if the answer continues its last word."""
     prompt_format = PromptFormat("plain")
     for family in ("qwen2", "llama"):
@@ -103,7 +103,7 @@ def test_answer_that_continues_last_word_of_prompt() -> None:
         assert tokenizer.decode(prompt + answer, skip_special_tokens=True) == "the name"
 
 
-def test_separator_is_resolved_from_rows() -> None:
+def test_separator_is_resolved_from_rows():
     plain_format = PromptFormat("plain")
     assert plain_format.resolve_separator([PlainText("a b", 0)]).separator == ""
     assert (
@@ -128,13 +128,13 @@ def write_card(folder: Path, prompt: Any) -> AdapterCard:
 
 
 @pytest.mark.parametrize("kind", ["plain", "chat-template", "seq2seq"])
-def test_prompt_format_roundtrip(kind: Any, tmp_path: Path) -> None:
+def test_prompt_format_roundtrip(kind, tmp_path):
     prompt_format = PromptFormat(kind, "Do it.", separator="\n" if kind == "plain" else "")
     assert ("version" in prompt_format.to_dict()) == (kind == "plain")
     assert load_prompt_format(write_card(tmp_path, prompt_format.to_dict())) == prompt_format
 
 
-def test_prompt_format_of_another_version_raises(tmp_path: Path) -> None:
+def test_prompt_format_of_another_version_raises(tmp_path):
     for changes in ({}, {"version": 3}, {"version": 2, "suffix": "x"}):
         card = write_card(tmp_path, {"kind": "plain", "instruction": "", **changes})
         with pytest.raises(InputError, match=r"another version of ftlevel. Install that version"):
@@ -143,14 +143,14 @@ def test_prompt_format_of_another_version_raises(tmp_path: Path) -> None:
         write_card(tmp_path, ["plain"])
 
 
-def test_empty_prompt_raises() -> None:
+def test_empty_prompt_raises():
     tokenizer = build_tokenizer("gpt2", chat=False)
     for text in ("", " "):
         with pytest.raises(InputError, match="the prompt is empty"):
             encode_prompt(tokenizer, PromptFormat("plain"), text)
 
 
-def test_target_ends_as_the_tokenizer_ends_it() -> None:
+def test_target_ends_as_the_tokenizer_ends_it():
     """In mBART, the language's token follows EOS, and the decoder starts with it."""
     parts = _unigram_parts(["<s>", "<pad>", "</s>", "<unk>"])
     mbart = transformers.MBartTokenizer(vocab=parts, src_lang="en_XX", tgt_lang="de_DE")

@@ -56,29 +56,26 @@ def tokenizer_with_template(template: str | None, family: str = "qwen2") -> Any:
         (published.build("mistral"), False),  # in the last user turn
     ],
 )
-def test_layout_renders_like_template(tokenizer: Any, has_system: bool) -> None:
+def test_layout_renders_like_template(tokenizer, has_system):
     layout = get_chat_layout(tokenizer)
-    assert layout is not None
     assert ("system" in layout.around) is has_system
     for chat in (CHAT[:1], CHAT, [SYSTEM, *CHAT] if has_system else CHAT):
         assert layout.render(chat) == render(tokenizer, chat, generation_prompt=True)
 
 
-def test_default_system_text_is_the_opening() -> None:
+def test_default_system_text_is_the_opening():
     layout = get_chat_layout(tokenizer_with_template(DEFAULT_SYSTEM))
-    assert layout is not None
     assert layout.opening == "<|im_start|>system\nBe kind.<|im_end|>\n"
     assert layout.around["user"] == ("<|im_start|>user\n", "<|im_end|>\n")
     assert layout.generation == "<|im_start|>assistant\n"
 
 
-def test_special_tokens_are_not_split() -> None:
+def test_special_tokens_are_not_split():
     layout = get_chat_layout(published.build("mistral"))  # <s>[INST] and </s>[INST]
-    assert layout is not None
     assert layout.opening == "<s>"
     assert layout.around == {"user": ("[INST] ", "[/INST]"), "assistant": (" ", "</s>")}
 
 
 @pytest.mark.parametrize("template", [NUMBERED_TEMPLATE, UPPERCASE_TEMPLATE])
-def test_template_beyond_fixed_texts_has_no_layout(template: str) -> None:
+def test_template_beyond_fixed_texts_has_no_layout(template):
     assert get_chat_layout(tokenizer_with_template(template)) is None

@@ -37,7 +37,7 @@ def as_window(row: Encoded) -> Window:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_window_labels_cover_answer(family: str) -> None:
+def test_window_labels_cover_answer(family):
     windows = encode(family, make_question())
     assert len(windows) > 1
     begin, end = make_question().answers[0][1], make_question().answers[0][1] + len(ANSWER)
@@ -58,14 +58,14 @@ def test_window_labels_cover_answer(family: str) -> None:
 
 @pytest.mark.parametrize("text", [f" {ANSWER}", f"{ANSWER}, ", f" {ANSWER}, "])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_answer_may_begin_or_end_with_a_space(family: str, text: str) -> None:
+def test_answer_may_begin_or_end_with_a_space(family, text):
     stripped = encode(family, make_question(text.strip()))
     windows = encode(family, make_question(text))
     assert [window.labels for window in windows] == [window.labels for window in stripped]
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
-def test_windows_overlap_and_cover_the_context(family: str) -> None:
+def test_windows_overlap_and_cover_the_context(family):
     windows = encode(family, make_question())
     tokenizer = build_tokenizer(family, None)
     special = {*tokenizer.all_special_ids}
@@ -78,7 +78,7 @@ def test_windows_overlap_and_cover_the_context(family: str) -> None:
         assert not special.intersection(context)
 
 
-def test_get_span() -> None:
+def test_get_span():
     offsets = ((0, 3), (3, 7), (8, 9))
     assert get_span(offsets, 4, 7) == (1, 1)  # the token covers the space before its word
     assert get_span(offsets, 0, 9) == (0, 2)
@@ -86,12 +86,12 @@ def test_get_span() -> None:
     assert get_span(((5, 9),), 2, 7) is None
 
 
-def test_missing_answer_points_to_first_token() -> None:
+def test_missing_answer_points_to_first_token():
     for window in encode("bert", Question(CONTEXT, "Why?", (), 0)):
         assert window.labels == (0, 0)
 
 
-def test_too_long_questions_raise_or_are_dropped() -> None:
+def test_too_long_questions_raise_or_are_dropped():
     long = Question(CONTEXT, "What " * 30, (), 4)
     with pytest.raises(InputError) as error:
         encode("bert", long)
@@ -107,6 +107,6 @@ def test_too_long_questions_raise_or_are_dropped() -> None:
     assert {row.row for row in rows} == {0}
 
 
-def test_context_without_tokens_raises() -> None:
+def test_context_without_tokens_raises():
     with pytest.raises(InputError, match=r"row 1 has a context without tokens\. Remove the row\."):
         encode("bert", Question("\u200b", "What?", (), 0))

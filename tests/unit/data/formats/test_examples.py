@@ -25,6 +25,7 @@ from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS
 
 GEN, SUM, CLS = "text-generation", "summarization", "text-classification"
+TAG, QA = "token-classification", "question-answering"
 FIX = "Fix the line."
 QUESTION = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
@@ -47,106 +48,77 @@ def make_conversation(*turns: str) -> Conversation:
     return Conversation(tuple(Message(role, text) for role, _, text in parts), 0)
 
 
+def answers(text, start):
+    values = {"text": [text], "answer_start": [start]}
+    return {"context": "é in Rome", "question": "q", "answers": values}
+
+
+@pytest.mark.parametrize(
+    ("row", "turns"),
+    [
+        ({"prompt": "q", "completion": " a"}, ["user: q", "assistant:  a"]),
+        ({"prompt": [QUESTION], "completion": [ANSWER]}, ["user: q", "assistant: a"]),
+        (
+            {"instruction": "do", "input": "this", "output": "a"},
+            ["user: do\n\nthis", "assistant: a"],
+        ),
+        (
+            {"instruction": "do", "input": "", "output": "a", "system": "be"},
+            ["system: be", "user: do", "assistant: a"],
+        ),
+        (
+            {"instruction": "do", "input": None, "output": "a", "system": None},
+            ["user: do", "assistant: a"],
+        ),
+        (
+            {"messages": [{"role": "developer", "content": "s"}, QUESTION, ANSWER, QUESTION]},
+            ["system: s", "user: q", "assistant: a", "user: q"],
+        ),
+        (
+            {"messages": [{"role": "system", "content": ""}, QUESTION, ANSWER], "system": "s"},
+            ["system: s", "user: q", "assistant: a"],
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+            ["user: q", "assistant: a"],
+        ),
+    ],
+)
+def test_rows_are_converted_to_conversations(row, turns):
+    assert convert(GEN, row) == [make_conversation(*turns)]
+
+
 @pytest.mark.parametrize(
     ("task", "row", "example"),
     [
         (GEN, {"text": " a\n"}, PlainText(" a\n", 0)),
-        (GEN, {"prompt": "q", "completion": " a"}, make_conversation("user: q", "assistant:  a")),
-        (
-            GEN,
-            {"prompt": [QUESTION], "completion": [ANSWER]},
-            make_conversation("user: q", "assistant: a"),
-        ),
-        (
-            GEN,
-            {"instruction": "do", "input": "this", "output": "a"},
-            make_conversation("user: do\n\nthis", "assistant: a"),
-        ),
-        (
-            GEN,
-            {"instruction": "do", "input": "", "output": "a", "system": "be"},
-            make_conversation("system: be", "user: do", "assistant: a"),
-        ),
-        (
-            GEN,
-            {"instruction": "do", "input": None, "output": "a", "system": None},
-            make_conversation("user: do", "assistant: a"),
-        ),
-        (
-            GEN,
-            {"messages": [QUESTION, ANSWER], "topic": "t"},
-            make_conversation("user: q", "assistant: a"),
-        ),
-        (
-            GEN,
-            {"messages": [{"role": "developer", "content": "s"}, QUESTION, ANSWER, QUESTION]},
-            make_conversation("system: s", "user: q", "assistant: a", "user: q"),
-        ),
-        (
-            GEN,
-            {"messages": [{"role": "system", "content": ""}, QUESTION, ANSWER], "system": "s"},
-            make_conversation("system: s", "user: q", "assistant: a"),
-        ),
-        (
-            GEN,
-            {
-                "conversations": [
-                    {"from": "system", "value": "s"},
-                    {"from": "human", "value": "q"},
-                    {"from": "gpt", "value": "a"},
-                ]
-            },
-            make_conversation("system: s", "user: q", "assistant: a"),
-        ),
         (SUM, {"document": "d", "summary": "s", "file": "f"}, SourceTarget("d", "s", 0)),
-        (
-            SUM,
-            {"instruction": "do", "input": "this", "output": "a"},
-            SourceTarget("do\n\nthis", "a", 0),
-        ),
+        (SUM, {"instruction": "do", "input": "i", "output": "a"}, SourceTarget("do\n\ni", "a", 0)),
         (
             SUM,
             {"messages": [{"role": "system", "content": "s"}, QUESTION, ANSWER]},
             SourceTarget("s\n\nq", "a", 0),
         ),
         (CLS, {"text": "t", "label": "animal"}, LabeledText("t", None, "animal", 0)),
-        (CLS, {"sentence": "t", "label": 1}, LabeledText("t", None, 1, 0)),
         (CLS, {"text": "t", "label": True}, LabeledText("t", None, "true", 0)),
         (CLS, {"premise": "p", "hypothesis": "h", "label": 0}, LabeledText("p", "h", 0, 0)),
-        (
-            "token-classification",
-            {"tokens": ["In", "Rome"], "ner_tags": ["O", "B-CITY"]},
-            TaggedTokens(("In", "Rome"), ("O", "B-CITY"), 0),
-        ),
-        (
-            "question-answering",
-            {
-                "context": "é in Rome",
-                "question": "q",
-                "answers": {"text": ["Rome"], "answer_start": [5]},
-            },
-            Question("é in Rome", "q", (("Rome", 5),), 0),
-        ),
+        (TAG, {"tokens": ["In"], "ner_tags": ["O"]}, TaggedTokens(("In",), ("O",), 0)),
+        (QA, answers("Rome", 5), Question("é in Rome", "q", (("Rome", 5),), 0)),
     ],
 )
-def test_rows_are_converted_to_examples(task: str, row: dict[str, Any], example: Example) -> None:
+def test_rows_are_converted_to_examples(task, row, example):
     assert convert(task, row) == [example]
 
 
-def test_translation_with_mapping() -> None:
+def test_translation_with_mapping():
     row = {"en": "cat", "de": "Katze"}
-    assert convert("translation", row, source="en", target="de") == [
-        SourceTarget("cat", "Katze", 0)
-    ]
-    nested = {"source": "translation.en", "target": "translation.de"}
-    assert convert("translation", {"translation": row}, **nested) == [
-        SourceTarget("cat", "Katze", 0)
-    ]
-    with pytest.raises(InputError) as error:
-        convert("translation", {"translation": row}, **{**nested, "target": "translation.dee"})
-    assert str(error.value) == (
-        f"x.jsonl:1: 'translation.dee' is not there ('dee' is missing). {FIX}"
-    )
+    expected = [SourceTarget("cat", "Katze", 0)]
+    assert convert("translation", row, source="en", target="de") == expected
+    row = {"translation": row}
+    assert convert("translation", row, source="translation.en", target="translation.de") == expected
+    message = f"^x.jsonl:1: 'translation.dee' is not there \\('dee' is missing\\). {FIX}$"
+    with pytest.raises(InputError, match=message):
+        convert("translation", row, source="translation.en", target="translation.dee")
 
 
 INVALID_MESSAGES: list[tuple[Any, str]] = [
@@ -155,24 +127,11 @@ INVALID_MESSAGES: list[tuple[Any, str]] = [
     ([], "'messages' has no assistant turn"),
     ([QUESTION], "'messages' has no assistant turn"),
     (
-        [{"role": "userr", "content": "q"}, ANSWER],
-        "turn 1 of 'messages' has the unknown role 'userr' (did you mean 'user'?; or map it: --map "
-        "user=userr, or assistant=…)",
-    ),
-    (
         [QUESTION, {"role": "critic", "content": "x"}, ANSWER],
         "turn 2 of 'messages' has the unknown role 'critic' (known: system, user, assistant, tool, "
         "human, gpt; or map it: --map user=critic, or assistant=…)",
     ),
     ([QUESTION, {"role": "assistant"}], "turn 2 of 'messages' has no 'content' (keys: role)"),
-    (
-        [QUESTION, {"role": "assistant", "content": None}],
-        "'content' of turn 2 of 'messages' is null",
-    ),
-    (
-        [QUESTION, {"role": "assistant", "content": " \n"}],
-        "'content' of turn 2 of 'messages' is empty",
-    ),
     (
         [{"role": "user", "content": [{"type": "text"}]}, ANSWER],
         "'content' of turn 1 of 'messages' is a list of parts, not a string; join their texts",
@@ -199,13 +158,11 @@ INVALID_MESSAGES: list[tuple[Any, str]] = [
             "turn 1 of 'conversations' has no 'value' (keys: from, said; name it: "
             "--map content=said)",
         ),
-        (GEN, {"text": None}, "'text' is null"),
         (GEN, {"text": " "}, "'text' is empty"),
         (GEN, {"text": 5}, "'text' is a number, not a string"),
         (GEN, {"prompt": "q", "completion": ""}, "'completion' is empty"),
         (GEN, {"question": "", "answer": "a"}, "'question' is empty"),
         (GEN, {"instruction": "i", "input": 3, "output": "a"}, "'input' is a number, not a string"),
-        (GEN, {"instruction": "i", "input": "", "output": None}, "'output' is null"),
         (SUM, {"article": "d", "highlights": None}, "'highlights' is null"),
         (
             SUM,
@@ -216,33 +173,25 @@ INVALID_MESSAGES: list[tuple[Any, str]] = [
         (CLS, {"text": "t", "label": ""}, "'label' is empty"),
         (CLS, {"text": "", "label": 1}, "'text' is empty"),
         (CLS, {"sentence1": "t", "sentence2": None, "label": 1}, "'sentence2' is null"),
-        ("token-classification", {"tokens": ["a"], "tags": []}, "has 1 tokens, but 0 tags"),
-        ("token-classification", {"tokens": [], "tags": []}, "'tokens' is empty"),
-        ("token-classification", {"tokens": "a b", "tags": []}, "'tokens' is a string, not a list"),
-        ("token-classification", {"tokens": ["a"], "tags": [None]}, "tag 1 is null"),
+        (TAG, {"tokens": ["a"], "tags": []}, "has 1 tokens, but 0 tags"),
+        (TAG, {"tokens": [], "tags": []}, "'tokens' is empty"),
+        (TAG, {"tokens": "a b", "tags": []}, "'tokens' is a string, not a list"),
+        (TAG, {"tokens": ["a"], "tags": [None]}, "tag 1 is null"),
+        (QA, answers("Rome", 2), "the answer 'Rome' is not at 2 of the context"),
         (
-            "question-answering",
-            {
-                "context": "in Rome",
-                "question": "q",
-                "answers": {"text": ["Rome"], "answer_start": [2]},
-            },
-            "the answer 'Rome' is not at 2 of the context",
-        ),
-        (
-            "question-answering",
+            QA,
             {"context": "c", "question": "q", "answers": "c"},
             "'answers' is not like {'text': [...], 'answer_start': [...]}, as in SQuAD",
         ),
     ],
 )
-def test_unusable_row_raises(task: str, row: dict[str, Any], reason: str) -> None:
+def test_unusable_row_raises(task, row, reason):
     with pytest.raises(InputError) as error:
         convert(task, row)
     assert str(error.value) == f"x.jsonl:1: {reason}. {FIX}"
 
 
-def test_unusable_rows_are_reported_together_or_dropped() -> None:
+def test_unusable_rows_are_reported_together_or_dropped():
     texts = ["a", None, "", "b", *([""] * 5)]
     table = make_table(*({"text": text} for text in texts))
     detected = TASKS[GEN].get_format(["text"], DataConfig())
@@ -266,9 +215,7 @@ def test_unusable_rows_are_reported_together_or_dropped() -> None:
     [(1.0, False, 1), (-1.0, False, -1), ("1.0", True, "1"), ("1.0", False, "1.0"),
      ("v1.0", True, "v1.0")],
 )  # fmt: skip
-def test_whole_numbers_written_as_floats_are_classes(
-    label: Any, text_cells: bool, expected: Any
-) -> None:
+def test_whole_numbers_written_as_floats_are_classes(label, text_cells, expected):
     """pandas writes them in a column with an empty cell."""
     table = replace(make_table({"text": "a", "label": label}), text_cells=text_cells)
     detected = TASKS[CLS].get_format(["text", "label"], DataConfig())
@@ -290,13 +237,13 @@ def test_whole_numbers_written_as_floats_are_classes(
         ),
     ],
 )
-def test_labels_of_another_problem_type_raise(label: Any, message: str) -> None:
+def test_labels_of_another_problem_type_raise(label, message):
     with pytest.raises(InputError) as error:
         convert(CLS, {"text": "t", "label": label})
     assert str(error.value) == message
 
 
-def test_split_without_column_raises() -> None:
+def test_split_without_column_raises():
     detected = TASKS[CLS].get_format(["text", "label"], DataConfig())
     with pytest.raises(InputError) as error:
         to_examples(make_table({"text": "t", "class": 1}), detected)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 
@@ -39,26 +38,21 @@ def make_examples(labels: Labels, names: tuple[str, ...] = ()) -> tuple[list[Lab
         (["b", "c"], ("c", "b"), ("c", "b")),
     ],
 )
-def test_label_names(labels: Labels, declared: tuple[str, ...], names: tuple[str, ...]) -> None:
+def test_label_names(labels, declared, names):
     label_set = create_label_set(*make_examples(labels, declared), "label")
     assert label_set == LabelSet(names)
     assert len(label_set) == len(names)
 
 
 @pytest.mark.parametrize("labels", [["3", "1", "2", 1, 2, 3], ["x", 1, "x", 1], [7, "2", "10"]])
-def test_integer_labels_among_strings_are_names(labels: Labels) -> None:
+def test_integer_labels_among_strings_are_names(labels):
     label_set = create_label_set(*make_examples(labels), "label")
     assert [label_set.names[label_set.id_of(label)] for label in labels] == list(map(str, labels))
     assert all(label in label_set for label in labels)
     assert 0 not in label_set
 
 
-def test_large_integer_labels_raise_without_listing_all_gaps() -> None:
-    with pytest.raises(InputError, match=r"a gap, and 0, 1, 2, 3, … never occurs\. Count from 0"):
-        create_label_set(*make_examples([10**12, 10**12 + 1]), "label")
-
-
-def test_label_ids() -> None:
+def test_label_ids():
     labels = LabelSet(("neg", "pos"))
     assert [labels.id_of(label) for label in ("neg", "pos", 0, 1)] == [0, 1, 0, 1]
     for unknown in ("x", 2, -1):
@@ -82,6 +76,13 @@ def test_label_ids() -> None:
             (),
             "x.csv: 'label' has the classes 1, 2, 4; numbers must be 0, 1, … without a gap, and "
             '0, 3 never occurs. Count from 0, or write names: "4" in quotes is one.',
+        ),
+        (
+            [10**12, 10**12 + 1],
+            (),
+            "x.csv: 'label' has the classes 1000000000000, 1000000000001; numbers must be 0, 1, … "
+            "without a gap, and 0, 1, 2, 3, … never occurs. Count from 0, or write names: "
+            '"1000000000001" in quotes is one.',
         ),
         (
             [0, 1, -1, -1],
@@ -109,13 +110,13 @@ def test_label_ids() -> None:
         ),
     ],
 )
-def test_invalid_labels_raise(labels: Labels, declared: tuple[str, ...], message: str) -> None:
+def test_invalid_labels_raise(labels, declared, message):
     with pytest.raises(InputError) as error:
         create_label_set(*make_examples(labels, declared), "label")
     assert str(error.value) == message
 
 
-def test_label_missing_in_training_raises() -> None:
+def test_label_missing_in_training_raises():
     labels = LabelSet(("a", "b"))
     check_labels(labels, *make_examples(["a", "a"]))
     with pytest.raises(InputError) as error:
@@ -136,9 +137,7 @@ def test_label_missing_in_training_raises() -> None:
         ("token-classification", "tags", [0, 1], ("neg", "pos")),
     ],
 )
-def test_declared_class_numbers_become_names(
-    task: str, role: str, numbers: Any, names: Any
-) -> None:
+def test_declared_class_numbers_become_names(task, role, numbers, names):
     rows = [{"text": "a b", "tokens": ["a", "b"], role: numbers}]
     table = Table(rows, [1], "x.csv", label_names={role: ("neg", "pos")})
     config = DataConfig()
@@ -150,8 +149,7 @@ def test_declared_class_numbers_become_names(
 
 
 @pytest.mark.parametrize("labels", [LabelSet(("0", "1")), None])
-def test_numbers_stay_if_known_classes_are_numbers(labels: LabelSet | None) -> None:
-    """As in runs from before the class names of tags were read."""
+def test_numbers_stay_if_known_classes_are_numbers(labels):
     rows = [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
     table = Table(rows, [1, 2], "x.csv", label_names={"label": ("neg", "pos")})
     config = DataConfig(labels=("0", "1") if labels is None else ())
@@ -160,7 +158,6 @@ def test_numbers_stay_if_known_classes_are_numbers(labels: LabelSet | None) -> N
     assert [example.label for example in examples] == [1, 0]
     assert create_label_set(examples, held_out, "label", ("0", "1")).names == ("0", "1")
     named = LabelSet(("pos", "neg"))
-    _, examples = open_converter(table, DataConfig(), TASKS["text-classification"])[
-        0
-    ].convert_held_out("validation", table, named)
+    convert, _ = open_converter(table, DataConfig(), TASKS["text-classification"])
+    _, examples = convert.convert_held_out("validation", table, named)
     assert [named.id_of(example.label) for example in examples] == [0, 1]

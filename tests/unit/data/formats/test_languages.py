@@ -21,9 +21,9 @@ GERMAN = Language("German", "de")
         ("target", "Klingon", Language("Klingon", "")),
     ],
 )
-def test_language_of_a_column(column: str, setting: str | None, language: Language | None) -> None:
+def test_language_of_a_column(column, setting, language):
     assert get_language("target", {"target": column}, setting) == language
 
 
-def test_regional_language_code() -> None:
+def test_regional_language_code():
     assert parse_language("pt-BR") == Language("Portuguese", "pt")

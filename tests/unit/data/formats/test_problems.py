@@ -30,32 +30,31 @@ def convert(problem: Any, *labels: Any) -> list[Any]:
     return [e.label for e in to_examples(make_table(*labels), shape) if isinstance(e, LabeledText)]
 
 
+def detect(labels):
+    problem, reason = choose_problem_type(make_table(*labels), "label")
+    assert reason.startswith("auto")
+    return problem
+
+
 @pytest.mark.parametrize(
-    ("labels", "problem"),
-    [
-        (["a", "b"], SINGLE),
-        ([0, 1], SINGLE),
-        ([1.0, 2.0], SINGLE),
-        ([True, False], SINGLE),
-        (["1.5", "x"], SINGLE),
-        (["nan", "1"], SINGLE),
-        ([1, 2.5], REGRESSION),
-        (["1.5", "2"], REGRESSION),
-        ([["a"], []], MULTI),
-    ],
+    "labels", [["a", "b"], [0, 1], [1.0, 2.0], [True, False], ["1.5", "x"], ["nan", "1"]]
 )
-def test_problem_type_is_detected_from_labels(labels: list[Any], problem: str) -> None:
-    detected, reason = choose_problem_type(make_table(*labels), "label")
-    assert (detected, reason[:4]) == (problem, "auto")
+def test_names_and_whole_numbers_are_single_labels(labels):
+    assert detect(labels) == SINGLE
 
 
-def test_explicit_problem_type_and_declared_names_take_precedence() -> None:
+def test_decimals_are_regression_and_lists_are_multi_labels():
+    assert detect([1, 2.5]) == detect(["1.5", "2"]) == REGRESSION
+    assert detect([["a"], []]) == MULTI
+
+
+def test_explicit_problem_type_and_declared_names_take_precedence():
     assert choose_problem_type(make_table(1, 2), "label", "regression") == (REGRESSION, "")
     declared = Table([{"label": 0.5}], [1], "x", label_names={"label": ("a", "b")})
     assert choose_problem_type(declared, "label")[0] == SINGLE
 
 
-def test_regression_labels() -> None:
+def test_regression_labels():
     assert convert(REGRESSION, 1, -2.5, "3.25") == [1.0, -2.5, 3.25]
     for invalid, reason in (
         ("x", "'label' is 'x', not a number"),
@@ -68,7 +67,7 @@ def test_regression_labels() -> None:
             convert(REGRESSION, invalid)
 
 
-def test_multi_labels() -> None:
+def test_multi_labels():
     assert convert(MULTI, ["b", "a"], [], ["c"]) == [("b", "a"), (), ("c",)]
     for invalid, reason in (
         ("a", "'label' is a string, not a list of labels"),
@@ -79,7 +78,7 @@ def test_multi_labels() -> None:
             convert(MULTI, invalid)
 
 
-def test_label_set_of_multi_labels() -> None:
+def test_label_set_of_multi_labels():
     rows = make_table(["b", "a"], [], ["c"])
     examples = [LabeledText("t", None, tuple(row["label"]), i) for i, row in enumerate(rows.rows)]
     labels = create_label_set(examples, rows, "label")

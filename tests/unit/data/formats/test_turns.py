@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from ftlevel.data.formats.turns import Message, UnusableRowError, parse_tool_list, parse_turns
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+CALL_AS_JSON = {"id": "x", "function": {"name": "add", "arguments": '{"a": 1}'}}
 CONTENT = "'content' of turn 1 of 'messages'"
 END = {"role": "assistant", "content": "2"}
 
@@ -16,9 +15,6 @@ END = {"role": "assistant", "content": "2"}
 @pytest.mark.parametrize(
     ("turn", "message"),
     [
-        ({"role": "developer", "content": "s"}, Message("system", "s")),
-        ({"from": "human", "value": "q"}, Message("user", "q")),
-        ({"from": "gpt", "value": "a"}, Message("assistant", "a")),
         ({"from": "observation", "value": "2"}, Message("tool", "2")),
         (
             {"role": "tool", "content": "2", "tool_call_id": "x", "name": "add", "other": 1},
@@ -29,11 +25,7 @@ END = {"role": "assistant", "content": "2"}
             Message("assistant", "", {"tool_calls": [CALL]}),
         ),
         (
-            {
-                "role": "assistant",
-                "content": "I add.",
-                "tool_calls": [{"id": "x", "function": {"name": "add", "arguments": '{"a": 1}'}}],
-            },
+            {"role": "assistant", "content": "I add.", "tool_calls": [CALL_AS_JSON]},
             Message("assistant", "I add.", {"tool_calls": [{"id": "x", **CALL}]}),
         ),
         (
@@ -42,7 +34,7 @@ END = {"role": "assistant", "content": "2"}
         ),
     ],
 )
-def test_parse_turn(turn: dict[str, Any], message: Message) -> None:
+def test_parse_turn(turn, message):
     assert parse_turns([turn, END], "messages")[0] == message
 
 
@@ -65,13 +57,13 @@ def test_parse_turn(turn: dict[str, Any], message: Message) -> None:
         ),
     ],
 )
-def test_invalid_turn_raises(turn: dict[str, Any], reason: str, finding: str) -> None:
+def test_invalid_turn_raises(turn, reason, finding):
     with pytest.raises(UnusableRowError) as error:
         parse_turns([turn, END], "messages")
     assert (str(error.value), error.value.finding) == (reason, finding)
 
 
-def test_tools_as_list_or_json() -> None:
+def test_tools_as_list_or_json():
     assert parse_tool_list([CALL], "tools") == (CALL,)
     assert parse_tool_list('[{"name": "add"}]', "tools") == ({"name": "add"},)
     assert parse_tool_list(None, "tools") == parse_tool_list("", "tools") == ()

@@ -32,18 +32,18 @@ def convert_to_tags(row: dict[str, Any]) -> Any:
          "tokens": [{"text": "In", "start": 0}]},
     ],
 )  # fmt: skip
-def test_span_formats_of_tools_give_equal_tags(row: dict[str, Any]) -> None:
+def test_span_formats_of_tools_give_equal_tags(row):
     assert convert_to_tags(row) == {
         "In": "O", "New": "B-LOC", "York": "I-LOC", ",": "O", "Ada": "O", "-": "O",
         "Lovelace": "O", "é": "O", ".": "O",
     }  # fmt: skip
 
 
-def test_row_without_spans_has_no_entities() -> None:
+def test_row_without_spans_has_no_entities():
     assert set(convert_to_tags({"text": TEXT, "entities": []}).values()) == {"O"}
 
 
-def test_queries_are_split_into_the_same_words() -> None:
+def test_queries_are_split_into_the_same_words():
     row = {"text": TEXT, "tokens": [{"text": "In", "start": 0}]}
     table = Table([row], [1], "x.jsonl")
     shape = TASKS["token-classification"].get_query_format(table.column_names, {}, rows=table.rows)
@@ -69,7 +69,7 @@ def test_queries_are_split_into_the_same_words() -> None:
         ("LOC", "'entities' is a string, not a list of spans"),
     ],
 )  # fmt: skip
-def test_invalid_span_raises(spans: Any, reason: str) -> None:
+def test_invalid_span_raises(spans, reason):
     with pytest.raises(InputError) as error:
         convert_to_tags({"text": TEXT, "entities": spans})
     assert str(error.value).startswith(f"x.jsonl:3: {reason}.")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -26,14 +24,7 @@ def get_indices(mask: np.ndarray) -> list[int]:
     return np.flatnonzero(mask).tolist()
 
 
-def test_flat_rows_layout() -> None:
-    flat = make_flat_rows(([5, 6], [_, 6]), ([], []), ([7], [7]))
-    assert flat.ids.values.tolist() == [5, 6, 7]
-    assert flat.ids.starts.tolist() == [0, 2, 2, 3]
-    assert flat.supervised().tolist() == [1, 0, 1]
-
-
-def test_example_mask_in_memory_and_from_store(tmp_path: Path) -> None:
+def test_example_mask_in_memory_and_from_store(tmp_path):
     rows = [Encoded([5], [5], example) for example in [0, 0, 2, *range(3, 2_003)]]
     keep = np.ones(len(rows), dtype=bool)
     keep[[0, 2, 1_500]] = False
@@ -46,7 +37,7 @@ def test_example_mask_in_memory_and_from_store(tmp_path: Path) -> None:
     assert np.array_equal(get_example_mask(source, keep[1:], 2_004), expected)
 
 
-def test_unsupervised_rows() -> None:
+def test_unsupervised_rows():
     flat = make_flat_rows(([5, 6], [_, 6]), ([5, 6], [_, _]), ([], []))
     assert get_indices(flat.supervised() == 0) == [1, 2]
 
@@ -63,49 +54,43 @@ def test_unsupervised_rows() -> None:
         ([_, EOS, 7], True),
     ],
 )
-def test_missing_eos_in_any_answer(labels: list[int], is_missing: bool) -> None:
+def test_missing_eos_in_any_answer(labels, is_missing):
     complete = [_, 7, EOS]
     flat = make_flat_rows((complete, complete), (labels, labels), (complete, complete))
     assert get_indices(checks.has_missing_eos(flat, {EOS})) == [1] * is_missing
 
 
-def test_missing_eos_checks_last_piece_of_split_text() -> None:
+def test_missing_eos_checks_last_piece_of_split_text():
     pieces = [Encoded([7, 8], [7, 8], 0), Encoded([9, EOS], [9, EOS], 0), Encoded([7], [7], 1)]
     assert get_indices(checks.has_missing_eos(FlatRows.of(pieces), {EOS})) == [2]
 
 
-def test_double_bos() -> None:
+def test_double_bos():
     rows = [([BOS, BOS, 5], [_] * 3), ([BOS, 5, BOS], [_] * 3), ([BOS], [_]), ([], [])]
     flat = make_flat_rows(*rows)
     assert get_indices(checks.has_double_bos(flat, BOS)) == [0]
     assert get_indices(checks.has_double_bos(flat, None)) == []
 
 
-def test_invalid_token_ids() -> None:
+def test_invalid_token_ids():
     flat = make_flat_rows(([9], [9]), ([10], [_]), ([3], [10]), ([-1], [_]))
     assert get_indices(checks.has_invalid_ids(flat, 10, token_labels=True)) == [1, 2, 3]
     assert get_indices(checks.has_invalid_ids(flat, 10, token_labels=False)) == [1, 3]
 
 
-def test_answer_outside_all_windows() -> None:
-    answers = (("x", 4),)
-    windows = [
-        Window([1], (0, 0), 0, {}, "", answers),
-        Window([1], (3, 4), 0, {}, "", answers),
-        Window([1], (0, 0), 1, {}, "", answers),
-        Window([1], (0, 0), 1, {}, "", answers),
-        Window([1], (0, 0), 2, {}, "", ()),
-    ]
+def test_answer_outside_all_windows():
+    rows = [((0, 0), 0), ((3, 4), 0), ((0, 0), 1), ((0, 0), 1), ((0, 0), 2)]
+    windows = [Window([1], at, n, {}, "", (("x", 4),) if n < 2 else ()) for at, n in rows]
     assert get_indices(TASKS["question-answering"].check_rows(windows)["answer_cut"]) == [2, 3]
 
 
-def test_majority_class() -> None:
+def test_majority_class():
     assert checks.get_majority_class(["a"] * 19 + ["b"]) == ("a", 19)
     assert checks.get_majority_class(["a"] * 18 + ["b", "c"]) is None
     assert checks.get_majority_class([]) is None
 
 
-def test_stop_message_of_a_command_without_set() -> None:
+def test_stop_message_of_a_command_without_set():
     finding = Finding("missing_positives", "validation", 1, 2, (), "stop")
     message = explain_stop(finding, "train with")
     assert message.endswith("--corpus, or train with --set data.gate.missing_positives=warn.")

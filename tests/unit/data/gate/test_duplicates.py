@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pytest
 
 from ftlevel.data.formats.examples import LabeledText, PlainText, SourceTarget
 from ftlevel.data.gate import gate, similarity
@@ -18,23 +17,20 @@ def example_keys(examples: list[Any]) -> Any:
     return Digests.of(examples, TextCheckContext()).keys
 
 
-def test_exact_duplicates_ignore_case_and_white_space() -> None:
+def test_exact_duplicates_ignore_case_and_white_space():
     keys = example_keys([PlainText(t, i) for i, t in enumerate(["A b", "a\n B ", "a c", "A b"])])
     repeated, first = get_repeated_keys(keys)
     assert repeated.tolist() == [1, 3]
     assert first.tolist() == [0, 0]
 
 
-def test_keys_depend_on_answer_and_field_boundary() -> None:
-    pairs = [
-        SourceTarget("a", "b c", 0),
-        SourceTarget("a b", "c", 1),
-        LabeledText("a", None, "x", 2),
-    ]
-    assert len(set(example_keys([*pairs, LabeledText("a", None, "y", 3)]).tolist())) == 4
+def test_keys_depend_on_answer_and_field_boundary():
+    pairs = [SourceTarget("a", "b c", 0), SourceTarget("a b", "c", 1)]
+    classes = [LabeledText("a", None, "x", 2), LabeledText("a", None, "y", 3)]
+    assert len(set(example_keys([*pairs, *classes]).tolist())) == 4
 
 
-def test_partitioned_search_matches_search_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partitioned_search_matches_search_in_memory(monkeypatch):
     keys = np.random.default_rng(1).integers(0, 2_000, 5_000).astype(np.uint64)
     repeated = [side.tolist() for side in get_repeated_keys(keys)]
     assert len(repeated[0]) > 1_000

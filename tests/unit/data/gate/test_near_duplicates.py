@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -76,7 +74,7 @@ CHANGES = ("replace", "insert", "delete", "swap", "case and punctuation")
 
 @pytest.mark.parametrize("length", [10, 40, 300])
 @pytest.mark.parametrize("change", CHANGES)
-def test_text_with_few_changes_is_found(length: int, change: str) -> None:
+def test_text_with_few_changes_is_found(length, change):
     generator = random.Random(5)
     rows = random_texts(200, length)
     copies = [modify_text(rows[i], change, generator) for i in range(0, 100, 4)]
@@ -86,7 +84,7 @@ def test_text_with_few_changes_is_found(length: int, change: str) -> None:
     assert len(set(expected) & set(matches)) >= 24
 
 
-def test_similarity_is_the_threshold() -> None:
+def test_similarity_is_the_threshold():
     generator, rows = random.Random(3), random_texts(300, 30)
     copies = []
     for row in rows:
@@ -110,11 +108,11 @@ def test_similarity_is_the_threshold() -> None:
         ("Alice beats Bob", "Bob beats Alice"),
     ],
 )
-def test_short_texts_with_different_words_are_not_duplicates(pair: tuple[str, str]) -> None:
+def test_short_texts_with_different_words_are_not_duplicates(pair):
     assert get_near_texts([*random_texts(30, 9), *pair]) == []
 
 
-def test_pairs_with_different_prompts_or_answers_are_not_duplicates() -> None:
+def test_pairs_with_different_prompts_or_answers_are_not_duplicates():
     question = "Is there a method of the series that tells whether all of its strings are {}"
     rows = [(random_texts(1, 20, i)[0], random_texts(1, 9, i + 50)[0]) for i in range(30)]
     rows += [(question.format("decimal"), "It tells whether all are decimal")]
@@ -126,31 +124,31 @@ def test_pairs_with_different_prompts_or_answers_are_not_duplicates() -> None:
     assert get_near_pairs(*(SourceTarget(*row, i) for i, row in enumerate(rows))) == []
 
 
-def test_rows_of_different_classes_are_not_duplicates() -> None:
+def test_rows_of_different_classes_are_not_duplicates():
     rest = [LabeledText(text, None, "x", i) for i, text in enumerate(random_texts(30, 9))]
     text = rest[3].text
     assert get_near_pairs(*rest, LabeledText(f"{text} indeed", None, "x", 30)) == [(30, 3)]
     assert get_near_pairs(*rest, LabeledText(f"{text} indeed", None, "y", 30)) == []
 
 
-def test_common_words_are_ignored() -> None:
+def test_common_words_are_ignored():
     order = " ".join(random_texts(1, 40, 9))
     assert get_near_texts([f"{order} {text}" for text in random_texts(30, 6)]) == []
 
 
-def test_chinese_characters_count_as_words() -> None:
+def test_chinese_characters_count_as_words():
     rest = [PlainText(text, i) for i, text in enumerate(random_texts(30, 9))]
     text = "这个函数返回一个新的数组其中每个元素都是原来的两倍"
     assert get_near_pairs(*rest, PlainText(text, 30), PlainText(text[:-1] + "半", 31)) == [(31, 30)]
 
 
-def test_known_duplicates_are_skipped() -> None:
+def test_known_duplicates_are_skipped():
     texts = random_texts(30, 12)
     skip = np.arange(31) == 30
     assert match_texts(make_text_digests([*texts, texts[3] + " so"]), skip)[0].tolist() == []
 
 
-def test_near_duplicates_between_validation_and_training() -> None:
+def test_near_duplicates_between_validation_and_training():
     train, generator = random_texts(300, 12), random.Random(1)
     copies = [modify_text(train[7 * i], "replace", generator) for i in range(20)]
     validation = make_text_digests([*random_texts(40, 12, 77), *copies])
@@ -159,7 +157,7 @@ def test_near_duplicates_between_validation_and_training() -> None:
     assert training_rows.tolist() == [7 * i for i in range(20)]
 
 
-def test_no_rows_or_no_words_have_no_near_duplicates() -> None:
+def test_no_rows_or_no_words_have_no_near_duplicates():
     assert get_near_texts([]) == []
     assert get_near_texts(["!", "?"]) == []
     none, one = make_digests(), make_text_digests(["a b c d e"])
@@ -167,9 +165,7 @@ def test_no_rows_or_no_words_have_no_near_duplicates() -> None:
         assert match_training_texts(*pair)[0].tolist() == []
 
 
-def test_grouped_search_matches_search_in_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_grouped_search_matches_search_in_memory(tmp_path, monkeypatch):
     generator, rows = random.Random(2), random_texts(400, 11)
     rows += [modify_text(rows[i], "delete", generator) for i in range(0, 100)]
     digests = make_text_digests(rows)
@@ -201,7 +197,7 @@ def equal_rows(count: int) -> list[str]:
 
 
 @pytest.mark.parametrize("create_rows", [template_rows, equal_rows])
-def test_20000_similar_rows_take_under_three_seconds(create_rows: Any) -> None:
+def test_20000_similar_rows_take_under_three_seconds(create_rows):
     texts = create_rows(20_000)
     digests, known = make_text_digests(texts), make_text_digests(texts[:10_000])
     start = time.process_time()

@@ -14,24 +14,16 @@ def make_digests(examples: list[SourceTarget] | list[LabeledText]) -> Digests:
     return Digests.of(examples, TextCheckContext())
 
 
-def test_conflicting_answers() -> None:
-    rows = [
-        SourceTarget("a b", "x", 0),
-        SourceTarget("A  b", "y", 1),
-        SourceTarget("a b", "X", 2),
-        SourceTarget("c", "x", 3),
-    ]
-    conflicts, first = get_conflicts(make_digests(rows))
-    assert (conflicts.tolist(), first.tolist()) == ([1], [0])
-    labelled = [
-        LabeledText("a", None, "x", 0),
-        LabeledText("a", "b", "y", 1),
-        LabeledText("a", None, "y", 2),
-    ]
-    assert get_conflicts(make_digests(labelled))[0].tolist() == [2]
+def test_conflicting_answers():
+    rows = [("a b", "x"), ("A  b", "y"), ("a b", "X"), ("c", "x")]
+    digests = make_digests([SourceTarget(*row, i) for i, row in enumerate(rows)])
+    assert [side.tolist() for side in get_conflicts(digests)] == [[1], [0]]
+    rows = [("a", None, "x"), ("a", "b", "y"), ("a", None, "y")]
+    digests = make_digests([LabeledText(*row, i) for i, row in enumerate(rows)])
+    assert get_conflicts(digests)[0].tolist() == [2]
 
 
-def test_majority_answer() -> None:
+def test_majority_answer():
     rows = [SourceTarget(f"q {i}", "Yes." if i else "No.", i) for i in range(40)]
     assert get_majority_target(make_digests(rows)).tolist() == list(range(1, 40))
     rows[7] = SourceTarget("q", "Never.", 7)
@@ -39,35 +31,8 @@ def test_majority_answer() -> None:
     assert len(get_majority_target(make_digests(rows[:3]))) == 0
 
 
-QUESTIONS = [
-    "what",
-    "how",
-    "why",
-    "tell",
-    "me",
-    "about",
-    "explain",
-    "the",
-    "difference",
-    "between",
-    "please",
-]
-ANSWERS = [
-    "it",
-    "is",
-    "an",
-    "because",
-    "usually",
-    "means",
-    "that",
-    "one",
-    "can",
-    "be",
-    "returned",
-    "by",
-    "calling",
-    "which",
-]
+QUESTIONS = "what how why tell me about explain the difference between please".split()
+ANSWERS = "it is an because usually means that one can be returned by calling which".split()
 TOPICS = [f"topic{chr(97 + i)}{chr(97 + k)}" for i in range(8) for k in range(8)]
 
 
@@ -81,7 +46,7 @@ def make_pairs(count: int) -> list[SourceTarget]:
     return rows
 
 
-def test_swapped_prompts_and_answers() -> None:
+def test_swapped_prompts_and_answers():
     rows = make_pairs(300)
     assert get_swapped(make_digests(rows)).tolist() == []
     swapped = list(range(5, 300, 20))
@@ -90,7 +55,7 @@ def test_swapped_prompts_and_answers() -> None:
     assert get_swapped(make_digests(rows)).tolist() == swapped
 
 
-def test_pairs_with_shared_vocabulary_are_not_swapped() -> None:
+def test_pairs_with_shared_vocabulary_are_not_swapped():
     generator = random.Random(4)
     texts = [" ".join(generator.choices(TOPICS, k=6)) for _ in range(600)]
     rows = [SourceTarget(texts[i], texts[300 + i], i) for i in range(300)]

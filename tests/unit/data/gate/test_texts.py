@@ -34,20 +34,18 @@ QUESTION, ANSWER = ("user", "What is it?"), ("assistant", "It is a parser.")
         ("turn_order", make_conversation(QUESTION, ANSWER, QUESTION)),
         ("lost_characters", SourceTarget("a\0b", "c", 0)),
         ("lost_characters", SourceTarget("a", "caf\ufffd", 0)),
-        ("lost_characters", LabeledText("caf\ufffd", None, "x", 0)),
         ("lost_characters", PlainText("a \0", 0)),
         ("html", SourceTarget("one<br>two", "three", 0)),
         ("html", SourceTarget("one", '<div class="x">two</div>', 0)),
         ("html", SourceTarget("fish &amp; chips", "one", 0)),
         ("html", LabeledText("it&#39;s", None, "x", 0)),
-        ("html", PlainText("it is <b>bold</b>", 0)),
         ("special_token_text", SourceTarget("a", "b<|im_end|>", 0)),
         ("special_token_text", SourceTarget("<|im_start|>user", "b", 0)),
         ("special_token_text", make_conversation(("user", "a</s>"), ANSWER)),
         ("answer_is_prompt", SourceTarget("Tell me a joke", "tell me  a joke\n", 0)),
     ],
 )
-def test_only_expected_check_fails(check: str, example: SourceTarget) -> None:
+def test_only_expected_check_fails(check, example):
     failed_checks = [
         name for name, find in TEXT_CHECKS.items() if find(get_content(example), CONTEXT)
     ]
@@ -67,27 +65,22 @@ def test_only_expected_check_fails(check: str, example: SourceTarget) -> None:
         SourceTarget("a\x85b", "c", 0),
     ],
 )
-def test_valid_examples_pass_all_checks(example: SourceTarget) -> None:
+def test_valid_examples_pass_all_checks(example):
     assert [name for name, find in TEXT_CHECKS.items() if find(get_content(example), CONTEXT)] == []
 
 
-def test_digests_record_failed_checks() -> None:
-    examples = [
-        SourceTarget("a", "b", 0),
-        SourceTarget("a<br>", "b\0", 1),
-        SourceTarget("<p>", "b", 2),
-    ]
-    digests = Digests.of(examples, CONTEXT)
-    assert digests.marked("html").tolist() == [1, 2]
-    assert digests.marked("lost_characters").tolist() == [1]
-    assert digests.marked("turn_order").tolist() == []
+def test_digests_record_failed_checks():
+    texts = [("a", "b"), ("a<br>", "b\0"), ("<p>", "b")]
+    digests = Digests.of([SourceTarget(*text, i) for i, text in enumerate(texts)], CONTEXT)
+    for name, rows in (("html", [1, 2]), ("lost_characters", [1]), ("turn_order", [])):
+        assert digests.marked(name).tolist() == rows
 
 
-def test_plain_text_has_target_only() -> None:
+def test_plain_text_has_target_only():
     assert get_content(PlainText("a b", 0)) == ExampleContent("", "a b", "", "")
 
 
-def test_content_of_conversation() -> None:
+def test_content_of_conversation():
     parts = make_conversation(
         ("system", "s"), QUESTION, ANSWER, ("user", "And this?"), ("assistant", "A lexer.")
     ).content

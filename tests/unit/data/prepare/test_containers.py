@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -12,10 +10,8 @@ from typing import Any
 import datasets
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from ftlevel.artifacts.row_sinks import to_cell
 from ftlevel.config import DataConfig, InMemoryDataset
 from ftlevel.data.encoding.chat import set_chat_template
 from ftlevel.data.encoding.fit import LengthBounds
@@ -25,6 +21,7 @@ from ftlevel.data.prepare.inference import Prompts, in_memory_rows, open_rows
 from ftlevel.data.sources.readers import ReadOptions
 from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS
+from row_files import write_rows
 from tiny_tokenizers import build_tokenizer
 
 Rows = list[dict[str, Any]]
@@ -105,52 +102,13 @@ FORMATS: dict[str, tuple[str, str, str, Callable[[int], dict[str, Any]]]] = {
 """Format name → (task, model kind, model family, function that creates a row)."""
 
 
-def write_jsonl(rows: Rows, folder: Path) -> Path:
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def write_json(rows: Rows, folder: Path) -> Path:
-    path = folder / "rows.json"
-    path.write_text(json.dumps(rows))
-    return path
-
-
-def write_csv(rows: Rows, folder: Path) -> Path:
-    """Write lists and objects as JSON text, as CSV cells require."""
-    path = folder / "rows.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(rows[0])
-        writer.writerows([to_cell(value) for value in row.values()] for row in rows)
-    return path
-
-
-def write_parquet(rows: Rows, folder: Path) -> Path:
-    pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet", row_group_size=4)
-    return folder / "rows.parquet"
-
-
-def write_arrow(rows: Rows, folder: Path) -> Path:
-    table, path = pa.Table.from_pylist(rows), folder / "rows.arrow"
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table, max_chunksize=4)
-    return path
-
-
-def save_dataset(rows: Rows, folder: Path) -> Path:
-    datasets.Dataset.from_list(rows).save_to_disk(folder / "saved")
-    return folder / "saved"
-
-
 def read_with_pandas(rows: Rows, folder: Path) -> pd.DataFrame:
     """Return a frame whose lists are arrays and whose integers next to nulls are floats."""
-    return pd.read_parquet(write_parquet(rows, folder))
+    return pd.read_parquet(write_rows(folder / "rows.parquet", rows))
 
 
 def read_with_pandas_arrow_types(rows: Rows, folder: Path) -> pd.DataFrame:
-    return pd.read_parquet(write_parquet(rows, folder), dtype_backend="pyarrow")
+    return pd.read_parquet(write_rows(folder / "rows.parquet", rows), dtype_backend="pyarrow")
 
 
 def json_dataset(rows: Rows, _: Path) -> datasets.Dataset:
@@ -164,10 +122,7 @@ def is_turns(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
-FILES = {
-    "jsonl": write_jsonl, "json": write_json, "csv": write_csv, "parquet": write_parquet,
-    "arrow": write_arrow, "saved": save_dataset,
-}  # fmt: skip
+FILES = ("jsonl", "json", "csv", "parquet", "arrow", "saved")
 IN_MEMORY: dict[str, Callable[[Rows, Path], Any]] = {
     "list": lambda rows, _: rows,
     "generator": lambda rows, _: iter(rows),
@@ -183,8 +138,11 @@ IN_MEMORY: dict[str, Callable[[Rows, Path], Any]] = {
 
 def build(container: str, rows: Rows, folder: Path) -> Any:
     """Return a dataset of `rows` in a container of `FILES` or `IN_MEMORY`."""
+    if container == "saved":
+        datasets.Dataset.from_list(rows).save_to_disk(folder / "saved")
+        return str(folder / "saved")
     if container in FILES:
-        return str(FILES[container](rows, folder))
+        return str(write_rows(folder / f"rows.{container}", rows))
     return InMemoryDataset(IN_MEMORY[container](rows, folder))
 
 
@@ -218,16 +176,14 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
     """Return the encoded rows from JSON Lines, which preserves all values."""
     folder = tmp_path_factory.mktemp("expected")
     return {
-        name: to_dicts(prepare(str(write_jsonl(create_rows(name), folder)), name).train)
+        name: to_dicts(prepare(build("jsonl", create_rows(name), folder), name).train)
         for name in FORMATS
     }
 
 
 @pytest.mark.parametrize("format_", FORMATS)
 @pytest.mark.parametrize("container", [*FILES, *IN_MEMORY])
-def test_containers_give_equal_encoded_rows(
-    container: str, format_: str, expected: dict[str, Any], tmp_path: Path
-) -> None:
+def test_containers_give_equal_encoded_rows(container, format_, expected, tmp_path):
     dataset = build(container, create_rows(format_), tmp_path)
     assert to_dicts(prepare(dataset, format_).train) == expected[format_]
 
@@ -244,7 +200,7 @@ def decode_rows(prepared: PreparedData) -> str:
 
 
 @pytest.mark.parametrize("container", ["jsonl", "json", "csv", "list", "generator", "frame"])
-def test_json_nulls_are_kept(container: str, tmp_path: Path) -> None:
+def test_json_nulls_are_kept(container, tmp_path):
     rows = create_rows("messages", with_null_default)
     prepared = prepare(build(container, rows, tmp_path), "messages")
     assert decode_rows(prepared).count('"default": null') == COUNT
@@ -252,7 +208,7 @@ def test_json_nulls_are_kept(container: str, tmp_path: Path) -> None:
     assert '"city": null' not in decode_rows(prepared)
 
 
-def test_nulls_of_arrow_json_column_are_kept(tmp_path: Path) -> None:
+def test_nulls_of_arrow_json_column_are_kept(tmp_path):
     rows = create_rows("messages", with_null_default)
     features = datasets.Features({n: datasets.List(datasets.Json()) for n in rows[0]})
     path = tmp_path / "x.parquet"
@@ -266,7 +222,7 @@ def test_nulls_of_arrow_json_column_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "container", ["parquet", "arrow", "saved", "arrow_table", "dataset", "frame_of_arrays"]
 )
-def test_arrow_nulls_are_dropped_and_counted(container: str, tmp_path: Path) -> None:
+def test_arrow_nulls_are_dropped_and_counted(container, tmp_path):
     rows = create_rows("messages", with_null_default)
     prepared = prepare(build(container, rows, tmp_path), "messages")
     assert "null" not in decode_rows(prepared)
@@ -289,14 +245,14 @@ def count_nulls(value: Any) -> int:
     return sum(map(count_nulls, value)) if isinstance(value, list) else 0
 
 
-def test_joined_files_keep_their_nulls(tmp_path: Path) -> None:
+def test_joined_files_keep_their_nulls(tmp_path):
     rows = create_rows("messages", with_null_default)
-    files = [str(FILES[name](rows, tmp_path)) for name in ("jsonl", "parquet", "csv")]
+    files = [build(name, rows, tmp_path) for name in ("jsonl", "parquet", "csv")]
     prepared = prepare(files[0], "messages", also=files[1:])
     assert decode_rows(prepared).count('"default": null') == 2 * COUNT
 
 
-def test_python_repr_in_csv_cell_raises(tmp_path: Path) -> None:
+def test_python_repr_in_csv_cell_raises(tmp_path):
     path = tmp_path / "x.csv"
     pd.DataFrame(create_rows("messages")).to_csv(path, index=False)
     with pytest.raises(InputError, match="'tools' is not valid JSON") as caught:
@@ -304,35 +260,31 @@ def test_python_repr_in_csv_cell_raises(tmp_path: Path) -> None:
     assert "Write lists and objects as JSON" in str(caught.value)
 
 
-def test_json_like_text_is_not_parsed(tmp_path: Path) -> None:
+def test_json_like_text_is_not_parsed(tmp_path):
     rows = [{**preference(i), "chosen": '[{"a": 1}]', "rejected": "[1"} for i in range(COUNT)]
-    prepared = [
-        prepare(str(write(rows, tmp_path)), "preference") for write in (write_csv, write_jsonl)
-    ]
+    prepared = [prepare(build(name, rows, tmp_path), "preference") for name in ("csv", "jsonl")]
     assert to_dicts(prepared[0].train) == to_dicts(prepared[1].train)
 
 
 @pytest.mark.parametrize("format_", ["messages", "preference_turns"])
 @pytest.mark.parametrize("container", ["csv", "json", "parquet"])
-def test_containers_give_equal_rows_to_predict(
-    container: str, format_: str, tmp_path: Path
-) -> None:
+def test_containers_give_equal_rows_to_predict(container, format_, tmp_path):
     rows = create_rows(format_)
-    paths = [write_jsonl(rows, tmp_path), FILES[container](rows, tmp_path)]
-    sources = [open_rows(str(path), ReadOptions())[0] for path in paths]
+    paths = [build(name, rows, tmp_path) for name in ("jsonl", container)]
+    sources = [open_rows(path, ReadOptions())[0] for path in paths]
     shape = TASKS["text-generation"].get_query_format(sources[0].leading, {})
     expected, questions = ([row.question for row in Prompts(s, shape)] for s in sources)
     assert questions == expected
 
 
 @pytest.mark.parametrize("container", IN_MEMORY)
-def test_in_memory_rows_are_equal_in_every_container(container: str, tmp_path: Path) -> None:
+def test_in_memory_rows_are_equal_in_every_container(container, tmp_path):
     rows = create_rows("messages")
     dataset = IN_MEMORY[container](rows, tmp_path)
     assert [row for row, *_ in in_memory_rows(dataset).read()] == rows
 
 
-def test_in_memory_rows_reject_dataset_dict_and_no_rows() -> None:
+def test_in_memory_rows_reject_dataset_dict_and_no_rows():
     rows = datasets.DatasetDict(test=datasets.Dataset.from_list(create_rows("tags")))
     with pytest.raises(InputError, match=r"a dict of 'test'.*rows\['test'\]"):
         in_memory_rows(rows)
@@ -340,27 +292,24 @@ def test_in_memory_rows_reject_dataset_dict_and_no_rows() -> None:
         in_memory_rows(pd.DataFrame({"text": []}))
 
 
-def test_leaked_test_row_is_reported_with_its_line(tmp_path: Path) -> None:
+def test_leaked_test_row_is_reported_with_its_line(tmp_path):
     rows = [{"prompt": f"question {i} of all", "completion": f"answer {i}"} for i in range(20)]
-    write = (tmp_path / "train.jsonl").write_text
-    write("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "train.jsonl", rows)
     unusable = {"prompt": "another", "completion": None}
     unrelated = {"prompt": "something else entirely", "completion": "yes"}
-    lines = "".join(json.dumps(row) + "\n" for row in (unusable, unrelated, rows[3]))
-    (tmp_path / "test.jsonl").write_text(lines)
+    write_rows(tmp_path / "test.jsonl", [unusable, unrelated, rows[3]])
     leaks = [f for f in prepare(str(tmp_path), "messages").findings if f.name == "leaked"]
     assert [(f.split, f.count, f.places) for f in leaks] == [
         ("test", 1, (f"{tmp_path / 'test.jsonl'}:3",))
     ]
 
 
-def test_unusable_validation_rows_are_counted(tmp_path: Path) -> None:
+def test_unusable_validation_rows_are_counted(tmp_path):
     rows = create_rows("messages")
     held_out = tmp_path / "held_out.jsonl"
     unusable = [{**rows[0], "messages": "none"}, {**rows[0], "messages": []}]
-    held_out.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *unusable]))
-    prepared = prepare(
-        str(write_jsonl(rows, tmp_path)), "messages", validation_file=held_out, on_bad_row="skip"
-    )
+    write_rows(held_out, [*rows, *unusable])
+    train = build("jsonl", rows, tmp_path)
+    prepared = prepare(train, "messages", validation_file=held_out, on_bad_row="skip")
     changed = [choice.value for choice in prepared.choices if choice.name == "rows changed"]
     assert changed == ["2 of validation dropped, unusable"]

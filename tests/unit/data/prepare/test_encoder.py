@@ -12,9 +12,7 @@ from ftlevel.data.prepare.encoder import Encoder
 
 
 @pytest.mark.parametrize(("size", "expected"), [(5, []), (11, [(0, 2), (2, 2)])])
-def test_long_row_reports_progress_before_encoding(
-    size: int, expected: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_row_reports_progress_before_encoding(size, expected, monkeypatch):
     monkeypatch.setattr(module, "_SLOW_CHARACTERS", 10)
     calls: list[Any] = []
     calls_before: list[int] = []

@@ -27,7 +27,7 @@ def _registered_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("x.kv").write_text("\n".join(rows), encoding="utf-8")
 
 
-def test_added_format_is_read_as_table() -> None:
+def test_added_format_is_read_as_table():
     table = load_splits("x.kv").train
     assert len(table) == 150
     assert table.rows[149] == {"prompt": "say 149", "completion": "it is 149"}
@@ -39,24 +39,24 @@ def test_added_format_is_read_as_table() -> None:
     assert len(load_splits("x.kv", on_bad_row="skip").train) == 2
 
 
-def test_added_format_is_read_from_directory() -> None:
+def test_added_format_is_read_from_directory():
     Path("d").mkdir()
     Path("x.kv").rename("d/train.kv")
     assert len(load_splits("d").train) == 150
 
 
-def test_added_format_is_previewed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_added_format_is_previewed(capsys):
     assert run(["preview", "--dataset", "x.kv"]) == 0
     assert "x.kv:1" in capsys.readouterr().out
 
 
-def test_unknown_format_error_lists_added_format() -> None:
+def test_unknown_format_error_lists_added_format():
     Path("x.kw").write_text("a=b", encoding="utf-8")
     with pytest.raises(InputError, match=r"Formats: .*\.txt, .*\.kv\."):
         load_splits("x.kw")
 
 
-def test_page_refers_to_existing_files_and_attributes() -> None:
+def test_page_refers_to_existing_files_and_attributes():
     paths = re.findall(r"`((?:src|tests|docs)/[\w./-]+)`", PAGE)
     assert len(paths) > 5
     assert [path for path in paths if not (ROOT / path).exists()] == []
@@ -66,7 +66,7 @@ def test_page_refers_to_existing_files_and_attributes() -> None:
 
 
 @pytest.mark.slow
-def test_adding_a_format_touches_two_files(tmp_path: Path) -> None:
+def test_adding_a_format_touches_two_files(tmp_path):
     assert len(DATA_FORMAT.touched) <= 2
     tree = DATA_FORMAT.apply(tmp_path / "tree")
     assert "x.kv:1" in run_in(tree, "preview", "--dataset", "x.kv", cwd=tmp_path)

@@ -2,56 +2,31 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ftlevel.data.sources.readers import load_table, open_reader
 from ftlevel.data.sources.streams import Chunk
 from ftlevel.errors import InputError
+from row_files import write_rows
 
 COUNT = 150
 ROWS = [{"text": f'row {i}\nof two lines, "quoted" é', "n": str(i)} for i in range(COUNT)]
 
 
-def write_jsonl(path: Path, rows: list[Any] = ROWS) -> Path:
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+def write_jsonl(path: Path) -> Path:
+    lines = [json.dumps(row, ensure_ascii=False) for row in ROWS]
     path.write_text("\ufeff" + "\n\n".join(lines), encoding="utf-8")
-    return path
-
-
-def write_csv(path: Path) -> Path:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        delimiter = "\t" if path.suffix == ".tsv" else ","
-        writer = csv.DictWriter(file, ROWS[0], delimiter=delimiter)
-        writer.writeheader()
-        writer.writerows(ROWS)
     return path
 
 
 def write_txt(path: Path) -> Path:
     path.write_text("\n\n\n".join(row["text"] for row in ROWS), encoding="utf-8")
-    return path
-
-
-def write_parquet(path: Path) -> Path:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=70)
-    return path
-
-
-def write_arrow(path: Path) -> Path:
-    import pyarrow as pa
-
-    table = pa.Table.from_pylist(ROWS)
-    with path.open("wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table, max_chunksize=70)
     return path
 
 
@@ -62,41 +37,30 @@ def write_conll(path: Path) -> Path:
     return path
 
 
-def write_xlsx(path: Path) -> Path:
-    openpyxl = pytest.importorskip("openpyxl")
-    book = openpyxl.Workbook()
-    for row in [list(ROWS[0]), *(list(row.values()) for row in ROWS)]:
-        book.active.append(row)
-    book.save(path)
-    return path
-
-
-FILES: dict[str, Callable[[Path], Path]] = {
-    "x.jsonl": write_jsonl, "x.csv": write_csv, "x.tsv": write_csv, "x.txt": write_txt,
-    "x.parquet": write_parquet, "x.arrow": write_arrow, "x.conll": write_conll,
-    "x.xlsx": write_xlsx,
-}  # fmt: skip
+SPECIAL = {".jsonl": write_jsonl, ".txt": write_txt, ".conll": write_conll}
+FORMATS = (*SPECIAL, ".csv", ".tsv", ".parquet", ".arrow", ".xlsx")
 
 
 def flatten(chunks: list[Chunk]) -> list[tuple[int, Any]]:
     return [pair for c in chunks for pair in zip(c.lines, c.rows, strict=True)]
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_rows_of_chunks_equal_table_rows(name: str, tmp_path: Path) -> None:
-    path = FILES[name](tmp_path / name)
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_rows_of_chunks_equal_table_rows(suffix, tmp_path):
+    path = tmp_path / f"x{suffix}"
+    SPECIAL.get(suffix, lambda path: write_rows(path, ROWS))(path)
     reader, table = open_reader(path), load_table(path)
     chunks = list(reader.chunks())
     rows = flatten(chunks)
     assert [row for _, row in rows] == list(table.rows)
     assert [line for line, _ in rows] == list(table.lines)
     shares = [reader.share(chunk) for chunk in chunks]
-    is_known = name not in ("x.arrow", "x.xlsx")
+    is_known = suffix not in (".arrow", ".xlsx")
     assert shares[-1] == (1.0 if is_known else None)
     assert not is_known or sorted(set(shares)) == shares
 
 
-def test_line_numbers_of_errors_after_the_first_chunk(tmp_path: Path) -> None:
+def test_line_numbers_of_errors_after_the_first_chunk(tmp_path):
     lines = [json.dumps({"text": str(i)}) for i in range(200)]
     lines[149] = '{"text" 5}'
     path = tmp_path / "x.jsonl"
@@ -116,16 +80,6 @@ def test_line_numbers_of_errors_after_the_first_chunk(tmp_path: Path) -> None:
     )
 
 
-def test_unclosed_quote_raises(tmp_path: Path) -> None:
-    path = tmp_path / "x.csv"
-    path.write_text("text,n\n" + "a,1\n" * 100 + '"b,1\nc,1\n', encoding="utf-8")
-    with pytest.raises(InputError) as error:
-        list(open_reader(path).chunks())
-    assert str(error.value) == (
-        f'{path}:102: a quote (") is opened in this row and never closed. Close it.'
-    )
-
-
 GZIP = b"\x1f\x8b\x08abc"
 MAC = b"text,n\ra,1\r" + b"b,2\r\n" * 70 + b'"c\rd",3\re,4'
 EMPTY = "has 0 rows. Use a file with rows."
@@ -142,6 +96,9 @@ CASES: dict[str, tuple[str, bytes, tuple[int, dict[str, str]] | str]] = {
         "x.csv", b"text,text\na,b\n",
         ":1: the header has 'text' twice. Rename one of them."),
     "no bytes": ("x.parquet", b"", ": has 0 rows (0 bytes). Use a file with rows."),
+    "a quote never closed": (
+        "x.csv", b"text,n\n" + b"a,1\n" * 100 + b'"b,1\nc,1\n',
+        ':102: a quote (") is opened in this row and never closed. Close it.'),
     "no Parquet": (
         "x.parquet", b"PAR1 and no more",
         ": not a readable Parquet file (Parquet magic bytes not found in footer. Either the file "
@@ -188,7 +145,7 @@ def read_chunks(path: Path) -> Any:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_chunks_are_accepted_and_rejected_like_tables(name: str, tmp_path: Path) -> None:
+def test_chunks_are_accepted_and_rejected_like_tables(name, tmp_path):
     file, content, expected = CASES[name]
     path = tmp_path / file
     path.write_bytes(content)
@@ -196,23 +153,21 @@ def test_chunks_are_accepted_and_rejected_like_tables(name: str, tmp_path: Path)
         assert rows[-1] == (f"{path}{expected}" if isinstance(expected, str) else expected)
 
 
-def test_chunks_and_tables_reject_the_same_parquet_files(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def test_chunks_and_tables_reject_the_same_parquet_files(tmp_path):
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
-    assert read_chunks(path) == [f"{path}: has the column 'text' twice. Rename one."]
+    message = f"{path}: has the column 'text' twice. Rename one."
+    assert read_chunks(path) == read_table(path) == [message]
     pq.write_table(pa.table({}), path)
     assert read_chunks(path) == read_table(path) == [f"{path}: has 0 rows. Use a file with rows."]
-    content = write_parquet(path).read_bytes()
+    content = write_rows(path, ROWS).read_bytes()
     path.write_bytes(content[:4] + b"\xff" * 200 + content[204:])  # data pages, not the footer
     [message] = read_chunks(path)
     assert message.startswith(f"{path}: ")
     assert read_table(path) == [message]
 
 
-def test_deleted_file_raises(tmp_path: Path) -> None:
+def test_deleted_file_raises(tmp_path):
     path = write_txt(tmp_path / "x.txt")
     reader = open_reader(path)
     path.unlink()

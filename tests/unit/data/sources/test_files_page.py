@@ -14,7 +14,7 @@ from ftlevel.errors import InputError
 PAGE = (Path(__file__).parents[4] / "docs/data.md").read_text(encoding="utf-8")
 
 
-def test_table_of_formats_matches_readers() -> None:
+def test_table_of_formats_matches_readers():
     section = PAGE.split("### Files\n")[1].split("\n## ")[0]
     documented = {
         suffix
@@ -25,7 +25,7 @@ def test_table_of_formats_matches_readers() -> None:
     assert all(f"`{suffix}`" in section for suffix in PACKED)
 
 
-def test_input_format_accepts_suffixes(tmp_path: Path) -> None:
+def test_input_format_accepts_suffixes(tmp_path):
     path = tmp_path / "rows.log"
     path.write_text('{"text": "a"}\n')
     assert list(load_table(path, options=ReadOptions("jsonl")).rows) == [{"text": "a"}]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -23,6 +22,7 @@ GOOD_CONTENTS = [
     b"".join(ROW % i for i in range(5)),
     b"\xef\xbb\xbf" + b"".join(ROW % i for i in range(3)),
     (ROW % 1) + b"\n  \n" + (ROW % 2).rstrip(),
+    ROW % 1 + b'{"prompt": " ", "completion": "x"}\n' + ROW % 2,  # an unusable row
     (ROW % 1).replace(b"\n", b"\r\n") + (ROW % 2),
     b"\n \n" + b"".join((ROW % i) + b"\n" * (i % 3) for i in range(300)),
     '{"prompt": "a\u2028b", "completion": "c\u0085d"}\n'.encode() + ROW % 2,
@@ -38,9 +38,7 @@ BAD_CONTENTS = [
 
 
 @pytest.mark.parametrize("content", GOOD_CONTENTS)
-def test_large_file_has_same_rows_as_small_file(
-    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_file_has_same_rows_as_small_file(content, tmp_path, monkeypatch):
     path = tmp_path / "x.jsonl"
     path.write_bytes(content)
     small = load_table(path)
@@ -60,9 +58,7 @@ def test_large_file_has_same_rows_as_small_file(
 
 @pytest.mark.parametrize("content", BAD_CONTENTS)
 @pytest.mark.parametrize("on_bad_row", ["error", "skip"])
-def test_large_file_has_same_errors_as_small_file(
-    content: bytes, on_bad_row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_file_has_same_errors_as_small_file(content, on_bad_row, tmp_path, monkeypatch):
     path = tmp_path / "x.jsonl"
     path.write_bytes(content)
     outcomes = []
@@ -76,24 +72,20 @@ def test_large_file_has_same_errors_as_small_file(
     assert outcomes[0] == outcomes[1]
 
 
-def test_random_access_to_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_access_to_rows(tmp_path, monkeypatch):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b"".join((ROW % i) + b"\n" * (i % 3) for i in range(700)))
     monkeypatch.setattr(lines, "LARGE_BYTES", 0)
     table = load_table(path)
     for index in random.Random(0).choices(range(-700, 700), k=2_000):
-        assert table.rows[index]["prompt"] == f"caf\u00e9 {index % 700}"
-    selected = table.take(range(650, 3, -7))
-    assert [row["prompt"] for row in selected.rows] == [f"caf\u00e9 {i}" for i in range(650, 3, -7)]
-    assert [row["prompt"] for row in selected.rows[2:5]] == [
-        "caf\u00e9 636",
-        "caf\u00e9 629",
-        "caf\u00e9 622",
-    ]
+        assert table.rows[index]["prompt"] == f"café {index % 700}"
+    selected = table.take(range(650, 3, -7)).rows
+    assert [row["prompt"] for row in selected] == [f"café {i}" for i in range(650, 3, -7)]
+    assert [row["prompt"] for row in selected[2:5]] == ["café 636", "café 629", "café 622"]
 
 
 @given(st.sets(st.integers(1, 60), min_size=1))
-def test_line_numbers_roundtrip(added: set[int]) -> None:
+def test_line_numbers_roundtrip(added):
     numbers = LineNumbers()
     for line in sorted(added):
         numbers.append(line)
@@ -104,9 +96,7 @@ def test_line_numbers_roundtrip(added: set[int]) -> None:
         numbers[len(added)]
 
 
-def test_file_truncated_while_reading_raises(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_truncated_while_reading_raises(tmp_path, monkeypatch):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b"".join(ROW % i for i in range(5_000)))
     monkeypatch.setattr(lines, "LARGE_BYTES", 0)
@@ -118,7 +108,7 @@ def test_file_truncated_while_reading_raises(
         table.rows[4_000]
 
 
-def test_lines_longer_than_read_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_longer_than_read_buffer(tmp_path, monkeypatch):
     path = tmp_path / "x.jsonl"
     texts = ["a" * size for size in (3, 65_536, 200_000, 5, 65_525, 65_526, 400_000)]
     rows = [{"prompt": text, "completion": "x"} for text in texts]
@@ -127,19 +117,3 @@ def test_lines_longer_than_read_buffer(tmp_path: Path, monkeypatch: pytest.Monke
     table = load_table(path)
     assert list(table.rows) == rows
     assert [table.rows[i] for i in (6, 0, 4, 2)] == [rows[i] for i in (6, 0, 4, 2)]
-
-
-def test_large_file_with_unusable_row_has_same_examples_as_small_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(ROW % 1 + b'{"prompt": " ", "completion": "x"}\n' + ROW % 2)
-    outcomes = []
-    for size in (10**9, 0):
-        monkeypatch.setattr(lines, "LARGE_BYTES", size)
-        table = load_table(path)
-        format_ = TASKS["text-generation"].get_format(table.column_names, DataConfig())
-        examples, bad = convert_rows(table, format_)
-        outcomes.append((list(examples), bad))
-    assert outcomes[0] == outcomes[1]
-    assert [example.row for example in outcomes[1][0]] == [0, 2]

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from ftlevel.config import DataConfig, InMemoryDataset
@@ -16,6 +11,7 @@ from ftlevel.data.sources.splits import load_splits
 from ftlevel.data.sources.streams import refuse_media_columns
 from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS
+from row_files import write_rows
 
 PNG = b"\x89PNG\r\n"
 STRUCT = {"bytes": PNG, "path": "a.png"}
@@ -56,7 +52,7 @@ TEXT = [
 
 
 @pytest.mark.parametrize(("column", "value", "kind"), MEDIA)
-def test_media_columns_are_detected_by_name_or_value(column: str, value: Any, kind: str) -> None:
+def test_media_columns_are_detected_by_name_or_value(column, value, kind):
     rows = [{"text": "a cat", column: None}] * 70 + [{"text": "a cat", column: value}]
     if kind == "files" or column in ("scan", "file_name", "raw", "struct", "clip"):
         rows = rows[-2:]  # values are checked in the first rows only
@@ -69,7 +65,7 @@ def test_media_columns_are_detected_by_name_or_value(column: str, value: Any, ki
 
 
 @pytest.mark.parametrize(("column", "value"), TEXT)
-def test_unused_text_columns_are_accepted(column: str, value: Any) -> None:
+def test_unused_text_columns_are_accepted(column, value):
     rows = [{column: value}]
     refuse_media_columns([column], rows, "rows.jsonl")
     assert rows == [{column: value}]
@@ -77,22 +73,11 @@ def test_unused_text_columns_are_accepted(column: str, value: Any) -> None:
         refuse_media_columns([column, "image"], [{**rows[0], "image": "a.png"}], "rows.jsonl")
 
 
-def _write(folder: Path, kind: str, rows: list[dict[str, Any]]) -> str:
-    path = folder / f"rows.{kind}"
-    if kind == "jsonl":
-        path.write_text("".join(json.dumps(row, default=str) + "\n" for row in rows))
-    elif kind == "parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    else:
-        with pa.ipc.new_file(path, pa.Table.from_pylist(rows).schema) as file:
-            file.write(pa.Table.from_pylist(rows))
-    return str(path)
-
-
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow"])
 @pytest.mark.parametrize("image", ["a.png", STRUCT, [STRUCT]], ids=["name", "struct", "list"])
-def test_ignored_column_is_not_read(kind: str, image: Any, tmp_path: Path) -> None:
-    name = _write(tmp_path, kind, [{"image": image, "text": f"cat {i}"} for i in range(3)])
+def test_ignored_column_is_not_read(kind, image, tmp_path):
+    rows = [{"image": image, "text": f"cat {i}"} for i in range(3)]
+    name = str(write_rows(tmp_path / f"rows.{kind}", rows))
     task = TASKS["text-generation"]
     with pytest.raises(InputError, match=r"column 'image' holds images.*--ignore-columns image\."):
         load_data(DataConfig(dataset=name), task, 0)
@@ -107,9 +92,7 @@ def test_ignored_column_is_not_read(kind: str, image: Any, tmp_path: Path) -> No
         load_data(misspelled, task, 0)
 
 
-def test_media_features_raise_in_memory_and_on_disk(
-    tmp_path: Path,
-) -> None:
+def test_media_features_raise_in_memory_and_on_disk(tmp_path):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(
         {"photo": datasets.Image(decode=False), "sound": datasets.Audio(decode=False),
@@ -139,18 +122,16 @@ def test_media_features_raise_in_memory_and_on_disk(
         ({"type": "text", "text": "and more"}, "is a list of parts, not a string; join"),
     ],
 )
-def test_messages_with_media_parts_are_bad_rows(
-    part: dict[str, Any], reason: str, tmp_path: Path
-) -> None:
+def test_messages_with_media_parts_are_bad_rows(part, reason, tmp_path):
     question = {"role": "user", "content": [{"type": "text", "text": "what is it?"}, part]}
     rows = [{"messages": [question, {"role": "assistant", "content": "a cat"}]}] * 2
-    name = _write(tmp_path, "jsonl", rows)
+    name = str(write_rows(tmp_path / "rows.jsonl", rows))
     with pytest.raises(InputError) as error:
         load_data(DataConfig(dataset=name), TASKS["text-generation"], 0)
     assert f"rows.jsonl:1: 'content' of turn 1 of 'messages' {reason}" in error.value.problems[0]
 
 
-def test_ignored_column_of_rows_in_memory_is_removed() -> None:
+def test_ignored_column_of_rows_in_memory_is_removed():
     rows = [{"image": object(), "text": f"cat {i}"} for i in range(3)]
     table = load_splits(InMemoryDataset(rows), ignored=("image",)).train
     assert table.rows == [{"text": "cat 0"}, {"text": "cat 1"}, {"text": "cat 2"}]

@@ -39,22 +39,20 @@ def read(folder: Path, content: Any, name: str = "x.json", on_bad_row: Any = "er
          "as pandas"),
     ],
 )  # fmt: skip
-def test_single_object_is_converted_to_rows(
-    content: Any, note: str, indent: int | None, tmp_path: Path
-) -> None:
+def test_single_object_is_converted_to_rows(content, note, indent, tmp_path):
     table = read(tmp_path, json.dumps(content, indent=indent))
     assert list(table.rows) == ROWS
     assert note in table.notes[0]
     assert table.notes[0].startswith(f"{tmp_path}/x.json: ")
 
 
-def test_wrapped_list_errors_name_line(tmp_path: Path) -> None:
+def test_wrapped_list_errors_name_line(tmp_path):
     content = '{\n "data": [\n  {"text": "a"},\n  7\n ]\n}'
     with pytest.raises(InputError, match=r"x\.json:4: a number, where one object"):
         read(tmp_path, content)
 
 
-def test_squad_has_one_row_per_question(tmp_path: Path) -> None:
+def test_squad_has_one_row_per_question(tmp_path):
     table = read(tmp_path, SQUAD, on_bad_row="skip")
     assert table.rows[0] == {
         "id": "1", "title": "T", "context": "It is red.", "question": "Which?",
@@ -69,11 +67,11 @@ def test_squad_has_one_row_per_question(tmp_path: Path) -> None:
     [{"text": "a", "label": 1}, {"messages": [{"role": "user", "content": "q"}]},
      {"tokens": ["a", "b"], "tags": ["O", "O"]}],
 )  # fmt: skip
-def test_single_row_object_is_one_row(row: Any, tmp_path: Path) -> None:
+def test_single_row_object_is_one_row(row, tmp_path):
     assert list(read(tmp_path, row).rows) == [row]
 
 
-def test_one_line_array_errors_name_row(tmp_path: Path) -> None:
+def test_one_line_array_errors_name_row(tmp_path):
     content = [*ROWS, 7, *ROWS, {"text": None}]
     with pytest.raises(InputError) as error:
         read(tmp_path, content)
@@ -89,7 +87,7 @@ def test_one_line_array_errors_name_row(tmp_path: Path) -> None:
     assert table.where(3) == f"{tmp_path}/x.json row 5"
 
 
-def test_spacy_pairs_are_converted_to_rows(tmp_path: Path) -> None:
+def test_spacy_pairs_are_converted_to_rows(tmp_path):
     pair = ["Ada", {"entities": [[0, 3, "PER"]]}]
     row = {"text": "Ada", "entities": [[0, 3, "PER"]]}
     assert list(read(tmp_path, [pair, pair]).rows) == [row, row]
@@ -111,9 +109,7 @@ HEADERLESS = [
 
 
 @pytest.mark.parametrize(("content", "name", "note"), HEADERLESS)
-def test_table_without_header_has_numbered_columns(
-    content: str, name: str, note: str, tmp_path: Path
-) -> None:
+def test_table_without_header_has_numbered_columns(content, name, note, tmp_path):
     table = read(tmp_path, content, name)
     assert table.column_names == ["1", "2"]
     assert len(table) == content.count("\n")
@@ -126,18 +122,18 @@ def test_table_without_header_has_numbered_columns(
     ["0,1\na,1\nb,2\n", "question,A,B,answer\nq,x,y,A\nr,x,y,A\n",
      "text,label\ntext,label\na,b\ntext,label\n"],
 )  # fmt: skip
-def test_header_is_not_mistaken_for_a_row(content: str, tmp_path: Path) -> None:
+def test_header_is_not_mistaken_for_a_row(content, tmp_path):
     table = read(tmp_path, content, "x.csv")
     assert table.column_names == content.partition("\n")[0].split(",")
 
 
-def test_semicolon_separator_is_detected_and_reported(tmp_path: Path) -> None:
+def test_semicolon_separator_is_detected_and_reported(tmp_path):
     table = read(tmp_path, "text;label\na, b;x\nc;y\n", "x.csv")
     assert list(table.rows) == [{"text": "a, b", "label": "x"}, {"text": "c", "label": "y"}]
     assert "its header is separated by ';'" in table.notes[0]
 
 
-def test_column_names_of_pandas_are_distinct_strings(tmp_path: Path) -> None:
+def test_column_names_of_pandas_are_distinct_strings(tmp_path):
     content: dict[str, Any] = {"columns": [0, 1], "index": [0, 1], "data": [["a", 1], ["b", 0]]}
     assert list(read(tmp_path, content).rows) == [{"0": "a", "1": 1}, {"0": "b", "1": 0}]
     content["columns"] = ["a", "a"]
@@ -145,14 +141,14 @@ def test_column_names_of_pandas_are_distinct_strings(tmp_path: Path) -> None:
         read(tmp_path, content)
 
 
-def test_lone_surrogates_in_one_object_are_bad_rows(tmp_path: Path) -> None:
+def test_lone_surrogates_in_one_object_are_bad_rows(tmp_path):
     content = {"text": ["a", "b\ud83d"], "label": [1, 0]}
     with pytest.raises(InputError, match=r"x\.json row 2: half of a surrogate pair"):
         read(tmp_path, content)
     assert list(read(tmp_path, content, on_bad_row="skip").rows) == ROWS[:1]
 
 
-def test_time_to_read_one_object_is_linear(tmp_path: Path) -> None:
+def test_time_to_read_one_object_is_linear(tmp_path):
     content = {"text": [f"{i} " * 100 for i in range(4000)], "label": [0, 1] * 2000}
     start_time = time.process_time()
     assert len(read(tmp_path, content)) == 4000

@@ -85,7 +85,7 @@ def assert_reads_or_raises(path: Path, options: ReadOptions) -> None:
 
 @QUICK
 @given(data=st.data())
-def test_corrupted_text_is_read_or_raises(data: st.DataObject, tmp_path: Path) -> None:
+def test_corrupted_text_is_read_or_raises(data, tmp_path):
     suffix = data.draw(st.sampled_from(sorted(SEEDS)))
     path = tmp_path / f"x{suffix}"
     path.write_bytes(data.draw(corrupted(data.draw(st.sampled_from(SEEDS[suffix])))))
@@ -95,7 +95,7 @@ def test_corrupted_text_is_read_or_raises(data: st.DataObject, tmp_path: Path) -
 
 @QUICK
 @given(data=st.data())
-def test_corrupted_compressed_file_is_read_or_raises(data: st.DataObject, tmp_path: Path) -> None:
+def test_corrupted_compressed_file_is_read_or_raises(data, tmp_path):
     end = data.draw(st.sampled_from(sorted(COMPRESSORS)))
     path = tmp_path / f"x.jsonl{end}"
     path.write_bytes(data.draw(corrupted(COMPRESSORS[end](SEEDS[".jsonl"][0] * 20))))
@@ -114,7 +114,7 @@ def workbook() -> bytes:
 
 @QUICK
 @given(data=st.data())
-def test_corrupted_workbook_is_read_or_raises(data: st.DataObject, tmp_path: Path) -> None:
+def test_corrupted_workbook_is_read_or_raises(data, tmp_path):
     path = tmp_path / "x.xlsx"
     path.write_bytes(data.draw(corrupted(workbook())))
     assert_reads_or_raises(path, ReadOptions())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from ftlevel.data.sources.table import get_inconsistent_rows
@@ -23,6 +21,6 @@ from ftlevel.data.sources.table import get_inconsistent_rows
         ([{"a": 1, "b": "x"}, {"a": "y", "b": 2}, {"a": 1, "b": "x"}], [2, 2]),
     ],
 )
-def test_get_inconsistent_rows(rows: list[dict[str, Any]], expected_lines: list[int]) -> None:
+def test_get_inconsistent_rows(rows, expected_lines):
     inconsistent = get_inconsistent_rows(rows, list(range(1, len(rows) + 1)))
     assert [row.line for row in inconsistent] == expected_lines

@@ -39,9 +39,7 @@ VALUES = [
 
 
 @pytest.mark.parametrize(("value", "number_format", "text"), VALUES)
-def test_cell_is_read_as_its_value(
-    value: Any, number_format: str, text: str, tmp_path: Path
-) -> None:
+def test_cell_is_read_as_its_value(value, number_format, text, tmp_path):
     book = openpyxl.Workbook()
     book.active.append(["text"])
     book.active.append([value])
@@ -50,7 +48,7 @@ def test_cell_is_read_as_its_value(
     assert load_table(tmp_path / "x.xlsx").rows == [{"text": text}]
 
 
-def test_rows_have_sheet_row_numbers(tmp_path: Path) -> None:
+def test_rows_have_sheet_row_numbers(tmp_path):
     rows = [[], ["text", "when"], ["a\nb", date(2024, 5, 1)], [], ["c", None]]
     table = load_table(write_workbook(tmp_path / "x.xlsx", *rows))
     assert table.rows == [{"text": "a\nb", "when": "2024-05-01"}, {"text": "c", "when": ""}]
@@ -58,7 +56,7 @@ def test_rows_have_sheet_row_numbers(tmp_path: Path) -> None:
     assert table.where(1) == f"{tmp_path}/x.xlsx row 5"
 
 
-def test_sheet_is_first_or_selected_by_subset(tmp_path: Path) -> None:
+def test_sheet_is_first_or_selected_by_subset(tmp_path):
     path = write_workbook(tmp_path / "x.xlsx", ["text"], ["a"], second_sheet="Other")
     table = load_table(path)
     assert table.rows == [{"text": "a"}]
@@ -70,7 +68,7 @@ def test_sheet_is_first_or_selected_by_subset(tmp_path: Path) -> None:
         load_table(path, options=ReadOptions(subset="Othr"))
 
 
-def test_invalid_workbooks_raise(tmp_path: Path) -> None:
+def test_invalid_workbooks_raise(tmp_path):
     path = write_workbook(
         tmp_path / "x.xlsx", ["text", "n"], ["a", 1], ["b", "#N/A"], ["c", 1, "more"]
     )
@@ -91,9 +89,7 @@ def test_invalid_workbooks_raise(tmp_path: Path) -> None:
         open_reader(tmp_path / "no.xlsx")
 
 
-def test_missing_openpyxl_error_names_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_openpyxl_error_names_extra(tmp_path, monkeypatch):
     path = write_workbook(tmp_path / "x.xlsx", ["text"], ["a"])
     monkeypatch.setitem(sys.modules, "openpyxl", None)
     with pytest.raises(InputError, match=r"needs openpyxl.* pip install 'ftlevel\[xlsx\]'"):

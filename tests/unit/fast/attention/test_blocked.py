@@ -43,7 +43,7 @@ def compute_with_sdpa(
     for segment in segments:
         seen = [i for a, b in (*segment.past, (segment.start, segment.stop)) for i in range(a, b)]
         mask = create_visibility_mask(
-            segment.position, segment.stop - segment.start, 0, len(seen), causal, window
+            segment.position, segment.stop - segment.start, len(seen), causal, window
         )
         if cap:  # SDPA has no soft cap
             own_query = query[:, segment.start : segment.stop].unflatten(0, (GROUPS, -1))
@@ -64,9 +64,7 @@ def compute_with_sdpa(
     [(SEQUENCES, True, None), (SEQUENCES, False, None), (SEQUENCES, True, 40),
      (SEQUENCES, False, 40), (TREE, True, None), (TREE, True, 30)],
 )  # fmt: skip
-def test_blocked_attention_matches_sdpa(
-    segments: tuple[Segment, ...], causal: bool, window: int | None, cap: float | None
-) -> None:
+def test_blocked_attention_matches_sdpa(segments, causal, window, cap):
     tokens = segments[-1].stop
     assert any(block.width > MAX_SAVED_KEYS for block in split_queries(segments, causal, None))
     parts = create_states(tokens)
@@ -79,14 +77,14 @@ def test_blocked_attention_matches_sdpa(
     torch.testing.assert_close(torch.autograd.grad(actual, parts, weights), expected_gradients)
 
 
-def test_blocks_contain_only_visible_keys() -> None:
+def test_blocks_contain_only_visible_keys():
     blocks = split_queries((Segment(0, 1000),), causal=True, window=None)
     assert [block.width for block in blocks] == [128, 256, 384, 512, 640, 768, 896, 1000]
     windowed = split_queries((Segment(0, 1000),), causal=True, window=64)
     assert {block.width for block in windowed[1:-1]} == {QUERIES + 63}
 
 
-def test_dropout_mask_is_same_in_backward() -> None:
+def test_dropout_mask_is_same_in_backward():
     segments = (Segment(0, 300),)
     parts = create_states(300)
     blocks = split_queries(segments, False, None)

@@ -25,11 +25,8 @@ CELLS = [(family, head) for family in (*DECODERS, *ENCODERS) for head in tiny_mo
 def build(family: str, head: str, **overrides: Any) -> Any:
     """Return a tiny model with a nonzero LoRA, in eval mode, without dropout."""
     torch.manual_seed(0)
-    base = tiny_models.build(family, head, **overrides)
-    model = get_peft_model(
-        base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    )
-    return model.eval()
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    return get_peft_model(tiny_models.build(family, head, **overrides), config).eval()
 
 
 def create_batch(model: Any, lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> dict[str, Any]:
@@ -42,16 +39,11 @@ def create_batch(model: Any, lengths: tuple[int, ...] = LENGTHS, seed: int = 0) 
             "attention_mask": mask}  # fmt: skip
 
 
-def compute_outputs_and_gradients(
-    model: Any, batch: dict[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def compute_outputs_and_gradients(model, batch):
     """Return the logits of real tokens, and the gradient of their weighted sum."""
     model.zero_grad()
-    output = (
-        model(**batch, use_cache=False)
-        if "Causal" in type(model.get_base_model()).__name__
-        else model(**batch)
-    )
+    is_causal = "Causal" in type(model.get_base_model()).__name__
+    output = model(**batch, **({"use_cache": False} if is_causal else {}))
     if hasattr(output, "start_logits"):
         logits = torch.stack([output.start_logits, output.end_logits], -1)
     else:
@@ -84,7 +76,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "gemma3_text", "modernbert"])
-def test_packed_answer_logits_match_padded(family: str) -> None:
+def test_packed_answer_logits_match_padded(family):
     """With grouped heads, windows and encoders; neighbors of equal length form a batch."""
     model = build(family, tiny_models.HEADS[family][0])
     batch = create_batch(model)
@@ -93,28 +85,26 @@ def test_packed_answer_logits_match_padded(family: str) -> None:
     assert relative(actual, expected) < 1e-5
 
 
+def check_packed(model, batch, **options):
+    """Check that logits and gradients of the packed batch are those of the padded one."""
+    expected = compute_outputs_and_gradients(model, batch)
+    for a, b in zip(compute_packed(model, batch, **options), expected, strict=True):
+        assert relative(a, b) < 1e-5
+
+
 @pytest.mark.parametrize(("family", "head"), CELLS)
-def test_packed_matches_padded(family: str, head: str) -> None:
+def test_packed_matches_padded(family, head):
     model = build(family, head)
-    batch = create_batch(model)
-    padded, packed_results = (
-        compute_outputs_and_gradients(model, batch),
-        compute_packed(model, batch),
-    )
-    assert relative(packed_results[0], padded[0]) < 1e-5
-    assert relative(packed_results[1], padded[1]) < 1e-5
+    check_packed(model, create_batch(model))
 
 
 @pytest.mark.parametrize("family", ["roberta", "opt", "llama"])
-def test_pad_token_inside_a_text_keeps_its_position(family: str) -> None:
+def test_pad_token_inside_a_text_keeps_its_position(family):
     """RoBERTa gives it the position of padding and does not count it; other models count it."""
     model = build(family, tiny_models.HEADS[family][0], **({} if family == "roberta" else PADDED))
     batch = create_batch(model)
     batch["input_ids"][1, 5:8] = model.config.pad_token_id
-    padded = compute_outputs_and_gradients(model, batch)
-    packed = compute_packed(model, batch)
-    assert relative(packed[0], padded[0]) < 1e-5
-    assert relative(packed[1], padded[1]) < 1e-5
+    check_packed(model, batch)
 
 
 @pytest.mark.parametrize(("family", "embedding", "norm"), [
@@ -123,9 +113,7 @@ def test_pad_token_inside_a_text_keeps_its_position(family: str) -> None:
     ("opt", "model.decoder.embed_positions", "model.decoder.final_layer_norm"),
     ("bert", "bert.embeddings.LayerNorm", "cls.predictions.transform.LayerNorm"),
 ])  # fmt: skip
-def test_embeddings_and_final_norm_compute_no_padding(
-    family: str, embedding: str, norm: str
-) -> None:
+def test_embeddings_and_final_norm_compute_no_padding(family, embedding, norm):
     model = build(family, tiny_models.HEADS[family][0])
     base, batch = model.get_base_model(), create_batch(model)
     shapes = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -17,10 +18,7 @@ from ftlevel.fast.gpu_attention import (
 )
 from ftlevel.fast.packing import Segment
 
-ROWS = tuple(
-    Segment(start, stop)
-    for start, stop in ((0, 5), (5, 60), (60, 61), (61, 200), (200, 207), (207, 330))
-)
+ROWS = tuple(Segment(a, b) for a, b in pairwise((0, 5, 60, 61, 200, 207, 330)))
 TREE = (
     Segment(0, 10),
     Segment(10, 50, ((0, 10),)),
@@ -36,21 +34,14 @@ CASES = [(ROWS, True, None), (ROWS, False, None), (ROWS, True, 9), (ROWS, False,
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("cap", [None, 0.7])
 @pytest.mark.parametrize(("segments", "causal", "window"), CASES)
-def test_padded_attention_matches_blocked_attention(
-    segments: tuple[Segment, ...], causal: bool, window: int | None, cap: float | None, device: str
-) -> None:
+def test_padded_attention_matches_blocked_attention(segments, causal, window, cap, device):
     torch.manual_seed(0)
-    parts = [
-        torch.randn(
-            heads, segments[-1].stop, 8, dtype=torch.float64, device=device, requires_grad=True
-        )
-        for heads in (4, 2, 2)
-    ]
+    tensor = {"dtype": torch.float64, "device": device, "requires_grad": True}
+    parts = [torch.randn(heads, segments[-1].stop, 8, **tensor) for heads in (4, 2, 2)]
     actual = padded_attention(parts, segments, AttentionOptions(causal, window, 0.3, cap=cap))
     exact = [part.detach().cpu().requires_grad_() for part in parts]
-    expected = BlockedAttention.apply(
-        *exact, split_queries(segments, causal, window), 0.3, 0.0, cap
-    )
+    blocks = split_queries(segments, causal, window)
+    expected = BlockedAttention.apply(*exact, blocks, 0.3, 0.0, cap)
     torch.testing.assert_close(actual.cpu(), expected)
     weights = torch.randn_like(expected)
     gradients = torch.autograd.grad(actual, parts, weights.to(device))
@@ -58,7 +49,7 @@ def test_padded_attention_matches_blocked_attention(
         torch.testing.assert_close(a.cpu(), b)
 
 
-def test_equal_sequences_need_one_sdpa_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_sequences_need_one_sdpa_call(monkeypatch):
     calls: list[dict[str, Any]] = []
     original = functional.scaled_dot_product_attention
 
@@ -75,7 +66,7 @@ def test_equal_sequences_need_one_sdpa_call(monkeypatch: pytest.MonkeyPatch) -> 
     assert calls[0]["is_causal"]
 
 
-def test_padding_at_most_doubles_tokens() -> None:
+def test_padding_at_most_doubles_tokens():
     generator, stop, segments = torch.Generator().manual_seed(0), 0, []
     for length in torch.randint(1, 700, (60,), generator=generator).tolist():
         segments.append(Segment(stop, stop + length))
@@ -86,7 +77,7 @@ def test_padding_at_most_doubles_tokens() -> None:
 
 
 @pytest.mark.parametrize("queries", [1, 7])
-def test_softcapped_attention_is_accurate_under_autocast(queries: int) -> None:
+def test_softcapped_attention_is_accurate_under_autocast(queries):
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, heads, count, 8) for heads, count in
                          ((4, queries), (2, 7), (2, 7)))  # fmt: skip

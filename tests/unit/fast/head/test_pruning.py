@@ -13,7 +13,7 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.fast.likelihoods import PooledTokens, SupervisedTokens
 from ftlevel.fast.packing import PackedLayout, using_layout
 from ftlevel.fast.plan import FastPlan
-from ftlevel.fast.pruning import LastLayerPruning, get_prunable_linears
+from ftlevel.fast.pruning import LastLayerPruning, get_prunable_layers
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.models.module_tree import get_blocks
@@ -54,7 +54,6 @@ def build_lora_model(family: str, head: str) -> Any:
 def get_pruned_layers(fast: FastStep) -> set[str]:
     """Return the names of the pruned linear layers in the last block."""
     block = get_blocks(fast._base)[-1]
-    assert fast._pruning is not None
     hooked = {hook.hooks_dict_ref() and id(hook.hooks_dict_ref()) for hook in fast._pruning._hooks}
     return {
         name.rpartition(".")[2]
@@ -73,9 +72,7 @@ def get_pruned_layers(fast: FastStep) -> set[str]:
      ("bert", "seqcls", {"query", "dense"}), ("roberta", "mlm", {"query", "dense"}),
      ("distilbert", "seqcls", {"q_lin", "out_lin", "lin1", "lin2"})],
 )  # fmt: skip
-def test_all_linear_layers_except_keys_and_values_are_pruned(
-    family: str, head: str, expected: set[str]
-) -> None:
+def test_all_linear_layers_except_keys_and_values_are_pruned(family, head, expected):
     fast = create_pruned_step(build_lora_model(family, head), head)
     assert get_pruned_layers(fast) == expected
     assert fast.pruned_linears >= len(expected)
@@ -84,14 +81,14 @@ def test_all_linear_layers_except_keys_and_values_are_pruned(
 @pytest.mark.parametrize(("family", "last"), [("bert", False), ("distilbert", False),
                                               ("electra", False), ("llama", True),
                                               ("gpt2", True), ("opt", True)])  # fmt: skip
-def test_needed_tokens_of_classifier_are_detected(family: str, last: bool) -> None:
+def test_needed_tokens_of_classifier_are_detected(family, last):
     model = build_lora_model(family, "seqcls")
     fast = create_pruned_step(model, "seqcls")
     assert fast.plan.needed_tokens == PooledTokens(last, model.config.pad_token_id or 0)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
-def test_rows_that_end_with_the_pad_token_keep_their_logits(family: str) -> None:
+def test_rows_that_end_with_the_pad_token_keep_their_logits(family):
     """As with tokenizers that append the token with which they pad; the token before is pooled."""
     model = build_lora_model(family, "seqcls").eval()
     pad_id = model.config.pad_token_id or 0
@@ -112,30 +109,30 @@ def test_rows_that_end_with_the_pad_token_keep_their_logits(family: str) -> None
     assert torch.allclose(logits, expected, atol=1e-5)
 
 
-def test_mean_pooling_is_not_pruned() -> None:
+def test_mean_pooling_is_not_pruned():
     base = tiny_models.build("modernbert", "seqcls", classifier_pooling="mean")
     assert create_pruned_step(base, "seqcls").plan.needed_tokens is None
 
 
 @pytest.mark.parametrize(("family", "head"), [("bert", "qa"), ("roberta", "tokcls")])
-def test_token_heads_are_not_pruned(family: str, head: str) -> None:
+def test_token_heads_are_not_pruned(family, head):
     fast = create_pruned_step(build_lora_model(family, head), head)
     assert (fast.plan.needed_tokens, fast.pruned_linears) == (None, 0)
 
 
-def test_shared_block_is_not_pruned() -> None:
+def test_shared_block_is_not_pruned():
     fast = create_pruned_step(tiny_models.build("albert", "mlm"), "mlm")
     assert (fast.plan.needed_tokens, fast.pruned_linears) == (None, 0)
 
 
-def test_short_rows_are_not_pruned() -> None:
+def test_short_rows_are_not_pruned():
     rows = [Encoded([11, 12], [11, 12], 0)]
     assert (
         create_pruned_step(build_lora_model("llama", "causal"), "causal", rows).pruned_linears == 0
     )
 
 
-def test_last_block_computes_only_needed_tokens() -> None:
+def test_last_block_computes_only_needed_tokens():
     """6 of 40 tokens predict a target; keys and values are computed for all."""
     model = build_lora_model("llama", "causal")
     fast = create_pruned_step(model, "causal")
@@ -178,11 +175,11 @@ class MixingBlock(torch.nn.Module):
         return states + self.next(hidden_states).roll(1, dims=1)
 
 
-def test_layer_affecting_other_tokens_is_not_pruned() -> None:
+def test_layer_affecting_other_tokens_is_not_pruned():
     block, states = MixingBlock(), torch.randn(1, 6, 8)
     layout = PackedLayout.from_mask(torch.ones(1, 6)).with_needed_tokens(torch.tensor([1, 4]))
     linears = [block.own, block.next]
-    assert get_prunable_linears(block, (states,), {}, layout, linears) == [block.own]
+    assert get_prunable_layers(block, (states,), {}, layout, linears) == [block.own]
     expected = block(states)[:, [1, 4]]
     for pruned, is_equal in ((linears[:1], True), (linears[1:], False)):
         hooks = LastLayerPruning(pruned)

@@ -12,7 +12,7 @@ SIZE = 1_000_000
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.25, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dropout_rate_and_scaling(p: float, dtype: torch.dtype) -> None:
+def test_dropout_rate_and_scaling(p, dtype):
     with using_generator(1):
         mask = dropout_mask(torch.empty(SIZE, dtype=dtype), p)
     dropped_share = (mask == 0).double().mean().item()
@@ -27,7 +27,7 @@ def test_dropout_rate_and_scaling(p: float, dtype: torch.dtype) -> None:
     )
 
 
-def test_mask_elements_are_independent() -> None:
+def test_mask_elements_are_independent():
     """Neighbors, and the four elements that share a random number, are uncorrelated."""
     with using_generator(2):
         mask = (dropout_mask(torch.empty(SIZE), 0.5) != 0).double() - 0.5
@@ -37,11 +37,11 @@ def test_mask_elements_are_independent() -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3, 5), (0, 4), (2, 3, 7)])
-def test_mask_has_input_shape(shape: tuple[int, ...]) -> None:
+def test_mask_has_input_shape(shape):
     assert dropout_mask(torch.empty(shape), 0.5).shape == shape
 
 
-def test_dropout_of_strided_input_matches_mask() -> None:
+def test_dropout_of_strided_input_matches_mask():
     states, dropout = torch.ones(64, 32).t(), GeneratorDropout(0.5).train()
     with using_generator(3):
         dropped = dropout(states)
@@ -49,7 +49,7 @@ def test_dropout_of_strided_input_matches_mask() -> None:
         assert torch.equal(dropped, dropout_mask(states, 0.5))
 
 
-def test_mask_depends_on_seed() -> None:
+def test_mask_depends_on_seed():
     masks = []
     for seed in (1, 1, 2):
         with using_generator(seed):
@@ -58,7 +58,7 @@ def test_mask_depends_on_seed() -> None:
     assert not torch.equal(masks[0], masks[2])
 
 
-def test_torch_generator_is_used_outside_workers() -> None:
+def test_torch_generator_is_used_outside_workers():
     torch.manual_seed(5)
     first = dropout_mask(torch.empty(50), 0.5)
     second = dropout_mask(torch.empty(50), 0.5)

@@ -80,29 +80,32 @@ def fused_layers(model) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, FusedForward)]
 
 
-@pytest.mark.parametrize("quant", ["none", "4bit", "8bit"])
-@pytest.mark.parametrize("family", HEADS)
-def test_loss_and_gradients_match_peft_in_float32(family, quant):
-    loss, grads = backward(build(family, quant, fused=True), family)
-    expected_loss, expected = backward(build(family, quant, fused=False), family)
-    assert loss == pytest.approx(expected_loss, rel=1e-5)
-    assert grads.keys() == expected.keys()
-    for name, grad in grads.items():
-        assert relative_error(grad, expected[name]) < 1e-5, name
+def check_gradients(actual, expected):
+    """Check that two results of `backward` are equal within rounding in float32."""
+    assert actual[0] == pytest.approx(expected[0], rel=1e-5)
+    assert actual[1].keys() == expected[1].keys()
+    for name, grad in actual[1].items():
+        assert relative_error(grad, expected[1][name]) < 1e-5, name
+
+
+def check_equal(model, change, dtype="float32"):
+    """Check that loss and gradients stay exactly equal after `change`."""
+    loss, grads = backward(model, "llama", dtype)
+    grads = {name: grad.clone() for name, grad in grads.items()}
+    change()
+    after, grads_after = backward(model, "llama", dtype)
+    assert loss == after
+    assert all(torch.equal(grads[name], grads_after[name]) for name in grads)
 
 
 @pytest.mark.parametrize("quant", ["none", "4bit", "8bit"])
 @pytest.mark.parametrize("family", HEADS)
-def test_each_lora_layer_calls_one_fused_function(family, quant, monkeypatch):
-    calls = []
-    original = FusedLoraFunction.forward
-    monkeypatch.setattr(
-        FusedLoraFunction,
-        "forward",
-        staticmethod(lambda ctx, *a: (calls.append(1), original(ctx, *a))[1]),
-    )
+def test_loss_and_gradients_match_peft_in_float32(family, quant, monkeypatch):
+    calls, original = [], FusedLoraFunction.forward
+    counted = staticmethod(lambda ctx, *a: (calls.append(1), original(ctx, *a))[1])
+    monkeypatch.setattr(FusedLoraFunction, "forward", counted)
     model = build(family, quant, fused=True)
-    backward(model, family)
+    check_gradients(backward(model, family), backward(build(family, quant, fused=False), family))
     lora_layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
     assert len(calls) == len(lora_layers) == len(fused_layers(model)) > 0
 
@@ -120,11 +123,8 @@ def test_bfloat16_error_is_close_to_peft(family, quant):
 
 @pytest.mark.parametrize("fields", LORA_VARIANTS, ids=str)
 def test_lora_variants_match_peft(fields):
-    loss, grads = backward(build("llama", fused=True, **fields), "llama")
-    expected_loss, expected = backward(build("llama", fused=False, **fields), "llama")
-    assert loss == pytest.approx(expected_loss, rel=1e-5)
-    for name, grad in grads.items():
-        assert relative_error(grad, expected[name]) < 1e-5, name
+    models = [build("llama", fused=fused, **fields) for fused in (True, False)]
+    check_gradients(*(backward(model, "llama") for model in models))
 
 
 def test_fused_function_gradcheck():
@@ -146,11 +146,7 @@ def test_fused_function_gradcheck():
 
 def test_bfloat16_dropout_depends_on_seed():
     model = build("llama", fused=True, dtype="bfloat16", lora_dropout=0.5)
-    first, grads = backward(model, "llama", "bfloat16")
-    grads = {name: grad.clone() for name, grad in grads.items()}
-    second, second_grads = backward(model, "llama", "bfloat16")
-    assert first == second
-    assert all(torch.equal(grads[name], second_grads[name]) for name in grads)
+    check_equal(model, lambda: None, "bfloat16")
     layer = fused_layers(model)[0]
     x = torch.ones(4000, layer.in_features, dtype=torch.bfloat16)
     mean = (layer(x) - layer.base_layer(x)).float().mean(0)
@@ -161,28 +157,24 @@ def test_bfloat16_dropout_depends_on_seed():
 
 def test_checkpointing_is_bit_identical():
     model = build("llama", fused=True, lora_dropout=0.3)
-    loss, grads = backward(model, "llama")
-    grads = {name: grad.clone() for name, grad in grads.items()}
-    model.gradient_checkpointing_enable({"use_reentrant": False})
     model.config.use_cache = False
-    recomputed_loss, recomputed_grads = backward(model, "llama")
-    assert loss == recomputed_loss
-    assert all(torch.equal(grads[name], recomputed_grads[name]) for name in grads)
+    check_equal(model, lambda: model.gradient_checkpointing_enable({"use_reentrant": False}))
 
 
-def test_trained_head_receives_gradient():
-    _, grads = backward(build("bert", fused=True), "bert")
-    assert any(".modules_to_save." in name and grad.abs().sum() > 0 for name, grad in grads.items())
+def add_other_adapter(models):
+    for model in models:
+        torch.manual_seed(5)
+        model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+        randomize(model)
+    batch = tiny_models.build_batch("llama")
+    del batch["labels"]
+    return batch
 
 
 @pytest.mark.parametrize("quant", ["none", "4bit", "8bit"])
 def test_switching_and_disabling_adapters_matches_peft(quant):
     models = [build("llama", quant, fused=fused) for fused in (True, False)]
-    batch = {k: v for k, v in tiny_models.build_batch("llama").items() if k != "labels"}
-    for model in models:
-        torch.manual_seed(5)
-        model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
-        randomize(model)
+    batch = add_other_adapter(models)
     for active in ("default", "other", ["default", "other"]):
         for model in models:
             model.base_model.set_adapter(active)
@@ -197,40 +189,27 @@ def test_switching_and_disabling_adapters_matches_peft(quant):
 @pytest.mark.parametrize("fields", [{}, {"lora_dropout": 0.3}], ids=str)
 def test_layouts_of_narrow_tensors_give_the_same_gradients(quant, fields, monkeypatch):
     """A GPU stores tensors of width r as (tokens, r), a CPU as (r, tokens)."""
-    results, strides = [], []
-    original = fused_lora._narrow
+    results, strides, original = [], [], fused_lora._narrow
+    recorded = lambda *a: (strides.append(original(*a).stride(0)), original(*a))[1]  # noqa: E731
+    monkeypatch.setattr(fused_lora, "_narrow", recorded)
     for on_gpu in (False, True):
         monkeypatch.setattr(fused_lora, "is_on_gpu", lambda _, on_gpu=on_gpu: on_gpu)
-        monkeypatch.setattr(
-            fused_lora,
-            "_narrow",
-            lambda *a: (strides.append(original(*a).stride(0)), original(*a))[1],
-        )
         results.append(backward(build("llama", quant, fused=True, **fields), "llama"))
-    (expected_loss, expected), (loss, grads) = results
     half = len(strides) // 2
     assert 1 not in strides[:half]
     assert set(strides[half:]) == {1}
-    assert loss == pytest.approx(expected_loss, rel=1e-5)
-    for name, grad in grads.items():
-        assert relative_error(grad, expected[name]) < 1e-5, name
+    check_gradients(*reversed(results))
 
 
 @pytest.mark.parametrize("quant", ["none", "4bit", "8bit"])
 def test_evaluation_on_gpu_is_fused_for_one_active_adapter(quant, monkeypatch):
     """Several, merged, disabled and mixed adapters use PEFT's forward; 8-bit layers always do."""
     models = [build("llama", quant, fused=fused).eval() for fused in (True, False)]
-    calls = []
-    original = fused_lora.compute_without_gradient
+    calls, original = [], fused_lora.compute_without_gradient
+    counted = lambda *a: (calls.append(1), original(*a))[1]  # noqa: E731
     monkeypatch.setattr(fused_lora, "is_on_gpu", lambda _: True)
-    monkeypatch.setattr(
-        fused_lora, "compute_without_gradient", lambda *a: (calls.append(1), original(*a))[1]
-    )
-    batch = {k: v for k, v in tiny_models.build_batch("llama").items() if k != "labels"}
-    for model in models:
-        torch.manual_seed(5)
-        model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
-        randomize(model)
+    monkeypatch.setattr(fused_lora, "compute_without_gradient", counted)
+    batch = add_other_adapter(models)
     count = 0 if quant == "8bit" else len(fused_layers(models[0]))
 
     def compare(num_calls, **arguments):
@@ -327,15 +306,11 @@ def test_unsupported_linear_uses_peft_layer(linear, fan_in_fan_out, fused):
 
 
 def test_hooks_and_dora_use_peft_layer():
-    batch = tiny_models.build_batch("llama")
-    calls = []
-    model = build("llama", fused=True)
-    layer = fused_layers(model)[0]
-    layer.base_layer.register_forward_hook(lambda *_: calls.append(1))
-    model(**batch)
+    model, calls = build("llama", fused=True), []
+    fused_layers(model)[0].base_layer.register_forward_hook(lambda *_: calls.append(1))
+    model(**tiny_models.build_batch("llama"))
     assert calls
-    actual, expected = (
-        backward(build("llama", fused=f, use_dora=True), "llama") for f in (True, False)
-    )
+    models = [build("llama", fused=fused, use_dora=True) for fused in (True, False)]
+    actual, expected = (backward(model, "llama") for model in models)
     assert actual[0] == expected[0]
     assert all(torch.equal(actual[1][name], expected[1][name]) for name in actual[1])

@@ -26,7 +26,7 @@ COUNTS = {"llama": (5, 2), "qwen3": (9, 2), "gemma3_text": (13, 2), "phi3": (5, 
 
 
 @pytest.mark.parametrize("family", COUNTS)
-def test_norms_and_glus_are_replaced_and_restored(family: str) -> None:
+def test_norms_and_glus_are_replaced_and_restored(family):
     model = tiny_models.build(family).requires_grad_(False)
     names, state = [n for n, _ in model.named_parameters()], model.state_dict()
     fused = FusedNormGlu(model)
@@ -43,9 +43,7 @@ def test_norms_and_glus_are_replaced_and_restored(family: str) -> None:
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str
 )
-def test_fused_model_matches_logits_and_gradients(
-    family: str, dtype: torch.dtype, bound: float
-) -> None:
+def test_fused_model_matches_logits_and_gradients(family, dtype, bound):
     dropout = {"dropout_rate": 0.0} if family == "t5" else {}
     model = tiny_models.build(family, **dropout).requires_grad_(False).to(dtype).train()
     embeddings = model.get_input_embeddings().requires_grad_(True)
@@ -69,7 +67,7 @@ def test_fused_model_matches_logits_and_gradients(
         assert torch.equal(evaluated, model(**batch).logits)
 
 
-def test_fused_layers_gradcheck() -> None:
+def test_fused_layers_gradcheck():
     torch.manual_seed(0)
     base = tiny_models.build("llama").requires_grad_(False).double().train()
     norm, mlp = base.model.norm, base.model.layers[0].mlp
@@ -93,7 +91,7 @@ class UnknownNorm(nn.Module):
         return self.weight * x / (x.abs().mean(-1, keepdim=True) + self.variance_epsilon)
 
 
-def test_unsupported_modules_are_not_replaced() -> None:
+def test_unsupported_modules_are_not_replaced():
     model = tiny_models.build("llama").requires_grad_(False)
     layer = model.model.layers[0]
     layer.input_layernorm = UnknownNorm(layer.input_layernorm)
@@ -107,7 +105,7 @@ def test_unsupported_modules_are_not_replaced() -> None:
     assert fused.count == 7 - 3
 
 
-def test_glus_that_clamp_or_select_are_not_replaced() -> None:
+def test_glus_that_clamp_or_select_are_not_replaced():
     """These classes have the layers of a GLU, and some of their layers compute a GLU."""
     config: Any = SimpleNamespace(
         hidden_size=8, intermediate_size=16, mlp_bias=False, hidden_act="silu", swiglu_limit=10.0,
@@ -127,7 +125,7 @@ def test_glus_that_clamp_or_select_are_not_replaced() -> None:
     assert replaced == [True, False, False, True, False]
 
 
-def test_fused_layers_save_fewer_bytes() -> None:
+def test_fused_layers_save_fewer_bytes():
     model = tiny_models.build("llama").requires_grad_(False).to(torch.bfloat16).train()
     layer = model.model.layers[0]
     x = torch.randn(1, 50, 64).to(torch.bfloat16).requires_grad_()
@@ -151,7 +149,7 @@ def test_fused_layers_save_fewer_bytes() -> None:
 @pytest.mark.parametrize(
     "norm", [MambaRMSNormGated(8, 8), Zamba2RMSNormGated(8, 8), LaraMiniRMSNormGated(8)], ids=str
 )
-def test_norms_with_a_gate_are_not_replaced(norm: nn.Module) -> None:
+def test_norms_with_a_gate_are_not_replaced(norm):
     """Models always call such a norm with a gate, without which it is a plain norm."""
     model = nn.ModuleDict({"norm": norm}).requires_grad_(False).train()
     x, gate = torch.randn(2, 3, 8).requires_grad_(), torch.randn(2, 3, 8)

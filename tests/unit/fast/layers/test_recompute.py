@@ -19,14 +19,14 @@ def double(x: torch.Tensor) -> torch.Tensor:
     return with_recomputation(x * 2, lambda saved: saved * 2, x)
 
 
-def test_modified_tensor_is_not_recomputed() -> None:
+def test_modified_tensor_is_not_recomputed():
     tensor = double(torch.ones(3))
     assert recomputation_of(tensor) is not None
     tensor.mul_(2)
     assert recomputation_of(tensor) is None
 
 
-def test_views_and_copies_are_not_recomputed() -> None:
+def test_views_and_copies_are_not_recomputed():
     tensor = double(torch.ones(3, 2))
     assert [
         recomputation_of(other)
@@ -34,7 +34,7 @@ def test_views_and_copies_are_not_recomputed() -> None:
     ] == [None] * 4
 
 
-def test_tensor_is_recomputed_once_for_all_users() -> None:
+def test_tensor_is_recomputed_once_for_all_users():
     computed = []
 
     def compute(value: torch.Tensor) -> torch.Tensor:
@@ -70,15 +70,18 @@ def step(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)]), size
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
-def test_recomputation_saves_memory_with_same_gradients(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def build_fused(family: str) -> tuple[Any, Any]:
+    """Return a tiny model with fused LoRA layers, and its fused norms and GLUs."""
     torch.manual_seed(0)
     config = LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)
     register_fused_layers(config)
     model = get_peft_model(tiny_models.build(family), config).train()
-    fused = FusedNormGlu(model)
+    return model, FusedNormGlu(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_recomputation_saves_memory_with_same_gradients(family, monkeypatch):
+    model, fused = build_fused(family)
     batch = tiny_models.build_batch(family, None)
     gradient, size = step(model, batch)
     monkeypatch.setattr("ftlevel.fast.fused_lora.recomputation_of", lambda tensor: None)
@@ -92,29 +95,22 @@ def test_recomputation_saves_memory_with_same_gradients(
 
 
 @pytest.mark.parametrize("no_grad_mode", [torch.inference_mode, torch.no_grad])
-def test_training_mode_layer_works_without_grad(no_grad_mode: Any) -> None:
+def test_training_mode_layer_works_without_grad(no_grad_mode):
     inputs = tiny_models.build_batch("llama")
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     torch.manual_seed(0)
     expected = get_peft_model(tiny_models.build("llama"), config).train()
-    register_fused_layers(config)
-    torch.manual_seed(0)
-    model = get_peft_model(tiny_models.build("llama"), config).train()
-    fused = FusedNormGlu(model)
+    model, fused = build_fused("llama")
     for _ in range(2):  # with fused norms and GLUs, and without
         with no_grad_mode():
             torch.testing.assert_close(model(**inputs).logits, expected(**inputs).logits)
         fused.remove()
 
 
-def test_checkpointing_stores_only_block_inputs() -> None:
+def test_checkpointing_stores_only_block_inputs():
     """Inputs of recomputations are saved through autograd, where checkpointing controls them."""
-    torch.manual_seed(0)
-    config = LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)
-    register_fused_layers(config)
-    model = get_peft_model(tiny_models.build("llama"), config).train()
+    model, _ = build_fused("llama")
     model.enable_input_require_grads()
-    FusedNormGlu(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     batch = {name: part.repeat(1, 32) for name, part in tiny_models.build_batch("llama").items()}
     tokens, size = batch["input_ids"].numel(), model.config.hidden_size

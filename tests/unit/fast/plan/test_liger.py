@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -16,11 +15,11 @@ from ftlevel.fast.plan import uses_liger
     ("changes", "is_used"),
     [
         ({}, True),
-        ({"family": "qwen3"}, True),
-        ({"family": "gemma3_text", "hidden_act": "gelu_pytorch_tanh"}, False),  # another head
+        ({"model_type": "qwen3"}, True),
+        ({"model_type": "gemma3_text", "hidden_act": "gelu_pytorch_tanh"}, False),  # another head
         ({"installed": False}, False),
         ({"device": "cpu"}, False),
-        ({"family": "bert"}, False),
+        ({"model_type": "bert"}, False),
         ({"speed": {"liger_kernel": False}}, False),
         ({"method": "adapter"}, False),  # wraps feed-forward blocks, which liger-kernel replaces
         ({"hidden_act": "gelu"}, False),  # liger-kernel would compute silu
@@ -28,26 +27,17 @@ from ftlevel.fast.plan import uses_liger
     ],
     ids=str,
 )
-def test_liger_is_used_only_where_it_computes_the_model(
-    changes: dict[str, Any], is_used: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    find_spec, installed = importlib.util.find_spec, changes.get("installed", True)
+def test_liger_is_used_only_where_it_computes_the_model(changes, is_used, monkeypatch):
+    find_spec, spec = importlib.util.find_spec, object() if changes.get("installed", True) else None
     monkeypatch.setattr(
         importlib.util,
         "find_spec",
-        lambda name, *a: (
-            (object() if installed else None) if name == "liger_kernel" else find_spec(name, *a)
-        ),
+        lambda name, *a: spec if name == "liger_kernel" else find_spec(name, *a),
     )
     config = TrainConfig.model_validate(
         {"speed": changes.get("speed", {}), "method": {"kind": changes.get("method", "lora")}}
     )
-    model = SimpleNamespace(
-        config=SimpleNamespace(
-            model_type=changes.get("family", "llama"),
-            hidden_act=changes.get("hidden_act", "silu"),
-            mlp_bias=changes.get("mlp_bias", False),
-        )
-    )
+    fields = {"model_type": "llama", "hidden_act": "silu", "mlp_bias": False, **changes}
+    model = SimpleNamespace(config=SimpleNamespace(**fields))
     device = changes.get("device", "cuda")
     assert uses_liger(config.speed, config.method, model, device) is is_used

@@ -24,7 +24,7 @@ def pad_rows(rows: list[list[int]]) -> torch.Tensor:
 
 
 @given(ROWS, st.integers(1, 5))
-def test_tree_contains_every_row(rows: list[list[int]], min_length: int) -> None:
+def test_tree_contains_every_row(rows, min_length):
     order, _ = sort_by_prefix(rows, min_length)
     rows = [rows[i] for i in order]
     layout = create_prefix_tree(rows, min_length)
@@ -52,9 +52,7 @@ def test_tree_contains_every_row(rows: list[list[int]], min_length: int) -> None
 
 
 @given(ROWS, st.lists(st.integers(1, 2), min_size=1, max_size=9), st.integers(1, 5))
-def test_tree_after_shared_prefix_contains_every_row(
-    ends: list[list[int]], shared_prefix: list[int], min_length: int
-) -> None:
+def test_tree_after_shared_prefix_contains_every_row(ends, shared_prefix, min_length):
     rows = sorted(shared_prefix + end for end in ends)
     layout, ids, before = (
         create_prefix_tree(rows, min_length, len(shared_prefix)),
@@ -81,7 +79,7 @@ def test_tree_after_shared_prefix_contains_every_row(
         assert visible == [*range(before), *positions.tolist()]
 
 
-def test_nested_prefixes_are_computed_once() -> None:
+def test_nested_prefixes_are_computed_once():
     rows = [[1] * 40 + [2] * 40 + [3, 4], [1] * 40 + [2] * 40 + [5], [1] * 40 + [6] * 3, [7, 8]]
     order, shared = sort_by_prefix(rows)
     assert order == [0, 1, 2, 3]
@@ -98,21 +96,21 @@ def test_nested_prefixes_are_computed_once() -> None:
     assert shared_fraction(rows) == pytest.approx(120 / sum(map(len, rows)))
 
 
-def test_equal_rows_are_computed_once() -> None:
+def test_equal_rows_are_computed_once():
     rows = [[1] * 50] * 3
     layout = create_prefix_tree(rows)
     assert layout.tokens == 50
     assert layout.restore.tolist() == list(range(50)) * 3
 
 
-def test_short_prefix_is_not_shared() -> None:
+def test_short_prefix_is_not_shared():
     rows = [[1] * 31 + [2], [1] * 31 + [3]]
     assert create_prefix_tree(rows).tokens == 64
     assert shared_fraction(rows) == 0
 
 
 @given(st.lists(st.integers(0, 1)), st.lists(st.integers(0, 1)))
-def test_common_prefix_length(a: list[int], b: list[int]) -> None:
+def test_common_prefix_length(a, b):
     common = common_prefix_length(a, b)
     assert a[:common] == b[:common]
     assert common == min(len(a), len(b)) or a[common] != b[common]

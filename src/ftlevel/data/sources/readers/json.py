@@ -11,7 +11,7 @@ import json
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import StringIO
 from itertools import count, islice
 from pathlib import Path
@@ -56,9 +56,10 @@ class JsonLinesReader(TextReader):
         text = TextLines(self.path)
         remaining, before = iter(text), 0
         while block := list(islice(remaining, CHUNK_ROWS)):
-            elements = load_json_lines(block, before)
+            chunk = load_json_lines(block, before)
             before += len(block)
-            yield Chunk(elements.rows, elements.lines, elements.errors, text.offset(before))
+            chunk.end = text.offset(before)
+            yield chunk
 
     def collect(self) -> tuple[Table, list[BadRow]]:
         """Returns all rows as a table (of `LineRows` if the file is large), and the `BadRow`s."""
@@ -127,12 +128,12 @@ def _get_error(value: object, *, may_be_cut: bool) -> str:
     return ""
 
 
-def load_json_lines(text: Iterable[str], before: int = 0) -> Elements:
+def load_json_lines(text: Iterable[str], before: int = 0) -> Chunk:
     """Load the rows of JSON Lines; blank lines are skipped.
 
     `text` must be split at line feeds only. `before` is the number of lines that precede it.
     """
-    elements = Elements()
+    chunk = Chunk()
     for number, line in enumerate(text, before + 1):
         if line.isspace():
             continue
@@ -142,8 +143,8 @@ def load_json_lines(text: Iterable[str], before: int = 0) -> Elements:
             fault = _get_error(row, may_be_cut=_may_be_cut(line))
         except (ValueError, RecursionError) as error:
             fault = _describe_error(error) + ("" if line.endswith("\n") else _CUT)
-        elements.add(number, row, fault)
-    return elements
+        chunk.add(number, row, fault)
+    return chunk
 
 
 _LIST_COLUMNS = {
@@ -274,24 +275,24 @@ class JsonReader(TextReader):
 
     def read(self) -> Iterator[Chunk]:
         source, text = str(self.path), load_text(self.path)
-        start = text.lstrip()[:1]
+        start, is_numbered = text.lstrip()[:1], False
         one = open_object(text) if start == "{" else None
         if start == "[":
-            elements = load_json_array(text, source)
+            chunk, is_numbered = load_json_array(text, source)
         elif one is None:
-            elements = load_json_lines(StringIO(text, newline="\n"))
+            chunk = load_json_lines(StringIO(text, newline="\n"))
         elif one.note:
-            elements = self._read_object(text, one)
+            chunk, is_numbered = self._read_object(text, one)
         else:
             raise InputError(
                 f"{source}:1: one object (keys {join_names([repr(key) for key in one.keys])}), "
                 f"where an array of objects is expected. {one.hint}."
             )
-        self.unit = "row" if elements.numbered else "line"
-        size = self.path.stat().st_size
-        yield Chunk(elements.rows, elements.lines, elements.errors, size)
+        self.unit = "row" if is_numbered else "line"
+        chunk.end = self.path.stat().st_size
+        yield chunk
 
-    def _read_object(self, text: str, one: OneObject) -> Elements:
+    def _read_object(self, text: str, one: OneObject) -> tuple[Chunk, bool]:
         note = f"{self.shown}: {one.note}"
         if note not in self.notes:
             self.notes.append(note)
@@ -299,34 +300,17 @@ class JsonReader(TextReader):
             return load_json_array(text, str(self.path), one.list_at)
         errors = {row.line for row in one.errors}
         numbers = (number for number in count(1) if number not in errors)
-        elements, may_be_cut = Elements(errors=list(one.errors), numbered=True), _may_be_cut(text)
+        chunk, may_be_cut = Chunk(errors=list(one.errors)), _may_be_cut(text)
         for number, row in zip(numbers, one.rows, strict=False):
-            elements.add(number, row, _get_error(row, may_be_cut=may_be_cut))
-        return elements
+            chunk.add(number, row, _get_error(row, may_be_cut=may_be_cut))
+        return chunk, True
 
 
-@dataclass
-class Elements:
-    """Rows of JSON with their lines, and bad rows; if `numbered`, element numbers, not lines."""
-
-    rows: list[Row] = field(default_factory=list)
-    lines: list[int] = field(default_factory=list)
-    errors: list[BadRow] = field(default_factory=list)
-    numbered: bool = False
-
-    def add(self, position: int, row: Any, fault: str) -> None:
-        """Add `row`, or a `BadRow` with the message `fault` if that is not ""."""
-        if fault:
-            self.errors.append(BadRow(position, fault))
-        else:
-            self.rows.append(row)
-            self.lines.append(position)
-
-
-def load_json_array(text: str, source: str, start: int = 0) -> Elements:
+def load_json_array(text: str, source: str, start: int = 0) -> tuple[Chunk, bool]:
     """Load the elements of the array of objects at `start` of `text`.
 
-    If `start` is 0, only white space may follow. Raises `InputError` for a malformed array.
+    The result is true if they are numbered, as several are in one line. If `start` is 0, only white
+    space may follow. Raises `InputError` for a malformed array.
     """
     values: list[tuple[Any, str]] = []  # (value, fault or "")
     lines: list[int] = []
@@ -352,10 +336,10 @@ def load_json_array(text: str, source: str, start: int = 0) -> Elements:
         _refuse_array(
             text, source, end_position, "not valid JSON (more text after the end of the array)"
         )
-    elements = Elements(numbered=len(set(lines)) < len(lines))
+    chunk, is_numbered = Chunk(), len(set(lines)) < len(lines)
     for number, line, (value, fault) in zip(count(1), lines, values, strict=False):
-        elements.add(number if elements.numbered else line, value, fault)
-    return elements
+        chunk.add(number if is_numbered else line, value, fault)
+    return chunk, is_numbered
 
 
 def _past_space(text: str, at: int) -> int:

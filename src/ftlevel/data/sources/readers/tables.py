@@ -23,7 +23,7 @@ from ftlevel.artifacts.files import long_cells
 from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.readers.text import TextLines, TextReader, head_lines
 from ftlevel.data.sources.streams import Chunk, Reader
-from ftlevel.data.sources.table import BadRow, Row, to_float
+from ftlevel.data.sources.table import to_float
 from ftlevel.errors import InputError, did_you_mean, join_names, quote
 
 
@@ -88,25 +88,22 @@ class CsvReader(TextReader):
         header, width = self._header, len(self._header)
         begin, more = before + 1, True
         while more:
-            rows: list[Row] = []
-            lines: list[int] = []
-            errors: list[BadRow] = []
-            start = begin
+            chunk, start = Chunk(), begin
             with long_cells():
                 try:
                     for row in islice(cells, CHUNK_ROWS):
                         if len(row) == width:
-                            rows.append(dict(zip(header, row, strict=True)))
-                            lines.append(begin)
+                            chunk.add(begin, dict(zip(header, row, strict=True)))
                         elif row:
                             message = f"has {len(row)} cells, but the header has {width}"
-                            errors.append(BadRow(begin, message))
+                            chunk.add(begin, None, message)
                         begin = before + cells.line_num + 1
                 except csv.Error as error:
                     raise InputError(_describe(error, self.path, begin)) from None
             more = begin > start
-            if rows or errors:
-                yield Chunk(rows, lines, errors, text.offset(begin - 1))
+            if chunk.rows or chunk.errors:
+                chunk.end = text.offset(begin - 1)
+                yield chunk
 
 
 class TsvReader(CsvReader):
@@ -192,18 +189,17 @@ class ExcelReader(Reader):
     def read(self) -> Iterator[Chunk]:
         width = len(self._header)
         for start in range(1, len(self._rows), CHUNK_ROWS):
-            chunk = Chunk([], [], [])
+            chunk = Chunk()
             for number, cells in self._rows[start : start + CHUNK_ROWS]:
                 if len(cells) > width:
                     message = f"has {len(cells)} cells, but the header has {width}"
-                    chunk.errors.append(BadRow(number, message))
+                    chunk.add(number, None, message)
                 elif _ERROR in cells:
                     message = f"column {cells.index(_ERROR) + 1} is an error, such as #N/A"
-                    chunk.errors.append(BadRow(number, message))
+                    chunk.add(number, None, message)
                 else:
                     texts = [*cells, *[""] * (width - len(cells))]
-                    chunk.rows.append(dict(zip(self._header, texts, strict=True)))
-                    chunk.lines.append(number)
+                    chunk.add(number, dict(zip(self._header, texts, strict=True)))
             yield chunk
 
     def _load_cells(self, sheet: str | None) -> list[list[Any]]:

@@ -19,7 +19,6 @@ from shlex import quote
 
 from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.streams import Chunk, Reader
-from ftlevel.data.sources.table import BadRow, Row
 from ftlevel.errors import InputError
 
 _BLOCK = 1 << 13  # bytes decoded at once; invalid UTF-8 is reported before other errors in them
@@ -197,35 +196,28 @@ class _BlockReader(TextReader):
     uniform = True
 
     @abstractmethod
-    def parse(self, first: int, lines: list[str]) -> list[tuple[int, Row] | BadRow]:
-        """Returns (line, row) or a `BadRow` for each row of a block that begins at line `first`."""
+    def parse(self, first: int, lines: list[str], chunk: Chunk) -> None:
+        """Add the row of a block of `lines`, the first of which is line `first`, to `chunk`."""
 
     def read(self) -> Iterator[Chunk]:
         text = TextLines(self.path)
-        block: list[str] = []
-        parsed: list[tuple[int, Row] | BadRow] = []
-        number = 0
-
-        def chunk() -> Chunk:
-            rows = [row for row in parsed if not isinstance(row, BadRow)]
-            errors = [row for row in parsed if isinstance(row, BadRow)]
-            lines = [line for line, _ in rows]
-            return Chunk([row for _, row in rows], lines, errors, text.offset(number))
-
+        block, chunk, number = list[str](), Chunk(), 0
         for number, line in enumerate(text, 1):
             if not line.isspace():
                 block.append(line)
                 continue
             if block:
-                parsed += self.parse(number - len(block), block)
+                self.parse(number - len(block), block, chunk)
                 block = []
-            if len(parsed) >= CHUNK_ROWS:
-                yield chunk()
-                parsed = []
+            if len(chunk.rows) + len(chunk.errors) >= CHUNK_ROWS:
+                chunk.end = text.offset(number)
+                yield chunk
+                chunk = Chunk()
         if block:
-            parsed += self.parse(number + 1 - len(block), block)
-        if parsed:
-            yield chunk()
+            self.parse(number + 1 - len(block), block, chunk)
+        if chunk.rows or chunk.errors:
+            chunk.end = text.offset(number)
+            yield chunk
 
 
 class ConllReader(_BlockReader):
@@ -245,20 +237,20 @@ class ConllReader(_BlockReader):
             raise InputError(f"{path}: has 0 sentences. Give a file with words, one a line.")
         self._names = ["tokens", *map(str, range(2, self._width)), "tags"][: self._width]
 
-    def parse(self, first: int, lines: list[str]) -> list[tuple[int, Row] | BadRow]:
+    def parse(self, first: int, lines: list[str], chunk: Chunk) -> None:
         start, words = first, list[list[str]]()
         for number, line in enumerate(lines, first):
             cells = self._cells(line)
             if cells[0] == "-DOCSTART-" or self._is_comment(cells, not words):
                 continue
             if fault := self._get_error(cells):
-                return [BadRow(number, fault)]
+                chunk.add(number, None, fault)
+                return
             start = start if words else number
             words.append(cells)
-        if not words:
-            return []
-        fields = (list(column) for column in zip(*words, strict=True))
-        return [(start, dict(zip(self._names, fields, strict=True)))]
+        if words:
+            fields = (list(column) for column in zip(*words, strict=True))
+            chunk.add(start, dict(zip(self._names, fields, strict=True)))
 
     def _cells(self, text: str) -> list[str]:
         return [cell.strip() for cell in text.split("\t")] if self._tabs else text.split()
@@ -280,5 +272,5 @@ class ConllReader(_BlockReader):
 class ParagraphReader(_BlockReader):
     """Reader of plain text; line breaks within a paragraph are kept."""
 
-    def parse(self, first: int, lines: list[str]) -> list[tuple[int, Row] | BadRow]:
-        return [(first, {"text": "\n".join(line.rstrip("\r\n") for line in lines)})]
+    def parse(self, first: int, lines: list[str], chunk: Chunk) -> None:
+        chunk.add(first, {"text": "\n".join(line.rstrip("\r\n") for line in lines)})

@@ -1,1 +1,0 @@
-"""Preference training and reward models."""
