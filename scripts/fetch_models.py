@@ -149,7 +149,7 @@ def check_same_logits(loaded: Any, written: Any, tokenizer: Any) -> None:
     if not same:
         raise FetchError(
             "The converted SmolLM2 does not give the logits of its GGUF. It was not kept. "
-            "Try another release of transformers; 5.24 is known to work."
+            "Try another release of transformers; 5.25 is known to work."
         )
 
 

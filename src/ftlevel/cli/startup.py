@@ -171,7 +171,7 @@ def limit_malloc_arenas() -> bool:
     return results == [1] * len(mallopt_values)
 
 
-NOISY = ("bitsandbytes.backends.cpu.ops", "torchao", "torch.utils._pytree")
+NOISY = ("bitsandbytes.backends.cpu.ops", "kernels", "torchao", "torch.utils._pytree")
 """Loggers that report missing optional kernels and deprecations at import."""
 
 

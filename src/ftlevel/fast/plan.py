@@ -26,7 +26,7 @@ from ftlevel.fast.prefixes import shared_fraction
 from ftlevel.methods import METHODS
 from ftlevel.models.families import lookup_family
 from ftlevel.models.module_tree import get_blocks
-from ftlevel.models.upstream.architectures import attention_of, is_stateful
+from ftlevel.models.upstream.architectures import attention_of
 from ftlevel.objectives import Objective
 from ftlevel.world import has_peers
 
@@ -161,6 +161,9 @@ GROUP_DIVISOR = 4
 
 MIN_SHARED_FRACTION = 0.05
 """Minimum share of tokens that prefix sharing must save."""
+
+_RECURRENT_LAYERS = frozenset({"linear_attention", "hybrid", "hybrid_sliding", "conv"})
+"""`layer_types` of a config in which a state goes from token to token."""
 
 SAMPLED_STEPS = 8
 """Steps on which the saving is estimated."""
@@ -373,6 +376,8 @@ def get_packing_message(model: Any, model_kind: str) -> str:
         return f"{family} has not one stack of blocks"
     if _is_recurrent(model):
         return f"{family} carries a state from token to token"
+    if getattr(model.config, "alibi", False):
+        return f"{family} adds ALiBi to the attention mask"
     if getattr(model.config, "token_dropout", False):
         return f"{family} scales embeddings by the masked tokens of a row"
     try:
@@ -387,7 +392,8 @@ def get_packing_message(model: Any, model_kind: str) -> str:
 
 
 def _is_recurrent(model: Any) -> bool:
-    return is_stateful(model) or any(
+    types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    return not types.isdisjoint(_RECURRENT_LAYERS) or any(
         isinstance(part, torch.nn.Conv1d) and part.kernel_size[0] > 1
         for block in get_blocks(model)
         for part in block.modules()

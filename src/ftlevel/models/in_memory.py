@@ -225,6 +225,7 @@ def _quantized_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, T
             quantization_config=model.config.quantization_config,
             dtype=floating[0],
             device_map={"": str(model.device)},
+            use_kernels=False,
         )
     state = model.state_dict()
     yield from ((name, t.cpu()) for name, t in reloaded.state_dict().items() if name in state)

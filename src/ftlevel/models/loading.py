@@ -413,6 +413,7 @@ def _load_weights(
     """Returns the model and loading info, like `from_pretrained` with `output_loading_info`."""
     arguments["output_loading_info"] = True
     arguments["ignore_mismatched_sizes"] = True  # checked by check_shapes
+    arguments["use_kernels"] = False  # on a GPU, transformers would fetch code from the Hub
     with _convert_read_errors(source), silence_loggers(), quick_headers():
         if slices is not None:
             meta = build_task_model(arguments["config"], auto_class)

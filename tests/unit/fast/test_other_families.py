@@ -46,9 +46,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def build(family: str) -> Any:
+def build(family: str, **fields: Any) -> Any:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **CONFIGS[family])
+    config = AutoConfig.for_model(family, **CONFIGS.get(family, _DECODER), **fields)
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -84,13 +84,20 @@ def test_chunked_cross_entropy_is_enabled_for_known_heads(family, head, dtype):
     fast.remove()
 
 
-def test_recurrent_model_is_not_packed():
+@pytest.mark.parametrize(
+    ("family", "fields", "reason"),
+    [("recurrent_gemma", {}, "carries a state"),
+     ("minimax", {"num_local_experts": 2, "head_dim": 16}, "carries a state"),  # without convolutions
+     ("falcon", {"alibi": True}, "adds ALiBi"),
+     ("falcon", {}, "")],
+)  # fmt: skip
+def test_model_with_state_or_alibi_is_not_packed(family, fields, reason):
     plan = plan_fast(
-        TrainConfig(), build("recurrent_gemma"), "decoder", OBJECTIVES["causal"], "cpu",
+        TrainConfig(), build(family, **fields), "decoder", OBJECTIVES["causal"], "cpu",
         create_rows("causal"), 64,
     )  # fmt: skip
-    assert not plan.packs
-    assert "carries a state" in str(plan.choices[0])
+    assert plan.packs == (not reason)
+    assert reason in str(plan.choices[0])
 
 
 def test_all_linear_excludes_layers_read_by_mamba_scan():

@@ -132,7 +132,6 @@ def test_fused_layer_repr_equals_peft_repr():
     ("model_type", "reason"),
     [
         ("bloom", "computes attention without"),
-        ("falcon", "computes attention without"),
         ("mpnet", "computes attention without"),
         ("gpt_oss", "more than scaled_dot_product"),
     ],

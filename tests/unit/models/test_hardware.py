@@ -152,8 +152,8 @@ def test_outdated_library_raises_before_run(monkeypatch):
     with pytest.raises(ConfigError) as error:
         check_packages(config.model, config.output)
     assert error.value.problems == [
-        "transformers 5.17.0 is installed, and ftlevel needs transformers 5.24 or later. "
-        'pip install --upgrade "transformers>=5.24".'
+        "transformers 5.17.0 is installed, and ftlevel needs transformers 5.25 or later. "
+        'pip install --upgrade "transformers>=5.25".'
     ]
 
 

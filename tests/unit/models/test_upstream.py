@@ -319,12 +319,6 @@ def _(_: Any) -> None:
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
-@CANARIES.of("PreTrainedModel._is_stateful")
-def _(_: Any) -> None:
-    assert architectures.is_stateful(transformers.MambaForCausalLM)
-    assert not architectures.is_stateful(transformers.LlamaForCausalLM)
-
-
 @CANARIES.of("eager_attention_forward")
 def _(_: Any) -> None:
     for family in ("llama", "bert", "t5"):

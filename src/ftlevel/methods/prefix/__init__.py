@@ -81,7 +81,7 @@ class PrefixTuning(Method):
             rows("prefix"),
             "it computes attention without transformers' AttentionInterface",
             "Use --method prompt, or --method lora.",
-            families=frozenset({"bloom", "falcon", "mpnet"}),
+            families=frozenset({"bloom", "mpnet"}),
         ),
         Rule(
             rows("prefix"),

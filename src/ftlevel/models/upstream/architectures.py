@@ -55,11 +55,6 @@ def modules_in_float32(model: Any, dtype: torch.dtype) -> frozenset[str]:
     return frozenset(names)
 
 
-def is_stateful(model: Any) -> bool:
-    """Returns whether transformers marks the model as recurrent."""
-    return bool(getattr(model, "_is_stateful", False))  # set only in transformers' own classes
-
-
 def uses_attention_interface(model_class: Any) -> bool:
     """Returns whether the class uses transformers' `AttentionInterface`."""
     return hasattr(sys.modules[model_class.__module__], "ALL_ATTENTION_FUNCTIONS")

@@ -119,7 +119,7 @@ def use_one_gpu(arguments: Any) -> None:
     arguments._n_gpu = min(arguments.n_gpu, 1)  # reading n_gpu initializes _n_gpu
 
 
-MIN_VERSIONS = {"torch": "2.8", "transformers": "5.24", "peft": "0.21", "accelerate": "1.15"}
+MIN_VERSIONS = {"torch": "2.8", "transformers": "5.25", "peft": "0.21", "accelerate": "1.15"}
 """Library -> minimum version, as in pyproject.toml."""
 
 

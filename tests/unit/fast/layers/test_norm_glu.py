@@ -13,7 +13,7 @@ from transformers import Gemma3nTextConfig
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4MLP
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextMLP
 from transformers.models.lara_mini.modeling_lara_mini import LaraMiniRMSNormGated
-from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
+from transformers.models.mamba2.modeling_mamba2 import Mamba2RMSNormGated
 from transformers.models.step3p7.modeling_step3p7 import Step3p7MLP
 from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
@@ -147,7 +147,7 @@ def test_fused_layers_save_fewer_bytes():
 
 
 @pytest.mark.parametrize(
-    "norm", [MambaRMSNormGated(8, 8), Zamba2RMSNormGated(8, 8), LaraMiniRMSNormGated(8)], ids=str
+    "norm", [Mamba2RMSNormGated(8, 8), Zamba2RMSNormGated(8, 8), LaraMiniRMSNormGated(8)], ids=str
 )
 def test_norms_with_a_gate_are_not_replaced(norm):
     """Models always call such a norm with a gate, without which it is a plain norm."""
