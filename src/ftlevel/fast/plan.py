@@ -61,19 +61,14 @@ def plan_workers(
     if has_peers():
         return WorkerPlan(reason="each process has its own")
     random = get_dropout(method, meta, with_head=True)
-    if reason := _get_sequential_message(method, meta) or _uses_global_generator(
-        meta, random, is_ordered
-    ):
+    reason = _get_sequential_message(method, meta)
+    if random and (is_ordered or meta.config.model_type in FUNCTIONAL_DROPOUT):
+        reason = reason or f"{random} is drawn at random, in order"
+    if reason:
         return WorkerPlan(reason=reason)
     return WorkerPlan(
         min(threads, requested if isinstance(requested, int) else MAX_WORKERS), random
     )
-
-
-def _uses_global_generator(meta: Any, random: str, is_ordered: bool) -> str:
-    if not random or not (is_ordered or meta.config.model_type in FUNCTIONAL_DROPOUT):
-        return ""
-    return f"{random} is drawn at random, in order"
 
 
 def _get_sequential_message(method: MethodConfig, meta: Any) -> str:
@@ -241,6 +236,7 @@ def plan_fast(
     labels = [layout] + (["cross-entropy on supervised tokens only"] if chunked else [])
     is_ordered = bool(padded_message) or config.train.recomputes
     worker_plan = plan_workers(config.method, speed.parallel_workers, meta, device, is_ordered)
+    count = worker_plan.count
     shares_prefixes, sharing_choices = False, list[Choice]()
     if not padded_message and model_kind == "decoder" and speed.share_prefixes != "never":
         is_forced = speed.share_prefixes == "always"
@@ -249,14 +245,10 @@ def plan_fast(
         )
     if shares_prefixes and not isinstance(speed.tokens_per_micro_batch, int):
         tokens += tokens // SHARING_DIVISOR
-        tokens = max(tokens, objective.micro_batch_tokens(meta, rows, device, worker_plan.count))
-    parallel = (
-        f"{worker_plan.count} parallel workers"
-        if worker_plan.count > 1
-        else "one micro-batch at a time"
-    )
+        tokens = max(tokens, objective.micro_batch_tokens(meta, rows, device, count))
+    parallel = f"{count} parallel workers" if count > 1 else "one micro-batch at a time"
     parallel += f": {worker_plan.reason}" if worker_plan.reason else ""
-    bound = f"up to {tokens // worker_plan.count:,} tokens a micro-batch"
+    bound = f"up to {tokens // count:,} tokens a micro-batch"
     choices = [Choice("step", ", ".join(labels), f"{bound}, {parallel}"), *sharing_choices]
     liger = uses_liger(speed, config.method, meta, device)
     if device == "cuda" and not padded_message and (message := activate_fa3(meta.config)):
@@ -271,7 +263,7 @@ def plan_fast(
         tokens,
         shares_prefixes,
         choices,
-        worker_plan.count,
+        count,
         bool(worker_plan.random),
         speed.fused_norm_glu and not liger,
         prunes_last_layer=speed.prune_last_layer
