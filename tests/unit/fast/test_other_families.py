@@ -87,7 +87,7 @@ def test_chunked_cross_entropy_is_enabled_for_known_heads(family, head, dtype):
 @pytest.mark.parametrize(
     ("family", "fields", "reason"),
     [("recurrent_gemma", {}, "carries a state"),
-     ("minimax", {"num_local_experts": 2, "head_dim": 16}, "carries a state"),  # without convolutions
+     ("minimax", {"num_local_experts": 2, "head_dim": 16}, "carries a state"),  # no convolution
      ("falcon", {"alibi": True}, "adds ALiBi"),
      ("falcon", {}, "")],
 )  # fmt: skip
