@@ -252,7 +252,7 @@ def _compute_on_new_base(
             del base
             model = (
                 type(trained)
-                .from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+                .from_pretrained(path, dtype=torch.float32, use_safetensors=True, use_kernels=False)
                 .to(inputs.device)
             )
         return before, inputs.logits(model)
